@@ -1,0 +1,100 @@
+# %% [markdown]
+# # Track generalization without labels
+#
+# A network is trained on 500 real images (scikit-learn's digits), 20 % of them with a wrong label. It learns, and then
+# memorizes. `SensitivityMonitor` follows it on images whose labels it never sees; the validation loss, which does need
+# the labels, is logged beside it to compare.
+#
+#     python examples/track_generalization.py
+
+# %%
+import argparse
+import warnings
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.loggers import TensorBoardLogger
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_sensitivity import SensitivityMonitor
+
+parser = argparse.ArgumentParser(description="Train on scikit-learn's digits and watch the output sensitivity.")
+parser.add_argument("--max-epochs", type=int, default=100)
+parser.add_argument("--out", type=Path, default=Path("runs/track_generalization"))
+args = parser.parse_args()
+
+warnings.filterwarnings("ignore", ".*does not have many workers.*")
+seed_everything(0, verbose=False)
+torch.set_num_threads(1)  # the network is small: a second thread would only wait for the first
+
+# %%
+digits = load_digits()
+images = torch.tensor(digits.images / 16, dtype=torch.float32)  # 1,797 images, 8 × 8, in [0, 1]
+labels = torch.tensor(digits.target)
+order = torch.randperm(len(images))
+train, val = order[:500], order[500:]
+wrong = torch.rand(len(train)) < 0.2
+train_labels = torch.where(wrong, torch.randint(0, 10, (len(train),)), labels[train])
+train_loader = DataLoader(TensorDataset(images[train], train_labels), batch_size=50, shuffle=True)
+val_loader = DataLoader(TensorDataset(images[val], labels[val]), batch_size=500)
+
+
+# %%
+class Digits(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Flatten(), nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)  # logits
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        loss = cross_entropy(self(batch[0]), batch[1])
+        self.log("train_loss", loss, on_epoch=True, on_step=False, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.log("val/loss", cross_entropy(self(batch[0]), batch[1]), prog_bar=True)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=1e-3)
+
+
+class Table(Callback):
+    """Keeps what was logged, to print it at the end."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.rows.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+# %%
+table = Table()
+logger = TensorBoardLogger(args.out, name=None)
+trainer = Trainer(
+    max_epochs=args.max_epochs,
+    accelerator="cpu",
+    callbacks=[SensitivityMonitor(noise_std=0.1, num_draws=4, prefix="val/", before_training=True), table],
+    logger=logger,
+    log_every_n_steps=10,
+)
+trainer.fit(Digits(), train_loader, val_loader)
+
+# %%
+print("\nepoch  train loss  val loss    sensitivity ± standard error")
+shown = range(0, len(table.rows), max(1, len(table.rows) // 10))
+for epoch in sorted({*shown, len(table.rows) - 1}):
+    row = table.rows[epoch]
+    print(
+        f"{epoch:5d}  {row['train_loss']:10.3f}  {row['val/loss']:8.3f}"
+        f"  {row['val/sensitivity']:13.5f} ± {row['val/sensitivity_stderr']:.5f}"
+    )
+print(f"\nLook at the curves:\n  tensorboard --logdir {logger.log_dir}")

@@ -1,0 +1,183 @@
+"""Which tensor of a batch is perturbed, how the model is called on it, and which of its outputs are compared."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+Selector = str | int | Callable[[Any], Any] | None
+
+
+def prepare_call(model: nn.Module, batch: Any, inputs: Selector) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """Find the tensor to perturb, and make a function that runs the model with another tensor in its place.
+
+    ==========================  ==================================  ==============================================
+    batch                       what is perturbed                   how the model is called
+    ==========================  ==================================  ==============================================
+    tensor ``x``                ``x``                               ``model(x)``
+    tuple or list               the first element, or ``inputs``    ``model(x)``; if ``forward`` requires p > 1
+                                                                    arguments, with the first p elements
+    mapping                     the only floating tensor, or        with the entries that ``forward`` names, as
+                                ``inputs``                          keywords; if it names none, ``model(x)``
+    anything, callable          the first argument that the         with the arguments that the callable returns:
+    ``inputs``                  callable returns                    one, or a tuple of them
+    ==========================  ==================================  ==============================================
+
+    A perturbed element may itself be a tuple, list or mapping; the same rules then find the tensor in it. Everything
+    else is passed on as it is.
+
+    Args:
+        model: The module to run.
+        batch: What the loader gave, on the model's device.
+        inputs: A key, an index, a callable ``batch -> arguments of the model``, or None for the rules above.
+
+    Returns:
+        The tensor to perturb, and a function from its replacement to the model's output.
+
+    Raises:
+        MisconfigurationException: If no floating tensor, or more than one, can be meant.
+    """
+    if callable(inputs):
+        arguments = inputs(batch)
+        arguments = arguments if _is_plain_tuple(arguments) else (arguments,)
+        if not arguments:
+            raise MisconfigurationException("`inputs` should return the model's arguments, got an empty tuple.")
+        tensor, replace = _floating_tensor(arguments[0], None)
+        return tensor, lambda new: model(replace(new), *arguments[1:])
+
+    tensor, replace = _floating_tensor(batch, inputs)
+    if isinstance(batch, Mapping):
+        named = [key for key in batch if key in _parameters(model)]
+        if named:
+            return tensor, lambda new: model(**{key: value for key, value in replace(new).items() if key in named})
+    elif isinstance(batch, Sequence):
+        num_required = sum(
+            p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+            for p in _parameters(model).values()
+        )
+        if 1 < num_required <= len(batch):
+            return tensor, lambda new: model(*replace(new)[:num_required])
+    return tensor, lambda new: model(new)
+
+
+def select_outputs(result: Any, outputs: Selector) -> Tensor:
+    """The tensor to compare in what the model returned.
+
+    Args:
+        result: A tensor; a tuple or list, of which the first element is taken; or a mapping or object with
+            ``logits``.
+        outputs: A key or attribute, an index, a callable ``result -> tensor``, or None for the rules above.
+
+    Returns:
+        The selected tensor.
+
+    Raises:
+        MisconfigurationException: If no tensor was found.
+    """
+    try:
+        if callable(outputs):
+            selected = outputs(result)
+        elif outputs is not None:
+            if isinstance(outputs, str) and not isinstance(result, Mapping):
+                selected = getattr(result, outputs)
+            else:
+                selected = result[outputs]
+        elif isinstance(result, Mapping) and "logits" in result:
+            selected = result["logits"]
+        elif not isinstance(result, Tensor) and hasattr(result, "logits"):
+            selected = result.logits
+        elif isinstance(result, Sequence) and result and not isinstance(result, str):
+            selected = result[0]
+        else:
+            selected = result
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        if callable(outputs):
+            raise
+        raise MisconfigurationException(
+            f"`outputs={outputs!r}` should name a part of what the model returns, got {_describe(result)}."
+        ) from error
+    if not isinstance(selected, Tensor):
+        raise MisconfigurationException(
+            "The model's output should be a tensor, a tuple that starts with one, or a mapping or object with `logits`,"
+            f" got {_describe(result)}. Choose the tensor with `outputs=` (a key, an index or a callable)."
+        )
+    return selected
+
+
+def _floating_tensor(value: Any, key: str | int | None) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """The tensor meant by ``key`` (or by the rules) in a nested value, and a function that replaces it there."""
+    if key is None:
+        if isinstance(value, Tensor):
+            if not value.is_floating_point():
+                raise MisconfigurationException(
+                    f"The input to perturb should be a floating tensor, got {value.dtype} of shape"
+                    f" {tuple(value.shape)}. Choose another part of the batch with `inputs=` (a key, an index or a"
+                    " callable), or convert it in the data set."
+                )
+            return value, lambda new: new
+        if isinstance(value, Mapping):
+            key = _only_floating_key(value)
+        elif isinstance(value, Sequence) and not isinstance(value, str) and value:
+            key = 0
+        else:
+            raise MisconfigurationException(
+                f"The batch should hold a floating tensor to perturb, got {_describe(value)}. Choose one with"
+                " `inputs=` (a key, an index or a callable)."
+            )
+    try:
+        part = value[key]
+    except (IndexError, KeyError, TypeError) as error:
+        raise MisconfigurationException(
+            f"`inputs={key!r}` should name a part of the batch, got {_describe(value)}."
+        ) from error
+    if isinstance(value, Tensor):
+        raise MisconfigurationException(
+            f"`inputs={key!r}` should name a part of the batch, got a batch that is one tensor; leave `inputs` out."
+        )
+    tensor, replace_part = _floating_tensor(part, None)
+    return tensor, partial(_replaced, value, key, replace_part)
+
+
+def _replaced(value: Any, key: Any, replace_part: Callable[[Tensor], Any], new: Tensor) -> Any:
+    """A shallow copy of a mapping or sequence in which one part is exchanged."""
+    if isinstance(value, Mapping):
+        return {**value, key: replace_part(new)}
+    items = list(value)
+    items[key] = replace_part(new)
+    if hasattr(value, "_fields"):  # a named tuple
+        return type(value)(*items)
+    return tuple(items) if isinstance(value, tuple) else items
+
+
+def _only_floating_key(batch: Mapping[Any, Any]) -> Any:
+    keys = [key for key, value in batch.items() if isinstance(value, Tensor) and value.is_floating_point()]
+    if len(keys) != 1:
+        found = f"several: {', '.join(map(repr, keys))}" if keys else f"none in {_describe(batch)}"
+        raise MisconfigurationException(
+            f"The batch should hold exactly one floating tensor to perturb, got {found}. Choose one with `inputs=`"
+            " (a key, an index or a callable)."
+        )
+    return keys[0]
+
+
+def _parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(model.forward).parameters
+
+
+def _is_plain_tuple(value: Any) -> bool:
+    return isinstance(value, tuple) and not hasattr(value, "_fields")
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor ({value.dtype}, shape {tuple(value.shape)})"
+    if isinstance(value, Mapping):
+        return f"{type(value).__name__} with the keys {', '.join(map(repr, value))}"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return f"{type(value).__name__} of {', '.join(type(item).__name__ for item in value) or 'nothing'}"
+    return type(value).__name__

@@ -1,0 +1,308 @@
+"""The Lightning callback: which batches, which inputs, which outputs, which noise, and what is logged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+
+from lightning_sensitivity.batches import prepare_call, select_outputs
+from lightning_sensitivity.dashboard import custom_scalars_layout
+from lightning_sensitivity.functional import accumulation_dtype
+from lightning_sensitivity.isolation import evaluating, preserved_rng
+from lightning_sensitivity.perturbations import GaussianNoise, noise_generator
+from lightning_sensitivity.readings import LoaderStatistics
+
+__all__ = ["SensitivityMonitor"]
+
+
+class SensitivityMonitor(Callback):
+    r"""Log the output sensitivity of the model on every validation epoch, beside the loss. It needs no labels.
+
+    Sensitivity is the variance of the class-averaged change of the outputs under Gaussian input noise (Forouzesh,
+    Salehi and Thiran, ICPR 2020, `arXiv:2007.15378`_); see :class:`~lightning_sensitivity.OutputSensitivity`.
+
+    **Logged values**, each under ``prefix``, and with several loaders under Lightning's ``/dataloader_idx_N``:
+
+    - ``sensitivity``: S, in squared units of the outputs
+    - ``sensitivity_stderr``: one standard error of S, over samples and noise. The noise is the same in every epoch,
+      so that two epochs of one run are compared more sharply than their error bars say.
+    - ``sensitivity_log10``: log10 of S, which spans decades during training
+    - ``loss_estimate``: the paper's Equation 9, for models of two or more outputs; see
+      :func:`~lightning_sensitivity.functional.loss_estimate` for how far it can be believed
+
+    S is smallest before training and grows with the gap between holdout and training loss, so
+    ``EarlyStopping(monitor="val_sensitivity", mode="min")`` stops at once.
+
+    It costs 1 + ``num_draws`` forward passes per validation batch, and changes nothing about training: weights,
+    buffers, optimizers, random streams, module modes and logged losses are those of a run without it.
+
+    Args:
+        noise_std: σ of the noise in the units that the model receives, one number or one per channel (dimension 1 of
+            the input). After ``Normalize(mean, std)``, σ in pixel units is ``[σ / s for s in std]``.
+        num_draws: Noise draws per sample.
+        seed: Seed of the noise. A batch gets the same noise in every epoch, and different batches, loaders, draws and
+            processes get different noise.
+        prefix: Put before the names in ``Trainer.fit`` and ``Trainer.validate``. ``"val/"`` puts the charts on
+            TensorBoard's card of ``val/loss``.
+        test_prefix: The same for ``Trainer.test``.
+        inputs: What to perturb: a key or an index of the batch, or a callable ``batch -> arguments of the model`` (one,
+            or a tuple of them) of which the first is perturbed. By default a tensor batch itself, the first element
+            of a tuple or list, the only floating tensor of a mapping. The rest is passed on unchanged, as far as the
+            model's ``forward`` takes it; see :func:`~lightning_sensitivity.batches.prepare_call`.
+        outputs: Which of the model's outputs to compare, logits of shape ``(N, K, ...)``: a key or attribute, an index,
+            or a callable ``result -> tensor``. By default a tensor itself, the first element of a tuple or list,
+            ``logits`` of a mapping or object.
+        per_output: Log the mean over outputs of the variance of each output's change instead of the variance of their
+            average. Meaningful for probabilities, too; gives no loss estimate.
+        nan_strategy: What to do at the end of a loader whose outputs were nan or inf: ``"error"`` raises, ``"warn"``
+            warns and logs nothing for it.
+        before_training: Also log the untrained network at step 0. Lightning's sanity check then runs over the whole
+            validation set.
+
+    Raises:
+        MisconfigurationException: If an argument is not one of the above; in ``setup``, if the model has no
+            ``forward``, if no validation loop will run, or if two monitors log under one prefix; at the first
+            validation batch, if the tensor to perturb or the output can't be told.
+        ValueError: At the end of a validation loader, if outputs were nan or inf (``nan_strategy="error"``) or
+            probabilities.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning_sensitivity import SensitivityMonitor
+        >>> trainer = Trainer(callbacks=[SensitivityMonitor(noise_std=0.1)], logger=False)
+
+    .. _arXiv:2007.15378: https://arxiv.org/abs/2007.15378
+
+    """
+
+    def __init__(
+        self,
+        noise_std: float | Sequence[float] = 0.1,
+        num_draws: int = 1,
+        seed: int = 0,
+        prefix: str = "val_",
+        test_prefix: str = "test_",
+        inputs: str | int | Callable[[Any], Any] | None = None,
+        outputs: str | int | Callable[[Any], Tensor] | None = None,
+        per_output: bool = False,
+        nan_strategy: str = "error",
+        before_training: bool = False,
+    ) -> None:
+        try:
+            self.perturbation = GaussianNoise(noise_std)
+        except ValueError as error:
+            raise MisconfigurationException(
+                f"`noise_std` should be a positive, finite number, or one per channel, got {noise_std!r}."
+            ) from error
+        _check("num_draws", num_draws, _is_int(num_draws) and num_draws >= 1, "an int of 1 or more")
+        _check("seed", seed, _is_int(seed), "an int")
+        _check("prefix", prefix, isinstance(prefix, str), "a str")
+        _check("test_prefix", test_prefix, isinstance(test_prefix, str), "a str")
+        for name, value in (("inputs", inputs), ("outputs", outputs)):
+            valid = value is None or isinstance(value, str) or _is_int(value) or callable(value)
+            _check(name, value, valid, "a key (str), an index (int), a callable or None")
+        _check("per_output", per_output, isinstance(per_output, bool), "a bool")
+        _check("nan_strategy", nan_strategy, nan_strategy in ("error", "warn"), "'error' or 'warn'")
+        _check("before_training", before_training, isinstance(before_training, bool), "a bool")
+        self.num_draws = num_draws
+        self.seed = seed
+        self.prefix = prefix
+        self.test_prefix = test_prefix
+        self.inputs = inputs
+        self.outputs = outputs
+        self.per_output = per_output
+        self.nan_strategy = nan_strategy
+        self.before_training = before_training
+        # One entry per loader, for the epoch that is running.
+        self._statistics: dict[int, LoaderStatistics] = {}
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Check what can be checked before the first epoch."""
+        if stage not in ("fit", "validate", "test"):
+            return
+        if not is_overridden("forward", pl_module):
+            raise MisconfigurationException(
+                f"`SensitivityMonitor` runs the model as `model(x)`, but {type(pl_module).__name__} has no `forward`."
+                " Add one that returns the logits."
+            )
+        attribute = "test_prefix" if stage == "test" else "prefix"
+        prefixes = [getattr(monitor, attribute) for monitor in _monitors(trainer)]
+        if len(set(prefixes)) < len(prefixes):
+            raise MisconfigurationException(
+                f"Each `SensitivityMonitor` should have a `{attribute}` of its own, got {prefixes}."
+            )
+        if trainer.world_size > 1 and pl_module.allow_zero_length_dataloader_with_multiple_devices:
+            raise MisconfigurationException(
+                "`SensitivityMonitor` should get a batch in every process, got"
+                " `allow_zero_length_dataloader_with_multiple_devices=True`: Lightning skips validation in a process"
+                " without batches, and the others would wait for it for ever."
+            )
+        if stage == "fit":
+            self._require_validation(trainer, pl_module)
+            if self.before_training and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+                trainer.num_sanity_val_steps = float("inf")
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Lay out TensorBoard's Custom Scalars, so that the loss and its estimate share a chart."""
+        monitors = _monitors(trainer)
+        if self is monitors[0]:  # a second layout would take the place of the first
+            layout = custom_scalars_layout([monitor.prefix for monitor in monitors])
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    logger.experiment.add_custom_scalars(layout)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start with empty statistics."""
+        self._statistics = {}
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Measure a batch before ``validation_step`` may change it."""
+        self._measure(trainer, pl_module, batch, batch_idx, dataloader_idx)
+        if not trainer.sanity_checking:
+            self._log(pl_module, self.prefix, dataloader_idx)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Have every process take part in every reduction, and report what was wrong, after a sanity check too."""
+        loaders = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+        self._finish(trainer, pl_module, self.prefix, len(loaders))
+
+    def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the untrained network, if wanted, and forget the batches of the sanity check."""
+        if self.before_training:
+            values = {
+                _loader_name(self.prefix + name, idx, len(self._statistics)): value.item()
+                for idx, statistics in self._statistics.items()
+                for name, value in statistics.compute().items()
+            }
+            for logger in trainer.loggers:
+                logger.log_metrics(values, step=trainer.global_step)
+        self._statistics = {}
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start with empty statistics."""
+        self._statistics = {}
+
+    def on_test_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Measure a batch before ``test_step`` may change it."""
+        self._measure(trainer, pl_module, batch, batch_idx, dataloader_idx)
+        self._log(pl_module, self.test_prefix, dataloader_idx)
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Have every process take part in every reduction, and report what was wrong."""
+        self._finish(trainer, pl_module, self.test_prefix, len(trainer.num_test_batches))
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Drop the statistics."""
+        self._statistics = {}
+
+    def _measure(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int
+    ) -> None:
+        # A process that had no batch of an earlier loader joins the others, who reduced when that loader was done.
+        for earlier in range(dataloader_idx):
+            self._loader_statistics(pl_module, earlier).compute()
+
+        devices = {pl_module.device, *(parameter.device for parameter in pl_module.parameters())}
+        with ExitStack() as stack:
+            stack.enter_context(preserved_rng(devices))
+            stack.enter_context(evaluating(pl_module))
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(trainer.precision_plugin.val_step_context())
+            x, run = prepare_call(pl_module, batch, self.inputs)
+            clean = select_outputs(run(x.clone()), self.outputs)  # a copy: a model may write into its input
+
+            def noisy_outputs(draw: int) -> Tensor:
+                key = (self.seed, trainer.global_rank, dataloader_idx, batch_idx, draw)
+                return select_outputs(run(self.perturbation(x, noise_generator(*key, device=x.device))), self.outputs)
+
+            statistics = self._loader_statistics(pl_module, dataloader_idx, clean)
+            statistics.update(clean, map(noisy_outputs, range(self.num_draws)))
+            statistics.add_inputs(x, self.perturbation.second_moment(x))
+
+    def _loader_statistics(
+        self, pl_module: pl.LightningModule, dataloader_idx: int, clean: Tensor | None = None
+    ) -> LoaderStatistics:
+        if dataloader_idx not in self._statistics:
+            num_outputs = None
+            if self.per_output:
+                known = [statistics.num_outputs for statistics in self._statistics.values()]
+                if clean is None and not known:
+                    raise RuntimeError(
+                        "With `per_output=True`, `SensitivityMonitor` should get a validation batch in every process,"
+                        " got none: the number of outputs is not known here."
+                    )
+                num_outputs = known[0] if clean is None else (*clean.shape, 1)[1]
+            statistics = LoaderStatistics(
+                per_output=self.per_output, num_outputs=num_outputs, nan_strategy=self.nan_strategy
+            )
+            statistics.set_dtype(accumulation_dtype(pl_module.device)).to(pl_module.device)
+            self._statistics[dataloader_idx] = statistics
+        return self._statistics[dataloader_idx]
+
+    def _log(self, pl_module: pl.LightningModule, prefix: str, dataloader_idx: int) -> None:
+        statistics = self._statistics[dataloader_idx]
+        if statistics.update_count == 1:  # a Metric is logged once; Lightning reads it when the loader is done
+            for name, reading in statistics.readings().items():
+                # `metric_attribute` is checked only for Metrics that belong to the module; this one must not.
+                pl_module.log(prefix + name, reading, on_step=False, on_epoch=True, metric_attribute=name)
+
+    def _finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, prefix: str, num_loaders: int) -> None:
+        num_samples = 0.0
+        for dataloader_idx in range(num_loaders):
+            statistics = self._loader_statistics(pl_module, dataloader_idx)
+            statistics.compute()
+            num_samples += float(statistics.num_samples)
+            if not statistics.has_own_batches and not trainer.sanity_checking:
+                # The other processes log these names; a monitor in this one must find them, too.
+                for name, reading in statistics.readings().items():
+                    full_name = _loader_name(prefix + name, dataloader_idx, num_loaders)
+                    pl_module.log(full_name, reading, metric_attribute=name, add_dataloader_idx=False)
+        if num_samples == 0:
+            rank_zero_warn("`SensitivityMonitor` got no batch in this epoch: nothing is logged.")
+
+    @staticmethod
+    def _require_validation(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.enable_validation:
+            return
+        if not is_overridden("validation_step", pl_module):
+            problem = (
+                f"{type(pl_module).__name__} has no `validation_step`. Add one; without labels a stub is enough:"
+                " `def validation_step(self, batch, batch_idx): pass`"
+            )
+        elif trainer.limit_val_batches == 0:
+            problem = "the Trainer has `limit_val_batches=0`. Raise it"
+        else:
+            problem = "there is no validation loader. Pass `val_dataloaders` to `Trainer.fit`; it needs no labels"
+        raise MisconfigurationException(f"`SensitivityMonitor` measures in the validation loop, but {problem}.")
+
+
+def _monitors(trainer: pl.Trainer) -> list[SensitivityMonitor]:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, SensitivityMonitor)]
+
+
+def _loader_name(name: str, dataloader_idx: int, num_loaders: int) -> str:
+    return name if num_loaders == 1 else f"{name}/dataloader_idx_{dataloader_idx}"
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check(name: str, value: object, valid: bool, expected: str) -> None:
+    if not valid:
+        raise MisconfigurationException(f"`{name}` should be {expected}, got {value!r}.")

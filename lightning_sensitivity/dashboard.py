@@ -1,0 +1,31 @@
+"""The layout of TensorBoard's Custom Scalars page."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from lightning_sensitivity.readings import LOG10
+
+__all__ = ["custom_scalars_layout"]
+
+
+def custom_scalars_layout(prefixes: Sequence[str]) -> dict[str, dict[str, list[object]]]:
+    """Charts that put the loss and its estimate side by side, for ``SummaryWriter.add_custom_scalars``.
+
+    Args:
+        prefixes: The ``prefix`` of each monitor; a category of charts is made for each.
+
+    Returns:
+        Category to chart title to ``["Multiline", [regular expressions of tags]]``.
+    """
+    layout: dict[str, dict[str, list[object]]] = {}
+    for prefix in prefixes:
+        tag = re.escape(prefix)
+        loader = r"(/dataloader_idx_\d+)?$"
+        layout[f"Generalization ({prefix}*)"] = {
+            # Whatever the user's loss is called, it has "loss" in its name; the estimate has, too.
+            "loss and loss estimate": ["Multiline", [f"^{tag}.*loss"]],
+            "sensitivity, log10": ["Multiline", [f"^{tag}{LOG10}{loader}"]],
+        }
+    return layout

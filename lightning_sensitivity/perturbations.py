@@ -1,0 +1,111 @@
+"""What is done to an input: small callables ``(x, generator) -> x'``, each of which states its second moment."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["GaussianNoise", "noise_generator"]
+
+
+class GaussianNoise:
+    """Add independent normal noise to every element of an input: x' = x + ε, ε ~ N(0, σ² I).
+
+    Its second moment E[(x' − x)²] is σ² for every element.
+
+    Args:
+        std: σ in the units that the model receives, one for all elements or one per channel (dimension 1). After
+            ``Normalize(mean, std)``, noise of σ in pixel units is ``[σ / s for s in std]``.
+
+    Raises:
+        ValueError: If a σ is not a positive, finite number, or if there is none.
+
+    Example:
+        >>> import torch
+        >>> from lightning_sensitivity.perturbations import GaussianNoise, noise_generator
+        >>> noise = GaussianNoise(0.1)
+        >>> x = torch.zeros(2, 3)
+        >>> noise(x, noise_generator(seed=0))
+        tensor([[-0.0420,  0.1564, -0.0608],
+                [-0.0201, -0.0759,  0.0250]])
+    """
+
+    def __init__(self, std: float | Sequence[float] = 0.1) -> None:
+        stds = list(std) if isinstance(std, Sequence) and not isinstance(std, str) else [std]
+        valid = [isinstance(s, (int, float)) and not isinstance(s, bool) and 0 < s < math.inf for s in stds]
+        if not stds or not all(valid):
+            raise ValueError(
+                f"Expected the noise's standard deviation to be a positive, finite number, or one per channel,"
+                f" but got {std!r}."
+            )
+        self.std = std
+
+    def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Perturb a batch.
+
+        Args:
+            x: Floating tensor, shape ``(N, ...)``, or ``(N, C, ...)`` for σ per channel.
+            generator: Source of the noise, on the device of ``x``.
+
+        Returns:
+            A new tensor of the shape and type of ``x``.
+
+        Raises:
+            ValueError: If the number of σ is not the number of channels.
+        """
+        # 16-bit inputs are perturbed in float32 and rounded once, like the data that the model was given.
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        noise = torch.randn(x.shape, generator=generator, dtype=dtype, device=x.device)
+        return (x + self._std_for(x) * noise).to(x.dtype)
+
+    def second_moment(self, x: Tensor) -> Tensor | float:
+        """E[(x' − x)²] of each element: σ², a number or a tensor that broadcasts to the shape of ``x``."""
+        return self._std_for(x) ** 2
+
+    def _std_for(self, x: Tensor) -> Tensor | float:
+        if not isinstance(self.std, Sequence):
+            return self.std
+        if x.ndim < 2 or x.shape[1] != len(self.std):
+            raise ValueError(
+                f"Expected one standard deviation per channel (dimension 1 of the input), but got {len(self.std)} for"
+                f" an input of shape {tuple(x.shape)}."
+            )
+        return torch.tensor(self.std, dtype=torch.float32, device=x.device).reshape(-1, *[1] * (x.ndim - 2))
+
+    def __repr__(self) -> str:
+        """Show the argument."""
+        return f"{type(self).__name__}({self.std!r})"
+
+
+def noise_generator(
+    seed: int,
+    rank: int = 0,
+    dataloader_idx: int = 0,
+    batch_idx: int = 0,
+    draw: int = 0,
+    device: torch.device | str = "cpu",
+) -> torch.Generator:
+    """The generator of one noise draw on one batch.
+
+    It depends on its arguments alone, so the same batch gets the same noise in every epoch, and a curve over epochs
+    moves only when the model does. It never touches the global random state, which belongs to training.
+
+    Args:
+        seed: The user's seed.
+        rank: Global rank of the process.
+        dataloader_idx: Index of the validation loader.
+        batch_idx: Index of the batch in its loader.
+        draw: Index of the noise draw.
+        device: Where the noise is needed.
+
+    Returns:
+        A freshly seeded generator.
+    """
+    # Hashed, because neighbouring seeds of some generators give correlated streams.
+    key = repr((seed, rank, dataloader_idx, batch_idx, draw)).encode()
+    generator = torch.Generator(device)
+    return generator.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1)

@@ -1,0 +1,106 @@
+"""What the callback logs: the statistics of one loader in one epoch, and one Metric per logged name to read them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import rank_zero_warn
+
+from lightning_sensitivity.functional import loss_estimate, num_outputs_seen
+from lightning_sensitivity.metric import OutputSensitivity
+
+SENSITIVITY, STDERR, LOG10, LOSS_ESTIMATE = (
+    "sensitivity",
+    "sensitivity_stderr",
+    "sensitivity_log10",
+    "loss_estimate",
+)
+
+
+class LoaderStatistics(OutputSensitivity):
+    """Output sensitivity, and the input power that the loss estimate needs, over one loader in one epoch.
+
+    Args:
+        kwargs: As for :class:`~lightning_sensitivity.OutputSensitivity`.
+    """
+
+    power: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("power", default=torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
+
+    @property
+    def update_called(self) -> bool:
+        """True, since a process that got no batch must still take part in the others' reduction, without a warning."""
+        return True
+
+    @property
+    def has_own_batches(self) -> bool:
+        """Whether this process has seen a batch."""
+        return self.update_count > 0
+
+    def add_inputs(self, x: Tensor, second_moment: Tensor | float) -> None:
+        """Add the power of clean inputs, in units of the perturbation's second moment: the C of Equation 9."""
+        ratio = x.detach().to(self.power.dtype).square() / second_moment
+        self.power = self.power + torch.stack([ratio.sum(), torch.full_like(self.power[0], ratio.numel())])
+
+    def compute(self) -> dict[str, Tensor]:  # type: ignore[override]
+        """Every number that has a meaning; the others are left out."""
+        super().compute()
+        assert self._estimate is not None
+        sensitivity, stderr, _, num_changes = self._estimate
+        if num_changes == 1:
+            rank_zero_warn(
+                "Output sensitivity is a variance, and this epoch gave a single output change: nothing is logged. Use"
+                " more validation samples or `num_draws`."
+            )
+            return {}
+        values = {SENSITIVITY: sensitivity, STDERR: stderr, LOG10: sensitivity.log10()}
+        num_outputs = num_outputs_seen(self.extremes)
+        if not self.per_output and num_outputs > 1 and bool(sensitivity.isfinite()):
+            # `power` is in units of the noise already.
+            values[LOSS_ESTIMATE] = loss_estimate(sensitivity, self.power[0] / self.power[1], 1.0, num_outputs)
+        return {name: value for name, value in values.items() if bool(value.isfinite())}
+
+    def readings(self) -> dict[str, Reading]:
+        """One Metric per logged name."""
+        return {name: Reading(partial(self._read, name)) for name in (SENSITIVITY, STDERR, LOG10, LOSS_ESTIMATE)}
+
+    def _read(self, name: str) -> Tensor | None:
+        return self.compute().get(name)
+
+
+class Reading(Metric):
+    """A stateless Metric that gives one number of a :class:`LoaderStatistics`.
+
+    Lightning logs a Metric as one number, under the name of its loader, and asks for the number when the loader is
+    done. All readings of a loader share one reduction over the processes. One that gives None is not logged: a nan
+    in its place would stop an ``EarlyStopping``.
+
+    Args:
+        read: Gives the number, or None.
+    """
+
+    full_state_update = False
+
+    def __init__(self, read: Callable[[], Tensor | None]) -> None:
+        super().__init__(sync_on_compute=False)
+        self._read = read
+
+    @property
+    def update_called(self) -> bool:
+        """True, since the state that is read lives elsewhere."""
+        return True
+
+    def update(self) -> None:
+        """Do nothing."""
+
+    def compute(self) -> Tensor | None:
+        """Read the number."""
+        return self._read()

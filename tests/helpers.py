@@ -1,0 +1,117 @@
+"""Models and data that the tests share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_sensitivity.perturbations import noise_generator
+
+NUM_FEATURES, NUM_CLASSES = 12, 4
+
+
+def inputs(num_samples: int, seed: int = 0) -> Tensor:
+    return torch.rand(num_samples, NUM_FEATURES, generator=torch.Generator().manual_seed(seed))
+
+
+def labelled(num_samples: int, seed: int = 0) -> TensorDataset:
+    x = inputs(num_samples, seed)
+    return TensorDataset(x, x[:, :NUM_CLASSES].argmax(1))
+
+
+def loader(num_samples: int = 50, batch_size: int = 16, seed: int = 0, **kwargs: Any) -> DataLoader:
+    return DataLoader(labelled(num_samples, seed), batch_size, **kwargs)
+
+
+def unlabelled_loader(num_samples: int = 50, batch_size: int = 16, seed: int = 0) -> DataLoader:
+    return DataLoader(inputs(num_samples, seed), batch_size)
+
+
+class Classifier(LightningModule):
+    """A small network with dropout and batch norm, which eval mode and random streams matter to."""
+
+    def __init__(self, dropout: float = 0.2) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(NUM_FEATURES, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(dropout), nn.Linear(16, NUM_CLASSES)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        loss = cross_entropy(self(batch[0]), batch[1])
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        if not isinstance(batch, Tensor):
+            self.log("val_loss", cross_entropy(self(batch[0]), batch[1]))
+
+    def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.log("test_loss", cross_entropy(self(batch[0]), batch[1]))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=1e-2)
+
+
+class Linear(LightningModule):
+    """A linear model: its sensitivity is known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(NUM_FEATURES, NUM_CLASSES)
+        self.scale = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * self.net(x)
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        pass
+
+    training_step = Classifier.training_step
+    configure_optimizers = Classifier.configure_optimizers
+
+    def sensitivity(self, noise_std: float) -> float:
+        return noise_std**2 * self.net.weight.mean(0).square().sum().item()
+
+
+def trainer(**kwargs: Any) -> Trainer:
+    """A Trainer that is quiet and writes nothing, unless it is told to."""
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "max_epochs": 2,
+    }
+    return Trainer(**{**defaults, **kwargs})
+
+
+@torch.no_grad()
+def brute_force(
+    model: LightningModule,
+    batches: list[Tensor],
+    noise_std: float = 0.1,
+    num_draws: int = 1,
+    seed: int = 0,
+    rank: int = 0,
+    dataloader_idx: int = 0,
+) -> Tensor:
+    """All class-averaged changes, by a plain loop over samples' batches and draws."""
+    training = model.training
+    model.eval()
+    changes = []
+    for batch_idx, x in enumerate(batches):
+        for draw in range(num_draws):
+            generator = noise_generator(seed, rank, dataloader_idx, batch_idx, draw)
+            noise = torch.randn(x.shape, generator=generator)
+            changes.append((model(x + noise_std * noise).double() - model(x).double()).mean(1))
+    model.train(training)
+    return torch.cat(changes)

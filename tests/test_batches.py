@@ -1,0 +1,170 @@
+from collections import UserDict, namedtuple
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+from lightning_sensitivity.batches import prepare_call, select_outputs
+
+X, MASK, LABELS = torch.zeros(3, 2), torch.ones(3, 2, dtype=torch.bool), torch.tensor([0, 1, 2])
+NEW = X + 1
+
+
+class One(nn.Module):
+    def forward(self, x: Any) -> Any:
+        return x
+
+
+class Two(nn.Module):
+    def forward(self, x: Tensor, mask: Tensor, scale: float = 1.0) -> tuple[Any, ...]:
+        return x, mask, scale
+
+
+class Anything(nn.Module):
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        return args, kwargs
+
+
+Batch = namedtuple("Batch", ["x", "y"])
+
+
+@pytest.mark.parametrize(
+    ("batch", "inputs"),
+    [
+        (X, None),
+        ((X, LABELS), None),
+        ([X, LABELS], None),
+        ([X], None),
+        (Batch(X, LABELS), None),
+        (({"image": X, "id": LABELS}, LABELS), None),
+        ({"image": X, "label": LABELS}, None),
+        ({"image": X, "target": X + 5}, "image"),
+        (UserDict(image=X, label=LABELS), None),
+        ((LABELS, X), 1),
+        ((LABELS, X), -1),
+        ({"views": [X, X]}, lambda batch: batch["views"][0]),
+        ((LABELS, X), lambda batch: (batch[1],)),
+    ],
+)
+def test_the_tensor_alone_goes_to_a_model_of_one_argument(batch: Any, inputs: Any) -> None:
+    tensor, run = prepare_call(One(), batch, inputs)
+    assert tensor is X
+    assert run(NEW) is NEW
+
+
+def test_a_mapping_goes_to_the_arguments_that_forward_names() -> None:
+    batch = {"x": X, "mask": MASK, "label": LABELS}
+    tensor, run = prepare_call(Two(), batch, None)
+    assert tensor is X
+    new, mask, scale = run(NEW)
+    assert new is NEW
+    assert mask is MASK
+    assert scale == 1.0
+    assert batch["x"] is X  # the batch is not written to
+
+
+def test_a_tuple_goes_to_the_required_arguments() -> None:
+    _, run = prepare_call(Two(), (X, MASK, LABELS), None)
+    new, mask, scale = run(NEW)
+    assert new is NEW
+    assert mask is MASK
+    assert scale == 1.0
+
+
+def test_a_callable_gives_the_arguments() -> None:
+    batch = {"image": X, "mask": MASK}
+    _, run = prepare_call(Two(), batch, lambda b: (b["image"], b["mask"]))
+    assert run(NEW)[0] is NEW
+    assert run(NEW)[1] is MASK
+    tensor, run = prepare_call(One(), batch, lambda b: (b,))  # the whole batch is one argument
+    assert tensor is X
+    assert run(NEW)["image"] is NEW
+    assert run(NEW)["mask"] is MASK
+
+
+def test_a_nested_input_keeps_what_is_around_it() -> None:
+    _, run = prepare_call(One(), ({"image": X, "id": LABELS}, LABELS), lambda b: (b[0],))
+    assert run(NEW)["id"] is LABELS
+    named = Batch(X, LABELS)
+    _, run = prepare_call(One(), [named], lambda b: (b[0],))
+    assert isinstance(run(NEW), Batch)
+    assert run(NEW).x is NEW
+    _, run = prepare_call(One(), None, lambda b: ([X, MASK],))
+    assert run(NEW)[1] is MASK
+
+
+def test_a_forward_without_named_arguments_gets_the_tensor() -> None:
+    for batch in ({"image": X}, (X, LABELS)):
+        _, run = prepare_call(Anything(), batch, None)
+        assert run(NEW) == ((NEW,), {})
+
+
+@pytest.mark.parametrize(
+    ("batch", "inputs", "match"),
+    [
+        (LABELS, None, r"floating tensor, got torch.int64 of shape \(3,\).*inputs="),
+        ((LABELS, X), None, r"floating tensor, got torch.int64.*inputs="),
+        ((LABELS, X), 0, r"floating tensor, got torch.int64"),
+        ({"label": LABELS}, None, "exactly one floating tensor.*none in dict with the keys 'label'.*inputs="),
+        ({"a": X, "b": X}, None, "exactly one floating tensor.*several: 'a', 'b'.*inputs="),
+        ({"a": X}, "image", "`inputs='image'` should name a part of the batch, got dict with the keys 'a'"),
+        ((X, LABELS), 2, "`inputs=2` should name a part of the batch, got tuple of Tensor, Tensor"),
+        ((X, LABELS), "x", "`inputs='x'` should name a part"),
+        (X, 0, "`inputs=0` should name a part of the batch, got a batch that is one tensor"),
+        ("text", None, "should hold a floating tensor to perturb, got str.*inputs="),
+        ([], None, "should hold a floating tensor to perturb, got list of nothing"),
+        ([3], None, "should hold a floating tensor to perturb, got int"),
+        ((X,), lambda b: (), "empty tuple"),
+        ((X,), lambda b: "no", "should hold a floating tensor to perturb, got str"),
+        (X.to(torch.complex64), None, "floating tensor, got torch.complex64"),
+    ],
+)
+def test_what_can_not_be_told_is_refused(batch: Any, inputs: Any, match: str) -> None:
+    with pytest.raises(MisconfigurationException, match=match):
+        prepare_call(One(), batch, inputs)
+
+
+@pytest.mark.parametrize(
+    ("result", "outputs"),
+    [
+        (X, None),
+        ((X, "attention"), None),
+        ([X], None),
+        ({"loss": LABELS, "logits": X}, None),
+        (UserDict(logits=X), None),
+        (SimpleNamespace(logits=X), None),
+        (Batch("no", X), "y"),
+        ({"scores": X}, "scores"),
+        (SimpleNamespace(scores=X), "scores"),
+        ((LABELS, X), 1),
+        ({"nested": [X]}, lambda result: result["nested"][0]),
+    ],
+)
+def test_outputs(result: Any, outputs: Any) -> None:
+    assert select_outputs(result, outputs) is X
+
+
+@pytest.mark.parametrize(
+    ("result", "outputs", "match"),
+    [
+        (None, None, "should be a tensor.*got NoneType.*outputs="),
+        ({"scores": X}, None, "got dict with the keys 'scores'.*outputs="),
+        ((), None, "got tuple of nothing"),
+        ("text", None, "got str"),
+        ({"scores": X}, "logits", "`outputs='logits'` should name a part.*got dict with the keys 'scores'"),
+        (SimpleNamespace(scores=X), "logits", "`outputs='logits'`.*SimpleNamespace"),
+        ((X,), 1, "`outputs=1`.*tuple of Tensor"),
+        ({"a": X}, lambda result: None, "should be a tensor"),
+    ],
+)
+def test_outputs_that_can_not_be_told_are_refused(result: Any, outputs: Any, match: str) -> None:
+    with pytest.raises(MisconfigurationException, match=match):
+        select_outputs(result, outputs)
+
+
+def test_errors_of_the_users_own_callable_are_not_hidden() -> None:
+    with pytest.raises(KeyError, match="mine"):
+        select_outputs({"a": X}, lambda result: result["mine"])

@@ -1,0 +1,187 @@
+"""Two gloo processes, started once, run every scenario; each test then reads what both of them saw."""
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import seed_everything
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_sensitivity import SensitivityMonitor
+from tests.helpers import Linear, brute_force, inputs, loader, trainer, unlabelled_loader
+
+WORLD_SIZE = 2
+SCENARIOS: dict[str, Callable[[int, Path], Any]] = {}
+
+
+def scenario(function: Callable[[int, Path], Any]) -> Callable[[int, Path], Any]:
+    SCENARIOS[function.__name__] = function
+    return function
+
+
+def model() -> Linear:
+    seed_everything(0, verbose=False)
+    return Linear()
+
+
+def distributed(*callbacks: Any, **kwargs: Any) -> Any:
+    return trainer(callbacks=list(callbacks), strategy="ddp", devices=WORLD_SIZE, **kwargs)
+
+
+class OnRank(IterableDataset):
+    """Batches for one rank alone (or for both, with None), without a length."""
+
+    def __init__(self, rank: int | None, seed: int = 0) -> None:
+        self.rank, self.seed = rank, seed
+
+    def __iter__(self) -> Iterator[Tensor]:
+        if self.rank in (None, int(os.environ["RANK"])):
+            yield from inputs(40, self.seed).split(16)
+
+
+def on_rank(rank: int | None, seed: int = 0) -> DataLoader:
+    return DataLoader(OnRank(rank, seed), batch_size=None)
+
+
+@scenario
+def validate(rank: int, folder: Path) -> Any:
+    return distributed(SensitivityMonitor(num_draws=2)).validate(model(), loader(48, 8), verbose=False)
+
+
+@scenario
+def two_loaders(rank: int, folder: Path) -> Any:
+    loaders = [loader(48, 8), loader(32, 8, seed=1)]
+    return distributed(SensitivityMonitor()).validate(model(), loaders, verbose=False)
+
+
+@scenario
+def early_stopping(rank: int, folder: Path) -> Any:
+    stopping = EarlyStopping(monitor="val_sensitivity", mode="min", patience=2)
+    logger = CSVLogger(folder, name="early_stopping", version=0)
+    fit = distributed(SensitivityMonitor(before_training=True), stopping, max_epochs=20, logger=logger)
+    fit.fit(model(), loader(48, 8), unlabelled_loader(48, 8, seed=1))
+    return fit.current_epoch, stopping.best_score.item()
+
+
+@scenario
+def a_process_without_a_batch(rank: int, folder: Path) -> Any:
+    stopping = EarlyStopping(monitor="val_sensitivity", mode="min", patience=1)
+    fit = distributed(SensitivityMonitor(), stopping, max_epochs=3)
+    fit.fit(net := model(), loader(48, 8), on_rank(0))
+    return fit.current_epoch, float(fit.callback_metrics["val_sensitivity"]), net.state_dict()
+
+
+@scenario
+def a_process_without_a_batch_of_some_loaders(rank: int, folder: Path) -> Any:
+    run = distributed(SensitivityMonitor())
+    run.validate(model(), [on_rank(1), on_rank(None, 1), on_rank(0, 2), on_rank(None, 3), on_rank(1, 4)], verbose=False)
+    return {name: float(value) for name, value in run.callback_metrics.items()}
+
+
+@scenario
+def nan_in_one_process(rank: int, folder: Path) -> Any:
+    net = model()
+    net.scale = torch.nan if rank == 1 else 1.0
+    with pytest.raises(ValueError, match="nan or inf in the clean outputs of batch 0"):
+        distributed(SensitivityMonitor()).validate(net, loader(48, 8), verbose=False)
+    return True
+
+
+@scenario
+def loaders_that_may_be_empty(rank: int, folder: Path) -> Any:
+    net = model()
+    net.allow_zero_length_dataloader_with_multiple_devices = True
+    with pytest.raises(MisconfigurationException, match="should get a batch in every process"):
+        distributed(SensitivityMonitor()).validate(net, loader(48, 8), verbose=False)
+    return True
+
+
+def run_all(rank: int, folder: Path, port: int) -> None:
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), NODE_RANK="0"
+    )
+    os.environ.update(WORLD_SIZE=str(WORLD_SIZE), LOCAL_WORLD_SIZE=str(WORLD_SIZE), GROUP_RANK="0")
+    os.environ["TORCHELASTIC_RUN_ID"] = "tests"  # Lightning then takes the processes as they are
+    results = {}
+    for name, function in SCENARIOS.items():
+        results[name] = function(rank, folder)
+        torch.distributed.barrier()
+    torch.save(results, folder / f"rank_{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    folder = tmp_path_factory.mktemp("distributed")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(run_all, args=(folder, port), nprocs=WORLD_SIZE)
+    ranks = [torch.load(folder / f"rank_{rank}.pt", weights_only=False) for rank in range(WORLD_SIZE)]
+    return {name: [results[name] for results in ranks] for name in SCENARIOS} | {"folder": [folder]}
+
+
+def expected(num_samples: int, batch_size: int = 8, seed: int = 0, **kwargs: Any) -> float:
+    """Brute force over both processes' shares, as the DistributedSampler deals them out."""
+    changes = [
+        brute_force(model(), list(inputs(num_samples, seed)[rank::WORLD_SIZE].split(batch_size)), rank=rank, **kwargs)
+        for rank in range(WORLD_SIZE)
+    ]
+    return torch.cat(changes).var(correction=0).item()
+
+
+def test_the_value_is_that_of_brute_force_over_both(both: dict[str, list[Any]]) -> None:
+    for (values,) in both["validate"]:
+        assert values["val_sensitivity"] == pytest.approx(expected(48, num_draws=2), rel=1e-9)
+    assert both["validate"][0] == both["validate"][1]
+
+
+def test_two_loaders(both: dict[str, list[Any]]) -> None:
+    for first, second in both["two_loaders"]:
+        assert first["val_sensitivity/dataloader_idx_0"] == pytest.approx(expected(48), rel=1e-9)
+        second_expected = expected(32, seed=1, dataloader_idx=1)
+        assert second["val_sensitivity/dataloader_idx_1"] == pytest.approx(second_expected, rel=1e-9)
+
+
+def test_early_stopping_stops_both_at_the_same_epoch(both: dict[str, list[Any]]) -> None:
+    assert both["early_stopping"][0] == both["early_stopping"][1]
+    assert both["early_stopping"][0][0] < 20
+
+
+def test_the_untrained_network_is_that_of_both(both: dict[str, list[Any]]) -> None:
+    lines = (both["folder"][0] / "early_stopping" / "version_0" / "metrics.csv").read_text().splitlines()
+    header, rows = lines[0].split(","), [line.split(",") for line in lines[1:]]
+    column, step = header.index("val_sensitivity"), header.index("step")
+    (value,) = (float(row[column]) for row in rows if row[column] and row[step] == "0")
+    assert value == pytest.approx(expected(48, seed=1), rel=1e-9)
+
+
+def test_a_process_without_a_batch_has_the_others_value(both: dict[str, list[Any]]) -> None:
+    (epochs, value, weights), (other_epochs, other_value, _) = both["a_process_without_a_batch"]
+    assert epochs == other_epochs
+    assert value == other_value
+    net = model()
+    net.load_state_dict(weights)
+    assert value == pytest.approx(brute_force(net, list(inputs(40).split(16))).var(correction=0).item(), rel=1e-9)
+
+
+def test_a_process_without_a_batch_of_some_loaders(both: dict[str, list[Any]]) -> None:
+    first, second = both["a_process_without_a_batch_of_some_loaders"]
+    assert first == second
+    for idx, ranks in enumerate([[1], [0, 1], [0], [0, 1], [1]]):
+        batches = list(inputs(40, seed=idx).split(16))
+        changes = torch.cat([brute_force(model(), batches, rank=rank, dataloader_idx=idx) for rank in ranks])
+        value = first[f"val_sensitivity/dataloader_idx_{idx}"]
+        assert value == pytest.approx(changes.var(correction=0).item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["nan_in_one_process", "loaders_that_may_be_empty"])
+def test_errors_reach_both(both: dict[str, list[Any]], name: str) -> None:
+    assert both[name] == [True, True]
