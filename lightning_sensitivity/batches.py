@@ -10,7 +10,7 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-Selector = str | int | Callable[[Any], Any] | None
+Selector = Callable[[Any], Any] | int | str | None
 
 
 def prepare_call(model: nn.Module, batch: Any, inputs: Selector) -> tuple[Tensor, Callable[[Tensor], Any]]:

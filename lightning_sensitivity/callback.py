@@ -92,8 +92,8 @@ class SensitivityMonitor(Callback):
         seed: int = 0,
         prefix: str = "val_",
         test_prefix: str = "test_",
-        inputs: str | int | Callable[[Any], Any] | None = None,
-        outputs: str | int | Callable[[Any], Tensor] | None = None,
+        inputs: Callable[[Any], Any] | int | str | None = None,  # in this order, YAML can name a function
+        outputs: Callable[[Any], Any] | int | str | None = None,
         per_output: bool = False,
         nan_strategy: str = "error",
         before_training: bool = False,

@@ -1,4 +1,5 @@
 import copy
+import operator
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -572,9 +573,7 @@ def test_channels_that_do_not_fit() -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Lightning 2.6 on jsonargparse 4.5
 def test_lightning_cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["train"])
-    config = tmp_path / "config.yaml"
-    config.write_text(
-        f"""
+    config = f"""
         seed_everything: 1
         trainer:
           accelerator: cpu
@@ -593,11 +592,23 @@ def test_lightning_cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             - class_path: lightning_sensitivity.SensitivityMonitor
               init_args: {{noise_std: 0.3, outputs: operator.pos}}
         """
-    )
-    cli = LightningCLI(Linear, run=False, args=["--config", str(config)], save_config_callback=None)
+
+    def monitors(text: str) -> tuple[LightningCLI, list[SensitivityMonitor]]:
+        (tmp_path / "config.yaml").write_text(text)
+        arguments = ["--config", str(tmp_path / "config.yaml")]
+        cli = LightningCLI(Linear, run=False, args=arguments, save_config_callback=None)
+        return cli, [callback for callback in cli.trainer.callbacks if isinstance(callback, SensitivityMonitor)]
+
+    cli, (first, second) = monitors(config)
+    assert first.inputs == 0
+    assert first.outputs is None
+    assert second.outputs is operator.pos
     cli.trainer.fit(cli.model, loader(), loader())
     for prefix in ("val/", "val_"):
         assert {f"{prefix}{name}" for name in NAMES} <= cli.trainer.callback_metrics.keys()
+
+    _, (first, _) = monitors(config.replace("inputs: 0", "inputs: image"))
+    assert first.inputs == "image"
 
 
 def test_the_callback_can_be_copied() -> None:
