@@ -17,8 +17,8 @@ from torch import Tensor
 
 from lightning_sensitivity.batches import prepare_call, select_outputs
 from lightning_sensitivity.dashboard import custom_scalars_layout
-from lightning_sensitivity.functional import accumulation_dtype
 from lightning_sensitivity.isolation import evaluating, preserved_rng
+from lightning_sensitivity.moments import accumulation_dtype
 from lightning_sensitivity.perturbations import GaussianNoise, noise_generator
 from lightning_sensitivity.readings import LoaderStatistics
 

@@ -11,7 +11,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import rank_zero_warn
 from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
 
-from lightning_sensitivity.functional import (
+from lightning_sensitivity.moments import (
     SensitivityEstimate,
     batch_moments,
     check_extremes,

@@ -11,8 +11,9 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import rank_zero_warn
 
-from lightning_sensitivity.functional import loss_estimate, num_outputs_seen
+from lightning_sensitivity.functional import loss_estimate
 from lightning_sensitivity.metric import OutputSensitivity
+from lightning_sensitivity.moments import num_outputs_seen
 
 SENSITIVITY, STDERR, LOG10, LOSS_ESTIMATE = (
     "sensitivity",

@@ -94,6 +94,11 @@ def trainer(**kwargs: Any) -> Trainer:
     return Trainer(**{**defaults, **kwargs})
 
 
+def changes(clean: Tensor, noisy: Tensor) -> Tensor:
+    """Class-averaged changes by definition, one row per sample, one column per position."""
+    return (noisy.double() - clean.double()).reshape(len(clean), clean.shape[1], -1).mean(1)
+
+
 @torch.no_grad()
 def brute_force(
     model: LightningModule,

@@ -11,7 +11,8 @@ from torch import Tensor
 from torchmetrics import MeanMetric, Metric, MetricCollection
 
 from lightning_sensitivity import OutputSensitivity
-from lightning_sensitivity.functional import batch_moments, output_sensitivity, sensitivity_estimate
+from lightning_sensitivity.functional import output_sensitivity
+from lightning_sensitivity.moments import batch_moments, sensitivity_estimate
 
 NUM_BATCHES, BATCH_SIZE, NUM_OUTPUTS = 6, 16, 5
 CLEAN, NOISY = torch.randn(2, NUM_BATCHES, BATCH_SIZE, NUM_OUTPUTS, generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,34 @@
+"""What only a GPU can show; skipped without one."""
+
+import pytest
+import torch
+
+from lightning_sensitivity import OutputSensitivity, SensitivityMonitor
+from tests.helpers import Classifier, loader, trainer
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed", "bf16-mixed"])
+def test_agrees_with_the_cpu_and_leaves_the_devices_stream_alone(precision: str) -> None:
+    model = Classifier(dropout=0)
+    monitor = SensitivityMonitor(num_draws=4)
+    (on_cpu,) = trainer(callbacks=[monitor]).validate(model, loader(4000, 500), verbose=False)
+    before = torch.cuda.get_rng_state()
+    gpu = trainer(callbacks=[monitor], accelerator="cuda", devices=1, precision=precision)
+    (on_gpu,) = gpu.validate(model, loader(4000, 500), verbose=False)
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+    difference = abs(on_gpu["val_sensitivity"] - on_cpu["val_sensitivity"])
+    assert difference < 5 * on_cpu["val_sensitivity_stderr"]
+
+
+def test_updating_the_metric_never_waits_for_the_device() -> None:
+    metric = OutputSensitivity().to("cuda")
+    clean, noisy = torch.randn(2, 64, 10, device="cuda")
+    metric.update(clean, noisy)  # the first call may set things up
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        metric.update(clean, noisy)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert metric.compute() > 0
