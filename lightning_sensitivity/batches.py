@@ -5,11 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar, cast
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
+_T = TypeVar("_T")
 Selector = Callable[[Any], Any] | int | str | None
 
 
@@ -23,13 +26,13 @@ def prepare_call(model: nn.Module, batch: Any, inputs: Selector) -> tuple[Tensor
     tuple or list               the first element, or ``inputs``    ``model(x)``; if ``forward`` requires p > 1
                                                                     arguments, with the first p elements
     mapping                     the only floating tensor, or        with the entries that ``forward`` names, as
-                                ``inputs``                          keywords; if it names none, ``model(x)``
+                                ``inputs``                          keywords; ``x`` comes first if it names others
     anything, callable          the first argument that the         with the arguments that the callable returns:
     ``inputs``                  callable returns                    one, or a tuple of them
     ==========================  ==================================  ==============================================
 
     A perturbed element may itself be a tuple, list or mapping; the same rules then find the tensor in it. Everything
-    else is passed on as it is.
+    else is passed on as it is, in copies, since a model may write into its arguments.
 
     Args:
         model: The module to run.
@@ -47,22 +50,26 @@ def prepare_call(model: nn.Module, batch: Any, inputs: Selector) -> tuple[Tensor
         arguments = arguments if _is_plain_tuple(arguments) else (arguments,)
         if not arguments:
             raise MisconfigurationException("`inputs` should return the model's arguments, got an empty tuple.")
-        tensor, replace = _floating_tensor(arguments[0], None)
-        return tensor, lambda new: model(replace(new), *arguments[1:])
+        x, replace = _floating_tensor(arguments[0], None)
+        return x, lambda new: model(*_copied((replace(new), *arguments[1:])))
 
-    tensor, replace = _floating_tensor(batch, inputs)
     if isinstance(batch, Mapping):
-        named = [key for key in batch if key in _parameters(model)]
-        if named:
-            return tensor, lambda new: model(**{key: value for key, value in replace(new).items() if key in named})
-    elif isinstance(batch, Sequence):
-        num_required = sum(
-            p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-            for p in _parameters(model).values()
-        )
-        if 1 < num_required <= len(batch):
-            return tensor, lambda new: model(*replace(new)[:num_required])
-    return tensor, lambda new: model(new)
+        key = _only_floating_key(batch) if inputs is None else inputs
+        x, replace = _floating_tensor(batch, key)
+        names = _keyword_names(model, batch)
+        positional = () if key in names else (key,)
+
+        def run(new: Tensor) -> Any:
+            perturbed = _copied(replace(new))
+            return model(*(perturbed[key] for key in positional), **{name: perturbed[name] for name in names})
+
+        return x, run
+
+    x, replace = _floating_tensor(batch, inputs)
+    num_required = _num_required_arguments(model)
+    if isinstance(batch, Sequence) and 1 < num_required <= len(batch):
+        return x, lambda new: model(*_copied(tuple(replace(new)[:num_required])))
+    return x, lambda new: model(*_copied((new,)))
 
 
 def select_outputs(result: Any, outputs: Selector) -> Tensor:
@@ -165,8 +172,21 @@ def _only_floating_key(batch: Mapping[Any, Any]) -> Any:
     return keys[0]
 
 
-def _parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(model.forward).parameters
+def _num_required_arguments(model: nn.Module) -> int:
+    parameters = inspect.signature(model.forward).parameters.values()
+    return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+
+
+def _keyword_names(model: nn.Module, batch: Mapping[Any, Any]) -> list[str]:
+    """The keys of a batch that ``forward`` takes by name; all of them if it takes ``**kwargs`` alone."""
+    parameters = inspect.signature(model.forward).parameters
+    if {p.kind for p in parameters.values()} == {inspect.Parameter.VAR_KEYWORD}:
+        return [key for key in batch if isinstance(key, str)]
+    return [key for key in batch if key in parameters]
+
+
+def _copied(value: _T) -> _T:
+    return cast(_T, apply_to_collection(value, Tensor, torch.clone))
 
 
 def _is_plain_tuple(value: Any) -> bool:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from numbers import Integral
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from lightning_sensitivity.batches import prepare_call, select_outputs
+from lightning_sensitivity.checks import check_loop, check_model, check_processes
 from lightning_sensitivity.dashboard import custom_scalars_layout
-from lightning_sensitivity.isolation import evaluating, preserved_rng
+from lightning_sensitivity.isolation import no_trace
 from lightning_sensitivity.moments import accumulation_dtype
 from lightning_sensitivity.perturbations import GaussianNoise, noise_generator
 from lightning_sensitivity.readings import LoaderStatistics
@@ -37,14 +36,16 @@ class SensitivityMonitor(Callback):
     - ``sensitivity_stderr``: one standard error of S, over samples and noise. The noise is the same in every epoch,
       so that two epochs of one run are compared more sharply than their error bars say.
     - ``sensitivity_log10``: log10 of S, which spans decades during training
-    - ``loss_estimate``: the paper's Equation 9, for models of two or more outputs; see
-      :func:`~lightning_sensitivity.functional.loss_estimate` for how far it can be believed
+    - ``loss_estimate``: the paper's Equation 9, for models of two or more outputs;
+      :func:`~lightning_sensitivity.functional.loss_estimate` says how far it can be believed
 
     S is smallest before training and grows with the gap between holdout and training loss, so
-    ``EarlyStopping(monitor="val_sensitivity", mode="min")`` stops at once.
+    ``EarlyStopping(monitor="val_sensitivity", mode="min")`` stops at once. A value that has no meaning in an epoch (see
+    ``nan_strategy``; log10 of 0) is not logged; an ``EarlyStopping`` that may meet that needs ``strict=False``.
 
     It costs 1 + ``num_draws`` forward passes per validation batch, and changes nothing about training: weights,
-    buffers, optimizers, random streams, module modes and logged losses are those of a run without it.
+    buffers, optimizers, random streams, module modes and logged losses are those of a run without it. The exception is
+    Python state that ``forward`` itself changes: a generator of its own, a counter, a Metric that it updates.
 
     Args:
         noise_std: σ of the noise in the units that the model receives, one number or one per channel (dimension 1 of
@@ -59,20 +60,21 @@ class SensitivityMonitor(Callback):
             or a tuple of them) of which the first is perturbed. By default a tensor batch itself, the first element
             of a tuple or list, the only floating tensor of a mapping. The rest is passed on unchanged, as far as the
             model's ``forward`` takes it; see :func:`~lightning_sensitivity.batches.prepare_call`.
-        outputs: Which of the model's outputs to compare, logits of shape ``(N, K, ...)``: a key or attribute, an index,
-            or a callable ``result -> tensor``. By default a tensor itself, the first element of a tuple or list,
-            ``logits`` of a mapping or object.
+        outputs: Which of the model's outputs to compare, logits (not log-probabilities) of shape ``(N, K, ...)``: a
+            key or attribute, an index, or a callable ``result -> tensor``. By default a tensor itself, the first
+            element of a tuple or list, ``logits`` of a mapping or object.
         per_output: Log the mean over outputs of the variance of each output's change instead of the variance of their
             average. Meaningful for probabilities, too; gives no loss estimate.
         nan_strategy: What to do at the end of a loader whose outputs were nan or inf: ``"error"`` raises, ``"warn"``
             warns and logs nothing for it.
         before_training: Also log the untrained network at step 0. Lightning's sanity check then runs over the whole
-            validation set.
+            validation set. Not done where training resumes.
 
     Raises:
         MisconfigurationException: If an argument is not one of the above; in ``setup``, if the model has no
-            ``forward``, if no validation loop will run, or if two monitors log under one prefix; at the first
-            validation batch, if the tensor to perturb or the output can't be told.
+            ``forward``, if no validation loop will run, if two monitors log under one prefix, or if the strategy or
+            the validation step is of a kind that is not supported; at the first validation batch, if the tensor to
+            perturb or the output can't be told, or the model can't be run on it.
         ValueError: At the end of a validation loader, if outputs were nan or inf (``nan_strategy="error"``) or
             probabilities.
 
@@ -102,7 +104,7 @@ class SensitivityMonitor(Callback):
             self.perturbation = GaussianNoise(noise_std)
         except ValueError as error:
             raise MisconfigurationException(
-                f"`noise_std` should be a positive, finite number, or one per channel, got {noise_std!r}."
+                f"`noise_std` should be a positive, finite number, or a list of one per channel, got {noise_std!r}."
             ) from error
         _check("num_draws", num_draws, _is_int(num_draws) and num_draws >= 1, "an int of 1 or more")
         _check("seed", seed, _is_int(seed), "an int")
@@ -125,32 +127,26 @@ class SensitivityMonitor(Callback):
         self.before_training = before_training
         # One entry per loader, for the epoch that is running.
         self._statistics: dict[int, LoaderStatistics] = {}
+        self._has_measured = False
+        self._num_sanity_val_steps: float | None = None  # what `before_training` has replaced
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check what can be checked before the first epoch."""
         if stage not in ("fit", "validate", "test"):
             return
-        if not is_overridden("forward", pl_module):
-            raise MisconfigurationException(
-                f"`SensitivityMonitor` runs the model as `model(x)`, but {type(pl_module).__name__} has no `forward`."
-                " Add one that returns the logits."
-            )
+        check_model(pl_module)
+        check_loop(trainer, pl_module, stage)
+        check_processes(trainer, pl_module)
         attribute = "test_prefix" if stage == "test" else "prefix"
         prefixes = [getattr(monitor, attribute) for monitor in _monitors(trainer)]
         if len(set(prefixes)) < len(prefixes):
             raise MisconfigurationException(
                 f"Each `SensitivityMonitor` should have a `{attribute}` of its own, got {prefixes}."
             )
-        if trainer.world_size > 1 and pl_module.allow_zero_length_dataloader_with_multiple_devices:
-            raise MisconfigurationException(
-                "`SensitivityMonitor` should get a batch in every process, got"
-                " `allow_zero_length_dataloader_with_multiple_devices=True`: Lightning skips validation in a process"
-                " without batches, and the others would wait for it for ever."
-            )
-        if stage == "fit":
-            self._require_validation(trainer, pl_module)
-            if self.before_training and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-                trainer.num_sanity_val_steps = float("inf")
+        untrained = trainer.global_step == 0 and trainer.ckpt_path is None
+        is_cut = trainer.num_sanity_val_steps < math.inf and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        if stage == "fit" and self.before_training and untrained and is_cut:
+            self._num_sanity_val_steps, trainer.num_sanity_val_steps = trainer.num_sanity_val_steps, math.inf
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Lay out TensorBoard's Custom Scalars, so that the loss and its estimate share a chart."""
@@ -158,8 +154,21 @@ class SensitivityMonitor(Callback):
         if self is monitors[0]:  # a second layout would take the place of the first
             layout = custom_scalars_layout([monitor.prefix for monitor in monitors])
             for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    logger.experiment.add_custom_scalars(layout)
+                # By name, because the logger of `pytorch_lightning` is another class.
+                if any(base.__name__ == "TensorBoardLogger" for base in type(logger).__mro__):
+                    logger.experiment.add_custom_scalars(layout)  # type: ignore[attr-defined]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Watch whether validation ever runs."""
+        self._has_measured = False
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say so if it never did."""
+        if not self._has_measured:
+            rank_zero_warn(
+                "`SensitivityMonitor` has logged nothing in this fit: validation never gave it a batch. Check the"
+                " validation loader, `check_val_every_n_epoch` and `val_check_interval`."
+            )
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start with empty statistics."""
@@ -180,7 +189,10 @@ class SensitivityMonitor(Callback):
 
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the untrained network, if wanted, and forget the batches of the sanity check."""
-        if self.before_training:
+        if self._num_sanity_val_steps is not None:
+            trainer.num_sanity_val_steps = self._num_sanity_val_steps
+            self._num_sanity_val_steps = None
+        if self.before_training and trainer.global_step == 0:
             values = {
                 _loader_name(self.prefix + name, idx, len(self._statistics)): value.item()
                 for idx, statistics in self._statistics.items()
@@ -216,38 +228,42 @@ class SensitivityMonitor(Callback):
         for earlier in range(dataloader_idx):
             self._loader_statistics(pl_module, earlier).compute()
 
-        devices = {pl_module.device, *(parameter.device for parameter in pl_module.parameters())}
-        with ExitStack() as stack:
-            stack.enter_context(preserved_rng(devices))
-            stack.enter_context(evaluating(pl_module))
-            stack.enter_context(torch.no_grad())
-            stack.enter_context(trainer.precision_plugin.val_step_context())
+        with no_trace(pl_module), trainer.precision_plugin.val_step_context():
             x, run = prepare_call(pl_module, batch, self.inputs)
-            clean = select_outputs(run(x.clone()), self.outputs)  # a copy: a model may write into its input
+            clean = self._clean_outputs(x, run, dataloader_idx)
+            statistics = self._loader_statistics(pl_module, dataloader_idx, clean)
 
             def noisy_outputs(draw: int) -> Tensor:
                 key = (self.seed, trainer.global_rank, dataloader_idx, batch_idx, draw)
                 return select_outputs(run(self.perturbation(x, noise_generator(*key, device=x.device))), self.outputs)
 
-            statistics = self._loader_statistics(pl_module, dataloader_idx, clean)
             statistics.update(clean, map(noisy_outputs, range(self.num_draws)))
             statistics.add_inputs(x, self.perturbation.second_moment(x))
+
+    def _clean_outputs(self, x: Tensor, run: Callable[[Tensor], Any], dataloader_idx: int) -> Tensor:
+        try:
+            result = run(x)
+        except (IndexError, KeyError, TypeError, ValueError) as error:
+            if dataloader_idx in self._statistics:  # it has run before: the arguments are right
+                raise
+            raise MisconfigurationException(
+                f"`SensitivityMonitor` could not run the model on the input that it chose, a tensor of shape"
+                f" {tuple(x.shape)}: {type(error).__name__}: {error}. If `forward` takes something else, say what with"
+                " `inputs=`, such as `inputs=lambda batch: (batch,)` for the whole batch."
+            ) from error
+        return select_outputs(result, self.outputs)
 
     def _loader_statistics(
         self, pl_module: pl.LightningModule, dataloader_idx: int, clean: Tensor | None = None
     ) -> LoaderStatistics:
         if dataloader_idx not in self._statistics:
-            num_outputs = None
-            if self.per_output:
-                known = [statistics.num_outputs for statistics in self._statistics.values()]
-                if clean is None and not known:
-                    raise RuntimeError(
-                        "With `per_output=True`, `SensitivityMonitor` should get a validation batch in every process,"
-                        " got none: the number of outputs is not known here."
-                    )
-                num_outputs = known[0] if clean is None else (*clean.shape, 1)[1]
+            # Without a batch the number of outputs is not known, and need not be: see `gather_widest`.
+            num_outputs = 1 if clean is None else (*clean.shape, 1, 1)[1]
             statistics = LoaderStatistics(
-                per_output=self.per_output, num_outputs=num_outputs, nan_strategy=self.nan_strategy
+                name=f"dataloader {dataloader_idx}",
+                per_output=self.per_output,
+                num_outputs=num_outputs if self.per_output else None,
+                nan_strategy=self.nan_strategy,
             )
             statistics.set_dtype(accumulation_dtype(pl_module.device)).to(pl_module.device)
             self._statistics[dataloader_idx] = statistics
@@ -261,33 +277,26 @@ class SensitivityMonitor(Callback):
                 pl_module.log(prefix + name, reading, on_step=False, on_epoch=True, metric_attribute=name)
 
     def _finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, prefix: str, num_loaders: int) -> None:
-        num_samples = 0.0
-        for dataloader_idx in range(num_loaders):
-            statistics = self._loader_statistics(pl_module, dataloader_idx)
+        all_statistics = [self._loader_statistics(pl_module, idx) for idx in range(num_loaders)]
+        num_changes = []
+        for dataloader_idx, statistics in enumerate(all_statistics):
             statistics.compute()
-            num_samples += float(statistics.num_samples)
+            num_changes.append(int(statistics.num_changes))
             if not statistics.has_own_batches and not trainer.sanity_checking:
                 # The other processes log these names; a monitor in this one must find them, too.
                 for name, reading in statistics.readings().items():
                     full_name = _loader_name(prefix + name, dataloader_idx, num_loaders)
                     pl_module.log(full_name, reading, metric_attribute=name, add_dataloader_idx=False)
-        if num_samples == 0:
-            rank_zero_warn("`SensitivityMonitor` got no batch in this epoch: nothing is logged.")
-
-    @staticmethod
-    def _require_validation(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.enable_validation:
+        if trainer.sanity_checking:
             return
-        if not is_overridden("validation_step", pl_module):
-            problem = (
-                f"{type(pl_module).__name__} has no `validation_step`. Add one; without labels a stub is enough:"
-                " `def validation_step(self, batch, batch_idx): pass`"
+        self._has_measured = self._has_measured or any(num_changes)
+        if not any(num_changes):
+            rank_zero_warn("`SensitivityMonitor` got no batch in this epoch: nothing is logged.")
+        if 1 in num_changes:
+            rank_zero_warn(
+                "Output sensitivity is a variance, and a validation loader gave a single output change: nothing is"
+                " logged for it. Use more validation samples or `num_draws`."
             )
-        elif trainer.limit_val_batches == 0:
-            problem = "the Trainer has `limit_val_batches=0`. Raise it"
-        else:
-            problem = "there is no validation loader. Pass `val_dataloaders` to `Trainer.fit`; it needs no labels"
-        raise MisconfigurationException(f"`SensitivityMonitor` measures in the validation loop, but {problem}.")
 
 
 def _monitors(trainer: pl.Trainer) -> list[SensitivityMonitor]:
@@ -300,7 +309,7 @@ def _loader_name(name: str, dataloader_idx: int, num_loaders: int) -> str:
 
 
 def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _check(name: str, value: object, valid: bool, expected: str) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from lightning_sensitivity.moments import batch_moments, check_extremes, sensitivity_estimate
+from lightning_sensitivity.moments import batch_moments, check_outputs, find_non_finite, sensitivity_estimate
 
 __all__ = ["loss_estimate", "output_sensitivity"]
 
@@ -21,8 +22,8 @@ def output_sensitivity(clean: Tensor, noisy: Tensor | Iterable[Tensor], per_outp
     The variance is that of the population (ddof 0), over all samples, noise draws and further positions.
 
     Args:
-        clean: Outputs f(x), before the softmax, floating, shape ``(N, K, ...)``; dimensions after K (pixels, tokens)
-            count as further samples, and ``(N,)`` is K = 1.
+        clean: Outputs f(x), before the softmax (logits, not log-probabilities), floating, shape ``(N, K, ...)``;
+            dimensions after K (pixels, tokens) count as further samples, and ``(N,)`` is K = 1.
         noisy: Outputs f(x + ε), same shape, or an iterable of such tensors, one per noise draw.
         per_output: Give the mean over k of Var(f_k(x + ε) − f_k(x)) instead, which does not average over the outputs
             first and so is meaningful for probabilities, too.
@@ -32,8 +33,8 @@ def output_sensitivity(clean: Tensor, noisy: Tensor | Iterable[Tensor], per_outp
 
     Raises:
         TypeError: If an output is not a floating tensor.
-        ValueError: If shapes differ, an output is nan or inf, there is no change to look at, or the rows sum to a
-            constant and ``per_output`` is False.
+        ValueError: If shapes differ, an output is nan or inf, there is no change to look at, or the outputs are
+            probabilities and ``per_output`` is False.
 
     Example:
         >>> import torch
@@ -46,9 +47,10 @@ def output_sensitivity(clean: Tensor, noisy: Tensor | Iterable[Tensor], per_outp
     .. _arXiv:2007.15378: https://arxiv.org/abs/2007.15378
     """
     moments, extremes = batch_moments(clean, noisy, per_output)
-    problem = check_extremes(extremes, per_output)
-    if problem is not None:
-        raise ValueError(problem)
+    if (non_finite := find_non_finite(extremes)) is not None:
+        raise ValueError(non_finite)
+    if not per_output and (warning := check_outputs(extremes)) is not None:
+        warnings.warn(warning, stacklevel=2)
     if clean.numel() == 0:
         raise ValueError(f"Expected `clean` to hold at least one sample, but got the shape {tuple(clean.shape)}.")
     return sensitivity_estimate(moments).sensitivity

@@ -1,31 +1,51 @@
-"""Leaving no trace: extra forward passes in eval mode that keep random streams and module modes as they were."""
+"""Leaving no trace: extra forward passes in eval mode that keep random streams, buffers and modes as they were."""
 
 from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
 
 
 @contextmanager
-def preserved_rng(devices: Iterable[torch.device]) -> Iterator[None]:
+def no_trace(model: nn.Module) -> Iterator[None]:
+    """Run a module in eval mode, without gradients, and put back everything that a forward pass can change in it.
+
+    What it can't put back is Python state that ``forward`` itself changes: a generator of its own, a counter, a
+    torchmetrics Metric that it updates.
+
+    Args:
+        model: The module that is run inside.
+    """
+    devices = {tensor.device for tensors in (model.parameters(), model.buffers()) for tensor in tensors}
+    with preserved_rng(devices), preserved_buffers(model), evaluating(model), torch.no_grad():
+        yield
+
+
+@contextmanager
+def preserved_rng(devices: Collection[torch.device]) -> Iterator[None]:
     """Restore the random states of python, numpy, the CPU and the given devices on exit, after an exception too.
 
     Lightning's ``isolate_rng`` does not restore after an exception.
 
     Args:
-        devices: The devices that the model runs on.
+        devices: The devices that are used inside.
     """
     numpy = sys.modules.get("numpy")  # not imported: nobody has drawn from it
     python_state = random.getstate()
     numpy_state = numpy.random.get_state() if numpy else None
-    mps_state = torch.mps.get_rng_state() if any(device.type == "mps" for device in devices) else None
+    kinds = {device.type for device in devices} - {"cpu"}
+    mps_state = torch.mps.get_rng_state() if "mps" in kinds else None
     try:
-        with torch.random.fork_rng([device for device in devices if device.type == "cuda"]):
+        with ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng([]))
+            for kind in kinds - {"mps"}:
+                same_kind = [device for device in devices if device.type == kind]
+                stack.enter_context(torch.random.fork_rng(same_kind, device_type=kind))
             yield
     finally:
         random.setstate(python_state)
@@ -33,6 +53,28 @@ def preserved_rng(devices: Iterable[torch.device]) -> Iterator[None]:
             numpy.random.set_state(numpy_state)
         if mps_state is not None:
             torch.mps.set_rng_state(mps_state)
+
+
+@contextmanager
+def preserved_buffers(model: nn.Module) -> Iterator[None]:
+    """Give every buffer its value back on exit: some change in eval mode, too (observers, counters).
+
+    Args:
+        model: The module that owns the buffers.
+    """
+    saved = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, value in saved:
+                buffer.copy_(value)
+                if getattr(module, name) is not buffer:
+                    setattr(module, name, buffer)
 
 
 @contextmanager

@@ -14,9 +14,11 @@ from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
 from lightning_sensitivity.moments import (
     SensitivityEstimate,
     batch_moments,
-    check_extremes,
+    check_num_outputs,
+    check_outputs,
     empty_extremes,
     empty_moments,
+    find_non_finite,
     merge_moments,
     sensitivity_estimate,
 )
@@ -36,10 +38,11 @@ class OutputSensitivity(Metric):
 
     As input to ``forward`` and ``update`` the metric accepts the following input:
 
-    - ``clean`` (:class:`~torch.Tensor`): outputs f(x), before the softmax, as a float tensor of shape
-      ``(N, K, ...)``. Dimensions after K (pixels, tokens) count as further samples; ``(N,)`` is K = 1.
+    - ``clean`` (:class:`~torch.Tensor`): outputs f(x), before the softmax (logits, not log-probabilities), as a float
+      tensor of shape ``(N, K, ...)``. Dimensions after K (pixels, tokens) count as further samples; ``(N,)`` is K = 1.
     - ``noisy`` (:class:`~torch.Tensor` or an iterable of them): outputs f(x + ε) of the same shape; for several noise
-      draws of the same samples, an iterable with one tensor a draw. A generator is consumed one draw at a time.
+      draws of the same samples, an iterable with one tensor a draw. A generator is consumed one draw at a time; what
+      passes on its input more than once, such as a :class:`torchmetrics.MetricCollection`, needs a list.
 
     As output of ``forward`` and ``compute`` the metric returns the following output:
 
@@ -58,8 +61,8 @@ class OutputSensitivity(Metric):
 
     Raises:
         ValueError: If an argument is not one of the above; in ``update``, if shapes do not fit; in ``compute``, if
-            outputs were nan or inf (``nan_strategy="error"``), if K changed between batches, or if the rows of the
-            outputs sum to a constant and ``per_output`` is False.
+            outputs were nan or inf (``nan_strategy="error"``), if K changed between batches, or if the outputs are
+            probabilities and ``per_output`` is False.
         TypeError: In ``update``, if an output is not a floating tensor.
 
     Example:
@@ -76,7 +79,7 @@ class OutputSensitivity(Metric):
         >>> metric.stderr
         tensor(2.1333e-05, dtype=torch.float64)
         >>> metric.num_samples
-        tensor(500., dtype=torch.float64)
+        tensor(500)
 
     Example (several noise draws of the same samples):
         >>> metric = OutputSensitivity()
@@ -132,11 +135,7 @@ class OutputSensitivity(Metric):
 
     def compute(self) -> Tensor:
         """The sensitivity of all samples so far, over all processes."""
-        problem = check_extremes(self.extremes, self.per_output)
-        if problem is not None:
-            if self.nan_strategy == "error":
-                raise ValueError(problem)
-            rank_zero_warn(problem)
+        self._check()
         self._estimate = sensitivity_estimate(self.moments)
         return self._estimate.sensitivity
 
@@ -168,8 +167,24 @@ class OutputSensitivity(Metric):
 
         Raises:
             ModuleNotFoundError: If ``matplotlib`` is not installed.
+
+        Example:
+            >>> import torch
+            >>> from lightning_sensitivity import OutputSensitivity
+            >>> metric = OutputSensitivity()
+            >>> values = [metric(torch.rand(8, 3), torch.rand(8, 3)) for _ in range(10)]
+            >>> figure, axes = metric.plot(values)
         """
         return self._plot(val, ax)
+
+    def _check(self) -> None:
+        check_num_outputs(self.extremes)
+        if (problem := find_non_finite(self.extremes)) is not None:
+            if self.nan_strategy == "error":
+                raise ValueError(f"{problem} With `nan_strategy='warn'` it is a warning, and there is no value.")
+            rank_zero_warn(problem)
+        elif not self.per_output and (warning := check_outputs(self.extremes)) is not None:
+            rank_zero_warn(warning)
 
     def _computed_estimate(self) -> SensitivityEstimate:
         self.compute()  # cached, and leaves the estimate behind

@@ -27,10 +27,13 @@ _NUM_ROWS = 5
 
 # Layout of the extremes; all are minima, so that one ``min`` merges them.
 _FIRST_BAD_CLEAN, _FIRST_BAD_NOISY = 0, 1  # index of the first update with nan or inf, else inf
-_MIN_OUTPUTS, _NEG_MAX_OUTPUTS = 2, 3
-_MIN_ROW_SUM, _NEG_MAX_ROW_SUM = 4, 5
-_NEG_ROUNDING, _NEG_MAX_CHANGE = 6, 7  # the rounding of a row sum; the largest change of one output
-_NUM_EXTREMES = 8
+_MIN_OUTPUTS, _NEG_MAX_OUTPUTS = 2, 3  # K
+_MIN_VALUE = 4
+_MIN_ROW_SUM, _NEG_MAX_ROW_SUM = 5, 6
+_NEG_ROUNDING = 7  # relative rounding of an output
+_NEG_MAX_SIZE = 8  # the largest sum over a row of absolute values
+_NEG_MAX_CHANGE = 9  # the largest change of one output
+_NUM_EXTREMES = 10
 
 
 class SensitivityEstimate(NamedTuple):
@@ -62,7 +65,7 @@ def empty_moments(num_outputs: int = 1, device: torch.device | str = "cpu") -> T
 
 
 def empty_extremes(device: torch.device | str = "cpu") -> Tensor:
-    """Extremes of nothing, the neutral element of ``torch.minimum``; shape ``(8,)``."""
+    """Extremes of nothing, the neutral element of ``torch.minimum``; shape ``(10,)``."""
     device = torch.device(device)
     return torch.full((_NUM_EXTREMES,), math.inf, dtype=accumulation_dtype(device), device=device)
 
@@ -80,22 +83,20 @@ def batch_moments(
         update_idx: What an error message calls this batch.
 
     Returns:
-        Moments, shape ``(5, 2 + D)`` with D = K if ``per_output`` else 1, and extremes, shape ``(8,)``.
+        Moments, shape ``(5, 2 + D)`` with D = K if ``per_output`` else 1, and extremes, shape ``(10,)``.
 
     Raises:
         TypeError: If an output is not a floating tensor.
         ValueError: If clean and noisy outputs differ in shape, or have no dimension, or if there is no draw.
     """
     _check_output(clean, "clean")
-    dtype = accumulation_dtype(clean.device)
-    columns = _columns(clean, dtype)
+    columns = _columns(clean).to(accumulation_dtype(clean.device))
     num_samples, num_outputs, num_positions = columns.shape
     width = num_outputs if per_output else 1
     # One draw's moments are joined with the next by plain sums and Chan's update, in constant memory.
     count, mean, m2 = 0, columns.new_zeros(width), columns.new_zeros(())
     sums, squares = columns.new_zeros(num_samples, width), columns.new_zeros(num_samples)
-    extremes = _output_extremes(clean, columns)
-    extremes[_FIRST_BAD_CLEAN] = _index_if_bad(clean, update_idx)
+    extremes = _output_extremes(clean, _FIRST_BAD_CLEAN, update_idx)
     num_draws = 0
     for draw in (noisy,) if isinstance(noisy, Tensor) else noisy:
         _check_output(draw, "noisy")
@@ -105,12 +106,11 @@ def batch_moments(
                 f" but got {tuple(draw.shape)} for noisy and {tuple(clean.shape)} for clean outputs."
             )
         num_draws += 1
-        draw_columns = _columns(draw, dtype)
-        draw_extremes = _output_extremes(draw, draw_columns)
-        draw_extremes[_FIRST_BAD_NOISY] = _index_if_bad(draw, update_idx)
-        change = draw_columns - columns
+        draw_extremes = _output_extremes(draw, _FIRST_BAD_NOISY, update_idx)
         if num_samples and num_positions:
-            draw_extremes[_NEG_MAX_CHANGE] = -change.abs().max()
+            change = _columns(draw) - columns  # in the wider type
+            lowest, highest = change.aminmax()
+            draw_extremes[_NEG_MAX_CHANGE] = torch.minimum(lowest, -highest)
             if not per_output:
                 change = change.mean(1, keepdim=True)
             draw_mean = change.mean((0, 2))
@@ -200,46 +200,60 @@ def sensitivity_estimate(moments: Tensor) -> SensitivityEstimate:
         + (sum_factors.abs() @ itself[2:].sqrt()).square()
     )
     stderr = (squared_deviation.clamp(min=0) * samples / (samples - 1)).sqrt() / changes
-    return SensitivityEstimate(sensitivity, torch.where(samples > 1, stderr, torch.nan), samples, changes)
+    return SensitivityEstimate(
+        sensitivity, torch.where(samples > 1, stderr, torch.nan), samples.round().long(), changes.round().long()
+    )
 
 
-def check_extremes(extremes: Tensor, per_output: bool = False) -> str | None:
-    """Look for what would make a sensitivity wrong.
-
-    Args:
-        extremes: Shape ``(8,)``.
-        per_output: Whether the outputs are kept apart, so that their rows may sum to a constant.
-
-    Returns:
-        None, or a description of the nan or inf that was met, which the caller may treat as a warning.
-
-    Raises:
-        ValueError: If the number of outputs changed between batches, or if the rows of the outputs sum to a constant
-            (probabilities, centred logits), whose class-average can't change.
-    """
+def find_non_finite(extremes: Tensor) -> str | None:
+    """Describe the nan or inf among the outputs behind the extremes, if there was any."""
     values: list[float] = extremes.tolist()
     bad = [
         f"the {name} outputs of batch {int(values[index])}"
         for name, index in (("clean", _FIRST_BAD_CLEAN), ("noisy", _FIRST_BAD_NOISY))
         if math.isfinite(values[index])
     ]
-    if bad:
-        return f"Expected finite outputs, but met nan or inf in {' and in '.join(bad)} (counted from 0)."
-    fewest, most = values[_MIN_OUTPUTS], -values[_NEG_MAX_OUTPUTS]
+    return f"Expected finite outputs, but met nan or inf in {' and in '.join(bad)} (counted from 0)." if bad else None
+
+
+def check_outputs(extremes: Tensor) -> str | None:
+    """Look for finite outputs whose class-averaged change means nothing.
+
+    Args:
+        extremes: Shape ``(10,)``.
+
+    Returns:
+        None, or a warning: the rows of the outputs sum to the same value, within rounding. That is so for centred
+        logits, but also for a network whose class-mean training has shrunk to nothing.
+
+    Raises:
+        ValueError: If the outputs are probabilities, whose rows sum to 1.
+    """
+    values: list[float] = extremes.tolist()
+    lowest, highest, rounding = values[_MIN_ROW_SUM], -values[_NEG_MAX_ROW_SUM], -values[_NEG_ROUNDING]
+    if values[_MIN_OUTPUTS] < 2 or lowest > highest:
+        return None
+    if values[_MIN_VALUE] >= 0 and abs(lowest - 1) <= rounding and abs(highest - 1) <= rounding:
+        raise ValueError(
+            "Expected logits, but got probabilities: outputs of 0 or more whose rows all sum to 1, so that the class"
+            " average of their changes is always 0. Pass the logits, or use `per_output=True`."
+        )
+    if highest - lowest <= rounding * -values[_NEG_MAX_SIZE] and values[_NEG_MAX_CHANGE] < 0:
+        return (
+            "The rows of the outputs all sum to the same value, within rounding, so that sensitivity, which sees their"
+            " class average only, is rounding, too. `per_output=True` sees the outputs themselves."
+        )
+    return None
+
+
+def check_num_outputs(extremes: Tensor) -> None:
+    """Raise ValueError if the number of outputs changed between batches."""
+    fewest, most = int(extremes[_MIN_OUTPUTS].clamp(max=2**52)), num_outputs_seen(extremes)
     if fewest < most:
         raise ValueError(
             "Expected the same number of outputs K (dimension 1 of `clean` and `noisy`) in every batch,"
-            f" but got {int(fewest)} to {int(most)}. If dimension 1 is a position, move the classes there."
+            f" but got {fewest} to {most}. If dimension 1 is a position, move the classes there."
         )
-    lowest, highest = values[_MIN_ROW_SUM], -values[_NEG_MAX_ROW_SUM]
-    rounding, change = -values[_NEG_ROUNDING], -values[_NEG_MAX_CHANGE]
-    if not per_output and highest - lowest <= rounding < change:
-        raise ValueError(
-            f"Expected logits, but got outputs whose rows all sum to {(lowest + highest) / 2:.2g}, such as"
-            " probabilities: the class average of their changes is always 0. Pass the logits, or use"
-            " `per_output=True`."
-        )
-    return None
 
 
 def num_outputs_seen(extremes: Tensor) -> int:
@@ -256,25 +270,25 @@ def _check_output(output: Tensor, name: str) -> None:
         raise ValueError(f"Expected `{name}` to have the shape (N, K, ...) or (N,), but got a scalar.")
 
 
-def _columns(output: Tensor, dtype: torch.dtype) -> Tensor:
-    """(N, K, ...) or (N,) as (N, K, P), upcast before anything is subtracted."""
-    output = output.detach().to(dtype)
+def _columns(output: Tensor) -> Tensor:
+    """(N, K, ...) or (N,) as (N, K, P)."""
+    output = output.detach()
     output = output[:, None] if output.ndim == 1 else output
     return output.reshape(*output.shape[:2], math.prod(output.shape[2:]))
 
 
-def _index_if_bad(output: Tensor, update_idx: int) -> Tensor:
-    index = output.new_full((), update_idx, dtype=accumulation_dtype(output.device))
-    return torch.where(output.isfinite().all(), math.inf, index)
-
-
-def _output_extremes(output: Tensor, columns: Tensor) -> Tensor:
-    extremes = empty_extremes(columns.device)
+def _output_extremes(output: Tensor, index_if_bad: int, update_idx: int) -> Tensor:
+    columns = _columns(output)
+    extremes = empty_extremes(output.device)
     extremes[_MIN_OUTPUTS], extremes[_NEG_MAX_OUTPUTS] = columns.shape[1], -columns.shape[1]
+    # A float32 softmax adds a few roundings of its own to those of a 16-bit output.
+    extremes[_NEG_ROUNDING] = -(torch.finfo(output.dtype).eps + 16 * torch.finfo(torch.float32).eps)
     if columns.numel():
-        row_sums = columns.sum(1)
+        lowest, highest = columns.aminmax()  # both nan if one output is
+        finite = lowest.isfinite() & highest.isfinite()
+        extremes[index_if_bad] = torch.where(finite, extremes[index_if_bad], update_idx)
+        extremes[_MIN_VALUE] = lowest
+        row_sums = columns.sum(1, dtype=extremes.dtype)
         extremes[_MIN_ROW_SUM], extremes[_NEG_MAX_ROW_SUM] = row_sums.min(), -row_sums.max()
-        # Each of K rounded terms is off by eps/2 of itself; a softmax in float32 adds a few float32 roundings.
-        relative = torch.finfo(output.dtype).eps + 16 * torch.finfo(torch.float32).eps
-        extremes[_NEG_ROUNDING] = -relative * columns.abs().sum(1).max()
+        extremes[_NEG_MAX_SIZE] = -torch.linalg.vector_norm(columns, 1, dim=1, dtype=extremes.dtype).max()
     return extremes

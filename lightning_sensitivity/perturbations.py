@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -36,13 +37,13 @@ class GaussianNoise:
 
     def __init__(self, std: float | Sequence[float] = 0.1) -> None:
         stds = list(std) if isinstance(std, Sequence) and not isinstance(std, str) else [std]
-        valid = [isinstance(s, (int, float)) and not isinstance(s, bool) and 0 < s < math.inf for s in stds]
+        valid = [isinstance(s, Real) and not isinstance(s, bool) and 0 < s < math.inf for s in stds]
         if not stds or not all(valid):
             raise ValueError(
-                f"Expected the noise's standard deviation to be a positive, finite number, or one per channel,"
+                "Expected the noise's standard deviation to be a positive, finite number, or a list of one per channel,"
                 f" but got {std!r}."
             )
-        self.std = std
+        self.std = [float(s) for s in stds] if isinstance(std, Sequence) else float(std)
 
     def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """Perturb a batch.
@@ -67,7 +68,7 @@ class GaussianNoise:
         return self._std_for(x) ** 2
 
     def _std_for(self, x: Tensor) -> Tensor | float:
-        if not isinstance(self.std, Sequence):
+        if isinstance(self.std, float):
             return self.std
         if x.ndim < 2 or x.shape[1] != len(self.std):
             raise ValueError(

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torchmetrics import Metric
-from torchmetrics.utilities import rank_zero_warn
+from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_sensitivity.functional import loss_estimate
 from lightning_sensitivity.metric import OutputSensitivity
@@ -23,17 +24,34 @@ SENSITIVITY, STDERR, LOG10, LOSS_ESTIMATE = (
 )
 
 
+def gather_widest(state: Tensor, group: Any = None) -> list[Tensor]:
+    """Gather a state over processes, of which those without a batch do not know its width, the number of outputs.
+
+    Args:
+        state: The state of this process.
+        group: The process group, or None for all processes.
+
+    Returns:
+        The state of each process; empty ones are widened with zeros, which leaves them empty.
+    """
+    states: list[Tensor] = gather_all_tensors(state, group)
+    width = max(state.shape[-1] for state in states)
+    return [pad(state, (0, width - state.shape[-1])) for state in states]
+
+
 class LoaderStatistics(OutputSensitivity):
     """Output sensitivity, and the input power that the loss estimate needs, over one loader in one epoch.
 
     Args:
+        name: What an error message calls the loader.
         kwargs: As for :class:`~lightning_sensitivity.OutputSensitivity`.
     """
 
     power: Tensor
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, name: str, **kwargs: Any) -> None:
+        super().__init__(dist_sync_fn=gather_widest, **kwargs)
+        self.name = name
         self.add_state("power", default=torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
 
     @property
@@ -53,21 +71,25 @@ class LoaderStatistics(OutputSensitivity):
 
     def compute(self) -> dict[str, Tensor]:  # type: ignore[override]
         """Every number that has a meaning; the others are left out."""
-        super().compute()
+        try:
+            super().compute()
+        except ValueError as error:
+            raise ValueError(f"`SensitivityMonitor`, {self.name}: {error}") from None
         assert self._estimate is not None
         sensitivity, stderr, _, num_changes = self._estimate
-        if num_changes == 1:
-            rank_zero_warn(
-                "Output sensitivity is a variance, and this epoch gave a single output change: nothing is logged. Use"
-                " more validation samples or `num_draws`."
-            )
+        if num_changes < 2 or not bool(sensitivity.isfinite()):
             return {}
         values = {SENSITIVITY: sensitivity, STDERR: stderr, LOG10: sensitivity.log10()}
         num_outputs = num_outputs_seen(self.extremes)
-        if not self.per_output and num_outputs > 1 and bool(sensitivity.isfinite()):
+        if not self.per_output and num_outputs > 1:
             # `power` is in units of the noise already.
             values[LOSS_ESTIMATE] = loss_estimate(sensitivity, self.power[0] / self.power[1], 1.0, num_outputs)
         return {name: value for name, value in values.items() if bool(value.isfinite())}
+
+    @property
+    def num_changes(self) -> Tensor:
+        """Number of output changes, over all processes."""
+        return self._computed_estimate().num_changes
 
     def readings(self) -> dict[str, Reading]:
         """One Metric per logged name."""

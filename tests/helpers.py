@@ -108,8 +108,9 @@ def brute_force(
     seed: int = 0,
     rank: int = 0,
     dataloader_idx: int = 0,
+    per_output: bool = False,
 ) -> Tensor:
-    """All class-averaged changes, by a plain loop over samples' batches and draws."""
+    """All class-averaged changes (or one column per output), by a plain loop over samples' batches and draws."""
     training = model.training
     model.eval()
     changes = []
@@ -117,6 +118,6 @@ def brute_force(
         for draw in range(num_draws):
             generator = noise_generator(seed, rank, dataloader_idx, batch_idx, draw)
             noise = torch.randn(x.shape, generator=generator)
-            changes.append((model(x + noise_std * noise).double() - model(x).double()).mean(1))
+            changes.append(model(x + noise_std * noise).double() - model(x).double())
     model.train(training)
-    return torch.cat(changes)
+    return torch.cat(changes) if per_output else torch.cat(changes).mean(1)

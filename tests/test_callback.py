@@ -297,6 +297,77 @@ def test_nothing_enters_a_checkpoint(tmp_path: Path) -> None:
     assert not any("metric" in key or "moments" in key for key in saved["state_dict"])
 
 
+class Counter(nn.Module):
+    """Changes its buffers in eval mode, too, in place and by putting others there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("in_place", torch.zeros(1))
+        self.register_buffer("replaced", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.in_place += 1
+        self.replaced = self.replaced + x.detach().max()
+        return x
+
+
+def test_buffers_that_change_in_eval_mode_are_put_back() -> None:
+    def counts(callbacks: list[Callback]) -> dict[str, Tensor]:
+        seed_everything(0, verbose=False)
+        model = Classifier()
+        model.net.insert(0, Counter())
+        trainer(callbacks=callbacks).fit(model, loader(), loader())
+        return model.state_dict()
+
+    torch.testing.assert_close(counts([SensitivityMonitor()]), counts([]), rtol=0, atol=0)
+
+
+def test_what_the_model_writes_into_its_other_arguments_does_not_reach_validation_step() -> None:
+    class Masked(Linear):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return super().forward(x * mask.mul_(0.5))
+
+        def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+            assert torch.equal(batch["mask"], torch.ones(16, 12))
+
+    batches = [{"x": x, "mask": torch.ones(12)} for x in inputs(32)]
+    plain = validated(SensitivityMonitor(inputs="x"), Masked(), DataLoader(batches, 16))
+    full = validated(SensitivityMonitor(), Linear(), DataLoader(inputs(32), 16))
+    assert plain["val_sensitivity"] > 0
+    assert full["val_sensitivity"] > 0
+
+
+# Precision
+
+
+@pytest.mark.parametrize(
+    ("precision", "inside"),
+    [
+        ("bf16-mixed", torch.bfloat16),
+        ("bf16-true", torch.bfloat16),
+        ("64-true", torch.float64),
+        ("32-true", torch.float32),
+    ],
+)
+def test_the_passes_run_under_the_precision_of_validation(precision: str, inside: torch.dtype) -> None:
+    seen = set()
+
+    class Recording(Classifier):
+        def forward(self, x: Tensor) -> Tensor:
+            output = super().forward(x)
+            seen.add(output.dtype)
+            return output
+
+    seed_everything(0, verbose=False)
+    model = Recording()
+    reference = validated(SensitivityMonitor(noise_std=0.5), copy.deepcopy(model), loader(400, 100))
+    seen.clear()
+    values = validated(SensitivityMonitor(noise_std=0.5), model, loader(400, 100), precision=precision)
+    assert seen == {inside}
+    difference = abs(values["val_sensitivity"] - reference["val_sensitivity"])
+    assert difference < 3 * reference["val_sensitivity_stderr"]
+
+
 # Cost
 
 
@@ -394,6 +465,32 @@ def test_before_training_logs_the_untrained_network_at_step_0(tmp_path: Path, nu
         close(steps[0], value)
 
 
+def test_before_training_is_for_untrained_networks_alone(tmp_path: Path) -> None:
+    def first_steps(**kwargs: Any) -> list[int]:
+        logger = CSVLogger(tmp_path)
+        monitors = [
+            SensitivityMonitor(before_training=True),
+            SensitivityMonitor(0.2, prefix="b_", before_training=True),
+        ]
+        fit = trainer(callbacks=monitors, logger=logger, max_epochs=kwargs.pop("max_epochs", 1), num_sanity_val_steps=1)
+        fit.fit(Classifier(), loader(), loader(), **kwargs)
+        assert fit.num_sanity_val_steps == 1
+        fit.save_checkpoint(tmp_path / "last.ckpt")
+        fit.fit_loop.max_epochs += 1
+        fit.fit(fit.lightning_module, loader(), loader())  # goes on: nothing is untrained any more
+        header, *rows = (line.split(",") for line in Path(logger.log_dir, "metrics.csv").read_text().splitlines())
+        return [int(row[header.index("step")]) for row in rows if row[header.index("val_sensitivity")]]
+
+    assert first_steps() == [0, 3, 7]
+    assert first_steps(ckpt_path=tmp_path / "last.ckpt", max_epochs=2) == [7, 11]
+
+
+def test_before_training_leaves_a_fast_dev_run_fast() -> None:
+    run = trainer(callbacks=[SensitivityMonitor(before_training=True)], fast_dev_run=1)
+    run.fit(Classifier(), loader(), loader())
+    assert run.num_sanity_val_steps == 0
+
+
 # Unusual loaders
 
 
@@ -406,6 +503,24 @@ def test_one_sample_of_several_draws_has_a_value_and_no_error_bar() -> None:
     values = validated(SensitivityMonitor(num_draws=3), Classifier(), loader(1))
     assert values["val_sensitivity"] > 0
     assert "val_sensitivity_stderr" not in values
+
+
+def test_a_short_sanity_check_of_one_sample_is_silent() -> None:
+    trainer(callbacks=[SensitivityMonitor()], num_sanity_val_steps=1).fit(Classifier(), loader(), loader(8, 1))
+
+
+def test_a_fit_that_never_validates_says_so() -> None:
+    with pytest.warns(UserWarning, match="logged nothing in this fit"):
+        trainer(callbacks=[SensitivityMonitor()], check_val_every_n_epoch=5).fit(Classifier(), loader(), loader())
+
+
+def test_predict_is_left_alone() -> None:
+    class NoForwardAtAll(Classifier):
+        def predict_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            return batch[0]
+
+    run = trainer(callbacks=[SensitivityMonitor(), SensitivityMonitor()])  # one prefix twice: no matter here
+    assert len(run.predict(NoForwardAtAll(), loader())) == len(loader())
 
 
 def test_a_loader_without_batches_warns_and_logs_nothing() -> None:
@@ -478,6 +593,32 @@ def test_no_validation_loop() -> None:
         trainer(**monitored, limit_val_batches=0).fit(Classifier(), loader(), loader())
 
 
+@pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor")
+def test_a_step_that_draws_its_batches_itself() -> None:
+    class Drawing(Classifier):
+        def validation_step(self, dataloader_iter: Iterator[Any]) -> None: ...
+
+    with pytest.raises(MisconfigurationException, match=r"`validation_step\(dataloader_iter\)`"):
+        trainer(callbacks=[SensitivityMonitor()]).fit(Drawing(), loader(), loader())
+
+
+def test_a_model_that_takes_the_whole_batch_is_told_how() -> None:
+    class Whole(Linear):
+        def forward(self, batch: Any) -> Tensor:
+            if isinstance(batch, dict):
+                return super().forward(batch["image"])
+            x, _ = batch
+            return super().forward(x)
+
+    images = DataLoader([{"image": x, "id": 0} for x in inputs(20)], batch_size=10)
+    for batches in (images, loader(20)):
+        with pytest.raises(
+            MisconfigurationException, match=r"could not run the model.*Error.*inputs=lambda batch: \(batch,"
+        ):
+            validated(SensitivityMonitor(), Whole(), batches)
+        assert validated(SensitivityMonitor(inputs=lambda batch: (batch,)), Whole(), batches)["val_sensitivity"] > 0
+
+
 def test_two_monitors_need_two_prefixes() -> None:
     model = Classifier()
     same = [SensitivityMonitor(), SensitivityMonitor(noise_std=0.2)]
@@ -548,8 +689,14 @@ class Diverging(Linear):
 @pytest.mark.parametrize("noisy", [False, True])
 def test_non_finite_outputs_are_named(noisy: bool) -> None:
     which = "noisy" if noisy else "clean"
-    with pytest.raises(ValueError, match=f"nan or inf in the {which} outputs of batch 2 "):
+    with pytest.raises(
+        ValueError, match=f"`SensitivityMonitor`, dataloader 0: .*{which} outputs of batch 2 .*nan_strat"
+    ):
         validated(SensitivityMonitor(), Diverging(2, noisy), unlabelled_loader())
+    batches_of_the_first = len(unlabelled_loader())
+    with pytest.raises(ValueError, match=f"dataloader 1: .*{which} outputs of batch 1 "):
+        loaders = [unlabelled_loader(), unlabelled_loader()]
+        trainer(callbacks=[SensitivityMonitor()]).validate(Diverging(batches_of_the_first + 1, noisy), loaders)
 
 
 def test_non_finite_outputs_can_let_training_go_on() -> None:
@@ -565,6 +712,59 @@ def test_non_finite_outputs_can_let_training_go_on() -> None:
 def test_channels_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match=r"per channel.*got 3 for an input of shape \(16, 12\)"):
         validated(SensitivityMonitor([0.1, 0.2, 0.3]), Linear(), loader())
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.filterwarnings("ignore:The rows of the outputs all sum to the same value")
+def test_a_class_mean_that_training_shrinks_to_nothing_does_not_end_the_run(optimizer: Any) -> None:
+    # Cross-entropy has no gradient along the class-mean of the logits: from a zero head on, it stays there.
+    class ZeroHead(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            nn.init.zeros_(self.net[-1].weight)
+            nn.init.zeros_(self.net[-1].bias)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return optimizer(self.parameters(), lr=0.1, weight_decay=5e-3)
+
+    history = History()
+    trainer(callbacks=[SensitivityMonitor(), history], precision="bf16-mixed").fit(ZeroHead(), loader(), loader(seed=1))
+    assert len(history.epochs) == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*Skipping val loop")
+def test_the_other_lightning(tmp_path: Path) -> None:
+    other = pytest.importorskip("pytorch_lightning")
+    net = nn.Linear(12, 4)
+
+    class NoStep(other.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x)
+
+        training_step = Linear.training_step
+        configure_optimizers = Linear.configure_optimizers
+
+    class Model(NoStep):
+        def validation_step(self, batch: Any, batch_idx: int) -> None: ...
+
+    def fit(model: Any) -> Any:
+        logger = other.loggers.TensorBoardLogger(tmp_path, name=None)
+        quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "max_epochs": 1, "accelerator": "cpu"}
+        run = other.Trainer(callbacks=[SensitivityMonitor()], logger=logger, **quiet)
+        run.fit(model, loader(), loader())
+        return run
+
+    with pytest.raises(MisconfigurationException, match="no `validation_step`"):
+        fit(NoStep())
+    run = fit(Model())
+    close(run.callback_metrics["val_sensitivity"], brute_force(run.model, list(inputs(50).split(16))).var(correction=0))
+    run.logger.experiment.flush()
+    (events,) = Path(run.logger.log_dir).glob("events*")
+    assert b"custom_scalars" in events.read_bytes()
 
 
 # LightningCLI

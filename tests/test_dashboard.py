@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
 from lightning_sensitivity import SensitivityMonitor
+from lightning_sensitivity.dashboard import custom_scalars_layout
 from tests.helpers import Classifier, brute_force, inputs, loader, trainer
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "track_generalization.py"
@@ -72,6 +73,18 @@ def test_custom_scalars_put_the_loss_and_its_estimate_on_one_chart(logger: Tenso
     assert matches(0, 1) == {"val_sensitivity_log10"}
     assert matches(1, 0) == {"wide/loss_estimate"}
     assert matches(1, 1) == {"wide/sensitivity_log10"}
+
+
+def test_custom_scalars_take_in_every_loader_and_nothing_else() -> None:
+    (charts,) = custom_scalars_layout(["val_"]).values()
+    (losses,), (sensitivity,) = (patterns for _, patterns in charts.values())
+    tags = [f"val_{name}/dataloader_idx_{idx}" for name in ("loss", "loss_estimate") for idx in (0, 11)]
+    assert all(re.search(losses, tag) for tag in tags)
+    assert not any(re.search(losses, tag) for tag in ("train_loss", "interval_loss", "val_sensitivity"))
+    assert re.search(sensitivity, "val_sensitivity_log10/dataloader_idx_3")
+    assert not any(
+        re.search(sensitivity, tag) for tag in ("val_sensitivity", "a_val_sensitivity_log10", "val_sensitivity_log10_x")
+    )
 
 
 # The real page in a real browser

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import seed_everything
+from lightning.pytorch import LightningDataModule, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
@@ -84,6 +84,22 @@ def a_process_without_a_batch_of_some_loaders(rank: int, folder: Path) -> Any:
     run = distributed(SensitivityMonitor())
     run.validate(model(), [on_rank(1), on_rank(None, 1), on_rank(0, 2), on_rank(None, 3), on_rank(1, 4)], verbose=False)
     return {name: float(value) for name, value in run.callback_metrics.items()}
+
+
+@scenario
+def per_output_without_a_batch(rank: int, folder: Path) -> Any:
+    run = distributed(SensitivityMonitor(per_output=True))
+    run.validate(model(), [on_rank(1), on_rank(0, 1)], verbose=False)
+    return {name: float(value) for name, value in run.callback_metrics.items()}
+
+
+@scenario
+def a_datamodule_whose_loaders_may_be_empty(rank: int, folder: Path) -> Any:
+    data = LightningDataModule.from_datasets(val_dataset=inputs(48), batch_size=8)
+    data.allow_zero_length_dataloader_with_multiple_devices = True
+    with pytest.raises(MisconfigurationException, match="should get a batch in every process"):
+        distributed(SensitivityMonitor()).validate(model(), datamodule=data, verbose=False)
+    return True
 
 
 @scenario
@@ -182,6 +198,18 @@ def test_a_process_without_a_batch_of_some_loaders(both: dict[str, list[Any]]) -
         assert value == pytest.approx(changes.var(correction=0).item(), rel=1e-9)
 
 
-@pytest.mark.parametrize("name", ["nan_in_one_process", "loaders_that_may_be_empty"])
+def test_per_output_in_a_process_without_a_batch(both: dict[str, list[Any]]) -> None:
+    first, second = both["per_output_without_a_batch"]
+    assert first == second
+    for idx, rank in enumerate((1, 0)):
+        batches = list(inputs(40, seed=idx).split(16))
+        changes = brute_force(model(), batches, rank=rank, dataloader_idx=idx, per_output=True)
+        value = first[f"val_sensitivity/dataloader_idx_{idx}"]
+        assert value == pytest.approx(changes.var(0, correction=0).mean().item(), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "name", ["nan_in_one_process", "loaders_that_may_be_empty", "a_datamodule_whose_loaders_may_be_empty"]
+)
 def test_errors_reach_both(both: dict[str, list[Any]], name: str) -> None:
     assert both[name] == [True, True]

@@ -74,20 +74,37 @@ def test_draws_are_consumed_one_at_a_time() -> None:
 @pytest.mark.parametrize("num_outputs", [2, 10, 1000])
 def test_probabilities_are_refused(dtype: torch.dtype, num_outputs: int) -> None:
     clean, noisy = 3 * torch.randn(2, 64, num_outputs, generator=torch.Generator().manual_seed(0)).to(dtype)
-    with pytest.raises(ValueError, match="rows all sum to 1, such as probabilities.*Pass the logits"):
+    with pytest.raises(ValueError, match="got probabilities.*rows all sum to 1.*Pass the logits"):
         output_sensitivity(clean.softmax(1), noisy.softmax(1))
     assert output_sensitivity(clean.softmax(1), noisy.softmax(1), per_output=True) > 0
     assert output_sensitivity(clean, noisy) > 0
     assert output_sensitivity(clean.sigmoid(), noisy.sigmoid()) > 0
 
 
-def test_logits_with_a_small_class_mean_are_not_taken_for_probabilities() -> None:
-    clean = 10 * torch.randn(64, 10, generator=torch.Generator().manual_seed(0))
-    clean = clean - clean.mean(1, keepdim=True) + 0.1 * torch.randn(64, 1, generator=torch.Generator().manual_seed(1))
-    noisy = clean + 0.1 * torch.randn(64, 10, generator=torch.Generator().manual_seed(2))
-    assert output_sensitivity(clean, noisy) > 0
-    with pytest.raises(ValueError, match="rows all sum to"):
-        output_sensitivity(clean - clean.mean(1, keepdim=True), noisy - noisy.mean(1, keepdim=True))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("change", [0.0, 1e-7, 0.01])
+def test_probabilities_are_refused_however_little_they_change(dtype: torch.dtype, change: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for logits in (60 * torch.eye(10), 0.1 * torch.randn(64, 10, generator=generator)):
+        noisy = logits + change * torch.randn(logits.shape, generator=generator)
+        with pytest.raises(ValueError, match="Pass the logits"):
+            output_sensitivity(logits.softmax(1).to(dtype), noisy.softmax(1).to(dtype))
+
+
+def test_other_rows_of_a_constant_sum_warn_and_do_not_raise() -> None:
+    # Centred logits, and what weight decay makes of any: cross-entropy does not hold on to the class-mean.
+    generator = torch.Generator().manual_seed(0)
+    clean, noisy = 10 * torch.randn(2, 64, 10, generator=generator)
+    with pytest.warns(UserWarning, match="rows of the outputs all sum to the same value.*`per_output=True`"):
+        assert output_sensitivity(clean - clean.mean(1, keepdim=True), noisy - noisy.mean(1, keepdim=True)) < 1e-9
+    mean = 1e-3 * torch.randn(64, 1, generator=generator)
+    assert output_sensitivity(clean - clean.mean(1, keepdim=True) + mean, noisy) > 0  # silent
+    assert output_sensitivity(torch.zeros(8, 4), torch.zeros(8, 4)) == 0  # a head that starts at 0: silent
+
+
+def test_the_result_holds_on_to_no_graph() -> None:
+    clean = torch.rand(4, 3, requires_grad=True)
+    assert not output_sensitivity(2 * clean, 3 * clean).requires_grad
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -46,8 +47,13 @@ def test_keeps_type_shape_and_the_input(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("std", [0, 0.0, -0.1, math.nan, math.inf, "0.1", True, None, [], [0.1, 0.0], [0.1, "x"]])
 def test_refuses(std: object) -> None:
-    with pytest.raises(ValueError, match="positive, finite number, or one per channel, but got"):
+    with pytest.raises(ValueError, match="positive, finite number, or a list of one per channel, but got"):
         GaussianNoise(std)
+
+
+def test_numpy_numbers_are_numbers() -> None:
+    assert GaussianNoise(np.float32(0.5)).std == 0.5
+    assert GaussianNoise([np.float64(0.5)]).std == [0.5]
 
 
 def test_the_generator_depends_on_its_arguments_alone() -> None:

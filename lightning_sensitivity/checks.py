@@ -1,0 +1,85 @@
+"""What can be checked in ``setup``, so that no training run ends in a wrong number, or in none."""
+
+from __future__ import annotations
+
+import inspect
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+
+
+def check_model(pl_module: pl.LightningModule) -> None:
+    """Require a ``forward``.
+
+    Args:
+        pl_module: The module of the run.
+
+    Raises:
+        MisconfigurationException: If it has none.
+    """
+    if not _is_overridden("forward", pl_module):
+        raise MisconfigurationException(
+            f"`SensitivityMonitor` runs the model as `model(x)`, but {type(pl_module).__name__} has no `forward`."
+            " Add one that returns the logits."
+        )
+
+
+def check_loop(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    """Require a validation loop in ``fit``, and one that shows its batches.
+
+    Args:
+        trainer: The Trainer.
+        pl_module: The module of the run.
+        stage: ``"fit"``, ``"validate"`` or ``"test"``.
+
+    Raises:
+        MisconfigurationException: If validation will not run, with what to add, or if its step draws the batches
+            itself.
+    """
+    if stage == "fit" and not trainer.enable_validation:
+        if not _is_overridden("validation_step", pl_module):
+            problem = (
+                f"{type(pl_module).__name__} has no `validation_step`. Add one; without labels a stub is enough:"
+                " `def validation_step(self, batch, batch_idx): pass`"
+            )
+        elif trainer.limit_val_batches == 0:
+            problem = "the Trainer has `limit_val_batches=0`. Raise it"
+        else:
+            problem = "there is no validation loader. Pass `val_dataloaders` to `Trainer.fit`; it needs no labels"
+        raise MisconfigurationException(f"`SensitivityMonitor` measures in the validation loop, but {problem}.")
+    step = pl_module.test_step if stage == "test" else pl_module.validation_step
+    if "dataloader_iter" in inspect.signature(step).parameters:
+        raise MisconfigurationException(
+            f"`SensitivityMonitor` should see each batch before the step, got `{step.__name__}(dataloader_iter)`."
+        )
+
+
+def check_processes(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Require that every process has the whole model and takes part in every validation.
+
+    Args:
+        trainer: The Trainer.
+        pl_module: The module of the run.
+
+    Raises:
+        MisconfigurationException: If the strategy shards the model, or if a process may be left without batches.
+    """
+    if isinstance(trainer.strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)):
+        raise MisconfigurationException(
+            "`SensitivityMonitor` should have the whole model in every process, got"
+            f" {type(trainer.strategy).__name__}, which is not supported."
+        )
+    sources = [pl_module, *([] if trainer.datamodule is None else [trainer.datamodule])]  # type: ignore[attr-defined]
+    allows_empty = any(source.allow_zero_length_dataloader_with_multiple_devices for source in sources)
+    if trainer.world_size > 1 and allows_empty:
+        raise MisconfigurationException(
+            "`SensitivityMonitor` should get a batch in every process, got"
+            " `allow_zero_length_dataloader_with_multiple_devices=True`: Lightning skips validation in a process"
+            " without batches, and the others would wait for it for ever."
+        )
+
+
+def _is_overridden(name: str, pl_module: pl.LightningModule) -> bool:
+    # Not Lightning's own check, which fails on a module of the other package, `lightning` or `pytorch_lightning`.
+    return not getattr(getattr(pl_module, name), "__module__", "").endswith("core.module")
