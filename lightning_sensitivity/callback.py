@@ -193,13 +193,16 @@ class SensitivityMonitor(Callback):
             trainer.num_sanity_val_steps = self._num_sanity_val_steps
             self._num_sanity_val_steps = None
         if self.before_training and trainer.global_step == 0:
-            values = {
-                _loader_name(self.prefix + name, idx, len(self._statistics)): value.item()
-                for idx, statistics in self._statistics.items()
-                for name, value in statistics.compute().items()
+            computed = {idx: values for idx, statistics in self._statistics.items() if (values := statistics.compute())}
+            # A CombinedLoader of several loaders gives one batch of all of them, as the one loader 0.
+            num_loaders = max(computed, default=0) + 1
+            metrics = {
+                _loader_name(self.prefix + name, idx, num_loaders): float(value)
+                for idx, values in computed.items()
+                for name, value in values.items()
             }
             for logger in trainer.loggers:
-                logger.log_metrics(values, step=trainer.global_step)
+                logger.log_metrics(metrics, step=trainer.global_step)
         self._statistics = {}
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

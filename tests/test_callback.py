@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -237,6 +238,14 @@ def test_training_is_bit_identical_with_and_without(tmp_path: Path, validation_i
     torch.testing.assert_close(optimizer, without[2], rtol=0, atol=0)
     assert sorted(map(sorted, logged)) == sorted(map(sorted, without[3]))
     assert streams == without[4]
+
+
+def test_the_value_is_that_of_eval_mode_even_where_validation_runs_in_training_mode() -> None:
+    model = Classifier()
+    model.on_validation_model_eval = lambda: model.train()
+    values = validated(SensitivityMonitor(), model, DataLoader(inputs(50), 16))
+    assert model.training
+    close(values["val_sensitivity"], brute_force(model, list(inputs(50).split(16))).var(correction=0))
 
 
 def test_the_batch_reaches_validation_step_unchanged() -> None:
@@ -465,6 +474,16 @@ def test_before_training_logs_the_untrained_network_at_step_0(tmp_path: Path, nu
         close(steps[0], value)
 
 
+def test_before_training_names_a_combined_loader_as_lightning_does(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    both = CombinedLoader([unlabelled_loader(seed=1), unlabelled_loader(seed=2)], "min_size")
+    monitor = SensitivityMonitor(before_training=True)
+    trainer(callbacks=[monitor], logger=logger, max_epochs=1).fit(Linear(), loader(), both)
+    header, *rows = (line.split(",") for line in Path(logger.log_dir, "metrics.csv").read_text().splitlines())
+    assert [row[header.index("step")] for row in rows if row[header.index("val_sensitivity")]] == ["0", "3"]
+    assert not any("dataloader_idx" in name for name in header)
+
+
 def test_before_training_is_for_untrained_networks_alone(tmp_path: Path) -> None:
     def first_steps(**kwargs: Any) -> list[int]:
         logger = CSVLogger(tmp_path)
@@ -486,9 +505,12 @@ def test_before_training_is_for_untrained_networks_alone(tmp_path: Path) -> None
 
 
 def test_before_training_leaves_a_fast_dev_run_fast() -> None:
-    run = trainer(callbacks=[SensitivityMonitor(before_training=True)], fast_dev_run=1)
-    run.fit(Classifier(), loader(), loader())
-    assert run.num_sanity_val_steps == 0
+    class NoSanityCheck(Callback):
+        def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            pytest.fail("a fast_dev_run has no sanity check")
+
+    callbacks = [SensitivityMonitor(before_training=True), NoSanityCheck()]
+    trainer(callbacks=callbacks, fast_dev_run=1).fit(Classifier(), loader(), loader())
 
 
 # Unusual loaders
