@@ -97,6 +97,10 @@ def test_other_rows_of_a_constant_sum_warn_and_do_not_raise() -> None:
     clean, noisy = 10 * torch.randn(2, 64, 10, generator=generator)
     with pytest.warns(UserWarning, match="rows of the outputs all sum to the same value.*`per_output=True`"):
         assert output_sensitivity(clean - clean.mean(1, keepdim=True), noisy - noisy.mean(1, keepdim=True)) < 1e-9
+    with pytest.warns(
+        UserWarning, match="rows of the outputs all sum to the same value"
+    ):  # to 1, but not probabilities
+        output_sensitivity(clean - clean.mean(1, keepdim=True) + 0.1, noisy - noisy.mean(1, keepdim=True) + 0.1)
     mean = 1e-3 * torch.randn(64, 1, generator=generator)
     assert output_sensitivity(clean - clean.mean(1, keepdim=True) + mean, noisy) > 0  # silent
     assert output_sensitivity(torch.zeros(8, 4), torch.zeros(8, 4)) == 0  # a head that starts at 0: silent
