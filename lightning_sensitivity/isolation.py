@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 
 @contextmanager
@@ -63,18 +64,26 @@ def preserved_buffers(model: nn.Module) -> Iterator[None]:
         model: The module that owns the buffers.
     """
     saved = [
-        (module, name, buffer, buffer.clone())
+        (module, name, buffer, buffer.clone(), _version(buffer))
         for module in model.modules()
         for name, buffer in module.named_buffers(recurse=False)
+        if not is_lazy(buffer)
     ]
     try:
         yield
     finally:
         with torch.no_grad():
-            for module, name, buffer, value in saved:
-                buffer.copy_(value)
+            for module, name, buffer, value, version in saved:
+                # Only what was written to: an expanded buffer, say, can't be, and need not. Inference tensors do not
+                # count their versions, and can be written to in inference mode alone.
+                if torch.is_inference_mode_enabled() if version is None else version != _version(buffer):
+                    buffer.copy_(value)
                 if getattr(module, name) is not buffer:
                     setattr(module, name, buffer)
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
 
 
 @contextmanager

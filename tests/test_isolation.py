@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_sensitivity.isolation import evaluating, preserved_rng
+from lightning_sensitivity.isolation import evaluating, preserved_buffers, preserved_rng
 
 
 def draws() -> tuple[float, float, float]:
@@ -28,6 +28,26 @@ def test_random_streams_go_on_as_if_nothing_was_drawn(error: type[BaseException]
             draws()
             raise error
     assert draws() == expected
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("made_in_inference_mode", [False, True])
+def test_buffers_get_their_values_back(inference: bool, made_in_inference_mode: bool) -> None:
+    model = nn.Module()
+    with torch.inference_mode(made_in_inference_mode):
+        model.register_buffer("written", torch.zeros(2))
+        model.register_buffer("replaced", torch.zeros(2))
+    model.register_buffer("expanded", torch.ones(1).expand(3))  # can't be written to
+    model.register_buffer("lazy", nn.UninitializedBuffer())
+    before = dict(model.named_buffers())
+    with torch.inference_mode(inference), preserved_buffers(model):
+        if inference or not made_in_inference_mode:  # elsewhere torch refuses to write
+            model.written += 1
+        model.replaced = model.replaced + 1
+    after = dict(model.named_buffers())
+    assert all(after[name] is buffer for name, buffer in before.items())
+    assert torch.equal(model.written, torch.zeros(2))
+    assert torch.equal(model.replaced, torch.zeros(2))
 
 
 @pytest.mark.parametrize("error", [None, ValueError])
