@@ -38,7 +38,7 @@ labels = torch.tensor(digits.target)
 order = torch.randperm(len(images))
 train, val = order[:500], order[500:]
 wrong = torch.rand(len(train)) < 0.2
-train_labels = torch.where(wrong, torch.randint(0, 10, (len(train),)), labels[train])
+train_labels = torch.where(wrong, labels[train] + torch.randint(1, 10, (len(train),)), labels[train]) % 10
 train_loader = DataLoader(TensorDataset(images[train], train_labels), batch_size=50, shuffle=True)
 val_loader = DataLoader(TensorDataset(images[val], labels[val]), batch_size=500)
 

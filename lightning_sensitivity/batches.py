@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-_T = TypeVar("_T")
 Selector = Callable[[Any], Any] | int | str | None
 
 
@@ -26,7 +24,8 @@ def prepare_call(model: nn.Module, batch: Any, inputs: Selector) -> tuple[Tensor
     tuple or list               the first element, or ``inputs``    ``model(x)``; if ``forward`` requires p > 1
                                                                     arguments, with the first p elements
     mapping                     the only floating tensor, or        with the entries that ``forward`` names, as
-                                ``inputs``                          keywords; ``x`` comes first if it names others
+                                ``inputs``                          keywords (all, if it takes ``**kwargs`` alone);
+                                                                    ``x`` comes first if it names others
     anything, callable          the first argument that the         with the arguments that the callable returns:
     ``inputs``                  callable returns                    one, or a tuple of them
     ==========================  ==================================  ==============================================
@@ -60,8 +59,9 @@ def prepare_call(model: nn.Module, batch: Any, inputs: Selector) -> tuple[Tensor
         positional = () if key in names else (key,)
 
         def run(new: Tensor) -> Any:
-            perturbed = _copied(replace(new))
-            return model(*(perturbed[key] for key in positional), **{name: perturbed[name] for name in names})
+            perturbed = replace(new)
+            keywords = {name: _copied(perturbed[name]) for name in names}
+            return model(*(_copied(perturbed[key]) for key in positional), **keywords)
 
         return x, run
 
@@ -152,6 +152,10 @@ def _floating_tensor(value: Any, key: str | int | None) -> tuple[Tensor, Callabl
 
 def _replaced(value: Any, key: Any, replace_part: Callable[[Tensor], Any], new: Tensor) -> Any:
     """A shallow copy of a mapping or sequence in which one part is exchanged."""
+    if isinstance(value, MutableMapping):
+        mapping = copy.copy(value)
+        mapping[key] = replace_part(new)
+        return mapping
     if isinstance(value, Mapping):
         return {**value, key: replace_part(new)}
     items = list(value)
@@ -179,14 +183,27 @@ def _num_required_arguments(model: nn.Module) -> int:
 
 def _keyword_names(model: nn.Module, batch: Mapping[Any, Any]) -> list[str]:
     """The keys of a batch that ``forward`` takes by name; all of them if it takes ``**kwargs`` alone."""
-    parameters = inspect.signature(model.forward).parameters
-    if {p.kind for p in parameters.values()} == {inspect.Parameter.VAR_KEYWORD}:
+    parameters = inspect.signature(model.forward).parameters.values()
+    if {p.kind for p in parameters} == {inspect.Parameter.VAR_KEYWORD}:
         return [key for key in batch if isinstance(key, str)]
-    return [key for key in batch if key in parameters]
+    names = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    return [key for key in batch if key in names]
 
 
-def _copied(value: _T) -> _T:
-    return cast(_T, apply_to_collection(value, Tensor, torch.clone))
+def _copied(value: Any) -> Any:
+    """The same value with tensors of its own, as far as plain containers go; anything else is passed on itself."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, MutableMapping):
+        new = copy.copy(value)
+        for key, item in value.items():
+            new[key] = _copied(item)
+        return new
+    if hasattr(value, "_fields"):  # a named tuple
+        return type(value)(*map(_copied, value))
+    if type(value) in (list, tuple):
+        return type(value)(map(_copied, value))
+    return value
 
 
 def _is_plain_tuple(value: Any) -> bool:

@@ -8,6 +8,7 @@ from numbers import Integral
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
@@ -53,8 +54,8 @@ class SensitivityMonitor(Callback):
         num_draws: Noise draws per sample.
         seed: Seed of the noise. A batch gets the same noise in every epoch, and different batches, loaders, draws and
             processes get different noise.
-        prefix: Put before the names in ``Trainer.fit`` and ``Trainer.validate``. ``"val/"`` puts the charts on
-            TensorBoard's card of ``val/loss``.
+        prefix: Put before the names in ``Trainer.fit`` and ``Trainer.validate``. ``"val/"`` puts the charts into
+            TensorBoard's group of ``val/loss``. Two monitors need two.
         test_prefix: The same for ``Trainer.test``.
         inputs: What to perturb: a key or an index of the batch, or a callable ``batch -> arguments of the model`` (one,
             or a tuple of them) of which the first is perturbed. By default a tensor batch itself, the first element
@@ -246,7 +247,9 @@ class SensitivityMonitor(Callback):
     def _clean_outputs(self, x: Tensor, run: Callable[[Tensor], Any], dataloader_idx: int) -> Tensor:
         try:
             result = run(x)
-        except (IndexError, KeyError, TypeError, ValueError) as error:
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             if dataloader_idx in self._statistics:  # it has run before: the arguments are right
                 raise
             raise MisconfigurationException(

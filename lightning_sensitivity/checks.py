@@ -82,4 +82,5 @@ def check_processes(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
 
 def _is_overridden(name: str, pl_module: pl.LightningModule) -> bool:
     # Not Lightning's own check, which fails on a module of the other package, `lightning` or `pytorch_lightning`.
-    return not getattr(getattr(pl_module, name), "__module__", "").endswith("core.module")
+    defined_in = getattr(getattr(pl_module, name), "__module__", "")
+    return defined_in not in ("lightning.pytorch.core.module", "pytorch_lightning.core.module")

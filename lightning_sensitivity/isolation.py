@@ -14,10 +14,10 @@ from torch.nn.parameter import is_lazy
 
 @contextmanager
 def no_trace(model: nn.Module) -> Iterator[None]:
-    """Run a module in eval mode, without gradients, and put back everything that a forward pass can change in it.
+    """Run a module in eval mode, without gradients, and put back modes, buffers and random streams.
 
     What it can't put back is Python state that ``forward`` itself changes: a generator of its own, a counter, a
-    torchmetrics Metric that it updates.
+    torchmetrics Metric that it updates. Parameters are not guarded: no gradient reaches them.
 
     Args:
         model: The module that is run inside.
@@ -58,28 +58,28 @@ def preserved_rng(devices: Collection[torch.device]) -> Iterator[None]:
 
 @contextmanager
 def preserved_buffers(model: nn.Module) -> Iterator[None]:
-    """Give every buffer its value back on exit: some change in eval mode, too (observers, counters).
+    """Give every buffer its value back on exit: some change in eval mode, too (observers, counters, caches).
 
     Args:
         model: The module that owns the buffers.
     """
-    saved = [
-        (module, name, buffer, buffer.clone(), _version(buffer))
-        for module in model.modules()
-        for name, buffer in module.named_buffers(recurse=False)
-        if not is_lazy(buffer)
-    ]
+    owners = [(module, dict(module._buffers)) for module in model.modules() if isinstance(module._buffers, dict)]
+    values = [(buffer, buffer.clone(), _version(buffer)) for buffer in model.buffers() if not is_lazy(buffer)]
     try:
         yield
     finally:
+        for module, buffers in owners:
+            for name in module._buffers.keys() - buffers.keys():
+                del module._buffers[name]
+            module._buffers.update(buffers)
         with torch.no_grad():
-            for module, name, buffer, value, version in saved:
+            for buffer, value, version in values:
                 # Only what was written to: an expanded buffer, say, can't be, and need not. Inference tensors do not
                 # count their versions, and can be written to in inference mode alone.
                 if torch.is_inference_mode_enabled() if version is None else version != _version(buffer):
+                    if buffer.shape != value.shape:
+                        buffer.resize_(value.shape)
                     buffer.copy_(value)
-                if getattr(module, name) is not buffer:
-                    setattr(module, name, buffer)
 
 
 def _version(tensor: torch.Tensor) -> int | None:

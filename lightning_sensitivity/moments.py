@@ -233,12 +233,16 @@ def check_outputs(extremes: Tensor) -> str | None:
     lowest, highest, rounding = values[_MIN_ROW_SUM], -values[_NEG_MAX_ROW_SUM], -values[_NEG_ROUNDING]
     if values[_MIN_OUTPUTS] < 2 or lowest > highest:
         return None
-    if values[_MIN_VALUE] >= 0 and abs(lowest - 1) <= rounding and abs(highest - 1) <= rounding:
+    # A softmax in float32 adds a few roundings of its own to those of its output.
+    furthest = max(abs(lowest - 1), abs(highest - 1))
+    if values[_MIN_VALUE] >= 0 and furthest <= rounding + 16 * torch.finfo(torch.float32).eps:
         raise ValueError(
             "Expected logits, but got probabilities: outputs of 0 or more whose rows all sum to 1, so that the class"
             " average of their changes is always 0. Pass the logits, or use `per_output=True`."
         )
-    if highest - lowest <= rounding * -values[_NEG_MAX_SIZE] and values[_NEG_MAX_CHANGE] < 0:
+    # The roundings of K outputs add up as independent ones do.
+    row_rounding = rounding * -values[_NEG_MAX_SIZE] / math.sqrt(values[_MIN_OUTPUTS])
+    if highest - lowest <= row_rounding and values[_NEG_MAX_CHANGE] < 0:
         return (
             "The rows of the outputs all sum to the same value, within rounding, so that sensitivity, which sees their"
             " class average only, is rounding, too. `per_output=True` sees the outputs themselves."
@@ -281,8 +285,7 @@ def _output_extremes(output: Tensor, index_if_bad: int, update_idx: int) -> Tens
     columns = _columns(output)
     extremes = empty_extremes(output.device)
     extremes[_MIN_OUTPUTS], extremes[_NEG_MAX_OUTPUTS] = columns.shape[1], -columns.shape[1]
-    # A float32 softmax adds a few roundings of its own to those of a 16-bit output.
-    extremes[_NEG_ROUNDING] = -(torch.finfo(output.dtype).eps + 16 * torch.finfo(torch.float32).eps)
+    extremes[_NEG_ROUNDING] = -4 * torch.finfo(output.dtype).eps
     if columns.numel():
         lowest, highest = columns.aminmax()  # both nan if one output is
         finite = lowest.isfinite() & highest.isfinite()

@@ -36,8 +36,9 @@ class GaussianNoise:
     """
 
     def __init__(self, std: float | Sequence[float] = 0.1) -> None:
+        std = std.tolist() if hasattr(std, "tolist") else std  # of numpy or torch
         stds = list(std) if isinstance(std, Sequence) and not isinstance(std, str) else [std]
-        valid = [isinstance(s, Real) and not isinstance(s, bool) and 0 < s < math.inf for s in stds]
+        valid = [isinstance(s, Real) and not isinstance(s, bool) and 0 < float(s) < math.inf for s in stds]
         if not stds or not all(valid):
             raise ValueError(
                 "Expected the noise's standard deviation to be a positive, finite number, or a list of one per channel,"
@@ -72,8 +73,8 @@ class GaussianNoise:
             return self.std
         if x.ndim < 2 or x.shape[1] != len(self.std):
             raise ValueError(
-                f"Expected one standard deviation per channel (dimension 1 of the input), but got {len(self.std)} for"
-                f" an input of shape {tuple(x.shape)}."
+                "Expected one standard deviation of the noise (`noise_std`) per channel (dimension 1 of the input), but"
+                f" got {len(self.std)} for an input of shape {tuple(x.shape)}."
             )
         return torch.tensor(self.std, dtype=torch.float32, device=x.device).reshape(-1, *[1] * (x.ndim - 2))
 

@@ -122,6 +122,36 @@ def test_a_forward_of_keywords_alone_gets_the_whole_mapping() -> None:
     assert same(run(NEW)["mask"], MASK)
 
 
+def test_only_what_can_be_a_keyword_is_one() -> None:
+    class Positional(nn.Module):
+        def forward(self, x: Any, /, *args: Any) -> Any:
+            return x, args
+
+    _, run = prepare_call(Positional(), {"x": X, "args": LABELS}, None)
+    new, args = run(NEW)
+    assert same(new, NEW)
+    assert not args
+
+
+def test_a_mapping_keeps_its_type_and_what_is_no_container_is_passed_on_itself() -> None:
+    class Encoding(UserDict):  # as of a tokenizer
+        def __getattr__(self, name: str) -> Any:
+            try:
+                return self.__dict__["data"][name]
+            except KeyError:
+                raise AttributeError(name) from None
+
+    custom = SimpleNamespace(graph=range(3))
+    batch = Encoding(x=X, custom=custom, span=range(3))
+    _, run = prepare_call(One(), batch, lambda b: (b,))
+    passed = run(NEW)
+    assert isinstance(passed, Encoding)
+    assert same(passed.x, NEW)
+    assert passed.custom is custom
+    assert passed.span == range(3)
+    assert batch.x is X
+
+
 def test_a_forward_of_anything_gets_the_tensor() -> None:
     for batch in ({"image": X}, (X, LABELS)):
         _, run = prepare_call(Anything(), batch, None)

@@ -632,6 +632,14 @@ def test_a_model_that_takes_the_whole_batch_is_told_how() -> None:
             x, _ = batch
             return super().forward(x)
 
+    class Attribute(Linear):
+        def forward(self, batch: Any) -> Tensor:
+            return super().forward(batch.image)
+
+    with pytest.raises(MisconfigurationException, match="could not run the model.*AttributeError.*'image'"):
+        validated(SensitivityMonitor(), Attribute(), loader(20))
+    with pytest.raises(MisconfigurationException, match="could not run the model.*shapes cannot be multiplied"):
+        validated(SensitivityMonitor(), Linear(), DataLoader(torch.rand(8, 7), batch_size=4))
     images = DataLoader([{"image": x, "id": 0} for x in inputs(20)], batch_size=10)
     for batches in (images, loader(20)):
         with pytest.raises(

@@ -17,3 +17,12 @@ def test_sharded_strategies_are_refused(strategy: type) -> None:
 
 def test_lightnings_own_demo_model_has_a_forward() -> None:
     check_model(BoringModel())
+
+
+def test_a_users_file_may_be_named_as_lightnings() -> None:
+    class Model(BoringModel):
+        def forward(self, x: object) -> object:
+            return x
+
+    Model.forward.__module__ = "core.module"
+    check_model(Model())

@@ -119,15 +119,20 @@ def tensorboard_url(run_dir: Path) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(run_dir), "--host", "127.0.0.1"]
-    with subprocess.Popen([*command, "--port", str(port)], stderr=subprocess.DEVNULL) as server:
+    open_directly = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+    with subprocess.Popen([*command, "--port", str(port)], stderr=subprocess.PIPE, text=True) as server:
         url = f"http://127.0.0.1:{port}/"
         try:
             for _ in range(240):
                 try:
-                    urllib.request.urlopen(url, timeout=5).close()
+                    open_directly(url, timeout=5).close()
                     break
                 except (urllib.error.URLError, ConnectionError):
                     time.sleep(0.25)
+                if server.poll() is not None:
+                    pytest.fail(f"tensorboard ended: {server.stderr.read()}")
+            else:
+                pytest.fail("tensorboard did not answer in a minute")
             yield url
         finally:
             server.terminate()

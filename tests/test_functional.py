@@ -101,6 +101,8 @@ def test_other_rows_of_a_constant_sum_warn_and_do_not_raise() -> None:
         UserWarning, match="rows of the outputs all sum to the same value"
     ):  # to 1, but not probabilities
         output_sensitivity(clean - clean.mean(1, keepdim=True) + 0.1, noisy - noisy.mean(1, keepdim=True) + 0.1)
+    flat = 1 + 1e-7 * clean.double()  # a real, small change in float64
+    assert output_sensitivity(flat, flat + 1e-8 * noisy.double()) > 0
     mean = 1e-3 * torch.randn(64, 1, generator=generator)
     assert output_sensitivity(clean - clean.mean(1, keepdim=True) + mean, noisy) > 0  # silent
     assert output_sensitivity(torch.zeros(8, 4), torch.zeros(8, 4)) == 0  # a head that starts at 0: silent

@@ -39,12 +39,24 @@ def test_buffers_get_their_values_back(inference: bool, made_in_inference_mode: 
         model.register_buffer("replaced", torch.zeros(2))
     model.register_buffer("expanded", torch.ones(1).expand(3))  # can't be written to
     model.register_buffer("lazy", nn.UninitializedBuffer())
-    before = dict(model.named_buffers())
+    model.register_buffer("unset", None)
+    model.register_buffer("resized", torch.zeros(2))
+    model.register_buffer("deleted", torch.zeros(2))
+    model.shared = nn.Module()
+    model.shared.register_buffer("written", model.written)
+    before = dict(model.named_buffers(remove_duplicate=False))
     with torch.inference_mode(inference), preserved_buffers(model):
         if inference or not made_in_inference_mode:  # elsewhere torch refuses to write
             model.written += 1
         model.replaced = model.replaced + 1
-    after = dict(model.named_buffers())
+        model.unset = torch.ones(2)
+        model.resized.resize_(5).fill_(1)
+        model.register_buffer("new", torch.ones(1))
+        del model.deleted
+    after = dict(model.named_buffers(remove_duplicate=False))
+    assert after.keys() == before.keys()
+    assert model.unset is None
+    assert torch.equal(model.resized, torch.zeros(2))
     assert all(after[name] is buffer for name, buffer in before.items())
     assert torch.equal(model.written, torch.zeros(2))
     assert torch.equal(model.replaced, torch.zeros(2))

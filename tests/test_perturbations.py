@@ -54,6 +54,8 @@ def test_refuses(std: object) -> None:
 def test_numpy_numbers_are_numbers() -> None:
     assert GaussianNoise(np.float32(0.5)).std == 0.5
     assert GaussianNoise([np.float64(0.5)]).std == [0.5]
+    assert GaussianNoise(1 / np.array([2.0, 4.0])).std == [0.5, 0.25]
+    assert GaussianNoise(torch.tensor([0.5])).std == [0.5]
 
 
 def test_the_generator_depends_on_its_arguments_alone() -> None:
