@@ -178,12 +178,13 @@ class OutputSensitivity(Metric):
         return self._plot(val, ax)
 
     def _check(self) -> None:
-        check_num_outputs(self.extremes)
-        if (problem := find_non_finite(self.extremes)) is not None:
+        extremes = self.extremes.cpu()  # once, for all checks
+        check_num_outputs(extremes)
+        if (problem := find_non_finite(extremes)) is not None:
             if self.nan_strategy == "error":
                 raise ValueError(f"{problem} With `nan_strategy='warn'` it is a warning, and there is no value.")
             rank_zero_warn(problem)
-        elif not self.per_output and (warning := check_outputs(self.extremes)) is not None:
+        elif not self.per_output and (warning := check_outputs(extremes)) is not None:
             rank_zero_warn(warning)
 
     def _computed_estimate(self) -> SensitivityEstimate:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -92,6 +94,12 @@ def trainer(**kwargs: Any) -> Trainer:
         "max_epochs": 2,
     }
     return Trainer(**{**defaults, **kwargs})
+
+
+def csv_rows(log_dir: str | Path) -> list[dict[str, str]]:
+    """What a CSVLogger wrote, a dict a row; a name that was not logged in a row is empty."""
+    with Path(log_dir, "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
 
 
 def changes(clean: Tensor, noisy: Tensor) -> Tensor:

@@ -19,7 +19,17 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_sensitivity import SensitivityMonitor
 from lightning_sensitivity.functional import loss_estimate
-from tests.helpers import Classifier, Linear, brute_force, inputs, labelled, loader, trainer, unlabelled_loader
+from tests.helpers import (
+    Classifier,
+    Linear,
+    brute_force,
+    csv_rows,
+    inputs,
+    labelled,
+    loader,
+    trainer,
+    unlabelled_loader,
+)
 
 NAMES = {"sensitivity", "sensitivity_stderr", "sensitivity_log10", "loss_estimate"}
 
@@ -465,8 +475,7 @@ def test_before_training_logs_the_untrained_network_at_step_0(tmp_path: Path, nu
     logger = CSVLogger(tmp_path)
     monitor = SensitivityMonitor(before_training=True)
     trainer(callbacks=[monitor], logger=logger, num_sanity_val_steps=0).fit(model, loader(), loaders)
-    header, *rows = (line.split(",") for line in Path(logger.log_dir, "metrics.csv").read_text().splitlines())
-    rows = [dict(zip(header, row, strict=True)) for row in rows]
+    rows = csv_rows(logger.log_dir)
     for idx, value in enumerate(expected):
         name = "val_sensitivity" if num_loaders == 1 else f"val_sensitivity/dataloader_idx_{idx}"
         steps = {int(row["step"]): float(row[name]) for row in rows if row[name]}
@@ -479,9 +488,9 @@ def test_before_training_names_a_combined_loader_as_lightning_does(tmp_path: Pat
     both = CombinedLoader([unlabelled_loader(seed=1), unlabelled_loader(seed=2)], "min_size")
     monitor = SensitivityMonitor(before_training=True)
     trainer(callbacks=[monitor], logger=logger, max_epochs=1).fit(Linear(), loader(), both)
-    header, *rows = (line.split(",") for line in Path(logger.log_dir, "metrics.csv").read_text().splitlines())
-    assert [row[header.index("step")] for row in rows if row[header.index("val_sensitivity")]] == ["0", "3"]
-    assert not any("dataloader_idx" in name for name in header)
+    rows = csv_rows(logger.log_dir)
+    assert [row["step"] for row in rows if row["val_sensitivity"]] == ["0", "3"]
+    assert not any("dataloader_idx" in name for name in rows[0])
 
 
 def test_before_training_is_for_untrained_networks_alone(tmp_path: Path) -> None:
@@ -497,8 +506,7 @@ def test_before_training_is_for_untrained_networks_alone(tmp_path: Path) -> None
         fit.save_checkpoint(tmp_path / "last.ckpt")
         fit.fit_loop.max_epochs += 1
         fit.fit(fit.lightning_module, loader(), loader())  # goes on: nothing is untrained any more
-        header, *rows = (line.split(",") for line in Path(logger.log_dir, "metrics.csv").read_text().splitlines())
-        return [int(row[header.index("step")]) for row in rows if row[header.index("val_sensitivity")]]
+        return [int(row["step"]) for row in csv_rows(logger.log_dir) if row["val_sensitivity"]]
 
     assert first_steps() == [0, 3, 7]
     assert first_steps(ckpt_path=tmp_path / "last.ckpt", max_epochs=2) == [7, 11]

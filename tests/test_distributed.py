@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_sensitivity import SensitivityMonitor
-from tests.helpers import Linear, brute_force, inputs, loader, trainer, unlabelled_loader
+from tests.helpers import Linear, brute_force, csv_rows, inputs, loader, trainer, unlabelled_loader
 
 WORLD_SIZE = 2
 SCENARIOS: dict[str, Callable[[int, Path], Any]] = {}
@@ -172,10 +172,8 @@ def test_early_stopping_stops_both_at_the_same_epoch(both: dict[str, list[Any]])
 
 
 def test_the_untrained_network_is_that_of_both(both: dict[str, list[Any]]) -> None:
-    lines = (both["folder"][0] / "early_stopping" / "version_0" / "metrics.csv").read_text().splitlines()
-    header, rows = lines[0].split(","), [line.split(",") for line in lines[1:]]
-    column, step = header.index("val_sensitivity"), header.index("step")
-    (value,) = (float(row[column]) for row in rows if row[column] and row[step] == "0")
+    rows = csv_rows(both["folder"][0] / "early_stopping" / "version_0")
+    (value,) = (float(row["val_sensitivity"]) for row in rows if row["val_sensitivity"] and row["step"] == "0")
     assert value == pytest.approx(expected(48, seed=1), rel=1e-9)
 
 
