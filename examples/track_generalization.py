@@ -2,8 +2,8 @@
 # # Track generalization without labels
 #
 # A network is trained on 500 real images (scikit-learn's digits), 20 % of them with a wrong label. It learns, and then
-# memorizes. `SensitivityMonitor` follows it on images whose labels it never sees; the validation loss, which does need
-# the labels, is logged beside it to compare.
+# memorizes. `SensitivityMonitor` follows it on images whose labels it never sees, and estimates the Brier score on
+# them. The validation loss and the true score, which do need the labels, are logged beside it to compare.
 #
 #     python examples/track_generalization.py
 
@@ -17,7 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from lightning.pytorch.loggers import TensorBoardLogger
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, one_hot
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sensitivity import SensitivityMonitor
@@ -60,7 +60,9 @@ class Digits(LightningModule):
         return loss
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        self.log("val/loss", cross_entropy(self(batch[0]), batch[1]), prog_bar=True)
+        logits = self(batch[0])
+        self.log("val/loss", cross_entropy(logits, batch[1]), prog_bar=True)
+        self.log("val/brier", (logits.softmax(1) - one_hot(batch[1], 10)).square().sum(1).mean())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=1e-3)
@@ -89,12 +91,18 @@ trainer = Trainer(
 trainer.fit(Digits(), train_loader, val_loader)
 
 # %%
-print("\nepoch  train loss  val loss    sensitivity ± standard error")
+print("\nepoch  train loss  val loss  val Brier score  estimate without labels  sensitivity ± standard error")
 shown = range(0, len(table.rows), max(1, len(table.rows) // 10))
 for epoch in sorted({*shown, len(table.rows) - 1}):
     row = table.rows[epoch]
     print(
-        f"{epoch:5d}  {row['train_loss']:10.3f}  {row['val/loss']:8.3f}"
-        f"  {row['val/sensitivity']:13.5f} ± {row['val/sensitivity_stderr']:.5f}"
+        f"{epoch:5d}  {row['train_loss']:10.3f}  {row['val/loss']:8.3f}  {row['val/brier']:15.3f}"
+        f"  {row['val/risk_estimate']:23.3f}  {row['val/sensitivity']:11.5f} ± {row['val/sensitivity_stderr']:.5f}"
     )
+losses = [row["val/loss"] for row in table.rows]
+chosen, best = (
+    min(range(len(losses)), key=lambda epoch: table.rows[epoch][name]) for name in ("val/risk_estimate", "val/loss")
+)
+print(f"\nThe estimate is lowest at epoch {chosen}, with a validation loss of {losses[chosen]:.3f};")
+print(f"the validation loss is lowest at epoch {best}, {losses[best]:.3f}, and {losses[-1]:.3f} at the end.")
 print(f"\nLook at the curves:\n  tensorboard --logdir {logger.log_dir}")

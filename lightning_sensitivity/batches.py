@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 Selector = Callable[[Any], Any] | int | str | None
 
+# What mappings call their labels; torch, transformers and Lightning's own examples use no other names.
+_TARGET_NAMES = ("label", "labels", "target", "targets", "y")
+
 
 def prepare_call(model: nn.Module, batch: Any, inputs: Selector) -> tuple[Tensor, Callable[[Tensor], Any]]:
     """Find the tensor to perturb, and make a function that runs the model with another tensor in its place.
@@ -23,9 +26,9 @@ def prepare_call(model: nn.Module, batch: Any, inputs: Selector) -> tuple[Tensor
     tensor ``x``                ``x``                               ``model(x)``
     tuple or list               the first element, or ``inputs``    ``model(x)``; if ``forward`` requires p > 1
                                                                     arguments, with the first p elements
-    mapping                     the only floating tensor, or        with the entries that ``forward`` names, as
-                                ``inputs``                          keywords (all, if it takes ``**kwargs`` alone);
-                                                                    ``x`` comes first if it names others
+    mapping                     the only floating tensor that is    with the entries that ``forward`` names, as
+                                not called like labels, or          keywords (all, if it takes ``**kwargs`` alone);
+                                ``inputs``                          ``x`` comes first if it names others
     anything, callable          the first argument that the         with the arguments that the callable returns:
     ``inputs``                  callable returns                    one, or a tuple of them
     ==========================  ==================================  ==============================================
@@ -50,7 +53,7 @@ def prepare_call(model: nn.Module, batch: Any, inputs: Selector) -> tuple[Tensor
         if not arguments:
             raise MisconfigurationException("`inputs` should return the model's arguments, got an empty tuple.")
         x, replace = _floating_tensor(arguments[0], None)
-        return x, lambda new: model(*_copied((replace(new), *arguments[1:])))
+        return x, lambda new: model(*copied((replace(new), *arguments[1:])))
 
     if isinstance(batch, Mapping):
         key = _only_floating_key(batch) if inputs is None else inputs
@@ -60,16 +63,16 @@ def prepare_call(model: nn.Module, batch: Any, inputs: Selector) -> tuple[Tensor
 
         def run(new: Tensor) -> Any:
             perturbed = replace(new)
-            keywords = {name: _copied(perturbed[name]) for name in names}
-            return model(*(_copied(perturbed[key]) for key in positional), **keywords)
+            keywords = {name: copied(perturbed[name]) for name in names}
+            return model(*(copied(perturbed[key]) for key in positional), **keywords)
 
         return x, run
 
     x, replace = _floating_tensor(batch, inputs)
     num_required = _num_required_arguments(model)
     if isinstance(batch, Sequence) and 1 < num_required <= len(batch):
-        return x, lambda new: model(*_copied(tuple(replace(new)[:num_required])))
-    return x, lambda new: model(*_copied((new,)))
+        return x, lambda new: model(*copied(tuple(replace(new)[:num_required])))
+    return x, lambda new: model(*copied((new,)))
 
 
 def select_outputs(result: Any, outputs: Selector) -> Tensor:
@@ -113,6 +116,51 @@ def select_outputs(result: Any, outputs: Selector) -> Tensor:
             "The model's output should be a tensor, a tuple that starts with one, or a mapping or object with `logits`,"
             f" got {_describe(result)}. Choose the tensor with `outputs=` (a key, an index or a callable)."
         )
+    return selected
+
+
+def select_targets(model: nn.Module, batch: Any, targets: Selector) -> Tensor:
+    """The labels in a training batch.
+
+    Args:
+        model: The module, of which ``forward`` says which elements of a batch are inputs.
+        batch: What the training loader gave.
+        targets: A key, an index, a callable ``batch -> tensor``, or None: the last of the elements of a tuple or list
+            if all others are inputs of ``forward``; the only entry of a mapping that is called ``label``, ``labels``,
+            ``target``, ``targets`` or ``y``.
+
+    Returns:
+        The labels.
+
+    Raises:
+        MisconfigurationException: If they can't be told, or are no tensor.
+    """
+    if callable(targets):
+        selected = targets(batch)
+    elif targets is not None:
+        try:
+            selected = batch[targets]
+        except (IndexError, KeyError, TypeError) as error:
+            raise MisconfigurationException(
+                f"`targets={targets!r}` should name a part of the batch, got {_describe(batch)}."
+            ) from error
+    elif isinstance(batch, Mapping):
+        keys = [key for key in batch if key in _TARGET_NAMES]
+        if len(keys) != 1:
+            names = ", ".join(map(repr, _TARGET_NAMES))
+            raise MisconfigurationException(
+                f"Expected one entry of the batch to be called {names}, got {_describe(batch)}."
+            )
+        selected = batch[keys[0]]
+    elif isinstance(batch, Sequence) and len(batch) == max(1, _num_required_arguments(model)) + 1:
+        selected = batch[-1]
+    else:
+        raise MisconfigurationException(
+            "Expected a batch of the model's inputs and one more element, the labels, or a mapping, got"
+            f" {_describe(batch)}."
+        )
+    if not isinstance(selected, Tensor):
+        raise MisconfigurationException(f"Expected the labels to be a tensor, got {_describe(selected)}.")
     return selected
 
 
@@ -167,6 +215,8 @@ def _replaced(value: Any, key: Any, replace_part: Callable[[Tensor], Any], new: 
 
 def _only_floating_key(batch: Mapping[Any, Any]) -> Any:
     keys = [key for key, value in batch.items() if isinstance(value, Tensor) and value.is_floating_point()]
+    if len(keys) > 1:  # labels of a regression are floating, too
+        keys = [key for key in keys if key not in _TARGET_NAMES] or keys
     if len(keys) != 1:
         found = f"several: {', '.join(map(repr, keys))}" if keys else f"none in {_describe(batch)}"
         raise MisconfigurationException(
@@ -190,19 +240,19 @@ def _keyword_names(model: nn.Module, batch: Mapping[Any, Any]) -> list[str]:
     return [key for key in batch if key in names]
 
 
-def _copied(value: Any) -> Any:
+def copied(value: Any) -> Any:
     """The same value with tensors of its own, as far as plain containers go; anything else is passed on itself."""
     if isinstance(value, Tensor):
         return value.clone()
     if isinstance(value, MutableMapping):
         new = copy.copy(value)
         for key, item in value.items():
-            new[key] = _copied(item)
+            new[key] = copied(item)
         return new
     if hasattr(value, "_fields"):  # a named tuple
-        return type(value)(*map(_copied, value))
+        return type(value)(*map(copied, value))
     if type(value) in (list, tuple):
-        return type(value)(map(_copied, value))
+        return type(value)(map(copied, value))
     return value
 
 

@@ -21,8 +21,14 @@ from lightning_sensitivity.isolation import no_trace
 from lightning_sensitivity.moments import accumulation_dtype
 from lightning_sensitivity.perturbations import GaussianNoise, noise_generator
 from lightning_sensitivity.readings import LoaderStatistics
+from lightning_sensitivity.risk import holdout_sums
+from lightning_sensitivity.tasks import TASKS
+from lightning_sensitivity.training_samples import TrainingSamples
+from lightning_sensitivity.twin import initial_weights, learned_weights, twin
 
 __all__ = ["SensitivityMonitor"]
+
+_CHECKPOINT_KEY = "lightning_sensitivity.initial_weights"
 
 
 class SensitivityMonitor(Callback):
@@ -97,6 +103,9 @@ class SensitivityMonitor(Callback):
         test_prefix: str = "test_",
         inputs: Callable[[Any], Any] | int | str | None = None,  # in this order, YAML can name a function
         outputs: Callable[[Any], Any] | int | str | None = None,
+        targets: Callable[[Any], Any] | int | str | None = None,
+        task: str | None = "auto",
+        num_training_samples: int = 500,
         per_output: bool = False,
         nan_strategy: str = "error",
         before_training: bool = False,
@@ -111,9 +120,13 @@ class SensitivityMonitor(Callback):
         _check("seed", seed, _is_int(seed), "an int")
         _check("prefix", prefix, isinstance(prefix, str), "a str")
         _check("test_prefix", test_prefix, isinstance(test_prefix, str), "a str")
-        for name, value in (("inputs", inputs), ("outputs", outputs)):
+        for name, value in (("inputs", inputs), ("outputs", outputs), ("targets", targets)):
             valid = value is None or isinstance(value, str) or _is_int(value) or callable(value)
             _check(name, value, valid, "a key (str), an index (int), a callable or None")
+        tasks = ("auto", *TASKS, None)
+        _check("task", task, task in tasks, f"one of {', '.join(map(repr, tasks))}")
+        valid = _is_int(num_training_samples) and num_training_samples >= 1
+        _check("num_training_samples", num_training_samples, valid, "an int of 1 or more")
         _check("per_output", per_output, isinstance(per_output, bool), "a bool")
         _check("nan_strategy", nan_strategy, nan_strategy in ("error", "warn"), "'error' or 'warn'")
         _check("before_training", before_training, isinstance(before_training, bool), "a bool")
@@ -123,11 +136,19 @@ class SensitivityMonitor(Callback):
         self.test_prefix = test_prefix
         self.inputs = inputs
         self.outputs = outputs
+        self.targets = targets
+        self.task = task
+        self.num_training_samples = num_training_samples
         self.per_output = per_output
         self.nan_strategy = nan_strategy
         self.before_training = before_training
         # One entry per loader, for the epoch that is running.
         self._statistics: dict[int, LoaderStatistics] = {}
+        self._training_sums: Tensor | None = None
+        self._learned: dict[str, Tensor] | None = None
+        # For the fit that is running.
+        self._training_samples: TrainingSamples | None = None
+        self._initial_weights: dict[str, Tensor] | None = None
         self._has_measured = False
         self._num_sanity_val_steps: float | None = None  # what `before_training` has replaced
 
@@ -160,8 +181,27 @@ class SensitivityMonitor(Callback):
                     logger.experiment.add_custom_scalars(layout)  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Watch whether validation ever runs."""
+        """Watch whether validation ever runs, and start to keep training samples."""
         self._has_measured = False
+        if self.task is not None:
+            if trainer.global_step == 0:
+                self._initial_weights = initial_weights(pl_module)
+            elif self._initial_weights is None:
+                raise MisconfigurationException(
+                    f"`SensitivityMonitor(prefix={self.prefix!r})` should have been in the Trainer whose training is"
+                    " resumed, since its risk estimate needs the weights from before training. `task=None` does"
+                    " without the estimate."
+                )
+            num_samples = math.ceil(self.num_training_samples / trainer.world_size)
+            self._training_samples = TrainingSamples(self.task, num_samples, self.inputs, self.outputs, self.targets)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep the first batches."""
+        if self._training_samples is not None and not self._training_samples.is_complete:
+            with no_trace(pl_module), trainer.precision_plugin.val_step_context():
+                self._training_samples.keep(pl_module, batch)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so if it never did."""
@@ -173,7 +213,7 @@ class SensitivityMonitor(Callback):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start with empty statistics."""
-        self._statistics = {}
+        self._forget_batches()
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -204,11 +244,11 @@ class SensitivityMonitor(Callback):
             }
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=trainer.global_step)
-        self._statistics = {}
+        self._forget_batches()
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start with empty statistics."""
-        self._statistics = {}
+        self._forget_batches()
 
     def on_test_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -222,8 +262,27 @@ class SensitivityMonitor(Callback):
         self._finish(trainer, pl_module, self.test_prefix, len(trainer.num_test_batches))
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Drop the statistics."""
+        """Drop the statistics and the samples."""
+        self._forget_batches()
+        self._training_samples = None
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Save the weights from before training, so that the risk estimate can go on where training resumes."""
+        if self._initial_weights is not None:
+            checkpoint[_CHECKPOINT_KEY] = self._initial_weights  # one entry for all monitors, which agree on it
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take them back."""
+        self._initial_weights = checkpoint.get(_CHECKPOINT_KEY)
+
+    def _forget_batches(self) -> None:
         self._statistics = {}
+        self._training_sums = None
+        self._learned = None
 
     def _measure(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int
@@ -243,6 +302,26 @@ class SensitivityMonitor(Callback):
 
             statistics.update(clean, map(noisy_outputs, range(self.num_draws)))
             statistics.add_inputs(x, self.perturbation.second_moment(x))
+            if statistics.task is not None:
+                if statistics.update_count == 1:
+                    statistics.add_risk(self._score_training_samples(pl_module))
+                generator = noise_generator(self.seed, trainer.global_rank, dataloader_idx, batch_idx, -1, x.device)
+                with twin(pl_module, self._learned_weights(pl_module), generator):
+                    other = select_outputs(run(x), self.outputs)
+                statistics.add_risk(holdout_sums(clean, other, statistics.task))
+
+    def _learned_weights(self, pl_module: pl.LightningModule) -> dict[str, Tensor]:
+        # Once a validation, and in a batch hook, where averaged weights are in place.
+        if self._learned is None:
+            assert self._initial_weights is not None
+            self._learned = learned_weights(pl_module, self._initial_weights)
+        return self._learned
+
+    def _score_training_samples(self, pl_module: pl.LightningModule) -> Tensor:
+        assert self._training_samples is not None
+        if self._training_sums is None:
+            self._training_sums = self._training_samples.sums(pl_module)
+        return self._training_sums
 
     def _clean_outputs(self, x: Tensor, run: Callable[[Tensor], Any], dataloader_idx: int) -> Tensor:
         try:
@@ -267,6 +346,7 @@ class SensitivityMonitor(Callback):
             num_outputs = 1 if clean is None else (*clean.shape, 1, 1)[1]
             statistics = LoaderStatistics(
                 name=f"dataloader {dataloader_idx}",
+                task=self._training_samples.task if self._training_samples else None,
                 per_output=self.per_output,
                 num_outputs=num_outputs if self.per_output else None,
                 nan_strategy=self.nan_strategy,

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from lightning_sensitivity.readings import LOG10
+from lightning_sensitivity.readings import LOG10, RISK
 
 __all__ = ["custom_scalars_layout"]
 
 
 def custom_scalars_layout(prefixes: Sequence[str]) -> dict[str, dict[str, list[object]]]:
-    """Charts that put the loss and its estimate side by side, for ``SummaryWriter.add_custom_scalars``.
+    """Charts that put together what is read together, for ``SummaryWriter.add_custom_scalars``.
 
     Args:
         prefixes: The ``prefix`` of each monitor; a category of charts is made for each.
@@ -24,6 +24,7 @@ def custom_scalars_layout(prefixes: Sequence[str]) -> dict[str, dict[str, list[o
         tag = re.escape(prefix)
         loader = r"(/dataloader_idx_\d+)?$"
         layout[f"Generalization ({prefix}*)"] = {
+            "risk estimate and its terms": ["Multiline", [f"^{tag}({'|'.join(RISK.values())}){loader}"]],
             # Whatever the user's loss is called, it has "loss" in its name; the estimate has, too.
             "loss and loss estimate": ["Multiline", [f"^{tag}.*loss"]],
             "sensitivity, log10": ["Multiline", [f"^{tag}{LOG10}{loader}"]],

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lightning_sensitivity.moments import batch_moments, check_outputs, find_non_finite, sensitivity_estimate
+from lightning_sensitivity.risk import RiskEstimate, holdout_sums, risk_terms, training_sums
+from lightning_sensitivity.tasks import TASKS, check_task
 
-__all__ = ["loss_estimate", "output_sensitivity"]
+__all__ = ["RiskEstimate", "loss_estimate", "output_sensitivity", "risk_estimate"]
 
 
 def output_sensitivity(clean: Tensor, noisy: Tensor | Iterable[Tensor], per_output: bool = False) -> Tensor:
@@ -114,3 +117,71 @@ def loss_estimate(
     if bool((under_root < 0).any()):
         raise ValueError(f"Expected `offset` to be at least minus the variance term, but got {offset}.")
     return under_root.sqrt()
+
+
+def risk_estimate(
+    outputs: Tensor,
+    twin_outputs: Tensor,
+    train_outputs: Tensor,
+    train_targets: Tensor,
+    task: Literal["multiclass", "binary", "multilabel", "regression"] = "multiclass",
+) -> RiskEstimate:
+    r"""Brier score (or mean squared error) on unseen samples, from training labels and unlabelled samples.
+
+    .. math::
+        R = \underbrace{\mathbb{E}_\text{train}\|p - y\|^2}_\text{training}
+            + \underbrace{\mathbb{E}_\text{train}\|p - \bar y\|^2 - \mathbb{E}\|p - \bar y\|^2}_\text{confidence}
+            + \underbrace{\mathbb{E}\|p - p'\|^2}_\text{variance}
+
+    p are the probabilities (in a regression the outputs), y the labels with their mean ȳ, and p' what a twin says of
+    the same sample: a network that was trained on other data. This is the chain L = bias + variance of
+    `arXiv:2007.15378`_ (Section 4). Half of the last term is the variance of p over training sets; the bias is known
+    from the training labels, less what the network has adapted to them, which is the other half.
+
+    It is exact where :math:`\mathbb{E}\,p \cdot y = \mathbb{E}\,p \cdot p' + \mathbb{E}_\text{train}\,p \cdot (y - p)`:
+    unseen labels agree with a network as its twins do, up to what it is miscalibrated by on its training samples.
+    :mod:`lightning_sensitivity.twin` has a stand-in for a twin that costs no second training.
+
+    Where training labels are wrong, it estimates the score against labels that are as wrong.
+
+    Args:
+        outputs: Outputs of the network for unlabelled samples that it was not trained on, before softmax or sigmoid,
+            floating, shape ``(N, K, ...)`` or ``(N,)``.
+        twin_outputs: Outputs of the twin for the same samples.
+        train_outputs: Outputs of the network for training samples, in eval mode, shape ``(M, K, ...)`` or ``(M,)``.
+        train_targets: Their labels: ``(M, ...)`` integers, or soft labels of the shape of ``train_outputs``, for
+            ``"multiclass"``; of the shape of ``train_outputs`` (where a dimension 1 of one output may be missing) for
+            the others.
+        task: What is scored: ``"multiclass"``, the sum over classes of (p − y)²; ``"binary"`` and ``"multilabel"``,
+            the mean over labels of (p − y)²; ``"regression"``, the mean squared error.
+
+    Returns:
+        The estimate and its three terms, scalar tensors, float64 (float32 on MPS): ``risk``, ``training``,
+        ``confidence``, ``variance``.
+
+    Raises:
+        ValueError: If labels do not fit the task, shapes do not fit, or there is no sample.
+
+    Example:
+        >>> import torch
+        >>> from lightning_sensitivity.functional import risk_estimate
+        >>> outputs, twin_outputs = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[2.0, 0.0], [1.0, 1.0]])
+        >>> train_outputs, train_targets = torch.tensor([[3.0, 0.0], [0.0, 3.0]]), torch.tensor([0, 1])
+        >>> risk_estimate(outputs, twin_outputs, train_outputs, train_targets).risk
+        tensor(0.3832, dtype=torch.float64)
+
+    .. _arXiv:2007.15378: https://arxiv.org/abs/2007.15378
+    """
+    if task not in TASKS:
+        raise ValueError(f"Expected `task` to be one of {', '.join(map(repr, TASKS))}, but got {task!r}.")
+    check_task(train_outputs, train_targets, task)
+    if outputs.shape != twin_outputs.shape or outputs.shape[1:2] != train_outputs.shape[1:2]:
+        raise ValueError(
+            "Expected `twin_outputs` to have the shape of `outputs`, and `train_outputs` as many outputs, but got"
+            f" {tuple(outputs.shape)}, {tuple(twin_outputs.shape)} and {tuple(train_outputs.shape)}."
+        )
+    for name, tensor in (("outputs", outputs), ("train_outputs", train_outputs)):
+        if tensor.numel() == 0:
+            raise ValueError(f"Expected `{name}` to hold at least one sample, but got the shape {tuple(tensor.shape)}.")
+    sums = holdout_sums(outputs, twin_outputs, task) + training_sums(train_outputs, train_targets, task)
+    return risk_terms(sums, task)

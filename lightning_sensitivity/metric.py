@@ -181,11 +181,14 @@ class OutputSensitivity(Metric):
         extremes = self.extremes.cpu()  # once, for all checks
         check_num_outputs(extremes)
         if (problem := find_non_finite(extremes)) is not None:
-            if self.nan_strategy == "error":
-                raise ValueError(f"{problem} With `nan_strategy='warn'` it is a warning, and there is no value.")
-            rank_zero_warn(problem)
+            self._report_non_finite(problem)
         elif not self.per_output and (warning := check_outputs(extremes)) is not None:
             rank_zero_warn(warning)
+
+    def _report_non_finite(self, problem: str) -> None:
+        if self.nan_strategy == "error":
+            raise ValueError(f"{problem} With `nan_strategy='warn'` it is a warning, and there is no value.")
+        rank_zero_warn(problem)
 
     def _computed_estimate(self) -> SensitivityEstimate:
         self.compute()  # cached, and leaves the estimate behind

@@ -15,6 +15,7 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from lightning_sensitivity.functional import loss_estimate
 from lightning_sensitivity.metric import OutputSensitivity
 from lightning_sensitivity.moments import num_outputs_seen
+from lightning_sensitivity.risk import NUM_ROWS, RiskEstimate, risk_terms
 
 SENSITIVITY, STDERR, LOG10, LOSS_ESTIMATE = (
     "sensitivity",
@@ -22,6 +23,8 @@ SENSITIVITY, STDERR, LOG10, LOSS_ESTIMATE = (
     "sensitivity_log10",
     "loss_estimate",
 )
+RISK = {field: f"risk_{'estimate' if field == 'risk' else field}" for field in RiskEstimate._fields}
+NAMES = (SENSITIVITY, STDERR, LOG10, LOSS_ESTIMATE, *RISK.values())
 
 
 def gather_widest(state: Tensor, group: Any = None) -> list[Tensor]:
@@ -44,15 +47,19 @@ class LoaderStatistics(OutputSensitivity):
 
     Args:
         name: What an error message calls the loader.
+        task: That of the risk estimate, or None for no estimate.
         kwargs: As for :class:`~lightning_sensitivity.OutputSensitivity`.
     """
 
     power: Tensor
+    risk: Tensor
 
-    def __init__(self, name: str, **kwargs: Any) -> None:
+    def __init__(self, name: str, task: str | None, **kwargs: Any) -> None:
         super().__init__(dist_sync_fn=gather_widest, **kwargs)
         self.name = name
+        self.task = task
         self.add_state("power", default=torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("risk", default=torch.zeros(NUM_ROWS, 1, dtype=torch.float64), dist_reduce_fx="sum")
 
     @property
     def update_called(self) -> bool:
@@ -69,6 +76,15 @@ class LoaderStatistics(OutputSensitivity):
         ratio = x.detach().to(self.power.dtype).square() / second_moment
         self.power = self.power + torch.stack([ratio.sum(), torch.full_like(self.power[0], ratio.numel())])
 
+    def add_risk(self, sums: Tensor) -> None:
+        """Add what the risk estimate needs of a holdout batch, or of the training samples."""
+        if self.risk.any() and self.risk.shape != sums.shape:
+            raise ValueError(
+                "Expected as many outputs on training samples as on the holdout, but got"
+                f" {self.risk.shape[1]} and {sums.shape[1]}."
+            )
+        self.risk = self.risk.to(sums) + sums
+
     def compute(self) -> dict[str, Tensor]:  # type: ignore[override]
         """Every number that has a meaning; the others are left out."""
         try:
@@ -84,6 +100,13 @@ class LoaderStatistics(OutputSensitivity):
         if not self.per_output and num_outputs > 1:
             # `power` is in units of the noise already.
             values[LOSS_ESTIMATE] = loss_estimate(sensitivity, self.power[0] / self.power[1], 1.0, num_outputs)
+        if self.task is not None:
+            if not bool(self.risk.isfinite().all()):
+                self._report_non_finite(
+                    f"`SensitivityMonitor`, {self.name}: outputs for training samples had nan or inf."
+                )
+            terms = risk_terms(self.risk, self.task)
+            values |= {RISK[term]: value for term, value in terms._asdict().items()}
         return {name: value for name, value in values.items() if bool(value.isfinite())}
 
     @property
@@ -93,7 +116,7 @@ class LoaderStatistics(OutputSensitivity):
 
     def readings(self) -> dict[str, Reading]:
         """One Metric per logged name."""
-        return {name: Reading(partial(self._read, name)) for name in (SENSITIVITY, STDERR, LOG10, LOSS_ESTIMATE)}
+        return {name: Reading(partial(self._read, name)) for name in NAMES}
 
     def _read(self, name: str) -> Tensor | None:
         return self.compute().get(name)

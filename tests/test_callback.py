@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_sensitivity import SensitivityMonitor
 from lightning_sensitivity.functional import loss_estimate
+from lightning_sensitivity.readings import RISK
 from tests.helpers import (
     Classifier,
     Linear,
@@ -32,6 +33,7 @@ from tests.helpers import (
 )
 
 NAMES = {"sensitivity", "sensitivity_stderr", "sensitivity_log10", "loss_estimate"}
+RISK_NAMES = set(RISK.values())  # in a fit
 
 
 def close(actual: Any, expected: Any, rtol: float = 1e-9) -> None:
@@ -176,7 +178,7 @@ def test_no_labels_are_needed_and_early_stopping_works() -> None:
     run.fit(Stub(), loader(), unlabelled_loader(seed=1))
     best = int(np.argmin([epoch["val_sensitivity"] for epoch in history.epochs]))
     assert len(history.epochs) == best + 3 < 30  # two epochs of patience after the best one
-    assert set(history.epochs[0]) - {"train_loss"} == {f"val_{name}" for name in NAMES}
+    assert set(history.epochs[0]) - {"train_loss"} == {f"val_{name}" for name in NAMES | RISK_NAMES}
 
 
 def test_model_checkpoint_keeps_the_epoch_of_the_best_value(tmp_path: Path) -> None:
@@ -234,7 +236,7 @@ def test_training_is_bit_identical_with_and_without(tmp_path: Path, validation_i
         fit.fit(model, loader(shuffle=True), loader(seed=1, shuffle=True))
         lines = Path(logger.log_dir, "metrics.csv").read_text().splitlines()
         header = lines[0].split(",")
-        kept = [i for i, column in enumerate(header) if not any(name in column for name in NAMES)]
+        kept = [i for i, column in enumerate(header) if not any(name in column for name in NAMES | RISK_NAMES)]
         logged = [[line.split(",")[i] for i in kept] for line in lines if line]
         streams = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
         return model.trace, model.state_dict(), fit.optimizers[0].state_dict(), logged, streams
@@ -307,13 +309,20 @@ def test_validate_then_fit_then_validate() -> None:
         run.fit(model, loader(), loader())
 
 
-def test_nothing_enters_a_checkpoint(tmp_path: Path) -> None:
-    run = trainer(callbacks=[SensitivityMonitor()])
-    run.fit(Classifier(), loader(), loader())
-    run.save_checkpoint(tmp_path / "with.ckpt")
-    saved = torch.load(tmp_path / "with.ckpt", weights_only=False)
-    assert not saved["callbacks"]
-    assert not any("metric" in key or "moments" in key for key in saved["state_dict"])
+def test_a_checkpoint_gets_the_weights_from_before_training_and_no_metric(tmp_path: Path) -> None:
+    model = Classifier()
+    initial = copy.deepcopy(dict(model.named_parameters()))
+    for task in ("auto", None):
+        run = trainer(callbacks=[SensitivityMonitor(task=task), SensitivityMonitor(prefix="b_", task=task)])
+        run.fit(model, loader(), loader())
+        run.save_checkpoint(tmp_path / "with.ckpt")
+        saved = torch.load(tmp_path / "with.ckpt", weights_only=True)
+        assert not saved["callbacks"]
+        assert not any("metric" in key or "moments" in key for key in saved["state_dict"])
+        extra = [key for key in saved if key.startswith("lightning_sensitivity")]
+        assert extra == (["lightning_sensitivity.initial_weights"] if task else [])
+        if task:
+            torch.testing.assert_close(saved[extra[0]], {name: value.detach() for name, value in initial.items()})
 
 
 class Counter(nn.Module):
@@ -740,7 +749,7 @@ def test_non_finite_outputs_are_named(noisy: bool) -> None:
 def test_non_finite_outputs_can_let_training_go_on() -> None:
     history = History()
     model = Diverging(1, noisy=True)
-    run = trainer(callbacks=[SensitivityMonitor(nan_strategy="warn"), history], num_sanity_val_steps=0)
+    run = trainer(callbacks=[SensitivityMonitor(nan_strategy="warn", task=None), history], num_sanity_val_steps=0)
     with pytest.warns(UserWarning, match="noisy outputs of batch 1"):
         run.fit(model, loader(), unlabelled_loader())
     assert len(history.epochs) == 2

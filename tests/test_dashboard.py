@@ -19,6 +19,7 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
 from lightning_sensitivity import SensitivityMonitor
 from lightning_sensitivity.dashboard import custom_scalars_layout
+from lightning_sensitivity.readings import RISK
 from tests.helpers import Classifier, brute_force, inputs, loader, trainer
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "track_generalization.py"
@@ -69,19 +70,21 @@ def test_custom_scalars_put_the_loss_and_its_estimate_on_one_chart(logger: Tenso
         return {tag for tag in tags if re.search(pattern, tag)}
 
     assert [category.title for category in layout.category] == ["Generalization (val_*)", "Generalization (wide/*)"]
-    assert matches(0, 0) == {"val_loss", "val_loss_estimate"}
-    assert matches(0, 1) == {"val_sensitivity_log10"}
-    assert matches(1, 0) == {"wide/loss_estimate"}
-    assert matches(1, 1) == {"wide/sensitivity_log10"}
+    for category, prefix in enumerate(("val_", "wide/")):
+        assert matches(category, 0) == {prefix + name for name in RISK.values()}
+        assert matches(category, 1) == {f"{prefix}loss_estimate", *(["val_loss"] if prefix == "val_" else [])}
+        assert matches(category, 2) == {f"{prefix}sensitivity_log10"}
 
 
 def test_custom_scalars_take_in_every_loader_and_nothing_else() -> None:
     (charts,) = custom_scalars_layout(["val_"]).values()
-    (losses,), (sensitivity,) = (patterns for _, patterns in charts.values())
+    (risk,), (losses,), (sensitivity,) = (patterns for _, patterns in charts.values())
     tags = [f"val_{name}/dataloader_idx_{idx}" for name in ("loss", "loss_estimate") for idx in (0, 11)]
     assert all(re.search(losses, tag) for tag in tags)
     assert not any(re.search(losses, tag) for tag in ("train_loss", "interval_loss", "val_sensitivity"))
     assert re.search(sensitivity, "val_sensitivity_log10/dataloader_idx_3")
+    assert re.search(risk, "val_risk_estimate/dataloader_idx_3") and re.search(risk, "val_risk_variance")
+    assert not re.search(risk, "val_risk") and not re.search(risk, "b_val_risk_estimate")
     assert not any(
         re.search(sensitivity, tag) for tag in ("val_sensitivity", "a_val_sensitivity_log10", "val_sensitivity_log10_x")
     )
@@ -148,7 +151,7 @@ def page(tmp_path: Path) -> Iterator[Any]:
         browser = driver.chromium.launch(
             executable_path=CHROMIUM, args=[*flags.split(), "--disable-component-update", "--disable-sync"]
         )
-        yield browser.new_page(viewport={"width": 1560, "height": 1000})
+        yield browser.new_page(viewport={"width": 1560, "height": 2000})
         browser.close()
 
 
@@ -170,7 +173,7 @@ def test_tensorboard_draws_loss_and_sensitivity(
 ) -> None:
     page.goto(f"{tensorboard_url}?darkMode=false&smoothing=0&tagFilter=val%2F#timeseries")
     drawn = {}
-    for name in ("loss", "loss_estimate", "sensitivity", "sensitivity_log10", "sensitivity_stderr"):
+    for name in ("loss", "loss_estimate", *RISK.values(), "sensitivity", "sensitivity_log10", "sensitivity_stderr"):
         card = page.locator("scalar-card").filter(has=page.get_by_text(f"/{name}", exact=True))
         card.wait_for(timeout=60_000)
         chart = card.locator(".series-view").first
@@ -195,6 +198,6 @@ def test_tensorboard_draws_loss_and_sensitivity(
 def test_tensorboard_draws_the_custom_scalars(tensorboard_url: str, page: Any) -> None:
     page.goto(f"{tensorboard_url}#custom_scalars")
     page.get_by_text("Generalization (val/*)").wait_for(timeout=60_000)
-    for title, curves in (("loss and loss estimate", 2), ("sensitivity, log10", 1)):
+    for title, curves in (("risk estimate and its terms", 4), ("loss and loss estimate", 2), ("sensitivity, log10", 1)):
         page.get_by_text(title, exact=True).wait_for(timeout=60_000)
         page.get_by_text(f"Matches ({curves})").first.wait_for(timeout=60_000)

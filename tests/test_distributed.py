@@ -10,13 +10,13 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, seed_everything
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_sensitivity import SensitivityMonitor
-from tests.helpers import Linear, brute_force, csv_rows, inputs, loader, trainer, unlabelled_loader
+from tests.helpers import Linear, brute_force, csv_rows, inputs, labelled, loader, trainer, unlabelled_loader
 
 WORLD_SIZE = 2
 SCENARIOS: dict[str, Callable[[int, Path], Any]] = {}
@@ -100,6 +100,14 @@ def a_datamodule_whose_loaders_may_be_empty(rank: int, folder: Path) -> Any:
     with pytest.raises(MisconfigurationException, match="should get a batch in every process"):
         distributed(SensitivityMonitor()).validate(model(), datamodule=data, verbose=False)
     return True
+
+
+@scenario
+def risk(rank: int, folder: Path) -> Any:
+    checkpoint = ModelCheckpoint(folder / "risk", monitor="val_risk_estimate/dataloader_idx_0")
+    run = distributed(SensitivityMonitor(), checkpoint, max_epochs=1, enable_checkpointing=True)
+    run.fit(net := model(), loader(48, 8), [unlabelled_loader(48, 8, seed=1), on_rank(1, seed=2)])
+    return {name: float(value) for name, value in run.callback_metrics.items() if "risk" in name}, net.state_dict()
 
 
 @scenario
@@ -204,6 +212,23 @@ def test_per_output_in_a_process_without_a_batch(both: dict[str, list[Any]]) -> 
         changes = brute_force(model(), batches, rank=rank, dataloader_idx=idx, per_output=True)
         value = first[f"val_sensitivity/dataloader_idx_{idx}"]
         assert value == pytest.approx(changes.var(0, correction=0).mean().item(), rel=1e-9)
+
+
+def test_the_risk_estimate_is_that_of_both(both: dict[str, list[Any]]) -> None:
+    (first, weights), (second, _) = both["risk"]
+    assert first == second
+    net = model()
+    net.load_state_dict(weights)
+    train = labelled(48)
+    with torch.no_grad():
+        p, q = (net(x).double().softmax(1) for x in (train.tensors[0], inputs(48, seed=1)))
+    y = torch.nn.functional.one_hot(train.tensors[1], 4).double()
+    terms = {name.removeprefix("val_risk_"): value for name, value in first.items()}
+    assert terms["training/dataloader_idx_0"] == pytest.approx(float((p - y).square().sum(1).mean()), rel=1e-6)
+    power = [float((values - y.mean(0)).square().sum(1).mean()) for values in (p, q)]
+    assert terms["confidence/dataloader_idx_0"] == pytest.approx(power[0] - power[1], abs=1e-7)
+    assert terms["variance/dataloader_idx_0"] > 0
+    assert terms["estimate/dataloader_idx_1"] > 0  # one process had no batch of this loader
 
 
 @pytest.mark.parametrize(

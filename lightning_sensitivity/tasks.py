@@ -1,0 +1,151 @@
+"""The task that outputs and labels belong to, and what is scored in it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from lightning_sensitivity.moments import accumulation_dtype
+
+TASKS = ("multiclass", "binary", "multilabel", "regression")
+_IGNORED = -100  # the `ignore_index` of torch's cross-entropy
+
+
+def infer_task(outputs: Tensor, targets: Tensor) -> str:
+    """The only task that fits; where two would, none is chosen.
+
+    ==================  =====================================  =================================================
+    task                outputs                                targets
+    ==================  =====================================  =================================================
+    ``"multiclass"``    ``(N, K, ...)`` with K of 2 or more    integers, shape ``(N, ...)``
+    ``"binary"``        ``(N,)`` or ``(N, 1, ...)``            integers or bools 0 and 1, one per output
+    ``"multilabel"``    ``(N, K, ...)`` with K of 2 or more    integers or bools 0 and 1, ``(N, K, ...)``
+    ``"regression"``    any                                    floating, one per output, not all in [0, 1]
+    ==================  =====================================  =================================================
+
+    Floating targets in [0, 1] can be any of the four: labels for a ``BCEWithLogitsLoss``, soft labels, or numbers.
+
+    Args:
+        outputs: Outputs of the model.
+        targets: The labels of the same samples.
+
+    Returns:
+        The task.
+
+    Raises:
+        ValueError: If no task fits, or more than one.
+    """
+    fitting = [task for task in TASKS if _fits(outputs, targets, task)]
+    # Counts and one number for each of two classes are whole numbers, too, but nobody trains a regression on 0 and 1
+    # alone, and a class dimension says enough.
+    certain = fitting if targets.is_floating_point() else [task for task in fitting if task != "regression"]
+    # One-hot rows may be a class each, or labels of which each sample happens to have one.
+    one_hot_rows = certain == ["multilabel"] and bool((targets.sum(1) == 1).all())
+    if len(certain) != 1 or one_hot_rows:
+        raise ValueError(
+            f"Expected outputs and labels that fit one task alone, got outputs of shape {tuple(outputs.shape)} and"
+            f" labels {_describe(targets)}, which fit {' and '.join(map(repr, fitting)) or 'none'}."
+        )
+    return certain[0]
+
+
+def _fits(outputs: Tensor, targets: Tensor, task: str) -> bool:
+    try:
+        check_task(outputs, targets, task)
+    except ValueError:
+        return False
+    return True
+
+
+def check_task(outputs: Tensor, targets: Tensor, task: str) -> None:
+    """Require that the labels are those of a task.
+
+    Args:
+        outputs: Outputs of the model.
+        targets: The labels of the same samples.
+        task: One of :data:`TASKS`.
+
+    Raises:
+        ValueError: If they are not, with what was expected.
+    """
+    floating, shape = targets.is_floating_point(), tuple(outputs.shape)
+    num_outputs = outputs.shape[1] if outputs.ndim > 1 else 1
+    got = f"outputs of shape {shape} and labels {_describe(targets)}"
+    if not outputs.is_floating_point():
+        raise ValueError(f"Expected floating outputs, got {outputs.dtype}.")
+    if task == "multiclass" and not floating:
+        if num_outputs < 2 or shape[:1] + shape[2:] != tuple(targets.shape) or targets.dtype == torch.bool:
+            raise ValueError(f"Expected outputs (N, K, ...), K > 1, and integer labels (N, ...), got {got}.")
+        valid = ((targets >= 0) & (targets < num_outputs)) | (targets == _IGNORED)
+        if not bool(valid.all()):
+            raise ValueError(
+                f"Expected labels from 0 to {num_outputs - 1}, got {int(targets.min())} to {int(targets.max())}."
+            )
+        return
+    if task in ("multiclass", "multilabel") and num_outputs < 2:
+        raise ValueError(f"Expected outputs (N, K, ...) with K > 1, got {got}.")
+    if task == "binary" and num_outputs != 1:
+        raise ValueError(f"Expected one output, (N,) or (N, 1, ...), got {got}.")
+    if _without_single_output(outputs).shape != _without_single_output(targets).shape:
+        raise ValueError(f"Expected one label per output, got {got}.")
+    if task == "regression":
+        if not bool(targets.isfinite().all()):
+            raise ValueError("Expected finite labels, got nan or inf.")
+        return
+    if not bool(((targets >= 0) & (targets <= 1)).all()):
+        raise ValueError(f"Expected labels from 0 to 1, got {float(targets.min()):g} to {float(targets.max()):g}.")
+    if task == "multiclass" and not bool(((targets.double().sum(1) - 1).abs() < 1e-3).all()):
+        raise ValueError("Expected soft labels that sum to 1 over the classes, got other sums.")
+
+
+def predictions(outputs: Tensor, task: str) -> Tensor:
+    """What is scored: probabilities, or the outputs themselves for a regression.
+
+    Args:
+        outputs: Outputs of the model, logits unless the task is a regression; ``(N, K, ...)`` or ``(N,)``.
+        task: One of :data:`TASKS`.
+
+    Returns:
+        One row per sample and position, one column per output, in the widest type of the device.
+    """
+    outputs = outputs.to(accumulation_dtype(outputs.device))
+    outputs = _rows(outputs)
+    if task == "regression":
+        return outputs
+    return outputs.softmax(1) if task == "multiclass" else outputs.sigmoid()
+
+
+def target_rows(outputs: Tensor, targets: Tensor, task: str) -> tuple[Tensor, Tensor]:
+    """The labels in the layout of :func:`predictions`.
+
+    Args:
+        outputs: Outputs of the model.
+        targets: The labels, which fit ``task`` by :func:`check_task`.
+        task: One of :data:`TASKS`.
+
+    Returns:
+        The labels, one row per sample and position, one column per output, and which rows count: not those that
+        cross-entropy ignores, of which the label is -100.
+    """
+    dtype = accumulation_dtype(outputs.device)
+    targets = targets.to(outputs.device)
+    if task == "multiclass" and not targets.is_floating_point():
+        flat = targets.flatten().long()
+        counts = flat != _IGNORED
+        return one_hot(flat.where(counts, 0), outputs.shape[1]).to(dtype), counts
+    rows = _rows(targets.to(dtype).reshape(outputs.shape))
+    return rows, torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """``(N, K, ...)`` or ``(N,)`` to one row per sample and position."""
+    return tensor[:, None] if tensor.ndim < 2 else tensor.movedim(1, -1).flatten(0, -2)
+
+
+def _without_single_output(tensor: Tensor) -> Tensor:
+    return tensor.squeeze(1) if tensor.ndim > 1 and tensor.shape[1] == 1 else tensor
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"of type {tensor.dtype} and shape {tuple(tensor.shape)}"

@@ -1,0 +1,386 @@
+"""The risk estimate as the callback logs it; what the terms are is tested with ``risk``."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, WeightAveraging
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_sensitivity import SensitivityMonitor
+from lightning_sensitivity.readings import RISK
+from lightning_sensitivity.risk import training_sums
+from lightning_sensitivity.twin import initial_weights
+from tests.helpers import NUM_FEATURES, Classifier, inputs, labelled, loader, trainer, unlabelled_loader
+
+NAMES = set(RISK.values())
+
+
+class Truth(Callback):
+    """What was logged at each validation, and what a plain loop finds."""
+
+    def __init__(self, num_batches: int = 2, task: str = "multiclass", holdout: Tensor | None = None) -> None:
+        self.num_batches, self.task = num_batches, task
+        self.holdout = inputs(50, seed=1) if holdout is None else holdout
+        self.batches: list[Any] = []
+        self.logged: list[dict[str, float]] = []
+        self.training: list[float] = []
+        self.confidence: list[float] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if len(self.batches) < self.num_batches:
+            self.batches.append([part.clone() for part in batch])
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        self.logged.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+        x, y = (torch.cat(parts) for parts in zip(*self.batches, strict=True))
+        assert not pl_module.training
+        count, p, p2, target, score = training_sums(pl_module(x), y, self.task)[4:]
+        assert set(count.tolist()) == {len(x)}
+        q = pl_module(self.holdout).double()
+        q = {"multiclass": q.softmax(1), "regression": q}.get(self.task, q.sigmoid()).reshape(len(q), -1)
+        center = target / count
+        gap = p2 / count - q.square().mean(0) - 2 * center * (p / count - q.mean(0))
+        over_outputs = torch.sum if self.task == "multiclass" else torch.mean
+        self.training.append(float(over_outputs(score / count)))
+        self.confidence.append(float(over_outputs(gap)))
+
+
+def logged(truth: Truth, term: str) -> list[float]:
+    return [epoch[f"val_{RISK[term]}"] for epoch in truth.logged]
+
+
+def check(truth: Truth) -> None:
+    assert logged(truth, "training") == pytest.approx(truth.training, rel=1e-5)
+    assert logged(truth, "confidence") == pytest.approx(truth.confidence, rel=1e-5, abs=1e-6)
+    parts = zip(*(logged(truth, term) for term in ("training", "confidence", "variance")), strict=True)
+    assert logged(truth, "risk") == pytest.approx([sum(terms) for terms in parts])
+
+
+def fitted(model: LightningModule, monitor: SensitivityMonitor, truth: Truth, train: Any, **kwargs: Any) -> Trainer:
+    run = trainer(callbacks=[monitor, truth], max_epochs=3, **kwargs)
+    run.fit(model, train, DataLoader(truth.holdout, 16))
+    return run
+
+
+@pytest.mark.filterwarnings("ignore:.*sampler has shuffling enabled")
+def test_the_training_part_is_that_of_the_first_batches_in_eval_mode_after_the_epoch() -> None:
+    seed_everything(0, verbose=False)
+    truth = Truth()
+    fitted(Classifier(), SensitivityMonitor(num_training_samples=32), truth, loader(shuffle=True))
+    check(truth)
+    assert len(truth.logged) == 3
+    assert len(set(truth.training)) == 3  # the same samples, another network
+    assert min(logged(truth, "variance")) > 0
+
+
+class Other(Classifier):
+    """The same network for another task: another head and another loss."""
+
+    def __init__(self, num_outputs: int, loss: Any) -> None:
+        super().__init__()
+        self.net[-1] = nn.Linear(16, num_outputs)
+        self.loss = loss
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self.loss(self(batch[0]), batch[1].float())
+
+
+@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize(
+    ("task", "targets", "loss"),
+    [
+        ("binary", inputs(50)[:, :1] > 0.5, binary_cross_entropy_with_logits),
+        ("multilabel", (inputs(50)[:, :3] > 0.5).long(), binary_cross_entropy_with_logits),
+        ("regression", 100 + inputs(50)[:, :2], mse_loss),
+    ],
+)
+def test_every_task(task: str, targets: Tensor, loss: Any, told: bool) -> None:
+    train = DataLoader(TensorDataset(inputs(50), targets), 16)
+    truth = Truth(4, task)
+    fitted(Other(targets.shape[1], loss), SensitivityMonitor(task=task if told else "auto"), truth, train)
+    check(truth)
+
+
+def test_labels_of_one_dimension_fit_outputs_of_two() -> None:
+    class Regression(Other):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            return mse_loss(self(batch[0])[:, 0], batch[1])
+
+    x = inputs(50)
+    truth = Truth(4, "regression")
+    fitted(Regression(1, None), SensitivityMonitor(), truth, DataLoader(TensorDataset(x, x.sum(1)), 16))
+    check(truth)
+
+
+# Early stopping and checkpoints, as they are
+
+
+def test_early_stopping_and_checkpoints_follow_it(tmp_path: Path) -> None:
+    class Unlabelled(Classifier):
+        def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+            assert isinstance(batch, Tensor)
+
+    seed_everything(0, verbose=False)
+    truth = Truth(4)
+    stopping = EarlyStopping(monitor="val_risk_estimate", patience=3)
+    checkpoint = ModelCheckpoint(tmp_path, monitor="val_risk_estimate", filename="{epoch}")
+    run = trainer(
+        callbacks=[stopping, checkpoint, SensitivityMonitor(), truth], enable_checkpointing=True, max_epochs=200
+    )
+    x, y = labelled(50).tensors
+    y[::4] = 0  # it learns, and then must memorize
+    run.fit(Unlabelled(), DataLoader(TensorDataset(x, y), 16), unlabelled_loader(seed=1))
+    values = logged(truth, "risk")
+    best = int(np.argmin(values))
+    assert best > 0 and len(values) == best + 4 < 200
+    assert Path(checkpoint.best_model_path).name == f"epoch={best}.ckpt"
+
+
+# When it is logged
+
+
+def test_without_training_it_is_not_logged() -> None:
+    monitor, model = SensitivityMonitor(), Classifier()
+    run = trainer(callbacks=[monitor])
+    run.fit(model, loader(), loader(seed=1))
+    assert {f"val_{name}" for name in NAMES} <= run.callback_metrics.keys()
+    (values,) = run.validate(model, loader(seed=1), verbose=False)
+    (tested,) = run.test(model, loader(seed=1), verbose=False)
+    assert not any(name in key for key in (*values, *tested) for name in NAMES)
+
+
+def test_it_can_be_left_out() -> None:
+    class Autoencoder(Classifier):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return self(batch).square().mean()
+
+    run = trainer(callbacks=[SensitivityMonitor(task=None)])
+    run.fit(Autoencoder(), unlabelled_loader(), unlabelled_loader(seed=1))
+    assert "val_sensitivity" in run.callback_metrics
+    assert not any(name in key for key in run.callback_metrics for name in NAMES)
+
+
+def test_every_loader_gets_its_own() -> None:
+    truth = Truth(4)
+    run = trainer(callbacks=[SensitivityMonitor(), truth], max_epochs=1)
+    run.fit(Classifier(), loader(), [loader(seed=1), loader(seed=2)])
+    (values,) = truth.logged
+    for idx in (0, 1):
+        assert {f"val_{name}/dataloader_idx_{idx}" for name in NAMES} <= values.keys()
+    first, second = (values[f"val_risk_training/dataloader_idx_{idx}"] for idx in (0, 1))
+    assert first == second == pytest.approx(truth.training[0], rel=1e-5)
+    assert values["val_risk_confidence/dataloader_idx_0"] == pytest.approx(truth.confidence[0], rel=1e-5)
+    assert values["val_risk_confidence/dataloader_idx_1"] != pytest.approx(truth.confidence[0], rel=1e-5)
+
+
+def test_a_validation_within_the_first_epoch_uses_what_it_has() -> None:
+    truth = Truth(1)
+    run = trainer(callbacks=[SensitivityMonitor(), truth], max_epochs=1, val_check_interval=1, limit_train_batches=1)
+    run.fit(Classifier(), loader(), DataLoader(truth.holdout, 16))
+    check(truth)
+
+
+def test_a_second_fit_has_samples_of_its_own() -> None:
+    monitor, model = SensitivityMonitor(), Classifier()
+    for seed in (3, 4):
+        truth = Truth(4)
+        run = trainer(callbacks=[monitor, truth], max_epochs=1)
+        run.fit(model, loader(seed=seed), DataLoader(truth.holdout, 16))
+        check(truth)
+    assert monitor._training_samples is None  # and they are freed
+
+
+def test_a_step_that_writes_into_its_batch_does_not_matter() -> None:
+    class Writer(Classifier):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            loss = super().training_step([part.clone() for part in batch], batch_idx)
+            batch[0].zero_(), batch[1].zero_()
+            return loss
+
+    truth = Truth(4)
+    fitted(Writer(), SensitivityMonitor(), truth, loader())
+    check(truth)
+
+
+def test_averaged_weights_are_what_is_scored() -> None:
+    class Scores(Truth):
+        def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+            self.swapped = [parameter.clone() for parameter in pl_module.parameters()]
+
+        def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            if not trainer.sanity_checking:
+                with torch.no_grad():
+                    for parameter, value in zip(pl_module.parameters(), self.swapped, strict=True):
+                        parameter.copy_(value)
+                super().on_validation_end(trainer, pl_module)
+
+    truth = Scores(4)
+    averaging = WeightAveraging(avg_fn=lambda average, weight, count: average + 0.1 * (weight - average))
+    run = trainer(callbacks=[averaging, SensitivityMonitor(), truth], max_epochs=1)
+    run.fit(Plain(), loader(), DataLoader(truth.holdout, 16))
+    check(truth)
+
+
+class Plain(Classifier):
+    """Without batch norm, of which averaging keeps other statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(NUM_FEATURES, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+# Where training goes on
+
+
+def test_it_goes_on_where_training_resumes(tmp_path: Path) -> None:
+    def run(max_epochs: int, **kwargs: Any) -> tuple[Truth, Trainer]:
+        seed_everything(0, verbose=False)
+        truth = Truth(4)
+        fit = trainer(callbacks=[SensitivityMonitor(), truth], max_epochs=max_epochs)
+        fit.fit(Plain(), loader(), DataLoader(truth.holdout, 16), **kwargs)
+        return truth, fit
+
+    whole, _ = run(4)
+    _, first = run(2)
+    first.save_checkpoint(tmp_path / "two.ckpt")
+    resumed, _ = run(4, ckpt_path=tmp_path / "two.ckpt")
+    for term in RISK:
+        assert logged(resumed, term) == pytest.approx(logged(whole, term)[2:], rel=1e-5), term
+
+
+def test_a_second_fit_of_the_same_trainer_goes_on_and_another_trainer_starts_anew() -> None:
+    monitor, model = SensitivityMonitor(), Plain()
+    untrained = initial_weights(model)
+    run = trainer(callbacks=[monitor], max_epochs=1)
+    for max_epochs in (1, 2):
+        run.fit_loop.max_epochs = max_epochs
+        run.fit(model, loader(), loader())
+        torch.testing.assert_close(monitor._initial_weights, untrained)
+    before_tuning = initial_weights(model)
+    trainer(callbacks=[monitor], max_epochs=1).fit(model, loader(), loader())
+    torch.testing.assert_close(monitor._initial_weights, before_tuning)
+
+
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
+def test_resuming_without_the_weights_from_before_training_is_an_error(tmp_path: Path) -> None:
+    first = trainer(max_epochs=1)
+    first.fit(Plain(), loader(), loader())
+    first.save_checkpoint(tmp_path / "without.ckpt")
+    resumed = trainer(callbacks=[SensitivityMonitor()], max_epochs=2)
+    with pytest.raises(MisconfigurationException, match="`SensitivityMonitor.prefix='val_'.` should have been in the"):
+        resumed.fit(Plain(), loader(), loader(), ckpt_path=tmp_path / "without.ckpt")
+    resumed = trainer(callbacks=[SensitivityMonitor(task=None)], max_epochs=2)
+    resumed.fit(Plain(), loader(), loader(), ckpt_path=tmp_path / "without.ckpt")
+
+
+# What it costs
+
+
+def test_its_forward_passes_are_counted() -> None:
+    class Counting(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.eval_samples: list[int] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.training:
+                self.eval_samples.append(len(x))
+            return super().forward(x)
+
+    def passes(max_epochs: int, **kwargs: Any) -> tuple[int, int]:
+        model = Counting()
+        run = trainer(callbacks=[SensitivityMonitor(**kwargs)], max_epochs=max_epochs, num_sanity_val_steps=0)
+        run.fit(model, loader(100, 10), unlabelled_loader(50, 25))
+        return len(model.eval_samples), sum(model.eval_samples)
+
+    validation = (2 * 2, 2 * 50)  # clean and noisy
+    assert passes(1, task=None) == validation
+    kept, scored, twins = (4, 40), (4, 40), (2, 50)
+    expected = [sum(parts) for parts in zip(validation, kept, scored, twins, strict=True)]
+    assert passes(1, num_training_samples=35) == tuple(expected)
+    expected = [a + b for a, b in zip(expected, (validation[0] + 4 + 2, validation[1] + 40 + 50), strict=True)]
+    assert passes(2, num_training_samples=35) == tuple(expected)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("monitor", "batch", "message"),
+    [
+        ({}, inputs(20), r"got a tensor \(torch.float32, shape \(10, 12\)\).*`targets=`.*`task=`.*`task=None`"),
+        ({}, (inputs(20), inputs(20)[:, :4]), "fit one task alone.*which fit 'multilabel' and 'regression'"),
+        ({}, (inputs(20), inputs(20)), "which fit none"),
+        ({}, (inputs(20), inputs(20), torch.zeros(20).long()), "one more element, the labels"),
+        ({"targets": 5}, (inputs(20), torch.zeros(20).long()), "`targets=5` should name a part of the batch"),
+        ({"task": "regression"}, (inputs(20), torch.zeros(20).long()), "one label per output"),
+        ({}, (inputs(20), torch.full((20,), 4)), "which fit none"),
+        ({"task": "multiclass"}, (inputs(20), torch.full((20,), 4)), "labels from 0 to 3, got 4 to 4"),
+    ],
+)
+def test_labels_that_can_not_be_told_are_an_error_before_the_first_step(
+    monitor: dict[str, Any], batch: Any, message: str
+) -> None:
+    class Never(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            raise AssertionError("trained")
+
+    data = TensorDataset(*batch) if isinstance(batch, tuple) else batch
+    with pytest.raises(MisconfigurationException, match=message):
+        trainer(callbacks=[SensitivityMonitor(**monitor)]).fit(Never(), DataLoader(data, 10), loader())
+
+
+@pytest.mark.parametrize("batch_type", ["mapping", "triple"])
+def test_labels_are_found_or_told(batch_type: str) -> None:
+    class Step(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return cross_entropy(self(batch["x"] if batch_type == "mapping" else batch[0]), labels(batch))
+
+    def labels(batch: Any) -> Tensor:
+        return batch["label"] if batch_type == "mapping" else batch[2]
+
+    samples: list[Any] = [(x, index, y) for index, (x, y) in enumerate(labelled(50))]
+    if batch_type == "mapping":
+        samples = [{"x": x, "index": index, "label": y} for x, index, y in samples]
+    monitor = SensitivityMonitor(targets=None if batch_type == "mapping" else 2)
+    run = trainer(callbacks=[monitor], max_epochs=1)
+    run.fit(Step(), DataLoader(samples, 16), unlabelled_loader())
+    assert 0 < run.callback_metrics["val_risk_training"] < 2
+    monitor = SensitivityMonitor(targets=labels)
+    again = trainer(callbacks=[monitor], max_epochs=1)
+    again.fit(Step(), DataLoader(samples, 16), unlabelled_loader())
+    assert "val_risk_training" in again.callback_metrics
+
+
+@pytest.mark.parametrize("argument", [{"task": "classification"}, {"targets": 1.5}, {"num_training_samples": 0}])
+def test_arguments_are_checked_at_once(argument: dict[str, Any]) -> None:
+    (name,) = argument
+    with pytest.raises(MisconfigurationException, match=f"`{name}` should be .*, got"):
+        SensitivityMonitor(**argument)
+
+
+@pytest.mark.parametrize("strategy", ["error", "warn"])
+def test_nan_on_training_samples_alone(strategy: str) -> None:
+    class OnTraining(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            logits = super().forward(x)
+            return logits if self.training or len(x) != 10 else logits / 0
+
+    run = trainer(callbacks=[SensitivityMonitor(nan_strategy=strategy)], max_epochs=1)
+    if strategy == "error":
+        with pytest.raises(ValueError, match="dataloader 0: outputs for training samples had nan or inf"):
+            run.fit(OnTraining(), loader(50, 10), loader())
+    else:
+        with pytest.warns(UserWarning, match="outputs for training samples had nan or inf"):
+            run.fit(OnTraining(), loader(50, 10), loader())
+        assert "val_sensitivity" in run.callback_metrics
+        assert "val_risk_estimate" not in run.callback_metrics
