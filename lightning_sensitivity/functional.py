@@ -130,13 +130,13 @@ def risk_estimate(
 
     .. math::
         R = \underbrace{\mathbb{E}_\text{train}\|p - y\|^2}_\text{training}
-            + \underbrace{\mathbb{E}_\text{train}\|p - \bar y\|^2 - \mathbb{E}\|p - \bar y\|^2}_\text{confidence}
+            + \underbrace{\mathbb{E}_\text{train}\|p\|^2 - \mathbb{E}\|p\|^2}_\text{confidence}
             + \underbrace{\mathbb{E}\|p - p'\|^2}_\text{variance}
 
-    p are the probabilities (in a regression the outputs), y the labels with their mean ȳ, and p' what a twin says of
-    the same sample: a network that was trained on other data. This is the chain L = bias + variance of
-    `arXiv:2007.15378`_ (Section 4). Half of the last term is the variance of p over training sets; the bias is known
-    from the training labels, less what the network has adapted to them, which is the other half.
+    p are the probabilities, y the labels, and p' what a twin says of the same sample: a network that was trained on
+    other data. In a regression p are the outputs, and the second term is left out. This is the chain
+    L = bias + variance of `arXiv:2007.15378`_ (Section 4). Half of the last term is the variance of p over training
+    sets. The bias is known from the training labels, less what the network has adapted to them; that is the other half.
 
     It is exact where :math:`\mathbb{E}\,p \cdot y = \mathbb{E}\,p \cdot p' + \mathbb{E}_\text{train}\,p \cdot (y - p)`:
     unseen labels agree with a network as its twins do, up to what it is miscalibrated by on its training samples.

@@ -10,8 +10,8 @@ from torch import Tensor
 from lightning_sensitivity.tasks import predictions, target_rows
 
 # Layout of the sums, one row each, one column per output.
-_HOLDOUT, _TRAINING = slice(0, 4), slice(4, 9)
-NUM_ROWS = 9
+_HOLDOUT, _TRAINING = slice(0, 3), slice(3, 6)
+NUM_ROWS = 6
 
 
 class RiskEstimate(NamedTuple):
@@ -20,8 +20,8 @@ class RiskEstimate(NamedTuple):
     Attributes:
         risk: The estimated Brier score, or mean squared error, on unseen samples.
         training: The same score on training samples.
-        confidence: How much more the predictions on training samples vary than those on the holdout.
-        variance: Twice the variance of the predictions over training sets, as seen from their sensitivity.
+        confidence: How much less certain the predictions are on unseen samples; 0 for a regression.
+        variance: Mean squared difference to the predictions of a twin.
     """
 
     risk: Tensor
@@ -31,7 +31,7 @@ class RiskEstimate(NamedTuple):
 
 
 def holdout_sums(outputs: Tensor, twin_outputs: Tensor, task: str) -> Tensor:
-    """What the estimate needs of a holdout batch: count, Σp, Σp² and Σ(p − p')².
+    """What the estimate needs of a holdout batch: count, Σp(1 − p) and Σ(p − p')².
 
     Args:
         outputs: Outputs of the network, ``(N, K, ...)`` or ``(N,)``.
@@ -39,16 +39,16 @@ def holdout_sums(outputs: Tensor, twin_outputs: Tensor, task: str) -> Tensor:
         task: The task.
 
     Returns:
-        Shape ``(9, K)``.
+        Shape ``(6, K)``.
     """
     p, p_twin = predictions(outputs, task), predictions(twin_outputs, task)
     sums = p.new_zeros(NUM_ROWS, p.shape[1])
-    sums[_HOLDOUT] = torch.stack([torch.ones_like(p), p, p.square(), (p - p_twin).square()]).sum(1)
+    sums[_HOLDOUT] = torch.stack([torch.ones_like(p), _impurity(p, task), (p - p_twin).square()]).sum(1)
     return sums
 
 
 def training_sums(outputs: Tensor, targets: Tensor, task: str) -> Tensor:
-    """What it needs of a training batch: count, Σp, Σp², Σy and Σ(p − y)².
+    """What it needs of a training batch: count, Σp(1 − p) and Σ(p − y)².
 
     Args:
         outputs: Outputs in eval mode, ``(N, K, ...)`` or ``(N,)``.
@@ -56,13 +56,13 @@ def training_sums(outputs: Tensor, targets: Tensor, task: str) -> Tensor:
         task: The task.
 
     Returns:
-        Shape ``(9, K)``.
+        Shape ``(6, K)``.
     """
     p = predictions(outputs, task)
     y, counts = target_rows(outputs, targets, task)
     p, y = p[counts], y[counts]
     sums = p.new_zeros(NUM_ROWS, p.shape[1])
-    sums[_TRAINING] = torch.stack([torch.ones_like(p), p, p.square(), y, (p - y).square()]).sum(1)
+    sums[_TRAINING] = torch.stack([torch.ones_like(p), _impurity(p, task), (p - y).square()]).sum(1)
     return sums
 
 
@@ -70,21 +70,21 @@ def risk_terms(sums: Tensor, task: str) -> RiskEstimate:
     """The estimate from sums over all batches and processes.
 
     Args:
-        sums: Shape ``(9, K)``.
+        sums: Shape ``(6, K)``.
         task: The task.
 
     Returns:
         The estimate; nan without training or holdout samples.
     """
-    holdout, training = (rows[1:] / rows[0] for rows in (sums[_HOLDOUT], sums[_TRAINING]))
-    mean, square, variance = holdout
-    train_mean, train_square, center, score = training
-    # The power of the predictions around the mean label, so that it does not matter where a regression's zero is, and
-    # little which labels the samples happen to have.
-    confidence = (train_square - square) - 2 * center * (train_mean - mean)
+    (impurity, variance), (train_impurity, score) = (rows[1:] / rows[0] for rows in (sums[_HOLDOUT], sums[_TRAINING]))
 
     def over_outputs(values: Tensor) -> Tensor:
         return values.sum() if task == "multiclass" else values.mean()
 
-    terms = [over_outputs(values) for values in (score, confidence, variance)]
+    terms = [over_outputs(values) for values in (score, impurity - train_impurity, variance)]
     return RiskEstimate(terms[0] + terms[1] + terms[2], *terms)
+
+
+def _impurity(p: Tensor, task: str) -> Tensor:
+    # Gini's, whose sum over classes is 1 − Σp². The outputs of a regression say nothing about their certainty.
+    return torch.zeros_like(p) if task == "regression" else p * (1 - p)

@@ -43,12 +43,11 @@ class Truth(Callback):
         self.logged.append({name: float(value) for name, value in trainer.callback_metrics.items()})
         x, y = (torch.cat(parts) for parts in zip(*self.batches, strict=True))
         assert not pl_module.training
-        count, p, p2, target, score = training_sums(pl_module(x), y, self.task)[4:]
+        count, impurity, score = training_sums(pl_module(x), y, self.task)[3:]
         assert set(count.tolist()) == {len(x)}
         q = pl_module(self.holdout).double()
-        q = {"multiclass": q.softmax(1), "regression": q}.get(self.task, q.sigmoid()).reshape(len(q), -1)
-        center = target / count
-        gap = p2 / count - q.square().mean(0) - 2 * center * (p / count - q.mean(0))
+        q = (q.softmax(1) if self.task == "multiclass" else q.sigmoid()).reshape(len(q), -1)
+        gap = (q * (1 - q)).mean(0) - impurity / count if self.task != "regression" else torch.zeros(1)
         over_outputs = torch.sum if self.task == "multiclass" else torch.mean
         self.training.append(float(over_outputs(score / count)))
         self.confidence.append(float(over_outputs(gap)))

@@ -33,11 +33,11 @@ def test_the_terms_are_those_of_the_definition(task: str) -> None:
     p, q, other = (predictions(outputs, task).numpy() for outputs in (train, holdout, twin))
     y = np.eye(4)[targets] if task == "multiclass" else targets.double().numpy()
     over_outputs = np.sum if task == "multiclass" else np.mean
-    centre = y.mean(0)
     assert float(estimate.training) == pytest.approx(over_outputs(((p - y) ** 2).mean(0)))
     assert float(estimate.variance) == pytest.approx(over_outputs(((q - other) ** 2).mean(0)))
-    power = [over_outputs(((values - centre) ** 2).mean(0)) for values in (p, q)]
-    assert float(estimate.confidence) == pytest.approx(power[0] - power[1])
+    impurity = [over_outputs((values * (1 - values)).mean(0)) for values in (q, p)]
+    expected = 0 if task == "regression" else impurity[0] - impurity[1]
+    assert float(estimate.confidence) == pytest.approx(expected)
     assert float(estimate.risk) == pytest.approx(float(estimate.training + estimate.confidence + estimate.variance))
 
 
