@@ -21,10 +21,8 @@ from lightning_sensitivity.isolation import no_trace
 from lightning_sensitivity.moments import accumulation_dtype
 from lightning_sensitivity.perturbations import GaussianNoise, noise_generator
 from lightning_sensitivity.readings import LoaderStatistics
-from lightning_sensitivity.risk import holdout_sums
+from lightning_sensitivity.risk_measurement import RiskMeasurement
 from lightning_sensitivity.tasks import TASKS
-from lightning_sensitivity.training_samples import TrainingSamples
-from lightning_sensitivity.twin import initial_weights, learned_weights, twin
 
 __all__ = ["SensitivityMonitor"]
 
@@ -32,13 +30,19 @@ _CHECKPOINT_KEY = "lightning_sensitivity.initial_weights"
 
 
 class SensitivityMonitor(Callback):
-    r"""Log the output sensitivity of the model on every validation epoch, beside the loss. It needs no labels.
+    r"""Log the output sensitivity of the model on every validation epoch, and an estimate of its risk, without labels.
 
     Sensitivity is the variance of the class-averaged change of the outputs under Gaussian input noise (Forouzesh,
-    Salehi and Thiran, ICPR 2020, `arXiv:2007.15378`_); see :class:`~lightning_sensitivity.OutputSensitivity`.
+    Salehi and Thiran, ICPR 2020, `arXiv:2007.15378`_); see :class:`~lightning_sensitivity.OutputSensitivity`. The risk
+    is the Brier score (in a regression the mean squared error) on unseen samples; see
+    :func:`~lightning_sensitivity.functional.risk_estimate`. The estimate needs the labels of training, and none of
+    validation.
 
     **Logged values**, each under ``prefix``, and with several loaders under Lightning's ``/dataloader_idx_N``:
 
+    - ``risk_estimate``: the estimated risk, the one to monitor:
+      ``EarlyStopping(monitor="val_risk_estimate", patience=10)``; in ``Trainer.fit`` alone
+    - ``risk_training``, ``risk_confidence``, ``risk_variance``: its terms, of which it is the sum
     - ``sensitivity``: S, in squared units of the outputs
     - ``sensitivity_stderr``: one standard error of S, over samples and noise. The noise is the same in every epoch,
       so that two epochs of one run are compared more sharply than their error bars say.
@@ -47,12 +51,17 @@ class SensitivityMonitor(Callback):
       :func:`~lightning_sensitivity.functional.loss_estimate` says how far it can be believed
 
     S is smallest before training and grows with the gap between holdout and training loss, so
-    ``EarlyStopping(monitor="val_sensitivity", mode="min")`` stops at once. A value that has no meaning in an epoch (see
+    ``EarlyStopping(monitor="val_sensitivity", mode="min")`` stops at once. Where training labels are wrong, the risk is
+    that of labels as wrong. A value that has no meaning in an epoch (see
     ``nan_strategy``; log10 of 0) is not logged; an ``EarlyStopping`` that may meet that needs ``strict=False``.
 
-    It costs 1 + ``num_draws`` forward passes per validation batch, and changes nothing about training: weights,
-    buffers, optimizers, random streams, module modes and logged losses are those of a run without it. The exception is
-    Python state that ``forward`` itself changes: a generator of its own, a counter, a Metric that it updates.
+    It costs 1 + ``num_draws`` forward passes per validation batch, and for the risk one more, and those of
+    ``num_training_samples`` per validation. The weights from before training are kept in the memory of the CPU and in
+    checkpoints; two copies of the weights are on the device while validation runs.
+
+    It changes nothing about training: weights, buffers, optimizers, random streams, module modes and logged losses are
+    those of a run without it. The exception is Python state that ``forward`` itself changes: a generator of its own, a
+    counter, a Metric that it updates.
 
     Args:
         noise_std: σ of the noise in the units that the model receives, one number or one per channel (dimension 1 of
@@ -70,6 +79,14 @@ class SensitivityMonitor(Callback):
         outputs: Which of the model's outputs to compare, logits (not log-probabilities) of shape ``(N, K, ...)``: a
             key or attribute, an index, or a callable ``result -> tensor``. By default a tensor itself, the first
             element of a tuple or list, ``logits`` of a mapping or object.
+        targets: Where the labels are in a training batch: a key, an index, or a callable ``batch -> tensor``. By
+            default the last element of a tuple or list of which ``forward`` takes the others, or what a mapping calls
+            ``label``, ``labels``, ``target``, ``targets`` or ``y``.
+        task: What the labels are: ``"multiclass"``, ``"binary"``, ``"multilabel"`` or ``"regression"``. ``"auto"``
+            takes the only one that fits (:func:`~lightning_sensitivity.tasks.infer_task`), and fails at the first
+            training batch where none does, or more than one. None leaves the risk estimate out.
+        num_training_samples: How many training samples are kept, over all processes, to score the model on: the first
+            batches of the fit, whole.
         per_output: Log the mean over outputs of the variance of each output's change instead of the variance of their
             average. Meaningful for probabilities, too; gives no loss estimate.
         nan_strategy: What to do at the end of a loader whose outputs were nan or inf: ``"error"`` raises, ``"warn"``
@@ -81,7 +98,8 @@ class SensitivityMonitor(Callback):
         MisconfigurationException: If an argument is not one of the above; in ``setup``, if the model has no
             ``forward``, if no validation loop will run, if two monitors log under one prefix, or if the strategy or
             the validation step is of a kind that is not supported; at the first validation batch, if the tensor to
-            perturb or the output can't be told, or the model can't be run on it.
+            perturb or the output can't be told, or the model can't be run on it; before the first training step, if
+            the labels or their task can't be told, or training resumes without the weights from before it.
         ValueError: At the end of a validation loader, if outputs were nan or inf (``nan_strategy="error"``) or
             probabilities.
 
@@ -144,11 +162,7 @@ class SensitivityMonitor(Callback):
         self.before_training = before_training
         # One entry per loader, for the epoch that is running.
         self._statistics: dict[int, LoaderStatistics] = {}
-        self._training_sums: Tensor | None = None
-        self._learned: dict[str, Tensor] | None = None
-        # For the fit that is running.
-        self._training_samples: TrainingSamples | None = None
-        self._initial_weights: dict[str, Tensor] | None = None
+        self._risk = RiskMeasurement(task, num_training_samples, inputs, outputs, targets)
         self._has_measured = False
         self._num_sanity_val_steps: float | None = None  # what `before_training` has replaced
 
@@ -181,27 +195,17 @@ class SensitivityMonitor(Callback):
                     logger.experiment.add_custom_scalars(layout)  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Watch whether validation ever runs, and start to keep training samples."""
+        """Watch whether validation ever runs, and remember what the risk estimate needs."""
         self._has_measured = False
-        if self.task is not None:
-            if trainer.global_step == 0:
-                self._initial_weights = initial_weights(pl_module)
-            elif self._initial_weights is None:
-                raise MisconfigurationException(
-                    f"`SensitivityMonitor(prefix={self.prefix!r})` should have been in the Trainer whose training is"
-                    " resumed, since its risk estimate needs the weights from before training. `task=None` does"
-                    " without the estimate."
-                )
-            num_samples = math.ceil(self.num_training_samples / trainer.world_size)
-            self._training_samples = TrainingSamples(self.task, num_samples, self.inputs, self.outputs, self.targets)
+        self._risk.start_fit(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Keep the first batches."""
-        if self._training_samples is not None and not self._training_samples.is_complete:
+        if self._risk.wants_batches:
             with no_trace(pl_module), trainer.precision_plugin.val_step_context():
-                self._training_samples.keep(pl_module, batch)
+                self._risk.keep(pl_module, batch)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so if it never did."""
@@ -264,25 +268,24 @@ class SensitivityMonitor(Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Drop the statistics and the samples."""
         self._forget_batches()
-        self._training_samples = None
+        self._risk.end_fit()
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Save the weights from before training, so that the risk estimate can go on where training resumes."""
-        if self._initial_weights is not None:
-            checkpoint[_CHECKPOINT_KEY] = self._initial_weights  # one entry for all monitors, which agree on it
+        if self._risk.initial_weights is not None:
+            checkpoint[_CHECKPOINT_KEY] = self._risk.initial_weights  # one entry for all monitors, which agree on it
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Take them back."""
-        self._initial_weights = checkpoint.get(_CHECKPOINT_KEY)
+        self._risk.initial_weights = checkpoint.get(_CHECKPOINT_KEY)
 
     def _forget_batches(self) -> None:
         self._statistics = {}
-        self._training_sums = None
-        self._learned = None
+        self._risk.start_validation()
 
     def _measure(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int
@@ -296,32 +299,21 @@ class SensitivityMonitor(Callback):
             clean = self._clean_outputs(x, run, dataloader_idx)
             statistics = self._loader_statistics(pl_module, dataloader_idx, clean)
 
+            key = (self.seed, trainer.global_rank, dataloader_idx, batch_idx)
+
             def noisy_outputs(draw: int) -> Tensor:
-                key = (self.seed, trainer.global_rank, dataloader_idx, batch_idx, draw)
-                return select_outputs(run(self.perturbation(x, noise_generator(*key, device=x.device))), self.outputs)
+                noisy = self.perturbation(x, noise_generator(*key, draw, device=x.device))
+                return select_outputs(run(noisy), self.outputs)
 
             statistics.update(clean, map(noisy_outputs, range(self.num_draws)))
             statistics.add_inputs(x, self.perturbation.second_moment(x))
             if statistics.task is not None:
                 if statistics.update_count == 1:
-                    statistics.add_risk(self._score_training_samples(pl_module))
-                generator = noise_generator(self.seed, trainer.global_rank, dataloader_idx, batch_idx, -1, x.device)
-                with twin(pl_module, self._learned_weights(pl_module), generator):
-                    other = select_outputs(run(x), self.outputs)
-                statistics.add_risk(holdout_sums(clean, other, statistics.task))
-
-    def _learned_weights(self, pl_module: pl.LightningModule) -> dict[str, Tensor]:
-        # Once a validation, and in a batch hook, where averaged weights are in place.
-        if self._learned is None:
-            assert self._initial_weights is not None
-            self._learned = learned_weights(pl_module, self._initial_weights)
-        return self._learned
-
-    def _score_training_samples(self, pl_module: pl.LightningModule) -> Tensor:
-        assert self._training_samples is not None
-        if self._training_sums is None:
-            self._training_sums = self._training_samples.sums(pl_module)
-        return self._training_sums
+                    statistics.add_risk(self._risk.training_sums(pl_module))
+                generator = noise_generator(*key, -1, device=x.device)
+                statistics.add_risk(
+                    self._risk.holdout_sums(pl_module, clean, lambda: select_outputs(run(x), self.outputs), generator)
+                )
 
     def _clean_outputs(self, x: Tensor, run: Callable[[Tensor], Any], dataloader_idx: int) -> Tensor:
         try:
@@ -346,7 +338,7 @@ class SensitivityMonitor(Callback):
             num_outputs = 1 if clean is None else (*clean.shape, 1, 1)[1]
             statistics = LoaderStatistics(
                 name=f"dataloader {dataloader_idx}",
-                task=self._training_samples.task if self._training_samples else None,
+                task=self._risk.task,
                 per_output=self.per_output,
                 num_outputs=num_outputs if self.per_output else None,
                 nan_strategy=self.nan_strategy,

@@ -180,7 +180,9 @@ def risk_estimate(
             "Expected `twin_outputs` to have the shape of `outputs`, and `train_outputs` as many outputs, but got"
             f" {tuple(outputs.shape)}, {tuple(twin_outputs.shape)} and {tuple(train_outputs.shape)}."
         )
-    for name, tensor in (("outputs", outputs), ("train_outputs", train_outputs)):
+    for name, tensor in (("outputs", outputs), ("twin_outputs", twin_outputs), ("train_outputs", train_outputs)):
+        if not tensor.is_floating_point():
+            raise ValueError(f"Expected `{name}` to be a floating tensor, but got {tensor.dtype}.")
         if tensor.numel() == 0:
             raise ValueError(f"Expected `{name}` to hold at least one sample, but got the shape {tuple(tensor.shape)}.")
     sums = holdout_sums(outputs, twin_outputs, task) + training_sums(train_outputs, train_targets, task)

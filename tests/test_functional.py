@@ -1,10 +1,12 @@
 import math
 import weakref
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from lightning_sensitivity.functional import loss_estimate, output_sensitivity
+from lightning_sensitivity.functional import loss_estimate, output_sensitivity, risk_estimate
 from tests.helpers import changes
 
 # Values
@@ -181,3 +183,64 @@ def test_loss_estimate_refuses(overrides: dict[str, object], match: str) -> None
     arguments = {"sensitivity": 0.04, "input_power": 0.25, "noise_std": 0.1, "num_outputs": 10, **overrides}
     with pytest.raises(ValueError, match=match):
         loss_estimate(**arguments)
+
+
+# The risk estimate, whose terms are tested with ``risk``
+
+
+def test_the_risk_estimate_of_batches_in_one_call() -> None:
+    g = torch.Generator().manual_seed(0)
+    outputs, twin_outputs, train_outputs = (torch.randn(20, 3, generator=g) for _ in range(3))
+    targets = torch.randint(0, 3, (20,), generator=g)
+    estimate = risk_estimate(outputs, twin_outputs, train_outputs, targets)
+    p, p_twin, p_train = (values.double().softmax(1) for values in (outputs, twin_outputs, train_outputs))
+    torch.testing.assert_close(
+        estimate.training, (p_train - torch.eye(3, dtype=torch.float64)[targets]).square().sum(1).mean()
+    )
+    torch.testing.assert_close(estimate.confidence, p_train.square().sum(1).mean() - p.square().sum(1).mean())
+    torch.testing.assert_close(estimate.variance, (p - p_twin).square().sum(1).mean())
+    torch.testing.assert_close(estimate.risk, sum(estimate[1:]))
+
+
+def test_a_network_that_is_its_own_twin_and_knows_its_training_samples_has_no_risk_but_its_uncertainty() -> None:
+    certain, labels = torch.tensor([[50.0, 0.0], [0.0, 50.0]]), torch.tensor([0, 1])
+    unseen = torch.zeros(4, 2)
+    estimate = risk_estimate(unseen, unseen, certain, labels)
+    assert float(estimate.risk) == pytest.approx(0.5)  # the Brier score of a coin
+    assert float(risk_estimate(certain, certain, certain, labels).risk) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_the_risk_estimate_of_a_linear_regression_is_mallows() -> None:
+    """Training error plus twice the variance, over many training sets: the risk of ordinary least squares."""
+    rng = np.random.default_rng(0)
+    n, p = 40, 10
+    x, weights = rng.normal(size=(n, p)), rng.normal(size=p)
+    hat = x @ np.linalg.pinv(x)
+    estimates = []
+    for _ in range(2000):
+        y, y_twin = (x @ weights + rng.normal(size=n) for _ in range(2))
+        fitted, twin, targets = (torch.tensor(values) for values in (hat @ y, hat @ y_twin, y))
+        estimates.append(float(risk_estimate(fitted, twin, fitted, targets, task="regression").risk))
+    assert np.mean(estimates) == pytest.approx(1 + p / n, rel=0.02)  # noise, and its share in each weight
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.zeros(2, 3), torch.zeros(3, 3), torch.zeros(2, 3), torch.zeros(2).long()), "the shape of `outputs`"),
+        ((torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, 4), torch.zeros(2).long()), "as many outputs"),
+        ((torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, 3), torch.full((2,), 3)), "labels from 0 to 2"),
+        (
+            (torch.zeros(0, 3), torch.zeros(0, 3), torch.zeros(2, 3), torch.zeros(2).long()),
+            "`outputs` to hold at least",
+        ),
+        (
+            (torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2).long(), "ranking"),
+            "`task` to be one",
+        ),
+        ((torch.zeros(2, 3).long(), torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2).long()), "floating"),
+    ],
+)
+def test_bad_input_to_the_risk_estimate(arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        risk_estimate(*arguments)

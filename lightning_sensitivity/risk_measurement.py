@@ -1,0 +1,129 @@
+"""What the risk estimate needs to know of a model in a fit: training samples and the weights from before training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from lightning_sensitivity.batches import Selector
+from lightning_sensitivity.risk import holdout_sums
+from lightning_sensitivity.training_samples import TrainingSamples
+from lightning_sensitivity.twin import initial_weights, learned_weights, twin
+
+
+class RiskMeasurement:
+    """Measures both halves of the estimate, in a fit; everywhere else it has no :attr:`task` and measures nothing.
+
+    All methods that run the model want it in eval mode.
+
+    Args:
+        task: As for :class:`~lightning_sensitivity.SensitivityMonitor`.
+        num_training_samples: The same.
+        inputs: The same.
+        outputs: The same.
+        targets: The same.
+
+    Attributes:
+        initial_weights: The parameters before training, None before the first fit.
+    """
+
+    def __init__(
+        self, task: str | None, num_training_samples: int, inputs: Selector, outputs: Selector, targets: Selector
+    ) -> None:
+        self.initial_weights: dict[str, Tensor] | None = None
+        self._told_task = task
+        self._num_training_samples = num_training_samples
+        self._selectors = (inputs, outputs, targets)
+        self._training_samples: TrainingSamples | None = None
+        # For the validation that is running.
+        self._training_sums: Tensor | None = None
+        self._learned: dict[str, Tensor] | None = None
+
+    @property
+    def task(self) -> str | None:
+        """The task, as soon as there are training samples."""
+        return self._training_samples.task if self._training_samples else None
+
+    @property
+    def wants_batches(self) -> bool:
+        """Whether training samples are missing."""
+        return self._training_samples is not None and not self._training_samples.is_complete
+
+    def start_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Remember the weights, and begin to keep samples.
+
+        Args:
+            trainer: The Trainer, after a checkpoint was restored.
+            pl_module: The module of the run.
+
+        Raises:
+            MisconfigurationException: If training resumes, and the weights from before it are not known.
+        """
+        if self._told_task is None:
+            return
+        if trainer.global_step == 0:
+            self.initial_weights = initial_weights(pl_module)
+        elif self.initial_weights is None:
+            raise MisconfigurationException(
+                "`SensitivityMonitor` should have been in the Trainer whose training is resumed, since its risk"
+                " estimate needs the weights from before training. `task=None` does without the estimate."
+            )
+        num_samples = math.ceil(self._num_training_samples / trainer.world_size)
+        self._training_samples = TrainingSamples(self._told_task, num_samples, *self._selectors)
+
+    def end_fit(self) -> None:
+        """Free the samples. The weights stay, for a second fit of the same Trainer."""
+        self._training_samples = None
+
+    def keep(self, pl_module: pl.LightningModule, batch: Any) -> None:
+        """Keep a training batch; see :meth:`~lightning_sensitivity.training_samples.TrainingSamples.keep`."""
+        assert self._training_samples is not None
+        self._training_samples.keep(pl_module, batch)
+
+    def start_validation(self) -> None:
+        """Forget what the model was in the last validation."""
+        self._training_sums = self._learned = None
+
+    def training_sums(self, pl_module: pl.LightningModule) -> Tensor:
+        """The half that labels give, measured once a validation, whatever the number of loaders.
+
+        Call it in a batch hook: only there are averaged weights in place.
+
+        Args:
+            pl_module: The module.
+
+        Returns:
+            What :func:`~lightning_sensitivity.risk.training_sums` gives, over the samples of this process.
+        """
+        assert self._training_samples is not None
+        if self._training_sums is None:
+            self._training_sums = self._training_samples.sums(pl_module)
+        return self._training_sums
+
+    def holdout_sums(
+        self, pl_module: pl.LightningModule, outputs: Tensor, run: Callable[[], Tensor], generator: torch.Generator
+    ) -> Tensor:
+        """The half that needs no labels, of one batch.
+
+        Args:
+            pl_module: The module.
+            outputs: Its outputs.
+            run: Gives the outputs of the weights that the module has at the time.
+            generator: Source of the twin's noise, on the module's device.
+
+        Returns:
+            What :func:`~lightning_sensitivity.risk.holdout_sums` gives.
+        """
+        assert self.task is not None
+        assert self.initial_weights is not None
+        if self._learned is None:
+            self._learned = learned_weights(pl_module, self.initial_weights)
+        with twin(pl_module, self._learned, generator):
+            twin_outputs = run()
+        return holdout_sums(outputs, twin_outputs, self.task)
