@@ -33,7 +33,7 @@ def learned_weights(model: nn.Module, initial: InitialWeights) -> dict[str, Tens
     Returns:
         Differences, by name.
     """
-    return {name: parameter.detach() - initial[name].to(parameter) for name, parameter in _floating_parameters(model)}
+    return {name: _moved(parameter.detach(), initial.get(name)) for name, parameter in _floating_parameters(model)}
 
 
 @contextmanager
@@ -67,3 +67,8 @@ def twin(model: nn.Module, learned: Mapping[str, Tensor], generator: torch.Gener
 
 def _floating_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, parameter) for name, parameter in model.named_parameters() if parameter.is_floating_point())
+
+
+def _moved(weights: Tensor, before: Tensor | None) -> Tensor:
+    # What was not there before training, a head that was exchanged meanwhile, say, has been learned as a whole.
+    return weights.clone() if before is None or before.shape != weights.shape else weights - before.to(weights)

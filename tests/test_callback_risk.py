@@ -310,6 +310,17 @@ def test_its_forward_passes_are_counted() -> None:
     assert passes(2, num_training_samples=35) == tuple(expected)
 
 
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+def test_precisions(precision: Any) -> None:
+    def risk(precision: Any) -> dict[str, float]:
+        seed_everything(0, verbose=False)
+        run = trainer(callbacks=[SensitivityMonitor()], max_epochs=2, precision=precision)
+        run.fit(Plain(), loader(200), unlabelled_loader(200, seed=1))
+        return {name: float(run.callback_metrics[f"val_{name}"]) for name in NAMES}
+
+    assert risk(precision) == pytest.approx(risk("32-true"), rel=0.05, abs=0.01)
+
+
 # Bad input
 
 

@@ -106,3 +106,14 @@ def test_16_bit_weights_and_buffers() -> None:
         assert model(inputs(5).bfloat16()).isfinite().all()
         assert torch.equal(model.net[1].running_mean, before["net.1.running_mean"])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_weights_that_came_later_were_learned_as_a_whole() -> None:
+    model, initial = trained()
+    model.net[-1] = nn.Linear(16, 7)
+    model.net.append(nn.Linear(7, 2))
+    learned = learned_weights(model, initial)
+    assert torch.equal(learned["net.4.weight"], model.net[4].weight)
+    assert torch.equal(learned["net.5.bias"], model.net[5].bias)
+    with torch.no_grad(), twin(model, learned, noise()):
+        assert model(inputs(5)).shape == (5, 2)
