@@ -203,7 +203,7 @@ class SensitivityMonitor(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Keep the first batches."""
-        if self._risk.wants_batches:
+        if self._risk.wants_batch(batch_idx):
             with no_trace(pl_module), trainer.precision_plugin.val_step_context():
                 self._risk.keep(pl_module, batch)
 

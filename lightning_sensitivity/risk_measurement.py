@@ -41,6 +41,7 @@ class RiskMeasurement:
         self._num_training_samples = num_training_samples
         self._selectors = (inputs, outputs, targets)
         self._training_samples: TrainingSamples | None = None
+        self._num_epochs = 0  # of this fit, not counting the rest of one that was interrupted
         # For the validation that is running.
         self._training_sums: Tensor | None = None
         self._learned: dict[str, Tensor] | None = None
@@ -49,11 +50,6 @@ class RiskMeasurement:
     def task(self) -> str | None:
         """The task, as soon as there are training samples."""
         return self._training_samples.task if self._training_samples else None
-
-    @property
-    def wants_batches(self) -> bool:
-        """Whether training samples are missing."""
-        return self._training_samples is not None and not self._training_samples.is_complete
 
     def start_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remember the weights, and begin to keep samples.
@@ -74,12 +70,23 @@ class RiskMeasurement:
                 "`SensitivityMonitor` should have been in the Trainer whose training is resumed, since its risk"
                 " estimate needs the weights from before training. `task=None` does without the estimate."
             )
+        self._num_epochs = 0
         num_samples = math.ceil(self._num_training_samples / trainer.world_size)
         self._training_samples = TrainingSamples(self._told_task, num_samples, *self._selectors)
 
     def end_fit(self) -> None:
         """Free the samples. The weights stay, for a second fit of the same Trainer."""
         self._training_samples = None
+
+    def wants_batch(self, batch_idx: int) -> bool:
+        """Whether a training batch is to be kept. Ask once for each.
+
+        Args:
+            batch_idx: Its index in the epoch.
+        """
+        self._num_epochs += batch_idx == 0
+        # The second epoch would bring the same samples again.
+        return self._training_samples is not None and not self._training_samples.is_complete and self._num_epochs < 2
 
     def keep(self, pl_module: pl.LightningModule, batch: Any) -> None:
         """Keep a training batch; see :meth:`~lightning_sensitivity.training_samples.TrainingSamples.keep`."""

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-InitialWeights = Mapping[str, Tensor]
+__all__ = ["initial_weights", "learned_weights", "twin"]
 
 
 def initial_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -23,7 +23,7 @@ def initial_weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach().to("cpu", copy=True) for name, parameter in _floating_parameters(model)}
 
 
-def learned_weights(model: nn.Module, initial: InitialWeights) -> dict[str, Tensor]:
+def learned_weights(model: nn.Module, initial: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """How far training has moved each parameter, on the parameter's device.
 
     Args:
@@ -48,6 +48,18 @@ def twin(model: nn.Module, learned: Mapping[str, Tensor], generator: torch.Gener
         model: The module.
         learned: What :func:`learned_weights` gave for it.
         generator: Source of the noise, on the module's device.
+
+    Example:
+        >>> import torch
+        >>> from lightning_sensitivity.twin import initial_weights, learned_weights, twin
+        >>> model, x = torch.nn.Linear(2, 1), torch.ones(1, 2)
+        >>> before = initial_weights(model)
+        >>> _ = torch.nn.init.ones_(model.weight)  # in place of training
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> with torch.no_grad(), twin(model, learned_weights(model, before), generator):
+        ...     twin_output = model(x)
+        >>> bool(twin_output == model(x)), model.weight.tolist()
+        (False, [[1.0, 1.0]])
     """
     own = {name: parameter.detach().clone() for name, parameter in _floating_parameters(model)}
     try:

@@ -188,6 +188,13 @@ def test_a_validation_within_the_first_epoch_uses_what_it_has() -> None:
     check(truth)
 
 
+@pytest.mark.filterwarnings("ignore:.*sampler has shuffling enabled")
+def test_a_small_training_set_is_kept_once() -> None:
+    truth = Truth(4)
+    fitted(Classifier(), SensitivityMonitor(num_training_samples=120), truth, loader(shuffle=True))
+    check(truth)
+
+
 def test_a_second_fit_has_samples_of_its_own() -> None:
     monitor, model = SensitivityMonitor(), Classifier()
     for seed in (3, 4):

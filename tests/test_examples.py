@@ -1,10 +1,17 @@
+import importlib.util
+import logging
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
+import pytest
+import torch
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "reproduce_paper_fc.py"
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SCRIPT = EXAMPLES / "reproduce_paper_fc.py"
 
 
 def run(folder: Path) -> str:
@@ -28,3 +35,84 @@ def test_reproduce_paper_fc_writes_a_row_a_seed_and_resumes(tmp_path: Path) -> N
     assert 0 < values["stderr"] < values["sensitivity"]
     assert "seed 0: already in rows.csv" in run(tmp_path)
     assert (tmp_path / "rows.csv").read_text() == rows
+
+
+# The study of early stopping
+
+
+@pytest.fixture
+def study() -> Iterator[ModuleType]:
+    spec = importlib.util.spec_from_file_location("early_stopping_study", EXAMPLES / "early_stopping_study.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    logger, num_threads = logging.getLogger("lightning.pytorch"), torch.get_num_threads()
+    level = logger.level
+    yield module
+    logger.setLevel(level)
+    torch.set_num_threads(num_threads)
+
+
+def test_the_pool_of_the_study_is_what_was_asked_for(study: ModuleType) -> None:
+    shapes = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
+    halves = [[run for run in study.RUNS if run.half == half] for half in ("design", "report")]
+    assert len({run.name for run in study.RUNS}) == len(study.RUNS) == sum(map(len, halves)) >= 48
+    for runs in halves:
+        assert {run.data for run in runs} == shapes.keys()
+        assert {run.label_noise for run in runs} == {0.0, 0.2, 0.4}
+        assert len({run.optimizer for run in runs}) >= 4
+        assert all(1000 <= run.num_samples <= 2000 for run in runs)
+        for run in runs:
+            net = study.network(run.network, torch.Size(shapes[run.data])).eval()
+            assert net(torch.zeros(2, *shapes[run.data])).shape == (2, 10)
+            assert study.optimizer(run.optimizer, net.parameters()).defaults["lr"] in (1e-3, 3e-4, 0.05)
+
+
+@pytest.mark.parametrize(
+    ("values", "chosen"),
+    [([3, 2, 2.5, *[2.5] * 8, 1], 11), ([3, 2, 2.5, *[2.5] * 9, 1], 1), ([1, 2], 0), ([3, 2, 1], 2)],
+)
+def test_patience_is_that_of_early_stopping(study: ModuleType, values: list[float], chosen: int) -> None:
+    assert study.patient(np.array(values)) == chosen
+
+
+def test_gradient_disparity_stops_at_the_fifth_rise(study: ModuleType) -> None:
+    assert study.fifth_rise(np.array([1, 2, 1, 2, 3, 1, 2, 3, 4.0])) == 7
+    assert study.fifth_rise(np.array([1, 2, 1.0])) == 2
+
+
+def test_the_study_trains_through_the_callback_and_reports(
+    study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    images = {f"x_{split}": rng.integers(0, 256, (700, 1, 28, 28), np.uint8) for split in ("train", "test")}
+    np.savez(
+        tmp_path / "mnist.npz", **images, **{f"y_{split}": rng.integers(0, 10, 700) for split in ("train", "test")}
+    )
+    runs = [study.Run("mnist", "fc1x512", 200, noise, "adam1e-3", 40, normalized=noise > 0) for noise in (0.0, 0.4)]
+    for name, value in {"RUNS": runs, "NUM_HOLDOUT": 500, "NUM_TEST": 100}.items():
+        monkeypatch.setattr(study, name, value)
+    done = {}
+    for run in runs:
+        study.train(tmp_path, tmp_path, run, max_epochs=3)
+        done[run.name] = study.read(tmp_path / f"{run.name}.csv")
+    for series in done.values():
+        assert series["epoch"].tolist() == [0, 1, 2]
+        assert all(np.isfinite(values).all() for values in series.values())
+        terms = series["val_risk_training"] + series["val_risk_confidence"] + series["val_risk_variance"]
+        np.testing.assert_allclose(series["val_risk_estimate"], terms)
+        # The kept samples are all there are: both ways to the training part must agree.
+        np.testing.assert_allclose(series["val_risk_training"], series["all_train_brier"], rtol=1e-5)
+        np.testing.assert_allclose(
+            series["val_risk_confidence"], series["all_train_power"] - series["holdout_power"], atol=1e-5
+        )
+    text = study.report(done, "test")
+    assert all(f"| {rule} |" in text for rule in study.RULES)
+    assert all(f"| {run.name} |" in text for run in runs)
+    study.figure(done, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_regret_is_what_a_choice_costs(study: ModuleType) -> None:
+    series = {"test_loss": np.array([2.0, 1.0, 1.5])}
+    assert study.regrets([series], lambda _: [0, 1, 2]).tolist() == [100.0, 0.0, 50.0]
