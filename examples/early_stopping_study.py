@@ -33,6 +33,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 from torch.utils.data import DataLoader, TensorDataset
@@ -374,6 +375,25 @@ RULES: dict[str, Rule] = {
 }
 
 
+# Kinds of runs, told from their name and what happened.
+KINDS: dict[str, Callable[[str, Series], bool]] = {
+    "CIFAR-10": lambda name, s: "-cifar10-" in name,
+    "MNIST": lambda name, s: "-mnist-" in name,
+    "MNIST, clean labels": lambda name, s: "-mnist-" in name and "-noise0-" in name,
+    "clean labels": lambda name, s: "-noise0-" in name,
+    "20 % wrong": lambda name, s: "-noise0.2-" in name,
+    "40 % wrong": lambda name, s: "-noise0.4-" in name,
+    "fully connected": lambda name, s: "-fc" in name,
+    "convolutional, plain": lambda name, s: "-conv-n" in name,
+    "batch norm": lambda name, s: "-batchnorm-" in name,
+    "dropout": lambda name, s: "-dropout-" in name,
+    "max-pooling": lambda name, s: "-pool-" in name,
+    "inputs of mean 0 and deviation 1": lambda name, s: "normalized" in name,
+    "minimum in the first five epochs": lambda name, s: lowest(s["val_risk_estimate"]) < 5,
+    "minimum later": lambda name, s: lowest(s["val_risk_estimate"]) >= 5,
+}
+
+
 def regrets(runs: list[Series], rule: Rule) -> np.ndarray:
     """In percent, one for each run and choice."""
     loss = [s["test_loss"] for s in runs]
@@ -399,6 +419,22 @@ def report(runs: dict[str, Series], title: str) -> str:
         ratios[name] = [
             s["val_risk_estimate"][epoch] / s[f"{truth}_brier"][epoch] for truth in ("test", "noisy_holdout")
         ]
+    lines += ["", "Regret of the minimum of `val_risk_estimate` by kind of run:", ""]
+    lines += ["| runs | number | median | mean | 90 % | worst |", "|---|---|---|---|---|---|"]
+    for kind, member in KINDS.items():
+        if members := [s for name, s in runs.items() if member(name, s)]:
+            found = regrets(members, RULES["**`val_risk_estimate`**, minimum"])
+            lines.append(f"| {kind} | {len(members)} | {summary(found)} |")
+    found = [float(regrets([s], RULES["**`val_risk_estimate`**, minimum"])[0]) for s in runs.values()]
+    at = [(s, lowest(s["val_risk_estimate"])) for s in runs.values()]
+    signs = {"its epoch": [epoch for _, epoch in at]}
+    for term in ("training", "confidence", "variance"):
+        signs[f"the share of {term}"] = [s[f"val_risk_{term}"][e] / s["val_risk_estimate"][e] for s, e in at]
+    foretold = [f"{name} {spearmanr(values, found).statistic:+.2f}" for name, values in signs.items()]
+    lines += [
+        "",
+        f"Spearman correlation of that regret, over runs, with what is seen at the minimum: {', '.join(foretold)}.",
+    ]
     lines += ["", "Estimate over true holdout Brier score at the chosen epoch:", ""]
     lines += [
         "| training labels | holdout labels | runs | range | median | off by (median) |",
@@ -431,7 +467,7 @@ def figure(runs: dict[str, Series], file: Path) -> None:
     rule = RULES["**`val_risk_estimate`**, minimum"]
     by_regret = sorted(runs, key=lambda name: float(regrets([runs[name]], rule)[0]))
     shown = {"works": by_regret[len(by_regret) // 2], "fails": by_regret[-1]}
-    fig, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    fig, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     for axis, (verdict, name) in zip(axes, shown.items(), strict=True):
         s = runs[name]
         (regret,) = regrets([s], rule)
@@ -446,7 +482,7 @@ def figure(runs: dict[str, Series], file: Path) -> None:
         title = name.split("-", 1)[1]
         axis.set_title(f"where it {verdict} (regret {regret:.1f} %)\n{title}", fontsize=9)
     axes[0].set_ylabel("Brier score")
-    axes[0].legend(fontsize=8)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     fig.savefig(file, dpi=110)
 
 
@@ -472,6 +508,7 @@ def main() -> None:
     text = []
     for half in ("design", "report"):
         text.append(report({run.name: s for run, s in done.items() if run.half == half}, half))
+    text.append(report({run.name: s for run, s in done.items()}, "both halves"))
     (out / "report.md").write_text("\n\n".join(text) + "\n")
     figure({run.name: s for run, s in done.items() if run.half == "report"}, out / "figure.png")
     print("\n\n".join(text), f"\n\nIn {out}: report.md, figure.png, and a CSV file for each run.", sep="")

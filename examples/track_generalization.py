@@ -24,6 +24,7 @@ from lightning_sensitivity import SensitivityMonitor
 
 parser = argparse.ArgumentParser(description="Train on scikit-learn's digits and watch the output sensitivity.")
 parser.add_argument("--max-epochs", type=int, default=100)
+parser.add_argument("--label-noise", type=float, default=0.2, help="share of training labels that are wrong")
 parser.add_argument("--out", type=Path, default=Path("runs/track_generalization"))
 args = parser.parse_args()
 
@@ -37,7 +38,7 @@ images = torch.tensor(digits.images / 16, dtype=torch.float32)  # 1,797 images, 
 labels = torch.tensor(digits.target)
 order = torch.randperm(len(images))
 train, val = order[:500], order[500:]
-wrong = torch.rand(len(train)) < 0.2
+wrong = torch.rand(len(train)) < args.label_noise
 train_labels = torch.where(wrong, labels[train] + torch.randint(1, 10, (len(train),)), labels[train]) % 10
 train_loader = DataLoader(TensorDataset(images[train], train_labels), batch_size=50, shuffle=True)
 val_loader = DataLoader(TensorDataset(images[val], labels[val]), batch_size=500)

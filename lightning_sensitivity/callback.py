@@ -20,7 +20,7 @@ from lightning_sensitivity.dashboard import custom_scalars_layout
 from lightning_sensitivity.isolation import no_trace
 from lightning_sensitivity.moments import accumulation_dtype
 from lightning_sensitivity.perturbations import GaussianNoise, noise_generator
-from lightning_sensitivity.readings import LoaderStatistics
+from lightning_sensitivity.readings import RISK, LoaderStatistics
 from lightning_sensitivity.risk_measurement import RiskMeasurement
 from lightning_sensitivity.tasks import TASKS
 
@@ -208,11 +208,18 @@ class SensitivityMonitor(Callback):
                 self._risk.keep(pl_module, batch)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say so if it never did."""
+        """Say so if it never did, and if the risk estimate's minimum is of the kind that is the least reliable."""
         if not self._has_measured:
             rank_zero_warn(
                 "`SensitivityMonitor` has logged nothing in this fit: validation never gave it a batch. Check the"
                 " validation loader, `check_val_every_n_epoch` and `val_check_interval`."
+            )
+
+        for dataloader_idx, validation in self._risk.early_minima().items():
+            name = _loader_name(f"{self.prefix}{RISK['risk']}", dataloader_idx, len(trainer.num_val_batches))
+            rank_zero_warn(
+                f"`{name}` was lowest at validation {validation}, counted from 0. So early a minimum is the least"
+                " reliable: look at its terms, of which the variance may be too large for this model."
             )
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -368,6 +375,9 @@ class SensitivityMonitor(Callback):
         if trainer.sanity_checking:
             return
         self._has_measured = self._has_measured or any(num_changes)
+        if self._risk.task is not None:
+            for dataloader_idx, statistics in enumerate(all_statistics):
+                self._risk.add_estimate(dataloader_idx, statistics.compute().get(RISK["risk"]))
         if not any(num_changes):
             rank_zero_warn("`SensitivityMonitor` got no batch in this epoch: nothing is logged.")
         if 1 in num_changes:

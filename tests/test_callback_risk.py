@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_sensitivity import SensitivityMonitor
 from lightning_sensitivity.readings import RISK
 from lightning_sensitivity.risk import training_sums
+from lightning_sensitivity.risk_measurement import RiskMeasurement
 from lightning_sensitivity.twin import initial_weights
 from tests.helpers import NUM_FEATURES, Classifier, inputs, labelled, loader, trainer, unlabelled_loader
 
@@ -142,6 +143,21 @@ def test_early_stopping_and_checkpoints_follow_it(tmp_path: Path) -> None:
     best = int(np.argmin(values))
     assert best > 0 and len(values) == best + 4 < 200
     assert Path(checkpoint.best_model_path).name == f"epoch={best}.ckpt"
+
+
+@pytest.mark.parametrize(
+    ("estimates", "warned"), [([5, 4, 6, *range(7, 20)], 1), (range(20, 0, -1), None), ([2, 1], None)]
+)
+def test_a_minimum_in_the_first_validations_of_a_long_fit_is_warned_of(
+    estimates: Any, warned: int | None, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    values = iter([torch.tensor(float(value)) for value in estimates])
+    add = RiskMeasurement.add_estimate
+    monkeypatch.setattr(RiskMeasurement, "add_estimate", lambda self, idx, _: add(self, idx, next(values)))
+    trainer(callbacks=[SensitivityMonitor()], max_epochs=len(estimates)).fit(Plain(), loader(), loader(seed=1))
+    expected = [] if warned is None else [f"`val_risk_estimate` was lowest at validation {warned}, counted from 0."]
+    messages = [str(warning.message) for warning in recwarn if "was lowest" in str(warning.message)]
+    assert [message[: len(text)] for message, text in zip(messages, expected, strict=True)] == expected
 
 
 # When it is logged

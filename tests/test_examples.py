@@ -116,3 +116,11 @@ def test_the_study_trains_through_the_callback_and_reports(
 def test_regret_is_what_a_choice_costs(study: ModuleType) -> None:
     series = {"test_loss": np.array([2.0, 1.0, 1.5])}
     assert study.regrets([series], lambda _: [0, 1, 2]).tolist() == [100.0, 0.0, 50.0]
+
+
+def test_the_tables_run() -> None:
+    command = [sys.executable, EXAMPLES / "early_stopping_tabular.py", "--seeds", "0", "--max-epochs", "2"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    rows = [line for line in result.stdout.splitlines() if "(regression)" in line or "(binary)" in line]
+    assert len(rows) == 3 and not any("nan" in row for row in rows)
