@@ -430,7 +430,9 @@ def report(runs: dict[str, Series], title: str) -> str:
     signs = {"its epoch": [epoch for _, epoch in at]}
     for term in ("training", "confidence", "variance"):
         signs[f"the share of {term}"] = [s[f"val_risk_{term}"][e] / s["val_risk_estimate"][e] for s, e in at]
-    foretold = [f"{name} {spearmanr(values, found).statistic:+.2f}" for name, values in signs.items()]
+    foretold = [
+        f"{name} {spearmanr(v, found).statistic:+.2f}" for name, v in signs.items() if np.ptp(v) and np.ptp(found)
+    ]
     lines += [
         "",
         f"Spearman correlation of that regret, over runs, with what is seen at the minimum: {', '.join(foretold)}.",

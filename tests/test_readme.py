@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
+@pytest.mark.filterwarnings("ignore:.*was lowest at validation")
 @pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists and is not empty")
 def test_the_code_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -47,7 +48,7 @@ def test_the_test_command_is_what_ci_runs() -> None:
 
 
 def test_files_that_are_named_exist() -> None:
-    for path in re.findall(r"\]\(([^)#:]+)\)", README) + re.findall(r"python (examples/\S+)", README):
+    for path in re.findall(r"\]\(([^)#:]+)\)", README) + re.findall(r"python (examples/[\w.]+)", README):
         assert (ROOT / path).exists(), path
 
 
