@@ -345,8 +345,8 @@ def fifth_rise(values: np.ndarray) -> int:
 
 def with_training_part(series: Series, kind: str) -> np.ndarray:
     """The estimate with another training part than that of the kept samples in eval mode."""
-    confidence = series[f"{kind}_power"] - series["holdout_power"]
-    return series[f"{kind}_brier"] + confidence + series["val_risk_variance"]
+    uncertainty = series[f"{kind}_power"] - series["holdout_power"]
+    return series[f"{kind}_brier"] + uncertainty + series["val_risk_variance"]
 
 
 def disjoint(series: Series, size: int) -> list[int]:
@@ -362,8 +362,8 @@ RULES: dict[str, Rule] = {
     "gradient disparity, fifth rise": lambda s: [fifth_rise(s["gradient_disparity"])],
     "training loss + Equation 9": lambda s: [lowest(s["train_loss"] + s["val_loss_estimate"])],
     "training Brier + 2CV, input noise σ = 0.03": lambda s: [lowest(s["all_train_brier"] + s["input_noise_0.03"])],
-    "training + confidence + 2CV, input noise σ = 0.01": lambda s: [
-        lowest(s["val_risk_training"] + s["val_risk_confidence"] + s["input_noise_0.01"])
+    "training + uncertainty + 2CV, input noise σ = 0.01": lambda s: [
+        lowest(s["val_risk_training"] + s["val_risk_uncertainty"] + s["input_noise_0.01"])
     ],
     "**`val_risk_estimate`**, minimum": lambda s: [lowest(s["val_risk_estimate"])],
     f"**`val_risk_estimate`**, `EarlyStopping(patience={PATIENCE})`": lambda s: [patient(s["val_risk_estimate"])],
@@ -428,7 +428,7 @@ def report(runs: dict[str, Series], title: str) -> str:
     found = [float(regrets([s], RULES["**`val_risk_estimate`**, minimum"])[0]) for s in runs.values()]
     at = [(s, lowest(s["val_risk_estimate"])) for s in runs.values()]
     signs = {"its epoch": [epoch for _, epoch in at]}
-    for term in ("training", "confidence", "variance"):
+    for term in ("training", "uncertainty", "variance"):
         signs[f"the share of {term}"] = [s[f"val_risk_{term}"][e] / s["val_risk_estimate"][e] for s, e in at]
     foretold = [
         f"{name} {spearmanr(v, found).statistic:+.2f}" for name, v in signs.items() if np.ptp(v) and np.ptp(found)
@@ -476,7 +476,7 @@ def figure(runs: dict[str, Series], file: Path) -> None:
         axis.plot(s["epoch"], s["test_brier"], color="black", lw=2.5, label="true holdout Brier score (needs labels)")
         axis.plot(s["epoch"], s["val_risk_estimate"], color="C3", lw=2.5, label="val_risk_estimate (needs none)")
         axis.plot(s["epoch"], s["val_risk_training"], color="C0", label="  training term")
-        axis.plot(s["epoch"], s["val_risk_confidence"], color="C1", label="  confidence term")
+        axis.plot(s["epoch"], s["val_risk_uncertainty"], color="C1", label="  uncertainty term")
         axis.plot(s["epoch"], s["val_risk_variance"], color="C2", label="  variance term, from sensitivity")
         axis.axvline(lowest(s["val_risk_estimate"]), color="C3", ls=":", label="chosen epoch")
         axis.axvline(lowest(s["test_loss"]), color="black", ls=":", label="lowest test loss")

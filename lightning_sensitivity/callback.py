@@ -21,7 +21,7 @@ from lightning_sensitivity.isolation import no_trace
 from lightning_sensitivity.moments import accumulation_dtype
 from lightning_sensitivity.perturbations import GaussianNoise, noise_generator
 from lightning_sensitivity.readings import RISK, LoaderStatistics
-from lightning_sensitivity.risk_measurement import RiskMeasurement
+from lightning_sensitivity.risk_measurement import RiskMeasurement, num_twins
 from lightning_sensitivity.tasks import TASKS
 
 __all__ = ["SensitivityMonitor"]
@@ -42,7 +42,7 @@ class SensitivityMonitor(Callback):
 
     - ``risk_estimate``: the estimated risk, the one to monitor:
       ``EarlyStopping(monitor="val_risk_estimate", patience=10)``; in ``Trainer.fit`` alone
-    - ``risk_training``, ``risk_confidence``, ``risk_variance``: its terms, of which it is the sum
+    - ``risk_training``, ``risk_uncertainty``, ``risk_variance``: its terms, of which it is the sum
     - ``sensitivity``: S, in squared units of the outputs
     - ``sensitivity_stderr``: one standard error of S, over samples and noise. The noise is the same in every epoch,
       so that two epochs of one run are compared more sharply than their error bars say.
@@ -317,9 +317,10 @@ class SensitivityMonitor(Callback):
             if statistics.task is not None:
                 if statistics.update_count == 1:
                     statistics.add_risk(self._risk.training_sums(pl_module))
-                generator = noise_generator(*key, -1, device=x.device)
+                twins = range(num_twins(trainer.num_val_batches[dataloader_idx], trainer.world_size))
+                generators = (noise_generator(*key, -1 - twin, device=x.device) for twin in twins)
                 statistics.add_risk(
-                    self._risk.holdout_sums(pl_module, clean, lambda: select_outputs(run(x), self.outputs), generator)
+                    self._risk.holdout_sums(pl_module, clean, lambda: select_outputs(run(x), self.outputs), generators)
                 )
 
     def _clean_outputs(self, x: Tensor, run: Callable[[Tensor], Any], dataloader_idx: int) -> Tensor:

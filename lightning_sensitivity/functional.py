@@ -130,7 +130,7 @@ def risk_estimate(
 
     .. math::
         R = \underbrace{\mathbb{E}_\text{train}\|p - y\|^2}_\text{training}
-            + \underbrace{\mathbb{E}_\text{train}\|p\|^2 - \mathbb{E}\|p\|^2}_\text{confidence}
+            + \underbrace{\mathbb{E}_\text{train}\|p\|^2 - \mathbb{E}\|p\|^2}_\text{uncertainty}
             + \underbrace{\mathbb{E}\|p - p'\|^2}_\text{variance}
 
     p are the probabilities, y the labels, and p' what a twin says of the same sample: a network that was trained on
@@ -157,7 +157,7 @@ def risk_estimate(
 
     Returns:
         The estimate and its three terms, scalar tensors, float64 (float32 on MPS): ``risk``, ``training``,
-        ``confidence``, ``variance``.
+        ``uncertainty``, ``variance``.
 
     Raises:
         ValueError: If labels do not fit the task, shapes do not fit, or there is no sample.

@@ -20,13 +20,13 @@ class RiskEstimate(NamedTuple):
     Attributes:
         risk: The estimated Brier score, or mean squared error, on unseen samples.
         training: The same score on training samples.
-        confidence: How much less certain the predictions are on unseen samples; 0 for a regression.
+        uncertainty: How much more uncertain the predictions are on unseen samples; 0 for a regression.
         variance: Mean squared difference to the predictions of a twin.
     """
 
     risk: Tensor
     training: Tensor
-    confidence: Tensor
+    uncertainty: Tensor
     variance: Tensor
 
 
@@ -43,7 +43,8 @@ def holdout_sums(outputs: Tensor, twin_outputs: Tensor, task: str) -> Tensor:
     """
     p, p_twin = predictions(outputs, task), predictions(twin_outputs, task)
     sums = p.new_zeros(NUM_ROWS, p.shape[1])
-    sums[_HOLDOUT] = torch.stack([torch.ones_like(p), _impurity(p, task), (p - p_twin).square()]).sum(1)
+    # Row by row: outputs of a segmentation are large.
+    sums[_HOLDOUT] = torch.stack([p.new_full(p.shape[1:], len(p)), _impurity(p, task), (p - p_twin).square().sum(0)])
     return sums
 
 
@@ -60,9 +61,10 @@ def training_sums(outputs: Tensor, targets: Tensor, task: str) -> Tensor:
     """
     p = predictions(outputs, task)
     y, counts = target_rows(outputs, targets, task)
-    p, y = p[counts], y[counts]
+    if not bool(counts.all()):
+        p, y = p[counts], y[counts]
     sums = p.new_zeros(NUM_ROWS, p.shape[1])
-    sums[_TRAINING] = torch.stack([torch.ones_like(p), _impurity(p, task), (p - y).square()]).sum(1)
+    sums[_TRAINING] = torch.stack([p.new_full(p.shape[1:], len(p)), _impurity(p, task), (p - y).square().sum(0)])
     return sums
 
 
@@ -87,4 +89,4 @@ def risk_terms(sums: Tensor, task: str) -> RiskEstimate:
 
 def _impurity(p: Tensor, task: str) -> Tensor:
     # Gini's, whose sum over classes is 1 − Σp². The outputs of a regression say nothing about their certainty.
-    return torch.zeros_like(p) if task == "regression" else p * (1 - p)
+    return p.new_zeros(p.shape[1]) if task == "regression" else (p * (1 - p)).sum(0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,6 +18,19 @@ from lightning_sensitivity.twin import initial_weights, learned_weights, twin
 
 # In the study of README, minima among the first five epochs cost three times as much as later ones.
 _EARLY, _LONG = 5, 10
+
+# The variance term is a mean over twins. With less than these it would hang on the noise of a few.
+_MIN_TWINS = 8
+
+
+def num_twins(num_batches: float, world_size: int) -> int:
+    """How many twins a batch needs, so that a loader has enough of them, each on one batch.
+
+    Args:
+        num_batches: Of the loader in this process; inf where it does not say.
+        world_size: Number of processes.
+    """
+    return max(1, math.ceil(_MIN_TWINS / max(1, num_batches * world_size)))
 
 
 class RiskMeasurement:
@@ -141,7 +154,11 @@ class RiskMeasurement:
         return self._training_sums
 
     def holdout_sums(
-        self, pl_module: pl.LightningModule, outputs: Tensor, run: Callable[[], Tensor], generator: torch.Generator
+        self,
+        pl_module: pl.LightningModule,
+        outputs: Tensor,
+        run: Callable[[], Tensor],
+        generators: Iterable[torch.Generator],
     ) -> Tensor:
         """The half that needs no labels, of one batch.
 
@@ -149,15 +166,25 @@ class RiskMeasurement:
             pl_module: The module.
             outputs: Its outputs.
             run: Gives the outputs of the weights that the module has at the time.
-            generator: Source of the twin's noise, on the module's device.
+            generators: Sources of noise on the module's device, one for each twin.
 
         Returns:
-            What :func:`~lightning_sensitivity.risk.holdout_sums` gives.
+            What :func:`~lightning_sensitivity.risk.holdout_sums` gives, over all twins. A twin that fails has a
+            variance of nan.
         """
         assert self.task is not None
         assert self.initial_weights is not None
         if self._learned is None:
             self._learned = learned_weights(pl_module, self.initial_weights)
-        with twin(pl_module, self._learned, generator):
-            twin_outputs = run()
-        return holdout_sums(outputs, twin_outputs, self.task)
+        total = torch.zeros((), device=outputs.device)
+        for generator in generators:
+            with twin(pl_module, self._learned, generator):
+                try:
+                    twin_outputs = run()
+                except torch.cuda.OutOfMemoryError:
+                    raise
+                except Exception:  # what a weight may be is up to the model: a scale has to stay positive, say
+                    twin_outputs = torch.full_like(outputs, math.nan)
+            sums = holdout_sums(outputs, twin_outputs, self.task)
+            total = total.to(sums) + sums
+        return total

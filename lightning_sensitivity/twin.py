@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.parameter import is_lazy
 
 __all__ = ["initial_weights", "learned_weights", "twin"]
 
@@ -18,9 +20,9 @@ def initial_weights(model: nn.Module) -> dict[str, Tensor]:
         model: The module, before training.
 
     Returns:
-        What :func:`twin` needs of it later.
+        What :func:`learned_weights` needs of it later.
     """
-    return {name: parameter.detach().to("cpu", copy=True) for name, parameter in _floating_parameters(model)}
+    return {name: parameter.detach().to("cpu", copy=True) for name, parameter in _parameters(model)}
 
 
 def learned_weights(model: nn.Module, initial: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -33,7 +35,7 @@ def learned_weights(model: nn.Module, initial: Mapping[str, Tensor]) -> dict[str
     Returns:
         Differences, by name.
     """
-    return {name: _moved(parameter.detach(), initial.get(name)) for name, parameter in _floating_parameters(model)}
+    return {name: _moved(parameter.detach(), initial.get(name)) for name, parameter in _parameters(model)}
 
 
 @contextmanager
@@ -42,10 +44,15 @@ def twin(model: nn.Module, learned: Mapping[str, Tensor], generator: torch.Gener
 
     What a layer learned, :math:`d = w - w_0`, answers to its inputs :math:`h` by :math:`d\,h`. In the twin it answers
     to inputs with noise as strong as the signal, :math:`d\,(h \odot (1 + \xi))` with one
-    :math:`\xi \sim \mathcal N(0, 1)` for each input of the layer; what it was initialized with answers as before.
+    :math:`\xi \sim \mathcal N(0, 1)` for each input of the layer (an input channel and a tap of a convolution; a token
+    of an embedding); what it was initialized with answers as before. Where a parameter has no inputs (a bias, a norm),
+    each element has a factor of its own.
+
+    It is a heuristic: half of the square of what was learned is taken to be due to the training set, and half to the
+    task. README says how far it holds.
 
     Args:
-        model: The module.
+        model: The module. Its parameters are not written to; they lend their place.
         learned: What :func:`learned_weights` gave for it.
         generator: Source of the noise, on the module's device.
 
@@ -61,24 +68,60 @@ def twin(model: nn.Module, learned: Mapping[str, Tensor], generator: torch.Gener
         >>> bool(twin_output == model(x)), model.weight.tolist()
         (False, [[1.0, 1.0]])
     """
-    own = {name: parameter.detach().clone() for name, parameter in _floating_parameters(model)}
+    owners = _owners(model)
+    swaps = []
+    for name, parameter in _parameters(model):
+        shape, repeats = _noise_shape(owners[id(parameter)], parameter)
+        noise = torch.randn(shape, generator=generator, dtype=torch.float32, device=parameter.device)
+        change = noise.repeat_interleave(repeats, 0) * learned[name]
+        swaps.append((parameter, parameter.data, parameter.data + change.to(parameter.dtype)))
     try:
-        with torch.no_grad():
-            for name, parameter in _floating_parameters(model):
-                difference = learned[name]
-                # One factor for each input of a layer, whose weights are (outputs, inputs, ...); a bias has an own one.
-                shape = (1, *difference.shape[1:]) if difference.ndim > 1 else difference.shape
-                noise = torch.randn(shape, generator=generator, dtype=torch.float32, device=difference.device)
-                parameter.add_((noise * difference).to(parameter))
+        for parameter, _, perturbed in swaps:
+            # A new tensor in the parameter's place, and not new values: a graph that training holds stays valid.
+            parameter.data = perturbed
         yield
     finally:
-        with torch.no_grad():
-            for name, parameter in _floating_parameters(model):
-                parameter.copy_(own[name])
+        _give_back(swaps)
 
 
-def _floating_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.is_floating_point())
+def _give_back(swaps: list[tuple[nn.Parameter, Tensor, Tensor]]) -> None:
+    interrupt: BaseException | None = None
+    while True:
+        try:
+            for parameter, own, _ in swaps:
+                parameter.data = own
+            break
+        except KeyboardInterrupt as error:  # has to wait: the weights are the user's
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    for name, parameter in model.named_parameters():
+        if not is_lazy(parameter) and parameter.is_floating_point():
+            yield name, parameter
+
+
+def _owners(model: nn.Module) -> dict[int, nn.Module]:
+    """The first module that has each parameter, by the parameter's id."""
+    owners: dict[int, nn.Module] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), module)
+    return owners
+
+
+def _noise_shape(module: nn.Module, parameter: Tensor) -> tuple[tuple[int, ...], int]:
+    """A shape that broadcasts over the outputs of a layer, after its first dimension is repeated so many times."""
+    shape = tuple(parameter.shape)
+    if parameter.ndim < 2 or isinstance(module, nn.LayerNorm) or shape[1:].count(1) == parameter.ndim - 1:
+        return shape, 1
+    if isinstance(module, (_ConvTransposeNd, nn.Embedding, nn.EmbeddingBag)):  # (inputs, outputs, ...)
+        return (shape[0], 1, *shape[2:]), 1
+    if isinstance(module, _ConvNd) and module.groups > 1:  # (groups × outputs, inputs of the group, ...)
+        return (module.groups, *shape[1:]), shape[0] // module.groups
+    return (1, *shape[1:]), 1
 
 
 def _moved(weights: Tensor, before: Tensor | None) -> Tensor:

@@ -32,7 +32,7 @@ class Truth(Callback):
         self.batches: list[Any] = []
         self.logged: list[dict[str, float]] = []
         self.training: list[float] = []
-        self.confidence: list[float] = []
+        self.uncertainty: list[float] = []
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if len(self.batches) < self.num_batches:
@@ -51,7 +51,7 @@ class Truth(Callback):
         gap = (q * (1 - q)).mean(0) - impurity / count if self.task != "regression" else torch.zeros(1)
         over_outputs = torch.sum if self.task == "multiclass" else torch.mean
         self.training.append(float(over_outputs(score / count)))
-        self.confidence.append(float(over_outputs(gap)))
+        self.uncertainty.append(float(over_outputs(gap)))
 
 
 def logged(truth: Truth, term: str) -> list[float]:
@@ -60,8 +60,8 @@ def logged(truth: Truth, term: str) -> list[float]:
 
 def check(truth: Truth) -> None:
     assert logged(truth, "training") == pytest.approx(truth.training, rel=1e-5)
-    assert logged(truth, "confidence") == pytest.approx(truth.confidence, rel=1e-5, abs=1e-6)
-    parts = zip(*(logged(truth, term) for term in ("training", "confidence", "variance")), strict=True)
+    assert logged(truth, "uncertainty") == pytest.approx(truth.uncertainty, rel=1e-5, abs=1e-6)
+    parts = zip(*(logged(truth, term) for term in ("training", "uncertainty", "variance")), strict=True)
     assert logged(truth, "risk") == pytest.approx([sum(terms) for terms in parts])
 
 
@@ -193,8 +193,8 @@ def test_every_loader_gets_its_own() -> None:
         assert {f"val_{name}/dataloader_idx_{idx}" for name in NAMES} <= values.keys()
     first, second = (values[f"val_risk_training/dataloader_idx_{idx}"] for idx in (0, 1))
     assert first == second == pytest.approx(truth.training[0], rel=1e-5)
-    assert values["val_risk_confidence/dataloader_idx_0"] == pytest.approx(truth.confidence[0], rel=1e-5)
-    assert values["val_risk_confidence/dataloader_idx_1"] != pytest.approx(truth.confidence[0], rel=1e-5)
+    assert values["val_risk_uncertainty/dataloader_idx_0"] == pytest.approx(truth.uncertainty[0], rel=1e-5)
+    assert values["val_risk_uncertainty/dataloader_idx_1"] != pytest.approx(truth.uncertainty[0], rel=1e-5)
 
 
 def test_a_validation_within_the_first_epoch_uses_what_it_has() -> None:

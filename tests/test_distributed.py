@@ -226,7 +226,7 @@ def test_the_risk_estimate_is_that_of_both(both: dict[str, list[Any]]) -> None:
     terms = {name.removeprefix("val_risk_"): value for name, value in first.items()}
     assert terms["training/dataloader_idx_0"] == pytest.approx(float((p - y).square().sum(1).mean()), rel=1e-6)
     certainty = [float(values.square().sum(1).mean()) for values in (p, q)]
-    assert terms["confidence/dataloader_idx_0"] == pytest.approx(certainty[0] - certainty[1], abs=1e-7)
+    assert terms["uncertainty/dataloader_idx_0"] == pytest.approx(certainty[0] - certainty[1], abs=1e-7)
     assert terms["variance/dataloader_idx_0"] > 0
     assert terms["estimate/dataloader_idx_1"] > 0  # one process had no batch of this loader
 

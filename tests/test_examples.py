@@ -99,12 +99,12 @@ def test_the_study_trains_through_the_callback_and_reports(
     for series in done.values():
         assert series["epoch"].tolist() == [0, 1, 2]
         assert all(np.isfinite(values).all() for values in series.values())
-        terms = series["val_risk_training"] + series["val_risk_confidence"] + series["val_risk_variance"]
+        terms = series["val_risk_training"] + series["val_risk_uncertainty"] + series["val_risk_variance"]
         np.testing.assert_allclose(series["val_risk_estimate"], terms)
         # The kept samples are all there are: both ways to the training part must agree.
         np.testing.assert_allclose(series["val_risk_training"], series["all_train_brier"], rtol=1e-5)
         np.testing.assert_allclose(
-            series["val_risk_confidence"], series["all_train_power"] - series["holdout_power"], atol=1e-5
+            series["val_risk_uncertainty"], series["all_train_power"] - series["holdout_power"], atol=1e-5
         )
     text = study.report(done, "test")
     assert all(f"| {rule} |" in text for rule in study.RULES)

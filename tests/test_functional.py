@@ -197,7 +197,7 @@ def test_the_risk_estimate_of_batches_in_one_call() -> None:
     torch.testing.assert_close(
         estimate.training, (p_train - torch.eye(3, dtype=torch.float64)[targets]).square().sum(1).mean()
     )
-    torch.testing.assert_close(estimate.confidence, p_train.square().sum(1).mean() - p.square().sum(1).mean())
+    torch.testing.assert_close(estimate.uncertainty, p_train.square().sum(1).mean() - p.square().sum(1).mean())
     torch.testing.assert_close(estimate.variance, (p - p_twin).square().sum(1).mean())
     torch.testing.assert_close(estimate.risk, sum(estimate[1:]))
 

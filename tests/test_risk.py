@@ -37,8 +37,8 @@ def test_the_terms_are_those_of_the_definition(task: str) -> None:
     assert float(estimate.variance) == pytest.approx(over_outputs(((q - other) ** 2).mean(0)))
     impurity = [over_outputs((values * (1 - values)).mean(0)) for values in (q, p)]
     expected = 0 if task == "regression" else impurity[0] - impurity[1]
-    assert float(estimate.confidence) == pytest.approx(expected)
-    assert float(estimate.risk) == pytest.approx(float(estimate.training + estimate.confidence + estimate.variance))
+    assert float(estimate.uncertainty) == pytest.approx(expected)
+    assert float(estimate.risk) == pytest.approx(float(estimate.training + estimate.uncertainty + estimate.variance))
 
 
 @given(seed=st.integers(0, 99), cuts=st.lists(st.integers(1, 29), max_size=3, unique=True))
