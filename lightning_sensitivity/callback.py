@@ -55,9 +55,10 @@ class SensitivityMonitor(Callback):
     that of labels as wrong. A value that has no meaning in an epoch (see
     ``nan_strategy``; log10 of 0) is not logged; an ``EarlyStopping`` that may meet that needs ``strict=False``.
 
-    It costs 1 + ``num_draws`` forward passes per validation batch, and for the risk one more, and those of
-    ``num_training_samples`` per validation. The weights from before training are kept in the memory of the CPU and in
-    checkpoints; two copies of the weights are on the device while validation runs.
+    It costs 1 + ``num_draws`` forward passes per validation batch, and for the risk one more (or eight in all, where a
+    loader has fewer batches), and those of ``num_training_samples`` per validation. The weights from before training
+    are kept in the memory of the CPU and in checkpoints; two copies of the weights are on the device while validation
+    runs.
 
     It changes nothing about training: weights, buffers, optimizers, random streams, module modes and logged losses are
     those of a run without it. The exception is Python state that ``forward`` itself changes: a generator of its own, a
@@ -83,8 +84,9 @@ class SensitivityMonitor(Callback):
             default the last element of a tuple or list of which ``forward`` takes the others, or what a mapping calls
             ``label``, ``labels``, ``target``, ``targets`` or ``y``.
         task: What the labels are: ``"multiclass"``, ``"binary"``, ``"multilabel"`` or ``"regression"``. ``"auto"``
-            takes the only one that fits (:func:`~lightning_sensitivity.tasks.infer_task`), and fails at the first
-            training batch where none does, or more than one. None leaves the risk estimate out.
+            infers it where labels and outputs leave no doubt (:func:`~lightning_sensitivity.tasks.infer_task`).
+            Otherwise there is a warning and no risk estimate, or an error, if something monitors it. None leaves it
+            out.
         num_training_samples: How many training samples are kept, over all processes, to score the model on: the first
             batches of the fit, whole.
         per_output: Log the mean over outputs of the variance of each output's change instead of the variance of their
@@ -168,6 +170,7 @@ class SensitivityMonitor(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check what can be checked before the first epoch."""
+        self._risk.end_fit()  # one that failed has left its samples
         if stage not in ("fit", "validate", "test"):
             return
         check_model(pl_module)
@@ -188,7 +191,7 @@ class SensitivityMonitor(Callback):
         """Lay out TensorBoard's Custom Scalars, so that the loss and its estimate share a chart."""
         monitors = _monitors(trainer)
         if self is monitors[0]:  # a second layout would take the place of the first
-            layout = custom_scalars_layout([monitor.prefix for monitor in monitors])
+            layout = custom_scalars_layout({monitor.prefix: monitor.task is not None for monitor in monitors})
             for logger in trainer.loggers:
                 # By name, because the logger of `pytorch_lightning` is another class.
                 if any(base.__name__ == "TensorBoardLogger" for base in type(logger).__mro__):
@@ -197,7 +200,11 @@ class SensitivityMonitor(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Watch whether validation ever runs, and remember what the risk estimate needs."""
         self._has_measured = False
-        self._risk.start_fit(trainer, pl_module)
+        # Who says where the labels are, or what, or monitors the estimate, must get it.
+        monitors = [getattr(callback, "monitor", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
+        is_monitored = any(str(monitor).startswith(f"{self.prefix}risk_") for monitor in monitors)
+        is_required = self.task != "auto" or self.targets is not None or is_monitored
+        self._risk.start_fit(trainer, pl_module, is_required)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -238,6 +245,10 @@ class SensitivityMonitor(Callback):
         """Have every process take part in every reduction, and report what was wrong, after a sanity check too."""
         loaders = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
         self._finish(trainer, pl_module, self.prefix, len(loaders))
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Free the device's memory."""
+        self._risk.end_validation()
 
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the untrained network, if wanted, and forget the batches of the sanity check."""
@@ -288,11 +299,11 @@ class SensitivityMonitor(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Take them back."""
-        self._risk.initial_weights = checkpoint.get(_CHECKPOINT_KEY)
+        self._risk.restore(checkpoint.get(_CHECKPOINT_KEY))
 
     def _forget_batches(self) -> None:
         self._statistics = {}
-        self._risk.start_validation()
+        self._risk.end_validation()
 
     def _measure(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int

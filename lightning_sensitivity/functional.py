@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_sensitivity.moments import batch_moments, check_outputs, find_non_finite, sensitivity_estimate
-from lightning_sensitivity.risk import RiskEstimate, holdout_sums, risk_terms, training_sums
-from lightning_sensitivity.tasks import TASKS, check_task
+from lightning_sensitivity.risk import RiskEstimate, has_training, holdout_sums, risk_terms, training_sums
+from lightning_sensitivity.tasks import TASKS, check_logits, check_task
 
 __all__ = ["RiskEstimate", "loss_estimate", "output_sensitivity", "risk_estimate"]
 
@@ -130,17 +130,20 @@ def risk_estimate(
 
     .. math::
         R = \underbrace{\mathbb{E}_\text{train}\|p - y\|^2}_\text{training}
-            + \underbrace{\mathbb{E}_\text{train}\|p\|^2 - \mathbb{E}\|p\|^2}_\text{uncertainty}
+            + \underbrace{\mathbb{E}\,p \cdot (1 - p) - \mathbb{E}_\text{train}\,p \cdot (1 - p)}_\text{uncertainty}
             + \underbrace{\mathbb{E}\|p - p'\|^2}_\text{variance}
 
     p are the probabilities, y the labels, and p' what a twin says of the same sample: a network that was trained on
-    other data. In a regression p are the outputs, and the second term is left out. This is the chain
-    L = bias + variance of `arXiv:2007.15378`_ (Section 4). Half of the last term is the variance of p over training
-    sets. The bias is known from the training labels, less what the network has adapted to them; that is the other half.
+    other data. The second term is the difference in Gini impurity. In a regression p are the outputs, and it is left
+    out. This is the chain L = bias + variance of `arXiv:2007.15378`_ (Section 4). Half of the last term is the variance
+    of p over training sets. The bias is known from the training labels, less what the network has adapted to them; that
+    is the other half.
 
-    It is exact where :math:`\mathbb{E}\,p \cdot y = \mathbb{E}\,p \cdot p' + \mathbb{E}_\text{train}\,p \cdot (y - p)`:
-    unseen labels agree with a network as its twins do, up to what it is miscalibrated by on its training samples.
-    :mod:`lightning_sensitivity.twin` has a stand-in for a twin that costs no second training.
+    With a real twin it is exact where unseen labels agree with a network as its twins do, up to what it is miscalibrated
+    by on its training samples,
+    :math:`\mathbb{E}\,p \cdot y = \mathbb{E}\,p \cdot p' + \mathbb{E}_\text{train}\,p \cdot (y - p)`. (With one
+    probability for each label, :math:`\mathbb{E}(y - p)` has to be that of training, too.)
+    :mod:`lightning_sensitivity.twin` has a stand-in for a twin, a heuristic that costs no second training.
 
     Where training labels are wrong, it estimates the score against labels that are as wrong.
 
@@ -160,7 +163,8 @@ def risk_estimate(
         ``uncertainty``, ``variance``.
 
     Raises:
-        ValueError: If labels do not fit the task, shapes do not fit, or there is no sample.
+        ValueError: If labels do not fit the task, shapes do not fit, there is no sample, or outputs for
+            ``"multiclass"`` are probabilities already.
 
     Example:
         >>> import torch
@@ -185,5 +189,8 @@ def risk_estimate(
             raise ValueError(f"Expected `{name}` to be a floating tensor, but got {tensor.dtype}.")
         if tensor.numel() == 0:
             raise ValueError(f"Expected `{name}` to hold at least one sample, but got the shape {tuple(tensor.shape)}.")
+    check_logits(train_outputs, task)
     sums = holdout_sums(outputs, twin_outputs, task) + training_sums(train_outputs, train_targets, task)
+    if not has_training(sums):
+        raise ValueError("Expected `train_targets` to hold a label that counts, but all are -100.")
     return risk_terms(sums, task)

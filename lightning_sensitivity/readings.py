@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from torchmetrics import Metric
+from torchmetrics.utilities import rank_zero_warn
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_sensitivity.functional import loss_estimate
 from lightning_sensitivity.metric import OutputSensitivity
 from lightning_sensitivity.moments import num_outputs_seen
-from lightning_sensitivity.risk import NUM_ROWS, RiskEstimate, risk_terms
+from lightning_sensitivity.risk import NUM_ROWS, RiskEstimate, has_training, risk_terms
 
 SENSITIVITY, STDERR, LOG10, LOSS_ESTIMATE = (
     "sensitivity",
@@ -58,6 +59,7 @@ class LoaderStatistics(OutputSensitivity):
         super().__init__(dist_sync_fn=gather_widest, **kwargs)
         self.name = name
         self.task = task
+        self._has_risk = False
         self.add_state("power", default=torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("risk", default=torch.zeros(NUM_ROWS, 1, dtype=torch.float64), dist_reduce_fx="sum")
 
@@ -78,11 +80,12 @@ class LoaderStatistics(OutputSensitivity):
 
     def add_risk(self, sums: Tensor) -> None:
         """Add what the risk estimate needs of a holdout batch, or of the training samples."""
-        if self.risk.any() and self.risk.shape != sums.shape:
+        if self._has_risk and self.risk.shape != sums.shape:
             raise ValueError(
                 "Expected as many outputs on training samples as on the holdout, but got"
                 f" {self.risk.shape[1]} and {sums.shape[1]}."
             )
+        self._has_risk = True
         self.risk = self.risk.to(sums) + sums
 
     def compute(self) -> dict[str, Tensor]:  # type: ignore[override]
@@ -101,13 +104,22 @@ class LoaderStatistics(OutputSensitivity):
             # `power` is in units of the noise already.
             values[LOSS_ESTIMATE] = loss_estimate(sensitivity, self.power[0] / self.power[1], 1.0, num_outputs)
         if self.task is not None:
-            if not bool(self.risk.isfinite().all()):
-                self._report_non_finite(
-                    f"`SensitivityMonitor`, {self.name}: outputs for training samples had nan or inf."
-                )
             terms = risk_terms(self.risk, self.task)
+            self._check_risk(terms)
             values |= {RISK[term]: value for term, value in terms._asdict().items()}
         return {name: value for name, value in values.items() if bool(value.isfinite())}
+
+    def _check_risk(self, terms: RiskEstimate) -> None:
+        name = f"`SensitivityMonitor`, {self.name}"
+        if not bool(has_training(self.risk)):
+            rank_zero_warn(f"{name}: no label of the training samples counts, so there is no risk estimate.")
+        elif not bool(terms.training.isfinite()):
+            self._report_non_finite(f"{name}: outputs for training samples had nan or inf.")
+        elif not bool(terms.variance.isfinite()):
+            rank_zero_warn(
+                f"{name}: with perturbed weights the model failed, or gave nan or inf, so there is no risk estimate in"
+                " this epoch. Has it parameters that must keep their sign?"
+            )
 
     @property
     def num_changes(self) -> Tensor:

@@ -87,6 +87,11 @@ def risk_terms(sums: Tensor, task: str) -> RiskEstimate:
     return RiskEstimate(terms[0] + terms[1] + terms[2], *terms)
 
 
+def has_training(sums: Tensor) -> Tensor:
+    """Whether any training label counts; a scalar bool tensor."""
+    return sums[_TRAINING.start].any()
+
+
 def _impurity(p: Tensor, task: str) -> Tensor:
     # Gini's, whose sum over classes is 1 − Σp². The outputs of a regression say nothing about their certainty.
     return p.new_zeros(p.shape[1]) if task == "regression" else (p * (1 - p)).sum(0)

@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_sensitivity.batches import Selector
@@ -53,6 +54,8 @@ class RiskMeasurement:
         self, task: str | None, num_training_samples: int, inputs: Selector, outputs: Selector, targets: Selector
     ) -> None:
         self.initial_weights: dict[str, Tensor] | None = None
+        self._model_id: int | None = None  # whose they are
+        self._is_restored = False
         self._told_task = task
         self._num_training_samples = num_training_samples
         self._selectors = (inputs, outputs, targets)
@@ -60,6 +63,7 @@ class RiskMeasurement:
         self._num_epochs = 0  # of this fit, not counting the rest of one that was interrupted
         self._estimates: dict[int, list[float]] = {}  # by loader, one for each validation
         self._begins_untrained = True
+        self._is_required = False
         # For the validation that is running.
         self._training_sums: Tensor | None = None
         self._learned: dict[str, Tensor] | None = None
@@ -69,34 +73,52 @@ class RiskMeasurement:
         """The task, as soon as there are training samples."""
         return self._training_samples.task if self._training_samples else None
 
-    def start_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def restore(self, initial_weights: dict[str, Tensor] | None) -> None:
+        """Take the weights from before training from a checkpoint.
+
+        Args:
+            initial_weights: What it has, or None.
+        """
+        self.initial_weights = initial_weights
+        self._is_restored = True
+
+    def start_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule, is_required: bool) -> None:
         """Remember the weights, and begin to keep samples.
 
         Args:
             trainer: The Trainer, after a checkpoint was restored.
             pl_module: The module of the run.
+            is_required: Whether something waits for the estimate. Otherwise labels that can't be told are no error.
 
         Raises:
             MisconfigurationException: If training resumes, and the weights from before it are not known.
         """
         if self._told_task is None:
             return
-        if trainer.global_step == 0:
-            self.initial_weights = initial_weights(pl_module)
-        elif self.initial_weights is None:
-            raise MisconfigurationException(
-                "`SensitivityMonitor` should have been in the Trainer whose training is resumed, since its risk"
-                " estimate needs the weights from before training. `task=None` does without the estimate."
+        goes_on = trainer.global_step > 0 and self._model_id == id(pl_module)  # a second fit of the same Trainer
+        if self._is_restored and self.initial_weights is None:
+            problem = (
+                "`SensitivityMonitor` should have been in the Trainer whose training is resumed, and with a `task`:"
+                " its risk estimate needs the weights from before training. `task=None` does without it."
             )
+            if is_required:
+                raise MisconfigurationException(problem)
+            rank_zero_warn(f"There will be no risk estimate. {problem}")
+            return
+        if not self._is_restored and not goes_on:
+            self.initial_weights = initial_weights(pl_module)
+        self._begins_untrained = not self._is_restored and not goes_on
+        self._model_id = id(pl_module)
+        self._is_required = is_required
         self._num_epochs = 0
         self._estimates = {}
-        self._begins_untrained = trainer.global_step == 0
         num_samples = math.ceil(self._num_training_samples / trainer.world_size)
         self._training_samples = TrainingSamples(self._told_task, num_samples, *self._selectors)
 
     def end_fit(self) -> None:
         """Free the samples. The weights stay, for a second fit of the same Trainer."""
         self._training_samples = None
+        self._is_restored = False
 
     def wants_batch(self, batch_idx: int) -> bool:
         """Whether a training batch is to be kept. Ask once for each.
@@ -111,7 +133,13 @@ class RiskMeasurement:
     def keep(self, pl_module: pl.LightningModule, batch: Any) -> None:
         """Keep a training batch; see :meth:`~lightning_sensitivity.training_samples.TrainingSamples.keep`."""
         assert self._training_samples is not None
-        self._training_samples.keep(pl_module, batch)
+        try:
+            self._training_samples.keep(pl_module, batch)
+        except MisconfigurationException as error:
+            if self._is_required:
+                raise
+            rank_zero_warn(f"There will be no risk estimate. {error}")
+            self._training_samples = None
 
     def add_estimate(self, dataloader_idx: int, estimate: Tensor | None) -> None:
         """Remember what a validation found.
@@ -133,8 +161,8 @@ class RiskMeasurement:
         lowest = {idx: values.index(min(values)) for idx, values in self._estimates.items() if len(values) >= _LONG}
         return {idx: at for idx, at in lowest.items() if at < _EARLY}
 
-    def start_validation(self) -> None:
-        """Forget what the model was in the last validation."""
+    def end_validation(self) -> None:
+        """Free what belongs to the model as it is."""
         self._training_sums = self._learned = None
 
     def training_sums(self, pl_module: pl.LightningModule) -> Tensor:

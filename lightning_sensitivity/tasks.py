@@ -9,22 +9,24 @@ from torch.nn.functional import one_hot
 from lightning_sensitivity.moments import accumulation_dtype
 
 TASKS = ("multiclass", "binary", "multilabel", "regression")
+_MANY = 32  # of classes and of labels, from which on unused classes raise doubt
 _IGNORED = -100  # the `ignore_index` of torch's cross-entropy
 
 
 def infer_task(outputs: Tensor, targets: Tensor) -> str:
-    """The only task that fits; where two would, none is chosen.
+    """The task, where labels and outputs leave no doubt.
 
-    ==================  =====================================  =================================================
+    ==================  =====================================  ======================================================
     task                outputs                                targets
-    ==================  =====================================  =================================================
+    ==================  =====================================  ======================================================
     ``"multiclass"``    ``(N, K, ...)`` with K of 2 or more    integers, shape ``(N, ...)``
-    ``"binary"``        ``(N,)`` or ``(N, 1, ...)``            integers or bools 0 and 1, one per output
-    ``"multilabel"``    ``(N, K, ...)`` with K of 2 or more    integers or bools 0 and 1, ``(N, K, ...)``
-    ``"regression"``    any                                    floating, one per output, not all in [0, 1]
-    ==================  =====================================  =================================================
+    ``"multilabel"``    ``(N, K, ...)`` with K of 2 or more    integers or bools 0 and 1, ``(N, K, ...)``, not one-hot
+    ``"binary"``        ``(N,)`` or ``(N, 1, ...)``            bools, one per output
+    ==================  =====================================  ======================================================
 
-    Floating targets in [0, 1] can be any of the four: labels for a ``BCEWithLogitsLoss``, soft labels, or numbers.
+    All else is in doubt: floating targets may be numbers, labels for a ``BCEWithLogitsLoss``, soft labels, or labels
+    with a code for "unknown"; integers beside one output may be counts; many outputs that no label ever names may be an
+    embedding or a reconstruction.
 
     Args:
         outputs: Outputs of the model.
@@ -34,28 +36,28 @@ def infer_task(outputs: Tensor, targets: Tensor) -> str:
         The task.
 
     Raises:
-        ValueError: If no task fits, or more than one.
+        ValueError: If no task fits, or it is in doubt.
     """
-    fitting = [task for task in TASKS if _fits(outputs, targets, task)]
-    # Counts and one number for each of two classes are whole numbers, too, but nobody trains a regression on 0 and 1
-    # alone, and a class dimension says enough.
-    certain = fitting if targets.is_floating_point() else [task for task in fitting if task != "regression"]
-    # One-hot rows may be a class each, or labels of which each sample happens to have one.
-    one_hot_rows = certain == ["multilabel"] and bool((targets.sum(1) == 1).all())
-    if len(certain) != 1 or one_hot_rows:
+    got = f"outputs of shape {tuple(outputs.shape)} and labels {_describe(targets)}"
+    single = outputs.ndim < 2 or outputs.shape[1] == 1
+    if targets.is_floating_point():
+        raise ValueError(f"Expected to be told what floating labels are, got {got}.")
+    if single and targets.dtype == torch.bool:
+        task = "binary"
+    elif single:
         raise ValueError(
-            f"Expected outputs and labels that fit one task alone, got outputs of shape {tuple(outputs.shape)} and"
-            f" labels {_describe(targets)}, which fit {' and '.join(map(repr, fitting)) or 'none'}."
+            f"Expected to be told whether integer labels beside one output are classes or counts, got {got}."
         )
-    return certain[0]
-
-
-def _fits(outputs: Tensor, targets: Tensor, task: str) -> bool:
-    try:
-        check_task(outputs, targets, task)
-    except ValueError:
-        return False
-    return True
+    else:
+        task = "multiclass" if targets.ndim < outputs.ndim else "multilabel"
+    check_task(outputs, targets, task)
+    if task == "multilabel" and bool((targets.sum(1) == 1).all()):
+        raise ValueError(f"Expected to be told whether one-hot rows are classes or several labels, got {got}.")
+    if task == "multiclass" and min(outputs.shape[1], targets.numel()) >= _MANY:
+        num_named = int(targets.max()) + 1
+        if 2 * num_named < outputs.shape[1]:
+            raise ValueError(f"Expected labels of more than the first {num_named} of so many classes, got {got}.")
+    return task
 
 
 def check_task(outputs: Tensor, targets: Tensor, task: str) -> None:
@@ -77,6 +79,7 @@ def check_task(outputs: Tensor, targets: Tensor, task: str) -> None:
     if task == "multiclass" and not floating:
         if num_outputs < 2 or shape[:1] + shape[2:] != tuple(targets.shape) or targets.dtype == torch.bool:
             raise ValueError(f"Expected outputs (N, K, ...), K > 1, and integer labels (N, ...), got {got}.")
+        targets = targets.long()  # comparisons in 8 bits wrap around
         valid = ((targets >= 0) & (targets < num_outputs)) | (targets == _IGNORED)
         if not bool(valid.all()):
             raise ValueError(
@@ -97,6 +100,22 @@ def check_task(outputs: Tensor, targets: Tensor, task: str) -> None:
         raise ValueError(f"Expected labels from 0 to 1, got {float(targets.min()):g} to {float(targets.max()):g}.")
     if task == "multiclass" and not bool(((targets.double().sum(1) - 1).abs() < 1e-3).all()):
         raise ValueError("Expected soft labels that sum to 1 over the classes, got other sums.")
+
+
+def check_logits(outputs: Tensor, task: str) -> None:
+    """Require that the outputs are no probabilities already, as far as that can be seen.
+
+    Args:
+        outputs: Outputs of the model.
+        task: One of :data:`TASKS`.
+
+    Raises:
+        ValueError: If they are 0 or more and sum to 1 over the classes.
+    """
+    if task == "multiclass" and bool((outputs >= 0).all()):
+        sums = outputs.to(accumulation_dtype(outputs.device)).sum(1)
+        if bool(((sums - 1).abs() < 1e-2).all()):
+            raise ValueError("Expected outputs before the softmax (logits), got probabilities.")
 
 
 def predictions(outputs: Tensor, task: str) -> Tensor:

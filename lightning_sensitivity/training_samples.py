@@ -8,11 +8,14 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_sensitivity.batches import Selector, copied, prepare_call, select_outputs, select_targets
 from lightning_sensitivity.risk import training_sums
-from lightning_sensitivity.tasks import check_task, infer_task
+from lightning_sensitivity.tasks import check_logits, check_task, infer_task
+
+_NUM_WITHIN = 5
 
 
 class TrainingSamples:
@@ -31,10 +34,11 @@ class TrainingSamples:
     """
 
     def __init__(self, task: str, num_samples: int, inputs: Selector, outputs: Selector, targets: Selector) -> None:
-        self.task = None if task == "auto" else task
+        self.task: str | None = None if task == "auto" else task
         self._inputs, self._outputs, self._targets = inputs, outputs, targets
         self._num_missing = num_samples
         self._batches: list[Any] = []
+        self._num_within = 0  # validations in a row in which all outputs could be probabilities
 
     @property
     def is_complete(self) -> bool:
@@ -46,30 +50,45 @@ class TrainingSamples:
         return bool(self._batches)
 
     def keep(self, model: nn.Module, batch: Any) -> None:
-        """Keep a batch, if more are needed and its labels fit the task, which the first one tells.
+        """Keep a batch. The first one tells the task.
 
         Args:
             model: The module, in eval mode.
             batch: A training batch on its device.
 
         Raises:
-            MisconfigurationException: If the labels or the task can't be told, or do not fit.
+            MisconfigurationException: If the labels of the first batch, or the task, can't be told, or do not fit. A
+                later batch whose labels do not fit is left out with a warning, and training goes on.
         """
         try:
             targets = select_targets(model, batch, self._targets)
             x, run = prepare_call(model, batch, self._inputs)
-            outputs = select_outputs(run(x), self._outputs)
-            self.task = self.task or infer_task(outputs, targets)
-            check_task(outputs, targets, self.task)
-        except (MisconfigurationException, ValueError) as error:
-            raise MisconfigurationException(
-                "`SensitivityMonitor` can't tell how to score the model on a training batch, which its risk estimate"
-                f" needs: {error} Say where the labels are with `targets=` (a key, an index or a callable), and what"
-                " they are with `task=` ('multiclass', 'binary', 'multilabel' or 'regression'); `task=None` does"
-                " without the estimate."
-            ) from error
+        except Exception as error:
+            self._refuse(error)
+            return
+        outputs = select_outputs(run(x), self._outputs)
+        try:
+            task = self.task or infer_task(outputs, targets)
+            check_task(outputs, targets, task)
+            check_logits(outputs, task)
+        except ValueError as error:
+            self._refuse(error)
+            return
+        if self.task is None:
+            rank_zero_info(f"`SensitivityMonitor` takes the labels as `task={task!r}` for its risk estimate.")
+        self.task = task
         self._batches.append(move_data_to_device(copied(batch), torch.device("cpu")))
         self._num_missing -= len(x)
+
+    def _refuse(self, error: Exception) -> None:
+        if self._batches:
+            rank_zero_warn(f"`SensitivityMonitor` leaves a training batch out of its risk estimate: {error}")
+            return
+        raise MisconfigurationException(
+            "`SensitivityMonitor` can't tell how to score the model on a training batch, which its risk estimate needs:"
+            f" {error} Say where the labels are with `targets=` (a key, an index or a callable), and what they are with"
+            " `task=` ('multiclass', 'binary', 'multilabel' or 'regression'); `task=None` does without the estimate."
+        ) from error
 
     def sums(self, pl_module: pl.LightningModule) -> Tensor:
         """Score the model.
@@ -81,11 +100,19 @@ class TrainingSamples:
             What :func:`~lightning_sensitivity.risk.training_sums` gives, over all samples of this process.
         """
         assert self.task is not None
-        total = torch.zeros(())
+        total, within = torch.zeros(()), True
         for batch in self._batches:
             batch = move_data_to_device(batch, pl_module.device)
             x, run = prepare_call(pl_module, batch, self._inputs)
             outputs = select_outputs(run(x), self._outputs)
             sums = training_sums(outputs, select_targets(pl_module, batch, self._targets), self.task)
             total = total.to(sums) + sums
+            within = within and bool(((outputs >= 0) & (outputs <= 1)).all())
+        # At first, logits may happen to lie there.
+        self._num_within = self._num_within + 1 if within and self.task in ("binary", "multilabel") else 0
+        if self._num_within == _NUM_WITHIN:
+            rank_zero_warn(
+                "The model's outputs for training samples are all in [0, 1]. The risk estimate expects outputs before"
+                " the sigmoid (logits); from probabilities it is wrong."
+            )
         return total

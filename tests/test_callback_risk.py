@@ -1,5 +1,8 @@
 """The risk estimate as the callback logs it; what the terms are is tested with ``risk``."""
 
+import copy
+import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +17,10 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sensitivity import SensitivityMonitor
+from lightning_sensitivity.perturbations import noise_generator
 from lightning_sensitivity.readings import RISK
 from lightning_sensitivity.risk import training_sums
-from lightning_sensitivity.risk_measurement import RiskMeasurement
+from lightning_sensitivity.risk_measurement import RiskMeasurement, num_twins
 from lightning_sensitivity.twin import initial_weights
 from tests.helpers import NUM_FEATURES, Classifier, inputs, labelled, loader, trainer, unlabelled_loader
 
@@ -33,6 +37,11 @@ class Truth(Callback):
         self.logged: list[dict[str, float]] = []
         self.training: list[float] = []
         self.uncertainty: list[float] = []
+        self.variance: list[float] = []
+        self.initial: dict[str, Tensor] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.initial = {name: value.detach().clone() for name, value in pl_module.named_parameters()}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if len(self.batches) < self.num_batches:
@@ -46,12 +55,28 @@ class Truth(Callback):
         assert not pl_module.training
         count, impurity, score = training_sums(pl_module(x), y, self.task)[3:]
         assert set(count.tolist()) == {len(x)}
-        q = pl_module(self.holdout).double()
-        q = (q.softmax(1) if self.task == "multiclass" else q.sigmoid()).reshape(len(q), -1)
+        q = self.probabilities(pl_module, self.holdout)
         gap = (q * (1 - q)).mean(0) - impurity / count if self.task != "regression" else torch.zeros(1)
         over_outputs = torch.sum if self.task == "multiclass" else torch.mean
         self.training.append(float(over_outputs(score / count)))
         self.uncertainty.append(float(over_outputs(gap)))
+        differences = []
+        for batch_idx, part in enumerate(self.holdout.split(16)):
+            for draw in range(2):  # of four batches, eight twins
+                g = noise_generator(0, 0, 0, batch_idx, -1 - draw)
+                other = copy.deepcopy(pl_module)
+                for name, value in other.named_parameters():
+                    learned = value.detach() - self.initial[name]
+                    noise = torch.randn(learned[:1].shape if learned.ndim > 1 else learned.shape, generator=g)
+                    value.data = value.data + noise * learned
+                difference = self.probabilities(pl_module, part) - self.probabilities(other, part)
+                differences.append(difference.square().sum(0))
+        self.variance.append(float(over_outputs(sum(differences) / (2 * len(self.holdout)))))
+
+    def probabilities(self, model: LightningModule, x: Tensor) -> Tensor:
+        outputs = model(x).double()
+        scored = {"multiclass": lambda: outputs.softmax(1), "regression": lambda: outputs}
+        return scored.get(self.task, outputs.sigmoid)().reshape(len(x), -1)
 
 
 def logged(truth: Truth, term: str) -> list[float]:
@@ -60,6 +85,7 @@ def logged(truth: Truth, term: str) -> list[float]:
 
 def check(truth: Truth) -> None:
     assert logged(truth, "training") == pytest.approx(truth.training, rel=1e-5)
+    assert logged(truth, "variance") == pytest.approx(truth.variance, rel=1e-4, abs=1e-7)
     assert logged(truth, "uncertainty") == pytest.approx(truth.uncertainty, rel=1e-5, abs=1e-6)
     parts = zip(*(logged(truth, term) for term in ("training", "uncertainty", "variance")), strict=True)
     assert logged(truth, "risk") == pytest.approx([sum(terms) for terms in parts])
@@ -106,6 +132,7 @@ class Other(Classifier):
 def test_every_task(task: str, targets: Tensor, loss: Any, told: bool) -> None:
     train = DataLoader(TensorDataset(inputs(50), targets), 16)
     truth = Truth(4, task)
+    told = told or task == "regression"
     fitted(Other(targets.shape[1], loss), SensitivityMonitor(task=task if told else "auto"), truth, train)
     check(truth)
 
@@ -117,7 +144,9 @@ def test_labels_of_one_dimension_fit_outputs_of_two() -> None:
 
     x = inputs(50)
     truth = Truth(4, "regression")
-    fitted(Regression(1, None), SensitivityMonitor(), truth, DataLoader(TensorDataset(x, x.sum(1)), 16))
+    fitted(
+        Regression(1, None), SensitivityMonitor(task="regression"), truth, DataLoader(TensorDataset(x, x.sum(1)), 16)
+    )
     check(truth)
 
 
@@ -287,6 +316,10 @@ def test_a_second_fit_of_the_same_trainer_goes_on_and_another_trainer_starts_ane
         run.fit_loop.max_epochs = max_epochs
         run.fit(model, loader(), loader())
         torch.testing.assert_close(monitor._risk.initial_weights, untrained)
+    another = Plain()
+    run.fit_loop.max_epochs = 3
+    run.fit(another, loader(), loader())
+    assert monitor._risk.initial_weights["net.0.weight"].ne(untrained["net.0.weight"]).any()
     before_tuning = initial_weights(model)
     trainer(callbacks=[monitor], max_epochs=1).fit(model, loader(), loader())
     torch.testing.assert_close(monitor._risk.initial_weights, before_tuning)
@@ -297,9 +330,17 @@ def test_resuming_without_the_weights_from_before_training_is_an_error(tmp_path:
     first = trainer(max_epochs=1)
     first.fit(Plain(), loader(), loader())
     first.save_checkpoint(tmp_path / "without.ckpt")
-    resumed = trainer(callbacks=[SensitivityMonitor()], max_epochs=2)
-    with pytest.raises(MisconfigurationException, match="`SensitivityMonitor` should have been in the"):
-        resumed.fit(Plain(), loader(), loader(), ckpt_path=tmp_path / "without.ckpt")
+    for monitor in (SensitivityMonitor(), SensitivityMonitor(task="multiclass")):
+        resumed = trainer(callbacks=[monitor], max_epochs=2)
+        fit = partial(resumed.fit, Plain(), loader(), loader(), ckpt_path=tmp_path / "without.ckpt")
+        message = "`SensitivityMonitor` should have been in the"
+        if monitor.task == "auto":
+            with pytest.warns(UserWarning, match="There will be no risk estimate. " + message):
+                fit()
+            assert "val_sensitivity" in resumed.callback_metrics
+        else:
+            with pytest.raises(MisconfigurationException, match=message):
+                fit()
     resumed = trainer(callbacks=[SensitivityMonitor(task=None)], max_epochs=2)
     resumed.fit(Plain(), loader(), loader(), ckpt_path=tmp_path / "without.ckpt")
 
@@ -326,11 +367,19 @@ def test_its_forward_passes_are_counted() -> None:
 
     validation = (2 * 2, 2 * 50)  # clean and noisy
     assert passes(1, task=None) == validation
-    kept, scored, twins = (4, 40), (4, 40), (2, 50)
+    kept, scored, twins = (4, 40), (4, 40), (8, 200)  # two batches: four twins each
     expected = [sum(parts) for parts in zip(validation, kept, scored, twins, strict=True)]
     assert passes(1, num_training_samples=35) == tuple(expected)
-    expected = [a + b for a, b in zip(expected, (validation[0] + 4 + 2, validation[1] + 40 + 50), strict=True)]
+    expected = [a + b for a, b in zip(expected, (validation[0] + 12, validation[1] + 240), strict=True)]
     assert passes(2, num_training_samples=35) == tuple(expected)
+
+
+@pytest.mark.parametrize(
+    ("num_batches", "world_size", "expected"),
+    [(1, 1, 8), (3, 1, 3), (8, 1, 1), (100, 1, 1), (3, 2, 2), (math.inf, 1, 1)],
+)
+def test_a_loader_has_eight_twins_or_one_a_batch(num_batches: float, world_size: int, expected: int) -> None:
+    assert num_twins(num_batches, world_size) == expected
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
@@ -351,13 +400,18 @@ def test_precisions(precision: Any) -> None:
     ("monitor", "batch", "message"),
     [
         ({}, inputs(20), r"got a tensor \(torch.float32, shape \(10, 12\)\).*`targets=`.*`task=`.*`task=None`"),
-        ({}, (inputs(20), inputs(20)[:, :4]), "fit one task alone.*which fit 'multilabel' and 'regression'"),
-        ({}, (inputs(20), inputs(20)), "which fit none"),
+        ({}, (inputs(20), inputs(20)[:, :4]), "told what floating labels are"),
         ({}, (inputs(20), inputs(20), torch.zeros(20).long()), "one more element, the labels"),
         ({"targets": 5}, (inputs(20), torch.zeros(20).long()), "`targets=5` should name a part of the batch"),
+        ({"targets": lambda batch: batch["label"]}, (inputs(20), torch.zeros(20).long()), "list indices must be"),
         ({"task": "regression"}, (inputs(20), torch.zeros(20).long()), "one label per output"),
-        ({}, (inputs(20), torch.full((20,), 4)), "which fit none"),
+        ({}, (inputs(20), torch.full((20,), 4)), "labels from 0 to 3, got 4 to 4"),
         ({"task": "multiclass"}, (inputs(20), torch.full((20,), 4)), "labels from 0 to 3, got 4 to 4"),
+        (
+            {"outputs": lambda y: y.softmax(1), "per_output": True},
+            (inputs(20), torch.zeros(20).long()),
+            "probabilities",
+        ),
     ],
 )
 def test_labels_that_can_not_be_told_are_an_error_before_the_first_step(
@@ -368,8 +422,129 @@ def test_labels_that_can_not_be_told_are_an_error_before_the_first_step(
             raise AssertionError("trained")
 
     data = TensorDataset(*batch) if isinstance(batch, tuple) else batch
+    stopping = EarlyStopping(monitor="val_risk_estimate")
     with pytest.raises(MisconfigurationException, match=message):
-        trainer(callbacks=[SensitivityMonitor(**monitor)]).fit(Never(), DataLoader(data, 10), loader())
+        trainer(callbacks=[SensitivityMonitor(**monitor), stopping]).fit(Never(), DataLoader(data, 10), loader())
+
+
+@pytest.mark.parametrize("targets", [None, lambda batch: batch])
+def test_without_labels_there_is_a_warning_and_no_estimate_unless_it_is_wanted(targets: Any) -> None:
+    class Autoencoder(Classifier):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return self(batch).square().mean()
+
+    run = trainer(callbacks=[SensitivityMonitor(targets=targets)], max_epochs=2)
+    if targets is None:
+        with pytest.warns(UserWarning, match="There will be no risk estimate.*`task=None`"):
+            run.fit(Autoencoder(), unlabelled_loader(), unlabelled_loader(seed=1))
+        assert "val_sensitivity" in run.callback_metrics
+        assert "val_risk_estimate" not in run.callback_metrics
+    else:
+        with pytest.raises(MisconfigurationException, match="told what floating labels are"):
+            run.fit(Autoencoder(), unlabelled_loader(), unlabelled_loader(seed=1))
+
+
+def test_a_later_batch_of_other_labels_does_not_end_the_fit() -> None:
+    x, y = labelled(48).tensors
+    y[40] = 9  # of which the loss makes something, or nothing
+
+    class Lenient(Plain):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            return cross_entropy(self(batch[0]), batch[1].clamp_max(3))
+
+    truth = Truth(2)
+    run = trainer(callbacks=[SensitivityMonitor(), truth], max_epochs=1)
+    with pytest.warns(UserWarning, match="leaves a training batch out.*labels from 0 to 3, got 0 to 9"):
+        run.fit(Lenient(), DataLoader(TensorDataset(x, y), 16), DataLoader(truth.holdout, 16))
+    check(truth)
+
+
+def test_labels_that_are_all_ignored_are_warned_of() -> None:
+    class Nothing(Plain):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            return self(batch[0]).square().mean()
+
+    data = TensorDataset(inputs(48), torch.full((48,), -100))
+    run = trainer(callbacks=[SensitivityMonitor()], max_epochs=1)
+    with pytest.warns(UserWarning, match="no label of the training samples counts"):
+        run.fit(Nothing(), DataLoader(data, 16), loader())
+    assert "val_risk_estimate" not in run.callback_metrics
+
+
+@pytest.mark.parametrize("fails", ["nan", "raises"])
+def test_a_twin_that_fails_costs_the_estimate_and_not_the_fit(fails: str) -> None:
+    class Positive(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.full((NUM_FEATURES,), 0.01))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if fails == "raises" and bool((self.scale <= 0).any()):
+                raise ValueError("scale must be positive")
+            return super().forward(x * self.scale.sqrt())
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD([{"params": [self.scale], "lr": 0.0}, {"params": self.net.parameters()}], lr=0.1)
+
+        def on_train_epoch_start(self) -> None:
+            with torch.no_grad():
+                self.scale.fill_(1.0)  # far from where it began: one twin in six has it negative
+
+    run = trainer(callbacks=[SensitivityMonitor()], max_epochs=2)
+    with pytest.warns(UserWarning, match="with perturbed weights the model failed, or gave nan or inf"):
+        run.fit(Positive(), loader(), loader(seed=1))
+    assert run.current_epoch == 2
+    assert "val_sensitivity" in run.callback_metrics
+    assert "val_risk_estimate" not in run.callback_metrics
+
+
+def test_sigmoid_outputs_are_warned_of() -> None:
+    class Sigmoid(Other):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).sigmoid()
+
+    data = TensorDataset(inputs(48), inputs(48)[:, :1] > 0.5)
+    run = trainer(callbacks=[SensitivityMonitor()], max_epochs=5)
+    with pytest.warns(UserWarning, match=r"all in \[0, 1\].*before the sigmoid"):
+        run.fit(Sigmoid(1, nn.BCELoss()), DataLoader(data, 16), unlabelled_loader())
+
+
+def test_a_graph_that_training_holds_over_a_validation_stays_valid() -> None:
+    class Accumulating(Plain):
+        automatic_optimization = False
+        held: Any = 0.0
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            self.held = self.held + cross_entropy(self(batch[0]), batch[1])
+            if batch_idx % 4 == 3:
+                self.manual_backward(self.held)
+                self.held = 0.0
+                self.optimizers().step()
+
+    run = trainer(callbacks=[SensitivityMonitor()], max_epochs=1, val_check_interval=2)
+    run.fit(Accumulating(), loader(64), loader(seed=1))
+    assert run.global_step == 1
+
+
+def test_a_fit_that_failed_leaves_no_samples_to_a_validation() -> None:
+    class Failing(Plain):
+        def on_train_epoch_end(self) -> None:
+            raise RuntimeError("out of luck")
+
+    monitor, model = SensitivityMonitor(), Failing()
+    with pytest.raises(RuntimeError, match="out of luck"):
+        trainer(callbacks=[monitor]).fit(model, loader(), loader())
+    (values,) = trainer(callbacks=[monitor]).validate(model, loader(), verbose=False)
+    assert not any("risk" in name for name in values)
+
+
+def test_the_device_holds_no_copy_of_the_weights_while_training() -> None:
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+            assert monitor._risk._learned is None
+
+    monitor = SensitivityMonitor()
+    trainer(callbacks=[monitor, Watch()], max_epochs=3).fit(Plain(), loader(), loader())
 
 
 @pytest.mark.parametrize("batch_type", ["mapping", "triple"])

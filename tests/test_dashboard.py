@@ -77,7 +77,7 @@ def test_custom_scalars_put_the_loss_and_its_estimate_on_one_chart(logger: Tenso
 
 
 def test_custom_scalars_take_in_every_loader_and_nothing_else() -> None:
-    (charts,) = custom_scalars_layout(["val_"]).values()
+    (charts,) = custom_scalars_layout({"val_": True}).values()
     (risk,), (losses,), (sensitivity,) = (patterns for _, patterns in charts.values())
     tags = [f"val_{name}/dataloader_idx_{idx}" for name in ("loss", "loss_estimate") for idx in (0, 11)]
     assert all(re.search(losses, tag) for tag in tags)
@@ -88,6 +88,11 @@ def test_custom_scalars_take_in_every_loader_and_nothing_else() -> None:
     assert not any(
         re.search(sensitivity, tag) for tag in ("val_sensitivity", "a_val_sensitivity_log10", "val_sensitivity_log10_x")
     )
+
+
+def test_without_a_risk_estimate_there_is_no_chart_of_it() -> None:
+    (charts,) = custom_scalars_layout({"val_": False}).values()
+    assert list(charts) == ["loss and loss estimate", "sensitivity, log10"]
 
 
 # The real page in a real browser

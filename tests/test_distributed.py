@@ -111,6 +111,13 @@ def risk(rank: int, folder: Path) -> Any:
 
 
 @scenario
+def few_training_samples(rank: int, folder: Path) -> Any:
+    run = distributed(SensitivityMonitor(num_training_samples=16), max_epochs=1)
+    run.fit(net := model(), loader(48, 8), unlabelled_loader(48, 8, seed=1))
+    return float(run.callback_metrics["val_risk_training"]), net.state_dict()
+
+
+@scenario
 def nan_in_one_process(rank: int, folder: Path) -> Any:
     net = model()
     net.scale = torch.nan if rank == 1 else 1.0
@@ -212,6 +219,16 @@ def test_per_output_in_a_process_without_a_batch(both: dict[str, list[Any]]) -> 
         changes = brute_force(model(), batches, rank=rank, dataloader_idx=idx, per_output=True)
         value = first[f"val_sensitivity/dataloader_idx_{idx}"]
         assert value == pytest.approx(changes.var(0, correction=0).mean().item(), rel=1e-9)
+
+
+def test_the_training_samples_are_shared_out(both: dict[str, list[Any]]) -> None:
+    (first, weights), (second, _) = both["few_training_samples"]
+    net = model()
+    net.load_state_dict(weights)
+    x, y = (torch.cat([part[rank::2][:8] for rank in range(WORLD_SIZE)]) for part in labelled(48).tensors)
+    p = net(x).detach().double().softmax(1)
+    expected = (p - torch.nn.functional.one_hot(y, 4)).square().sum(1).mean()
+    assert first == second == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_the_risk_estimate_is_that_of_both(both: dict[str, list[Any]]) -> None:

@@ -202,6 +202,14 @@ def test_the_risk_estimate_of_batches_in_one_call() -> None:
     torch.testing.assert_close(estimate.risk, sum(estimate[1:]))
 
 
+def test_the_uncertainty_of_a_binary_task_is_gini_impurity() -> None:
+    g = torch.Generator().manual_seed(0)
+    outputs, train_outputs = torch.randn(20, generator=g), 3 * torch.randn(20, generator=g)
+    estimate = risk_estimate(outputs, outputs, train_outputs, torch.arange(20) % 2, task="binary")
+    p, p_train = outputs.double().sigmoid(), train_outputs.double().sigmoid()
+    torch.testing.assert_close(estimate.uncertainty, (p * (1 - p)).mean() - (p_train * (1 - p_train)).mean())
+
+
 def test_a_network_that_is_its_own_twin_and_knows_its_training_samples_has_no_risk_but_its_uncertainty() -> None:
     certain, labels = torch.tensor([[50.0, 0.0], [0.0, 50.0]]), torch.tensor([0, 1])
     unseen = torch.zeros(4, 2)
@@ -238,6 +246,8 @@ def test_the_risk_estimate_of_a_linear_regression_is_mallows() -> None:
             (torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2).long(), "ranking"),
             "`task` to be one",
         ),
+        ((torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, 3), torch.full((2,), -100)), "a label that counts"),
+        ((torch.zeros(2, 2), torch.zeros(2, 2), torch.eye(2), torch.arange(2)), "got probabilities"),
         ((torch.zeros(2, 3).long(), torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2).long()), "floating"),
     ],
 )

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_sensitivity.tasks import TASKS, check_task, infer_task, predictions, target_rows
+from lightning_sensitivity.tasks import TASKS, check_logits, check_task, infer_task, predictions, target_rows
 
 N, K = 6, 3
 LOGITS, SINGLE = torch.randn(N, K), torch.randn(N, 1)
@@ -18,56 +18,62 @@ NUMBERS = torch.tensor([0.3, -1.0, 7.0, 0.0, 1.0, 2.5])
     [
         (LOGITS, CLASSES, "multiclass"),
         (LOGITS, CLASSES.int(), "multiclass"),
+        (LOGITS, CLASSES.byte(), "multiclass"),
         (LOGITS[:, :2], BITS, "multiclass"),
         (torch.randn(N, K, 2, 2), torch.randint(0, K, (N, 2, 2)), "multiclass"),
-        (SINGLE, BITS, "binary"),
-        (SINGLE, BITS[:, None], "binary"),
-        (SINGLE[:, 0], BITS, "binary"),
+        (torch.randn(40, 1000), torch.arange(500, 540), "multiclass"),
+        (torch.randn(4, 1000), torch.arange(4), "multiclass"),  # too few to be sure of anything
+        (SINGLE, BITS.bool(), "binary"),
+        (SINGLE, BITS[:, None].bool(), "binary"),
         (SINGLE[:, 0], BITS.bool(), "binary"),
-        (torch.randn(N, 1, 4, 4), torch.randint(0, 2, (N, 4, 4)), "binary"),
+        (torch.randn(N, 1, 4, 4), torch.randint(0, 2, (N, 4, 4)).bool(), "binary"),
         (LOGITS, MULTI_HOT, "multilabel"),
         (LOGITS, MULTI_HOT.bool(), "multilabel"),
-        (SINGLE, NUMBERS, "regression"),
-        (SINGLE, NUMBERS[:, None], "regression"),
-        (SINGLE[:, 0], NUMBERS, "regression"),
-        (LOGITS, torch.randn(N, K), "regression"),
     ],
 )
-def test_the_only_task_that_fits_is_inferred(outputs: Tensor, targets: Tensor, task: str) -> None:
+def test_a_task_without_doubt_is_inferred(outputs: Tensor, targets: Tensor, task: str) -> None:
     assert infer_task(outputs, targets) == task
     check_task(outputs, targets, task)
 
 
 @pytest.mark.parametrize(
-    ("outputs", "targets"),
+    ("outputs", "targets", "message"),
     [
-        (SINGLE, BITS.float()),  # binary labels for BCEWithLogitsLoss, or numbers
-        (SINGLE, NUMBERS.sigmoid()),  # soft labels, or numbers
-        (LOGITS, MULTI_HOT.float()),
-        (LOGITS, ONE_HOT),
-        (LOGITS, ONE_HOT.long()),  # a class each, or several labels
-        (LOGITS, torch.randn(N, K).softmax(1)),
-        (SINGLE, CLASSES),  # counts
+        (SINGLE, BITS.float(), "what floating labels are"),  # labels for BCEWithLogitsLoss, or numbers
+        (SINGLE, NUMBERS, "what floating labels are"),
+        (LOGITS, 2.0 * MULTI_HOT - 1, "what floating labels are"),
+        (LOGITS, torch.randn(N, K).softmax(1), "what floating labels are"),
+        (SINGLE, BITS, "classes or counts"),
+        (SINGLE[:, 0], CLASSES, "classes or counts"),
+        (LOGITS, ONE_HOT.long(), "one-hot rows are classes or several labels"),
+        (torch.randn(40, 784), torch.arange(40) % 10, "more than the first 10 of so many classes"),  # an autoencoder
     ],
 )
-def test_where_two_tasks_fit_none_is_chosen(outputs: Tensor, targets: Tensor) -> None:
-    with pytest.raises(ValueError, match=r"fit one task alone, got outputs of shape \(6, .*which fit '"):
+def test_a_task_in_doubt_is_not_chosen(outputs: Tensor, targets: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message + ".*, got outputs of shape .* and labels of type"):
         infer_task(outputs, targets)
 
 
 @pytest.mark.parametrize(
-    ("outputs", "targets"),
-    [
-        (LOGITS, CLASSES + 1),
-        (LOGITS, CLASSES[:3]),
-        (LOGITS, NUMBERS),
-        (SINGLE, torch.randn(2 * N)),
-        (LOGITS, torch.full((N, K), torch.nan)),
-    ],
+    ("outputs", "targets"), [(LOGITS, CLASSES + 1), (LOGITS, CLASSES[:3]), (LOGITS, 3 * MULTI_HOT), (LOGITS[0], LOGITS)]
 )
 def test_where_none_fits_it_says_so(outputs: Tensor, targets: Tensor) -> None:
-    with pytest.raises(ValueError, match="which fit none"):
+    with pytest.raises(ValueError, match="Expected"):
         infer_task(outputs, targets)
+
+
+def test_probabilities_are_refused_where_they_can_be_told() -> None:
+    check_logits(LOGITS, "multiclass")
+    check_logits(LOGITS.softmax(1), "multilabel")
+    for probabilities in (LOGITS.softmax(1), LOGITS.softmax(1).bfloat16(), torch.eye(3)):
+        with pytest.raises(ValueError, match="got probabilities"):
+            check_logits(probabilities, "multiclass")
+
+
+def test_labels_of_8_bits_do_not_wrap_around() -> None:
+    with pytest.raises(ValueError, match="labels from 0 to 2, got 0 to 156"):
+        check_task(LOGITS, torch.tensor([0, 1, 156, 0, 1, 2], dtype=torch.uint8), "multiclass")
+    check_task(torch.randn(2, 1000), torch.tensor([1, 200], dtype=torch.uint8), "multiclass")
 
 
 @pytest.mark.parametrize(

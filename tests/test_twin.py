@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_sensitivity.twin import initial_weights, learned_weights, twin
+from lightning_sensitivity.twin import _give_back, initial_weights, learned_weights, twin
 from tests.helpers import NUM_FEATURES, Classifier, inputs
 
 
@@ -117,3 +117,83 @@ def test_weights_that_came_later_were_learned_as_a_whole() -> None:
     assert torch.equal(learned["net.5.bias"], model.net[5].bias)
     with torch.no_grad(), twin(model, learned, noise()):
         assert model(inputs(5)).shape == (5, 2)
+
+
+def learned_alone(module: nn.Module) -> dict[str, torch.Tensor]:
+    """As if all of it had been learned, and the same everywhere."""
+    for parameter in module.parameters():
+        nn.init.ones_(parameter)
+    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+
+
+def factors(module: nn.Module) -> torch.Tensor:
+    with twin(module, learned_alone(module), noise()):
+        return module.weight.detach() - 1
+
+
+@pytest.mark.parametrize(
+    ("module", "shared"),  # along which dimension of the weights a factor is shared
+    [
+        (nn.Linear(3, 4), 0),
+        (nn.Conv2d(3, 4, 2), 0),
+        (nn.ConvTranspose2d(3, 4, 2), 1),
+        (nn.Embedding(5, 4), 1),
+    ],
+)
+def test_a_factor_belongs_to_an_input_of_the_layer(module: nn.Module, shared: int) -> None:
+    xi = factors(module)
+    assert torch.equal(xi, xi.narrow(shared, 0, 1).expand_as(xi))
+    assert len(xi.unique()) == xi.numel() // xi.shape[shared]
+
+
+def test_a_factor_of_a_grouped_convolution_belongs_to_an_input_of_its_group() -> None:
+    xi = factors(nn.Conv1d(4, 6, 3, groups=2))  # (6, 2, 3): three outputs for each group of two inputs
+    assert torch.equal(xi[0], xi[1]) and torch.equal(xi[0], xi[2])
+    assert torch.equal(xi[3], xi[5])
+    assert len(xi.unique()) == 2 * 2 * 3
+
+
+def test_what_has_no_inputs_has_a_factor_for_each_element() -> None:
+    for module in (nn.LayerNorm((3, 4)), nn.BatchNorm1d(12), nn.utils.parametrizations.weight_norm(nn.Linear(3, 12))):
+        learned = learned_alone(module)
+        name = "parametrizations.weight.original0" if "parametrizations.weight.original0" in learned else "weight"
+        with twin(module, learned, noise()):
+            assert len(dict(module.named_parameters())[name].detach().unique()) == 12
+
+
+def test_tied_and_lazy_weights() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.LazyLinear(2))
+    model[1].weight = model[0].weight
+    initial = initial_weights(model)
+    assert set(initial) == {"0.weight", "0.bias", "1.bias"}
+    with torch.no_grad():
+        model(inputs(3)[:, :4])  # makes the lazy one
+    learned = learned_weights(model, initial)
+    assert torch.equal(learned["2.weight"], model[2].weight)
+    with twin(model, learned, noise()):
+        assert model[1].weight is model[0].weight
+
+
+def test_ctrl_c_while_weights_are_given_back_has_to_wait() -> None:
+    class Place:
+        """A parameter that gets a Ctrl-C the first time that it is given its data back."""
+
+        interrupts = 1
+
+        @property
+        def data(self) -> str:
+            return self.content
+
+        @data.setter
+        def data(self, value: str) -> None:
+            if value == "own" and self.interrupts:
+                self.interrupts -= 1
+                raise KeyboardInterrupt
+            self.content = value
+
+    places = [Place(), Place(), Place()]
+    for place in places:
+        place.data = "twin"
+    with pytest.raises(KeyboardInterrupt):
+        _give_back([(place, "own", "twin") for place in places])
+    assert [place.data for place in places] == ["own"] * 3
