@@ -139,8 +139,8 @@ def risk_estimate(
     of p over training sets. The bias is known from the training labels, less what the network has adapted to them; that
     is the other half.
 
-    With a real twin it is exact where unseen labels agree with a network as its twins do, up to what it is miscalibrated
-    by on its training samples,
+    With a real twin it is exact where unseen labels agree with a network as its twins do, up to what it is
+    miscalibrated by on its training samples,
     :math:`\mathbb{E}\,p \cdot y = \mathbb{E}\,p \cdot p' + \mathbb{E}_\text{train}\,p \cdot (y - p)`. (With one
     probability for each label, :math:`\mathbb{E}(y - p)` has to be that of training, too.)
     :mod:`lightning_sensitivity.twin` has a stand-in for a twin, a heuristic that costs no second training.
