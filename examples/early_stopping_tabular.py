@@ -100,7 +100,7 @@ for name, table in TABLES.items():
         trainer = Trainer(
             max_epochs=args.max_epochs,
             accelerator="cpu",
-            callbacks=[SensitivityMonitor(), recorder],
+            callbacks=[SensitivityMonitor(task="binary" if binary else "regression"), recorder],
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
