@@ -101,7 +101,8 @@ class SensitivityMonitor(Callback):
             ``forward``, if no validation loop will run, if two monitors log under one prefix, or if the strategy or
             the validation step is of a kind that is not supported; at the first validation batch, if the tensor to
             perturb or the output can't be told, or the model can't be run on it; before the first training step, if
-            the labels or their task can't be told, or training resumes without the weights from before it.
+            labels or task can't be told or do not fit (a warning with ``task="auto"``, where nothing monitors the
+            estimate), or training resumes without the weights from before it.
         ValueError: At the end of a validation loader, if outputs were nan or inf (``nan_strategy="error"``) or
             probabilities.
 
@@ -326,6 +327,7 @@ class SensitivityMonitor(Callback):
             statistics.update(clean, map(noisy_outputs, range(self.num_draws)))
             statistics.add_inputs(x, self.perturbation.second_moment(x))
             if statistics.task is not None:
+                # A process without a batch of this loader adds none of its training samples: it can't be waited for.
                 if statistics.update_count == 1:
                     statistics.add_risk(self._risk.training_sums(pl_module))
                 twins = range(num_twins(trainer.num_val_batches[dataloader_idx], trainer.world_size))
