@@ -1,7 +1,10 @@
 """What only a GPU can show; skipped without one."""
 
+from typing import Any
+
 import pytest
 import torch
+from lightning.pytorch import seed_everything
 
 from lightning_sensitivity import OutputSensitivity, SensitivityMonitor
 from tests.helpers import Classifier, loader, trainer
@@ -20,6 +23,19 @@ def test_agrees_with_the_cpu_and_leaves_the_devices_stream_alone(precision: str)
     assert torch.equal(torch.cuda.get_rng_state(), before)
     difference = abs(on_gpu["val_sensitivity"] - on_cpu["val_sensitivity"])
     assert difference < 5 * on_cpu["val_sensitivity_stderr"]
+
+
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed", "bf16-mixed"])
+def test_the_risk_estimate_agrees_with_the_cpu(precision: str) -> None:
+    def risk(**kwargs: Any) -> dict[str, float]:
+        seed_everything(0, verbose=False)
+        run = trainer(callbacks=[SensitivityMonitor()], max_epochs=2, **kwargs)
+        run.fit(Classifier(dropout=0), loader(2000, 100), loader(2000, 100, seed=1))
+        return {name: float(value) for name, value in run.callback_metrics.items() if "risk" in name}
+
+    on_cpu = risk()
+    on_gpu = risk(accelerator="cuda", devices=1, precision=precision)
+    assert on_gpu == pytest.approx(on_cpu, rel=0.1, abs=0.02)  # other noise, and other rounding in training
 
 
 def test_updating_the_metric_never_waits_for_the_device() -> None:
