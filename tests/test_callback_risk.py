@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, WeightAveraging
+from lightning.pytorch import LightningModule, Trainer, callbacks, seed_everything
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 from torch.utils.data import DataLoader, TensorDataset
@@ -262,6 +262,7 @@ def test_a_step_that_writes_into_its_batch_does_not_matter() -> None:
     check(truth)
 
 
+@pytest.mark.skipif(not hasattr(callbacks, "WeightAveraging"), reason="needs lightning 2.6")
 def test_averaged_weights_are_what_is_scored() -> None:
     class Scores(Truth):
         def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -275,7 +276,7 @@ def test_averaged_weights_are_what_is_scored() -> None:
                 super().on_validation_end(trainer, pl_module)
 
     truth = Scores(4)
-    averaging = WeightAveraging(avg_fn=lambda average, weight, count: average + 0.1 * (weight - average))
+    averaging = callbacks.WeightAveraging(avg_fn=lambda average, weight, count: average + 0.1 * (weight - average))
     run = trainer(callbacks=[averaging, SensitivityMonitor(), truth], max_epochs=1)
     run.fit(Plain(), loader(), DataLoader(truth.holdout, 16))
     check(truth)
