@@ -79,6 +79,7 @@ def twin(model: nn.Module, learned: Mapping[str, Tensor], generator: torch.Gener
         for parameter, _, perturbed in swaps:
             # A new tensor in the parameter's place, and not new values: a graph that training holds stays valid.
             parameter.data = perturbed
+        torch.clear_autocast_cache()  # of 16-bit copies of the weights, which it would keep using
         yield
     finally:
         _give_back(swaps)
@@ -90,6 +91,7 @@ def _give_back(swaps: list[tuple[nn.Parameter, Tensor, Tensor]]) -> None:
         try:
             for parameter, own, _ in swaps:
                 parameter.data = own
+            torch.clear_autocast_cache()
             break
         except KeyboardInterrupt as error:  # has to wait: the weights are the user's
             interrupt = error

@@ -197,3 +197,15 @@ def test_ctrl_c_while_weights_are_given_back_has_to_wait() -> None:
     with pytest.raises(KeyboardInterrupt):
         _give_back([(place, "own", "twin") for place in places])
     assert [place.data for place in places] == ["own"] * 3
+
+
+def test_autocast_uses_the_weights_of_the_twin_and_then_the_own_ones() -> None:
+    model, initial = trained(1.0)
+    learned, x = learned_weights(model, initial), inputs(5)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        before = model(x)
+        with twin(model, learned, noise()):
+            inside = model(x)
+        after = model(x)
+    assert not torch.equal(inside, before)
+    assert torch.equal(after, before)
