@@ -6,7 +6,7 @@
 # *regret*: the test loss (cross-entropy against true labels) at that epoch over the best of the run, minus 1.
 #
 #     python examples/early_stopping_study.py --data FOLDER            # about 20 minutes on two cores
-#     python examples/early_stopping_study.py --data FOLDER --quick    # about 3 minutes: few, short runs
+#     python examples/early_stopping_study.py --data FOLDER --quick    # about 2 minutes: few, short runs
 #     python examples/early_stopping_study.py --data FOLDER --further  # 6 minutes more: other data, Fashion-MNIST
 #
 # `FOLDER` holds `cifar10.npz` and `mnist.npz` (`fashion.npz`) with `x_train, y_train, x_test, y_test` (images uint8,
