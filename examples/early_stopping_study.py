@@ -512,7 +512,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder of the results [runs/early_stopping_study or ..._quick]")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, each on one core")
     parser.add_argument("--further", action="store_true", help="also train on Fashion-MNIST, as a check on other data")
-    parser.add_argument("--quick", action="store_true", help="eight runs of 12 epochs: does it run, not what it finds")
+    parser.add_argument(
+        "--quick", action="store_true", help="a dozen runs of 12 epochs: does it run, not what it finds"
+    )
     args = parser.parse_args()
     out = args.out or Path(f"runs/early_stopping_study{'_quick' * args.quick}")
     out.mkdir(parents=True, exist_ok=True)
