@@ -368,6 +368,8 @@ def disjoint(series: Series, size: int) -> list[int]:
     return [lowest(series[f"labelled_{size}_{index}"]) for index in range(NUM_HOLDOUT // size)]
 
 
+ESTIMATE = "**`val_risk_estimate`**, minimum"
+
 # Each rule gives the epochs that it chooses in a run, several if it depends on which samples are labelled.
 Rule = Callable[[Series], list[int]]
 RULES: dict[str, Rule] = {
@@ -380,7 +382,7 @@ RULES: dict[str, Rule] = {
     "training + uncertainty + 2CV, input noise σ = 0.01": lambda s: [
         lowest(s["val_risk_training"] + s["val_risk_uncertainty"] + s["input_noise_0.01"])
     ],
-    "**`val_risk_estimate`**, minimum": lambda s: [lowest(s["val_risk_estimate"])],
+    ESTIMATE: lambda s: [lowest(s["val_risk_estimate"])],
     f"**`val_risk_estimate`**, `EarlyStopping(patience={PATIENCE})`": lambda s: [patient(s["val_risk_estimate"])],
     "the same, training part over the whole training set": lambda s: [lowest(with_training_part(s, "all_train"))],
     "the same, training part as it trained (train mode)": lambda s: [lowest(with_training_part(s, "running"))],
@@ -428,23 +430,25 @@ def report(runs: dict[str, Series], title: str) -> str:
     fixed = min(epochs, key=lambda epoch: regrets(all_series, lambda s: [epoch]).mean())
     fixed_regrets = regrets(all_series, lambda s: [fixed])
     lines.insert(5, f"| best fixed epoch in hindsight ({fixed}) | {summary(fixed_regrets)} |")
-    ratios = {}
-    for name, s in runs.items():
-        epoch = lowest(s["val_risk_estimate"])
-        ratios[name] = [
-            s["val_risk_estimate"][epoch] / s[f"{truth}_brier"][epoch] for truth in ("test", "noisy_holdout")
-        ]
+    chosen = {name: lowest(s["val_risk_estimate"]) for name, s in runs.items()}
+    regret = {name: float(regrets([s], RULES[ESTIMATE])[0]) for name, s in runs.items()}
+    ratios = {
+        truth: {
+            name: s["val_risk_estimate"][chosen[name]] / s[f"{truth}_brier"][chosen[name]] for name, s in runs.items()
+        }
+        for truth in ("test", "noisy_holdout")
+    }
     lines += ["", "Regret of the minimum of `val_risk_estimate` by kind of run:", ""]
     lines += ["| runs | number | median | mean | 90 % | worst |", "|---|---|---|---|---|---|"]
     for kind, member in KINDS.items():
-        if members := [s for name, s in runs.items() if member(name, s)]:
-            found = regrets(members, RULES["**`val_risk_estimate`**, minimum"])
-            lines.append(f"| {kind} | {len(members)} | {summary(found)} |")
-    found = [float(regrets([s], RULES["**`val_risk_estimate`**, minimum"])[0]) for s in runs.values()]
-    at = [(s, lowest(s["val_risk_estimate"])) for s in runs.values()]
-    signs = {"its epoch": [epoch for _, epoch in at]}
+        if members := [regret[name] for name, s in runs.items() if member(name, s)]:
+            lines.append(f"| {kind} | {len(members)} | {summary(np.array(members))} |")
+    found = list(regret.values())
+    signs = {"its epoch": list(chosen.values())}
     for term in ("training", "uncertainty", "variance"):
-        signs[f"the share of {term}"] = [s[f"val_risk_{term}"][e] / s["val_risk_estimate"][e] for s, e in at]
+        signs[f"the share of {term}"] = [
+            s[f"val_risk_{term}"][chosen[name]] / s["val_risk_estimate"][chosen[name]] for name, s in runs.items()
+        ]
     foretold = [
         f"{name} {spearmanr(v, found).statistic:+.2f}" for name, v in signs.items() if np.ptp(v) and np.ptp(found)
     ]
@@ -457,13 +461,15 @@ def report(runs: dict[str, Series], title: str) -> str:
         "| training labels | holdout labels | runs | range | median | off by (median) |",
         "|---|---|---|---|---|---|",
     ]
-    for training, holdout, index in (("clean", "clean", 0), ("wrong", "clean", 0), ("wrong", "as wrong", 1)):
-        chosen = np.array(
-            [pair[index] for name, pair in ratios.items() if ("-noise0-" in name) == (training == "clean")]
-        )
+    for training, holdout, truth in (
+        ("clean", "clean", "test"),
+        ("wrong", "clean", "test"),
+        ("wrong", "as wrong", "noisy_holdout"),
+    ):
+        found = [ratio for name, ratio in ratios[truth].items() if ("-noise0-" in name) == (training == "clean")]
         lines.append(
-            f"| {training} | {holdout} | {len(chosen)} | {chosen.min():.2f} to {chosen.max():.2f} |"
-            f" {np.median(chosen):.2f} | {np.median(np.abs(chosen - 1)):.0%} |"
+            f"| {training} | {holdout} | {len(found)} | {min(found):.2f} to {max(found):.2f} |"
+            f" {np.median(found):.2f} | {np.median(np.abs(np.array(found) - 1)):.0%} |"
         )
     lines += [
         "",
@@ -471,9 +477,8 @@ def report(runs: dict[str, Series], title: str) -> str:
         "|---|---|---|---|---|",
     ]
     for name, s in runs.items():
-        epoch, best = lowest(s["val_risk_estimate"]), lowest(s["test_loss"])
-        regret = 100 * (s["test_loss"][epoch] / s["test_loss"][best] - 1)
-        lines.append(f"| {name} | {regret:.1f} | {epoch} | {best} | {ratios[name][0]:.2f} |")
+        best = lowest(s["test_loss"])
+        lines.append(f"| {name} | {regret[name]:.1f} | {chosen[name]} | {best} | {ratios['test'][name]:.2f} |")
     return "\n".join(lines)
 
 
@@ -481,7 +486,7 @@ def figure(runs: dict[str, Series], file: Path) -> None:
     """The estimate, its parts and the truth: the run of median regret, and the worst."""
     import matplotlib.pyplot as plt
 
-    rule = RULES["**`val_risk_estimate`**, minimum"]
+    rule = RULES[ESTIMATE]
     by_regret = sorted(runs, key=lambda name: float(regrets([runs[name]], rule)[0]))
     shown = {"works": by_regret[len(by_regret) // 2], "fails": by_regret[-1]}
     fig, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")

@@ -138,12 +138,7 @@ def select_targets(model: nn.Module, batch: Any, targets: Selector) -> Tensor:
     if callable(targets):
         selected = targets(batch)
     elif targets is not None:
-        try:
-            selected = batch[targets]
-        except (IndexError, KeyError, TypeError) as error:
-            raise MisconfigurationException(
-                f"`targets={targets!r}` should name a part of the batch, got {_describe(batch)}."
-            ) from error
+        selected = _part(batch, targets, "targets")
     elif isinstance(batch, Mapping):
         keys = [key for key in batch if key in _TARGET_NAMES]
         if len(keys) != 1:
@@ -184,18 +179,23 @@ def _floating_tensor(value: Any, key: str | int | None) -> tuple[Tensor, Callabl
                 f"The batch should hold a floating tensor to perturb, got {_describe(value)}. Choose one with"
                 " `inputs=` (a key, an index or a callable)."
             )
-    try:
-        part = value[key]
-    except (IndexError, KeyError, TypeError) as error:
-        raise MisconfigurationException(
-            f"`inputs={key!r}` should name a part of the batch, got {_describe(value)}."
-        ) from error
+    part = _part(value, key, "inputs")
     if isinstance(value, Tensor):
         raise MisconfigurationException(
             f"`inputs={key!r}` should name a part of the batch, got a batch that is one tensor; leave `inputs` out."
         )
     tensor, replace_part = _floating_tensor(part, None)
     return tensor, partial(_replaced, value, key, replace_part)
+
+
+def _part(value: Any, key: str | int, argument: str) -> Any:
+    """The part of a batch that an argument names."""
+    try:
+        return value[key]
+    except (IndexError, KeyError, TypeError) as error:
+        raise MisconfigurationException(
+            f"`{argument}={key!r}` should name a part of the batch, got {_describe(value)}."
+        ) from error
 
 
 def _replaced(value: Any, key: Any, replace_part: Callable[[Tensor], Any], new: Tensor) -> Any:

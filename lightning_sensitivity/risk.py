@@ -41,11 +41,7 @@ def holdout_sums(outputs: Tensor, twin_outputs: Tensor, task: str) -> Tensor:
     Returns:
         Shape ``(6, K)``.
     """
-    p, p_twin = predictions(outputs, task), predictions(twin_outputs, task)
-    sums = p.new_zeros(NUM_ROWS, p.shape[1])
-    # Row by row: outputs of a segmentation are large.
-    sums[_HOLDOUT] = torch.stack([p.new_full(p.shape[1:], len(p)), _impurity(p, task), (p - p_twin).square().sum(0)])
-    return sums
+    return _sums(_HOLDOUT, predictions(outputs, task), predictions(twin_outputs, task), task)
 
 
 def training_sums(outputs: Tensor, targets: Tensor, task: str) -> Tensor:
@@ -63,9 +59,7 @@ def training_sums(outputs: Tensor, targets: Tensor, task: str) -> Tensor:
     y, counts = target_rows(outputs, targets, task)
     if not bool(counts.all()):
         p, y = p[counts], y[counts]
-    sums = p.new_zeros(NUM_ROWS, p.shape[1])
-    sums[_TRAINING] = torch.stack([p.new_full(p.shape[1:], len(p)), _impurity(p, task), (p - y).square().sum(0)])
-    return sums
+    return _sums(_TRAINING, p, y, task)
 
 
 def risk_terms(sums: Tensor, task: str) -> RiskEstimate:
@@ -92,6 +86,11 @@ def has_training(sums: Tensor) -> Tensor:
     return sums[_TRAINING.start].any()
 
 
-def _impurity(p: Tensor, task: str) -> Tensor:
-    # Gini's, whose sum over classes is 1 − Σp². The outputs of a regression say nothing about their certainty.
-    return p.new_zeros(p.shape[1]) if task == "regression" else (p * (1 - p)).sum(0)
+def _sums(rows: slice, p: Tensor, other: Tensor, task: str) -> Tensor:
+    """Count, impurity and squared difference to other predictions or labels, at their place among the rows."""
+    # Gini's impurity, whose sum over classes is 1 − Σp². Outputs of a regression say nothing about their certainty.
+    impurity = p.new_zeros(p.shape[1]) if task == "regression" else (p * (1 - p)).sum(0)
+    sums = p.new_zeros(NUM_ROWS, p.shape[1])
+    # Row by row: outputs of a segmentation are large.
+    sums[rows] = torch.stack([p.new_full(p.shape[1:], len(p)), impurity, (p - other).square().sum(0)])
+    return sums

@@ -39,7 +39,7 @@ def infer_task(outputs: Tensor, targets: Tensor) -> str:
         ValueError: If no task fits, or it is in doubt.
     """
     got = f"outputs of shape {tuple(outputs.shape)} and labels {_describe(targets)}"
-    single = outputs.ndim < 2 or outputs.shape[1] == 1
+    single = _num_outputs(outputs) == 1
     if targets.is_floating_point():
         raise ValueError(f"Expected to be told what floating labels are, got {got}.")
     if single and targets.dtype == torch.bool:
@@ -72,7 +72,7 @@ def check_task(outputs: Tensor, targets: Tensor, task: str) -> None:
         ValueError: If they are not, with what was expected.
     """
     floating, shape = targets.is_floating_point(), tuple(outputs.shape)
-    num_outputs = outputs.shape[1] if outputs.ndim > 1 else 1
+    num_outputs = _num_outputs(outputs)
     got = f"outputs of shape {shape} and labels {_describe(targets)}"
     if not outputs.is_floating_point():
         raise ValueError(f"Expected floating outputs, got {outputs.dtype}.")
@@ -155,6 +155,10 @@ def target_rows(outputs: Tensor, targets: Tensor, task: str) -> tuple[Tensor, Te
         return one_hot(flat.where(counts, 0), outputs.shape[1]).to(dtype), counts
     rows = _rows(targets.to(dtype).reshape(outputs.shape))
     return rows, torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+
+
+def _num_outputs(outputs: Tensor) -> int:
+    return outputs.shape[1] if outputs.ndim > 1 else 1
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -100,7 +100,8 @@ class TrainingSamples:
             What :func:`~lightning_sensitivity.risk.training_sums` gives, over all samples of this process.
         """
         assert self.task is not None
-        total, within = torch.zeros(()), True
+        total = torch.zeros(())
+        within = self.task in ("binary", "multilabel")  # elsewhere probabilities were refused, or are no outputs
         for batch in self._batches:
             batch = move_data_to_device(batch, pl_module.device)
             x, run = prepare_call(pl_module, batch, self._inputs)
@@ -109,7 +110,7 @@ class TrainingSamples:
             total = total.to(sums) + sums
             within = within and bool(((outputs >= 0) & (outputs <= 1)).all())
         # At first, logits may happen to lie there.
-        self._num_within = self._num_within + 1 if within and self.task in ("binary", "multilabel") else 0
+        self._num_within = self._num_within + 1 if within else 0
         if self._num_within == _NUM_WITHIN:
             rank_zero_warn(
                 "The model's outputs for training samples are all in [0, 1]. The risk estimate expects outputs before"

@@ -22,7 +22,7 @@ def initial_weights(model: nn.Module) -> dict[str, Tensor]:
     Returns:
         What :func:`learned_weights` needs of it later.
     """
-    return {name: parameter.detach().to("cpu", copy=True) for name, parameter in _parameters(model)}
+    return {name: parameter.detach().to("cpu", copy=True) for name, parameter, _ in _parameters(model)}
 
 
 def learned_weights(model: nn.Module, initial: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -35,7 +35,7 @@ def learned_weights(model: nn.Module, initial: Mapping[str, Tensor]) -> dict[str
     Returns:
         Differences, by name.
     """
-    return {name: _moved(parameter.detach(), initial.get(name)) for name, parameter in _parameters(model)}
+    return {name: _moved(parameter.detach(), initial.get(name)) for name, parameter, _ in _parameters(model)}
 
 
 @contextmanager
@@ -68,10 +68,9 @@ def twin(model: nn.Module, learned: Mapping[str, Tensor], generator: torch.Gener
         >>> bool(twin_output == model(x)), model.weight.tolist()
         (False, [[1.0, 1.0]])
     """
-    owners = _owners(model)
     swaps = []
-    for name, parameter in _parameters(model):
-        shape, repeats = _noise_shape(owners[id(parameter)], parameter)
+    for name, parameter, module in _parameters(model):
+        shape, repeats = _noise_shape(module, parameter)
         noise = torch.randn(shape, generator=generator, dtype=torch.float32, device=parameter.device)
         change = noise.repeat_interleave(repeats, 0) * learned[name]
         swaps.append((parameter, parameter.data, parameter.data + change.to(parameter.dtype)))
@@ -99,19 +98,14 @@ def _give_back(swaps: list[tuple[nn.Parameter, Tensor, Tensor]]) -> None:
         raise interrupt
 
 
-def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    for name, parameter in model.named_parameters():
-        if not is_lazy(parameter) and parameter.is_floating_point():
-            yield name, parameter
-
-
-def _owners(model: nn.Module) -> dict[int, nn.Module]:
-    """The first module that has each parameter, by the parameter's id."""
-    owners: dict[int, nn.Module] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), module)
-    return owners
+def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
+    """Name, parameter and the module that has it, as ``named_parameters`` gives them: one that is tied comes once."""
+    seen = set()
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(prefix, recurse=False):
+            if parameter not in seen and not is_lazy(parameter) and parameter.is_floating_point():
+                seen.add(parameter)
+                yield name, parameter, module
 
 
 def _noise_shape(module: nn.Module, parameter: Tensor) -> tuple[tuple[int, ...], int]:
