@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from numbers import Integral
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,12 +13,13 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lightning_sensitivity.arguments import check_argument, check_int, check_selector, gaussian_noise
 from lightning_sensitivity.batches import prepare_call, select_outputs
 from lightning_sensitivity.checks import check_loop, check_model, check_processes
 from lightning_sensitivity.dashboard import custom_scalars_layout
 from lightning_sensitivity.isolation import no_trace
 from lightning_sensitivity.moments import accumulation_dtype
-from lightning_sensitivity.perturbations import GaussianNoise, noise_generator
+from lightning_sensitivity.perturbations import noise_generator
 from lightning_sensitivity.readings import RISK, LoaderStatistics
 from lightning_sensitivity.risk_measurement import RiskMeasurement, num_twins
 from lightning_sensitivity.tasks import TASKS
@@ -131,26 +131,19 @@ class SensitivityMonitor(Callback):
         nan_strategy: str = "error",
         before_training: bool = False,
     ) -> None:
-        try:
-            self.perturbation = GaussianNoise(noise_std)
-        except ValueError as error:
-            raise MisconfigurationException(
-                f"`noise_std` should be a positive, finite number, or a list of one per channel, got {noise_std!r}."
-            ) from error
-        _check("num_draws", num_draws, _is_int(num_draws) and num_draws >= 1, "an int of 1 or more")
-        _check("seed", seed, _is_int(seed), "an int")
-        _check("prefix", prefix, isinstance(prefix, str), "a str")
-        _check("test_prefix", test_prefix, isinstance(test_prefix, str), "a str")
+        self.perturbation = gaussian_noise(noise_std)
+        check_int("num_draws", num_draws, minimum=1)
+        check_int("seed", seed)
+        check_argument("prefix", prefix, isinstance(prefix, str), "a str")
+        check_argument("test_prefix", test_prefix, isinstance(test_prefix, str), "a str")
         for name, value in (("inputs", inputs), ("outputs", outputs), ("targets", targets)):
-            valid = value is None or isinstance(value, str) or _is_int(value) or callable(value)
-            _check(name, value, valid, "a key (str), an index (int), a callable or None")
+            check_selector(name, value)
         tasks = ("auto", *TASKS, None)
-        _check("task", task, task in tasks, f"one of {', '.join(map(repr, tasks))}")
-        valid = _is_int(num_training_samples) and num_training_samples >= 1
-        _check("num_training_samples", num_training_samples, valid, "an int of 1 or more")
-        _check("per_output", per_output, isinstance(per_output, bool), "a bool")
-        _check("nan_strategy", nan_strategy, nan_strategy in ("error", "warn"), "'error' or 'warn'")
-        _check("before_training", before_training, isinstance(before_training, bool), "a bool")
+        check_argument("task", task, task in tasks, f"one of {', '.join(map(repr, tasks))}")
+        check_int("num_training_samples", num_training_samples, minimum=1)
+        check_argument("per_output", per_output, isinstance(per_output, bool), "a bool")
+        check_argument("nan_strategy", nan_strategy, nan_strategy in ("error", "warn"), "'error' or 'warn'")
+        check_argument("before_training", before_training, isinstance(before_training, bool), "a bool")
         self.num_draws = num_draws
         self.seed = seed
         self.prefix = prefix
@@ -408,12 +401,3 @@ def _monitors(trainer: pl.Trainer) -> list[SensitivityMonitor]:
 
 def _loader_name(name: str, dataloader_idx: int, num_loaders: int) -> str:
     return name if num_loaders == 1 else f"{name}/dataloader_idx_{dataloader_idx}"
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _check(name: str, value: object, valid: bool, expected: str) -> None:
-    if not valid:
-        raise MisconfigurationException(f"`{name}` should be {expected}, got {value!r}.")

@@ -129,7 +129,7 @@ def predictions(outputs: Tensor, task: str) -> Tensor:
         One row per sample and position, one column per output, in the widest type of the device.
     """
     outputs = outputs.to(accumulation_dtype(outputs.device))
-    outputs = _rows(outputs)
+    outputs = output_rows(outputs)
     if task == "regression":
         return outputs
     return outputs.softmax(1) if task == "multiclass" else outputs.sigmoid()
@@ -153,7 +153,7 @@ def target_rows(outputs: Tensor, targets: Tensor, task: str) -> tuple[Tensor, Te
         flat = targets.flatten().long()
         counts = flat != _IGNORED
         return one_hot(flat.where(counts, 0), outputs.shape[1]).to(dtype), counts
-    rows = _rows(targets.to(dtype).reshape(outputs.shape))
+    rows = output_rows(targets.to(dtype).reshape(outputs.shape))
     return rows, torch.ones(len(rows), dtype=torch.bool, device=rows.device)
 
 
@@ -161,8 +161,12 @@ def _num_outputs(outputs: Tensor) -> int:
     return outputs.shape[1] if outputs.ndim > 1 else 1
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """``(N, K, ...)`` or ``(N,)`` to one row per sample and position."""
+def output_rows(tensor: Tensor) -> Tensor:
+    """One row per sample and position, one column per output.
+
+    Args:
+        tensor: ``(N, K, ...)`` or ``(N,)``.
+    """
     return tensor[:, None] if tensor.ndim < 2 else tensor.movedim(1, -1).flatten(0, -2)
 
 

@@ -1,0 +1,112 @@
+"""From scores of samples to scores of models."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lightning_sensitivity.functional import loss_estimate
+from lightning_sensitivity.ranking import Comparison, ModelScores
+from lightning_sensitivity.sample_scores import (
+    CHANGES,
+    CONFIDENCE,
+    DISTANCE,
+    ENTROPY,
+    ERROR,
+    FLIPS,
+    LOSS,
+    POWER,
+    SQUARES,
+    SUM,
+)
+from lightning_sensitivity.scored_model import Scored
+
+# Predictions that are nearly uniform, or hardly better than the most frequent class.
+_UNDECIDED = 0.95
+
+
+def check_same_samples(found: Scored, others: Mapping[str, Scored]) -> None:
+    """Require that a model saw the samples that the others saw.
+
+    Args:
+        found: What its pass gave.
+        others: What the passes of the others gave.
+
+    Raises:
+        ValueError: If the loader gave others, or in another order.
+    """
+    for name, other in others.items():
+        if found.samples.shape != other.samples.shape or not torch.allclose(
+            found.samples[:, POWER], other.samples[:, POWER]
+        ):
+            raise ValueError(
+                f"Expected `dataloader` to give the samples that {name!r} got, in the same order, but got other ones"
+                f" ({len(found.samples)} and {len(other.samples)} samples)."
+            )
+        return
+
+
+def compare_scored(scored: Mapping[str, Scored], notes: Mapping[str, str]) -> Comparison:
+    """Put the models side by side.
+
+    Args:
+        scored: What the pass of each model gave, on the same samples.
+        notes: What else is known of each model, with those that failed.
+
+    Returns:
+        The comparison.
+    """
+    by_sample = {name: _by_sample(found) for name, found in scored.items()}
+    rows = [_row(name, scored.get(name), by_sample.get(name, {}), note) for name, note in notes.items()]
+    return Comparison(rows, by_sample)
+
+
+def _by_sample(found: Scored) -> dict[str, Tensor]:
+    """For each score one number a sample, of which the mean is the score, and whose spread is that of its error."""
+    samples = found.samples
+    changes = samples[:, CHANGES].mean()
+    mean = samples[:, SUM].mean() / changes
+    squares = samples[:, SQUARES] - 2 * mean * samples[:, SUM] + mean.square() * samples[:, CHANGES]
+    # A ratio of means to first order: samples count by their number of changes, which is the same for all by default.
+    sensitivity = found.sensitivity + (squares - found.sensitivity * samples[:, CHANGES]) / changes
+    scores = {
+        "sensitivity": sensitivity,
+        "variance": samples[:, DISTANCE] * samples[:, POWER].mean(),
+        "entropy": samples[:, ENTROPY],
+        "confidence": samples[:, CONFIDENCE],
+        "flips": samples[:, FLIPS],
+        "loss": samples[:, LOSS],
+        "error": samples[:, ERROR],
+    }
+    return {name: values for name, values in scores.items() if bool(values.isfinite().any())}
+
+
+def _row(name: str, found: Scored | None, by_sample: Mapping[str, Tensor], note: str) -> ModelScores:
+    if found is None:
+        return ModelScores(name, note=note)
+    means = {score: float(values.nanmean()) for score, values in by_sample.items()} | {"sensitivity": found.sensitivity}
+    estimate = math.nan
+    if found.num_outputs > 1:
+        # The power is in units of the noise already.
+        estimate = float(
+            loss_estimate(found.sensitivity, float(found.samples[:, POWER].mean()), 1.0, found.num_outputs)
+        )
+    return ModelScores(
+        name,
+        sensitivity_stderr=found.stderr,
+        loss_estimate=estimate,
+        num_parameters=found.num_parameters,
+        seconds=found.seconds,
+        note=note or _doubt(means, found.num_outputs),
+        **means,
+    )
+
+
+def _doubt(means: Mapping[str, float], num_outputs: int) -> str:
+    """What the predictions themselves say of a model that has learned nothing."""
+    if means.get("entropy", 0.0) > _UNDECIDED * math.log(max(2, num_outputs)):
+        return "undecided (untrained?)"
+    return ""

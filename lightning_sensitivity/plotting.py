@@ -1,0 +1,86 @@
+"""Figures; matplotlib is imported inside the functions, since only they need it."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from lightning_sensitivity.ranking import Comparison, ModelScores
+
+_MAX_NAMES = 20  # as many colours can be told apart
+
+
+def plot_comparison(comparison: Comparison, ax: Axes | None = None) -> tuple[Figure, Axes]:
+    """Draw a comparison.
+
+    Where labels gave a loss, it is drawn against sensitivity, in log-log, with the line that Equation 9 predicts;
+    a hollow marker is a model with a note, such as that it is untrained. Without labels, the models are drawn one under
+    the other along their sensitivity. Error bars are of 95 %.
+
+    Args:
+        comparison: What :func:`~lightning_sensitivity.compare_models` found.
+        ax: Where to draw; by default a new figure.
+
+    Returns:
+        Figure and axes.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is not installed.
+    """
+    try:
+        from matplotlib import pyplot as plt
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("A plot needs matplotlib: `pip install matplotlib`.") from error
+
+    if ax is None:
+        _, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    models = [model for model in comparison if model.sensitivity > 0]  # a logarithm can show no other
+    with_loss = [model for model in models if model.loss > 0]
+    if with_loss:
+        _loss_against_sensitivity(with_loss, ax)
+    else:
+        names = [model.name for model in models]
+        ax.errorbar([model.sensitivity for model in models], names, xerr=_error_bars(models), fmt="o", capsize=3)
+        ax.invert_yaxis()  # the first of the table on top
+        ax.grid(axis="y", alpha=0.3)
+    ax.set_xscale("log")
+    ax.set_xlabel("sensitivity S (squared units of the outputs)")
+    figure = ax.get_figure()
+    assert figure is not None
+    return figure, ax  # type: ignore[return-value]
+
+
+def _loss_against_sensitivity(models: list[ModelScores], ax: Axes) -> None:
+    from matplotlib import colormaps
+
+    has_names = len(models) <= _MAX_NAMES
+    for index, model in enumerate(models):
+        color = colormaps["tab20"](index / _MAX_NAMES) if has_names else "C0"
+        ax.errorbar(
+            model.sensitivity,
+            model.loss,
+            xerr=_error_bars([model]),
+            fmt="o",
+            color=color,
+            markerfacecolor="none" if model.note else color,
+            capsize=3,
+            label=model.name if has_names else None,
+        )
+    # One line for all, since they share the inputs, the noise and K.
+    if math.isfinite(models[0].loss_estimate):
+        slope = models[0].loss_estimate / math.sqrt(models[0].sensitivity)
+        ends = [models[0].sensitivity / 2, models[-1].sensitivity * 2]
+        ax.plot(ends, [slope * math.sqrt(end) for end in ends], "--", color="gray", label="Equation 9")
+    ax.set_yscale("log")
+    ax.set_ylabel("loss (nats)")
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
+
+
+def _error_bars(models: list[ModelScores]) -> list[list[float]]:
+    """Of 95 %; the lower one ends above 0, which a logarithm can't show."""
+    bars = [1.96 * model.sensitivity_stderr if math.isfinite(model.sensitivity_stderr) else 0.0 for model in models]
+    return [[min(bar, 0.99 * model.sensitivity) for bar, model in zip(bars, models, strict=True)], bars]

@@ -1,0 +1,109 @@
+"""What a model's outputs say about each sample, so that models can be compared sample by sample."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from lightning_sensitivity.moments import accumulation_dtype
+from lightning_sensitivity.tasks import output_rows, predictions, target_rows
+
+# The columns of a table of samples.
+COLUMNS = ("changes", "sum", "squares", "power", "distance", "flips", "entropy", "confidence", "loss", "error")
+CHANGES, SUM, SQUARES, POWER, DISTANCE, FLIPS, ENTROPY, CONFIDENCE, LOSS, ERROR = range(len(COLUMNS))
+
+
+class SampleScores:
+    """The scores of the samples of one batch, to which noise draws and labels are added.
+
+    Args:
+        clean: Outputs f(x), logits unless the task is a regression, ``(N, K, ...)`` or ``(N,)``.
+        task: One of :data:`~lightning_sensitivity.tasks.TASKS`.
+
+    Attributes:
+        table: Shape ``(N, 10)``, by :data:`COLUMNS`: number, sum and sum of squares of the class-averaged changes, and
+            means over elements, draws and positions of the rest; nan where the task gives a score no meaning, or where
+            nothing was added.
+        log_probabilities: ``(N, K)``; ``(N, 0)`` where there are no classes, or several positions a sample.
+    """
+
+    def __init__(self, clean: Tensor, task: str) -> None:
+        self._clean, self._task = clean, task
+        self._wide = output_rows(clean.to(accumulation_dtype(clean.device)))
+        self._predictions = self._by_sample(predictions(clean, task))
+        self._decides = task in ("binary", "multilabel") or (task == "multiclass" and self._wide.shape[1] > 1)
+        self._num_draws = 0
+        self.table = self._predictions.new_full((len(clean), len(COLUMNS)), torch.nan)
+        self.log_probabilities = self.table[:, :0].float()
+        self.table[:, [CHANGES, SUM, SQUARES]] = 0.0
+        if self._decides:
+            p = self._predictions
+            both = p if task == "multiclass" else torch.stack([p, 1 - p], 3)
+            self.table[:, ENTROPY] = self._mean(torch.special.entr(both).sum(-1))
+            self.table[:, CONFIDENCE] = self._mean(both.amax(-1))
+        if self._decides and task == "multiclass" and len(self._wide) == len(clean):
+            self.log_probabilities = self._wide.log_softmax(1).float()
+
+    def add_inputs(self, x: Tensor, second_moment: Tensor | float) -> None:
+        """Add the power of the clean inputs, in units of the perturbation's second moment: the C of Equation 9.
+
+        Args:
+            x: Clean inputs, ``(N, ...)``.
+            second_moment: That of the perturbation.
+        """
+        self.table[:, POWER] = (x.to(self.table.dtype).square() / second_moment).flatten(1).mean(1)
+
+    def add_noisy(self, noisy: Tensor) -> None:
+        """Add the outputs of a noise draw.
+
+        Args:
+            noisy: f(x + ε), of the shape of the clean outputs.
+        """
+        change = self._by_sample(output_rows(noisy.to(self._wide.dtype)) - self._wide).mean(2)
+        p = self._by_sample(predictions(noisy, self._task))
+        self.table[:, CHANGES] += change.shape[1]
+        self.table[:, SUM] += change.sum(1)
+        self.table[:, SQUARES] += change.square().sum(1)
+        distance = (p - self._predictions).square()
+        self._average(DISTANCE, distance.sum(2) if self._task == "multiclass" else distance)
+        if self._decides:
+            self._average(FLIPS, self._decisions(p) != self._decisions(self._predictions))
+        self._num_draws += 1
+
+    def add_targets(self, targets: Tensor) -> None:
+        """Add what labels say: each sample's loss, and the share of its decisions that are wrong.
+
+        The loss is the cross-entropy, in a regression the squared error.
+
+        Args:
+            targets: Labels that fit the task; those of -100 do not count.
+        """
+        y, counts = (self._by_sample(part) for part in target_rows(self._clean, targets, self._task))
+        if self._task == "regression":
+            loss = (self._predictions - y).square()
+        elif self._task == "multiclass":
+            loss = -(y * self._by_sample(self._wide.log_softmax(1))).sum(2)
+        else:
+            logits = self._by_sample(self._wide)
+            loss = binary_cross_entropy_with_logits(logits, y, reduction="none")
+        self.table[:, LOSS] = self._mean(loss, counts)
+        if self._decides:
+            self.table[:, ERROR] = self._mean(self._decisions(self._predictions) != self._decisions(y), counts)
+
+    def _average(self, column: int, values: Tensor) -> None:
+        before = self.table[:, column] if self._num_draws else 0.0
+        self.table[:, column] = before + (self._mean(values) - before) / (self._num_draws + 1)
+
+    def _by_sample(self, rows: Tensor) -> Tensor:
+        """One row per sample and position to ``(N, positions, ...)``."""
+        num_samples = len(self._clean)
+        return rows.reshape(num_samples, len(rows) // max(1, num_samples), *rows.shape[1:])
+
+    def _decisions(self, p: Tensor) -> Tensor:
+        return p.argmax(2) if self._task == "multiclass" else p > 0.5
+
+    def _mean(self, values: Tensor, counts: Tensor | None = None) -> Tensor:
+        """Mean of ``(N, positions, ...)`` for each sample, over the positions that count."""
+        values = values.to(self._wide.dtype).flatten(2).mean(2) if values.ndim > 2 else values.to(self._wide.dtype)
+        return values.mean(1) if counts is None else (values * counts).sum(1) / counts.sum(1)
