@@ -108,7 +108,7 @@ def compare_models(
 
     scored: dict[str, Scored] = {}
     notes: dict[str, str] = {}
-    first_failure: Exception | None = None
+    first_failure = ""
     for place, (name, model) in enumerate(models.items(), 1):
         if isinstance(bar := trainer.progress_bar_callback, ComparisonProgressBar):
             bar.model_name = f"{name} ({place}/{len(models)})"
@@ -119,14 +119,14 @@ def compare_models(
             check_same_samples(found, scored)
             scored[name] = found
         except Exception as failure:
-            traceback.clear_frames(failure.__traceback__)  # they hold the model, and its outputs
-            first_failure = first_failure or failure
+            # As text: the traceback itself would keep the model in memory.
+            first_failure = first_failure or traceback.format_exc()
             notes[name] = f"failed: {type(failure).__name__}: {failure}"
         finally:
             del module
             gc.collect()  # modules refer to themselves in circles, and the next one needs their memory
     if not scored:
-        raise RuntimeError(f"No model could be scored. The first failed with: {first_failure}") from first_failure
+        raise RuntimeError(f"No model could be scored. The first failed with:\n{first_failure}")
     return compare_scored(scored, notes)
 
 

@@ -77,7 +77,8 @@ def _loss_against_sensitivity(models: list[ModelScores], ax: Axes) -> None:
         ax.plot(ends, [slope * math.sqrt(end) for end in ends], "--", color="gray", label="Equation 9")
     ax.set_yscale("log")
     ax.set_ylabel("loss (nats)")
-    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
 
 
 def _error_bars(models: list[ModelScores]) -> list[list[float]]:

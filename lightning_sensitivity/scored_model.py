@@ -104,7 +104,7 @@ class ScoredModel(pl.LightningModule):
         self._log_probabilities: list[Tensor] = []
         self._start = time.perf_counter()
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Score the samples of a batch."""
         assert self.model is not None
         settings = self._settings
@@ -136,7 +136,7 @@ class ScoredModel(pl.LightningModule):
         num_outputs = torch.tensor([[num_outputs_seen(self._sensitivity.extremes)]], device=self.device)
         self._scored = Scored(
             samples,
-            self._gathered(self._log_probabilities),
+            self._gathered(self._log_probabilities).float(),
             float(self._sensitivity.compute()),
             float(self._sensitivity.stderr),
             int(self._gathered([num_outputs]).max()),
@@ -157,7 +157,8 @@ class ScoredModel(pl.LightningModule):
 
     def _gathered(self, parts: list[Tensor]) -> Tensor:
         """The parts of all batches and processes, on the CPU; of those that have any."""
-        whole = torch.cat(parts) if parts else torch.zeros(0, 0, device=self.device)
+        wide = accumulation_dtype(self.device)  # the same where there is no part
+        whole = torch.cat(parts).to(wide) if parts else torch.zeros(0, 0, dtype=wide, device=self.device)
         if self.trainer.world_size > 1:
             everywhere = [part for part in gather_all_tensors(whole) if len(part)]
             whole = torch.cat(everywhere) if everywhere else whole

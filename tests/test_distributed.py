@@ -13,9 +13,10 @@ from lightning.pytorch import LightningDataModule, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
-from lightning_sensitivity import SensitivityMonitor
+from lightning_sensitivity import SensitivityMonitor, compare_models
 from tests.helpers import Linear, brute_force, csv_rows, inputs, labelled, loader, trainer, unlabelled_loader
 
 WORLD_SIZE = 2
@@ -135,6 +136,20 @@ def loaders_that_may_be_empty(rank: int, folder: Path) -> Any:
     return True
 
 
+@scenario
+def comparison(rank: int, folder: Path) -> Any:
+    models = {"model": model(), "copy": model(), "broken": torch.nn.Linear(1, 1), "double": model()}
+    models["double"].scale = 2.0
+    result = compare_models(models, loader(48, 8), trainer=distributed())
+    return [{**row, "seconds": 0} for row in result.rows()], result.ties(), result.difference("double", "model")
+
+
+@scenario
+def comparison_in_a_process_without_a_batch(rank: int, folder: Path) -> Any:
+    result = compare_models({"model": model()}, on_rank(1), trainer=distributed())
+    return [{**row, "seconds": 0} for row in result.rows()]
+
+
 def run_all(rank: int, folder: Path, port: int) -> None:
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), NODE_RANK="0"
@@ -248,6 +263,35 @@ def test_the_risk_estimate_is_that_of_both(both: dict[str, list[Any]]) -> None:
     assert terms["uncertainty/dataloader_idx_0"] == pytest.approx(certainty[0] - certainty[1], abs=1e-7)
     assert terms["variance/dataloader_idx_0"] > 0
     assert terms["estimate/dataloader_idx_1"] > 0  # one process had no batch of this loader
+
+
+def test_models_are_compared_over_both(both: dict[str, list[Any]]) -> None:
+    (rows, ties, (value, stderr)), others = both["comparison"]
+    assert repr(others) == repr((rows, ties, (value, stderr)))
+    found = {row["name"]: row for row in rows}
+    assert found["model"]["sensitivity"] == pytest.approx(expected(48), rel=1e-9)
+    assert found["broken"]["note"].startswith("failed: RuntimeError")
+    assert ties == {"model": ["copy"], "copy": ["model"], "double": []}
+    assert value == pytest.approx(3 * expected(48), rel=1e-6)
+    assert stderr == pytest.approx(3 * found["model"]["sensitivity_stderr"], rel=0.02)
+    x, y = labelled(48).tensors
+    with torch.no_grad():
+        assert found["model"]["loss"] == pytest.approx(float(cross_entropy(model()(x), y)), rel=1e-6)
+
+
+def test_models_are_compared_where_one_process_has_no_batch(both: dict[str, list[Any]]) -> None:
+    first, second = both["comparison_in_a_process_without_a_batch"]
+    assert repr(first) == repr(second)
+    truth = brute_force(model(), list(inputs(40).split(16)), rank=1).var(correction=0).item()
+    assert first[0]["sensitivity"] == pytest.approx(truth, rel=1e-9)
+    assert first[0]["loss_estimate"] > 0
+
+
+def test_processes_that_lightning_spawns() -> None:
+    run = trainer(strategy="ddp_spawn", devices=WORLD_SIZE)
+    result = compare_models({"model": model(), "copy": model()}, loader(48, 8), trainer=run)
+    assert result["model"].sensitivity == pytest.approx(expected(48), rel=1e-9)
+    assert result.ties() == {"model": ["copy"], "copy": ["model"]}
 
 
 @pytest.mark.parametrize(
