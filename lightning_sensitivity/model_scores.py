@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from lightning_sensitivity.consensus import consensus_scores
 from lightning_sensitivity.functional import loss_estimate
 from lightning_sensitivity.ranking import Comparison, ModelScores
 from lightning_sensitivity.sample_scores import (
@@ -60,6 +61,9 @@ def compare_scored(scored: Mapping[str, Scored], notes: Mapping[str, str]) -> Co
         The comparison.
     """
     by_sample = {name: _by_sample(found) for name, found in scored.items()}
+    consensus = consensus_scores({name: found.log_probabilities for name, found in scored.items()})
+    for name, of_others in consensus.items():
+        by_sample[name] |= {"consensus_loss": of_others.loss, "consensus_error": of_others.error}
     rows = [_row(name, scored.get(name), by_sample.get(name, {}), note) for name, note in notes.items()]
     return Comparison(rows, by_sample)
 

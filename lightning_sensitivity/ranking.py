@@ -41,8 +41,9 @@ class ModelScores:
         entropy: Mean entropy of the predictions, in nats.
         confidence: Mean probability of the predicted class.
         flips: Share of predictions that the noise changes.
-        consensus_loss: Cross-entropy against what the other models say.
-        consensus_error: Share of predictions that differ from what the other models say.
+        consensus_loss: Expected loss, if labels were drawn from the mean prediction of the other models; see
+            :func:`~lightning_sensitivity.consensus.consensus_scores`.
+        consensus_error: Expected share of wrong predictions, in the same way.
         num_parameters: How many parameters it has.
         seconds: Time of the whole pass, with loading.
         loss: The true loss: cross-entropy, in a regression the mean squared error.
