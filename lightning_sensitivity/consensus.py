@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 _MIN_MODELS = 3  # of two, each would be measured by the other alone
@@ -22,11 +23,13 @@ class Consensus(NamedTuple):
     error: Tensor
 
 
-def consensus_scores(log_probabilities: Mapping[str, Tensor]) -> dict[str, Consensus]:
+def consensus_scores(
+    log_probabilities: Mapping[str, Tensor], voters: Collection[str] | None = None
+) -> dict[str, Consensus]:
     r"""Expected loss and error of each model, if labels were drawn from the mean prediction of the others.
 
     .. math::
-        q_i = \frac{1}{M - 1} \sum_{j \ne i} p_j, \qquad
+        q_i = \operatorname{mean}_{j \ne i} p_j, \qquad
         L_i = -\sum_k q_{ik} \log p_{ik}, \qquad
         E_i = 1 - q_i(\arg\max_k p_{ik})
 
@@ -37,9 +40,10 @@ def consensus_scores(log_probabilities: Mapping[str, Tensor]) -> dict[str, Conse
 
     Args:
         log_probabilities: Those of each model for the same samples, ``(N, K)``.
+        voters: The models that are asked, by default all; of each of them the others are.
 
     Returns:
-        One entry a model; none for fewer than three models, or where their numbers of classes differ.
+        One entry a model; none for fewer than three voters, or where numbers of classes differ.
 
     Example:
         >>> import torch
@@ -51,16 +55,18 @@ def consensus_scores(log_probabilities: Mapping[str, Tensor]) -> dict[str, Conse
 
     .. _arXiv:2106.13799: https://arxiv.org/abs/2106.13799
     """
+    voters = log_probabilities.keys() if voters is None else voters
     shapes = {values.shape for values in log_probabilities.values()}
-    if len(log_probabilities) < _MIN_MODELS or len(shapes) > 1 or not next(iter(shapes))[1]:
+    if len(voters) < _MIN_MODELS or len(shapes) > 1 or not next(iter(shapes))[1]:
         return {}
-    total = sum(values.double().exp() for values in log_probabilities.values())
+    probabilities = (log_probabilities[name].double().exp() for name in voters)
+    total = sum(probabilities, start=torch.zeros((), dtype=torch.float64))
     scores = {}
     for name, values in log_probabilities.items():
         log_p = values.double()
-        others = (total - log_p.exp()).clamp(min=0) / (len(log_probabilities) - 1)
+        votes = (total - log_p.exp()).clamp(min=0) / (len(voters) - 1) if name in voters else total / len(voters)
         # 0 · log 0 is 0: a class that neither the model nor the others expect.
-        loss = -(others * log_p.clamp(min=-1e300)).sum(1)
-        error = 1 - others.gather(1, log_p.argmax(1, keepdim=True)).squeeze(1)
+        loss = -(votes * log_p.clamp(min=-1e300)).sum(1)
+        error = 1 - votes.gather(1, log_p.argmax(1, keepdim=True)).squeeze(1)
         scores[name] = Consensus(loss, error)
     return scores

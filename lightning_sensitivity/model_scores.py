@@ -25,7 +25,7 @@ from lightning_sensitivity.sample_scores import (
 )
 from lightning_sensitivity.scored_model import Scored
 
-# Predictions that are nearly uniform, or hardly better than the most frequent class.
+# Share of the highest entropy from which on predictions are nearly uniform.
 _UNDECIDED = 0.95
 
 
@@ -61,11 +61,15 @@ def compare_scored(scored: Mapping[str, Scored], notes: Mapping[str, str]) -> Co
         The comparison.
     """
     by_sample = {name: _by_sample(found) for name, found in scored.items()}
-    consensus = consensus_scores({name: found.log_probabilities for name, found in scored.items()})
+    notes = {name: note or _doubt(by_sample.get(name, {}), scored.get(name)) for name, note in notes.items()}
+    # What has learned nothing has no say.
+    voters = [name for name in scored if not notes[name]]
+    consensus = consensus_scores({name: found.log_probabilities for name, found in scored.items()}, voters)
     for name, of_others in consensus.items():
         by_sample[name] |= {"consensus_loss": of_others.loss, "consensus_error": of_others.error}
-    rows = [_row(name, scored.get(name), by_sample.get(name, {}), note) for name, note in notes.items()]
-    return Comparison(rows, by_sample)
+    return Comparison(
+        [_row(name, scored.get(name), by_sample.get(name, {}), note) for name, note in notes.items()], by_sample
+    )
 
 
 def _by_sample(found: Scored) -> dict[str, Tensor]:
@@ -104,13 +108,14 @@ def _row(name: str, found: Scored | None, by_sample: Mapping[str, Tensor], note:
         loss_estimate=estimate,
         num_parameters=found.num_parameters,
         seconds=found.seconds,
-        note=note or _doubt(means, found.num_outputs),
+        note=note,
         **means,
     )
 
 
-def _doubt(means: Mapping[str, float], num_outputs: int) -> str:
+def _doubt(by_sample: Mapping[str, Tensor], found: Scored | None) -> str:
     """What the predictions themselves say of a model that has learned nothing."""
-    if means.get("entropy", 0.0) > _UNDECIDED * math.log(max(2, num_outputs)):
-        return "undecided (untrained?)"
-    return ""
+    if found is None or "entropy" not in by_sample:
+        return ""
+    num_classes = max(2, found.num_outputs)
+    return "undecided (untrained?)" if by_sample["entropy"].mean() > _UNDECIDED * math.log(num_classes) else ""

@@ -47,3 +47,15 @@ def test_there_is_none_of_two_models_or_of_different_classes() -> None:
     assert consensus_scores(log_probabilities(2)) == {}
     assert consensus_scores(log_probabilities(3) | {"other": torch.zeros(20, 5).log_softmax(1)}) == {}
     assert consensus_scores(dict.fromkeys("abc", torch.zeros(20, 0))) == {}
+
+
+def test_who_has_no_vote_is_measured_by_all_who_have() -> None:
+    models = log_probabilities(4)
+    scores = consensus_scores(models, voters=["0", "1", "2"])
+    assert scores.keys() == models.keys()
+    for name in "012":
+        expected = consensus_scores({voter: models[voter] for voter in "012"})[name]
+        torch.testing.assert_close(scores[name], expected)
+    votes = sum(models[voter].double().exp() for voter in "012") / 3
+    torch.testing.assert_close(scores["3"].loss, -(votes * models["3"].double()).sum(1))
+    assert consensus_scores(models, voters=["0", "1"]) == {}

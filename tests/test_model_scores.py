@@ -63,7 +63,7 @@ def test_the_error_of_a_value_is_the_metrics() -> None:
 def test_the_numbers_of_a_model() -> None:
     x, noise = case(0)
     found = compared()
-    row = compare_scored(found, {"a": "a note", "b": "", "c": ""})["a"]
+    row = compare_scored(found, {"a": "", "b": "", "c": ""})["a"]
     power = float(x.double().square().mean()) / 0.01
     assert row.loss_estimate == pytest.approx(float(loss_estimate(row.sensitivity, power, 1.0, 4)))
     p, noisy = ((inputs @ WEIGHTS[0]).double().softmax(1) for inputs in (x, x + noise[0]))
@@ -72,7 +72,7 @@ def test_the_numbers_of_a_model() -> None:
     assert row.flips == pytest.approx(float((noisy.argmax(1) != p.argmax(1)).double().mean()))
     others = sum((x @ weight).double().softmax(1) for weight in WEIGHTS[1:]) / 2
     assert row.consensus_loss == pytest.approx(float(-(others * p.log()).sum(1).mean()), rel=1e-5)
-    assert (row.num_parameters, row.seconds, row.note) == (24, 1.0, "a note")
+    assert (row.num_parameters, row.seconds, row.note) == (24, 1.0, "")
 
 
 def test_two_models_have_no_consensus_and_failures_take_no_part_in_it() -> None:
@@ -92,3 +92,13 @@ def test_the_same_samples_are_required() -> None:
         check_same_samples(other, {"x": first})
     with pytest.raises(ValueError, match="100 and 50 samples"):
         check_same_samples(first, {"x": compared(0, num_samples=50)["a"]})
+
+
+def test_the_untrained_have_no_vote() -> None:
+    found = compared() | {"d": compared()["a"]}
+    notes = dict.fromkeys("abcd", "")
+    alone = compare_scored({name: found[name] for name in NAMES}, dict.fromkeys(NAMES, ""))
+    result = compare_scored(found, notes | {"d": "untrained (step 0)"})
+    assert result["a"].consensus_loss == alone["a"].consensus_loss
+    assert result["d"].consensus_loss > 0
+    assert compare_scored(found, notes)["a"].consensus_loss != alone["a"].consensus_loss
