@@ -34,6 +34,7 @@ def compare_models(
     noise_std: float | Sequence[float] = 0.1,
     num_draws: int = 1,
     seed: int = 0,
+    shifts: Sequence[int] = (),
     model_class: type[LightningModule] | None = None,
     task: str = "multiclass",
     inputs: Callable[[Any], Any] | int | str | None = None,
@@ -64,6 +65,8 @@ def compare_models(
         noise_std: σ of the noise in the units that the models receive, one number or one per channel.
         num_draws: Noise draws per sample; a model makes 1 + ``num_draws`` forward passes.
         seed: Seed of the noise.
+        shifts: By how many pixels images are also moved, in each of four directions: four more forward passes for each
+            number. For classifiers of images ``(N, C, H, W)``; gives ``shift_loss`` and ``shift_error``.
         model_class: The class of the modules in checkpoints. Those that LightningCLI wrote for one of several model
             classes know it themselves.
         task: What the outputs are for: ``"multiclass"``, ``"binary"``, ``"multilabel"`` or ``"regression"``. Loss,
@@ -101,7 +104,9 @@ def compare_models(
     _check_arguments(models, dataloader, num_draws, seed, model_class, task)
     for name, selector in (("inputs", inputs), ("outputs", outputs), ("targets", targets)):
         check_selector(name, selector)
-    settings = Settings(gaussian_noise(noise_std), num_draws, seed, task, inputs, outputs, targets)
+    for pixels in shifts:
+        check_int("shifts", pixels, minimum=1)
+    settings = Settings(gaussian_noise(noise_std), num_draws, seed, tuple(shifts), task, inputs, outputs, targets)
     if trainer is None:
         quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
         trainer = Trainer(callbacks=[ComparisonProgressBar()], **quiet)  # type: ignore[arg-type]

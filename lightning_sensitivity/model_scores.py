@@ -20,6 +20,8 @@ from lightning_sensitivity.sample_scores import (
     FLIPS,
     LOSS,
     POWER,
+    SHIFT_ERROR,
+    SHIFT_LOSS,
     SQUARES,
     SUM,
 )
@@ -86,6 +88,8 @@ def _by_sample(found: Scored) -> dict[str, Tensor]:
         "entropy": samples[:, ENTROPY],
         "confidence": samples[:, CONFIDENCE],
         "flips": samples[:, FLIPS],
+        "shift_loss": samples[:, SHIFT_LOSS],
+        "shift_error": samples[:, SHIFT_ERROR],
         "loss": samples[:, LOSS],
         "error": samples[:, ERROR],
     }

@@ -9,8 +9,9 @@ from numbers import Real
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-__all__ = ["GaussianNoise", "noise_generator"]
+__all__ = ["GaussianNoise", "noise_generator", "shifted"]
 
 
 class GaussianNoise:
@@ -111,3 +112,34 @@ def noise_generator(
     key = repr((seed, rank, dataloader_idx, batch_idx, draw)).encode()
     generator = torch.Generator(device)
     return generator.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1)
+
+
+def shifted(images: Tensor, down: int, right: int) -> Tensor:
+    """Move images by whole pixels; the pixels of the edge are repeated in the gap.
+
+    Args:
+        images: Shape ``(N, C, H, W)``.
+        down: By how many pixels, negative for up.
+        right: By how many pixels, negative for left.
+
+    Returns:
+        The moved images, of the same shape.
+
+    Raises:
+        ValueError: If the input is no batch of images, or too small.
+
+    Example:
+        >>> import torch
+        >>> from lightning_sensitivity.perturbations import shifted
+        >>> shifted(torch.tensor([[[[1.0, 2.0, 3.0]]]]), down=0, right=1)
+        tensor([[[[1., 1., 2.]]]])
+    """
+    if images.ndim != 4 or images.shape[2] <= abs(down) or images.shape[3] <= abs(right):
+        raise ValueError(
+            f"Expected images (N, C, H, W) that can be moved by {down} and {right} pixels (`shifts`), but got an input"
+            f" of shape {tuple(images.shape)}."
+        )
+    height, width = images.shape[2:]
+    padded = pad(images, (max(right, 0), max(-right, 0), max(down, 0), max(-down, 0)), mode="replicate")
+    top, left = max(-down, 0), max(-right, 0)
+    return padded[:, :, top : top + height, left : left + width]

@@ -41,6 +41,8 @@ class ModelScores:
         entropy: Mean entropy of the predictions, in nats.
         confidence: Mean probability of the predicted class.
         flips: Share of predictions that the noise changes.
+        shift_loss: Expected loss, if labels were drawn from the model's own predictions for moved images.
+        shift_error: Expected share of wrong predictions, in the same way.
         consensus_loss: Expected loss, if labels were drawn from the mean prediction of the other models; see
             :func:`~lightning_sensitivity.consensus.consensus_scores`.
         consensus_error: Expected share of wrong predictions, in the same way.
@@ -59,6 +61,8 @@ class ModelScores:
     entropy: float = math.nan
     confidence: float = math.nan
     flips: float = math.nan
+    shift_loss: float = math.nan
+    shift_error: float = math.nan
     consensus_loss: float = math.nan
     consensus_error: float = math.nan
     num_parameters: float = math.nan

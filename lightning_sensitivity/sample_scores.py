@@ -10,8 +10,21 @@ from lightning_sensitivity.moments import accumulation_dtype
 from lightning_sensitivity.tasks import output_rows, predictions, target_rows
 
 # The columns of a table of samples.
-COLUMNS = ("changes", "sum", "squares", "power", "distance", "flips", "entropy", "confidence", "loss", "error")
-CHANGES, SUM, SQUARES, POWER, DISTANCE, FLIPS, ENTROPY, CONFIDENCE, LOSS, ERROR = range(len(COLUMNS))
+COLUMNS = (
+    "changes",
+    "sum",
+    "squares",
+    "power",
+    "distance",
+    "flips",
+    "entropy",
+    "confidence",
+    "shift_loss",
+    "shift_error",
+    "loss",
+    "error",
+)
+CHANGES, SUM, SQUARES, POWER, DISTANCE, FLIPS, ENTROPY, CONFIDENCE, SHIFT_LOSS, SHIFT_ERROR, LOSS, ERROR = range(12)
 
 
 class SampleScores:
@@ -22,7 +35,7 @@ class SampleScores:
         task: One of :data:`~lightning_sensitivity.tasks.TASKS`.
 
     Attributes:
-        table: Shape ``(N, 10)``, by :data:`COLUMNS`: number, sum and sum of squares of the class-averaged changes, and
+        table: Shape ``(N, 12)``, by :data:`COLUMNS`: number, sum and sum of squares of the class-averaged changes, and
             means over elements, draws and positions of the rest; nan where the task gives a score no meaning, or where
             nothing was added.
         log_probabilities: ``(N, K)``; ``(N, 0)`` where there are no classes, or several positions a sample.
@@ -33,7 +46,7 @@ class SampleScores:
         self._wide = output_rows(clean.to(accumulation_dtype(clean.device)))
         self._predictions = self._by_sample(predictions(clean, task))
         self._decides = task in ("binary", "multilabel") or (task == "multiclass" and self._wide.shape[1] > 1)
-        self._num_draws = 0
+        self._num_draws = self._num_shifts = 0
         self.table = self._predictions.new_full((len(clean), len(COLUMNS)), torch.nan)
         self.log_probabilities = self.table[:, :0].float()
         self.table[:, [CHANGES, SUM, SQUARES]] = 0.0
@@ -66,10 +79,29 @@ class SampleScores:
         self.table[:, SUM] += change.sum(1)
         self.table[:, SQUARES] += change.square().sum(1)
         distance = (p - self._predictions).square()
-        self._average(DISTANCE, distance.sum(2) if self._task == "multiclass" else distance)
+        self._average(DISTANCE, distance.sum(2) if self._task == "multiclass" else distance, self._num_draws)
         if self._decides:
-            self._average(FLIPS, self._decisions(p) != self._decisions(self._predictions))
+            self._average(FLIPS, self._decisions(p) != self._decisions(self._predictions), self._num_draws)
         self._num_draws += 1
+
+    def add_shifted(self, moved: Tensor) -> None:
+        """Add the outputs for moved images: expected loss and error, if labels were drawn from the predictions there.
+
+        Args:
+            moved: Outputs of the shape of the clean ones. Those with several positions, which move with the image,
+                and those of a regression add nothing.
+        """
+        if not self._decides or self._predictions.shape[1] != 1:
+            return
+        labels = self._by_sample(predictions(moved, self._task))
+        self._average(SHIFT_LOSS, self._losses(labels), self._num_shifts)
+        decisions = self._decisions(self._predictions)
+        if self._task == "multiclass":
+            wrong = 1 - labels.gather(2, decisions[..., None])
+        else:
+            wrong = torch.where(decisions, 1 - labels, labels)
+        self._average(SHIFT_ERROR, wrong, self._num_shifts)
+        self._num_shifts += 1
 
     def add_targets(self, targets: Tensor) -> None:
         """Add what labels say: each sample's loss, and the share of its decisions that are wrong.
@@ -80,20 +112,21 @@ class SampleScores:
             targets: Labels that fit the task; those of -100 do not count.
         """
         y, counts = (self._by_sample(part) for part in target_rows(self._clean, targets, self._task))
-        if self._task == "regression":
-            loss = (self._predictions - y).square()
-        elif self._task == "multiclass":
-            loss = -(y * self._by_sample(self._wide.log_softmax(1))).sum(2)
-        else:
-            logits = self._by_sample(self._wide)
-            loss = binary_cross_entropy_with_logits(logits, y, reduction="none")
-        self.table[:, LOSS] = self._mean(loss, counts)
+        self.table[:, LOSS] = self._mean(self._losses(y), counts)
         if self._decides:
             self.table[:, ERROR] = self._mean(self._decisions(self._predictions) != self._decisions(y), counts)
 
-    def _average(self, column: int, values: Tensor) -> None:
-        before = self.table[:, column] if self._num_draws else 0.0
-        self.table[:, column] = before + (self._mean(values) - before) / (self._num_draws + 1)
+    def _losses(self, labels: Tensor) -> Tensor:
+        """Losses under soft labels: cross-entropies, in a regression squared errors."""
+        if self._task == "regression":
+            return (self._predictions - labels).square()
+        if self._task == "multiclass":
+            return -(labels * self._by_sample(self._wide.log_softmax(1))).sum(2)
+        return binary_cross_entropy_with_logits(self._by_sample(self._wide), labels, reduction="none")
+
+    def _average(self, column: int, values: Tensor, num_before: int) -> None:
+        before = self.table[:, column] if num_before else 0.0
+        self.table[:, column] = before + (self._mean(values) - before) / (num_before + 1)
 
     def _by_sample(self, rows: Tensor) -> Tensor:
         """One row per sample and position to ``(N, positions, ...)``."""

@@ -17,7 +17,7 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from lightning_sensitivity.batches import Selector, prepare_call, select_outputs, select_targets
 from lightning_sensitivity.metric import OutputSensitivity
 from lightning_sensitivity.moments import accumulation_dtype, num_outputs_seen
-from lightning_sensitivity.perturbations import GaussianNoise, noise_generator
+from lightning_sensitivity.perturbations import GaussianNoise, noise_generator, shifted
 from lightning_sensitivity.sample_scores import SampleScores
 from lightning_sensitivity.tasks import check_task
 
@@ -30,6 +30,7 @@ class Settings(NamedTuple):
     perturbation: GaussianNoise
     num_draws: int
     seed: int
+    shifts: tuple[int, ...]
     task: str
     inputs: Selector
     outputs: Selector
@@ -120,6 +121,9 @@ class ScoredModel(pl.LightningModule):
             return noisy
 
         self._sensitivity.update(clean, map(noisy_outputs, range(settings.num_draws)))
+        for pixels in settings.shifts:
+            for down, right in ((pixels, 0), (-pixels, 0), (0, pixels), (0, -pixels)):
+                scores.add_shifted(select_outputs(run(shifted(x, down, right)), settings.outputs))
         if (targets := self._targets(batch)) is not None:
             check_task(clean, targets, settings.task)
             scores.add_targets(targets)

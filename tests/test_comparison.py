@@ -138,6 +138,33 @@ def test_one_plus_num_draws_passes_a_batch() -> None:
     assert Counted.passes == 2 * 3 * (1 + 3)
 
 
+class Images(nn.Module):
+    """Says bright or dark of the upper left pixel."""
+
+    passes = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        Images.passes += 1
+        first = 5 * (x[:, :, 0, 0] - 0.5)
+        return torch.cat([2 * first, -first], 1)
+
+
+def test_moved_images() -> None:
+    x = torch.rand(20, 1, 3, 3, generator=torch.Generator().manual_seed(0))
+    row = compare({"model": Images()}, DataLoader(x, 10), shifts=[1])["model"]
+    assert Images.passes == 2 * (1 + 1 + 4)
+    p = Images()(x).double().softmax(1)
+    # Moved down or right, the pixel is still in its place; moved up or left, its neighbour is.
+    below, right = Images()(x[:, :, 1:]).double().softmax(1), Images()(x[:, :, :, 1:]).double().softmax(1)
+    losses = [-(q * p.log()).sum(1).mean() for q in (p, p, below, right)]
+    assert row.shift_loss == pytest.approx(float(sum(losses) / 4), rel=1e-6)
+    errors = [1 - q.gather(1, p.argmax(1, keepdim=True)).mean() for q in (p, p, below, right)]
+    assert row.shift_error == pytest.approx(float(sum(errors) / 4), rel=1e-6)
+    without = compare({"model": Images()}, DataLoader(x, 10))["model"]
+    assert without.shift_loss != without.shift_loss
+    assert without.sensitivity == row.sensitivity
+
+
 def test_parts_of_a_batch_are_chosen_as_in_the_callback() -> None:
     class Dictionary(nn.Module):
         def __init__(self) -> None:
@@ -359,6 +386,7 @@ def test_a_checkpoint_without_a_class(tmp_path: Path) -> None:
         (DataLoader(torch.zeros(4, NUM_FEATURES, dtype=torch.long), 2), {}, "should be a floating tensor"),
         (unlabelled_loader(), {"targets": "label"}, "targets='label'"),
         (unlabelled_loader(), {"noise_std": [0.1, 0.2]}, "one standard deviation .* per channel"),
+        (unlabelled_loader(), {"shifts": [1]}, "Expected images"),
         (loader(), {"task": "regression"}, "one label per output"),
         (loader(), {"task": "binary"}, "Expected one output"),
     ],
@@ -388,6 +416,7 @@ def test_several_loaders() -> None:
         ({"dataloader": iter(unlabelled_loader())}, "`dataloader` should be one loader"),
         ({"noise_std": 0}, "`noise_std` should be a positive, finite number"),
         ({"num_draws": 0}, "`num_draws` should be an int of 1 or more, got 0"),
+        ({"shifts": [0]}, "`shifts` should be an int of 1 or more, got 0"),
         ({"seed": 0.5}, "`seed` should be an int, got 0.5"),
         ({"model_class": nn.Linear}, "`model_class` should be a class of LightningModule, or None"),
         ({"task": "auto"}, "`task` should be one of 'multiclass'"),

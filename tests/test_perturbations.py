@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_sensitivity.perturbations import GaussianNoise, noise_generator
+from lightning_sensitivity.perturbations import GaussianNoise, noise_generator, shifted
 
 
 def test_noise_has_the_standard_deviation_it_states() -> None:
@@ -75,3 +75,20 @@ def test_the_global_stream_is_left_alone() -> None:
 
 def test_repr() -> None:
     assert repr(GaussianNoise([0.1, 0.2])) == "GaussianNoise([0.1, 0.2])"
+
+
+@pytest.mark.parametrize(("down", "right"), [(1, 0), (-2, 0), (0, 2), (0, -1), (1, -1)])
+def test_images_move_and_repeat_their_edge(down: int, right: int) -> None:
+    images = torch.rand(2, 3, 5, 4)
+    moved = shifted(images, down, right)
+    for row in range(5):
+        for column in range(4):
+            source = images[:, :, min(max(row - down, 0), 4), min(max(column - right, 0), 3)]
+            assert torch.equal(moved[:, :, row, column], source)
+
+
+def test_what_can_not_be_moved() -> None:
+    with pytest.raises(ValueError, match=r"Expected images \(N, C, H, W\) .* got an input of shape \(2, 3\)"):
+        shifted(torch.rand(2, 3), 1, 0)
+    with pytest.raises(ValueError, match="moved by 3 and 0 pixels"):
+        shifted(torch.rand(2, 1, 3, 4), 3, 0)

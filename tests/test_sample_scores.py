@@ -92,6 +92,35 @@ def test_decisions_of_several_labels_count_each() -> None:
     assert columns["error"].item() == 0.5
 
 
+@pytest.mark.parametrize("task", ["multiclass", "multilabel", "binary"])
+def test_moved_images_give_the_labels(task: str) -> None:
+    clean, moved = outputs(6, 1 if task == "binary" else 3)
+    batch = SampleScores(clean, task)
+    for draw in moved:
+        batch.add_shifted(draw)
+    columns = dict(zip(COLUMNS, batch.table.T, strict=True))
+    p, labels = (
+        clean.double(),
+        [draw.double().softmax(1) if task == "multiclass" else draw.double().sigmoid() for draw in moved],
+    )
+    loss = cross_entropy if task == "multiclass" else binary_cross_entropy_with_logits
+    expected = sum(loss(p, q) for q in labels) / 2
+    torch.testing.assert_close(columns["shift_loss"].mean(), expected)
+    if task == "multiclass":
+        errors = [1 - q[torch.arange(6), p.argmax(1)] for q in labels]
+    else:
+        errors = [((p > 0) * (1 - q) + (p <= 0) * q).mean(1) for q in labels]
+    torch.testing.assert_close(columns["shift_error"], (errors[0] + errors[1]) / 2)
+
+
+def test_maps_and_regressions_do_not_compare_with_moved_ones() -> None:
+    for shape, task in (((4, 3, 2), "multiclass"), ((4, 2), "regression")):
+        clean, (moved, _) = outputs(*shape)
+        batch = SampleScores(clean, task)
+        batch.add_shifted(moved)
+        assert batch.table[:, COLUMNS.index("shift_loss")].isnan().all()
+
+
 def test_ignored_labels_do_not_count() -> None:
     clean, noisy = outputs(2, 3, 2)
     targets = torch.tensor([[0, -100], [-100, -100]])
