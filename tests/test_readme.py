@@ -7,6 +7,7 @@ import pytest
 import lightning_sensitivity
 from lightning_sensitivity import SensitivityMonitor
 from tests.helpers import Classifier, loader, unlabelled_loader
+from tests.test_comparison import save
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -22,7 +23,12 @@ def test_the_code_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.Monkey
         "model": Classifier(),
         "train_loader": loader(),
         "unlabelled_val_loader": unlabelled_loader(),
+        "fc": Classifier(),
+        "cnn": Classifier(),
+        "ResNet": Classifier,
     }
+    (tmp_path / "runs").mkdir()
+    save(Classifier(), tmp_path / "runs" / "resnet.ckpt")
     for block in blocks:
         exec(block, names)
     assert {"val_sensitivity", "val_risk_estimate"} <= names["trainer"].callback_metrics.keys()
