@@ -1,7 +1,7 @@
 # %% [markdown]
 # # The bias-variance decomposition itself
 #
-# Five cheap kinds of network are trained on five disjoint sets of 1,000 samples, each from initial weights of its own,
+# Four cheap kinds of network are trained on five disjoint sets of 1,000 samples, each from initial weights of its own,
 # and the fully connected ones also all from the same. Variance over the five (unbiased), and bias² as what is left of
 # the mean square error, are taken of three outputs: the class-average of the logits, which S sees (target 1 / K); the
 # logits (mean over the classes, target one-hot); the probabilities (sum over the classes: the Brier score). Beside the
@@ -22,7 +22,7 @@ from zoo import Spec, parse_arguments
 from lightning_sensitivity.functional import output_sensitivity
 
 FULLY_CONNECTED = [Spec(2, 100), Spec(4, 100), Spec(4, 100, init="normal")]
-CONVOLUTIONAL = [Spec(conv_depth=2), Spec(conv_depth=3, batch_norm=True)]
+CONVOLUTIONAL = [Spec(conv_depth=2)]
 BODIES = [*FULLY_CONNECTED, *CONVOLUTIONAL]
 OUTPUTS = {
     "class-average": (lambda o: o.clean.mean(1, keepdim=True), lambda o: o.factor * sensitivity(o)),
