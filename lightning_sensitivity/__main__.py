@@ -72,10 +72,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _named(paths: Sequence[str]) -> dict[str, str]:
     """Paths under names as short as they can be: without the folders and the suffix that all share."""
-    common = os.path.commonpath([Path(path).parent.as_posix() for path in paths]) if len(paths) > 1 else ""
-    return {
-        (os.path.relpath(path, common) if common else Path(path).name).removesuffix(".ckpt"): path for path in paths
-    }
+    files = [Path(path).absolute() for path in dict.fromkeys(paths)]
+    common = os.path.commonpath([file.parent for file in files])
+    names = [file.relative_to(common).as_posix().removesuffix(".ckpt") for file in files]
+    names = [name if names.count(name) == 1 else str(file) for name, file in zip(names, files, strict=True)]
+    return {name: str(file) for name, file in zip(names, files, strict=True)}
 
 
 @rank_zero_only

@@ -227,13 +227,21 @@ def _only_floating_key(batch: Mapping[Any, Any]) -> Any:
 
 
 def _num_required_arguments(model: nn.Module) -> int:
-    parameters = inspect.signature(model.forward).parameters.values()
+    parameters = _forward_parameters(model)
     return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+
+
+def _forward_parameters(model: nn.Module) -> list[inspect.Parameter]:
+    """The parameters of ``forward``, also of a compiled module; none of a scripted one, which does not tell them."""
+    try:
+        return list(inspect.signature(getattr(model, "_orig_mod", model).forward).parameters.values())
+    except ValueError:
+        return []
 
 
 def _keyword_names(model: nn.Module, batch: Mapping[Any, Any]) -> list[str]:
     """The keys of a batch that ``forward`` takes by name; all of them if it takes ``**kwargs`` alone."""
-    parameters = inspect.signature(model.forward).parameters.values()
+    parameters = _forward_parameters(model)
     if {p.kind for p in parameters} == {inspect.Parameter.VAR_KEYWORD}:
         return [key for key in batch if isinstance(key, str)]
     names = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}

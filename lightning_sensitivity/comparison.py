@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import os
 import tempfile
 import traceback
@@ -13,10 +14,12 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from torch import nn
+from torch.multiprocessing.spawn import ProcessRaisedException
 
 from lightning_sensitivity.arguments import check_argument, check_int, check_selector, gaussian_noise
+from lightning_sensitivity.callback import SensitivityMonitor
 from lightning_sensitivity.isolation import preserved_rng
 from lightning_sensitivity.model_scores import check_same_samples, compare_scored
 from lightning_sensitivity.ranking import Comparison
@@ -72,11 +75,11 @@ def compare_models(
         task: What the outputs are for: ``"multiclass"``, ``"binary"``, ``"multilabel"`` or ``"regression"``. Loss,
             error, entropy and the like depend on it, sensitivity does not.
         inputs: What to perturb, as in :class:`~lightning_sensitivity.SensitivityMonitor`.
-        outputs: Which of the models' outputs to compare, as there.
+        outputs: Which of the models' outputs to compare, as there: ``(N, K, ...)`` or ``(N,)``.
         targets: Where the labels are in a batch, as there. By default where they would be in a training batch; if there
-            is nothing, there are no labels.
-        trainer: The Trainer that runs the models, in its precision and on its devices. By default one that writes
-            nothing, on what it finds.
+            is nothing, or what does not fit the task, there are no labels. A function may return None for that.
+        trainer: The Trainer that runs the models, in its precision, on its devices and with its callbacks; one of its
+            own, which no training needs any more. By default one that writes nothing, on one device.
 
     Returns:
         The comparison: print it, ``plot()`` it, write it with ``to_csv(path)``, or look into it.
@@ -101,20 +104,23 @@ def compare_models(
     .. _arXiv:2007.15378: https://arxiv.org/abs/2007.15378
 
     """
-    _check_arguments(models, dataloader, num_draws, seed, model_class, task)
+    _check_arguments(models, dataloader, num_draws, seed, shifts, model_class, task, trainer)
     for name, selector in (("inputs", inputs), ("outputs", outputs), ("targets", targets)):
         check_selector(name, selector)
-    for pixels in shifts:
-        check_int("shifts", pixels, minimum=1)
     settings = Settings(gaussian_noise(noise_std), num_draws, seed, tuple(shifts), task, inputs, outputs, targets)
     if trainer is None:
-        quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+        quiet = {"devices": 1, "logger": False, "enable_checkpointing": False, "enable_model_summary": False}
         trainer = Trainer(callbacks=[ComparisonProgressBar()], **quiet)  # type: ignore[arg-type]
 
+    # Of a loader that shuffles by a generator of its own.
+    sources = (getattr(dataloader, "generator", None), getattr(getattr(dataloader, "sampler", None), "generator", None))
+    generators = [(source, source.get_state()) for source in sources if isinstance(source, torch.Generator)]
     scored: dict[str, Scored] = {}
     notes: dict[str, str] = {}
     first_failure = ""
     for place, (name, model) in enumerate(models.items(), 1):
+        for generator, state in generators:
+            generator.set_state(state)
         if isinstance(bar := trainer.progress_bar_callback, ComparisonProgressBar):
             bar.model_name = f"{name} ({place}/{len(models)})"
         module = None
@@ -126,7 +132,10 @@ def compare_models(
         except Exception as failure:
             # As text: the traceback itself would keep the model in memory.
             first_failure = first_failure or traceback.format_exc()
-            notes[name] = f"failed: {type(failure).__name__}: {failure}"
+            # Of a process that Lightning spawned, the last line is the error itself.
+            is_remote = isinstance(failure, ProcessRaisedException)
+            text = str(failure).strip().splitlines()[-1] if is_remote else f"{type(failure).__name__}: {failure}"
+            notes[name] = f"failed: {text}"
         finally:
             del module
             gc.collect()  # modules refer to themselves in circles, and the next one needs their memory
@@ -136,13 +145,21 @@ def compare_models(
 
 
 def _check_arguments(
-    models: object, dataloader: object, num_draws: object, seed: object, model_class: object, task: object
+    models: object,
+    dataloader: object,
+    num_draws: object,
+    seed: object,
+    shifts: object,
+    model_class: object,
+    task: object,
+    trainer: Trainer | None,
 ) -> None:
     valid = isinstance(models, Mapping) and len(models) > 0
     check_argument("models", models, valid, "a dict of names and models, with one model or more")
     assert isinstance(models, Mapping)
     for name, model in models.items():
-        check_argument("models", name, isinstance(name, str), "a dict whose keys are the models' names")
+        valid = isinstance(name, str) and name.isprintable()
+        check_argument("models", name, valid, "a dict whose keys are the models' names, each of one line")
         valid = isinstance(model, str | os.PathLike) or callable(model)
         check_argument(f"models[{name!r}]", model, valid, "a module, the path of a checkpoint, or a function")
     if isinstance(dataloader, list | tuple | Mapping | Iterator):
@@ -152,9 +169,21 @@ def _check_arguments(
         )
     check_int("num_draws", num_draws, minimum=1)
     check_int("seed", seed)
+    check_argument("shifts", shifts, isinstance(shifts, Sequence), "a list of pixels")
+    assert isinstance(shifts, Sequence)
+    for pixels in shifts:
+        check_int("shifts", pixels, minimum=1)
     valid = model_class is None or (isinstance(model_class, type) and issubclass(model_class, LightningModule))
     check_argument("model_class", model_class, valid, "a class of LightningModule, or None")
     check_argument("task", task, task in TASKS, f"one of {', '.join(map(repr, TASKS))}")
+    if trainer is not None and any(isinstance(callback, SensitivityMonitor) for callback in _callbacks(trainer)):
+        raise MisconfigurationException(
+            "`trainer` should be a Trainer of its own, got one with a `SensitivityMonitor`."
+        )
+
+
+def _callbacks(trainer: Trainer) -> list[Callback]:
+    return trainer.callbacks  # type: ignore[attr-defined,no-any-return]
 
 
 def _build(model: Model, model_class: type[LightningModule] | None) -> tuple[nn.Module, str]:
@@ -168,10 +197,15 @@ def _build(model: Model, model_class: type[LightningModule] | None) -> tuple[nn.
         return module, ""
     # Mapped and not read: the module reads it again.
     checkpoint = torch.load(os.fspath(model), map_location="cpu", mmap=True, weights_only=False)
+    if not isinstance(checkpoint, Mapping) or "pytorch-lightning_version" not in checkpoint:
+        raise ValueError(f"Expected a checkpoint of Lightning, but got {os.fspath(model)!r}. Give a function instead.")
     knows_its_class = "_class_path" in checkpoint.get("hyper_parameters", {})
     if model_class is None and not knows_its_class:
         raise MisconfigurationException("`model_class` should be the class of the checkpoint, got None.")
-    module = (model_class or LightningModule).load_from_checkpoint(os.fspath(model), map_location="cpu")
+    load = (model_class or LightningModule).load_from_checkpoint
+    # Older versions have no such argument, and load what the checkpoint has.
+    kwargs: dict[str, Any] = {"weights_only": False} if "weights_only" in inspect.signature(load).parameters else {}
+    module = load(os.fspath(model), map_location="cpu", **kwargs)
     return module, "untrained (step 0)" if checkpoint.get("global_step") == 0 else ""
 
 
@@ -180,7 +214,8 @@ def _run(module: nn.Module, dataloader: Any, settings: Settings, trainer: Traine
         scored_model = ScoredModel(module, settings, Path(folder, "scored.pt"))
         try:
             with preserved_rng([]):
-                torch.manual_seed(settings.seed)  # the order of a loader that shuffles
+                # The order of a loader that shuffles. Not that of CUDA, which would not be put back.
+                torch.default_generator.manual_seed(settings.seed)
                 if isinstance(dataloader, LightningDataModule):
                     trainer.validate(scored_model, datamodule=dataloader, verbose=False)
                 else:

@@ -51,7 +51,7 @@ def compare_runs(
         [('small', 0.1, 0.5), ('large', 0.4, 0.9)]
     """
     roots = [log_dirs] if isinstance(log_dirs, str | os.PathLike) else list(log_dirs)
-    folders = sorted({path.parent for root in roots for path in Path(root).rglob("*tfevents*")})
+    folders = sorted({path.parent.absolute() for root in roots for path in Path(root).rglob("*tfevents*")})
     tags = {field: prefix + field for field in ("sensitivity", "sensitivity_stderr", "loss_estimate")}
     tags |= {field: tag for field, tag in (("loss", loss), ("error", error)) if tag is not None}
     rows: list[ModelScores] = []
@@ -65,7 +65,7 @@ def compare_runs(
             values: dict[str, Any] = {field: last.get(tag, math.nan) for field, tag in tags.items()}
             rows.append(ModelScores(name, **values))
     if not rows:
-        found = f"the tags {', '.join(map(repr, sorted(seen)))}" if seen else f"{len(folders)} runs without scalars"
+        found = f"the tags {', '.join(map(repr, sorted(seen)))}" if seen else f"{len(folders)} event files with scalars"
         raise ValueError(
             f"Expected `log_dirs` to hold runs that logged {tags['sensitivity']!r} (see `prefix`), but got {found} in"
             f" {', '.join(map(str, roots))}."

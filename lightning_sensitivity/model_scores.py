@@ -17,8 +17,10 @@ from lightning_sensitivity.sample_scores import (
     DISTANCE,
     ENTROPY,
     ERROR,
+    FINGERPRINT,
     FLIPS,
     LOSS,
+    NUM_LABELS,
     POWER,
     SHIFT_ERROR,
     SHIFT_LOSS,
@@ -41,15 +43,15 @@ def check_same_samples(found: Scored, others: Mapping[str, Scored]) -> None:
     Raises:
         ValueError: If the loader gave others, or in another order.
     """
-    for name, other in others.items():
-        if found.samples.shape != other.samples.shape or not torch.allclose(
-            found.samples[:, POWER], other.samples[:, POWER]
-        ):
-            raise ValueError(
-                f"Expected `dataloader` to give the samples that {name!r} got, in the same order, but got other ones"
-                f" ({len(found.samples)} and {len(other.samples)} samples)."
-            )
+    if not others:
         return
+    name, other = next(iter(others.items()))
+    seen, expected = found.samples[:, FINGERPRINT], other.samples[:, FINGERPRINT]
+    if seen.shape != expected.shape or not torch.allclose(seen, expected, rtol=1e-4, atol=1e-6, equal_nan=True):
+        raise ValueError(
+            f"Other inputs than those of {name!r} ({len(seen)} and {len(expected)} samples): the loader gives others"
+            " each time, or the models transform their batches differently."
+        )
 
 
 def compare_scored(scored: Mapping[str, Scored], notes: Mapping[str, str]) -> Comparison:
@@ -82,34 +84,42 @@ def _by_sample(found: Scored) -> dict[str, Tensor]:
     squares = samples[:, SQUARES] - 2 * mean * samples[:, SUM] + mean.square() * samples[:, CHANGES]
     # A ratio of means to first order: samples count by their number of changes, which is the same for all by default.
     sensitivity = found.sensitivity + (squares - found.sensitivity * samples[:, CHANGES]) / changes
+    power = samples[:, POWER]
     scores = {
         "sensitivity": sensitivity,
-        "variance": samples[:, DISTANCE] * samples[:, POWER].mean(),
+        "variance": samples[:, DISTANCE] * power.mean(),
         "entropy": samples[:, ENTROPY],
         "confidence": samples[:, CONFIDENCE],
         "flips": samples[:, FLIPS],
         "shift_loss": samples[:, SHIFT_LOSS],
         "shift_error": samples[:, SHIFT_ERROR],
-        "loss": samples[:, LOSS],
-        "error": samples[:, ERROR],
+        "loss": _mean_over_labels(samples[:, LOSS], samples[:, NUM_LABELS]),
+        "error": _mean_over_labels(samples[:, ERROR], samples[:, NUM_LABELS]),
     }
+    if found.task == "multiclass" and found.num_outputs > 1:
+        # The power is in units of the noise already. The square root of a product, to first order.
+        estimate = float(loss_estimate(found.sensitivity, power.mean(), 1.0, found.num_outputs))
+        relative = sensitivity / found.sensitivity if found.sensitivity > 0 else torch.ones_like(sensitivity)
+        scores["loss_estimate"] = estimate * (relative + power / power.mean()) / 2
     return {name: values for name, values in scores.items() if bool(values.isfinite().any())}
+
+
+def _mean_over_labels(values: Tensor, num_labels: Tensor) -> Tensor:
+    """Numbers whose mean is that over all labels, of which samples may have more or less, or none."""
+    if not bool(values.isfinite().any()):
+        return values
+    weights = num_labels / num_labels.mean()
+    mean = (values.nan_to_num() * weights).mean()
+    return mean + (values.nan_to_num() - mean) * weights
 
 
 def _row(name: str, found: Scored | None, by_sample: Mapping[str, Tensor], note: str) -> ModelScores:
     if found is None:
         return ModelScores(name, note=note)
     means = {score: float(values.nanmean()) for score, values in by_sample.items()} | {"sensitivity": found.sensitivity}
-    estimate = math.nan
-    if found.num_outputs > 1:
-        # The power is in units of the noise already.
-        estimate = float(
-            loss_estimate(found.sensitivity, float(found.samples[:, POWER].mean()), 1.0, found.num_outputs)
-        )
     return ModelScores(
         name,
         sensitivity_stderr=found.stderr,
-        loss_estimate=estimate,
         num_parameters=found.num_parameters,
         seconds=found.seconds,
         note=note,
@@ -121,5 +131,5 @@ def _doubt(by_sample: Mapping[str, Tensor], found: Scored | None) -> str:
     """What the predictions themselves say of a model that has learned nothing."""
     if found is None or "entropy" not in by_sample:
         return ""
-    num_classes = max(2, found.num_outputs)
+    num_classes = found.num_outputs if found.task == "multiclass" else 2  # of the other tasks, of each label
     return "undecided (untrained?)" if by_sample["entropy"].mean() > _UNDECIDED * math.log(num_classes) else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,14 +36,15 @@ def plot_comparison(comparison: Comparison, ax: Axes | None = None) -> tuple[Fig
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("A plot needs matplotlib: `pip install matplotlib`.") from error
 
-    if ax is None:
-        _, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
     models = [model for model in comparison if model.sensitivity > 0]  # a logarithm can show no other
     with_loss = [model for model in models if model.loss > 0]
+    if ax is None:
+        height = 4.5 if with_loss else max(2.5, 0.25 * len(models))
+        _, ax = plt.subplots(figsize=(8, height), layout="constrained")
     if with_loss:
         _loss_against_sensitivity(with_loss, ax)
     else:
-        names = [model.name for model in models]
+        names = [_literal(model.name) for model in models]
         ax.errorbar([model.sensitivity for model in models], names, xerr=_error_bars(models), fmt="o", capsize=3)
         ax.invert_yaxis()  # the first of the table on top
         ax.grid(axis="y", alpha=0.3)
@@ -58,9 +59,10 @@ def _loss_against_sensitivity(models: list[ModelScores], ax: Axes) -> None:
     from matplotlib import colormaps
 
     has_names = len(models) <= _MAX_NAMES
+    entries: dict[str, Any] = {}
     for index, model in enumerate(models):
         color = colormaps["tab20"](index / _MAX_NAMES) if has_names else "C0"
-        ax.errorbar(
+        entries[_literal(model.name)] = ax.errorbar(
             model.sensitivity,
             model.loss,
             xerr=_error_bars([model]),
@@ -68,17 +70,22 @@ def _loss_against_sensitivity(models: list[ModelScores], ax: Axes) -> None:
             color=color,
             markerfacecolor="none" if model.note else color,
             capsize=3,
-            label=model.name if has_names else None,
         )
-    # One line for all, since they share the inputs, the noise and K.
-    if math.isfinite(models[0].loss_estimate):
-        slope = models[0].loss_estimate / math.sqrt(models[0].sensitivity)
+    entries = entries if has_names else {}
+    slopes = [model.loss_estimate / math.sqrt(model.sensitivity) for model in models]
+    if max(slopes) <= 1.01 * min(slopes):  # the same inputs, noise and number of classes, and none is nan
         ends = [models[0].sensitivity / 2, models[-1].sensitivity * 2]
-        ax.plot(ends, [slope * math.sqrt(end) for end in ends], "--", color="gray", label="Equation 9")
+        (entries["Equation 9"],) = ax.plot(ends, [slopes[0] * math.sqrt(end) for end in ends], "--", color="gray")
     ax.set_yscale("log")
-    ax.set_ylabel("loss (nats)")
-    if ax.get_legend_handles_labels()[0]:
-        ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
+    ax.set_ylabel("loss")
+    if entries:
+        # Given, and not found by matplotlib, which leaves out names that begin with an underscore.
+        ax.legend(entries.values(), entries.keys(), loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
+
+
+def _literal(name: str) -> str:
+    """A name that matplotlib does not take for mathematics."""
+    return name.replace("$", r"\$")
 
 
 def _error_bars(models: list[ModelScores]) -> list[list[float]]:

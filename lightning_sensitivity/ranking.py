@@ -23,7 +23,7 @@ __all__ = ["Comparison", "KendallTau", "ModelScores"]
 TRUTHS = ("loss", "error")
 _NOT_SCORES = ("name", "sensitivity_stderr", "seconds", "note", *TRUTHS)
 _NUM_RESAMPLES = 1000
-_MIN_MODELS = 5  # for an interval: of fewer, a resample is too often a single model
+_MIN_MODELS = 6  # for an interval: of fewer, resamples are too few and too much alike
 _Z = 1.96  # of a 95 % interval
 _MAX_NOTE = 100  # characters in the printed table
 
@@ -77,7 +77,8 @@ class KendallTau(NamedTuple):
 
     Attributes:
         tau: From -1 to 1.
-        low: Lower end of the 95 % bootstrap interval over models; nan for fewer than five.
+        low: Lower end of the 95 % bootstrap interval over models; nan for fewer than six, and where all
+            resamples agree.
         high: Upper end.
     """
 
@@ -89,8 +90,8 @@ class KendallTau(NamedTuple):
 class Comparison:
     """What :func:`~lightning_sensitivity.compare_models` or :func:`~lightning_sensitivity.compare_runs` found.
 
-    It is a sequence of :class:`ModelScores`, from the least to the most sensitive model, with those that failed last.
-    ``print`` shows it as a table.
+    Iterating gives :class:`ModelScores`, from the least to the most sensitive model, with those that failed last, and a
+    name in brackets those of one. ``print`` shows it as a table.
 
     Args:
         models: One row a model, in any order.
@@ -152,7 +153,8 @@ class Comparison:
     def ties(self, score: str = "sensitivity") -> dict[str, list[str]]:
         """Which models a score cannot tell apart: zero lies in the 95 % interval of their difference.
 
-        The intervals are those of single pairs, not corrected for their number.
+        The intervals are those of single pairs, not corrected for their number. Models whose error is not known are
+        left out.
 
         Args:
             score: A field of :class:`ModelScores`.
@@ -160,7 +162,7 @@ class Comparison:
         Returns:
             For each model the names of those that it ties with, in the order of the table.
         """
-        names = [model.name for model in self if math.isfinite(getattr(model, score))]
+        names = [model.name for model in self if self._has_error(model, score)]
         tied: dict[str, list[str]] = {name: [] for name in names}
         for first in names:
             for second in names:
@@ -170,6 +172,11 @@ class Comparison:
                         tied[first].append(second)
         return tied
 
+    def _has_error(self, model: ModelScores, score: str) -> bool:
+        return score in self._by_sample.get(model.name, {}) or (
+            score == "sensitivity" and math.isfinite(model.sensitivity_stderr)
+        )
+
     def kendall(self, truth: str = "loss") -> dict[str, KendallTau]:
         """How well each score orders the models, where labels say what the order is.
 
@@ -177,7 +184,8 @@ class Comparison:
             truth: ``"loss"`` or ``"error"``.
 
         Returns:
-            Kendall's τ-b of each score with the truth. Scores that not all models have are left out. Empty without
+            Kendall's τ-b of each score with the truth. Scores that not all models have, or that are
+            the same for all, are left out. Empty without
             labels, or for fewer than three models.
 
         Raises:
@@ -203,9 +211,10 @@ class Comparison:
         assert isinstance(taus, Tensor)  # without a test there are no p-values beside it
         taus = taus.reshape(-1, len(names))
         low, high = taus[1:].nanquantile(torch.tensor([0.025, 0.975], dtype=taus.dtype), 0)
-        if len(models) < _MIN_MODELS:
-            low, high = torch.full_like(low, torch.nan), torch.full_like(high, torch.nan)
-        return {name: KendallTau(*map(float, triple)) for name, *triple in zip(names, taus[0], low, high, strict=True)}
+        is_interval = (low < high) & (len(models) >= _MIN_MODELS)
+        low, high = (end.where(is_interval, torch.nan) for end in (low, high))
+        rows = zip(names, taus[0], low, high, strict=True)
+        return {name: KendallTau(*map(float, triple)) for name, *triple in rows if bool(triple[0].isfinite())}
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write the table, with all digits; numbers that have no meaning stay empty.
@@ -249,7 +258,7 @@ class Comparison:
         for field in fields(ModelScores)[3:-1]:
             values = [getattr(model, field.name) for model in self]
             if any(map(math.isfinite, values)):
-                columns[field.name.removeprefix("num_").replace("_", " ")] = list(map(_short, values))
+                columns[_title(field.name)] = list(map(_short, values))
         if any(model.note for model in self):
             columns["note"] = [shorten(model.note, _MAX_NOTE) for model in self]
         lines = _aligned(columns)
@@ -259,9 +268,9 @@ class Comparison:
             lines += [
                 "",
                 *_aligned(
-                    {"Kendall's τ with": [score.replace("_", " ") for score in scores]}
+                    {"Kendall's τ with": [_title(score) for score in scores]}
                     | {
-                        truth: [_interval(of_score[score]) for score in scores]
+                        truth: [_interval(of_score[score]) if score in of_score else "" for score in scores]
                         for truth, of_score in taus.items()
                         if of_score
                     }
@@ -283,6 +292,10 @@ def _aligned(columns: Mapping[str, Sequence[str]]) -> list[str]:
         ).rstrip()
         for line in (tuple(columns), *zip(*columns.values(), strict=True))
     ]
+
+
+def _title(score: str) -> str:
+    return score.removeprefix("num_").replace("_", " ")
 
 
 def _short(value: float) -> str:

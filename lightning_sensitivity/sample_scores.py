@@ -15,16 +15,19 @@ COLUMNS = (
     "sum",
     "squares",
     "power",
+    "fingerprint",
     "distance",
     "flips",
     "entropy",
     "confidence",
     "shift_loss",
     "shift_error",
+    "num_labels",
     "loss",
     "error",
 )
-CHANGES, SUM, SQUARES, POWER, DISTANCE, FLIPS, ENTROPY, CONFIDENCE, SHIFT_LOSS, SHIFT_ERROR, LOSS, ERROR = range(12)
+CHANGES, SUM, SQUARES, POWER, FINGERPRINT, DISTANCE, FLIPS, ENTROPY, CONFIDENCE = range(9)
+SHIFT_LOSS, SHIFT_ERROR, NUM_LABELS, LOSS, ERROR = range(9, len(COLUMNS))
 
 
 class SampleScores:
@@ -35,7 +38,7 @@ class SampleScores:
         task: One of :data:`~lightning_sensitivity.tasks.TASKS`.
 
     Attributes:
-        table: Shape ``(N, 12)``, by :data:`COLUMNS`: number, sum and sum of squares of the class-averaged changes, and
+        table: Shape ``(N, 14)``, by :data:`COLUMNS`: number, sum and sum of squares of the class-averaged changes, and
             means over elements, draws and positions of the rest; nan where the task gives a score no meaning, or where
             nothing was added.
         log_probabilities: ``(N, K)``; ``(N, 0)`` where there are no classes, or several positions a sample.
@@ -59,13 +62,20 @@ class SampleScores:
             self.log_probabilities = self._wide.log_softmax(1).float()
 
     def add_inputs(self, x: Tensor, second_moment: Tensor | float) -> None:
-        """Add the power of the clean inputs, in units of the perturbation's second moment: the C of Equation 9.
+        """Add the power of the clean inputs, for the C of Equation 9, and a number that tells samples apart.
 
         Args:
             x: Clean inputs, ``(N, ...)``.
-            second_moment: That of the perturbation.
+            second_moment: That of the perturbation, the unit of the power.
         """
-        self.table[:, POWER] = (x.to(self.table.dtype).square() / second_moment).flatten(1).mean(1)
+        if len(x) != len(self._clean):
+            raise ValueError(
+                f"Expected one output per sample, but got {len(self._clean)} outputs for {len(x)} samples."
+            )
+        wide = x.to(self.table.dtype)
+        self.table[:, POWER] = (wide.square() / second_moment).reshape(len(x), -1).mean(1)
+        elements = wide.reshape(len(x), -1)
+        self.table[:, FINGERPRINT] = elements @ torch.arange(elements.shape[1], device=x.device).to(wide).cos()
 
     def add_noisy(self, noisy: Tensor) -> None:
         """Add the outputs of a noise draw.
@@ -112,6 +122,7 @@ class SampleScores:
             targets: Labels that fit the task; those of -100 do not count.
         """
         y, counts = (self._by_sample(part) for part in target_rows(self._clean, targets, self._task))
+        self.table[:, NUM_LABELS] = counts.sum(1).to(self.table.dtype)
         self.table[:, LOSS] = self._mean(self._losses(y), counts)
         if self._decides:
             self.table[:, ERROR] = self._mean(self._decisions(self._predictions) != self._decisions(y), counts)

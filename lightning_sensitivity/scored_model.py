@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torchmetrics.utilities.distributed import gather_all_tensors
@@ -18,7 +19,7 @@ from lightning_sensitivity.batches import Selector, prepare_call, select_outputs
 from lightning_sensitivity.metric import OutputSensitivity
 from lightning_sensitivity.moments import accumulation_dtype, num_outputs_seen
 from lightning_sensitivity.perturbations import GaussianNoise, noise_generator, shifted
-from lightning_sensitivity.sample_scores import SampleScores
+from lightning_sensitivity.sample_scores import ERROR, LOSS, NUM_LABELS, SampleScores
 from lightning_sensitivity.tasks import check_task
 
 _BATCH_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
@@ -46,6 +47,7 @@ class Scored(NamedTuple):
         sensitivity: S.
         stderr: Its standard error.
         num_outputs: K.
+        task: What they are for.
         num_parameters: How many parameters the model has.
         seconds: Of the whole pass, with loading.
     """
@@ -55,6 +57,7 @@ class Scored(NamedTuple):
     sensitivity: float
     stderr: float
     num_outputs: int
+    task: str
     num_parameters: int
     seconds: float
 
@@ -73,9 +76,12 @@ class ScoredModel(pl.LightningModule):
         self.model: nn.Module | None = model
         self._settings, self._file = settings, file
         self._scored: Scored | None = None
-        if isinstance(model, pl.LightningModule):
+        self._tables: list[Tensor] = []
+        self._log_probabilities: list[Tensor] = []
+        self._labels_fit = True
+        if isinstance(inner := _uncompiled(model), pl.LightningModule):
             for hook in _BATCH_HOOKS:
-                setattr(self, hook, getattr(model, hook))
+                setattr(self, hook, getattr(inner, hook))
 
     def result(self) -> Scored:
         """What the pass found."""
@@ -86,23 +92,23 @@ class ScoredModel(pl.LightningModule):
         return self._scored
 
     def release(self) -> None:
-        """Let go of the model."""
-        self.model = None
+        """Let go of the model, and of what was measured."""
+        self.model = self._scored = None
+        self._tables, self._log_probabilities = [], []
         for hook in _BATCH_HOOKS:
             self.__dict__.pop(hook, None)
 
     def configure_model(self) -> None:
         """Build what the model builds late."""
-        if isinstance(self.model, pl.LightningModule):
-            self.model.configure_model()
+        if isinstance(inner := _uncompiled(self.model), pl.LightningModule):
+            inner.configure_model()
 
     def on_validation_start(self) -> None:
         """Begin with nothing."""
         if (num_loaders := len(self.trainer.num_val_batches)) != 1:
             raise MisconfigurationException(f"`dataloader` should be one loader, got {num_loaders}.")
         self._sensitivity = _Sensitivity().set_dtype(accumulation_dtype(self.device)).to(self.device)
-        self._tables: list[Tensor] = []
-        self._log_probabilities: list[Tensor] = []
+        self._tables, self._log_probabilities, self._labels_fit = [], [], True
         self._start = time.perf_counter()
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -124,15 +130,17 @@ class ScoredModel(pl.LightningModule):
         for pixels in settings.shifts:
             for down, right in ((pixels, 0), (-pixels, 0), (0, pixels), (0, -pixels)):
                 scores.add_shifted(select_outputs(run(shifted(x, down, right)), settings.outputs))
-        if (targets := self._targets(batch)) is not None:
-            check_task(clean, targets, settings.task)
+        if self._labels_fit and (targets := self._targets(batch, clean)) is not None:
             scores.add_targets(targets)
         self._tables.append(scores.table)
         self._log_probabilities.append(scores.log_probabilities)
 
     def on_validation_epoch_end(self) -> None:
         """Put together what all processes found."""
-        samples = self._gathered(self._tables)
+        samples = self._gathered(self._tables, accumulation_dtype(self.device))
+        fits = self._gathered([torch.tensor([[self._labels_fit]], device=self.device)], torch.uint8)
+        if not bool(fits.all()):
+            samples[:, [NUM_LABELS, LOSS, ERROR]] = torch.nan  # those of earlier batches were none, either
         if len(samples) < 2:
             raise ValueError(f"Expected `dataloader` to give two samples or more, but got {len(samples)}.")
         assert self.model is not None
@@ -140,29 +148,44 @@ class ScoredModel(pl.LightningModule):
         num_outputs = torch.tensor([[num_outputs_seen(self._sensitivity.extremes)]], device=self.device)
         self._scored = Scored(
             samples,
-            self._gathered(self._log_probabilities).float(),
+            self._gathered(self._log_probabilities, torch.float32),
             float(self._sensitivity.compute()),
             float(self._sensitivity.stderr),
-            int(self._gathered([num_outputs]).max()),
+            int(self._gathered([num_outputs], torch.int64).max()),
+            self._settings.task,
             sum(parameter.numel() for parameter in self.model.parameters() if not is_lazy(parameter)),
             time.perf_counter() - self._start,
         )
         if self.trainer.is_global_zero:
             torch.save(tuple(self._scored), self._file)
 
-    def _targets(self, batch: Any) -> Tensor | None:
+    def _targets(self, batch: Any, clean: Tensor) -> Tensor | None:
         assert self.model is not None
+        told = self._settings.targets
+        if callable(told) and told(batch) is None:
+            return None
         try:
-            return select_targets(self.model, batch, self._settings.targets)
+            targets = select_targets(self.model, batch, told)
         except MisconfigurationException:
-            if self._settings.targets is not None:
+            if told is not None:
                 raise
             return None  # a loader without labels
+        try:
+            check_task(clean, targets, self._settings.task)
+        except ValueError as error:
+            if told is not None:
+                raise
+            rank_zero_warn(
+                f"`compare_models` takes the loader for one without labels, since what stands in their place is none:"
+                f" {error} If they are elsewhere, say so with `targets=`, or what they are for with `task=`."
+            )
+            self._labels_fit = False
+            return None
+        return targets
 
-    def _gathered(self, parts: list[Tensor]) -> Tensor:
+    def _gathered(self, parts: list[Tensor], dtype: torch.dtype) -> Tensor:
         """The parts of all batches and processes, on the CPU; of those that have any."""
-        wide = accumulation_dtype(self.device)  # the same where there is no part
-        whole = torch.cat(parts).to(wide) if parts else torch.zeros(0, 0, dtype=wide, device=self.device)
+        whole = torch.cat(parts).to(dtype) if parts else torch.zeros(0, 0, dtype=dtype, device=self.device)
         if self.trainer.world_size > 1:
             everywhere = [part for part in gather_all_tensors(whole) if len(part)]
             whole = torch.cat(everywhere) if everywhere else whole
@@ -178,6 +201,11 @@ class ComparisonProgressBar(TQDMProgressBar):
     def validation_description(self) -> str:
         """What stands before the bar of the batches."""
         return self.model_name
+
+
+def _uncompiled(model: nn.Module | None) -> nn.Module | None:
+    """What ``torch.compile`` has wrapped: its hooks are not those of the wrapper."""
+    return getattr(model, "_orig_mod", model)
 
 
 class _Sensitivity(OutputSensitivity):

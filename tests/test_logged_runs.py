@@ -50,7 +50,7 @@ def test_tags_and_folders(logs: Path) -> None:
 def test_nothing_to_compare(logs: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="that logged 'test_sensitivity' .*, but got the tags .*'val_sensitivity'"):
         compare_runs(logs, prefix="test_")
-    with pytest.raises(ValueError, match="but got 0 runs without scalars"):
+    with pytest.raises(ValueError, match="but got 0 event files with scalars"):
         compare_runs(tmp_path)
-    with pytest.raises(ValueError, match="but got 0 runs without scalars"):
+    with pytest.raises(ValueError, match="but got 0 event files with scalars"):
         compare_runs(tmp_path / "missing")

@@ -58,6 +58,17 @@ def test_compare_writes_a_table_and_a_figure(
     assert figure.read_bytes().startswith(b"\x89PNG")
 
 
+def test_names_of_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert command._named(["fc/best.ckpt", "cnn/best.ckpt"]) == {
+        "fc/best": str(tmp_path / "fc/best.ckpt"),
+        "cnn/best": str(tmp_path / "cnn/best.ckpt"),
+    }
+    assert list(command._named(["a.ckpt"])) == ["a"]
+    assert list(command._named(["a.ckpt", "a.ckpt", str(tmp_path / "b.ckpt")])) == ["a", "b"]
+    assert set(command._named(["x", "x.ckpt"])) == {str(tmp_path / "x"), str(tmp_path / "x.ckpt")}
+
+
 def test_options_come_from_a_file(checkpoints: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(

@@ -22,7 +22,7 @@ def scored(weight: Tensor, x: Tensor, noise: list[Tensor], labels: Tensor | None
     if labels is not None:
         scores.add_targets(labels)
     values = float(metric.compute()), float(metric.stderr)
-    return Scored(scores.table, scores.log_probabilities, *values, weight.shape[1], weight.numel(), 1.0)
+    return Scored(scores.table, scores.log_probabilities, *values, weight.shape[1], "multiclass", weight.numel(), 1.0)
 
 
 def case(seed: int, num_samples: int = 100, draws: int = 1) -> tuple[Tensor, list[Tensor]]:
@@ -88,10 +88,54 @@ def test_the_same_samples_are_required() -> None:
     first, other = compared(0)["a"], compared(1)["a"]
     check_same_samples(first, {})
     check_same_samples(first, {"x": first})
-    with pytest.raises(ValueError, match="the samples that 'x' got, in the same order, but got other ones"):
+    with pytest.raises(ValueError, match="Other inputs than those of 'x'"):
         check_same_samples(other, {"x": first})
     with pytest.raises(ValueError, match="100 and 50 samples"):
         check_same_samples(first, {"x": compared(0, num_samples=50)["a"]})
+    # The same power, in another order.
+    x, noise = case(0)
+    x = torch.nn.functional.normalize(x)
+    with pytest.raises(ValueError, match="Other inputs"):
+        check_same_samples(scored(WEIGHTS[0], x, noise), {"x": scored(WEIGHTS[0], x.flip(0), noise)})
+
+
+def test_the_loss_estimate_ties_as_sensitivity_does() -> None:
+    result = compare_scored(compared() | {"copy": compared()["a"]}, dict.fromkeys([*NAMES, "copy"], ""))
+    assert "copy" in result.ties("loss_estimate")["a"] and "copy" in result.ties()["a"]
+    for first, second in (("a", "b"), ("b", "c")):
+        relative = [
+            value / stderr
+            for value, stderr in (result.difference(first, second, s) for s in ("sensitivity", "loss_estimate"))
+        ]
+        assert relative[0] == pytest.approx(relative[1], rel=0.3)
+
+
+def test_every_label_counts_the_same() -> None:
+    clean = torch.randn(8, 3, 10, generator=torch.Generator().manual_seed(0))
+    labels = torch.randint(3, (8, 10), generator=torch.Generator().manual_seed(1))
+    for index in range(8):
+        labels[index, 9 - index :] = -100  # 9 labels to 2
+    labels[3] = -100
+    metric, scores = OutputSensitivity(), SampleScores(clean, "multiclass")
+    scores.add_inputs(clean, 1.0)
+    scores.add_noisy(clean + torch.rand(8, 3, 10))
+    scores.add_targets(labels)
+    metric.update(clean, clean + torch.rand(8, 3, 10))
+    found = Scored(scores.table, scores.log_probabilities, float(metric.compute()), 0.1, 3, "multiclass", 1, 1.0)
+    row = compare_scored({"a": found}, {"a": ""})["a"]
+    assert row.loss == pytest.approx(float(torch.nn.functional.cross_entropy(clean.double(), labels)))
+    assert row.error == pytest.approx(float((clean.argmax(1) != labels)[labels >= 0].double().mean()))
+
+
+def test_undecided_labels_of_a_multilabel_model_are_seen() -> None:
+    clean = 0.01 * torch.randn(20, 10, generator=torch.Generator().manual_seed(0))
+    scores = SampleScores(clean, "multilabel")
+    scores.add_inputs(clean, 1.0)
+    scores.add_noisy(clean + 0.01)
+    found = Scored(scores.table, scores.log_probabilities, 0.1, 0.1, 10, "multilabel", 1, 1.0)
+    row = compare_scored({"a": found}, {"a": ""})["a"]
+    assert row.note == "undecided (untrained?)"
+    assert math.isnan(row.loss_estimate)
 
 
 def test_the_untrained_have_no_vote() -> None:

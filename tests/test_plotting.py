@@ -28,7 +28,7 @@ def test_the_loss_against_sensitivity() -> None:
     assert axes.figure is figure
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
     assert sorted(legend(axes)) == ["Equation 9", "large", "small", "untrained"]
-    (line,) = [line for line in axes.get_lines() if line.get_label() == "Equation 9"]
+    (line,) = [line for line in axes.get_lines() if line.get_linestyle() == "--"]
     x, y = line.get_data()
     assert [loss / math.sqrt(s) for s, loss in zip(x, y, strict=True)] == pytest.approx([2, 2])
     hollow = [line.get_markerfacecolor() == "none" for line in axes.get_lines() if line.get_marker() == "o"]
@@ -46,6 +46,18 @@ def test_many_models_have_no_names() -> None:
     rows = [ModelScores(str(index), sensitivity=1.0 + index, loss=1.0) for index in range(30)]
     _, axes = Comparison(rows).plot()
     assert legend(axes) == []
+
+
+def test_names_are_taken_as_they_are() -> None:
+    rows = [ModelScores(name, sensitivity=1.0, loss=1.0) for name in ("_hidden", r"$\foo$", "a$b$c")]
+    figure, axes = Comparison(rows).plot()
+    assert len(legend(axes)) == 3
+    figure.canvas.draw()
+
+
+def test_no_line_where_models_do_not_share_it() -> None:
+    rows = [ModelScores(str(k), sensitivity=1.0, loss=1.0, loss_estimate=float(k)) for k in (1, 2)]
+    assert "Equation 9" not in legend(Comparison(rows).plot()[1])
 
 
 def test_an_axes_of_the_user() -> None:

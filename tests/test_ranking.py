@@ -75,6 +75,7 @@ def test_without_samples_the_errors_of_both_add_up() -> None:
         ModelScores("a", sensitivity=1.0, sensitivity_stderr=0.3),
         ModelScores("b", sensitivity=2.0, sensitivity_stderr=0.4),
     ]
+    assert Comparison(rows).ties("entropy") == {}
     value, stderr = Comparison(rows).difference("a", "b")
     assert (value, stderr) == (-1, 0.5)
     assert math.isnan(Comparison(rows).difference("a", "b", "entropy")[1])
@@ -108,7 +109,11 @@ def test_the_interval_of_kendall_holds_the_truth() -> None:
 
 
 def test_few_models_have_no_interval_and_two_have_no_tau() -> None:
-    assert math.isnan(comparison(4).kendall()["sensitivity"].low)
+    assert math.isnan(comparison(5).kendall()["sensitivity"].low)
+    assert math.isfinite(comparison(6).kendall()["sensitivity"].low)
+    rows = [ModelScores(str(i), sensitivity=float(i), entropy=1.0, loss=float(i)) for i in range(8)]
+    assert Comparison(rows).kendall().keys() == {"sensitivity"}  # the entropy is the same for all
+    assert math.isnan(Comparison(rows).kendall()["sensitivity"].low)  # and here all resamples agree
     assert comparison(2).kendall() == {}
     assert comparison(8, labelled=False).kendall() == {}
     with pytest.raises(ValueError, match="Expected `truth` to be 'loss' or 'error', but got 'accuracy'"):
