@@ -94,7 +94,8 @@ for name in NETWORKS:
     trainer.save_checkpoint(checkpoints[name])
 
 # %%
-result = compare_models(checkpoints, DataLoader(val, batch_size=500), noise_std=0.1, model_class=Classifier)
+loader = DataLoader(val, batch_size=500)
+result = compare_models(checkpoints, loader, noise_std=0.1, shifts=[1], model_class=Classifier)
 print(result)
 result.to_csv(args.out / "ranking.csv")
 figure, _ = result.plot()

@@ -126,3 +126,15 @@ def test_the_tables_run() -> None:
     assert result.returncode == 0, result.stderr
     rows = [line for line in result.stdout.splitlines() if "(regression)" in line or "(binary)" in line]
     assert len(rows) == 3 and not any("nan" in row for row in rows)
+
+
+# The comparison
+
+
+def test_compare_models_prints_a_table_and_writes_it(tmp_path: Path) -> None:
+    command = [sys.executable, EXAMPLES / "compare_models.py", "--max-epochs", "1"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    for name in ("narrow", "untrained (step 0)", "shift loss", "Kendall's τ with"):
+        assert name in result.stdout
+    assert {path.name for path in (tmp_path / "runs/compare_models").iterdir()} >= {"ranking.csv", "ranking.png"}
