@@ -50,7 +50,7 @@ def compare_models(
     All models get the same noise on the same samples, so that their differences are sharper than their values: ``ties``
     in the table are pairs whose difference in sensitivity could be 0. Sensitivity S and the loss estimate are those of
     Forouzesh, Salehi and Thiran (ICPR 2020, `arXiv:2007.15378`_, Section 3 and Equation 9). The other scores come from
-    the same passes; :class:`~lightning_sensitivity.ranking.ModelScores` says what they are, README how far each of
+    the same passes; :class:`~lightning_sensitivity.scores.ModelScores` says what they are, README how far each of
     them can be believed.
 
     Labels are not needed. Where the loader has them, the table shows the true loss and error, too, and how well each

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_sensitivity.ranking import Comparison, ModelScores
+from lightning_sensitivity.ranking import Comparison
+from lightning_sensitivity.scores import ModelScores
 
 __all__ = ["compare_runs"]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_sensitivity.consensus import consensus_scores
 from lightning_sensitivity.functional import loss_estimate
-from lightning_sensitivity.ranking import Comparison, ModelScores
+from lightning_sensitivity.ranking import Comparison
 from lightning_sensitivity.sample_scores import (
     CHANGES,
     CONFIDENCE,
@@ -28,6 +28,7 @@ from lightning_sensitivity.sample_scores import (
     SUM,
 )
 from lightning_sensitivity.scored_model import Scored
+from lightning_sensitivity.scores import ModelScores
 
 # Share of the highest entropy from which on predictions are nearly uniform.
 _UNDECIDED = 0.95

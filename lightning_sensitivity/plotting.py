@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from lightning_sensitivity.ranking import Comparison, ModelScores
+    from lightning_sensitivity.scores import ModelScores
 
 _MAX_NAMES = 20  # as many colours can be told apart
 
 
-def plot_comparison(comparison: Comparison, ax: Axes | None = None) -> tuple[Figure, Axes]:
+def plot_comparison(comparison: Iterable[ModelScores], ax: Axes | None = None) -> tuple[Figure, Axes]:
     """Draw a comparison.
 
     Where labels gave a loss, it is drawn against sensitivity, in log-log, with the line that Equation 9 predicts;
@@ -22,7 +23,7 @@ def plot_comparison(comparison: Comparison, ax: Axes | None = None) -> tuple[Fig
     the other along their sensitivity. Error bars are of 95 %.
 
     Args:
-        comparison: What :func:`~lightning_sensitivity.compare_models` found.
+        comparison: The models, from the least to the most sensitive one.
         ax: Where to draw; by default a new figure.
 
     Returns:

@@ -6,7 +6,7 @@ import csv
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from textwrap import shorten
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 from torchmetrics.functional import kendall_rank_corrcoef
 
+from lightning_sensitivity.scores import ModelScores
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Comparison", "KendallTau", "ModelScores"]
+__all__ = ["Comparison", "KendallTau"]
 
 TRUTHS = ("loss", "error")
 _NOT_SCORES = ("name", "sensitivity_stderr", "seconds", "note", *TRUTHS)
@@ -26,50 +28,6 @@ _NUM_RESAMPLES = 1000
 _MIN_MODELS = 6  # for an interval: of fewer, resamples are too few and too much alike
 _Z = 1.96  # of a 95 % interval
 _MAX_NOTE = 100  # characters in the printed table
-
-
-@dataclass(frozen=True)
-class ModelScores:
-    """The row of one model. A number that has no meaning for it is nan.
-
-    Attributes:
-        name: What the user calls it.
-        sensitivity: S, in squared units of the outputs.
-        sensitivity_stderr: One standard error of S, over samples and noise.
-        loss_estimate: Equation 9, in nats.
-        variance: C · E‖p(x + ε) − p(x)‖², the variance term of the Brier score; in a regression, of the squared error.
-        entropy: Mean entropy of the predictions, in nats.
-        confidence: Mean probability of the predicted class.
-        flips: Share of predictions that the noise changes.
-        shift_loss: Expected loss, if labels were drawn from the model's own predictions for moved images.
-        shift_error: Expected share of wrong predictions, in the same way.
-        consensus_loss: Expected loss, if labels were drawn from the mean prediction of the other models; see
-            :func:`~lightning_sensitivity.consensus.consensus_scores`.
-        consensus_error: Expected share of wrong predictions, in the same way.
-        num_parameters: How many parameters it has.
-        seconds: Time of the whole pass, with loading.
-        loss: The true loss: cross-entropy, in a regression the mean squared error.
-        error: The true share of wrong predictions.
-        note: What else there is to say: that it is untrained, or why it failed.
-    """
-
-    name: str
-    sensitivity: float = math.nan
-    sensitivity_stderr: float = math.nan
-    loss_estimate: float = math.nan
-    variance: float = math.nan
-    entropy: float = math.nan
-    confidence: float = math.nan
-    flips: float = math.nan
-    shift_loss: float = math.nan
-    shift_error: float = math.nan
-    consensus_loss: float = math.nan
-    consensus_error: float = math.nan
-    num_parameters: float = math.nan
-    seconds: float = math.nan
-    loss: float = math.nan
-    error: float = math.nan
-    note: str = ""
 
 
 class KendallTau(NamedTuple):

@@ -4,7 +4,8 @@ import sys
 import matplotlib
 import pytest
 
-from lightning_sensitivity.ranking import Comparison, ModelScores
+from lightning_sensitivity.ranking import Comparison
+from lightning_sensitivity.scores import ModelScores
 
 matplotlib.use("Agg")
 

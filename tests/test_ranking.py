@@ -7,7 +7,8 @@ import torch
 from scipy.stats import kendalltau
 from torch import Tensor
 
-from lightning_sensitivity.ranking import Comparison, ModelScores
+from lightning_sensitivity.ranking import Comparison
+from lightning_sensitivity.scores import ModelScores
 
 
 def comparison(num_models: int = 8, labelled: bool = True, seed: int = 0) -> Comparison:
