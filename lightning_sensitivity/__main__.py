@@ -9,10 +9,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
-from lightning_sensitivity.comparison import compare_models
+from lightning_sensitivity.comparison import QUIET, compare_models
 from lightning_sensitivity.logged_runs import compare_runs
 from lightning_sensitivity.ranking import Comparison
 from lightning_sensitivity.scored_model import ComparisonProgressBar
@@ -60,10 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit("`--figure` needs matplotlib: `pip install matplotlib`.")
 
     if parsed.subcommand == "compare":
-        quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
         has_bar = options["trainer"]["enable_progress_bar"] is not False
-        callbacks = [ComparisonProgressBar()] if has_bar else []
-        trainer = Trainer(**options.pop("trainer"), callbacks=callbacks, **quiet)  # type: ignore[arg-type]
+        callbacks: list[Callback] = [ComparisonProgressBar()] if has_bar else []
+        trainer = Trainer(**options.pop("trainer"), callbacks=callbacks, **QUIET)
         models = _named(options.pop("checkpoints"))
         _show(compare_models(models, options.pop("data"), trainer=trainer, **options), csv, figure)
     else:

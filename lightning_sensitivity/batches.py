@@ -159,6 +159,17 @@ def select_targets(model: nn.Module, batch: Any, targets: Selector) -> Tensor:
     return selected
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """What ``torch.compile`` has wrapped, whose signature and hooks are not those of the wrapper.
+
+    Args:
+        model: A module, compiled or not.
+    """
+    inner = getattr(model, "_orig_mod", model)
+    assert isinstance(inner, nn.Module)
+    return inner
+
+
 def _floating_tensor(value: Any, key: str | int | None) -> tuple[Tensor, Callable[[Tensor], Any]]:
     """The tensor meant by ``key`` (or by the rules) in a nested value, and a function that replaces it there."""
     if key is None:
@@ -234,7 +245,7 @@ def _num_required_arguments(model: nn.Module) -> int:
 def _forward_parameters(model: nn.Module) -> list[inspect.Parameter]:
     """The parameters of ``forward``, also of a compiled module; none of a scripted one, which does not tell them."""
     try:
-        return list(inspect.signature(getattr(model, "_orig_mod", model).forward).parameters.values())
+        return list(inspect.signature(uncompiled(model).forward).parameters.values())
     except ValueError:
         return []
 

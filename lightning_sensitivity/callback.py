@@ -171,7 +171,7 @@ class SensitivityMonitor(Callback):
         check_loop(trainer, pl_module, stage)
         check_processes(trainer, pl_module)
         attribute = "test_prefix" if stage == "test" else "prefix"
-        prefixes = [getattr(monitor, attribute) for monitor in _monitors(trainer)]
+        prefixes = [getattr(monitor, attribute) for monitor in monitors(trainer)]
         if len(set(prefixes)) < len(prefixes):
             raise MisconfigurationException(
                 f"Each `SensitivityMonitor` should have a `{attribute}` of its own, got {prefixes}."
@@ -183,9 +183,9 @@ class SensitivityMonitor(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Lay out TensorBoard's Custom Scalars, so that the loss and its estimate share a chart."""
-        monitors = _monitors(trainer)
-        if self is monitors[0]:  # a second layout would take the place of the first
-            layout = custom_scalars_layout({monitor.prefix: monitor.task is not None for monitor in monitors})
+        all_monitors = monitors(trainer)
+        if self is all_monitors[0]:  # a second layout would take the place of the first
+            layout = custom_scalars_layout({monitor.prefix: monitor.task is not None for monitor in all_monitors})
             for logger in trainer.loggers:
                 # By name, because the logger of `pytorch_lightning` is another class.
                 if any(base.__name__ == "TensorBoardLogger" for base in type(logger).__mro__):
@@ -195,8 +195,8 @@ class SensitivityMonitor(Callback):
         """Watch whether validation ever runs, and remember what the risk estimate needs."""
         self._has_measured = False
         # Who says where the labels are, or what, or monitors the estimate, must get it.
-        monitors = [getattr(callback, "monitor", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
-        is_monitored = any(str(monitor).startswith(f"{self.prefix}risk_") for monitor in monitors)
+        monitored = [getattr(callback, "monitor", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
+        is_monitored = any(str(monitor).startswith(f"{self.prefix}risk_") for monitor in monitored)
         is_required = self.task != "auto" or self.targets is not None or is_monitored
         self._risk.start_fit(trainer, pl_module, is_required)
 
@@ -394,7 +394,12 @@ class SensitivityMonitor(Callback):
             )
 
 
-def _monitors(trainer: pl.Trainer) -> list[SensitivityMonitor]:
+def monitors(trainer: pl.Trainer) -> list[SensitivityMonitor]:
+    """The monitors among the callbacks of a Trainer.
+
+    Args:
+        trainer: The Trainer.
+    """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return [callback for callback in callbacks if isinstance(callback, SensitivityMonitor)]
 

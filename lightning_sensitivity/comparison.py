@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import nn
 from torch.multiprocessing.spawn import ProcessRaisedException
 
 from lightning_sensitivity.arguments import check_argument, check_int, check_selector, gaussian_noise
-from lightning_sensitivity.callback import SensitivityMonitor
+from lightning_sensitivity.callback import monitors
 from lightning_sensitivity.isolation import preserved_rng
 from lightning_sensitivity.model_scores import check_same_samples, compare_scored
 from lightning_sensitivity.ranking import Comparison
@@ -27,6 +27,9 @@ from lightning_sensitivity.scored_model import ComparisonProgressBar, Scored, Sc
 from lightning_sensitivity.tasks import TASKS
 
 __all__ = ["compare_models"]
+
+# Options of a Trainer that leaves nothing behind.
+QUIET: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
 
 Model = nn.Module | str | os.PathLike[str] | Callable[[], nn.Module]
 
@@ -109,8 +112,7 @@ def compare_models(
         check_selector(name, selector)
     settings = Settings(gaussian_noise(noise_std), num_draws, seed, tuple(shifts), task, inputs, outputs, targets)
     if trainer is None:
-        quiet = {"devices": 1, "logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-        trainer = Trainer(callbacks=[ComparisonProgressBar()], **quiet)  # type: ignore[arg-type]
+        trainer = Trainer(devices=1, callbacks=[ComparisonProgressBar()], **QUIET)
 
     # Of a loader that shuffles by a generator of its own.
     sources = (getattr(dataloader, "generator", None), getattr(getattr(dataloader, "sampler", None), "generator", None))
@@ -176,14 +178,10 @@ def _check_arguments(
     valid = model_class is None or (isinstance(model_class, type) and issubclass(model_class, LightningModule))
     check_argument("model_class", model_class, valid, "a class of LightningModule, or None")
     check_argument("task", task, task in TASKS, f"one of {', '.join(map(repr, TASKS))}")
-    if trainer is not None and any(isinstance(callback, SensitivityMonitor) for callback in _callbacks(trainer)):
+    if trainer is not None and monitors(trainer):
         raise MisconfigurationException(
             "`trainer` should be a Trainer of its own, got one with a `SensitivityMonitor`."
         )
-
-
-def _callbacks(trainer: Trainer) -> list[Callback]:
-    return trainer.callbacks  # type: ignore[attr-defined,no-any-return]
 
 
 def _build(model: Model, model_class: type[LightningModule] | None) -> tuple[nn.Module, str]:

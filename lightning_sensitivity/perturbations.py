@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from numbers import Real
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["GaussianNoise", "noise_generator", "shifted"]
+__all__ = ["GaussianNoise", "four_shifts", "noise_generator", "shifted"]
 
 
 class GaussianNoise:
@@ -143,3 +143,17 @@ def shifted(images: Tensor, down: int, right: int) -> Tensor:
     padded = pad(images, (max(right, 0), max(-right, 0), max(down, 0), max(-down, 0)), mode="replicate")
     top, left = max(-down, 0), max(-right, 0)
     return padded[:, :, top : top + height, left : left + width]
+
+
+def four_shifts(images: Tensor, pixels: int) -> Iterator[Tensor]:
+    """The images moved down, up, right and left.
+
+    Args:
+        images: Shape ``(N, C, H, W)``.
+        pixels: By how many pixels.
+
+    Yields:
+        What :func:`shifted` gives, one direction at a time.
+    """
+    for down, right in ((pixels, 0), (-pixels, 0), (0, pixels), (0, -pixels)):
+        yield shifted(images, down, right)

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
+from itertools import combinations
 from textwrap import shorten
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -122,12 +123,11 @@ class Comparison:
         """
         names = [model.name for model in self if self._has_error(model, score)]
         tied: dict[str, list[str]] = {name: [] for name in names}
-        for first in names:
-            for second in names:
-                if first != second:
-                    value, stderr = self.difference(first, second, score)
-                    if abs(value) <= _Z * stderr or value == 0:
-                        tied[first].append(second)
+        for first, second in combinations(names, 2):
+            value, stderr = self.difference(first, second, score)
+            if abs(value) <= _Z * stderr or value == 0:
+                tied[first].append(second)
+                tied[second].append(first)
         return tied
 
     def _has_error(self, model: ModelScores, score: str) -> bool:
@@ -155,8 +155,7 @@ class Comparison:
         if len(models) < 3:
             return {}
         names = [field.name for field in fields(ModelScores) if field.name not in _NOT_SCORES]
-        scores = torch.tensor([[getattr(model, name) for name in names] for model in models], dtype=torch.float64)
-        names = [name for name, column in zip(names, scores.T, strict=True) if bool(column.isfinite().all())]
+        names = [name for name in names if all(math.isfinite(getattr(model, name)) for model in models)]
         scores = torch.tensor([[getattr(model, name) for name in names] for model in models], dtype=torch.float64)
         true = torch.tensor([getattr(model, truth) for model in models], dtype=torch.float64)
 

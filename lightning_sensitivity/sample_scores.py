@@ -58,8 +58,10 @@ class SampleScores:
             both = p if task == "multiclass" else torch.stack([p, 1 - p], 3)
             self.table[:, ENTROPY] = self._mean(torch.special.entr(both).sum(-1))
             self.table[:, CONFIDENCE] = self._mean(both.amax(-1))
-        if self._decides and task == "multiclass" and len(self._wide) == len(clean):
-            self.log_probabilities = self._wide.log_softmax(1).float()
+        # Once, for the consensus, for labels and for each of the moved images.
+        self._log_p = self._wide.log_softmax(1) if task == "multiclass" else None
+        if self._decides and self._log_p is not None and len(self._wide) == len(clean):
+            self.log_probabilities = self._log_p.float()
 
     def add_inputs(self, x: Tensor, second_moment: Tensor | float) -> None:
         """Add the power of the clean inputs, for the C of Equation 9, and a number that tells samples apart.
@@ -131,8 +133,8 @@ class SampleScores:
         """Losses under soft labels: cross-entropies, in a regression squared errors."""
         if self._task == "regression":
             return (self._predictions - labels).square()
-        if self._task == "multiclass":
-            return -(labels * self._by_sample(self._wide.log_softmax(1))).sum(2)
+        if self._log_p is not None:
+            return -(labels * self._by_sample(self._log_p)).sum(2)
         return binary_cross_entropy_with_logits(self._by_sample(self._wide), labels, reduction="none")
 
     def _average(self, column: int, values: Tensor, num_before: int) -> None:

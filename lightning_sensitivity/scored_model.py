@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from lightning_sensitivity.batches import Selector, prepare_call, select_outputs, select_targets
+from lightning_sensitivity.batches import Selector, prepare_call, select_outputs, select_targets, uncompiled
 from lightning_sensitivity.metric import OutputSensitivity
 from lightning_sensitivity.moments import accumulation_dtype, num_outputs_seen
-from lightning_sensitivity.perturbations import GaussianNoise, noise_generator, shifted
+from lightning_sensitivity.perturbations import GaussianNoise, four_shifts, noise_generator
 from lightning_sensitivity.sample_scores import ERROR, LOSS, NUM_LABELS, SampleScores
 from lightning_sensitivity.tasks import check_task
 
@@ -42,7 +42,7 @@ class Scored(NamedTuple):
     """What a pass over the samples gave, over all processes, on the CPU.
 
     Attributes:
-        samples: The table of :meth:`~lightning_sensitivity.sample_scores.SampleScores.table`, over all batches.
+        samples: The :attr:`~lightning_sensitivity.sample_scores.SampleScores.table`, over all batches.
         log_probabilities: One row a sample, one column a class; without columns where there are no classes, or maps.
         sensitivity: S.
         stderr: Its standard error.
@@ -79,7 +79,7 @@ class ScoredModel(pl.LightningModule):
         self._tables: list[Tensor] = []
         self._log_probabilities: list[Tensor] = []
         self._labels_fit = True
-        if isinstance(inner := _uncompiled(model), pl.LightningModule):
+        if isinstance(inner := uncompiled(model), pl.LightningModule):
             for hook in _BATCH_HOOKS:
                 setattr(self, hook, getattr(inner, hook))
 
@@ -100,7 +100,8 @@ class ScoredModel(pl.LightningModule):
 
     def configure_model(self) -> None:
         """Build what the model builds late."""
-        if isinstance(inner := _uncompiled(self.model), pl.LightningModule):
+        assert self.model is not None
+        if isinstance(inner := uncompiled(self.model), pl.LightningModule):
             inner.configure_model()
 
     def on_validation_start(self) -> None:
@@ -128,8 +129,8 @@ class ScoredModel(pl.LightningModule):
 
         self._sensitivity.update(clean, map(noisy_outputs, range(settings.num_draws)))
         for pixels in settings.shifts:
-            for down, right in ((pixels, 0), (-pixels, 0), (0, pixels), (0, -pixels)):
-                scores.add_shifted(select_outputs(run(shifted(x, down, right)), settings.outputs))
+            for moved in four_shifts(x, pixels):
+                scores.add_shifted(select_outputs(run(moved), settings.outputs))
         if self._labels_fit and (targets := self._targets(batch, clean)) is not None:
             scores.add_targets(targets)
         self._tables.append(scores.table)
@@ -201,11 +202,6 @@ class ComparisonProgressBar(TQDMProgressBar):
     def validation_description(self) -> str:
         """What stands before the bar of the batches."""
         return self.model_name
-
-
-def _uncompiled(model: nn.Module | None) -> nn.Module | None:
-    """What ``torch.compile`` has wrapped: its hooks are not those of the wrapper."""
-    return getattr(model, "_orig_mod", model)
 
 
 class _Sensitivity(OutputSensitivity):

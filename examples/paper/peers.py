@@ -27,7 +27,7 @@ from torch.nn.utils import parameters_to_vector
 from zoo import QUICK, ZOO, Spec, parse_arguments
 
 from lightning_sensitivity.consensus import consensus_scores
-from lightning_sensitivity.perturbations import shifted
+from lightning_sensitivity.perturbations import four_shifts
 from lightning_sensitivity.sample_scores import SHIFT_ERROR, SHIFT_LOSS, SampleScores
 
 JACOBIAN_IMAGES = 1000
@@ -93,8 +93,8 @@ def by_moved_images(subject: Subject) -> Tensor:
         with torch.no_grad():
             for x in batches:
                 scores = SampleScores(subject.model(x), "multiclass")
-                for down, right in ((2, 0), (-2, 0), (0, 2), (0, -2)):
-                    scores.add_shifted(subject.model(shifted(x, down, right)))
+                for moved in four_shifts(x, 2):
+                    scores.add_shifted(subject.model(moved))
                 parts.append(scores.table[:, [SHIFT_LOSS, SHIFT_ERROR]])
         found = MOVED[subject.data, subject.spec] = torch.cat(parts).mean(0)
     return found
