@@ -4,37 +4,55 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from numbers import Real
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-__all__ = ["GaussianNoise", "four_shifts", "noise_generator", "shifted"]
+__all__ = [
+    "GaussianNoise",
+    "Interpolation",
+    "Perturbation",
+    "RademacherNoise",
+    "SaltAndPepper",
+    "UniformNoise",
+    "noise_generator",
+]
 
 
-class GaussianNoise:
-    """Add independent normal noise to every element of an input: x' = x + ε, ε ~ N(0, σ² I).
+class Perturbation(ABC):
+    """What is done to an input. The attributes of an instance are its arguments, as its ``repr`` shows them."""
 
-    Its second moment E[(x' − x)²] is σ² for every element.
+    @abstractmethod
+    def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Perturb a batch.
 
-    Args:
-        std: σ in the units that the model receives, one for all elements or one per channel (dimension 1). After
-            ``Normalize(mean, std)``, noise of σ in pixel units is ``[σ / s for s in std]``.
+        Args:
+            x: Floating tensor, shape ``(N, ...)``. It is not written to.
+            generator: The only source of random numbers, on the device of ``x``.
 
-    Raises:
-        ValueError: If a σ is not a positive, finite number, or if there is none.
+        Returns:
+            A new tensor of the shape, type and memory format of ``x``.
+        """
 
-    Example:
-        >>> import torch
-        >>> from lightning_sensitivity.perturbations import GaussianNoise, noise_generator
-        >>> noise = GaussianNoise(0.1)
-        >>> x = torch.zeros(2, 3)
-        >>> noise(x, noise_generator(seed=0))
-        tensor([[-0.0420,  0.1564, -0.0608],
-                [-0.0201, -0.0759,  0.0250]])
-    """
+    def second_moment(self, x: Tensor) -> Tensor | float | None:
+        """E[(x' − x)²] of each element, a number or a tensor that broadcasts to the shape of ``x``.
+
+        None, unless the perturbation adds independent noise of mean zero, which does not depend on ``x``, to each
+        element: the paper's Equation 9 has no meaning for another one, and there is no loss estimate.
+        """
+        return None
+
+    def __repr__(self) -> str:
+        """Show the arguments."""
+        return f"{type(self).__name__}({', '.join(map(repr, vars(self).values()))})"
+
+
+class _IndependentNoise(Perturbation):
+    """x' = x + σ ξ, with independent ξ of mean 0 and variance 1 for every element."""
 
     def __init__(self, std: float | Sequence[float] = 0.1) -> None:
         std = std.tolist() if hasattr(std, "tolist") else std  # of numpy or torch
@@ -60,9 +78,9 @@ class GaussianNoise:
         Raises:
             ValueError: If the number of σ is not the number of channels.
         """
-        # 16-bit inputs are perturbed in float32 and rounded once, like the data that the model was given.
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        noise = torch.randn(x.shape, generator=generator, dtype=dtype, device=x.device)
+        # Noise is drawn in float32 whatever the type of the input, so that every precision gets the same; 16-bit inputs
+        # are perturbed there, too, and rounded once, like the data that the model was given.
+        noise = self._standard(x.shape, generator)
         return (x + self._std_for(x) * noise).to(x.dtype)
 
     def second_moment(self, x: Tensor) -> Tensor | float:
@@ -79,9 +97,157 @@ class GaussianNoise:
             )
         return torch.tensor(self.std, dtype=torch.float32, device=x.device).reshape(-1, *[1] * (x.ndim - 2))
 
-    def __repr__(self) -> str:
-        """Show the argument."""
-        return f"{type(self).__name__}({self.std!r})"
+    @abstractmethod
+    def _standard(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        """Noise of mean 0 and variance 1 in float32, on the device of the generator."""
+
+
+class GaussianNoise(_IndependentNoise):
+    """Add independent normal noise to every element of an input: x' = x + ε, ε ~ N(0, σ² I).
+
+    Its second moment E[(x' − x)²] is σ² for every element.
+
+    Args:
+        std: σ in the units that the model receives, one for all elements or one per channel (dimension 1). After
+            ``Normalize(mean, std)``, noise of σ in pixel units is ``[σ / s for s in std]``.
+
+    Raises:
+        ValueError: If a σ is not a positive, finite number, or if there is none.
+
+    Example:
+        >>> import torch
+        >>> from lightning_sensitivity.perturbations import GaussianNoise, noise_generator
+        >>> noise = GaussianNoise(0.1)
+        >>> x = torch.zeros(2, 3)
+        >>> noise(x, noise_generator(seed=0))
+        tensor([[-0.0420,  0.1564, -0.0608],
+                [-0.0201, -0.0759,  0.0250]])
+    """
+
+    def _standard(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device=generator.device)
+
+
+class UniformNoise(_IndependentNoise):
+    """Add independent uniform noise to every element of an input: x' = x + ε, ε uniform on [−√3 σ, √3 σ].
+
+    Its second moment E[(x' − x)²] is σ² for every element, and no element moves by more than √3 σ.
+
+    Args:
+        std: σ in the units that the model receives, as in :class:`GaussianNoise`.
+
+    Raises:
+        ValueError: If a σ is not a positive, finite number, or if there is none.
+
+    Example:
+        >>> import torch
+        >>> from lightning_sensitivity.perturbations import UniformNoise, noise_generator
+        >>> UniformNoise(0.1)(torch.zeros(2, 3), noise_generator(seed=0))
+        tensor([[-0.1606,  0.1032, -0.0983],
+                [ 0.0904, -0.1061,  0.0615]])
+    """
+
+    def _standard(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        return math.sqrt(3) * (
+            2 * torch.rand(shape, generator=generator, dtype=torch.float32, device=generator.device) - 1
+        )
+
+
+class RademacherNoise(_IndependentNoise):
+    """Move every element of an input up or down by σ, independently and with equal probability: x' = x ± σ.
+
+    Its second moment (x' − x)² is σ² for every element, in every draw.
+
+    Args:
+        std: σ in the units that the model receives, as in :class:`GaussianNoise`.
+
+    Raises:
+        ValueError: If a σ is not a positive, finite number, or if there is none.
+
+    Example:
+        >>> import torch
+        >>> from lightning_sensitivity.perturbations import RademacherNoise, noise_generator
+        >>> RademacherNoise(0.1)(torch.zeros(2, 3), noise_generator(seed=0))
+        tensor([[-0.1000, -0.1000, -0.1000],
+                [ 0.1000,  0.1000,  0.1000]])
+    """
+
+    def _standard(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        return 2 * torch.randint(2, shape, generator=generator, dtype=torch.float32, device=generator.device) - 1
+
+
+class SaltAndPepper(Perturbation):
+    """Replace independent elements of an input by the lowest or the highest value, with equal probability.
+
+    Its second moment E[(x' − x)²] is p/2 · [(low − x)² + (high − x)²] with the probability p. It depends on x, and the
+    mean of the change is not zero, so that Equation 9 of the paper has no meaning: :meth:`second_moment` is None.
+
+    Args:
+        probability: That an element is replaced, over 0 and up to 1. Channels of a pixel are elements of their own.
+        low: The lowest value ("pepper"), in the units that the model receives.
+        high: The highest value ("salt").
+
+    Raises:
+        ValueError: If the probability is not in (0, 1], or the values are not finite numbers with low < high.
+
+    Example:
+        >>> import torch
+        >>> from lightning_sensitivity.perturbations import SaltAndPepper, noise_generator
+        >>> SaltAndPepper(0.5)(torch.full((2, 4), 0.3), noise_generator(seed=0))
+        tensor([[0.0000, 0.3000, 0.0000, 0.3000],
+                [0.0000, 0.3000, 0.3000, 0.3000]])
+    """
+
+    def __init__(self, probability: float, low: float = 0.0, high: float = 1.0) -> None:
+        self.probability = check_number("probability", probability, above=0, most=1)
+        self.low = check_number("low", low)
+        self.high = check_number("high", high, above=self.low)
+
+    def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Perturb a batch of floating tensors of any shape."""
+        chance = torch.rand(x.shape, generator=generator, dtype=torch.float32, device=x.device)
+        replaced = x.clone().masked_fill_(chance < self.probability, self.high)
+        return replaced.masked_fill_(chance < self.probability / 2, self.low)
+
+
+class Interpolation(Perturbation):
+    """Move every sample towards another one of its batch: x' = x + weight · (x_j − x).
+
+    The others are the batch, moved on by a random number of places from 1 to N − 1, so that no sample meets itself, and
+    each of the others is as likely. A batch of one sample is returned as it is, with a warning.
+
+    Its second moment E[(x' − x)²] is weight² times the mean of (x_j − x)² over the other samples. It depends on x, and
+    the mean of the change is not zero, so that Equation 9 of the paper has no meaning: :meth:`second_moment` is None.
+
+    Args:
+        weight: How far, over 0 and up to 1, at which the sample becomes the other one.
+
+    Raises:
+        ValueError: If the weight is not in (0, 1].
+
+    Example:
+        >>> import torch
+        >>> from lightning_sensitivity.perturbations import Interpolation, noise_generator
+        >>> Interpolation(0.1)(torch.tensor([[0.0, 1.0, 2.0]]).T, noise_generator(seed=0)).T
+        tensor([[0.1000, 1.1000, 1.8000]])
+    """
+
+    def __init__(self, weight: float) -> None:
+        self.weight = check_number("weight", weight, above=0, most=1)
+
+    def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Perturb a batch of floating tensors, shape ``(N, ...)``."""
+        if (count := len(x)) < 2:
+            warnings.warn(
+                f"Expected a batch of two samples or more for {self}, but got an input of shape {tuple(x.shape)}, which"
+                " stays as it is.",
+                stacklevel=2,
+            )
+            return x.clone()
+        places = torch.randint(1, count, (1,), generator=generator, device=x.device)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        others = wide[(torch.arange(count, device=x.device) + places) % count]
+        return torch.lerp(wide, others, self.weight).to(x.dtype)
 
 
 def noise_generator(
@@ -110,50 +276,22 @@ def noise_generator(
     """
     # Hashed, because neighbouring seeds of some generators give correlated streams.
     key = repr((seed, rank, dataloader_idx, batch_idx, draw)).encode()
-    generator = torch.Generator(device)
-    return generator.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1)
+    return torch.Generator(device).manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1)
 
 
-def shifted(images: Tensor, down: int, right: int) -> Tensor:
-    """Move images by whole pixels; the pixels of the edge are repeated in the gap.
+def check_number(name: str, value: object, above: float = -math.inf, most: float = math.inf) -> float:
+    """Require a finite number, which a bool is not.
 
     Args:
-        images: Shape ``(N, C, H, W)``.
-        down: By how many pixels, negative for up.
-        right: By how many pixels, negative for left.
-
-    Returns:
-        The moved images, of the same shape.
+        name: Of the argument.
+        value: What came.
+        above: What it has to exceed.
+        most: What it may not exceed.
 
     Raises:
-        ValueError: If the input is no batch of images, or too small.
-
-    Example:
-        >>> import torch
-        >>> from lightning_sensitivity.perturbations import shifted
-        >>> shifted(torch.tensor([[[[1.0, 2.0, 3.0]]]]), down=0, right=1)
-        tensor([[[[1., 1., 2.]]]])
+        ValueError: If it is none.
     """
-    if images.ndim != 4 or images.shape[2] <= abs(down) or images.shape[3] <= abs(right):
-        raise ValueError(
-            f"Expected images (N, C, H, W) that can be moved by {down} and {right} pixels (`shifts`), but got an input"
-            f" of shape {tuple(images.shape)}."
-        )
-    height, width = images.shape[2:]
-    padded = pad(images, (max(right, 0), max(-right, 0), max(down, 0), max(-down, 0)), mode="replicate")
-    top, left = max(-down, 0), max(-right, 0)
-    return padded[:, :, top : top + height, left : left + width]
-
-
-def four_shifts(images: Tensor, pixels: int) -> Iterator[Tensor]:
-    """The images moved down, up, right and left.
-
-    Args:
-        images: Shape ``(N, C, H, W)``.
-        pixels: By how many pixels.
-
-    Yields:
-        What :func:`shifted` gives, one direction at a time.
-    """
-    for down, right in ((pixels, 0), (-pixels, 0), (0, pixels), (0, -pixels)):
-        yield shifted(images, down, right)
+    if isinstance(value, Real) and not isinstance(value, bool) and above < float(value) <= most and value != math.inf:
+        return float(value)
+    expected = "a finite number" + f" above {above:g}" * (above > -math.inf) + f", at most {most:g}" * (most < math.inf)
+    raise ValueError(f"Expected `{name}` to be {expected}, but got {value!r}.")

@@ -27,7 +27,7 @@ from torch.nn.utils import parameters_to_vector
 from zoo import QUICK, ZOO, Spec, parse_arguments
 
 from lightning_sensitivity.consensus import consensus_scores
-from lightning_sensitivity.perturbations import four_shifts
+from lightning_sensitivity.image_perturbations import four_shifts
 from lightning_sensitivity.sample_scores import SHIFT_ERROR, SHIFT_LOSS, SampleScores
 
 JACOBIAN_IMAGES = 1000
