@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_sensitivity.moments import batch_moments, check_outputs, find_non_finite, sensitivity_estimate
+from lightning_sensitivity.extremes import check_outputs, check_rounding, find_non_finite
+from lightning_sensitivity.moments import batch_moments, sensitivity_estimate
 from lightning_sensitivity.risk import RiskEstimate, has_training, holdout_sums, risk_terms, training_sums
 from lightning_sensitivity.tasks import TASKS, check_logits, check_task
 
@@ -52,11 +53,13 @@ def output_sensitivity(clean: Tensor, noisy: Tensor | Iterable[Tensor], per_outp
     moments, extremes = batch_moments(clean, noisy, per_output)
     if (non_finite := find_non_finite(extremes)) is not None:
         raise ValueError(non_finite)
-    if not per_output and (warning := check_outputs(extremes)) is not None:
+    estimate = sensitivity_estimate(moments)
+    warning = (None if per_output else check_outputs(extremes)) or check_rounding(estimate, extremes)
+    if warning is not None:
         warnings.warn(warning, stacklevel=2)
     if clean.numel() == 0:
         raise ValueError(f"Expected `clean` to hold at least one sample, but got the shape {tuple(clean.shape)}.")
-    return sensitivity_estimate(moments).sensitivity
+    return estimate.sensitivity
 
 
 def loss_estimate(

@@ -11,14 +11,17 @@ from torchmetrics import Metric
 from torchmetrics.utilities import rank_zero_warn
 from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
 
+from lightning_sensitivity.extremes import (
+    check_num_outputs,
+    check_outputs,
+    check_rounding,
+    empty_extremes,
+    find_non_finite,
+)
 from lightning_sensitivity.moments import (
     SensitivityEstimate,
     batch_moments,
-    check_num_outputs,
-    check_outputs,
-    empty_extremes,
     empty_moments,
-    find_non_finite,
     merge_moments,
     sensitivity_estimate,
 )
@@ -49,7 +52,9 @@ class OutputSensitivity(Metric):
     - ``sensitivity`` (:class:`~torch.Tensor`): scalar tensor in squared units of the outputs
 
     Its error bar is :attr:`stderr`, the number of samples behind it :attr:`num_samples`. That all outputs are finite
-    and are not probabilities is checked in ``compute``, so that ``update`` never waits for the device.
+    and are not probabilities is checked in ``compute``, so that ``update`` never waits for the device. So is their
+    rounding, which in 16 bits can be above the changes: ``compute`` warns where it may move the value by more than the
+    error bar says. It goes by the coarsest type of the outputs and of autocast, if ``update`` runs inside it.
 
     Args:
         per_output: Compute the mean over k of Var(f_k(x + ε) − f_k(x)) instead, which does not average over outputs
@@ -135,8 +140,8 @@ class OutputSensitivity(Metric):
 
     def compute(self) -> Tensor:
         """The sensitivity of all samples so far, over all processes."""
-        self._check()
         self._estimate = sensitivity_estimate(self.moments)
+        self._check(self._estimate)
         return self._estimate.sensitivity
 
     @property
@@ -177,18 +182,23 @@ class OutputSensitivity(Metric):
         """
         return self._plot(val, ax)
 
-    def _check(self) -> None:
+    def _check(self, estimate: SensitivityEstimate) -> None:
         extremes = self.extremes.cpu()  # once, for all checks
         check_num_outputs(extremes)
         if (problem := find_non_finite(extremes)) is not None:
             self._report_non_finite(problem)
         elif not self.per_output and (warning := check_outputs(extremes)) is not None:
             rank_zero_warn(warning)
+        elif (warning := check_rounding(estimate, extremes)) is not None:
+            self._report_rounding(warning)
 
     def _report_non_finite(self, problem: str) -> None:
         if self.nan_strategy == "error":
             raise ValueError(f"{problem} With `nan_strategy='warn'` it is a warning, and there is no value.")
         rank_zero_warn(problem)
+
+    def _report_rounding(self, warning: str) -> None:
+        rank_zero_warn(warning)
 
     def _computed_estimate(self) -> SensitivityEstimate:
         self.compute()  # cached, and leaves the estimate behind

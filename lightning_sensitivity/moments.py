@@ -1,19 +1,25 @@
 """The statistics of a stream of output changes in one small tensor that batches and processes merge.
 
 The *moments*, which :func:`batch_moments` makes, :func:`merge_moments` joins in any order and grouping, and
-:func:`sensitivity_estimate` reads. Beside them the *extremes* hold what is needed to refuse input that would give a
-wrong number; keeping them on the device lets every check wait until a value is asked for, so that no batch has to wait
-for the device.
+:func:`sensitivity_estimate` reads.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from lightning_sensitivity.dtypes import accumulation_dtype, rounding_variance
+from lightning_sensitivity.extremes import (
+    FIRST_BAD_CLEAN,
+    FIRST_BAD_NOISY,
+    NEG_MAX_CHANGE,
+    output_columns,
+    output_extremes,
+)
 
 # Layout of the moments, one row each, with D the number of outputs that are kept apart (1 after class-averaging).
 # A sample's features are (weight, square, sum_1 ... sum_D): how many changes it gave (noise draws times positions),
@@ -23,17 +29,8 @@ _MEANS = 1  # mean over samples of the features
 _WITH_WEIGHT = 2  # co-moments, summed over samples, of the weight with each feature
 _WITH_SQUARE = 3  # co-moments of the square with each feature
 _SELF = 4  # co-moment of each feature with itself
-_NUM_ROWS = 5
-
-# Layout of the extremes; all are minima, so that one ``min`` merges them.
-_FIRST_BAD_CLEAN, _FIRST_BAD_NOISY = 0, 1  # index of the first update with nan or inf, else inf
-_MIN_OUTPUTS, _NEG_MAX_OUTPUTS = 2, 3  # K
-_MIN_VALUE = 4
-_MIN_ROW_SUM, _NEG_MAX_ROW_SUM = 5, 6
-_NEG_ROUNDING = 7  # relative rounding of an output
-_NEG_MAX_SIZE = 8  # the largest sum over a row of absolute values
-_NEG_MAX_CHANGE = 9  # the largest change of one output
-_NUM_EXTREMES = 10
+_ROUNDING = 5  # (sum over changes of the variance that the outputs' rounding adds, 0 ...)
+_NUM_ROWS = 6
 
 
 class SensitivityEstimate(NamedTuple):
@@ -45,29 +42,21 @@ class SensitivityEstimate(NamedTuple):
         num_samples: Scalar tensor, the number of samples behind it. Noise draws and positions of one sample are
             not independent and do not add to it.
         num_changes: Scalar tensor, the number of output changes: samples times noise draws times positions.
+        rounding: Scalar tensor, what the rounding of the outputs adds to ``sensitivity``, where their changes are
+            above it. Roundings inside the model come on top.
     """
 
     sensitivity: Tensor
     stderr: Tensor
     num_samples: Tensor
     num_changes: Tensor
-
-
-def accumulation_dtype(device: torch.device) -> torch.dtype:
-    """The widest floating type of a device: float64, or float32 on MPS, which has no float64."""
-    return torch.float32 if device.type == "mps" else torch.float64
+    rounding: Tensor
 
 
 def empty_moments(num_outputs: int = 1, device: torch.device | str = "cpu") -> Tensor:
-    """Moments of nothing, the neutral element of :func:`merge_moments`; shape ``(5, 2 + num_outputs)``."""
+    """Moments of nothing, the neutral element of :func:`merge_moments`; shape ``(6, 2 + num_outputs)``."""
     device = torch.device(device)
     return torch.zeros(_NUM_ROWS, 2 + num_outputs, dtype=accumulation_dtype(device), device=device)
-
-
-def empty_extremes(device: torch.device | str = "cpu") -> Tensor:
-    """Extremes of nothing, the neutral element of ``torch.minimum``; shape ``(10,)``."""
-    device = torch.device(device)
-    return torch.full((_NUM_EXTREMES,), math.inf, dtype=accumulation_dtype(device), device=device)
 
 
 def batch_moments(
@@ -83,20 +72,20 @@ def batch_moments(
         update_idx: What an error message calls this batch.
 
     Returns:
-        Moments, shape ``(5, 2 + D)`` with D = K if ``per_output`` else 1, and extremes, shape ``(10,)``.
+        Moments, shape ``(6, 2 + D)`` with D = K if ``per_output`` else 1, and extremes, shape ``(10,)``.
 
     Raises:
         TypeError: If an output is not a floating tensor.
         ValueError: If clean and noisy outputs differ in shape, or have no dimension, or if there is no draw.
     """
     _check_output(clean, "clean")
-    columns = _columns(clean).to(accumulation_dtype(clean.device))
+    columns = output_columns(clean).to(accumulation_dtype(clean.device))
     num_samples, num_outputs, num_positions = columns.shape
     width = num_outputs if per_output else 1
     # One draw's moments are joined with the next by plain sums and Chan's update, in constant memory.
     count, mean, m2 = 0, columns.new_zeros(width), columns.new_zeros(())
     sums, squares = columns.new_zeros(num_samples, width), columns.new_zeros(num_samples)
-    extremes = _output_extremes(clean, _FIRST_BAD_CLEAN, update_idx)
+    extremes = output_extremes(clean, FIRST_BAD_CLEAN, update_idx)
     num_draws = 0
     for draw in (noisy,) if isinstance(noisy, Tensor) else noisy:
         _check_output(draw, "noisy")
@@ -106,11 +95,11 @@ def batch_moments(
                 f" but got {tuple(draw.shape)} for noisy and {tuple(clean.shape)} for clean outputs."
             )
         num_draws += 1
-        draw_extremes = _output_extremes(draw, _FIRST_BAD_NOISY, update_idx)
+        draw_extremes = output_extremes(draw, FIRST_BAD_NOISY, update_idx)
         if num_samples and num_positions:
-            change = _columns(draw) - columns  # in the wider type
+            change = output_columns(draw) - columns  # in the wider type
             lowest, highest = change.aminmax()
-            draw_extremes[_NEG_MAX_CHANGE] = torch.minimum(lowest, -highest)
+            draw_extremes[NEG_MAX_CHANGE] = torch.minimum(lowest, -highest)
             if not per_output:
                 change = change.mean(1, keepdim=True)
             draw_mean = change.mean((0, 2))
@@ -139,6 +128,9 @@ def batch_moments(
         moments[_MEANS] = features.mean(0)
         moments[_WITH_SQUARE] = centred[:, 1] @ centred
         moments[_SELF] = centred.square().sum(0)  # the weight is the same within a batch: _WITH_WEIGHT stays 0
+        # Clean and noisy outputs are about as large, and rounded independently; so are the outputs that are averaged.
+        size = columns.square().sum() * num_draws / (num_outputs * num_outputs // width)
+        moments[_ROUNDING, 0] = 2 * rounding_variance(clean) * size
     return moments, extremes
 
 
@@ -146,15 +138,15 @@ def merge_moments(moments: Tensor) -> Tensor:
     """Merge moments of disjoint sets of samples; the result does not depend on how the samples were split.
 
     Args:
-        moments: Shape ``(R, 5, 2 + D)``, the moments of R sets.
+        moments: Shape ``(R, 6, 2 + D)``, the moments of R sets.
 
     Returns:
-        Shape ``(5, 2 + D)``: the moments of their union (Chan, Golub and LeVeque, 1983, for R sets at once).
+        Shape ``(6, 2 + D)``: the moments of their union (Chan, Golub and LeVeque, 1983, for R sets at once).
     """
     samples, mean = moments[:, _ELEMENTS, 0], moments[:, _ELEMENTS, 2:]
     feature_means = moments[:, _MEANS]
     changes = samples * feature_means[:, 0]
-    merged = moments.sum(0)  # right for the sums over samples and for M2; the rest is put in below
+    merged = moments.sum(0)  # right for the sums over samples, for M2 and rounding; the rest is put in below
     total_samples, total_changes = samples.sum().clamp(min=1), changes.sum().clamp(min=1)
 
     merged_mean = (changes @ mean) / total_changes
@@ -180,7 +172,7 @@ def sensitivity_estimate(moments: Tensor) -> SensitivityEstimate:
     Cauchy-Schwarz bound: the error bar is then at most too wide, and exact where the mean changes vanish.
 
     Args:
-        moments: Shape ``(5, 2 + D)``.
+        moments: Shape ``(6, 2 + D)``.
 
     Returns:
         The estimate; all of it ``nan`` (and 0 samples) where there was no change.
@@ -201,68 +193,12 @@ def sensitivity_estimate(moments: Tensor) -> SensitivityEstimate:
     )
     stderr = (squared_deviation.clamp(min=0) * samples / (samples - 1)).sqrt() / changes
     return SensitivityEstimate(
-        sensitivity, torch.where(samples > 1, stderr, torch.nan), samples.round().long(), changes.round().long()
+        sensitivity,
+        torch.where(samples > 1, stderr, torch.nan),
+        samples.round().long(),
+        changes.round().long(),
+        moments[_ROUNDING, 0] / changes,
     )
-
-
-def find_non_finite(extremes: Tensor) -> str | None:
-    """Describe the nan or inf among the outputs behind the extremes, if there was any."""
-    values: list[float] = extremes.tolist()
-    bad = [
-        f"the {name} outputs of batch {int(values[index])}"
-        for name, index in (("clean", _FIRST_BAD_CLEAN), ("noisy", _FIRST_BAD_NOISY))
-        if math.isfinite(values[index])
-    ]
-    return f"Expected finite outputs, but met nan or inf in {' and in '.join(bad)} (counted from 0)." if bad else None
-
-
-def check_outputs(extremes: Tensor) -> str | None:
-    """Look for finite outputs whose class-averaged change means nothing.
-
-    Args:
-        extremes: Shape ``(10,)``.
-
-    Returns:
-        None, or a warning: the rows of the outputs sum to the same value, within rounding. That is so for centred
-        logits, but also for a network whose class-mean training has shrunk to nothing.
-
-    Raises:
-        ValueError: If the outputs are probabilities, whose rows sum to 1.
-    """
-    values: list[float] = extremes.tolist()
-    lowest, highest, rounding = values[_MIN_ROW_SUM], -values[_NEG_MAX_ROW_SUM], -values[_NEG_ROUNDING]
-    if values[_MIN_OUTPUTS] < 2 or lowest > highest:
-        return None
-    # A softmax in float32 adds a few roundings of its own to those of its output.
-    furthest = max(abs(lowest - 1), abs(highest - 1))
-    if values[_MIN_VALUE] >= 0 and furthest <= rounding + 16 * torch.finfo(torch.float32).eps:
-        raise ValueError(
-            "Expected logits, but got probabilities: outputs of 0 or more whose rows all sum to 1, so that the class"
-            " average of their changes is always 0. Pass the logits, or use `per_output=True`."
-        )
-    # The roundings of K outputs add up as independent ones do.
-    row_rounding = rounding * -values[_NEG_MAX_SIZE] / math.sqrt(values[_MIN_OUTPUTS])
-    if highest - lowest <= row_rounding and values[_NEG_MAX_CHANGE] < 0:
-        return (
-            "The rows of the outputs all sum to the same value, within rounding, so that sensitivity, which sees their"
-            " class average only, is rounding, too. `per_output=True` sees the outputs themselves."
-        )
-    return None
-
-
-def check_num_outputs(extremes: Tensor) -> None:
-    """Raise ValueError if the number of outputs changed between batches."""
-    fewest, most = int(extremes[_MIN_OUTPUTS].clamp(max=2**52)), num_outputs_seen(extremes)
-    if fewest < most:
-        raise ValueError(
-            "Expected the same number of outputs K (dimension 1 of `clean` and `noisy`) in every batch,"
-            f" but got {fewest} to {most}. If dimension 1 is a position, move the classes there."
-        )
-
-
-def num_outputs_seen(extremes: Tensor) -> int:
-    """K of the batches behind the extremes, 0 if there was none."""
-    return int(-extremes[_NEG_MAX_OUTPUTS].clamp(max=0))
 
 
 def _check_output(output: Tensor, name: str) -> None:
@@ -272,26 +208,3 @@ def _check_output(output: Tensor, name: str) -> None:
         raise TypeError(f"Expected `{name}` to be a floating tensor of outputs (logits), but got {output.dtype}.")
     if output.ndim == 0:
         raise ValueError(f"Expected `{name}` to have the shape (N, K, ...) or (N,), but got a scalar.")
-
-
-def _columns(output: Tensor) -> Tensor:
-    """(N, K, ...) or (N,) as (N, K, P)."""
-    output = output.detach()
-    output = output[:, None] if output.ndim == 1 else output
-    return output.reshape(*output.shape[:2], math.prod(output.shape[2:]))
-
-
-def _output_extremes(output: Tensor, index_if_bad: int, update_idx: int) -> Tensor:
-    columns = _columns(output)
-    extremes = empty_extremes(output.device)
-    extremes[_MIN_OUTPUTS], extremes[_NEG_MAX_OUTPUTS] = columns.shape[1], -columns.shape[1]
-    extremes[_NEG_ROUNDING] = -4 * torch.finfo(output.dtype).eps
-    if columns.numel():
-        lowest, highest = columns.aminmax()  # both nan if one output is
-        finite = lowest.isfinite() & highest.isfinite()
-        extremes[index_if_bad] = torch.where(finite, extremes[index_if_bad], update_idx)
-        extremes[_MIN_VALUE] = lowest
-        row_sums = columns.sum(1, dtype=extremes.dtype)
-        extremes[_MIN_ROW_SUM], extremes[_NEG_MAX_ROW_SUM] = row_sums.min(), -row_sums.max()
-        extremes[_NEG_MAX_SIZE] = -torch.linalg.vector_norm(columns, 1, dim=1, dtype=extremes.dtype).max()
-    return extremes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,9 +13,11 @@ from torchmetrics import Metric
 from torchmetrics.utilities import rank_zero_warn
 from torchmetrics.utilities.distributed import gather_all_tensors
 
+from lightning_sensitivity.arguments import AnyPerturbation
+from lightning_sensitivity.dtypes import rounding_variance
+from lightning_sensitivity.extremes import num_outputs_seen
 from lightning_sensitivity.functional import loss_estimate
 from lightning_sensitivity.metric import OutputSensitivity
-from lightning_sensitivity.moments import num_outputs_seen
 from lightning_sensitivity.risk import NUM_ROWS, RiskEstimate, has_training, risk_terms
 
 SENSITIVITY, STDERR, LOG10, LOSS_ESTIMATE = (
@@ -25,7 +27,12 @@ SENSITIVITY, STDERR, LOG10, LOSS_ESTIMATE = (
     "loss_estimate",
 )
 RISK = {field: f"risk_{'estimate' if field == 'risk' else field}" for field in RiskEstimate._fields}
-NAMES = (SENSITIVITY, STDERR, LOG10, LOSS_ESTIMATE, *RISK.values())
+SITE_NAMES = (SENSITIVITY, STDERR, LOG10, LOSS_ESTIMATE)  # of each place where noise is added
+NAMES = (*SITE_NAMES, *RISK.values())
+
+
+# One standard error of S at about 1,000 samples.
+_MOST_ROUNDING = 0.05
 
 
 def gather_widest(state: Tensor, group: Any = None) -> list[Tensor]:
@@ -49,18 +56,25 @@ class LoaderStatistics(OutputSensitivity):
     Args:
         name: What an error message calls the loader.
         task: That of the risk estimate, or None for no estimate.
+        names: What is logged, among :data:`NAMES`.
+        suffix: Put behind the names of sensitivity and what belongs to it.
         kwargs: As for :class:`~lightning_sensitivity.OutputSensitivity`.
     """
 
     power: Tensor
     risk: Tensor
 
-    def __init__(self, name: str, task: str | None, **kwargs: Any) -> None:
+    def __init__(
+        self, name: str, task: str | None, names: Sequence[str] = NAMES, suffix: str = "", **kwargs: Any
+    ) -> None:
         super().__init__(dist_sync_fn=gather_widest, **kwargs)
         self.name = name
         self.task = task
+        self.names = names
+        self.suffix = suffix
         self._has_risk = False
-        self.add_state("power", default=torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
+        self.rounding_warnings: list[str] = []  # of the last `compute`
+        self.add_state("power", default=torch.zeros(3, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("risk", default=torch.zeros(NUM_ROWS, 1, dtype=torch.float64), dist_reduce_fx="sum")
 
     @property
@@ -73,10 +87,15 @@ class LoaderStatistics(OutputSensitivity):
         """Whether this process has seen a batch."""
         return self.update_count > 0
 
-    def add_inputs(self, x: Tensor, second_moment: Tensor | float) -> None:
+    def add_inputs(self, x: Tensor, perturbation: AnyPerturbation) -> None:
         """Add the power of clean inputs, in units of the perturbation's second moment: the C of Equation 9."""
-        ratio = x.detach().to(self.power.dtype).square() / second_moment
-        self.power = self.power + torch.stack([ratio.sum(), torch.full_like(self.power[0], ratio.numel())])
+        second_moment = getattr(perturbation, "second_moment", lambda x: None)(x)
+        if second_moment is not None:
+            ratio = x.detach().to(self.power.dtype).square() / second_moment
+            power = ratio.sum()
+            # Both x and x' are rounded on the way into the model.
+            rounding = 2 * rounding_variance(x) * power
+            self.power = self.power + torch.stack([power, rounding, torch.full_like(power, ratio.numel())])
 
     def add_risk(self, sums: Tensor) -> None:
         """Add what the risk estimate needs of a holdout batch, or of the training samples."""
@@ -90,19 +109,25 @@ class LoaderStatistics(OutputSensitivity):
 
     def compute(self) -> dict[str, Tensor]:  # type: ignore[override]
         """Every number that has a meaning; the others are left out."""
+        self.rounding_warnings = []
         try:
             super().compute()
         except ValueError as error:
             raise ValueError(f"`SensitivityMonitor`, {self.name}: {error}") from None
         assert self._estimate is not None
-        sensitivity, stderr, _, num_changes = self._estimate
+        sensitivity, stderr, _, num_changes, _ = self._estimate
         if num_changes < 2 or not bool(sensitivity.isfinite()):
             return {}
         values = {SENSITIVITY: sensitivity, STDERR: stderr, LOG10: sensitivity.log10()}
         num_outputs = num_outputs_seen(self.extremes)
-        if not self.per_output and num_outputs > 1:
-            # `power` is in units of the noise already.
-            values[LOSS_ESTIMATE] = loss_estimate(sensitivity, self.power[0] / self.power[1], 1.0, num_outputs)
+        power, rounding, num_inputs = self.power.tolist()  # the first two in units of the noise's variance
+        if not self.per_output and num_outputs > 1 and num_inputs > 0:
+            values[LOSS_ESTIMATE] = loss_estimate(sensitivity, power / num_inputs, 1.0, num_outputs)
+        if rounding > _MOST_ROUNDING * num_inputs:
+            self._report_rounding(
+                f"What is perturbed is rounded, by about {rounding / num_inputs:.0%} of the noise's variance: the model"
+                ' gets other noise than was asked for. Use a larger σ, or a wider type (`precision="32-true"`).'
+            )
         if self.task is not None:
             terms = risk_terms(self.risk, self.task)
             self._check_risk(terms)
@@ -128,10 +153,21 @@ class LoaderStatistics(OutputSensitivity):
 
     def readings(self) -> dict[str, Reading]:
         """One Metric per logged name."""
-        return {name: Reading(partial(self._read, name)) for name in NAMES}
+        return {self._full_name(name): Reading(partial(self._read, name)) for name in self.names}
+
+    def named_values(self) -> dict[str, Tensor]:
+        """Every number that has a meaning, by the name that it is logged under."""
+        return {self._full_name(name): value for name, value in self.compute().items()}
+
+    def _full_name(self, name: str) -> str:
+        return name if name in RISK.values() else name + self.suffix
 
     def _read(self, name: str) -> Tensor | None:
         return self.compute().get(name)
+
+    def _report_rounding(self, warning: str) -> None:
+        name = self._full_name(SENSITIVITY)
+        self.rounding_warnings.append(f"`SensitivityMonitor`, {self.name}, `{name}`: {warning}")
 
 
 class Reading(Metric):

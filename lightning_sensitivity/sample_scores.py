@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from lightning_sensitivity.moments import accumulation_dtype
+from lightning_sensitivity.dtypes import accumulation_dtype
 from lightning_sensitivity.tasks import output_rows, predictions, target_rows
 
 # The columns of a table of samples.

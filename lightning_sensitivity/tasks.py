@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from lightning_sensitivity.moments import accumulation_dtype
+from lightning_sensitivity.dtypes import accumulation_dtype
 
 TASKS = ("multiclass", "binary", "multilabel", "regression")
 _MANY = 32  # of classes and of labels, from which on unused classes raise doubt

@@ -1,6 +1,8 @@
+import contextlib
 import pickle
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -210,6 +212,86 @@ def test_probabilities_are_refused_over_all_batches() -> None:
         OutputSensitivity()(CLEAN[0].softmax(1), NOISY[0].softmax(1))
 
 
+def rounding_warnings(metric: OutputSensitivity) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):  # a second time from the cache
+            metric.compute(), metric.stderr, metric.num_samples
+    return [str(warning.message) for warning in caught]
+
+
+def rounded(change: float, dtype: torch.dtype, **kwargs: object) -> OutputSensitivity:
+    """Outputs around 10, with changes of the given size."""
+    metric = OutputSensitivity(**kwargs)
+    for clean, noisy in zip(CLEAN.double() + 10, NOISY.double(), strict=True):
+        metric.update(clean.to(dtype), (clean + change * noisy).to(dtype))
+    return metric
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"per_output": True, "num_outputs": NUM_OUTPUTS}])
+@pytest.mark.parametrize(
+    ("dtype", "advice"),
+    [(torch.bfloat16, 32), (torch.float16, 32), (torch.float32, 64), (torch.float64, 64)],
+)
+def test_rounding_above_the_changes_warns_once(dtype: torch.dtype, advice: int, kwargs: dict[str, object]) -> None:
+    epsilon = torch.finfo(dtype).eps
+    assert not rounding_warnings(rounded(300 * epsilon, dtype, **kwargs))
+    (warning,) = rounding_warnings(metric := rounded(5 * epsilon, dtype, **kwargs))
+    assert f"sensitivity, {metric.compute():.2g} ± {metric.stderr:.2g}, may be off" in warning
+    assert f"epsilon {epsilon:.2g}" in warning
+    assert f'`precision="{advice}-true"`' in warning
+
+
+def test_outputs_that_do_not_change_at_all_are_rounding_only_in_16_bits() -> None:
+    assert rounding_warnings(rounded(0, torch.bfloat16))
+    assert not rounding_warnings(rounded(0, torch.float32))
+
+
+def test_one_sample_and_no_sample_have_no_error_bar_to_be_outside_of() -> None:
+    metric = OutputSensitivity()
+    metric.update(CLEAN[0, :0].bfloat16(), NOISY[0, :0].bfloat16())
+    assert not rounding_warnings(metric)
+    metric.update(CLEAN[0, :1].bfloat16(), CLEAN[0, :1].bfloat16())
+    assert not rounding_warnings(metric)
+
+
+def test_a_small_error_bar_is_no_reason_to_warn_of_negligible_rounding() -> None:
+    metric = OutputSensitivity()
+    sign = torch.tensor([[1.0], [-1.0]]).expand(2, NUM_OUTPUTS)
+    metric.update(sign, 2 * sign)
+    assert metric.stderr == 0
+    assert not rounding_warnings(metric)
+
+
+def test_rounding_is_that_of_autocast_where_outputs_were_widened() -> None:
+    metric = OutputSensitivity()
+    clean, noisy = CLEAN + 10, CLEAN + 10 + 1e-2 * NOISY
+    metric.update(clean.flatten(0, 1), noisy.flatten(0, 1))
+    assert not rounding_warnings(metric)
+    with torch.autocast("cpu", torch.bfloat16):
+        metric.update(clean.flatten(0, 1), noisy.flatten(0, 1))
+    assert "epsilon 0.0078" in rounding_warnings(metric)[0]
+
+
+def test_rounding_is_that_of_a_16_bit_default_type() -> None:
+    metric, default = OutputSensitivity(), torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)  # as Lightning does for `precision="bf16-true"`
+    try:
+        metric.update(CLEAN[0] + 10, CLEAN[0] + 10 + 1e-2 * NOISY[0])
+    finally:
+        torch.set_default_dtype(default)
+    assert "epsilon 0.0078" in rounding_warnings(metric)[0]
+
+
+def test_rows_of_one_sum_get_one_warning() -> None:
+    metric = OutputSensitivity()
+    for clean, noisy in zip(CLEAN, NOISY, strict=True):
+        centred = clean - clean.mean(1, keepdim=True)
+        metric.update(centred.bfloat16(), (centred + 1e-3 * noisy).bfloat16())
+    (warning,) = rounding_warnings(metric)
+    assert "sum to the same value" in warning
+
+
 def test_a_changing_number_of_outputs_is_refused() -> None:
     metric = OutputSensitivity()
     metric.update(CLEAN[0], NOISY[0])
@@ -276,6 +358,11 @@ def compute_in_process(rank: int, file: Path, per_output: bool) -> None:
     else:
         empty._update_count = 1  # keep torchmetrics from warning
     close(empty.compute(), output_sensitivity(CLEAN[0], NOISY[0]))
+
+    coarse = OutputSensitivity()  # 16-bit outputs in one process, warned of in both
+    coarse.update((CLEAN[0] + 10).to(torch.bfloat16 if rank == 1 else torch.float32), CLEAN[0] + 10)
+    with pytest.warns(UserWarning, match="epsilon 0.0078") if rank == 0 else contextlib.nullcontext():
+        coarse.compute()
 
     bad = OutputSensitivity()
     bad.update(CLEAN[0] / (0 if rank == 1 else 1), NOISY[0])

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -110,7 +112,62 @@ def test_no_sample_has_no_sensitivity() -> None:
     assert estimate.num_samples == 0
 
 
+# Rounding
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("per_output", [False, True])
+def test_the_rounding_of_large_outputs_is_what_it_adds(dtype: torch.dtype, per_output: bool) -> None:
+    # A linear model whose outputs are spread over one binade, with changes of about a unit in the last place.
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(10, 8, generator=generator), 64 * 2 ** ((torch.arange(10) + 0.5) / 10)
+    x = torch.rand(8000, 8, generator=generator)
+    noise = 25 * torch.finfo(dtype).eps * torch.randn(x.shape, generator=generator)
+    clean, noisy = x @ weight.T + bias, (x + noise) @ weight.T + bias
+    exact = sensitivity_estimate(moments(clean, noisy, per_output))
+    rounded = sensitivity_estimate(moments(clean.to(dtype), noisy.to(dtype), per_output))
+    added = (rounded.sensitivity - exact.sensitivity).item()
+    assert added / 1.5 < rounded.rounding.item() < added * 1.5
+    assert exact.rounding < 1e-6 * rounded.rounding
+
+
+@pytest.mark.parametrize("shape", [(30,), (30, 1), (30, 4), (30, 4, 2, 3)])
+@pytest.mark.parametrize("per_output", [False, True])
+@pytest.mark.parametrize("num_draws", [1, 3])
+def test_rounding_is_per_change(shape: tuple[int, ...], per_output: bool, num_draws: int) -> None:
+    clean = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    outputs = clean.double().reshape(30, *shape[1:2] or (1,), -1)
+    num_outputs = outputs.shape[1]
+    mean_square = outputs.square().sum(1).mean() / (num_outputs if per_output else num_outputs**2)
+    estimate = sensitivity_estimate(moments(clean, [clean + 1] * num_draws, per_output))
+    torch.testing.assert_close(estimate.rounding, 2 * 2**-14 * mean_square / (32 * math.log(2)), rtol=1e-12, atol=0)
+
+
 # Merging
+
+
+@given(st.data())
+@settings(max_examples=50, deadline=None)
+def test_rounding_is_the_mean_over_changes_of_whatever_type_and_split(data: st.DataObject) -> None:
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    num_outputs, per_output = data.draw(st.integers(1, 4)), data.draw(st.booleans())
+    types = st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64])
+    parts, total, changes_of_all = [empty_moments(num_outputs if per_output else 1)], 0.0, 0
+    for dtype, num_samples, num_draws, num_positions in data.draw(
+        st.lists(st.tuples(types, st.integers(0, 5), st.integers(1, 3), st.integers(1, 3)), min_size=1, max_size=5)
+    ):
+        clean = torch.randn(num_samples, num_outputs, num_positions, generator=generator).to(dtype)
+        part = moments(clean, [clean + 1] * num_draws, per_output)
+        parts.insert(data.draw(st.integers(0, len(parts))), part)
+        num_changes = num_samples * num_draws * num_positions
+        total += num_changes * sensitivity_estimate(part).rounding.item() if num_changes else 0
+        changes_of_all += num_changes
+    estimate = sensitivity_estimate(merge_moments(torch.stack(parts)))
+    one_by_one = parts[0]
+    for part in parts[1:]:
+        one_by_one = merge_moments(torch.stack([one_by_one, part]))
+    for rounding in (estimate.rounding, sensitivity_estimate(one_by_one).rounding):
+        assert rounding.item() == pytest.approx(total / changes_of_all if changes_of_all else math.nan, nan_ok=True)
 
 
 @given(st.data())
