@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Integral
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 
+from lightning_sensitivity.nested import is_sequence
 from lightning_sensitivity.perturbations import GaussianNoise
+
+AnyPerturbation = Callable[[Tensor, torch.Generator], Tensor]
+DEFAULT_NOISE_STD = 0.1
 
 
 def check_argument(name: str, value: object, valid: bool, expected: str) -> None:
@@ -46,9 +52,56 @@ def check_selector(name: str, value: object) -> None:
         name: Name of the argument.
         value: What came.
     """
-    is_index = isinstance(value, Integral) and not isinstance(value, bool)
-    valid = value is None or isinstance(value, str) or is_index or callable(value)
+    valid = value is None or _is_key(value) or callable(value)
     check_argument(name, value, valid, "a key (str), an index (int), a callable or None")
+
+
+def check_inputs(value: object) -> None:
+    """Require what can choose the inputs to perturb: as a selector does, or a list of keys and indices.
+
+    Args:
+        value: What came.
+    """
+    if isinstance(value, list | tuple):
+        valid = len(value) > 0 and all(map(_is_key, value)) and len(set(value)) == len(value)
+        check_argument("inputs", value, valid, "a list of different keys (str) or indices (int), one or more")
+    else:
+        check_selector("inputs", value)
+
+
+def check_at(value: object) -> None:
+    """Require a name of a submodule, or a list of them.
+
+    Args:
+        value: What came.
+    """
+    names = value if is_sequence(value) else [] if value is None else [value]
+    assert isinstance(names, Sequence)
+    valid = all(isinstance(name, str) and name for name in names) and len(set(names)) == len(names)
+    check_argument(
+        "at", value, valid and (value is None or len(names) > 0), "a submodule's name, a list of them or None"
+    )
+
+
+def chosen_perturbation(noise_std: float | Sequence[float], perturbation: AnyPerturbation | None) -> AnyPerturbation:
+    """The perturbation that the arguments mean.
+
+    Args:
+        noise_std: σ of Gaussian noise, or one per channel.
+        perturbation: What takes its place, or None.
+
+    Raises:
+        MisconfigurationException: If one of them is not what it should be, or both are given.
+    """
+    if perturbation is None:
+        return gaussian_noise(noise_std)
+    valid = callable(perturbation) and not isinstance(perturbation, type)
+    check_argument("perturbation", perturbation, valid, "a callable (x, generator) -> x', such as GaussianNoise(0.1)")
+    if not (isinstance(noise_std, float) and noise_std == DEFAULT_NOISE_STD):
+        raise MisconfigurationException(
+            f"`noise_std` should be left out beside a `perturbation`, whose place it would take, got {noise_std!r}."
+        )
+    return perturbation
 
 
 def gaussian_noise(noise_std: float | Sequence[float]) -> GaussianNoise:
@@ -66,3 +119,7 @@ def gaussian_noise(noise_std: float | Sequence[float]) -> GaussianNoise:
         raise MisconfigurationException(
             f"`noise_std` should be a positive, finite number, or a list of one per channel, got {noise_std!r}."
         ) from error
+
+
+def _is_key(value: object) -> bool:
+    return isinstance(value, str) or (isinstance(value, Integral) and not isinstance(value, bool))

@@ -13,20 +13,28 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_sensitivity.arguments import check_argument, check_int, check_selector, gaussian_noise
-from lightning_sensitivity.batches import prepare_call, select_outputs
+from lightning_sensitivity.arguments import (
+    DEFAULT_NOISE_STD,
+    check_argument,
+    check_at,
+    check_inputs,
+    check_int,
+    check_selector,
+    chosen_perturbation,
+)
 from lightning_sensitivity.checks import check_loop, check_model, check_processes
 from lightning_sensitivity.dashboard import custom_scalars_layout
 from lightning_sensitivity.isolation import no_trace
-from lightning_sensitivity.moments import accumulation_dtype
-from lightning_sensitivity.perturbations import noise_generator
+from lightning_sensitivity.perturbations import Perturbation
 from lightning_sensitivity.readings import RISK, LoaderStatistics
 from lightning_sensitivity.risk_measurement import RiskMeasurement, num_twins
+from lightning_sensitivity.sensitivity_measurement import SensitivityMeasurement
 from lightning_sensitivity.tasks import TASKS
 
 __all__ = ["SensitivityMonitor"]
 
 _CHECKPOINT_KEY = "lightning_sensitivity.initial_weights"
+_SAMPLES_KEY = "lightning_sensitivity.training_samples."  # and the prefix of the monitor
 
 
 class SensitivityMonitor(Callback):
@@ -67,6 +75,13 @@ class SensitivityMonitor(Callback):
     Args:
         noise_std: σ of the noise in the units that the model receives, one number or one per channel (dimension 1 of
             the input). After ``Normalize(mean, std)``, σ in pixel units is ``[σ / s for s in std]``.
+        perturbation: What takes the place of Gaussian noise: one of :mod:`~lightning_sensitivity.perturbations` or
+            :mod:`~lightning_sensitivity.image_perturbations`, or any callable ``(x, generator) -> x'`` that gives a
+            tensor like ``x`` and draws from the generator alone. The loss estimate needs its ``second_moment(x)``,
+            and is left out where it has none.
+        at: Name of a submodule, such as ``"model.embeddings"``, whose output is perturbed in place of the model's
+            input, each time that it runs; σ is in the units of that output. For inputs that can take no noise (token
+            ids). A list of names gives a profile, one pass a name and draw, under ``sensitivity/<name>`` and so on.
         num_draws: Noise draws per sample.
         seed: Seed of the noise. A batch gets the same noise in every epoch, and different batches, loaders, draws and
             processes get different noise.
@@ -74,12 +89,14 @@ class SensitivityMonitor(Callback):
             TensorBoard's group of ``val/loss``. Two monitors need two.
         test_prefix: The same for ``Trainer.test``.
         inputs: What to perturb: a key or an index of the batch, or a callable ``batch -> arguments of the model`` (one,
-            or a tuple of them) of which the first is perturbed. By default a tensor batch itself, the first element
-            of a tuple or list, the only floating tensor of a mapping. The rest is passed on unchanged, as far as the
-            model's ``forward`` takes it; see :func:`~lightning_sensitivity.batches.prepare_call`.
+            or a tuple of them) of which the first is perturbed. A list of keys or indices perturbs several. By default
+            a tensor batch itself, the first element of a tuple or list, the only floating tensor of a mapping or
+            dataclass. The rest is passed on unchanged, as far as the model's ``forward`` takes it; see
+            :func:`~lightning_sensitivity.batches.prepare_call`.
         outputs: Which of the model's outputs to compare, logits (not log-probabilities) of shape ``(N, K, ...)``: a
-            key or attribute, an index, or a callable ``result -> tensor``. By default a tensor itself, the first
-            element of a tuple or list, ``logits`` of a mapping or object.
+            key or attribute, an index, or a callable ``result -> tensor`` or ``(result, batch) -> tensor``, which can
+            leave out padding by a mask in the batch. By default a tensor itself, the first element of a tuple or list,
+            ``logits`` of a mapping or object.
         targets: Where the labels are in a training batch: a key, an index, or a callable ``batch -> tensor``. By
             default the last element of a tuple or list of which ``forward`` takes the others, or what a mapping calls
             ``label``, ``labels``, ``target``, ``targets`` or ``y``.
@@ -89,6 +106,9 @@ class SensitivityMonitor(Callback):
             out.
         num_training_samples: How many training samples are kept, over all processes, to score the model on: the first
             batches of the fit, whole.
+        save_training_samples: Put these samples into checkpoints, so that a resumed curve of the risk estimate is bit
+            for bit the one of an uninterrupted run (of one process). Otherwise a fit that resumes keeps new ones, and
+            the curve steps by their sampling error. It makes checkpoints larger, and they then hold training data.
         per_output: Log the mean over outputs of the variance of each output's change instead of the variance of their
             average. Meaningful for probabilities, too; gives no loss estimate.
         nan_strategy: What to do at the end of a loader whose outputs were nan or inf: ``"error"`` raises, ``"warn"``
@@ -117,33 +137,41 @@ class SensitivityMonitor(Callback):
 
     def __init__(
         self,
-        noise_std: float | Sequence[float] = 0.1,
+        noise_std: float | Sequence[float] = DEFAULT_NOISE_STD,
+        perturbation: Perturbation | Callable[[Tensor, torch.Generator], Tensor] | None = None,
+        at: Sequence[str] | str | None = None,
         num_draws: int = 1,
         seed: int = 0,
         prefix: str = "val_",
         test_prefix: str = "test_",
-        inputs: Callable[[Any], Any] | int | str | None = None,  # in this order, YAML can name a function
-        outputs: Callable[[Any], Any] | int | str | None = None,
+        inputs: Callable[[Any], Any] | Sequence[int | str] | int | str | None = None,
+        outputs: Callable[..., Any] | int | str | None = None,
         targets: Callable[[Any], Any] | int | str | None = None,
         task: str | None = "auto",
         num_training_samples: int = 500,
+        save_training_samples: bool = False,
         per_output: bool = False,
         nan_strategy: str = "error",
         before_training: bool = False,
     ) -> None:
-        self.perturbation = gaussian_noise(noise_std)
+        self.perturbation = chosen_perturbation(noise_std, perturbation)
+        check_at(at)
         check_int("num_draws", num_draws, minimum=1)
         check_int("seed", seed)
         check_argument("prefix", prefix, isinstance(prefix, str), "a str")
         check_argument("test_prefix", test_prefix, isinstance(test_prefix, str), "a str")
-        for name, value in (("inputs", inputs), ("outputs", outputs), ("targets", targets)):
+        check_inputs(inputs)
+        for name, value in (("outputs", outputs), ("targets", targets)):
             check_selector(name, value)
         tasks = ("auto", *TASKS, None)
         check_argument("task", task, task in tasks, f"one of {', '.join(map(repr, tasks))}")
         check_int("num_training_samples", num_training_samples, minimum=1)
+        valid = isinstance(save_training_samples, bool)
+        check_argument("save_training_samples", save_training_samples, valid, "a bool")
         check_argument("per_output", per_output, isinstance(per_output, bool), "a bool")
         check_argument("nan_strategy", nan_strategy, nan_strategy in ("error", "warn"), "'error' or 'warn'")
         check_argument("before_training", before_training, isinstance(before_training, bool), "a bool")
+        self.at = at
         self.num_draws = num_draws
         self.seed = seed
         self.prefix = prefix
@@ -153,13 +181,15 @@ class SensitivityMonitor(Callback):
         self.targets = targets
         self.task = task
         self.num_training_samples = num_training_samples
+        self.save_training_samples = save_training_samples
         self.per_output = per_output
         self.nan_strategy = nan_strategy
         self.before_training = before_training
-        # One entry per loader, for the epoch that is running.
-        self._statistics: dict[int, LoaderStatistics] = {}
-        self._risk = RiskMeasurement(task, num_training_samples, inputs, outputs, targets)
-        self._has_measured = False
+        self._sensitivity = SensitivityMeasurement(
+            self.perturbation, at, num_draws, seed, inputs, outputs, per_output, nan_strategy
+        )
+        self._risk = RiskMeasurement(task, num_training_samples, inputs, outputs, targets, at is None)
+        self._has_measured = self._has_warned = False
         self._num_sanity_val_steps: float | None = None  # what `before_training` has replaced
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -182,7 +212,8 @@ class SensitivityMonitor(Callback):
             self._num_sanity_val_steps, trainer.num_sanity_val_steps = trainer.num_sanity_val_steps, math.inf
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Lay out TensorBoard's Custom Scalars, so that the loss and its estimate share a chart."""
+        """Check the names of submodules, and lay out TensorBoard's Custom Scalars: related curves share a chart."""
+        self._sensitivity.check(pl_module)
         all_monitors = monitors(trainer)
         if self is all_monitors[0]:  # a second layout would take the place of the first
             layout = custom_scalars_layout({monitor.prefix: monitor.task is not None for monitor in all_monitors})
@@ -193,7 +224,7 @@ class SensitivityMonitor(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Watch whether validation ever runs, and remember what the risk estimate needs."""
-        self._has_measured = False
+        self._has_measured = self._has_warned = False
         # Who says where the labels are, or what, or monitors the estimate, must get it.
         monitored = [getattr(callback, "monitor", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
         is_monitored = any(str(monitor).startswith(f"{self.prefix}risk_") for monitor in monitored)
@@ -225,6 +256,7 @@ class SensitivityMonitor(Callback):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start with empty statistics."""
+        self._sensitivity.check(pl_module)
         self._forget_batches()
 
     def on_validation_batch_start(
@@ -250,7 +282,7 @@ class SensitivityMonitor(Callback):
             trainer.num_sanity_val_steps = self._num_sanity_val_steps
             self._num_sanity_val_steps = None
         if self.before_training and trainer.global_step == 0:
-            computed = {idx: values for idx, statistics in self._statistics.items() if (values := statistics.compute())}
+            computed = self._sensitivity.values()
             # A CombinedLoader of several loaders gives one batch of all of them, as the one loader 0.
             num_loaders = max(computed, default=0) + 1
             metrics = {
@@ -264,6 +296,7 @@ class SensitivityMonitor(Callback):
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start with empty statistics."""
+        self._sensitivity.check(pl_module)
         self._forget_batches()
 
     def on_test_batch_start(
@@ -280,7 +313,8 @@ class SensitivityMonitor(Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Drop the statistics and the samples."""
         self._forget_batches()
-        self._risk.end_fit()
+        if not self.save_training_samples:  # a checkpoint may be saved now
+            self._risk.end_fit()
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -288,103 +322,75 @@ class SensitivityMonitor(Callback):
         """Save the weights from before training, so that the risk estimate can go on where training resumes."""
         if self._risk.initial_weights is not None:
             checkpoint[_CHECKPOINT_KEY] = self._risk.initial_weights  # one entry for all monitors, which agree on it
+        if self.save_training_samples:
+            checkpoint[_SAMPLES_KEY + self.prefix] = self._risk.samples_state()
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Take them back."""
-        self._risk.restore(checkpoint.get(_CHECKPOINT_KEY))
+        # One of step 0 was made before training, by Lightning's finders, say: its weights are the ones to remember.
+        if _CHECKPOINT_KEY in checkpoint or checkpoint["global_step"] > 0:
+            self._risk.restore(checkpoint.get(_CHECKPOINT_KEY))
+        if self.save_training_samples and _SAMPLES_KEY + self.prefix in checkpoint:
+            self._risk.restore_samples(checkpoint[_SAMPLES_KEY + self.prefix])
 
     def _forget_batches(self) -> None:
-        self._statistics = {}
+        self._sensitivity.forget()
         self._risk.end_validation()
+
+    def _statistics(self, pl_module: pl.LightningModule, dataloader_idx: int) -> list[LoaderStatistics]:
+        return self._sensitivity.statistics(dataloader_idx, pl_module.device, self._risk.task)
 
     def _measure(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int
     ) -> None:
         # A process that had no batch of an earlier loader joins the others, who reduced when that loader was done.
         for earlier in range(dataloader_idx):
-            self._loader_statistics(pl_module, earlier).compute()
+            for statistics in self._statistics(pl_module, earlier):
+                statistics.compute()
 
         with no_trace(pl_module), trainer.precision_plugin.val_step_context():
-            x, run = prepare_call(pl_module, batch, self.inputs)
-            clean = self._clean_outputs(x, run, dataloader_idx)
-            statistics = self._loader_statistics(pl_module, dataloader_idx, clean)
-
-            key = (self.seed, trainer.global_rank, dataloader_idx, batch_idx)
-
-            def noisy_outputs(draw: int) -> Tensor:
-                noisy = self.perturbation(x, noise_generator(*key, draw, device=x.device))
-                return select_outputs(run(noisy), self.outputs)
-
-            statistics.update(clean, map(noisy_outputs, range(self.num_draws)))
-            statistics.add_inputs(x, self.perturbation.second_moment(x))
-            if statistics.task is not None:
-                # A process without a batch of this loader adds none of its training samples: it can't be waited for.
-                if statistics.update_count == 1:
-                    statistics.add_risk(self._risk.training_sums(pl_module))
-                twins = range(num_twins(trainer.num_val_batches[dataloader_idx], trainer.world_size))
-                generators = (noise_generator(*key, -1 - twin, device=x.device) for twin in twins)
-                statistics.add_risk(
-                    self._risk.holdout_sums(pl_module, clean, lambda: select_outputs(run(x), self.outputs), generators)
-                )
-
-    def _clean_outputs(self, x: Tensor, run: Callable[[Tensor], Any], dataloader_idx: int) -> Tensor:
-        try:
-            result = run(x)
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            if dataloader_idx in self._statistics:  # it has run before: the arguments are right
-                raise
-            raise MisconfigurationException(
-                f"`SensitivityMonitor` could not run the model on the input that it chose, a tensor of shape"
-                f" {tuple(x.shape)}: {type(error).__name__}: {error}. If `forward` takes something else, say what with"
-                " `inputs=`, such as `inputs=lambda batch: (batch,)` for the whole batch."
-            ) from error
-        return select_outputs(result, self.outputs)
-
-    def _loader_statistics(
-        self, pl_module: pl.LightningModule, dataloader_idx: int, clean: Tensor | None = None
-    ) -> LoaderStatistics:
-        if dataloader_idx not in self._statistics:
-            # Without a batch the number of outputs is not known, and need not be: see `gather_widest`.
-            num_outputs = 1 if clean is None else (*clean.shape, 1, 1)[1]
-            statistics = LoaderStatistics(
-                name=f"dataloader {dataloader_idx}",
-                task=self._risk.task,
-                per_output=self.per_output,
-                num_outputs=num_outputs if self.per_output else None,
-                nan_strategy=self.nan_strategy,
+            clean, run, generator = self._sensitivity.measure(
+                trainer, pl_module, batch, (dataloader_idx, batch_idx), self._risk.task
             )
-            statistics.set_dtype(accumulation_dtype(pl_module.device)).to(pl_module.device)
-            self._statistics[dataloader_idx] = statistics
-        return self._statistics[dataloader_idx]
+            first = self._statistics(pl_module, dataloader_idx)[0]
+            if first.task is not None:
+                # A process without a batch of this loader adds none of its training samples: it can't be waited for.
+                if first.update_count == 1:
+                    first.add_risk(self._risk.training_sums(pl_module))
+                twins = range(num_twins(trainer.num_val_batches[dataloader_idx], trainer.world_size))
+                generators = (generator(-1 - twin, device=pl_module.device) for twin in twins)
+                first.add_risk(self._risk.holdout_sums(pl_module, clean, run, generators))
 
     def _log(self, pl_module: pl.LightningModule, prefix: str, dataloader_idx: int) -> None:
-        statistics = self._statistics[dataloader_idx]
-        if statistics.update_count == 1:  # a Metric is logged once; Lightning reads it when the loader is done
-            for name, reading in statistics.readings().items():
-                # `metric_attribute` is checked only for Metrics that belong to the module; this one must not.
-                pl_module.log(prefix + name, reading, on_step=False, on_epoch=True, metric_attribute=name)
+        for statistics in self._statistics(pl_module, dataloader_idx):
+            if statistics.update_count == 1:  # a Metric is logged once; Lightning reads it when the loader is done
+                for name, reading in statistics.readings().items():
+                    # `metric_attribute` is checked only for Metrics that belong to the module; this one must not.
+                    pl_module.log(prefix + name, reading, on_step=False, on_epoch=True, metric_attribute=name)
 
     def _finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, prefix: str, num_loaders: int) -> None:
-        all_statistics = [self._loader_statistics(pl_module, idx) for idx in range(num_loaders)]
         num_changes = []
-        for dataloader_idx, statistics in enumerate(all_statistics):
-            statistics.compute()
-            num_changes.append(int(statistics.num_changes))
-            if not statistics.has_own_batches and not trainer.sanity_checking:
-                # The other processes log these names; a monitor in this one must find them, too.
-                for name, reading in statistics.readings().items():
-                    full_name = _loader_name(prefix + name, dataloader_idx, num_loaders)
-                    pl_module.log(full_name, reading, metric_attribute=name, add_dataloader_idx=False)
+        for dataloader_idx in range(num_loaders):
+            all_statistics = self._statistics(pl_module, dataloader_idx)
+            for statistics in all_statistics:
+                statistics.compute()
+                num_changes.append(int(statistics.num_changes))
+            if trainer.sanity_checking:
+                continue
+            for statistics in all_statistics:
+                self._warn_of_rounding(statistics)
+                if not statistics.has_own_batches:
+                    # The other processes log these names; a monitor in this one must find them, too.
+                    for name, reading in statistics.readings().items():
+                        full_name = _loader_name(prefix + name, dataloader_idx, num_loaders)
+                        pl_module.log(full_name, reading, metric_attribute=name, add_dataloader_idx=False)
+            if self._risk.task is not None:
+                self._risk.add_estimate(dataloader_idx, all_statistics[0].compute().get(RISK["risk"]))
         if trainer.sanity_checking:
             return
         self._has_measured = self._has_measured or any(num_changes)
-        if self._risk.task is not None:
-            for dataloader_idx, statistics in enumerate(all_statistics):
-                self._risk.add_estimate(dataloader_idx, statistics.compute().get(RISK["risk"]))
         if not any(num_changes):
             rank_zero_warn("`SensitivityMonitor` got no batch in this epoch: nothing is logged.")
         if 1 in num_changes:
@@ -392,6 +398,12 @@ class SensitivityMonitor(Callback):
                 "Output sensitivity is a variance, and a validation loader gave a single output change: nothing is"
                 " logged for it. Use more validation samples or `num_draws`."
             )
+
+    def _warn_of_rounding(self, statistics: LoaderStatistics) -> None:
+        if not self._has_warned:  # it would come with every epoch
+            for warning in statistics.rounding_warnings:
+                rank_zero_warn(warning)
+            self._has_warned = bool(statistics.rounding_warnings)
 
 
 def monitors(trainer: pl.Trainer) -> list[SensitivityMonitor]:

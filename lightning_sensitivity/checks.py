@@ -6,7 +6,8 @@ import inspect
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+
+from lightning_sensitivity.strategies import check_strategy
 
 
 def check_model(pl_module: pl.LightningModule) -> None:
@@ -56,20 +57,17 @@ def check_loop(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -
 
 
 def check_processes(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """Require that every process has the whole model and takes part in every validation.
+    """Require that every process can run the model, on samples of its own, and takes part in every validation.
 
     Args:
         trainer: The Trainer.
         pl_module: The module of the run.
 
     Raises:
-        MisconfigurationException: If the strategy shards the model, or if a process may be left without batches.
+        MisconfigurationException: If the strategy is of a kind that is not supported, or if a process may be left
+            without batches.
     """
-    if isinstance(trainer.strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)):
-        raise MisconfigurationException(
-            "`SensitivityMonitor` should have the whole model in every process, got"
-            f" {type(trainer.strategy).__name__}, which is not supported."
-        )
+    check_strategy(trainer)
     sources = [pl_module, *([] if trainer.datamodule is None else [trainer.datamodule])]  # type: ignore[attr-defined]
     allows_empty = any(source.allow_zero_length_dataloader_with_multiple_devices for source in sources)
     if trainer.world_size > 1 and allows_empty:

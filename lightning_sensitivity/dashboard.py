@@ -24,12 +24,13 @@ def custom_scalars_layout(prefixes: Mapping[str, bool]) -> dict[str, dict[str, l
     for prefix, has_risk in prefixes.items():
         tag = re.escape(prefix)
         loader = r"(/dataloader_idx_\d+)?$"
+        site = r"(/.+)?$"  # a submodule, a loader or both
         risk: dict[str, list[object]] = {
             "risk estimate and its terms": ["Multiline", [f"^{tag}({'|'.join(RISK.values())}){loader}"]]
         }
         layout[f"Generalization ({prefix}*)"] = (risk if has_risk else {}) | {
             # Whatever the user's loss is called, it has "loss" in its name; the estimate has, too.
             "loss and loss estimate": ["Multiline", [f"^{tag}.*loss"]],
-            "sensitivity, log10": ["Multiline", [f"^{tag}{LOG10}{loader}"]],
+            "sensitivity, log10": ["Multiline", [f"^{tag}{LOG10}{site}"]],
         }
     return layout

@@ -12,8 +12,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_sensitivity.batches import Selector
+from lightning_sensitivity.batches import Inputs
+from lightning_sensitivity.outputs import Selector
 from lightning_sensitivity.risk import holdout_sums
+from lightning_sensitivity.strategies import is_sharded
 from lightning_sensitivity.training_samples import TrainingSamples
 from lightning_sensitivity.twin import initial_weights, learned_weights, twin
 
@@ -45,21 +47,29 @@ class RiskMeasurement:
         inputs: The same.
         outputs: The same.
         targets: The same.
+        perturbs_inputs: As for :class:`~lightning_sensitivity.training_samples.TrainingSamples`.
 
     Attributes:
         initial_weights: The parameters before training, None before the first fit.
     """
 
     def __init__(
-        self, task: str | None, num_training_samples: int, inputs: Selector, outputs: Selector, targets: Selector
+        self,
+        task: str | None,
+        num_training_samples: int,
+        inputs: Inputs,
+        outputs: Selector,
+        targets: Selector,
+        perturbs_inputs: bool,
     ) -> None:
         self.initial_weights: dict[str, Tensor] | None = None
         self._model_id: int | None = None  # whose they are
         self._is_restored = False
         self._told_task = task
         self._num_training_samples = num_training_samples
-        self._selectors = (inputs, outputs, targets)
+        self._selectors = (inputs, outputs, targets, perturbs_inputs)
         self._training_samples: TrainingSamples | None = None
+        self._restored_samples: dict[str, Any] | None = None
         self._num_epochs = 0  # of this fit, not counting the rest of one that was interrupted
         self._estimates: dict[int, list[float]] = {}  # by loader, one for each validation
         self._begins_untrained = True
@@ -82,6 +92,19 @@ class RiskMeasurement:
         self.initial_weights = initial_weights
         self._is_restored = True
 
+    def samples_state(self) -> dict[str, Any]:
+        """The training samples, and in which epoch of training they were kept."""
+        samples = {} if self._training_samples is None else self._training_samples.state_dict()
+        return {"num_epochs": self._num_epochs, "samples": samples}
+
+    def restore_samples(self, state: dict[str, Any]) -> None:
+        """Take them back, at the start of the fit.
+
+        Args:
+            state: What :meth:`samples_state` gave.
+        """
+        self._restored_samples = state if state["samples"] else None
+
     def start_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule, is_required: bool) -> None:
         """Remember the weights, and begin to keep samples.
 
@@ -95,12 +118,20 @@ class RiskMeasurement:
         """
         if self._told_task is None:
             return
+        problem = None
         goes_on = trainer.global_step > 0 and self._model_id == id(pl_module)  # a second fit of the same Trainer
-        if self._is_restored and self.initial_weights is None:
+        if is_sharded(trainer):
+            problem = (
+                "`SensitivityMonitor` should have the whole model in every process, got a strategy that shards it: its"
+                " risk estimate needs all weights. `task=None` does without it."
+            )
+        elif self._is_restored and self.initial_weights is None:
             problem = (
                 "`SensitivityMonitor` should have been in the Trainer whose training is resumed, and with a `task`:"
                 " its risk estimate needs the weights from before training. `task=None` does without it."
             )
+        if problem is not None:
+            self.initial_weights = None
             if is_required:
                 raise MisconfigurationException(problem)
             rank_zero_warn(f"There will be no risk estimate. {problem}")
@@ -114,6 +145,9 @@ class RiskMeasurement:
         self._estimates = {}
         num_samples = math.ceil(self._num_training_samples / trainer.world_size)
         self._training_samples = TrainingSamples(self._told_task, num_samples, *self._selectors)
+        if self._restored_samples is not None:
+            self._training_samples.load_state_dict(self._restored_samples["samples"])
+            self._num_epochs, self._restored_samples = self._restored_samples["num_epochs"], None
 
     def end_fit(self) -> None:
         """Free the samples. The weights stay, for a second fit of the same Trainer."""

@@ -15,10 +15,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from lightning_sensitivity.batches import Selector, prepare_call, select_outputs, select_targets, uncompiled
+from lightning_sensitivity.batches import prepare_call, select_targets, uncompiled
+from lightning_sensitivity.dtypes import accumulation_dtype
+from lightning_sensitivity.extremes import num_outputs_seen
+from lightning_sensitivity.image_perturbations import four_shifts
 from lightning_sensitivity.metric import OutputSensitivity
-from lightning_sensitivity.moments import accumulation_dtype, num_outputs_seen
-from lightning_sensitivity.perturbations import GaussianNoise, four_shifts, noise_generator
+from lightning_sensitivity.outputs import Selector, select_outputs
+from lightning_sensitivity.perturbations import GaussianNoise, noise_generator
 from lightning_sensitivity.sample_scores import ERROR, LOSS, NUM_LABELS, SampleScores
 from lightning_sensitivity.tasks import check_task
 
@@ -116,21 +119,25 @@ class ScoredModel(pl.LightningModule):
         """Score the samples of a batch."""
         assert self.model is not None
         settings = self._settings
-        x, run = prepare_call(self.model, batch, settings.inputs)
-        clean = select_outputs(run(x), settings.outputs)
+        (x,), run = prepare_call(self.model, batch, settings.inputs)
+
+        def outputs(new: Tensor) -> Tensor:
+            return select_outputs(run([new]), settings.outputs, batch)
+
+        clean = outputs(x)
         scores = SampleScores(clean, settings.task)
         scores.add_inputs(x, settings.perturbation.second_moment(x))
 
         def noisy_outputs(draw: int) -> Tensor:
             generator = noise_generator(settings.seed, self.global_rank, 0, batch_idx, draw, x.device)
-            noisy = select_outputs(run(settings.perturbation(x, generator)), settings.outputs)
+            noisy = outputs(settings.perturbation(x, generator))
             scores.add_noisy(noisy)
             return noisy
 
         self._sensitivity.update(clean, map(noisy_outputs, range(settings.num_draws)))
         for pixels in settings.shifts:
             for moved in four_shifts(x, pixels):
-                scores.add_shifted(select_outputs(run(moved), settings.outputs))
+                scores.add_shifted(outputs(moved))
         if self._labels_fit and (targets := self._targets(batch, clean)) is not None:
             scores.add_targets(targets)
         self._tables.append(scores.table)

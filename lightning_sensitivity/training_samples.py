@@ -11,7 +11,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_sensitivity.batches import Selector, copied, prepare_call, select_outputs, select_targets
+from lightning_sensitivity.batches import Inputs, select_targets
+from lightning_sensitivity.nested import copied
+from lightning_sensitivity.outputs import Selector
+from lightning_sensitivity.probe import Probe
 from lightning_sensitivity.risk import training_sums
 from lightning_sensitivity.tasks import check_logits, check_task, infer_task
 
@@ -31,11 +34,21 @@ class TrainingSamples:
         inputs: As for :class:`~lightning_sensitivity.SensitivityMonitor`.
         outputs: The same.
         targets: The same.
+        perturbs_inputs: Whether the monitor perturbs inputs, and not the outputs of submodules alone.
     """
 
-    def __init__(self, task: str, num_samples: int, inputs: Selector, outputs: Selector, targets: Selector) -> None:
+    def __init__(
+        self,
+        task: str,
+        num_samples: int,
+        inputs: Inputs,
+        outputs: Selector,
+        targets: Selector,
+        perturbs_inputs: bool,
+    ) -> None:
         self.task: str | None = None if task == "auto" else task
         self._inputs, self._outputs, self._targets = inputs, outputs, targets
+        self._perturbs_inputs = perturbs_inputs
         self._num_missing = num_samples
         self._batches: list[Any] = []
         self._num_within = 0  # validations in a row in which all outputs could be probabilities
@@ -48,6 +61,18 @@ class TrainingSamples:
     def __bool__(self) -> bool:
         """Whether there are any."""
         return bool(self._batches)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The samples, and what is needed to go on."""
+        return {"task": self.task, "num_missing": self._num_missing, "batches": self._batches}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take them back.
+
+        Args:
+            state: What :meth:`state_dict` gave.
+        """
+        self.task, self._num_missing, self._batches = state["task"], state["num_missing"], list(state["batches"])
 
     def keep(self, model: nn.Module, batch: Any) -> None:
         """Keep a batch. The first one tells the task.
@@ -62,11 +87,11 @@ class TrainingSamples:
         """
         try:
             targets = select_targets(model, batch, self._targets)
-            x, run = prepare_call(model, batch, self._inputs)
+            probe = Probe(model, batch, self._inputs, self._outputs, self._perturbs_inputs)
         except Exception as error:
             self._refuse(error)
             return
-        outputs = select_outputs(run(x), self._outputs)
+        outputs = probe.clean()
         try:
             task = self.task or infer_task(outputs, targets)
             check_task(outputs, targets, task)
@@ -78,7 +103,7 @@ class TrainingSamples:
             rank_zero_info(f"`SensitivityMonitor` takes the labels as `task={task!r}` for its risk estimate.")
         self.task = task
         self._batches.append(move_data_to_device(copied(batch), torch.device("cpu")))
-        self._num_missing -= len(x)
+        self._num_missing -= len(outputs)
 
     def _refuse(self, error: Exception) -> None:
         if self._batches:
@@ -104,8 +129,7 @@ class TrainingSamples:
         within = self.task in ("binary", "multilabel")  # elsewhere probabilities were refused, or are no outputs
         for batch in self._batches:
             batch = move_data_to_device(batch, pl_module.device)
-            x, run = prepare_call(pl_module, batch, self._inputs)
-            outputs = select_outputs(run(x), self._outputs)
+            outputs = Probe(pl_module, batch, self._inputs, self._outputs, self._perturbs_inputs).clean()
             sums = training_sums(outputs, select_targets(pl_module, batch, self._targets), self.task)
             total = total.to(sums) + sums
             within = within and bool(((outputs >= 0) & (outputs <= 1)).all())

@@ -1,4 +1,5 @@
 from collections import UserDict, namedtuple
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_sensitivity.batches import prepare_call, select_outputs
+from lightning_sensitivity.batches import prepare_call, replace_floating, select_targets
 
 X, MASK, LABELS = torch.zeros(3, 2), torch.ones(3, 2, dtype=torch.bool), torch.tensor([0, 1, 2])
 NEW = X + 1
@@ -36,6 +37,12 @@ class Anything(nn.Module):
 Batch = namedtuple("Batch", ["x", "y"])
 
 
+@dataclass(frozen=True)
+class Sample:
+    x: Any
+    y: Any
+
+
 @pytest.mark.parametrize(
     ("batch", "inputs"),
     [
@@ -52,19 +59,24 @@ Batch = namedtuple("Batch", ["x", "y"])
         ((LABELS, X), -1),
         ({"views": [X, X]}, lambda batch: batch["views"][0]),
         ((LABELS, X), lambda batch: (batch[1],)),
+        (Batch(LABELS, X), "y"),
+        (Sample(X, LABELS), None),
+        (Sample(LABELS, X), "y"),
+        (([Sample(X, LABELS)], LABELS), None),
+        (nn.utils.rnn.PackedSequence(X, torch.tensor([3])), None),
     ],
 )
 def test_the_tensor_alone_goes_to_a_model_of_one_argument(batch: Any, inputs: Any) -> None:
-    tensor, run = prepare_call(One(), batch, inputs)
+    (tensor,), run = prepare_call(One(), batch, inputs)
     assert tensor is X
-    assert same(run(NEW), NEW)
+    assert same(run([NEW]), NEW)
 
 
 def test_a_mapping_goes_to_the_arguments_that_forward_names() -> None:
     batch = {"x": X, "mask": MASK, "label": LABELS}
-    tensor, run = prepare_call(Two(), batch, None)
+    (tensor,), run = prepare_call(Two(), batch, None)
     assert tensor is X
-    new, mask, scale = run(NEW)
+    new, mask, scale = run([NEW])
     assert same(new, NEW)
     assert same(mask, MASK)
     assert scale == 1.0
@@ -73,7 +85,7 @@ def test_a_mapping_goes_to_the_arguments_that_forward_names() -> None:
 
 def test_a_tuple_goes_to_the_required_arguments() -> None:
     _, run = prepare_call(Two(), (X, MASK, LABELS), None)
-    new, mask, scale = run(NEW)
+    new, mask, scale = run([NEW])
     assert same(new, NEW)
     assert same(mask, MASK)
     assert scale == 1.0
@@ -82,23 +94,23 @@ def test_a_tuple_goes_to_the_required_arguments() -> None:
 def test_a_callable_gives_the_arguments() -> None:
     batch = {"image": X, "mask": MASK}
     _, run = prepare_call(Two(), batch, lambda b: (b["image"], b["mask"]))
-    assert same(run(NEW)[0], NEW)
-    assert same(run(NEW)[1], MASK)
-    tensor, run = prepare_call(One(), batch, lambda b: (b,))  # the whole batch is one argument
+    assert same(run([NEW])[0], NEW)
+    assert same(run([NEW])[1], MASK)
+    (tensor,), run = prepare_call(One(), batch, lambda b: (b,))  # the whole batch is one argument
     assert tensor is X
-    assert same(run(NEW)["image"], NEW)
-    assert same(run(NEW)["mask"], MASK)
+    assert same(run([NEW])["image"], NEW)
+    assert same(run([NEW])["mask"], MASK)
 
 
 def test_a_nested_input_keeps_what_is_around_it() -> None:
     _, run = prepare_call(One(), ({"image": X, "id": LABELS}, LABELS), lambda b: (b[0],))
-    assert same(run(NEW)["id"], LABELS)
+    assert same(run([NEW])["id"], LABELS)
     named = Batch(X, LABELS)
     _, run = prepare_call(One(), [named], lambda b: (b[0],))
-    assert isinstance(run(NEW), Batch)
-    assert same(run(NEW).x, NEW)
+    assert isinstance(run([NEW]), Batch)
+    assert same(run([NEW]).x, NEW)
     _, run = prepare_call(One(), None, lambda b: ([X, MASK],))
-    assert same(run(NEW)[1], MASK)
+    assert same(run([NEW])[1], MASK)
 
 
 def test_an_input_that_forward_does_not_name_comes_first() -> None:
@@ -107,7 +119,7 @@ def test_an_input_that_forward_does_not_name_comes_first() -> None:
             return x, mask
 
     _, run = prepare_call(Optional(), {"image": X, "mask": MASK, "label": LABELS}, None)
-    new, mask = run(NEW)
+    new, mask = run([NEW])
     assert same(new, NEW)
     assert same(mask, MASK)
 
@@ -118,8 +130,8 @@ def test_a_forward_of_keywords_alone_gets_the_whole_mapping() -> None:
             return inputs
 
     _, run = prepare_call(Keywords(), {"image": X, "mask": MASK}, None)
-    assert same(run(NEW)["image"], NEW)
-    assert same(run(NEW)["mask"], MASK)
+    assert same(run([NEW])["image"], NEW)
+    assert same(run([NEW])["mask"], MASK)
 
 
 def test_only_what_can_be_a_keyword_is_one() -> None:
@@ -128,7 +140,7 @@ def test_only_what_can_be_a_keyword_is_one() -> None:
             return x, args
 
     _, run = prepare_call(Positional(), {"x": X, "args": LABELS}, None)
-    new, args = run(NEW)
+    new, args = run([NEW])
     assert same(new, NEW)
     assert not args
 
@@ -144,7 +156,7 @@ def test_a_mapping_keeps_its_type_and_what_is_no_container_is_passed_on_itself()
     custom = SimpleNamespace(graph=range(3))
     batch = Encoding(x=X, custom=custom, span=range(3))
     _, run = prepare_call(One(), batch, lambda b: (b,))
-    passed = run(NEW)
+    passed = run([NEW])
     assert isinstance(passed, Encoding)
     assert same(passed.x, NEW)
     assert passed.custom is custom
@@ -152,10 +164,92 @@ def test_a_mapping_keeps_its_type_and_what_is_no_container_is_passed_on_itself()
     assert batch.x is X
 
 
+def test_a_dataclass_goes_to_the_arguments_that_forward_names_or_as_a_whole() -> None:
+    class Named(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> tuple[Any, ...]:
+            return x, y
+
+    batch = Sample(X, LABELS)
+    new, y = prepare_call(Named(), batch, None).run([NEW])
+    assert same(new, NEW)
+    assert same(y, LABELS)
+    passed = prepare_call(One(), batch, lambda b: (b,)).run([NEW])
+    assert isinstance(passed, Sample)
+    assert same(passed.x, NEW)
+    assert same(passed.y, LABELS)
+    assert batch.x is X
+
+
+@pytest.mark.parametrize(
+    ("batch", "inputs"),
+    [
+        ({"x": X, "mask": X + 2, "label": LABELS}, ["x", "mask"]),
+        (Sample(X, X + 2), ["x", "y"]),
+        (Batch(X, X + 2), ["x", "y"]),
+        ((X, X + 2), [0, 1]),
+        ((X, X + 2, LABELS), [0, -2]),
+        (({"a": X}, [X + 2]), [0, 1]),
+    ],
+)
+def test_several_inputs_are_perturbed_together(batch: Any, inputs: Any) -> None:
+    tensors, run = prepare_call(Anything(), batch, inputs)
+    assert [tensor.mean().item() for tensor in tensors] == [0, 2]
+    args, keywords = run([NEW, NEW + 2])
+    assert not keywords
+    assert same(args[0], NEW)
+    assert same(args[1], NEW + 2)
+
+
+def test_several_inputs_keep_what_is_not_chosen() -> None:
+    class Three(nn.Module):
+        def forward(self, image: Tensor, mask: Tensor, depth: Tensor) -> tuple[Any, ...]:
+            return image, mask, depth
+
+    batch = {"image": X, "mask": MASK, "depth": X + 2}
+    _, run = prepare_call(Three(), batch, ["depth", "image"])
+    depth, image = NEW + 2, NEW
+    for got, expected in zip(run([depth, image]), (image, MASK, depth), strict=True):
+        assert same(got, expected)
+    _, run = prepare_call(Three(), (X, MASK, X + 2, LABELS), [0, 2])
+    for got, expected in zip(run([image, depth]), (image, MASK, depth), strict=True):
+        assert same(got, expected)
+
+
+@pytest.mark.parametrize(
+    ("model", "batch", "inputs"),
+    [
+        (One(), LABELS, None),
+        (One(), (LABELS, X), None),
+        (One(), {"ids": LABELS, "label": X}, None),
+        (One(), (X, LABELS), 1),
+        (One(), {"ids": LABELS, "mask": MASK}, "ids"),
+        (One(), X, lambda batch: LABELS),
+    ],
+)
+def test_a_model_whose_inputs_are_left_alone_needs_no_floating_tensor(model: Any, batch: Any, inputs: Any) -> None:
+    tensors, run = prepare_call(model, batch, inputs, perturbs_inputs=False)
+    assert tensors == []
+    assert same(run([]), LABELS)
+
+
+def test_names_and_places_are_those_of_forward_where_inputs_are_left_alone() -> None:
+    for batch in ({"x": LABELS, "mask": MASK, "label": X}, (LABELS, MASK, X)):
+        ids, mask, scale = prepare_call(Two(), batch, None, perturbs_inputs=False).run([])
+        assert same(ids, LABELS)
+        assert same(mask, MASK)
+        assert scale == 1.0
+
+
+def test_channels_last_stays_so() -> None:
+    x = torch.rand(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    (tensor,), run = prepare_call(One(), (x, LABELS), None)
+    assert run([tensor]).is_contiguous(memory_format=torch.channels_last)
+
+
 def test_a_forward_of_anything_gets_the_tensor() -> None:
     for batch in ({"image": X}, (X, LABELS)):
         _, run = prepare_call(Anything(), batch, None)
-        (new,), keywords = run(NEW)
+        (new,), keywords = run([NEW])
         assert same(new, NEW)
         assert not keywords
 
@@ -178,6 +272,10 @@ def test_a_forward_of_anything_gets_the_tensor() -> None:
         ((X,), lambda b: (), "empty tuple"),
         ((X,), lambda b: "no", "should hold a floating tensor to perturb, got str"),
         (X.to(torch.complex64), None, "floating tensor, got torch.complex64"),
+        (X.to_sparse(), None, r"floating tensor, got torch.float32, not dense \(torch.sparse_coo\), of"),
+        (Sample(LABELS, MASK), None, "none in .* with the keys 'x', 'y'"),
+        (Sample(X, MASK), "z", "`inputs='z'` should name a part of the batch, got Sample with the keys 'x', 'y'"),
+        ({"a": X}, ["a", "b"], "`inputs='b'` should name a part"),
     ],
 )
 def test_what_can_not_be_told_is_refused(batch: Any, inputs: Any, match: str) -> None:
@@ -185,44 +283,24 @@ def test_what_can_not_be_told_is_refused(batch: Any, inputs: Any, match: str) ->
         prepare_call(One(), batch, inputs)
 
 
-@pytest.mark.parametrize(
-    ("result", "outputs"),
-    [
-        (X, None),
-        ((X, "attention"), None),
-        ([X], None),
-        ({"loss": LABELS, "logits": X}, None),
-        (UserDict(logits=X), None),
-        (SimpleNamespace(logits=X), None),
-        (Batch("no", X), "y"),
-        ({"scores": X}, "scores"),
-        (SimpleNamespace(scores=X), "scores"),
-        ((LABELS, X), 1),
-        ({"nested": [X]}, lambda result: result["nested"][0]),
-    ],
-)
-def test_outputs(result: Any, outputs: Any) -> None:
-    assert select_outputs(result, outputs) is X
+def test_an_element_that_forward_does_not_get_is_refused() -> None:
+    with pytest.raises(MisconfigurationException, match="that `forward` gets, the first 2, got 2"):
+        prepare_call(Two(), (MASK, MASK, X), 2)
 
 
-@pytest.mark.parametrize(
-    ("result", "outputs", "match"),
-    [
-        (None, None, "should be a tensor.*got NoneType.*outputs="),
-        ({"scores": X}, None, "got dict with the keys 'scores'.*outputs="),
-        ((), None, "got tuple of nothing"),
-        ("text", None, "got str"),
-        ({"scores": X}, "logits", "`outputs='logits'` should name a part.*got dict with the keys 'scores'"),
-        (SimpleNamespace(scores=X), "logits", "`outputs='logits'`.*SimpleNamespace"),
-        ((X,), 1, "`outputs=1`.*tuple of Tensor"),
-        ({"a": X}, lambda result: None, "should be a tensor"),
-    ],
-)
-def test_outputs_that_can_not_be_told_are_refused(result: Any, outputs: Any, match: str) -> None:
-    with pytest.raises(MisconfigurationException, match=match):
-        select_outputs(result, outputs)
+def test_labels_of_a_dataclass() -> None:
+    assert select_targets(One(), Sample(X, LABELS), None) is LABELS
+    assert select_targets(One(), Batch(X, LABELS), "y") is LABELS
 
 
-def test_errors_of_the_users_own_callable_are_not_hidden() -> None:
-    with pytest.raises(KeyError, match="mine"):
-        select_outputs({"a": X}, lambda result: result["mine"])
+def test_the_tensor_in_what_a_submodule_returns() -> None:
+    def double(x: Tensor) -> Tensor:
+        return 2 * x
+
+    assert torch.equal(replace_floating(X + 1, double), 2 * (X + 1))
+    output, (hidden, cell) = replace_floating((X + 1, (X, X)), double)  # an LSTM's
+    assert torch.equal(output, 2 * (X + 1))
+    assert hidden is cell is X
+    assert torch.equal(replace_floating({"last_hidden_state": X + 1}, double)["last_hidden_state"], 2 * (X + 1))
+    with pytest.raises(MisconfigurationException, match="What the submodule .* returns should be a floating"):
+        replace_floating(LABELS, double)
