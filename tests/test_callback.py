@@ -434,7 +434,7 @@ def test_memory_does_not_grow_with_draws_or_batches() -> None:
     validated(monitor, Tracking(), unlabelled_loader(160))
     assert len(most) == 110
     assert max(most) <= 3  # clean outputs, one draw, and the next one being made
-    assert not monitor._statistics
+    assert not monitor._sensitivity._statistics
 
 
 # Sanity check and the untrained network
@@ -447,7 +447,7 @@ def test_the_sanity_check_runs_the_path_and_leaves_nothing(tmp_path: Path) -> No
         def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
             self.seen = True
             assert not any("sensitivity" in name for name in trainer.callback_metrics)
-            assert not monitor._statistics
+            assert not monitor._sensitivity._statistics
 
     monitor, sanity, history = SensitivityMonitor(), Sanity(), History()
     run = trainer(callbacks=[monitor, sanity, history], num_sanity_val_steps=2, max_epochs=1)

@@ -8,6 +8,8 @@ import lightning_sensitivity
 from lightning_sensitivity import SensitivityMonitor
 from tests.helpers import Classifier, loader, unlabelled_loader
 from tests.test_comparison import save
+from tests.test_models import BATCHES, OUTPUTS
+from tests.test_setups import SETUPS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -62,3 +64,18 @@ def test_public_names_resolve() -> None:
     assert all(hasattr(lightning_sensitivity, name) for name in lightning_sensitivity.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         lightning_sensitivity.nothing  # noqa: B018
+
+
+def test_the_tests_that_are_named_exist() -> None:
+    named = re.findall(r"\[(test_\w+)\]\((tests/test_\w+\.py)\)`::(test_\w+)`", README)
+    assert len(named) >= 15
+    for name, path, function in named:
+        assert path == f"tests/{name}.py"
+        assert f"\ndef {function}(" in (ROOT / path).read_text(), function
+
+
+def test_the_numbers_of_combinations_are_those_of_the_tests() -> None:
+    assert f"{len(SETUPS)} set-ups" in README
+    assert f"{len(BATCHES)} kinds of batches" in README
+    assert f"{len(OUTPUTS)} kinds of outputs" in README
+    assert f"all {len(BATCHES) * len(OUTPUTS)}" in README
