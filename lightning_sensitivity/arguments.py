@@ -10,7 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_sensitivity.nested import is_sequence
-from lightning_sensitivity.perturbations import GaussianNoise
+from lightning_sensitivity.perturbations import GaussianNoise, RademacherNoise, UniformNoise
 
 AnyPerturbation = Callable[[Tensor, torch.Generator], Tensor]
 DEFAULT_NOISE_STD = 0.1
@@ -102,6 +102,27 @@ def chosen_perturbation(noise_std: float | Sequence[float], perturbation: AnyPer
             f"`noise_std` should be left out beside a `perturbation`, whose place it would take, got {noise_std!r}."
         )
     return perturbation
+
+
+def check_method(method: object, perturbation: AnyPerturbation, num_draws: object, per_output: object) -> None:
+    """Require a method that can do with the other arguments.
+
+    Args:
+        method: What came.
+        perturbation: The perturbation.
+        num_draws: As for :class:`~lightning_sensitivity.SensitivityMonitor`.
+        per_output: The same.
+
+    Raises:
+        MisconfigurationException: If it can't.
+    """
+    check_argument("method", method, method in ("noise", "gradient"), "'noise' or 'gradient'")
+    if method == "gradient":
+        has_moment = isinstance(perturbation, GaussianNoise | UniformNoise | RademacherNoise)
+        expected = "independent noise (Gaussian, uniform or Rademacher) with `method='gradient'`"
+        check_argument("perturbation", perturbation, has_moment, expected)
+        check_argument("num_draws", num_draws, num_draws == 1, "1 with `method='gradient'`, which draws nothing")
+        check_argument("per_output", per_output, per_output is False, "False with `method='gradient'`")
 
 
 def gaussian_noise(noise_std: float | Sequence[float]) -> GaussianNoise:

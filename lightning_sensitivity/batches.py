@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,11 +24,13 @@ class Call(NamedTuple):
 
     Attributes:
         tensors: The tensors to perturb, in the batch.
-        run: Runs the model with other tensors in their place, and gives what it returns.
+        run: Runs the model with other tensors in their place, which it may write into, and gives what it returns.
+        arguments: What the model is called with on the batch as it is, positional and by keyword.
     """
 
     tensors: list[Tensor]
     run: Callable[[Sequence[Tensor]], Any]
+    arguments: tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def prepare_call(
@@ -65,7 +67,7 @@ def prepare_call(
         forward: What runs the model with its arguments; by default the module itself.
 
     Returns:
-        The tensors to perturb, and a function from their replacements to the model's output.
+        The tensors to perturb, a function from their replacements to the model's output, and the model's arguments.
 
     Raises:
         MisconfigurationException: If no dense floating tensor, or more than one, can be meant.
@@ -96,10 +98,10 @@ def prepare_call(
         perturbed = values
         for path, tensor in zip(paths[:num_tensors], new, strict=True):
             perturbed = replaced(perturbed, path, tensor)
-        args, keywords = arguments(perturbed, paths)
-        return forward(*map(copied, args), **{name: copied(value) for name, value in keywords.items()})
+        args, keywords = copied(arguments(perturbed, paths), but=new)
+        return forward(*args, **keywords)
 
-    return Call([part(values, path) for path in paths[:num_tensors]], run)
+    return Call([part(values, path) for path in paths[:num_tensors]], run, arguments(values, paths))
 
 
 def select_targets(model: nn.Module, batch: Any, targets: Selector) -> Tensor:
@@ -165,15 +167,15 @@ def uncompiled(model: nn.Module) -> nn.Module:
 
 
 # From what a batch became, and the paths to its parts that are perturbed, to the arguments of the model.
-_Arguments = Callable[[Any, list[Path]], tuple[Iterable[Any], Mapping[str, Any]]]
+_Arguments = Callable[[Any, list[Path]], tuple[tuple[Any, ...], dict[str, Any]]]
 
 
-def _unpacked(values: Any, paths: list[Path]) -> tuple[Iterable[Any], Mapping[str, Any]]:
+def _unpacked(values: Any, paths: list[Path]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return values, {}
 
 
-def _at_paths(values: Any, paths: list[Path]) -> tuple[Iterable[Any], Mapping[str, Any]]:
-    return (part(values, path) for path in paths), {}
+def _at_paths(values: Any, paths: list[Path]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return tuple(part(values, path) for path in paths), {}
 
 
 def _by_name(model: nn.Module, batch: Any, keys: list[Any], perturbs_inputs: bool) -> tuple[list[Any], _Arguments]:
@@ -186,8 +188,8 @@ def _by_name(model: nn.Module, batch: Any, keys: list[Any], perturbs_inputs: boo
     taken = [parameter.name for parameter in _forward_parameters(model)][: len(unnamed)]
     names = [name for name in names if name not in taken]
 
-    def arguments(values: Any, paths: list[Path]) -> tuple[Iterable[Any], Mapping[str, Any]]:
-        return (part(values, (key,)) for key in unnamed), {name: part(values, (name,)) for name in names}
+    def arguments(values: Any, paths: list[Path]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return tuple(part(values, (key,)) for key in unnamed), {name: part(values, (name,)) for name in names}
 
     return keys, arguments
 
@@ -205,7 +207,7 @@ def _by_place(model: nn.Module, batch: Any, keys: list[Any], perturbs_inputs: bo
             f"`inputs` should be among the elements of the batch that `forward` gets, the first {num_required}, got"
             f" {max(keys)}. Say what it gets with a callable, `inputs=lambda batch: (...)`."
         )
-    return keys, lambda values, paths: (values[:num_required], {})
+    return keys, lambda values, paths: (tuple(values[:num_required]), {})
 
 
 def _floating_path(value: Any, what: str = "The input to perturb") -> Path:

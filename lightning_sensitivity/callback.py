@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -19,19 +21,25 @@ from lightning_sensitivity.arguments import (
     check_at,
     check_inputs,
     check_int,
+    check_method,
     check_selector,
     chosen_perturbation,
 )
 from lightning_sensitivity.checks import check_loop, check_model, check_processes
 from lightning_sensitivity.dashboard import custom_scalars_layout
 from lightning_sensitivity.isolation import no_trace
-from lightning_sensitivity.perturbations import Perturbation
+from lightning_sensitivity.nested import copied
+from lightning_sensitivity.perturbations import Perturbation, noise_generator
+from lightning_sensitivity.probe import Probe
 from lightning_sensitivity.readings import RISK, LoaderStatistics
+from lightning_sensitivity.reuse import Witness, why_not
 from lightning_sensitivity.risk_measurement import RiskMeasurement, num_twins
 from lightning_sensitivity.sensitivity_measurement import SensitivityMeasurement
 from lightning_sensitivity.tasks import TASKS
 
 __all__ = ["SensitivityMonitor"]
+
+log = logging.getLogger(__name__)
 
 _CHECKPOINT_KEY = "lightning_sensitivity.initial_weights"
 _SAMPLES_KEY = "lightning_sensitivity.training_samples."  # and the prefix of the monitor
@@ -63,10 +71,11 @@ class SensitivityMonitor(Callback):
     that of labels as wrong. A value that has no meaning in an epoch (see
     ``nan_strategy``; log10 of 0) is not logged; an ``EarlyStopping`` that may meet that needs ``strict=False``.
 
-    It costs 1 + ``num_draws`` forward passes per validation batch, and for the risk one more (or eight in all, where a
-    loader has fewer batches), and those of ``num_training_samples`` per validation. The weights from before training
-    are kept in the memory of the CPU and in checkpoints; two copies of the weights are on the device while validation
-    runs.
+    It costs ``num_draws`` forward passes per validation batch that is measured (``num_samples``), where
+    ``validation_step`` calls ``self(x)`` on the batch's own tensor, in ``fit``: its outputs are used. Elsewhere it is
+    one more; a debug message says which, and why. For the risk one more (or eight in all, where a loader has fewer
+    batches), and those of ``num_training_samples`` per validation. The weights from before training are kept in the
+    memory of the CPU and in checkpoints; two copies of the weights are on the device while validation runs.
 
     It changes nothing about training: weights, buffers, optimizers, random streams, module modes and logged losses are
     those of a run without it. The exception is Python state that ``forward`` itself changes: a generator of its own, a
@@ -82,7 +91,14 @@ class SensitivityMonitor(Callback):
         at: Name of a submodule, such as ``"model.embeddings"``, whose output is perturbed in place of the model's
             input, each time that it runs; σ is in the units of that output. For inputs that can take no noise (token
             ids). A list of names gives a profile, one pass a name and draw, under ``sensitivity/<name>`` and so on.
+        method: ``"noise"``, or ``"gradient"`` for the limit of small noise, Σ σ² E[(∂ mean_k f_k / ∂x)²] over the
+            elements of x, by one backward pass (the Jacobian norm of Novak et al., ICLR 2018, along one direction): no
+            noise, so that the error bar is that of the samples alone, at about three forward passes. For independent
+            noise and one output vector a sample.
         num_draws: Noise draws per sample.
+        num_samples: How many samples times draws are measured per loader and epoch, over all processes, in whole
+            batches, evenly spaced over the loader and always the same. 1,200 give a standard error of about 5 %,
+            however large the loader. All, if None.
         seed: Seed of the noise. A batch gets the same noise in every epoch, and different batches, loaders, draws and
             processes get different noise.
         prefix: Put before the names in ``Trainer.fit`` and ``Trainer.validate``. ``"val/"`` puts the charts into
@@ -140,7 +156,9 @@ class SensitivityMonitor(Callback):
         noise_std: float | Sequence[float] = DEFAULT_NOISE_STD,
         perturbation: Perturbation | Callable[[Tensor, torch.Generator], Tensor] | None = None,
         at: Sequence[str] | str | None = None,
+        method: str = "noise",
         num_draws: int = 1,
+        num_samples: int | None = None,
         seed: int = 0,
         prefix: str = "val_",
         test_prefix: str = "test_",
@@ -156,7 +174,10 @@ class SensitivityMonitor(Callback):
     ) -> None:
         self.perturbation = chosen_perturbation(noise_std, perturbation)
         check_at(at)
+        check_method(method, self.perturbation, num_draws, per_output)
         check_int("num_draws", num_draws, minimum=1)
+        if num_samples is not None:
+            check_int("num_samples", num_samples, minimum=1)
         check_int("seed", seed)
         check_argument("prefix", prefix, isinstance(prefix, str), "a str")
         check_argument("test_prefix", test_prefix, isinstance(test_prefix, str), "a str")
@@ -172,7 +193,9 @@ class SensitivityMonitor(Callback):
         check_argument("nan_strategy", nan_strategy, nan_strategy in ("error", "warn"), "'error' or 'warn'")
         check_argument("before_training", before_training, isinstance(before_training, bool), "a bool")
         self.at = at
+        self.method = method
         self.num_draws = num_draws
+        self.num_samples = num_samples
         self.seed = seed
         self.prefix = prefix
         self.test_prefix = test_prefix
@@ -186,11 +209,14 @@ class SensitivityMonitor(Callback):
         self.nan_strategy = nan_strategy
         self.before_training = before_training
         self._sensitivity = SensitivityMeasurement(
-            self.perturbation, at, num_draws, seed, inputs, outputs, per_output, nan_strategy
+            self.perturbation, at, method, num_draws, num_samples, inputs, outputs, per_output, nan_strategy
         )
         self._risk = RiskMeasurement(task, num_training_samples, inputs, outputs, targets, at is None)
         self._has_measured = self._has_warned = False
         self._num_sanity_val_steps: float | None = None  # what `before_training` has replaced
+        # While a step runs, its batch and who watches it; and why the outputs of the steps of a loader can't be used.
+        self._pending: tuple[Probe, Witness] | None = None
+        self._problems: dict[int, str] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check what can be checked before the first epoch."""
@@ -256,21 +282,29 @@ class SensitivityMonitor(Callback):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start with empty statistics."""
-        self._sensitivity.check(pl_module)
-        self._forget_batches()
+        self._begin_epoch(trainer, pl_module)
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Measure a batch before ``validation_step`` may change it."""
-        self._measure(trainer, pl_module, batch, batch_idx, dataloader_idx)
-        if not trainer.sanity_checking:
-            self._log(pl_module, self.prefix, dataloader_idx)
+        """Measure a batch before ``validation_step`` may change it, or watch for the outputs that the step computes."""
+        self._begin_batch(trainer, pl_module, batch, batch_idx, dataloader_idx)
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Measure a batch whose outputs the step has computed."""
+        self._end_batch(trainer, pl_module, batch_idx, dataloader_idx)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Have every process take part in every reduction, and report what was wrong, after a sanity check too."""
-        loaders = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
-        self._finish(trainer, pl_module, self.prefix, len(loaders))
+        self._finish(trainer, pl_module, self.prefix)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Free the device's memory."""
@@ -296,25 +330,39 @@ class SensitivityMonitor(Callback):
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start with empty statistics."""
-        self._sensitivity.check(pl_module)
-        self._forget_batches()
+        self._begin_epoch(trainer, pl_module)
 
     def on_test_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Measure a batch before ``test_step`` may change it."""
-        self._measure(trainer, pl_module, batch, batch_idx, dataloader_idx)
-        self._log(pl_module, self.test_prefix, dataloader_idx)
+        self._begin_batch(trainer, pl_module, batch, batch_idx, dataloader_idx)
+
+    def on_test_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Measure a batch whose outputs the step has computed."""
+        self._end_batch(trainer, pl_module, batch_idx, dataloader_idx)
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Have every process take part in every reduction, and report what was wrong."""
-        self._finish(trainer, pl_module, self.test_prefix, len(trainer.num_test_batches))
+        self._finish(trainer, pl_module, self.test_prefix)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Drop the statistics and the samples."""
         self._forget_batches()
         if not self.save_training_samples:  # a checkpoint may be saved now
             self._risk.end_fit()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave no hook on the module."""
+        self._forget_batches()
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -336,13 +384,23 @@ class SensitivityMonitor(Callback):
             self._risk.restore_samples(checkpoint[_SAMPLES_KEY + self.prefix])
 
     def _forget_batches(self) -> None:
+        if self._pending is not None:  # a step that failed
+            self._pending[1].close()
+        self._pending, self._problems = None, {}
         self._sensitivity.forget()
         self._risk.end_validation()
 
     def _statistics(self, pl_module: pl.LightningModule, dataloader_idx: int) -> list[LoaderStatistics]:
         return self._sensitivity.statistics(dataloader_idx, pl_module.device, self._risk.task)
 
-    def _measure(
+    def _begin_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._sensitivity.check(pl_module)
+        self._forget_batches()
+        has_length = all(num_batches < math.inf for num_batches in _num_batches(trainer))
+        if self.num_samples is not None and not has_length and not trainer.sanity_checking and not self._has_measured:
+            rank_zero_warn("`num_samples` needs a validation loader that has a length: here all batches are measured.")
+
+    def _begin_batch(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int
     ) -> None:
         # A process that had no batch of an earlier loader joins the others, who reduced when that loader was done.
@@ -350,18 +408,64 @@ class SensitivityMonitor(Callback):
             for statistics in self._statistics(pl_module, earlier):
                 statistics.compute()
 
+        num_batches = _num_batches(trainer)[dataloader_idx]
+        if not self._sensitivity.wants(dataloader_idx, batch_idx, num_batches, trainer.world_size):
+            return
+        probe = self._sensitivity.probe(trainer, pl_module, batch)
+        if self.method == "noise" and dataloader_idx not in self._problems:
+            problem = why_not(pl_module, batch)
+            if problem is None:
+                own = self._sensitivity.probe(trainer, pl_module, copied(batch))  # the step may write into its batch
+                with trainer.precision_plugin.val_step_context():
+                    self._pending = own, Witness(pl_module, probe.arguments, probe.select)
+                return
+            self._compute_from_now_on(dataloader_idx, problem)
+        self._measure(trainer, pl_module, probe, batch_idx, dataloader_idx)
+
+    def _end_batch(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch_idx: int, dataloader_idx: int
+    ) -> None:
+        if self._pending is None:
+            return
+        (probe, witness), self._pending = self._pending, None
+        witness.close()
+        clean = witness.outputs()
+        if clean is None:
+            self._compute_from_now_on(dataloader_idx, witness.problem)
+        elif batch_idx == 0:
+            log.debug("`SensitivityMonitor` takes the clean outputs of dataloader %d from the step.", dataloader_idx)
+        self._measure(trainer, pl_module, probe, batch_idx, dataloader_idx, clean)
+
+    def _compute_from_now_on(self, dataloader_idx: int, problem: str) -> None:
+        self._problems[dataloader_idx] = problem
+        log.debug(
+            "`SensitivityMonitor`, dataloader %d: computes clean outputs itself, since %s", dataloader_idx, problem
+        )
+
+    def _measure(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        probe: Probe,
+        batch_idx: int,
+        dataloader_idx: int,
+        clean: Tensor | None = None,
+    ) -> None:
+        generator = partial(noise_generator, self.seed, trainer.global_rank, dataloader_idx, batch_idx)
         with no_trace(pl_module), trainer.precision_plugin.val_step_context():
-            clean, run, generator = self._sensitivity.measure(
-                trainer, pl_module, batch, (dataloader_idx, batch_idx), self._risk.task
-            )
+            clean = self._sensitivity.measure(pl_module, probe, generator, dataloader_idx, self._risk.task, clean)
             first = self._statistics(pl_module, dataloader_idx)[0]
             if first.task is not None:
                 # A process without a batch of this loader adds none of its training samples: it can't be waited for.
                 if first.update_count == 1:
                     first.add_risk(self._risk.training_sums(pl_module))
-                twins = range(num_twins(trainer.num_val_batches[dataloader_idx], trainer.world_size))
+                num_batches = _num_batches(trainer)[dataloader_idx]
+                num_measured = self._sensitivity.num_wanted(dataloader_idx, num_batches, trainer.world_size)
+                twins = range(num_twins(num_measured, trainer.world_size))
                 generators = (generator(-1 - twin, device=pl_module.device) for twin in twins)
-                first.add_risk(self._risk.holdout_sums(pl_module, clean, run, generators))
+                first.add_risk(self._risk.holdout_sums(pl_module, clean, probe.clean, generators))
+        if not trainer.sanity_checking:
+            self._log(pl_module, self.test_prefix if trainer.testing else self.prefix, dataloader_idx)
 
     def _log(self, pl_module: pl.LightningModule, prefix: str, dataloader_idx: int) -> None:
         for statistics in self._statistics(pl_module, dataloader_idx):
@@ -370,7 +474,8 @@ class SensitivityMonitor(Callback):
                     # `metric_attribute` is checked only for Metrics that belong to the module; this one must not.
                     pl_module.log(prefix + name, reading, on_step=False, on_epoch=True, metric_attribute=name)
 
-    def _finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, prefix: str, num_loaders: int) -> None:
+    def _finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, prefix: str) -> None:
+        num_loaders = len(_num_batches(trainer))
         num_changes = []
         for dataloader_idx in range(num_loaders):
             all_statistics = self._statistics(pl_module, dataloader_idx)
@@ -414,6 +519,13 @@ def monitors(trainer: pl.Trainer) -> list[SensitivityMonitor]:
     """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return [callback for callback in callbacks if isinstance(callback, SensitivityMonitor)]
+
+
+def _num_batches(trainer: pl.Trainer) -> list[int | float]:
+    """Of each loader of the loop that runs; inf where it does not say."""
+    if trainer.sanity_checking:
+        return trainer.num_sanity_val_batches
+    return trainer.num_test_batches if trainer.testing else trainer.num_val_batches
 
 
 def _loader_name(name: str, dataloader_idx: int, num_loaders: int) -> str:

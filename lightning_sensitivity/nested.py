@@ -73,22 +73,36 @@ def replaced(value: Any, path: Path, new: Any) -> Any:
     return tuple(items) if isinstance(value, tuple) else items
 
 
-def copied(value: Any) -> Any:
-    """The same value with tensors of its own, as far as such containers go; anything else is passed on itself."""
+def copied(value: Any, but: Sequence[Tensor] = ()) -> Any:
+    """The same value with tensors of its own, as far as such containers go; anything else is passed on itself.
+
+    Args:
+        value: The value.
+        but: Tensors that need no copy.
+    """
     if isinstance(value, Tensor):
-        return value.clone()
+        return value if any(value is tensor for tensor in but) else value.clone()
     if isinstance(value, MutableMapping):
         new = copy.copy(value)
         for key, item in value.items():
-            new[key] = copied(item)
+            new[key] = copied(item, but)
         return new
     if is_dataclass(value):
-        return _with_fields(value, {name: copied(item) for name, item in (entries(value) or {}).items()})
+        return _with_fields(value, {name: copied(item, but) for name, item in (entries(value) or {}).items()})
     if is_named_tuple(value):
-        return type(value)(*map(copied, value))
+        return type(value)(*(copied(item, but) for item in value))
     if type(value) in (list, tuple):
-        return type(value)(map(copied, value))
+        return type(value)(copied(item, but) for item in value)
     return value
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """All tensors in a nested value."""
+    if isinstance(value, Tensor):
+        return [value]
+    named = entries(value)
+    items = named.values() if named is not None else value if is_sequence(value) else ()
+    return [tensor for item in items for tensor in tensors_in(item)]
 
 
 def describe(value: Any) -> str:

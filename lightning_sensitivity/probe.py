@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from lightning_sensitivity.arguments import AnyPerturbation
 from lightning_sensitivity.batches import Inputs, prepare_call, replace_floating
-from lightning_sensitivity.nested import describe
+from lightning_sensitivity.dtypes import accumulation_dtype
+from lightning_sensitivity.nested import describe, tensors_in
 from lightning_sensitivity.outputs import Selector, select_outputs
+from lightning_sensitivity.perturbations import Perturbation
 
 Perturb = Callable[[Tensor], Tensor]
 
@@ -49,16 +51,17 @@ class Probe:
 
     def clean(self) -> Tensor:
         """Outputs for the batch as it is."""
-        return self._run(self._call.tensors)
+        return self.select(self._call.run(self._own_tensors()))
 
-    def first_clean(self) -> Tensor:
-        """The same, where nobody knows yet whether the model takes such arguments.
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """For the first pass, when nobody knows yet whether the model takes such arguments.
 
         Raises:
-            MisconfigurationException: If the model fails.
+            MisconfigurationException: If it fails inside.
         """
         try:
-            result = self._call.run(self._call.tensors)
+            yield
         except torch.cuda.OutOfMemoryError:
             raise
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -73,7 +76,6 @@ class Probe:
                 "`SensitivityMonitor` could not run the model on the input that it chose"
                 f"{f', a tensor of shape {shapes}' if shapes else ''}: {type(error).__name__}: {error}. {hint}"
             ) from error
-        return select_outputs(result, self._outputs, self._batch)
 
     def perturbed(self, perturb: Perturb, at: str | None = None) -> Tensor:
         """Outputs under a perturbation.
@@ -86,12 +88,68 @@ class Probe:
             MisconfigurationException: If the submodule did not run, or returned nothing that could be perturbed.
         """
         if at is None:
-            return self._run([perturb(tensor) for tensor in self._call.tensors])
+            return self.select(self._call.run([perturb(tensor) for tensor in self._call.tensors]))
         with _perturbed_output(self._model, at, perturb):
-            return self._run(self._call.tensors)
+            return self.clean()
 
-    def _run(self, tensors: list[Tensor]) -> Tensor:
-        return select_outputs(self._call.run(tensors), self._outputs, self._batch)
+    def gradient(
+        self, second_moment: Callable[[Tensor], Tensor | float], at: str | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The small-noise limit of the squared output change of each sample, by one backward pass.
+
+        Args:
+            second_moment: That of the noise, for a tensor to perturb.
+            at: As for :meth:`perturbed`.
+
+        Returns:
+            Outputs for the batch as it is, and E[(∇ mean_k f_k · ε)²] = Σ E[ε²] (∇ mean_k f_k)² over all elements of a
+            sample, shape ``(N,)``.
+
+        Raises:
+            ValueError: If an output has positions, or none for each sample: a backward pass gives their sum alone.
+        """
+        leaves: list[Tensor] = []
+
+        def leaf(x: Tensor) -> Tensor:
+            leaves.append(x.detach().clone().requires_grad_())
+            return leaves[-1]
+
+        # What inference mode made is copied outside of it, as a graph needs it.
+        with torch.inference_mode(False), torch.enable_grad(), _uncompiled_code():
+            outputs = self.perturbed(leaf, at)
+            if outputs.ndim > 2 or any(len(x) != len(outputs) for x in leaves):
+                raise ValueError(
+                    "Expected outputs (N, K) or (N,) of N samples for `method='gradient'`, which sees one output a"
+                    f" sample, but got {tuple(outputs.shape)} for {' and '.join(str(tuple(x.shape)) for x in leaves)}."
+                )
+            averages = outputs.to(accumulation_dtype(outputs.device)).reshape(len(outputs), -1).mean(1)
+            gradients = torch.autograd.grad(averages.sum(), leaves)
+        squares = [
+            (second_moment(x) * gradient.to(averages.dtype).square()).reshape(len(outputs), -1).sum(1)
+            for x, gradient in zip(leaves, gradients, strict=True)
+        ]
+        return outputs.detach(), torch.stack(squares).sum(0)
+
+    @property
+    def num_samples(self) -> int:
+        """Number of samples, by the first tensor that the model gets."""
+        return len(tensors_in(self._call.arguments)[0])
+
+    @property
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the model is called with, positional and by keyword: the batch's own tensors."""
+        return self._call.arguments
+
+    def select(self, result: Any) -> Tensor:
+        """The outputs to compare in what the model returned.
+
+        Args:
+            result: What it returned.
+        """
+        return select_outputs(result, self._outputs, self._batch)
+
+    def _own_tensors(self) -> list[Tensor]:
+        return [tensor.clone() for tensor in self._call.tensors]  # which the model may write into
 
 
 def apply(perturbation: AnyPerturbation, x: Tensor, generator: torch.Generator) -> Tensor:
@@ -99,13 +157,13 @@ def apply(perturbation: AnyPerturbation, x: Tensor, generator: torch.Generator) 
 
     Args:
         perturbation: The perturbation.
-        x: The tensor; the perturbation gets a copy.
+        x: The tensor; the user's own gets a copy, which it may write into.
         generator: Its source of randomness, on the device of ``x``.
 
     Raises:
         MisconfigurationException: If it gives no tensor of the shape, type and device of ``x``.
     """
-    new: object = perturbation(x.clone(), generator)
+    new: object = perturbation(x if isinstance(perturbation, Perturbation) else x.clone(), generator)
     expected = (x.shape, x.dtype, x.device)
     if not isinstance(new, Tensor) or (new.shape, new.dtype, new.device) != expected:
         raise MisconfigurationException(

@@ -58,6 +58,7 @@ class LoaderStatistics(OutputSensitivity):
         task: That of the risk estimate, or None for no estimate.
         names: What is logged, among :data:`NAMES`.
         suffix: Put behind the names of sensitivity and what belongs to it.
+        is_rounded: Whether rounding of inputs and outputs adds to the sensitivity.
         kwargs: As for :class:`~lightning_sensitivity.OutputSensitivity`.
     """
 
@@ -65,13 +66,20 @@ class LoaderStatistics(OutputSensitivity):
     risk: Tensor
 
     def __init__(
-        self, name: str, task: str | None, names: Sequence[str] = NAMES, suffix: str = "", **kwargs: Any
+        self,
+        name: str,
+        task: str | None,
+        names: Sequence[str] = NAMES,
+        suffix: str = "",
+        is_rounded: bool = True,
+        **kwargs: Any,
     ) -> None:
         super().__init__(dist_sync_fn=gather_widest, **kwargs)
         self.name = name
         self.task = task
         self.names = names
         self.suffix = suffix
+        self.is_rounded = is_rounded
         self._has_risk = False
         self.rounding_warnings: list[str] = []  # of the last `compute`
         self.add_state("power", default=torch.zeros(3, dtype=torch.float64), dist_reduce_fx="sum")
@@ -167,7 +175,8 @@ class LoaderStatistics(OutputSensitivity):
 
     def _report_rounding(self, warning: str) -> None:
         name = self._full_name(SENSITIVITY)
-        self.rounding_warnings.append(f"`SensitivityMonitor`, {self.name}, `{name}`: {warning}")
+        if self.is_rounded:
+            self.rounding_warnings.append(f"`SensitivityMonitor`, {self.name}, `{name}`: {warning}")
 
 
 class Reading(Metric):

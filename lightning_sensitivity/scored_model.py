@@ -119,10 +119,10 @@ class ScoredModel(pl.LightningModule):
         """Score the samples of a batch."""
         assert self.model is not None
         settings = self._settings
-        (x,), run = prepare_call(self.model, batch, settings.inputs)
+        (x,), run, _ = prepare_call(self.model, batch, settings.inputs)
 
         def outputs(new: Tensor) -> Tensor:
-            return select_outputs(run([new]), settings.outputs, batch)
+            return select_outputs(run([new.clone() if new is x else new]), settings.outputs, batch)
 
         clean = outputs(x)
         scores = SampleScores(clean, settings.task)

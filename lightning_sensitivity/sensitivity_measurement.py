@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -14,24 +15,9 @@ from lightning_sensitivity.arguments import AnyPerturbation
 from lightning_sensitivity.batches import Inputs
 from lightning_sensitivity.dtypes import accumulation_dtype
 from lightning_sensitivity.outputs import Selector
-from lightning_sensitivity.perturbations import noise_generator
 from lightning_sensitivity.probe import Probe, apply, check_submodule
 from lightning_sensitivity.readings import NAMES, SITE_NAMES, LoaderStatistics
 from lightning_sensitivity.strategies import forward
-
-
-class Measured(NamedTuple):
-    """What the risk estimate can use of a batch that was measured.
-
-    Attributes:
-        clean: Outputs of the model.
-        run: Gives the outputs of the weights that the model has at the time.
-        generator: ``(draw, device=...)`` to the source of the batch's noise.
-    """
-
-    clean: Tensor
-    run: Callable[[], Tensor]
-    generator: Callable[..., torch.Generator]
 
 
 class SensitivityMeasurement:
@@ -40,8 +26,9 @@ class SensitivityMeasurement:
     Args:
         perturbation: What is done to a tensor.
         at: As for :class:`~lightning_sensitivity.SensitivityMonitor`.
+        method: The same.
         num_draws: The same.
-        seed: The same.
+        num_samples: The same.
         inputs: The same.
         outputs: The same.
         per_output: The same.
@@ -52,20 +39,24 @@ class SensitivityMeasurement:
         self,
         perturbation: AnyPerturbation,
         at: Sequence[str] | str | None,
+        method: str,
         num_draws: int,
-        seed: int,
+        num_samples: int | None,
         inputs: Inputs,
         outputs: Selector,
         per_output: bool,
         nan_strategy: str,
     ) -> None:
         self._perturbation = perturbation
-        self._num_draws, self._seed = num_draws, seed
+        self._by_gradient = method == "gradient"
+        self._num_draws, self._num_samples = num_draws, num_samples
         self._inputs, self._outputs = inputs, outputs
         self._per_output, self._nan_strategy = per_output, nan_strategy
         # What is perturbed, the inputs (None) or the outputs of submodules, and what is put behind the logged names.
         self._sites: dict[str | None, str] = {at: ""} if at is None or isinstance(at, str) else {a: f"/{a}" for a in at}
-        self._statistics: dict[int, list[LoaderStatistics]] = {}  # by loader; one for each site
+        # By loader: the statistics, one for each site, and the size of its first batch.
+        self._statistics: dict[int, list[LoaderStatistics]] = {}
+        self._batch_sizes: dict[int, int] = {}
 
     def check(self, model: nn.Module) -> None:
         """Require the submodules, after ``configure_model`` may have built them.
@@ -82,7 +73,7 @@ class SensitivityMeasurement:
 
     def forget(self) -> None:
         """Begin an epoch with nothing."""
-        self._statistics = {}
+        self._statistics, self._batch_sizes = {}, {}
 
     def values(self) -> dict[int, dict[str, Tensor]]:
         """What was found so far, by loader and logged name; without loaders of which nothing has a meaning."""
@@ -112,6 +103,7 @@ class SensitivityMeasurement:
                     task=None if place else task,
                     names=SITE_NAMES if place else NAMES,
                     suffix=suffix,
+                    is_rounded=not self._by_gradient,
                     per_output=self._per_output,
                     num_outputs=num_outputs if self._per_output else None,
                     nan_strategy=self._nan_strategy,
@@ -122,38 +114,94 @@ class SensitivityMeasurement:
                 statistics.set_dtype(accumulation_dtype(device)).to(device)
         return self._statistics[dataloader_idx]
 
-    def measure(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, key: tuple[int, int], task: str | None
-    ) -> Measured:
-        """Add a batch to the statistics of its loader.
+    def num_wanted(self, dataloader_idx: int, num_batches: float, world_size: int) -> float:
+        """How many batches of a loader are measured in this process; all, until the first one was.
+
+        Args:
+            dataloader_idx: Index of the loader.
+            num_batches: Of the loader in this process; inf where it does not say.
+            world_size: Number of processes.
+        """
+        if self._num_samples is None or num_batches == math.inf or dataloader_idx not in self._batch_sizes:
+            return num_batches
+        num_samples = math.ceil(self._num_samples / (world_size * self._num_draws))
+        return min(num_batches, math.ceil(num_samples / self._batch_sizes[dataloader_idx]))
+
+    def wants(self, dataloader_idx: int, batch_idx: int, num_batches: float, world_size: int) -> bool:
+        """Whether a batch is measured: evenly spaced ones, since loaders are often sorted, and always the same.
+
+        Args:
+            dataloader_idx: Index of the loader.
+            batch_idx: Index of the batch in it.
+            num_batches: As for :meth:`num_wanted`.
+            world_size: The same.
+        """
+        wanted = self.num_wanted(dataloader_idx, num_batches, world_size)
+        return batch_idx == 0 or wanted == num_batches or batch_idx * wanted % num_batches < wanted
+
+    def probe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> Probe:
+        """What runs the model on a batch.
 
         Args:
             trainer: The Trainer.
             pl_module: The module, in eval mode.
             batch: What the loader gave.
-            key: Index of the loader, and of the batch in it.
-            task: As for :meth:`statistics`.
 
         Raises:
-            MisconfigurationException: If it can't be told what to perturb, or the model can't be run.
+            MisconfigurationException: If it can't be told what to perturb.
         """
-        dataloader_idx = key[0]
         run = forward(trainer, pl_module)
-        probe = Probe(pl_module, batch, self._inputs, self._outputs, None in self._sites, run)
-        clean = probe.clean() if dataloader_idx in self._statistics else probe.first_clean()
-        generator = partial(noise_generator, self._seed, trainer.global_rank, *key)
+        return Probe(pl_module, batch, self._inputs, self._outputs, None in self._sites, run)
+
+    def measure(
+        self,
+        pl_module: pl.LightningModule,
+        probe: Probe,
+        generator: Callable[..., torch.Generator],
+        dataloader_idx: int,
+        task: str | None,
+        clean: Tensor | None = None,
+    ) -> Tensor:
+        """Add a batch to the statistics of its loader.
+
+        Args:
+            pl_module: The module, in eval mode.
+            probe: Runs it on the batch.
+            generator: ``(draw, device=...)`` to the source of the batch's noise.
+            dataloader_idx: Index of the loader.
+            task: As for :meth:`statistics`.
+            clean: Outputs for the batch as it is, if they are known.
+
+        Returns:
+            Outputs for the batch as it is.
+
+        Raises:
+            MisconfigurationException: If the model can't be run.
+        """
+        if dataloader_idx not in self._statistics:
+            self._batch_sizes[dataloader_idx] = max(1, probe.num_samples)
+            with probe.explained():
+                clean = probe.clean() if clean is None else clean
+        elif clean is None and not self._by_gradient:
+            clean = probe.clean()
         all_statistics = self.statistics(dataloader_idx, pl_module.device, task, clean)
         for at, statistics in zip(self._sites, all_statistics, strict=True):
-            noisy = partial(self._noisy_outputs, probe, at, generator, statistics)
-            statistics.update(clean, map(noisy, range(self._num_draws)))
-        return Measured(clean, probe.clean, generator)
+            noisy: Iterable[Tensor]
+            if self._by_gradient:
+                clean, noisy = self._gradient_outputs(probe, at, statistics)
+            else:
+                noisy = map(partial(self._noisy_outputs, probe, at, statistics, generator), range(self._num_draws))
+            assert clean is not None
+            statistics.update(clean, noisy)
+        assert clean is not None
+        return clean
 
     def _noisy_outputs(
         self,
         probe: Probe,
         at: str | None,
-        generator: Callable[..., torch.Generator],
         statistics: LoaderStatistics,
+        generator: Callable[..., torch.Generator],
         draw: int,
     ) -> Tensor:
         @cache  # one for all tensors of the draw
@@ -166,3 +214,17 @@ class SensitivityMeasurement:
             return apply(self._perturbation, x, source(x.device))
 
         return probe.perturbed(perturb, at)
+
+    def _gradient_outputs(
+        self, probe: Probe, at: str | None, statistics: LoaderStatistics
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Clean outputs, and two for each sample whose changes, ±r, have the mean 0 and the expected square r²."""
+
+        def second_moment(x: Tensor) -> Any:
+            statistics.add_inputs(x, self._perturbation)
+            return self._perturbation.second_moment(x)  # type: ignore[attr-defined]
+
+        clean, squares = probe.gradient(second_moment, at)
+        clean = clean.to(squares.dtype)
+        change = squares.sqrt().reshape(-1, *[1] * (clean.ndim - 1))
+        return clean, [clean + change, clean - change]

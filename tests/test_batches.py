@@ -67,16 +67,16 @@ class Sample:
     ],
 )
 def test_the_tensor_alone_goes_to_a_model_of_one_argument(batch: Any, inputs: Any) -> None:
-    (tensor,), run = prepare_call(One(), batch, inputs)
+    (tensor,), run, _ = prepare_call(One(), batch, inputs)
     assert tensor is X
-    assert same(run([NEW]), NEW)
+    assert same(run([NEW.clone()]), NEW)
 
 
 def test_a_mapping_goes_to_the_arguments_that_forward_names() -> None:
     batch = {"x": X, "mask": MASK, "label": LABELS}
-    (tensor,), run = prepare_call(Two(), batch, None)
+    (tensor,), run, _ = prepare_call(Two(), batch, None)
     assert tensor is X
-    new, mask, scale = run([NEW])
+    new, mask, scale = run([NEW.clone()])
     assert same(new, NEW)
     assert same(mask, MASK)
     assert scale == 1.0
@@ -84,8 +84,8 @@ def test_a_mapping_goes_to_the_arguments_that_forward_names() -> None:
 
 
 def test_a_tuple_goes_to_the_required_arguments() -> None:
-    _, run = prepare_call(Two(), (X, MASK, LABELS), None)
-    new, mask, scale = run([NEW])
+    _, run, _ = prepare_call(Two(), (X, MASK, LABELS), None)
+    new, mask, scale = run([NEW.clone()])
     assert same(new, NEW)
     assert same(mask, MASK)
     assert scale == 1.0
@@ -93,24 +93,24 @@ def test_a_tuple_goes_to_the_required_arguments() -> None:
 
 def test_a_callable_gives_the_arguments() -> None:
     batch = {"image": X, "mask": MASK}
-    _, run = prepare_call(Two(), batch, lambda b: (b["image"], b["mask"]))
-    assert same(run([NEW])[0], NEW)
-    assert same(run([NEW])[1], MASK)
-    (tensor,), run = prepare_call(One(), batch, lambda b: (b,))  # the whole batch is one argument
+    _, run, _ = prepare_call(Two(), batch, lambda b: (b["image"], b["mask"]))
+    assert same(run([NEW.clone()])[0], NEW)
+    assert same(run([NEW.clone()])[1], MASK)
+    (tensor,), run, _ = prepare_call(One(), batch, lambda b: (b,))  # the whole batch is one argument
     assert tensor is X
-    assert same(run([NEW])["image"], NEW)
-    assert same(run([NEW])["mask"], MASK)
+    assert same(run([NEW.clone()])["image"], NEW)
+    assert same(run([NEW.clone()])["mask"], MASK)
 
 
 def test_a_nested_input_keeps_what_is_around_it() -> None:
-    _, run = prepare_call(One(), ({"image": X, "id": LABELS}, LABELS), lambda b: (b[0],))
-    assert same(run([NEW])["id"], LABELS)
+    _, run, _ = prepare_call(One(), ({"image": X, "id": LABELS}, LABELS), lambda b: (b[0],))
+    assert same(run([NEW.clone()])["id"], LABELS)
     named = Batch(X, LABELS)
-    _, run = prepare_call(One(), [named], lambda b: (b[0],))
-    assert isinstance(run([NEW]), Batch)
-    assert same(run([NEW]).x, NEW)
-    _, run = prepare_call(One(), None, lambda b: ([X, MASK],))
-    assert same(run([NEW])[1], MASK)
+    _, run, _ = prepare_call(One(), [named], lambda b: (b[0],))
+    assert isinstance(run([NEW.clone()]), Batch)
+    assert same(run([NEW.clone()]).x, NEW)
+    _, run, _ = prepare_call(One(), None, lambda b: ([X, MASK],))
+    assert same(run([NEW.clone()])[1], MASK)
 
 
 def test_an_input_that_forward_does_not_name_comes_first() -> None:
@@ -118,8 +118,8 @@ def test_an_input_that_forward_does_not_name_comes_first() -> None:
         def forward(self, x: Any = None, mask: Any = None) -> tuple[Any, ...]:
             return x, mask
 
-    _, run = prepare_call(Optional(), {"image": X, "mask": MASK, "label": LABELS}, None)
-    new, mask = run([NEW])
+    _, run, _ = prepare_call(Optional(), {"image": X, "mask": MASK, "label": LABELS}, None)
+    new, mask = run([NEW.clone()])
     assert same(new, NEW)
     assert same(mask, MASK)
 
@@ -129,9 +129,9 @@ def test_a_forward_of_keywords_alone_gets_the_whole_mapping() -> None:
         def forward(self, **inputs: Any) -> dict[str, Any]:
             return inputs
 
-    _, run = prepare_call(Keywords(), {"image": X, "mask": MASK}, None)
-    assert same(run([NEW])["image"], NEW)
-    assert same(run([NEW])["mask"], MASK)
+    _, run, _ = prepare_call(Keywords(), {"image": X, "mask": MASK}, None)
+    assert same(run([NEW.clone()])["image"], NEW)
+    assert same(run([NEW.clone()])["mask"], MASK)
 
 
 def test_only_what_can_be_a_keyword_is_one() -> None:
@@ -139,8 +139,8 @@ def test_only_what_can_be_a_keyword_is_one() -> None:
         def forward(self, x: Any, /, *args: Any) -> Any:
             return x, args
 
-    _, run = prepare_call(Positional(), {"x": X, "args": LABELS}, None)
-    new, args = run([NEW])
+    _, run, _ = prepare_call(Positional(), {"x": X, "args": LABELS}, None)
+    new, args = run([NEW.clone()])
     assert same(new, NEW)
     assert not args
 
@@ -155,8 +155,8 @@ def test_a_mapping_keeps_its_type_and_what_is_no_container_is_passed_on_itself()
 
     custom = SimpleNamespace(graph=range(3))
     batch = Encoding(x=X, custom=custom, span=range(3))
-    _, run = prepare_call(One(), batch, lambda b: (b,))
-    passed = run([NEW])
+    _, run, _ = prepare_call(One(), batch, lambda b: (b,))
+    passed = run([NEW.clone()])
     assert isinstance(passed, Encoding)
     assert same(passed.x, NEW)
     assert passed.custom is custom
@@ -170,10 +170,10 @@ def test_a_dataclass_goes_to_the_arguments_that_forward_names_or_as_a_whole() ->
             return x, y
 
     batch = Sample(X, LABELS)
-    new, y = prepare_call(Named(), batch, None).run([NEW])
+    new, y = prepare_call(Named(), batch, None).run([NEW.clone()])
     assert same(new, NEW)
     assert same(y, LABELS)
-    passed = prepare_call(One(), batch, lambda b: (b,)).run([NEW])
+    passed = prepare_call(One(), batch, lambda b: (b,)).run([NEW.clone()])
     assert isinstance(passed, Sample)
     assert same(passed.x, NEW)
     assert same(passed.y, LABELS)
@@ -192,9 +192,9 @@ def test_a_dataclass_goes_to_the_arguments_that_forward_names_or_as_a_whole() ->
     ],
 )
 def test_several_inputs_are_perturbed_together(batch: Any, inputs: Any) -> None:
-    tensors, run = prepare_call(Anything(), batch, inputs)
+    tensors, run, _ = prepare_call(Anything(), batch, inputs)
     assert [tensor.mean().item() for tensor in tensors] == [0, 2]
-    args, keywords = run([NEW, NEW + 2])
+    args, keywords = run([NEW.clone(), NEW + 2])
     assert not keywords
     assert same(args[0], NEW)
     assert same(args[1], NEW + 2)
@@ -206,12 +206,11 @@ def test_several_inputs_keep_what_is_not_chosen() -> None:
             return image, mask, depth
 
     batch = {"image": X, "mask": MASK, "depth": X + 2}
-    _, run = prepare_call(Three(), batch, ["depth", "image"])
-    depth, image = NEW + 2, NEW
-    for got, expected in zip(run([depth, image]), (image, MASK, depth), strict=True):
+    _, run, _ = prepare_call(Three(), batch, ["depth", "image"])
+    for got, expected in zip(run([NEW + 2, NEW.clone()]), (NEW, MASK, NEW + 2), strict=True):
         assert same(got, expected)
-    _, run = prepare_call(Three(), (X, MASK, X + 2, LABELS), [0, 2])
-    for got, expected in zip(run([image, depth]), (image, MASK, depth), strict=True):
+    _, run, _ = prepare_call(Three(), (X, MASK, X + 2, LABELS), [0, 2])
+    for got, expected in zip(run([NEW.clone(), NEW + 2]), (NEW, MASK, NEW + 2), strict=True):
         assert same(got, expected)
 
 
@@ -227,7 +226,7 @@ def test_several_inputs_keep_what_is_not_chosen() -> None:
     ],
 )
 def test_a_model_whose_inputs_are_left_alone_needs_no_floating_tensor(model: Any, batch: Any, inputs: Any) -> None:
-    tensors, run = prepare_call(model, batch, inputs, perturbs_inputs=False)
+    tensors, run, _ = prepare_call(model, batch, inputs, perturbs_inputs=False)
     assert tensors == []
     assert same(run([]), LABELS)
 
@@ -242,14 +241,14 @@ def test_names_and_places_are_those_of_forward_where_inputs_are_left_alone() -> 
 
 def test_channels_last_stays_so() -> None:
     x = torch.rand(2, 3, 4, 4).to(memory_format=torch.channels_last)
-    (tensor,), run = prepare_call(One(), (x, LABELS), None)
+    (tensor,), run, _ = prepare_call(One(), (x, LABELS), None)
     assert run([tensor]).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_a_forward_of_anything_gets_the_tensor() -> None:
     for batch in ({"image": X}, (X, LABELS)):
-        _, run = prepare_call(Anything(), batch, None)
-        (new,), keywords = run([NEW])
+        _, run, _ = prepare_call(Anything(), batch, None)
+        (new,), keywords = run([NEW.clone()])
         assert same(new, NEW)
         assert not keywords
 

@@ -1,0 +1,225 @@
+"""Clean outputs come from the step where they can, and are computed where they can't: counted in forward passes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_sensitivity import SensitivityMonitor
+from lightning_sensitivity.reuse import Witness, why_not
+from tests.helpers import Classifier, inputs, loader, trainer, unlabelled_loader
+
+NUM_BATCHES = 4
+
+
+class Counting(Classifier):
+    """Counts the passes in eval mode after the sanity check; its step is given."""
+
+    def __init__(self, step: Callable[[Any, Any], Any] | None = None) -> None:
+        torch.manual_seed(0)
+        super().__init__()
+        self.step = step
+        self.passes = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += not self.training and not self.trainer.sanity_checking
+        return super().forward(x)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        if self.step is not None:
+            self.step(self, batch)
+
+
+def fit(model: LightningModule, monitor: SensitivityMonitor | None = None, val: Any = None, **kwargs: Any) -> Trainer:
+    torch.manual_seed(0)
+    run = trainer(callbacks=[] if monitor is None else [monitor], max_epochs=1, **kwargs)
+    run.fit(model, loader(32, 16, seed=1), loader(16 * NUM_BATCHES) if val is None else val)
+    return run
+
+
+def add_ones(model: Any, batch: Any) -> None:
+    batch[0].add_(1)
+    model(batch[0])
+
+
+def add_ones_later(model: Any, batch: Any) -> None:
+    model(batch[0])
+    batch[0].add_(1)
+
+
+def softmax_in_place(model: Any, batch: Any) -> None:
+    model(batch[0]).mul_(2)
+
+
+def write_into_the_module(model: Any, batch: Any) -> None:
+    model(batch[0])
+    model.net[1].running_mean.add_(0.1)
+
+
+def in_training_mode(model: Any, batch: Any) -> None:
+    model.net[3].train()
+    model(batch[0])
+    model.net[3].eval()
+
+
+def in_another_precision(model: Any, batch: Any) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        model(batch[0])
+
+
+# What the step does, how many passes it needs, and why its outputs can't be used (or None).
+STEPS: dict[str, tuple[Callable[[Any, Any], Any] | None, int, str | None]] = {
+    "self(x)": (lambda model, batch: model(batch[0]), 1, None),
+    "self(x=x)": (lambda model, batch: model(x=batch[0]), 1, None),
+    "self(x) twice": (lambda model, batch: [model(batch[0]), model(batch[0])], 2, None),
+    "self(x), and another x": (lambda model, batch: [model(batch[0] * 2), model(batch[0])], 2, None),
+    "self(x), with gradients": (lambda model, batch: torch.enable_grad()(model)(batch[0]).sum(), 1, None),
+    "writes into the batch later": (add_ones_later, 1, None),
+    "a stub": (None, 0, "did not call the module on the batch's own tensors"),
+    "another x": (lambda model, batch: model(batch[0] * 2), 1, "did not call the module on the batch's own tensors"),
+    "a copy of x": (lambda model, batch: model(batch[0].clone()), 1, "did not call the module on the batch's own"),
+    "a submodule": (lambda model, batch: model.net(batch[0]), 0, "did not call the module"),
+    "writes into the batch": (add_ones, 1, "wrote into the batch"),
+    "writes into the outputs": (softmax_in_place, 1, "wrote into the outputs"),
+    "writes into the module": (write_into_the_module, 1, "wrote into the module"),
+    "training mode": (in_training_mode, 1, "a part of the module is in training mode"),
+    "another precision": (in_another_precision, 1, "called the module in another precision"),
+}
+
+
+@pytest.mark.parametrize("num_draws", [1, 3])
+@pytest.mark.parametrize("name", STEPS)
+def test_the_number_of_forward_passes_and_the_value(
+    name: str, num_draws: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, logger="lightning_sensitivity")
+    step, own, problem = STEPS[name]
+    model = Counting(step)
+    run = fit(model, SensitivityMonitor(num_draws=num_draws, task=None))
+    assert model.passes == NUM_BATCHES * (own + num_draws + (problem is not None))
+    assert not model._forward_hooks
+    assert (problem or "takes the clean outputs of dataloader 0 from the step") in caplog.text
+    if name != "writes into the module":
+        without = fit(Counting(), SensitivityMonitor(num_draws=num_draws, task=None))
+        assert run.callback_metrics["val_sensitivity"] == without.callback_metrics["val_sensitivity"]
+
+
+def test_one_twin_a_batch_comes_on_top_with_the_risk_estimate() -> None:
+    model = Counting(STEPS["self(x)"][0])
+    fit(model, SensitivityMonitor(num_training_samples=16), loader(16 * 8))
+    kept, training = 1, 1
+    assert model.passes == 8 * (1 + 1 + 1) + kept + training
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "64-true", "bf16-true"])
+def test_every_precision_reuses(precision: str) -> None:
+    model = Counting(STEPS["self(x)"][0])
+    run = fit(model, SensitivityMonitor(noise_std=0.5, task=None), precision=precision)
+    assert model.passes == NUM_BATCHES * 2
+    without = fit(Counting(), SensitivityMonitor(noise_std=0.5, task=None), precision=precision)
+    assert run.callback_metrics["val_sensitivity"] == without.callback_metrics["val_sensitivity"]
+
+
+def test_a_profile_reuses() -> None:
+    model = Counting(STEPS["self(x)"][0])
+    fit(model, SensitivityMonitor(at=["net.0", "net.2"], task=None))
+    assert model.passes == NUM_BATCHES * 3
+
+
+def test_a_batch_that_is_a_tensor_and_a_dict_batch() -> None:
+    for val, step in (
+        (unlabelled_loader(16 * NUM_BATCHES), lambda model, batch: model(batch)),
+        ([{"x": x, "id": [1, "a"]} for x in inputs(16 * NUM_BATCHES).split(16)], lambda m, batch: m(batch["x"])),
+    ):
+        model = Counting(step)
+        loaders = val if isinstance(val, DataLoader) else DataLoader(val, batch_size=None)
+        fit(model, SensitivityMonitor(task=None), loaders)
+        assert model.passes == NUM_BATCHES * 2
+
+
+def test_a_step_that_fails_leaves_no_hook() -> None:
+    def fail(model: Any, batch: Any) -> None:
+        raise RuntimeError("mine")
+
+    model = Counting(fail)
+    with pytest.raises(RuntimeError, match="mine"):
+        fit(model, SensitivityMonitor(task=None))
+    assert not model._forward_hooks
+
+
+def test_what_rules_it_out_before_the_step_runs() -> None:
+    model = Classifier()
+    batch = {"x": inputs(2), "names": ["a", ("b", None, 1.5, True)], "more": SimpleNamespace}
+    assert "parts that can't be copied" in str(why_not(model, batch))
+    del batch["more"]
+    assert why_not(model, batch) is None
+    with torch.inference_mode():
+        assert "inference tensors" in str(why_not(model, batch))
+    model.compile(backend="eager")
+    assert "compiled as a whole" in str(why_not(model, batch))
+
+
+def test_arguments_are_the_same_only_if_all_of_them_are() -> None:
+    class Two(Classifier):
+        def forward(self, x: Any, mask: Any = None, scale: float = 1.0) -> Any:
+            return x["x"] * scale
+
+    x, mask = {"x": torch.ones(2, 3), "ids": [torch.zeros(2)]}, torch.ones(2)
+    model = Two().eval()
+    for args, kwargs, is_same in (
+        ((x, mask, 2.0), {}, True),
+        ((x,), {"mask": mask, "scale": 2.0}, True),
+        ((dict(x), mask, 2.0), {}, True),
+        ((x, mask), {}, False),
+        ((x, mask, 3.0), {}, False),
+        ((x, mask.clone(), 2.0), {}, False),
+        (({"x": x["x"]}, mask, 2.0), {}, False),
+        (({**x, "ids": []}, mask, 2.0), {}, False),
+    ):
+        witness = Witness(model, ((x, mask), {"scale": 2.0}), lambda result: result)
+        model(*args, **kwargs)
+        assert (witness.outputs() is not None) == is_same
+        witness.close()
+    assert not model._forward_hooks
+
+
+def test_a_compiled_submodule_reuses_and_a_compiled_module_does_not() -> None:
+    model = Counting(STEPS["self(x)"][0])
+    model.net = torch.compile(model.net, backend="eager")
+    fit(model, SensitivityMonitor(task=None))
+    assert model.passes == NUM_BATCHES * 2
+
+
+def test_the_model_that_validation_calls_without_arguments_is_no_match() -> None:
+    class Stateful(Counting):
+        def forward(self, x: Tensor | None = None) -> Tensor:
+            return super().forward(torch.zeros(16, 12) if x is None else x)
+
+    model = Stateful(lambda model, batch: model())
+    fit(model, SensitivityMonitor(task=None))
+    assert model.passes == NUM_BATCHES * 3
+
+
+def test_buffers_that_a_model_changes_do_not_leave_with_it() -> None:
+    class Observing(Counting):
+        def __init__(self) -> None:
+            super().__init__(STEPS["self(x)"][0])
+            self.register_buffer("seen", torch.zeros(()))
+            self.observer = nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen += 1
+            return super().forward(x)
+
+    with_monitor, without = Observing(), Observing()
+    fit(with_monitor, SensitivityMonitor(task=None))
+    fit(without)
+    assert with_monitor.seen == without.seen
