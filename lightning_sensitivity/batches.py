@@ -151,7 +151,10 @@ def replace_floating(result: Any, perturb: Callable[[Tensor], Tensor]) -> Any:
         result: What it returned.
         perturb: Gives the tensor in its place.
     """
-    path = _floating_path(result, "What the submodule (`at=`) returns")
+    path: Path = ()
+    if (named := entries(result)) is not None:  # the first one, as of a tuple: the last hidden state, say
+        path = tuple(key for key, value in named.items() if isinstance(value, Tensor) and value.is_floating_point())[:1]
+    path = (*path, *_floating_path(part(result, path), "What the submodule (`at=`) returns"))
     return replaced(result, path, perturb(part(result, path)))
 
 
@@ -213,8 +216,12 @@ def _by_place(model: nn.Module, batch: Any, keys: list[Any], perturbs_inputs: bo
 def _floating_path(value: Any, what: str = "The input to perturb") -> Path:
     """The way to the tensor that is meant in a nested value."""
     if isinstance(value, Tensor):
-        if not value.is_floating_point() or value.layout != torch.strided:
-            kind = f"{value.dtype}{'' if value.layout == torch.strided else f', not dense ({value.layout}),'}"
+        is_dense = value.layout == torch.strided and not value.is_nested
+        if not value.is_floating_point() or not is_dense:
+            layout = "nested" if value.is_nested else value.layout
+            kind = f"{value.dtype}{'' if is_dense else f', not dense ({layout}),'}"
+            if value.is_nested:  # which has no shape
+                raise MisconfigurationException(f"{what} should be a floating tensor, got {kind[:-1]}.")
             raise MisconfigurationException(
                 f"{what} should be a floating tensor, got {kind} of shape {tuple(value.shape)}. Choose another part of"
                 " the batch with `inputs=` (a key, an index or a callable), convert it in the data set, or perturb the"
@@ -261,7 +268,8 @@ def _default_keys(named: Mapping[Any, Any], passed: list[str], perturbs_inputs: 
         found = f"several: {', '.join(map(repr, keys))}" if keys else f"none in {describe(named)}"
         raise MisconfigurationException(
             f"The batch should hold exactly one floating tensor to perturb, got {found}. Choose one with `inputs=`"
-            " (a key, an index or a callable), or several with a list of keys."
+            " (a key, an index or a callable), or several with a list of keys. Where inputs can take no noise, perturb"
+            " the output of a submodule with `at=`."
         )
     return keys
 

@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -263,7 +264,7 @@ class SensitivityMonitor(Callback):
         """Keep the first batches."""
         if self._risk.wants_batch(batch_idx):
             with no_trace(pl_module), trainer.precision_plugin.val_step_context():
-                self._risk.keep(pl_module, batch)
+                self._risk.keep(trainer, pl_module, batch)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so if it never did, and if the risk estimate's minimum is of the kind that is the least reliable."""
@@ -274,7 +275,7 @@ class SensitivityMonitor(Callback):
             )
 
         for dataloader_idx, validation in self._risk.early_minima().items():
-            name = _loader_name(f"{self.prefix}{RISK['risk']}", dataloader_idx, len(trainer.num_val_batches))
+            name = _loader_name(f"{self.prefix}{RISK['risk']}", dataloader_idx, len(_num_batches(trainer)))
             rank_zero_warn(
                 f"`{name}` was lowest at validation {validation}, counted from 0. So early a minimum is the least"
                 " reliable: look at its terms, of which the variance may be too large for this model."
@@ -317,8 +318,7 @@ class SensitivityMonitor(Callback):
             self._num_sanity_val_steps = None
         if self.before_training and trainer.global_step == 0:
             computed = self._sensitivity.values()
-            # A CombinedLoader of several loaders gives one batch of all of them, as the one loader 0.
-            num_loaders = max(computed, default=0) + 1
+            num_loaders = len(_num_batches(trainer))
             metrics = {
                 _loader_name(self.prefix + name, idx, num_loaders): float(value)
                 for idx, values in computed.items()
@@ -425,22 +425,23 @@ class SensitivityMonitor(Callback):
     def _end_batch(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch_idx: int, dataloader_idx: int
     ) -> None:
-        if self._pending is None:
-            return
-        (probe, witness), self._pending = self._pending, None
-        witness.close()
-        clean = witness.outputs()
-        if clean is None:
-            self._compute_from_now_on(dataloader_idx, witness.problem)
-        elif batch_idx == 0:
-            log.debug("`SensitivityMonitor` takes the clean outputs of dataloader %d from the step.", dataloader_idx)
-        self._measure(trainer, pl_module, probe, batch_idx, dataloader_idx, clean)
+        if self._pending is not None:
+            (probe, witness), self._pending = self._pending, None
+            witness.close()
+            clean = witness.outputs()
+            if clean is None:
+                self._compute_from_now_on(dataloader_idx, witness.problem)
+            elif batch_idx == 0:
+                log.debug(
+                    "`SensitivityMonitor` takes the clean outputs of dataloader %d from the step.", dataloader_idx
+                )
+            self._measure(trainer, pl_module, probe, batch_idx, dataloader_idx, clean)
+        if batch_idx == 0 and not trainer.sanity_checking:
+            self._log(pl_module, self.test_prefix if trainer.testing else self.prefix, dataloader_idx)
 
     def _compute_from_now_on(self, dataloader_idx: int, problem: str) -> None:
         self._problems[dataloader_idx] = problem
-        log.debug(
-            "`SensitivityMonitor`, dataloader %d: computes clean outputs itself, since %s", dataloader_idx, problem
-        )
+        log.debug("`SensitivityMonitor` computes the clean outputs of dataloader %d: %s.", dataloader_idx, problem)
 
     def _measure(
         self,
@@ -464,15 +465,14 @@ class SensitivityMonitor(Callback):
                 twins = range(num_twins(num_measured, trainer.world_size))
                 generators = (generator(-1 - twin, device=pl_module.device) for twin in twins)
                 first.add_risk(self._risk.holdout_sums(pl_module, clean, probe.clean, generators))
-        if not trainer.sanity_checking:
-            self._log(pl_module, self.test_prefix if trainer.testing else self.prefix, dataloader_idx)
 
     def _log(self, pl_module: pl.LightningModule, prefix: str, dataloader_idx: int) -> None:
+        # A Metric is logged once; Lightning reads it when the loader is done. In one hook, whichever way a batch was
+        # measured: the order of what is logged is that of its reductions, which has to be the same in all processes.
         for statistics in self._statistics(pl_module, dataloader_idx):
-            if statistics.update_count == 1:  # a Metric is logged once; Lightning reads it when the loader is done
-                for name, reading in statistics.readings().items():
-                    # `metric_attribute` is checked only for Metrics that belong to the module; this one must not.
-                    pl_module.log(prefix + name, reading, on_step=False, on_epoch=True, metric_attribute=name)
+            for name, reading in statistics.readings().items():
+                # `metric_attribute` is checked only for Metrics that belong to the module; this one must not.
+                pl_module.log(prefix + name, reading, on_step=False, on_epoch=True, metric_attribute=name)
 
     def _finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, prefix: str) -> None:
         num_loaders = len(_num_batches(trainer))
@@ -522,10 +522,18 @@ def monitors(trainer: pl.Trainer) -> list[SensitivityMonitor]:
 
 
 def _num_batches(trainer: pl.Trainer) -> list[int | float]:
-    """Of each loader of the loop that runs; inf where it does not say."""
+    """Of each loader of the loop that runs, or has run, as Lightning counts and names them; inf if one does not say."""
+    if trainer.testing:
+        num_batches, loop = trainer.num_test_batches, trainer.test_loop
+    elif trainer.state.fn == TrainerFn.VALIDATING:
+        num_batches, loop = trainer.num_val_batches, trainer.validate_loop
+    else:
+        num_batches, loop = trainer.num_val_batches, trainer.fit_loop.epoch_loop.val_loop
     if trainer.sanity_checking:
-        return trainer.num_sanity_val_batches
-    return trainer.num_test_batches if trainer.testing else trainer.num_val_batches
+        num_batches = trainer.num_sanity_val_batches
+    # Of a CombinedLoader, of which only the loop knows; unless it is sequential, it is one loader to Lightning.
+    mode = getattr(getattr(loop, "_combined_loader", None), "_mode", "sequential")
+    return num_batches if mode == "sequential" else [min(num_batches) if mode == "min_size" else max(num_batches)]
 
 
 def _loader_name(name: str, dataloader_idx: int, num_loaders: int) -> str:

@@ -29,6 +29,7 @@ def select_outputs(result: Any, outputs: Selector, batch: Any = None) -> Tensor:
 
     Raises:
         MisconfigurationException: If no tensor was found.
+        ValueError: If it is a scalar.
     """
     if callable(outputs):
         selected = outputs(result, batch) if _wants_batch(outputs) else outputs(result)
@@ -43,6 +44,11 @@ def select_outputs(result: Any, outputs: Selector, batch: Any = None) -> Tensor:
         raise MisconfigurationException(
             "The model's output should be a tensor, a tuple that starts with one, or a mapping or object with `logits`,"
             f" got {describe(result)}. Choose the tensor with `outputs=` (a key, an index or a callable)."
+        )
+    if selected.ndim == 0:
+        raise ValueError(
+            "Expected the model's outputs to have the shape (N, K, ...) or (N,), but got a scalar, a loss perhaps."
+            " Choose another part of what it returns with `outputs=` (a key, an index or a callable)."
         )
     return selected
 

@@ -49,17 +49,22 @@ class Probe:
         self._model, self._batch, self._outputs = model, batch, outputs
         self._call = prepare_call(model, batch, inputs, perturbs_inputs, forward)
 
-    def clean(self) -> Tensor:
-        """Outputs for the batch as it is."""
-        return self.select(self._call.run(self._own_tensors()))
+    def clean(self, is_first: bool = False) -> Tensor:
+        """Outputs for the batch as it is.
 
-    @contextmanager
-    def explained(self) -> Iterator[None]:
-        """For the first pass, when nobody knows yet whether the model takes such arguments.
+        Args:
+            is_first: Whether nobody knows yet that the model takes such arguments.
 
         Raises:
-            MisconfigurationException: If it fails inside.
+            MisconfigurationException: If the first pass fails.
         """
+        own = [tensor.clone() for tensor in self._call.tensors]  # which the model may write into
+        with self._explained() if is_first else nullcontext():
+            result = self._call.run(own)
+        return self.select(result)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
         try:
             yield
         except torch.cuda.OutOfMemoryError:
@@ -147,9 +152,6 @@ class Probe:
             result: What it returned.
         """
         return select_outputs(result, self._outputs, self._batch)
-
-    def _own_tensors(self) -> list[Tensor]:
-        return [tensor.clone() for tensor in self._call.tensors]  # which the model may write into
 
 
 def apply(perturbation: AnyPerturbation, x: Tensor, generator: torch.Generator) -> Tensor:

@@ -27,6 +27,7 @@ TRUTHS = ("loss", "error")
 _NOT_SCORES = ("name", "sensitivity_stderr", "seconds", "note", *TRUTHS)
 _NUM_RESAMPLES = 1000
 _MIN_MODELS = 6  # for an interval: of fewer, resamples are too few and too much alike
+_ROUNDING = 1e-6  # relative, of scores from float32 outputs
 _Z = 1.96  # of a 95 % interval
 _MAX_NOTE = 100  # characters in the printed table
 
@@ -125,7 +126,8 @@ class Comparison:
         tied: dict[str, list[str]] = {name: [] for name in names}
         for first, second in combinations(names, 2):
             value, stderr = self.difference(first, second, score)
-            if abs(value) <= _Z * stderr or value == 0:
+            # Two copies of a model may differ by the rounding of their outputs, more than by its standard error.
+            if abs(value) <= max(_Z * stderr, _ROUNDING * abs(getattr(self[first], score))):
                 tied[first].append(second)
                 tied[second].append(first)
         return tied

@@ -11,11 +11,13 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_sensitivity.batches import Inputs
 from lightning_sensitivity.outputs import Selector
 from lightning_sensitivity.risk import holdout_sums
 from lightning_sensitivity.strategies import is_sharded
+from lightning_sensitivity.tasks import TASKS
 from lightning_sensitivity.training_samples import TrainingSamples
 from lightning_sensitivity.twin import initial_weights, learned_weights, twin
 
@@ -74,6 +76,7 @@ class RiskMeasurement:
         self._estimates: dict[int, list[float]] = {}  # by loader, one for each validation
         self._begins_untrained = True
         self._is_required = False
+        self._is_agreed = False  # on the task, by all processes
         # For the validation that is running.
         self._training_sums: Tensor | None = None
         self._learned: dict[str, Tensor] | None = None
@@ -141,6 +144,7 @@ class RiskMeasurement:
         self._begins_untrained = not self._is_restored and not goes_on
         self._model_id = id(pl_module)
         self._is_required = is_required
+        self._is_agreed = self._restored_samples is not None
         self._num_epochs = 0
         self._estimates = {}
         num_samples = math.ceil(self._num_training_samples / trainer.world_size)
@@ -164,16 +168,46 @@ class RiskMeasurement:
         # The second epoch would bring the same samples again.
         return self._training_samples is not None and not self._training_samples.is_complete and self._num_epochs < 2
 
-    def keep(self, pl_module: pl.LightningModule, batch: Any) -> None:
-        """Keep a training batch; see :meth:`~lightning_sensitivity.training_samples.TrainingSamples.keep`."""
+    def keep(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
+        """Keep a training batch; see :meth:`~lightning_sensitivity.training_samples.TrainingSamples.keep`.
+
+        Args:
+            trainer: The Trainer.
+            pl_module: The module, in eval mode.
+            batch: The batch.
+
+        Raises:
+            MisconfigurationException: If labels or task can't be told in one of the processes, and something waits for
+                the estimate; in all of them at once.
+        """
         assert self._training_samples is not None
+        problem: Exception | None = None
         try:
             self._training_samples.keep(pl_module, batch)
         except MisconfigurationException as error:
+            problem = error
+        if not self._is_agreed:
+            self._is_agreed = True
+            problem = self._agreed(trainer, pl_module.device, problem)
+        if problem is not None:
             if self._is_required:
-                raise
-            rank_zero_warn(f"There will be no risk estimate. {error}")
+                raise problem
+            rank_zero_warn(f"There will be no risk estimate. {problem}")
             self._training_samples = None
+
+    def _agreed(self, trainer: pl.Trainer, device: torch.device, problem: Exception | None) -> Exception | None:
+        """The problem of this process, or that the others have one: all must log the same names."""
+        if trainer.world_size == 1:
+            return problem
+        task = -1 if problem is not None or self.task is None else TASKS.index(self.task)
+        tasks = sorted({int(code) for code in gather_all_tensors(torch.tensor(task, device=device))})
+        if problem is None and (len(tasks) > 1 or task < 0):
+            problem = MisconfigurationException(
+                "`SensitivityMonitor` should find the same task in the first training batch of every process, got"
+                f" {', '.join('none' if code < 0 else repr(TASKS[code]) for code in tasks)}. Say what it is"
+                " with `task=`, and look at the labels; `task=None` does without a risk estimate."
+            )
+        return problem
 
     def add_estimate(self, dataloader_idx: int, estimate: Tensor | None) -> None:
         """Remember what a validation found.

@@ -180,8 +180,7 @@ class SensitivityMeasurement:
         """
         if dataloader_idx not in self._statistics:
             self._batch_sizes[dataloader_idx] = max(1, probe.num_samples)
-            with probe.explained():
-                clean = probe.clean() if clean is None else clean
+            clean = probe.clean(is_first=True) if clean is None else clean
         elif clean is None and not self._by_gradient:
             clean = probe.clean()
         all_statistics = self.statistics(dataloader_idx, pl_module.device, task, clean)

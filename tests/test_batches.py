@@ -292,6 +292,7 @@ def test_labels_of_a_dataclass() -> None:
     assert select_targets(One(), Batch(X, LABELS), "y") is LABELS
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_the_tensor_in_what_a_submodule_returns() -> None:
     def double(x: Tensor) -> Tensor:
         return 2 * x
@@ -301,5 +302,11 @@ def test_the_tensor_in_what_a_submodule_returns() -> None:
     assert torch.equal(output, 2 * (X + 1))
     assert hidden is cell is X
     assert torch.equal(replace_floating({"last_hidden_state": X + 1}, double)["last_hidden_state"], 2 * (X + 1))
+    outputs = replace_floating({"ids": LABELS, "hidden": X + 1, "pooled": X}, double)
+    assert torch.equal(outputs["hidden"], 2 * (X + 1))
+    assert outputs["pooled"] is X
+    nested = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)])
+    with pytest.raises(MisconfigurationException, match="What the submodule .* got torch.float32, not dense .nested."):
+        replace_floating(nested, double)
     with pytest.raises(MisconfigurationException, match="What the submodule .* returns should be a floating"):
         replace_floating(LABELS, double)

@@ -492,6 +492,16 @@ def test_before_training_logs_the_untrained_network_at_step_0(tmp_path: Path, nu
         close(steps[0], value)
 
 
+def test_before_training_counts_a_loader_without_a_value(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    run = trainer(callbacks=[SensitivityMonitor(before_training=True)], logger=logger, max_epochs=1)
+    with pytest.warns(UserWarning, match="a single output change"):
+        run.fit(Linear(), loader(), [unlabelled_loader(), unlabelled_loader(1)])
+    rows = csv_rows(logger.log_dir)
+    assert [row["step"] for row in rows if row["val_sensitivity/dataloader_idx_0"]] == ["0", "3"]
+    assert "val_sensitivity" not in rows[0]
+
+
 def test_before_training_names_a_combined_loader_as_lightning_does(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
     both = CombinedLoader([unlabelled_loader(seed=1), unlabelled_loader(seed=2)], "min_size")

@@ -63,3 +63,8 @@ def test_a_callable_may_ask_for_the_batch() -> None:
     assert selected.shape == (2, 2)
     assert select_outputs({"a": X}, itemgetter("a"), {}) is X  # built in, without a signature
     assert select_outputs(X, lambda result, scale=2: result * scale, {}).shape == X.shape
+
+
+def test_a_loss_that_comes_first_is_refused() -> None:
+    with pytest.raises(ValueError, match="got a scalar, a loss perhaps.*outputs="):
+        select_outputs((X.sum(), X), None)
