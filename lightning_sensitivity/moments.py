@@ -121,11 +121,12 @@ def batch_moments(
     moments = empty_moments(width, columns.device)
     if count:
         features = torch.cat([sums.new_full((num_samples, 1), count / num_samples), squares[:, None], sums], dim=1)
-        centred = features - features.mean(0)
+        feature_means = features.mean(0)
+        centred = features - feature_means
         moments[_ELEMENTS, 0] = num_samples
         moments[_ELEMENTS, 1] = m2
         moments[_ELEMENTS, 2:] = mean
-        moments[_MEANS] = features.mean(0)
+        moments[_MEANS] = feature_means
         moments[_WITH_SQUARE] = centred[:, 1] @ centred
         moments[_SELF] = centred.square().sum(0)  # the weight is the same within a batch: _WITH_WEIGHT stays 0
         # Clean and noisy outputs are about as large, and rounded independently; so are the outputs that are averaged.

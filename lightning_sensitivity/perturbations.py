@@ -80,8 +80,9 @@ class _IndependentNoise(Perturbation):
         """
         # Noise is drawn in float32 whatever the type of the input, so that every precision gets the same; 16-bit inputs
         # are perturbed there, too, and rounded once, like the data that the model was given.
-        noise = self._standard(x.shape, generator)
-        return (x + noise.mul_(self._std_for(x))).to(x.dtype)
+        noise = self._standard(x.shape, generator).mul_(self._std_for(x))
+        is_alike = (noise.dtype, noise.stride()) == (x.dtype, x.stride())
+        return noise.add_(x) if is_alike else (x + noise).to(x.dtype)
 
     def second_moment(self, x: Tensor) -> Tensor | float:
         """E[(x' − x)²] of each element: σ², a number or a tensor that broadcasts to the shape of ``x``."""

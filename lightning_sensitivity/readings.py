@@ -99,11 +99,13 @@ class LoaderStatistics(OutputSensitivity):
         """Add the power of clean inputs, in units of the perturbation's second moment: the C of Equation 9."""
         second_moment = getattr(perturbation, "second_moment", lambda x: None)(x)
         if second_moment is not None:
-            ratio = x.detach().to(self.power.dtype).square() / second_moment
-            power = ratio.sum()
+            is_number = not isinstance(second_moment, Tensor)
+            scaled = x.detach() if is_number else x.detach() / second_moment.sqrt()
+            power = torch.linalg.vector_norm(scaled, dtype=self.power.dtype).square()
+            power = power / second_moment if is_number else power
             # Both x and x' are rounded on the way into the model.
             rounding = 2 * rounding_variance(x) * power
-            self.power = self.power + torch.stack([power, rounding, torch.full_like(power, ratio.numel())])
+            self.power = self.power + torch.stack([power, rounding, torch.full_like(power, scaled.numel())])
 
     def add_risk(self, sums: Tensor) -> None:
         """Add what the risk estimate needs of a holdout batch, or of the training samples."""
