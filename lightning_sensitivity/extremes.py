@@ -52,13 +52,14 @@ def output_extremes(output: Tensor, index_if_bad: int, update_idx: int) -> Tenso
     extremes[_MIN_OUTPUTS], extremes[_NEG_MAX_OUTPUTS] = columns.shape[1], -columns.shape[1]
     extremes[_NEG_EPSILON] = -rounding_epsilon(output)
     if columns.numel():
-        lowest, highest = columns.aminmax()  # both nan if one output is
-        finite = lowest.isfinite() & highest.isfinite()
-        extremes[index_if_bad] = torch.where(finite, extremes[index_if_bad], update_idx)
-        extremes[_MIN_VALUE] = lowest
-        row_sums = columns.sum(1, dtype=extremes.dtype)
-        extremes[_MIN_ROW_SUM], extremes[_NEG_MAX_ROW_SUM] = row_sums.min(), -row_sums.max()
-        extremes[_NEG_MAX_SIZE] = -torch.linalg.vector_norm(columns, 1, dim=1, dtype=extremes.dtype).max()
+        sizes = torch.linalg.vector_norm(columns, 1, dim=1, dtype=extremes.dtype)
+        largest = sizes.max()
+        extremes[_NEG_MAX_SIZE] = -largest
+        # Not finite, if one output is not.
+        extremes[index_if_bad] = torch.where(largest.isfinite(), math.inf, float(update_idx))
+        extremes[_MIN_VALUE] = columns.min()
+        lowest, highest = columns.sum(1, dtype=extremes.dtype).aminmax()
+        extremes[_MIN_ROW_SUM], extremes[_NEG_MAX_ROW_SUM] = lowest, -highest
     return extremes
 
 

@@ -98,22 +98,19 @@ def batch_moments(
         draw_extremes = output_extremes(draw, FIRST_BAD_NOISY, update_idx)
         if num_samples and num_positions:
             change = output_columns(draw) - columns  # in the wider type
-            lowest, highest = change.aminmax()
-            draw_extremes[NEG_MAX_CHANGE] = torch.minimum(lowest, -highest)
+            draw_extremes[NEG_MAX_CHANGE] = -change.abs().max()
             if not per_output:
                 change = change.mean(1, keepdim=True)
             draw_mean = change.mean((0, 2))
             added = num_samples * num_positions
-            shift = draw_mean - mean
-            m2 = (
-                m2
-                + (change - draw_mean[:, None]).square().mean(1).sum()
-                + shift.square().mean() * (count * added / (count + added))
-            )
-            count += added
-            mean = mean + shift * (added / count)
+            m2 = m2 + (change - draw_mean[:, None]).square().mean(1).sum()
+            if count:
+                shift = draw_mean - mean
+                m2 = m2 + shift.square().mean() * (count * added / (count + added))
+                draw_mean = mean + shift * (added / (count + added))
+            count, mean = count + added, draw_mean
             sums += change.sum(2)
-            squares += change.square().mean(1).sum(1)
+            squares += change.square().sum((1, 2)) / width
         extremes = torch.minimum(extremes, draw_extremes)
     if num_draws == 0:
         raise ValueError("Expected `noisy` to hold the outputs of at least one noise draw, but got none.")

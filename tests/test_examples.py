@@ -1,3 +1,4 @@
+import csv
 import importlib.util
 import logging
 import subprocess
@@ -138,3 +139,62 @@ def test_compare_models_prints_a_table_and_writes_it(tmp_path: Path) -> None:
     for name in ("narrow", "untrained (step 0)", "shift loss", "Kendall's τ with"):
         assert name in result.stdout
     assert {path.name for path in (tmp_path / "runs/compare_models").iterdir()} >= {"ranking.csv", "ranking.png"}
+
+
+# Text
+
+
+def test_the_text_classifier_is_measured_at_its_embeddings_and_layers(tmp_path: Path) -> None:
+    options = ["--num-sentences", "200", "--max-epochs", "30"]
+    command = [sys.executable, EXAMPLES / "text_classifier.py", *options]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    folder = tmp_path / "runs/text_classifier"
+    assert (folder / "text_classifier.png").stat().st_size > 10_000
+    lines = (folder / "seed_0/version_0/metrics.csv").read_text().splitlines()
+    logged: dict[str, list[float]] = {}
+    for line in lines[1:]:  # validation, training and test have lines of their own
+        for name, value in zip(lines[0].split(","), line.split(","), strict=True):
+            if value:
+                logged.setdefault(name, []).append(float(value))
+    for layer in ("embeddings", "tokens", "sentence"):
+        sensitivity, estimate = (np.array(logged[f"val_{name}/{layer}"]) for name in ("sensitivity", "loss_estimate"))
+        assert len(sensitivity) == len(estimate) == 30
+        assert (sensitivity > 0).all() and np.isfinite(estimate).all()
+        assert estimate[-1] > 2 * estimate[0]  # memorizing shows at every layer
+    assert "val_sensitivity" not in logged
+    # The network knows its 300 sentences by heart, and the estimate, which saw no other label, is still the true size.
+    assert logged["val_risk_training"][-1] < 0.1
+    assert 0.6 < logged["val_risk_estimate"][-1] / logged["test_brier"][-1] < 1.6
+    assert 0 < np.argmin(logged["val_risk_estimate"]) < 29
+    assert f"(epoch {np.argmin(logged['val_risk_estimate'])})" in result.stdout.split("What stopping costs")[1]
+
+
+# The benchmark
+
+
+def test_benchmark_overhead_writes_its_rows_and_resumes(tmp_path: Path) -> None:
+    command = [sys.executable, EXAMPLES / "benchmark_overhead.py", "--quick", "--only", "mlp", "--out", "rows.csv"]
+    first, second = (
+        subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120) for _ in range(2)
+    )
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    with (tmp_path / "rows.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert set(rows[0]) > {"model", "samples", "measured", "case", "against", "ratio", "low", "high", "passes"}
+    assert {row["model"] for row in rows} == {"mlp"}
+    assert all(float(row[name]) > 0 for row in rows for name in ("ratio", "low", "high", "seconds"))
+    found = {(row["measured"], row["case"]): float(row["passes"]) for row in rows if row["passes"]}
+    # Forward passes over 1,000 samples in 25 batches, of which a budget of 120 measures 3, or with 4 draws 1. The risk
+    # estimate runs a twin on each batch, or three of them on each of 3, and the model on 50 training samples.
+    epoch = {"without": 1, "one forward more": 2, "1 draw": 2, "4 draws": 5, "1 draw, budget": 1.12}
+    epoch |= {"4 draws, budget": 1.16, "with risk": 3.05, "with risk, budget": 1.53}
+    assert epoch.items() <= {case: n for (measured, case), n in found.items() if measured == "validation epoch"}.items()
+    growth = {f"{n} draws": 1 + n for n in (1, 2, 4, 8)} | {f"budget, {n} samples": 1 + 120 / n for n in (250, 4000)}
+    assert growth.items() <= {case: n for (measured, case), n in found.items() if measured == "growth"}.items()
+    against = {row["against"] for row in rows if row["measured"] == "authors' loop"}
+    assert against == {f"{case}, {how}" for case in ("1 draw", "1 draw, budget") for how in ("alone", "reuse")}
+    peaks = {row["case"]: float(row["peak_mib"]) for row in rows if row["peak_mib"]}
+    assert peaks["4 draws"] == pytest.approx(peaks["1 draw"], rel=0.05)  # one draw at a time
+    assert peaks["without"] < peaks["1 draw"] < peaks["with risk"]
+    assert second.stdout.count("already in rows.csv") >= 4 and second.stdout.endswith(first.stdout[-2000:])
