@@ -119,8 +119,9 @@ class Probe:
             leaves.append(x.detach().clone().requires_grad_())
             return leaves[-1]
 
-        # What inference mode made is copied outside of it, as a graph needs it.
+        # What inference mode made is copied outside of it, as a graph needs it; so must be autocast's copies of weights.
         with torch.inference_mode(False), torch.enable_grad(), _uncompiled_code():
+            torch.clear_autocast_cache()
             outputs = self.perturbed(leaf, at)
             if outputs.ndim > 2 or any(len(x) != len(outputs) for x in leaves):
                 raise ValueError(
@@ -129,6 +130,7 @@ class Probe:
                 )
             averages = outputs.to(accumulation_dtype(outputs.device)).reshape(len(outputs), -1).mean(1)
             gradients = torch.autograd.grad(averages.sum(), leaves)
+            torch.clear_autocast_cache()
         squares = [
             (second_moment(x) * gradient.to(averages.dtype).square()).reshape(len(outputs), -1).sum(1)
             for x, gradient in zip(leaves, gradients, strict=True)
