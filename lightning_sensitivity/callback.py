@@ -33,7 +33,7 @@ from lightning_sensitivity.nested import copied
 from lightning_sensitivity.perturbations import Perturbation, noise_generator
 from lightning_sensitivity.probe import Probe
 from lightning_sensitivity.readings import RISK, LoaderStatistics
-from lightning_sensitivity.reuse import Witness, why_not
+from lightning_sensitivity.reuse import Witness, agree, why_not
 from lightning_sensitivity.risk_measurement import RiskMeasurement, num_twins
 from lightning_sensitivity.sensitivity_measurement import SensitivityMeasurement
 from lightning_sensitivity.tasks import TASKS
@@ -95,7 +95,8 @@ class SensitivityMonitor(Callback):
         method: ``"noise"``, or ``"gradient"`` for the limit of small noise, Σ σ² E[(∂ mean_k f_k / ∂x)²] over the
             elements of x, by one backward pass (the Jacobian norm of Novak et al., ICLR 2018, along one direction): no
             noise, so that the error bar is that of the samples alone, at about three forward passes. For independent
-            noise and one output vector a sample.
+            noise, one output vector a sample that depends on no other sample, and models that are differentiable all
+            the way: what runs under ``no_grad`` or rounds is not seen.
         num_draws: Noise draws per sample.
         num_samples: How many samples times draws are measured per loader and epoch, over all processes, in whole
             batches, evenly spaced over the loader and always the same. 1,200 give a standard error of about 5 %,
@@ -212,11 +213,15 @@ class SensitivityMonitor(Callback):
         self._sensitivity = SensitivityMeasurement(
             self.perturbation, at, method, num_draws, num_samples, inputs, outputs, per_output, nan_strategy
         )
-        self._risk = RiskMeasurement(task, num_training_samples, inputs, outputs, targets, at is None)
+        self._risk = RiskMeasurement(
+            task, num_training_samples, inputs, outputs, targets, at is None, save_training_samples
+        )
         self._has_measured = self._has_warned = False
         self._num_sanity_val_steps: float | None = None  # what `before_training` has replaced
-        # While a step runs, its batch and who watches it; and why the outputs of the steps of a loader can't be used.
-        self._pending: tuple[Probe, Witness] | None = None
+        # Of a validation: who watches its steps, the batch of the step that runs, with its outputs by a pass of our own
+        # (for the first of a loader), and why the outputs of the steps of a loader can't be used.
+        self._witness: Witness | None = None
+        self._pending: tuple[Probe, Tensor | None] | None = None
         self._problems: dict[int, str] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -308,7 +313,8 @@ class SensitivityMonitor(Callback):
         self._finish(trainer, pl_module, self.prefix)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Free the device's memory."""
+        """Free the device's memory, and leave no hook on the module."""
+        self._stop_watching()
         self._risk.end_validation()
 
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -384,11 +390,14 @@ class SensitivityMonitor(Callback):
             self._risk.restore_samples(checkpoint[_SAMPLES_KEY + self.prefix])
 
     def _forget_batches(self) -> None:
-        if self._pending is not None:  # a step that failed
-            self._pending[1].close()
-        self._pending, self._problems = None, {}
+        self._stop_watching()
         self._sensitivity.forget()
         self._risk.end_validation()
+
+    def _stop_watching(self) -> None:
+        if self._witness is not None:
+            self._witness.close()
+        self._witness, self._pending, self._problems = None, None, {}
 
     def _statistics(self, pl_module: pl.LightningModule, dataloader_idx: int) -> list[LoaderStatistics]:
         return self._sensitivity.statistics(dataloader_idx, pl_module.device, self._risk.task)
@@ -411,26 +420,44 @@ class SensitivityMonitor(Callback):
         num_batches = _num_batches(trainer)[dataloader_idx]
         if not self._sensitivity.wants(dataloader_idx, batch_idx, num_batches, trainer.world_size):
             return
-        probe = self._sensitivity.probe(trainer, pl_module, batch)
-        if self.method == "noise" and dataloader_idx not in self._problems:
-            problem = why_not(pl_module, batch)
-            if problem is None:
-                own = self._sensitivity.probe(trainer, pl_module, copied(batch))  # the step may write into its batch
-                with trainer.precision_plugin.val_step_context():
-                    self._pending = own, Witness(pl_module, probe.arguments, probe.select)
-                return
-            self._compute_from_now_on(dataloader_idx, problem)
+        with no_trace(pl_module), trainer.precision_plugin.val_step_context():
+            probe = self._sensitivity.probe(trainer, pl_module, batch)
+            if self.method == "noise" and dataloader_idx not in self._problems:
+                problem = why_not(trainer, pl_module, batch)
+                if problem is None:
+                    problem = self._watch(trainer, pl_module, batch, probe, batch_idx)
+                if problem is None:
+                    return
+                self._compute_from_now_on(dataloader_idx, problem)
         self._measure(trainer, pl_module, probe, batch_idx, dataloader_idx)
+
+    def _watch(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, probe: Probe, batch_idx: int
+    ) -> str | None:
+        """Have the step watched that gets the batch; why it can't be, otherwise."""
+        own = self._sensitivity.probe(trainer, pl_module, copied(batch))  # the step may write into its batch
+        self._witness = self._witness or Witness(pl_module)
+        # What the step changes around its call may leave no trace. The first batch shows it.
+        clean = own.clean(is_first=True) if batch_idx == 0 else None
+        try:
+            self._witness.watch(probe.arguments, probe.select)
+        except TypeError as error:
+            return f"`forward` does not take what it is given ({error})"
+        self._pending = own, clean
+        return None
 
     def _end_batch(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch_idx: int, dataloader_idx: int
     ) -> None:
         if self._pending is not None:
-            (probe, witness), self._pending = self._pending, None
-            witness.close()
-            clean = witness.outputs()
+            assert self._witness is not None
+            (probe, own), self._pending = self._pending, None
+            clean, problem = self._witness.outputs(), self._witness.problem
+            if clean is not None and own is not None and not agree(clean, own):
+                clean, problem = None, "what the step's call gave is not what the module gives after it"
             if clean is None:
-                self._compute_from_now_on(dataloader_idx, witness.problem)
+                self._compute_from_now_on(dataloader_idx, problem)
+                clean = own if self._witness.module_is_as_before() else None
             elif batch_idx == 0:
                 log.debug(
                     "`SensitivityMonitor` takes the clean outputs of dataloader %d from the step.", dataloader_idx

@@ -23,7 +23,7 @@ def no_trace(model: nn.Module) -> Iterator[None]:
         model: The module that is run inside.
     """
     devices = {tensor.device for tensors in (model.parameters(), model.buffers()) for tensor in tensors}
-    with preserved_rng(devices), preserved_buffers(model), evaluating(model), torch.no_grad():
+    with preserved_rng(devices), preserved_buffers(model), evaluating(model), silenced(model), torch.no_grad():
         yield
 
 
@@ -80,6 +80,28 @@ def preserved_buffers(model: nn.Module) -> Iterator[None]:
                     if buffer.shape != value.shape:
                         buffer.resize_(value.shape)
                     buffer.copy_(value)
+
+
+@contextmanager
+def silenced(model: nn.Module) -> Iterator[None]:
+    """Let a ``forward`` that calls ``self.log`` log nothing: its own value, from the step, would be replaced.
+
+    Args:
+        model: The module that is run inside.
+    """
+    names = [name for name in ("log", "log_dict") if hasattr(model, name)]
+    own = {name: model.__dict__[name] for name in names if name in model.__dict__}
+    model.__dict__.update(dict.fromkeys(names, _do_nothing))
+    try:
+        yield
+    finally:
+        for name in names:
+            del model.__dict__[name]
+        model.__dict__.update(own)
+
+
+def _do_nothing(*args: object, **kwargs: object) -> None:
+    pass
 
 
 def _version(tensor: torch.Tensor) -> int | None:

@@ -105,6 +105,15 @@ def tensors_in(value: Any) -> list[Tensor]:
     return [tensor for item in items for tensor in tensors_in(item)]
 
 
+def can_be_copied(value: Any) -> bool:
+    """Whether :func:`copied` gives a value that shares nothing with it that can be written to."""
+    if value is None or isinstance(value, Tensor | str | bytes | int | float):
+        return True
+    if isinstance(value, MutableMapping) or is_dataclass(value):
+        return all(map(can_be_copied, (entries(value) or {}).values()))
+    return (is_named_tuple(value) or type(value) in (list, tuple)) and all(map(can_be_copied, value))
+
+
 def describe(value: Any) -> str:
     """What an error message calls a value."""
     if isinstance(value, Tensor):

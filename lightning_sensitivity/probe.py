@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_sensitivity.arguments import AnyPerturbation
 from lightning_sensitivity.batches import Inputs, prepare_call, replace_floating
 from lightning_sensitivity.dtypes import accumulation_dtype
-from lightning_sensitivity.nested import describe, tensors_in
+from lightning_sensitivity.nested import describe
 from lightning_sensitivity.outputs import Selector, select_outputs
 from lightning_sensitivity.perturbations import Perturbation
 
@@ -111,36 +111,43 @@ class Probe:
             sample, shape ``(N,)``.
 
         Raises:
-            ValueError: If an output has positions, or none for each sample: a backward pass gives their sum alone.
+            ValueError: If an output has positions, or none for each sample: a backward pass gives their sum alone. If
+                no gradient reaches what is perturbed.
         """
-        leaves: list[Tensor] = []
+        clean: list[Tensor] = []
+        noise: list[Tensor] = []
 
-        def leaf(x: Tensor) -> Tensor:
-            leaves.append(x.detach().clone().requires_grad_())
-            return leaves[-1]
+        def perturb(x: Tensor) -> Tensor:
+            # Noise of 0, of which the derivative is taken: x itself may hang on what was perturbed before.
+            clean.append(x.detach())
+            noise.append(torch.zeros_like(x, requires_grad=True))
+            return x.clone() + noise[-1]
 
-        # What inference mode made is copied outside of it, as a graph needs it; so must be autocast's copies of weights.
+        # A graph needs copies of what inference mode made, of autocast's copies of the weights, too.
         with torch.inference_mode(False), torch.enable_grad(), _uncompiled_code():
             torch.clear_autocast_cache()
-            outputs = self.perturbed(leaf, at)
-            if outputs.ndim > 2 or any(len(x) != len(outputs) for x in leaves):
+            outputs = self.perturbed(perturb, at)
+            if outputs.ndim > 2 or any(len(x) != len(outputs) for x in clean):
                 raise ValueError(
                     "Expected outputs (N, K) or (N,) of N samples for `method='gradient'`, which sees one output a"
-                    f" sample, but got {tuple(outputs.shape)} for {' and '.join(str(tuple(x.shape)) for x in leaves)}."
+                    f" sample, but got {tuple(outputs.shape)} for {' and '.join(str(tuple(x.shape)) for x in clean)}."
                 )
             averages = outputs.to(accumulation_dtype(outputs.device)).reshape(len(outputs), -1).mean(1)
-            gradients = torch.autograd.grad(averages.sum(), leaves)
+            gradients: Sequence[Tensor | None] = [None]
+            if averages.requires_grad:
+                gradients = torch.autograd.grad(averages.sum(), noise, allow_unused=True)
             torch.clear_autocast_cache()
         squares = [
             (second_moment(x) * gradient.to(averages.dtype).square()).reshape(len(outputs), -1).sum(1)
-            for x, gradient in zip(leaves, gradients, strict=True)
+            for x, gradient in zip(clean, gradients, strict=False)
+            if gradient is not None
         ]
+        if not squares:
+            raise ValueError(
+                "Expected a gradient of the outputs by what is perturbed for `method='gradient'`, but none reaches it:"
+                " the model ignores it, or runs under `no_grad` or on detached tensors. Use `method='noise'`."
+            )
         return outputs.detach(), torch.stack(squares).sum(0)
-
-    @property
-    def num_samples(self) -> int:
-        """Number of samples, by the first tensor that the model gets."""
-        return len(tensors_in(self._call.arguments)[0])
 
     @property
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -188,7 +195,10 @@ def check_submodule(model: nn.Module, at: str) -> None:
         MisconfigurationException: If there is none of that name, with those that resemble it.
     """
     try:
-        model.get_submodule(at)
+        if isinstance(model.get_submodule(at), torch.jit.ScriptModule):
+            raise MisconfigurationException(
+                f"`at` should name a submodule that takes hooks, got {at!r}, a scripted one."
+            )
     except AttributeError:
         names = [name for name, _ in model.named_modules() if name]
         close = difflib.get_close_matches(at, names, n=3, cutoff=0.4) or names[:3]
@@ -215,8 +225,8 @@ def _perturbed_output(model: nn.Module, at: str, perturb: Perturb) -> Iterator[N
         handle.remove()
     if num_calls == 0:
         raise MisconfigurationException(
-            f"`at` should name a submodule that `forward` calls, got {at!r}, which did not run. (In a compiled model"
-            " this needs torch 2.6 or newer.)"
+            f"`at` should name a submodule that `forward` calls, got {at!r}, which did not run. (Of some modules"
+            " only the weights are used, as of attention's `out_proj`; a compiled model needs torch 2.6 or newer.)"
         )
 
 

@@ -134,9 +134,11 @@ class LoaderStatistics(OutputSensitivity):
         if not self.per_output and num_outputs > 1 and num_inputs > 0:
             values[LOSS_ESTIMATE] = loss_estimate(sensitivity, power / num_inputs, 1.0, num_outputs)
         if rounding > _MOST_ROUNDING * num_inputs:
+            share = rounding / num_inputs
+            size = f"about {share:.0%} of the noise's variance" if share < 1 else "more than the noise itself"
             self._report_rounding(
-                f"What is perturbed is rounded, by about {rounding / num_inputs:.0%} of the noise's variance: the model"
-                ' gets other noise than was asked for. Use a larger σ, or a wider type (`precision="32-true"`).'
+                f"What is perturbed is rounded, by {size}: the model gets other noise than was asked for. Use a larger"
+                " σ, or a wider type of inputs and `precision`."
             )
         if self.task is not None:
             terms = risk_terms(self.risk, self.task)

@@ -50,6 +50,7 @@ class RiskMeasurement:
         outputs: The same.
         targets: The same.
         perturbs_inputs: As for :class:`~lightning_sensitivity.training_samples.TrainingSamples`.
+        must_be_saved: The same.
 
     Attributes:
         initial_weights: The parameters before training, None before the first fit.
@@ -63,13 +64,14 @@ class RiskMeasurement:
         outputs: Selector,
         targets: Selector,
         perturbs_inputs: bool,
+        must_be_saved: bool,
     ) -> None:
         self.initial_weights: dict[str, Tensor] | None = None
         self._model_id: int | None = None  # whose they are
         self._is_restored = False
         self._told_task = task
         self._num_training_samples = num_training_samples
-        self._selectors = (inputs, outputs, targets, perturbs_inputs)
+        self._selectors = (inputs, outputs, targets, perturbs_inputs, must_be_saved)
         self._training_samples: TrainingSamples | None = None
         self._restored_samples: dict[str, Any] | None = None
         self._num_epochs = 0  # of this fit, not counting the rest of one that was interrupted
@@ -155,7 +157,7 @@ class RiskMeasurement:
 
     def end_fit(self) -> None:
         """Free the samples. The weights stay, for a second fit of the same Trainer."""
-        self._training_samples = None
+        self._training_samples = self._restored_samples = None
         self._is_restored = False
 
     def wants_batch(self, batch_idx: int) -> bool:

@@ -179,8 +179,8 @@ class SensitivityMeasurement:
             MisconfigurationException: If the model can't be run.
         """
         if dataloader_idx not in self._statistics:
-            self._batch_sizes[dataloader_idx] = max(1, probe.num_samples)
             clean = probe.clean(is_first=True) if clean is None else clean
+            self._batch_sizes[dataloader_idx] = max(1, len(clean))
         elif clean is None and not self._by_gradient:
             clean = probe.clean()
         all_statistics = self.statistics(dataloader_idx, pl_module.device, task, clean)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_sensitivity.batches import Inputs, select_targets
-from lightning_sensitivity.nested import copied
+from lightning_sensitivity.nested import copied, describe
 from lightning_sensitivity.outputs import Selector
 from lightning_sensitivity.probe import Probe
 from lightning_sensitivity.risk import training_sums
@@ -35,6 +37,7 @@ class TrainingSamples:
         outputs: The same.
         targets: The same.
         perturbs_inputs: Whether the monitor perturbs inputs, and not the outputs of submodules alone.
+        must_be_saved: Whether they go into checkpoints.
     """
 
     def __init__(
@@ -45,10 +48,11 @@ class TrainingSamples:
         outputs: Selector,
         targets: Selector,
         perturbs_inputs: bool,
+        must_be_saved: bool,
     ) -> None:
         self.task: str | None = None if task == "auto" else task
         self._inputs, self._outputs, self._targets = inputs, outputs, targets
-        self._perturbs_inputs = perturbs_inputs
+        self._perturbs_inputs, self._must_be_saved = perturbs_inputs, must_be_saved
         self._num_missing = num_samples
         self._batches: list[Any] = []
         self._num_within = 0  # validations in a row in which all outputs could be probabilities
@@ -102,8 +106,23 @@ class TrainingSamples:
         if self.task is None:
             rank_zero_info(f"`SensitivityMonitor` takes the labels as `task={task!r}` for its risk estimate.")
         self.task = task
+        if self._must_be_saved and not self._batches:
+            self._check_that_it_can_be_saved(batch)
         self._batches.append(move_data_to_device(copied(batch), torch.device("cpu")))
         self._num_missing -= len(outputs)
+
+    @staticmethod
+    def _check_that_it_can_be_saved(batch: Any) -> None:
+        buffer = io.BytesIO()
+        torch.save(batch, buffer)
+        buffer.seek(0)
+        try:
+            torch.load(buffer, weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise MisconfigurationException(
+                "`save_training_samples=True` needs batches of tensors, lists, tuples and dicts, which a checkpoint"
+                f" can be loaded with, got {describe(batch)}."
+            ) from error
 
     def _refuse(self, error: Exception) -> None:
         if self._batches:

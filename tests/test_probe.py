@@ -80,11 +80,14 @@ def test_a_submodule_that_does_not_run_is_refused() -> None:
         ("embedding", "`at` should name a submodule of Text, such as 'embeddings', got 'embedding'"),
         ("xyz", "such as 'embeddings', 'rnn', 'head', got 'xyz'"),
         ("rnn.weight_hh_l0", "should name a submodule"),
+        ("spare", "takes hooks, got 'spare', a scripted one"),
     ],
 )
 def test_names_that_are_none(at: str, match: str) -> None:
+    model = Text()
+    model.spare = torch.jit.trace(nn.Linear(1, 1), torch.zeros(1, 1))
     with pytest.raises(MisconfigurationException, match=match):
-        check_submodule(Text(), at)
+        check_submodule(model, at)
 
 
 def test_names_in_a_compiled_submodule() -> None:

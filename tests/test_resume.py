@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lightning_sensitivity import SensitivityMonitor
 from tests.helpers import Classifier, loader, trainer
@@ -86,6 +89,39 @@ def test_without_the_samples_all_but_the_risks_sampling_error_is_the_same(tmp_pa
         assert {name for name in row if row[name] != whole.rows[at][name]} == sampled
     checkpoint = torch.load(path, weights_only=False)
     assert [key for key in checkpoint if "sensitivity" in key] == ["lightning_sensitivity.initial_weights"]  # no data
+
+
+def test_samples_of_a_checkpoint_that_was_only_validated_are_forgotten(tmp_path: Path) -> None:
+    monitor = SensitivityMonitor(save_training_samples=True)
+    run = trainer(callbacks=[monitor], max_epochs=1)
+    model = Classifier()
+    run.fit(model, ResumableLoader(), loader())
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    run.validate(model, loader(), ckpt_path=tmp_path / "last.ckpt", verbose=False)
+    torch.manual_seed(0)
+    other = trainer(callbacks=[monitor], max_epochs=1)
+    other.fit(model := Classifier(dropout=0.0), loader(32, 32, seed=7), loader())
+    x, y = next(iter(loader(32, 32, seed=7)))
+    score = (model.eval()(x).softmax(1) - torch.nn.functional.one_hot(y, 4)).square().sum(1).mean()
+    assert other.callback_metrics["val_risk_training"].item() == pytest.approx(score.item(), rel=1e-5)
+
+
+def test_batches_that_a_checkpoint_could_not_be_loaded_with_are_refused() -> None:
+    class Sampled(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step([batch.x, batch.y], batch_idx)
+
+    @dataclass
+    class Sample:
+        x: Tensor
+        y: Tensor
+
+    globals()["Sample"] = Sample  # so that it can be pickled
+    Sample.__qualname__ = "Sample"
+    data = DataLoader([Sample(*batch) for batch in loader()], batch_size=None)
+    monitor = SensitivityMonitor(save_training_samples=True, task="multiclass")
+    with pytest.raises(MisconfigurationException, match="`save_training_samples=True` needs batches of tensors"):
+        trainer(callbacks=[monitor]).fit(Sampled(), data, loader())
 
 
 def test_each_monitor_has_its_samples(tmp_path: Path) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import pickle
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -28,10 +31,11 @@ class Counting(Classifier):
         super().__init__()
         self.step = step
         self.passes = 0
+        self.scale = 1.0
 
     def forward(self, x: Tensor) -> Tensor:
         self.passes += not self.training and not self.trainer.sanity_checking
-        return super().forward(x)
+        return self.scale * super().forward(x)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         if self.step is not None:
@@ -75,6 +79,32 @@ def in_another_precision(model: Any, batch: Any) -> None:
         model(batch[0])
 
 
+def with_other_weights(model: Any, batch: Any) -> None:
+    """As an average of weights is put in place, which no version counter sees."""
+    own = [parameter.data.clone() for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.data.copy_(parameter.data / 2)
+    model(batch[0])
+    for parameter, data in zip(model.parameters(), own, strict=True):
+        parameter.data.copy_(data)
+
+
+def with_an_adapter_off(model: Any, batch: Any) -> None:
+    model.scale = 3.0
+    model(batch[0])
+    model.scale = 1.0
+
+
+def write_into_the_outputs_memory(model: Any, batch: Any) -> None:
+    with torch.no_grad():
+        model(batch[0]).numpy()[:] = 0
+
+
+def in_inference_mode(model: Any, batch: Any) -> None:
+    with torch.inference_mode():
+        model(batch[0])
+
+
 # What the step does, how many passes it needs, and why its outputs can't be used (or None).
 STEPS: dict[str, tuple[Callable[[Any, Any], Any] | None, int, str | None]] = {
     "self(x)": (lambda model, batch: model(batch[0]), 1, None),
@@ -91,6 +121,10 @@ STEPS: dict[str, tuple[Callable[[Any, Any], Any] | None, int, str | None]] = {
     "writes into the outputs": (softmax_in_place, 1, "wrote into the outputs"),
     "writes into the module": (write_into_the_module, 1, "wrote into the module"),
     "training mode": (in_training_mode, 1, "a part of the module is in training mode"),
+    "other weights": (with_other_weights, 1, "is not what the module gives after it"),
+    "an adapter": (with_an_adapter_off, 1, "is not what the module gives after it"),
+    "writes into the outputs' memory": (write_into_the_outputs_memory, 1, "is not what the module gives after it"),
+    "inference mode": (in_inference_mode, 1, "can't be used"),
     "another precision": (in_another_precision, 1, "called the module in another precision"),
 }
 
@@ -104,7 +138,9 @@ def test_the_number_of_forward_passes_and_the_value(
     step, own, problem = STEPS[name]
     model = Counting(step)
     run = fit(model, SensitivityMonitor(num_draws=num_draws, task=None))
-    assert model.passes == NUM_BATCHES * (own + num_draws + (problem is not None))
+    # The first batch of each loader and validation also shows by a pass of our own whether the step's can be trusted.
+    more = (NUM_BATCHES if problem else 1) + (name == "writes into the module")
+    assert model.passes == NUM_BATCHES * (own + num_draws) + more
     assert not model._forward_hooks
     assert (problem or "takes the clean outputs of dataloader 0 from the step") in caplog.text
     if name != "writes into the module":
@@ -116,14 +152,14 @@ def test_one_twin_a_batch_comes_on_top_with_the_risk_estimate() -> None:
     model = Counting(STEPS["self(x)"][0])
     fit(model, SensitivityMonitor(num_training_samples=16), loader(16 * 8))
     kept, training = 1, 1
-    assert model.passes == 8 * (1 + 1 + 1) + kept + training
+    assert model.passes == 8 * (1 + 1 + 1) + 1 + kept + training
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "64-true", "bf16-true"])
 def test_every_precision_reuses(precision: str) -> None:
     model = Counting(STEPS["self(x)"][0])
     run = fit(model, SensitivityMonitor(noise_std=0.5, task=None), precision=precision)
-    assert model.passes == NUM_BATCHES * 2
+    assert model.passes == NUM_BATCHES * 2 + 1
     without = fit(Counting(), SensitivityMonitor(noise_std=0.5, task=None), precision=precision)
     assert run.callback_metrics["val_sensitivity"] == without.callback_metrics["val_sensitivity"]
 
@@ -131,7 +167,7 @@ def test_every_precision_reuses(precision: str) -> None:
 def test_a_profile_reuses() -> None:
     model = Counting(STEPS["self(x)"][0])
     fit(model, SensitivityMonitor(at=["net.0", "net.2"], task=None))
-    assert model.passes == NUM_BATCHES * 3
+    assert model.passes == NUM_BATCHES * 3 + 1
 
 
 def test_a_batch_that_is_a_tensor_and_a_dict_batch() -> None:
@@ -142,7 +178,7 @@ def test_a_batch_that_is_a_tensor_and_a_dict_batch() -> None:
         model = Counting(step)
         loaders = val if isinstance(val, DataLoader) else DataLoader(val, batch_size=None)
         fit(model, SensitivityMonitor(task=None), loaders)
-        assert model.passes == NUM_BATCHES * 2
+        assert model.passes == NUM_BATCHES * 2 + 1
 
 
 def test_a_step_that_fails_leaves_no_hook() -> None:
@@ -158,13 +194,14 @@ def test_a_step_that_fails_leaves_no_hook() -> None:
 def test_what_rules_it_out_before_the_step_runs() -> None:
     model = Classifier()
     batch = {"x": inputs(2), "names": ["a", ("b", None, 1.5, True)], "more": SimpleNamespace}
-    assert "parts that can't be copied" in str(why_not(model, batch))
+    run = trainer()
+    assert "parts that can't be copied" in str(why_not(run, model, batch))
     del batch["more"]
-    assert why_not(model, batch) is None
+    assert why_not(run, model, batch) is None
     with torch.inference_mode():
-        assert "inference tensors" in str(why_not(model, batch))
+        assert "inference tensors" in str(why_not(run, model, batch))
     model.compile(backend="eager")
-    assert "compiled as a whole" in str(why_not(model, batch))
+    assert "compiled as a whole" in str(why_not(run, model, batch))
 
 
 def test_arguments_are_the_same_only_if_all_of_them_are() -> None:
@@ -174,6 +211,7 @@ def test_arguments_are_the_same_only_if_all_of_them_are() -> None:
 
     x, mask = {"x": torch.ones(2, 3), "ids": [torch.zeros(2)]}, torch.ones(2)
     model = Two().eval()
+    witness = Witness(model)
     for args, kwargs, is_same in (
         ((x, mask, 2.0), {}, True),
         ((x,), {"mask": mask, "scale": 2.0}, True),
@@ -184,10 +222,14 @@ def test_arguments_are_the_same_only_if_all_of_them_are() -> None:
         (({"x": x["x"]}, mask, 2.0), {}, False),
         (({**x, "ids": []}, mask, 2.0), {}, False),
     ):
-        witness = Witness(model, ((x, mask), {"scale": 2.0}), lambda result: result)
+        witness.watch(((x, mask), {"scale": 2.0}), lambda result: result)
         model(*args, **kwargs)
         assert (witness.outputs() is not None) == is_same
-        witness.close()
+    model(x, mask, 2.0)  # between batches
+    assert witness.outputs() is None
+    with pytest.raises(TypeError):
+        witness.watch(((), {}), lambda result: result)
+    witness.close()
     assert not model._forward_hooks
 
 
@@ -196,7 +238,7 @@ def test_a_compiled_submodule_reuses_and_a_compiled_module_does_not() -> None:
     model = Counting(STEPS["self(x)"][0])
     model.net = torch.compile(model.net, backend="eager")
     fit(model, SensitivityMonitor(task=None))
-    assert model.passes == NUM_BATCHES * 2
+    assert model.passes == NUM_BATCHES * 2 + 1
 
 
 def test_the_model_that_validation_calls_without_arguments_is_no_match() -> None:
@@ -224,3 +266,49 @@ def test_buffers_that_a_model_changes_do_not_leave_with_it() -> None:
     fit(with_monitor, SensitivityMonitor(task=None))
     fit(without)
     assert with_monitor.seen == without.seen
+
+
+def test_a_step_that_pickles_and_copies_the_module() -> None:
+    copies = []
+
+    def copy_it(model: Any, batch: Any) -> None:
+        model(batch[0])
+        copies.append(copy.deepcopy(model.net))
+        pickle.loads(pickle.dumps(model._forward_hooks))
+
+    model = Counting(copy_it)
+    fit(model, SensitivityMonitor(task=None))
+    assert model.passes == NUM_BATCHES * 2 + 1
+
+
+def test_what_forward_logs_is_what_it_logged_in_the_step() -> None:
+    class Logging(Counting):
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.training:
+                self.log("spread", x.std())
+                self.log_dict({"mean": x.mean()})
+            return super().forward(x)
+
+    values = []
+    for monitor in (None, SensitivityMonitor(noise_std=2.0)):
+        run = fit(Logging(STEPS["self(x)"][0]), monitor)
+        values.append((run.callback_metrics["spread"], run.callback_metrics["mean"]))
+    assert values[0] == values[1]
+
+
+def test_what_draws_in_inputs_does_not_change_training() -> None:
+    weights = []
+    for monitor in (None, SensitivityMonitor(inputs=lambda batch: (batch[0] + torch.rand(1),), task=None)):
+        model = Counting(STEPS["self(x)"][0])
+        fit(model, monitor)
+        weights.append(model.state_dict())
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+
+
+def test_arguments_that_forward_does_not_take_are_explained() -> None:
+    class Two(Counting):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return super().forward(x)
+
+    with pytest.raises(MisconfigurationException, match="could not run the model.*inputs="):
+        fit(Two(), SensitivityMonitor(task=None), unlabelled_loader(32))

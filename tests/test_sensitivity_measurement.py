@@ -210,6 +210,78 @@ def test_one_forward_pass_a_batch() -> None:
     assert model.passes == 10 + 1  # the first batch shows whether the model can be run
 
 
+def test_a_layer_that_runs_twice_and_writes_in_place() -> None:
+    class Twice(Linear):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = nn.Linear(12, 12)
+            self.act = nn.ReLU(inplace=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            first = self.cell(x)
+            second = self.act(self.cell(3 * first) + 2)  # all positive, so that it is linear
+            return self.net(0.5 * first + second)
+
+    torch.manual_seed(0)
+    model, val = Twice(), unlabelled_loader(4000, 100)
+    model.cell.weight.data.mul_(0.1)
+    limit = validate(model, val, noise_std=0.01, method="gradient", at="cell")
+    noisy = validate(model, val, noise_std=0.01, at="cell")
+    error = noisy["val_sensitivity_stderr"]
+    # Noise is drawn for each call; the derivative is by both.
+    assert limit["val_sensitivity"] == pytest.approx(noisy["val_sensitivity"], abs=4 * error)
+    assert validate(model, val, noise_std=0.01, method="gradient", at="net")["val_sensitivity"] > 0
+
+
+def test_a_model_that_writes_into_its_input() -> None:
+    class Writing(Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.mul_(2))
+
+    model = Writing()
+    values = validate(model, noise_std=0.1, method="gradient")
+    assert values["val_sensitivity"] == pytest.approx(4 * model.sensitivity(0.1), rel=1e-5)
+
+
+def test_where_no_gradient_arrives_is_said() -> None:
+    class Detached(Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.detach())
+
+    class Ignoring(Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(torch.ones_like(x))
+
+    for model in (Detached(), Ignoring()):
+        with pytest.raises(ValueError, match="none reaches it"):
+            validate(model, method="gradient")
+
+
+def test_a_budget_counts_the_samples_of_the_outputs() -> None:
+    class SequenceFirst(Linear):
+        def forward(self, x: Tensor, temperature: Any = 1) -> Tensor:
+            return super().forward(x.mean(0))
+
+    sequences = [{"temperature": torch.tensor(2.0), "x": x.expand(30, 5, 12)} for x in inputs(100).split(5)]
+    run = trainer(callbacks=[monitor := SensitivityMonitor(num_samples=40, inputs="x")])
+    run.validate(SequenceFirst(), DataLoader(sequences, batch_size=None), verbose=False)
+    assert monitor.num_samples == 40
+    assert run.callback_metrics["val_sensitivity"] > 0
+    seen: list[int] = []
+
+    class Counting(SequenceFirst):
+        def forward(self, x: Tensor, temperature: Any = 1) -> Tensor:
+            seen.append(x.shape[1])
+            return super().forward(x, temperature)
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            pass
+
+    run = trainer(callbacks=[SensitivityMonitor(num_samples=40, inputs="x")])
+    run.validate(Counting(), DataLoader(sequences, batch_size=None), verbose=False)
+    assert sum(seen) == 2 * 40
+
+
 def test_outputs_with_positions_are_refused() -> None:
     class Map(Classifier):
         def forward(self, x: Tensor) -> Tensor:
