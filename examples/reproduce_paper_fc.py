@@ -139,7 +139,7 @@ for seed in args.seeds:
     trainer = Trainer(max_epochs=args.max_epochs, enable_checkpointing=False, limit_val_batches=0, **quiet)
     trainer.fit(model, DataLoader(train_set, batch_size=128, shuffle=True))
     epochs = trainer.current_epoch
-    evaluator = Trainer(callbacks=[SensitivityMonitor(noise_std=0.1, seed=seed, prefix="")], **quiet)
+    evaluator = Trainer(callbacks=[SensitivityMonitor(noise_std=0.1, num_samples=None, seed=seed, prefix="")], **quiet)
     (values,) = evaluator.validate(model, DataLoader(test_set, batch_size=500), verbose=False)
     row = {"seed": seed, "epochs": epochs, "seconds": round(time.perf_counter() - start, 1), **values}
     row["stderr"] = row.pop("sensitivity_stderr")

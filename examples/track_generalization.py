@@ -85,7 +85,10 @@ logger = TensorBoardLogger(args.out, name=None)
 trainer = Trainer(
     max_epochs=args.max_epochs,
     accelerator="cpu",
-    callbacks=[SensitivityMonitor(noise_std=0.1, num_draws=4, prefix="val/", before_training=True), table],
+    callbacks=[
+        SensitivityMonitor(noise_std=0.1, num_draws=4, num_samples=None, prefix="val/", before_training=True),
+        table,
+    ],
     logger=logger,
     log_every_n_steps=10,
 )

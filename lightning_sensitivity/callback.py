@@ -99,8 +99,8 @@ class SensitivityMonitor(Callback):
             the way: what runs under ``no_grad`` or rounds is not seen.
         num_draws: Noise draws per sample.
         num_samples: How many samples times draws are measured per loader and epoch, over all processes, in whole
-            batches, evenly spaced over the loader and always the same. 1,200 give a standard error of about 5 %,
-            however large the loader. All, if None.
+            batches, evenly spaced over the loader and always the same. 1,200 give a standard error of about 5 %, and a
+            cost that does not grow with the loader. All, if None, and of a loader that has no length.
         seed: Seed of the noise. A batch gets the same noise in every epoch, and different batches, loaders, draws and
             processes get different noise.
         prefix: Put before the names in ``Trainer.fit`` and ``Trainer.validate``. ``"val/"`` puts the charts into
@@ -160,7 +160,7 @@ class SensitivityMonitor(Callback):
         at: Sequence[str] | str | None = None,
         method: str = "noise",
         num_draws: int = 1,
-        num_samples: int | None = None,
+        num_samples: int | None = 1200,
         seed: int = 0,
         prefix: str = "val_",
         test_prefix: str = "test_",
@@ -405,9 +405,6 @@ class SensitivityMonitor(Callback):
     def _begin_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._sensitivity.check(pl_module)
         self._forget_batches()
-        has_length = all(num_batches < math.inf for num_batches in _num_batches(trainer))
-        if self.num_samples is not None and not has_length and not trainer.sanity_checking and not self._has_measured:
-            rank_zero_warn("`num_samples` needs a validation loader that has a length: here all batches are measured.")
 
     def _begin_batch(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int

@@ -74,7 +74,7 @@ def test_the_value_is_that_of_brute_force(batch_size: int, num_draws: int) -> No
 
 def test_a_linear_models_value_is_known() -> None:
     model = Linear()
-    values = validated(SensitivityMonitor(noise_std=0.2, num_draws=4), model, loader(2000, 500))
+    values = validated(SensitivityMonitor(noise_std=0.2, num_draws=4, num_samples=None), model, loader(2000, 500))
     assert abs(values["val_sensitivity"] - model.sensitivity(0.2)) < 3 * values["val_sensitivity_stderr"]
     assert 0.01 < values["val_sensitivity_stderr"] / values["val_sensitivity"] < 0.03
 
@@ -430,7 +430,7 @@ def test_memory_does_not_grow_with_draws_or_batches() -> None:
     def weakref_finalize(output: Tensor, registry: set[complex], key: complex) -> None:
         weakref.finalize(output, registry.discard, key)
 
-    monitor = SensitivityMonitor(num_draws=10)
+    monitor = SensitivityMonitor(num_draws=10, num_samples=None)
     validated(monitor, Tracking(), unlabelled_loader(160))
     assert len(most) == 110
     assert max(most) <= 3  # clean outputs, one draw, and the next one being made

@@ -36,7 +36,7 @@ class Deep(Classifier):
 
 def test_a_linear_models_layers_have_the_sensitivities_that_their_weights_give() -> None:
     model, val = Deep(), loader(4000, 100)
-    metrics = validate(SensitivityMonitor(at=["net.0", "net.1", "net.2"], noise_std=0.5), model, val)
+    metrics = validate(SensitivityMonitor(at=["net.0", "net.1", "net.2"], noise_std=0.5, num_samples=None), model, val)
     first, second = model.net[1].weight, model.net[2].weight
     for name, matrix in (("net.0", second @ first), ("net.1", second), ("net.2", torch.eye(NUM_CLASSES))):
         expected = 0.25 * matrix.mean(0).square().sum().item()

@@ -199,7 +199,7 @@ def uneven(rank: int, folder: Path) -> Any:
 
 @scenario
 def default_noise(rank: int, folder: Path) -> Any:
-    run = distributed(SensitivityMonitor())
+    run = distributed(SensitivityMonitor(num_samples=None))
     run.validate(model(), loader(2000, 250), verbose=False)
     return logged(run)
 
@@ -496,7 +496,7 @@ def test_on_uneven_data_samples_count_as_often_as_they_are_dealt_out(both: dict[
 
 
 def test_other_noise_in_each_process_gives_a_value_within_the_error_bars(both: dict[str, list[Any]]) -> None:
-    run = alone(SensitivityMonitor())
+    run = alone(SensitivityMonitor(num_samples=None))
     run.validate(model(), loader(2000, 250), verbose=False)
     (one, first), second = (logged(run), both["default_noise"][0]), both["default_noise"][1]
     assert first == second

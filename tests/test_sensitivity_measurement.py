@@ -102,14 +102,17 @@ def test_the_same_batches_are_measured_every_epoch() -> None:
     assert others == [first, first]
 
 
-def test_a_budget_needs_a_length() -> None:
+def test_of_a_loader_without_a_length_all_is_measured() -> None:
     class Endless(torch.utils.data.IterableDataset):
         def __iter__(self) -> Any:
             return iter(inputs(50))
 
-    run = trainer(callbacks=[SensitivityMonitor(num_samples=10)], limit_val_batches=1.0)
-    with pytest.warns(UserWarning, match="`num_samples` needs a validation loader that has a length"):
-        run.validate(Linear(), DataLoader(Endless(), 10), verbose=False)
+    values = [
+        validate(model, DataLoader(Endless(), 10), num_samples=num_samples)
+        for model in [Linear()]
+        for num_samples in (10, None)
+    ]
+    assert values[0] == values[1]
 
 
 # The small-noise limit
