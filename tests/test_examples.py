@@ -192,7 +192,7 @@ def test_benchmark_overhead_writes_its_rows_and_resumes(tmp_path: Path) -> None:
     epoch |= {"1 draw, budget": 1.16, "4 draws, budget": 1.2, "with risk": 3.09, "with risk, budget": 1.57}
     assert epoch.items() <= {case: n for (measured, case), n in found.items() if measured == "validation epoch"}.items()
     growth = {f"{n} draws": 1.04 + n for n in (1, 2, 4, 8)}
-    growth |= {f"budget, {n} samples": 1 + (120 + 40) / n for n in (250, 4000)}
+    growth |= {f"budget, {n} samples": round(1 + (120 + 40) / n, 2) for n in (250, 4000)}
     assert growth.items() <= {case: n for (measured, case), n in found.items() if measured == "growth"}.items()
     against = {row["against"] for row in rows if row["measured"] == "authors' loop"}
     assert against == {f"{case}, {how}" for case in ("1 draw", "1 draw, budget") for how in ("alone", "reuse")}
