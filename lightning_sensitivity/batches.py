@@ -92,16 +92,16 @@ def prepare_call(
         paths = [(key, *_floating_path(part(values, (key,)))) for key in keys] or [_floating_path(values)]
     else:
         paths = [(key,) for key in keys] or [()]
-    num_tensors = len(paths) if perturbs_inputs else 0
+    perturbed_paths = paths if perturbs_inputs else []
 
     def run(new: Sequence[Tensor]) -> Any:
         perturbed = values
-        for path, tensor in zip(paths[:num_tensors], new, strict=True):
+        for path, tensor in zip(perturbed_paths, new, strict=True):
             perturbed = replaced(perturbed, path, tensor)
         args, keywords = copied(arguments(perturbed, paths), but=new)
         return forward(*args, **keywords)
 
-    return Call([part(values, path) for path in paths[:num_tensors]], run, arguments(values, paths))
+    return Call([part(values, path) for path in perturbed_paths], run, arguments(values, paths))
 
 
 def select_targets(model: nn.Module, batch: Any, targets: Selector) -> Tensor:

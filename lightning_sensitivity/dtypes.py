@@ -13,6 +13,12 @@ def accumulation_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The type that autocast, here and now, has a device compute in; None where it is off."""
+    is_on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if is_on else None
+
+
 def rounding_epsilon(tensor: Tensor) -> float:
     """Epsilon of the coarsest type that a model here and now rounds what is in a tensor to.
 
@@ -22,10 +28,10 @@ def rounding_epsilon(tensor: Tensor) -> float:
     Args:
         tensor: An input or an output, floating.
     """
-    device, default = tensor.device.type, torch.get_default_dtype()
+    default, autocast = torch.get_default_dtype(), autocast_dtype(tensor.device)
     dtypes = [tensor.dtype] if default.itemsize > 2 else [tensor.dtype, default]
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        dtypes.append(torch.get_autocast_dtype(device))
+    if autocast is not None:
+        dtypes.append(autocast)
     return max(torch.finfo(dtype).eps for dtype in dtypes)
 
 

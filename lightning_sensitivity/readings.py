@@ -30,7 +30,6 @@ RISK = {field: f"risk_{'estimate' if field == 'risk' else field}" for field in R
 SITE_NAMES = (SENSITIVITY, STDERR, LOG10, LOSS_ESTIMATE)  # of each place where noise is added
 NAMES = (*SITE_NAMES, *RISK.values())
 
-
 # One standard error of S at about 1,000 samples.
 _MOST_ROUNDING = 0.05
 

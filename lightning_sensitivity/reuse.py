@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_sensitivity.dtypes import rounding_epsilon
+from lightning_sensitivity.dtypes import autocast_dtype, rounding_epsilon
 from lightning_sensitivity.nested import can_be_copied, tensors_in
 from lightning_sensitivity.strategies import is_sharded
 
@@ -159,10 +159,8 @@ class _Hook:
         return _Hook, ()
 
 
-def _precision(device: torch.device) -> tuple[Any, ...]:
-    kind = device.type
-    is_autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return is_autocast, torch.get_autocast_dtype(kind) if is_autocast else None, torch.get_default_dtype()
+def _precision(device: torch.device) -> tuple[torch.dtype | None, torch.dtype]:
+    return autocast_dtype(device), torch.get_default_dtype()
 
 
 def _state_of(module: Any) -> _Versions:

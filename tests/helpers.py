@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import csv
+import os
+import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -129,3 +132,25 @@ def brute_force(
             changes.append(model(x + noise_std * noise).double() - model(x).double())
     model.train(training)
     return torch.cat(changes) if per_output else torch.cat(changes).mean(1)
+
+
+def run_processes(
+    function: Callable[..., dict[str, Any]], folder: Path, world_size: int, *args: Any
+) -> list[dict[str, Any]]:
+    """Run ``function(rank, folder, *args)`` in processes that Lightning takes as they are; what each left in a file."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(_run_process, args=(function, folder, port, world_size, args), nprocs=world_size)
+    return [torch.load(folder / f"rank_{rank}.pt", weights_only=False) for rank in range(world_size)]
+
+
+def _run_process(
+    rank: int, function: Callable[..., dict[str, Any]], folder: Path, port: int, world_size: int, args: tuple[Any, ...]
+) -> None:
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), NODE_RANK="0"
+    )
+    os.environ.update(WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size), GROUP_RANK="0")
+    os.environ["TORCHELASTIC_RUN_ID"] = "tests"
+    torch.save(function(rank, folder, *args), folder / f"rank_{rank}.pt")

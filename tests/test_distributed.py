@@ -4,7 +4,6 @@ import inspect
 import math
 import operator
 import os
-import socket
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -35,6 +34,7 @@ from tests.helpers import (
     inputs,
     labelled,
     loader,
+    run_processes,
     trainer,
     unlabelled_loader,
 )
@@ -395,12 +395,7 @@ def record_collectives(calls: list[Call]) -> None:
             setattr(torch.distributed, name, recorded(function, calls))
 
 
-def run_all(rank: int, folder: Path, port: int, world_size: int, names: list[str]) -> None:
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), NODE_RANK="0"
-    )
-    os.environ.update(WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size), GROUP_RANK="0")
-    os.environ["TORCHELASTIC_RUN_ID"] = "tests"  # Lightning then takes the processes as they are
+def run_all(rank: int, folder: Path, names: list[str]) -> dict[str, Any]:
     results: dict[str, Any] = {"collectives": {}}
     record_collectives(calls := [])
     for name in names:
@@ -408,16 +403,12 @@ def run_all(rank: int, folder: Path, port: int, world_size: int, names: list[str
         results[name] = SCENARIOS[name](rank, folder)
         results["collectives"][name] = calls.copy()
         torch.distributed.barrier()
-    torch.save(results, folder / f"rank_{rank}.pt")
+    return results
 
 
 def results_of(folder: Path, world_size: int, names: Iterable[str]) -> dict[str, list[Any]]:
     """What each process saw in each scenario."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(run_all, args=(folder, port, world_size, list(names)), nprocs=world_size)
-    ranks = [torch.load(folder / f"rank_{rank}.pt", weights_only=False) for rank in range(world_size)]
+    ranks = run_processes(run_all, folder, world_size, list(names))
     return {name: [results[name] for results in ranks] for name in ranks[0]} | {"folder": [folder]}
 
 

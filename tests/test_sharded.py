@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from lightning_sensitivity import SensitivityMonitor
-from tests.helpers import Classifier, loader, trainer
+from tests.helpers import Classifier, loader, run_processes, trainer
 
 try:
     from torch.distributed.fsdp import fully_shard
@@ -93,12 +91,7 @@ def monitor(**kwargs: Any) -> SensitivityMonitor:
     return SensitivityMonitor(perturbation=BySample(), task=None, **kwargs)
 
 
-def run_all(rank: int, folder: Path, port: int) -> None:
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), NODE_RANK="0"
-    )
-    os.environ.update(WORLD_SIZE=str(WORLD_SIZE), LOCAL_WORLD_SIZE=str(WORLD_SIZE), GROUP_RANK="0")
-    os.environ["TORCHELASTIC_RUN_ID"] = "tests"
+def run_all(rank: int, folder: Path) -> dict[str, Any]:
     warnings.simplefilter("ignore")
     results: dict[str, Any] = {}
     data = {"train_dataloaders": loader(48, 8), "val_dataloaders": loader(48, 8, seed=1)}
@@ -130,17 +123,12 @@ def run_all(rank: int, folder: Path, port: int) -> None:
     inside, _ = run(monitor())
     with pytest.raises(MisconfigurationException, match="Shard the LightningModule itself, too"):
         inside.validate(ShardedInside(), loader(48, 8, seed=1), verbose=False)
-    torch.save(results, folder / f"rank_{rank}.pt")
+    return results
 
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("sharded")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(run_all, args=(folder, port), nprocs=WORLD_SIZE)
-    return [torch.load(folder / f"rank_{rank}.pt", weights_only=False) for rank in range(WORLD_SIZE)]
+    return run_processes(run_all, tmp_path_factory.mktemp("sharded"), WORLD_SIZE)
 
 
 @pytest.mark.parametrize("name", strategies())
