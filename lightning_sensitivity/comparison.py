@@ -16,7 +16,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import nn
-from torch.multiprocessing.spawn import ProcessRaisedException
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from lightning_sensitivity.arguments import check_argument, check_int, check_selector, gaussian_noise
 from lightning_sensitivity.callback import monitors
@@ -209,7 +209,7 @@ def _build(model: Model, model_class: type[LightningModule] | None) -> tuple[nn.
 
 def _run(module: nn.Module, dataloader: Any, settings: Settings, trainer: Trainer) -> Scored:
     with tempfile.TemporaryDirectory() as folder:
-        scored_model = ScoredModel(module, settings, Path(folder, "scored.pt"))
+        scored_model = ScoredModel(module, settings, file := Path(folder, "scored.pt"))
         try:
             with preserved_rng([]):
                 # The order of a loader that shuffles. Not that of CUDA, which would not be put back.
@@ -218,6 +218,11 @@ def _run(module: nn.Module, dataloader: Any, settings: Settings, trainer: Traine
                     trainer.validate(scored_model, datamodule=dataloader, verbose=False)
                 else:
                     trainer.validate(scored_model, dataloader, verbose=False)
+            return scored_model.result()
+        except ProcessExitedException:
+            # Threads of gloo now and then abort a process that Lightning spawned, as it ends, with its work done.
+            if not file.exists():
+                raise
             return scored_model.result()
         finally:
             # The Trainer keeps its last module, which is not to keep the model in memory.

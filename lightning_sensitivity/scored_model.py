@@ -165,7 +165,9 @@ class ScoredModel(pl.LightningModule):
             time.perf_counter() - self._start,
         )
         if self.trainer.is_global_zero:
-            torch.save(tuple(self._scored), self._file)
+            torch.save(tuple(self._scored), part := self._file.with_suffix(".part"))
+            part.replace(self._file)
+        self.trainer.strategy.barrier()  # no process ends before it is there
 
     def _targets(self, batch: Any, clean: Tensor) -> Tensor | None:
         assert self.model is not None

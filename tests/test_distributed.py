@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, seed_everything
+from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
@@ -658,6 +658,27 @@ def test_processes_that_lightning_spawns() -> None:
     result = compare_models({"model": model(), "copy": model()}, loader(48, 8), trainer=run)
     assert result["model"].sensitivity == pytest.approx(expected(48), rel=1e-9)
     assert result.ties() == {"model": ["copy"], "copy": ["model"]}
+
+
+class Aborts(Callback):
+    def __init__(self, hook: str) -> None:
+        setattr(self, hook, self.abort)
+
+    def abort(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_rank == 1:
+            os.abort()
+
+
+def test_a_process_that_dies_with_its_work_done_costs_nothing() -> None:
+    run = trainer(strategy="ddp_spawn", devices=WORLD_SIZE, callbacks=[Aborts("on_validation_end")])
+    result = compare_models({"model": model()}, loader(48, 8), trainer=run)
+    assert result["model"].sensitivity == pytest.approx(expected(48), rel=1e-9)
+
+
+def test_a_process_that_dies_at_work_is_an_error() -> None:
+    run = trainer(strategy="ddp_spawn", devices=WORLD_SIZE, callbacks=[Aborts("on_validation_batch_end")])
+    with pytest.raises(RuntimeError, match="process 1 terminated with signal SIGABRT"):
+        compare_models({"model": model()}, loader(48, 8), trainer=run)
 
 
 @pytest.mark.parametrize(
