@@ -49,7 +49,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
-from lightning_sensitivity import SensitivityMonitor
+from lightning_sensitivity import OutputSensitivity, SensitivityMonitor
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -100,7 +100,7 @@ def shapes(quick: bool) -> dict[str, Shape]:
     """A fit has five training samples for one of validation, as in the data sets; on a CPU, networks of images few."""
     mlp, digits = partial(fully_connected, 784, 512, 512, 10), partial(fully_connected, 64, 256, 256, 10)
     many = (10_000, 100, (50_000, 10_000, 100, 100), (10_000, 1200))
-    few = many if CUDA else (500, 20, (250, 50, 50, 2), (2000, 1200))
+    few = many if CUDA else (1000, 10, (250, 50, 50, 2), (2000, 1200))  # 100 batches, too
     if quick:
         many, few = (1000, 40, (500, 100, 50, 4), (1000, 120)), (25, 1, (25, 25, 25, 1), (25, 3))
     return {
@@ -135,18 +135,23 @@ class Net(LightningModule):
 
 # %% What is in the Trainer
 class OneForwardMore(Callback):
-    """The least that a clean and a noisy pass can cost beside a validation: one forward pass, and nothing else."""
+    """The least that a clean and a noisy pass can cost beside a validation: one forward pass, and maybe its noise."""
+
+    def __init__(self, noise_std: float) -> None:
+        self.noise_std = noise_std
 
     @torch.no_grad()
     def on_validation_batch_end(self, trainer: Trainer, pl_module: Net, outputs: Any, batch: Any, *_: Any) -> None:
-        pl_module(batch[0])
+        x = batch[0]
+        pl_module(x + self.noise_std * torch.randn_like(x) if self.noise_std else x)
 
 
 # Options of the monitor; task=None leaves the risk estimate out, and `budget` stands for `num_samples`.
-PLAIN, FORWARD = "without", "one forward more"
+PLAIN, FORWARD, NOISY_FORWARD = "without", "one forward more", "one noisy forward more"
 CASES: dict[str, dict[str, Any]] = {
     PLAIN: {},
     FORWARD: {},
+    NOISY_FORWARD: {},
     "1 draw": {"task": None},
     "4 draws": {"task": None, "num_draws": 4},
     "1 draw, budget": {"task": None, "budget": True},
@@ -155,14 +160,14 @@ CASES: dict[str, dict[str, Any]] = {
     "with risk": {},
     "with risk, budget": {"budget": True},
 }
-FIT_CASES = [case for case in CASES if case not in (FORWARD, "gradient")]
+FIT_CASES = [case for case in CASES if case not in (FORWARD, NOISY_FORWARD, "gradient")]
 
 
 def monitor(case: str | dict[str, Any], num_samples: int, num_training_samples: int) -> list[Callback]:
     if case == PLAIN:
         return []
-    if case == FORWARD:
-        return [OneForwardMore()]
+    if case in (FORWARD, NOISY_FORWARD):
+        return [OneForwardMore(0.1 * (case == NOISY_FORWARD))]
     options = dict(CASES[case] if isinstance(case, str) else case)
     options["num_samples"] = num_samples if options.pop("budget", False) else None
     return [SensitivityMonitor(**{"task": "multiclass", "num_training_samples": num_training_samples} | options)]
@@ -336,6 +341,17 @@ def authors_loop(model: nn.Module, batches: Iterable[Any]) -> float:
     return np.var(changes)
 
 
+@torch.no_grad()
+def metric_loop(model: nn.Module, batches: Iterable[Any]) -> float:
+    """The same passes, with the package's metric and without a Trainer."""
+    model.eval()
+    metric = OutputSensitivity().to(DEVICE)
+    for x, _ in batches:
+        x = x.to(DEVICE)
+        metric.update(model(x), model(x + 0.1 * torch.randn_like(x)))
+    return float(metric.compute())
+
+
 def analyze(net: nn.Module, num_threads: int) -> None:
     from threadpoolctl import threadpool_limits
 
@@ -382,8 +398,8 @@ def validation_epoch(shape: Shape, repeats: int, label: str) -> list[Row]:
             few, many = (run(shape, case, num_batches=n, context=host_syncs).seen[0] for n in (4, 8))
             rest["syncs"] = (many - few) / 4
         rows.append(row(case, seconds[case], PLAIN, seconds[PLAIN], **rest))
-    rows.append(row("1 draw", seconds["1 draw"], FORWARD, seconds[FORWARD]))
-    return rows
+    least = (FORWARD, NOISY_FORWARD)
+    return rows + [row("1 draw", seconds["1 draw"], other, seconds[other]) for other in least]
 
 
 def whole_fit(shape: Shape, repeats: int, label: str) -> list[Row]:
@@ -422,7 +438,11 @@ def ours(shape: Shape, budget: bool, samples: int | None = None, num_samples: in
 def authors(shape: Shape, repeats: int, label: str) -> list[Row]:
     """How many times as long the authors' loop takes."""
     model, batches = shape.net().to(DEVICE), loader(shape, shape.samples, shape.batch_size)
-    runs = {label: lambda: timed(lambda: authors_loop(model, batches))} | ours(shape, False) | ours(shape, True)
+    runs: dict[str, Callable[[], float]] = {
+        label: lambda: timed(lambda: authors_loop(model, batches)),
+        "the metric in a loop": lambda: timed(lambda: metric_loop(model, batches)),
+    }
+    runs |= ours(shape, False) | ours(shape, True)
     seconds = rounds(runs, repeats, label)
     with peak_memory() as peak:
         authors_loop(model, [next(iter(batches))])

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -26,21 +23,18 @@ from lightning_sensitivity.arguments import (
     check_selector,
     chosen_perturbation,
 )
+from lightning_sensitivity.batch_measurement import BatchMeasurement
 from lightning_sensitivity.checks import check_loop, check_model, check_processes
 from lightning_sensitivity.dashboard import custom_scalars_layout
 from lightning_sensitivity.isolation import no_trace
-from lightning_sensitivity.nested import copied
-from lightning_sensitivity.perturbations import Perturbation, noise_generator
-from lightning_sensitivity.probe import Probe
-from lightning_sensitivity.readings import RISK, LoaderStatistics
-from lightning_sensitivity.reuse import Witness, agree, why_not
-from lightning_sensitivity.risk_measurement import RiskMeasurement, num_twins
+from lightning_sensitivity.loaders import loader_name, num_batches
+from lightning_sensitivity.perturbations import Perturbation
+from lightning_sensitivity.readings import RISK, SENSITIVITY, LoaderStatistics
+from lightning_sensitivity.risk_measurement import RiskMeasurement
 from lightning_sensitivity.sensitivity_measurement import SensitivityMeasurement
 from lightning_sensitivity.tasks import TASKS
 
 __all__ = ["SensitivityMonitor"]
-
-log = logging.getLogger(__name__)
 
 _CHECKPOINT_KEY = "lightning_sensitivity.initial_weights"
 _SAMPLES_KEY = "lightning_sensitivity.training_samples."  # and the prefix of the monitor
@@ -216,13 +210,10 @@ class SensitivityMonitor(Callback):
         self._risk = RiskMeasurement(
             task, num_training_samples, inputs, outputs, targets, at is None, save_training_samples
         )
-        self._has_measured = self._has_warned = False
+        self._has_measured = False
+        self._warned_of: set[str] = set()  # names of logged values
         self._num_sanity_val_steps: float | None = None  # what `before_training` has replaced
-        # Of a validation: who watches its steps, the batch of the step that runs, with its outputs by a pass of our own
-        # (for the first of a loader), and why the outputs of the steps of a loader can't be used.
-        self._witness: Witness | None = None
-        self._pending: tuple[Probe, Tensor | None] | None = None
-        self._problems: dict[int, str] = {}
+        self._batches = BatchMeasurement(self._sensitivity, self._risk, seed)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check what can be checked before the first epoch."""
@@ -256,7 +247,7 @@ class SensitivityMonitor(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Watch whether validation ever runs, and remember what the risk estimate needs."""
-        self._has_measured = self._has_warned = False
+        self._has_measured, self._warned_of = False, set()
         # Who says where the labels are, or what, or monitors the estimate, must get it.
         monitored = [getattr(callback, "monitor", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
         is_monitored = any(str(monitor).startswith(f"{self.prefix}risk_") for monitor in monitored)
@@ -280,7 +271,7 @@ class SensitivityMonitor(Callback):
             )
 
         for dataloader_idx, validation in self._risk.early_minima().items():
-            name = _loader_name(f"{self.prefix}{RISK['risk']}", dataloader_idx, len(_num_batches(trainer)))
+            name = loader_name(f"{self.prefix}{RISK['risk']}", dataloader_idx, len(num_batches(trainer)))
             rank_zero_warn(
                 f"`{name}` was lowest at validation {validation}, counted from 0. So early a minimum is the least"
                 " reliable: look at its terms, of which the variance may be too large for this model."
@@ -294,7 +285,7 @@ class SensitivityMonitor(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Measure a batch before ``validation_step`` may change it, or watch for the outputs that the step computes."""
-        self._begin_batch(trainer, pl_module, batch, batch_idx, dataloader_idx)
+        self._batches.begin(trainer, pl_module, batch, batch_idx, dataloader_idx)
 
     def on_validation_batch_end(
         self,
@@ -314,7 +305,7 @@ class SensitivityMonitor(Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Free the device's memory, and leave no hook on the module."""
-        self._stop_watching()
+        self._batches.stop_watching()
         self._risk.end_validation()
 
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -324,9 +315,9 @@ class SensitivityMonitor(Callback):
             self._num_sanity_val_steps = None
         if self.before_training and trainer.global_step == 0:
             computed = self._sensitivity.values()
-            num_loaders = len(_num_batches(trainer))
+            num_loaders = len(num_batches(trainer))
             metrics = {
-                _loader_name(self.prefix + name, idx, num_loaders): float(value)
+                loader_name(self.prefix + name, idx, num_loaders): float(value)
                 for idx, values in computed.items()
                 for name, value in values.items()
             }
@@ -342,7 +333,7 @@ class SensitivityMonitor(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Measure a batch before ``test_step`` may change it."""
-        self._begin_batch(trainer, pl_module, batch, batch_idx, dataloader_idx)
+        self._batches.begin(trainer, pl_module, batch, batch_idx, dataloader_idx)
 
     def on_test_batch_end(
         self,
@@ -390,14 +381,9 @@ class SensitivityMonitor(Callback):
             self._risk.restore_samples(checkpoint[_SAMPLES_KEY + self.prefix])
 
     def _forget_batches(self) -> None:
-        self._stop_watching()
+        self._batches.stop_watching()
         self._sensitivity.forget()
         self._risk.end_validation()
-
-    def _stop_watching(self) -> None:
-        if self._witness is not None:
-            self._witness.close()
-        self._witness, self._pending, self._problems = None, None, {}
 
     def _statistics(self, pl_module: pl.LightningModule, dataloader_idx: int) -> list[LoaderStatistics]:
         return self._sensitivity.statistics(dataloader_idx, pl_module.device, self._risk.task)
@@ -406,89 +392,12 @@ class SensitivityMonitor(Callback):
         self._sensitivity.check(pl_module)
         self._forget_batches()
 
-    def _begin_batch(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int
-    ) -> None:
-        # A process that had no batch of an earlier loader joins the others, who reduced when that loader was done.
-        for earlier in range(dataloader_idx):
-            for statistics in self._statistics(pl_module, earlier):
-                statistics.compute()
-
-        num_batches = _num_batches(trainer)[dataloader_idx]
-        if not self._sensitivity.wants(dataloader_idx, batch_idx, num_batches, trainer.world_size):
-            return
-        with no_trace(pl_module), trainer.precision_plugin.val_step_context():
-            probe = self._sensitivity.probe(trainer, pl_module, batch)
-            if self.method == "noise" and dataloader_idx not in self._problems:
-                problem = why_not(trainer, pl_module, batch)
-                if problem is None:
-                    problem = self._watch(trainer, pl_module, batch, probe, batch_idx)
-                if problem is None:
-                    return
-                self._compute_from_now_on(dataloader_idx, problem)
-        self._measure(trainer, pl_module, probe, batch_idx, dataloader_idx)
-
-    def _watch(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, probe: Probe, batch_idx: int
-    ) -> str | None:
-        """Have the step watched that gets the batch; why it can't be, otherwise."""
-        own = self._sensitivity.probe(trainer, pl_module, copied(batch))  # the step may write into its batch
-        self._witness = self._witness or Witness(pl_module)
-        # What the step changes around its call may leave no trace. The first batch shows it.
-        clean = own.clean(is_first=True) if batch_idx == 0 else None
-        try:
-            self._witness.watch(probe.arguments, probe.select)
-        except TypeError as error:
-            return f"`forward` does not take what it is given ({error})"
-        self._pending = own, clean
-        return None
-
     def _end_batch(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch_idx: int, dataloader_idx: int
     ) -> None:
-        if self._pending is not None:
-            assert self._witness is not None
-            (probe, own), self._pending = self._pending, None
-            clean, problem = self._witness.outputs(), self._witness.problem
-            if clean is not None and own is not None and not agree(clean, own):
-                clean, problem = None, "what the step's call gave is not what the module gives after it"
-            if clean is None:
-                self._compute_from_now_on(dataloader_idx, problem)
-                clean = own if self._witness.module_is_as_before() else None
-            elif batch_idx == 0:
-                log.debug(
-                    "`SensitivityMonitor` takes the clean outputs of dataloader %d from the step.", dataloader_idx
-                )
-            self._measure(trainer, pl_module, probe, batch_idx, dataloader_idx, clean)
+        self._batches.end(trainer, pl_module, batch_idx, dataloader_idx)
         if batch_idx == 0 and not trainer.sanity_checking:
             self._log(pl_module, self.test_prefix if trainer.testing else self.prefix, dataloader_idx)
-
-    def _compute_from_now_on(self, dataloader_idx: int, problem: str) -> None:
-        self._problems[dataloader_idx] = problem
-        log.debug("`SensitivityMonitor` computes the clean outputs of dataloader %d: %s.", dataloader_idx, problem)
-
-    def _measure(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        probe: Probe,
-        batch_idx: int,
-        dataloader_idx: int,
-        clean: Tensor | None = None,
-    ) -> None:
-        generator = partial(noise_generator, self.seed, trainer.global_rank, dataloader_idx, batch_idx)
-        with no_trace(pl_module), trainer.precision_plugin.val_step_context():
-            clean = self._sensitivity.measure(pl_module, probe, generator, dataloader_idx, self._risk.task, clean)
-            first = self._statistics(pl_module, dataloader_idx)[0]
-            if first.task is not None:
-                # A process without a batch of this loader adds none of its training samples: it can't be waited for.
-                if first.update_count == 1:
-                    first.add_risk(self._risk.training_sums(pl_module))
-                num_batches = _num_batches(trainer)[dataloader_idx]
-                num_measured = self._sensitivity.num_wanted(dataloader_idx, num_batches, trainer.world_size)
-                twins = range(num_twins(num_measured, trainer.world_size))
-                generators = (generator(-1 - twin, device=pl_module.device) for twin in twins)
-                first.add_risk(self._risk.holdout_sums(pl_module, clean, probe.clean, generators))
 
     def _log(self, pl_module: pl.LightningModule, prefix: str, dataloader_idx: int) -> None:
         # A Metric is logged once; Lightning reads it when the loader is done. In one hook, whichever way a batch was
@@ -499,7 +408,7 @@ class SensitivityMonitor(Callback):
                 pl_module.log(prefix + name, reading, on_step=False, on_epoch=True, metric_attribute=name)
 
     def _finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, prefix: str) -> None:
-        num_loaders = len(_num_batches(trainer))
+        num_loaders = len(num_batches(trainer))
         num_changes = []
         for dataloader_idx in range(num_loaders):
             all_statistics = self._statistics(pl_module, dataloader_idx)
@@ -509,11 +418,11 @@ class SensitivityMonitor(Callback):
             if trainer.sanity_checking:
                 continue
             for statistics in all_statistics:
-                self._warn_of_rounding(statistics)
+                self._warn(statistics, prefix, dataloader_idx, num_loaders)
                 if not statistics.has_own_batches:
                     # The other processes log these names; a monitor in this one must find them, too.
                     for name, reading in statistics.readings().items():
-                        full_name = _loader_name(prefix + name, dataloader_idx, num_loaders)
+                        full_name = loader_name(prefix + name, dataloader_idx, num_loaders)
                         pl_module.log(full_name, reading, metric_attribute=name, add_dataloader_idx=False)
             if self._risk.task is not None:
                 self._risk.add_estimate(dataloader_idx, all_statistics[0].compute().get(RISK["risk"]))
@@ -528,11 +437,12 @@ class SensitivityMonitor(Callback):
                 " logged for it. Use more validation samples or `num_draws`."
             )
 
-    def _warn_of_rounding(self, statistics: LoaderStatistics) -> None:
-        if not self._has_warned:  # it would come with every epoch
-            for warning in statistics.rounding_warnings:
-                rank_zero_warn(warning)
-            self._has_warned = bool(statistics.rounding_warnings)
+    def _warn(self, statistics: LoaderStatistics, prefix: str, dataloader_idx: int, num_loaders: int) -> None:
+        name = loader_name(prefix + statistics.full_name(SENSITIVITY), dataloader_idx, num_loaders)
+        if statistics.warnings and name not in self._warned_of:  # else they would come with every epoch
+            self._warned_of.add(name)
+            for warning in statistics.warnings:
+                rank_zero_warn(f"`SensitivityMonitor`, `{name}`: {warning}")
 
 
 def monitors(trainer: pl.Trainer) -> list[SensitivityMonitor]:
@@ -543,22 +453,3 @@ def monitors(trainer: pl.Trainer) -> list[SensitivityMonitor]:
     """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return [callback for callback in callbacks if isinstance(callback, SensitivityMonitor)]
-
-
-def _num_batches(trainer: pl.Trainer) -> list[int | float]:
-    """Of each loader of the loop that runs, or has run, as Lightning counts and names them; inf if one does not say."""
-    if trainer.testing:
-        num_batches, loop = trainer.num_test_batches, trainer.test_loop
-    elif trainer.state.fn == TrainerFn.VALIDATING:
-        num_batches, loop = trainer.num_val_batches, trainer.validate_loop
-    else:
-        num_batches, loop = trainer.num_val_batches, trainer.fit_loop.epoch_loop.val_loop
-    if trainer.sanity_checking:
-        num_batches = trainer.num_sanity_val_batches
-    # Of a CombinedLoader, of which only the loop knows; unless it is sequential, it is one loader to Lightning.
-    mode = getattr(getattr(loop, "_combined_loader", None), "_mode", "sequential")
-    return num_batches if mode == "sequential" else [min(num_batches) if mode == "min_size" else max(num_batches)]
-
-
-def _loader_name(name: str, dataloader_idx: int, num_loaders: int) -> str:
-    return name if num_loaders == 1 else f"{name}/dataloader_idx_{dataloader_idx}"

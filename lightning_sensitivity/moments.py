@@ -6,6 +6,7 @@ The *moments*, which :func:`batch_moments` makes, :func:`merge_moments` joins in
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -24,13 +25,12 @@ from lightning_sensitivity.extremes import (
 # Layout of the moments, one row each, with D the number of outputs that are kept apart (1 after class-averaging).
 # A sample's features are (weight, square, sum_1 ... sum_D): how many changes it gave (noise draws times positions),
 # the sum of their mean squares over the D outputs, and their sums.
-_ELEMENTS = 0  # (samples, M2 of the single changes, mean of the single changes 1 ... D)
+_TOTALS = 0  # (samples, M2 of the single changes, sum over changes of the variance that rounding adds, 0 ...)
 _MEANS = 1  # mean over samples of the features
 _WITH_WEIGHT = 2  # co-moments, summed over samples, of the weight with each feature
 _WITH_SQUARE = 3  # co-moments of the square with each feature
 _SELF = 4  # co-moment of each feature with itself
-_ROUNDING = 5  # (sum over changes of the variance that the outputs' rounding adds, 0 ...)
-_NUM_ROWS = 6
+_NUM_ROWS = 5
 
 
 class SensitivityEstimate(NamedTuple):
@@ -54,7 +54,7 @@ class SensitivityEstimate(NamedTuple):
 
 
 def empty_moments(num_outputs: int = 1, device: torch.device | str = "cpu") -> Tensor:
-    """Moments of nothing, the neutral element of :func:`merge_moments`; shape ``(6, 2 + num_outputs)``."""
+    """Moments of nothing, the neutral element of :func:`merge_moments`; shape ``(5, 2 + num_outputs)``."""
     device = torch.device(device)
     return torch.zeros(_NUM_ROWS, 2 + num_outputs, dtype=accumulation_dtype(device), device=device)
 
@@ -72,7 +72,7 @@ def batch_moments(
         update_idx: What an error message calls this batch.
 
     Returns:
-        Moments, shape ``(6, 2 + D)`` with D = K if ``per_output`` else 1, and extremes, shape ``(10,)``.
+        Moments, shape ``(5, 2 + D)`` with D = K if ``per_output`` else 1, and extremes, shape ``(10,)``.
 
     Raises:
         TypeError: If an output is not a floating tensor.
@@ -82,11 +82,10 @@ def batch_moments(
     columns = output_columns(clean).to(accumulation_dtype(clean.device))
     num_samples, num_outputs, num_positions = columns.shape
     width = num_outputs if per_output else 1
-    # One draw's moments are joined with the next by plain sums and Chan's update, in constant memory.
-    count, mean, m2 = 0, columns.new_zeros(width), columns.new_zeros(())
-    sums, squares = columns.new_zeros(num_samples, width), columns.new_zeros(num_samples)
     extremes = output_extremes(clean, FIRST_BAD_CLEAN, update_idx)
-    num_draws = 0
+    # One draw is joined with those before by plain sums and Chan's update, in constant memory.
+    count, num_draws = 0, 0
+    mean = m2 = sums = squares = columns.new_zeros(())
     for draw in (noisy,) if isinstance(noisy, Tensor) else noisy:
         _check_output(draw, "noisy")
         if draw.shape != clean.shape:
@@ -96,39 +95,35 @@ def batch_moments(
             )
         num_draws += 1
         draw_extremes = output_extremes(draw, FIRST_BAD_NOISY, update_idx)
-        if num_samples and num_positions:
+        if added := num_samples * num_positions:
             change = output_columns(draw) - columns  # in the wider type
-            draw_extremes[NEG_MAX_CHANGE] = -change.abs().max()
+            draw_extremes[NEG_MAX_CHANGE] = -torch.linalg.vector_norm(change, math.inf)
             if not per_output:
                 change = change.mean(1, keepdim=True)
-            draw_mean = change.mean((0, 2))
-            added = num_samples * num_positions
-            m2 = m2 + (change - draw_mean[:, None]).square().mean(1).sum()
-            if count:
-                shift = draw_mean - mean
-                m2 = m2 + shift.square().mean() * (count * added / (count + added))
-                draw_mean = mean + shift * (added / (count + added))
-            count, mean = count + added, draw_mean
-            sums += change.sum(2)
-            squares += change.square().sum((1, 2)) / width
+            variance, draw_mean = torch.var_mean(change, (0, 2), correction=0)
+            shift = draw_mean - mean
+            m2 = m2 + variance.mean() * added + shift.square().mean() * (count * added / (count + added))
+            mean = mean + shift * (added / (count + added))
+            sums, squares = sums + change.sum(2), squares + change.square().mean(1).sum(1)
+            count += added
         extremes = torch.minimum(extremes, draw_extremes)
     if num_draws == 0:
         raise ValueError("Expected `noisy` to hold the outputs of at least one noise draw, but got none.")
 
     moments = empty_moments(width, columns.device)
     if count:
-        features = torch.cat([sums.new_full((num_samples, 1), count / num_samples), squares[:, None], sums], dim=1)
-        feature_means = features.mean(0)
-        centred = features - feature_means
-        moments[_ELEMENTS, 0] = num_samples
-        moments[_ELEMENTS, 1] = m2
-        moments[_ELEMENTS, 2:] = mean
-        moments[_MEANS] = feature_means
-        moments[_WITH_SQUARE] = centred[:, 1] @ centred
-        moments[_SELF] = centred.square().sum(0)  # the weight is the same within a batch: _WITH_WEIGHT stays 0
+        features = torch.cat([squares[:, None], sums], dim=1)  # the weight is the same for all of the batch
+        means = features.mean(0)
+        centred = features - means
         # Clean and noisy outputs are about as large, and rounded independently; so are the outputs that are averaged.
-        size = columns.square().sum() * num_draws / (num_outputs * num_outputs // width)
-        moments[_ROUNDING, 0] = 2 * rounding_variance(clean) * size
+        size = columns.square().sum() * (num_draws * width / num_outputs**2)
+        moments[_TOTALS, 0] = num_samples
+        moments[_TOTALS, 1] = m2
+        moments[_TOTALS, 2] = size * (2 * rounding_variance(clean))
+        moments[_MEANS, 0] = count / num_samples
+        moments[_MEANS, 1:] = means
+        moments[_WITH_SQUARE, 1:] = centred[:, 0] @ centred
+        moments[_SELF, 1:] = centred.square().sum(0)
     return moments, extremes
 
 
@@ -136,26 +131,27 @@ def merge_moments(moments: Tensor) -> Tensor:
     """Merge moments of disjoint sets of samples; the result does not depend on how the samples were split.
 
     Args:
-        moments: Shape ``(R, 6, 2 + D)``, the moments of R sets.
+        moments: Shape ``(R, 5, 2 + D)``, the moments of R sets.
 
     Returns:
-        Shape ``(6, 2 + D)``: the moments of their union (Chan, Golub and LeVeque, 1983, for R sets at once).
+        Shape ``(5, 2 + D)``: the moments of their union (Chan, Golub and LeVeque, 1983, for R sets at once).
     """
-    samples, mean = moments[:, _ELEMENTS, 0], moments[:, _ELEMENTS, 2:]
-    feature_means = moments[:, _MEANS]
-    changes = samples * feature_means[:, 0]
-    merged = moments.sum(0)  # right for the sums over samples, for M2 and rounding; the rest is put in below
-    total_samples, total_changes = samples.sum().clamp(min=1), changes.sum().clamp(min=1)
-
-    merged_mean = (changes @ mean) / total_changes
-    merged[_ELEMENTS, 1] += (changes * (mean - merged_mean).square().mean(1)).sum()
-    merged[_ELEMENTS, 2:] = merged_mean
-    merged[_MEANS] = (samples @ feature_means) / total_samples
-    shift = feature_means - merged[_MEANS]
-    merged[_WITH_WEIGHT] += (samples * shift[:, 0]) @ shift
-    merged[_WITH_SQUARE] += (samples * shift[:, 1]) @ shift
-    merged[_SELF] += samples @ shift.square()
+    samples, means = moments[:, _TOTALS, 0], moments[:, _MEANS]
+    merged = moments.sum(0)  # right for the totals and for what is within the sets; the rest is put in below
+    merged_means = (samples @ means) / samples.sum().clamp(min=1)
+    shift = means - merged_means
+    weighted = samples[:, None] * shift
+    merged[_MEANS] = merged_means
+    merged[_WITH_WEIGHT : _WITH_SQUARE + 1] += weighted[:, :2].T @ shift
+    merged[_SELF] += (weighted * shift).sum(0)
+    shift_of_changes = _mean_change(means) - _mean_change(merged_means)
+    merged[_TOTALS, 1] += (samples * means[:, 0]) @ shift_of_changes.square().mean(1)
     return merged
+
+
+def _mean_change(means: Tensor) -> Tensor:
+    """The mean of single changes, for each of D outputs, from the features' means over samples; 0 of none."""
+    return means[..., 2:] / means[..., :1].clamp(min=1)
 
 
 def sensitivity_estimate(moments: Tensor) -> SensitivityEstimate:
@@ -170,12 +166,13 @@ def sensitivity_estimate(moments: Tensor) -> SensitivityEstimate:
     Cauchy-Schwarz bound: the error bar is then at most too wide, and exact where the mean changes vanish.
 
     Args:
-        moments: Shape ``(6, 2 + D)``.
+        moments: Shape ``(5, 2 + D)``.
 
     Returns:
         The estimate; all of it ``nan`` (and 0 samples) where there was no change.
     """
-    samples, m2, mean = moments[_ELEMENTS, 0], moments[_ELEMENTS, 1], moments[_ELEMENTS, 2:]
+    samples, m2, rounding = moments[_TOTALS, :3]
+    mean = _mean_change(moments[_MEANS])
     changes = samples * moments[_MEANS, 0]
     sensitivity = m2 / changes
     # z = square + weight_factor * weight - sum_factors . sums, written out in co-moments.
@@ -195,7 +192,7 @@ def sensitivity_estimate(moments: Tensor) -> SensitivityEstimate:
         torch.where(samples > 1, stderr, torch.nan),
         samples.round().long(),
         changes.round().long(),
-        moments[_ROUNDING, 0] / changes,
+        rounding / changes,
     )
 
 

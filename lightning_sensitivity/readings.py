@@ -15,7 +15,7 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_sensitivity.arguments import AnyPerturbation
 from lightning_sensitivity.dtypes import rounding_variance
-from lightning_sensitivity.extremes import num_outputs_seen
+from lightning_sensitivity.extremes import NEG_MAX_CHANGE, num_outputs_seen
 from lightning_sensitivity.functional import loss_estimate
 from lightning_sensitivity.metric import OutputSensitivity
 from lightning_sensitivity.risk import NUM_ROWS, RiskEstimate, has_training, risk_terms
@@ -80,7 +80,7 @@ class LoaderStatistics(OutputSensitivity):
         self.suffix = suffix
         self.is_rounded = is_rounded
         self._has_risk = False
-        self.rounding_warnings: list[str] = []  # of the last `compute`
+        self.warnings: list[str] = []  # of the last `compute`, about the sensitivity
         self.add_state("power", default=torch.zeros(3, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("risk", default=torch.zeros(NUM_ROWS, 1, dtype=torch.float64), dist_reduce_fx="sum")
 
@@ -118,7 +118,7 @@ class LoaderStatistics(OutputSensitivity):
 
     def compute(self) -> dict[str, Tensor]:  # type: ignore[override]
         """Every number that has a meaning; the others are left out."""
-        self.rounding_warnings = []
+        self.warnings = []
         try:
             super().compute()
         except ValueError as error:
@@ -127,6 +127,11 @@ class LoaderStatistics(OutputSensitivity):
         sensitivity, stderr, _, num_changes, _ = self._estimate
         if num_changes < 2 or not bool(sensitivity.isfinite()):
             return {}
+        if self.extremes[NEG_MAX_CHANGE] == 0:
+            self.warnings.append(
+                "no output changed under the perturbation. The model ignores what is perturbed, or only some other"
+                " part of it is used: see `inputs=` and `at=`."
+            )
         values = {SENSITIVITY: sensitivity, STDERR: stderr, LOG10: sensitivity.log10()}
         num_outputs = num_outputs_seen(self.extremes)
         power, rounding, num_inputs = self.power.tolist()  # the first two in units of the noise's variance
@@ -164,22 +169,22 @@ class LoaderStatistics(OutputSensitivity):
 
     def readings(self) -> dict[str, Reading]:
         """One Metric per logged name."""
-        return {self._full_name(name): Reading(partial(self._read, name)) for name in self.names}
+        return {self.full_name(name): Reading(partial(self._read, name)) for name in self.names}
 
     def named_values(self) -> dict[str, Tensor]:
         """Every number that has a meaning, by the name that it is logged under."""
-        return {self._full_name(name): value for name, value in self.compute().items()}
+        return {self.full_name(name): value for name, value in self.compute().items()}
 
-    def _full_name(self, name: str) -> str:
+    def full_name(self, name: str) -> str:
+        """What a number is logged under, behind the prefix."""
         return name if name in RISK.values() else name + self.suffix
 
     def _read(self, name: str) -> Tensor | None:
         return self.compute().get(name)
 
     def _report_rounding(self, warning: str) -> None:
-        name = self._full_name(SENSITIVITY)
         if self.is_rounded:
-            self.rounding_warnings.append(f"`SensitivityMonitor`, {self.name}, `{name}`: {warning}")
+            self.warnings.append(warning)
 
 
 class Reading(Metric):

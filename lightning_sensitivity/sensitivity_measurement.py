@@ -58,6 +58,16 @@ class SensitivityMeasurement:
         self._statistics: dict[int, list[LoaderStatistics]] = {}
         self._batch_sizes: dict[int, int] = {}
 
+    @property
+    def needs_clean(self) -> bool:
+        """Whether clean outputs are compared, which the step may have computed; a gradient takes its own."""
+        return not self._by_gradient
+
+    @property
+    def runs_user_code(self) -> bool:
+        """Whether :meth:`probe` does."""
+        return callable(self._inputs)
+
     def check(self, model: nn.Module) -> None:
         """Require the submodules, after ``configure_model`` may have built them.
 

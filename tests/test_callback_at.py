@@ -50,6 +50,37 @@ def test_a_linear_models_layers_have_the_sensitivities_that_their_weights_give()
     assert metrics["val_loss_estimate/net.0"] == pytest.approx(estimate)
 
 
+class Recurrent(Linear):
+    """Uses the last state of an LSTM, and not the outputs, which come first in what it returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(NUM_FEATURES, 5, batch_first=True), nn.Linear(5, NUM_CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(x[:, None])[1][0][-1])
+
+
+def test_a_perturbation_that_reaches_no_output_is_said_once() -> None:
+    run = trainer(callbacks=[SensitivityMonitor(at=["lstm", "head"])], max_epochs=3)
+    with pytest.warns(UserWarning, match="`val_sensitivity/lstm`: no output changed under the perturbation") as caught:
+        run.fit(Recurrent(), loader(), loader())
+    assert run.callback_metrics["val_sensitivity/lstm"] == 0 < run.callback_metrics["val_sensitivity/head"]
+    assert sum("no output changed" in str(warning.message) for warning in caught) == 1
+
+
+class Centred(Classifier):
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = super().forward(x)
+        return outputs - outputs.mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize("method", ["noise", "gradient"])
+def test_centred_outputs_are_said(method: str) -> None:
+    with pytest.warns(UserWarning, match="rows of the outputs all sum to the same value|no output changed"):
+        validate(SensitivityMonitor(method=method), Centred())
+
+
 def test_one_name_takes_the_place_of_the_input() -> None:
     model = Classifier()
     one = validate(SensitivityMonitor(at="net.2"), model)

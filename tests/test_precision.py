@@ -97,7 +97,7 @@ def test_16_bits_warn_once_of_noise_below_the_rounding(precision: str) -> None:
     values, rounding = measured(1e-3, precision)
     assert not agrees(values, in_32_bits(1e-3))
     (warning,) = rounding
-    assert warning.startswith("`SensitivityMonitor`, dataloader 0, `sensitivity`: Output sensitivity")
+    assert warning.startswith("`SensitivityMonitor`, `val_sensitivity`: Output sensitivity")
     assert "epsilon 0.0078" in warning
 
 

@@ -1,0 +1,36 @@
+"""The loaders of the loop that runs, as Lightning counts and names them."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
+
+
+def num_batches(trainer: pl.Trainer) -> list[int | float]:
+    """Of each loader of the loop that runs, or has run; inf if one does not say.
+
+    Args:
+        trainer: The Trainer.
+    """
+    if trainer.testing:
+        counts, loop = trainer.num_test_batches, trainer.test_loop
+    elif trainer.state.fn == TrainerFn.VALIDATING:
+        counts, loop = trainer.num_val_batches, trainer.validate_loop
+    else:
+        counts, loop = trainer.num_val_batches, trainer.fit_loop.epoch_loop.val_loop
+    if trainer.sanity_checking:
+        counts = trainer.num_sanity_val_batches
+    # Of a CombinedLoader, of which only the loop knows; unless it is sequential, it is one loader to Lightning.
+    mode = getattr(getattr(loop, "_combined_loader", None), "_mode", "sequential")
+    return counts if mode == "sequential" else [min(counts) if mode == "min_size" else max(counts)]
+
+
+def loader_name(name: str, dataloader_idx: int, num_loaders: int) -> str:
+    """What Lightning makes of a logged name.
+
+    Args:
+        name: The name.
+        dataloader_idx: Index of the loader.
+        num_loaders: How many there are.
+    """
+    return name if num_loaders == 1 else f"{name}/dataloader_idx_{dataloader_idx}"
