@@ -677,7 +677,7 @@ def test_a_process_that_dies_with_its_work_done_costs_nothing() -> None:
 
 def test_a_process_that_dies_at_work_is_an_error() -> None:
     run = trainer(strategy="ddp_spawn", devices=WORLD_SIZE, callbacks=[Aborts("on_validation_batch_end")])
-    with pytest.raises(RuntimeError, match="process 1 terminated with signal SIGABRT"):
+    with pytest.raises(RuntimeError, match="No model could be scored"):
         compare_models({"model": model()}, loader(48, 8), trainer=run)
 
 
