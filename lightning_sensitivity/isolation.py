@@ -22,9 +22,24 @@ def no_trace(model: nn.Module) -> Iterator[None]:
     Args:
         model: The module that is run inside.
     """
-    devices = {tensor.device for tensors in (model.parameters(), model.buffers()) for tensor in tensors}
+    devices = {tensor.device for tensor in tensors_of(model)}
     with preserved_rng(devices), preserved_buffers(model), evaluating(model), silenced(model), torch.no_grad():
         yield
+
+
+def tensors_of(model: nn.Module) -> list[torch.Tensor]:
+    """All parameters and buffers, in one walk; ``parameters()`` and ``buffers()`` take one each and make names.
+
+    Args:
+        model: The module that owns them.
+    """
+    return [
+        tensor
+        for module in model.modules()
+        for own in (module._parameters, module._buffers)
+        for tensor in own.values()
+        if tensor is not None
+    ]
 
 
 @contextmanager

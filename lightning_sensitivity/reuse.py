@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_sensitivity.dtypes import autocast_dtype, rounding_epsilon
+from lightning_sensitivity.isolation import tensors_of
 from lightning_sensitivity.nested import can_be_copied, tensors_in
 from lightning_sensitivity.strategies import is_sharded
 
@@ -164,8 +165,7 @@ def _precision(device: torch.device) -> tuple[torch.dtype | None, torch.dtype]:
 
 
 def _state_of(module: Any) -> _Versions:
-    tensors = [*module.parameters(), *module.buffers()]
-    return [(id(tensor), tensor._version) for tensor in tensors if not tensor.is_inference()]
+    return [(id(tensor), tensor._version) for tensor in tensors_of(module) if not tensor.is_inference()]
 
 
 def _is_same(value: Any, expected: Any) -> bool:
