@@ -100,7 +100,7 @@ def shapes(quick: bool) -> dict[str, Shape]:
     """A fit has five training samples for one of validation, as in the data sets; on a CPU, networks of images few."""
     mlp, digits = partial(fully_connected, 784, 512, 512, 10), partial(fully_connected, 64, 256, 256, 10)
     many = (10_000, 100, (50_000, 10_000, 100, 100), (10_000, 1200))
-    few = many if CUDA else (1000, 10, (250, 50, 50, 2), (2000, 1200))  # 100 batches, too
+    few = many if CUDA else (2000, 20, (250, 50, 50, 2), (2000, 1200))  # 100 batches, too
     if quick:
         many, few = (1000, 40, (500, 100, 50, 4), (1000, 120)), (25, 1, (25, 25, 25, 1), (25, 3))
     return {

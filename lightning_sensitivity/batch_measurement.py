@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor
 
 from lightning_sensitivity.isolation import no_trace
@@ -15,18 +17,25 @@ from lightning_sensitivity.loaders import num_batches
 from lightning_sensitivity.nested import copied
 from lightning_sensitivity.perturbations import noise_generator
 from lightning_sensitivity.probe import Probe
-from lightning_sensitivity.reuse import Witness, agree, why_not
+from lightning_sensitivity.reuse import Witness, copies_of, sizes_of, why_not
 from lightning_sensitivity.risk_measurement import RiskMeasurement, num_twins
 from lightning_sensitivity.sensitivity_measurement import SensitivityMeasurement
 
 log = logging.getLogger(__name__)
 
 
+class _Shown(NamedTuple):
+    """What the first batch of a loader has shown before its step: the clean outputs, and the weights."""
+
+    clean: Tensor
+    sizes: Tensor
+
+
 class BatchMeasurement:
     """Begins with a batch before the step may change it, and ends after the step, or at once.
 
-    The noise makes one pass a draw. The clean pass is the step's own, if that calls the module on the batch; the first
-    batch of each loader is run once more, to see whether it can be trusted.
+    The noise makes one pass a draw. The clean pass is the step's own, if that calls the module on the batch. The first
+    batch of each loader is measured by passes of our own, which show whether those of the step can be trusted.
 
     Args:
         sensitivity: Gets what is measured.
@@ -36,17 +45,18 @@ class BatchMeasurement:
 
     def __init__(self, sensitivity: SensitivityMeasurement, risk: RiskMeasurement, seed: int) -> None:
         self._sensitivity, self._risk, self._seed = sensitivity, risk, seed
-        # Of a loop: who watches its steps, the batch of the step that runs, with its outputs by a pass of our own (for
-        # the first of a loader), and why the outputs of the steps of a loader can't be used.
+        # Of a loop: who watches its steps, and why the outputs of the steps of a loader can't be used.
         self._witness: Witness | None = None
-        self._pending: tuple[Probe, Tensor | None] | None = None
         self._problems: dict[int, str] = {}
+        # Of the step that is watched: the batch, and for the first of a loader what our own passes have shown.
+        self._pending: Probe | None = None
+        self._shown: _Shown | None = None
 
     def stop_watching(self) -> None:
         """Leave no hook on the module, and forget what the loop has shown."""
         if self._witness is not None:
             self._witness.close()
-        self._witness, self._pending, self._problems = None, None, {}
+        self._witness, self._problems, self._pending, self._shown = None, {}, None, None
 
     def begin(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int
@@ -72,20 +82,27 @@ class BatchMeasurement:
             dataloader_idx, batch_idx, num_batches(trainer)[dataloader_idx], trainer.world_size
         ):
             return
-        runs_user_code = batch_idx == 0 or self._sensitivity.runs_user_code
+        may_watch = self._sensitivity.needs_clean and dataloader_idx not in self._problems
+        runs_user_code = self._sensitivity.runs_user_code
         with (
             no_trace(pl_module) if runs_user_code else nullcontext(),
             trainer.precision_plugin.val_step_context(),
         ):
-            probe = self._sensitivity.probe(trainer, pl_module, batch)
-            if self._sensitivity.needs_clean and dataloader_idx not in self._problems:
-                problem = why_not(trainer, pl_module, batch)
-                if problem is None:
-                    problem = self._watch(trainer, pl_module, batch, probe, batch_idx)
-                if problem is None:
-                    return
-                self._compute_from_now_on(dataloader_idx, problem)
-        self._measure(trainer, pl_module, probe, batch_idx, dataloader_idx)
+            # Copies, since the step may write into its batch, and the user's functions, too.
+            own = copied(batch) if may_watch or runs_user_code else batch
+            copies = copies_of(batch, own)
+            probe = self._sensitivity.probe(trainer, pl_module, own)
+            if may_watch:
+                problem = why_not(trainer, pl_module, batch) or self._watch(pl_module, probe, copies)
+                if problem is not None:
+                    self._compute_from_now_on(dataloader_idx, problem)
+                else:
+                    self._pending = probe
+        if self._pending is None:
+            self._measure(trainer, pl_module, probe, batch_idx, dataloader_idx)
+        elif batch_idx == 0:
+            clean = self._measure(trainer, pl_module, probe, batch_idx, dataloader_idx)
+            self._shown = _Shown(clean, sizes_of(pl_module))
 
     def end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch_idx: int, dataloader_idx: int) -> None:
         """Measure the batch, if its step was watched.
@@ -99,30 +116,32 @@ class BatchMeasurement:
         if self._pending is None:
             return
         assert self._witness is not None
-        (probe, own), self._pending = self._pending, None
-        clean, problem = self._witness.outputs(), self._witness.problem
-        if clean is not None and own is not None and not agree(clean, own):
-            clean, problem = None, "what the step's call gave is not what the module gives after it"
+        (probe, shown), (self._pending, self._shown) = (self._pending, self._shown), (None, None)
+        result, problem, clean = self._witness.result(), self._witness.problem, None
+        if result is not None:
+            with no_trace(pl_module) if self._sensitivity.runs_user_code else nullcontext():
+                clean = probe.select(result)
+        if shown is not None and clean is not None:
+            if not torch.equal(sizes_of(pl_module), shown.sizes):
+                clean, problem = None, "the step wrote into the module"
+            elif clean.dtype != shown.clean.dtype or not torch.equal(clean, shown.clean):
+                clean, problem = None, "what the step's call gave is not what the module gave before it"
         if clean is None:
             self._compute_from_now_on(dataloader_idx, problem)
-            clean = own if self._witness.module_is_as_before() else None
-        elif batch_idx == 0:
+        if shown is None:
+            self._measure(trainer, pl_module, probe, batch_idx, dataloader_idx, clean)
+        elif clean is not None:
             log.debug("`SensitivityMonitor` takes the clean outputs of dataloader %d from the step.", dataloader_idx)
-        self._measure(trainer, pl_module, probe, batch_idx, dataloader_idx, clean)
 
     def _watch(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, probe: Probe, batch_idx: int
+        self, pl_module: pl.LightningModule, probe: Probe, copies: Sequence[tuple[Tensor, Tensor]]
     ) -> str | None:
         """Have the step watched that gets the batch; why it can't be, otherwise."""
-        own = self._sensitivity.probe(trainer, pl_module, copied(batch))  # the step may write into its batch
         self._witness = self._witness or Witness(pl_module)
-        # What the step changes around its call may leave no trace. The first batch shows it.
-        clean = own.clean(is_first=True) if batch_idx == 0 else None
         try:
-            self._witness.watch(probe.arguments, probe.select)
+            self._witness.watch(probe.arguments, copies)
         except TypeError as error:
             return f"`forward` does not take what it is given ({error})"
-        self._pending = own, clean
         return None
 
     def _compute_from_now_on(self, dataloader_idx: int, problem: str) -> None:
@@ -137,7 +156,7 @@ class BatchMeasurement:
         batch_idx: int,
         dataloader_idx: int,
         clean: Tensor | None = None,
-    ) -> None:
+    ) -> Tensor:
         generator = partial(noise_generator, self._seed, trainer.global_rank, dataloader_idx, batch_idx)
         with no_trace(pl_module), trainer.precision_plugin.val_step_context():
             clean = self._sensitivity.measure(pl_module, probe, generator, dataloader_idx, self._risk.task, clean)
@@ -152,3 +171,4 @@ class BatchMeasurement:
                 twins = range(num_twins(num_measured, trainer.world_size))
                 generators = (generator(-1 - twin, device=pl_module.device) for twin in twins)
                 first.add_risk(self._risk.holdout_sums(pl_module, clean, probe.clean, generators))
+        return clean

@@ -211,7 +211,7 @@ class SensitivityMonitor(Callback):
             task, num_training_samples, inputs, outputs, targets, at is None, save_training_samples
         )
         self._has_measured = False
-        self._warned_of: set[str] = set()  # names of logged values
+        self._warned_of: set[tuple[str, str]] = set()  # names of logged values, and what was wrong
         self._num_sanity_val_steps: float | None = None  # what `before_training` has replaced
         self._batches = BatchMeasurement(self._sensitivity, self._risk, seed)
 
@@ -250,6 +250,7 @@ class SensitivityMonitor(Callback):
         self._has_measured, self._warned_of = False, set()
         # Who says where the labels are, or what, or monitors the estimate, must get it.
         monitored = [getattr(callback, "monitor", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
+        monitored += [config.monitor for config in trainer.lr_scheduler_configs]
         is_monitored = any(str(monitor).startswith(f"{self.prefix}risk_") for monitor in monitored)
         is_required = self.task != "auto" or self.targets is not None or is_monitored
         self._risk.start_fit(trainer, pl_module, is_required)
@@ -304,8 +305,7 @@ class SensitivityMonitor(Callback):
         self._finish(trainer, pl_module, self.prefix)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Free the device's memory, and leave no hook on the module."""
-        self._batches.stop_watching()
+        """Free the device's memory."""
         self._risk.end_validation()
 
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -408,6 +408,7 @@ class SensitivityMonitor(Callback):
                 pl_module.log(prefix + name, reading, on_step=False, on_epoch=True, metric_attribute=name)
 
     def _finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, prefix: str) -> None:
+        self._batches.stop_watching()  # the module's own hook comes next, and may want it without ours
         num_loaders = len(num_batches(trainer))
         num_changes = []
         for dataloader_idx in range(num_loaders):
@@ -439,9 +440,9 @@ class SensitivityMonitor(Callback):
 
     def _warn(self, statistics: LoaderStatistics, prefix: str, dataloader_idx: int, num_loaders: int) -> None:
         name = loader_name(prefix + statistics.full_name(SENSITIVITY), dataloader_idx, num_loaders)
-        if statistics.warnings and name not in self._warned_of:  # else they would come with every epoch
-            self._warned_of.add(name)
-            for warning in statistics.warnings:
+        for kind, warning in statistics.warnings.items():
+            if (name, kind) not in self._warned_of:  # else it would come with every epoch
+                self._warned_of.add((name, kind))
                 rank_zero_warn(f"`SensitivityMonitor`, `{name}`: {warning}")
 
 

@@ -14,7 +14,9 @@ from torch.nn.parameter import is_lazy
 
 @contextmanager
 def no_trace(model: nn.Module) -> Iterator[None]:
-    """Run a module in eval mode, without gradients, and put back modes, buffers and random streams.
+    """Run a module in eval mode, without gradients, and put back modes and random streams.
+
+    Buffers are put back after each pass: see :class:`~lightning_sensitivity.probe.Probe`.
 
     What it can't put back is Python state that ``forward`` itself changes: a generator of its own, a counter, a
     torchmetrics Metric that it updates. Parameters are not guarded: no gradient reaches them.
@@ -23,7 +25,7 @@ def no_trace(model: nn.Module) -> Iterator[None]:
         model: The module that is run inside.
     """
     devices = {tensor.device for tensor in tensors_of(model)}
-    with preserved_rng(devices), preserved_buffers(model), evaluating(model), silenced(model), torch.no_grad():
+    with preserved_rng(devices), evaluating(model), silenced(model), torch.no_grad():
         yield
 
 

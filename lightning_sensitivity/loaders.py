@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import lightning.pytorch as pl
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.trainer.states import TrainerFn
 
 
 def num_batches(trainer: pl.Trainer) -> list[int | float]:
-    """Of each loader of the loop that runs, or has run; inf if one does not say.
+    """Of each loader of the loop that runs, or has run; inf if one does not say, also where it is limited to a number.
 
     Args:
         trainer: The Trainer.
@@ -21,7 +24,11 @@ def num_batches(trainer: pl.Trainer) -> list[int | float]:
     if trainer.sanity_checking:
         counts = trainer.num_sanity_val_batches
     # Of a CombinedLoader, of which only the loop knows; unless it is sequential, it is one loader to Lightning.
-    mode = getattr(getattr(loop, "_combined_loader", None), "_mode", "sequential")
+    combined = getattr(loop, "_combined_loader", None)
+    mode = getattr(combined, "_mode", "sequential")
+    loaders = getattr(combined, "flattened", [])
+    if len(loaders) == len(counts):
+        counts = [math.inf if sized_len(each) is None else count for count, each in zip(counts, loaders, strict=True)]
     return counts if mode == "sequential" else [min(counts) if mode == "min_size" else max(counts)]
 
 

@@ -14,7 +14,7 @@ from lightning_sensitivity.nested import describe, is_sequence
 Selector = Callable[..., Any] | int | str | None
 
 
-def select_outputs(result: Any, outputs: Selector, batch: Any = None) -> Tensor:
+def select_outputs(result: Any, outputs: Selector, batch: Any = None, num_samples: int | None = None) -> Tensor:
     """The tensor to compare in what the model returned.
 
     Args:
@@ -23,13 +23,14 @@ def select_outputs(result: Any, outputs: Selector, batch: Any = None) -> Tensor:
         outputs: A key or attribute, an index, a callable ``result -> tensor`` or ``(result, batch) -> tensor``, or None
             for the rules above.
         batch: What the loader gave.
+        num_samples: Of the batch, if known: a scalar is the output of one.
 
     Returns:
         The selected tensor.
 
     Raises:
         MisconfigurationException: If no tensor was found.
-        ValueError: If it is a scalar.
+        ValueError: If it is a scalar, and not of one sample.
     """
     if callable(outputs):
         selected = outputs(result, batch) if _wants_batch(outputs) else outputs(result)
@@ -45,6 +46,8 @@ def select_outputs(result: Any, outputs: Selector, batch: Any = None) -> Tensor:
             "The model's output should be a tensor, a tuple that starts with one, or a mapping or object with `logits`,"
             f" got {describe(result)}. Choose the tensor with `outputs=` (a key, an index or a callable)."
         )
+    if selected.ndim == 0 and num_samples == 1:  # of a model that squeezes, in a last batch
+        return selected[None]
     if selected.ndim == 0:
         raise ValueError(
             "Expected the model's outputs to have the shape (N, K, ...) or (N,), but got a scalar, a loss perhaps."

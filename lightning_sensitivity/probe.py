@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_sensitivity.arguments import AnyPerturbation
 from lightning_sensitivity.batches import Inputs, prepare_call, replace_floating
 from lightning_sensitivity.dtypes import accumulation_dtype
+from lightning_sensitivity.isolation import preserved_buffers
 from lightning_sensitivity.nested import describe
 from lightning_sensitivity.outputs import Selector, select_outputs
 from lightning_sensitivity.perturbations import Perturbation
@@ -48,6 +49,8 @@ class Probe:
     ) -> None:
         self._model, self._batch, self._outputs = model, batch, outputs
         self._call = prepare_call(model, batch, inputs, perturbs_inputs, forward)
+        first = self._call.tensors[0] if self._call.tensors else None
+        self._num_samples = None if first is None or first.ndim == 0 else len(first)
 
     def clean(self, is_first: bool = False) -> Tensor:
         """Outputs for the batch as it is.
@@ -58,10 +61,17 @@ class Probe:
         Raises:
             MisconfigurationException: If the first pass fails.
         """
+        with preserved_buffers(self._model):
+            return self._clean(is_first)
+
+    def _clean(self, is_first: bool = False) -> Tensor:
         own = [tensor.clone() for tensor in self._call.tensors]  # which the model may write into
+        return self._run(own, is_first).clone()  # the next pass may write into it, too
+
+    def _run(self, tensors: Sequence[Tensor], is_first: bool = False) -> Tensor:
         with self._explained() if is_first else nullcontext():
-            result = self._call.run(own)
-        return self.select(result)
+            result = self._call.run(tensors)
+        return self._select(result)
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -92,19 +102,24 @@ class Probe:
         Raises:
             MisconfigurationException: If the submodule did not run, or returned nothing that could be perturbed.
         """
+        with preserved_buffers(self._model):
+            return self._perturbed(perturb, at)
+
+    def _perturbed(self, perturb: Perturb, at: str | None, is_first: bool = False) -> Tensor:
         if at is None:
-            return self.select(self._call.run([perturb(tensor) for tensor in self._call.tensors]))
+            return self._run([perturb(tensor) for tensor in self._call.tensors], is_first)
         with _perturbed_output(self._model, at, perturb):
-            return self.clean()
+            return self._clean(is_first)
 
     def gradient(
-        self, second_moment: Callable[[Tensor], Tensor | float], at: str | None = None
+        self, second_moment: Callable[[Tensor], Tensor | float], at: str | None = None, is_first: bool = False
     ) -> tuple[Tensor, Tensor]:
         """The small-noise limit of the squared output change of each sample, by one backward pass.
 
         Args:
             second_moment: That of the noise, for a tensor to perturb.
             at: As for :meth:`perturbed`.
+            is_first: As for :meth:`clean`.
 
         Returns:
             Outputs for the batch as it is, and E[(∇ mean_k f_k · ε)²] = Σ E[ε²] (∇ mean_k f_k)² over all elements of a
@@ -124,9 +139,14 @@ class Probe:
             return x.clone() + noise[-1]
 
         # A graph needs copies of what inference mode made, of autocast's copies of the weights, too.
-        with torch.inference_mode(False), torch.enable_grad(), _uncompiled_code():
+        with (
+            preserved_buffers(self._model),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            _uncompiled_code(),
+        ):
             torch.clear_autocast_cache()
-            outputs = self.perturbed(perturb, at)
+            outputs = self._perturbed(perturb, at, is_first)
             if outputs.ndim > 2 or any(len(x) != len(outputs) for x in clean):
                 raise ValueError(
                     "Expected outputs (N, K) or (N,) of N samples for `method='gradient'`, which sees one output a"
@@ -151,7 +171,7 @@ class Probe:
 
     @property
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What the model is called with, positional and by keyword: the batch's own tensors."""
+        """What the model is called with, positional and by keyword: the tensors of the batch that was given."""
         return self._call.arguments
 
     def select(self, result: Any) -> Tensor:
@@ -160,7 +180,11 @@ class Probe:
         Args:
             result: What it returned.
         """
-        return select_outputs(result, self._outputs, self._batch)
+        with preserved_buffers(self._model) if callable(self._outputs) else nullcontext():
+            return self._select(result)
+
+    def _select(self, result: Any) -> Tensor:
+        return select_outputs(result, self._outputs, self._batch, self._num_samples)
 
 
 def apply(perturbation: AnyPerturbation, x: Tensor, generator: torch.Generator) -> Tensor:

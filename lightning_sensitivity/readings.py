@@ -80,7 +80,7 @@ class LoaderStatistics(OutputSensitivity):
         self.suffix = suffix
         self.is_rounded = is_rounded
         self._has_risk = False
-        self.warnings: list[str] = []  # of the last `compute`, about the sensitivity
+        self.warnings: dict[str, str] = {}  # of the last `compute`, about the sensitivity, by what is wrong
         self.add_state("power", default=torch.zeros(3, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("risk", default=torch.zeros(NUM_ROWS, 1, dtype=torch.float64), dist_reduce_fx="sum")
 
@@ -118,7 +118,7 @@ class LoaderStatistics(OutputSensitivity):
 
     def compute(self) -> dict[str, Tensor]:  # type: ignore[override]
         """Every number that has a meaning; the others are left out."""
-        self.warnings = []
+        self.warnings = {}
         try:
             super().compute()
         except ValueError as error:
@@ -127,11 +127,6 @@ class LoaderStatistics(OutputSensitivity):
         sensitivity, stderr, _, num_changes, _ = self._estimate
         if num_changes < 2 or not bool(sensitivity.isfinite()):
             return {}
-        if self.extremes[NEG_MAX_CHANGE] == 0:
-            self.warnings.append(
-                "no output changed under the perturbation. The model ignores what is perturbed, or only some other"
-                " part of it is used: see `inputs=` and `at=`."
-            )
         values = {SENSITIVITY: sensitivity, STDERR: stderr, LOG10: sensitivity.log10()}
         num_outputs = num_outputs_seen(self.extremes)
         power, rounding, num_inputs = self.power.tolist()  # the first two in units of the noise's variance
@@ -140,9 +135,15 @@ class LoaderStatistics(OutputSensitivity):
         if rounding > _MOST_ROUNDING * num_inputs:
             share = rounding / num_inputs
             size = f"about {share:.0%} of the noise's variance" if share < 1 else "more than the noise itself"
-            self._report_rounding(
+            self._warn(
+                "input rounding",
                 f"What is perturbed is rounded, by {size}: the model gets other noise than was asked for. Use a larger"
-                " σ, or a wider type of inputs and `precision`."
+                " σ, or a wider type of inputs and `precision`.",
+            )
+        if self.extremes[NEG_MAX_CHANGE] == 0 and not self.warnings:  # rounding may have swallowed the change
+            self.warnings["no change"] = (
+                "no output changed under the perturbation: what is perturbed reaches none of the outputs (see `inputs=`"
+                " and `at=`), or the weights behind it are 0."
             )
         if self.task is not None:
             terms = risk_terms(self.risk, self.task)
@@ -183,8 +184,11 @@ class LoaderStatistics(OutputSensitivity):
         return self.compute().get(name)
 
     def _report_rounding(self, warning: str) -> None:
+        self._warn("rounding", warning)
+
+    def _warn(self, kind: str, warning: str) -> None:
         if self.is_rounded:
-            self.warnings.append(warning)
+            self.warnings[kind] = warning
 
 
 class Reading(Metric):

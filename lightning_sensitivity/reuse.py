@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
-from lightning_sensitivity.dtypes import autocast_dtype, rounding_epsilon
+from lightning_sensitivity.dtypes import accumulation_dtype, autocast_dtype
 from lightning_sensitivity.isolation import tensors_of
-from lightning_sensitivity.nested import can_be_copied, tensors_in
+from lightning_sensitivity.nested import can_be_copied, copied, entries, tensors_in
 from lightning_sensitivity.strategies import is_sharded
+
+_NOTHING = object()
 
 # A module's parameters and buffers, and how often each was written to.
 _Versions = list[tuple[int, int]]
@@ -52,50 +55,55 @@ class Witness:
     def __init__(self, pl_module: pl.LightningModule) -> None:
         self._module = pl_module
         self._signature = inspect.signature(pl_module.forward)
-        self._select: Callable[[Any], Tensor] | None = None
-        self._outputs: Tensor | None = None
+        self._forget()
         self.problem = ""
         self._handle = pl_module.register_forward_hook(_Hook(self), with_kwargs=True)
 
     def close(self) -> None:
         """Take the hook away."""
         self._handle.remove()
-        self._select = self._outputs = None
+        self._forget()
 
-    def watch(self, arguments: tuple[tuple[Any, ...], Mapping[str, Any]], select: Callable[[Any], Tensor]) -> None:
+    def _forget(self) -> None:
+        self._is_watching, self._result = False, _NOTHING
+        # These hold a batch in memory.
+        self._expected: dict[str, Any] = {}
+        self._copies: Sequence[tuple[Tensor, Tensor]] = ()  # alive, so that no other tensor gets the id of one
+        self._originals: dict[int, Tensor] = {}
+
+    def watch(
+        self, arguments: tuple[tuple[Any, ...], Mapping[str, Any]], copies: Sequence[tuple[Tensor, Tensor]]
+    ) -> None:
         """Begin with a batch, in the precision in which the step will run.
 
         Args:
-            arguments: What we would call the module with, positional and by keyword: the batch's own tensors.
-            select: Gives the outputs to compare of what the module returned.
+            arguments: What we would call the module with, positional and by keyword.
+            copies: Our tensors among them, and the batch's own ones. Those that somebody has written into since they
+                were copied are copies no more.
 
         Raises:
             TypeError: If they are no arguments of ``forward``.
         """
         self._expected = self._bound(*arguments)
-        self._versions = {id(tensor): tensor._version for tensor in tensors_in(self._expected)}
+        self._copies = copies
+        self._originals = {id(own): given for own, given in copies if own is given or own._version == 0}
+        self._versions = {id(given): given._version for given in self._originals.values()}
         self._precision = _precision(self._module.device)
         self._state = _state_of(self._module)
-        self._outputs = None
+        self._result = _NOTHING
         self.problem = "the step did not call the module on the batch's own tensors"
-        self._select = select
+        self._is_watching = True
 
-    def outputs(self) -> Tensor | None:
-        """End with the batch: its outputs, if nobody has written into them, or into the module, since."""
-        outputs, self._outputs, self._select = self._outputs, None, None
-        if outputs is None:
+    def result(self) -> Any:
+        """End with the batch: a copy of what the module returned in the step, or None if it can't be used."""
+        result = self._result
+        self._forget()
+        if result is _NOTHING:
             return None
-        if outputs._version != self._outputs_version:
-            self.problem = "the step wrote into the outputs"
-        elif not self.module_is_as_before():
+        if self._state != _state_of(self._module):
             self.problem = "the step wrote into the module"
-        else:
-            return outputs
-        return None
-
-    def module_is_as_before(self) -> bool:
-        """Whether nobody has written into the module's parameters and buffers since it is watched."""
-        return self._state == _state_of(self._module)
+            return None
+        return result
 
     def see(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """Look at a forward pass.
@@ -105,44 +113,62 @@ class Witness:
             kwargs: Its other arguments.
             result: What it gave.
         """
-        if self._select is None or self._outputs is not None:
+        if not self._is_watching or self._result is not _NOTHING:
             return
         try:
             arguments = self._bound(args, kwargs)
-            if _is_same(arguments, self._expected):
-                self._take(arguments, self._select(result).detach())
+            if self._is_same(arguments, self._expected):
+                self._take(arguments, result)
         except Exception as error:  # a step is the user's, and never to fail by us
             self.problem = f"a pass of the step can't be used ({type(error).__name__}: {error})"
 
-    def _take(self, arguments: dict[str, Any], outputs: Tensor) -> None:
+    def _take(self, arguments: dict[str, Any], result: Any) -> None:
         if any(tensor._version != self._versions[id(tensor)] for tensor in tensors_in(arguments)):
             self.problem = "the step wrote into the batch"
         elif _precision(self._module.device) != self._precision:
             self.problem = "the step called the module in another precision"
         elif any(submodule.training for submodule in self._module.modules()):
             self.problem = "a part of the module is in training mode"
+        elif not can_be_copied(result):
+            self.problem = "what the module returned has parts that can't be copied, and the step might write into them"
         else:
-            self._outputs, self._outputs_version = outputs, outputs._version
+            with torch.inference_mode(False), torch.no_grad():
+                self._result = copied(result)
 
     def _bound(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         return dict(self._signature.bind(*args, **kwargs).arguments)
 
+    def _is_same(self, value: Any, expected: Any) -> bool:
+        """The batch's own tensors at the places of our copies, and equal values elsewhere."""
+        if isinstance(value, Tensor) or isinstance(expected, Tensor):
+            return value is self._originals.get(id(expected))
+        if (named := entries(value)) is not None and (others := entries(expected)) is not None:
+            return named.keys() == others.keys() and all(self._is_same(named[key], others[key]) for key in named)
+        if isinstance(value, list | tuple) and isinstance(expected, list | tuple):
+            return len(value) == len(expected) and all(map(self._is_same, value, expected))
+        return value is expected or (isinstance(value, str | int | float) and bool(value == expected))
 
-def agree(outputs: Tensor, own: Tensor) -> bool:
-    """Whether the outputs of a step are, within rounding, those of a pass of our own on the same batch.
 
-    Whoever swaps weights, or an adapter, around the call in a step leaves no trace in the tensors' versions.
+def copies_of(batch: Any, own: Any) -> list[tuple[Tensor, Tensor]]:
+    """Which tensor is a copy of which.
 
     Args:
-        outputs: Those of the step.
-        own: Ours.
+        batch: What the loader gave.
+        own: What :func:`~lightning_sensitivity.nested.copied` has just made of it.
     """
-    if outputs.shape != own.shape or outputs.dtype != own.dtype:
-        return False
-    if not outputs.numel():
-        return True
-    most = 16 * rounding_epsilon(own) * own.abs().max()
-    return bool((outputs - own).abs().max() <= most)  # False for nan
+    return list(zip(tensors_in(own), tensors_in(batch), strict=True))
+
+
+def sizes_of(module: pl.LightningModule) -> Tensor:
+    """The norm of each floating parameter and buffer; some ways to write into one leave no other trace.
+
+    Args:
+        module: The module.
+    """
+    dtype = accumulation_dtype(module.device)
+    tensors = [tensor.detach() for tensor in tensors_of(module) if not is_lazy(tensor) and tensor.is_floating_point()]
+    norms = [torch.linalg.vector_norm(tensor, dtype=dtype).to(module.device) for tensor in tensors]
+    return torch.stack(norms) if norms else torch.zeros(0)
 
 
 class _Hook:
@@ -166,14 +192,3 @@ def _precision(device: torch.device) -> tuple[torch.dtype | None, torch.dtype]:
 
 def _state_of(module: Any) -> _Versions:
     return [(id(tensor), tensor._version) for tensor in tensors_of(module) if not tensor.is_inference()]
-
-
-def _is_same(value: Any, expected: Any) -> bool:
-    """The same tensors at the same places, and equal values elsewhere."""
-    if isinstance(value, Tensor) or isinstance(expected, Tensor):
-        return value is expected
-    if isinstance(value, Mapping) and isinstance(expected, Mapping):
-        return value.keys() == expected.keys() and all(_is_same(value[key], expected[key]) for key in value)
-    if isinstance(value, list | tuple) and isinstance(expected, list | tuple):
-        return len(value) == len(expected) and all(map(_is_same, value, expected))
-    return value is expected or (isinstance(value, str | int | float) and bool(value == expected))

@@ -229,7 +229,7 @@ class RiskMeasurement:
         if not self._begins_untrained:
             return {}
         lowest = {idx: values.index(min(values)) for idx, values in self._estimates.items() if len(values) >= _LONG}
-        return {idx: at for idx, at in lowest.items() if at < _EARLY}
+        return {idx: at for idx, at in lowest.items() if at < _EARLY and self._estimates[idx][at] < math.inf}
 
     def end_validation(self) -> None:
         """Free what belongs to the model as it is."""

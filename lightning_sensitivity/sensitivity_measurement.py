@@ -65,8 +65,8 @@ class SensitivityMeasurement:
 
     @property
     def runs_user_code(self) -> bool:
-        """Whether :meth:`probe` does."""
-        return callable(self._inputs)
+        """Whether a probe does, beside the model."""
+        return callable(self._inputs) or callable(self._outputs)
 
     def check(self, model: nn.Module) -> None:
         """Require the submodules, after ``configure_model`` may have built them.
@@ -188,21 +188,21 @@ class SensitivityMeasurement:
         Raises:
             MisconfigurationException: If the model can't be run.
         """
-        if dataloader_idx not in self._statistics:
-            clean = probe.clean(is_first=True) if clean is None else clean
-            self._batch_sizes[dataloader_idx] = max(1, len(clean))
-        elif clean is None and not self._by_gradient:
-            clean = probe.clean()
+        is_first = dataloader_idx not in self._statistics
+        if clean is None and not self._by_gradient:
+            clean = probe.clean(is_first)
         all_statistics = self.statistics(dataloader_idx, pl_module.device, task, clean)
         for at, statistics in zip(self._sites, all_statistics, strict=True):
             noisy: Iterable[Tensor]
             if self._by_gradient:
-                clean, noisy = self._gradient_outputs(probe, at, statistics)
+                clean, noisy = self._gradient_outputs(probe, at, statistics, is_first)
             else:
                 noisy = map(partial(self._noisy_outputs, probe, at, statistics, generator), range(self._num_draws))
             assert clean is not None
             statistics.update(clean, noisy)
         assert clean is not None
+        if is_first:
+            self._batch_sizes[dataloader_idx] = max(1, len(clean))
         return clean
 
     def _noisy_outputs(
@@ -225,7 +225,7 @@ class SensitivityMeasurement:
         return probe.perturbed(perturb, at)
 
     def _gradient_outputs(
-        self, probe: Probe, at: str | None, statistics: LoaderStatistics
+        self, probe: Probe, at: str | None, statistics: LoaderStatistics, is_first: bool
     ) -> tuple[Tensor, list[Tensor]]:
         """Clean outputs, and two for each sample whose changes, ±r, have the mean 0 and the expected square r²."""
 
@@ -233,7 +233,7 @@ class SensitivityMeasurement:
             statistics.add_inputs(x, self._perturbation)
             return self._perturbation.second_moment(x)  # type: ignore[attr-defined]
 
-        clean, squares = probe.gradient(second_moment, at)
+        clean, squares = probe.gradient(second_moment, at, is_first)
         clean = clean.to(squares.dtype)
         change = squares.sqrt().reshape(-1, *[1] * (clean.ndim - 1))
         return clean, [clean + change, clean - change]

@@ -90,12 +90,15 @@ class TrainingSamples:
                 later batch whose labels do not fit is left out with a warning, and training goes on.
         """
         try:
+            kept = move_data_to_device(copied(batch), torch.device("cpu"))  # as it was; functions may write into it
+            batch = copied(batch)
             targets = select_targets(model, batch, self._targets)
-            probe = Probe(model, batch, self._inputs, self._outputs, self._perturbs_inputs)
+            outputs = Probe(model, batch, self._inputs, self._outputs, self._perturbs_inputs).clean()
+        except torch.cuda.OutOfMemoryError:
+            raise
         except Exception as error:
             self._refuse(error)
             return
-        outputs = probe.clean()
         try:
             task = self.task or infer_task(outputs, targets)
             check_task(outputs, targets, task)
@@ -107,8 +110,8 @@ class TrainingSamples:
             rank_zero_info(f"`SensitivityMonitor` takes the labels as `task={task!r}` for its risk estimate.")
         self.task = task
         if self._must_be_saved and not self._batches:
-            self._check_that_it_can_be_saved(batch)
-        self._batches.append(move_data_to_device(copied(batch), torch.device("cpu")))
+            self._check_that_it_can_be_saved(kept)
+        self._batches.append(kept)
         self._num_missing -= len(outputs)
 
     @staticmethod
@@ -147,7 +150,7 @@ class TrainingSamples:
         total = torch.zeros(())
         within = self.task in ("binary", "multilabel")  # elsewhere probabilities were refused, or are no outputs
         for batch in self._batches:
-            batch = move_data_to_device(batch, pl_module.device)
+            batch = move_data_to_device(copied(batch), pl_module.device)
             outputs = Probe(pl_module, batch, self._inputs, self._outputs, self._perturbs_inputs).clean()
             sums = training_sums(outputs, select_targets(pl_module, batch, self._targets), self.task)
             total = total.to(sums) + sums

@@ -69,6 +69,33 @@ def test_a_perturbation_that_reaches_no_output_is_said_once() -> None:
     assert sum("no output changed" in str(warning.message) for warning in caught) == 1
 
 
+def test_each_thing_that_is_wrong_is_said_once() -> None:
+    class Late(Linear):
+        """Of outputs that are all 0 at first, and later so large that their rounding is above the changes."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * (self.current_epoch > 0) + 3e4 * (self.current_epoch > 0)
+
+    run = trainer(callbacks=[SensitivityMonitor(noise_std=1e-3, task=None)], max_epochs=4, num_sanity_val_steps=0)
+    with pytest.warns(UserWarning) as caught:
+        run.fit(Late(), loader(), loader())
+    messages = [str(warning.message) for warning in caught if "`val_sensitivity`" in str(warning.message)]
+    assert ["no output changed" in message for message in messages] == [True, False]
+    assert "the rounding of the outputs" in messages[1]
+
+
+def test_a_last_sample_that_a_model_squeezes() -> None:
+    class Squeezing(Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)[:, 0].squeeze()
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self(batch[0])
+
+    metrics = validate(SensitivityMonitor(), Squeezing(), loader(33, 16))
+    assert metrics["val_sensitivity"] > 0
+
+
 class Centred(Classifier):
     def forward(self, x: Tensor) -> Tensor:
         outputs = super().forward(x)

@@ -175,7 +175,8 @@ def test_early_stopping_and_checkpoints_follow_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("estimates", "warned"), [([5, 4, 6, *range(7, 20)], 1), (range(20, 0, -1), None), ([2, 1], None)]
+    ("estimates", "warned"),
+    [([5, 4, 6, *range(7, 20)], 1), (range(20, 0, -1), None), ([2, 1], None), ([math.inf] * 12, None)],
 )
 def test_a_minimum_in_the_first_validations_of_a_long_fit_is_warned_of(
     estimates: Any, warned: int | None, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
@@ -443,6 +444,37 @@ def test_without_labels_there_is_a_warning_and_no_estimate_unless_it_is_wanted(t
     else:
         with pytest.raises(MisconfigurationException, match="told what floating labels are"):
             run.fit(Autoencoder(), unlabelled_loader(), unlabelled_loader(seed=1))
+
+
+def test_a_training_batch_that_the_model_can_not_be_called_on_does_not_end_the_fit() -> None:
+    """The step flattens what training gives; validation gives it flat."""
+
+    class Flattening(Plain):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            return cross_entropy(self(batch[0].flatten(1)), batch[1])
+
+    x, y = labelled(48).tensors
+    train = DataLoader(TensorDataset(x.reshape(-1, 3, 4), y), 16)
+    run = trainer(callbacks=[SensitivityMonitor()], max_epochs=1)
+    with pytest.warns(UserWarning, match="There will be no risk estimate.*mat1 and mat2"):
+        run.fit(Flattening(), train, loader())
+    assert "val_sensitivity" in run.callback_metrics
+    with pytest.raises(MisconfigurationException, match="mat1 and mat2"):
+        trainer(callbacks=[SensitivityMonitor(task="multiclass")], max_epochs=1).fit(Flattening(), train, loader())
+
+
+def test_a_schedule_that_follows_it_requires_it() -> None:
+    class Scheduled(Classifier):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            raise AssertionError("trained")
+
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "val_risk_estimate"}}
+
+    with pytest.raises(MisconfigurationException, match="can't tell how to score"):
+        trainer(callbacks=[SensitivityMonitor()]).fit(Scheduled(), unlabelled_loader(), unlabelled_loader(seed=1))
 
 
 def test_a_later_batch_of_other_labels_does_not_end_the_fit() -> None:

@@ -587,7 +587,7 @@ def test_both_enter_the_same_collectives(both: dict[str, list[Any]], name: str) 
 
 def check_exchange(calls: list[Call]) -> None:
     """That of a sanity check and a validation, of one loader and four classes."""
-    sizes = [(0, 16, 144), (0, 8, 80), (0, 8, 24), (0, 16, 48 * NUM_CLASSES)]  # a barrier, shapes, state
+    sizes = [(0, 16, 120), (0, 8, 80), (0, 8, 24), (0, 16, 48 * NUM_CLASSES)]  # a barrier, shapes, state
     names = ("barrier", "all_gather", "all_gather")
     exchange = [(name, size, True) for state in sizes for name, size in zip(names, state, strict=True)]
     calls = [call for call in calls if call[2]]

@@ -68,3 +68,9 @@ def test_a_callable_may_ask_for_the_batch() -> None:
 def test_a_loss_that_comes_first_is_refused() -> None:
     with pytest.raises(ValueError, match="got a scalar, a loss perhaps.*outputs="):
         select_outputs((X.sum(), X), None)
+
+
+def test_a_scalar_is_the_output_of_one_sample() -> None:
+    assert select_outputs(X.sum(), None, num_samples=1).shape == (1,)
+    with pytest.raises(ValueError, match="got a scalar"):
+        select_outputs(X.sum(), None, num_samples=2)

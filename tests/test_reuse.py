@@ -14,9 +14,11 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from lightning_sensitivity import SensitivityMonitor
+from lightning_sensitivity.probe import Probe
 from lightning_sensitivity.reuse import Witness, why_not
 from tests.helpers import Classifier, inputs, loader, trainer, unlabelled_loader
 
@@ -89,6 +91,17 @@ def with_other_weights(model: Any, batch: Any) -> None:
         parameter.data.copy_(data)
 
 
+def with_slightly_other_weights(model: Any, batch: Any) -> None:
+    """As at the start of an average of weights."""
+    torch.func.functional_call(model, {name: 1.001 * value for name, value in model.named_parameters()}, (batch[0],))
+
+
+def with_weights_that_stay(model: Any, batch: Any) -> None:
+    model(batch[0])
+    for parameter in model.parameters():
+        parameter.data.mul_(1.2)
+
+
 def with_an_adapter_off(model: Any, batch: Any) -> None:
     model.scale = 3.0
     model(batch[0])
@@ -118,13 +131,15 @@ STEPS: dict[str, tuple[Callable[[Any, Any], Any] | None, int, str | None]] = {
     "a copy of x": (lambda model, batch: model(batch[0].clone()), 1, "did not call the module on the batch's own"),
     "a submodule": (lambda model, batch: model.net(batch[0]), 0, "did not call the module"),
     "writes into the batch": (add_ones, 1, "wrote into the batch"),
-    "writes into the outputs": (softmax_in_place, 1, "wrote into the outputs"),
+    "writes into the outputs": (softmax_in_place, 1, None),
     "writes into the module": (write_into_the_module, 1, "wrote into the module"),
     "training mode": (in_training_mode, 1, "a part of the module is in training mode"),
-    "other weights": (with_other_weights, 1, "is not what the module gives after it"),
-    "an adapter": (with_an_adapter_off, 1, "is not what the module gives after it"),
-    "writes into the outputs' memory": (write_into_the_outputs_memory, 1, "is not what the module gives after it"),
-    "inference mode": (in_inference_mode, 1, "can't be used"),
+    "other weights": (with_other_weights, 1, "is not what the module gave before it"),
+    "slightly other weights": (with_slightly_other_weights, 1, "is not what the module gave before it"),
+    "other weights that stay": (with_weights_that_stay, 1, "wrote into the module"),
+    "an adapter": (with_an_adapter_off, 1, "is not what the module gave before it"),
+    "writes into the outputs' memory": (write_into_the_outputs_memory, 1, None),
+    "inference mode": (in_inference_mode, 1, None),
     "another precision": (in_another_precision, 1, "called the module in another precision"),
 }
 
@@ -139,11 +154,11 @@ def test_the_number_of_forward_passes_and_the_value(
     model = Counting(step)
     run = fit(model, SensitivityMonitor(num_draws=num_draws, task=None))
     # The first batch of each loader and validation also shows by a pass of our own whether the step's can be trusted.
-    more = (NUM_BATCHES if problem else 1) + (name == "writes into the module")
+    more = NUM_BATCHES if problem else 1
     assert model.passes == NUM_BATCHES * (own + num_draws) + more
     assert not model._forward_hooks
     assert (problem or "takes the clean outputs of dataloader 0 from the step") in caplog.text
-    if name != "writes into the module":
+    if name not in ("writes into the module", "other weights that stay"):
         without = fit(Counting(), SensitivityMonitor(num_draws=num_draws, task=None))
         assert run.callback_metrics["val_sensitivity"] == without.callback_metrics["val_sensitivity"]
 
@@ -179,6 +194,151 @@ def test_a_batch_that_is_a_tensor_and_a_dict_batch() -> None:
         loaders = val if isinstance(val, DataLoader) else DataLoader(val, batch_size=None)
         fit(model, SensitivityMonitor(task=None), loaders)
         assert model.passes == NUM_BATCHES * 2 + 1
+
+
+def test_what_a_step_leaves_behind_is_what_is_measured() -> None:
+    """Weights that stay changed are those of the batch's own passes, both of them: from before its step."""
+
+    def multiply(model: Any, batch: Any) -> None:
+        for parameter in model.parameters():
+            parameter.data.mul_(1.2)
+
+    def call_and_multiply(model: Any, batch: Any) -> None:
+        with_weights_that_stay(model, batch)
+
+    values = [
+        fit(Counting(step), SensitivityMonitor(task=None)).callback_metrics["val_sensitivity"]
+        for step in (multiply, call_and_multiply)
+    ]
+    assert values[0] == values[1]
+
+
+@pytest.mark.filterwarnings("ignore:.*may be off by more than its error bar")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_constant_among_the_logits_hides_nothing(precision: str) -> None:
+    class Masked(Counting):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            return torch.cat([y, torch.full_like(y[:, :1], -1e9)], 1)
+
+    values = []
+    for step in (None, with_slightly_other_weights):
+        run = fit(Masked(step), SensitivityMonitor(noise_std=0.5, task=None, per_output=True), precision=precision)
+        values.append(run.callback_metrics["val_sensitivity"])
+    assert values[0] == values[1]
+
+
+class Dict(Counting):
+    """Takes and returns dicts, and needs them whole."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        return {"logits": super().forward(x), "more": x}
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return cross_entropy(self(batch["x"])["logits"], batch["y"])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", cross_entropy(self(batch["x"])["logits"], batch["y"]))
+
+
+FUNCTIONS: dict[str, dict[str, Any]] = {
+    "outputs, in place": {"outputs": lambda result: result["logits"].sub_(1)},
+    "outputs, taken out": {"outputs": lambda result: result.pop("logits")},
+    "outputs, at random": {"outputs": lambda result: result["logits"][:, torch.randperm(4)[:2]]},
+    "outputs and the batch": {"outputs": lambda result, batch: result["logits"] + 0 * batch["x"].mul_(2).sum()},
+    "inputs, in place": {"inputs": lambda batch: (batch["x"].mul_(2),)},
+    "inputs, taken out": {"inputs": lambda batch: (batch.pop("x"),)},
+    "targets, in place": {"targets": lambda batch: batch["y"].zero_(), "task": "multiclass"},
+    "targets, taken out": {"targets": lambda batch: batch.pop("y"), "task": "multiclass"},
+}
+
+
+@pytest.mark.filterwarnings("ignore:The rows of the outputs")
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_what_the_users_functions_do_stays_with_us(name: str) -> None:
+    batches = [{"x": x, "y": torch.arange(16) % 4} for x in inputs(16 * NUM_BATCHES).split(16)]
+    found = []
+    for monitor in (None, SensitivityMonitor(**{"task": None, **FUNCTIONS[name]})):
+        torch.manual_seed(0)
+        model = Dict()
+        run = trainer(callbacks=[] if monitor is None else [monitor], max_epochs=2)
+        run.fit(model, *(DataLoader(copy.deepcopy(batches), batch_size=None) for _ in range(2)))
+        found.append((model.state_dict(), run.callback_metrics["val_loss"]))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def test_functions_that_choose_parts_cost_no_pass() -> None:
+    batches = [{"x": x, "y": torch.arange(16) % 4} for x in inputs(16 * NUM_BATCHES).split(16)]
+    model = Dict()
+    monitor = SensitivityMonitor(
+        inputs=lambda batch: (batch["x"],),
+        outputs=lambda result, batch: result["logits"][:, : batch["y"].max()],
+        task=None,
+    )
+    run = trainer(callbacks=[monitor], max_epochs=1)
+    run.fit(model, *(DataLoader(batches, batch_size=None) for _ in range(2)))
+    assert model.passes == NUM_BATCHES * 2 + 1
+
+
+def test_outputs_in_memory_that_the_next_pass_writes_to() -> None:
+    class Reusing(Counting):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            if torch.is_grad_enabled():
+                return y
+            self.__dict__.setdefault("memory", torch.empty_like(y)).copy_(y)
+            return self.__dict__["memory"]
+
+    for step in (None, STEPS["self(x)"][0]):
+        found = [
+            fit(kind(step), SensitivityMonitor(num_training_samples=16), precision="64-true").callback_metrics
+            for kind in (Reusing, Counting)
+        ]
+        for name in ("val_sensitivity", "val_risk_variance"):
+            assert found[0][name] == found[1][name] > 0
+
+
+def test_each_pass_finds_the_buffers_that_the_step_finds() -> None:
+    class Normalizing(Counting):
+        """Keeps a running mean of what it sees, in eval mode, too."""
+
+        def __init__(self, step: Any) -> None:
+            super().__init__(step)
+            self.register_buffer("mean", torch.zeros(12))
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                self.mean += (x.mean(0) - self.mean) / 2
+            return self.net(x - self.mean)
+
+    class Fixed(Normalizing):
+        """The same without a change between the passes of a batch."""
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            pass
+
+    values = [
+        fit(kind(None), SensitivityMonitor(task=None)).callback_metrics["val_sensitivity"].item()
+        for kind in (Normalizing, Fixed)
+    ]
+    assert values[0] == values[1]
+    model = Normalizing(None).eval()
+    x = inputs(8)
+    probe = Probe(model, x, None, None)
+    before = model.mean.clone()
+    with torch.no_grad():
+        assert probe.clean().equal(probe.clean()) and probe.perturbed(lambda x: x + 1).equal(
+            probe.perturbed(lambda x: x + 1)
+        )
+    assert model.mean.equal(before)
+
+
+def test_a_module_can_be_scripted_at_the_end_of_an_epoch() -> None:
+    class Scripting(Counting):
+        def on_validation_epoch_end(self) -> None:
+            assert not self._forward_hooks
+
+    fit(Scripting(STEPS["self(x)"][0]), SensitivityMonitor(task=None))
 
 
 def test_a_step_that_fails_leaves_no_hook() -> None:
@@ -222,13 +382,13 @@ def test_arguments_are_the_same_only_if_all_of_them_are() -> None:
         (({"x": x["x"]}, mask, 2.0), {}, False),
         (({**x, "ids": []}, mask, 2.0), {}, False),
     ):
-        witness.watch(((x, mask), {"scale": 2.0}), lambda result: result)
+        witness.watch(((x, mask), {"scale": 2.0}), [(x["x"], x["x"]), (x["ids"][0], x["ids"][0]), (mask, mask)])
         model(*args, **kwargs)
-        assert (witness.outputs() is not None) == is_same
+        assert (witness.result() is not None) == is_same
     model(x, mask, 2.0)  # between batches
-    assert witness.outputs() is None
+    assert witness.result() is None
     with pytest.raises(TypeError):
-        witness.watch(((), {}), lambda result: result)
+        witness.watch(((), {}), ())
     witness.close()
     assert not model._forward_hooks
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,13 +12,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_sensitivity import SensitivityMonitor
 from lightning_sensitivity.perturbations import GaussianNoise, SaltAndPepper, UniformNoise
 from lightning_sensitivity.probe import Probe
 from lightning_sensitivity.sensitivity_measurement import SensitivityMeasurement
-from tests.helpers import NUM_CLASSES, Classifier, Linear, brute_force, inputs, loader, trainer, unlabelled_loader
+from tests.helpers import (
+    NUM_CLASSES,
+    NUM_FEATURES,
+    Classifier,
+    Linear,
+    brute_force,
+    inputs,
+    loader,
+    trainer,
+    unlabelled_loader,
+)
 
 
 def measurement(num_samples: int | None = None, num_draws: int = 1, first_batch: int = 10) -> SensitivityMeasurement:
@@ -45,6 +56,24 @@ def test_as_many_batches_as_the_budget_needs_evenly_spaced(
     assert chosen[0] == 0
     gaps = [after - before for before, after in zip(chosen, [*chosen[1:], num_batches], strict=True)]
     assert max(gaps) - min(gaps) <= 1
+
+
+class Stream(IterableDataset):
+    """100 samples, which it does not say."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(inputs(100))
+
+
+@pytest.mark.parametrize("limit", [None, 4, 1000])
+def test_of_a_loader_without_a_length_all_batches_are_measured_that_come(limit: int | None) -> None:
+    values = []
+    for num_samples in (10, None):
+        run = trainer(callbacks=[SensitivityMonitor(num_samples=num_samples)], limit_val_batches=limit)
+        torch.manual_seed(0)
+        run.validate(Classifier(), DataLoader(Stream(), batch_size=10), verbose=False)
+        values.append(run.callback_metrics["val_sensitivity"])
+    assert values[0] == values[1]
 
 
 def test_without_a_budget_or_a_length_all_batches_are_measured() -> None:
@@ -210,7 +239,19 @@ def test_one_forward_pass_a_batch() -> None:
 
     model = Counting()
     validate(model, unlabelled_loader(100, 10), method="gradient")
-    assert model.passes == 10 + 1  # the first batch shows whether the model can be run
+    assert model.passes == 10
+
+
+def test_a_cache_that_the_first_pass_makes() -> None:
+    class Caching(Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            if not hasattr(self, "cache"):
+                self.register_buffer("cache", torch.full((NUM_FEATURES,), 2.0), persistent=False)
+            return super().forward(x * self.cache)
+
+    model = Caching()
+    values = validate(model, noise_std=0.1, method="gradient")
+    assert values["val_sensitivity"] == pytest.approx(4 * model.sensitivity(0.1), rel=1e-5)
 
 
 def test_a_layer_that_runs_twice_and_writes_in_place() -> None:
