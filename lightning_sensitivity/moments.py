@@ -203,3 +203,5 @@ def _check_output(output: Tensor, name: str) -> None:
         raise TypeError(f"Expected `{name}` to be a floating tensor of outputs (logits), but got {output.dtype}.")
     if output.ndim == 0:
         raise ValueError(f"Expected `{name}` to have the shape (N, K, ...) or (N,), but got a scalar.")
+    if output.ndim > 1 and output.shape[1] == 0:
+        raise ValueError(f"Expected `{name}` to have one output or more in dimension 1, but got {tuple(output.shape)}.")

@@ -138,6 +138,7 @@ def test_non_finite_outputs_are_named(value: float) -> None:
         ([1.0], torch.zeros(1), TypeError, "`clean` to be a tensor.*got list"),
         (torch.zeros(1), [[1.0]], TypeError, "`noisy` to be a tensor.*got list"),
         (torch.tensor(1.0), torch.tensor(1.0), ValueError, "`clean`.*got a scalar"),
+        (torch.zeros(3, 0), torch.zeros(3, 0), ValueError, r"one output or more in dimension 1, but got \(3, 0\)"),
         (torch.zeros(4, 3), [], ValueError, "at least one noise draw"),
         (torch.zeros(0, 3), torch.zeros(0, 3), ValueError, r"at least one sample.*\(0, 3\)"),
     ],
