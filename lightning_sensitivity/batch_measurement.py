@@ -17,7 +17,7 @@ from lightning_sensitivity.loaders import num_batches
 from lightning_sensitivity.nested import copied
 from lightning_sensitivity.perturbations import noise_generator
 from lightning_sensitivity.probe import Probe
-from lightning_sensitivity.reuse import Witness, copies_of, sizes_of, why_not
+from lightning_sensitivity.reuse import WROTE_INTO_MODULE, Witness, copies_of, sizes_of, why_not
 from lightning_sensitivity.risk_measurement import RiskMeasurement, num_twins
 from lightning_sensitivity.sensitivity_measurement import SensitivityMeasurement
 
@@ -45,10 +45,11 @@ class BatchMeasurement:
 
     def __init__(self, sensitivity: SensitivityMeasurement, risk: RiskMeasurement, seed: int) -> None:
         self._sensitivity, self._risk, self._seed = sensitivity, risk, seed
-        # Of a loop: who watches its steps, and why the outputs of the steps of a loader can't be used.
+        # Of a loop: who watches its steps, the loaders whose steps give what our passes do, and why others' do not.
         self._witness: Witness | None = None
+        self._trusted: set[int] = set()
         self._problems: dict[int, str] = {}
-        # Of the step that is watched: the batch, and for the first of a loader what our own passes have shown.
+        # Of the step that is watched: the batch, and what our own passes have shown, where trust is still missing.
         self._pending: Probe | None = None
         self._shown: _Shown | None = None
 
@@ -56,7 +57,7 @@ class BatchMeasurement:
         """Leave no hook on the module, and forget what the loop has shown."""
         if self._witness is not None:
             self._witness.close()
-        self._witness, self._problems, self._pending, self._shown = None, {}, None, None
+        self._witness, self._trusted, self._problems, self._pending, self._shown = None, set(), {}, None, None
 
     def begin(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int
@@ -100,7 +101,7 @@ class BatchMeasurement:
                     self._pending = probe
         if self._pending is None:
             self._measure(trainer, pl_module, probe, batch_idx, dataloader_idx)
-        elif batch_idx == 0:
+        elif dataloader_idx not in self._trusted:
             clean = self._measure(trainer, pl_module, probe, batch_idx, dataloader_idx)
             self._shown = _Shown(clean, sizes_of(pl_module))
 
@@ -123,15 +124,18 @@ class BatchMeasurement:
                 clean = probe.select(result)
         if shown is not None and clean is not None:
             if not torch.equal(sizes_of(pl_module), shown.sizes):
-                clean, problem = None, "the step wrote into the module"
+                clean, problem = None, WROTE_INTO_MODULE
             elif clean.dtype != shown.clean.dtype or not torch.equal(clean, shown.clean):
                 clean, problem = None, "what the step's call gave is not what the module gave before it"
-        if clean is None:
-            self._compute_from_now_on(dataloader_idx, problem)
         if shown is None:
             self._measure(trainer, pl_module, probe, batch_idx, dataloader_idx, clean)
         elif clean is not None:
+            self._trusted.add(dataloader_idx)
             log.debug("`SensitivityMonitor` takes the clean outputs of dataloader %d from the step.", dataloader_idx)
+        # DDP broadcasts buffers in the first step of a validation: the next batch will show.
+        is_broadcast = problem == WROTE_INTO_MODULE and batch_idx == 0 and trainer.world_size > 1
+        if clean is None and not is_broadcast:
+            self._compute_from_now_on(dataloader_idx, problem)
 
     def _watch(
         self, pl_module: pl.LightningModule, probe: Probe, copies: Sequence[tuple[Tensor, Tensor]]

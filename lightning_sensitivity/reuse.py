@@ -17,6 +17,7 @@ from lightning_sensitivity.isolation import tensors_of
 from lightning_sensitivity.nested import can_be_copied, copied, entries, tensors_in
 from lightning_sensitivity.strategies import is_sharded
 
+WROTE_INTO_MODULE = "the step wrote into the module"
 _NOTHING = object()
 
 # A module's parameters and buffers, and how often each was written to.
@@ -101,7 +102,7 @@ class Witness:
         if result is _NOTHING:
             return None
         if self._state != _state_of(self._module):
-            self.problem = "the step wrote into the module"
+            self.problem = WROTE_INTO_MODULE
             return None
         return result
 

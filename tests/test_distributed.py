@@ -388,6 +388,33 @@ def batches_that_can_be_copied_in_one_process_alone(rank: int, folder: Path) -> 
     return logged(run)
 
 
+class Normalizing(Linear):
+    """Its buffers differ between processes after a training step, until DDP has broadcast them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(NUM_FEATURES)
+        self.passes: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.passes:
+            self.passes[-1] += 1
+        return super().forward(self.norm(x))
+
+    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.passes.append(0)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self(batch)
+
+
+@scenario
+def buffers_that_the_first_step_broadcasts(rank: int, folder: Path) -> Any:
+    run = distributed(SensitivityMonitor(task=None), max_epochs=1, num_sanity_val_steps=0)
+    run.fit(net := Normalizing(), loader(48, 8), unlabelled_loader(64, 8, seed=1))
+    return net.passes
+
+
 def record_collectives(calls: list[Call]) -> None:
     kinds = ("all_", "barrier", "broadcast", "gather", "monitored", "reduce", "scatter")
     for name, function in inspect.getmembers(torch.distributed, inspect.isfunction):
@@ -629,6 +656,12 @@ def test_the_risk_estimate_is_that_of_both(both: dict[str, list[Any]]) -> None:
     assert terms["uncertainty/dataloader_idx_0"] == pytest.approx(certainty[0] - certainty[1], abs=1e-7)
     assert terms["variance/dataloader_idx_0"] > 0
     assert terms["estimate/dataloader_idx_1"] > 0  # one process had no batch of this loader
+
+
+def test_a_broadcast_of_buffers_costs_one_pass_of_one_batch(both: dict[str, list[Any]]) -> None:
+    # Our own two passes of a batch come before its hook: those of the first batch are not seen, and those of the second
+    # one, in the process whose buffers were written to, are seen with the first.
+    assert both["buffers_that_the_first_step_broadcasts"] == [[1, 2, 2, 2], [3, 1, 2, 2]]
 
 
 def test_models_are_compared_over_both(both: dict[str, list[Any]]) -> None:
