@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.rank_zero import WarningCache
 from torch import Tensor
 
 from lightning_sensitivity.isolation import no_trace
@@ -52,6 +54,7 @@ class BatchMeasurement:
         # Of the step that is watched: the batch, and what our own passes have shown, where trust is still missing.
         self._pending: Probe | None = None
         self._shown: _Shown | None = None
+        self._left_out = WarningCache()
 
     def stop_watching(self) -> None:
         """Leave no hook on the module, and forget what the loop has shown."""
@@ -84,6 +87,9 @@ class BatchMeasurement:
         ):
             return
         may_watch = self._sensitivity.needs_clean and dataloader_idx not in self._problems
+        if may_watch and (problem := why_not(trainer, pl_module)) is not None:
+            self._compute_from_now_on(dataloader_idx, problem)
+            may_watch = False
         runs_user_code = self._sensitivity.runs_user_code
         with (
             no_trace(pl_module) if runs_user_code else nullcontext(),
@@ -92,18 +98,20 @@ class BatchMeasurement:
             # Copies, since the step may write into its batch, and the user's functions, too.
             own = copied(batch) if may_watch or runs_user_code else batch
             copies = copies_of(batch, own)
-            probe = self._sensitivity.probe(trainer, pl_module, own)
-            if may_watch:
-                problem = why_not(trainer, pl_module, batch) or self._watch(pl_module, probe, copies)
-                if problem is not None:
-                    self._compute_from_now_on(dataloader_idx, problem)
-                else:
-                    self._pending = probe
-        if self._pending is None:
+            try:
+                probe = self._sensitivity.probe(trainer, pl_module, own)
+            except MisconfigurationException as error:
+                if batch_idx == 0:
+                    raise
+                # None, say, where the samples of a batch were corrupt: no reason to end a run.
+                self._left_out.warn(f"`SensitivityMonitor` leaves a batch of dataloader {dataloader_idx} out: {error}")
+                return
+        is_trusted = may_watch and dataloader_idx in self._trusted
+        clean = None if is_trusted else self._measure(trainer, pl_module, probe, batch_idx, dataloader_idx)
+        if may_watch:  # from now on, since our own passes are no steps
+            self._watch(trainer, pl_module, probe, copies, dataloader_idx, clean)
+        if is_trusted and self._pending is None:
             self._measure(trainer, pl_module, probe, batch_idx, dataloader_idx)
-        elif dataloader_idx not in self._trusted:
-            clean = self._measure(trainer, pl_module, probe, batch_idx, dataloader_idx)
-            self._shown = _Shown(clean, sizes_of(pl_module))
 
     def end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch_idx: int, dataloader_idx: int) -> None:
         """Measure the batch, if its step was watched.
@@ -138,15 +146,24 @@ class BatchMeasurement:
             self._compute_from_now_on(dataloader_idx, problem)
 
     def _watch(
-        self, pl_module: pl.LightningModule, probe: Probe, copies: Sequence[tuple[Tensor, Tensor]]
-    ) -> str | None:
-        """Have the step watched that gets the batch; why it can't be, otherwise."""
-        self._witness = self._witness or Witness(pl_module)
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        probe: Probe,
+        copies: Sequence[tuple[Tensor, Tensor]],
+        dataloader_idx: int,
+        clean: Tensor | None,
+    ) -> None:
+        """Have the step watched that gets the batch, if it can be; `clean` is what our own pass gave, if one ran."""
         try:
-            self._witness.watch(probe.arguments, copies)
-        except TypeError as error:
-            return f"`forward` does not take what it is given ({error})"
-        return None
+            shown = None if clean is None else _Shown(clean, sizes_of(pl_module))
+            self._witness = self._witness or Witness(pl_module)
+            with trainer.precision_plugin.val_step_context():
+                self._witness.watch(probe.arguments, copies)
+        except Exception as error:  # over weights of some kind: no run is to fail by what only saves a pass
+            self._compute_from_now_on(dataloader_idx, f"the step can't be watched ({type(error).__name__}: {error})")
+        else:
+            self._pending, self._shown = probe, shown
 
     def _compute_from_now_on(self, dataloader_idx: int, problem: str) -> None:
         self._problems[dataloader_idx] = problem

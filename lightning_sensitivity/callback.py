@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -24,7 +25,7 @@ from lightning_sensitivity.arguments import (
     chosen_perturbation,
 )
 from lightning_sensitivity.batch_measurement import BatchMeasurement
-from lightning_sensitivity.checks import check_loop, check_model, check_processes
+from lightning_sensitivity.checks import check_loop, check_model, check_names, check_processes
 from lightning_sensitivity.dashboard import custom_scalars_layout
 from lightning_sensitivity.isolation import no_trace
 from lightning_sensitivity.loaders import loader_name, num_batches
@@ -73,8 +74,8 @@ class SensitivityMonitor(Callback):
     memory of the CPU and in checkpoints; two copies of the weights are on the device while validation runs.
 
     It changes nothing about training: weights, buffers, optimizers, random streams, module modes and logged losses are
-    those of a run without it. The exception is Python state that ``forward`` itself changes: a generator of its own, a
-    counter, a Metric that it updates.
+    those of a run without it. The exception is Python state without tensors that ``forward`` itself changes: a generator
+    of its own, a counter, a Metric that it updates.
 
     Args:
         noise_std: σ of the noise in the units that the model receives, one number or one per channel (dimension 1 of
@@ -134,7 +135,8 @@ class SensitivityMonitor(Callback):
             the validation step is of a kind that is not supported; at the first validation batch, if the tensor to
             perturb or the output can't be told, or the model can't be run on it; before the first training step, if
             labels or task can't be told or do not fit (a warning with ``task="auto"``, where nothing monitors the
-            estimate), or training resumes without the weights from before it.
+            estimate), or training resumes without the weights from before it; at the end of the sanity check or
+            of the first validation, if somebody else logs one of the names, too.
         ValueError: At the end of a validation loader, if outputs were nan or inf (``nan_strategy="error"``) or
             probabilities.
 
@@ -251,7 +253,8 @@ class SensitivityMonitor(Callback):
         # Who says where the labels are, or what, or monitors the estimate, must get it.
         monitored = [getattr(callback, "monitor", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
         monitored += [config.monitor for config in trainer.lr_scheduler_configs]
-        is_monitored = any(str(monitor).startswith(f"{self.prefix}risk_") for monitor in monitored)
+        names = {self.prefix + name for name in RISK.values()}
+        is_monitored = any(str(monitor).split("/dataloader_idx_")[0] in names for monitor in monitored)
         is_required = self.task != "auto" or self.targets is not None or is_monitored
         self._risk.start_fit(trainer, pl_module, is_required)
 
@@ -305,14 +308,14 @@ class SensitivityMonitor(Callback):
         self._finish(trainer, pl_module, self.prefix)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Free the device's memory."""
+        """Free the device's memory, and require that the logged names are ours alone, after a sanity check too."""
         self._risk.end_validation()
+        is_in_fit = trainer.state.fn == TrainerFn.FITTING
+        self._check_names(trainer, self.prefix, RISK.values() if is_in_fit and self.task is not None else ())
 
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the untrained network, if wanted, and forget the batches of the sanity check."""
-        if self._num_sanity_val_steps is not None:
-            trainer.num_sanity_val_steps = self._num_sanity_val_steps
-            self._num_sanity_val_steps = None
+        self._restore_sanity_check(trainer)
         if self.before_training and trainer.global_step == 0:
             computed = self._sensitivity.values()
             num_loaders = len(num_batches(trainer))
@@ -351,14 +354,20 @@ class SensitivityMonitor(Callback):
         """Have every process take part in every reduction, and report what was wrong."""
         self._finish(trainer, pl_module, self.test_prefix)
 
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Require that the logged names are ours alone."""
+        self._check_names(trainer, self.test_prefix)
+
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Drop the statistics and the samples."""
+        self._restore_sanity_check(trainer)
         self._forget_batches()
         if not self.save_training_samples:  # a checkpoint may be saved now
             self._risk.end_fit()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave no hook on the module."""
+        self._restore_sanity_check(trainer)
         self._forget_batches()
 
     def on_save_checkpoint(
@@ -379,6 +388,16 @@ class SensitivityMonitor(Callback):
             self._risk.restore(checkpoint.get(_CHECKPOINT_KEY))
         if self.save_training_samples and _SAMPLES_KEY + self.prefix in checkpoint:
             self._risk.restore_samples(checkpoint[_SAMPLES_KEY + self.prefix])
+
+    def _check_names(self, trainer: pl.Trainer, prefix: str, more: Iterable[str] = ()) -> None:
+        names = {name for values in self._sensitivity.values().values() for name in values}.union(more)
+        argument = "test_prefix" if trainer.testing else "prefix"
+        check_names(trainer, {prefix + name for name in names}, argument)
+
+    def _restore_sanity_check(self, trainer: pl.Trainer) -> None:
+        if self._num_sanity_val_steps is not None:
+            trainer.num_sanity_val_steps = self._num_sanity_val_steps
+            self._num_sanity_val_steps = None
 
     def _forget_batches(self) -> None:
         self._batches.stop_watching()

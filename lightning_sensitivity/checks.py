@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Collection
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from lightning_sensitivity.readings import Reading
 from lightning_sensitivity.strategies import check_strategy
 
 
@@ -82,3 +84,23 @@ def _is_overridden(name: str, pl_module: pl.LightningModule) -> bool:
     # Not Lightning's own check, which fails on a module of the other package, `lightning` or `pytorch_lightning`.
     defined_in = getattr(getattr(pl_module, name), "__module__", "")
     return defined_in not in ("lightning.pytorch.core.module", "pytorch_lightning.core.module")
+
+
+def check_names(trainer: pl.Trainer, names: Collection[str], argument: str) -> None:
+    """Require that nobody else logs our names: Lightning would keep one of the two values, without a word.
+
+    Args:
+        trainer: The Trainer, in the loop that has just run.
+        names: What we log, without the index of a loader.
+        argument: What chooses other names.
+
+    Raises:
+        MisconfigurationException: If somebody does.
+    """
+    results = getattr(trainer, "_results", None) or {}  # only there it shows who has logged
+    others = {result.meta.name for result in results.values() if not isinstance(result.value, Reading)}
+    if taken := sorted(others.intersection(names)):
+        raise MisconfigurationException(
+            f"`{argument}` should give `SensitivityMonitor` names of its own, but {', '.join(map(repr, taken))} is"
+            " logged by the module or another callback, too. Choose another one."
+        )

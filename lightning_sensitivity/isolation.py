@@ -6,20 +6,23 @@ import random
 import sys
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
+
+from lightning_sensitivity.nested import tensors_in
 
 
 @contextmanager
 def no_trace(model: nn.Module) -> Iterator[None]:
     """Run a module in eval mode, without gradients, and put back modes and random streams.
 
-    Buffers are put back after each pass: see :class:`~lightning_sensitivity.probe.Probe`.
+    Buffers and other tensors are put back after each pass: see :class:`~lightning_sensitivity.probe.Probe`.
 
-    What it can't put back is Python state that ``forward`` itself changes: a generator of its own, a counter, a
-    torchmetrics Metric that it updates. Parameters are not guarded: no gradient reaches them.
+    What it can't put back is Python state without tensors that ``forward`` itself changes: a generator of its own, a
+    counter, a torchmetrics Metric that it updates. Parameters are not guarded: no gradient reaches them.
 
     Args:
         model: The module that is run inside.
@@ -77,14 +80,19 @@ def preserved_rng(devices: Collection[torch.device]) -> Iterator[None]:
 def preserved_buffers(model: nn.Module) -> Iterator[None]:
     """Give every buffer its value back on exit: some change in eval mode, too (observers, counters, caches).
 
+    And every other attribute that held tensors, or holds some now: pruned weights are such, and hidden states.
+
     Args:
         model: The module that owns the buffers.
     """
+    attributes = [(module, dict(vars(module))) for module in model.modules()]
     owners = [(module, dict(module._buffers)) for module in model.modules() if isinstance(module._buffers, dict)]
     values = [(buffer, buffer.clone(), _version(buffer)) for buffer in model.buffers() if not is_lazy(buffer)]
     try:
         yield
     finally:
+        for module, before in attributes:
+            _give_back_tensors(vars(module), before)
         for module, buffers in owners:
             for name in module._buffers.keys() - buffers.keys():
                 del module._buffers[name]
@@ -97,6 +105,17 @@ def preserved_buffers(model: nn.Module) -> Iterator[None]:
                     if buffer.shape != value.shape:
                         buffer.resize_(value.shape)
                     buffer.copy_(value)
+
+
+def _give_back_tensors(attributes: dict[str, Any], before: dict[str, Any]) -> None:
+    changed = [name for name, own in before.items() if attributes.get(name) is not own]
+    for name in changed + [name for name in attributes if name not in before]:
+        if not tensors_in([attributes.get(name), before.get(name)]):
+            continue
+        if name in before:
+            attributes[name] = before[name]
+        else:
+            del attributes[name]
 
 
 @contextmanager

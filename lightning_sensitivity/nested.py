@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+_IMMUTABLE = str | bytes | int | float | complex
 Path = tuple[Any, ...]  # keys, indices and names of fields, from the outside in
 
 
@@ -30,7 +33,7 @@ def is_dataclass(value: object) -> bool:
 def entries(value: Any) -> Mapping[Any, Any] | None:
     """What has a name in a mapping or a dataclass, None for anything else."""
     if isinstance(value, Mapping):
-        return value
+        return {key: value[key] for key in value.keys()}  # noqa: SIM118, of a TensorDict only `keys` gives the keys
     if is_dataclass(value):
         names = (field.name for field in dataclasses.fields(value))
         return {name: getattr(value, name) for name in names if hasattr(value, name)}
@@ -58,12 +61,8 @@ def replaced(value: Any, path: Path, new: Any) -> Any:
         return new
     key, rest = path[0], path[1:]
     new = replaced(part(value, (key,)), rest, new)
-    if isinstance(value, MutableMapping):
-        mapping = copy.copy(value)
-        mapping[key] = new
-        return mapping
-    if isinstance(value, Mapping):
-        return {**value, key: new}
+    if (named := entries(value)) is not None and isinstance(value, Mapping):
+        return _rebuilt(value, {**named, key: new})
     if is_dataclass(value):
         return _with_fields(value, {key: new})
     if is_named_tuple(value):
@@ -73,27 +72,37 @@ def replaced(value: Any, path: Path, new: Any) -> Any:
     return tuple(items) if isinstance(value, tuple) else items
 
 
-def copied(value: Any, but: Sequence[Tensor] = ()) -> Any:
-    """The same value with tensors of its own, as far as such containers go; anything else is passed on itself.
+def copied(value: Any, but: Sequence[Tensor] = (), strict: bool = False) -> Any:
+    """The same value with tensors of its own.
 
     Args:
-        value: The value.
+        value: The value. Modules are passed on themselves, and so is what can't be copied.
         but: Tensors that need no copy.
+        strict: Refuse what can't be copied.
+
+    Raises:
+        TypeError: If a part can't be copied (``strict``).
     """
     if isinstance(value, Tensor):
         return value if any(value is tensor for tensor in but) else value.clone()
-    if isinstance(value, MutableMapping):
-        new = copy.copy(value)
-        for key, item in value.items():
-            new[key] = copied(item, but)
-        return new
-    if is_dataclass(value):
-        return _with_fields(value, {name: copied(item, but) for name, item in (entries(value) or {}).items()})
-    if is_named_tuple(value):
-        return type(value)(*(copied(item, but) for item in value))
-    if type(value) in (list, tuple):
-        return type(value)(copied(item, but) for item in value)
-    return value
+    if value is None or isinstance(value, _IMMUTABLE | nn.Module):
+        return value
+    again = partial(copied, but=but, strict=strict)
+    try:
+        if isinstance(value, Mapping):
+            with suppress(_NotRebuilt):
+                return _rebuilt(value, {key: again(item) for key, item in (entries(value) or {}).items()})
+        if is_dataclass(value):
+            return _with_fields(value, {name: again(item) for name, item in (entries(value) or {}).items()})
+        if is_named_tuple(value):
+            return type(value)(*map(again, value))
+        if type(value) in (list, tuple):
+            return type(value)(map(again, value))
+        return copy.deepcopy(value, {id(tensor): tensor for tensor in but})
+    except Exception as error:
+        if strict:
+            raise TypeError(f"{describe(value)} can't be copied ({type(error).__name__}: {error}).") from error
+        return value
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -105,13 +114,13 @@ def tensors_in(value: Any) -> list[Tensor]:
     return [tensor for item in items for tensor in tensors_in(item)]
 
 
-def can_be_copied(value: Any) -> bool:
-    """Whether :func:`copied` gives a value that shares nothing with it that can be written to."""
-    if value is None or isinstance(value, Tensor | str | bytes | int | float):
+def is_plain(value: Any) -> bool:
+    """Whether it is made of tensors, numbers and containers alone, so that its copy holds no more than itself."""
+    if value is None or isinstance(value, Tensor | _IMMUTABLE):
         return True
-    if isinstance(value, MutableMapping) or is_dataclass(value):
-        return all(map(can_be_copied, (entries(value) or {}).values()))
-    return (is_named_tuple(value) or type(value) in (list, tuple)) and all(map(can_be_copied, value))
+    if (named := entries(value)) is not None:
+        return all(map(is_plain, named.values()))
+    return (is_named_tuple(value) or type(value) in (list, tuple)) and all(map(is_plain, value))
 
 
 def describe(value: Any) -> str:
@@ -129,4 +138,39 @@ def _with_fields(value: Any, fields: Mapping[str, Any]) -> Any:
     new = copy.copy(value)
     for name, item in fields.items():
         object.__setattr__(new, name, item)  # a frozen dataclass has no other way
+    return new
+
+
+class _NotRebuilt(TypeError):
+    pass
+
+
+def _rebuilt(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
+    """A mapping like another one, with its own storage and these items, which have the keys of the other.
+
+    Raises:
+        TypeError: If its class shows no way to make one, a `_NotRebuilt`.
+    """
+    if type(value) is dict:
+        return items
+    problem: Exception | None = None
+    # A copy keeps attributes, too; of a class that may keep its items elsewhere, it might share them.
+    owns_items = isinstance(value, dict) or hasattr(type(value), "__copy__")
+    make_anew: Any = type(value)
+    for make in (partial(_copied_with, value), make_anew) if owns_items else (make_anew,):
+        try:
+            new = make(items)
+            # Attributes that are items, too, would be those of the other.
+            attributes = getattr(new, "__dict__", {})
+            if all(new[key] is item and attributes.get(key, item) is item for key, item in items.items()):
+                return new
+        except Exception as error:
+            problem = error
+    raise _NotRebuilt(f"A {type(value).__name__} can't be made of other items.") from problem
+
+
+def _copied_with(value: Any, items: Mapping[Any, Any]) -> Any:
+    new = copy.copy(value)
+    for key, item in items.items():
+        new[key] = item
     return new

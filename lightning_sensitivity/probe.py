@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.memory import is_oom_error
 from torch import Tensor, nn
 
 from lightning_sensitivity.arguments import AnyPerturbation
@@ -21,6 +22,18 @@ from lightning_sensitivity.outputs import Selector, select_outputs
 from lightning_sensitivity.perturbations import Perturbation
 
 Perturb = Callable[[Tensor], Tensor]
+
+# What a model was run on, and what may help where it fails.
+_CHOSEN = (
+    "the input that it chose",
+    "If `forward` takes something else, say what with `inputs=`, such as `inputs=lambda batch: (batch,)` for the whole"
+    " batch.",
+)
+_PERTURBED = (
+    "the perturbed input",
+    "If it runs on the input as it is, use a `perturbation` that gives what it takes, or perturb the output of a"
+    " submodule with `at=`.",
+)
 
 
 class Probe:
@@ -66,29 +79,26 @@ class Probe:
 
     def _clean(self, is_first: bool = False) -> Tensor:
         own = [tensor.clone() for tensor in self._call.tensors]  # which the model may write into
-        return self._run(own, is_first).clone()  # the next pass may write into it, too
+        return self._run(own, _CHOSEN if is_first else None)
 
-    def _run(self, tensors: Sequence[Tensor], is_first: bool = False) -> Tensor:
-        with self._explained() if is_first else nullcontext():
+    def _run(self, tensors: Sequence[Tensor], what_and_hint: tuple[str, str] | None) -> Tensor:
+        with nullcontext() if what_and_hint is None else self._explained(*what_and_hint):
             result = self._call.run(tensors)
-        return self._select(result)
+        return self._select(result).clone()  # the next pass may write into it, and so may we
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _explained(self, what: str, hint: str) -> Iterator[None]:
+        """Say of an error in the model whose it is."""
         try:
             yield
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            if is_oom_error(error):  # which Lightning's finder of batch sizes waits for
+                raise
             shapes = " and ".join(str(tuple(tensor.shape)) for tensor in self._call.tensors)
-            hint = (
-                "If `forward` takes something else, say what with `inputs=`, such as `inputs=lambda batch: (batch,)`"
-                " for the whole batch."
-            )
             if "DTensor" in str(error) or "root module first" in str(error):
                 hint = "Shard the LightningModule itself, too, and call `self(...)` in its steps."
             raise MisconfigurationException(
-                "`SensitivityMonitor` could not run the model on the input that it chose"
+                f"`SensitivityMonitor` could not run the model on {what}"
                 f"{f', a tensor of shape {shapes}' if shapes else ''}: {type(error).__name__}: {error}. {hint}"
             ) from error
 
@@ -107,7 +117,7 @@ class Probe:
 
     def _perturbed(self, perturb: Perturb, at: str | None, is_first: bool = False) -> Tensor:
         if at is None:
-            return self._run([perturb(tensor) for tensor in self._call.tensors], is_first)
+            return self._run([perturb(tensor) for tensor in self._call.tensors], _CHOSEN if is_first else _PERTURBED)
         with _perturbed_output(self._model, at, perturb):
             return self._clean(is_first)
 
@@ -168,6 +178,11 @@ class Probe:
                 " the model ignores it, or runs under `no_grad` or on detached tensors. Use `method='noise'`."
             )
         return outputs.detach(), torch.stack(squares).sum(0)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What is perturbed, as it is."""
+        return self._call.tensors
 
     @property
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:

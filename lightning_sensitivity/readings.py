@@ -30,6 +30,9 @@ RISK = {field: f"risk_{'estimate' if field == 'risk' else field}" for field in R
 SITE_NAMES = (SENSITIVITY, STDERR, LOG10, LOSS_ESTIMATE)  # of each place where noise is added
 NAMES = (*SITE_NAMES, *RISK.values())
 
+# Elements that are summed up at once, so that a sum takes little memory, and what is summed is in the cache.
+_PIECE = 2**16
+
 # One standard error of S at about 1,000 samples.
 _MOST_ROUNDING = 0.05
 
@@ -100,7 +103,10 @@ class LoaderStatistics(OutputSensitivity):
         if second_moment is not None:
             is_number = not isinstance(second_moment, Tensor)
             scaled = x.detach() if is_number else x.detach() / second_moment.sqrt()
-            power = torch.linalg.vector_norm(scaled, dtype=self.power.dtype).square()
+            # In pieces of the batch, since a sum in a wider type takes a copy in it.
+            pieces = scaled.split(max(1, _PIECE * len(scaled) // max(1, scaled.numel()))) if scaled.ndim else [scaled]
+            norms = [torch.linalg.vector_norm(piece, dtype=self.power.dtype) for piece in pieces]
+            power = torch.stack(norms).square().sum()
             power = power / second_moment if is_number else power
             # Both x and x' are rounded on the way into the model.
             rounding = 2 * rounding_variance(x) * power

@@ -14,23 +14,22 @@ from torch.nn.parameter import is_lazy
 
 from lightning_sensitivity.dtypes import accumulation_dtype, autocast_dtype
 from lightning_sensitivity.isolation import tensors_of
-from lightning_sensitivity.nested import can_be_copied, copied, entries, tensors_in
+from lightning_sensitivity.nested import copied, entries, is_plain, tensors_in
 from lightning_sensitivity.strategies import is_sharded
 
-WROTE_INTO_MODULE = "the step wrote into the module"
+WROTE_INTO_MODULE = "the step wrote into the module, or ran it with other weights"
 _NOTHING = object()
 
-# A module's parameters and buffers, and how often each was written to.
-_Versions = list[tuple[int, int]]
+# A module's parameters and buffers, how often each was written to, and where its values are.
+_State = list[tuple[int, int, int]]
 
 
-def why_not(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> str | None:
+def why_not(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str | None:
     """Why the outputs of the step can't be used, as far as that is known before it runs; None if they can.
 
     Args:
         trainer: The Trainer.
         pl_module: The module.
-        batch: What the loader gave.
     """
     if torch.is_inference_mode_enabled():
         return "inference tensors do not show whether they were written to"
@@ -38,8 +37,6 @@ def why_not(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> s
         return "hooks do not reach into a module that is compiled as a whole"
     if is_sharded(trainer):
         return "all processes must run a sharded model equally often"
-    if not can_be_copied(batch):
-        return "the batch has parts that can't be copied, and the step might write into them"
     return None
 
 
@@ -83,9 +80,12 @@ class Witness:
                 were copied are copies no more.
 
         Raises:
-            TypeError: If they are no arguments of ``forward``.
+            TypeError: If they are no arguments of ``forward``, or no tensor is among them, so that any pass on equal
+                values would be taken for the step's.
         """
         self._expected = self._bound(*arguments)
+        if not tensors_in(self._expected):
+            raise TypeError("no tensor")
         self._copies = copies
         self._originals = {id(own): given for own, given in copies if own is given or own._version == 0}
         self._versions = {id(given): given._version for given in self._originals.values()}
@@ -126,12 +126,14 @@ class Witness:
     def _take(self, arguments: dict[str, Any], result: Any) -> None:
         if any(tensor._version != self._versions[id(tensor)] for tensor in tensors_in(arguments)):
             self.problem = "the step wrote into the batch"
+        elif self._state != _state_of(self._module):  # it may put back what it had there
+            self.problem = WROTE_INTO_MODULE
         elif _precision(self._module.device) != self._precision:
             self.problem = "the step called the module in another precision"
         elif any(submodule.training for submodule in self._module.modules()):
             self.problem = "a part of the module is in training mode"
-        elif not can_be_copied(result):
-            self.problem = "what the module returned has parts that can't be copied, and the step might write into them"
+        elif not is_plain(result):
+            self.problem = "what the module returned is no plain container of tensors, and the step might write into it"
         else:
             with torch.inference_mode(False), torch.no_grad():
                 self._result = copied(result)
@@ -142,7 +144,7 @@ class Witness:
     def _is_same(self, value: Any, expected: Any) -> bool:
         """The batch's own tensors at the places of our copies, and equal values elsewhere."""
         if isinstance(value, Tensor) or isinstance(expected, Tensor):
-            return value is self._originals.get(id(expected))
+            return isinstance(value, Tensor) and value is self._originals.get(id(expected))
         if (named := entries(value)) is not None and (others := entries(expected)) is not None:
             return named.keys() == others.keys() and all(self._is_same(named[key], others[key]) for key in named)
         if isinstance(value, list | tuple) and isinstance(expected, list | tuple):
@@ -161,14 +163,16 @@ def copies_of(batch: Any, own: Any) -> list[tuple[Tensor, Tensor]]:
 
 
 def sizes_of(module: pl.LightningModule) -> Tensor:
-    """The norm of each floating parameter and buffer; some ways to write into one leave no other trace.
+    """The norm of each floating or complex parameter and buffer; some ways to write into one leave no other trace.
 
     Args:
         module: The module.
     """
     dtype = accumulation_dtype(module.device)
-    tensors = [tensor.detach() for tensor in tensors_of(module) if not is_lazy(tensor) and tensor.is_floating_point()]
-    norms = [torch.linalg.vector_norm(tensor, dtype=dtype).to(module.device) for tensor in tensors]
+    tensors = [tensor.detach() for tensor in tensors_of(module) if not is_lazy(tensor)]
+    tensors = [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors]
+    floating = [tensor for tensor in tensors if tensor.is_floating_point()]
+    norms = [torch.linalg.vector_norm(tensor, dtype=dtype).to(module.device) for tensor in floating]
     return torch.stack(norms) if norms else torch.zeros(0)
 
 
@@ -191,5 +195,9 @@ def _precision(device: torch.device) -> tuple[torch.dtype | None, torch.dtype]:
     return autocast_dtype(device), torch.get_default_dtype()
 
 
-def _state_of(module: Any) -> _Versions:
-    return [(id(tensor), tensor._version) for tensor in tensors_of(module) if not tensor.is_inference()]
+def _state_of(module: Any) -> _State:
+    return [
+        (id(tensor), tensor._version, tensor.data_ptr() if tensor.layout == torch.strided else 0)
+        for tensor in tensors_of(module)
+        if not is_lazy(tensor) and not tensor.is_inference()
+    ]

@@ -11,6 +11,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_sensitivity.batches import Inputs
@@ -134,6 +135,11 @@ class RiskMeasurement:
             problem = (
                 "`SensitivityMonitor` should have been in the Trainer whose training is resumed, and with a `task`:"
                 " its risk estimate needs the weights from before training. `task=None` does without it."
+            )
+        elif any(map(is_lazy, pl_module.parameters())):
+            problem = (
+                "`SensitivityMonitor` should find weights before training, got lazy ones that no batch has initialized:"
+                " let the sanity check run, or run the model on a batch. `task=None` does without a risk estimate."
             )
         if problem is not None:
             self.initial_weights = None

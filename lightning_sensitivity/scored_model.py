@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from lightning_sensitivity.batches import prepare_call, select_targets, uncompiled
+from lightning_sensitivity.batches import select_targets, uncompiled
 from lightning_sensitivity.dtypes import accumulation_dtype
 from lightning_sensitivity.extremes import num_outputs_seen
 from lightning_sensitivity.image_perturbations import four_shifts
 from lightning_sensitivity.metric import OutputSensitivity
-from lightning_sensitivity.outputs import Selector, select_outputs
+from lightning_sensitivity.outputs import Selector
 from lightning_sensitivity.perturbations import GaussianNoise, noise_generator
+from lightning_sensitivity.probe import Probe
 from lightning_sensitivity.sample_scores import ERROR, LOSS, NUM_LABELS, SampleScores
 from lightning_sensitivity.tasks import check_task
 
@@ -119,12 +120,12 @@ class ScoredModel(pl.LightningModule):
         """Score the samples of a batch."""
         assert self.model is not None
         settings = self._settings
-        (x,), run, _ = prepare_call(self.model, batch, settings.inputs)
+        probe = Probe(self.model, batch, settings.inputs, settings.outputs)
+        (x,), clean = probe.tensors, probe.clean()
 
         def outputs(new: Tensor) -> Tensor:
-            return select_outputs(run([new.clone() if new is x else new]), settings.outputs, batch)
+            return probe.perturbed(lambda _: new)
 
-        clean = outputs(x)
         scores = SampleScores(clean, settings.task)
         scores.add_inputs(x, settings.perturbation.second_moment(x))
 

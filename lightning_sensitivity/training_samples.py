@@ -90,8 +90,9 @@ class TrainingSamples:
                 later batch whose labels do not fit is left out with a warning, and training goes on.
         """
         try:
-            kept = move_data_to_device(copied(batch), torch.device("cpu"))  # as it was; functions may write into it
-            batch = copied(batch)
+            # A copy even so, since some batches move themselves.
+            kept = move_data_to_device(copied(batch, strict=True), torch.device("cpu"))
+            batch = copied(batch)  # functions may write into it
             targets = select_targets(model, batch, self._targets)
             outputs = Probe(model, batch, self._inputs, self._outputs, self._perturbs_inputs).clean()
         except torch.cuda.OutOfMemoryError:

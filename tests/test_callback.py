@@ -280,7 +280,7 @@ def test_an_exception_in_the_noisy_pass_leaves_everything_as_it_was() -> None:
             torch.rand(1)
             self.calls += 1
             if self.fail and self.calls == 2:
-                raise RuntimeError("out of memory")
+                raise ValueError("inputs out of range")
             return super().forward(x)
 
     class Before(Callback):
@@ -290,7 +290,7 @@ def test_an_exception_in_the_noisy_pass_leaves_everything_as_it_was() -> None:
 
     model, before = Failing(), Before()
     run = trainer(callbacks=[before, SensitivityMonitor()], num_sanity_val_steps=0)
-    with pytest.raises(RuntimeError, match="out of memory"):
+    with pytest.raises(MisconfigurationException, match="on the perturbed input.*ValueError: inputs out of range"):
         run.validate(model, loader(), verbose=False)
     assert torch.equal(torch.get_rng_state(), before.state)
     assert all(module.training for module in model.modules())
@@ -871,3 +871,75 @@ def test_lightning_cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_callback_can_be_copied() -> None:
     monitor = copy.deepcopy(SensitivityMonitor(noise_std=[0.1, 0.2]))
     assert monitor.perturbation.std == [0.1, 0.2]
+
+
+class Recall(Classifier):
+    """Logs names that are ours."""
+
+    def __init__(self, name: str, in_step: bool = True) -> None:
+        super().__init__()
+        self.name, self.in_step = name, in_step
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        if self.in_step:
+            self.log(self.name, self(batch[0]).mean())
+
+    def on_validation_epoch_end(self) -> None:
+        if not self.in_step:
+            self.log(self.name, 1.0)
+
+    test_step, on_test_epoch_end = validation_step, on_validation_epoch_end
+
+
+@pytest.mark.parametrize("in_step", [True, False])
+@pytest.mark.parametrize("name", ["val_sensitivity", "val_loss_estimate", "val_risk_training"])
+@pytest.mark.parametrize("num_sanity_val_steps", [2, 0])
+def test_a_name_that_somebody_else_logs_is_refused(name: str, in_step: bool, num_sanity_val_steps: int) -> None:
+    run = trainer(callbacks=[SensitivityMonitor()], num_sanity_val_steps=num_sanity_val_steps)
+    with pytest.raises(MisconfigurationException, match=f"`prefix`.*names of its own, but '{name}' is logged"):
+        run.fit(Recall(name, in_step), loader(), loader())
+    assert (run.global_step == 0) == (num_sanity_val_steps > 0)  # before training, if there is a sanity check
+    trainer(callbacks=[SensitivityMonitor(prefix="mine/")]).fit(Recall(name, in_step), loader(), loader())
+    if "risk" in name:
+        trainer(callbacks=[SensitivityMonitor(task=None)]).fit(Recall(name, in_step), loader(), loader())
+    else:
+        with pytest.raises(MisconfigurationException, match="`prefix`.*names of its own"):
+            run.validate(Recall(name, in_step), loader(), verbose=False)
+    with pytest.raises(MisconfigurationException, match="`test_prefix`.*names of its own"):
+        run.test(Recall("test_sensitivity", in_step), loader(), verbose=False)
+
+
+@pytest.mark.parametrize("bad", [None, [], [torch.arange(3)]])
+def test_a_later_batch_that_can_not_be_measured_is_left_out(bad: Any) -> None:
+    class Skipping(Classifier):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            if batch and batch[0].is_floating_point():
+                self(batch[0])
+
+    batches = [[x] for x in inputs(48).split(16)]
+    model = Skipping()
+    for at in (1, 3):
+        val = DataLoader([*batches[:at], bad, *batches[at:]], batch_size=None, collate_fn=lambda batch: batch)
+        with pytest.warns(UserWarning, match="leaves a batch of dataloader 0 out: The"):
+            values = validated(SensitivityMonitor(), model, val)
+        expected = [
+            changes
+            for batch_idx, batch in enumerate([*batches[:at], None, *batches[at:]])
+            if batch is not None
+            for changes in brute_force(model, [torch.zeros(0, 12)] * batch_idx + batch)
+        ]
+        close(values["val_sensitivity"], torch.stack(expected).var(correction=0))
+    first = DataLoader([bad, *batches], batch_size=None, collate_fn=lambda batch: batch)
+    with pytest.raises(MisconfigurationException, match="floating tensor"):
+        validated(SensitivityMonitor(), model, first)
+
+
+def test_before_training_gives_the_sanity_check_back_after_an_error() -> None:
+    class Failing(Classifier):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            raise RuntimeError("mine")
+
+    run = trainer(callbacks=[SensitivityMonitor(before_training=True)], num_sanity_val_steps=2)
+    with pytest.raises(RuntimeError, match="mine"):
+        run.fit(Failing(), loader(), loader())
+    assert run.num_sanity_val_steps == 2

@@ -625,3 +625,101 @@ def test_nan_on_training_samples_alone(strategy: str) -> None:
             run.fit(OnTraining(), loader(50, 10), loader())
         assert "val_sensitivity" in run.callback_metrics
         assert "val_risk_estimate" not in run.callback_metrics
+
+
+class Graph:
+    """A batch that is moved in place, as of torch_geometric."""
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self.x, self.y, self.num_moves = x, y, 0
+
+    def to(self, device: Any, **_: Any) -> "Graph":
+        self.num_moves += 1
+        return self
+
+
+def test_batches_that_are_objects_are_kept_as_they_were() -> None:
+    class OfGraphs(Classifier):
+        def __init__(self, is_graph: bool) -> None:
+            super().__init__()
+            self.is_graph = is_graph
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x, y = (batch.x, batch.y) if self.is_graph else batch
+            if self.is_graph:
+                assert batch.num_moves == 1  # by Lightning
+            x.mul_(0.5)
+            return cross_entropy(self(x), y)
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            pass
+
+    def graphs(items: list[Any]) -> Graph:
+        return Graph(*(torch.stack(parts) for parts in zip(*items, strict=True)))
+
+    values = []
+    for options in ({"collate_fn": graphs}, {}):
+        torch.manual_seed(0)
+        chosen = {"inputs": lambda batch: batch.x, "targets": lambda batch: batch.y} if options else {}
+        run = trainer(callbacks=[SensitivityMonitor(task="multiclass", **chosen)])
+        run.fit(OfGraphs(bool(options)), loader(**options), loader(**options))
+        values.append({name: value.item() for name, value in run.callback_metrics.items() if name.startswith("val_")})
+    assert values[0] == values[1]
+
+
+def test_a_training_batch_that_can_not_be_copied_is_no_sample() -> None:
+    class Named(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step([batch["x"], batch["y"]], batch_idx)
+
+    train = DataLoader(
+        labelled(32),
+        16,
+        collate_fn=lambda items: {
+            "x": torch.stack([x for x, _ in items]),
+            "y": torch.stack([y for _, y in items]),
+            "names": (i for i in "ab"),
+        },
+    )
+    run = trainer(callbacks=[SensitivityMonitor()], max_epochs=1)
+    with pytest.warns(UserWarning, match="There will be no risk estimate.*'names' can't be copied"):
+        run.fit(Named(), train, loader())
+    assert "val_risk_estimate" not in run.callback_metrics
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_lazy_weights_that_nobody_has_made_before_training() -> None:
+    class Lazy(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net[0] = nn.LazyLinear(16)
+
+    weights = []
+    for monitors in ([SensitivityMonitor()], []):
+        torch.manual_seed(0)
+        model = Lazy()
+        run = trainer(callbacks=monitors, num_sanity_val_steps=0)
+        if monitors:
+            with pytest.warns(UserWarning, match="There will be no risk estimate.*lazy ones"):
+                run.fit(model, loader(), loader())
+            assert "val_sensitivity" in run.callback_metrics
+        else:
+            run.fit(model, loader(), loader())
+        weights.append(model.state_dict())
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+    with pytest.raises(MisconfigurationException, match="lazy ones"):
+        trainer(callbacks=[SensitivityMonitor(task="multiclass")], num_sanity_val_steps=0).fit(
+            Lazy(), loader(), loader()
+        )
+
+
+@pytest.mark.parametrize("name", ["val_risk_score", "val_risk_estimates"])
+def test_only_our_own_names_make_labels_required(name: str) -> None:
+    class Own(Other):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log(name, self(batch[0]).square().mean())
+
+    labels = DataLoader(TensorDataset(inputs(32), inputs(32)[:, :1]), 16)
+    run = trainer(callbacks=[SensitivityMonitor(), EarlyStopping(name)])
+    with pytest.warns(UserWarning, match="There will be no risk estimate"):
+        run.fit(Own(1, mse_loss), labels, labels)

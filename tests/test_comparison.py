@@ -502,3 +502,19 @@ def test_without_a_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(tmp_path)
     assert len(compare_models({"model": linear()}, unlabelled_loader())) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_each_pass_finds_the_same_buffers() -> None:
+    class Drifting(Linear):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.count += 1
+            return self.count * super().forward(x)
+
+    torch.manual_seed(0)
+    drifting = Drifting()
+    result = compare({"drifting": drifting, "linear": linear()}, shifts=[])
+    assert result["drifting"].sensitivity == pytest.approx(result["linear"].sensitivity, rel=1e-6)

@@ -62,6 +62,22 @@ def test_buffers_get_their_values_back(inference: bool, made_in_inference_mode: 
     assert torch.equal(model.replaced, torch.zeros(2))
 
 
+def test_attributes_that_hold_tensors_are_those_from_before() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    pruned, other = torch.zeros(2), torch.ones(2)
+    model.hidden, model[0].pruned, model.gone, model.count, model.kind = None, pruned, other, 0, "a"
+    names = [list(vars(module)) for module in model.modules()]
+    with preserved_buffers(model):
+        model.hidden, model[0].pruned, model[0].new = (other, [other]), other, {"cache": other}
+        del model.gone
+        model.count, model.kind = 1, "b"
+    assert model.hidden is None
+    assert model[0].pruned is pruned
+    assert model.gone is other
+    assert [sorted(vars(module)) for module in model.modules()] == [sorted(own) for own in names]
+    assert (model.count, model.kind) == (1, "b")  # no tensors
+
+
 @pytest.mark.parametrize("error", [None, ValueError])
 def test_every_submodule_gets_its_own_mode_back(error: type[Exception] | None) -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(), nn.Sequential(nn.BatchNorm1d(2)))

@@ -148,3 +148,20 @@ def test_the_noise_of_channels_last_is_the_same() -> None:
     new, new_last = (apply(GaussianNoise(0.1), images, noise_generator(0)) for images in (x, last))
     assert torch.equal(new, new_last)
     assert new_last.is_contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def test_outputs_in_a_buffer_are_those_of_their_pass() -> None:
+    class Written(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("memory", torch.zeros(2, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.memory.copy_(x)
+
+    model, x = Written(), torch.ones(2, 3)
+    probe = Probe(model, x, None, None)
+    assert torch.equal(probe.clean(), x)
+    assert torch.equal(probe.perturbed(plus_one), x + 1)
+    assert not model.memory.any()

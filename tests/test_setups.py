@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     Callback,
     LearningRateFinder,
+    ModelPruning,
     StochasticWeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger
@@ -250,6 +251,7 @@ SETUPS = {
     "averaged weights, from the second epoch": Setup(2, callbacks=lambda: averaged_weights(update_starting_at_epoch=1)),
     # It adds an epoch for the statistics of batch norm.
     "stochastic weight averaging": Setup(4, {"max_epochs": 3}, callbacks=lambda: [StochasticWeightAveraging(0.01, 1)]),
+    "pruning": Setup(3, {"max_epochs": 3}, callbacks=lambda: [ModelPruning("l1_unstructured", amount=0.3)]),
     "torch.compile of the module": Setup(2, module=lambda: torch.compile(WithoutLog(), backend="eager")),
     "torch.compile of a submodule": Setup(2, module=Compiled),
     "batch size finder": Setup(2, module=Finding, callbacks=lambda: [BatchSizeFinder("power", 1, 4, max_trials=2)]),

@@ -209,3 +209,14 @@ def test_autocast_uses_the_weights_of_the_twin_and_then_the_own_ones() -> None:
         after = model(x)
     assert not torch.equal(inside, before)
     assert torch.equal(after, before)
+
+
+def test_complex_weights_answer_to_noisy_inputs_too() -> None:
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.randn(3, 2, dtype=torch.complex64))
+    initial, own = initial_weights(model), model.weight.detach().clone()
+    with torch.no_grad():
+        model.weight.add_(1j)
+    with twin(model, learned_weights(model, initial), noise()):
+        factors = (model.weight.detach() - own) / 1j
+    torch.testing.assert_close(factors, (1 + torch.randn(1, 2, generator=noise())).expand(3, 2) + 0j)
