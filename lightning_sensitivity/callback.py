@@ -74,8 +74,8 @@ class SensitivityMonitor(Callback):
     memory of the CPU and in checkpoints; two copies of the weights are on the device while validation runs.
 
     It changes nothing about training: weights, buffers, optimizers, random streams, module modes and logged losses are
-    those of a run without it. The exception is Python state without tensors that ``forward`` itself changes: a generator
-    of its own, a counter, a Metric that it updates.
+    those of a run without it. The exception is Python state without tensors that ``forward`` itself changes: a counter,
+    a generator of its own.
 
     Args:
         noise_std: σ of the noise in the units that the model receives, one number or one per channel (dimension 1 of

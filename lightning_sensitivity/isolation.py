@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import chain
+from operator import is_
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torchmetrics import Metric
 
 from lightning_sensitivity.nested import tensors_in
+
+_OF_ANY_MODULE = frozenset(vars(nn.Module()))  # parameters, buffers, hooks, the mode
 
 
 @contextmanager
@@ -21,8 +26,8 @@ def no_trace(model: nn.Module) -> Iterator[None]:
 
     Buffers and other tensors are put back after each pass: see :class:`~lightning_sensitivity.probe.Probe`.
 
-    What it can't put back is Python state without tensors that ``forward`` itself changes: a generator of its own, a
-    counter, a torchmetrics Metric that it updates. Parameters are not guarded: no gradient reaches them.
+    What it can't put back is other Python state that ``forward`` itself changes: a counter, a generator of its own,
+    what is deeper in a container. Parameters are not guarded: no gradient reaches them.
 
     Args:
         model: The module that is run inside.
@@ -77,45 +82,62 @@ def preserved_rng(devices: Collection[torch.device]) -> Iterator[None]:
 
 
 @contextmanager
-def preserved_buffers(model: nn.Module) -> Iterator[None]:
-    """Give every buffer its value back on exit: some change in eval mode, too (observers, counters, caches).
+def preserved_tensors(model: nn.Module) -> Iterator[None]:
+    """Give buffers, and other attributes that hold tensors, their values back on exit.
 
-    And every other attribute that held tensors, or holds some now: pruned weights are such, and hidden states.
+    Some change in eval mode, too: observers, counters, caches, hidden states, and the weights of pruned layers, which
+    are such attributes. Of a torchmetrics Metric every attribute is put back.
 
     Args:
-        model: The module that owns the buffers.
+        model: The module that owns them.
     """
-    attributes = [(module, dict(vars(module))) for module in model.modules()]
-    owners = [(module, dict(module._buffers)) for module in model.modules() if isinstance(module._buffers, dict)]
-    values = [(buffer, buffer.clone(), _version(buffer)) for buffer in model.buffers() if not is_lazy(buffer)]
+    modules = list(model.modules())
+    attributes = [(module, {n: v for n, v in vars(module).items() if n not in _OF_ANY_MODULE}) for module in modules]
+    mine = [value for _, own in attributes for value in own.values()]
+    buffers = [module._buffers for module in modules if isinstance(module._buffers, dict)]
+    containers = [(each, each.copy()) for each in [*mine, *buffers] if isinstance(each, list | dict)]
+    tensors = [each for each in [*mine, *model.buffers()] if isinstance(each, Tensor) and _has_values(each)]
+    values = [(tensor, tensor.clone(), _version(tensor)) for tensor in tensors]
     try:
         yield
     finally:
-        for module, before in attributes:
-            _give_back_tensors(vars(module), before)
-        for module, buffers in owners:
-            for name in module._buffers.keys() - buffers.keys():
-                del module._buffers[name]
-            module._buffers.update(buffers)
+        for module, own in attributes:
+            _give_back_attributes(module, own)
+        for container, items in containers:
+            _give_back_items(container, items)
         with torch.no_grad():
-            for buffer, value, version in values:
+            for tensor, value, version in values:
                 # Only what was written to: an expanded buffer, say, can't be, and need not. Inference tensors do not
                 # count their versions, and can be written to in inference mode alone.
-                if torch.is_inference_mode_enabled() if version is None else version != _version(buffer):
-                    if buffer.shape != value.shape:
-                        buffer.resize_(value.shape)
-                    buffer.copy_(value)
+                if torch.is_inference_mode_enabled() if version is None else version != _version(tensor):
+                    if tensor.shape != value.shape:
+                        tensor.resize_(value.shape)
+                    tensor.copy_(value)
 
 
-def _give_back_tensors(attributes: dict[str, Any], before: dict[str, Any]) -> None:
-    changed = [name for name, own in before.items() if attributes.get(name) is not own]
-    for name in changed + [name for name in attributes if name not in before]:
-        if not tensors_in([attributes.get(name), before.get(name)]):
-            continue
-        if name in before:
-            attributes[name] = before[name]
+def _give_back_attributes(module: nn.Module, own: dict[str, Any]) -> None:
+    attributes = vars(module)
+    changed = [name for name, value in own.items() if attributes.get(name) is not value]
+    for name in changed + [name for name in attributes if name not in own and name not in _OF_ANY_MODULE]:
+        if isinstance(module, Metric) or tensors_in([attributes.get(name), own.get(name)]):
+            if name in own:
+                attributes[name] = own[name]
+            else:
+                del attributes[name]
+
+
+def _give_back_items(container: Any, items: Any) -> None:
+    is_same = len(container) == len(items) and all(map(is_, _flat(container), _flat(items)))
+    if not is_same and tensors_in([container, items]):
+        if isinstance(container, dict):
+            container.clear()
+            container.update(items)
         else:
-            del attributes[name]
+            container[:] = items
+
+
+def _flat(container: Any) -> Iterable[Any]:
+    return chain(container, container.values()) if isinstance(container, dict) else container
 
 
 @contextmanager
@@ -138,6 +160,13 @@ def silenced(model: nn.Module) -> Iterator[None]:
 
 def _do_nothing(*args: object, **kwargs: object) -> None:
     pass
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Whether they can be copied: lazy ones have none yet, and of a sharded model they may be in other processes."""
+    if is_lazy(tensor):
+        return False
+    return tensor.layout != torch.strided or tensor.numel() == 0 or tensor.untyped_storage().nbytes() > 0
 
 
 def _version(tensor: torch.Tensor) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import UserDict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -154,10 +155,9 @@ def _rebuilt(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
     if type(value) is dict:
         return items
     problem: Exception | None = None
-    # A copy keeps attributes, too; of a class that may keep its items elsewhere, it might share them.
-    owns_items = isinstance(value, dict) or hasattr(type(value), "__copy__")
+    # A shallow copy keeps attributes, but of a class that keeps its items elsewhere it might share them.
     make_anew: Any = type(value)
-    for make in (partial(_copied_with, value), make_anew) if owns_items else (make_anew,):
+    for make in (partial(_copied_with, value), make_anew) if isinstance(value, dict | UserDict) else (make_anew,):
         try:
             new = make(items)
             # Attributes that are items, too, would be those of the other.

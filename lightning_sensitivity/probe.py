@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_sensitivity.arguments import AnyPerturbation
 from lightning_sensitivity.batches import Inputs, prepare_call, replace_floating
 from lightning_sensitivity.dtypes import accumulation_dtype
-from lightning_sensitivity.isolation import preserved_buffers
+from lightning_sensitivity.isolation import preserved_tensors
 from lightning_sensitivity.nested import describe
 from lightning_sensitivity.outputs import Selector, select_outputs
 from lightning_sensitivity.perturbations import Perturbation
@@ -74,7 +74,7 @@ class Probe:
         Raises:
             MisconfigurationException: If the first pass fails.
         """
-        with preserved_buffers(self._model):
+        with preserved_tensors(self._model):
             return self._clean(is_first)
 
     def _clean(self, is_first: bool = False) -> Tensor:
@@ -112,7 +112,7 @@ class Probe:
         Raises:
             MisconfigurationException: If the submodule did not run, or returned nothing that could be perturbed.
         """
-        with preserved_buffers(self._model):
+        with preserved_tensors(self._model):
             return self._perturbed(perturb, at)
 
     def _perturbed(self, perturb: Perturb, at: str | None, is_first: bool = False) -> Tensor:
@@ -150,7 +150,7 @@ class Probe:
 
         # A graph needs copies of what inference mode made, of autocast's copies of the weights, too.
         with (
-            preserved_buffers(self._model),
+            preserved_tensors(self._model),
             torch.inference_mode(False),
             torch.enable_grad(),
             _uncompiled_code(),
@@ -195,7 +195,7 @@ class Probe:
         Args:
             result: What it returned.
         """
-        with preserved_buffers(self._model) if callable(self._outputs) else nullcontext():
+        with preserved_tensors(self._model) if callable(self._outputs) else nullcontext():
             return self._select(result)
 
     def _select(self, result: Any) -> Tensor:

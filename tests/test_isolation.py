@@ -1,11 +1,13 @@
 import random
+from contextlib import suppress
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torchmetrics import CatMetric, MeanMetric, MetricCollection
 
-from lightning_sensitivity.isolation import evaluating, preserved_buffers, preserved_rng
+from lightning_sensitivity.isolation import evaluating, preserved_rng, preserved_tensors
 
 
 def draws() -> tuple[float, float, float]:
@@ -45,7 +47,7 @@ def test_buffers_get_their_values_back(inference: bool, made_in_inference_mode: 
     model.shared = nn.Module()
     model.shared.register_buffer("written", model.written)
     before = dict(model.named_buffers(remove_duplicate=False))
-    with torch.inference_mode(inference), preserved_buffers(model):
+    with torch.inference_mode(inference), preserved_tensors(model):
         if inference or not made_in_inference_mode:  # elsewhere torch refuses to write
             model.written += 1
         model.replaced = model.replaced + 1
@@ -67,7 +69,7 @@ def test_attributes_that_hold_tensors_are_those_from_before() -> None:
     pruned, other = torch.zeros(2), torch.ones(2)
     model.hidden, model[0].pruned, model.gone, model.count, model.kind = None, pruned, other, 0, "a"
     names = [list(vars(module)) for module in model.modules()]
-    with preserved_buffers(model):
+    with preserved_tensors(model):
         model.hidden, model[0].pruned, model[0].new = (other, [other]), other, {"cache": other}
         del model.gone
         model.count, model.kind = 1, "b"
@@ -76,6 +78,42 @@ def test_attributes_that_hold_tensors_are_those_from_before() -> None:
     assert model.gone is other
     assert [sorted(vars(module)) for module in model.modules()] == [sorted(own) for own in names]
     assert (model.count, model.kind) == (1, "b")  # no tensors
+
+
+@pytest.mark.parametrize("error", [None, ValueError])
+def test_what_is_written_into_attributes_is_put_back(error: type[Exception] | None) -> None:
+    model = nn.Module()
+    model.hidden, model.cache, model.memory = torch.zeros(2), [torch.zeros(1)], {"first": torch.ones(1)}
+    model.calls = []
+    model.metric = MetricCollection([MeanMetric(), CatMetric()])
+    model.metric.update(torch.ones(3))
+    memory = dict(model.memory)
+    with suppress(ValueError), preserved_tensors(model):
+        model.hidden += 1
+        model.cache.append(torch.ones(3))
+        model.memory["second"] = torch.ones(1)
+        model.memory["first"] = torch.zeros(1)
+        model.calls.append("a")
+        model.metric.update(torch.zeros(3))
+        if error:
+            raise error
+    assert model.calls == ["a"]  # no tensors
+    assert not model.hidden.any()
+    assert len(model.cache) == 1
+    assert model.memory == memory
+    assert model.metric.compute()["MeanMetric"] == 1
+    assert torch.equal(model.metric.compute()["CatMetric"], torch.ones(3))
+    assert all(metric._update_count == 1 for metric in model.metric.values())
+
+
+def test_freed_memory_is_not_read() -> None:
+    """As of a model whose weights are in other processes."""
+    model = nn.Module()
+    model.weight = torch.zeros(4)
+    model.weight.untyped_storage().resize_(0)
+    with preserved_tensors(model):
+        pass
+    assert model.weight.untyped_storage().nbytes() == 0
 
 
 @pytest.mark.parametrize("error", [None, ValueError])
