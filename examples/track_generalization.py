@@ -103,6 +103,10 @@ for epoch in sorted({*shown, len(table.rows) - 1}):
         f"{epoch:5d}  {row['train_loss']:10.3f}  {row['val/loss']:8.3f}  {row['val/brier']:15.3f}"
         f"  {row['val/risk_estimate']:23.3f}  {row['val/sensitivity']:11.5f} ± {row['val/sensitivity_stderr']:.5f}"
     )
+print(
+    f"\nThe estimate is that of the score against labels of which {args.label_noise:.0%} are wrong, as in training. It is"
+    "\nmade for its minimum: its size is too large before, and far too large long after."
+)
 losses = [row["val/loss"] for row in table.rows]
 chosen, best = (
     min(range(len(losses)), key=lambda epoch: table.rows[epoch][name]) for name in ("val/risk_estimate", "val/loss")

@@ -39,6 +39,9 @@ def check_int(name: str, value: object, minimum: int | None = None) -> None:
         name: Name of the argument.
         value: What came.
         minimum: The least that is allowed.
+
+    Raises:
+        MisconfigurationException: If it is something else.
     """
     is_int = isinstance(value, Integral) and not isinstance(value, bool)
     valid = is_int and (minimum is None or value >= minimum)  # type: ignore[operator]
@@ -51,6 +54,9 @@ def check_selector(name: str, value: object) -> None:
     Args:
         name: Name of the argument.
         value: What came.
+
+    Raises:
+        MisconfigurationException: If it is something else.
     """
     valid = value is None or _is_key(value) or callable(value)
     check_argument(name, value, valid, "a key (str), an index (int), a callable or None")
@@ -61,6 +67,9 @@ def check_inputs(value: object) -> None:
 
     Args:
         value: What came.
+
+    Raises:
+        MisconfigurationException: If it is something else.
     """
     if isinstance(value, list | tuple):
         valid = len(value) > 0 and all(map(_is_key, value)) and len(set(value)) == len(value)
@@ -74,6 +83,9 @@ def check_at(value: object) -> None:
 
     Args:
         value: What came.
+
+    Raises:
+        MisconfigurationException: If it is something else.
     """
     names = value if is_sequence(value) else [] if value is None else [value]
     assert isinstance(names, Sequence)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning_utilities.core.rank_zero import WarningCache
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_sensitivity.isolation import no_trace
@@ -54,7 +54,7 @@ class BatchMeasurement:
         # Of the step that is watched: the batch, and what our own passes have shown, where trust is still missing.
         self._pending: Probe | None = None
         self._shown: _Shown | None = None
-        self._left_out = WarningCache()
+        self._warned_of: set[int] = set()  # loaders of which a batch was left out
 
     def stop_watching(self) -> None:
         """Leave no hook on the module, and forget what the loop has shown."""
@@ -78,7 +78,7 @@ class BatchMeasurement:
             MisconfigurationException: If the model can't be run on it.
         """
         # A process that had no batch of an earlier loader joins the others, who reduced when that loader was done.
-        for earlier in range(dataloader_idx):
+        for earlier in range(dataloader_idx if batch_idx == 0 else 0):
             for statistics in self._sensitivity.statistics(earlier, pl_module.device, self._risk.task):
                 statistics.compute()
 
@@ -104,7 +104,9 @@ class BatchMeasurement:
                 if batch_idx == 0:
                     raise
                 # None, say, where the samples of a batch were corrupt: no reason to end a run.
-                self._left_out.warn(f"`SensitivityMonitor` leaves a batch of dataloader {dataloader_idx} out: {error}")
+                if dataloader_idx not in self._warned_of:
+                    self._warned_of.add(dataloader_idx)
+                    rank_zero_warn(f"`SensitivityMonitor` leaves a batch of dataloader {dataloader_idx} out: {error}")
                 return
         is_trusted = may_watch and dataloader_idx in self._trusted
         clean = None if is_trusted else self._measure(trainer, pl_module, probe, batch_idx, dataloader_idx)

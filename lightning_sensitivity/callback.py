@@ -68,10 +68,11 @@ class SensitivityMonitor(Callback):
     ``nan_strategy``; log10 of 0) is not logged; an ``EarlyStopping`` that may meet that needs ``strict=False``.
 
     It costs ``num_draws`` forward passes per validation batch that is measured (``num_samples``), where
-    ``validation_step`` calls ``self(x)`` on the batch's own tensor, in ``fit``: its outputs are used. Elsewhere it is
-    one more; a debug message says which, and why. For the risk one more (or eight in all, where a loader has fewer
-    batches), and those of ``num_training_samples`` per validation. The weights from before training are kept in the
-    memory of the CPU and in checkpoints; two copies of the weights are on the device while validation runs.
+    ``validation_step`` calls ``self(x)`` on the batch's own tensor, in ``fit``: its outputs are used, but for the first
+    batch of a loader. Elsewhere it is one more; a debug message says which, and why. For the risk one more (or at least
+    eight in all, where fewer batches are measured), and those of ``num_training_samples`` per validation. The weights
+    from before training are kept in the memory of the CPU and in checkpoints; two copies of the weights are on the
+    device while validation runs.
 
     It changes nothing about training: weights, buffers, optimizers, random streams, module modes and logged losses are
     those of a run without it. The exception is Python state without tensors that ``forward`` itself changes: a counter,
@@ -137,8 +138,11 @@ class SensitivityMonitor(Callback):
             labels or task can't be told or do not fit (a warning with ``task="auto"``, where nothing monitors the
             estimate), or training resumes without the weights from before it; at the end of the sanity check or
             of the first validation, if somebody else logs one of the names, too.
-        ValueError: At the end of a validation loader, if outputs were nan or inf (``nan_strategy="error"``) or
-            probabilities.
+        TypeError: At the first validation batch, if outputs are not floating.
+        ValueError: At the first validation batch, if outputs are a scalar, if shapes of clean and noisy outputs differ
+            or σ per channel does not fit, or with ``method="gradient"`` if outputs have positions or no gradient
+            reaches what is perturbed; at the end of a validation loader, if outputs were nan or inf
+            (``nan_strategy="error"``) or probabilities, or their number changed.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -190,21 +194,11 @@ class SensitivityMonitor(Callback):
         check_argument("per_output", per_output, isinstance(per_output, bool), "a bool")
         check_argument("nan_strategy", nan_strategy, nan_strategy in ("error", "warn"), "'error' or 'warn'")
         check_argument("before_training", before_training, isinstance(before_training, bool), "a bool")
-        self.at = at
-        self.method = method
-        self.num_draws = num_draws
-        self.num_samples = num_samples
-        self.seed = seed
         self.prefix = prefix
         self.test_prefix = test_prefix
-        self.inputs = inputs
-        self.outputs = outputs
         self.targets = targets
         self.task = task
-        self.num_training_samples = num_training_samples
         self.save_training_samples = save_training_samples
-        self.per_output = per_output
-        self.nan_strategy = nan_strategy
         self.before_training = before_training
         self._sensitivity = SensitivityMeasurement(
             self.perturbation, at, method, num_draws, num_samples, inputs, outputs, per_output, nan_strategy
@@ -328,27 +322,9 @@ class SensitivityMonitor(Callback):
                 logger.log_metrics(metrics, step=trainer.global_step)
         self._forget_batches()
 
-    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start with empty statistics."""
-        self._begin_epoch(trainer, pl_module)
-
-    def on_test_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Measure a batch before ``test_step`` may change it."""
-        self._batches.begin(trainer, pl_module, batch, batch_idx, dataloader_idx)
-
-    def on_test_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Measure a batch whose outputs the step has computed."""
-        self._end_batch(trainer, pl_module, batch_idx, dataloader_idx)
+    on_test_start = on_validation_start
+    on_test_batch_start = on_validation_batch_start
+    on_test_batch_end = on_validation_batch_end
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Have every process take part in every reduction, and report what was wrong."""

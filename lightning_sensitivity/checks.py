@@ -1,4 +1,4 @@
-"""What can be checked in ``setup``, so that no training run ends in a wrong number, or in none."""
+"""What is checked of a run before or beside its batches, so that it does not end in a wrong number, or in none."""
 
 from __future__ import annotations
 

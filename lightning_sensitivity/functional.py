@@ -75,11 +75,11 @@ def loss_estimate(
         L \approx \sqrt{\tfrac{1}{2}\Big(\tfrac{K - 1}{K}\, S\, C + \Sigma\Big)}, \qquad
         C = \frac{\mathbb{E}[x^2]}{\sigma^2}
 
-    How far its size can be believed, measured on CIFAR-10 and MNIST: within about 20 % for the mean over several
-    fully connected networks initialized with N(0, 1) and trained to convergence; about 10 to 20 times too low for
-    networks with Kaiming or PyTorch's default initialization, whose class-mean is small (README has a table and its
-    command). It assumes that the variance of the prediction is the dominant term, so it says nothing about an
-    underfitted network, and an untrained one looks best.
+    How far its size can be believed, measured on CIFAR-10 (README has the table and its command): within about 10 % for
+    the mean over ten fully connected networks initialized with N(0, 1) and trained to convergence; nine times too low
+    for the same networks with PyTorch's default initialization, whose class-mean is small. It assumes that the variance
+    of the prediction is the dominant term, so it says nothing about an underfitted network, and an untrained one looks
+    best.
 
     Args:
         sensitivity: S, scalar or any shape.

@@ -1,4 +1,4 @@
-"""What is done to images (N, C, H, W): turned, moved and blurred ones; each class states its second moment."""
+"""What is done to images (N, C, H, W): turned, moved and blurred ones, whose change depends on the image."""
 
 from __future__ import annotations
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_sensitivity.dtypes import accumulation_dtype, rounding_epsilon
 from lightning_sensitivity.nested import describe, is_sequence
 
 Selector = Callable[..., Any] | int | str | None
@@ -54,6 +57,21 @@ def select_outputs(result: Any, outputs: Selector, batch: Any = None, num_sample
             " Choose another part of what it returns with `outputs=` (a key, an index or a callable)."
         )
     return selected
+
+
+def are_log_probabilities(outputs: Tensor) -> bool:
+    """Whether outputs are those of a log-softmax, within rounding, which no logits are by chance.
+
+    Args:
+        outputs: Outputs, ``(N, K, ...)`` or ``(N,)``.
+    """
+    if outputs.ndim < 2 or outputs.shape[1] < 2 or not outputs.numel():
+        return False
+    wide = outputs.to(accumulation_dtype(outputs.device))
+    epsilon = max(rounding_epsilon(outputs), torch.finfo(torch.float32).eps)  # it may have been widened since
+    # Each is rounded by its share: that is the entropy, in all, which is at most log K.
+    tolerance = 4 * epsilon * (1 + math.log(outputs.shape[1]))
+    return bool((wide.max() <= 0) & (wide.logsumexp(1).abs().max() <= tolerance))
 
 
 def num_required(parameters: Iterable[inspect.Parameter]) -> int:

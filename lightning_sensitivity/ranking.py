@@ -78,6 +78,9 @@ class Comparison:
 
         Args:
             name: Its name.
+
+        Raises:
+            KeyError: If there is none of that name.
         """
         for model in self._models:
             if model.name == name:
@@ -214,7 +217,14 @@ class Comparison:
             "sensitivity": [_with_error(model.sensitivity, model.sensitivity_stderr) for model in self],
             "ties with": [", ".join(rank[other] for other in tied.get(name, [])) for name in rank],
         }
-        for field in fields(ModelScores)[3:-1]:
+        for field in fields(ModelScores):
+            if field.name in (
+                "name",
+                "sensitivity",
+                "sensitivity_stderr",
+                "note",
+            ):  # which have columns of another kind
+                continue
             values = [getattr(model, field.name) for model in self]
             if any(map(math.isfinite, values)):
                 columns[_title(field.name)] = list(map(_short, values))

@@ -82,6 +82,7 @@ class LoaderStatistics(OutputSensitivity):
         self.names = names
         self.suffix = suffix
         self.is_rounded = is_rounded
+        self.has_log_probabilities = False
         self._has_risk = False
         self.warnings: dict[str, str] = {}  # of the last `compute`, about the sensitivity, by what is wrong
         self.add_state("power", default=torch.zeros(3, dtype=torch.float64), dist_reduce_fx="sum")
@@ -113,7 +114,14 @@ class LoaderStatistics(OutputSensitivity):
             self.power = self.power + torch.stack([power, rounding, torch.full_like(power, scaled.numel())])
 
     def add_risk(self, sums: Tensor) -> None:
-        """Add what the risk estimate needs of a holdout batch, or of the training samples."""
+        """Add what the risk estimate needs of a holdout batch, or of the training samples.
+
+        Args:
+            sums: What :func:`~lightning_sensitivity.risk.holdout_sums` or ``training_sums`` gives.
+
+        Raises:
+            ValueError: If numbers of outputs differ.
+        """
         if self._has_risk and self.risk.shape != sums.shape:
             raise ValueError(
                 "Expected as many outputs on training samples as on the holdout, but got"
@@ -123,7 +131,11 @@ class LoaderStatistics(OutputSensitivity):
         self.risk = self.risk.to(sums) + sums
 
     def compute(self) -> dict[str, Tensor]:  # type: ignore[override]
-        """Every number that has a meaning; the others are left out."""
+        """Every number that has a meaning; the others are left out.
+
+        Raises:
+            ValueError: If outputs were nan or inf (``nan_strategy="error"``) or probabilities, or K changed.
+        """
         self.warnings = {}
         try:
             super().compute()
@@ -150,6 +162,12 @@ class LoaderStatistics(OutputSensitivity):
             self.warnings["no change"] = (
                 "no output changed under the perturbation: what is perturbed reaches none of the outputs (see `inputs=`"
                 " and `at=`), or the weights behind it are 0."
+            )
+        if self.has_log_probabilities:
+            self.warnings["log-probabilities"] = (
+                "the outputs are log-probabilities, whose class average also changes by what the softmax has"
+                " subtracted: this is not the sensitivity of the logits. Return or choose (`outputs=`) the logits, or"
+                " use `per_output=True`."
             )
         if self.task is not None:
             terms = risk_terms(self.risk, self.task)

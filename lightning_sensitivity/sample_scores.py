@@ -69,6 +69,9 @@ class SampleScores:
         Args:
             x: Clean inputs, ``(N, ...)``.
             second_moment: That of the perturbation, the unit of the power.
+
+        Raises:
+            ValueError: If there is not one output for each sample.
         """
         if len(x) != len(self._clean):
             raise ValueError(

@@ -88,7 +88,11 @@ class ScoredModel(pl.LightningModule):
                 setattr(self, hook, getattr(inner, hook))
 
     def result(self) -> Scored:
-        """What the pass found."""
+        """What the pass found.
+
+        Raises:
+            ValueError: If it found nothing, since there was no batch.
+        """
         if self._scored is None and self._file.exists():
             self._scored = Scored(*torch.load(self._file))
         if self._scored is None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_sensitivity.arguments import AnyPerturbation
 from lightning_sensitivity.batches import Inputs
 from lightning_sensitivity.dtypes import accumulation_dtype
-from lightning_sensitivity.outputs import Selector
+from lightning_sensitivity.outputs import Selector, are_log_probabilities
 from lightning_sensitivity.probe import Probe, apply, check_submodule
 from lightning_sensitivity.readings import NAMES, SITE_NAMES, LoaderStatistics
 from lightning_sensitivity.strategies import forward
@@ -187,6 +187,8 @@ class SensitivityMeasurement:
 
         Raises:
             MisconfigurationException: If the model can't be run.
+            TypeError: If outputs are not floating.
+            ValueError: If shapes of outputs or of the noise do not fit, or a gradient can't be taken.
         """
         is_first = dataloader_idx not in self._statistics
         if clean is None and not self._by_gradient:
@@ -203,6 +205,8 @@ class SensitivityMeasurement:
         assert clean is not None
         if is_first:
             self._batch_sizes[dataloader_idx] = max(1, len(clean))
+            for statistics in all_statistics:
+                statistics.has_log_probabilities = not self._per_output and are_log_probabilities(clean)
         return clean
 
     def _noisy_outputs(

@@ -3,7 +3,7 @@ import operator
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -145,10 +145,24 @@ def test_several_loaders(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_early_stopping_and_checkpoints_on_several_loaders(tmp_path: Path) -> None:
+    class Curve(Callback):
+        values: ClassVar[list[float]] = []
+
+        def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            if not trainer.sanity_checking:
+                self.values.append(trainer.callback_metrics[name].item())
+
     name = "val_sensitivity/dataloader_idx_1"
-    stopping = EarlyStopping(monitor=name, mode="min", patience=1)
-    trainer(callbacks=[SensitivityMonitor(), stopping]).fit(Classifier(), loader(), [loader(), loader(seed=1)])
-    assert stopping.best_score < float("inf")
+    stopping, curve = EarlyStopping(monitor=name, mode="min", patience=1), Curve()
+    checkpoint = ModelCheckpoint(tmp_path, monitor=name, mode="min")
+    run = trainer(
+        callbacks=[SensitivityMonitor(), curve, stopping, checkpoint], enable_checkpointing=True, max_epochs=9
+    )
+    run.fit(Classifier(), loader(), [loader(), loader(seed=1)])
+    lowest = curve.values.index(min(curve.values))
+    assert len(curve.values) == lowest + 2 < 9  # it grows
+    assert stopping.best_score == checkpoint.best_model_score == min(curve.values)
+    assert f"epoch={lowest}-" in checkpoint.best_model_path
 
 
 def test_per_output() -> None:
@@ -359,10 +373,9 @@ def test_what_the_model_writes_into_its_other_arguments_does_not_reach_validatio
             assert torch.equal(batch["mask"], torch.ones(16, 12))
 
     batches = [{"x": x, "mask": torch.ones(12)} for x in inputs(32)]
-    plain = validated(SensitivityMonitor(inputs="x"), Masked(), DataLoader(batches, 16))
-    full = validated(SensitivityMonitor(), Linear(), DataLoader(inputs(32), 16))
-    assert plain["val_sensitivity"] > 0
-    assert full["val_sensitivity"] > 0
+    model = Masked()
+    values = validated(SensitivityMonitor(inputs="x"), model, DataLoader(batches, 16))
+    assert 0.5 < values["val_sensitivity"] / (0.25 * model.sensitivity(0.1)) < 2  # each pass halves a mask of ones
 
 
 # Precision
@@ -857,15 +870,15 @@ def test_lightning_cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return cli, [callback for callback in cli.trainer.callbacks if isinstance(callback, SensitivityMonitor)]
 
     cli, (first, second) = monitors(config)
-    assert first.inputs == 0
-    assert first.outputs is None
-    assert second.outputs is operator.pos
+    assert first._sensitivity._inputs == 0
+    assert first._sensitivity._outputs is None
+    assert second._sensitivity._outputs is operator.pos
     cli.trainer.fit(cli.model, loader(), loader())
     for prefix in ("val/", "val_"):
         assert {f"{prefix}{name}" for name in NAMES} <= cli.trainer.callback_metrics.keys()
 
     _, (first, _) = monitors(config.replace("inputs: 0", "inputs: image"))
-    assert first.inputs == "image"
+    assert first._sensitivity._inputs == "image"
 
 
 def test_the_callback_can_be_copied() -> None:
@@ -943,3 +956,17 @@ def test_before_training_gives_the_sanity_check_back_after_an_error() -> None:
     with pytest.raises(RuntimeError, match="mine"):
         run.fit(Failing(), loader(), loader())
     assert run.num_sanity_val_steps == 2
+
+
+@pytest.mark.parametrize("method", ["noise", "gradient"])
+def test_log_probabilities_are_warned_of_once(method: str) -> None:
+    class Ending(Classifier):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).log_softmax(1)
+
+    monitor = SensitivityMonitor(method=method)
+    with pytest.warns(UserWarning, match="`val_sensitivity`: the outputs are log-probabilities") as caught:
+        trainer(callbacks=[monitor], max_epochs=3).fit(Ending(), loader(), loader())
+    assert sum("log-probabilities" in str(warning.message) for warning in caught) == 1
+    if method == "noise":
+        validated(SensitivityMonitor(per_output=True), Ending(), loader())  # without a warning

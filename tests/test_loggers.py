@@ -170,17 +170,12 @@ def test_every_value_of_every_epoch_arrives(loggers: Loggers, prefix: str) -> No
 @each
 def test_names_of_layers_are_legal(loggers: Loggers) -> None:
     """A layer's name has dots, and may be the beginning of another's."""
-    layers = ["net", "net.0", "net.10.out_proj", "blocks.3-b"]
-    names = [
-        *(f"val_sensitivity/{layer}" for layer in layers),
-        *(f"val/of/{layer}/dataloader_idx_1" for layer in layers),
-    ]
-    values = {name: 0.1 + number for number, name in enumerate(names)}
-    for logger in loggers.loggers.values():
-        for step in (3, 7):
-            logger.log_metrics(values, step)
-        logger.save()
-        logger.finalize("success")
+    layers = ["net", "net.0", "net.4"]
+    monitor, recorder = SensitivityMonitor(at=layers, prefix="val/of/", task=None), Recorder()
+    run = trainer(callbacks=[monitor, recorder], logger=[*loggers.loggers.values()], log_every_n_steps=1)
+    run.fit(Classifier(), loader(), [loader(), loader(20)])
+    names = {f"val/of/sensitivity/{layer}/dataloader_idx_{idx}" for layer in layers for idx in range(2)}
     for kind, curves in loggers.read().items():
-        for name, value in values.items():
-            assert curves[name] == dict.fromkeys((3, 7), stored(kind, value))
+        for name in names:
+            expected = zip((3, 7), recorder.seen, strict=True)
+            assert curves[name] == {step: stored(kind, values[name]) for step, values in expected}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_sensitivity.outputs import select_outputs
+from lightning_sensitivity.outputs import are_log_probabilities, select_outputs
 
 X, LABELS = torch.zeros(3, 2), torch.tensor([0, 1, 2])
 
@@ -74,3 +74,13 @@ def test_a_scalar_is_the_output_of_one_sample() -> None:
     assert select_outputs(X.sum(), None, num_samples=1).shape == (1,)
     with pytest.raises(ValueError, match="got a scalar"):
         select_outputs(X.sum(), None, num_samples=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(16, 10), (4, 3, 5)])
+def test_log_probabilities_are_told_from_logits(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    logits = 5 * torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert are_log_probabilities(logits.log_softmax(1))
+    for others in (logits, -logits.abs(), logits.log_softmax(1) - 0.5, logits.softmax(1), logits[:, :1], logits[:0]):
+        assert not are_log_probabilities(others)
+    assert not are_log_probabilities(torch.zeros(5, dtype=dtype))

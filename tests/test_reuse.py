@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from lightning_sensitivity import SensitivityMonitor
+from lightning_sensitivity.perturbations import noise_generator
 from lightning_sensitivity.probe import Probe
 from lightning_sensitivity.reuse import Witness, why_not
 from tests.helpers import Classifier, inputs, loader, trainer, unlabelled_loader
@@ -310,17 +311,26 @@ def test_each_pass_finds_the_buffers_that_the_step_finds() -> None:
                 self.mean += (x.mean(0) - self.mean) / 2
             return self.net(x - self.mean)
 
-    class Fixed(Normalizing):
-        """The same without a change between the passes of a batch."""
+    def differences(model: Normalizing, batches: Any) -> Tensor:
+        """By a plain loop, as each step finds the mean."""
+        changes, mean = [], model.mean.clone()
+        for batch_idx, (x, _) in enumerate(batches):
+            noisy = x + 0.1 * torch.randn(x.shape, generator=noise_generator(0, 0, 0, batch_idx))
+            outputs = [model.net(x - mean - (x.mean(0) - mean) / 2) for x in (noisy, x)]
+            changes.append((outputs[0].double() - outputs[1].double()).mean(1))
+            mean += (x.mean(0) - mean) / 2
+        return torch.cat(changes)
 
-        def validation_step(self, batch: Any, batch_idx: int) -> None:
-            pass
-
-    values = [
-        fit(kind(None), SensitivityMonitor(task=None)).callback_metrics["val_sensitivity"].item()
-        for kind in (Normalizing, Fixed)
-    ]
-    assert values[0] == values[1]
+    model = Normalizing(STEPS["self(x)"][0])
+    run = trainer(callbacks=[SensitivityMonitor()], num_sanity_val_steps=0, inference_mode=False)
+    torch.manual_seed(0)
+    before = model.mean.clone()
+    run.validate(model, loader(16 * NUM_BATCHES), verbose=False)
+    after, model.mean = model.mean.clone(), before.clone()
+    with torch.no_grad():
+        expected = differences(model.eval(), loader(16 * NUM_BATCHES)).var(correction=0).item()
+    assert not after.equal(before)
+    assert run.callback_metrics["val_sensitivity"].item() == pytest.approx(expected, rel=1e-6)
     model = Normalizing(None).eval()
     x = inputs(8)
     probe = Probe(model, x, None, None)

@@ -131,19 +131,6 @@ def test_the_same_batches_are_measured_every_epoch() -> None:
     assert others == [first, first]
 
 
-def test_of_a_loader_without_a_length_all_is_measured() -> None:
-    class Endless(torch.utils.data.IterableDataset):
-        def __iter__(self) -> Any:
-            return iter(inputs(50))
-
-    values = [
-        validate(model, DataLoader(Endless(), 10), num_samples=num_samples)
-        for model in [Linear()]
-        for num_samples in (10, None)
-    ]
-    assert values[0] == values[1]
-
-
 # The small-noise limit
 
 
@@ -307,9 +294,8 @@ def test_a_budget_counts_the_samples_of_the_outputs() -> None:
             return super().forward(x.mean(0))
 
     sequences = [{"temperature": torch.tensor(2.0), "x": x.expand(30, 5, 12)} for x in inputs(100).split(5)]
-    run = trainer(callbacks=[monitor := SensitivityMonitor(num_samples=40, inputs="x")])
+    run = trainer(callbacks=[SensitivityMonitor(num_samples=40, inputs="x")])
     run.validate(SequenceFirst(), DataLoader(sequences, batch_size=None), verbose=False)
-    assert monitor.num_samples == 40
     assert run.callback_metrics["val_sensitivity"] > 0
     seen: list[int] = []
 
