@@ -104,8 +104,8 @@ for epoch in sorted({*shown, len(table.rows) - 1}):
         f"  {row['val/risk_estimate']:23.3f}  {row['val/sensitivity']:11.5f} ± {row['val/sensitivity_stderr']:.5f}"
     )
 print(
-    f"\nThe estimate is that of the score against labels of which {args.label_noise:.0%} are wrong, as in training. It is"
-    "\nmade for its minimum: its size is too large before, and far too large long after."
+    f"\nThe estimate is of the score against labels of which {args.label_noise:.0%} are wrong, as in training. Use it"
+    " for its\nminimum, not for its size, which is far too large long after it."
 )
 losses = [row["val/loss"] for row in table.rows]
 chosen, best = (

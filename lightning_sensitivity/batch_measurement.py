@@ -54,7 +54,13 @@ class BatchMeasurement:
         # Of the step that is watched: the batch, and what our own passes have shown, where trust is still missing.
         self._pending: Probe | None = None
         self._shown: _Shown | None = None
-        self._warned_of: set[int] = set()  # loaders of which a batch was left out
+        # Of a run: loaders of which a batch was measured, and those of which one was left out.
+        self._measured: set[int] = set()
+        self._left_out: set[int] = set()
+
+    def begin_run(self) -> None:
+        """Expect other loaders."""
+        self._measured, self._left_out = set(), set()
 
     def stop_watching(self) -> None:
         """Leave no hook on the module, and forget what the loop has shown."""
@@ -99,13 +105,15 @@ class BatchMeasurement:
             own = copied(batch) if may_watch or runs_user_code else batch
             copies = copies_of(batch, own)
             try:
+                if batch is None:
+                    raise MisconfigurationException("Expected a batch, got None.")
                 probe = self._sensitivity.probe(trainer, pl_module, own)
             except MisconfigurationException as error:
-                if batch_idx == 0:
+                if dataloader_idx not in self._measured:
                     raise
-                # None, say, where the samples of a batch were corrupt: no reason to end a run.
-                if dataloader_idx not in self._warned_of:
-                    self._warned_of.add(dataloader_idx)
+                # Where samples are corrupt, say: no reason to end a run.
+                if dataloader_idx not in self._left_out:
+                    self._left_out.add(dataloader_idx)
                     rank_zero_warn(f"`SensitivityMonitor` leaves a batch of dataloader {dataloader_idx} out: {error}")
                 return
         is_trusted = may_watch and dataloader_idx in self._trusted
@@ -183,6 +191,7 @@ class BatchMeasurement:
         generator = partial(noise_generator, self._seed, trainer.global_rank, dataloader_idx, batch_idx)
         with no_trace(pl_module), trainer.precision_plugin.val_step_context():
             clean = self._sensitivity.measure(pl_module, probe, generator, dataloader_idx, self._risk.task, clean)
+            self._measured.add(dataloader_idx)
             first = self._sensitivity.statistics(dataloader_idx, pl_module.device, self._risk.task)[0]
             if first.task is not None:
                 # A process without a batch of this loader adds none of its training samples: it can't be waited for.

@@ -10,7 +10,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -214,6 +213,7 @@ class SensitivityMonitor(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check what can be checked before the first epoch."""
         self._risk.end_fit()  # one that failed has left its samples
+        self._batches.begin_run()
         if stage not in ("fit", "validate", "test"):
             return
         check_model(pl_module)
@@ -304,8 +304,8 @@ class SensitivityMonitor(Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Free the device's memory, and require that the logged names are ours alone, after a sanity check too."""
         self._risk.end_validation()
-        is_in_fit = trainer.state.fn == TrainerFn.FITTING
-        self._check_names(trainer, self.prefix, RISK.values() if is_in_fit and self.task is not None else ())
+        may_have_risk = trainer.sanity_checking and self.task is not None  # later it is among the values
+        self._check_names(trainer, self.prefix, RISK.values() if may_have_risk else ())
 
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the untrained network, if wanted, and forget the batches of the sanity check."""

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import chain
 from operator import is_
 from typing import Any
 
@@ -86,58 +85,74 @@ def preserved_tensors(model: nn.Module) -> Iterator[None]:
     """Give buffers, and other attributes that hold tensors, their values back on exit.
 
     Some change in eval mode, too: observers, counters, caches, hidden states, and the weights of pruned layers, which
-    are such attributes. Of a torchmetrics Metric every attribute is put back.
+    are such attributes. In a module where one has changed, and in a torchmetrics Metric, every attribute is put back:
+    there may be numbers that say of which size a cache is, or how many samples a mean is of.
 
     Args:
         model: The module that owns them.
     """
-    modules = list(model.modules())
-    attributes = [(module, {n: v for n, v in vars(module).items() if n not in _OF_ANY_MODULE}) for module in modules]
-    mine = [value for _, own in attributes for value in own.values()]
-    buffers = [module._buffers for module in modules if isinstance(module._buffers, dict)]
-    containers = [(each, each.copy()) for each in [*mine, *buffers] if isinstance(each, list | dict)]
-    tensors = [each for each in [*mine, *model.buffers()] if isinstance(each, Tensor) and _has_values(each)]
-    values = [(tensor, tensor.clone(), _version(tensor)) for tensor in tensors]
+    states = [_State(module) for module in model.modules()]
     try:
         yield
     finally:
-        for module, own in attributes:
-            _give_back_attributes(module, own)
-        for container, items in containers:
-            _give_back_items(container, items)
         with torch.no_grad():
-            for tensor, value, version in values:
-                # Only what was written to: an expanded buffer, say, can't be, and need not. Inference tensors do not
-                # count their versions, and can be written to in inference mode alone.
-                if torch.is_inference_mode_enabled() if version is None else version != _version(tensor):
-                    if tensor.shape != value.shape:
-                        tensor.resize_(value.shape)
-                    tensor.copy_(value)
+            for state in states:
+                state.give_back()
 
 
-def _give_back_attributes(module: nn.Module, own: dict[str, Any]) -> None:
-    attributes = vars(module)
-    changed = [name for name, value in own.items() if attributes.get(name) is not value]
-    for name in changed + [name for name in attributes if name not in own and name not in _OF_ANY_MODULE]:
-        if isinstance(module, Metric) or tensors_in([attributes.get(name), own.get(name)]):
-            if name in own:
-                attributes[name] = own[name]
-            else:
-                del attributes[name]
+class _State:
+    """What a module has in buffers and in attributes of its own."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._attributes = _own_attributes(module)
+        own = [*self._attributes.values(), module._buffers]
+        self._containers = [(each, each.copy()) for each in own if isinstance(each, list | dict)]
+        own += module._buffers.values()
+        tensors = [each for each in own if isinstance(each, Tensor) and _has_values(each)]
+        self._tensors = [(tensor, tensor.clone(), _version(tensor)) for tensor in tensors]
+
+    def give_back(self) -> None:
+        """Put back what has changed."""
+        written = [(tensor, value) for tensor, value, version in self._tensors if _is_written(tensor, value, version)]
+        for tensor, value in written:
+            if tensor.shape != value.shape:
+                tensor.resize_(value.shape)
+            tensor.copy_(value)
+        refilled = [(each, items) for each, items in self._containers if not _is_same(each, items)]
+        attributes = _own_attributes(self._module)
+        names = [name for name in {**self._attributes, **attributes} if self._differs(attributes, name)]
+        differing = [(attributes.get(name), self._attributes.get(name)) for name in names]
+        if written or isinstance(self._module, Metric) or tensors_in([refilled, differing]):
+            for container, items in refilled:
+                container.clear()
+                container.update(items) if isinstance(container, dict) else container.extend(items)
+            for name in attributes.keys() - self._attributes.keys():
+                del vars(self._module)[name]
+            vars(self._module).update(self._attributes)
+
+    def _differs(self, attributes: dict[str, Any], name: str) -> bool:
+        return attributes.get(name, self) is not self._attributes.get(name, self)
 
 
-def _give_back_items(container: Any, items: Any) -> None:
-    is_same = len(container) == len(items) and all(map(is_, _flat(container), _flat(items)))
-    if not is_same and tensors_in([container, items]):
-        if isinstance(container, dict):
-            container.clear()
-            container.update(items)
-        else:
-            container[:] = items
+def _own_attributes(module: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in vars(module).items() if name not in _OF_ANY_MODULE}
 
 
-def _flat(container: Any) -> Iterable[Any]:
-    return chain(container, container.values()) if isinstance(container, dict) else container
+def _is_same(container: Any, items: Any) -> bool:
+    """Whether a list or dict holds these objects still."""
+    if len(container) != len(items):
+        return False
+    if isinstance(container, dict):
+        return container.keys() == items.keys() and all(container[name] is value for name, value in items.items())
+    return all(map(is_, container, items))
+
+
+def _is_written(tensor: Tensor, value: Tensor, version: int | None) -> bool:
+    # Inference tensors do not count their versions, and can be written to in inference mode alone.
+    if version is None:
+        return torch.is_inference_mode_enabled() and not torch.equal(tensor, value)
+    return version != _version(tensor)
 
 
 @contextmanager

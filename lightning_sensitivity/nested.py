@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import UserDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 _IMMUTABLE = str | bytes | int | float | complex
+_WITHOUT_TENSORS = range | bytes | bytearray | memoryview  # among the sequences
 Path = tuple[Any, ...]  # keys, indices and names of fields, from the outside in
 
 
@@ -34,7 +35,7 @@ def is_dataclass(value: object) -> bool:
 def entries(value: Any) -> Mapping[Any, Any] | None:
     """What has a name in a mapping or a dataclass, None for anything else."""
     if isinstance(value, Mapping):
-        return {key: value[key] for key in value.keys()}  # noqa: SIM118, of a TensorDict only `keys` gives the keys
+        return dict(_items(value))
     if is_dataclass(value):
         names = (field.name for field in dataclasses.fields(value))
         return {name: getattr(value, name) for name in names if hasattr(value, name)}
@@ -74,32 +75,51 @@ def replaced(value: Any, path: Path, new: Any) -> Any:
 
 
 def copied(value: Any, but: Sequence[Tensor] = (), strict: bool = False) -> Any:
-    """The same value with tensors of its own.
+    """The same value with tensors of its own; what is there twice is so in the copy, too.
 
     Args:
-        value: The value. Modules are passed on themselves, and so is what can't be copied.
+        value: The value. Objects that hold no tensors, and modules, are passed on themselves.
         but: Tensors that need no copy.
-        strict: Refuse what can't be copied.
+        strict: Refuse what holds tensors and can't be copied; otherwise it is passed on itself, too.
 
     Raises:
         TypeError: If a part can't be copied (``strict``).
     """
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in but}
+    try:
+        return _copied(value, memo, strict, frozenset())
+    except _Cycle:
+        return _copied_as_object(value, memo, strict)
+
+
+def _copied(value: Any, memo: dict[int, Any], strict: bool, outer: frozenset[int]) -> Any:
+    if id(value) in outer:
+        raise _Cycle
     if isinstance(value, Tensor):
-        return value if any(value is tensor for tensor in but) else value.clone()
+        if id(value) not in memo:
+            memo[id(value)] = value.clone()
+        return memo[id(value)]
     if value is None or isinstance(value, _IMMUTABLE | nn.Module):
         return value
-    again = partial(copied, but=but, strict=strict)
+    again = partial(_copied, memo=memo, strict=strict, outer=outer | {id(value)})
+    if isinstance(value, Mapping):
+        with suppress(_NotRebuilt):
+            return _rebuilt(value, {key: again(item) for key, item in _items(value)})
+    elif is_dataclass(value):
+        return _with_fields(value, {name: again(item) for name, item in _attributes(value).items()})
+    elif is_named_tuple(value):
+        return value._make(map(again, value))
+    elif type(value) in (list, tuple):
+        return type(value)(map(again, value))
+    return _copied_as_object(value, memo, strict)
+
+
+def _copied_as_object(value: Any, memo: dict[int, Any], strict: bool) -> Any:
+    # Others may lead to whole data sets. One that moves itself to a device would take the place of the user's.
+    if not tensors_in([value, getattr(value, "__dict__", None)]) and not hasattr(value, "to"):
+        return value
     try:
-        if isinstance(value, Mapping):
-            with suppress(_NotRebuilt):
-                return _rebuilt(value, {key: again(item) for key, item in (entries(value) or {}).items()})
-        if is_dataclass(value):
-            return _with_fields(value, {name: again(item) for name, item in (entries(value) or {}).items()})
-        if is_named_tuple(value):
-            return type(value)(*map(again, value))
-        if type(value) in (list, tuple):
-            return type(value)(map(again, value))
-        return copy.deepcopy(value, {id(tensor): tensor for tensor in but})
+        return copy.deepcopy(value, memo)
     except Exception as error:
         if strict:
             raise TypeError(f"{describe(value)} can't be copied ({type(error).__name__}: {error}).") from error
@@ -108,11 +128,20 @@ def copied(value: Any, but: Sequence[Tensor] = (), strict: bool = False) -> Any:
 
 def tensors_in(value: Any) -> list[Tensor]:
     """All tensors in a nested value."""
+    return list(_tensors_in(value, set()))
+
+
+def _tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
-        return [value]
+        yield value
+        return
     named = entries(value)
-    items = named.values() if named is not None else value if is_sequence(value) else ()
-    return [tensor for item in items for tensor in tensors_in(item)]
+    if named is None and not (is_sequence(value) and not isinstance(value, _WITHOUT_TENSORS)):
+        return
+    if id(value) not in seen:
+        inner = seen | {id(value)}  # what is there twice counts twice, but not what is inside of itself
+        for item in value if named is None else named.values():
+            yield from _tensors_in(item, inner)
 
 
 def is_plain(value: Any) -> bool:
@@ -135,6 +164,15 @@ def describe(value: Any) -> str:
     return type(value).__name__
 
 
+def _items(mapping: Mapping[Any, Any]) -> Iterable[tuple[Any, Any]]:
+    return ((key, mapping[key]) for key in mapping.keys())  # noqa: SIM118, a TensorDict gives its rows otherwise
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """Of a dataclass: its fields, and what it has beside them."""
+    return {**(entries(value) or {}), **getattr(value, "__dict__", {})}
+
+
 def _with_fields(value: Any, fields: Mapping[str, Any]) -> Any:
     new = copy.copy(value)
     for name, item in fields.items():
@@ -142,35 +180,41 @@ def _with_fields(value: Any, fields: Mapping[str, Any]) -> Any:
     return new
 
 
+class _Cycle(Exception):
+    """Of what is inside of itself."""
+
+
 class _NotRebuilt(TypeError):
-    pass
+    """Of a mapping whose class shows no way to make one like it."""
 
 
 def _rebuilt(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
     """A mapping like another one, with its own storage and these items, which have the keys of the other.
 
     Raises:
-        TypeError: If its class shows no way to make one, a `_NotRebuilt`.
+        TypeError: If its class shows no way to make one.
     """
     if type(value) is dict:
         return items
-    problem: Exception | None = None
-    # A shallow copy keeps attributes, but of a class that keeps its items elsewhere it might share them.
-    make_anew: Any = type(value)
-    for make in (partial(_copied_with, value), make_anew) if isinstance(value, dict | UserDict) else (make_anew,):
-        try:
-            new = make(items)
+    for make in (_copied_with, _made_anew):
+        with suppress(Exception):
+            new = make(value, items)
             # Attributes that are items, too, would be those of the other.
             attributes = getattr(new, "__dict__", {})
             if all(new[key] is item and attributes.get(key, item) is item for key, item in items.items()):
                 return new
-        except Exception as error:
-            problem = error
-    raise _NotRebuilt(f"A {type(value).__name__} can't be made of other items.") from problem
+    raise _NotRebuilt(f"A {type(value).__name__} can't be made of other items.")
 
 
-def _copied_with(value: Any, items: Mapping[Any, Any]) -> Any:
-    new = copy.copy(value)
+def _copied_with(value: Any, items: dict[Any, Any]) -> Any:
+    if isinstance(value, dict | UserDict):
+        new = copy.copy(value)
+    else:  # which may keep its items elsewhere, where a shallow copy would share them
+        new = copy.deepcopy(value, {id(tensor): tensor for tensor in tensors_in(value)})
     for key, item in items.items():
         new[key] = item
     return new
+
+
+def _made_anew(value: Any, items: dict[Any, Any]) -> Any:
+    return type(value)(items)

@@ -57,6 +57,7 @@ class SensitivityMeasurement:
         # By loader: the statistics, one for each site, and the size of its first batch.
         self._statistics: dict[int, list[LoaderStatistics]] = {}
         self._batch_sizes: dict[int, int] = {}
+        self._num_outputs: dict[int, int] = {}  # as last seen, in an earlier epoch perhaps
 
     @property
     def needs_clean(self) -> bool:
@@ -102,11 +103,13 @@ class SensitivityMeasurement:
             dataloader_idx: Index of the loader.
             device: Where they are kept.
             task: The task of the risk estimate, or None.
-            clean: Outputs of its first batch; None for a process that has no batch. Then the number of outputs is not
-                known, and need not be: see :func:`~lightning_sensitivity.readings.gather_widest`.
+            clean: Outputs of its first batch; None for a process that has no batch. Then the number of outputs may not
+                be known, and need not be: see :func:`~lightning_sensitivity.readings.gather_widest`.
         """
         if dataloader_idx not in self._statistics:
-            num_outputs = 1 if clean is None else (*clean.shape, 1, 1)[1]
+            if clean is not None:
+                self._num_outputs[dataloader_idx] = (*clean.shape, 1, 1)[1]
+            num_outputs = self._num_outputs.get(dataloader_idx, 1)
             self._statistics[dataloader_idx] = [
                 LoaderStatistics(
                     name=f"dataloader {dataloader_idx}",
@@ -190,7 +193,7 @@ class SensitivityMeasurement:
             TypeError: If outputs are not floating.
             ValueError: If shapes of outputs or of the noise do not fit, or a gradient can't be taken.
         """
-        is_first = dataloader_idx not in self._statistics
+        is_first = dataloader_idx not in self._batch_sizes
         if clean is None and not self._by_gradient:
             clean = probe.clean(is_first)
         all_statistics = self.statistics(dataloader_idx, pl_module.device, task, clean)

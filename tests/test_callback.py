@@ -909,7 +909,7 @@ class Recall(Classifier):
 @pytest.mark.parametrize("num_sanity_val_steps", [2, 0])
 def test_a_name_that_somebody_else_logs_is_refused(name: str, in_step: bool, num_sanity_val_steps: int) -> None:
     run = trainer(callbacks=[SensitivityMonitor()], num_sanity_val_steps=num_sanity_val_steps)
-    with pytest.raises(MisconfigurationException, match=f"`prefix`.*names of its own, but '{name}' is logged"):
+    with pytest.raises(MisconfigurationException, match=f"`prefix`.*names of its own, but '{name}' is"):
         run.fit(Recall(name, in_step), loader(), loader())
     assert (run.global_step == 0) == (num_sanity_val_steps > 0)  # before training, if there is a sanity check
     trainer(callbacks=[SensitivityMonitor(prefix="mine/")]).fit(Recall(name, in_step), loader(), loader())
@@ -933,7 +933,7 @@ def test_a_later_batch_that_can_not_be_measured_is_left_out(bad: Any) -> None:
     model = Skipping()
     for at in (1, 3):
         val = DataLoader([*batches[:at], bad, *batches[at:]], batch_size=None, collate_fn=lambda batch: batch)
-        with pytest.warns(UserWarning, match="leaves a batch of dataloader 0 out: The"):
+        with pytest.warns(UserWarning, match="leaves a batch of dataloader 0 out: "):
             values = validated(SensitivityMonitor(), model, val)
         expected = [
             changes
@@ -943,8 +943,34 @@ def test_a_later_batch_that_can_not_be_measured_is_left_out(bad: Any) -> None:
         ]
         close(values["val_sensitivity"], torch.stack(expected).var(correction=0))
     first = DataLoader([bad, *batches], batch_size=None, collate_fn=lambda batch: batch)
-    with pytest.raises(MisconfigurationException, match="floating tensor"):
+    with pytest.raises(MisconfigurationException, match="floating tensor|Expected a batch, got None"):
         validated(SensitivityMonitor(), model, first)
+
+
+@pytest.mark.parametrize(
+    "monitor", [{}, {"at": "net.0"}, {"inputs": lambda batch: batch[0]}, {"per_output": True}, {"num_samples": 32}]
+)
+@pytest.mark.parametrize("num_sanity_val_steps", [0, 2])
+def test_no_batch_in_a_later_validation_even_the_first(monitor: dict[str, Any], num_sanity_val_steps: int) -> None:
+    class Skipping(Classifier):
+        def val_dataloader(self) -> Any:
+            batches = [[x] for x in inputs(64).split(16)]
+            batches = [None, *batches[1:]] if self.trainer.current_epoch == 1 else batches
+            return DataLoader(batches, batch_size=None, collate_fn=lambda batch: batch)
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            if batch is not None:
+                self.log("val_mean", self(batch[0]).mean())
+
+    run = trainer(
+        callbacks=[SensitivityMonitor(task=None, **monitor)],
+        max_epochs=3,
+        reload_dataloaders_every_n_epochs=1,
+        num_sanity_val_steps=num_sanity_val_steps,
+    )
+    with pytest.warns(UserWarning, match="leaves a batch of dataloader 0 out: Expected a batch, got None"):
+        run.fit(Skipping(), loader())
+    assert run.callback_metrics["val_sensitivity"] > 0
 
 
 def test_before_training_gives_the_sanity_check_back_after_an_error() -> None:
@@ -970,3 +996,34 @@ def test_log_probabilities_are_warned_of_once(method: str) -> None:
     assert sum("log-probabilities" in str(warning.message) for warning in caught) == 1
     if method == "noise":
         validated(SensitivityMonitor(per_output=True), Ending(), loader())  # without a warning
+
+
+def test_names_that_are_logged_in_training_or_with_a_loader_are_found() -> None:
+    class InTraining(Classifier):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            self.log("val_sensitivity", 7.0)
+            return super().training_step(batch, batch_idx)
+
+    class ByHand(Classifier):
+        def validation_step(self, batch: list[Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+            self.log(f"val_sensitivity/dataloader_idx_{dataloader_idx}", 7.0, add_dataloader_idx=False)
+
+    for model, val in ((InTraining(), loader()), (ByHand(), [loader(), loader()])):
+        with pytest.raises(MisconfigurationException, match="names of its own, but 'val_sensitivity' is"):
+            trainer(callbacks=[SensitivityMonitor()]).fit(model, loader(), val)
+
+
+@pytest.mark.filterwarnings("ignore:There will be no risk estimate")
+def test_a_name_is_free_where_there_is_no_such_value() -> None:
+    labels = [[x, torch.rand(16, 1)] for x in inputs(32).split(16)]
+
+    class Own(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self(batch[0]).square().mean()
+
+        def on_validation_epoch_end(self) -> None:
+            self.log("val_risk_estimate", 7.0)
+
+    run = trainer(callbacks=[SensitivityMonitor()], num_sanity_val_steps=0)
+    run.fit(Own(), DataLoader(labels, batch_size=None), unlabelled_loader())
+    assert run.callback_metrics["val_risk_estimate"] == 7

@@ -4,6 +4,7 @@ import copy
 import math
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -678,11 +679,11 @@ def test_a_training_batch_that_can_not_be_copied_is_no_sample() -> None:
         collate_fn=lambda items: {
             "x": torch.stack([x for x, _ in items]),
             "y": torch.stack([y for _, y in items]),
-            "names": (i for i in "ab"),
+            "names": SimpleNamespace(x=torch.zeros(1), names=(name for name in "ab")),
         },
     )
     run = trainer(callbacks=[SensitivityMonitor()], max_epochs=1)
-    with pytest.warns(UserWarning, match="There will be no risk estimate.*'names' can't be copied"):
+    with pytest.warns(UserWarning, match="There will be no risk estimate.*can't be copied"):
         run.fit(Named(), train, loader())
     assert "val_risk_estimate" not in run.callback_metrics
 

@@ -77,7 +77,26 @@ def test_attributes_that_hold_tensors_are_those_from_before() -> None:
     assert model[0].pruned is pruned
     assert model.gone is other
     assert [sorted(vars(module)) for module in model.modules()] == [sorted(own) for own in names]
-    assert (model.count, model.kind) == (1, "b")  # no tensors
+    assert (model.count, model.kind) == (0, "a")  # what goes with the tensors
+
+
+def test_attributes_without_tensors_beside_them_are_left_alone() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    model.calls, model[0].cached = 0, None
+    with preserved_tensors(model):
+        model.calls, model[0].cached = 1, torch.ones(1)
+    assert model.calls == 1
+    assert model[0].cached is None
+
+
+def test_a_tree_with_parents_is_no_trap() -> None:
+    model = nn.Module()
+    model.tree = {"x": torch.zeros(1)}
+    with preserved_tensors(model):
+        node = {"x": torch.ones(1)}
+        node["itself"] = node
+        model.tree, model.ids = node, range(10**12)
+    assert not model.tree["x"].any()
 
 
 @pytest.mark.parametrize("error", [None, ValueError])
@@ -97,7 +116,7 @@ def test_what_is_written_into_attributes_is_put_back(error: type[Exception] | No
         model.metric.update(torch.zeros(3))
         if error:
             raise error
-    assert model.calls == ["a"]  # no tensors
+    assert model.calls == []  # beside tensors
     assert not model.hidden.any()
     assert len(model.cache) == 1
     assert model.memory == memory

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -112,10 +111,13 @@ class Rows(Around):
 
 
 class Closed(Around):
-    """Does not take its items."""
+    """Takes no items, neither at once nor one by one."""
 
     def __init__(self, first: Any, second: Any) -> None:
         super().__init__({"x": first, "y": second})
+
+    def __setitem__(self, key: Any, item: Any) -> None:
+        raise TypeError("read only")
 
 
 @pytest.mark.parametrize("kind", [AttributeDict, Around, Rows, MappingProxyType, UserDict, OrderedDict, dict])
@@ -142,20 +144,58 @@ def test_a_mapping_that_takes_no_items_is_copied_as_an_object() -> None:
     assert value["x"] is x
 
 
-def test_an_object_is_copied_with_its_tensors_but_a_module_is_not() -> None:
-    x, module = torch.zeros(2), nn.Linear(1, 1)
-    new = copied([SimpleNamespace(x=x, more=[x]), module, np.zeros(2)])
-    assert new[0].x is not x and new[0].more[0] is new[0].x
+def test_an_object_is_copied_with_its_tensors_and_others_are_not() -> None:
+    x, module, other = torch.zeros(2), nn.Linear(1, 1), SimpleNamespace(data=SimpleNamespace(x=torch.ones(1)))
+    new = copied([SimpleNamespace(x=x, more=[x]), module, other, x])
+    assert new[0].x is not x and new[0].more[0] is new[0].x is new[3]
     assert new[1] is module
+    assert new[2] is other  # what it leads to may be large
     assert not is_plain(SimpleNamespace(x=x))
 
 
+def test_an_object_that_can_be_moved_is_copied_in_any_case() -> None:
+    class Movable:
+        __slots__ = ("x",)
+
+        def to(self, device: Any) -> Any:
+            return self
+
+    value = Movable()
+    value.x = torch.zeros(2)
+    assert copied(value).x is not value.x
+
+
+def test_what_is_there_twice_is_so_in_the_copy() -> None:
+    x = torch.zeros(2)
+    new = copied({"a": x, "b": (x, Pair(x, None))})
+    assert new["a"] is not x and new["a"] is new["b"][0] is new["b"][1].x
+    assert len(tensors_in(new)) == 3
+
+
+def test_what_is_inside_of_itself_is_copied() -> None:
+    root = Sample(torch.zeros(2))
+    root.y = [Sample(torch.ones(1), root) for _ in range(9)]
+    new = copied({"tree": root})["tree"]
+    assert new is not root and new.x is not root.x
+    assert all(child.y is new for child in new.y)
+    assert len(tensors_in(root)) == 10
+
+
 def test_what_can_not_be_copied_is_passed_on_or_refused() -> None:
-    value = {"x": torch.zeros(2), "names": (name for name in "ab")}
+    names = (name for name in "ab")
+    value = {"x": torch.zeros(2), "names": names, "more": SimpleNamespace(x=torch.zeros(1), names=names)}
     new = copied(value)
-    assert new["x"] is not value["x"] and new["names"] is value["names"]
-    with pytest.raises(TypeError, match="dict with the keys 'x', 'names' can't be copied.*generator"):
+    assert new["x"] is not value["x"] and new["more"] is value["more"]
+    with pytest.raises(TypeError, match="SimpleNamespace can't be copied.*generator"):
         copied(value, strict=True)
+    del value["more"]
+    assert copied(value, strict=True)["names"] is names
+
+
+def test_a_dataclass_is_copied_with_what_is_no_field_of_it() -> None:
+    sample = Sample(1)
+    sample.more = torch.zeros(2)
+    assert copied(sample).more is not sample.more
 
 
 def test_what_a_dataclass_does_not_take_in_its_constructor_is_kept() -> None:
