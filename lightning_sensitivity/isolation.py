@@ -105,10 +105,11 @@ class _State:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._attributes = _own_attributes(module)
-        own = [*self._attributes.values(), module._buffers]
-        self._containers = [(each, each.copy()) for each in own if isinstance(each, list | dict)]
-        own += module._buffers.values()
+        self._before = vars(module).copy()
+        own = [self._before[name] for name in self._before.keys() - _OF_ANY_MODULE]
+        if module._buffers:
+            own += module._buffers.values()
+        self._containers = [(each, each.copy()) for each in [*own, module._buffers] if isinstance(each, list | dict)]
         tensors = [each for each in own if isinstance(each, Tensor) and _has_values(each)]
         self._tensors = [(tensor, tensor.clone(), _version(tensor)) for tensor in tensors]
 
@@ -119,33 +120,27 @@ class _State:
             if tensor.shape != value.shape:
                 tensor.resize_(value.shape)
             tensor.copy_(value)
+        now, before = vars(self._module), self._before
         refilled = [(each, items) for each, items in self._containers if not _is_same(each, items)]
-        attributes = _own_attributes(self._module)
-        names = [name for name in {**self._attributes, **attributes} if self._differs(attributes, name)]
-        differing = [(attributes.get(name), self._attributes.get(name)) for name in names]
-        if written or isinstance(self._module, Metric) or tensors_in([refilled, differing]):
+        if not refilled and _is_same(now, before):
+            return
+        names = {name for name in now.keys() | before.keys() if now.get(name, self) is not before.get(name, self)}
+        names -= _OF_ANY_MODULE
+        values = [each.get(name) for name in names for each in (now, before)]
+        if written or isinstance(self._module, Metric) or tensors_in([refilled, values]):
             for container, items in refilled:
                 container.clear()
                 container.update(items) if isinstance(container, dict) else container.extend(items)
-            for name in attributes.keys() - self._attributes.keys():
-                del vars(self._module)[name]
-            vars(self._module).update(self._attributes)
-
-    def _differs(self, attributes: dict[str, Any], name: str) -> bool:
-        return attributes.get(name, self) is not self._attributes.get(name, self)
-
-
-def _own_attributes(module: nn.Module) -> dict[str, Any]:
-    return {name: value for name, value in vars(module).items() if name not in _OF_ANY_MODULE}
+            for name in names:
+                now.pop(name, None)
+            now.update({name: before[name] for name in names & before.keys()})
 
 
 def _is_same(container: Any, items: Any) -> bool:
     """Whether a list or dict holds these objects still."""
-    if len(container) != len(items):
+    if len(container) != len(items) or not all(map(is_, container, items)):  # of a dict, the keys
         return False
-    if isinstance(container, dict):
-        return container.keys() == items.keys() and all(container[name] is value for name, value in items.items())
-    return all(map(is_, container, items))
+    return not isinstance(container, dict) or all(map(is_, container.values(), items.values()))
 
 
 def _is_written(tensor: Tensor, value: Tensor, version: int | None) -> bool:
