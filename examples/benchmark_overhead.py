@@ -7,7 +7,7 @@
 # timed does not depend on their values.
 #
 #     pip install -e ".[paper,images]"  # without torchvision and WeightWatcher, what needs them is left out
-#     python examples/benchmark_overhead.py          # about 27 minutes on two idle cores; a GPU is used if there is one
+#     python examples/benchmark_overhead.py          # about 22 minutes on two idle cores; a GPU is used if there is one
 #     python examples/benchmark_overhead.py --quick  # tiny: shows that it runs, and times nothing worth reading
 #
 # Each round runs every case once, in turns forwards and backwards, and gives one ratio a case; the first round is
