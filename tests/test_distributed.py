@@ -661,9 +661,9 @@ def test_the_risk_estimate_is_that_of_both(both: dict[str, list[Any]]) -> None:
 def test_a_broadcast_of_buffers_costs_one_pass_of_one_batch(both: dict[str, list[Any]]) -> None:
     # Our own two passes of a batch come before its hook: those of the first batch are not seen, and those of the second
     # one, in the process whose buffers were written to, are seen with the first.
-    first, second = both["buffers_that_the_first_step_broadcasts"]
-    assert second == [3, 1, 2, 2]
-    assert first in ([1, 2, 2, 2], second)  # torch 2.4 writes to those of the process that sends them, too
+    passes = both["buffers_that_the_first_step_broadcasts"]
+    # torch 2.4 broadcasts in the second step, too, and writes to the buffers of the process that sends them.
+    assert passes in ([[1, 2, 2, 2], [3, 1, 2, 2]], [[3, 3, 3, 1]] * 2)
 
 
 def test_models_are_compared_over_both(both: dict[str, list[Any]]) -> None:
