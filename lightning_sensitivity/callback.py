@@ -27,7 +27,7 @@ from lightning_sensitivity.batch_measurement import BatchMeasurement
 from lightning_sensitivity.checks import check_loop, check_model, check_names, check_processes
 from lightning_sensitivity.dashboard import custom_scalars_layout
 from lightning_sensitivity.isolation import no_trace
-from lightning_sensitivity.loaders import loader_name, num_batches
+from lightning_sensitivity.loaders import loader_name, num_batches, without_loader
 from lightning_sensitivity.perturbations import Perturbation
 from lightning_sensitivity.readings import RISK, SENSITIVITY, LoaderStatistics
 from lightning_sensitivity.risk_measurement import RiskMeasurement
@@ -248,7 +248,7 @@ class SensitivityMonitor(Callback):
         monitored = [getattr(callback, "monitor", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
         monitored += [config.monitor for config in trainer.lr_scheduler_configs]
         names = {self.prefix + name for name in RISK.values()}
-        is_monitored = any(str(monitor).split("/dataloader_idx_")[0] in names for monitor in monitored)
+        is_monitored = any(without_loader(str(monitor)) in names for monitor in monitored)
         is_required = self.task != "auto" or self.targets is not None or is_monitored
         self._risk.start_fit(trainer, pl_module, is_required)
 

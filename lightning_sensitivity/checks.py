@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.states import TrainerFn
 
+from lightning_sensitivity.loaders import without_loader
 from lightning_sensitivity.readings import Reading
 from lightning_sensitivity.strategies import check_strategy
 
@@ -101,8 +102,7 @@ def check_names(trainer: pl.Trainer, names: Collection[str], argument: str) -> N
     # Only there it shows who has logged what, in this loop and in the one around it.
     loops = [trainer, trainer.fit_loop.epoch_loop] if trainer.state.fn == TrainerFn.FITTING else [trainer]
     results = [result for loop in loops for result in (getattr(loop, "_results", None) or {}).values()]
-    others = {result.meta.name for result in results if not isinstance(result.value, Reading)}
-    others = {name.split("/dataloader_idx_")[0] for name in others}
+    others = {without_loader(result.meta.name) for result in results if not isinstance(result.value, Reading)}
     if taken := sorted(others.intersection(names)):
         raise MisconfigurationException(
             f"`{argument}` should give `SensitivityMonitor` names of its own, but {', '.join(map(repr, taken))} is"

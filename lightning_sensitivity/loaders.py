@@ -8,6 +8,8 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.trainer.states import TrainerFn
 
+_SUFFIX = "/dataloader_idx_"  # and the index
+
 
 def num_batches(trainer: pl.Trainer) -> list[int | float]:
     """Of each loader of the loop that runs, or has run; inf if one does not say, also where it is limited to a number.
@@ -40,4 +42,13 @@ def loader_name(name: str, dataloader_idx: int, num_loaders: int) -> str:
         dataloader_idx: Index of the loader.
         num_loaders: How many there are.
     """
-    return name if num_loaders == 1 else f"{name}/dataloader_idx_{dataloader_idx}"
+    return name if num_loaders == 1 else f"{name}{_SUFFIX}{dataloader_idx}"
+
+
+def without_loader(name: str) -> str:
+    """What :func:`loader_name` has been given.
+
+    Args:
+        name: What it made of it.
+    """
+    return name.split(_SUFFIX)[0]

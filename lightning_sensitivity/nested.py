@@ -63,8 +63,8 @@ def replaced(value: Any, path: Path, new: Any) -> Any:
         return new
     key, rest = path[0], path[1:]
     new = replaced(part(value, (key,)), rest, new)
-    if (named := entries(value)) is not None and isinstance(value, Mapping):
-        return _rebuilt(value, {**named, key: new})
+    if isinstance(value, Mapping):
+        return _rebuilt(value, {**dict(_items(value)), key: new})
     if is_dataclass(value):
         return _with_fields(value, {key: new})
     if is_named_tuple(value):

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Comparison", "KendallTau"]
 
 TRUTHS = ("loss", "error")
+_SHOWN_APART = ("name", "sensitivity", "sensitivity_stderr", "note")  # in the printed table
 _NOT_SCORES = ("name", "sensitivity_stderr", "seconds", "note", *TRUTHS)
 _NUM_RESAMPLES = 1000
 _MIN_MODELS = 6  # for an interval: of fewer, resamples are too few and too much alike
@@ -217,17 +218,10 @@ class Comparison:
             "sensitivity": [_with_error(model.sensitivity, model.sensitivity_stderr) for model in self],
             "ties with": [", ".join(rank[other] for other in tied.get(name, [])) for name in rank],
         }
-        for field in fields(ModelScores):
-            if field.name in (
-                "name",
-                "sensitivity",
-                "sensitivity_stderr",
-                "note",
-            ):  # which have columns of another kind
-                continue
-            values = [getattr(model, field.name) for model in self]
+        for name in (field.name for field in fields(ModelScores) if field.name not in _SHOWN_APART):
+            values = [getattr(model, name) for model in self]
             if any(map(math.isfinite, values)):
-                columns[_title(field.name)] = list(map(_short, values))
+                columns[_title(name)] = list(map(_short, values))
         if any(model.note for model in self):
             columns["note"] = [shorten(model.note, _MAX_NOTE) for model in self]
         lines = _aligned(columns)

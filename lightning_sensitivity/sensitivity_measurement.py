@@ -208,8 +208,9 @@ class SensitivityMeasurement:
         assert clean is not None
         if is_first:
             self._batch_sizes[dataloader_idx] = max(1, len(clean))
+            has_log_probabilities = not self._per_output and are_log_probabilities(clean)
             for statistics in all_statistics:
-                statistics.has_log_probabilities = not self._per_output and are_log_probabilities(clean)
+                statistics.has_log_probabilities = has_log_probabilities
         return clean
 
     def _noisy_outputs(

@@ -8,7 +8,7 @@ import pytest
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
 
-from lightning_sensitivity.loaders import loader_name, num_batches
+from lightning_sensitivity.loaders import loader_name, num_batches, without_loader
 from tests.helpers import Classifier, loader, trainer
 
 STAGES = ["sanity check", "fit", "validate", "test"]
@@ -62,3 +62,4 @@ def test_as_many_batches_come_as_are_said(stage: str, mode: str | None) -> None:
     assert count.epochs[-1][0] == expected
     names = {loader_name("seen", idx, len(expected)) for idx in range(len(expected))}
     assert names == {name for name in run.callback_metrics if name.startswith("seen")}
+    assert {without_loader(name) for name in names} == {"seen"}
