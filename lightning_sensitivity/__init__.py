@@ -1,4 +1,4 @@
-"""Label-free tracking of generalization in PyTorch Lightning, by the sensitivity of a network's outputs to noise."""
+"""Track how well PyTorch Lightning models generalize, without labels, by the sensitivity of their outputs to noise."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -6,16 +6,20 @@ from typing import TYPE_CHECKING, Any
 from lightning_sensitivity.metric import OutputSensitivity
 
 if TYPE_CHECKING:
-    from lightning_sensitivity.callback import SensitivityMonitor
-    from lightning_sensitivity.comparison import compare_models
-    from lightning_sensitivity.logged_runs import compare_runs
+    from lightning_sensitivity.callbacks import RiskMonitor, SensitivityMonitor
+    from lightning_sensitivity.comparison import compare_models, compare_runs
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["OutputSensitivity", "SensitivityMonitor", "__version__", "compare_models", "compare_runs"]
+__all__ = ["OutputSensitivity", "RiskMonitor", "SensitivityMonitor", "__version__", "compare_models", "compare_runs"]
 
 # Loaded on first use, so that the metric alone never imports lightning.
-_HOMES = {"SensitivityMonitor": "callback", "compare_models": "comparison", "compare_runs": "logged_runs"}
+_HOMES = {
+    "RiskMonitor": "callbacks",
+    "SensitivityMonitor": "callbacks",
+    "compare_models": "comparison",
+    "compare_runs": "comparison",
+}
 
 
 def __getattr__(name: str) -> Any:

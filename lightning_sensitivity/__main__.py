@@ -9,13 +9,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
-from lightning_sensitivity.comparison import QUIET, compare_models
-from lightning_sensitivity.logged_runs import compare_runs
-from lightning_sensitivity.ranking import Comparison
-from lightning_sensitivity.scored_model import ComparisonProgressBar
+from lightning_sensitivity.comparison import Comparison, compare_models, compare_runs
+from lightning_sensitivity.comparison.models import QUIET
 
 # What of the Trainer matters to a pass over validation samples.
 _TRAINER = {"accelerator", "devices", "num_nodes", "strategy", "precision", "limit_val_batches", "enable_progress_bar"}
@@ -54,28 +52,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Of the two names the older one is deprecated, and the newer one not known to older versions.
     instantiate = parser.instantiate if hasattr(parser, "instantiate") else parser.instantiate_classes
     options: dict[str, Any] = instantiate(parsed)[parsed.subcommand].as_dict()
-    options.pop("config", None)
     csv, figure = options.pop("csv"), options.pop("figure")
     if figure and find_spec("matplotlib") is None:
         raise SystemExit("`--figure` needs matplotlib: `pip install matplotlib`.")
-
     if parsed.subcommand == "compare":
-        has_bar = options["trainer"]["enable_progress_bar"] is not False
-        callbacks: list[Callback] = [ComparisonProgressBar()] if has_bar else []
-        trainer = Trainer(**options.pop("trainer"), callbacks=callbacks, **QUIET)
-        models = _named(options.pop("checkpoints"))
+        del options["config"]
+        trainer, models = Trainer(**options.pop("trainer"), **QUIET), _named(options.pop("checkpoints"))
         _show(compare_models(models, options.pop("data"), trainer=trainer, **options), csv, figure)
     else:
         _show(compare_runs(**options), csv, figure)
 
 
 def _named(paths: Sequence[str]) -> dict[str, str]:
-    """Paths under names as short as they can be: without the folders and the suffix that all share."""
+    """Paths under names as short as they can be: without the folders that all share, and without the suffix."""
     files = [Path(path).absolute() for path in dict.fromkeys(paths)]
     common = os.path.commonpath([file.parent for file in files])
     names = [file.relative_to(common).as_posix().removesuffix(".ckpt") for file in files]
-    names = [name if names.count(name) == 1 else str(file) for name, file in zip(names, files, strict=True)]
-    return {name: str(file) for name, file in zip(names, files, strict=True)}
+    return {name if names.count(name) == 1 else str(file): str(file) for name, file in zip(names, files, strict=True)}
 
 
 @rank_zero_only
@@ -83,11 +76,9 @@ def _show(comparison: Comparison, csv: str | None, figure: str | None) -> None:
     print(comparison)
     if csv:
         comparison.to_csv(csv)
-        print(f"\nThe table is in {csv}.")
     if figure:
         Path(figure).parent.mkdir(parents=True, exist_ok=True)
         comparison.plot()[0].savefig(figure, dpi=150)
-        print(f"The figure is in {figure}.")
 
 
 if __name__ == "__main__":

@@ -1,32 +1,35 @@
-"""Output sensitivity as a torchmetrics Metric; needs neither a Trainer nor a model."""
+"""Output sensitivity as a torchmetrics Metric; it needs neither a Trainer nor a model."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.utilities import rank_zero_warn
+from torchmetrics.utilities import dim_zero_cat, rank_zero_warn
 from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
 
-from lightning_sensitivity.extremes import (
-    check_num_outputs,
-    check_outputs,
-    check_rounding,
-    empty_extremes,
-    find_non_finite,
-)
-from lightning_sensitivity.moments import (
+from lightning_sensitivity.functional.sensitivity import (
+    NUM_COLUMNS,
     SensitivityEstimate,
-    batch_moments,
-    empty_moments,
-    merge_moments,
-    sensitivity_estimate,
+    doubts,
+    has_masked,
+    num_outputs,
+    sensitivity_from_rows,
+    sensitivity_rows,
+    squared_deviations,
+    wide_dtype,
 )
 
 __all__ = ["OutputSensitivity"]
+
+_SAME_K = (
+    "Expected the same number of outputs K (dimension 1 of `clean` and `noisy`) in every batch, but got {} and {}. If"
+    " dimension 1 is a position, move the classes there."
+)
 
 
 class OutputSensitivity(Metric):
@@ -36,38 +39,31 @@ class OutputSensitivity(Metric):
         S = \operatorname{Var}\Big(\frac{1}{K} \sum_{k=1}^{K} \big[f_k(x + \varepsilon) - f_k(x)\big]\Big)
 
     The variance is that of the population (ddof 0) over all samples and noise draws (Forouzesh, Salehi and Thiran,
-    ICPR 2020, `arXiv:2007.15378`_). It needs no labels. Moments are kept in float64 and merged, so that the value
-    depends on neither the batch size, nor the order, nor the number of processes.
+    ICPR 2020, `arXiv:2007.15378`_). It needs no labels. The state is one row of four numbers a sample, so that the
+    value depends on neither the batch size nor the number of processes.
 
     As input to ``forward`` and ``update`` the metric accepts the following input:
 
-    - ``clean`` (:class:`~torch.Tensor`): outputs f(x), before the softmax (logits, not log-probabilities), as a float
-      tensor of shape ``(N, K, ...)``. Dimensions after K (pixels, tokens) count as further samples; ``(N,)`` is K = 1.
+    - ``clean`` (:class:`~torch.Tensor`): outputs f(x), before the softmax (logits), as a float tensor of shape
+      ``(N, K, ...)``. Dimensions after K (pixels, tokens) count as further changes of a sample; ``(N,)`` is K = 1.
     - ``noisy`` (:class:`~torch.Tensor` or an iterable of them): outputs f(x + ε) of the same shape; for several noise
-      draws of the same samples, an iterable with one tensor a draw. A generator is consumed one draw at a time; what
-      passes on its input more than once, such as a :class:`torchmetrics.MetricCollection`, needs a list.
+      draws of the same samples, an iterable with one tensor a draw. A generator is consumed one draw at a time.
 
     As output of ``forward`` and ``compute`` the metric returns the following output:
 
     - ``sensitivity`` (:class:`~torch.Tensor`): scalar tensor in squared units of the outputs
 
-    Its error bar is :attr:`stderr`, the number of samples behind it :attr:`num_samples`. That all outputs are finite
-    and are not probabilities is checked in ``compute``, so that ``update`` never waits for the device. So is their
-    rounding, which in 16 bits can be above the changes: ``compute`` warns where it may move the value by more than the
-    error bar says. It goes by the coarsest type of the outputs and of autocast, if ``update`` runs inside it.
+    Samples with nan or inf are left out, and ``compute`` says how many. It also warns where no output changed, and
+    where the class average holds next to nothing of the change (as that of probabilities). Outputs that are -inf in
+    clean and noisy outputs alike, as masked logits are, have not changed and don't count.
 
     Args:
-        per_output: Compute the mean over k of Var(f_k(x + ε) − f_k(x)) instead, which does not average over outputs
-            first and so is meaningful for probabilities, too.
-        num_outputs: K, for ``per_output`` only.
-        nan_strategy: What ``compute`` does about nan or inf in the outputs: ``"error"`` raises, ``"warn"`` warns and
-            returns nan.
+        per_output: Compute the mean squared change of the single outputs instead, which does not average over classes
+            first and so also means something for probabilities.
         kwargs: Additional keyword arguments of :class:`torchmetrics.Metric`.
 
     Raises:
-        ValueError: If an argument is not one of the above; in ``update``, if shapes do not fit; in ``compute``, if
-            outputs were nan or inf (``nan_strategy="error"``), if K changed between batches, or if the outputs are
-            probabilities and ``per_output`` is False.
+        ValueError: If ``per_output`` is no bool; in ``update``, if shapes do not fit, or K changes.
         TypeError: In ``update``, if an output is not a floating tensor.
 
     Example:
@@ -83,8 +79,8 @@ class OutputSensitivity(Metric):
         tensor(0.0003, dtype=torch.float64)
         >>> metric.stderr
         tensor(2.1333e-05, dtype=torch.float64)
-        >>> metric.num_samples
-        tensor(500)
+        >>> metric.per_sample.topk(3).indices  # the most sensitive samples, in the order of the updates
+        tensor([106, 300, 383])
 
     Example (several noise draws of the same samples):
         >>> metric = OutputSensitivity()
@@ -101,58 +97,82 @@ class OutputSensitivity(Metric):
     full_state_update: bool = False
     plot_lower_bound: float = 0.0
 
-    moments: Tensor
-    extremes: Tensor
+    rows: list[Tensor]
+    num_outputs: Tensor
+    fewest_outputs: Tensor
 
-    def __init__(
-        self, per_output: bool = False, num_outputs: int | None = None, nan_strategy: str = "error", **kwargs: Any
-    ) -> None:
+    def __init__(self, per_output: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if not isinstance(per_output, bool):
             raise ValueError(f"Expected argument `per_output` to be a bool, but got {per_output!r}.")
-        if per_output and not (isinstance(num_outputs, int) and num_outputs >= 1):
-            raise ValueError(
-                "Expected argument `num_outputs` to be an int larger than 0 with `per_output`, but got"
-                f" {num_outputs!r}."
-            )
-        if not per_output and num_outputs is not None:
-            raise ValueError(f"Expected argument `num_outputs` only with `per_output`, but got {num_outputs!r}.")
-        if nan_strategy not in ("error", "warn"):
-            raise ValueError(f"Expected argument `nan_strategy` to be 'error' or 'warn', but got {nan_strategy!r}.")
         self.per_output = per_output
-        self.num_outputs = num_outputs
-        self.nan_strategy = nan_strategy
+        self.has_masked: bool | None = None  # told by the first batch, so that later ones need not wait for the device
         self._estimate: SensitivityEstimate | None = None
-        self.add_state("moments", default=empty_moments(num_outputs or 1), dist_reduce_fx=merge_moments)
-        self.add_state("extremes", default=empty_extremes(), dist_reduce_fx="min")
+        self._all_rows: Tensor | None = None  # over all processes, as of the last `compute`
+        self.add_state("rows", default=[], dist_reduce_fx="cat")
+        self.add_state("num_outputs", default=torch.tensor(0), dist_reduce_fx="max")
+        self.add_state("fewest_outputs", default=torch.tensor(sys.maxsize), dist_reduce_fx="min")
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all samples."""
+        super().reset()
+        self._num_outputs_seen: int | None = None
+        # A process without samples has rows to gather, too, of the type that the others have.
+        self.rows.append(torch.zeros(0, NUM_COLUMNS, dtype=wide_dtype(self.device), device=self.device))
 
     def update(self, clean: Tensor, noisy: Tensor | Iterable[Tensor]) -> None:
         """Add the outputs of one batch of samples, for clean and for perturbed inputs."""
-        if self.per_output and isinstance(clean, Tensor) and clean.shape[1:2] != (self.num_outputs,):
-            raise ValueError(
-                f"Expected `clean` to have {self.num_outputs} outputs in dimension 1 (`num_outputs`), but got the"
-                f" shape {tuple(clean.shape)}."
-            )
-        moments, extremes = batch_moments(clean, noisy, self.per_output, self.update_count - 1)
-        # Out of place: a state that inference mode once wrote into could not be updated outside of it.
-        self.moments = merge_moments(torch.stack([self.moments.to(moments), moments]))
-        self.extremes = torch.minimum(self.extremes.to(extremes), extremes)
+        if self.has_masked is None and isinstance(clean, Tensor) and clean.numel():
+            self.has_masked = has_masked(clean)
+        rows, count = sensitivity_rows(clean, noisy, bool(self.has_masked)), num_outputs(clean)
+        if self._num_outputs_seen not in (None, count):
+            raise ValueError(_SAME_K.format(self._num_outputs_seen, count))
+        self._num_outputs_seen = count
+        self.num_outputs = self.fewest_outputs = torch.full_like(self.num_outputs, count)
+        self.rows.append(rows)
 
     def compute(self) -> Tensor:
         """The sensitivity of all samples so far, over all processes."""
-        self._estimate = sensitivity_estimate(self.moments)
-        self._check(self._estimate)
-        return self._estimate.sensitivity
+        fewest, most = int(self.fewest_outputs), int(self.num_outputs)
+        if fewest < most:  # of other processes, or merged
+            raise ValueError(_SAME_K.format(fewest, most))
+        self._all_rows = dim_zero_cat(self.rows)
+        self._estimate = sensitivity_from_rows(self._all_rows)
+        for kind, doubt in doubts(self._estimate, most, self.per_output).items():
+            self._report(kind, doubt)
+        if self.has_masked:
+            self._report("masked", "Outputs that are -inf in both passes have not changed, and don't count.")
+        return self._estimate.mean_square if self.per_output else self._estimate.sensitivity
+
+    @property
+    def estimate(self) -> SensitivityEstimate:
+        """All that the rows say, over all processes: error bars, the share of the class mean, how many samples."""
+        self.compute()  # cached, and leaves the estimate behind
+        assert self._estimate is not None
+        return self._estimate
 
     @property
     def stderr(self) -> Tensor:
-        """Standard error of the sensitivity, over samples and noise; ``nan`` below two samples. Computes if needed."""
-        return self._computed_estimate().stderr
+        """Standard error of the value, over samples and noise; nan below two samples."""
+        return self.estimate.mean_square_stderr if self.per_output else self.estimate.stderr
 
     @property
     def num_samples(self) -> Tensor:
-        """Number of samples behind the sensitivity, over all processes. Computes if needed."""
-        return self._computed_estimate().num_samples
+        """Number of samples behind the value, over all processes."""
+        return self.estimate.num_samples
+
+    @property
+    def per_sample(self) -> Tensor:
+        """What each sample adds: its mean squared change, ``(N,)``, of which the mean is the value.
+
+        In the order of the updates, process by process; nan for samples with nan or inf. (The mean is exactly the
+        value where all samples have as many positions.)
+        """
+        self.compute()
+        assert self._all_rows is not None
+        sums = self._all_rows[:, 3] if self.per_output else squared_deviations(self._all_rows)
+        return sums / self._all_rows[:, 0]
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
         """Merge the state of another instance into this one; see :meth:`torchmetrics.Metric.merge_state`."""
@@ -182,25 +202,5 @@ class OutputSensitivity(Metric):
         """
         return self._plot(val, ax)
 
-    def _check(self, estimate: SensitivityEstimate) -> None:
-        extremes = self.extremes.cpu()  # once, for all checks
-        check_num_outputs(extremes)
-        if (problem := find_non_finite(extremes)) is not None:
-            self._report_non_finite(problem)
-        elif not self.per_output and (warning := check_outputs(extremes)) is not None:
-            rank_zero_warn(warning)
-        elif (warning := check_rounding(estimate, extremes)) is not None:
-            self._report_rounding(warning)
-
-    def _report_non_finite(self, problem: str) -> None:
-        if self.nan_strategy == "error":
-            raise ValueError(f"{problem} With `nan_strategy='warn'` it is a warning, and there is no value.")
-        rank_zero_warn(problem)
-
-    def _report_rounding(self, warning: str) -> None:
-        rank_zero_warn(warning)
-
-    def _computed_estimate(self) -> SensitivityEstimate:
-        self.compute()  # cached, and leaves the estimate behind
-        assert self._estimate is not None
-        return self._estimate
+    def _report(self, kind: str, doubt: str) -> None:
+        rank_zero_warn(doubt)

@@ -1,0 +1,320 @@
+"""What the monitors share: which batches are measured, passes that leave no trace, failures, and logging."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
+from torch import Tensor
+
+from lightning_sensitivity.callbacks.checks import check_run, forward
+from lightning_sensitivity.callbacks.first_look import StepWatch, classes_are_last, submodules_run
+from lightning_sensitivity.callbacks.logged import (
+    Charts,
+    Reading,
+    lay_out,
+    loader_name,
+    names_of_others,
+    num_batches,
+    stage_prefix,
+)
+from lightning_sensitivity.models import Options, Passes, Probe, prepare_call
+from lightning_sensitivity.models.call import copied
+from lightning_sensitivity.models.options import check_argument
+
+
+class Monitor(Callback):
+    """A callback that measures validation batches and logs what it found, and never ends a run.
+
+    What is wrong before the first training step is an error. After it, what fails costs a value and gives a warning.
+
+    Args:
+        options: How the model is run.
+        prefix: Put before the logged names.
+    """
+
+    perturbs_inputs = False
+    _is_strict: bool
+
+    def __init__(self, options: Options, prefix: str) -> None:
+        check_argument("prefix", prefix, isinstance(prefix, str), "a str")
+        self.options, self.prefix = options, prefix
+        self._passes: Passes | None = None
+        self._watch: StepWatch | None = None
+        self._begin_run()
+        self._begin_validation()
+
+    @property
+    @abstractmethod
+    def names(self) -> list[str]:
+        """What is logged, behind the prefix."""
+
+    @abstractmethod
+    def charts(self) -> Charts:
+        """Titles of charts for TensorBoard's Custom Scalars, with the regular expressions of their tags."""
+
+    @abstractmethod
+    def measure(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, probe: Probe, batch_idx: int, dataloader_idx: int
+    ) -> None:
+        """Measure a batch with the probe, which runs the model on it."""
+
+    @abstractmethod
+    def compute(self, pl_module: pl.LightningModule, dataloader_idx: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The values of a loader by name, over all processes, and what to warn of, by kind.
+
+        Every process calls it for every loader, in their order, whether it has measured a batch or not.
+        """
+
+    @abstractmethod
+    def forget(self) -> None:
+        """Begin a validation with nothing."""
+
+    def end_validation(self) -> None:
+        """Free what is needed for a validation alone."""
+
+    def check_outputs(self, outputs: Tensor) -> None:
+        """Look at the outputs of a first batch; raise MisconfigurationException if values would be wrong."""
+
+    def should_measure(self, trainer: pl.Trainer) -> bool:
+        """Whether to measure the validation that runs. Override it to measure every second one, say."""
+        return True
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Check what can be checked before the first batch."""
+        if stage not in ("fit", "validate", "test"):
+            return
+        check_run(type(self).__name__, trainer, pl_module, stage)
+        prefixes = [each.prefix for each in _monitors(trainer) if type(each) is type(self)]
+        if len(set(prefixes)) < len(prefixes):
+            raise MisconfigurationException(
+                f"Each `{type(self).__name__}` should have a `prefix` of its own, got {prefixes}."
+            )
+        self._passes = Passes(pl_module)
+        self._begin_run()
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Lay out TensorBoard's Custom Scalars: the curves of all monitors, related ones in one chart."""
+        monitors = _monitors(trainer)
+        if self is monitors[0]:  # a second layout would take the place of the first
+            lay_out(trainer, [(monitor.prefix, monitor.charts()) for monitor in monitors])
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Without a sanity check, look at the first training batch before its step; from then on, only warn."""
+        if self._is_strict and not self._classes_last and trainer.global_step == 0:
+            with self.guarded("can't be run on the first training batch"), self.measuring(trainer, pl_module):
+                self.check_outputs(self.probe(trainer, pl_module, batch).outputs())
+        self._is_strict = False
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin with nothing."""
+        self._begin_validation()
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Measure a batch, before the step may change it."""
+        # A process that had no batch of an earlier loader joins the others, who reduced when that loader was done.
+        for earlier in range(dataloader_idx if batch_idx == 0 else 0):
+            self._values(trainer, pl_module, earlier)
+        if not self.should_measure(trainer) or not self._wants(trainer, batch_idx, dataloader_idx):
+            return
+        with self.guarded(f"could not measure a batch of dataloader {dataloader_idx}"):
+            with self.measuring(trainer, pl_module):
+                probe = self.probe(trainer, pl_module, batch)
+                if dataloader_idx not in self._classes_last:
+                    self._look(pl_module, probe, batch, dataloader_idx)
+                probe.classes_last = self._classes_last[dataloader_idx]
+                self.measure(trainer, pl_module, probe, batch_idx, dataloader_idx)
+            self._has_measured = True
+            self._is_strict = self._is_strict and trainer.state.fn == TrainerFn.FITTING
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Log a loader's values at its first batch: Lightning reads them when the loader is done."""
+        self._end_watch()
+        if batch_idx == 0 and not trainer.sanity_checking and self.should_measure(trainer):
+            self._log(trainer, pl_module, dataloader_idx)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Have every process take part in every reduction, and say what was wrong, after a sanity check too."""
+        self._end_watch()
+        if self.should_measure(trainer):
+            for dataloader_idx in range(len(num_batches(trainer))):
+                self._values(trainer, pl_module, dataloader_idx)
+                if not trainer.sanity_checking and dataloader_idx not in self._logged:
+                    self._log(trainer, pl_module, dataloader_idx, at_epoch_end=True)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Require that the logged names are ours alone, after a sanity check too: Lightning would keep one value."""
+        ours = {stage_prefix(self.prefix, trainer) + name for name in self.names}
+        if taken := sorted(names_of_others(trainer) & ours - self._withdrawn):
+            with self.guarded("logs names that others log, too, and leaves them to those from now on"):
+                raise MisconfigurationException(
+                    f"`prefix` should give `{type(self).__name__}` names of its own, but"
+                    f" {', '.join(map(repr, taken))} is logged by the module or another callback, too. Choose another."
+                )
+            self._withdrawn.update(taken)
+        self.end_validation()
+
+    on_test_start = on_validation_start
+    on_test_batch_start = on_validation_batch_start
+    on_test_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_validation_epoch_end
+    on_test_end = on_validation_end
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say so if nothing was measured."""
+        if not self._has_measured:
+            self.warn("nothing", "has measured nothing in this fit: validation gave it no batch that it could measure.")
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave no hook on the module."""
+        self._end_watch()
+        self.end_validation()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let go of the module."""
+        self._end_watch()
+        self.end_validation()
+        self._passes = None
+
+    def warn(self, kind: str, message: str) -> None:
+        """Warn, once a kind; the message goes behind the name of the monitor."""
+        if kind not in self._warned_of:
+            self._warned_of.add(kind)
+            rank_zero_warn(f"`{type(self).__name__}` ({self.prefix}*) {message}")
+
+    @contextmanager
+    def guarded(self, what: str) -> Iterator[None]:
+        """Before the first training step, an error inside says what is wrong; after it, it is a warning."""
+        try:
+            yield
+        except Exception as error:
+            is_told = isinstance(error, MisconfigurationException)
+            if self._is_strict and (is_told or is_oom_error(error)):
+                raise  # out of memory: Lightning's finder of batch sizes waits for it
+            reason = str(error) if is_told else f"{type(error).__name__}: {str(error).strip().rstrip('.')}."
+            if self._is_strict:
+                raise MisconfigurationException(
+                    f"`{type(self).__name__}` {what}: {reason} If `forward` takes something else than was chosen, say"
+                    " what with `inputs=`, such as `inputs=lambda batch: (batch,)` for the whole batch."
+                ) from error
+            self.warn(what, f"{what}: {reason}")
+            if is_oom_error(error):
+                garbage_collection_cuda()
+
+    @contextmanager
+    def measuring(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
+        """Inside, a probe may run the model."""
+        self._passes = self._passes or Passes(pl_module)
+        with self._passes.measuring(), trainer.precision_plugin.val_step_context():
+            yield
+
+    def probe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> Probe:
+        """What runs the model on a batch."""
+        assert self._passes is not None
+        options = self.options
+        # Functions of the user's may write into what they get.
+        own = copied(batch) if callable(options.inputs) or callable(options.outputs) else batch
+        call = prepare_call(pl_module, own, options.inputs, self.perturbs_inputs)
+        return Probe(self._passes, forward(trainer, pl_module), call, options.outputs, own)
+
+    def num_wanted(self, trainer: pl.Trainer, dataloader_idx: int) -> float:
+        """How many batches of a loader are measured in this process; all, until the first one was."""
+        count, options = num_batches(trainer)[dataloader_idx], self.options
+        if options.num_samples is None or count == math.inf or dataloader_idx not in self._batch_sizes:
+            return count
+        num_samples = math.ceil(options.num_samples / (trainer.world_size * options.num_draws))
+        return min(count, math.ceil(num_samples / self._batch_sizes[dataloader_idx]))
+
+    def _wants(self, trainer: pl.Trainer, batch_idx: int, dataloader_idx: int) -> bool:
+        """Whether a batch is measured: evenly spaced ones, since loaders are often sorted, and always the same."""
+        if batch_idx == 0:
+            return True
+        count, wanted = num_batches(trainer)[dataloader_idx], self.num_wanted(trainer, dataloader_idx)
+        return wanted == count or batch_idx * wanted % count < wanted
+
+    def _begin_run(self) -> None:
+        self._is_strict = True  # until the first training step
+        self._has_measured = False
+        self._warned_of: set[str] = set()
+        self._withdrawn: set[str] = set()  # names that somebody else logs, too
+        # Of each loader of which a first batch was seen: its size, and whether classes come last in its outputs.
+        self._batch_sizes: dict[int, int] = {}
+        self._classes_last: dict[int, bool] = {}
+
+    def _begin_validation(self) -> None:
+        self._computed: dict[int, dict[str, Tensor]] = {}  # by loader
+        self._logged: set[int] = set()
+        self.forget()
+
+    def _look(self, pl_module: pl.LightningModule, probe: Probe, batch: Any, dataloader_idx: int) -> None:
+        """Look at the outputs of a loader's first batch, and watch the step that gets it."""
+        with submodules_run() as submodules:
+            outputs = probe.outputs()
+        is_last, doubt = classes_are_last(pl_module, batch, probe, outputs, self.options)
+        if doubt:
+            self.warn("positions", doubt)
+        self.check_outputs(outputs.movedim(-1, 1) if is_last else outputs)
+        self._batch_sizes[dataloader_idx], self._classes_last[dataloader_idx] = max(1, len(outputs)), is_last
+        self._watch = StepWatch(pl_module, probe.first_tensors, submodules)
+
+    def _end_watch(self) -> None:
+        if self._watch is not None:
+            for index, difference in enumerate(self._watch.end()):
+                self.warn(f"step {index}", f"may measure something else than your step does. {difference}")
+            self._watch = None
+
+    def _values(self, trainer: pl.Trainer, pl_module: pl.LightningModule, dataloader_idx: int) -> dict[str, Tensor]:
+        if dataloader_idx not in self._computed:
+            self._computed[dataloader_idx] = {}
+            with self.guarded(f"could not compute the values of dataloader {dataloader_idx}"):
+                values, troubles = self.compute(pl_module, dataloader_idx)
+                self._computed[dataloader_idx] = {n: value for n, value in values.items() if bool(value.isfinite())}
+                name = stage_prefix(self.prefix, trainer) + self.names[0]
+                for kind, trouble in {} if trainer.sanity_checking else troubles.items():
+                    name = loader_name(name, dataloader_idx, len(num_batches(trainer)))
+                    self.warn(f"{kind} {dataloader_idx}", f"says of `{name}`: {trouble}")
+        return self._computed[dataloader_idx]
+
+    def _log(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, dataloader_idx: int, at_epoch_end: bool = False
+    ) -> None:
+        self._logged.add(dataloader_idx)
+        for name in self.names:
+            full_name = stage_prefix(self.prefix, trainer) + name
+
+            def read(name: str = name, full_name: str = full_name) -> Tensor | None:
+                values = self._values(trainer, pl_module, dataloader_idx)
+                return None if full_name in self._withdrawn else values.get(name)
+
+            # `metric_attribute` is checked only for Metrics that belong to the module; this one must not.
+            if at_epoch_end:  # in a process without batches of the loader: Lightning puts no index behind the name
+                full_name = loader_name(full_name, dataloader_idx, len(num_batches(trainer)))
+                pl_module.log(full_name, Reading(read), metric_attribute=name, add_dataloader_idx=False)
+            else:
+                pl_module.log(full_name, Reading(read), on_step=False, on_epoch=True, metric_attribute=name)
+
+
+def _monitors(trainer: pl.Trainer) -> list[Monitor]:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return [each for each in callbacks if isinstance(each, Monitor)]

@@ -1,0 +1,346 @@
+"""The callback that logs an estimate of the risk: what to stop by."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import weakref
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+from torchmetrics import Metric
+from torchmetrics.utilities.distributed import gather_all_tensors
+
+from lightning_sensitivity.callbacks.base import Monitor
+from lightning_sensitivity.callbacks.checks import is_sharded
+from lightning_sensitivity.callbacks.logged import Charts, waiting_for
+from lightning_sensitivity.callbacks.samples import TrainingSamples
+from lightning_sensitivity.functional.risk import NUM_SUMS, RiskEstimate, distances, holdout_sums, risk_terms
+from lightning_sensitivity.functional.sensitivity import wide_dtype
+from lightning_sensitivity.functional.tasks import TASKS, predictions
+from lightning_sensitivity.models import Inputs, Options, Probe, Selector
+from lightning_sensitivity.models.options import check_argument, check_int
+from lightning_sensitivity.perturbations import noise_generator
+from lightning_sensitivity.twins import batch_statistics, initial_weights, learned_weights, normalizes_by_batch, twin
+
+_NAMES = ("risk_estimate", "risk_claim", "risk_overconfidence", "risk_variance")  # as the fields of RiskEstimate
+_STRENGTH = 0.5  # of simulated twins; at full strength they break networks with max-pooling
+_MIN_TWINS = 8  # with less than these, the variance would hang on the noise of a few
+
+Weights = Mapping[str, Tensor] | str | os.PathLike[str]
+
+
+class RiskMonitor(Monitor):
+    r"""Log an estimate of the risk on unseen samples on every validation epoch, to stop by; it needs no labels there.
+
+    The risk is the Brier score (in a regression the mean squared error). The estimate takes the labels of training, and
+    unlabelled validation samples; see :func:`~lightning_sensitivity.functional.risk_estimate` for the formula and its
+    source.
+
+    **Logged values** in ``Trainer.fit``, each under ``prefix``, and with several loaders under Lightning's
+    ``/dataloader_idx_N``:
+
+    - ``risk_estimate``: the one to monitor: ``EarlyStopping(monitor="val_risk_estimate", patience=10)``
+    - ``risk_claim``: what the score would be if the model's probabilities were right
+    - ``risk_overconfidence``: how far its score on training samples contradicts what it claims there
+    - ``risk_variance``: how far its predictions would differ, had it been trained on other samples; by twins, whose
+      learned weights are perturbed
+
+    Use the minimum of the estimate; ``examples/early_stopping/README.md`` says what it is worth, in labels, and where
+    it fails. Where training labels are wrong, the risk is that of labels as wrong.
+
+    It costs two forward passes on the validation batches that are measured (or eight twins in all, where fewer batches
+    are), and one over the kept training samples. The weights from before training are kept in the memory of the CPU and
+    in checkpoints; two copies of the weights are on the device while validation runs. It changes nothing about
+    training, and after the first training step it never ends a run.
+
+    Args:
+        task: What the labels are: ``"multiclass"``, ``"binary"``, ``"multilabel"`` or ``"regression"``. ``"auto"``
+            infers it where labels and outputs leave no doubt; otherwise there is a warning and no estimate, or an
+            error, if something monitors it.
+        targets: Where the labels are in a training batch: a key, an index, or a function ``batch -> tensor``. By
+            default the last element of a tuple or list of which ``forward`` takes the others, or what a mapping calls
+            ``label``, ``labels``, ``target``, ``targets`` or ``y``. Integer labels of -100 don't count.
+        num_training_samples: How many training samples are kept, over all processes, to score the model on: the first
+            batches of the fit, whole.
+        num_samples: How many validation samples are measured per loader and epoch, over all processes, in whole
+            batches. All, if None.
+        seed: Seed of the twins. A batch gets the same twins in every epoch.
+        prefix: Put before the names.
+        inputs: How to call the model; see :class:`~lightning_sensitivity.SensitivityMonitor`. Nothing is perturbed.
+        outputs: Which outputs are the logits; see there.
+        initial_weights: The weights from before training, where a fit does not begin with them (staged training): a
+            state dict, or the path of a Lightning checkpoint. By default those at the start of the fit; a fit that
+            resumes finds them in its checkpoint.
+
+    Raises:
+        MisconfigurationException: If an argument is not one of the above; in ``setup``, if no validation loop will
+            run, or the strategy is not supported; before the first training step, if the model can't be run on a batch,
+            or somebody else logs one of the names; and, if something monitors the estimate or ``task`` or ``targets``
+            is given, if labels or task can't be told, or the weights from before training are not known.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning.pytorch.callbacks import EarlyStopping
+        >>> from lightning_sensitivity import RiskMonitor
+        >>> stopping = EarlyStopping(monitor="val_risk_estimate", patience=10)
+        >>> trainer = Trainer(callbacks=[RiskMonitor(), stopping], logger=False)
+
+    """
+
+    def __init__(
+        self,
+        task: str = "auto",
+        targets: Selector = None,
+        num_training_samples: int = 500,
+        num_samples: int | None = 1200,
+        seed: int = 0,
+        prefix: str = "val_",
+        inputs: Inputs = None,
+        outputs: Selector = None,
+        initial_weights: Weights | None = None,
+    ) -> None:
+        check_argument("task", task, task in ("auto", *TASKS), f"one of {', '.join(map(repr, ('auto', *TASKS)))}")
+        check_int("num_training_samples", num_training_samples, minimum=1)
+        valid = initial_weights is None or isinstance(initial_weights, Mapping | str | os.PathLike)
+        check_argument("initial_weights", initial_weights, valid, "a state dict, the path of a checkpoint or None")
+        self.task, self.num_training_samples, self._told_weights = task, num_training_samples, initial_weights
+        self._weights: dict[str, Tensor] | None = None  # from before training
+        self._module: weakref.ref[pl.LightningModule] | None = None  # whose they are
+        self._is_restored = False
+        self._samples: TrainingSamples | None = None
+        self._is_required = self._is_agreed = False
+        self._learned: dict[str, Tensor] | None = None  # of the validation that runs
+        self._training_sums: Tensor | None = None  # the same
+        options = Options(num_samples=num_samples, seed=seed, inputs=inputs, outputs=outputs, targets=targets)
+        super().__init__(options, prefix)
+
+    @property
+    def state_key(self) -> str:
+        """One for each prefix, so that a Trainer can have several."""
+        return self._generate_state_key(prefix=self.prefix)
+
+    @property
+    def names(self) -> list[str]:
+        """What is logged, behind the prefix."""
+        return list(_NAMES)
+
+    def charts(self) -> Charts:
+        """Titles of charts for TensorBoard's Custom Scalars, with the regular expressions of their tags."""
+        tags = f"^{re.escape(self.prefix)}({'|'.join(_NAMES)})(/dataloader_idx_\\d+)?$"
+        return {"risk estimate and its terms": ["Multiline", [tags]]}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The weights from before training, so that the estimate can go on where training resumes."""
+        return {"initial_weights": self._weights}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take them back."""
+        self._weights, self._is_restored = state_dict["initial_weights"], state_dict["initial_weights"] is not None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Remember the weights, and begin to keep samples."""
+        waiting = waiting_for(trainer, {self.prefix + name for name in _NAMES})
+        self._is_required = bool(waiting) or self.task != "auto" or self.options.targets is not None
+        self._samples, self._is_agreed = None, False
+        problem = self._find_weights(trainer, pl_module)
+        if problem is not None:
+            self._give_up(problem)
+        else:
+            num_samples = math.ceil(self.num_training_samples / trainer.world_size)
+            self._samples = TrainingSamples(self.task, num_samples, self.options)
+        self._num_epochs = 0
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep the first batches; the second epoch would bring the same samples again."""
+        self._num_epochs += batch_idx == 0
+        if self._samples is not None and not self._samples.is_complete and self._num_epochs < 2:
+            self._keep(trainer, pl_module, batch)
+        self._is_strict = False
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say so if nothing was measured."""
+        if self._samples is not None:
+            super().on_train_end(trainer, pl_module)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Free the samples. The weights stay, for a second fit of the same module."""
+        super().teardown(trainer, pl_module, stage)
+        self._samples = None
+        self.end_validation()
+
+    def forget(self) -> None:
+        """Begin a validation with nothing."""
+        self._sums: dict[int, _RiskSums] = {}
+
+    def end_validation(self) -> None:
+        """Free what belongs to the model as it is."""
+        self._learned = self._training_sums = None
+
+    def measure(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, probe: Probe, batch_idx: int, dataloader_idx: int
+    ) -> None:
+        """Run the model and its twins on a batch."""
+        outputs = probe.outputs()
+        if self._samples is None or self._samples.task is None or self._weights is None:
+            return  # no fit, or the sanity check
+        task, sums = self._samples.task, self._of_loader(pl_module, dataloader_idx)
+        if self._training_sums is None:  # in a batch hook: only there averaged weights are in place
+            own = partial(self.probe, trainer, pl_module)
+            self._training_sums = self._samples.sums(pl_module, pl_module.device, own, self.guarded)
+        sums.training_sums = self._training_sums.clone()
+        if self._learned is None:
+            self._learned = learned_weights(pl_module, self._weights)
+        num_batches = self.num_wanted(trainer, dataloader_idx) * trainer.world_size
+        num_twins = max(1, math.ceil(_MIN_TWINS / max(1, num_batches)))
+        p = predictions(outputs, task)
+        with batch_statistics(pl_module):
+            own_p = predictions(probe.outputs(), task) if normalizes_by_batch(pl_module) else p
+            variance = torch.zeros_like(p[:, 0])
+            for index in range(num_twins):
+                key = (self.options.seed, trainer.global_rank, dataloader_idx, batch_idx, -1 - index)
+                generator = noise_generator(*key, device=pl_module.device)
+                with twin(pl_module, self._learned, generator, _STRENGTH):
+                    variance += distances(own_p, predictions(probe.outputs(), task), task)
+        sums.holdout_sums = sums.holdout_sums + holdout_sums(p, variance / (num_twins * _STRENGTH**2), task)
+
+    def compute(self, pl_module: pl.LightningModule, dataloader_idx: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The values of a loader, and what to warn of."""
+        if self._samples is None or self._samples.task is None:
+            return {}, {}
+        sums = self._of_loader(pl_module, dataloader_idx)
+        terms = sums.compute()
+        troubles = {}
+        if self._samples.may_be_probabilities:
+            troubles["probabilities"] = (
+                "All outputs lie in [0, 1]. From probabilities the estimate is wrong: use logits."
+            )
+        for kind, count in (("validation", sums.num_non_finite[0]), ("training", sums.num_non_finite[1])):
+            if count > 0:
+                troubles[kind] = (
+                    f"{int(count)} {kind} samples gave nan or inf in the model or a twin, and were left out."
+                )
+        if not all(bool(term.isfinite()) for term in terms):
+            troubles["no value"] = "No label of the kept training samples counts, or no batch could be measured."
+            return {}, troubles
+        return dict(zip(_NAMES, terms, strict=True)), troubles
+
+    def _of_loader(self, pl_module: pl.LightningModule, dataloader_idx: int) -> _RiskSums:
+        if dataloader_idx not in self._sums:
+            self._sums[dataloader_idx] = _RiskSums(pl_module.device).to(pl_module.device)
+        return self._sums[dataloader_idx]
+
+    def _find_weights(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> str | None:
+        """Find the weights from before training; returns what is wrong, or None."""
+        is_known = self._is_restored or (self._module is not None and self._module() is pl_module)
+        self._module, self._is_restored = weakref.ref(pl_module), False
+        if is_sharded(trainer):
+            return "needs all weights in every process, got a strategy that shards them."
+        if any(map(is_lazy, pl_module.parameters())):
+            return "needs weights before training, got lazy ones: let the sanity check run, or run the model once."
+        if self._told_weights is not None:
+            self._weights = _loaded(self._told_weights, self.state_key)
+            if not self._weights.keys() & dict(pl_module.named_parameters()).keys():
+                raise MisconfigurationException(
+                    "`initial_weights` should name the parameters of the module, got none of their names."
+                )
+            source = "those of `initial_weights`"
+        elif is_known and self._weights is not None:
+            source = "those of the fit that goes on"
+        elif trainer.global_step > 0:
+            self._weights = None
+            return (
+                "needs the weights from before training, which the checkpoint does not have, since no `RiskMonitor`"
+                " of this prefix was in its Trainer. Tell them with `initial_weights=`."
+            )
+        else:
+            self._weights = initial_weights(pl_module)
+            source = "those of now. If they are trained already, tell the ones from before with `initial_weights=`"
+        rank_zero_info(f"`RiskMonitor` ({self.prefix}*) takes as weights from before training {source}.")
+        return None
+
+    def _keep(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
+        assert self._samples is not None
+        problem: Exception | None = None
+        try:
+            with self.measuring(trainer, pl_module):
+                self._samples.keep(pl_module, batch, partial(self.probe, trainer, pl_module))
+        except Exception as error:
+            problem = error
+        if self._is_agreed:  # a later batch
+            if problem is not None:
+                self.warn("batch", f"leaves a training batch out: {problem}")
+            return
+        self._is_agreed = True
+        self._agree(trainer, pl_module.device, problem)
+
+    def _agree(self, trainer: pl.Trainer, device: torch.device, problem: Exception | None) -> None:
+        """Have all processes find the same task in their first batch: all must log the same names."""
+        assert self._samples is not None
+        task = self._samples.task
+        if trainer.world_size > 1:
+            code = torch.tensor(-1 if problem or task is None else TASKS.index(task), device=device)
+            tasks = {int(each) for each in gather_all_tensors(code)}
+            if problem is None and (len(tasks) > 1 or -1 in tasks):
+                problem = ValueError("Expected the same task in every process, got others in some.")
+        if problem is not None:
+            self._give_up(
+                f"can't score the model on a training batch: {problem} Say where the labels are with `targets=` (a key,"
+                " an index or a function), and what they are with `task=` ('multiclass', 'binary', 'multilabel' or"
+                " 'regression').",
+                problem,
+            )
+        elif self.task == "auto":
+            rank_zero_info(f"`RiskMonitor` ({self.prefix}*) takes the labels as `task={task!r}`.")
+
+    def _give_up(self, problem: str, cause: Exception | None = None) -> None:
+        self._samples = None
+        if self._is_required and self._is_strict:
+            raise MisconfigurationException(f"`RiskMonitor` {problem}") from cause
+        self.warn("no estimate", f"{problem} There will be no estimate.")
+
+
+class _RiskSums(Metric):
+    """The sums behind the estimate of one loader in one epoch."""
+
+    full_state_update = False
+    holdout_sums: Tensor
+    training_sums: Tensor
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        for name in ("holdout_sums", "training_sums"):
+            self.add_state(name, default=torch.zeros(NUM_SUMS, dtype=wide_dtype(device)), dist_reduce_fx="sum")
+        self.num_non_finite = (0.0, 0.0)
+
+    @property
+    def update_called(self) -> bool:
+        """True, since a process that got no batch must take part in the others' reduction, without a warning."""
+        return True
+
+    def update(self) -> None:
+        """Do nothing: the sums are added to the states."""
+
+    def compute(self) -> RiskEstimate:
+        """The estimate, over all processes."""
+        self.num_non_finite = (float(self.holdout_sums[-1]), float(self.training_sums[-1]))
+        return risk_terms(self.holdout_sums, self.training_sums)
+
+
+def _loaded(weights: Weights, state_key: str) -> dict[str, Tensor]:
+    if isinstance(weights, Mapping):
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights.items()}
+    checkpoint = torch.load(os.fspath(weights), map_location="cpu", weights_only=False)
+    own = checkpoint.get("callbacks", {}).get(state_key, {}).get("initial_weights")
+    found: dict[str, Tensor] = own or checkpoint.get("state_dict", checkpoint)
+    return found

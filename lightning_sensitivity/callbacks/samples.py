@@ -1,0 +1,112 @@
+"""A few training samples, kept to score the model on them: the half of the risk estimate that labels give."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor, nn
+
+from lightning_sensitivity.functional.risk import NUM_SUMS, training_sums
+from lightning_sensitivity.functional.sensitivity import wide_dtype
+from lightning_sensitivity.functional.tasks import check_logits, check_task, classes_last, infer_task
+from lightning_sensitivity.models import Options, Probe, select_targets
+
+_SEVERAL = 5  # validations after which outputs in [0, 1] are no chance any more
+
+
+class TrainingSamples:
+    """The first training batches of a fit, in the memory of the CPU.
+
+    They stay the same in every epoch, so that a curve over epochs moves only when the model does, and they are scored
+    in eval mode. The outputs that training itself computes are no substitute: they are those of other weights, under
+    dropout and with the statistics of the batch.
+
+    Args:
+        task: ``"auto"`` or one of :data:`~lightning_sensitivity.functional.tasks.TASKS`.
+        num_samples: How many are wanted in this process. Batches are kept whole.
+        options: How the model is run, and where labels are.
+    """
+
+    def __init__(self, task: str, num_samples: int, options: Options) -> None:
+        self.task = None if task == "auto" else task
+        self._num_missing, self._options = num_samples, options
+        self._batches: list[Any] = []
+        self._classes_last = False
+        self._num_within = 0  # validations in a row in which all outputs could be probabilities
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether there are enough samples."""
+        return self._num_missing <= 0
+
+    @property
+    def may_be_probabilities(self) -> bool:
+        """Whether outputs for one or several labels have all been in [0, 1] for a while, which logits are not."""
+        return self._num_within >= _SEVERAL
+
+    def keep(self, model: nn.Module, batch: Any, probe: Callable[[Any], Probe]) -> None:
+        """Keep a batch. The first one tells the task.
+
+        Args:
+            model: The module.
+            batch: A training batch on its device.
+            probe: Gives what runs the model on a batch.
+
+        Raises:
+            ValueError: If labels and outputs fit no task, or not the one that was told.
+        """
+        own = copy.deepcopy(batch)  # some batches move themselves, and the user's functions may write into them
+        outputs, targets = probe(own).outputs(), select_targets(model, own, self._options.targets)
+        if not self._batches:
+            self._classes_last = classes_last(outputs, targets)
+            is_square = outputs.ndim > 2 and outputs.shape[:-1] == outputs.shape[:1] + outputs.shape[2:]
+            if is_square and targets.shape == outputs.shape[:-1] and self._options.outputs is None:
+                raise ValueError(
+                    f"Expected to see which dimension of the outputs {tuple(outputs.shape)} holds the classes. Say it:"
+                    " `outputs=lambda y: y` if it is dimension 1, `outputs=lambda y: y.movedim(-1, 1)` if the last."
+                )
+        outputs = outputs.movedim(-1, 1) if self._classes_last else outputs
+        task = self.task or infer_task(outputs, targets)
+        check_task(outputs, targets, task)
+        check_logits(outputs, task)
+        self.task = task
+        self._batches.append(move_data_to_device(copy.deepcopy(batch), torch.device("cpu")))
+        self._num_missing -= len(outputs)
+
+    def sums(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        probe: Callable[[Any], Probe],
+        guarded: Callable[[str], AbstractContextManager[None]],
+    ) -> Tensor:
+        """Score the model in eval mode.
+
+        Args:
+            model: The module.
+            device: Its device.
+            probe: Gives what runs the model on a batch.
+            guarded: Inside of what it gives, an exception is a warning.
+
+        Returns:
+            What :func:`~lightning_sensitivity.functional.risk.training_sums` gives, over all samples of this process
+            that the model takes.
+        """
+        assert self.task is not None
+        total = torch.zeros(NUM_SUMS, dtype=wide_dtype(device), device=device)
+        is_within = torch.tensor(self.task in ("binary", "multilabel"), device=device)
+        for batch in self._batches:
+            with guarded("leaves out kept training samples, which the model does not take"):
+                own = move_data_to_device(copy.deepcopy(batch), device)
+                outputs = probe(own).outputs()
+                outputs = outputs.movedim(-1, 1) if self._classes_last else outputs
+                total = total + training_sums(outputs, select_targets(model, own, self._options.targets), self.task)
+                is_within = is_within & (outputs >= 0).all() & (outputs <= 1).all()
+        if self.task in ("binary", "multilabel"):
+            self._num_within = self._num_within + 1 if bool(is_within) else 0
+        return total

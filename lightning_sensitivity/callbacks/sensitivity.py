@@ -1,0 +1,290 @@
+"""The callback that logs output sensitivity."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_sensitivity.callbacks.base import Monitor
+from lightning_sensitivity.callbacks.logged import Charts, waiting_for
+from lightning_sensitivity.functional import loss_estimate
+from lightning_sensitivity.functional.sensitivity import wide_dtype
+from lightning_sensitivity.metric import OutputSensitivity
+from lightning_sensitivity.models import Inputs, Options, Probe, Selector
+from lightning_sensitivity.models.options import DEFAULT_NOISE_STD
+from lightning_sensitivity.models.outputs import are_log_probabilities, are_probabilities
+from lightning_sensitivity.perturbations.noise import AnyPerturbation, apply_perturbation, noise_generator
+
+_SENSITIVITY, _LOSS_ESTIMATE = "sensitivity", "loss_estimate"
+_NAMES = (_SENSITIVITY, "sensitivity_stderr", "sensitivity_log10", _LOSS_ESTIMATE)
+
+
+class SensitivityMonitor(Monitor):
+    r"""Log the output sensitivity of the model on every validation epoch, without labels.
+
+    Sensitivity is the variance of the class-averaged change of the outputs under Gaussian input noise (Forouzesh,
+    Salehi and Thiran, ICPR 2020, `arXiv:2007.15378`_); see :class:`~lightning_sensitivity.OutputSensitivity`.
+
+    **Logged values**, each under ``prefix`` (in ``Trainer.test`` with "test" for "val"), and with several loaders
+    under Lightning's ``/dataloader_idx_N``:
+
+    - ``sensitivity``: S, in squared units of the outputs
+    - ``sensitivity_stderr``: one standard error of S, over samples and noise. The noise is the same in every epoch, so
+      that two epochs compare more sharply than their error bars say.
+    - ``sensitivity_log10``: log10 of S, which spans decades during training
+    - ``loss_estimate``: the paper's Equation 9, for models of two or more outputs;
+      :func:`~lightning_sensitivity.functional.loss_estimate` says how far it can be believed
+
+    S is smallest before training, and grows with the gap between validation and training loss. So don't stop at its
+    minimum; :class:`~lightning_sensitivity.RiskMonitor` logs what to stop by. ``trainer.validate(model, loader)``
+    before ``fit`` logs S of the untrained network at step 0.
+
+    It costs 1 + ``num_draws`` forward passes on the batches that are measured, and changes nothing about training:
+    weights, buffers, optimizers, random streams and logged losses are those of a run without it. After the first
+    training step it never ends a run: what fails gives one warning, and no value.
+
+    :attr:`metrics` holds the metric of each loader as of the last validation: ``metrics[0].per_sample`` says which
+    samples are the most sensitive.
+
+    Args:
+        noise_std: σ of the noise in the units that the model receives, one number or one per channel (dimension 1 of
+            the input). After ``Normalize(mean, std)``, σ in pixel units is ``[σ / s for s in std]``.
+        perturbation: What takes the place of Gaussian noise: one of :mod:`~lightning_sensitivity.perturbations`, or any
+            function ``(x, generator) -> x'`` that gives a tensor like ``x`` and draws from the generator alone.
+        at: Name of a submodule, such as ``"model.embeddings"``, whose output is perturbed in place of the model's
+            input; σ is in the units of that output. For inputs that can take no noise (token ids). A list of names
+            gives a profile, under ``sensitivity/<name>`` and so on.
+        num_draws: Noise draws per sample.
+        num_samples: How many samples times draws are measured per loader and epoch, over all processes, in whole
+            batches, evenly spaced and always the same. 1,200 give a standard error of about 5 %. All, if None.
+        seed: Seed of the noise. A batch gets the same noise in every epoch.
+        prefix: Put before the names. ``"val/"`` puts the charts into TensorBoard's group of ``val/loss``.
+        inputs: What to perturb: a key or an index of the batch, a list of them, or a function ``batch -> arguments of
+            the model`` (one, or a tuple) of which the first is perturbed. By default a tensor batch itself, the first
+            element of a tuple or list, the only floating tensor of a mapping or dataclass; see
+            :func:`~lightning_sensitivity.models.prepare_call`.
+        outputs: Which outputs to compare, logits of shape ``(N, K, ...)``: a key or attribute, an index, or a function
+            ``result -> tensor`` or ``(result, batch) -> tensor``, which can leave out padding. By default a tensor
+            itself, the first element of a tuple or list, ``logits`` of a mapping or object.
+        per_output: Log the mean squared change of the single outputs instead of the variance of their average. It also
+            means something for probabilities; it gives no loss estimate.
+
+    Raises:
+        MisconfigurationException: If an argument is not one of the above; in ``setup``, if no validation loop will
+            run, or the strategy is not supported; before the first training step, if the model can't be run on a batch,
+            outputs are probabilities, or somebody else logs one of the names.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning_sensitivity import SensitivityMonitor
+        >>> trainer = Trainer(callbacks=[SensitivityMonitor(noise_std=0.1)], logger=False)
+
+    .. _arXiv:2007.15378: https://arxiv.org/abs/2007.15378
+
+    """
+
+    def __init__(
+        self,
+        noise_std: float | Sequence[float] = DEFAULT_NOISE_STD,
+        perturbation: AnyPerturbation | None = None,
+        at: Sequence[str] | str | None = None,
+        num_draws: int = 1,
+        num_samples: int | None = 1200,
+        seed: int = 0,
+        prefix: str = "val_",
+        inputs: Inputs = None,
+        outputs: Selector = None,
+        per_output: bool = False,
+    ) -> None:
+        options = Options(noise_std, perturbation, at, num_draws, num_samples, seed, inputs, outputs, None, per_output)
+        self.perturbation = options.chosen_perturbation()
+        self.perturbs_inputs = None in options.sites
+        self._has_masked: bool | None = None
+        self._has_log_probabilities = False
+        super().__init__(options, prefix)
+
+    @property
+    def names(self) -> list[str]:
+        """What is logged, behind the prefix."""
+        return [name + suffix for suffix in self.options.sites.values() for name in _NAMES]
+
+    @property
+    def metrics(self) -> dict[int, OutputSensitivity]:
+        """The metric of each loader, as of the last validation; of the first of several submodules (``at``)."""
+        return {dataloader_idx: sites[0] for dataloader_idx, sites in self._metrics.items()}
+
+    def charts(self) -> Charts:
+        """Titles of charts for TensorBoard's Custom Scalars, with the regular expressions of their tags."""
+        tag, site = re.escape(self.prefix), r"(/.+)?$"  # a submodule, a loader or both
+        return {
+            # Whatever the user's loss is called, it has "loss" in its name; the estimate has, too.
+            "loss and loss estimate": ["Multiline", [f"^{tag}.*loss"]],
+            "sensitivity, log10": ["Multiline", [f"^{tag}{_NAMES[2]}{site}"]],
+        }
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Check what can be checked before the first batch."""
+        super().setup(trainer, pl_module, stage)
+        for who, name, mode in waiting_for(trainer, {self.prefix + name for name in self.names[:3]}):
+            if mode == "min" and stage == "fit":
+                rank_zero_warn(
+                    f"`{who}` minimizes `{name}`, which is lowest before training: it will choose an untrained network."
+                    " `RiskMonitor` logs what to stop by."
+                )
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check the names of submodules, and lay out TensorBoard's Custom Scalars."""
+        super().on_fit_start(trainer, pl_module)
+        for name in self.options.sites:
+            if name is not None:
+                _submodule(pl_module, name)
+
+    def check_outputs(self, outputs: Tensor) -> None:
+        """Refuse probabilities, whose class average can't change.
+
+        Args:
+            outputs: Those of a first batch.
+
+        Raises:
+            MisconfigurationException: If they are.
+        """
+        self._has_log_probabilities = are_log_probabilities(outputs)
+        if not self.options.per_output and are_probabilities(outputs):
+            raise MisconfigurationException(
+                "`SensitivityMonitor` should get logits, got probabilities: their rows sum to 1, so that their class"
+                " average can't change. Return or choose (`outputs=`) the logits, or use `per_output=True`."
+            )
+
+    def forget(self) -> None:
+        """Begin a validation with nothing."""
+        self._metrics: dict[int, list[_LoaderSensitivity]] = {}
+
+    def measure(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, probe: Probe, batch_idx: int, dataloader_idx: int
+    ) -> None:
+        """Run the model on a batch, clean and perturbed."""
+        clean = probe.outputs()
+        generator = partial(noise_generator, self.options.seed, trainer.global_rank, dataloader_idx, batch_idx)
+        for name, metric in zip(self.options.sites, self._of_loader(pl_module, dataloader_idx), strict=True):
+            module = None if name is None else _submodule(pl_module, name)
+            draws = map(partial(self._noisy_outputs, probe, module, metric, generator), range(self.options.num_draws))
+            metric.update(clean, draws)
+            self._has_masked = metric.has_masked
+
+    def compute(self, pl_module: pl.LightningModule, dataloader_idx: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The values of a loader, and what to warn of."""
+        values: dict[str, Tensor] = {}
+        troubles: dict[str, str] = {}
+        metrics = self._of_loader(pl_module, dataloader_idx)
+        for suffix, metric in zip(self.options.sites.values(), metrics, strict=True):
+            sensitivity, stderr = metric.compute(), metric.stderr
+            if metric.num_changes < 2:
+                troubles["too few"] = "A variance needs two output changes or more; there is no value."
+                continue
+            found = (sensitivity, stderr, sensitivity.log10(), metric.loss_estimate())
+            values |= {name + suffix: value for name, value in zip(_NAMES, found, strict=True) if value is not None}
+            troubles |= {kind + suffix: doubt for kind, doubt in metric.doubts.items()}
+        if self._has_log_probabilities and not self.options.per_output:
+            troubles["log-probabilities"] = (
+                "The outputs are log-probabilities, whose class average also changes by what the softmax has"
+                " subtracted: this is not the sensitivity of the logits. Return or choose (`outputs=`) the logits."
+            )
+        return values, troubles
+
+    def _of_loader(self, pl_module: pl.LightningModule, dataloader_idx: int) -> list[_LoaderSensitivity]:
+        if dataloader_idx not in self._metrics:
+            device, per_output = pl_module.device, self.options.per_output
+            metrics = [_LoaderSensitivity(per_output, self._has_masked, device) for _ in self.options.sites]
+            self._metrics[dataloader_idx] = [metric.to(device) for metric in metrics]
+        return self._metrics[dataloader_idx]
+
+    def _noisy_outputs(
+        self,
+        probe: Probe,
+        module: nn.Module | None,
+        metric: _LoaderSensitivity,
+        generator: Callable[..., torch.Generator],
+        draw: int,
+    ) -> Tensor:
+        source = cache(lambda device: generator(draw, device=device))  # one for all tensors of the draw
+
+        def perturb(x: Tensor) -> Tensor:
+            if draw == 0:
+                metric.add_inputs(x, self.perturbation)
+            return apply_perturbation(self.perturbation, x, source(x.device))
+
+        return probe.outputs(perturb) if module is None else probe.outputs_at(module, perturb)
+
+
+class _LoaderSensitivity(OutputSensitivity):
+    """Output sensitivity over one loader in one epoch, and the power of the inputs, for Equation 9."""
+
+    power: Tensor
+
+    def __init__(self, per_output: bool, has_masked: bool | None, device: torch.device) -> None:
+        super().__init__(per_output)
+        self.has_masked, self.doubts = has_masked, dict[str, str]()
+        # Σ x² in units of the noise's variance, and the number of elements.
+        self.add_state("power", default=torch.zeros(2, dtype=wide_dtype(device)), dist_reduce_fx="sum")
+
+    @property
+    def update_called(self) -> bool:
+        """True, since a process that got no batch must take part in the others' reduction, without a warning."""
+        return True
+
+    def add_inputs(self, x: Tensor, perturbation: Any) -> None:
+        """Add the power of clean inputs; nothing where the noise has no second moment that Equation 9 could use."""
+        moment = getattr(perturbation, "second_moment", lambda x: None)(x)
+        if moment is not None:
+            scaled = x.detach().float()
+            scaled = scaled / moment.sqrt() if isinstance(moment, Tensor) else scaled * moment**-0.5
+            norms = torch.linalg.vector_norm(scaled.reshape(len(x), -1) if x.ndim > 1 else scaled, dim=-1)
+            squares = norms.to(self.power.dtype).square().sum()
+            self.power = self.power + torch.stack([squares, torch.full_like(squares, x.numel())])
+
+    def compute(self) -> Tensor:
+        """Keep what the loss estimate needs over all processes."""
+        value = super().compute()
+        self._all_power, self._all_outputs = self.power.tolist(), int(self.num_outputs)
+        return value
+
+    @property
+    def num_changes(self) -> float:
+        """How many changes there were."""
+        self.compute()
+        assert self._all_rows is not None
+        return float(self._all_rows[self._all_rows.isfinite().all(1), 0].sum())
+
+    def loss_estimate(self) -> Tensor | None:
+        """Equation 9, where it means something."""
+        power, count = self._all_power
+        if self.per_output or self._all_outputs < 2 or not count:
+            return None
+        return loss_estimate(self.compute(), power / count, 1.0, self._all_outputs)
+
+    def _report(self, kind: str, doubt: str) -> None:
+        self.doubts[kind] = doubt
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module:
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        names = [each for each, _ in model.named_modules() if each]
+        close = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:3]
+        raise MisconfigurationException(
+            f"`at` should name a submodule of {type(model).__name__}, such as {', '.join(map(repr, close))}, got"
+            f" {name!r}."
+        ) from None
+    if isinstance(module, torch.jit.ScriptModule):
+        raise MisconfigurationException(f"`at` should name a submodule that takes hooks, got {name!r}, a scripted one.")
+    return module

@@ -1,0 +1,285 @@
+"""Extra passes that leave no trace: in eval mode, without gradients, all on the same dice."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from operator import is_not
+from typing import Any, TypeVar
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from lightning_sensitivity.models.call import Call, Perturb, Selector
+from lightning_sensitivity.models.outputs import perturbed_result, select_outputs
+
+T = TypeVar("T")
+
+_OF_ANY_MODULE = frozenset(vars(nn.Module()))  # parameters, buffers, hooks, the mode
+_SMALL = 2**14  # elements of a tensor that is copied before every batch, since it costs nothing
+
+
+class Passes:
+    """Runs a model again and again, and leaves it, and all random streams, as they were.
+
+    Every pass finds the buffers and attributes that the module has, and the same state of every random stream, so that
+    two passes of a stochastic model differ by their inputs alone. Large buffers are copied only where the first pass,
+    before which all are copied, was seen to write them. What a pass can't put back is deeper Python state that
+    ``forward`` itself changes: what is nested in a container, a generator of its own.
+
+    Args:
+        model: The module.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._written: set[int] | None = None  # ids of large tensors; None before the first pass
+        self._uses_numpy: bool | None = None  # as the first pass has shown; its states are slow to set
+        self._states: list[_State] = []
+        self._dice: _Dice | None = None
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """A batch, inside of which :meth:`run` may be called."""
+        training = [module for module in self._model.modules() if module.training]
+        devices = {tensor.device for tensor in (*self._model.parameters(), *self._model.buffers())}
+        is_first = self._written is None
+        written = self._written = self._written or set()
+        self._dice = _Dice(devices)
+        try:
+            for module in training:  # not by `eval()`, which modules override
+                module.training = False
+            with torch.no_grad(), _silenced(self._model):
+                # A lazy module becomes another one in its first pass, and stays that.
+                modules = [each for each in self._model.modules() if not getattr(each, "cls_to_become", None)]
+                self._states = [_State(module, written, is_first) for module in modules]
+                yield
+        finally:
+            for module in training:
+                module.training = True
+            self._dice.put_back()
+            self._states, self._dice = [], None
+
+    def run(self, function: Callable[[], T]) -> T:
+        """Call a function that runs the model, on the dice of the batch, and put back what it has written.
+
+        Args:
+            function: The function.
+        """
+        assert self._dice is not None
+        assert self._written is not None
+        self._dice.put_back(with_numpy=self._uses_numpy is not False)
+        try:
+            return function()
+        finally:
+            if self._uses_numpy is None:
+                self._uses_numpy = self._dice.has_rolled_numpy()
+            for state in self._states:
+                self._written |= state.give_back()
+
+
+class Probe:
+    """The outputs of a model for one batch: as it is, or perturbed. Use it within :meth:`Passes.measuring`.
+
+    Args:
+        passes: Runs the model.
+        model: What is called; the module itself, or what a strategy has put around it.
+        call: How.
+        outputs: Which of its outputs; see :func:`~lightning_sensitivity.models.outputs.select_outputs`.
+        batch: What the loader gave.
+        classes_last: Whether outputs are ``(N, ..., K)``, and are to become ``(N, K, ...)``.
+    """
+
+    def __init__(
+        self,
+        passes: Passes,
+        model: Callable[..., Any],
+        call: Call,
+        outputs: Selector = None,
+        batch: Any = None,
+        classes_last: bool = False,
+    ) -> None:
+        self._passes, self._model, self._call, self._outputs, self._batch = passes, model, call, outputs, batch
+        self.classes_last = classes_last
+        self.tensors = call.tensors()
+        self.first_tensors = self.tensors[:1] or [x for x in call.arguments.values() if isinstance(x, Tensor)][:1]
+        self._num_samples = len(self.tensors[0]) if self.tensors and self.tensors[0].ndim else None
+
+    def outputs(self, perturb: Perturb | None = None) -> Tensor:
+        """The outputs.
+
+        Args:
+            perturb: Gives what takes the place of an input; None for the batch as it is.
+        """
+
+        def run() -> Tensor:
+            args, keywords = self._call.made(perturb)
+            result = self._model(*args, **keywords)
+            outputs = select_outputs(result, self._outputs, self._batch, self._num_samples)
+            return (outputs.movedim(-1, 1) if self.classes_last else outputs).clone()  # a later pass may write into it
+
+        return self._passes.run(run)
+
+    def outputs_at(self, module: nn.Module, perturb: Perturb) -> Tensor:
+        """The outputs where what a submodule returns is perturbed, each time that it runs.
+
+        Args:
+            module: The submodule.
+            perturb: Gives what takes the place of its output.
+
+        Raises:
+            MisconfigurationException: If it did not run.
+        """
+        has_run = False
+
+        def hook(module: nn.Module, args: Any, result: Any) -> Any:
+            nonlocal has_run
+            has_run = True
+            return perturbed_result(result, perturb)
+
+        handle = module.register_forward_hook(hook)
+        try:
+            with _uncompiled_code():
+                outputs = self.outputs()
+        finally:
+            handle.remove()
+        if not has_run:
+            raise MisconfigurationException(
+                "`at` should name a submodule that `forward` calls, got one that did not run. (Of some modules only the"
+                " weights are used, as of attention's `out_proj`; a compiled model needs torch 2.6 or newer.)"
+            )
+        return outputs
+
+
+class _State:
+    """What a module has in buffers and in attributes of its own."""
+
+    def __init__(self, module: nn.Module, written: set[int], is_first: bool) -> None:
+        self._module, self._is_first = module, is_first
+        self._before = vars(module).copy()
+        own = [self._before[name] for name in self._before.keys() - _OF_ANY_MODULE]
+        containers = [each for each in (*own, module._buffers) if isinstance(each, list | dict)]
+        self._containers = [(each, each.copy()) for each in containers]
+        tensors = [each for each in (*own, *module._buffers.values()) if isinstance(each, Tensor) and _has_values(each)]
+        self._tensors = [
+            (each, each.clone() if is_first or each.numel() <= _SMALL or id(each) in written else None, _version(each))
+            for each in tensors
+        ]
+
+    def give_back(self) -> set[int]:
+        """Put back what a pass has changed; returns the ids of large tensors that it has written."""
+        written = set()
+        for tensor, value, version in self._tensors:
+            if value is None:
+                if version != _version(tensor):
+                    written.add(id(tensor))
+                    rank_zero_warn(
+                        f"A pass of ours has written into a large buffer of {type(self._module).__name__}, which"
+                        " earlier passes had not. It could not be put back; from now on it is."
+                    )
+            elif _is_written(tensor, value, version, self._is_first):
+                written.add(id(tensor))
+                with torch.no_grad():
+                    if tensor.shape != value.shape:
+                        tensor.resize_(value.shape)
+                    tensor.copy_(value)
+        for container, items in self._containers:
+            if len(container) != len(items) or any(map(is_not, _flat(container), _flat(items))):
+                container.clear()
+                container.update(items) if isinstance(container, dict) else container.extend(items)
+        now = vars(self._module)
+        for name in [name for name in now if name not in self._before]:
+            del now[name]
+        now.update(self._before)
+        return written
+
+
+class _Dice:
+    """The state of every random stream: python's, numpy's, torch's on the CPU and on the model's devices."""
+
+    def __init__(self, devices: set[torch.device]) -> None:
+        self._numpy = sys.modules.get("numpy")  # not imported: nobody has drawn from it
+        self._numpy_state: Any = self._numpy.random.get_state() if self._numpy else None
+        self._python_state = random.getstate()
+        self._cpu_state = torch.get_rng_state()
+        self._states = [
+            (device, getattr(torch, device.type).get_rng_state(*_index(device)))
+            for device in devices
+            if device.type not in ("cpu", "meta")
+        ]
+
+    def has_rolled_numpy(self) -> bool:
+        if self._numpy is None:
+            return False
+        (_, keys, *rest), (_, own_keys, *own_rest) = self._numpy.random.get_state(), self._numpy_state
+        return rest != own_rest or bool((keys != own_keys).any())
+
+    def put_back(self, with_numpy: bool = True) -> None:
+        random.setstate(self._python_state)
+        if self._numpy and with_numpy:
+            self._numpy.random.set_state(self._numpy_state)
+        torch.set_rng_state(self._cpu_state)
+        for device, state in self._states:
+            getattr(torch, device.type).set_rng_state(state, *_index(device))
+
+
+def _index(device: torch.device) -> tuple[torch.device, ...]:
+    return () if device.type == "mps" else (device,)  # there is one MPS
+
+
+@contextmanager
+def _silenced(model: nn.Module) -> Iterator[None]:
+    """Let a ``forward`` that calls ``self.log`` log nothing: its own value, from the step, would be replaced."""
+    names = ("log", "log_dict") if isinstance(model, LightningModule) else ()
+    own = {name: model.__dict__[name] for name in names if name in model.__dict__}
+    model.__dict__.update(dict.fromkeys(names, _do_nothing))
+    try:
+        yield
+    finally:
+        for name in names:
+            del model.__dict__[name]
+        model.__dict__.update(own)
+
+
+def _do_nothing(*args: object, **kwargs: object) -> None:
+    pass
+
+
+def _flat(container: Any) -> list[Any]:
+    return [*container.keys(), *container.values()] if isinstance(container, dict) else container
+
+
+def _is_written(tensor: Tensor, value: Tensor, version: int | None, is_first: bool) -> bool:
+    if version is not None and version != _version(tensor):
+        return True
+    if version is None and not torch.is_inference_mode_enabled():
+        return False  # inference tensors can't be written to elsewhere
+    # Writes to `tensor.data` don't count. On other devices a comparison waits, so that only the first pass looks.
+    may_look = is_first or version is None or tensor.device.type == "cpu"
+    return may_look and tensor.layout == torch.strided and not torch.equal(tensor, value)
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Whether they can be copied: lazy ones have none yet, and of a sharded model they may be in other processes."""
+    if is_lazy(tensor) or tensor.is_meta:
+        return False
+    return tensor.layout != torch.strided or tensor.numel() == 0 or tensor.untyped_storage().nbytes() > 0
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
+def _uncompiled_code() -> AbstractContextManager[Any]:
+    """Compiled code does not see a hook that came later. What is compiled stays so, for the other passes."""
+    is_compiling = "torch._dynamo" in sys.modules  # else nothing was compiled, and importing it takes seconds
+    if is_compiling and hasattr(torch.compiler, "set_stance"):
+        stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+        return stance
+    return nullcontext()

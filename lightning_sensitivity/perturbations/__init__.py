@@ -1,0 +1,26 @@
+"""What is done to an input: small callables ``(x, generator) -> x'``, each of which states its second moment."""
+
+from lightning_sensitivity.perturbations.images import GaussianBlur, Rotation, Translation, shifted
+from lightning_sensitivity.perturbations.noise import (
+    GaussianNoise,
+    Interpolation,
+    Perturbation,
+    RademacherNoise,
+    SaltAndPepper,
+    UniformNoise,
+    noise_generator,
+)
+
+__all__ = [
+    "GaussianBlur",
+    "GaussianNoise",
+    "Interpolation",
+    "Perturbation",
+    "RademacherNoise",
+    "Rotation",
+    "SaltAndPepper",
+    "Translation",
+    "UniformNoise",
+    "noise_generator",
+    "shifted",
+]
