@@ -95,11 +95,8 @@ class Monitor(Callback):
             return
         check_run(type(self).__name__, trainer, pl_module, stage)
         prefixes = [each.prefix for each in _monitors(trainer) if type(each) is type(self)]
-        if len(set(prefixes)) < len(prefixes):
-            raise MisconfigurationException(
-                f"Each `{type(self).__name__}` should have a `prefix` of its own, got {prefixes}."
-            )
-        self._passes = Passes(pl_module)
+        valid = len(set(prefixes)) == len(prefixes)
+        check_argument("prefix", prefixes, valid, f"another one for each `{type(self).__name__}`")
         self._begin_run()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -188,8 +185,7 @@ class Monitor(Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave no hook on the module."""
-        self._end_watch()
-        self.end_validation()
+        self.teardown(trainer, pl_module, "")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let go of the module."""
@@ -225,7 +221,7 @@ class Monitor(Callback):
     @contextmanager
     def measuring(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
         """Inside, a probe may run the model."""
-        self._passes = self._passes or Passes(pl_module)
+        self._passes = self._passes or Passes(pl_module)  # let go in `teardown`
         with self._passes.measuring(), trainer.precision_plugin.val_step_context():
             yield
 
@@ -290,10 +286,8 @@ class Monitor(Callback):
             with self.guarded(f"could not compute the values of dataloader {dataloader_idx}"):
                 values, troubles = self.compute(pl_module, dataloader_idx)
                 self._computed[dataloader_idx] = {n: value for n, value in values.items() if bool(value.isfinite())}
-                name = stage_prefix(self.prefix, trainer) + self.names[0]
                 for kind, trouble in {} if trainer.sanity_checking else troubles.items():
-                    name = loader_name(name, dataloader_idx, len(num_batches(trainer)))
-                    self.warn(f"{kind} {dataloader_idx}", f"says of `{name}`: {trouble}")
+                    self.warn(f"{kind} {dataloader_idx}", f"says of dataloader {dataloader_idx}: {trouble}")
         return self._computed[dataloader_idx]
 
     def _log(
@@ -307,12 +301,11 @@ class Monitor(Callback):
                 values = self._values(trainer, pl_module, dataloader_idx)
                 return None if full_name in self._withdrawn else values.get(name)
 
-            # `metric_attribute` is checked only for Metrics that belong to the module; this one must not.
             if at_epoch_end:  # in a process without batches of the loader: Lightning puts no index behind the name
                 full_name = loader_name(full_name, dataloader_idx, len(num_batches(trainer)))
-                pl_module.log(full_name, Reading(read), metric_attribute=name, add_dataloader_idx=False)
-            else:
-                pl_module.log(full_name, Reading(read), on_step=False, on_epoch=True, metric_attribute=name)
+            # `metric_attribute` is checked only for Metrics that belong to the module; this one must not.
+            options: dict[str, Any] = {"metric_attribute": name, "add_dataloader_idx": not at_epoch_end}
+            pl_module.log(full_name, Reading(read), on_step=False, on_epoch=True, **options)
 
 
 def _monitors(trainer: pl.Trainer) -> list[Monitor]:

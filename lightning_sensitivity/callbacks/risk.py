@@ -17,12 +17,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
-from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_sensitivity.callbacks.base import Monitor
 from lightning_sensitivity.callbacks.checks import is_sharded
 from lightning_sensitivity.callbacks.logged import Charts, waiting_for
-from lightning_sensitivity.callbacks.samples import TrainingSamples
+from lightning_sensitivity.callbacks.samples import TrainingSamples, Weights, agree_on_task, loaded_weights
 from lightning_sensitivity.functional.risk import NUM_SUMS, RiskEstimate, distances, holdout_sums, risk_terms
 from lightning_sensitivity.functional.sensitivity import wide_dtype
 from lightning_sensitivity.functional.tasks import TASKS, predictions
@@ -34,8 +33,6 @@ from lightning_sensitivity.twins import batch_statistics, initial_weights, learn
 _NAMES = ("risk_estimate", "risk_claim", "risk_overconfidence", "risk_variance")  # as the fields of RiskEstimate
 _STRENGTH = 0.5  # of simulated twins; at full strength they break networks with max-pooling
 _MIN_TWINS = 8  # with less than these, the variance would hang on the noise of a few
-
-Weights = Mapping[str, Tensor] | str | os.PathLike[str]
 
 
 class RiskMonitor(Monitor):
@@ -249,7 +246,7 @@ class RiskMonitor(Monitor):
         if any(map(is_lazy, pl_module.parameters())):
             return "needs weights before training, got lazy ones: let the sanity check run, or run the model once."
         if self._told_weights is not None:
-            self._weights = _loaded(self._told_weights, self.state_key)
+            self._weights = loaded_weights(self._told_weights, self.state_key)
             if not self._weights.keys() & dict(pl_module.named_parameters()).keys():
                 raise MisconfigurationException(
                     "`initial_weights` should name the parameters of the module, got none of their names."
@@ -281,18 +278,8 @@ class RiskMonitor(Monitor):
             if problem is not None:
                 self.warn("batch", f"leaves a training batch out: {problem}")
             return
-        self._is_agreed = True
-        self._agree(trainer, pl_module.device, problem)
-
-    def _agree(self, trainer: pl.Trainer, device: torch.device, problem: Exception | None) -> None:
-        """Have all processes find the same task in their first batch: all must log the same names."""
-        assert self._samples is not None
-        task = self._samples.task
-        if trainer.world_size > 1:
-            code = torch.tensor(-1 if problem or task is None else TASKS.index(task), device=device)
-            tasks = {int(each) for each in gather_all_tensors(code)}
-            if problem is None and (len(tasks) > 1 or -1 in tasks):
-                problem = ValueError("Expected the same task in every process, got others in some.")
+        self._is_agreed, task = True, self._samples.task
+        problem = agree_on_task(trainer, pl_module.device, task, problem)
         if problem is not None:
             self._give_up(
                 f"can't score the model on a training batch: {problem} Say where the labels are with `targets=` (a key,"
@@ -335,12 +322,3 @@ class _RiskSums(Metric):
         """The estimate, over all processes."""
         self.num_non_finite = (float(self.holdout_sums[-1]), float(self.training_sums[-1]))
         return risk_terms(self.holdout_sums, self.training_sums)
-
-
-def _loaded(weights: Weights, state_key: str) -> dict[str, Tensor]:
-    if isinstance(weights, Mapping):
-        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights.items()}
-    checkpoint = torch.load(os.fspath(weights), map_location="cpu", weights_only=False)
-    own = checkpoint.get("callbacks", {}).get(state_key, {}).get("initial_weights")
-    found: dict[str, Tensor] = own or checkpoint.get("state_dict", checkpoint)
-    return found

@@ -1,20 +1,25 @@
-"""A few training samples, kept to score the model on them: the half of the risk estimate that labels give."""
+"""What a fit gives the risk estimate: training samples to score the model on, and the weights from before training."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
+from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_sensitivity.functional.risk import NUM_SUMS, training_sums
 from lightning_sensitivity.functional.sensitivity import wide_dtype
-from lightning_sensitivity.functional.tasks import check_logits, check_task, classes_last, infer_task
+from lightning_sensitivity.functional.tasks import TASKS, check_logits, check_task, classes_last, infer_task
 from lightning_sensitivity.models import Options, Probe, select_targets
+
+Weights = Mapping[str, Tensor] | str | os.PathLike[str]
 
 _SEVERAL = 5  # validations after which outputs in [0, 1] are no chance any more
 
@@ -110,3 +115,40 @@ class TrainingSamples:
         if self.task in ("binary", "multilabel"):
             self._num_within = self._num_within + 1 if bool(is_within) else 0
         return total
+
+
+def agree_on_task(
+    trainer: pl.Trainer, device: torch.device, task: str | None, problem: Exception | None
+) -> Exception | None:
+    """Have all processes find the same task in their first batch, since all must log the same names.
+
+    Args:
+        trainer: The Trainer.
+        device: That of the module.
+        task: What this process has found.
+        problem: Why it has found none.
+
+    Returns:
+        The problem of this process, or that others have one.
+    """
+    if trainer.world_size > 1:
+        code = torch.tensor(-1 if problem or task is None else TASKS.index(task), device=device)
+        tasks = {int(each) for each in gather_all_tensors(code)}
+        if problem is None and (len(tasks) > 1 or -1 in tasks):
+            return ValueError("Expected the same task in every process, got others in some.")
+    return problem
+
+
+def loaded_weights(weights: Weights, state_key: str) -> dict[str, Tensor]:
+    """Weights on the CPU, by name.
+
+    Args:
+        weights: A state dict, or the path of a checkpoint.
+        state_key: Under which our own state is found in a checkpoint; its weights come first.
+    """
+    if isinstance(weights, Mapping):
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights.items()}
+    checkpoint = torch.load(os.fspath(weights), map_location="cpu", weights_only=False)
+    own = checkpoint.get("callbacks", {}).get(state_key, {}).get("initial_weights")
+    found: dict[str, Tensor] = own or checkpoint.get("state_dict", checkpoint)
+    return found
