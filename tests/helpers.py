@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
@@ -97,6 +98,24 @@ def trainer(**kwargs: Any) -> Trainer:
         "max_epochs": 2,
     }
     return Trainer(**{**defaults, **kwargs})
+
+
+def validated(callbacks: Any, model: LightningModule, loaders: Any, **kwargs: Any) -> dict[str, float]:
+    """What one or several callbacks have logged in ``Trainer.validate``, and the module, too."""
+    run = trainer(callbacks=callbacks, **kwargs)
+    run.validate(model, loaders, verbose=False)
+    return {name: float(value) for name, value in run.callback_metrics.items()}
+
+
+class History(Callback):
+    """What ``callback_metrics`` held at the end of every validation, the sanity check aside."""
+
+    def __init__(self) -> None:
+        self.epochs: list[dict[str, float]] = []
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self.epochs.append({name: float(value) for name, value in trainer.callback_metrics.items()})
 
 
 def csv_rows(log_dir: str | Path) -> list[dict[str, str]]:
