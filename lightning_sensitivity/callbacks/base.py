@@ -15,6 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from lightning_sensitivity.callbacks.checks import check_run, forward
 from lightning_sensitivity.callbacks.first_look import StepWatch, classes_are_last, submodules_run
@@ -115,8 +116,10 @@ class Monitor(Callback):
         self._is_strict = False
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin with nothing."""
+        """Begin with nothing, and with the buffers that the first step of DDP would broadcast."""
         self._begin_validation()
+        if isinstance(model := trainer.strategy.model, DistributedDataParallel) and model.will_sync_module_buffers():
+            model._sync_buffers()
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0

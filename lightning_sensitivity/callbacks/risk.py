@@ -13,6 +13,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn.parameter import is_lazy
@@ -134,6 +135,10 @@ class RiskMonitor(Monitor):
         """Titles of charts for TensorBoard's Custom Scalars, with the regular expressions of their tags."""
         tags = f"^{re.escape(self.prefix)}({'|'.join(_NAMES)})(/dataloader_idx_\\d+)?$"
         return {"risk estimate and its terms": ["Multiline", [tags]]}
+
+    def should_measure(self, trainer: pl.Trainer) -> bool:
+        """Whether a fit runs that has what the estimate needs, or the sanity check before it."""
+        return trainer.sanity_checking or (trainer.state.fn == TrainerFn.FITTING and self._samples is not None)
 
     def state_dict(self) -> dict[str, Any]:
         """The weights from before training, so that the estimate can go on where training resumes."""
