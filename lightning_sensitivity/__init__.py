@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from lightning_sensitivity.callbacks import RiskMonitor, SensitivityMonitor
     from lightning_sensitivity.comparison import compare_models, compare_runs
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 __all__ = ["OutputSensitivity", "RiskMonitor", "SensitivityMonitor", "__version__", "compare_models", "compare_runs"]
 
