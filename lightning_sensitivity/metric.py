@@ -179,6 +179,13 @@ class OutputSensitivity(Metric):
         super().merge_state(incoming_state)
         self._computed = None  # torchmetrics would keep giving the value from before the merge
 
+    def _apply(self, *args: Any, **kwargs: Any) -> OutputSensitivity:
+        """Move the rows with the metric, but don't round them where the model around it becomes a 16-bit one."""
+        rows, self.rows = self.rows, []
+        super()._apply(*args, **kwargs)
+        self.rows = [each.to(self.device, wide_dtype(self.device)) for each in rows]
+        return self
+
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: _AX_TYPE | None = None) -> _PLOT_OUT_TYPE:
         """Plot a single or multiple values from the metric.
 

@@ -2,10 +2,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_sensitivity.tasks import TASKS, check_logits, check_task, infer_task, predictions, target_rows
+from lightning_sensitivity.functional.tasks import (
+    TASKS,
+    check_logits,
+    check_task,
+    classes_last,
+    infer_task,
+    predictions,
+    target_predictions,
+)
 
 N, K = 6, 3
-LOGITS, SINGLE = torch.randn(N, K), torch.randn(N, 1)
+LOGITS, SINGLE = torch.randn(N, K + 1, generator=torch.Generator().manual_seed(0)).split(K, dim=1)
 ONE_HOT = torch.eye(K)[[0, 1, 2, 0, 1, 2]]
 MULTI_HOT = torch.tensor([[1, 1, 0], [0, 0, 0], [1, 1, 1], [0, 1, 0], [0, 0, 1], [1, 0, 1]])
 CLASSES = torch.tensor([0, 1, 2, 0, 1, 2])
@@ -71,7 +79,7 @@ def test_probabilities_are_refused_where_they_can_be_told() -> None:
 
 
 def test_labels_of_8_bits_do_not_wrap_around() -> None:
-    with pytest.raises(ValueError, match="labels from 0 to 2, got 0 to 156"):
+    with pytest.raises(ValueError, match="labels from 0 to 2, .* got 0 to 156"):
         check_task(LOGITS, torch.tensor([0, 1, 156, 0, 1, 2], dtype=torch.uint8), "multiclass")
     check_task(torch.randn(2, 1000), torch.tensor([1, 200], dtype=torch.uint8), "multiclass")
 
@@ -79,8 +87,8 @@ def test_labels_of_8_bits_do_not_wrap_around() -> None:
 @pytest.mark.parametrize(
     ("task", "outputs", "targets", "message"),
     [
-        ("multiclass", LOGITS, CLASSES + 1, "labels from 0 to 2, got 1 to 3"),
-        ("multiclass", LOGITS, CLASSES - 1, "labels from 0 to 2, got -1 to 1"),
+        ("multiclass", LOGITS, CLASSES + 1, "labels from 0 to 2, .* got 1 to 3"),
+        ("multiclass", LOGITS, CLASSES - 1, "labels from 0 to 2, .* got -1 to 1"),
         ("multiclass", LOGITS, CLASSES[:, None], r"integer labels \(N, ...\), got .* shape \(6, 1\)"),
         ("multiclass", LOGITS, BITS.bool(), "integer labels"),
         ("multiclass", SINGLE, BITS, "K > 1"),
@@ -103,37 +111,51 @@ def test_labels_of_another_task_are_refused(task: str, outputs: Tensor, targets:
 def test_soft_labels_are_taken_when_the_task_is_told() -> None:
     for targets in (ONE_HOT, torch.randn(N, K).softmax(1)):
         check_task(LOGITS, targets, "multiclass")
-        rows, counts = target_rows(LOGITS, targets, "multiclass")
-        assert torch.equal(rows.float(), targets) and counts.all()
+        y, counts = target_predictions(LOGITS, targets, "multiclass")
+        assert torch.equal(y, targets) and counts.all()
     check_task(SINGLE, NUMBERS.sigmoid(), "binary")
 
 
-def test_predictions_are_probabilities_except_in_a_regression() -> None:
-    outputs = torch.randn(2, 3, 4, 5)
-    scored = {task: predictions(outputs, task) for task in TASKS}
-    assert {rows.shape for rows in scored.values()} == {(40, 3)}
-    assert {rows.dtype for rows in scored.values()} == {torch.float64}
-    flat = outputs.movedim(1, -1).reshape(40, 3).double()
-    assert torch.equal(scored["regression"], flat)
-    torch.testing.assert_close(scored["multiclass"], flat.softmax(1))
-    torch.testing.assert_close(scored["multilabel"], flat.sigmoid())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_predictions_are_probabilities_except_in_a_regression(dtype: torch.dtype) -> None:
+    outputs = torch.randn(2, 3, 4, 5).to(dtype)
+    wide = outputs.to(torch.promote_types(dtype, torch.float32))
+    expected = {"regression": wide, "multiclass": wide.softmax(1)}
+    for task in TASKS:
+        torch.testing.assert_close(predictions(outputs, task), expected.get(task, wide.sigmoid()))
     assert predictions(torch.randn(7), "binary").shape == (7, 1)
 
 
 def test_labels_line_up_with_predictions() -> None:
     outputs, targets = torch.randn(2, 3, 4, 5), torch.randint(0, 3, (2, 4, 5))
-    rows, counts = target_rows(outputs, targets, "multiclass")
-    assert torch.equal(rows.argmax(1), targets.flatten()) and torch.equal(rows.sum(1), torch.ones(40).double())
-    assert counts.all()
-    # The largest output of a perfect model lies where the label is.
-    perfect = torch.nn.functional.one_hot(targets, 3).movedim(-1, 1).float()
-    assert torch.equal(predictions(perfect, "multiclass").argmax(1), rows.argmax(1))
-    numbers, _ = target_rows(outputs, outputs, "regression")
-    assert torch.equal(numbers, predictions(outputs, "regression"))
+    y, counts = target_predictions(outputs, targets, "multiclass")
+    assert torch.equal(y.argmax(1), targets) and torch.equal(y.sum(1), torch.ones(2, 4, 5)) and counts.all()
+    numbers, _ = target_predictions(outputs, outputs, "regression")
+    assert torch.equal(numbers, outputs)
+    y, counts = target_predictions(SINGLE[:, 0], BITS.bool(), "binary")  # the layout of predictions, not of labels
+    assert torch.equal(y, BITS[:, None].float()) and counts.shape == (N,)
 
 
 def test_labels_that_cross_entropy_ignores_do_not_count() -> None:
     targets = torch.tensor([0, -100, 2, 1, -100, 2])
     assert infer_task(LOGITS, targets) == "multiclass"
-    _, counts = target_rows(LOGITS, targets, "multiclass")
-    assert counts.tolist() == [True, False, True, True, False, True]
+    _, counts = target_predictions(LOGITS, targets, "multiclass")
+    assert counts.tolist() == [1, 0, 1, 1, 0, 1]
+    with pytest.raises(ValueError, match=r"or -100 for what is ignored, got -1 to 2.*`ignore_index`.*`targets=`"):
+        check_task(LOGITS, targets.clamp(min=-1), "multiclass")
+
+
+@pytest.mark.parametrize(
+    ("outputs", "targets", "expected"),
+    [
+        ((2, 7, 5), (2, 7), True),  # as transformers' token classifiers have it
+        ((2, 5, 7), (2, 7), False),
+        ((2, 5, 5), (2, 5), False),  # can be both: as torch has it
+        ((2, 7, 4, 5), (2, 7, 4), True),
+        ((2, 5), (2,), False),
+        ((2, 7, 5), (2, 7, 5), False),
+    ],
+)
+def test_labels_say_where_the_classes_are(outputs: tuple[int, ...], targets: tuple[int, ...], expected: bool) -> None:
+    assert classes_last(torch.zeros(outputs), torch.zeros(targets).long()) == expected
+    assert not classes_last(torch.zeros(outputs), torch.zeros(targets))  # numbers

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_sensitivity.image_perturbations import GaussianBlur, Rotation, Translation, _moved, shifted
-from lightning_sensitivity.perturbations import noise_generator
+from lightning_sensitivity.perturbations import GaussianBlur, Rotation, Translation, noise_generator, shifted
+from lightning_sensitivity.perturbations.images import _moved
 
 
 def ramps(count: int, height: int, width: int) -> Tensor:

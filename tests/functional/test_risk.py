@@ -1,0 +1,172 @@
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.distributions import Dirichlet
+
+from lightning_sensitivity.functional import risk_estimate
+from lightning_sensitivity.functional.risk import claims, distances, holdout_sums, risk_terms, training_sums
+from lightning_sensitivity.functional.tasks import predictions
+
+NUM_OUTPUTS = {"multiclass": 4, "multilabel": 3, "binary": 1, "regression": 2}
+each_task = pytest.mark.parametrize("task", NUM_OUTPUTS)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def example(task: str, num_samples: int = 30, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Outputs of the network and of a twin for unseen samples; outputs and labels of training samples."""
+    g, k = generator(seed), NUM_OUTPUTS[task]
+    unseen, twin, train = (3 * torch.randn(num_samples, k, generator=g, dtype=torch.float64) for _ in range(3))
+    targets = {
+        "multiclass": torch.randint(0, k, (num_samples,), generator=g),
+        "regression": 5 + torch.randn(num_samples, k, generator=g),
+    }.get(task, torch.randint(0, 2, (num_samples, k), generator=g))
+    return unseen, twin, train, targets
+
+
+@pytest.mark.parametrize("task", ["multiclass", "multilabel", "binary"])
+def test_with_a_real_twin_it_is_the_score_where_unseen_labels_agree_as_the_identity_says(task: str) -> None:
+    one, other, train, targets = example(task)
+    unseen, twin = torch.cat([one, other]), torch.cat([other, one])  # each is the other's twin
+    p, q, t = (predictions(outputs, task) for outputs in (unseen, twin, train))
+    y = torch.eye(4, dtype=torch.float64)[targets] if task == "multiclass" else targets.double()
+    agreement = (p * q).mean(0) + (t * (y - t)).mean(0)  # E p·y on unseen samples, class by class
+    squares = 1 / y.shape[1] if task == "multiclass" else p.mean(0) + (y - t).mean(0)  # E y²
+    score = p.square().mean(0) - 2 * agreement + squares
+    expected = score.sum() if task == "multiclass" else score.mean()
+    estimate = risk_estimate(unseen, twin, train, targets, task)
+    torch.testing.assert_close(estimate.risk, expected, rtol=1e-9, atol=0)
+    torch.testing.assert_close(sum(estimate[1:]), estimate.risk)
+
+
+def test_with_a_real_twin_it_is_the_true_brier_score() -> None:
+    # Calibrated on its training labels, and on unseen samples as good as a twin that saw other training data.
+    g, n, k = generator(), 100_000, 4
+    torch.manual_seed(0)
+    truth = Dirichlet(torch.ones(k)).sample((n,))
+    network, twin = (Dirichlet(2 * truth + 1e-3).sample().clamp_min(1e-6) for _ in range(2))
+    labels = torch.multinomial(twin, 1, generator=g)[:, 0]
+    fitted = Dirichlet(0.2 * torch.ones(k)).sample((n,)).clamp_min(1e-6)  # more confident than on unseen samples
+    fitted_labels = torch.multinomial(fitted, 1, generator=g)[:, 0]
+    estimate = risk_estimate(network.log(), twin.log(), fitted.log(), fitted_labels)
+    brier = (network - torch.eye(k)[labels]).square().sum(1).mean()
+    assert float(estimate.risk) == pytest.approx(float(brier), rel=0.02)
+    training = (fitted - torch.eye(k)[fitted_labels]).square().sum(1).mean()
+    assert training < 0.7 * brier  # which the training score alone does not say
+
+
+def test_the_estimate_of_a_linear_regression_is_mallows() -> None:
+    """Training error plus twice the variance, over many training sets: the risk of ordinary least squares."""
+    rng = np.random.default_rng(0)
+    n, p = 40, 10
+    x, weights = rng.normal(size=(n, p)), rng.normal(size=p)
+    hat = x @ np.linalg.pinv(x)
+    estimates = []
+    for _ in range(1500):
+        y, y_twin = (x @ weights + rng.normal(size=n) for _ in range(2))
+        fitted, twin, targets = (torch.tensor(values) for values in (hat @ y, hat @ y_twin, y))
+        estimates.append(float(risk_estimate(fitted, twin, fitted, targets, task="regression").risk))
+    assert np.mean(estimates) == pytest.approx(1 + p / n, rel=0.02)  # noise, and its share in each weight
+
+
+def test_a_network_that_is_its_own_twin_and_knows_its_training_samples_risks_what_it_claims() -> None:
+    certain, labels = torch.tensor([[50.0, 0.0], [0.0, 50.0]]), torch.tensor([0, 1])
+    unseen = torch.zeros(4, 2)
+    assert float(risk_estimate(unseen, unseen, certain, labels).risk) == pytest.approx(0.5)  # the score of a coin
+    assert float(risk_estimate(certain, certain, certain, labels).risk) == pytest.approx(0.0, abs=1e-9)
+
+
+@each_task
+def test_claims_and_distances_are_means_or_sums_over_classes(task: str) -> None:
+    p, q = (predictions(outputs, task) for outputs in example(task)[:2])
+    over_outputs = np.sum if task == "multiclass" else np.mean
+    for i in range(len(p)):
+        one, other = p[i].numpy(), q[i].numpy()
+        # What the score would be on average if labels came from p.
+        expected = 0 if task == "regression" else over_outputs(one * (1 - one))
+        assert float(claims(p, task)[i]) == pytest.approx(expected)
+        assert float(distances(p, q, task)[i]) == pytest.approx(over_outputs((one - other) ** 2))
+
+
+@given(seed=st.integers(0, 99), cuts=st.lists(st.integers(0, 30), max_size=3), task=st.sampled_from([*NUM_OUTPUTS]))
+@settings(max_examples=30, deadline=None)
+def test_it_does_not_matter_how_samples_are_split(seed: int, cuts: list[int], task: str) -> None:
+    unseen, twin, train, targets = example(task, seed=seed)
+    whole = risk_estimate(unseen, twin, train, targets, task)
+    holdout = training = torch.zeros(4, dtype=torch.float64)
+    chunks = (tensor.tensor_split(torch.tensor(sorted(cuts), dtype=torch.long)) for tensor in (unseen, twin, train))
+    for one, other, t, y in zip(*chunks, targets.tensor_split(sorted(cuts)), strict=True):
+        p, q = predictions(one, task), predictions(other, task)
+        holdout = holdout + holdout_sums(p, distances(p, q, task), task)
+        training = training + training_sums(t, y, task)
+    torch.testing.assert_close(risk_terms(holdout, training), whole)
+
+
+def test_a_regression_has_no_zero() -> None:
+    unseen, twin, train, targets = example("regression")
+    for shift in (0.0, 1e4):
+        estimate = risk_estimate(unseen + shift, twin + shift, train + shift, targets + shift, "regression")
+        expected = (train - targets).square().mean() + (unseen - twin).square().mean()
+        torch.testing.assert_close(estimate.risk, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_positions_are_samples_and_ignored_labels_are_none() -> None:
+    g = generator()
+    outputs, targets = torch.randn(3, 4, 5, generator=g), torch.randint(0, 4, (3, 5), generator=g)
+    flat = outputs.movedim(1, -1).reshape(15, 4)
+    everything = training_sums(flat, targets.flatten(), "multiclass")
+    torch.testing.assert_close(training_sums(outputs, targets, "multiclass"), everything)
+    ignored = targets.where(torch.rand(3, 5, generator=g) < 0.5, -100)
+    kept = ignored.flatten() != -100
+    alone = training_sums(flat[kept], targets.flatten()[kept], "multiclass")
+    assert alone[0] == kept.sum() < 15
+    torch.testing.assert_close(training_sums(outputs, ignored, "multiclass"), alone)
+
+
+def test_samples_that_are_not_finite_are_left_out_and_counted() -> None:
+    unseen, twin, train, targets = example("multiclass")
+    p, q = predictions(unseen, "multiclass"), predictions(twin, "multiclass")
+    broken, broken_train = q.clone(), train.clone()
+    broken[:2, 1], broken_train[:3, 0] = torch.nan, torch.inf
+    found = holdout_sums(p, distances(p, broken, "multiclass"), "multiclass")
+    torch.testing.assert_close(found[:3], holdout_sums(p[2:], distances(p, q, "multiclass")[2:], "multiclass")[:3])
+    assert found[3] == 2
+    found = training_sums(broken_train, targets, "multiclass")
+    torch.testing.assert_close(found[:3], training_sums(train[3:], targets[3:], "multiclass")[:3])
+    assert found[3] == 3
+
+
+def test_without_training_or_unseen_samples_there_is_no_estimate() -> None:
+    unseen, twin, train, targets = example("binary")
+    p, q = predictions(unseen, "binary"), predictions(twin, "binary")
+    holdout, training = holdout_sums(p, distances(p, q, "binary"), "binary"), training_sums(train, targets, "binary")
+    assert risk_terms(holdout, training).risk.isfinite()
+    assert risk_terms(0 * holdout, training).risk.isnan() and risk_terms(holdout, 0 * training).risk.isnan()
+
+
+X, LABELS = torch.zeros(2, 3), torch.zeros(2).long()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((X, X.new_zeros(3, 3), X, LABELS), "the shape of `outputs`"),
+        ((X, X, X.new_zeros(2, 4), LABELS), "as many outputs"),
+        ((X, X, X, LABELS + 3), "labels from 0 to 2"),
+        ((X[:0], X[:0], X, LABELS), "`outputs` to be a floating tensor of one sample or more"),
+        ((X.long(), X, X, LABELS), "`outputs` to be a floating tensor .* got torch.int64"),
+        ((X, X, X, LABELS, "ranking"), "`task` to be one"),
+        ((X, X, X, LABELS - 100), "a label that counts"),
+        ((X[:, :2], X[:, :2], torch.eye(2), torch.arange(2)), "got probabilities"),
+    ],
+)
+def test_bad_input(arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        risk_estimate(*arguments)

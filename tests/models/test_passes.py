@@ -1,0 +1,339 @@
+import random
+from collections.abc import Callable
+from contextlib import suppress
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.nn.functional import batch_norm, dropout
+from torch.nn.utils import prune
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchmetrics import CatMetric, MeanMetric, MetricCollection
+
+from lightning_sensitivity.models import Passes, Probe, prepare_call
+from tests.helpers import Classifier, inputs
+
+X = torch.rand(4, 2, generator=torch.Generator().manual_seed(0))
+LARGE = 2**15
+
+
+class Stateful(nn.Module):
+    """Its outputs depend on what its forward has changed in earlier passes."""
+
+    def __init__(self, change: Callable[[Any, Tensor], Any], size: int = 2) -> None:
+        super().__init__()
+        self.change = change
+        self.register_buffer("memory", torch.arange(float(size)))
+        self.register_buffer("written", torch.zeros(size))
+        self.register_buffer("late", None)
+        self.register_buffer("expanded", torch.ones(1).expand(3))  # can't be written to
+        self.register_buffer("lazy", nn.UninitializedBuffer())
+        self.register_buffer("sparse", torch.eye(size).to_sparse() if size < 9 else None)
+        self.hidden, self.items, self.names, self.count, self.state = torch.zeros(size), [X], {"x": X}, 0, None
+        self.bn, self.metric = nn.BatchNorm1d(2), MetricCollection([MeanMetric(), CatMetric()])
+        self.metric.update(X)
+        self.linear = prune.random_unstructured(nn.Linear(2, 2), "weight", 0.5)
+        self.twice = nn.Module()
+        self.twice.register_buffer("memory", self.memory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = self.change(self, x)
+        return x + (before if isinstance(before, Tensor) else 0)
+
+
+def delete(model: Any, x: Tensor) -> None:
+    del model.memory, model.state
+    model.register_buffer("new", x)
+    model.newer = x
+
+
+CHANGES: dict[str, Callable[[Any, Tensor], Any]] = {
+    "a buffer in place": lambda m, x: m.memory.add_(1).sum(),
+    "a buffer's data": lambda m, x: m.memory.data.add_(1).sum(),
+    "a buffer by another": lambda m, x: [setattr(m, "memory", m.memory + 1), setattr(m, "late", x)],
+    "a buffer's size": lambda m, x: m.memory.resize_(5).fill_(1).sum(),
+    "names": delete,
+    "a sparse buffer": lambda m, x: m.sparse.mul_(2).to_dense().sum(),
+    "batch norm": lambda m, x: m.bn.train()(x),
+    "its running mean": lambda m, x: batch_norm(x, m.bn.running_mean, m.bn.running_var, training=True),
+    "an attribute": lambda m, x: [setattr(m, "state", x), setattr(m, "count", m.count + 1)],
+    "an attribute's values": lambda m, x: m.hidden.add_(1).sum(),
+    "a list": lambda m, x: torch.tensor(len([*m.items, m.items.append(x)])),
+    "a dict": lambda m, x: m.names.pop("x") + m.names.setdefault("y", x),
+    "pruned weights": lambda m, x: m.linear(x),
+    "a metric": lambda m, x: m.metric.update(x) or m.metric["MeanMetric"].mean_value,
+}
+
+
+def snapshot(model: nn.Module) -> list[Any]:
+    """All that modules have, by identity, and the values in it."""
+    found = []
+    for name, value in ((n, v) for m in model.modules() for n, v in [*vars(m).items(), *m._buffers.items()]):
+        items = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
+        numbers = type(value) is Tensor and (value.to_dense() if value.is_sparse else value).tolist()
+        found.append((name, id(value), numbers, [id(each) for each in items]))
+    return sorted(found, key=lambda each: each[:2])
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_pass_finds_what_the_one_before_found_and_leaves_no_trace(change: str, inference: bool) -> None:
+    model = Stateful(CHANGES[change])
+    before, passes = snapshot(model), Passes(model)
+    for _ in range(2):  # batches
+        with torch.inference_mode(inference):
+            with passes.measuring():
+                outputs = [passes.run(lambda: model(X)) for _ in range(3)]
+                with pytest.raises(ZeroDivisionError):
+                    passes.run(lambda: (model(X), 1 / 0))
+            assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+        assert snapshot(model) == before
+    model(X)
+    assert snapshot(model) != before  # which is no wonder
+
+
+class Copies(TorchDispatchMode):
+    """How many large tensors were copied inside."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function is torch.ops.aten.clone.default and args[0].numel() >= LARGE
+        return function(*args, **(kwargs or {}))
+
+
+def test_large_buffers_are_copied_only_where_a_pass_was_seen_to_write_them() -> None:
+    model = Stateful(lambda m, x: m.written.data.add_(1).sum(), LARGE)
+    passes, counts = Passes(model), []
+    for _ in range(3):
+        with Copies() as copies, passes.measuring():
+            for _ in range(3):
+                passes.run(lambda: model(X))
+        counts.append(copies.count)
+        assert not model.written.any()
+    assert counts[0] >= 4 and counts[1:] == [1, 1]  # all of them before the first pass; then the one that was written
+    model.change = lambda m, x: m.hidden.add_(1).sum()
+    match = "written into a large buffer of Stateful, which earlier passes had not"
+    with pytest.warns(UserWarning, match=match), passes.measuring():
+        passes.run(lambda: model(X))
+    assert model.hidden.all()
+    with passes.measuring():
+        passes.run(lambda: model(X))
+    assert torch.equal(model.hidden, torch.ones(LARGE))
+
+
+@pytest.mark.parametrize("size", [2, LARGE])
+def test_inference_tensors_and_those_without_memory_are_no_obstacle(size: int) -> None:
+    with torch.inference_mode():
+        model = Stateful(lambda m, x: m.memory.add_(1).sum(), size)
+    model.meta, model.freed = torch.zeros(2, device="meta"), torch.zeros(4)
+    model.freed.untyped_storage().resize_(0)  # as of a sharded model
+    passes = Passes(model)
+    for _ in range(2):
+        with torch.inference_mode(), passes.measuring():
+            assert torch.equal(passes.run(lambda: model(X)), passes.run(lambda: model(X)))
+        assert torch.equal(model.memory, torch.arange(float(size)))
+    model.change = lambda m, x: None
+    with passes.measuring():  # outside, where torch does not let anyone write to them
+        passes.run(lambda: model(X))
+
+
+# Modes and dice
+
+
+def draws() -> tuple[float, ...]:
+    return random.random(), float(np.random.rand()), torch.rand(1).item()
+
+
+@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
+def test_modes_and_random_streams_go_on_as_if_nothing_had_run(error: type[BaseException] | None) -> None:
+    class Stubborn(nn.Sequential):
+        def train(self, mode: bool = True) -> Any:
+            raise AssertionError("has to be left alone")
+
+    model = Stubborn(nn.Linear(2, 2), nn.Dropout(), nn.Sequential(nn.BatchNorm1d(2)))
+    model[1].training = model[2].training = False
+    modes = [module.training for module in model.modules()]
+    passes = Passes(model)
+
+    def run() -> tuple[float, ...]:
+        assert not any(module.training for module in model.modules()) and not torch.is_grad_enabled()
+        drawn = draws()
+        if error:
+            raise error
+        return drawn
+
+    def seed() -> None:
+        random.seed(0), np.random.seed(0), torch.manual_seed(0)
+
+    seed()
+    expected = draws(), draws()
+    seed()
+    draws()
+    with suppress(ValueError, KeyboardInterrupt), passes.measuring():
+        assert passes.run(run) == passes.run(run) == expected[1]  # the same in each pass
+        draws()
+    assert draws() == expected[1]
+    assert [module.training for module in model.modules()] == modes and torch.is_grad_enabled()
+
+
+def test_a_stochastic_forward_meets_the_same_dice_in_each_pass() -> None:
+    class Bayesian(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return dropout(x, 0.5) + torch.randn(1) * random.random()
+
+    model = Bayesian()
+    passes = Passes(model)
+    batches = []
+    for _ in range(2):
+        with passes.measuring():
+            probe = Probe(passes, model, prepare_call(model, X))
+            clean, same, noisy = probe.outputs(), probe.outputs(lambda x: x), probe.outputs(lambda x: x + torch.rand(1))
+        assert torch.equal(clean, same) and not torch.equal(clean, noisy)
+        batches.append(clean)
+        torch.rand(1)  # of training
+    assert not torch.equal(*batches)
+
+
+# Other modules
+
+
+def test_a_lazy_module_becomes_what_it_would_and_stays_that() -> None:
+    model = nn.Sequential(nn.LazyLinear(3), nn.LazyBatchNorm1d())
+    passes = Passes(model)
+    with passes.measuring():
+        outputs = [passes.run(lambda: model(X)) for _ in range(2)]
+    assert torch.equal(*outputs)
+    assert (model[0].in_features, model[1].num_features) == (2, 3)
+    assert torch.equal(model.eval()(X), outputs[0])
+
+
+@pytest.mark.parametrize("wrap", [torch.jit.script, lambda net: torch.compile(net, backend="eager")])
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*is (deprecated|not supported):DeprecationWarning")
+def test_scripted_and_compiled_modules_are_run_in_eval_mode(wrap: Callable[[nn.Module], Any]) -> None:
+    net = Classifier(0.5).net
+    expected = net.eval()(inputs(5)).detach()
+    model = wrap(net.train())
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    passes = Passes(model)
+    for _ in range(2):
+        with passes.measuring():
+            torch.testing.assert_close(passes.run(lambda: model(inputs(5))), expected)
+        assert all(module.training for module in model.modules())
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_a_forward_that_logs_logs_nothing_and_other_methods_of_that_name_are_left_alone() -> None:
+    class Logging(LightningModule):
+        def forward(self, x: Tensor) -> Tensor:
+            self.log("mean", x.mean())  # without a Trainer it would warn
+            self.log_dict({"mean": x.mean()})
+            return x
+
+    class Logarithm(nn.Module):
+        def log(self, x: Tensor) -> Tensor:
+            return x.log()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.log(x)
+
+    for model, expected in ((Logging(), X), (Logarithm(), X.log())):
+        model.log_dict = own = model.__dict__.get("log_dict", print)
+        passes = Passes(model)
+        with passes.measuring():
+            assert torch.equal(passes.run(lambda model=model: model(X)), expected)
+        assert "log" not in vars(model) and model.log_dict is own
+
+
+# Submodules
+
+
+class Text(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embeddings = nn.Embedding(3, 4)
+        self.rnn = nn.LSTM(4, 5, batch_first=True)
+        self.head = nn.Linear(5, 2)
+        self.spare = nn.Linear(1, 1)
+
+    def forward(self, ids: Tensor) -> Any:
+        hidden, _ = self.rnn(self.embeddings(ids))
+        return SimpleNamespace(logits=self.head(hidden.mean(1)) + self.head(hidden[:, 0]))
+
+
+def plus_one(x: Tensor) -> Tensor:
+    return x + 1
+
+
+IDS = torch.tensor([[0, 2], [1, 1]])
+
+
+def probe_of(model: nn.Module, batch: Any, perturbs_inputs: bool = False) -> tuple[Passes, Probe]:
+    passes = Passes(model)
+    return passes, Probe(passes, model, prepare_call(model, batch, None, perturbs_inputs))
+
+
+@torch.no_grad()
+def test_the_output_of_a_submodule_is_perturbed_each_time_that_it_runs() -> None:
+    model = Text()
+    passes, probe = probe_of(model, {"ids": IDS, "label": IDS[:, 0]})
+
+    def by_hand(embedded: Tensor, shift: float = 0.0) -> Tensor:
+        hidden = model.rnn(embedded)[0] + shift
+        return model.head(hidden.mean(1)) + model.head(hidden[:, 0])
+
+    embedded = model.embeddings(IDS)
+    with passes.measuring():
+        clean = probe.outputs()
+        torch.testing.assert_close(probe.outputs_at(model.embeddings, plus_one), by_hand(embedded + 1))
+        torch.testing.assert_close(probe.outputs_at(model.rnn, plus_one), by_hand(embedded, 1))  # not the last state
+        torch.testing.assert_close(probe.outputs_at(model.head, plus_one), clean + 2)
+        with pytest.raises(MisconfigurationException, match="`at` should name a submodule that `forward` calls"):
+            probe.outputs_at(model.spare, plus_one)
+        with pytest.raises(ZeroDivisionError):
+            probe.outputs_at(model.rnn, lambda x: x / (1 // 0))
+        assert torch.equal(probe.outputs(), clean)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="torch 2.6 and newer")
+def test_compiled_code_is_left_out_where_a_submodule_is_perturbed_and_is_not_compiled_again() -> None:
+    torch.compiler.reset()
+    compilations = 0
+
+    def backend(graph: torch.fx.GraphModule, examples: Any) -> Any:
+        nonlocal compilations
+        compilations += 1
+        return graph.forward
+
+    net = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 2))
+    passes, probe = probe_of(torch.compile(net, backend=backend), X)
+    for _ in range(3):
+        with passes.measuring():
+            torch.testing.assert_close(probe.outputs(), net(X))
+            torch.testing.assert_close(probe.outputs_at(net[1], plus_one), net[2](net[1](net[0](X)) + 1))
+    assert compilations == 1
+
+
+def test_outputs_are_those_of_their_pass_without_a_graph_and_the_batch_stays() -> None:
+    class Written(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("memory", torch.zeros(4, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.memory.copy_(x.mul_(2))
+
+    batch = X.clone().requires_grad_()
+    passes, probe = probe_of(Written(), batch, perturbs_inputs=True)
+    with passes.measuring():
+        clean, noisy = probe.outputs(), probe.outputs(plus_one)
+    assert torch.equal(clean, 2 * X) and torch.equal(noisy, 2 * X + 2)
+    assert torch.equal(batch, X) and not clean.requires_grad
+    assert probe.tensors[0] is batch
