@@ -118,7 +118,8 @@ class Monitor(Callback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin with nothing, and with the buffers that the first step of DDP would broadcast."""
         self._begin_validation()
-        if isinstance(model := trainer.strategy.model, DistributedDataParallel) and model.will_sync_module_buffers():
+        model: Any = trainer.strategy.model
+        if isinstance(model, DistributedDataParallel) and model.will_sync_module_buffers():
             model._sync_buffers()
 
     def on_validation_batch_start(
