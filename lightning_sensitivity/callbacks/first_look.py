@@ -13,6 +13,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from lightning_sensitivity.functional.tasks import classes_last
 from lightning_sensitivity.models import Options, Probe, select_targets
 from lightning_sensitivity.models.call import copied
+from lightning_sensitivity.models.passes import is_ours
 
 _TOLERANCE = 1e-2  # relative to the scale of a tensor: rounding to 16 bits is no other input
 
@@ -56,17 +57,21 @@ class StepWatch:
     def __init__(self, pl_module: pl.LightningModule, tensors: list[Tensor], submodules: set[nn.Module]) -> None:
         self._tensors = [tensor.detach().clone() for tensor in tensors]
         self._submodules, self._seen = submodules, set[nn.Module]()
-        self._given: list[Tensor] | None = None
+        self._given: list[Tensor] = []
         self._pl_module = pl_module
         self._handles = [
             pl_module.register_forward_pre_hook(self._note_arguments, with_kwargs=True),
-            register_module_forward_hook(lambda module, args, result: self._seen.add(module)),
+            register_module_forward_hook(self._note_module),
         ]
 
     def _note_arguments(self, module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        if self._given is None:
+        if not is_ours(self._pl_module):
             values = [*args, *keywords.values()]
-            self._given = [value.detach().clone() for value in values if isinstance(value, Tensor)]
+            self._given += [value.detach().clone() for value in values if isinstance(value, Tensor)]
+
+    def _note_module(self, module: nn.Module, args: Any, result: Any) -> None:
+        if not is_ours(self._pl_module):
+            self._seen.add(module)
 
     def end(self) -> list[str]:
         """Stop watching; returns what differs, a sentence each."""

@@ -131,19 +131,16 @@ class SensitivityMonitor(Monitor):
             "sensitivity, log10": ["Multiline", [f"^{tag}{_NAMES[2]}{site}"]],
         }
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Check what can be checked before the first batch."""
-        super().setup(trainer, pl_module, stage)
-        for who, name, mode in waiting_for(trainer, {self.prefix + name for name in self.names[:3]}):
-            if mode == "min" and stage == "fit":
-                rank_zero_warn(
-                    f"`{who}` minimizes `{name}`, which is lowest before training: it will choose an untrained network."
-                    " `RiskMonitor` logs what to stop by."
-                )
-
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Check the names of submodules, and lay out TensorBoard's Custom Scalars."""
+        """Check the names of submodules, look for who minimizes sensitivity, lay out TensorBoard's Custom Scalars."""
         super().on_fit_start(trainer, pl_module)
+        ours = {self.prefix + name for name in self.names if name.startswith(_SENSITIVITY)}
+        for who, logged, mode in waiting_for(trainer, ours):
+            if mode == "min":
+                rank_zero_warn(
+                    f"`{who}` minimizes `{logged}`, which is lowest before training: it will choose an untrained"
+                    " network. `RiskMonitor` logs what to stop by."
+                )
         for name in self.options.sites:
             if name is not None:
                 _submodule(pl_module, name)

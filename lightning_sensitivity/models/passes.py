@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -236,7 +235,7 @@ def _index(device: torch.device) -> tuple[torch.device, ...]:
 @contextmanager
 def _silenced(model: nn.Module) -> Iterator[None]:
     """Let a ``forward`` that calls ``self.log`` log nothing: its own value, from the step, would be replaced."""
-    names = ("log", "log_dict") if isinstance(model, LightningModule) else ()
+    names = ("log", "log_dict") if hasattr(model, "log_dict") else ()  # of either package of Lightning
     own = {name: model.__dict__[name] for name in names if name in model.__dict__}
     model.__dict__.update(dict.fromkeys(names, _do_nothing))
     try:
@@ -245,6 +244,11 @@ def _silenced(model: nn.Module) -> Iterator[None]:
         for name in names:
             del model.__dict__[name]
         model.__dict__.update(own)
+
+
+def is_ours(model: nn.Module) -> bool:
+    """Whether the model runs in a pass of ours, of whichever callback."""
+    return model.__dict__.get("log") is _do_nothing
 
 
 def _do_nothing(*args: object, **kwargs: object) -> None:
