@@ -76,13 +76,6 @@ def test_the_estimate_of_a_linear_regression_is_mallows() -> None:
     assert np.mean(estimates) == pytest.approx(1 + p / n, rel=0.02)  # noise, and its share in each weight
 
 
-def test_a_network_that_is_its_own_twin_and_knows_its_training_samples_risks_what_it_claims() -> None:
-    certain, labels = torch.tensor([[50.0, 0.0], [0.0, 50.0]]), torch.tensor([0, 1])
-    unseen = torch.zeros(4, 2)
-    assert float(risk_estimate(unseen, unseen, certain, labels).risk) == pytest.approx(0.5)  # the score of a coin
-    assert float(risk_estimate(certain, certain, certain, labels).risk) == pytest.approx(0.0, abs=1e-9)
-
-
 @each_task
 def test_claims_and_distances_are_means_or_sums_over_classes(task: str) -> None:
     p, q = (predictions(outputs, task) for outputs in example(task)[:2])
@@ -107,14 +100,6 @@ def test_it_does_not_matter_how_samples_are_split(seed: int, cuts: list[int], ta
         holdout = holdout + holdout_sums(p, distances(p, q, task), task)
         training = training + training_sums(t, y, task)
     torch.testing.assert_close(risk_terms(holdout, training), whole)
-
-
-def test_a_regression_has_no_zero() -> None:
-    unseen, twin, train, targets = example("regression")
-    for shift in (0.0, 1e4):
-        estimate = risk_estimate(unseen + shift, twin + shift, train + shift, targets + shift, "regression")
-        expected = (train - targets).square().mean() + (unseen - twin).square().mean()
-        torch.testing.assert_close(estimate.risk, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_positions_are_samples_and_ignored_labels_are_none() -> None:
@@ -144,11 +129,9 @@ def test_samples_that_are_not_finite_are_left_out_and_counted() -> None:
 
 
 def test_without_training_or_unseen_samples_there_is_no_estimate() -> None:
-    unseen, twin, train, targets = example("binary")
-    p, q = predictions(unseen, "binary"), predictions(twin, "binary")
-    holdout, training = holdout_sums(p, distances(p, q, "binary"), "binary"), training_sums(train, targets, "binary")
-    assert risk_terms(holdout, training).risk.isfinite()
-    assert risk_terms(0 * holdout, training).risk.isnan() and risk_terms(holdout, 0 * training).risk.isnan()
+    sums = torch.ones(4, dtype=torch.float64)
+    assert risk_terms(sums, sums).risk.isfinite()
+    assert risk_terms(0 * sums, sums).risk.isnan() and risk_terms(sums, 0 * sums).risk.isnan()
 
 
 X, LABELS = torch.zeros(2, 3), torch.zeros(2).long()

@@ -25,18 +25,14 @@ NUMBERS = torch.tensor([0.3, -1.0, 7.0, 0.0, 1.0, 2.5])
     ("outputs", "targets", "task"),
     [
         (LOGITS, CLASSES, "multiclass"),
-        (LOGITS, CLASSES.int(), "multiclass"),
         (LOGITS, CLASSES.byte(), "multiclass"),
-        (LOGITS[:, :2], BITS, "multiclass"),
         (torch.randn(N, K, 2, 2), torch.randint(0, K, (N, 2, 2)), "multiclass"),
         (torch.randn(40, 1000), torch.arange(500, 540), "multiclass"),
         (torch.randn(4, 1000), torch.arange(4), "multiclass"),  # too few to be sure of anything
         (SINGLE, BITS.bool(), "binary"),
-        (SINGLE, BITS[:, None].bool(), "binary"),
         (SINGLE[:, 0], BITS.bool(), "binary"),
         (torch.randn(N, 1, 4, 4), torch.randint(0, 2, (N, 4, 4)).bool(), "binary"),
         (LOGITS, MULTI_HOT, "multilabel"),
-        (LOGITS, MULTI_HOT.bool(), "multilabel"),
     ],
 )
 def test_a_task_without_doubt_is_inferred(outputs: Tensor, targets: Tensor, task: str) -> None:
@@ -48,25 +44,14 @@ def test_a_task_without_doubt_is_inferred(outputs: Tensor, targets: Tensor, task
     ("outputs", "targets", "message"),
     [
         (SINGLE, BITS.float(), "what floating labels are"),  # labels for BCEWithLogitsLoss, or numbers
-        (SINGLE, NUMBERS, "what floating labels are"),
-        (LOGITS, 2.0 * MULTI_HOT - 1, "what floating labels are"),
         (LOGITS, torch.randn(N, K).softmax(1), "what floating labels are"),
         (SINGLE, BITS, "classes or counts"),
-        (SINGLE[:, 0], CLASSES, "classes or counts"),
         (LOGITS, ONE_HOT.long(), "one-hot rows are classes or several labels"),
         (torch.randn(40, 784), torch.arange(40) % 10, "more than the first 10 of so many classes"),  # an autoencoder
     ],
 )
 def test_a_task_in_doubt_is_not_chosen(outputs: Tensor, targets: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message + ".*, got outputs of shape .* and labels of type"):
-        infer_task(outputs, targets)
-
-
-@pytest.mark.parametrize(
-    ("outputs", "targets"), [(LOGITS, CLASSES + 1), (LOGITS, CLASSES[:3]), (LOGITS, 3 * MULTI_HOT), (LOGITS[0], LOGITS)]
-)
-def test_where_none_fits_it_says_so(outputs: Tensor, targets: Tensor) -> None:
-    with pytest.raises(ValueError, match="Expected"):
         infer_task(outputs, targets)
 
 
@@ -78,17 +63,11 @@ def test_probabilities_are_refused_where_they_can_be_told() -> None:
             check_logits(probabilities, "multiclass")
 
 
-def test_labels_of_8_bits_do_not_wrap_around() -> None:
-    with pytest.raises(ValueError, match="labels from 0 to 2, .* got 0 to 156"):
-        check_task(LOGITS, torch.tensor([0, 1, 156, 0, 1, 2], dtype=torch.uint8), "multiclass")
-    check_task(torch.randn(2, 1000), torch.tensor([1, 200], dtype=torch.uint8), "multiclass")
-
-
 @pytest.mark.parametrize(
     ("task", "outputs", "targets", "message"),
     [
         ("multiclass", LOGITS, CLASSES + 1, "labels from 0 to 2, .* got 1 to 3"),
-        ("multiclass", LOGITS, CLASSES - 1, "labels from 0 to 2, .* got -1 to 1"),
+        ("multiclass", LOGITS, CLASSES.byte() + 156, "labels from 0 to 2, .* got 156 to 158"),  # 8 bits wrap around
         ("multiclass", LOGITS, CLASSES[:, None], r"integer labels \(N, ...\), got .* shape \(6, 1\)"),
         ("multiclass", LOGITS, BITS.bool(), "integer labels"),
         ("multiclass", SINGLE, BITS, "K > 1"),
@@ -96,7 +75,6 @@ def test_labels_of_8_bits_do_not_wrap_around() -> None:
         ("binary", LOGITS, BITS, "one output"),
         ("binary", SINGLE, CLASSES, "labels from 0 to 1, got 0 to 2"),
         ("multilabel", LOGITS, CLASSES, "one label per output"),
-        ("multilabel", SINGLE, BITS, "K > 1"),
         ("multilabel", LOGITS, 2 * MULTI_HOT, "labels from 0 to 1, got 0 to 2"),
         ("regression", SINGLE, NUMBERS.repeat(2), r"one label per output, got .*\(6, 1\) and labels .*\(12,\)"),
         ("regression", SINGLE, NUMBERS / 0, "finite labels"),
@@ -108,12 +86,11 @@ def test_labels_of_another_task_are_refused(task: str, outputs: Tensor, targets:
         check_task(outputs, targets, task)
 
 
-def test_soft_labels_are_taken_when_the_task_is_told() -> None:
-    for targets in (ONE_HOT, torch.randn(N, K).softmax(1)):
-        check_task(LOGITS, targets, "multiclass")
-        y, counts = target_predictions(LOGITS, targets, "multiclass")
-        assert torch.equal(y, targets) and counts.all()
-    check_task(SINGLE, NUMBERS.sigmoid(), "binary")
+@pytest.mark.parametrize("targets", [ONE_HOT, LOGITS.softmax(1)])
+def test_soft_labels_are_taken_when_the_task_is_told(targets: Tensor) -> None:
+    check_task(LOGITS, targets, "multiclass")
+    y, counts = target_predictions(LOGITS, targets, "multiclass")
+    assert torch.equal(y, targets) and counts.all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -152,7 +129,6 @@ def test_labels_that_cross_entropy_ignores_do_not_count() -> None:
         ((2, 5, 7), (2, 7), False),
         ((2, 5, 5), (2, 5), False),  # can be both: as torch has it
         ((2, 7, 4, 5), (2, 7, 4), True),
-        ((2, 5), (2,), False),
         ((2, 7, 5), (2, 7, 5), False),
     ],
 )

@@ -1,7 +1,6 @@
 import random
 from collections.abc import Callable
 from contextlib import suppress
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,10 @@ from tests.helpers import Classifier, inputs
 
 X = torch.rand(4, 2, generator=torch.Generator().manual_seed(0))
 LARGE = 2**15
+
+
+def plus_one(x: Tensor) -> Tensor:
+    return x + 1
 
 
 class Stateful(nn.Module):
@@ -153,13 +156,11 @@ def draws() -> tuple[float, ...]:
 @pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
 def test_modes_and_random_streams_go_on_as_if_nothing_had_run(error: type[BaseException] | None) -> None:
     class Stubborn(nn.Sequential):
-        def train(self, mode: bool = True) -> Any:
-            raise AssertionError("has to be left alone")
+        train = None  # type: ignore[assignment]
 
     model = Stubborn(nn.Linear(2, 2), nn.Dropout(), nn.Sequential(nn.BatchNorm1d(2)))
     model[1].training = model[2].training = False
-    modes = [module.training for module in model.modules()]
-    passes = Passes(model)
+    modes, passes = [module.training for module in model.modules()], Passes(model)
 
     def run() -> tuple[float, ...]:
         assert not any(module.training for module in model.modules()) and not torch.is_grad_enabled()
@@ -168,17 +169,14 @@ def test_modes_and_random_streams_go_on_as_if_nothing_had_run(error: type[BaseEx
             raise error
         return drawn
 
-    def seed() -> None:
-        random.seed(0), np.random.seed(0), torch.manual_seed(0)
-
-    seed()
-    expected = draws(), draws()
-    seed()
-    draws()
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)
+    state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    expected = draws()
+    random.setstate(state[0]), np.random.set_state(state[1]), torch.set_rng_state(state[2])
     with suppress(ValueError, KeyboardInterrupt), passes.measuring():
-        assert passes.run(run) == passes.run(run) == expected[1]  # the same in each pass
+        assert passes.run(run) == passes.run(run) == expected  # the same in each pass
         draws()
-    assert draws() == expected[1]
+    assert draws() == expected
     assert [module.training for module in model.modules()] == modes and torch.is_grad_enabled()
 
 
@@ -193,7 +191,7 @@ def test_a_stochastic_forward_meets_the_same_dice_in_each_pass() -> None:
     for _ in range(2):
         with passes.measuring():
             probe = Probe(passes, model, prepare_call(model, X))
-            clean, same, noisy = probe.outputs(), probe.outputs(lambda x: x), probe.outputs(lambda x: x + torch.rand(1))
+            clean, same, noisy = probe.outputs(), probe.outputs(lambda x: x), probe.outputs(plus_one)
         assert torch.equal(clean, same) and not torch.equal(clean, noisy)
         batches.append(clean)
         torch.rand(1)  # of training
@@ -232,45 +230,37 @@ def test_a_forward_that_logs_logs_nothing_and_other_methods_of_that_name_are_lef
     class Logging(LightningModule):
         def forward(self, x: Tensor) -> Tensor:
             self.log("mean", x.mean())  # without a Trainer it would warn
-            self.log_dict({"mean": x.mean()})
             return x
 
     class Logarithm(nn.Module):
-        def log(self, x: Tensor) -> Tensor:
-            return x.log()
+        log = staticmethod(torch.log)
 
         def forward(self, x: Tensor) -> Tensor:
             return self.log(x)
 
-    for model, expected in ((Logging(), X), (Logarithm(), X.log())):
-        model.log_dict = own = model.__dict__.get("log_dict", print)
+    logging = Logging()
+    logging.log_dict = print
+    for model, expected in ((logging, X), (Logarithm(), X.log())):
         passes = Passes(model)
         with passes.measuring():
             assert torch.equal(passes.run(lambda model=model: model(X)), expected)
-        assert "log" not in vars(model) and model.log_dict is own
+        assert "log" not in vars(model)
+    assert logging.log_dict is print
 
 
 # Submodules
 
 
-class Text(nn.Module):
+class Siamese(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.embeddings = nn.Embedding(3, 4)
-        self.rnn = nn.LSTM(4, 5, batch_first=True)
-        self.head = nn.Linear(5, 2)
-        self.spare = nn.Linear(1, 1)
+        self.embeddings, self.head, self.spare = nn.Embedding(3, 4), nn.Linear(4, 2), nn.Linear(1, 1)
 
     def forward(self, ids: Tensor) -> Any:
-        hidden, _ = self.rnn(self.embeddings(ids))
-        return SimpleNamespace(logits=self.head(hidden.mean(1)) + self.head(hidden[:, 0]))
+        return {"logits": self.compare(self.embeddings(ids).mean(1))}
 
-
-def plus_one(x: Tensor) -> Tensor:
-    return x + 1
-
-
-IDS = torch.tensor([[0, 2], [1, 1]])
+    def compare(self, embedded: Tensor) -> Tensor:
+        return self.head(embedded) - 3 * self.head(-embedded)
 
 
 def probe_of(model: nn.Module, batch: Any, perturbs_inputs: bool = False) -> tuple[Passes, Probe]:
@@ -280,23 +270,17 @@ def probe_of(model: nn.Module, batch: Any, perturbs_inputs: bool = False) -> tup
 
 @torch.no_grad()
 def test_the_output_of_a_submodule_is_perturbed_each_time_that_it_runs() -> None:
-    model = Text()
-    passes, probe = probe_of(model, {"ids": IDS, "label": IDS[:, 0]})
-
-    def by_hand(embedded: Tensor, shift: float = 0.0) -> Tensor:
-        hidden = model.rnn(embedded)[0] + shift
-        return model.head(hidden.mean(1)) + model.head(hidden[:, 0])
-
-    embedded = model.embeddings(IDS)
+    model, ids = Siamese(), torch.tensor([[0, 2], [1, 1]])
+    passes, probe = probe_of(model, {"ids": ids, "label": ids[:, 0]})
     with passes.measuring():
         clean = probe.outputs()
-        torch.testing.assert_close(probe.outputs_at(model.embeddings, plus_one), by_hand(embedded + 1))
-        torch.testing.assert_close(probe.outputs_at(model.rnn, plus_one), by_hand(embedded, 1))  # not the last state
-        torch.testing.assert_close(probe.outputs_at(model.head, plus_one), clean + 2)
+        perturbed = probe.outputs_at(model.embeddings, plus_one)
+        torch.testing.assert_close(perturbed, model.compare(model.embeddings(ids).mean(1) + 1))
+        torch.testing.assert_close(probe.outputs_at(model.head, plus_one), clean - 2)
         with pytest.raises(MisconfigurationException, match="`at` should name a submodule that `forward` calls"):
             probe.outputs_at(model.spare, plus_one)
         with pytest.raises(ZeroDivisionError):
-            probe.outputs_at(model.rnn, lambda x: x / (1 // 0))
+            probe.outputs_at(model.head, lambda x: x / (1 // 0))
         assert torch.equal(probe.outputs(), clean)
     assert not any(module._forward_hooks for module in model.modules())
 
