@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import traceback
+import warnings
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_sensitivity.callbacks.checks import check_run, forward
@@ -110,16 +113,22 @@ class Monitor(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Without a sanity check, look at the first training batch before its step; from then on, only warn."""
-        if self._is_strict and not self._classes_last and trainer.global_step == 0:
-            with self.guarded("can't be run on the first training batch"), self.measuring(trainer, pl_module):
+        # A lazy module's first pass draws its weights, and must be the training's.
+        may_look = not self._classes_last and trainer.global_step == 0 and not any(map(is_lazy, pl_module.parameters()))
+        if self._is_strict and may_look:
+            what = "can't be run on the first training batch (a sanity check would look at one of validation instead)"
+            with self.guarded(what), self.measuring(trainer, pl_module):
                 self.check_outputs(self.probe(trainer, pl_module, batch).outputs())
         self._is_strict = False
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin with nothing, and with the buffers that the first step of DDP would broadcast."""
         self._begin_validation()
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._is_strict = False  # also in a fit that goes on with a validation
         model: Any = trainer.strategy.model
-        if isinstance(model, DistributedDataParallel) and model.will_sync_module_buffers():
+        is_ddp = isinstance(model, DistributedDataParallel)
+        if is_ddp and model.will_sync_module_buffers():
             model._sync_buffers()
 
     def on_validation_batch_start(
@@ -129,7 +138,8 @@ class Monitor(Callback):
         # A process that had no batch of an earlier loader joins the others, who reduced when that loader was done.
         for earlier in range(dataloader_idx if batch_idx == 0 else 0):
             self._values(trainer, pl_module, earlier)
-        if not self.should_measure(trainer) or not self._wants(trainer, batch_idx, dataloader_idx):
+        wants = self.should_measure(trainer) and self._wants(trainer, batch_idx, dataloader_idx)
+        if batch is None or not wants:
             return
         with self.guarded(f"could not measure a batch of dataloader {dataloader_idx}"):
             with self.measuring(trainer, pl_module):
@@ -197,11 +207,12 @@ class Monitor(Callback):
         self.end_validation()
         self._passes = None
 
-    def warn(self, kind: str, message: str) -> None:
+    def warn(self, kind: str, message: str, in_any_process: bool = False) -> None:
         """Warn, once a kind; the message goes behind the name of the monitor."""
         if kind not in self._warned_of:
             self._warned_of.add(kind)
-            rank_zero_warn(f"`{type(self).__name__}` ({self.prefix}*) {message}")
+            warn = warnings.warn if in_any_process else rank_zero_warn
+            warn(f"`{type(self).__name__}` ({self.prefix}*) {message}", stacklevel=2)
 
     @contextmanager
     def guarded(self, what: str) -> Iterator[None]:
@@ -218,8 +229,10 @@ class Monitor(Callback):
                     f"`{type(self).__name__}` {what}: {reason} If `forward` takes something else than was chosen, say"
                     " what with `inputs=`, such as `inputs=lambda batch: (batch,)` for the whole batch."
                 ) from error
-            self.warn(what, f"{what}: {reason}")
+            self._has_failed = True
+            self.warn(what, f"{what}: {reason}", in_any_process=True)
             if is_oom_error(error):
+                traceback.clear_frames(error.__traceback__)  # which hold what the pass had on the device
                 garbage_collection_cuda()
 
     @contextmanager
@@ -265,6 +278,7 @@ class Monitor(Callback):
     def _begin_validation(self) -> None:
         self._computed: dict[int, dict[str, Tensor]] = {}  # by loader
         self._logged: set[int] = set()
+        self._has_failed = False
         self.forget()
 
     def _look(self, pl_module: pl.LightningModule, probe: Probe, batch: Any, dataloader_idx: int) -> None:
@@ -291,7 +305,8 @@ class Monitor(Callback):
                 values, troubles = self.compute(pl_module, dataloader_idx)
                 self._computed[dataloader_idx] = {n: value for n, value in values.items() if bool(value.isfinite())}
                 for kind, trouble in {} if trainer.sanity_checking else troubles.items():
-                    self.warn(f"{kind} {dataloader_idx}", f"says of dataloader {dataloader_idx}: {trouble}")
+                    if kind != "no value" or not self._has_failed:  # else it was said why
+                        self.warn(f"{kind} {dataloader_idx}", f"says of dataloader {dataloader_idx}: {trouble}")
         return self._computed[dataloader_idx]
 
     def _log(
