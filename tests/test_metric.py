@@ -113,20 +113,11 @@ def test_in_a_collection() -> None:
     assert all(torch.equal(metric.per_sample.mean(), values[name]) for name, metric in collection.items())
 
 
-def test_torchmetrics_attributes_and_plot() -> None:
-    metric = filled()
-    assert metric.higher_is_better is metric.full_state_update is metric.is_differentiable is False
-    assert isinstance(metric + MeanMetric(), Metric) and metric.plot_lower_bound == 0
+def test_metrics_compose_and_plot() -> None:
     pytest.importorskip("matplotlib").use("agg")
-    _, axes = metric.plot()
-    assert axes.lines[0].get_ydata() == metric.compute()
-
-
-def test_a_sample_takes_32_bytes_however_many_draws_and_positions() -> None:
-    metric = OutputSensitivity()
-    for length in (1, 7):
-        metric.update(CLEAN[0, :, :, None].expand(-1, -1, length), [NOISY[0, :, :, None].expand(-1, -1, length)] * 3)
-    assert sum(rows.numel() * rows.itemsize for rows in metric.rows) == 2 * BATCH_SIZE * 32
+    _, axes = filled().plot()
+    assert axes.lines[0].get_ydata() == value_of()
+    assert isinstance(filled() + MeanMetric(), Metric)
 
 
 class Waits(TorchDispatchMode):
