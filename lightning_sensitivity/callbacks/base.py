@@ -17,8 +17,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 from lightning_sensitivity.callbacks.checks import check_run, forward
 from lightning_sensitivity.callbacks.first_look import StepWatch, classes_are_last, submodules_run
@@ -194,7 +194,7 @@ class Monitor(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so if nothing was measured."""
-        if not self._has_measured:
+        if not self._has_measured and not self._warned_of:  # else it was said why
             self.warn("nothing", "has measured nothing in this fit: validation gave it no batch that it could measure.")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

@@ -22,7 +22,13 @@ from torchmetrics import Metric
 from lightning_sensitivity.callbacks.base import Monitor
 from lightning_sensitivity.callbacks.checks import is_sharded
 from lightning_sensitivity.callbacks.logged import Charts, waiting_for
-from lightning_sensitivity.callbacks.samples import TrainingSamples, Weights, agree_on_task, loaded_weights
+from lightning_sensitivity.callbacks.samples import (
+    TrainingSamples,
+    Weights,
+    agree_on_task,
+    loaded_weights,
+    without_initial,
+)
 from lightning_sensitivity.functional.risk import NUM_SUMS, RiskEstimate, distances, holdout_sums, risk_terms
 from lightning_sensitivity.functional.sensitivity import wide_dtype
 from lightning_sensitivity.functional.tasks import TASKS, predictions
@@ -33,6 +39,7 @@ from lightning_sensitivity.twins import batch_statistics, initial_weights, learn
 
 _NAMES = ("risk_estimate", "risk_claim", "risk_overconfidence", "risk_variance")  # as the fields of RiskEstimate
 _STRENGTH = 0.5  # of simulated twins; at full strength they break networks with max-pooling
+_NEW = "`initial_weights` hold none of this name and shape. If that is not so, the variance is too high."
 _MIN_TWINS = 8  # with less than these, the variance would hang on the noise of a few
 
 
@@ -140,6 +147,10 @@ class RiskMonitor(Monitor):
         """Whether a fit runs that has what the estimate needs, or the sanity check before it."""
         return trainer.sanity_checking or (trainer.state.fn == TrainerFn.FITTING and self._samples is not None)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out whose weights these are: what is pickled gets another module."""
+        return {**vars(self), "_module": None}
+
     def state_dict(self) -> dict[str, Any]:
         """The weights from before training, so that the estimate can go on where training resumes."""
         return {"initial_weights": self._weights}
@@ -200,9 +211,12 @@ class RiskMonitor(Monitor):
         if self._training_sums is None:  # in a batch hook: only there averaged weights are in place
             own = partial(self.probe, trainer, pl_module)
             self._training_sums = self._samples.sums(pl_module, pl_module.device, own, self.guarded)
+        self._samples.check_head(outputs)
         sums.training_sums = self._training_sums.clone()
         if self._learned is None:
             self._learned = learned_weights(pl_module, self._weights)
+            if new := without_initial(pl_module, self._weights):
+                self.warn("new", f"counts {', '.join(new[:3])} as learned as a whole: {_NEW}")
         num_batches = self.num_wanted(trainer, dataloader_idx) * trainer.world_size
         num_twins = max(1, math.ceil(_MIN_TWINS / max(1, num_batches)))
         p = predictions(outputs, task)
@@ -227,14 +241,15 @@ class RiskMonitor(Monitor):
             troubles["probabilities"] = (
                 "All outputs lie in [0, 1]. From probabilities the estimate is wrong: use logits."
             )
-        for kind, count in (("validation", sums.num_non_finite[0]), ("training", sums.num_non_finite[1])):
-            if count > 0:
-                troubles[kind] = (
-                    f"{int(count)} {kind} samples gave nan or inf in the model or a twin, and were left out."
-                )
+        if any(sums.num_non_finite):
+            holdout, training = map(int, sums.num_non_finite)
+            troubles["non-finite"] = (
+                f"{holdout} validation and {training} training samples gave nan or inf in the model or a twin, and were"
+                " left out."
+            )
         if not all(bool(term.isfinite()) for term in terms):
-            troubles["no value"] = "No label of the kept training samples counts, or no batch could be measured."
-            return {}, troubles
+            reason = "No label of the kept training samples counts, or no batch could be measured."
+            return {}, troubles or {"no value": reason}
         return dict(zip(_NAMES, terms, strict=True)), troubles
 
     def _of_loader(self, pl_module: pl.LightningModule, dataloader_idx: int) -> _RiskSums:

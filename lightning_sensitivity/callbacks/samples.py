@@ -11,11 +11,12 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities import move_data_to_device
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_sensitivity.functional.risk import NUM_SUMS, training_sums
-from lightning_sensitivity.functional.sensitivity import wide_dtype
+from lightning_sensitivity.functional.sensitivity import num_outputs, wide_dtype
 from lightning_sensitivity.functional.tasks import TASKS, check_logits, check_task, classes_last, infer_task
 from lightning_sensitivity.models import Options, Probe, select_targets
 
@@ -42,6 +43,7 @@ class TrainingSamples:
         self._num_missing, self._options = num_samples, options
         self._batches: list[Any] = []
         self._classes_last = False
+        self._num_outputs: int | None = None  # as of the last pass
         self._num_within = 0  # validations in a row in which all outputs could be probabilities
 
     @property
@@ -83,6 +85,21 @@ class TrainingSamples:
         self._batches.append(move_data_to_device(copy.deepcopy(batch), torch.device("cpu")))
         self._num_missing -= len(outputs)
 
+    def check_head(self, outputs: Tensor) -> None:
+        """Require as many outputs as the kept samples have.
+
+        Args:
+            outputs: Those of a validation batch.
+
+        Raises:
+            ValueError: If they come from another head of the model.
+        """
+        if self._num_outputs not in (None, num_outputs(outputs)):
+            raise ValueError(
+                f"Expected {self._num_outputs} outputs, as training samples have, got {num_outputs(outputs)} outputs"
+                " of validation samples"
+            )
+
     def sums(
         self,
         model: nn.Module,
@@ -111,6 +128,7 @@ class TrainingSamples:
                 outputs = probe(own).outputs()
                 outputs = outputs.movedim(-1, 1) if self._classes_last else outputs
                 total = total + training_sums(outputs, select_targets(model, own, self._options.targets), self.task)
+                self._num_outputs = num_outputs(outputs)
                 is_within = is_within & (outputs >= 0).all() & (outputs <= 1).all()
         if self.task in ("binary", "multilabel"):
             self._num_within = self._num_within + 1 if bool(is_within) else 0
@@ -145,10 +163,28 @@ def loaded_weights(weights: Weights, state_key: str) -> dict[str, Tensor]:
     Args:
         weights: A state dict, or the path of a checkpoint.
         state_key: Under which our own state is found in a checkpoint; its weights come first.
+
+    Raises:
+        MisconfigurationException: If the path leads to no checkpoint.
     """
     if isinstance(weights, Mapping):
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights.items()}
-    checkpoint = torch.load(os.fspath(weights), map_location="cpu", weights_only=False)
+    try:
+        checkpoint = torch.load(os.fspath(weights), map_location="cpu", weights_only=False)
+    except Exception as error:
+        raise MisconfigurationException(
+            f"`initial_weights` should be a state dict or the path of a checkpoint, got {weights!r}: {error}"
+        ) from error
     own = checkpoint.get("callbacks", {}).get(state_key, {}).get("initial_weights")
     found: dict[str, Tensor] = own or checkpoint.get("state_dict", checkpoint)
     return found
+
+
+def without_initial(model: nn.Module, initial: Mapping[str, Tensor]) -> list[str]:
+    """Names of the parameters that were not there before training, or had another shape.
+
+    Args:
+        model: The module.
+        initial: Its parameters before training.
+    """
+    return [name for name, each in model.named_parameters() if name not in initial or initial[name].shape != each.shape]

@@ -184,12 +184,12 @@ class SensitivityMonitor(Monitor):
         metrics = self._of_loader(pl_module, dataloader_idx)
         for suffix, metric in zip(self.options.sites.values(), metrics, strict=True):
             sensitivity, stderr = metric.compute(), metric.stderr
-            if metric.num_changes < 2:
-                troubles["too few"] = "A variance needs two output changes or more; there is no value."
-                continue
-            found = (sensitivity, stderr, sensitivity.log10(), metric.loss_estimate())
-            values |= {name + suffix: value for name, value in zip(_NAMES, found, strict=True) if value is not None}
             troubles |= {kind + suffix: doubt for kind, doubt in metric.doubts.items()}
+            if metric.num_changes >= 2:
+                found = (sensitivity, stderr, sensitivity.log10(), metric.loss_estimate())
+                values |= {name + suffix: value for name, value in zip(_NAMES, found, strict=True) if value is not None}
+            elif not troubles:
+                troubles["no value"] = "A variance needs two output changes or more; there is no value."
         if self._has_log_probabilities and not self.options.per_output:
             troubles["log-probabilities"] = (
                 "The outputs are log-probabilities, whose class average also changes by what the softmax has"
@@ -244,7 +244,7 @@ class _LoaderSensitivity(OutputSensitivity):
         if moment is not None:
             scaled = x.detach().float()
             scaled = scaled / moment.sqrt() if isinstance(moment, Tensor) else scaled * moment**-0.5
-            norms = torch.linalg.vector_norm(scaled.reshape(len(x), -1) if x.ndim > 1 else scaled, dim=-1)
+            norms = torch.linalg.vector_norm(scaled.flatten(1) if x.ndim > 1 else scaled, dim=-1)
             squares = norms.to(self.power.dtype).square().sum()
             self.power = self.power + torch.stack([squares, torch.full_like(squares, x.numel())])
 
