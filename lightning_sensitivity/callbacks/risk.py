@@ -204,6 +204,7 @@ class RiskMonitor(Monitor):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, probe: Probe, batch_idx: int, dataloader_idx: int
     ) -> None:
         """Run the model and its twins on a batch."""
+        probe.classes_last |= self._samples is not None and self._samples.classes_last
         outputs = probe.outputs()
         if self._samples is None or self._samples.task is None or self._weights is None:
             return  # no fit, or the sanity check
@@ -220,14 +221,14 @@ class RiskMonitor(Monitor):
         num_batches = self.num_wanted(trainer, dataloader_idx) * trainer.world_size
         num_twins = max(1, math.ceil(_MIN_TWINS / max(1, num_batches)))
         p = predictions(outputs, task)
-        with batch_statistics(pl_module):
-            own_p = predictions(probe.outputs(), task) if normalizes_by_batch(pl_module) else p
-            variance = torch.zeros_like(p[:, 0])
-            for index in range(num_twins):
-                key = (self.options.seed, trainer.global_rank, dataloader_idx, batch_idx, -1 - index)
-                generator = noise_generator(*key, device=pl_module.device)
-                with twin(pl_module, self._learned, generator, _STRENGTH):
-                    variance += distances(own_p, predictions(probe.outputs(), task), task)
+        by_batch = partial(batch_statistics, pl_module)
+        own_p = predictions(probe.outputs(within=by_batch), task) if normalizes_by_batch(pl_module) else p
+        variance = torch.zeros_like(p[:, 0])
+        for index in range(num_twins):
+            key = (self.options.seed, trainer.global_rank, dataloader_idx, batch_idx, -1 - index)
+            generator = noise_generator(*key, device=pl_module.device)
+            with twin(pl_module, self._learned, generator, _STRENGTH):
+                variance += distances(own_p, predictions(probe.outputs(within=by_batch), task), task)
         sums.holdout_sums = sums.holdout_sums + holdout_sums(p, variance / (num_twins * _STRENGTH**2), task)
 
     def compute(self, pl_module: pl.LightningModule, dataloader_idx: int) -> tuple[dict[str, Tensor], dict[str, str]]:

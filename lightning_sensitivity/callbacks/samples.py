@@ -42,7 +42,7 @@ class TrainingSamples:
         self.task = None if task == "auto" else task
         self._num_missing, self._options = num_samples, options
         self._batches: list[Any] = []
-        self._classes_last = False
+        self.classes_last = False  # in the outputs
         self._num_outputs: int | None = None  # as of the last pass
         self._num_within = 0  # validations in a row in which all outputs could be probabilities
 
@@ -70,14 +70,14 @@ class TrainingSamples:
         own = copy.deepcopy(batch)  # some batches move themselves, and the user's functions may write into them
         outputs, targets = probe(own).outputs(), select_targets(model, own, self._options.targets)
         if not self._batches:
-            self._classes_last = classes_last(outputs, targets)
+            self.classes_last = classes_last(outputs, targets)
             is_square = outputs.ndim > 2 and outputs.shape[:-1] == outputs.shape[:1] + outputs.shape[2:]
             if is_square and targets.shape == outputs.shape[:-1] and self._options.outputs is None:
                 raise ValueError(
                     f"Expected to see which dimension of the outputs {tuple(outputs.shape)} holds the classes. Say it:"
                     " `outputs=lambda y: y` if it is dimension 1, `outputs=lambda y: y.movedim(-1, 1)` if the last."
                 )
-        outputs = outputs.movedim(-1, 1) if self._classes_last else outputs
+        outputs = outputs.movedim(-1, 1) if self.classes_last else outputs
         task = self.task or infer_task(outputs, targets)
         check_task(outputs, targets, task)
         check_logits(outputs, task)
@@ -126,7 +126,7 @@ class TrainingSamples:
             with guarded("leaves out kept training samples, which the model does not take"):
                 own = move_data_to_device(copy.deepcopy(batch), device)
                 outputs = probe(own).outputs()
-                outputs = outputs.movedim(-1, 1) if self._classes_last else outputs
+                outputs = outputs.movedim(-1, 1) if self.classes_last else outputs
                 total = total + training_sums(outputs, select_targets(model, own, self._options.targets), self.task)
                 self._num_outputs = num_outputs(outputs)
                 is_within = is_within & (outputs >= 0).all() & (outputs <= 1).all()

@@ -110,16 +110,20 @@ class Probe:
         self.first_tensors = self.tensors[:1] or [x for x in call.arguments.values() if isinstance(x, Tensor)][:1]
         self._num_samples = len(self.tensors[0]) if self.tensors and self.tensors[0].ndim else None
 
-    def outputs(self, perturb: Perturb | None = None) -> Tensor:
+    def outputs(
+        self, perturb: Perturb | None = None, within: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> Tensor:
         """The outputs.
 
         Args:
             perturb: Gives what takes the place of an input; None for the batch as it is.
+            within: Gives what the model runs in. What is changed in the module before a pass would be put back by it.
         """
 
         def run() -> Tensor:
             args, keywords = self._call.made(perturb)
-            result = self._model(*args, **keywords)
+            with within():
+                result = self._model(*args, **keywords)
             outputs = select_outputs(result, self._outputs, self._batch, self._num_samples)
             return (outputs.movedim(-1, 1) if self.classes_last else outputs).clone()  # a later pass may write into it
 
