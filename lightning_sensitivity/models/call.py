@@ -122,7 +122,7 @@ def _by_name(model: nn.Module, batch: Any, named: Mapping[Any, Any], keys: list[
     names = [key for key in named if key in by_keyword]
     if not keys and perturbs_inputs:
         keys = [key for key, value in named.items() if isinstance(value, Tensor) and value.is_floating_point()]
-        keys = [key for key in keys if key not in TARGET_NAMES] or keys
+        keys = [key for key in keys if key not in TARGET_NAMES] or [key for key in keys if key in names]
         if len(keys) != 1 and not names:
             return Call({0: batch}, {0: tuple(keys) or None})
         if len(keys) > 1:

@@ -47,6 +47,10 @@ class Two(nn.Module):
     def forward(self, x: Any, mask: Any, scale: float = 1.0) -> Any: ...
 
 
+class Denoiser(nn.Module):
+    def forward(self, y: Any, t: Any) -> Any: ...
+
+
 class Three(nn.Module):
     def forward(self, image: Any, mask: Any, depth: Any) -> Any: ...
 
@@ -148,6 +152,7 @@ def test_what_is_passed_by_position_and_perturbed(model: type[nn.Module], batch:
         (Two, {"x": X, "mask": MASK, "label": IDS}, None, (), {"x": X_, "mask": MASK_}),
         (Two, {"x": X, "mask": DEPTH, "label": IDS}, "mask", (), {"x": 0.0, "mask": DEPTH_}),
         (Two, {"x": X, "mask": MASK, "more": DEPTH}, None, (), {"x": X_, "mask": MASK_}),
+        (Denoiser, {"y": X, "t": IDS}, None, (), {"y": X_, "t": IDS_}),
         (Optional, {"image": X, "mask": MASK, "label": IDS}, None, (X_,), {"mask": MASK_}),
         (Keywords, {"image": X, "mask": MASK}, None, (), {"image": X_, "mask": MASK_}),
         (Three, {"image": X, "mask": MASK, "depth": DEPTH}, ["depth", "image"], (),
@@ -200,7 +205,7 @@ def test_the_names_of_a_compiled_model_are_those_of_its_forward() -> None:
         (One, (IDS, X), None, "dense floating tensor.*torch.int64"),
         (One, {"label": IDS}, None, "dense floating tensor.*got dict of 'label': a tensor.*`inputs=`"),
         (Three, {"image": X, "mask": MASK, "depth": DEPTH}, None, "exactly one.*several: 'image', 'depth'.*`inputs=`"),
-        (Two, {"x": IDS, "mask": MASK}, None, "exactly one floating tensor.*none in dict of 'x'"),
+        (Two, {"x": IDS, "mask": MASK, "y": X}, None, "exactly one floating tensor.*none in dict of 'x'"),
         (One, {"a": X}, "image", "`inputs='image'` should name a part of the batch, got dict of 'a': a tensor"),
         (One, {"a": X}, ["a", "b"], "`inputs='b'` should name a part"),
         (One, (X, IDS), 2, "`inputs=2` should name a part of the batch, got tuple of 2: a tensor of"),
