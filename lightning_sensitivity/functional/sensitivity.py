@@ -77,17 +77,15 @@ def sensitivity_rows(clean: Tensor, noisy: Tensor | Iterable[Tensor], masked: bo
 
 def _draw_rows(noisy: Tensor, clean: Tensor, masked: bool, dtype: torch.dtype) -> Tensor:
     """Rows of one draw, from outputs ``(N, K, P)``."""
-    change = noisy.to(dtype) - clean
+    change = noisy.to(dtype, copy=True).sub_(clean)
     if masked:
         is_masked = (noisy == -math.inf) & (clean == -math.inf)
-        change = change.masked_fill(is_masked, 0.0)
-        num_outputs: Tensor | int = (~is_masked).sum(1).clamp(min=1)
+        num_left = (~is_masked).sum(1, keepdim=True).clamp(min=1)
+        change = change.masked_fill_(is_masked, 0.0)
+        means, squares = change.sum(1, keepdim=True) / num_left, change.square_().sum(1, keepdim=True) / num_left
     else:
-        num_outputs = change.shape[1]
-    means = change.sum(1) / num_outputs
-    squares = torch.linalg.vector_norm(change, dim=1).square() / num_outputs
-    count = torch.full_like(means[:, 0], means.shape[1])
-    return torch.stack([count, means.sum(1), means.square().sum(1), squares.sum(1)], dim=1)
+        means, squares = change.mean(1, keepdim=True), change.square_().mean(1, keepdim=True)
+    return torch.cat([torch.ones_like(means), means, means.square(), squares], dim=1).sum(2)
 
 
 def sensitivity_from_rows(rows: Tensor) -> SensitivityEstimate:
