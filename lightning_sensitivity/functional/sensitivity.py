@@ -80,12 +80,12 @@ def _draw_rows(noisy: Tensor, clean: Tensor, masked: bool, dtype: torch.dtype) -
     change = noisy.to(dtype, copy=True).sub_(clean)
     if masked:
         is_masked = (noisy == -math.inf) & (clean == -math.inf)
-        num_left = (~is_masked).sum(1, keepdim=True).clamp(min=1)
-        change = change.masked_fill_(is_masked, 0.0)
-        means, squares = change.sum(1, keepdim=True) / num_left, change.square_().sum(1, keepdim=True) / num_left
+        num_left = (~is_masked).sum(1).clamp(min=1)
+        means = change.masked_fill_(is_masked, 0.0).sum(1) / num_left
+        squares = change.square_().sum(1) / num_left
     else:
-        means, squares = change.mean(1, keepdim=True), change.square_().mean(1, keepdim=True)
-    return torch.cat([torch.ones_like(means), means, means.square(), squares], dim=1).sum(2)
+        means, squares = change.mean(1), change.square_().mean(1)
+    return torch.stack([torch.ones_like(means), means, means.square(), squares], dim=1).sum(2)
 
 
 def sensitivity_from_rows(rows: Tensor) -> SensitivityEstimate:
