@@ -135,11 +135,12 @@ class Monitor(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Measure a batch, before the step may change it."""
+        if not self.should_measure(trainer):
+            return
         # A process that had no batch of an earlier loader joins the others, who reduced when that loader was done.
         for earlier in range(dataloader_idx if batch_idx == 0 else 0):
             self._values(trainer, pl_module, earlier)
-        wants = self.should_measure(trainer) and self._wants(trainer, batch_idx, dataloader_idx)
-        if batch is None or not wants:
+        if batch is None or not self._wants(trainer, batch_idx, dataloader_idx):
             return
         with self.guarded(f"could not measure a batch of dataloader {dataloader_idx}"):
             with self.measuring(trainer, pl_module):
@@ -283,7 +284,7 @@ class Monitor(Callback):
 
     def _look(self, pl_module: pl.LightningModule, probe: Probe, batch: Any, dataloader_idx: int) -> None:
         """Look at the outputs of a loader's first batch, and watch the step that gets it."""
-        with submodules_run() as submodules:
+        with submodules_run(pl_module) as submodules:
             outputs = probe.outputs()
         is_last, doubt = classes_are_last(pl_module, batch, probe, outputs, self.options)
         if doubt:

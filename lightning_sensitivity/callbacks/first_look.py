@@ -59,10 +59,9 @@ class StepWatch:
         self._submodules, self._seen = submodules, set[nn.Module]()
         self._given: list[Tensor] = []
         self._pl_module = pl_module
-        self._handles = [
-            pl_module.register_forward_pre_hook(self._note_arguments, with_kwargs=True),
-            register_module_forward_hook(self._note_module),
-        ]
+        self._handles = [pl_module.register_forward_pre_hook(self._note_arguments, with_kwargs=True)]
+        if not _is_compiled(pl_module):
+            self._handles.append(register_module_forward_hook(self._note_module))
 
     def _note_arguments(self, module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         if not is_ours(self._pl_module):
@@ -96,14 +95,22 @@ class StepWatch:
 
 
 @contextmanager
-def submodules_run() -> Iterator[set[nn.Module]]:
-    """The modules that run inside."""
+def submodules_run(model: nn.Module) -> Iterator[set[nn.Module]]:
+    """The modules that run inside. None of a model with compiled code, which sees no hook that comes later."""
     seen: set[nn.Module] = set()
+    if _is_compiled(model):
+        yield seen
+        return
     handle = register_module_forward_hook(lambda module, args, result: seen.add(module))
     try:
         yield seen
     finally:
         handle.remove()
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    is_whole = getattr(model, "_compiler_ctx", None) is not None  # a LightningModule
+    return is_whole or any(hasattr(each, "_orig_mod") or each._compiled_call_impl for each in model.modules())
 
 
 def _with_parameters(module: nn.Module) -> list[nn.Module]:
