@@ -1,0 +1,568 @@
+"""The risk estimate as RiskMonitor logs it; what its terms are is tested with ``functional.risk``."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import deque
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer, callbacks, seed_everything
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_sensitivity import RiskMonitor, SensitivityMonitor
+from lightning_sensitivity.callbacks.risk import _MIN_TWINS, _NAMES, _STRENGTH
+from lightning_sensitivity.functional import risk_estimate
+from lightning_sensitivity.perturbations import noise_generator
+from lightning_sensitivity.twins import batch_statistics, initial_weights, learned_weights, twin
+from tests.helpers import (
+    NUM_CLASSES,
+    NUM_FEATURES,
+    Classifier,
+    History,
+    inputs,
+    labelled,
+    loader,
+    trainer,
+    unlabelled_loader,
+    validated,
+)
+
+HOLDOUT = inputs(50, seed=1)  # in four batches: two twins each
+TERMS = {"val_" + name for name in _NAMES}
+
+
+class Plain(Classifier):
+    """Without batch norm; in 64 bits, in which sums in another order are the same to nine digits."""
+
+    def __init__(self, num_outputs: int = NUM_CLASSES, loss: Any = cross_entropy) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(NUM_FEATURES, 16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, num_outputs))
+        self.loss = loss
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x.to(self.net[-1].weight))
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self.loss(self(batch[0]), batch[1])
+
+
+class Tokens(Plain):
+    """Logits ``(N, T, K)`` for labels ``(N, T)``, of which some don't count."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.reshape(len(x), 1, -1) * torch.linspace(0.5, 2, 3)[:, None])
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return cross_entropy(self(batch[0]).movedim(-1, 1), batch[1])
+
+
+def as_float(loss: Any) -> Any:
+    return lambda outputs, targets: loss(outputs, targets.to(outputs).reshape(outputs.shape))
+
+
+class Truth(Callback):
+    """What a plain loop finds at each validation, by the twins of the weights that it is told, or of the first ones."""
+
+    def __init__(self, num_batches: int, task: str = "multiclass", initial: dict[str, Tensor] | None = None) -> None:
+        self.num_batches, self.task, self.initial = num_batches, task, initial
+        self.batches: list[Any] = []
+        self.logged: list[dict[str, float]] = []
+        self.terms: list[Any] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.initial = self.initial or initial_weights(pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if len(self.batches) < self.num_batches:
+            self.batches.append([part.clone() for part in batch])
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        self.logged.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+        self.terms.append(self.estimate(copy.deepcopy(pl_module).eval()))
+
+    @torch.no_grad()
+    def estimate(self, model: LightningModule) -> Any:
+        learned = learned_weights(model, self.initial)
+        x, y = (torch.cat(parts) for parts in zip(*self.batches, strict=True))
+        outputs, normalized, of_twins, train = [], [], [], model(x)
+        num_twins = math.ceil(_MIN_TWINS / 4)
+        for batch_idx, part in enumerate(HOLDOUT.split(16)):
+            outputs += num_twins * [model(part)]
+            for draw in range(num_twins):
+                generator = noise_generator(0, 0, 0, batch_idx, -1 - draw)
+                with batch_statistics(model):
+                    normalized.append(model(part))
+                    with twin(model, learned, generator, _STRENGTH):
+                        of_twins.append(model(part))
+        if y.shape == train.shape[:2] != train.shape:
+            outputs, normalized, of_twins, (train,) = (
+                [each.movedim(-1, 1) for each in some] if some[0].ndim > 2 else some
+                for some in (outputs, normalized, of_twins, [train])
+            )
+        terms, by_batch = (
+            risk_estimate(torch.cat(each), torch.cat(of_twins), train, y, self.task, _STRENGTH)
+            for each in (outputs, normalized)
+        )
+        return terms._replace(variance=by_batch.variance)  # of batch norm: that of each batch, in both
+
+
+def check(truth: Truth, rel: float = 1e-9, has_batch_norm: bool = False) -> None:
+    assert truth.logged
+    for logged, terms in zip(truth.logged, truth.terms, strict=True):
+        found = [logged["val_" + name] for name in _NAMES]
+        assert found[has_batch_norm:] == pytest.approx([float(term) for term in terms[has_batch_norm:]], rel=rel)
+        assert found[-1] > 0
+
+
+def fit(
+    model: LightningModule, monitor: RiskMonitor, truth: Any, train: Any, *more: Callback, **kwargs: Any
+) -> Trainer:
+    ckpt_path = kwargs.pop("ckpt_path", None)
+    callbacks = [each for each in (*more, monitor, truth) if each is not None]
+    run = trainer(callbacks=callbacks, **{"max_epochs": 3, **kwargs})
+    run.fit(model, train, DataLoader(HOLDOUT, 16), ckpt_path=ckpt_path)
+    return run
+
+
+X, Y = labelled(50).tensors
+TASKS: dict[str, tuple[Any, Any, Tensor]] = {
+    "multiclass": ("auto", Plain, Y.where(torch.arange(50) % 5 > 0, -100)),
+    "multiclass, 8 bits": ("auto", lambda: Plain(loss=lambda y, t: cross_entropy(y, t.long())), Y.to(torch.uint8)),
+    "multiclass, positions": ("auto", Tokens, torch.stack([Y, Y.flip(0), torch.full_like(Y, -100)], 1)),
+    "binary": ("auto", lambda: Plain(1, as_float(binary_cross_entropy_with_logits)), X[:, :1] > 0.5),
+    "multilabel": ("auto", lambda: Plain(3, as_float(binary_cross_entropy_with_logits)), (X[:, :3] > 0.5).long()),
+    "regression": ("regression", lambda: Plain(2, as_float(mse_loss)), 100 + X[:, :2]),
+    "regression, one number": ("regression", lambda: Plain(1, as_float(mse_loss)), X.sum(1)),
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_terms_are_those_of_a_plain_loop(name: str) -> None:
+    seed_everything(0, verbose=False)
+    told, model, targets = TASKS[name]
+    truth = Truth(4, name.split(",")[0])
+    fit(model(), RiskMonitor(told), truth, DataLoader(TensorDataset(X, targets), 16))
+    check(truth)
+    assert len({logged["val_risk_estimate"] for logged in truth.logged}) == 3
+
+
+def test_of_batch_norm_twins_are_normalized_by_the_batch() -> None:
+    model, truth = Plain(), Truth(4)
+    model.net.insert(1, nn.BatchNorm1d(16).double())
+    fit(model, RiskMonitor(), truth, loader())
+    check(truth, has_batch_norm=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*sampler has shuffling enabled")
+@pytest.mark.parametrize(("num_samples", "num_batches"), [(32, 2), (33, 3), (120, 4)])
+def test_the_first_batches_of_a_fit_are_kept_once_and_scored_as_they_came(num_samples: int, num_batches: int) -> None:
+    class Writer(Plain):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            loss = super().training_step([part.clone() for part in batch], batch_idx)
+            batch[0].zero_(), batch[1].zero_()
+            return loss
+
+    monitor, model = RiskMonitor(num_training_samples=num_samples), Writer()
+    for _ in range(2):  # a second fit has samples of its own, and the weights from before the first
+        truth = Truth(num_batches, initial=None if monitor._weights is None else dict(monitor._weights))
+        fit(model, monitor, truth, loader(shuffle=True), val_check_interval=2)
+        check(truth)
+        assert monitor._samples is None
+
+
+def test_a_validation_within_the_first_epoch_uses_what_it_has() -> None:
+    truth = Truth(1)
+    fit(Plain(), RiskMonitor(), truth, loader(), val_check_interval=1, limit_train_batches=1, max_epochs=1)
+    check(truth)
+
+
+def test_every_loader_gets_its_own() -> None:
+    truth = Truth(4)
+    run = trainer(callbacks=[RiskMonitor(), truth], max_epochs=1)
+    run.fit(Plain(), loader(), [DataLoader(HOLDOUT, 16), loader(seed=2)])
+    (values,), (terms,) = truth.logged, truth.terms
+    found = [[values[f"val_{name}/dataloader_idx_{idx}"] for name in _NAMES] for idx in (0, 1)]
+    assert found[0] == pytest.approx([float(term) for term in terms], rel=1e-9)
+    assert found[0][2] == found[1][2]  # the same training samples
+    assert all(found[0][term] != found[1][term] for term in (0, 1, 3))
+
+
+@pytest.mark.skipif(not hasattr(callbacks, "WeightAveraging"), reason="needs lightning 2.6")
+def test_averaged_weights_are_what_is_scored() -> None:
+    class Scores(Truth):
+        def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+            if not trainer.sanity_checking:
+                self.terms = [self.estimate(copy.deepcopy(pl_module).eval())]
+
+        def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            if not trainer.sanity_checking:
+                self.logged.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+    truth = Scores(4)
+    averaging = callbacks.WeightAveraging(avg_fn=lambda average, weight, count: average + 0.1 * (weight - average))
+    fit(Plain(), RiskMonitor(), truth, loader(), averaging, max_epochs=1)
+    check(truth)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+def test_precisions(precision: Any) -> None:
+    def risk(precision: Any) -> dict[str, float]:
+        seed_everything(0, verbose=False)
+        run = trainer(callbacks=[RiskMonitor()], precision=precision)
+        run.fit(Plain().float(), loader(200), unlabelled_loader(200, seed=1))
+        return {name: float(run.callback_metrics[name]) for name in TERMS}
+
+    assert risk(precision) == pytest.approx(risk("32-true"), rel=0.05, abs=0.01)
+
+
+# Who follows it
+
+
+def test_early_stopping_and_checkpoints_follow_it(tmp_path: Path) -> None:
+    class Unlabelled(Classifier):
+        def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+            assert isinstance(batch, Tensor)
+
+    seed_everything(0, verbose=False)
+    history, stopping = History(), EarlyStopping("val_risk_estimate", patience=3)
+    checkpoint = ModelCheckpoint(tmp_path, monitor="val_risk_estimate", filename="{epoch}")
+    run = trainer(callbacks=[stopping, checkpoint, RiskMonitor(), history], enable_checkpointing=True, max_epochs=200)
+    x, y = labelled(50).tensors
+    y[::4] = 0  # it learns, and then must memorize
+    run.fit(Unlabelled(), DataLoader(TensorDataset(x, y), 16), unlabelled_loader(seed=1))
+    values = [epoch["val_risk_estimate"] for epoch in history.epochs]
+    best = values.index(min(values))
+    assert best > 0 and len(values) == best + 4 < 200
+    assert Path(checkpoint.best_model_path).name == f"epoch={best}.ckpt"
+    assert set(history.epochs[0]) - {"train_loss"} == TERMS
+
+
+# The weights from before training
+
+
+def test_it_goes_on_where_training_resumes(tmp_path: Path) -> None:
+    def run(max_epochs: int, **kwargs: Any) -> tuple[Truth, Trainer]:
+        seed_everything(0, verbose=False)
+        model, truth = Plain(), Truth(4)
+        model.net[2].p = 0.0
+        return truth, fit(model, RiskMonitor(), truth, loader(), max_epochs=max_epochs, **kwargs)
+
+    whole, _ = run(4)
+    _, first = run(2)
+    first.save_checkpoint(path := tmp_path / "two.ckpt")
+    resumed, _ = run(4, ckpt_path=path)
+    assert [{name: row[name] for name in TERMS} for row in whole.logged[2:]] == [
+        {name: row[name] for name in TERMS} for row in resumed.logged
+    ]
+    saved = torch.load(path, weights_only=True)
+    assert not any("metric" in key or "rows" in key for key in saved["state_dict"])
+    (state,) = (state for key, state in saved["callbacks"].items() if "RiskMonitor" in key)
+    torch.testing.assert_close(dict(state["initial_weights"]), dict(whole.initial), rtol=0, atol=0)
+
+    seed_everything(0, verbose=False)  # or told, as a checkpoint with them, or as a state dict
+    for weights in (path, dict(whole.initial)):
+        model = Plain()
+        model.load_state_dict(saved["state_dict"])
+        truth = Truth(4, initial=whole.initial)
+        fit(model, RiskMonitor(initial_weights=weights), truth, loader(), max_epochs=1)
+        check(truth)
+
+
+def test_a_plain_state_dict_in_a_file_and_names_of_another_model(tmp_path: Path) -> None:
+    untrained, model = Plain(), Plain()
+    torch.save(untrained.state_dict(), tmp_path / "weights.pt")
+    truth = Truth(4, initial=initial_weights(untrained))
+    fit(model, RiskMonitor(initial_weights=tmp_path / "weights.pt"), truth, loader(), max_epochs=1)
+    check(truth)
+    with pytest.raises(MisconfigurationException, match="`initial_weights` should name the parameters of the module"):
+        fit(model, RiskMonitor(initial_weights={"a": torch.zeros(1)}), truth, loader())
+
+
+@pytest.mark.parametrize("between", ["nothing", "validate", "a checkpoint"])
+def test_a_fresh_trainer_goes_on_with_the_module_and_begins_with_another(between: str, tmp_path: Path) -> None:
+    monitor, model, other = RiskMonitor(), Plain(), Plain()
+    untrained, of_other = initial_weights(model), initial_weights(other)
+    run = fit(model, monitor, None, loader(), max_epochs=1)
+    run.save_checkpoint(tmp_path / "one.ckpt")
+    if between != "nothing":
+        path = tmp_path / "one.ckpt" if between == "a checkpoint" else None
+        trainer(callbacks=[monitor]).validate(model, loader(), ckpt_path=path, verbose=False)
+    fits = [(model, untrained), (other, of_other)]
+    for module, weights in fits if between != "a checkpoint" else reversed(fits):
+        fit(module, monitor, None, loader(), max_epochs=1)
+        torch.testing.assert_close(monitor._weights, weights, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
+def test_resuming_without_the_weights_from_before_training(tmp_path: Path) -> None:
+    first = trainer(max_epochs=1)
+    first.fit(Plain(), loader(), loader())
+    first.save_checkpoint(path := tmp_path / "without.ckpt")
+    match = "needs the weights from before training, which the checkpoint does not have.*`initial_weights=`"
+    with pytest.warns(UserWarning, match=match + ".*There will be no estimate"):
+        run = fit(Plain(), RiskMonitor(), None, loader(), SensitivityMonitor(), ckpt_path=path)
+    assert "val_sensitivity" in run.callback_metrics and not TERMS & run.callback_metrics.keys()
+    with pytest.raises(MisconfigurationException, match=match):
+        fit(Plain(), RiskMonitor(), None, loader(), EarlyStopping("val_risk_estimate"), ckpt_path=path)
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_lazy_weights_that_nobody_has_made_before_training() -> None:
+    def lazy() -> Plain:
+        model = Plain()
+        model.net[0] = nn.LazyLinear(16, dtype=torch.float64)
+        return model
+
+    with pytest.warns(UserWarning, match="got lazy ones.*There will be no estimate"):
+        fit(lazy(), RiskMonitor(), None, loader(), num_sanity_val_steps=0)
+    with pytest.raises(MisconfigurationException, match="got lazy ones"):
+        fit(lazy(), RiskMonitor(task="multiclass"), None, loader(), num_sanity_val_steps=0)
+    truth = Truth(4)
+    fit(lazy(), RiskMonitor(), truth, loader())
+    check(truth)
+
+
+# What it costs
+
+
+def test_its_forward_passes_are_counted() -> None:
+    class Counting(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.eval_samples = deque[int]()
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.training:
+                self.eval_samples.append(len(x))
+            return super().forward(x)
+
+    def passes(max_epochs: int, num_val_samples: int, num_samples: int | None = None) -> tuple[int, int]:
+        model = Counting()
+        monitor = RiskMonitor(num_training_samples=35, num_samples=num_samples)
+        run = trainer(callbacks=[monitor], max_epochs=max_epochs, num_sanity_val_steps=0)
+        run.fit(model, loader(100, 10), unlabelled_loader(num_val_samples, 25))
+        return len(model.eval_samples), sum(model.eval_samples)
+
+    look, kept, scored = (1, 25), (4, 40), (4, 40)
+    measured = (2 * (1 + 4), 50 * (1 + 4))  # two batches: four twins each
+    assert passes(1, 50) == tuple(map(sum, zip(look, kept, scored, measured, strict=True)))
+    assert passes(2, 50) == tuple(map(sum, zip(look, kept, scored, measured, scored, measured, strict=True)))
+    measured = (10 * 2, 250 * 2)  # ten batches, of twenty: one twin each
+    assert passes(1, 500, num_samples=250) == tuple(map(sum, zip(look, kept, scored, measured, strict=True)))
+
+
+def test_the_device_holds_no_copy_of_the_weights_while_training() -> None:
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+            assert monitor._learned is None and monitor._training_sums is None
+
+    monitor = RiskMonitor()
+    fit(Plain(), monitor, None, loader(), Watch())
+
+
+def test_a_graph_that_training_holds_over_a_validation_stays_valid() -> None:
+    class Accumulating(Plain):
+        automatic_optimization = False
+        held: Any = 0.0
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            self.held = self.held + cross_entropy(self(batch[0]), batch[1])
+            if batch_idx % 4 == 3:
+                self.manual_backward(self.held)
+                self.held = 0.0
+                self.optimizers().step()
+
+    assert fit(Accumulating(), RiskMonitor(), None, loader(64), max_epochs=1, val_check_interval=2).global_step == 1
+
+
+# Labels and tasks
+
+
+class Never(Plain):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        raise AssertionError("trained")
+
+
+class Unused(Plain):
+    """Trains without the labels."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self(batch if isinstance(batch, Tensor) else batch[0]).square().mean()
+
+
+LABELS = torch.zeros(20).long()
+
+
+@pytest.mark.parametrize(
+    ("options", "batch", "match"),
+    [
+        ({}, inputs(20), "one entry of the batch called 'label', .*got a tensor.*`targets=`.*`task=`"),
+        ({}, (inputs(20), inputs(20)[:, :4]), "told what floating labels are"),
+        ({}, (inputs(20), inputs(20), LABELS), "one more element, the labels"),
+        ({"targets": 5}, (inputs(20), LABELS), "`targets=5` should name a part of the batch"),
+        ({"targets": lambda batch: batch["label"]}, (inputs(20), LABELS), "list indices must be"),
+        ({"task": "regression"}, (inputs(20), LABELS), "one label per output"),
+        ({}, (inputs(20), LABELS + 4), "labels from 0 to 3, .*got 4 to 4"),
+        ({"outputs": lambda y: y.softmax(1)}, (inputs(20), LABELS), "probabilities"),
+        ({}, (inputs(20).reshape(20, 3, 4), LABELS), "mat1 and mat2"),
+    ],
+)
+@pytest.mark.parametrize("follows", ["early stopping", "a scheduler", "nobody"])
+def test_labels_that_can_not_be_told(options: dict[str, Any], batch: Any, match: str, follows: str) -> None:
+    class Scheduled(Never):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "val_risk_estimate"}}
+
+    train = DataLoader(TensorDataset(*batch) if isinstance(batch, tuple) else batch, 10)
+    if follows == "nobody":
+        if options.keys() & {"task", "targets"} or "mat1" in match:
+            return
+        with pytest.warns(UserWarning, match=f"can't score the model on a training batch.*{match}.*no estimate"):
+            run = fit(Unused(), RiskMonitor(**options), None, train, max_epochs=1)
+        assert not TERMS & run.callback_metrics.keys()
+        return
+    stopping = [EarlyStopping(monitor="val_risk_estimate")] if follows == "early stopping" else []
+    with pytest.raises(MisconfigurationException, match=match):
+        fit(Scheduled() if not stopping else Never(), RiskMonitor(**options), None, train, *stopping)
+
+
+@pytest.mark.parametrize("name", ["val_risk_score", "val_risk_estimates"])
+def test_only_our_own_names_make_labels_required(name: str) -> None:
+    class Own(Unused):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log(name, self(batch).square().mean())
+
+    with pytest.warns(UserWarning, match="There will be no estimate"):
+        fit(Own(), RiskMonitor(), None, unlabelled_loader(), EarlyStopping(name), max_epochs=1)
+
+
+@pytest.mark.parametrize("find", [None, "label", lambda batch: batch["label"]])
+def test_labels_are_found_or_told(find: Any) -> None:
+    class Step(Plain):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step([batch["x"], batch["label"]], batch_idx)
+
+    samples = [{"x": x, "index": index, "label": y} for index, (x, y) in enumerate(labelled(50))]
+    seed_everything(0, verbose=False)
+    run = trainer(callbacks=[RiskMonitor(targets=find)], max_epochs=1)
+    run.fit(Step(), DataLoader(samples, 16), DataLoader(HOLDOUT, 16))
+    seed_everything(0, verbose=False)
+    fit(Plain(), RiskMonitor(), truth := Truth(4), loader(), max_epochs=1)
+    assert {name: float(run.callback_metrics[name]) for name in TERMS} == {
+        name: truth.logged[0][name] for name in TERMS
+    }
+
+
+def test_later_batches_of_other_labels_are_left_out() -> None:
+    x, y = labelled(48).tensors
+    y[40] = 9
+
+    class Lenient(Plain):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            return cross_entropy(self(batch[0]), batch[1].clamp_max(3))
+
+    truth = Truth(2)
+    with pytest.warns(UserWarning, match="leaves a training batch out.*labels from 0 to 3, .* got 0 to 9"):
+        fit(Lenient(), RiskMonitor(), truth, DataLoader(TensorDataset(x, y), 16), max_epochs=1)
+    check(truth)
+
+
+def test_labels_of_which_none_counts() -> None:
+    data = TensorDataset(inputs(48), torch.full((48,), -100))
+    with pytest.warns(UserWarning, match="No label of the kept training samples counts"):
+        run = fit(Unused(), RiskMonitor(), None, DataLoader(data, 16), max_epochs=2)
+    assert not TERMS & run.callback_metrics.keys()
+
+
+def test_sigmoid_outputs_are_warned_of() -> None:
+    class Sigmoid(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).sigmoid()
+
+    data = TensorDataset(inputs(48), inputs(48)[:, :1] > 0.5)
+    with pytest.warns(UserWarning, match=r"All outputs lie in \[0, 1\].*use logits"):
+        fit(Sigmoid(1, as_float(nn.BCELoss())), RiskMonitor(), None, DataLoader(data, 16), max_epochs=6)
+
+
+class Graph:
+    """A batch that is moved in place, as of torch_geometric."""
+
+    def __init__(self, items: list[Any]) -> None:
+        (self.x, self.y), self.num_moves = (torch.stack(parts) for parts in zip(*items, strict=True)), 0
+
+    def to(self, device: Any, **_: Any) -> Graph:
+        self.num_moves += 1
+        return self
+
+
+def test_batches_that_are_objects_are_kept_as_they_were() -> None:
+    class OfGraphs(Plain):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x, y = (batch.x, batch.y) if isinstance(batch, Graph) else batch
+            assert not isinstance(batch, Graph) or batch.num_moves == 1  # by Lightning
+            x.mul_(0.5)
+            return cross_entropy(self(x), y)
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            pass
+
+    values = []
+    for options in ({"collate_fn": Graph}, {}):
+        seed_everything(0, verbose=False)
+        chosen = {"inputs": lambda batch: batch.x, "targets": lambda batch: batch.y} if options else {}
+        run = trainer(callbacks=[RiskMonitor(task="multiclass", **chosen)])
+        run.fit(OfGraphs(), loader(**options), loader(**options))
+        values.append({name: float(run.callback_metrics[name]) for name in TERMS})
+    assert values[0] == values[1]
+
+
+def test_a_training_batch_that_can_not_be_copied_is_no_sample() -> None:
+    def collate(items: Any) -> dict[str, Any]:
+        x, y = (torch.stack(parts) for parts in zip(*items, strict=True))
+        return {"x": x, "y": y, "names": SimpleNamespace(names=(name for name in "ab"))}
+
+    class Named(Plain):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step([batch["x"], batch["y"]], batch_idx)
+
+    with pytest.warns(UserWarning, match="can't score the model on a training batch.*There will be no estimate"):
+        fit(Named(), RiskMonitor(), None, loader(32, collate_fn=collate), max_epochs=1)
+
+
+# When it is logged
+
+
+def test_without_training_it_is_not_logged_even_after_a_fit_that_failed() -> None:
+    class Failing(Plain):
+        def on_train_epoch_end(self) -> None:
+            raise RuntimeError("out of luck")
+
+    monitor, model = RiskMonitor(), Failing()
+    with pytest.raises(RuntimeError, match="out of luck"):
+        fit(model, monitor, None, loader())
+    assert validated(monitor, model, loader()).keys() == {"val_loss"}
+    (values,) = trainer(callbacks=[monitor]).test(model, loader(), verbose=False)
+    assert values.keys() == {"test_loss"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"task": "classification"}, {"targets": 1.5}, {"num_training_samples": 0}, {"initial_weights": 3}, {"seed": None}],
+)
+def test_arguments_are_checked_at_once(options: dict[str, Any]) -> None:
+    with pytest.raises(MisconfigurationException, match=f"`{next(iter(options))}` should be .*, got"):
+        RiskMonitor(**options)

@@ -1,0 +1,379 @@
+"""What happens around a run: Ctrl-C, names that others log, what is checked, and what Lightning hands in."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections import deque
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import CombinedLoader
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_sensitivity import RiskMonitor, SensitivityMonitor
+from lightning_sensitivity.callbacks.checks import check_run
+from lightning_sensitivity.callbacks.logged import loader_name, num_batches, without_loader
+from tests.helpers import Classifier, History, Linear, brute_force, inputs, loader, trainer, validated
+
+MONITORS = [SensitivityMonitor, RiskMonitor]
+each = pytest.mark.parametrize("monitor", MONITORS)
+NAMES = {"val_sensitivity", "val_sensitivity_stderr", "val_sensitivity_log10", "val_loss_estimate"}
+
+
+class Interrupted(Classifier):
+    """Ctrl-C in one of the passes in eval mode after the sanity check: of our own, or of `validation_step`."""
+
+    def __init__(self, where: int) -> None:
+        super().__init__()
+        self.passes, self.where = deque[int](), where
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training and not self.trainer.sanity_checking:
+            self.passes.append(1)
+            if len(self.passes) == self.where:
+                raise KeyboardInterrupt
+        return super().forward(x)
+
+
+class Snapshot(Callback):
+    """Weights, buffers, modes and random state before each batch."""
+
+    taken: Any = None
+
+    @staticmethod
+    def of(model: LightningModule) -> Any:
+        tensors = {name: value.tolist() for name, value in model.state_dict().items()}
+        return tensors, [module.training for module in model.modules()], torch.get_rng_state().tolist()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        self.taken = self.of(pl_module)
+
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        self.taken = self.of(pl_module)
+
+
+# In this order: a training batch is kept; with the first validation batch clean and noisy, at a layer, clean for the
+# risk, the training sample, by batch, two twins; the step.
+@pytest.mark.parametrize("where", range(1, 11))
+def test_ctrl_c_leaves_everything_as_it_was(where: int) -> None:
+    model, snapshot = Interrupted(where), Snapshot()
+    monitors = [SensitivityMonitor(), SensitivityMonitor(at="net.0", prefix="b_"), RiskMonitor(num_training_samples=8)]
+    run = trainer(callbacks=[snapshot, *monitors], precision="bf16-mixed")
+    with pytest.raises(SystemExit):  # Lightning's way to end on Ctrl-C
+        run.fit(model, loader(64, seed=1), loader())
+    assert run.state.status == "interrupted"
+    assert snapshot.of(model) == snapshot.taken
+    hooks = ("_forward_hooks", "_forward_pre_hooks")
+    assert not any(getattr(module, name) for module in model.modules() for name in hooks)
+    assert not torch.nn.modules.module._global_forward_hooks
+    assert "log" not in vars(model) and "predict_step" not in vars(model)
+    assert not torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
+    assert all(monitor._watch is None for monitor in monitors)
+
+
+# Names
+
+
+class Recall(Classifier):
+    """Logs a name that is ours."""
+
+    def __init__(self, name: str, where: str) -> None:
+        super().__init__()
+        self.name, self.where = name, where
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        if self.where == "training":
+            self.log(self.name, 7.0)
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        if self.where == "step":
+            self.log(self.name, self(batch[0]).mean())
+
+    def on_validation_epoch_end(self) -> None:
+        if self.where == "epoch end":
+            self.log(self.name, 7.0)
+
+
+@pytest.mark.parametrize("name", ["val_sensitivity", "val_loss_estimate", "val_risk_claim"])
+@pytest.mark.parametrize("where", ["step", "epoch end", "training"])
+@pytest.mark.parametrize("num_sanity_val_steps", [1, 0])
+def test_a_name_that_somebody_else_logs_is_theirs(name: str, where: str, num_sanity_val_steps: int) -> None:
+    monitor = RiskMonitor if "risk" in name else SensitivityMonitor
+    run = trainer(callbacks=[monitor()], num_sanity_val_steps=num_sanity_val_steps, max_epochs=3)
+    message = f"`prefix` should give `{monitor.__name__}` names of its own, but '{name}' is logged"
+    if num_sanity_val_steps and where != "training":
+        with pytest.raises(MisconfigurationException, match=message):
+            run.fit(Recall(name, where), loader(), loader())
+        assert run.global_step == 0
+    else:  # it is too late to end a run for it
+        with pytest.warns(UserWarning, match=message):
+            run.fit(Recall(name, where), loader(), loader())
+        assert run.current_epoch == 3
+        assert run.callback_metrics[name] == (7.0 if where != "step" else pytest.approx(0, abs=2))
+    if where == "step":
+        trainer(callbacks=[monitor(prefix="mine/")]).fit(
+            Recall(name, where), loader(), loader()
+        )  # no error, no warning
+
+
+def test_two_monitors_of_a_kind_need_two_prefixes() -> None:
+    with pytest.raises(MisconfigurationException, match="`prefix` should be .*for each `Sens.*, got .'val_', 'val_'."):
+        trainer(callbacks=[SensitivityMonitor(), SensitivityMonitor()]).fit(Classifier(), loader(), loader())
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `RiskMonitor`"):  # Lightning's own
+        trainer(callbacks=[RiskMonitor(), RiskMonitor()])
+    run = trainer(callbacks=[kind(prefix=prefix) for prefix in ("val_", "b_") for kind in MONITORS])
+    run.fit(Classifier(), loader(), loader())
+    ours = {name for name in run.callback_metrics if name.startswith("val_")} - {"val_loss"}
+    assert {name for name in run.callback_metrics if name.startswith("b_")} == {"b_" + name[4:] for name in ours}
+    assert {"val_sensitivity", "val_risk_estimate"} <= ours
+
+
+# What is checked before a run
+
+
+@each
+@pytest.mark.filterwarnings("ignore:.*Skipping val loop")
+@pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor")
+def test_what_can_not_run_is_said(monitor: Any) -> None:
+    class NoForward(Classifier):
+        forward = LightningModule.forward
+
+    class NoStep(Classifier):
+        validation_step = LightningModule.validation_step
+
+    class Drawing(Classifier):
+        def validation_step(self, dataloader_iter: Iterator[Any]) -> None: ...
+
+    for model, val, options, match in (
+        (NoForward(), loader(), {}, "NoForward has no `forward`.*returns the logits"),
+        (NoStep(), loader(), {}, "no `validation_step`.*a stub is enough.*def validation_step"),
+        (Classifier(), None, {}, "no validation loader.*`val_dataloaders`.*no labels"),
+        (Classifier(), loader(), {"limit_val_batches": 0}, "`limit_val_batches=0`"),
+        (Drawing(), loader(), {}, r"`validation_step\(dataloader_iter\)`"),
+    ):
+        with pytest.raises(MisconfigurationException, match=match):
+            trainer(callbacks=[monitor()], **options).fit(model, loader(), val)
+
+
+def test_strategies_that_can_not_be_measured_under_are_refused() -> None:
+    def run(strategy: Any) -> Any:
+        return SimpleNamespace(strategy=strategy, datamodule=None, world_size=2, enable_validation=True)
+
+    other = pytest.importorskip("pytorch_lightning.strategies")
+    for kind in (DeepSpeedStrategy, other.DeepSpeedStrategy):  # their constructors need the package
+        with pytest.raises(MisconfigurationException, match="`M` does not support `DeepSpeedStrategy`"):
+            check_run("M", run(kind.__new__(kind)), BoringModel(), "fit")
+    for size in (1, 2):
+        strategy = ModelParallelStrategy()
+        strategy._device_mesh = {"tensor_parallel": SimpleNamespace(size=lambda size=size: size)}
+        refused = pytest.raises(
+            MisconfigurationException, match="got .* with `tensor_parallel_size=2`. With 1 it works"
+        )
+        with refused if size > 1 else nullcontext():
+            check_run("M", run(strategy), BoringModel(), "fit")
+    model = BoringModel()
+    model.allow_zero_length_dataloader_with_multiple_devices = True
+    with pytest.raises(MisconfigurationException, match="should get a batch in every process"):
+        check_run("M", run(None), model, "fit")
+
+
+@each
+def test_training_batches_of_another_form_than_those_of_validation(monitor: Any) -> None:
+    class Flattening(Linear):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            return super().training_step([batch[0].flatten(1), batch[1]], batch_idx)
+
+    train = DataLoader([(x.reshape(3, 4), y) for x, y in loader(48).dataset], 16)
+    run = trainer(callbacks=[monitor()], max_epochs=1)
+    warns = pytest.warns(UserWarning, match="There will be no estimate") if monitor is RiskMonitor else nullcontext()
+    with warns:
+        run.fit(Flattening(), train, loader())
+    assert ("val_sensitivity" in run.callback_metrics) == (monitor is SensitivityMonitor)
+    if monitor is SensitivityMonitor:
+        with pytest.raises(MisconfigurationException, match="first training batch .*sanity check would"):
+            trainer(callbacks=[monitor()], num_sanity_val_steps=0).fit(Flattening(), train, loader())
+
+
+# The loops of Lightning
+
+
+@each
+def test_a_fit_that_never_validates_says_so(monitor: Any) -> None:
+    run = trainer(callbacks=[monitor()], check_val_every_n_epoch=5, num_sanity_val_steps=0)
+    with pytest.warns(UserWarning, match="has measured nothing in this fit"):
+        run.fit(Classifier(), loader(), loader())
+
+
+def test_predict_is_left_alone_and_callbacks_can_be_copied() -> None:
+    class NoForward(Classifier):
+        forward = LightningModule.forward
+
+        def predict_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            return batch[0]
+
+    monitors = [copy.deepcopy(kind()) for kind in (*MONITORS, SensitivityMonitor)]  # one prefix twice: no matter here
+    assert len(trainer(callbacks=monitors).predict(NoForward(), loader())) == len(loader())
+
+
+@pytest.mark.parametrize("num_loaders", [1, 2])
+def test_validations_that_are_left_out(num_loaders: int) -> None:
+    class EverySecond(SensitivityMonitor):
+        def should_measure(self, trainer: Trainer) -> bool:
+            return trainer.current_epoch % 2 == 1
+
+    history = History()
+    run = trainer(callbacks=[EverySecond(), history], max_epochs=4)
+    run.fit(Classifier(), loader(), [loader(seed=idx) for idx in range(num_loaders)])
+    values = [epoch.get(loader_name("val_sensitivity", num_loaders - 1, num_loaders)) for epoch in history.epochs]
+    assert values[0] is None and values[1] == values[2] != values[3]  # Lightning keeps the last one
+
+
+def test_a_model_that_is_validated_trained_and_validated() -> None:
+    model, monitor = Classifier(), SensitivityMonitor()
+    run = trainer(callbacks=[monitor, RiskMonitor()])
+    for _ in range(2):
+        (values,) = run.validate(model, loader(), verbose=False)
+        truth = brute_force(model, list(inputs(50).split(16))).var(correction=0).item()
+        assert values.keys() == {"val_loss", *NAMES}
+        assert values["val_sensitivity"] == pytest.approx(truth, rel=1e-9)
+        run.fit(model, loader(), loader())
+
+
+def test_the_batch_reaches_the_step_unchanged() -> None:
+    class Masked(Linear):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return super().forward(x.mul_(mask.mul_(0.5)))
+
+        def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+            assert torch.equal(batch["mask"], torch.ones(16, 12)) and torch.equal(batch["y"], torch.ones(16, 1))
+            assert torch.equal(batch["x"], inputs(32)[16 * batch_idx :][:16])
+
+    def write(result: Tensor, batch: Any) -> Tensor:
+        batch["y"].zero_()
+        return result.mul_(2)
+
+    batches = [{"x": x, "mask": torch.ones(12), "y": torch.ones(1)} for x in inputs(32)]
+    model = Masked()
+    for options, factor in (({"inputs": "x"}, 1), ({"inputs": lambda b: (b.pop("x"), b["mask"]), "outputs": write}, 4)):
+        value = validated(SensitivityMonitor(**options), model, DataLoader(batches, 16))["val_sensitivity"]
+        assert 0.5 < value / (0.25 * factor * model.sensitivity(0.1)) < 2  # each pass halves a mask of ones
+
+
+@pytest.mark.parametrize("mode", [None, "sequential", "min_size", "max_size", "max_size_cycle"])
+@pytest.mark.parametrize("stage", ["sanity check", "fit", "validate", "test"])
+def test_as_many_batches_come_as_are_said(stage: str, mode: str | None) -> None:
+    class Model(Classifier):
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            self.log("seen", 1.0, batch_size=1)
+
+        test_step = validation_step
+
+    class Count(Callback):
+        """What is said at the start of an epoch, and how many batches came."""
+
+        def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            self.said = num_batches(trainer)
+            self.came = [0] * len(self.said)
+
+        def on_validation_batch_end(self, *args: Any, dataloader_idx: int = 0) -> None:
+            self.came[args[5] if len(args) > 5 else dataloader_idx] += 1
+
+        on_test_start, on_test_batch_end = on_validation_start, on_validation_batch_end
+
+    loaders = [loader(50), loader(20, seed=3)]  # of 4 and 2 batches
+    val = loaders if mode is None else CombinedLoader(loaders, mode)
+    count = Count()
+    limits = {"limit_val_batches": 2} if stage == "sanity check" and mode is None else {}
+    run = trainer(callbacks=[count], max_epochs=1, num_sanity_val_steps=1 if stage == "sanity check" else 0, **limits)
+    if stage in ("sanity check", "fit"):
+        run.fit(Model(), loader(), val)
+    else:
+        getattr(run, stage)(Model(), val, verbose=False)
+    expected = [4, 2] if mode in (None, "sequential") else [2] if mode == "min_size" else [4]
+    expected = [min(2, each) for each in expected] if limits else expected
+    assert count.said == count.came == expected
+    names = {loader_name("seen", idx, len(expected)) for idx in range(len(expected))}
+    assert names == {name for name in run.callback_metrics if name.startswith("seen")}
+    assert {without_loader(name) for name in names} == {"seen"}
+
+
+@pytest.mark.filterwarnings("ignore:.*Skipping val loop")
+def test_the_other_lightning(tmp_path: Path) -> None:
+    other = pytest.importorskip("pytorch_lightning")
+
+    class NoStep(other.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(12, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.training:
+                self.log("spread", x.std())
+            return self.net(x)
+
+        training_step, configure_optimizers = Linear.training_step, Linear.configure_optimizers
+
+    class Model(NoStep):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self(batch[0])
+
+    def fit(model: Any, monitors: list[Any]) -> Any:
+        torch.manual_seed(0)
+        logger = other.loggers.TensorBoardLogger(tmp_path, name=None)
+        quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "max_epochs": 1, "accelerator": "cpu"}
+        run = other.Trainer(callbacks=monitors, logger=logger, **quiet)
+        run.fit(model, loader(), loader())
+        return run
+
+    with pytest.raises(MisconfigurationException, match="no `validation_step`"):
+        fit(NoStep(), [SensitivityMonitor()])
+    run = fit(Model(), [SensitivityMonitor(2.0), RiskMonitor()])
+    assert run.callback_metrics["spread"] == fit(Model(), []).callback_metrics["spread"]
+    assert {"val_sensitivity", "val_risk_estimate"} <= run.callback_metrics.keys()
+    run.logger.experiment.flush()
+    (events,) = Path(run.logger.log_dir).glob("events*")
+    assert b"custom_scalars" in events.read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Lightning 2.6 on jsonargparse 4.5
+def test_lightning_cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["train"])
+    (tmp_path / "config.yaml").write_text(
+        f"""
+        seed_everything: 1
+        trainer:
+          accelerator: cpu
+          max_epochs: 1
+          default_root_dir: {tmp_path}
+          enable_checkpointing: false
+          enable_progress_bar: false
+          logger: false
+          callbacks:
+            - class_path: lightning_sensitivity.SensitivityMonitor
+              init_args: {{noise_std: [{", ".join(["0.1"] * 12)}], num_draws: 2, inputs: 0, prefix: "val/"}}
+            - class_path: lightning_sensitivity.SensitivityMonitor
+              init_args: {{at: [net], outputs: operator.pos}}
+            - class_path: lightning_sensitivity.RiskMonitor
+              init_args: {{task: multiclass, targets: 1, num_samples: null}}
+        """
+    )
+    arguments = ["--config", str(tmp_path / "config.yaml")]
+    cli = LightningCLI(Linear, run=False, args=arguments, save_config_callback=None)
+    first, second, third = [each for each in cli.trainer.callbacks if isinstance(each, tuple(MONITORS))]
+    assert first.options.inputs == 0 and second.options.outputs is operator.pos and third.options.num_samples is None
+    cli.trainer.fit(cli.model, loader(), loader())
+    assert {"val/sensitivity", "val_sensitivity/net", "val_risk_estimate"} <= cli.trainer.callback_metrics.keys()
