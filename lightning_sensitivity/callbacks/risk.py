@@ -29,7 +29,13 @@ from lightning_sensitivity.callbacks.samples import (
     loaded_weights,
     without_initial,
 )
-from lightning_sensitivity.functional.risk import NUM_SUMS, RiskEstimate, distances, holdout_sums, risk_terms
+from lightning_sensitivity.functional.risk import (
+    NUM_HOLDOUT_SUMS,
+    NUM_TRAINING_SUMS,
+    RiskEstimate,
+    holdout_sums,
+    risk_terms,
+)
 from lightning_sensitivity.functional.sensitivity import wide_dtype
 from lightning_sensitivity.functional.tasks import TASKS, predictions
 from lightning_sensitivity.models import Inputs, Options, Probe, Selector
@@ -40,6 +46,7 @@ from lightning_sensitivity.twins import batch_statistics, initial_weights, learn
 _NAMES = ("risk_estimate", "risk_claim", "risk_overconfidence", "risk_variance")  # as the fields of RiskEstimate
 _STRENGTH = 0.5  # of simulated twins; at full strength they break networks with max-pooling
 _NEW = "`initial_weights` hold none of this name and shape. If that is not so, the variance is too high."
+_EASY = 0.25  # of chance's risk: minima at lower claims cost twice as much in the study of early stopping
 _MIN_TWINS = 8  # with less than these, the variance would hang on the noise of a few
 
 
@@ -123,6 +130,8 @@ class RiskMonitor(Monitor):
         self._is_restored = False
         self._samples: TrainingSamples | None = None
         self._is_required = self._is_agreed = False
+        self._lowest: dict[int, tuple[float, float]] = {}  # estimate and claim where it was lowest, by loader
+        self._chance = 0.0  # the risk of uniform predictions
         self._learned: dict[str, Tensor] | None = None  # of the validation that runs
         self._training_sums: Tensor | None = None  # the same
         options = Options(num_samples=num_samples, seed=seed, inputs=inputs, outputs=outputs, targets=targets)
@@ -163,7 +172,7 @@ class RiskMonitor(Monitor):
         """Remember the weights, and begin to keep samples."""
         waiting = waiting_for(trainer, {self.prefix + name for name in _NAMES})
         self._is_required = bool(waiting) or self.task != "auto" or self.options.targets is not None
-        self._samples, self._is_agreed = None, False
+        self._samples, self._is_agreed, self._lowest = None, False, {}
         problem = self._find_weights(trainer, pl_module)
         if problem is not None:
             self._give_up(problem)
@@ -182,9 +191,17 @@ class RiskMonitor(Monitor):
         self._is_strict = False
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say so if nothing was measured."""
+        """Say so if nothing was measured, or if the minimum is of the kind that is the least reliable."""
         if self._samples is not None:
             super().on_train_end(trainer, pl_module)
+        for dataloader_idx, (_, claim) in self._lowest.items():
+            if claim < _EASY * self._chance:
+                self.warn(
+                    f"easy {dataloader_idx}",
+                    f"found the lowest estimate of dataloader {dataloader_idx} where the model claims a risk of"
+                    f" {claim:.2g}, a small part of chance's {self._chance:.2g}. On such easy tasks the minimum is the"
+                    " least reliable: compare with the last epoch.",
+                )
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Free the samples. The weights stay, for a second fit of the same module."""
@@ -221,15 +238,15 @@ class RiskMonitor(Monitor):
         num_batches = self.num_wanted(trainer, dataloader_idx) * trainer.world_size
         num_twins = max(1, math.ceil(_MIN_TWINS / max(1, num_batches)))
         p = predictions(outputs, task)
+        self._chance = 0.0 if task == "regression" else 1 - 1 / p.shape[1] if task == "multiclass" else 0.25
         by_batch = partial(batch_statistics, pl_module)
         own_p = predictions(probe.outputs(within=by_batch), task) if normalizes_by_batch(pl_module) else p
-        variance = torch.zeros_like(p[:, 0])
         for index in range(num_twins):
             key = (self.options.seed, trainer.global_rank, dataloader_idx, batch_idx, -1 - index)
             generator = noise_generator(*key, device=pl_module.device)
             with twin(pl_module, self._learned, generator, _STRENGTH):
-                variance += distances(own_p, predictions(probe.outputs(within=by_batch), task), task)
-        sums.holdout_sums = sums.holdout_sums + holdout_sums(p, variance / (num_twins * _STRENGTH**2), task)
+                twin_p = predictions(probe.outputs(within=by_batch), task)
+            sums.holdout_sums = sums.holdout_sums + holdout_sums(p, own_p, twin_p, task) / num_twins
 
     def compute(self, pl_module: pl.LightningModule, dataloader_idx: int) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The values of a loader, and what to warn of."""
@@ -251,6 +268,8 @@ class RiskMonitor(Monitor):
         if not all(bool(term.isfinite()) for term in terms):
             reason = "No label of the kept training samples counts, or no batch could be measured."
             return {}, troubles or {"no value": reason}
+        found = (float(terms.risk), float(terms.claim))
+        self._lowest[dataloader_idx] = min(self._lowest.get(dataloader_idx, found), found)
         return dict(zip(_NAMES, terms, strict=True)), troubles
 
     def _of_loader(self, pl_module: pl.LightningModule, dataloader_idx: int) -> _RiskSums:
@@ -327,8 +346,8 @@ class _RiskSums(Metric):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
-        for name in ("holdout_sums", "training_sums"):
-            self.add_state(name, default=torch.zeros(NUM_SUMS, dtype=wide_dtype(device)), dist_reduce_fx="sum")
+        for name, count in (("holdout_sums", NUM_HOLDOUT_SUMS), ("training_sums", NUM_TRAINING_SUMS)):
+            self.add_state(name, default=torch.zeros(count, dtype=wide_dtype(device)), dist_reduce_fx="sum")
         self.num_non_finite = (0.0, 0.0)
 
     @property
@@ -342,4 +361,4 @@ class _RiskSums(Metric):
     def compute(self) -> RiskEstimate:
         """The estimate, over all processes."""
         self.num_non_finite = (float(self.holdout_sums[-1]), float(self.training_sums[-1]))
-        return risk_terms(self.holdout_sums, self.training_sums)
+        return risk_terms(self.holdout_sums, self.training_sums, _STRENGTH)

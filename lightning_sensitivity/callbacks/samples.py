@@ -15,7 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from lightning_sensitivity.functional.risk import NUM_SUMS, training_sums
+from lightning_sensitivity.functional.risk import NUM_TRAINING_SUMS, training_sums
 from lightning_sensitivity.functional.sensitivity import num_outputs, wide_dtype
 from lightning_sensitivity.functional.tasks import TASKS, check_logits, check_task, classes_last, infer_task
 from lightning_sensitivity.models import Options, Probe, select_targets
@@ -120,7 +120,7 @@ class TrainingSamples:
             that the model takes.
         """
         assert self.task is not None
-        total = torch.zeros(NUM_SUMS, dtype=wide_dtype(device), device=device)
+        total = torch.zeros(NUM_TRAINING_SUMS, dtype=wide_dtype(device), device=device)
         is_within = torch.tensor(self.task in ("binary", "multilabel"), device=device)
         for batch in self._batches:
             with guarded("leaves out kept training samples, which the model does not take"):

@@ -10,8 +10,8 @@ from torch import Tensor
 from lightning_sensitivity.functional.sensitivity import wide_dtype
 from lightning_sensitivity.functional.tasks import TASKS, check_logits, check_task, predictions, target_predictions
 
-# Columns of the sums: how many predictions count, two sums over them, and how many samples were left out.
-NUM_SUMS = 4
+# How many numbers the sums over holdout and training samples have; the last one counts samples that were left out.
+NUM_HOLDOUT_SUMS, NUM_TRAINING_SUMS = 6, 4
 
 
 class RiskEstimate(NamedTuple):
@@ -51,18 +51,20 @@ def distances(p: Tensor, other: Tensor, task: str) -> Tensor:
     return squares.sum(1) if task == "multiclass" else squares.mean(1)
 
 
-def holdout_sums(p: Tensor, variance: Tensor, task: str) -> Tensor:
-    """Sums over a batch of unseen samples: predictions, claims, variance; samples with nan or inf.
+def holdout_sums(p: Tensor, own: Tensor, twin: Tensor, task: str) -> Tensor:
+    """Sums over a batch of unseen samples: their number, claims, variance, the claims of both its sides; nan or inf.
 
     Args:
         p: Predictions ``(N, K, ...)``.
-        variance: Squared differences to a twin's, ``(N, ...)``, as :func:`distances` gives them.
+        own: Those that are compared with the twin's; others than ``p`` where batch norm goes by the batch.
+        twin: Predictions of a twin.
         task: The task.
 
     Returns:
-        Shape ``(4,)``.
+        Shape ``(6,)``.
     """
-    return _sums(torch.ones_like(variance), claims(p, task), variance)
+    variance = distances(own, twin, task)
+    return _sums(torch.ones_like(variance), claims(p, task), variance, claims(own, task), claims(twin, task))
 
 
 def training_sums(outputs: Tensor, targets: Tensor, task: str) -> Tensor:
@@ -81,19 +83,23 @@ def training_sums(outputs: Tensor, targets: Tensor, task: str) -> Tensor:
     return _sums(counts, distances(p, y, task) * counts, claims(p, task) * counts)
 
 
-def risk_terms(holdout: Tensor, training: Tensor) -> RiskEstimate:
+def risk_terms(holdout: Tensor, training: Tensor, strength: float | None = None) -> RiskEstimate:
     """The estimate from sums over all batches and processes.
 
     Args:
         holdout: Those of :func:`holdout_sums`.
         training: Those of :func:`training_sums`.
+        strength: λ of simulated twins; None for real ones.
 
     Returns:
         The estimate; nan without training or holdout samples.
     """
-    claim, variance = holdout[1:3] / holdout[0]
+    claim, variance, own_claim, twin_claim = holdout[1:5] / holdout[0]
     score, train_claim = training[1:3] / training[0]
     overconfidence = score - train_claim
+    if strength is not None:
+        overconfidence = torch.where(overconfidence > 0, overconfidence, overconfidence / 2)
+        variance = variance / strength**2 * torch.where(twin_claim > own_claim, own_claim / twin_claim, 1.0)
     return RiskEstimate(claim + overconfidence + variance, claim, overconfidence, variance)
 
 
@@ -103,21 +109,24 @@ def risk_estimate(
     train_outputs: Tensor,
     train_targets: Tensor,
     task: str = "multiclass",
-    strength: float = 1.0,
+    strength: float | None = None,
 ) -> RiskEstimate:
     r"""Brier score (or mean squared error) on unseen samples, from training labels and unlabelled samples.
 
     .. math::
         R = \underbrace{\mathbb{E}\,(1 - \|p\|^2)}_\text{claim}
             + \underbrace{\mathbb{E}_\text{train}[\|p - y\|^2 - (1 - \|p\|^2)]}_\text{overconfidence}
-            + \underbrace{\mathbb{E}\|p - p'\|^2 / \lambda^2}_\text{variance}
+            + \underbrace{\mathbb{E}\|p - p'\|^2}_\text{variance}
 
     p are the probabilities, y the labels, and p' what a twin says of the same sample: a network that was trained on
-    other data. It is the chain loss = bias + variance of `arXiv:2007.15378`_ (Section 4). With a real twin
-    (:math:`\lambda = 1`) it is exact where unseen labels agree with a network as its twins do, up to what it is
-    miscalibrated by on its training samples,
+    other data. It is the chain loss = bias + variance of `arXiv:2007.15378`_ (Section 4). With a real twin it is exact
+    where unseen labels agree with a network as its twins do, up to what it is miscalibrated by on its training samples,
     :math:`\mathbb{E}\,p \cdot y = \mathbb{E}\,p \cdot p' + \mathbb{E}_\text{train}\,p \cdot (y - p)`.
-    :func:`lightning_sensitivity.twins.twin` simulates a twin without a second training.
+
+    :func:`lightning_sensitivity.twins.twin` simulates a twin of a strength λ without a second training. Three things
+    then differ. The variance is divided by λ². It is multiplied by min(1, claim of the network / claim of the twin):
+    noise makes a twin less certain, which another network would not be. And overconfidence below 0 counts half, since
+    it may be memory of the training labels alone. ``examples/early_stopping/README.md`` has the measurements.
 
     Where training labels are wrong, it estimates the score against labels that are as wrong.
 
@@ -130,7 +139,7 @@ def risk_estimate(
             ``train_outputs``, for ``"multiclass"``; of the shape of ``train_outputs`` for the others.
         task: What is scored: ``"multiclass"``, the sum over classes of (p − y)²; ``"binary"`` and ``"multilabel"``,
             the mean over labels of (p − y)²; ``"regression"``, the mean squared error.
-        strength: λ, that of a simulated twin; 1 for a real one.
+        strength: λ, if the twin is simulated; None for a real one.
 
     Returns:
         The estimate and its three terms, scalar tensors, float64 (float32 on MPS).
@@ -165,11 +174,10 @@ def risk_estimate(
             )
     check_logits(train_outputs, task)
     p = predictions(outputs, task)
-    variance = distances(p, predictions(twin_outputs, task), task) / strength**2
     training = training_sums(train_outputs, train_targets, task)
     if not training[0] > 0:
         raise ValueError("Expected `train_targets` to hold a label that counts, but all are -100.")
-    return risk_terms(holdout_sums(p, variance, task), training)
+    return risk_terms(holdout_sums(p, p, predictions(twin_outputs, task), task), training, strength)
 
 
 def _sums(counts: Tensor, *values: Tensor) -> Tensor:

@@ -69,15 +69,16 @@ def sensitivity_rows(clean: Tensor, noisy: Tensor | Iterable[Tensor], masked: bo
         if clean.numel():
             size = max(1, _PIECE * len(clean) // clean.numel())
             pieces = zip(torch.split(_columns(draw), size), torch.split(_columns(clean), size), strict=True)
-            rows = rows + torch.cat([_draw_rows(*piece, masked, rows.dtype) for piece in pieces])
+            wide = torch.empty_like(_columns(clean)[:size], dtype=rows.dtype)  # reused: new pages of memory cost time
+            rows = rows + torch.cat([_draw_rows(*piece, wide, masked) for piece in pieces])
     if num_draws == 0:
         raise ValueError("Expected `noisy` to hold the outputs of at least one noise draw, but got none.")
     return rows.where(rows.isfinite().all(1, keepdim=True), math.nan)
 
 
-def _draw_rows(noisy: Tensor, clean: Tensor, masked: bool, dtype: torch.dtype) -> Tensor:
-    """Rows of one draw, from outputs ``(N, K, P)``."""
-    change = noisy.to(dtype, copy=True).sub_(clean)
+def _draw_rows(noisy: Tensor, clean: Tensor, wide: Tensor, masked: bool) -> Tensor:
+    """Rows of one draw, from outputs ``(N, K, P)``, and a wide tensor of N or more that is written to."""
+    change = wide[: len(noisy)].copy_(noisy).sub_(clean)
     if masked:
         is_masked = (noisy == -math.inf) & (clean == -math.inf)
         num_left = (~is_masked).sum(1).clamp(min=1)
@@ -255,7 +256,9 @@ def loss_estimate(
         raise ValueError(f"Expected `num_outputs` to be an int of 2 or more, but got {num_outputs!r}.")
     sensitivity = torch.as_tensor(sensitivity, dtype=None if isinstance(sensitivity, Tensor) else torch.float64)
     dtype, device = sensitivity.dtype, sensitivity.device
-    power, std, offset = (torch.as_tensor(each, dtype=dtype, device=device) for each in (input_power, noise_std, offset))
+    power, std, offset = (
+        torch.as_tensor(each, dtype=dtype, device=device) for each in (input_power, noise_std, offset)
+    )
     if not bool(((std > 0) & std.isfinite()).all()):
         raise ValueError(f"Expected `noise_std` to be positive and finite, but got {noise_std}.")
     for name, value in (("sensitivity", sensitivity), ("input_power", power), ("offset", offset)):
