@@ -9,8 +9,10 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_sensitivity import __main__ as command
-from tests.helpers import Linear, loader
-from tests.test_comparison import linear, save
+from lightning_sensitivity import compare_models
+from lightning_sensitivity.perturbations import UniformNoise
+from tests.comparison.test_models import linear, save
+from tests.helpers import Linear, loader, trainer
 
 
 class Data(LightningDataModule):
@@ -24,10 +26,9 @@ class Data(LightningDataModule):
 
 @pytest.fixture
 def checkpoints(tmp_path: Path) -> list[str]:
-    (tmp_path / "runs" / "a").mkdir(parents=True)
-    (tmp_path / "runs" / "b").mkdir()
     paths = [tmp_path / "runs" / name / "best.ckpt" for name in "ab"]
     for seed, path in enumerate(paths):
+        path.parent.mkdir(parents=True)
         save(linear(9, seed), path)
     return list(map(str, paths))
 
@@ -40,19 +41,16 @@ def test_compare_writes_a_table_and_a_figure(
     checkpoints: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table, figure = tmp_path / "new" / "table.csv", tmp_path / "new" / "figure.png"
-    command.main(
-        ["compare", *checkpoints, *OPTIONS, "--noise_std", "0.2", "--csv", str(table), "--figure", str(figure)]
-    )
+    noise = ["--perturbation=lightning_sensitivity.perturbations.UniformNoise", "--perturbation.std=0.2", "--at=net"]
+    command.main(["compare", *checkpoints, *OPTIONS, *noise, "--csv", str(table), "--figure", str(figure)])
     printed = capsys.readouterr().out
-    assert "a/best" in printed and "untrained (step 0)" in printed and "(2/2)" in printed
+    assert "a/best *" in printed and "* b/best: untrained (step 0)" in printed
     with table.open() as file:
         rows = {row["name"]: row for row in csv.DictReader(file)}
     assert rows.keys() == {"a/best", "b/best"}
-    from lightning_sensitivity import compare_models
-    from tests.helpers import trainer
-
     models = {"a/best": Linear.load_from_checkpoint(checkpoints[0])}
-    expected = compare_models(models, loader(40), noise_std=0.2, trainer=trainer())["a/best"]
+    options = {"perturbation": UniformNoise(0.2), "at": "net", "trainer": trainer()}
+    expected = compare_models(models, loader(40), **options)["a/best"]
     assert float(rows["a/best"]["sensitivity"]) == expected.sensitivity
     assert float(rows["a/best"]["loss"]) == expected.loss
     assert figure.read_bytes().startswith(b"\x89PNG")
@@ -60,23 +58,27 @@ def test_compare_writes_a_table_and_a_figure(
 
 def test_names_of_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert command._named(["fc/best.ckpt", "cnn/best.ckpt"]) == {
-        "fc/best": str(tmp_path / "fc/best.ckpt"),
-        "cnn/best": str(tmp_path / "cnn/best.ckpt"),
-    }
-    assert list(command._named(["a.ckpt"])) == ["a"]
+    assert command._named(["fc/best.ckpt", "cnn/best.ckpt"])["fc/best"] == str(tmp_path / "fc/best.ckpt")
     assert list(command._named(["a.ckpt", "a.ckpt", str(tmp_path / "b.ckpt")])) == ["a", "b"]
     assert set(command._named(["x", "x.ckpt"])) == {str(tmp_path / "x"), str(tmp_path / "x.ckpt")}
 
 
-def test_options_come_from_a_file(checkpoints: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = tmp_path / "config.yaml"
-    config.write_text(
-        f"checkpoints: [{checkpoints[0]}]\nmodel_class: tests.helpers.Linear\nnoise_std: 0.3\n"
-        "data: {class_path: tests.test_main.Data}\ntrainer: {accelerator: cpu, enable_progress_bar: false}\n"
+def test_it_runs_as_a_module_with_a_file_and_the_users_code(checkpoints: list[str], tmp_path: Path) -> None:
+    (tmp_path / "my_code.py").write_text("from tests.helpers import Linear\nfrom tests.test_main import Data\n")
+    (tmp_path / "config.yaml").write_text(
+        f"checkpoints: [{checkpoints[0]}]\nmodel_class: my_code.Linear\nnoise_std: 0.3\n"
+        "data: {class_path: my_code.Data}\ntrainer: {accelerator: cpu, enable_progress_bar: false}\n"
     )
-    command.main(["compare", "--config", str(config)])
-    assert "best" in capsys.readouterr().out
+    result = subprocess.run(
+        [sys.executable, "-m", "lightning_sensitivity", "compare", "--config", "config.yaml"],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "best *" in result.stdout
 
 
 def test_compare_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,22 +91,6 @@ def test_compare_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == ["1", "y", "0.25", "1.5"]
     assert figure.exists()
-
-
-def test_it_runs_as_a_module_from_the_folder_of_the_users_code(checkpoints: list[str], tmp_path: Path) -> None:
-    (tmp_path / "my_code.py").write_text("from tests.helpers import Linear\nfrom tests.test_main import Data\n")
-    options = ["--data", "my_code.Data", "--model_class", "my_code.Linear", "--trainer.accelerator", "cpu"]
-    root = Path(__file__).parents[1]
-    result = subprocess.run(
-        [sys.executable, "-m", "lightning_sensitivity", "compare", *checkpoints, *options],
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode == 0, result.stderr
-    assert "b/best" in result.stdout
 
 
 def test_what_is_missing_is_said_before_anything_runs(

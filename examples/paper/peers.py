@@ -26,9 +26,8 @@ from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 from zoo import QUICK, ZOO, Spec, parse_arguments
 
-from lightning_sensitivity.consensus import consensus_scores
-from lightning_sensitivity.image_perturbations import four_shifts
-from lightning_sensitivity.sample_scores import SHIFT_ERROR, SHIFT_LOSS, SampleScores
+from lightning_sensitivity.comparison.scores import consensus_scores, score_samples
+from lightning_sensitivity.perturbations import shifted
 
 JACOBIAN_IMAGES = 1000
 MOVED_IMAGES = 2000
@@ -92,10 +91,9 @@ def by_moved_images(subject: Subject) -> Tensor:
         parts = []
         with torch.no_grad():
             for x in batches:
-                scores = SampleScores(subject.model(x), "multiclass")
-                for moved in four_shifts(x, 2):
-                    scores.add_shifted(subject.model(moved))
-                parts.append(scores.table[:, [SHIFT_LOSS, SHIFT_ERROR]])
+                moved = (subject.model(shifted(x, *move)) for move in ((2, 0), (-2, 0), (0, 2), (0, -2)))
+                scores = score_samples(subject.model(x), [], moved, task="multiclass")
+                parts.append(torch.stack([scores["shift_loss"], scores["shift_error"]], 1))
         found = MOVED[subject.data, subject.spec] = torch.cat(parts).mean(0)
     return found
 
@@ -150,8 +148,8 @@ def add_consensus(table: pd.DataFrame, specs: list[Spec], args: Namespace) -> pd
     """Scores that need the other networks: all of the table."""
     data = table["data"][0]
     logits = {spec.name: Subject(spec, data, args.data, args.out).outputs.clean for spec in specs}
-    found = consensus_scores({name: values.log_softmax(1) for name, values in logits.items()})
-    means = [[float(found[name].loss.mean()), float(found[name].error.mean())] for name in table["network"]]
+    found = consensus_scores({name: values.log_softmax(1)[:, None] for name, values in logits.items()})
+    means = [[float(values.mean()) for values in found[name]] for name in table["network"]]
     return table.assign(**dict(zip(CONSENSUS, zip(*means, strict=True), strict=True)))
 
 

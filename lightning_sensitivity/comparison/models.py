@@ -31,14 +31,11 @@ from lightning_sensitivity.functional.tasks import TASKS, check_logits, check_ta
 from lightning_sensitivity.models import Inputs, Options, Passes, Probe, Selector, prepare_call, select_targets
 from lightning_sensitivity.models.call import Call, uncompiled
 from lightning_sensitivity.models.options import DEFAULT_NOISE_STD, check_argument
-from lightning_sensitivity.perturbations import noise_generator, shifted
+from lightning_sensitivity.perturbations import Perturbation, noise_generator, shifted
 from lightning_sensitivity.perturbations.noise import AnyPerturbation, apply_perturbation
 
-# Options of a Trainer that leaves nothing behind.
 QUIET: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-
 Model = nn.Module | str | os.PathLike[str] | Callable[[], nn.Module]
-
 _BATCH_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
@@ -46,7 +43,7 @@ def compare_models(
     models: Mapping[str, Model],
     dataloader: Any,
     noise_std: float | Sequence[float] = DEFAULT_NOISE_STD,
-    perturbation: AnyPerturbation | None = None,
+    perturbation: Perturbation | AnyPerturbation | None = None,
     at: str | None = None,
     num_draws: int = 1,
     seed: int = 0,
@@ -60,10 +57,9 @@ def compare_models(
 ) -> Comparison:
     r"""Compare how well models generalize, without labels: trained or not, in one pass over the same samples each.
 
-    All models get the same noise on the same samples, so that differences are sharper than values: ``ties`` are pairs
-    whose difference in sensitivity could be 0. Sensitivity S and the loss estimate are those of Forouzesh, Salehi and
-    Thiran (ICPR 2020, `arXiv:2007.15378`_, Section 3 and Equation 9); the other scores come from the same passes, see
-    :class:`~lightning_sensitivity.comparison.ModelScores`. ``examples/comparing_models`` says what they are worth.
+    All models get the same noise on the same samples, so that differences are sharper than values. S and the loss
+    estimate are those of Forouzesh, Salehi and Thiran (ICPR 2020, `arXiv:2007.15378`_, Section 3 and Equation 9);
+    :class:`~lightning_sensitivity.comparison.ModelScores` has all scores, ``examples/comparing_models`` their worth.
 
     Labels are not needed. Where the loader has them, the table shows the true loss and error, too, and how well each
     score orders the models (Kendall's τ). A model that fails becomes a row that says why, and does not lose the others.
@@ -74,21 +70,20 @@ def compare_models(
         dataloader: A loader that gives the same samples whenever it is iterated, with or without labels, or a
             LightningDataModule with one such validation loader. One that shuffles is seeded: all models see one order.
         noise_std: σ of the noise in the units that the models receive, one number or one per channel.
-        perturbation: What takes the place of the noise, as in :class:`~lightning_sensitivity.SensitivityMonitor`. There
-            is no loss estimate and no variance for one that states no second moment.
+        perturbation: What takes the place of the noise, as in :class:`~lightning_sensitivity.SensitivityMonitor`. Loss
+            estimate and variance need its second moment.
         at: Name of a submodule, which all models have, whose output is perturbed instead of the input.
-        num_draws: Noise draws per sample; a model makes 1 + ``num_draws`` forward passes.
+        num_draws: Noise draws per sample, with one forward pass each.
         seed: Seed of the noise.
         shifts: By how many pixels images ``(N, C, H, W)`` are also moved, in each of four directions: four more forward
             passes for each number. Gives ``shift_loss`` and ``shift_error``.
         model_class: The class of the modules in checkpoints. Those of a LightningCLI with several classes know it.
         task: What the outputs are for: ``"multiclass"``, ``"binary"``, ``"multilabel"`` or ``"regression"``.
-        inputs: What to perturb, as in :class:`~lightning_sensitivity.SensitivityMonitor`.
-        outputs: Which of the models' outputs to compare, as there: ``(N, K, ...)`` or ``(N,)``.
+        inputs: What to perturb, as there.
+        outputs: Which outputs to compare, as there.
         targets: Where the labels are in a batch. By default where they would be in a training batch; if there is
             nothing, or what does not fit the task, there are no labels. A function may return None for that.
-        trainer: Runs the models, in its precision, on its devices and with its callbacks; no training needs it any
-            more. By default one that writes nothing, on one device.
+        trainer: One of its own, which runs the models. By default it writes nothing, and has one device.
 
     Returns:
         The comparison: print it, ``plot()`` it, write it with ``to_csv(path)``, or look into it.
@@ -127,10 +122,8 @@ def compare_models(
             check_samples(name, found, scored)
             scored[name], notes[name] = found, note
         except Exception as failure:
-            # As text: the traceback itself would keep the model in memory.
-            first_failure = first_failure or traceback.format_exc()
-            # Of a process that Lightning spawned, the last line is the error itself.
-            is_remote = isinstance(failure, ProcessRaisedException)
+            first_failure = first_failure or traceback.format_exc()  # as text: it would keep the model in memory
+            is_remote = isinstance(failure, ProcessRaisedException)  # whose last line is the error itself
             text = str(failure).strip().splitlines()[-1] if is_remote else f"{type(failure).__name__}: {failure}"
             notes[name] = f"failed: {text}"
         gc.collect()  # modules refer to themselves in circles, and the next one needs their memory
@@ -144,6 +137,8 @@ class _Candidate(LightningModule):
 
     def __init__(self, options: Options, shifts: Sequence[int], task: str, model: nn.Module, file: Path) -> None:
         super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"Expected a function that returns a module, but got {type(model).__name__}.")
         self._options, self._task, self.model, self._file = options, task, model, file
         self._perturbation, self._passes = options.chosen_perturbation(), Passes(model)
         self._moves = [move for pixels in shifts for move in ((pixels, 0), (-pixels, 0), (0, pixels), (0, -pixels))]
@@ -161,35 +156,26 @@ class _Candidate(LightningModule):
             self.__dict__.pop(hook, None)
 
     def configure_model(self) -> None:
-        """Build what the model builds late."""
         if isinstance(inner := uncompiled(self.model), LightningModule):
             inner.configure_model()
 
-    def on_validation_start(self) -> None:
-        """Look at the clock, and at the loaders."""
-        self._start = time.perf_counter()
-        if (num_loaders := len(self.trainer.num_val_batches)) != 1:
-            raise MisconfigurationException(f"`dataloader` should be one loader, got {num_loaders}.")
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Score the samples of a batch."""
-        perturbs_inputs = self._options.at is None or len(self._moves) > 0
-        call = prepare_call(self.model, batch, self._options.inputs, perturbs_inputs)
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        if len(self.trainer.num_val_batches) > 1:
+            raise MisconfigurationException("`dataloader` should be one loader, got several.")
+        call = prepare_call(self.model, batch, self._options.inputs, not self._options.at or bool(self._moves))
         probe = Probe(self._passes, self.model, call, self._options.outputs, batch)
-        powers: list[Tensor] = []
+        powers: list[Tensor] = []  # of what is perturbed, in units of the noise's variance: for the C of Equation 9
         with self._passes.measuring():
             clean = probe.outputs()
             if batch_idx == 0:
                 check_logits(clean, self._task)
             noisy = (self._noisy(probe, powers, batch_idx, draw) for draw in range(self._options.num_draws))
             moved = (probe.outputs(partial(shifted, down=down, right=right)) for down, right in self._moves)
-            samples = score_samples(clean, noisy, moved, self._labels(batch, clean), self._task)
-        samples["power"] = torch.cat(powers).mean().expand(len(clean))
-        samples["fingerprint"] = _fingerprints(call, clean)
-        self._batches.append(samples)
+            samples = score_samples(clean, noisy, moved, self._labels(batch, clean), task=self._task)
+        power = torch.cat(powers).mean().expand(len(clean))
+        self._batches.append(samples | {"power": power, "fingerprint": _fingerprints(call, clean)})
 
     def on_validation_epoch_end(self) -> None:
-        """Put together what all processes found."""
         samples = joined(self._batches)
         if self.trainer.world_size > 1:
             everywhere: list[Samples] = [{}] * self.trainer.world_size
@@ -198,16 +184,13 @@ class _Candidate(LightningModule):
         num_parameters = sum(each.numel() for each in self.model.parameters() if not is_lazy(each))
         # A file, since a strategy may run this in a process of its own.
         part = self._file.with_suffix(f".{self.global_rank}")
-        torch.save((samples, num_parameters, time.perf_counter() - self._start), part)
+        torch.save((samples, num_parameters), part)
         part.replace(self._file)
         self.trainer.strategy.barrier()  # no process ends before it is there
 
     def _noisy(self, probe: Probe, powers: list[Tensor], batch_idx: int, draw: int) -> Tensor:
-        """Outputs for a noise draw; the first one notes the power of what is perturbed, for the C of Equation 9."""
-
-        @cache  # one for all tensors of the draw
-        def source(device: torch.device) -> torch.Generator:
-            return noise_generator(self._options.seed, self.global_rank, 0, batch_idx, draw, device)
+        """Outputs for a noise draw; the first one notes the powers."""
+        source = cache(partial(noise_generator, self._options.seed, self.global_rank, 0, batch_idx, draw))
 
         def perturb(x: Tensor) -> Tensor:
             if draw == 0:
@@ -216,10 +199,10 @@ class _Candidate(LightningModule):
                 powers.append((square / (torch.nan if moment is None else moment)).flatten())
             return apply_perturbation(self._perturbation, x, source(x.device))
 
-        if self._options.at is None:
-            return probe.outputs(perturb)
-        submodule = uncompiled(self.model).get_submodule(str(self._options.at))
-        return probe.outputs_at(submodule, perturb)
+        at = self._options.at
+        return (
+            probe.outputs_at(uncompiled(self.model).get_submodule(str(at)), perturb) if at else probe.outputs(perturb)
+        )
 
     def _labels(self, batch: Any, clean: Tensor) -> Tensor | None:
         """The labels of a batch, if it has any that fit; from the first batch on where they don't, it has none."""
@@ -245,18 +228,19 @@ class _Candidate(LightningModule):
 def _run(
     built: tuple[nn.Module, str], candidate_of: Callable[[nn.Module, Path], _Candidate], loader: Any, trainer: Trainer
 ) -> tuple[Scored, str]:
-    """One pass over all samples, beside what is known of the model's training."""
+    """One pass over all samples, and what is known of the model's training."""
+    start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         candidate = candidate_of(built[0], file := Path(folder, "scored.pt"))
         try:
             trainer.validate(candidate, loader, verbose=False)
-        except ProcessExitedException:
-            # Threads of gloo now and then abort a process that Lightning spawned, as it ends, with its work done.
+        except ProcessExitedException:  # gloo now and then aborts a spawned process as it ends, with its work done
             if not file.exists():
                 raise
         finally:
             candidate.release()
-        return Scored(*torch.load(file, weights_only=True)) if file.exists() else Scored({}, 0, 0.0), built[1]
+        samples, num_parameters = torch.load(file, weights_only=True) if file.exists() else ({}, 0)
+    return Scored(samples, num_parameters, time.perf_counter() - start), built[1]
 
 
 def _built(model: Model, model_class: type[LightningModule] | None) -> tuple[nn.Module, str]:
@@ -264,10 +248,7 @@ def _built(model: Model, model_class: type[LightningModule] | None) -> tuple[nn.
     if isinstance(model, nn.Module):
         return copy.deepcopy(model), ""
     if callable(model):
-        module = model()
-        if not isinstance(module, nn.Module):
-            raise TypeError(f"Expected the function to return a module, but got {type(module).__name__}.")
-        return module, ""
+        return model(), ""
     path = os.fspath(model)
     checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=False)  # mapped: it is read again below
     if not isinstance(checkpoint, Mapping) or "pytorch-lightning_version" not in checkpoint:
@@ -283,7 +264,7 @@ def _built(model: Model, model_class: type[LightningModule] | None) -> tuple[nn.
 
 @contextmanager
 def _same_order(dataloader: Any, seed: int) -> Iterator[None]:
-    """Seed what a loader shuffles by; not CUDA, which would not be put back."""
+    """Seed what a loader shuffles by, and put it back."""
     own = (getattr(dataloader, "generator", None), getattr(getattr(dataloader, "sampler", None), "generator", None))
     states = [(each, each.get_state()) for each in (torch.default_generator, *own) if isinstance(each, torch.Generator)]
     try:
@@ -299,7 +280,7 @@ def _fingerprints(call: Call, clean: Tensor) -> Tensor:
     """A number for each sample that tells whether two models were given the same."""
     tensors: list[Tensor] = []
     apply_to_collection(list(call.arguments.values()), Tensor, tensors.append, allow_frozen=True)
-    total = torch.zeros(len(clean), dtype=wide_dtype(clean.device), device=clean.device)
+    total = clean.new_zeros(len(clean), dtype=wide_dtype(clean.device))
     for tensor in tensors:
         if tensor.layout == torch.strided and not tensor.is_nested and tensor.shape[:1] == clean.shape[:1]:
             values = tensor.to(total).reshape(len(tensor), -1)
@@ -314,6 +295,6 @@ def _check_arguments(models: object, at: object, shifts: object, task: str, trai
     valid = isinstance(shifts, Sequence) and all(isinstance(pixels, int) and pixels > 0 for pixels in shifts)
     check_argument("shifts", shifts, valid, "a list of pixels, each an int of 1 or more")
     check_argument("task", task, task in TASKS, f"one of {', '.join(map(repr, TASKS))}")
-    callbacks = [] if trainer is None else trainer.callbacks  # type: ignore[attr-defined]
-    if "SensitivityMonitor" in {type(each).__name__ for each in callbacks}:  # by name: this floor knows no callback
+    # By name: this floor knows no callback.
+    if "SensitivityMonitor" in {type(each).__name__ for each in getattr(trainer, "callbacks", [])}:
         raise MisconfigurationException("`trainer` should be one of its own, got one with a `SensitivityMonitor`.")

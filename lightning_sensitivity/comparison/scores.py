@@ -24,8 +24,7 @@ from lightning_sensitivity.functional.sensitivity import (
 )
 from lightning_sensitivity.functional.tasks import predictions, target_predictions
 
-# One number a sample (or a row of them) for each name.
-Samples = dict[str, Tensor]
+Samples = dict[str, Tensor]  # for each name one number a sample, or a row of them
 
 _MIN_VOTERS = 3  # of two, each would be measured by the other alone
 _UNDECIDED = 0.95  # share of the highest entropy from which on predictions are nearly uniform
@@ -38,7 +37,7 @@ class ModelScores:
     Attributes:
         name: What the user calls it.
         sensitivity: S, in squared units of the outputs.
-        sensitivity_stderr: One standard error of S, over samples and noise.
+        sensitivity_stderr: Its standard error, over samples and noise.
         loss_estimate: Equation 9, in nats.
         variance: C · E‖p(x + ε) − p(x)‖², the variance term of the Brier score; in a regression, of the squared error.
         entropy: Mean entropy of the predictions, in nats.
@@ -53,7 +52,7 @@ class ModelScores:
         seconds: Time of the whole pass, with loading.
         loss: The true loss: cross-entropy, in a regression the mean squared error.
         error: The true share of wrong predictions.
-        note: What else there is to say: that it is untrained, or why it failed.
+        note: That it is untrained, or why it failed.
     """
 
     name: str
@@ -82,7 +81,7 @@ class Scored(NamedTuple):
         samples: What :func:`score_samples` gives, over all batches and processes, with ``power``, the mean square of
             what was perturbed in units of the noise's variance, and ``fingerprint``, which tells samples apart.
         num_parameters: How many parameters the model has.
-        seconds: Of the whole pass, with loading.
+        seconds: Of the whole pass.
     """
 
     samples: Samples
@@ -91,7 +90,7 @@ class Scored(NamedTuple):
 
 
 def score_samples(
-    clean: Tensor, noisy: Iterable[Tensor], moved: Iterable[Tensor] = (), targets: Tensor | None = None, task: str = ""
+    clean: Tensor, noisy: Iterable[Tensor], moved: Iterable[Tensor] = (), targets: Tensor | None = None, *, task: str
 ) -> Samples:
     """Score the samples of a batch. What has no meaning in a task is left out.
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from torchmetrics.functional import kendall_rank_corrcoef
 
 from lightning_sensitivity.comparison.scores import ModelScores
 
@@ -170,14 +169,12 @@ class Comparison:
         if len(models) < 3 or not names:
             return {}
         scores = torch.tensor([[getattr(model, name) for name in (*names, truth)] for model in models]).double()
+        signs = (scores[:, None] - scores).sign()  # of each pair of models, by score
         generator = torch.Generator().manual_seed(0)
         resamples = torch.randint(len(models), (_NUM_RESAMPLES, len(models)), generator=generator)
-        picks = torch.cat([torch.arange(len(models))[None], resamples])  # the models themselves come first
-        drawn = scores[picks].movedim(1, 0)  # models, resamples, scores
-        targets = drawn[..., -1:].expand_as(drawn[..., :-1])
-        found = kendall_rank_corrcoef(drawn[..., :-1].flatten(1), targets.flatten(1))
-        assert isinstance(found, Tensor)  # without a test there are no p-values beside it
-        taus = found.reshape(-1, len(names))
+        picks = (signs[pick][:, pick] for pick in (torch.arange(len(models)), *resamples))
+        products = [(each.mul(each[..., -1:]).sum((0, 1)), each.square().sum((0, 1))) for each in picks]
+        taus = torch.stack([(both / (pairs * pairs[-1]).sqrt())[:-1] for both, pairs in products])
         ends = taus[1:].nanquantile(torch.tensor([0.025, 0.975], dtype=taus.dtype), 0)
         ends = ends.where((ends[0] < ends[1]) & (len(models) >= _MIN_MODELS), torch.nan)
         rows = zip(names, taus[0].tolist(), *ends.tolist(), strict=True)
@@ -248,7 +245,7 @@ class Comparison:
             lines += ["", *notes]
         taus = {truth: self.kendall(truth) for truth in _TRUTHS}
         if scores := list(taus["loss"]):
-            columns = {"Kendall's τ with": [score.replace("_", " ") for score in scores]}
+            columns = {"Kendall's τ with": [score.removeprefix("num_").replace("_", " ") for score in scores]}
             for truth, of_score in taus.items():
                 columns[truth] = [_interval(of_score[score]) if score in of_score else "" for score in scores]
             lines += ["", *_aligned(columns)]

@@ -4,7 +4,7 @@
 # Six networks learn 300 real images (scikit-learn's digits), or do not: one is left untrained. `compare_models` puts
 # them side by side on images whose labels it needs only to show how well the label-free scores did.
 #
-#     python examples/compare_models.py
+#     python examples/comparing_models/compare_models.py
 
 # %%
 import argparse
