@@ -206,6 +206,8 @@ class RiskMonitor(Monitor):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Free the samples. The weights stay, for a second fit of the same module."""
         super().teardown(trainer, pl_module, stage)
+        if self._is_restored:  # from the checkpoint of a validation
+            self._module, self._is_restored = weakref.ref(pl_module), False
         self._samples = None
         self.end_validation()
 
