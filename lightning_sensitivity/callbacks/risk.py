@@ -262,7 +262,8 @@ class RiskMonitor(Monitor):
                 "All outputs lie in [0, 1]. From probabilities the estimate is wrong: use logits."
             )
         if any(sums.num_non_finite):
-            holdout, training = map(int, sums.num_non_finite)
+            # Of several twins each adds its part of a sample.
+            holdout, training = (math.ceil(count - 1e-6) for count in sums.num_non_finite)
             troubles["non-finite"] = (
                 f"{holdout} validation and {training} training samples gave nan or inf in the model or a twin, and were"
                 " left out."
