@@ -121,7 +121,7 @@ X_, DEPTH_, IDS_, MASK_ = 0.5, 10.5, 20.0, 1.0  # floating ones perturbed
         *((Anything, kind(X, DEPTH), ["x", "y"], (X_, DEPTH_)) for kind in (Pair, Sample)),
         (Anything, (X, DEPTH, IDS), [0, -2], (X_, DEPTH_)),
         (Three, (X, MASK, DEPTH, IDS), [0, 2], (X_, MASK_, DEPTH_)),
-        (Three, (X, MASK, DEPTH, IDS), 2, (0.0, MASK_, DEPTH_)),
+        (Three, (X, MASK, DEPTH, IDS), -2, (0.0, MASK_, DEPTH_)),
         # tensors within the one argument: all of them, or the chosen ones
         (One, [[X, DEPTH], IDS], None, ([X_, DEPTH_],)),
         (One, ({"a": X, "b": DEPTH, "id": IDS}, IDS), None, ({"a": X_, "b": DEPTH_, "id": IDS_},)),
