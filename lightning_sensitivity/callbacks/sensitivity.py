@@ -6,7 +6,6 @@ import difflib
 import re
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -22,7 +21,7 @@ from lightning_sensitivity.metric import OutputSensitivity
 from lightning_sensitivity.models import Inputs, Options, Probe, Selector
 from lightning_sensitivity.models.options import DEFAULT_NOISE_STD
 from lightning_sensitivity.models.outputs import are_log_probabilities, are_probabilities
-from lightning_sensitivity.perturbations.noise import AnyPerturbation, apply_perturbation, noise_generator
+from lightning_sensitivity.perturbations.noise import AnyPerturbation, apply_perturbation, noise_generator, power
 
 _SENSITIVITY, _LOSS_ESTIMATE = "sensitivity", "loss_estimate"
 _NAMES = (_SENSITIVITY, "sensitivity_stderr", "sensitivity_log10", _LOSS_ESTIMATE)
@@ -238,14 +237,9 @@ class _LoaderSensitivity(OutputSensitivity):
         """True, since a process that got no batch must take part in the others' reduction, without a warning."""
         return True
 
-    def add_inputs(self, x: Tensor, perturbation: Any) -> None:
+    def add_inputs(self, x: Tensor, perturbation: AnyPerturbation) -> None:
         """Add the power of clean inputs; nothing where the noise has no second moment that Equation 9 could use."""
-        moment = getattr(perturbation, "second_moment", lambda x: None)(x)
-        if moment is not None:
-            scaled = x.detach().float()
-            scaled = scaled / moment.sqrt() if isinstance(moment, Tensor) else scaled * moment**-0.5
-            norms = torch.linalg.vector_norm(scaled.flatten(1) if x.ndim > 1 else scaled, dim=-1)
-            squares = norms.to(self.power.dtype).square().sum()
+        if (squares := power(perturbation, x)) is not None:
             self.power = self.power + torch.stack([squares, torch.full_like(squares, x.numel())])
 
     def compute(self) -> Tensor:

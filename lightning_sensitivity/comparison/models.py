@@ -31,8 +31,8 @@ from lightning_sensitivity.functional.tasks import TASKS, check_logits, check_ta
 from lightning_sensitivity.models import Inputs, Options, Passes, Probe, Selector, prepare_call, select_targets
 from lightning_sensitivity.models.call import Call, uncompiled
 from lightning_sensitivity.models.options import DEFAULT_NOISE_STD, check_argument
-from lightning_sensitivity.perturbations import Perturbation, noise_generator, shifted
-from lightning_sensitivity.perturbations.noise import AnyPerturbation, apply_perturbation
+from lightning_sensitivity.perturbations import noise_generator, shifted
+from lightning_sensitivity.perturbations.noise import AnyPerturbation, apply_perturbation, power
 
 QUIET: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
 Model = nn.Module | str | os.PathLike[str] | Callable[[], nn.Module]
@@ -43,7 +43,7 @@ def compare_models(
     models: Mapping[str, Model],
     dataloader: Any,
     noise_std: float | Sequence[float] = DEFAULT_NOISE_STD,
-    perturbation: Perturbation | AnyPerturbation | None = None,
+    perturbation: AnyPerturbation | None = None,
     at: str | None = None,
     num_draws: int = 1,
     seed: int = 0,
@@ -172,8 +172,8 @@ class _Candidate(LightningModule):
             noisy = (self._noisy(probe, powers, batch_idx, draw) for draw in range(self._options.num_draws))
             moved = (probe.outputs(partial(shifted, down=down, right=right)) for down, right in self._moves)
             samples = score_samples(clean, noisy, moved, self._labels(batch, clean), task=self._task)
-        power = torch.cat(powers).mean().expand(len(clean))
-        self._batches.append(samples | {"power": power, "fingerprint": _fingerprints(call, clean)})
+        mean_power = torch.stack(powers).mean().expand(len(clean))
+        self._batches.append(samples | {"power": mean_power, "fingerprint": _fingerprints(call, clean)})
 
     def on_validation_epoch_end(self) -> None:
         samples = joined(self._batches)
@@ -194,9 +194,8 @@ class _Candidate(LightningModule):
 
         def perturb(x: Tensor) -> Tensor:
             if draw == 0:
-                moment = getattr(self._perturbation, "second_moment", lambda x: None)(x)
-                square = x.to(wide_dtype(x.device)).square()
-                powers.append((square / (torch.nan if moment is None else moment)).flatten())
+                squares = power(self._perturbation, x)
+                powers.append(x.new_tensor(torch.nan) if squares is None else squares / x.numel())
             return apply_perturbation(self._perturbation, x, source(x.device))
 
         at = self._options.at

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
+from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
@@ -49,26 +50,15 @@ class Options:
         """Check them."""
         self.chosen_perturbation()
         check_int("num_draws", self.num_draws, minimum=1)
-        if self.num_samples is not None:
-            check_int("num_samples", self.num_samples, minimum=1)
+        check_int("num_samples", 1 if self.num_samples is None else self.num_samples, minimum=1)
         check_int("seed", self.seed)
-        names = self.at if isinstance(self.at, list | tuple) else [] if self.at is None else [self.at]
-        valid = all(isinstance(name, str) and name for name in names) and len(set(names)) == len(names)
-        valid = valid and (self.at is None or len(names) > 0)
-        check_argument("at", self.at, valid, "a submodule's name, a list of them or None")
-        if isinstance(self.inputs, list | tuple):
-            valid = len(self.inputs) > 0 and all(map(_is_key, self.inputs))
-            valid = valid and len(set(self.inputs)) == len(self.inputs)
-            check_argument("inputs", self.inputs, valid, "a list of different keys (str) or indices (int), one or more")
-        for name in ("inputs", "outputs", "targets"):
-            value = getattr(self, name)
-            valid = (
-                value is None
-                or _is_key(value)
-                or callable(value)
-                or (name == "inputs" and isinstance(value, list | tuple))
-            )
-            check_argument(name, value, valid, "a key (str), an index (int), a function or None")
+        at_is_valid = self.at is None or _are_keys(self.at, str)
+        check_argument("at", self.at, at_is_valid, "a submodule's name, a list of them or None")
+        for name, value in (("inputs", self.inputs), ("outputs", self.outputs), ("targets", self.targets)):
+            may_be_list = name == "inputs"
+            is_valid = _are_keys(value) and (may_be_list or not isinstance(value, list | tuple))
+            expected = f"a key (str), an index (int),{' a list of different ones,' * may_be_list} a function or None"
+            check_argument(name, value, value is None or callable(value) or is_valid, expected)
         check_argument("per_output", self.per_output, isinstance(self.per_output, bool), "a bool")
 
     def chosen_perturbation(self) -> AnyPerturbation:
@@ -88,11 +78,8 @@ class Options:
         valid = callable(self.perturbation) and not isinstance(self.perturbation, type)
         expected = "a function (x, generator) -> x', such as UniformNoise(0.1)"
         check_argument("perturbation", self.perturbation, valid, expected)
-        if not (isinstance(self.noise_std, float) and self.noise_std == DEFAULT_NOISE_STD):
-            raise MisconfigurationException(
-                f"`noise_std` should be left out beside a `perturbation`, whose place it would take, got"
-                f" {self.noise_std!r}."
-            )
+        is_left_out = isinstance(self.noise_std, float) and self.noise_std == DEFAULT_NOISE_STD
+        check_argument("noise_std", self.noise_std, is_left_out, "left out beside a `perturbation`")
         return self.perturbation
 
     @property
@@ -133,5 +120,8 @@ def check_int(name: str, value: object, minimum: int | None = None) -> None:
     check_argument(name, value, valid, "an int" + ("" if minimum is None else f" of {minimum} or more"))
 
 
-def _is_key(value: object) -> bool:
-    return isinstance(value, str) or (isinstance(value, Integral) and not isinstance(value, bool))
+def _are_keys(value: object, kinds: Any = (str, Integral)) -> bool:
+    """Whether it is a key or an index, or a list of different ones."""
+    keys = list(value) if isinstance(value, list | tuple) else [value]
+    valid = all(isinstance(key, kinds) and not isinstance(key, bool) and key != "" for key in keys)
+    return valid and 0 < len(set(keys)) == len(keys)

@@ -22,8 +22,6 @@ __all__ = [
     "noise_generator",
 ]
 
-AnyPerturbation = Callable[[Tensor, torch.Generator], Tensor]
-
 
 class Perturbation(ABC):
     """What is done to an input. The attributes of an instance are its arguments, as its ``repr`` shows them."""
@@ -51,6 +49,10 @@ class Perturbation(ABC):
     def __repr__(self) -> str:
         """Show the arguments."""
         return f"{type(self).__name__}({', '.join(map(repr, vars(self).values()))})"
+
+
+# With the class beside the callable, a command line takes its subclasses by name.
+AnyPerturbation = Perturbation | Callable[[Tensor, torch.Generator], Tensor]
 
 
 class _IndependentNoise(Perturbation):
@@ -283,6 +285,24 @@ def apply_perturbation(perturbation: AnyPerturbation, x: Tensor, generator: torc
             f" ({x.dtype}, {tuple(x.shape)}, {x.device}), got {got}."
         )
     return new
+
+
+def power(perturbation: AnyPerturbation, x: Tensor) -> Tensor | None:
+    """Sum of squares of a tensor in units of the perturbation's second moment: the C of Equation 9, times elements.
+
+    Args:
+        perturbation: The perturbation.
+        x: What is perturbed.
+
+    Returns:
+        Scalar in double precision; None where there is no second moment that Equation 9 could use.
+    """
+    moment = getattr(perturbation, "second_moment", lambda x: None)(x)
+    if moment is None:
+        return None
+    scaled = x.detach() / moment.sqrt() if isinstance(moment, Tensor) else x.detach()
+    norm: Tensor = torch.linalg.vector_norm(scaled, dtype=torch.float32 if x.device.type == "mps" else torch.float64)
+    return norm.square() if isinstance(moment, Tensor) else norm.square() / moment
 
 
 def check_number(name: str, value: object, above: float = -math.inf, most: float = math.inf) -> float:
