@@ -267,12 +267,7 @@ def noise_generator(
 
 
 def apply_perturbation(perturbation: AnyPerturbation, x: Tensor, generator: torch.Generator) -> Tensor:
-    """What a perturbation, which may be the user's own function, makes of a tensor.
-
-    Args:
-        perturbation: The perturbation.
-        x: The tensor; a user's function gets a copy, which it may write into.
-        generator: Its source of randomness, on the device of ``x``.
+    """What a perturbation makes of a tensor. A user's function gets a copy, which it may write into.
 
     Raises:
         TypeError: If it gives no tensor of the shape, type and device of ``x``.
@@ -288,15 +283,7 @@ def apply_perturbation(perturbation: AnyPerturbation, x: Tensor, generator: torc
 
 
 def power(perturbation: AnyPerturbation, x: Tensor) -> Tensor | None:
-    """Sum of squares of a tensor in units of the perturbation's second moment: the C of Equation 9, times elements.
-
-    Args:
-        perturbation: The perturbation.
-        x: What is perturbed.
-
-    Returns:
-        Scalar in double precision; None where there is no second moment that Equation 9 could use.
-    """
+    """Σ x² in units of the perturbation's second moment, for the C of Equation 9; None where there is none."""
     moment = getattr(perturbation, "second_moment", lambda x: None)(x)
     if moment is None:
         return None
