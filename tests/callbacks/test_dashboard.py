@@ -16,13 +16,12 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from torch.nn.functional import cross_entropy
 
-from lightning_sensitivity import SensitivityMonitor
-from lightning_sensitivity.dashboard import custom_scalars_layout
-from lightning_sensitivity.readings import RISK
-from tests.helpers import Classifier, brute_force, inputs, loader, trainer
+from lightning_sensitivity import RiskMonitor, SensitivityMonitor
+from lightning_sensitivity.callbacks.risk import _NAMES
+from tests.helpers import Classifier, loader, trainer
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "track_generalization.py"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
@@ -43,56 +42,27 @@ def layouts(accumulator: EventAccumulator) -> list[Layout]:
     return [Layout.FromString(event.tensor_proto.string_val[0]) for event in accumulator.Tensors(tag)]
 
 
-def test_events_have_the_tags_steps_and_values(logger: TensorBoardLogger) -> None:
-    model = Classifier()
-    fit = trainer(callbacks=[SensitivityMonitor(before_training=True)], logger=logger, max_epochs=3)
-    fit.fit(model, loader(), loader(seed=1))
-    accumulator = events(logger)
-    losses = accumulator.Scalars("val_loss")
-    for name in ("sensitivity", "sensitivity_stderr", "sensitivity_log10", "loss_estimate"):
-        first, *others = accumulator.Scalars(f"val_{name}")
-        assert first.step == 0
-        assert [event.step for event in others] == [event.step for event in losses] == [3, 7, 11]
-    expected = brute_force(model, list(inputs(50, seed=1).split(16))).var(correction=0)
-    assert accumulator.Scalars("val_sensitivity")[-1].value == pytest.approx(expected.item(), rel=1e-6)
-    assert accumulator.Scalars("val_sensitivity_log10")[-1].value == pytest.approx(expected.log10().item(), rel=1e-6)
-
-
 def test_custom_scalars_put_the_loss_and_its_estimate_on_one_chart(logger: TensorBoardLogger) -> None:
-    monitors = [SensitivityMonitor(), SensitivityMonitor(0.3, prefix="wide/")]
-    trainer(callbacks=monitors, logger=logger, max_epochs=1).fit(Classifier(), loader(), loader())
+    monitors = [SensitivityMonitor(), SensitivityMonitor(0.3, at=["net"], prefix="wide/"), RiskMonitor()]
+    run = trainer(callbacks=monitors, logger=logger, max_epochs=1)
+    run.fit(Classifier(), loader(), [loader(), loader(seed=1)])
     accumulator = events(logger)
     (layout,) = layouts(accumulator)
-    tags = accumulator.Tags()["scalars"]
-
-    def matches(category: int, chart: int) -> set[str]:
-        (pattern,) = layout.category[category].chart[chart].multiline.tag
-        return {tag for tag in tags if re.search(pattern, tag)}
-
-    assert [category.title for category in layout.category] == ["Generalization (val_*)", "Generalization (wide/*)"]
-    for category, prefix in enumerate(("val_", "wide/")):
-        assert matches(category, 0) == {prefix + name for name in RISK.values()}
-        assert matches(category, 1) == {f"{prefix}loss_estimate", *(["val_loss"] if prefix == "val_" else [])}
-        assert matches(category, 2) == {f"{prefix}sensitivity_log10"}
-
-
-def test_custom_scalars_take_in_every_loader_and_nothing_else() -> None:
-    (charts,) = custom_scalars_layout({"val_": True}).values()
-    (risk,), (losses,), (sensitivity,) = (patterns for _, patterns in charts.values())
-    tags = [f"val_{name}/dataloader_idx_{idx}" for name in ("loss", "loss_estimate") for idx in (0, 11)]
-    assert all(re.search(losses, tag) for tag in tags)
-    assert not any(re.search(losses, tag) for tag in ("train_loss", "interval_loss", "val_sensitivity"))
-    assert re.search(sensitivity, "val_sensitivity_log10/dataloader_idx_3")
-    assert re.search(risk, "val_risk_estimate/dataloader_idx_3") and re.search(risk, "val_risk_variance")
-    assert not re.search(risk, "val_risk") and not re.search(risk, "b_val_risk_estimate")
-    assert not any(
-        re.search(sensitivity, tag) for tag in ("val_sensitivity", "a_val_sensitivity_log10", "val_sensitivity_log10_x")
-    )
-
-
-def test_without_a_risk_estimate_there_is_no_chart_of_it() -> None:
-    (charts,) = custom_scalars_layout({"val_": False}).values()
-    assert list(charts) == ["loss and loss estimate", "sensitivity, log10"]
+    tags = {tag for tag in accumulator.Tags()["scalars"] if tag.endswith("_1")}
+    tags |= {f"a_{tag}" for tag in tags} | {"interval_loss", "val_sensitivity_log10_x", "val_risk"}
+    charts: dict[str, set[str]] = {}
+    for category in layout.category:
+        for chart in category.chart:
+            (pattern,) = chart.multiline.tag
+            key = f"{category.title}: {chart.title}"
+            charts[key] = {tag.removesuffix("/dataloader_idx_1") for tag in tags if re.search(pattern, tag)}
+    assert list(charts.items()) == [
+        ("Generalization (val_*): loss and loss estimate", {"val_loss", "val_loss_estimate"}),
+        ("Generalization (val_*): sensitivity, log10", {"val_sensitivity_log10"}),
+        ("Generalization (val_*): risk estimate and its terms", {f"val_{name}" for name in _NAMES}),
+        ("Generalization (wide/*): loss and loss estimate", {"wide/loss_estimate/net"}),
+        ("Generalization (wide/*): sensitivity, log10", {"wide/sensitivity_log10/net"}),
+    ]
 
 
 # The real page in a real browser
@@ -100,25 +70,22 @@ def test_without_a_risk_estimate_there_is_no_chart_of_it() -> None:
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Path:
+    """A short fit; for README's picture, the example."""
     out = tmp_path_factory.mktemp("run")
-    shortened = [] if pytestconfig.getoption("--screenshot") else ["--max-epochs", "12"]
-    command = [sys.executable, str(EXAMPLE), "--out", str(out), *shortened]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert result.returncode == 0, result.stderr
-    table = result.stdout[result.stdout.index("epoch  train loss") :].splitlines()
-    epochs = [int(line.split()[0]) for line in table[1:] if line[:5].strip().isdigit()]
-    assert epochs == sorted(set(epochs))
-    assert len(epochs) >= 11
-    assert f"tensorboard --logdir {out}" in table[-1]
+    if pytestconfig.getoption("--screenshot"):
+        (example,) = (Path(__file__).parents[2] / "examples").rglob("track_generalization.py")
+        subprocess.run([sys.executable, str(example), "--out", str(out)], check=True, timeout=300)
+        return out
+    monitors = [SensitivityMonitor(prefix="val/"), RiskMonitor(prefix="val/")]
+    run = trainer(callbacks=monitors, logger=TensorBoardLogger(out, name=None), max_epochs=12)
+    run.fit(Slashed(), loader(), loader(seed=1))
+    run.logger.finalize("success")
     return out
 
 
-def test_the_example_shows_a_table_and_logs_the_untrained_network(run_dir: Path) -> None:
-    accumulator = EventAccumulator(str(run_dir / "version_0"))
-    accumulator.Reload()
-    sensitivity = accumulator.Scalars("val/sensitivity")
-    assert len(sensitivity) == len(accumulator.Scalars("val/loss")) + 1
-    assert sensitivity[0].value < sensitivity[-1].value
+class Slashed(Classifier):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val/loss", cross_entropy(self(batch[0]), batch[1]))
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +146,7 @@ def test_tensorboard_draws_loss_and_sensitivity(
     options = "darkMode=false&smoothing=0&tagFilter="
     page.goto(f"{tensorboard_url}?{options}val%2F#timeseries")
     drawn = {}
-    for name in ("loss", "loss_estimate", *RISK.values(), "sensitivity", "sensitivity_log10", "sensitivity_stderr"):
+    for name in ("loss", "loss_estimate", *_NAMES, "sensitivity", "sensitivity_log10", "sensitivity_stderr"):
         card = page.locator("scalar-card").filter(has=page.get_by_text(f"/{name}", exact=True))
         card.wait_for(timeout=60_000)
         chart = card.locator(".series-view").first

@@ -1,0 +1,414 @@
+"""Two gloo processes, started once, run every scenario; each test then reads what both of them saw."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import seed_everything
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import CombinedLoader
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Subset, TensorDataset
+
+from lightning_sensitivity import RiskMonitor, SensitivityMonitor
+from lightning_sensitivity.callbacks.risk import _NAMES
+from tests.helpers import Classifier, Linear, brute_force, inputs, labelled, loader, run_processes, trainer
+from tests.helpers import unlabelled_loader as unlabelled
+
+SCENARIOS: dict[str, Callable[[int, Path], Any]] = {}
+LAYERS = ["net.0", "net.1"]
+
+
+def scenario(function: Callable[[int, Path], Any]) -> Callable[[int, Path], Any]:
+    SCENARIOS[function.__name__] = function
+    return function
+
+
+def model(kind: Any = Linear) -> Any:
+    seed_everything(0, verbose=False)
+    return kind()
+
+
+def distributed(*callbacks: Any, **kwargs: Any) -> Any:
+    # A process that waits for the others in vain fails long before the test's own limit.
+    return trainer(callbacks=list(callbacks), strategy=DDPStrategy(timeout=timedelta(seconds=60)), devices=2, **kwargs)
+
+
+def alone(*callbacks: Any, **kwargs: Any) -> Any:
+    return trainer(callbacks=list(callbacks), **kwargs)
+
+
+def logged(run: Any) -> dict[str, float]:
+    return {name: float(value) for name, value in run.callback_metrics.items() if name.startswith("val_")}
+
+
+class OnRank(IterableDataset):
+    """Batches for one rank alone (or for both, with None), without a length."""
+
+    def __init__(self, rank: int | None, seed: int = 0) -> None:
+        self.rank, self.seed = rank, seed
+
+    def __iter__(self) -> Iterator[Tensor]:
+        if self.rank in (None, int(os.environ["RANK"])):
+            yield from inputs(40, self.seed).split(16)
+
+
+def on_rank(rank: int | None, seed: int = 0) -> DataLoader:
+    return DataLoader(OnRank(rank, seed), batch_size=None)
+
+
+class Still(Linear):
+    """It has several places to perturb, training does not move it, and its own collectives come between ours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 4))
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.log("val_mine", self(batch[0] if isinstance(batch, list) else batch).mean(), sync_dist=True)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+class Ripples:
+    """A change that depends on the sample alone, not on its batch or process, and is another one in each draw."""
+
+    def __init__(self, num_draws: int) -> None:
+        self.num_draws, self.num_calls = num_draws, 0
+
+    def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        self.num_calls += 1
+        return x + 0.1 * torch.sin((37 + self.num_calls % self.num_draws) * x)
+
+    def second_moment(self, x: Tensor) -> float:
+        return 0.005
+
+
+def rippled(make: Any, val: Any, fits: bool = False, sampling: bool = True, num_draws: int = 1, **kwargs: Any) -> Any:
+    """What is logged under such a change; in 64 bits, because batches of another size are rounded in another way."""
+    monitors = [SensitivityMonitor(perturbation=Ripples(num_draws), num_draws=num_draws, **kwargs), RiskMonitor()]
+    run = make(*monitors, max_epochs=1, precision="64-true", use_distributed_sampler=sampling)
+    if fits:
+        run.fit(model(Still), loader(48, 8), val)  # all 48 are kept as training samples
+    else:
+        run.validate(model(Still), val, verbose=False)
+    return logged(run)
+
+
+EVEN: dict[str, dict[str, Any]] = {
+    "draws": {"val": loader(48, 8, seed=1), "num_draws": 2},
+    "fit": {"val": loader(48, 8, seed=1), "fits": True},
+    "per output": {"val": loader(48, 8, seed=1), "per_output": True},
+    "profile": {"val": [loader(48, 8, seed=1), loader(32, 8, seed=2)], "at": LAYERS, "fits": True},
+}
+
+
+@scenario
+def even(rank: int, folder: Path) -> Any:
+    return {name: rippled(distributed, **kwargs) for name, kwargs in EVEN.items()}
+
+
+@scenario
+def uneven(rank: int, folder: Path) -> Any:
+    dropping = DistributedSampler(labelled(49), 2, rank, shuffle=False, drop_last=True)
+    own = DataLoader(labelled(49), 8, sampler=range(rank, 49, 2))
+    return [
+        rippled(distributed, [loader(49, 8), loader(35, 8, seed=1)]),
+        rippled(distributed, loader(49, 8, drop_last=True)),
+        rippled(distributed, DataLoader(labelled(49), 8, sampler=dropping)),
+        rippled(distributed, own, sampling=False),
+    ]
+
+
+@scenario
+def own_noise(rank: int, folder: Path) -> Any:
+    run = distributed(SensitivityMonitor(num_draws=2))
+    run.validate(model(), [loader(48, 8), loader(32, 8, seed=1)], verbose=False)
+    return logged(run)
+
+
+@scenario
+def risk(rank: int, folder: Path) -> Any:
+    checkpoint = ModelCheckpoint(folder / "risk", monitor="val_risk_estimate/dataloader_idx_0")
+    monitor = RiskMonitor(num_training_samples=16)
+    run = distributed(monitor, checkpoint, max_epochs=1, enable_checkpointing=True)
+    run.fit(net := model(), loader(48, 8), [unlabelled(48, 8, seed=1), on_rank(1, seed=2)])
+    return logged(run), net.state_dict()
+
+
+@scenario
+def early_stopping(rank: int, folder: Path) -> Any:
+    stopping = EarlyStopping("val_risk_estimate", patience=2, min_delta=0.01)
+    fit = distributed(RiskMonitor(), stopping, max_epochs=50)
+    fit.fit(model(), loader(48, 8), unlabelled(48, 8, seed=1))
+    return fit.current_epoch, stopping.best_score.item(), stopping.wait_count, logged(fit)
+
+
+@scenario
+def without_a_batch(rank: int, folder: Path) -> Any:
+    run = distributed(SensitivityMonitor())
+    loaders = [on_rank(1), on_rank(None, 1), on_rank(0, 2), on_rank(None, 3), on_rank(1, 4)]
+    run.validate(model(), loaders, verbose=False)
+    fit = distributed(SensitivityMonitor(), EarlyStopping("val_sensitivity", mode="max", patience=1), max_epochs=3)
+    fit.fit(model(), loader(48, 8), on_rank(0))
+    combined = distributed(SensitivityMonitor())
+    combined.validate(model(), CombinedLoader([on_rank(0), on_rank(0, 1)], "max_size_cycle"), verbose=False)
+    return logged(run), (fit.current_epoch, logged(fit)), logged(combined)
+
+
+class Failing(Still):
+    """One pass of ours fails, in one process."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        is_bad = not self.training and len(x) == 7
+        if is_bad and int(os.environ["RANK"]) == 1:
+            raise ValueError("out of luck")
+        return super().forward(x)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        pass
+
+
+@scenario
+def a_pass_that_fails(rank: int, folder: Path) -> Any:
+    batches = DataLoader([inputs(8), inputs(7), inputs(8, 2)], batch_size=None)
+    run = distributed(
+        SensitivityMonitor(), RiskMonitor(), max_epochs=2, use_distributed_sampler=False, num_sanity_val_steps=0
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        run.fit(model(Failing), loader(48, 8), batches)
+    said = sum("ValueError: out of luck" in str(warning.message) for warning in caught)
+    return run.current_epoch, logged(run), said
+
+
+class Ignoring(Linear):
+    """With 255 for "unlabelled", as in many segmentation sets."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return cross_entropy(self(batch[0]), batch[1], ignore_index=255)
+
+
+@scenario
+def a_task_that_one_process_can_not_tell(rank: int, folder: Path) -> Any:
+    x, y = labelled(48).tensors
+    data = DataLoader(TensorDataset(x, torch.where(torch.arange(48) % 2 == 0, 255, y) if rank == 1 else y), 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run = distributed(RiskMonitor(), max_epochs=1)
+        run.fit(Ignoring(), data, unlabelled(48, 8, seed=1))
+        stopping = EarlyStopping("val_risk_estimate")
+        with pytest.raises(MisconfigurationException, match="task"):
+            distributed(RiskMonitor(), stopping, max_epochs=1).fit(Ignoring(), data, unlabelled(48, 8, seed=1))
+    return logged(run)
+
+
+# Models that no process has whole
+
+
+class Net(Classifier):
+    """Its own `predict_step` must not matter."""
+
+    def __init__(self) -> None:
+        super().__init__(dropout=0.0)
+
+    def predict_step(self, *args: Any) -> None:
+        raise AssertionError("not to be called")
+
+
+class Sharded(Net):
+    def configure_model(self) -> None:
+        from torch.distributed.fsdp import fully_shard  # of torch 2.6 and newer
+
+        if type(self.net[0].weight) is nn.Parameter:
+            fully_shard(self.net[0], mesh=self.device_mesh["data_parallel"])
+            fully_shard(self, mesh=self.device_mesh["data_parallel"])
+
+
+class OnCPU(FSDPStrategy):
+    """Lightning refuses FSDP without a GPU, and passes no device to it; torch itself runs it on gloo."""
+
+    def _setup_model(self, model: nn.Module) -> FullyShardedDataParallel:
+        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **self.kwargs)
+
+
+STRATEGIES: dict[str, Any] = {
+    "fsdp": lambda: (OnCPU(auto_wrap_policy={nn.Linear}), Net),
+    "fsdp of the root alone": lambda: (OnCPU(), Net),
+    "fsdp2": lambda: (ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1), Sharded),
+}
+
+
+@scenario
+def sharded(rank: int, folder: Path) -> Any:
+    results: dict[str, Any] = {}
+    for name, make in STRATEGIES.items():
+        if name == "fsdp2" and not hasattr(torch.distributed.fsdp, "fully_shard"):
+            continue
+        for is_monitored in (True, False):
+            strategy, kind = make()
+            monitors = [SensitivityMonitor(perturbation=Ripples(1)), RiskMonitor()] if is_monitored else []
+            monitors += [SensitivityMonitor(at="net.0", perturbation=Ripples(1), prefix="at_")] if is_monitored else []
+            run = trainer(callbacks=monitors, strategy=strategy, devices=2, max_epochs=1)
+            if is_monitored:
+                run.validate(model(kind), loader(48, 8, seed=1), verbose=False)
+                results[name] = {key: float(value) for key, value in run.callback_metrics.items()}
+                strategy, kind = make()
+                run = trainer(callbacks=monitors, strategy=strategy, devices=2, max_epochs=1)
+            with warnings.catch_warnings(record=True) as caught:
+                run.fit(model(kind), loader(48, 8), loader(48, 8, seed=1))
+            said = sum("got a strategy that shards them" in str(warning.message) for warning in caught)
+            values = {key: float(value) for key, value in run.callback_metrics.items() if key != "train_loss"}
+            results[f"{name} {is_monitored}"] = values, said
+        stopping = EarlyStopping("val_risk_estimate")
+        with pytest.raises(MisconfigurationException, match="got a strategy that shards them"):
+            strategy, kind = make()
+            run = trainer(callbacks=[RiskMonitor(), stopping], strategy=strategy, devices=2, max_epochs=1)
+            run.fit(model(kind), loader(48, 8), loader(48, 8, seed=1))
+    return results
+
+
+def run_all(rank: int, folder: Path) -> dict[str, Any]:
+    results = {}
+    for name, function in SCENARIOS.items():
+        results[name] = function(rank, folder)
+        torch.distributed.barrier()
+    return results
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    """What each process saw in each scenario."""
+    ranks = run_processes(run_all, tmp_path_factory.mktemp("distributed"), 2)
+    return {name: [results[name] for results in ranks] for name in SCENARIOS}
+
+
+def close(values: dict[str, float]) -> Any:
+    return pytest.approx(values, rel=1e-9, abs=0)
+
+
+@pytest.mark.parametrize("name", EVEN)
+def test_on_even_data_all_that_is_logged_is_what_one_process_logs(both: dict[str, list[Any]], name: str) -> None:
+    first, second = (result[name] for result in both["even"])
+    truth = rippled(alone, **EVEN[name])
+    assert first == second
+    assert first.keys() == truth.keys() and len(first) > 3
+    for each in [each for each in truth if "risk_variance" in each or "risk_estimate" in each]:
+        del truth[each], first[each]  # of other twins in each process
+    assert first == close(truth)
+
+
+def test_on_uneven_data_samples_count_as_often_as_they_are_dealt_out(both: dict[str, list[Any]]) -> None:
+    def dealt(num_samples: int, num_repeated: int = 0, seed: int = 0, num_kept: int | None = None) -> DataLoader:
+        indices = [*range(num_samples), *range(num_repeated)][:num_kept]
+        return DataLoader(Subset(labelled(num_samples, seed), indices), 8)
+
+    first, second = both["uneven"]
+    assert first == second
+    # Lightning's sampler deals the first ones out again until all have as many; `drop_last` drops the last batches, a
+    # sampler may drop single samples, and one of one's own measures each once.
+    vals = [[dealt(49, 1), dealt(35, 1, seed=1)], dealt(49, num_kept=48), dealt(49, num_kept=48), dealt(49)]
+    for values, val in zip(first, vals, strict=True):
+        truth = rippled(alone, val)
+        assert values == close({**truth, **{name: value for name, value in values.items() if "mine" in name}})
+
+
+def changes(num_samples: int, seed: int = 0, **kwargs: Any) -> float:
+    """Brute force over both processes' shares, as the DistributedSampler deals them out."""
+    shares = [(rank, list(inputs(num_samples, seed)[rank::2].split(8))) for rank in (0, 1)]
+    found = [brute_force(model(), batches, rank=rank, num_draws=2, **kwargs) for rank, batches in shares]
+    return torch.cat(found).var(correction=0).item()
+
+
+def test_each_process_has_noise_of_its_own(both: dict[str, list[Any]]) -> None:
+    first, second = both["own_noise"]
+    assert first == second
+    truths = changes(48), changes(32, seed=1, dataloader_idx=1)
+    found = [first[f"val_sensitivity/dataloader_idx_{idx}"] for idx in (0, 1)]
+    assert found == pytest.approx(truths, rel=1e-9)
+
+
+def test_the_risk_estimate_is_that_of_both_and_training_samples_are_shared_out(both: dict[str, list[Any]]) -> None:
+    (first, weights), (second, _) = both["risk"]
+    assert first == second
+    net = model()
+    net.load_state_dict(weights)
+    # Lightning shuffles what it deals out for training.
+    kept = [i for rank in (0, 1) for i in list(DistributedSampler(labelled(48), 2, rank))[:8]]
+    x, y = (part[kept] for part in labelled(48).tensors)
+    with torch.no_grad():
+        p, q = (net(each).double().softmax(1) for each in (x, inputs(48, seed=1)))
+    score = (p - nn.functional.one_hot(y, 4)).square().sum(1).mean()
+    gap, claim = score - (1 - p.square().sum(1)).mean(), 1 - q.square().sum(1).mean()
+    expected = gap if gap > 0 else gap / 2
+    assert first["val_risk_overconfidence/dataloader_idx_0"] == pytest.approx(float(expected), rel=1e-5)
+    assert first["val_risk_claim/dataloader_idx_0"] == pytest.approx(float(claim), rel=1e-6)
+    assert {f"val_{name}/dataloader_idx_1" for name in _NAMES} <= first.keys()  # one process had no batch of it
+
+
+def test_early_stopping_stops_both_at_the_same_epoch(both: dict[str, list[Any]]) -> None:
+    assert both["early_stopping"][0] == both["early_stopping"][1]
+    num_epochs, best, wait_count, values = both["early_stopping"][0]
+    assert 2 < num_epochs < 50 and wait_count == 2
+    assert values["val_risk_estimate"] > best - 0.01
+
+
+def test_a_process_without_a_batch_has_the_others_value(both: dict[str, list[Any]]) -> None:
+    assert both["without_a_batch"][0] == both["without_a_batch"][1]
+    values, (epochs, of_fit), combined = both["without_a_batch"][0]
+    for idx, ranks in enumerate([[1], [0, 1], [0], [0, 1], [1]]):
+        batches = list(inputs(40, seed=idx).split(16))
+        found = torch.cat([brute_force(model(), batches, rank=rank, dataloader_idx=idx) for rank in ranks])
+        assert values[f"val_sensitivity/dataloader_idx_{idx}"] == pytest.approx(found.var(correction=0).item())
+    assert epochs > 1 and of_fit["val_sensitivity"] > 0 and combined["val_sensitivity"] > 0
+
+
+def test_a_pass_that_fails_in_one_process_costs_its_batch_in_both(both: dict[str, list[Any]]) -> None:
+    (epochs, first, said), (other_epochs, second, other_said) = both["a_pass_that_fails"]
+    assert epochs == other_epochs == 2
+    assert first == second and {"val_sensitivity", "val_risk_estimate"} <= first.keys()
+    batches = [inputs(8), inputs(7), inputs(8, 2)]
+    found = [brute_force(model(Still), batches[:1], rank=1)]  # by index, as a plain loop goes
+    found.append(brute_force(model(Still), [inputs(0), inputs(0), batches[2]], rank=1))
+    found.append(brute_force(model(Still), batches, rank=0))
+    assert first["val_sensitivity"] == pytest.approx(torch.cat(found).var(correction=0).item(), rel=1e-9)
+    assert said + other_said >= 1
+
+
+def test_a_task_that_one_process_can_not_tell_is_no_task_in_both(both: dict[str, list[Any]]) -> None:
+    assert both["a_task_that_one_process_can_not_tell"] == [{}, {}]
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_sharded_model_has_the_value_of_a_whole_one_and_trains_as_without(
+    both: dict[str, list[Any]], name: str
+) -> None:
+    if f"{name} True" not in both["sharded"][0]:
+        pytest.skip("needs torch 2.6 or newer")
+    (first, said), (second, _) = (result[f"{name} True"] for result in both["sharded"])
+    without, _ = both["sharded"][0][f"{name} False"]
+    assert first.keys() >= {"val_sensitivity", "val_loss_estimate", "at_sensitivity"}
+    assert {key: first[key] for key in first if "loss" not in key} == {
+        key: second[key] for key in second if "loss" not in key
+    }
+    assert first["val_loss"] == without["val_loss"]
+    assert not any("risk" in key for key in first) and said == 1
+    kinds = [{}, {"at": "net.0", "prefix": "at_"}]
+    whole = trainer(callbacks=[SensitivityMonitor(perturbation=Ripples(1), **kind) for kind in kinds])
+    whole.validate(model(Net), loader(48, 8, seed=1), verbose=False)
+    found = both["sharded"][0][name]
+    names = [key for key in found if "sensitivity" in key]
+    assert len(names) == 6
+    truth = {key: float(whole.callback_metrics[key]) for key in names}
+    assert {key: found[key] for key in names} == pytest.approx(truth, rel=1e-5)

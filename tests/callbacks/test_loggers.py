@@ -1,0 +1,127 @@
+"""What the monitors log is read back from what each logger wrote."""
+
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from lightning.pytorch import seed_everything
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lightning_sensitivity import RiskMonitor, SensitivityMonitor
+from tests.helpers import Classifier, History, csv_rows, loader, trainer
+
+Curves = dict[str, dict[int, float]]  # by name, and then by step
+
+
+def read_tensorboard(logger: Logger, folder: Path) -> Curves:
+    accumulator = EventAccumulator(str(folder / "tensorboard"))
+    accumulator.Reload()
+    tags = accumulator.Tags()["scalars"]
+    return {tag: {event.step: event.value for event in accumulator.Scalars(tag)} for tag in tags}
+
+
+def read_csv(logger: Logger, folder: Path) -> Curves:
+    curves: Curves = {}
+    for row in csv_rows(folder / "csv"):
+        for name, value in row.items():
+            if value and name != "step":
+                curves.setdefault(name, {})[int(row["step"])] = float(value)
+    return curves
+
+
+def read_wandb(logger: Logger, folder: Path) -> Curves:
+    import wandb
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    wandb.finish()
+    wandb.teardown()  # waits for the process that writes the file
+    (path,) = (folder / "wandb").glob("offline-run-*/run-*.wandb")
+    curves: Curves = {}
+    for serialized in leveldb_log(path.read_bytes()):
+        values = {}
+        for item in Record.FromString(serialized).history.item:
+            (name,) = item.nested_key or [item.key]  # a path of one element: no name may be taken apart
+            values[name] = float(item.value_json)
+        for name, value in values.items():
+            curves.setdefault(name, {})[int(values["trainer/global_step"])] = value
+    return curves
+
+
+def leveldb_log(content: bytes) -> Iterator[bytes]:
+    """The records of W&B's file: LevelDB's log, in blocks of 32 KiB, with a header in the first."""
+    position, record = 7, b""
+    assert content[:position] == b":W&B\xe1\xbe\x00"
+    while position < len(content):
+        left = -position % 2**15 or 2**15
+        if left < 7:  # too short for a record's header: padding
+            position += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, position)
+        position += 7
+        record += content[position : position + length]
+        position += length
+        if kind in (1, 4):  # the whole of a record, or the last part of it
+            yield record
+            record = b""
+
+
+def read_mlflow(logger: Logger, folder: Path) -> Curves:
+    client, run_id = logger.experiment, logger.version
+    names = client.get_run(run_id).data.metrics
+    return {name: {metric.step: metric.value for metric in client.get_metric_history(run_id, name)} for name in names}
+
+
+class Kind(NamedTuple):
+    make: Callable[[Path], Logger]
+    read: Callable[[Logger, Path], Curves]
+
+
+KINDS = {
+    "tensorboard": Kind(lambda folder: TensorBoardLogger(folder, "tensorboard", ""), read_tensorboard),
+    "csv": Kind(lambda folder: CSVLogger(folder, "csv", ""), read_csv),
+    "wandb": Kind(lambda folder: WandbLogger(save_dir=folder, offline=True), read_wandb),
+    "mlflow": Kind(lambda folder: MLFlowLogger(tracking_uri=(folder / "mlflow").as_uri()), read_mlflow),
+}
+
+
+@pytest.fixture
+def loggers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Logger]]:
+    """Loggers that ask nobody, and leave nothing outside of ``tmp_path``."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("CACHE", "CONFIG", "DATA", "ARTIFACT"):
+        monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / "wandb-home"))
+    wandb_environment = {"MODE": "offline", "SILENT": "true", "CONSOLE": "off", "ERROR_REPORTING": "false"}
+    for name, value in wandb_environment.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # from 3.13 on; a database needs all of mlflow
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # the logger sets it
+    wandb, mlflow = pytest.importorskip("wandb"), pytest.importorskip("mlflow")
+    yield {name: kind.make(tmp_path) for name, kind in KINDS.items()}
+    wandb.finish()
+    wandb.teardown()
+    mlflow.set_tracking_uri("")
+
+
+def test_every_value_of_every_epoch_arrives_on_the_axis_of_the_loss(loggers: dict[str, Logger], tmp_path: Path) -> None:
+    """Of several layers and loaders, too: a layer's name has dots, and may be the beginning of another's."""
+    seed_everything(0, verbose=False)
+    monitors = [SensitivityMonitor(), SensitivityMonitor(at=["net", "net.0"], prefix="val/of/"), RiskMonitor()]
+    history = History()
+    run = trainer(callbacks=[*monitors, history], logger=[*loggers.values()], log_every_n_steps=1)
+    run.fit(Classifier(), loader(), [loader(seed=1), loader(20, seed=2)])
+    names = {name for name in history.epochs[0] if name.startswith("val")}
+    assert len(names) == 2 * (1 + 4 + 2 * 4 + 4)
+    assert {"val/of/sensitivity/net.0/dataloader_idx_1", "val_risk_estimate/dataloader_idx_0"} <= names
+    for name, logger in loggers.items():
+        curves = KINDS[name].read(logger, tmp_path)
+        store = np.float32 if name == "tensorboard" else float
+        expected = {
+            key: {step: float(store(values[key])) for step, values in zip((3, 7), history.epochs, strict=True)}
+            for key in names
+        }
+        assert {key: curve for key, curve in curves.items() if key.startswith("val")} == expected
