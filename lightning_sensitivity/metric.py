@@ -126,10 +126,11 @@ class OutputSensitivity(Metric):
         if self.has_masked is None and isinstance(clean, Tensor) and clean.numel():
             self.has_masked = has_masked(clean)
         rows, count = sensitivity_rows(clean, noisy, bool(self.has_masked)), num_outputs(clean)
-        if self._num_outputs_seen not in (None, count):
+        if self._num_outputs_seen is None:
+            self._num_outputs_seen = count
+            self.num_outputs = self.fewest_outputs = torch.full_like(self.num_outputs, count)
+        elif self._num_outputs_seen != count:
             raise ValueError(_SAME_K.format(self._num_outputs_seen, count))
-        self._num_outputs_seen = count
-        self.num_outputs = self.fewest_outputs = torch.full_like(self.num_outputs, count)
         self.rows.append(rows)
 
     def compute(self) -> Tensor:

@@ -56,8 +56,9 @@ def sensitivity_rows(clean: Tensor, noisy: Tensor | Iterable[Tensor], masked: bo
         ValueError: If shapes differ, an output is a scalar or has no class, or there is no draw.
     """
     _check_output(clean, "clean")
-    rows = torch.zeros(len(clean), NUM_COLUMNS, dtype=wide_dtype(clean.device), device=clean.device)
-    num_draws = 0
+    outputs, dtype = _columns(clean), wide_dtype(clean.device)
+    size = max(1, _PIECE * len(clean) // max(1, clean.numel()))
+    rows: list[Tensor] = []  # one a draw
     for draw in (noisy,) if isinstance(noisy, Tensor) else noisy:
         _check_output(draw, "noisy")
         if draw.shape != clean.shape:
@@ -65,20 +66,21 @@ def sensitivity_rows(clean: Tensor, noisy: Tensor | Iterable[Tensor], masked: bo
                 "Expected `noisy` to have the shape of `clean`, one output per sample and class, but got"
                 f" {tuple(draw.shape)} for noisy and {tuple(clean.shape)} for clean outputs."
             )
-        num_draws += 1
-        if clean.numel():
-            size = max(1, _PIECE * len(clean) // clean.numel())
-            pieces = zip(torch.split(_columns(draw), size), torch.split(_columns(clean), size), strict=True)
-            wide = torch.empty_like(_columns(clean)[:size], dtype=rows.dtype)  # reused: new pages of memory cost time
-            rows = rows + torch.cat([_draw_rows(*piece, wide, masked) for piece in pieces])
-    if num_draws == 0:
+        wide = torch.empty_like(outputs[:size], dtype=dtype)  # reused: new pages of memory cost time
+        if len(clean) <= size:
+            rows.append(_draw_rows(_columns(draw), outputs, wide, masked))
+        else:
+            pieces = zip(torch.split(_columns(draw), size), torch.split(outputs, size), strict=True)
+            rows.append(torch.cat([_draw_rows(*piece, wide[: len(piece[0])], masked) for piece in pieces]))
+    if not rows:
         raise ValueError("Expected `noisy` to hold the outputs of at least one noise draw, but got none.")
-    return rows.where(rows.isfinite().all(1, keepdim=True), math.nan)
+    total = torch.stack(rows).sum(0) if len(rows) > 1 else rows[0]
+    return total.where(total.isfinite().all(1, keepdim=True), math.nan)
 
 
 def _draw_rows(noisy: Tensor, clean: Tensor, wide: Tensor, masked: bool) -> Tensor:
-    """Rows of one draw, from outputs ``(N, K, P)``, and a wide tensor of N or more that is written to."""
-    change = wide[: len(noisy)].copy_(noisy).sub_(clean)
+    """Rows of one draw, from outputs ``(N, K, P)``, and a wide tensor like them that is written to."""
+    change = wide.copy_(noisy).sub_(clean)
     if masked:
         is_masked = (noisy == -math.inf) & (clean == -math.inf)
         num_left = (~is_masked).sum(1).clamp(min=1)
@@ -286,7 +288,7 @@ def has_masked(outputs: Tensor) -> bool:
 def _columns(outputs: Tensor) -> Tensor:
     """Outputs ``(N, K, ...)`` or ``(N,)`` as ``(N, K, P)``, with P positions."""
     outputs = outputs.detach()
-    return outputs[:, None, None] if outputs.ndim == 1 else outputs.reshape(*outputs.shape[:2], -1)
+    return outputs[:, None, None] if outputs.ndim == 1 else outputs[..., None].flatten(2)  # of no samples, too
 
 
 def _check_output(output: Tensor, name: str) -> None:
