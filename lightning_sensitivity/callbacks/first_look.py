@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import lightning.pytorch as pl
@@ -57,16 +57,20 @@ class StepWatch:
     def __init__(self, pl_module: pl.LightningModule, tensors: list[Tensor], submodules: set[nn.Module]) -> None:
         self._tensors = [tensor.detach().clone() for tensor in tensors]
         self._submodules, self._seen = submodules, set[nn.Module]()
-        self._given: list[Tensor] = []
+        self._given: set[str] = set()  # shapes
+        self._has_given_ours = False
         self._pl_module = pl_module
         self._handles = [pl_module.register_forward_pre_hook(self._note_arguments, with_kwargs=True)]
         if not _is_compiled(pl_module):
             self._handles.append(register_module_forward_hook(self._note_module))
 
     def _note_arguments(self, module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        if not is_ours(self._pl_module):
-            values = [*args, *keywords.values()]
-            self._given += [value.detach().clone() for value in values if isinstance(value, Tensor)]
+        if is_ours(self._pl_module) or self._has_given_ours or not self._tensors:
+            return
+        with suppress(Exception):  # it runs in the user's step, on whatever is given there
+            for value in (each for each in (*args, *keywords.values()) if isinstance(each, Tensor)):
+                self._has_given_ours |= _is_like(self._tensors[0], value.detach())
+                self._given.add(str(tuple(value.shape)))
 
     def _note_module(self, module: nn.Module, args: Any, result: Any) -> None:
         if not is_ours(self._pl_module):
@@ -77,8 +81,8 @@ class StepWatch:
         for handle in self._handles:
             handle.remove()
         found = []
-        if self._given and self._tensors and not any(_is_like(self._tensors[0], each) for each in self._given):
-            ours, given = tuple(self._tensors[0].shape), ", ".join(str(tuple(each.shape)) for each in self._given)
+        if self._given and not self._has_given_ours:
+            ours, given = tuple(self._tensors[0].shape), ", ".join(sorted(self._given)[:3])
             found.append(
                 f"The step calls the model on other inputs (shape {given}) than ours (shape {ours}): it changes the"
                 " batch first. If that is more than augmentation, do the same with"
