@@ -40,24 +40,27 @@ class Passes:
         self._model = model
         self._written: set[int] | None = None  # ids of large tensors; None before the first pass
         self._uses_numpy: bool | None = None  # as the first pass has shown; its states are slow to set
+        self._devices: set[torch.device] = set()
         self._states: list[_State] = []
         self._dice: _Dice | None = None
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
         """A batch, inside of which :meth:`run` may be called."""
-        training = [module for module in self._model.modules() if module.training]
-        devices = {tensor.device for tensor in (*self._model.parameters(), *self._model.buffers())}
+        modules = list(self._model.modules())
+        training = [module for module in modules if module.training]
         is_first = self._written is None
+        if is_first:  # a strategy keeps the module where it is
+            self._devices = {tensor.device for tensor in (*self._model.parameters(), *self._model.buffers())}
         written = self._written = self._written or set()
-        self._dice = _Dice(devices)
+        self._dice = _Dice(self._devices)
         try:
             for module in training:  # not by `eval()`, which modules override
                 module.training = False
             with torch.no_grad(), _silenced(self._model):
                 # A lazy module becomes another one in its first pass, and stays that.
-                modules = [each for each in self._model.modules() if not getattr(each, "cls_to_become", None)]
-                self._states = [_State(module, written, is_first) for module in modules]
+                lasting = [each for each in modules if not getattr(type(each), "cls_to_become", None)]
+                self._states = [_State(module, written, is_first) for module in lasting]
                 yield
         finally:
             for module in training:
@@ -193,7 +196,7 @@ class _State:
                         tensor.resize_(value.shape)
                     tensor.copy_(value)
         for container, items in self._containers:
-            if len(container) != len(items) or any(map(is_not, _flat(container), _flat(items))):
+            if len(container) != len(items) or (items and any(map(is_not, _flat(container), _flat(items)))):
                 container.clear()
                 container.update(items) if isinstance(container, dict) else container.extend(items)
         now = vars(self._module)

@@ -289,8 +289,10 @@ def power(perturbation: AnyPerturbation, x: Tensor) -> Tensor | None:
     if moment is None:
         return None
     scaled = x.detach() / moment.sqrt() if isinstance(moment, Tensor) else x.detach()
-    norm: Tensor = torch.linalg.vector_norm(scaled, dtype=torch.float32 if x.device.type == "mps" else torch.float64)
-    return norm.square() if isinstance(moment, Tensor) else norm.square() / moment
+    dtype = torch.promote_types(scaled.dtype, torch.float32)
+    norms = torch.linalg.vector_norm(scaled.flatten(1) if x.ndim > 1 else scaled, dim=-1, dtype=dtype)
+    squares: Tensor = norms.to(torch.float32 if x.device.type == "mps" else torch.float64).square().sum()
+    return squares if isinstance(moment, Tensor) else squares / moment
 
 
 def check_number(name: str, value: object, above: float = -math.inf, most: float = math.inf) -> float:
