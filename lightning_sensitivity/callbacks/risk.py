@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import weakref
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -16,32 +15,18 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.nn.parameter import is_lazy
-from torchmetrics import Metric
 
 from lightning_sensitivity.callbacks.base import Monitor
 from lightning_sensitivity.callbacks.checks import is_sharded
 from lightning_sensitivity.callbacks.logged import Charts, waiting_for
-from lightning_sensitivity.callbacks.samples import (
-    TrainingSamples,
-    Weights,
-    agree_on_task,
-    loaded_weights,
-    without_initial,
-)
-from lightning_sensitivity.functional.risk import (
-    NUM_HOLDOUT_SUMS,
-    NUM_TRAINING_SUMS,
-    RiskEstimate,
-    holdout_sums,
-    risk_terms,
-)
+from lightning_sensitivity.callbacks.samples import InitialWeights, TrainingSamples, Weights, agree_on_task
+from lightning_sensitivity.functional.risk import NUM_HOLDOUT_SUMS, NUM_TRAINING_SUMS, holdout_sums, risk_terms
 from lightning_sensitivity.functional.sensitivity import wide_dtype
 from lightning_sensitivity.functional.tasks import TASKS, predictions
 from lightning_sensitivity.models import Inputs, Options, Probe, Selector
 from lightning_sensitivity.models.options import check_argument, check_int
 from lightning_sensitivity.perturbations import noise_generator
-from lightning_sensitivity.twins import batch_statistics, initial_weights, learned_weights, normalizes_by_batch, twin
+from lightning_sensitivity.twins import batch_statistics, learned_weights, normalizes_by_batch, twin
 
 _NAMES = ("risk_estimate", "risk_claim", "risk_overconfidence", "risk_variance")  # as the fields of RiskEstimate
 _STRENGTH = 0.5  # of simulated twins; at full strength they break networks with max-pooling
@@ -124,10 +109,8 @@ class RiskMonitor(Monitor):
         check_int("num_training_samples", num_training_samples, minimum=1)
         valid = initial_weights is None or isinstance(initial_weights, Mapping | str | os.PathLike)
         check_argument("initial_weights", initial_weights, valid, "a state dict, the path of a checkpoint or None")
-        self.task, self.num_training_samples, self._told_weights = task, num_training_samples, initial_weights
-        self._weights: dict[str, Tensor] | None = None  # from before training
-        self._module: weakref.ref[pl.LightningModule] | None = None  # whose they are
-        self._is_restored = False
+        self.task, self.num_training_samples = task, num_training_samples
+        self._initial = InitialWeights(initial_weights)
         self._samples: TrainingSamples | None = None
         self._is_required = self._is_agreed = False
         self._lowest: dict[int, tuple[float, float]] = {}  # estimate and claim where it was lowest, by loader
@@ -156,27 +139,26 @@ class RiskMonitor(Monitor):
         """Whether a fit runs that has what the estimate needs, or the sanity check before it."""
         return trainer.sanity_checking or (trainer.state.fn == TrainerFn.FITTING and self._samples is not None)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out whose weights these are: what is pickled gets another module."""
-        return {**vars(self), "_module": None}
-
     def state_dict(self) -> dict[str, Any]:
         """The weights from before training, so that the estimate can go on where training resumes."""
-        return {"initial_weights": self._weights}
+        return {"initial_weights": self._initial.weights}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take them back."""
-        self._weights, self._is_restored = state_dict["initial_weights"], state_dict["initial_weights"] is not None
+        self._initial.restore(state_dict["initial_weights"])
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remember the weights, and begin to keep samples."""
         waiting = waiting_for(trainer, {self.prefix + name for name in _NAMES})
         self._is_required = bool(waiting) or self.task != "auto" or self.options.targets is not None
         self._samples, self._is_agreed, self._lowest = None, False, {}
-        problem = self._find_weights(trainer, pl_module)
+        problem: str | None = "needs all weights in every process, got a strategy that shards them."
+        if not is_sharded(trainer):
+            problem = self._initial.find(pl_module, trainer.global_step > 0, self.state_key)
         if problem is not None:
             self._give_up(problem)
         else:
+            rank_zero_info(f"`RiskMonitor` ({self.prefix}*): weights from before training are {self._initial.source}.")
             num_samples = math.ceil(self.num_training_samples / trainer.world_size)
             self._samples = TrainingSamples(self.task, num_samples, self.options)
         self._num_epochs = 0
@@ -206,14 +188,13 @@ class RiskMonitor(Monitor):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Free the samples. The weights stay, for a second fit of the same module."""
         super().teardown(trainer, pl_module, stage)
-        if self._is_restored:  # from the checkpoint of a validation
-            self._module, self._is_restored = weakref.ref(pl_module), False
+        self._initial.bind(pl_module, if_restored=True)  # from the checkpoint of a validation
         self._samples = None
         self.end_validation()
 
     def forget(self) -> None:
         """Begin a validation with nothing."""
-        self._sums: dict[int, _RiskSums] = {}
+        self._sums: dict[int, tuple[Tensor, Tensor]] = {}  # of holdout and training samples, by loader
 
     def end_validation(self) -> None:
         """Free what belongs to the model as it is."""
@@ -225,17 +206,16 @@ class RiskMonitor(Monitor):
         """Run the model and its twins on a batch."""
         probe.classes_last |= self._samples is not None and self._samples.classes_last
         outputs = probe.outputs()
-        if self._samples is None or self._samples.task is None or self._weights is None:
+        if self._samples is None or self._samples.task is None or self._initial.weights is None:
             return  # no fit, or the sanity check
-        task, sums = self._samples.task, self._of_loader(pl_module, dataloader_idx)
+        task = self._samples.task
         if self._training_sums is None:  # in a batch hook: only there averaged weights are in place
             own = partial(self.probe, trainer, pl_module)
             self._training_sums = self._samples.sums(pl_module, pl_module.device, own, self.guarded)
         self._samples.check_head(outputs)
-        sums.training_sums = self._training_sums.clone()
         if self._learned is None:
-            self._learned = learned_weights(pl_module, self._weights)
-            if new := without_initial(pl_module, self._weights):
+            self._learned = learned_weights(pl_module, self._initial.weights)
+            if new := self._initial.lacks(pl_module):
                 self.warn("new", f"counts {', '.join(new[:3])} as learned as a whole: {_NEW}")
         num_batches = self.num_wanted(trainer, dataloader_idx) * trainer.world_size
         num_twins = max(1, math.ceil(_MIN_TWINS / max(1, num_batches)))
@@ -248,25 +228,31 @@ class RiskMonitor(Monitor):
             generator = noise_generator(*key, device=pl_module.device)
             with twin(pl_module, self._learned, generator, _STRENGTH):
                 twin_p = predictions(probe.outputs(within=by_batch), task)
-            sums.holdout_sums = sums.holdout_sums + holdout_sums(p, own_p, twin_p, task) / num_twins
+            total = holdout_sums(p, own_p, twin_p, task) / num_twins
+            if dataloader_idx in self._sums:
+                total = total + self._sums[dataloader_idx][0]
+            self._sums[dataloader_idx] = total, self._training_sums
 
     def compute(self, pl_module: pl.LightningModule, dataloader_idx: int) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The values of a loader, and what to warn of."""
         if self._samples is None or self._samples.task is None:
             return {}, {}
-        sums = self._of_loader(pl_module, dataloader_idx)
-        terms = sums.compute()
+        sizes, dtype = (NUM_HOLDOUT_SUMS, NUM_TRAINING_SUMS), wide_dtype(pl_module.device)
+        none = [torch.zeros(size, dtype=dtype, device=pl_module.device) for size in sizes]
+        sums = torch.cat(self._sums.get(dataloader_idx, tuple(none)))
+        holdout, training = pl_module.trainer.strategy.reduce(sums, reduce_op="sum").split(sizes)
+        terms = risk_terms(holdout, training, _STRENGTH)
         troubles = {}
         if self._samples.may_be_probabilities:
             troubles["probabilities"] = (
                 "All outputs lie in [0, 1]. From probabilities the estimate is wrong: use logits."
             )
-        if any(sums.num_non_finite):
+        if holdout[-1] + training[-1] > 0:
             # Of several twins each adds its part of a sample.
-            holdout, training = (math.ceil(count - 1e-6) for count in sums.num_non_finite)
+            counts = [math.ceil(float(each[-1]) - 1e-6) for each in (holdout, training)]
             troubles["non-finite"] = (
-                f"{holdout} validation and {training} training samples gave nan or inf in the model or a twin, and were"
-                " left out."
+                f"{counts[0]} validation and {counts[1]} training samples gave nan or inf in the model or a twin, and"
+                " were left out."
             )
         if not all(bool(term.isfinite()) for term in terms):
             reason = "No label of the kept training samples counts, or no batch could be measured."
@@ -274,40 +260,6 @@ class RiskMonitor(Monitor):
         found = (float(terms.risk), float(terms.claim))
         self._lowest[dataloader_idx] = min(self._lowest.get(dataloader_idx, found), found)
         return dict(zip(_NAMES, terms, strict=True)), troubles
-
-    def _of_loader(self, pl_module: pl.LightningModule, dataloader_idx: int) -> _RiskSums:
-        if dataloader_idx not in self._sums:
-            self._sums[dataloader_idx] = _RiskSums(pl_module.device).to(pl_module.device)
-        return self._sums[dataloader_idx]
-
-    def _find_weights(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> str | None:
-        """Find the weights from before training; returns what is wrong, or None."""
-        is_known = self._is_restored or (self._module is not None and self._module() is pl_module)
-        self._module, self._is_restored = weakref.ref(pl_module), False
-        if is_sharded(trainer):
-            return "needs all weights in every process, got a strategy that shards them."
-        if any(map(is_lazy, pl_module.parameters())):
-            return "needs weights before training, got lazy ones: let the sanity check run, or run the model once."
-        if self._told_weights is not None:
-            self._weights = loaded_weights(self._told_weights, self.state_key)
-            if not self._weights.keys() & dict(pl_module.named_parameters()).keys():
-                raise MisconfigurationException(
-                    "`initial_weights` should name the parameters of the module, got none of their names."
-                )
-            source = "those of `initial_weights`"
-        elif is_known and self._weights is not None:
-            source = "those of the fit that goes on"
-        elif trainer.global_step > 0:
-            self._weights = None
-            return (
-                "needs the weights from before training, which the checkpoint does not have, since no `RiskMonitor`"
-                " of this prefix was in its Trainer. Tell them with `initial_weights=`."
-            )
-        else:
-            self._weights = initial_weights(pl_module)
-            source = "those of now. If they are trained already, tell the ones from before with `initial_weights=`"
-        rank_zero_info(f"`RiskMonitor` ({self.prefix}*) takes as weights from before training {source}.")
-        return None
 
     def _keep(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
         assert self._samples is not None
@@ -338,30 +290,3 @@ class RiskMonitor(Monitor):
         if self._is_required and self._is_strict:
             raise MisconfigurationException(f"`RiskMonitor` {problem}") from cause
         self.warn("no estimate", f"{problem} There will be no estimate.")
-
-
-class _RiskSums(Metric):
-    """The sums behind the estimate of one loader in one epoch."""
-
-    full_state_update = False
-    holdout_sums: Tensor
-    training_sums: Tensor
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()
-        for name, count in (("holdout_sums", NUM_HOLDOUT_SUMS), ("training_sums", NUM_TRAINING_SUMS)):
-            self.add_state(name, default=torch.zeros(count, dtype=wide_dtype(device)), dist_reduce_fx="sum")
-        self.num_non_finite = (0.0, 0.0)
-
-    @property
-    def update_called(self) -> bool:
-        """True, since a process that got no batch must take part in the others' reduction, without a warning."""
-        return True
-
-    def update(self) -> None:
-        """Do nothing: the sums are added to the states."""
-
-    def compute(self) -> RiskEstimate:
-        """The estimate, over all processes."""
-        self.num_non_finite = (float(self.holdout_sums[-1]), float(self.training_sums[-1]))
-        return risk_terms(self.holdout_sums, self.training_sums, _STRENGTH)

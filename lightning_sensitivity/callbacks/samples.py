@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -13,12 +14,14 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_sensitivity.functional.risk import NUM_TRAINING_SUMS, training_sums
 from lightning_sensitivity.functional.sensitivity import num_outputs, wide_dtype
 from lightning_sensitivity.functional.tasks import TASKS, check_logits, check_task, classes_last, infer_task
 from lightning_sensitivity.models import Options, Probe, select_targets
+from lightning_sensitivity.twins import initial_weights
 
 Weights = Mapping[str, Tensor] | str | os.PathLike[str]
 
@@ -157,16 +160,80 @@ def agree_on_task(
     return problem
 
 
-def loaded_weights(weights: Weights, state_key: str) -> dict[str, Tensor]:
-    """Weights on the CPU, by name.
+class InitialWeights:
+    """The weights from before training, on the CPU, and whose they are.
 
     Args:
-        weights: A state dict, or the path of a checkpoint.
-        state_key: Under which our own state is found in a checkpoint; its weights come first.
+        told: A state dict or the path of a checkpoint, where the user says which they are.
 
-    Raises:
-        MisconfigurationException: If the path leads to no checkpoint.
+    Attributes:
+        weights: By name; None where they are not known.
+        source: Where they come from.
     """
+
+    def __init__(self, told: Weights | None) -> None:
+        self._told = told
+        self.weights: dict[str, Tensor] | None = None
+        self.source = ""
+        self._module: weakref.ref[nn.Module] | None = None
+        self._is_restored = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out whose they are: what is pickled gets another module."""
+        return {**vars(self), "_module": None}
+
+    def restore(self, weights: dict[str, Tensor] | None) -> None:
+        """Take them from a checkpoint, for the module that is trained, or validated, next."""
+        self.weights, self._is_restored = weights, weights is not None
+
+    def bind(self, model: nn.Module, if_restored: bool = False) -> bool:
+        """Let them be those of a module, or only if they are restored ones; returns whether they were before."""
+        if if_restored and not self._is_restored:
+            return False
+        is_known = self._is_restored or (self._module is not None and self._module() is model)
+        self._module, self._is_restored = weakref.ref(model), False
+        return is_known
+
+    def find(self, model: nn.Module, is_trained: bool, state_key: str) -> str | None:
+        """Find them at the start of a fit; returns what is wrong, or None.
+
+        Args:
+            model: The module.
+            is_trained: Whether this fit has done a step already.
+            state_key: Under which our own state is found in a checkpoint.
+
+        Raises:
+            MisconfigurationException: If what was told are no weights of the module.
+        """
+        is_known = self.bind(model)
+        if any(map(is_lazy, model.parameters())):
+            return "needs weights before training, got lazy ones: let the sanity check run, or run the model once."
+        if self._told is not None:
+            self.weights, self.source = _loaded(self._told, state_key), "those of `initial_weights`"
+            if not self.weights.keys() & dict(model.named_parameters()).keys():
+                raise MisconfigurationException(
+                    "`initial_weights` should name the parameters of the module, got none of their names."
+                )
+        elif is_known and self.weights is not None:
+            self.source = "those of the fit that goes on"
+        elif is_trained:
+            self.weights = None
+            return (
+                "needs the weights from before training, which the checkpoint does not have, since no `RiskMonitor`"
+                " of this prefix was in its Trainer. Tell them with `initial_weights=`."
+            )
+        else:
+            self.weights = initial_weights(model)
+            self.source = "those of now; if they are trained already, tell the ones from before with `initial_weights=`"
+        return None
+
+    def lacks(self, model: nn.Module) -> list[str]:
+        """Names of the parameters that were not there before training, or had another shape."""
+        known = {name: each.shape for name, each in (self.weights or {}).items()}
+        return [name for name, each in model.named_parameters() if known.get(name) != each.shape]
+
+
+def _loaded(weights: Weights, state_key: str) -> dict[str, Tensor]:
     if isinstance(weights, Mapping):
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights.items()}
     try:
@@ -178,13 +245,3 @@ def loaded_weights(weights: Weights, state_key: str) -> dict[str, Tensor]:
     own = checkpoint.get("callbacks", {}).get(state_key, {}).get("initial_weights")
     found: dict[str, Tensor] = own or checkpoint.get("state_dict", checkpoint)
     return found
-
-
-def without_initial(model: nn.Module, initial: Mapping[str, Tensor]) -> list[str]:
-    """Names of the parameters that were not there before training, or had another shape.
-
-    Args:
-        model: The module.
-        initial: Its parameters before training.
-    """
-    return [name for name, each in model.named_parameters() if name not in initial or initial[name].shape != each.shape]

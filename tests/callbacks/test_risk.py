@@ -176,7 +176,7 @@ def test_the_first_batches_of_a_fit_are_kept_once_and_scored_as_they_came(num_sa
 
     monitor, model = RiskMonitor(num_training_samples=num_samples), Writer()
     for _ in range(2):  # a second fit has samples of its own, and the weights from before the first
-        truth = Truth(num_batches, initial=None if monitor._weights is None else dict(monitor._weights))
+        truth = Truth(num_batches, initial=None if monitor._initial.weights is None else dict(monitor._initial.weights))
         fit(model, monitor, truth, loader(shuffle=True), val_check_interval=2)
         check(truth)
         assert monitor._samples is None
@@ -302,7 +302,7 @@ def test_a_fresh_trainer_goes_on_with_the_module_and_begins_with_another(between
     fits = [(model, untrained), (other, of_other)]
     for module, weights in fits if between != "a checkpoint" else fits[1:]:
         fit(module, monitor, None, loader(), max_epochs=1)
-        torch.testing.assert_close(monitor._weights, weights, rtol=0, atol=0)
+        torch.testing.assert_close(monitor._initial.weights, weights, rtol=0, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
