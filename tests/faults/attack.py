@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 import sys
 import time
 from collections import Counter, namedtuple
@@ -18,6 +19,7 @@ import torch
 from hypothesis import HealthCheck, given, note, seed, settings
 from hypothesis import strategies as st
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -37,24 +39,7 @@ NESTINGS = {  # a batch, and what the model gets
     "dict alone": (lambda x, z, y: {"a": x, "b": z}, lambda b: b),
     "deep": (lambda x, z, y: [[{"a": [x]}, (z, "text", None)], y], lambda b: b[0]),
 }
-HOOKS = [
-    "on_validation_start",
-    "on_validation_epoch_start",
-    "on_validation_batch_start",
-    "on_validation_batch_end",
-    "on_train_batch_start",
-    "on_validation_epoch_end",
-    "on_validation_end",
-    "on_train_epoch_start",
-    "on_train_epoch_end",
-    "on_before_optimizer_step",
-    "on_train_batch_end",
-    "on_sanity_check_end",
-    "on_save_checkpoint",
-    "on_before_zero_grad",
-    "on_after_backward",
-    "on_fit_end",
-]
+HOOKS = [name for name in dir(LightningModule) if name.startswith("on_") and not re.search("model|transfer", name)]
 # What a hook does to the module, or from then on to its outputs in eval mode.
 ACTIONS: dict[str, Any] = {
     "nothing": lambda m: None,

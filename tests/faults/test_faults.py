@@ -163,8 +163,9 @@ class Positive(nn.Module):
 
 
 class Uncopied(Tensor):
-    def clone(self, *args: Any, **kwargs: Any) -> Any:
-        fail(message="no copy")
+    """Neither copied nor compared."""
+
+    clone = double = lambda self, *args, **kwargs: fail(message="no copy")
 
 
 class Raising:
@@ -264,7 +265,7 @@ FAULTS = [
         None,
         "out of memory",
         x=lambda m, x: no_memory() if is_noisy(x) else x,
-        moments=ALL,
+        moments=("sanity", "later"),
     ),
     Fault("no memory, twin", None, NO_MEMORY, x=lambda m, x: no_memory() if is_twin(m) else x, init=mark),
     Fault("no memory, kept", None, LEFT_OUT + NO_MEMORY, kept=lambda m, x, y: no_memory()),
@@ -326,7 +327,7 @@ FAULTS = [
         step=lambda m, b: m(b[0].flatten(1)),
         moments=BEFORE,
     ),
-    Fault("uncopied in the step", step=lambda m, b: m(b[0].as_subclass(Uncopied))),
+    Fault("uncopied in the step", step=lambda m, b: m(b[0].as_subclass(Uncopied)).as_subclass(Tensor)),
     Fault("written in the step", "inputs=", "inputs=", step=lambda m, b: m(b[0].mul_(2))),
     # names
     Fault("taken names", "leaves them to those", None, "prefix", step=takes_name, moments=ALL),
@@ -363,6 +364,7 @@ def test_nothing_waits(fault: Fault, moment: str) -> None:
         assert bare(fault.name, moment).error is None
         return
     assert_alike(own, bare(fault.name, moment))
+    assert (own.error is None) == ("raises" not in fault.name)
     assert_told(own, fault, may_be_silent=moment == "sanity")
 
 
@@ -385,7 +387,7 @@ class Scheduled(Subject):
 @pytest.mark.parametrize("waiting", WAITING)
 @pytest.mark.parametrize(
     ("name", "moment"),
-    [("nan sample", "later"), ("no memory, twin", "first"), ("no memory, twin", "later"), ("all nan", "first")],
+    [("nan sample", "later"), ("no pass", "first"), ("no pass", "later")],
 )
 def test_something_waits_and_does_what_lightning_does_where_there_is_no_value(
     name: str, moment: str, waiting: str, tmp_path: Path
@@ -461,7 +463,7 @@ def test_copies_of_monitors_measure_the_same() -> None:
     assert values[0].keys() >= {"val_sensitivity", "val_risk_estimate"}
 
 
-SPAWNED = ["no memory, twin", "one kept batch", "nan sample", "None for batches"]
+SPAWNED = ["no memory, twin", "nan sample", "None for batches"]
 
 
 def in_process(rank: int, folder: Path) -> dict[str, Any]:
@@ -493,6 +495,6 @@ def test_one_of_two_processes_is_hit(tmp_path: Path) -> None:
 
 
 def test_a_slice_of_the_random_attack() -> None:
-    ends = attack(10)
-    assert sum(ends.values()) >= 10
+    ends = attack(8)
+    assert sum(ends.values()) >= 8
     assert ends["alike, and S that of a plain loop"] > 0

@@ -1,6 +1,6 @@
 """Modules that nobody here wrote, with both monitors in their Trainer: `python tests/faults/third_party.py [name ...]`.
 
-One line a package: the logged S, that of a plain loop, and what the monitors said. Packages that are missing are skipped.
+One line a package: the logged S, that of a plain loop, and what the monitors said. Missing packages are skipped.
 """
 
 from __future__ import annotations
