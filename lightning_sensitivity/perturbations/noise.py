@@ -73,10 +73,10 @@ class _IndependentNoise(Perturbation):
         """Perturb a batch of floating tensors ``(N, ...)``, or ``(N, C, ...)`` for C different σ."""
         # Noise is drawn in float32 whatever the type of the input, so that every precision gets the same; 16-bit inputs
         # are perturbed there, too, and rounded once, like the data that the model was given.
-        noise, std = self._standard(x.shape, generator), self._std_for(x)
-        if (noise.dtype, noise.stride()) != (x.dtype, x.stride()):
-            return (x + noise.mul_(std)).to(x.dtype)
-        return noise.mul_(std).add_(x) if isinstance(std, Tensor) else torch.add(x, noise, alpha=std, out=noise)
+        # Scaled and added apart: at once, it would be rounded otherwise than a plain `x + std * noise`.
+        noise = self._standard(x.shape, generator).mul_(self._std_for(x))
+        is_alike = (noise.dtype, noise.stride()) == (x.dtype, x.stride())
+        return noise.add_(x) if is_alike else (x + noise).to(x.dtype)
 
     def second_moment(self, x: Tensor) -> Tensor | float:
         """E[(x' − x)²] of each element: σ², a number or a tensor that broadcasts to the shape of ``x``."""
