@@ -124,6 +124,7 @@ class Monitor(Callback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin with nothing, and with the buffers that the first step of DDP would broadcast."""
         self._begin_validation()
+        self._num_batches = num_batches(trainer)
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._is_strict = False  # also in a fit that goes on with a validation
         model: Any = trainer.strategy.model
@@ -170,7 +171,7 @@ class Monitor(Callback):
         """Have every process take part in every reduction, and say what was wrong, after a sanity check too."""
         self._end_watch()
         if self.should_measure(trainer):
-            for dataloader_idx in range(len(num_batches(trainer))):
+            for dataloader_idx in range(len(self._num_batches)):
                 self._values(trainer, pl_module, dataloader_idx)
                 if not trainer.sanity_checking and dataloader_idx not in self._logged:
                     self._log(trainer, pl_module, dataloader_idx, at_epoch_end=True)
@@ -254,7 +255,7 @@ class Monitor(Callback):
 
     def num_wanted(self, trainer: pl.Trainer, dataloader_idx: int) -> float:
         """How many batches of a loader are measured in this process; all, until the first one was."""
-        count, options = num_batches(trainer)[dataloader_idx], self.options
+        count, options = self._num_batches[dataloader_idx], self.options
         if options.num_samples is None or count == math.inf or dataloader_idx not in self._batch_sizes:
             return count
         num_samples = math.ceil(options.num_samples / (trainer.world_size * options.num_draws))
@@ -264,12 +265,13 @@ class Monitor(Callback):
         """Whether a batch is measured: evenly spaced ones, since loaders are often sorted, and always the same."""
         if batch_idx == 0:
             return True
-        count, wanted = num_batches(trainer)[dataloader_idx], self.num_wanted(trainer, dataloader_idx)
+        count, wanted = self._num_batches[dataloader_idx], self.num_wanted(trainer, dataloader_idx)
         return wanted == count or batch_idx * wanted % count < wanted
 
     def _begin_run(self) -> None:
         self._is_strict = True  # until the first training step
         self._has_measured = False
+        self._num_batches: list[int | float] = []  # of each loader
         self._warned_of: set[str] = set()
         self._withdrawn: set[str] = set()  # names that somebody else logs, too
         # Of each loader of which a first batch was seen: its size, and whether classes come last in its outputs.
@@ -322,7 +324,7 @@ class Monitor(Callback):
                 return None if full_name in self._withdrawn else values.get(name)
 
             if at_epoch_end:  # in a process without batches of the loader: Lightning puts no index behind the name
-                full_name = loader_name(full_name, dataloader_idx, len(num_batches(trainer)))
+                full_name = loader_name(full_name, dataloader_idx, len(self._num_batches))
             # `metric_attribute` is checked only for Metrics that belong to the module; this one must not.
             options: dict[str, Any] = {"metric_attribute": name, "add_dataloader_idx": not at_epoch_end}
             pl_module.log(full_name, Reading(read), on_step=False, on_epoch=True, **options)
