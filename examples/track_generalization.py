@@ -1,14 +1,17 @@
 # %% [markdown]
 # # Track generalization without labels
 #
-# A network is trained on 500 real images (scikit-learn's digits), 20 % of them with a wrong label. It learns, and then
-# memorizes. `SensitivityMonitor` follows it on images whose labels it never sees, and estimates the Brier score on
-# them. The validation loss and the true score, which do need the labels, are logged beside it to compare.
+# A network is trained on 500 small images (scikit-learn's digits), 20 % of them with a wrong label. It learns, and then
+# it memorizes. Two callbacks follow it on images whose labels they never see. `RiskMonitor` estimates the Brier score
+# on unseen images, and its minimum says when to stop. `SensitivityMonitor` measures how strongly the outputs answer to
+# noise on the inputs. The validation loss and the true score need labels; they are there to compare.
 #
-#     python examples/track_generalization.py
+#     python examples/track_generalization.py                     # half a minute
+#     python examples/track_generalization.py --label-noise 0.4   # more wrong labels
 
 # %%
 import argparse
+import sys
 import warnings
 from pathlib import Path
 
@@ -20,17 +23,23 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_sensitivity import SensitivityMonitor
+from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 
-parser = argparse.ArgumentParser(description="Train on scikit-learn's digits and watch the output sensitivity.")
-parser.add_argument("--max-epochs", type=int, default=100)
-parser.add_argument("--label-noise", type=float, default=0.2, help="share of training labels that are wrong")
+parser = argparse.ArgumentParser(description="Train on scikit-learn's digits and watch risk estimate and sensitivity.")
+parser.add_argument("--max-epochs", type=int, default=60)
+parser.add_argument("--label-noise", type=float, default=0.2, help="share of labels that are wrong")
+parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--out", type=Path, default=Path("runs/track_generalization"))
-args = parser.parse_args()
+parser.add_argument("--figure", type=Path, help="where to put a picture of the curves")
+in_notebook = "ipykernel" in sys.modules
+args = parser.parse_args([] if in_notebook else None)
 
-warnings.filterwarnings("ignore", ".*does not have many workers.*")
-seed_everything(0, verbose=False)
+warnings.filterwarnings("ignore", ".*(does not have many workers|LeafSpec).*")
+seed_everything(args.seed, verbose=False)
 torch.set_num_threads(1)  # the network is small: a second thread would only wait for the first
+
+# %% [markdown]
+# The data: 500 images for training, the other 1,297 to validate. Labels of training are wrong at random.
 
 # %%
 digits = load_digits()
@@ -43,6 +52,9 @@ train_labels = torch.where(wrong, labels[train] + torch.randint(1, 10, (len(trai
 train_loader = DataLoader(TensorDataset(images[train], train_labels), batch_size=50, shuffle=True)
 val_loader = DataLoader(TensorDataset(images[val], labels[val]), batch_size=500)
 
+# %% [markdown]
+# The module knows nothing of the callbacks. `forward` returns logits.
+
 
 # %%
 class Digits(LightningModule):
@@ -53,7 +65,7 @@ class Digits(LightningModule):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)  # logits
+        return self.net(x)
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         loss = cross_entropy(self(batch[0]), batch[1])
@@ -63,7 +75,10 @@ class Digits(LightningModule):
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         logits = self(batch[0])
         self.log("val/loss", cross_entropy(logits, batch[1]), prog_bar=True)
-        self.log("val/brier", (logits.softmax(1) - one_hot(batch[1], 10)).square().sum(1).mean())
+        # The Brier score that labels as wrong as those of training would give: what the estimate is of.
+        p, truth = logits.softmax(1), one_hot(batch[1], 10)
+        chances = (1 - args.label_noise) * truth + args.label_noise * (1 - truth) / 9
+        self.log("val/brier", (1 - 2 * (p * chances).sum(1) + p.square().sum(1)).mean())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=1e-3)
@@ -79,38 +94,61 @@ class Table(Callback):
         self.rows.append({name: float(value) for name, value in trainer.callback_metrics.items()})
 
 
+# %% [markdown]
+# With the prefix `val/`, TensorBoard shows the curves beside those of `val/loss`. To stop at the minimum, add
+# `EarlyStopping(monitor="val/risk_estimate", patience=10)`. Here the run goes on, to show what follows.
+
 # %%
 table = Table()
 logger = TensorBoardLogger(args.out, name=None)
 trainer = Trainer(
     max_epochs=args.max_epochs,
     accelerator="cpu",
-    callbacks=[
-        SensitivityMonitor(noise_std=0.1, num_draws=4, num_samples=None, prefix="val/", before_training=True),
-        table,
-    ],
+    callbacks=[RiskMonitor(prefix="val/"), SensitivityMonitor(prefix="val/"), table],
     logger=logger,
     log_every_n_steps=10,
+    enable_progress_bar=False,
+    enable_model_summary=False,
 )
 trainer.fit(Digits(), train_loader, val_loader)
 
 # %%
-print("\nepoch  train loss  val loss  val Brier score  estimate without labels  sensitivity ± standard error")
-shown = range(0, len(table.rows), max(1, len(table.rows) // 10))
-for epoch in sorted({*shown, len(table.rows) - 1}):
-    row = table.rows[epoch]
+curves = {name: [row[name] for row in table.rows] for name in table.rows[0]}
+losses, estimates = curves["val/loss"], curves["val/risk_estimate"]
+chosen, best = (min(range(len(values)), key=values.__getitem__) for values in (estimates, losses))
+print("\n              with labels            |            without labels")
+print("epoch  train loss  val loss  true score | estimate  sensitivity ± its error")
+for epoch in sorted({*range(0, args.max_epochs, max(1, args.max_epochs // 12)), chosen, best, args.max_epochs - 1}):
+    row = {name: values[epoch] for name, values in curves.items()}
+    mark = "  <-" if epoch == chosen else ""
     print(
-        f"{epoch:5d}  {row['train_loss']:10.3f}  {row['val/loss']:8.3f}  {row['val/brier']:15.3f}"
-        f"  {row['val/risk_estimate']:23.3f}  {row['val/sensitivity']:11.5f} ± {row['val/sensitivity_stderr']:.5f}"
+        f"{epoch:5d}  {row['train_loss']:10.3f}  {row['val/loss']:8.3f}  {row['val/brier']:10.3f} |"
+        f" {row['val/risk_estimate']:8.3f}  {row['val/sensitivity']:11.2g} ± {row['val/sensitivity_stderr']:.1g}{mark}"
     )
-print(
-    f"\nThe estimate is of the score against labels of which {args.label_noise:.0%} are wrong, as in training. Use it"
-    " for its\nminimum, not for its size, which is far too large long after it."
-)
-losses = [row["val/loss"] for row in table.rows]
-chosen, best = (
-    min(range(len(losses)), key=lambda epoch: table.rows[epoch][name]) for name in ("val/risk_estimate", "val/loss")
-)
-print(f"\nThe estimate is lowest at epoch {chosen}, with a validation loss of {losses[chosen]:.3f};")
-print(f"the validation loss is lowest at epoch {best}, {losses[best]:.3f}, and {losses[-1]:.3f} at the end.")
+print(f"\nThe estimate is lowest at epoch {chosen} (<-); the validation loss is {losses[chosen]:.3f} there.")
+print(f"The validation loss is lowest at epoch {best}, {losses[best]:.3f}, and {losses[-1]:.3f} at the end.")
+print("Use the minimum of the estimate; its absolute value is rough.")
+
+# %%
+if args.figure or in_notebook:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(10, 3), layout="constrained")
+    names = (
+        {"validation, true labels": "val/loss", "training": "train_loss"},
+        {"estimate, no labels": "val/risk_estimate", "true score": "val/brier"},
+        {"sensitivity, no labels": "val/sensitivity"},
+    )
+    titles = ("loss (cross-entropy)", f"Brier score, {args.label_noise:.0%} of labels wrong", "sensitivity S")
+    for axis, title, lines in zip(axes, titles, names, strict=True):
+        for (label, name), color in zip(lines.items(), ("C0" if axis is axes[0] else "C1", "C7"), strict=False):
+            axis.plot(curves[name], label=label, color=color)
+        axis.axvline(chosen, color="C1", linestyle="--", label="lowest estimate")
+        axis.set(title=title, xlabel="epoch", **({"yscale": "log"} if axis is axes[2] else {"ylim": (0, None)}))
+    axes[0].axvline(best, color="C0", linestyle=":", label="lowest loss")
+    for axis in axes:
+        axis.legend(fontsize="small")
+    if args.figure:
+        figure.savefig(args.figure, dpi=100)
+
 print(f"\nLook at the curves:\n  tensorboard --logdir {logger.log_dir}")

@@ -1,203 +1,132 @@
-import csv
+"""Each example in its quick form, in this process: to import torch and lightning again would take most of the time."""
+
 import importlib.util
 import logging
+import re
+import runpy
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-SCRIPT = EXAMPLES / "reproduce_paper_fc.py"
-
-
-def run(folder: Path) -> str:
-    options = ["--data", "images.npz", "--seeds", "0", "--max-epochs", "2", "--init", "default", "--out", "rows.csv"]
-    result = subprocess.run([sys.executable, SCRIPT, *options], cwd=folder, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-def test_reproduce_paper_fc_writes_a_row_a_seed_and_resumes(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    images = {f"x_{split}": rng.integers(0, 256, (1000, 3, 32, 32), np.uint8) for split in ("train", "test")}
-    labels = {f"y_{split}": rng.integers(0, 10, 1000) for split in ("train", "test")}
-    np.savez(tmp_path / "images.npz", **images, **labels)
-    first = run(tmp_path)
-    assert "1 runs in rows.csv" in first
-    rows = (tmp_path / "rows.csv").read_text()
-    header, row = (line.split(",") for line in rows.splitlines())
-    values = dict(zip(header, map(float, row), strict=True))
-    assert values["epochs"] == 2
-    assert 0 < values["stderr"] < values["sensitivity"]
-    assert "seed 0: already in rows.csv" in run(tmp_path)
-    assert (tmp_path / "rows.csv").read_text() == rows
-
-
-# The study of early stopping
+NOTEBOOK = EXAMPLES / "track_generalization.ipynb"
+Run = Callable[..., tuple[str, dict[str, Any]]]
 
 
 @pytest.fixture
-def study() -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location("early_stopping_study", EXAMPLES / "early_stopping_study.py")
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
+    def run(script: str, *options: str) -> tuple[str, dict[str, Any]]:
+        """What an example prints, and its variables."""
+        monkeypatch.setattr(sys, "argv", [script, *options])
+        variables = runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+        return capsys.readouterr().out, variables
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # given back at the end, as the level of the logger is
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    yield run
+    logger.setLevel(level)
+
+
+def rows(text: str) -> np.ndarray:
+    """The numbers of the lines that begin with the number of an epoch."""
+    lines = [line for line in text.splitlines() if line[:5].strip().isdigit()]
+    return np.array(
+        [[float(word) for word in line.split() if re.fullmatch(r"-?[\d.]+(e-\d+)?", word)] for line in lines]
+    )
+
+
+def test_the_first_example_prints_a_table_that_fits_a_terminal(run: Run) -> None:
+    text, found = run("track_generalization.py", "--max-epochs", "12", "--figure", "figure.png")
+    assert max(map(len, text.splitlines())) <= 80
+    assert text.splitlines()[-1] == "  tensorboard --logdir runs/track_generalization/version_0"
+    table, estimates = rows(text), found["curves"]["val/risk_estimate"]
+    assert table[:, 0].tolist() == list(range(12))
+    np.testing.assert_allclose(table[:, 4], estimates, atol=1e-3)
+    assert f"lowest at epoch {np.argmin(estimates)} " in text
+    assert 10_000 < Path("figure.png").stat().st_size < 150_000
+
+
+def test_the_notebook_has_the_cells_of_the_script_and_small_outputs() -> None:
+    nbformat = pytest.importorskip("nbformat", reason="nbformat is missing")
+    spec = importlib.util.spec_from_file_location("make_notebook", EXAMPLES / "make_notebook.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    logger, num_threads = logging.getLogger("lightning.pytorch"), torch.get_num_threads()
-    level = logger.level
-    yield module
-    logger.setLevel(level)
-    torch.set_num_threads(num_threads)
+    made = module.notebook(NOTEBOOK.with_suffix(".py").read_text())
+    kept = nbformat.read(NOTEBOOK, as_version=4)
+    assert [cell.source for cell in kept.cells] == [cell.source for cell in made.cells]
+    assert "tensorboard --logdir" in str(kept.cells[-1].outputs)
+    assert NOTEBOOK.stat().st_size < 150_000
 
 
-def test_the_pool_of_the_study_is_what_was_asked_for(study: ModuleType) -> None:
-    shapes = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32), "fashion": (1, 28, 28)}
-    halves = [[run for run in study.RUNS if run.half == half] for half in ("design", "report")]
-    assert sum(map(len, halves)) == 48
-    assert len({run.name for run in study.RUNS}) == len(study.RUNS)
-    halves.append([run for run in study.RUNS if run.half == "further"])
-    for runs in halves:
-        assert {run.data for run in runs} == ({"fashion"} if runs[0].half == "further" else {"mnist", "cifar10"})
-        assert {run.label_noise for run in runs} == {0.0, 0.2, 0.4}
-        assert len({run.optimizer for run in runs}) >= 3
-        assert all(1000 <= run.num_samples <= 2000 for run in runs)
-        for run in runs:
-            net = study.network(run.network, torch.Size(shapes[run.data])).eval()
-            assert net(torch.zeros(2, *shapes[run.data])).shape == (2, 10)
-            assert study.optimizer(run.optimizer, net.parameters()).defaults["lr"] in (1e-3, 3e-4, 0.05)
+@pytest.mark.long
+def test_the_notebook_runs(tmp_path: Path) -> None:
+    pytest.importorskip("nbmake", reason="nbmake is missing")
+    (tmp_path / "short.ipynb").write_text(NOTEBOOK.read_text().replace("type=int, default=60", "type=int, default=2"))
+    command = [sys.executable, "-m", "pytest", "--nbmake", "-p", "no:xdist", "-p", "no:cacheprovider", "short.ipynb"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0 and "1 passed" in result.stdout, result.stdout
 
 
-@pytest.mark.parametrize(
-    ("values", "chosen"),
-    [([3, 2, 2.5, *[2.5] * 8, 1], 11), ([3, 2, 2.5, *[2.5] * 9, 1], 1), ([1, 2], 0), ([3, 2, 1], 2)],
-)
-def test_patience_is_that_of_early_stopping(study: ModuleType, values: list[float], chosen: int) -> None:
-    assert study.patient(np.array(values)) == chosen
+def test_the_plain_loop_is_short_and_sums_up(run: Run) -> None:
+    text, _ = run("plain_pytorch.py", "--max-epochs", "3")
+    _, risk, *terms, sensitivity, _ = rows(text).T
+    np.testing.assert_allclose(risk, sum(terms), atol=2e-3)
+    assert (np.diff(sensitivity) > 0).all()
+    loop = (EXAMPLES / "plain_pytorch.py").read_text().split("# The loop\n")[1]
+    assert len([line for line in loop.splitlines() if line]) <= 30
 
 
-def test_gradient_disparity_stops_at_the_fifth_rise(study: ModuleType) -> None:
-    assert study.fifth_rise(np.array([1, 2, 1, 2, 3, 1, 2, 3, 4.0])) == 7
-    assert study.fifth_rise(np.array([1, 2, 1.0])) == 2
+def test_the_identity_of_the_twins_is_exact(run: Run) -> None:
+    text, found = run("twins/twins.py", "--quick")
+    table = found["table"]
+    np.testing.assert_allclose(table[:, 8], table[:, 0], atol=1e-5)
+    np.testing.assert_allclose(table[:, 3] - table[:, 6], table[:, 0] - table[:, 7], atol=1e-5)
+    assert (table[:, 4:7] > 0).all() and len(rows(text)) == 3
 
 
-def test_the_study_trains_through_the_callback_and_reports(
-    study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rng = np.random.default_rng(0)
-    images = {f"x_{split}": rng.integers(0, 256, (700, 1, 28, 28), np.uint8) for split in ("train", "test")}
-    np.savez(
-        tmp_path / "mnist.npz", **images, **{f"y_{split}": rng.integers(0, 10, 700) for split in ("train", "test")}
-    )
-    runs = [study.Run("mnist", "fc1x512", 200, noise, "adam1e-3", 40, normalized=noise > 0) for noise in (0.0, 0.4)]
-    for name, value in {"RUNS": runs, "NUM_HOLDOUT": 500, "NUM_TEST": 100}.items():
-        monkeypatch.setattr(study, name, value)
-    done = {}
-    for run in runs:
-        study.train(tmp_path, tmp_path, run, max_epochs=3)
-        done[run.name] = study.read(tmp_path / f"{run.name}.csv")
-    for series in done.values():
-        assert series["epoch"].tolist() == [0, 1, 2]
-        assert all(np.isfinite(values).all() for values in series.values())
-        terms = series["val_risk_training"] + series["val_risk_uncertainty"] + series["val_risk_variance"]
-        np.testing.assert_allclose(series["val_risk_estimate"], terms)
-        # The kept samples are all there are: both ways to the training part must agree.
-        np.testing.assert_allclose(series["val_risk_training"], series["all_train_brier"], rtol=1e-5)
-        np.testing.assert_allclose(
-            series["val_risk_uncertainty"], series["all_train_power"] - series["holdout_power"], atol=1e-5
-        )
-    text = study.report(done, "test")
-    assert all(f"| {rule} |" in text for rule in study.RULES)
-    assert all(f"| {run.name} |" in text for run in runs)
-    study.figure(done, tmp_path / "figure.png")
-    assert (tmp_path / "figure.png").stat().st_size > 10_000
+def test_a_fine_tuned_resnet_is_told_its_first_weights(run: Run) -> None:
+    pytest.importorskip("torchvision", reason="torchvision is missing")
+    text, found = run("images/resnet18.py", "--quick", "--finetune")
+    assert [line.split()[1] for line in text.splitlines() if line[:5].strip().isdigit()] == ["head", "all", "all"]
+    variances = found["curves"]["val_risk_variance"]
+    assert np.isfinite(variances).all() and min(variances) > 0
 
 
-def test_regret_is_what_a_choice_costs(study: ModuleType) -> None:
-    series = {"test_loss": np.array([2.0, 1.0, 1.5])}
-    assert study.regrets([series], lambda _: [0, 1, 2]).tolist() == [100.0, 0.0, 50.0]
+@pytest.mark.long
+def test_a_resnet_from_scratch(run: Run) -> None:
+    pytest.importorskip("torchvision", reason="torchvision is missing")
+    text, _ = run("images/resnet18.py", "--quick", "--figure", "figure.png")
+    assert len(rows(text)) == 2 and Path("figure.png").exists()
 
 
-def test_the_tables_run() -> None:
-    command = [sys.executable, EXAMPLES / "early_stopping_tabular.py", "--seeds", "0", "--max-epochs", "2"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    rows = [line for line in result.stdout.splitlines() if "(regression)" in line or "(binary)" in line]
-    assert len(rows) == 3 and not any("nan" in row for row in rows)
+@pytest.mark.parametrize("task", ["sentences", pytest.param("tokens", marks=pytest.mark.long)])
+def test_the_transformers_are_measured_at_their_embeddings(run: Run, task: str) -> None:
+    pytest.importorskip("transformers", reason="transformers is missing")
+    text, found = run("text/transformer.py", "--quick", "--task", task)
+    assert len(rows(text)) == 2
+    assert min(found["curves"]["val_sensitivity"]) > 0 and min(found["curves"]["val_risk_variance"]) > 0
+    assert 0.8 < found["curves"]["val_risk_estimate"][-1] / found["curves"]["val_brier"][-1] < 1.25
 
 
-# The comparison
+OTHERS = pytest.param("learning memorizing batch_norm dont_stop", marks=pytest.mark.long)
 
 
-def test_compare_models_prints_a_table_and_writes_it(tmp_path: Path) -> None:
-    command = [sys.executable, EXAMPLES / "compare_models.py", "--max-epochs", "1"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    for name in ("narrow", "untrained (step 0)", "shift loss", "Kendall's τ with"):
-        assert name in result.stdout
-    assert {path.name for path in (tmp_path / "runs/compare_models").iterdir()} >= {"ranking.csv", "ranking.png"}
-
-
-# Text
-
-
-def test_the_text_classifier_is_measured_at_its_embeddings_and_layers(tmp_path: Path) -> None:
-    options = ["--num-sentences", "200", "--max-epochs", "30"]
-    command = [sys.executable, EXAMPLES / "text_classifier.py", *options]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    folder = tmp_path / "runs/text_classifier"
-    assert (folder / "text_classifier.png").stat().st_size > 10_000
-    lines = (folder / "seed_0/version_0/metrics.csv").read_text().splitlines()
-    logged: dict[str, list[float]] = {}
-    for line in lines[1:]:  # validation, training and test have lines of their own
-        for name, value in zip(lines[0].split(","), line.split(","), strict=True):
-            if value:
-                logged.setdefault(name, []).append(float(value))
-    for layer in ("embeddings", "tokens", "sentence"):
-        sensitivity, estimate = (np.array(logged[f"val_{name}/{layer}"]) for name in ("sensitivity", "loss_estimate"))
-        assert len(sensitivity) == len(estimate) == 30
-        assert (sensitivity > 0).all() and np.isfinite(estimate).all()
-        assert estimate[-1] > 2 * estimate[0]  # memorizing shows at every layer
-    assert "val_sensitivity" not in logged
-    # The network knows its 300 sentences by heart, and the estimate, which saw no other label, is still the true size.
-    assert logged["val_risk_training"][-1] < 0.1
-    assert 0.6 < logged["val_risk_estimate"][-1] / logged["test_brier"][-1] < 1.6
-    assert 0 < np.argmin(logged["val_risk_estimate"]) < 29
-    assert f"(epoch {np.argmin(logged['val_risk_estimate'])})" in result.stdout.split("What stopping costs")[1]
-
-
-# The benchmark
-
-
-def test_benchmark_overhead_writes_its_rows_and_resumes(tmp_path: Path) -> None:
-    command = [sys.executable, EXAMPLES / "benchmark_overhead.py", "--quick", "--only", "mlp", "--out", "rows.csv"]
-    first, second = (
-        subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120) for _ in range(2)
-    )
-    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
-    with (tmp_path / "rows.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert set(rows[0]) > {"model", "samples", "measured", "case", "against", "ratio", "low", "high", "passes"}
-    assert {row["model"] for row in rows} == {"mlp"}
-    assert all(float(row[name]) > 0 for row in rows for name in ("ratio", "low", "high", "seconds"))
-    found = {(row["measured"], row["case"]): float(row["passes"]) for row in rows if row["passes"]}
-    # Forward passes over 1,000 samples in 25 batches, of which a budget of 120 measures 3, or with 4 draws 1. The risk
-    # estimate runs a twin on each batch, or three of them on each of 3, and the model on 50 training samples.
-    epoch = {"without": 1, "one forward more": 2, "one noisy forward more": 2, "1 draw": 2.04, "4 draws": 5.04}
-    # The first batch is also run by itself, to see whether the step's outputs can be trusted.
-    epoch |= {"1 draw, budget": 1.16, "4 draws, budget": 1.2, "with risk": 3.09, "with risk, budget": 1.57}
-    assert epoch.items() <= {case: n for (measured, case), n in found.items() if measured == "validation epoch"}.items()
-    growth = {f"{n} draws": 1.04 + n for n in (1, 2, 4, 8)}
-    growth |= {f"budget, {n} samples": round(1 + (120 + 40) / n, 2) for n in (250, 4000)}
-    assert growth.items() <= {case: n for (measured, case), n in found.items() if measured == "growth"}.items()
-    against = {row["against"] for row in rows if row["measured"] == "authors' loop"}
-    how = {f"{case}, {how}" for case in ("1 draw", "1 draw, budget") for how in ("alone", "reuse")}
-    assert against == how | {"the metric in a loop"}
-    peaks = {row["case"]: float(row["peak_mib"]) for row in rows if row["peak_mib"]}
-    assert peaks["4 draws"] == pytest.approx(peaks["1 draw"], rel=0.05)  # one draw at a time
-    assert peaks["without"] < peaks["1 draw"] < peaks["with risk"]
-    assert second.stdout.count("already in rows.csv") >= 4 and second.stdout.endswith(first.stdout[-2000:])
+@pytest.mark.parametrize("only", ["easy", OTHERS])
+def test_the_pictures_of_the_page_on_curves(run: Run, only: str) -> None:
+    text, found = run("reading_curves/curves.py", "--quick", "--only", *only.split())
+    for name in only.split():
+        assert f"\n{name} " in text
+        assert (Path("runs/reading_curves") / f"{name}.png").stat().st_size > 10_000
+        lines = (Path("runs/reading_curves") / f"{name}.csv").read_text().splitlines()
+        assert len(lines) == 3 and {"risk_claim", "sensitivity", "true_loss"} <= set(lines[0].split(","))
+    terms = sum(np.array(found["curves"][f"risk_{term}"]) for term in ("claim", "overconfidence", "variance"))
+    np.testing.assert_allclose(found["curves"]["risk_estimate"], terms)

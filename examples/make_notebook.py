@@ -1,0 +1,42 @@
+"""Make a notebook of a script with `# %%` cells, and run it.
+
+    python examples/make_notebook.py examples/track_generalization.py
+
+It writes `examples/track_generalization.ipynb`. Needs nbclient, nbformat and ipykernel.
+"""
+
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import nbformat
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+
+def notebook(script: str) -> nbformat.NotebookNode:
+    """The cells of a script, without outputs."""
+    cells = []
+    for part in re.split(r"^# %%", script, flags=re.MULTILINE)[1:]:
+        kind, source = part.split("\n", 1)
+        if "[markdown]" in kind:
+            source = "\n".join(line.removeprefix("#").removeprefix(" ") for line in source.strip().splitlines())
+        cells.append((new_markdown_cell if "[markdown]" in kind else new_code_cell)(source.strip()))
+    for index, cell in enumerate(cells):
+        cell.id = f"cell-{index}"
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    return new_notebook(cells=cells, metadata={"kernelspec": kernel, "language_info": {"name": "python"}})
+
+
+if __name__ == "__main__":
+    from nbclient import NotebookClient
+
+    script = Path(sys.argv[1])
+    made = notebook(script.read_text())
+    with tempfile.TemporaryDirectory() as folder:
+        NotebookClient(made, resources={"metadata": {"path": folder}}, record_timing=False).execute()
+    for cell in made.cells:  # what went to stderr is Lightning's advice about this machine
+        if cell.cell_type == "code":
+            cell.outputs = [each for each in cell.outputs if each.get("name") != "stderr"]
+    made.metadata["language_info"] = {"name": "python"}
+    nbformat.write(made, script.with_suffix(".ipynb"))
