@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import traceback
-import warnings
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,13 +12,12 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from lightning_sensitivity.callbacks.checks import check_run, forward
+from lightning_sensitivity.callbacks.failures import Failures
 from lightning_sensitivity.callbacks.first_look import StepWatch, classes_are_last, submodules_run
 from lightning_sensitivity.callbacks.logged import (
     Charts,
@@ -39,15 +36,12 @@ from lightning_sensitivity.models.options import check_argument
 class Monitor(Callback):
     """A callback that measures validation batches and logs what it found, and never ends a run.
 
-    What is wrong before the first training step is an error. After it, what fails costs a value and gives a warning.
-
     Args:
         options: How the model is run.
         prefix: Put before the logged names.
     """
 
     perturbs_inputs = False
-    _is_strict: bool
 
     def __init__(self, options: Options, prefix: str) -> None:
         check_argument("prefix", prefix, isinstance(prefix, str), "a str")
@@ -74,10 +68,7 @@ class Monitor(Callback):
 
     @abstractmethod
     def compute(self, pl_module: pl.LightningModule, dataloader_idx: int) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """The values of a loader by name, over all processes, and what to warn of, by kind.
-
-        Every process calls it for every loader, in their order, whether it has measured a batch or not.
-        """
+        """The values of a loader, over all processes, and what to warn of. All processes call it for all loaders."""
 
     @abstractmethod
     def forget(self) -> None:
@@ -115,18 +106,18 @@ class Monitor(Callback):
         """Without a sanity check, look at the first training batch before its step; from then on, only warn."""
         # A lazy module's first pass draws its weights, and must be the training's.
         may_look = not self._classes_last and trainer.global_step == 0 and not any(map(is_lazy, pl_module.parameters()))
-        if self._is_strict and may_look:
+        if self.failures.is_strict and may_look:
             what = "can't be run on the first training batch (a sanity check would look at one of validation instead)"
-            with self.guarded(what), self.measuring(trainer, pl_module):
+            with self.failures.guarded(what), self.measuring(trainer, pl_module):
                 self.check_outputs(self.probe(trainer, pl_module, batch).outputs())
-        self._is_strict = False
+        self.failures.is_strict = False
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin with nothing, and with the buffers that the first step of DDP would broadcast."""
         self._begin_validation()
         self._num_batches = num_batches(trainer)
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            self._is_strict = False  # also in a fit that goes on with a validation
+            self.failures.is_strict = False  # also in a fit that goes on with a validation
         model: Any = trainer.strategy.model
         is_ddp = isinstance(model, DistributedDataParallel)
         if is_ddp and model.will_sync_module_buffers():
@@ -143,7 +134,7 @@ class Monitor(Callback):
             self._values(trainer, pl_module, earlier)
         if batch is None or not self._wants(trainer, batch_idx, dataloader_idx):
             return
-        with self.guarded(f"could not measure a batch of dataloader {dataloader_idx}"):
+        with self.failures.guarded(f"could not measure a batch of dataloader {dataloader_idx}"):
             with self.measuring(trainer, pl_module):
                 probe = self.probe(trainer, pl_module, batch)
                 if dataloader_idx not in self._classes_last:
@@ -151,7 +142,7 @@ class Monitor(Callback):
                 probe.classes_last = self._classes_last[dataloader_idx]
                 self.measure(trainer, pl_module, probe, batch_idx, dataloader_idx)
             self._has_measured = True
-            self._is_strict = self._is_strict and trainer.state.fn == TrainerFn.FITTING
+            self.failures.is_strict = self.failures.is_strict and trainer.state.fn == TrainerFn.FITTING
 
     def on_validation_batch_end(
         self,
@@ -180,7 +171,7 @@ class Monitor(Callback):
         """Require that the logged names are ours alone, after a sanity check too: Lightning would keep one value."""
         ours = {stage_prefix(self.prefix, trainer) + name for name in self.names}
         if taken := sorted(names_of_others(trainer) & ours - self._withdrawn):
-            with self.guarded("logs names that others log, too, and leaves them to those from now on"):
+            with self.failures.guarded("logs names that others log, too, and leaves them to those from now on"):
                 raise MisconfigurationException(
                     f"`prefix` should give `{type(self).__name__}` names of its own, but"
                     f" {', '.join(map(repr, taken))} is logged by the module or another callback, too. Choose another."
@@ -196,8 +187,9 @@ class Monitor(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so if nothing was measured."""
-        if not self._has_measured and not self._warned_of:  # else it was said why
-            self.warn("nothing", "has measured nothing in this fit: validation gave it no batch that it could measure.")
+        if not self._has_measured and not self.failures.warned_of:  # else it was said why
+            reason = "validation gave it no batch that it could measure."
+            self.failures.warn("nothing", f"has measured nothing in this fit: {reason}")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave no hook on the module."""
@@ -208,34 +200,6 @@ class Monitor(Callback):
         self._end_watch()
         self.end_validation()
         self._passes = None
-
-    def warn(self, kind: str, message: str, in_any_process: bool = False) -> None:
-        """Warn, once a kind; the message goes behind the name of the monitor."""
-        if kind not in self._warned_of:
-            self._warned_of.add(kind)
-            warn = warnings.warn if in_any_process else rank_zero_warn
-            warn(f"`{type(self).__name__}` ({self.prefix}*) {message}", stacklevel=2)
-
-    @contextmanager
-    def guarded(self, what: str) -> Iterator[None]:
-        """Before the first training step, an error inside says what is wrong; after it, it is a warning."""
-        try:
-            yield
-        except Exception as error:
-            is_told = isinstance(error, MisconfigurationException)
-            if self._is_strict and (is_told or is_oom_error(error)):
-                raise  # out of memory: Lightning's finder of batch sizes waits for it
-            reason = str(error) if is_told else f"{type(error).__name__}: {str(error).strip().rstrip('.')}."
-            if self._is_strict:
-                raise MisconfigurationException(
-                    f"`{type(self).__name__}` {what}: {reason} If `forward` takes something else than was chosen, say"
-                    " what with `inputs=`, such as `inputs=lambda batch: (batch,)` for the whole batch."
-                ) from error
-            self._has_failed = True
-            self.warn(what, f"{what}: {reason}", in_any_process=True)
-            if is_oom_error(error):
-                traceback.clear_frames(error.__traceback__)  # which hold what the pass had on the device
-                garbage_collection_cuda()
 
     @contextmanager
     def measuring(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
@@ -269,10 +233,9 @@ class Monitor(Callback):
         return wanted == count or batch_idx * wanted % count < wanted
 
     def _begin_run(self) -> None:
-        self._is_strict = True  # until the first training step
+        self.failures = Failures(type(self).__name__, self.prefix)
         self._has_measured = False
-        self._num_batches: list[int | float] = []  # of each loader
-        self._warned_of: set[str] = set()
+        self._num_batches = []
         self._withdrawn: set[str] = set()  # names that somebody else logs, too
         # Of each loader of which a first batch was seen: its size, and whether classes come last in its outputs.
         self._batch_sizes: dict[int, int] = {}
@@ -281,7 +244,7 @@ class Monitor(Callback):
     def _begin_validation(self) -> None:
         self._computed: dict[int, dict[str, Tensor]] = {}  # by loader
         self._logged: set[int] = set()
-        self._has_failed = False
+        self.failures.has_failed = False
         self.forget()
 
     def _look(self, pl_module: pl.LightningModule, probe: Probe, batch: Any, dataloader_idx: int) -> None:
@@ -290,7 +253,7 @@ class Monitor(Callback):
             outputs = probe.outputs()
         is_last, doubt = classes_are_last(pl_module, batch, probe, outputs, self.options)
         if doubt:
-            self.warn("positions", doubt)
+            self.failures.warn("positions", doubt)
         self.check_outputs(outputs.movedim(-1, 1) if is_last else outputs)
         self._batch_sizes[dataloader_idx], self._classes_last[dataloader_idx] = max(1, len(outputs)), is_last
         self._watch = StepWatch(pl_module, probe.first_tensors, submodules)
@@ -298,18 +261,20 @@ class Monitor(Callback):
     def _end_watch(self) -> None:
         if self._watch is not None:
             for index, difference in enumerate(self._watch.end()):
-                self.warn(f"step {index}", f"may measure something else than your step does. {difference}")
+                self.failures.warn(f"step {index}", f"may measure something else than your step does. {difference}")
             self._watch = None
 
     def _values(self, trainer: pl.Trainer, pl_module: pl.LightningModule, dataloader_idx: int) -> dict[str, Tensor]:
         if dataloader_idx not in self._computed:
             self._computed[dataloader_idx] = {}
-            with self.guarded(f"could not compute the values of dataloader {dataloader_idx}"):
+            with self.failures.guarded(f"could not compute the values of dataloader {dataloader_idx}"):
                 values, troubles = self.compute(pl_module, dataloader_idx)
                 self._computed[dataloader_idx] = {n: value for n, value in values.items() if bool(value.isfinite())}
                 for kind, trouble in {} if trainer.sanity_checking else troubles.items():
-                    if kind != "no value" or not self._has_failed:  # else it was said why
-                        self.warn(f"{kind} {dataloader_idx}", f"says of dataloader {dataloader_idx}: {trouble}")
+                    if kind != "no value" or not self.failures.has_failed:  # else it was said why
+                        self.failures.warn(
+                            f"{kind} {dataloader_idx}", f"says of dataloader {dataloader_idx}: {trouble}"
+                        )
         return self._computed[dataloader_idx]
 
     def _log(

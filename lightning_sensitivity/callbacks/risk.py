@@ -170,7 +170,7 @@ class RiskMonitor(Monitor):
         self._num_epochs += batch_idx == 0
         if self._samples is not None and not self._samples.is_complete and self._num_epochs < 2:
             self._keep(trainer, pl_module, batch)
-        self._is_strict = False
+        self.failures.is_strict = False
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so if nothing was measured, or if the minimum is of the kind that is the least reliable."""
@@ -178,7 +178,7 @@ class RiskMonitor(Monitor):
             super().on_train_end(trainer, pl_module)
         for dataloader_idx, (_, claim) in self._lowest.items():
             if claim < _EASY * self._chance:
-                self.warn(
+                self.failures.warn(
                     f"easy {dataloader_idx}",
                     f"found the lowest estimate of dataloader {dataloader_idx} where the model claims a risk of"
                     f" {claim:.2g}, a small part of chance's {self._chance:.2g}. On such easy tasks the minimum is the"
@@ -211,12 +211,12 @@ class RiskMonitor(Monitor):
         task = self._samples.task
         if self._training_sums is None:  # in a batch hook: only there averaged weights are in place
             own = partial(self.probe, trainer, pl_module)
-            self._training_sums = self._samples.sums(pl_module, pl_module.device, own, self.guarded)
+            self._training_sums = self._samples.sums(pl_module, pl_module.device, own, self.failures.guarded)
         self._samples.check_head(outputs)
         if self._learned is None:
             self._learned = learned_weights(pl_module, self._initial.weights)
             if new := self._initial.lacks(pl_module):
-                self.warn("new", f"counts {', '.join(new[:3])} as learned as a whole: {_NEW}")
+                self.failures.warn("new", f"counts {', '.join(new[:3])} as learned as a whole: {_NEW}")
         num_batches = self.num_wanted(trainer, dataloader_idx) * trainer.world_size
         num_twins = max(1, math.ceil(_MIN_TWINS / max(1, num_batches)))
         p = predictions(outputs, task)
@@ -271,7 +271,7 @@ class RiskMonitor(Monitor):
             problem = error
         if self._is_agreed:  # a later batch
             if problem is not None:
-                self.warn("batch", f"leaves a training batch out: {problem}")
+                self.failures.warn("batch", f"leaves a training batch out: {problem}")
             return
         self._is_agreed, task = True, self._samples.task
         problem = agree_on_task(trainer, pl_module.device, task, problem)
@@ -287,6 +287,6 @@ class RiskMonitor(Monitor):
 
     def _give_up(self, problem: str, cause: Exception | None = None) -> None:
         self._samples = None
-        if self._is_required and self._is_strict:
+        if self._is_required and self.failures.is_strict:
             raise MisconfigurationException(f"`RiskMonitor` {problem}") from cause
-        self.warn("no estimate", f"{problem} There will be no estimate.")
+        self.failures.warn("no estimate", f"{problem} There will be no estimate.")
