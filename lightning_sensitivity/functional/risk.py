@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_sensitivity.functional.sensitivity import wide_dtype
+from lightning_sensitivity.functional.sensitivity import piece_size, wide_dtype
 from lightning_sensitivity.functional.tasks import TASKS, check_logits, check_task, predictions, target_predictions
 
 # How many numbers the sums over holdout and training samples have; the last one counts samples that were left out.
@@ -63,8 +64,12 @@ def holdout_sums(p: Tensor, own: Tensor, twin: Tensor, task: str) -> Tensor:
     Returns:
         Shape ``(6,)``.
     """
-    variance = distances(own, twin, task)
-    return _sums(torch.ones_like(variance), claims(p, task), variance, claims(own, task), claims(twin, task))
+
+    def sums(p: Tensor, own: Tensor, twin: Tensor) -> Tensor:
+        claim, variance = claims(p, task), distances(own, twin, task)
+        return _sums(torch.ones_like(variance), claim, variance, claims(own, task), claims(twin, task))
+
+    return _in_pieces(sums, p, own, twin)
 
 
 def training_sums(outputs: Tensor, targets: Tensor, task: str) -> Tensor:
@@ -78,9 +83,13 @@ def training_sums(outputs: Tensor, targets: Tensor, task: str) -> Tensor:
     Returns:
         Shape ``(4,)``.
     """
-    p = predictions(outputs, task)
-    y, counts = target_predictions(outputs, targets, task)
-    return _sums(counts, distances(p, y, task) * counts, claims(p, task) * counts)
+
+    def sums(outputs: Tensor, targets: Tensor) -> Tensor:
+        p = predictions(outputs, task)
+        y, counts = target_predictions(outputs, targets, task)
+        return _sums(counts, distances(p, y, task) * counts, claims(p, task) * counts)
+
+    return _in_pieces(sums, outputs, targets.to(outputs.device))
 
 
 def risk_terms(holdout: Tensor, training: Tensor, strength: float | None = None) -> RiskEstimate:
@@ -178,6 +187,12 @@ def risk_estimate(
     if not training[0] > 0:
         raise ValueError("Expected `train_targets` to hold a label that counts, but all are -100.")
     return risk_terms(holdout_sums(p, p, predictions(twin_outputs, task), task), training, strength)
+
+
+def _in_pieces(sums: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """The sums over all samples, a few at a time: what is computed of large outputs stays small."""
+    pieces = zip(*(torch.split(each, piece_size(tensors[0])) for each in tensors), strict=True)
+    return torch.stack([sums(*piece) for piece in pieces]).sum(0)
 
 
 def _sums(counts: Tensor, *values: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torchmetrics.utilities import rank_zero_warn
 # Columns of a row: how many changes a sample gave (draws times positions); the sum and the sum of squares of the
 # class-averaged changes; the sum of the mean squared change of the single outputs.
 NUM_COLUMNS = 4
-_PIECE = 2**18  # elements that are widened at once, so that no copy of all outputs is made
+_PIECE = 2**18  # elements that are looked at at once, so that no wide copy of all outputs is made
 _SMALL_SHARE = 0.01  # of what independent outputs would give
 
 
@@ -56,8 +56,7 @@ def sensitivity_rows(clean: Tensor, noisy: Tensor | Iterable[Tensor], masked: bo
         ValueError: If shapes differ, an output is a scalar or has no class, or there is no draw.
     """
     _check_output(clean, "clean")
-    outputs, dtype = _columns(clean), wide_dtype(clean.device)
-    size = max(1, _PIECE * len(clean) // max(1, clean.numel()))
+    outputs, size, dtype = _columns(clean), piece_size(clean), wide_dtype(clean.device)
     rows: list[Tensor] = []  # one a draw
     for draw in (noisy,) if isinstance(noisy, Tensor) else noisy:
         _check_output(draw, "noisy")
@@ -118,15 +117,9 @@ def sensitivity_from_rows(rows: Tensor) -> SensitivityEstimate:
         residuals = values - mean * count
         return (residuals.square().sum() * total / (total - 1)).sqrt() / count.sum()
 
-    return SensitivityEstimate(
-        sensitivity,
-        stderr(deviations, sensitivity),
-        mean_square,
-        stderr(squares, mean_square),
-        kept[:, 2].sum() / squares.sum(),
-        total,
-        (~is_finite).sum(),
-    )
+    errors = stderr(deviations, sensitivity), stderr(squares, mean_square)
+    share = kept[:, 2].sum() / squares.sum()
+    return SensitivityEstimate(sensitivity, errors[0], mean_square, errors[1], share, total, (~is_finite).sum())
 
 
 def squared_deviations(rows: Tensor) -> Tensor:
@@ -273,6 +266,11 @@ def loss_estimate(
 def wide_dtype(device: torch.device) -> torch.dtype:
     """The widest floating type of a device: float64, or float32 on MPS, which has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def piece_size(outputs: Tensor) -> int:
+    """How many samples of outputs are looked at at once, so that what is computed of them stays small."""
+    return max(1, _PIECE * len(outputs) // max(1, outputs.numel()))
 
 
 def num_outputs(outputs: Tensor) -> int:

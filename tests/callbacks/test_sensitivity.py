@@ -207,10 +207,8 @@ def test_as_many_batches_as_the_budget_needs(
     num_samples: int, num_draws: int, batch_size: int, num_batches: int, world_size: int
 ) -> None:
     monitor = SensitivityMonitor(num_samples=num_samples, num_draws=num_draws)
-    monitor._batch_sizes[0] = batch_size
-    loop: Any = SimpleNamespace(
-        testing=True, num_test_batches=[num_batches], test_loop=None, sanity_checking=False, world_size=world_size
-    )
+    monitor._batch_sizes[0], monitor._num_batches = batch_size, [num_batches]
+    loop: Any = SimpleNamespace(world_size=world_size)
     chosen = [idx for idx in range(num_batches) if monitor._wants(loop, idx, 0)]
     needed = math.ceil(math.ceil(num_samples / world_size / num_draws) / batch_size)
     assert len(chosen) == min(num_batches, needed) == monitor.num_wanted(loop, 0)
