@@ -7,6 +7,7 @@ import math
 import pickle
 import random
 import re
+import runpy
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import cache
@@ -24,7 +25,6 @@ from torch.nn.functional import cross_entropy, pad
 from torch.nn.utils import parametrizations, parametrize
 
 from lightning_sensitivity import RiskMonitor
-from tests.faults.attack import attack
 from tests.faults.subject import TAG, Fault, Outcome, Subject, assert_alike, monitors, run
 from tests.helpers import run_processes
 
@@ -495,6 +495,7 @@ def test_one_of_two_processes_is_hit(tmp_path: Path) -> None:
 
 
 def test_a_slice_of_the_random_attack() -> None:
-    ends = attack(8)
+    script = Path(__file__).parents[2] / "examples" / "robustness" / "attack.py"
+    ends = runpy.run_path(str(script))["attack"](8)
     assert sum(ends.values()) >= 8
     assert ends["alike, and S that of a plain loop"] > 0

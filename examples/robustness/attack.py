@@ -1,4 +1,4 @@
-"""Random attack: `python tests/faults/attack.py [seconds]`; pairs of runs, with the monitors and without.
+"""Random attack: `python examples/robustness/attack.py [seconds]`; pairs of runs, with the monitors and without.
 
 Shapes, dtypes, nestings of batches, tasks, and what happens at a random hook are drawn by hypothesis. Both runs must
 have the same weights to the bit and the same end, unless an error comes before the first step; S must be that of a
@@ -13,6 +13,7 @@ import re
 import sys
 import time
 from collections import Counter, namedtuple
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from torch.utils.data import DataLoader
 
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 from lightning_sensitivity.perturbations import noise_generator
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the tests' own subjects and comparison
 from tests.faults.subject import Fault, Subject, assert_alike, run
 
 Pair = namedtuple("Pair", "x y")

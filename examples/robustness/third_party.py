@@ -1,4 +1,4 @@
-"""Modules that nobody here wrote, with both monitors in their Trainer: `python tests/faults/third_party.py [name ...]`.
+"""Modules that nobody here wrote, with both monitors: `python examples/robustness/third_party.py [name ...]`.
 
 One line a package: the logged S, that of a plain loop, and what the monitors said. Missing packages are skipped.
 """
