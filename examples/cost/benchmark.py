@@ -205,8 +205,12 @@ class Recorded(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.randn.generator:
-            self.steps.append(partial(torch.randn, args[0], device=DEVICE))
+            self.steps.append(partial(self.noise, args[0]))
         return func(*args, **(kwargs or {}))
+
+    def noise(self, shape: list[int]) -> Tensor:
+        noise = torch.randn(shape, device=DEVICE)
+        return torch.add(noise, noise, alpha=0.1, out=noise)
 
     @torch.no_grad()
     def __call__(self) -> None:

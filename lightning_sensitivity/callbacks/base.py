@@ -42,6 +42,7 @@ class Monitor(Callback):
     """
 
     perturbs_inputs = False
+    _num_batches: list[int | float]  # of each loader of the validation that runs
 
     def __init__(self, options: Options, prefix: str) -> None:
         check_argument("prefix", prefix, isinstance(prefix, str), "a str")
@@ -235,7 +236,6 @@ class Monitor(Callback):
     def _begin_run(self) -> None:
         self.failures = Failures(type(self).__name__, self.prefix)
         self._has_measured = False
-        self._num_batches = []
         self._withdrawn: set[str] = set()  # names that somebody else logs, too
         # Of each loader of which a first batch was seen: its size, and whether classes come last in its outputs.
         self._batch_sizes: dict[int, int] = {}

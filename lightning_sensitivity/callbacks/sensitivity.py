@@ -172,8 +172,11 @@ class SensitivityMonitor(Monitor):
         generator = partial(noise_generator, self.options.seed, trainer.global_rank, dataloader_idx, batch_idx)
         for name, metric in zip(self.options.sites, self._of_loader(pl_module, dataloader_idx), strict=True):
             module = None if name is None else _submodule(pl_module, name)
-            draws = map(partial(self._noisy_outputs, probe, module, metric, generator), range(self.options.num_draws))
-            metric.update(clean, draws)
+            noisy = partial(self._noisy_outputs, probe, module, metric, generator)
+            if self.options.num_draws > 1:
+                metric.update(clean, map(noisy, range(self.options.num_draws)))
+            else:  # what is compared at once needs no copy
+                noisy(0, then=partial(metric.add, clean))
             self._has_masked = metric.has_masked
 
     def compute(self, pl_module: pl.LightningModule, dataloader_idx: int) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -210,6 +213,7 @@ class SensitivityMonitor(Monitor):
         metric: _LoaderSensitivity,
         generator: Callable[..., torch.Generator],
         draw: int,
+        then: Callable[[Tensor], Tensor] = torch.clone,
     ) -> Tensor:
         source = cache(lambda device: generator(draw, device=device))  # one for all tensors of the draw
 
@@ -218,7 +222,7 @@ class SensitivityMonitor(Monitor):
                 metric.add_inputs(x, self.perturbation)
             return apply_perturbation(self.perturbation, x, source(x.device))
 
-        return probe.outputs(perturb) if module is None else probe.outputs_at(module, perturb)
+        return probe.outputs(perturb, then=then) if module is None else probe.outputs_at(module, perturb, then)
 
 
 class _LoaderSensitivity(OutputSensitivity):
@@ -236,6 +240,11 @@ class _LoaderSensitivity(OutputSensitivity):
     def update_called(self) -> bool:
         """True, since a process that got no batch must take part in the others' reduction, without a warning."""
         return True
+
+    def add(self, clean: Tensor, noisy: Tensor) -> Tensor:
+        """Update with one draw, and give it back."""
+        self.update(clean, noisy)
+        return noisy
 
     def add_inputs(self, x: Tensor, perturbation: AnyPerturbation) -> None:
         """Add the power of clean inputs; nothing where the noise has no second moment that Equation 9 could use."""

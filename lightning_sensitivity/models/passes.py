@@ -49,8 +49,7 @@ class Passes:
         """A batch, inside of which :meth:`run` may be called."""
         modules = list(self._model.modules())
         training = [module for module in modules if module.training]
-        is_first = self._written is None
-        if is_first:  # a strategy keeps the module where it is
+        if is_first := self._written is None:  # a strategy keeps the module where it is
             self._devices = {tensor.device for tensor in (*self._model.parameters(), *self._model.buffers())}
         written = self._written = self._written or set()
         self._dice = _Dice(self._devices)
@@ -59,7 +58,7 @@ class Passes:
                 module.training = False
             with torch.no_grad(), _silenced(self._model):
                 # A lazy module becomes another one in its first pass, and stays that.
-                lasting = [each for each in modules if not getattr(type(each), "cls_to_become", None)]
+                lasting = (each for each in modules if not getattr(type(each), "cls_to_become", None))
                 self._states = [_State(module, written, is_first) for module in lasting]
                 yield
         finally:
@@ -114,13 +113,17 @@ class Probe:
         self._num_samples = len(self.tensors[0]) if self.tensors and self.tensors[0].ndim else None
 
     def outputs(
-        self, perturb: Perturb | None = None, within: Callable[[], AbstractContextManager[None]] = nullcontext
+        self,
+        perturb: Perturb | None = None,
+        within: Callable[[], AbstractContextManager[None]] = nullcontext,
+        then: Callable[[Tensor], Tensor] = torch.clone,
     ) -> Tensor:
         """The outputs.
 
         Args:
             perturb: Gives what takes the place of an input; None for the batch as it is.
             within: Gives what the model runs in. What is changed in the module before a pass would be put back by it.
+            then: What is made of the outputs at once, since a later pass may write into them: a copy.
         """
 
         def run() -> Tensor:
@@ -128,16 +131,17 @@ class Probe:
             with within():
                 result = self._model(*args, **keywords)
             outputs = select_outputs(result, self._outputs, self._batch, self._num_samples)
-            return (outputs.movedim(-1, 1) if self.classes_last else outputs).clone()  # a later pass may write into it
+            return then(outputs.movedim(-1, 1) if self.classes_last else outputs)
 
         return self._passes.run(run)
 
-    def outputs_at(self, module: nn.Module, perturb: Perturb) -> Tensor:
+    def outputs_at(self, module: nn.Module, perturb: Perturb, then: Callable[[Tensor], Tensor] = torch.clone) -> Tensor:
         """The outputs where what a submodule returns is perturbed, each time that it runs.
 
         Args:
             module: The submodule.
             perturb: Gives what takes the place of its output.
+            then: What is made of the outputs at once.
 
         Raises:
             MisconfigurationException: If it did not run.
@@ -149,18 +153,16 @@ class Probe:
             has_run = True
             return perturbed_result(result, perturb)
 
-        handle = module.register_forward_hook(hook)
-        try:
-            with _uncompiled_code():
-                outputs = self.outputs()
-        finally:
-            handle.remove()
-        if not has_run:
-            raise MisconfigurationException(
-                "`at` should name a submodule that `forward` calls, got one that did not run. (Of some modules only the"
-                " weights are used, as of attention's `out_proj`; a compiled model needs torch 2.6 or newer.)"
-            )
-        return outputs
+        def made(outputs: Tensor) -> Tensor:
+            if not has_run:
+                raise MisconfigurationException(
+                    "`at` should name a submodule that `forward` calls, got one that did not run. (Of some modules only"
+                    " the weights are used, as of attention's `out_proj`; a compiled model needs torch 2.6 or newer.)"
+                )
+            return then(outputs)
+
+        with module.register_forward_hook(hook), _uncompiled_code():
+            return self.outputs(then=made)
 
 
 class _State:
