@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import socket
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sensitivity.perturbations import noise_generator
@@ -66,6 +68,19 @@ class Classifier(LightningModule):
         return torch.optim.Adam(self.parameters(), lr=1e-2)
 
 
+class Counting(LightningModule):
+    """For other modules, whose passes in eval mode it counts, by batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.passes = deque[int]()  # which our passes do not put back, as they do a list
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            self.passes.append(len(x))
+        return super().forward(x)
+
+
 class Linear(LightningModule):
     """A linear model: its sensitivity is known."""
 
@@ -105,6 +120,30 @@ def validated(callbacks: Any, model: LightningModule, loaders: Any, **kwargs: An
     run = trainer(callbacks=callbacks, **kwargs)
     run.validate(model, loaders, verbose=False)
     return {name: float(value) for name, value in run.callback_metrics.items()}
+
+
+class Watch(TorchDispatchMode):
+    """Calls ``seen(function, args, kwargs, result)`` for every operation of torch that is run inside."""
+
+    def __init__(self, seen: Callable[[Any, Any, Any, Any], object]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self.seen(function, args, kwargs or {}, result)
+        return result
+
+
+class Scheduled(LightningModule):
+    """Its schedule waits for a name; for other modules, too."""
+
+    waits_for = "val_risk_estimate"
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.05)
+        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": self.waits_for}}
 
 
 class History(Callback):

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,7 +26,9 @@ from tests.helpers import (
     NUM_CLASSES,
     NUM_FEATURES,
     Classifier,
+    Counting,
     History,
+    Scheduled,
     inputs,
     labelled,
     loader,
@@ -202,17 +203,17 @@ def test_every_loader_gets_its_own() -> None:
 @pytest.mark.skipif(not hasattr(callbacks, "WeightAveraging"), reason="needs lightning 2.6")
 def test_averaged_weights_are_what_is_scored() -> None:
     class Scores(Truth):
+        """Looks while they are in place."""
+
         def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-            if not trainer.sanity_checking:
-                self.terms = [self.estimate(copy.deepcopy(pl_module).eval())]
+            self.found = self.estimate(copy.deepcopy(pl_module).eval()) if self.batches else None
 
         def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-            if not trainer.sanity_checking:
-                self.logged.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+            super().on_validation_end(trainer, pl_module)
+            self.terms[-1:] = [self.found] * len(self.logged)
 
-    truth = Scores(4)
     averaging = callbacks.WeightAveraging(avg_fn=lambda average, weight, count: average + 0.1 * (weight - average))
-    fit(Plain(), RiskMonitor(), truth, loader(), averaging, max_epochs=1)
+    fit(Plain(), RiskMonitor(), truth := Scores(4), loader(), averaging, max_epochs=1)
     check(truth)
 
 
@@ -319,48 +320,31 @@ def test_resuming_without_the_weights_from_before_training(tmp_path: Path) -> No
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules")
-def test_lazy_weights_that_nobody_has_made_before_training() -> None:
+def test_lazy_weights_are_those_that_the_sanity_check_has_made() -> None:
     def lazy() -> Plain:
         model = Plain()
         model.net[0] = nn.LazyLinear(16, dtype=torch.float64)
         return model
 
-    with pytest.warns(UserWarning, match="got lazy ones.*There will be no estimate"):
-        fit(lazy(), RiskMonitor(), None, loader(), num_sanity_val_steps=0)
     with pytest.raises(MisconfigurationException, match="got lazy ones"):
         fit(lazy(), RiskMonitor(task="multiclass"), None, loader(), num_sanity_val_steps=0)
-    truth = Truth(4)
-    fit(lazy(), RiskMonitor(), truth, loader())
+    fit(lazy(), RiskMonitor(), truth := Truth(4), loader())
     check(truth)
 
 
 # What it costs
 
 
-def test_its_forward_passes_are_counted() -> None:
-    class Counting(Plain):
-        def __init__(self) -> None:
-            super().__init__()
-            self.eval_samples = deque[int]()
-
-        def forward(self, x: Tensor) -> Tensor:
-            if not self.training:
-                self.eval_samples.append(len(x))
-            return super().forward(x)
-
-    def passes(max_epochs: int, num_val_samples: int, num_samples: int | None = None) -> tuple[int, int]:
-        model = Counting()
-        monitor = RiskMonitor(num_training_samples=35, num_samples=num_samples)
-        run = trainer(callbacks=[monitor], max_epochs=max_epochs, num_sanity_val_steps=0)
-        run.fit(model, loader(100, 10), unlabelled_loader(num_val_samples, 25))
-        return len(model.eval_samples), sum(model.eval_samples)
-
-    look, kept, scored = (1, 25), (4, 40), (4, 40)
-    measured = (2 * (1 + 4), 50 * (1 + 4))  # two batches: four twins each
-    assert passes(1, 50) == tuple(map(sum, zip(look, kept, scored, measured, strict=True)))
-    assert passes(2, 50) == tuple(map(sum, zip(look, kept, scored, measured, scored, measured, strict=True)))
-    measured = (10 * 2, 250 * 2)  # ten batches, of twenty: one twin each
-    assert passes(1, 500, num_samples=250) == tuple(map(sum, zip(look, kept, scored, measured, strict=True)))
+@pytest.mark.parametrize(("max_epochs", "num_samples", "measured"), [(1, None, 10), (2, None, 10), (1, 250, 20)])
+def test_its_forward_passes_are_counted(max_epochs: int, num_samples: int | None, measured: int) -> None:
+    """Batches of 10 and 25; ``measured``: of two batches with four twins each, or of ten, of twenty, with one."""
+    model = type("Counted", (Counting, Plain), {})()
+    monitor = RiskMonitor(num_training_samples=35, num_samples=num_samples)
+    run = trainer(callbacks=[monitor], max_epochs=max_epochs, num_sanity_val_steps=0)
+    run.fit(model, loader(100, 10), unlabelled_loader(2 * (num_samples or 25), 25))
+    look, kept, scored = 1, 4, 4 * max_epochs
+    assert len(model.passes) == look + kept + scored + measured * max_epochs
+    assert sum(model.passes) == 25 + 40 + 40 * max_epochs + 25 * measured * max_epochs
 
 
 def test_the_device_holds_no_copy_of_the_weights_while_training() -> None:
@@ -374,25 +358,18 @@ def test_the_device_holds_no_copy_of_the_weights_while_training() -> None:
 
 def test_a_graph_that_training_holds_over_a_validation_stays_valid() -> None:
     class Accumulating(Plain):
-        automatic_optimization = False
-        held: Any = 0.0
+        automatic_optimization, held = False, 0.0
 
         def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
-            self.held = self.held + cross_entropy(self(batch[0]), batch[1])
+            self.held = self.held + super().training_step(batch, batch_idx)
             if batch_idx % 4 == 3:
                 self.manual_backward(self.held)
-                self.held = 0.0
                 self.optimizers().step()
 
     assert fit(Accumulating(), RiskMonitor(), None, loader(64), max_epochs=1, val_check_interval=2).global_step == 1
 
 
 # Labels and tasks
-
-
-class Never(Plain):
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        raise AssertionError("trained")
 
 
 class Unused(Plain):
@@ -405,39 +382,27 @@ class Unused(Plain):
 LABELS = torch.zeros(20).long()
 
 
+@pytest.mark.parametrize("follows", ["early stopping", "a scheduler", "nobody"])
 @pytest.mark.parametrize(
     ("options", "batch", "match"),
     [
         ({}, inputs(20), "one entry of the batch called 'label', .*got a tensor.*`targets=`.*`task=`"),
         ({}, (inputs(20), inputs(20)[:, :4]), "told what floating labels are"),
-        ({}, (inputs(20), inputs(20), LABELS), "one more element, the labels"),
-        ({"targets": 5}, (inputs(20), LABELS), "`targets=5` should name a part of the batch"),
-        ({"targets": lambda batch: batch["label"]}, (inputs(20), LABELS), "list indices must be"),
-        ({"task": "regression"}, (inputs(20), LABELS), "one label per output"),
-        ({}, (inputs(20), LABELS + 4), "labels from 0 to 3, .*got 4 to 4"),
         ({"outputs": lambda y: y.softmax(1)}, (inputs(20), LABELS), "probabilities"),
-        ({}, (inputs(20).reshape(20, 3, 4), LABELS), "mat1 and mat2"),
     ],
 )
-@pytest.mark.parametrize("follows", ["early stopping", "a scheduler", "nobody"])
 def test_labels_that_can_not_be_told(options: dict[str, Any], batch: Any, match: str, follows: str) -> None:
-    class Scheduled(Never):
-        def configure_optimizers(self) -> Any:
-            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
-            schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "val_risk_estimate"}}
-
     train = DataLoader(TensorDataset(*batch) if isinstance(batch, tuple) else batch, 10)
     if follows == "nobody":
-        if options.keys() & {"task", "targets"} or "mat1" in match:
-            return
         with pytest.warns(UserWarning, match=f"can't score the model on a training batch.*{match}.*no estimate"):
             run = fit(Unused(), RiskMonitor(**options), None, train, max_epochs=1)
         assert not TERMS & run.callback_metrics.keys()
-        return
-    stopping = [EarlyStopping(monitor="val_risk_estimate")] if follows == "early stopping" else []
-    with pytest.raises(MisconfigurationException, match=match):
-        fit(Scheduled() if not stopping else Never(), RiskMonitor(**options), None, train, *stopping)
+    else:
+        model = type("Waiting", (Scheduled, Unused), {})() if follows == "a scheduler" else Unused()
+        stopping = EarlyStopping("val_risk_estimate") if follows == "early stopping" else None
+        with pytest.raises(MisconfigurationException, match=match):
+            fit(model, RiskMonitor(**options), None, train, stopping)
+        assert model.trainer.global_step == 0
 
 
 @pytest.mark.parametrize("name", ["val_risk_score", "val_risk_estimates"])
@@ -470,14 +435,9 @@ def test_labels_are_found_or_told(find: Any) -> None:
 def test_later_batches_of_other_labels_are_left_out() -> None:
     x, y = labelled(48).tensors
     y[40] = 9
-
-    class Lenient(Plain):
-        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-            return cross_entropy(self(batch[0]), batch[1].clamp_max(3))
-
-    truth = Truth(2)
+    model, truth = Plain(loss=lambda y, t: cross_entropy(y, t.clamp_max(3))), Truth(2)
     with pytest.warns(UserWarning, match="leaves a training batch out.*labels from 0 to 3, .* got 0 to 9"):
-        fit(Lenient(), RiskMonitor(), truth, DataLoader(TensorDataset(x, y), 16), max_epochs=1)
+        fit(model, RiskMonitor(), truth, DataLoader(TensorDataset(x, y), 16), max_epochs=1)
     check(truth)
 
 
@@ -489,13 +449,11 @@ def test_labels_of_which_none_counts() -> None:
 
 
 def test_sigmoid_outputs_are_warned_of() -> None:
-    class Sigmoid(Plain):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x).sigmoid()
-
-    data = TensorDataset(inputs(48), inputs(48)[:, :1] > 0.5)
+    data, model = TensorDataset(inputs(48), inputs(48)[:, :1] > 0.5), Plain(1, as_float(nn.BCELoss()))
+    model.net.append(nn.Sigmoid())
+    model.forward = lambda x: model.net(x.double())
     with pytest.warns(UserWarning, match=r"All outputs lie in \[0, 1\].*use logits"):
-        fit(Sigmoid(1, as_float(nn.BCELoss())), RiskMonitor(), None, DataLoader(data, 16), max_epochs=6)
+        fit(model, RiskMonitor(), None, DataLoader(data, 16), max_epochs=6)
 
 
 class Graph:
@@ -508,14 +466,16 @@ class Graph:
         self.num_moves += 1
         return self
 
+    def __iter__(self) -> Iterator[Tensor]:
+        assert self.num_moves == 1  # by Lightning
+        return iter((self.x, self.y))
+
 
 def test_batches_that_are_objects_are_kept_as_they_were() -> None:
     class OfGraphs(Plain):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            x, y = (batch.x, batch.y) if isinstance(batch, Graph) else batch
-            assert not isinstance(batch, Graph) or batch.num_moves == 1  # by Lightning
-            x.mul_(0.5)
-            return cross_entropy(self(x), y)
+            x, y = batch
+            return cross_entropy(self(x.mul_(0.5)), y)
 
         def validation_step(self, batch: Any, batch_idx: int) -> None:
             pass
@@ -531,16 +491,11 @@ def test_batches_that_are_objects_are_kept_as_they_were() -> None:
 
 
 def test_a_training_batch_that_can_not_be_copied_is_no_sample() -> None:
-    def collate(items: Any) -> dict[str, Any]:
-        x, y = (torch.stack(parts) for parts in zip(*items, strict=True))
-        return {"x": x, "y": y, "names": SimpleNamespace(names=(name for name in "ab"))}
-
-    class Named(Plain):
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            return super().training_step([batch["x"], batch["y"]], batch_idx)
+    def collate(items: Any) -> list[Any]:
+        return [*(torch.stack(parts) for parts in zip(*items, strict=True)), (name for name in "ab")]
 
     with pytest.warns(UserWarning, match="can't score the model on a training batch.*There will be no estimate"):
-        fit(Named(), RiskMonitor(), None, loader(32, collate_fn=collate), max_epochs=1)
+        fit(Plain(), RiskMonitor(), None, loader(32, collate_fn=collate), max_epochs=1)
 
 
 # When it is logged
@@ -560,9 +515,9 @@ def test_without_training_it_is_not_logged_even_after_a_fit_that_failed() -> Non
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{"task": "classification"}, {"targets": 1.5}, {"num_training_samples": 0}, {"initial_weights": 3}, {"seed": None}],
+    ("name", "value"),
+    [("task", "classification"), ("targets", 1.5), ("num_training_samples", 0), ("initial_weights", 3), ("prefix", 3)],
 )
-def test_arguments_are_checked_at_once(options: dict[str, Any]) -> None:
-    with pytest.raises(MisconfigurationException, match=f"`{next(iter(options))}` should be .*, got"):
-        RiskMonitor(**options)
+def test_arguments_are_checked_at_once(name: str, value: Any) -> None:
+    with pytest.raises(MisconfigurationException, match=f"`{name}` should be .*, got"):
+        RiskMonitor(**{name: value})
