@@ -78,7 +78,7 @@ def twin(
         noise = torch.randn(shape, generator=generator, dtype=torch.float32, device=parameter.device)
         noise = noise.repeat_interleave(repeats, 0) if repeats > 1 else noise
         change = (strength * noise) * learned[name]
-        swaps.append((parameter, parameter.data, parameter.data + change.to(parameter.dtype)))
+        swaps.append((parameter, parameter.data, change.to(parameter.dtype).add_(parameter.data)))
     try:
         for parameter, _, perturbed in swaps:
             # A new tensor in the parameter's place, and not new values: a graph that training holds stays valid.

@@ -417,13 +417,13 @@ def memory(what: str, net: nn.Module, data: Batches) -> list[Row]:
 
 # %% All of them
 def comparisons(quick: bool) -> list[Callable[[], list[Row]]]:
-    digits, image = (100, 1, 28, 28), (8, 3, 32, 32)
+    digits, image = (100, 1, 28, 28), (8 if quick else 32, 3, 32, 32)
     many, some, few = (1, 1, 1) if quick else (40, 10, 4)
     deep = 2 if quick else 8
     thin = batches(5, digits), batches(10, digits)
     images = batches(deep, image), batches(deep, image)
-    head, pixels = partial(nn.Linear, 64, 8000), batches(4, (2 if quick else 8, 3, 128, 128), (128, 128), 21)
-    tokens = batches(4, (2 if quick else 8, 64, 64), (64,), 8000)
+    head, pixels = partial(nn.Linear, 64, 8000), batches(deep, (2 if quick else 8, 3, 128, 128), (128, 128), 21)
+    tokens = batches(deep, (2 if quick else 8, 64, 64), (64,), 8000)
     quarter = {"sensitivity": "≤ 1.12", "risk": "", "both": "≤ 1.25"}
     least = dict.fromkeys(MONITORS, "≤ 1.5")
     deep_least = dict.fromkeys(("sensitivity", "risk"), "≤ 1.05")
@@ -431,7 +431,7 @@ def comparisons(quick: bool) -> list[Callable[[], list[Row]]]:
         lambda: gains("MLP", mlp(), *thin, least, many),
         lambda: fits(1000 if quick else 5000, quarter, some),
         lambda: gains("ResNet-18", resnet(), *images, deep_least, few),
-        lambda: gains("ViT", vit(), *images, deep_least, some),
+        lambda: gains("ViT", vit(), *images, deep_least, few),
         lambda: epochs("language model's head", head(), tokens, {"sensitivity": "≤ 3", "both": ""}, some),
         lambda: epochs("segmentation", segmenter(), pixels, {"sensitivity": "≤ 3.5", "both": "≤ 5"}, some),
         lambda: buffers(many),
@@ -439,7 +439,6 @@ def comparisons(quick: bool) -> list[Callable[[], list[Row]]]:
         lambda: growth([2500, 5000] if quick else [2500, 10_000, 40_000], some),
         lambda: memory("language model's head", head(), tokens[:1]),
         lambda: memory("segmentation", segmenter(), pixels[:1]),
-        lambda: memory("ResNet-18", resnet(), images[0][:1]),
     ]
 
 
