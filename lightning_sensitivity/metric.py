@@ -12,19 +12,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat, rank_zero_warn
 from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
 
-from lightning_sensitivity.functional.sensitivity import (
-    NUM_COLUMNS,
-    SensitivityEstimate,
-    doubts,
-    has_masked,
-    num_outputs,
-    sensitivity_from_rows,
-    sensitivity_rows,
-    squared_deviations,
-    wide_dtype,
-)
-
-__all__ = ["OutputSensitivity"]
+from lightning_sensitivity.functional import sensitivity as F
 
 _SAME_K = (
     "Expected the same number of outputs K (dimension 1 of `clean` and `noisy`) in every batch, but got {} and {}. If"
@@ -100,6 +88,8 @@ class OutputSensitivity(Metric):
     rows: list[Tensor]
     num_outputs: Tensor
     fewest_outputs: Tensor
+    _all_rows: Tensor  # over all processes, as of the last `compute`
+    _estimate: F.SensitivityEstimate  # from those
 
     def __init__(self, per_output: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -107,8 +97,6 @@ class OutputSensitivity(Metric):
             raise ValueError(f"Expected argument `per_output` to be a bool, but got {per_output!r}.")
         self.per_output = per_output
         self.has_masked: bool | None = None  # told by the first batch, so that later ones need not wait for the device
-        self._estimate: SensitivityEstimate | None = None
-        self._all_rows: Tensor | None = None  # over all processes, as of the last `compute`
         self.add_state("rows", default=[], dist_reduce_fx="cat")
         self.add_state("num_outputs", default=torch.tensor(0), dist_reduce_fx="max")
         self.add_state("fewest_outputs", default=torch.tensor(sys.maxsize), dist_reduce_fx="min")
@@ -119,13 +107,13 @@ class OutputSensitivity(Metric):
         super().reset()
         self._num_outputs_seen: int | None = None
         # A process without samples has rows to gather, too, of the type that the others have.
-        self.rows.append(torch.zeros(0, NUM_COLUMNS, dtype=wide_dtype(self.device), device=self.device))
+        self.rows.append(torch.zeros(0, F.NUM_COLUMNS, dtype=F.wide_dtype(self.device), device=self.device))
 
     def update(self, clean: Tensor, noisy: Tensor | Iterable[Tensor]) -> None:
         """Add the outputs of one batch of samples, for clean and for perturbed inputs."""
         if self.has_masked is None and isinstance(clean, Tensor) and clean.numel():
-            self.has_masked = has_masked(clean)
-        rows, count = sensitivity_rows(clean, noisy, bool(self.has_masked)), num_outputs(clean)
+            self.has_masked = F.has_masked(clean)
+        rows, count = F.sensitivity_rows(clean, noisy, bool(self.has_masked)), F.num_outputs(clean)
         if self._num_outputs_seen is None:
             self._num_outputs_seen = count
             self.num_outputs = self.fewest_outputs = torch.full_like(self.num_outputs, count)
@@ -139,18 +127,17 @@ class OutputSensitivity(Metric):
         if fewest < most:  # of other processes, or merged
             raise ValueError(_SAME_K.format(fewest, most))
         self._all_rows = dim_zero_cat(self.rows)
-        self._estimate = sensitivity_from_rows(self._all_rows)
-        for kind, doubt in doubts(self._estimate, most, self.per_output).items():
+        self._estimate = F.sensitivity_from_rows(self._all_rows)
+        for kind, doubt in F.doubts(self._estimate, most, self.per_output).items():
             self._report(kind, doubt)
         if self.has_masked:
             self._report("masked", "Outputs that are -inf in both passes have not changed, and don't count.")
         return self._estimate.mean_square if self.per_output else self._estimate.sensitivity
 
     @property
-    def estimate(self) -> SensitivityEstimate:
+    def estimate(self) -> F.SensitivityEstimate:
         """All that the rows say, over all processes: error bars, the share of the class mean, how many samples."""
         self.compute()  # cached, and leaves the estimate behind
-        assert self._estimate is not None
         return self._estimate
 
     @property
@@ -171,8 +158,7 @@ class OutputSensitivity(Metric):
         value where all samples have as many positions.)
         """
         self.compute()
-        assert self._all_rows is not None
-        sums = self._all_rows[:, 3] if self.per_output else squared_deviations(self._all_rows)
+        sums = self._all_rows[:, 3] if self.per_output else F.squared_deviations(self._all_rows)
         return sums / self._all_rows[:, 0]
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
@@ -184,7 +170,7 @@ class OutputSensitivity(Metric):
         """Move the rows with the metric, but don't round them where the model around it becomes a 16-bit one."""
         rows, self.rows = self.rows, []
         super()._apply(*args, **kwargs)
-        self.rows = [each.to(self.device, wide_dtype(self.device)) for each in rows]
+        self.rows = [each.to(self.device, F.wide_dtype(self.device)) for each in rows]
         return self
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: _AX_TYPE | None = None) -> _PLOT_OUT_TYPE:

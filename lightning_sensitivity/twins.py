@@ -11,8 +11,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
-__all__ = ["batch_statistics", "initial_weights", "learned_weights", "normalizes_by_batch", "twin"]
-
 
 def initial_weights(model: nn.Module) -> dict[str, Tensor]:
     """Copies of the parameters on the CPU, by name.

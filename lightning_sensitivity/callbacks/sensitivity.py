@@ -17,10 +17,10 @@ from lightning_sensitivity.callbacks.base import Monitor
 from lightning_sensitivity.callbacks.logged import Charts, waiting_for
 from lightning_sensitivity.functional import loss_estimate
 from lightning_sensitivity.functional.sensitivity import wide_dtype
+from lightning_sensitivity.functional.tasks import are_log_probabilities, are_probabilities
 from lightning_sensitivity.metric import OutputSensitivity
 from lightning_sensitivity.models import Inputs, Options, Probe, Selector
 from lightning_sensitivity.models.options import DEFAULT_NOISE_STD
-from lightning_sensitivity.models.outputs import are_log_probabilities, are_probabilities
 from lightning_sensitivity.perturbations.noise import AnyPerturbation, apply_perturbation, noise_generator, power
 
 _SENSITIVITY, _LOSS_ESTIMATE = "sensitivity", "loss_estimate"

@@ -12,16 +12,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from torchmetrics.utilities import rank_zero_warn
 
+from lightning_sensitivity.functional import sensitivity as F
 from lightning_sensitivity.functional.risk import distances
-from lightning_sensitivity.functional.sensitivity import (
-    doubts,
-    has_masked,
-    loss_estimate,
-    sensitivity_from_rows,
-    sensitivity_rows,
-    squared_deviations,
-    wide_dtype,
-)
 from lightning_sensitivity.functional.tasks import predictions, target_predictions
 
 Samples = dict[str, Tensor]  # for each name one number a sample, or a row of them
@@ -110,10 +102,10 @@ def score_samples(
     """
     outputs = _by_position(clean)
     p = predictions(outputs, task)
-    masked, decides = has_masked(clean), task in ("binary", "multilabel") or (task == "multiclass" and p.shape[1] > 1)
+    masked, decides = F.has_masked(clean), task in ("binary", "multilabel") or (task == "multiclass" and p.shape[1] > 1)
     by_draw = []
     for draw in noisy:
-        found = {"rows": sensitivity_rows(clean, draw, masked)}
+        found = {"rows": F.sensitivity_rows(clean, draw, masked)}
         other = predictions(_by_position(draw), task)
         found["distance"] = distances(p, other, task).mean(1)
         if decides:
@@ -159,10 +151,10 @@ def check_samples(name: str, scored: Scored, others: Mapping[str, Scored]) -> No
     seen = scored.samples.get("fingerprint", torch.zeros(0))
     if len(seen) < 2:
         raise ValueError(f"Expected `dataloader` to give two samples or more, but got {len(seen)}.")
-    estimate = sensitivity_from_rows(scored.samples["rows"])
+    estimate = F.sensitivity_from_rows(scored.samples["rows"])
     if estimate.num_non_finite:
         raise ValueError(f"Expected finite outputs, but {int(estimate.num_non_finite)} samples gave nan or inf.")
-    for doubt in doubts(estimate, int(scored.samples["num_outputs"][0])).values():
+    for doubt in F.doubts(estimate, int(scored.samples["num_outputs"][0])).values():
         rank_zero_warn(f"Model {name!r}: {doubt}")
     for first, other in list(others.items())[:1]:
         expected = other.samples["fingerprint"]
@@ -192,7 +184,7 @@ def score_models(
     models = {name: ModelScores(name, note=note) for name, note in notes.items()}
     for name, (samples, num_parameters, seconds) in scored.items():
         means = {score: float(values.mean()) for score, values in by_sample[name].items()}
-        means["sensitivity_stderr"] = float(sensitivity_from_rows(samples["rows"]).stderr)
+        means["sensitivity_stderr"] = float(F.sensitivity_from_rows(samples["rows"]).stderr)
         models[name] = ModelScores(name, note=notes[name], num_parameters=num_parameters, seconds=seconds, **means)
     return list(models.values()), by_sample
 
@@ -246,11 +238,11 @@ def _by_sample(samples: Samples, task: str) -> Samples:
     rows, power, num_outputs = samples["rows"], samples["power"].mean(), int(samples["num_outputs"][0])
     names = ("entropy", "confidence", "flips", "shift_loss", "shift_error")
     scores = {name: samples[name] for name in names if name in samples}
-    scores["sensitivity"] = _ratio(squared_deviations(rows), rows[:, 0])
+    scores["sensitivity"] = _ratio(F.squared_deviations(rows), rows[:, 0])
     scores["variance"] = samples["distance"] * power
     if task == "multiclass" and num_outputs > 1:
         sensitivity = scores["sensitivity"].mean()
-        estimate = loss_estimate(sensitivity, power, 1.0, num_outputs)  # the power is in units of the noise already
+        estimate = F.loss_estimate(sensitivity, power, 1.0, num_outputs)  # the power is in units of the noise already
         # Half the relative spread of S, to first order.
         scores["loss_estimate"] = estimate * (1 + (scores["sensitivity"] / sensitivity).nan_to_num(1.0)) / 2
     scores |= {name: _ratio(samples[name], samples["num_labels"]) for name in ("loss", "error") if name in samples}
@@ -285,7 +277,7 @@ def _means(scores: list[Samples]) -> Samples:
 def _by_position(outputs: Tensor) -> Tensor:
     """Outputs ``(N, K, ...)`` or ``(N,)`` as ``(N, K, positions)``, in the widest type."""
     outputs = outputs[:, None] if outputs.ndim < 2 else outputs
-    return outputs.to(wide_dtype(outputs.device))[..., None].flatten(2)
+    return outputs.to(F.wide_dtype(outputs.device))[..., None].flatten(2)
 
 
 def _in_classes(p: Tensor, task: str) -> Tensor:

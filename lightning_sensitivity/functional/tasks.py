@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
@@ -10,6 +12,7 @@ from lightning_sensitivity.functional.sensitivity import num_outputs as _num_out
 from lightning_sensitivity.functional.sensitivity import wide_dtype
 
 TASKS = ("multiclass", "binary", "multilabel", "regression")
+_ROUNDING = 1e-2  # of sums of probabilities in 16 bits, which autocast may have widened since
 _MANY = 32  # of classes and of labels, from which on unused classes raise doubt
 IGNORED = -100  # the `ignore_index` of torch's cross-entropy
 
@@ -115,10 +118,31 @@ def check_logits(outputs: Tensor, task: str) -> None:
     Raises:
         ValueError: If they are 0 or more and sum to 1 over the classes.
     """
-    if task == "multiclass" and bool((outputs >= 0).all()):
-        sums = outputs.to(wide_dtype(outputs.device)).sum(1)
-        if bool(((sums - 1).abs() < 1e-2).all()):
-            raise ValueError("Expected outputs before the softmax (logits), got probabilities.")
+    if task == "multiclass" and are_probabilities(outputs):
+        raise ValueError("Expected outputs before the softmax (logits), got probabilities.")
+
+
+def are_probabilities(outputs: Tensor) -> bool:
+    """Whether outputs are those of a softmax, within rounding; waits for the device.
+
+    Args:
+        outputs: Outputs, ``(N, K, ...)`` or ``(N,)``.
+    """
+    if _num_outputs(outputs) < 2 or not outputs.numel() or bool((outputs < 0).any()):
+        return False
+    return bool((outputs.to(wide_dtype(outputs.device)).sum(1) - 1).abs().max() < _ROUNDING)
+
+
+def are_log_probabilities(outputs: Tensor) -> bool:
+    """Whether outputs are those of a log-softmax, within rounding; waits for the device.
+
+    Args:
+        outputs: Outputs, ``(N, K, ...)`` or ``(N,)``.
+    """
+    if _num_outputs(outputs) < 2 or not outputs.numel() or bool((outputs > 0).any()):
+        return False
+    largest = outputs.to(wide_dtype(outputs.device)).logsumexp(1).abs().max()
+    return bool(largest < _ROUNDING * (1 + math.log(outputs.shape[1])))
 
 
 def predictions(outputs: Tensor, task: str) -> Tensor:

@@ -120,22 +120,19 @@ def _by_name(model: nn.Module, batch: Any, named: Mapping[Any, Any], keys: list[
     if {p.kind for p in parameters} == {inspect.Parameter.VAR_KEYWORD}:
         by_keyword = [key for key in named if isinstance(key, str)]
     names = [key for key in named if key in by_keyword]
-    if not keys and perturbs_inputs:
-        keys = [key for key, value in named.items() if isinstance(value, Tensor) and value.is_floating_point()]
+    if not keys:
+        keys = [key for key, value in named.items() if isinstance(value, Tensor)]
+        keys = [key for key in keys if named[key].is_floating_point() or not perturbs_inputs]
         keys = [key for key in keys if key not in TARGET_NAMES] or [key for key in keys if key in names]
         if len(keys) != 1 and not names:
             return Call({0: batch}, {0: tuple(keys) or None})
-        if len(keys) > 1:
+        if names and (len(keys) > 1 or not perturbs_inputs):
             keys = [key for key in keys if key in names]
-        if len(keys) != 1:
+        if len(keys) != 1 and perturbs_inputs:
             found = f"several: {', '.join(map(repr, keys))}" if keys else f"none in {describe(batch)}"
             raise MisconfigurationException(
                 f"The batch should hold exactly one floating tensor to perturb, got {found}. {_CHOOSE}"
             )
-    elif not keys and not names:
-        keys = [key for key, value in named.items() if isinstance(value, Tensor) and key not in TARGET_NAMES]
-        if len(keys) != 1:
-            return Call({0: batch}, {})
     unnamed = [key for key in keys if key not in names]
     taken = [p.name for p in parameters][: len(unnamed)]
     arguments: dict[Place, Any] = {place: named[key] for place, key in enumerate(unnamed)}
@@ -221,8 +218,7 @@ def num_required(parameters: Iterable[inspect.Parameter]) -> int:
 
 def uncompiled(model: nn.Module) -> nn.Module:
     """What ``torch.compile`` has wrapped, whose signature and hooks are not those of the wrapper."""
-    inner = getattr(model, "_orig_mod", model)
-    assert isinstance(inner, nn.Module)
+    inner: nn.Module = getattr(model, "_orig_mod", model)
     return inner
 
 

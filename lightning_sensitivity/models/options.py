@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -50,10 +51,11 @@ class Options:
         """Check them."""
         self.chosen_perturbation()
         check_int("num_draws", self.num_draws, minimum=1)
-        check_int("num_samples", 1 if self.num_samples is None else self.num_samples, minimum=1)
+        if self.num_samples is not None:
+            check_int("num_samples", self.num_samples, minimum=1)
         check_int("seed", self.seed)
-        at_is_valid = self.at is None or _are_keys(self.at, str)
-        check_argument("at", self.at, at_is_valid, "a submodule's name, a list of them or None")
+        is_valid = self.at is None or _are_keys(self.at, str)
+        check_argument("at", self.at, is_valid, "a submodule's name, a list of them or None")
         for name, value in (("inputs", self.inputs), ("outputs", self.outputs), ("targets", self.targets)):
             may_be_list = name == "inputs"
             is_valid = _are_keys(value) and (may_be_list or not isinstance(value, list | tuple))
@@ -104,7 +106,7 @@ def check_argument(name: str, value: object, valid: bool, expected: str) -> None
         raise MisconfigurationException(f"`{name}` should be {expected}, got {value!r}.")
 
 
-def check_int(name: str, value: object, minimum: int | None = None) -> None:
+def check_int(name: str, value: object, minimum: float = -math.inf) -> None:
     """Require an int, which a bool is not.
 
     Args:
@@ -115,9 +117,8 @@ def check_int(name: str, value: object, minimum: int | None = None) -> None:
     Raises:
         MisconfigurationException: If it is something else.
     """
-    is_int = isinstance(value, Integral) and not isinstance(value, bool)
-    valid = is_int and (minimum is None or value >= minimum)  # type: ignore[operator]
-    check_argument(name, value, valid, "an int" + ("" if minimum is None else f" of {minimum} or more"))
+    valid = isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= minimum
+    check_argument(name, value, valid, "an int" + f" of {minimum} or more" * math.isfinite(minimum))
 
 
 def _are_keys(value: object, kinds: Any = (str, Integral)) -> bool:

@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_sensitivity.functional.sensitivity import wide_dtype
-from lightning_sensitivity.models.call import (
-    TARGET_NAMES,
-    Perturb,
-    Selector,
-    describe,
-    entries,
-    forward_parameters,
-    is_perturbable,
-    is_sequence,
-    num_required,
-    part,
-    with_entry,
-)
+from lightning_sensitivity.models import call
+from lightning_sensitivity.models.call import Perturb, Selector, describe
 
 
 def select_outputs(result: Any, outputs: Selector = None, batch: Any = None, num_samples: int | None = None) -> Tensor:
@@ -81,19 +67,19 @@ def select_targets(model: nn.Module, batch: Any, targets: Selector = None) -> Te
     if callable(targets):
         selected = targets(batch)
     elif targets is not None:
-        selected = part(batch, targets, "targets")
-    elif is_sequence(batch):
-        if len(batch) != max(1, num_required(forward_parameters(model))) + 1:
+        selected = call.part(batch, targets, "targets")
+    elif call.is_sequence(batch):
+        if len(batch) != max(1, call.num_required(call.forward_parameters(model))) + 1:
             raise MisconfigurationException(
                 f"Expected a batch of the model's inputs and one more element, the labels, got {describe(batch)}."
             )
         selected = batch[-1]
     else:
-        named = entries(batch)
-        values = [getattr(batch, n, None) if named is None else named.get(n) for n in TARGET_NAMES]
+        named = call.entries(batch)
+        values = [getattr(batch, n, None) if named is None else named.get(n) for n in call.TARGET_NAMES]
         found = [value for value in values if isinstance(value, Tensor)]
         if isinstance(batch, Tensor) or len(found) != 1:
-            names = ", ".join(map(repr, TARGET_NAMES))
+            names = ", ".join(map(repr, call.TARGET_NAMES))
             raise MisconfigurationException(f"Expected one entry of the batch called {names}, got {describe(batch)}.")
         selected = found[0]
     if not isinstance(selected, Tensor):
@@ -111,48 +97,16 @@ def perturbed_result(result: Any, perturb: Perturb) -> Any:
     Raises:
         MisconfigurationException: If there is none.
     """
-    if isinstance(result, Tensor) and is_perturbable(result):
+    if isinstance(result, Tensor) and call.is_perturbable(result):
         return perturb(result)
-    named = entries(result)
-    items = list(named.items()) if named is not None else list(enumerate(result)) if is_sequence(result) else []
-    keys = [key for key, value in items if isinstance(value, Tensor) and is_perturbable(value)]
+    named = call.entries(result)
+    items = list(named.items()) if named is not None else list(enumerate(result)) if call.is_sequence(result) else []
+    keys = [key for key, value in items if isinstance(value, Tensor) and call.is_perturbable(value)]
     if not keys:
         raise MisconfigurationException(
             f"What the submodule (`at=`) returns should hold a dense floating tensor, got {describe(result)}."
         )
-    return with_entry(result, keys[0], perturb)
-
-
-def are_probabilities(outputs: Tensor) -> bool:
-    """Whether outputs are those of a softmax, within rounding; waits for the device.
-
-    Args:
-        outputs: Outputs, ``(N, K, ...)`` or ``(N,)``.
-    """
-    if outputs.ndim < 2 or outputs.shape[1] < 2 or not outputs.numel() or bool((outputs < 0).any()):
-        return False
-    sums = outputs.to(wide_dtype(outputs.device)).sum(1)
-    return bool((sums - 1).abs().max() <= _tolerance(outputs))
-
-
-def are_log_probabilities(outputs: Tensor) -> bool:
-    """Whether outputs are those of a log-softmax, within rounding; waits for the device.
-
-    Args:
-        outputs: Outputs, ``(N, K, ...)`` or ``(N,)``.
-    """
-    if outputs.ndim < 2 or outputs.shape[1] < 2 or not outputs.numel() or bool((outputs > 0).any()):
-        return False
-    return bool(outputs.to(wide_dtype(outputs.device)).logsumexp(1).abs().max() <= _tolerance(outputs))
-
-
-def _tolerance(outputs: Tensor) -> float:
-    # Under autocast outputs may have been widened after they were rounded to 16 bits.
-    device = outputs.device.type
-    is_cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    coarsest = torch.get_autocast_dtype(device) if is_cast else torch.float32
-    epsilon = max(torch.finfo(dtype).eps for dtype in (outputs.dtype, coarsest, torch.float32))
-    return 4 * epsilon * (1 + math.log(outputs.shape[1]))
+    return call.with_entry(result, keys[0], perturb)
 
 
 def _part_of_result(result: Any, outputs: int | str | None) -> Any:
@@ -171,6 +125,6 @@ def _part_of_result(result: Any, outputs: int | str | None) -> Any:
 
 def _wants_batch(outputs: Callable[..., Any]) -> bool:
     try:
-        return num_required(inspect.signature(outputs).parameters.values()) == 2
+        return call.num_required(inspect.signature(outputs).parameters.values()) == 2
     except ValueError:  # built in, an `itemgetter`, say
         return False

@@ -13,8 +13,6 @@ from torch.nn.functional import grid_sample, pad
 
 from lightning_sensitivity.perturbations.noise import Perturbation, check_number
 
-__all__ = ["GaussianBlur", "Rotation", "Translation", "shifted"]
-
 
 class _ImagePerturbation(Perturbation):
     """Checks the shape, and works in single precision or better, also under autocast."""

@@ -12,16 +12,6 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-__all__ = [
-    "GaussianNoise",
-    "Interpolation",
-    "Perturbation",
-    "RademacherNoise",
-    "SaltAndPepper",
-    "UniformNoise",
-    "noise_generator",
-]
-
 
 class Perturbation(ABC):
     """What is done to an input. The attributes of an instance are its arguments, as its ``repr`` shows them."""
@@ -289,9 +279,8 @@ def power(perturbation: AnyPerturbation, x: Tensor) -> Tensor | None:
     if moment is None:
         return None
     scaled = x.detach() / moment.sqrt() if isinstance(moment, Tensor) else x.detach()
-    dtype = torch.promote_types(scaled.dtype, torch.float32)
-    norms = torch.linalg.vector_norm(scaled.flatten(1) if x.ndim > 1 else scaled, dim=-1, dtype=dtype)
-    squares: Tensor = norms.to(torch.float32 if x.device.type == "mps" else torch.float64).square().sum()
+    wide = torch.float32 if x.device.type == "mps" else torch.float64
+    squares: Tensor = torch.linalg.vector_norm(scaled, dtype=wide).square()
     return squares if isinstance(moment, Tensor) else squares / moment
 
 

@@ -8,8 +8,9 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
+from lightning_sensitivity.functional.tasks import are_log_probabilities, are_probabilities
 from lightning_sensitivity.models import select_outputs, select_targets
-from lightning_sensitivity.models.outputs import are_log_probabilities, are_probabilities, perturbed_result
+from lightning_sensitivity.models.outputs import perturbed_result
 
 X, LABELS = torch.zeros(3, 2), torch.tensor([0, 1, 2])
 Pair = namedtuple("Pair", ["x", "y"])
