@@ -42,7 +42,7 @@ RUNS = {
     "learning": Run("learning", "cifar10", "conv", 2000, 0.0, 15, lr=3e-4),
     "memorizing": Run("memorizing wrong labels", "cifar10", "conv", 2000, 0.4, 30),
     "easy": Run("an easy, clean task", "mnist", "mlp", 1000, 0.0, 30),
-    "batch_norm": Run("batch norm, residual, augmentation", "cifar10", "residual", 2000, 0.0, 30, 0.1, True),
+    "batch_norm": Run("batch norm, residual, augmentation", "cifar10", "residual", 2000, 0.0, 25, 0.1, True),
     "dont_stop": Run("don't stop", "mnist", "dropout", 1000, 0.0, 30, lr=3e-4),
 }
 TERMS = {"claim": "risk_claim", "overconfidence": "risk_overconfidence", "variance": "risk_variance"}
@@ -66,8 +66,9 @@ def network(kind: str, shape: torch.Size) -> nn.Sequential:
         body += [nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten()]
         return nn.Sequential(*body, nn.Linear(64 * (shape[1] // 4) ** 2, 128), nn.ReLU(), nn.Linear(128, 10))
     if kind == "residual":
-        blocks = [Residual(channels, 16), nn.AvgPool2d(2), Residual(16, 32), nn.AvgPool2d(2), Residual(32, 64)]
-        return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+        stem = nn.Conv2d(channels, 16, 3, stride=2, padding=1)
+        blocks = [Residual(16, 16), nn.AvgPool2d(2), Residual(16, 32), nn.AvgPool2d(2), Residual(32, 64)]
+        return nn.Sequential(stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
     drop = nn.Dropout(0.5 if kind == "dropout" else 0.0)
     body = [nn.Flatten(), nn.Linear(size, 256), nn.ReLU(), drop, nn.Linear(256, 256), nn.ReLU(), drop]
     return nn.Sequential(*body, nn.Linear(256, 10))
@@ -139,7 +140,7 @@ def train(run: Run, args: argparse.Namespace) -> dict[str, list[float]]:
 
 
 def draw(run: Run, curves: dict[str, list[float]], path: Path) -> None:
-    figure, axes = plt.subplots(1, 3, figsize=(9, 2.7), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(9, 3.2), layout="constrained")
     axes[0].plot(curves["true_loss"], "C0", label="true loss, unseen")
     axes[0].plot(curves["train_loss"], "C7", label="training loss")
     axes[1].plot(curves["risk_estimate"], "C1", label="estimate")
@@ -153,9 +154,9 @@ def draw(run: Run, curves: dict[str, list[float]], path: Path) -> None:
         axis.set(xlabel="epoch", title=title)
     for axis in axes[:2]:
         axis.axvline(np.argmin(curves["true_loss"]), color="C0", linestyle=":", linewidth=1)
-        axis.legend(fontsize="x-small")
+        axis.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=3, frameon=False)
     figure.suptitle(run.title)
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
