@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -148,3 +152,18 @@ def test_no_wide_copy_of_all_outputs(monitor: Callable[[], Monitor]) -> None:
     num_outputs, written = 2**14, Written()
     fit(Counted(num_outputs), [monitor()], lambda: written, num_batches=8, batch_size=64)
     assert 0 < written.wide <= 64 * num_outputs // 4
+
+
+def test_the_benchmark_compares_and_judges(tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "examples/cost/benchmark.py"
+    command = [sys.executable, script, "--quick", "--only", "0", "--out", tmp_path / "rows.csv"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr
+    with (tmp_path / "rows.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["case"] for row in rows] == ["sensitivity", "risk", "both"]
+    for row in rows:
+        ratio = float(row["median"])
+        assert ratio == pytest.approx(float(row["seconds"]) / float(row["beside"]), rel=0.02)
+        assert row["met"] == ("yes" if ratio <= 1.5 else "no")
+        assert f"| MLP | {row['case']} |" in result.stdout

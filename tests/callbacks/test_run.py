@@ -6,7 +6,6 @@ import copy
 import operator
 from collections import deque
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -61,8 +60,7 @@ class Snapshot(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         self.taken = self.of(pl_module)
 
-    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        self.taken = self.of(pl_module)
+    on_validation_batch_start = on_train_batch_start
 
 
 # In this order: a training batch is kept; with the first validation batch clean and noisy, at a layer, clean for the
@@ -115,19 +113,13 @@ def test_a_name_that_somebody_else_logs_is_theirs(name: str, where: str, num_san
     monitor = RiskMonitor if "risk" in name else SensitivityMonitor
     run = trainer(callbacks=[monitor()], num_sanity_val_steps=num_sanity_val_steps, max_epochs=3)
     message = f"`prefix` should give `{monitor.__name__}` names of its own, but '{name}' is logged"
-    if num_sanity_val_steps and where != "training":
-        with pytest.raises(MisconfigurationException, match=message):
-            run.fit(Recall(name, where), loader(), loader())
-        assert run.global_step == 0
-    else:  # it is too late to end a run for it
-        with pytest.warns(UserWarning, match=message):
-            run.fit(Recall(name, where), loader(), loader())
-        assert run.current_epoch == 3
-        assert run.callback_metrics[name] == (7.0 if where != "step" else pytest.approx(0, abs=2))
-    if where == "step":
-        trainer(callbacks=[monitor(prefix="mine/")]).fit(
-            Recall(name, where), loader(), loader()
-        )  # no error, no warning
+    is_early = num_sanity_val_steps and where != "training"  # later, it is too late to end a run for it
+    with pytest.raises(MisconfigurationException, match=message) if is_early else pytest.warns(match=message):
+        run.fit(Recall(name, where), loader(), loader())
+    assert (run.global_step, run.current_epoch) == ((0, 0) if is_early else (12, 3))
+    assert is_early or run.callback_metrics[name] == (7.0 if where != "step" else pytest.approx(0, abs=2))
+    own = trainer(callbacks=[monitor(prefix="mine/")], max_epochs=1)
+    own.fit(Recall(name, where), loader(), loader())  # no error, no warning
 
 
 def test_two_monitors_of_a_kind_need_two_prefixes() -> None:
@@ -145,22 +137,20 @@ def test_two_monitors_of_a_kind_need_two_prefixes() -> None:
 # What is checked before a run
 
 
+def without(name: str) -> LightningModule:
+    return type("Lacking", (Classifier,), {name: getattr(LightningModule, name)})()
+
+
 @each
 @pytest.mark.filterwarnings("ignore:.*Skipping val loop")
 @pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor")
 def test_what_can_not_run_is_said(monitor: Any) -> None:
-    class NoForward(Classifier):
-        forward = LightningModule.forward
-
-    class NoStep(Classifier):
-        validation_step = LightningModule.validation_step
-
     class Drawing(Classifier):
         def validation_step(self, dataloader_iter: Iterator[Any]) -> None: ...
 
     for model, val, options, match in (
-        (NoForward(), loader(), {}, "NoForward has no `forward`.*returns the logits"),
-        (NoStep(), loader(), {}, "no `validation_step`.*a stub is enough.*def validation_step"),
+        (without("forward"), loader(), {}, "Lacking has no `forward`.*returns the logits"),
+        (without("validation_step"), loader(), {}, "no `validation_step`.*a stub is enough.*def validation_step"),
         (Classifier(), None, {}, "no validation loader.*`val_dataloaders`.*no labels"),
         (Classifier(), loader(), {"limit_val_batches": 0}, "`limit_val_batches=0`"),
         (Drawing(), loader(), {}, r"`validation_step\(dataloader_iter\)`"),
@@ -170,42 +160,24 @@ def test_what_can_not_run_is_said(monitor: Any) -> None:
 
 
 def test_strategies_that_can_not_be_measured_under_are_refused() -> None:
-    def run(strategy: Any) -> Any:
-        return SimpleNamespace(strategy=strategy, datamodule=None, world_size=2, enable_validation=True)
+    def check(strategy: Any, model: Any = None) -> None:
+        run = SimpleNamespace(strategy=strategy, datamodule=None, world_size=2, enable_validation=True)
+        check_run("M", run, model or BoringModel(), "fit")
 
     other = pytest.importorskip("pytorch_lightning.strategies")
     for kind in (DeepSpeedStrategy, other.DeepSpeedStrategy):  # their constructors need the package
         with pytest.raises(MisconfigurationException, match="`M` does not support `DeepSpeedStrategy`"):
-            check_run("M", run(kind.__new__(kind)), BoringModel(), "fit")
-    for size in (1, 2):
-        strategy = ModelParallelStrategy()
-        strategy._device_mesh = {"tensor_parallel": SimpleNamespace(size=lambda size=size: size)}
-        refused = pytest.raises(
-            MisconfigurationException, match="got .* with `tensor_parallel_size=2`. With 1 it works"
-        )
-        with refused if size > 1 else nullcontext():
-            check_run("M", run(strategy), BoringModel(), "fit")
+            check(kind.__new__(kind))
+    strategy, size = ModelParallelStrategy(), 1
+    strategy._device_mesh = {"tensor_parallel": SimpleNamespace(size=lambda: size)}
+    check(strategy)
+    size = 2
+    with pytest.raises(MisconfigurationException, match="got .* with `tensor_parallel_size=2`. With 1 it works"):
+        check(strategy)
     model = BoringModel()
     model.allow_zero_length_dataloader_with_multiple_devices = True
     with pytest.raises(MisconfigurationException, match="should get a batch in every process"):
-        check_run("M", run(None), model, "fit")
-
-
-@each
-def test_training_batches_of_another_form_than_those_of_validation(monitor: Any) -> None:
-    class Flattening(Linear):
-        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-            return super().training_step([batch[0].flatten(1), batch[1]], batch_idx)
-
-    train = DataLoader([(x.reshape(3, 4), y) for x, y in loader(48).dataset], 16)
-    run = trainer(callbacks=[monitor()], max_epochs=1)
-    warns = pytest.warns(UserWarning, match="There will be no estimate") if monitor is RiskMonitor else nullcontext()
-    with warns:
-        run.fit(Flattening(), train, loader())
-    assert ("val_sensitivity" in run.callback_metrics) == (monitor is SensitivityMonitor)
-    if monitor is SensitivityMonitor:
-        with pytest.raises(MisconfigurationException, match="first training batch .*sanity check would"):
-            trainer(callbacks=[monitor()], num_sanity_val_steps=0).fit(Flattening(), train, loader())
+        check(None, model)
 
 
 # The loops of Lightning
@@ -219,14 +191,10 @@ def test_a_fit_that_never_validates_says_so(monitor: Any) -> None:
 
 
 def test_predict_is_left_alone_and_callbacks_can_be_copied() -> None:
-    class NoForward(Classifier):
-        forward = LightningModule.forward
-
-        def predict_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-            return batch[0]
-
+    model = without("forward")
+    model.predict_step = lambda batch, batch_idx: batch[0]
     monitors = [copy.deepcopy(kind()) for kind in (*MONITORS, SensitivityMonitor)]  # one prefix twice: no matter here
-    assert len(trainer(callbacks=monitors).predict(NoForward(), loader())) == len(loader())
+    assert len(trainer(callbacks=monitors).predict(model, loader())) == len(loader())
 
 
 @pytest.mark.parametrize("num_loaders", [1, 2])
@@ -273,15 +241,13 @@ def test_the_batch_reaches_the_step_unchanged() -> None:
         assert 0.5 < value / (0.25 * factor * model.sensitivity(0.1)) < 2  # each pass halves a mask of ones
 
 
-@pytest.mark.parametrize("mode", [None, "sequential", "min_size", "max_size", "max_size_cycle"])
-@pytest.mark.parametrize("stage", ["sanity check", "fit", "validate", "test"])
-def test_as_many_batches_come_as_are_said(stage: str, mode: str | None) -> None:
-    class Model(Classifier):
-        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-            self.log("seen", 1.0, batch_size=1)
+MODES = [(None, 4, [4, 2]), (None, 2, [2, 2]), ("sequential", 4, [4, 2]), ("min_size", 4, [2])]
+MODES += [("max_size", 4, [4]), ("max_size_cycle", 4, [4])]
 
-        test_step = validation_step
 
+@pytest.mark.parametrize("stage", ["fit", "validate", "test"])
+@pytest.mark.parametrize(("mode", "limit", "expected"), MODES)
+def test_as_many_batches_come_as_are_said(stage: str, mode: str | None, limit: int, expected: list[int]) -> None:
     class Count(Callback):
         """What is said at the start of an epoch, and how many batches came."""
 
@@ -294,17 +260,12 @@ def test_as_many_batches_come_as_are_said(stage: str, mode: str | None) -> None:
 
         on_test_start, on_test_batch_end = on_validation_start, on_validation_batch_end
 
-    loaders = [loader(50), loader(20, seed=3)]  # of 4 and 2 batches
+    model, count, loaders = Classifier(), Count(), [loader(50), loader(20, seed=3)]  # of 4 and 2 batches
+    log = lambda batch, batch_idx, dataloader_idx=0: model.log("seen", 1.0, batch_size=1)  # noqa: E731
+    model.validation_step = model.test_step = log
     val = loaders if mode is None else CombinedLoader(loaders, mode)
-    count = Count()
-    limits = {"limit_val_batches": 2} if stage == "sanity check" and mode is None else {}
-    run = trainer(callbacks=[count], max_epochs=1, num_sanity_val_steps=1 if stage == "sanity check" else 0, **limits)
-    if stage in ("sanity check", "fit"):
-        run.fit(Model(), loader(), val)
-    else:
-        getattr(run, stage)(Model(), val, verbose=False)
-    expected = [4, 2] if mode in (None, "sequential") else [2] if mode == "min_size" else [4]
-    expected = [min(2, each) for each in expected] if limits else expected
+    run = trainer(callbacks=[count], max_epochs=1, limit_val_batches=limit, limit_test_batches=limit)
+    run.fit(model, loader(), val) if stage == "fit" else getattr(run, stage)(model, val, verbose=False)
     assert count.said == count.came == expected
     names = {loader_name("seen", idx, len(expected)) for idx in range(len(expected))}
     assert names == {name for name in run.callback_metrics if name.startswith("seen")}
@@ -356,19 +317,14 @@ def test_lightning_cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         f"""
         seed_everything: 1
         trainer:
-          accelerator: cpu
-          max_epochs: 1
-          default_root_dir: {tmp_path}
-          enable_checkpointing: false
-          enable_progress_bar: false
-          logger: false
-          callbacks:
-            - class_path: lightning_sensitivity.SensitivityMonitor
-              init_args: {{noise_std: [{", ".join(["0.1"] * 12)}], num_draws: 2, inputs: 0, prefix: "val/"}}
-            - class_path: lightning_sensitivity.SensitivityMonitor
-              init_args: {{at: [net], outputs: operator.pos}}
-            - class_path: lightning_sensitivity.RiskMonitor
-              init_args: {{task: multiclass, targets: 1, num_samples: null}}
+          {{accelerator: cpu, max_epochs: 1, default_root_dir: {tmp_path}, enable_checkpointing: false, logger: false}}
+        trainer.callbacks:
+          - class_path: lightning_sensitivity.SensitivityMonitor
+            init_args: {{noise_std: {[0.1] * 12}, num_draws: 2, inputs: 0, prefix: "val/"}}
+          - class_path: lightning_sensitivity.SensitivityMonitor
+            init_args: {{at: [net], outputs: operator.pos}}
+          - class_path: lightning_sensitivity.RiskMonitor
+            init_args: {{task: multiclass, targets: 1, num_samples: null}}
         """
     )
     arguments = ["--config", str(tmp_path / "config.yaml")]

@@ -87,12 +87,12 @@ def test_blurring_without_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
         GaussianBlur(1)
 
 
-@pytest.mark.parametrize("shape", [(4, 3), (3, 8, 8), (1, 3, 2, 8, 8)])
 @pytest.mark.parametrize("kind", [Rotation, Translation, GaussianBlur])
-def test_other_ranks_are_no_images(kind: type[Rotation], shape: tuple[int, ...]) -> None:
-    match = rf"images \(N, C, H, W\) for {kind.__name__}\(1.0\), but got .* shape \({shape[0]},"
-    with pytest.raises(ValueError, match=match):
-        kind(1)(images(*shape), noise_generator(0))
+def test_other_ranks_are_no_images(kind: type[Rotation]) -> None:
+    for shape in ((4, 3), (3, 8, 8), (1, 3, 2, 8, 8)):
+        match = rf"images \(N, C, H, W\) for {kind.__name__}\(1.0\), but got .* shape \({shape[0]},"
+        with pytest.raises(ValueError, match=match):
+            kind(1)(images(*shape), noise_generator(0))
 
 
 def test_images_that_are_too_small() -> None:
