@@ -6,6 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,18 +17,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from lightning_sensitivity.callbacks.checks import check_run, forward
-from lightning_sensitivity.callbacks.failures import Failures
-from lightning_sensitivity.callbacks.first_look import StepWatch, classes_are_last, submodules_run
-from lightning_sensitivity.callbacks.logged import (
-    Charts,
-    Reading,
-    lay_out,
-    loader_name,
-    names_of_others,
-    num_batches,
-    stage_prefix,
-)
+from lightning_sensitivity.callbacks import logged
+from lightning_sensitivity.callbacks.checks import StepWatch, check_run, classes_are_last, forward, submodules_run
 from lightning_sensitivity.models import Options, Passes, Probe, prepare_call
 from lightning_sensitivity.models.call import copied
 from lightning_sensitivity.models.options import check_argument
@@ -58,8 +49,8 @@ class Monitor(Callback):
         """What is logged, behind the prefix."""
 
     @abstractmethod
-    def charts(self) -> Charts:
-        """Titles of charts for TensorBoard's Custom Scalars, with the regular expressions of their tags."""
+    def charts(self) -> dict[str, str]:
+        """Titles of charts for TensorBoard's Custom Scalars, with a regular expression for the tags in each."""
 
     @abstractmethod
     def measure(
@@ -99,7 +90,7 @@ class Monitor(Callback):
         """Lay out TensorBoard's Custom Scalars: the curves of all monitors, related ones in one chart."""
         monitors = _monitors(trainer)
         if self is monitors[0]:  # a second layout would take the place of the first
-            lay_out(trainer, [(monitor.prefix, monitor.charts()) for monitor in monitors])
+            logged.lay_out(trainer, [(monitor.prefix, monitor.charts()) for monitor in monitors])
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -116,7 +107,7 @@ class Monitor(Callback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin with nothing, and with the buffers that the first step of DDP would broadcast."""
         self._begin_validation()
-        self._num_batches = num_batches(trainer)
+        self._num_batches = logged.num_batches(trainer)
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self.failures.is_strict = False  # also in a fit that goes on with a validation
         model: Any = trainer.strategy.model
@@ -170,8 +161,8 @@ class Monitor(Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Require that the logged names are ours alone, after a sanity check too: Lightning would keep one value."""
-        ours = {stage_prefix(self.prefix, trainer) + name for name in self.names}
-        if taken := sorted(names_of_others(trainer) & ours - self._withdrawn):
+        ours = {logged.stage_prefix(self.prefix, trainer) + name for name in self.names}
+        if taken := sorted(logged.names_of_others(trainer) & ours - self._withdrawn):
             with self.failures.guarded("logs names that others log, too, and leaves them to those from now on"):
                 raise MisconfigurationException(
                     f"`prefix` should give `{type(self).__name__}` names of its own, but"
@@ -234,7 +225,7 @@ class Monitor(Callback):
         return wanted == count or batch_idx * wanted % count < wanted
 
     def _begin_run(self) -> None:
-        self.failures = Failures(type(self).__name__, self.prefix)
+        self.failures = logged.Failures(type(self).__name__, self.prefix)
         self._has_measured = False
         self._withdrawn: set[str] = set()  # names that somebody else logs, too
         # Of each loader of which a first batch was seen: its size, and whether classes come last in its outputs.
@@ -260,39 +251,37 @@ class Monitor(Callback):
 
     def _end_watch(self) -> None:
         if self._watch is not None:
-            for index, difference in enumerate(self._watch.end()):
-                self.failures.warn(f"step {index}", f"may measure something else than your step does. {difference}")
+            for kind, difference in self._watch.end().items():
+                self.failures.warn(f"step {kind}", f"may measure something else than your step does. {difference}")
             self._watch = None
 
     def _values(self, trainer: pl.Trainer, pl_module: pl.LightningModule, dataloader_idx: int) -> dict[str, Tensor]:
         if dataloader_idx not in self._computed:
             self._computed[dataloader_idx] = {}
-            with self.failures.guarded(f"could not compute the values of dataloader {dataloader_idx}"):
+            loader = f"dataloader {dataloader_idx}"
+            with self.failures.guarded(f"could not compute the values of {loader}"):
                 values, troubles = self.compute(pl_module, dataloader_idx)
-                self._computed[dataloader_idx] = {n: value for n, value in values.items() if bool(value.isfinite())}
+                prefix = logged.stage_prefix(self.prefix, trainer)
+                kept = {name: value for name, value in values.items() if prefix + name not in self._withdrawn}
+                self._computed[dataloader_idx] = {name: value for name, value in kept.items() if value.isfinite()}
+                if self.failures.has_failed:
+                    troubles.pop("no value", None)  # it was said why
                 for kind, trouble in {} if trainer.sanity_checking else troubles.items():
-                    if kind != "no value" or not self.failures.has_failed:  # else it was said why
-                        self.failures.warn(
-                            f"{kind} {dataloader_idx}", f"says of dataloader {dataloader_idx}: {trouble}"
-                        )
+                    self.failures.warn(f"{kind}, {loader}", f"says of {loader}: {trouble}")
         return self._computed[dataloader_idx]
 
     def _log(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, dataloader_idx: int, at_epoch_end: bool = False
     ) -> None:
         self._logged.add(dataloader_idx)
+        values = partial(self._values, trainer, pl_module, dataloader_idx)
         for name in self.names:
-            full_name = stage_prefix(self.prefix, trainer) + name
-
-            def read(name: str = name, full_name: str = full_name) -> Tensor | None:
-                values = self._values(trainer, pl_module, dataloader_idx)
-                return None if full_name in self._withdrawn else values.get(name)
-
+            full_name = logged.stage_prefix(self.prefix, trainer) + name
             if at_epoch_end:  # in a process without batches of the loader: Lightning puts no index behind the name
-                full_name = loader_name(full_name, dataloader_idx, len(self._num_batches))
+                full_name = logged.loader_name(full_name, dataloader_idx, len(self._num_batches))
             # `metric_attribute` is checked only for Metrics that belong to the module; this one must not.
             options: dict[str, Any] = {"metric_attribute": name, "add_dataloader_idx": not at_epoch_end}
-            pl_module.log(full_name, Reading(read), on_step=False, on_epoch=True, **options)
+            pl_module.log(full_name, logged.Reading(values, name), on_step=False, on_epoch=True, **options)
 
 
 def _monitors(trainer: pl.Trainer) -> list[Monitor]:

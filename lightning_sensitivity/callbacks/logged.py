@@ -1,17 +1,21 @@
-"""What is logged: under which names, how Lightning reads it, and who waits for it."""
+"""What a monitor says: the values it logs, under which names and for whom, and what it warns of."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+import traceback
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.data import sized_len
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
 from torch import Tensor
 from torchmetrics import Metric
-
-Charts = dict[str, list[object]]
 
 _SUFFIX = "/dataloader_idx_"  # and the index
 
@@ -23,14 +27,15 @@ class Reading(Metric):
     done. One that gives None is not logged: a nan in its place would stop an ``EarlyStopping``.
 
     Args:
-        read: Gives the number, or None.
+        values: Gives the numbers of the loader by name.
+        name: Which of them.
     """
 
     full_state_update = False
 
-    def __init__(self, read: Callable[[], Tensor | None]) -> None:
+    def __init__(self, values: Callable[[], Mapping[str, Tensor]], name: str) -> None:
         super().__init__(sync_on_compute=False)
-        self._read = read
+        self._values, self._name = values, name
 
     @property
     def update_called(self) -> bool:
@@ -42,19 +47,20 @@ class Reading(Metric):
 
     def compute(self) -> Tensor | None:
         """Read the number."""
-        return self._read()
+        return self._values().get(self._name)
 
 
-def lay_out(trainer: pl.Trainer, charts: Sequence[tuple[str, Charts]]) -> None:
+def lay_out(trainer: pl.Trainer, charts: Iterable[tuple[str, Mapping[str, str]]]) -> None:
     """Lay out TensorBoard's Custom Scalars.
 
     Args:
         trainer: The Trainer, of whose loggers those of TensorBoard get the layout.
-        charts: The prefix of each monitor, and its charts.
+        charts: The prefix of each monitor, and the title and the tags (a regular expression) of each of its charts.
     """
-    layout: dict[str, Charts] = {}
+    layout: dict[str, dict[str, object]] = {}
     for prefix, of_prefix in charts:
-        layout.setdefault(f"Generalization ({prefix}*)", {}).update(of_prefix)
+        group = layout.setdefault(f"Generalization ({prefix}*)", {})
+        group.update({title: ["Multiline", [tags]] for title, tags in of_prefix.items()})
     for logger in trainer.loggers:
         # By name, because the logger of `pytorch_lightning` is another class.
         if any(base.__name__ == "TensorBoardLogger" for base in type(logger).__mro__):
@@ -125,3 +131,49 @@ def names_of_others(trainer: pl.Trainer) -> set[str]:
     loops = [trainer, trainer.fit_loop.epoch_loop] if trainer.state.fn == TrainerFn.FITTING else [trainer]
     results = [result for loop in loops for result in (getattr(loop, "_results", None) or {}).values()]
     return {without_loader(result.meta.name) for result in results if not isinstance(result.value, Reading)}
+
+
+class Failures:
+    """What has failed in a run, and what was said of it: before the first training step an error, then a warning.
+
+    Args:
+        name: Of the monitor's class.
+        prefix: Of the names that it logs.
+
+    Attributes:
+        is_strict: Whether what fails is an error: until the first training step.
+        has_failed: Whether something has failed in the validation that runs.
+        warned_of: The kinds of trouble that were warned of.
+    """
+
+    def __init__(self, name: str, prefix: str) -> None:
+        self._name, self._prefix = name, prefix
+        self.is_strict, self.has_failed, self.warned_of = True, False, set[str]()
+
+    def warn(self, kind: str, message: str, in_any_process: bool = False) -> None:
+        """Warn, once a kind; the message goes behind the name of the monitor."""
+        if kind not in self.warned_of:
+            self.warned_of.add(kind)
+            warn = warnings.warn if in_any_process else rank_zero_warn
+            warn(f"`{self._name}` ({self._prefix}*) {message}", stacklevel=2)
+
+    @contextmanager
+    def guarded(self, what: str) -> Iterator[None]:
+        """Let an exception inside be an error that says what failed, or a warning; see :attr:`is_strict`."""
+        try:
+            yield
+        except Exception as error:
+            is_told = isinstance(error, MisconfigurationException)
+            if self.is_strict and (is_told or is_oom_error(error)):
+                raise  # out of memory: Lightning's finder of batch sizes waits for it
+            reason = str(error) if is_told else f"{type(error).__name__}: {str(error).strip().rstrip('.')}."
+            if self.is_strict:
+                raise MisconfigurationException(
+                    f"`{self._name}` {what}: {reason} If `forward` takes something else than was chosen, say"
+                    " what with `inputs=`, such as `inputs=lambda batch: (batch,)` for the whole batch."
+                ) from error
+            self.has_failed = True
+            self.warn(what, f"{what}: {reason}", in_any_process=True)
+            if is_oom_error(error):
+                traceback.clear_frames(error.__traceback__)  # which hold what the pass had on the device
+                garbage_collection_cuda()

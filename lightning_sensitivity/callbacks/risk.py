@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lightning_sensitivity.callbacks.base import Monitor
 from lightning_sensitivity.callbacks.checks import is_sharded
-from lightning_sensitivity.callbacks.logged import Charts, waiting_for
+from lightning_sensitivity.callbacks.logged import waiting_for
 from lightning_sensitivity.callbacks.samples import InitialWeights, TrainingSamples, Weights, agree_on_task
 from lightning_sensitivity.functional.risk import NUM_HOLDOUT_SUMS, NUM_TRAINING_SUMS, holdout_sums, risk_terms
 from lightning_sensitivity.functional.sensitivity import wide_dtype
@@ -38,36 +38,29 @@ _MIN_TWINS = 8  # with less than these, the variance would hang on the noise of 
 class RiskMonitor(Monitor):
     r"""Log an estimate of the risk on unseen samples on every validation epoch, to stop by; it needs no labels there.
 
-    The risk is the Brier score (in a regression the mean squared error). The estimate takes the labels of training, and
-    unlabelled validation samples; see :func:`~lightning_sensitivity.functional.risk_estimate` for the formula and its
-    source.
+    The risk is the Brier score, or the mean squared error in a regression. The estimate takes the labels of training
+    and unlabelled validation samples; :func:`~lightning_sensitivity.functional.risk_estimate` has the formula. Where
+    training labels are wrong, the risk is that of labels as wrong. ``examples/early_stopping/README.md`` says what its
+    minimum is worth, in labels, and where it fails.
 
-    **Logged values** in ``Trainer.fit``, each under ``prefix``, and with several loaders under Lightning's
-    ``/dataloader_idx_N``:
+    **Logged values** in ``Trainer.fit``, with ``prefix`` before them:
 
     - ``risk_estimate``: the one to monitor: ``EarlyStopping(monitor="val_risk_estimate", patience=10)``
     - ``risk_claim``: what the score would be if the model's probabilities were right
     - ``risk_overconfidence``: how far its score on training samples contradicts what it claims there
-    - ``risk_variance``: how far its predictions would differ, had it been trained on other samples; by twins, whose
-      learned weights are perturbed
+    - ``risk_variance``: how far predictions would differ, had the model been trained on other samples; simulated by
+      twins, whose learned weights are perturbed
 
-    Use the minimum of the estimate; ``examples/early_stopping/README.md`` says what it is worth, in labels, and where
-    it fails. Where training labels are wrong, the risk is that of labels as wrong.
-
-    It costs two forward passes on the validation batches that are measured (or eight twins in all, where fewer batches
-    are), and one over the kept training samples. The weights from before training are kept in the memory of the CPU and
-    in checkpoints; two copies of the weights are on the device while validation runs. It changes nothing about
-    training, and after the first training step it never ends a run.
+    It costs two forward passes on the measured batches (more where these are few), and one over the kept training
+    samples; two copies of the weights on the device during validation, and the weights from before training on the CPU
+    and in checkpoints. Training is not changed, and after its first step what fails gives one warning.
 
     Args:
         task: What the labels are: ``"multiclass"``, ``"binary"``, ``"multilabel"`` or ``"regression"``. ``"auto"``
-            infers it where labels and outputs leave no doubt; otherwise there is a warning and no estimate, or an
-            error, if something monitors it.
-        targets: Where the labels are in a training batch: a key, an index, or a function ``batch -> tensor``. By
-            default the last element of a tuple or list of which ``forward`` takes the others, or what a mapping calls
-            ``label``, ``labels``, ``target``, ``targets`` or ``y``. Integer labels of -100 don't count.
-        num_training_samples: How many training samples are kept, over all processes, to score the model on: the first
-            batches of the fit, whole.
+            infers it where labels and outputs leave no doubt.
+        targets: Where the labels are in a training batch: a key, an index, or a function ``batch -> tensor``. For the
+            default see :func:`~lightning_sensitivity.models.select_targets`. Integer labels of -100 don't count.
+        num_training_samples: How many training samples are kept, over all processes: the first batches, whole.
         num_samples: How many validation samples are measured per loader and epoch, over all processes, in whole
             batches. All, if None.
         seed: Seed of the twins. A batch gets the same twins in every epoch.
@@ -75,14 +68,11 @@ class RiskMonitor(Monitor):
         inputs: How to call the model; see :class:`~lightning_sensitivity.SensitivityMonitor`. Nothing is perturbed.
         outputs: Which outputs are the logits; see there.
         initial_weights: The weights from before training, where a fit does not begin with them (staged training): a
-            state dict, or the path of a Lightning checkpoint. By default those at the start of the fit; a fit that
-            resumes finds them in its checkpoint.
+            state dict, or the path of a checkpoint.
 
     Raises:
-        MisconfigurationException: If an argument is not one of the above; in ``setup``, if no validation loop will
-            run, or the strategy is not supported; before the first training step, if the model can't be run on a batch,
-            or somebody else logs one of the names; and, if something monitors the estimate or ``task`` or ``targets``
-            is given, if labels or task can't be told, or the weights from before training are not known.
+        MisconfigurationException: As :class:`~lightning_sensitivity.SensitivityMonitor`; also if labels, task or
+            weights from before training can't be told, and the estimate is monitored or ``task`` or ``targets`` given.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -130,10 +120,10 @@ class RiskMonitor(Monitor):
         """What is logged, behind the prefix."""
         return list(_NAMES)
 
-    def charts(self) -> Charts:
-        """Titles of charts for TensorBoard's Custom Scalars, with the regular expressions of their tags."""
+    def charts(self) -> dict[str, str]:
+        """Titles of charts for TensorBoard's Custom Scalars, with a regular expression for the tags in each."""
         tags = f"^{re.escape(self.prefix)}({'|'.join(_NAMES)})(/dataloader_idx_\\d+)?$"
-        return {"risk estimate and its terms": ["Multiline", [tags]]}
+        return {"risk estimate and its terms": tags}
 
     def should_measure(self, trainer: pl.Trainer) -> bool:
         """Whether a fit runs that has what the estimate needs, or the sanity check before it."""

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_sensitivity.callbacks.base import Monitor
-from lightning_sensitivity.callbacks.logged import Charts, waiting_for
+from lightning_sensitivity.callbacks.logged import waiting_for
 from lightning_sensitivity.functional import loss_estimate
 from lightning_sensitivity.functional.sensitivity import wide_dtype
 from lightning_sensitivity.functional.tasks import are_log_probabilities, are_probabilities
@@ -30,57 +30,43 @@ _NAMES = (_SENSITIVITY, "sensitivity_stderr", "sensitivity_log10", _LOSS_ESTIMAT
 class SensitivityMonitor(Monitor):
     r"""Log the output sensitivity of the model on every validation epoch, without labels.
 
-    Sensitivity is the variance of the class-averaged change of the outputs under Gaussian input noise (Forouzesh,
-    Salehi and Thiran, ICPR 2020, `arXiv:2007.15378`_); see :class:`~lightning_sensitivity.OutputSensitivity`.
+    Sensitivity S is the variance of the class-averaged change of the outputs under input noise (Forouzesh, Salehi and
+    Thiran, ICPR 2020, `arXiv:2007.15378`_). It grows with the gap between validation and training loss, and is smallest
+    before training: to stop early, use :class:`~lightning_sensitivity.RiskMonitor` instead.
 
-    **Logged values**, each under ``prefix`` (in ``Trainer.test`` with "test" for "val"), and with several loaders
-    under Lightning's ``/dataloader_idx_N``:
+    **Logged values**, with ``prefix`` before them (in ``Trainer.test`` with "test" for "val"):
 
     - ``sensitivity``: S, in squared units of the outputs
-    - ``sensitivity_stderr``: one standard error of S, over samples and noise. The noise is the same in every epoch, so
-      that two epochs compare more sharply than their error bars say.
+    - ``sensitivity_stderr``: its standard error; epochs share their noise, so they compare more sharply than that
     - ``sensitivity_log10``: log10 of S, which spans decades during training
-    - ``loss_estimate``: the paper's Equation 9, for models of two or more outputs;
-      :func:`~lightning_sensitivity.functional.loss_estimate` says how far it can be believed
+    - ``loss_estimate``: the paper's Equation 9; see :func:`~lightning_sensitivity.functional.loss_estimate`
 
-    S is smallest before training, and grows with the gap between validation and training loss. So don't stop at its
-    minimum; :class:`~lightning_sensitivity.RiskMonitor` logs what to stop by. ``trainer.validate(model, loader)``
-    before ``fit`` logs S of the untrained network at step 0.
+    It costs 1 + ``num_draws`` passes on measured batches and does not change training. After its first step, what
+    fails gives one warning.
 
-    It costs 1 + ``num_draws`` forward passes on the batches that are measured, and changes nothing about training:
-    weights, buffers, optimizers, random streams and logged losses are those of a run without it. After the first
-    training step it never ends a run: what fails gives one warning, and no value.
-
-    :attr:`metrics` holds the metric of each loader as of the last validation: ``metrics[0].per_sample`` says which
-    samples are the most sensitive.
+    :attr:`metrics` has the metric of each loader: ``metrics[0].per_sample`` tells the most sensitive samples.
 
     Args:
-        noise_std: σ of the noise in the units that the model receives, one number or one per channel (dimension 1 of
-            the input). After ``Normalize(mean, std)``, σ in pixel units is ``[σ / s for s in std]``.
-        perturbation: What takes the place of Gaussian noise: one of :mod:`~lightning_sensitivity.perturbations`, or any
-            function ``(x, generator) -> x'`` that gives a tensor like ``x`` and draws from the generator alone.
-        at: Name of a submodule, such as ``"model.embeddings"``, whose output is perturbed in place of the model's
-            input; σ is in the units of that output. For inputs that can take no noise (token ids). A list of names
-            gives a profile, under ``sensitivity/<name>`` and so on.
+        noise_std: σ of Gaussian noise in the units that the model receives, one number or one per channel.
+        perturbation: Used instead of Gaussian noise: one of :mod:`~lightning_sensitivity.perturbations`, or a function
+            ``(x, generator) -> x'``.
+        at: Perturb the output of this submodule instead of the input, as token ids need; several names give a profile,
+            ``sensitivity/<name>``.
         num_draws: Noise draws per sample.
         num_samples: How many samples times draws are measured per loader and epoch, over all processes, in whole
             batches, evenly spaced and always the same. 1,200 give a standard error of about 5 %. All, if None.
         seed: Seed of the noise. A batch gets the same noise in every epoch.
-        prefix: Put before the names. ``"val/"`` puts the charts into TensorBoard's group of ``val/loss``.
+        prefix: Put before the names; ``"val/"`` joins TensorBoard's group of ``val/loss``.
         inputs: What to perturb: a key or an index of the batch, a list of them, or a function ``batch -> arguments of
-            the model`` (one, or a tuple) of which the first is perturbed. By default a tensor batch itself, the first
-            element of a tuple or list, the only floating tensor of a mapping or dataclass; see
-            :func:`~lightning_sensitivity.models.prepare_call`.
-        outputs: Which outputs to compare, logits of shape ``(N, K, ...)``: a key or attribute, an index, or a function
-            ``result -> tensor`` or ``(result, batch) -> tensor``, which can leave out padding. By default a tensor
-            itself, the first element of a tuple or list, ``logits`` of a mapping or object.
-        per_output: Log the mean squared change of the single outputs instead of the variance of their average. It also
-            means something for probabilities; it gives no loss estimate.
+            the model``. Default: see :func:`~lightning_sensitivity.models.prepare_call`.
+        outputs: Which outputs to compare, logits ``(N, K, ...)``: a key, an index, or a function ``result -> tensor``
+            or ``(result, batch) -> tensor``. Default: see :func:`~lightning_sensitivity.models.select_outputs`.
+        per_output: Log the mean squared change of the single outputs instead, which also means something for
+            probabilities. It gives no loss estimate.
 
     Raises:
-        MisconfigurationException: If an argument is not one of the above; in ``setup``, if no validation loop will
-            run, or the strategy is not supported; before the first training step, if the model can't be run on a batch,
-            outputs are probabilities, or somebody else logs one of the names.
+        MisconfigurationException: If an argument is not one of the above; before the first training step, if
+            the Trainer or the model can't be measured, outputs are probabilities, or others log one of the names.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -121,14 +107,11 @@ class SensitivityMonitor(Monitor):
         """The metric of each loader, as of the last validation; of the first of several submodules (``at``)."""
         return {dataloader_idx: sites[0] for dataloader_idx, sites in self._metrics.items()}
 
-    def charts(self) -> Charts:
-        """Titles of charts for TensorBoard's Custom Scalars, with the regular expressions of their tags."""
+    def charts(self) -> dict[str, str]:
+        """Titles of charts for TensorBoard's Custom Scalars, with a regular expression for the tags in each."""
         tag, site = re.escape(self.prefix), r"(/.+)?$"  # a submodule, a loader or both
-        return {
-            # Whatever the user's loss is called, it has "loss" in its name; the estimate has, too.
-            "loss and loss estimate": ["Multiline", [f"^{tag}.*loss"]],
-            "sensitivity, log10": ["Multiline", [f"^{tag}{_NAMES[2]}{site}"]],
-        }
+        # Whatever the user's loss is called, it has "loss" in its name; the estimate has, too.
+        return {"loss and loss estimate": f"^{tag}.*loss", "sensitivity, log10": f"^{tag}{_NAMES[2]}{site}"}
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check the names of submodules, look for who minimizes sensitivity, lay out TensorBoard's Custom Scalars."""

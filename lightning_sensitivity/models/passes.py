@@ -5,18 +5,14 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from operator import is_not
 from typing import Any, TypeVar
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-
-from lightning_sensitivity.models.call import Call, Perturb, Selector
-from lightning_sensitivity.models.outputs import perturbed_result, select_outputs
 
 T = TypeVar("T")
 
@@ -83,86 +79,6 @@ class Passes:
                 self._uses_numpy = self._dice.has_rolled_numpy()
             for state in self._states:
                 self._written |= state.give_back()
-
-
-class Probe:
-    """The outputs of a model for one batch: as it is, or perturbed. Use it within :meth:`Passes.measuring`.
-
-    Args:
-        passes: Runs the model.
-        model: What is called; the module itself, or what a strategy has put around it.
-        call: How.
-        outputs: Which of its outputs; see :func:`~lightning_sensitivity.models.outputs.select_outputs`.
-        batch: What the loader gave.
-        classes_last: Whether outputs are ``(N, ..., K)``, and are to become ``(N, K, ...)``.
-    """
-
-    def __init__(
-        self,
-        passes: Passes,
-        model: Callable[..., Any],
-        call: Call,
-        outputs: Selector = None,
-        batch: Any = None,
-        classes_last: bool = False,
-    ) -> None:
-        self._passes, self._model, self._call, self._outputs, self._batch = passes, model, call, outputs, batch
-        self.classes_last = classes_last
-        self.tensors = call.tensors()
-        self.first_tensors = self.tensors[:1] or [x for x in call.arguments.values() if isinstance(x, Tensor)][:1]
-        self._num_samples = len(self.tensors[0]) if self.tensors and self.tensors[0].ndim else None
-
-    def outputs(
-        self,
-        perturb: Perturb | None = None,
-        within: Callable[[], AbstractContextManager[None]] = nullcontext,
-        then: Callable[[Tensor], Tensor] = torch.clone,
-    ) -> Tensor:
-        """The outputs.
-
-        Args:
-            perturb: Gives what takes the place of an input; None for the batch as it is.
-            within: Gives what the model runs in. What is changed in the module before a pass would be put back by it.
-            then: What is made of the outputs at once, since a later pass may write into them: a copy.
-        """
-
-        def run() -> Tensor:
-            args, keywords = self._call.made(perturb)
-            with within():
-                result = self._model(*args, **keywords)
-            outputs = select_outputs(result, self._outputs, self._batch, self._num_samples)
-            return then(outputs.movedim(-1, 1) if self.classes_last else outputs)
-
-        return self._passes.run(run)
-
-    def outputs_at(self, module: nn.Module, perturb: Perturb, then: Callable[[Tensor], Tensor] = torch.clone) -> Tensor:
-        """The outputs where what a submodule returns is perturbed, each time that it runs.
-
-        Args:
-            module: The submodule.
-            perturb: Gives what takes the place of its output.
-            then: What is made of the outputs at once.
-
-        Raises:
-            MisconfigurationException: If it did not run.
-        """
-        has_run = False
-
-        def hook(module: nn.Module, args: Any, result: Any) -> Any:
-            nonlocal has_run
-            has_run = True
-            return perturbed_result(result, perturb)
-
-        def made(outputs: Tensor) -> Tensor:
-            if not has_run:
-                raise MisconfigurationException(
-                    "`at` should name a submodule that `forward` calls, got one that did not run. (Of some modules only"
-                    " the weights are used, as of attention's `out_proj`; a compiled model needs torch 2.6 or newer.)"
-                )
-            return then(outputs)
-
-        with module.register_forward_hook(hook), _uncompiled_code():
-            return self.outputs(then=made)
 
 
 class _State:
@@ -287,12 +203,3 @@ def _has_values(tensor: Tensor) -> bool:
 
 def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
-
-
-def _uncompiled_code() -> AbstractContextManager[Any]:
-    """Compiled code does not see a hook that came later. What is compiled stays so, for the other passes."""
-    is_compiling = "torch._dynamo" in sys.modules  # else nothing was compiled, and importing it takes seconds
-    if is_compiling and hasattr(torch.compiler, "set_stance"):
-        stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-        return stance
-    return nullcontext()
