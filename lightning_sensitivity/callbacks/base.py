@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
@@ -53,13 +53,11 @@ class Monitor(Callback):
         """Titles of charts for TensorBoard's Custom Scalars, with a regular expression for the tags in each."""
 
     @abstractmethod
-    def measure(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, probe: Probe, batch_idx: int, dataloader_idx: int
-    ) -> None:
+    def measure(self, trainer: Trainer, probe: Probe, batch_idx: int, dataloader_idx: int) -> None:
         """Measure a batch with the probe, which runs the model on it."""
 
     @abstractmethod
-    def compute(self, pl_module: pl.LightningModule, dataloader_idx: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def compute(self, trainer: Trainer, dataloader_idx: int) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The values of a loader, over all processes, and what to warn of. All processes call it for all loaders."""
 
     @abstractmethod
@@ -72,11 +70,11 @@ class Monitor(Callback):
     def check_outputs(self, outputs: Tensor) -> None:
         """Look at the outputs of a first batch; raise MisconfigurationException if values would be wrong."""
 
-    def should_measure(self, trainer: pl.Trainer) -> bool:
+    def should_measure(self, trainer: Trainer) -> bool:
         """Whether to measure the validation that runs. Override it to measure every second one, say."""
         return True
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check what can be checked before the first batch."""
         if stage not in ("fit", "validate", "test"):
             return
@@ -86,15 +84,13 @@ class Monitor(Callback):
         check_argument("prefix", prefixes, valid, f"another one for each `{type(self).__name__}`")
         self._begin_run()
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lay out TensorBoard's Custom Scalars: the curves of all monitors, related ones in one chart."""
         monitors = _monitors(trainer)
         if self is monitors[0]:  # a second layout would take the place of the first
             logged.lay_out(trainer, [(monitor.prefix, monitor.charts()) for monitor in monitors])
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Without a sanity check, look at the first training batch before its step; from then on, only warn."""
         # A lazy module's first pass draws its weights, and must be the training's.
         may_look = not self._classes_last and trainer.global_step == 0 and not any(map(is_lazy, pl_module.parameters()))
@@ -104,7 +100,7 @@ class Monitor(Callback):
                 self.check_outputs(self.probe(trainer, pl_module, batch).outputs())
         self.failures.is_strict = False
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin with nothing, and with the buffers that the first step of DDP would broadcast."""
         self._begin_validation()
         self._num_batches = logged.num_batches(trainer)
@@ -116,14 +112,14 @@ class Monitor(Callback):
             model._sync_buffers()
 
     def on_validation_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Measure a batch, before the step may change it."""
         if not self.should_measure(trainer):
             return
         # A process that had no batch of an earlier loader joins the others, who reduced when that loader was done.
         for earlier in range(dataloader_idx if batch_idx == 0 else 0):
-            self._values(trainer, pl_module, earlier)
+            self._values(trainer, earlier)
         if batch is None or not self._wants(trainer, batch_idx, dataloader_idx):
             return
         with self.failures.guarded(f"could not measure a batch of dataloader {dataloader_idx}"):
@@ -132,14 +128,14 @@ class Monitor(Callback):
                 if dataloader_idx not in self._classes_last:
                     self._look(pl_module, probe, batch, dataloader_idx)
                 probe.classes_last = self._classes_last[dataloader_idx]
-                self.measure(trainer, pl_module, probe, batch_idx, dataloader_idx)
+                self.measure(trainer, probe, batch_idx, dataloader_idx)
             self._has_measured = True
             self.failures.is_strict = self.failures.is_strict and trainer.state.fn == TrainerFn.FITTING
 
     def on_validation_batch_end(
         self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
+        trainer: Trainer,
+        pl_module: LightningModule,
         outputs: Any,
         batch: Any,
         batch_idx: int,
@@ -148,18 +144,18 @@ class Monitor(Callback):
         """Log a loader's values at its first batch: Lightning reads them when the loader is done."""
         self._end_watch()
         if batch_idx == 0 and not trainer.sanity_checking and self.should_measure(trainer):
-            self._log(trainer, pl_module, dataloader_idx)
+            self._log(trainer, dataloader_idx)
 
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Have every process take part in every reduction, and say what was wrong, after a sanity check too."""
         self._end_watch()
         if self.should_measure(trainer):
             for dataloader_idx in range(len(self._num_batches)):
-                self._values(trainer, pl_module, dataloader_idx)
+                self._values(trainer, dataloader_idx)
                 if not trainer.sanity_checking and dataloader_idx not in self._logged:
-                    self._log(trainer, pl_module, dataloader_idx, at_epoch_end=True)
+                    self._log(trainer, dataloader_idx, at_epoch_end=True)
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Require that the logged names are ours alone, after a sanity check too: Lightning would keep one value."""
         ours = {logged.stage_prefix(self.prefix, trainer) + name for name in self.names}
         if taken := sorted(logged.names_of_others(trainer) & ours - self._withdrawn):
@@ -177,30 +173,30 @@ class Monitor(Callback):
     on_test_epoch_end = on_validation_epoch_end
     on_test_end = on_validation_end
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so if nothing was measured."""
         if not self._has_measured and not self.failures.warned_of:  # else it was said why
             reason = "validation gave it no batch that it could measure."
             self.failures.warn("nothing", f"has measured nothing in this fit: {reason}")
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hook on the module."""
         self.teardown(trainer, pl_module, "")
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the module."""
         self._end_watch()
         self.end_validation()
         self._passes = None
 
     @contextmanager
-    def measuring(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
+    def measuring(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
         """Inside, a probe may run the model."""
         self._passes = self._passes or Passes(pl_module)  # let go in `teardown`
         with self._passes.measuring(), trainer.precision_plugin.val_step_context():
             yield
 
-    def probe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> Probe:
+    def probe(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Probe:
         """What runs the model on a batch."""
         assert self._passes is not None
         options = self.options
@@ -209,7 +205,7 @@ class Monitor(Callback):
         call = prepare_call(pl_module, own, options.inputs, self.perturbs_inputs)
         return Probe(self._passes, forward(trainer, pl_module), call, options.outputs, own)
 
-    def num_wanted(self, trainer: pl.Trainer, dataloader_idx: int) -> float:
+    def num_wanted(self, trainer: Trainer, dataloader_idx: int) -> float:
         """How many batches of a loader are measured in this process; all, until the first one was."""
         count, options = self._num_batches[dataloader_idx], self.options
         if options.num_samples is None or count == math.inf or dataloader_idx not in self._batch_sizes:
@@ -217,7 +213,7 @@ class Monitor(Callback):
         num_samples = math.ceil(options.num_samples / (trainer.world_size * options.num_draws))
         return min(count, math.ceil(num_samples / self._batch_sizes[dataloader_idx]))
 
-    def _wants(self, trainer: pl.Trainer, batch_idx: int, dataloader_idx: int) -> bool:
+    def _wants(self, trainer: Trainer, batch_idx: int, dataloader_idx: int) -> bool:
         """Whether a batch is measured: evenly spaced ones, since loaders are often sorted, and always the same."""
         if batch_idx == 0:
             return True
@@ -238,7 +234,7 @@ class Monitor(Callback):
         self.failures.has_failed = False
         self.forget()
 
-    def _look(self, pl_module: pl.LightningModule, probe: Probe, batch: Any, dataloader_idx: int) -> None:
+    def _look(self, pl_module: LightningModule, probe: Probe, batch: Any, dataloader_idx: int) -> None:
         """Look at the outputs of a loader's first batch, and watch the step that gets it."""
         with submodules_run(pl_module) as submodules:
             outputs = probe.outputs()
@@ -255,12 +251,12 @@ class Monitor(Callback):
                 self.failures.warn(f"step {kind}", f"may measure something else than your step does. {difference}")
             self._watch = None
 
-    def _values(self, trainer: pl.Trainer, pl_module: pl.LightningModule, dataloader_idx: int) -> dict[str, Tensor]:
+    def _values(self, trainer: Trainer, dataloader_idx: int) -> dict[str, Tensor]:
         if dataloader_idx not in self._computed:
             self._computed[dataloader_idx] = {}
             loader = f"dataloader {dataloader_idx}"
             with self.failures.guarded(f"could not compute the values of {loader}"):
-                values, troubles = self.compute(pl_module, dataloader_idx)
+                values, troubles = self.compute(trainer, dataloader_idx)
                 prefix = logged.stage_prefix(self.prefix, trainer)
                 kept = {name: value for name, value in values.items() if prefix + name not in self._withdrawn}
                 self._computed[dataloader_idx] = {name: value for name, value in kept.items() if value.isfinite()}
@@ -270,20 +266,19 @@ class Monitor(Callback):
                     self.failures.warn(f"{kind}, {loader}", f"says of {loader}: {trouble}")
         return self._computed[dataloader_idx]
 
-    def _log(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, dataloader_idx: int, at_epoch_end: bool = False
-    ) -> None:
+    def _log(self, trainer: Trainer, dataloader_idx: int, at_epoch_end: bool = False) -> None:
         self._logged.add(dataloader_idx)
-        values = partial(self._values, trainer, pl_module, dataloader_idx)
+        values = partial(self._values, trainer, dataloader_idx)
+        options: dict[str, Any] = {"on_step": False, "on_epoch": True, "add_dataloader_idx": not at_epoch_end}
         for name in self.names:
             full_name = logged.stage_prefix(self.prefix, trainer) + name
             if at_epoch_end:  # in a process without batches of the loader: Lightning puts no index behind the name
                 full_name = logged.loader_name(full_name, dataloader_idx, len(self._num_batches))
             # `metric_attribute` is checked only for Metrics that belong to the module; this one must not.
-            options: dict[str, Any] = {"metric_attribute": name, "add_dataloader_idx": not at_epoch_end}
-            pl_module.log(full_name, logged.Reading(values, name), on_step=False, on_epoch=True, **options)
+            reading = logged.Reading(values, name)
+            trainer.lightning_module.log(full_name, reading, metric_attribute=name, **options)
 
 
-def _monitors(trainer: pl.Trainer) -> list[Monitor]:
+def _monitors(trainer: Trainer) -> list[Monitor]:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return [each for each in callbacks if isinstance(each, Monitor)]

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
-import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
@@ -20,7 +20,7 @@ from lightning_sensitivity.models.passes import is_ours
 _TOLERANCE = 1e-2  # relative to the scale of a tensor: rounding to 16 bits is no other input
 
 
-def check_run(name: str, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+def check_run(name: str, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
     """Require that a loop will run whose batches the model can be run on, in every process.
 
     Args:
@@ -36,7 +36,7 @@ def check_run(name: str, trainer: pl.Trainer, pl_module: pl.LightningModule, sta
         raise MisconfigurationException(f"`{name}` {problem}.")
 
 
-def _problem(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> str | None:
+def _problem(trainer: Trainer, pl_module: LightningModule, stage: str) -> str | None:
     module = type(pl_module).__name__
     if not _is_overridden("forward", pl_module):
         return f"runs the model as `model(x)`, but {module} has no `forward`. Add one that returns the logits"
@@ -67,17 +67,17 @@ def _problem(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> 
     return None
 
 
-def is_sharded(trainer: pl.Trainer) -> bool:
+def is_sharded(trainer: Trainer) -> bool:
     """Whether no process has all parameters of the model."""
     return is_strategy(trainer, "FSDPStrategy", "ModelParallelStrategy")
 
 
-def is_strategy(trainer: pl.Trainer, *names: str) -> bool:
+def is_strategy(trainer: Trainer, *names: str) -> bool:
     """Whether the strategy is one of these, by name: those of ``pytorch_lightning`` are other classes."""
     return not {base.__name__ for base in type(trainer.strategy).__mro__}.isdisjoint(names)
 
 
-def forward(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Callable[..., Any]:
+def forward(trainer: Trainer, pl_module: LightningModule) -> Callable[..., Any]:
     """What runs the model: itself, or FSDP's wrapper around it, which alone has the parameters of its root.
 
     Args:
@@ -100,7 +100,7 @@ def forward(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Callable[...,
 
 
 def classes_are_last(
-    pl_module: pl.LightningModule, batch: Any, probe: Probe, outputs: Tensor, options: Options
+    pl_module: LightningModule, batch: Any, probe: Probe, outputs: Tensor, options: Options
 ) -> tuple[bool, str]:
     """Whether classes come last in the outputs, by the labels of a batch; and what to warn of, if that is in doubt.
 
@@ -135,7 +135,7 @@ class StepWatch:
         submodules: The modules that ran in our pass.
     """
 
-    def __init__(self, pl_module: pl.LightningModule, tensors: list[Tensor], submodules: set[nn.Module]) -> None:
+    def __init__(self, pl_module: LightningModule, tensors: list[Tensor], submodules: set[nn.Module]) -> None:
         self._pl_module, self._submodules = pl_module, submodules
         self._ours = [tensor.detach().clone() for tensor in tensors[:1]]
         self._given: set[str] = set()  # shapes
@@ -191,7 +191,7 @@ def submodules_run(model: nn.Module, in_our_passes: bool = True) -> Iterator[set
         yield seen
 
 
-def _is_overridden(name: str, pl_module: pl.LightningModule) -> bool:
+def _is_overridden(name: str, pl_module: LightningModule) -> bool:
     # Not Lightning's own check, which fails on a module of the other package, `lightning` or `pytorch_lightning`.
     defined_in = getattr(getattr(pl_module, name), "__module__", "")
     return defined_in not in ("lightning.pytorch.core.module", "pytorch_lightning.core.module")

@@ -8,9 +8,9 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
-import lightning.pytorch as pl
 from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
@@ -50,7 +50,7 @@ class Reading(Metric):
         return self._values().get(self._name)
 
 
-def lay_out(trainer: pl.Trainer, charts: Iterable[tuple[str, Mapping[str, str]]]) -> None:
+def lay_out(trainer: Trainer, charts: Iterable[tuple[str, Mapping[str, str]]]) -> None:
     """Lay out TensorBoard's Custom Scalars.
 
     Args:
@@ -67,14 +67,14 @@ def lay_out(trainer: pl.Trainer, charts: Iterable[tuple[str, Mapping[str, str]]]
             logger.experiment.add_custom_scalars(layout)  # type: ignore[attr-defined]
 
 
-def stage_prefix(prefix: str, trainer: pl.Trainer) -> str:
+def stage_prefix(prefix: str, trainer: Trainer) -> str:
     """The prefix of the loop that runs: in ``Trainer.test`` with "test" for "val"."""
     if not trainer.testing:
         return prefix
     return prefix.replace("val", "test", 1) if "val" in prefix else f"test_{prefix}"
 
 
-def num_batches(trainer: pl.Trainer) -> list[int | float]:
+def num_batches(trainer: Trainer) -> list[int | float]:
     """Of each loader of the loop that runs, or has run; inf if one does not say, also where it is limited to a number.
 
     Args:
@@ -107,7 +107,7 @@ def without_loader(name: str) -> str:
     return name.split(_SUFFIX)[0]
 
 
-def waiting_for(trainer: pl.Trainer, names: Collection[str]) -> list[tuple[str, str, str]]:
+def waiting_for(trainer: Trainer, names: Collection[str]) -> list[tuple[str, str, str]]:
     """Who waits for one of our values: the name of the class, the logged name, and the mode, ``"min"`` or ``"max"``.
 
     Args:
@@ -121,7 +121,7 @@ def waiting_for(trainer: pl.Trainer, names: Collection[str]) -> list[tuple[str, 
     return [(who, name, mode) for who, name, mode in found if isinstance(name, str) and without_loader(name) in names]
 
 
-def names_of_others(trainer: pl.Trainer) -> set[str]:
+def names_of_others(trainer: Trainer) -> set[str]:
     """What the module and other callbacks have logged in the loop that has just run, and in the one around it.
 
     Args:

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -125,7 +125,7 @@ class RiskMonitor(Monitor):
         tags = f"^{re.escape(self.prefix)}({'|'.join(_NAMES)})(/dataloader_idx_\\d+)?$"
         return {"risk estimate and its terms": tags}
 
-    def should_measure(self, trainer: pl.Trainer) -> bool:
+    def should_measure(self, trainer: Trainer) -> bool:
         """Whether a fit runs that has what the estimate needs, or the sanity check before it."""
         return trainer.sanity_checking or (trainer.state.fn == TrainerFn.FITTING and self._samples is not None)
 
@@ -137,7 +137,7 @@ class RiskMonitor(Monitor):
         """Take them back."""
         self._initial.restore(state_dict["initial_weights"])
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the weights, and begin to keep samples."""
         waiting = waiting_for(trainer, {self.prefix + name for name in _NAMES})
         self._is_required = bool(waiting) or self.task != "auto" or self.options.targets is not None
@@ -153,16 +153,14 @@ class RiskMonitor(Monitor):
             self._samples = TrainingSamples(self.task, num_samples, self.options)
         self._num_epochs = 0
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep the first batches; the second epoch would bring the same samples again."""
         self._num_epochs += batch_idx == 0
         if self._samples is not None and not self._samples.is_complete and self._num_epochs < 2:
             self._keep(trainer, pl_module, batch)
         self.failures.is_strict = False
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so if nothing was measured, or if the minimum is of the kind that is the least reliable."""
         if self._samples is not None:
             super().on_train_end(trainer, pl_module)
@@ -175,25 +173,23 @@ class RiskMonitor(Monitor):
                     " least reliable: compare with the last epoch.",
                 )
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Free the samples. The weights stay, for a second fit of the same module."""
         super().teardown(trainer, pl_module, stage)
         self._initial.bind(pl_module, if_restored=True)  # from the checkpoint of a validation
         self._samples = None
-        self.end_validation()
 
     def forget(self) -> None:
         """Begin a validation with nothing."""
-        self._sums: dict[int, tuple[Tensor, Tensor]] = {}  # of holdout and training samples, by loader
+        self._sums: dict[int, tuple[Tensor, ...]] = {}  # of holdout and training samples, by loader
 
     def end_validation(self) -> None:
         """Free what belongs to the model as it is."""
         self._learned = self._training_sums = None
 
-    def measure(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, probe: Probe, batch_idx: int, dataloader_idx: int
-    ) -> None:
+    def measure(self, trainer: Trainer, probe: Probe, batch_idx: int, dataloader_idx: int) -> None:
         """Run the model and its twins on a batch."""
+        pl_module = trainer.lightning_module
         probe.classes_last |= self._samples is not None and self._samples.classes_last
         outputs = probe.outputs()
         if self._samples is None or self._samples.task is None or self._initial.weights is None:
@@ -223,20 +219,18 @@ class RiskMonitor(Monitor):
                 total = total + self._sums[dataloader_idx][0]
             self._sums[dataloader_idx] = total, self._training_sums
 
-    def compute(self, pl_module: pl.LightningModule, dataloader_idx: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def compute(self, trainer: Trainer, dataloader_idx: int) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The values of a loader, and what to warn of."""
         if self._samples is None or self._samples.task is None:
             return {}, {}
-        sizes, dtype = (NUM_HOLDOUT_SUMS, NUM_TRAINING_SUMS), wide_dtype(pl_module.device)
-        none = [torch.zeros(size, dtype=dtype, device=pl_module.device) for size in sizes]
-        sums = torch.cat(self._sums.get(dataloader_idx, tuple(none)))
-        holdout, training = pl_module.trainer.strategy.reduce(sums, reduce_op="sum").split(sizes)
+        sizes, device = (NUM_HOLDOUT_SUMS, NUM_TRAINING_SUMS), trainer.lightning_module.device
+        none = torch.zeros(sum(sizes), dtype=wide_dtype(device), device=device)
+        sums = torch.cat(self._sums.get(dataloader_idx, (none,)))
+        holdout, training = trainer.strategy.reduce(sums, reduce_op="sum").split(sizes)
         terms = risk_terms(holdout, training, _STRENGTH)
         troubles = {}
         if self._samples.may_be_probabilities:
-            troubles["probabilities"] = (
-                "All outputs lie in [0, 1]. From probabilities the estimate is wrong: use logits."
-            )
+            troubles["probabilities"] = "All outputs lie in [0, 1]. Of probabilities the estimate is wrong: use logits."
         if holdout[-1] + training[-1] > 0:
             # Of several twins each adds its part of a sample.
             counts = [math.ceil(float(each[-1]) - 1e-6) for each in (holdout, training)]
@@ -251,7 +245,7 @@ class RiskMonitor(Monitor):
         self._lowest[dataloader_idx] = min(self._lowest.get(dataloader_idx, found), found)
         return dict(zip(_NAMES, terms, strict=True)), troubles
 
-    def _keep(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
+    def _keep(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         assert self._samples is not None
         problem: Exception | None = None
         try:

@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torchmetrics.utilities.distributed import gather_all_tensors
@@ -139,7 +139,7 @@ class TrainingSamples:
 
 
 def agree_on_task(
-    trainer: pl.Trainer, device: torch.device, task: str | None, problem: Exception | None
+    trainer: Trainer, device: torch.device, task: str | None, problem: Exception | None
 ) -> Exception | None:
     """Have all processes find the same task in their first batch, since all must log the same names.
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Sequence
-from functools import cache, partial
+from collections.abc import Sequence
+from functools import partial
 
-import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
@@ -21,10 +21,9 @@ from lightning_sensitivity.functional.tasks import are_log_probabilities, are_pr
 from lightning_sensitivity.metric import OutputSensitivity
 from lightning_sensitivity.models import Inputs, Options, Probe, Selector
 from lightning_sensitivity.models.options import DEFAULT_NOISE_STD
-from lightning_sensitivity.perturbations.noise import AnyPerturbation, apply_perturbation, noise_generator, power
+from lightning_sensitivity.perturbations.noise import AnyPerturbation, power
 
-_SENSITIVITY, _LOSS_ESTIMATE = "sensitivity", "loss_estimate"
-_NAMES = (_SENSITIVITY, "sensitivity_stderr", "sensitivity_log10", _LOSS_ESTIMATE)
+_NAMES = ("sensitivity", "sensitivity_stderr", "sensitivity_log10", "loss_estimate")
 
 
 class SensitivityMonitor(Monitor):
@@ -113,10 +112,10 @@ class SensitivityMonitor(Monitor):
         # Whatever the user's loss is called, it has "loss" in its name; the estimate has, too.
         return {"loss and loss estimate": f"^{tag}.*loss", "sensitivity, log10": f"^{tag}{_NAMES[2]}{site}"}
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the names of submodules, look for who minimizes sensitivity, lay out TensorBoard's Custom Scalars."""
         super().on_fit_start(trainer, pl_module)
-        ours = {self.prefix + name for name in self.names if name.startswith(_SENSITIVITY)}
+        ours = {self.prefix + name for name in self.names if name.startswith("sensitivity")}
         for who, logged, mode in waiting_for(trainer, ours):
             if mode == "min":
                 rank_zero_warn(
@@ -147,26 +146,25 @@ class SensitivityMonitor(Monitor):
         """Begin a validation with nothing."""
         self._metrics: dict[int, list[_LoaderSensitivity]] = {}
 
-    def measure(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, probe: Probe, batch_idx: int, dataloader_idx: int
-    ) -> None:
+    def measure(self, trainer: Trainer, probe: Probe, batch_idx: int, dataloader_idx: int) -> None:
         """Run the model on a batch, clean and perturbed."""
         clean = probe.outputs()
-        generator = partial(noise_generator, self.options.seed, trainer.global_rank, dataloader_idx, batch_idx)
-        for name, metric in zip(self.options.sites, self._of_loader(pl_module, dataloader_idx), strict=True):
-            module = None if name is None else _submodule(pl_module, name)
-            noisy = partial(self._noisy_outputs, probe, module, metric, generator)
+        key = (self.options.seed, trainer.global_rank, dataloader_idx, batch_idx)
+        for name, metric in zip(self.options.sites, self._of_loader(trainer, dataloader_idx), strict=True):
+            module = None if name is None else _submodule(trainer.lightning_module, name)
+            note = partial(metric.add_inputs, self.perturbation)
+            noisy = partial(probe.noisy_outputs, self.perturbation, key, at=module, note=note)
             if self.options.num_draws > 1:
                 metric.update(clean, map(noisy, range(self.options.num_draws)))
             else:  # what is compared at once needs no copy
                 noisy(0, then=partial(metric.add, clean))
             self._has_masked = metric.has_masked
 
-    def compute(self, pl_module: pl.LightningModule, dataloader_idx: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def compute(self, trainer: Trainer, dataloader_idx: int) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The values of a loader, and what to warn of."""
         values: dict[str, Tensor] = {}
         troubles: dict[str, str] = {}
-        metrics = self._of_loader(pl_module, dataloader_idx)
+        metrics = self._of_loader(trainer, dataloader_idx)
         for suffix, metric in zip(self.options.sites.values(), metrics, strict=True):
             sensitivity, stderr = metric.compute(), metric.stderr
             troubles |= {kind + suffix: doubt for kind, doubt in metric.doubts.items()}
@@ -182,30 +180,12 @@ class SensitivityMonitor(Monitor):
             )
         return values, troubles
 
-    def _of_loader(self, pl_module: pl.LightningModule, dataloader_idx: int) -> list[_LoaderSensitivity]:
+    def _of_loader(self, trainer: Trainer, dataloader_idx: int) -> list[_LoaderSensitivity]:
         if dataloader_idx not in self._metrics:
-            device, per_output = pl_module.device, self.options.per_output
+            device, per_output = trainer.lightning_module.device, self.options.per_output
             metrics = [_LoaderSensitivity(per_output, self._has_masked, device) for _ in self.options.sites]
             self._metrics[dataloader_idx] = [metric.to(device) for metric in metrics]
         return self._metrics[dataloader_idx]
-
-    def _noisy_outputs(
-        self,
-        probe: Probe,
-        module: nn.Module | None,
-        metric: _LoaderSensitivity,
-        generator: Callable[..., torch.Generator],
-        draw: int,
-        then: Callable[[Tensor], Tensor] = torch.clone,
-    ) -> Tensor:
-        source = cache(lambda device: generator(draw, device=device))  # one for all tensors of the draw
-
-        def perturb(x: Tensor) -> Tensor:
-            if draw == 0:
-                metric.add_inputs(x, self.perturbation)
-            return apply_perturbation(self.perturbation, x, source(x.device))
-
-        return probe.outputs(perturb, then=then) if module is None else probe.outputs_at(module, perturb, then)
 
 
 class _LoaderSensitivity(OutputSensitivity):
@@ -229,7 +209,7 @@ class _LoaderSensitivity(OutputSensitivity):
         self.update(clean, noisy)
         return noisy
 
-    def add_inputs(self, x: Tensor, perturbation: AnyPerturbation) -> None:
+    def add_inputs(self, perturbation: AnyPerturbation, x: Tensor) -> None:
         """Add the power of clean inputs; nothing where the noise has no second moment that Equation 9 could use."""
         if (squares := power(perturbation, x)) is not None:
             self.power = self.power + torch.stack([squares, torch.full_like(squares, x.numel())])
@@ -244,7 +224,6 @@ class _LoaderSensitivity(OutputSensitivity):
     def num_changes(self) -> float:
         """How many changes there were."""
         self.compute()
-        assert self._all_rows is not None
         return float(self._all_rows[self._all_rows.isfinite().all(1), 0].sum())
 
     def loss_estimate(self) -> Tensor | None:

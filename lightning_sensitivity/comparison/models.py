@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import gc
 import inspect
+import math
 import os
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,12 @@ from lightning_sensitivity.functional.tasks import TASKS, check_logits, check_ta
 from lightning_sensitivity.models import Inputs, Options, Passes, Probe, Selector, prepare_call, select_targets
 from lightning_sensitivity.models.call import Call, uncompiled
 from lightning_sensitivity.models.options import DEFAULT_NOISE_STD, check_argument
-from lightning_sensitivity.perturbations import noise_generator, shifted
-from lightning_sensitivity.perturbations.noise import AnyPerturbation, apply_perturbation, power
+from lightning_sensitivity.perturbations import shifted
+from lightning_sensitivity.perturbations.noise import AnyPerturbation, power
 
 QUIET: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
 Model = nn.Module | str | os.PathLike[str] | Callable[[], nn.Module]
+_MONITORS = ("RiskMonitor", "SensitivityMonitor")
 _BATCH_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
@@ -164,15 +166,29 @@ class _Candidate(LightningModule):
             raise MisconfigurationException("`dataloader` should be one loader, got several.")
         call = prepare_call(self.model, batch, self._options.inputs, not self._options.at or bool(self._moves))
         probe = Probe(self._passes, self.model, call, self._options.outputs, batch)
-        powers: list[Tensor] = []  # of what is perturbed, in units of the noise's variance: for the C of Equation 9
+        powers: list[tuple[Tensor | float, int]] = []  # Σ x² in units of the noise's variance, and number of elements
+
+        def note_power(x: Tensor) -> None:
+            squares = power(self._perturbation, x)
+            powers.append((math.nan if squares is None else squares, x.numel()))
+
+        at = self._options.at
+        noisy_outputs = partial(
+            probe.noisy_outputs,
+            self._perturbation,
+            (self._options.seed, self.global_rank, 0, batch_idx),
+            at=uncompiled(self.model).get_submodule(str(at)) if at else None,
+            note=note_power,
+        )
         with self._passes.measuring():
             clean = probe.outputs()
             if batch_idx == 0:
                 check_logits(clean, self._task)
-            noisy = (self._noisy(probe, powers, batch_idx, draw) for draw in range(self._options.num_draws))
+            noisy = map(noisy_outputs, range(self._options.num_draws))
             moved = (probe.outputs(partial(shifted, down=down, right=right)) for down, right in self._moves)
             samples = score_samples(clean, noisy, moved, self._labels(batch, clean), task=self._task)
-        mean_power = torch.stack(powers).mean().expand(len(clean))
+        squares, counts = map(sum, zip(*powers, strict=True))  # of several inputs
+        mean_power = torch.as_tensor(squares / counts, device=clean.device).expand(len(clean))  # the C of Equation 9
         self._batches.append(samples | {"power": mean_power, "fingerprint": _fingerprints(call, clean)})
 
     def on_validation_epoch_end(self) -> None:
@@ -187,21 +203,6 @@ class _Candidate(LightningModule):
         torch.save((samples, num_parameters), part)
         part.replace(self._file)
         self.trainer.strategy.barrier()  # no process ends before it is there
-
-    def _noisy(self, probe: Probe, powers: list[Tensor], batch_idx: int, draw: int) -> Tensor:
-        """Outputs for a noise draw; the first one notes the powers."""
-        source = cache(partial(noise_generator, self._options.seed, self.global_rank, 0, batch_idx, draw))
-
-        def perturb(x: Tensor) -> Tensor:
-            if draw == 0:
-                squares = power(self._perturbation, x)
-                powers.append(x.new_tensor(torch.nan) if squares is None else squares / x.numel())
-            return apply_perturbation(self._perturbation, x, source(x.device))
-
-        at = self._options.at
-        return (
-            probe.outputs_at(uncompiled(self.model).get_submodule(str(at)), perturb) if at else probe.outputs(perturb)
-        )
 
     def _labels(self, batch: Any, clean: Tensor) -> Tensor | None:
         """The labels of a batch, if it has any that fit; from the first batch on where they don't, it has none."""
@@ -295,5 +296,5 @@ def _check_arguments(models: object, at: object, shifts: object, task: str, trai
     check_argument("shifts", shifts, valid, "a list of pixels, each an int of 1 or more")
     check_argument("task", task, task in TASKS, f"one of {', '.join(map(repr, TASKS))}")
     # By name: this floor knows no callback.
-    if "SensitivityMonitor" in {type(each).__name__ for each in getattr(trainer, "callbacks", [])}:
-        raise MisconfigurationException("`trainer` should be one of its own, got one with a `SensitivityMonitor`.")
+    monitors = [each for each in getattr(trainer, "callbacks", []) if type(each).__name__ in _MONITORS]
+    check_argument("trainer", monitors, not monitors, "one of its own, without monitors")

@@ -6,6 +6,7 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from lightning_sensitivity.models import call
 from lightning_sensitivity.models.call import Call, Perturb, Selector, describe
 from lightning_sensitivity.models.passes import Passes
+from lightning_sensitivity.perturbations.noise import AnyPerturbation, apply_perturbation, noise_generator
 
 
 class Probe:
@@ -66,6 +68,34 @@ class Probe:
             return then(outputs.movedim(-1, 1) if self.classes_last else outputs)
 
         return self._passes.run(run)
+
+    def noisy_outputs(
+        self,
+        perturbation: AnyPerturbation,
+        key: tuple[int, int, int, int],
+        draw: int,
+        at: nn.Module | None = None,
+        note: Callable[[Tensor], None] | None = None,
+        then: Callable[[Tensor], Tensor] = torch.clone,
+    ) -> Tensor:
+        """The outputs under one draw of the noise.
+
+        Args:
+            perturbation: What is done to the inputs.
+            key: Seed, rank, loader and batch; see :func:`~lightning_sensitivity.perturbations.noise_generator`.
+            draw: Index of the draw.
+            at: The submodule whose output is perturbed; None for the inputs.
+            note: Gets what is perturbed in the first draw, as it was.
+            then: What is made of the outputs at once.
+        """
+        source = cache(partial(noise_generator, *key, draw))  # one for all tensors of the draw
+
+        def perturb(x: Tensor) -> Tensor:
+            if draw == 0 and note is not None:
+                note(x)
+            return apply_perturbation(perturbation, x, source(x.device))
+
+        return self.outputs(perturb, then=then) if at is None else self.outputs_at(at, perturb, then)
 
     def outputs_at(self, module: nn.Module, perturb: Perturb, then: Callable[[Tensor], Tensor] = torch.clone) -> Tensor:
         """The outputs where what a submodule returns is perturbed, each time that it runs.

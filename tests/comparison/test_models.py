@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset
 
-from lightning_sensitivity import SensitivityMonitor, compare_models
+from lightning_sensitivity import RiskMonitor, SensitivityMonitor, compare_models
 from lightning_sensitivity.comparison import Comparison
 from lightning_sensitivity.perturbations import GaussianBlur, UniformNoise
 from tests.helpers import (
@@ -423,6 +423,7 @@ def test_data_that_no_model_can_take(dataloader: Any, kwargs: dict[str, Any], me
         ({"at": ["net", "net.0"]}, "a submodule's name or None"),
         ({"task": "auto"}, "one of 'multiclass'"),
         ({"trainer": trainer(callbacks=[SensitivityMonitor()])}, "one of its own"),
+        ({"trainer": trainer(callbacks=[RiskMonitor()])}, "one of its own"),
     ],
 )
 def test_arguments(kwargs: dict[str, Any], message: str) -> None:
