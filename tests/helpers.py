@@ -163,33 +163,20 @@ def csv_rows(log_dir: str | Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def changes(clean: Tensor, noisy: Tensor) -> Tensor:
-    """Class-averaged changes by definition, one row per sample, one column per position."""
-    return (noisy.double() - clean.double()).reshape(len(clean), clean.shape[1], -1).mean(1)
-
-
 @torch.no_grad()
 def brute_force(
-    model: LightningModule,
-    batches: list[Tensor],
-    noise_std: float = 0.1,
-    num_draws: int = 1,
-    seed: int = 0,
-    rank: int = 0,
-    dataloader_idx: int = 0,
-    per_output: bool = False,
+    run: Callable[[Tensor], Tensor], batches: Any, num_draws: int = 1, seed: int = 0, rank: int = 0, loader: int = 0
 ) -> Tensor:
-    """All class-averaged changes (or one column per output), by a plain loop over samples' batches and draws."""
-    training = model.training
-    model.eval()
-    changes = []
-    for batch_idx, x in enumerate(batches):
+    """By a plain loop, over batches by their index: a row of class-averaged changes for each sample, in eval mode."""
+    rows = []
+    for batch_idx, x in batches.items() if isinstance(batches, dict) else enumerate(batches):
+        draws = []
         for draw in range(num_draws):
-            generator = noise_generator(seed, rank, dataloader_idx, batch_idx, draw)
-            noise = torch.randn(x.shape, generator=generator)
-            changes.append(model(x + noise_std * noise).double() - model(x).double())
-    model.train(training)
-    return torch.cat(changes) if per_output else torch.cat(changes).mean(1)
+            noise = torch.randn(x.shape, generator=noise_generator(seed, rank, loader, batch_idx, draw))
+            clean, noisy = run(x).double(), run(x + 0.1 * noise).double()
+            draws.append((noisy - clean).reshape(len(clean), clean.shape[1] if clean.ndim > 1 else 1, -1).mean(1))
+        rows.append(torch.cat(draws, 1))
+    return torch.cat(rows)
 
 
 def run_processes(

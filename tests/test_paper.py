@@ -29,20 +29,6 @@ def paper() -> Iterator[dict[str, ModuleType]]:
             sys.modules.pop(name, None)
 
 
-def test_the_zoo_is_what_was_asked_for(paper: dict[str, ModuleType]) -> None:
-    zoo = paper["zoo"]
-    assert len(zoo.ZOO) >= 40
-    assert len({spec.name for spec in zoo.ZOO}) == len(zoo.ZOO)
-    experiments = [zoo.FC_NORMAL, zoo.DEPTH_WIDTH, zoo.INITS, zoo.REGULARIZED, zoo.CONV, zoo.ADDED_CONV, zoo.ADDED_FC]
-    assert all(set(specs) <= set(zoo.ZOO) for specs in (*experiments, zoo.SMOOTH))
-    x = torch.rand(2, 3, 32, 32)
-    for spec in zoo.QUICK + [spec for spec in zoo.ZOO if spec.fc_width < 300]:
-        model = zoo.Network(tuple(spec), (3, 32, 32)).eval()
-        assert model(x).shape == (2, 10)
-        linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)]
-        assert len(linear) == spec.conv_depth + spec.fc_depth + 1
-
-
 def test_folds_are_disjoint(paper: dict[str, ModuleType]) -> None:
     images = []
     for fold in range(3):
@@ -104,13 +90,3 @@ def test_a_script_runs_on_embedded_data(tmp_path: Path) -> None:
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
     assert {path.suffix for path in (out / "quick").iterdir()} == {".csv", ".md", ".png"}
-
-
-def test_every_script_is_shown_on_the_page() -> None:
-    page = (FOLDER / "README.md").read_text()
-    scripts = {path.stem for path in FOLDER.glob("*.py")} - {"zoo", "measure", "ranking", "figures"}
-    assert len(scripts) == 9
-    for script in scripts:
-        for suffix in ("png", "md", "csv"):
-            assert (FOLDER / "results" / f"{script}.{suffix}").exists()
-        assert f"results/{script}.png" in page and f"results/{script}.md" in page

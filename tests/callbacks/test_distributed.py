@@ -334,7 +334,7 @@ def changes(num_samples: int, seed: int = 0, **kwargs: Any) -> float:
 def test_each_process_has_noise_of_its_own(both: dict[str, list[Any]]) -> None:
     first, second = both["own_noise"]
     assert first == second
-    truths = changes(48), changes(32, seed=1, dataloader_idx=1)
+    truths = changes(48), changes(32, seed=1, loader=1)
     found = [first[f"val_sensitivity/dataloader_idx_{idx}"] for idx in (0, 1)]
     assert found == pytest.approx(truths, rel=1e-9)
 
@@ -369,7 +369,7 @@ def test_a_process_without_a_batch_has_the_others_value(both: dict[str, list[Any
     values, (epochs, of_fit), combined = both["without_a_batch"][0]
     for idx, ranks in enumerate([[1], [0, 1], [0], [0, 1], [1]]):
         batches = list(inputs(40, seed=idx).split(16))
-        found = torch.cat([brute_force(model(), batches, rank=rank, dataloader_idx=idx) for rank in ranks])
+        found = torch.cat([brute_force(model(), batches, rank=rank, loader=idx) for rank in ranks])
         assert values[f"val_sensitivity/dataloader_idx_{idx}"] == pytest.approx(found.var(correction=0).item())
     assert epochs > 1 and of_fit["val_sensitivity"] > 0 and combined["val_sensitivity"] > 0
 
@@ -379,9 +379,8 @@ def test_a_pass_that_fails_in_one_process_costs_its_batch_in_both(both: dict[str
     assert epochs == other_epochs == 2
     assert first == second and {"val_sensitivity", "val_risk_estimate"} <= first.keys()
     batches = [inputs(8), inputs(7), inputs(8, 2)]
-    found = [brute_force(model(Still), batches[:1], rank=1)]  # by index, as a plain loop goes
-    found.append(brute_force(model(Still), [inputs(0), inputs(0), batches[2]], rank=1))
-    found.append(brute_force(model(Still), batches, rank=0))
+    kept = {0: batches[0], 2: batches[2]}
+    found = [brute_force(model(Still), kept, rank=1), brute_force(model(Still), batches, rank=0)]
     assert first["val_sensitivity"] == pytest.approx(torch.cat(found).var(correction=0).item(), rel=1e-9)
     assert said + other_said >= 1
 

@@ -26,7 +26,6 @@ from tests.helpers import (
     NUM_CLASSES,
     NUM_FEATURES,
     Classifier,
-    Counting,
     History,
     Scheduled,
     inputs,
@@ -281,14 +280,12 @@ def test_it_goes_on_where_training_resumes(tmp_path: Path) -> None:
         check(truth)
 
 
-def test_a_plain_state_dict_in_a_file_and_names_of_another_model(tmp_path: Path) -> None:
+def test_a_plain_state_dict_in_a_file(tmp_path: Path) -> None:
     untrained, model = Plain(), Plain()
     torch.save(untrained.state_dict(), tmp_path / "weights.pt")
     truth = Truth(4, initial=initial_weights(untrained))
     fit(model, RiskMonitor(initial_weights=tmp_path / "weights.pt"), truth, loader(), max_epochs=1)
     check(truth)
-    with pytest.raises(MisconfigurationException, match="`initial_weights` should name the parameters of the module"):
-        fit(model, RiskMonitor(initial_weights={"a": torch.zeros(1)}), truth, loader())
 
 
 @pytest.mark.parametrize("between", ["nothing", "validate", "a checkpoint"])
@@ -335,18 +332,6 @@ def test_lazy_weights_are_those_that_the_sanity_check_has_made() -> None:
 # What it costs
 
 
-@pytest.mark.parametrize(("max_epochs", "num_samples", "measured"), [(1, None, 10), (2, None, 10), (1, 250, 20)])
-def test_its_forward_passes_are_counted(max_epochs: int, num_samples: int | None, measured: int) -> None:
-    """Batches of 10 and 25; ``measured``: of two batches with four twins each, or of ten, of twenty, with one."""
-    model = type("Counted", (Counting, Plain), {})()
-    monitor = RiskMonitor(num_training_samples=35, num_samples=num_samples)
-    run = trainer(callbacks=[monitor], max_epochs=max_epochs, num_sanity_val_steps=0)
-    run.fit(model, loader(100, 10), unlabelled_loader(2 * (num_samples or 25), 25))
-    look, kept, scored = 1, 4, 4 * max_epochs
-    assert len(model.passes) == look + kept + scored + measured * max_epochs
-    assert sum(model.passes) == 25 + 40 + 40 * max_epochs + 25 * measured * max_epochs
-
-
 def test_the_device_holds_no_copy_of_the_weights_while_training() -> None:
     class Watch(Callback):
         def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -354,19 +339,6 @@ def test_the_device_holds_no_copy_of_the_weights_while_training() -> None:
 
     monitor = RiskMonitor()
     fit(Plain(), monitor, None, loader(), Watch())
-
-
-def test_a_graph_that_training_holds_over_a_validation_stays_valid() -> None:
-    class Accumulating(Plain):
-        automatic_optimization, held = False, 0.0
-
-        def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
-            self.held = self.held + super().training_step(batch, batch_idx)
-            if batch_idx % 4 == 3:
-                self.manual_backward(self.held)
-                self.optimizers().step()
-
-    assert fit(Accumulating(), RiskMonitor(), None, loader(64), max_epochs=1, val_check_interval=2).global_step == 1
 
 
 # Labels and tasks

@@ -20,16 +20,14 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 from lightning_sensitivity.callbacks.checks import check_run
 from lightning_sensitivity.callbacks.logged import loader_name, num_batches, without_loader
-from tests.helpers import Classifier, History, Linear, brute_force, inputs, loader, trainer, validated
+from tests.helpers import Classifier, History, Linear, loader, trainer
 
 MONITORS = [SensitivityMonitor, RiskMonitor]
 each = pytest.mark.parametrize("monitor", MONITORS)
-NAMES = {"val_sensitivity", "val_sensitivity_stderr", "val_sensitivity_log10", "val_loss_estimate"}
 
 
 class Interrupted(Classifier):
@@ -208,37 +206,6 @@ def test_validations_that_are_left_out(num_loaders: int) -> None:
     run.fit(Classifier(), loader(), [loader(seed=idx) for idx in range(num_loaders)])
     values = [epoch.get(loader_name("val_sensitivity", num_loaders - 1, num_loaders)) for epoch in history.epochs]
     assert values[0] is None and values[1] == values[2] != values[3]  # Lightning keeps the last one
-
-
-def test_a_model_that_is_validated_trained_and_validated() -> None:
-    model, monitor = Classifier(), SensitivityMonitor()
-    run = trainer(callbacks=[monitor, RiskMonitor()])
-    for _ in range(2):
-        (values,) = run.validate(model, loader(), verbose=False)
-        truth = brute_force(model, list(inputs(50).split(16))).var(correction=0).item()
-        assert values.keys() == {"val_loss", *NAMES}
-        assert values["val_sensitivity"] == pytest.approx(truth, rel=1e-9)
-        run.fit(model, loader(), loader())
-
-
-def test_the_batch_reaches_the_step_unchanged() -> None:
-    class Masked(Linear):
-        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-            return super().forward(x.mul_(mask.mul_(0.5)))
-
-        def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-            assert torch.equal(batch["mask"], torch.ones(16, 12)) and torch.equal(batch["y"], torch.ones(16, 1))
-            assert torch.equal(batch["x"], inputs(32)[16 * batch_idx :][:16])
-
-    def write(result: Tensor, batch: Any) -> Tensor:
-        batch["y"].zero_()
-        return result.mul_(2)
-
-    batches = [{"x": x, "mask": torch.ones(12), "y": torch.ones(1)} for x in inputs(32)]
-    model = Masked()
-    for options, factor in (({"inputs": "x"}, 1), ({"inputs": lambda b: (b.pop("x"), b["mask"]), "outputs": write}, 4)):
-        value = validated(SensitivityMonitor(**options), model, DataLoader(batches, 16))["val_sensitivity"]
-        assert 0.5 < value / (0.25 * factor * model.sensitivity(0.1)) < 2  # each pass halves a mask of ones
 
 
 MODES = [(None, 4, [4, 2]), (None, 2, [2, 2]), ("sequential", 4, [4, 2]), ("min_size", 4, [2])]

@@ -14,7 +14,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 from lightning_sensitivity.functional import loss_estimate
-from lightning_sensitivity.perturbations import RademacherNoise, noise_generator
+from lightning_sensitivity.perturbations import RademacherNoise
 from tests.helpers import (
     NUM_CLASSES,
     NUM_FEATURES,
@@ -32,6 +31,7 @@ from tests.helpers import (
     Linear,
     Scheduled,
     Watch,
+    brute_force,
     csv_rows,
     inputs,
     labelled,
@@ -44,22 +44,6 @@ from tests.helpers import (
 NAMES = ("sensitivity", "sensitivity_stderr", "sensitivity_log10", "loss_estimate")
 LAYERS = ["net.0", "net.2", "net.4"]
 Pair = namedtuple("Pair", ["image", "label"])
-
-
-@torch.no_grad()
-def changes(
-    run: Callable[[Tensor], Tensor], batches: Any, num_draws: int = 1, seed: int = 0, dataloader_idx: int = 0
-) -> Tensor:
-    """By a plain loop, over batches by their index: a row of class-averaged changes for each sample."""
-    rows = []
-    for batch_idx, x in batches.items() if isinstance(batches, dict) else enumerate(batches):
-        draws = []
-        for draw in range(num_draws):
-            noise = torch.randn(x.shape, generator=noise_generator(seed, 0, dataloader_idx, batch_idx, draw))
-            clean, noisy = run(x).double(), run(x + 0.1 * noise).double()
-            draws.append((noisy - clean).reshape(len(clean), clean.shape[1] if clean.ndim > 1 else 1, -1).mean(1))
-        rows.append(torch.cat(draws, 1))
-    return torch.cat(rows)
 
 
 def expected(changes: Tensor) -> dict[str, float]:
@@ -78,7 +62,7 @@ def close(values: dict[str, float], truth: dict[str, float], rel: float = 1e-9) 
 def test_the_values_are_those_of_a_plain_loop(batch_size: int, num_draws: int) -> None:
     model, monitor = Classifier(), SensitivityMonitor(num_draws=num_draws, seed=3)
     values = validated(monitor, model, loader(50, batch_size))
-    truth = expected(found := changes(model.eval(), inputs(50).split(batch_size), num_draws, seed=3))
+    truth = expected(found := brute_force(model.eval(), inputs(50).split(batch_size), num_draws, seed=3))
     close(values, truth)
     estimate = loss_estimate(truth["val_sensitivity"], inputs(50).double().square().mean(), 0.1, NUM_CLASSES)
     assert values["val_loss_estimate"] == pytest.approx(estimate.item(), rel=1e-6)  # power is summed in 32 bits
@@ -86,39 +70,17 @@ def test_the_values_are_those_of_a_plain_loop(batch_size: int, num_draws: int) -
     torch.testing.assert_close(monitor.metrics[0].per_sample, per_sample, rtol=1e-9, atol=1e-15)
 
 
-def test_one_standard_deviation_per_channel_is_in_units_of_the_input() -> None:
-    model, scale = Linear(), torch.linspace(0.5, 2, NUM_FEATURES)
-    plain = validated(SensitivityMonitor(0.2), model, DataLoader(inputs(400), 100))
-    assert abs(plain["val_sensitivity"] - model.sensitivity(0.2)) < 4 * plain["val_sensitivity_stderr"]
-    with torch.no_grad():
-        model.net.weight.mul_(scale)
-    monitor = SensitivityMonitor([0.2 / s for s in scale.tolist()])
-    close(validated(monitor, model, DataLoader(inputs(400) / scale, 100)), plain, rel=1e-5)
-
-
 def test_every_epoch_is_logged_and_before_training_by_validate_at_step_0(tmp_path: Any) -> None:
     model, history, logger = Classifier(), History(), CSVLogger(tmp_path)
     run = trainer(callbacks=[SensitivityMonitor(), history], logger=logger, max_epochs=3)
-    untrained = expected(changes(model.eval(), inputs(50, seed=1).split(16)))
+    untrained = expected(brute_force(model.eval(), inputs(50, seed=1).split(16)))
     run.validate(model.train(), loader(seed=1), verbose=False)
     run.fit(model, loader(), loader(seed=1))
     close(history.epochs[0], untrained)
-    close(history.epochs[-1], expected(changes(model.eval(), inputs(50, seed=1).split(16))))
+    close(history.epochs[-1], expected(brute_force(model.eval(), inputs(50, seed=1).split(16))))
     curve = {int(row["step"]): float(row["val_sensitivity"]) for row in csv_rows(logger.log_dir) if row["val_loss"]}
     assert curve == dict(zip((0, 3, 7, 11), (epoch["val_sensitivity"] for epoch in history.epochs), strict=True))
     assert len(set(curve.values())) == 4
-
-
-def test_the_noise_is_the_same_every_epoch_and_follows_the_seed() -> None:
-    class Still(Linear):
-        def configure_optimizers(self) -> Any:
-            return torch.optim.SGD(self.parameters(), lr=0.0)
-
-    history, model = History(), Still()
-    monitors = [SensitivityMonitor(num_samples=30), SensitivityMonitor(seed=1, prefix="b_", num_samples=30)]
-    trainer(callbacks=[*monitors, history], max_epochs=3).fit(model, loader(), unlabelled_loader(200, 10))
-    assert [epoch["val_sensitivity"] for epoch in history.epochs] == 3 * [history.epochs[0]["val_sensitivity"]]
-    assert history.epochs[0]["val_sensitivity"] != history.epochs[0]["b_sensitivity"]
 
 
 @pytest.mark.parametrize(("prefix", "test"), [("val_", "test_"), ("val/", "test/"), ("a_", "test_a_")])
@@ -135,8 +97,8 @@ def test_several_loaders_one_of_them_empty(capsys: pytest.CaptureFixture[str]) -
     said = ["DataLoader` across ranks is zero", "dataloader 1: A variance needs two output changes or more"]
     messages = [str(warning.message) for warning in caught if warning.category is UserWarning]
     assert all(text in message for text, message in zip(said, messages, strict=True))
-    truths = [expected(changes(model.eval(), inputs(50).split(16)))["val_sensitivity"]]
-    truths.append(expected(changes(model, inputs(20, seed=1).split(16), dataloader_idx=2))["val_sensitivity"])
+    truths = [expected(brute_force(model.eval(), inputs(50).split(16)))["val_sensitivity"]]
+    truths.append(expected(brute_force(model, inputs(20, seed=1).split(16), loader=2))["val_sensitivity"])
     for idx, values, truth in ((0, results[0], truths[0]), (2, results[-1], truths[1])):
         close(values, {f"val_sensitivity/dataloader_idx_{idx}": truth})
         assert {f"val_{name}/dataloader_idx_{idx}" for name in NAMES} <= values.keys()
@@ -150,12 +112,13 @@ def test_per_output_and_a_single_output() -> None:
     batches = inputs(50).split(16)
     values = validated(SensitivityMonitor(per_output=True, outputs=lambda y: y.softmax(1)), model, loader())
     each = [
-        changes(lambda x, k=k: model.eval()(x).softmax(1)[:, k], batches).square().mean() for k in range(NUM_CLASSES)
+        brute_force(lambda x, k=k: model.eval()(x).softmax(1)[:, k], batches).square().mean()
+        for k in range(NUM_CLASSES)
     ]
     close(values, {"val_sensitivity": sum(each).item() / NUM_CLASSES})
     assert "val_loss_estimate" not in values
     values = validated(SensitivityMonitor(outputs=lambda y: y[:, 0]), model, loader())
-    close(values, expected(changes(lambda x: model.eval()(x)[:, 0], batches)))
+    close(values, expected(brute_force(lambda x: model.eval()(x)[:, 0], batches)))
     assert "val_loss_estimate" not in values
 
 
@@ -185,7 +148,7 @@ def test_a_budget_picks_evenly_spaced_whole_batches_and_counts_passes(options: A
     assert len(model.passes) == 1 + len(chosen) * (1 + sites * draws)  # and one that looks at the outputs, once a run
     if sites == 1:
         batches = {idx: x for idx, x in enumerate(inputs(200).split(10)) if idx in chosen}
-        close(values, expected(changes(model.eval(), batches, draws)))
+        close(values, expected(brute_force(model.eval(), batches, draws)))
 
 
 @given(
@@ -264,37 +227,18 @@ def test_after_the_first_batch_no_batch_waits_for_the_device() -> None:
 
 def test_a_linear_models_layers_have_the_sensitivities_that_their_weights_give() -> None:
     class Deep(Linear):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = None
-
         def configure_model(self) -> None:  # the names are looked up when it has its layers
-            if self.net is None:
-                self.net = nn.Sequential(nn.Linear(NUM_FEATURES, 8), nn.Linear(8, 6), nn.Linear(6, NUM_CLASSES))
+            self.net = nn.Sequential(nn.Linear(NUM_FEATURES, 8), nn.Linear(8, 6), nn.Linear(6, NUM_CLASSES))
 
     model, names = Deep(), ["net.0", "net.1", "net.2"]
     values = validated(SensitivityMonitor(0.5, at=names, num_samples=None), model, loader(4000, 100))
     first, second = model.net[1].weight, model.net[2].weight
     for name, matrix in zip(names, (second @ first, second, torch.eye(NUM_CLASSES)), strict=True):
-        truth = 0.25 * matrix.mean(0).square().sum().item()
-        assert values[f"val_sensitivity/{name}"] == pytest.approx(
-            truth, abs=4 * values[f"val_sensitivity_stderr/{name}"]
-        )
+        truth, error = 0.25 * matrix.mean(0).square().sum().item(), values[f"val_sensitivity_stderr/{name}"]
+        assert values[f"val_sensitivity/{name}"] == pytest.approx(truth, abs=4 * error)
     power = model.net[0](inputs(4000)).square().mean().item()  # C is that of the layer's own outputs
     estimate = (0.5 * 0.75 * values["val_sensitivity/net.0"] * power / 0.25) ** 0.5
     assert values["val_loss_estimate/net.0"] == pytest.approx(estimate)
-    one = validated(SensitivityMonitor(0.5, at="net.1", num_samples=None), model, loader(4000, 100))
-    assert {name for name in one if "/" in name} == set()
-    assert one["val_sensitivity"] == values["val_sensitivity/net.1"]
-
-
-def test_noise_at_the_identity_is_noise_at_the_input() -> None:
-    model = Classifier()
-    model.net.insert(0, nn.Identity())
-    at, plain = (
-        validated(SensitivityMonitor(num_draws=2, **kwargs), model, loader()) for kwargs in ({"at": "net.0"}, {})
-    )
-    assert at == plain
 
 
 @pytest.mark.parametrize("perturbation", [RademacherNoise(0.1), lambda x, g: x.mul_(1.1)])
@@ -378,7 +322,7 @@ def test_every_form_of_batch_and_output(form: str) -> None:
     val = DataLoader([make(x, torch.arange(len(x)) % 2) for x in images], batch_size=None)
     model = Model()
     values = validated(SensitivityMonitor(inputs=chosen, outputs=outputs), model, val)
-    close(values, expected(changes(lambda x: plain(model.eval().conv(x)), images)), rel=1e-6)
+    close(values, expected(brute_force(lambda x: plain(model.eval().conv(x)), images)), rel=1e-6)
 
 
 # What it refuses, and what it says
@@ -429,15 +373,12 @@ def test_a_name_that_is_none_is_found_before_training(at: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "val", "match"),
+    ("options", "val", "match"),
     [
-        (Linear, DataLoader(torch.rand(8, 7), 4), "shapes cannot be multiplied.*`inputs=lambda batch"),
-        (Linear, DataLoader(torch.zeros(4, 12).long()), "floating tensor.*`inputs="),
-        (Linear, loader(), "one standard deviation of the noise"),
-        (Pairwise := type("Pairwise", (Linear,), {"forward": lambda self, x: {"scores": x}}), loader(), "`outputs="),
+        ({}, DataLoader(torch.rand(8, 7), 4), "shapes cannot be multiplied.*`inputs=lambda batch"),
+        ({"noise_std": [0.1, 0.2]}, loader(), "one standard deviation of the noise"),
     ],
 )
-def test_a_model_that_can_not_be_run_is_told_how(model: type[LightningModule], val: Any, match: str) -> None:
-    options = {"noise_std": [0.1, 0.2]} if "deviation" in match else {}
+def test_a_model_that_can_not_be_run_is_told_how(options: Any, val: Any, match: str) -> None:
     with pytest.raises(MisconfigurationException, match=match):
-        validated(SensitivityMonitor(**options), model(), val)
+        validated(SensitivityMonitor(**options), Linear(), val)

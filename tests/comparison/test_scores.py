@@ -2,12 +2,9 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 
-from lightning_sensitivity import OutputSensitivity
 from lightning_sensitivity.comparison import Comparison
 from lightning_sensitivity.comparison.scores import (
     Samples,
@@ -17,8 +14,7 @@ from lightning_sensitivity.comparison.scores import (
     score_models,
     score_samples,
 )
-from lightning_sensitivity.functional import loss_estimate, output_sensitivity
-from lightning_sensitivity.functional.sensitivity import sensitivity_from_rows
+from lightning_sensitivity.functional import loss_estimate
 
 # One row a sample
 
@@ -27,17 +23,6 @@ def outputs(*shape: int, draws: int = 2, seed: int = 0) -> tuple[Tensor, list[Te
     generator = torch.Generator().manual_seed(seed)
     clean = torch.randn(shape, generator=generator)
     return clean, [clean + torch.randn(shape, generator=generator) for _ in range(draws)]
-
-
-@settings(max_examples=20, deadline=None)
-@given(num_samples=st.integers(2, 6), num_outputs=st.integers(1, 4), draws=st.integers(1, 3), seed=st.integers(0, 1000))
-def test_the_rows_are_those_of_the_metric(num_samples: int, num_outputs: int, draws: int, seed: int) -> None:
-    clean, noisy = outputs(num_samples, num_outputs, 2, draws=draws, seed=seed)
-    estimate = sensitivity_from_rows(score_samples(clean, noisy, task="regression")["rows"])
-    torch.testing.assert_close(estimate.sensitivity, output_sensitivity(clean, noisy))
-    metric = OutputSensitivity()
-    metric.update(clean, noisy)
-    torch.testing.assert_close(estimate.stderr, metric.stderr)
 
 
 def test_classes_by_hand() -> None:

@@ -133,13 +133,6 @@ def test_the_table_shows_what_there_is() -> None:
     assert repr(comparison(5)) == str(comparison(5))
 
 
-def test_a_table_of_all_that_comes_by_default_is_about_a_hundred_columns_wide() -> None:
-    numbers = dict.fromkeys(("loss_estimate", "entropy", "confidence", "flips", "variance"), 0.01234)
-    numbers |= dict.fromkeys(("consensus_loss", "consensus_error", "loss", "error", "num_parameters"), 0.01234)
-    lines = str(Comparison([ModelScores(f"model {i}", 1.23e-5 * (i + 1), 1e-7, **numbers) for i in range(3)]))
-    assert max(map(len, lines.splitlines())) <= 105
-
-
 def test_kendalls_tau_is_printed_for_all_scores() -> None:
     lines = str(comparison(6)).splitlines()
     assert lines[8].split() == ["Kendall's", "τ", "with", "loss", "error"]

@@ -333,15 +333,6 @@ def test_something_waits_and_does_what_lightning_does_where_there_is_no_value(
         assert re.search("val_risk_estimate.*not (available|found)|could not find.*val_risk_estimate", str(own.error))
 
 
-@pytest.mark.parametrize("name", ["another ignore_index", "unlabelled from the start"])
-def test_labels_that_a_stopping_waits_for_are_an_error_before_the_first_step(name: str) -> None:
-    fault = fault_of(name) if name == "another ignore_index" else Fault(name, train=lambda m, b: b[:1])
-    own = run(fault, "later", [*monitors(fault), EarlyStopping("val_risk_estimate")])
-    assert isinstance(own.error, MisconfigurationException)
-    assert "targets=" in str(own.error)
-    assert own.trainer.global_step == 0
-
-
 @pytest.mark.parametrize("weights", ["no_such.ckpt", {"other": torch.zeros(1)}])
 def test_weights_that_are_none_are_an_error(weights: Any) -> None:
     own = run(Fault("weights", r_options={"initial_weights": weights}), "later", [RiskMonitor(initial_weights=weights)])

@@ -7,15 +7,13 @@ import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.nn.functional import batch_norm, dropout
+from torch.nn.functional import batch_norm
 from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchmetrics import CatMetric, MeanMetric, MetricCollection
 
 from lightning_sensitivity.models import Passes, Probe, prepare_call
-from tests.helpers import Classifier, inputs
 
 X = torch.rand(4, 2, generator=torch.Generator().manual_seed(0))
 LARGE = 2**15
@@ -180,24 +178,6 @@ def test_modes_and_random_streams_go_on_as_if_nothing_had_run(error: type[BaseEx
     assert [module.training for module in model.modules()] == modes and torch.is_grad_enabled()
 
 
-def test_a_stochastic_forward_meets_the_same_dice_in_each_pass() -> None:
-    class Bayesian(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return dropout(x, 0.5) + torch.randn(1) * random.random()
-
-    model = Bayesian()
-    passes = Passes(model)
-    batches = []
-    for _ in range(2):
-        with passes.measuring():
-            probe = Probe(passes, model, prepare_call(model, X))
-            clean, same, noisy = probe.outputs(), probe.outputs(lambda x: x), probe.outputs(plus_one)
-        assert torch.equal(clean, same) and not torch.equal(clean, noisy)
-        batches.append(clean)
-        torch.rand(1)  # of training
-    assert not torch.equal(*batches)
-
-
 # Other modules
 
 
@@ -209,43 +189,6 @@ def test_a_lazy_module_becomes_what_it_would_and_stays_that() -> None:
     assert torch.equal(*outputs)
     assert (model[0].in_features, model[1].num_features) == (2, 3)
     assert torch.equal(model.eval()(X), outputs[0])
-
-
-@pytest.mark.parametrize("wrap", [torch.jit.script, lambda net: torch.compile(net, backend="eager")])
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*is (deprecated|not supported):DeprecationWarning")
-def test_scripted_and_compiled_modules_are_run_in_eval_mode(wrap: Callable[[nn.Module], Any]) -> None:
-    net = Classifier(0.5).net
-    expected = net.eval()(inputs(5)).detach()
-    model = wrap(net.train())
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    passes = Passes(model)
-    for _ in range(2):
-        with passes.measuring():
-            torch.testing.assert_close(passes.run(lambda: model(inputs(5))), expected)
-        assert all(module.training for module in model.modules())
-    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-
-
-def test_a_forward_that_logs_logs_nothing_and_other_methods_of_that_name_are_left_alone() -> None:
-    class Logging(LightningModule):
-        def forward(self, x: Tensor) -> Tensor:
-            self.log("mean", x.mean())  # without a Trainer it would warn
-            return x
-
-    class Logarithm(nn.Module):
-        log = staticmethod(torch.log)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.log(x)
-
-    logging = Logging()
-    logging.log_dict = print
-    for model, expected in ((logging, X), (Logarithm(), X.log())):
-        passes = Passes(model)
-        with passes.measuring():
-            assert torch.equal(passes.run(lambda model=model: model(X)), expected)
-        assert "log" not in vars(model)
-    assert logging.log_dict is print
 
 
 # Submodules
@@ -283,26 +226,6 @@ def test_the_output_of_a_submodule_is_perturbed_each_time_that_it_runs() -> None
             probe.outputs_at(model.head, lambda x: x / (1 // 0))
         assert torch.equal(probe.outputs(), clean)
     assert not any(module._forward_hooks for module in model.modules())
-
-
-@torch.no_grad()
-@pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="torch 2.6 and newer")
-def test_compiled_code_is_left_out_where_a_submodule_is_perturbed_and_is_not_compiled_again() -> None:
-    torch.compiler.reset()
-    compilations = 0
-
-    def backend(graph: torch.fx.GraphModule, examples: Any) -> Any:
-        nonlocal compilations
-        compilations += 1
-        return graph.forward
-
-    net = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 2))
-    passes, probe = probe_of(torch.compile(net, backend=backend), X)
-    for _ in range(3):
-        with passes.measuring():
-            torch.testing.assert_close(probe.outputs(), net(X))
-            torch.testing.assert_close(probe.outputs_at(net[1], plus_one), net[2](net[1](net[0](X)) + 1))
-    assert compilations == 1
 
 
 def test_outputs_are_those_of_their_pass_without_a_graph_and_the_batch_stays() -> None:
