@@ -114,17 +114,13 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
 
 
 def _give_back(swaps: list[tuple[nn.Parameter, Tensor, Tensor]]) -> None:
-    interrupt: BaseException | None = None
-    while True:
-        try:
-            for parameter, own, _ in swaps:
-                parameter.data = own
-            torch.clear_autocast_cache()
-            break
-        except KeyboardInterrupt as error:  # has to wait: the weights are the user's
-            interrupt = error
-    if interrupt is not None:
-        raise interrupt
+    try:
+        for parameter, own, _ in swaps:
+            parameter.data = own
+        torch.clear_autocast_cache()
+    except KeyboardInterrupt:  # has to wait: the weights are the user's
+        _give_back(swaps)
+        raise
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:

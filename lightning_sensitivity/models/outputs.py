@@ -28,20 +28,18 @@ class Probe:
         call: How.
         outputs: Which of its outputs; see :func:`~lightning_sensitivity.models.outputs.select_outputs`.
         batch: What the loader gave.
-        classes_last: Whether outputs are ``(N, ..., K)``, and are to become ``(N, K, ...)``.
+
+    Attributes:
+        classes_last: Whether outputs are ``(N, ..., K)``, and are to become ``(N, K, ...)``; False at first.
+        tensors: What is perturbed, as it is.
+        first_tensors: The first of these, or of all arguments; none if there is none.
     """
 
     def __init__(
-        self,
-        passes: Passes,
-        model: Callable[..., Any],
-        call: Call,
-        outputs: Selector = None,
-        batch: Any = None,
-        classes_last: bool = False,
+        self, passes: Passes, model: Callable[..., Any], call: Call, outputs: Selector = None, batch: Any = None
     ) -> None:
         self._passes, self._model, self._call, self._outputs, self._batch = passes, model, call, outputs, batch
-        self.classes_last = classes_last
+        self.classes_last = False
         self.tensors = call.tensors()
         self.first_tensors = self.tensors[:1] or [x for x in call.arguments.values() if isinstance(x, Tensor)][:1]
         self._num_samples = len(self.tensors[0]) if self.tensors and self.tensors[0].ndim else None

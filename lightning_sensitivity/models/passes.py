@@ -35,7 +35,7 @@ class Passes:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._written: set[int] | None = None  # ids of large tensors; None before the first pass
-        self._uses_numpy: bool | None = None  # as the first pass has shown; its states are slow to set
+        self._uses_numpy = True  # until the first pass has shown that it does not: numpy's states are slow to set
         self._devices: set[torch.device] = set()
         self._states: list[_State] = []
         self._dice: _Dice | None = None
@@ -45,9 +45,8 @@ class Passes:
         """A batch, inside of which :meth:`run` may be called."""
         modules = list(self._model.modules())
         training = [module for module in modules if module.training]
-        if is_first := self._written is None:  # a strategy keeps the module where it is
+        if self._written is None:  # a strategy keeps the module where it is
             self._devices = {tensor.device for tensor in (*self._model.parameters(), *self._model.buffers())}
-        written = self._written = self._written or set()
         self._dice = _Dice(self._devices)
         try:
             for module in training:  # not by `eval()`, which modules override
@@ -55,7 +54,7 @@ class Passes:
             with torch.no_grad(), _silenced(self._model):
                 # A lazy module becomes another one in its first pass, and stays that.
                 lasting = (each for each in modules if not getattr(type(each), "cls_to_become", None))
-                self._states = [_State(module, written, is_first) for module in lasting]
+                self._states = [_State(module, self._written) for module in lasting]
                 yield
         finally:
             for module in training:
@@ -70,29 +69,36 @@ class Passes:
             function: The function.
         """
         assert self._dice is not None
-        assert self._written is not None
-        self._dice.put_back(with_numpy=self._uses_numpy is not False)
+        self._dice.put_back(self._uses_numpy)
+        written: set[int] = set()
         try:
-            return function()
+            result = function()
         finally:
-            if self._uses_numpy is None:
-                self._uses_numpy = self._dice.has_rolled_numpy()
             for state in self._states:
-                self._written |= state.give_back()
+                written |= state.give_back()
+            if self._written is not None:
+                self._written |= written
+        if self._written is None:  # the first pass that has come to its end
+            self._written, self._uses_numpy = written, self._dice.has_rolled_numpy()
+        return result
 
 
 class _State:
     """What a module has in buffers and in attributes of its own."""
 
-    def __init__(self, module: nn.Module, written: set[int], is_first: bool) -> None:
-        self._module, self._is_first = module, is_first
+    def __init__(self, module: nn.Module, written: set[int] | None) -> None:
+        self._module, self._is_first = module, written is None
         self._before = vars(module).copy()
         own = [self._before[name] for name in self._before.keys() - _OF_ANY_MODULE]
         containers = [each for each in (*own, module._buffers) if isinstance(each, list | dict)]
         self._containers = [(each, each.copy()) for each in containers]
         tensors = [each for each in (*own, *module._buffers.values()) if isinstance(each, Tensor) and _has_values(each)]
         self._tensors = [
-            (each, each.clone() if is_first or each.numel() <= _SMALL or id(each) in written else None, _version(each))
+            (
+                each,
+                each.clone() if written is None or each.numel() <= _SMALL or id(each) in written else None,
+                _version(each),
+            )
             for each in tensors
         ]
 

@@ -128,6 +128,16 @@ def test_large_buffers_are_copied_only_where_a_pass_was_seen_to_write_them() -> 
     assert torch.equal(model.hidden, torch.ones(LARGE))
 
 
+def test_a_first_pass_that_failed_has_shown_nothing() -> None:
+    model = Stateful(lambda m, x: m.written.add_(1).sum(), LARGE)
+    passes = Passes(model)
+    with suppress(ZeroDivisionError), passes.measuring():
+        passes.run(lambda: 1 // 0)
+    with passes.measuring():
+        passes.run(lambda: model(X))
+    assert not model.written.any()
+
+
 @pytest.mark.parametrize("size", [2, LARGE])
 def test_inference_tensors_and_those_without_memory_are_no_obstacle(size: int) -> None:
     with torch.inference_mode():
