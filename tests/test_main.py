@@ -37,9 +37,7 @@ OPTIONS = ["--data", "tests.test_main.Data", "--data.num_samples", "40", "--mode
 OPTIONS += ["--trainer.accelerator", "cpu"]
 
 
-def test_compare_writes_a_table_and_a_figure(
-    checkpoints: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_compare(checkpoints: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table, figure = tmp_path / "new" / "table.csv", tmp_path / "new" / "figure.png"
     noise = ["--perturbation=lightning_sensitivity.perturbations.UniformNoise", "--perturbation.std=0.2", "--at=net"]
     command.main(["compare", *checkpoints, *OPTIONS, *noise, "--csv", str(table), "--figure", str(figure)])
@@ -93,7 +91,7 @@ def test_compare_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert figure.exists()
 
 
-def test_what_is_missing_is_said_before_anything_runs(
+def test_what_is_missing(
     checkpoints: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):

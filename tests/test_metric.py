@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torchmetrics import MeanMetric, Metric, MetricCollection
+from torchmetrics import Metric, MetricCollection
 
 from lightning_sensitivity import OutputSensitivity
 from lightning_sensitivity.functional import output_sensitivity
@@ -104,13 +104,6 @@ def test_in_a_collection_of_which_forward_gives_the_values_of_the_batch() -> Non
     close(values["averaged"], value_of())
     close(values["each"], value_of(per_output=True))
     close(collection["averaged"].per_sample, filled().per_sample)  # in their order
-
-
-def test_metrics_compose_and_plot() -> None:
-    pytest.importorskip("matplotlib").use("agg")
-    _, axes = filled().plot()
-    assert axes.lines[0].get_ydata() == value_of()
-    assert isinstance(filled() + MeanMetric(), Metric)
 
 
 class Waits(TorchDispatchMode):

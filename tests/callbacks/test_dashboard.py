@@ -1,13 +1,8 @@
 import re
 import shutil
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,23 +61,14 @@ def tensorboard_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     run = trainer(callbacks=monitors, logger=TensorBoardLogger(out, name=None), max_epochs=12)
     run.fit(Slashed(), loader(), loader(seed=1))
     run.logger.finalize("success")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(out), "--host", "127.0.0.1"]
-    open_directly = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
-    url = f"http://127.0.0.1:{port}/"
-    with subprocess.Popen([*command, "--port", str(port)], stderr=subprocess.PIPE, text=True) as server:
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(out), "--host", "127.0.0.1", "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
         try:
-            for _ in range(240):
-                with suppress(urllib.error.URLError, ConnectionError):
-                    open_directly(url, timeout=5).close()
-                    break
-                assert server.poll() is None, server.stderr.read()
-                time.sleep(0.25)
-            else:
-                pytest.fail("tensorboard did not answer in a minute")
-            yield url
+            said = [""]
+            while not (found := re.search(r" at (http://\S+)", said[-1])):
+                said.append(server.stderr.readline())
+                assert said[-1], f"tensorboard ended: {said}"
+            yield found[1]
         finally:
             server.terminate()
 

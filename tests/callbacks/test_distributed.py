@@ -390,9 +390,7 @@ def test_a_task_that_one_process_can_not_tell_is_no_task_in_both(both: dict[str,
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_a_sharded_model_has_the_value_of_a_whole_one_and_trains_as_without(
-    both: dict[str, list[Any]], name: str
-) -> None:
+def test_a_sharded_model_has_the_value_of_a_whole_one(both: dict[str, list[Any]], name: str) -> None:
     if f"{name} True" not in both["sharded"][0]:
         pytest.skip("needs torch 2.6 or newer")
     (first, said), (second, _) = (result[f"{name} True"] for result in both["sharded"])

@@ -132,16 +132,13 @@ class CountingAlone(Counting, Classifier):
         pass
 
 
-@pytest.mark.parametrize(
-    ("options", "sites", "chosen"),
-    [
-        ({"num_samples": None, "num_draws": 2}, 1, range(20)),
-        ({"num_samples": 50}, 1, range(0, 20, 4)),
-        ({"num_samples": 50, "num_draws": 2}, 1, [0, 7, 14]),
-        ({"num_samples": 51}, 1, [0, 4, 7, 10, 14, 17]),
-        ({"num_samples": 40, "at": LAYERS, "num_draws": 2}, 3, [0, 10]),
-    ],
-)
+@pytest.mark.parametrize(("options", "sites", "chosen"), [
+    ({"num_samples": None, "num_draws": 2}, 1, range(20)),
+    ({"num_samples": 50}, 1, range(0, 20, 4)),
+    ({"num_samples": 50, "num_draws": 2}, 1, [0, 7, 14]),
+    ({"num_samples": 51}, 1, [0, 4, 7, 10, 14, 17]),
+    ({"num_samples": 40, "at": LAYERS, "num_draws": 2}, 3, [0, 10]),
+])  # fmt: skip
 def test_a_budget_picks_evenly_spaced_whole_batches_and_counts_passes(options: Any, sites: int, chosen: Any) -> None:
     model, draws = CountingAlone(), options.get("num_draws", 1)
     values = validated(SensitivityMonitor(**options), model, unlabelled_loader(200, 10))
@@ -158,7 +155,7 @@ def test_a_budget_picks_evenly_spaced_whole_batches_and_counts_passes(options: A
     num_batches=st.integers(1, 200),
     world_size=st.integers(1, 8),
 )
-def test_as_many_batches_as_the_budget_needs(
+def test_as_many_batches_as_needed(
     num_samples: int, num_draws: int, batch_size: int, num_batches: int, world_size: int
 ) -> None:
     monitor = SensitivityMonitor(num_samples=num_samples, num_draws=num_draws)
@@ -372,13 +369,10 @@ def test_a_name_that_is_none_is_found_before_training(at: Any) -> None:
     assert run.global_step == 0
 
 
-@pytest.mark.parametrize(
-    ("options", "val", "match"),
-    [
-        ({}, DataLoader(torch.rand(8, 7), 4), "shapes cannot be multiplied.*`inputs=lambda batch"),
-        ({"noise_std": [0.1, 0.2]}, loader(), "one standard deviation of the noise"),
-    ],
-)
+@pytest.mark.parametrize(("options", "val", "match"), [
+    ({}, DataLoader(torch.rand(8, 7), 4), "shapes cannot be multiplied.*`inputs=lambda batch"),
+    ({"noise_std": [0.1, 0.2]}, loader(), "one standard deviation of the noise"),
+])  # fmt: skip
 def test_a_model_that_can_not_be_run_is_told_how(options: Any, val: Any, match: str) -> None:
     with pytest.raises(MisconfigurationException, match=match):
         validated(SensitivityMonitor(**options), Linear(), val)

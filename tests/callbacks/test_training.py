@@ -11,14 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import (
-    BatchSizeFinder,
-    Callback,
-    LearningRateFinder,
-    ModelPruning,
-    StochasticWeightAveraging,
-)
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer, callbacks, seed_everything
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
@@ -28,7 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 from lightning_sensitivity.callbacks.logged import loader_name
 from lightning_sensitivity.perturbations import noise_generator
-from tests.helpers import Classifier, csv_rows, labelled, loader, trainer, unlabelled_loader
+from tests.helpers import Classifier, Linear, csv_rows, labelled, loader, trainer, unlabelled_loader
 
 NUM_TRAIN_BATCHES = 4
 OURS = ("sensitivity", "loss_estimate", "risk_")
@@ -91,9 +85,7 @@ class Endless(IterableDataset):
 
 
 class Manual(Classifier):
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
+    automatic_optimization = False
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
         optimizer = self.optimizers()
@@ -105,9 +97,10 @@ class Manual(Classifier):
 class Adversarial(LightningModule):
     """Two networks and two optimizers; ``forward`` is the generator."""
 
+    automatic_optimization = False
+
     def __init__(self) -> None:
         super().__init__()
-        self.automatic_optimization = False
         self.generator = nn.Sequential(nn.Linear(12, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 12))
         self.critic = nn.Linear(12, 1)
 
@@ -123,8 +116,7 @@ class Adversarial(LightningModule):
             optimizer.step()
             self.untoggle_optimizer(optimizer)
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        pass
+    validation_step = Linear.validation_step
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         return [torch.optim.Adam(part.parameters(), lr=1e-2) for part in (self.generator, self.critic)]
@@ -166,8 +158,7 @@ class Reloading(LightningDataModule):
 class Quiet(Classifier):
     """Validates nothing: a batch of a combined loader is a list of batches."""
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        pass
+    validation_step = Linear.validation_step
 
 
 class Intrusive(Classifier):
@@ -275,11 +266,17 @@ SETUPS = {
     "averaged weights": Setup(2, callbacks=averaged_weights),
     "averaged weights, from the second epoch": Setup(2, callbacks=lambda: averaged_weights(update_starting_at_epoch=1)),
     # It adds an epoch for the statistics of batch norm.
-    "stochastic weight averaging": Setup(4, {"max_epochs": 3}, callbacks=lambda: [StochasticWeightAveraging(0.01, 1)]),
-    "pruning": Setup(3, {"max_epochs": 3}, callbacks=lambda: [ModelPruning("l1_unstructured", amount=0.3)]),
+    "stochastic weight averaging": Setup(
+        4, {"max_epochs": 3}, callbacks=lambda: [callbacks.StochasticWeightAveraging(0.01, 1)]
+    ),
+    "pruning": Setup(3, {"max_epochs": 3}, callbacks=lambda: [callbacks.ModelPruning("l1_unstructured", amount=0.3)]),
     "torch.compile of the module": Setup(2, module=lambda: torch.compile(WithoutLog(), backend="eager")),
-    "batch size finder": Setup(2, module=Finding, callbacks=lambda: [BatchSizeFinder("power", 1, 4, max_trials=2)]),
-    "learning rate finder": Setup(2, module=Finding, callbacks=lambda: [LearningRateFinder(num_training_steps=5)]),
+    "batch size finder": Setup(
+        2, module=Finding, callbacks=lambda: [callbacks.BatchSizeFinder("power", 1, 4, max_trials=2)]
+    ),
+    "learning rate finder": Setup(
+        2, module=Finding, callbacks=lambda: [callbacks.LearningRateFinder(num_training_steps=5)]
+    ),
 }
 
 
@@ -294,12 +291,12 @@ class Streams(Callback):
         self.seen.append((draws, [module.training for module in pl_module.modules()]))
 
 
-def fit(setup: Setup, tmp_path: Path, callbacks: list[Callback]) -> tuple[Trainer, list[Any]]:
+def fit(setup: Setup, tmp_path: Path, ours: list[Callback]) -> tuple[Trainer, list[Any]]:
     """Train from one seed; gives the Trainer, and all that training is and has logged."""
     seed_everything(0, verbose=False)
     streams = Streams()
     run = trainer(
-        callbacks=[*callbacks, *setup.callbacks(), streams],
+        callbacks=[*ours, *setup.callbacks(), streams],
         logger=CSVLogger(tmp_path, name=None),
         default_root_dir=tmp_path,
         log_every_n_steps=1,

@@ -393,39 +393,30 @@ class Two(LightningDataModule):
 
 
 @pytest.mark.filterwarnings("ignore:Total length of `DataLoader`")
-@pytest.mark.parametrize(
-    ("dataloader", "kwargs", "message"),
-    [
-        *((unlabelled_loader(num), {}, f"two samples or more, but got {num}") for num in (0, 1)),
-        (Two(), {}, "`dataloader` should be one loader, got several"),
-        (DataLoader(torch.zeros(4, NUM_FEATURES).long(), 2), {}, "should be a dense floating tensor"),
-        (unlabelled_loader(), {"targets": "label"}, "targets='label'"),
-        (unlabelled_loader(), {"noise_std": [0.1, 0.2]}, "one standard deviation .* per channel"),
-        (unlabelled_loader(), {"shifts": [1]}, "Expected images"),
-        (unlabelled_loader(), {"at": "nowhere"}, "nowhere"),
-        (loader(), {"targets": 1, "task": "regression"}, "one label per output"),
-    ],
-)
+@pytest.mark.parametrize(("dataloader", "kwargs", "message"), [
+    *((unlabelled_loader(num), {}, f"two samples or more, but got {num}") for num in (0, 1)),
+    (Two(), {}, "`dataloader` should be one loader, got several"),
+    (DataLoader(torch.zeros(4, NUM_FEATURES).long(), 2), {}, "should be a dense floating tensor"),
+    (unlabelled_loader(), {"targets": "label"}, "targets='label'"),
+    (unlabelled_loader(), {"noise_std": [0.1, 0.2]}, "one standard deviation .* per channel"),
+    (unlabelled_loader(), {"shifts": [1]}, "Expected images"),
+    (unlabelled_loader(), {"at": "nowhere"}, "nowhere"),
+    (loader(), {"targets": 1, "task": "regression"}, "one label per output"),
+])  # fmt: skip
 def test_data_that_no_model_can_take(dataloader: Any, kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(RuntimeError, match=f"(?s)No model could be scored.*{message}"):
         compare({"model": linear()}, dataloader, **kwargs)
 
 
-@pytest.mark.parametrize(
-    ("kwargs", "message"),
-    [
-        *(
-            ({"models": models}, "a dict of names and models")
-            for models in ({}, [nn.Linear(1, 1)], {1: nn.Linear(1, 1)})
-        ),
-        *(({"shifts": shifts}, "a list of pixels, each an int of 1 or more, got ") for shifts in (2, [0])),
-        ({"noise_std": 0}, "a positive, finite number"),
-        ({"at": ["net", "net.0"]}, "a submodule's name or None"),
-        ({"task": "auto"}, "one of 'multiclass'"),
-        ({"trainer": trainer(callbacks=[SensitivityMonitor()])}, "one of its own"),
-        ({"trainer": trainer(callbacks=[RiskMonitor()])}, "one of its own"),
-    ],
-)
+@pytest.mark.parametrize(("kwargs", "message"), [
+    *(({"models": models}, "a dict of names and models") for models in ({}, [nn.Linear(1, 1)], {1: nn.Linear(1, 1)})),
+    *(({"shifts": shifts}, "a list of pixels, each an int of 1 or more, got ") for shifts in (2, [0])),
+    ({"noise_std": 0}, "a positive, finite number"),
+    ({"at": ["net", "net.0"]}, "a submodule's name or None"),
+    ({"task": "auto"}, "one of 'multiclass'"),
+    ({"trainer": trainer(callbacks=[SensitivityMonitor()])}, "one of its own"),
+    ({"trainer": trainer(callbacks=[RiskMonitor()])}, "one of its own"),
+])  # fmt: skip
 def test_arguments(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(MisconfigurationException, match=f"`{next(iter(kwargs))}` should be {message}"):
         compare_models(**{"models": {"model": linear()}, "dataloader": unlabelled_loader(), **kwargs})

@@ -36,19 +36,16 @@ def test_classes_by_hand() -> None:
         assert found[name].tolist() == pytest.approx(values, abs=1e-6), name
 
 
-@pytest.mark.parametrize(
-    ("task", "shape", "targets", "loss"),
-    [
-        ("multiclass", (5, 3), torch.tensor([0, 2, 1, 1, 0]), cross_entropy),
-        ("multiclass", (2, 3, 4), torch.arange(8).reshape(2, 4) % 3, cross_entropy),
-        ("multiclass", (2, 3, 2, 2), torch.tensor([[[0, -100], [1, 1]], [[-100, -100], [2, -100]]]), cross_entropy),
-        ("multiclass", (3, 2), torch.tensor([[0.5, 0.5], [0.1, 0.9], [1.0, 0.0]]), cross_entropy),
-        ("binary", (4,), torch.tensor([0.0, 1.0, 1.0, 0.0]), binary_cross_entropy_with_logits),
-        ("binary", (4, 1), torch.tensor([[0.0], [1.0], [1.0], [0.0]]), binary_cross_entropy_with_logits),
-        ("multilabel", (2, 3), torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 0.0]]), binary_cross_entropy_with_logits),
-        ("regression", (4, 2), torch.arange(8.0).reshape(4, 2), mse_loss),
-    ],
-)
+@pytest.mark.parametrize(("task", "shape", "targets", "loss"), [
+    ("multiclass", (5, 3), torch.tensor([0, 2, 1, 1, 0]), cross_entropy),
+    ("multiclass", (2, 3, 4), torch.arange(8).reshape(2, 4) % 3, cross_entropy),
+    ("multiclass", (2, 3, 2, 2), torch.tensor([[[0, -100], [1, 1]], [[-100, -100], [2, -100]]]), cross_entropy),
+    ("multiclass", (3, 2), torch.tensor([[0.5, 0.5], [0.1, 0.9], [1.0, 0.0]]), cross_entropy),
+    ("binary", (4,), torch.tensor([0.0, 1.0, 1.0, 0.0]), binary_cross_entropy_with_logits),
+    ("binary", (4, 1), torch.tensor([[0.0], [1.0], [1.0], [0.0]]), binary_cross_entropy_with_logits),
+    ("multilabel", (2, 3), torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 0.0]]), binary_cross_entropy_with_logits),
+    ("regression", (4, 2), torch.arange(8.0).reshape(4, 2), mse_loss),
+])  # fmt: skip
 def test_the_loss_is_that_of_torch(task: str, shape: tuple[int, ...], targets: Tensor, loss: object) -> None:
     clean, noisy = outputs(*shape)
     found = score_samples(clean, noisy, targets=targets, task=task)

@@ -316,9 +316,7 @@ WAITING: dict[str, Callable[[str], Any]] = {
     ("name", "moment"),
     [("nan sample", "later"), ("no pass", "first"), ("no pass", "later")],
 )
-def test_something_waits_and_does_what_lightning_does_where_there_is_no_value(
-    name: str, moment: str, waiting: str, tmp_path: Path
-) -> None:
+def test_something_waits(name: str, moment: str, waiting: str, tmp_path: Path) -> None:
     fault = fault_of(name)
     callback = WAITING[waiting]("val_risk_estimate")
     make = type("Waiting", (Scheduled, Subject), {}) if waiting == "scheduler" else Subject
@@ -357,14 +355,9 @@ def test_training_that_is_resumed_without_the_weights_from_before_it(tmp_path: P
 
 
 def test_copies_of_monitors_measure_the_same() -> None:
-    nothing = Fault("nothing")
-    own = monitors(nothing)
-    copies: list[Callable[[], Any]] = [
-        lambda: pickle.loads(pickle.dumps(own)),
-        lambda: own,
-        lambda: copy.deepcopy(own),
-    ]
-    values = [run(nothing, "later", get()).trainer.callback_metrics for get in copies]
+    own, nothing = monitors(Fault("nothing")), Fault("nothing")
+    makers = (lambda: pickle.loads(pickle.dumps(own)), lambda: own, lambda: copy.deepcopy(own))
+    values = [run(nothing, "later", make()).trainer.callback_metrics for make in makers]
     assert values[0] == values[1] == values[2]
     assert values[0].keys() >= {"val_sensitivity", "val_risk_estimate"}
 

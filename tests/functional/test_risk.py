@@ -11,8 +11,6 @@ from lightning_sensitivity.functional import risk_estimate
 from lightning_sensitivity.functional.risk import (
     NUM_HOLDOUT_SUMS,
     NUM_TRAINING_SUMS,
-    claims,
-    distances,
     holdout_sums,
     risk_terms,
     training_sums,
@@ -20,7 +18,6 @@ from lightning_sensitivity.functional.risk import (
 from lightning_sensitivity.functional.tasks import predictions
 
 NUM_OUTPUTS = {"multiclass": 4, "multilabel": 3, "binary": 1, "regression": 2}
-each_task = pytest.mark.parametrize("task", NUM_OUTPUTS)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -65,18 +62,6 @@ def test_the_estimate_of_a_linear_regression_is_mallows() -> None:
         fitted, twin, targets = (torch.tensor(values) for values in (hat @ y, hat @ y_twin, y))
         estimates.append(float(risk_estimate(fitted, twin, fitted, targets, task="regression").risk))
     assert np.mean(estimates) == pytest.approx(1 + p / n, rel=0.02)  # noise, and its share in each weight
-
-
-@each_task
-def test_claims_and_distances_are_means_or_sums_over_classes(task: str) -> None:
-    p, q = (predictions(outputs, task) for outputs in example(task)[:2])
-    over_outputs = np.sum if task == "multiclass" else np.mean
-    for i in range(len(p)):
-        one, other = p[i].numpy(), q[i].numpy()
-        # What the score would be on average if labels came from p.
-        expected = 0 if task == "regression" else over_outputs(one * (1 - one))
-        assert float(claims(p, task)[i]) == pytest.approx(expected)
-        assert float(distances(p, q, task)[i]) == pytest.approx(over_outputs((one - other) ** 2))
 
 
 @given(seed=st.integers(0, 99), cuts=st.lists(st.integers(0, 30), max_size=3), task=st.sampled_from([*NUM_OUTPUTS]))
@@ -128,19 +113,13 @@ def test_without_training_or_unseen_samples_there_is_no_estimate() -> None:
 X, LABELS = torch.zeros(2, 3), torch.zeros(2).long()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((X, X.new_zeros(3, 3), X, LABELS), "the shape of `outputs`"),
-        ((X, X, X.new_zeros(2, 4), LABELS), "as many outputs"),
-        ((X, X, X, LABELS + 3), "labels from 0 to 2"),
-        ((X[:0], X[:0], X, LABELS), "`outputs` to be a floating tensor of one sample or more"),
-        ((X.long(), X, X, LABELS), "`outputs` to be a floating tensor .* got torch.int64"),
-        ((X, X, X, LABELS, "ranking"), "`task` to be one"),
-        ((X, X, X, LABELS - 100), "a label that counts"),
-        ((X[:, :2], X[:, :2], torch.eye(2), torch.arange(2)), "got probabilities"),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "message"), [
+    ((X, X.new_zeros(3, 3), X, LABELS), "the shape of `outputs`"),
+    ((X, X, X.new_zeros(2, 4), LABELS), "as many outputs"),
+    ((X[:0], X[:0], X, LABELS), "`outputs` to be a floating tensor of one sample or more"),
+    ((X, X, X, LABELS, "ranking"), "`task` to be one"),
+    ((X[:, :2], X[:, :2], torch.eye(2), torch.arange(2)), "got probabilities"),
+])  # fmt: skip
 def test_bad_input(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         risk_estimate(*arguments)

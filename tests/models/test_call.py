@@ -100,85 +100,67 @@ def check(call: Any, batch: Any, args: Any, keywords: Any) -> None:
 X_, DEPTH_, IDS_, MASK_ = 0.5, 10.5, 20.0, 1.0  # floating ones perturbed
 
 
-@pytest.mark.parametrize(
-    ("model", "batch", "inputs", "args"),
-    [
-        # a tensor, a sequence, a mapping whose only floating tensor is the input
-        *((One, batch, None, (X_,)) for batch in (X, (X, IDS), [X, IDS], [X], Pair(X, IDS))),
-        *((One, kind(image=X, label=IDS), None, (X_,)) for kind in (dict, UserDict)),
-        (Anything, {"image": X}, None, (X_,)),
-        (Anything, (X, IDS), None, (X_,)),
-        (Positional, {"x": X, "args": IDS}, None, (X_,)),
-        (Two, (X, MASK, IDS), None, (X_, MASK_)),
-        # chosen by key, by place, by name, by a function
-        (One, {"image": X, "target": DEPTH}, "image", (X_,)),
-        *((One, (IDS, X), place, (X_,)) for place in (1, -1)),
-        *((One, kind(IDS, X), "y", (X_,)) for kind in (Pair, Sample)),
-        (One, SimpleNamespace(image=X), lambda batch: batch.image, (X_,)),
-        (Two, {"image": X, "mask": MASK}, lambda batch: (batch["image"], batch["mask"]), (X_, MASK_)),
-        # several
-        (Anything, {"x": X, "d": DEPTH, "label": IDS}, ["x", "d"], (X_, DEPTH_)),
-        *((Anything, kind(X, DEPTH), ["x", "y"], (X_, DEPTH_)) for kind in (Pair, Sample)),
-        (Anything, (X, DEPTH, IDS), [0, -2], (X_, DEPTH_)),
-        (Three, (X, MASK, DEPTH, IDS), [0, 2], (X_, MASK_, DEPTH_)),
-        (Three, (X, MASK, DEPTH, IDS), -2, (0.0, MASK_, DEPTH_)),
-        # tensors within the one argument: all of them, or the chosen ones
-        (One, [[X, DEPTH], IDS], None, ([X_, DEPTH_],)),
-        (One, ({"a": X, "b": DEPTH, "id": IDS}, IDS), None, ({"a": X_, "b": DEPTH_, "id": IDS_},)),
-        (One, ({"a": X, "b": DEPTH, "id": IDS}, IDS), "b", ({"a": 0.0, "b": DEPTH_, "id": IDS_},)),
-        (Two, ({"a": X, "b": DEPTH}, MASK, IDS), ["a"], ({"a": X_, "b": 10.0}, MASK_)),
-        (One, {"a": X, "b": DEPTH, "y": DEPTH}, None, ({"a": X_, "b": DEPTH_, "y": 10.0},)),
-        (One, {"data": {"image": X}, "label": IDS}, None, ({"data": {"image": X_}, "label": IDS_},)),
-        (One, {"data": {"image": X}, "label": IDS}, "data", ({"image": X_},)),
-        (One, {"image": X, "mask": MASK}, lambda batch: (batch,), ({"image": X_, "mask": MASK_},)),
-        (One, ([Sample(X, IDS)], IDS), None, ([Sample(X_, IDS_)],)),
-        (One, [Pair(X, (DEPTH, "name"))], None, (Pair(X_, (DEPTH_, "name")),)),
-        (One, Pair(Pair(X, DEPTH), IDS), lambda batch: batch.x, (Pair(X_, DEPTH_),)),
-        # objects that apply a function to their tensors
-        (One, Graph(x=X, pos=DEPTH, edge_index=IDS), None, (Graph(x=X_, pos=DEPTH_, edge_index=IDS_),)),
-        (One, Graph(x=X, pos=DEPTH, edge_index=IDS), "pos", (Graph(x=0.0, pos=DEPTH_, edge_index=IDS_),)),
-        (One, Graph(x=X, pos=DEPTH, y=IDS), ["pos", "x"], (Graph(x=X_, pos=DEPTH_, y=IDS_),)),
-        (One, (Graph(x=X, y=IDS), IDS), "x", (Graph(x=X_, y=IDS_),)),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("model", "batch", "inputs", "args"), [
+    # a tensor, a sequence, a mapping whose only floating tensor is the input
+    *((One, batch, None, (X_,)) for batch in (X, (X, IDS), [X, IDS], [X], Pair(X, IDS))),
+    *((One, kind(image=X, label=IDS), None, (X_,)) for kind in (dict, UserDict)),
+    (Anything, {"image": X}, None, (X_,)),
+    (Positional, {"x": X, "args": IDS}, None, (X_,)),
+    (Two, (X, MASK, IDS), None, (X_, MASK_)),
+    # chosen by key, by place, by name, by a function
+    (One, {"image": X, "target": DEPTH}, "image", (X_,)),
+    *((One, (IDS, X), place, (X_,)) for place in (1, -1)),
+    *((One, kind(IDS, X), "y", (X_,)) for kind in (Pair, Sample)),
+    (One, SimpleNamespace(image=X), lambda batch: batch.image, (X_,)),
+    (Two, {"image": X, "mask": MASK}, lambda batch: (batch["image"], batch["mask"]), (X_, MASK_)),
+    # several
+    (Anything, {"x": X, "d": DEPTH, "label": IDS}, ["x", "d"], (X_, DEPTH_)),
+    *((Anything, kind(X, DEPTH), ["x", "y"], (X_, DEPTH_)) for kind in (Pair, Sample)),
+    (Anything, (X, DEPTH, IDS), [0, -2], (X_, DEPTH_)),
+    (Three, (X, MASK, DEPTH, IDS), [0, 2], (X_, MASK_, DEPTH_)),
+    # tensors within the one argument: all of them, or the chosen ones
+    (One, [[X, DEPTH], IDS], None, ([X_, DEPTH_],)),
+    (One, ({"a": X, "b": DEPTH, "id": IDS}, IDS), None, ({"a": X_, "b": DEPTH_, "id": IDS_},)),
+    (One, ({"a": X, "b": DEPTH, "id": IDS}, IDS), "b", ({"a": 0.0, "b": DEPTH_, "id": IDS_},)),
+    (Two, ({"a": X, "b": DEPTH}, MASK, IDS), ["a"], ({"a": X_, "b": 10.0}, MASK_)),
+    (One, {"a": X, "b": DEPTH, "y": DEPTH}, None, ({"a": X_, "b": DEPTH_, "y": 10.0},)),
+    (One, {"data": {"image": X}, "label": IDS}, None, ({"data": {"image": X_}, "label": IDS_},)),
+    (One, ([Sample(X, IDS)], IDS), None, ([Sample(X_, IDS_)],)),
+    (One, [Pair(X, (DEPTH, "name"))], None, (Pair(X_, (DEPTH_, "name")),)),
+    (One, Pair(Pair(X, DEPTH), IDS), lambda batch: batch.x, (Pair(X_, DEPTH_),)),
+    # objects that apply a function to their tensors
+    (One, Graph(x=X, pos=DEPTH, edge_index=IDS), None, (Graph(x=X_, pos=DEPTH_, edge_index=IDS_),)),
+    (One, Graph(x=X, pos=DEPTH, edge_index=IDS), "pos", (Graph(x=0.0, pos=DEPTH_, edge_index=IDS_),)),
+    (One, Graph(x=X, pos=DEPTH, y=IDS), ["pos", "x"], (Graph(x=X_, pos=DEPTH_, y=IDS_),)),
+    (One, (Graph(x=X, y=IDS), IDS), "x", (Graph(x=X_, y=IDS_),)),
+])  # fmt: skip
 def test_what_is_passed_by_position_and_perturbed(model: type[nn.Module], batch: Any, inputs: Any, args: Any) -> None:
     check(prepare_call(model(), batch, inputs), batch, args, {})
 
 
-@pytest.mark.parametrize(
-    ("model", "batch", "inputs", "args", "keywords"),
-    [
-        (One, Sample(X, IDS), None, (), {"x": X_}),
-        (Two, {"x": X, "mask": MASK, "label": IDS}, None, (), {"x": X_, "mask": MASK_}),
-        (Two, {"x": X, "mask": DEPTH, "label": IDS}, "mask", (), {"x": 0.0, "mask": DEPTH_}),
-        (Two, {"x": X, "mask": MASK, "more": DEPTH}, None, (), {"x": X_, "mask": MASK_}),
-        (Denoiser, {"y": X, "t": IDS}, None, (), {"y": X_, "t": IDS_}),
-        (Optional, {"image": X, "mask": MASK, "label": IDS}, None, (X_,), {"mask": MASK_}),
-        (Keywords, {"image": X, "mask": MASK}, None, (), {"image": X_, "mask": MASK_}),
-        (Three, {"image": X, "mask": MASK, "depth": DEPTH}, ["depth", "image"], (),
-         {"image": X_, "mask": MASK_, "depth": DEPTH_}),
-        (Two, SimpleNamespace(x=X), lambda batch: (batch.x, MASK), (X_, MASK_), {}),
-    ],
-)  # fmt: skip
-def test_what_is_passed_by_name(model: type[nn.Module], batch: Any, inputs: Any, args: Any, keywords: Any) -> None:
-    check(prepare_call(model(), batch, inputs), batch, args, keywords)
+BY_NAME = [
+    (One, Sample(X, IDS), None, (), {"x": X_}),
+    (Two, {"x": X, "mask": MASK, "label": IDS}, None, (), {"x": X_, "mask": MASK_}),
+    (Two, {"x": X, "mask": DEPTH, "label": IDS}, "mask", (), {"x": 0.0, "mask": DEPTH_}),
+    (Denoiser, {"y": X, "t": IDS}, None, (), {"y": X_, "t": IDS_}),
+    (Optional, {"image": X, "mask": MASK, "label": IDS}, None, (X_,), {"mask": MASK_}),
+    (Keywords, {"image": X, "mask": MASK}, None, (), {"image": X_, "mask": MASK_}),
+    (Two, SimpleNamespace(x=X), lambda batch: (batch.x, MASK), (X_, MASK_), {}),
+]
+LEFT_ALONE = [  # where no floating tensor is needed
+    *((One, batch, None, (IDS_,), {}) for batch in (IDS, (IDS, X), {"ids": IDS, "label": X})),
+    (One, {"ids": IDS, "mask": MASK}, "ids", (IDS_,), {}),
+    (Two, {"x": IDS, "mask": MASK, "label": X}, None, (), {"x": IDS_, "mask": MASK_}),
+    (Two, (IDS, MASK, X), None, (IDS_, MASK_), {}),
+    (One, Graph(ids=IDS), None, (Graph(ids=IDS_),), {}),
+]
 
 
-@pytest.mark.parametrize(
-    ("model", "batch", "inputs", "args", "keywords"),
-    [
-        *((One, batch, None, (IDS_,), {}) for batch in (IDS, (IDS, X), {"ids": IDS, "label": X})),
-        (One, {"ids": IDS, "mask": MASK}, "ids", (IDS_,), {}),
-        (Two, {"x": IDS, "mask": MASK, "label": X}, None, (), {"x": IDS_, "mask": MASK_}),
-        (Two, (IDS, MASK, X), None, (IDS_, MASK_), {}),
-        (One, Graph(ids=IDS), None, (Graph(ids=IDS_),), {}),
-    ],
-)
-def test_where_inputs_are_left_alone_no_floating_tensor_is_needed(
-    model: type[nn.Module], batch: Any, inputs: Any, args: Any, keywords: Any
-) -> None:
-    call = prepare_call(model(), batch, inputs, perturbs_inputs=False)
-    assert call.tensors() == []
+@pytest.mark.parametrize("perturbs, row", [*((True, row) for row in BY_NAME), *((False, row) for row in LEFT_ALONE)])
+def test_what_is_passed_by_name_and_left_alone(perturbs: bool, row: Any) -> None:
+    model, batch, inputs, args, keywords = row
+    call = prepare_call(model(), batch, inputs, perturbs_inputs=perturbs)
+    assert bool(call.tensors()) == perturbs
     check(call, batch, args, keywords)
 
 
@@ -197,33 +179,22 @@ def test_the_names_of_a_compiled_model_are_those_of_its_forward() -> None:
     check(prepare_call(torch.compile(Two(), backend="eager"), batch), batch, (), {"x": X_, "mask": MASK_})
 
 
-@pytest.mark.parametrize(
-    ("model", "batch", "inputs", "match"),
-    [
-        (One, None, None, "Expected a batch, got None"),
-        (One, IDS, None, r"dense floating tensor.*got a tensor of torch.int64 and shape \(3,\).*`inputs=`.*`at=`"),
-        (One, (IDS, X), None, "dense floating tensor.*torch.int64"),
-        (One, {"label": IDS}, None, "dense floating tensor.*got dict of 'label': a tensor.*`inputs=`"),
-        (Three, {"image": X, "mask": MASK, "depth": DEPTH}, None, "exactly one.*several: 'image', 'depth'.*`inputs=`"),
-        (Two, {"x": IDS, "mask": MASK, "y": X}, None, "exactly one floating tensor.*none in dict of 'x'"),
-        (One, {"a": X}, "image", "`inputs='image'` should name a part of the batch, got dict of 'a': a tensor"),
-        (One, {"a": X}, ["a", "b"], "`inputs='b'` should name a part"),
-        (One, (X, IDS), 2, "`inputs=2` should name a part of the batch, got tuple of 2: a tensor of"),
-        (One, ({"a": X}, IDS), "z", "`inputs='z'` should name a part of the batch, got dict of 'a'"),
-        (One, ({"a": X}, IDS), ["a", 1], "either elements or keys of the first one"),
-        (One, ({"a": X, "id": IDS}, IDS), ["a", "id"], "dense floating tensor.*for 'id'"),
-        (One, X, 0, "`inputs=0` should name a part of the batch, got a tensor"),
-        (One, Graph(x=X), "z", "`inputs='z'` should name a part of the batch, got Graph"),
-        (One, Sample(X, MASK), "z", "`inputs='z'` should name a part of the batch, got Sample of 'x'"),
-        (One, "text", None, "dense floating tensor.*got str"),
-        (One, SimpleNamespace(x=X), None, "dense floating tensor.*got SimpleNamespace"),
-        (One, [], None, "got an empty list"),
-        (One, (X,), lambda batch: (), "empty tuple"),
-        (One, X.to(torch.complex64), None, "torch.complex64"),
-        (One, X.to_sparse(), None, "dense floating tensor"),
-        (Two, (MASK, MASK, X), 2, "among the first 2 elements of the batch, which `forward` gets, got 2"),
-    ],
-)
+@pytest.mark.parametrize(("model", "batch", "inputs", "match"), [
+    (One, None, None, "Expected a batch, got None"),
+    (One, IDS, None, r"dense floating tensor.*got a tensor of torch.int64 and shape \(3,\).*`inputs=`.*`at=`"),
+    (Three, {"image": X, "mask": MASK, "depth": DEPTH}, None, "exactly one.*several: 'image', 'depth'.*`inputs=`"),
+    (Two, {"x": IDS, "mask": MASK, "y": X}, None, "exactly one floating tensor.*none in dict of 'x'"),
+    (One, {"a": X}, "image", "`inputs='image'` should name a part of the batch, got dict of 'a': a tensor"),
+    (One, (X, IDS), 2, "`inputs=2` should name a part of the batch, got tuple of 2: a tensor of"),
+    (One, ({"a": X}, IDS), "z", "`inputs='z'` should name a part of the batch, got dict of 'a'"),
+    (One, ({"a": X}, IDS), ["a", 1], "either elements or keys of the first one"),
+    (One, ({"a": X, "id": IDS}, IDS), ["a", "id"], "dense floating tensor.*for 'id'"),
+    (One, Sample(X, MASK), "z", "`inputs='z'` should name a part of the batch, got Sample of 'x'"),
+    (One, (X,), lambda batch: (), "empty tuple"),
+    (One, X.to(torch.complex64), None, "torch.complex64"),
+    (One, X.to_sparse(), None, "dense floating tensor"),
+    (Two, (MASK, MASK, X), 2, "among the first 2 elements of the batch, which `forward` gets, got 2"),
+])  # fmt: skip
 def test_what_can_not_be_told_is_refused(model: type[nn.Module], batch: Any, inputs: Any, match: str) -> None:
     with pytest.raises(MisconfigurationException, match=match):
         prepare_call(model(), batch, inputs)

@@ -43,9 +43,7 @@ def images(*shape: int) -> torch.Tensor:
 @each_perturbation
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_keeps_type_layout_and_the_input_and_gives_all_the_same_noise(
-    perturbation: Perturbation, dtype: torch.dtype, memory_format: torch.memory_format
-) -> None:
+def test_keeps_type_and_layout(perturbation: Perturbation, dtype: torch.dtype, memory_format: Any) -> None:
     x = images().to(dtype).contiguous(memory_format=memory_format)
     before = x.clone()
     noisy = perturbation(x, noise_generator(0))
@@ -176,15 +174,12 @@ def test_a_sample_alone_has_no_other_which_is_said_once() -> None:
     assert "two samples or more for Interpolation(0.5), but got an input of shape (1, 3)" in str(warning.message)
 
 
-@pytest.mark.parametrize(
-    ("function", "match"),
-    [
-        (lambda x: None, r"like the one it got \(torch.float32, \(2, 3\), cpu\), got NoneType"),
-        (lambda x: x[:1], r"got torch.float32, \(1, 3\), cpu"),
-        (lambda x: x.double(), "got torch.float64"),
-        (lambda x: x.to("meta"), "meta"),
-    ],
-)
+@pytest.mark.parametrize(("function", "match"), [
+    (lambda x: None, r"like the one it got \(torch.float32, \(2, 3\), cpu\), got NoneType"),
+    (lambda x: x[:1], r"got torch.float32, \(1, 3\), cpu"),
+    (lambda x: x.double(), "got torch.float64"),
+    (lambda x: x.to("meta"), "meta"),
+])  # fmt: skip
 def test_a_function_may_write_into_what_it_gets_and_gives_the_like(function: Any, match: str) -> None:
     x = torch.zeros(2, 3)
     assert apply_perturbation(lambda x, generator: x.add_(1), x, noise_generator(0)).sum() == 6
