@@ -176,7 +176,8 @@ class RiskMonitor(Monitor):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Free the samples. The weights stay, for a second fit of the same module."""
         super().teardown(trainer, pl_module, stage)
-        self._initial.bind(pl_module, if_restored=True)  # from the checkpoint of a validation
+        if self._initial.is_restored:  # from the checkpoint of a validation
+            self._initial.bind(pl_module)
         self._samples = None
 
     def forget(self) -> None:
@@ -197,7 +198,7 @@ class RiskMonitor(Monitor):
         task = self._samples.task
         if self._training_sums is None:  # in a batch hook: only there averaged weights are in place
             own = partial(self.probe, trainer, pl_module)
-            self._training_sums = self._samples.sums(pl_module, pl_module.device, own, self.failures.guarded)
+            self._training_sums = self._samples.sums(pl_module, own, self.failures.guarded)
         self._samples.check_head(outputs)
         if self._learned is None:
             self._learned = learned_weights(pl_module, self._initial.weights)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torchmetrics.utilities.distributed import gather_all_tensors
@@ -23,6 +23,7 @@ from lightning_sensitivity.functional.tasks import TASKS, check_logits, check_ta
 from lightning_sensitivity.models import Options, Probe, select_targets
 from lightning_sensitivity.twins import initial_weights
 
+ProbeOf = Callable[[Any], Probe]  # what runs the model on a batch
 Weights = Mapping[str, Tensor] | str | os.PathLike[str]
 
 _SEVERAL = 5  # validations after which outputs in [0, 1] are no chance any more
@@ -59,7 +60,7 @@ class TrainingSamples:
         """Whether outputs for one or several labels have all been in [0, 1] for a while, which logits are not."""
         return self._num_within >= _SEVERAL
 
-    def keep(self, model: nn.Module, batch: Any, probe: Callable[[Any], Probe]) -> None:
+    def keep(self, model: nn.Module, batch: Any, probe: ProbeOf) -> None:
         """Keep a batch. The first one tells the task.
 
         Args:
@@ -105,16 +106,14 @@ class TrainingSamples:
 
     def sums(
         self,
-        model: nn.Module,
-        device: torch.device,
-        probe: Callable[[Any], Probe],
+        model: LightningModule,
+        probe: ProbeOf,
         guarded: Callable[[str], AbstractContextManager[None]],
     ) -> Tensor:
         """Score the model in eval mode.
 
         Args:
             model: The module.
-            device: Its device.
             probe: Gives what runs the model on a batch.
             guarded: Inside of what it gives, an exception is a warning.
 
@@ -123,11 +122,11 @@ class TrainingSamples:
             that the model takes.
         """
         assert self.task is not None
-        total = torch.zeros(NUM_TRAINING_SUMS, dtype=wide_dtype(device), device=device)
-        is_within = torch.tensor(self.task in ("binary", "multilabel"), device=device)
+        total = torch.zeros(NUM_TRAINING_SUMS, dtype=wide_dtype(model.device), device=model.device)
+        is_within = torch.ones((), dtype=torch.bool, device=model.device)
         for batch in self._batches:
             with guarded("leaves out kept training samples, which the model does not take"):
-                own = move_data_to_device(copy.deepcopy(batch), device)
+                own = move_data_to_device(copy.deepcopy(batch), model.device)
                 outputs = probe(own).outputs()
                 outputs = outputs.movedim(-1, 1) if self.classes_last else outputs
                 total = total + training_sums(outputs, select_targets(model, own, self._options.targets), self.task)
@@ -169,6 +168,7 @@ class InitialWeights:
     Attributes:
         weights: By name; None where they are not known.
         source: Where they come from.
+        is_restored: Whether they are from a checkpoint, and no module is bound to them yet.
     """
 
     def __init__(self, told: Weights | None) -> None:
@@ -176,7 +176,7 @@ class InitialWeights:
         self.weights: dict[str, Tensor] | None = None
         self.source = ""
         self._module: weakref.ref[nn.Module] | None = None
-        self._is_restored = False
+        self.is_restored = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out whose they are: what is pickled gets another module."""
@@ -184,14 +184,12 @@ class InitialWeights:
 
     def restore(self, weights: dict[str, Tensor] | None) -> None:
         """Take them from a checkpoint, for the module that is trained, or validated, next."""
-        self.weights, self._is_restored = weights, weights is not None
+        self.weights, self.is_restored = weights, weights is not None
 
-    def bind(self, model: nn.Module, if_restored: bool = False) -> bool:
-        """Let them be those of a module, or only if they are restored ones; returns whether they were before."""
-        if if_restored and not self._is_restored:
-            return False
-        is_known = self._is_restored or (self._module is not None and self._module() is model)
-        self._module, self._is_restored = weakref.ref(model), False
+    def bind(self, model: nn.Module) -> bool:
+        """Let them be those of a module; returns whether they were before."""
+        is_known = self.is_restored or (self._module is not None and self._module() is model)
+        self._module, self.is_restored = weakref.ref(model), False
         return is_known
 
     def find(self, model: nn.Module, is_trained: bool, state_key: str) -> str | None:

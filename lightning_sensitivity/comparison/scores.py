@@ -276,8 +276,7 @@ def _means(scores: list[Samples]) -> Samples:
 
 def _by_position(outputs: Tensor) -> Tensor:
     """Outputs ``(N, K, ...)`` or ``(N,)`` as ``(N, K, positions)``, in the widest type."""
-    outputs = outputs[:, None] if outputs.ndim < 2 else outputs
-    return outputs.to(F.wide_dtype(outputs.device))[..., None].flatten(2)
+    return F.columns(outputs).to(F.wide_dtype(outputs.device))
 
 
 def _in_classes(p: Tensor, task: str) -> Tensor:

@@ -56,7 +56,7 @@ def sensitivity_rows(clean: Tensor, noisy: Tensor | Iterable[Tensor], masked: bo
         ValueError: If shapes differ, an output is a scalar or has no class, or there is no draw.
     """
     _check_output(clean, "clean")
-    outputs, size, dtype = _columns(clean), piece_size(clean), wide_dtype(clean.device)
+    outputs, size, dtype = columns(clean), piece_size(clean), wide_dtype(clean.device)
     rows: list[Tensor] = []  # one a draw
     for draw in (noisy,) if isinstance(noisy, Tensor) else noisy:
         _check_output(draw, "noisy")
@@ -67,9 +67,9 @@ def sensitivity_rows(clean: Tensor, noisy: Tensor | Iterable[Tensor], masked: bo
             )
         wide = torch.empty_like(outputs[:size], dtype=dtype)  # reused: new pages of memory cost time
         if len(clean) <= size:
-            rows.append(_draw_rows(_columns(draw), outputs, wide, masked))
+            rows.append(_draw_rows(columns(draw), outputs, wide, masked))
         else:
-            pieces = zip(torch.split(_columns(draw), size), torch.split(outputs, size), strict=True)
+            pieces = zip(torch.split(columns(draw), size), torch.split(outputs, size), strict=True)
             rows.append(torch.cat([_draw_rows(*piece, wide[: len(piece[0])], masked) for piece in pieces]))
     if not rows:
         raise ValueError("Expected `noisy` to hold the outputs of at least one noise draw, but got none.")
@@ -283,7 +283,7 @@ def has_masked(outputs: Tensor) -> bool:
     return isinstance(outputs, Tensor) and bool((outputs == -math.inf).any())
 
 
-def _columns(outputs: Tensor) -> Tensor:
+def columns(outputs: Tensor) -> Tensor:
     """Outputs ``(N, K, ...)`` or ``(N,)`` as ``(N, K, P)``, with P positions."""
     outputs = outputs.detach()
     return outputs[:, None, None] if outputs.ndim == 1 else outputs[..., None].flatten(2)  # of no samples, too

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from lightning_sensitivity.functional.sensitivity import num_outputs as _num_outputs
-from lightning_sensitivity.functional.sensitivity import wide_dtype
+from lightning_sensitivity.functional.sensitivity import num_outputs, wide_dtype
 
 TASKS = ("multiclass", "binary", "multilabel", "regression")
 _ROUNDING = 1e-2  # of sums of probabilities in 16 bits, which autocast may have widened since
@@ -43,7 +42,7 @@ def infer_task(outputs: Tensor, targets: Tensor) -> str:
         ValueError: If no task fits, or it is in doubt.
     """
     got = f"outputs of shape {tuple(outputs.shape)} and labels {_describe(targets)}"
-    single = _num_outputs(outputs) == 1
+    single = num_outputs(outputs) == 1
     if targets.is_floating_point():
         raise ValueError(f"Expected to be told what floating labels are, got {got}.")
     if single and targets.dtype == torch.bool:
@@ -76,25 +75,25 @@ def check_task(outputs: Tensor, targets: Tensor, task: str) -> None:
         ValueError: If they are not, with what was expected.
     """
     floating, shape = targets.is_floating_point(), tuple(outputs.shape)
-    num_outputs = _num_outputs(outputs)
+    count = num_outputs(outputs)
     got = f"outputs of shape {shape} and labels {_describe(targets)}"
     if not outputs.is_floating_point():
         raise ValueError(f"Expected floating outputs, got {outputs.dtype}.")
     if task == "multiclass" and not floating:
-        if num_outputs < 2 or shape[:1] + shape[2:] != tuple(targets.shape) or targets.dtype == torch.bool:
+        if count < 2 or shape[:1] + shape[2:] != tuple(targets.shape) or targets.dtype == torch.bool:
             raise ValueError(f"Expected outputs (N, K, ...), K > 1, and integer labels (N, ...), got {got}.")
         targets = targets.long()  # comparisons in 8 bits wrap around
-        valid = ((targets >= 0) & (targets < num_outputs)) | (targets == IGNORED)
+        valid = ((targets >= 0) & (targets < count)) | (targets == IGNORED)
         if not bool(valid.all()):
             raise ValueError(
-                f"Expected labels from 0 to {num_outputs - 1}, or {IGNORED} for what is ignored, got"
+                f"Expected labels from 0 to {count - 1}, or {IGNORED} for what is ignored, got"
                 f" {int(targets.min())} to {int(targets.max())}. Turn another `ignore_index` into {IGNORED} with a"
                 " function, `targets=`."
             )
         return
-    if task in ("multiclass", "multilabel") and num_outputs < 2:
+    if task in ("multiclass", "multilabel") and count < 2:
         raise ValueError(f"Expected outputs (N, K, ...) with K > 1, got {got}.")
-    if task == "binary" and num_outputs != 1:
+    if task == "binary" and count != 1:
         raise ValueError(f"Expected one output, (N,) or (N, 1, ...), got {got}.")
     if _without_single_output(outputs).shape != _without_single_output(targets).shape:
         raise ValueError(f"Expected one label per output, got {got}.")
@@ -128,7 +127,7 @@ def are_probabilities(outputs: Tensor) -> bool:
     Args:
         outputs: Outputs, ``(N, K, ...)`` or ``(N,)``.
     """
-    if _num_outputs(outputs) < 2 or not outputs.numel() or bool((outputs < 0).any()):
+    if num_outputs(outputs) < 2 or not outputs.numel() or bool((outputs < 0).any()):
         return False
     return bool((outputs.to(wide_dtype(outputs.device)).sum(1) - 1).abs().max() < _ROUNDING)
 
@@ -139,7 +138,7 @@ def are_log_probabilities(outputs: Tensor) -> bool:
     Args:
         outputs: Outputs, ``(N, K, ...)`` or ``(N,)``.
     """
-    if _num_outputs(outputs) < 2 or not outputs.numel() or bool((outputs > 0).any()):
+    if num_outputs(outputs) < 2 or not outputs.numel() or bool((outputs > 0).any()):
         return False
     largest = outputs.to(wide_dtype(outputs.device)).logsumexp(1).abs().max()
     return bool(largest < _ROUNDING * (1 + math.log(outputs.shape[1])))
