@@ -13,18 +13,11 @@ __version__ = "0.1.0"
 
 __all__ = ["OutputSensitivity", "RiskMonitor", "SensitivityMonitor", "__version__", "compare_models", "compare_runs"]
 
-# Loaded on first use, so that the metric alone never imports lightning.
-_HOMES = {
-    "RiskMonitor": "callbacks",
-    "SensitivityMonitor": "callbacks",
-    "compare_models": "comparison",
-    "compare_runs": "comparison",
-}
-
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    if name in __all__:  # on first use, so that the metric alone never imports lightning
+        home = "callbacks" if name.endswith("Monitor") else "comparison"
+        return getattr(import_module(f"{__name__}.{home}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -128,11 +128,8 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module
     seen = set()
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(prefix, recurse=False):
-            if (
-                parameter not in seen
-                and not is_lazy(parameter)
-                and (parameter.is_floating_point() or parameter.is_complex())
-            ):
+            is_number = parameter.is_floating_point() or parameter.is_complex()
+            if is_number and not is_lazy(parameter) and parameter not in seen:
                 seen.add(parameter)
                 yield name, parameter, module
 

@@ -163,12 +163,13 @@ class StepWatch:
                 " batch first. If that is more than augmentation, do the same with"
                 " `inputs=lambda batch: (...)`, which returns the model's arguments."
             )
-        more = (self._seen - self._submodules).intersection(_with_parameters(self._pl_module))
-        if more:
-            names = sorted(repr(name) for name, module in self._pl_module.named_modules() if module in more)
+        more = self._seen - self._submodules - {self._pl_module}
+        modules = self._pl_module.named_modules()
+        names = [repr(name) for name, each in modules if each in more and [*each.parameters(recurse=False)]]
+        if names:
             found["submodules"] = (
-                f"The step also runs {', '.join(names[:3])}, which `forward` does not. If it makes the logits, return"
-                " those from `forward`, or apply it in `outputs=`."
+                f"The step also runs {', '.join(sorted(names)[:3])}, which `forward` does not. If it makes the"
+                " logits, return those from `forward`, or apply it in `outputs=`."
             )
         return found
 
@@ -200,10 +201,6 @@ def _is_overridden(name: str, pl_module: LightningModule) -> bool:
 def _is_compiled(model: nn.Module) -> bool:
     is_whole = getattr(model, "_compiler_ctx", None) is not None  # a LightningModule
     return is_whole or any(hasattr(each, "_orig_mod") or each._compiled_call_impl for each in model.modules())
-
-
-def _with_parameters(module: nn.Module) -> list[nn.Module]:
-    return [each for each in module.modules() if each is not module and next(each.parameters(False), None) is not None]
 
 
 def _is_like(ours: Tensor, other: Tensor) -> bool:

@@ -32,15 +32,11 @@ class Reading(Metric):
     """
 
     full_state_update = False
+    update_called = True  # the state that is read lives elsewhere
 
     def __init__(self, values: Callable[[], Mapping[str, Tensor]], name: str) -> None:
         super().__init__(sync_on_compute=False)
         self._values, self._name = values, name
-
-    @property
-    def update_called(self) -> bool:
-        """True, since the state that is read lives elsewhere."""
-        return True
 
     def update(self) -> None:
         """Do nothing."""

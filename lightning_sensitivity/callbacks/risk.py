@@ -15,11 +15,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_sensitivity.callbacks.base import Monitor
 from lightning_sensitivity.callbacks.checks import is_sharded
 from lightning_sensitivity.callbacks.logged import waiting_for
-from lightning_sensitivity.callbacks.samples import InitialWeights, TrainingSamples, Weights, agree_on_task
+from lightning_sensitivity.callbacks.samples import InitialWeights, TrainingSamples, Weights
 from lightning_sensitivity.functional.risk import NUM_HOLDOUT_SUMS, NUM_TRAINING_SUMS, holdout_sums, risk_terms
 from lightning_sensitivity.functional.sensitivity import wide_dtype
 from lightning_sensitivity.functional.tasks import TASKS, predictions
@@ -156,7 +157,7 @@ class RiskMonitor(Monitor):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep the first batches; the second epoch would bring the same samples again."""
         self._num_epochs += batch_idx == 0
-        if self._samples is not None and not self._samples.is_complete and self._num_epochs < 2:
+        if self._samples is not None and self._samples.num_missing > 0 and self._num_epochs < 2:
             self._keep(trainer, pl_module, batch)
         self.failures.is_strict = False
 
@@ -259,7 +260,10 @@ class RiskMonitor(Monitor):
                 self.failures.warn("batch", f"leaves a training batch out: {problem}")
             return
         self._is_agreed, task = True, self._samples.task
-        problem = agree_on_task(trainer, pl_module.device, task, problem)
+        if trainer.world_size > 1:  # all processes must log the same names
+            code = torch.tensor(-1 if problem else TASKS.index(str(task)), device=pl_module.device)
+            if len({int(each) for each in gather_all_tensors(code)}) > 1 and problem is None:
+                problem = ValueError("Expected the same task in every process, got others in some.")
         if problem is not None:
             self._give_up(
                 f"can't score the model on a training batch: {problem} Say where the labels are with `targets=` (a key,"

@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_sensitivity.functional.risk import NUM_TRAINING_SUMS, training_sums
 from lightning_sensitivity.functional.sensitivity import num_outputs, wide_dtype
-from lightning_sensitivity.functional.tasks import TASKS, check_logits, check_task, classes_last, infer_task
+from lightning_sensitivity.functional.tasks import check_logits, check_task, classes_last, infer_task
 from lightning_sensitivity.models import Options, Probe, select_targets
 from lightning_sensitivity.twins import initial_weights
 
@@ -40,20 +39,20 @@ class TrainingSamples:
         task: ``"auto"`` or one of :data:`~lightning_sensitivity.functional.tasks.TASKS`.
         num_samples: How many are wanted in this process. Batches are kept whole.
         options: How the model is run, and where labels are.
+
+    Attributes:
+        task: The task, once it is known.
+        num_missing: How many samples are still to be kept; 0 or less if there are enough.
+        classes_last: Whether outputs are ``(N, ..., K)``.
     """
 
     def __init__(self, task: str, num_samples: int, options: Options) -> None:
         self.task = None if task == "auto" else task
-        self._num_missing, self._options = num_samples, options
+        self.num_missing, self._options = num_samples, options
         self._batches: list[Any] = []
-        self.classes_last = False  # in the outputs
+        self.classes_last = False
         self._num_outputs: int | None = None  # as of the last pass
         self._num_within = 0  # validations in a row in which all outputs could be probabilities
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether there are enough samples."""
-        return self._num_missing <= 0
 
     @property
     def may_be_probabilities(self) -> bool:
@@ -87,7 +86,7 @@ class TrainingSamples:
         check_logits(outputs, task)
         self.task = task
         self._batches.append(move_data_to_device(copy.deepcopy(batch), torch.device("cpu")))
-        self._num_missing -= len(outputs)
+        self.num_missing -= len(outputs)
 
     def check_head(self, outputs: Tensor) -> None:
         """Require as many outputs as the kept samples have.
@@ -135,28 +134,6 @@ class TrainingSamples:
         if self.task in ("binary", "multilabel"):
             self._num_within = self._num_within + 1 if bool(is_within) else 0
         return total
-
-
-def agree_on_task(
-    trainer: Trainer, device: torch.device, task: str | None, problem: Exception | None
-) -> Exception | None:
-    """Have all processes find the same task in their first batch, since all must log the same names.
-
-    Args:
-        trainer: The Trainer.
-        device: That of the module.
-        task: What this process has found.
-        problem: Why it has found none.
-
-    Returns:
-        The problem of this process, or that others have one.
-    """
-    if trainer.world_size > 1:
-        code = torch.tensor(-1 if problem or task is None else TASKS.index(task), device=device)
-        tasks = {int(each) for each in gather_all_tensors(code)}
-        if problem is None and (len(tasks) > 1 or -1 in tasks):
-            return ValueError("Expected the same task in every process, got others in some.")
-    return problem
 
 
 class InitialWeights:

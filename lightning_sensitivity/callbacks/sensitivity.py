@@ -191,6 +191,7 @@ class SensitivityMonitor(Monitor):
 class _LoaderSensitivity(OutputSensitivity):
     """Output sensitivity over one loader in one epoch, and the power of the inputs, for Equation 9."""
 
+    update_called = True  # a process that got no batch takes part in the others' reduction, without a warning
     power: Tensor
 
     def __init__(self, per_output: bool, has_masked: bool | None, device: torch.device) -> None:
@@ -198,11 +199,6 @@ class _LoaderSensitivity(OutputSensitivity):
         self.has_masked, self.doubts = has_masked, dict[str, str]()
         # Σ x² in units of the noise's variance, and the number of elements.
         self.add_state("power", default=torch.zeros(2, dtype=wide_dtype(device)), dist_reduce_fx="sum")
-
-    @property
-    def update_called(self) -> bool:
-        """True, since a process that got no batch must take part in the others' reduction, without a warning."""
-        return True
 
     def add(self, clean: Tensor, noisy: Tensor) -> Tensor:
         """Update with one draw, and give it back."""
