@@ -1,7 +1,7 @@
 """A torchvision ResNet-18 on small images with augmentation, from scratch or fine-tuned.
 
     python examples/images/resnet18.py --quick                     # embedded digits, under a minute
-    python examples/images/resnet18.py --data FOLDER               # CIFAR-10, 5 minutes on an idle core
+    python examples/images/resnet18.py --data FOLDER               # CIFAR-10, 3 minutes on an idle core
     python examples/images/resnet18.py --data FOLDER --finetune    # weights of other classes first
 
 FOLDER holds `cifar10.npz` with x_train, y_train, x_test and y_test (images uint8, N x 3 x 32 x 32). Nothing is
