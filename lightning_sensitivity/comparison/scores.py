@@ -102,19 +102,19 @@ def score_samples(
     """
     outputs = _by_position(clean)
     p = predictions(outputs, task)
-    masked, decides = F.has_masked(clean), task in ("binary", "multilabel") or (task == "multiclass" and p.shape[1] > 1)
+    masked, chances = F.has_masked(clean), _in_classes(p, task)
+    decides = task in ("binary", "multilabel") or (task == "multiclass" and p.shape[1] > 1)
     by_draw = []
     for draw in noisy:
         found = {"rows": F.sensitivity_rows(clean, draw, masked)}
         other = predictions(_by_position(draw), task)
         found["distance"] = distances(p, other, task).mean(1)
         if decides:
-            is_flipped = _in_classes(other, task).argmax(2) != _in_classes(p, task).argmax(2)
+            is_flipped = _in_classes(other, task).argmax(2) != chances.argmax(2)
             found["flips"] = is_flipped.to(p.dtype).mean((1, 2))
         by_draw.append(found)
     scores = _means(by_draw) | {"num_outputs": torch.full_like(p[:, 0, 0], p.shape[1])}
     if decides:
-        chances = _in_classes(p, task)
         scores["entropy"] = torch.special.entr(chances).sum(2).mean((1, 2))
         scores["confidence"] = chances.amax(2).mean((1, 2))
     if decides and p.shape[2] == 1:
