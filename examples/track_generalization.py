@@ -1,13 +1,13 @@
 # %% [markdown]
 # # Track generalization without labels
 #
-# A network is trained on 500 small images (scikit-learn's digits), 20 % of them with a wrong label. It learns, and then
+# A network is trained on 500 small images (scikit-learn's digits), 40 % of them with a wrong label. It learns, and then
 # it memorizes. Two callbacks follow it on images whose labels they never see. `RiskMonitor` estimates the Brier score
 # on unseen images, and its minimum says when to stop. `SensitivityMonitor` measures how strongly the outputs answer to
 # noise on the inputs. The validation loss and the true score need labels; they are there to compare.
 #
 #     python examples/track_generalization.py                     # half a minute
-#     python examples/track_generalization.py --label-noise 0.4   # more wrong labels
+#     python examples/track_generalization.py --label-noise 0.2   # fewer wrong labels
 
 # %%
 import argparse
@@ -27,7 +27,7 @@ from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 
 parser = argparse.ArgumentParser(description="Train on scikit-learn's digits and watch risk estimate and sensitivity.")
 parser.add_argument("--max-epochs", type=int, default=60)
-parser.add_argument("--label-noise", type=float, default=0.2, help="share of labels that are wrong")
+parser.add_argument("--label-noise", type=float, default=0.4, help="share of labels that are wrong")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--out", type=Path, default=Path("runs/track_generalization"))
 parser.add_argument("--figure", type=Path, help="where to put a picture of the curves")
