@@ -41,7 +41,7 @@ def test_folds_are_disjoint(paper: dict[str, ModuleType]) -> None:
 def test_networks_are_measured_as_the_package_does(paper: dict[str, ModuleType], tmp_path: Path) -> None:
     zoo, measure = paper["zoo"], paper["measure"]
     specs = [zoo.Spec(1, 16), zoo.Spec(1, 32, init="normal")]
-    args = Namespace(data=None, out=tmp_path, max_epochs=2, processes=2)
+    args = Namespace(data=None, out=tmp_path, max_epochs=2, processes=1)
     table = measure.measure(specs, "digits", args).set_index("network")
     assert list(table.index) == ["fc1x16-s0", "fc1x32-normal-s0"]
     assert not table["converged"].any()
@@ -82,6 +82,7 @@ def test_the_decomposition_adds_up(paper: dict[str, ModuleType]) -> None:
     assert rows["probabilities"]["mse"] == pytest.approx(float(brier))
 
 
+@pytest.mark.long
 def test_a_script_runs_on_embedded_data(tmp_path: Path) -> None:
     script, out = FOLDER / "added_layers.py", tmp_path / "out"
     command = [sys.executable, str(script), "--quick", "--out", str(out), "--processes", "2"]
