@@ -232,7 +232,6 @@ def by_kind(runs: list[Curves]) -> list[str]:
 
 
 def draws(runs: list[Curves]) -> str:
-    runs = [c for c in runs if "n300_risk_estimate" in c.rows]
     found = [regrets(runs, lambda c, p=p: [lowest(c[f"{p}risk_estimate"])]) for p in ("val_", "seed1_", "seed2_")]
     means = ", ".join(f"{values.mean():.2f}" for values in found)
     within = np.sqrt(np.var(found, axis=0, ddof=1).sum()) / len(runs)
@@ -246,9 +245,10 @@ def report(runs: list[Curves], title: str) -> str:
     within = np.mean([1 / 1.5 <= size(c) <= 1.5 for c in runs])
     lines = [f"## {title}: {len(runs)} runs", *compared(runs, RULES), "By kind, the minimum of the estimate:"]
     lines += by_kind(runs)
-    lines += [f"Within a factor of 1.5 of the true score at the minimum: {within:.0%} of the runs. {draws(runs)}"]
-    with_others = [c for c in runs if "n300_risk_estimate" in c.rows]
-    lines += ["", f"Budgets, in {len(with_others)} runs:", *compared(with_others, BUDGETS)[:-2], ""]
+    lines += [f"Within a factor of 1.5 of the true score at the minimum: {within:.0%} of the runs.", ""]
+    if with_others := [c for c in runs if "n300_risk_estimate" in c.rows]:
+        lines += [draws(with_others), "", f"Budgets, in {len(with_others)} runs:"]
+        lines += [*compared(with_others, BUDGETS)[:-2], ""]
     twins = [c for c in runs if len(c.twins) == len(VARIANTS)]
     if twins:
         lines += [f"Trained beside, in {len(twins)} of the runs:", *compared(twins, RULES | TRAINED)]
