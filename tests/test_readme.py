@@ -12,7 +12,7 @@ README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", ROOT / "tests" / "README.md", *sorted(ROOT.glob("examples/*/README.md"))]
 
 
-@pytest.mark.filterwarnings("ignore:.*where the model claims a risk", "ignore:.*Checkpoint directory .* exists")
+@pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists")
 def test_the_code_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

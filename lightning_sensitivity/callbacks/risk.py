@@ -32,7 +32,6 @@ from lightning_sensitivity.twins import batch_statistics, learned_weights, norma
 _NAMES = ("risk_estimate", "risk_claim", "risk_overconfidence", "risk_variance")  # as the fields of RiskEstimate
 _STRENGTH = 0.5  # of simulated twins; at full strength they break networks with max-pooling
 _NEW = "`initial_weights` hold none of this name and shape. If that is not so, the variance is too high."
-_EASY = 0.25  # of chance's risk: minima at lower claims cost twice as much in the study of early stopping
 _MIN_TWINS = 8  # with less than these, the variance would hang on the noise of a few
 
 
@@ -104,8 +103,6 @@ class RiskMonitor(Monitor):
         self._initial = InitialWeights(initial_weights)
         self._samples: TrainingSamples | None = None
         self._is_required = self._is_agreed = False
-        self._lowest: dict[int, tuple[float, float]] = {}  # estimate and claim where it was lowest, by loader
-        self._chance = 0.0  # the risk of uniform predictions
         self._learned: dict[str, Tensor] | None = None  # of the validation that runs
         self._training_sums: Tensor | None = None  # the same
         options = Options(num_samples=num_samples, seed=seed, inputs=inputs, outputs=outputs, targets=targets)
@@ -142,7 +139,7 @@ class RiskMonitor(Monitor):
         """Remember the weights, and begin to keep samples."""
         waiting = waiting_for(trainer, {self.prefix + name for name in _NAMES})
         self._is_required = bool(waiting) or self.task != "auto" or self.options.targets is not None
-        self._samples, self._is_agreed, self._lowest = None, False, {}
+        self._samples, self._is_agreed = None, False
         problem: str | None = "needs all weights in every process, got a strategy that shards them."
         if not is_sharded(trainer):
             problem = self._initial.find(pl_module, trainer.global_step > 0, self.state_key)
@@ -162,17 +159,9 @@ class RiskMonitor(Monitor):
         self.failures.is_strict = False
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say so if nothing was measured, or if the minimum is of the kind that is the least reliable."""
+        """Say so if nothing was measured."""
         if self._samples is not None:
             super().on_train_end(trainer, pl_module)
-        for dataloader_idx, (_, claim) in self._lowest.items():
-            if claim < _EASY * self._chance:
-                self.failures.warn(
-                    f"easy {dataloader_idx}",
-                    f"found the lowest estimate of dataloader {dataloader_idx} where the model claims a risk of"
-                    f" {claim:.2g}, a small part of chance's {self._chance:.2g}. On such easy tasks the minimum is the"
-                    " least reliable: compare with the last epoch.",
-                )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Free the samples. The weights stay, for a second fit of the same module."""
@@ -208,7 +197,6 @@ class RiskMonitor(Monitor):
         num_batches = self.num_wanted(trainer, dataloader_idx) * trainer.world_size
         num_twins = max(1, math.ceil(_MIN_TWINS / max(1, num_batches)))
         p = predictions(outputs, task)
-        self._chance = 0.0 if task == "regression" else 1 - 1 / p.shape[1] if task == "multiclass" else 0.25
         by_batch = partial(batch_statistics, pl_module)
         own_p = predictions(probe.outputs(within=by_batch), task) if normalizes_by_batch(pl_module) else p
         for index in range(num_twins):
@@ -243,8 +231,6 @@ class RiskMonitor(Monitor):
         if not all(bool(term.isfinite()) for term in terms):
             reason = "No label of the kept training samples counts, or no batch could be measured."
             return {}, troubles or {"no value": reason}
-        found = (float(terms.risk), float(terms.claim))
-        self._lowest[dataloader_idx] = min(self._lowest.get(dataloader_idx, found), found)
         return dict(zip(_NAMES, terms, strict=True)), troubles
 
     def _keep(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:

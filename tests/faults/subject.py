@@ -123,8 +123,8 @@ class Outcome:
     trainer: Trainer
 
     def of(self, name: str) -> list[str]:
-        """What a monitor has warned of, but for what it says of easy tasks."""
-        return [each for each in self.warned if each.startswith(f"`{name}`") and "such easy tasks" not in each]
+        """What a monitor has warned of."""
+        return [each for each in self.warned if each.startswith(f"`{name}`")]
 
 
 def loaders() -> list[DataLoader[Any]]:
