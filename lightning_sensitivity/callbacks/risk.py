@@ -252,9 +252,9 @@ class RiskMonitor(Monitor):
                 problem = ValueError("Expected the same task in every process, got others in some.")
         if problem is not None:
             self._give_up(
-                f"can't score the model on a training batch: {problem} Say where the labels are with `targets=` (a key,"
-                " an index or a function), and what they are with `task=` ('multiclass', 'binary', 'multilabel' or"
-                " 'regression').",
+                f"can't score the model on a training batch: {str(problem).rstrip('.')}. Say how the model is called"
+                " with `inputs=`, where the labels are with `targets=` (a key, an index or a function), and what they"
+                " are with `task=` ('multiclass', 'binary', 'multilabel' or 'regression').",
                 problem,
             )
         elif self.task == "auto":

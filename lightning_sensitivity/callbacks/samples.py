@@ -199,7 +199,7 @@ class InitialWeights:
             )
         else:
             self.weights = initial_weights(model)
-            self.source = "those of now; if they are trained already, tell the ones from before with `initial_weights=`"
+            self.source = "the current ones; if they are trained already, pass the untrained ones as `initial_weights=`"
         return None
 
     def lacks(self, model: nn.Module) -> list[str]:
