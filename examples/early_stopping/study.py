@@ -241,11 +241,26 @@ def draws(runs: list[Curves]) -> str:
     )
 
 
+FOLLOWED: list[tuple[str, Callable[[Curves], np.ndarray]]] = [
+    ("test loss minus training loss", lambda c: c["test_loss"] - c["train_loss"]),
+    ("test loss", lambda c: c["test_loss"]),
+]
+
+
 def report(runs: list[Curves], title: str) -> str:
     within = np.mean([1 / 1.5 <= size(c) <= 1.5 for c in runs])
     lines = [f"## {title}: {len(runs)} runs", *compared(runs, RULES), "By kind, the minimum of the estimate:"]
     lines += by_kind(runs)
     lines += [f"Within a factor of 1.5 of the true score at the minimum: {within:.0%} of the runs.", ""]
+    found = {
+        what: [pd.Series(c["val_sensitivity"]).corr(pd.Series(of(c)), "spearman") for c in runs]
+        for what, of in FOLLOWED
+    }
+    lines += ["Sensitivity over epochs, Spearman correlation in the median run (lowest to highest): with the"]
+    lines += [
+        f"- {what} {np.median(values):.2f} ({min(values):.2f} to {max(values):.2f})" for what, values in found.items()
+    ]
+    lines += [""]
     if with_others := [c for c in runs if "n300_risk_estimate" in c.rows]:
         lines += [draws(with_others), "", f"Budgets, in {len(with_others)} runs:"]
         lines += [*compared(with_others, BUDGETS)[:-2], ""]
