@@ -6,14 +6,14 @@
 # 2,000 epochs at most). The authors report over 10 runs S = 6.08e8 ± 1.40e8, a test cross-entropy of 92,611 ± 4,439
 # and an accuracy of 27.5 ± 0.9 % (https://github.com/mahf93/sensitivity).
 #
-#     python examples/reproduce_paper_fc.py --data cifar10.npz
+#     python examples/paper/reproduce_fc.py --data cifar10.npz
 #
 # With `--init default` the same network starts from PyTorch's own initialization: Equation 9 is then far too low.
 #
 # Each seed adds one row to a CSV file, and seeds that it has already are skipped, so a run that was cut off goes on
 # where it stopped. Two seeds at a time on two cores:
 #
-#     seq 0 9 | xargs -P2 -I{} python examples/reproduce_paper_fc.py --data cifar10.npz --seeds {}
+#     seq 0 9 | xargs -P2 -I{} python examples/paper/reproduce_fc.py --data cifar10.npz --seeds {}
 
 # %%
 import argparse
