@@ -123,15 +123,18 @@ class TrainingSamples:
         assert self.task is not None
         total = torch.zeros(NUM_TRAINING_SUMS, dtype=wide_dtype(model.device), device=model.device)
         is_within = torch.ones((), dtype=torch.bool, device=model.device)
+        by_label = self.task in ("binary", "multilabel")
         for batch in self._batches:
             with guarded("leaves out kept training samples, which the model does not take"):
                 own = move_data_to_device(copy.deepcopy(batch), model.device)
-                outputs = probe(own).outputs()
-                outputs = outputs.movedim(-1, 1) if self.classes_last else outputs
+                runs = probe(own)
+                runs.classes_last = self.classes_last
+                outputs = runs.outputs()
                 total = total + training_sums(outputs, select_targets(model, own, self._options.targets), self.task)
                 self._num_outputs = num_outputs(outputs)
-                is_within = is_within & (outputs >= 0).all() & (outputs <= 1).all()
-        if self.task in ("binary", "multilabel"):
+                if by_label:
+                    is_within = is_within & (outputs >= 0).all() & (outputs <= 1).all()
+        if by_label:
             self._num_within = self._num_within + 1 if bool(is_within) else 0
         return total
 
