@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import kendalltau
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NOTEBOOK = EXAMPLES / "track_generalization.ipynb"
@@ -132,3 +133,17 @@ def test_the_pictures_of_the_page_on_curves(run: Run, only: str) -> None:
         assert len(lines) == 3 and {"risk_claim", "sensitivity", "true_loss"} <= set(lines[0].split(","))
     terms = sum(np.array(found["curves"][f"risk_{term}"]) for term in ("claim", "overconfidence", "variance"))
     np.testing.assert_allclose(found["curves"]["risk_estimate"], terms)
+
+
+def test_what_a_comparison_is_worth_in_labels(run: Run) -> None:
+    text, found = run("comparing_models/worth.py", "--quick")
+    assert "| 1000 labels | 1.00 [1.00, 1.00] | " in text
+    assert len(Path("runs/worth_quick/worth.csv").read_text().splitlines()) == 1 + 2 * (11 + 7)
+    rng = np.random.default_rng(0)
+    scores, truth = rng.integers(0, 9, (5, 12)), rng.integers(0, 9, 12)
+    taus = found["taus"](scores, truth, np.stack([np.ones(12), np.arange(12) % 3]))
+    np.testing.assert_allclose(taus[:, 0], [kendalltau(score, truth).statistic for score in scores])
+    drawn = np.repeat(np.arange(12), np.arange(12) % 3)
+    np.testing.assert_allclose(taus[:, 1], [kendalltau(score[drawn], truth[drawn]).statistic for score in scores])
+    curve, tau = np.linspace(0.2, 0.8, 7)[:, None], np.array([[0.1], [0.3], [0.9]])
+    np.testing.assert_allclose([found["worth"](t, curve)[0] for t in tau], [10, 20, 1000])
