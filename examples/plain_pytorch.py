@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from lightning_sensitivity import OutputSensitivity
 from lightning_sensitivity.functional import risk_estimate
-from lightning_sensitivity.twins import initial_weights, learned_weights, twin
+from lightning_sensitivity.twins import initial_weights, twin
 
 parser = argparse.ArgumentParser(description="Watch sensitivity and the risk estimate without Lightning.")
 parser.add_argument("--max-epochs", type=int, default=40)
@@ -50,9 +50,9 @@ for epoch in range(args.max_epochs):
     with torch.no_grad():
         outputs, train_outputs = model(x_new), model(x_train)
         sensitivity.update(outputs, model(x_new + SIGMA * torch.randn(x_new.shape, generator=generator)))
-        learned, estimates = learned_weights(model, before), []
+        estimates = []
         for _ in range(NUM_TWINS):
-            with twin(model, learned, generator, STRENGTH):
+            with twin(model, before, generator, STRENGTH):
                 twin_outputs = model(x_new)
             estimates.append(
                 torch.stack(risk_estimate(outputs, twin_outputs, train_outputs, y_train, strength=STRENGTH))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from torchmetrics.utilities import dim_zero_cat, rank_zero_warn
 from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
 
 from lightning_sensitivity.functional import sensitivity as F
+from lightning_sensitivity.functional.pieces import wide_dtype
 
 _SAME_K = (
     "Expected the same number of outputs K (dimension 1 of `clean` and `noisy`) in every batch, but got {} and {}. If"
@@ -107,7 +109,7 @@ class OutputSensitivity(Metric):
         super().reset()
         self._num_outputs_seen: int | None = None
         # A process without samples has rows to gather, too, of the type that the others have.
-        self.rows.append(torch.zeros(0, F.NUM_COLUMNS, dtype=F.wide_dtype(self.device), device=self.device))
+        self.rows.append(torch.zeros(0, F.NUM_COLUMNS, dtype=wide_dtype(self.device), device=self.device))
 
     def update(self, clean: Tensor, noisy: Tensor | Iterable[Tensor]) -> None:
         """Add the outputs of one batch of samples, for clean and for perturbed inputs."""
@@ -158,8 +160,9 @@ class OutputSensitivity(Metric):
         value where all samples have as many positions.)
         """
         self.compute()
-        sums = self._all_rows[:, 3] if self.per_output else F.squared_deviations(self._all_rows)
-        return sums / self._all_rows[:, 0]
+        rows = self._all_rows
+        sums = rows[:, 3].where(rows.isfinite().all(1), math.nan) if self.per_output else F.squared_deviations(rows)
+        return sums / rows[:, 0]
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
         """Merge the state of another instance into this one; see :meth:`torchmetrics.Metric.merge_state`."""
@@ -170,7 +173,7 @@ class OutputSensitivity(Metric):
         """Move the rows with the metric, but don't round them where the model around it becomes a 16-bit one."""
         rows, self.rows = self.rows, []
         super()._apply(*args, **kwargs)
-        self.rows = [each.to(self.device, F.wide_dtype(self.device)) for each in rows]
+        self.rows = [each.to(self.device, wide_dtype(self.device)) for each in rows]
         return self
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: _AX_TYPE | None = None) -> _PLOT_OUT_TYPE:

@@ -19,27 +19,18 @@ def initial_weights(model: nn.Module) -> dict[str, Tensor]:
         model: The module, before training.
 
     Returns:
-        What :func:`learned_weights` needs of it later.
+        What :func:`twin` needs of it later.
     """
     return {name: parameter.detach().to("cpu", copy=True) for name, parameter, _ in _parameters(model)}
 
 
-def learned_weights(model: nn.Module, initial: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """How far training has moved each parameter, on the parameter's device.
-
-    Args:
-        model: The module.
-        initial: Its parameters before training.
-
-    Returns:
-        Differences, by name.
-    """
-    return {name: _moved(parameter.detach(), initial.get(name)) for name, parameter, _ in _parameters(model)}
-
-
 @contextmanager
 def twin(
-    model: nn.Module, learned: Mapping[str, Tensor], generator: torch.Generator, strength: float = 1.0
+    model: nn.Module,
+    initial: Mapping[str, Tensor],
+    generator: torch.Generator,
+    strength: float = 1.0,
+    buffers: dict[str, Tensor] | None = None,
 ) -> Iterator[None]:
     r"""Give the module the weights of a twin inside, and its own back on exit.
 
@@ -54,29 +45,35 @@ def twin(
 
     Args:
         model: The module. Its parameters are not written to; they lend their place.
-        learned: What :func:`learned_weights` gave for it.
+        initial: Its parameters before training, as :func:`initial_weights` gives them. What is not there, a head that
+            was exchanged meanwhile, say, has been learned as a whole.
         generator: Source of the noise, on the module's device.
         strength: λ. Squared differences of outputs grow with λ² where it is small.
+        buffers: Where the weights of one twin after another are written; a dict that is empty at first.
 
     Example:
         >>> import torch
-        >>> from lightning_sensitivity.twins import initial_weights, learned_weights, twin
+        >>> from lightning_sensitivity.twins import initial_weights, twin
         >>> model, x = torch.nn.Linear(2, 1), torch.ones(1, 2)
         >>> before = initial_weights(model)
         >>> _ = torch.nn.init.ones_(model.weight)  # in place of training
         >>> generator = torch.Generator().manual_seed(0)
-        >>> with torch.no_grad(), twin(model, learned_weights(model, before), generator):
+        >>> with torch.no_grad(), twin(model, before, generator):
         ...     twin_output = model(x)
         >>> bool(twin_output == model(x)), model.weight.tolist()
         (False, [[1.0, 1.0]])
     """
-    swaps = []
+    swaps, buffers = [], {} if buffers is None else buffers
     for name, parameter, module in _parameters(model):
-        shape, repeats = _noise_shape(module, parameter)
-        noise = torch.randn(shape, generator=generator, dtype=torch.float32, device=parameter.device)
-        noise = noise.repeat_interleave(repeats, 0) if repeats > 1 else noise
-        change = (strength * noise) * learned[name]
-        swaps.append((parameter, parameter.data, change.to(parameter.dtype).add_(parameter.data)))
+        own, shape, repeats = parameter.data, *_noise_shape(module, parameter)
+        before = initial.get(name)
+        if before is None or before.shape != own.shape:
+            before = torch.zeros_like(own)
+        noise = torch.randn(shape, generator=generator, dtype=torch.float32, device=own.device)
+        factors = noise.mul_(strength).add_(1).to(own.dtype)
+        factors = factors.repeat_interleave(repeats, 0) if repeats > 1 else factors
+        buffers[name] = torch.lerp(before.to(own), own, factors, out=buffers.get(name))
+        swaps.append((parameter, own, buffers[name]))
     try:
         for parameter, _, perturbed in swaps:
             # A new tensor in the parameter's place, and not new values: a graph that training holds stays valid.
@@ -144,8 +141,3 @@ def _noise_shape(module: nn.Module, parameter: Tensor) -> tuple[tuple[int, ...],
     if isinstance(module, _ConvNd) and module.groups > 1:  # (groups × outputs, inputs of the group, ...)
         return (module.groups, *shape[1:]), shape[0] // module.groups
     return (1, *shape[1:]), 1
-
-
-def _moved(weights: Tensor, before: Tensor | None) -> Tensor:
-    # What was not there before training, a head that was exchanged meanwhile, say, has been learned as a whole.
-    return weights.clone() if before is None or before.shape != weights.shape else weights - before.to(weights)

@@ -20,6 +20,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
@@ -35,6 +36,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sensitivity import OutputSensitivity, RiskMonitor, SensitivityMonitor
+from lightning_sensitivity.twins import batch_statistics
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -194,10 +196,16 @@ class Recorded(TorchDispatchMode):
         self.module, self.steps = module, []
 
     def __enter__(self) -> Recorded:
-        self.hook = self.module.register_forward_pre_hook(
-            lambda _, args: self.steps.append(partial(self.module, *args))
-        )
+        self.hook = self.module.register_forward_pre_hook(self.note)
         return super().__enter__()
+
+    def note(self, module: nn.Module, args: Any) -> None:
+        norms = [each for each in module.modules() if isinstance(each, nn.BatchNorm2d)]
+        self.steps.append(partial(self.run, *args, by_batch=any(each.running_mean is None for each in norms)))
+
+    def run(self, *args: Any, by_batch: bool) -> None:
+        with batch_statistics(self.module) if by_batch else nullcontext():
+            self.module(*args)
 
     def __exit__(self, *args: Any) -> None:
         super().__exit__(*args)
@@ -386,7 +394,7 @@ def growth(sizes: list[int], turns: int) -> list[Row]:
 def memory(what: str, net: nn.Module, data: Batches) -> list[Row]:
     """The peak of a batch's tensors beside a pass of the model, in batches of outputs, after an input and the weights.
 
-    "≤ 2" is then one batch of inputs and two of outputs, and for the risk a twin's weights and what was learned.
+    "≤ 2" is then one batch of inputs and two of outputs, and for the risk a twin's weights.
     """
 
     def do(module: Net, validate: Callable[[str, Batches], None]) -> list[Row]:
@@ -406,7 +414,7 @@ def memory(what: str, net: nn.Module, data: Batches) -> list[Row]:
         rows = []
         for case in ("sensitivity", "risk"):
             validate(case, data)
-            beside = x.nbytes if case == "sensitivity" else 2 * weights
+            beside = x.nbytes if case == "sensitivity" else weights
             value = (peak(partial(validate, case, data)) - inside - beside) / outputs
             found = {"what": what, "case": case, "figure": "batches of outputs at the peak", "median": value}
             rows.append(judged(found | {"wanted": "≤ 2"}))

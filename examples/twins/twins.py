@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 
 from lightning_sensitivity.functional import risk_estimate
-from lightning_sensitivity.twins import initial_weights, learned_weights, twin
+from lightning_sensitivity.twins import initial_weights, twin
 
 STRENGTH, NUM_TWINS = 0.5, 8  # of the simulated twin, as in RiskMonitor
 
@@ -73,10 +73,9 @@ for epoch in range(3 if args.quick else args.max_epochs):
             optimizers[name].step()
     model, generator = models["run"], torch.Generator().manual_seed(0)
     with torch.no_grad():
-        learned, simulated = learned_weights(model, before), []
-        out, out_train = model(x_new), model(x[:n])
+        simulated, out, out_train = [], model(x_new), model(x[:n])
         for _ in range(NUM_TWINS):
-            with twin(model, learned, generator, STRENGTH):
+            with twin(model, before, generator, STRENGTH):
                 simulated.append(risk_estimate(out, model(x_new), out_train, y[:n], strength=STRENGTH))
         boot, real = (risk_estimate(out, models[name](x_new), out_train, y[:n]) for name in ("bootstrap", "real"))
         p, p_train, loss = out.softmax(1), out_train.softmax(1), cross_entropy(out, true_new)

@@ -188,6 +188,7 @@ class Monitor(Callback):
         self._end_watch()
         self.end_validation()
         self._passes = None
+        self._readings.clear()
 
     @contextmanager
     def measuring(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
@@ -223,6 +224,7 @@ class Monitor(Callback):
     def _begin_run(self) -> None:
         self.failures = logged.Failures(type(self).__name__, self.prefix)
         self._has_measured = False
+        self._readings: dict[tuple[int, str], logged.Reading] = {}  # by loader and name
         self._withdrawn: set[str] = set()  # names that somebody else logs, too
         # Of each loader of which a first batch was seen: its size, and whether classes come last in its outputs.
         self._batch_sizes: dict[int, int] = {}
@@ -237,7 +239,7 @@ class Monitor(Callback):
     def _look(self, pl_module: LightningModule, probe: Probe, batch: Any, dataloader_idx: int) -> None:
         """Look at the outputs of a loader's first batch, and watch the step that gets it."""
         with submodules_run(pl_module) as submodules:
-            outputs = probe.outputs()
+            outputs: Tensor = probe.outputs()
         is_last, doubt = classes_are_last(pl_module, batch, probe, outputs, self.options)
         if doubt:
             self.failures.warn("positions", doubt)
@@ -268,15 +270,15 @@ class Monitor(Callback):
 
     def _log(self, trainer: Trainer, dataloader_idx: int, at_epoch_end: bool = False) -> None:
         self._logged.add(dataloader_idx)
-        values = partial(self._values, trainer, dataloader_idx)
         options: dict[str, Any] = {"on_step": False, "on_epoch": True, "add_dataloader_idx": not at_epoch_end}
         for name in self.names:
             full_name = logged.stage_prefix(self.prefix, trainer) + name
             if at_epoch_end:  # in a process without batches of the loader: Lightning puts no index behind the name
                 full_name = logged.loader_name(full_name, dataloader_idx, len(self._num_batches))
             # `metric_attribute` is checked only for Metrics that belong to the module; this one must not.
-            reading = logged.Reading(values, name)
-            trainer.lightning_module.log(full_name, reading, metric_attribute=name, **options)
+            if (key := (dataloader_idx, name)) not in self._readings:
+                self._readings[key] = logged.Reading(partial(self._values, trainer, dataloader_idx), name)
+            trainer.lightning_module.log(full_name, self._readings[key], metric_attribute=name, **options)
 
 
 def _monitors(trainer: Trainer) -> list[Monitor]:

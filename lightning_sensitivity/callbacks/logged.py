@@ -35,7 +35,7 @@ class Reading(Metric):
     update_called = True  # the state that is read lives elsewhere
 
     def __init__(self, values: Callable[[], Mapping[str, Tensor]], name: str) -> None:
-        super().__init__(sync_on_compute=False)
+        super().__init__(sync_on_compute=False, compute_with_cache=False)
         self._values, self._name = values, name
 
     def update(self) -> None:

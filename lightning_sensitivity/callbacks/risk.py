@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -21,13 +22,13 @@ from lightning_sensitivity.callbacks.base import Monitor
 from lightning_sensitivity.callbacks.checks import is_sharded
 from lightning_sensitivity.callbacks.logged import waiting_for
 from lightning_sensitivity.callbacks.samples import InitialWeights, TrainingSamples, Weights
+from lightning_sensitivity.functional.pieces import Together, wide_dtype
 from lightning_sensitivity.functional.risk import NUM_HOLDOUT_SUMS, NUM_TRAINING_SUMS, holdout_sums, risk_terms
-from lightning_sensitivity.functional.sensitivity import wide_dtype
-from lightning_sensitivity.functional.tasks import TASKS, predictions
+from lightning_sensitivity.functional.tasks import TASKS
 from lightning_sensitivity.models import Inputs, Options, Probe, Selector
 from lightning_sensitivity.models.options import check_argument, check_int
 from lightning_sensitivity.perturbations import noise_generator
-from lightning_sensitivity.twins import batch_statistics, learned_weights, normalizes_by_batch, twin
+from lightning_sensitivity.twins import batch_statistics, normalizes_by_batch, twin
 
 _NAMES = ("risk_estimate", "risk_claim", "risk_overconfidence", "risk_variance")  # as the fields of RiskEstimate
 _STRENGTH = 0.5  # of simulated twins; at full strength they break networks with max-pooling
@@ -103,8 +104,6 @@ class RiskMonitor(Monitor):
         self._initial = InitialWeights(initial_weights)
         self._samples: TrainingSamples | None = None
         self._is_required = self._is_agreed = False
-        self._learned: dict[str, Tensor] | None = None  # of the validation that runs
-        self._training_sums: Tensor | None = None  # the same
         options = Options(num_samples=num_samples, seed=seed, inputs=inputs, outputs=outputs, targets=targets)
         super().__init__(options, prefix)
 
@@ -172,50 +171,56 @@ class RiskMonitor(Monitor):
 
     def forget(self) -> None:
         """Begin a validation with nothing."""
-        self._sums: dict[int, tuple[Tensor, ...]] = {}  # of holdout and training samples, by loader
+        self._sums: dict[int, Tensor] = {}  # of holdout samples, by loader
+        self._together: dict[int, Together] = {}
+        self._training_sums: Tensor | None = None
+        self._weights: dict[str, Tensor] = {}  # from before training, on the device
+        self._of_twin: dict[str, Tensor] = {}
 
-    def end_validation(self) -> None:
-        """Free what belongs to the model as it is."""
-        self._learned = self._training_sums = None
+    end_validation = forget
 
     def measure(self, trainer: Trainer, probe: Probe, batch_idx: int, dataloader_idx: int) -> None:
         """Run the model and its twins on a batch."""
-        pl_module = trainer.lightning_module
-        probe.classes_last |= self._samples is not None and self._samples.classes_last
-        outputs = probe.outputs()
-        if self._samples is None or self._samples.task is None or self._initial.weights is None:
+        pl_module, samples = trainer.lightning_module, self._samples
+        probe.classes_last |= samples is not None and samples.classes_last
+        outputs: Tensor = probe.outputs()
+        if samples is None or samples.task is None or self._initial.weights is None:
             return  # no fit, or the sanity check
-        task = self._samples.task
         if self._training_sums is None:  # in a batch hook: only there averaged weights are in place
-            own = partial(self.probe, trainer, pl_module)
-            self._training_sums = self._samples.sums(pl_module, own, self.failures.guarded)
-        self._samples.check_head(outputs)
-        if self._learned is None:
-            self._learned = learned_weights(pl_module, self._initial.weights)
+            self._weights = {name: each.to(pl_module.device) for name, each in self._initial.weights.items()}
             if new := self._initial.lacks(pl_module):
                 self.failures.warn("new", f"counts {', '.join(new[:3])} as learned as a whole: {_NEW}")
+            own = partial(self.probe, trainer, pl_module)
+            self._training_sums = samples.sums(pl_module, own, self.failures.guarded)
+        samples.check_head(outputs)
+        by_batch = partial(batch_statistics, pl_module) if normalizes_by_batch(pl_module) else nullcontext
+        own_outputs = () if by_batch is nullcontext else (probe.outputs(within=by_batch),)
         num_batches = self.num_wanted(trainer, dataloader_idx) * trainer.world_size
         num_twins = max(1, math.ceil(_MIN_TWINS / max(1, num_batches)))
-        p = predictions(outputs, task)
-        by_batch = partial(batch_statistics, pl_module)
-        own_p = predictions(probe.outputs(within=by_batch), task) if normalizes_by_batch(pl_module) else p
+        together = self._together.setdefault(dataloader_idx, Together(partial(self._add, dataloader_idx, num_twins)))
         for index in range(num_twins):
             key = (self.options.seed, trainer.global_rank, dataloader_idx, batch_idx, -1 - index)
             generator = noise_generator(*key, device=pl_module.device)
-            with twin(pl_module, self._learned, generator, _STRENGTH):
-                twin_p = predictions(probe.outputs(within=by_batch), task)
-            total = holdout_sums(p, own_p, twin_p, task) / num_twins
-            if dataloader_idx in self._sums:
-                total = total + self._sums[dataloader_idx][0]
-            self._sums[dataloader_idx] = total, self._training_sums
+            with twin(pl_module, self._weights, generator, _STRENGTH, self._of_twin):
+                probe.outputs(
+                    within=by_batch, then=lambda twin_outputs: together.add(outputs, twin_outputs, *own_outputs)
+                )
+
+    def _add(self, dataloader_idx: int, num_twins: int, *outputs: Tensor) -> None:
+        assert self._samples is not None
+        sums = holdout_sums(*outputs, task=str(self._samples.task)) / num_twins
+        self._sums[dataloader_idx] = self._sums.get(dataloader_idx, 0) + sums
 
     def compute(self, trainer: Trainer, dataloader_idx: int) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The values of a loader, and what to warn of."""
         if self._samples is None or self._samples.task is None:
             return {}, {}
+        if dataloader_idx in self._together:
+            self._together[dataloader_idx].flush()
         sizes, device = (NUM_HOLDOUT_SUMS, NUM_TRAINING_SUMS), trainer.lightning_module.device
-        none = torch.zeros(sum(sizes), dtype=wide_dtype(device), device=device)
-        sums = torch.cat(self._sums.get(dataloader_idx, (none,)))
+        sums = torch.zeros(sum(sizes), dtype=wide_dtype(device), device=device)
+        if dataloader_idx in self._sums and self._training_sums is not None:
+            sums = torch.cat([self._sums[dataloader_idx], self._training_sums])
         holdout, training = trainer.strategy.reduce(sums, reduce_op="sum").split(sizes)
         terms = risk_terms(holdout, training, _STRENGTH)
         troubles = {}

@@ -16,8 +16,9 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lightning_sensitivity.functional.pieces import Together, wide_dtype
 from lightning_sensitivity.functional.risk import NUM_TRAINING_SUMS, training_sums
-from lightning_sensitivity.functional.sensitivity import num_outputs, wide_dtype
+from lightning_sensitivity.functional.sensitivity import num_outputs
 from lightning_sensitivity.functional.tasks import check_logits, check_task, classes_last, infer_task
 from lightning_sensitivity.models import Options, Probe, select_targets
 from lightning_sensitivity.twins import initial_weights
@@ -49,7 +50,7 @@ class TrainingSamples:
     def __init__(self, task: str, num_samples: int, options: Options) -> None:
         self.task = None if task == "auto" else task
         self.num_missing, self._options = num_samples, options
-        self._batches: list[Any] = []
+        self._batches: list[tuple[Any, Tensor]] = []  # and their labels
         self.classes_last = False
         self._num_outputs: int | None = None  # as of the last pass
         self._num_within = 0  # validations in a row in which all outputs could be probabilities
@@ -71,7 +72,8 @@ class TrainingSamples:
             ValueError: If labels and outputs fit no task, or not the one that was told.
         """
         own = copy.deepcopy(batch)  # some batches move themselves, and the user's functions may write into them
-        outputs, targets = probe(own).outputs(), select_targets(model, own, self._options.targets)
+        outputs: Tensor = probe(own).outputs()
+        targets = select_targets(model, own, self._options.targets)
         if not self._batches:
             self.classes_last = classes_last(outputs, targets)
             is_square = outputs.ndim > 2 and outputs.shape[:-1] == outputs.shape[:1] + outputs.shape[2:]
@@ -85,7 +87,7 @@ class TrainingSamples:
         check_task(outputs, targets, task)
         check_logits(outputs, task)
         self.task = task
-        self._batches.append(move_data_to_device(copy.deepcopy(batch), torch.device("cpu")))
+        self._batches.append((move_data_to_device(copy.deepcopy(batch), torch.device("cpu")), targets.cpu()))
         self.num_missing -= len(outputs)
 
     def check_head(self, outputs: Tensor) -> None:
@@ -120,20 +122,27 @@ class TrainingSamples:
             What :func:`~lightning_sensitivity.functional.risk.training_sums` gives, over all samples of this process
             that the model takes.
         """
-        assert self.task is not None
+        task = str(self.task)
         total = torch.zeros(NUM_TRAINING_SUMS, dtype=wide_dtype(model.device), device=model.device)
         is_within = torch.ones((), dtype=torch.bool, device=model.device)
-        by_label = self.task in ("binary", "multilabel")
-        for batch in self._batches:
+        by_label = task in ("binary", "multilabel")
+
+        def score(outputs: Tensor, targets: Tensor) -> None:
+            nonlocal total, is_within
+            total = total + training_sums(outputs, targets, task)
+            self._num_outputs = num_outputs(outputs)
+            if by_label:
+                is_within = is_within & (outputs >= 0).all() & (outputs <= 1).all()
+
+        together = Together(score)
+        for batch, targets in self._batches:
             with guarded("leaves out kept training samples, which the model does not take"):
-                own = move_data_to_device(copy.deepcopy(batch), model.device)
-                runs = probe(own)
+                # Some objects move themselves, or could be written to; of collections the probe makes copies.
+                own = batch if isinstance(batch, Tensor | list | tuple | dict) else copy.deepcopy(batch)
+                runs = probe(move_data_to_device(own, model.device))
                 runs.classes_last = self.classes_last
-                outputs = runs.outputs()
-                total = total + training_sums(outputs, select_targets(model, own, self._options.targets), self.task)
-                self._num_outputs = num_outputs(outputs)
-                if by_label:
-                    is_within = is_within & (outputs >= 0).all() & (outputs <= 1).all()
+                runs.outputs(then=lambda outputs: together.add(outputs, targets))  # noqa: B023
+        together.flush()
         if by_label:
             self._num_within = self._num_within + 1 if bool(is_within) else 0
         return total

@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from lightning_sensitivity.callbacks.base import Monitor
 from lightning_sensitivity.callbacks.logged import waiting_for
 from lightning_sensitivity.functional import loss_estimate
-from lightning_sensitivity.functional.sensitivity import wide_dtype
+from lightning_sensitivity.functional.pieces import Together, wide_dtype
+from lightning_sensitivity.functional.sensitivity import has_masked
 from lightning_sensitivity.functional.tasks import are_log_probabilities, are_probabilities
 from lightning_sensitivity.metric import OutputSensitivity
 from lightning_sensitivity.models import Inputs, Options, Probe, Selector
@@ -92,8 +94,7 @@ class SensitivityMonitor(Monitor):
         options = Options(noise_std, perturbation, at, num_draws, num_samples, seed, inputs, outputs, None, per_output)
         self.perturbation = options.chosen_perturbation()
         self.perturbs_inputs = None in options.sites
-        self._has_masked: bool | None = None
-        self._has_log_probabilities = False
+        self._has_masked = self._has_log_probabilities = False
         super().__init__(options, prefix)
 
     @property
@@ -135,6 +136,8 @@ class SensitivityMonitor(Monitor):
         Raises:
             MisconfigurationException: If they are.
         """
+        # Looked for here alone: later, nothing waits for the device.
+        self._has_masked |= has_masked(outputs)
         self._has_log_probabilities = are_log_probabilities(outputs)
         if not self.options.per_output and are_probabilities(outputs):
             raise MisconfigurationException(
@@ -148,7 +151,7 @@ class SensitivityMonitor(Monitor):
 
     def measure(self, trainer: Trainer, probe: Probe, batch_idx: int, dataloader_idx: int) -> None:
         """Run the model on a batch, clean and perturbed."""
-        clean = probe.outputs()
+        clean: Tensor = probe.outputs()
         key = (self.options.seed, trainer.global_rank, dataloader_idx, batch_idx)
         for name, metric in zip(self.options.sites, self._of_loader(trainer, dataloader_idx), strict=True):
             module = None if name is None else _submodule(trainer.lightning_module, name)
@@ -156,9 +159,8 @@ class SensitivityMonitor(Monitor):
             noisy = partial(probe.noisy_outputs, self.perturbation, key, at=module, note=note)
             if self.options.num_draws > 1:
                 metric.update(clean, map(noisy, range(self.options.num_draws)))
-            else:  # what is compared at once needs no copy
-                noisy(0, then=partial(metric.add, clean))
-            self._has_masked = metric.has_masked
+            else:
+                noisy(0, then=partial(metric.together.add, clean))
 
     def compute(self, trainer: Trainer, dataloader_idx: int) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The values of a loader, and what to warn of."""
@@ -166,6 +168,7 @@ class SensitivityMonitor(Monitor):
         troubles: dict[str, str] = {}
         metrics = self._of_loader(trainer, dataloader_idx)
         for suffix, metric in zip(self.options.sites.values(), metrics, strict=True):
+            metric.together.flush()
             sensitivity, stderr = metric.compute(), metric.stderr
             troubles |= {kind + suffix: doubt for kind, doubt in metric.doubts.items()}
             if metric.num_changes >= 2:
@@ -184,7 +187,7 @@ class SensitivityMonitor(Monitor):
         if dataloader_idx not in self._metrics:
             device, per_output = trainer.lightning_module.device, self.options.per_output
             metrics = [_LoaderSensitivity(per_output, self._has_masked, device) for _ in self.options.sites]
-            self._metrics[dataloader_idx] = [metric.to(device) for metric in metrics]
+            self._metrics[dataloader_idx] = metrics
         return self._metrics[dataloader_idx]
 
 
@@ -194,16 +197,17 @@ class _LoaderSensitivity(OutputSensitivity):
     update_called = True  # a process that got no batch takes part in the others' reduction, without a warning
     power: Tensor
 
-    def __init__(self, per_output: bool, has_masked: bool | None, device: torch.device) -> None:
+    def __init__(self, per_output: bool, has_masked: bool, device: torch.device) -> None:
         super().__init__(per_output)
         self.has_masked, self.doubts = has_masked, dict[str, str]()
         # Σ x² in units of the noise's variance, and the number of elements.
         self.add_state("power", default=torch.zeros(2, dtype=wide_dtype(device)), dist_reduce_fx="sum")
+        self.to(device)
+        self.together = Together(self.update)
 
-    def add(self, clean: Tensor, noisy: Tensor) -> Tensor:
-        """Update with one draw, and give it back."""
-        self.update(clean, noisy)
-        return noisy
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what waits: after a validation, that is nothing."""
+        return {name: value for name, value in super().__getstate__().items() if name != "together"}
 
     def add_inputs(self, perturbation: AnyPerturbation, x: Tensor) -> None:
         """Add the power of clean inputs; nothing where the noise has no second moment that Equation 9 could use."""

@@ -27,7 +27,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_sensitivity.comparison.scores import Samples, Scored, check_samples, joined, score_models, score_samples
 from lightning_sensitivity.comparison.table import Comparison
-from lightning_sensitivity.functional.sensitivity import wide_dtype
+from lightning_sensitivity.functional.pieces import wide_dtype
 from lightning_sensitivity.functional.tasks import TASKS, check_logits, check_task
 from lightning_sensitivity.models import Inputs, Options, Passes, Probe, Selector, prepare_call, select_targets
 from lightning_sensitivity.models.call import Call, uncompiled
@@ -181,7 +181,7 @@ class _Candidate(LightningModule):
             note=note_power,
         )
         with self._passes.measuring():
-            clean = probe.outputs()
+            clean: Tensor = probe.outputs()
             if batch_idx == 0:
                 check_logits(clean, self._task)
             noisy = map(noisy_outputs, range(self._options.num_draws))

@@ -13,6 +13,7 @@ from torch.nn.functional import logsigmoid
 from torchmetrics.utilities import rank_zero_warn
 
 from lightning_sensitivity.functional import sensitivity as F
+from lightning_sensitivity.functional.pieces import wide_dtype
 from lightning_sensitivity.functional.risk import distances
 from lightning_sensitivity.functional.tasks import predictions, target_predictions
 
@@ -276,7 +277,7 @@ def _means(scores: list[Samples]) -> Samples:
 
 def _by_position(outputs: Tensor) -> Tensor:
     """Outputs ``(N, K, ...)`` or ``(N,)`` as ``(N, K, positions)``, in the widest type."""
-    return F.columns(outputs).to(F.wide_dtype(outputs.device))
+    return F.columns(outputs).to(wide_dtype(outputs.device))
 
 
 def _in_classes(p: Tensor, task: str) -> Tensor:

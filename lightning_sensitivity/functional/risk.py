@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_sensitivity.functional.sensitivity import piece_size, wide_dtype
+from lightning_sensitivity.functional.pieces import in_pieces, wide_dtype
 from lightning_sensitivity.functional.tasks import TASKS, check_logits, check_task, predictions, target_predictions
 
 # How many numbers the sums over holdout and training samples have; the last one counts samples that were left out.
@@ -48,28 +47,32 @@ def claims(p: Tensor, task: str) -> Tensor:
 
 def distances(p: Tensor, other: Tensor, task: str) -> Tensor:
     """Squared differences between predictions and others, or labels, one number a prediction, ``(N, ...)``."""
-    squares = (p - other).square()
+    squares = (p - other).square_()
     return squares.sum(1) if task == "multiclass" else squares.mean(1)
 
 
-def holdout_sums(p: Tensor, own: Tensor, twin: Tensor, task: str) -> Tensor:
+def holdout_sums(outputs: Tensor, twin_outputs: Tensor, own_outputs: Tensor | None = None, *, task: str) -> Tensor:
     """Sums over a batch of unseen samples: their number, claims, variance, the claims of both its sides; nan or inf.
 
     Args:
-        p: Predictions ``(N, K, ...)``.
-        own: Those that are compared with the twin's; others than ``p`` where batch norm goes by the batch.
-        twin: Predictions of a twin.
+        outputs: Outputs in eval mode, ``(N, K, ...)`` or ``(N,)``.
+        twin_outputs: Outputs of a twin.
+        own_outputs: Those that are compared with the twin's, if others: where batch norm goes by the batch.
         task: The task.
 
     Returns:
         Shape ``(6,)``.
     """
 
-    def sums(p: Tensor, own: Tensor, twin: Tensor) -> Tensor:
-        claim, variance = claims(p, task), distances(own, twin, task)
-        return _sums(torch.ones_like(variance), claim, variance, claims(own, task), claims(twin, task))
+    def sums(*outputs: Tensor) -> Tensor:
+        p, twin_p, *others = (predictions(each, task) for each in outputs)
+        own_p = others[0] if others else p
+        claim, variance, twin_claim = claims(p, task), distances(own_p, twin_p, task), claims(twin_p, task)
+        own_claim = claims(own_p, task) if others else claim
+        return _sums(torch.ones_like(variance), claim, variance, own_claim, twin_claim)
 
-    return _in_pieces(sums, p, own, twin)
+    tensors = (outputs, twin_outputs) if own_outputs is None else (outputs, twin_outputs, own_outputs)
+    return torch.stack(in_pieces(sums, *tensors)).sum(0)
 
 
 def training_sums(outputs: Tensor, targets: Tensor, task: str) -> Tensor:
@@ -89,7 +92,7 @@ def training_sums(outputs: Tensor, targets: Tensor, task: str) -> Tensor:
         y, counts = target_predictions(outputs, targets, task)
         return _sums(counts, distances(p, y, task) * counts, claims(p, task) * counts)
 
-    return _in_pieces(sums, outputs, targets.to(outputs.device))
+    return torch.stack(in_pieces(sums, outputs, targets.to(outputs.device))).sum(0)
 
 
 def risk_terms(holdout: Tensor, training: Tensor, strength: float | None = None) -> RiskEstimate:
@@ -182,17 +185,10 @@ def risk_estimate(
                 f" {tuple(tensor.shape)}."
             )
     check_logits(train_outputs, task)
-    p = predictions(outputs, task)
     training = training_sums(train_outputs, train_targets, task)
     if not training[0] > 0:
         raise ValueError("Expected `train_targets` to hold a label that counts, but all are -100.")
-    return risk_terms(holdout_sums(p, p, predictions(twin_outputs, task), task), training, strength)
-
-
-def _in_pieces(sums: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """The sums over all samples, a few at a time: what is computed of large outputs stays small."""
-    pieces = zip(*(torch.split(each, piece_size(tensors[0])) for each in tensors), strict=True)
-    return torch.stack([sums(*piece) for piece in pieces]).sum(0)
+    return risk_terms(holdout_sums(outputs, twin_outputs, task=task), training, strength)
 
 
 def _sums(counts: Tensor, *values: Tensor) -> Tensor:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torchmetrics.utilities import rank_zero_warn
 
+from lightning_sensitivity.functional.pieces import in_pieces, wide_dtype
+
 # Columns of a row: how many changes a sample gave (draws times positions); the sum and the sum of squares of the
 # class-averaged changes; the sum of the mean squared change of the single outputs.
 NUM_COLUMNS = 4
-_PIECE = 2**18  # elements that are looked at at once, so that no wide copy of all outputs is made
 _SMALL_SHARE = 0.01  # of what independent outputs would give
 
 
@@ -49,14 +51,13 @@ def sensitivity_rows(clean: Tensor, noisy: Tensor | Iterable[Tensor], masked: bo
         masked: Whether outputs that are -inf in both have not changed, and don't count in the class average.
 
     Returns:
-        Shape ``(N, 4)``, float64 (float32 on MPS). Rows of samples with nan or inf are nan.
+        Shape ``(N, 4)``, float64 (float32 on MPS). Rows of samples with nan or inf are not finite.
 
     Raises:
         TypeError: If an output is not a floating tensor.
         ValueError: If shapes differ, an output is a scalar or has no class, or there is no draw.
     """
     _check_output(clean, "clean")
-    outputs, size, dtype = columns(clean), piece_size(clean), wide_dtype(clean.device)
     rows: list[Tensor] = []  # one a draw
     for draw in (noisy,) if isinstance(noisy, Tensor) else noisy:
         _check_output(draw, "noisy")
@@ -65,21 +66,16 @@ def sensitivity_rows(clean: Tensor, noisy: Tensor | Iterable[Tensor], masked: bo
                 "Expected `noisy` to have the shape of `clean`, one output per sample and class, but got"
                 f" {tuple(draw.shape)} for noisy and {tuple(clean.shape)} for clean outputs."
             )
-        wide = torch.empty_like(outputs[:size], dtype=dtype)  # reused: new pages of memory cost time
-        if len(clean) <= size:
-            rows.append(_draw_rows(columns(draw), outputs, wide, masked))
-        else:
-            pieces = zip(torch.split(columns(draw), size), torch.split(outputs, size), strict=True)
-            rows.append(torch.cat([_draw_rows(*piece, wide[: len(piece[0])], masked) for piece in pieces]))
+        pieces = in_pieces(partial(_draw_rows, masked=masked), columns(draw), columns(clean))
+        rows.append(torch.cat(pieces) if len(pieces) > 1 else pieces[0])
     if not rows:
         raise ValueError("Expected `noisy` to hold the outputs of at least one noise draw, but got none.")
-    total = torch.stack(rows).sum(0) if len(rows) > 1 else rows[0]
-    return total.where(total.isfinite().all(1, keepdim=True), math.nan)
+    return torch.stack(rows).sum(0) if len(rows) > 1 else rows[0]
 
 
-def _draw_rows(noisy: Tensor, clean: Tensor, wide: Tensor, masked: bool) -> Tensor:
-    """Rows of one draw, from outputs ``(N, K, P)``, and a wide tensor like them that is written to."""
-    change = wide.copy_(noisy).sub_(clean)
+def _draw_rows(noisy: Tensor, clean: Tensor, masked: bool) -> Tensor:
+    """Rows of one draw, from outputs ``(N, K, P)``."""
+    change = noisy.to(wide_dtype(noisy.device), copy=True).sub_(clean)
     if masked:
         is_masked = (noisy == -math.inf) & (clean == -math.inf)
         num_left = (~is_masked).sum(1).clamp(min=1)
@@ -131,10 +127,10 @@ def squared_deviations(rows: Tensor) -> Tensor:
     Returns:
         Shape ``(N,)``.
     """
-    finite = rows[rows.isfinite().all(1)]
-    mean = finite[:, 1].sum() / finite[:, 0].sum()
+    is_finite = rows.isfinite().all(1)
+    mean = rows[is_finite, 1].sum() / rows[is_finite, 0].sum()
     deviations = rows[:, 2] - 2 * mean * rows[:, 1] + mean.square() * rows[:, 0]
-    return deviations.clamp(min=0)
+    return deviations.clamp(min=0).where(is_finite, math.nan)
 
 
 def doubts(estimate: SensitivityEstimate, num_outputs: int, per_output: bool = False) -> dict[str, str]:
@@ -261,16 +257,6 @@ def loss_estimate(
             raise ValueError(f"Expected `{name}` to be 0 or more, but got {value}.")
     variance = (num_outputs - 1) / num_outputs * sensitivity * (power / std.square()).mean()
     return ((variance + offset) / 2).sqrt()
-
-
-def wide_dtype(device: torch.device) -> torch.dtype:
-    """The widest floating type of a device: float64, or float32 on MPS, which has no float64."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def piece_size(outputs: Tensor) -> int:
-    """How many samples of outputs are looked at at once, so that what is computed of them stays small."""
-    return max(1, _PIECE * len(outputs) // max(1, outputs.numel()))
 
 
 def num_outputs(outputs: Tensor) -> int:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from lightning_sensitivity.functional.sensitivity import num_outputs, wide_dtype
+from lightning_sensitivity.functional.pieces import wide_dtype
+from lightning_sensitivity.functional.sensitivity import num_outputs
 
 TASKS = ("multiclass", "binary", "multilabel", "regression")
 _ROUNDING = 1e-2  # of sums of probabilities in 16 bits, which autocast may have widened since

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -205,10 +206,18 @@ def describe(value: Any) -> str:
 
 def forward_parameters(model: nn.Module) -> list[inspect.Parameter]:
     """The parameters of ``forward``, also of a compiled module; none of a scripted one, which does not tell them."""
+    forward = uncompiled(model).forward
     try:
-        return list(inspect.signature(uncompiled(model).forward).parameters.values())
+        # The signature of a method's function is kept; what else may stand in its place could hold the model.
+        found = _signature(forward.__func__) if inspect.ismethod(forward) else inspect.signature(forward)
     except ValueError:
         return []
+    parameters = list(found.parameters.values())
+    has_self = inspect.ismethod(forward) and parameters[0].kind != inspect.Parameter.VAR_POSITIONAL
+    return parameters[1:] if has_self else parameters
+
+
+_signature = lru_cache(maxsize=64)(inspect.signature)
 
 
 def num_required(parameters: Iterable[inspect.Parameter]) -> int:

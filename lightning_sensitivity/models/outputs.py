@@ -48,17 +48,17 @@ class Probe:
         self,
         perturb: Perturb | None = None,
         within: Callable[[], AbstractContextManager[None]] = nullcontext,
-        then: Callable[[Tensor], Tensor] = torch.clone,
-    ) -> Tensor:
+        then: Callable[[Tensor], Any] = torch.clone,
+    ) -> Any:
         """The outputs.
 
         Args:
             perturb: Gives what takes the place of an input; None for the batch as it is.
             within: Gives what the model runs in. What is changed in the module before a pass would be put back by it.
-            then: What is made of the outputs at once, since a later pass may write into them: a copy.
+            then: What is made of the outputs at once, and returned: a copy, since a later pass may write into them.
         """
 
-        def run() -> Tensor:
+        def run() -> Any:
             args, keywords = self._call.made(perturb)
             with within():
                 result = self._model(*args, **keywords)
@@ -74,8 +74,8 @@ class Probe:
         draw: int,
         at: nn.Module | None = None,
         note: Callable[[Tensor], None] | None = None,
-        then: Callable[[Tensor], Tensor] = torch.clone,
-    ) -> Tensor:
+        then: Callable[[Tensor], Any] = torch.clone,
+    ) -> Any:
         """The outputs under one draw of the noise.
 
         Args:
@@ -95,7 +95,7 @@ class Probe:
 
         return self.outputs(perturb, then=then) if at is None else self.outputs_at(at, perturb, then)
 
-    def outputs_at(self, module: nn.Module, perturb: Perturb, then: Callable[[Tensor], Tensor] = torch.clone) -> Tensor:
+    def outputs_at(self, module: nn.Module, perturb: Perturb, then: Callable[[Tensor], Any] = torch.clone) -> Any:
         """The outputs where what a submodule returns is perturbed, each time that it runs.
 
         Args:
@@ -113,7 +113,7 @@ class Probe:
             has_run = True
             return perturbed_result(result, perturb)
 
-        def made(outputs: Tensor) -> Tensor:
+        def made(outputs: Tensor) -> Any:
             if not has_run:
                 raise MisconfigurationException(
                     "`at` should name a submodule that `forward` calls, got one that did not run. (Of some modules only"

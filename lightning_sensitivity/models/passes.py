@@ -24,9 +24,9 @@ class Passes:
     """Runs a model again and again, and leaves it, and all random streams, as they were.
 
     Every pass finds the buffers and attributes that the module has, and the same state of every random stream, so that
-    two passes of a stochastic model differ by their inputs alone. Large buffers are copied only where the first pass,
-    before which all are copied, was seen to write them. What a pass can't put back is deeper Python state that
-    ``forward`` itself changes: what is nested in a container, a generator of its own.
+    two passes of a stochastic model differ by their inputs alone. Large buffers are copied, and numpy's stream is put
+    back, only where the first pass, around which all are, was seen to write or use them. What a pass can't put back is
+    deeper Python state that ``forward`` itself changes: what is nested in a container, a generator of its own.
 
     Args:
         model: The module.
@@ -35,7 +35,7 @@ class Passes:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._written: set[int] | None = None  # ids of large tensors; None before the first pass
-        self._uses_numpy = True  # until the first pass has shown that it does not: numpy's states are slow to set
+        self._uses_numpy = True  # until the first pass has shown that it does not: its states are slow to get and set
         self._devices: set[torch.device] = set()
         self._states: list[_State] = []
         self._dice: _Dice | None = None
@@ -47,7 +47,7 @@ class Passes:
         training = [module for module in modules if module.training]
         if self._written is None:  # a strategy keeps the module where it is
             self._devices = {tensor.device for tensor in (*self._model.parameters(), *self._model.buffers())}
-        self._dice = _Dice(self._devices)
+        self._dice = _Dice(self._devices, self._uses_numpy)
         try:
             for module in training:  # not by `eval()`, which modules override
                 module.training = False
@@ -69,7 +69,7 @@ class Passes:
             function: The function.
         """
         assert self._dice is not None
-        self._dice.put_back(self._uses_numpy)
+        self._dice.put_back()
         written: set[int] = set()
         try:
             result = function()
@@ -133,8 +133,8 @@ class _State:
 class _Dice:
     """The state of every random stream: python's, numpy's, torch's on the CPU and on the model's devices."""
 
-    def __init__(self, devices: set[torch.device]) -> None:
-        self._numpy = sys.modules.get("numpy")  # not imported: nobody has drawn from it
+    def __init__(self, devices: set[torch.device], with_numpy: bool) -> None:
+        self._numpy = sys.modules.get("numpy") if with_numpy else None  # not imported: nobody has drawn from it
         self._numpy_state: Any = self._numpy.random.get_state() if self._numpy else None
         self._python_state = random.getstate()
         self._cpu_state = torch.get_rng_state()
@@ -150,9 +150,9 @@ class _Dice:
         (_, keys, *rest), (_, own_keys, *own_rest) = self._numpy.random.get_state(), self._numpy_state
         return rest != own_rest or bool((keys != own_keys).any())
 
-    def put_back(self, with_numpy: bool = True) -> None:
+    def put_back(self) -> None:
         random.setstate(self._python_state)
-        if self._numpy and with_numpy:
+        if self._numpy:
             self._numpy.random.set_state(self._numpy_state)
         torch.set_rng_state(self._cpu_state)
         for device, state in self._states:

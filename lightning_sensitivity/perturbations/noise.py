@@ -279,8 +279,11 @@ def power(perturbation: AnyPerturbation, x: Tensor) -> Tensor | None:
     if moment is None:
         return None
     scaled = x.detach() / moment.sqrt() if isinstance(moment, Tensor) else x.detach()
-    wide = torch.float32 if x.device.type == "mps" else torch.float64
-    squares: Tensor = torch.linalg.vector_norm(scaled, dtype=wide).square()
+    # Within a sample in single precision, which is much faster; over samples in the widest type.
+    norms = torch.linalg.vector_norm(
+        scaled[..., None].flatten(1), dim=1, dtype=torch.promote_types(x.dtype, torch.float32)
+    )
+    squares: Tensor = norms.to(torch.float32 if x.device.type == "mps" else torch.float64).square().sum()
     return squares if isinstance(moment, Tensor) else squares / moment
 
 

@@ -21,7 +21,7 @@ from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 from lightning_sensitivity.callbacks.risk import _MIN_TWINS, _NAMES, _STRENGTH
 from lightning_sensitivity.functional import risk_estimate
 from lightning_sensitivity.perturbations import noise_generator
-from lightning_sensitivity.twins import batch_statistics, initial_weights, learned_weights, twin
+from lightning_sensitivity.twins import batch_statistics, initial_weights, twin
 from tests.helpers import (
     NUM_CLASSES,
     NUM_FEATURES,
@@ -94,7 +94,6 @@ class Truth(Callback):
 
     @torch.no_grad()
     def estimate(self, model: LightningModule) -> Any:
-        learned = learned_weights(model, self.initial)
         x, y = (torch.cat(parts) for parts in zip(*self.batches, strict=True))
         outputs, normalized, of_twins, train = [], [], [], model(x)
         num_twins = math.ceil(_MIN_TWINS / 4)
@@ -104,7 +103,7 @@ class Truth(Callback):
                 generator = noise_generator(0, 0, 0, batch_idx, -1 - draw)
                 with batch_statistics(model):
                     normalized.append(model(part))
-                    with twin(model, learned, generator, _STRENGTH):
+                    with twin(model, self.initial, generator, _STRENGTH):
                         of_twins.append(model(part))
         if y.shape == train.shape[:2] != train.shape:
             outputs, normalized, of_twins, (train,) = (
@@ -335,7 +334,7 @@ def test_lazy_weights_are_those_that_the_sanity_check_has_made() -> None:
 def test_the_device_holds_no_copy_of_the_weights_while_training() -> None:
     class Watch(Callback):
         def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-            assert monitor._learned is None and monitor._training_sums is None
+            assert not monitor._weights and monitor._training_sums is None
 
     monitor = RiskMonitor()
     fit(Plain(), monitor, None, loader(), Watch())

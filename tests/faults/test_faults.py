@@ -238,7 +238,7 @@ FAULTS = [
     # functions of the user's
     Fault("inputs=", "in inputs", "in inputs", options={"inputs": user("inputs", 7)}),
     Fault("outputs=", "in outputs", "in outputs", options={"outputs": user("outputs", 20)}),
-    Fault("targets=", None, LEFT_OUT + "in targets", r_options={"targets": user("targets", 5)}),
+    Fault("targets=", None, "leaves a training batch out: in targets", r_options={"targets": user("targets", 1)}),
     Fault("perturbation", "in noise", s_options={"perturbation": user("noise", 5)}),
     Fault("no perturbation", error="perturbation", s_options={"perturbation": lambda x, g: x[:1]},
         moments=("sanity",)),

@@ -72,8 +72,7 @@ def test_it_does_not_matter_how_samples_are_split(seed: int, cuts: list[int], ta
     holdout, training = (torch.zeros(size, dtype=torch.float64) for size in (NUM_HOLDOUT_SUMS, NUM_TRAINING_SUMS))
     chunks = (tensor.tensor_split(torch.tensor(sorted(cuts), dtype=torch.long)) for tensor in (unseen, twin, train))
     for one, other, t, y in zip(*chunks, targets.tensor_split(sorted(cuts)), strict=True):
-        p, q = predictions(one, task), predictions(other, task)
-        holdout = holdout + holdout_sums(p, p, q, task)
+        holdout = holdout + holdout_sums(one, other, task=task)
         training = training + training_sums(t, y, task)
     torch.testing.assert_close(risk_terms(holdout, training), whole)
 
@@ -93,11 +92,10 @@ def test_positions_are_samples_and_ignored_labels_are_none() -> None:
 
 def test_samples_that_are_not_finite_are_left_out_and_counted() -> None:
     unseen, twin, train, targets = example("multiclass")
-    p, q = predictions(unseen, "multiclass"), predictions(twin, "multiclass")
-    broken, broken_train = q.clone(), train.clone()
+    broken, broken_train = twin.clone(), train.clone()
     broken[:2, 1], broken_train[:3, 0] = torch.nan, torch.inf
-    found = holdout_sums(p, p, broken, "multiclass")
-    torch.testing.assert_close(found[:-1], holdout_sums(p[2:], p[2:], q[2:], "multiclass")[:-1])
+    found = holdout_sums(unseen, broken, task="multiclass")
+    torch.testing.assert_close(found[:-1], holdout_sums(unseen[2:], twin[2:], task="multiclass")[:-1])
     assert found[-1] == 2
     found = training_sums(broken_train, targets, "multiclass")
     torch.testing.assert_close(found[:-1], training_sums(train[3:], targets[3:], "multiclass")[:-1])
