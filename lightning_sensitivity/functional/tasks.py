@@ -6,7 +6,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from lightning_sensitivity.functional.pieces import wide_dtype
 from lightning_sensitivity.functional.sensitivity import num_outputs
@@ -176,8 +175,8 @@ def target_predictions(outputs: Tensor, targets: Tensor, task: str) -> tuple[Ten
     targets = targets.to(outputs.device)
     if task == "multiclass" and not targets.is_floating_point():
         counts = targets != IGNORED
-        y = one_hot(targets.long().where(counts, 0), wide.shape[1]).movedim(-1, 1)
-        return y.to(wide.dtype), counts.to(wide.dtype)
+        index = targets.long().where(counts, 0).reshape(wide[:, :1].shape)
+        return torch.zeros_like(wide).scatter_(1, index, 1.0), counts.to(wide.dtype)
     return targets.to(wide.dtype).reshape(wide.shape), torch.ones_like(wide[:, 0])
 
 
