@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -16,11 +15,6 @@ from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
 from lightning_sensitivity.functional import sensitivity as F
 from lightning_sensitivity.functional.pieces import wide_dtype
 
-_SAME_K = (
-    "Expected the same number of outputs K (dimension 1 of `clean` and `noisy`) in every batch, but got {} and {}. If"
-    " dimension 1 is a position, move the classes there."
-)
-
 
 class OutputSensitivity(Metric):
     r"""Output sensitivity: the variance of the class-averaged output change under input noise.
@@ -29,7 +23,7 @@ class OutputSensitivity(Metric):
         S = \operatorname{Var}\Big(\frac{1}{K} \sum_{k=1}^{K} \big[f_k(x + \varepsilon) - f_k(x)\big]\Big)
 
     The variance is that of the population (ddof 0) over all samples and noise draws (Forouzesh, Salehi and Thiran,
-    ICPR 2020, `arXiv:2007.15378`_). It needs no labels. The state is one row of four numbers a sample, so that the
+    ICPR 2020, `arXiv:2007.15378`_). It needs no labels. The state is one row of five numbers a sample, so that the
     value depends on neither the batch size nor the number of processes.
 
     As input to ``forward`` and ``update`` the metric accepts the following input:
@@ -53,7 +47,8 @@ class OutputSensitivity(Metric):
         kwargs: Additional keyword arguments of :class:`torchmetrics.Metric`.
 
     Raises:
-        ValueError: If ``per_output`` is no bool; in ``update``, if shapes do not fit, or K changes.
+        ValueError: If ``per_output`` is no bool; in ``update``, if shapes do not fit; in ``compute``, if K
+            was not always the same.
         TypeError: In ``update``, if an output is not a floating tensor.
 
     Example:
@@ -88,8 +83,6 @@ class OutputSensitivity(Metric):
     plot_lower_bound: float = 0.0
 
     rows: list[Tensor]
-    num_outputs: Tensor
-    fewest_outputs: Tensor
     _all_rows: Tensor  # over all processes, as of the last `compute`
     _estimate: F.SensitivityEstimate  # from those
 
@@ -100,14 +93,11 @@ class OutputSensitivity(Metric):
         self.per_output = per_output
         self.has_masked: bool | None = None  # told by the first batch, so that later ones need not wait for the device
         self.add_state("rows", default=[], dist_reduce_fx="cat")
-        self.add_state("num_outputs", default=torch.tensor(0), dist_reduce_fx="max")
-        self.add_state("fewest_outputs", default=torch.tensor(sys.maxsize), dist_reduce_fx="min")
         self.reset()
 
     def reset(self) -> None:
         """Forget all samples."""
         super().reset()
-        self._num_outputs_seen: int | None = None
         # A process without samples has rows to gather, too, of the type that the others have.
         self.rows.append(torch.zeros(0, F.NUM_COLUMNS, dtype=wide_dtype(self.device), device=self.device))
 
@@ -115,22 +105,13 @@ class OutputSensitivity(Metric):
         """Add the outputs of one batch of samples, for clean and for perturbed inputs."""
         if self.has_masked is None and isinstance(clean, Tensor) and clean.numel():
             self.has_masked = F.has_masked(clean)
-        rows, count = F.sensitivity_rows(clean, noisy, bool(self.has_masked)), F.num_outputs(clean)
-        if self._num_outputs_seen is None:
-            self._num_outputs_seen = count
-            self.num_outputs = self.fewest_outputs = torch.full_like(self.num_outputs, count)
-        elif self._num_outputs_seen != count:
-            raise ValueError(_SAME_K.format(self._num_outputs_seen, count))
-        self.rows.append(rows)
+        self.rows.append(F.sensitivity_rows(clean, noisy, bool(self.has_masked)))
 
     def compute(self) -> Tensor:
         """The sensitivity of all samples so far, over all processes."""
-        fewest, most = int(self.fewest_outputs), int(self.num_outputs)
-        if fewest < most:  # of other processes, or merged
-            raise ValueError(_SAME_K.format(fewest, most))
         self._all_rows = dim_zero_cat(self.rows)
         self._estimate = F.sensitivity_from_rows(self._all_rows)
-        for kind, doubt in F.doubts(self._estimate, most, self.per_output).items():
+        for kind, doubt in F.doubts(self._estimate, self.per_output).items():
             self._report(kind, doubt)
         if self.has_masked:
             self._report("masked", "Outputs that are -inf in both passes have not changed, and don't count.")

@@ -165,15 +165,12 @@ def test_doubts_are_over_all_batches(function: Any, match: str) -> None:
 
 
 def test_another_number_of_outputs_is_refused() -> None:
-    metric, other, match = filled(), OutputSensitivity(), r"same number of outputs K .* but got {} and {}\."
-    with pytest.raises(ValueError, match=match.format(5, 4)):
-        metric.update(CLEAN[0, :, :4], NOISY[0, :, :4])
-    close(metric.compute(), value_of())
+    metric, other = filled(), OutputSensitivity()
     other.update(CLEAN[0, :, :4], NOISY[0, :, :4])
     metric.merge_state(other)
     other(CLEAN[0], NOISY[0])  # torchmetrics resets the metric for a moment
     for each in (metric, other):
-        with pytest.raises(ValueError, match=match.format(4, 5)):
+        with pytest.raises(ValueError, match=r"same number of outputs K .* but got 4 and 5\."):
             each.compute()
     other.reset()
     close(filled(other).compute(), value_of())

@@ -217,7 +217,7 @@ class _LoaderSensitivity(OutputSensitivity):
     def compute(self) -> Tensor:
         """Keep what the loss estimate needs over all processes."""
         value = super().compute()
-        self._all_power, self._all_outputs = self.power.tolist(), int(self.num_outputs)
+        self._all_power = self.power.tolist()
         return value
 
     @property
@@ -228,10 +228,10 @@ class _LoaderSensitivity(OutputSensitivity):
 
     def loss_estimate(self) -> Tensor | None:
         """Equation 9, where it means something."""
-        power, count = self._all_power
-        if self.per_output or self._all_outputs < 2 or not count:
+        num_outputs, (power, count) = self.estimate.num_outputs, self._all_power
+        if self.per_output or num_outputs < 2 or not count:
             return None
-        return loss_estimate(self.compute(), power / count, 1.0, self._all_outputs)
+        return loss_estimate(self.compute(), power / count, 1.0, num_outputs)
 
     def _report(self, kind: str, doubt: str) -> None:
         self.doubts[kind] = doubt

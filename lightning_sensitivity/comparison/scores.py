@@ -98,7 +98,7 @@ def score_samples(
     Returns:
         ``rows``, as :func:`~lightning_sensitivity.functional.sensitivity.sensitivity_rows` gives them, means over the
         draws; ``distance``, ``flips``, ``entropy``, ``confidence``, ``shift_loss`` and ``shift_error``, means; ``loss``
-        and ``error``, sums over ``num_labels``; ``num_outputs``; and ``log_p``, the log-probabilities
+        and ``error``, sums over ``num_labels``; and ``log_p``, the log-probabilities
         ``(N, decisions, classes)``, where there is one position.
     """
     outputs = _by_position(clean)
@@ -114,7 +114,7 @@ def score_samples(
             is_flipped = _in_classes(other, task).argmax(2) != chances.argmax(2)
             found["flips"] = is_flipped.to(p.dtype).mean((1, 2))
         by_draw.append(found)
-    scores = _means(by_draw) | {"num_outputs": torch.full_like(p[:, 0, 0], p.shape[1])}
+    scores = _means(by_draw)
     if decides:
         scores["entropy"] = torch.special.entr(chances).sum(2).mean((1, 2))
         scores["confidence"] = chances.amax(2).mean((1, 2))
@@ -155,7 +155,7 @@ def check_samples(name: str, scored: Scored, others: Mapping[str, Scored]) -> No
     estimate = F.sensitivity_from_rows(scored.samples["rows"])
     if estimate.num_non_finite:
         raise ValueError(f"Expected finite outputs, but {int(estimate.num_non_finite)} samples gave nan or inf.")
-    for doubt in F.doubts(estimate, int(scored.samples["num_outputs"][0])).values():
+    for doubt in F.doubts(estimate).values():
         rank_zero_warn(f"Model {name!r}: {doubt}")
     for first, other in list(others.items())[:1]:
         expected = other.samples["fingerprint"]
@@ -236,7 +236,8 @@ def consensus_scores(
 
 
 def _by_sample(samples: Samples, task: str) -> Samples:
-    rows, power, num_outputs = samples["rows"], samples["power"].mean(), int(samples["num_outputs"][0])
+    rows, power = samples["rows"], samples["power"].mean()
+    num_outputs = F.sensitivity_from_rows(rows).num_outputs
     names = ("entropy", "confidence", "flips", "shift_loss", "shift_error")
     scores = {name: samples[name] for name in names if name in samples}
     scores["sensitivity"] = _ratio(F.squared_deviations(rows), rows[:, 0])
@@ -258,7 +259,7 @@ def _ratio(sums: Tensor, counts: Tensor) -> Tensor:
 
 def _doubt(samples: Samples, task: str) -> str:
     """What the predictions themselves say of a model that has learned nothing."""
-    num_classes = float(samples["num_outputs"][0]) if task == "multiclass" else 2  # of each label
+    num_classes = F.sensitivity_from_rows(samples["rows"]).num_outputs if task == "multiclass" else 2  # of each label
     is_undecided = "entropy" in samples and samples["entropy"].mean() > _UNDECIDED * math.log(num_classes)
     return "undecided (untrained?)" if is_undecided else ""
 

@@ -14,8 +14,8 @@ from torchmetrics.utilities import rank_zero_warn
 from lightning_sensitivity.functional.pieces import in_pieces, wide_dtype
 
 # Columns of a row: how many changes a sample gave (draws times positions); the sum and the sum of squares of the
-# class-averaged changes; the sum of the mean squared change of the single outputs.
-NUM_COLUMNS = 4
+# class-averaged changes; the sum of the mean squared change of the single outputs; K, once for each change.
+NUM_COLUMNS = 5
 _SMALL_SHARE = 0.01  # of what independent outputs would give
 
 
@@ -30,6 +30,7 @@ class SensitivityEstimate(NamedTuple):
         class_mean_share: Share of the class-mean in the change, from 0 to 1; 1/K for independent outputs.
         num_samples: Number of samples behind it.
         num_non_finite: Number of samples that were left out, since an output was nan or inf.
+        num_outputs: K; 0 without samples.
     """
 
     sensitivity: Tensor
@@ -39,10 +40,11 @@ class SensitivityEstimate(NamedTuple):
     class_mean_share: Tensor
     num_samples: Tensor
     num_non_finite: Tensor
+    num_outputs: int
 
 
 def sensitivity_rows(clean: Tensor, noisy: Tensor | Iterable[Tensor], masked: bool = False) -> Tensor:
-    """One row for each sample: number, sum, and sum of squares of its changes, and their mean square.
+    """One row for each sample: number, sum, and sum of squares of its changes, their mean square, and K.
 
     Args:
         clean: Outputs f(x), floating, shape ``(N, K, ...)`` or ``(N,)``.
@@ -51,7 +53,7 @@ def sensitivity_rows(clean: Tensor, noisy: Tensor | Iterable[Tensor], masked: bo
         masked: Whether outputs that are -inf in both have not changed, and don't count in the class average.
 
     Returns:
-        Shape ``(N, 4)``, float64 (float32 on MPS). Rows of samples with nan or inf are not finite.
+        Shape ``(N, 5)``, float64 (float32 on MPS). Rows of samples with nan or inf are not finite.
 
     Raises:
         TypeError: If an output is not a floating tensor.
@@ -83,7 +85,8 @@ def _draw_rows(noisy: Tensor, clean: Tensor, masked: bool) -> Tensor:
         squares = change.square_().sum(1) / num_left
     else:
         means, squares = change.mean(1), change.square_().mean(1)
-    return torch.stack([torch.ones_like(means), means, means.square(), squares], dim=1).sum(2)
+    ones = torch.ones_like(means)
+    return torch.stack([ones, means, means.square(), squares, change.shape[1] * ones], dim=1).sum(2)
 
 
 def sensitivity_from_rows(rows: Tensor) -> SensitivityEstimate:
@@ -95,11 +98,20 @@ def sensitivity_from_rows(rows: Tensor) -> SensitivityEstimate:
     positions, whose changes are correlated within a sample.
 
     Args:
-        rows: Shape ``(N, 4)``, as :func:`sensitivity_rows` gives them.
+        rows: Shape ``(N, 5)``, as :func:`sensitivity_rows` gives them.
 
     Returns:
         The estimate; nan where no sample is finite.
+
+    Raises:
+        ValueError: If K is not the same for all samples.
     """
+    found = sorted(set((rows[:, 4] / rows[:, 0]).round().tolist())) or [0]
+    if len(found) > 1:
+        raise ValueError(
+            "Expected the same number of outputs K (dimension 1 of `clean` and `noisy`) in every batch, but got"
+            f" {' and '.join(f'{each:g}' for each in found)}. If dimension 1 is a position, move the classes there."
+        )
     is_finite = rows.isfinite().all(1)
     kept = rows[is_finite]
     count, squares = kept[:, 0], kept[:, 3]
@@ -115,14 +127,17 @@ def sensitivity_from_rows(rows: Tensor) -> SensitivityEstimate:
 
     errors = stderr(deviations, sensitivity), stderr(squares, mean_square)
     share = kept[:, 2].sum() / squares.sum()
-    return SensitivityEstimate(sensitivity, errors[0], mean_square, errors[1], share, total, (~is_finite).sum())
+    num_non_finite, num_outputs = (~is_finite).sum(), int(found[0])
+    return SensitivityEstimate(
+        sensitivity, errors[0], mean_square, errors[1], share, total, num_non_finite, num_outputs
+    )
 
 
 def squared_deviations(rows: Tensor) -> Tensor:
     """Each sample's sum of squared deviations from the mean change; divided by the counts, they average to S.
 
     Args:
-        rows: Shape ``(N, 4)``; those that are not finite don't count for the mean, and give nan.
+        rows: Shape ``(N, 5)``; those that are not finite don't count for the mean, and give nan.
 
     Returns:
         Shape ``(N,)``.
@@ -133,12 +148,11 @@ def squared_deviations(rows: Tensor) -> Tensor:
     return deviations.clamp(min=0).where(is_finite, math.nan)
 
 
-def doubts(estimate: SensitivityEstimate, num_outputs: int, per_output: bool = False) -> dict[str, str]:
+def doubts(estimate: SensitivityEstimate, per_output: bool = False) -> dict[str, str]:
     """What makes a finite value doubtful: a sentence for each kind of doubt.
 
     Args:
         estimate: The estimate.
-        num_outputs: K.
         per_output: Whether the mean square is meant, which needs no class-mean.
     """
     found = {}
@@ -147,7 +161,7 @@ def doubts(estimate: SensitivityEstimate, num_outputs: int, per_output: bool = F
             f"{int(estimate.num_non_finite)} samples gave nan or inf and were left out;"
             f" {int(estimate.num_samples)} remain."
         )
-    share = float(estimate.class_mean_share)
+    share, num_outputs = float(estimate.class_mean_share), estimate.num_outputs
     if estimate.mean_square == 0:
         found["no change"] = (
             "No output changed under the perturbation: what is perturbed reaches none of the outputs (see `inputs=` and"
@@ -199,7 +213,7 @@ def output_sensitivity(clean: Tensor, noisy: Tensor | Iterable[Tensor], per_outp
     if clean.numel() == 0:
         raise ValueError(f"Expected `clean` to hold at least one sample, but got the shape {tuple(clean.shape)}.")
     estimate = sensitivity_from_rows(rows)
-    for doubt in doubts(estimate, num_outputs(clean), per_output).values():
+    for doubt in doubts(estimate, per_output).values():
         rank_zero_warn(doubt)
     return estimate.mean_square if per_output else estimate.sensitivity
 

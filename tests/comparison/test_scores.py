@@ -32,7 +32,7 @@ def test_classes_by_hand() -> None:
     entropies = [-0.25 * math.log(0.25) - 0.75 * math.log(0.75), -0.2 * math.log(0.2) - 0.8 * math.log(0.8)]
     expected = {"distance": [(0.5**2 + 0.5**2) / 2, 0], "flips": [0.5, 0], "entropy": entropies}
     expected |= {"confidence": [0.75, 0.8], "loss": [-math.log(0.75), -math.log(0.2)], "error": [0, 1]}
-    for name, values in (expected | {"num_labels": [1, 1], "num_outputs": [2, 2]}).items():
+    for name, values in (expected | {"num_labels": [1, 1]}).items():
         assert found[name].tolist() == pytest.approx(values, abs=1e-6), name
 
 
@@ -154,7 +154,7 @@ NAMES = ("a", "b", "c")
 
 
 def scored(samples: Samples, power: float = 1.0) -> Scored:
-    return Scored(samples | {"power": torch.full_like(samples["num_outputs"], power)}, 24, 1.0)
+    return Scored(samples | {"power": torch.full_like(samples["distance"], power)}, 24, 1.0)
 
 
 def case(seed: int, num_samples: int = 100, draws: int = 1) -> tuple[Tensor, list[Tensor]]:

@@ -71,7 +71,7 @@ def test_values_are_those_of_plain_loops(data: Any, shape: Any, num_samples: int
     chunks = order.tensor_split(cuts)  # some of them without a sample
     rows = torch.cat([sensitivity_rows(clean[chunk], (draw[chunk] for draw in draws)) for chunk in chunks])
     estimate = sensitivity_from_rows(rows)
-    assert rows.shape == (num_samples, 4) and rows.dtype == torch.float64
+    assert rows.shape == (num_samples, 5) and rows.dtype == torch.float64
     close(estimate.sensitivity, deviations[0], 1e-7, atol)
     close(estimate.stderr, deviations[1], 1e-6, atol)
     close(estimate.mean_square, squares[0])
