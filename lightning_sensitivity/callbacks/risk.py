@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -21,7 +20,7 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from lightning_sensitivity.callbacks.base import Monitor
 from lightning_sensitivity.callbacks.checks import is_sharded
 from lightning_sensitivity.callbacks.logged import waiting_for
-from lightning_sensitivity.callbacks.samples import InitialWeights, TrainingSamples, Weights
+from lightning_sensitivity.callbacks.samples import InitialWeights, TrainingSamples
 from lightning_sensitivity.functional.pieces import Together, wide_dtype
 from lightning_sensitivity.functional.risk import NUM_HOLDOUT_SUMS, NUM_TRAINING_SUMS, holdout_sums, risk_terms
 from lightning_sensitivity.functional.tasks import TASKS
@@ -68,8 +67,7 @@ class RiskMonitor(Monitor):
         prefix: Put before the names.
         inputs: How to call the model; see :class:`~lightning_sensitivity.SensitivityMonitor`. Nothing is perturbed.
         outputs: Which outputs are the logits; see there.
-        initial_weights: The weights from before training, where a fit does not begin with them (staged training): a
-            state dict, or the path of a checkpoint.
+        initial_weights: The state dict from before training, where a fit does not begin with it (staged training).
 
     Raises:
         MisconfigurationException: As :class:`~lightning_sensitivity.SensitivityMonitor`; also if labels, task or
@@ -94,12 +92,13 @@ class RiskMonitor(Monitor):
         prefix: str = "val_",
         inputs: Inputs = None,
         outputs: Selector = None,
-        initial_weights: Weights | None = None,
+        initial_weights: Mapping[str, Tensor] | None = None,
     ) -> None:
         check_argument("task", task, task in ("auto", *TASKS), f"one of {', '.join(map(repr, ('auto', *TASKS)))}")
         check_int("num_training_samples", num_training_samples, minimum=1)
-        valid = initial_weights is None or isinstance(initial_weights, Mapping | str | os.PathLike)
-        check_argument("initial_weights", initial_weights, valid, "a state dict, the path of a checkpoint or None")
+        valid = initial_weights is None or isinstance(initial_weights, Mapping)
+        expected = "a state dict, such as `torch.load(path)['state_dict']`, or None"
+        check_argument("initial_weights", initial_weights, valid, expected)
         self.task, self.num_training_samples = task, num_training_samples
         self._initial = InitialWeights(initial_weights)
         self._samples: TrainingSamples | None = None
@@ -141,7 +140,7 @@ class RiskMonitor(Monitor):
         self._samples, self._is_agreed = None, False
         problem: str | None = "needs all weights in every process, got a strategy that shards them."
         if not is_sharded(trainer):
-            problem = self._initial.find(pl_module, trainer.global_step > 0, self.state_key)
+            problem = self._initial.find(pl_module, trainer.global_step > 0)
         if problem is not None:
             self._give_up(problem)
         else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -24,7 +23,6 @@ from lightning_sensitivity.models import Options, Probe, select_targets
 from lightning_sensitivity.twins import initial_weights
 
 ProbeOf = Callable[[Any], Probe]  # what runs the model on a batch
-Weights = Mapping[str, Tensor] | str | os.PathLike[str]
 
 _SEVERAL = 5  # validations after which outputs in [0, 1] are no chance any more
 
@@ -152,7 +150,7 @@ class InitialWeights:
     """The weights from before training, on the CPU, and whose they are.
 
     Args:
-        told: A state dict or the path of a checkpoint, where the user says which they are.
+        told: A state dict, where the user says which they are.
 
     Attributes:
         weights: By name; None where they are not known.
@@ -160,7 +158,7 @@ class InitialWeights:
         is_restored: Whether they are from a checkpoint, and no module is bound to them yet.
     """
 
-    def __init__(self, told: Weights | None) -> None:
+    def __init__(self, told: Mapping[str, Tensor] | None) -> None:
         self._told = told
         self.weights: dict[str, Tensor] | None = None
         self.source = ""
@@ -181,13 +179,12 @@ class InitialWeights:
         self._module, self.is_restored = weakref.ref(model), False
         return is_known
 
-    def find(self, model: nn.Module, is_trained: bool, state_key: str) -> str | None:
+    def find(self, model: nn.Module, is_trained: bool) -> str | None:
         """Find them at the start of a fit; returns what is wrong, or None.
 
         Args:
             model: The module.
             is_trained: Whether this fit has done a step already.
-            state_key: Under which our own state is found in a checkpoint.
 
         Raises:
             MisconfigurationException: If what was told are no weights of the module.
@@ -196,7 +193,8 @@ class InitialWeights:
         if any(map(is_lazy, model.parameters())):
             return "needs weights before training, got lazy ones: let the sanity check run, or run the model once."
         if self._told is not None:
-            self.weights, self.source = _loaded(self._told, state_key), "those of `initial_weights`"
+            self.weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self._told.items()}
+            self.source = "those of `initial_weights`"
             if not self.weights.keys() & dict(model.named_parameters()).keys():
                 raise MisconfigurationException(
                     "`initial_weights` should name the parameters of the module, got none of their names."
@@ -218,17 +216,3 @@ class InitialWeights:
         """Names of the parameters that were not there before training, or had another shape."""
         known = {name: each.shape for name, each in (self.weights or {}).items()}
         return [name for name, each in model.named_parameters() if known.get(name) != each.shape]
-
-
-def _loaded(weights: Weights, state_key: str) -> dict[str, Tensor]:
-    if isinstance(weights, Mapping):
-        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights.items()}
-    try:
-        checkpoint = torch.load(os.fspath(weights), map_location="cpu", weights_only=False)
-    except Exception as error:
-        raise MisconfigurationException(
-            f"`initial_weights` should be a state dict or the path of a checkpoint, got {weights!r}: {error}"
-        ) from error
-    own = checkpoint.get("callbacks", {}).get(state_key, {}).get("initial_weights")
-    found: dict[str, Tensor] = own or checkpoint.get("state_dict", checkpoint)
-    return found

@@ -17,16 +17,15 @@ from torch.nn.parameter import is_lazy
 T = TypeVar("T")
 
 _OF_ANY_MODULE = frozenset(vars(nn.Module()))  # parameters, buffers, hooks, the mode
-_SMALL = 2**14  # elements of a tensor that is copied before every batch, since it costs nothing
 
 
 class Passes:
     """Runs a model again and again, and leaves it, and all random streams, as they were.
 
     Every pass finds the buffers and attributes that the module has, and the same state of every random stream, so that
-    two passes of a stochastic model differ by their inputs alone. Large buffers are copied, and numpy's stream is put
-    back, only where the first pass, around which all are, was seen to write or use them. What a pass can't put back is
-    deeper Python state that ``forward`` itself changes: what is nested in a container, a generator of its own.
+    two passes of a stochastic model differ by their inputs alone. Buffers are copied, and numpy's stream is put back,
+    only where the first pass, around which all are, was seen to write or use them. What a pass can't put back is deeper
+    Python state that ``forward`` itself changes: what is nested in a container, a generator of its own.
 
     Args:
         model: The module.
@@ -34,7 +33,7 @@ class Passes:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._written: set[int] | None = None  # ids of large tensors; None before the first pass
+        self._written: set[int] | None = None  # ids of tensors; None before the first pass
         self._uses_numpy = True  # until the first pass has shown that it does not: its states are slow to get and set
         self._devices: set[torch.device] = set()
         self._states: list[_State] = []
@@ -94,23 +93,18 @@ class _State:
         self._containers = [(each, each.copy()) for each in containers]
         tensors = [each for each in (*own, *module._buffers.values()) if isinstance(each, Tensor) and _has_values(each)]
         self._tensors = [
-            (
-                each,
-                each.clone() if written is None or each.numel() <= _SMALL or id(each) in written else None,
-                _version(each),
-            )
-            for each in tensors
+            (each, each.clone() if written is None or id(each) in written else None, _version(each)) for each in tensors
         ]
 
     def give_back(self) -> set[int]:
-        """Put back what a pass has changed; returns the ids of large tensors that it has written."""
+        """Put back what a pass has changed; returns the ids of tensors that it has written."""
         written = set()
         for tensor, value, version in self._tensors:
             if value is None:
                 if version != _version(tensor):
                     written.add(id(tensor))
                     rank_zero_warn(
-                        f"A pass of ours has written into a large buffer of {type(self._module).__name__}, which"
+                        f"A pass of ours has written into a buffer of {type(self._module).__name__}, which"
                         " earlier passes had not. It could not be put back; from now on it is."
                     )
             elif _is_written(tensor, value, version, self._is_first):

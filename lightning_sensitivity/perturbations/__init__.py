@@ -1,6 +1,6 @@
 """What is done to an input: small callables ``(x, generator) -> x'``, each of which states its second moment."""
 
-from lightning_sensitivity.perturbations.images import GaussianBlur, Rotation, Translation, shifted
+from lightning_sensitivity.perturbations.images import Rotation, Translation, shifted
 from lightning_sensitivity.perturbations.noise import (
     GaussianNoise,
     Interpolation,
@@ -12,7 +12,6 @@ from lightning_sensitivity.perturbations.noise import (
 )
 
 __all__ = [
-    "GaussianBlur",
     "GaussianNoise",
     "Interpolation",
     "Perturbation",

@@ -1,11 +1,8 @@
-"""What is done to images (N, C, H, W): turned, moved and blurred ones, whose change depends on the image."""
+"""What is done to images (N, C, H, W): turned and moved ones, whose change depends on the image."""
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
-from importlib import import_module
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +25,7 @@ class _ImagePerturbation(Perturbation):
             A new tensor of the shape, type and memory format of ``x``.
 
         Raises:
-            ValueError: If the input is no batch of images, or they are too small.
+            ValueError: If the input is no batch of images.
         """
         if x.ndim != 4:
             raise ValueError(f"Expected images (N, C, H, W) for {self}, but got an input of shape {tuple(x.shape)}.")
@@ -105,45 +102,6 @@ class Translation(_ImagePerturbation):
         return _moved(images, torch.zeros_like(down), down, right)
 
 
-class GaussianBlur(_ImagePerturbation):
-    """Blur all images in the same way, with a Gaussian kernel that reaches three standard deviations to each side.
-
-    Nothing about it is random: every draw is the same. Images are mirrored at their edges. It needs torchvision.
-
-    Its second moment (x' − x)² is the squared difference between the image and its blurred self. No noise is added, so
-    that Equation 9 of the paper has no meaning: :meth:`second_moment` is None.
-
-    Args:
-        std: Standard deviation of the kernel in pixels.
-
-    Raises:
-        ValueError: If it is not a positive, finite number.
-        ModuleNotFoundError: If torchvision is not installed.
-
-    Example:
-        >>> import torch
-        >>> from lightning_sensitivity.perturbations import GaussianBlur, noise_generator
-        >>> GaussianBlur(0.5)(torch.eye(3).reshape(1, 1, 3, 3), noise_generator(seed=0))  # doctest: +SKIP
-        tensor([[[[0.6640, 0.2514, 0.0462],
-                  [0.2514, 0.6422, 0.2514],
-                  [0.0462, 0.2514, 0.6640]]]])
-    """
-
-    def __init__(self, std: float) -> None:
-        self.std = check_number("std", std, above=0)
-        _torchvision_functional()
-
-    def _perturbed(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        radius = math.ceil(3 * self.std)
-        if min(images.shape[2:]) <= radius:
-            raise ValueError(
-                f"Expected images (N, C, H, W) of more than {radius} pixels in height and width for {self}, but got an"
-                f" input of shape {tuple(images.shape)}."
-            )
-        blurred: Tensor = _torchvision_functional().gaussian_blur(images, [2 * radius + 1] * 2, [self.std] * 2)
-        return blurred
-
-
 def shifted(images: Tensor, down: int, right: int) -> Tensor:
     """Move images by whole pixels; the pixels of the edge are repeated in the gap.
 
@@ -194,10 +152,3 @@ def _moved(images: Tensor, degrees: Tensor, down: Tensor, right: Tensor) -> Tens
     cos, sin = degrees.deg2rad().cos(), degrees.deg2rad().sin()
     grid = torch.stack(((cos * columns - sin * rows) * 2 / width, (sin * columns + cos * rows) * 2 / height), dim=-1)
     return grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
-
-
-def _torchvision_functional() -> Any:
-    try:
-        return import_module("torchvision.transforms.functional")
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("GaussianBlur needs torchvision: `pip install torchvision`.") from error

@@ -331,8 +331,8 @@ def test_something_waits(name: str, moment: str, waiting: str, tmp_path: Path) -
         assert re.search("val_risk_estimate.*not (available|found)|could not find.*val_risk_estimate", str(own.error))
 
 
-@pytest.mark.parametrize("weights", ["no_such.ckpt", {"other": torch.zeros(1)}])
-def test_weights_that_are_none_are_an_error(weights: Any) -> None:
+def test_weights_of_another_module_are_an_error() -> None:
+    weights = {"other": torch.zeros(1)}
     own = run(Fault("weights", r_options={"initial_weights": weights}), "later", [RiskMonitor(initial_weights=weights)])
     assert isinstance(own.error, MisconfigurationException)
     assert "`initial_weights`" in str(own.error)

@@ -1,5 +1,4 @@
 import math
-import sys
 
 import pytest
 import torch
@@ -7,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_sensitivity.perturbations import GaussianBlur, Rotation, Translation, noise_generator, shifted
+from lightning_sensitivity.perturbations import Rotation, Translation, noise_generator, shifted
 from lightning_sensitivity.perturbations.images import _moved
 
 
@@ -69,25 +68,7 @@ def test_what_turns_out_of_the_picture_is_filled_with_its_edge_and_no_noise_is_a
         assert perturbation.second_moment(x) is None
 
 
-@pytest.mark.parametrize("std", [0.5, 1.0, 1.4])
-def test_a_point_becomes_a_gaussian(std: float) -> None:
-    pytest.importorskip("torchvision")
-    point = torch.zeros(1, 1, 21, 23)
-    point[..., 10, 11] = 1
-    places = (torch.arange(size).double() - size // 2 for size in (21, 23))
-    kernels = [torch.exp(-(at**2) / (2 * std**2)) * (at.abs() <= math.ceil(3 * std)) for at in places]
-    expected = torch.outer(*(kernel / kernel.sum() for kernel in kernels)).float()
-    close(GaussianBlur(std)(point, noise_generator(0))[0, 0], expected, 1e-6)
-    assert GaussianBlur(std).second_moment(point) is None
-
-
-def test_blurring_without_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torchvision.transforms.functional", None)
-    with pytest.raises(ModuleNotFoundError, match="GaussianBlur needs torchvision: `pip install torchvision`"):
-        GaussianBlur(1)
-
-
-@pytest.mark.parametrize("kind", [Rotation, Translation, GaussianBlur])
+@pytest.mark.parametrize("kind", [Rotation, Translation])
 def test_other_ranks_are_no_images(kind: type[Rotation]) -> None:
     for shape in ((4, 3), (3, 8, 8), (1, 3, 2, 8, 8)):
         match = rf"images \(N, C, H, W\) for {kind.__name__}\(1.0\), but got .* shape \({shape[0]},"
@@ -95,10 +76,7 @@ def test_other_ranks_are_no_images(kind: type[Rotation]) -> None:
             kind(1)(images(*shape), noise_generator(0))
 
 
-def test_images_that_are_too_small() -> None:
-    assert GaussianBlur(2)(images(1, 1, 7, 7), noise_generator(0)).shape == (1, 1, 7, 7)
-    with pytest.raises(ValueError, match=r"more than 6 pixels .* for GaussianBlur\(2.0\), .* shape \(1, 1, 9, 6\)"):
-        GaussianBlur(2)(images(1, 1, 9, 6), noise_generator(0))
+def test_images_that_are_too_small_to_be_shifted() -> None:
     for shape in ((2, 3), (2, 1, 3, 4)):
         with pytest.raises(ValueError, match=r"Expected images .* moved by 3 and 0 pixels .* got an input of shape"):
             shifted(images(*shape), 3, 0)

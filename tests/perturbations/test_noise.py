@@ -3,7 +3,6 @@ import pickle
 import re
 import warnings
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_sensitivity.perturbations import (
-    GaussianBlur,
     GaussianNoise,
     Interpolation,
     Perturbation,
@@ -30,7 +28,7 @@ NOISES = [GaussianNoise, UniformNoise, RademacherNoise]
 
 
 PERTURBATIONS = [*(noise([0.1, 0.2, 0.4]) for noise in NOISES), SaltAndPepper(0.3, -1, 2), Interpolation(0.3)]
-PERTURBATIONS += [Rotation(20), Translation(1.5)] + [GaussianBlur(0.7)] * (find_spec("torchvision") is not None)
+PERTURBATIONS += [Rotation(20), Translation(1.5)]
 each_perturbation = pytest.mark.parametrize("perturbation", PERTURBATIONS, ids=repr)
 each_noise = pytest.mark.parametrize("noise", NOISES)
 
@@ -60,13 +58,13 @@ def test_random_numbers_come_from_the_generator_alone_under_autocast_too(perturb
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(perturbation(x, noise_generator(0)), first)
     assert torch.equal(torch.get_rng_state(), before)
-    assert all(torch.equal(first, other) for other in others) == isinstance(perturbation, GaussianBlur)
+    assert not all(torch.equal(first, other) for other in others)
     for copy in (eval(repr(perturbation)), pickle.loads(pickle.dumps(perturbation))):  # for another process, too
         assert type(copy) is type(perturbation) and vars(copy) == vars(perturbation)
 
 
 LIMITS = [(SaltAndPepper, "probability", 1), (Interpolation, "weight", 1), (Rotation, "degrees", 180)]
-LIMITS += [(Translation, "pixels", None), (GaussianBlur, "std", None)]
+LIMITS += [(Translation, "pixels", None)]
 
 
 @pytest.mark.parametrize(("kind", "name", "limit"), LIMITS)
