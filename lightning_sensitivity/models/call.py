@@ -212,9 +212,7 @@ def forward_parameters(model: nn.Module) -> list[inspect.Parameter]:
         found = _signature(forward.__func__) if inspect.ismethod(forward) else inspect.signature(forward)
     except ValueError:
         return []
-    parameters = list(found.parameters.values())
-    has_self = inspect.ismethod(forward) and parameters[0].kind != inspect.Parameter.VAR_POSITIONAL
-    return parameters[1:] if has_self else parameters
+    return list(found.parameters.values())[inspect.ismethod(forward) :]
 
 
 _signature = lru_cache(maxsize=64)(inspect.signature)
