@@ -223,7 +223,7 @@ class RiskMonitor(Monitor):
         holdout, training = trainer.strategy.reduce(sums, reduce_op="sum").split(sizes)
         terms = risk_terms(holdout, training, _STRENGTH)
         troubles = {}
-        if self._samples.may_be_probabilities:
+        if bool(self._samples.may_be_probabilities):
             troubles["probabilities"] = "All outputs lie in [0, 1]. Of probabilities the estimate is wrong: use logits."
         if holdout[-1] + training[-1] > 0:
             # Of several twins each adds its part of a sample.

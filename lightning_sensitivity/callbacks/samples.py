@@ -24,8 +24,6 @@ from lightning_sensitivity.twins import initial_weights
 
 ProbeOf = Callable[[Any], Probe]  # what runs the model on a batch
 
-_SEVERAL = 5  # validations after which outputs in [0, 1] are no chance any more
-
 
 class TrainingSamples:
     """The first training batches of a fit, in the memory of the CPU.
@@ -43,6 +41,7 @@ class TrainingSamples:
         task: The task, once it is known.
         num_missing: How many samples are still to be kept; 0 or less if there are enough.
         classes_last: Whether outputs are ``(N, ..., K)``.
+        may_be_probabilities: Whether outputs for one or several labels were all in [0, 1], which logits are not.
     """
 
     def __init__(self, task: str, num_samples: int, options: Options) -> None:
@@ -51,12 +50,7 @@ class TrainingSamples:
         self._batches: list[tuple[Any, Tensor]] = []  # and their labels
         self.classes_last = False
         self._num_outputs: int | None = None  # as of the last pass
-        self._num_within = 0  # validations in a row in which all outputs could be probabilities
-
-    @property
-    def may_be_probabilities(self) -> bool:
-        """Whether outputs for one or several labels have all been in [0, 1] for a while, which logits are not."""
-        return self._num_within >= _SEVERAL
+        self.may_be_probabilities: Tensor | bool = False
 
     def keep(self, model: nn.Module, batch: Any, probe: ProbeOf) -> None:
         """Keep a batch. The first one tells the task.
@@ -122,15 +116,14 @@ class TrainingSamples:
         """
         task = str(self.task)
         total = torch.zeros(NUM_TRAINING_SUMS, dtype=wide_dtype(model.device), device=model.device)
-        is_within = torch.ones((), dtype=torch.bool, device=model.device)
-        by_label = task in ("binary", "multilabel")
+        is_within: Tensor | bool = task in ("binary", "multilabel")
 
         def score(outputs: Tensor, targets: Tensor) -> None:
             nonlocal total, is_within
             total = total + training_sums(outputs, targets, task)
             self._num_outputs = num_outputs(outputs)
-            if by_label:
-                is_within = is_within & (outputs >= 0).all() & (outputs <= 1).all()
+            if is_within is not False:
+                is_within = is_within & ((outputs >= 0) & (outputs <= 1)).all()
 
         together = Together(score)
         for batch, targets in self._batches:
@@ -141,8 +134,7 @@ class TrainingSamples:
                 runs.classes_last = self.classes_last
                 runs.outputs(then=lambda outputs: together.add(outputs, targets))  # noqa: B023
         together.flush()
-        if by_label:
-            self._num_within = self._num_within + 1 if bool(is_within) else 0
+        self.may_be_probabilities = is_within
         return total
 
 
