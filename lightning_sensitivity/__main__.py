@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_sensitivity.comparison import Comparison, compare_models, compare_runs
 from lightning_sensitivity.comparison.models import QUIET
 
 # What of the Trainer matters to a pass over validation samples.
-_TRAINER = {"accelerator", "devices", "num_nodes", "strategy", "precision", "limit_val_batches", "enable_progress_bar"}
+_TRAINER = {"accelerator", "precision", "limit_val_batches", "enable_progress_bar"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -71,7 +70,6 @@ def _named(paths: Sequence[str]) -> dict[str, str]:
     return {name if names.count(name) == 1 else str(file): str(file) for name, file in zip(names, files, strict=True)}
 
 
-@rank_zero_only
 def _show(comparison: Comparison, csv: str | None, figure: str | None) -> None:
     print(comparison)
     if csv:

@@ -7,13 +7,11 @@ import gc
 import inspect
 import math
 import os
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +20,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 from torch.nn.parameter import is_lazy
 
 from lightning_sensitivity.comparison.scores import Samples, Scored, check_samples, joined, score_models, score_samples
@@ -35,7 +32,7 @@ from lightning_sensitivity.models.options import DEFAULT_NOISE_STD, check_argume
 from lightning_sensitivity.perturbations import shifted
 from lightning_sensitivity.perturbations.noise import AnyPerturbation, power
 
-QUIET: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+QUIET: dict[str, Any] = {"devices": 1, "logger": False, "enable_checkpointing": False, "enable_model_summary": False}
 Model = nn.Module | str | os.PathLike[str] | Callable[[], nn.Module]
 _MONITORS = ("RiskMonitor", "SensitivityMonitor")
 _BATCH_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
@@ -85,7 +82,7 @@ def compare_models(
         outputs: Which outputs to compare, as there.
         targets: Where the labels are in a batch. By default where they would be in a training batch; if there is
             nothing, or what does not fit the task, there are no labels. A function may return None for that.
-        trainer: One of its own, which runs the models. By default it writes nothing, and has one device.
+        trainer: One of its own, in a single process, which runs the models. By default it writes nothing.
 
     Returns:
         The comparison: print it, ``plot()`` it, write it with ``to_csv(path)``, or look into it.
@@ -111,7 +108,7 @@ def compare_models(
     """
     options = Options(noise_std, perturbation, at, num_draws, None, seed, inputs, outputs, targets)
     _check_arguments(models, at, shifts, task, trainer)
-    trainer = Trainer(devices=1, **QUIET) if trainer is None else trainer
+    trainer = Trainer(**QUIET) if trainer is None else trainer
     scored: dict[str, Scored] = {}
     notes: dict[str, str] = {}
     first_failure = ""
@@ -119,15 +116,20 @@ def compare_models(
         rank_zero_info(f"Comparing models, {place} of {len(models)}: {name}")
         try:
             with _same_order(dataloader, seed):
-                candidate_of = partial(_Candidate, options, shifts, task)
-                found, note = _run(_built(model, model_class), candidate_of, dataloader, trainer)
+                start = time.perf_counter()
+                module, note = _built(model, model_class)
+                candidate = _Candidate(options, shifts, task, module)
+                del module
+                try:
+                    trainer.validate(candidate, dataloader, verbose=False)
+                    found = candidate.scored(time.perf_counter() - start)
+                finally:
+                    candidate.release()
             check_samples(name, found, scored)
             scored[name], notes[name] = found, note
         except Exception as failure:
             first_failure = first_failure or traceback.format_exc()  # as text: it would keep the model in memory
-            is_remote = isinstance(failure, ProcessRaisedException)  # whose last line is the error itself
-            text = str(failure).strip().splitlines()[-1] if is_remote else f"{type(failure).__name__}: {failure}"
-            notes[name] = f"failed: {text}"
+            notes[name] = f"failed: {type(failure).__name__}: {failure}"
         gc.collect()  # modules refer to themselves in circles, and the next one needs their memory
     if not scored:
         raise RuntimeError(f"No model could be scored. The first failed with:\n{first_failure}")
@@ -137,11 +139,11 @@ def compare_models(
 class _Candidate(LightningModule):
     """Runs a model in the Trainer's validation loop, without a step or a label of its own, and scores every sample."""
 
-    def __init__(self, options: Options, shifts: Sequence[int], task: str, model: nn.Module, file: Path) -> None:
+    def __init__(self, options: Options, shifts: Sequence[int], task: str, model: nn.Module) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"Expected a function that returns a module, but got {type(model).__name__}.")
-        self._options, self._task, self.model, self._file = options, task, model, file
+        self._options, self._task, self.model = options, task, model
         self._perturbation, self._passes = options.chosen_perturbation(), Passes(model)
         self._moves = [move for pixels in shifts for move in ((pixels, 0), (-pixels, 0), (0, pixels), (0, -pixels))]
         self._batches: list[Samples] = []
@@ -176,7 +178,7 @@ class _Candidate(LightningModule):
         noisy_outputs = partial(
             probe.noisy_outputs,
             self._perturbation,
-            (self._options.seed, self.global_rank, 0, batch_idx),
+            (self._options.seed, 0, 0, batch_idx),
             at=uncompiled(self.model).get_submodule(str(at)) if at else None,
             note=note_power,
         )
@@ -191,18 +193,10 @@ class _Candidate(LightningModule):
         mean_power = torch.as_tensor(squares / counts, device=clean.device).expand(len(clean))  # the C of Equation 9
         self._batches.append(samples | {"power": mean_power, "fingerprint": _fingerprints(call, clean)})
 
-    def on_validation_epoch_end(self) -> None:
-        samples = joined(self._batches)
-        if self.trainer.world_size > 1:
-            everywhere: list[Samples] = [{}] * self.trainer.world_size
-            torch.distributed.all_gather_object(everywhere, samples)
-            samples = joined(everywhere)
+    def scored(self, seconds: float) -> Scored:
+        """What the pass has given."""
         num_parameters = sum(each.numel() for each in self.model.parameters() if not is_lazy(each))
-        # A file, since a strategy may run this in a process of its own.
-        part = self._file.with_suffix(f".{self.global_rank}")
-        torch.save((samples, num_parameters), part)
-        part.replace(self._file)
-        self.trainer.strategy.barrier()  # no process ends before it is there
+        return Scored(joined(self._batches), num_parameters, seconds)
 
     def _labels(self, batch: Any, clean: Tensor) -> Tensor | None:
         """The labels of a batch, if it has any that fit; from the first batch on where they don't, it has none."""
@@ -223,24 +217,6 @@ class _Candidate(LightningModule):
                     " with `targets=`, or what they are for with `task=`."
                 )
             return None
-
-
-def _run(
-    built: tuple[nn.Module, str], candidate_of: Callable[[nn.Module, Path], _Candidate], loader: Any, trainer: Trainer
-) -> tuple[Scored, str]:
-    """One pass over all samples, and what is known of the model's training."""
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        candidate = candidate_of(built[0], file := Path(folder, "scored.pt"))
-        try:
-            trainer.validate(candidate, loader, verbose=False)
-        except ProcessExitedException:  # gloo now and then aborts a spawned process as it ends, with its work done
-            if not file.exists():
-                raise
-        finally:
-            candidate.release()
-        samples, num_parameters = torch.load(file, weights_only=True) if file.exists() else ({}, 0)
-    return Scored(samples, num_parameters, time.perf_counter() - start), built[1]
 
 
 def _built(model: Model, model_class: type[LightningModule] | None) -> tuple[nn.Module, str]:
@@ -298,3 +274,5 @@ def _check_arguments(models: object, at: object, shifts: object, task: str, trai
     # By name: this floor knows no callback.
     monitors = [each for each in getattr(trainer, "callbacks", []) if type(each).__name__ in _MONITORS]
     check_argument("trainer", monitors, not monitors, "one of its own, without monitors")
+    num_processes = 1 if trainer is None else trainer.world_size
+    check_argument("trainer", f"{num_processes} processes", num_processes == 1, "one of a single process")

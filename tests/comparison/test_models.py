@@ -325,18 +325,6 @@ def test_precisions(precision: str) -> None:
     assert row.sensitivity == pytest.approx(exact.sensitivity, rel=1e-6 if precision == "64-true" else 0.05)
 
 
-@pytest.mark.filterwarnings("ignore:.*use of fork", "ignore:Using `DistributedSampler`")
-def test_processes_that_lightning_starts() -> None:
-    models = {"model": linear(), "copy": linear(), "broken": nn.Linear(1, 1)}
-    result = compare(models, loader(48, 8), trainer=trainer(strategy="ddp_fork", devices=2))
-    x = inputs(48)
-    parts = [brute_force(linear(), list(x[rank::2].split(8)), rank=rank) for rank in range(2)]
-    assert result["model"].sensitivity == pytest.approx(torch.cat(parts).var(correction=0).item(), rel=1e-6)
-    assert result["model"].loss == pytest.approx(compare({"model": linear()}, loader(48, 8))["model"].loss, rel=1e-9)
-    assert result.ties() == {"model": ["copy"], "copy": ["model"]}
-    assert result["broken"].note.startswith("failed: RuntimeError: mat1 and mat2")
-
-
 def test_without_a_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert len(compare_models({"model": linear()}, unlabelled_loader())) == 1
@@ -416,6 +404,7 @@ def test_data_that_no_model_can_take(dataloader: Any, kwargs: dict[str, Any], me
     ({"task": "auto"}, "one of 'multiclass'"),
     ({"trainer": trainer(callbacks=[SensitivityMonitor()])}, "one of its own"),
     ({"trainer": trainer(callbacks=[RiskMonitor()])}, "one of its own"),
+    ({"trainer": trainer(strategy="ddp_fork", devices=2)}, "one of a single process, got '2 processes'"),
 ])  # fmt: skip
 def test_arguments(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(MisconfigurationException, match=f"`{next(iter(kwargs))}` should be {message}"):
