@@ -6,7 +6,7 @@
 # and the truth stands beside that of a ranking by n labelled images of those 2,000, the mean of 200 draws of them. A
 # score is worth the n at which labels reach its τ.
 #
-#     python examples/comparing_models/worth.py --data FOLDER  # about 40 minutes on one core
+#     python examples/comparing_models/worth.py --data FOLDER  # 35 minutes on one core
 #     python examples/comparing_models/worth.py --quick        # six networks learn little of scikit-learn's digits
 #
 # `FOLDER` holds `cifar10.npz` and `fashion.npz` with `x_train, y_train, x_test, y_test` (images uint8, N × C × H × W).
@@ -219,28 +219,32 @@ def interval(values: np.ndarray) -> list[float]:
     return [values[0], *np.quantile(values[1:], (0.025, 0.975))]
 
 
-def told(n: float) -> str:
-    return "under 10" if n < 10.01 else "over 1,000" if n > 999 else f"{n:.0f}"
+def told(sizes: list[float]) -> str:
+    value, *ends = ["under 10" if n < 10.01 else "over 1,000" if n > 999 else f"{n:.0f}" for n in sizes] or [""]
+    return value if set(ends) <= {value} else f"{value} ({ends[0]} to {ends[1]})"
 
 
-def report(found: dict[str, dict[str, dict[str, np.ndarray]]]) -> tuple[list[str], list[list[object]]]:
-    """Markdown, τ and worth in each cell; and the lines of the CSV file."""
-    columns = list(product(found, ("loss", "error")))
-    lines = ["", "| ranked by | " + " | ".join(f"{TITLES[data]}, {truth}" for data, truth in columns) + " |"]
-    lines, rows = [*lines, "|---" * (len(columns) + 1) + "|"], []
+def report(found: dict[str, dict[str, dict[str, np.ndarray]]]) -> tuple[list[str], list[list[str]]]:
+    """The table of the page, with the worth by the mean τ of all data sets, and the lines of the CSV file."""
+    columns, last = list(product(found, ("loss", "error"))), list(found)[-1]
+    titles = ["ranked by", *(f"{TITLES[data]}, {truth}" for data, truth in columns if data != "both")]
+    titles += ["worth in labels, loss", "worth in labels, error"]
+    lines, rows = [titles, ["---"] * len(titles)], []
     for name in [*SCORES, *(f"{n} labels" for n in SIZES)]:
-        cells = ["less entropy" if name == "entropy" else name]
+        title = "less entropy" if name == "entropy" else name
+        cells, worths = [title], []
         for data, truth in columns:
             every = found[data][truth]
-            tau, in_labels = interval(every[name]), []
-            cell = "{:.2f} [{:.2f}, {:.2f}]".format(*tau)
+            tau, size = interval(every[name]), []
+            if data != "both":
+                cells.append("{:.2f} [{:.2f}, {:.2f}]".format(*tau))
             if name in SCORES:
-                in_labels = interval(worth(every[name], np.stack([every[f"{n} labels"] for n in SIZES])))
-                cell += ": {} ({} to {})".format(*map(told, in_labels))
-            cells.append(cell)
-            rows.append([data, truth, cells[0], *(f"{value:.4g}" for value in (*tau, *in_labels))])
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines, rows
+                size = interval(worth(every[name], np.stack([every[f"{n} labels"] for n in SIZES])))
+            if data == last:
+                worths.append(told(size))
+            rows.append([data, truth, title, *(f"{value:.4g}" for value in (*tau, *size))])
+        lines.append([*cells, *worths])
+    return ["| " + " | ".join(cells).replace("-0.", "−0.") + " |" for cells in lines], rows
 
 
 if __name__ == "__main__":
@@ -258,7 +262,7 @@ if __name__ == "__main__":
         pairs = {truth: [of_data[truth] for of_data in found.values()] for truth in ("loss", "error")}
         found["both"] = {truth: {name: (a[name] + b[name]) / 2 for name in a} for truth, (a, b) in pairs.items()}
     lines, rows = report(found)
-    print(*lines, sep="\n")
+    print("", *lines, sep="\n")
     file = (args.out if args.quick else Path(__file__).parent) / "worth.csv"
     with file.open("w", newline="") as handle:
         header = ["data", "truth", "ranked_by", "tau", "tau_low", "tau_high", "worth", "worth_low", "worth_high"]
