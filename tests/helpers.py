@@ -172,8 +172,9 @@ def brute_force(
     for batch_idx, x in batches.items() if isinstance(batches, dict) else enumerate(batches):
         draws = []
         for draw in range(num_draws):
-            noise = torch.randn(x.shape, generator=noise_generator(seed, rank, loader, batch_idx, draw))
-            clean, noisy = run(x).double(), run(x + 0.1 * noise).double()
+            generator = noise_generator(seed, rank, loader, batch_idx, draw)
+            noise = torch.randn(x.shape, generator=generator, dtype=torch.float32)
+            clean, noisy = run(x).double(), run((x + 0.1 * noise).to(x.dtype)).double()
             draws.append((noisy - clean).reshape(len(clean), clean.shape[1] if clean.ndim > 1 else 1, -1).mean(1))
         rows.append(torch.cat(draws, 1))
     return torch.cat(rows)
