@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 from lightning_sensitivity.callbacks.base import Monitor
-from tests.helpers import NUM_FEATURES, Classifier, labelled, trainer
+from tests.helpers import NUM_FEATURES, Classifier, Watch, labelled, trainer
 
 NUM_BATCHES, BATCH_SIZE = 60, 100  # 6,000 samples, of which a budget of 1,200 measures every fifth batch
 NUM_MEASURED = 12
@@ -118,17 +118,11 @@ def test_of_a_batch_that_is_not_measured_nothing_is_done(monkeypatch: pytest.Mon
     model, done = Counted(), list[bool]()
     original = Monitor.on_validation_batch_start
 
-    class Operations(TorchDispatchMode):
-        count = 0
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            self.count += 1
-            return func(*args, **(kwargs or {}))
-
     def watched(self: Monitor, *args: Any, **kwargs: Any) -> None:
-        with Operations() as operations:
+        operations: list[Any] = []
+        with Watch(lambda function, *_: operations.append(function)):
             original(self, *args, **kwargs)
-        done.append(operations.count > 0)
+        done.append(bool(operations))
 
     @contextmanager
     def counted() -> Iterator[None]:

@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchmetrics import Metric, MetricCollection
 
 from lightning_sensitivity import OutputSensitivity
@@ -106,28 +105,24 @@ def test_in_a_collection_of_which_forward_gives_the_values_of_the_batch() -> Non
     close(collection["averaged"].per_sample, filled().per_sample)  # in their order
 
 
-class Waits(TorchDispatchMode):
-    """Notes what makes the host wait for a device, or copies to one."""
-
-    def __init__(self, found: list[Any]) -> None:
-        super().__init__()
-        self.found = found
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name, is_moved = function.overloadpacket.__name__, bool((kwargs or {}).get("device"))
-        if name in ("_local_scalar_dense", "is_nonzero", "equal", "nonzero") or (name == "_to_copy" and is_moved):
-            self.found.append(name)
-        return function(*args, **(kwargs or {}))
-
-
 def test_updates_after_the_first_do_not_wait_for_the_device() -> None:
-    metric, first, later = OutputSensitivity(), [], []
-    with Waits(first):
+    from tests.helpers import Watch  # which imports lightning; the processes below must not
+
+    names: list[str] = []
+    waiting = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero"}
+
+    def note(function: Any, args: Any, kwargs: Any, result: Any) -> None:
+        name = function.overloadpacket.__name__
+        names.extend([name] * (name in waiting or (name == "_to_copy" and bool(kwargs.get("device")))))
+
+    metric = OutputSensitivity()
+    with Watch(note):
         filled(metric, [0])
-    with Waits(later):
+        assert names
+        names.clear()
         filled(metric, [1, 2])
         metric.update(CLEAN[3], iter([NOISY[3], NOISY[4]]))
-    assert first and not later
+    assert not names
 
 
 # What is left out, warned of, and refused
