@@ -145,6 +145,9 @@ def risk(rank: int, folder: Path) -> Any:
     monitor = RiskMonitor(num_training_samples=16)
     run = distributed(monitor, checkpoint, max_epochs=1, enable_checkpointing=True)
     run.fit(net := model(), loader(48, 8), [unlabelled(48, 8, seed=1), on_rank(1, seed=2)])
+    bare = distributed(max_epochs=1)
+    bare.fit(other := model(), loader(48, 8), [unlabelled(48, 8, seed=1), on_rank(1, seed=2)])
+    torch.testing.assert_close(net.state_dict(), other.state_dict(), rtol=0, atol=0)
     return logged(run), net.state_dict()
 
 

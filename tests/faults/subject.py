@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer, seed_everything
-from torch import Tensor, nn
+from lightning.pytorch import Trainer, seed_everything
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
-from tests.helpers import NUM_CLASSES, NUM_FEATURES, labelled, trainer
+from tests.helpers import Classifier, labelled, trainer
 
 TAG = 50.0  # is added to the first feature of training samples, so that a fault can tell them
 
@@ -44,21 +44,17 @@ class Fault:
     s_options: dict[str, Any] = field(default_factory=dict)
     r_options: dict[str, Any] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)  # options of the Trainer
-    fit: dict[str, Any] = field(default_factory=dict)  # and of its `fit`
     loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy
     wrap: Callable[[Any], Any] = lambda loader: loader
 
 
-class Subject(LightningModule):
-    """Dropout and batch norm, which eval mode and random streams matter to, and a fault."""
+class Subject(Classifier):
+    """A classifier with a fault."""
 
     def __init__(self, fault: Fault, moment: str) -> None:
         super().__init__()
         self.fault, self.moment, self.losses = fault, moment, []
         self.calls = itertools.count()
-        self.net = nn.Sequential(
-            nn.Linear(NUM_FEATURES, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, NUM_CLASSES)
-        )
         if fault.init:
             fault.init(self)
 
@@ -147,7 +143,7 @@ def run(fault: Fault, moment: str, callbacks: Any = (), make: Any = Subject, **k
         warnings.simplefilter("always")
         fit = trainer(callbacks=list(callbacks), **options)
         try:
-            fit.fit(model, *map(fault.wrap, loaders()), **fault.fit)
+            fit.fit(model, *map(fault.wrap, loaders()))
         except Exception as raised:
             error = raised
     # Weights, buffers, losses of each step, and where the random stream has come to.

@@ -9,7 +9,6 @@ import random
 import re
 import runpy
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,15 +17,13 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.distributions import Normal
 from torch.nn.functional import cross_entropy, pad
 from torch.nn.utils import parametrizations, parametrize
 
-from lightning_sensitivity import RiskMonitor
 from tests.faults.subject import TAG, Fault, Outcome, Subject, assert_alike, monitors, run
-from tests.helpers import Scheduled, run_processes
+from tests.helpers import Scheduled
 
 ALL, BEFORE = ("sanity", "first", "later"), ("sanity", "first")
 FLOATING, SAME_K, NO_MEMORY = "should be a floating tensor", "same number of outputs", "OutOfMemoryError.*out of memory"
@@ -254,6 +251,7 @@ FAULTS = [
     Fault("spectral norm by hooks", init=lambda m: nn.utils.spectral_norm(m.net[4])),
     Fault("lazy layers", None, "lazy", init=lazy, moments=("first",)),
     Fault("sparse gradients", init=tokens),
+    Fault("weights of another", error="`initial_weights`", r_options={"initial_weights": {"other": torch.zeros(1)}}),
     # steps that do something else
     Fault("scaled in the step", "inputs=", "inputs=", step=lambda m, b: m((b[0] - 50) / 20), moments=BEFORE),
     Fault("head in the step", "also runs 'head'", "also runs 'head'",
@@ -331,66 +329,12 @@ def test_something_waits(name: str, moment: str, waiting: str, tmp_path: Path) -
         assert re.search("val_risk_estimate.*not (available|found)|could not find.*val_risk_estimate", str(own.error))
 
 
-def test_weights_of_another_module_are_an_error() -> None:
-    weights = {"other": torch.zeros(1)}
-    own = run(Fault("weights", r_options={"initial_weights": weights}), "later", [RiskMonitor(initial_weights=weights)])
-    assert isinstance(own.error, MisconfigurationException)
-    assert "`initial_weights`" in str(own.error)
-
-
-def test_training_that_is_resumed_without_the_weights_from_before_it(tmp_path: Path) -> None:
-    nothing, path = Fault("nothing"), tmp_path / "bare.ckpt"
-    before = dict(run(nothing, "later", max_epochs=0).model.named_parameters())
-    run(nothing, "later", max_epochs=2).trainer.save_checkpoint(path)
-    resumed = Fault("resumed", fit={"ckpt_path": path, "weights_only": False})
-    plain, untold, told = (
-        run(resumed, "first", each, max_epochs=4)
-        for each in ([], [RiskMonitor()], [RiskMonitor(initial_weights=before)])
-    )
-    assert_alike(untold, plain)
-    assert_alike(told, plain)
-    (warning,) = untold.of("RiskMonitor")
-    assert "`initial_weights=`" in warning and not told.of("RiskMonitor")
-    assert told.trainer.callback_metrics["val_risk_variance"] > 0
-
-
 def test_copies_of_monitors_measure_the_same() -> None:
     own, nothing = monitors(Fault("nothing")), Fault("nothing")
     makers = (lambda: pickle.loads(pickle.dumps(own)), lambda: own, lambda: copy.deepcopy(own))
     values = [run(nothing, "later", make()).trainer.callback_metrics for make in makers]
     assert values[0] == values[1] == values[2]
     assert values[0].keys() >= {"val_sensitivity", "val_risk_estimate"}
-
-
-SPAWNED = ["no memory, twin", "nan sample", "None for batches"]
-
-
-def in_process(rank: int, folder: Path) -> dict[str, Any]:
-    """Faults that meet the second process alone; each process waits for the other in every reduction."""
-
-    def fit(fault: Fault, callbacks: list[Any]) -> Outcome:
-        return run(fault, "later", callbacks, strategy=DDPStrategy(timeout=timedelta(seconds=60)), devices=2)
-
-    found: dict[str, Any] = {}
-    for name in SPAWNED:
-        fault = fault_of(name) if rank == 1 else Fault(name, init=fault_of(name).init, step=fault_of(name).step)
-        stopping = EarlyStopping("val_risk_estimate", patience=9)
-        own, plain = (fit(fault, each) for each in ([*monitors(fault), stopping], []))
-        assert_alike(own, plain)
-        values = {name: float(value) for name, value in own.trainer.callback_metrics.items()}
-        found[name] = {"told": own.of("SensitivityMonitor") + own.of("RiskMonitor"), "values": values}
-    return found
-
-
-def test_one_of_two_processes_is_hit(tmp_path: Path) -> None:
-    first, second = run_processes(in_process, tmp_path, 2)
-    for name in SPAWNED:
-        fault = fault_of(name)
-        assert first[name]["values"].keys() == second[name]["values"].keys() >= {"val_sensitivity", "val_risk_estimate"}
-        told = first[name]["told"] + second[name]["told"]
-        patterns = [pattern for pattern in (fault.sensitivity, fault.risk) if pattern]
-        if name != "None for batches":  # which the other process makes up for
-            assert all(any(re.search(pattern, each, re.DOTALL) for each in told) for pattern in patterns), told
 
 
 def test_a_slice_of_the_random_attack() -> None:
