@@ -95,7 +95,7 @@ for name in NETWORKS:
 
 # %%
 loader = DataLoader(val, batch_size=500)
-result = compare_models(checkpoints, loader, noise_std=0.1, shifts=[1], model_class=Classifier)
+result = compare_models(checkpoints, loader, noise_std=0.1, model_class=Classifier)
 print(result)
 result.to_csv(args.out / "ranking.csv")
 figure, _ = result.plot()

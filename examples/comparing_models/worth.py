@@ -35,7 +35,7 @@ NUM_POOL, NUM_DRAWS, NUM_RESAMPLES = 2000, 200, 1000
 SIZES = np.array([10, 20, 50, 100, 200, 500, 1000])
 TITLES = {"cifar10": "CIFAR-10", "fashion": "Fashion-MNIST", "digits": "digits", "both": "mean of both"}
 # In which direction each score is read, fixed before the first look: what is higher is to have the higher loss.
-SCORES = {"shift_loss": 1, "consensus_loss": 1, "entropy": -1, "confidence": 1, "shift_error": 1, "consensus_error": 1}
+SCORES = {"consensus_loss": 1, "entropy": -1, "confidence": 1, "consensus_error": 1}
 SCORES |= {"variance": 1, "flips": 1, "sensitivity": 1, "loss_estimate": 1, "num_parameters": 1}
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
 
@@ -170,7 +170,7 @@ def measured(data: str, args: argparse.Namespace) -> tuple[list[dict[str, str]],
     files = {name: trained(name, train, folder / f"{name}.ckpt", args.quick) for name in names}
     if not (table := folder / "ranking.csv").exists():
         pool = DataLoader(TensorDataset(test.tensors[0][:size]), batch_size=500)  # without labels
-        compare_models(files, pool, shifts=[2], model_class=Network).to_csv(table)
+        compare_models(files, pool, model_class=Network).to_csv(table)
     if not (grades := folder / "grades.npy").exists():
         np.save(grades, np.stack([graded(file, test) for file in files.values()]))
     with table.open() as file:

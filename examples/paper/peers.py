@@ -23,11 +23,11 @@ from figures import TITLES, Report, legend_below, panels
 from measure import PASS_SCORES, Subject, measure
 from ranking import intervals, kendall, rank, written
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils import parameters_to_vector
 from zoo import QUICK, ZOO, Spec, parse_arguments
 
-from lightning_sensitivity.comparison.scores import consensus_scores, score_samples
-from lightning_sensitivity.perturbations import shifted
+from lightning_sensitivity.comparison.scores import consensus_scores
 
 JACOBIAN_IMAGES = 1000
 MOVED_IMAGES = 2000
@@ -84,6 +84,14 @@ def jacobian_softmax(subject: Subject) -> Tensor:
     return jacobian_norm(subject, of_probabilities=True)
 
 
+def shifted(images: Tensor, down: int, right: int) -> Tensor:
+    """Images moved by whole pixels; the pixels of the edge are repeated in the gap."""
+    height, width = images.shape[2:]
+    padded = pad(images, (max(right, 0), max(-right, 0), max(down, 0), max(-down, 0)), mode="replicate")
+    top, left = max(-down, 0), max(-right, 0)
+    return padded[:, :, top : top + height, left : left + width]
+
+
 def by_moved_images(subject: Subject) -> Tensor:
     """Expected loss and error, if labels were drawn from the network's own predictions for images moved by 2 pixels."""
     if (found := MOVED.get((subject.data, subject.spec))) is None:
@@ -91,9 +99,11 @@ def by_moved_images(subject: Subject) -> Tensor:
         parts = []
         with torch.no_grad():
             for x in batches:
-                moved = (subject.model(shifted(x, *move)) for move in ((2, 0), (-2, 0), (0, 2), (0, -2)))
-                scores = score_samples(subject.model(x), [], moved, task="multiclass")
-                parts.append(torch.stack([scores["shift_loss"], scores["shift_error"]], 1))
+                log_p = subject.model(x).double().log_softmax(1)
+                for move in ((2, 0), (-2, 0), (0, 2), (0, -2)):
+                    labels = subject.model(shifted(x, *move)).double().softmax(1)
+                    error = 1 - labels.gather(1, log_p.argmax(1, keepdim=True)).squeeze(1)
+                    parts.append(torch.stack([-(labels * log_p).sum(1), error], 1))
         found = MOVED[subject.data, subject.spec] = torch.cat(parts).mean(0)
     return found
 

@@ -29,7 +29,6 @@ from lightning_sensitivity.functional.tasks import TASKS, check_logits, check_ta
 from lightning_sensitivity.models import Inputs, Options, Passes, Probe, Selector, prepare_call, select_targets
 from lightning_sensitivity.models.call import Call, uncompiled
 from lightning_sensitivity.models.options import DEFAULT_NOISE_STD, check_argument
-from lightning_sensitivity.perturbations import shifted
 from lightning_sensitivity.perturbations.noise import AnyPerturbation, power
 
 QUIET: dict[str, Any] = {"devices": 1, "logger": False, "enable_checkpointing": False, "enable_model_summary": False}
@@ -46,7 +45,6 @@ def compare_models(
     at: str | None = None,
     num_draws: int = 1,
     seed: int = 0,
-    shifts: Sequence[int] = (),
     model_class: type[LightningModule] | None = None,
     task: str = "multiclass",
     inputs: Inputs = None,
@@ -74,8 +72,6 @@ def compare_models(
         at: Name of a submodule, which all models have, whose output is perturbed instead of the input.
         num_draws: Noise draws per sample, with one forward pass each.
         seed: Seed of the noise.
-        shifts: By how many pixels images ``(N, C, H, W)`` are also moved, in each of four directions: four more forward
-            passes for each number. Gives ``shift_loss`` and ``shift_error``.
         model_class: The class of the modules in checkpoints. Those of a LightningCLI with several classes know it.
         task: What the outputs are for: ``"multiclass"``, ``"binary"``, ``"multilabel"`` or ``"regression"``.
         inputs: What to perturb, as there.
@@ -107,7 +103,7 @@ def compare_models(
     .. _arXiv:2007.15378: https://arxiv.org/abs/2007.15378
     """
     options = Options(noise_std, perturbation, at, num_draws, None, seed, inputs, outputs, targets)
-    _check_arguments(models, at, shifts, task, trainer)
+    _check_arguments(models, at, task, trainer)
     trainer = Trainer(**QUIET) if trainer is None else trainer
     scored: dict[str, Scored] = {}
     notes: dict[str, str] = {}
@@ -118,7 +114,7 @@ def compare_models(
             with _same_order(dataloader, seed):
                 start = time.perf_counter()
                 module, note = _built(model, model_class)
-                candidate = _Candidate(options, shifts, task, module)
+                candidate = _Candidate(options, task, module)
                 del module
                 try:
                     trainer.validate(candidate, dataloader, verbose=False)
@@ -139,13 +135,12 @@ def compare_models(
 class _Candidate(LightningModule):
     """Runs a model in the Trainer's validation loop, without a step or a label of its own, and scores every sample."""
 
-    def __init__(self, options: Options, shifts: Sequence[int], task: str, model: nn.Module) -> None:
+    def __init__(self, options: Options, task: str, model: nn.Module) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"Expected a function that returns a module, but got {type(model).__name__}.")
         self._options, self._task, self.model = options, task, model
         self._perturbation, self._passes = options.chosen_perturbation(), Passes(model)
-        self._moves = [move for pixels in shifts for move in ((pixels, 0), (-pixels, 0), (0, pixels), (0, -pixels))]
         self._batches: list[Samples] = []
         self._has_labels = True
         if isinstance(inner := uncompiled(model), LightningModule):
@@ -166,7 +161,7 @@ class _Candidate(LightningModule):
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         if len(self.trainer.num_val_batches) > 1:
             raise MisconfigurationException("`dataloader` should be one loader, got several.")
-        call = prepare_call(self.model, batch, self._options.inputs, not self._options.at or bool(self._moves))
+        call = prepare_call(self.model, batch, self._options.inputs, not self._options.at)
         probe = Probe(self._passes, self.model, call, self._options.outputs, batch)
         powers: list[tuple[Tensor | float, int]] = []  # Σ x² in units of the noise's variance, and number of elements
 
@@ -187,8 +182,7 @@ class _Candidate(LightningModule):
             if batch_idx == 0:
                 check_logits(clean, self._task)
             noisy = map(noisy_outputs, range(self._options.num_draws))
-            moved = (probe.outputs(partial(shifted, down=down, right=right)) for down, right in self._moves)
-            samples = score_samples(clean, noisy, moved, self._labels(batch, clean), task=self._task)
+            samples = score_samples(clean, noisy, self._labels(batch, clean), task=self._task)
         squares, counts = map(sum, zip(*powers, strict=True))  # of several inputs
         mean_power = torch.as_tensor(squares / counts, device=clean.device).expand(len(clean))  # the C of Equation 9
         self._batches.append(samples | {"power": mean_power, "fingerprint": _fingerprints(call, clean)})
@@ -264,12 +258,10 @@ def _fingerprints(call: Call, clean: Tensor) -> Tensor:
     return total
 
 
-def _check_arguments(models: object, at: object, shifts: object, task: str, trainer: Trainer | None) -> None:
+def _check_arguments(models: object, at: object, task: str, trainer: Trainer | None) -> None:
     valid = isinstance(models, Mapping) and len(models) > 0 and all(isinstance(name, str) for name in models)
     check_argument("models", models, valid, "a dict of names and models, with one model or more")
     check_argument("at", at, at is None or isinstance(at, str), "a submodule's name or None")
-    valid = isinstance(shifts, Sequence) and all(isinstance(pixels, int) and pixels > 0 for pixels in shifts)
-    check_argument("shifts", shifts, valid, "a list of pixels, each an int of 1 or more")
     check_argument("task", task, task in TASKS, f"one of {', '.join(map(repr, TASKS))}")
     # By name: this floor knows no callback.
     monitors = [each for each in getattr(trainer, "callbacks", []) if type(each).__name__ in _MONITORS]

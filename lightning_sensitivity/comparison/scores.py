@@ -36,8 +36,6 @@ class ModelScores:
         entropy: Mean entropy of the predictions, in nats.
         confidence: Mean probability of the predicted class.
         flips: Share of predictions that the noise changes.
-        shift_loss: Expected loss, if labels were drawn from the model's own predictions for moved images.
-        shift_error: Expected share of wrong predictions, in the same way.
         consensus_loss: Expected loss, if labels were drawn from the mean prediction of the other models; see
             :func:`consensus_scores`.
         consensus_error: Expected share of wrong predictions, in the same way.
@@ -56,8 +54,6 @@ class ModelScores:
     entropy: float = math.nan
     confidence: float = math.nan
     flips: float = math.nan
-    shift_loss: float = math.nan
-    shift_error: float = math.nan
     consensus_loss: float = math.nan
     consensus_error: float = math.nan
     num_parameters: float = math.nan
@@ -82,22 +78,18 @@ class Scored(NamedTuple):
     seconds: float
 
 
-def score_samples(
-    clean: Tensor, noisy: Iterable[Tensor], moved: Iterable[Tensor] = (), targets: Tensor | None = None, *, task: str
-) -> Samples:
+def score_samples(clean: Tensor, noisy: Iterable[Tensor], targets: Tensor | None = None, *, task: str) -> Samples:
     """Score the samples of a batch. What has no meaning in a task is left out.
 
     Args:
         clean: Outputs f(x), logits unless the task is a regression, ``(N, K, ...)`` or ``(N,)``.
         noisy: Outputs for each noise draw; one at a time is in memory.
-        moved: Outputs for each moved image, which take the place of labels in ``shift_loss`` and ``shift_error``. Not
-            looked at where there are several positions, which move with the image.
         targets: Labels that fit the task, or None.
         task: One of :data:`~lightning_sensitivity.functional.tasks.TASKS`.
 
     Returns:
         ``rows``, as :func:`~lightning_sensitivity.functional.sensitivity.sensitivity_rows` gives them, means over the
-        draws; ``distance``, ``flips``, ``entropy``, ``confidence``, ``shift_loss`` and ``shift_error``, means; ``loss``
+        draws; ``distance``, ``flips``, ``entropy`` and ``confidence``, means; ``loss``
         and ``error``, sums over ``num_labels``; and ``log_p``, the log-probabilities
         ``(N, decisions, classes)``, where there is one position.
     """
@@ -119,11 +111,7 @@ def score_samples(
         scores["entropy"] = torch.special.entr(chances).sum(2).mean((1, 2))
         scores["confidence"] = chances.amax(2).mean((1, 2))
     if decides and p.shape[2] == 1:
-        log_p = _log_probabilities(outputs, task)
-        scores["log_p"] = log_p[..., 0].float()
-        labels = (_in_classes(predictions(_by_position(each), task), task) for each in moved)
-        expected = (_expected(log_p, each) for each in labels)
-        scores |= _means([{"shift_loss": loss[:, 0], "shift_error": error[:, 0]} for loss, error in expected])
+        scores["log_p"] = _log_probabilities(outputs, task)[..., 0].float()
     if targets is not None:
         y, counts = target_predictions(outputs, targets, task)
         y, counts = _by_position(y), counts[:, None].flatten(1)
@@ -238,7 +226,7 @@ def consensus_scores(
 def _by_sample(samples: Samples, task: str) -> Samples:
     rows, power = samples["rows"], samples["power"].mean()
     num_outputs = F.sensitivity_from_rows(rows).num_outputs
-    names = ("entropy", "confidence", "flips", "shift_loss", "shift_error")
+    names = ("entropy", "confidence", "flips")
     scores = {name: samples[name] for name in names if name in samples}
     scores["sensitivity"] = _ratio(F.squared_deviations(rows), rows[:, 0])
     scores["variance"] = samples["distance"] * power

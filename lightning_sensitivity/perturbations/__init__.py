@@ -1,6 +1,6 @@
 """What is done to an input: small callables ``(x, generator) -> x'``, each of which states its second moment."""
 
-from lightning_sensitivity.perturbations.images import Rotation, Translation, shifted
+from lightning_sensitivity.perturbations.images import Rotation, Translation
 from lightning_sensitivity.perturbations.noise import (
     GaussianNoise,
     Interpolation,
@@ -21,5 +21,4 @@ __all__ = [
     "Translation",
     "UniformNoise",
     "noise_generator",
-    "shifted",
 ]

@@ -6,7 +6,7 @@ from abc import abstractmethod
 
 import torch
 from torch import Tensor
-from torch.nn.functional import grid_sample, pad
+from torch.nn.functional import grid_sample
 
 from lightning_sensitivity.perturbations.noise import Perturbation, check_number
 
@@ -100,37 +100,6 @@ class Translation(_ImagePerturbation):
     def _perturbed(self, images: Tensor, generator: torch.Generator) -> Tensor:
         down, right = _uniform(self.pixels, 2, images, generator)
         return _moved(images, torch.zeros_like(down), down, right)
-
-
-def shifted(images: Tensor, down: int, right: int) -> Tensor:
-    """Move images by whole pixels; the pixels of the edge are repeated in the gap.
-
-    Args:
-        images: Shape ``(N, C, H, W)``.
-        down: By how many pixels, negative for up.
-        right: By how many pixels, negative for left.
-
-    Returns:
-        The moved images, of the same shape.
-
-    Raises:
-        ValueError: If the input is no batch of images, or too small.
-
-    Example:
-        >>> import torch
-        >>> from lightning_sensitivity.perturbations import shifted
-        >>> shifted(torch.tensor([[[[1.0, 2.0, 3.0]]]]), down=0, right=1)
-        tensor([[[[1., 1., 2.]]]])
-    """
-    if images.ndim != 4 or images.shape[2] <= abs(down) or images.shape[3] <= abs(right):
-        raise ValueError(
-            f"Expected images (N, C, H, W) that can be moved by {down} and {right} pixels (`shifts`), but got an input"
-            f" of shape {tuple(images.shape)}."
-        )
-    height, width = images.shape[2:]
-    padded = pad(images, (max(right, 0), max(-right, 0), max(down, 0), max(-down, 0)), mode="replicate")
-    top, left = max(-down, 0), max(-right, 0)
-    return padded[:, :, top : top + height, left : left + width]
 
 
 def _uniform(limit: float, count: int, images: Tensor, generator: torch.Generator) -> Tensor:

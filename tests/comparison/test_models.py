@@ -129,33 +129,6 @@ def test_a_perturbation_without_a_second_moment_gives_no_loss_estimate() -> None
     assert row.loss_estimate != row.loss_estimate and row.variance != row.variance
 
 
-class Images(nn.Module):
-    """Says bright or dark of the upper left pixel."""
-
-    passes = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        Images.passes += 1
-        first = 5 * (x[:, :, 0, 0] - 0.5)
-        return torch.cat([2 * first, -first], 1)
-
-
-def test_moved_images() -> None:
-    x = torch.rand(20, 1, 3, 3, generator=torch.Generator().manual_seed(0))
-    row = compare({"model": Images()}, DataLoader(x, 10), shifts=[1])["model"]
-    assert Images.passes == 2 * (1 + 1 + 4)
-    # Moved down or right, the pixel is still in its place; moved up or left, its neighbour is.
-    p, below, right = (Images()(part).double().softmax(1) for part in (x, x[:, :, 1:], x[:, :, :, 1:]))
-    for found, scores in (
-        (row.shift_loss, [-(q * p.log()).sum(1).mean() for q in (p, p, below, right)]),
-        (row.shift_error, [1 - q.gather(1, p.argmax(1, keepdim=True)).mean() for q in (p, p, below, right)]),
-    ):
-        assert found == pytest.approx(float(sum(scores) / 4), rel=1e-6)
-    without = compare({"model": Images()}, DataLoader(x, 10))["model"]
-    assert without.shift_loss != without.shift_loss
-    assert without.sensitivity == row.sensitivity
-
-
 def test_parts_of_a_batch_are_chosen_as_in_the_callback() -> None:
     class Dictionary(nn.Module):
         def __init__(self) -> None:
@@ -387,7 +360,6 @@ class Two(LightningDataModule):
     (DataLoader(torch.zeros(4, NUM_FEATURES).long(), 2), {}, "should be a dense floating tensor"),
     (unlabelled_loader(), {"targets": "label"}, "targets='label'"),
     (unlabelled_loader(), {"noise_std": [0.1, 0.2]}, "one standard deviation .* per channel"),
-    (unlabelled_loader(), {"shifts": [1]}, "Expected images"),
     (unlabelled_loader(), {"at": "nowhere"}, "nowhere"),
     (loader(), {"targets": 1, "task": "regression"}, "one label per output"),
 ])  # fmt: skip
@@ -398,7 +370,6 @@ def test_data_that_no_model_can_take(dataloader: Any, kwargs: dict[str, Any], me
 
 @pytest.mark.parametrize(("kwargs", "message"), [
     *(({"models": models}, "a dict of names and models") for models in ({}, [nn.Linear(1, 1)], {1: nn.Linear(1, 1)})),
-    *(({"shifts": shifts}, "a list of pixels, each an int of 1 or more, got ") for shifts in (2, [0])),
     ({"noise_std": 0}, "a positive, finite number"),
     ({"at": ["net", "net.0"]}, "a submodule's name or None"),
     ({"task": "auto"}, "one of 'multiclass'"),
