@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer, callbacks, seed_everything
+from lightning.pytorch import LightningModule, Trainer, callbacks, seed_everything
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import CombinedLoader
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 from lightning_sensitivity.callbacks.logged import loader_name
-from tests.helpers import Classifier, Linear, brute_force, csv_rows, labelled, loader, trainer, unlabelled_loader
+from tests.helpers import Classifier, Quiet, brute_force, csv_rows, labelled, loader, trainer, unlabelled_loader
 
 NUM_TRAIN_BATCHES = 4
 OURS = ("sensitivity", "loss_estimate", "risk_")
@@ -107,20 +107,6 @@ class LateBuilt(Classifier):
             self.net = Classifier().net
 
 
-class Reloading(LightningDataModule):
-    def train_dataloader(self) -> DataLoader:
-        return loader(16 * NUM_TRAIN_BATCHES, seed=1)
-
-    def val_dataloader(self) -> DataLoader:
-        return loader(seed=self.trainer.current_epoch)
-
-
-class Quiet(Classifier):
-    """Validates nothing: a batch of a combined loader is a list of batches."""
-
-    validation_step = Linear.validation_step
-
-
 class Intrusive(Classifier):
     """Its forward draws from every random stream in eval mode, too, logs, writes into its input, and keeps a state."""
 
@@ -192,7 +178,6 @@ SETUPS = {
     "CombinedLoader, sequential": Setup(2, val=combined("sequential")),
     "CombinedLoader, max_size_cycle": Setup(2, val=combined("max_size_cycle"), module=Quiet, inputs=nested),
     "CombinedLoader, min_size": Setup(2, val=combined("min_size"), module=Quiet, inputs=nested),
-    "reload_dataloaders_every_n_epochs": Setup(2, {"reload_dataloaders_every_n_epochs": 1}, train=Reloading),
     "manual optimization, two optimizers": Setup(2, module=Manual),
     "configure_model": Setup(2, module=LateBuilt),
     "a forward that draws, logs, writes": Setup(2, module=Intrusive, has_oracle=False),
@@ -240,9 +225,7 @@ def fit(setup: Setup, tmp_path: Path, ours: list[Callback]) -> tuple[Trainer, li
         **setup.kwargs,
     )
     module, train, val = setup.module(), setup.train(), setup.val()
-    if isinstance(train, LightningDataModule):
-        run.fit(module, datamodule=train)
-    elif hasattr(module, "batch_size"):
+    if hasattr(module, "batch_size"):
         run.fit(module, val_dataloaders=val)
     else:
         run.fit(module, train, val)
