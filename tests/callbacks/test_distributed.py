@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Su
 
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 from lightning_sensitivity.callbacks.risk import _NAMES
+from lightning_sensitivity.callbacks.sensitivity import _NAMES as SENSITIVITY_NAMES
 from tests.helpers import Classifier, Linear, brute_force, inputs, labelled, loader, run_processes, trainer
 from tests.helpers import unlabelled_loader as unlabelled
 
@@ -145,14 +146,6 @@ def risk(rank: int, folder: Path) -> Any:
 
 
 @scenario
-def early_stopping(rank: int, folder: Path) -> Any:
-    stopping = EarlyStopping("val_risk_estimate", patience=2, min_delta=0.01)
-    fit = distributed(RiskMonitor(), stopping, max_epochs=50)
-    fit.fit(model(), loader(48, 8), unlabelled(48, 8, seed=1))
-    return fit.current_epoch, stopping.best_score.item(), stopping.wait_count, logged(fit)
-
-
-@scenario
 def without_a_batch(rank: int, folder: Path) -> Any:
     run = distributed(SensitivityMonitor())
     loaders = [on_rank(1), on_rank(None, 1), on_rank(0, 2), on_rank(None, 3), on_rank(1, 4)]
@@ -245,32 +238,34 @@ STRATEGIES: dict[str, Any] = {
 }
 
 
+def on_shards(make: Any, *callbacks: Any, validates: bool = False) -> dict[str, float]:
+    strategy, kind = make()
+    run, val = trainer(callbacks=list(callbacks), strategy=strategy, devices=2, max_epochs=1), loader(48, 8, seed=1)
+    run.validate(model(kind), val, verbose=False) if validates else run.fit(model(kind), loader(48, 8), val)
+    return {name: float(value) for name, value in run.callback_metrics.items() if name != "train_loss"}
+
+
+PLACES = {"inputs_": None, "layer_": "net.0"}
+
+
+def at_places() -> list[SensitivityMonitor]:
+    return [SensitivityMonitor(at=at, perturbation=Ripples(1), prefix=prefix) for prefix, at in PLACES.items()]
+
+
 @scenario
 def sharded(rank: int, folder: Path) -> Any:
     results: dict[str, Any] = {}
     for name, make in STRATEGIES.items():
         if name == "fsdp2" and not hasattr(torch.distributed.fsdp, "fully_shard"):
             continue
-        for is_monitored in (True, False):
-            strategy, kind = make()
-            monitors = [SensitivityMonitor(perturbation=Ripples(1)), RiskMonitor()] if is_monitored else []
-            monitors += [SensitivityMonitor(at="net.0", perturbation=Ripples(1), prefix="at_")] if is_monitored else []
-            run = trainer(callbacks=monitors, strategy=strategy, devices=2, max_epochs=1)
-            if is_monitored:
-                run.validate(model(kind), loader(48, 8, seed=1), verbose=False)
-                results[name] = {key: float(value) for key, value in run.callback_metrics.items()}
-                strategy, kind = make()
-                run = trainer(callbacks=monitors, strategy=strategy, devices=2, max_epochs=1)
-            with warnings.catch_warnings(record=True) as caught:
-                run.fit(model(kind), loader(48, 8), loader(48, 8, seed=1))
-            said = sum("got a strategy that shards them" in str(warning.message) for warning in caught)
-            values = {key: float(value) for key, value in run.callback_metrics.items() if key != "train_loss"}
-            results[f"{name} {is_monitored}"] = values, said
-        stopping = EarlyStopping("val_risk_estimate")
+        monitors = [*at_places(), RiskMonitor()]
+        validated = on_shards(make, *monitors, validates=True)
+        with warnings.catch_warnings(record=True) as caught:
+            fitted = on_shards(make, *monitors)
+        said = sum("got a strategy that shards them" in str(warning.message) for warning in caught)
+        results[name] = validated, fitted, on_shards(make), said
         with pytest.raises(MisconfigurationException, match="got a strategy that shards them"):
-            strategy, kind = make()
-            run = trainer(callbacks=[RiskMonitor(), stopping], strategy=strategy, devices=2, max_epochs=1)
-            run.fit(model(kind), loader(48, 8), loader(48, 8, seed=1))
+            on_shards(make, RiskMonitor(), EarlyStopping("val_risk_estimate"))
     return results
 
 
@@ -337,13 +332,6 @@ def test_the_risk_estimate_is_that_of_both_and_training_samples_are_shared_out(b
     assert {f"val_{name}/dataloader_idx_1" for name in _NAMES} <= first.keys()  # one process had no batch of it
 
 
-def test_early_stopping_stops_both_at_the_same_epoch(both: dict[str, list[Any]]) -> None:
-    assert both["early_stopping"][0] == both["early_stopping"][1]
-    num_epochs, best, wait_count, values = both["early_stopping"][0]
-    assert 2 < num_epochs < 50 and wait_count == 2
-    assert values["val_risk_estimate"] > best - 0.01
-
-
 def test_a_process_without_a_batch_has_the_others_value(both: dict[str, list[Any]]) -> None:
     assert both["without_a_batch"][0] == both["without_a_batch"][1]
     values, (epochs, of_fit), combined = both["without_a_batch"][0]
@@ -371,21 +359,14 @@ def test_a_task_that_one_process_can_not_tell_is_no_task_in_both(both: dict[str,
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_sharded_model_has_the_value_of_a_whole_one(both: dict[str, list[Any]], name: str) -> None:
-    if f"{name} True" not in both["sharded"][0]:
+    if name not in both["sharded"][0]:
         pytest.skip("needs torch 2.6 or newer")
-    (first, said), (second, _) = (result[f"{name} True"] for result in both["sharded"])
-    without, _ = both["sharded"][0][f"{name} False"]
-    assert first.keys() >= {"val_sensitivity", "val_loss_estimate", "at_sensitivity"}
-    assert {key: first[key] for key in first if "loss" not in key} == {
-        key: second[key] for key in second if "loss" not in key
-    }
+    (values, first, without, said), (_, second, _, _) = (result[name] for result in both["sharded"])
+    ours = {prefix + quantity for prefix in PLACES for quantity in SENSITIVITY_NAMES}
+    assert {key: first[key] for key in ours} == {key: second[key] for key in ours}
+    assert first.keys() - ours == {"val_loss"} and said == 1  # no risk
     assert first["val_loss"] == without["val_loss"]
-    assert not any("risk" in key for key in first) and said == 1
-    kinds = [{}, {"at": "net.0", "prefix": "at_"}]
-    whole = trainer(callbacks=[SensitivityMonitor(perturbation=Ripples(1), **kind) for kind in kinds])
+    whole = trainer(callbacks=at_places())
     whole.validate(model(Net), loader(48, 8, seed=1), verbose=False)
-    found = both["sharded"][0][name]
-    names = [key for key in found if "sensitivity" in key]
-    assert len(names) == 6
-    truth = {key: float(whole.callback_metrics[key]) for key in names}
-    assert {key: found[key] for key in names} == pytest.approx(truth, rel=1e-5)
+    truth = {key: float(whole.callback_metrics[key]) for key in ours}
+    assert {key: values[key] for key in ours} == pytest.approx(truth, rel=1e-5)

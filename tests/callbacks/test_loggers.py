@@ -3,7 +3,6 @@
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -75,16 +74,12 @@ def read_mlflow(logger: Logger, folder: Path) -> Curves:
     return {name: {metric.step: metric.value for metric in client.get_metric_history(run_id, name)} for name in names}
 
 
-class Kind(NamedTuple):
-    make: Callable[[Path], Logger]
-    read: Callable[[Logger, Path], Curves]
-
-
-KINDS = {
-    "tensorboard": Kind(lambda folder: TensorBoardLogger(folder, "tensorboard", ""), read_tensorboard),
-    "csv": Kind(lambda folder: CSVLogger(folder, "csv", ""), read_csv),
-    "wandb": Kind(lambda folder: WandbLogger(save_dir=folder, offline=True), read_wandb),
-    "mlflow": Kind(lambda folder: MLFlowLogger(tracking_uri=(folder / "mlflow").as_uri()), read_mlflow),
+# Of each kind of logger, how it is made and how it is read.
+KINDS: dict[str, tuple[Callable[[Path], Logger], Callable[[Logger, Path], Curves]]] = {
+    "tensorboard": (lambda folder: TensorBoardLogger(folder, "tensorboard", ""), read_tensorboard),
+    "csv": (lambda folder: CSVLogger(folder, "csv", ""), read_csv),
+    "wandb": (lambda folder: WandbLogger(save_dir=folder, offline=True), read_wandb),
+    "mlflow": (lambda folder: MLFlowLogger(tracking_uri=(folder / "mlflow").as_uri()), read_mlflow),
 }
 
 
@@ -101,7 +96,7 @@ def loggers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[st
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # from 3.13 on; a database needs all of mlflow
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # the logger sets it
     wandb, mlflow = pytest.importorskip("wandb"), pytest.importorskip("mlflow")
-    yield {name: kind.make(tmp_path) for name, kind in KINDS.items()}
+    yield {name: make(tmp_path) for name, (make, _) in KINDS.items()}
     wandb.finish()
     wandb.teardown()
     mlflow.set_tracking_uri("")
@@ -118,7 +113,8 @@ def test_every_value_of_every_epoch_arrives_on_the_axis_of_the_loss(loggers: dic
     assert len(names) == 2 * (1 + 4 + 2 * 4 + 4)
     assert {"val/of/sensitivity/net.0/dataloader_idx_1", "val_risk_estimate/dataloader_idx_0"} <= names
     for name, logger in loggers.items():
-        curves = KINDS[name].read(logger, tmp_path)
+        _, read = KINDS[name]
+        curves = read(logger, tmp_path)
         store = np.float32 if name == "tensorboard" else float
         expected = {
             key: {step: float(store(values[key])) for step, values in zip((3, 7), history.epochs, strict=True)}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningCLI
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -23,7 +23,6 @@ from tests.helpers import (
     NUM_FEATURES,
     Classifier,
     Linear,
-    brute_force,
     inputs,
     labelled,
     loader,
@@ -104,22 +103,8 @@ def test_values_are_those_of_the_callback(options: dict[str, Any]) -> None:
     model = Classifier().eval()
     row = compare({"model": model}, **options)["model"]
     (logged,) = trainer(callbacks=[SensitivityMonitor(**options)]).validate(model, unlabelled_loader(), verbose=False)
-    for ours, theirs in (("sensitivity", "sensitivity"), ("sensitivity_stderr",) * 2, ("loss_estimate",) * 2):
-        assert getattr(row, ours) == pytest.approx(logged[f"val_{theirs}"], rel=1e-6)
-    if "at" not in options and "perturbation" not in options:
-        expected = brute_force(model, list(inputs(50).split(16)), **options).var(correction=0).item()
-        assert row.sensitivity == pytest.approx(expected, rel=1e-6)
-
-
-def test_labels_give_the_true_loss_and_error() -> None:
-    model, (x, y) = linear(), labelled(50).tensors
-    row = compare({"model": model}, loader())["model"]
-    with torch.no_grad():
-        assert row.loss == pytest.approx(cross_entropy(model(x), y).item(), rel=1e-5)
-        assert row.error == pytest.approx((model(x).argmax(1) != y).float().mean().item())
-    unlabelled = compare({"model": model})["model"]
-    assert unlabelled.loss != unlabelled.loss
-    assert (unlabelled.sensitivity, unlabelled.entropy) == (row.sensitivity, row.entropy)
+    for name in ("sensitivity", "sensitivity_stderr", "loss_estimate"):
+        assert getattr(row, name) == pytest.approx(logged[f"val_{name}"], rel=1e-6)
 
 
 def test_a_perturbation_without_a_second_moment_gives_no_loss_estimate() -> None:
@@ -279,12 +264,6 @@ def test_the_hooks_of_a_module_transform_its_batches(is_compiled: bool) -> None:
 # Data and Trainer
 
 
-@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
-def test_a_data_module_gives_its_validation_samples() -> None:
-    data = LightningDataModule.from_datasets(val_dataset=labelled(50), batch_size=16)
-    assert compare({"model": linear()}, data)["model"].loss == compare({"model": linear()}, loader())["model"].loss
-
-
 def test_the_trainer_says_how_many_batches() -> None:
     Counted.passes = 0
     compare({"first": Counted(), "second": Counted()}, num_draws=3, trainer=trainer(limit_val_batches=2))
@@ -348,18 +327,11 @@ def test_a_doubtful_sensitivity_is_said_of_its_model() -> None:
         compare({"good": linear(9), "centred": Centred()})
 
 
-class Two(LightningDataModule):
-    def val_dataloader(self) -> list[DataLoader]:
-        return [unlabelled_loader(), unlabelled_loader()]
-
-
 @pytest.mark.filterwarnings("ignore:Total length of `DataLoader`")
 @pytest.mark.parametrize(("dataloader", "kwargs", "message"), [
     *((unlabelled_loader(num), {}, f"two samples or more, but got {num}") for num in (0, 1)),
-    (Two(), {}, "`dataloader` should be one loader, got several"),
-    (DataLoader(torch.zeros(4, NUM_FEATURES).long(), 2), {}, "should be a dense floating tensor"),
+    ([unlabelled_loader(), unlabelled_loader()], {}, "`dataloader` should be one loader, got several"),
     (unlabelled_loader(), {"targets": "label"}, "targets='label'"),
-    (unlabelled_loader(), {"noise_std": [0.1, 0.2]}, "one standard deviation .* per channel"),
     (unlabelled_loader(), {"at": "nowhere"}, "nowhere"),
     (loader(), {"targets": 1, "task": "regression"}, "one label per output"),
 ])  # fmt: skip
