@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -21,6 +21,7 @@ def together() -> tuple[Together, Handed]:
 
 
 @given(st.lists(st.integers(0, 9), max_size=8), st.lists(st.sampled_from([2, 3]), min_size=8, max_size=8))
+@settings(deadline=None)
 def test_all_samples_are_handed_on_once_and_in_order(sizes: list[int], widths: list[int]) -> None:
     some, handed = together()
     came = [torch.rand(size, width) for size, width in zip(sizes, widths, strict=False)]
@@ -52,6 +53,7 @@ def test_what_waits_is_never_more_than_a_piece() -> None:
 
 
 @given(st.integers(0, 9), st.integers(1, 20))
+@settings(deadline=None)
 def test_pieces_are_small_and_hold_all_samples(size: int, width: int) -> None:
     x, seen = torch.rand(size, width), []
     total = torch.cat(in_pieces(lambda a, b: seen.append(a.numel()) or a + b, x, x))  # type: ignore[func-returns-value]
