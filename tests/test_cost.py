@@ -15,7 +15,6 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
@@ -51,20 +50,18 @@ class Counted(LightningModule):
     configure_optimizers = Classifier.configure_optimizers
 
 
-class Written(TorchDispatchMode):
+class Written(Watch):
     """Notes how large the tensors are that operations make."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(self.note)
         self.cloned, self.wide = 0, 0  # bytes of the largest clone, elements of the largest float64 tensor
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+    def note(self, function: Any, args: Any, kwargs: Any, result: Any) -> None:
         for each in tree_leaves(result):
             if isinstance(each, Tensor):
                 self.wide = max(self.wide, each.numel() * (each.dtype == torch.float64))
-                self.cloned = max(self.cloned, each.nbytes * (func is torch.ops.aten.clone.default))
-        return result
+                self.cloned = max(self.cloned, each.nbytes * (function is torch.ops.aten.clone.default))
 
 
 def fit(

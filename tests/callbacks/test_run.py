@@ -128,8 +128,8 @@ def test_two_monitors_of_a_kind_need_two_prefixes() -> None:
 # What is checked before a run
 
 
-def without(name: str) -> LightningModule:
-    return type("Lacking", (Classifier,), {name: getattr(LightningModule, name)})()
+def without(name: str, kind: Any = Classifier, base: Any = LightningModule) -> Any:
+    return type("Lacking", (kind,), {name: getattr(base, name)})()
 
 
 @each
@@ -230,7 +230,7 @@ def test_as_many_batches_come_as_are_said(stage: str, mode: str | None, limit: i
 def test_the_other_lightning(tmp_path: Path) -> None:
     other = pytest.importorskip("pytorch_lightning")
 
-    class NoStep(other.LightningModule):
+    class Model(other.LightningModule):
         def __init__(self) -> None:
             super().__init__()
             self.net = nn.Linear(12, 4)
@@ -242,7 +242,6 @@ def test_the_other_lightning(tmp_path: Path) -> None:
 
         training_step, configure_optimizers = Linear.training_step, Linear.configure_optimizers
 
-    class Model(NoStep):
         def validation_step(self, batch: Any, batch_idx: int) -> None:
             self(batch[0])
 
@@ -255,7 +254,7 @@ def test_the_other_lightning(tmp_path: Path) -> None:
         return run
 
     with pytest.raises(MisconfigurationException, match="no `validation_step`"):
-        fit(NoStep(), [SensitivityMonitor()])
+        fit(without("validation_step", Model, other.LightningModule), [SensitivityMonitor()])
     run = fit(Model(), [SensitivityMonitor(2.0), RiskMonitor()])
     assert run.callback_metrics["spread"] == fit(Model(), []).callback_metrics["spread"]
     assert {"val_sensitivity", "val_risk_estimate"} <= run.callback_metrics.keys()

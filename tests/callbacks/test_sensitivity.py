@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +17,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 from lightning_sensitivity.functional import loss_estimate
@@ -160,22 +160,6 @@ def test_as_many_batches_as_needed(
     assert len(chosen) == min(num_batches, needed) == monitor.num_wanted(loop, 0)
     gaps = [after - before for before, after in zip(chosen, [*chosen[1:], num_batches], strict=True)]
     assert chosen[0] == 0 and max(gaps) - min(gaps) <= 1
-
-
-class Stream(IterableDataset):
-    """100 samples, which it does not say."""
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter(inputs(100))
-
-
-@pytest.mark.parametrize("limit", [None, 4, 1000])
-def test_of_a_loader_without_a_length_all_batches_are_measured(limit: int | None) -> None:
-    model, sizes = counted()
-    validated(
-        SensitivityMonitor(num_samples=10), model, DataLoader(Stream(), batch_size=10), limit_val_batches=limit or 1.0
-    )
-    assert len(sizes) == 1 + 2 * min(limit or 10, 10)
 
 
 def test_a_budget_counts_the_samples_of_the_outputs() -> None:

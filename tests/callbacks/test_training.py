@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -95,18 +96,6 @@ class Manual(Classifier):
         return [torch.optim.Adam(self.net[place].parameters(), lr=1e-2) for place in (0, 4)]
 
 
-class LateBuilt(Classifier):
-    """Has no layers until Lightning asks for them."""
-
-    def __init__(self) -> None:
-        LightningModule.__init__(self)
-        self.net = None
-
-    def configure_model(self) -> None:
-        if self.net is None:
-            self.net = Classifier().net
-
-
 class Intrusive(Classifier):
     """Its forward draws from every random stream in eval mode, too, logs, writes into its input, and keeps a state."""
 
@@ -172,6 +161,9 @@ SETUPS = {
     "overfit_batches": Setup(2, {"overfit_batches": 2}),
     "no sanity check": Setup(2, {"num_sanity_val_steps": 0}),
     "max_steps in the middle of an epoch": Setup(1, {"max_steps": 6, "num_sanity_val_steps": -1}),
+    "iterable data, limited to more than there is": Setup(
+        2, {"limit_val_batches": 1000}, val=lambda: DataLoader(Endless(), 16)
+    ),
     "iterable data": Setup(2, val=lambda: DataLoader(Endless(), 16), train=lambda: DataLoader(Endless(), 16)),
     "several loaders": Setup(2, val=lambda: [loader(50), unlabelled_loader(20, seed=3)]),
     "a dict of loaders": Setup(2, val=lambda: {"a": loader(50), "b": loader(20, seed=3)}),
@@ -179,7 +171,6 @@ SETUPS = {
     "CombinedLoader, max_size_cycle": Setup(2, val=combined("max_size_cycle"), module=Quiet, inputs=nested),
     "CombinedLoader, min_size": Setup(2, val=combined("min_size"), module=Quiet, inputs=nested),
     "manual optimization, two optimizers": Setup(2, module=Manual),
-    "configure_model": Setup(2, module=LateBuilt),
     "a forward that draws, logs, writes": Setup(2, module=Intrusive, has_oracle=False),
     "deterministic, with anomaly detection": Setup(2, {"deterministic": True, "detect_anomaly": True}),
     "64-true": Setup(2, {"precision": "64-true"}),
@@ -259,27 +250,14 @@ def test_what_is_logged_is_what_a_plain_loop_gives_and_training_is_bit_identical
 
 
 def test_compiled_code_is_not_compiled_again_in_a_validation() -> None:
-    class Compilations(Callback):
-        """A backend of torch.compile that counts, and how many compilations each validation ended with."""
-
-        count = 0
-
-        def __init__(self) -> None:
-            self.after_validations: list[int] = []
-
-        def __call__(self, graph: torch.fx.GraphModule, examples: Any) -> Any:
-            self.count += 1
-            return graph.forward
-
-        def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-            self.after_validations.append(self.count)
-
     for monitors in ([SensitivityMonitor(num_draws=2), RiskMonitor()], [SensitivityMonitor(at="net.0")]):
         torch.compiler.reset()
-        compilations, model = Compilations(), WithoutLog()
+        compilations, model = CompileCounter(), WithoutLog()
+        after_validations: list[int] = []
+        model.on_validation_end = lambda: after_validations.append(compilations.frame_count)  # noqa: B023
         model.net = torch.compile(model.net, backend=compilations)
         # 64 samples: every batch has 16, so that no shape asks for code of its own.
-        run = trainer(max_epochs=4, callbacks=[compilations, *monitors])
+        run = trainer(max_epochs=4, callbacks=monitors)
         run.fit(model, loader(64, seed=1), loader(64))
-        _, first, *later = compilations.after_validations  # after the sanity check's
+        _, first, *later = after_validations  # after the sanity check's
         assert first > 0 and set(later) == {first}

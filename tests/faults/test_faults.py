@@ -314,10 +314,7 @@ WAITING: dict[str, Callable[[str], Any]] = {
 
 
 @pytest.mark.parametrize("waiting", WAITING)
-@pytest.mark.parametrize(
-    ("name", "moment"),
-    [("nan sample", "later"), ("no pass", "first"), ("no pass", "later")],
-)
+@pytest.mark.parametrize(("name", "moment"), [("nan sample", "later"), ("no pass", "first"), ("no pass", "later")])
 def test_something_waits(name: str, moment: str, waiting: str, tmp_path: Path) -> None:
     fault = fault_of(name)
     callback = WAITING[waiting]("val_risk_estimate")
