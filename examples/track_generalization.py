@@ -11,12 +11,14 @@
 
 # %%
 import argparse
+import os
 import sys
 import warnings
 from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -74,11 +76,11 @@ class Digits(LightningModule):
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         logits = self(batch[0])
-        self.log("val/loss", cross_entropy(logits, batch[1]), prog_bar=True)
+        self.log("val_loss", cross_entropy(logits, batch[1]), prog_bar=True)
         # The Brier score that labels as wrong as those of training would give: what the estimate is of.
         p, truth = logits.softmax(1), one_hot(batch[1], 10)
         chances = (1 - args.label_noise) * truth + args.label_noise * (1 - truth) / 9
-        self.log("val/brier", (1 - 2 * (p * chances).sum(1) + p.square().sum(1)).mean())
+        self.log("val_brier", (1 - 2 * (p * chances).sum(1) + p.square().sum(1)).mean())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=1e-3)
@@ -95,16 +97,17 @@ class Table(Callback):
 
 
 # %% [markdown]
-# With the prefix `val/`, TensorBoard shows the curves beside those of `val/loss`. To stop at the minimum, add
-# `EarlyStopping(monitor="val/risk_estimate", patience=10)`. Here the run goes on, to show what follows.
+# The checkpoint is chosen by the estimate. `EarlyStopping(monitor="val_risk_estimate", patience=10)` would also end the
+# run. Here it goes on, to show what follows.
 
 # %%
 table = Table()
 logger = TensorBoardLogger(args.out, name=None)
+checkpoint = ModelCheckpoint(monitor="val_risk_estimate", filename="{epoch}")
 trainer = Trainer(
     max_epochs=args.max_epochs,
     accelerator="cpu",
-    callbacks=[RiskMonitor(prefix="val/"), SensitivityMonitor(prefix="val/"), table],
+    callbacks=[RiskMonitor(), SensitivityMonitor(noise_std=0.1), checkpoint, table],
     logger=logger,
     log_every_n_steps=10,
     enable_progress_bar=False,
@@ -114,7 +117,7 @@ trainer.fit(Digits(), train_loader, val_loader)
 
 # %%
 curves = {name: [row[name] for row in table.rows] for name in table.rows[0]}
-losses, estimates = curves["val/loss"], curves["val/risk_estimate"]
+losses, estimates = curves["val_loss"], curves["val_risk_estimate"]
 chosen, best = (min(range(len(values)), key=values.__getitem__) for values in (estimates, losses))
 print("\n              with labels            |            without labels")
 print("epoch  train loss  val loss  true score | estimate  sensitivity ± its error")
@@ -122,12 +125,15 @@ for epoch in sorted({*range(0, args.max_epochs, max(1, args.max_epochs // 12)), 
     row = {name: values[epoch] for name, values in curves.items()}
     mark = "  <-" if epoch == chosen else ""
     print(
-        f"{epoch:5d}  {row['train_loss']:10.3f}  {row['val/loss']:8.3f}  {row['val/brier']:10.3f} |"
-        f" {row['val/risk_estimate']:8.3f}  {row['val/sensitivity']:11.2g} ± {row['val/sensitivity_stderr']:.1g}{mark}"
+        f"{epoch:5d}  {row['train_loss']:10.3f}  {row['val_loss']:8.3f}  {row['val_brier']:10.3f} |"
+        f" {row['val_risk_estimate']:8.3f}  {row['val_sensitivity']:11.2g} ± {row['val_sensitivity_stderr']:.1g}{mark}"
     )
 print(f"\nThe estimate is lowest at epoch {chosen} (<-); the validation loss is {losses[chosen]:.3f} there.")
 print(f"The validation loss is lowest at epoch {best}, {losses[best]:.3f}, and {losses[-1]:.3f} at the end.")
-print("Use the minimum of the estimate; its absolute value is rough.")
+waited = [epoch - min(range(epoch + 1), key=estimates.__getitem__) for epoch in range(len(estimates))]
+end = f"end the run at epoch {waited.index(10)}" if 10 in waited else "not end the run"
+print(f"EarlyStopping with a patience of 10 epochs would {end}.")
+print(f"The checkpoint: {os.path.relpath(checkpoint.best_model_path)}")
 
 # %%
 if args.figure or in_notebook:
@@ -135,9 +141,9 @@ if args.figure or in_notebook:
 
     figure, axes = plt.subplots(1, 3, figsize=(10, 3), layout="constrained")
     names = (
-        {"validation, true labels": "val/loss", "training": "train_loss"},
-        {"estimate, no labels": "val/risk_estimate", "true score": "val/brier"},
-        {"sensitivity, no labels": "val/sensitivity"},
+        {"validation": "val_loss", "training": "train_loss"},
+        {"risk estimate": "val_risk_estimate", "true score": "val_brier"},
+        {"sensitivity": "val_sensitivity"},
     )
     titles = ("loss (cross-entropy)", f"Brier score, {args.label_noise:.0%} of labels wrong", "sensitivity S")
     for axis, title, lines in zip(axes, titles, names, strict=True):
@@ -151,4 +157,5 @@ if args.figure or in_notebook:
     if args.figure:
         figure.savefig(args.figure, dpi=100)
 
-print(f"\nLook at the curves:\n  tensorboard --logdir {logger.log_dir}")
+tensorboard = os.path.relpath(Path(sys.executable).with_name("tensorboard"))
+print(f"\nLook at the curves:\n  {tensorboard} --logdir {logger.log_dir}")

@@ -26,7 +26,7 @@ def test_the_code_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.Monkey
         exec(block, names)
     assert {"val_sensitivity", "val_risk_estimate"} <= names["trainer"].callback_metrics.keys()
     assert list(tmp_path.glob("lightning_logs/version_*/checkpoints/epoch=*-val_risk_estimate=*.ckpt"))
-    assert (tmp_path / "ranking.csv").exists()
+    assert (tmp_path / "comparison.csv").exists()
     assert isinstance(names["metric"].compute(), torch.Tensor)
 
 

@@ -144,7 +144,9 @@ class RiskMonitor(Monitor):
         if problem is not None:
             self._give_up(problem)
         else:
-            rank_zero_info(f"`RiskMonitor` ({self.prefix}*): weights from before training are {self._initial.source}.")
+            rank_zero_info(
+                f"`RiskMonitor` ({self.prefix}*) takes as weights from before training {self._initial.source}."
+            )
             num_samples = math.ceil(self.num_training_samples / trainer.world_size)
             self._samples = TrainingSamples(self.task, num_samples, self.options)
         self._num_epochs = 0
@@ -257,12 +259,13 @@ class RiskMonitor(Monitor):
         if problem is not None:
             self._give_up(
                 f"can't score the model on a training batch: {str(problem).rstrip('.')}. Say how the model is called"
-                " with `inputs=`, where the labels are with `targets=` (a key, an index or a function), and what they"
-                " are with `task=` ('multiclass', 'binary', 'multilabel' or 'regression').",
+                " with `inputs=`, which of its outputs are the logits with `outputs=`, where the labels are with"
+                " `targets=` (keys, indices or functions), and what they are with `task=` ('multiclass', 'binary',"
+                " 'multilabel' or 'regression').",
                 problem,
             )
         elif self.task == "auto":
-            rank_zero_info(f"`RiskMonitor` ({self.prefix}*) takes the labels as `task={task!r}`.")
+            rank_zero_info(f"`RiskMonitor` ({self.prefix}*) takes the labels of training as `task={task!r}`.")
 
     def _give_up(self, problem: str, cause: Exception | None = None) -> None:
         self._samples = None

@@ -201,7 +201,7 @@ class InitialWeights:
             )
         else:
             self.weights = initial_weights(model)
-            self.source = "the current ones; if they are trained already, pass the untrained ones as `initial_weights=`"
+            self.source = "those of now; if an earlier fit has trained them, pass those before it as `initial_weights=`"
         return None
 
     def lacks(self, model: nn.Module) -> list[str]:

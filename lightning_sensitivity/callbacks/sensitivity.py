@@ -121,7 +121,7 @@ class SensitivityMonitor(Monitor):
             if mode == "min":
                 rank_zero_warn(
                     f"`{who}` minimizes `{logged}`, which is lowest before training: it will choose an untrained"
-                    " network. `RiskMonitor` logs what to stop by."
+                    f' network. Use `monitor="{self.prefix}risk_estimate"`, which `RiskMonitor` logs.'
                 )
         for name in self.options.sites:
             if name is not None:

@@ -260,7 +260,8 @@ def _fingerprints(call: Call, clean: Tensor) -> Tensor:
 
 def _check_arguments(models: object, at: object, task: str, trainer: Trainer | None) -> None:
     valid = isinstance(models, Mapping) and len(models) > 0 and all(isinstance(name, str) for name in models)
-    check_argument("models", models, valid, "a dict of names and models, with one model or more")
+    got = models if isinstance(models, Mapping) and not models else type(models).__name__
+    check_argument("models", got, valid, "a dict of names and models, with one model or more")
     check_argument("at", at, at is None or isinstance(at, str), "a submodule's name or None")
     check_argument("task", task, task in TASKS, f"one of {', '.join(map(repr, TASKS))}")
     # By name: this floor knows no callback.

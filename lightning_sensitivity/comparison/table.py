@@ -65,6 +65,8 @@ class Comparison:
           model sensitivity ties entropy
         1 small  0.1 ± 0.01
         2 wide   0.2 ± 0.01          0.5
+        <BLANKLINE>
+        Sorted by sensitivity, which is no order of quality.
         >>> result["wide"].entropy, result.ties()
         (0.5, {'small': [], 'wide': []})
     """
@@ -240,7 +242,7 @@ class Comparison:
         for name in _PRINTED:
             if any(cells := [_short(getattr(model, name)) for model in self]):
                 columns[name.replace("_", "\n")] = cells
-        lines = _aligned(columns)
+        lines = [*_aligned(columns), "", "Sorted by sensitivity, which is no order of quality."]
         if notes := [fill(f"* {model.name}: {model.note}", _WIDTH) for model in self if model.note]:
             lines += ["", *notes]
         taus = {truth: self.kendall(truth) for truth in _TRUTHS}

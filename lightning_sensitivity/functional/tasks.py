@@ -44,18 +44,19 @@ def infer_task(outputs: Tensor, targets: Tensor) -> str:
     got = f"outputs of shape {tuple(outputs.shape)} and labels {_describe(targets)}"
     single = num_outputs(outputs) == 1
     if targets.is_floating_point():
-        raise ValueError(f"Expected to be told what floating labels are, got {got}.")
+        raise ValueError(f"Labels are floating, so that they could be targets or classes: got {got}.")
     if single and targets.dtype == torch.bool:
         task = "binary"
     elif single:
-        raise ValueError(
-            f"Expected to be told whether integer labels beside one output are classes or counts, got {got}."
-        )
+        raise ValueError(f"Integer labels beside one output could be classes or counts: got {got}.")
     else:
         task = "multiclass" if targets.ndim < outputs.ndim else "multilabel"
     check_task(outputs, targets, task)
     if task == "multilabel" and bool((targets.sum(1) == 1).all()):
-        raise ValueError(f"Expected to be told whether one-hot rows are classes or several labels, got {got}.")
+        raise ValueError(
+            "Labels are one-hot rows. Use `task='multiclass'` if exactly one class is right, and `task='multilabel'` if"
+            f" several can be: got {got}."
+        )
     if task == "multiclass" and min(outputs.shape[1], targets.numel()) >= _MANY:
         num_named = int(targets.max()) + 1
         if 2 * num_named < outputs.shape[1]:
@@ -95,6 +96,10 @@ def check_task(outputs: Tensor, targets: Tensor, task: str) -> None:
         raise ValueError(f"Expected outputs (N, K, ...) with K > 1, got {got}.")
     if task == "binary" and count != 1:
         raise ValueError(f"Expected one output, (N,) or (N, 1, ...), got {got}.")
+    if task == "multiclass" and shape[:1] + shape[2:] == tuple(targets.shape):
+        raise ValueError(
+            f"Expected integers for classes, got {got}. Convert them: `targets=lambda batch: batch[1].long()`."
+        )
     if _without_single_output(outputs).shape != _without_single_output(targets).shape:
         raise ValueError(f"Expected one label per output, got {got}.")
     if task == "regression":

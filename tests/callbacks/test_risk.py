@@ -337,7 +337,7 @@ LABELS = torch.zeros(20).long()
 @pytest.mark.parametrize("follows", ["early stopping", "a scheduler", "nobody"])
 @pytest.mark.parametrize(("options", "batch", "match"), [
     ({}, inputs(20), "one entry of the batch called 'label', .*got a tensor.*`targets=`.*`task=`"),
-    ({}, (inputs(20), inputs(20)[:, :4]), "told what floating labels are"),
+    ({}, (inputs(20), inputs(20)[:, :4]), "could be targets or classes"),
     ({"outputs": lambda y: y.softmax(1)}, (inputs(20), LABELS), "probabilities"),
 ])  # fmt: skip
 def test_labels_that_can_not_be_told(options: dict[str, Any], batch: Any, match: str, follows: str) -> None:

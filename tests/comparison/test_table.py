@@ -128,16 +128,16 @@ def test_the_table_shows_what_there_is() -> None:
         "2 fc       0.0124 ± 0.0004    1     0.5      0.25 0.75   0.3",
         "3 broken *",
     ]
-    assert " ".join(lines[6:]).startswith("* broken: failed: RuntimeError:   a long story that")
+    assert " ".join(lines[8:]).startswith("* broken: failed: RuntimeError:   a long story that")
     assert max(map(len, lines)) <= 100
     assert repr(comparison(5)) == str(comparison(5))
 
 
 def test_kendalls_tau_is_printed_for_all_scores() -> None:
     lines = str(comparison(6)).splitlines()
-    assert lines[8].split() == ["Kendall's", "τ", "with", "loss", "error"]
-    assert [line.split("  ")[0] for line in lines[9:]] == ["sensitivity", "entropy", "parameters"]
-    assert "[" in lines[9] and "[" not in str(comparison(5))
+    assert lines[10].split() == ["Kendall's", "τ", "with", "loss", "error"]
+    assert [line.split("  ")[0] for line in lines[11:]] == ["sensitivity", "entropy", "parameters"]
+    assert "[" in lines[11] and "[" not in str(comparison(5))
 
 
 def test_a_csv_file_has_all_digits(tmp_path: Path) -> None:
