@@ -172,24 +172,17 @@ def brute_force(
     return torch.cat(rows)
 
 
-def run_processes(
-    function: Callable[..., dict[str, Any]], folder: Path, world_size: int, *args: Any
-) -> list[dict[str, Any]]:
-    """Run ``function(rank, folder, *args)`` in processes that Lightning takes as they are; what each left in a file."""
+def run_processes(function: Callable[[int, Path], dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """Run ``function(rank, folder)`` in two processes that Lightning takes as they are; what each left in a file."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_run_process, args=(function, folder, port, world_size, args), nprocs=world_size)
-    return [torch.load(folder / f"rank_{rank}.pt", weights_only=False) for rank in range(world_size)]
+    torch.multiprocessing.spawn(_run_process, args=(function, folder, port), nprocs=2)
+    return [torch.load(folder / f"rank_{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 
-def _run_process(
-    rank: int, function: Callable[..., dict[str, Any]], folder: Path, port: int, world_size: int, args: tuple[Any, ...]
-) -> None:
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), NODE_RANK="0"
-    )
-    os.environ.update(WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size), GROUP_RANK="0")
-    os.environ["TORCHELASTIC_RUN_ID"] = "tests"
-    torch.save(function(rank, folder, *args), folder / f"rank_{rank}.pt")
+def _run_process(rank: int, function: Callable[[int, Path], dict[str, Any]], folder: Path, port: int) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank))
+    os.environ.update(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", NODE_RANK="0", GROUP_RANK="0", TORCHELASTIC_RUN_ID="tests")
+    torch.save(function(rank, folder), folder / f"rank_{rank}.pt")
     os._exit(0)  # at an ordinary end, gloo's threads now and then abort a process, or wait for another for ever

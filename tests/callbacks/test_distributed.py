@@ -280,7 +280,7 @@ def run_all(rank: int, folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     """What each process saw in each scenario."""
-    ranks = run_processes(run_all, tmp_path_factory.mktemp("distributed"), 2)
+    ranks = run_processes(run_all, tmp_path_factory.mktemp("distributed"))
     return {name: [results[name] for results in ranks] for name in SCENARIOS}
 
 
