@@ -59,6 +59,7 @@ def test_probabilities_are_refused_where_they_can_be_told() -> None:
     ("multiclass", LOGITS, CLASSES + 1, "labels from 0 to 2, .* got 1 to 3"),
     ("multiclass", LOGITS, CLASSES.byte().where(CLASSES < 2, 156), "got 0 to 156"),  # which is -100 in 8 bits
     ("multiclass", LOGITS, CLASSES[:, None], r"integer labels \(N, ...\), got .* shape \(6, 1\)"),
+    ("multiclass", LOGITS, CLASSES.float(), r"integers for classes, .*\.long\(\)"),
     ("multiclass", SINGLE, BITS, "K > 1"),
     ("multiclass", LOGITS, MULTI_HOT.float(), "sum to 1 over the classes"),
     ("binary", LOGITS, BITS, "one output"),
