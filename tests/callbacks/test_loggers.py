@@ -1,13 +1,12 @@
 """What the monitors log is read back from what each logger wrote."""
 
-import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from lightning.pytorch import seed_everything
-from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
@@ -32,42 +31,6 @@ def read_csv(logger: Logger, folder: Path) -> Curves:
     return curves
 
 
-def read_wandb(logger: Logger, folder: Path) -> Curves:
-    import wandb
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    wandb.finish()
-    wandb.teardown()  # waits for the process that writes the file
-    (path,) = (folder / "wandb").glob("offline-run-*/run-*.wandb")
-    curves: Curves = {}
-    for serialized in leveldb_log(path.read_bytes()):
-        values = {}
-        for item in Record.FromString(serialized).history.item:
-            (name,) = item.nested_key or [item.key]  # a path of one element: no name may be taken apart
-            values[name] = float(item.value_json)
-        for name, value in values.items():
-            curves.setdefault(name, {})[int(values["trainer/global_step"])] = value
-    return curves
-
-
-def leveldb_log(content: bytes) -> Iterator[bytes]:
-    """The records of W&B's file: LevelDB's log, in blocks of 32 KiB, with a header in the first."""
-    position, record = 7, b""
-    assert content[:position] == b":W&B\xe1\xbe\x00"
-    while position < len(content):
-        left = -position % 2**15 or 2**15
-        if left < 7:  # too short for a record's header: padding
-            position += left
-            continue
-        _, length, kind = struct.unpack_from("<IHB", content, position)
-        position += 7
-        record += content[position : position + length]
-        position += length
-        if kind in (1, 4):  # the whole of a record, or the last part of it
-            yield record
-            record = b""
-
-
 def read_mlflow(logger: Logger, folder: Path) -> Curves:
     client, run_id = logger.experiment, logger.version
     names = client.get_run(run_id).data.metrics
@@ -78,7 +41,6 @@ def read_mlflow(logger: Logger, folder: Path) -> Curves:
 KINDS: dict[str, tuple[Callable[[Path], Logger], Callable[[Logger, Path], Curves]]] = {
     "tensorboard": (lambda folder: TensorBoardLogger(folder, "tensorboard", ""), read_tensorboard),
     "csv": (lambda folder: CSVLogger(folder, "csv", ""), read_csv),
-    "wandb": (lambda folder: WandbLogger(save_dir=folder, offline=True), read_wandb),
     "mlflow": (lambda folder: MLFlowLogger(tracking_uri=(folder / "mlflow").as_uri()), read_mlflow),
 }
 
@@ -87,18 +49,11 @@ KINDS: dict[str, tuple[Callable[[Path], Logger], Callable[[Logger, Path], Curves
 def loggers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Logger]]:
     """Loggers that ask nobody, and leave nothing outside of ``tmp_path``."""
     monkeypatch.chdir(tmp_path)
-    for name in ("CACHE", "CONFIG", "DATA", "ARTIFACT"):
-        monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / "wandb-home"))
-    wandb_environment = {"MODE": "offline", "SILENT": "true", "CONSOLE": "off", "ERROR_REPORTING": "false"}
-    for name, value in wandb_environment.items():
-        monkeypatch.setenv(f"WANDB_{name}", value)
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # from 3.13 on; a database needs all of mlflow
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # the logger sets it
-    wandb, mlflow = pytest.importorskip("wandb"), pytest.importorskip("mlflow")
+    mlflow = pytest.importorskip("mlflow")
     yield {name: make(tmp_path) for name, (make, _) in KINDS.items()}
-    wandb.finish()
-    wandb.teardown()
     mlflow.set_tracking_uri("")
 
 
