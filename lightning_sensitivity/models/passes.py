@@ -107,7 +107,8 @@ class _State:
                         f"A pass of ours has written into a buffer of {type(self._module).__name__}, which"
                         " earlier passes had not. It could not be put back; from now on it is."
                     )
-            elif _is_written(tensor, value, version, self._is_first):
+            # Writes to `tensor.data` don't count, so that the first pass looks at values, too.
+            elif not self._is_first or version != _version(tensor) or _differs(tensor, value):
                 written.add(id(tensor))
                 with torch.no_grad():
                     if tensor.shape != value.shape:
@@ -184,19 +185,13 @@ def _flat(container: Any) -> list[Any]:
     return [*container.keys(), *container.values()] if isinstance(container, dict) else container
 
 
-def _is_written(tensor: Tensor, value: Tensor, version: int | None, is_first: bool) -> bool:
-    if version is not None and version != _version(tensor):
-        return True
-    if version is None and not torch.is_inference_mode_enabled():
-        return False  # inference tensors can't be written to elsewhere
-    # Writes to `tensor.data` don't count. On other devices a comparison waits, so that only the first pass looks.
-    may_look = is_first or version is None or tensor.device.type == "cpu"
-    return may_look and tensor.layout == torch.strided and not torch.equal(tensor, value)
+def _differs(tensor: Tensor, value: Tensor) -> bool:
+    return tensor.layout == torch.strided and not torch.equal(tensor, value)
 
 
 def _has_values(tensor: Tensor) -> bool:
-    """Whether they can be copied: lazy ones have none yet, and of a sharded model they may be in other processes."""
-    if is_lazy(tensor) or tensor.is_meta:
+    """Whether a pass could write to them: lazy ones have none yet, and of a sharded model other processes may."""
+    if is_lazy(tensor) or tensor.is_meta or (tensor.is_inference() and not torch.is_inference_mode_enabled()):
         return False
     return tensor.layout != torch.strided or tensor.numel() == 0 or tensor.untyped_storage().nbytes() > 0
 
