@@ -4,7 +4,7 @@
 # Time and memory of `SensitivityMonitor` and `RiskMonitor` with their defaults, beside the least that they could take,
 # beside a Trainer without them, and beside the loop of the paper's authors. README.md in this folder has the figures.
 #
-#     python examples/cost/benchmark.py          # under 12 minutes on one core; a GPU is used if there is one
+#     python examples/cost/benchmark.py          # six minutes on one idle core; a GPU is used if there is one
 #     python examples/cost/benchmark.py --quick  # half a minute: shows that it runs, and times nothing worth reading
 #
 # All runs of a comparison take turns, forwards and backwards, in one process on one thread, after a first turn that is
@@ -426,7 +426,7 @@ def memory(what: str, net: nn.Module, data: Batches) -> list[Row]:
 # %% All of them
 def comparisons(quick: bool) -> list[Callable[[], list[Row]]]:
     digits, image = (100, 1, 28, 28), (8 if quick else 32, 3, 32, 32)
-    many, some, few = (1, 1, 1) if quick else (40, 10, 4)
+    many, some, few = (1, 1, 1) if quick else (40, 10, 8)
     deep = 2 if quick else 8
     thin = batches(5, digits), batches(10, digits)
     images = batches(deep, image), batches(deep, image)

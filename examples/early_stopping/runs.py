@@ -10,7 +10,7 @@ import zlib
 from functools import cache, partial
 from itertools import combinations, pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy, one_hot, pad
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
+from lightning_sensitivity.callbacks import risk
 
 NUM_HOLDOUT, NUM_TEST = 1000, 3000
 LABELLED = (20, 50, 100, 200, 500)
@@ -129,7 +130,7 @@ REPORT = [  # the half that was held back of an earlier study, with new seeds
 POOLS = {
     "fresh": [run._replace(seed=300 + i) for i, run in enumerate(FRESH)],
     "report": [run._replace(seed=500 + i) for i, run in enumerate(REPORT)],
-    "second": [run._replace(seed=400 + i) for i, run in enumerate(FRESH)],  # the fresh runs with other seeds
+    "second": [run._replace(seed=400 + i) for i, run in enumerate(FRESH)],  # the fresh networks with other seeds
 }
 QUICK = [
     Run("digits", "fc1x64", 300, 0.2, "adam1e-3", 32, max_epochs=6, seed=300),
@@ -320,6 +321,17 @@ class Classifier(LightningModule):
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
 
+class ManyTwins(RiskMonitor):
+    """Three twins for each of the 10 batches, where one is the default."""
+
+    def measure(self, *args: Any) -> None:
+        own, risk._MIN_TWINS = risk._MIN_TWINS, 30
+        try:
+            super().measure(*args)
+        finally:
+            risk._MIN_TWINS = own
+
+
 def augmented(generator: torch.Generator, samples: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
     """A batch of images, each shifted by up to four pixels, and half of them mirrored."""
     x, y = default_collate(samples)
@@ -410,7 +422,11 @@ def train(folder: Path | None, file: Path, run: Run, variant: str = "main") -> N
     monitors: list[Callback] = []
     if variant == "main":
         monitors = [SensitivityMonitor(at="net.0" if run.data == "text" else None), RiskMonitor()]
-        monitors += [RiskMonitor(prefix=prefix, **kwargs) for prefix, kwargs in OTHERS.items() if run.data in CHEAP]
+        if run in POOLS["second"]:
+            monitors += [RiskMonitor(prefix="seed1_", seed=1)]
+            monitors += [ManyTwins(prefix="many0_", seed=0), ManyTwins(prefix="many1_", seed=1)]
+        elif run.data in CHEAP:
+            monitors += [RiskMonitor(prefix=prefix, **kwargs) for prefix, kwargs in OTHERS.items()]
     trainer = Trainer(
         max_epochs=run.max_epochs,
         accelerator="cpu",

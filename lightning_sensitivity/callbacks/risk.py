@@ -109,7 +109,7 @@ class RiskMonitor(Monitor):
     @property
     def state_key(self) -> str:
         """One for each prefix, so that a Trainer can have several."""
-        return self._generate_state_key(prefix=self.prefix)
+        return f"{type(self).__qualname__}(prefix={self.prefix!r})"  # Lightning asks for it at every hook
 
     @property
     def names(self) -> list[str]:
