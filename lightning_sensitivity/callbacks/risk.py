@@ -144,9 +144,7 @@ class RiskMonitor(Monitor):
         if problem is not None:
             self._give_up(problem)
         else:
-            rank_zero_info(
-                f"`RiskMonitor` ({self.prefix}*) takes as weights from before training {self._initial.source}."
-            )
+            rank_zero_info(f"`RiskMonitor` ({self.prefix}*): weights from before training are {self._initial.source}.")
             num_samples = math.ceil(self.num_training_samples / trainer.world_size)
             self._samples = TrainingSamples(self.task, num_samples, self.options)
         self._num_epochs = 0

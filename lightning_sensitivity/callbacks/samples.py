@@ -201,7 +201,10 @@ class InitialWeights:
             )
         else:
             self.weights = initial_weights(model)
-            self.source = "those of now; if an earlier fit has trained them, pass those before it as `initial_weights=`"
+            self.source = (
+                "those at the start of this fit; if an earlier fit has trained them, pass the ones from before it as"
+                " `initial_weights=`"
+            )
         return None
 
     def lacks(self, model: nn.Module) -> list[str]:
