@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from lightning_sensitivity.callbacks import logged
@@ -100,11 +101,15 @@ class Monitor(Callback):
         self.failures.is_strict = False
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin with nothing."""
+        """Begin with nothing, and with the buffers that the first step of DDP would broadcast."""
         self._begin_validation()
         self._num_batches = logged.num_batches(trainer)
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self.failures.is_strict = False  # also in a fit that goes on with a validation
+        model: Any = trainer.strategy.model
+        is_ddp = isinstance(model, DistributedDataParallel)
+        if is_ddp and model.will_sync_module_buffers():
+            model._sync_buffers()
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0

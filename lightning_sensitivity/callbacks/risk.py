@@ -215,7 +215,8 @@ class RiskMonitor(Monitor):
         if self._samples is None or self._samples.task is None:
             return {}, {}
         if dataloader_idx in self._together:
-            self._together[dataloader_idx].flush()
+            with self.failures.guarded(f"could not measure some batches of dataloader {dataloader_idx}"):
+                self._together[dataloader_idx].flush()
         sizes, device = (NUM_HOLDOUT_SUMS, NUM_TRAINING_SUMS), trainer.lightning_module.device
         sums = torch.zeros(sum(sizes), dtype=wide_dtype(device), device=device)
         if dataloader_idx in self._sums and self._training_sums is not None:
@@ -223,7 +224,7 @@ class RiskMonitor(Monitor):
         holdout, training = trainer.strategy.reduce(sums, reduce_op="sum").split(sizes)
         terms = risk_terms(holdout, training, _STRENGTH)
         troubles = {}
-        if bool(self._samples.may_be_probabilities):
+        if self._samples.may_be_probabilities:
             troubles["probabilities"] = "All outputs lie in [0, 1]. Of probabilities the estimate is wrong: use logits."
         if holdout[-1] + training[-1] > 0:
             # Of several twins each adds its part of a sample.

@@ -24,6 +24,8 @@ from lightning_sensitivity.twins import initial_weights
 
 ProbeOf = Callable[[Any], Probe]  # what runs the model on a batch
 
+_SEVERAL = 5  # validations after which outputs in [0, 1] are no chance any more
+
 
 class TrainingSamples:
     """The first training batches of a fit, in the memory of the CPU.
@@ -41,7 +43,6 @@ class TrainingSamples:
         task: The task, once it is known.
         num_missing: How many samples are still to be kept; 0 or less if there are enough.
         classes_last: Whether outputs are ``(N, ..., K)``.
-        may_be_probabilities: Whether outputs for one or several labels were all in [0, 1], which logits are not.
     """
 
     def __init__(self, task: str, num_samples: int, options: Options) -> None:
@@ -50,7 +51,12 @@ class TrainingSamples:
         self._batches: list[tuple[Any, Tensor]] = []  # and their labels
         self.classes_last = False
         self._num_outputs: int | None = None  # as of the last pass
-        self.may_be_probabilities: Tensor | bool = False
+        self._num_within: Tensor | int = 0  # validations in a row in which all outputs could be probabilities
+
+    @property
+    def may_be_probabilities(self) -> bool:
+        """Whether outputs for one or several labels have all been in [0, 1] for a while; waits for the device."""
+        return bool(self._num_within >= _SEVERAL)
 
     def keep(self, model: nn.Module, batch: Any, probe: ProbeOf) -> None:
         """Keep a batch. The first one tells the task.
@@ -79,7 +85,9 @@ class TrainingSamples:
         check_task(outputs, targets, task)
         check_logits(outputs, task)
         self.task = task
-        self._batches.append((move_data_to_device(copy.deepcopy(batch), torch.device("cpu")), targets.cpu()))
+        self._batches.append(
+            (move_data_to_device(copy.deepcopy(batch), torch.device("cpu")), targets.to("cpu", copy=True))
+        )
         self.num_missing -= len(outputs)
 
     def check_head(self, outputs: Tensor) -> None:
@@ -116,7 +124,7 @@ class TrainingSamples:
         """
         task = str(self.task)
         total = torch.zeros(NUM_TRAINING_SUMS, dtype=wide_dtype(model.device), device=model.device)
-        is_within: Tensor | bool = task in ("binary", "multilabel")
+        is_within: Tensor | bool = task in ("binary", "multilabel") and bool(self._batches)
 
         def score(outputs: Tensor, targets: Tensor) -> None:
             nonlocal total, is_within
@@ -126,15 +134,17 @@ class TrainingSamples:
                 is_within = is_within & ((outputs >= 0) & (outputs <= 1)).all()
 
         together = Together(score)
+        what = "leaves out kept training samples, which the model does not take"
         for batch, targets in self._batches:
-            with guarded("leaves out kept training samples, which the model does not take"):
-                # Some objects move themselves, or could be written to; of collections the probe makes copies.
-                own = batch if isinstance(batch, Tensor | list | tuple | dict) else copy.deepcopy(batch)
+            with guarded(what):
+                # Some objects move themselves, or could be written to; of tensors the probe makes copies.
+                own = batch if _is_plain(batch) else copy.deepcopy(batch)
                 runs = probe(move_data_to_device(own, model.device))
                 runs.classes_last = self.classes_last
                 runs.outputs(then=lambda outputs: together.add(outputs, targets))  # noqa: B023
-        together.flush()
-        self.may_be_probabilities = is_within
+        with guarded(what):
+            together.flush()
+        self._num_within = (self._num_within + 1) * is_within
         return total
 
 
@@ -211,3 +221,10 @@ class InitialWeights:
         """Names of the parameters that were not there before training, or had another shape."""
         known = {name: each.shape for name, each in (self.weights or {}).items()}
         return [name for name, each in model.named_parameters() if known.get(name) != each.shape]
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a batch is tensors and what can't change, in collections."""
+    if isinstance(value, dict | list | tuple):
+        return all(map(_is_plain, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, Tensor | str | int | float | None)

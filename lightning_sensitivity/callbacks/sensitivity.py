@@ -18,7 +18,7 @@ from lightning_sensitivity.callbacks.base import Monitor
 from lightning_sensitivity.callbacks.logged import waiting_for
 from lightning_sensitivity.functional import loss_estimate
 from lightning_sensitivity.functional.pieces import Together, wide_dtype
-from lightning_sensitivity.functional.sensitivity import has_masked
+from lightning_sensitivity.functional.sensitivity import SAME_K, has_masked, num_outputs
 from lightning_sensitivity.functional.tasks import are_log_probabilities, are_probabilities
 from lightning_sensitivity.metric import OutputSensitivity
 from lightning_sensitivity.models import Inputs, Options, Probe, Selector
@@ -148,10 +148,13 @@ class SensitivityMonitor(Monitor):
     def forget(self) -> None:
         """Begin a validation with nothing."""
         self._metrics: dict[int, list[_LoaderSensitivity]] = {}
+        self._num_outputs: dict[int, int] = {}  # by loader
 
     def measure(self, trainer: Trainer, probe: Probe, batch_idx: int, dataloader_idx: int) -> None:
         """Run the model on a batch, clean and perturbed."""
         clean: Tensor = probe.outputs()
+        if self._num_outputs.setdefault(dataloader_idx, num_outputs(clean)) != num_outputs(clean):
+            raise ValueError(SAME_K.format(self._num_outputs[dataloader_idx], num_outputs(clean)))
         key = (self.options.seed, trainer.global_rank, dataloader_idx, batch_idx)
         for name, metric in zip(self.options.sites, self._of_loader(trainer, dataloader_idx), strict=True):
             module = None if name is None else _submodule(trainer.lightning_module, name)
@@ -168,7 +171,8 @@ class SensitivityMonitor(Monitor):
         troubles: dict[str, str] = {}
         metrics = self._of_loader(trainer, dataloader_idx)
         for suffix, metric in zip(self.options.sites.values(), metrics, strict=True):
-            metric.together.flush()
+            with self.failures.guarded(f"could not measure some batches of dataloader {dataloader_idx}"):
+                metric.together.flush()
             sensitivity, stderr = metric.compute(), metric.stderr
             troubles |= {kind + suffix: doubt for kind, doubt in metric.doubts.items()}
             if metric.num_changes >= 2:

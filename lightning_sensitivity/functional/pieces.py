@@ -44,7 +44,7 @@ class Together:
         """
         if self._waiting and not all(map(_are_alike, self._waiting[0], tensors)):
             self.flush()
-        if tensors[0].numel() > _SIZE:
+        if tensors[0].numel() > _SIZE or any(len(each) != len(tensors[0]) for each in tensors):  # an error of its own
             self.flush()
             self._function(*tensors)
         else:

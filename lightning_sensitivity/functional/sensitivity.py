@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,10 @@ from lightning_sensitivity.functional.pieces import in_pieces, wide_dtype
 # Columns of a row: how many changes a sample gave (draws times positions); the sum and the sum of squares of the
 # class-averaged changes; the sum of the mean squared change of the single outputs; K, once for each change.
 NUM_COLUMNS = 5
+SAME_K = (
+    "Expected the same number of outputs K (dimension 1 of `clean` and `noisy`) in every batch, but got {} and {}. If"
+    " dimension 1 is a position, move the classes there."
+)
 _SMALL_SHARE = 0.01  # of what independent outputs would give
 
 
@@ -104,14 +108,11 @@ def sensitivity_from_rows(rows: Tensor) -> SensitivityEstimate:
         The estimate; nan where no sample is finite.
 
     Raises:
-        ValueError: If K is not the same for all samples.
+        ValueError: If K differs.
     """
-    found = sorted(set((rows[:, 4] / rows[:, 0]).round().tolist())) or [0]
+    found = sorted(set((rows[:, 4] / rows[:, 0])[rows[:, 0] > 0].round().tolist())) or [0]
     if len(found) > 1:
-        raise ValueError(
-            "Expected the same number of outputs K (dimension 1 of `clean` and `noisy`) in every batch, but got"
-            f" {' and '.join(f'{each:g}' for each in found)}. If dimension 1 is a position, move the classes there."
-        )
+        raise ValueError(SAME_K.format(*(int(each) for each in found[:2])))
     is_finite = rows.isfinite().all(1)
     kept = rows[is_finite]
     count, squares = kept[:, 0], kept[:, 3]
@@ -260,10 +261,8 @@ def loss_estimate(
     if isinstance(num_outputs, bool) or not isinstance(num_outputs, int) or num_outputs < 2:
         raise ValueError(f"Expected `num_outputs` to be an int of 2 or more, but got {num_outputs!r}.")
     sensitivity = torch.as_tensor(sensitivity, dtype=None if isinstance(sensitivity, Tensor) else torch.float64)
-    dtype, device = sensitivity.dtype, sensitivity.device
-    power, std, offset = (
-        torch.as_tensor(each, dtype=dtype, device=device) for each in (input_power, noise_std, offset)
-    )
+    like: dict[str, Any] = {"dtype": sensitivity.dtype, "device": sensitivity.device}
+    power, std, offset = (torch.as_tensor(each, **like) for each in (input_power, noise_std, offset))
     if not bool(((std > 0) & std.isfinite()).all()):
         raise ValueError(f"Expected `noise_std` to be positive and finite, but got {noise_std}.")
     for name, value in (("sensitivity", sensitivity), ("input_power", power), ("offset", offset)):

@@ -207,12 +207,13 @@ def describe(value: Any) -> str:
 def forward_parameters(model: nn.Module) -> list[inspect.Parameter]:
     """The parameters of ``forward``, also of a compiled module; none of a scripted one, which does not tell them."""
     forward = uncompiled(model).forward
-    try:
-        # The signature of a method's function is kept; what else may stand in its place could hold the model.
+    try:  # the signature of a method's function is kept; what else may stand in its place could hold the model
         found = _signature(forward.__func__) if inspect.ismethod(forward) else inspect.signature(forward)
     except ValueError:
         return []
-    return list(found.parameters.values())[inspect.ismethod(forward) :]
+    parameters = list(found.parameters.values())
+    has_self = inspect.ismethod(forward) and parameters[0].kind != inspect.Parameter.VAR_POSITIONAL
+    return parameters[1:] if has_self else parameters
 
 
 _signature = lru_cache(maxsize=64)(inspect.signature)

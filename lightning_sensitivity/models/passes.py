@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 
 T = TypeVar("T")
 
+_SMALL = 2**14  # elements of a tensor that is copied before every batch, since it costs nothing
 _OF_ANY_MODULE = frozenset(vars(nn.Module()))  # parameters, buffers, hooks, the mode
 
 
@@ -23,9 +24,9 @@ class Passes:
     """Runs a model again and again, and leaves it, and all random streams, as they were.
 
     Every pass finds the buffers and attributes that the module has, and the same state of every random stream, so that
-    two passes of a stochastic model differ by their inputs alone. Buffers are copied, and numpy's stream is put back,
-    only where the first pass, around which all are, was seen to write or use them. What a pass can't put back is deeper
-    Python state that ``forward`` itself changes: what is nested in a container, a generator of its own.
+    two passes of a stochastic model differ by their inputs alone. Large buffers are copied only where the first pass,
+    around which all are, was seen to write them. What a pass can't put back is deeper Python state that ``forward``
+    itself changes: what is nested in a container, a generator of its own.
 
     Args:
         model: The module.
@@ -34,7 +35,7 @@ class Passes:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._written: set[int] | None = None  # ids of tensors; None before the first pass
-        self._uses_numpy = True  # until the first pass has shown that it does not: its states are slow to get and set
+        self._uses_numpy = True  # until the first pass has shown that it does not: numpy's states are slow to set
         self._devices: set[torch.device] = set()
         self._states: list[_State] = []
         self._dice: _Dice | None = None
@@ -46,7 +47,7 @@ class Passes:
         training = [module for module in modules if module.training]
         if self._written is None:  # a strategy keeps the module where it is
             self._devices = {tensor.device for tensor in (*self._model.parameters(), *self._model.buffers())}
-        self._dice = _Dice(self._devices, self._uses_numpy)
+        self._dice = _Dice(self._devices)
         try:
             for module in training:  # not by `eval()`, which modules override
                 module.training = False
@@ -68,7 +69,7 @@ class Passes:
             function: The function.
         """
         assert self._dice is not None
-        self._dice.put_back()
+        self._dice.put_back(self._uses_numpy)
         written: set[int] = set()
         try:
             result = function()
@@ -93,7 +94,12 @@ class _State:
         self._containers = [(each, each.copy()) for each in containers]
         tensors = [each for each in (*own, *module._buffers.values()) if isinstance(each, Tensor) and _has_values(each)]
         self._tensors = [
-            (each, each.clone() if written is None or id(each) in written else None, _version(each)) for each in tensors
+            (
+                each,
+                each.clone() if written is None or each.numel() <= _SMALL or id(each) in written else None,
+                _version(each),
+            )
+            for each in tensors
         ]
 
     def give_back(self) -> set[int]:
@@ -104,11 +110,10 @@ class _State:
                 if version != _version(tensor):
                     written.add(id(tensor))
                     rank_zero_warn(
-                        f"A pass of ours has written into a buffer of {type(self._module).__name__}, which"
+                        f"A pass of ours has written into a large buffer of {type(self._module).__name__}, which"
                         " earlier passes had not. It could not be put back; from now on it is."
                     )
-            # Writes to `tensor.data` don't count, so that the first pass looks at values, too.
-            elif not self._is_first or version != _version(tensor) or _differs(tensor, value):
+            elif version != _version(tensor) or (self._may_look(tensor) and _differs(tensor, value)):
                 written.add(id(tensor))
                 with torch.no_grad():
                     if tensor.shape != value.shape:
@@ -124,12 +129,16 @@ class _State:
         now.update(self._before)
         return written
 
+    def _may_look(self, tensor: Tensor) -> bool:
+        """Whether to compare values: writes to `tensor.data` don't count. On other devices a comparison waits."""
+        return self._is_first or tensor.device.type == "cpu"
+
 
 class _Dice:
     """The state of every random stream: python's, numpy's, torch's on the CPU and on the model's devices."""
 
-    def __init__(self, devices: set[torch.device], with_numpy: bool) -> None:
-        self._numpy = sys.modules.get("numpy") if with_numpy else None  # not imported: nobody has drawn from it
+    def __init__(self, devices: set[torch.device]) -> None:
+        self._numpy = sys.modules.get("numpy")  # not imported: nobody has drawn from it
         self._numpy_state: Any = self._numpy.random.get_state() if self._numpy else None
         self._python_state = random.getstate()
         self._cpu_state = torch.get_rng_state()
@@ -145,9 +154,9 @@ class _Dice:
         (_, keys, *rest), (_, own_keys, *own_rest) = self._numpy.random.get_state(), self._numpy_state
         return rest != own_rest or bool((keys != own_keys).any())
 
-    def put_back(self) -> None:
+    def put_back(self, with_numpy: bool = True) -> None:
         random.setstate(self._python_state)
-        if self._numpy:
+        if self._numpy and with_numpy:
             self._numpy.random.set_state(self._numpy_state)
         torch.set_rng_state(self._cpu_state)
         for device, state in self._states:

@@ -197,6 +197,22 @@ def test_after_the_first_batch_no_batch_waits_for_the_device() -> None:
     assert "val_risk_estimate" in run.callback_metrics
 
 
+@pytest.mark.parametrize("left_out", [lambda x, y: y[(x != 0).any(1)], lambda x, y: y[:, : 3 + (x != 0).any(1).all()]])
+def test_a_batch_of_other_outputs_costs_that_batch(left_out: Callable[[Tensor, Tensor], Tensor]) -> None:
+    class Changing(Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return left_out(x, super().forward(x))
+
+    monitor, model, plain, x = SensitivityMonitor(), Changing(), Linear(), inputs(50)
+    plain.load_state_dict(model.state_dict())
+    x[25] = 0  # a row of padding, to which the noise gives a value
+    with pytest.warns(UserWarning, match="could not measure a batch of dataloader 0"):
+        validated(monitor, model, DataLoader(x, 10))
+    assert monitor.metrics[0].num_samples == 40
+    expected = brute_force(plain.eval(), {index: part for index, part in enumerate(x.split(10)) if index != 2})
+    assert monitor.metrics[0].compute().item() == pytest.approx(expected.var(correction=0).item(), rel=1e-6)
+
+
 # Other places, other perturbations, other batches and outputs
 
 

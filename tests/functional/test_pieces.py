@@ -43,6 +43,8 @@ def test_small_batches_go_together_and_a_large_one_alone_and_uncopied() -> None:
     some.add(large)
     assert [each[0].tolist() for each in handed] == [[[1.0] * 3] * 2 + [[0.0] * 3] * 2, large.tolist()]
     assert handed[1][0] is large
+    some.add(small, small[:1])  # not of the same samples: nothing that waits may be mixed with it
+    assert [len(each) for each in handed[2]] == [2, 1]
 
 
 def test_what_waits_is_never_more_than_a_piece() -> None:

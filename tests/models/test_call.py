@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from lightning_sensitivity.models import prepare_call
+from lightning_sensitivity.models.call import forward_parameters
 
 X, DEPTH, IDS, MASK = torch.zeros(3, 2), torch.full((3, 2), 10.0), torch.full((3,), 20), torch.ones(3, 2).bool()
 Pair = namedtuple("Pair", ["x", "y"])
@@ -172,6 +173,13 @@ def test_a_packed_sequence_stays_one_and_memory_formats_stay() -> None:
     call = prepare_call(One(), (images, IDS))
     assert call.tensors()[0] is images
     assert call.made()[0][0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_wrapped_forward_takes_what_it_is_given() -> None:
+    class Wrapped(nn.Module):
+        def forward(*args: Any, **kwargs: Any) -> Any: ...
+
+    assert [each.name for each in forward_parameters(Wrapped())] == ["args", "kwargs"]
 
 
 def test_the_names_of_a_compiled_model_are_those_of_its_forward() -> None:

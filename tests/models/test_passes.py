@@ -113,13 +113,29 @@ def test_large_buffers_are_copied_only_where_a_pass_was_seen_to_write_them() -> 
         assert not model.written.any()
     assert counts[0] >= 4 and counts[1:] == [1, 1]  # all of them before the first pass; then the one that was written
     model.change = lambda m, x: m.hidden.add_(1).sum()
-    match = "written into a buffer of Stateful, which earlier passes had not"
+    match = "written into a large buffer of Stateful, which earlier passes had not"
     with pytest.warns(UserWarning, match=match), passes.measuring():
         passes.run(lambda: model(X))
     assert model.hidden.all()
     with passes.measuring():
         passes.run(lambda: model(X))
     assert torch.equal(model.hidden, torch.ones(LARGE))
+
+
+@pytest.mark.parametrize("change", [lambda m: m.written.add_(1), lambda m: m.written.data.add_(1)])
+def test_what_a_later_pass_begins_to_write_or_to_draw_is_put_back(change: Callable[[Any], Tensor]) -> None:
+    model = Stateful(lambda m, x: x, 2)
+    passes = Passes(model)
+    np.random.seed(0)
+    expected = np.random.rand(3)
+    np.random.seed(0)
+    for has_begun in (False, True):
+        with passes.measuring():
+            passes.run(lambda: model(X))
+            if has_begun:  # a perturbation, for one, is not in the first pass
+                passes.run(lambda: (change(model), np.random.rand(3)))
+        assert not model.written.any()
+    assert (np.random.rand(3) == expected).all()
 
 
 def test_a_first_pass_that_failed_has_shown_nothing() -> None:
