@@ -231,25 +231,33 @@ def by_kind(runs: list[Curves]) -> list[str]:
     return [*lines, "Mean regret:", *table("rule | " + " | ".join(groups), rows)]
 
 
+def by_draw(runs: list[Curves], *prefixes: str) -> np.ndarray:
+    """Regrets of the runs, a row for each monitor's draw of its twins."""
+    return np.array([regrets(runs, lambda c, p=p: [lowest(c[f"{p}risk_estimate"])]) for p in prefixes])
+
+
+def spread(found: np.ndarray) -> float:
+    """Standard deviation of the mean regret over draws, from the scatter within runs."""
+    return float(np.sqrt(found.var(axis=0, ddof=1).sum()) / found.shape[1])
+
+
 def draws(runs: list[Curves]) -> str:
-    found = [regrets(runs, lambda c, p=p: [lowest(c[f"{p}risk_estimate"])]) for p in ("val_", "seed1_", "seed2_")]
+    found = by_draw(runs, "val_", "seed1_", "seed2_")
     means = ", ".join(f"{values.mean():.2f}" for values in found)
-    within = np.sqrt(np.var(found, axis=0, ddof=1).sum()) / len(runs)
     return (
         f"Draws of the twins: three monitors with other seeds, in {len(runs)} runs, have mean regrets of {means}; from"
-        f" the scatter within runs, the standard deviation of the mean regret is {within:.2f} points."
+        f" the scatter within runs, the standard deviation of the mean regret is {spread(found):.2f} points."
     )
 
 
 def more_twins(runs: list[Curves]) -> str:
-    found = {
-        name: [regrets(runs, lambda c, p=p: [lowest(c[f"{p}risk_estimate"])]) for p in prefixes]
-        for name, prefixes in (("10", ("val_", "seed1_")), ("30", ("many0_", "many1_")))
-    }
-    means = {name: " and ".join(f"{each.mean():.1f}" for each in values) for name, values in found.items()}
-    spreads = {name: np.sqrt(np.var(values, axis=0, ddof=1).sum()) / len(runs) for name, values in found.items()}
-    told = [f"{name} twins {means[name]} (standard deviation over draws {spreads[name]:.2f})" for name in found]
-    difference = np.mean(found["30"], axis=0) - np.mean(found["10"], axis=0)
+    few, many = by_draw(runs, "val_", "seed1_"), by_draw(runs, "many0_", "many1_")
+    told = [
+        f"{name} twins {values[0].mean():.1f} and {values[1].mean():.1f}"
+        f" (standard deviation over draws {spread(values):.2f})"
+        for name, values in (("10", few), ("30", many))
+    ]
+    difference = many.mean(0) - few.mean(0)
     rng = np.random.default_rng(0)
     resampled = [difference[rng.integers(len(runs), size=len(runs))].mean() for _ in range(4000)]
     low, high = np.quantile(resampled, (0.025, 0.975))

@@ -175,6 +175,7 @@ class RiskMonitor(Monitor):
         self._training_sums: Tensor | None = None
         self._weights: dict[str, Tensor] = {}  # from before training, on the device
         self._of_twin: dict[str, Tensor] = {}
+        self._by_batch = False  # whether there is batch norm
 
     end_validation = forget
 
@@ -189,11 +190,12 @@ class RiskMonitor(Monitor):
             self._weights = {name: each.to(pl_module.device) for name, each in self._initial.weights.items()}
             if new := self._initial.lacks(pl_module):
                 self.failures.warn("new", f"counts {', '.join(new[:3])} as learned as a whole: {_NEW}")
+            self._by_batch = normalizes_by_batch(pl_module)
             own = partial(self.probe, trainer, pl_module)
             self._training_sums = samples.sums(pl_module, own, self.failures.guarded)
         samples.check_head(outputs)
-        by_batch = partial(batch_statistics, pl_module) if normalizes_by_batch(pl_module) else nullcontext
-        own_outputs = () if by_batch is nullcontext else (probe.outputs(within=by_batch),)
+        by_batch = partial(batch_statistics, pl_module) if self._by_batch else nullcontext
+        own_outputs = (probe.outputs(within=by_batch),) if self._by_batch else ()
         num_batches = self.num_wanted(trainer, dataloader_idx) * trainer.world_size
         num_twins = max(1, math.ceil(_MIN_TWINS / max(1, num_batches)))
         together = self._together.setdefault(dataloader_idx, Together(partial(self._add, dataloader_idx, num_twins)))

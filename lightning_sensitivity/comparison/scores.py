@@ -67,7 +67,7 @@ class Scored(NamedTuple):
     """What a pass over all samples gave.
 
     Attributes:
-        samples: What :func:`score_samples` gives, over all batches and processes, with ``power``, the mean square of
+        samples: What :func:`score_samples` gives, over all batches, with ``power``, the mean square of
             what was perturbed in units of the noise's variance, and ``fingerprint``, which tells samples apart.
         num_parameters: How many parameters the model has.
         seconds: Of the whole pass.
@@ -125,7 +125,7 @@ def score_samples(clean: Tensor, noisy: Iterable[Tensor], targets: Tensor | None
 
 
 def joined(parts: Iterable[Samples]) -> Samples:
-    """Samples of several batches or processes, with what all of them have, on the CPU; of those that have any."""
+    """Samples of several batches, with what all of them have, on the CPU; of those that have any."""
     parts = [part for part in parts if part]
     names = [name for name in parts[0] if all(name in part for part in parts)] if parts else []
     return {name: torch.cat([part[name] for part in parts]).cpu() for name in names}
@@ -164,16 +164,19 @@ def score_models(
         notes: What else is known of each model, with those that failed.
         task: What the outputs are for.
     """
-    by_sample = {name: _by_sample(each.samples, task) for name, each in scored.items()}
-    notes = {name: note or _doubt(scored[name].samples, task) for name, note in notes.items()}
+    estimates = {name: F.sensitivity_from_rows(each.samples["rows"]) for name, each in scored.items()}
+    by_sample = {name: _by_sample(scored[name].samples, each.num_outputs, task) for name, each in estimates.items()}
+    notes = {
+        name: note or _doubt(scored[name].samples, estimates[name].num_outputs, task) for name, note in notes.items()
+    }
     log_p = {name: each.samples["log_p"] for name, each in scored.items() if "log_p" in each.samples}
     voters = [name for name in log_p if not notes[name]]  # what has learned nothing has no say
     for name, (loss, error) in consensus_scores(log_p, voters).items():
         by_sample[name] |= {"consensus_loss": loss, "consensus_error": error}
     models = {name: ModelScores(name, note=note) for name, note in notes.items()}
-    for name, (samples, num_parameters, seconds) in scored.items():
+    for name, (_, num_parameters, seconds) in scored.items():
         means = {score: float(values.mean()) for score, values in by_sample[name].items()}
-        means["sensitivity_stderr"] = float(F.sensitivity_from_rows(samples["rows"]).stderr)
+        means["sensitivity_stderr"] = float(estimates[name].stderr)
         models[name] = ModelScores(name, note=notes[name], num_parameters=num_parameters, seconds=seconds, **means)
     return list(models.values()), by_sample
 
@@ -223,9 +226,8 @@ def consensus_scores(
     return scores
 
 
-def _by_sample(samples: Samples, task: str) -> Samples:
+def _by_sample(samples: Samples, num_outputs: int, task: str) -> Samples:
     rows, power = samples["rows"], samples["power"].mean()
-    num_outputs = F.sensitivity_from_rows(rows).num_outputs
     names = ("entropy", "confidence", "flips")
     scores = {name: samples[name] for name in names if name in samples}
     scores["sensitivity"] = _ratio(F.squared_deviations(rows), rows[:, 0])
@@ -245,9 +247,9 @@ def _ratio(sums: Tensor, counts: Tensor) -> Tensor:
     return ratio + (sums - ratio * counts) / counts.mean()
 
 
-def _doubt(samples: Samples, task: str) -> str:
+def _doubt(samples: Samples, num_outputs: int, task: str) -> str:
     """What the predictions themselves say of a model that has learned nothing."""
-    num_classes = F.sensitivity_from_rows(samples["rows"]).num_outputs if task == "multiclass" else 2  # of each label
+    num_classes = num_outputs if task == "multiclass" else 2  # of each label
     is_undecided = "entropy" in samples and samples["entropy"].mean() > _UNDECIDED * math.log(num_classes)
     return "undecided (untrained?)" if is_undecided else ""
 
