@@ -7,17 +7,17 @@ from lightning_sensitivity.metric import OutputSensitivity
 
 if TYPE_CHECKING:
     from lightning_sensitivity.callbacks import RiskMonitor, SensitivityMonitor
-    from lightning_sensitivity.comparison import compare_models, compare_runs
+    from lightning_sensitivity.compare import compare_models
 
 __version__ = "0.1.0"
 
-__all__ = ["OutputSensitivity", "RiskMonitor", "SensitivityMonitor", "__version__", "compare_models", "compare_runs"]
+__all__ = ["OutputSensitivity", "RiskMonitor", "SensitivityMonitor", "__version__", "compare_models"]
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:  # on first use, so that the metric alone never imports lightning
-        home = "callbacks" if name.endswith("Monitor") else "comparison"
-        return getattr(import_module(f"{__name__}.{home}"), name)
+        home = "callbacks" if name.endswith("Monitor") else "compare"
+        return globals().setdefault(name, getattr(import_module(f"{__name__}.{home}"), name))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

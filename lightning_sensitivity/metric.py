@@ -1,6 +1,4 @@
-"""Output sensitivity as a torchmetrics Metric; it needs neither a Trainer nor a model."""
-
-from __future__ import annotations
+"""Output sensitivity and the risk estimate as torchmetrics; they need neither a Trainer nor a model."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -9,21 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat, rank_zero_warn
+from torchmetrics.utilities import dim_zero_cat
 from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
+from torchmetrics.utilities.prints import rank_zero_only
 
-from lightning_sensitivity.functional import sensitivity as F
-from lightning_sensitivity.functional.pieces import wide_dtype
+from lightning_sensitivity.functional import risk as R
+from lightning_sensitivity.functional import sensitivity as S
+from lightning_sensitivity.functional.tasks import warn, wide_dtype
 
 
 class OutputSensitivity(Metric):
-    r"""Output sensitivity: the variance of the class-averaged output change under input noise.
+    r"""Compute output sensitivity: the variance of the class-averaged output change under input noise.
 
     .. math::
         S = \operatorname{Var}\Big(\frac{1}{K} \sum_{k=1}^{K} \big[f_k(x + \varepsilon) - f_k(x)\big]\Big)
 
     The variance is that of the population (ddof 0) over all samples and noise draws (Forouzesh, Salehi and Thiran,
-    ICPR 2020, `arXiv:2007.15378`_). It needs no labels. The state is one row of five numbers a sample, so that the
+    ICPR 2020, arXiv:2007.15378). It needs no labels. The state is one row of five numbers per sample, so that the
     value depends on neither the batch size nor the number of processes.
 
     As input to ``forward`` and ``update`` the metric accepts the following input:
@@ -31,15 +31,14 @@ class OutputSensitivity(Metric):
     - ``clean`` (:class:`~torch.Tensor`): outputs f(x), before the softmax (logits), as a float tensor of shape
       ``(N, K, ...)``. Dimensions after K (pixels, tokens) count as further changes of a sample; ``(N,)`` is K = 1.
     - ``noisy`` (:class:`~torch.Tensor` or an iterable of them): outputs f(x + ε) of the same shape; for several noise
-      draws of the same samples, an iterable with one tensor a draw. A generator is consumed one draw at a time.
+      draws of the same samples, an iterable with one tensor per draw. A generator is consumed one draw at a time.
 
     As output of ``forward`` and ``compute`` the metric returns the following output:
 
     - ``sensitivity`` (:class:`~torch.Tensor`): scalar tensor in squared units of the outputs
 
     Samples with nan or inf are left out, and ``compute`` says how many. It also warns where no output changed, and
-    where the class average holds next to nothing of the change (as that of probabilities). Outputs that are -inf in
-    clean and noisy outputs alike, as masked logits are, have not changed and don't count.
+    where the class average holds next to nothing of the change (as that of probabilities).
 
     Args:
         per_output: Compute the mean squared change of the single outputs instead, which does not average over classes
@@ -64,17 +63,14 @@ class OutputSensitivity(Metric):
         tensor(0.0003, dtype=torch.float64)
         >>> metric.stderr
         tensor(2.1333e-05, dtype=torch.float64)
-        >>> metric.per_sample.topk(3).indices  # the most sensitive samples, in the order of the updates
-        tensor([106, 300, 383])
+        >>> metric.per_sample.shape
+        torch.Size([500])
 
     Example (several noise draws of the same samples):
         >>> metric = OutputSensitivity()
         >>> metric.update(model(x), (model(x + 0.1 * torch.randn_like(x)) for _ in range(4)))
         >>> metric.compute()
         tensor(0.0003, dtype=torch.float64)
-
-    .. _arXiv:2007.15378: https://arxiv.org/abs/2007.15378
-
     """
 
     is_differentiable: bool = False
@@ -84,14 +80,13 @@ class OutputSensitivity(Metric):
 
     rows: list[Tensor]
     _all_rows: Tensor  # over all processes, as of the last `compute`
-    _estimate: F.SensitivityEstimate  # from those
+    _estimate: S.SensitivityEstimate  # from those
 
     def __init__(self, per_output: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if not isinstance(per_output, bool):
             raise ValueError(f"Expected argument `per_output` to be a bool, but got {per_output!r}.")
         self.per_output = per_output
-        self.has_masked: bool | None = None  # told by the first batch, so that later ones need not wait for the device
         self.add_state("rows", default=[], dist_reduce_fx="cat")
         self.reset()
 
@@ -99,27 +94,23 @@ class OutputSensitivity(Metric):
         """Forget all samples."""
         super().reset()
         # A process without samples has rows to gather, too, of the type that the others have.
-        self.rows.append(torch.zeros(0, F.NUM_COLUMNS, dtype=wide_dtype(self.device), device=self.device))
+        self.rows.append(torch.zeros(0, S.NUM_COLUMNS, dtype=wide_dtype(self.device), device=self.device))
 
     def update(self, clean: Tensor, noisy: Tensor | Iterable[Tensor]) -> None:
         """Add the outputs of one batch of samples, for clean and for perturbed inputs."""
-        if self.has_masked is None and isinstance(clean, Tensor) and clean.numel():
-            self.has_masked = F.has_masked(clean)
-        self.rows.append(F.sensitivity_rows(clean, noisy, bool(self.has_masked)))
+        self.rows.append(S.sensitivity_rows(clean, noisy))
 
     def compute(self) -> Tensor:
-        """The sensitivity of all samples so far, over all processes."""
+        """Compute the sensitivity of all samples so far, over all processes."""
         self._all_rows = dim_zero_cat(self.rows)
-        self._estimate = F.sensitivity_from_rows(self._all_rows)
-        for kind, doubt in F.doubts(self._estimate, self.per_output).items():
-            self._report(kind, doubt)
-        if self.has_masked:
-            self._report("masked", "Outputs that are -inf in both passes have not changed, and don't count.")
+        self._estimate = S.sensitivity_from_rows(self._all_rows)
+        for kind, message in S.diagnostics(self._estimate, self.per_output).items():
+            self._warn(kind, message)
         return self._estimate.mean_square if self.per_output else self._estimate.sensitivity
 
     @property
-    def estimate(self) -> F.SensitivityEstimate:
-        """All that the rows say, over all processes: error bars, the share of the class mean, how many samples."""
+    def estimate(self) -> S.SensitivityEstimate:
+        """All that the rows say, over all processes: error bars, the share of the class mean, numbers of samples."""
         self.compute()  # cached, and leaves the estimate behind
         return self._estimate
 
@@ -135,14 +126,13 @@ class OutputSensitivity(Metric):
 
     @property
     def per_sample(self) -> Tensor:
-        """What each sample adds: its mean squared change, ``(N,)``, of which the mean is the value.
+        """Mean squared change of each sample, ``(N,)``, in the order of the updates; nan for samples with nan or inf.
 
-        In the order of the updates, process by process; nan for samples with nan or inf. (The mean is exactly the
-        value where all samples have as many positions.)
+        Where all samples have as many positions, its mean is the value. It does not tell where a model is wrong.
         """
         self.compute()
         rows = self._all_rows
-        sums = rows[:, 3].where(rows.isfinite().all(1), math.nan) if self.per_output else F.squared_deviations(rows)
+        sums = rows[:, 3].where(rows.isfinite().all(1), math.nan) if self.per_output else S.squared_deviations(rows)
         return sums / rows[:, 0]
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
@@ -150,7 +140,7 @@ class OutputSensitivity(Metric):
         super().merge_state(incoming_state)
         self._computed = None  # torchmetrics would keep giving the value from before the merge
 
-    def _apply(self, *args: Any, **kwargs: Any) -> OutputSensitivity:
+    def _apply(self, *args: Any, **kwargs: Any) -> "OutputSensitivity":
         """Move the rows with the metric, but don't round them where the model around it becomes a 16-bit one."""
         rows, self.rows = self.rows, []
         super()._apply(*args, **kwargs)
@@ -180,5 +170,67 @@ class OutputSensitivity(Metric):
         """
         return self._plot(val, ax)
 
-    def _report(self, kind: str, doubt: str) -> None:
-        rank_zero_warn(doubt)
+    def _warn(self, kind: str, message: str) -> None:
+        rank_zero_only(warn)(message)
+
+
+class RiskEstimate(Metric):
+    """Sum up what the risk estimate needs: claims and variance on unseen samples, scores on training samples.
+
+    The formula is that of :func:`~lightning_sensitivity.functional.risk_estimate`; its states are sums, which every
+    process adds to.
+
+    Args:
+        task: One of :data:`~lightning_sensitivity.functional.tasks.TASKS`.
+        strength: λ of the simulated twins; None for real ones.
+        kwargs: Additional keyword arguments of :class:`torchmetrics.Metric`.
+
+    Attributes:
+        num_training: n, the number of training samples; None for real twins.
+        totals: Sums over all processes, as of the last ``compute``.
+
+    Example:
+        >>> import torch
+        >>> from lightning_sensitivity.metric import RiskEstimate
+        >>> metric = RiskEstimate("multiclass")
+        >>> metric.update(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[2.0, 0.0], [1.0, 1.0]]))
+        >>> metric.update_training(torch.tensor([[3.0, 0.0], [0.0, 3.0]]), torch.tensor([0, 1]))
+        >>> metric.compute().estimate
+        tensor(0.3832, dtype=torch.float64)
+    """
+
+    is_differentiable: bool = False
+    higher_is_better: bool = False
+    full_state_update: bool = False
+    update_called = True  # a process without a batch takes part in the others' sums, without a warning
+
+    holdout_sums: Tensor
+    training_sums: Tensor
+
+    def __init__(self, task: str, strength: float | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.task, self.strength = task, strength
+        self.num_training: float | None = None
+        for name, size in (("holdout_sums", R.NUM_HOLDOUT_SUMS), ("training_sums", R.NUM_TRAINING_SUMS)):
+            self.add_state(name, default=torch.zeros(size, dtype=wide_dtype(self.device)), dist_reduce_fx="sum")
+
+    def update(self, outputs: Tensor, twin_outputs: Tensor, compared: Tensor | None = None, weight: float = 1) -> None:
+        """Add a batch of unseen samples; see :func:`~lightning_sensitivity.functional.risk.holdout_sums`.
+
+        Args:
+            outputs: Outputs of the model, ``(N, K, ...)`` or ``(N,)``.
+            twin_outputs: Outputs of a twin.
+            compared: Outputs to compare with the twin's, if others.
+            weight: What the samples count: a half where the same samples come with two twins.
+        """
+        self.holdout_sums = self.holdout_sums + weight * R.holdout_sums(outputs, twin_outputs, compared, task=self.task)
+
+    def update_training(self, outputs: Tensor, targets: Tensor) -> None:
+        """Add a batch of training samples, outputs ``(N, K, ...)`` or ``(N,)`` and their labels."""
+        self.training_sums = self.training_sums + R.training_sums(outputs, targets, self.task)
+        self._computed = None
+
+    def compute(self) -> R.RiskTerms:
+        """Compute the estimate and its terms over all processes; nan without samples."""
+        self.totals = self.holdout_sums, self.training_sums
+        return R.risk_terms(*self.totals, self.strength, self.num_training)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_sensitivity.perturbations import noise_generator
+from lightning_sensitivity.model import noise_generator
 
 NUM_FEATURES, NUM_CLASSES = 12, 4
 
@@ -37,6 +37,16 @@ def loader(num_samples: int = 50, batch_size: int = 16, seed: int = 0, **kwargs:
 
 def unlabelled_loader(num_samples: int = 50, batch_size: int = 16, seed: int = 0) -> DataLoader:
     return DataLoader(inputs(num_samples, seed), batch_size)
+
+
+class Stream(IterableDataset):
+    """Samples without a length."""
+
+    def __init__(self, num_samples: int = 50, has_labels: bool = False) -> None:
+        self.samples = labelled(num_samples) if has_labels else inputs(num_samples)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.samples)
 
 
 class Classifier(LightningModule):
@@ -130,11 +140,11 @@ class Watch(TorchDispatchMode):
 class Scheduled(LightningModule):
     """Its schedule waits for a name; for other modules, too."""
 
-    waits_for = "val_risk_estimate"
+    waits_for, waits_for_mode = "val_risk_estimate", "min"
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD(self.parameters(), lr=0.05)
-        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, self.waits_for_mode)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": self.waits_for}}
 
 

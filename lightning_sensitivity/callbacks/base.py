@@ -1,11 +1,9 @@
 """What the monitors share: which batches are measured, passes that leave no trace, failures, and logging."""
 
-from __future__ import annotations
-
 import math
 from abc import abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -17,268 +15,275 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from lightning_sensitivity.callbacks import logged
-from lightning_sensitivity.callbacks.checks import StepWatch, check_run, classes_are_last, forward, submodules_run
-from lightning_sensitivity.models import Options, Passes, Probe, prepare_call
-from lightning_sensitivity.models.call import copied
-from lightning_sensitivity.models.options import check_argument
+from lightning_sensitivity.callbacks import utilities
+from lightning_sensitivity.callbacks.checks import CallWatch, check_run, model_call
+from lightning_sensitivity.model import Forward, Inputs, Selector, isolated
+from lightning_sensitivity.model.arguments import check_argument, check_int, check_selector
+from lightning_sensitivity.model.isolation import written_parameters
+
+Run = Callable[..., Any]  # runs a function that runs the model, and leaves no trace
 
 
 class Monitor(Callback):
-    """A callback that measures validation batches and logs what it found, and never ends a run.
+    """Measure validation batches and log the values, and never end a run.
 
     Args:
-        options: How the model is run.
-        prefix: Put before the logged names.
+        arguments: Those of the monitor, which become attributes of their names.
     """
 
+    num_samples: int | None
+    num_draws = 1
+    seed: int
+    prefix: str
+    inputs: Inputs
+    outputs: Selector
+    every_n_epochs: int
     perturbs_inputs = False
+    names: tuple[str, ...]  # of what is logged, behind the prefix
+    on_prog_bar: str | None = None  # one of them
     _num_batches: list[int | float]  # of each loader of the validation that runs
 
-    def __init__(self, options: Options, prefix: str) -> None:
-        check_argument("prefix", prefix, isinstance(prefix, str), "a str")
-        self.options, self.prefix = options, prefix
-        self._passes: Passes | None = None
-        self._watch: StepWatch | None = None
+    def __init__(self, **arguments: Any) -> None:
+        self.__dict__.update(arguments)
+        if self.num_samples is not None:
+            check_int("num_samples", self.num_samples, 1)
+        check_int("num_draws", self.num_draws, 1)
+        check_int("seed", self.seed, -math.inf)
+        check_int("every_n_epochs", self.every_n_epochs, 1)
+        check_argument("prefix", self.prefix, isinstance(self.prefix, str), "a str")
+        check_selector("inputs", self.inputs, may_be_list=True)
+        check_selector("outputs", self.outputs)
+        self._watch: CallWatch | None = None
         self._begin_run()
         self._begin_validation()
-
-    @property
-    @abstractmethod
-    def names(self) -> list[str]:
-        """What is logged, behind the prefix."""
 
     @abstractmethod
     def charts(self) -> dict[str, str]:
         """Titles of charts for TensorBoard's Custom Scalars, with a regular expression for the tags in each."""
 
     @abstractmethod
-    def measure(self, trainer: Trainer, probe: Probe, batch_idx: int, dataloader_idx: int) -> None:
-        """Measure a batch with the probe, which runs the model on it."""
+    def measure(self, trainer: Trainer, run: Run, forward: Forward, batch_idx: int, dataloader_idx: int) -> int:
+        """Measure a batch, and return how many samples it has."""
 
     @abstractmethod
     def compute(self, trainer: Trainer, dataloader_idx: int) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """The values of a loader, over all processes, and what to warn of. All processes call it for all loaders."""
+        """Compute the values of a loader over all processes, and what to warn of. All processes call it."""
 
     @abstractmethod
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Begin a validation with nothing."""
 
     def end_validation(self) -> None:
         """Free what is needed for a validation alone."""
 
     def check_outputs(self, outputs: Tensor) -> None:
-        """Look at the outputs of a first batch; raise MisconfigurationException if values would be wrong."""
+        """Raise MisconfigurationException if values of such outputs would be wrong."""
+
+    def check_watcher(self, who: str, name: str, mode: str) -> None:
+        """Warn if a callback or scheduler watches a value in a way that can't be meant."""
 
     def should_measure(self, trainer: Trainer) -> bool:
-        """Whether to measure the validation that runs. Override it to measure every second one, say."""
-        return True
+        """Decide whether to measure the validation that runs. Override it for another cadence."""
+        is_fit = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        return not self._is_off and not (is_fit and (trainer.current_epoch + 1) % self.every_n_epochs)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check what can be checked before the first batch."""
         if stage not in ("fit", "validate", "test"):
             return
         check_run(type(self).__name__, trainer, pl_module, stage)
-        prefixes = [each.prefix for each in _monitors(trainer) if type(each) is type(self)]
-        valid = len(set(prefixes)) == len(prefixes)
-        check_argument("prefix", prefixes, valid, f"another one for each `{type(self).__name__}`")
+        others = {other.prefix + name for other in _monitors(trainer) if other is not self for name in other.names}
+        valid = others.isdisjoint(self.prefix + name for name in self.names)
+        check_argument("prefix", self.prefix, valid, "another one for each monitor that logs the same names")
         self._begin_run()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lay out TensorBoard's Custom Scalars: the curves of all monitors, related ones in one chart."""
+        """Check who watches our values; lay out TensorBoard's Custom Scalars, for all monitors at once."""
         monitors = _monitors(trainer)
         if self is monitors[0]:  # a second layout would take the place of the first
-            logged.lay_out(trainer, [(monitor.prefix, monitor.charts()) for monitor in monitors])
+            utilities.lay_out_charts(trainer, [(monitor.prefix, monitor.charts()) for monitor in monitors])
+        for watcher in utilities.watchers(trainer, {self.prefix + name for name in self.names}):
+            self.check_watcher(*watcher)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Without a sanity check, look at the first training batch before its step; from then on, only warn."""
-        # A lazy module's first pass draws its weights, and must be the training's.
-        may_look = not self._classes_last and trainer.global_step == 0 and not any(map(is_lazy, pl_module.parameters()))
-        if self.failures.is_strict and may_look:
-            what = "can't be run on the first training batch (a sanity check would look at one of validation instead)"
-            with self.failures.guarded(what), self.measuring(trainer, pl_module):
-                self.check_outputs(self.probe(trainer, pl_module, batch).outputs())
+        """Before the first step, look at what the model does, if no sanity check has; from then on, only warn."""
+        if self._has_trained:
+            return
+        self._has_trained: bool = True
+        outputs, written = None, list[str]()
+        # A lazy module's first pass is the training's.
+        is_unseen = self.failures.is_strict and trainer.global_step == 0 and not self._batch_sizes
+        with suppress(Exception):  # a batch of another form than those of validation has nothing to say
+            forward = self.forward(trainer, pl_module, batch)
+            self._watch = CallWatch(pl_module, forward, compares_values=False)
+            if is_unseen and not any(map(is_lazy, pl_module.parameters())):
+                with self.isolated(trainer, pl_module) as run:
+                    outputs, written = written_parameters(pl_module, partial(run, forward))
+        if outputs is not None:
+            self._check(outputs, written)
         self.failures.is_strict = False
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        """Say how the step calls the model otherwise than we do."""
+        self._end_watch()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin with nothing, and with the buffers that the first step of DDP would broadcast."""
         self._begin_validation()
-        self._num_batches = logged.num_batches(trainer)
+        self._num_batches = utilities.num_batches(trainer)
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self.failures.is_strict = False  # also in a fit that goes on with a validation
         model: Any = trainer.strategy.model
-        is_ddp = isinstance(model, DistributedDataParallel)
-        if is_ddp and model.will_sync_module_buffers():
+        if isinstance(trainer.strategy.model, DistributedDataParallel) and model.will_sync_module_buffers():
             model._sync_buffers()
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Measure a batch, before the step may change it."""
+        """Measure a batch, before the step may change it; at a loader's first one, log values that are read later."""
         if not self.should_measure(trainer):
             return
-        # A process that had no batch of an earlier loader joins the others, who reduced when that loader was done.
-        for earlier in range(dataloader_idx if batch_idx == 0 else 0):
-            self._values(trainer, earlier)
-        if batch is None or not self._wants(trainer, batch_idx, dataloader_idx):
+        if batch_idx == 0:
+            # A process that had no batch of an earlier loader joins the others, who reduced when that was done.
+            for earlier in range(dataloader_idx):
+                self._values(trainer, earlier)
+            self._log(trainer, dataloader_idx)
+        if batch is None or not self._is_chosen(trainer, batch_idx, dataloader_idx):
             return
-        with self.failures.guarded(f"could not measure a batch of dataloader {dataloader_idx}"):
-            with self.measuring(trainer, pl_module):
-                probe = self.probe(trainer, pl_module, batch)
-                if dataloader_idx not in self._classes_last:
-                    self._look(pl_module, probe, batch, dataloader_idx)
-                probe.classes_last = self._classes_last[dataloader_idx]
-                self.measure(trainer, probe, batch_idx, dataloader_idx)
+        with self.failures.warn_on_failure(f"could not measure a batch of dataloader {dataloader_idx}"):
+            with self.isolated(trainer, pl_module) as run:
+                forward = self.forward(trainer, pl_module, batch)
+                if dataloader_idx not in self._batch_sizes:
+                    outputs, written = written_parameters(pl_module, partial(run, forward))
+                    self._check(outputs, written)
+                    self._batch_sizes[dataloader_idx] = max(1, len(outputs))
+                    self._watch = CallWatch(pl_module, forward, compares_values=True)
+                size = self.measure(trainer, run, forward, batch_idx, dataloader_idx)
+            self._num_measured[dataloader_idx] = self._num_measured.get(dataloader_idx, 0) + size
             self._has_measured = True
             self.failures.is_strict = self.failures.is_strict and trainer.state.fn == TrainerFn.FITTING
 
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Log a loader's values at its first batch: Lightning reads them when the loader is done."""
+    def on_validation_batch_end(self, *args: Any) -> None:
+        """Say how the step calls the model otherwise than we do."""
         self._end_watch()
-        if batch_idx == 0 and not trainer.sanity_checking and self.should_measure(trainer):
-            self._log(trainer, dataloader_idx)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Have every process take part in every reduction, and say what was wrong, after a sanity check too."""
-        self._end_watch()
         if self.should_measure(trainer):
             for dataloader_idx in range(len(self._num_batches)):
                 self._values(trainer, dataloader_idx)
-                if not trainer.sanity_checking and dataloader_idx not in self._logged:
+                if dataloader_idx not in self._logged:
                     self._log(trainer, dataloader_idx, at_epoch_end=True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Require that the logged names are ours alone, after a sanity check too: Lightning would keep one value."""
-        ours = {logged.stage_prefix(self.prefix, trainer) + name for name in self.names}
-        if taken := sorted(logged.names_of_others(trainer) & ours - self._withdrawn):
-            with self.failures.guarded("logs names that others log, too, and leaves them to those from now on"):
-                raise MisconfigurationException(
-                    f"`prefix` should give `{type(self).__name__}` names of its own, but"
-                    f" {', '.join(map(repr, taken))} is logged by the module or another callback, too. Choose another."
-                )
-            self._withdrawn.update(taken)
+        """Free what is needed for a validation alone."""
         self.end_validation()
 
     on_test_start = on_validation_start
     on_test_batch_start = on_validation_batch_start
-    on_test_batch_end = on_validation_batch_end
+    on_test_batch_end = on_validation_batch_end  # type: ignore[assignment]
     on_test_epoch_end = on_validation_epoch_end
     on_test_end = on_validation_end
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so if nothing was measured."""
-        if not self._has_measured and not self.failures.warned_of:  # else it was said why
-            reason = "validation gave it no batch that it could measure."
-            self.failures.warn("nothing", f"has measured nothing in this fit: {reason}")
+        if not self._has_measured and not self.failures.kinds:  # else a warning has said why
+            self.failures.warn("nothing", "has measured nothing in this fit: validation gave it no batch to measure.")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hook on the module."""
         self.teardown(trainer, pl_module, "")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let go of the module."""
+        """Free what holds the module."""
         self._end_watch()
         self.end_validation()
-        self._passes = None
-        self._readings.clear()
+        self._lazy_values.clear()
 
     @contextmanager
-    def measuring(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
-        """Inside, a probe may run the model."""
-        self._passes = self._passes or Passes(pl_module)  # let go in `teardown`
-        with self._passes.measuring(), trainer.precision_plugin.val_step_context():
-            yield
+    def isolated(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[Run]:
+        """Give what runs the model without a trace, in the precision of validation."""
+        with isolated(pl_module) as run, trainer.precision_plugin.val_step_context():
+            yield run
 
-    def probe(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Probe:
-        """What runs the model on a batch."""
-        assert self._passes is not None
-        options = self.options
-        # Functions of the user's may write into what they get.
-        own = copied(batch) if callable(options.inputs) or callable(options.outputs) else batch
-        call = prepare_call(pl_module, own, options.inputs, self.perturbs_inputs)
-        return Probe(self._passes, forward(trainer, pl_module), call, options.outputs, own)
+    def forward(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Forward:
+        """Give what runs the model on a batch."""
+        call = model_call(trainer, pl_module)
+        return Forward(pl_module, batch, self.inputs, self.outputs, self.perturbs_inputs, call)
 
-    def num_wanted(self, trainer: Trainer, dataloader_idx: int) -> float:
-        """How many batches of a loader are measured in this process; all, until the first one was."""
-        count, options = self._num_batches[dataloader_idx], self.options
-        if options.num_samples is None or count == math.inf or dataloader_idx not in self._batch_sizes:
+    def num_chosen(self, trainer: Trainer, dataloader_idx: int) -> float:
+        """Count the batches of a loader that are measured in this process; all, until the first one was."""
+        count, size = self._num_batches[dataloader_idx], self._batch_sizes.get(dataloader_idx)
+        if size is None or math.isinf(count):
             return count
-        num_samples = math.ceil(options.num_samples / (trainer.world_size * options.num_draws))
-        return min(count, math.ceil(num_samples / self._batch_sizes[dataloader_idx]))
+        return min(count, math.ceil(self._budget(trainer) / size))
 
-    def _wants(self, trainer: Trainer, batch_idx: int, dataloader_idx: int) -> bool:
-        """Whether a batch is measured: evenly spaced ones, since loaders are often sorted, and always the same."""
+    def _is_chosen(self, trainer: Trainer, batch_idx: int, dataloader_idx: int) -> bool:
+        """Choose evenly spaced batches, since loaders are often sorted, always the same, until the budget is spent."""
         if batch_idx == 0:
             return True
-        count, wanted = self._num_batches[dataloader_idx], self.num_wanted(trainer, dataloader_idx)
-        return wanted == count or batch_idx * wanted % count < wanted
+        count, chosen = self._num_batches[dataloader_idx], self.num_chosen(trainer, dataloader_idx)
+        if self._num_measured.get(dataloader_idx, 0) >= self._budget(trainer):
+            return False
+        return chosen == count or batch_idx * chosen % count < chosen
+
+    def _budget(self, trainer: Trainer) -> float:
+        """Count the samples that this process should measure of a loader."""
+        return math.inf if self.num_samples is None else self.num_samples / (trainer.world_size * self.num_draws)
+
+    def _check(self, outputs: Tensor, written: list[str]) -> None:
+        """Refuse a model of which values would be wrong, or which our passes would change."""
+        if written:
+            self._is_off = True
+            raise MisconfigurationException(
+                f"`{type(self).__name__}` would change a model whose `forward` writes its parameters, as this one does"
+                f" ({', '.join(written[:3])}). Write them in a hook of training, or keep them in buffers."
+            )
+        self.check_outputs(outputs)
 
     def _begin_run(self) -> None:
-        self.failures = logged.Failures(type(self).__name__, self.prefix)
-        self._has_measured = False
-        self._readings: dict[tuple[int, str], logged.Reading] = {}  # by loader and name
-        self._withdrawn: set[str] = set()  # names that somebody else logs, too
-        # Of each loader of which a first batch was seen: its size, and whether classes come last in its outputs.
-        self._batch_sizes: dict[int, int] = {}
-        self._classes_last: dict[int, bool] = {}
+        self.failures = utilities.Failures(type(self).__name__, self.prefix)
+        self._has_measured = self._has_trained = self._is_off = False
+        self._lazy_values: dict[tuple[int, str], utilities.LazyValue] = {}  # by loader and name
+        self._batch_sizes: dict[int, int] = {}  # of the first batch of each loader
 
     def _begin_validation(self) -> None:
         self._computed: dict[int, dict[str, Tensor]] = {}  # by loader
+        self._num_measured: dict[int, int] = {}  # samples, by loader
         self._logged: set[int] = set()
-        self.failures.has_failed = False
-        self.forget()
-
-    def _look(self, pl_module: LightningModule, probe: Probe, batch: Any, dataloader_idx: int) -> None:
-        """Look at the outputs of a loader's first batch, and watch the step that gets it."""
-        with submodules_run(pl_module) as submodules:
-            outputs: Tensor = probe.outputs()
-        is_last, doubt = classes_are_last(pl_module, batch, probe, outputs, self.options)
-        if doubt:
-            self.failures.warn("positions", doubt)
-        self.check_outputs(outputs.movedim(-1, 1) if is_last else outputs)
-        self._batch_sizes[dataloader_idx], self._classes_last[dataloader_idx] = max(1, len(outputs)), is_last
-        self._watch = StepWatch(pl_module, probe.first_tensors, submodules)
+        self.reset()
 
     def _end_watch(self) -> None:
-        if self._watch is not None:
-            for kind, difference in self._watch.end().items():
-                self.failures.warn(f"step {kind}", f"may measure something else than your step does. {difference}")
-            self._watch = None
+        if self._watch is not None and (difference := self._watch.end()):
+            self.failures.warn("call", f"may measure something else than your step does. {difference}")
+        self._watch = None
 
     def _values(self, trainer: Trainer, dataloader_idx: int) -> dict[str, Tensor]:
         if dataloader_idx not in self._computed:
             self._computed[dataloader_idx] = {}
             loader = f"dataloader {dataloader_idx}"
-            with self.failures.guarded(f"could not compute the values of {loader}"):
-                values, troubles = self.compute(trainer, dataloader_idx)
-                prefix = logged.stage_prefix(self.prefix, trainer)
-                kept = {name: value for name, value in values.items() if prefix + name not in self._withdrawn}
-                self._computed[dataloader_idx] = {name: value for name, value in kept.items() if value.isfinite()}
-                if self.failures.has_failed:
-                    troubles.pop("no value", None)  # it was said why
-                for kind, trouble in {} if trainer.sanity_checking else troubles.items():
-                    self.failures.warn(f"{kind}, {loader}", f"says of {loader}: {trouble}")
+            with self.failures.warn_on_failure(f"could not compute the values of {loader}"):
+                values, messages = self.compute(trainer, dataloader_idx)
+                self._computed[dataloader_idx] = values
+                for kind, message in messages.items():
+                    self.failures.warn(kind, f"on {loader}: {message}")
         return self._computed[dataloader_idx]
 
     def _log(self, trainer: Trainer, dataloader_idx: int, at_epoch_end: bool = False) -> None:
+        if trainer.sanity_checking:
+            return
         self._logged.add(dataloader_idx)
-        options: dict[str, Any] = {"on_step": False, "on_epoch": True, "add_dataloader_idx": not at_epoch_end}
+        options: dict[str, Any] = {"add_dataloader_idx": not at_epoch_end}
         for name in self.names:
-            full_name = logged.stage_prefix(self.prefix, trainer) + name
-            if at_epoch_end:  # in a process without batches of the loader: Lightning puts no index behind the name
-                full_name = logged.loader_name(full_name, dataloader_idx, len(self._num_batches))
+            full_name = utilities.stage_prefix(self.prefix, trainer) + name
+            if at_epoch_end:  # Lightning puts no index behind the name there
+                full_name = utilities.loader_name(full_name, dataloader_idx, len(self._num_batches))
+            key = dataloader_idx, name
+            if key not in self._lazy_values:
+                self._lazy_values[key] = utilities.LazyValue(partial(self._values, trainer, dataloader_idx), name)
             # `metric_attribute` is checked only for Metrics that belong to the module; this one must not.
-            if (key := (dataloader_idx, name)) not in self._readings:
-                self._readings[key] = logged.Reading(partial(self._values, trainer, dataloader_idx), name)
-            trainer.lightning_module.log(full_name, self._readings[key], metric_attribute=name, **options)
+            options |= {"prog_bar": name == self.on_prog_bar, "metric_attribute": name}
+            utilities.log(trainer.lightning_module, full_name, self._lazy_values[key], **options)
 
 
 def _monitors(trainer: Trainer) -> list[Monitor]:

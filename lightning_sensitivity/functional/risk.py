@@ -1,118 +1,114 @@
-"""The risk on unseen samples without their labels: what the model claims, how far training contradicts it, variance."""
-
-from __future__ import annotations
+"""The Brier score on unseen samples without their labels: claim, overconfidence, memorization and variance."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_sensitivity.functional.pieces import in_pieces, wide_dtype
-from lightning_sensitivity.functional.tasks import TASKS, check_logits, check_task, predictions, target_predictions
+from lightning_sensitivity.functional.tasks import (
+    TASKS,
+    are_probabilities,
+    check_task,
+    in_chunks,
+    probabilities,
+    target_probabilities,
+    wide_dtype,
+)
 
-# How many numbers the sums over holdout and training samples have; the last one counts samples that were left out.
-NUM_HOLDOUT_SUMS, NUM_TRAINING_SUMS = 6, 4
+# Sums over holdout samples: number, claim, variance, claims of both sides of the variance. Over training samples:
+# labels that count, score, claim, outputs that leave [0, 1]. The last entry of both counts samples with nan or inf.
+NUM_HOLDOUT_SUMS, NUM_TRAINING_SUMS = 6, 5
+_FULL_VARIANCE_UP_TO = 150  # training samples
 
 
-class RiskEstimate(NamedTuple):
-    """The estimate and its terms, of which it is the sum; scalar tensors.
+class RiskTerms(NamedTuple):
+    """The risk estimate and its terms, of which it is the sum; scalar tensors.
 
     Attributes:
-        risk: The estimated Brier score, or mean squared error, on unseen samples.
-        claim: What the score would be if the model's probabilities were right; 0 in a regression.
-        overconfidence: How much higher the score on training samples is than what the model claims there.
-        variance: Mean squared difference to the predictions of a twin.
+        estimate: The estimated Brier score on unseen samples.
+        claim: The score if the model's probabilities were right.
+        overconfidence: How much higher the score on training samples is than the model claims there.
+        memorization: How much more certain the model is on training samples than on unseen ones; 0 for real twins.
+        variance: Mean squared difference to the probabilities of a network that was trained on other samples.
     """
 
-    risk: Tensor
+    estimate: Tensor
     claim: Tensor
     overconfidence: Tensor
+    memorization: Tensor
     variance: Tensor
 
 
-def claims(p: Tensor, task: str) -> Tensor:
-    """The score that predictions claim for themselves, one number a prediction: Gini's impurity.
-
-    Args:
-        p: What :func:`~lightning_sensitivity.functional.tasks.predictions` gives, ``(N, K, ...)``.
-        task: The task.
-
-    Returns:
-        Shape ``(N, ...)``.
-    """
-    if task == "regression":  # outputs say nothing about their certainty
-        return torch.zeros_like(p[:, 0])
-    return 1 - p.square().sum(1) if task == "multiclass" else (p * (1 - p)).mean(1)
-
-
-def distances(p: Tensor, other: Tensor, task: str) -> Tensor:
-    """Squared differences between predictions and others, or labels, one number a prediction, ``(N, ...)``."""
-    squares = (p - other).square_()
-    return squares.sum(1) if task == "multiclass" else squares.mean(1)
-
-
-def holdout_sums(outputs: Tensor, twin_outputs: Tensor, own_outputs: Tensor | None = None, *, task: str) -> Tensor:
-    """Sums over a batch of unseen samples: their number, claims, variance, the claims of both its sides; nan or inf.
+def holdout_sums(outputs: Tensor, twin_outputs: Tensor, compared: Tensor | None = None, *, task: str) -> Tensor:
+    """Sum up claims and variance over a batch of unseen samples.
 
     Args:
         outputs: Outputs in eval mode, ``(N, K, ...)`` or ``(N,)``.
         twin_outputs: Outputs of a twin.
-        own_outputs: Those that are compared with the twin's, if others: where batch norm goes by the batch.
-        task: The task.
+        compared: Outputs to compare with the twin's instead: those of batch norm by the batch.
+        task: One of :data:`~lightning_sensitivity.functional.tasks.TASKS`.
 
     Returns:
         Shape ``(6,)``.
     """
 
-    def sums(*outputs: Tensor) -> Tensor:
-        p, twin_p, *others = (predictions(each, task) for each in outputs)
-        own_p = others[0] if others else p
-        claim, variance, twin_claim = claims(p, task), distances(own_p, twin_p, task), claims(twin_p, task)
-        own_claim = claims(own_p, task) if others else claim
-        return _sums(torch.ones_like(variance), claim, variance, own_claim, twin_claim)
+    def sums(*chunk: Tensor) -> Tensor:
+        p, twin_p, *others = (probabilities(each, task) for each in chunk)
+        compared_p, claim = others[0] if others else p, _claims(p, task)
+        compared_claim = _claims(compared_p, task) if others else claim
+        variance = _distances(compared_p, twin_p, task)
+        return _finite_sums(torch.ones_like(claim), claim, variance, compared_claim, _claims(twin_p, task))
 
-    tensors = (outputs, twin_outputs) if own_outputs is None else (outputs, twin_outputs, own_outputs)
-    return torch.stack(in_pieces(sums, *tensors)).sum(0)
+    tensors = (outputs, twin_outputs) if compared is None else (outputs, twin_outputs, compared)
+    return torch.stack(in_chunks(sums, *tensors)).sum(0)
 
 
 def training_sums(outputs: Tensor, targets: Tensor, task: str) -> Tensor:
-    """Sums over a batch of training samples: labels that count, scores, claims; samples with nan or inf.
+    """Sum up scores and claims over a batch of training samples.
 
     Args:
         outputs: Outputs in eval mode, ``(N, K, ...)`` or ``(N,)``.
-        targets: The labels.
-        task: The task.
+        targets: Their labels.
+        task: One of :data:`~lightning_sensitivity.functional.tasks.TASKS`.
 
     Returns:
-        Shape ``(4,)``.
+        Shape ``(5,)``.
     """
 
     def sums(outputs: Tensor, targets: Tensor) -> Tensor:
-        p = predictions(outputs, task)
-        y, counts = target_predictions(outputs, targets, task)
-        return _sums(counts, distances(p, y, task) * counts, claims(p, task) * counts)
+        p = probabilities(outputs, task)
+        y, counts = target_probabilities(p, targets, task)
+        is_outside = ((outputs < 0) | (outputs > 1)).reshape(p.shape).any(1)
+        return _finite_sums(counts, _distances(p, y, task) * counts, _claims(p, task) * counts, is_outside)
 
-    return torch.stack(in_pieces(sums, outputs, targets.to(outputs.device))).sum(0)
+    return torch.stack(in_chunks(sums, outputs, targets.to(outputs.device))).sum(0)
 
 
-def risk_terms(holdout: Tensor, training: Tensor, strength: float | None = None) -> RiskEstimate:
-    """The estimate from sums over all batches and processes.
+def risk_terms(
+    holdout: Tensor, training: Tensor, strength: float | None = None, num_training: float | None = None
+) -> RiskTerms:
+    """Estimate the risk from sums over all batches and processes.
 
     Args:
         holdout: Those of :func:`holdout_sums`.
         training: Those of :func:`training_sums`.
         strength: λ of simulated twins; None for real ones.
+        num_training: n, the number of samples that simulated twins stand for training on; None for real twins.
 
     Returns:
-        The estimate; nan without training or holdout samples.
+        The terms; nan without training or holdout samples.
     """
-    claim, variance, own_claim, twin_claim = holdout[1:5] / holdout[0]
-    score, train_claim = training[1:3] / training[0]
-    overconfidence = score - train_claim
+    claim, variance, compared_claim, twin_claim = holdout[1:5] / holdout[0]
+    score, training_claim = training[1:3] / training[0]
+    overconfidence, memorization = score - training_claim, torch.zeros_like(claim)
     if strength is not None:
         overconfidence = torch.where(overconfidence > 0, overconfidence, overconfidence / 2)
-        variance = variance / strength**2 * torch.where(twin_claim > own_claim, own_claim / twin_claim, 1.0)
-    return RiskEstimate(claim + overconfidence + variance, claim, overconfidence, variance)
+        memorization = (claim - training_claim).clamp(min=0)
+        variance = variance / strength**2 * (compared_claim / twin_claim).clamp(max=1).nan_to_num(1.0)
+    if num_training is not None:
+        variance = variance * min(1.0, (_FULL_VARIANCE_UP_TO / num_training) ** 0.5)
+    terms = claim, overconfidence, memorization, variance
+    return RiskTerms(torch.stack(terms).sum(0), *terms)
 
 
 def risk_estimate(
@@ -122,23 +118,26 @@ def risk_estimate(
     train_targets: Tensor,
     task: str = "multiclass",
     strength: float | None = None,
-) -> RiskEstimate:
-    r"""Brier score (or mean squared error) on unseen samples, from training labels and unlabelled samples.
+    num_training: float | None = None,
+) -> RiskTerms:
+    r"""Estimate the Brier score on unseen samples from training labels and unlabelled samples.
 
     .. math::
         R = \underbrace{\mathbb{E}\,(1 - \|p\|^2)}_\text{claim}
             + \underbrace{\mathbb{E}_\text{train}[\|p - y\|^2 - (1 - \|p\|^2)]}_\text{overconfidence}
             + \underbrace{\mathbb{E}\|p - p'\|^2}_\text{variance}
 
-    p are the probabilities, y the labels, and p' what a twin says of the same sample: a network that was trained on
-    other data. It is the chain loss = bias + variance of `arXiv:2007.15378`_ (Section 4). With a real twin it is exact
-    where unseen labels agree with a network as its twins do, up to what it is miscalibrated by on its training samples,
+    p are the probabilities, y the labels, and p' the probabilities of a *twin*: a network that was trained on other
+    samples. This is the chain loss = bias + variance of arXiv:2007.15378 (Section 4). With a real twin it is exact
+    where unseen labels agree with a network as its twins do, up to its miscalibration on its training samples,
     :math:`\mathbb{E}\,p \cdot y = \mathbb{E}\,p \cdot p' + \mathbb{E}_\text{train}\,p \cdot (y - p)`.
 
-    :func:`lightning_sensitivity.twins.twin` simulates a twin of a strength λ without a second training. Three things
-    then differ. The variance is divided by λ². It is multiplied by min(1, claim of the network / claim of the twin):
-    noise makes a twin less certain, which another network would not be. And overconfidence below 0 counts half, since
-    it may be memory of the training labels alone. ``examples/early_stopping/README.md`` has the measurements.
+    :func:`~lightning_sensitivity.model.twins.twin` simulates a twin of strength λ without a second training. Then the
+    variance is divided by λ², multiplied by min(1, claim of the network / claim of the twin), since noise makes a twin
+    less certain than another network would be, and multiplied by :math:`\min(1, \sqrt{150 / n})`, since networks differ
+    the less the more samples they were trained on. Overconfidence below 0 counts half: it may be memory of the training
+    labels. And memorization is added, by how much the claim on unseen samples is above that on training samples, where
+    it is. ``examples/early_stopping/README.md`` has the measurements.
 
     Where training labels are wrong, it estimates the score against labels that are as wrong.
 
@@ -149,26 +148,24 @@ def risk_estimate(
         train_outputs: Outputs for training samples, in eval mode, shape ``(M, K, ...)`` or ``(M,)``.
         train_targets: Their labels: ``(M, ...)`` integers (those of -100 don't count), or soft labels of the shape of
             ``train_outputs``, for ``"multiclass"``; of the shape of ``train_outputs`` for the others.
-        task: What is scored: ``"multiclass"``, the sum over classes of (p − y)²; ``"binary"`` and ``"multilabel"``,
-            the mean over labels of (p − y)²; ``"regression"``, the mean squared error.
+        task: ``"multiclass"`` scores the sum over classes of (p − y)²; ``"binary"`` and ``"multilabel"`` the mean over
+            labels.
         strength: λ, if the twin is simulated; None for a real one.
+        num_training: n, the number of training samples, if the twin is simulated; None for a real one.
 
     Returns:
-        The estimate and its three terms, scalar tensors, float64 (float32 on MPS).
+        The estimate and its terms, scalar tensors, float64 (float32 on MPS).
 
     Raises:
-        ValueError: If labels do not fit the task, shapes do not fit, there is no sample, or outputs for
-            ``"multiclass"`` are probabilities already.
+        ValueError: If labels or shapes do not fit, there is no sample, or outputs are probabilities already.
 
     Example:
         >>> import torch
         >>> from lightning_sensitivity.functional import risk_estimate
         >>> outputs, twin_outputs = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[2.0, 0.0], [1.0, 1.0]])
         >>> train_outputs, train_targets = torch.tensor([[3.0, 0.0], [0.0, 3.0]]), torch.tensor([0, 1])
-        >>> risk_estimate(outputs, twin_outputs, train_outputs, train_targets).risk
+        >>> risk_estimate(outputs, twin_outputs, train_outputs, train_targets).estimate
         tensor(0.3832, dtype=torch.float64)
-
-    .. _arXiv:2007.15378: https://arxiv.org/abs/2007.15378
     """
     if task not in TASKS:
         raise ValueError(f"Expected `task` to be one of {', '.join(map(repr, TASKS))}, but got {task!r}.")
@@ -184,16 +181,28 @@ def risk_estimate(
                 f"Expected `{name}` to be a floating tensor of one sample or more, but got {tensor.dtype} of shape"
                 f" {tuple(tensor.shape)}."
             )
-    check_logits(train_outputs, task)
+        if task == "multiclass" and are_probabilities(tensor):
+            raise ValueError(f"Expected `{name}` to be logits, but got probabilities.")
     training = training_sums(train_outputs, train_targets, task)
     if not training[0] > 0:
         raise ValueError("Expected `train_targets` to hold a label that counts, but all are -100.")
-    return risk_terms(holdout_sums(outputs, twin_outputs, task=task), training, strength)
+    return risk_terms(holdout_sums(outputs, twin_outputs, task=task), training, strength, num_training)
 
 
-def _sums(counts: Tensor, *values: Tensor) -> Tensor:
-    """Sums over samples that are finite, and the number of the others; nothing waits for the device."""
-    dtype = wide_dtype(counts.device)
-    rows = torch.stack([each.to(dtype)[:, None].flatten(1).sum(1) for each in (counts, *values)], dim=1)
+def _claims(p: Tensor, task: str) -> Tensor:
+    """Score predictions ``(N, K, ...)`` as they claim to be: their Gini impurity, ``(N, ...)``."""
+    return 1 - p.square().sum(1) if task == "multiclass" else (p * (1 - p)).mean(1)
+
+
+def _distances(p: Tensor, other: Tensor, task: str) -> Tensor:
+    """Square the difference of predictions, or of predictions and labels, ``(N, ...)``."""
+    squares = (p - other).square_()
+    return squares.sum(1) if task == "multiclass" else squares.mean(1)
+
+
+def _finite_sums(*values: Tensor) -> Tensor:
+    """Sum up values over samples for which all are finite, and count the others, without waiting for the device."""
+    dtype = wide_dtype(values[0].device)
+    rows = torch.stack([each.to(dtype)[:, None].flatten(1).sum(1) for each in values], dim=1)
     is_finite = rows.isfinite().all(1)
     return torch.cat([rows.where(is_finite[:, None], 0.0).sum(0), (~is_finite).sum(0, keepdim=True)])

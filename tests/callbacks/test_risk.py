@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,15 +14,16 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer, callbacks, seed_everything
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
-from torch.utils.data import DataLoader, TensorDataset
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
 
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
-from lightning_sensitivity.callbacks.risk import _MIN_TWINS, _NAMES, _STRENGTH
+from lightning_sensitivity.callbacks.risk import _MIN_TWINS, _STRENGTH
 from lightning_sensitivity.functional import risk_estimate
-from lightning_sensitivity.perturbations import noise_generator
-from lightning_sensitivity.twins import batch_statistics, initial_weights, twin
+from lightning_sensitivity.model import noise_generator
+from lightning_sensitivity.model.twins import batch_statistics, initial_weights, twin
 from tests.helpers import (
     NUM_CLASSES,
     NUM_FEATURES,
@@ -37,7 +39,8 @@ from tests.helpers import (
 )
 
 HOLDOUT = inputs(50, seed=1)  # in four batches: two twins each
-TERMS = {"val_" + name for name in _NAMES}
+NAMES = RiskMonitor.names
+TERMS = {"val_" + name for name in NAMES}
 
 
 class Plain(Classifier):
@@ -56,25 +59,21 @@ class Plain(Classifier):
         return self.loss(self(batch[0]), batch[1])
 
 
-class Tokens(Plain):
-    """Logits ``(N, T, K)`` for labels ``(N, T)``, of which some don't count."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.reshape(len(x), 1, -1) * torch.linspace(0.5, 2, 3)[:, None])
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return cross_entropy(self(batch[0]).movedim(-1, 1), batch[1])
-
-
 def as_float(loss: Any) -> Any:
     return lambda outputs, targets: loss(outputs, targets.to(outputs).reshape(outputs.shape))
 
 
 class Truth(Callback):
-    """What a plain loop finds at each validation, by the twins of the weights that it is told, or of the first ones."""
+    """What a plain loop gives at each validation, by twins of the initial weights: those given, or the first ones."""
 
-    def __init__(self, num_batches: int, task: str = "multiclass", initial: dict[str, Tensor] | None = None) -> None:
-        self.num_batches, self.task, self.initial = num_batches, task, initial
+    def __init__(
+        self,
+        num_batches: int = 4,
+        task: str = "multiclass",
+        initial: dict[str, Tensor] | None = None,
+        num_training: int = 50,
+    ) -> None:
+        self.num_batches, self.task, self.initial, self.num_training = num_batches, task, initial, num_training
         self.batches: list[Any] = []
         self.logged: list[dict[str, float]] = []
         self.terms: list[Any] = []
@@ -105,13 +104,8 @@ class Truth(Callback):
                     normalized.append(model(part))
                     with twin(model, self.initial, generator, _STRENGTH):
                         of_twins.append(model(part))
-        if y.shape == train.shape[:2] != train.shape:
-            outputs, normalized, of_twins, (train,) = (
-                [each.movedim(-1, 1) for each in some] if some[0].ndim > 2 else some
-                for some in (outputs, normalized, of_twins, [train])
-            )
         terms, by_batch = (
-            risk_estimate(torch.cat(each), torch.cat(of_twins), train, y, self.task, _STRENGTH)
+            risk_estimate(torch.cat(each), torch.cat(of_twins), train, y, self.task, _STRENGTH, self.num_training)
             for each in (outputs, normalized)
         )
         return terms._replace(variance=by_batch.variance)  # of batch norm: that of each batch, in both
@@ -120,7 +114,7 @@ class Truth(Callback):
 def check(truth: Truth, rel: float = 1e-9, has_batch_norm: bool = False) -> None:
     assert truth.logged
     for logged, terms in zip(truth.logged, truth.terms, strict=True):
-        found = [logged["val_" + name] for name in _NAMES]
+        found = [logged["val_" + name] for name in NAMES]
         assert found[has_batch_norm:] == pytest.approx([float(term) for term in terms[has_batch_norm:]], rel=rel)
         assert found[-1] > 0
 
@@ -139,26 +133,23 @@ X, Y = labelled(50).tensors
 TASKS: dict[str, tuple[Any, Any, Tensor]] = {
     "multiclass": ("auto", Plain, Y.where(torch.arange(50) % 5 > 0, -100)),
     "multiclass, 8 bits": ("auto", lambda: Plain(loss=lambda y, t: cross_entropy(y, t.long())), Y.to(torch.uint8)),
-    "multiclass, positions": ("auto", Tokens, torch.stack([Y, Y.flip(0), torch.full_like(Y, -100)], 1)),
+    "multiclass, soft": ("multiclass", Plain, nn.functional.one_hot(Y, 4) * 0.9 + 0.025),
     "binary": ("auto", lambda: Plain(1, as_float(binary_cross_entropy_with_logits)), X[:, :1] > 0.5),
     "multilabel": ("auto", lambda: Plain(3, as_float(binary_cross_entropy_with_logits)), (X[:, :3] > 0.5).long()),
-    "regression": ("regression", lambda: Plain(2, as_float(mse_loss)), 100 + X[:, :2]),
-    "regression, one number": ("regression", lambda: Plain(1, as_float(mse_loss)), X.sum(1)),
 }
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_the_terms_are_those_of_a_plain_loop(name: str) -> None:
-    seed_everything(0, verbose=False)
-    told, model, targets = TASKS[name]
-    truth = Truth(4, name.split(",")[0])
-    fit(model(), RiskMonitor(told), truth, DataLoader(TensorDataset(X, targets), 16))
+    task, model, targets = TASKS[name]
+    truth = Truth(task=name.split(",")[0])
+    fit(model(), RiskMonitor(task), truth, DataLoader(TensorDataset(X, targets), 16))
     check(truth)
     assert len({logged["val_risk_estimate"] for logged in truth.logged}) == 3
 
 
 def test_of_batch_norm_twins_are_normalized_by_the_batch() -> None:
-    model, truth = Plain(), Truth(4)
+    model, truth = Plain(), Truth()
     model.net.insert(1, nn.BatchNorm1d(16).double())
     fit(model, RiskMonitor(), truth, loader())
     check(truth, has_batch_norm=True)
@@ -182,11 +173,11 @@ def test_the_first_batches_of_a_fit_are_kept_once_and_scored_as_they_came(num_sa
 
 
 def test_every_loader_gets_its_own() -> None:
-    truth = Truth(4)
+    truth = Truth()
     run = trainer(callbacks=[RiskMonitor(), truth], max_epochs=1)
     run.fit(Plain(), loader(), [DataLoader(HOLDOUT, 16), loader(seed=2)])
     (values,), (terms,) = truth.logged, truth.terms
-    found = [[values[f"val_{name}/dataloader_idx_{idx}"] for name in _NAMES] for idx in (0, 1)]
+    found = [[values[f"val_{name}/dataloader_idx_{idx}"] for name in NAMES] for idx in (0, 1)]
     assert found[0] == pytest.approx([float(term) for term in terms], rel=1e-9)
     assert found[0][2] == found[1][2]  # the same training samples
     assert all(found[0][term] != found[1][term] for term in (0, 1, 3))
@@ -242,14 +233,73 @@ def test_early_stopping_and_checkpoints_follow_it(tmp_path: Path) -> None:
     assert set(history.epochs[0]) - {"train_loss"} == TERMS
 
 
+def test_the_estimate_alone_is_on_the_progress_bar_if_asked_for() -> None:
+    run = fit(Plain(), RiskMonitor(prog_bar=True), None, loader(), max_epochs=1)
+    assert [name for name in run.progress_bar_metrics if "risk" in name] == ["val_risk_estimate"]
+
+
+# How many training samples there are
+
+
+class Stream(IterableDataset):
+    def __iter__(self) -> Iterator[Any]:
+        return iter(labelled(50))
+
+
+def two_loaders() -> CombinedLoader:
+    return CombinedLoader({"unlabelled": unlabelled_loader(), "labelled": loader()}, "min_size")
+
+
+COUNTED: dict[str, tuple[Any, dict[str, Any], int]] = {
+    "all": (loader, {}, 50),
+    "limit_train_batches": (loader, {"limit_train_batches": 2}, 32),
+    "a share": (loader, {"limit_train_batches": 0.25}, 16),
+    "drop_last": (lambda: loader(drop_last=True), {}, 48),
+    "SubsetRandomSampler": (lambda: loader(sampler=SubsetRandomSampler(range(20))), {}, 20),
+    "CombinedLoader": (two_loaders, {}, 50),
+    "a stream": (lambda: DataLoader(Stream(), 16), {}, 50),
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_the_samples_of_an_epoch_are_counted(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    class Either(Plain):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step(labelled_part(batch), batch_idx)
+
+    class Watch(Callback):
+        def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            counts.append(monitor._samples.num_in_epoch)
+
+    def labelled_part(batch: Any) -> Any:
+        return batch["labelled"] if isinstance(batch, dict) else batch
+
+    def image(batch: Any) -> Tensor:
+        return labelled_part(batch)[0] if isinstance(batch, dict | list) else batch
+
+    (make, options, num_training), counts = COUNTED[name], list[int]()
+    monitor = RiskMonitor(inputs=image, targets=lambda batch: labelled_part(batch)[1])
+    with caplog.at_level(logging.INFO):
+        fit(Either(), monitor, None, make(), Watch(), max_epochs=2, **options)
+    assert counts == [num_training] * 2
+    said = "a stream of" if name == "a stream" else str(num_training)
+    assert f"`RiskMonitor` (val_*): {said} training samples" in caplog.text
+
+
+def test_the_variance_knows_the_number_of_samples() -> None:
+    fit(Plain(), RiskMonitor(), truth := Truth(num_batches=5, num_training=1000), loader(1000, 100))
+    check(truth)
+
+
 # The weights from before training
 
 
 def test_it_goes_on_where_training_resumes(tmp_path: Path) -> None:
     def run(max_epochs: int, **kwargs: Any) -> tuple[Truth, Trainer]:
         seed_everything(0, verbose=False)
-        model, truth = Plain(), Truth(4)
+        model, truth = Plain(), Truth()
         model.net[2].p = 0.0
+        model.net[0].requires_grad_(False)
         return truth, fit(model, RiskMonitor(), truth, loader(), max_epochs=max_epochs, **kwargs)
 
     whole, _ = run(4)
@@ -260,31 +310,90 @@ def test_it_goes_on_where_training_resumes(tmp_path: Path) -> None:
         {name: row[name] for name in TERMS} for row in resumed.logged
     ]
     saved = torch.load(path, weights_only=True)
-    assert not any("metric" in key or "rows" in key for key in saved["state_dict"])
-    (state,) = (state for key, state in saved["callbacks"].items() if "RiskMonitor" in key)
-    torch.testing.assert_close(dict(state["initial_weights"]), dict(whole.initial), rtol=0, atol=0)
+    assert saved["state_dict"].keys() == whole.initial.keys()
+    # No second copy of frozen weights.
+    changed = {name: weight for name, weight in whole.initial.items() if "net.0" not in name}
+    torch.testing.assert_close(dict(saved["RiskMonitor(prefix='val_')"]), changed, rtol=0, atol=0)
 
-    seed_everything(0, verbose=False)  # or told
+    seed_everything(0, verbose=False)  # or given
     model = Plain()
     model.load_state_dict(saved["state_dict"])
-    truth = Truth(4, initial=whole.initial)
+    truth = Truth(initial=whole.initial)
     fit(model, RiskMonitor(initial_weights=dict(whole.initial)), truth, loader(), max_epochs=1)
     check(truth)
 
 
-@pytest.mark.parametrize("between", ["nothing", "validate", "a checkpoint"])
+@pytest.mark.parametrize("between", ["nothing", "validate", "a checkpoint", "a reset in place"])
 def test_a_fresh_trainer_goes_on_with_the_module_and_begins_with_another(between: str, tmp_path: Path) -> None:
     monitor, model, other = RiskMonitor(), Plain(), Plain()
     untrained, of_other = initial_weights(model), initial_weights(other)
     run = fit(model, monitor, None, loader(), max_epochs=1)
     run.save_checkpoint(tmp_path / "one.ckpt")
-    if between != "nothing":
+    if between in ("validate", "a checkpoint"):
         path = tmp_path / "one.ckpt" if between == "a checkpoint" else None
         trainer(callbacks=[monitor]).validate(model, loader(), ckpt_path=path, verbose=False)
     fits = [(model, untrained), (other, of_other)]
+    if between == "a reset in place":  # as in cross-validation
+        model.load_state_dict(of_other)
+        fits = [(model, of_other)]
     for module, weights in fits if between != "a checkpoint" else fits[1:]:
         fit(module, monitor, None, loader(), max_epochs=1)
         torch.testing.assert_close(monitor._initial.weights, weights, rtol=0, atol=0)
+
+
+def test_weights_that_the_module_loads_as_training_starts_are_those_from_before() -> None:
+    class Loading(Plain):
+        def on_train_start(self) -> None:
+            self.load_state_dict(other)
+
+    other = initial_weights(Plain())
+    fit(Loading(), RiskMonitor(), truth := Truth(initial=other), loader())
+    check(truth)
+
+
+def test_frozen_weights_of_integers_are_left_alone() -> None:
+    model = Plain()
+    model.net.codes = nn.Parameter(torch.ones(3, dtype=torch.int8), requires_grad=False)
+    fit(model, RiskMonitor(), truth := Truth(), loader())  # no warning
+    check(truth)
+
+
+class Cached(nn.Linear):
+    """It keeps the weights that it computes until training goes on."""
+
+    effective: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.effective = None
+        elif self.effective is None:
+            self.effective = self.weight.detach() / 2
+        return nn.functional.linear(x, self.weight / 2 if self.training else self.effective)
+
+
+class CachedFrom(Cached):
+    """The same, kept in a list that is too long to be copied."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.effective_of: list[Any] = [None] * 2000
+
+    effective = property(
+        lambda self: self.effective_of[0], lambda self, value: self.effective_of.__setitem__(0, value)
+    )
+
+
+@pytest.mark.parametrize("layer", [Cached, CachedFrom])
+def test_of_layers_that_keep_the_weights_that_they_compute_there_is_no_estimate(layer: Any) -> None:
+    class Caching(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(layer(NUM_FEATURES, NUM_CLASSES, dtype=torch.float64))
+
+    with pytest.warns(UserWarning, match="Twins give the outputs of the model") as caught:
+        run = fit(Caching(), RiskMonitor(), None, loader())
+    assert len([each for each in caught if each.category is UserWarning]) == 1
+    assert all(math.isnan(run.callback_metrics[name]) for name in TERMS)
 
 
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
@@ -292,8 +401,8 @@ def test_resuming_without_the_weights_from_before_training(tmp_path: Path) -> No
     first = trainer(max_epochs=1)
     first.fit(Plain(), loader(), loader())
     first.save_checkpoint(path := tmp_path / "without.ckpt")
-    match = "needs the weights from before training, which the checkpoint does not have.*`initial_weights=`"
-    with pytest.warns(UserWarning, match=match + ".*There will be no estimate"):
+    match = "needs the weights from before training, which the checkpoint lacks.*`initial_weights=`"
+    with pytest.warns(UserWarning, match="can give no estimate: .*" + match):
         run = fit(Plain(), RiskMonitor(), None, loader(), SensitivityMonitor(), ckpt_path=path)
     assert "val_sensitivity" in run.callback_metrics and not TERMS & run.callback_metrics.keys()
     with pytest.raises(MisconfigurationException, match=match):
@@ -304,7 +413,7 @@ def test_resuming_without_the_weights_from_before_training(tmp_path: Path) -> No
 def test_lazy_weights_are_those_that_the_sanity_check_has_made() -> None:
     model = Plain()
     model.net[0] = nn.LazyLinear(16, dtype=torch.float64)
-    fit(model, RiskMonitor(), truth := Truth(4), loader())
+    fit(model, RiskMonitor(), truth := Truth(), loader())
     check(truth)
 
 
@@ -314,7 +423,7 @@ def test_lazy_weights_are_those_that_the_sanity_check_has_made() -> None:
 def test_the_device_holds_no_copy_of_the_weights_while_training() -> None:
     class Watch(Callback):
         def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-            assert not monitor._weights and monitor._training_sums is None
+            assert not monitor._weights and monitor._training is None
 
     monitor = RiskMonitor()
     fit(Plain(), monitor, None, loader(), Watch())
@@ -335,9 +444,10 @@ LABELS = torch.zeros(20).long()
 
 @pytest.mark.parametrize("is_followed", [True, False])
 @pytest.mark.parametrize(("options", "batch", "match"), [
-    ({}, inputs(20), "one entry of the batch called 'label', .*got a tensor.*`targets=`.*`task=`"),
-    ({}, (inputs(20), inputs(20)[:, :4]), "could be targets or classes"),
-    ({"outputs": lambda y: y.softmax(1)}, (inputs(20), LABELS), "probabilities"),
+    ({}, inputs(20), "Say where the labels are.*`targets=.*got a tensor"),
+    ({}, (inputs(20), inputs(20)[:, :4]), "Labels are floating. Say `task='binary'` or"),
+    ({}, (inputs(20), LABELS, LABELS), "such as `targets=1`"),
+    ({"outputs": lambda y: y[..., None].expand(-1, -1, 3)}, (inputs(20), LABELS[:, None].expand(-1, 3)), "dense"),
 ])  # fmt: skip
 def test_labels_that_can_not_be_told(options: dict[str, Any], batch: Any, match: str, is_followed: bool) -> None:
     train = DataLoader(TensorDataset(*batch) if isinstance(batch, tuple) else batch, 10)
@@ -347,9 +457,10 @@ def test_labels_that_can_not_be_told(options: dict[str, Any], batch: Any, match:
             fit(model, RiskMonitor(**options), None, train, EarlyStopping("val_risk_estimate"))
         assert model.trainer.global_step == 0
     else:
-        with pytest.warns(UserWarning, match=f"can't score the model on a training batch.*{match}.*no estimate"):
+        with pytest.warns(UserWarning, match=f"can give no estimate: .*{match}") as caught:
             run = fit(model, RiskMonitor(**options), None, train, max_epochs=1)
         assert not TERMS & run.callback_metrics.keys()
+        assert {each.filename for each in caught if each.category is UserWarning} == {__file__}
 
 
 @pytest.mark.parametrize("name", ["val_risk_score", "val_risk_estimates"])
@@ -358,7 +469,7 @@ def test_only_our_own_names_make_labels_required(name: str) -> None:
         def validation_step(self, batch: Any, batch_idx: int) -> None:
             self.log(name, self(batch).square().mean())
 
-    with pytest.warns(UserWarning, match="There will be no estimate"):
+    with pytest.warns(UserWarning, match="can give no estimate"):
         fit(Own(), RiskMonitor(), None, unlabelled_loader(), EarlyStopping(name), max_epochs=1)
 
 
@@ -367,7 +478,7 @@ def test_sigmoid_outputs_are_warned_of() -> None:
     model.net.append(nn.Sigmoid())
     model.forward = lambda x: model.net(x.double())
     with pytest.warns(UserWarning, match=r"All outputs lie in \[0, 1\].*use logits"):
-        fit(model, RiskMonitor(), None, DataLoader(data, 16), max_epochs=6)
+        fit(model, RiskMonitor(), None, DataLoader(data, 16), max_epochs=1)
 
 
 class Graph:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,17 +15,17 @@ from lightning.pytorch import LightningModule, Trainer, callbacks, seed_everythi
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import CombinedLoader
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
-from lightning_sensitivity.callbacks.logged import loader_name
-from tests.helpers import Classifier, Quiet, brute_force, csv_rows, labelled, loader, trainer, unlabelled_loader
+from lightning_sensitivity.callbacks.utilities import loader_name
+from tests.helpers import Classifier, Quiet, Stream, brute_force, csv_rows, loader, trainer, unlabelled_loader
 
 NUM_TRAIN_BATCHES = 4
-OURS = ("sensitivity", "loss_estimate", "risk_")
+OURS = ("sensitivity", "risk_")
 
 
 class Oracle(Callback):
@@ -74,13 +74,6 @@ class Setup(NamedTuple):
     has_oracle: bool = True  # which would change a model that its own passes change
 
 
-class Endless(IterableDataset):
-    """Samples without a length."""
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(labelled(50))
-
-
 class Manual(Classifier):
     """With an optimizer for each of two layers."""
 
@@ -113,6 +106,47 @@ class Intrusive(Classifier):
         return super().forward(x)
 
 
+class Writing(Classifier):
+    """Its forward writes to an array, and to an object that holds one."""
+
+    def forward(self, x: Tensor, scale: SimpleNamespace, shift: np.ndarray) -> Tensor:
+        scale.array *= 0.5
+        shift += 1
+        return super().forward(x * float(scale.array.mean()) + float(shift.mean()))
+
+    def training_step(self, batch: list[Any], batch_idx: int) -> Tensor:
+        return cross_entropy(self(*batch[:3]), batch[3])
+
+    def validation_step(self, batch: list[Any], batch_idx: int) -> None:
+        self.log("val_loss", self.training_step(batch, batch_idx), batch_size=len(batch[0]))
+
+
+class Formatting(Classifier):
+    """Its own ``log`` takes a name and a number."""
+
+    def log(self, name: str, value: Any) -> None:  # type: ignore[override]
+        super().log(name, float(f"{value.item():.4f}"), batch_size=1)
+
+
+class Hiding(Classifier):
+    """It hides a module from PyTorch, which stays in training mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = [nn.BatchNorm1d(12)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.hidden[0](x))
+
+
+class Late(Classifier):
+    """It has a layer when Lightning asks for it."""
+
+    def configure_model(self) -> None:
+        if len(self.net) == 5:
+            self.net.append(nn.Identity())
+
+
 class Finding(Classifier):
     """What the finders of Lightning set."""
 
@@ -127,12 +161,27 @@ class Finding(Classifier):
         return torch.optim.Adam(self.parameters(), lr=self.lr)
 
 
+class OfTwoLoaders(Classifier):
+    """Trains on batches of another form than those of validation."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch["b"], batch_idx) + self(batch["a"]).mean()
+
+
 class WithoutLog(Classifier):
     """`self.log` in a compiled step fails in Lightning 2.6.6 on torch 2.13, without our callback, too."""
 
     def log(self, *args: Any, **kwargs: Any) -> None:
         if self._current_fx_name not in ("training_step", "validation_step"):
             super().log(*args, **kwargs)
+
+
+class Naming(Callback):
+    """Logs a name of ours from the second epoch on."""
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if trainer.current_epoch:
+            pl_module.log("val_sensitivity", 7.0)
 
 
 def averaged_weights(**kwargs: Any) -> list[Callback]:
@@ -149,6 +198,22 @@ def combined(mode: str) -> Callable[[], CombinedLoader]:
     return lambda: CombinedLoader([loader(50), loader(20, seed=3)], mode)
 
 
+def two_loaders() -> CombinedLoader:
+    return CombinedLoader({"a": unlabelled_loader(), "b": loader(16 * NUM_TRAIN_BATCHES, seed=1)}, "min_size")
+
+
+def with_objects() -> DataLoader:
+    def collate(items: list[Any]) -> list[Any]:
+        x, y = map(torch.stack, zip(*items, strict=True))
+        return [x, SimpleNamespace(array=np.ones(3)), np.zeros(2), y]
+
+    return loader(collate_fn=collate)
+
+
+def stream() -> DataLoader:
+    return DataLoader(Stream(has_labels=True), 16)
+
+
 SETUPS = {
     "plain": Setup(2),
     "accumulate_grad_batches, gradient_clip_val": Setup(2, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.01}),
@@ -161,17 +226,22 @@ SETUPS = {
     "overfit_batches": Setup(2, {"overfit_batches": 2}),
     "no sanity check": Setup(2, {"num_sanity_val_steps": 0}),
     "max_steps in the middle of an epoch": Setup(1, {"max_steps": 6, "num_sanity_val_steps": -1}),
-    "iterable data, limited to more than there is": Setup(
-        2, {"limit_val_batches": 1000}, val=lambda: DataLoader(Endless(), 16)
-    ),
-    "iterable data": Setup(2, val=lambda: DataLoader(Endless(), 16), train=lambda: DataLoader(Endless(), 16)),
+    "iterable data, limited to more than there is": Setup(2, {"limit_val_batches": 1000}, val=stream),
+    "iterable data": Setup(2, val=stream, train=stream),
     "several loaders": Setup(2, val=lambda: [loader(50), unlabelled_loader(20, seed=3)]),
     "a dict of loaders": Setup(2, val=lambda: {"a": loader(50), "b": loader(20, seed=3)}),
     "CombinedLoader, sequential": Setup(2, val=combined("sequential")),
     "CombinedLoader, max_size_cycle": Setup(2, val=combined("max_size_cycle"), module=Quiet, inputs=nested),
     "CombinedLoader, min_size": Setup(2, val=combined("min_size"), module=Quiet, inputs=nested),
+    "other batches in training": Setup(2, {"num_sanity_val_steps": 0}, OfTwoLoaders, loader, two_loaders),
+    "other batches, fast_dev_run": Setup(1, {"fast_dev_run": 3}, OfTwoLoaders, loader, two_loaders),
     "manual optimization, two optimizers": Setup(2, module=Manual),
     "a forward that draws, logs, writes": Setup(2, module=Intrusive, has_oracle=False),
+    "a forward that writes to objects": Setup(2, {}, Writing, with_objects, with_objects, has_oracle=False),
+    "a log of its own": Setup(2, module=Formatting),
+    "a hidden module": Setup(2, module=Hiding, has_oracle=False),
+    "layers that come late": Setup(2, module=Late),
+    "a callback with our name": Setup(2, {"num_sanity_val_steps": 0}, callbacks=lambda: [Naming()], has_oracle=False),
     "deterministic, with anomaly detection": Setup(2, {"deterministic": True, "detect_anomaly": True}),
     "64-true": Setup(2, {"precision": "64-true"}),
     "bf16-mixed": Setup(2, {"precision": "bf16-mixed"}),
@@ -190,7 +260,7 @@ SETUPS = {
     "learning rate finder": Setup(
         2, module=Finding, callbacks=lambda: [callbacks.LearningRateFinder(num_training_steps=5)]
     ),
-}
+}  # fmt: skip
 
 
 class Streams(Callback):
@@ -207,57 +277,68 @@ class Streams(Callback):
 def fit(setup: Setup, tmp_path: Path, ours: list[Callback]) -> tuple[Trainer, list[Any]]:
     """Train from one seed; gives the Trainer, and all that training is and has logged."""
     seed_everything(0, verbose=False)
-    streams = Streams()
-    run = trainer(
-        callbacks=[*ours, *setup.callbacks(), streams],
-        logger=CSVLogger(tmp_path, name=None),
-        default_root_dir=tmp_path,
-        log_every_n_steps=1,
-        **setup.kwargs,
-    )
+    streams, logger = Streams(), CSVLogger(tmp_path, name=None)
+    options = {"default_root_dir": tmp_path, "log_every_n_steps": 1, **setup.kwargs}
+    run = trainer(callbacks=[*ours, *setup.callbacks(), streams], logger=logger, **options)
     module, train, val = setup.module(), setup.train(), setup.val()
-    if hasattr(module, "batch_size"):
-        run.fit(module, val_dataloaders=val)
-    else:
-        run.fit(module, train, val)
+    run.fit(module, None if hasattr(module, "batch_size") else train, val)
     metrics = {name: value for name, value in run.callback_metrics.items() if not any(our in name for our in OURS)}
     has_logged = not run.fast_dev_run and Path(run.logger.log_dir, "metrics.csv").exists()
     rows = csv_rows(run.logger.log_dir) if has_logged else []
     rows = [sorted((k, v) for k, v in row.items() if v and not any(our in k for our in OURS)) for row in rows]
     rows = [row for row in rows if len(row) > 2]  # not of epoch and step alone
-    optimizers = [optimizer.state_dict() for optimizer in run.optimizers]
-    return run, [module.state_dict(), optimizers, metrics, sorted(rows), streams.seen]
+    states = [each.state_dict() for each in (module, *getattr(module, "hidden", []), *run.optimizers)]
+    return run, [states, metrics, sorted(rows), streams.seen]
 
 
-@pytest.mark.filterwarnings("ignore:.*There will be no estimate")
+@pytest.mark.filterwarnings("ignore:.*no estimate")
 @pytest.mark.filterwarnings("ignore:.*as learned as a whole")  # what pruning gives another name
 @pytest.mark.filterwarnings("ignore:.*Swapping scheduler")
 @pytest.mark.parametrize("name", SETUPS)
 def test_what_is_logged_is_what_a_plain_loop_gives_and_training_is_bit_identical(name: str, tmp_path: Path) -> None:
     setup, oracle = SETUPS[name], Oracle()
     monitors = [SensitivityMonitor(inputs=setup.inputs), RiskMonitor(inputs=setup.inputs)]
-    monitors.append(SensitivityMonitor(0.5, at="net", num_draws=2, prefix="b_", inputs=setup.inputs))
+    at = "net.5" if setup.module is Late else "net"
+    monitors.append(SensitivityMonitor(0.5, at=at, num_draws=2, prefix="b_", inputs=setup.inputs))
     run, with_monitors = fit(setup, tmp_path / "with", [*([oracle] if setup.has_oracle else []), *monitors])
     assert oracle.num_validations == setup.num_validations * setup.has_oracle
-    assert any(key.startswith("val_risk_estimate") for key in run.callback_metrics)
+    has_estimate = any(key.startswith("val_risk_estimate") for key in run.callback_metrics)
+    assert has_estimate == (setup.module is not OfTwoLoaders)
     _, without = fit(setup, tmp_path / "without", [])
-    torch.testing.assert_close(with_monitors[:3], without[:3], rtol=0, atol=0)
-    assert with_monitors[3:] == without[3:]
+    torch.testing.assert_close(with_monitors[:2], without[:2], rtol=0, atol=0)
+    assert with_monitors[2:] == without[2:]
     if not run.fast_dev_run:  # which logs nothing
         rows = csv_rows(run.logger.log_dir)
         key = next(key for key in rows[0] if key.startswith("val_sensitivity"))
         assert sum(bool(row[key]) for row in rows) == setup.num_validations  # and nothing of a finder's trials
 
 
-def test_compiled_code_is_not_compiled_again_in_a_validation() -> None:
-    for monitors in ([SensitivityMonitor(num_draws=2), RiskMonitor()], [SensitivityMonitor(at="net.0")]):
+def compile_the_network(model: Classifier, **kwargs: Any) -> None:
+    model.net = torch.compile(model.net, **kwargs)
+
+
+def compile_its_forward(model: Classifier, **kwargs: Any) -> None:
+    model.net.forward = torch.compile(model.net.forward, **kwargs)
+
+
+def compile_a_layer_as_one_graph(model: Classifier, **kwargs: Any) -> None:
+    model.net[0].forward = torch.compile(model.net[0].forward, fullgraph=True, **kwargs)
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="needs torch 2.6")
+@pytest.mark.parametrize("kind", [WithoutLog, Quiet])
+@pytest.mark.parametrize("compile_it", [compile_the_network, compile_its_forward, compile_a_layer_as_one_graph])
+def test_nothing_is_compiled_for_our_passes(compile_it: Callable[..., None], kind: Any) -> None:
+    def fit(monitors: list[Callback]) -> tuple[Any, list[int]]:
         torch.compiler.reset()
-        compilations, model = CompileCounter(), WithoutLog()
-        after_validations: list[int] = []
-        model.on_validation_end = lambda: after_validations.append(compilations.frame_count)  # noqa: B023
-        model.net = torch.compile(model.net, backend=compilations)
-        # 64 samples: every batch has 16, so that no shape asks for code of its own.
-        run = trainer(max_epochs=4, callbacks=monitors)
-        run.fit(model, loader(64, seed=1), loader(64))
-        _, first, *later = after_validations  # after the sanity check's
-        assert first > 0 and set(later) == {first}
+        seed_everything(0, verbose=False)
+        compilations, model, counts = CompileCounter(), kind(), list[int]()
+        compile_it(model, backend=compilations)
+        model.on_train_epoch_end = lambda: counts.append(compilations.frame_count)
+        trainer(callbacks=monitors).fit(model, loader(64, seed=1), loader())
+        return model.state_dict(), counts
+
+    monitors = [SensitivityMonitor(num_draws=2), SensitivityMonitor(at="net", prefix="b_"), RiskMonitor()]
+    (with_monitors, counts), (without, counts_without) = fit(monitors), fit([])
+    assert counts == counts_without and counts[0] > 0
+    torch.testing.assert_close(with_monitors, without, rtol=0, atol=0)

@@ -18,34 +18,32 @@ from torch.utils.data import DataLoader
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 from tests.helpers import Classifier, labelled, trainer
 
-TAG = 50.0  # is added to the first feature of training samples, so that a fault can tell them
-
-Hook = Callable[["Subject", Any], Any]
+MARK = 50.0  # is added to the first feature of training samples, so that a fault can tell them
 
 
 @dataclass(frozen=True)
 class Fault:
     """What breaks, and what is expected: a warning of each monitor that matches, or an error; None for silence."""
 
-    name: str
     sensitivity: str | None = None
     risk: str | None = None
-    error: str | None = None  # in the sanity check, and before the first step; else a warning as at other moments
+    error: str | None = None  # in the sanity check; also before the first step, unless a warning is expected there
     moments: tuple[str, ...] = ("later",)
-    x: Callable[[Subject, Tensor], Any] | None = None  # in eval mode, of validation samples
-    y: Callable[[Subject, Tensor, Any], Any] | None = None  # the same, after the model
-    kept: Callable[[Subject, Tensor, Any], Any] | None = None  # in eval mode, of training samples
-    batch: Hook | None = None  # what becomes of a validation batch
-    train: Hook | None = None  # what becomes of a training batch, at all moments
-    epoch: Callable[[Subject], Any] | None = None  # before the epoch
-    init: Callable[[Subject], Any] | None = None
-    step: Callable[[Subject, Any], Tensor] | None = None  # gives the outputs, in a step
+    x: Callable[[Subject, Tensor], Any] = lambda m, x: x  # in eval mode, of validation samples
+    y: Callable[[Subject, Tensor, Any], Any] = lambda m, x, y: y  # the same, after the model
+    kept: Callable[[Subject, Any], Any] = lambda m, y: y  # in eval mode, after the model, of training samples
+    batch: Callable[[Subject, Any], Any] = lambda m, b: b  # what becomes of a validation batch
+    train: Callable[[Subject, Any], Any] = lambda m, b: b  # what becomes of a training batch, at all moments
+    epoch: Callable[[Subject], Any] = lambda m: None  # before the epoch
+    init: Callable[[Subject], Any] = lambda m: None
+    step: Callable[[Subject, Any], Tensor] = lambda m, b: m(b[0])  # gives the outputs, in a step
+    loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy
     options: dict[str, Any] = field(default_factory=dict)  # of both monitors
     s_options: dict[str, Any] = field(default_factory=dict)
     r_options: dict[str, Any] = field(default_factory=dict)
-    run: dict[str, Any] = field(default_factory=dict)  # options of the Trainer
-    loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy
-    wrap: Callable[[Any], Any] = lambda loader: loader
+
+    def monitors(self) -> list[Any]:
+        return [SensitivityMonitor(**self.options, **self.s_options), RiskMonitor(**self.options, **self.r_options)]
 
 
 class Subject(Classifier):
@@ -53,56 +51,45 @@ class Subject(Classifier):
 
     def __init__(self, fault: Fault, moment: str) -> None:
         super().__init__()
-        self.fault, self.moment, self.losses = fault, moment, []
-        self.calls = itertools.count()
-        if fault.init:
-            fault.init(self)
+        self.fault, self.moment, self.losses, self.calls = fault, moment, [], itertools.count()
+        fault.init(self)
 
     @property
-    def now(self) -> bool:
+    def is_now(self) -> bool:
         if self._trainer is None:
             return False
         if self.trainer.sanity_checking or self.moment == "sanity":
             return self.trainer.sanity_checking and self.moment == "sanity"
         return self.current_epoch == ("first", "later").index(self.moment)
 
-    def forward(self, x: Any) -> Any:
-        fault = self.fault
-        is_eval = self.now and not self.training
-        is_tagged = (
-            isinstance(x, Tensor) and x.ndim > 1 and len(x) > 0 and bool(x.flatten(1)[:, 0].float().mean() > TAG / 2)
-        )
-        if is_eval and not is_tagged and fault.x:
-            x = fault.x(self, x)
-        y = self.net(x)
-        if is_eval and not is_tagged and fault.y:
-            y = fault.y(self, x, y)
-        return fault.kept(self, x, y) if is_eval and is_tagged and fault.kept else y
+    def forward(self, x: Tensor) -> Any:
+        if self.training or not self.is_now:
+            return self.net(x.float())
+        if x.numel() and x.flatten(1)[:, 0].float().mean() > MARK / 2:
+            return self.fault.kept(self, self.net(x.float()))
+        x = self.fault.x(self, x)
+        return self.fault.y(self, x, self.net(x.float()))
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        is_training = self.trainer.training
-        if is_training and self.fault.train:
+        if self.trainer.training:
             return self.fault.train(self, batch)
-        return self.fault.batch(self, batch) if not is_training and self.now and self.fault.batch else batch
+        return self.fault.batch(self, batch) if self.is_now else batch
 
     def on_train_epoch_start(self) -> None:
-        if self.now and self.fault.epoch:
+        if self.is_now:
             with torch.random.fork_rng():
                 self.fault.epoch(self)
-
-    def outputs(self, batch: Any) -> Tensor:
-        return self.fault.step(self, batch) if self.fault.step else self(batch[0])
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         if len(batch) < 2:
             return None
-        loss = self.fault.loss(self.outputs(batch), batch[1])
+        loss = self.fault.loss(self.fault.step(self, batch), batch[1])
         self.losses.append(loss.item())
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         if isinstance(batch, list) and len(batch) > 1:
-            self.log("val_loss", torch.nan_to_num(self.fault.loss(self.outputs(batch), batch[1])))
+            self.log("val_loss", self.fault.loss(self.fault.step(self, batch), batch[1]).nan_to_num())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.05)
@@ -113,50 +100,41 @@ class Outcome:
     """How a run ended."""
 
     error: Exception | None
-    warned: list[str]
+    messages: list[str]
     state: list[Tensor]
     model: Subject
     trainer: Trainer
 
-    def of(self, name: str) -> list[str]:
-        """What a monitor has warned of."""
-        return [each for each in self.warned if each.startswith(f"`{name}`")]
+    def warnings_of(self, monitor: str) -> list[str]:
+        return [message for message in self.messages if message.startswith(f"`{monitor}`")]
 
 
-def loaders() -> list[DataLoader[Any]]:
-    training, validation = labelled(24), labelled(20, seed=1)
-    training.tensors[0][:, 0] += TAG
-    return [DataLoader(training, 8), DataLoader(validation, 8)]
-
-
-def monitors(fault: Fault) -> list[Any]:
-    return [SensitivityMonitor(**fault.options, **fault.s_options), RiskMonitor(**fault.options, **fault.r_options)]
-
-
-def run(fault: Fault, moment: str, callbacks: Any = (), make: Any = Subject, **kwargs: Any) -> Outcome:
+def run(
+    fault: Fault, moment: str, callbacks: Any = (), make: Any = Subject, loaders: Any = None, **kwargs: Any
+) -> Outcome:
     """A fit of three epochs."""
     seed_everything(0, verbose=False)
-    model = make(fault, moment)
-    options = {"max_epochs": 3, "num_sanity_val_steps": 0 if moment == "first" else 2, **fault.run, **kwargs}
-    error = None
+    model, error = make(fault, moment), None
+    training, validation = labelled(24), labelled(20, seed=1)
+    training.tensors[0][:, 0] += MARK
+    options = {"max_epochs": 3, "num_sanity_val_steps": 0 if moment == "first" else 2, **kwargs}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit = trainer(callbacks=list(callbacks), **options)
         try:
-            fit.fit(model, *map(fault.wrap, loaders()))
+            fit.fit(model, *(loaders or [DataLoader(data, 8) for data in (training, validation)]))
         except Exception as raised:
             error = raised
     # Weights, buffers, losses of each step, and where the random stream has come to.
     state = [*copy.deepcopy(model.state_dict()).values(), torch.tensor(model.losses), torch.get_rng_state()]
-    return Outcome(error, [str(each.message) for each in caught], state, model, fit)
+    return Outcome(error, [str(warning.message) for warning in caught], state, model, fit)
 
 
-def assert_alike(own: Outcome, bare: Outcome) -> None:
+def assert_same_run(monitored: Outcome, bare: Outcome) -> None:
     """The same end, bit by bit."""
-    ends = [(type(each.error), str(each.error)) for each in (own, bare)]
-    assert ends[0] == ends[1], ends
-    assert len(own.state) == len(bare.state)
-    pairs = zip(own.state, bare.state, strict=True)
+    assert (type(monitored.error), str(monitored.error)) == (type(bare.error), str(bare.error))
+    assert len(monitored.state) == len(bare.state)
+    pairs = zip(monitored.state, bare.state, strict=True)
     assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs), "training has changed"
-    assert not own.model._forward_hooks and not own.model._forward_pre_hooks
-    assert own.trainer.global_step == bare.trainer.global_step
+    assert not monitored.model._forward_hooks and not monitored.model._forward_pre_hooks
+    assert monitored.trainer.global_step == bare.trainer.global_step

@@ -1,123 +1,121 @@
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lightning_sensitivity.functional import risk as R
 from lightning_sensitivity.functional import risk_estimate
-from lightning_sensitivity.functional.risk import (
-    NUM_HOLDOUT_SUMS,
-    NUM_TRAINING_SUMS,
-    holdout_sums,
-    risk_terms,
-    training_sums,
-)
-from lightning_sensitivity.functional.tasks import predictions
+from lightning_sensitivity.functional.tasks import TASKS, probabilities
 
-NUM_OUTPUTS = {"multiclass": 4, "multilabel": 3, "binary": 1, "regression": 2}
+NUM_OUTPUTS = {"multiclass": 4, "binary": 1, "multilabel": 3}
 
 
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def example(task: str, num_samples: int = 30, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def example(task: str = "multiclass", num_samples: int = 30, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Outputs of the network and of a twin for unseen samples; outputs and labels of training samples."""
-    g, k = generator(seed), NUM_OUTPUTS[task]
-    unseen, twin, train = (3 * torch.randn(num_samples, k, generator=g, dtype=torch.float64) for _ in range(3))
-    targets = {
-        "multiclass": torch.randint(0, k, (num_samples,), generator=g),
-        "regression": 5 + torch.randn(num_samples, k, generator=g),
-    }.get(task, torch.randint(0, 2, (num_samples, k), generator=g))
-    return unseen, twin, train, targets
+    g, k = torch.Generator().manual_seed(seed), NUM_OUTPUTS[task]
+    unseen, twin, train = 3 * torch.randn(3, num_samples, k, generator=g, dtype=torch.float64)
+    highest, shape = (k, (num_samples,)) if task == "multiclass" else (2, (num_samples, k))
+    return unseen, twin, train, torch.randint(0, highest, shape, generator=g)
 
 
-@pytest.mark.parametrize("task", ["multiclass", "multilabel", "binary"])
-def test_with_a_real_twin_it_is_the_score_where_unseen_labels_agree_as_the_identity_says(task: str) -> None:
-    one, other, train, targets = example(task)
-    unseen, twin = torch.cat([one, other]), torch.cat([other, one])  # each is the other's twin
-    p, q, t = (predictions(outputs, task) for outputs in (unseen, twin, train))
-    y = torch.eye(4, dtype=torch.float64)[targets] if task == "multiclass" else targets.double()
-    agreement = (p * q).mean(0) + (t * (y - t)).mean(0)  # E p·y on unseen samples, class by class
-    squares = 1 / y.shape[1] if task == "multiclass" else p.mean(0) + (y - t).mean(0)  # E y²
-    score = p.square().mean(0) - 2 * agreement + squares
-    expected = score.sum() if task == "multiclass" else score.mean()
-    estimate = risk_estimate(unseen, twin, train, targets, task)
-    torch.testing.assert_close(estimate.risk, expected, rtol=1e-9, atol=0)
-    torch.testing.assert_close(sum(estimate[1:]), estimate.risk)
+def one_hot(targets: Tensor) -> Tensor:
+    return torch.eye(4, dtype=torch.float64)[targets] if targets.ndim == 1 else targets.double()
 
 
-def test_the_estimate_of_a_linear_regression_is_mallows() -> None:
-    """Training error plus twice the variance, over many training sets: the risk of ordinary least squares."""
-    rng = np.random.default_rng(0)
-    n, p = 40, 10
-    x, weights = rng.normal(size=(n, p)), rng.normal(size=p)
-    hat = x @ np.linalg.pinv(x)
-    estimates = []
-    for _ in range(1500):
-        y, y_twin = (x @ weights + rng.normal(size=n) for _ in range(2))
-        fitted, twin, targets = (torch.tensor(values) for values in (hat @ y, hat @ y_twin, y))
-        estimates.append(float(risk_estimate(fitted, twin, fitted, targets, task="regression").risk))
-    assert np.mean(estimates) == pytest.approx(1 + p / n, rel=0.02)  # noise, and its share in each weight
+def brier_score(p: Tensor, y: Tensor, task: str = "multiclass") -> Tensor:
+    return (p - y).square().sum(1).mean() if task == "multiclass" else (p - y).square().mean()
 
 
-@given(seed=st.integers(0, 99), cuts=st.lists(st.integers(0, 30), max_size=3), task=st.sampled_from([*NUM_OUTPUTS]))
+def claim(p: Tensor, task: str = "multiclass") -> Tensor:
+    """The expected score if labels were drawn from p."""
+    if task == "multiclass":
+        return sum((p[:, k] * (p - torch.eye(4)[k]).square().sum(1)).mean() for k in range(4))
+    return (p * (1 - p).square() + (1 - p) * p.square()).mean()
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_terms_are_those_of_their_definitions(task: str) -> None:
+    unseen, twin, train, targets = example(task)
+    p, q, t = (probabilities(outputs, task) for outputs in (unseen, twin, train))
+    score, variance = brier_score(t, one_hot(targets), task), brier_score(p, q, task)
+    expected = claim(p, task), score - claim(t, task), variance
+    torch.testing.assert_close(risk_estimate(unseen, twin, train, targets, task), R.RiskTerms(sum(expected), *expected))
+
+
+@given(seed=st.integers(0, 99), cuts=st.lists(st.integers(0, 30), max_size=3), task=st.sampled_from(TASKS))
 @settings(max_examples=30, deadline=None)
 def test_it_does_not_matter_how_samples_are_split(seed: int, cuts: list[int], task: str) -> None:
-    unseen, twin, train, targets = example(task, seed=seed)
-    whole = risk_estimate(unseen, twin, train, targets, task)
-    holdout, training = (torch.zeros(size, dtype=torch.float64) for size in (NUM_HOLDOUT_SUMS, NUM_TRAINING_SUMS))
-    chunks = (tensor.tensor_split(torch.tensor(sorted(cuts), dtype=torch.long)) for tensor in (unseen, twin, train))
-    for one, other, t, y in zip(*chunks, targets.tensor_split(sorted(cuts)), strict=True):
-        holdout = holdout + holdout_sums(one, other, task=task)
-        training = training + training_sums(t, y, task)
-    torch.testing.assert_close(risk_terms(holdout, training), whole)
+    tensors, holdout, training = example(task, seed=seed), 0, 0
+    for unseen, twin, train, targets in zip(*(each.tensor_split(sorted(cuts)) for each in tensors), strict=True):
+        holdout = holdout + R.holdout_sums(unseen, twin, task=task)
+        training = training + R.training_sums(train, targets, task)
+    torch.testing.assert_close(R.risk_terms(holdout, training), risk_estimate(*tensors, task))
+
+
+def test_the_variance_of_simulated_twins_is_scaled_and_falls_with_the_number_of_training_samples() -> None:
+    unseen, twin, train, targets = example()
+    p, q = (probabilities(outputs, "multiclass") for outputs in (unseen, twin / 3))  # this twin claims more
+    simulated = risk_estimate(unseen, twin / 3, train, targets, strength=0.5)
+    torch.testing.assert_close(simulated.variance, 4 * brier_score(p, q) * claim(p) / claim(q))
+    simulated, real = (risk_estimate(unseen, 3 * twin, train, targets, strength=s) for s in (1.0, None))
+    assert simulated.variance == real.variance
+    by_number = [risk_estimate(unseen, 3 * twin, train, targets, num_training=n) for n in (1, 2_000, 20_000, 10**8)]
+    variances = torch.stack([terms.variance for terms in by_number])
+    assert by_number[0] == real and (variances.diff() < 0).all() and variances[-1] < 0.01 * real.variance
+
+
+def test_underconfidence_on_training_samples_counts_half_beside_simulated_twins() -> None:
+    unseen, twin, train, _ = example()
+    for targets, factor in ((train.argmin(1), 1), (train.argmax(1), 0.5)):
+        real, simulated = (risk_estimate(unseen, twin, train / 3, targets, strength=s) for s in (None, 1.0))
+        assert (real.overconfidence > 0) == (factor == 1)
+        torch.testing.assert_close(simulated.overconfidence, factor * real.overconfidence)
+
+
+def test_other_outputs_may_be_compared_with_the_twin() -> None:
+    unseen, twin, other, _ = example()
+    outputs = (unseen, twin, other), (unseen, twin), (other, twin)
+    compared, plain, others = (R.holdout_sums(*each, task="multiclass") for each in outputs)
+    torch.testing.assert_close(compared, torch.cat([plain[:2], others[2:]]))
 
 
 def test_positions_are_samples_and_ignored_labels_are_none() -> None:
-    g = generator()
-    outputs, targets = torch.randn(3, 4, 5, generator=g), torch.randint(0, 4, (3, 5), generator=g)
-    flat = outputs.movedim(1, -1).reshape(15, 4)
-    everything = training_sums(flat, targets.flatten(), "multiclass")
-    torch.testing.assert_close(training_sums(outputs, targets, "multiclass"), everything)
-    ignored = targets.where(torch.rand(3, 5, generator=g) < 0.5, -100)
-    kept = ignored.flatten() != -100
-    alone = training_sums(flat[kept], targets.flatten()[kept], "multiclass")
-    assert alone[0] == kept.sum() < 15
-    torch.testing.assert_close(training_sums(outputs, ignored, "multiclass"), alone)
+    outputs, targets = example(num_samples=15)[2:]
+    counts = torch.arange(15) % 4 > 0
+    ignored = targets.where(counts, -100).reshape(3, 5)
+    dense = R.training_sums(outputs.reshape(3, 5, 4).movedim(-1, 1), ignored, "multiclass")
+    alone = R.training_sums(outputs[counts], targets[counts], "multiclass")
+    torch.testing.assert_close(dense[:3], alone[:3])
+    torch.testing.assert_close(alone, R.training_sums(outputs[counts], one_hot(targets[counts]), "multiclass"))
 
 
 def test_samples_that_are_not_finite_are_left_out_and_counted() -> None:
-    unseen, twin, train, targets = example("multiclass")
+    unseen, twin, train, targets = example()
     broken, broken_train = twin.clone(), train.clone()
     broken[:2, 1], broken_train[:3, 0] = torch.nan, torch.inf
-    found = holdout_sums(unseen, broken, task="multiclass")
-    torch.testing.assert_close(found[:-1], holdout_sums(unseen[2:], twin[2:], task="multiclass")[:-1])
-    assert found[-1] == 2
-    found = training_sums(broken_train, targets, "multiclass")
-    torch.testing.assert_close(found[:-1], training_sums(train[3:], targets[3:], "multiclass")[:-1])
-    assert found[-1] == 3
-
-
-def test_without_training_or_unseen_samples_there_is_no_estimate() -> None:
-    holdout, training = torch.ones(NUM_HOLDOUT_SUMS), torch.ones(NUM_TRAINING_SUMS)
-    assert risk_terms(holdout, training).risk.isfinite()
-    assert risk_terms(0 * holdout, training).risk.isnan() and risk_terms(holdout, 0 * training).risk.isnan()
+    holdout = [R.holdout_sums(*pair, task="multiclass") for pair in ((unseen, broken), (unseen[2:], twin[2:]))]
+    training = [R.training_sums(*pair, "multiclass") for pair in ((broken_train, targets), (train[3:], targets[3:]))]
+    for (sums, expected), count in ((holdout, 2), (training, 3)):
+        torch.testing.assert_close(sums[:-1], expected[:-1])
+        assert (sums[-1], expected[-1]) == (count, 0)
+    assert R.risk_terms(0 * holdout[0], training[0]).estimate.isnan()
+    assert R.risk_terms(holdout[0], 0 * training[0]).estimate.isnan()
 
 
 X, LABELS = torch.zeros(2, 3), torch.zeros(2).long()
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    ((X, X.new_zeros(3, 3), X, LABELS), "the shape of `outputs`"),
-    ((X, X, X.new_zeros(2, 4), LABELS), "as many outputs"),
-    ((X[:0], X[:0], X, LABELS), "`outputs` to be a floating tensor of one sample or more"),
-    ((X, X, X, LABELS, "ranking"), "`task` to be one"),
-    ((X[:, :2], X[:, :2], torch.eye(2), torch.arange(2)), "got probabilities"),
+    ((X, X.new_zeros(3, 3), X, LABELS), "`twin_outputs`"),
+    ((X, X, X.new_zeros(2, 4), LABELS), "`train_outputs`"),
+    ((X[:0], X[:0], X, LABELS), "`outputs`.* one sample"),
+    ((X, X, X, LABELS - 100), "`train_targets`.* -100"),
+    ((X, X, X, LABELS, "regression"), "`task`"),
+    ((X[:, :2], X[:, :2], torch.eye(2), torch.arange(2)), "`train_outputs`.* probabilities"),
 ])  # fmt: skip
-def test_bad_input(arguments: tuple[Any, ...], message: str) -> None:
+def test_bad_input_is_refused(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         risk_estimate(*arguments)

@@ -1,0 +1,165 @@
+"""What monitors need of Lightning: lazily read values, failures that cost a value, names, counts."""
+
+import math
+import re
+import traceback
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.data import sized_len
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_sensitivity.functional.tasks import warn
+
+LIGHTNING_MODULES = ("lightning.pytorch.core.module", "pytorch_lightning.core.module")
+
+
+class LazyValue(Metric):
+    """Hold one value of one loader, which Lightning reads when the loader is done.
+
+    A value that is logged as a number at the epoch's end shows the last loader's in every column of
+    ``Trainer.validate``. Where there is no value, the last one stays; nan is logged, if there never was one.
+
+    Args:
+        values: Gives the values of the loader by name.
+        name: Which of them.
+    """
+
+    full_state_update = False
+    update_called = True  # the state that is read lives elsewhere
+
+    def __init__(self, values: Callable[[], Mapping[str, Tensor]], name: str) -> None:
+        super().__init__(sync_on_compute=False, compute_with_cache=False)
+        self._values, self._name, self._has_value = values, name, False
+
+    def update(self) -> None:
+        """Do nothing."""
+
+    def compute(self) -> Tensor | None:
+        """Read the value."""
+        value = self._values().get(self._name)
+        if value is None:
+            return None if self._has_value else torch.tensor(math.nan)
+        self._has_value = True
+        return value
+
+
+class Failures:
+    """Turn failures into an error before the first training step, and into one warning of each kind after it.
+
+    Args:
+        name: Name of the monitor's class.
+        prefix: Prefix of what it logs.
+
+    Attributes:
+        is_strict: Whether a failure is an error.
+        kinds: The kinds of failure that were warned of.
+    """
+
+    def __init__(self, name: str, prefix: str) -> None:
+        self._name, self._prefix, self.is_strict, self.kinds = name, prefix, True, set[str]()
+
+    def warn(self, kind: str, message: str, in_any_process: bool = False) -> None:
+        """Warn once of each kind; the message follows the name of the monitor."""
+        if kind not in self.kinds:
+            self.kinds.add(kind)
+            (warn if in_any_process else rank_zero_only(warn))(f"`{self._name}` ({self._prefix}*) {message}")
+
+    @contextmanager
+    def warn_on_failure(self, what: str) -> Iterator[None]:
+        """Turn an exception inside into a warning, or into an error that says what failed; see :attr:`is_strict`."""
+        try:
+            yield
+        except Exception as error:
+            is_clear = isinstance(error, MisconfigurationException)
+            if self.is_strict and (is_clear or is_oom_error(error)):
+                raise  # out of memory: Lightning's finder of batch sizes waits for it
+            reason = str(error) if is_clear else f"{type(error).__name__}: {str(error).strip().rstrip('.')}."
+            if self.is_strict:
+                raise MisconfigurationException(
+                    f"`{self._name}` {what}: {reason} If `forward` takes something else than was chosen, say what with"
+                    " `inputs=`, such as `inputs=lambda batch: batch['image']`."
+                ) from error
+            self.warn(what, f"{what}: {reason}", in_any_process=True)
+            if is_oom_error(error):
+                traceback.clear_frames(error.__traceback__)  # which hold what the pass had on the device
+                garbage_collection_cuda()
+
+
+def lay_out_charts(trainer: Trainer, charts: Iterable[tuple[str, Mapping[str, str]]]) -> None:
+    """Lay out TensorBoard's Custom Scalars.
+
+    Args:
+        trainer: The Trainer, of whose loggers those of TensorBoard get the layout.
+        charts: The prefix of each monitor, and the title and the tags (a regular expression) of each of its charts.
+    """
+    layout: dict[str, dict[str, object]] = {}
+    for prefix, of_prefix in charts:
+        group = layout.setdefault(f"Generalization ({prefix}*)", {})
+        group.update({title: ["Multiline", [tags]] for title, tags in of_prefix.items()})
+    for logger in trainer.loggers:
+        if any(base.__name__ == "TensorBoardLogger" for base in type(logger).__mro__):  # of either package
+            logger.experiment.add_custom_scalars(layout)  # type: ignore[attr-defined]
+
+
+def log(pl_module: LightningModule, name: str, value: LazyValue, **kwargs: Any) -> None:
+    """Log a value by Lightning's own ``log``, past one that the module overrides."""
+    owner: Any = next(
+        base for base in type(pl_module).__mro__ if base.__module__ in LIGHTNING_MODULES and "log" in vars(base)
+    )
+    owner.log(pl_module, name, value, on_step=False, on_epoch=True, **kwargs)
+
+
+def stage_prefix(prefix: str, trainer: Trainer) -> str:
+    """Give the prefix of the loop that runs: in ``Trainer.test`` with "test" for "val" where that is a word."""
+    if not trainer.testing:
+        return prefix
+    new, count = re.subn(r"(?<![A-Za-z])val(?![A-Za-z])", "test", prefix, count=1)
+    return new if count else f"test_{prefix}"
+
+
+def loader_name(name: str, dataloader_idx: int, num_loaders: int) -> str:
+    """Give the name that Lightning makes of a logged one."""
+    return name if num_loaders == 1 else f"{name}/dataloader_idx_{dataloader_idx}"
+
+
+def watchers(trainer: Trainer, names: Collection[str]) -> list[tuple[str, str, str]]:
+    """List who watches one of our values: the name of the class, the logged name, and ``"min"`` or ``"max"``.
+
+    Args:
+        trainer: The Trainer.
+        names: What we log, without the index of a loader.
+    """
+    owners = [*trainer.callbacks, *trainer.lr_scheduler_configs]  # type: ignore[attr-defined]
+    watching = [(getattr(each, "scheduler", each), getattr(each, "monitor", None)) for each in owners]
+    return [
+        (type(owner).__name__, name, getattr(owner, "mode", "min"))
+        for owner, name in watching
+        if isinstance(name, str) and name.split("/dataloader_idx_")[0] in names
+    ]
+
+
+def num_batches(trainer: Trainer) -> list[int | float]:
+    """Count the batches of each loader of the loop that runs; inf if one does not say, also where it is limited."""
+    if trainer.testing:
+        counts, loop = trainer.num_test_batches, trainer.test_loop
+    elif trainer.state.fn == TrainerFn.VALIDATING:
+        counts, loop = trainer.num_val_batches, trainer.validate_loop
+    else:
+        counts, loop = trainer.num_val_batches, trainer.fit_loop.epoch_loop.val_loop
+    if trainer.sanity_checking:
+        counts = trainer.num_sanity_val_batches
+    # Of a CombinedLoader, of which only the loop knows; unless it is sequential, it is one loader to Lightning.
+    combined = getattr(loop, "_combined_loader", None)
+    mode, loaders = getattr(combined, "_mode", "sequential"), getattr(combined, "flattened", [])
+    if len(loaders) == len(counts):
+        counts = [math.inf if sized_len(each) is None else count for count, each in zip(counts, loaders, strict=True)]
+    return counts if mode == "sequential" else [min(counts) if mode == "min_size" else max(counts)]

@@ -1,0 +1,289 @@
+"""What a comparison of models gives: scores, a table, ties, and rank correlations with the truth."""
+
+import csv
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from itertools import combinations
+from textwrap import fill
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchmetrics.functional import kendall_rank_corrcoef
+
+from lightning_sensitivity.functional.scores import Samples, are_undecided, consensus_scores
+from lightning_sensitivity.functional.sensitivity import loss_estimate, sensitivity_from_rows, squared_deviations
+
+_MIN_RANKED = 6  # of fewer models, a rank correlation says nothing
+_ROUNDING = 1e-6  # relative, of scores from float32 outputs
+_Z = 1.96  # of a 95 % interval
+_WIDTH = 100  # of notes in the printed table
+
+
+@dataclass(frozen=True)
+class ModelScores:
+    """Hold the scores of one model. A number that has no meaning for it is nan.
+
+    Attributes:
+        name: What the user calls it.
+        sensitivity: S, in squared units of the outputs.
+        sensitivity_stderr: Its standard error, over samples and noise.
+        loss_estimate: Equation 9 of the paper, in nats; see :func:`~lightning_sensitivity.functional.loss_estimate`.
+        consensus_error: Expected share of wrong predictions, if labels were drawn from the mean prediction of the other
+            models; see :func:`~lightning_sensitivity.functional.scores.consensus_scores`.
+        consensus_loss: Expected loss, in the same way.
+        loss: The true loss: cross-entropy.
+        error: The true share of wrong predictions.
+        num_parameters: How many parameters it has.
+        seconds: Time of the whole pass, with loading.
+        note: That it is untrained, or why it failed.
+    """
+
+    name: str
+    sensitivity: float = math.nan
+    sensitivity_stderr: float = math.nan
+    loss_estimate: float = math.nan
+    consensus_error: float = math.nan
+    consensus_loss: float = math.nan
+    loss: float = math.nan
+    error: float = math.nan
+    num_parameters: float = math.nan
+    seconds: float = math.nan
+    note: str = ""
+
+
+class KendallTau(NamedTuple):
+    """Kendall's τ-b between a score and the truth, over models, and its p-value if they had nothing in common."""
+
+    tau: float
+    p_value: float
+
+
+class Comparison:
+    """Show what :func:`~lightning_sensitivity.compare_models` gives.
+
+    Iterating gives :class:`ModelScores`, sorted by ``consensus_error`` where there are three models or more, else by
+    sensitivity, with those that failed last; an index or a name in brackets gives those of one. ``print`` shows the
+    main columns; :meth:`rows` and :meth:`to_csv` have all.
+
+    Args:
+        models: One row per model, in any order.
+        by_sample: For each model and score one number per sample, ``(N,)``, with the score as their mean; the same
+            samples for all models.
+
+    Example:
+        >>> from lightning_sensitivity.comparison import Comparison, ModelScores
+        >>> result = Comparison([ModelScores("wide", 0.2, 0.01, loss=0.5), ModelScores("small", 0.1, 0.01)])
+        >>> print(result)
+        model sensitivity loss
+        small  0.1 ± 0.01
+        wide   0.2 ± 0.01  0.5
+        <BLANKLINE>
+        Sorted by sensitivity, which is no order of quality.
+        >>> result["wide"].loss, result[0].name
+        (0.5, 'small')
+    """
+
+    def __init__(
+        self, models: Sequence[ModelScores], by_sample: Mapping[str, Mapping[str, Tensor]] | None = None
+    ) -> None:
+        self._by_sample = by_sample or {}
+        has_consensus = any(math.isfinite(model.consensus_error) for model in models)  # of three models or more
+        self._order = "consensus_error" if has_consensus else "sensitivity"
+        ranks = {model.name: getattr(model, self._order) for model in models}
+        self._models = sorted(models, key=lambda model: (math.isnan(ranks[model.name]), ranks[model.name]))
+
+    def __iter__(self) -> Iterator[ModelScores]:
+        """Give the models in their order."""
+        return iter(self._models)
+
+    def __len__(self) -> int:
+        """Count the models, with those that failed."""
+        return len(self._models)
+
+    def __getitem__(self, key: int | str) -> ModelScores:
+        """Give the scores of one model, by its place or its name."""
+        return self._models[key] if isinstance(key, int) else {model.name: model for model in self}[key]
+
+    def rows(self) -> list[dict[str, str | float]]:
+        """Give the table, one dict per model, for :class:`pandas.DataFrame` and its like."""
+        return [asdict(model) for model in self]
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write the table, with all digits; numbers that have no meaning stay empty.
+
+        Args:
+            path: Where to; folders on the way are made.
+        """
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, [field.name for field in fields(ModelScores)])
+            writer.writeheader()
+            for row in self.rows():
+                writer.writerow({key: "" if value != value else value for key, value in row.items()})
+
+    def difference(self, first: str, second: str, score: str = "sensitivity") -> tuple[float, float]:
+        """Compute how much higher one model scores than another, and the standard error of that.
+
+        Both saw the same samples and the same noise, so that the difference is sharper than the values are.
+
+        Args:
+            first: Name of a model.
+            second: Name of another one.
+            score: A field of :class:`ModelScores`.
+
+        Returns:
+            The difference and its standard error over samples (nan where it is not known).
+        """
+        one, other = self[first], self[second]
+        value, stderr = getattr(one, score) - getattr(other, score), math.nan
+        samples = [self._by_sample.get(name, {}).get(score) for name in (first, second)]
+        if samples[0] is not None and samples[1] is not None:
+            stderr = float((samples[0] - samples[1]).std() / math.sqrt(len(samples[0])))
+        elif score == "sensitivity":
+            stderr = math.hypot(one.sensitivity_stderr, other.sensitivity_stderr)
+        return value, stderr
+
+    def ties(self, score: str = "sensitivity") -> dict[str, list[str]]:
+        """Name the models that a score cannot tell apart: zero lies in the 95 % interval of their difference.
+
+        The intervals are those of single pairs, not corrected for their number. Models whose error is not known are
+        left out.
+
+        Args:
+            score: A field of :class:`ModelScores`.
+
+        Returns:
+            For each model the names of those that it ties with, in the order of the table.
+        """
+        names = [model.name for model in self if math.isfinite(self.difference(model.name, model.name, score)[1])]
+        tied: dict[str, list[str]] = {name: [] for name in names}
+        for first, second in combinations(names, 2):
+            value, stderr = self.difference(first, second, score)
+            # Two copies of a model may differ by the rounding of their outputs, more than by its standard error.
+            if abs(value) <= max(_Z * stderr, _ROUNDING * abs(getattr(self[first], score))):
+                tied[first].append(second)
+                tied[second].append(first)
+        return tied
+
+    def kendall(self, truth: str = "loss") -> dict[str, KendallTau]:
+        """Compute how well each score orders the models, where labels say what the order is.
+
+        Args:
+            truth: ``"loss"`` or ``"error"``.
+
+        Returns:
+            Kendall's τ-b of each score with the truth. Scores that not all models have, or that are the same for all,
+            are left out. Empty without labels, or for fewer than six models.
+
+        Raises:
+            ValueError: If ``truth`` is something else.
+        """
+        if truth not in ("loss", "error"):
+            raise ValueError(f"Expected `truth` to be 'loss' or 'error', but got {truth!r}.")
+        models, taus = [model for model in self if math.isfinite(getattr(model, truth))], {}
+        true = torch.tensor([getattr(model, truth) for model in models], dtype=torch.float64)
+        for name in ("sensitivity", "loss_estimate", "consensus_error", "consensus_loss", "num_parameters"):
+            values = torch.tensor([getattr(model, name) for model in models], dtype=torch.float64)
+            if len(models) >= _MIN_RANKED and values.isfinite().all() and values.std() > 0 and true.std() > 0:
+                tau, p_value = kendall_rank_corrcoef(values, true, variant="b", t_test=True)
+                taus[name] = KendallTau(float(tau), float(p_value))
+        return taus
+
+    def __str__(self) -> str:
+        """Print the main columns; under them the notes, and how well each score orders the models, if labels say so."""
+        tied = self.ties()
+        columns = {
+            "model": [model.name + " *" * bool(model.note) for model in self],
+            "consensus_error": [_short(model.consensus_error) for model in self],
+            "consensus_loss": [_short(model.consensus_loss) for model in self],
+            "sensitivity": [_with_error(model.sensitivity, model.sensitivity_stderr) for model in self],
+            "ties with": [", ".join(tied.get(model.name, [])) for model in self],
+            "loss": [_short(model.loss) for model in self],
+            "error": [_short(model.error) for model in self],
+        }
+        lines = [*_aligned({title: cells for title, cells in columns.items() if any(cells)}), ""]
+        if self._order == "sensitivity":
+            lines += ["Sorted by sensitivity, which is no order of quality."]
+        else:
+            lines += ["Sorted by consensus_error: how often the other models disagree. It ranks by the error."]
+        if notes := [fill(f"* {model.name}: {model.note}", _WIDTH) for model in self if model.note]:
+            lines += ["", *notes]
+        taus = {truth: self.kendall(truth) for truth in ("loss", "error")}
+        if taus["loss"]:
+            columns = {"Kendall's τ with": list(taus["loss"])}
+            for truth, of_score in taus.items():
+                cells = [of_score.get(score) for score in taus["loss"]]
+                columns[truth] = [f"{cell.tau:+.2f} (p = {cell.p_value:.2g})" if cell else "" for cell in cells]
+            lines += ["", *_aligned(columns)]
+        return "\n".join(lines)
+
+    __repr__ = __str__  # a table is what a notebook is to show
+
+
+def score_models(
+    samples: Mapping[str, Samples], notes: Mapping[str, str], task: str | None
+) -> tuple[list[ModelScores], dict[str, Samples]]:
+    """Score models by their samples.
+
+    Args:
+        samples: What the pass of each model gave: :func:`~lightning_sensitivity.functional.scores.score_samples` of all
+            batches, and ``power``, ``num_parameters`` and ``seconds``.
+        notes: What else is known of each model, with those that failed.
+        task: What the outputs are for.
+
+    Returns:
+        A row for each model; and for each model and score one number per sample, with the score as their mean.
+    """
+    log_p = {name: each["log_p"] for name, each in samples.items() if "log_p" in each}
+    notes = {name: note or _note(log_p.get(name)) for name, note in notes.items()}
+    consensus = consensus_scores(log_p, [name for name in log_p if not notes[name]])  # what has not learned has no vote
+    models, by_sample = [], {}
+    for name, note in notes.items():
+        scores: dict[str, float] = {}
+        if name in samples:
+            rows, power = samples[name]["rows"], float(samples[name]["power"].mean())
+            estimate = sensitivity_from_rows(rows)
+            by_sample[name] = {"sensitivity": _ratio(squared_deviations(rows), rows[:, 0])}
+            if name in consensus:
+                by_sample[name] |= dict(zip(("consensus_loss", "consensus_error"), consensus[name], strict=True))
+            for score in ("loss", "error"):
+                if score in samples[name]:
+                    by_sample[name][score] = _ratio(samples[name][score], samples[name]["num_labels"])
+            scores = {score: float(values.mean()) for score, values in by_sample[name].items()}
+            scores |= {score: float(samples[name][score]) for score in ("num_parameters", "seconds")}
+            scores["sensitivity_stderr"] = float(estimate.stderr)
+            if task == "multiclass" and math.isfinite(power):  # the power is in units of the noise's variance
+                scores["loss_estimate"] = float(loss_estimate(estimate.sensitivity, power, 1.0, estimate.num_outputs))
+        models.append(ModelScores(name, note=note, **scores))
+    return models, by_sample
+
+
+def _note(log_p: Tensor | None) -> str:
+    return "undecided (untrained?)" if log_p is not None and are_undecided(log_p) else ""
+
+
+def _ratio(sums: Tensor, counts: Tensor) -> Tensor:
+    """Give numbers whose mean is Σ sums / Σ counts, and whose spread is that of its error, to first order."""
+    ratio = sums.sum() / counts.sum()
+    return ratio + (sums - ratio * counts) / counts.mean()
+
+
+def _aligned(columns: Mapping[str, Sequence[str]]) -> list[str]:
+    """Lay out columns with their titles in lines, names to the left."""
+    padded = []
+    for title, cells in columns.items():
+        width = max(map(len, [title, *cells]))
+        to_left = title in ("model", "ties with", "Kendall's τ with")
+        padded.append([cell.ljust(width) if to_left else cell.rjust(width) for cell in (title, *cells)])
+    return [" ".join(line).rstrip() for line in zip(*padded, strict=True)]
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}" if math.isfinite(value) else ""
+
+
+def _with_error(value: float, stderr: float) -> str:
+    return f"{_short(value)} ± {stderr:.1g}" if math.isfinite(stderr) else _short(value)

@@ -1,0 +1,104 @@
+"""Scores of models on the same samples: of each sample by its outputs, and of each model by what the others say."""
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from lightning_sensitivity.functional.sensitivity import sensitivity_rows
+from lightning_sensitivity.functional.tasks import by_position, probabilities, target_probabilities, wide_dtype
+
+Samples = dict[str, Tensor]  # for each name one number per sample, or a row of them
+
+_MIN_VOTERS = 3  # of two, each would be measured by the other alone
+
+
+def score_samples(clean: Tensor, noisy: Iterable[Tensor], targets: Tensor | None, task: str | None) -> Samples:
+    """Score the samples of a batch.
+
+    Args:
+        clean: Outputs f(x), logits ``(N, K, ...)`` or ``(N,)``.
+        noisy: Outputs for each noise draw; one at a time is in memory.
+        targets: Labels that fit the task, or None.
+        task: One of :data:`~lightning_sensitivity.functional.tasks.TASKS`, or None for sensitivity alone.
+
+    Returns:
+        ``rows`` of :func:`~lightning_sensitivity.functional.sensitivity.sensitivity_rows`; with a task and one
+        position, the log-probabilities ``log_p``, ``(N, decisions, classes)``; with labels ``loss`` and ``error``, sums
+        over ``num_labels``.
+    """
+    scores = {"rows": sensitivity_rows(clean, noisy)}
+    if task is None:
+        return scores
+    outputs = by_position(clean).to(wide_dtype(clean.device))
+    if task == "multiclass":
+        log_p = outputs.log_softmax(1)[:, None]  # (N, decisions, classes, positions): one decision, or K of no or yes
+    else:
+        log_p = torch.stack([logsigmoid(-outputs), logsigmoid(outputs)], 2)
+    if log_p.shape[3] == 1:
+        scores["log_p"] = log_p[..., 0].float()
+    if targets is not None:
+        y, counts = target_probabilities(probabilities(clean, task), targets, task)
+        y, counts = by_position(y).to(log_p), counts[:, None].flatten(1)
+        loss, error = _expected(log_p, y[:, None] if task == "multiclass" else torch.stack([1 - y, y], 2))
+        scores |= {"loss": (loss * counts).sum(1), "error": (error * counts).sum(1), "num_labels": counts.sum(1)}
+    return scores
+
+
+def consensus_scores(
+    log_probabilities: Mapping[str, Tensor], voters: Collection[str] | None = None
+) -> dict[str, tuple[Tensor, Tensor]]:
+    r"""Compute the expected loss and error of each model, if labels were drawn from the mean prediction of the others.
+
+    .. math::
+        q_i = \operatorname{mean}_{j \ne i} p_j, \qquad
+        L_i = -\sum_k q_{ik} \log p_{ik}, \qquad
+        E_i = 1 - q_i(\arg\max_k p_{ik})
+
+    Labels that models agree on are right more often than any single model is, if their mistakes are not the same. Where
+    one training set or one architecture misleads all of them, the consensus is misled, too. That disagreement between
+    networks of one kind follows their error was seen by Jiang et al. (arXiv:2106.13799).
+
+    Args:
+        log_probabilities: Those of each model for the same samples, ``(N, decisions, classes)``.
+        voters: The models that vote, by default all; on each of them the others do.
+
+    Returns:
+        For each model the loss in nats and the share of wrong predictions, one number per sample; nothing for fewer
+        than three voters, or where numbers of classes differ.
+
+    Example:
+        >>> import torch
+        >>> from lightning_sensitivity.functional.scores import consensus_scores
+        >>> agreeing, other = torch.tensor([[[0.9, 0.1]]]).log(), torch.tensor([[[0.2, 0.8]]]).log()
+        >>> scores = consensus_scores({"first": agreeing, "second": agreeing, "third": other})
+        >>> {name: round(float(error), 2) for name, (_, error) in scores.items()}
+        {'first': 0.45, 'second': 0.45, 'third': 0.9}
+    """
+    voters = log_probabilities.keys() if voters is None else voters
+    if len(voters) < _MIN_VOTERS or len({values.shape for values in log_probabilities.values()}) > 1:
+        return {}
+    scores, total = {}, torch.zeros((), dtype=torch.float64)
+    for name in voters:
+        total = total + log_probabilities[name].double().exp()
+    for name, values in log_probabilities.items():
+        own = values.double()
+        votes = (total - own.exp()).clamp(min=0) / (len(voters) - 1) if name in voters else total / len(voters)
+        scores[name] = _expected(own, votes)
+    return scores
+
+
+def are_undecided(log_p: Tensor, share: float = 0.95) -> bool:
+    """Tell whether predictions ``(N, decisions, classes)`` are nearly uniform, as those of an untrained model."""
+    entropy = torch.special.entr(log_p.exp()).sum(2).mean()
+    return bool(entropy > share * math.log(log_p.shape[2]))
+
+
+def _expected(log_p: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute loss and share of wrong decisions ``(N, ...)`` under labels ``(N, decisions, classes, ...)``."""
+    # 0 · log 0 is 0: a class that neither the model nor the labels expect.
+    loss = -(labels * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(2)
+    error = 1 - labels.gather(2, log_p.argmax(2, keepdim=True)).squeeze(2)
+    return loss.mean(1), error.mean(1)

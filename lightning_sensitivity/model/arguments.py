@@ -1,0 +1,82 @@
+"""Arguments of users, checked; batches, copied and described."""
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from numbers import Integral
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+
+def check_argument(name: str, value: object, valid: bool, expected: str) -> None:
+    """Raise MisconfigurationException that says what an argument should be, unless it is valid."""
+    if not valid:
+        raise MisconfigurationException(f"`{name}` should be {expected}, got {value!r}.")
+
+
+def check_int(name: str, value: object, minimum: float) -> None:
+    """Require an int, which a bool is not, of a minimum or more."""
+    valid = isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= minimum
+    check_argument(name, value, valid, "an int" + f" of {minimum} or more" * math.isfinite(minimum))
+
+
+def check_selector(name: str, value: object, may_be_list: bool = False) -> None:
+    """Require what chooses a part of a batch or of an output: a key, an index, a function or None."""
+    keys = value if may_be_list and isinstance(value, list | tuple) and value else [value]
+    are_keys = all(isinstance(key, str | Integral) and not isinstance(key, bool) and key != "" for key in keys)
+    valid = value is None or callable(value) or (are_keys and len(set(keys)) == len(keys))
+    expected = f"a key, an index,{' a list of different ones,' * may_be_list} a function or None"
+    check_argument(name, value, valid, expected)
+
+
+def map_tensors(value: Any, function: Callable[[Tensor], Any], copies_objects: bool = True) -> Any:
+    """Rebuild a value with a function applied to each tensor in its tuples, lists and dicts.
+
+    Args:
+        value: The value.
+        function: Gives what takes the place of a tensor.
+        copies_objects: Whether other objects are deep-copied, since a ``forward`` may write to them.
+    """
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        new = copy.copy(value)
+        new.update({key: map_tensors(item, function, copies_objects) for key, item in value.items()})
+        return new
+    if type(value) in (list, tuple) or hasattr(value, "_fields"):
+        items = [map_tensors(item, function, copies_objects) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    is_constant = isinstance(value, str | int | float | None)
+    return value if is_constant or not copies_objects else copy.deepcopy(value)
+
+
+def clone_tensors(value: Any) -> Any:
+    """Copy a batch: clone the tensors in its collections, and deep-copy other objects."""
+    return map_tensors(value, Tensor.clone)
+
+
+def is_floating(tensor: Tensor) -> bool:
+    """Tell whether noise can be added: to dense floating tensors."""
+    return tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_nested
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """List the tensors in a value and its collections."""
+    tensors: list[Tensor] = []
+    map_tensors(value, lambda tensor: tensors.append(tensor) or tensor, copies_objects=False)  # type: ignore[func-returns-value]
+    return tensors
+
+
+def describe(value: Any) -> str:
+    """Describe a value for an error message."""
+    if isinstance(value, Tensor):
+        return f"a tensor of {value.dtype}" + ("" if value.is_nested else f" and shape {tuple(value.shape)}")
+    if isinstance(value, Mapping):
+        return f"{type(value).__name__} of {', '.join(f'{key!r}: {describe(item)}' for key, item in value.items())}"
+    if isinstance(value, list | tuple) and value:
+        more = ", ..." if len(value) > 5 else ""
+        return f"{type(value).__name__} of {len(value)}: {', '.join(map(describe, value[:5]))}{more}"
+    return f"an empty {type(value).__name__}" if isinstance(value, list | tuple) else type(value).__name__

@@ -1,0 +1,209 @@
+"""Noise: functions ``(x, generator) -> x'``, at the input or behind a submodule, from generators by key."""
+
+import difflib
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+from lightning_sensitivity.model.arguments import describe, is_floating
+
+Noise = float | Sequence[float] | Callable[[Tensor, torch.Generator], Tensor]
+
+
+@dataclass(frozen=True)
+class GaussianNoise:
+    """Add independent normal noise to every element: x' = x + ε, ε ~ N(0, σ² I).
+
+    Args:
+        std: σ in the units that the model receives, one for all elements or one per channel (dimension 1).
+
+    Example:
+        >>> import torch
+        >>> from lightning_sensitivity.model.noise import GaussianNoise, noise_generator
+        >>> GaussianNoise(0.1)(torch.zeros(2, 3), noise_generator(seed=0))
+        tensor([[-0.0420,  0.1564, -0.0608],
+                [-0.0201, -0.0759,  0.0250]])
+    """
+
+    std: float | tuple[float, ...]
+
+    def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Perturb a floating tensor ``(N, ...)``, or ``(N, C, ...)`` for C different σ."""
+        # Drawn in float32 whatever the type of the input, so that every precision gets the same, and rounded once.
+        noise = torch.randn(x.shape, generator=generator, dtype=torch.float32, device=x.device).mul_(self.std_for(x))
+        is_alike = (noise.dtype, noise.stride()) == (x.dtype, x.stride())
+        return noise.add_(x) if is_alike else (x + noise).to(x.dtype)
+
+    def std_for(self, x: Tensor) -> Tensor | float:
+        """Lay out σ so that it broadcasts to a tensor."""
+        if isinstance(self.std, float):
+            return self.std
+        if x.ndim < 2 or x.shape[1] != len(self.std):
+            raise MisconfigurationException(
+                "`noise` should be one number, or one per channel (dimension 1 of the input), but got"
+                f" {len(self.std)} for an input of shape {tuple(x.shape)}."
+            )
+        return torch.tensor(self.std, dtype=torch.float32, device=x.device).reshape(-1, *[1] * (x.ndim - 2))
+
+
+def check_noise(noise: Noise) -> Callable[[Tensor, torch.Generator], Tensor]:
+    """Turn the argument ``noise`` into a function: σ, one per channel, or a function already.
+
+    Args:
+        noise: The argument.
+
+    Raises:
+        MisconfigurationException: If it is something else.
+    """
+    if callable(noise) and not isinstance(noise, type):
+        return noise
+    value: Any = noise.tolist() if hasattr(noise, "tolist") else noise  # of numpy or torch
+    stds = list(value) if isinstance(value, list | tuple) else [value]
+    if not stds or not all(isinstance(s, Real) and not isinstance(s, bool) and 0 < float(s) < math.inf for s in stds):
+        raise MisconfigurationException(
+            "`noise` should be a positive, finite number, a list of one per channel, or a function (x, generator) ->"
+            f" x', got {noise!r}."
+        )
+    return GaussianNoise(tuple(map(float, stds)) if isinstance(value, list | tuple) else float(value))
+
+
+def noise_generator(
+    seed: int, rank: int = 0, dataloader_idx: int = 0, batch_idx: int = 0, draw: int = 0, device: Any = "cpu"
+) -> torch.Generator:
+    """Make the generator of one noise draw on one batch.
+
+    It depends on its arguments alone, so the same batch gets the same noise in every epoch, and a curve over epochs
+    moves only when the model does. It never touches the global random state, which belongs to training.
+
+    Args:
+        seed: The user's seed.
+        rank: Global rank of the process.
+        dataloader_idx: Index of the validation loader.
+        batch_idx: Index of the batch in its loader.
+        draw: Index of the noise draw.
+        device: Where the noise is needed.
+    """
+    # Hashed, because neighbouring seeds of some generators give correlated streams.
+    key = repr((seed, rank, dataloader_idx, batch_idx, draw)).encode()
+    return torch.Generator(device).manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1)
+
+
+def perturbation(noise: Callable[[Tensor, torch.Generator], Tensor], *key: int) -> Callable[[Tensor], Tensor]:
+    """Give a function that perturbs one tensor after another by one draw of the noise.
+
+    Args:
+        noise: The noise.
+        key: Seed, rank, loader, batch and draw; see :func:`noise_generator`.
+    """
+    generators: dict[torch.device, torch.Generator] = {}
+
+    def perturb(x: Tensor) -> Tensor:
+        if x.device not in generators:
+            seed, rank, dataloader_idx, batch_idx, draw = key
+            generators[x.device] = noise_generator(seed, rank, dataloader_idx, batch_idx, draw, x.device)
+        new: object = noise(x if isinstance(noise, GaussianNoise) else x.clone(), generators[x.device])
+        if not isinstance(new, Tensor) or (new.shape, new.dtype, new.device) != (x.shape, x.dtype, x.device):
+            raise MisconfigurationException(f"`noise` should give {describe(x)}, as it got, but got {describe(new)}.")
+        return new
+
+    return perturb
+
+
+def noisy_outputs(
+    run: Callable[..., Tensor],
+    forward: Callable[..., Tensor],
+    noise: Callable[[Tensor, torch.Generator], Tensor],
+    key: tuple[int, ...],
+    num_draws: int,
+    model: nn.Module,
+    at: str | None = None,
+) -> Iterator[Tensor]:
+    """Give the outputs of a model under one draw of the noise after another.
+
+    Args:
+        run: Runs a function that runs the model, as :func:`~lightning_sensitivity.model.isolated` gives it.
+        forward: Runs the model on a batch.
+        noise: The noise.
+        key: Seed, rank, loader and batch; see :func:`noise_generator`.
+        num_draws: How many draws.
+        model: The module.
+        at: Name of the submodule whose output is perturbed; None for the inputs.
+    """
+    for draw in range(num_draws):
+        perturb = perturbation(noise, *key, draw)
+        if at is None:
+            yield run(forward, perturb)
+        else:
+            yield run(_forward_perturbed_at, forward, submodule(model, at), perturb)
+
+
+@contextmanager
+def perturbed_output(module: nn.Module, perturb: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Perturb inside what a submodule returns each time that it runs: its first floating tensor.
+
+    Args:
+        module: The submodule.
+        perturb: Perturbs a tensor.
+
+    Raises:
+        MisconfigurationException: If the submodule did not run, or returns no floating tensor.
+    """
+    has_run = False
+
+    def hook(module: nn.Module, args: Any, result: Any) -> Any:
+        nonlocal has_run
+        has_run = True
+        first = result[0] if isinstance(result, list | tuple) and result else result
+        if not isinstance(first, Tensor) or not is_floating(first):
+            raise MisconfigurationException(
+                "`at` should name a submodule that returns a dense floating tensor, or a tuple starting with one, got"
+                f" {describe(result)}."
+            )
+        if hasattr(result, "_fields"):
+            return result._replace(**{result._fields[0]: perturb(first)})
+        return perturb(first) if first is result else type(result)([perturb(first), *result[1:]])
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+    if not has_run:
+        raise MisconfigurationException(
+            "`at` should name a submodule that `forward` calls, got one that did not run (or one of a compiled model,"
+            " before torch 2.6)."
+        )
+
+
+def submodule(model: nn.Module, name: str) -> nn.Module:
+    """Find the submodule that ``at`` names.
+
+    Args:
+        model: The module.
+        name: The name.
+
+    Raises:
+        MisconfigurationException: If there is none that takes hooks.
+    """
+    modules: dict[str, nn.Module] = dict(getattr(model, "_orig_mod", model).named_modules())
+    if name not in modules or isinstance(modules[name], torch.jit.ScriptModule):
+        close = difflib.get_close_matches(name, modules, n=3, cutoff=0.4) or list(modules)[1:4]
+        raise MisconfigurationException(
+            f"`at` should name a submodule that takes hooks, such as {', '.join(map(repr, close))}, got {name!r}."
+        )
+    return modules[name]
+
+
+def _forward_perturbed_at(
+    forward: Callable[..., Tensor], module: nn.Module, perturb: Callable[[Tensor], Tensor]
+) -> Tensor:
+    with perturbed_output(module, perturb):
+        return forward()

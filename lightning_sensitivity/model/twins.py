@@ -1,0 +1,218 @@
+"""Simulated twins: the module with other weights in place, as if it had been trained on other samples."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.parameter import is_lazy
+
+from lightning_sensitivity.model.isolation import complete, has_values
+
+
+class InitialWeights:
+    """The weights from before training, on the CPU: given, restored from a checkpoint, or captured at step 0.
+
+    Args:
+        given: A state dict, where the user says which they are.
+
+    Attributes:
+        weights: By name; None where they are not known.
+        source: Where they come from.
+    """
+
+    def __init__(self, given: Mapping[str, Tensor] | None = None) -> None:
+        self._given, self.weights, self.source = given, None, ""
+        self._are_restored = False
+        self._last_norms: Tensor | None = None  # of the weights that the last run has left
+
+    weights: dict[str, Tensor] | None
+
+    def begin(self, model: nn.Module, step: int) -> None:
+        """Find them before the first step of a fit.
+
+        Args:
+            model: The module.
+            step: How many steps were done before this fit.
+
+        Raises:
+            MisconfigurationException: If the given ones are no weights of the module, or none are known.
+        """
+        goes_on = self._last_norms is not None and _are_alike(self._last_norms, _norms(model))
+        if self._given is not None:
+            self.weights = {name: weight.detach().to("cpu", copy=True) for name, weight in self._given.items()}
+            self.source = "those of `initial_weights`"
+            if self.weights.keys().isdisjoint(dict(model.named_parameters())):
+                raise MisconfigurationException("`initial_weights` should name parameters of the module, but name none")
+        elif self._are_restored or (self.weights is not None and goes_on):
+            self.source = "those of the fit that goes on"
+        elif step > 0:
+            self.weights = None
+            raise MisconfigurationException(
+                "it needs the weights from before training, which the checkpoint lacks: give them, `initial_weights=`"
+            )
+        else:
+            self.weights = initial_weights(model)
+            self.source = "those at the start of this fit (if they are trained, pass `initial_weights=`)"
+
+    def end(self, model: nn.Module) -> None:
+        """Remember which weights a run leaves, so that a fit that begins with them goes on."""
+        self._last_norms, self._are_restored = _norms(model), False
+
+    def changed(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Select those that differ from present weights: what a checkpoint needs, which has the others."""
+        initial = (self.weights or {}).items()
+        return {name: w for name, w in initial if name not in weights or not torch.equal(w, weights[name].cpu())}
+
+    def restore(self, changed: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+        """Restore them from what :meth:`changed` gave and the weights that it was given."""
+        same = {name: weight.to("cpu", copy=True) for name, weight in weights.items() if weight.is_floating_point()}
+        self.weights, self._are_restored = same | dict(changed), True
+
+
+def initial_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Copy the floating parameters to the CPU, by name.
+
+    Args:
+        model: The module, before training.
+    """
+    return {name: parameter.detach().to("cpu", copy=True) for name, parameter, _ in _parameters(model)}
+
+
+def unknown_parameters(model: nn.Module, initial: Mapping[str, Tensor]) -> list[str]:
+    """Name the floating parameters that were not there before training, or had another shape.
+
+    Args:
+        model: The module.
+        initial: Its parameters before training.
+    """
+    shapes = {name: weight.shape for name, weight in initial.items()}
+    return [name for name, parameter, _ in _parameters(model) if shapes.get(name) != parameter.shape]
+
+
+@contextmanager
+def twin(
+    model: nn.Module,
+    initial: Mapping[str, Tensor],
+    generator: torch.Generator,
+    strength: float = 1.0,
+    buffers: dict[str, Tensor] | None = None,
+) -> Iterator[None]:
+    r"""Give the module the weights of a twin inside, and its own back on exit.
+
+    What a layer learned, :math:`d = w - w_0`, responds to its inputs :math:`h` by :math:`d\,h`. In the twin it responds
+    to inputs with noise as strong as the signal, :math:`d\,(h \odot (1 + \lambda\xi))` with :math:`\lambda = 1` and one
+    :math:`\xi \sim \mathcal N(0, 1)` for each input of the layer (an input channel and a tap of a convolution; a token
+    of an embedding); its initial weights respond as before. Where a parameter has no inputs (a bias, a norm), each
+    element has a factor of its own.
+
+    It is a heuristic: half of the square of what was learned is taken to be due to the training set, and half to the
+    task. ``examples/early_stopping/README.md`` says how far it holds.
+
+    Args:
+        model: The module. Its parameters are not written to: twins take their place.
+        initial: Its parameters before training, from :func:`initial_weights`. A parameter that is not there, of a new
+            head, say, counts as learned as a whole.
+        generator: Source of the noise, on the module's device.
+        strength: λ. Squared differences of outputs grow with λ² where it is small.
+        buffers: Where the weights of one twin after another are written; a dict that is empty at first.
+
+    Example:
+        >>> import torch
+        >>> from lightning_sensitivity.model.twins import initial_weights, twin
+        >>> model, x = torch.nn.Linear(2, 1), torch.ones(1, 2)
+        >>> before = initial_weights(model)
+        >>> _ = torch.nn.init.ones_(model.weight)  # in place of training
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> with torch.no_grad(), twin(model, before, generator):
+        ...     twin_output = model(x)
+        >>> bool(twin_output == model(x)), model.weight.tolist()
+        (False, [[1.0, 1.0]])
+    """
+    swaps, buffers = [], {} if buffers is None else buffers
+    for name, parameter, module in _parameters(model):
+        trained, shape, repeats = parameter.data, *_noise_shape(module, parameter)
+        before = initial.get(name)
+        if before is None or before.shape != trained.shape:
+            before = torch.zeros_like(trained)
+        noise = torch.randn(shape, generator=generator, dtype=torch.float32, device=trained.device)
+        factors = noise.mul_(strength).add_(1).to(trained.dtype)
+        factors = factors.repeat_interleave(repeats, 0) if repeats > 1 else factors
+        buffers[name] = torch.lerp(before.to(trained), trained, factors, out=buffers.get(name))
+        swaps.append((parameter, trained, buffers[name]))
+
+    def restore() -> None:
+        for parameter, trained, _ in swaps:
+            parameter.data = trained
+        torch.clear_autocast_cache()
+
+    try:
+        for parameter, _, perturbed in swaps:
+            # A new tensor in the parameter's place, and not new values: a graph that training holds stays valid.
+            parameter.data = perturbed
+        torch.clear_autocast_cache()  # of 16-bit copies of the weights, which it would keep using
+        yield
+    finally:
+        complete(restore)
+
+
+def normalizes_by_batch(model: nn.Module) -> bool:
+    """Tell whether a module has batch norm with running statistics."""
+    return any(isinstance(module, _BatchNorm) and module.running_mean is not None for module in model.modules())
+
+
+@contextmanager
+def batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Normalize by the statistics of each batch inside, as training does, in eval mode and without updating any.
+
+    Running statistics belong to the weights that made them. Under a twin's weights they are another network's, and
+    its outputs are off by far more than those of a twin.
+
+    Args:
+        model: The module.
+    """
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    statistics = [(norm, norm.running_mean, norm.running_var) for norm in norms]
+    try:
+        for norm in norms:
+            norm._buffers.update(running_mean=None, running_var=None)
+        yield
+    finally:
+        for norm, mean, var in statistics:
+            norm._buffers.update(running_mean=mean, running_var=var)
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
+    """Give name, parameter and the module that has it, as ``named_parameters`` does: one that is tied comes once."""
+    seen = set()
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(prefix, recurse=False):
+            is_number = parameter.is_floating_point() or parameter.is_complex()
+            if is_number and not is_lazy(parameter) and parameter not in seen:
+                seen.add(parameter)
+                yield name, parameter, module
+
+
+def _norms(model: nn.Module) -> Tensor:
+    return torch.tensor(
+        [float(torch.linalg.vector_norm(p.detach())) for _, p, _ in _parameters(model) if has_values(p)]
+    )
+
+
+def _are_alike(norms: Tensor, others: Tensor) -> bool:
+    return norms.shape == others.shape and torch.allclose(norms, others, rtol=1e-6, atol=0.0)
+
+
+def _noise_shape(module: nn.Module, parameter: Tensor) -> tuple[tuple[int, ...], int]:
+    """Give a shape that broadcasts over the outputs of a layer, after its first dimension is repeated so many times."""
+    shape = tuple(parameter.shape)
+    if parameter.ndim < 2 or isinstance(module, nn.LayerNorm) or shape[1:].count(1) == parameter.ndim - 1:
+        return shape, 1
+    if isinstance(module, (_ConvTransposeNd, nn.Embedding, nn.EmbeddingBag)):  # (inputs, outputs, ...)
+        return (shape[0], 1, *shape[2:]), 1
+    if isinstance(module, _ConvNd) and module.groups > 1:  # (groups × outputs, inputs of the group, ...)
+        return (module.groups, *shape[1:]), shape[0] // module.groups
+    return (1, *shape[1:]), 1

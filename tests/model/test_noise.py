@@ -1,0 +1,94 @@
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+from lightning_sensitivity.model import GaussianNoise, isolated, noise_generator
+from lightning_sensitivity.model.noise import check_noise, noisy_outputs, perturbation
+
+
+@pytest.mark.parametrize("std", [0.3, (0.1, 0.2, 0.4)])
+def test_noise_is_normal_and_independent_with_the_second_moment_that_it_states(std: Any) -> None:
+    x = torch.rand(200, 3, 16, 16)
+    scaled = (GaussianNoise(std)(x, noise_generator(0)) - x) / torch.tensor(std).reshape(-1, 1, 1)
+    torch.testing.assert_close(scaled.square().mean((0, 2, 3)), torch.ones(3), rtol=0.03, atol=0)
+    assert (scaled**4).mean().item() == pytest.approx(3, rel=0.02)
+    for product in (scaled, scaled[..., 1:] * scaled[..., :-1]):
+        assert product.mean().abs() < 4 / math.sqrt(x.numel())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_every_type_and_layout_gets_the_same_noise_and_keeps_its_own(dtype: torch.dtype, memory_format: Any) -> None:
+    x = torch.rand(4, 3, 5, 7).to(dtype).contiguous(memory_format=memory_format)
+    before, state = x.clone(), torch.get_rng_state()
+    with torch.autocast("cpu", torch.bfloat16):
+        noisy = GaussianNoise(0.5)(x, noise_generator(0))
+    expected = x.float() + 0.5 * torch.randn(x.shape, generator=noise_generator(0))
+    torch.testing.assert_close(noisy, expected.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
+    assert noisy.stride() == x.stride() and torch.equal(x, before) and torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_generator_depends_on_all_of_its_arguments_and_on_nothing_else() -> None:
+    keys = [tuple(int(place == one) for place in range(5)) for one in range(6)]
+    draws = [{tuple(torch.randn(3, generator=noise_generator(*key)).tolist()) for key in keys} for _ in range(2)]
+    assert draws[0] == draws[1] and len(draws[0]) == 6
+
+
+def test_numbers_lists_and_functions_are_noise_and_nothing_else() -> None:
+    for noise, std in ((np.float32(0.5), 0.5), (1 / np.array([2.0, 4.0]), (0.5, 0.25)), (torch.tensor([0.5]), (0.5,))):
+        assert check_noise(noise) == GaussianNoise(std)
+    assert check_noise(max) is max
+    bad: list[Any] = [0, -0.1, math.nan, math.inf, "0.1", True, None, [], [0.1, 0.0], [0.1, "x"], int]
+    for noise in bad:
+        with pytest.raises(MisconfigurationException, match="`noise` should be .*, got "):
+            check_noise(noise)
+    with pytest.raises(MisconfigurationException, match=r"`noise` .* 3 .*\(4, 2, 8\)"):
+        GaussianNoise((0.1, 0.2, 0.4))(torch.rand(4, 2, 8), noise_generator(0))
+
+
+def test_a_function_may_write_into_what_it_gets_and_gives_the_like() -> None:
+    x, key = torch.zeros(2, 3), (0, 1, 2, 3, 4)
+    perturb = perturbation(lambda x, generator: x.add_(torch.rand(x.shape, generator=generator)), *key)
+    both = torch.rand(4, 3, generator=noise_generator(*key))  # one stream for all tensors of a draw
+    assert torch.equal(torch.cat([perturb(x), perturb(x)]), both) and not x.any()
+    for other in (None, x[:1], x.double(), x.to("meta")):
+        with pytest.raises(MisconfigurationException, match=r"`noise` should .*\(2, 3\)"):
+            perturbation(lambda x, generator, other=other: other, *key)(x)
+
+
+class Siamese(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.head, self.spare = nn.LSTM(4, 4), nn.Linear(4, 2), nn.Linear(1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.compare(self.rnn(x)[0])
+
+    def compare(self, hidden: Tensor) -> Tensor:
+        return self.head(hidden) - 3 * self.head(-hidden)
+
+
+@torch.no_grad()
+def test_the_output_of_a_submodule_is_perturbed_each_time_that_it_runs() -> None:
+    model, x = Siamese(), torch.rand(5, 4)
+
+    def outputs(at: str | None, noise: Any) -> list[Tensor]:
+        with isolated(model) as run:
+            return list(noisy_outputs(run, lambda f=torch.clone: model(f(x)), noise, (0, 1, 2, 3), 2, model, at))
+
+    noise = [0.5 * torch.randn(5, 4, generator=noise_generator(0, 1, 2, 3, draw)) for draw in range(2)]
+    torch.testing.assert_close(outputs(None, GaussianNoise(0.5)), [model(x + each) for each in noise])
+    expected = [model.compare(model.rnn(x)[0] + each) for each in noise]
+    torch.testing.assert_close(outputs("rnn", GaussianNoise(0.5)), expected)
+    torch.testing.assert_close(outputs("head", lambda x, generator: x + 1), [model(x) - 2] * 2)
+    with pytest.raises(ZeroDivisionError):
+        outputs("head", lambda x, generator: 1 // 0)
+    for at, match in (("spare", "did not run"), ("haed", "such as 'head'.*got 'haed'")):
+        with pytest.raises(MisconfigurationException, match="`at` should name a submodule .*" + match):
+            outputs(at, GaussianNoise(0.5))
+    assert not any(module._forward_hooks for module in model.modules())

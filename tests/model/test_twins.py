@@ -1,0 +1,155 @@
+import copy
+from contextlib import suppress
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+from lightning_sensitivity.model import twins
+from lightning_sensitivity.model.twins import InitialWeights, initial_weights, twin
+
+X = torch.rand(4, 5, generator=torch.Generator().manual_seed(0))
+
+
+def noise(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@torch.no_grad()
+def train(model: nn.Module, seed: int = 0) -> None:
+    for parameter in model.parameters():
+        parameter.add_(0.5 * torch.randn(parameter.shape, generator=noise(seed)))
+
+
+def trained() -> tuple[Any, dict[str, Tensor]]:
+    """A network, and its weights before it learned."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)).eval()
+    initial = initial_weights(model)
+    train(model)
+    return model, initial
+
+
+def are_equal(one: Any, other: Any) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_weights_of_a_twin_are_those_by_hand() -> None:
+    model, initial = trained()
+    weights, shapes, buffers = initial_weights(model), {"0.weight": (1, 5), "3.weight": (1, 6)}, dict[str, Tensor]()
+    initial["3.bias"] = weights["3.bias"]  # which training did not move
+    for seed in (1, 2):
+        g = noise(seed)
+        with twin(model, initial, noise(seed), strength=0.5, buffers=buffers):
+            for name, weight in model.named_parameters():
+                xi = torch.randn(shapes.get(name, weight.shape), generator=g)  # one for each input of the layer
+                by_hand = initial[name] + (weights[name] - initial[name]) * (1 + 0.5 * xi)
+                torch.testing.assert_close(weight.detach(), by_hand)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
+def test_the_weights_come_back_bit_by_bit_and_a_graph_stays_valid(error: Any, dtype: torch.dtype) -> None:
+    model, initial = trained()
+    before, places = copy.deepcopy(model.to(dtype)), [parameter.data_ptr() for parameter in model.parameters()]
+    loss, expected = (each(X.to(dtype)).square().sum() for each in (model, before))
+    with suppress(ValueError, KeyboardInterrupt), torch.no_grad(), twin(model, initial, noise()):
+        assert not any(map(torch.equal, model.parameters(), before.parameters()))
+        assert all(map(torch.equal, model.buffers(), before.buffers())) and model(X.to(dtype)).isfinite().all()
+        if error:
+            raise error
+    assert are_equal(model.state_dict(), before.state_dict())
+    assert [parameter.data_ptr() for parameter in model.parameters()] == places
+    gradients = (torch.autograd.grad(y, [*m.parameters()]) for y, m in ((loss, model), (expected, before)))
+    assert all(map(torch.equal, *gradients))
+
+
+WEIGHT_NORM, COMPLEX = nn.utils.parametrizations.weight_norm(nn.Linear(3, 12)), nn.Module()
+COMPLEX.weight = nn.Parameter(torch.zeros(3, 2, dtype=torch.complex64))
+
+
+@pytest.mark.parametrize(("module", "name", "shape"), [  # of the factors, before they are shared
+    (nn.Linear(3, 4), "weight", (1, 3)), (nn.Linear(3, 12), "bias", (12,)), (COMPLEX, "weight", (1, 2)),
+    (nn.Conv2d(3, 4, 2), "weight", (1, 3, 2, 2)), (nn.ConvTranspose2d(3, 4, 2), "weight", (3, 1, 2, 2)),
+    (nn.Conv1d(4, 6, 3, groups=2), "weight", (2, 1, 2, 3)),  # three outputs for each group of two inputs
+    (nn.Embedding(5, 4), "weight", (5, 1)), (nn.LayerNorm((3, 4)), "weight", (3, 4)),
+    (WEIGHT_NORM, "parametrizations.weight.original0", (12, 1)),
+])  # fmt: skip
+def test_a_factor_belongs_to_an_input_of_the_layer(module: nn.Module, name: str, shape: tuple[int, ...]) -> None:
+    weights = dict(module.named_parameters())
+    for weight in weights.values():
+        nn.init.zeros_(weight)
+    with twin(module, {key: -torch.ones_like(weight) for key, weight in weights.items()}, noise()):
+        factors = weights[name].detach().clone()
+    grouped = factors.unflatten(0, (2, 3)) if len(shape) > factors.ndim else factors
+    assert torch.equal(grouped, grouped[tuple(slice(size) for size in shape)].expand_as(grouped))
+    assert len(factors.real.unique()) == torch.Size(shape).numel()
+
+
+@torch.no_grad()
+def test_tied_weights_are_one_and_later_ones_have_been_learned_as_a_whole() -> None:
+    model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5), nn.LazyLinear(2), nn.Linear(2, 2))
+    model[1].weight = model[0].weight
+    initial = initial_weights(model)
+    assert set(initial) == {"0.weight", "0.bias", "1.bias", "3.weight", "3.bias"}
+    model[3] = nn.Linear(2, 7)  # a head that was exchanged
+    before = copy.deepcopy(model(X) is not None and model.state_dict())  # with the lazy one, which now has weights
+    later = ["2.weight", "2.bias", "3.weight", "3.bias"]
+    assert twins.unknown_parameters(model, initial) == later
+    with twin(model, initial, noise()):
+        assert model[1].weight is model[0].weight and model(X).shape == (4, 7)
+        assert later == [name for name, weight in model.named_parameters() if not torch.equal(weight, before[name])]
+
+
+@torch.no_grad()
+def test_autocast_uses_the_weights_of_the_twin_and_then_those_of_the_model() -> None:
+    model, initial = trained()
+    with torch.autocast("cpu", torch.bfloat16):
+        before = model(X)
+        with twin(model, initial, noise()):
+            assert not torch.equal(model(X), before)
+        assert torch.equal(model(X), before)
+
+
+def test_batch_norm_goes_by_the_batch_and_keeps_its_statistics() -> None:
+    model = trained()[0]
+    before, by_batch = copy.deepcopy(model.state_dict()), copy.deepcopy(model).train()(X)
+    with suppress(KeyboardInterrupt), twins.batch_statistics(model):
+        torch.testing.assert_close(model(X), by_batch)
+        raise KeyboardInterrupt
+    assert are_equal(model.state_dict(), before) and twins.normalizes_by_batch(model)
+    assert not twins.normalizes_by_batch(nn.BatchNorm1d(2, track_running_stats=False))
+
+
+# The weights from before training
+
+
+def test_initial_weights_are_captured_at_step_0_and_kept_by_a_fit_that_goes_on() -> None:
+    model, weights = trained()[0], InitialWeights()
+    first = initial_weights(model)
+    for seed, source in ((1, "at the start of this fit"), (2, "of the fit that goes on")):
+        weights.begin(model, 0)
+        assert source in weights.source and are_equal(weights.weights, first)
+        train(model, seed)
+        weights.end(model)
+    train(model, 3)  # reset in place, as for the next of k folds
+    weights.begin(model, 0)
+    assert are_equal(weights.weights, initial_weights(model))
+
+
+def test_initial_weights_are_given_or_restored_else_they_have_to_be_known() -> None:
+    model, initial = trained()
+    initial["0.weight"] = model[0].weight.detach().clone()  # frozen
+    given, resumed = InitialWeights(initial), InitialWeights()
+    given.begin(model, 7)
+    changed = given.changed(model.state_dict())  # what a checkpoint holds, which has the others
+    assert are_equal(given.weights, initial) and changed.keys() == initial.keys() - {"0.weight"}
+    resumed.restore(changed, model.state_dict())
+    train(model)  # what was restored are copies
+    resumed.begin(model, 7)
+    assert all(torch.equal(resumed.weights[name], weight) for name, weight in initial.items())
+    for unknown in (InitialWeights({"other": X}), InitialWeights()):
+        with pytest.raises(MisconfigurationException, match="`initial_weights"):
+            unknown.begin(model, 7)
