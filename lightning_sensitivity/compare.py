@@ -19,10 +19,18 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_sensitivity.comparison import Comparison, score_models
-from lightning_sensitivity.functional.scores import Samples, score_samples
+from lightning_sensitivity.comparison import Comparison
+from lightning_sensitivity.functional.scores import Samples, score_models, score_samples
 from lightning_sensitivity.functional.sensitivity import diagnostics, sensitivity_from_rows
-from lightning_sensitivity.functional.tasks import TASKS, are_classes, are_probabilities, check_task, warn, wide_dtype
+from lightning_sensitivity.functional.tasks import (
+    NO_CLASSES,
+    TASKS,
+    are_classes,
+    are_probabilities,
+    check_task,
+    warn,
+    wide_dtype,
+)
 from lightning_sensitivity.model import Forward, GaussianNoise, Inputs, Noise, Selector, isolated, select_targets
 from lightning_sensitivity.model.arguments import check_argument, check_int, check_selector, is_floating, tensors_in
 from lightning_sensitivity.model.noise import check_noise, noisy_outputs
@@ -49,10 +57,9 @@ def compare_models(
 
     All models get the same noise on the same samples, so that differences are sharper than values. Sensitivity is that
     of Forouzesh, Salehi and Thiran (ICPR 2020, arXiv:2007.15378);
-    :class:`~lightning_sensitivity.comparison.ModelScores` has all scores, ``examples/comparing_models`` their worth.
-
-    Labels are not needed. Where the loader has them, the table shows the true loss and error, too. A model that fails
-    becomes a row that says why, and does not lose the others.
+    :class:`~lightning_sensitivity.functional.scores.ModelScores` has all scores, ``examples/comparing_models`` their
+    worth. Labels are not needed; where the loader has them, the table shows the true loss and error, too. A model that
+    fails becomes a row that says why.
 
     Args:
         models: Names, and for each of them a module (which is copied, and not touched), the path of a Lightning
@@ -94,8 +101,7 @@ def compare_models(
     """
     noise_function = check_noise(noise)
     valid = isinstance(models, Mapping) and len(models) > 0 and all(isinstance(name, str) for name in models)
-    got = models if isinstance(models, Mapping) and not models else type(models).__name__
-    check_argument("models", got, valid, "a dict of names and models, with one model or more")
+    check_argument("models", models, valid, "a dict of names and models, with one model or more")
     check_argument("at", at, at is None or isinstance(at, str), "a submodule's name or None")
     check_argument("task", task, task in (*TASKS, None), f"one of {', '.join(map(repr, TASKS))} or None")
     check_int("num_draws", num_draws, 1)
@@ -191,8 +197,8 @@ class _Pass(NamedTuple):
             targets = select_targets(model, batch, self.targets)
             check_task(clean, targets, self.task)
             is_index = self.task == "multiclass" and not targets.is_floating_point()
-            if is_index and batch_idx == 0 and self.targets is None and not are_classes(clean, targets):
-                raise ValueError("Labels name the first few of the outputs alone, as beside an embedding")
+            if is_index and batch_idx == 0 and self.targets is None and not are_classes(clean.shape[1], targets):
+                raise ValueError(NO_CLASSES)
             return targets
         except (MisconfigurationException, ValueError) as error:
             if self.targets is not None:
@@ -210,24 +216,17 @@ def _built(model: Model, model_class: type[LightningModule] | None, weights_only
         return model(), ""
     path = os.fspath(model)
     try:
-        checkpoint = torch.load(
-            path, map_location="cpu", mmap=True, weights_only=weights_only
-        )  # mapped: read again below
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
     except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path!r} holds more than tensors and plain values, which could run code. If you trust it, say"
-            " `weights_only=False`."
-        ) from error
+        raise ValueError(f"{path!r} may run code: say `weights_only=False` if you trust it.") from error
     if not isinstance(checkpoint, Mapping) or "pytorch-lightning_version" not in checkpoint:
         raise ValueError(f"Expected a checkpoint of Lightning, but got {path!r}. Give a function instead.")
     if model_class is None and "_class_path" not in checkpoint.get("hyper_parameters", {}):
         raise MisconfigurationException("`model_class` should be the class of the checkpoint, got None.")
     load = (model_class or LightningModule).load_from_checkpoint
     # Older versions have no such argument, and load what the checkpoint has, which was seen to be safe.
-    kwargs: dict[str, Any] = (
-        {"weights_only": weights_only} if "weights_only" in inspect.signature(load).parameters else {}
-    )
-    module = load(path, map_location="cpu", **kwargs)
+    kwargs: dict[str, Any] = {"map_location": "cpu", "weights_only": weights_only}
+    module = load(path, **{name: kwargs[name] for name in kwargs if name in inspect.signature(load).parameters})
     return module, "untrained (step 0)" if checkpoint.get("global_step") == 0 else ""
 
 
@@ -255,6 +254,5 @@ def _check_samples(name: str, samples: Samples, others: Mapping[str, Samples]) -
         expected = other["fingerprint"]
         if seen.shape != expected.shape or not torch.allclose(seen, expected, rtol=1e-4, atol=1e-6, equal_nan=True):
             raise ValueError(
-                f"Other inputs than those of {first!r} ({len(seen)} and {len(expected)} samples): the loader gives"
-                " others each time, or the models transform their batches differently."
+                f"The loader gives other samples than to {first!r}, or the models transform them differently."
             )

@@ -4,54 +4,20 @@ import csv
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from itertools import combinations
 from textwrap import fill
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 from torchmetrics.functional import kendall_rank_corrcoef
 
-from lightning_sensitivity.functional.scores import Samples, are_undecided, consensus_scores
-from lightning_sensitivity.functional.sensitivity import loss_estimate, sensitivity_from_rows, squared_deviations
+from lightning_sensitivity.functional.scores import ModelScores, Samples
 
 _MIN_RANKED = 6  # of fewer models, a rank correlation says nothing
 _ROUNDING = 1e-6  # relative, of scores from float32 outputs
 _Z = 1.96  # of a 95 % interval
 _WIDTH = 100  # of notes in the printed table
-
-
-@dataclass(frozen=True)
-class ModelScores:
-    """Hold the scores of one model. A number that has no meaning for it is nan.
-
-    Attributes:
-        name: What the user calls it.
-        sensitivity: S, in squared units of the outputs.
-        sensitivity_stderr: Its standard error, over samples and noise.
-        loss_estimate: Equation 9 of the paper, in nats; see :func:`~lightning_sensitivity.functional.loss_estimate`.
-        consensus_error: Expected share of wrong predictions, if labels were drawn from the mean prediction of the other
-            models; see :func:`~lightning_sensitivity.functional.scores.consensus_scores`.
-        consensus_loss: Expected loss, in the same way.
-        loss: The true loss: cross-entropy.
-        error: The true share of wrong predictions.
-        num_parameters: How many parameters it has.
-        seconds: Time of the whole pass, with loading.
-        note: That it is untrained, or why it failed.
-    """
-
-    name: str
-    sensitivity: float = math.nan
-    sensitivity_stderr: float = math.nan
-    loss_estimate: float = math.nan
-    consensus_error: float = math.nan
-    consensus_loss: float = math.nan
-    loss: float = math.nan
-    error: float = math.nan
-    num_parameters: float = math.nan
-    seconds: float = math.nan
-    note: str = ""
 
 
 class KendallTau(NamedTuple):
@@ -86,9 +52,7 @@ class Comparison:
         (0.5, 'small')
     """
 
-    def __init__(
-        self, models: Sequence[ModelScores], by_sample: Mapping[str, Mapping[str, Tensor]] | None = None
-    ) -> None:
+    def __init__(self, models: Sequence[ModelScores], by_sample: Mapping[str, Samples] | None = None) -> None:
         self._by_sample = by_sample or {}
         has_consensus = any(math.isfinite(model.consensus_error) for model in models)  # of three models or more
         self._order = "consensus_error" if has_consensus else "sensitivity"
@@ -137,14 +101,9 @@ class Comparison:
         Returns:
             The difference and its standard error over samples (nan where it is not known).
         """
-        one, other = self[first], self[second]
-        value, stderr = getattr(one, score) - getattr(other, score), math.nan
-        samples = [self._by_sample.get(name, {}).get(score) for name in (first, second)]
-        if samples[0] is not None and samples[1] is not None:
-            stderr = float((samples[0] - samples[1]).std() / math.sqrt(len(samples[0])))
-        elif score == "sensitivity":
-            stderr = math.hypot(one.sensitivity_stderr, other.sensitivity_stderr)
-        return value, stderr
+        value = getattr(self[first], score) - getattr(self[second], score)
+        one, other = (self._by_sample.get(name, {}).get(score, torch.full((2,), math.nan)) for name in (first, second))
+        return value, float((one - other).std() / math.sqrt(len(one))) if one.shape == other.shape else math.nan
 
     def ties(self, score: str = "sensitivity") -> dict[str, list[str]]:
         """Name the models that a score cannot tell apart: zero lies in the 95 % interval of their difference.
@@ -204,71 +163,23 @@ class Comparison:
             "loss": [_short(model.loss) for model in self],
             "error": [_short(model.error) for model in self],
         }
-        lines = [*_aligned({title: cells for title, cells in columns.items() if any(cells)}), ""]
-        if self._order == "sensitivity":
-            lines += ["Sorted by sensitivity, which is no order of quality."]
-        else:
-            lines += ["Sorted by consensus_error: how often the other models disagree. It ranks by the error."]
+        order = "sensitivity, which is no order of quality"
+        if self._order == "consensus_error":
+            order = "consensus_error: how often the other models disagree. It ranks by the error"
+        lines = [*_aligned({title: cells for title, cells in columns.items() if any(cells)}), "", f"Sorted by {order}."]
         if notes := [fill(f"* {model.name}: {model.note}", _WIDTH) for model in self if model.note]:
             lines += ["", *notes]
         taus = {truth: self.kendall(truth) for truth in ("loss", "error")}
         if taus["loss"]:
             columns = {"Kendall's τ with": list(taus["loss"])}
-            for truth, of_score in taus.items():
-                cells = [of_score.get(score) for score in taus["loss"]]
-                columns[truth] = [f"{cell.tau:+.2f} (p = {cell.p_value:.2g})" if cell else "" for cell in cells]
+            for truth, of in taus.items():
+                columns[truth] = [
+                    f"{of[s].tau:+.2f} (p = {of[s].p_value:.2g})" if s in of else "" for s in taus["loss"]
+                ]
             lines += ["", *_aligned(columns)]
         return "\n".join(lines)
 
     __repr__ = __str__  # a table is what a notebook is to show
-
-
-def score_models(
-    samples: Mapping[str, Samples], notes: Mapping[str, str], task: str | None
-) -> tuple[list[ModelScores], dict[str, Samples]]:
-    """Score models by their samples.
-
-    Args:
-        samples: What the pass of each model gave: :func:`~lightning_sensitivity.functional.scores.score_samples` of all
-            batches, and ``power``, ``num_parameters`` and ``seconds``.
-        notes: What else is known of each model, with those that failed.
-        task: What the outputs are for.
-
-    Returns:
-        A row for each model; and for each model and score one number per sample, with the score as their mean.
-    """
-    log_p = {name: each["log_p"] for name, each in samples.items() if "log_p" in each}
-    notes = {name: note or _note(log_p.get(name)) for name, note in notes.items()}
-    consensus = consensus_scores(log_p, [name for name in log_p if not notes[name]])  # what has not learned has no vote
-    models, by_sample = [], {}
-    for name, note in notes.items():
-        scores: dict[str, float] = {}
-        if name in samples:
-            rows, power = samples[name]["rows"], float(samples[name]["power"].mean())
-            estimate = sensitivity_from_rows(rows)
-            by_sample[name] = {"sensitivity": _ratio(squared_deviations(rows), rows[:, 0])}
-            if name in consensus:
-                by_sample[name] |= dict(zip(("consensus_loss", "consensus_error"), consensus[name], strict=True))
-            for score in ("loss", "error"):
-                if score in samples[name]:
-                    by_sample[name][score] = _ratio(samples[name][score], samples[name]["num_labels"])
-            scores = {score: float(values.mean()) for score, values in by_sample[name].items()}
-            scores |= {score: float(samples[name][score]) for score in ("num_parameters", "seconds")}
-            scores["sensitivity_stderr"] = float(estimate.stderr)
-            if task == "multiclass" and math.isfinite(power):  # the power is in units of the noise's variance
-                scores["loss_estimate"] = float(loss_estimate(estimate.sensitivity, power, 1.0, estimate.num_outputs))
-        models.append(ModelScores(name, note=note, **scores))
-    return models, by_sample
-
-
-def _note(log_p: Tensor | None) -> str:
-    return "undecided (untrained?)" if log_p is not None and are_undecided(log_p) else ""
-
-
-def _ratio(sums: Tensor, counts: Tensor) -> Tensor:
-    """Give numbers whose mean is Σ sums / Σ counts, and whose spread is that of its error, to first order."""
-    ratio = sums.sum() / counts.sum()
-    return ratio + (sums - ratio * counts) / counts.mean()
 
 
 def _aligned(columns: Mapping[str, Sequence[str]]) -> list[str]:

@@ -23,22 +23,17 @@ class OutputSensitivity(Metric):
         S = \operatorname{Var}\Big(\frac{1}{K} \sum_{k=1}^{K} \big[f_k(x + \varepsilon) - f_k(x)\big]\Big)
 
     The variance is that of the population (ddof 0) over all samples and noise draws (Forouzesh, Salehi and Thiran,
-    ICPR 2020, arXiv:2007.15378). It needs no labels. The state is one row of five numbers per sample, so that the
-    value depends on neither the batch size nor the number of processes.
+    ICPR 2020, arXiv:2007.15378). It needs no labels. The state is one row of five numbers per sample, so that the value
+    depends on neither the batch size nor the number of processes. Samples with nan or inf are left out, with a warning.
 
     As input to ``forward`` and ``update`` the metric accepts the following input:
 
     - ``clean`` (:class:`~torch.Tensor`): outputs f(x), before the softmax (logits), as a float tensor of shape
-      ``(N, K, ...)``. Dimensions after K (pixels, tokens) count as further changes of a sample; ``(N,)`` is K = 1.
+      ``(N, K, ...)``. Dimensions after K (pixels, tokens) are further changes of a sample; ``(N,)`` is K = 1.
     - ``noisy`` (:class:`~torch.Tensor` or an iterable of them): outputs f(x + ε) of the same shape; for several noise
-      draws of the same samples, an iterable with one tensor per draw. A generator is consumed one draw at a time.
+      draws of the same samples, an iterable with one tensor per draw.
 
-    As output of ``forward`` and ``compute`` the metric returns the following output:
-
-    - ``sensitivity`` (:class:`~torch.Tensor`): scalar tensor in squared units of the outputs
-
-    Samples with nan or inf are left out, and ``compute`` says how many. It also warns where no output changed, and
-    where the class average holds next to nothing of the change (as that of probabilities).
+    As output of ``forward`` and ``compute`` the metric returns a scalar tensor, in squared units of the outputs.
 
     Args:
         per_output: Compute the mean squared change of the single outputs instead, which does not average over classes
@@ -65,12 +60,6 @@ class OutputSensitivity(Metric):
         tensor(2.1333e-05, dtype=torch.float64)
         >>> metric.per_sample.shape
         torch.Size([500])
-
-    Example (several noise draws of the same samples):
-        >>> metric = OutputSensitivity()
-        >>> metric.update(model(x), (model(x + 0.1 * torch.randn_like(x)) for _ in range(4)))
-        >>> metric.compute()
-        tensor(0.0003, dtype=torch.float64)
     """
 
     is_differentiable: bool = False

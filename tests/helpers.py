@@ -1,7 +1,5 @@
 """Models and data that the tests share."""
 
-from __future__ import annotations
-
 import csv
 import os
 import socket

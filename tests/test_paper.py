@@ -1,5 +1,6 @@
 """The zoo of examples/paper and what is measured on it; the studies themselves take hours."""
 
+import importlib
 import subprocess
 import sys
 from argparse import Namespace
@@ -11,59 +12,35 @@ import pytest
 import torch
 
 from lightning_sensitivity import compare_models
-from tests.helpers import trainer
 
 FOLDER = Path(__file__).parents[1] / "examples" / "paper"
-MODULES = ("zoo", "measure", "ranking", "figures", "peers", "bias_variance")
 
 
 @pytest.fixture(scope="module")
 def paper() -> Iterator[dict[str, ModuleType]]:
     """Its modules, which import each other as scripts do."""
-    sys.path.insert(0, str(FOLDER))
-    try:
-        yield {name: __import__(name) for name in MODULES}
-    finally:
-        sys.path.remove(str(FOLDER))
-        for name in MODULES:
-            sys.modules.pop(name, None)
-
-
-def test_folds_are_disjoint(paper: dict[str, ModuleType]) -> None:
-    images = []
-    for fold in range(3):
-        data = paper["zoo"].Images("digits", fold=fold)
-        data.setup("fit")
-        images.append({x.numpy().tobytes() for x, _ in data.train_set})
-    assert not images[0] & images[1] and not images[1] & images[2] and not images[0] & images[2]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(FOLDER)
+        yield {name: importlib.import_module(name) for name in ("zoo", "measure", "peers", "bias_variance")}
 
 
 def test_networks_are_measured_as_the_package_does(paper: dict[str, ModuleType], tmp_path: Path) -> None:
-    zoo, measure = paper["zoo"], paper["measure"]
-    specs = [zoo.Spec(1, 16), zoo.Spec(1, 32, init="normal")]
-    args = Namespace(data=None, out=tmp_path, max_epochs=2, processes=1)
-    table = measure.measure(specs, "digits", args).set_index("network")
-    assert list(table.index) == ["fc1x16-s0", "fc1x32-normal-s0"]
-    assert not table["converged"].any()
-    paths = [zoo.checkpoints(spec, "digits", tmp_path) for spec in specs]
-    times = [path.trained.stat().st_mtime_ns for path in paths]
-    assert measure.measure(specs, "digits", args).set_index("network").equals(table)
-    assert [path.trained.stat().st_mtime_ns for path in paths] == times
-
-    models = {spec.name: path.trained for spec, path in zip(specs, paths, strict=True)}
-    models["untrained"] = paths[0].untrained
-    result = compare_models(models, zoo.Images("digits"), model_class=zoo.Network, trainer=trainer())
+    zoo, measure, peers = paper["zoo"], paper["measure"], paper["peers"]
+    specs = [zoo.Spec(1, 16), zoo.Spec(1, 32, init="normal"), zoo.Spec(2, 16)]
+    args = Namespace(data=None, out=tmp_path, max_epochs=30, processes=1)
+    table = peers.add_consensus(measure.measure(specs, "digits", args), specs, args).set_index("network")
+    models = {spec.name: zoo.checkpoints(spec, "digits", tmp_path).trained for spec in specs}
+    for spec in specs[:2]:
+        models[f"{spec.name}-untrained"] = zoo.checkpoints(spec, "digits", tmp_path).untrained
+    result = compare_models(models, zoo.Images("digits"), model_class=zoo.Network)
     for spec in specs:
-        row, found = table.loc[spec.name], result[spec.name]
-        assert found.loss == pytest.approx(row["loss"], rel=1e-5)
-        assert found.error == pytest.approx(row["error"], abs=1e-6)
-        assert found.entropy == pytest.approx(row["entropy"], rel=1e-5)
-        assert found.sensitivity == pytest.approx(row["sensitivity"], abs=5 * found.sensitivity_stderr)
-        assert found.loss_estimate / found.sensitivity**0.5 == pytest.approx(
-            row["equation9"] / row["sensitivity"] ** 0.5, rel=1e-4
-        )
-    assert result["untrained"].note == "untrained (step 0)"
-    assert result["untrained"].loss != result["fc1x16-s0"].loss
+        row, scores = table.loc[spec.name], result[spec.name]
+        assert not row["converged"]
+        assert scores.loss == pytest.approx(row["loss"], rel=1e-5)
+        assert scores.error == pytest.approx(row["error"], abs=1e-6)
+        assert scores.consensus_error == pytest.approx(row["consensus_error"], rel=1e-5)
+        assert scores.sensitivity == pytest.approx(row["sensitivity"], abs=5 * scores.sensitivity_stderr)
+    assert result["fc1x16-s0-untrained"].note == "untrained (step 0)"
 
 
 def test_the_decomposition_adds_up(paper: dict[str, ModuleType]) -> None:
@@ -84,8 +61,7 @@ def test_the_decomposition_adds_up(paper: dict[str, ModuleType]) -> None:
 
 @pytest.mark.long
 def test_a_script_runs_on_embedded_data(tmp_path: Path) -> None:
-    script, out = FOLDER / "added_layers.py", tmp_path / "out"
-    command = [sys.executable, str(script), "--quick", "--out", str(out), "--processes", "2"]
+    command = [sys.executable, str(FOLDER / "added_layers.py"), "--quick", "--out", "out", "--processes", "2"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
-    assert {path.suffix for path in (out / "quick").iterdir()} == {".csv", ".md", ".png"}
+    assert {path.suffix for path in (tmp_path / "out" / "quick").iterdir()} == {".csv", ".md", ".png"}

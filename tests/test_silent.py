@@ -23,8 +23,7 @@ from lightning_sensitivity.functional.risk import risk_terms
 from lightning_sensitivity.model import noise_generator
 from tests.helpers import inputs, trainer
 
-RIGHT = "right"  # the value of a plain loop; else a sign, and a pattern
-REFUSED, WARNED = "!", "?"  # by an error before the first step; by exactly one warning
+RIGHT = "=plain loop"  # else "!", an error before the first step, or "?", exactly one warning, and what it says
 OTHER_CALL, DENSE, NO_CLASSES = "?`inputs", "?are dense", "?beside an embedding"
 LAST, UNIT = "!`outputs` should say", r"?\[0, 1\]"
 Pair = namedtuple("Pair", "x y")
@@ -47,20 +46,12 @@ def soft(f: Tensor) -> Tensor:
     return 0.9 * one_hot(classes(f), 4) + 0.025
 
 
-def of_ten(f: Tensor) -> Tensor:
-    return f[:, :10].argmax(1)
-
-
 def ids(f: Tensor) -> Tensor:
     return (9 * f[:, :5]).long()
 
 
 def sequence(f: Tensor) -> Tensor:
     return f[:, None] * torch.arange(1, 6)[:, None]  # (N, 5, 12)
-
-
-def square(f: Tensor) -> Tensor:
-    return sequence(f)[:, :4]  # as many steps as classes
 
 
 def image(f: Tensor) -> Tensor:
@@ -89,11 +80,8 @@ def output(key: Any) -> Callable[[Any, Any, Noise], Tensor]:
 
 def at_embedding(call: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any, Noise], Tensor]:
     def step(m: Any, batch: Any, noise: Noise) -> Tensor:
-        handle = m.embedding.register_forward_hook(lambda module, args, result: noise(result))
-        try:
+        with m.embedding.register_forward_hook(lambda module, args, result: noise(result)):
             return call(m, batch)
-        finally:
-            handle.remove()
 
     return step
 
@@ -102,14 +90,14 @@ def at_embedding(call: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any, Nois
 class Case:
     """What is expected of both monitors; how a batch is made of features, and how a step of the user runs the model."""
 
-    s: str | None = RIGHT
-    r: str | None = RIGHT
+    s: str | None = RIGHT  # None is not asked
+    r: str = RIGHT
     batch: Callable[[Tensor, Tensor], Any] = lambda x, y: (x, y)
     forward: Callable[..., Any] = lambda m, x: m.net(x)
-    step: Callable[[Any, Any, Noise], Tensor] = part(0)
+    step: Callable[[Any, Any, Noise], Tensor] = lambda m, batch, noise: m(noise(batch[0]))
     x: Callable[[Tensor], Tensor] = lambda f: f
     y: Callable[[Tensor], Tensor] = classes
-    truth: Callable[[Tensor], Tensor] = lambda f: one_hot(classes(f), 4)  # labels as probabilities
+    truth: Callable[[Tensor], Tensor] = lambda f: one_hot(classes(f), 4)  # as probabilities; negative if left out
     both: dict[str, Any] = field(default_factory=dict)  # options
     s_options: dict[str, Any] = field(default_factory=dict)
     r_options: dict[str, Any] = field(default_factory=dict)
@@ -118,17 +106,12 @@ class Case:
     batch_size: int = 8
 
 
-def labels(r: str, y: Callable[[Tensor], Tensor], **kwargs: Any) -> Case:
-    return Case(None, r, y=y, **kwargs)
-
-
 LM: dict[str, Any] = {"batch": lambda x, y: {"input_ids": x, "labels": x}, "forward": language_model, "x": ids,
     "s_options": {"at": "embedding"}, "num_outputs": 9}  # fmt: skip
 MASK: dict[str, Any] = {"batch": lambda x, y: (x, y, x > 0.5), "forward": masked,
     "step": lambda m, b, noise: m(noise(b[0]), b[2])}  # fmt: skip
-BINARY: dict[str, Any] = {"truth": lambda f: is_upper(f)[:, None], "is_multiclass": False, "num_outputs": 1}
+BINARY: dict[str, Any] = {"truth": lambda f: is_upper(f)[:, None].long(), "is_multiclass": False, "num_outputs": 1}
 MULTILABEL: dict[str, Any] = {"truth": several, "is_multiclass": False}
-TWO: dict[str, Any] = {"batch": lambda x, y: {"x": x, "z": 2 * x, "y": y}, "forward": lambda m, x, z: m.net(x + z)}
 
 CASES = {
     # forms of batches
@@ -136,13 +119,11 @@ CASES = {
     "list": Case(batch=lambda x, y: [x, y]),
     "named tuple": Case(batch=Pair),
     "labels first": Case(r="?floating", batch=lambda x, y: (y, x), both={"inputs": 1}, step=part(1)),
-    "labels first, targets=": Case(batch=lambda x, y: Pair(y, x), both={"inputs": "y"}, r_options={"targets": "x"},
-        step=part(1)),
     "dict by names": Case(batch=lambda x, y: {"x": x, "y": y, "weight": x[:, 0]}, step=part("x")),
-    "dict of other names": Case("!`inputs", "!`inputs", batch=lambda x, y: {"image": x, "label": y}, step=part("image")),
-    "dict by key": Case(batch=lambda x, y: {"image": x, "label": y}, both={"inputs": "image"}, step=part("image")),
-    "dict of two inputs": Case("!`inputs", step=lambda m, b, noise: m(noise(b["x"]), b["z"]), **TWO),
-    "dict of two inputs, inputs=": Case(both={"inputs": "z"}, step=lambda m, b, noise: m(b["x"], noise(b["z"])), **TWO),
+    "dict of other names": Case("!`inputs", "!`inputs", batch=lambda x, y: {"z": x, "label": y}, step=part("z")),
+    "dict by key": Case(batch=lambda x, y: {"z": x, "label": y}, both={"inputs": "z"}, step=part("z")),
+    "dict of two inputs": Case("!`inputs", batch=lambda x, y: {"x": x, "z": 2 * x, "y": y},
+        forward=lambda m, x, z: m.net(x + z), step=lambda m, b, noise: m(noise(b["x"]), b["z"])),
     "dict of two labels": Case(r="?`targets", batch=lambda x, y: {"x": x, "y": y, "label": y}, step=part("x")),
     "dict with a mask": Case(batch=lambda x, y: {"x": x, "mask": x > 0.5, "y": y}, forward=masked,
         step=lambda m, b, noise: m(noise(b["x"]), b["mask"])),
@@ -164,21 +145,20 @@ CASES = {
         step=lambda m, b, noise: m(noise(b[0]), scale=4.0)),
     "scaled in the step": Case(OTHER_CALL, OTHER_CALL, step=lambda m, b, noise: m((noise(b[0]) - 0.5) / 0.1)),
     # types of inputs
-    "double": Case(x=Tensor.double),
+    "double": Case(x=Tensor.double, forward=lambda m, x: m.net(x.float())),
     "bytes": Case("!`inputs", x=lambda f: (255 * f).byte(), forward=lambda m, x: m.net(x / 255)),
-    "sparse": Case("!`inputs", x=Tensor.to_sparse, forward=lambda m, x: m.net(x.to_dense())),
     "token ids": Case("!`at=", x=ids, forward=lambda m, x: m.net(m.embedding(x)).mean(1)),
     "transformers": Case(batch=lambda x, y: {"input_ids": x, "attention_mask": x > 2, "labels": y}, x=ids,
         forward=text_classifier, s_options={"at": "embedding"}, step=at_embedding(lambda m, b: m(**b).logits)),
     # positions: S counts each of them, and there is no risk
     "(N, T, K)": Case(LAST, LAST, x=sequence),
-    "(N, T, K), T == K": Case(LAST, LAST, x=square),
+    "(N, T, K), T == K": Case(LAST, LAST, x=lambda f: sequence(f)[:, :4]),
     "(N, T, K), outputs=": Case(r=DENSE, x=sequence, both={"outputs": lambda y: y.mT},
         step=lambda m, b, noise: m(noise(b[0])).mT),
     "(N, K, T)": Case(r=DENSE, x=sequence, forward=lambda m, x: m.net(x).mT),
-    "(N, K, T), T == K": Case(LAST, LAST, x=square, forward=lambda m, x: m.net(x).mT),
+    "(N, K, T), T == K": Case(LAST, LAST, x=lambda f: sequence(f)[:, :4], forward=lambda m, x: m.net(x).mT),
     "(T, N, K)": Case(LAST, LAST, x=lambda f: sequence(f).movedim(0, 1)),
-    "(N, Q, K) of an image": Case(LAST, LAST, forward=lambda m, x: m.net(x)[:, None].repeat(1, 6, 1)),
+    "(N, Q, K) of an image": Case(LAST, DENSE, forward=lambda m, x: m.net(x)[:, None].repeat(1, 6, 1)),
     "padding left out by outputs=": Case(r=DENSE, x=sequence, both={"outputs": lambda y, b: y.mT[..., :3]},
         step=lambda m, b, noise: m(noise(b[0])).mT[..., :3]),
     "(N, K, H, W)": Case(r=DENSE, x=image, forward=lambda m, x: m.net(x.movedim(1, -1)).movedim(-1, 1)),
@@ -197,31 +177,28 @@ CASES = {
     "dict with logits": Case(forward=lambda m, x: {"z": x, "logits": m.net(x)}, step=output("logits")),
     "dict of heads": Case("!`outputs", "!`outputs", forward=lambda m, x: {"a": m.net(x)}, step=output("a")),
     "second head, outputs=": Case(forward=lambda m, x: (x, m.net(x)), both={"outputs": 1}, step=output(1)),
-    "features before logits": Case(r=NO_CLASSES, forward=lambda m, x: (m.net[:2](x), m.net(x)), step=output(0),
-        batch_size=32),
-    "embedding of 64": Case(r=NO_CLASSES, y=of_ten, num_outputs=64),
-    "embedding of 16": Case(r=NO_CLASSES, y=of_ten, num_outputs=16, batch_size=32),
-    "embedding of 16, small batches": Case(r=NO_CLASSES, y=of_ten, num_outputs=16),
+    "embedding of 64": Case(r=NO_CLASSES, y=lambda f: f[:, :10].argmax(1), num_outputs=64),
+    "embedding of 16": Case(r=NO_CLASSES, y=lambda f: f[:, :10].argmax(1), num_outputs=16, batch_size=32),
+    "embedding of 16, small batches": Case(r=NO_CLASSES, y=lambda f: f[:, :10].argmax(1), num_outputs=16, batch_size=16),
     "reconstruction": Case(r=NO_CLASSES, num_outputs=12, batch_size=16),
     "reconstruction of an image": Case(LAST, LAST, x=image, forward=lambda m, x: (1 + m.net[0].bias[0]) * x),
     # labels, which say nothing to S
-    "int32": labels(RIGHT, lambda f: classes(f).int()),
-    "-100": labels(RIGHT, lambda f: classes(f).masked_fill(is_upper(f), -100),
-        truth=lambda f: one_hot(classes(f), 4) * ~is_upper(f)[:, None]),
-    "from 1": labels("?`targets", lambda f: classes(f) + 1),
-    "a column": labels("?one label per output", lambda f: classes(f)[:, None]),
-    "floating": labels("?`targets=", lambda f: classes(f).float()),
-    "floating, task=": labels("!`targets=", lambda f: classes(f).float(), r_options={"task": "multiclass"}),
-    "one-hot": labels("?task='multiclass'", lambda f: one_hot(classes(f), 4)),
-    "one-hot, task=": labels(RIGHT, lambda f: one_hot(classes(f), 4).float(), r_options={"task": "multiclass"}),
-    "soft": labels("?task='multiclass'", soft),
-    "soft, task=": labels(RIGHT, soft, truth=soft, r_options={"task": "multiclass"}),
-    "several": labels(RIGHT, several, **MULTILABEL),
-    "bools": labels(RIGHT, is_upper, **BINARY),
-    "0 and 1": labels("?task='binary'", lambda f: is_upper(f).long(), **BINARY),
-    "0.0 and 1.0": labels("?task='binary'", lambda f: is_upper(f).float(), **BINARY),
-    "0.0 and 1.0, task=": labels(RIGHT, lambda f: is_upper(f).float(), r_options={"task": "binary"}, **BINARY),
-    "regression": labels("?regression", lambda f: f[:, :1], num_outputs=1),
+    "int32": Case(None, RIGHT, y=lambda f: classes(f).int()),
+    "-100": Case(None, RIGHT, y=lambda f: classes(f).masked_fill(is_upper(f), -100),
+        truth=lambda f: one_hot(classes(f), 4) - 9 * is_upper(f)[:, None]),
+    "from 1": Case(None, "?`targets", y=lambda f: classes(f) + 1),
+    "floating": Case(None, "?`targets=", y=lambda f: classes(f).float()),
+    "floating, task=": Case(None, "!`targets=", y=lambda f: classes(f).float(), r_options={"task": "multiclass"}),
+    "one-hot": Case(None, "?task='multiclass'", y=lambda f: one_hot(classes(f), 4)),
+    "one-hot, task=": Case(None, RIGHT, y=lambda f: one_hot(classes(f), 4).float(), r_options={"task": "multiclass"}),
+    "soft": Case(None, "?task='multiclass'", y=soft),
+    "soft, task=": Case(None, RIGHT, y=soft, truth=soft, r_options={"task": "multiclass"}),
+    "several": Case(None, RIGHT, y=several, **MULTILABEL),
+    "bools": Case(None, RIGHT, y=is_upper, **BINARY),
+    "0 and 1": Case(None, "?task='binary'", y=lambda f: is_upper(f).long(), **BINARY),
+    "0.0 and 1.0": Case(None, "?task='binary'", y=lambda f: is_upper(f).float(), **BINARY),
+    "0.0 and 1.0, task=": Case(None, RIGHT, y=lambda f: is_upper(f).float(), r_options={"task": "binary"}, **BINARY),
+    "regression": Case(None, "?regression", y=lambda f: f[:, :1], num_outputs=1),
 }  # fmt: skip
 
 
@@ -243,74 +220,57 @@ class Model(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def expected_sensitivity(case: Case, model: Model, batches: list[Any]) -> Tensor:
-    """S by its definition."""
+@torch.no_grad()
+def plain_sensitivity(case: Case, model: Model, _: Any, batches: list[Any], truth: Any) -> dict[str, Tensor]:
     changes = []
     for index, batch in enumerate(batches):
         generator = noise_generator(0, batch_idx=index)
         noisy = case.step(model, batch, lambda x: x + 0.1 * torch.randn(x.shape, generator=generator))  # noqa: B023
         change = (noisy - case.step(model, batch, lambda x: x)).double()
-        changes.append(change.reshape(*change.shape[:1], -1, *change.shape[2:]).mean(1).flatten())
-    return torch.cat(changes).var(correction=0)
+        changes.append(change.mean(1).flatten() if change.ndim > 1 else change)
+    return {"val_sensitivity": torch.cat(changes).var(correction=0)}
 
 
-def expected_terms(case: Case, model: Model, training: list[Any], validation: list[Any], truth: Tensor) -> list[Tensor]:
-    """Claim and overconfidence, which need no twin, by their definitions."""
-
-    def predictions(batches: list[Any]) -> Tensor:
-        logits = torch.cat([case.step(model, batch, lambda x: x) for batch in batches]).double()
-        return logits.softmax(1) if case.is_multiclass else logits.reshape(len(logits), -1).sigmoid()
-
-    def claims(p: Tensor) -> Tensor:
-        return 1 - p.square().sum(1) if case.is_multiclass else (p * (1 - p)).mean(1)
-
-    p = predictions(training)
-    counts = truth.sum(1) > 0 if case.is_multiclass else torch.ones(len(p), dtype=torch.bool)
+@torch.no_grad()
+def plain_risk(case: Case, model: Model, training: Any, batches: Any, truth: Tensor) -> dict[str, Tensor]:
+    """The terms that need no twin."""
+    logits = [torch.cat([case.step(model, batch, lambda x: x) for batch in part]) for part in (training, batches)]
+    p, q = (z.double().softmax(1) if case.is_multiclass else z.double().reshape(len(z), -1).sigmoid() for z in logits)
+    claims, claim = (1 - x.square().sum(1) if case.is_multiclass else (x * (1 - x)).mean(1) for x in (p, q))
     scores = (p - truth).square().sum(1) / (1 if case.is_multiclass else p.shape[1])
-    sums = torch.stack([counts.sum(), scores[counts].sum(), claims(p)[counts].sum(), *torch.zeros(2)])
-    return [claims(predictions(validation)).mean(), risk_terms(torch.ones(6), sums, strength=0.5).overconfidence]
+    counts = (truth >= 0).all(1)
+    training_sums = torch.stack([counts.sum(), scores[counts].sum(), claims[counts].sum(), *torch.zeros(2)])
+    terms = risk_terms(torch.stack([torch.tensor(1), claim.mean(), *torch.ones(4)]), training_sums, strength=0.5)
+    return {f"val_risk_{name}": getattr(terms, name) for name in ("claim", "overconfidence", "memorization")}
 
 
-@pytest.mark.parametrize(
-    ("name", "monitor"),
-    [(name, "sensitivity") for name in CASES if CASES[name].s] + [(name, "risk") for name in CASES if CASES[name].r],
-)
-def test_no_number_is_silently_wrong(name: str, monitor: str) -> None:
-    case, is_risk = CASES[name], monitor == "risk"
-    verdict, options = (case.r, case.r_options) if is_risk else (case.s, case.s_options)
-    kind = RiskMonitor if is_risk else SensitivityMonitor
+ROWS = [(name, SensitivityMonitor) for name in CASES if CASES[name].s] + [(name, RiskMonitor) for name in CASES]
+
+
+@pytest.mark.parametrize(("name", "kind"), ROWS)
+def test_no_number_is_silently_wrong(name: str, kind: Any) -> None:
+    case, is_risk, errors = CASES[name], kind is RiskMonitor, list[str]()
     seed_everything(0, verbose=False)
     model = type("CaseModel", (Model,), {"forward": case.forward})(case)
-    if case.x is Tensor.double:
-        model.double()
     features = [inputs(num_batches * case.batch_size, seed=num_batches) for num_batches in (3, 2)]
-    training, validation = (
-        [case.batch(case.x(f), case.y(f)) for f in each.split(case.batch_size)] for each in features
-    )
-    loaders = [DataLoader(each, batch_size=None, collate_fn=lambda batch: batch) for each in (training, validation)]
-    run, error = trainer(callbacks=[kind(**case.both, **options)], max_epochs=1, num_sanity_val_steps=1), None
+    batches = [[case.batch(case.x(f), case.y(f)) for f in part.split(case.batch_size)] for part in features]
+    loaders = [DataLoader(part, batch_size=None, collate_fn=lambda batch: batch) for part in batches]
+    monitor = kind(**case.both, **(case.r_options if is_risk else case.s_options))
+    run = trainer(callbacks=[monitor], max_epochs=1, num_sanity_val_steps=1)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             run.fit(model, *loaders)
-        except MisconfigurationException as raised:
-            error = raised
+        except MisconfigurationException as error:
+            errors = [str(error)]
     messages = [str(each.message) for each in caught if str(each.message).startswith(f"`{kind.__name__}`")]
-    values = {name: value.double() for name, value in run.callback_metrics.items()}
-    if verdict.startswith("!"):
-        assert re.search(verdict[1:], str(error)) and run.global_step == 0 and not messages, (error, messages)
-    elif verdict.startswith("?"):
-        assert error is None and len(messages) == 1 and re.search(verdict[1:], messages[0]), (error, messages)
-    elif not is_risk:
-        assert error is None and not messages, (error, messages)
-        with torch.no_grad():
-            expected = expected_sensitivity(case, model, validation)
-        torch.testing.assert_close(values["val_sensitivity"], expected, rtol=1e-4, atol=0)
-    else:
-        assert error is None and not messages, (error, messages)
-        terms = [values[f"val_risk_{term}"] for term in ("claim", "overconfidence", "variance")]
-        with torch.no_grad():
-            expected = expected_terms(case, model, training, validation, case.truth(features[0]).double())
-        torch.testing.assert_close(terms[:2], expected, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(values["val_risk_estimate"], sum(terms), rtol=1e-6, atol=0)
-        assert terms[2] > 0
+    verdict = case.r if is_risk else case.s
+    sign = verdict[0]
+    assert (len(errors), len(messages)) == (sign == "!", sign == "?"), (errors, messages)
+    assert sign == "=" or re.search(verdict[1:], (errors + messages)[0]), (errors, messages)
+    assert run.global_step == (0 if sign == "!" else 3)
+    if sign == "=":
+        expected = (plain_risk if is_risk else plain_sensitivity)(case, model, *batches, case.truth(features[0]))
+        for key, value in expected.items():
+            torch.testing.assert_close(run.callback_metrics[key].double(), value, rtol=1e-4, atol=1e-9)
+        assert not is_risk or run.callback_metrics["val_risk_variance"] > 0

@@ -34,9 +34,8 @@ from lightning_sensitivity import compare_models
 NUM_POOL, NUM_DRAWS, NUM_RESAMPLES = 2000, 200, 1000
 SIZES = np.array([10, 20, 50, 100, 200, 500, 1000])
 TITLES = {"cifar10": "CIFAR-10", "fashion": "Fashion-MNIST", "digits": "digits", "both": "mean of both"}
-# In which direction each score is read, fixed before the first look: what is higher is to have the higher loss.
-SCORES = {"consensus_loss": 1, "entropy": -1, "confidence": 1, "consensus_error": 1}
-SCORES |= {"variance": 1, "flips": 1, "sensitivity": 1, "loss_estimate": 1, "num_parameters": 1}
+# What is higher is to have the higher loss and error: fixed before the first look.
+SCORES = ("consensus_error", "consensus_loss", "sensitivity", "num_parameters")
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
 
 
@@ -168,7 +167,7 @@ def measured(data: str, args: argparse.Namespace) -> tuple[list[dict[str, str]],
     size = min(NUM_POOL, 3 * len(test) // 4)
     names = list(NETWORKS)[::4] if args.quick else list(NETWORKS)
     files = {name: trained(name, train, folder / f"{name}.ckpt", args.quick) for name in names}
-    if not (table := folder / "ranking.csv").exists():
+    if not (table := folder / "comparison.csv").exists():
         pool = DataLoader(TensorDataset(test.tensors[0][:size]), batch_size=500)  # without labels
         compare_models(files, pool, model_class=Network).to_csv(table)
     if not (grades := folder / "grades.npy").exists():
@@ -194,7 +193,7 @@ def ranked(data: str, args: argparse.Namespace) -> dict[str, dict[str, np.ndarra
     draws = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), NUM_RESAMPLES)
     draws = np.vstack([np.ones_like(draws[:1]), draws]).astype(float)
     labelled = {n: [rng.choice(seen.shape[2], n, replace=False) for _ in range(NUM_DRAWS)] for n in SIZES}
-    scores = np.array([[sign * float(row[name]) for row in rows] for name, sign in SCORES.items()])
+    scores = np.array([[float(row[name]) for row in rows] for name in SCORES])
     truths, found = unseen.mean(2, dtype=float), {}
     print(f"\n| {TITLES[data]} | loss | error |\n|---|---|---|")
     for index in truths[:, 0].argsort():
@@ -219,7 +218,7 @@ def interval(values: np.ndarray) -> list[float]:
     return [values[0], *np.quantile(values[1:], (0.025, 0.975))]
 
 
-def told(sizes: list[float]) -> str:
+def in_words(sizes: list[float]) -> str:
     value, *ends = ["under 10" if n < 10.01 else "over 1,000" if n > 999 else f"{n:.0f}" for n in sizes] or [""]
     return value if set(ends) <= {value} else f"{value} ({ends[0]} to {ends[1]})"
 
@@ -231,8 +230,7 @@ def report(found: dict[str, dict[str, dict[str, np.ndarray]]]) -> tuple[list[str
     titles += ["worth in labels, loss", "worth in labels, error"]
     lines, rows = [titles, ["---"] * len(titles)], []
     for name in [*SCORES, *(f"{n} labels" for n in SIZES)]:
-        title = "less entropy" if name == "entropy" else name
-        cells, worths = [title], []
+        cells, worths = [name], []
         for data, truth in columns:
             every = found[data][truth]
             tau, size = interval(every[name]), []
@@ -241,8 +239,8 @@ def report(found: dict[str, dict[str, dict[str, np.ndarray]]]) -> tuple[list[str
             if name in SCORES:
                 size = interval(worth(every[name], np.stack([every[f"{n} labels"] for n in SIZES])))
             if data == last:
-                worths.append(told(size))
-            rows.append([data, truth, title, *(f"{value:.4g}" for value in (*tau, *size))])
+                worths.append(in_words(size))
+            rows.append([data, truth, name, *(f"{value:.4g}" for value in (*tau, *size))])
         lines.append([*cells, *worths])
     return ["| " + " | ".join(cells).replace("-0.", "−0.") + " |" for cells in lines], rows
 

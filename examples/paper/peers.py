@@ -27,7 +27,7 @@ from torch.nn.functional import pad
 from torch.nn.utils import parameters_to_vector
 from zoo import QUICK, ZOO, Spec, parse_arguments
 
-from lightning_sensitivity.comparison.scores import consensus_scores
+from lightning_sensitivity.functional.scores import consensus_scores
 
 JACOBIAN_IMAGES = 1000
 MOVED_IMAGES = 2000

@@ -32,6 +32,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sensitivity import SensitivityMonitor
+from lightning_sensitivity.functional import loss_estimate
 
 parser = argparse.ArgumentParser(description="Reproduce the fully connected example of the paper.")
 parser.add_argument(
@@ -139,9 +140,10 @@ for seed in args.seeds:
     trainer = Trainer(max_epochs=args.max_epochs, enable_checkpointing=False, limit_val_batches=0, **quiet)
     trainer.fit(model, DataLoader(train_set, batch_size=128, shuffle=True))
     epochs = trainer.current_epoch
-    evaluator = Trainer(callbacks=[SensitivityMonitor(noise_std=0.1, num_samples=None, seed=seed, prefix="")], **quiet)
+    evaluator = Trainer(callbacks=[SensitivityMonitor(noise=0.1, num_samples=None, seed=seed, prefix="")], **quiet)
     (values,) = evaluator.validate(model, DataLoader(test_set, batch_size=500), verbose=False)
     row = {"seed": seed, "epochs": epochs, "seconds": round(time.perf_counter() - start, 1), **values}
+    row["loss_estimate"] = float(loss_estimate(row["sensitivity"], x_test.square().mean(), 0.1, num_outputs=10))
     row["stderr"] = row.pop("sensitivity_stderr")
     with args.out.open("a") as file:
         file.write(",".join(f"{row[column]:.6g}" for column in COLUMNS) + "\n")

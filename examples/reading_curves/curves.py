@@ -7,6 +7,7 @@ python examples/reading_curves/curves.py --only robust                  # one of
 import argparse
 import logging
 import warnings
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,10 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "two layers of 256": {},
     "the same with tanh": {"activation": nn.Tanh},
     "five layers of 128": {"widths": (128,) * 5},
+    "with batch norm": {"batch_norm": True},
 }
+SENSITIVITIES = {"sensitivity": "S", "per_output_sensitivity": "per output"}
+TERMS = ("claim", "overconfidence", "memorization", "variance")
 TECHNIQUES: dict[str, dict[str, Any]] = {
     "nothing": {},
     "weight decay of 1": {"weight_decay": 1.0},
@@ -93,6 +97,7 @@ class Recorder(Callback):
         self.rows.append({name: float(value) for name, value in trainer.callback_metrics.items()})
 
 
+@cache
 def fit(seed: int = 0, wrong: float = 0.2, num_epochs: int = 30, **options: Any) -> dict[str, np.ndarray]:
     """Train on 500 images, and give what was logged; labels of all images are wrong at random, here and there."""
     digits, rng = load_digits(), np.random.default_rng(0)
@@ -103,7 +108,8 @@ def fit(seed: int = 0, wrong: float = 0.2, num_epochs: int = 30, **options: Any)
     seed_everything(seed, verbose=False)
     recorder = Recorder()
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    callbacks = [RiskMonitor(prefix=""), SensitivityMonitor(prefix=""), recorder]
+    monitors = [SensitivityMonitor(prefix=""), SensitivityMonitor(prefix="per_output_", per_output=True)]
+    callbacks = [*monitors, RiskMonitor(prefix=""), recorder]
     trainer = Trainer(max_epochs=2 if args.quick else num_epochs, accelerator="cpu", callbacks=callbacks, **quiet)
     loaders = DataLoader(train_set, batch_size=50, shuffle=True), DataLoader(val_set, batch_size=1297)
     trainer.fit(Classifier(train_set, **options), *loaders)
@@ -119,46 +125,43 @@ def gap() -> Figure:
     axes[1].plot(curves["gap"], "C2")
     axes[2].plot(curves["sensitivity"], "C1")
     axes[2].set_yscale("log")
-    for axis, title in zip(axes, ("loss", "their gap", "sensitivity S"), strict=True):
+    for axis, title in zip(axes, ("loss", "gap: validation less training loss", "sensitivity S"), strict=True):
         axis.set(title=title, xlabel="epoch")
-    for name in ("gap", "loss"):
-        print(
-            f"Spearman correlation of S with the {name} over epochs: {spearmanr(curves['sensitivity'], curves[name])[0]:.2f}"
-        )
+    taus = {name: spearmanr(curves["sensitivity"], curves[name])[0] for name in ("gap", "loss")}
+    print("Spearman correlation of S over epochs, with the gap {gap:.2f}, with the loss {loss:.2f}".format(**taus))
     return figure
 
 
 def seeds() -> Figure:
-    figure, axis = plt.subplots(figsize=(5, 3.6), layout="constrained")
-    print("network             Spearman of S with the gap  S where the gap is 0.3")
-    for color, (name, options) in zip(("C1", "C0", "C2"), NETWORKS.items(), strict=True):
-        runs = [fit(seed, **options) for seed in range(5)]
-        for run in runs:
-            axis.plot(run["gap"], run["sensitivity"], ".-", color=color, markersize=3, linewidth=0.7)
-        axis.plot([], [], color=color, label=name)
-        every = {key: np.concatenate([run[key] for run in runs]) for key in ("gap", "sensitivity")}
-        within = [np.exp(np.interp(0.3, run["gap"], np.log(run["sensitivity"]))) for run in runs]
-        pooled = spearmanr(*every.values())[0]
-        last = spearmanr(*([run[key][-1] for run in runs] for key in every))[0]
-        print(f"{name:18}  {pooled:.2f}, at the last epoch {last:5.2f}   {min(within):.5f} to {max(within):.5f}")
-    axis.set(xlabel="validation loss less training loss", ylabel="sensitivity S", yscale="log")
-    axis.legend(fontsize="small")
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    print("                         sensitivity, where the gap is 0.3    Spearman with the gap")
+    for axis, (key, title) in zip(axes, SENSITIVITIES.items(), strict=True):
+        for color, (name, options) in zip(("C1", "C0", "C2", "C3"), NETWORKS.items(), strict=True):
+            runs = [fit(seed, **options) for seed in range(3)]
+            for run in runs:
+                axis.plot(run["gap"], run[key], ".-", color=color, markersize=3, linewidth=0.7)
+            axis.plot([], [], color=color, label=name)
+            at = [np.exp(np.interp(0.3, run["gap"], np.log(run[key]))) for run in runs]
+            pooled = spearmanr(*(np.concatenate([run[each] for run in runs]) for each in (key, "gap")))[0]
+            print(f"{title:11} {name:18} {min(at):13.5f} to {max(at):.5f} {pooled:27.2f}")
+        axis.set(xlabel="gap", ylabel="sensitivity", title=title, yscale="log")
+    axes[0].legend(fontsize="small")
     return figure
 
 
 def robust() -> Figure:
     figure, axes = plt.subplots(1, 3, figsize=(10, 3), layout="constrained")
-    print("last epoch, mean of three seeds        S    gap   loss  error under noise")
+    shown = {"sensitivity": "sensitivity S", "gap": "gap", "error_under_noise": "error under noise, σ = 0.3"}
+    print("last epoch, mean of three seeds        S  per output    gap   loss  error under noise")
     for name, options in TECHNIQUES.items():
         runs = [fit(seed, **options) for seed in range(3)]
         mean = {key: np.mean([run[key] for run in runs], 0) for key in runs[0]}
-        for axis, key in zip(axes, ("sensitivity", "gap", "error_under_noise"), strict=True):
+        for axis, (key, title) in zip(axes, shown.items(), strict=True):
             axis.plot(mean[key], label=name)
-        sensitivity, *others = (mean[key][-1] for key in ("sensitivity", "gap", "loss", "error_under_noise"))
-        print(f"{name:30}  {sensitivity:.5f}  {others[0]:.3f}  {others[1]:.3f}  {others[2]:17.3f}")
-    for axis, title in zip(axes, ("sensitivity S", "gap", "error under noise, σ = 0.3"), strict=True):
-        axis.set(title=title, xlabel="epoch")
-    axes[0].set_yscale("log")
+            axis.set(title=title, xlabel="epoch", yscale="log" if key == "sensitivity" else "linear")
+        keys = (*SENSITIVITIES, "gap", "loss", "error_under_noise")
+        numbers = "{:8.5f}  {:10.3f}  {:5.3f}  {:5.3f}  {:17.3f}".format(*(mean[key][-1] for key in keys))
+        print(f"{name:31} {numbers}")
     axes[0].legend(fontsize="small")
     return figure
 
@@ -169,11 +172,10 @@ def terms() -> Figure:
     print("run                     epoch   loss  est./true  epoch   loss        loss")
     for axis, (title, options) in zip(axes, RISKS.items(), strict=True):
         curves = fit(num_epochs=40, **options)
-        for name, color in zip(
-            ("estimate", "claim", "overconfidence", "variance"), ("C1", "C2", "C3", "C4"), strict=True
-        ):
-            axis.plot(curves[f"risk_{name}"], color, linewidth=2 if name == "estimate" else 1, label=name)
+        axis.plot(curves["risk_estimate"], "C1", linewidth=2, label="estimate")
         axis.plot(curves["true_score"], "C7", label="true score")
+        for name, color in zip(TERMS, ("C2", "C3", "C5", "C4"), strict=True):
+            axis.plot(curves[f"risk_{name}"], color, linewidth=1, label=name)
         loss, chosen, best = curves["loss"], curves["risk_estimate"].argmin(), curves["loss"].argmin()
         axis.axvline(chosen, color="C1", linestyle="--", linewidth=1)
         axis.axvline(best, color="C0", linestyle=":", linewidth=1)
@@ -182,7 +184,7 @@ def terms() -> Figure:
         print(
             f"{title:22}  {chosen:5}  {loss[chosen]:5.3f}  {size:9.2f}  {best:5}  {loss[best]:5.3f}  {loss[-1]:10.3f}"
         )
-    axes[0].legend(fontsize="small")
+    axes[0].legend(fontsize="x-small")
     return figure
 
 

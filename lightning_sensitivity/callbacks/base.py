@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from lightning_sensitivity.callbacks import utilities
-from lightning_sensitivity.callbacks.checks import CallWatch, check_run, model_call
+from lightning_sensitivity.callbacks.checks import CallWatch, check_run, is_strategy, model_call
 from lightning_sensitivity.model import Forward, Inputs, Selector, isolated
 from lightning_sensitivity.model.arguments import check_argument, check_int, check_selector
 from lightning_sensitivity.model.isolation import written_parameters
@@ -41,6 +41,7 @@ class Monitor(Callback):
     perturbs_inputs = False
     names: tuple[str, ...]  # of what is logged, behind the prefix
     on_prog_bar: str | None = None  # one of them
+    _last_epoch: int
     _num_batches: list[int | float]  # of each loader of the validation that runs
 
     def __init__(self, **arguments: Any) -> None:
@@ -59,7 +60,7 @@ class Monitor(Callback):
 
     @abstractmethod
     def charts(self) -> dict[str, str]:
-        """Titles of charts for TensorBoard's Custom Scalars, with a regular expression for the tags in each."""
+        """Give titles of charts for TensorBoard's Custom Scalars, with a regular expression for the tags in each."""
 
     @abstractmethod
     def measure(self, trainer: Trainer, run: Run, forward: Forward, batch_idx: int, dataloader_idx: int) -> int:
@@ -85,7 +86,8 @@ class Monitor(Callback):
     def should_measure(self, trainer: Trainer) -> bool:
         """Decide whether to measure the validation that runs. Override it for another cadence."""
         is_fit = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
-        return not self._is_off and not (is_fit and (trainer.current_epoch + 1) % self.every_n_epochs)
+        epoch, last = trainer.current_epoch, self._last_epoch
+        return not self._is_off and (not is_fit or epoch == last or epoch >= last + self.every_n_epochs)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check what can be checked before the first batch."""
@@ -118,7 +120,7 @@ class Monitor(Callback):
             self._watch = CallWatch(pl_module, forward, compares_values=False)
             if is_unseen and not any(map(is_lazy, pl_module.parameters())):
                 with self.isolated(trainer, pl_module) as run:
-                    outputs, written = written_parameters(pl_module, partial(run, forward))
+                    outputs, written = self._first_pass(trainer, pl_module, run, forward)
         if outputs is not None:
             self._check(outputs, written)
         self.failures.is_strict = False
@@ -154,7 +156,7 @@ class Monitor(Callback):
             with self.isolated(trainer, pl_module) as run:
                 forward = self.forward(trainer, pl_module, batch)
                 if dataloader_idx not in self._batch_sizes:
-                    outputs, written = written_parameters(pl_module, partial(run, forward))
+                    outputs, written = self._first_pass(trainer, pl_module, run, forward)
                     self._check(outputs, written)
                     self._batch_sizes[dataloader_idx] = max(1, len(outputs))
                     self._watch = CallWatch(pl_module, forward, compares_values=True)
@@ -177,6 +179,8 @@ class Monitor(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Free what is needed for a validation alone."""
+        if self.should_measure(trainer) and not trainer.sanity_checking:
+            self._last_epoch = trainer.current_epoch
         self.end_validation()
 
     on_test_start = on_validation_start
@@ -214,7 +218,7 @@ class Monitor(Callback):
     def num_chosen(self, trainer: Trainer, dataloader_idx: int) -> float:
         """Count the batches of a loader that are measured in this process; all, until the first one was."""
         count, size = self._num_batches[dataloader_idx], self._batch_sizes.get(dataloader_idx)
-        if size is None or math.isinf(count):
+        if size is None or math.isinf(count) or self.num_samples is None:
             return count
         return min(count, math.ceil(self._budget(trainer) / size))
 
@@ -231,6 +235,13 @@ class Monitor(Callback):
         """Count the samples that this process should measure of a loader."""
         return math.inf if self.num_samples is None else self.num_samples / (trainer.world_size * self.num_draws)
 
+    def _first_pass(
+        self, trainer: Trainer, pl_module: LightningModule, run: Run, forward: Forward
+    ) -> tuple[Tensor, list[str]]:
+        """Run the model, and name the parameters that it writes; of sharded ones, which move, this can't be told."""
+        is_sharded = is_strategy(trainer, "FSDPStrategy", "ModelParallelStrategy")
+        return (run(forward), []) if is_sharded else written_parameters(pl_module, partial(run, forward))
+
     def _check(self, outputs: Tensor, written: list[str]) -> None:
         """Refuse a model of which values would be wrong, or which our passes would change."""
         if written:
@@ -244,6 +255,7 @@ class Monitor(Callback):
     def _begin_run(self) -> None:
         self.failures = utilities.Failures(type(self).__name__, self.prefix)
         self._has_measured = self._has_trained = self._is_off = False
+        self._last_epoch = -self.every_n_epochs  # that was measured
         self._lazy_values: dict[tuple[int, str], utilities.LazyValue] = {}  # by loader and name
         self._batch_sizes: dict[int, int] = {}  # of the first batch of each loader
 
@@ -251,6 +263,7 @@ class Monitor(Callback):
         self._computed: dict[int, dict[str, Tensor]] = {}  # by loader
         self._num_measured: dict[int, int] = {}  # samples, by loader
         self._logged: set[int] = set()
+        self.failures.has_failed = False
         self.reset()
 
     def _end_watch(self) -> None:
@@ -266,6 +279,8 @@ class Monitor(Callback):
                 values, messages = self.compute(trainer, dataloader_idx)
                 self._computed[dataloader_idx] = values
                 for kind, message in messages.items():
+                    if kind == "no value" and self.failures.has_failed:
+                        continue  # a warning has said why
                     self.failures.warn(kind, f"on {loader}: {message}")
         return self._computed[dataloader_idx]
 

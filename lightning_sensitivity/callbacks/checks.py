@@ -89,6 +89,7 @@ class CallWatch:
     def __init__(self, pl_module: LightningModule, forward: Forward, compares_values: bool) -> None:
         self._pl_module, self._compares_values, self._difference = pl_module, compares_values, ""
         self._handle: Any = None
+        self._signature = inspect.Signature(forward_parameters(pl_module))  # strategies put another in its place
         self._ours = self._bound(*clone_tensors((forward.args, forward.kwargs)))
         # Compiled code would trace the hook, and be compiled again without it.
         if self._ours and getattr(pl_module, "_compiler_ctx", None) is None and not pl_module._compiled_call_impl:
@@ -117,7 +118,7 @@ class CallWatch:
     def _bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Give the arguments by the names of ``forward``, with defaults; nothing where it does not tell them."""
         try:
-            bound = inspect.Signature(forward_parameters(self._pl_module)).bind(*args, **kwargs)
+            bound = self._signature.bind(*args, **kwargs)
         except (TypeError, ValueError):
             return {}
         bound.apply_defaults()
@@ -127,7 +128,9 @@ class CallWatch:
         if not self._compares_values:
             if isinstance(ours, Tensor) and isinstance(theirs, Tensor):  # a step may augment, and not more
                 return ours.ndim == theirs.ndim and 0.5 <= _scale(theirs) / _scale(ours) <= 2
-            if ours is not None and not isinstance(ours, type(theirs)):  # a batch of another form than validation's
+            if (
+                ours is not None and theirs is not None and not isinstance(ours, type(theirs))
+            ):  # a batch of another form than validation's
                 return True
         try:
             atol = 0.01 * _scale(ours) if isinstance(ours, Tensor) else 0.01  # rounding to 16 bits is no other input

@@ -29,45 +29,38 @@ _MIN_TWINS = 8  # with less than these, the variance would hang on the noise of 
 
 
 class RiskMonitor(Monitor):
-    r"""Log an estimate of the risk on unseen samples on every validation epoch, to stop by; it needs no labels there.
+    r"""Log an estimate of the Brier score on unseen samples on every validation epoch, to stop by.
 
-    The risk is the Brier score of a classifier. The estimate takes the labels of training samples and unlabelled
-    validation samples; :func:`~lightning_sensitivity.functional.risk_estimate` has the formula. Where training labels
-    are wrong, the risk is that of labels as wrong. ``examples/early_stopping/README.md`` says what its minimum is
-    worth, in labels, and where it fails. There is none for regressions and for dense outputs (pixels, tokens).
+    It takes the labels of training samples, and none of validation; see
+    :func:`~lightning_sensitivity.functional.risk_estimate` for the formula, ``examples/early_stopping`` for its worth.
+    Labels that are wrong in training are so in the estimate. There is none for regressions and dense outputs.
 
-    **Logged values** in ``Trainer.fit``, with ``prefix`` before them:
+    **Logged values** in ``Trainer.fit``, with ``prefix`` before them: ``risk_estimate``, to monitor, and its terms
+    ``risk_claim`` (the score if probabilities were right), ``risk_overconfidence`` (how far training labels contradict
+    that), ``risk_memorization`` (how much surer the model is of training samples) and ``risk_variance`` (how far other
+    training samples would have changed it). If the first validation gives no value, nan is logged, by
+    which an ``EarlyStopping`` stops unless it has ``check_finite=False``.
 
-    - ``risk_estimate``: the one to monitor: ``EarlyStopping(monitor="val_risk_estimate", patience=10)``
-    - ``risk_claim``: what the score would be if the model's probabilities were right
-    - ``risk_overconfidence``: how far its score on training samples contradicts what it claims there
-    - ``risk_memorization``: how much more certain it is on training samples than on unseen ones
-    - ``risk_variance``: how far predictions would differ, had the model been trained on other samples
-
-    If the first validation gives no value, nan is logged, by which an ``EarlyStopping`` stops unless it has
-    ``check_finite=False``. It costs two forward passes on the measured batches (more where these are few, three with
-    batch norm), and one over the kept training samples; two copies of the weights on the device during validation, and
-    the weights from before training on the CPU and in checkpoints. Training is not changed.
+    It costs two forward passes on measured batches (three with batch norm, more if these are few), one over the kept
+    training samples, and two copies of the weights on the device. Training is not changed.
 
     Args:
-        task: What the labels are: ``"multiclass"``, ``"binary"`` or ``"multilabel"``. ``"auto"`` infers it where labels
-            and outputs leave no doubt.
-        targets: Where the labels are in a training batch: a key, an index, or a function ``batch -> tensor``. Default:
-            see :func:`~lightning_sensitivity.model.select_targets`. Integer labels of -100 don't count.
-        num_training_samples: How many training samples are kept, over all processes: the first batches, whole.
-        num_samples: How many validation samples are measured per loader and epoch, over all processes, in whole
-            batches. All, if None.
-        seed: Seed of the twins. A batch gets the same twins in every epoch.
-        prefix: Put before the names.
-        inputs: How the model is called; see :class:`~lightning_sensitivity.SensitivityMonitor`. Nothing is perturbed.
-        outputs: Which outputs are the logits; see there.
+        task: ``"multiclass"``, ``"binary"``, ``"multilabel"``, or ``"auto"`` where labels and outputs leave no doubt.
+        targets: Labels of a training batch: a key, an index, or a function ``batch -> tensor``; by default see
+            :func:`~lightning_sensitivity.model.select_targets`. Those of -100 don't count.
+        num_training_samples: How many training samples are kept, over all processes, in whole batches.
+        num_samples: As in :class:`~lightning_sensitivity.SensitivityMonitor`.
+        seed: Seed of the twins.
+        prefix: As there.
+        inputs: As there; nothing is perturbed.
+        outputs: As there.
         initial_weights: The state dict from before training, where a fit does not begin with it (staged training).
-        every_n_epochs: Measure only every n-th epoch.
+        every_n_epochs: As there.
         prog_bar: Show the estimate on the progress bar.
 
     Raises:
-        MisconfigurationException: As :class:`~lightning_sensitivity.SensitivityMonitor`; also if there can be no
-            estimate, and it is monitored or ``task`` or ``targets`` given.
+        MisconfigurationException: As there; also if there can be no estimate, and it is monitored or ``task`` or
+            ``targets`` given.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -79,6 +72,7 @@ class RiskMonitor(Monitor):
 
     names = tuple(f"risk_{name}" for name in RiskTerms._fields)
     num_training_samples: int
+    initial_weights: Mapping[str, Tensor] | None
 
     def __init__(
         self,
@@ -114,7 +108,7 @@ class RiskMonitor(Monitor):
         super().__init__(**arguments, every_n_epochs=every_n_epochs, prog_bar=prog_bar)
 
     def charts(self) -> dict[str, str]:
-        """Titles of charts for TensorBoard's Custom Scalars, with a regular expression for the tags in each."""
+        """Give titles of charts for TensorBoard's Custom Scalars, with a regular expression for the tags in each."""
         tags = f"^{re.escape(self.prefix)}({'|'.join(self.names)})(/dataloader_idx_\\d+)?$"
         return {"risk estimate and its terms": tags}
 
@@ -155,6 +149,7 @@ class RiskMonitor(Monitor):
         self._samples, self._num_epochs = None, 0
         is_watched = watchers(trainer, {self.prefix + name for name in self.names})
         self._is_required = bool(is_watched) or self.task != "auto" or self.targets is not None
+        self._is_required |= self.initial_weights is not None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Before the first step, find the weights from before training; keep the first batches of the first epoch."""
@@ -178,7 +173,8 @@ class RiskMonitor(Monitor):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Free the samples. The weights stay, for a second fit that goes on with those of this one."""
         super().teardown(trainer, pl_module, stage)
-        self._initial.end(pl_module)
+        if self._samples is not None or self._initial.are_restored:
+            self._initial.end(pl_module)
         self._samples = None
 
     def reset(self) -> None:
@@ -213,6 +209,8 @@ class RiskMonitor(Monitor):
             with twins.twin(pl_module, self._weights, generator, _STRENGTH, self._twin_weights):
                 twin_outputs = run(as_trained)
             metric.update(outputs, twin_outputs, compared, 1 / num_twins)
+            if outputs.numel() and torch.equal(twin_outputs, outputs if compared is None else compared):
+                metric.holdout_sums = metric.holdout_sums * math.nan  # in all processes
         return len(outputs)
 
     def compute(self, trainer: Trainer, dataloader_idx: int) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -228,12 +226,12 @@ class RiskMonitor(Monitor):
         if holdout[-1] + training[-1] > 0:
             first, second = (math.ceil(float(each[-1]) - 1e-6) for each in (holdout, training))  # twins add parts
             messages["non-finite"] = f"{first} validation and {second} training samples gave nan or inf: left out."
+        if holdout[0].isnan():
+            reason = "Twins give the outputs of the model: it has learned nothing, or keeps weights that it computes."
+            return {}, messages | {"no variance": reason}
         if not all(bool(term.isfinite()) for term in terms):
             reason = "No label of the kept training samples counts, or no batch could be measured."
             return {}, messages or {"no value": reason}
-        if terms.variance == 0:
-            reason = "Twins give the outputs of the model: it has learned nothing, or keeps weights that it computes."
-            return {}, messages | {"no variance": reason}
         return dict(zip(self.names, terms, strict=True)), messages
 
     @property
@@ -296,6 +294,7 @@ class RiskMonitor(Monitor):
         if new := twins.unknown_parameters(pl_module, self._initial.weights):
             reason = "the weights from before training hold none of this name and shape"
             self.failures.warn("new", f"counts {', '.join(new[:3])} as learned as a whole: {reason}.")
+        self._samples.check_classes()
         self._training = RiskEstimate(self._samples.task).to(pl_module.device)
         for batch, targets in self._samples.batches:
             with self.failures.warn_on_failure("leaves out kept training samples, which the model does not take"):

@@ -9,7 +9,14 @@ from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from lightning_sensitivity.functional.tasks import are_probabilities, check_task, infer_task, num_outputs
+from lightning_sensitivity.functional.tasks import (
+    NO_CLASSES,
+    are_classes,
+    are_probabilities,
+    check_task,
+    infer_task,
+    num_outputs,
+)
 
 
 class TrainingSamples:
@@ -34,7 +41,7 @@ class TrainingSamples:
     """
 
     def __init__(self, task: str, num_samples: int, trainer: Trainer) -> None:
-        self.task, self.num_missing, self._trainer = task, num_samples, trainer
+        self.task, self.num_missing, self._trainer, self._is_auto = task, num_samples, trainer, task == "auto"
         self.batches: list[tuple[Any, Tensor]] = []
         self.num_outputs: int | None = None
         self.num_in_epoch = self._num_seen = 0
@@ -64,6 +71,16 @@ class TrainingSamples:
         self.batches.append((move_data_to_device(batch, torch.device("cpu")), targets.to("cpu", copy=True)))
         self.num_missing, self.num_outputs = self.num_missing - len(outputs), num_outputs(outputs)
 
+    def check_classes(self) -> None:
+        """Require that all kept labels name outputs as classes would, where the task was inferred.
+
+        Raises:
+            ValueError: If they name the first few alone.
+        """
+        targets = torch.cat([targets.flatten() for _, targets in self.batches])
+        if self._is_auto and self.task == "multiclass" and not are_classes(self.num_outputs or 0, targets):
+            raise ValueError(NO_CLASSES)
+
     def count(self, num_samples: int, batch_idx: int) -> None:
         """Count the samples of an epoch, by its first batch, or of a stream by all of them.
 
@@ -76,7 +93,13 @@ class TrainingSamples:
             self._num_seen = num_samples + self._num_seen * (batch_idx > 0)
             self.num_in_epoch = max(self.num_in_epoch, self._num_seen * trainer.world_size)
         elif not self.num_in_epoch:
-            loaders = getattr(trainer.fit_loop._combined_loader, "flattened", [])
-            sizes = [sized_len(getattr(loader, "dataset", None)) for loader in loaders]
-            n = int(trainer.num_training_batches) * num_samples * trainer.world_size
-            self.num_in_epoch = min(n, sum(size or 0 for size in sizes)) if sizes and None not in sizes else n
+            combined = trainer.fit_loop._combined_loader
+            loaders, share = getattr(combined, "flattened", []), 1.0
+            if getattr(combined, "_mode", "sequential") != "sequential":  # of each batch, the model may get a part
+                share = num_samples / max(1, sum(getattr(loader, "batch_size", None) or 0 for loader in loaders))
+            self.num_in_epoch = int(trainer.num_training_batches) * num_samples * trainer.world_size
+            for name, times in (("dataset", 1), ("sampler", trainer.world_size)):
+                sizes = [sized_len(getattr(loader, name, None)) for loader in loaders]
+                if sizes and None not in sizes:
+                    size = math.ceil(min(1.0, share) * times * sum(size or 0 for size in sizes))
+                    self.num_in_epoch = min(self.num_in_epoch, size)

@@ -19,16 +19,14 @@ class SensitivityMonitor(Monitor):
     r"""Log the output sensitivity of the model on every validation epoch, without labels.
 
     Sensitivity S is the variance of the class-averaged change of the outputs under input noise (Forouzesh, Salehi and
-    Thiran, ICPR 2020, arXiv:2007.15378). It grows with the gap between validation and training loss, and is smallest
-    before training: to stop early, use :class:`~lightning_sensitivity.RiskMonitor` instead.
+    Thiran, ICPR 2020, arXiv:2007.15378). It grows with the gap between validation and training loss, and is lowest
+    before training: stop by :class:`~lightning_sensitivity.RiskMonitor` instead.
 
-    **Logged values**, with ``prefix`` before them (in ``Trainer.test`` with "test" for "val"):
+    **Logged values**, with ``prefix`` before them (in ``Trainer.test`` with "test" for "val"): ``sensitivity``, in
+    squared units of the outputs, and its standard error ``sensitivity_stderr``. :attr:`metrics` has the metric of each
+    loader.
 
-    - ``sensitivity``: S, in squared units of the outputs
-    - ``sensitivity_stderr``: its standard error; epochs share their noise, so they compare more sharply than that
-
-    It costs 1 + ``num_draws`` forward passes on measured batches, and does not change training. After its first step,
-    what fails gives one warning. :attr:`metrics` has the metric of each loader.
+    It costs 1 + ``num_draws`` forward passes on measured batches, and does not change training.
 
     Args:
         noise: σ of Gaussian noise in the units that the model receives, one number or one per channel, or a function
@@ -36,15 +34,14 @@ class SensitivityMonitor(Monitor):
         at: Perturb the output of this submodule instead of the input, as token ids need.
         num_draws: Noise draws per sample.
         num_samples: How many samples times draws are measured per loader and epoch, over all processes, in whole
-            batches, evenly spaced and always the same. 1,200 give a standard error of about 5 %. All, if None.
+            batches, evenly spaced and always the same; all, if None. 1,200 give a standard error of about 5 %.
         seed: Seed of the noise. A batch gets the same noise in every epoch.
         prefix: Put before the names; ``"val/"`` joins TensorBoard's group of ``val/loss``.
-        inputs: How the model is called, and what is perturbed: a key or an index of the batch, a list of them, or a
-            function ``batch -> arguments``. Default: see :class:`~lightning_sensitivity.model.Forward`.
-        outputs: Which outputs to compare, logits ``(N, K, ...)``: a key, an index, or a function ``result -> tensor``
-            or ``(result, batch) -> tensor``. Default: see :func:`~lightning_sensitivity.model.select_outputs`.
+        inputs: How the model is called, and what is perturbed; see :class:`~lightning_sensitivity.model.Forward`.
+        outputs: Which outputs to compare, logits ``(N, K, ...)``; see
+            :func:`~lightning_sensitivity.model.select_outputs`.
         per_output: Log the mean squared change of the single outputs instead, which also has a meaning for
-            probabilities and for heads of two classes, where the class average hardly changes.
+            probabilities and heads of two classes.
         every_n_epochs: Measure only every n-th epoch of a fit.
 
     Raises:
@@ -93,14 +90,14 @@ class SensitivityMonitor(Monitor):
         return self._metrics  # type: ignore[return-value]
 
     def charts(self) -> dict[str, str]:
-        """Titles of charts for TensorBoard's Custom Scalars, with a regular expression for the tags in each."""
+        """Give titles of charts for TensorBoard's Custom Scalars, with a regular expression for the tags in each."""
         prefix, loader = re.escape(self.prefix), r"(/dataloader_idx_\d+)?$"
         return {"loss": f"^{prefix}.*loss", "sensitivity": f"^{prefix}sensitivity{loader}"}
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the name of the submodule, too."""
-        super().setup(trainer, pl_module, stage)
-        if self.at is not None and stage in ("fit", "validate", "test"):
+        super().on_fit_start(trainer, pl_module)
+        if self.at is not None:
             submodule(pl_module, self.at)
 
     def check_watcher(self, who: str, name: str, mode: str) -> None:

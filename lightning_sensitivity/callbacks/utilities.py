@@ -62,10 +62,12 @@ class Failures:
     Attributes:
         is_strict: Whether a failure is an error.
         kinds: The kinds of failure that were warned of.
+        has_failed: Whether something has failed in the validation that runs.
     """
 
     def __init__(self, name: str, prefix: str) -> None:
         self._name, self._prefix, self.is_strict, self.kinds = name, prefix, True, set[str]()
+        self.has_failed = False
 
     def warn(self, kind: str, message: str, in_any_process: bool = False) -> None:
         """Warn once of each kind; the message follows the name of the monitor."""
@@ -88,6 +90,7 @@ class Failures:
                     f"`{self._name}` {what}: {reason} If `forward` takes something else than was chosen, say what with"
                     " `inputs=`, such as `inputs=lambda batch: batch['image']`."
                 ) from error
+            self.has_failed = True
             self.warn(what, f"{what}: {reason}", in_any_process=True)
             if is_oom_error(error):
                 traceback.clear_frames(error.__traceback__)  # which hold what the pass had on the device

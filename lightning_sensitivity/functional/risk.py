@@ -22,7 +22,7 @@ _FULL_VARIANCE_UP_TO = 150  # training samples
 
 
 class RiskTerms(NamedTuple):
-    """The risk estimate and its terms, of which it is the sum; scalar tensors.
+    """Hold the risk estimate and its terms, of which it is the sum; scalar tensors.
 
     Attributes:
         estimate: The estimated Brier score on unseen samples.
@@ -171,18 +171,18 @@ def risk_estimate(
         raise ValueError(f"Expected `task` to be one of {', '.join(map(repr, TASKS))}, but got {task!r}.")
     check_task(train_outputs, train_targets, task)
     if outputs.shape != twin_outputs.shape or outputs.shape[1:2] != train_outputs.shape[1:2]:
+        shapes = ", ".join(str(tuple(each.shape)) for each in (outputs, twin_outputs, train_outputs))
         raise ValueError(
-            "Expected `twin_outputs` to have the shape of `outputs`, and `train_outputs` as many outputs, but got"
-            f" {tuple(outputs.shape)}, {tuple(twin_outputs.shape)} and {tuple(train_outputs.shape)}."
+            f"Expected `outputs`, `twin_outputs` and `train_outputs` to have as many outputs, got {shapes}."
         )
     for name, tensor in (("outputs", outputs), ("twin_outputs", twin_outputs), ("train_outputs", train_outputs)):
-        if not tensor.is_floating_point() or tensor.numel() == 0:
-            raise ValueError(
-                f"Expected `{name}` to be a floating tensor of one sample or more, but got {tensor.dtype} of shape"
-                f" {tuple(tensor.shape)}."
-            )
-        if task == "multiclass" and are_probabilities(tensor):
-            raise ValueError(f"Expected `{name}` to be logits, but got probabilities.")
+        if (
+            not tensor.is_floating_point()
+            or tensor.numel() == 0
+            or (task == "multiclass" and are_probabilities(tensor))
+        ):
+            got = f"{tensor.dtype} of shape {tuple(tensor.shape)}, or probabilities"
+            raise ValueError(f"Expected `{name}` to be floating logits of one sample or more, but got {got}.")
     training = training_sums(train_outputs, train_targets, task)
     if not training[0] > 0:
         raise ValueError("Expected `train_targets` to hold a label that counts, but all are -100.")

@@ -2,17 +2,55 @@
 
 import math
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from lightning_sensitivity.functional.sensitivity import sensitivity_rows
+from lightning_sensitivity.functional.sensitivity import (
+    loss_estimate,
+    sensitivity_from_rows,
+    sensitivity_rows,
+    squared_deviations,
+)
 from lightning_sensitivity.functional.tasks import by_position, probabilities, target_probabilities, wide_dtype
 
 Samples = dict[str, Tensor]  # for each name one number per sample, or a row of them
 
 _MIN_VOTERS = 3  # of two, each would be measured by the other alone
+
+
+@dataclass(frozen=True)
+class ModelScores:
+    """Hold the scores of one model. A number that has no meaning for it is nan.
+
+    Attributes:
+        name: What the user calls it.
+        sensitivity: S, in squared units of the outputs.
+        sensitivity_stderr: Its standard error, over samples and noise.
+        loss_estimate: Equation 9 of the paper, in nats; see :func:`~lightning_sensitivity.functional.loss_estimate`.
+        consensus_error: Expected share of wrong predictions, if labels were drawn from the mean prediction of the other
+            models; see :func:`consensus_scores`.
+        consensus_loss: Expected loss, in the same way.
+        loss: The true loss: cross-entropy.
+        error: The true share of wrong predictions.
+        num_parameters: How many parameters it has.
+        seconds: Time of the whole pass, with loading.
+        note: That it is untrained, or why it failed.
+    """
+
+    name: str
+    sensitivity: float = math.nan
+    sensitivity_stderr: float = math.nan
+    loss_estimate: float = math.nan
+    consensus_error: float = math.nan
+    consensus_loss: float = math.nan
+    loss: float = math.nan
+    error: float = math.nan
+    num_parameters: float = math.nan
+    seconds: float = math.nan
+    note: str = ""
 
 
 def score_samples(clean: Tensor, noisy: Iterable[Tensor], targets: Tensor | None, task: str | None) -> Samples:
@@ -94,6 +132,50 @@ def are_undecided(log_p: Tensor, share: float = 0.95) -> bool:
     """Tell whether predictions ``(N, decisions, classes)`` are nearly uniform, as those of an untrained model."""
     entropy = torch.special.entr(log_p.exp()).sum(2).mean()
     return bool(entropy > share * math.log(log_p.shape[2]))
+
+
+def score_models(
+    samples: Mapping[str, Samples], notes: Mapping[str, str], task: str | None
+) -> tuple[list[ModelScores], dict[str, Samples]]:
+    """Score models by their samples.
+
+    Args:
+        samples: What the pass of each model gave: :func:`score_samples` of all
+            batches, and ``power``, ``num_parameters`` and ``seconds``.
+        notes: What else is known of each model, with those that failed.
+        task: What the outputs are for.
+
+    Returns:
+        A row for each model; and for each model and score one number per sample, with the score as their mean.
+    """
+    log_p = {name: each["log_p"] for name, each in samples.items() if "log_p" in each}
+    undecided = [name for name, values in log_p.items() if are_undecided(values)]
+    notes = {name: note or "undecided (untrained?)" * (name in undecided) for name, note in notes.items()}
+    consensus = consensus_scores(log_p, [name for name in log_p if not notes[name]])  # what has not learned has no vote
+    by_sample: dict[str, Samples] = {}
+    models = [ModelScores(name, note=note) for name, note in notes.items() if name not in samples]
+    for name, of_model in samples.items():
+        estimate, rows, power = (
+            sensitivity_from_rows(of_model["rows"]),
+            of_model["rows"],
+            float(of_model["power"].mean()),
+        )
+        scores = by_sample[name] = {"sensitivity": _ratio(squared_deviations(rows), rows[:, 0])}
+        scores |= dict(zip(("consensus_loss", "consensus_error"), consensus.get(name, ()), strict=False))
+        scores |= {key: _ratio(of_model[key], of_model["num_labels"]) for key in ("loss", "error") if key in of_model}
+        numbers = {key: float(values.mean()) for key, values in scores.items()}
+        numbers |= {key: float(of_model[key]) for key in ("num_parameters", "seconds")}
+        numbers["sensitivity_stderr"] = float(estimate.stderr)
+        if task == "multiclass" and math.isfinite(power):  # the power is in units of the noise's variance
+            numbers["loss_estimate"] = float(loss_estimate(estimate.sensitivity, power, 1.0, estimate.num_outputs))
+        models.append(ModelScores(name, note=notes[name], **numbers))
+    return models, by_sample
+
+
+def _ratio(sums: Tensor, counts: Tensor) -> Tensor:
+    """Give numbers whose mean is Σ sums / Σ counts, and whose spread is that of its error, to first order."""
+    ratio = sums.sum() / counts.sum()
+    return ratio + (sums - ratio * counts) / counts.mean()
 
 
 def _expected(log_p: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ _SMALL_SHARE = 0.01  # of the class mean that independent outputs would have
 
 
 class SensitivityEstimate(NamedTuple):
-    """Values that follow from rows; scalar tensors.
+    """Hold what follows from rows; scalar tensors.
 
     Attributes:
         sensitivity: S, in squared units of the outputs.
@@ -162,8 +162,7 @@ def output_sensitivity(clean: Tensor, noisy: Tensor | Iterable[Tensor], per_outp
     .. math::
         S = \operatorname{Var}\Big(\frac{1}{K} \sum_{k=1}^{K} \big[f_k(x + \varepsilon) - f_k(x)\big]\Big)
 
-    The variance is that of the population (ddof 0), over all samples, noise draws and positions. Samples with nan or
-    inf are left out with a warning.
+    The variance is that of the population (ddof 0), over samples, draws and positions, without samples of nan or inf.
 
     Args:
         clean: Outputs f(x) before the softmax (logits), floating, shape ``(N, K, ...)``; dimensions after K (pixels,
@@ -209,8 +208,8 @@ def loss_estimate(
         L \approx \sqrt{\tfrac{1}{2}\Big(\tfrac{K - 1}{K}\, S\, C + \Sigma\Big)}, \qquad
         C = \frac{\mathbb{E}[x^2]}{\sigma^2}
 
-    Its size is right for networks initialized with N(0, 1) and trained to convergence. It is about ten times too low
-    for PyTorch's default initialization, whose class mean stays small, and says nothing about an underfitted network.
+    Its size is right for networks initialized with N(0, 1) and trained to convergence, and about ten times too low for
+    PyTorch's default initialization, whose class mean stays small.
 
     Args:
         sensitivity: S, scalar or any shape.
@@ -224,8 +223,7 @@ def loss_estimate(
         Tensor of the shape of ``sensitivity``, in nats.
 
     Raises:
-        ValueError: If ``noise_std`` is not positive and finite, ``num_outputs`` is below 2, or another argument is
-            negative.
+        ValueError: If ``noise_std`` is not positive, ``num_outputs`` is below 2, or another argument is negative.
 
     Example:
         >>> from lightning_sensitivity.functional import loss_estimate

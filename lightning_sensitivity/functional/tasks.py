@@ -12,8 +12,13 @@ TASKS = ("multiclass", "binary", "multilabel")
 IGNORED = -100  # the `ignore_index` of torch's cross-entropy
 _CHUNK = 2**18  # elements that are widened at a time
 _ROUNDING = 1e-2  # of sums of probabilities in 16 bits, which autocast may have widened since
-_CHANCE = 1e-6  # below this, outputs that no label names are no classes
-_LIBRARIES = ("lightning_sensitivity", "lightning", "pytorch_lightning", "torch", "torchmetrics", "contextlib")
+NO_CLASSES = (
+    "Labels name the first few of many outputs alone, as beside an embedding. Say `task='multiclass'` if the outputs"
+    " are the logits of classes"
+)
+_CHANCE = 1e-4  # below this, outputs that no label names are no classes
+_LIBRARIES = {"lightning_sensitivity", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities"}
+_LIBRARIES |= {"torch", "torchmetrics", "contextlib", "functools"}
 
 
 def infer_task(outputs: Tensor, targets: Tensor) -> str:
@@ -52,24 +57,21 @@ def infer_task(outputs: Tensor, targets: Tensor) -> str:
             "Labels are one-hot. Say `task='multiclass'` if exactly one class is right (and convert them to floats),"
             " or `task='multilabel'` if several can be"
         )
-    if task == "multiclass" and not are_classes(outputs, targets):
-        raise ValueError(
-            f"Labels name the first {int(targets.max()) + 1} of {outputs.shape[1]} outputs alone, as beside an"
-            " embedding. Say `task='multiclass'` if the outputs are the logits of classes"
-        )
+    if task == "multiclass" and not are_classes(outputs.shape[1], targets):
+        raise ValueError(NO_CLASSES)
     return task
 
 
-def are_classes(outputs: Tensor, targets: Tensor) -> bool:
+def are_classes(num_outputs: int, targets: Tensor) -> bool:
     """Tell whether class indices could name all outputs, by how unlikely it is that none of so many names the last.
 
     Args:
-        outputs: Outputs ``(N, K, ...)``.
-        targets: Class indices ``(N, ...)``.
+        num_outputs: K.
+        targets: Class indices, of any shape.
     """
     counted = targets[targets != IGNORED]
-    num_named = int(counted.max()) + 1 if counted.numel() else outputs.shape[1]
-    return counted.numel() * math.log(outputs.shape[1] / num_named) <= -math.log(_CHANCE)
+    num_named = int(counted.max()) + 1 if counted.numel() else num_outputs
+    return counted.numel() * math.log(num_outputs / num_named) <= -math.log(_CHANCE)
 
 
 def check_task(outputs: Tensor, targets: Tensor, task: str) -> None:

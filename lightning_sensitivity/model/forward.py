@@ -1,10 +1,10 @@
 """How any model is run on any batch: its arguments, its outputs, and the labels of the batch."""
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
@@ -43,8 +43,8 @@ class Forward:
         batch: What the loader gave, on the model's device.
         inputs: A key or an index, a list of them, a function ``batch -> arguments``, or None for the rules above.
         outputs: Which outputs to take; see :func:`select_outputs`.
-        perturbs_inputs: False where no floating tensor is needed in the inputs.
-        call: What is called in place of the model: a strategy's wrapper around it.
+        perturbs_inputs: False where no floating input is needed.
+        call: What is called in place of the model: a strategy's wrapper.
 
     Attributes:
         args: Positional arguments of the model.
@@ -99,11 +99,12 @@ class Forward:
         kwargs = {name: self._copy(name, value, perturb) for name, value in self.kwargs.items()}
         outputs = select_outputs(self._call(*args, **kwargs), self._outputs, self._batch)
         if outputs.ndim > 2 and not callable(self._outputs):
-            tensors = tensors_in([self.args, self.kwargs])
-            if any(outputs.shape[1] in tensor.shape[1:] for tensor in tensors if tensor.layout == torch.strided):
+            shapes = [x.shape[1:] for x in tensors_in([self.args, self.kwargs]) if not x.is_nested]
+            has_positions = any(set(outputs.shape[2:]) <= set(s) and outputs.shape[1] not in s for s in shapes)
+            if not has_positions and math.prod(outputs.shape[2:]) > 1:
                 raise MisconfigurationException(
-                    f"`outputs` should say where {tuple(outputs.shape)} has its classes, as dimension 1 could be that"
-                    " of an input: `outputs=lambda y: y` if there, `outputs=lambda y: y.movedim(-1, 1)` if last."
+                    f"`outputs` should say where {tuple(outputs.shape)} has its classes: `outputs=lambda y: y` in"
+                    " dimension 1, `outputs=lambda y: y.movedim(-1, 1)` in the last."
                 )
         return outputs
 
@@ -161,9 +162,6 @@ def select_outputs(result: Any, outputs: Selector = None, batch: Any = None) -> 
         outputs: A key, attribute or index, a function ``result -> tensor`` or ``(result, batch) -> tensor``, or None
             for the rules above.
         batch: What the loader gave.
-
-    Returns:
-        The selected tensor, ``(N, K, ...)`` or ``(N,)``.
 
     Raises:
         MisconfigurationException: If there is no floating tensor, or it is a scalar.

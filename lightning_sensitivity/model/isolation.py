@@ -32,10 +32,9 @@ def isolated(model: nn.Module) -> Iterator[Callable[..., Any]]:
     """
     # A lazy module becomes another one in its first pass, and stays that.
     modules = [module for module in all_modules(model) if not getattr(type(module), "cls_to_become", None)]
-    states = [_State(module) for module in modules]
     training = [module for module in model.modules() if module.training]
-    is_cuda = any(parameter.is_cuda for parameter in model.parameters())
-    rng_states = _collect_rng_states(include_cuda=is_cuda)
+    rng_states = _collect_rng_states(include_cuda=any(parameter.is_cuda for parameter in model.parameters()))
+    states: list[_State] = []
 
     def run(function: Callable[..., T], *args: Any) -> T:
         clones: dict[int, Any] = {}
@@ -51,10 +50,11 @@ def isolated(model: nn.Module) -> Iterator[Callable[..., Any]]:
     try:
         for module in training:  # not by `eval()`, which modules override
             module.training = False
+        states += map(_State, modules)  # in eval mode, which every run leaves
         with torch.no_grad(), _eager():
             yield run
     finally:
-        complete(lambda: _set_training(training))
+        complete(lambda: _set_training(training, rng_states))
 
 
 def is_ours(model: nn.Module) -> bool:
@@ -73,9 +73,12 @@ def written_parameters(model: nn.Module, run: Callable[[], T]) -> tuple[T, list[
     def fingerprints() -> dict[str, tuple[int, float]]:
         # The norm, for writes to `parameter.data`, which no version counts.
         return {
-            name: (parameter._version, float(torch.linalg.vector_norm(parameter.detach())))
+            name: (
+                0 if parameter.is_inference() else parameter._version,
+                float(torch.linalg.vector_norm(parameter.detach())),
+            )
             for name, parameter in model.named_parameters()
-            if parameter.is_floating_point() and has_values(parameter) and not parameter.is_inference()
+            if has_values(parameter) and parameter.is_floating_point() and parameter.element_size() > 1
         }
 
     before = fingerprints()
@@ -96,8 +99,8 @@ def all_modules(model: nn.Module) -> list[nn.Module]:
     """List the modules of a model, with those that it keeps in lists, tuples and dicts, which PyTorch does not see."""
     modules = {id(module): module for module in model.modules()}
     for module in list(modules.values()):
-        for value in vars(module).values():
-            if isinstance(value, list | tuple | dict) and len(value) <= _MAX_ITEMS:
+        for name, value in vars(module).items():
+            if name not in _OF_ANY_MODULE and isinstance(value, list | tuple | dict) and len(value) <= _MAX_ITEMS:
                 for item in value.values() if isinstance(value, dict) else value:
                     if isinstance(item, nn.Module):
                         modules.update((id(each), each) for each in item.modules())
@@ -148,9 +151,10 @@ class _State:
 _OF_ANY_MODULE = frozenset(vars(nn.Module()))  # parameters, buffers, hooks, the mode
 
 
-def _set_training(modules: list[nn.Module]) -> None:
+def _set_training(modules: list[nn.Module], rng_states: dict[str, Any]) -> None:
     for module in modules:
         module.training = True
+    _set_rng_states(rng_states)
 
 
 def _restore(states: list[_State], rng_states: dict[str, Any]) -> None:

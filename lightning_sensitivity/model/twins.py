@@ -22,11 +22,12 @@ class InitialWeights:
     Attributes:
         weights: By name; None where they are not known.
         source: Where they come from.
+        are_restored: Whether they come from the checkpoint of this run.
     """
 
     def __init__(self, given: Mapping[str, Tensor] | None = None) -> None:
         self._given, self.weights, self.source = given, None, ""
-        self._are_restored = False
+        self.are_restored = False
         self._last_norms: Tensor | None = None  # of the weights that the last run has left
 
     weights: dict[str, Tensor] | None
@@ -41,13 +42,15 @@ class InitialWeights:
         Raises:
             MisconfigurationException: If the given ones are no weights of the module, or none are known.
         """
+        if any(map(is_lazy, model.parameters())):
+            raise MisconfigurationException("it needs weights before training, got lazy ones: run the model once")
         goes_on = self._last_norms is not None and _are_alike(self._last_norms, _norms(model))
         if self._given is not None:
             self.weights = {name: weight.detach().to("cpu", copy=True) for name, weight in self._given.items()}
             self.source = "those of `initial_weights`"
             if self.weights.keys().isdisjoint(dict(model.named_parameters())):
                 raise MisconfigurationException("`initial_weights` should name parameters of the module, but name none")
-        elif self._are_restored or (self.weights is not None and goes_on):
+        elif self.are_restored or (self.weights is not None and goes_on):
             self.source = "those of the fit that goes on"
         elif step > 0:
             self.weights = None
@@ -60,7 +63,7 @@ class InitialWeights:
 
     def end(self, model: nn.Module) -> None:
         """Remember which weights a run leaves, so that a fit that begins with them goes on."""
-        self._last_norms, self._are_restored = _norms(model), False
+        self._last_norms, self.are_restored = _norms(model), False
 
     def changed(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Select those that differ from present weights: what a checkpoint needs, which has the others."""
@@ -70,7 +73,7 @@ class InitialWeights:
     def restore(self, changed: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
         """Restore them from what :meth:`changed` gave and the weights that it was given."""
         same = {name: weight.to("cpu", copy=True) for name, weight in weights.items() if weight.is_floating_point()}
-        self.weights, self._are_restored = same | dict(changed), True
+        self.weights, self.are_restored = same | dict(changed), True
 
 
 def initial_weights(model: nn.Module) -> dict[str, Tensor]:

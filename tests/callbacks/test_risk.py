@@ -1,11 +1,8 @@
 """The risk estimate as RiskMonitor logs it; what its terms are is tested with ``functional.risk``."""
 
-from __future__ import annotations
-
 import copy
 import logging
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +14,14 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
-from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
+from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 from lightning_sensitivity.callbacks.risk import _MIN_TWINS, _STRENGTH
 from lightning_sensitivity.functional import risk_estimate
 from lightning_sensitivity.model import noise_generator
 from lightning_sensitivity.model.twins import batch_statistics, initial_weights, twin
-from tests.helpers import (
-    NUM_CLASSES,
-    NUM_FEATURES,
-    Classifier,
-    History,
-    Linear,
-    inputs,
-    labelled,
-    loader,
-    trainer,
-    unlabelled_loader,
-    validated,
-)
+from tests.helpers import Classifier, History, Stream, inputs, labelled, loader, trainer, unlabelled_loader
 
 HOLDOUT = inputs(50, seed=1)  # in four batches: two twins each
 NAMES = RiskMonitor.names
@@ -46,17 +31,17 @@ TERMS = {"val_" + name for name in NAMES}
 class Plain(Classifier):
     """Without batch norm; in 64 bits, in which sums in another order are the same to nine digits."""
 
-    def __init__(self, num_outputs: int = NUM_CLASSES, loss: Any = cross_entropy) -> None:
+    def __init__(self, num_outputs: int = 4, loss: Any = cross_entropy) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(NUM_FEATURES, 16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, num_outputs))
+        self.net = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, num_outputs))
         self.loss = loss
         self.double()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x.to(self.net[-1].weight))
+        return self.net(x.double())
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return self.loss(self(batch[0]), batch[1])
+        return self.loss(self(batch[0]), batch[-1])
 
 
 def as_float(loss: Any) -> Any:
@@ -66,14 +51,8 @@ def as_float(loss: Any) -> Any:
 class Truth(Callback):
     """What a plain loop gives at each validation, by twins of the initial weights: those given, or the first ones."""
 
-    def __init__(
-        self,
-        num_batches: int = 4,
-        task: str = "multiclass",
-        initial: dict[str, Tensor] | None = None,
-        num_training: int = 50,
-    ) -> None:
-        self.num_batches, self.task, self.initial, self.num_training = num_batches, task, initial, num_training
+    def __init__(self, num_batches: int = 4, task: str = "multiclass", initial: Any = None, num: int = 50) -> None:
+        self.num_batches, self.task, self.initial, self.num_training = num_batches, task, initial, num
         self.batches: list[Any] = []
         self.logged: list[dict[str, float]] = []
         self.terms: list[Any] = []
@@ -85,43 +64,40 @@ class Truth(Callback):
         if len(self.batches) < self.num_batches:
             self.batches.append([part.clone() for part in batch])
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking:
-            return
-        self.logged.append({name: float(value) for name, value in trainer.callback_metrics.items()})
-        self.terms.append(self.estimate(copy.deepcopy(pl_module).eval()))
-
     @torch.no_grad()
-    def estimate(self, model: LightningModule) -> Any:
-        x, y = (torch.cat(parts) for parts in zip(*self.batches, strict=True))
-        outputs, normalized, of_twins, train = [], [], [], model(x)
-        num_twins = math.ceil(_MIN_TWINS / 4)
-        for batch_idx, part in enumerate(HOLDOUT.split(16)):
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if trainer.sanity_checking or batch_idx or dataloader_idx:
+            return
+        model, (x, y) = copy.deepcopy(pl_module), (torch.cat(parts) for parts in zip(*self.batches, strict=True))
+        outputs, normalized, of_twins, num_twins = [], [], [], math.ceil(_MIN_TWINS / 4)
+        for index, part in enumerate(HOLDOUT.split(16)):
             outputs += num_twins * [model(part)]
             for draw in range(num_twins):
-                generator = noise_generator(0, 0, 0, batch_idx, -1 - draw)
                 with batch_statistics(model):
                     normalized.append(model(part))
-                    with twin(model, self.initial, generator, _STRENGTH):
+                    with twin(model, self.initial, noise_generator(0, 0, 0, index, -1 - draw), _STRENGTH):
                         of_twins.append(model(part))
         terms, by_batch = (
-            risk_estimate(torch.cat(each), torch.cat(of_twins), train, y, self.task, _STRENGTH, self.num_training)
+            risk_estimate(torch.cat(each), torch.cat(of_twins), model(x), y, self.task, _STRENGTH, self.num_training)
             for each in (outputs, normalized)
         )
-        return terms._replace(variance=by_batch.variance)  # of batch norm: that of each batch, in both
+        self.terms.append(terms._replace(variance=by_batch.variance))  # of batch norm: that of each batch, in both
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self.logged.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+    def check(self, has_batch_norm: bool = False) -> None:
+        assert self.logged
+        for logged, terms in zip(self.logged, self.terms, strict=True):
+            values = [logged[f"val_{name}"] for name in NAMES[has_batch_norm:]]
+            assert values == pytest.approx([float(term) for term in terms[has_batch_norm:]], rel=1e-9)
+            assert values[-1] > 0
 
 
-def check(truth: Truth, rel: float = 1e-9, has_batch_norm: bool = False) -> None:
-    assert truth.logged
-    for logged, terms in zip(truth.logged, truth.terms, strict=True):
-        found = [logged["val_" + name] for name in NAMES]
-        assert found[has_batch_norm:] == pytest.approx([float(term) for term in terms[has_batch_norm:]], rel=rel)
-        assert found[-1] > 0
-
-
-def fit(
-    model: LightningModule, monitor: RiskMonitor, truth: Any, train: Any, *more: Callback, **kwargs: Any
-) -> Trainer:
+def fit(model: Any, monitor: RiskMonitor, truth: Any, train: Any, *more: Callback, **kwargs: Any) -> Trainer:
     ckpt_path = kwargs.pop("ckpt_path", None)
     callbacks = [each for each in (*more, monitor, truth) if each is not None]
     run = trainer(callbacks=callbacks, **{"max_epochs": 3, **kwargs})
@@ -130,7 +106,7 @@ def fit(
 
 
 X, Y = labelled(50).tensors
-TASKS: dict[str, tuple[Any, Any, Tensor]] = {
+TASKS: dict[str, tuple[str, Any, Tensor]] = {
     "multiclass": ("auto", Plain, Y.where(torch.arange(50) % 5 > 0, -100)),
     "multiclass, 8 bits": ("auto", lambda: Plain(loss=lambda y, t: cross_entropy(y, t.long())), Y.to(torch.uint8)),
     "multiclass, soft": ("multiclass", Plain, nn.functional.one_hot(Y, 4) * 0.9 + 0.025),
@@ -144,7 +120,7 @@ def test_the_terms_are_those_of_a_plain_loop(name: str) -> None:
     task, model, targets = TASKS[name]
     truth = Truth(task=name.split(",")[0])
     fit(model(), RiskMonitor(task), truth, DataLoader(TensorDataset(X, targets), 16))
-    check(truth)
+    truth.check()
     assert len({logged["val_risk_estimate"] for logged in truth.logged}) == 3
 
 
@@ -152,7 +128,7 @@ def test_of_batch_norm_twins_are_normalized_by_the_batch() -> None:
     model, truth = Plain(), Truth()
     model.net.insert(1, nn.BatchNorm1d(16).double())
     fit(model, RiskMonitor(), truth, loader())
-    check(truth, has_batch_norm=True)
+    truth.check(has_batch_norm=True)
 
 
 @pytest.mark.filterwarnings("ignore:.*sampler has shuffling enabled")
@@ -166,38 +142,17 @@ def test_the_first_batches_of_a_fit_are_kept_once_and_scored_as_they_came(num_sa
 
     monitor, model = RiskMonitor(num_training_samples=num_samples), Writer()
     for _ in range(2):  # a second fit has samples of its own, and the weights from before the first
-        truth = Truth(num_batches, initial=None if monitor._initial.weights is None else dict(monitor._initial.weights))
+        truth = Truth(num_batches, initial=monitor._initial.weights)
         fit(model, monitor, truth, loader(shuffle=True), val_check_interval=2)
-        check(truth)
+        truth.check()
         assert monitor._samples is None
-
-
-def test_every_loader_gets_its_own() -> None:
-    truth = Truth()
-    run = trainer(callbacks=[RiskMonitor(), truth], max_epochs=1)
-    run.fit(Plain(), loader(), [DataLoader(HOLDOUT, 16), loader(seed=2)])
-    (values,), (terms,) = truth.logged, truth.terms
-    found = [[values[f"val_{name}/dataloader_idx_{idx}"] for name in NAMES] for idx in (0, 1)]
-    assert found[0] == pytest.approx([float(term) for term in terms], rel=1e-9)
-    assert found[0][2] == found[1][2]  # the same training samples
-    assert all(found[0][term] != found[1][term] for term in (0, 1, 3))
 
 
 @pytest.mark.skipif(not hasattr(callbacks, "WeightAveraging"), reason="needs lightning 2.6")
 def test_averaged_weights_are_what_is_scored() -> None:
-    class Scores(Truth):
-        """Looks while they are in place."""
-
-        def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-            self.found = self.estimate(copy.deepcopy(pl_module).eval()) if self.batches else None
-
-        def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-            super().on_validation_end(trainer, pl_module)
-            self.terms[-1:] = [self.found] * len(self.logged)
-
     averaging = callbacks.WeightAveraging(avg_fn=lambda average, weight, count: average + 0.1 * (weight - average))
-    fit(Plain(), RiskMonitor(), truth := Scores(4), loader(), averaging, max_epochs=1)
-    check(truth)
+    fit(Plain(), RiskMonitor(), truth := Truth(), loader(), averaging)
+    truth.check()
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
@@ -205,90 +160,62 @@ def test_precisions(precision: Any) -> None:
     def risk(precision: Any) -> dict[str, float]:
         seed_everything(0, verbose=False)
         run = trainer(callbacks=[RiskMonitor()], precision=precision)
-        run.fit(Plain().float(), loader(200), unlabelled_loader(200, seed=1))
+        run.fit(Classifier(0.0), loader(200), unlabelled_loader(200, seed=1))
         return {name: float(run.callback_metrics[name]) for name in TERMS}
 
     assert risk(precision) == pytest.approx(risk("32-true"), rel=0.05, abs=0.01)
 
 
-# Who follows it
-
-
-def test_early_stopping_and_checkpoints_follow_it(tmp_path: Path) -> None:
-    class Unlabelled(Classifier):
-        def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-            assert isinstance(batch, Tensor)
-
-    seed_everything(0, verbose=False)
+def test_early_stopping_and_checkpoints_follow_it_and_the_progress_bar_shows_it(tmp_path: Path) -> None:
     history, stopping = History(), EarlyStopping("val_risk_estimate", patience=3)
     checkpoint = ModelCheckpoint(tmp_path, monitor="val_risk_estimate", filename="{epoch}")
-    run = trainer(callbacks=[stopping, checkpoint, RiskMonitor(), history], enable_checkpointing=True, max_epochs=200)
-    x, y = labelled(50).tensors
-    y[::4] = 0  # it learns, and then must memorize
-    run.fit(Unlabelled(), DataLoader(TensorDataset(x, y), 16), unlabelled_loader(seed=1))
+    monitor, labels = RiskMonitor(prog_bar=True), Y.clone()
+    run = trainer(callbacks=[stopping, checkpoint, monitor, history], enable_checkpointing=True, max_epochs=200)
+    labels[::4] = 0  # it learns, and then must memorize
+    run.fit(Classifier(), DataLoader(TensorDataset(X, labels), 16), unlabelled_loader(seed=1))
     values = [epoch["val_risk_estimate"] for epoch in history.epochs]
     best = values.index(min(values))
     assert best > 0 and len(values) == best + 4 < 200
     assert Path(checkpoint.best_model_path).name == f"epoch={best}.ckpt"
     assert set(history.epochs[0]) - {"train_loss"} == TERMS
-
-
-def test_the_estimate_alone_is_on_the_progress_bar_if_asked_for() -> None:
-    run = fit(Plain(), RiskMonitor(prog_bar=True), None, loader(), max_epochs=1)
-    assert [name for name in run.progress_bar_metrics if "risk" in name] == ["val_risk_estimate"]
+    assert TERMS & run.progress_bar_metrics.keys() == {"val_risk_estimate"}
 
 
 # How many training samples there are
 
 
-class Stream(IterableDataset):
-    def __iter__(self) -> Iterator[Any]:
-        return iter(labelled(50))
+def of_one(batch: Any) -> Any:
+    """The batch of the first loader, of several."""
+    return batch[0] if isinstance(batch[0], list) else batch
 
 
-def two_loaders() -> CombinedLoader:
-    return CombinedLoader({"unlabelled": unlabelled_loader(), "labelled": loader()}, "min_size")
-
-
-COUNTED: dict[str, tuple[Any, dict[str, Any], int]] = {
+COUNTED: dict[str, tuple[Any, dict[str, Any], int | str]] = {
     "all": (loader, {}, 50),
     "limit_train_batches": (loader, {"limit_train_batches": 2}, 32),
-    "a share": (loader, {"limit_train_batches": 0.25}, 16),
     "drop_last": (lambda: loader(drop_last=True), {}, 48),
     "SubsetRandomSampler": (lambda: loader(sampler=SubsetRandomSampler(range(20))), {}, 20),
-    "CombinedLoader": (two_loaders, {}, 50),
-    "a stream": (lambda: DataLoader(Stream(), 16), {}, 50),
+    "CombinedLoader": (lambda: CombinedLoader([loader(), loader()], "min_size"), {}, 50),
+    "a stream": (lambda: DataLoader(Stream(has_labels=True), 16), {}, "a stream of"),
 }
 
 
 @pytest.mark.parametrize("name", COUNTED)
-def test_the_samples_of_an_epoch_are_counted(name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_samples_of_an_epoch_are_counted_and_said(name: str, caplog: pytest.LogCaptureFixture) -> None:
     class Either(Plain):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            return super().training_step(labelled_part(batch), batch_idx)
+            return super().training_step(of_one(batch), batch_idx)
 
-    class Watch(Callback):
-        def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-            counts.append(monitor._samples.num_in_epoch)
-
-    def labelled_part(batch: Any) -> Any:
-        return batch["labelled"] if isinstance(batch, dict) else batch
-
-    def image(batch: Any) -> Tensor:
-        return labelled_part(batch)[0] if isinstance(batch, dict | list) else batch
-
-    (make, options, num_training), counts = COUNTED[name], list[int]()
-    monitor = RiskMonitor(inputs=image, targets=lambda batch: labelled_part(batch)[1])
+    make, options, expected = COUNTED[name]
+    monitor = RiskMonitor(inputs=lambda x: x if isinstance(x, Tensor) else of_one(x)[0], targets=lambda x: of_one(x)[1])
     with caplog.at_level(logging.INFO):
-        fit(Either(), monitor, None, make(), Watch(), max_epochs=2, **options)
-    assert counts == [num_training] * 2
-    said = "a stream of" if name == "a stream" else str(num_training)
-    assert f"`RiskMonitor` (val_*): {said} training samples" in caplog.text
+        fit(Either(), monitor, None, make(), max_epochs=1, **options)
+    assert f"`RiskMonitor` (val_*): {expected} training samples, task 'multiclass'" in caplog.text
 
 
-def test_the_variance_knows_the_number_of_samples() -> None:
-    fit(Plain(), RiskMonitor(), truth := Truth(num_batches=5, num_training=1000), loader(1000, 100))
-    check(truth)
+@pytest.mark.parametrize("make", [labelled, lambda num: Stream(num, has_labels=True)])
+def test_the_variance_knows_how_many_there_are(make: Any) -> None:
+    fit(Plain(), RiskMonitor(), truth := Truth(num_batches=5, num=1000), DataLoader(make(1000), 100))
+    truth.check()
 
 
 # The weights from before training
@@ -306,94 +233,28 @@ def test_it_goes_on_where_training_resumes(tmp_path: Path) -> None:
     _, first = run(2)
     first.save_checkpoint(path := tmp_path / "two.ckpt")
     resumed, _ = run(4, ckpt_path=path)
-    assert [{name: row[name] for name in TERMS} for row in whole.logged[2:]] == [
-        {name: row[name] for name in TERMS} for row in resumed.logged
-    ]
+    rows, others = ([{name: row[name] for name in TERMS} for row in truth.logged[-2:]] for truth in (whole, resumed))
+    assert rows == others and len(resumed.logged) == 2
     saved = torch.load(path, weights_only=True)
     assert saved["state_dict"].keys() == whole.initial.keys()
     # No second copy of frozen weights.
     changed = {name: weight for name, weight in whole.initial.items() if "net.0" not in name}
     torch.testing.assert_close(dict(saved["RiskMonitor(prefix='val_')"]), changed, rtol=0, atol=0)
 
-    seed_everything(0, verbose=False)  # or given
-    model = Plain()
-    model.load_state_dict(saved["state_dict"])
-    truth = Truth(initial=whole.initial)
-    fit(model, RiskMonitor(initial_weights=dict(whole.initial)), truth, loader(), max_epochs=1)
-    check(truth)
-
 
 @pytest.mark.parametrize("between", ["nothing", "validate", "a checkpoint", "a reset in place"])
-def test_a_fresh_trainer_goes_on_with_the_module_and_begins_with_another(between: str, tmp_path: Path) -> None:
+def test_a_second_fit_goes_on_with_the_module_and_begins_with_other_weights(between: str, tmp_path: Path) -> None:
     monitor, model, other = RiskMonitor(), Plain(), Plain()
-    untrained, of_other = initial_weights(model), initial_weights(other)
-    run = fit(model, monitor, None, loader(), max_epochs=1)
-    run.save_checkpoint(tmp_path / "one.ckpt")
+    weights, of_other = initial_weights(model), initial_weights(other)
+    fit(model, monitor, None, loader(), max_epochs=1).save_checkpoint(path := tmp_path / "one.ckpt")
     if between in ("validate", "a checkpoint"):
-        path = tmp_path / "one.ckpt" if between == "a checkpoint" else None
+        path = path if between == "a checkpoint" else None
         trainer(callbacks=[monitor]).validate(model, loader(), ckpt_path=path, verbose=False)
-    fits = [(model, untrained), (other, of_other)]
-    if between == "a reset in place":  # as in cross-validation
-        model.load_state_dict(of_other)
-        fits = [(model, of_other)]
-    for module, weights in fits if between != "a checkpoint" else fits[1:]:
+    if between in ("a checkpoint", "a reset in place"):  # as in cross-validation
+        model.load_state_dict(weights := of_other)
+    for module, expected in ((model, weights), (other, of_other)):
         fit(module, monitor, None, loader(), max_epochs=1)
-        torch.testing.assert_close(monitor._initial.weights, weights, rtol=0, atol=0)
-
-
-def test_weights_that_the_module_loads_as_training_starts_are_those_from_before() -> None:
-    class Loading(Plain):
-        def on_train_start(self) -> None:
-            self.load_state_dict(other)
-
-    other = initial_weights(Plain())
-    fit(Loading(), RiskMonitor(), truth := Truth(initial=other), loader())
-    check(truth)
-
-
-def test_frozen_weights_of_integers_are_left_alone() -> None:
-    model = Plain()
-    model.net.codes = nn.Parameter(torch.ones(3, dtype=torch.int8), requires_grad=False)
-    fit(model, RiskMonitor(), truth := Truth(), loader())  # no warning
-    check(truth)
-
-
-class Cached(nn.Linear):
-    """It keeps the weights that it computes until training goes on."""
-
-    effective: Tensor | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training:
-            self.effective = None
-        elif self.effective is None:
-            self.effective = self.weight.detach() / 2
-        return nn.functional.linear(x, self.weight / 2 if self.training else self.effective)
-
-
-class CachedFrom(Cached):
-    """The same, kept in a list that is too long to be copied."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.effective_of: list[Any] = [None] * 2000
-
-    effective = property(
-        lambda self: self.effective_of[0], lambda self, value: self.effective_of.__setitem__(0, value)
-    )
-
-
-@pytest.mark.parametrize("layer", [Cached, CachedFrom])
-def test_of_layers_that_keep_the_weights_that_they_compute_there_is_no_estimate(layer: Any) -> None:
-    class Caching(Plain):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = nn.Sequential(layer(NUM_FEATURES, NUM_CLASSES, dtype=torch.float64))
-
-    with pytest.warns(UserWarning, match="Twins give the outputs of the model") as caught:
-        run = fit(Caching(), RiskMonitor(), None, loader())
-    assert len([each for each in caught if each.category is UserWarning]) == 1
-    assert all(math.isnan(run.callback_metrics[name]) for name in TERMS)
+        torch.testing.assert_close(monitor._initial.weights, expected, rtol=0, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
@@ -410,33 +271,46 @@ def test_resuming_without_the_weights_from_before_training(tmp_path: Path) -> No
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules")
-def test_lazy_weights_are_those_that_the_sanity_check_has_made() -> None:
+@pytest.mark.parametrize("kind", ["loaded in on_train_start", "lazy", "frozen integers"])
+def test_weights_of_other_kinds(kind: str) -> None:
+    model, truth = Plain(), Truth()
+    if kind == "loaded in on_train_start":
+        truth.initial = initial_weights(Plain())
+        model.on_train_start = lambda: model.load_state_dict(truth.initial)
+        truth.on_train_end = lambda *_: delattr(model, "on_train_start")
+    elif kind == "lazy":
+        model.net[0] = nn.LazyLinear(16, dtype=torch.float64)
+    else:
+        model.net.codes = nn.Parameter(torch.ones(3, dtype=torch.int8), requires_grad=False)
+    fit(model, RiskMonitor(), truth, loader())  # no warning
+    truth.check()
+
+
+def test_of_layers_that_keep_the_weights_that_they_compute_there_is_no_estimate() -> None:
+    class Cached(nn.Linear):
+        kept: Any = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.kept = None if self.training else self.weight.detach() / 2 if self.kept is None else self.kept
+            return nn.functional.linear(x, self.weight / 2 if self.kept is None else self.kept)
+
     model = Plain()
-    model.net[0] = nn.LazyLinear(16, dtype=torch.float64)
-    fit(model, RiskMonitor(), truth := Truth(), loader())
-    check(truth)
-
-
-# What it costs
-
-
-def test_the_device_holds_no_copy_of_the_weights_while_training() -> None:
-    class Watch(Callback):
-        def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-            assert not monitor._weights and monitor._training is None
-
-    monitor = RiskMonitor()
-    fit(Plain(), monitor, None, loader(), Watch())
+    layer = Cached(12, 4).double()
+    model.net, model.on_validation_start = (
+        nn.Sequential(layer),
+        lambda: setattr(layer, "kept", layer.weight.detach() / 2),
+    )
+    with pytest.warns(UserWarning, match="Twins give the outputs of the model") as caught:
+        run = fit(model, RiskMonitor(), None, loader())
+    assert len([each for each in caught if each.category is UserWarning]) == 1
+    assert all(math.isnan(run.callback_metrics[name]) for name in TERMS)
 
 
 # Labels and tasks
 
 
-class Unused(Plain):
-    """Trains without the labels."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return self(batch if isinstance(batch, Tensor) else batch[0]).square().mean()
+def of_square(outputs: Tensor, targets: Any) -> Tensor:
+    return outputs.square().mean()
 
 
 LABELS = torch.zeros(20).long()
@@ -444,96 +318,25 @@ LABELS = torch.zeros(20).long()
 
 @pytest.mark.parametrize("is_followed", [True, False])
 @pytest.mark.parametrize(("options", "batch", "match"), [
-    ({}, inputs(20), "Say where the labels are.*`targets=.*got a tensor"),
-    ({}, (inputs(20), inputs(20)[:, :4]), "Labels are floating. Say `task='binary'` or"),
-    ({}, (inputs(20), LABELS, LABELS), "such as `targets=1`"),
-    ({"outputs": lambda y: y[..., None].expand(-1, -1, 3)}, (inputs(20), LABELS[:, None].expand(-1, 3)), "dense"),
+    ({}, [inputs(20)], "such as `targets=1`"),
+    ({}, [inputs(20), LABELS, LABELS], "such as `targets=1`"),
+    ({}, [inputs(20), inputs(20)[:, :4]], "Labels are floating. Say `task='binary'` or"),
+    ({"outputs": lambda y: y[..., None].expand(-1, -1, 3)}, [inputs(20), LABELS[:, None].expand(-1, 3)], "dense"),
 ])  # fmt: skip
 def test_labels_that_can_not_be_told(options: dict[str, Any], batch: Any, match: str, is_followed: bool) -> None:
-    train = DataLoader(TensorDataset(*batch) if isinstance(batch, tuple) else batch, 10)
-    model = Unused()
+    train, model, monitor = DataLoader(TensorDataset(*batch), 10), Plain(loss=of_square), RiskMonitor(**options)
     if is_followed:
         with pytest.raises(MisconfigurationException, match=match):
-            fit(model, RiskMonitor(**options), None, train, EarlyStopping("val_risk_estimate"))
+            fit(model, monitor, None, train, EarlyStopping("val_risk_estimate"))
         assert model.trainer.global_step == 0
     else:
         with pytest.warns(UserWarning, match=f"can give no estimate: .*{match}") as caught:
-            run = fit(model, RiskMonitor(**options), None, train, max_epochs=1)
+            run = fit(model, monitor, None, train, EarlyStopping("val_risk", strict=False), max_epochs=1)
         assert not TERMS & run.callback_metrics.keys()
         assert {each.filename for each in caught if each.category is UserWarning} == {__file__}
 
 
-@pytest.mark.parametrize("name", ["val_risk_score", "val_risk_estimates"])
-def test_only_our_own_names_make_labels_required(name: str) -> None:
-    class Own(Unused):
-        def validation_step(self, batch: Any, batch_idx: int) -> None:
-            self.log(name, self(batch).square().mean())
-
-    with pytest.warns(UserWarning, match="can give no estimate"):
-        fit(Own(), RiskMonitor(), None, unlabelled_loader(), EarlyStopping(name), max_epochs=1)
-
-
-def test_sigmoid_outputs_are_warned_of() -> None:
-    data, model = TensorDataset(inputs(48), inputs(48)[:, :1] > 0.5), Plain(1, as_float(nn.BCELoss()))
-    model.net.append(nn.Sigmoid())
-    model.forward = lambda x: model.net(x.double())
-    with pytest.warns(UserWarning, match=r"All outputs lie in \[0, 1\].*use logits"):
-        fit(model, RiskMonitor(), None, DataLoader(data, 16), max_epochs=1)
-
-
-class Graph:
-    """A batch that is moved in place, as of torch_geometric."""
-
-    def __init__(self, items: list[Any]) -> None:
-        (self.x, self.kind), self.num_moves = (torch.stack(parts) for parts in zip(*items, strict=True)), 0
-
-    def to(self, device: Any, **_: Any) -> Graph:
-        self.num_moves += 1
-        return self
-
-    def __iter__(self) -> Iterator[Tensor]:
-        assert self.num_moves == 1  # by Lightning
-        return iter((self.x, self.kind))
-
-
-def test_batches_that_are_objects_are_kept_as_they_were() -> None:
-    class OfGraphs(Plain):
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            x, y = batch
-            return cross_entropy(self(x.mul_(0.5)), y)
-
-        validation_step = Linear.validation_step
-
-    values = []
-    for options in ({"collate_fn": Graph}, {}):
-        seed_everything(0, verbose=False)
-        chosen = {"inputs": lambda batch: batch.x, "targets": lambda batch: batch.kind} if options else {}
-        run = trainer(callbacks=[RiskMonitor(task="multiclass", **chosen)])
-        run.fit(OfGraphs(), loader(**options), loader(**options))
-        values.append({name: float(run.callback_metrics[name]) for name in TERMS})
-    assert values[0] == values[1]
-
-
-# When it is logged
-
-
-def test_without_training_it_is_not_logged_even_after_a_fit_that_failed() -> None:
-    class Failing(Plain):
-        def on_train_epoch_end(self) -> None:
-            raise RuntimeError("out of luck")
-
-    monitor, model = RiskMonitor(), Failing()
-    with pytest.raises(RuntimeError, match="out of luck"):
-        fit(model, monitor, None, loader())
-    assert validated(monitor, model, loader()).keys() == {"val_loss"}
-    (values,) = trainer(callbacks=[monitor]).test(model, loader(), verbose=False)
-    assert values.keys() == {"test_loss"}
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("task", "classification"), ("targets", 1.5), ("num_training_samples", 0), ("initial_weights", 3), ("prefix", 3)],
-)
-def test_arguments_are_checked_at_once(name: str, value: Any) -> None:
+@pytest.mark.parametrize("name", ["task", "targets", "num_training_samples", "initial_weights", "prefix", "prog_bar"])
+def test_arguments_are_checked_at_once(name: str) -> None:
     with pytest.raises(MisconfigurationException, match=f"`{name}` should be .*, got"):
-        RiskMonitor(**{name: value})
+        RiskMonitor(**{name: 1.5})

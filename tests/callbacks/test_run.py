@@ -1,16 +1,9 @@
 """What happens around a run: Ctrl-C, what is checked and warned of, who watches, and what Lightning hands in."""
 
-from __future__ import annotations
-
 import copy
 import logging
 import math
 import operator
-import re
-import warnings
-from collections import deque
-from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 from lightning_sensitivity.callbacks.checks import check_run
 from lightning_sensitivity.callbacks.utilities import loader_name, num_batches
-from tests.helpers import NUM_FEATURES, Classifier, History, Linear, Scheduled, labelled, loader, trainer
+from tests.helpers import Classifier, History, Linear, Scheduled, labelled, loader, trainer
 
 MONITORS = [SensitivityMonitor, RiskMonitor]
 of_each_monitor = pytest.mark.parametrize("monitor", MONITORS)
@@ -40,14 +33,12 @@ of_each_monitor = pytest.mark.parametrize("monitor", MONITORS)
 class Interrupted(Classifier):
     """Ctrl-C in one of the passes in eval mode after the sanity check: of our own, or of `validation_step`."""
 
-    def __init__(self, where: int) -> None:
-        super().__init__()
-        self.passes, self.where = deque[int](), where
+    num_passes, last_pass = 0, 0
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training and not self.trainer.sanity_checking:
-            self.passes.append(1)
-            if len(self.passes) == self.where:
+            Interrupted.num_passes += 1
+            if self.num_passes == self.last_pass:
                 raise KeyboardInterrupt
         return super().forward(x)
 
@@ -70,9 +61,10 @@ class Snapshot(Callback):
 
 # In this order: a training batch is kept; with the first validation batch clean and noisy, at a layer, clean for the
 # risk, the training sample, by batch, two twins; the step.
-@pytest.mark.parametrize("where", range(1, 12))
-def test_ctrl_c_leaves_everything_as_it_was(where: int) -> None:
-    model, snapshot = Interrupted(where), Snapshot()
+@pytest.mark.parametrize("last_pass", range(1, 12))
+def test_ctrl_c_leaves_everything_as_it_was(last_pass: int) -> None:
+    model, snapshot = Interrupted(), Snapshot()
+    Interrupted.num_passes, Interrupted.last_pass = 0, last_pass
     monitors = [SensitivityMonitor(), SensitivityMonitor(at="net.0", prefix="b_"), RiskMonitor(num_training_samples=8)]
     run = trainer(callbacks=[snapshot, *monitors], precision="bf16-mixed")
     with pytest.raises(SystemExit):  # Lightning's way to end on Ctrl-C
@@ -94,21 +86,7 @@ def without(name: str, kind: Any = Classifier, base: Any = LightningModule) -> A
 
 
 class Drawing(Classifier):
-    def validation_step(self, dataloader_iter: Iterator[Any]) -> None: ...
-
-
-class Normalizing(Linear):
-    """Its forward writes to its parameters."""
-
-    def __init__(self, by_version: bool) -> None:
-        super().__init__()
-        self.by_version, self.embedding = by_version, nn.Embedding(2, 1, max_norm=0.1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.by_version:
-            return super().forward(x) + self.embedding((x[:, 0] > 0.5).long())
-        self.embedding.weight.data.mul_(0.9)
-        return super().forward(x) + self.embedding.weight.sum()
+    def validation_step(self, dataloader_iter: Any) -> None: ...
 
 
 class Certain(Classifier):
@@ -116,6 +94,19 @@ class Certain(Classifier):
         return super().forward(x).softmax(1)
 
 
+class Writing(Linear):
+    """Its forward writes to its parameters, which their versions count, or not."""
+
+    def __init__(self, is_counted: bool) -> None:
+        super().__init__()
+        self.is_counted, self.embedding = is_counted, nn.Embedding(2, 4, max_norm=0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.embedding.weight.data.mul_(1.0 if self.is_counted else 0.9)
+        return super().forward(x) + (self.embedding((x[:, 0] > 0.5).long()) if self.is_counted else 0)
+
+
+UNSEEN, WRITES = {"num_sanity_val_steps": 0}, "`forward` writes its parameters.*embedding.weight"
 REFUSED: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
     "no forward": (without("forward"), loader(), {}, "needs a `forward` that returns the logits"),
     "no step": (without("validation_step"), loader(), {}, "a stub is enough: `def validation_step.*pass`"),
@@ -123,18 +114,15 @@ REFUSED: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
     "no batches": (Classifier(), loader(), {"limit_val_batches": 0}, "leave `limit_val_batches` above 0"),
     "an iterator": (Drawing(), loader(), {}, "takes `dataloader_iter`"),
     "probabilities": (Certain(), loader(), {}, "should get logits, got probabilities"),
-    "probabilities, unseen": (Certain(), loader(), {"num_sanity_val_steps": 0}, "should get logits, got probabilities"),
-    "max_norm": (Normalizing(True), loader(), {}, "`forward` writes its parameters.*embedding.weight"),
-    "data": (Normalizing(False), loader(), {}, "`forward` writes its parameters.*embedding.weight"),
-    "max_norm, unseen": (
-        Normalizing(True), loader(), {"num_sanity_val_steps": 0}, "`forward` writes its parameters.*embedding.weight"
-    ),
-}  # fmt: skip
+    "probabilities, unseen": (Certain(), loader(), UNSEEN, "should get logits, got probabilities"),
+    "max_norm": (Writing(True), loader(), {}, WRITES),
+    "max_norm, unseen": (Writing(True), loader(), UNSEEN, WRITES),
+    "writes to data": (Writing(False), loader(), {}, WRITES),
+}
 
 
 @of_each_monitor
-@pytest.mark.filterwarnings("ignore:.*(Skipping val loop|can give no estimate)")
-@pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor")
+@pytest.mark.filterwarnings("ignore:.*(Skipping val loop|can give no estimate|`dataloader_iter` step flavor)")
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_can_not_run_is_refused_before_the_first_step(name: str, monitor: Any) -> None:
     model, val, options, match = REFUSED[name]
@@ -145,24 +133,19 @@ def test_what_can_not_run_is_refused_before_the_first_step(name: str, monitor: A
 
 
 def test_strategies_that_can_not_be_measured_under_are_refused() -> None:
-    def check(strategy: Any, model: Any = None) -> None:
+    def check(strategy: Any, match: str, model: Any = None) -> None:
         run = SimpleNamespace(strategy=strategy, datamodule=None, world_size=2, enable_validation=True)
-        check_run("M", run, model or BoringModel(), "fit")
+        with pytest.raises(MisconfigurationException, match=match):
+            check_run("M", run, model or BoringModel(), "fit")
 
     other = pytest.importorskip("pytorch_lightning.strategies")
     for kind in (DeepSpeedStrategy, other.DeepSpeedStrategy):  # their constructors need the package
-        with pytest.raises(MisconfigurationException, match="`M` does not support `DeepSpeedStrategy`"):
-            check(kind.__new__(kind))
-    strategy, size = ModelParallelStrategy(), 1
-    strategy._device_mesh = {"tensor_parallel": SimpleNamespace(size=lambda: size)}
-    check(strategy)
-    size = 2
-    with pytest.raises(MisconfigurationException, match="needs other samples .* `tensor_parallel_size=1`"):
-        check(strategy)
-    model = BoringModel()
+        check(kind.__new__(kind), "`M` does not support `DeepSpeedStrategy`")
+    strategy, model = ModelParallelStrategy(), BoringModel()
+    strategy._device_mesh = {"tensor_parallel": SimpleNamespace(size=lambda: 2)}
+    check(strategy, "needs other samples .* `tensor_parallel_size=1`")
     model.allow_zero_length_dataloader_with_multiple_devices = True
-    with pytest.raises(MisconfigurationException, match="needs a batch in every process"):
-        check(None, model)
+    check(None, "needs a batch in every process", model)
 
 
 def test_monitors_that_log_the_same_names_need_two_prefixes() -> None:
@@ -177,118 +160,97 @@ def test_monitors_that_log_the_same_names_need_two_prefixes() -> None:
 # What the step of the user does
 
 
-class Masked(Linear):
-    """Its step gives the model more than the batch's first element."""
-
-    def __init__(self, stage: str, **more: Any) -> None:
-        super().__init__()
-        self.stage, self.more = stage, more
-
-    def forward(self, x: Tensor, mask: Tensor | None = None, scale: float = 1.0) -> Tensor:
-        return scale * self.net(x if mask is None else x * mask)
-
-    def logits(self, batch: Any, stage: str) -> Tensor:
-        x, y, mask = batch
-        more = {"mask": mask} if not self.more else self.more
-        return self(x, **more) if stage == self.stage else self(x)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return cross_entropy(self.logits(batch, "training"), batch[1])
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        if self.stage == "validation":
-            self.logits(batch, "validation")
+STEPS: dict[str, tuple[Any, Any]] = {  # what the step gives the model more than we do, and how to say all of it
+    "mask": (lambda batch: {"mask": batch[2]}, lambda batch: (batch[0], batch[2])),
+    "scale": (lambda batch: {"scale": 4}, lambda batch: (batch[0], None, 4)),
+}
 
 
 @pytest.mark.parametrize("stage", ["training", "validation"])
-@pytest.mark.parametrize(("more", "names"), [({}, "'mask'"), ({"scale": 4}, "'scale': 4")])
-def test_arguments_that_the_step_gives_and_we_do_not_are_named(more: Any, names: str, stage: str) -> None:
+@pytest.mark.parametrize("name", STEPS)
+def test_arguments_that_the_step_gives_and_we_do_not_are_named(name: str, stage: str) -> None:
+    class Masked(Linear):
+        def forward(self, x: Tensor, mask: Tensor | None = None, scale: float = 1.0) -> Tensor:
+            return scale * self.net(x if mask is None else x * mask)
+
     def fit(**options: Any) -> None:
         x, y = labelled(50).tensors
-        data = DataLoader(TensorDataset(x, y, (torch.rand(50, NUM_FEATURES) > 0.5).float()), 16)
-        monitors = [SensitivityMonitor(**options), RiskMonitor(targets=1, **options)]
-        trainer(callbacks=monitors).fit(Masked(stage, **more), data, data)
+        data, model = DataLoader(TensorDataset(x, y, (x > 0.5).float()), 16), Masked()  # whose validation is a stub
+        step = lambda batch, batch_idx: cross_entropy(model(batch[0], **more(batch)), batch[1])  # noqa: E731
+        setattr(model, f"{stage}_step", step)
+        trainer(callbacks=[SensitivityMonitor(**options), RiskMonitor(targets=1, **options)]).fit(model, data, data)
 
+    more, chosen = STEPS[name]
     with pytest.warns(UserWarning) as caught:
         fit()
     warned = [each for each in caught if each.category is UserWarning]
     assert [str(each.message).split("`")[1] for each in warned] == ["SensitivityMonitor", "RiskMonitor"]
-    assert all(f"The step calls the model with another {names}" in str(each.message) for each in warned)
+    assert all(f"The step calls the model with another '{name}'" in str(each.message) for each in warned)
     assert {each.filename for each in warned} == {__file__}  # the user's
-    fit(inputs=lambda batch: (batch[0], None, 4) if more else (batch[0], batch[2]))
+    fit(inputs=chosen)
 
 
 def test_hooks_of_the_user_run_in_our_passes() -> None:
-    model, num_calls = Linear(), 0
-
-    def hook(*_: Any) -> None:
-        nonlocal num_calls
-        num_calls += 1
-
-    model.net.register_forward_hook(hook)
+    model, calls = Linear(), list[int]()
+    model.net.register_forward_hook(lambda *_: calls.append(1))
     trainer(callbacks=[SensitivityMonitor()], max_epochs=1, num_sanity_val_steps=0).fit(model, loader(64), loader(64))
-    assert num_calls == 4 + 1 + 4 * 2 + 1  # training's, and ours: before the first step, and two a batch
+    assert len(calls) == 4 + 1 + 1 + 4 * 2  # of training, and ours: two that look at the outputs, and two a batch
 
 
 # Who watches our values
 
 
-@pytest.mark.parametrize(
-    ("name", "mode", "match"),
-    [
-        ("val_sensitivity", "min", "minimizes `.*`, which is lowest before training.*risk_estimate"),
-        ("val_sensitivity", "max", None),
-        ("val_risk_estimate", "max", "maximizes .*low values are good"),
-        ("val_risk_estimate", "min", None),
-    ],
-)
-def test_who_watches_a_value_the_wrong_way_is_warned_of(name: str, mode: str, match: str | None, tmp_path: Any) -> None:
+def test_who_watches_a_value_the_wrong_way_is_warned_of(tmp_path: Path) -> None:
     class Plateau(Scheduled, Classifier):
-        waits_for, waits_for_mode = f"{name}/dataloader_idx_1", mode
+        waits_for = "val_sensitivity/dataloader_idx_0"
 
-    watchers = [kind(monitor=Plateau.waits_for, mode=mode) for kind in (EarlyStopping, ModelCheckpoint)]
-    run = trainer(
-        callbacks=[*watchers, SensitivityMonitor(), RiskMonitor()],
-        max_epochs=1,
-        enable_checkpointing=True,
-        default_root_dir=tmp_path,
-    )
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    names, monitors = ["val_sensitivity/dataloader_idx_1", "val_risk_estimate"], [SensitivityMonitor(), RiskMonitor()]
+    names[1] += "/dataloader_idx_0"
+    kinds = [(EarlyStopping, "min"), (EarlyStopping, "max"), (ModelCheckpoint, "min"), (ModelCheckpoint, "max")]
+    watchers = [kind(monitor=name, mode=mode) for kind, mode in kinds for name in names]
+    run = trainer(callbacks=[*watchers, *monitors], max_epochs=1, enable_checkpointing=True, default_root_dir=tmp_path)
+    with pytest.warns(UserWarning) as caught:
         run.fit(Plateau(), loader(), [loader(), loader(seed=1)])
-    warned = [each for each in caught if match and re.search(match, str(each.message))]
-    assert len(warned) == 3 * bool(match) == len([each for each in caught if "imizes `" in str(each.message)])
-    assert {each.filename for each in warned} <= {__file__}
+    warned = [each for each in caught if "imizes" in str(each.message)]
+    who = sorted(str(each.message).split(", ")[0] for each in warned)
+    least, most = (f"minimizes `{names[0]}`", f"maximizes `{names[1]}`")
+    owners = [f"`{kind}` {what}" for kind in ("EarlyStopping", "ModelCheckpoint") for what in (most, least)]
+    assert who == [*owners, "`ReduceLROnPlateau` minimizes `val_sensitivity/dataloader_idx_0`"]
+    assert {each.filename for each in warned} == {__file__}
 
 
-WATCHERS: dict[str, tuple[Any, int]] = {
-    "stopping": (lambda: [EarlyStopping("val_risk_estimate", patience=9)], 1),  # nan stops it
-    "lenient stopping": (lambda: [EarlyStopping("val_risk_estimate", patience=9, check_finite=False)], 3),
-    "checkpoints": (lambda: [ModelCheckpoint(monitor="val_risk_estimate")], 3),
-    "a schedule": (list, 3),
+WATCHERS: dict[str, tuple[list[Any], int]] = {
+    "stopping": ([EarlyStopping("val_risk_estimate", patience=9)], 1),  # nan stops it
+    "lenient stopping": ([EarlyStopping("val_risk_estimate", patience=9, check_finite=False)], 3),
+    "checkpoints": ([ModelCheckpoint(monitor="val_risk_estimate")], 3),
+    "a schedule": ([], 3),
 }
 
 
-@pytest.mark.parametrize("every_n_epochs", [1, 2])
 @pytest.mark.parametrize("name", WATCHERS)
-def test_a_run_goes_on_if_the_first_validation_has_no_value(name: str, every_n_epochs: int, tmp_path: Any) -> None:
+def test_a_run_goes_on_if_the_first_validation_has_no_value(name: str, tmp_path: Path) -> None:
     class Overflowing(Scheduled, Classifier):
-        if name != "a schedule":
-            configure_optimizers = Classifier.configure_optimizers
+        waits_for = "val_risk_estimate" if name == "a schedule" else "train_loss"
 
         def forward(self, x: Tensor) -> Tensor:
-            is_bad = self.trainer.validating and self.current_epoch == 0 and every_n_epochs == 1
-            return super().forward(x) * (float("nan") if is_bad else 1.0)
+            is_bad = self.trainer.validating and self.current_epoch == 0
+            return super().forward(x) * (math.nan if is_bad else 1.0)
 
-    (make, num_epochs), history = WATCHERS[name], History()
-    monitor = RiskMonitor(every_n_epochs=every_n_epochs)
-    options = {"enable_checkpointing": name == "checkpoints", "default_root_dir": tmp_path, "num_sanity_val_steps": 0}
-    run = trainer(callbacks=[monitor, *make(), history], max_epochs=3, **options)
-    with pytest.warns(UserWarning, match="50 validation .* gave nan") if every_n_epochs == 1 else nullcontext():
+    (watchers, num_epochs), history = copy.deepcopy(WATCHERS[name]), History()
+    options = {"enable_checkpointing": name == "checkpoints", "default_root_dir": tmp_path, **UNSEEN}
+    run = trainer(callbacks=[RiskMonitor(), *watchers, history], max_epochs=3, **options)
+    with pytest.warns(UserWarning, match="50 validation .* gave nan"):
         run.fit(Overflowing(), loader(), loader())
-    assert run.current_epoch == len(history.epochs) == num_epochs
     values = [epoch["val_risk_estimate"] for epoch in history.epochs]
-    assert math.isnan(values[0]) and not any(map(math.isnan, values[1:]))
+    assert [math.isnan(value) for value in values] == [True, False, False][:num_epochs]
+
+
+def test_a_run_whose_every_second_epoch_is_measured_has_a_value_to_watch(tmp_path: Path) -> None:
+    watchers = [kind(monitor="val_risk_estimate") for kind in (EarlyStopping, ModelCheckpoint)]
+    options = {"max_epochs": 3, "enable_checkpointing": True, "default_root_dir": tmp_path}
+    run = trainer(callbacks=[RiskMonitor(every_n_epochs=2), *watchers], **options)
+    run.fit(Classifier(), loader(), loader())
+    assert run.current_epoch == 3
 
 
 # The loops of Lightning
@@ -296,36 +258,32 @@ def test_a_run_goes_on_if_the_first_validation_has_no_value(name: str, every_n_e
 
 @of_each_monitor
 def test_a_fit_that_never_validates_says_so(monitor: Any) -> None:
-    run = trainer(callbacks=[monitor()], check_val_every_n_epoch=5, num_sanity_val_steps=0)
+    run = trainer(callbacks=[monitor()], check_val_every_n_epoch=5, **UNSEEN)
     with pytest.warns(UserWarning, match="has measured nothing in this fit"):
         run.fit(Classifier(), loader(), loader())
 
 
-def test_predict_is_left_alone_and_callbacks_can_be_copied() -> None:
+def test_predict_is_left_alone() -> None:
     model = without("forward")
     model.predict_step = lambda batch, batch_idx: batch[0]
-    monitors = [copy.deepcopy(kind()) for kind in (*MONITORS, SensitivityMonitor)]  # one prefix twice: no matter here
-    assert len(trainer(callbacks=monitors).predict(model, loader())) == len(loader())
+    assert len(trainer(callbacks=[SensitivityMonitor(), RiskMonitor()]).predict(model, loader())) == len(loader())
 
 
 def test_validate_alone_says_which_values_belong_to_a_fit(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         trainer(callbacks=[SensitivityMonitor(), RiskMonitor()]).validate(Classifier(), loader(), verbose=False)
-    assert [each.message for each in caplog.records if "RiskMonitor" in each.message] == [
-        "`RiskMonitor` (val_*) logs in `Trainer.fit` alone: it scores training samples."
-    ]
+    (message,) = (each.message for each in caplog.records if "Monitor" in each.message)
+    assert message == "`RiskMonitor` (val_*) logs in `Trainer.fit` alone: it scores training samples."
 
 
-@pytest.mark.parametrize("num_loaders", [1, 2])
-def test_validations_that_are_left_out(num_loaders: int) -> None:
+def test_validations_that_are_left_out() -> None:
     class EverySecond(SensitivityMonitor):
         def should_measure(self, trainer: Trainer) -> bool:
             return trainer.current_epoch % 2 == 1
 
-    history = History()
-    run = trainer(callbacks=[EverySecond(), history], max_epochs=4)
-    run.fit(Classifier(), loader(), [loader(seed=idx) for idx in range(num_loaders)])
-    values = [epoch.get(loader_name("val_sensitivity", num_loaders - 1, num_loaders)) for epoch in history.epochs]
+    run = trainer(callbacks=[EverySecond(), history := History()], max_epochs=4)
+    run.fit(Classifier(), loader(), [loader(), loader(seed=1)])
+    values = [epoch.get("val_sensitivity/dataloader_idx_1") for epoch in history.epochs]
     assert values[0] is None and values[1] == values[2] != values[3]  # Lightning keeps the last one
 
 
@@ -337,20 +295,19 @@ MODES += [("max_size", 4, [4]), ("max_size_cycle", 4, [4])]
 @pytest.mark.parametrize(("mode", "limit", "expected"), MODES)
 def test_as_many_batches_come_as_are_said(stage: str, mode: str | None, limit: int, expected: list[int]) -> None:
     model, loaders = Classifier(), [loader(50), loader(20, seed=3)]  # of 4 and 2 batches
-    came = dict.fromkeys(range(len(expected)), 0)
+    counts = dict.fromkeys(range(len(expected)), 0)
 
     def step(batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         assert num_batches(model.trainer) == expected
-        came[dataloader_idx] += 1
+        counts[dataloader_idx] += 1
         model.log("seen", 1.0, batch_size=1)
 
     model.validation_step = model.test_step = step
     val = loaders if mode is None else CombinedLoader(loaders, mode)
-    run = trainer(max_epochs=1, limit_val_batches=limit, limit_test_batches=limit, num_sanity_val_steps=0)
+    run = trainer(max_epochs=1, limit_val_batches=limit, limit_test_batches=limit, **UNSEEN)
     run.fit(model, loader(), val) if stage == "fit" else getattr(run, stage)(model, val, verbose=False)
-    assert list(came.values()) == expected
-    names = {loader_name("seen", idx, len(expected)) for idx in range(len(expected))}
-    assert names == {name for name in run.callback_metrics if name.startswith("seen")}
+    assert list(counts.values()) == expected
+    assert {loader_name("seen", idx, len(expected)) for idx in counts} <= run.callback_metrics.keys()
 
 
 @pytest.mark.filterwarnings("ignore:.*Skipping val loop")
@@ -360,30 +317,24 @@ def test_the_other_lightning(tmp_path: Path) -> None:
     class Model(other.LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            self.net = nn.Linear(12, 4)
+            self.net, self.scale = nn.Linear(12, 4), 1.0
 
-        def forward(self, x: Tensor) -> Tensor:
-            if not self.training:
-                self.log("spread", x.std())
-            return self.net(x)
+        forward, configure_optimizers = Linear.forward, Linear.configure_optimizers
+        training_step, validation_step = Linear.training_step, Classifier.validation_step
 
-        training_step, configure_optimizers = Linear.training_step, Linear.configure_optimizers
-
-        def validation_step(self, batch: Any, batch_idx: int) -> None:
-            self(batch[0])
-
-    def fit(model: Any, monitors: list[Any]) -> Any:
+    def fit(make: Any, *monitors: Any) -> Any:
         torch.manual_seed(0)
+        model = make()
         logger = other.loggers.TensorBoardLogger(tmp_path, name=None)
         quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "max_epochs": 1, "accelerator": "cpu"}
-        run = other.Trainer(callbacks=monitors, logger=logger, **quiet)
+        run = other.Trainer(callbacks=[*monitors], logger=logger, **quiet)
         run.fit(model, loader(), loader())
         return run
 
     with pytest.raises(MisconfigurationException, match="needs a `validation_step`"):
-        fit(without("validation_step", Model, other.LightningModule), [SensitivityMonitor()])
-    run = fit(Model(), [SensitivityMonitor(2.0), RiskMonitor()])
-    assert run.callback_metrics["spread"] == fit(Model(), []).callback_metrics["spread"]
+        fit(lambda: without("validation_step", Model, other.LightningModule), SensitivityMonitor())
+    run = fit(Model, SensitivityMonitor(2.0), RiskMonitor())
+    assert run.callback_metrics["val_loss"] == fit(Model).callback_metrics["val_loss"]
     assert {"val_sensitivity", "val_risk_estimate"} <= run.callback_metrics.keys()
     run.logger.experiment.flush()
     (events,) = Path(run.logger.log_dir).glob("events*")
@@ -391,24 +342,18 @@ def test_the_other_lightning(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Lightning 2.6 on jsonargparse 4.5
-def test_lightning_cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lightning_cli(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["train"])
-    (tmp_path / "config.yaml").write_text(
-        f"""
-        seed_everything: 1
-        trainer:
-          {{accelerator: cpu, max_epochs: 1, default_root_dir: {tmp_path}, enable_checkpointing: false, logger: false}}
-        trainer.callbacks:
-          - class_path: lightning_sensitivity.SensitivityMonitor
-            init_args: {{noise: {[0.1] * 12}, num_draws: 2, inputs: 0, prefix: "val/"}}
-          - class_path: lightning_sensitivity.SensitivityMonitor
-            init_args: {{at: net, outputs: operator.pos}}
-          - class_path: lightning_sensitivity.RiskMonitor
-            init_args: {{task: multiclass, targets: 1, num_samples: null}}
-        """
-    )
-    arguments = ["--config", str(tmp_path / "config.yaml")]
-    cli = LightningCLI(Linear, run=False, args=arguments, save_config_callback=None)
+    arguments = [
+        {"noise": [0.1] * 12, "num_draws": 2, "inputs": 0, "prefix": "val/"},
+        {"at": "net", "outputs": "operator.pos"},
+        {"task": "multiclass", "targets": 1, "num_samples": None},
+    ]
+    names = ["SensitivityMonitor", "SensitivityMonitor", "RiskMonitor"]
+    config = [{"class_path": f"lightning_sensitivity.{name}"} for name in names]
+    config = [each | {"init_args": more} for each, more in zip(config, arguments, strict=True)]
+    options = {"accelerator": "cpu", "max_epochs": 1, "enable_checkpointing": False, "logger": False}
+    cli = LightningCLI(Linear, run=False, args={"trainer": options | {"callbacks": config}}, save_config_callback=None)
     first, second, third = [each for each in cli.trainer.callbacks if isinstance(each, tuple(MONITORS))]
     assert first.inputs == 0 and second.outputs is operator.pos and third.num_samples is None
     cli.trainer.fit(cli.model, loader(), loader())

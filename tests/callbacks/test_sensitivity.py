@@ -1,16 +1,11 @@
 """What SensitivityMonitor logs is what a plain loop over the same batches, weights and noise gives."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -105,17 +100,6 @@ def test_a_budget_picks_evenly_spaced_whole_batches_and_counts_passes(options: A
     close(values, expected(brute_force(model.eval(), batches, draws)))
 
 
-@given(st.integers(1, 5000), st.integers(1, 5), st.integers(1, 300), st.integers(1, 200), st.integers(1, 8))
-def test_as_many_batches_as_needed(samples: int, draws: int, batch_size: int, batches: int, processes: int) -> None:
-    monitor, run = SensitivityMonitor(num_samples=samples, num_draws=draws), SimpleNamespace(world_size=processes)
-    monitor._batch_sizes[0], monitor._num_batches = batch_size, [batches]
-    chosen = [idx for idx in range(batches) if monitor._is_chosen(run, idx, 0)]
-    needed = math.ceil(math.ceil(samples / processes / draws) / batch_size)
-    assert len(chosen) == min(batches, needed) == monitor.num_chosen(run, 0)
-    gaps = [after - before for before, after in zip(chosen, [*chosen[1:], batches], strict=True)]
-    assert chosen[0] == 0 and max(gaps) - min(gaps) <= 1
-
-
 @pytest.mark.parametrize(("options", "val", "num_samples"), [
     ({"inputs": lambda x: x.expand(30, *x.shape), "outputs": lambda y: y[:, 0]}, DataLoader(inputs(100), 5), 60),
     # loaders without a length
@@ -132,29 +116,18 @@ def test_a_budget_counts_samples(options: Any, val: Any, num_samples: int) -> No
 
 
 def test_after_the_first_batch_no_batch_waits_for_the_device() -> None:
-    num_calls = 0
-
-    def waits(function: Any, *_: Any) -> None:
+    def look(function: Any, *_: Any) -> None:
+        operations.append(function)
         assert function is not torch.ops.aten._local_scalar_dense.default
 
-    def watched(hook: Callable[..., None]) -> Callable[..., None]:
-        def watched_hook(trainer: Any, pl_module: Any, *args: Any) -> None:
-            nonlocal num_calls
-            is_first = args[-2] == 0  # the index of the batch
-            num_calls += not is_first
-            with torch.no_grad() if is_first else helpers.Watch(waits):
-                hook(trainer, pl_module, *args)
-
-        return watched_hook
-
+    operations, watch, start, stop = list[Any](), helpers.Watch(look), Callback(), Callback()
+    for hook in ("on_validation_batch_start", "on_validation_batch_end"):  # by the index of the batch
+        setattr(start, hook, lambda *args: watch.__enter__() if args[-2] else None)
+        setattr(stop, hook, lambda *args: watch.__exit__(None, None, None) if args[-2] else None)
     monitors = [SensitivityMonitor(num_draws=2), SensitivityMonitor(at="net", prefix="b_"), RiskMonitor()]
-    for monitor in monitors:
-        monitor.on_validation_batch_start = watched(monitor.on_validation_batch_start)
-        monitor.on_validation_batch_end = watched(monitor.on_validation_batch_end)
-    run = trainer(callbacks=monitors, num_sanity_val_steps=0)
+    run = trainer(callbacks=[start, *monitors, stop], num_sanity_val_steps=0)
     run.fit(Classifier(), loader(), [loader(50, 10), loader(50, 10)])
-    assert num_calls == 2 * 2 * len(monitors) * 2 * 4
-    assert "val_risk_estimate/dataloader_idx_1" in run.callback_metrics
+    assert "val_risk_estimate/dataloader_idx_1" in run.callback_metrics and len(operations) > 1000
 
 
 class Large(dict):
@@ -174,11 +147,6 @@ def test_a_dict_of_many_entries_in_a_module_is_not_gone_through() -> None:
 
 
 # What it says
-
-
-def test_one_sample_of_several_draws_has_a_value_without_an_error_bar() -> None:
-    values = validated(SensitivityMonitor(num_draws=3), Classifier(), loader(1))
-    assert values["val_sensitivity"] > 0 and math.isnan(values["val_sensitivity_stderr"])
 
 
 def test_of_two_classes_it_says_that_it_sees_next_to_nothing() -> None:

@@ -1,7 +1,5 @@
 """Every way to train is bit-identical with and without the monitors, and what they log belongs to it."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Mapping
 from pathlib import Path

@@ -28,8 +28,8 @@ def clustered_mean(values: list[list[float]]) -> tuple[float, float]:
     """The mean over the values of all samples, and its standard error, clustered by sample."""
     total, n = sum(map(len, values)), len(values)
     mean = sum(map(sum, values)) / total
-    residuals = [sum(value - mean for value in sample) for sample in values]
-    return mean, math.sqrt(n / (n - 1) * sum(z**2 for z in residuals)) / total
+    squares = sum(sum(value - mean for value in sample) ** 2 for sample in values)
+    return mean, math.sqrt(n / (n - 1) * squares) / total
 
 
 SHAPES = st.sampled_from([(), (1,), (4,), (3, 2), (2, 3, 2)])  # behind N
@@ -40,6 +40,8 @@ SHAPES = st.sampled_from([(), (1,), (4,), (3, 2), (2, 3, 2)])  # behind N
 def test_values_are_those_of_plain_loops(data: Any, shape: Any, num_samples: int, num_draws: int) -> None:
     scale, num_outputs = 10.0 ** data.draw(st.integers(-7, 5)), shape[0] if shape else 1
     clean, *draws = scale * randn(num_draws + 1, num_samples, *shape, seed=data.draw(st.integers(0, 2**31)))
+    common = data.draw(st.sampled_from([0.0, 1e4])) * scale  # a change of all samples, which the variance leaves out
+    draws = [draw + common for draw in draws]
     changes = [[(draw[i] - clean[i]).reshape(num_outputs, -1).T.tolist() for draw in draws] for i in range(num_samples)]
     positions = [[position for draw in sample for position in draw] for sample in changes]
     means = [[sum(position) / num_outputs for position in sample] for sample in positions]
@@ -51,7 +53,7 @@ def test_values_are_those_of_plain_loops(data: Any, shape: Any, num_samples: int
     cuts = sorted(data.draw(st.lists(st.integers(0, num_samples), max_size=4)))  # some batches have no sample
     batches = torch.tensor(order).tensor_split(cuts)
     rows = torch.cat([S.sensitivity_rows(clean[batch], (draw[batch] for draw in draws)) for batch in batches])
-    actual, atol = S.sensitivity_from_rows(rows), 1e-12 * scale**2
+    actual, atol = S.sensitivity_from_rows(rows), 1e-12 * scale**2 + 1e-14 * common**2
     close(torch.stack(actual[:2]), clustered_mean(deviations), 1e-6, atol)
     close(torch.stack(actual[2:4]), clustered_mean(squares))
     close(actual.class_mean_share, sum(mean**2 for sample in means for mean in sample) / sum(map(sum, squares)))
@@ -71,18 +73,9 @@ def test_a_linear_model_has_the_sensitivity_of_its_weights(seed: int, num_output
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_outputs_are_widened_before_they_are_subtracted_and_leave_their_graph(dtype: torch.dtype) -> None:
-    clean, noisy = (100 + randn(2, 64, 10)).to(dtype).requires_grad_()
-    actual = output_sensitivity(clean, noisy)
-    close(actual, (noisy.double() - clean.double()).mean(1).var(correction=0).detach(), 1e-9)
-    assert not actual.requires_grad
-
-
-def test_samples_count_by_their_positions_and_a_common_change_does_not_drown_the_variance() -> None:
-    pairs = [randn(2, 20, 3, length) for length in (1, 4, 9)]
-    rows = torch.cat([S.sensitivity_rows(clean, noisy + 1e4) for clean, noisy in pairs])
-    changes = torch.cat([(noisy - clean).mean(1).flatten() for clean, noisy in pairs])
-    close(S.sensitivity_from_rows(rows).sensitivity, changes.var(correction=0))
+def test_outputs_are_widened_before_they_are_subtracted(dtype: torch.dtype) -> None:
+    clean, noisy = (100 + randn(2, 64, 10)).to(dtype)
+    close(output_sensitivity(clean, noisy), (noisy.double() - clean.double()).mean(1).var(correction=0), 1e-9)
 
 
 @pytest.mark.parametrize(("num_draws", "num_positions"), [(1, 1), (16, 1), (1, 25)])
@@ -100,46 +93,36 @@ def test_there_is_no_error_bar_below_two_samples_and_no_value_without_one() -> N
     for num_samples in (0, 1):
         actual = estimate(torch.zeros(num_samples, 2, 9), randn(num_samples, 2, 9))
         assert [bool(value.isnan()) for value in actual[:4]] == [num_samples == 0, True] * 2
-        assert not S.diagnostics(actual)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("where", [[0], [1], [0, 1]])
+@pytest.mark.parametrize(("value", "where"), [(math.nan, [0]), (math.inf, [1]), (-math.inf, [0, 1])])
 def test_samples_that_are_not_finite_cost_themselves_alone(value: float, where: list[int]) -> None:
     outputs = randn(2, 20, 3, 4)
     expected = output_sensitivity(*outputs[:, 3:])
     outputs[where, :3, 1, 2] = value
     with pytest.warns(UserWarning, match="^3 samples gave nan or inf") as warnings:
         close(output_sensitivity(*outputs), expected)
-    assert warnings[0].filename == __file__  # the line that the user wrote
+    assert warnings[0].filename == __file__  # which is what called us
     assert S.squared_deviations(S.sensitivity_rows(*outputs)).isnan().tolist() == [True] * 3 + [False] * 17
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_a_class_average_that_holds_nothing_of_the_change_is_said(dtype: torch.dtype) -> None:
+def test_a_class_average_that_holds_nothing_of_the_change_is_said() -> None:
     logits = 3 * randn(2, 64, 10)
-    for outputs in (logits.softmax(2).to(dtype), (logits - logits.mean(2, keepdim=True)).to(dtype)):
+    for outputs in (logits.softmax(2).bfloat16(), logits - logits.mean(2, keepdim=True)):
         with pytest.warns(UserWarning, match="class average .*`per_output=True`"):
             output_sensitivity(*outputs)
-        assert output_sensitivity(*outputs, per_output=True) > 0  # without a warning, as are these
-    assert output_sensitivity(*logits.to(dtype)) > 0 and output_sensitivity(*logits[..., :1].to(dtype)) > 0
+        assert output_sensitivity(*outputs, per_output=True) > 0  # without a warning, as is a single output
+    assert output_sensitivity(*logits[..., :1]) > 0
     with pytest.warns(UserWarning, match="No output changed"):
         assert output_sensitivity(logits[0], logits[0]) == 0
 
 
-X = torch.zeros(4, 3)
-
-
-@pytest.mark.parametrize(("clean", "noisy", "error", "match"), [
-    (X, X[:, :2], ValueError, r"`clean`, \(4, 3\), but got \(4, 2\)"),
-    (X.to(torch.complex64), X, TypeError, "`clean`.*floating.*torch.complex64"),
-    (X.sum(), X.sum(), ValueError, r"`clean`.*\(N, K, ...\).*got \(\)"),
-    (X, [], ValueError, "`noisy`.* one noise draw"),
-    (X[:0], X[:0], ValueError, r"`clean`.* one sample.*\(0, 3\)"),
-])  # fmt: skip
-def test_bad_outputs_are_refused(clean: Any, noisy: Any, error: type[Exception], match: str) -> None:
-    with pytest.raises(error, match=match):
-        output_sensitivity(clean, noisy)
+def test_bad_outputs_are_refused() -> None:
+    x = torch.zeros(4, 3)
+    bad: Any = [(x, x[:, :2]), (x.sum(), x.sum()), (x[:, :0], x[:, :0]), (x, []), (x[:0], x[:0]), (x, x.long())]
+    for clean, noisy in bad:
+        with pytest.raises((TypeError, ValueError), match="Expected `(clean|noisy)` to .*, but got"):
+            output_sensitivity(clean, noisy)
 
 
 def test_the_loss_estimate_is_equation_9() -> None:
@@ -147,6 +130,6 @@ def test_the_loss_estimate_is_equation_9() -> None:
     close(loss_estimate(6.08e8, 0.2648, 0.1, 10), 85_119, 1e-3)  # the authors' example, in their notebook
     channels = loss_estimate(0.1, torch.tensor([0.2, 0.9]), torch.tensor([0.1, 0.2]), 5)
     close(channels, loss_estimate(0.1, (20 + 22.5) / 2, 1.0, 5), 1e-6)
-    for name, value in [("noise_std", math.nan), ("noise_std", 0.0), ("num_outputs", 1), ("sensitivity", -0.1)]:
-        with pytest.raises(ValueError, match=f"`{name}`"):
-            loss_estimate(**{"sensitivity": 0.1, "input_power": 0.2, "noise_std": 0.1, "num_outputs": 10, name: value})
+    for arguments in ((0.1, 0.2, 0.0, 10), (0.1, 0.2, math.nan, 10), (0.1, 0.2, 0.1, 1), (-0.1, 0.2, 0.1, 10)):
+        with pytest.raises(ValueError, match="Expected `"):
+            loss_estimate(*arguments)

@@ -8,11 +8,9 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.nn.functional import batch_norm
-from torchmetrics import CatMetric, MeanMetric, MetricCollection
 
 from lightning_sensitivity.model import isolated
-from lightning_sensitivity.model.isolation import complete, is_ours, written_parameters
+from lightning_sensitivity.model.isolation import complete, has_values, is_ours, written_parameters
 
 X = torch.rand(4, 2, generator=torch.Generator().manual_seed(0))
 
@@ -23,112 +21,92 @@ class Stateful(LightningModule):
     def __init__(self, change: Callable[[Any, Tensor], Any] = lambda m, x: None) -> None:
         super().__init__()
         self.change, self.twice = change, nn.Module()
-        expanded = torch.ones(1).expand(3)  # can't be written to
-        buffers = {"memory": torch.arange(2.0), "expanded": expanded, "sparse": torch.eye(2).to_sparse()}
-        for name, buffer in (buffers | {"late": None, "lazy": nn.UninitializedBuffer()}).items():
+        buffers = {"memory": torch.arange(2.0), "sparse": torch.eye(2).to_sparse(), "lazy": nn.UninitializedBuffer()}
+        for name, buffer in (buffers | {"late": None, "expanded": torch.ones(1).expand(3)}).items():
             self.register_buffer(name, buffer)
         self.twice.register_buffer("memory", self.memory)
         self.hidden, self.items, self.names, self.seen, self.state = torch.zeros(2), [X.clone()], {"x": X}, {1}, None
         self.listed, self.large, self.meta = [nn.BatchNorm1d(2)], dict.fromkeys(range(1001)), X.to("meta")
-        self.freed = torch.zeros(4)
+        self.bn, self.freed, self.target = nn.BatchNorm1d(2).eval(), torch.zeros(4), nn.Parameter(torch.zeros(2))
         self.freed.untyped_storage().resize_(0)  # as of a sharded model
-        self.bn, self.metric = nn.BatchNorm1d(2).eval(), MetricCollection([MeanMetric(), CatMetric()])
-        self.metric.update(X)
 
     def forward(self, x: Tensor) -> Tensor:
         before = self.change(self, x)
         return x + (before if isinstance(before, Tensor) else 0)
 
 
-def replace(model: Any, x: Tensor) -> None:
-    del model.memory, model.state
-    model.register_buffer("new", x)
-    model.newer = model.late = model.seen = x
-
-
 CHANGES: dict[str, Callable[[Any, Tensor], Any]] = {
     "a buffer that two modules share": lambda m, x: m.memory.add_(1) + m.twice.memory,
-    "a buffer's data": lambda m, x: m.memory.data.add_(1).sum(),
-    "a buffer by another": lambda m, x: setattr(m, "memory", m.memory + 1) or m.memory,
     "a buffer's size": lambda m, x: m.memory.resize_(5).fill_(1).sum(),
-    "a sparse buffer": lambda m, x: m.sparse.mul_(2).to_dense().sum(),
-    "names": replace,
+    "names": lambda m, x: [m.register_buffer("new", x), setattr(m, "newer", x), delattr(m, "memory")],
     "batch norm": lambda m, x: m.bn.train()(x) + m.bn.running_mean,
-    "its running mean": lambda m, x: batch_norm(x, m.bn.running_mean, m.bn.running_var, training=True),
     "a module in a list": lambda m, x: m.listed[0].train()(x) + m.listed[0].running_mean,
     "an attribute's values": lambda m, x: m.hidden.add_(1).sum(),
-    "a list": lambda m, x: torch.tensor(len([*m.items, m.items.append(x)])),
-    "a list's values": lambda m, x: m.items[0].add_(1).sum(),
+    "a list": lambda m, x: torch.tensor(len([*m.items, m.items.append(x)])) + m.items[0].add_(1).sum(),
     "a dict": lambda m, x: m.names.pop("x") + m.names.setdefault("y", x),
     "a set": lambda m, x: torch.tensor(len([*m.seen, m.seen.add(2)])),
-    "a metric": lambda m, x: m.metric.update(x) or m.metric["MeanMetric"].mean_value,
     "what is logged": lambda m, x: [m.log("name", x), m.log_dict({"name": x}), is_ours(m) or 1 // 0],
 }
 
 
 def snapshot(model: Any) -> list[Any]:
     """All that modules have, by identity, and the values in it."""
-    state, without_values = [], {id(model.meta), id(model.freed)}
+    state = []
     for attributes in (each for m in [*model.modules(), *model.listed] for each in (vars(m), m._buffers)):
         for name, value in attributes.items():
             items = list(value.values() if isinstance(value, dict) else value if isinstance(value, list | set) else [])
-            tensors = [x for x in (value, *items) if type(x) is Tensor and id(x) not in without_values]
+            tensors = [x for x in (value, *items) if type(x) is Tensor and has_values(x)]
             values = [(x.to_dense() if x.is_sparse else x).tolist() for x in tensors]
             state.append((name, id(value), sorted(map(id, items)), sorted(map(str, values))))
     return sorted(state)
 
 
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_pass_finds_what_the_one_before_found_and_leaves_no_trace(change: str, inference: bool) -> None:
-    def fail() -> None:
-        model(X.clone())
-        raise KeyboardInterrupt
-
     with torch.inference_mode(inference):
         model = Stateful(CHANGES[change])
         before = snapshot(model)
         with isolated(model) as run:
             outputs = [run(model, X.clone()) for _ in range(3)]
             with pytest.raises(KeyboardInterrupt):
-                run(fail)
+                run(lambda: (model(X.clone()), interrupt()))
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
-    assert snapshot(model) == before and not is_ours(model)
     with isolated(model) as run:  # outside, where torch lets nobody write to tensors of inference mode
         run(lambda: None)
+    assert snapshot(model) == before and not is_ours(model)
 
 
 def draws() -> tuple[float, ...]:
     return random.random(), float(np.random.rand()), torch.rand(1).item()
 
 
-@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
-def test_modes_and_random_streams_go_on_as_if_nothing_had_run(error: type[BaseException] | None) -> None:
-    model = type("Stubborn", (nn.Sequential,), {"train": None})(nn.Linear(2, 2), nn.Dropout(), nn.BatchNorm1d(2))
-    model[1].training = False
-    modes, streams = [module.training for module in model.modules()], []
+def test_modes_and_random_streams_go_on_as_if_nothing_had_run() -> None:
+    model = type("Stubborn", (nn.Sequential,), {"train": None})(nn.Linear(2, 2), nn.Dropout().eval(), nn.BatchNorm1d(2))
+    streams = list[Any]()
 
-    def draw_in_eval_mode() -> tuple[float, ...]:
-        assert not any(module.training for module in model.modules()) and not torch.is_grad_enabled()
-        drawn = draws()
-        if error:
-            raise error
-        return drawn
+    def state() -> list[bool]:
+        return [*(module.training for module in model.modules()), torch.is_grad_enabled()]
 
     for has_run in (False, True):
         random.seed(0), np.random.seed(0), torch.manual_seed(0)
         with suppress(KeyboardInterrupt), isolated(model) as run:
-            assert not has_run or run(draw_in_eval_mode) == run(draw_in_eval_mode) == streams[0]
+            for _ in range(2 * has_run):
+                assert run(lambda: (draws(), any(state()))) == (streams[0], False)
+            raise KeyboardInterrupt
         streams.append(draws())
-    assert streams[0] == streams[1] and torch.is_grad_enabled()
-    assert [module.training for module in model.modules()] == modes
+        assert streams[0] == streams[-1] and state() == [True, True, False, True, True]
 
 
 def test_ctrl_c_while_something_is_put_back_has_to_wait() -> None:
-    calls = iter([KeyboardInterrupt, None])
+    calls: list[Any] = [interrupt, list]
     with pytest.raises(KeyboardInterrupt):
-        complete(lambda: (_ for _ in ()).throw(error) if (error := next(calls)) else None)
-    assert not list(calls)
+        complete(lambda: calls.pop(0)())
+    assert not calls
 
 
 def test_a_lazy_module_becomes_what_it_would_and_large_containers_are_not_copied() -> None:
@@ -141,16 +119,8 @@ def test_a_lazy_module_becomes_what_it_would_and_large_containers_are_not_copied
     assert inside[0] is model.large and inside[1] is not model.names
 
 
-def write_target(model: Any, x: Tensor) -> None:
-    model.target.data = 0.9 * model.target.data + 0.1
-
-
-MOMENTUM = Stateful(write_target)
-MOMENTUM.target = nn.Parameter(torch.zeros(2))
-
-
 @pytest.mark.parametrize(("model", "x", "expected"), [
-    (MOMENTUM, X, ["target"]),
+    (Stateful(lambda m, x: setattr(m.target, "data", 0.9 * m.target.data + 0.1)), X, ["target"]),  # by momentum
     (nn.Embedding(3, 4, max_norm=1), torch.tensor([0, 2]), ["weight"]),
     (nn.Sequential(nn.BatchNorm1d(2), nn.LazyLinear(2)), X, []),
 ])  # fmt: skip

@@ -17,14 +17,12 @@ def test_noise_is_normal_and_independent_with_the_second_moment_that_it_states(s
     scaled = (GaussianNoise(std)(x, noise_generator(0)) - x) / torch.tensor(std).reshape(-1, 1, 1)
     torch.testing.assert_close(scaled.square().mean((0, 2, 3)), torch.ones(3), rtol=0.03, atol=0)
     assert (scaled**4).mean().item() == pytest.approx(3, rel=0.02)
-    for product in (scaled, scaled[..., 1:] * scaled[..., :-1]):
-        assert product.mean().abs() < 4 / math.sqrt(x.numel())
+    assert (scaled[..., 1:] * scaled[..., :-1]).mean().abs() < 4 / math.sqrt(x.numel())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_every_type_and_layout_gets_the_same_noise_and_keeps_its_own(dtype: torch.dtype, memory_format: Any) -> None:
-    x = torch.rand(4, 3, 5, 7).to(dtype).contiguous(memory_format=memory_format)
+def test_every_type_and_layout_gets_the_same_noise_and_keeps_its_own(dtype: torch.dtype) -> None:
+    x = torch.rand(4, 3, 5, 7).to(dtype).contiguous(memory_format=torch.channels_last)
     before, state = x.clone(), torch.get_rng_state()
     with torch.autocast("cpu", torch.bfloat16):
         noisy = GaussianNoise(0.5)(x, noise_generator(0))
@@ -43,12 +41,9 @@ def test_numbers_lists_and_functions_are_noise_and_nothing_else() -> None:
     for noise, std in ((np.float32(0.5), 0.5), (1 / np.array([2.0, 4.0]), (0.5, 0.25)), (torch.tensor([0.5]), (0.5,))):
         assert check_noise(noise) == GaussianNoise(std)
     assert check_noise(max) is max
-    bad: list[Any] = [0, -0.1, math.nan, math.inf, "0.1", True, None, [], [0.1, 0.0], [0.1, "x"], int]
-    for noise in bad:
+    for noise in (0, -0.1, math.nan, math.inf, "0.1", True, None, [], [0.1, 0.0], [0.1, "x"], int):
         with pytest.raises(MisconfigurationException, match="`noise` should be .*, got "):
-            check_noise(noise)
-    with pytest.raises(MisconfigurationException, match=r"`noise` .* 3 .*\(4, 2, 8\)"):
-        GaussianNoise((0.1, 0.2, 0.4))(torch.rand(4, 2, 8), noise_generator(0))
+            check_noise(noise)  # type: ignore[arg-type]
 
 
 def test_a_function_may_write_into_what_it_gets_and_gives_the_like() -> None:
@@ -56,9 +51,9 @@ def test_a_function_may_write_into_what_it_gets_and_gives_the_like() -> None:
     perturb = perturbation(lambda x, generator: x.add_(torch.rand(x.shape, generator=generator)), *key)
     both = torch.rand(4, 3, generator=noise_generator(*key))  # one stream for all tensors of a draw
     assert torch.equal(torch.cat([perturb(x), perturb(x)]), both) and not x.any()
-    for other in (None, x[:1], x.double(), x.to("meta")):
+    for noise in (*(lambda x, g, y=y: y for y in (None, x[:1], x.double(), x.to("meta"))), GaussianNoise((0.1, 0.2))):
         with pytest.raises(MisconfigurationException, match=r"`noise` should .*\(2, 3\)"):
-            perturbation(lambda x, generator, other=other: other, *key)(x)
+            perturbation(noise, *key)(x)
 
 
 class Siamese(nn.Module):
@@ -66,10 +61,8 @@ class Siamese(nn.Module):
         super().__init__()
         self.rnn, self.head, self.spare = nn.LSTM(4, 4), nn.Linear(4, 2), nn.Linear(1, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.compare(self.rnn(x)[0])
-
-    def compare(self, hidden: Tensor) -> Tensor:
+    def forward(self, x: Tensor, change: Tensor | float = 0.0) -> Tensor:
+        hidden = self.rnn(x)[0] + change
         return self.head(hidden) - 3 * self.head(-hidden)
 
 
@@ -83,12 +76,9 @@ def test_the_output_of_a_submodule_is_perturbed_each_time_that_it_runs() -> None
 
     noise = [0.5 * torch.randn(5, 4, generator=noise_generator(0, 1, 2, 3, draw)) for draw in range(2)]
     torch.testing.assert_close(outputs(None, GaussianNoise(0.5)), [model(x + each) for each in noise])
-    expected = [model.compare(model.rnn(x)[0] + each) for each in noise]
-    torch.testing.assert_close(outputs("rnn", GaussianNoise(0.5)), expected)
+    torch.testing.assert_close(outputs("rnn", GaussianNoise(0.5)), [model(x, each) for each in noise])
     torch.testing.assert_close(outputs("head", lambda x, generator: x + 1), [model(x) - 2] * 2)
-    with pytest.raises(ZeroDivisionError):
-        outputs("head", lambda x, generator: 1 // 0)
-    for at, match in (("spare", "did not run"), ("haed", "such as 'head'.*got 'haed'")):
-        with pytest.raises(MisconfigurationException, match="`at` should name a submodule .*" + match):
-            outputs(at, GaussianNoise(0.5))
+    for at, match in (("spare", "did not run"), ("haed", "such as 'head'.*got 'haed'"), ("head", "`noise` should")):
+        with pytest.raises(MisconfigurationException, match=match):
+            outputs(at, lambda x, generator: x[:1])
     assert not any(module._forward_hooks for module in model.modules())
