@@ -128,9 +128,8 @@ class CallWatch:
         if not self._compares_values:
             if isinstance(ours, Tensor) and isinstance(theirs, Tensor):  # a step may augment, and not more
                 return ours.ndim == theirs.ndim and 0.5 <= _scale(theirs) / _scale(ours) <= 2
-            if (
-                ours is not None and theirs is not None and not isinstance(ours, type(theirs))
-            ):  # a batch of another form than validation's
+            is_given = isinstance(ours, Tensor | list | tuple | dict) and theirs is not None
+            if is_given and not isinstance(ours, type(theirs)):  # a batch of another form than validation's
                 return True
         try:
             atol = 0.01 * _scale(ours) if isinstance(ours, Tensor) else 0.01  # rounding to 16 bits is no other input

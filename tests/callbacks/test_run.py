@@ -177,7 +177,8 @@ def test_arguments_that_the_step_gives_and_we_do_not_are_named(name: str, stage:
         x, y = labelled(50).tensors
         data, model = DataLoader(TensorDataset(x, y, (x > 0.5).float()), 16), Masked()  # whose validation is a stub
         step = lambda batch, batch_idx: cross_entropy(model(batch[0], **more(batch)), batch[1])  # noqa: E731
-        setattr(model, f"{stage}_step", step)
+        for each in {stage, "training"}:
+            setattr(model, f"{each}_step", step)
         trainer(callbacks=[SensitivityMonitor(**options), RiskMonitor(targets=1, **options)]).fit(model, data, data)
 
     more, chosen = STEPS[name]
