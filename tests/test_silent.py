@@ -158,7 +158,7 @@ CASES = {
     "(N, K, T)": Case(r=DENSE, x=sequence, forward=lambda m, x: m.net(x).mT),
     "(N, K, T), T == K": Case(LAST, LAST, x=lambda f: sequence(f)[:, :4], forward=lambda m, x: m.net(x).mT),
     "(T, N, K)": Case(LAST, LAST, x=lambda f: sequence(f).movedim(0, 1)),
-    "(N, Q, K) of an image": Case(LAST, DENSE, forward=lambda m, x: m.net(x)[:, None].repeat(1, 6, 1)),
+    "(N, Q, K) of an image": Case(LAST, LAST, forward=lambda m, x: m.net(x)[:, None].repeat(1, 6, 1)),
     "padding left out by outputs=": Case(r=DENSE, x=sequence, both={"outputs": lambda y, b: y.mT[..., :3]},
         step=lambda m, b, noise: m(noise(b[0])).mT[..., :3]),
     "(N, K, H, W)": Case(r=DENSE, x=image, forward=lambda m, x: m.net(x.movedim(1, -1)).movedim(-1, 1)),
@@ -179,7 +179,8 @@ CASES = {
     "second head, outputs=": Case(forward=lambda m, x: (x, m.net(x)), both={"outputs": 1}, step=output(1)),
     "embedding of 64": Case(r=NO_CLASSES, y=lambda f: f[:, :10].argmax(1), num_outputs=64),
     "embedding of 16": Case(r=NO_CLASSES, y=lambda f: f[:, :10].argmax(1), num_outputs=16, batch_size=32),
-    "embedding of 16, small batches": Case(r=NO_CLASSES, y=lambda f: f[:, :10].argmax(1), num_outputs=16, batch_size=16),
+    "embedding of 16, small batches": Case(r=NO_CLASSES, y=lambda f: f[:, :10].argmax(1), num_outputs=16,
+        batch_size=16),
     "reconstruction": Case(r=NO_CLASSES, num_outputs=12, batch_size=16),
     "reconstruction of an image": Case(LAST, LAST, x=image, forward=lambda m, x: (1 + m.net[0].bias[0]) * x),
     # labels, which say nothing to S

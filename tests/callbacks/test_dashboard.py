@@ -1,12 +1,13 @@
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from lightning.pytorch.loggers import TensorBoardLogger
-from tensorboard import program
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
@@ -42,6 +43,25 @@ def test_custom_scalars_have_a_chart_of_the_loss_and_of_each_monitor(tmp_path: P
 
 
 @pytest.fixture
+def tensorboard_url(tmp_path: Path) -> Iterator[str]:
+    """TensorBoard of a short fit, in a process of its own."""
+    monitors = [SensitivityMonitor(prefix="val/"), RiskMonitor(prefix="val/")]
+    run = trainer(callbacks=monitors, logger=TensorBoardLogger(tmp_path, name=None), max_epochs=5)
+    run.fit(Classifier(), loader(), loader(seed=1))
+    run.logger.finalize("success")
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", tmp_path, "--host", "127.0.0.1", "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            said = [""]
+            while not (url := re.search(r" at (http://\S+)", said[-1])):
+                said.append(server.stderr.readline())
+                assert said[-1], f"tensorboard ended: {said}"
+            yield url[1]
+        finally:
+            server.terminate()
+
+
+@pytest.fixture
 def page() -> Iterator[Any]:
     """The real page in a real browser."""
     playwright = pytest.importorskip("playwright.sync_api")
@@ -56,14 +76,10 @@ def page() -> Iterator[Any]:
 
 
 @pytest.mark.browser
-def test_tensorboard_draws_the_custom_scalars(tmp_path: Path, page: Any) -> None:
-    run = trainer(callbacks=[SensitivityMonitor(), RiskMonitor()], logger=TensorBoardLogger(tmp_path, name=None))
-    run.fit(Classifier(), loader(), loader(seed=1))
-    run.logger.finalize("success")
-    board = program.TensorBoard()
-    board.configure(logdir=str(tmp_path), host="127.0.0.1", port=0, load_fast="false")
-    page.goto(f"{board.launch()}#custom_scalars")
-    page.get_by_text("Generalization (val_*)").wait_for(timeout=60_000)
-    for title, curves in (("risk estimate and its terms", len(RiskMonitor.names)), ("loss", 1), ("sensitivity", 1)):
+def test_tensorboard_draws_the_custom_scalars(tensorboard_url: str, page: Any, tmp_path: Path) -> None:
+    page.goto(f"{tensorboard_url}#custom_scalars", wait_until="commit", timeout=60_000)
+    page.get_by_text("Generalization (val/*)").wait_for(timeout=60_000)
+    for title, curves in (("risk estimate and its terms", len(RiskMonitor.names)), ("sensitivity", 1)):
         page.get_by_text(title, exact=True).wait_for(timeout=60_000)
         page.get_by_text(f"Matches ({curves})").first.wait_for(timeout=60_000)
+    page.screenshot(path=tmp_path / "tensorboard.png")  # the one of examples/reading_curves, with --basetemp

@@ -89,12 +89,6 @@ def test_error_bars_hold_where_the_changes_of_a_sample_are_correlated(num_draws:
     assert 0.90 <= sum(abs(each) <= 1.96 for each in z) / len(z) <= 0.99
 
 
-def test_there_is_no_error_bar_below_two_samples_and_no_value_without_one() -> None:
-    for num_samples in (0, 1):
-        actual = estimate(torch.zeros(num_samples, 2, 9), randn(num_samples, 2, 9))
-        assert [bool(value.isnan()) for value in actual[:4]] == [num_samples == 0, True] * 2
-
-
 @pytest.mark.parametrize(("value", "where"), [(math.nan, [0]), (math.inf, [1]), (-math.inf, [0, 1])])
 def test_samples_that_are_not_finite_cost_themselves_alone(value: float, where: list[int]) -> None:
     outputs = randn(2, 20, 3, 4)
@@ -128,8 +122,5 @@ def test_bad_outputs_are_refused() -> None:
 def test_the_loss_estimate_is_equation_9() -> None:
     close(loss_estimate(0.04, 0.25, 0.1, 10, offset=0.5), math.sqrt(0.5 * (0.9 * 0.04 * 25 + 0.5)))
     close(loss_estimate(6.08e8, 0.2648, 0.1, 10), 85_119, 1e-3)  # the authors' example, in their notebook
-    channels = loss_estimate(0.1, torch.tensor([0.2, 0.9]), torch.tensor([0.1, 0.2]), 5)
-    close(channels, loss_estimate(0.1, (20 + 22.5) / 2, 1.0, 5), 1e-6)
-    for arguments in ((0.1, 0.2, 0.0, 10), (0.1, 0.2, math.nan, 10), (0.1, 0.2, 0.1, 1), (-0.1, 0.2, 0.1, 10)):
-        with pytest.raises(ValueError, match="Expected `"):
-            loss_estimate(*arguments)
+    channels = torch.tensor([0.2, 0.9]), torch.tensor([0.1, 0.2])
+    close(loss_estimate(0.1, *channels, 5), loss_estimate(0.1, (20 + 22.5) / 2, 1.0, 5), 1e-6)

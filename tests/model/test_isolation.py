@@ -25,7 +25,7 @@ class Stateful(LightningModule):
         for name, buffer in (buffers | {"late": None, "expanded": torch.ones(1).expand(3)}).items():
             self.register_buffer(name, buffer)
         self.twice.register_buffer("memory", self.memory)
-        self.hidden, self.items, self.names, self.seen, self.state = torch.zeros(2), [X.clone()], {"x": X}, {1}, None
+        self.hidden, self.items, self.names = torch.zeros(2), [X.clone()], {"x": X}
         self.listed, self.large, self.meta = [nn.BatchNorm1d(2)], dict.fromkeys(range(1001)), X.to("meta")
         self.bn, self.freed, self.target = nn.BatchNorm1d(2).eval(), torch.zeros(4), nn.Parameter(torch.zeros(2))
         self.freed.untyped_storage().resize_(0)  # as of a sharded model
@@ -44,7 +44,6 @@ CHANGES: dict[str, Callable[[Any, Tensor], Any]] = {
     "an attribute's values": lambda m, x: m.hidden.add_(1).sum(),
     "a list": lambda m, x: torch.tensor(len([*m.items, m.items.append(x)])) + m.items[0].add_(1).sum(),
     "a dict": lambda m, x: m.names.pop("x") + m.names.setdefault("y", x),
-    "a set": lambda m, x: torch.tensor(len([*m.seen, m.seen.add(2)])),
     "what is logged": lambda m, x: [m.log("name", x), m.log_dict({"name": x}), is_ours(m) or 1 // 0],
 }
 
@@ -54,7 +53,7 @@ def snapshot(model: Any) -> list[Any]:
     state = []
     for attributes in (each for m in [*model.modules(), *model.listed] for each in (vars(m), m._buffers)):
         for name, value in attributes.items():
-            items = list(value.values() if isinstance(value, dict) else value if isinstance(value, list | set) else [])
+            items = list(value.values() if isinstance(value, dict) else value if isinstance(value, list) else [])
             tensors = [x for x in (value, *items) if type(x) is Tensor and has_values(x)]
             values = [(x.to_dense() if x.is_sparse else x).tolist() for x in tensors]
             state.append((name, id(value), sorted(map(id, items)), sorted(map(str, values))))
