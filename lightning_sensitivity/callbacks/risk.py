@@ -209,8 +209,9 @@ class RiskMonitor(Monitor):
             with twins.twin(pl_module, self._weights, generator, _STRENGTH, self._twin_weights):
                 twin_outputs = run(as_trained)
             metric.update(outputs, twin_outputs, compared, 1 / num_twins)
-            if outputs.numel() and torch.equal(twin_outputs, outputs if compared is None else compared):
-                metric.holdout_sums = metric.holdout_sums * math.nan  # in all processes
+            if outputs.numel():  # in all processes, and without waiting for the device
+                is_same = (twin_outputs == (outputs if compared is None else compared)).all()
+                metric.holdout_sums = metric.holdout_sums.masked_fill(is_same, math.nan)
         return len(outputs)
 
     def compute(self, trainer: Trainer, dataloader_idx: int) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -296,6 +296,7 @@ def test_of_layers_that_keep_the_weights_that_they_compute_there_is_no_estimate(
 
     model = Plain()
     model.net = nn.Sequential(Cached(12, 4).double())  # which keeps them from the first step of a validation on
+    model.validation_step = lambda batch, batch_idx: model(batch)
     with pytest.warns(UserWarning, match="Twins give the outputs of the model") as caught:
         run = fit(model, RiskMonitor(), None, loader())
     assert len([each for each in caught if each.category is UserWarning]) == 1
