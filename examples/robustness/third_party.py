@@ -1,17 +1,17 @@
 """Modules that nobody here wrote, with both monitors: `python examples/robustness/third_party.py [name ...]`.
 
-One line a package: the logged S, that of a plain loop, and what the monitors said. Missing packages are skipped.
+Two lines a package: the logged S beside that of a plain loop, and what the monitors said. Missing packages are skipped.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
@@ -20,26 +20,26 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
-from lightning_sensitivity.perturbations import noise_generator
+from lightning_sensitivity.model import noise_generator
 
 Noise = Callable[[Tensor], Tensor]
 
 
-class Case(NamedTuple):
-    """A module, its loader, options of the monitors, and how a plain loop runs it on a batch: outputs (N, K, ...)."""
+@dataclass
+class Case:
+    """A module, its loader, how a plain loop runs it on a batch (outputs (N, K, ...)), and options of the monitors."""
 
     module: LightningModule
     loader: Any
     call: Callable[[Any, Any, Noise], Tensor]
-    options: dict[str, Any] = {}  # noqa: RUF012
-    s_options: dict[str, Any] = {}  # noqa: RUF012
-    r_options: dict[str, Any] = {}  # noqa: RUF012
+    both: dict[str, Any] = field(default_factory=dict)
+    s_options: dict[str, Any] = field(default_factory=dict)
 
 
 class Trained(LightningModule):
     """A user's module around a network of a package."""
 
-    def __init__(self, net: nn.Module, loss: Callable[[Any, Any, Any], Tensor]) -> None:
+    def __init__(self, net: nn.Module, loss: Callable[[Any, Any], Tensor]) -> None:
         super().__init__()
         self.net, self.loss = net, loss
 
@@ -47,10 +47,10 @@ class Trained(LightningModule):
         return self.net(x)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return self.loss(self, batch, 0)
+        return self.loss(self, batch)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("val_loss", self.loss(self, batch, 0), batch_size=1)
+        self.log("val_loss", self.loss(self, batch), batch_size=1)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=1e-3)
@@ -67,7 +67,7 @@ def labelled(shape: tuple[int, ...], labels: tuple[int, ...] = (), num: int = 12
     return DataLoader(TensorDataset(torch.randn(num, *shape), torch.randint(3, (num, *labels))), 4)
 
 
-def supervised(module: Any, batch: Any, _: Any) -> Tensor:
+def supervised(module: Any, batch: Any) -> Tensor:
     return cross_entropy(module(batch[0]), batch[1])
 
 
@@ -77,11 +77,8 @@ def first(module: Any, batch: Any, noise: Noise) -> Tensor:
 
 def at(name: str, call: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any, Noise], Tensor]:
     def run(module: Any, batch: Any, noise: Noise) -> Tensor:
-        handle = module.get_submodule(name).register_forward_hook(lambda module, args, result: noise(result))
-        try:
+        with module.get_submodule(name).register_forward_hook(lambda module, args, result: noise(result)):
             return call(module, batch)
-        finally:
-            handle.remove()
 
     return run
 
@@ -102,10 +99,10 @@ def lightning_transformer() -> Case:
         def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
             return super().validation_step(batch, batch_idx)
 
-    ids = torch.randint(50, (12, 2, 6))
-    loader = DataLoader([(row[0], row[1]) for row in ids], 4)
+    loader = DataLoader([(row[0], row[1]) for row in torch.randint(50, (12, 2, 6))], 4)
     call = at("model.embedding", lambda m, b: m(*b))
-    return Case(Validated(vocab_size=50), loader, call, s_options={"at": "model.embedding"})
+    # It returns log-probabilities, (N × T, K).
+    return Case(Validated(vocab_size=50), loader, call, s_options={"at": "model.embedding", "per_output": True})
 
 
 def torchvision_resnet() -> Case:
@@ -118,9 +115,9 @@ def torchvision_segmentation() -> Case:
     from torchvision.models.segmentation import lraspp_mobilenet_v3_large as make
 
     net = make(weights=None, weights_backbone=None, num_classes=3)
-    loss = lambda m, b, _: cross_entropy(m(b[0])["out"], b[1])  # noqa: E731
+    module = Trained(net, lambda m, b: cross_entropy(m(b[0])["out"], b[1]))
     call = lambda m, b, noise: m(noise(b[0]))["out"]  # noqa: E731
-    return Case(Trained(net, loss), labelled((3, 32, 32), (32, 32)), call, {"outputs": "out"})
+    return Case(module, labelled((3, 32, 32), (32, 32)), call, {"outputs": lambda y: y["out"]})
 
 
 def _bert(kind: str, labels: tuple[int, ...]) -> Case:
@@ -131,7 +128,7 @@ def _bert(kind: str, labels: tuple[int, ...]) -> Case:
     ids, mask = torch.randint(50, (12, 3)), torch.ones(12, 3, dtype=torch.long)
     rows = [{"input_ids": i, "attention_mask": m} for i, m in zip(ids, mask, strict=True)]
     rows = [row | {"labels": torch.randint(3, labels)} for row in rows]
-    module = Named(getattr(transformers, f"BertFor{kind}Classification")(config), lambda m, b, _: m(**b).loss)
+    module = Named(getattr(transformers, f"BertFor{kind}Classification")(config), lambda m, b: m(**b).loss)
 
     def call(m: Any, b: Any) -> Tensor:
         y = m(**b).logits
@@ -156,21 +153,21 @@ def torch_geometric_gcn() -> Case:
     from torch_geometric.nn import GCN
 
     class Graphs(Trained):
-        def forward(self, data: Any) -> Tensor:
-            return self.net(data.x, data.edge_index)
+        def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+            return self.net(x, edge_index)
 
     edges = torch.tensor([[0, 1, 2, 3], [1, 2, 3, 0]])
     graphs = [Data(torch.randn(4, 5), edges, y=torch.randint(3, (4,))) for _ in range(12)]
-    module = Graphs(GCN(5, 8, 2, 3), lambda m, b, _: cross_entropy(m(b), b.y))
-    call = lambda m, b, noise: m.net(noise(b.x), b.edge_index)  # noqa: E731
-    return Case(module, GraphLoader(graphs, 4), call, {"inputs": "x"})
+    module = Graphs(GCN(5, 8, 2, 3), lambda m, b: cross_entropy(m(b.x, b.edge_index), b.y))
+    call = lambda m, b, noise: m(noise(b.x), b.edge_index)  # noqa: E731
+    return Case(module, GraphLoader(graphs, 4), call, {"inputs": lambda batch: (batch.x, batch.edge_index)})
 
 
 def segmentation_models_pytorch_unet() -> Case:
     import segmentation_models_pytorch as smp
 
     net = smp.Unet("resnet18", encoder_weights=None, classes=3)
-    return Case(Trained(net, supervised), labelled((3, 32, 32), (32, 32)), first)
+    return Case(Trained(net, supervised), labelled((3, 32, 32), (32, 32)), first, {"outputs": lambda y: y})
 
 
 def monai_unet() -> Case:
@@ -187,7 +184,7 @@ def lightly_simclr() -> Case:
     net = nn.Sequential(nn.Flatten(), nn.Linear(48, 16), SimCLRProjectionHead(16, 16, 8))
     views = DataLoader([((torch.randn(3, 4, 4), torch.randn(3, 4, 4)), 0) for _ in range(12)], 4)
     loss = NTXentLoss()
-    module = Trained(net, lambda m, b, _: loss(m(b[0][0]), m(b[0][1])))
+    module = Trained(net, lambda m, b: loss(m(b[0][0]), m(b[0][1])))
     return Case(module, views, lambda m, b, noise: m(noise(b[0][0])), {"inputs": lambda batch: batch[0][0]})
 
 
@@ -211,10 +208,10 @@ def pytorch_forecasting_tft() -> Case:
     module = TemporalFusionTransformer.from_dataset(data, hidden_size=4, attention_head_size=1, log_interval=-1)
 
     def call(m: Any, b: Any, noise: Noise) -> Tensor:
-        return m({**b[0], "encoder_cont": noise(b[0]["encoder_cont"])})["prediction"]
+        x = {key: noise(value) if value.is_floating_point() else value for key, value in b[0].items()}
+        return m(x)["prediction"]
 
-    options = {"inputs": "encoder_cont", "outputs": "prediction"}
-    return Case(module, data.to_dataloader(train=False, batch_size=8), call, options)
+    return Case(module, data.to_dataloader(train=False, batch_size=8), call, {"outputs": lambda y: y["prediction"]})
 
 
 CASES = {
@@ -224,62 +221,67 @@ CASES = {
 
 @torch.no_grad()
 def plain_loop(case: Case) -> float:
-    """S by its definition."""
+    """S by its definition, or the mean square."""
     changes = []
     case.module.eval()
     for index, batch in enumerate(case.loader):
-        generator = noise_generator(0, 0, 0, index, 0)
+        generator = noise_generator(0, batch_idx=index)
         noisy = case.call(case.module, batch, lambda x: x + 0.1 * torch.randn(x.shape, generator=generator))  # noqa: B023
         change = noisy.double() - case.call(case.module, batch, lambda x: x).double()
-        changes.append(change.mean(1).flatten())
-    return float(torch.cat(changes).var(correction=0))
+        changes.append(change.square().mean(1) if "per_output" in case.s_options else change.mean(1).flatten())
+    return float(torch.cat(changes).mean() if "per_output" in case.s_options else torch.cat(changes).var(correction=0))
 
 
-def run(name: str, with_monitors: bool = True) -> tuple[Case, Any, list[str]]:
+def run(name: str, with_monitors: bool = True) -> tuple[Case, Trainer, list[str]]:
     seed_everything(0, verbose=False)
     case = CASES[name]()
-    monitors = [
-        SensitivityMonitor(num_samples=None, **case.options, **case.s_options),
-        RiskMonitor(**case.options, **case.r_options),
-    ]
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    folder = tempfile.mkdtemp()
+    monitors = [SensitivityMonitor(num_samples=None, **case.both, **case.s_options), RiskMonitor(**case.both)]
+    off: dict[str, Any] = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
+    callbacks = monitors if with_monitors else []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        callbacks = monitors if with_monitors else []
-        trainer = Trainer(
-            max_epochs=2, callbacks=callbacks, default_root_dir=folder, enable_checkpointing=False, **quiet
-        )
+        trainer = Trainer(max_epochs=2, callbacks=callbacks, accelerator="cpu", enable_model_summary=False, **off)
         trainer.fit(case.module, case.loader, case.loader)
-    return case, trainer, [text for each in caught if "Monitor`" in (text := str(each.message))]
+    return case, trainer, [text for warning in caught if "Monitor`" in (text := str(warning.message))]
 
 
 def main(names: list[str]) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     for name in names or CASES:
-        package = next((each for each in PACKAGES if name.startswith(each)), name)
+        package = next(package for package in PACKAGES if name.startswith(package))
         try:
-            case, trainer, told = run(name)
+            case, trainer, messages = run(name)
         except ImportError as error:
             print(f"{name}: skipped, {error}")
             continue
         except Exception as error:
             print(f"{name}: {type(error).__name__}: {error}")
             continue
-        bare = run(name, False)[0].module
+        bare = run(name, with_monitors=False)[0].module
         same = all(torch.equal(a, b) for a, b in zip(case.module.parameters(), bare.parameters(), strict=True))
         values = {key: float(value) for key, value in trainer.callback_metrics.items()}
         value, expected = values.get("val_sensitivity", float("nan")), plain_loop(case)
         verdict = "right" if abs(value - expected) <= 1e-4 * expected else "WRONG"
-        print(f"{name} ({version(package)}): S {value:.6g}, plain loop {expected:.6g}: {verdict}; training"
-              f" {'the same' if same else 'CHANGED'}; risk {values.get('val_risk_estimate', 'none')}")  # fmt: skip
-        for text in told:
+        print(
+            f"{name} ({version(package)}): S {value:.6g}, plain loop {expected:.6g}: {verdict}; training"
+            f" {'the same' if same else 'CHANGED'}; risk {values.get('val_risk_estimate', 'none')}"
+        )
+        for text in messages:
             print(f"    {text}")
 
 
-PACKAGES = "lightning torchvision transformers torch_geometric segmentation_models_pytorch monai lightly"
-PACKAGES = [*f"{PACKAGES} torch_uncertainty pytorch_forecasting".split()]
+PACKAGES = [
+    "lightning",
+    "torchvision",
+    "transformers",
+    "torch_geometric",
+    "segmentation_models_pytorch",
+    "monai",
+    "lightly",
+    "torch_uncertainty",
+    "pytorch_forecasting",
+]
 
 if __name__ == "__main__":
     main(sys.argv[1:])
