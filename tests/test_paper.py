@@ -27,7 +27,7 @@ def paper() -> Iterator[dict[str, ModuleType]]:
 def test_networks_are_measured_as_the_package_does(paper: dict[str, ModuleType], tmp_path: Path) -> None:
     zoo, measure, peers = paper["zoo"], paper["measure"], paper["peers"]
     specs = [zoo.Spec(1, 16), zoo.Spec(1, 32, init="normal"), zoo.Spec(2, 16)]
-    args = Namespace(data=None, out=tmp_path, max_epochs=30, processes=1)
+    args = Namespace(data=None, out=tmp_path, max_epochs=120, processes=1)
     table = peers.add_consensus(measure.measure(specs, "digits", args), specs, args).set_index("network")
     models = {spec.name: zoo.checkpoints(spec, "digits", tmp_path).trained for spec in specs}
     for spec in specs[:2]:

@@ -159,6 +159,7 @@ class Monitor(Callback):
                     outputs, written = self._first_pass(trainer, pl_module, run, forward)
                     self._check(outputs, written)
                     self._batch_sizes[dataloader_idx] = max(1, len(outputs))
+                    del outputs  # a batch of them may be large
                     self._watch = CallWatch(pl_module, forward, compares_values=True)
                 size = self.measure(trainer, run, forward, batch_idx, dataloader_idx)
             self._num_measured[dataloader_idx] = self._num_measured.get(dataloader_idx, 0) + size

@@ -212,6 +212,7 @@ class RiskMonitor(Monitor):
             if outputs.numel():  # in all processes, and without waiting for the device
                 is_same = (twin_outputs == (outputs if compared is None else compared)).all()
                 metric.holdout_sums = metric.holdout_sums.masked_fill(is_same, math.nan)
+            del twin_outputs  # before the next ones come
         return len(outputs)
 
     def compute(self, trainer: Trainer, dataloader_idx: int) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -299,9 +300,14 @@ class RiskMonitor(Monitor):
         self._training = RiskEstimate(self._samples.task).to(pl_module.device)
         for batch, targets in self._samples.batches:
             with self.failures.warn_on_failure("leaves out kept training samples, which the model does not take"):
-                outputs = run(self.forward(trainer, pl_module, move_data_to_device(batch, pl_module.device)))
-                self._training.update_training(outputs, targets)
-                self._samples.num_outputs = num_outputs(outputs)
+                forward = self.forward(trainer, pl_module, move_data_to_device(batch, pl_module.device))
+                self._samples.num_outputs = _score(run(forward), targets, self._training)
+
+
+def _score(outputs: Tensor, targets: Tensor, metric: RiskEstimate) -> int:
+    """Score a batch, and return K; its outputs are free when the next batch runs."""
+    metric.update_training(outputs, targets)
+    return num_outputs(outputs)
 
 
 def _by_batch(model: nn.Module, forward: Forward) -> Tensor:

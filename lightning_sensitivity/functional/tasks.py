@@ -10,7 +10,7 @@ from torch import Tensor
 
 TASKS = ("multiclass", "binary", "multilabel")
 IGNORED = -100  # the `ignore_index` of torch's cross-entropy
-_CHUNK = 2**18  # elements that are widened at a time
+_CHUNK = 2**15  # elements that are widened at a time
 _ROUNDING = 1e-2  # of sums of probabilities in 16 bits, which autocast may have widened since
 NO_CLASSES = (
     "Labels name the first few of many outputs alone, as beside an embedding. Say `task='multiclass'` if the outputs"

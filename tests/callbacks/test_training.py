@@ -174,14 +174,6 @@ class WithoutLog(Classifier):
             super().log(*args, **kwargs)
 
 
-class Naming(Callback):
-    """Logs a name of ours from the second epoch on."""
-
-    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if trainer.current_epoch:
-            pl_module.log("val_sensitivity", 7.0)
-
-
 def averaged_weights(**kwargs: Any) -> list[Callback]:
     module = pytest.importorskip("lightning.pytorch.callbacks.weight_averaging")  # Lightning 2.6 and newer
     return [module.EMAWeightAveraging(decay=0.5, **kwargs)]
@@ -239,7 +231,6 @@ SETUPS = {
     "a log of its own": Setup(2, module=Formatting),
     "a hidden module": Setup(2, module=Hiding, has_oracle=False),
     "layers that come late": Setup(2, module=Late),
-    "a callback with our name": Setup(2, {"num_sanity_val_steps": 0}, callbacks=lambda: [Naming()], has_oracle=False),
     "deterministic, with anomaly detection": Setup(2, {"deterministic": True, "detect_anomaly": True}),
     "64-true": Setup(2, {"precision": "64-true"}),
     "bf16-mixed": Setup(2, {"precision": "bf16-mixed"}),
