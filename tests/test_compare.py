@@ -6,6 +6,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import lightning
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -85,7 +86,11 @@ def test_labels_are_those_that_fit() -> None:
 
 
 def save(path: Path, **more: Any) -> Path:
-    checkpoint = {"pytorch-lightning_version": "2.6.0", "global_step": 0, "state_dict": linear().state_dict()}
+    checkpoint = {
+        "pytorch-lightning_version": lightning.__version__,
+        "global_step": 0,
+        "state_dict": linear().state_dict(),
+    }
     torch.save(checkpoint | more, path)
     return path
 

@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
-from runs import learned
 from training import RIGHT_COUNTS, WRONG_COUNTS
+
+from runs import learned
 
 PATIENCE = 10
 

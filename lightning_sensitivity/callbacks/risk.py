@@ -210,7 +210,7 @@ class RiskMonitor(Monitor):
                 twin_outputs = run(as_trained)
             metric.update(outputs, twin_outputs, compared, 1 / num_twins)
             if outputs.numel():  # in all processes, and without waiting for the device
-                is_same = (twin_outputs == (outputs if compared is None else compared)).all()
+                is_same = (twin_outputs[:16] == (outputs if compared is None else compared)[:16]).all()
                 metric.holdout_sums = metric.holdout_sums.masked_fill(is_same, math.nan)
             del twin_outputs  # before the next ones come
         return len(outputs)

@@ -250,6 +250,8 @@ SETUPS = {
         2, module=Finding, callbacks=lambda: [callbacks.LearningRateFinder(num_training_steps=5)]
     ),
 }  # fmt: skip
+if not hasattr(torch.compiler, "set_stance"):  # before torch 2.6, compiled code does not see the hooks of `at=`
+    del SETUPS["torch.compile of the module"]
 
 
 class Streams(Callback):
