@@ -63,10 +63,10 @@ WAYS = [Metric.clone, merged, lambda m: pickle.loads(pickle.dumps(m)), lambda m:
 
 @pytest.mark.parametrize("treat", WAYS)
 def test_it_goes_on_as_if_nothing_had_happened(treat: Callable[[Metric], Any]) -> None:
-    metric = filled(OutputSensitivity(), [0])
-    after = filled(treat(metric), range(1, NUM_BATCHES))
-    close(after.compute(), expected().sensitivity)
-    assert {rows.dtype for rows in after.rows} == {torch.float64}
+    metric = treat(filled(OutputSensitivity(), [0]))
+    close(metric.compute(), expected(0).sensitivity)
+    close(filled(metric, range(1, NUM_BATCHES)).compute(), expected().sensitivity)
+    assert {rows.dtype for rows in metric.rows} == {torch.float64}
 
 
 def test_what_is_left_out_is_said_once_and_updates_go_on() -> None:
