@@ -128,6 +128,7 @@ class OutputSensitivity(Metric):
         """Merge the state of another instance into this one; see :meth:`torchmetrics.Metric.merge_state`."""
         super().merge_state(incoming_state)
         self._computed = None  # torchmetrics would keep giving the value from before the merge
+        self._update_count = max(1, self._update_count)  # or `compute` would warn that there are no samples
 
     def _apply(self, *args: Any, **kwargs: Any) -> "OutputSensitivity":
         """Move the rows with the metric, but don't round them where the model around it becomes a 16-bit one."""

@@ -82,7 +82,8 @@ class Text(LightningModule):
             )
             self.model = AutoModelForSequenceClassification.from_config(config)
         else:
-            config = GPT2Config(vocab_size=NUM_WORDS, n_positions=MAX_LENGTH, n_embd=64, n_layer=2, n_head=2)
+            sizes = {"n_positions": MAX_LENGTH, "n_embd": 64, "n_layer": 2, "n_head": 2}
+            config = GPT2Config(vocab_size=NUM_WORDS, **sizes, bos_token_id=None, eos_token_id=None)
             self.model = AutoModelForCausalLM.from_config(config)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> Any:

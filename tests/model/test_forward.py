@@ -31,7 +31,7 @@ ANYTHING = module(lambda self, *args, **kwargs: args)
     # a mapping, by the names of `forward`; means of what the model gets: as above, and 0.5 more where it is perturbed
     (TWO, {"x": X, "mask": MASK, "label": IDS}, None, (), {"x": 0.5, "mask": 1.0}),
     (TWO, UserDict(x=X, mask=DEPTH, label=IDS), "mask", (), {"x": 0.0, "mask": 10.5}),
-    (TWO, {"image": X, "mask": MASK}, "image", (0.5,), {"mask": 1.0}),
+    (TWO, {"image": X, "x": IDS, "mask": MASK}, "image", (0.5,), {"mask": 1.0}),
     (DENOISER, {"y": X, "t": IDS}, "y", (), {"y": 0.5, "t": 20.0}),
     (OPTIONAL, {"x": X, "mask": MASK, "label": IDS}, None, (), {"x": 0.5, "mask": 1.0}),
     (KEYWORDS, {"image": X, "mask": MASK}, None, (), {"image": 0.5, "mask": 1.0}),
