@@ -86,12 +86,8 @@ def test_labels_are_those_that_fit() -> None:
 
 
 def save(path: Path, **more: Any) -> Path:
-    checkpoint = {
-        "pytorch-lightning_version": lightning.__version__,
-        "global_step": 0,
-        "state_dict": linear().state_dict(),
-    }
-    torch.save(checkpoint | more, path)
+    checkpoint = {"pytorch-lightning_version": lightning.__version__, "global_step": 0}
+    torch.save(checkpoint | {"state_dict": linear().state_dict()} | more, path)
     return path
 
 
@@ -139,8 +135,12 @@ def test_kendall_is_that_of_scipy_for_six_models_or_more() -> None:
 def test_the_table_shows_what_there_is_and_a_file_has_all_digits(tmp_path: Path) -> None:
     rows = [ModelScores("conv", 0.0124, 0.0004), ModelScores("fc", 0.0123456, note="failed: " * 20), ModelScores("no")]
     lines = str(Comparison(rows)).splitlines()
-    cells = [" ".join(line.split()) for line in lines[:4]]
-    assert cells == ["model sensitivity", "fc * 0.0123", "conv 0.0124 ± 0.0004", "no"]
+    assert [" ".join(x.split()) for x in lines[:4]] == [
+        "model sensitivity",
+        "fc * 0.0123",
+        "conv 0.0124 ± 0.0004",
+        "no",
+    ]
     assert "* fc: failed: failed" in "".join(lines) and max(map(len, lines)) <= 100
     Comparison(rows).to_csv(tmp_path / "folder" / "table.csv")
     table = csv.DictReader((tmp_path / "folder" / "table.csv").read_text().splitlines())
