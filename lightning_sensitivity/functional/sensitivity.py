@@ -62,6 +62,7 @@ def sensitivity_rows(clean: Tensor, noisy: Tensor | Iterable[Tensor]) -> Tensor:
                 f"Expected `noisy` to have the shape of `clean`, {tuple(clean.shape)}, but got {tuple(draw.shape)}."
             )
         rows.append(torch.cat(in_chunks(_rows_of_draw, by_position(draw), by_position(clean))))
+        del draw  # before the next one comes
     if not rows:
         raise ValueError("Expected `noisy` to hold the outputs of at least one noise draw, but got none.")
     return torch.stack(rows).sum(0) if len(rows) > 1 else rows[0]

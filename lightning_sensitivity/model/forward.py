@@ -175,7 +175,7 @@ def select_outputs(result: Any, outputs: Selector = None, batch: Any = None) -> 
     else:
         first = result[0] if isinstance(result, list | tuple) and result else result
         selected = first if isinstance(result, Tensor) else getattr(result, "logits", first)
-    if not isinstance(selected, Tensor) or selected.ndim == 0 or not selected.is_floating_point():
+    if not isinstance(selected, Tensor) or selected.ndim == 0 or not is_floating(selected):
         raise MisconfigurationException(
             f"`outputs` should choose a floating tensor (N, K, ...) or (N,) of what the model returns, got"
             f" {describe(selected)}{'' if selected is result else f' in {describe(result)}'}."

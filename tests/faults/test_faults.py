@@ -143,7 +143,8 @@ FAULTS = {
     "integer outputs": Fault(FLOATING, FLOATING, y=lambda m, x, y: y.argmax(1), step=plain),
     "a loss": Fault(FLOATING, FLOATING, "`outputs", y=lambda m, x, y: y.mean(), step=plain, moments=BEFORE),
     "no outputs": Fault(FLOATING, FLOATING, y=lambda m, x, y: None, step=plain),
-    "a tuple": Fault(y=lambda m, x, y: (y, x), step=plain),
+    "sparse outputs": Fault(FLOATING, FLOATING, y=lambda m, x, y: y.to_sparse(), kept=lambda m, y: y.to_sparse(),
+        step=plain, moments=("first",)),
     # batches
     "token ids": Fault(DENSE, None, "at=", train=to_ids, batch=to_ids, moments=BEFORE),
     "ids later": Fault(DENSE, batch=to_ids),
