@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from lightning_sensitivity.callbacks import utilities
-from lightning_sensitivity.callbacks.checks import CallWatch, check_run, is_strategy, model_call
+from lightning_sensitivity.callbacks.checks import CallWatch, check_run, is_sharded, model_call
 from lightning_sensitivity.model import Forward, Inputs, Selector, isolated
 from lightning_sensitivity.model.arguments import check_argument, check_int, check_selector
 from lightning_sensitivity.model.isolation import written_parameters
@@ -240,8 +240,7 @@ class Monitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, run: Run, forward: Forward
     ) -> tuple[Tensor, list[str]]:
         """Run the model, and name the parameters that it writes; of sharded ones, which move, this can't be told."""
-        is_sharded = is_strategy(trainer, "FSDPStrategy", "ModelParallelStrategy")
-        return (run(forward), []) if is_sharded else written_parameters(pl_module, partial(run, forward))
+        return (run(forward), []) if is_sharded(trainer) else written_parameters(pl_module, partial(run, forward))
 
     def _check(self, outputs: Tensor, written: list[str]) -> None:
         """Refuse a model of which values would be wrong, or which our passes would change."""
@@ -290,8 +289,9 @@ class Monitor(Callback):
             return
         self._logged.add(dataloader_idx)
         options: dict[str, Any] = {"add_dataloader_idx": not at_epoch_end}
+        prefix = utilities.stage_prefix(self.prefix, trainer)
         for name in self.names:
-            full_name = utilities.stage_prefix(self.prefix, trainer) + name
+            full_name = prefix + name
             if at_epoch_end:  # Lightning puts no index behind the name there
                 full_name = utilities.loader_name(full_name, dataloader_idx, len(self._num_batches))
             key = dataloader_idx, name

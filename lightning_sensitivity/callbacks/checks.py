@@ -33,23 +33,29 @@ def check_run(name: str, trainer: Trainer, pl_module: LightningModule, stage: st
     mesh: Any = trainer.strategy.device_mesh if is_strategy(trainer, "ModelParallelStrategy") else None  # type: ignore[attr-defined]
     may_lack_batches = any(each.allow_zero_length_dataloader_with_multiple_devices for each in sources)
     stub = "`def validation_step(self, batch, batch_idx): pass`"
-    problems = {
-        "needs a `forward` that returns the logits": not _is_overridden("forward", pl_module),
-        f"needs a `validation_step`; without labels a stub is enough: {stub}": stage == "fit"
-        and not _is_overridden("validation_step", pl_module),
-        "needs a validation loop: pass `val_dataloaders` to `Trainer.fit`, and leave `limit_val_batches` above 0": (
-            stage == "fit" and not trainer.enable_validation
+    is_fit, lacks_step = stage == "fit", not _is_overridden("validation_step", pl_module)
+    problems = [
+        (not _is_overridden("forward", pl_module), "needs a `forward` that returns the logits"),
+        (is_fit and lacks_step, f"needs a `validation_step`; without labels a stub is enough: {stub}"),
+        (
+            is_fit and not trainer.enable_validation,
+            "needs a validation loop: pass `val_dataloaders` to `Trainer.fit`, and leave `limit_val_batches` above 0",
         ),
-        "should see each batch before the step, which takes `dataloader_iter`": "dataloader_iter"
-        in inspect.signature(step).parameters,
-        "does not support `DeepSpeedStrategy`; FSDP works": is_strategy(trainer, "DeepSpeedStrategy"),
-        "needs other samples in each process, as with `tensor_parallel_size=1`": mesh is not None
-        and mesh["tensor_parallel"].size() > 1,
-        "needs a batch in every process, not `allow_zero_length_dataloader_with_multiple_devices=True`": (
-            trainer.world_size > 1 and may_lack_batches
+        (
+            "dataloader_iter" in inspect.signature(step).parameters,
+            "should see each batch before the step, which takes `dataloader_iter`",
         ),
-    }
-    for problem, is_met in problems.items():
+        (is_strategy(trainer, "DeepSpeedStrategy"), "does not support `DeepSpeedStrategy`; FSDP works"),
+        (
+            mesh is not None and mesh["tensor_parallel"].size() > 1,
+            "needs other samples in each process, as with `tensor_parallel_size=1`",
+        ),
+        (
+            trainer.world_size > 1 and may_lack_batches,
+            "needs a batch in every process, not `allow_zero_length_dataloader_with_multiple_devices=True`",
+        ),
+    ]
+    for is_met, problem in problems:
         if is_met:
             raise MisconfigurationException(f"`{name}` {problem}.")
 
@@ -57,6 +63,11 @@ def check_run(name: str, trainer: Trainer, pl_module: LightningModule, stage: st
 def is_strategy(trainer: Trainer, *names: str) -> bool:
     """Tell whether the strategy is one of these, by name: those of ``pytorch_lightning`` are other classes."""
     return not {base.__name__ for base in type(trainer.strategy).__mro__}.isdisjoint(names)
+
+
+def is_sharded(trainer: Trainer) -> bool:
+    """Tell whether no process has all parameters of the model."""
+    return is_strategy(trainer, "FSDPStrategy", "ModelParallelStrategy")
 
 
 def model_call(trainer: Trainer, pl_module: LightningModule) -> Callable[..., Any]:

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_sensitivity.callbacks.base import Monitor, Run
-from lightning_sensitivity.callbacks.checks import is_strategy
+from lightning_sensitivity.callbacks.checks import is_sharded
 from lightning_sensitivity.callbacks.samples import TrainingSamples
 from lightning_sensitivity.callbacks.utilities import watchers
 from lightning_sensitivity.functional.risk import RiskTerms
@@ -253,7 +253,7 @@ class RiskMonitor(Monitor):
         """Find the weights from before training, and keep the first training batch, which tells the task."""
         problem: Exception | None = None
         try:
-            if is_strategy(trainer, "FSDPStrategy", "ModelParallelStrategy"):
+            if is_sharded(trainer):
                 raise MisconfigurationException("it needs all weights in every process, which the strategy shards")
             self._initial.begin(pl_module, trainer.global_step)
             num_samples = math.ceil(self.num_training_samples / trainer.world_size)

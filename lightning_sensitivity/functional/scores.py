@@ -155,11 +155,8 @@ def score_models(
     by_sample: dict[str, Samples] = {}
     models = [ModelScores(name, note=note) for name, note in notes.items() if name not in samples]
     for name, of_model in samples.items():
-        estimate, rows, power = (
-            sensitivity_from_rows(of_model["rows"]),
-            of_model["rows"],
-            float(of_model["power"].mean()),
-        )
+        rows, power = of_model["rows"], float(of_model["power"].mean())
+        estimate = sensitivity_from_rows(rows)
         scores = by_sample[name] = {"sensitivity": _ratio(squared_deviations(rows), rows[:, 0])}
         scores |= dict(zip(("consensus_loss", "consensus_error"), consensus.get(name, ()), strict=False))
         scores |= {key: _ratio(of_model[key], of_model["num_labels"]) for key in ("loss", "error") if key in of_model}

@@ -138,13 +138,16 @@ class _State:
         if isinstance(value, Tensor):
             if isinstance(value, nn.Parameter) or not has_values(value):
                 return value
-            return clones.setdefault(id(value), value.clone()) if id(value) not in clones else clones[id(value)]
+            if id(value) not in clones:  # one that two modules share stays one
+                clones[id(value)] = value.clone()
+            return clones[id(value)]
         if not isinstance(value, list | dict | set) or len(value) > _MAX_ITEMS:
             return value
         new: Any = copy.copy(value)
-        for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
-            if isinstance(item, Tensor) and not isinstance(value, set):
-                new[key] = self._cloned(item, clones)
+        if not isinstance(value, set):
+            for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
+                if isinstance(item, Tensor):
+                    new[key] = self._cloned(item, clones)
         return new
 
 

@@ -137,12 +137,10 @@ def noisy_outputs(
         model: The module.
         at: Name of the submodule whose output is perturbed; None for the inputs.
     """
+    module = None if at is None else submodule(model, at)
     for draw in range(num_draws):
         perturb = perturbation(noise, *key, draw)
-        if at is None:
-            yield run(forward, perturb)
-        else:
-            yield run(_forward_perturbed_at, forward, submodule(model, at), perturb)
+        yield run(forward, perturb) if module is None else run(_forward_perturbed_at, forward, module, perturb)
 
 
 @contextmanager

@@ -25,12 +25,12 @@ class InitialWeights:
         are_restored: Whether they come from the checkpoint of this run.
     """
 
+    weights: dict[str, Tensor] | None
+
     def __init__(self, given: Mapping[str, Tensor] | None = None) -> None:
         self._given, self.weights, self.source = given, None, ""
         self.are_restored = False
         self._last_norms: Tensor | None = None  # of the weights that the last run has left
-
-    weights: dict[str, Tensor] | None
 
     def begin(self, model: nn.Module, step: int) -> None:
         """Find them before the first step of a fit.
