@@ -6,9 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
-from training import RIGHT_COUNTS, WRONG_COUNTS
-
 from runs import learned
+from training import RIGHT_COUNTS, WRONG_COUNTS
 
 PATIENCE = 10
 

@@ -47,8 +47,11 @@ class Run:
     epochs: int
 
 
-def draw(seed: int, data: Path | None = None) -> Run:
-    """Draw the run of a seed. Teachers and digits need no folder of data."""
+def draw(seed: int, data: Path | None = None, wide: bool = False) -> Run:
+    """Draw the run of a seed. Teachers and digits need no folder of data.
+
+    Wide networks have up to a hundred times the weights for the same tasks and samples, and some are transformers.
+    """
     r = np.random.RandomState(seed)  # the order of its calls makes the run
     is_large = r.rand() < 0.1
     source = str(r.choice(["teacher", "teacher", "digits", "mnist", "fashion", "cifar10", "cifar10", "people"]))
@@ -64,6 +67,11 @@ def draw(seed: int, data: Path | None = None) -> Run:
     dropout, channels = float(r.choice([0, 0, 0.2])), int(r.choice([8, 12, 16]))
     optimizer, batch_size = str(r.choice(["adam", "adam", "momentum", "sgd"])), int(r.choice([32, 64, 128]))
     people, num_inputs, num_classes = str(r.choice(["aggre_label", "worse_label"])), int(r.choice([5, 20, 100])), 10
+    if wide:
+        other = np.random.RandomState((seed, 3))
+        width, channels = int(other.choice([256, 512, 1024])), int(other.choice([24, 32, 48]))
+        if source != "teacher" and other.rand() < 0.25:
+            network, n = "vit", min(n, 2000)
     is_augmented = bool(network == "res" and source in ("cifar10", "people") and (is_large or r.rand() < 0.7))
     if source == "teacher":
         num_classes = int(r.choice([2, 5, 10]))
@@ -87,10 +95,12 @@ def draw(seed: int, data: Path | None = None) -> Run:
             return fully_connected(shape.numel(), width, depth, activation, dropout, num_classes)
         if network == "res":
             return residual(shape[0], channels)
+        if network == "vit":
+            return VisionTransformer(shape[0], shape[1], 4 * channels, depth, dropout)
         return convolutional(shape[0], shape[1], channels, network, activation)
 
     epochs = int(np.clip((2000 if optimizer == "sgd" else 1500) // -(-n // batch_size), 12, 60))
-    if network in ("res", "pool") or (network != "fc" and n >= 4000):
+    if network in ("res", "pool", "vit") or (network != "fc" and n >= 4000):
         epochs = min(epochs, 22)
     return Run(
         seed=seed,
@@ -212,3 +222,18 @@ def residual(inputs: int, channels: int) -> nn.Module:
     stem = nn.Conv2d(inputs, channels, 3, 2, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()
     blocks = Block(channels, channels, 1), Block(channels, 2 * channels, 2)
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * channels, 10))
+
+
+class VisionTransformer(nn.Module):
+    """Sees an image as 16 patches."""
+
+    def __init__(self, inputs: int, size: int, width: int, depth: int, dropout: float) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(inputs, width, size // 4, size // 4)
+        self.positions = nn.Parameter(0.02 * torch.randn(16, width))
+        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout, "gelu", batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, depth, nn.LayerNorm(width), enable_nested_tensor=False)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(self.patches(x).flatten(2).mT + self.positions).mean(1))

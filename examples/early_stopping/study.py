@@ -249,7 +249,7 @@ def main() -> None:
     missing = [seed for seed, file in files.items() if not file.exists()]
     if args.quick:
         for seed in tqdm(missing, "runs"):
-            train(seed, args.data, files[seed], epochs[seed])
+            train(seed, args.data, files[seed], epochs=epochs[seed])
     elif missing:
         with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
             todo = [pool.submit(train, seed, args.data, files[seed]) for seed in missing]

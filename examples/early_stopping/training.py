@@ -201,14 +201,14 @@ def evidence(network: nn.Module, run: Run, num_samples: int = 256, size: int = 1
     return float(1 - ratios.mean() * (count - 3) / (count - 1))
 
 
-def train(seed: int, data: Path | None, file: Path, epochs: int | None = None) -> None:
+def train(seed: int, data: Path | None, file: Path, wide: bool = False, epochs: int | None = None) -> None:
     """Train the run of a seed, and write its file, which is there only once the run is over."""
     torch.set_num_threads(1)  # the networks are small: several runs at a time use several cores better
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings(
         "ignore", ".*(does not have many workers|LeafSpec|is smaller than the logging|The class average holds).*"
     )
-    start, run = time.perf_counter(), draw(seed, data)
+    start, run = time.perf_counter(), draw(seed, data, wide)
     run = replace(run, epochs=epochs or run.epochs)
     model, recorder = Classifier(run), Recorder(run)
     monitors = [SensitivityMonitor(), RiskMonitor(), RiskMonitor(seed=1, prefix="seed1_")]
@@ -223,6 +223,7 @@ def train(seed: int, data: Path | None, file: Path, epochs: int | None = None) -
     )
     trainer.fit(model, *loaders(run))
     about = {"seed": seed, "kind": run.kind, "labels": run.labels, "n": len(run.x), "num_classes": run.num_classes}
+    about |= {"weights": sum(weight.numel() for weight in model.parameters())}
     about |= {"is_augmented": run.is_augmented, "seconds": round(time.perf_counter() - start, 1)}
     rows = pd.concat([pd.DataFrame([about] * len(recorder.rows)), pd.DataFrame(recorder.rows)], axis=1)
     rows.to_csv(file.with_suffix(".part"), index=False, float_format="%.6g")
