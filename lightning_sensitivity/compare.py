@@ -2,31 +2,27 @@
 
 import copy
 import gc
-import inspect
 import math
-import os
-import pickle
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from lightning_sensitivity.comparison import Comparison
 from lightning_sensitivity.functional.scores import Samples, score_models, score_samples
 from lightning_sensitivity.functional.sensitivity import diagnostics, sensitivity_from_rows
 from lightning_sensitivity.functional.tasks import (
-    NO_CLASSES,
     TASKS,
-    are_classes,
     are_probabilities,
+    check_classes,
     check_task,
     warn,
     wide_dtype,
@@ -35,18 +31,14 @@ from lightning_sensitivity.model import Forward, GaussianNoise, Inputs, Noise, S
 from lightning_sensitivity.model.arguments import check_argument, check_int, check_selector, is_floating, tensors_in
 from lightning_sensitivity.model.noise import check_noise, noisy_outputs
 
-Model = nn.Module | str | os.PathLike[str] | Callable[[], nn.Module]
-
 
 def compare_models(
-    models: Mapping[str, Model],
+    models: Mapping[str, nn.Module | Callable[[], nn.Module]],
     dataloader: Any,
     noise: Noise = 0.1,
     at: str | None = None,
     num_draws: int = 1,
     seed: int = 0,
-    model_class: type[LightningModule] | None = None,
-    weights_only: bool = True,
     task: str | None = "multiclass",
     inputs: Inputs = None,
     outputs: Selector = None,
@@ -62,27 +54,24 @@ def compare_models(
     fails becomes a row that says why.
 
     Args:
-        models: Names, and for each of them a module (which is copied, and not touched), the path of a Lightning
-            checkpoint, or a function that makes the module. Of paths and functions, one model at a time is in memory.
-        dataloader: A loader that gives the same samples in the same order whenever it is iterated, with or without
-            labels, or a LightningDataModule with one such validation loader.
+        models: Names, and for each of them a module (which is copied, and not touched) or a function that makes one,
+            such as ``lambda: Classifier.load_from_checkpoint(path)``. Of functions, one model at a time is in memory.
+        dataloader: A loader that gives the same samples whenever it is iterated, with or without labels, or a
+            LightningDataModule with one such validation loader. Every pass starts with the same random state.
         noise: σ of Gaussian noise in the units that the models receive, one number or one per channel, or a function
             ``(x, generator) -> x'``, for which there is no loss estimate.
         at: Name of a submodule, which all models have, whose output is perturbed instead of the input.
         num_draws: Noise draws per sample, with one forward pass each.
         seed: Seed of the noise.
-        model_class: The class of the modules in checkpoints. Those of a LightningCLI with several classes know it.
-        weights_only: Load checkpoints of tensors and plain values alone. Others may run code: load only your own with
-            False.
         task: What the outputs are for: ``"multiclass"``, ``"binary"``, ``"multilabel"``; None for sensitivity alone.
         inputs: How models are called; see :class:`~lightning_sensitivity.SensitivityMonitor`.
         outputs: Which outputs to compare; see there.
         targets: Where the labels are in a batch. By default where they would be in a training batch; if there is
-            nothing, or what does not fit the task, there are no labels. A function may return None for that.
+            nothing, or what does not fit the task, there are no labels.
         device: Where the models run; by default the accelerator, if there is one.
 
     Returns:
-        The comparison: print it, ``plot()`` it, write it with ``to_csv(path)``, or look into it.
+        The comparison: print it, or look into it.
 
     Raises:
         MisconfigurationException: If an argument is not one of the above.
@@ -101,7 +90,9 @@ def compare_models(
     """
     noise_function = check_noise(noise)
     valid = isinstance(models, Mapping) and len(models) > 0 and all(isinstance(name, str) for name in models)
-    check_argument("models", models, valid, "a dict of names and models, with one model or more")
+    valid = valid and all(map(callable, models.values()))
+    expected = "a dict of names and models, or functions such as `lambda: Classifier.load_from_checkpoint(path)`"
+    check_argument("models", models, valid, expected)
     check_argument("at", at, at is None or isinstance(at, str), "a submodule's name or None")
     check_argument("task", task, task in (*TASKS, None), f"one of {', '.join(map(repr, TASKS))} or None")
     check_int("num_draws", num_draws, 1)
@@ -115,18 +106,30 @@ def compare_models(
         dataloader = dataloader.val_dataloader()
     if device is None:
         device = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None
-    run = _Pass(dataloader, noise_function, at, num_draws, seed, task, inputs, outputs, targets, device or "cpu")
-    samples: dict[str, Samples] = {}
-    notes: dict[str, str] = {}
-    first_failure = ""
+
+    def score_batch(model: nn.Module, batch: Any, batch_idx: int) -> Samples:
+        forward = Forward(model, batch, inputs, outputs, at is None)
+        with isolated(model) as run:
+            clean: Tensor = run(forward)
+            if batch_idx == 0 and task == "multiclass" and are_probabilities(clean):
+                raise ValueError("Expected logits, but got probabilities.")
+            labels = None if task is None else _labels(model, batch, clean, targets, task, batch_idx)
+            noisy = noisy_outputs(run, forward, noise_function, (seed, 0, 0, batch_idx), num_draws, model, at)
+            scores = score_samples(clean, noisy, labels, task)
+        power = _power(forward, noise_function) if at is None else math.nan
+        powers = torch.full((len(clean),), power, dtype=torch.float64)
+        return scores | {"power": powers, "fingerprint": _fingerprints(forward, clean)}
+
+    samples, notes, first_failure = dict[str, Samples](), dict[str, str](), ""
+    rng_states = _collect_rng_states()
     for place, (name, model) in enumerate(models.items(), 1):
         rank_zero_info(f"Comparing models, {place} of {len(models)}: {name}")
         try:
             start, module = time.perf_counter(), nn.Module()
-            module, notes[name] = _built(model, model_class, weights_only)
-            scored = run(module) | {"seconds": torch.tensor(time.perf_counter() - start)}
+            module = copy.deepcopy(model) if isinstance(model, nn.Module) else model()
+            scored = _score_model(module, dataloader, torch.device(device or "cpu"), rng_states, score_batch)
             _check_samples(name, scored, samples)
-            samples[name] = scored
+            notes[name], samples[name] = "", scored | {"seconds": torch.tensor(time.perf_counter() - start)}
         except Exception as failure:
             first_failure = first_failure or traceback.format_exc()  # as text: it would keep the model in memory
             notes[name] = f"failed: {type(failure).__name__}: {failure}"
@@ -137,97 +140,59 @@ def compare_models(
     return Comparison(*score_models(samples, notes, task))
 
 
-class _Pass(NamedTuple):
-    """Run one model after another over all samples, and score every sample."""
-
-    dataloader: Any
-    noise: Callable[[Tensor, torch.Generator], Tensor]
-    at: str | None
-    num_draws: int
-    seed: int
-    task: str | None
-    inputs: Inputs
-    outputs: Selector
-    targets: Selector
-    device: torch.device | str
-
-    def __call__(self, model: nn.Module) -> Samples:
-        inner, batches = getattr(model, "_orig_mod", model), list[Samples]()
-        if isinstance(inner, LightningModule):
-            inner.configure_model()
-        model.to(self.device)
-        with torch.inference_mode():
-            for batch_idx, batch in enumerate(self.dataloader):
-                if isinstance(inner, LightningModule):  # its hooks may transform the batch
-                    batch = inner._apply_batch_transfer_handler(batch, torch.device(self.device))
-                else:
-                    batch = move_data_to_device(batch, self.device)
-                batches.append(self._score(model, inner, batch, batch_idx))
-        batches = [batch for batch in batches if len(batch["rows"])]
-        names = [name for name in batches[0] if all(name in batch for batch in batches)] if batches else []
-        count = sum(each.numel() for each in model.parameters() if not is_lazy(each))
-        joined = {name: torch.cat([batch[name].cpu() for batch in batches]) for name in names}
-        return joined | {"num_parameters": torch.tensor(count)}
-
-    def _score(self, model: nn.Module, inner: nn.Module, batch: Any, batch_idx: int) -> Samples:
-        forward = Forward(model, batch, self.inputs, self.outputs, self.at is None)
-        with isolated(model) as run:
-            clean: Tensor = run(forward)
-            if batch_idx == 0 and self.task == "multiclass" and are_probabilities(clean):
-                raise ValueError("Expected logits, but got probabilities.")
-            key = self.seed, 0, 0, batch_idx
-            noisy = noisy_outputs(run, forward, self.noise, key, self.num_draws, inner, self.at)
-            scores = score_samples(clean, noisy, self._labels(model, batch, clean, batch_idx), self.task)
-        power = torch.full((len(clean),), self._power(forward), dtype=torch.float64)
-        return scores | {"power": power, "fingerprint": _fingerprints(forward, clean)}
-
-    def _power(self, forward: Forward) -> float:
-        """Compute the mean square of a perturbed input over the noise's variance, the C of Equation 9."""
-        if not isinstance(self.noise, GaussianNoise) or self.at is not None:
-            return math.nan
-        tensors = [x for place in forward.perturbed for x in tensors_in(forward.argument(place)) if is_floating(x)]
-        squares = sum(float((x.double() / self.noise.std_for(x)).square().sum()) for x in tensors)
-        return squares / sum(x.numel() for x in tensors)
-
-    def _labels(self, model: nn.Module, batch: Any, clean: Tensor, batch_idx: int) -> Tensor | None:
-        """Give the labels of a batch, if it has any that fit."""
-        if self.task is None or (callable(self.targets) and self.targets(batch) is None):
-            return None
-        try:
-            targets = select_targets(model, batch, self.targets)
-            check_task(clean, targets, self.task)
-            is_index = self.task == "multiclass" and not targets.is_floating_point()
-            if is_index and batch_idx == 0 and self.targets is None and not are_classes(clean.shape[1], targets):
-                raise ValueError(NO_CLASSES)
-            return targets
-        except (MisconfigurationException, ValueError) as error:
-            if self.targets is not None:
-                raise
-            if isinstance(error, ValueError) and batch_idx == 0:
-                warn(f"`compare_models` finds no labels: {error}. Say where they are (`targets=`), what for (`task=`).")
-            return None
-
-
-def _built(model: Model, model_class: type[LightningModule] | None, weights_only: bool) -> tuple[nn.Module, str]:
-    """Build a module of our own, and say what is known of its training."""
-    if isinstance(model, nn.Module):
-        return copy.deepcopy(model), ""
-    if callable(model):
-        return model(), ""
-    path = os.fspath(model)
+def _score_model(
+    model: nn.Module,
+    dataloader: Any,
+    device: torch.device,
+    rng_states: dict[str, Any],
+    score_batch: Callable[[nn.Module, Any, int], Samples],
+) -> Samples:
+    """Score all samples, batch by batch, from the same random state on, and leave the present one."""
+    inner, batches = getattr(model, "_orig_mod", model), list[Samples]()
+    if isinstance(inner, LightningModule):
+        inner.configure_model()
+    model.to(device)
+    present = _collect_rng_states()
     try:
-        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path!r} may run code: say `weights_only=False` if you trust it.") from error
-    if not isinstance(checkpoint, Mapping) or "pytorch-lightning_version" not in checkpoint:
-        raise ValueError(f"Expected a checkpoint of Lightning, but got {path!r}. Give a function instead.")
-    if model_class is None and "_class_path" not in checkpoint.get("hyper_parameters", {}):
-        raise MisconfigurationException("`model_class` should be the class of the checkpoint, got None.")
-    load = (model_class or LightningModule).load_from_checkpoint
-    # Older versions have no such argument, and load what the checkpoint has, which was seen to be safe.
-    kwargs: dict[str, Any] = {"map_location": "cpu", "weights_only": weights_only}
-    module = load(path, **{name: kwargs[name] for name in kwargs if name in inspect.signature(load).parameters})
-    return module, "untrained (step 0)" if checkpoint.get("global_step") == 0 else ""
+        _set_rng_states(rng_states)
+        with torch.inference_mode():
+            for batch_idx, batch in enumerate(dataloader):
+                if isinstance(inner, LightningModule):  # its hooks may transform the batch
+                    batch = inner._apply_batch_transfer_handler(batch, device)
+                else:
+                    batch = move_data_to_device(batch, device)
+                batches.append(score_batch(model, batch, batch_idx))
+    finally:
+        _set_rng_states(present)
+    batches = [batch for batch in batches if len(batch["rows"])]
+    names = [name for name in batches[0] if all(name in batch for batch in batches)] if batches else []
+    joined = {name: torch.cat([batch[name].cpu() for batch in batches]) for name in names}
+    return joined | {"num_parameters": torch.tensor(sum(map(torch.numel, model.parameters())))}
+
+
+def _labels(model: nn.Module, batch: Any, clean: Tensor, targets: Selector, task: str, batch_idx: int) -> Tensor | None:
+    """Give the labels of a batch, if it has any that fit."""
+    try:
+        labels = select_targets(model, batch, targets)
+        check_task(clean, labels, task)
+        if task == "multiclass" and batch_idx == 0 and targets is None:
+            check_classes(clean.shape[1], labels)
+        return labels
+    except (MisconfigurationException, ValueError) as error:
+        if targets is not None:
+            raise
+        if isinstance(error, ValueError) and batch_idx == 0:
+            warn(f"`compare_models` finds no labels: {error}. Say where they are (`targets=`), what for (`task=`).")
+        return None
+
+
+def _power(forward: Forward, noise: Any) -> float:
+    """Compute the mean square of a perturbed input over the noise's variance, the C of Equation 9."""
+    if not isinstance(noise, GaussianNoise):
+        return math.nan
+    tensors = [x for place in forward.perturbed for x in tensors_in(forward.argument(place)) if is_floating(x)]
+    squares = sum(float((x.double() / noise.std_for(x)).square().sum()) for x in tensors)
+    return squares / sum(x.numel() for x in tensors)
 
 
 def _fingerprints(forward: Forward, clean: Tensor) -> Tensor:

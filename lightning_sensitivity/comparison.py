@@ -1,13 +1,10 @@
 """What a comparison of models gives: scores, a table, ties, and rank correlations with the truth."""
 
-import csv
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from itertools import combinations
 from textwrap import fill
-from typing import NamedTuple
 
 import torch
 from torchmetrics.functional import kendall_rank_corrcoef
@@ -20,19 +17,12 @@ _Z = 1.96  # of a 95 % interval
 _WIDTH = 100  # of notes in the printed table
 
 
-class KendallTau(NamedTuple):
-    """Kendall's τ-b between a score and the truth, over models, and its p-value if they had nothing in common."""
-
-    tau: float
-    p_value: float
-
-
 class Comparison:
     """Show what :func:`~lightning_sensitivity.compare_models` gives.
 
     Iterating gives :class:`ModelScores`, sorted by ``consensus_error`` where there are three models or more, else by
     sensitivity, with those that failed last; an index or a name in brackets gives those of one. ``print`` shows the
-    main columns; :meth:`rows` and :meth:`to_csv` have all.
+    main columns; :meth:`rows` has all.
 
     Args:
         models: One row per model, in any order.
@@ -75,19 +65,6 @@ class Comparison:
         """Give the table, one dict per model, for :class:`pandas.DataFrame` and its like."""
         return [asdict(model) for model in self]
 
-    def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write the table, with all digits; numbers that have no meaning stay empty.
-
-        Args:
-            path: Where to; folders on the way are made.
-        """
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [field.name for field in fields(ModelScores)])
-            writer.writeheader()
-            for row in self.rows():
-                writer.writerow({key: "" if value != value else value for key, value in row.items()})
-
     def difference(self, first: str, second: str, score: str = "sensitivity") -> tuple[float, float]:
         """Compute how much higher one model scores than another, and the standard error of that.
 
@@ -127,7 +104,7 @@ class Comparison:
                 tied[second].append(first)
         return tied
 
-    def kendall(self, truth: str = "loss") -> dict[str, KendallTau]:
+    def kendall(self, truth: str = "loss") -> dict[str, float]:
         """Compute how well each score orders the models, where labels say what the order is.
 
         Args:
@@ -142,14 +119,17 @@ class Comparison:
         """
         if truth not in ("loss", "error"):
             raise ValueError(f"Expected `truth` to be 'loss' or 'error', but got {truth!r}.")
-        models, taus = [model for model in self if math.isfinite(getattr(model, truth))], {}
-        true = torch.tensor([getattr(model, truth) for model in models], dtype=torch.float64)
-        for name in ("sensitivity", "loss_estimate", "consensus_error", "consensus_loss", "num_parameters"):
-            values = torch.tensor([getattr(model, name) for model in models], dtype=torch.float64)
-            if len(models) >= _MIN_RANKED and values.isfinite().all() and values.std() > 0 and true.std() > 0:
-                tau, p_value = kendall_rank_corrcoef(values, true, variant="b", t_test=True)
-                taus[name] = KendallTau(float(tau), float(p_value))
-        return taus
+        models = [model for model in self if math.isfinite(getattr(model, truth))]
+        if len(models) < _MIN_RANKED:
+            return {}
+        columns = {
+            name: torch.tensor([getattr(model, name) for model in models], dtype=torch.float64)
+            for name in (truth, "sensitivity", "loss_estimate", "consensus_error", "consensus_loss", "num_parameters")
+        }
+        ranks = {name: x for name, x in columns.items() if x.isfinite().all() and x.std() > 0}
+        if (true := ranks.pop(truth, None)) is None:
+            return {}
+        return {name: float(torch.as_tensor(kendall_rank_corrcoef(x, true, variant="b"))) for name, x in ranks.items()}
 
     def __str__(self) -> str:
         """Print the main columns; under them the notes, and how well each score orders the models, if labels say so."""
@@ -169,14 +149,10 @@ class Comparison:
         lines = [*_aligned({title: cells for title, cells in columns.items() if any(cells)}), "", f"Sorted by {order}."]
         if notes := [fill(f"* {model.name}: {model.note}", _WIDTH) for model in self if model.note]:
             lines += ["", *notes]
-        taus = {truth: self.kendall(truth) for truth in ("loss", "error")}
-        if taus["loss"]:
-            columns = {"Kendall's τ with": list(taus["loss"])}
-            for truth, of in taus.items():
-                columns[truth] = [
-                    f"{of[s].tau:+.2f} (p = {of[s].p_value:.2g})" if s in of else "" for s in taus["loss"]
-                ]
-            lines += ["", *_aligned(columns)]
+        for truth in ("loss", "error"):
+            if taus := self.kendall(truth):
+                told = ", ".join(f"{name} {tau:+.2f}" for name, tau in taus.items())
+                lines += ["", fill(f"Kendall's τ with the {truth}: {told}", _WIDTH)]
         return "\n".join(lines)
 
     __repr__ = __str__  # a table is what a notebook is to show
@@ -187,7 +163,7 @@ def _aligned(columns: Mapping[str, Sequence[str]]) -> list[str]:
     padded = []
     for title, cells in columns.items():
         width = max(map(len, [title, *cells]))
-        to_left = title in ("model", "ties with", "Kendall's τ with")
+        to_left = title in ("model", "ties with")
         padded.append([cell.ljust(width) if to_left else cell.rjust(width) for cell in (title, *cells)])
     return [" ".join(line).rstrip() for line in zip(*padded, strict=True)]
 

@@ -93,8 +93,8 @@ class OutputSensitivity(Metric):
         """Compute the sensitivity of all samples so far, over all processes."""
         self._all_rows = dim_zero_cat(self.rows)
         self._estimate = S.sensitivity_from_rows(self._all_rows)
-        for kind, message in S.diagnostics(self._estimate, self.per_output).items():
-            self._warn(kind, message)
+        for message in S.diagnostics(self._estimate, self.per_output).values():
+            self._warn(message)
         return self._estimate.mean_square if self.per_output else self._estimate.sensitivity
 
     @property
@@ -160,7 +160,7 @@ class OutputSensitivity(Metric):
         """
         return self._plot(val, ax)
 
-    def _warn(self, kind: str, message: str) -> None:
+    def _warn(self, message: str) -> None:
         rank_zero_only(warn)(message)
 
 

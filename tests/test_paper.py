@@ -5,6 +5,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -30,9 +31,10 @@ def test_networks_are_measured_as_the_package_does(paper: dict[str, ModuleType],
     args = Namespace(data=None, out=tmp_path, max_epochs=120, processes=1)
     table = peers.add_consensus(measure.measure(specs, "digits", args), specs, args).set_index("network")
     models = {spec.name: zoo.checkpoints(spec, "digits", tmp_path).trained for spec in specs}
-    for spec in specs[:2]:
+    for spec in specs[:1]:  # those of N(0, 1) are sure of themselves, and would vote
         models[f"{spec.name}-untrained"] = zoo.checkpoints(spec, "digits", tmp_path).untrained
-    result = compare_models(models, zoo.Images("digits"), model_class=zoo.Network)
+    models = {name: partial(zoo.Network.load_from_checkpoint, path) for name, path in models.items()}
+    result = compare_models(models, zoo.Images("digits"))
     for spec in specs:
         row, scores = table.loc[spec.name], result[spec.name]
         assert not row["converged"]
@@ -40,7 +42,7 @@ def test_networks_are_measured_as_the_package_does(paper: dict[str, ModuleType],
         assert scores.error == pytest.approx(row["error"], abs=1e-6)
         assert scores.consensus_error == pytest.approx(row["consensus_error"], rel=1e-5)
         assert scores.sensitivity == pytest.approx(row["sensitivity"], abs=5 * scores.sensitivity_stderr)
-    assert result["fc1x16-s0-untrained"].note == "untrained (step 0)"
+    assert result["fc1x16-s0-untrained"].note.startswith("undecided")
 
 
 def test_the_decomposition_adds_up(paper: dict[str, ModuleType]) -> None:

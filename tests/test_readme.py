@@ -24,7 +24,7 @@ def test_the_code_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.Monkey
     for block in blocks:
         exec(block, names)
     assert any(name.endswith("risk_estimate") for name in names["trainer"].callback_metrics)
-    assert Path(names["checkpoint"].best_model_path).is_file() and (tmp_path / "comparison.csv").exists()
+    assert Path(names["checkpoint"].best_model_path).is_file()
     assert isinstance(names["metric"].compute(), torch.Tensor)
 
 

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from sklearn.datasets import load_digits
@@ -95,9 +96,10 @@ for name in NETWORKS:
     trainer.save_checkpoint(checkpoints[name])
 
 # %%
-result = compare_models(checkpoints, DataLoader(val, batch_size=500), model_class=Classifier)
+models = {name: partial(Classifier.load_from_checkpoint, path) for name, path in checkpoints.items()}
+result = compare_models(models, DataLoader(val, batch_size=500))
 print(result)
-result.to_csv(args.out / "comparison.csv")
+pd.DataFrame(result.rows()).to_csv(args.out / "comparison.csv", index=False)
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained")

@@ -18,6 +18,7 @@ import csv
 import logging
 import warnings
 import zlib
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -169,7 +170,12 @@ def measured(data: str, args: argparse.Namespace) -> tuple[list[dict[str, str]],
     files = {name: trained(name, train, folder / f"{name}.ckpt", args.quick) for name in names}
     if not (table := folder / "comparison.csv").exists():
         pool = DataLoader(TensorDataset(test.tensors[0][:size]), batch_size=500)  # without labels
-        compare_models(files, pool, model_class=Network).to_csv(table)
+        models = {name: partial(Network.load_from_checkpoint, file) for name, file in files.items()}
+        rows = compare_models(models, pool).rows()
+        with table.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
     if not (grades := folder / "grades.npy").exists():
         np.save(grades, np.stack([graded(file, test) for file in files.values()]))
     with table.open() as file:

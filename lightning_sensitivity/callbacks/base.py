@@ -13,10 +13,9 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.parameter import is_lazy
 
 from lightning_sensitivity.callbacks import utilities
-from lightning_sensitivity.callbacks.checks import CallWatch, check_run, is_sharded, model_call
+from lightning_sensitivity.callbacks.checks import CallWatch, check_run
 from lightning_sensitivity.model import Forward, Inputs, Selector, isolated
 from lightning_sensitivity.model.arguments import check_argument, check_int, check_selector
 from lightning_sensitivity.model.isolation import written_parameters
@@ -27,33 +26,27 @@ Run = Callable[..., Any]  # runs a function that runs the model, and leaves no t
 class Monitor(Callback):
     """Measure validation batches and log the values, and never end a run.
 
-    Args:
-        arguments: Those of the monitor, which become attributes of their names.
+    The arguments are those of the monitors.
     """
 
-    num_samples: int | None
-    num_draws = 1
-    seed: int
-    prefix: str
-    inputs: Inputs
-    outputs: Selector
-    every_n_epochs: int
-    perturbs_inputs = False
     names: tuple[str, ...]  # of what is logged, behind the prefix
-    on_prog_bar: str | None = None  # one of them
-    _last_epoch: int
-    _num_batches: list[int | float]  # of each loader of the validation that runs
+    num_draws = 1
+    prog_bar = False
+    perturbs_inputs = False
+    _has_trained: bool
 
-    def __init__(self, **arguments: Any) -> None:
-        self.__dict__.update(arguments)
-        if self.num_samples is not None:
-            check_int("num_samples", self.num_samples, 1)
-        check_int("num_draws", self.num_draws, 1)
-        check_int("seed", self.seed, -math.inf)
-        check_int("every_n_epochs", self.every_n_epochs, 1)
-        check_argument("prefix", self.prefix, isinstance(self.prefix, str), "a str")
-        check_selector("inputs", self.inputs, may_be_list=True)
-        check_selector("outputs", self.outputs)
+    def __init__(
+        self, num_samples: int | None, seed: int, prefix: str, inputs: Inputs, outputs: Selector, every_n_epochs: int
+    ) -> None:
+        if num_samples is not None:
+            check_int("num_samples", num_samples, 1)
+        check_int("seed", seed, -math.inf)
+        check_int("every_n_epochs", every_n_epochs, 1)
+        check_argument("prefix", prefix, isinstance(prefix, str), "a str")
+        check_selector("inputs", inputs, may_be_list=True)
+        check_selector("outputs", outputs)
+        self.num_samples, self.seed, self.prefix = num_samples, seed, prefix
+        self.inputs, self.outputs, self.every_n_epochs = inputs, outputs, every_n_epochs
         self._watch: CallWatch | None = None
         self._begin_run()
         self._begin_validation()
@@ -111,16 +104,14 @@ class Monitor(Callback):
         """Before the first step, look at what the model does, if no sanity check has; from then on, only warn."""
         if self._has_trained:
             return
-        self._has_trained: bool = True
+        self._has_trained = True
         outputs, written = None, list[str]()
-        # A lazy module's first pass is the training's.
-        is_unseen = self.failures.is_strict and trainer.global_step == 0 and not self._batch_sizes
         with suppress(Exception):  # a batch of another form than those of validation has nothing to say
-            forward = self.forward(trainer, pl_module, batch)
+            forward = self.forward(pl_module, batch)
             self._watch = CallWatch(pl_module, forward, compares_values=False)
-            if is_unseen and not any(map(is_lazy, pl_module.parameters())):
+            if self.failures.is_strict and trainer.global_step == 0 and not self._batch_sizes:
                 with self.isolated(trainer, pl_module) as run:
-                    outputs, written = self._first_pass(trainer, pl_module, run, forward)
+                    outputs, written = written_parameters(pl_module, partial(run, forward))
         if outputs is not None:
             self._check(outputs, written)
         self.failures.is_strict = False
@@ -132,7 +123,7 @@ class Monitor(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin with nothing, and with the buffers that the first step of DDP would broadcast."""
         self._begin_validation()
-        self._num_batches = utilities.num_batches(trainer)
+        self._num_batches: list[int | float] = utilities.num_batches(trainer)  # of each loader
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self.failures.is_strict = False  # also in a fit that goes on with a validation
         model: Any = trainer.strategy.model
@@ -154,9 +145,9 @@ class Monitor(Callback):
             return
         with self.failures.warn_on_failure(f"could not measure a batch of dataloader {dataloader_idx}"):
             with self.isolated(trainer, pl_module) as run:
-                forward = self.forward(trainer, pl_module, batch)
+                forward = self.forward(pl_module, batch)
                 if dataloader_idx not in self._batch_sizes:
-                    outputs, written = self._first_pass(trainer, pl_module, run, forward)
+                    outputs, written = written_parameters(pl_module, partial(run, forward))
                     self._check(outputs, written)
                     self._batch_sizes[dataloader_idx] = max(1, len(outputs))
                     del outputs  # a batch of them may be large
@@ -211,10 +202,9 @@ class Monitor(Callback):
         with isolated(pl_module) as run, trainer.precision_plugin.val_step_context():
             yield run
 
-    def forward(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Forward:
+    def forward(self, pl_module: LightningModule, batch: Any) -> Forward:
         """Give what runs the model on a batch."""
-        call = model_call(trainer, pl_module)
-        return Forward(pl_module, batch, self.inputs, self.outputs, self.perturbs_inputs, call)
+        return Forward(pl_module, batch, self.inputs, self.outputs, self.perturbs_inputs)
 
     def num_chosen(self, trainer: Trainer, dataloader_idx: int) -> float:
         """Count the batches of a loader that are measured in this process; all, until the first one was."""
@@ -235,12 +225,6 @@ class Monitor(Callback):
     def _budget(self, trainer: Trainer) -> float:
         """Count the samples that this process should measure of a loader."""
         return math.inf if self.num_samples is None else self.num_samples / (trainer.world_size * self.num_draws)
-
-    def _first_pass(
-        self, trainer: Trainer, pl_module: LightningModule, run: Run, forward: Forward
-    ) -> tuple[Tensor, list[str]]:
-        """Run the model, and name the parameters that it writes; of sharded ones, which move, this can't be told."""
-        return (run(forward), []) if is_sharded(trainer) else written_parameters(pl_module, partial(run, forward))
 
     def _check(self, outputs: Tensor, written: list[str]) -> None:
         """Refuse a model of which values would be wrong, or which our passes would change."""
@@ -298,8 +282,9 @@ class Monitor(Callback):
             if key not in self._lazy_values:
                 self._lazy_values[key] = utilities.LazyValue(partial(self._values, trainer, dataloader_idx), name)
             # `metric_attribute` is checked only for Metrics that belong to the module; this one must not.
-            options |= {"prog_bar": name == self.on_prog_bar, "metric_attribute": name}
-            utilities.log(trainer.lightning_module, full_name, self._lazy_values[key], **options)
+            options |= {"prog_bar": self.prog_bar and name == self.names[0], "metric_attribute": name}
+            with self.failures.warn_on_failure(f"could not log {full_name!r}"):
+                utilities.log(trainer.lightning_module, full_name, self._lazy_values[key], **options)
 
 
 def _monitors(trainer: Trainer) -> list[Monitor]:

@@ -1,7 +1,6 @@
 """Checks before a value is believed: of the Trainer, and of what the user's own step gives the model."""
 
 import inspect
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -9,11 +8,14 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from lightning_sensitivity.callbacks.utilities import LIGHTNING_MODULES
 from lightning_sensitivity.model.arguments import clone_tensors
 from lightning_sensitivity.model.forward import Forward, forward_parameters
 from lightning_sensitivity.model.isolation import is_ours
+
+_SHARDED = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")
 
 
 def check_run(name: str, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -28,63 +30,26 @@ def check_run(name: str, trainer: Trainer, pl_module: LightningModule, stage: st
     Raises:
         MisconfigurationException: If not, with what to change.
     """
-    step = pl_module.test_step if stage == "test" else pl_module.validation_step
+    strategy = {base.__name__ for base in type(trainer.strategy).__mro__}  # `pytorch_lightning` has classes of its own
     sources = [pl_module, *([] if trainer.datamodule is None else [trainer.datamodule])]  # type: ignore[attr-defined]
-    mesh: Any = trainer.strategy.device_mesh if is_strategy(trainer, "ModelParallelStrategy") else None  # type: ignore[attr-defined]
     may_lack_batches = any(each.allow_zero_length_dataloader_with_multiple_devices for each in sources)
-    stub = "`def validation_step(self, batch, batch_idx): pass`"
-    is_fit, lacks_step = stage == "fit", not _is_overridden("validation_step", pl_module)
-    problems = [
+    step = inspect.signature(pl_module.test_step if stage == "test" else pl_module.validation_step)
+    lacks_step = stage == "fit" and not _is_overridden("validation_step", pl_module)
+    lacks_loop = stage == "fit" and not trainer.enable_validation
+    for is_met, problem in (
         (not _is_overridden("forward", pl_module), "needs a `forward` that returns the logits"),
-        (is_fit and lacks_step, f"needs a `validation_step`; without labels a stub is enough: {stub}"),
-        (
-            is_fit and not trainer.enable_validation,
-            "needs a validation loop: pass `val_dataloaders` to `Trainer.fit`, and leave `limit_val_batches` above 0",
-        ),
-        (
-            "dataloader_iter" in inspect.signature(step).parameters,
-            "should see each batch before the step, which takes `dataloader_iter`",
-        ),
-        (is_strategy(trainer, "DeepSpeedStrategy"), "does not support `DeepSpeedStrategy`; FSDP works"),
-        (
-            mesh is not None and mesh["tensor_parallel"].size() > 1,
-            "needs other samples in each process, as with `tensor_parallel_size=1`",
-        ),
+        (lacks_step, "needs a `validation_step`: `def validation_step(self, batch, batch_idx): pass` is enough"),
+        (lacks_loop, "needs a validation loop: pass `val_dataloaders`, and leave `limit_val_batches` above 0"),
+        ("dataloader_iter" in step.parameters, "should see each batch before the step, which takes `dataloader_iter`"),
+        (not strategy.isdisjoint(_SHARDED), "needs all weights in every process, as with DDP, but got them sharded"),
+        (any(map(is_lazy, pl_module.parameters())), "needs weights, but got lazy ones: run the model on a batch first"),
         (
             trainer.world_size > 1 and may_lack_batches,
             "needs a batch in every process, not `allow_zero_length_dataloader_with_multiple_devices=True`",
         ),
-    ]
-    for is_met, problem in problems:
+    ):
         if is_met:
             raise MisconfigurationException(f"`{name}` {problem}.")
-
-
-def is_strategy(trainer: Trainer, *names: str) -> bool:
-    """Tell whether the strategy is one of these, by name: those of ``pytorch_lightning`` are other classes."""
-    return not {base.__name__ for base in type(trainer.strategy).__mro__}.isdisjoint(names)
-
-
-def is_sharded(trainer: Trainer) -> bool:
-    """Tell whether no process has all parameters of the model."""
-    return is_strategy(trainer, "FSDPStrategy", "ModelParallelStrategy")
-
-
-def model_call(trainer: Trainer, pl_module: LightningModule) -> Callable[..., Any]:
-    """Give what runs the model: itself, or FSDP's wrapper around it, which alone has the parameters of its root."""
-    if not is_strategy(trainer, "FSDPStrategy"):
-        return pl_module
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        # `predict_step` is the one step that a strategy hands any arguments through to. The user's own may do anything,
-        # so that a plain call stands in for it.
-        pl_module.__dict__["predict_step"] = lambda *args, **kwargs: pl_module(*args, **kwargs)
-        try:
-            return trainer.strategy.predict_step(*args, **kwargs)
-        finally:
-            del pl_module.__dict__["predict_step"]
-
-    return call
 
 
 class CallWatch:

@@ -15,11 +15,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_sensitivity.callbacks.base import Monitor, Run
-from lightning_sensitivity.callbacks.checks import is_sharded
 from lightning_sensitivity.callbacks.samples import TrainingSamples
 from lightning_sensitivity.callbacks.utilities import watchers
 from lightning_sensitivity.functional.risk import RiskTerms
-from lightning_sensitivity.functional.tasks import TASKS, are_probabilities, num_outputs, warn
+from lightning_sensitivity.functional.tasks import TASKS, are_probabilities, check_classes, num_outputs, warn
 from lightning_sensitivity.metric import RiskEstimate
 from lightning_sensitivity.model import Forward, Inputs, Selector, noise_generator, select_targets, twins
 from lightning_sensitivity.model.arguments import check_argument, check_int, check_selector, clone_tensors
@@ -71,8 +70,6 @@ class RiskMonitor(Monitor):
     """
 
     names = tuple(f"risk_{name}" for name in RiskTerms._fields)
-    num_training_samples: int
-    initial_weights: Mapping[str, Tensor] | None
 
     def __init__(
         self,
@@ -96,16 +93,11 @@ class RiskMonitor(Monitor):
         expected = "a state dict, such as `torch.load(path)['state_dict']`, or None"
         check_argument("initial_weights", initial_weights, valid, expected)
         check_argument("prog_bar", prog_bar, isinstance(prog_bar, bool), "a bool")
-        self.task, self.targets, self.on_prog_bar = task, targets, "risk_estimate" if prog_bar else None
+        self.task, self.targets, self.num_training_samples = task, targets, num_training_samples
+        self.initial_weights, self.prog_bar = initial_weights, prog_bar
         self._initial = twins.InitialWeights(initial_weights)
         self._samples: TrainingSamples | None = None  # of a fit that has what the estimate needs
-        arguments: dict[str, Any] = {
-            "num_training_samples": num_training_samples,
-            "num_samples": num_samples,
-            "seed": seed,
-        }
-        arguments |= {"prefix": prefix, "inputs": inputs, "outputs": outputs, "initial_weights": initial_weights}
-        super().__init__(**arguments, every_n_epochs=every_n_epochs, prog_bar=prog_bar)
+        super().__init__(num_samples, seed, prefix, inputs, outputs, every_n_epochs)
 
     def charts(self) -> dict[str, str]:
         """Give titles of charts for TensorBoard's Custom Scalars, with a regular expression for the tags in each."""
@@ -141,6 +133,7 @@ class RiskMonitor(Monitor):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restore them, so that the estimate can go on where training resumes."""
+        self._initial.weights = None  # those of another run
         if checkpoint.get(self._key):
             self._initial.restore(checkpoint[self._key], checkpoint["state_dict"])
 
@@ -156,13 +149,14 @@ class RiskMonitor(Monitor):
         is_begin = self._num_epochs == 0
         self._num_epochs += is_begin or batch_idx == 0
         if is_begin:
-            self._begin_fit(trainer, pl_module, batch, batch_idx)
-        elif self._samples is not None:
-            with self.failures.warn_on_failure("leaves a training batch out"):
-                if self._num_epochs == 1 and self._samples.num_missing > 0:
-                    self._keep(trainer, pl_module, batch, batch_idx)
-                elif self._samples.is_stream:
-                    self._samples.count(len(select_targets(pl_module, batch, self.targets)), batch_idx)
+            self._begin_fit(trainer, pl_module, batch)
+        if self._samples is None:
+            return
+        with self.failures.warn_on_failure("leaves a training batch out"):
+            if not is_begin and self._num_epochs == 1 and self._samples.num_missing > 0:
+                self._keep(trainer, pl_module, batch)
+            if self._samples.is_stream:
+                self._samples.count(len(select_targets(pl_module, batch, self.targets)), batch_idx)
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -173,8 +167,6 @@ class RiskMonitor(Monitor):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Free the samples. The weights stay, for a second fit that goes on with those of this one."""
         super().teardown(trainer, pl_module, stage)
-        if self._samples is not None or self._initial.are_restored:
-            self._initial.end(pl_module)
         self._samples = None
 
     def reset(self) -> None:
@@ -209,9 +201,6 @@ class RiskMonitor(Monitor):
             with twins.twin(pl_module, self._weights, generator, _STRENGTH, self._twin_weights):
                 twin_outputs = run(as_trained)
             metric.update(outputs, twin_outputs, compared, 1 / num_twins)
-            if outputs.numel():  # in all processes, and without waiting for the device
-                is_same = (twin_outputs[:16] == (outputs if compared is None else compared)[:16]).all()
-                metric.holdout_sums = metric.holdout_sums.masked_fill(is_same, math.nan)
             del twin_outputs  # before the next ones come
         return len(outputs)
 
@@ -228,7 +217,7 @@ class RiskMonitor(Monitor):
         if holdout[-1] + training[-1] > 0:
             first, second = (math.ceil(float(each[-1]) - 1e-6) for each in (holdout, training))  # twins add parts
             messages["non-finite"] = f"{first} validation and {second} training samples gave nan or inf: left out."
-        if holdout[0].isnan():
+        if holdout[-2] > holdout[0] / 2:
             reason = "Twins give the outputs of the model: it has learned nothing, or keeps weights that it computes."
             return {}, messages | {"no variance": reason}
         if not all(bool(term.isfinite()) for term in terms):
@@ -249,16 +238,14 @@ class RiskMonitor(Monitor):
             self._metrics[dataloader_idx] = metric
         return self._metrics[dataloader_idx]
 
-    def _begin_fit(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def _begin_fit(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         """Find the weights from before training, and keep the first training batch, which tells the task."""
         problem: Exception | None = None
         try:
-            if is_sharded(trainer):
-                raise MisconfigurationException("it needs all weights in every process, which the strategy shards")
             self._initial.begin(pl_module, trainer.global_step)
             num_samples = math.ceil(self.num_training_samples / trainer.world_size)
             self._samples = TrainingSamples(self.task, num_samples, trainer)
-            self._keep(trainer, pl_module, batch, batch_idx)
+            self._keep(trainer, pl_module, batch)
         except Exception as error:
             problem = error
         # All processes must log the same names.
@@ -268,24 +255,21 @@ class RiskMonitor(Monitor):
             problem = ValueError("training batches of another process fit no task or another, as it warns")
         if problem is None and self._samples is not None:
             n = "a stream of" if self._samples.is_stream else self._samples.num_in_epoch
-            rank_zero_info(
-                f"`RiskMonitor` ({self.prefix}*): {n} training samples, task {self._samples.task!r}; weights from"
-                f" before training: {self._initial.source}."
-            )
+            told = f"{n} training samples, task {self._samples.task!r}; weights from before training"
+            rank_zero_info(f"`RiskMonitor` ({self.prefix}*): {told}: {self._initial.source}.")
             return
         self._samples, message = None, f"can give no estimate: {str(problem).rstrip('.')}."
         if self._is_required and self.failures.is_strict:
             raise MisconfigurationException(f"`RiskMonitor` {message}") from problem
         self.failures.warn("no estimate", message, in_any_process=codes[0] != -1)
 
-    def _keep(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def _keep(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         assert self._samples is not None
         kept = clone_tensors(batch)
         with self.isolated(trainer, pl_module) as run:
-            outputs = run(self.forward(trainer, pl_module, batch))
+            outputs = run(self.forward(pl_module, batch))
         targets = select_targets(pl_module, batch, self.targets)
         self._samples.keep(outputs, kept, targets)
-        self._samples.count(len(targets), batch_idx)
 
     def _score_training_samples(self, trainer: Trainer, run: Run) -> None:
         """Score the kept samples with the weights of this validation."""
@@ -296,11 +280,13 @@ class RiskMonitor(Monitor):
         if new := twins.unknown_parameters(pl_module, self._initial.weights):
             reason = "the weights from before training hold none of this name and shape"
             self.failures.warn("new", f"counts {', '.join(new[:3])} as learned as a whole: {reason}.")
-        self._samples.check_classes()
+        if self.task == "auto" and self._samples.task == "multiclass":
+            targets = torch.cat([targets.flatten() for _, targets in self._samples.batches])
+            check_classes(self._samples.num_outputs or 1, targets)
         self._training = RiskEstimate(self._samples.task).to(pl_module.device)
         for batch, targets in self._samples.batches:
             with self.failures.warn_on_failure("leaves out kept training samples, which the model does not take"):
-                forward = self.forward(trainer, pl_module, move_data_to_device(batch, pl_module.device))
+                forward = self.forward(pl_module, move_data_to_device(batch, pl_module.device))
                 self._samples.num_outputs = _score(run(forward), targets, self._training)
 
 

@@ -9,14 +9,7 @@ from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from lightning_sensitivity.functional.tasks import (
-    NO_CLASSES,
-    are_classes,
-    are_probabilities,
-    check_task,
-    infer_task,
-    num_outputs,
-)
+from lightning_sensitivity.functional.tasks import check_task, infer_task, num_outputs
 
 
 class TrainingSamples:
@@ -35,17 +28,22 @@ class TrainingSamples:
         batches: The kept batches, and their labels.
         num_missing: How many samples are still to be kept; 0 or less if there are enough.
         num_outputs: K, as of the last pass.
-        num_in_epoch: n, how many samples an epoch has over all processes, as the loaders tell; of a stream, how many
-            were seen so far.
-        is_stream: Whether the loaders don't tell.
+        num_in_epoch: n, how many samples an epoch has over all processes.
+        is_stream: Whether the loader does not tell n, or there are several: then the samples are counted as they come.
     """
 
     def __init__(self, task: str, num_samples: int, trainer: Trainer) -> None:
-        self.task, self.num_missing, self._trainer, self._is_auto = task, num_samples, trainer, task == "auto"
+        self.task, self.num_missing, self._world_size = task, num_samples, trainer.world_size
         self.batches: list[tuple[Any, Tensor]] = []
         self.num_outputs: int | None = None
         self.num_in_epoch = self._num_seen = 0
-        self.is_stream = math.isinf(trainer.num_training_batches)
+        loader, *others = trainer.fit_loop._combined_loader.flattened  # type: ignore[union-attr]
+        batch_size, size = getattr(loader, "batch_size", None), sized_len(getattr(loader, "sampler", None))
+        if batch_size and size and not others:
+            # A sampler may draw with replacement, and training may be limited to some batches.
+            sizes = size * trainer.world_size, sized_len(loader.dataset) or math.inf
+            self.num_in_epoch = min(*sizes, int(trainer.num_training_batches) * batch_size * trainer.world_size)
+        self.is_stream = not self.num_in_epoch
 
     def keep(self, outputs: Tensor, batch: Any, targets: Tensor) -> None:
         """Keep a batch. The first one tells the task.
@@ -65,41 +63,16 @@ class TrainingSamples:
             )
         task = infer_task(outputs, targets) if self.task == "auto" else self.task
         check_task(outputs, targets, task)
-        if task == "multiclass" and are_probabilities(outputs):
-            raise ValueError("Outputs are probabilities. Return or choose (`outputs=`) the logits")
         self.task = task
         self.batches.append((move_data_to_device(batch, torch.device("cpu")), targets.to("cpu", copy=True)))
         self.num_missing, self.num_outputs = self.num_missing - len(outputs), num_outputs(outputs)
 
-    def check_classes(self) -> None:
-        """Require that all kept labels name outputs as classes would, where the task was inferred.
-
-        Raises:
-            ValueError: If they name the first few alone.
-        """
-        targets = torch.cat([targets.flatten() for _, targets in self.batches])
-        if self._is_auto and self.task == "multiclass" and not are_classes(self.num_outputs or 0, targets):
-            raise ValueError(NO_CLASSES)
-
     def count(self, num_samples: int, batch_idx: int) -> None:
-        """Count the samples of an epoch, by its first batch, or of a stream by all of them.
+        """Count the samples of a batch of a stream.
 
         Args:
-            num_samples: How many a batch has.
+            num_samples: How many it has in this process.
             batch_idx: Its index in the epoch.
         """
-        trainer = self._trainer
-        if self.is_stream:
-            self._num_seen = num_samples + self._num_seen * (batch_idx > 0)
-            self.num_in_epoch = max(self.num_in_epoch, self._num_seen * trainer.world_size)
-        elif not self.num_in_epoch:
-            combined = trainer.fit_loop._combined_loader
-            loaders, share = getattr(combined, "flattened", []), 1.0
-            if getattr(combined, "_mode", "sequential") != "sequential":  # of each batch, the model may get a part
-                share = num_samples / max(1, sum(getattr(loader, "batch_size", None) or 0 for loader in loaders))
-            self.num_in_epoch = int(trainer.num_training_batches) * num_samples * trainer.world_size
-            for name, times in (("dataset", 1), ("sampler", trainer.world_size)):
-                sizes = [sized_len(getattr(loader, name, None)) for loader in loaders]
-                if sizes and None not in sizes:
-                    size = math.ceil(min(1.0, share) * times * sum(size or 0 for size in sizes))
-                    self.num_in_epoch = min(self.num_in_epoch, size)
+        self._num_seen = num_samples + self._num_seen * (batch_idx > 0)
+        self.num_in_epoch = max(self.num_in_epoch, self._num_seen * self._world_size)

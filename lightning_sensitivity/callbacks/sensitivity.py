@@ -1,17 +1,17 @@
 """The callback that logs output sensitivity: what to watch."""
 
 import re
-from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_sensitivity.callbacks.base import Monitor, Run
+from lightning_sensitivity.functional.sensitivity import diagnostics
 from lightning_sensitivity.functional.tasks import are_log_probabilities, are_probabilities, warn
 from lightning_sensitivity.metric import OutputSensitivity
 from lightning_sensitivity.model import Forward, Inputs, Noise, Selector
-from lightning_sensitivity.model.arguments import check_argument
+from lightning_sensitivity.model.arguments import check_argument, check_int
 from lightning_sensitivity.model.noise import check_noise, noisy_outputs, submodule
 
 
@@ -55,8 +55,6 @@ class SensitivityMonitor(Monitor):
     """
 
     names = ("sensitivity", "sensitivity_stderr")
-    at: str | None
-    per_output: bool
 
     def __init__(
         self,
@@ -73,16 +71,10 @@ class SensitivityMonitor(Monitor):
     ) -> None:
         check_argument("at", at, at is None or (isinstance(at, str) and at != ""), "a submodule's name or None")
         check_argument("per_output", per_output, isinstance(per_output, bool), "a bool")
+        check_int("num_draws", num_draws, 1)
+        self.noise, self.at, self.num_draws, self.per_output = noise, at, num_draws, per_output
         self._noise, self.perturbs_inputs = check_noise(noise), at is None
-        arguments: dict[str, Any] = {
-            "noise": noise,
-            "at": at,
-            "num_draws": num_draws,
-            "num_samples": num_samples,
-            "seed": seed,
-        }
-        arguments |= {"prefix": prefix, "inputs": inputs, "outputs": outputs, "per_output": per_output}
-        super().__init__(**arguments, every_n_epochs=every_n_epochs)
+        super().__init__(num_samples, seed, prefix, inputs, outputs, every_n_epochs)
 
     @property
     def metrics(self) -> dict[int, OutputSensitivity]:
@@ -123,8 +115,9 @@ class SensitivityMonitor(Monitor):
     def measure(self, trainer: Trainer, run: Run, forward: Forward, batch_idx: int, dataloader_idx: int) -> int:
         """Run the model on a batch, clean and perturbed."""
         pl_module, clean = trainer.lightning_module, run(forward)
-        if batch_idx == 0 and not self.per_output and not trainer.sanity_checking and _are_within(clean):
-            self.failures.warn("probabilities", _PROBABILITIES)
+        is_looked_at = batch_idx == 0 and not self.per_output and not trainer.sanity_checking
+        if is_looked_at and clean.numel() and bool(((clean >= 0) & (clean <= 1)).all()):
+            self.failures.warn("probabilities", "finds all outputs in [0, 1]. If these are no logits, choose those.")
         key = self.seed, trainer.global_rank, dataloader_idx, batch_idx
         noisy = noisy_outputs(run, forward, self._noise, key, self.num_draws, pl_module, self.at)
         self._metric(trainer, dataloader_idx).update(clean, noisy)
@@ -133,12 +126,11 @@ class SensitivityMonitor(Monitor):
     def compute(self, trainer: Trainer, dataloader_idx: int) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Compute the values of a loader, and what to warn of."""
         metric = self._metric(trainer, dataloader_idx)
-        sensitivity, stderr = metric.compute(), metric.stderr
-        if metric.num_changes < 2:
-            return {}, metric.messages or {
-                "no value": "A variance needs two output changes or more; there is no value."
-            }
-        return {"sensitivity": sensitivity, "sensitivity_stderr": stderr}, metric.messages
+        value, estimate = metric.compute(), metric.estimate
+        messages = diagnostics(estimate, self.per_output)
+        if estimate.num_changes < 2:
+            return {}, messages or {"no value": "There is no value: a variance needs two output changes."}
+        return {"sensitivity": value, "sensitivity_stderr": metric.stderr}, messages
 
     def _metric(self, trainer: Trainer, dataloader_idx: int) -> "_LoaderSensitivity":
         if dataloader_idx not in self._metrics:
@@ -146,29 +138,10 @@ class SensitivityMonitor(Monitor):
         return self._metrics[dataloader_idx]
 
 
-_PROBABILITIES = (
-    "finds all outputs of a batch in [0, 1]. If they are probabilities, this is not the sensitivity of the logits:"
-    " return or choose (`outputs=`) those."
-)
-
-
 class _LoaderSensitivity(OutputSensitivity):
-    """Output sensitivity of one loader, which keeps its warnings for the monitor."""
+    """Output sensitivity of one loader, of which the monitor warns."""
 
     update_called = True  # a process that got no batch takes part in the others' reduction, without a warning
 
-    def __init__(self, per_output: bool) -> None:
-        self.messages = dict[str, str]()
-        super().__init__(per_output)
-
-    @property
-    def num_changes(self) -> float:
-        """Number of finite changes, over all processes."""
-        return float(self._all_rows[self._all_rows.isfinite().all(1), 0].sum())
-
-    def _warn(self, kind: str, message: str) -> None:
-        self.messages[kind] = message
-
-
-def _are_within(outputs: Tensor) -> bool:
-    return bool(outputs.numel() and ((outputs >= 0) & (outputs <= 1)).all())
+    def _warn(self, message: str) -> None:
+        pass

@@ -15,9 +15,10 @@ from lightning_sensitivity.functional.tasks import (
     wide_dtype,
 )
 
-# Sums over holdout samples: number, claim, variance, claims of both sides of the variance. Over training samples:
-# labels that count, score, claim, outputs that leave [0, 1]. The last entry of both counts samples with nan or inf.
-NUM_HOLDOUT_SUMS, NUM_TRAINING_SUMS = 6, 5
+# Sums over holdout samples: number, claim, variance, claims of both sides of the variance, samples with the twin's very
+# outputs. Over training samples: labels that count, score, claim, outputs that leave [0, 1]. The last entry of both
+# counts samples with nan or inf.
+NUM_HOLDOUT_SUMS, NUM_TRAINING_SUMS = 7, 5
 _FULL_VARIANCE_UP_TO = 150  # training samples
 
 
@@ -49,7 +50,7 @@ def holdout_sums(outputs: Tensor, twin_outputs: Tensor, compared: Tensor | None 
         task: One of :data:`~lightning_sensitivity.functional.tasks.TASKS`.
 
     Returns:
-        Shape ``(6,)``.
+        Shape ``(7,)``.
     """
 
     def sums(*chunk: Tensor) -> Tensor:
@@ -57,7 +58,8 @@ def holdout_sums(outputs: Tensor, twin_outputs: Tensor, compared: Tensor | None 
         compared_p, claim = others[0] if others else p, _claims(p, task)
         compared_claim = _claims(compared_p, task) if others else claim
         variance = _distances(compared_p, twin_p, task)
-        return _finite_sums(torch.ones_like(claim), claim, variance, compared_claim, _claims(twin_p, task))
+        is_same = (chunk[-1 if others else 0] == chunk[1])[..., None].flatten(1).all(1)
+        return _finite_sums(torch.ones_like(claim), claim, variance, compared_claim, _claims(twin_p, task), is_same)
 
     tensors = (outputs, twin_outputs) if compared is None else (outputs, twin_outputs, compared)
     return torch.stack(in_chunks(sums, *tensors)).sum(0)

@@ -25,6 +25,7 @@ class SensitivityEstimate(NamedTuple):
         mean_square_stderr: Its standard error.
         class_mean_share: Share of the class mean in the change, from 0 to 1; 1/K for independent outputs.
         num_samples: Number of samples.
+        num_changes: Number of changes, over samples, draws and positions.
         num_non_finite: Number of samples that were left out, since an output was nan or inf.
         num_outputs: K; 0 without samples.
     """
@@ -35,6 +36,7 @@ class SensitivityEstimate(NamedTuple):
     mean_square_stderr: Tensor
     class_mean_share: Tensor
     num_samples: Tensor
+    num_changes: Tensor
     num_non_finite: Tensor
     num_outputs: int
 
@@ -112,7 +114,7 @@ def sensitivity_from_rows(rows: Tensor) -> SensitivityEstimate:
 
     values = sensitivity, stderr(deviations, sensitivity), mean_square, stderr(squares, mean_square)
     share, num_non_finite = kept[:, 2].sum() / squares.sum(), (~is_finite).sum()
-    return SensitivityEstimate(*values, share, num_samples, num_non_finite, int(sizes[0]))
+    return SensitivityEstimate(*values, share, num_samples, count.sum(), num_non_finite, int(sizes[0]))
 
 
 def squared_deviations(rows: Tensor) -> Tensor:
@@ -234,7 +236,10 @@ def loss_estimate(
     if isinstance(num_outputs, bool) or not isinstance(num_outputs, int) or num_outputs < 2:
         raise ValueError(f"Expected `num_outputs` to be an int of 2 or more, but got {num_outputs!r}.")
     sensitivity = torch.as_tensor(sensitivity, dtype=None if isinstance(sensitivity, Tensor) else torch.float64)
-    power, std, offset = (torch.as_tensor(each).to(sensitivity) for each in (input_power, noise_std, offset))
+    power, std, offset = (
+        torch.as_tensor(each, dtype=sensitivity.dtype, device=sensitivity.device)
+        for each in (input_power, noise_std, offset)
+    )
     if not bool(((std > 0) & std.isfinite()).all()):
         raise ValueError(f"Expected `noise_std` to be positive and finite, but got {noise_std}.")
     for name, value in (("sensitivity", sensitivity), ("input_power", power), ("offset", offset)):

@@ -12,10 +12,6 @@ TASKS = ("multiclass", "binary", "multilabel")
 IGNORED = -100  # the `ignore_index` of torch's cross-entropy
 _CHUNK = 2**15  # elements that are widened at a time
 _ROUNDING = 1e-2  # of sums of probabilities in 16 bits, which autocast may have widened since
-NO_CLASSES = (
-    "Labels name the first few of many outputs alone, as beside an embedding. Say `task='multiclass'` if the outputs"
-    " are the logits of classes"
-)
 _CHANCE = 1e-4  # below this, outputs that no label names are no classes
 _LIBRARIES = {"lightning_sensitivity", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities"}
 _LIBRARIES |= {"torch", "torchmetrics", "contextlib", "functools"}
@@ -57,21 +53,29 @@ def infer_task(outputs: Tensor, targets: Tensor) -> str:
             "Labels are one-hot. Say `task='multiclass'` if exactly one class is right (and convert them to floats),"
             " or `task='multilabel'` if several can be"
         )
-    if task == "multiclass" and not are_classes(outputs.shape[1], targets):
-        raise ValueError(NO_CLASSES)
+    if task == "multiclass":
+        check_classes(num_outputs(outputs), targets)
     return task
 
 
-def are_classes(num_outputs: int, targets: Tensor) -> bool:
-    """Tell whether class indices could name all outputs, by how unlikely it is that none of so many names the last.
+def check_classes(num_outputs: int, targets: Tensor) -> None:
+    """Require that labels could name all outputs, by how unlikely it is that none of so many names the last.
 
     Args:
         num_outputs: K.
-        targets: Class indices, of any shape.
+        targets: Class indices or soft labels, any number of them.
+
+    Raises:
+        ValueError: If they name the first few alone.
     """
     counted = targets[targets != IGNORED]
-    num_named = int(counted.max()) + 1 if counted.numel() else num_outputs
-    return counted.numel() * math.log(num_outputs / num_named) <= -math.log(_CHANCE)
+    if counted.is_floating_point() or not counted.numel():
+        return
+    if counted.numel() * math.log(num_outputs / (int(counted.max()) + 1)) > -math.log(_CHANCE):
+        raise ValueError(
+            "Labels name the first few of many outputs alone, as beside an embedding. Say `task='multiclass'` if the"
+            " outputs are the logits of classes"
+        )
 
 
 def check_task(outputs: Tensor, targets: Tensor, task: str) -> None:

@@ -44,7 +44,6 @@ class Forward:
         inputs: A key or an index, a list of them, a function ``batch -> arguments``, or None for the rules above.
         outputs: Which outputs to take; see :func:`select_outputs`.
         perturbs_inputs: False where no floating input is needed.
-        call: What is called in place of the model: a strategy's wrapper.
 
     Attributes:
         args: Positional arguments of the model.
@@ -62,11 +61,10 @@ class Forward:
         inputs: Inputs = None,
         outputs: Selector = None,
         perturbs_inputs: bool = True,
-        call: Callable[..., Any] | None = None,
     ) -> None:
         if callable(inputs) or callable(outputs):  # which may write into the batch
             batch = clone_tensors(batch)
-        self._call, self._outputs, self._batch = call or model, outputs, batch
+        self._model, self._outputs, self._batch = model, outputs, batch
         self.args: tuple[Any, ...] = (batch,)
         self.kwargs: dict[str, Any] = {}
         self.perturbed: list[int | str] = [0]
@@ -97,7 +95,7 @@ class Forward:
         """
         args = tuple(self._copy(index, value, perturb) for index, value in enumerate(self.args))
         kwargs = {name: self._copy(name, value, perturb) for name, value in self.kwargs.items()}
-        outputs = select_outputs(self._call(*args, **kwargs), self._outputs, self._batch)
+        outputs = select_outputs(self._model(*args, **kwargs), self._outputs, self._batch)
         if outputs.ndim > 2 and not callable(self._outputs):
             shapes = [x.shape[1:] for x in tensors_in([self.args, self.kwargs]) if not x.is_nested]
             has_positions = any(set(outputs.shape[2:]) <= set(s) and outputs.shape[1] not in s for s in shapes)
@@ -220,8 +218,10 @@ def part(value: Any, key: Any, argument: str) -> Any:
     try:
         if isinstance(value, Tensor):
             raise TypeError
+        if isinstance(key, str) and isinstance(value, list | tuple):
+            key = getattr(value, "_fields", ()).index(key)
         return value[key] if isinstance(value, Mapping) or not isinstance(key, str) else getattr(value, key)
-    except (AttributeError, IndexError, KeyError, TypeError):
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
         message = f"`{argument}={key!r}` should name a part of what it chooses from, got {describe(value)}."
         raise MisconfigurationException(message) from None
 

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -29,9 +30,12 @@ def isolated(model: nn.Module) -> Iterator[Callable[..., Any]]:
 
     Args:
         model: The module.
+
+    Raises:
+        MisconfigurationException: If it has lazy weights.
     """
-    # A lazy module becomes another one in its first pass, and stays that.
-    modules = [module for module in all_modules(model) if not getattr(type(module), "cls_to_become", None)]
+    if any(map(is_lazy, model.parameters())):
+        raise MisconfigurationException("Expected a model with weights, but some are lazy: run it on a batch first.")
     training = [module for module in model.modules() if module.training]
     rng_states = _collect_rng_states(include_cuda=any(parameter.is_cuda for parameter in model.parameters()))
     states: list[_State] = []
@@ -50,7 +54,7 @@ def isolated(model: nn.Module) -> Iterator[Callable[..., Any]]:
     try:
         for module in training:  # not by `eval()`, which modules override
             module.training = False
-        states += map(_State, modules)  # in eval mode, which every run leaves
+        states += map(_State, all_modules(model))  # in eval mode, which every run leaves
         with torch.no_grad(), _eager():
             yield run
     finally:
@@ -78,7 +82,7 @@ def written_parameters(model: nn.Module, run: Callable[[], T]) -> tuple[T, list[
                 float(torch.linalg.vector_norm(parameter.detach())),
             )
             for name, parameter in model.named_parameters()
-            if has_values(parameter) and parameter.is_floating_point() and parameter.element_size() > 1
+            if parameter.is_floating_point() and parameter.element_size() > 1
         }
 
     before = fingerprints()
@@ -107,13 +111,6 @@ def all_modules(model: nn.Module) -> list[nn.Module]:
     return list(modules.values())
 
 
-def has_values(tensor: Tensor) -> bool:
-    """Tell whether a tensor has values here: lazy ones have none yet, and sharded ones have theirs elsewhere."""
-    if is_lazy(tensor) or tensor.is_meta:
-        return False
-    return tensor.layout != torch.strided or tensor.numel() == 0 or tensor.untyped_storage().nbytes() > 0
-
-
 class _State:
     """The buffers and attributes of a module."""
 
@@ -136,7 +133,7 @@ class _State:
 
     def _cloned(self, value: Any, clones: dict[int, Any]) -> Any:
         if isinstance(value, Tensor):
-            if isinstance(value, nn.Parameter) or not has_values(value):
+            if isinstance(value, nn.Parameter):
                 return value
             if id(value) not in clones:  # one that two modules share stays one
                 clones[id(value)] = value.clone()

@@ -8,9 +8,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.nn.parameter import is_lazy
 
-from lightning_sensitivity.model.isolation import complete, has_values
+from lightning_sensitivity.model.isolation import complete
 
 
 class InitialWeights:
@@ -22,15 +21,11 @@ class InitialWeights:
     Attributes:
         weights: By name; None where they are not known.
         source: Where they come from.
-        are_restored: Whether they come from the checkpoint of this run.
     """
 
-    weights: dict[str, Tensor] | None
-
     def __init__(self, given: Mapping[str, Tensor] | None = None) -> None:
-        self._given, self.weights, self.source = given, None, ""
-        self.are_restored = False
-        self._last_norms: Tensor | None = None  # of the weights that the last run has left
+        self._given, self.source = given, ""
+        self.weights: dict[str, Tensor] | None = None
 
     def begin(self, model: nn.Module, step: int) -> None:
         """Find them before the first step of a fit.
@@ -42,28 +37,20 @@ class InitialWeights:
         Raises:
             MisconfigurationException: If the given ones are no weights of the module, or none are known.
         """
-        if any(map(is_lazy, model.parameters())):
-            raise MisconfigurationException("it needs weights before training, got lazy ones: run the model once")
-        goes_on = self._last_norms is not None and _are_alike(self._last_norms, _norms(model))
         if self._given is not None:
             self.weights = {name: weight.detach().to("cpu", copy=True) for name, weight in self._given.items()}
             self.source = "those of `initial_weights`"
             if self.weights.keys().isdisjoint(dict(model.named_parameters())):
                 raise MisconfigurationException("`initial_weights` should name parameters of the module, but name none")
-        elif self.are_restored or (self.weights is not None and goes_on):
-            self.source = "those of the fit that goes on"
-        elif step > 0:
-            self.weights = None
+        elif step == 0:
+            self.weights = initial_weights(model)
+            self.source = "those at the start of this fit (if they are trained, pass `initial_weights=`)"
+        elif self.weights is None:
             raise MisconfigurationException(
                 "it needs the weights from before training, which the checkpoint lacks: give them, `initial_weights=`"
             )
         else:
-            self.weights = initial_weights(model)
-            self.source = "those at the start of this fit (if they are trained, pass `initial_weights=`)"
-
-    def end(self, model: nn.Module) -> None:
-        """Remember which weights a run leaves, so that a fit that begins with them goes on."""
-        self._last_norms, self.are_restored = _norms(model), False
+            self.source = "those of the fit that goes on"
 
     def changed(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Select those that differ from present weights: what a checkpoint needs, which has the others."""
@@ -72,8 +59,8 @@ class InitialWeights:
 
     def restore(self, changed: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
         """Restore them from what :meth:`changed` gave and the weights that it was given."""
-        same = {name: weight.to("cpu", copy=True) for name, weight in weights.items() if weight.is_floating_point()}
-        self.weights, self.are_restored = same | dict(changed), True
+        saved = {name: w for name, w in weights.items() if w.is_floating_point() or w.is_complex()} | dict(changed)
+        self.weights = {name: weight.to("cpu", copy=True) for name, weight in saved.items()}
 
 
 def initial_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -194,19 +181,9 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(prefix, recurse=False):
             is_number = parameter.is_floating_point() or parameter.is_complex()
-            if is_number and not is_lazy(parameter) and parameter not in seen:
+            if is_number and parameter not in seen:
                 seen.add(parameter)
                 yield name, parameter, module
-
-
-def _norms(model: nn.Module) -> Tensor:
-    return torch.tensor(
-        [float(torch.linalg.vector_norm(p.detach())) for _, p, _ in _parameters(model) if has_values(p)]
-    )
-
-
-def _are_alike(norms: Tensor, others: Tensor) -> bool:
-    return norms.shape == others.shape and torch.allclose(norms, others, rtol=1e-6, atol=0.0)
 
 
 def _noise_shape(module: nn.Module, parameter: Tensor) -> tuple[tuple[int, ...], int]:

@@ -13,10 +13,9 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import CombinedLoader
-from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Subset, TensorDataset
 
@@ -214,55 +213,6 @@ class Net(Classifier):
         raise AssertionError("not to be called")
 
 
-class Sharded(Net):
-    def configure_model(self) -> None:
-        from torch.distributed.fsdp import fully_shard  # of torch 2.6 and newer
-
-        if type(self.net[0].weight) is nn.Parameter:
-            fully_shard(self.net[0], mesh=self.device_mesh["data_parallel"])
-            fully_shard(self, mesh=self.device_mesh["data_parallel"])
-
-
-class OnCPU(FSDPStrategy):
-    """Lightning refuses FSDP without a GPU, and passes no device to it; torch itself runs it on gloo."""
-
-    def _setup_model(self, model: nn.Module) -> FullyShardedDataParallel:
-        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **self.kwargs)
-
-
-STRATEGIES: dict[str, Any] = {
-    "fsdp": lambda: (OnCPU(auto_wrap_policy={nn.Linear}), Net),
-    "fsdp of the root alone": lambda: (OnCPU(), Net),
-    "fsdp2": lambda: (ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1), Sharded),
-}
-PLACES = {"inputs_": None, "layer_": "net.0"}
-
-
-def at_places() -> list[SensitivityMonitor]:
-    return [SensitivityMonitor(Ripples(), at=at, prefix=prefix) for prefix, at in PLACES.items()]
-
-
-@scenario
-def sharded(rank: int, folder: Path) -> Any:
-    def on_shards(make: Any, *callbacks: Any, validates: bool = False) -> tuple[dict[str, float], list[str]]:
-        strategy, kind = make()
-        run, val = alone(*callbacks, strategy=strategy, devices=2, max_epochs=1), loader(48, 8, seed=1)
-        if validates:
-            run.validate(model(kind), val, verbose=False)
-        messages = [] if validates else fit_with_warnings(run, model(kind), loader(48, 8), val)
-        return {name: float(value) for name, value in run.callback_metrics.items() if name != "train_loss"}, messages
-
-    results: dict[str, Any] = {}
-    for name, make in STRATEGIES.items():
-        if name == "fsdp2" and not hasattr(torch.distributed.fsdp, "fully_shard"):
-            continue
-        monitors = [*at_places(), RiskMonitor()]
-        results[name] = on_shards(make, *monitors, validates=True), on_shards(make, *monitors), on_shards(make)
-        with pytest.raises(MisconfigurationException, match="it needs all weights in every process"):
-            on_shards(make, RiskMonitor(), EarlyStopping("val_risk_estimate"))
-    return results
-
-
 def run_all(rank: int, folder: Path) -> dict[str, Any]:
     results = {}
     for name, function in SCENARIOS.items():
@@ -351,18 +301,3 @@ def test_a_training_batch_that_fails_in_one_process_is_said_by_it(both: Results,
     for (messages, values), pattern in zip(results, expected, strict=True):
         assert len(messages) == (pattern is not None) and all(re.search(pattern, message) for message in messages)
         assert ("val_risk_estimate" in values) == (index == 1)
-
-
-@pytest.mark.parametrize("name", STRATEGIES)
-def test_a_sharded_model_has_the_value_of_a_whole_one(both: Results, name: str) -> None:
-    if name not in both["sharded"][0]:
-        pytest.skip("needs torch 2.6 or newer")
-    ((values, _), (first, messages), (without, _)), (_, (second, _), _) = (result[name] for result in both["sharded"])
-    ours = {prefix + quantity for prefix in PLACES for quantity in SensitivityMonitor.names}
-    assert {key: first[key] for key in ours} == {key: second[key] for key in ours}
-    assert first.keys() - ours == {"val_loss"} and first["val_loss"] == without["val_loss"]
-    assert len(messages) == 1 and "it needs all weights in every process" in messages[0]
-    whole = trainer(callbacks=at_places())
-    whole.validate(model(Net), loader(48, 8, seed=1), verbose=False)
-    truth = {key: float(whole.callback_metrics[key]) for key in ours}
-    assert {key: values[key] for key in ours} == pytest.approx(truth, rel=1e-5)

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
-from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
+from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, TensorDataset
 
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 from lightning_sensitivity.callbacks.risk import _MIN_TWINS, _STRENGTH
@@ -141,8 +141,8 @@ def test_the_first_batches_of_a_fit_are_kept_once_and_scored_as_they_came(num_sa
             return loss
 
     monitor, model = RiskMonitor(num_training_samples=num_samples), Writer()
-    for _ in range(2):  # a second fit has samples of its own, and the weights from before the first
-        truth = Truth(num_batches, initial=monitor._initial.weights)
+    for _ in range(2):  # a second fit has samples and initial weights of its own
+        truth = Truth(num_batches)
         fit(model, monitor, truth, loader(shuffle=True), val_check_interval=2)
         truth.check()
         assert monitor._samples is None
@@ -184,6 +184,11 @@ def test_early_stopping_and_checkpoints_follow_it_and_the_progress_bar_shows_it(
 # How many training samples there are
 
 
+class Samples(Callback):
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.count = trainer.callbacks[0]._samples.num_in_epoch
+
+
 def of_one(batch: Any) -> Any:
     """The batch of the first loader, of several."""
     return batch[0] if isinstance(batch[0], list) else batch
@@ -193,8 +198,10 @@ COUNTED: dict[str, tuple[Any, dict[str, Any], int | str]] = {
     "all": (loader, {}, 50),
     "limit_train_batches": (loader, {"limit_train_batches": 2}, 32),
     "drop_last": (lambda: loader(drop_last=True), {}, 48),
+    "with replacement": (lambda: loader(sampler=RandomSampler(X, True, 80)), {}, 50),
+    "no batch sampler": (lambda: DataLoader([[X, Y]], None), {}, "a stream of"),
     "SubsetRandomSampler": (lambda: loader(sampler=SubsetRandomSampler(range(20))), {}, 20),
-    "CombinedLoader": (lambda: CombinedLoader([loader(), loader()], "min_size"), {}, 50),
+    "CombinedLoader": (lambda: CombinedLoader([loader(), loader()], "min_size"), {}, "a stream of"),
     "a stream": (lambda: DataLoader(Stream(has_labels=True), 16), {}, "a stream of"),
 }
 
@@ -208,7 +215,9 @@ def test_the_samples_of_an_epoch_are_counted_and_said(name: str, caplog: pytest.
     make, options, expected = COUNTED[name]
     monitor = RiskMonitor(inputs=lambda x: x if isinstance(x, Tensor) else of_one(x)[0], targets=lambda x: of_one(x)[1])
     with caplog.at_level(logging.INFO):
-        fit(Either(), monitor, None, make(), max_epochs=1, **options)
+        samples = Samples()
+        fit(Either(), monitor, samples, make(), max_epochs=1, **options)
+    assert samples.count == (50 if expected == "a stream of" else expected)
     assert f"`RiskMonitor` (val_*): {expected} training samples, task 'multiclass'" in caplog.text
 
 
@@ -242,19 +251,21 @@ def test_it_goes_on_where_training_resumes(tmp_path: Path) -> None:
     torch.testing.assert_close(dict(saved["RiskMonitor(prefix='val_')"]), changed, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("between", ["nothing", "validate", "a checkpoint", "a reset in place"])
-def test_a_second_fit_goes_on_with_the_module_and_begins_with_other_weights(between: str, tmp_path: Path) -> None:
-    monitor, model, other = RiskMonitor(), Plain(), Plain()
-    weights, of_other = initial_weights(model), initial_weights(other)
-    fit(model, monitor, None, loader(), max_epochs=1).save_checkpoint(path := tmp_path / "one.ckpt")
-    if between in ("validate", "a checkpoint"):
-        path = path if between == "a checkpoint" else None
-        trainer(callbacks=[monitor]).validate(model, loader(), ckpt_path=path, verbose=False)
-    if between in ("a checkpoint", "a reset in place"):  # as in cross-validation
-        model.load_state_dict(weights := of_other)
-    for module, expected in ((model, weights), (other, of_other)):
+def test_a_fit_begins_with_the_weights_of_its_start_unless_its_trainer_goes_on(tmp_path: Path) -> None:
+    monitor, model = RiskMonitor(), Plain()
+    first = initial_weights(model)
+    run = fit(model, monitor, None, loader(), max_epochs=1)
+    run.save_checkpoint(path := tmp_path / "one.ckpt")
+    run.validate(model, loader(), verbose=False)
+    run.fit_loop.max_epochs = 2
+    run.fit(model, loader(), loader())
+    torch.testing.assert_close(monitor._initial.weights, first, rtol=0, atol=0)
+    for module in (model, Plain()):  # the next of k folds
+        weights = initial_weights(module)
         fit(module, monitor, None, loader(), max_epochs=1)
-        torch.testing.assert_close(monitor._initial.weights, expected, rtol=0, atol=0)
+        torch.testing.assert_close(monitor._initial.weights, weights, rtol=0, atol=0)
+    fit(Plain(), monitor, None, loader(), max_epochs=2, ckpt_path=path)
+    torch.testing.assert_close(monitor._initial.weights, first, rtol=0, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
@@ -270,16 +281,13 @@ def test_resuming_without_the_weights_from_before_training(tmp_path: Path) -> No
         fit(Plain(), RiskMonitor(), None, loader(), EarlyStopping("val_risk_estimate"), ckpt_path=path)
 
 
-@pytest.mark.filterwarnings("ignore:Lazy modules")
-@pytest.mark.parametrize("kind", ["loaded in on_train_start", "lazy", "frozen integers"])
+@pytest.mark.parametrize("kind", ["loaded in on_train_start", "frozen integers"])
 def test_weights_of_other_kinds(kind: str) -> None:
     model, truth = Plain(), Truth()
     if kind == "loaded in on_train_start":
         truth.initial = initial_weights(Plain())
         model.on_train_start = lambda: model.load_state_dict(truth.initial)
         truth.on_train_end = lambda *_: delattr(model, "on_train_start")
-    elif kind == "lazy":
-        model.net[0] = nn.LazyLinear(16, dtype=torch.float64)
     else:
         model.net.codes = nn.Parameter(torch.ones(3, dtype=torch.int8), requires_grad=False)
     fit(model, RiskMonitor(), truth, loader())  # no warning

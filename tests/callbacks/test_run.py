@@ -15,7 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
-from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -105,7 +105,7 @@ NAME = "val_risk_estimate"
 UNSEEN, WRITES = {"num_sanity_val_steps": 0}, "`forward` writes its parameters.*embedding.weight"
 REFUSED: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
     "no forward": (without("forward"), loader(), {}, "needs a `forward` that returns the logits"),
-    "no step": (without("validation_step"), loader(), {}, "a stub is enough: `def validation_step.*pass`"),
+    "no step": (without("validation_step"), loader(), {}, "`def validation_step.*pass` is enough"),
     "no loader": (Classifier(), None, {}, "needs a validation loop: pass `val_dataloaders`"),
     "no batches": (Classifier(), loader(), {"limit_val_batches": 0}, "leave `limit_val_batches` above 0"),
     "an iterator": (Drawing(), loader(), {}, "takes `dataloader_iter`"),
@@ -132,14 +132,13 @@ def test_strategies_that_can_not_be_measured_under_are_refused() -> None:
         with pytest.raises(MisconfigurationException, match=match):
             check_run("M", run, model or BoringModel(), "fit")
 
-    other = pytest.importorskip("pytorch_lightning.strategies")
-    for kind in (DeepSpeedStrategy, other.DeepSpeedStrategy):  # their constructors need the package
-        check(kind.__new__(kind), "`M` does not support `DeepSpeedStrategy`")
-    strategy, model = ModelParallelStrategy(), BoringModel()
-    strategy._device_mesh = {"tensor_parallel": SimpleNamespace(size=lambda: 2)}
-    check(strategy, "needs other samples .* `tensor_parallel_size=1`")
+    other, model = pytest.importorskip("pytorch_lightning.strategies"), BoringModel()
+    for kind in (DeepSpeedStrategy, other.DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy):
+        check(kind.__new__(kind), "`M` needs all weights in every process.* sharded")
     model.allow_zero_length_dataloader_with_multiple_devices = True
     check(None, "needs a batch in every process", model)
+    model.allow_zero_length_dataloader_with_multiple_devices, model.layer = False, nn.LazyLinear(2)
+    check(None, "got lazy ones: run the model", model)
 
 
 def test_monitors_that_log_the_same_names_need_two_prefixes() -> None:

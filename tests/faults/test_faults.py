@@ -191,7 +191,7 @@ FAULTS = {
     "weight norm": Fault(init=lambda m: parametrizations.weight_norm(m.net[4])),
     "spectral norm": Fault(init=lambda m: parametrizations.spectral_norm(m.net[4])),
     "spectral norm by hooks": Fault(init=lambda m: nn.utils.spectral_norm(m.net[4])),
-    "lazy layers": Fault(None, "lazy", init=lazy, moments=("first",)),
+    "lazy layers": Fault(error="got lazy ones", init=lazy, moments=BEFORE),
     "weights of another": Fault(error="`initial_weights`", r_options={"initial_weights": {"other": torch.zeros(1)}}),
     "parameters written in forward": Fault(error="writes its parameters", moments=BEFORE,
         init=lambda m: m.net.append(Scaled(lambda y, s: y + s.data.clamp_(max=0.9)))),

@@ -55,7 +55,8 @@ def test_how_the_model_is_called(model: nn.Module, batch: Any, inputs: Any, args
         apply_to_collection([args, kwargs], Tensor, Tensor.zero_)  # it may write into what it gets
         return X
 
-    forward = Forward(model, batch, inputs, None, args != (20.0,), call)
+    forward = Forward(model, batch, inputs, None, args != (20.0,))
+    forward._model = call
     for _ in range(2):
         forward(lambda tensor: tensor + 0.5)
     assert received == [[args, kwargs]] * 2
@@ -114,6 +115,7 @@ def test_which_outputs_and_labels_are_taken(select: Callable[[], Tensor], expect
     (lambda: Forward(KEYWORDS, {"a": X, "b": X}), "one floating.*'a', 'b'.*`inputs="),
     *((lambda m=m: Forward(m, {"image": X}), "`inputs` should say .*dict of 'image'") for m in (ONE, ANYTHING)),
     (lambda: Forward(ONE, {"a": X}, "b"), "`inputs='b'`.*dict of 'a'"), (lambda: Forward(ONE, (X,), 1), "`inputs=1`"),
+    *((lambda b=b: Forward(ONE, b, "count"), "`inputs='count'`") for b in ((X,), [X])),
     (lambda: Forward(TWO, (X,)), "`inputs` .* 2 .*got None"), (lambda: Forward(TWO, (X, X, X), 2), r"`inputs` .*\[2\]"),
     (lambda: select_outputs({"a": X}), "`outputs.*dict of 'a'"), (lambda: select_outputs(X, 0), "`outputs=0`"),
     (lambda: select_outputs(IDS), "int64"), (lambda: select_outputs((X.sum(), X)), r"shape \(\)"),  # a loss comes first
