@@ -12,6 +12,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from lightning_sensitivity.functional import variance_factor
 from lightning_sensitivity.metric import OutputSensitivity, RiskEstimate
 from lightning_sensitivity.model.twins import initial_weights, twin
 
@@ -33,7 +34,7 @@ optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
 
 # The loop
 NUM_TWINS, STRENGTH, SIGMA = 8, 0.5, 0.1
-before = initial_weights(model)
+before, num_weights = initial_weights(model), sum(weight.numel() for weight in model.parameters())
 print("epoch  estimate  sensitivity ± its error  true loss")
 for epoch in range(args.max_epochs):
     for batch in torch.randperm(len(x_train)).split(50):
@@ -47,7 +48,7 @@ for epoch in range(args.max_epochs):
     with torch.no_grad():
         outputs = model(x_new)
         sensitivity.update(outputs, model(x_new + SIGMA * torch.randn(x_new.shape, generator=generator)))
-        risk.num_training = len(x_train)
+        risk.factor = variance_factor(len(x_train), num_weights)
         risk.update_training(model(x_train), y_train)
         for _ in range(NUM_TWINS):
             with twin(model, before, generator, STRENGTH):

@@ -176,7 +176,7 @@ class RiskEstimate(Metric):
         kwargs: Additional keyword arguments of :class:`torchmetrics.Metric`.
 
     Attributes:
-        num_training: n, the number of training samples; None for real twins.
+        factor: Of the variance of simulated twins: that of :func:`~lightning_sensitivity.functional.variance_factor`.
         totals: Sums over all processes, as of the last ``compute``.
 
     Example:
@@ -199,8 +199,7 @@ class RiskEstimate(Metric):
 
     def __init__(self, task: str, strength: float | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.task, self.strength = task, strength
-        self.num_training: float | None = None
+        self.task, self.strength, self.factor = task, strength, 1.0
         for name, size in (("holdout_sums", R.NUM_HOLDOUT_SUMS), ("training_sums", R.NUM_TRAINING_SUMS)):
             self.add_state(name, default=torch.zeros(size, dtype=wide_dtype(self.device)), dist_reduce_fx="sum")
 
@@ -223,4 +222,4 @@ class RiskEstimate(Metric):
     def compute(self) -> R.RiskTerms:
         """Compute the estimate and its terms over all processes; nan without samples."""
         self.totals = self.holdout_sums, self.training_sums
-        return R.risk_terms(*self.totals, self.strength, self.num_training)
+        return R.risk_terms(*self.totals, self.strength, self.factor)

@@ -84,14 +84,14 @@ def test_what_is_left_out_is_said_once_and_updates_go_on() -> None:
 def test_the_risk_of_batches_is_that_of_all_samples() -> None:
     metric = RiskEstimate("multiclass", strength=0.5)
     assert metric.compute().estimate.isnan()  # without a warning: a process may have no batch
-    metric.num_training = 10_000
+    metric.factor = 0.3
     for i in range(NUM_BATCHES):
         for twin in (TWIN[i], NOISY[i]):  # two of the same samples
             metric.update(CLEAN[i], twin, weight=0.5)
         assert metric.compute().estimate.isnan() == (i == 0)  # until there is a training sample
         metric.update_training(NOISY[i], LABELS[i])
     unseen, twins = CLEAN.flatten(0, 1).repeat(2, 1), torch.cat([TWIN, NOISY]).flatten(0, 1)
-    whole = risk_estimate(unseen, twins, NOISY.flatten(0, 1), LABELS.flatten(), "multiclass", 0.5, 10_000)
+    whole = risk_estimate(unseen, twins, NOISY.flatten(0, 1), LABELS.flatten(), "multiclass", 0.5, 0.3)
     close(metric.compute(), whole)
     assert [float(total[0]) for total in metric.totals] == [NUM_BATCHES * BATCH_SIZE] * 2
 

@@ -9,12 +9,9 @@ import pandas as pd
 from runs import learned
 from training import RIGHT_COUNTS, WRONG_COUNTS
 
+from lightning_sensitivity.functional import variance_factor
+
 PATIENCE = 10
-
-
-def variance_factor(n: int) -> float:
-    """Give the factor by which `val_risk_variance` knows the number of training samples."""
-    return min(1.0, (150 / n) ** 0.5)
 
 
 class Curves:
@@ -62,7 +59,7 @@ def label_wave(changed: np.ndarray) -> int:
 
 def as_it_was(c: Curves) -> np.ndarray:
     """Give the estimate without the number of samples."""
-    variance = c["val_risk_variance"] / variance_factor(int(c.about["n"]))
+    variance = c["val_risk_variance"] / variance_factor(c.about["n"], c.about["weights"])
     return c["val_risk_claim"] + c["val_risk_overconfidence"] + variance
 
 

@@ -1,6 +1,6 @@
 """Can early stopping trust the risk estimate, which needs no labels? On training runs that are drawn at random.
 
-    python examples/early_stopping/study.py --data FOLDER  # the 120 runs of the report
+    python examples/early_stopping/study.py --data FOLDER  # the 120 runs of the report, and 40 with wide networks
     python examples/early_stopping/study.py --quick        # two short runs, without FOLDER: does it run
 
 Every run is trained to its end and leaves a CSV file with a row an epoch; runs that have theirs are not trained again.
@@ -29,10 +29,11 @@ from rules import ESTIMATE, LABELS, NAMES, NEVER, OTHER_SEED, PATIENCE, RULES, S
 from training import train
 
 HERE = Path(__file__).parent
+SEEDS, WIDE_SEEDS = range(5120, 5240), range(6000, 6040)  # those of wide networks are 6,000 and above
 QUICK = {23: 5, 156: 5}  # epochs by seed: a teacher's labels, and digits
 TWENTY = NAMES["right", 20]
 GROUPS: dict[str, Callable[[pd.DataFrame], pd.Series]] = {
-    "all": lambda runs: runs["n"] > 0,
+    "all": lambda runs: ~runs["is_wide"],
     "n = 300 and fewer": lambda runs: runs["n"] <= 300,
     **{f"n = {n:,}": lambda runs, n=n: runs["n"] == n for n in (600, 1000, 2000, 4000)},
     "n = 10,000 and more": lambda runs: runs["n"] >= 10_000,
@@ -45,11 +46,18 @@ GROUPS: dict[str, Callable[[pd.DataFrame], pd.Series]] = {
 }
 
 
+WIDE_GROUPS: dict[str, Callable[[pd.DataFrame], pd.Series]] = {
+    "wide networks": lambda runs: runs["is_wide"],
+    "500,000 weights and more": lambda runs: runs["weights"] >= 500_000,
+}
+
+
 def judged(c: Curves) -> dict[str, object]:
     """Give a line of results.csv: what a run is, what every rule's choice costs, and how good the estimate is."""
     about, losses, epoch = c.about, c["test_loss"], RULES[ESTIMATE](c)[0]
     line = {"seed": about["seed"], "kind": about["kind"], "n": about["n"], "labels": about["labels"]}
-    line |= {"is_large": about["n"] >= 4000 or about["is_augmented"], "epochs": len(losses), "best": losses.argmin()}
+    line |= {"weights": about["weights"], "is_wide": about["seed"] >= WIDE_SEEDS[0], "epochs": len(losses)}
+    line |= {"is_large": about["n"] >= 4000 or about["is_augmented"], "best": losses.argmin()}
     line |= {"chosen": epoch, "size": c["val_risk_estimate"][epoch] / c["wrong_brier"][epoch]}
     for name, values in {"the gap": c["wrong_loss"] - c["fitted_loss"], "the test loss": losses}.items():
         line[f"sensitivity with {name}"] = spearmanr(c["val_sensitivity"], values).statistic
@@ -132,7 +140,7 @@ def sizes_table(groups: dict[str, pd.DataFrame]) -> str:
 
 def targets_table(groups: dict[str, pd.DataFrame]) -> str:
     """Check what the study had to reach."""
-    runs, lines = groups["all"], []
+    runs, lines = groups["all"], []  # without those of wide networks
 
     def check(target: str, value: float, bound: float, told: str) -> None:
         lines.append(f"{target} | {told} | {'met' if value <= bound else '**missed**'}")
@@ -149,22 +157,25 @@ def targets_table(groups: dict[str, pd.DataFrame]) -> str:
     check("all: worst at most 70", worst, 70, f"{worst:.1f}")
     against("large (n ≥ 4,000) or augmented", "mean at most 2 points over never stopping", NEVER, 2)
     against("wrong labels, both", f"mean at most that of {TWENTY}", TWENTY, 0)
+    against("wide networks", f"mean at most that of {TWENTY}", TWENTY, 0)
     by_seed, told = difference(runs, ESTIMATE, OTHER_SEED)
     check("all: two seeds of the twins differ by at most 0.5 points in the mean", abs(by_seed), 0.5, told)
     return table("target, regret in percent | reached | ", lines)
 
 
 def report(curves: list[Curves], runs: pd.DataFrame) -> str:
-    groups = {name: runs[member(runs)] for name, member in GROUPS.items()}
+    groups = {name: runs[member(runs) & ~runs["is_wide"]] for name, member in GROUPS.items()}
+    groups |= {name: runs[member(runs)] for name, member in WIDE_GROUPS.items()}
     groups = {name: members for name, members in groups.items() if len(members)}
     left_out = ", ".join(str(c.about["seed"]) for c in curves if not c.counts) or "none"
     seeds = [c.about["seed"] for c in curves]
     parts = [
         "# Every table of the study",
-        f"{len(curves)} runs were drawn, with seeds from {min(seeds)} to {max(seeds)}. {len(curves) - len(runs)} of"
-        f" them learned nothing or diverged, and are left out (seeds: {left_out}). Regret in percent.",
+        f"{len(curves)} runs were drawn, with seeds from {min(seeds)} to {max(seeds)}. Those from {WIDE_SEEDS[0]} on"
+        f" have wide networks, and count in their own rows. {len(curves) - len(runs)} learned nothing or diverged, and"
+        f" are left out (seeds: {left_out}). Regret in percent.",
         f"## Targets\n\n{targets_table(groups)}\n\nIn brackets: difference of the means, 95 % bootstrap interval.",
-        f"## Rules, {len(runs)} runs\n\n{rules_table(runs)}",
+        f"## Rules, {len(groups['all'])} runs\n\n{rules_table(groups['all'])}",
         f"## The estimate by group\n\n{groups_table(groups)}",
         f"## Mean regret of every rule by group\n\n{means_table(groups)}",
         "## Size\n\nThe estimate over the true Brier score, of labels as wrong as in training, at the chosen epoch:\n\n"
@@ -176,13 +187,13 @@ def report(curves: list[Curves], runs: pd.DataFrame) -> str:
     parts.append(
         "\n".join(f"- {what}: {v.median():.2f} ({v.min():.2f} to {v.max():.2f})" for what, v in followed.items())
     )
-    worst = runs.nlargest(10, ESTIMATE)
+    worst = runs.nlargest(12, ESTIMATE)
     lines = [
         f"{r.seed} | {r.kind} | {r.best} of {r.epochs} | {r.chosen} | {r[ESTIMATE]:.1f} | {r[WAS]:.1f} | {r[NEVER]:.1f}"
         for _, r in worst.iterrows()
     ]
     header = "seed | run | best epoch | chosen | the estimate | as it was | never stop"
-    return "\n\n".join([*parts, f"## The ten worst runs\n\n{table(header, lines)}\n"])
+    return "\n\n".join([*parts, f"## The worst runs\n\n{table(header, lines)}\n"])
 
 
 def figure(curves: list[Curves], runs: pd.DataFrame, file: Path) -> None:
@@ -193,6 +204,7 @@ def figure(curves: list[Curves], runs: pd.DataFrame, file: Path) -> None:
     import matplotlib.pyplot as plt
 
     fig, axes = plt.subplots(1, 3, figsize=(15, 4.8), layout="constrained")
+    runs = runs[~runs["is_wide"]]
     groups = {name: runs[GROUPS[name](runs)] for name in GROUPS if name.startswith("n = ")}
     groups = {
         name.removeprefix("n = ").replace(" and ", "\nand "): members
@@ -233,9 +245,7 @@ def figure(curves: list[Curves], runs: pd.DataFrame, file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Regret of early stopping on the risk estimate, on random runs.")
     parser.add_argument("--data", type=Path, help="folder with the data sets; --quick needs none")
-    parser.add_argument(
-        "--seeds", type=int, nargs=2, default=(5000, 5120), metavar=("FIRST", "LAST"), help="LAST is not"
-    )
+    parser.add_argument("--seeds", type=int, nargs=2, metavar=("FIRST", "LAST"), help="others than the report's")
     parser.add_argument("--runs", type=Path, help="folder of the runs [runs/early_stopping, or ..._quick]")
     parser.add_argument("--out", type=Path, help="folder of the report [beside this file; --quick: that of the runs]")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, each on one core")
@@ -244,7 +254,8 @@ def main() -> None:
     folder = args.runs or Path(f"runs/early_stopping{'_quick' * args.quick}")
     out = args.out or (folder if args.quick else HERE)
     folder.mkdir(parents=True, exist_ok=True)
-    epochs = QUICK if args.quick else dict.fromkeys(range(*args.seeds))
+    seeds = range(*args.seeds) if args.seeds else [*SEEDS, *WIDE_SEEDS]
+    epochs = QUICK if args.quick else dict.fromkeys(seeds)
     files = {seed: folder / f"{seed}.csv" for seed in epochs}
     missing = [seed for seed, file in files.items() if not file.exists()]
     if args.quick:
@@ -252,13 +263,14 @@ def main() -> None:
             train(seed, args.data, files[seed], epochs=epochs[seed])
     elif missing:
         with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
-            todo = [pool.submit(train, seed, args.data, files[seed]) for seed in missing]
+            todo = [pool.submit(train, seed, args.data, files[seed], seed >= WIDE_SEEDS[0]) for seed in missing]
             for job in tqdm(as_completed(todo), "runs", len(files), initial=len(files) - len(missing)):
                 job.result()
     curves = [Curves(pd.read_csv(file)) for file in files.values()]
     if not any(c.counts for c in curves):
         sys.exit("No run learned anything.")
     runs = pd.DataFrame([judged(c) for c in curves if c.counts])
+    runs["is_wide"] = runs["is_wide"].astype(bool)
     text = report(curves, runs)
     (out / "report.md").write_text(text)
     runs.to_csv(out / "results.csv", index=False, float_format="%.4g")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_sensitivity.callbacks.base import Monitor, Run
 from lightning_sensitivity.callbacks.samples import TrainingSamples
 from lightning_sensitivity.callbacks.utilities import watchers
-from lightning_sensitivity.functional.risk import RiskTerms
+from lightning_sensitivity.functional.risk import RiskTerms, variance_factor
 from lightning_sensitivity.functional.tasks import TASKS, are_probabilities, check_classes, num_outputs, warn
 from lightning_sensitivity.metric import RiskEstimate
 from lightning_sensitivity.model import Forward, Inputs, Selector, noise_generator, select_targets, twins
@@ -209,7 +209,8 @@ class RiskMonitor(Monitor):
         if self._samples is None or trainer.sanity_checking:
             return {}, {}
         metric, messages = self._metric(trainer, dataloader_idx), {}
-        metric.num_training = self._samples.num_in_epoch
+        trained = (weight for weight in trainer.lightning_module.parameters() if weight.requires_grad)
+        metric.factor = variance_factor(self._samples.num_in_epoch, sum(map(torch.numel, trained)))
         terms = metric.compute()
         holdout, training = metric.totals
         if training[0] > 0 and training[-2] == 0:

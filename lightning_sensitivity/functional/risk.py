@@ -19,7 +19,6 @@ from lightning_sensitivity.functional.tasks import (
 # outputs. Over training samples: labels that count, score, claim, outputs that leave [0, 1]. The last entry of both
 # counts samples with nan or inf.
 NUM_HOLDOUT_SUMS, NUM_TRAINING_SUMS = 7, 5
-_FULL_VARIANCE_UP_TO = 150  # training samples
 
 
 class RiskTerms(NamedTuple):
@@ -86,16 +85,14 @@ def training_sums(outputs: Tensor, targets: Tensor, task: str) -> Tensor:
     return torch.stack(in_chunks(sums, outputs, targets.to(outputs.device))).sum(0)
 
 
-def risk_terms(
-    holdout: Tensor, training: Tensor, strength: float | None = None, num_training: float | None = None
-) -> RiskTerms:
+def risk_terms(holdout: Tensor, training: Tensor, strength: float | None = None, factor: float = 1.0) -> RiskTerms:
     """Estimate the risk from sums over all batches and processes.
 
     Args:
         holdout: Those of :func:`holdout_sums`.
         training: Those of :func:`training_sums`.
         strength: λ of simulated twins; None for real ones.
-        num_training: n, the number of samples that simulated twins stand for training on; None for real twins.
+        factor: Of the variance, for simulated twins: that of :func:`variance_factor`.
 
     Returns:
         The terms; nan without training or holdout samples.
@@ -106,11 +103,27 @@ def risk_terms(
     if strength is not None:
         overconfidence = torch.where(overconfidence > 0, overconfidence, overconfidence / 2)
         memorization = (claim - training_claim).clamp(min=0)
-        variance = variance / strength**2 * (compared_claim / twin_claim).clamp(max=1).nan_to_num(1.0)
-    if num_training is not None:
-        variance = variance * min(1.0, (_FULL_VARIANCE_UP_TO / num_training) ** 0.5)
+        variance = factor * variance / strength**2 * (compared_claim / twin_claim).clamp(max=1).nan_to_num(1.0)
     terms = claim, overconfidence, memorization, variance
     return RiskTerms(torch.stack(terms).sum(0), *terms)
+
+
+def variance_factor(num_training: int, num_weights: int) -> float:
+    r"""Compute how much of the variance of a simulated twin counts: :math:`\min(1, \sqrt{\sqrt{w} / n})`.
+
+    Networks differ the less the more samples they were trained on, and the more the more weights they have; twins know
+    neither. The form was chosen on random runs, and has no constant; see ``examples/early_stopping/README.md``.
+
+    Args:
+        num_training: n, the number of training samples.
+        num_weights: w, the number of weights that are trained.
+
+    Example:
+        >>> from lightning_sensitivity.functional import variance_factor
+        >>> variance_factor(num_training=400, num_weights=10_000)
+        0.5
+    """
+    return float(min(1.0, (num_weights**0.5 / num_training) ** 0.5))
 
 
 def risk_estimate(
@@ -120,7 +133,7 @@ def risk_estimate(
     train_targets: Tensor,
     task: str = "multiclass",
     strength: float | None = None,
-    num_training: float | None = None,
+    factor: float = 1.0,
 ) -> RiskTerms:
     r"""Estimate the Brier score on unseen samples from training labels and unlabelled samples.
 
@@ -136,10 +149,9 @@ def risk_estimate(
 
     :func:`~lightning_sensitivity.model.twins.twin` simulates a twin of strength λ without a second training. Then the
     variance is divided by λ², multiplied by min(1, claim of the network / claim of the twin), since noise makes a twin
-    less certain than another network would be, and multiplied by :math:`\min(1, \sqrt{150 / n})`, since networks differ
-    the less the more samples they were trained on. Overconfidence below 0 counts half: it may be memory of the training
-    labels. And memorization is added, by how much the claim on unseen samples is above that on training samples, where
-    it is. ``examples/early_stopping/README.md`` has the measurements.
+    less certain than another network would be, and multiplied by :func:`variance_factor`. Overconfidence below 0 counts
+    half: it may be memory of the training labels. And memorization is added, by how much the claim on unseen samples is
+    above that on training samples, where it is. ``examples/early_stopping/README.md`` has the measurements.
 
     Where training labels are wrong, it estimates the score against labels that are as wrong.
 
@@ -153,7 +165,7 @@ def risk_estimate(
         task: ``"multiclass"`` scores the sum over classes of (p − y)²; ``"binary"`` and ``"multilabel"`` the mean over
             labels.
         strength: λ, if the twin is simulated; None for a real one.
-        num_training: n, the number of training samples, if the twin is simulated; None for a real one.
+        factor: Of the variance of a simulated twin: that of :func:`variance_factor`.
 
     Returns:
         The estimate and its terms, scalar tensors, float64 (float32 on MPS).
@@ -188,7 +200,7 @@ def risk_estimate(
     training = training_sums(train_outputs, train_targets, task)
     if not training[0] > 0:
         raise ValueError("Expected `train_targets` to hold a label that counts, but all are -100.")
-    return risk_terms(holdout_sums(outputs, twin_outputs, task=task), training, strength, num_training)
+    return risk_terms(holdout_sums(outputs, twin_outputs, task=task), training, strength, factor)
 
 
 def _claims(p: Tensor, task: str) -> Tensor:

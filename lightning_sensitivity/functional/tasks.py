@@ -12,7 +12,7 @@ TASKS = ("multiclass", "binary", "multilabel")
 IGNORED = -100  # the `ignore_index` of torch's cross-entropy
 _CHUNK = 2**15  # elements that are widened at a time
 _ROUNDING = 1e-2  # of sums of probabilities in 16 bits, which autocast may have widened since
-_CHANCE = 1e-4  # below this, outputs that no label names are no classes
+_CHANCE, _UNNAMED = 1e-4, 1.25  # below that chance, and beyond this ratio, outputs that no label names are no classes
 _LIBRARIES = {"lightning_sensitivity", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities"}
 _LIBRARIES |= {"torch", "torchmetrics", "contextlib", "functools"}
 
@@ -71,7 +71,9 @@ def check_classes(num_outputs: int, targets: Tensor) -> None:
     counted = targets[targets != IGNORED]
     if counted.is_floating_point() or not counted.numel():
         return
-    if counted.numel() * math.log(num_outputs / (int(counted.max()) + 1)) > -math.log(_CHANCE):
+    num_named = int(counted.max()) + 1
+    is_unlikely = counted.numel() * math.log(num_outputs / num_named) > -math.log(_CHANCE)
+    if is_unlikely and num_outputs > _UNNAMED * num_named:
         raise ValueError(
             "Labels name the first few of many outputs alone, as beside an embedding. Say `task='multiclass'` if the"
             " outputs are the logits of classes"

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, Ten
 
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 from lightning_sensitivity.callbacks.risk import _MIN_TWINS, _STRENGTH
-from lightning_sensitivity.functional import risk_estimate
+from lightning_sensitivity.functional import risk_estimate, variance_factor
 from lightning_sensitivity.model import noise_generator
 from lightning_sensitivity.model.twins import batch_statistics, initial_weights, twin
 from tests.helpers import Classifier, History, Stream, inputs, labelled, loader, trainer, unlabelled_loader
@@ -79,8 +79,9 @@ class Truth(Callback):
                     normalized.append(model(part))
                     with twin(model, self.initial, noise_generator(0, 0, 0, index, -1 - draw), _STRENGTH):
                         of_twins.append(model(part))
+        factor = variance_factor(self.num_training, sum(p.numel() for p in model.parameters() if p.requires_grad))
         terms, by_batch = (
-            risk_estimate(torch.cat(each), torch.cat(of_twins), model(x), y, self.task, _STRENGTH, self.num_training)
+            risk_estimate(torch.cat(each), torch.cat(of_twins), model(x), y, self.task, _STRENGTH, factor)
             for each in (outputs, normalized)
         )
         self.terms.append(terms._replace(variance=by_batch.variance))  # of batch norm: that of each batch, in both
