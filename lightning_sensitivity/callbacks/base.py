@@ -123,7 +123,8 @@ class Monitor(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin with nothing, and with the buffers that the first step of DDP would broadcast."""
         self._begin_validation()
-        self._num_batches: list[int | float] = utilities.num_batches(trainer)  # of each loader
+        budget = math.inf if self.num_samples is None else self.num_samples / (trainer.world_size * self.num_draws)
+        self.choice = utilities.BatchChoice(utilities.num_batches(trainer), self._batch_sizes, budget)
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self.failures.is_strict = False  # also in a fit that goes on with a validation
         model: Any = trainer.strategy.model
@@ -141,7 +142,7 @@ class Monitor(Callback):
             for earlier in range(dataloader_idx):
                 self._values(trainer, earlier)
             self._log(trainer, dataloader_idx)
-        if batch is None or not self._is_chosen(trainer, batch_idx, dataloader_idx):
+        if batch is None or not self.choice.includes(batch_idx, dataloader_idx):
             return
         with self.failures.warn_on_failure(f"could not measure a batch of dataloader {dataloader_idx}"):
             with self.isolated(trainer, pl_module) as run:
@@ -153,7 +154,7 @@ class Monitor(Callback):
                     del outputs  # a batch of them may be large
                     self._watch = CallWatch(pl_module, forward, compares_values=True)
                 size = self.measure(trainer, run, forward, batch_idx, dataloader_idx)
-            self._num_measured[dataloader_idx] = self._num_measured.get(dataloader_idx, 0) + size
+            self.choice.num_measured[dataloader_idx] += size
             self._has_measured = True
             self.failures.is_strict = self.failures.is_strict and trainer.state.fn == TrainerFn.FITTING
 
@@ -164,7 +165,7 @@ class Monitor(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Have every process take part in every reduction, and say what was wrong, after a sanity check too."""
         if self.should_measure(trainer):
-            for dataloader_idx in range(len(self._num_batches)):
+            for dataloader_idx in range(len(self.choice.num_batches)):
                 self._values(trainer, dataloader_idx)
                 if dataloader_idx not in self._logged:
                     self._log(trainer, dataloader_idx, at_epoch_end=True)
@@ -206,26 +207,6 @@ class Monitor(Callback):
         """Give what runs the model on a batch."""
         return Forward(pl_module, batch, self.inputs, self.outputs, self.perturbs_inputs)
 
-    def num_chosen(self, trainer: Trainer, dataloader_idx: int) -> float:
-        """Count the batches of a loader that are measured in this process; all, until the first one was."""
-        count, size = self._num_batches[dataloader_idx], self._batch_sizes.get(dataloader_idx)
-        if size is None or math.isinf(count) or self.num_samples is None:
-            return count
-        return min(count, math.ceil(self._budget(trainer) / size))
-
-    def _is_chosen(self, trainer: Trainer, batch_idx: int, dataloader_idx: int) -> bool:
-        """Choose evenly spaced batches, since loaders are often sorted, always the same, until the budget is spent."""
-        if batch_idx == 0:
-            return True
-        count, chosen = self._num_batches[dataloader_idx], self.num_chosen(trainer, dataloader_idx)
-        if self._num_measured.get(dataloader_idx, 0) >= self._budget(trainer):
-            return False
-        return chosen == count or batch_idx * chosen % count < chosen
-
-    def _budget(self, trainer: Trainer) -> float:
-        """Count the samples that this process should measure of a loader."""
-        return math.inf if self.num_samples is None else self.num_samples / (trainer.world_size * self.num_draws)
-
     def _check(self, outputs: Tensor, written: list[str]) -> None:
         """Refuse a model of which values would be wrong, or which our passes would change."""
         if written:
@@ -245,7 +226,6 @@ class Monitor(Callback):
 
     def _begin_validation(self) -> None:
         self._computed: dict[int, dict[str, Tensor]] = {}  # by loader
-        self._num_measured: dict[int, int] = {}  # samples, by loader
         self._logged: set[int] = set()
         self.failures.has_failed = False
         self.reset()
@@ -277,7 +257,7 @@ class Monitor(Callback):
         for name in self.names:
             full_name = prefix + name
             if at_epoch_end:  # Lightning puts no index behind the name there
-                full_name = utilities.loader_name(full_name, dataloader_idx, len(self._num_batches))
+                full_name = utilities.loader_name(full_name, dataloader_idx, len(self.choice.num_batches))
             key = dataloader_idx, name
             if key not in self._lazy_values:
                 self._lazy_values[key] = utilities.LazyValue(partial(self._values, trainer, dataloader_idx), name)

@@ -37,8 +37,8 @@ class RiskMonitor(Monitor):
     **Logged values** in ``Trainer.fit``, with ``prefix`` before them: ``risk_estimate``, to monitor, and its terms
     ``risk_claim`` (the score if probabilities were right), ``risk_overconfidence`` (how far training labels contradict
     that), ``risk_memorization`` (how much surer the model is of training samples) and ``risk_variance`` (how far other
-    training samples would have changed it). If the first validation gives no value, nan is logged, by
-    which an ``EarlyStopping`` stops unless it has ``check_finite=False``.
+    training samples would have changed it). If the first validation has no value, nan is logged: an ``EarlyStopping``
+    stops, unless it has ``check_finite=False``.
 
     It costs two forward passes on measured batches (three with batch norm, more if these are few), one over the kept
     training samples, and two copies of the weights on the device. Training is not changed.
@@ -48,13 +48,13 @@ class RiskMonitor(Monitor):
         targets: Labels of a training batch: a key, an index, or a function ``batch -> tensor``; by default see
             :func:`~lightning_sensitivity.model.select_targets`. Those of -100 don't count.
         num_training_samples: How many training samples are kept, over all processes, in whole batches.
-        num_samples: As in :class:`~lightning_sensitivity.SensitivityMonitor`.
+        num_samples: As in :class:`~lightning_sensitivity.SensitivityMonitor`, as are the other arguments.
         seed: Seed of the twins.
-        prefix: As there.
-        inputs: As there; nothing is perturbed.
-        outputs: As there.
-        initial_weights: The state dict from before training, where a fit does not begin with it (staged training).
-        every_n_epochs: As there.
+        prefix: See there.
+        inputs: See there; nothing is perturbed.
+        outputs: See there.
+        initial_weights: The state dict from before training, where a fit goes on with trained weights.
+        every_n_epochs: See there.
         prog_bar: Show the estimate on the progress bar.
 
     Raises:
@@ -193,7 +193,7 @@ class RiskMonitor(Monitor):
         metric = self._metric(trainer, dataloader_idx)
         as_trained = partial(_by_batch, pl_module, forward) if self._has_batch_norm else forward
         compared = run(as_trained) if self._has_batch_norm else None
-        num_batches = self.num_chosen(trainer, dataloader_idx) * trainer.world_size
+        num_batches = self.choice.count(dataloader_idx) * trainer.world_size
         num_twins = max(1, math.ceil(_MIN_TWINS / max(1, num_batches)))
         for index in range(num_twins):
             key = self.seed, trainer.global_rank, dataloader_idx, batch_idx, -1 - index
@@ -287,14 +287,10 @@ class RiskMonitor(Monitor):
         self._training = RiskEstimate(self._samples.task).to(pl_module.device)
         for batch, targets in self._samples.batches:
             with self.failures.warn_on_failure("leaves out kept training samples, which the model does not take"):
-                forward = self.forward(pl_module, move_data_to_device(batch, pl_module.device))
-                self._samples.num_outputs = _score(run(forward), targets, self._training)
-
-
-def _score(outputs: Tensor, targets: Tensor, metric: RiskEstimate) -> int:
-    """Score a batch, and return K; its outputs are free when the next batch runs."""
-    metric.update_training(outputs, targets)
-    return num_outputs(outputs)
+                outputs: Tensor = run(self.forward(pl_module, move_data_to_device(batch, pl_module.device)))
+                self._training.update_training(outputs, targets)
+                self._samples.num_outputs = num_outputs(outputs)
+                del outputs  # before the next ones come
 
 
 def _by_batch(model: nn.Module, forward: Forward) -> Tensor:

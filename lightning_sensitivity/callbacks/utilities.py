@@ -52,6 +52,37 @@ class LazyValue(Metric):
         return value
 
 
+class BatchChoice:
+    """Choose which batches of a validation are measured: always the same, evenly spaced, since loaders may be sorted.
+
+    Args:
+        num_batches: Of each loader.
+        sizes: Numbers of samples in the first batch of each loader, once it was measured.
+        budget: How many samples of a loader this process should measure.
+
+    Attributes:
+        num_batches: Of each loader.
+        num_measured: Samples that were measured, of each loader.
+    """
+
+    def __init__(self, num_batches: list[int | float], sizes: Mapping[int, int], budget: float) -> None:
+        self.num_batches, self._sizes, self._budget = num_batches, sizes, budget
+        self.num_measured = [0] * len(num_batches)
+
+    def count(self, dataloader_idx: int) -> float:
+        """Count the batches of a loader that will be measured; all, until the first one was."""
+        count, size = self.num_batches[dataloader_idx], self._sizes.get(dataloader_idx)
+        is_limited = size is not None and math.isfinite(count) and math.isfinite(self._budget)
+        return min(count, math.ceil(self._budget / size)) if size is not None and is_limited else count
+
+    def includes(self, batch_idx: int, dataloader_idx: int) -> bool:
+        """Decide whether to measure a batch: always the first one, none once the budget is spent."""
+        count, chosen = self.num_batches[dataloader_idx], self.count(dataloader_idx)
+        if batch_idx == 0 or self.num_measured[dataloader_idx] >= self._budget:
+            return batch_idx == 0
+        return chosen == count or batch_idx * chosen % count < chosen
+
+
 class Failures:
     """Turn failures into an error before the first training step, and into one warning of each kind after it.
 

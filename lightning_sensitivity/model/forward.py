@@ -79,6 +79,8 @@ class Forward:
             self._call_by_name(forward_parameters(model), batch, keys, perturbs_inputs)
         elif isinstance(batch, list | tuple) and len(batch):
             self._call_by_position(num_required(model), batch, keys)
+        elif keys:
+            raise MisconfigurationException(f"`inputs` should be a function for {describe(batch)}, got {inputs!r}.")
         self.perturbed = self.perturbed if perturbs_inputs else []
         for value in map(self.argument, self.perturbed):
             if not any(map(is_floating, tensors_in(value))):

@@ -22,11 +22,11 @@ _LOGGING = ("log", "log_dict")  # of a LightningModule
 def isolated(model: nn.Module) -> Iterator[Callable[..., Any]]:
     """Give a function ``run(function, *args)`` that calls a function which runs the model, and leaves no trace.
 
-    Inside, the model is in eval mode, without gradients, and its ``self.log`` does nothing. Every run finds the same
-    buffers, attributes and random states, and leaves clones of them behind: the originals come back. Compiled code runs
-    eagerly, so that nothing is compiled for us. Not put back are parameters that ``forward`` writes (see
-    :func:`written_parameters`), what is nested deeper than the items of a list or dict, those of more than 1,000 items,
-    generators of the model's own, and what hooks of the user change.
+    Inside, the model is in eval mode (modules that PyTorch does not see keep theirs), without gradients, and its
+    ``self.log`` does nothing. Every run finds the same buffers, attributes and random states, and leaves clones of them
+    behind: the originals come back. Compiled code runs eagerly, so that nothing is compiled for us. Not put back are
+    parameters that ``forward`` writes (see :func:`written_parameters`), what is nested deeper than the items of a list
+    or dict, those of more than 1,000 items, generators of the model's own, and what hooks of the user change.
 
     Args:
         model: The module.

@@ -115,6 +115,7 @@ def test_which_outputs_and_labels_are_taken(select: Callable[[], Tensor], expect
     (lambda: Forward(KEYWORDS, {"a": X, "b": X}), "one floating.*'a', 'b'.*`inputs="),
     *((lambda m=m: Forward(m, {"image": X}), "`inputs` should say .*dict of 'image'") for m in (ONE, ANYTHING)),
     (lambda: Forward(ONE, {"a": X}, "b"), "`inputs='b'`.*dict of 'a'"), (lambda: Forward(ONE, (X,), 1), "`inputs=1`"),
+    (lambda: Forward(ONE, SimpleNamespace(x=X), "x", None, False), "`inputs` should be a function for SimpleNamespace"),
     *((lambda b=b: Forward(ONE, b, "count"), "`inputs='count'`") for b in ((X,), [X])),
     (lambda: Forward(TWO, (X,)), "`inputs` .* 2 .*got None"), (lambda: Forward(TWO, (X, X, X), 2), r"`inputs` .*\[2\]"),
     (lambda: select_outputs({"a": X}), "`outputs.*dict of 'a'"), (lambda: select_outputs(X, 0), "`outputs=0`"),
