@@ -1,3 +1,4 @@
+import os
 import re
 import shutil
 import subprocess
@@ -44,12 +45,13 @@ def test_custom_scalars_have_a_chart_of_the_loss_and_of_each_monitor(tmp_path: P
 
 @pytest.fixture
 def tensorboard_url(tmp_path: Path) -> Iterator[str]:
-    """TensorBoard of a short fit, in a process of its own."""
-    monitors = [SensitivityMonitor(prefix="val/"), RiskMonitor(prefix="val/")]
-    run = trainer(callbacks=monitors, logger=TensorBoardLogger(tmp_path, name=None), max_epochs=5)
-    run.fit(Classifier(), loader(), loader(seed=1))
-    run.logger.finalize("success")
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", tmp_path, "--host", "127.0.0.1", "--port", "0"]
+    """TensorBoard of a short fit, or of what $LOGDIR holds, in a process of its own."""
+    if not (logs := os.environ.get("LOGDIR", "")):
+        monitors = [SensitivityMonitor(prefix="val/"), RiskMonitor(prefix="val/")]
+        run = trainer(callbacks=monitors, logger=TensorBoardLogger(logs := tmp_path, name=None), max_epochs=5)
+        run.fit(Classifier(), loader(), loader(seed=1))
+        run.logger.finalize("success")
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", logs, "--host", "127.0.0.1", "--port", "0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
         try:
             said = [""]
@@ -71,7 +73,7 @@ def page() -> Iterator[Any]:
     flags += " --disable-component-update --disable-sync"
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=flags.split())
-        yield browser.new_page(viewport={"width": 1560, "height": 2000})
+        yield browser.new_page(viewport={"width": 1400, "height": 1000})
         browser.close()
 
 
