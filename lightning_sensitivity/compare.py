@@ -24,6 +24,7 @@ from lightning_sensitivity.functional.tasks import (
     are_probabilities,
     check_classes,
     check_task,
+    num_outputs,
     warn,
     wide_dtype,
 )
@@ -104,6 +105,8 @@ def compare_models(
         dataloader.prepare_data()
         dataloader.setup("validate")
         dataloader = dataloader.val_dataloader()
+    if isinstance(dataloader, list) and len(dataloader) == 1:
+        dataloader = dataloader[0]
     if device is None:
         device = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None
 
@@ -111,11 +114,13 @@ def compare_models(
         forward = Forward(model, batch, inputs, outputs, at is None)
         with isolated(model) as run:
             clean: Tensor = run(forward)
-            if batch_idx == 0 and task == "multiclass" and are_probabilities(clean):
-                raise ValueError("Expected logits, but got probabilities.")
+            if batch_idx == 0 and task == "multiclass" and (are_probabilities(clean) or num_outputs(clean) == 1):
+                raise ValueError("Expected logits of classes: say `task='binary'`, or None for sensitivity alone.")
             labels = None if task is None else _labels(model, batch, clean, targets, task, batch_idx)
             noisy = noisy_outputs(run, forward, noise_function, (seed, 0, 0, batch_idx), num_draws, model, at)
             scores = score_samples(clean, noisy, labels, task)
+        if task == "multiclass" and labels is not None and targets is None and labels.ndim == 1:
+            scores["labels"] = labels
         power = _power(forward, noise_function) if at is None else math.nan
         powers = torch.full((len(clean),), power, dtype=torch.float64)
         return scores | {"power": powers, "fingerprint": _fingerprints(forward, clean)}
@@ -167,6 +172,14 @@ def _score_model(
     batches = [batch for batch in batches if len(batch["rows"])]
     names = [name for name in batches[0] if all(name in batch for batch in batches)] if batches else []
     joined = {name: torch.cat([batch[name].cpu() for batch in batches]) for name in names}
+    if any("loss" in batch for batch in batches) and "loss" not in joined:
+        warn("`compare_models` finds labels in some batches alone, and shows no loss.")
+    if "labels" in joined:
+        try:
+            check_classes(int(joined["rows"][0, 4] / joined["rows"][0, 0]), joined.pop("labels"))
+        except ValueError:
+            warn("`compare_models` finds no labels: these name few of many outputs. Say where they are (`targets=`).")
+            del joined["loss"], joined["error"]
     return joined | {"num_parameters": torch.tensor(sum(map(torch.numel, model.parameters())))}
 
 
@@ -175,8 +188,6 @@ def _labels(model: nn.Module, batch: Any, clean: Tensor, targets: Selector, task
     try:
         labels = select_targets(model, batch, targets)
         check_task(clean, labels, task)
-        if task == "multiclass" and batch_idx == 0 and targets is None:
-            check_classes(clean.shape[1], labels)
         return labels
     except (MisconfigurationException, ValueError) as error:
         if targets is not None:

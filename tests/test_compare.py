@@ -81,6 +81,11 @@ def test_labels_are_those_that_fit() -> None:
         with pytest.warns(UserWarning, match="finds no labels: .*`targets=`"):
             row = compare({"model": model}, DataLoader(TensorDataset(inputs(50), y), 16))[0]
         assert math.isnan(row.loss) and math.isnan(row.error) and row.sensitivity > 0
+    by_class = DataLoader(TensorDataset(inputs(50), torch.arange(50) // 13), 16)  # the first batch has one class or two
+    assert compare({"model": linear()}, by_class)[0].loss > 0
+    ragged: Any = [[inputs(16), torch.zeros(16).long()], [inputs(16), torch.full((16,), 9)]]
+    with pytest.warns(UserWarning, match="labels in some batches alone"):
+        assert math.isnan(compare({"model": linear()}, ragged)[0].loss)
 
 
 def test_functions_make_models_one_after_another_and_the_random_stream_is_left_alone(tmp_path: Path) -> None:
@@ -101,7 +106,7 @@ def test_functions_make_models_one_after_another_and_the_random_stream_is_left_a
 
 def test_a_model_that_fails_is_a_row_that_says_why_and_does_not_lose_the_others() -> None:
     failures: dict[str, Any] = {"RuntimeError: mat1": nn.Linear(3, 3), "50 samples gave nan or inf": linear(math.nan)}
-    failures |= {"probabilities": nn.Sequential(linear(), nn.Softmax(1))}
+    failures |= {"logits of classes": nn.Sequential(linear(), nn.Softmax(1)), "`task='binary'`": nn.Linear(12, 1)}
     failures |= {"FileNotFoundError": lambda: Linear.load_from_checkpoint("nowhere.ckpt")}
     result = compare(failures | {"good": linear()})
     assert result[0].name == "good" and result[0].sensitivity == compare({"good": linear()})[0].sensitivity

@@ -13,9 +13,11 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 from lightning_sensitivity.callbacks import utilities
 from lightning_sensitivity.callbacks.checks import CallWatch, check_run
+from lightning_sensitivity.functional.tasks import warn
 from lightning_sensitivity.model import Forward, Inputs, Selector, isolated
 from lightning_sensitivity.model.arguments import check_argument, check_int, check_selector
 from lightning_sensitivity.model.isolation import written_parameters
@@ -94,11 +96,16 @@ class Monitor(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check who watches our values; lay out TensorBoard's Custom Scalars, for all monitors at once."""
+        if any(map(is_lazy, pl_module.parameters())):
+            message = "needs weights, but got lazy ones: run the model on a batch first."
+            raise MisconfigurationException(f"`{type(self).__name__}` {message}")
         monitors = _monitors(trainer)
         if self is monitors[0]:  # a second layout would take the place of the first
             utilities.lay_out_charts(trainer, [(monitor.prefix, monitor.charts()) for monitor in monitors])
         for watcher in utilities.watchers(trainer, {self.prefix + name for name in self.names}):
             self.check_watcher(*watcher)
+            if self.every_n_epochs > 1:
+                warn(f"`{watcher[0]}` sees the last `{watcher[1]}` in epochs between: `every_n_epochs` is above 1.")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Before the first step, look at what the model does, if no sanity check has; from then on, only warn."""

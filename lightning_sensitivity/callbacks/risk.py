@@ -97,6 +97,7 @@ class RiskMonitor(Monitor):
         self.initial_weights, self.prog_bar = initial_weights, prog_bar
         self._initial = twins.InitialWeights(initial_weights)
         self._samples: TrainingSamples | None = None  # of a fit that has what the estimate needs
+        self._num_training = 0  # samples, as of the last count
         super().__init__(num_samples, seed, prefix, inputs, outputs, every_n_epochs)
 
     def charts(self) -> dict[str, str]:
@@ -129,13 +130,15 @@ class RiskMonitor(Monitor):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save the weights from before training, but for those that are as they were (frozen ones)."""
-        checkpoint[self._key] = self._initial.changed(checkpoint["state_dict"])
+        weights = self._initial.changed(checkpoint["state_dict"])
+        checkpoint[self._key] = {"initial_weights": weights, "num_training_samples": self._num_training}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restore them, so that the estimate can go on where training resumes."""
-        self._initial.weights = None  # those of another run
-        if checkpoint.get(self._key):
-            self._initial.restore(checkpoint[self._key], checkpoint["state_dict"])
+        saved, self._initial.weights = checkpoint.get(self._key, {}), None  # else those of another run
+        if saved.get("initial_weights"):
+            self._initial.restore(saved["initial_weights"], checkpoint["state_dict"])
+            self._num_training = saved["num_training_samples"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin without samples."""
@@ -155,8 +158,8 @@ class RiskMonitor(Monitor):
         with self.failures.warn_on_failure("leaves a training batch out"):
             if not is_begin and self._num_epochs == 1 and self._samples.num_missing > 0:
                 self._keep(trainer, pl_module, batch)
-            if self._samples.is_stream:
-                self._samples.count(len(select_targets(pl_module, batch, self.targets)), batch_idx)
+            if not is_begin and (batch_idx == 0 or self._samples.is_stream):
+                self._count(pl_module, batch, batch_idx == 0)
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -209,8 +212,7 @@ class RiskMonitor(Monitor):
         if self._samples is None or trainer.sanity_checking:
             return {}, {}
         metric, messages = self._metric(trainer, dataloader_idx), {}
-        trained = (weight for weight in trainer.lightning_module.parameters() if weight.requires_grad)
-        metric.factor = variance_factor(self._samples.num_in_epoch, sum(map(torch.numel, trained)))
+        metric.factor = variance_factor(self._samples.num_in_epoch, self._num_weights)
         terms = metric.compute()
         holdout, training = metric.totals
         if training[0] > 0 and training[-2] == 0:
@@ -220,6 +222,7 @@ class RiskMonitor(Monitor):
             messages["non-finite"] = f"{first} validation and {second} training samples gave nan or inf: left out."
         if holdout[-2] > holdout[0] / 2:
             reason = "Twins give the outputs of the model: it has learned nothing, or keeps weights that it computes."
+            reason += " An `EarlyStopping` goes on with `check_finite=False`."
             return {}, messages | {"no variance": reason}
         if not all(bool(term.isfinite()) for term in terms):
             reason = "No label of the kept training samples counts, or no batch could be measured."
@@ -247,6 +250,8 @@ class RiskMonitor(Monitor):
             num_samples = math.ceil(self.num_training_samples / trainer.world_size)
             self._samples = TrainingSamples(self.task, num_samples, trainer)
             self._keep(trainer, pl_module, batch)
+            self._samples.num_in_epoch = self._num_training if trainer.global_step > 0 else 0
+            self._count(pl_module, batch, is_first=True)
         except Exception as error:
             problem = error
         # All processes must log the same names.
@@ -263,6 +268,14 @@ class RiskMonitor(Monitor):
         if self._is_required and self.failures.is_strict:
             raise MisconfigurationException(f"`RiskMonitor` {message}") from problem
         self.failures.warn("no estimate", message, in_any_process=codes[0] != -1)
+
+    def _count(self, pl_module: LightningModule, batch: Any, is_first: bool) -> None:
+        """Count training samples and weights."""
+        assert self._samples is not None
+        self._samples.count(select_targets(pl_module, batch, self.targets), is_first)
+        self._num_training = self._samples.num_in_epoch
+        if is_first:  # some may be frozen for a while
+            self._num_weights = sum(weight.numel() for weight in pl_module.parameters() if weight.requires_grad)
 
     def _keep(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         assert self._samples is not None

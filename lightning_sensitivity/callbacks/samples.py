@@ -9,7 +9,7 @@ from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from lightning_sensitivity.functional.tasks import check_task, infer_task, num_outputs
+from lightning_sensitivity.functional.tasks import IGNORED, check_task, infer_task, num_outputs
 
 
 class TrainingSamples:
@@ -28,22 +28,20 @@ class TrainingSamples:
         batches: The kept batches, and their labels.
         num_missing: How many samples are still to be kept; 0 or less if there are enough.
         num_outputs: K, as of the last pass.
-        num_in_epoch: n, how many samples an epoch has over all processes.
-        is_stream: Whether the loader does not tell n, or there are several: then the samples are counted as they come.
+        num_in_epoch: n, how many samples with a label an epoch has over all processes.
+        is_stream: Whether n is counted as samples come, since the loader does not tell it, or there are several.
     """
 
     def __init__(self, task: str, num_samples: int, trainer: Trainer) -> None:
-        self.task, self.num_missing, self._world_size = task, num_samples, trainer.world_size
+        self.task, self.num_missing, self._trainer = task, num_samples, trainer
         self.batches: list[tuple[Any, Tensor]] = []
         self.num_outputs: int | None = None
         self.num_in_epoch = self._num_seen = 0
-        loader, *others = trainer.fit_loop._combined_loader.flattened  # type: ignore[union-attr]
-        batch_size, size = getattr(loader, "batch_size", None), sized_len(getattr(loader, "sampler", None))
-        if batch_size and size and not others:
-            # A sampler may draw with replacement, and training may be limited to some batches.
-            sizes = size * trainer.world_size, sized_len(loader.dataset) or math.inf
-            self.num_in_epoch = min(*sizes, int(trainer.num_training_batches) * batch_size * trainer.world_size)
-        self.is_stream = not self.num_in_epoch
+        self.is_stream = False
+        combined = trainer.fit_loop._combined_loader
+        lengths = {sized_len(loader) for loader in combined.flattened}  # type: ignore[union-attr]
+        if len(lengths) > 1 and combined._mode == "max_size_cycle":  # type: ignore[union-attr]
+            raise ValueError("Loaders of different lengths repeat samples, so that their number can't be told")
 
     def keep(self, outputs: Tensor, batch: Any, targets: Tensor) -> None:
         """Keep a batch. The first one tells the task.
@@ -67,12 +65,25 @@ class TrainingSamples:
         self.batches.append((move_data_to_device(batch, torch.device("cpu")), targets.to("cpu", copy=True)))
         self.num_missing, self.num_outputs = self.num_missing - len(outputs), num_outputs(outputs)
 
-    def count(self, num_samples: int, batch_idx: int) -> None:
-        """Count the samples of a batch of a stream.
+    def count(self, targets: Tensor, is_first: bool) -> None:
+        """Count the samples of an epoch: as its loader tells, if the first batch agrees, or else as they come.
 
         Args:
-            num_samples: How many it has in this process.
-            batch_idx: Its index in the epoch.
+            targets: The labels of a batch.
+            is_first: Whether it is the first one of an epoch.
         """
-        self._num_seen = num_samples + self._num_seen * (batch_idx > 0)
-        self.num_in_epoch = max(self.num_in_epoch, self._num_seen * self._world_size)
+        has_label = (targets != IGNORED) if targets.ndim == 1 else torch.ones(len(targets))
+        num_samples, world_size = int(has_label.sum()), self._trainer.world_size
+        if is_first:
+            loader, *others = self._trainer.fit_loop._combined_loader.flattened  # type: ignore[union-attr]
+            size, num_batches = sized_len(getattr(loader, "sampler", None)), self._trainer.num_training_batches
+            batch_size, self._num_seen = getattr(loader, "batch_size", None), 0
+            self.is_stream = bool(others) or not size or not batch_size or num_samples != min(batch_size, size)
+            self.is_stream |= math.isinf(num_batches)
+            if not self.is_stream and size and batch_size:
+                # A sampler may draw with replacement, and training may be limited to some batches.
+                sizes = size * world_size, sized_len(getattr(loader, "dataset", None)) or math.inf
+                self.num_in_epoch = int(min(*sizes, num_batches * batch_size * world_size))
+        self._num_seen += num_samples
+        if self.is_stream:
+            self.num_in_epoch = max(self.num_in_epoch, self._num_seen * world_size)

@@ -163,7 +163,7 @@ def score_models(
         numbers = {key: float(values.mean()) for key, values in scores.items()}
         numbers |= {key: float(of_model[key]) for key in ("num_parameters", "seconds")}
         numbers["sensitivity_stderr"] = float(estimate.stderr)
-        if task == "multiclass" and math.isfinite(power):  # the power is in units of the noise's variance
+        if task == "multiclass" and math.isfinite(power):  # in units of the noise's variance
             numbers["loss_estimate"] = float(loss_estimate(estimate.sensitivity, power, 1.0, estimate.num_outputs))
         models.append(ModelScores(name, note=notes[name], **numbers))
     return models, by_sample

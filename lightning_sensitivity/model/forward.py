@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -132,7 +133,7 @@ class Forward:
         self.perturbed = [first.index(key) if key in first else key for key in keys]
 
     def _call_by_position(self, required: int, batch: Sequence[Any], keys: list[Any]) -> None:
-        places = [key % len(batch) if isinstance(key, int) else batch._fields.index(key) for key in keys]  # type: ignore[attr-defined]
+        places = [int(key) % len(batch) if isinstance(key, Integral) else batch._fields.index(key) for key in keys]  # type: ignore[attr-defined]
         if required <= 1:
             self.args = tuple(batch[place] for place in places or [0])
             self.perturbed = list(range(len(self.args)))

@@ -24,7 +24,7 @@ class InitialWeights:
     """
 
     def __init__(self, given: Mapping[str, Tensor] | None = None) -> None:
-        self._given, self.source = given, ""
+        self._given, self.source, self._owner = given, "", 0
         self.weights: dict[str, Tensor] | None = None
 
     def begin(self, model: nn.Module, step: int) -> None:
@@ -38,14 +38,14 @@ class InitialWeights:
             MisconfigurationException: If the given ones are no weights of the module, or none are known.
         """
         if self._given is not None:
-            self.weights = {name: weight.detach().to("cpu", copy=True) for name, weight in self._given.items()}
-            self.source = "those of `initial_weights`"
+            self.weights, self.source = _on_cpu(self._given), "those of `initial_weights`"
             if self.weights.keys().isdisjoint(dict(model.named_parameters())):
-                raise MisconfigurationException("`initial_weights` should name parameters of the module, but name none")
+                expected = "`initial_weights` should name parameters of the module, as a `['state_dict']` does"
+                raise MisconfigurationException(f"{expected}, but name none.")
         elif step == 0:
-            self.weights = initial_weights(model)
+            self.weights, self._owner = initial_weights(model), id(model)
             self.source = "those at the start of this fit (if they are trained, pass `initial_weights=`)"
-        elif self.weights is None:
+        elif self.weights is None or self._owner not in (0, id(model)):
             raise MisconfigurationException(
                 "it needs the weights from before training, which the checkpoint lacks: give them, `initial_weights=`"
             )
@@ -59,8 +59,7 @@ class InitialWeights:
 
     def restore(self, changed: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
         """Restore them from what :meth:`changed` gave and the weights that it was given."""
-        saved = {name: w for name, w in weights.items() if w.is_floating_point() or w.is_complex()} | dict(changed)
-        self.weights = {name: weight.to("cpu", copy=True) for name, weight in saved.items()}
+        self.weights, self._owner = _on_cpu(weights) | _on_cpu(changed), 0  # of whichever module resumes
 
 
 def initial_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -73,14 +72,14 @@ def initial_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def unknown_parameters(model: nn.Module, initial: Mapping[str, Tensor]) -> list[str]:
-    """Name the floating parameters that were not there before training, or had another shape.
+    """Name the parameters that are trained, and were not there before training, or had another shape.
 
     Args:
         model: The module.
         initial: Its parameters before training.
     """
     shapes = {name: weight.shape for name, weight in initial.items()}
-    return [name for name, parameter, _ in _parameters(model) if shapes.get(name) != parameter.shape]
+    return [name for name, p, _ in _parameters(model) if shapes.get(name) != p.shape and p.requires_grad]
 
 
 @contextmanager
@@ -127,7 +126,7 @@ def twin(
         trained, shape, repeats = parameter.data, *_noise_shape(module, parameter)
         before = initial.get(name)
         if before is None or before.shape != trained.shape:
-            before = torch.zeros_like(trained)
+            before = torch.zeros_like(trained) if parameter.requires_grad else trained
         noise = torch.randn(shape, generator=generator, dtype=torch.float32, device=trained.device)
         factors = noise.mul_(strength).add_(1).to(trained.dtype)
         factors = factors.repeat_interleave(repeats, 0) if repeats > 1 else factors
@@ -184,6 +183,12 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module
             if is_number and parameter not in seen:
                 seen.add(parameter)
                 yield name, parameter, module
+
+
+def _on_cpu(weights: Mapping[str, object]) -> dict[str, Tensor]:
+    """Copy what can be weights in a state dict, which may hold anything."""
+    found = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
+    return {n: w.detach().to("cpu", copy=True) for n, w in found.items() if w.is_floating_point() or w.is_complex()}
 
 
 def _noise_shape(module: nn.Module, parameter: Tensor) -> tuple[tuple[int, ...], int]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer, callbacks, seed_everything
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer, callbacks, seed_everything
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
@@ -119,7 +119,7 @@ TASKS: dict[str, tuple[str, Any, Tensor]] = {
 @pytest.mark.parametrize("name", TASKS)
 def test_the_terms_are_those_of_a_plain_loop(name: str) -> None:
     task, model, targets = TASKS[name]
-    truth = Truth(task=name.split(",")[0])
+    truth = Truth(task=name.split(",")[0], num=int((targets != -100).reshape(50, -1).any(1).sum()))
     fit(model(), RiskMonitor(task), truth, DataLoader(TensorDataset(X, targets), 16))
     truth.check()
     assert len({logged["val_risk_estimate"] for logged in truth.logged}) == 3
@@ -185,6 +185,31 @@ def test_early_stopping_and_checkpoints_follow_it_and_the_progress_bar_shows_it(
 # How many training samples there are
 
 
+class Growing(LightningDataModule):
+    def train_dataloader(self) -> Any:
+        return loader(16 if self.trainer.current_epoch == 0 else 50)
+
+    def val_dataloader(self) -> Any:
+        return DataLoader(HOLDOUT, 16)
+
+
+def test_samples_are_counted_anew_where_loaders_grow_and_go_on_where_a_stream_resumes(tmp_path: Path) -> None:
+    monitor, counted = RiskMonitor(), Samples()
+    run = trainer(callbacks=[monitor, counted], max_epochs=2, reload_dataloaders_every_n_epochs=1)
+    run.fit(Plain(), datamodule=Growing())
+    assert counted.count == 50
+    path, stream = tmp_path / "a.ckpt", DataLoader(Stream(has_labels=True), 16)
+    fit(Plain(), monitor, counted, stream, max_epochs=1).save_checkpoint(path)
+    resumed, first = RiskMonitor(), list[int]()
+
+    class First(Callback):
+        def on_train_batch_end(self, *args: Any) -> None:
+            first.append(resumed._samples.num_in_epoch)
+
+    fit(Plain(), resumed, First(), stream, max_epochs=2, ckpt_path=path)
+    assert first[0] == 50
+
+
 class Samples(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.count = trainer.callbacks[0]._samples.num_in_epoch
@@ -200,6 +225,7 @@ COUNTED: dict[str, tuple[Any, dict[str, Any], int | str]] = {
     "limit_train_batches": (loader, {"limit_train_batches": 2}, 32),
     "drop_last": (lambda: loader(drop_last=True), {}, 48),
     "with replacement": (lambda: loader(sampler=RandomSampler(X, True, 80)), {}, 50),
+    "batches of batches": (lambda: DataLoader([[X, Y]], 1, collate_fn=lambda x: x[0]), {}, "a stream of"),
     "no batch sampler": (lambda: DataLoader([[X, Y]], None), {}, "a stream of"),
     "SubsetRandomSampler": (lambda: loader(sampler=SubsetRandomSampler(range(20))), {}, 20),
     "CombinedLoader": (lambda: CombinedLoader([loader(), loader()], "min_size"), {}, "a stream of"),
@@ -246,10 +272,11 @@ def test_it_goes_on_where_training_resumes(tmp_path: Path) -> None:
     rows, others = ([{name: row[name] for name in TERMS} for row in truth.logged[-2:]] for truth in (whole, resumed))
     assert rows == others and len(resumed.logged) == 2
     saved = torch.load(path, weights_only=True)
+    ours = saved["RiskMonitor(prefix='val_')"]
     assert saved["state_dict"].keys() == whole.initial.keys()
     # No second copy of frozen weights.
     changed = {name: weight for name, weight in whole.initial.items() if "net.0" not in name}
-    torch.testing.assert_close(dict(saved["RiskMonitor(prefix='val_')"]), changed, rtol=0, atol=0)
+    torch.testing.assert_close(dict(ours["initial_weights"]), changed, rtol=0, atol=0)
 
 
 def test_a_fit_begins_with_the_weights_of_its_start_unless_its_trainer_goes_on(tmp_path: Path) -> None:

@@ -137,8 +137,10 @@ def test_strategies_that_can_not_be_measured_under_are_refused() -> None:
         check(kind.__new__(kind), "`M` needs all weights in every process.* sharded")
     model.allow_zero_length_dataloader_with_multiple_devices = True
     check(None, "needs a batch in every process", model)
-    model.allow_zero_length_dataloader_with_multiple_devices, model.layer = False, nn.LazyLinear(2)
-    check(None, "got lazy ones: run the model", model)
+    model = Classifier()
+    model.net.append(nn.LazyLinear(2))
+    with pytest.raises(MisconfigurationException, match="`SensitivityMonitor` needs weights, but got lazy ones"):
+        trainer(callbacks=[SensitivityMonitor()]).fit(model, loader(), loader())
 
 
 def test_monitors_that_log_the_same_names_need_two_prefixes() -> None:
@@ -148,6 +150,17 @@ def test_monitors_that_log_the_same_names_need_two_prefixes() -> None:
                 trainer(callbacks=[kind(), other()]).fit(Classifier(), loader(), loader())
     two = [kind(prefix=prefix) for prefix in ("val_", "b_") for kind in MONITORS]
     trainer(callbacks=two, fast_dev_run=True).fit(Classifier(), loader(), loader())
+
+
+def test_a_callback_that_logs_one_of_our_names_before_us_costs_the_value() -> None:
+    class Other(Callback):
+        def on_validation_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            pl_module.log("val_sensitivity", 1.0)
+
+    with pytest.warns(UserWarning, match="could not log 'val_sensitivity'.*self.log"):
+        run = trainer(callbacks=[Other(), SensitivityMonitor()], num_sanity_val_steps=0)
+        run.fit(Classifier(), loader(), loader())
+    assert run.callback_metrics["val_sensitivity"] == 1 and run.callback_metrics["val_sensitivity_stderr"] > 0
 
 
 # What the step of the user does
@@ -215,6 +228,7 @@ def test_who_watches_a_value_the_wrong_way_is_warned_of(tmp_path: Path) -> None:
 
 # The faults' `test_something_waits` has a run for each watcher.
 @pytest.mark.parametrize("every_n_epochs", [1, 2])
+@pytest.mark.filterwarnings("ignore:.*sees the last")
 def test_a_run_goes_on_if_the_first_validation_has_no_value(every_n_epochs: int, tmp_path: Path) -> None:
     class Overflowing(Scheduled, Classifier):
         def forward(self, x: Tensor) -> Tensor:
