@@ -46,7 +46,7 @@ def compare_models(
     targets: Selector = None,
     device: torch.device | str | None = None,
 ) -> Comparison:
-    r"""Compare how well models generalize, without labels: trained or not, in one pass over the same samples each.
+    r"""Compare how well models generalize, trained or not, without labels, on the same samples.
 
     All models get the same noise on the same samples, so that differences are sharper than values. Sensitivity is that
     of Forouzesh, Salehi and Thiran (ICPR 2020, arXiv:2007.15378);
@@ -217,7 +217,7 @@ def _fingerprints(forward: Forward, clean: Tensor) -> Tensor:
 
 
 def _check_samples(name: str, samples: Samples, others: Mapping[str, Samples]) -> None:
-    """Require samples that can be compared, and warn of what makes a sensitivity doubtful."""
+    """Require samples that can be compared, and warn if a sensitivity is doubtful."""
     seen = samples.get("fingerprint", torch.zeros(0))
     if len(seen) < 2:
         raise ValueError(f"Expected `dataloader` to give two samples or more, but got {len(seen)}.")

@@ -132,7 +132,7 @@ class Comparison:
         return {name: float(torch.as_tensor(kendall_rank_corrcoef(x, true, variant="b"))) for name, x in ranks.items()}
 
     def __str__(self) -> str:
-        """Print the main columns; under them the notes, and how well each score orders the models, if labels say so."""
+        """Print the main columns, the notes, and, where there are labels, how well each score orders the models."""
         tied = self.ties()
         columns = {
             "model": [model.name + " *" * bool(model.note) for model in self],
@@ -151,8 +151,8 @@ class Comparison:
             lines += ["", *notes]
         for truth in ("loss", "error"):
             if taus := self.kendall(truth):
-                told = ", ".join(f"{name} {tau:+.2f}" for name, tau in taus.items())
-                lines += ["", fill(f"Kendall's τ with the {truth}: {told}", _WIDTH)]
+                listed = ", ".join(f"{name} {tau:+.2f}" for name, tau in taus.items())
+                lines += ["", fill(f"Kendall's τ with the {truth}: {listed}", _WIDTH)]
         return "\n".join(lines)
 
     __repr__ = __str__  # a table is what a notebook is to show

@@ -57,10 +57,15 @@ def label_wave(changed: np.ndarray) -> int:
     return first(np.append(np.diff(smooth) > 0, True)) + 3
 
 
+def with_factor(c: Curves, factor: float, gap: float = 0.0) -> np.ndarray:
+    """Give the estimate with another factor of the variance, and so many times memorization."""
+    variance = c["val_risk_variance"] * factor / variance_factor(c.about["n"], c.about["weights"])
+    return c["val_risk_claim"] + c["val_risk_overconfidence"] + gap * c["val_risk_memorization"] + variance
+
+
 def as_it_was(c: Curves) -> np.ndarray:
-    """Give the estimate without the number of samples."""
-    variance = c["val_risk_variance"] / variance_factor(c.about["n"], c.about["weights"])
-    return c["val_risk_claim"] + c["val_risk_overconfidence"] + variance
+    """Give the estimate without the numbers of samples and weights."""
+    return with_factor(c, 1.0)
 
 
 def by_labels(c: Curves, kind: str, count: int) -> list[int]:
@@ -87,5 +92,8 @@ RULES: dict[str, Rule] = {
     STOPPING: lambda c: [patient(c["val_risk_estimate"])],
     OTHER_SEED: lambda c: [lowest(c["seed1_risk_estimate"])],
     WAS: lambda c: [lowest(as_it_was(c))],
+    "the rule of the first report, √(150 / n)": lambda c: [
+        lowest(with_factor(c, min(1.0, (150 / c.about["n"]) ** 0.5), 1.0))
+    ],
     **{name: lambda c, of=of: by_labels(c, *of) for of, name in NAMES.items()},
 }

@@ -26,7 +26,7 @@ Run = Callable[..., Any]  # runs a function that runs the model, and leaves no t
 
 
 class Monitor(Callback):
-    """Measure validation batches and log the values, and never end a run.
+    """Measure validation batches and log the values, without ever ending a run.
 
     The arguments are those of the monitors.
     """
@@ -67,7 +67,7 @@ class Monitor(Callback):
 
     @abstractmethod
     def reset(self) -> None:
-        """Begin a validation with nothing."""
+        """Start a validation afresh."""
 
     def end_validation(self) -> None:
         """Free what is needed for a validation alone."""
@@ -95,7 +95,7 @@ class Monitor(Callback):
         self._begin_run()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check who watches our values; lay out TensorBoard's Custom Scalars, for all monitors at once."""
+        """Check who monitors our values, and lay out TensorBoard's Custom Scalars for all monitors at once."""
         if any(map(is_lazy, pl_module.parameters())):
             message = "needs weights, but got lazy ones: run the model on a batch first."
             raise MisconfigurationException(f"`{type(self).__name__}` {message}")
@@ -108,7 +108,7 @@ class Monitor(Callback):
                 warn(f"`{watcher[0]}` sees the last `{watcher[1]}` in epochs between: `every_n_epochs` is above 1.")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Before the first step, look at what the model does, if no sanity check has; from then on, only warn."""
+        """Before the first step, check the model, if no sanity check did; from then on, only warn."""
         if self._has_trained:
             return
         self._has_trained = True
@@ -124,11 +124,11 @@ class Monitor(Callback):
         self.failures.is_strict = False
 
     def on_train_batch_end(self, *args: Any) -> None:
-        """Say how the step calls the model otherwise than we do."""
+        """Warn if the step calls the model differently than we do."""
         self._end_watch()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin with nothing, and with the buffers that the first step of DDP would broadcast."""
+        """Start afresh, with the buffers that the first step of DDP would broadcast."""
         self._begin_validation()
         budget = math.inf if self.num_samples is None else self.num_samples / (trainer.world_size * self.num_draws)
         self.choice = utilities.BatchChoice(utilities.num_batches(trainer), self._batch_sizes, budget)
@@ -166,11 +166,11 @@ class Monitor(Callback):
             self.failures.is_strict = self.failures.is_strict and trainer.state.fn == TrainerFn.FITTING
 
     def on_validation_batch_end(self, *args: Any) -> None:
-        """Say how the step calls the model otherwise than we do."""
+        """Warn if the step calls the model differently than we do."""
         self._end_watch()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Have every process take part in every reduction, and say what was wrong, after a sanity check too."""
+        """Take part in every reduction in every process, and warn of what went wrong, also in a sanity check."""
         if self.should_measure(trainer):
             for dataloader_idx in range(len(self.choice.num_batches)):
                 self._values(trainer, dataloader_idx)
@@ -190,9 +190,9 @@ class Monitor(Callback):
     on_test_end = on_validation_end
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say so if nothing was measured."""
+        """Warn if nothing was measured."""
         if not self._has_measured and not self.failures.kinds:  # else a warning has said why
-            self.failures.warn("nothing", "has measured nothing in this fit: validation gave it no batch to measure.")
+            self.failures.warn("nothing", "measured nothing in this fit: validation had no batch to measure.")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hook on the module."""
@@ -206,16 +206,16 @@ class Monitor(Callback):
 
     @contextmanager
     def isolated(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[Run]:
-        """Give what runs the model without a trace, in the precision of validation."""
+        """Give a function that runs the model and leaves no trace, in the precision of validation."""
         with isolated(pl_module) as run, trainer.precision_plugin.val_step_context():
             yield run
 
     def forward(self, pl_module: LightningModule, batch: Any) -> Forward:
-        """Give what runs the model on a batch."""
+        """Prepare the call of the model on a batch."""
         return Forward(pl_module, batch, self.inputs, self.outputs, self.perturbs_inputs)
 
     def _check(self, outputs: Tensor, written: list[str]) -> None:
-        """Refuse a model of which values would be wrong, or which our passes would change."""
+        """Refuse a model whose values would be wrong, or that our passes would change."""
         if written:
             self._is_off = True
             raise MisconfigurationException(
@@ -239,7 +239,7 @@ class Monitor(Callback):
 
     def _end_watch(self) -> None:
         if self._watch is not None and (difference := self._watch.end()):
-            self.failures.warn("call", f"may measure something else than your step does. {difference}")
+            self.failures.warn("call", f"may not measure what your step computes. {difference}")
         self._watch = None
 
     def _values(self, trainer: Trainer, dataloader_idx: int) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Checks before a value is believed: of the Trainer, and of what the user's own step gives the model."""
+"""Checks of the Trainer, and of what the user's step gives the model."""
 
 import inspect
 from contextlib import suppress
@@ -70,7 +70,7 @@ class CallWatch:
             self._handle = pl_module.register_forward_pre_hook(self._compare, with_kwargs=True)
 
     def end(self) -> str:
-        """Stop watching, and say what differs."""
+        """Stop watching, and describe the difference."""
         if self._handle is not None:
             self._handle.remove()
         return self._difference
@@ -84,7 +84,7 @@ class CallWatch:
             if names:
                 got, ours = (", ".join(_brief(of.get(name)) for name in names) for of in (theirs, self._ours))
                 self._difference = (
-                    f"The step calls the model with another {', '.join(map(repr, names))}: {got} for {ours}. If that is"
+                    f"The step calls the model with another {', '.join(map(repr, names))}: {got} for {ours}. If this is"
                     " more than augmentation, say the arguments: `inputs=lambda batch: (batch[0], batch[2])`."
                 )
         self._handle.remove()

@@ -44,7 +44,7 @@ class RiskMonitor(Monitor):
     training samples, and two copies of the weights on the device. Training is not changed.
 
     Args:
-        task: ``"multiclass"``, ``"binary"``, ``"multilabel"``, or ``"auto"`` where labels and outputs leave no doubt.
+        task: ``"multiclass"``, ``"binary"``, ``"multilabel"``, or ``"auto"``, to infer it from labels and outputs.
         targets: Labels of a training batch: a key, an index, or a function ``batch -> tensor``; by default see
             :func:`~lightning_sensitivity.model.select_targets`. Those of -100 don't count.
         num_training_samples: How many training samples are kept, over all processes, in whole batches.
@@ -106,7 +106,7 @@ class RiskMonitor(Monitor):
         return {"risk estimate and its terms": tags}
 
     def check_watcher(self, who: str, name: str, mode: str) -> None:
-        """Warn of who maximizes a risk."""
+        """Warn if a callback maximizes the risk."""
         if mode == "max":
             warn(f'`{who}` maximizes `{name}`, of which low values are good. Use `mode="min"`.')
 
@@ -123,15 +123,16 @@ class RiskMonitor(Monitor):
         return is_fit and (trainer.sanity_checking or self._samples is not None) and super().should_measure(trainer)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Say in which loops there is an estimate."""
+        """Check the run, and say that there is an estimate in fits alone."""
         super().setup(trainer, pl_module, stage)
         if stage in ("validate", "test"):
             rank_zero_info(f"`RiskMonitor` ({self.prefix}*) logs in `Trainer.fit` alone: it scores training samples.")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save the weights from before training, but for those that are as they were (frozen ones)."""
-        weights = self._initial.changed(checkpoint["state_dict"])
-        checkpoint[self._key] = {"initial_weights": weights, "num_training_samples": self._num_training}
+        with self.failures.warn_on_failure("could not save the weights from before training"):
+            weights = self._initial.changed(checkpoint["state_dict"])
+            checkpoint[self._key] = {"initial_weights": weights, "num_training_samples": self._num_training}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restore them, so that the estimate can go on where training resumes."""
@@ -141,7 +142,7 @@ class RiskMonitor(Monitor):
             self._num_training = saved["num_training_samples"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin without samples."""
+        """Start a fit without samples."""
         self._samples, self._num_epochs = None, 0
         is_watched = watchers(trainer, {self.prefix + name for name in self.names})
         self._is_required = bool(is_watched) or self.task != "auto" or self.targets is not None
@@ -163,7 +164,7 @@ class RiskMonitor(Monitor):
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say so if nothing was measured."""
+        """Warn if nothing was measured."""
         if self._samples is not None:
             super().on_train_end(trainer, pl_module)
 
@@ -173,7 +174,7 @@ class RiskMonitor(Monitor):
         self._samples = None
 
     def reset(self) -> None:
-        """Begin a validation with nothing."""
+        """Start a validation afresh."""
         self._metrics: dict[int, RiskEstimate] = {}
         self._training: RiskEstimate | None = None  # of training samples
         self._weights: dict[str, Tensor] = {}  # from before training, on the device
@@ -243,7 +244,7 @@ class RiskMonitor(Monitor):
         return self._metrics[dataloader_idx]
 
     def _begin_fit(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
-        """Find the weights from before training, and keep the first training batch, which tells the task."""
+        """Find the weights from before training, and keep the first training batch, which determines the task."""
         problem: Exception | None = None
         try:
             self._initial.begin(pl_module, trainer.global_step)
@@ -261,8 +262,8 @@ class RiskMonitor(Monitor):
             problem = ValueError("training batches of another process fit no task or another, as it warns")
         if problem is None and self._samples is not None:
             n = "a stream of" if self._samples.is_stream else self._samples.num_in_epoch
-            told = f"{n} training samples, task {self._samples.task!r}; weights from before training"
-            rank_zero_info(f"`RiskMonitor` ({self.prefix}*): {told}: {self._initial.source}.")
+            summary = f"{n} training samples, task {self._samples.task!r}; weights from before training"
+            rank_zero_info(f"`RiskMonitor` ({self.prefix}*): {summary}: {self._initial.source}.")
             return
         self._samples, message = None, f"can give no estimate: {str(problem).rstrip('.')}."
         if self._is_required and self.failures.is_strict:

@@ -29,7 +29,7 @@ class TrainingSamples:
         num_missing: How many samples are still to be kept; 0 or less if there are enough.
         num_outputs: K, as of the last pass.
         num_in_epoch: n, how many samples with a label an epoch has over all processes.
-        is_stream: Whether n is counted as samples come, since the loader does not tell it, or there are several.
+        is_stream: Whether n is counted as samples come, because the loader has no length, or there are several.
     """
 
     def __init__(self, task: str, num_samples: int, trainer: Trainer) -> None:
@@ -41,10 +41,10 @@ class TrainingSamples:
         combined = trainer.fit_loop._combined_loader
         lengths = {sized_len(loader) for loader in combined.flattened}  # type: ignore[union-attr]
         if len(lengths) > 1 and combined._mode == "max_size_cycle":  # type: ignore[union-attr]
-            raise ValueError("Loaders of different lengths repeat samples, so that their number can't be told")
+            raise ValueError("Loaders of different lengths repeat samples, so their number is unknown")
 
     def keep(self, outputs: Tensor, batch: Any, targets: Tensor) -> None:
-        """Keep a batch. The first one tells the task.
+        """Keep a batch. The first one determines the task.
 
         Args:
             outputs: Those of the model for it.
@@ -66,7 +66,7 @@ class TrainingSamples:
         self.num_missing, self.num_outputs = self.num_missing - len(outputs), num_outputs(outputs)
 
     def count(self, targets: Tensor, is_first: bool) -> None:
-        """Count the samples of an epoch: as its loader tells, if the first batch agrees, or else as they come.
+        """Count the samples of an epoch: by its loader, if the first batch agrees with it, or else as they come.
 
         Args:
             targets: The labels of a batch.

@@ -93,7 +93,7 @@ class SensitivityMonitor(Monitor):
             submodule(pl_module, self.at)
 
     def check_watcher(self, who: str, name: str, mode: str) -> None:
-        """Warn of who minimizes sensitivity."""
+        """Warn if a callback minimizes sensitivity."""
         if mode == "min" and not name.endswith("_stderr"):
             warn(
                 f"`{who}` minimizes `{name}`, which is lowest before training: it will choose an untrained network. Use"
@@ -109,7 +109,7 @@ class SensitivityMonitor(Monitor):
             )
 
     def reset(self) -> None:
-        """Begin a validation with nothing."""
+        """Start a validation afresh."""
         self._metrics: dict[int, _LoaderSensitivity] = {}
 
     def measure(self, trainer: Trainer, run: Run, forward: Forward, batch_idx: int, dataloader_idx: int) -> int:

@@ -145,7 +145,7 @@ def lay_out_charts(trainer: Trainer, charts: Iterable[tuple[str, Mapping[str, st
 
 
 def log(pl_module: LightningModule, name: str, value: LazyValue, **kwargs: Any) -> None:
-    """Log a value by Lightning's own ``log``, past one that the module overrides."""
+    """Log a value by Lightning's ``log``, even if the module overrides it."""
     owner: Any = next(
         base for base in type(pl_module).__mro__ if base.__module__ in LIGHTNING_MODULES and "log" in vars(base)
     )

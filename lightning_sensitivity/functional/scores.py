@@ -18,7 +18,7 @@ from lightning_sensitivity.functional.tasks import by_position, probabilities, t
 
 Samples = dict[str, Tensor]  # for each name one number per sample, or a row of them
 
-_MIN_VOTERS = 3  # of two, each would be measured by the other alone
+_MIN_VOTERS = 3  # with two, each would be judged by the other alone
 
 
 @dataclass(frozen=True)
@@ -122,9 +122,9 @@ def consensus_scores(
     for name in voters:
         total = total + log_probabilities[name].double().exp()
     for name, values in log_probabilities.items():
-        own = values.double()
-        votes = (total - own.exp()).clamp(min=0) / (len(voters) - 1) if name in voters else total / len(voters)
-        scores[name] = _expected(own, votes)
+        log_p = values.double()
+        votes = (total - log_p.exp()).clamp(min=0) / (len(voters) - 1) if name in voters else total / len(voters)
+        scores[name] = _expected(log_p, votes)
     return scores
 
 

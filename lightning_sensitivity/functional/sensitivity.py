@@ -133,7 +133,7 @@ def squared_deviations(rows: Tensor) -> Tensor:
 
 
 def diagnostics(estimate: SensitivityEstimate, per_output: bool = False) -> dict[str, str]:
-    """Say what makes a finite value doubtful, one sentence per kind of doubt.
+    """Explain what makes a finite value doubtful, with one sentence for each problem.
 
     Args:
         estimate: The estimate.
@@ -237,8 +237,8 @@ def loss_estimate(
         raise ValueError(f"Expected `num_outputs` to be an int of 2 or more, but got {num_outputs!r}.")
     sensitivity = torch.as_tensor(sensitivity, dtype=None if isinstance(sensitivity, Tensor) else torch.float64)
     power, std, offset = (
-        torch.as_tensor(each, dtype=sensitivity.dtype, device=sensitivity.device)
-        for each in (input_power, noise_std, offset)
+        torch.as_tensor(value, dtype=sensitivity.dtype, device=sensitivity.device)
+        for value in (input_power, noise_std, offset)
     )
     if not bool(((std > 0) & std.isfinite()).all()):
         raise ValueError(f"Expected `noise_std` to be positive and finite, but got {noise_std}.")

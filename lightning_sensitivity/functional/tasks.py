@@ -18,7 +18,7 @@ _LIBRARIES |= {"torch", "torchmetrics", "contextlib", "functools"}
 
 
 def infer_task(outputs: Tensor, targets: Tensor) -> str:
-    """Infer the task, where labels and outputs leave no doubt.
+    """Infer the task where labels and outputs allow only one.
 
     ==================  =====================================  ======================================================
     task                outputs                                targets

@@ -13,12 +13,12 @@ from lightning_sensitivity.model.arguments import clone_tensors, describe, is_fl
 
 Inputs = Callable[[Any], Any] | Sequence[int | str] | int | str | None
 """How a model is called on a batch: a function from the batch to the arguments; or the keys or indices of what is
-perturbed; or None, where the batch alone tells. See :class:`Forward` for the rules."""
+perturbed; or None, to go by the batch alone. See :class:`Forward` for the rules."""
 Selector = Callable[..., Any] | int | str | None
 """What chooses a tensor: a key, attribute or index, a function, or None, where there is only one choice."""
 Perturb = Callable[[Tensor], Tensor]
 
-# What mappings call their labels; torch, transformers and Lightning's own examples use no other names.
+# What mappings call their labels in torch, transformers and Lightning's examples.
 TARGET_NAMES = ("label", "labels", "target", "targets", "y")
 _CHOOSE = "Choose it: `inputs=lambda batch: batch['image']`, or `at=` a submodule where inputs can take no noise."
 
@@ -52,7 +52,7 @@ class Forward:
         perturbed: Positions and keywords of the arguments that are perturbed.
 
     Raises:
-        MisconfigurationException: If it can't be told how to call the model, or what to perturb.
+        MisconfigurationException: If it is not clear how to call the model, or what to perturb.
     """
 
     def __init__(
@@ -195,7 +195,7 @@ def select_targets(model: nn.Module, batch: Any, targets: Selector = None) -> Te
             ``target``, ``targets`` or ``y``.
 
     Raises:
-        MisconfigurationException: If they can't be told, or are no tensor.
+        MisconfigurationException: If it is not clear where they are, or they are not a tensor.
     """
     selected: Any = None
     if callable(targets):

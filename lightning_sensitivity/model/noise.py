@@ -144,7 +144,7 @@ def noisy_outputs(
 
 @contextmanager
 def perturbed_output(module: nn.Module, perturb: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Perturb inside what a submodule returns each time that it runs: its first floating tensor.
+    """Perturb the first tensor that a submodule returns, each time that it runs within the context.
 
     Args:
         module: The submodule.

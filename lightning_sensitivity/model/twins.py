@@ -90,7 +90,7 @@ def twin(
     strength: float = 1.0,
     buffers: dict[str, Tensor] | None = None,
 ) -> Iterator[None]:
-    r"""Give the module the weights of a twin inside, and its own back on exit.
+    r"""Give a module the weights of a twin within the context, and restore its weights on exit.
 
     What a layer learned, :math:`d = w - w_0`, responds to its inputs :math:`h` by :math:`d\,h`. In the twin it responds
     to inputs with noise as strong as the signal, :math:`d\,(h \odot (1 + \lambda\xi))` with :math:`\lambda = 1` and one
@@ -186,9 +186,9 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module
 
 
 def _on_cpu(weights: Mapping[str, object]) -> dict[str, Tensor]:
-    """Copy what can be weights in a state dict, which may hold anything."""
-    found = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
-    return {n: w.detach().to("cpu", copy=True) for n, w in found.items() if w.is_floating_point() or w.is_complex()}
+    """Copy the floating tensors of a state dict, which may hold anything, to the CPU."""
+    tensors = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
+    return {n: w.detach().to("cpu", copy=True) for n, w in tensors.items() if w.is_floating_point() or w.is_complex()}
 
 
 def _noise_shape(module: nn.Module, parameter: Tensor) -> tuple[tuple[int, ...], int]:
