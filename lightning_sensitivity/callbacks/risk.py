@@ -160,7 +160,7 @@ class RiskMonitor(Monitor):
             if not is_begin and self._num_epochs == 1 and self._samples.num_missing > 0:
                 self._keep(trainer, pl_module, batch)
             if not is_begin and (batch_idx == 0 or self._samples.is_stream):
-                self._count(pl_module, batch, batch_idx == 0)
+                self._count(pl_module, select_targets(pl_module, batch, self.targets), batch_idx == 0)
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -213,7 +213,7 @@ class RiskMonitor(Monitor):
         if self._samples is None or trainer.sanity_checking:
             return {}, {}
         metric, messages = self._metric(trainer, dataloader_idx), {}
-        metric.factor = variance_factor(self._samples.num_in_epoch, self._num_weights)
+        metric.factor = variance_factor(max(1, self._samples.num_in_epoch), self._num_weights)
         terms = metric.compute()
         holdout, training = metric.totals
         if training[0] > 0 and training[-2] == 0:
@@ -250,9 +250,8 @@ class RiskMonitor(Monitor):
             self._initial.begin(pl_module, trainer.global_step)
             num_samples = math.ceil(self.num_training_samples / trainer.world_size)
             self._samples = TrainingSamples(self.task, num_samples, trainer)
-            self._keep(trainer, pl_module, batch)
             self._samples.num_in_epoch = self._num_training if trainer.global_step > 0 else 0
-            self._count(pl_module, batch, is_first=True)
+            self._count(pl_module, self._keep(trainer, pl_module, batch), is_first=True)
         except Exception as error:
             problem = error
         # All processes must log the same names.
@@ -270,21 +269,23 @@ class RiskMonitor(Monitor):
             raise MisconfigurationException(f"`RiskMonitor` {message}") from problem
         self.failures.warn("no estimate", message, in_any_process=codes[0] != -1)
 
-    def _count(self, pl_module: LightningModule, batch: Any, is_first: bool) -> None:
+    def _count(self, pl_module: LightningModule, targets: Tensor, is_first: bool) -> None:
         """Count training samples and weights."""
         assert self._samples is not None
-        self._samples.count(select_targets(pl_module, batch, self.targets), is_first)
+        self._samples.count(targets, is_first)
         self._num_training = self._samples.num_in_epoch
         if is_first:  # some may be frozen for a while
             self._num_weights = sum(weight.numel() for weight in pl_module.parameters() if weight.requires_grad)
 
-    def _keep(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+    def _keep(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Tensor:
+        """Keep a batch, and return its labels."""
         assert self._samples is not None
         kept = clone_tensors(batch)
         with self.isolated(trainer, pl_module) as run:
             outputs = run(self.forward(pl_module, batch))
         targets = select_targets(pl_module, batch, self.targets)
         self._samples.keep(outputs, kept, targets)
+        return targets
 
     def _score_training_samples(self, trainer: Trainer, run: Run) -> None:
         """Score the kept samples with the weights of this validation."""

@@ -1,3 +1,4 @@
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -27,7 +28,6 @@ def test_a_task_without_doubt_is_inferred(outputs: Tensor, targets: Tensor, task
     (None, SINGLE, BITS.float(), "floating. Say `task='binary'`"),  # labels for BCEWithLogitsLoss, or numbers
     (None, LOGITS, LOGITS.softmax(1), "floating.*`task='multiclass'`"),
     (None, SINGLE, BITS, "Say `task='binary'`"), (None, LOGITS, ONE_HOT.long(), "one-hot. Say `task='multiclass'`"),
-    (None, torch.randn(40, 784), torch.arange(40) % 10, "embedding"),
     ("multiclass", LOGITS, CLASSES.byte().where(CLASSES < 2, 156), "got 0 to 156"),  # which is -100 in 8 bits
     ("multiclass", LOGITS, CLASSES - 1, "-100.* got -1 to 1.*`ignore_index`.*`targets=`"),
     ("multiclass", DENSE, torch.zeros(2, 7).long(), r"\(N, ...\).*shape \(2, 7\).*`outputs=lambda y: y.movedim"),
@@ -62,3 +62,15 @@ def test_probabilities_are_told_from_logits(dtype: torch.dtype) -> None:
         assert not T.are_log_probabilities(others)
     for others in (logits, logits[:, :1] * 0 + 1, logits[:0], logits.abs(), logits.sigmoid(), log_p):
         assert not T.are_probabilities(others)
+
+
+@pytest.mark.parametrize(("num_outputs", "num_named", "num_labels", "is_clear"), [
+    (784, 10, 40, False), (100, 70, 500, False), (100, 81, 500, True), (11, 8, 20, True), (10, 2, 500, True),
+    (2, 1, 500, True),
+])  # fmt: skip
+def test_labels_that_name_few_of_many_outputs_are_refused(
+    num_outputs: int, num_named: int, num_labels: int, is_clear: bool
+) -> None:
+    with nullcontext() if is_clear else pytest.raises(ValueError, match="embedding"):
+        T.check_classes(num_outputs, torch.arange(num_labels) % num_named)
+    T.check_classes(num_outputs, torch.full((num_labels,), -100))
