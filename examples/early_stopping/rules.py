@@ -92,7 +92,7 @@ RULES: dict[str, Rule] = {
     STOPPING: lambda c: [patient(c["val_risk_estimate"])],
     OTHER_SEED: lambda c: [lowest(c["seed1_risk_estimate"])],
     WAS: lambda c: [lowest(as_it_was(c))],
-    "the rule of the first report, √(150 / n)": lambda c: [
+    "the rule of the second page, √(150 / n)": lambda c: [
         lowest(with_factor(c, min(1.0, (150 / c.about["n"]) ** 0.5), 1.0))
     ],
     **{name: lambda c, of=of: by_labels(c, *of) for of, name in NAMES.items()},
