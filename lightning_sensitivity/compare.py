@@ -17,17 +17,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_sensitivity.comparison import Comparison
+from lightning_sensitivity.functional import tasks as T
 from lightning_sensitivity.functional.scores import Samples, score_models, score_samples
 from lightning_sensitivity.functional.sensitivity import diagnostics, sensitivity_from_rows
-from lightning_sensitivity.functional.tasks import (
-    TASKS,
-    are_probabilities,
-    check_classes,
-    check_task,
-    num_outputs,
-    warn,
-    wide_dtype,
-)
 from lightning_sensitivity.model import Forward, GaussianNoise, Inputs, Noise, Selector, isolated, select_targets
 from lightning_sensitivity.model.arguments import check_argument, check_int, check_selector, is_floating, tensors_in
 from lightning_sensitivity.model.noise import check_noise, noisy_outputs
@@ -95,12 +87,11 @@ def compare_models(
     expected = "a dict of names and models, or functions such as `lambda: Classifier.load_from_checkpoint(path)`"
     check_argument("models", models, valid, expected)
     check_argument("at", at, at is None or isinstance(at, str), "a submodule's name or None")
-    check_argument("task", task, task in (*TASKS, None), f"one of {', '.join(map(repr, TASKS))} or None")
+    check_argument("task", task, task in (*T.TASKS, None), f"one of {', '.join(map(repr, T.TASKS))} or None")
     check_int("num_draws", num_draws, 1)
-    check_int("seed", seed, -math.inf)
-    check_selector("inputs", inputs, may_be_list=True)
-    check_selector("outputs", outputs)
-    check_selector("targets", targets)
+    check_int("seed", seed, 0)
+    for name, value in (("inputs", inputs), ("outputs", outputs), ("targets", targets)):
+        check_selector(name, value, may_be_list=name == "inputs")
     if isinstance(dataloader, LightningDataModule):
         dataloader.prepare_data()
         dataloader.setup("validate")
@@ -114,7 +105,7 @@ def compare_models(
         forward = Forward(model, batch, inputs, outputs, at is None)
         with isolated(model) as run:
             clean: Tensor = run(forward)
-            if batch_idx == 0 and task == "multiclass" and (are_probabilities(clean) or num_outputs(clean) == 1):
+            if batch_idx == 0 and task == "multiclass" and (T.are_probabilities(clean) or T.num_outputs(clean) == 1):
                 raise ValueError("Expected logits of classes: say `task='binary'`, or None for sensitivity alone.")
             labels = None if task is None else _labels(model, batch, clean, targets, task, batch_idx)
             noisy = noisy_outputs(run, forward, noise_function, (seed, 0, 0, batch_idx), num_draws, model, at)
@@ -130,15 +121,13 @@ def compare_models(
     for place, (name, model) in enumerate(models.items(), 1):
         rank_zero_info(f"Comparing models, {place} of {len(models)}: {name}")
         try:
-            start, module = time.perf_counter(), nn.Module()
-            module = copy.deepcopy(model) if isinstance(model, nn.Module) else model()
-            scored = _score_model(module, dataloader, torch.device(device or "cpu"), rng_states, score_batch)
+            start = time.perf_counter()
+            scored = _score_model(model, dataloader, torch.device(device or "cpu"), rng_states, score_batch)
             _check_samples(name, scored, samples)
             notes[name], samples[name] = "", scored | {"seconds": torch.tensor(time.perf_counter() - start)}
         except Exception as failure:
             first_failure = first_failure or traceback.format_exc()  # as text: it would keep the model in memory
             notes[name] = f"failed: {type(failure).__name__}: {failure}"
-        del module
         gc.collect()  # modules refer to themselves in circles, and the next one needs their memory
     if not samples:
         raise RuntimeError(f"No model could be scored. The first failed with:\n{first_failure}")
@@ -146,39 +135,34 @@ def compare_models(
 
 
 def _score_model(
-    model: nn.Module,
-    dataloader: Any,
-    device: torch.device,
-    rng_states: dict[str, Any],
-    score_batch: Callable[[nn.Module, Any, int], Samples],
+    source: Any, dataloader: Any, device: torch.device, rng_states: dict[str, Any], score_batch: Callable[..., Samples]
 ) -> Samples:
     """Score all samples, batch by batch, from the same random state on, and leave the present one."""
+    model = copy.deepcopy(source) if isinstance(source, nn.Module) else source()
     inner, batches = getattr(model, "_orig_mod", model), list[Samples]()
+    move: Any = move_data_to_device
     if isinstance(inner, LightningModule):
         inner.configure_model()
+        move = inner._apply_batch_transfer_handler  # whose hooks may transform the batch
     model.to(device)
     present = _collect_rng_states()
     try:
         _set_rng_states(rng_states)
         with torch.inference_mode():
             for batch_idx, batch in enumerate(dataloader):
-                if isinstance(inner, LightningModule):  # its hooks may transform the batch
-                    batch = inner._apply_batch_transfer_handler(batch, device)
-                else:
-                    batch = move_data_to_device(batch, device)
-                batches.append(score_batch(model, batch, batch_idx))
+                batches.append(score_batch(model, move(batch, device), batch_idx))
     finally:
         _set_rng_states(present)
     batches = [batch for batch in batches if len(batch["rows"])]
     names = [name for name in batches[0] if all(name in batch for batch in batches)] if batches else []
     joined = {name: torch.cat([batch[name].cpu() for batch in batches]) for name in names}
     if any("loss" in batch for batch in batches) and "loss" not in joined:
-        warn("`compare_models` finds labels in some batches alone, and shows no loss.")
+        T.warn("`compare_models` finds labels in some batches alone, and shows no loss.")
     if "labels" in joined:
         try:
-            check_classes(int(joined["rows"][0, 4] / joined["rows"][0, 0]), joined.pop("labels"))
+            T.check_classes(int(joined["rows"][0, 4] / joined["rows"][0, 0]), joined.pop("labels"))
         except ValueError:
-            warn("`compare_models` finds no labels: these name few of many outputs. Say where they are (`targets=`).")
+            T.warn("`compare_models` finds no labels: these name few of many outputs. Say where they are (`targets=`).")
             del joined["loss"], joined["error"]
     return joined | {"num_parameters": torch.tensor(sum(map(torch.numel, model.parameters())))}
 
@@ -187,13 +171,13 @@ def _labels(model: nn.Module, batch: Any, clean: Tensor, targets: Selector, task
     """Give the labels of a batch, if it has any that fit."""
     try:
         labels = select_targets(model, batch, targets)
-        check_task(clean, labels, task)
+        T.check_task(clean, labels, task)
         return labels
     except (MisconfigurationException, ValueError) as error:
         if targets is not None:
             raise
         if isinstance(error, ValueError) and batch_idx == 0:
-            warn(f"`compare_models` finds no labels: {error}. Say where they are (`targets=`), what for (`task=`).")
+            T.warn(f"`compare_models` finds no labels: {error}. Say where they are (`targets=`), what for (`task=`).")
         return None
 
 
@@ -208,7 +192,7 @@ def _power(forward: Forward, noise: Any) -> float:
 
 def _fingerprints(forward: Forward, clean: Tensor) -> Tensor:
     """Compute a number for each sample that tells whether two models were given the same."""
-    total = clean.new_zeros(len(clean), dtype=wide_dtype(clean.device))
+    total = clean.new_zeros(len(clean), dtype=T.wide_dtype(clean.device))
     for tensor in tensors_in([forward.args, forward.kwargs]):
         if tensor.layout == torch.strided and not tensor.is_nested and tensor.shape[:1] == clean.shape[:1]:
             values = tensor.to(total).reshape(len(tensor), -1)
@@ -225,10 +209,7 @@ def _check_samples(name: str, samples: Samples, others: Mapping[str, Samples]) -
     if estimate.num_non_finite:
         raise ValueError(f"Expected finite outputs, but {int(estimate.num_non_finite)} samples gave nan or inf.")
     for message in diagnostics(estimate).values():
-        warn(f"Model {name!r}: {message}")
-    for first, other in list(others.items())[:1]:
-        expected = other["fingerprint"]
+        T.warn(f"Model {name!r}: {message}")
+    for first, expected in [(first, other["fingerprint"]) for first, other in others.items()][:1]:
         if seen.shape != expected.shape or not torch.allclose(seen, expected, rtol=1e-4, atol=1e-6, equal_nan=True):
-            raise ValueError(
-                f"The loader gives other samples than to {first!r}, or the models transform them differently."
-            )
+            raise ValueError(f"Expected the samples that {first!r} got: the loader or the model's hooks give others.")

@@ -67,6 +67,7 @@ class OutputSensitivity(Metric):
     full_state_update: bool = False
     plot_lower_bound: float = 0.0
 
+    _warn = staticmethod(rank_zero_only(warn))
     rows: list[Tensor]
     _all_rows: Tensor  # over all processes, as of the last `compute`
     _estimate: S.SensitivityEstimate  # from those
@@ -107,11 +108,6 @@ class OutputSensitivity(Metric):
     def stderr(self) -> Tensor:
         """Standard error of the value, over samples and noise; nan below two samples."""
         return self.estimate.mean_square_stderr if self.per_output else self.estimate.stderr
-
-    @property
-    def num_samples(self) -> Tensor:
-        """Number of samples behind the value, over all processes."""
-        return self.estimate.num_samples
 
     @property
     def per_sample(self) -> Tensor:
@@ -159,9 +155,6 @@ class OutputSensitivity(Metric):
             >>> figure, axes = metric.plot(values)
         """
         return self._plot(val, ax)
-
-    def _warn(self, message: str) -> None:
-        rank_zero_only(warn)(message)
 
 
 class RiskEstimate(Metric):

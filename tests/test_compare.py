@@ -118,7 +118,7 @@ def test_a_model_that_fails_is_a_row_that_says_why_and_does_not_lose_the_others(
 @pytest.mark.parametrize(("argument", "value", "message"), [
     *(("models", x, "`models` should be ") for x in ({}, [nn.Linear(1, 1)], {1: nn.Linear(1, 1)}, {"a": "a.ckpt"})),
     *((name, [], f"`{name}` should be ") for name in ("noise", "at", "num_draws", "seed", "inputs", "targets", "task")),
-    ("at", "no", "`at` should name "), ("targets", "y", "`targets='y'` should name "),
+    ("at", "no", "`at` should be "), ("targets", "y", "`targets='y'` should name "),
     ("dataloader", unlabelled_loader(1), "two samples or more, but got 1"),
 ])  # fmt: skip
 def test_arguments_and_data_that_no_model_can_take_are_refused(argument: str, value: Any, message: str) -> None:

@@ -45,7 +45,7 @@ def test_batches_give_what_all_samples_give(per_output: bool) -> None:
     deviations = change if per_output else change.mean(1, keepdim=True) - change.mean()
     close(metric.per_sample, deviations.square().mean(1))
     metric.update(CLEAN[0], NOISY[0] + 1)
-    assert len(metric.per_sample) == metric.num_samples == (NUM_BATCHES + 1) * BATCH_SIZE
+    assert len(metric.per_sample) == metric.estimate.num_samples == (NUM_BATCHES + 1) * BATCH_SIZE
     metric.reset()
     close(metric(CLEAN[0], (NOISY[0],)), expected(0).mean_square if per_output else expected(0).sensitivity)
 

@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -20,9 +20,7 @@ from lightning_sensitivity.callbacks.checks import CallWatch, check_run
 from lightning_sensitivity.functional.tasks import warn
 from lightning_sensitivity.model import Forward, Inputs, Selector, isolated
 from lightning_sensitivity.model.arguments import check_argument, check_int, check_selector
-from lightning_sensitivity.model.isolation import written_parameters
-
-Run = Callable[..., Any]  # runs a function that runs the model, and leaves no trace
+from lightning_sensitivity.model.isolation import Run, written_parameters
 
 
 class Monitor(Callback):
@@ -34,7 +32,7 @@ class Monitor(Callback):
     names: tuple[str, ...]  # of what is logged, behind the prefix
     num_draws = 1
     prog_bar = False
-    perturbs_inputs = False
+    perturbs_input = False
     _has_trained: bool
 
     def __init__(
@@ -42,7 +40,7 @@ class Monitor(Callback):
     ) -> None:
         if num_samples is not None:
             check_int("num_samples", num_samples, 1)
-        check_int("seed", seed, -math.inf)
+        check_int("seed", seed, 0)
         check_int("every_n_epochs", every_n_epochs, 1)
         check_argument("prefix", prefix, isinstance(prefix, str), "a str")
         check_selector("inputs", inputs, may_be_list=True)
@@ -113,12 +111,12 @@ class Monitor(Callback):
             return
         self._has_trained = True
         outputs, written = None, list[str]()
-        with suppress(Exception):  # a batch of another form than those of validation has nothing to say
-            forward = self.forward(pl_module, batch)
+        # A batch of another form than those of validation has nothing to say.
+        with suppress(Exception), self.isolated(trainer, pl_module) as run:
+            forward = run(self.forward, pl_module, batch)
             self._watch = CallWatch(pl_module, forward, compares_values=False)
             if self.failures.is_strict and trainer.global_step == 0 and not self._batch_sizes:
-                with self.isolated(trainer, pl_module) as run:
-                    outputs, written = written_parameters(pl_module, partial(run, forward))
+                outputs, written = written_parameters(pl_module, partial(run, forward))
         if outputs is not None:
             self._check(outputs, written)
         self.failures.is_strict = False
@@ -153,7 +151,7 @@ class Monitor(Callback):
             return
         with self.failures.warn_on_failure(f"could not measure a batch of dataloader {dataloader_idx}"):
             with self.isolated(trainer, pl_module) as run:
-                forward = self.forward(pl_module, batch)
+                forward = run(self.forward, pl_module, batch)
                 if dataloader_idx not in self._batch_sizes:
                     outputs, written = written_parameters(pl_module, partial(run, forward))
                     self._check(outputs, written)
@@ -165,9 +163,7 @@ class Monitor(Callback):
             self._has_measured = True
             self.failures.is_strict = self.failures.is_strict and trainer.state.fn == TrainerFn.FITTING
 
-    def on_validation_batch_end(self, *args: Any) -> None:
-        """Warn if the step calls the model differently than we do."""
-        self._end_watch()
+    on_validation_batch_end = on_train_batch_end  # type: ignore[assignment]
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take part in every reduction in every process, and warn of what went wrong, also in a sanity check."""
@@ -185,7 +181,7 @@ class Monitor(Callback):
 
     on_test_start = on_validation_start
     on_test_batch_start = on_validation_batch_start
-    on_test_batch_end = on_validation_batch_end  # type: ignore[assignment]
+    on_test_batch_end = on_train_batch_end  # type: ignore[assignment]
     on_test_epoch_end = on_validation_epoch_end
     on_test_end = on_validation_end
 
@@ -212,16 +208,14 @@ class Monitor(Callback):
 
     def forward(self, pl_module: LightningModule, batch: Any) -> Forward:
         """Prepare the call of the model on a batch."""
-        return Forward(pl_module, batch, self.inputs, self.outputs, self.perturbs_inputs)
+        return Forward(pl_module, batch, self.inputs, self.outputs, self.perturbs_input)
 
     def _check(self, outputs: Tensor, written: list[str]) -> None:
         """Refuse a model whose values would be wrong, or that our passes would change."""
         if written:
             self._is_off = True
-            raise MisconfigurationException(
-                f"`{type(self).__name__}` would change a model whose `forward` writes its parameters, as this one does"
-                f" ({', '.join(written[:3])}). Write them in a hook of training, or keep them in buffers."
-            )
+            problem = f"would change a model whose `forward` writes its parameters, here {', '.join(written[:3])}"
+            raise MisconfigurationException(f"`{type(self).__name__}` {problem}. Write them in a hook of training.")
         self.check_outputs(outputs)
 
     def _begin_run(self) -> None:
@@ -259,19 +253,18 @@ class Monitor(Callback):
         if trainer.sanity_checking:
             return
         self._logged.add(dataloader_idx)
-        options: dict[str, Any] = {"add_dataloader_idx": not at_epoch_end}
         prefix = utilities.stage_prefix(self.prefix, trainer)
         for name in self.names:
             full_name = prefix + name
             if at_epoch_end:  # Lightning puts no index behind the name there
                 full_name = utilities.loader_name(full_name, dataloader_idx, len(self.choice.num_batches))
-            key = dataloader_idx, name
-            if key not in self._lazy_values:
-                self._lazy_values[key] = utilities.LazyValue(partial(self._values, trainer, dataloader_idx), name)
-            # `metric_attribute` is checked only for Metrics that belong to the module; this one must not.
-            options |= {"prog_bar": self.prog_bar and name == self.names[0], "metric_attribute": name}
+            new = utilities.LazyValue(partial(self._values, trainer, dataloader_idx), name)
+            value = self._lazy_values.setdefault((dataloader_idx, name), new)
+            # With a `metric_attribute`, Lightning does not ask that the module has the Metric.
+            options: dict[str, Any] = {"metric_attribute": name, "add_dataloader_idx": not at_epoch_end}
+            options |= {"prog_bar": self.prog_bar and name == self.names[0], "on_step": False, "on_epoch": True}
             with self.failures.warn_on_failure(f"could not log {full_name!r}"):
-                utilities.log(trainer.lightning_module, full_name, self._lazy_values[key], **options)
+                LightningModule.log(trainer.lightning_module, full_name, value, **options)  # past an override
 
 
 def _monitors(trainer: Trainer) -> list[Monitor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_sensitivity.callbacks.utilities import LIGHTNING_MODULES
 from lightning_sensitivity.model.arguments import clone_tensors
-from lightning_sensitivity.model.forward import Forward, forward_parameters
+from lightning_sensitivity.model.forward import Forward, parameters_of
 from lightning_sensitivity.model.isolation import is_ours
 
 _SHARDED = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")
@@ -30,8 +30,8 @@ def check_run(name: str, trainer: Trainer, pl_module: LightningModule, stage: st
         MisconfigurationException: If not, with what to change.
     """
     strategy = {base.__name__ for base in type(trainer.strategy).__mro__}  # `pytorch_lightning` has classes of its own
-    sources = [pl_module, *([] if trainer.datamodule is None else [trainer.datamodule])]  # type: ignore[attr-defined]
-    may_lack_batches = any(each.allow_zero_length_dataloader_with_multiple_devices for each in sources)
+    flag, sources = "allow_zero_length_dataloader_with_multiple_devices", (pl_module, trainer.datamodule)  # type: ignore[attr-defined]
+    may_lack_batches = trainer.world_size > 1 and any(getattr(each, flag, False) for each in sources)
     step = inspect.signature(pl_module.test_step if stage == "test" else pl_module.validation_step)
     lacks_step = stage == "fit" and not _is_overridden("validation_step", pl_module)
     lacks_loop = stage == "fit" and not trainer.enable_validation
@@ -41,10 +41,7 @@ def check_run(name: str, trainer: Trainer, pl_module: LightningModule, stage: st
         (lacks_loop, "needs a validation loop: pass `val_dataloaders`, and leave `limit_val_batches` above 0"),
         ("dataloader_iter" in step.parameters, "should see each batch before the step, which takes `dataloader_iter`"),
         (not strategy.isdisjoint(_SHARDED), "needs all weights in every process, as with DDP, but got them sharded"),
-        (
-            trainer.world_size > 1 and may_lack_batches,
-            "needs a batch in every process, not `allow_zero_length_dataloader_with_multiple_devices=True`",
-        ),
+        (may_lack_batches, f"needs a batch in every process, not `{flag}=True`"),
     ):
         if is_met:
             raise MisconfigurationException(f"`{name}` {problem}.")
@@ -63,7 +60,7 @@ class CallWatch:
     def __init__(self, pl_module: LightningModule, forward: Forward, compares_values: bool) -> None:
         self._pl_module, self._compares_values, self._difference = pl_module, compares_values, ""
         self._handle: Any = None
-        self._signature = inspect.Signature(forward_parameters(pl_module))  # strategies put another in its place
+        self._signature = inspect.Signature(parameters_of(pl_module))  # strategies put another in its place
         self._ours = self._bound(*clone_tensors((forward.args, forward.kwargs)))
         # Compiled code would trace the hook, and be compiled again without it.
         if self._ours and getattr(pl_module, "_compiler_ctx", None) is None and not pl_module._compiled_call_impl:
@@ -83,10 +80,9 @@ class CallWatch:
             names = [name for name in theirs if not self._are_alike(self._ours.get(name), theirs[name])]
             if names:
                 got, ours = (", ".join(_brief(of.get(name)) for name in names) for of in (theirs, self._ours))
-                self._difference = (
-                    f"The step calls the model with another {', '.join(map(repr, names))}: {got} for {ours}. If this is"
-                    " more than augmentation, say the arguments: `inputs=lambda batch: (batch[0], batch[2])`."
-                )
+                advice = "If that is more than augmentation, say the arguments with `inputs=`."
+                others = ", ".join(map(repr, names))
+                self._difference = f"The step calls the model with another {others}: {got} for {ours}. {advice}"
         self._handle.remove()
 
     def _bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_sensitivity.callbacks.base import Monitor, Run
+from lightning_sensitivity.callbacks.base import Monitor
 from lightning_sensitivity.callbacks.samples import TrainingSamples
 from lightning_sensitivity.callbacks.utilities import watchers
 from lightning_sensitivity.functional.risk import RiskTerms, variance_factor
@@ -22,6 +22,7 @@ from lightning_sensitivity.functional.tasks import TASKS, are_probabilities, che
 from lightning_sensitivity.metric import RiskEstimate
 from lightning_sensitivity.model import Forward, Inputs, Selector, noise_generator, select_targets, twins
 from lightning_sensitivity.model.arguments import check_argument, check_int, check_selector, clone_tensors
+from lightning_sensitivity.model.isolation import Run
 
 _STRENGTH = 0.5  # of simulated twins; at full strength they break networks with max-pooling
 _MIN_TWINS = 8  # with less than these, the variance would hang on the noise of a few
@@ -89,12 +90,12 @@ class RiskMonitor(Monitor):
         check_argument("task", task, task in tasks, f"one of {', '.join(map(repr, tasks))} (none fits a regression)")
         check_selector("targets", targets)
         check_int("num_training_samples", num_training_samples, 1)
-        valid = initial_weights is None or isinstance(initial_weights, Mapping)
-        expected = "a state dict, such as `torch.load(path)['state_dict']`, or None"
-        check_argument("initial_weights", initial_weights, valid, expected)
+        valid = isinstance(initial_weights, Mapping | None)
+        check_argument("initial_weights", initial_weights, valid, "a state dict, as in a checkpoint, or None")
         check_argument("prog_bar", prog_bar, isinstance(prog_bar, bool), "a bool")
         self.task, self.targets, self.num_training_samples = task, targets, num_training_samples
         self.initial_weights, self.prog_bar = initial_weights, prog_bar
+        self._key = f"RiskMonitor(prefix={prefix!r})"  # of the weights in a checkpoint
         self._initial = twins.InitialWeights(initial_weights)
         self._samples: TrainingSamples | None = None  # of a fit that has what the estimate needs
         self._num_training = 0  # samples, as of the last count
@@ -113,9 +114,7 @@ class RiskMonitor(Monitor):
     def check_outputs(self, outputs: Tensor) -> None:
         """Refuse probabilities."""
         if are_probabilities(outputs):
-            raise MisconfigurationException(
-                "`RiskMonitor` should get logits, got probabilities. Return or choose (`outputs=`) the logits."
-            )
+            raise MisconfigurationException("`RiskMonitor` needs logits, got probabilities: choose with `outputs=`.")
 
     def should_measure(self, trainer: Trainer) -> bool:
         """Decide whether to measure: a fit that has what the estimate needs, or the sanity check before it."""
@@ -144,9 +143,8 @@ class RiskMonitor(Monitor):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start a fit without samples."""
         self._samples, self._num_epochs = None, 0
-        is_watched = watchers(trainer, {self.prefix + name for name in self.names})
-        self._is_required = bool(is_watched) or self.task != "auto" or self.targets is not None
-        self._is_required |= self.initial_weights is not None
+        is_given = self.task != "auto" or self.targets is not None or self.initial_weights is not None
+        self._is_required = is_given or bool(watchers(trainer, {self.prefix + name for name in self.names}))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Before the first step, find the weights from before training; keep the first batches of the first epoch."""
@@ -160,13 +158,10 @@ class RiskMonitor(Monitor):
             if not is_begin and self._num_epochs == 1 and self._samples.num_missing > 0:
                 self._keep(trainer, pl_module, batch)
             if not is_begin and (batch_idx == 0 or self._samples.is_stream):
-                self._count(pl_module, select_targets(pl_module, batch, self.targets), batch_idx == 0)
+                with self.isolated(trainer, pl_module) as run:
+                    targets = run(select_targets, pl_module, batch, self.targets)
+                self._count(pl_module, targets, batch_idx == 0)
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn if nothing was measured."""
-        if self._samples is not None:
-            super().on_train_end(trainer, pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Free the samples. The weights stay, for a second fit that goes on with those of this one."""
@@ -178,7 +173,6 @@ class RiskMonitor(Monitor):
         self._metrics: dict[int, RiskEstimate] = {}
         self._training: RiskEstimate | None = None  # of training samples
         self._weights: dict[str, Tensor] = {}  # from before training, on the device
-        self._twin_weights: dict[str, Tensor] = {}
         self._has_batch_norm = False
 
     end_validation = reset
@@ -202,7 +196,7 @@ class RiskMonitor(Monitor):
         for index in range(num_twins):
             key = self.seed, trainer.global_rank, dataloader_idx, batch_idx, -1 - index
             generator = noise_generator(*key, device=pl_module.device)
-            with twins.twin(pl_module, self._weights, generator, _STRENGTH, self._twin_weights):
+            with twins.twin(pl_module, self._weights, generator, _STRENGTH):
                 twin_outputs = run(as_trained)
             metric.update(outputs, twin_outputs, compared, 1 / num_twins)
             del twin_outputs  # before the next ones come
@@ -229,10 +223,6 @@ class RiskMonitor(Monitor):
             reason = "No label of the kept training samples counts, or no batch could be measured."
             return {}, messages or {"no value": reason}
         return dict(zip(self.names, terms, strict=True)), messages
-
-    @property
-    def _key(self) -> str:
-        return f"RiskMonitor(prefix={self.prefix!r})"  # of the weights in a checkpoint
 
     def _metric(self, trainer: Trainer, dataloader_idx: int) -> RiskEstimate:
         assert self._samples is not None
@@ -261,8 +251,8 @@ class RiskMonitor(Monitor):
             problem = ValueError("training batches of another process fit no task or another, as it warns")
         if problem is None and self._samples is not None:
             n = "a stream of" if self._samples.is_stream else self._samples.num_in_epoch
-            summary = f"{n} training samples, task {self._samples.task!r}; weights from before training"
-            rank_zero_info(f"`RiskMonitor` ({self.prefix}*): {summary}: {self._initial.source}.")
+            summary = f"{n} training samples, task {self._samples.task!r}; initial weights: {self._initial.source}"
+            rank_zero_info(f"`RiskMonitor` ({self.prefix}*): {summary}.")
             return
         self._samples, message = None, f"can give no estimate: {str(problem).rstrip('.')}."
         if self._is_required and self.failures.is_strict:
@@ -282,8 +272,8 @@ class RiskMonitor(Monitor):
         assert self._samples is not None
         kept = clone_tensors(batch)
         with self.isolated(trainer, pl_module) as run:
-            outputs = run(self.forward(pl_module, batch))
-        targets = select_targets(pl_module, batch, self.targets)
+            outputs = run(run(self.forward, pl_module, batch))
+            targets: Tensor = run(select_targets, pl_module, batch, self.targets)
         self._samples.keep(outputs, kept, targets)
         return targets
 
@@ -302,7 +292,8 @@ class RiskMonitor(Monitor):
         self._training = RiskEstimate(self._samples.task).to(pl_module.device)
         for batch, targets in self._samples.batches:
             with self.failures.warn_on_failure("leaves out kept training samples, which the model does not take"):
-                outputs: Tensor = run(self.forward(pl_module, move_data_to_device(batch, pl_module.device)))
+                forward = run(self.forward, pl_module, move_data_to_device(batch, pl_module.device))
+                outputs: Tensor = run(forward)
                 self._training.update_training(outputs, targets)
                 self._samples.num_outputs = num_outputs(outputs)
                 del outputs  # before the next ones come

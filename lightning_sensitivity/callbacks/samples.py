@@ -55,10 +55,7 @@ class TrainingSamples:
             ValueError: If labels and outputs fit no task, or not the one of the batches before.
         """
         if outputs.ndim > 2 and math.prod(outputs.shape[2:]) > 1:
-            raise ValueError(
-                f"Outputs are dense, {tuple(outputs.shape)}: for pixels and tokens there is no estimate, since it was"
-                " measured to be wrong there"
-            )
+            raise ValueError(f"Outputs are dense, {tuple(outputs.shape)}: there is no estimate for pixels and tokens")
         task = infer_task(outputs, targets) if self.task == "auto" else self.task
         check_task(outputs, targets, task)
         self.task = task

@@ -6,12 +6,13 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_sensitivity.callbacks.base import Monitor, Run
+from lightning_sensitivity.callbacks.base import Monitor
 from lightning_sensitivity.functional.sensitivity import diagnostics
 from lightning_sensitivity.functional.tasks import are_log_probabilities, are_probabilities, warn
 from lightning_sensitivity.metric import OutputSensitivity
 from lightning_sensitivity.model import Forward, Inputs, Noise, Selector
 from lightning_sensitivity.model.arguments import check_argument, check_int
+from lightning_sensitivity.model.isolation import Run
 from lightning_sensitivity.model.noise import check_noise, noisy_outputs, submodule
 
 
@@ -73,13 +74,8 @@ class SensitivityMonitor(Monitor):
         check_argument("per_output", per_output, isinstance(per_output, bool), "a bool")
         check_int("num_draws", num_draws, 1)
         self.noise, self.at, self.num_draws, self.per_output = noise, at, num_draws, per_output
-        self._noise, self.perturbs_inputs = check_noise(noise), at is None
+        self._noise, self.perturbs_input = check_noise(noise), at is None
         super().__init__(num_samples, seed, prefix, inputs, outputs, every_n_epochs)
-
-    @property
-    def metrics(self) -> dict[int, OutputSensitivity]:
-        """The metric of each loader, as of the last validation."""
-        return self._metrics  # type: ignore[return-value]
 
     def charts(self) -> dict[str, str]:
         """Give titles of charts for TensorBoard's Custom Scalars, with a regular expression for the tags in each."""
@@ -95,22 +91,18 @@ class SensitivityMonitor(Monitor):
     def check_watcher(self, who: str, name: str, mode: str) -> None:
         """Warn if a callback minimizes sensitivity."""
         if mode == "min" and not name.endswith("_stderr"):
-            warn(
-                f"`{who}` minimizes `{name}`, which is lowest before training: it will choose an untrained network. Use"
-                f' `monitor="{self.prefix}risk_estimate"`, which `RiskMonitor` logs.'
-            )
+            advice = f'Use `monitor="{self.prefix}risk_estimate"`, which `RiskMonitor` logs.'
+            warn(f"`{who}` minimizes `{name}`, which is lowest before training. {advice}")
 
     def check_outputs(self, outputs: Tensor) -> None:
         """Refuse probabilities, whose class average can't change, and their logarithms, where it changes otherwise."""
         if not self.per_output and (are_probabilities(outputs) or are_log_probabilities(outputs)):
-            raise MisconfigurationException(
-                "`SensitivityMonitor` should get logits, got probabilities or their logarithms, whose class average"
-                " means something else. Return or choose (`outputs=`) the logits, or use `per_output=True`."
-            )
+            advice = "choose logits with `outputs=`, or use `per_output=True`"
+            raise MisconfigurationException(f"`SensitivityMonitor` needs logits, got (log-)probabilities: {advice}.")
 
     def reset(self) -> None:
         """Start a validation afresh."""
-        self._metrics: dict[int, _LoaderSensitivity] = {}
+        self.metrics: dict[int, OutputSensitivity] = {}  # of each loader, as of the last validation
 
     def measure(self, trainer: Trainer, run: Run, forward: Forward, batch_idx: int, dataloader_idx: int) -> int:
         """Run the model on a batch, clean and perturbed."""
@@ -132,10 +124,10 @@ class SensitivityMonitor(Monitor):
             return {}, messages or {"no value": "There is no value: a variance needs two output changes."}
         return {"sensitivity": value, "sensitivity_stderr": metric.stderr}, messages
 
-    def _metric(self, trainer: Trainer, dataloader_idx: int) -> "_LoaderSensitivity":
-        if dataloader_idx not in self._metrics:
-            self._metrics[dataloader_idx] = _LoaderSensitivity(self.per_output).to(trainer.lightning_module.device)
-        return self._metrics[dataloader_idx]
+    def _metric(self, trainer: Trainer, dataloader_idx: int) -> OutputSensitivity:
+        if dataloader_idx not in self.metrics:
+            self.metrics[dataloader_idx] = _LoaderSensitivity(self.per_output).to(trainer.lightning_module.device)
+        return self.metrics[dataloader_idx]
 
 
 class _LoaderSensitivity(OutputSensitivity):
@@ -143,5 +135,4 @@ class _LoaderSensitivity(OutputSensitivity):
 
     update_called = True  # a process that got no batch takes part in the others' reduction, without a warning
 
-    def _warn(self, message: str) -> None:
-        pass
+    _warn = staticmethod(lambda message: None)

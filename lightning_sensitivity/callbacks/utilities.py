@@ -5,13 +5,11 @@ import re
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
 from torch import Tensor
@@ -117,10 +115,8 @@ class Failures:
                 raise  # out of memory: Lightning's finder of batch sizes waits for it
             reason = str(error) if is_clear else f"{type(error).__name__}: {str(error).strip().rstrip('.')}."
             if self.is_strict:
-                raise MisconfigurationException(
-                    f"`{self._name}` {what}: {reason} If `forward` takes something else than was chosen, say what with"
-                    " `inputs=`, such as `inputs=lambda batch: batch['image']`."
-                ) from error
+                advice = "If `forward` takes something else, say what: `inputs=lambda batch: batch['image']`."
+                raise MisconfigurationException(f"`{self._name}` {what}: {reason} {advice}") from error
             self.has_failed = True
             self.warn(what, f"{what}: {reason}", in_any_process=True)
             if is_oom_error(error):
@@ -142,14 +138,6 @@ def lay_out_charts(trainer: Trainer, charts: Iterable[tuple[str, Mapping[str, st
     for logger in trainer.loggers:
         if any(base.__name__ == "TensorBoardLogger" for base in type(logger).__mro__):  # of either package
             logger.experiment.add_custom_scalars(layout)  # type: ignore[attr-defined]
-
-
-def log(pl_module: LightningModule, name: str, value: LazyValue, **kwargs: Any) -> None:
-    """Log a value by Lightning's ``log``, even if the module overrides it."""
-    owner: Any = next(
-        base for base in type(pl_module).__mro__ if base.__module__ in LIGHTNING_MODULES and "log" in vars(base)
-    )
-    owner.log(pl_module, name, value, on_step=False, on_epoch=True, **kwargs)
 
 
 def stage_prefix(prefix: str, trainer: Trainer) -> str:
@@ -183,17 +171,10 @@ def watchers(trainer: Trainer, names: Collection[str]) -> list[tuple[str, str, s
 
 def num_batches(trainer: Trainer) -> list[int | float]:
     """Count the batches of each loader of the loop that runs; inf if one does not say, also where it is limited."""
-    if trainer.testing:
-        counts, loop = trainer.num_test_batches, trainer.test_loop
-    elif trainer.state.fn == TrainerFn.VALIDATING:
-        counts, loop = trainer.num_val_batches, trainer.validate_loop
-    else:
-        counts, loop = trainer.num_val_batches, trainer.fit_loop.epoch_loop.val_loop
-    if trainer.sanity_checking:
-        counts = trainer.num_sanity_val_batches
+    loop = trainer._evaluation_loop
+    counts = loop.max_batches
     # Of a CombinedLoader, of which only the loop knows; unless it is sequential, it is one loader to Lightning.
-    combined = getattr(loop, "_combined_loader", None)
-    mode, loaders = getattr(combined, "_mode", "sequential"), getattr(combined, "flattened", [])
+    mode, loaders = loop._combined_loader._mode, loop._combined_loader.flattened  # type: ignore[union-attr]
     if len(loaders) == len(counts):
         counts = [math.inf if sized_len(each) is None else count for count, each in zip(counts, loaders, strict=True)]
     return counts if mode == "sequential" else [min(counts) if mode == "min_size" else max(counts)]

@@ -5,15 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_sensitivity.functional.tasks import (
-    TASKS,
-    are_probabilities,
-    check_task,
-    in_chunks,
-    probabilities,
-    target_probabilities,
-    wide_dtype,
-)
+from lightning_sensitivity.functional import tasks as T
 
 # Sums over holdout samples: number, claim, variance, claims of both sides of the variance, samples with the twin's very
 # outputs. Over training samples: labels that count, score, claim, outputs that leave [0, 1]. The last entry of both
@@ -53,15 +45,12 @@ def holdout_sums(outputs: Tensor, twin_outputs: Tensor, compared: Tensor | None 
     """
 
     def sums(*chunk: Tensor) -> Tensor:
-        p, twin_p, *others = (probabilities(each, task) for each in chunk)
-        compared_p, claim = others[0] if others else p, _claims(p, task)
-        compared_claim = _claims(compared_p, task) if others else claim
-        variance = _distances(compared_p, twin_p, task)
-        is_same = (chunk[-1 if others else 0] == chunk[1])[..., None].flatten(1).all(1)
-        return _finite_sums(torch.ones_like(claim), claim, variance, compared_claim, _claims(twin_p, task), is_same)
+        p, twin_p, compared_p = (T.probabilities(each, task) for each in chunk)
+        claim, *claims = (_claims(each, task) for each in (p, compared_p, twin_p))
+        is_same = (chunk[1] == chunk[2])[..., None].flatten(1).all(1)
+        return _finite_sums(torch.ones_like(claim), claim, _distances(compared_p, twin_p, task), *claims, is_same)
 
-    tensors = (outputs, twin_outputs) if compared is None else (outputs, twin_outputs, compared)
-    return torch.stack(in_chunks(sums, *tensors)).sum(0)
+    return torch.stack(T.in_chunks(sums, outputs, twin_outputs, outputs if compared is None else compared)).sum(0)
 
 
 def training_sums(outputs: Tensor, targets: Tensor, task: str) -> Tensor:
@@ -77,12 +66,12 @@ def training_sums(outputs: Tensor, targets: Tensor, task: str) -> Tensor:
     """
 
     def sums(outputs: Tensor, targets: Tensor) -> Tensor:
-        p = probabilities(outputs, task)
-        y, counts = target_probabilities(p, targets, task)
+        p = T.probabilities(outputs, task)
+        y, counts = T.target_probabilities(p, targets, task)
         is_outside = ((outputs < 0) | (outputs > 1)).reshape(p.shape).any(1)
         return _finite_sums(counts, _distances(p, y, task) * counts, _claims(p, task) * counts, is_outside)
 
-    return torch.stack(in_chunks(sums, outputs, targets.to(outputs.device))).sum(0)
+    return torch.stack(T.in_chunks(sums, outputs, targets.to(outputs.device))).sum(0)
 
 
 def risk_terms(holdout: Tensor, training: Tensor, strength: float | None = None, factor: float = 1.0) -> RiskTerms:
@@ -181,20 +170,15 @@ def risk_estimate(
         >>> risk_estimate(outputs, twin_outputs, train_outputs, train_targets).estimate
         tensor(0.3832, dtype=torch.float64)
     """
-    if task not in TASKS:
-        raise ValueError(f"Expected `task` to be one of {', '.join(map(repr, TASKS))}, but got {task!r}.")
-    check_task(train_outputs, train_targets, task)
+    if task not in T.TASKS:
+        raise ValueError(f"Expected `task` to be one of {', '.join(map(repr, T.TASKS))}, but got {task!r}.")
+    T.check_task(train_outputs, train_targets, task)
     if outputs.shape != twin_outputs.shape or outputs.shape[1:2] != train_outputs.shape[1:2]:
-        shapes = ", ".join(str(tuple(each.shape)) for each in (outputs, twin_outputs, train_outputs))
-        raise ValueError(
-            f"Expected `outputs`, `twin_outputs` and `train_outputs` to have as many outputs, got {shapes}."
-        )
+        shapes = [tuple(each.shape) for each in (outputs, twin_outputs, train_outputs)]
+        raise ValueError(f"Expected `outputs`, `twin_outputs`, `train_outputs` of the same K, but got {shapes}.")
     for name, tensor in (("outputs", outputs), ("twin_outputs", twin_outputs), ("train_outputs", train_outputs)):
-        if (
-            not tensor.is_floating_point()
-            or tensor.numel() == 0
-            or (task == "multiclass" and are_probabilities(tensor))
-        ):
+        is_logits = task != "multiclass" or not T.are_probabilities(tensor)
+        if not (is_logits and tensor.is_floating_point() and tensor.numel()):
             got = f"{tensor.dtype} of shape {tuple(tensor.shape)}, or probabilities"
             raise ValueError(f"Expected `{name}` to be floating logits of one sample or more, but got {got}.")
     training = training_sums(train_outputs, train_targets, task)
@@ -216,7 +200,7 @@ def _distances(p: Tensor, other: Tensor, task: str) -> Tensor:
 
 def _finite_sums(*values: Tensor) -> Tensor:
     """Sum up values over samples for which all are finite, and count the others, without waiting for the device."""
-    dtype = wide_dtype(values[0].device)
+    dtype = T.wide_dtype(values[0].device)
     rows = torch.stack([each.to(dtype)[:, None].flatten(1).sum(1) for each in values], dim=1)
     is_finite = rows.isfinite().all(1)
     return torch.cat([rows.where(is_finite[:, None], 0.0).sum(0), (~is_finite).sum(0, keepdim=True)])

@@ -118,20 +118,17 @@ def consensus_scores(
     voters = log_probabilities.keys() if voters is None else voters
     if len(voters) < _MIN_VOTERS or len({values.shape for values in log_probabilities.values()}) > 1:
         return {}
-    scores, total = {}, torch.zeros((), dtype=torch.float64)
-    for name in voters:
-        total = total + log_probabilities[name].double().exp()
+    total, scores = sum(log_probabilities[name].double().exp() for name in voters), {}
     for name, values in log_probabilities.items():
-        log_p = values.double()
-        votes = (total - log_p.exp()).clamp(min=0) / (len(voters) - 1) if name in voters else total / len(voters)
-        scores[name] = _expected(log_p, votes)
+        log_p, votes = values.double(), name in voters
+        scores[name] = _expected(log_p, (total - votes * log_p.exp()).clamp(min=0) / (len(voters) - votes))
     return scores
 
 
-def are_undecided(log_p: Tensor, share: float = 0.95) -> bool:
+def are_undecided(log_p: Tensor) -> bool:
     """Tell whether predictions ``(N, decisions, classes)`` are nearly uniform, as those of an untrained model."""
     entropy = torch.special.entr(log_p.exp()).sum(2).mean()
-    return bool(entropy > share * math.log(log_p.shape[2]))
+    return bool(entropy > 0.95 * math.log(log_p.shape[2]))
 
 
 def score_models(

@@ -13,8 +13,7 @@ IGNORED = -100  # the `ignore_index` of torch's cross-entropy
 _CHUNK = 2**15  # elements that are widened at a time
 _ROUNDING = 1e-2  # of sums of probabilities in 16 bits, which autocast may have widened since
 _CHANCE, _UNNAMED = 1e-4, 1.25  # below that chance, and beyond this ratio, outputs that no label names are no classes
-_LIBRARIES = {"lightning_sensitivity", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities"}
-_LIBRARIES |= {"torch", "torchmetrics", "contextlib", "functools"}
+_LIBRARIES = ("lightning", "pytorch_lightning", "torch", "contextlib", "functools")  # beginnings of modules' names
 
 
 def infer_task(outputs: Tensor, targets: Tensor) -> str:
@@ -49,10 +48,8 @@ def infer_task(outputs: Tensor, targets: Tensor) -> str:
         task = "multiclass" if targets.ndim < outputs.ndim else "multilabel"
     check_task(outputs, targets, task)
     if task == "multilabel" and bool((targets.sum(1) == 1).all()):
-        raise ValueError(
-            "Labels are one-hot. Say `task='multiclass'` if exactly one class is right (and convert them to floats),"
-            " or `task='multilabel'` if several can be"
-        )
+        task = "`task='multiclass'` if one class is right (and make them floats), `task='multilabel'` if several are"
+        raise ValueError(f"Labels are one-hot. Say {task}")
     return task
 
 
@@ -72,10 +69,8 @@ def check_classes(num_outputs: int, targets: Tensor) -> None:
     num_named = int(counted.max()) + 1
     is_unlikely = counted.numel() * math.log(num_outputs / num_named) > -math.log(_CHANCE)
     if is_unlikely and num_outputs > max(_UNNAMED * num_named, 10):
-        raise ValueError(
-            "Labels name the first few of many outputs alone, as beside an embedding. Say `task='multiclass'` if the"
-            " outputs are the logits of classes"
-        )
+        reason = "Labels name only the first few of many outputs, as beside an embedding"
+        raise ValueError(f"{reason}. Say `task='multiclass'` if the outputs are logits")
 
 
 def check_task(outputs: Tensor, targets: Tensor, task: str) -> None:
@@ -91,8 +86,6 @@ def check_task(outputs: Tensor, targets: Tensor, task: str) -> None:
     """
     shape, count, floating = tuple(outputs.shape), num_outputs(outputs), targets.is_floating_point()
     got = f"outputs of shape {shape} and labels of type {targets.dtype} and shape {tuple(targets.shape)}"
-    if not outputs.is_floating_point():
-        raise ValueError(f"Expected floating outputs, but got {outputs.dtype}")
     if (count == 1) != (task == "binary"):
         expected = "one output, (N,) or (N, 1, ...)" if task == "binary" else "outputs (N, K, ...) with K > 1"
         raise ValueError(f"Expected {expected}, but got {got}")
@@ -102,16 +95,11 @@ def check_task(outputs: Tensor, targets: Tensor, task: str) -> None:
             raise ValueError(f"Expected class indices (N, ...) for outputs (N, K, ...), but got {got}.{last}")
         targets = targets.long()  # comparisons in 8 bits wrap around
         if not bool((((targets >= 0) & (targets < count)) | (targets == IGNORED)).all()):
-            raise ValueError(
-                f"Expected labels from 0 to {count - 1}, or {IGNORED} for what is ignored, but got"
-                f" {int(targets.min())} to {int(targets.max())}. Turn another `ignore_index` into {IGNORED} with a"
-                " function, `targets=`"
-            )
+            got = f"{int(targets.min())} to {int(targets.max())}. Turn another `ignore_index` into it (`targets=`)"
+            raise ValueError(f"Expected labels from 0 to {count - 1}, or {IGNORED} to be ignored, but got {got}")
         return
     if task == "multiclass" and shape[:1] + shape[2:] == tuple(targets.shape):
-        raise ValueError(
-            f"Class indices should be integers: `targets=lambda batch: batch[1].long()` makes them. Got {got}"
-        )
+        raise ValueError(f"Class indices should be integers (`targets=lambda batch: batch[1].long()`), got {got}")
     if _without_single_output(outputs).shape != _without_single_output(targets).shape:
         raise ValueError(f"Expected one label per output, but got {got}")
     if not bool(((targets >= 0) & (targets <= 1)).all()):
@@ -182,15 +170,13 @@ def in_chunks(function: Callable[..., Tensor], *tensors: Tensor) -> list[Tensor]
         tensors: Of the same samples, ``(N, ...)``; the first one sets how many make a chunk.
     """
     size = max(1, _CHUNK * len(tensors[0]) // max(1, tensors[0].numel()))
-    if size >= len(tensors[0]):
-        return [function(*tensors)]
     return [function(*chunk) for chunk in zip(*(torch.split(tensor, size) for tensor in tensors), strict=True)]
 
 
 def warn(message: str) -> None:
     """Warn, and point at the first line that belongs to no library: the user's."""
     frame, level = sys._getframe(1), 2
-    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in _LIBRARIES:
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith(_LIBRARIES):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)
 

@@ -4,14 +4,5 @@ from lightning_sensitivity.model.forward import Forward, Inputs, Selector, selec
 from lightning_sensitivity.model.isolation import isolated
 from lightning_sensitivity.model.noise import GaussianNoise, Noise, noise_generator
 
-__all__ = [
-    "Forward",
-    "GaussianNoise",
-    "Inputs",
-    "Noise",
-    "Selector",
-    "isolated",
-    "noise_generator",
-    "select_outputs",
-    "select_targets",
-]
+__all__ = ["Forward", "GaussianNoise", "Inputs", "Noise", "Selector"]
+__all__ += ["isolated", "noise_generator", "select_outputs", "select_targets"]

@@ -1,7 +1,6 @@
 """Arguments of users, checked; batches, copied and described."""
 
 import copy
-import math
 from collections.abc import Callable, Mapping
 from numbers import Integral
 from typing import Any
@@ -17,10 +16,10 @@ def check_argument(name: str, value: object, valid: bool, expected: str) -> None
         raise MisconfigurationException(f"`{name}` should be {expected}, got {value!r}.")
 
 
-def check_int(name: str, value: object, minimum: float) -> None:
+def check_int(name: str, value: object, minimum: int) -> None:
     """Require an int, which a bool is not, of a minimum or more."""
     valid = isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= minimum
-    check_argument(name, value, valid, "an int" + f" of {minimum} or more" * math.isfinite(minimum))
+    check_argument(name, value, valid, f"an int of {minimum} or more")
 
 
 def check_selector(name: str, value: object, may_be_list: bool = False) -> None:
@@ -32,30 +31,23 @@ def check_selector(name: str, value: object, may_be_list: bool = False) -> None:
     check_argument(name, value, valid, expected)
 
 
-def map_tensors(value: Any, function: Callable[[Tensor], Any], copies_objects: bool = True) -> Any:
-    """Rebuild a value with a function applied to each tensor in its tuples, lists and dicts.
+def clone_tensors(value: Any, clone: Callable[[Tensor], Tensor] = Tensor.clone) -> Any:
+    """Copy a batch: clone the tensors in its tuples, lists and dicts, and deep-copy other objects.
 
     Args:
-        value: The value.
-        function: Gives what takes the place of a tensor.
-        copies_objects: Whether other objects are deep-copied, since a ``forward`` may write to them.
+        value: The batch.
+        clone: Gives what takes the place of a tensor.
     """
     if isinstance(value, Tensor):
-        return function(value)
+        return clone(value)
     if isinstance(value, dict):
         new = copy.copy(value)
-        new.update({key: map_tensors(item, function, copies_objects) for key, item in value.items()})
+        new.update({key: clone_tensors(item, clone) for key, item in value.items()})
         return new
     if type(value) in (list, tuple) or hasattr(value, "_fields"):
-        items = [map_tensors(item, function, copies_objects) for item in value]
+        items = [clone_tensors(item, clone) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    is_constant = isinstance(value, str | int | float | None)
-    return value if is_constant or not copies_objects else copy.deepcopy(value)
-
-
-def clone_tensors(value: Any) -> Any:
-    """Copy a batch: clone the tensors in its collections, and deep-copy other objects."""
-    return map_tensors(value, Tensor.clone)
+    return copy.deepcopy(value)
 
 
 def is_floating(tensor: Tensor) -> bool:
@@ -64,10 +56,11 @@ def is_floating(tensor: Tensor) -> bool:
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """List the tensors in a value and its collections."""
-    tensors: list[Tensor] = []
-    map_tensors(value, lambda tensor: tensors.append(tensor) or tensor, copies_objects=False)  # type: ignore[func-returns-value]
-    return tensors
+    """List the tensors in a value and its tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return [value]
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [tensor for item in items for tensor in tensors_in(item)]
 
 
 def describe(value: Any) -> str:
@@ -76,7 +69,6 @@ def describe(value: Any) -> str:
         return f"a tensor of {value.dtype}" + ("" if value.is_nested else f" and shape {tuple(value.shape)}")
     if isinstance(value, Mapping):
         return f"{type(value).__name__} of {', '.join(f'{key!r}: {describe(item)}' for key, item in value.items())}"
-    if isinstance(value, list | tuple) and value:
-        more = ", ..." if len(value) > 5 else ""
-        return f"{type(value).__name__} of {len(value)}: {', '.join(map(describe, value[:5]))}{more}"
-    return f"an empty {type(value).__name__}" if isinstance(value, list | tuple) else type(value).__name__
+    if isinstance(value, list | tuple):
+        return f"{type(value).__name__} of {len(value)}: {', '.join(map(describe, value[:5]))}"
+    return type(value).__name__

@@ -9,13 +9,12 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_sensitivity.model.arguments import clone_tensors, describe, is_floating, map_tensors, tensors_in
+from lightning_sensitivity.model.arguments import clone_tensors, describe, is_floating, tensors_in
 
+# A function from the batch to the arguments, keys or indices of what is perturbed, or None for the rules of `Forward`.
 Inputs = Callable[[Any], Any] | Sequence[int | str] | int | str | None
-"""How a model is called on a batch: a function from the batch to the arguments; or the keys or indices of what is
-perturbed; or None, to go by the batch alone. See :class:`Forward` for the rules."""
+# A key, an attribute, an index or a function, or None where there is only one choice.
 Selector = Callable[..., Any] | int | str | None
-"""What chooses a tensor: a key, attribute or index, a function, or None, where there is only one choice."""
 Perturb = Callable[[Tensor], Tensor]
 
 # What mappings call their labels in torch, transformers and Lightning's examples.
@@ -44,7 +43,7 @@ class Forward:
         batch: What the loader gave, on the model's device.
         inputs: A key or an index, a list of them, a function ``batch -> arguments``, or None for the rules above.
         outputs: Which outputs to take; see :func:`select_outputs`.
-        perturbs_inputs: False where no floating input is needed.
+        perturbs_input: False where no floating input is needed.
 
     Attributes:
         args: Positional arguments of the model.
@@ -56,12 +55,7 @@ class Forward:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        batch: Any,
-        inputs: Inputs = None,
-        outputs: Selector = None,
-        perturbs_inputs: bool = True,
+        self, model: nn.Module, batch: Any, inputs: Inputs = None, outputs: Selector = None, perturbs_input: bool = True
     ) -> None:
         if callable(inputs) or callable(outputs):  # which may write into the batch
             batch = clone_tensors(batch)
@@ -77,12 +71,12 @@ class Forward:
             arguments = inputs(batch)
             self.args = arguments if type(arguments) is tuple else (arguments,)
         elif isinstance(batch, Mapping):
-            self._call_by_name(forward_parameters(model), batch, keys, perturbs_inputs)
+            self._call_by_name(batch, keys, perturbs_input)
         elif isinstance(batch, list | tuple) and len(batch):
-            self._call_by_position(num_required(model), batch, keys)
+            self._call_by_position(batch, keys)
         elif keys:
             raise MisconfigurationException(f"`inputs` should be a function for {describe(batch)}, got {inputs!r}.")
-        self.perturbed = self.perturbed if perturbs_inputs else []
+        self.perturbed = self.perturbed if perturbs_input else []
         for value in map(self.argument, self.perturbed):
             if not any(map(is_floating, tensors_in(value))):
                 raise MisconfigurationException(f"Expected a dense floating input, got {describe(value)}. {_CHOOSE}")
@@ -99,31 +93,24 @@ class Forward:
         args = tuple(self._copy(index, value, perturb) for index, value in enumerate(self.args))
         kwargs = {name: self._copy(name, value, perturb) for name, value in self.kwargs.items()}
         outputs = select_outputs(self._model(*args, **kwargs), self._outputs, self._batch)
-        if outputs.ndim > 2 and not callable(self._outputs):
+        if not callable(self._outputs) and math.prod(outputs.shape[2:]) > 1:
             shapes = [x.shape[1:] for x in tensors_in([self.args, self.kwargs]) if not x.is_nested]
-            has_positions = any(set(outputs.shape[2:]) <= set(s) and outputs.shape[1] not in s for s in shapes)
-            if not has_positions and math.prod(outputs.shape[2:]) > 1:
-                raise MisconfigurationException(
-                    f"`outputs` should say where {tuple(outputs.shape)} has its classes: `outputs=lambda y: y` in"
-                    " dimension 1, `outputs=lambda y: y.movedim(-1, 1)` in the last."
-                )
+            if not any(set(outputs.shape[2:]) <= set(s) and outputs.shape[1] not in s for s in shapes):
+                where = "`outputs=lambda y: y` if in dimension 1, `outputs=lambda y: y.movedim(-1, 1)` if in the last"
+                raise MisconfigurationException(f"`outputs` should say where {[*outputs.shape]} has classes: {where}.")
         return outputs
 
-    def _call_by_name(
-        self, parameters: list[inspect.Parameter], batch: Mapping[Any, Any], keys: list[Any], perturbs_inputs: bool
-    ) -> None:
+    def _call_by_name(self, batch: Mapping[Any, Any], keys: list[Any], perturbs_input: bool) -> None:
+        parameters = parameters_of(self._model)
         names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         if {p.kind for p in parameters} == {inspect.Parameter.VAR_KEYWORD}:
             names = [key for key in batch if isinstance(key, str)]
         named = {key: batch[key] for key in batch if key in names}
         if not keys and not named:
-            raise MisconfigurationException(
-                f"`inputs` should say what `forward` gets of {describe(batch)}, of which it names nothing: a key, or"
-                " `inputs=lambda batch: batch`."
-            )
-        if not keys and perturbs_inputs:
-            keys = [key for key in named if isinstance(batch[key], Tensor) and is_floating(batch[key])]
-            keys = [key for key in keys if key not in TARGET_NAMES]
+            raise MisconfigurationException(f"`inputs` should say what `forward` gets of {describe(batch)}. {_CHOOSE}")
+        if not keys and perturbs_input:
+            tensors = {key: value for key, value in named.items() if isinstance(value, Tensor) and is_floating(value)}
+            keys = [key for key in tensors if key not in TARGET_NAMES]
             if len(keys) != 1:
                 got = f"{keys} in {describe(batch)}"
                 raise MisconfigurationException(f"Expected one floating input in the batch, got {got}. {_CHOOSE}")
@@ -132,18 +119,16 @@ class Forward:
         self.kwargs = {name: value for name, value in named.items() if name not in names[: len(first)]}
         self.perturbed = [first.index(key) if key in first else key for key in keys]
 
-    def _call_by_position(self, required: int, batch: Sequence[Any], keys: list[Any]) -> None:
-        places = [int(key) % len(batch) if isinstance(key, Integral) else batch._fields.index(key) for key in keys]  # type: ignore[attr-defined]
+    def _call_by_position(self, batch: Sequence[Any], keys: list[Any]) -> None:
+        required = num_required(self._model)
+        places = [int(k) % len(batch) if isinstance(k, Integral) else batch._fields.index(k) for k in keys or [0]]  # type: ignore[attr-defined]
         if required <= 1:
-            self.args = tuple(batch[place] for place in places or [0])
-            self.perturbed = list(range(len(self.args)))
+            self.args, self.perturbed = tuple(batch[place] for place in places), [*range(len(places))]
             return
-        if len(batch) < required or max(places, default=0) >= required:
-            raise MisconfigurationException(
-                f"`inputs` should be among the {required} arguments that `forward` requires, got {keys or 'None'} for"
-                f" {describe(batch)}. A function gives others: `inputs=lambda batch: (batch[0], batch[2])`."
-            )
-        self.args, self.perturbed = tuple(batch[:required]), list(places or [0])
+        if len(batch) < required or max(places) >= required:
+            expected = f"among the {required} arguments that `forward` requires, or a function that gives them"
+            raise MisconfigurationException(f"`inputs` should be {expected}, got {keys or None} for {describe(batch)}.")
+        self.args, self.perturbed = tuple(batch[:required]), [*places]
 
     def argument(self, place: int | str) -> Any:
         """Give the argument of a position or keyword."""
@@ -152,7 +137,7 @@ class Forward:
     def _copy(self, place: int | str, value: Any, perturb: Perturb | None) -> Any:
         if perturb is None or place not in self.perturbed:
             return clone_tensors(value)
-        return map_tensors(value, lambda tensor: perturb(tensor) if is_floating(tensor) else tensor.clone())
+        return clone_tensors(value, lambda tensor: perturb(tensor) if is_floating(tensor) else tensor.clone())
 
 
 def select_outputs(result: Any, outputs: Selector = None, batch: Any = None) -> Tensor:
@@ -168,19 +153,17 @@ def select_outputs(result: Any, outputs: Selector = None, batch: Any = None) -> 
         MisconfigurationException: If there is no floating tensor, or it is a scalar.
     """
     if callable(outputs):
-        selected = outputs(result, batch) if _num_required(outputs) == 2 else outputs(result)
+        selected = outputs(result, batch) if num_required(outputs) == 2 else outputs(result)
     elif outputs is not None:
         selected = part(result, outputs, "outputs")
     elif isinstance(result, Mapping) and "logits" in result:
         selected = result["logits"]
     else:
         first = result[0] if isinstance(result, list | tuple) and result else result
-        selected = first if isinstance(result, Tensor) else getattr(result, "logits", first)
+        selected = getattr(result, "logits", first)
     if not isinstance(selected, Tensor) or selected.ndim == 0 or not is_floating(selected):
-        raise MisconfigurationException(
-            f"`outputs` should choose a floating tensor (N, K, ...) or (N,) of what the model returns, got"
-            f" {describe(selected)}{'' if selected is result else f' in {describe(result)}'}."
-        )
+        got = describe(selected) + (f" in {describe(result)}" if selected is not result else "")
+        raise MisconfigurationException(f"`outputs` should choose a floating tensor (N, K, ...) or (N,), got {got}.")
     return selected
 
 
@@ -209,10 +192,8 @@ def select_targets(model: nn.Module, batch: Any, targets: Selector = None) -> Te
         tensors = [value for value in named.values() if isinstance(value, Tensor)]
         selected = tensors[0] if len(tensors) == 1 else None
     if not isinstance(selected, Tensor):
-        raise MisconfigurationException(
-            "Say where the labels are, such as `targets=1` or `targets='label'`: expected a batch of the model's inputs"
-            f" and labels, got {describe(batch)}."
-        )
+        where = "`targets` should say where the labels are, such as `targets=1` or `targets='label'`"
+        raise MisconfigurationException(f"{where}, got {describe(batch)}.")
     return selected
 
 
@@ -229,25 +210,16 @@ def part(value: Any, key: Any, argument: str) -> Any:
         raise MisconfigurationException(message) from None
 
 
-def forward_parameters(model: nn.Module) -> list[inspect.Parameter]:
-    """List the parameters of ``forward``, also of a compiled module; none of a scripted one, which does not tell."""
+def parameters_of(model: Any) -> list[inspect.Parameter]:
+    """List the parameters of a function, or of the ``forward`` of a module, compiled or not."""
+    function = getattr(getattr(model, "_orig_mod", model), "forward", model)
     try:
-        return list(inspect.signature(getattr(model, "_orig_mod", model).forward).parameters.values())
-    except ValueError:
+        return list(inspect.signature(function).parameters.values())
+    except ValueError:  # of a built-in function, such as an `itemgetter`
         return []
 
 
-def num_required(model: nn.Module) -> int:
-    """Count the positional arguments that ``forward`` requires."""
-    return _required(forward_parameters(model))
-
-
-def _num_required(function: Callable[..., Any]) -> int:
-    try:
-        return _required(inspect.signature(function).parameters.values())
-    except ValueError:  # built in, an `itemgetter`, say
-        return 1
-
-
-def _required(parameters: Any) -> int:
-    return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+def num_required(model: Any) -> int:
+    """Count the positional arguments that a function or the ``forward`` of a module requires."""
+    kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return sum(p.default is p.empty and p.kind in kinds for p in parameters_of(model))

@@ -3,7 +3,7 @@
 import copy
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 T = TypeVar("T")
+Run = Callable[..., Any]  # runs a function that runs the model, and leaves no trace
 
 _MAX_ITEMS = 1000  # of a list or dict of a module that is copied for every pass
-_LOGGING = ("log", "log_dict")  # of a LightningModule
 
 
 @contextmanager
@@ -36,29 +36,34 @@ def isolated(model: nn.Module) -> Iterator[Callable[..., Any]]:
     """
     if any(map(is_lazy, model.parameters())):
         raise MisconfigurationException("Expected a model with weights, but some are lazy: run it on a batch first.")
-    training = [module for module in model.modules() if module.training]
     rng_states = _collect_rng_states(include_cuda=any(parameter.is_cuda for parameter in model.parameters()))
-    states: list[_State] = []
+    states = [(items, items.copy()) for module in all_modules(model) for items in (vars(module), module._buffers)]
+
+    def restore() -> None:
+        for items, originals in states:
+            for name in items.keys() - originals.keys():
+                del items[name]
+            items.update(originals)
+        _set_rng_states(rng_states)
 
     def run(function: Callable[..., T], *args: Any) -> T:
         clones: dict[int, Any] = {}
         try:
-            for state in states:
-                state.put_clones(clones)
-            if hasattr(model, "log_dict"):
-                model.__dict__.update(dict.fromkeys(_LOGGING, _do_nothing))
+            for items, originals in states:
+                items.update((k, _cloned(v, clones)) for k, v in originals.items() if k not in _OF_ANY_MODULE)
+            for module in model.modules():  # not by `eval()`, which modules override
+                module.training = False
+            if hasattr(model, "log_dict"):  # of a LightningModule
+                model.__dict__.update(log=_do_nothing, log_dict=_do_nothing)
             return function(*args)
         finally:
-            complete(lambda: _restore(states, rng_states))
+            complete(restore)
 
     try:
-        for module in training:  # not by `eval()`, which modules override
-            module.training = False
-        states += map(_State, all_modules(model))  # in eval mode, which every run leaves
         with torch.no_grad(), _eager():
             yield run
     finally:
-        complete(lambda: _set_training(training, rng_states))
+        complete(restore)
 
 
 def is_ours(model: nn.Module) -> bool:
@@ -77,12 +82,9 @@ def written_parameters(model: nn.Module, run: Callable[[], T]) -> tuple[T, list[
     def fingerprints() -> dict[str, tuple[int, float]]:
         # The norm, for writes to `parameter.data`, which no version counts.
         return {
-            name: (
-                0 if parameter.is_inference() else parameter._version,
-                float(torch.linalg.vector_norm(parameter.detach())),
-            )
-            for name, parameter in model.named_parameters()
-            if parameter.is_floating_point() and parameter.element_size() > 1
+            name: (0 if p.is_inference() else p._version, float(torch.linalg.vector_norm(p.detach())))
+            for name, p in model.named_parameters()
+            if p.is_floating_point() and p.element_size() > 1
         }
 
     before = fingerprints()
@@ -101,75 +103,40 @@ def complete(restore: Callable[[], object]) -> None:
 
 def all_modules(model: nn.Module) -> list[nn.Module]:
     """List the modules of a model, with those that it keeps in lists, tuples and dicts, which PyTorch does not see."""
-    modules = {id(module): module for module in model.modules()}
-    for module in list(modules.values()):
+    modules = dict.fromkeys(model.modules())
+    for module in list(modules):
         for name, value in vars(module).items():
             if name not in _OF_ANY_MODULE and isinstance(value, list | tuple | dict) and len(value) <= _MAX_ITEMS:
                 for item in value.values() if isinstance(value, dict) else value:
                     if isinstance(item, nn.Module):
-                        modules.update((id(each), each) for each in item.modules())
-    return list(modules.values())
+                        modules.update(dict.fromkeys(item.modules()))
+    return list(modules)
 
 
-class _State:
-    """The buffers and attributes of a module."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module, self._attributes, self._buffers = module, vars(module).copy(), module._buffers.copy()
-
-    def put_clones(self, clones: dict[int, Any]) -> None:
-        """Put clones in the place of tensors, and of lists and dicts with what they hold."""
-        for name, value in self._attributes.items():
-            if isinstance(value, Tensor | list | dict | set) and name not in _OF_ANY_MODULE:
-                self._module.__dict__[name] = self._cloned(value, clones)
-        for name, value in self._buffers.items():
-            self._module._buffers[name] = self._cloned(value, clones)
-
-    def restore(self) -> None:
-        for items, originals in ((self._module.__dict__, self._attributes), (self._module._buffers, self._buffers)):
-            for name in items.keys() - originals.keys():
-                del items[name]
-            items.update(originals)
-
-    def _cloned(self, value: Any, clones: dict[int, Any]) -> Any:
-        if isinstance(value, Tensor):
-            if isinstance(value, nn.Parameter):
-                return value
-            if id(value) not in clones:  # one that two modules share stays one
-                clones[id(value)] = value.clone()
-            return clones[id(value)]
-        if not isinstance(value, list | dict | set) or len(value) > _MAX_ITEMS:
-            return value
-        new: Any = copy.copy(value)
-        if not isinstance(value, set):
-            for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
-                if isinstance(item, Tensor):
-                    new[key] = self._cloned(item, clones)
-        return new
+def _cloned(value: Any, clones: dict[int, Any]) -> Any:
+    """Clone a tensor, or a list, dict or set with the tensors in it; give back what is not one of these."""
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        if id(value) not in clones:  # one that two modules share stays one
+            clones[id(value)] = value.clone()
+        return clones[id(value)]
+    if not isinstance(value, list | dict | set) or len(value) > _MAX_ITEMS:
+        return value
+    new: Any = copy.copy(value)
+    if not isinstance(value, set):
+        for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
+            if isinstance(item, Tensor):
+                new[key] = _cloned(item, clones)
+    return new
 
 
 _OF_ANY_MODULE = frozenset(vars(nn.Module()))  # parameters, buffers, hooks, the mode
 
 
-def _set_training(modules: list[nn.Module], rng_states: dict[str, Any]) -> None:
-    for module in modules:
-        module.training = True
-    _set_rng_states(rng_states)
-
-
-def _restore(states: list[_State], rng_states: dict[str, Any]) -> None:
-    for state in states:
-        state.restore()
-    _set_rng_states(rng_states)
-
-
-def _eager() -> AbstractContextManager[Any]:
-    """Run compiled code eagerly: our shapes shall not be compiled for, nor make those of training dynamic."""
+def _eager() -> Any:
+    """Run compiled code eagerly, so that nothing is compiled for our shapes."""
     is_compiling = "torch._dynamo" in sys.modules  # else nothing was compiled, and importing it takes seconds
-    if is_compiling and hasattr(torch.compiler, "set_stance"):  # torch 2.6
-        stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-        return stance
-    return nullcontext()
+    has_stance = is_compiling and hasattr(torch.compiler, "set_stance")  # torch 2.6
+    return torch.compiler.set_stance("force_eager") if has_stance else nullcontext()
 
 
 def _do_nothing(*args: object, **kwargs: object) -> None:

@@ -3,7 +3,6 @@
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -12,9 +11,11 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_sensitivity.model.arguments import describe, is_floating
+from lightning_sensitivity.model.arguments import check_argument, describe, is_floating
+from lightning_sensitivity.model.isolation import Run
 
-Noise = float | Sequence[float] | Callable[[Tensor, torch.Generator], Tensor]
+NoiseFunction = Callable[[Tensor, torch.Generator], Tensor]
+Noise = float | Sequence[float] | NoiseFunction
 
 
 @dataclass(frozen=True)
@@ -45,15 +46,12 @@ class GaussianNoise:
         """Lay out σ so that it broadcasts to a tensor."""
         if isinstance(self.std, float):
             return self.std
-        if x.ndim < 2 or x.shape[1] != len(self.std):
-            raise MisconfigurationException(
-                "`noise` should be one number, or one per channel (dimension 1 of the input), but got"
-                f" {len(self.std)} for an input of shape {tuple(x.shape)}."
-            )
+        valid = x.ndim > 1 and x.shape[1] == len(self.std)
+        check_argument("noise", self.std, valid, f"one number, or one per channel (dimension 1) of {describe(x)}")
         return torch.tensor(self.std, dtype=torch.float32, device=x.device).reshape(-1, *[1] * (x.ndim - 2))
 
 
-def check_noise(noise: Noise) -> Callable[[Tensor, torch.Generator], Tensor]:
+def check_noise(noise: Noise) -> NoiseFunction:
     """Turn the argument ``noise`` into a function: σ, one per channel, or a function already.
 
     Args:
@@ -66,16 +64,14 @@ def check_noise(noise: Noise) -> Callable[[Tensor, torch.Generator], Tensor]:
         return noise
     value: Any = noise.tolist() if hasattr(noise, "tolist") else noise  # of numpy or torch
     stds = list(value) if isinstance(value, list | tuple) else [value]
-    if not stds or not all(isinstance(s, Real) and not isinstance(s, bool) and 0 < float(s) < math.inf for s in stds):
-        raise MisconfigurationException(
-            "`noise` should be a positive, finite number, a list of one per channel, or a function (x, generator) ->"
-            f" x', got {noise!r}."
-        )
+    valid = all(isinstance(s, Real) and not isinstance(s, bool) and 0 < float(s) < math.inf for s in stds)
+    expected = "a positive number, a list of one per channel, or a function (x, generator) -> x'"
+    check_argument("noise", noise, valid and bool(stds), expected)
     return GaussianNoise(tuple(map(float, stds)) if isinstance(value, list | tuple) else float(value))
 
 
 def noise_generator(
-    seed: int, rank: int = 0, dataloader_idx: int = 0, batch_idx: int = 0, draw: int = 0, device: Any = "cpu"
+    seed: int, rank: int = 0, dataloader_idx: int = 0, batch_idx: int = 0, draw: int = 0, *, device: Any = "cpu"
 ) -> torch.Generator:
     """Make the generator of one noise draw on one batch.
 
@@ -95,7 +91,7 @@ def noise_generator(
     return torch.Generator(device).manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1)
 
 
-def perturbation(noise: Callable[[Tensor, torch.Generator], Tensor], *key: int) -> Callable[[Tensor], Tensor]:
+def perturbation(noise: NoiseFunction, *key: int) -> Callable[[Tensor], Tensor]:
     """Give a function that perturbs one tensor after another by one draw of the noise.
 
     Args:
@@ -106,8 +102,7 @@ def perturbation(noise: Callable[[Tensor, torch.Generator], Tensor], *key: int) 
 
     def perturb(x: Tensor) -> Tensor:
         if x.device not in generators:
-            seed, rank, dataloader_idx, batch_idx, draw = key
-            generators[x.device] = noise_generator(seed, rank, dataloader_idx, batch_idx, draw, x.device)
+            generators[x.device] = noise_generator(*key, device=x.device)
         new: object = noise(x if isinstance(noise, GaussianNoise) else x.clone(), generators[x.device])
         if not isinstance(new, Tensor) or (new.shape, new.dtype, new.device) != (x.shape, x.dtype, x.device):
             raise MisconfigurationException(f"`noise` should give {describe(x)}, as it got, but got {describe(new)}.")
@@ -117,13 +112,7 @@ def perturbation(noise: Callable[[Tensor, torch.Generator], Tensor], *key: int) 
 
 
 def noisy_outputs(
-    run: Callable[..., Tensor],
-    forward: Callable[..., Tensor],
-    noise: Callable[[Tensor, torch.Generator], Tensor],
-    key: tuple[int, ...],
-    num_draws: int,
-    model: nn.Module,
-    at: str | None = None,
+    run: Run, forward: Run, noise: NoiseFunction, key: Sequence[int], num_draws: int, model: nn.Module, at: str | None
 ) -> Iterator[Tensor]:
     """Give the outputs of a model under one draw of the noise after another.
 
@@ -139,20 +128,11 @@ def noisy_outputs(
     module = None if at is None else submodule(model, at)
     for draw in range(num_draws):
         perturb = perturbation(noise, *key, draw)
-        yield run(forward, perturb) if module is None else run(_forward_perturbed_at, forward, module, perturb)
+        yield run(forward, perturb) if module is None else run(_run_perturbed_at, module, forward, perturb)
 
 
-@contextmanager
-def perturbed_output(module: nn.Module, perturb: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Perturb the first tensor that a submodule returns, each time that it runs within the context.
-
-    Args:
-        module: The submodule.
-        perturb: Perturbs a tensor.
-
-    Raises:
-        MisconfigurationException: If the submodule did not run, or returns no floating tensor.
-    """
+def _run_perturbed_at(module: nn.Module, forward: Callable[[], Tensor], perturb: Callable[[Tensor], Tensor]) -> Tensor:
+    """Run the model, and perturb the first tensor of what a submodule returns, each time that it runs."""
     has_run = False
 
     def hook(module: nn.Module, args: Any, result: Any) -> Any:
@@ -160,24 +140,16 @@ def perturbed_output(module: nn.Module, perturb: Callable[[Tensor], Tensor]) -> 
         has_run = True
         first = result[0] if isinstance(result, list | tuple) and result else result
         if not isinstance(first, Tensor) or not is_floating(first):
-            raise MisconfigurationException(
-                "`at` should name a submodule that returns a dense floating tensor, or a tuple starting with one, got"
-                f" {describe(result)}."
-            )
+            raise MisconfigurationException(f"`at` should name a module of floating outputs, got {describe(result)}.")
         if hasattr(result, "_fields"):
             return result._replace(**{result._fields[0]: perturb(first)})
         return perturb(first) if first is result else type(result)([perturb(first), *result[1:]])
 
-    handle = module.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-    if not has_run:
-        raise MisconfigurationException(
-            "`at` should name a submodule that `forward` calls, got one that did not run (or one of a compiled model,"
-            " before torch 2.6)."
-        )
+    with module.register_forward_hook(hook):
+        outputs = forward()
+    if not has_run:  # compiled code does not see the hook, before torch 2.6
+        raise MisconfigurationException("`at` should name a submodule that `forward` calls, but it did not run.")
+    return outputs
 
 
 def submodule(model: nn.Module, name: str) -> nn.Module:
@@ -191,14 +163,6 @@ def submodule(model: nn.Module, name: str) -> nn.Module:
         MisconfigurationException: If there is none that takes hooks.
     """
     modules: dict[str, nn.Module] = dict(getattr(model, "_orig_mod", model).named_modules())
-    if name not in modules or isinstance(modules[name], torch.jit.ScriptModule):
-        some = ", ".join(map(repr, list(modules)[1:6]))
-        raise MisconfigurationException(f"`at` should name a submodule that takes hooks, such as {some}, got {name!r}.")
+    some = ", ".join(map(repr, list(modules)[1:6]))
+    check_argument("at", name, name in modules, f"the name of a submodule, such as {some}")
     return modules[name]
-
-
-def _forward_perturbed_at(
-    forward: Callable[..., Tensor], module: nn.Module, perturb: Callable[[Tensor], Tensor]
-) -> Tensor:
-    with perturbed_output(module, perturb):
-        return forward()

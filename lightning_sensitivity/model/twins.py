@@ -46,9 +46,7 @@ class InitialWeights:
             self.weights, self._owner = initial_weights(model), id(model)
             self.source = "those at the start of this fit (if they are trained, pass `initial_weights=`)"
         elif self.weights is None or self._owner not in (0, id(model)):
-            raise MisconfigurationException(
-                "it needs the weights from before training, which the checkpoint lacks: give them, `initial_weights=`"
-            )
+            raise MisconfigurationException("the checkpoint lacks the initial weights: pass `initial_weights=`")
         else:
             self.source = "those of the fit that goes on"
 
@@ -84,11 +82,7 @@ def unknown_parameters(model: nn.Module, initial: Mapping[str, Tensor]) -> list[
 
 @contextmanager
 def twin(
-    model: nn.Module,
-    initial: Mapping[str, Tensor],
-    generator: torch.Generator,
-    strength: float = 1.0,
-    buffers: dict[str, Tensor] | None = None,
+    model: nn.Module, initial: Mapping[str, Tensor], generator: torch.Generator, strength: float = 1.0
 ) -> Iterator[None]:
     r"""Give a module the weights of a twin within the context, and restore its weights on exit.
 
@@ -107,7 +101,6 @@ def twin(
             head, say, counts as learned as a whole.
         generator: Source of the noise, on the module's device.
         strength: λ. Squared differences of outputs grow with λ² where it is small.
-        buffers: Where the weights of one twin after another are written; a dict that is empty at first.
 
     Example:
         >>> import torch
@@ -121,7 +114,7 @@ def twin(
         >>> bool(twin_output == model(x)), model.weight.tolist()
         (False, [[1.0, 1.0]])
     """
-    swaps, buffers = [], {} if buffers is None else buffers
+    swaps = []
     for name, parameter, module in _parameters(model):
         trained, shape, repeats = parameter.data, *_noise_shape(module, parameter)
         before = initial.get(name)
@@ -130,8 +123,7 @@ def twin(
         noise = torch.randn(shape, generator=generator, dtype=torch.float32, device=trained.device)
         factors = noise.mul_(strength).add_(1).to(trained.dtype)
         factors = factors.repeat_interleave(repeats, 0) if repeats > 1 else factors
-        buffers[name] = torch.lerp(before.to(trained), trained, factors, out=buffers.get(name))
-        swaps.append((parameter, trained, buffers[name]))
+        swaps.append((parameter, trained, torch.lerp(before.to(trained), trained, factors)))
 
     def restore() -> None:
         for parameter, trained, _ in swaps:
@@ -163,15 +155,14 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
     Args:
         model: The module.
     """
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    statistics = [(norm, norm.running_mean, norm.running_var) for norm in norms]
+    buffers = [(norm._buffers, norm._buffers.copy()) for norm in model.modules() if isinstance(norm, _BatchNorm)]
     try:
-        for norm in norms:
-            norm._buffers.update(running_mean=None, running_var=None)
+        for present, _ in buffers:
+            present.update(running_mean=None, running_var=None)
         yield
     finally:
-        for norm, mean, var in statistics:
-            norm._buffers.update(running_mean=mean, running_var=var)
+        for present, originals in buffers:
+            present.update(originals)
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:

@@ -114,7 +114,7 @@ def test_a_budget_picks_evenly_spaced_whole_batches_and_counts_passes(options: A
 def test_a_budget_counts_samples(options: Any, val: Any, num_samples: int) -> None:
     monitor = SensitivityMonitor(num_samples=40, **options)
     validated(monitor, Linear(), val)
-    assert monitor.metrics[0].num_samples == num_samples
+    assert monitor.metrics[0].estimate.num_samples == num_samples
 
 
 def test_after_the_first_batch_no_batch_waits_for_the_device() -> None:

@@ -34,7 +34,7 @@ def test_a_task_without_doubt_is_inferred(outputs: Tensor, targets: Tensor, task
     ("multiclass", LOGITS, CLASSES.float(), r"integers.*\.long\(\)"),
     ("multiclass", LOGITS, MULTI_HOT.float(), "sum to 1"), ("multiclass", SINGLE, BITS, "K > 1"),
     ("binary", LOGITS, BITS, "one output"), ("binary", SINGLE, CLASSES, "labels from 0 to 1, .* got 0 to 2"),
-    ("binary", BITS, BITS, "floating outputs"), ("multilabel", LOGITS, CLASSES, "one label per output"),
+    ("multilabel", LOGITS, CLASSES, "one label per output"),
 ])  # fmt: skip
 def test_labels_of_another_task_or_of_several_are_refused(task: Any, outputs: Any, targets: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -89,7 +89,7 @@ TOKENS, IMAGES = torch.ones(2, 7).long(), torch.zeros(2, 3, 8, 8)
 ])  # fmt: skip
 def test_the_user_says_where_classes_are_if_that_is_not_clear(batch: Any, shape: Any, is_clear: bool) -> None:
     model = module(lambda self, x: torch.zeros(shape))
-    forward, told = (Forward(model, batch, None, f, perturbs_inputs=False) for f in (None, lambda y: y.movedim(-1, 1)))
+    forward, told = (Forward(model, batch, None, f, perturbs_input=False) for f in (None, lambda y: y.movedim(-1, 1)))
     with nullcontext() if is_clear else pytest.raises(MisconfigurationException, match="`outputs.*`outputs=lambda y: "):
         assert forward().shape == shape
     assert told().shape == torch.zeros(shape).movedim(-1, 1).shape

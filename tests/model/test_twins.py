@@ -37,9 +37,9 @@ def are_equal(one: Any, other: Any) -> bool:
 
 def test_the_weights_of_a_twin_are_those_by_hand() -> None:
     model, initial = trained()
-    weights, shapes, buffers = initial_weights(model), {"0.weight": (1, 5), "3.weight": (1, 6)}, dict[str, Tensor]()
+    weights, shapes = initial_weights(model), {"0.weight": (1, 5), "3.weight": (1, 6)}
     for seed, g in ((1, noise(1)), (2, noise(2))):
-        with twin(model, initial, noise(seed), strength=0.5, buffers=buffers):
+        with twin(model, initial, noise(seed), strength=0.5):
             for name, weight in model.named_parameters():
                 xi = torch.randn(shapes.get(name, weight.shape), generator=g)  # one for each input of the layer
                 by_hand = initial[name] + (weights[name] - initial[name]) * (1 + 0.5 * xi)
