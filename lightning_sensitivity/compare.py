@@ -106,7 +106,7 @@ def compare_models(
         with isolated(model) as run:
             clean: Tensor = run(forward)
             if batch_idx == 0 and task == "multiclass" and (T.are_probabilities(clean) or T.num_outputs(clean) == 1):
-                raise ValueError("Expected logits of classes: say `task='binary'`, or None for sensitivity alone.")
+                raise ValueError("Expected logits of classes, got probabilities or one output (`task='binary'`).")
             labels = None if task is None else _labels(model, batch, clean, targets, task, batch_idx)
             noisy = noisy_outputs(run, forward, noise_function, (seed, 0, 0, batch_idx), num_draws, model, at)
             scores = score_samples(clean, noisy, labels, task)
@@ -168,7 +168,7 @@ def _score_model(
 
 
 def _labels(model: nn.Module, batch: Any, clean: Tensor, targets: Selector, task: str, batch_idx: int) -> Tensor | None:
-    """Give the labels of a batch, if it has any that fit."""
+    """Return the labels of a batch, if it has any that fit."""
     try:
         labels = select_targets(model, batch, targets)
         T.check_task(clean, labels, task)

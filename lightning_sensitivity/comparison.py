@@ -50,7 +50,7 @@ class Comparison:
         self._models = sorted(models, key=lambda model: (math.isnan(ranks[model.name]), ranks[model.name]))
 
     def __iter__(self) -> Iterator[ModelScores]:
-        """Give the models in their order."""
+        """Iterate over the models in their order."""
         return iter(self._models)
 
     def __len__(self) -> int:
@@ -58,11 +58,11 @@ class Comparison:
         return len(self._models)
 
     def __getitem__(self, key: int | str) -> ModelScores:
-        """Give the scores of one model, by its place or its name."""
+        """Return the scores of one model, by its place or its name."""
         return self._models[key] if isinstance(key, int) else {model.name: model for model in self}[key]
 
     def rows(self) -> list[dict[str, str | float]]:
-        """Give the table, one dict per model, for :class:`pandas.DataFrame` and its like."""
+        """Return the table, one dict per model, for :class:`pandas.DataFrame` and its like."""
         return [asdict(model) for model in self]
 
     def difference(self, first: str, second: str, score: str = "sensitivity") -> tuple[float, float]:

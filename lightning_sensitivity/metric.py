@@ -127,7 +127,7 @@ class OutputSensitivity(Metric):
         self._update_count = max(1, self._update_count)  # or `compute` would warn that there are no samples
 
     def _apply(self, *args: Any, **kwargs: Any) -> "OutputSensitivity":
-        """Move the rows with the metric, but don't round them where the model around it becomes a 16-bit one."""
+        """Move the rows with the metric, but keep their precision if the model is cast to 16 bits."""
         rows, self.rows = self.rows, []
         super()._apply(*args, **kwargs)
         self.rows = [each.to(self.device, wide_dtype(self.device)) for each in rows]
@@ -203,7 +203,7 @@ class RiskEstimate(Metric):
             outputs: Outputs of the model, ``(N, K, ...)`` or ``(N,)``.
             twin_outputs: Outputs of a twin.
             compared: Outputs to compare with the twin's, if others.
-            weight: What the samples count: a half where the same samples come with two twins.
+            weight: Weight of each sample, such as 1/2 if each comes with two twins.
         """
         self.holdout_sums = self.holdout_sums + weight * R.holdout_sums(outputs, twin_outputs, compared, task=self.task)
 

@@ -26,7 +26,7 @@ from lightning_sensitivity.model.isolation import Run, written_parameters
 class Monitor(Callback):
     """Measure validation batches and log the values, without ever ending a run.
 
-    The arguments are those of the monitors.
+    See the subclasses for the arguments.
     """
 
     names: tuple[str, ...]  # of what is logged, behind the prefix
@@ -53,7 +53,7 @@ class Monitor(Callback):
 
     @abstractmethod
     def charts(self) -> dict[str, str]:
-        """Give titles of charts for TensorBoard's Custom Scalars, with a regular expression for the tags in each."""
+        """Return titles of charts for TensorBoard's Custom Scalars, with a regular expression for the tags in each."""
 
     @abstractmethod
     def measure(self, trainer: Trainer, run: Run, forward: Forward, batch_idx: int, dataloader_idx: int) -> int:
@@ -61,17 +61,17 @@ class Monitor(Callback):
 
     @abstractmethod
     def compute(self, trainer: Trainer, dataloader_idx: int) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Compute the values of a loader over all processes, and what to warn of. All processes call it."""
+        """Compute the values of a loader over all processes, and the warnings. Every process must call it."""
 
     @abstractmethod
     def reset(self) -> None:
         """Start a validation afresh."""
 
     def end_validation(self) -> None:
-        """Free what is needed for a validation alone."""
+        """Free what only a validation needs."""
 
     def check_outputs(self, outputs: Tensor) -> None:
-        """Raise MisconfigurationException if values of such outputs would be wrong."""
+        """Raise MisconfigurationException if these outputs would give wrong values."""
 
     def check_watcher(self, who: str, name: str, mode: str) -> None:
         """Warn if a callback or scheduler watches a value in a way that can't be meant."""
@@ -103,15 +103,15 @@ class Monitor(Callback):
         for watcher in utilities.watchers(trainer, {self.prefix + name for name in self.names}):
             self.check_watcher(*watcher)
             if self.every_n_epochs > 1:
-                warn(f"`{watcher[0]}` sees the last `{watcher[1]}` in epochs between: `every_n_epochs` is above 1.")
+                warn(f"`{watcher[0]}` sees the previous `{watcher[1]}` again in epochs that are not measured.")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Before the first step, check the model, if no sanity check did; from then on, only warn."""
+        """Check the model before the first step, unless a sanity check did. From then on, only warn."""
         if self._has_trained:
             return
         self._has_trained = True
         outputs, written = None, list[str]()
-        # A batch of another form than those of validation has nothing to say.
+        # Training batches may differ in form from validation batches.
         with suppress(Exception), self.isolated(trainer, pl_module) as run:
             forward = run(self.forward, pl_module, batch)
             self._watch = CallWatch(pl_module, forward, compares_values=False)
@@ -139,11 +139,11 @@ class Monitor(Callback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Measure a batch, before the step may change it; at a loader's first one, log values that are read later."""
+        """Measure a batch before the step can change it. At a loader's first batch, log values that are read later."""
         if not self.should_measure(trainer):
             return
         if batch_idx == 0:
-            # A process that had no batch of an earlier loader joins the others, who reduced when that was done.
+            # Other processes have reduced the earlier loaders. Join them if this one had no batch of those.
             for earlier in range(dataloader_idx):
                 self._values(trainer, earlier)
             self._log(trainer, dataloader_idx)
@@ -174,7 +174,7 @@ class Monitor(Callback):
                     self._log(trainer, dataloader_idx, at_epoch_end=True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Free what is needed for a validation alone."""
+        """Free what only a validation needs."""
         if self.should_measure(trainer) and not trainer.sanity_checking:
             self._last_epoch = trainer.current_epoch
         self.end_validation()
@@ -191,18 +191,18 @@ class Monitor(Callback):
             self.failures.warn("nothing", "measured nothing in this fit: validation had no batch to measure.")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave no hook on the module."""
+        """Remove our hooks."""
         self.teardown(trainer, pl_module, "")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Free what holds the module."""
+        """Free what refers to the module."""
         self._end_watch()
         self.end_validation()
         self._lazy_values.clear()
 
     @contextmanager
     def isolated(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[Run]:
-        """Give a function that runs the model and leaves no trace, in the precision of validation."""
+        """Yield a function that runs the model and leaves no trace, in the precision of validation."""
         with isolated(pl_module) as run, trainer.precision_plugin.val_step_context():
             yield run
 

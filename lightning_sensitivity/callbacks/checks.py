@@ -18,7 +18,7 @@ _SHARDED = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")
 
 
 def check_run(name: str, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-    """Require that a loop will run whose batches the model can be run on, in every process.
+    """Require a loop that runs, with batches that the model takes, in every process.
 
     Args:
         name: Name of the monitor's class.
@@ -86,7 +86,7 @@ class CallWatch:
         self._handle.remove()
 
     def _bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Give the arguments by the names of ``forward``, with defaults; nothing where it does not tell them."""
+        """Return the arguments by the names of ``forward``, with defaults; nothing if it has no signature."""
         try:
             bound = self._signature.bind(*args, **kwargs)
         except (TypeError, ValueError):

@@ -35,14 +35,14 @@ class RiskMonitor(Monitor):
     :func:`~lightning_sensitivity.functional.risk_estimate` for the formula, ``examples/early_stopping`` for its worth.
     Labels that are wrong in training are so in the estimate. There is none for regressions and dense outputs.
 
-    **Logged values** in ``Trainer.fit``, with ``prefix`` before them: ``risk_estimate``, to monitor, and its terms
+    **Logged values** in ``Trainer.fit``, with ``prefix`` before them: ``risk_estimate`` and its terms
     ``risk_claim`` (the score if probabilities were right), ``risk_overconfidence`` (how far training labels contradict
     that), ``risk_memorization`` (how much surer the model is of training samples) and ``risk_variance`` (how far other
     training samples would have changed it). If the first validation has no value, nan is logged: an ``EarlyStopping``
     stops, unless it has ``check_finite=False``.
 
     It costs two forward passes on measured batches (three with batch norm, more if these are few), one over the kept
-    training samples, and two copies of the weights on the device. Training is not changed.
+    training samples, and two copies of the weights.
 
     Args:
         task: ``"multiclass"``, ``"binary"``, ``"multilabel"``, or ``"auto"``, to infer it from labels and outputs.
@@ -102,7 +102,7 @@ class RiskMonitor(Monitor):
         super().__init__(num_samples, seed, prefix, inputs, outputs, every_n_epochs)
 
     def charts(self) -> dict[str, str]:
-        """Give titles of charts for TensorBoard's Custom Scalars, with a regular expression for the tags in each."""
+        """Return titles of charts for TensorBoard's Custom Scalars, with a regular expression for the tags in each."""
         tags = f"^{re.escape(self.prefix)}({'|'.join(self.names)})(/dataloader_idx_\\d+)?$"
         return {"risk estimate and its terms": tags}
 
@@ -125,10 +125,12 @@ class RiskMonitor(Monitor):
         """Check the run, and say that there is an estimate in fits alone."""
         super().setup(trainer, pl_module, stage)
         if stage in ("validate", "test"):
-            rank_zero_info(f"`RiskMonitor` ({self.prefix}*) logs in `Trainer.fit` alone: it scores training samples.")
+            rank_zero_info(
+                f"`RiskMonitor` ({self.prefix}*) logs only in `Trainer.fit`, because it needs training samples."
+            )
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Save the weights from before training, but for those that are as they were (frozen ones)."""
+        """Save the initial weights, except those that have not changed."""
         with self.failures.warn_on_failure("could not save the weights from before training"):
             weights = self._initial.changed(checkpoint["state_dict"])
             checkpoint[self._key] = {"initial_weights": weights, "num_training_samples": self._num_training}
@@ -147,7 +149,7 @@ class RiskMonitor(Monitor):
         self._is_required = is_given or bool(watchers(trainer, {self.prefix + name for name in self.names}))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Before the first step, find the weights from before training; keep the first batches of the first epoch."""
+        """Find the initial weights before the first step, and keep the first batches of the first epoch."""
         is_begin = self._num_epochs == 0
         self._num_epochs += is_begin or batch_idx == 0
         if is_begin:
@@ -164,7 +166,7 @@ class RiskMonitor(Monitor):
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Free the samples. The weights stay, for a second fit that goes on with those of this one."""
+        """Free the samples. Keep the initial weights, in case a second fit continues this one."""
         super().teardown(trainer, pl_module, stage)
         self._samples = None
 
@@ -211,13 +213,17 @@ class RiskMonitor(Monitor):
         terms = metric.compute()
         holdout, training = metric.totals
         if training[0] > 0 and training[-2] == 0:
-            messages["probabilities"] = "All outputs lie in [0, 1]. Of probabilities the estimate is wrong: use logits."
+            messages["probabilities"] = (
+                "All outputs lie in [0, 1]. If they are probabilities, the estimate is wrong: use logits."
+            )
         if holdout[-1] + training[-1] > 0:
             first, second = (math.ceil(float(each[-1]) - 1e-6) for each in (holdout, training))  # twins add parts
-            messages["non-finite"] = f"{first} validation and {second} training samples gave nan or inf: left out."
+            messages["non-finite"] = (
+                f"{first} validation and {second} training samples gave nan or inf, and were left out."
+            )
         if holdout[-2] > holdout[0] / 2:
-            reason = "Twins give the outputs of the model: it has learned nothing, or keeps weights that it computes."
-            reason += " An `EarlyStopping` goes on with `check_finite=False`."
+            reason = "Twins give the outputs of the model: it has learned nothing yet, or caches its weights."
+            reason += " Set `check_finite=False` to keep an `EarlyStopping` from stopping."
             return {}, messages | {"no variance": reason}
         if not all(bool(term.isfinite()) for term in terms):
             reason = "No label of the kept training samples counts, or no batch could be measured."
@@ -248,7 +254,7 @@ class RiskMonitor(Monitor):
         code = TASKS.index(self._samples.task) if self._samples is not None and problem is None else -1
         codes = trainer.strategy.all_gather(torch.tensor(code, device=pl_module.device)).flatten().tolist()
         if problem is None and len(set(codes)) > 1:
-            problem = ValueError("training batches of another process fit no task or another, as it warns")
+            problem = ValueError("another process infers no task, or another one; see its warning")
         if problem is None and self._samples is not None:
             n = "a stream of" if self._samples.is_stream else self._samples.num_in_epoch
             summary = f"{n} training samples, task {self._samples.task!r}; initial weights: {self._initial.source}"

@@ -27,12 +27,12 @@ class SensitivityMonitor(Monitor):
     squared units of the outputs, and its standard error ``sensitivity_stderr``. :attr:`metrics` has the metric of each
     loader.
 
-    It costs 1 + ``num_draws`` forward passes on measured batches, and does not change training.
+    It costs 1 + ``num_draws`` forward passes on measured batches.
 
     Args:
         noise: σ of Gaussian noise in the units that the model receives, one number or one per channel, or a function
             ``(x, generator) -> x'``.
-        at: Perturb the output of this submodule instead of the input, as token ids need.
+        at: Perturb the output of this submodule instead of the input.
         num_draws: Noise draws per sample.
         num_samples: How many samples times draws are measured per loader and epoch, over all processes, in whole
             batches, evenly spaced and always the same; all, if None. 1,200 give a standard error of about 5 %.
@@ -78,7 +78,7 @@ class SensitivityMonitor(Monitor):
         super().__init__(num_samples, seed, prefix, inputs, outputs, every_n_epochs)
 
     def charts(self) -> dict[str, str]:
-        """Give titles of charts for TensorBoard's Custom Scalars, with a regular expression for the tags in each."""
+        """Return titles of charts for TensorBoard's Custom Scalars, with a regular expression for the tags in each."""
         prefix, loader = re.escape(self.prefix), r"(/dataloader_idx_\d+)?$"
         return {"loss": f"^{prefix}.*loss", "sensitivity": f"^{prefix}sensitivity{loader}"}
 
@@ -95,7 +95,7 @@ class SensitivityMonitor(Monitor):
             warn(f"`{who}` minimizes `{name}`, which is lowest before training. {advice}")
 
     def check_outputs(self, outputs: Tensor) -> None:
-        """Refuse probabilities, whose class average can't change, and their logarithms, where it changes otherwise."""
+        """Refuse probabilities, whose class average is constant, and log-probabilities, where it means something else."""
         if not self.per_output and (are_probabilities(outputs) or are_log_probabilities(outputs)):
             advice = "choose logits with `outputs=`, or use `per_output=True`"
             raise MisconfigurationException(f"`SensitivityMonitor` needs logits, got (log-)probabilities: {advice}.")
@@ -109,7 +109,10 @@ class SensitivityMonitor(Monitor):
         pl_module, clean = trainer.lightning_module, run(forward)
         is_looked_at = batch_idx == 0 and not self.per_output and not trainer.sanity_checking
         if is_looked_at and clean.numel() and bool(((clean >= 0) & (clean <= 1)).all()):
-            self.failures.warn("probabilities", "finds all outputs in [0, 1]. If these are no logits, choose those.")
+            self.failures.warn(
+                "probabilities",
+                "finds all outputs in [0, 1]. If they are not logits, choose the logits with `outputs=`.",
+            )
         key = self.seed, trainer.global_rank, dataloader_idx, batch_idx
         noisy = noisy_outputs(run, forward, self._noise, key, self.num_draws, pl_module, self.at)
         self._metric(trainer, dataloader_idx).update(clean, noisy)
@@ -131,7 +134,7 @@ class SensitivityMonitor(Monitor):
 
 
 class _LoaderSensitivity(OutputSensitivity):
-    """Output sensitivity of one loader, of which the monitor warns."""
+    """Measure one loader, and leave the warnings to the monitor."""
 
     update_called = True  # a process that got no batch takes part in the others' reduction, without a warning
 

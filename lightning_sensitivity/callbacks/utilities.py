@@ -68,7 +68,7 @@ class BatchChoice:
         self.num_measured = [0] * len(num_batches)
 
     def count(self, dataloader_idx: int) -> float:
-        """Count the batches of a loader that will be measured; all, until the first one was."""
+        """Count the batches of a loader that will be measured; all of them until the first was measured."""
         count, size = self.num_batches[dataloader_idx], self._sizes.get(dataloader_idx)
         is_limited = size is not None and math.isfinite(count) and math.isfinite(self._budget)
         return min(count, math.ceil(self._budget / size)) if size is not None and is_limited else count
@@ -128,7 +128,7 @@ def lay_out_charts(trainer: Trainer, charts: Iterable[tuple[str, Mapping[str, st
     """Lay out TensorBoard's Custom Scalars.
 
     Args:
-        trainer: The Trainer, of whose loggers those of TensorBoard get the layout.
+        trainer: The Trainer, whose TensorBoard loggers get the layout.
         charts: The prefix of each monitor, and the title and the tags (a regular expression) of each of its charts.
     """
     layout: dict[str, dict[str, object]] = {}
@@ -141,7 +141,7 @@ def lay_out_charts(trainer: Trainer, charts: Iterable[tuple[str, Mapping[str, st
 
 
 def stage_prefix(prefix: str, trainer: Trainer) -> str:
-    """Give the prefix of the loop that runs: in ``Trainer.test`` with "test" for "val" where that is a word."""
+    """Return the prefix for the running loop. In ``Trainer.test``, "test" replaces the word "val"."""
     if not trainer.testing:
         return prefix
     new, count = re.subn(r"(?<![A-Za-z])val(?![A-Za-z])", "test", prefix, count=1)
@@ -149,7 +149,7 @@ def stage_prefix(prefix: str, trainer: Trainer) -> str:
 
 
 def loader_name(name: str, dataloader_idx: int, num_loaders: int) -> str:
-    """Give the name that Lightning makes of a logged one."""
+    """Return the name under which Lightning logs a value of a loader."""
     return name if num_loaders == 1 else f"{name}/dataloader_idx_{dataloader_idx}"
 
 
@@ -170,10 +170,10 @@ def watchers(trainer: Trainer, names: Collection[str]) -> list[tuple[str, str, s
 
 
 def num_batches(trainer: Trainer) -> list[int | float]:
-    """Count the batches of each loader of the loop that runs; inf if one does not say, also where it is limited."""
+    """Count the batches of each loader of the running loop; inf for a loader without a length, even if limited."""
     loop = trainer._evaluation_loop
     counts = loop.max_batches
-    # Of a CombinedLoader, of which only the loop knows; unless it is sequential, it is one loader to Lightning.
+    # Only the loop knows of a CombinedLoader. Lightning sees it as one loader unless it is sequential.
     mode, loaders = loop._combined_loader._mode, loop._combined_loader.flattened  # type: ignore[union-attr]
     if len(loaders) == len(counts):
         counts = [math.inf if sized_len(each) is None else count for count, each in zip(counts, loaders, strict=True)]

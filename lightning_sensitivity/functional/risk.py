@@ -81,7 +81,7 @@ def risk_terms(holdout: Tensor, training: Tensor, strength: float | None = None,
         holdout: Those of :func:`holdout_sums`.
         training: Those of :func:`training_sums`.
         strength: λ of simulated twins; None for real ones.
-        factor: Of the variance, for simulated twins: that of :func:`variance_factor`.
+        factor: Factor of the variance for simulated twins, from :func:`variance_factor`.
 
     Returns:
         The terms; nan without training or holdout samples.
@@ -154,7 +154,7 @@ def risk_estimate(
         task: ``"multiclass"`` scores the sum over classes of (p − y)²; ``"binary"`` and ``"multilabel"`` the mean over
             labels.
         strength: λ, if the twin is simulated; None for a real one.
-        factor: Of the variance of a simulated twin: that of :func:`variance_factor`.
+        factor: Factor of the variance for a simulated twin, from :func:`variance_factor`.
 
     Returns:
         The estimate and its terms, scalar tensors, float64 (float32 on MPS).

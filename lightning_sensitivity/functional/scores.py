@@ -101,7 +101,7 @@ def consensus_scores(
 
     Args:
         log_probabilities: Those of each model for the same samples, ``(N, decisions, classes)``.
-        voters: The models that vote, by default all; on each of them the others do.
+        voters: The models that vote, by default all. No model votes on itself.
 
     Returns:
         For each model the loss in nats and the share of wrong predictions, one number per sample; nothing for fewer
@@ -167,7 +167,7 @@ def score_models(
 
 
 def _ratio(sums: Tensor, counts: Tensor) -> Tensor:
-    """Give numbers whose mean is Σ sums / Σ counts, and whose spread is that of its error, to first order."""
+    """Return numbers whose mean is Σ sums / Σ counts, and whose spread gives its standard error to first order."""
     ratio = sums.sum() / counts.sum()
     return ratio + (sums - ratio * counts) / counts.mean()
 

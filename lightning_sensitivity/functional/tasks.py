@@ -54,7 +54,7 @@ def infer_task(outputs: Tensor, targets: Tensor) -> str:
 
 
 def check_classes(num_outputs: int, targets: Tensor) -> None:
-    """Require that labels could name all of more than ten outputs: it is unlikely that none of so many names the last.
+    """Require that labels name the last outputs, too, if there are more than ten, and labels enough to tell.
 
     Args:
         num_outputs: K.

@@ -11,13 +11,13 @@ from torch import Tensor
 
 
 def check_argument(name: str, value: object, valid: bool, expected: str) -> None:
-    """Raise MisconfigurationException that says what an argument should be, unless it is valid."""
+    """Raise MisconfigurationException, saying what the argument should be, unless it is valid."""
     if not valid:
         raise MisconfigurationException(f"`{name}` should be {expected}, got {value!r}.")
 
 
 def check_int(name: str, value: object, minimum: int) -> None:
-    """Require an int, which a bool is not, of a minimum or more."""
+    """Require an int (not a bool) of at least a minimum."""
     valid = isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= minimum
     check_argument(name, value, valid, f"an int of {minimum} or more")
 

@@ -23,7 +23,7 @@ _CHOOSE = "Choose it: `inputs=lambda batch: batch['image']`, or `at=` a submodul
 
 
 class Forward:
-    """Run a model on a batch, again and again: as it is, or with perturbed inputs.
+    """Run a model on one batch any number of times, with clean or perturbed inputs.
 
     ==========================  ==================================  ================================================
     batch                       how the model is called             what is perturbed
@@ -131,7 +131,7 @@ class Forward:
         self.args, self.perturbed = tuple(batch[:required]), [*places]
 
     def argument(self, place: int | str) -> Any:
-        """Give the argument of a position or keyword."""
+        """Return the argument at a position or keyword."""
         return self.kwargs[place] if isinstance(place, str) else self.args[place]
 
     def _copy(self, place: int | str, value: Any, perturb: Perturb | None) -> Any:

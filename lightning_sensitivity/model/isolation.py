@@ -20,7 +20,7 @@ _MAX_ITEMS = 1000  # of a list or dict of a module that is copied for every pass
 
 @contextmanager
 def isolated(model: nn.Module) -> Iterator[Callable[..., Any]]:
-    """Give a function ``run(function, *args)`` that calls a function which runs the model, and leaves no trace.
+    """Yield ``run(function, *args)``, which calls a function that runs the model, and leaves no trace.
 
     Inside, the model is in eval mode (modules that PyTorch does not see keep theirs), without gradients, and its
     ``self.log`` does nothing. Every run finds the same buffers, attributes and random states, and leaves clones of them
@@ -93,7 +93,7 @@ def written_parameters(model: nn.Module, run: Callable[[], T]) -> tuple[T, list[
 
 
 def complete(restore: Callable[[], object]) -> None:
-    """Call a function that puts something back; where Ctrl-C cuts it short, call it again."""
+    """Call a function that restores something, and call it again if Ctrl-C interrupts it."""
     try:
         restore()
     except KeyboardInterrupt:
@@ -102,7 +102,7 @@ def complete(restore: Callable[[], object]) -> None:
 
 
 def all_modules(model: nn.Module) -> list[nn.Module]:
-    """List the modules of a model, with those that it keeps in lists, tuples and dicts, which PyTorch does not see."""
+    """List the modules of a model, including those in lists, tuples and dicts, which PyTorch does not see."""
     modules = dict.fromkeys(model.modules())
     for module in list(modules):
         for name, value in vars(module).items():

@@ -52,7 +52,7 @@ class GaussianNoise:
 
 
 def check_noise(noise: Noise) -> NoiseFunction:
-    """Turn the argument ``noise`` into a function: σ, one per channel, or a function already.
+    """Make a function of ``noise``: σ, a list of one per channel, or a function.
 
     Args:
         noise: The argument.
@@ -92,7 +92,7 @@ def noise_generator(
 
 
 def perturbation(noise: NoiseFunction, *key: int) -> Callable[[Tensor], Tensor]:
-    """Give a function that perturbs one tensor after another by one draw of the noise.
+    """Return a function that adds one noise draw to each tensor that it gets.
 
     Args:
         noise: The noise.
@@ -114,7 +114,7 @@ def perturbation(noise: NoiseFunction, *key: int) -> Callable[[Tensor], Tensor]:
 def noisy_outputs(
     run: Run, forward: Run, noise: NoiseFunction, key: Sequence[int], num_draws: int, model: nn.Module, at: str | None
 ) -> Iterator[Tensor]:
-    """Give the outputs of a model under one draw of the noise after another.
+    """Yield the outputs of a model for each noise draw.
 
     Args:
         run: Runs a function that runs the model, as :func:`~lightning_sensitivity.model.isolated` gives it.

@@ -13,7 +13,7 @@ from lightning_sensitivity.model.isolation import complete
 
 
 class InitialWeights:
-    """The weights from before training, on the CPU: given, restored from a checkpoint, or captured at step 0.
+    """Keep the initial weights on the CPU: given, restored from a checkpoint, or copied at step 0.
 
     Args:
         given: A state dict, where the user says which they are.
@@ -51,12 +51,12 @@ class InitialWeights:
             self.source = "those of the fit that goes on"
 
     def changed(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Select those that differ from present weights: what a checkpoint needs, which has the others."""
+        """Select the initial weights that have changed; a checkpoint has the others already."""
         initial = (self.weights or {}).items()
         return {name: w for name, w in initial if name not in weights or not torch.equal(w, weights[name].cpu())}
 
     def restore(self, changed: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-        """Restore them from what :meth:`changed` gave and the weights that it was given."""
+        """Restore the initial weights from the changed ones and the weights of a checkpoint."""
         self.weights, self._owner = _on_cpu(weights) | _on_cpu(changed), 0  # of whichever module resumes
 
 
@@ -166,7 +166,7 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
-    """Give name, parameter and the module that has it, as ``named_parameters`` does: one that is tied comes once."""
+    """Yield name, parameter and the module that has it, as ``named_parameters`` does; a tied one comes once."""
     seen = set()
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(prefix, recurse=False):
@@ -183,7 +183,7 @@ def _on_cpu(weights: Mapping[str, object]) -> dict[str, Tensor]:
 
 
 def _noise_shape(module: nn.Module, parameter: Tensor) -> tuple[tuple[int, ...], int]:
-    """Give a shape that broadcasts over the outputs of a layer, after its first dimension is repeated so many times."""
+    """Return the shape of the noise, and how often to repeat its first dimension."""
     shape = tuple(parameter.shape)
     if parameter.ndim < 2 or isinstance(module, nn.LayerNorm) or shape[1:].count(1) == parameter.ndim - 1:
         return shape, 1

@@ -228,7 +228,7 @@ def test_who_watches_a_value_the_wrong_way_is_warned_of(tmp_path: Path) -> None:
 
 # The faults' `test_something_waits` has a run for each watcher.
 @pytest.mark.parametrize("every_n_epochs", [1, 2])
-@pytest.mark.filterwarnings("ignore:.*sees the last")
+@pytest.mark.filterwarnings("ignore:.*sees the previous")
 def test_a_run_goes_on_if_the_first_validation_has_no_value(every_n_epochs: int, tmp_path: Path) -> None:
     class Overflowing(Scheduled, Classifier):
         def forward(self, x: Tensor) -> Tensor:
@@ -265,7 +265,7 @@ def test_validate_alone_says_which_values_belong_to_a_fit(caplog: pytest.LogCapt
     with caplog.at_level(logging.INFO):
         trainer(callbacks=[SensitivityMonitor(), RiskMonitor()]).validate(Classifier(), loader(), verbose=False)
     (message,) = (each.message for each in caplog.records if "Monitor" in each.message)
-    assert message == "`RiskMonitor` (val_*) logs in `Trainer.fit` alone: it scores training samples."
+    assert message == "`RiskMonitor` (val_*) logs only in `Trainer.fit`, because it needs training samples."
 
 
 def test_validations_that_are_left_out() -> None:
