@@ -292,7 +292,7 @@ def test_a_pass_that_fails_in_one_process_costs_its_batch_in_both(both: Results)
 @pytest.mark.parametrize(
     ("index", "expected"),
     [
-        (0, ["can give no estimate: training batches of another process", "can give no estimate: Expected labels"]),
+        (0, ["can give no estimate: another process infers no task", "can give no estimate: Expected labels"]),
         (1, [None, "leaves a training batch out: .*Expected labels from 0 to 3"]),
     ],
 )
