@@ -95,7 +95,7 @@ class SensitivityMonitor(Monitor):
             warn(f"`{who}` minimizes `{name}`, which is lowest before training. {advice}")
 
     def check_outputs(self, outputs: Tensor) -> None:
-        """Refuse probabilities, whose class average is constant, and log-probabilities, where it means another thing."""
+        """Refuse probabilities and log-probabilities, whose class average is another quantity than that of logits."""
         if not self.per_output and (are_probabilities(outputs) or are_log_probabilities(outputs)):
             advice = "choose logits with `outputs=`, or use `per_output=True`"
             raise MisconfigurationException(f"`SensitivityMonitor` needs logits, got (log-)probabilities: {advice}.")
