@@ -14,6 +14,7 @@ PAGES = [ROOT / "README.md", ROOT / "tests" / "README.md", *sorted(ROOT.glob("ex
 @pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists")
 def test_the_code_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(blocks) >= 3
     names = {name: Classifier() for name in ("model", "fc", "cnn")} | {"ResNet": Classifier}
