@@ -258,13 +258,14 @@ class Monitor(Callback):
             full_name = prefix + name
             if at_epoch_end:  # Lightning puts no index behind the name there
                 full_name = utilities.loader_name(full_name, dataloader_idx, len(self.choice.num_batches))
-            new = utilities.LazyValue(partial(self._values, trainer, dataloader_idx), name)
-            value = self._lazy_values.setdefault((dataloader_idx, name), new)
+            key = dataloader_idx, name
+            if key not in self._lazy_values:  # a Metric costs more to make than to log
+                self._lazy_values[key] = utilities.LazyValue(partial(self._values, trainer, dataloader_idx), name)
             # With a `metric_attribute`, Lightning does not ask that the module has the Metric.
             options: dict[str, Any] = {"metric_attribute": name, "add_dataloader_idx": not at_epoch_end}
             options |= {"prog_bar": self.prog_bar and name == self.names[0], "on_step": False, "on_epoch": True}
-            with self.failures.warn_on_failure(f"could not log {full_name!r}"):
-                LightningModule.log(trainer.lightning_module, full_name, value, **options)  # past an override
+            with self.failures.warn_on_failure(f"could not log {full_name!r}"):  # past a `log` of the module's own
+                LightningModule.log(trainer.lightning_module, full_name, self._lazy_values[key], **options)
 
 
 def _monitors(trainer: Trainer) -> list[Monitor]:

@@ -9,11 +9,11 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_sensitivity.callbacks.utilities import LIGHTNING_MODULES
 from lightning_sensitivity.model.arguments import clone_tensors
 from lightning_sensitivity.model.forward import Forward, parameters_of
 from lightning_sensitivity.model.isolation import is_ours
 
+_LIGHTNING_MODULES = ("lightning.pytorch.core.module", "pytorch_lightning.core.module")
 _SHARDED = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")
 
 
@@ -122,4 +122,4 @@ def _brief(value: Any) -> str:
 
 def _is_overridden(name: str, pl_module: LightningModule) -> bool:
     # Not Lightning's own check, which fails on a module of the other package, `lightning` or `pytorch_lightning`.
-    return getattr(getattr(pl_module, name), "__module__", "") not in LIGHTNING_MODULES
+    return getattr(getattr(pl_module, name), "__module__", "") not in _LIGHTNING_MODULES

@@ -154,16 +154,14 @@ class RiskMonitor(Monitor):
         self._num_epochs += is_begin or batch_idx == 0
         if is_begin:
             self._begin_fit(trainer, pl_module, batch)
-        if self._samples is None:
-            return
-        with self.failures.warn_on_failure("leaves a training batch out"):
-            if not is_begin and self._num_epochs == 1 and self._samples.num_missing > 0:
-                self._keep(trainer, pl_module, batch)
-            if not is_begin and (batch_idx == 0 or self._samples.is_stream):
-                with self.isolated(trainer, pl_module) as run:
-                    targets = run(select_targets, pl_module, batch, self.targets)
-                self._count(pl_module, targets, batch_idx == 0)
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        elif self._samples is not None:
+            with self.failures.warn_on_failure("leaves a training batch out"):
+                is_kept = self._num_epochs == 1 and self._samples.num_missing > 0
+                if is_kept or batch_idx == 0 or self._samples.is_stream:
+                    select = self._keep if is_kept else self._select_targets
+                    self._count(pl_module, select(trainer, pl_module, batch), batch_idx == 0)
+        if self._samples is not None:
+            super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Free the samples. Keep the initial weights, in case a second fit continues this one."""
@@ -272,6 +270,14 @@ class RiskMonitor(Monitor):
         self._num_training = self._samples.num_in_epoch
         if is_first:  # some may be frozen for a while
             self._num_weights = sum(weight.numel() for weight in pl_module.parameters() if weight.requires_grad)
+
+    def _select_targets(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Tensor:
+        """Select the labels of a batch; only a function of the user's needs a pass that leaves no trace."""
+        if not callable(self.targets):
+            return select_targets(pl_module, batch, self.targets)
+        with self.isolated(trainer, pl_module) as run:
+            targets: Tensor = run(select_targets, pl_module, batch, self.targets)
+        return targets
 
     def _keep(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Tensor:
         """Keep a batch, and return its labels."""

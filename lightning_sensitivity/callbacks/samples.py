@@ -75,9 +75,10 @@ class TrainingSamples:
             loader, *others = self._trainer.fit_loop._combined_loader.flattened  # type: ignore[union-attr]
             size, num_batches = sized_len(getattr(loader, "sampler", None)), self._trainer.num_training_batches
             batch_size, self._num_seen = getattr(loader, "batch_size", None), 0
-            self.is_stream = bool(others) or not size or not batch_size or num_samples != min(batch_size, size)
-            self.is_stream |= math.isinf(num_batches)
-            if not self.is_stream and size and batch_size:
+            self.is_stream = True
+            is_one = not others and math.isfinite(num_batches)
+            if is_one and size and batch_size and num_samples == min(batch_size, size):
+                self.is_stream = False
                 # A sampler may draw with replacement, and training may be limited to some batches.
                 sizes = size * world_size, sized_len(getattr(loader, "dataset", None)) or math.inf
                 self.num_in_epoch = int(min(*sizes, num_batches * batch_size * world_size))

@@ -17,8 +17,6 @@ from torchmetrics import Metric
 
 from lightning_sensitivity.functional.tasks import warn
 
-LIGHTNING_MODULES = ("lightning.pytorch.core.module", "pytorch_lightning.core.module")
-
 
 class LazyValue(Metric):
     """Hold one value of one loader, which Lightning reads when the loader is done.
