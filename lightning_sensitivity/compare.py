@@ -5,62 +5,63 @@ import gc
 import math
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from itertools import combinations
+from textwrap import fill
 from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_sensitivity.comparison import Comparison
 from lightning_sensitivity.functional import tasks as T
-from lightning_sensitivity.functional.scores import Samples, score_models, score_samples
+from lightning_sensitivity.functional.scores import ModelScores, Samples, score_models, score_samples
 from lightning_sensitivity.functional.sensitivity import diagnostics, sensitivity_from_rows
-from lightning_sensitivity.model import Forward, GaussianNoise, Inputs, Noise, Selector, isolated, select_targets
-from lightning_sensitivity.model.arguments import check_argument, check_int, check_selector, is_floating, tensors_in
+from lightning_sensitivity.model import Function, ModelCall, Noise, isolated, select_targets
+from lightning_sensitivity.model.forward import check_argument, check_functions, check_int, clone_tensors
 from lightning_sensitivity.model.noise import check_noise, noisy_outputs
+
+_ROUNDING = 1e-6  # relative, of scores from float32 outputs
+_Z = 1.96  # of a 95 % interval
 
 
 def compare_models(
     models: Mapping[str, nn.Module | Callable[[], nn.Module]],
-    dataloader: Any,
+    dataloader: Iterable[Any],
     noise: Noise = 0.1,
     at: str | None = None,
     num_draws: int = 1,
     seed: int = 0,
     task: str | None = "multiclass",
-    inputs: Inputs = None,
-    outputs: Selector = None,
-    targets: Selector = None,
+    inputs: Function = None,
+    outputs: Function = None,
+    targets: Function = None,
     device: torch.device | str | None = None,
-) -> Comparison:
+) -> "Comparison":
     r"""Compare how well models generalize, trained or not, without labels, on the same samples.
 
     All models get the same noise on the same samples, so that differences are sharper than values. Sensitivity is that
     of Forouzesh, Salehi and Thiran (ICPR 2020, arXiv:2007.15378);
     :class:`~lightning_sensitivity.functional.scores.ModelScores` has all scores, ``examples/comparing_models`` their
-    worth. Labels are not needed; where the loader has them, the table shows the true loss and error, too. A model that
+    worth. Labels are not needed; if you say where they are, the table shows the true loss and error, too. A model that
     fails becomes a row that says why.
 
     Args:
         models: Names, and for each of them a module (which is copied, and not touched) or a function that makes one,
             such as ``lambda: Classifier.load_from_checkpoint(path)``. Of functions, one model at a time is in memory.
-        dataloader: A loader that gives the same samples whenever it is iterated, with or without labels, or a
-            LightningDataModule with one such validation loader. Every pass starts with the same random state.
+        dataloader: Batches, with or without labels, which are all kept in memory: some thousand samples are enough.
         noise: σ of Gaussian noise in the units that the models receive, one number or one per channel, or a function
-            ``(x, generator) -> x'``, for which there is no loss estimate.
+            ``(x, generator) -> x'``.
         at: Name of a submodule, which all models have, whose output is perturbed instead of the input.
         num_draws: Noise draws per sample, with one forward pass each.
         seed: Seed of the noise.
         task: What the outputs are for: ``"multiclass"``, ``"binary"``, ``"multilabel"``; None for sensitivity alone.
-        inputs: How models are called; see :class:`~lightning_sensitivity.SensitivityMonitor`.
-        outputs: Which outputs to compare; see there.
-        targets: Where the labels are in a batch. By default where they would be in a training batch; if there is
-            nothing, or what does not fit the task, there are no labels.
+        inputs: How models are called; see :class:`~lightning_sensitivity.model.ModelCall`.
+        outputs: Which outputs to compare; see :func:`~lightning_sensitivity.model.select_outputs`.
+        targets: The labels of a batch, for the true loss and error: a function ``batch -> tensor``.
         device: Where the models run; by default the accelerator, if there is one.
 
     Returns:
@@ -86,130 +87,176 @@ def compare_models(
     valid = valid and all(map(callable, models.values()))
     expected = "a dict of names and models, or functions such as `lambda: Classifier.load_from_checkpoint(path)`"
     check_argument("models", models, valid, expected)
+    check_argument("dataloader", dataloader, isinstance(dataloader, Iterable), "an iterable of batches")
     check_argument("at", at, at is None or isinstance(at, str), "a submodule's name or None")
     check_argument("task", task, task in (*T.TASKS, None), f"one of {', '.join(map(repr, T.TASKS))} or None")
     check_int("num_draws", num_draws, 1)
     check_int("seed", seed, 0)
-    for name, value in (("inputs", inputs), ("outputs", outputs), ("targets", targets)):
-        check_selector(name, value, may_be_list=name == "inputs")
-    if isinstance(dataloader, LightningDataModule):
-        dataloader.prepare_data()
-        dataloader.setup("validate")
-        dataloader = dataloader.val_dataloader()
-    if isinstance(dataloader, list) and len(dataloader) == 1:
-        dataloader = dataloader[0]
+    check_functions(inputs=inputs, outputs=outputs, targets=targets)
     if device is None:
         device = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None
 
     def score_batch(model: nn.Module, batch: Any, batch_idx: int) -> Samples:
-        forward = Forward(model, batch, inputs, outputs, at is None)
+        call = ModelCall(model, batch, inputs, outputs, perturbs_input=at is None)
         with isolated(model) as run:
-            clean: Tensor = run(forward)
+            clean: Tensor = run(call)
             if batch_idx == 0 and task == "multiclass" and (T.are_probabilities(clean) or T.num_outputs(clean) == 1):
                 raise ValueError("Expected logits of classes, got probabilities or one output (`task='binary'`).")
-            labels = None if task is None else _labels(model, batch, clean, targets, task, batch_idx)
-            noisy = noisy_outputs(run, forward, noise_function, (seed, 0, 0, batch_idx), num_draws, model, at)
-            scores = score_samples(clean, noisy, labels, task)
-        if task == "multiclass" and labels is not None and targets is None and labels.ndim == 1:
-            scores["labels"] = labels
-        power = _power(forward, noise_function) if at is None else math.nan
-        powers = torch.full((len(clean),), power, dtype=torch.float64)
-        return scores | {"power": powers, "fingerprint": _fingerprints(forward, clean)}
+            labels = select_targets(model, batch, targets) if targets else None
+            if labels is not None and task:
+                T.check_task(clean, labels, task)
+            noisy = noisy_outputs(run, call, noise_function, (seed, 0, 0, batch_idx), num_draws, model, at)
+            return score_samples(clean, noisy, labels, task)
 
-    samples, notes, first_failure = dict[str, Samples](), dict[str, str](), ""
-    rng_states = _collect_rng_states()
+    batches, samples, notes, first_failure = list(dataloader), dict[str, Samples](), dict[str, str](), ""
     for place, (name, model) in enumerate(models.items(), 1):
         rank_zero_info(f"Comparing models, {place} of {len(models)}: {name}")
         try:
-            start = time.perf_counter()
-            scored = _score_model(model, dataloader, torch.device(device or "cpu"), rng_states, score_batch)
-            _check_samples(name, scored, samples)
-            notes[name], samples[name] = "", scored | {"seconds": torch.tensor(time.perf_counter() - start)}
+            samples[name] = _score_model(model, batches, torch.device(device or "cpu"), score_batch)
+            for message in diagnostics(sensitivity_from_rows(samples[name]["rows"])).values():
+                T.warn(f"Model {name!r}: {message}")
+            notes[name] = ""
         except Exception as failure:
             first_failure = first_failure or traceback.format_exc()  # as text: it would keep the model in memory
             notes[name] = f"failed: {type(failure).__name__}: {failure}"
         gc.collect()  # modules refer to themselves in circles, and the next one needs their memory
     if not samples:
         raise RuntimeError(f"No model could be scored. The first failed with:\n{first_failure}")
-    return Comparison(*score_models(samples, notes, task))
+    return Comparison(*score_models(samples, notes))
 
 
 def _score_model(
-    source: Any, dataloader: Any, device: torch.device, rng_states: dict[str, Any], score_batch: Callable[..., Samples]
+    source: Any, batches: list[Any], device: torch.device, score_batch: Callable[[nn.Module, Any, int], Samples]
 ) -> Samples:
-    """Score all samples, batch by batch, from the same random state on, and leave the present one."""
+    """Score all samples, batch by batch."""
     model = copy.deepcopy(source) if isinstance(source, nn.Module) else source()
-    inner, batches = getattr(model, "_orig_mod", model), list[Samples]()
+    inner, scored = getattr(model, "_orig_mod", model), list[Samples]()
     move: Any = move_data_to_device
     if isinstance(inner, LightningModule):
         inner.configure_model()
         move = inner._apply_batch_transfer_handler  # whose hooks may transform the batch
     model.to(device)
-    present = _collect_rng_states()
-    try:
-        _set_rng_states(rng_states)
-        with torch.inference_mode():
-            for batch_idx, batch in enumerate(dataloader):
-                batches.append(score_batch(model, move(batch, device), batch_idx))
-    finally:
-        _set_rng_states(present)
-    batches = [batch for batch in batches if len(batch["rows"])]
-    names = [name for name in batches[0] if all(name in batch for batch in batches)] if batches else []
-    joined = {name: torch.cat([batch[name].cpu() for batch in batches]) for name in names}
-    if any("loss" in batch for batch in batches) and "loss" not in joined:
-        T.warn("`compare_models` finds labels in some batches alone, and shows no loss.")
-    if "labels" in joined:
-        try:
-            T.check_classes(int(joined["rows"][0, 4] / joined["rows"][0, 0]), joined.pop("labels"))
-        except ValueError:
-            T.warn("`compare_models` finds no labels: these name few of many outputs. Say where they are (`targets=`).")
-            del joined["loss"], joined["error"]
-    return joined | {"num_parameters": torch.tensor(sum(map(torch.numel, model.parameters())))}
+    start = time.perf_counter()
+    with torch.inference_mode():
+        for batch_idx, batch in enumerate(batches):
+            scored.append(score_batch(model, move(clone_tensors(batch), device), batch_idx))
+    joined = {name: torch.cat([batch[name].cpu() for batch in scored]) for name in (scored[0] if scored else {})}
+    if len(joined.get("rows", ())) < 2:
+        raise ValueError("Expected `dataloader` to give two samples or more.")
+    if num_non_finite := int((~joined["rows"].isfinite().all(1)).sum()):
+        raise ValueError(f"Expected finite outputs, but {num_non_finite} samples gave nan or inf.")
+    seconds, num_parameters = time.perf_counter() - start, sum(map(torch.numel, model.parameters()))
+    return joined | {"seconds": torch.tensor(seconds), "num_parameters": torch.tensor(num_parameters)}
 
 
-def _labels(model: nn.Module, batch: Any, clean: Tensor, targets: Selector, task: str, batch_idx: int) -> Tensor | None:
-    """Return the labels of a batch, if it has any that fit."""
-    try:
-        labels = select_targets(model, batch, targets)
-        T.check_task(clean, labels, task)
-        return labels
-    except (MisconfigurationException, ValueError) as error:
-        if targets is not None:
-            raise
-        if isinstance(error, ValueError) and batch_idx == 0:
-            T.warn(f"`compare_models` finds no labels: {error}. Say where they are (`targets=`), what for (`task=`).")
-        return None
+class Comparison:
+    """Show what :func:`~lightning_sensitivity.compare_models` gives.
 
+    Iterating gives :class:`ModelScores`, sorted by ``consensus_error`` where there are three models or more, else by
+    sensitivity, with those that failed last; an index or a name in brackets gives those of one. ``print`` shows the
+    main columns; :meth:`rows` has all.
 
-def _power(forward: Forward, noise: Any) -> float:
-    """Compute the mean square of a perturbed input over the noise's variance, the C of Equation 9."""
-    if not isinstance(noise, GaussianNoise):
-        return math.nan
-    tensors = [x for place in forward.perturbed for x in tensors_in(forward.argument(place)) if is_floating(x)]
-    squares = sum(float((x.double() / noise.std_for(x)).square().sum()) for x in tensors)
-    return squares / sum(x.numel() for x in tensors)
+    Args:
+        models: One row per model, in any order.
+        by_sample: For each model and score one number per sample, ``(N,)``, with the score as their mean; the same
+            samples for all models.
 
+    Example:
+        >>> from lightning_sensitivity.compare import Comparison, ModelScores
+        >>> result = Comparison([ModelScores("wide", 0.2, 0.01, loss=0.5), ModelScores("small", 0.1, 0.01)])
+        >>> print(result)
+        model  sensitivity  loss
+        small  0.1 ± 0.01
+        wide   0.2 ± 0.01   0.5
+        <BLANKLINE>
+        Sorted by sensitivity, which is no order of quality.
+        >>> result["wide"].loss, result[0].name
+        (0.5, 'small')
+    """
 
-def _fingerprints(forward: Forward, clean: Tensor) -> Tensor:
-    """Compute a number for each sample that tells whether two models were given the same."""
-    total = clean.new_zeros(len(clean), dtype=T.wide_dtype(clean.device))
-    for tensor in tensors_in([forward.args, forward.kwargs]):
-        if tensor.layout == torch.strided and not tensor.is_nested and tensor.shape[:1] == clean.shape[:1]:
-            values = tensor.to(total).reshape(len(tensor), -1)
-            total += values @ torch.arange(values.shape[1]).to(values).cos()
-    return total
+    def __init__(self, models: Sequence[ModelScores], by_sample: Mapping[str, Samples] | None = None) -> None:
+        self._by_sample = by_sample or {}
+        has_consensus = any(math.isfinite(model.consensus_error) for model in models)  # of three models or more
+        self._order = "consensus_error" if has_consensus else "sensitivity"
+        ranks = {model.name: getattr(model, self._order) for model in models}
+        self._models = sorted(models, key=lambda model: (math.isnan(ranks[model.name]), ranks[model.name]))
 
+    def __iter__(self) -> Iterator[ModelScores]:
+        """Iterate over the models in their order."""
+        return iter(self._models)
 
-def _check_samples(name: str, samples: Samples, others: Mapping[str, Samples]) -> None:
-    """Require samples that can be compared, and warn if a sensitivity is doubtful."""
-    seen = samples.get("fingerprint", torch.zeros(0))
-    if len(seen) < 2:
-        raise ValueError(f"Expected `dataloader` to give two samples or more, but got {len(seen)}.")
-    estimate = sensitivity_from_rows(samples["rows"])
-    if estimate.num_non_finite:
-        raise ValueError(f"Expected finite outputs, but {int(estimate.num_non_finite)} samples gave nan or inf.")
-    for message in diagnostics(estimate).values():
-        T.warn(f"Model {name!r}: {message}")
-    for first, expected in [(first, other["fingerprint"]) for first, other in others.items()][:1]:
-        if seen.shape != expected.shape or not torch.allclose(seen, expected, rtol=1e-4, atol=1e-6, equal_nan=True):
-            raise ValueError(f"Expected the samples that {first!r} got: the loader or the model's hooks give others.")
+    def __len__(self) -> int:
+        """Count the models, with those that failed."""
+        return len(self._models)
+
+    def __getitem__(self, key: int | str) -> ModelScores:
+        """Return the scores of one model, by its place or its name."""
+        return self._models[key] if isinstance(key, int) else {model.name: model for model in self}[key]
+
+    def rows(self) -> list[dict[str, str | float]]:
+        """Return the table, one dict per model, for :class:`pandas.DataFrame` and its like."""
+        return [asdict(model) for model in self]
+
+    def difference(self, first: str, second: str, score: str = "sensitivity") -> tuple[float, float]:
+        """Compute how much higher one model scores than another, and the standard error of that.
+
+        Both saw the same samples and the same noise, so that the difference is sharper than the values are.
+
+        Args:
+            first: Name of a model.
+            second: Name of another one.
+            score: A field of :class:`ModelScores`.
+
+        Returns:
+            The difference and its standard error over samples (nan where it is not known).
+        """
+        value = getattr(self[first], score) - getattr(self[second], score)
+        one, other = (self._by_sample.get(name, {}).get(score, torch.full((2,), math.nan)) for name in (first, second))
+        return value, float((one - other).std() / math.sqrt(len(one))) if one.shape == other.shape else math.nan
+
+    def ties(self, score: str = "sensitivity") -> dict[str, list[str]]:
+        """Name the models that a score cannot tell apart: zero lies in the 95 % interval of their difference.
+
+        The intervals are those of single pairs, not corrected for their number. Models whose error is not known are
+        left out.
+
+        Args:
+            score: A field of :class:`ModelScores`.
+
+        Returns:
+            For each model the names of those that it ties with, in the order of the table.
+        """
+        names = [model.name for model in self if math.isfinite(self.difference(model.name, model.name, score)[1])]
+        tied: dict[str, list[str]] = {name: [] for name in names}
+        for first, second in combinations(names, 2):
+            value, stderr = self.difference(first, second, score)
+            # Two copies of a model may differ by the rounding of their outputs, more than by its standard error.
+            if abs(value) <= max(_Z * stderr, _ROUNDING * abs(getattr(self[first], score))):
+                tied[first].append(second)
+                tied[second].append(first)
+        return tied
+
+    def __str__(self) -> str:
+        """Print the main columns, and the notes."""
+        tied, columns = self.ties(), ("consensus_error", "consensus_loss", "sensitivity", "ties with", "loss", "error")
+        cells = {title: [self._cell(model, title, tied) for model in self] for title in ("model", *columns)}
+        table = [[title, *column] for title, column in cells.items() if any(column)]
+        widths = [max(map(len, column)) for column in table]
+        lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in zip(*table, strict=True)]
+        order = "sensitivity, which is no order of quality"
+        if self._order == "consensus_error":
+            order = "consensus_error: how often the other models disagree. It ranks by the error"
+        notes = [fill(f"* {model.name}: {model.note}", 100) for model in self if model.note]
+        return "\n".join([*lines, "", f"Sorted by {order}.", *[""] * bool(notes), *notes])
+
+    __repr__ = __str__  # a table is what a notebook is to show
+
+    def _cell(self, model: ModelScores, title: str, tied: Mapping[str, list[str]]) -> str:
+        if title == "model":
+            return model.name + " *" * bool(model.note)
+        if title == "ties with":
+            return ", ".join(tied.get(model.name, []))
+        value = getattr(model, title)
+        shown = f"{value:.3g}" if math.isfinite(value) else ""
+        has_error = title == "sensitivity" and math.isfinite(model.sensitivity_stderr)
+        return shown + f" ± {model.sensitivity_stderr:.1g}" * has_error

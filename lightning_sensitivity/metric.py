@@ -1,7 +1,7 @@
 """Output sensitivity and the risk estimate as torchmetrics; they need neither a Trainer nor a model."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -216,3 +216,33 @@ class RiskEstimate(Metric):
         """Compute the estimate and its terms over all processes; nan without samples."""
         self.totals = self.holdout_sums, self.training_sums
         return R.risk_terms(*self.totals, self.strength, self.factor)
+
+
+class LazyValue(Metric):
+    """Hold one value of one loader, which Lightning reads when the loader is done.
+
+    A value that is logged as a number at the epoch's end shows the last loader's in every column of
+    ``Trainer.validate``. Where there is no value, the last one stays; nan is logged, if there never was one.
+
+    Args:
+        values: Gives the values of the loader by name.
+        name: Which of them.
+    """
+
+    full_state_update = False
+    update_called = True  # the state that is read lives elsewhere
+
+    def __init__(self, values: Callable[[], Mapping[str, Tensor]], name: str) -> None:
+        super().__init__(sync_on_compute=False, compute_with_cache=False)
+        self._values, self._name, self._has_value = values, name, False
+
+    def update(self) -> None:
+        """Do nothing."""
+
+    def compute(self) -> Tensor | None:
+        """Read the value."""
+        value = self._values().get(self._name)
+        if value is None:
+            return None if self._has_value else torch.tensor(math.nan)
+        self._has_value = True
+        return value

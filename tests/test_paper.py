@@ -34,7 +34,9 @@ def test_networks_are_measured_as_the_package_does(paper: dict[str, ModuleType],
     for spec in specs[:1]:  # those of N(0, 1) are sure of themselves, and would vote
         models[f"{spec.name}-untrained"] = zoo.checkpoints(spec, "digits", tmp_path).untrained
     models = {name: partial(zoo.Network.load_from_checkpoint, path) for name, path in models.items()}
-    result = compare_models(models, zoo.Images("digits"))
+    images = zoo.Images("digits")
+    images.setup("validate")
+    result = compare_models(models, images.val_dataloader(), targets=lambda batch: batch[1])
     for spec in specs:
         row, scores = table.loc[spec.name], result[spec.name]
         assert not row["converged"]

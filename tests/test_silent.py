@@ -110,6 +110,7 @@ LM: dict[str, Any] = {"batch": lambda x, y: {"input_ids": x, "labels": x}, "forw
     "s_options": {"at": "embedding"}, "num_outputs": 9}  # fmt: skip
 MASK: dict[str, Any] = {"batch": lambda x, y: (x, y, x > 0.5), "forward": masked,
     "step": lambda m, b, noise: m(noise(b[0]), b[2])}  # fmt: skip
+SECOND = {"targets": lambda b: b[1]}
 BINARY: dict[str, Any] = {"truth": lambda f: is_upper(f)[:, None].long(), "is_multiclass": False, "num_outputs": 1}
 MULTILABEL: dict[str, Any] = {"truth": several, "is_multiclass": False}
 
@@ -118,10 +119,10 @@ CASES = {
     "tuple": Case(),
     "list": Case(batch=lambda x, y: [x, y]),
     "named tuple": Case(batch=Pair),
-    "labels first": Case(r="?floating", batch=lambda x, y: (y, x), both={"inputs": 1}, step=part(1)),
+    "labels first": Case(r="?floating", batch=lambda x, y: (y, x), both={"inputs": lambda b: b[1]}, step=part(1)),
     "dict by names": Case(batch=lambda x, y: {"x": x, "y": y, "weight": x[:, 0]}, step=part("x")),
     "dict of other names": Case("!`inputs", "!`inputs", batch=lambda x, y: {"z": x, "label": y}, step=part("z")),
-    "dict by key": Case(batch=lambda x, y: {"z": x, "label": y}, both={"inputs": "z"}, step=part("z")),
+    "dict by key": Case(batch=lambda x, y: {"z": x, "label": y}, both={"inputs": lambda b: b["z"]}, step=part("z")),
     "dict of two inputs": Case("!`inputs", batch=lambda x, y: {"x": x, "z": 2 * x, "y": y},
         forward=lambda m, x, z: m.net(x + z), step=lambda m, b, noise: m(noise(b["x"]), b["z"])),
     "dict of two labels": Case(r="?`targets", batch=lambda x, y: {"x": x, "y": y, "label": y}, step=part("x")),
@@ -139,8 +140,8 @@ CASES = {
     "file names": Case(r="?`targets", batch=lambda x, y: (x, y, ["a.png"] * len(x))),
     "required mask": Case(batch=lambda x, y: (x, x > 0.5, y), forward=lambda m, x, mask: m.net(x * mask),
         step=lambda m, b, noise: m(noise(b[0]), b[1])),
-    "optional mask": Case(OTHER_CALL, OTHER_CALL, r_options={"targets": 1}, **MASK),
-    "optional mask, inputs=": Case(both={"inputs": lambda b: (b[0], b[2])}, r_options={"targets": 1}, **MASK),
+    "optional mask": Case(OTHER_CALL, OTHER_CALL, r_options=SECOND, **MASK),
+    "optional mask, inputs=": Case(both={"inputs": lambda b: (b[0], b[2])}, r_options=SECOND, **MASK),
     "optional number": Case(OTHER_CALL, OTHER_CALL, forward=lambda m, x, scale=1.0: scale * m.net(x),
         step=lambda m, b, noise: m(noise(b[0]), scale=4.0)),
     "scaled in the step": Case(OTHER_CALL, OTHER_CALL, step=lambda m, b, noise: m((noise(b[0]) - 0.5) / 0.1)),
@@ -176,7 +177,7 @@ CASES = {
         y=lambda f: is_upper(f).long(), truth=lambda f: one_hot(is_upper(f).long(), 2)),
     "dict with logits": Case(forward=lambda m, x: {"z": x, "logits": m.net(x)}, step=output("logits")),
     "dict of heads": Case("!`outputs", "!`outputs", forward=lambda m, x: {"a": m.net(x)}, step=output("a")),
-    "second head, outputs=": Case(forward=lambda m, x: (x, m.net(x)), both={"outputs": 1}, step=output(1)),
+    "second head, outputs=": Case(forward=lambda m, x: (x, m.net(x)), both={"outputs": lambda y: y[1]}, step=output(1)),
     "embedding of 64": Case(r=NO_CLASSES, y=lambda f: f[:, :10].argmax(1), num_outputs=64),
     "embedding of 16, told by the second batch": Case(r=NO_CLASSES, y=lambda f: f[:, :10].argmax(1), num_outputs=16,
         batch_size=16),

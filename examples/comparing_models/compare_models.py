@@ -97,7 +97,7 @@ for name in NETWORKS:
 
 # %%
 models = {name: partial(Classifier.load_from_checkpoint, path) for name, path in checkpoints.items()}
-result = compare_models(models, DataLoader(val, batch_size=500))
+result = compare_models(models, DataLoader(val, batch_size=500), targets=lambda batch: batch[1])
 print(result)
 pd.DataFrame(result.rows()).to_csv(args.out / "comparison.csv", index=False)
 

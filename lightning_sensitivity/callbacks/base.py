@@ -1,11 +1,11 @@
 """What the monitors share: which batches are measured, passes that leave no trace, failures, and logging."""
 
 import math
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
@@ -13,50 +13,48 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.parameter import is_lazy
+from torchmetrics import Metric
 
 from lightning_sensitivity.callbacks import utilities
-from lightning_sensitivity.callbacks.checks import CallWatch, check_run
 from lightning_sensitivity.functional.tasks import warn
-from lightning_sensitivity.model import Forward, Inputs, Selector, isolated
-from lightning_sensitivity.model.arguments import check_argument, check_int, check_selector
+from lightning_sensitivity.metric import LazyValue
+from lightning_sensitivity.model import Function, ModelCall, isolated
+from lightning_sensitivity.model.forward import check_argument, check_functions, check_int
 from lightning_sensitivity.model.isolation import Run, written_parameters
 
 
-class Monitor(Callback):
+class Monitor(Callback, ABC):
     """Measure validation batches and log the values, without ever ending a run.
 
     See the subclasses for the arguments.
     """
 
     names: tuple[str, ...]  # of what is logged, behind the prefix
+    charts: ClassVar[dict[str, str]]  # for TensorBoard: titles, and a regular expression for the tags, in the same way
+    wrong_mode: str  # of an `EarlyStopping`, say
+    advice: str  # for it
     num_draws = 1
     prog_bar = False
     perturbs_input = False
     _has_trained: bool
 
     def __init__(
-        self, num_samples: int | None, seed: int, prefix: str, inputs: Inputs, outputs: Selector, every_n_epochs: int
+        self, num_samples: int | None, seed: int, prefix: str, inputs: Function, outputs: Function, every_n_epochs: int
     ) -> None:
         if num_samples is not None:
             check_int("num_samples", num_samples, 1)
         check_int("seed", seed, 0)
         check_int("every_n_epochs", every_n_epochs, 1)
         check_argument("prefix", prefix, isinstance(prefix, str), "a str")
-        check_selector("inputs", inputs, may_be_list=True)
-        check_selector("outputs", outputs)
+        check_functions(inputs=inputs, outputs=outputs)
         self.num_samples, self.seed, self.prefix = num_samples, seed, prefix
         self.inputs, self.outputs, self.every_n_epochs = inputs, outputs, every_n_epochs
-        self._watch: CallWatch | None = None
+        self._watch: utilities.CallWatch | None = None
         self._begin_run()
         self._begin_validation()
 
     @abstractmethod
-    def charts(self) -> dict[str, str]:
-        """Return titles of charts for TensorBoard's Custom Scalars, with a regular expression for the tags in each."""
-
-    @abstractmethod
-    def measure(self, trainer: Trainer, run: Run, forward: Forward, batch_idx: int, dataloader_idx: int) -> int:
+    def measure(self, trainer: Trainer, run: Run, call: ModelCall, batch_idx: int, dataloader_idx: int) -> int:
         """Measure a batch, and return how many samples it has."""
 
     @abstractmethod
@@ -64,17 +62,14 @@ class Monitor(Callback):
         """Compute the values of a loader over all processes, and the warnings. Every process must call it."""
 
     @abstractmethod
-    def reset(self) -> None:
-        """Start a validation afresh."""
+    def make_metric(self) -> Metric:
+        """Make the metric of a loader for a validation."""
 
     def end_validation(self) -> None:
         """Free what only a validation needs."""
 
     def check_outputs(self, outputs: Tensor) -> None:
         """Raise MisconfigurationException if these outputs would give wrong values."""
-
-    def check_watcher(self, who: str, name: str, mode: str) -> None:
-        """Warn if a callback or scheduler watches a value in a way that can't be meant."""
 
     def should_measure(self, trainer: Trainer) -> bool:
         """Decide whether to measure the validation that runs. Override it for another cadence."""
@@ -86,7 +81,7 @@ class Monitor(Callback):
         """Check what can be checked before the first batch."""
         if stage not in ("fit", "validate", "test"):
             return
-        check_run(type(self).__name__, trainer, pl_module, stage)
+        utilities.check_run(type(self).__name__, trainer, pl_module, stage)
         others = {other.prefix + name for other in _monitors(trainer) if other is not self for name in other.names}
         valid = others.isdisjoint(self.prefix + name for name in self.names)
         check_argument("prefix", self.prefix, valid, "another one for each monitor that logs the same names")
@@ -94,16 +89,14 @@ class Monitor(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check who monitors our values, and lay out TensorBoard's Custom Scalars for all monitors at once."""
-        if any(map(is_lazy, pl_module.parameters())):
-            message = "needs weights, but got lazy ones: run the model on a batch first."
-            raise MisconfigurationException(f"`{type(self).__name__}` {message}")
         monitors = _monitors(trainer)
         if self is monitors[0]:  # a second layout would take the place of the first
-            utilities.lay_out_charts(trainer, [(monitor.prefix, monitor.charts()) for monitor in monitors])
-        for watcher in utilities.watchers(trainer, {self.prefix + name for name in self.names}):
-            self.check_watcher(*watcher)
+            utilities.lay_out_charts(trainer, [(monitor.prefix, monitor.charts) for monitor in monitors])
+        for who, name, mode in utilities.watchers(trainer, {self.prefix + name for name in self.names}):
+            if mode == self.wrong_mode and not name.endswith("_stderr"):
+                warn(f"`{who}` {mode}imizes `{name}`, {self.advice}")
             if self.every_n_epochs > 1:
-                warn(f"`{watcher[0]}` sees the previous `{watcher[1]}` again in epochs that are not measured.")
+                warn(f"`{who}` sees the previous `{name}` again in epochs that are not measured.")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Check the model before the first step, unless a sanity check did. From then on, only warn."""
@@ -113,10 +106,10 @@ class Monitor(Callback):
         outputs, written = None, list[str]()
         # Training batches may differ in form from validation batches.
         with suppress(Exception), self.isolated(trainer, pl_module) as run:
-            forward = run(self.forward, pl_module, batch)
-            self._watch = CallWatch(pl_module, forward, compares_values=False)
+            call = self.prepare(run, pl_module, batch)
+            self._watch = utilities.CallWatch(pl_module, call)
             if self.failures.is_strict and trainer.global_step == 0 and not self._batch_sizes:
-                outputs, written = written_parameters(pl_module, partial(run, forward))
+                outputs, written = written_parameters(pl_module, partial(run, call))
         if outputs is not None:
             self._check(outputs, written)
         self.failures.is_strict = False
@@ -151,16 +144,15 @@ class Monitor(Callback):
             return
         with self.failures.warn_on_failure(f"could not measure a batch of dataloader {dataloader_idx}"):
             with self.isolated(trainer, pl_module) as run:
-                forward = run(self.forward, pl_module, batch)
+                call = self.prepare(run, pl_module, batch)
                 if dataloader_idx not in self._batch_sizes:
-                    outputs, written = written_parameters(pl_module, partial(run, forward))
+                    outputs, written = written_parameters(pl_module, partial(run, call))
                     self._check(outputs, written)
                     self._batch_sizes[dataloader_idx] = max(1, len(outputs))
                     del outputs  # a batch of them may be large
-                    self._watch = CallWatch(pl_module, forward, compares_values=True)
-                size = self.measure(trainer, run, forward, batch_idx, dataloader_idx)
+                    self._watch = utilities.CallWatch(pl_module, call)
+                size = self.measure(trainer, run, call, batch_idx, dataloader_idx)
             self.choice.num_measured[dataloader_idx] += size
-            self._has_measured = True
             self.failures.is_strict = self.failures.is_strict and trainer.state.fn == TrainerFn.FITTING
 
     on_validation_batch_end = on_train_batch_end  # type: ignore[assignment]
@@ -185,11 +177,6 @@ class Monitor(Callback):
     on_test_epoch_end = on_validation_epoch_end
     on_test_end = on_validation_end
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn if nothing was measured."""
-        if not self._has_measured and not self.failures.kinds:  # else a warning has said why
-            self.failures.warn("nothing", "measured nothing in this fit: validation had no batch to measure.")
-
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Remove our hooks."""
         self.teardown(trainer, pl_module, "")
@@ -206,9 +193,16 @@ class Monitor(Callback):
         with isolated(pl_module) as run, trainer.precision_plugin.val_step_context():
             yield run
 
-    def forward(self, pl_module: LightningModule, batch: Any) -> Forward:
+    def prepare(self, run: Run, pl_module: LightningModule, batch: Any) -> ModelCall:
         """Prepare the call of the model on a batch."""
-        return Forward(pl_module, batch, self.inputs, self.outputs, self.perturbs_input)
+        prepare = partial(ModelCall, pl_module, batch, self.inputs, self.outputs, self.perturbs_input)
+        return run(prepare) if self.inputs else prepare()  # only code of the user may leave a trace
+
+    def metric(self, trainer: Trainer, dataloader_idx: int) -> Any:
+        """Return the metric of a loader."""
+        if dataloader_idx not in self.metrics:
+            self.metrics[dataloader_idx] = self.make_metric().to(trainer.lightning_module.device)
+        return self.metrics[dataloader_idx]
 
     def _check(self, outputs: Tensor, written: list[str]) -> None:
         """Refuse a model whose values would be wrong, or that our passes would change."""
@@ -220,16 +214,16 @@ class Monitor(Callback):
 
     def _begin_run(self) -> None:
         self.failures = utilities.Failures(type(self).__name__, self.prefix)
-        self._has_measured = self._has_trained = self._is_off = False
+        self._has_trained = self._is_off = False
         self._last_epoch = -self.every_n_epochs  # that was measured
-        self._lazy_values: dict[tuple[int, str], utilities.LazyValue] = {}  # by loader and name
+        self._lazy_values: dict[tuple[int, str], LazyValue] = {}  # by loader and name
         self._batch_sizes: dict[int, int] = {}  # of the first batch of each loader
 
     def _begin_validation(self) -> None:
         self._computed: dict[int, dict[str, Tensor]] = {}  # by loader
         self._logged: set[int] = set()
+        self.metrics: dict[int, Any] = {}  # by loader
         self.failures.has_failed = False
-        self.reset()
 
     def _end_watch(self) -> None:
         if self._watch is not None and (difference := self._watch.end()):
@@ -260,7 +254,7 @@ class Monitor(Callback):
                 full_name = utilities.loader_name(full_name, dataloader_idx, len(self.choice.num_batches))
             key = dataloader_idx, name
             if key not in self._lazy_values:  # a Metric costs more to make than to log
-                self._lazy_values[key] = utilities.LazyValue(partial(self._values, trainer, dataloader_idx), name)
+                self._lazy_values[key] = LazyValue(partial(self._values, trainer, dataloader_idx), name)
             # With a `metric_attribute`, Lightning does not ask that the module has the Metric.
             options: dict[str, Any] = {"metric_attribute": name, "add_dataloader_idx": not at_epoch_end}
             options |= {"prog_bar": self.prog_bar and name == self.names[0], "on_step": False, "on_epoch": True}

@@ -1,10 +1,8 @@
 """The callback that logs an estimate of the risk: what to stop by."""
 
 import math
-import re
 from collections.abc import Mapping
-from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -12,16 +10,16 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_sensitivity.callbacks.base import Monitor
-from lightning_sensitivity.callbacks.samples import TrainingSamples
+from lightning_sensitivity.callbacks.samples import TrainingSamples, check_loaders
 from lightning_sensitivity.callbacks.utilities import watchers
-from lightning_sensitivity.functional.risk import RiskTerms, variance_factor
-from lightning_sensitivity.functional.tasks import TASKS, are_probabilities, check_classes, num_outputs, warn
+from lightning_sensitivity.functional.risk import RiskTerms, diagnostics, variance_factor
+from lightning_sensitivity.functional.tasks import TASKS, are_probabilities, check_classes, num_outputs
 from lightning_sensitivity.metric import RiskEstimate
-from lightning_sensitivity.model import Forward, Inputs, Selector, noise_generator, select_targets, twins
-from lightning_sensitivity.model.arguments import check_argument, check_int, check_selector, clone_tensors
+from lightning_sensitivity.model import Function, ModelCall, noise_generator, select_targets, twins
+from lightning_sensitivity.model.forward import check_argument, check_functions, check_int, clone_tensors
 from lightning_sensitivity.model.isolation import Run
 
 _STRENGTH = 0.5  # of simulated twins; at full strength they break networks with max-pooling
@@ -46,7 +44,7 @@ class RiskMonitor(Monitor):
 
     Args:
         task: ``"multiclass"``, ``"binary"``, ``"multilabel"``, or ``"auto"``, to infer it from labels and outputs.
-        targets: Labels of a training batch: a key, an index, or a function ``batch -> tensor``; by default see
+        targets: The labels of a training batch, a function ``batch -> tensor``; by default see
             :func:`~lightning_sensitivity.model.select_targets`. Those of -100 don't count.
         num_training_samples: How many training samples are kept, over all processes, in whole batches.
         num_samples: As in :class:`~lightning_sensitivity.SensitivityMonitor`, as are the other arguments.
@@ -71,24 +69,26 @@ class RiskMonitor(Monitor):
     """
 
     names = tuple(f"risk_{name}" for name in RiskTerms._fields)
+    wrong_mode, advice = "max", 'of which low values are good. Use `mode="min"`.'
+    charts: ClassVar = {"risk estimate and its terms": r"risk_[a-z]+(/dataloader_idx_\d+)?$"}
 
     def __init__(
         self,
         task: str = "auto",
-        targets: Selector = None,
+        targets: Function = None,
         num_training_samples: int = 500,
         num_samples: int | None = 1200,
         seed: int = 0,
         prefix: str = "val_",
-        inputs: Inputs = None,
-        outputs: Selector = None,
+        inputs: Function = None,
+        outputs: Function = None,
         initial_weights: Mapping[str, Tensor] | None = None,
         every_n_epochs: int = 1,
         prog_bar: bool = False,
     ) -> None:
         tasks = ("auto", *TASKS)
         check_argument("task", task, task in tasks, f"one of {', '.join(map(repr, tasks))} (none fits a regression)")
-        check_selector("targets", targets)
+        check_functions(targets=targets)
         check_int("num_training_samples", num_training_samples, 1)
         valid = isinstance(initial_weights, Mapping | None)
         check_argument("initial_weights", initial_weights, valid, "a state dict, as in a checkpoint, or None")
@@ -99,17 +99,8 @@ class RiskMonitor(Monitor):
         self._initial = twins.InitialWeights(initial_weights)
         self._samples: TrainingSamples | None = None  # of a fit that has what the estimate needs
         self._num_training = 0  # samples, as of the last count
+        self._training_sums: Tensor | None = None  # of the kept samples
         super().__init__(num_samples, seed, prefix, inputs, outputs, every_n_epochs)
-
-    def charts(self) -> dict[str, str]:
-        """Return titles of charts for TensorBoard's Custom Scalars, with a regular expression for the tags in each."""
-        tags = f"^{re.escape(self.prefix)}({'|'.join(self.names)})(/dataloader_idx_\\d+)?$"
-        return {"risk estimate and its terms": tags}
-
-    def check_watcher(self, who: str, name: str, mode: str) -> None:
-        """Warn if a callback maximizes the risk."""
-        if mode == "max":
-            warn(f'`{who}` maximizes `{name}`, of which low values are good. Use `mode="min"`.')
 
     def check_outputs(self, outputs: Tensor) -> None:
         """Refuse probabilities."""
@@ -120,14 +111,6 @@ class RiskMonitor(Monitor):
         """Decide whether to measure: a fit that has what the estimate needs, or the sanity check before it."""
         is_fit = trainer.state.fn == TrainerFn.FITTING
         return is_fit and (trainer.sanity_checking or self._samples is not None) and super().should_measure(trainer)
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check the run, and say that there is an estimate in fits alone."""
-        super().setup(trainer, pl_module, stage)
-        if stage in ("validate", "test"):
-            rank_zero_info(
-                f"`RiskMonitor` ({self.prefix}*) logs only in `Trainer.fit`, because it needs training samples."
-            )
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save the initial weights, except those that have not changed."""
@@ -144,22 +127,20 @@ class RiskMonitor(Monitor):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start a fit without samples."""
-        self._samples, self._num_epochs = None, 0
+        self._samples, self._is_first_batch = None, True
         is_given = self.task != "auto" or self.targets is not None or self.initial_weights is not None
-        self._is_required = is_given or bool(watchers(trainer, {self.prefix + name for name in self.names}))
+        self._must_estimate = is_given or bool(watchers(trainer, {self.prefix + name for name in self.names}))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Find the initial weights before the first step, and keep the first batches of the first epoch."""
-        is_begin = self._num_epochs == 0
-        self._num_epochs += is_begin or batch_idx == 0
-        if is_begin:
+        """Find the initial weights before the first step, keep the first batches, and count all of them."""
+        if self._is_first_batch:
+            self._is_first_batch = False
             self._begin_fit(trainer, pl_module, batch)
         elif self._samples is not None:
             with self.failures.warn_on_failure("leaves a training batch out"):
-                is_kept = self._num_epochs == 1 and self._samples.num_missing > 0
-                if is_kept or batch_idx == 0 or self._samples.is_stream:
-                    select = self._keep if is_kept else self._select_targets
-                    self._count(pl_module, select(trainer, pl_module, batch), batch_idx == 0)
+                if batch_idx == 0:
+                    self._samples.start_epoch()
+                self._take(trainer, pl_module, batch)
         if self._samples is not None:
             super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
@@ -168,36 +149,43 @@ class RiskMonitor(Monitor):
         super().teardown(trainer, pl_module, stage)
         self._samples = None
 
-    def reset(self) -> None:
-        """Start a validation afresh."""
-        self._metrics: dict[int, RiskEstimate] = {}
-        self._training: RiskEstimate | None = None  # of training samples
-        self._weights: dict[str, Tensor] = {}  # from before training, on the device
-        self._has_batch_norm = False
+    def make_metric(self) -> RiskEstimate:
+        """Make the metric of a loader for a validation."""
+        assert self._samples is not None
+        metric = RiskEstimate(self._samples.task, _STRENGTH)
+        metric.training_sums = metric.training_sums if self._training_sums is None else self._training_sums
+        return metric
 
-    end_validation = reset
+    def end_validation(self) -> None:
+        """Free what only a validation needs."""
+        self.metrics, self._training_sums = {}, None
+        self._device_weights: dict[str, Tensor] = {}  # from before training
 
-    def measure(self, trainer: Trainer, run: Run, forward: Forward, batch_idx: int, dataloader_idx: int) -> int:
+    def measure(self, trainer: Trainer, run: Run, call: ModelCall, batch_idx: int, dataloader_idx: int) -> int:
         """Run the model and its twins on a batch."""
         pl_module = trainer.lightning_module
-        outputs: Tensor = run(forward)
+        outputs: Tensor = run(call)
         if self._samples is None:  # the sanity check
             return len(outputs)
-        if self._training is None:  # in a batch hook: only there averaged weights are in place
-            self._score_training_samples(trainer, run)
+        if self._training_sums is None:  # in a batch hook: only there averaged weights are in place
+            self._training_sums = self._score_training_samples(trainer, run)
         if self._samples.num_outputs != num_outputs(outputs):
             got = f"got {num_outputs(outputs)} outputs of validation samples"
             raise ValueError(f"Expected {self._samples.num_outputs} outputs, as training samples have, {got}")
-        metric = self._metric(trainer, dataloader_idx)
-        as_trained = partial(_by_batch, pl_module, forward) if self._has_batch_norm else forward
-        compared = run(as_trained) if self._has_batch_norm else None
-        num_batches = self.choice.count(dataloader_idx) * trainer.world_size
+        metric = self.metric(trainer, dataloader_idx)
+
+        def call_by_batch() -> Tensor:
+            with twins.batch_statistics(pl_module):
+                return call()
+
+        compared = run(call_by_batch) if self._has_batch_norm else None
+        num_batches = self.choice.num_selected(dataloader_idx) * trainer.world_size
         num_twins = max(1, math.ceil(_MIN_TWINS / max(1, num_batches)))
         for index in range(num_twins):
             key = self.seed, trainer.global_rank, dataloader_idx, batch_idx, -1 - index
             generator = noise_generator(*key, device=pl_module.device)
-            with twins.twin(pl_module, self._weights, generator, _STRENGTH):
-                twin_outputs = run(as_trained)
+            with twins.twin(pl_module, self._device_weights, generator, _STRENGTH):
+                twin_outputs = run(call_by_batch if self._has_batch_norm else call)
             metric.update(outputs, twin_outputs, compared, 1 / num_twins)
             del twin_outputs  # before the next ones come
         return len(outputs)
@@ -206,94 +194,58 @@ class RiskMonitor(Monitor):
         """Compute the values of a loader, and what to warn of."""
         if self._samples is None or trainer.sanity_checking:
             return {}, {}
-        metric, messages = self._metric(trainer, dataloader_idx), {}
-        metric.factor = variance_factor(max(1, self._samples.num_in_epoch), self._num_weights)
+        metric = self.metric(trainer, dataloader_idx)
+        self._num_training = self._samples.num_in_epoch(trainer)
+        num_weights = sum(p.numel() for p in trainer.lightning_module.parameters() if p.requires_grad)
+        metric.factor = variance_factor(max(1, self._num_training), num_weights)
         terms = metric.compute()
-        holdout, training = metric.totals
-        if training[0] > 0 and training[-2] == 0:
-            messages["probabilities"] = (
-                "All outputs lie in [0, 1]. If they are probabilities, the estimate is wrong: use logits."
-            )
-        if holdout[-1] + training[-1] > 0:
-            first, second = (math.ceil(float(each[-1]) - 1e-6) for each in (holdout, training))  # twins add parts
-            messages["non-finite"] = (
-                f"{first} validation and {second} training samples gave nan or inf, and were left out."
-            )
-        if holdout[-2] > holdout[0] / 2:
-            reason = "Twins give the outputs of the model: it has learned nothing yet, or caches its weights."
-            reason += " Set `check_finite=False` to keep an `EarlyStopping` from stopping."
-            return {}, messages | {"no variance": reason}
-        if not all(bool(term.isfinite()) for term in terms):
-            reason = "No label of the kept training samples counts, or no batch could be measured."
-            return {}, messages or {"no value": reason}
-        return dict(zip(self.names, terms, strict=True)), messages
-
-    def _metric(self, trainer: Trainer, dataloader_idx: int) -> RiskEstimate:
-        assert self._samples is not None
-        if dataloader_idx not in self._metrics:
-            metric = RiskEstimate(self._samples.task, _STRENGTH).to(trainer.lightning_module.device)
-            if self._training is not None:
-                metric.training_sums = self._training.training_sums
-            self._metrics[dataloader_idx] = metric
-        return self._metrics[dataloader_idx]
+        messages = diagnostics(*metric.totals)
+        has_value = "no variance" not in messages and all(bool(term.isfinite()) for term in terms)
+        return dict(zip(self.names, terms, strict=True)) if has_value else {}, messages
 
     def _begin_fit(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         """Find the weights from before training, and keep the first training batch, which determines the task."""
         problem: Exception | None = None
         try:
             self._initial.begin(pl_module, trainer.global_step)
-            num_samples = math.ceil(self.num_training_samples / trainer.world_size)
-            self._samples = TrainingSamples(self.task, num_samples, trainer)
-            self._samples.num_in_epoch = self._num_training if trainer.global_step > 0 else 0
-            self._count(pl_module, self._keep(trainer, pl_module, batch), is_first=True)
+            check_loaders(trainer)
+            num_missing = math.ceil(self.num_training_samples / trainer.world_size)
+            num_in_epoch = self._num_training // trainer.world_size if trainer.global_step > 0 else 0
+            self._samples = TrainingSamples(self.task, num_missing, num_in_epoch)
+            self._take(trainer, pl_module, batch)
         except Exception as error:
             problem = error
-        # All processes must log the same names.
-        code = TASKS.index(self._samples.task) if self._samples is not None and problem is None else -1
-        codes = trainer.strategy.all_gather(torch.tensor(code, device=pl_module.device)).flatten().tolist()
-        if problem is None and len(set(codes)) > 1:
-            problem = ValueError("another process infers no task, or another one; see its warning")
-        if problem is None and self._samples is not None:
-            n = "a stream of" if self._samples.is_stream else self._samples.num_in_epoch
-            summary = f"{n} training samples, task {self._samples.task!r}; initial weights: {self._initial.source}"
+        if trainer.strategy.reduce_boolean_decision(problem is None):  # all processes must log the same names
+            assert self._samples is not None
+            summary = f"task {self._samples.task!r}; initial weights: {self._initial.source}"
             rank_zero_info(f"`RiskMonitor` ({self.prefix}*): {summary}.")
             return
+        problem = problem or ValueError("another process can give none; see its warning")
         self._samples, message = None, f"can give no estimate: {str(problem).rstrip('.')}."
-        if self._is_required and self.failures.is_strict:
+        if self._must_estimate and self.failures.is_strict:
             raise MisconfigurationException(f"`RiskMonitor` {message}") from problem
-        self.failures.warn("no estimate", message, in_any_process=codes[0] != -1)
+        self.failures.warn("no estimate", message, in_any_process=True)
 
-    def _count(self, pl_module: LightningModule, targets: Tensor, is_first: bool) -> None:
-        """Count training samples and weights."""
+    def _take(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+        """Count the samples of a training batch, and keep them if more are wanted."""
         assert self._samples is not None
-        self._samples.count(targets, is_first)
-        self._num_training = self._samples.num_in_epoch
-        if is_first:  # some may be frozen for a while
-            self._num_weights = sum(weight.numel() for weight in pl_module.parameters() if weight.requires_grad)
-
-    def _select_targets(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Tensor:
-        """Select the labels of a batch; only a function of the user's needs a pass that leaves no trace."""
-        if not callable(self.targets):
-            return select_targets(pl_module, batch, self.targets)
+        is_kept = self._samples.num_missing > 0
+        if not is_kept and self.targets is None:
+            self._samples.count(select_targets(pl_module, batch))
+            return
+        kept = clone_tensors(batch) if is_kept else None
         with self.isolated(trainer, pl_module) as run:
             targets: Tensor = run(select_targets, pl_module, batch, self.targets)
-        return targets
+            outputs = run(self.prepare(run, pl_module, batch)) if is_kept else None
+        if outputs is not None:
+            self._samples.keep(outputs, kept, targets)
+        self._samples.count(targets)
 
-    def _keep(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Tensor:
-        """Keep a batch, and return its labels."""
-        assert self._samples is not None
-        kept = clone_tensors(batch)
-        with self.isolated(trainer, pl_module) as run:
-            outputs = run(run(self.forward, pl_module, batch))
-            targets: Tensor = run(select_targets, pl_module, batch, self.targets)
-        self._samples.keep(outputs, kept, targets)
-        return targets
-
-    def _score_training_samples(self, trainer: Trainer, run: Run) -> None:
+    def _score_training_samples(self, trainer: Trainer, run: Run) -> Tensor:
         """Score the kept samples with the weights of this validation."""
         assert self._samples is not None and self._initial.weights is not None
         pl_module = trainer.lightning_module
-        self._weights = {name: weight.to(pl_module.device) for name, weight in self._initial.weights.items()}
+        self._device_weights = {name: weight.to(pl_module.device) for name, weight in self._initial.weights.items()}
         self._has_batch_norm = twins.normalizes_by_batch(pl_module)
         if new := twins.unknown_parameters(pl_module, self._initial.weights):
             reason = "the weights from before training hold none of this name and shape"
@@ -301,16 +253,12 @@ class RiskMonitor(Monitor):
         if self.task == "auto" and self._samples.task == "multiclass":
             targets = torch.cat([targets.flatten() for _, targets in self._samples.batches])
             check_classes(self._samples.num_outputs or 1, targets)
-        self._training = RiskEstimate(self._samples.task).to(pl_module.device)
+        metric = RiskEstimate(self._samples.task).to(pl_module.device)
         for batch, targets in self._samples.batches:
             with self.failures.warn_on_failure("leaves out kept training samples, which the model does not take"):
-                forward = run(self.forward, pl_module, move_data_to_device(batch, pl_module.device))
-                outputs: Tensor = run(forward)
-                self._training.update_training(outputs, targets)
+                call = self.prepare(run, pl_module, move_data_to_device(batch, pl_module.device))
+                outputs: Tensor = run(call)
+                metric.update_training(outputs, targets)
                 self._samples.num_outputs = num_outputs(outputs)
                 del outputs  # before the next ones come
-
-
-def _by_batch(model: nn.Module, forward: Forward) -> Tensor:
-    with twins.batch_statistics(model):
-        return forward()
+        return metric.training_sums

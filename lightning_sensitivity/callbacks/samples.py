@@ -20,28 +20,22 @@ class TrainingSamples:
 
     Args:
         task: ``"auto"`` or one of :data:`~lightning_sensitivity.functional.tasks.TASKS`.
-        num_samples: How many are wanted in this process. Batches are kept whole.
-        trainer: The Trainer.
+        num_missing: How many are wanted in this process. Batches are kept whole.
+        num_in_epoch: How many samples an epoch had in this process, in a fit that goes on.
 
     Attributes:
         task: The task, once a batch was kept.
         batches: The kept batches, and their labels.
         num_missing: How many samples are still to be kept; 0 or less if there are enough.
         num_outputs: K, as of the last pass.
-        num_in_epoch: n, how many samples with a label an epoch has over all processes.
-        is_stream: Whether n is counted as samples come, because the loader has no length, or there are several.
     """
 
-    def __init__(self, task: str, num_samples: int, trainer: Trainer) -> None:
-        self.task, self.num_missing, self._trainer = task, num_samples, trainer
+    def __init__(self, task: str, num_missing: int, num_in_epoch: int) -> None:
+        self.task, self.num_missing = task, num_missing
         self.batches: list[tuple[Any, Tensor]] = []
         self.num_outputs: int | None = None
-        self.num_in_epoch = self._num_seen = 0
-        self.is_stream = False
-        combined = trainer.fit_loop._combined_loader
-        lengths = {sized_len(loader) for loader in combined.flattened}  # type: ignore[union-attr]
-        if len(lengths) > 1 and combined._mode == "max_size_cycle":  # type: ignore[union-attr]
-            raise ValueError("Loaders of different lengths repeat samples, so their number is unknown")
+        self._num_in_epoch, self._batch_size = num_in_epoch, 0
+        self._num_seen = torch.tensor(0)  # in this epoch and process
 
     def keep(self, outputs: Tensor, batch: Any, targets: Tensor) -> None:
         """Keep a batch. The first one determines the task.
@@ -62,26 +56,30 @@ class TrainingSamples:
         self.batches.append((move_data_to_device(batch, torch.device("cpu")), targets.to("cpu", copy=True)))
         self.num_missing, self.num_outputs = self.num_missing - len(outputs), num_outputs(outputs)
 
-    def count(self, targets: Tensor, is_first: bool) -> None:
-        """Count the samples of an epoch: by its loader, if the first batch agrees with it, or else as they come.
+    def count(self, targets: Tensor) -> None:
+        """Count the samples of a batch that have a label, without waiting for the device."""
+        has_label = targets != IGNORED if targets.ndim == 1 else targets.new_ones(len(targets))
+        self._num_seen = self._num_seen.to(has_label.device) + has_label.sum()
+        self._batch_size = len(targets)
 
-        Args:
-            targets: The labels of a batch.
-            is_first: Whether it is the first one of an epoch.
-        """
-        has_label = (targets != IGNORED) if targets.ndim == 1 else torch.ones(len(targets))
-        num_samples, world_size = int(has_label.sum()), self._trainer.world_size
-        if is_first:
-            loader, *others = self._trainer.fit_loop._combined_loader.flattened  # type: ignore[union-attr]
-            size, num_batches = sized_len(getattr(loader, "sampler", None)), self._trainer.num_training_batches
-            batch_size, self._num_seen = getattr(loader, "batch_size", None), 0
-            self.is_stream = True
-            is_one = not others and math.isfinite(num_batches)
-            if is_one and size and batch_size and num_samples == min(batch_size, size):
-                self.is_stream = False
-                # A sampler may draw with replacement, and training may be limited to some batches.
-                sizes = size * world_size, sized_len(getattr(loader, "dataset", None)) or math.inf
-                self.num_in_epoch = int(min(*sizes, num_batches * batch_size * world_size))
-        self._num_seen += num_samples
-        if self.is_stream:
-            self.num_in_epoch = max(self.num_in_epoch, self._num_seen * world_size)
+    def start_epoch(self) -> None:
+        """Count the next epoch from 0, and keep none of it: these samples may have been kept already."""
+        self._num_in_epoch = max(self._num_in_epoch, int(self._num_seen))
+        self._num_seen, self.num_missing = self._num_seen * 0, 0
+
+    def num_in_epoch(self, trainer: Trainer) -> int:
+        """Compute n, the samples of the longest epoch so far, over all processes, which must all call it."""
+        largest = self._num_seen.clamp(min=self._num_in_epoch)
+        total = int(trainer.strategy.reduce(largest, reduce_op="sum"))
+        loader, *others = trainer.fit_loop._combined_loader.flattened  # type: ignore[union-attr]
+        is_by_sample = not others and self._batch_size <= (getattr(loader, "batch_size", None) or 0)
+        size = sized_len(loader.dataset) if is_by_sample else None  # a sampler may draw with replacement
+        return min(total, size or total)
+
+
+def check_loaders(trainer: Trainer) -> None:
+    """Refuse loaders of training that give some samples several times an epoch."""
+    combined = trainer.fit_loop._combined_loader
+    lengths = {sized_len(loader) for loader in combined.flattened}  # type: ignore[union-attr]
+    if len(lengths) > 1 and combined._mode == "max_size_cycle":  # type: ignore[union-attr]
+        raise ValueError("Loaders of different lengths repeat samples, so their number is unknown")

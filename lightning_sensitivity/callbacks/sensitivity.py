@@ -1,6 +1,6 @@
 """The callback that logs output sensitivity: what to watch."""
 
-import re
+from typing import ClassVar
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
@@ -8,10 +8,10 @@ from torch import Tensor
 
 from lightning_sensitivity.callbacks.base import Monitor
 from lightning_sensitivity.functional.sensitivity import diagnostics
-from lightning_sensitivity.functional.tasks import are_log_probabilities, are_probabilities, warn
+from lightning_sensitivity.functional.tasks import are_log_probabilities, are_probabilities
 from lightning_sensitivity.metric import OutputSensitivity
-from lightning_sensitivity.model import Forward, Inputs, Noise, Selector
-from lightning_sensitivity.model.arguments import check_argument, check_int
+from lightning_sensitivity.model import Function, ModelCall, Noise
+from lightning_sensitivity.model.forward import check_argument, check_int
 from lightning_sensitivity.model.isolation import Run
 from lightning_sensitivity.model.noise import check_noise, noisy_outputs, submodule
 
@@ -38,7 +38,7 @@ class SensitivityMonitor(Monitor):
             batches, evenly spaced and always the same; all, if None. 1,200 give a standard error of about 5 %.
         seed: Seed of the noise. A batch gets the same noise in every epoch.
         prefix: Put before the names; ``"val/"`` joins TensorBoard's group of ``val/loss``.
-        inputs: How the model is called, and what is perturbed; see :class:`~lightning_sensitivity.model.Forward`.
+        inputs: How the model is called, and what is perturbed; see :class:`~lightning_sensitivity.model.ModelCall`.
         outputs: Which outputs to compare, logits ``(N, K, ...)``; see
             :func:`~lightning_sensitivity.model.select_outputs`.
         per_output: Log the mean squared change of the single outputs instead, which also has a meaning for
@@ -56,6 +56,9 @@ class SensitivityMonitor(Monitor):
     """
 
     names = ("sensitivity", "sensitivity_stderr")
+    wrong_mode = "min"
+    advice = "which is lowest before training. Monitor the `risk_estimate` of `RiskMonitor`."
+    charts: ClassVar = {"loss": ".*loss", "sensitivity": r"sensitivity(/dataloader_idx_\d+)?$"}
 
     def __init__(
         self,
@@ -65,8 +68,8 @@ class SensitivityMonitor(Monitor):
         num_samples: int | None = 1200,
         seed: int = 0,
         prefix: str = "val_",
-        inputs: Inputs = None,
-        outputs: Selector = None,
+        inputs: Function = None,
+        outputs: Function = None,
         per_output: bool = False,
         every_n_epochs: int = 1,
     ) -> None:
@@ -77,22 +80,11 @@ class SensitivityMonitor(Monitor):
         self._noise, self.perturbs_input = check_noise(noise), at is None
         super().__init__(num_samples, seed, prefix, inputs, outputs, every_n_epochs)
 
-    def charts(self) -> dict[str, str]:
-        """Return titles of charts for TensorBoard's Custom Scalars, with a regular expression for the tags in each."""
-        prefix, loader = re.escape(self.prefix), r"(/dataloader_idx_\d+)?$"
-        return {"loss": f"^{prefix}.*loss", "sensitivity": f"^{prefix}sensitivity{loader}"}
-
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the name of the submodule, too."""
         super().on_fit_start(trainer, pl_module)
         if self.at is not None:
             submodule(pl_module, self.at)
-
-    def check_watcher(self, who: str, name: str, mode: str) -> None:
-        """Warn if a callback minimizes sensitivity."""
-        if mode == "min" and not name.endswith("_stderr"):
-            advice = f'Use `monitor="{self.prefix}risk_estimate"`, which `RiskMonitor` logs.'
-            warn(f"`{who}` minimizes `{name}`, which is lowest before training. {advice}")
 
     def check_outputs(self, outputs: Tensor) -> None:
         """Refuse probabilities and log-probabilities, whose class average is another quantity than that of logits."""
@@ -100,13 +92,13 @@ class SensitivityMonitor(Monitor):
             advice = "choose logits with `outputs=`, or use `per_output=True`"
             raise MisconfigurationException(f"`SensitivityMonitor` needs logits, got (log-)probabilities: {advice}.")
 
-    def reset(self) -> None:
-        """Start a validation afresh."""
-        self.metrics: dict[int, OutputSensitivity] = {}  # of each loader, as of the last validation
+    def make_metric(self) -> OutputSensitivity:
+        """Make the metric of a loader for a validation."""
+        return _LoaderSensitivity(self.per_output)
 
-    def measure(self, trainer: Trainer, run: Run, forward: Forward, batch_idx: int, dataloader_idx: int) -> int:
+    def measure(self, trainer: Trainer, run: Run, call: ModelCall, batch_idx: int, dataloader_idx: int) -> int:
         """Run the model on a batch, clean and perturbed."""
-        pl_module, clean = trainer.lightning_module, run(forward)
+        pl_module, clean = trainer.lightning_module, run(call)
         is_looked_at = batch_idx == 0 and not self.per_output and not trainer.sanity_checking
         if is_looked_at and clean.numel() and bool(((clean >= 0) & (clean <= 1)).all()):
             self.failures.warn(
@@ -114,23 +106,18 @@ class SensitivityMonitor(Monitor):
                 "finds all outputs in [0, 1]. If they are not logits, choose the logits with `outputs=`.",
             )
         key = self.seed, trainer.global_rank, dataloader_idx, batch_idx
-        noisy = noisy_outputs(run, forward, self._noise, key, self.num_draws, pl_module, self.at)
-        self._metric(trainer, dataloader_idx).update(clean, noisy)
+        noisy = noisy_outputs(run, call, self._noise, key, self.num_draws, pl_module, self.at)
+        self.metric(trainer, dataloader_idx).update(clean, noisy)
         return len(clean)
 
     def compute(self, trainer: Trainer, dataloader_idx: int) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Compute the values of a loader, and what to warn of."""
-        metric = self._metric(trainer, dataloader_idx)
+        metric = self.metric(trainer, dataloader_idx)
         value, estimate = metric.compute(), metric.estimate
         messages = diagnostics(estimate, self.per_output)
         if estimate.num_changes < 2:
             return {}, messages or {"no value": "There is no value: a variance needs two output changes."}
         return {"sensitivity": value, "sensitivity_stderr": metric.stderr}, messages
-
-    def _metric(self, trainer: Trainer, dataloader_idx: int) -> OutputSensitivity:
-        if dataloader_idx not in self.metrics:
-            self.metrics[dataloader_idx] = _LoaderSensitivity(self.per_output).to(trainer.lightning_module.device)
-        return self.metrics[dataloader_idx]
 
 
 class _LoaderSensitivity(OutputSensitivity):

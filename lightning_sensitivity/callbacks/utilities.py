@@ -1,51 +1,26 @@
-"""What monitors need of Lightning: lazily read values, failures that cost a value, names, counts."""
+"""What monitors need of Lightning: choice of batches, failures that cost a value, checks of the run, names, counts."""
 
+import inspect
 import math
 import re
 import traceback
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
 
-import torch
 from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
-from torch import Tensor
-from torchmetrics import Metric
 
 from lightning_sensitivity.functional.tasks import warn
+from lightning_sensitivity.model import ModelCall
+from lightning_sensitivity.model.forward import clone_tensors, parameters_of, tensors_in
+from lightning_sensitivity.model.isolation import is_isolated
 
-
-class LazyValue(Metric):
-    """Hold one value of one loader, which Lightning reads when the loader is done.
-
-    A value that is logged as a number at the epoch's end shows the last loader's in every column of
-    ``Trainer.validate``. Where there is no value, the last one stays; nan is logged, if there never was one.
-
-    Args:
-        values: Gives the values of the loader by name.
-        name: Which of them.
-    """
-
-    full_state_update = False
-    update_called = True  # the state that is read lives elsewhere
-
-    def __init__(self, values: Callable[[], Mapping[str, Tensor]], name: str) -> None:
-        super().__init__(sync_on_compute=False, compute_with_cache=False)
-        self._values, self._name, self._has_value = values, name, False
-
-    def update(self) -> None:
-        """Do nothing."""
-
-    def compute(self) -> Tensor | None:
-        """Read the value."""
-        value = self._values().get(self._name)
-        if value is None:
-            return None if self._has_value else torch.tensor(math.nan)
-        self._has_value = True
-        return value
+_LIGHTNING_MODULES = ("lightning.pytorch.core.module", "pytorch_lightning.core.module")
+_SHARDED = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")
 
 
 class BatchChoice:
@@ -65,7 +40,7 @@ class BatchChoice:
         self.num_batches, self._sizes, self._budget = num_batches, sizes, budget
         self.num_measured = [0] * len(num_batches)
 
-    def count(self, dataloader_idx: int) -> float:
+    def num_selected(self, dataloader_idx: int) -> float:
         """Count the batches of a loader that will be measured; all of them until the first was measured."""
         count, size = self.num_batches[dataloader_idx], self._sizes.get(dataloader_idx)
         is_limited = size is not None and math.isfinite(count) and math.isfinite(self._budget)
@@ -73,7 +48,7 @@ class BatchChoice:
 
     def includes(self, batch_idx: int, dataloader_idx: int) -> bool:
         """Decide whether to measure a batch: always the first one, none once the budget is spent."""
-        count, chosen = self.num_batches[dataloader_idx], self.count(dataloader_idx)
+        count, chosen = self.num_batches[dataloader_idx], self.num_selected(dataloader_idx)
         if batch_idx == 0 or self.num_measured[dataloader_idx] >= self._budget:
             return batch_idx == 0
         return chosen == count or batch_idx * chosen % count < chosen
@@ -127,12 +102,12 @@ def lay_out_charts(trainer: Trainer, charts: Iterable[tuple[str, Mapping[str, st
 
     Args:
         trainer: The Trainer, whose TensorBoard loggers get the layout.
-        charts: The prefix of each monitor, and the title and the tags (a regular expression) of each of its charts.
+        charts: The prefix of each monitor, and for the title of each of its charts a regular expression for the tags.
     """
     layout: dict[str, dict[str, object]] = {}
-    for prefix, of_prefix in charts:
+    for prefix, tags in charts:
         group = layout.setdefault(f"Generalization ({prefix}*)", {})
-        group.update({title: ["Multiline", [tags]] for title, tags in of_prefix.items()})
+        group.update({title: ["Multiline", [f"^{re.escape(prefix)}{tag}"]] for title, tag in tags.items()})
     for logger in trainer.loggers:
         if any(base.__name__ == "TensorBoardLogger" for base in type(logger).__mro__):  # of either package
             logger.experiment.add_custom_scalars(layout)  # type: ignore[attr-defined]
@@ -176,3 +151,94 @@ def num_batches(trainer: Trainer) -> list[int | float]:
     if len(loaders) == len(counts):
         counts = [math.inf if sized_len(each) is None else count for count, each in zip(counts, loaders, strict=True)]
     return counts if mode == "sequential" else [min(counts) if mode == "min_size" else max(counts)]
+
+
+def check_run(name: str, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    """Require a loop that runs, with batches that the model takes, in every process.
+
+    Args:
+        name: Name of the monitor's class.
+        trainer: The Trainer, after its environment was set up.
+        pl_module: The module of the run.
+        stage: ``"fit"``, ``"validate"`` or ``"test"``.
+
+    Raises:
+        MisconfigurationException: If not, with what to change.
+    """
+    strategy = {base.__name__ for base in type(trainer.strategy).__mro__}  # `pytorch_lightning` has classes of its own
+    flag, sources = "allow_zero_length_dataloader_with_multiple_devices", (pl_module, trainer.datamodule)  # type: ignore[attr-defined]
+    may_lack_batches = trainer.world_size > 1 and any(getattr(each, flag, False) for each in sources)
+    step = inspect.signature(pl_module.test_step if stage == "test" else pl_module.validation_step)
+    lacks_step = stage == "fit" and not _is_overridden("validation_step", pl_module)
+    lacks_loop = stage == "fit" and not trainer.enable_validation
+    for is_met, problem in (
+        (not _is_overridden("forward", pl_module), "needs a `forward` that returns the logits"),
+        (lacks_step, "needs a `validation_step`: `def validation_step(self, batch, batch_idx): pass` is enough"),
+        (lacks_loop, "needs a validation loop: pass `val_dataloaders`, and leave `limit_val_batches` above 0"),
+        ("dataloader_iter" in step.parameters, "should see each batch before the step, which takes `dataloader_iter`"),
+        (not strategy.isdisjoint(_SHARDED), "needs all weights in every process, as with DDP, but got them sharded"),
+        (may_lack_batches, f"needs a batch in every process, not `{flag}=True`"),
+    ):
+        if is_met:
+            raise MisconfigurationException(f"`{name}` {problem}.")
+
+
+class CallWatch:
+    """Compare the first call of a module in a step of the user with ours.
+
+    Tensors should have as many dimensions, and a similar scale: a step may augment its inputs.
+
+    Args:
+        pl_module: The module.
+        call: Our call on the batch of the step.
+    """
+
+    def __init__(self, pl_module: LightningModule, call: ModelCall) -> None:
+        self._pl_module, self._difference = pl_module, ""
+        self._handle: Any = None
+        self._signature = inspect.Signature(parameters_of(pl_module))  # strategies put another in its place
+        self._ours = self._bind(*clone_tensors((call.args, call.kwargs)))
+        # Compiled code would trace the hook, and be compiled again without it.
+        if self._ours and getattr(pl_module, "_compiler_ctx", None) is None and not pl_module._compiled_call_impl:
+            self._handle = pl_module.register_forward_pre_hook(self._compare, with_kwargs=True)
+
+    def end(self) -> str:
+        """Stop watching, and describe the difference."""
+        if self._handle is not None:
+            self._handle.remove()
+        return self._difference
+
+    def _compare(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if is_isolated(self._pl_module):
+            return
+        with suppress(Exception):  # it runs in the user's step, on whatever is given there
+            theirs = self._bind(args, kwargs)
+            names = [name for name in theirs if not _are_alike(self._ours.get(name), theirs[name])]
+            if names:
+                listed = ", ".join(map(repr, names))
+                self._difference = f"The step calls the model with another {listed}, by more than augmentation: say it"
+                self._difference += " with `inputs=`, a function from the batch to the arguments of `forward`."
+        self._handle.remove()
+
+    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments by the names of ``forward``, with defaults; nothing if it has no signature."""
+        try:
+            bound = self._signature.bind(*args, **kwargs)
+        except (TypeError, ValueError):
+            return {}
+        bound.apply_defaults()
+        return dict(bound.arguments)
+
+
+def _are_alike(ours: Any, theirs: Any) -> bool:
+    tensors, others = tensors_in(ours), tensors_in(theirs)
+    if not tensors and not others:
+        return not any(isinstance(value, str | int | float | None) for value in (ours, theirs)) or bool(ours == theirs)
+    scales = [[float(x.detach().float().abs().mean()) + 1e-12 for x in values] for values in (tensors, others)]
+    is_similar = all(0.5 <= scale / other <= 2 for scale, other in zip(*scales, strict=False))
+    return is_similar and [x.ndim for x in tensors] == [x.ndim for x in others]
+
+
+def _is_overridden(name: str, pl_module: LightningModule) -> bool:
+    # Not Lightning's own check, which fails on a module of the other package, `lightning` or `pytorch_lightning`.
+    return getattr(getattr(pl_module, name), "__module__", "") not in _LIGHTNING_MODULES

@@ -1,5 +1,6 @@
 """The Brier score on unseen samples without their labels: claim, overconfidence, memorization and variance."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -95,6 +96,27 @@ def risk_terms(holdout: Tensor, training: Tensor, strength: float | None = None,
         variance = factor * variance / strength**2 * (compared_claim / twin_claim).clamp(max=1).nan_to_num(1.0)
     terms = claim, overconfidence, memorization, variance
     return RiskTerms(torch.stack(terms).sum(0), *terms)
+
+
+def diagnostics(holdout: Tensor, training: Tensor) -> dict[str, str]:
+    """Explain what makes an estimate doubtful, or keeps it from being one, with one sentence for each problem.
+
+    Args:
+        holdout: Sums of :func:`holdout_sums`.
+        training: Those of :func:`training_sums`.
+    """
+    messages = {}
+    if training[0] > 0 and training[3] == 0:
+        messages["probabilities"] = "All outputs lie in [0, 1]. If they are no logits, choose these with `outputs=`."
+    if holdout[-1] + training[-1] > 0:
+        first, second = (math.ceil(float(sums[-1]) - 1e-6) for sums in (holdout, training))  # twins add parts
+        messages["non-finite"] = f"{first} validation and {second} training samples gave nan or inf, and were left out."
+    if holdout[5] > holdout[0] / 2:
+        reason = "twins give the outputs of the model, which has learned nothing yet, or caches its weights"
+        messages["no variance"] = f"There is no value: {reason}. `EarlyStopping(check_finite=False)` waits for one."
+    elif not messages and not (holdout[0] > 0 and training[0] > 0):
+        messages["no value"] = "There is no value: no kept training sample has a label, or no batch could be measured."
+    return messages
 
 
 def variance_factor(num_training: int, num_weights: int) -> float:

@@ -8,12 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from lightning_sensitivity.functional.sensitivity import (
-    loss_estimate,
-    sensitivity_from_rows,
-    sensitivity_rows,
-    squared_deviations,
-)
+from lightning_sensitivity.functional.sensitivity import sensitivity_from_rows, sensitivity_rows, squared_deviations
 from lightning_sensitivity.functional.tasks import by_position, probabilities, target_probabilities, wide_dtype
 
 Samples = dict[str, Tensor]  # for each name one number per sample, or a row of them
@@ -29,21 +24,19 @@ class ModelScores:
         name: What the user calls it.
         sensitivity: S, in squared units of the outputs.
         sensitivity_stderr: Its standard error, over samples and noise.
-        loss_estimate: Equation 9 of the paper, in nats; see :func:`~lightning_sensitivity.functional.loss_estimate`.
         consensus_error: Expected share of wrong predictions, if labels were drawn from the mean prediction of the other
             models; see :func:`consensus_scores`.
         consensus_loss: Expected loss, in the same way.
         loss: The true loss: cross-entropy.
         error: The true share of wrong predictions.
         num_parameters: How many parameters it has.
-        seconds: Time of the whole pass, with loading.
-        note: That it is untrained, or why it failed.
+        seconds: Time of all passes.
+        note: That it is undecided, or why it failed.
     """
 
     name: str
     sensitivity: float = math.nan
     sensitivity_stderr: float = math.nan
-    loss_estimate: float = math.nan
     consensus_error: float = math.nan
     consensus_loss: float = math.nan
     loss: float = math.nan
@@ -125,45 +118,40 @@ def consensus_scores(
     return scores
 
 
-def are_undecided(log_p: Tensor) -> bool:
-    """Tell whether predictions ``(N, decisions, classes)`` are nearly uniform, as those of an untrained model."""
-    entropy = torch.special.entr(log_p.exp()).sum(2).mean()
-    return bool(entropy > 0.95 * math.log(log_p.shape[2]))
-
-
 def score_models(
-    samples: Mapping[str, Samples], notes: Mapping[str, str], task: str | None
+    samples: Mapping[str, Samples], notes: Mapping[str, str]
 ) -> tuple[list[ModelScores], dict[str, Samples]]:
     """Score models by their samples.
 
     Args:
-        samples: What the pass of each model gave: :func:`score_samples` of all
-            batches, and ``power``, ``num_parameters`` and ``seconds``.
+        samples: :func:`score_samples` of all batches, for each model, and its ``num_parameters`` and ``seconds``.
         notes: What else is known of each model, with those that failed.
-        task: What the outputs are for.
 
     Returns:
         A row for each model; and for each model and score one number per sample, with the score as their mean.
     """
-    log_p = {name: each["log_p"] for name, each in samples.items() if "log_p" in each}
-    undecided = [name for name, values in log_p.items() if are_undecided(values)]
+    log_p = {name: scored["log_p"] for name, scored in samples.items() if "log_p" in scored}
+    undecided = [name for name, values in log_p.items() if _are_undecided(values)]
     notes = {name: note or "undecided (untrained?)" * (name in undecided) for name, note in notes.items()}
     consensus = consensus_scores(log_p, [name for name in log_p if not notes[name]])  # what has not learned has no vote
-    by_sample: dict[str, Samples] = {}
     models = [ModelScores(name, note=note) for name, note in notes.items() if name not in samples]
-    for name, of_model in samples.items():
-        rows, power = of_model["rows"], float(of_model["power"].mean())
-        estimate = sensitivity_from_rows(rows)
-        scores = by_sample[name] = {"sensitivity": _ratio(squared_deviations(rows), rows[:, 0])}
+    by_sample: dict[str, Samples] = {}
+    for name, scored in samples.items():
+        scores = {"sensitivity": _ratio(squared_deviations(scored["rows"]), scored["rows"][:, 0])}
         scores |= dict(zip(("consensus_loss", "consensus_error"), consensus.get(name, ()), strict=False))
-        scores |= {key: _ratio(of_model[key], of_model["num_labels"]) for key in ("loss", "error") if key in of_model}
+        scores |= {key: _ratio(scored[key], scored["num_labels"]) for key in ("loss", "error") if key in scored}
         numbers = {key: float(values.mean()) for key, values in scores.items()}
-        numbers |= {key: float(of_model[key]) for key in ("num_parameters", "seconds")}
-        numbers["sensitivity_stderr"] = float(estimate.stderr)
-        if task == "multiclass" and math.isfinite(power):  # in units of the noise's variance
-            numbers["loss_estimate"] = float(loss_estimate(estimate.sensitivity, power, 1.0, estimate.num_outputs))
+        numbers |= {key: float(scored[key]) for key in ("num_parameters", "seconds")}
+        numbers["sensitivity_stderr"] = float(sensitivity_from_rows(scored["rows"]).stderr)
         models.append(ModelScores(name, note=notes[name], **numbers))
+        by_sample[name] = scores
     return models, by_sample
+
+
+def _are_undecided(log_p: Tensor) -> bool:
+    """Tell whether predictions ``(N, decisions, classes)`` are nearly uniform, as those of an untrained model."""
+    entropy = torch.special.entr(log_p.exp()).sum(2).mean()
+    return bool(entropy > 0.95 * math.log(log_p.shape[2]))
 
 
 def _ratio(sums: Tensor, counts: Tensor) -> Tensor:

@@ -32,12 +32,23 @@ def isolated(model: nn.Module) -> Iterator[Callable[..., Any]]:
         model: The module.
 
     Raises:
-        MisconfigurationException: If it has lazy weights.
+        MisconfigurationException: If it has lazy weights or scripted parts.
     """
     if any(map(is_lazy, model.parameters())):
         raise MisconfigurationException("Expected a model with weights, but some are lazy: run it on a batch first.")
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise MisconfigurationException("Expected a model whose state can be put back, but a part of it is scripted.")
     rng_states = _collect_rng_states(include_cuda=any(parameter.is_cuda for parameter in model.parameters()))
-    states = [(items, items.copy()) for module in all_modules(model) for items in (vars(module), module._buffers)]
+    states: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (items, items.copy()) for module in all_modules(model) for items in (vars(module), module._buffers)
+    ]
+    modes = [vars(module) for module in model.modules()]  # not by `eval()`, which modules override
+    mutable = [
+        (items, name, value)
+        for items, originals in states
+        for name, value in originals.items()
+        if isinstance(value, Tensor | list | dict | set) and name not in _OF_ANY_MODULE
+    ]
 
     def restore() -> None:
         for items, originals in states:
@@ -49,47 +60,35 @@ def isolated(model: nn.Module) -> Iterator[Callable[..., Any]]:
     def run(function: Callable[..., T], *args: Any) -> T:
         clones: dict[int, Any] = {}
         try:
-            for items, originals in states:
-                items.update((k, _cloned(v, clones)) for k, v in originals.items() if k not in _OF_ANY_MODULE)
-            for module in model.modules():  # not by `eval()`, which modules override
-                module.training = False
+            for items, name, value in mutable:
+                items[name] = _cloned(value, clones)
+            for items in modes:
+                items["training"] = False
             if hasattr(model, "log_dict"):  # of a LightningModule
                 model.__dict__.update(log=_do_nothing, log_dict=_do_nothing)
             return function(*args)
         finally:
             complete(restore)
 
-    try:
-        with torch.no_grad(), _eager():
-            yield run
-    finally:
-        complete(restore)
+    with torch.no_grad(), _eager():
+        yield run
 
 
-def is_ours(model: nn.Module) -> bool:
+def is_isolated(model: nn.Module) -> bool:
     """Tell whether the model runs inside of :func:`isolated`."""
     return model.__dict__.get("log") is _do_nothing
 
 
 def written_parameters(model: nn.Module, run: Callable[[], T]) -> tuple[T, list[str]]:
-    """Run a model, and name the parameters that its ``forward`` writes, by their version and their norm.
+    """Run a model, and name the parameters that its ``forward`` writes; writes to their ``data`` are not seen.
 
     Args:
         model: The module.
         run: Runs it.
     """
-
-    def fingerprints() -> dict[str, tuple[int, float]]:
-        # The norm, for writes to `parameter.data`, which no version counts.
-        return {
-            name: (0 if p.is_inference() else p._version, float(torch.linalg.vector_norm(p.detach())))
-            for name, p in model.named_parameters()
-            if p.is_floating_point() and p.element_size() > 1
-        }
-
-    before = fingerprints()
+    versions = {name: p._version for name, p in model.named_parameters() if not p.is_inference()}
     result = run()
-    return result, [name for name, value in fingerprints().items() if before.get(name, value) != value]
+    return result, [name for name, p in model.named_parameters() if versions.get(name, p._version) != p._version]
 
 
 def complete(restore: Callable[[], object]) -> None:

@@ -11,7 +11,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_sensitivity.model.arguments import check_argument, describe, is_floating
+from lightning_sensitivity.model.forward import check_argument, describe, is_floating
 from lightning_sensitivity.model.isolation import Run
 
 NoiseFunction = Callable[[Tensor, torch.Generator], Tensor]
@@ -37,18 +37,15 @@ class GaussianNoise:
 
     def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """Perturb a floating tensor ``(N, ...)``, or ``(N, C, ...)`` for C different σ."""
+        std: Any = self.std
+        if isinstance(std, tuple):
+            valid = x.ndim > 1 and x.shape[1] == len(std)
+            check_argument("noise", std, valid, f"one number, or one per channel (dimension 1) of {describe(x)}")
+            std = torch.tensor(std, dtype=torch.float32, device=x.device).reshape(-1, *[1] * (x.ndim - 2))
         # Drawn in float32 whatever the type of the input, so that every precision gets the same, and rounded once.
-        noise = torch.randn(x.shape, generator=generator, dtype=torch.float32, device=x.device).mul_(self.std_for(x))
+        noise = torch.randn(x.shape, generator=generator, dtype=torch.float32, device=x.device).mul_(std)
         is_alike = (noise.dtype, noise.stride()) == (x.dtype, x.stride())
         return noise.add_(x) if is_alike else (x + noise).to(x.dtype)
-
-    def std_for(self, x: Tensor) -> Tensor | float:
-        """Lay out σ so that it broadcasts to a tensor."""
-        if isinstance(self.std, float):
-            return self.std
-        valid = x.ndim > 1 and x.shape[1] == len(self.std)
-        check_argument("noise", self.std, valid, f"one number, or one per channel (dimension 1) of {describe(x)}")
-        return torch.tensor(self.std, dtype=torch.float32, device=x.device).reshape(-1, *[1] * (x.ndim - 2))
 
 
 def check_noise(noise: Noise) -> NoiseFunction:
@@ -112,13 +109,13 @@ def perturbation(noise: NoiseFunction, *key: int) -> Callable[[Tensor], Tensor]:
 
 
 def noisy_outputs(
-    run: Run, forward: Run, noise: NoiseFunction, key: Sequence[int], num_draws: int, model: nn.Module, at: str | None
+    run: Run, call: Run, noise: NoiseFunction, key: Sequence[int], num_draws: int, model: nn.Module, at: str | None
 ) -> Iterator[Tensor]:
     """Yield the outputs of a model for each noise draw.
 
     Args:
         run: Runs a function that runs the model, as :func:`~lightning_sensitivity.model.isolated` gives it.
-        forward: Runs the model on a batch.
+        call: Calls the model on a batch.
         noise: The noise.
         key: Seed, rank, loader and batch; see :func:`noise_generator`.
         num_draws: How many draws.
@@ -128,10 +125,10 @@ def noisy_outputs(
     module = None if at is None else submodule(model, at)
     for draw in range(num_draws):
         perturb = perturbation(noise, *key, draw)
-        yield run(forward, perturb) if module is None else run(_run_perturbed_at, module, forward, perturb)
+        yield run(call, perturb) if module is None else run(_call_perturbed_at, module, call, perturb)
 
 
-def _run_perturbed_at(module: nn.Module, forward: Callable[[], Tensor], perturb: Callable[[Tensor], Tensor]) -> Tensor:
+def _call_perturbed_at(module: nn.Module, call: Callable[[], Tensor], perturb: Callable[[Tensor], Tensor]) -> Tensor:
     """Run the model, and perturb the first tensor of what a submodule returns, each time that it runs."""
     has_run = False
 
@@ -141,12 +138,10 @@ def _run_perturbed_at(module: nn.Module, forward: Callable[[], Tensor], perturb:
         first = result[0] if isinstance(result, list | tuple) and result else result
         if not isinstance(first, Tensor) or not is_floating(first):
             raise MisconfigurationException(f"`at` should name a module of floating outputs, got {describe(result)}.")
-        if hasattr(result, "_fields"):
-            return result._replace(**{result._fields[0]: perturb(first)})
         return perturb(first) if first is result else type(result)([perturb(first), *result[1:]])
 
     with module.register_forward_hook(hook):
-        outputs = forward()
+        outputs = call()
     if not has_run:  # compiled code does not see the hook, before torch 2.6
         raise MisconfigurationException("`at` should name a submodule that `forward` calls, but it did not run.")
     return outputs

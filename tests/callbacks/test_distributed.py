@@ -131,7 +131,7 @@ def risk(rank: int, folder: Path) -> Any:
     monitor, counts = RiskMonitor(num_training_samples=16), list[int]()
     run = distributed(monitor, checkpoint, max_epochs=1, enable_checkpointing=True)
     net, val = model(), [unlabelled(48, 8, seed=1), on_rank(1, seed=2)]
-    net.on_train_end = lambda: counts.append(monitor._samples.num_in_epoch)
+    net.on_train_end = lambda: counts.append(monitor._num_training)
     run.fit(net, loader(47, 8), val)
     distributed(max_epochs=1).fit(other := model(), loader(47, 8), val)
     torch.testing.assert_close(net.state_dict(), other.state_dict(), rtol=0, atol=0)
@@ -292,7 +292,7 @@ def test_a_pass_that_fails_in_one_process_costs_its_batch_in_both(both: Results)
 @pytest.mark.parametrize(
     ("index", "expected"),
     [
-        (0, ["can give no estimate: another process infers no task", "can give no estimate: Expected labels"]),
+        (0, ["can give no estimate: another process can give none", "can give no estimate: Expected labels"]),
         (1, [None, "leaves a training batch out: .*Expected labels from 0 to 3"]),
     ],
 )

@@ -1,7 +1,6 @@
 """The risk estimate as RiskMonitor logs it; what its terms are is tested with ``functional.risk``."""
 
 import copy
-import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -51,8 +50,9 @@ def as_float(loss: Any) -> Any:
 class Truth(Callback):
     """What a plain loop gives at each validation, by twins of the initial weights: those given, or the first ones."""
 
-    def __init__(self, num_batches: int = 4, task: str = "multiclass", initial: Any = None, num: int = 50) -> None:
-        self.num_batches, self.task, self.initial, self.num_training = num_batches, task, initial, num
+    def __init__(self, num_batches: int = 4, task: str = "multiclass", initial: Any = None) -> None:
+        self.num_batches, self.task, self.initial = num_batches, task, initial
+        self.num_training = self.num_seen = 0
         self.batches: list[Any] = []
         self.logged: list[dict[str, float]] = []
         self.terms: list[Any] = []
@@ -61,6 +61,9 @@ class Truth(Callback):
         self.initial = self.initial or initial_weights(pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        labels = batch[-1].reshape(len(batch[-1]), -1)
+        self.num_seen = (batch_idx > 0) * self.num_seen + int((labels != -100).any(1).sum())
+        self.num_training = max(self.num_training, self.num_seen)
         if len(self.batches) < self.num_batches:
             self.batches.append([part.clone() for part in batch])
 
@@ -119,7 +122,7 @@ TASKS: dict[str, tuple[str, Any, Tensor]] = {
 @pytest.mark.parametrize("name", TASKS)
 def test_the_terms_are_those_of_a_plain_loop(name: str) -> None:
     task, model, targets = TASKS[name]
-    truth = Truth(task=name.split(",")[0], num=int((targets != -100).reshape(50, -1).any(1).sum()))
+    truth = Truth(task=name.split(",")[0])
     fit(model(), RiskMonitor(task), truth, DataLoader(TensorDataset(X, targets), 16))
     truth.check()
     assert len({logged["val_risk_estimate"] for logged in truth.logged}) == 3
@@ -185,6 +188,36 @@ def test_early_stopping_and_checkpoints_follow_it_and_the_progress_bar_shows_it(
 # How many training samples there are
 
 
+def of_one(batch: Any) -> Any:
+    """The batch of the first loader, of several."""
+    return batch[0] if isinstance(batch[0], list) else batch
+
+
+COUNTED: dict[str, tuple[Any, dict[str, Any], int]] = {
+    "all": (loader, {}, 50),
+    "limit_train_batches": (loader, {"limit_train_batches": 2}, 32),
+    "drop_last": (lambda: loader(drop_last=True), {}, 48),
+    "with replacement": (lambda: loader(sampler=RandomSampler(X, True, 80)), {}, 50),
+    "batches of batches": (lambda: DataLoader([[X, Y]], 1, collate_fn=lambda x: x[0]), {}, 50),
+    "no batch sampler": (lambda: DataLoader([[X, Y]], None), {}, 50),
+    "SubsetRandomSampler": (lambda: loader(sampler=SubsetRandomSampler(range(20))), {}, 20),
+    "CombinedLoader": (lambda: CombinedLoader([loader(), loader()], "min_size"), {}, 50),
+    "a stream": (lambda: DataLoader(Stream(has_labels=True), 16), {}, 50),
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_the_samples_of_an_epoch_are_counted(name: str) -> None:
+    class Either(Plain):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step(of_one(batch), batch_idx)
+
+    make, options, expected = COUNTED[name]
+    monitor = RiskMonitor(inputs=lambda x: x if isinstance(x, Tensor) else of_one(x)[0], targets=lambda x: of_one(x)[1])
+    fit(Either(), monitor, None, make(), max_epochs=2, **options)
+    assert monitor._num_training == expected
+
+
 class Growing(LightningDataModule):
     def train_dataloader(self) -> Any:
         return loader(16 if self.trainer.current_epoch == 0 else 50)
@@ -193,64 +226,18 @@ class Growing(LightningDataModule):
         return DataLoader(HOLDOUT, 16)
 
 
-def test_samples_are_counted_anew_where_loaders_grow_and_go_on_where_a_stream_resumes(tmp_path: Path) -> None:
-    monitor, counted = RiskMonitor(), Samples()
-    run = trainer(callbacks=[monitor, counted], max_epochs=2, reload_dataloaders_every_n_epochs=1)
+def test_those_of_the_longest_epoch_count_also_where_training_resumes(tmp_path: Path) -> None:
+    monitor = RiskMonitor()
+    run = trainer(callbacks=[monitor], max_epochs=2, reload_dataloaders_every_n_epochs=1)
     run.fit(Plain(), datamodule=Growing())
-    assert counted.count == 50
-    path, stream = tmp_path / "a.ckpt", DataLoader(Stream(has_labels=True), 16)
-    fit(Plain(), monitor, counted, stream, max_epochs=1).save_checkpoint(path)
-    resumed, first = RiskMonitor(), list[int]()
-
-    class First(Callback):
-        def on_train_batch_end(self, *args: Any) -> None:
-            first.append(resumed._samples.num_in_epoch)
-
-    fit(Plain(), resumed, First(), stream, max_epochs=2, ckpt_path=path)
-    assert first[0] == 50
+    assert monitor._num_training == 50
+    run.save_checkpoint(path := tmp_path / "a.ckpt")
+    fit(Plain(), resumed := RiskMonitor(), None, loader(), ckpt_path=path, limit_train_batches=1)
+    assert resumed._num_training == 50
 
 
-class Samples(Callback):
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.count = trainer.callbacks[0]._samples.num_in_epoch
-
-
-def of_one(batch: Any) -> Any:
-    """The batch of the first loader, of several."""
-    return batch[0] if isinstance(batch[0], list) else batch
-
-
-COUNTED: dict[str, tuple[Any, dict[str, Any], int | str]] = {
-    "all": (loader, {}, 50),
-    "limit_train_batches": (loader, {"limit_train_batches": 2}, 32),
-    "drop_last": (lambda: loader(drop_last=True), {}, 48),
-    "with replacement": (lambda: loader(sampler=RandomSampler(X, True, 80)), {}, 50),
-    "batches of batches": (lambda: DataLoader([[X, Y]], 1, collate_fn=lambda x: x[0]), {}, "a stream of"),
-    "no batch sampler": (lambda: DataLoader([[X, Y]], None), {}, "a stream of"),
-    "SubsetRandomSampler": (lambda: loader(sampler=SubsetRandomSampler(range(20))), {}, 20),
-    "CombinedLoader": (lambda: CombinedLoader([loader(), loader()], "min_size"), {}, "a stream of"),
-    "a stream": (lambda: DataLoader(Stream(has_labels=True), 16), {}, "a stream of"),
-}
-
-
-@pytest.mark.parametrize("name", COUNTED)
-def test_the_samples_of_an_epoch_are_counted_and_said(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    class Either(Plain):
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            return super().training_step(of_one(batch), batch_idx)
-
-    make, options, expected = COUNTED[name]
-    monitor = RiskMonitor(inputs=lambda x: x if isinstance(x, Tensor) else of_one(x)[0], targets=lambda x: of_one(x)[1])
-    with caplog.at_level(logging.INFO):
-        samples = Samples()
-        fit(Either(), monitor, samples, make(), max_epochs=1, **options)
-    assert samples.count == (50 if expected == "a stream of" else expected)
-    assert f"`RiskMonitor` (val_*): {expected} training samples, task 'multiclass'" in caplog.text
-
-
-@pytest.mark.parametrize("make", [labelled, lambda num: Stream(num, has_labels=True)])
-def test_the_variance_knows_how_many_there_are(make: Any) -> None:
-    fit(Plain(), RiskMonitor(), truth := Truth(num_batches=5, num=1000), DataLoader(make(1000), 100))
+def test_the_variance_knows_how_many_there_are() -> None:
+    fit(Plain(), RiskMonitor(), truth := Truth(num_batches=5), DataLoader(labelled(1000), 100))
     truth.check()
 
 
@@ -333,7 +320,7 @@ def test_of_layers_that_keep_the_weights_that_they_compute_there_is_no_estimate(
     model = Plain()
     model.net = nn.Sequential(Cached(12, 4).double())  # which keeps them from the first step of a validation on
     model.validation_step = lambda batch, batch_idx: model(batch)
-    with pytest.warns(UserWarning, match="Twins give the outputs of the model") as caught:
+    with pytest.warns(UserWarning, match="twins give the outputs of the model") as caught:
         run = fit(model, RiskMonitor(), None, loader())
     assert len([each for each in caught if each.category is UserWarning]) == 1
     assert all(math.isnan(run.callback_metrics[name]) for name in TERMS)
@@ -351,8 +338,8 @@ LABELS = torch.zeros(20).long()
 
 @pytest.mark.parametrize("is_followed", [True, False])
 @pytest.mark.parametrize(("options", "batch", "match"), [
-    ({}, [inputs(20)], "such as `targets=1`"),
-    ({}, [inputs(20), LABELS, LABELS], "such as `targets=1`"),
+    ({}, [inputs(20)], "such as `targets=lambda"),
+    ({}, [inputs(20), LABELS, LABELS], "such as `targets=lambda"),
     ({}, [inputs(20), inputs(20)[:, :4]], "Labels are floating. Say `task='binary'` or"),
     ({"outputs": lambda y: y[..., None].expand(-1, -1, 3)}, [inputs(20), LABELS[:, None].expand(-1, 3)], "dense"),
 ])  # fmt: skip

@@ -1,6 +1,5 @@
 """What happens around a run: Ctrl-C, what is checked and warned of, who watches, and what Lightning hands in."""
 
-import logging
 import math
 import operator
 from contextlib import nullcontext
@@ -22,8 +21,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
-from lightning_sensitivity.callbacks.checks import check_run
-from lightning_sensitivity.callbacks.utilities import loader_name, num_batches
+from lightning_sensitivity.callbacks.utilities import check_run, loader_name, num_batches
 from tests.helpers import Classifier, History, Linear, Scheduled, labelled, loader, trainer
 
 MONITORS = [SensitivityMonitor, RiskMonitor]
@@ -90,15 +88,14 @@ class Drawing(Classifier):
 
 
 class Writing(Linear):
-    """Its forward writes to its parameters, which their versions count, or not."""
+    """Its forward writes to its parameters."""
 
-    def __init__(self, is_counted: bool) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.is_counted, self.embedding = is_counted, nn.Embedding(2, 4, max_norm=0.1)
+        self.embedding = nn.Embedding(2, 4, max_norm=0.1)
 
     def forward(self, x: Tensor) -> Tensor:
-        self.embedding.weight.data.mul_(1.0 if self.is_counted else 0.9)
-        return super().forward(x) + (self.embedding((x[:, 0] > 0.5).long()) if self.is_counted else 0)
+        return super().forward(x) + self.embedding((x[:, 0] > 0.5).long())
 
 
 NAME = "val_risk_estimate"
@@ -109,9 +106,8 @@ REFUSED: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
     "no loader": (Classifier(), None, {}, "needs a validation loop: pass `val_dataloaders`"),
     "no batches": (Classifier(), loader(), {"limit_val_batches": 0}, "leave `limit_val_batches` above 0"),
     "an iterator": (Drawing(), loader(), {}, "takes `dataloader_iter`"),
-    "max_norm": (Writing(True), loader(), {}, WRITES),
-    "max_norm, unseen": (Writing(True), loader(), UNSEEN, WRITES),
-    "writes to data": (Writing(False), loader(), {}, WRITES),
+    "max_norm": (Writing(), loader(), {}, WRITES),
+    "max_norm, unseen": (Writing(), loader(), UNSEEN, WRITES),
 }
 
 
@@ -137,10 +133,6 @@ def test_strategies_that_can_not_be_measured_under_are_refused() -> None:
         check(kind.__new__(kind), "`M` needs all weights in every process.* sharded")
     model.allow_zero_length_dataloader_with_multiple_devices = True
     check(None, "needs a batch in every process", model)
-    model = Classifier()
-    model.net.append(nn.LazyLinear(2))
-    with pytest.raises(MisconfigurationException, match="`SensitivityMonitor` needs weights, but got lazy ones"):
-        trainer(callbacks=[SensitivityMonitor()]).fit(model, loader(), loader())
 
 
 def test_monitors_that_log_the_same_names_need_two_prefixes() -> None:
@@ -185,7 +177,9 @@ def test_arguments_that_the_step_gives_and_we_do_not_are_named(name: str, stage:
         step = lambda batch, batch_idx: cross_entropy(model(batch[0], **more(batch)), batch[1])  # noqa: E731
         for each in {stage, "training"}:
             setattr(model, f"{each}_step", step)
-        trainer(callbacks=[SensitivityMonitor(**options), RiskMonitor(targets=1, **options)]).fit(model, data, data)
+        trainer(callbacks=[SensitivityMonitor(**options), RiskMonitor(targets=lambda batch: batch[1], **options)]).fit(
+            model, data, data
+        )
 
     more, chosen = STEPS[name]
     with pytest.warns(UserWarning) as caught:
@@ -248,24 +242,10 @@ def test_a_run_goes_on_if_the_first_validation_has_no_value(every_n_epochs: int,
 # The loops of Lightning
 
 
-@of_each_monitor
-def test_a_fit_that_never_validates_says_so(monitor: Any) -> None:
-    run = trainer(callbacks=[monitor()], check_val_every_n_epoch=5, **UNSEEN)
-    with pytest.warns(UserWarning, match="measured nothing in this fit"):
-        run.fit(Classifier(), loader(), loader())
-
-
 def test_predict_is_left_alone() -> None:
     model = without("forward")
     model.predict_step = lambda batch, batch_idx: batch[0]
     assert len(trainer(callbacks=[SensitivityMonitor(), RiskMonitor()]).predict(model, loader())) == len(loader())
-
-
-def test_validate_alone_says_which_values_belong_to_a_fit(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO):
-        trainer(callbacks=[SensitivityMonitor(), RiskMonitor()]).validate(Classifier(), loader(), verbose=False)
-    (message,) = (each.message for each in caplog.records if "Monitor" in each.message)
-    assert message == "`RiskMonitor` (val_*) logs only in `Trainer.fit`, because it needs training samples."
 
 
 def test_validations_that_are_left_out() -> None:
@@ -333,13 +313,21 @@ def test_the_other_lightning(tmp_path: Path) -> None:
     assert b"custom_scalars" in events.read_bytes()
 
 
+def first_part(batch: Any) -> Any:
+    return batch[0]
+
+
+def last_part(batch: Any) -> Any:
+    return batch[-1]
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Lightning 2.6 on jsonargparse 4.5
 def test_lightning_cli(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["train"])
     arguments = [
-        {"noise": [0.1] * 12, "num_draws": 2, "inputs": 0, "prefix": "val/"},
+        {"noise": [0.1] * 12, "num_draws": 2, "inputs": f"{__name__}.first_part", "prefix": "val/"},
         {"at": "net", "outputs": "operator.pos"},
-        {"task": "multiclass", "targets": 1, "num_samples": None},
+        {"task": "multiclass", "targets": f"{__name__}.last_part", "num_samples": None},
     ]
     names = ["SensitivityMonitor", "SensitivityMonitor", "RiskMonitor"]
     config = [{"class_path": f"lightning_sensitivity.{name}"} for name in names]
@@ -347,6 +335,6 @@ def test_lightning_cli(monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"accelerator": "cpu", "max_epochs": 1, "enable_checkpointing": False, "logger": False}
     cli = LightningCLI(Linear, run=False, args={"trainer": options | {"callbacks": config}}, save_config_callback=None)
     first, second, third = [each for each in cli.trainer.callbacks if isinstance(each, tuple(MONITORS))]
-    assert first.inputs == 0 and second.outputs is operator.pos and third.num_samples is None
+    assert first.inputs is first_part and second.outputs is operator.pos and third.num_samples is None
     cli.trainer.fit(cli.model, loader(), loader())
     assert {"val/sensitivity", "val_sensitivity", "val_risk_estimate"} <= cli.trainer.callback_metrics.keys()

@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from lightning_sensitivity.model import Forward, select_outputs, select_targets
+from lightning_sensitivity.model import ModelCall, select_outputs, select_targets
 
 X, DEPTH, IDS, MASK = torch.zeros(3, 2), torch.full((3, 2), 10.0), torch.full((3,), 20), torch.ones(3, 2).bool()
 Pair = namedtuple("Pair", ["x", "y"])
@@ -22,7 +22,7 @@ def module(forward: Any) -> nn.Module:
 
 
 ONE, TWO = module(lambda self, x: x), module(lambda self, x, mask, scale=1.0: x)
-THREE, DENOISER = module(lambda self, image, mask, depth: image), module(lambda self, y, t: y)
+DENOISER = module(lambda self, y, t: y)
 OPTIONAL, KEYWORDS = module(lambda self, x=None, mask=None: x), module(lambda self, **inputs: inputs)
 ANYTHING = module(lambda self, *args, **kwargs: args)
 
@@ -30,21 +30,17 @@ ANYTHING = module(lambda self, *args, **kwargs: args)
 @pytest.mark.parametrize(("model", "batch", "inputs", "args", "kwargs"), [
     # a mapping, by the names of `forward`; means of what the model gets: as above, and 0.5 more where it is perturbed
     (TWO, {"x": X, "mask": MASK, "label": IDS}, None, (), {"x": 0.5, "mask": 1.0}),
-    (TWO, UserDict(x=X, mask=DEPTH, label=IDS), "mask", (), {"x": 0.0, "mask": 10.5}),
-    (TWO, {"image": X, "x": IDS, "mask": MASK}, "image", (0.5,), {"mask": 1.0}),
-    (DENOISER, {"y": X, "t": IDS}, "y", (), {"y": 0.5, "t": 20.0}),
-    (OPTIONAL, {"x": X, "mask": MASK, "label": IDS}, None, (), {"x": 0.5, "mask": 1.0}),
+    (OPTIONAL, UserDict(x=X, mask=MASK, label=IDS), None, (), {"x": 0.5, "mask": 1.0}),
     (KEYWORDS, {"image": X, "mask": MASK}, None, (), {"image": 0.5, "mask": 1.0}),
-    (ANYTHING, {"x": X, "d": DEPTH, "label": IDS}, ["x", "d"], (0.5, 10.5), {}),
     # a sequence, by position; else the batch itself; token ids stay as they are
     *((ONE, batch, None, (0.5,), {}) for batch in ((X, IDS), [X, IDS], [X], Pair(X, IDS), X)),
-    *((ONE, Pair(IDS, X), place, (0.5,), {}) for place in (1, -1, "y")),
     *((ONE, batch, None, (20.0,), {}) for batch in (IDS, (IDS, X))),
     (TWO, (X, MASK, IDS), None, (0.5, 1.0), {}), (OPTIONAL, (X, MASK, IDS), None, (0.5,), {}),
-    (THREE, (X, MASK, DEPTH, IDS), [0, 2], (0.5, 1.0, 10.5), {}),
     (ONE, ({"a": X, "b": [DEPTH], "id": IDS}, IDS), None, ({"a": 0.5, "b": [10.5], "id": 20.0},), {}),
     # a function
     (TWO, SimpleNamespace(x=X, mask=MASK), lambda batch: (batch.x, batch.mask), (0.5, 1.0), {}),
+    (DENOISER, {"y": X, "t": IDS}, lambda batch: (batch["y"], batch["t"]), (0.5, 20.0), {}),
+    (ANYTHING, {"x": X, "d": DEPTH}, lambda batch: ([batch["x"], batch["d"]],), ([0.5, 10.5],), {}),
     (ONE, Pair(Pair(X, (DEPTH, "name")), IDS), lambda batch: batch.x, (Pair(0.5, (10.5, "name")),), {}),
 ])  # fmt: skip
 def test_how_the_model_is_called(model: nn.Module, batch: Any, inputs: Any, args: Any, kwargs: Any) -> None:
@@ -55,7 +51,7 @@ def test_how_the_model_is_called(model: nn.Module, batch: Any, inputs: Any, args
         apply_to_collection([args, kwargs], Tensor, Tensor.zero_)  # it may write into what it gets
         return X
 
-    forward = Forward(model, batch, inputs, None, args != (20.0,))
+    forward = ModelCall(model, batch, inputs, None, args != (20.0,))
     forward._model = call
     for _ in range(2):
         forward(lambda tensor: tensor + 0.5)
@@ -63,8 +59,8 @@ def test_how_the_model_is_called(model: nn.Module, batch: Any, inputs: Any, args
 
 
 def test_the_names_of_a_compiled_model_are_those_of_its_forward() -> None:
-    forward = Forward(torch.compile(TWO, backend="eager"), {"x": X, "mask": MASK, "label": IDS})
-    assert forward.kwargs.keys() == {"x", "mask"} and forward.perturbed == ["x"]
+    forward = ModelCall(torch.compile(TWO, backend="eager"), {"x": X, "mask": MASK, "label": IDS})
+    assert forward.kwargs.keys() == {"x", "mask"}
 
 
 def test_nothing_writes_into_the_batch_nor_into_what_it_holds() -> None:
@@ -75,7 +71,7 @@ def test_nothing_writes_into_the_batch_nor_into_what_it_holds() -> None:
 
     batch = {"x": X.clone(), "more": SimpleNamespace(x=X.clone()), "array": X.numpy().copy()}
     for inputs in (None, lambda batch: (write(**batch), batch["more"], batch["array"])):
-        forward = Forward(module(lambda self, x, more, array: write(x, more, array)), batch, inputs)
+        forward = ModelCall(module(lambda self, x, more, array: write(x, more, array)), batch, inputs)
         assert torch.equal(forward(), forward())
     assert not any(values.any() for values in (batch["x"], batch["more"].x, batch["array"]))
 
@@ -89,7 +85,7 @@ TOKENS, IMAGES = torch.ones(2, 7).long(), torch.zeros(2, 3, 8, 8)
 ])  # fmt: skip
 def test_the_user_says_where_classes_are_if_that_is_not_clear(batch: Any, shape: Any, is_clear: bool) -> None:
     model = module(lambda self, x: torch.zeros(shape))
-    forward, told = (Forward(model, batch, None, f, perturbs_input=False) for f in (None, lambda y: y.movedim(-1, 1)))
+    forward, told = (ModelCall(model, batch, None, f, perturbs_input=False) for f in (None, lambda y: y.movedim(-1, 1)))
     with nullcontext() if is_clear else pytest.raises(MisconfigurationException, match="`outputs.*`outputs=lambda y: "):
         assert forward().shape == shape
     assert told().shape == torch.zeros(shape).movedim(-1, 1).shape
@@ -97,12 +93,11 @@ def test_the_user_says_where_classes_are_if_that_is_not_clear(batch: Any, shape:
 
 @pytest.mark.parametrize(("select", "expected"), [
     *((lambda y=y: select_outputs(y), X) for y in (X, (X, "attention"), [X], Pair(X, 0), SimpleNamespace(logits=X))),
-    *((lambda y=y: select_outputs(y, "a"), X) for y in ({"a": X, "logits": IDS}, SimpleNamespace(a=X))),
-    (lambda: select_outputs({"loss": IDS, "logits": X}), X), (lambda: select_outputs(UserDict(logits=X)), X),
-    *((lambda f=f: select_outputs(Pair(IDS, X), f), X) for f in ("y", 1, itemgetter(1), lambda y, scale=1: y[scale])),
+    *((lambda y=y: select_outputs(y), X) for y in ({"loss": IDS, "logits": X}, UserDict(logits=X))),
+    *((lambda f=f: select_outputs(Pair(IDS, X), f), X) for f in (itemgetter(1), lambda y, scale=1: y[scale])),
     (lambda: select_outputs(IDS, lambda result, batch: batch, X), X),
     *((lambda b=b: select_targets(TWO, b), IDS) for b in ((X, X, IDS), {"labels": IDS, "x": X}, UserDict(y=IDS))),
-    *((lambda f=f: select_targets(TWO, Pair(IDS, X), f), IDS) for f in ("x", 0, lambda batch: batch.x)),
+    (lambda: select_targets(TWO, Pair(IDS, X), lambda batch: batch.x), IDS),
     (lambda: select_targets(TWO, SimpleNamespace(target=IDS)), IDS),
 ])  # fmt: skip
 def test_which_outputs_and_labels_are_taken(select: Callable[[], Tensor], expected: Tensor) -> None:
@@ -110,18 +105,16 @@ def test_which_outputs_and_labels_are_taken(select: Callable[[], Tensor], expect
 
 
 @pytest.mark.parametrize(("select", "match"), [
-    (lambda: Forward(ONE, IDS), r"floating.*got a tensor of torch.int64 and shape \(3,\).*`inputs=.*`at="),
-    (lambda: Forward(ONE, X.to_sparse()), "dense floating"), (lambda: Forward(ONE, None), "floating.*got NoneType"),
-    (lambda: Forward(KEYWORDS, {"a": X, "b": X}), "one floating.*'a', 'b'.*`inputs="),
-    *((lambda m=m: Forward(m, {"image": X}), "`inputs` should say .*dict of 'image'") for m in (ONE, ANYTHING)),
-    (lambda: Forward(ONE, {"a": X}, "b"), "`inputs='b'`.*dict of 'a'"), (lambda: Forward(ONE, (X,), 1), "`inputs=1`"),
-    (lambda: Forward(ONE, SimpleNamespace(x=X), "x", None, False), "`inputs` should be a function for SimpleNamespace"),
-    *((lambda b=b: Forward(ONE, b, "count"), "`inputs='count'`") for b in ((X,), [X])),
-    (lambda: Forward(TWO, (X,)), "`inputs` .* 2 .*got None"), (lambda: Forward(TWO, (X, X, X), 2), r"`inputs` .*\[2\]"),
-    (lambda: select_outputs({"a": X}), "`outputs.*dict of 'a'"), (lambda: select_outputs(X, 0), "`outputs=0`"),
+    (lambda: ModelCall(ONE, IDS), r"floating.*a tensor of torch.int64 and shape \(3,\).*`inputs=.*`at="),
+    *((lambda x=x: ModelCall(ONE, x), "dense floating.*got tuple") for x in (X.to_sparse(), None)),
+    (lambda: ModelCall(KEYWORDS, {"a": X, "b": X}), "one dense floating.*'a', 'b'.*`inputs="),
+    (lambda: ModelCall(DENOISER, {"y": X, "t": IDS}), "one dense floating.*`inputs="),
+    *((lambda m=m: ModelCall(m, {"image": X}), "`inputs` should say .*dict of 'image'") for m in (ONE, ANYTHING)),
+    (lambda: ModelCall(TWO, (X,)), "`inputs` .* 2 .*got None"),
+    (lambda: select_outputs({"a": X}), "`outputs.*dict of 'a'"),
     (lambda: select_outputs(IDS), "int64"), (lambda: select_outputs((X.sum(), X)), r"shape \(\)"),  # a loss comes first
-    *((lambda n=n: select_targets(TWO, (X,) * n), f"`targets=.*got tuple of {n}") for n in (2, 4)),
-    *((lambda x=x: select_targets(ONE, x), "`targets=.*got ") for x in (X, {"y": X, "label": X}, (X, [1, 2]))),
+    *((lambda n=n: select_targets(TWO, (X,) * n), f"`targets.*got tuple of {n}") for n in (2, 4)),
+    *((lambda x=x: select_targets(ONE, x), "`targets.*got ") for x in (X, {"y": X, "label": X}, (X, [1, 2]))),
 ])  # fmt: skip
 def test_what_leaves_doubt_is_refused(select: Callable[[], Any], match: str) -> None:
     with pytest.raises(MisconfigurationException, match=match):
