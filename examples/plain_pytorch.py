@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from lightning_sensitivity.functional import variance_factor
 from lightning_sensitivity.metric import OutputSensitivity, RiskEstimate
-from lightning_sensitivity.model.twins import initial_weights, twin
+from lightning_sensitivity.model.twins import copy_weights, twin
 
 parser = argparse.ArgumentParser(description="Watch sensitivity and the risk estimate without Lightning.")
 parser.add_argument("--max-epochs", type=int, default=25)
@@ -34,7 +34,7 @@ optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
 
 # The loop
 NUM_TWINS, STRENGTH, SIGMA = 8, 0.5, 0.1
-before, num_weights = initial_weights(model), sum(weight.numel() for weight in model.parameters())
+before, num_weights = copy_weights(model.state_dict()), sum(weight.numel() for weight in model.parameters())
 print("epoch  estimate  sensitivity ± its error  true loss")
 for epoch in range(args.max_epochs):
     for batch in torch.randperm(len(x_train)).split(50):

@@ -19,7 +19,3 @@ def __getattr__(name: str) -> Any:
         home = "callbacks" if name.endswith("Monitor") else "compare"
         return globals().setdefault(name, getattr(import_module(f"{__name__}.{home}"), name))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})

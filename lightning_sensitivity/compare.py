@@ -83,10 +83,8 @@ def compare_models(
         (['small', 'wide'], {'small': [], 'wide': []})
     """
     noise_function = check_noise(noise)
-    valid = isinstance(models, Mapping) and len(models) > 0 and all(isinstance(name, str) for name in models)
-    valid = valid and all(map(callable, models.values()))
-    expected = "a dict of names and models, or functions such as `lambda: Classifier.load_from_checkpoint(path)`"
-    check_argument("models", models, valid, expected)
+    valid = isinstance(models, Mapping) and len(models) > 0 and all(map(callable, models.values()))
+    check_argument("models", models, valid, "a dict of names and models, or of functions that make them")
     check_argument("dataloader", dataloader, isinstance(dataloader, Iterable), "an iterable of batches")
     check_argument("at", at, at is None or isinstance(at, str), "a submodule's name or None")
     check_argument("task", task, task in (*T.TASKS, None), f"one of {', '.join(map(repr, T.TASKS))} or None")
@@ -238,9 +236,17 @@ class Comparison:
 
     def __str__(self) -> str:
         """Print the main columns, and the notes."""
-        tied, columns = self.ties(), ("consensus_error", "consensus_loss", "sensitivity", "ties with", "loss", "error")
-        cells = {title: [self._cell(model, title, tied) for model in self] for title in ("model", *columns)}
-        table = [[title, *column] for title, column in cells.items() if any(column)]
+        tied = self.ties()
+        columns = {
+            "model": [model.name + " *" * bool(model.note) for model in self],
+            "consensus_error": [_number(model.consensus_error) for model in self],
+            "consensus_loss": [_number(model.consensus_loss) for model in self],
+            "sensitivity": [_number(model.sensitivity, model.sensitivity_stderr) for model in self],
+            "ties with": [", ".join(tied.get(model.name, [])) for model in self],
+            "loss": [_number(model.loss) for model in self],
+            "error": [_number(model.error) for model in self],
+        }
+        table = [[title, *cells] for title, cells in columns.items() if any(cells)]
         widths = [max(map(len, column)) for column in table]
         lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in zip(*table, strict=True)]
         order = "sensitivity, which is no order of quality"
@@ -251,12 +257,7 @@ class Comparison:
 
     __repr__ = __str__  # a table is what a notebook is to show
 
-    def _cell(self, model: ModelScores, title: str, tied: Mapping[str, list[str]]) -> str:
-        if title == "model":
-            return model.name + " *" * bool(model.note)
-        if title == "ties with":
-            return ", ".join(tied.get(model.name, []))
-        value = getattr(model, title)
-        shown = f"{value:.3g}" if math.isfinite(value) else ""
-        has_error = title == "sensitivity" and math.isfinite(model.sensitivity_stderr)
-        return shown + f" ± {model.sensitivity_stderr:.1g}" * has_error
+
+def _number(value: float, stderr: float = math.nan) -> str:
+    shown = f"{value:.3g}" if math.isfinite(value) else ""
+    return shown + f" ± {stderr:.1g}" if math.isfinite(stderr) else shown

@@ -160,8 +160,6 @@ CASES = {
     "(N, K, T), T == K": Case(LAST, LAST, x=lambda f: sequence(f)[:, :4], forward=lambda m, x: m.net(x).mT),
     "(T, N, K)": Case(LAST, LAST, x=lambda f: sequence(f).movedim(0, 1)),
     "(N, Q, K) of an image": Case(LAST, LAST, forward=lambda m, x: m.net(x)[:, None].repeat(1, 6, 1)),
-    "padding left out by outputs=": Case(r=DENSE, x=sequence, both={"outputs": lambda y, b: y.mT[..., :3]},
-        step=lambda m, b, noise: m(noise(b[0])).mT[..., :3]),
     "(N, K, H, W)": Case(r=DENSE, x=image, forward=lambda m, x: m.net(x.movedim(1, -1)).movedim(-1, 1)),
     "(N, H, W, K)": Case(LAST, LAST, x=image, forward=lambda m, x: m.net(x.movedim(1, -1))),
     "labels that the model shifts": Case(LAST, LAST, step=lambda m, b, noise: m(**b)["logits"], **LM),
@@ -198,7 +196,7 @@ CASES = {
     "0 and 1": Case(None, "?task='binary'", y=lambda f: is_upper(f).long(), **BINARY),
     "0.0 and 1.0": Case(None, "?task='binary'", y=lambda f: is_upper(f).float(), **BINARY),
     "0.0 and 1.0, task=": Case(None, RIGHT, y=lambda f: is_upper(f).float(), r_options={"task": "binary"}, **BINARY),
-    "regression": Case(None, "?regression", y=lambda f: f[:, :1], num_outputs=1),
+    "regression": Case(None, "?A regression has no estimate", y=lambda f: f[:, :1], num_outputs=1),
 }  # fmt: skip
 
 

@@ -24,19 +24,13 @@ from lightning_sensitivity.model.isolation import Run, written_parameters
 
 
 class Monitor(Callback, ABC):
-    """Measure validation batches and log the values, without ever ending a run.
-
-    See the subclasses for the arguments.
-    """
+    """Measure validation batches and log the values, without ever ending a run; see the subclasses."""
 
     names: tuple[str, ...]  # of what is logged, behind the prefix
     charts: ClassVar[dict[str, str]]  # for TensorBoard: titles, and a regular expression for the tags, in the same way
     wrong_mode: str  # of an `EarlyStopping`, say
     advice: str  # for it
-    num_draws = 1
-    prog_bar = False
-    perturbs_input = False
-    _has_trained: bool
+    num_draws, prog_bar, perturbs_input = 1, False, False
 
     def __init__(
         self, num_samples: int | None, seed: int, prefix: str, inputs: Function, outputs: Function, every_n_epochs: int
@@ -100,15 +94,14 @@ class Monitor(Callback, ABC):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Check the model before the first step, unless a sanity check did. From then on, only warn."""
-        if self._has_trained:
+        if not self.failures.is_strict:
             return
-        self._has_trained = True
         outputs, written = None, list[str]()
         # Training batches may differ in form from validation batches.
         with suppress(Exception), self.isolated(trainer, pl_module) as run:
             call = self.prepare(run, pl_module, batch)
             self._watch = utilities.CallWatch(pl_module, call)
-            if self.failures.is_strict and trainer.global_step == 0 and not self._batch_sizes:
+            if trainer.global_step == 0 and not self._batch_sizes:
                 outputs, written = written_parameters(pl_module, partial(run, call))
         if outputs is not None:
             self._check(outputs, written)
@@ -177,15 +170,13 @@ class Monitor(Callback, ABC):
     on_test_epoch_end = on_validation_epoch_end
     on_test_end = on_validation_end
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Remove our hooks."""
-        self.teardown(trainer, pl_module, "")
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Free what refers to the module."""
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        """Remove our hooks, and free what refers to the module."""
         self._end_watch()
         self.end_validation()
         self._lazy_values.clear()
+
+    on_exception = teardown  # where Lightning calls no `teardown`
 
     @contextmanager
     def isolated(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[Run]:
@@ -214,7 +205,7 @@ class Monitor(Callback, ABC):
 
     def _begin_run(self) -> None:
         self.failures = utilities.Failures(type(self).__name__, self.prefix)
-        self._has_trained = self._is_off = False
+        self._is_off = False
         self._last_epoch = -self.every_n_epochs  # that was measured
         self._lazy_values: dict[tuple[int, str], LazyValue] = {}  # by loader and name
         self._batch_sizes: dict[int, int] = {}  # of the first batch of each loader
@@ -238,9 +229,8 @@ class Monitor(Callback, ABC):
                 values, messages = self.compute(trainer, dataloader_idx)
                 self._computed[dataloader_idx] = values
                 for kind, message in messages.items():
-                    if kind == "no value" and self.failures.has_failed:
-                        continue  # a warning has said why
-                    self.failures.warn(kind, f"on {loader}: {message}")
+                    if kind != "no value" or not self.failures.has_failed:  # else a warning has said why
+                        self.failures.warn(kind, f"on {loader}: {message}")
         return self._computed[dataloader_idx]
 
     def _log(self, trainer: Trainer, dataloader_idx: int, at_epoch_end: bool = False) -> None:

@@ -144,11 +144,6 @@ class RiskMonitor(Monitor):
         if self._samples is not None:
             super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Free the samples. Keep the initial weights, in case a second fit continues this one."""
-        super().teardown(trainer, pl_module, stage)
-        self._samples = None
-
     def make_metric(self) -> RiskEstimate:
         """Make the metric of a loader for a validation."""
         assert self._samples is not None
@@ -165,7 +160,7 @@ class RiskMonitor(Monitor):
         """Run the model and its twins on a batch."""
         pl_module = trainer.lightning_module
         outputs: Tensor = run(call)
-        if self._samples is None:  # the sanity check
+        if self._samples is None or trainer.sanity_checking:
             return len(outputs)
         if self._training_sums is None:  # in a batch hook: only there averaged weights are in place
             self._training_sums = self._score_training_samples(trainer, run)
@@ -173,19 +168,14 @@ class RiskMonitor(Monitor):
             got = f"got {num_outputs(outputs)} outputs of validation samples"
             raise ValueError(f"Expected {self._samples.num_outputs} outputs, as training samples have, {got}")
         metric = self.metric(trainer, dataloader_idx)
-
-        def call_by_batch() -> Tensor:
-            with twins.batch_statistics(pl_module):
-                return call()
-
-        compared = run(call_by_batch) if self._has_batch_norm else None
+        compared = run(twins.call_by_batch, pl_module, call) if self._has_batch_norm else None
         num_batches = self.choice.num_selected(dataloader_idx) * trainer.world_size
         num_twins = max(1, math.ceil(_MIN_TWINS / max(1, num_batches)))
         for index in range(num_twins):
             key = self.seed, trainer.global_rank, dataloader_idx, batch_idx, -1 - index
             generator = noise_generator(*key, device=pl_module.device)
             with twins.twin(pl_module, self._device_weights, generator, _STRENGTH):
-                twin_outputs = run(call_by_batch if self._has_batch_norm else call)
+                twin_outputs = run(twins.call_by_batch, pl_module, call)
             metric.update(outputs, twin_outputs, compared, 1 / num_twins)
             del twin_outputs  # before the next ones come
         return len(outputs)

@@ -99,12 +99,10 @@ class SensitivityMonitor(Monitor):
     def measure(self, trainer: Trainer, run: Run, call: ModelCall, batch_idx: int, dataloader_idx: int) -> int:
         """Run the model on a batch, clean and perturbed."""
         pl_module, clean = trainer.lightning_module, run(call)
-        is_looked_at = batch_idx == 0 and not self.per_output and not trainer.sanity_checking
-        if is_looked_at and clean.numel() and bool(((clean >= 0) & (clean <= 1)).all()):
-            self.failures.warn(
-                "probabilities",
-                "finds all outputs in [0, 1]. If they are not logits, choose the logits with `outputs=`.",
-            )
+        is_first = batch_idx == 0 and clean.numel() > 0 and not self.per_output and not trainer.sanity_checking
+        if is_first and bool(((clean >= 0) & (clean <= 1)).all()):
+            message = "finds all outputs in [0, 1]. If they are no logits, choose these with `outputs=`."
+            self.failures.warn("probabilities", message)
         key = self.seed, trainer.global_rank, dataloader_idx, batch_idx
         noisy = noisy_outputs(run, call, self._noise, key, self.num_draws, pl_module, self.at)
         self.metric(trainer, dataloader_idx).update(clean, noisy)

@@ -195,12 +195,16 @@ def risk_estimate(
     if task not in T.TASKS:
         raise ValueError(f"Expected `task` to be one of {', '.join(map(repr, T.TASKS))}, but got {task!r}.")
     T.check_task(train_outputs, train_targets, task)
+    tensors = {"outputs": outputs, "twin_outputs": twin_outputs, "train_outputs": train_outputs}
     if outputs.shape != twin_outputs.shape or outputs.shape[1:2] != train_outputs.shape[1:2]:
-        shapes = [tuple(each.shape) for each in (outputs, twin_outputs, train_outputs)]
-        raise ValueError(f"Expected `outputs`, `twin_outputs`, `train_outputs` of the same K, but got {shapes}.")
-    for name, tensor in (("outputs", outputs), ("twin_outputs", twin_outputs), ("train_outputs", train_outputs)):
-        is_logits = task != "multiclass" or not T.are_probabilities(tensor)
-        if not (is_logits and tensor.is_floating_point() and tensor.numel()):
+        shapes = [tuple(tensor.shape) for tensor in tensors.values()]
+        raise ValueError(f"Expected `{'`, `'.join(tensors)}` of the same K, but got {shapes}.")
+    for name, tensor in tensors.items():
+        if (
+            not tensor.is_floating_point()
+            or not tensor.numel()
+            or (task == "multiclass" and T.are_probabilities(tensor))
+        ):
             got = f"{tensor.dtype} of shape {tuple(tensor.shape)}, or probabilities"
             raise ValueError(f"Expected `{name}` to be floating logits of one sample or more, but got {got}.")
     training = training_sums(train_outputs, train_targets, task)

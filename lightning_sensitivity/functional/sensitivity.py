@@ -142,10 +142,9 @@ def diagnostics(estimate: SensitivityEstimate, per_output: bool = False) -> dict
     if estimate.mean_square == 0:
         messages["no change"] = "No output changed: the noise reaches none (see `inputs=` and `at=`), or weights are 0."
     elif not per_output and num_outputs > 1 and share * num_outputs < _SMALL_SHARE:
+        reason = "as with heads of two classes, probabilities, and centred logits"
         messages["class mean"] = (
-            f"The class average holds only {share:.1e} of the outputs' change (independent outputs:"
-            f" {1 / num_outputs:.1e}), so S sees next to nothing of it. That is usual for heads of two classes, and"
-            " certain for probabilities and centred logits. `per_output=True` sees all of the change."
+            f"S sees only {share:.1e} of the outputs' change, {reason}. `per_output=True` sees all."
         )
     return messages
 

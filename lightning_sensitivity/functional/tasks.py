@@ -35,10 +35,9 @@ def infer_task(outputs: Tensor, targets: Tensor) -> str:
         ValueError: If no task fits, or several could.
     """
     if targets.is_floating_point():
+        tasks = "Say `task='binary'`, `task='multilabel'`, or, for soft labels, `task='multiclass'`"
         raise ValueError(
-            "Labels are floating. Say `task='binary'` or `task='multilabel'` if they are for a `BCEWithLogitsLoss`,"
-            " `task='multiclass'` if they are soft labels, `targets=lambda batch: batch[1].long()` if they are class"
-            " indices. For a regression there is no estimate, since it was measured to be wrong there"
+            f"Labels are floating. {tasks}; or make them integers (`targets=`). A regression has no estimate"
         )
     if num_outputs(outputs) == 1:
         if targets.dtype != torch.bool:
@@ -91,17 +90,15 @@ def check_task(outputs: Tensor, targets: Tensor, task: str) -> None:
         raise ValueError(f"Expected {expected}, but got {got}")
     if task == "multiclass" and not floating:
         if shape[:1] + shape[2:] != tuple(targets.shape) or targets.dtype == torch.bool:
-            last = " If classes come last, say `outputs=lambda y: y.movedim(-1, 1)`" if outputs.ndim > 2 else ""
-            raise ValueError(f"Expected class indices (N, ...) for outputs (N, K, ...), but got {got}.{last}")
+            raise ValueError(f"Expected class indices (N, ...) for outputs (N, K, ...), but got {got}")
         targets = targets.long()  # comparisons in 8 bits wrap around
         if not bool((((targets >= 0) & (targets < count)) | (targets == IGNORED)).all()):
             got = f"{int(targets.min())} to {int(targets.max())}. Turn another `ignore_index` into it (`targets=`)"
             raise ValueError(f"Expected labels from 0 to {count - 1}, or {IGNORED} to be ignored, but got {got}")
         return
-    if task == "multiclass" and shape[:1] + shape[2:] == tuple(targets.shape):
-        raise ValueError(f"Class indices should be integers (`targets=lambda batch: batch[1].long()`), got {got}")
     if _without_single_output(outputs).shape != _without_single_output(targets).shape:
-        raise ValueError(f"Expected one label per output, but got {got}")
+        integers = " Make class indices integers (`targets=lambda batch: batch[1].long()`)" * (task == "multiclass")
+        raise ValueError(f"Expected one label per output, but got {got}.{integers}")
     if not bool(((targets >= 0) & (targets <= 1)).all()):
         raise ValueError(f"Expected labels from 0 to 1, but got {float(targets.min()):g} to {float(targets.max()):g}")
     if task == "multiclass" and not bool(((targets.double().sum(1) - 1).abs() < 1e-3).all()):

@@ -57,9 +57,8 @@ class ModelCall:
         outputs: Function = None,
         perturbs_input: bool = True,
     ) -> None:
-        if inputs or outputs:  # which may write into the batch
-            batch = clone_tensors(batch)
-        self._model, self._outputs, self._batch = model, outputs, batch
+        batch = clone_tensors(batch) if inputs else batch  # the function may write into it
+        self._model, self._outputs = model, outputs
         self.args: tuple[Any, ...] = (batch,)
         self.kwargs: dict[str, Any] = {}
         if inputs:
@@ -86,7 +85,7 @@ class ModelCall:
         """
         args = tuple(self._copy(index, value, perturb) for index, value in enumerate(self.args))
         kwargs = {name: self._copy(name, value, perturb) for name, value in self.kwargs.items()}
-        outputs = select_outputs(self._model(*args, **kwargs), self._outputs, self._batch)
+        outputs = select_outputs(self._model(*args, **kwargs), self._outputs)
         if self._outputs is None and math.prod(outputs.shape[2:]) > 1:
             shapes = [x.shape[1:] for x in tensors_in([self.args, self.kwargs]) if not x.is_nested]
             if not any(set(outputs.shape[2:]) <= set(s) and outputs.shape[1] not in s for s in shapes):
@@ -121,19 +120,18 @@ def _named_arguments(model: nn.Module, batch: Mapping[Any, Any]) -> dict[str, An
     return arguments
 
 
-def select_outputs(result: Any, outputs: Function = None, batch: Any = None) -> Tensor:
+def select_outputs(result: Any, outputs: Function = None) -> Tensor:
     """Select the outputs in what the model returned.
 
     Args:
         result: A tensor; a tuple or list, of which the first element is taken; or a mapping or object with ``logits``.
-        outputs: A function ``result -> tensor`` or ``(result, batch) -> tensor``, or None for the rules above.
-        batch: What the loader gave.
+        outputs: A function ``result -> tensor``, or None for the rules above.
 
     Raises:
         MisconfigurationException: If there is no floating tensor, or it is a scalar.
     """
     if outputs:
-        selected = outputs(result, batch) if num_required(outputs) == 2 else outputs(result)
+        selected = outputs(result)
     elif isinstance(result, Mapping):
         selected = result.get("logits")
     else:
@@ -173,17 +171,14 @@ def select_targets(model: nn.Module, batch: Any, targets: Function = None) -> Te
     return selected
 
 
-def parameters_of(model: Any) -> list[inspect.Parameter]:
-    """List the parameters of a function, or of the ``forward`` of a module, compiled or not."""
-    function = getattr(getattr(model, "_orig_mod", model), "forward", model)
-    try:
-        return list(inspect.signature(function).parameters.values())
-    except ValueError:  # of a built-in function, such as an `itemgetter`
-        return []
+def parameters_of(model: nn.Module) -> list[inspect.Parameter]:
+    """List the parameters of the ``forward`` of a module, compiled or not."""
+    module: Any = getattr(model, "_orig_mod", model)
+    return list(inspect.signature(module.forward).parameters.values())
 
 
-def num_required(model: Any) -> int:
-    """Count the positional arguments that a function or the ``forward`` of a module requires."""
+def num_required(model: nn.Module) -> int:
+    """Count the positional arguments that the ``forward`` of a module requires."""
     kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
     return sum(p.default is p.empty and p.kind in kinds for p in parameters_of(model))
 
@@ -238,7 +233,7 @@ def describe(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of {value.dtype}" + ("" if value.is_nested else f" and shape {tuple(value.shape)}")
     if isinstance(value, Mapping):
-        return f"{type(value).__name__} of {', '.join(f'{key!r}: {describe(item)}' for key, item in value.items())}"
+        return f"{type(value).__name__} of {', '.join(map(repr, value))}"
     if isinstance(value, list | tuple):
         return f"{type(value).__name__} of {len(value)}: {', '.join(map(describe, value[:5]))}"
     return type(value).__name__

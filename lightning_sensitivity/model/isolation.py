@@ -114,17 +114,17 @@ def all_modules(model: nn.Module) -> list[nn.Module]:
 
 def _cloned(value: Any, clones: dict[int, Any]) -> Any:
     """Clone a tensor, or a list, dict or set with the tensors in it; give back what is not one of these."""
-    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+    if isinstance(value, nn.Parameter) or (not isinstance(value, Tensor) and len(value) > _MAX_ITEMS):
+        return value
+    if isinstance(value, Tensor):
         if id(value) not in clones:  # one that two modules share stays one
             clones[id(value)] = value.clone()
         return clones[id(value)]
-    if not isinstance(value, list | dict | set) or len(value) > _MAX_ITEMS:
-        return value
     new: Any = copy.copy(value)
-    if not isinstance(value, set):
-        for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
-            if isinstance(item, Tensor):
-                new[key] = _cloned(item, clones)
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in list(items):
+        if isinstance(item, Tensor):
+            new[key] = _cloned(item, clones)
     return new
 
 

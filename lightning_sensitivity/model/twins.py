@@ -1,6 +1,6 @@
 """Simulated twins: the module with other weights in place, as if it had been trained on other samples."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -38,12 +38,12 @@ class InitialWeights:
             MisconfigurationException: If the given ones are no weights of the module, or none are known.
         """
         if self._given is not None:
-            self.weights, self.source = _on_cpu(self._given), "those of `initial_weights`"
+            self.weights, self.source = copy_weights(self._given), "those of `initial_weights`"
             if self.weights.keys().isdisjoint(dict(model.named_parameters())):
                 expected = "`initial_weights` should name parameters of the module, as a `['state_dict']` does"
                 raise MisconfigurationException(f"{expected}, but name none.")
         elif step == 0:
-            self.weights, self._owner = initial_weights(model), id(model)
+            self.weights, self._owner = copy_weights(dict(model.named_parameters())), id(model)
             self.source = "those at the start of this fit (if they are trained, pass `initial_weights=`)"
         elif self.weights is None or self._owner not in (0, id(model)):
             raise MisconfigurationException("the checkpoint lacks the initial weights: pass `initial_weights=`")
@@ -57,25 +57,17 @@ class InitialWeights:
 
     def restore(self, changed: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
         """Restore the initial weights from the changed ones and the weights of a checkpoint."""
-        self.weights, self._owner = _on_cpu(weights) | _on_cpu(changed), 0  # of whichever module resumes
+        self.weights, self._owner = copy_weights(weights) | copy_weights(changed), 0  # of whichever module resumes
 
 
-def initial_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Copy the floating parameters to the CPU, by name.
-
-    Args:
-        model: The module, before training.
-    """
-    return {name: parameter.detach().to("cpu", copy=True) for name, parameter, _ in _parameters(model)}
+def copy_weights(weights: Mapping[str, object]) -> dict[str, Tensor]:
+    """Copy the floating tensors among some values, such as a state dict, to the CPU."""
+    tensors = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
+    return {n: w.detach().to("cpu", copy=True) for n, w in tensors.items() if w.is_floating_point() or w.is_complex()}
 
 
 def unknown_parameters(model: nn.Module, initial: Mapping[str, Tensor]) -> list[str]:
-    """Name the parameters that are trained, and were not there before training, or had another shape.
-
-    Args:
-        model: The module.
-        initial: Its parameters before training.
-    """
+    """Name the parameters that are trained, and were not there before training, or had another shape."""
     shapes = {name: weight.shape for name, weight in initial.items()}
     return [name for name, p, _ in _parameters(model) if shapes.get(name) != p.shape and p.requires_grad]
 
@@ -97,16 +89,16 @@ def twin(
 
     Args:
         model: The module. Its parameters are not written to: twins take their place.
-        initial: Its parameters before training, from :func:`initial_weights`. A parameter that is not there, of a new
-            head, say, counts as learned as a whole.
+        initial: Its parameters before training, by name. One that is not there, of a new head, say, counts as learned
+            as a whole.
         generator: Source of the noise, on the module's device.
         strength: λ. Squared differences of outputs grow with λ² where it is small.
 
     Example:
         >>> import torch
-        >>> from lightning_sensitivity.model.twins import initial_weights, twin
+        >>> from lightning_sensitivity.model.twins import copy_weights, twin
         >>> model, x = torch.nn.Linear(2, 1), torch.ones(1, 2)
-        >>> before = initial_weights(model)
+        >>> before = copy_weights(model.state_dict())
         >>> _ = torch.nn.init.ones_(model.weight)  # in place of training
         >>> generator = torch.Generator().manual_seed(0)
         >>> with torch.no_grad(), twin(model, before, generator):
@@ -165,6 +157,12 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
             present.update(originals)
 
 
+def call_by_batch(model: nn.Module, call: Callable[[], Tensor]) -> Tensor:
+    """Call a model with :func:`batch_statistics`."""
+    with batch_statistics(model):
+        return call()
+
+
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
     """Yield name, parameter and the module that has it, as ``named_parameters`` does; a tied one comes once."""
     seen = set()
@@ -174,12 +172,6 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module
             if is_number and parameter not in seen:
                 seen.add(parameter)
                 yield name, parameter, module
-
-
-def _on_cpu(weights: Mapping[str, object]) -> dict[str, Tensor]:
-    """Copy the floating tensors of a state dict, which may hold anything, to the CPU."""
-    tensors = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
-    return {n: w.detach().to("cpu", copy=True) for n, w in tensors.items() if w.is_floating_point() or w.is_complex()}
 
 
 def _noise_shape(module: nn.Module, parameter: Tensor) -> tuple[tuple[int, ...], int]:

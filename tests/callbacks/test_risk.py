@@ -19,7 +19,7 @@ from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 from lightning_sensitivity.callbacks.risk import _MIN_TWINS, _STRENGTH
 from lightning_sensitivity.functional import risk_estimate, variance_factor
 from lightning_sensitivity.model import noise_generator
-from lightning_sensitivity.model.twins import batch_statistics, initial_weights, twin
+from lightning_sensitivity.model.twins import batch_statistics, copy_weights, twin
 from tests.helpers import Classifier, History, Stream, inputs, labelled, loader, trainer, unlabelled_loader
 
 HOLDOUT = inputs(50, seed=1)  # in four batches: two twins each
@@ -58,7 +58,7 @@ class Truth(Callback):
         self.terms: list[Any] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.initial = self.initial or initial_weights(pl_module)
+        self.initial = self.initial or copy_weights(pl_module.state_dict())
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         labels = batch[-1].reshape(len(batch[-1]), -1)
@@ -149,7 +149,6 @@ def test_the_first_batches_of_a_fit_are_kept_once_and_scored_as_they_came(num_sa
         truth = Truth(num_batches)
         fit(model, monitor, truth, loader(shuffle=True), val_check_interval=2)
         truth.check()
-        assert monitor._samples is None
 
 
 @pytest.mark.skipif(not hasattr(callbacks, "WeightAveraging"), reason="needs lightning 2.6")
@@ -268,7 +267,7 @@ def test_it_goes_on_where_training_resumes(tmp_path: Path) -> None:
 
 def test_a_fit_begins_with_the_weights_of_its_start_unless_its_trainer_goes_on(tmp_path: Path) -> None:
     monitor, model = RiskMonitor(), Plain()
-    first = initial_weights(model)
+    first = copy_weights(model.state_dict())
     run = fit(model, monitor, None, loader(), max_epochs=1)
     run.save_checkpoint(path := tmp_path / "one.ckpt")
     run.validate(model, loader(), verbose=False)
@@ -276,7 +275,7 @@ def test_a_fit_begins_with_the_weights_of_its_start_unless_its_trainer_goes_on(t
     run.fit(model, loader(), loader())
     torch.testing.assert_close(monitor._initial.weights, first, rtol=0, atol=0)
     for module in (model, Plain()):  # the next of k folds
-        weights = initial_weights(module)
+        weights = copy_weights(module.state_dict())
         fit(module, monitor, None, loader(), max_epochs=1)
         torch.testing.assert_close(monitor._initial.weights, weights, rtol=0, atol=0)
     fit(Plain(), monitor, None, loader(), max_epochs=2, ckpt_path=path)
@@ -300,7 +299,7 @@ def test_resuming_without_the_weights_from_before_training(tmp_path: Path) -> No
 def test_weights_of_other_kinds(kind: str) -> None:
     model, truth = Plain(), Truth()
     if kind == "loaded in on_train_start":
-        truth.initial = initial_weights(Plain())
+        truth.initial = copy_weights(Plain().state_dict())
         model.on_train_start = lambda: model.load_state_dict(truth.initial)
         truth.on_train_end = lambda *_: delattr(model, "on_train_start")
     else:
@@ -340,7 +339,7 @@ LABELS = torch.zeros(20).long()
 @pytest.mark.parametrize(("options", "batch", "match"), [
     ({}, [inputs(20)], "such as `targets=lambda"),
     ({}, [inputs(20), LABELS, LABELS], "such as `targets=lambda"),
-    ({}, [inputs(20), inputs(20)[:, :4]], "Labels are floating. Say `task='binary'` or"),
+    ({}, [inputs(20), inputs(20)[:, :4]], "Labels are floating. Say `task='binary'`, "),
     ({"outputs": lambda y: y[..., None].expand(-1, -1, 3)}, [inputs(20), LABELS[:, None].expand(-1, 3)], "dense"),
 ])  # fmt: skip
 def test_labels_that_can_not_be_told(options: dict[str, Any], batch: Any, match: str, is_followed: bool) -> None:

@@ -103,7 +103,7 @@ def test_samples_that_are_not_finite_cost_themselves_alone(value: float, where: 
 def test_a_class_average_that_holds_nothing_of_the_change_is_said() -> None:
     logits = 3 * randn(2, 64, 10)
     for outputs in (logits.softmax(2).bfloat16(), logits - logits.mean(2, keepdim=True)):
-        with pytest.warns(UserWarning, match="class average .*`per_output=True`"):
+        with pytest.warns(UserWarning, match="S sees only .*`per_output=True`"):
             output_sensitivity(*outputs)
         assert output_sensitivity(*outputs, per_output=True) > 0  # without a warning, as is a single output
     assert output_sensitivity(*logits[..., :1]) > 0

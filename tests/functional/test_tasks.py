@@ -30,7 +30,7 @@ def test_a_task_without_doubt_is_inferred(outputs: Tensor, targets: Tensor, task
     (None, SINGLE, BITS, "Say `task='binary'`"), (None, LOGITS, ONE_HOT.long(), "one-hot. Say `task='multiclass'`"),
     ("multiclass", LOGITS, CLASSES.byte().where(CLASSES < 2, 156), "got 0 to 156"),  # which is -100 in 8 bits
     ("multiclass", LOGITS, CLASSES - 1, "-100.* got -1 to 1.*`ignore_index`.*`targets=`"),
-    ("multiclass", DENSE, torch.zeros(2, 7).long(), r"\(N, ...\).*shape \(2, 7\).*`outputs=lambda y: y.movedim"),
+    ("multiclass", DENSE, torch.zeros(2, 7).long(), r"\(N, ...\).*shape \(2, 7\)"),
     ("multiclass", LOGITS, CLASSES.float(), r"integers.*\.long\(\)"),
     ("multiclass", LOGITS, MULTI_HOT.float(), "sum to 1"), ("multiclass", SINGLE, BITS, "K > 1"),
     ("binary", LOGITS, BITS, "one output"), ("binary", SINGLE, CLASSES, "labels from 0 to 1, .* got 0 to 2"),

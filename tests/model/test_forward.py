@@ -95,7 +95,6 @@ def test_the_user_says_where_classes_are_if_that_is_not_clear(batch: Any, shape:
     *((lambda y=y: select_outputs(y), X) for y in (X, (X, "attention"), [X], Pair(X, 0), SimpleNamespace(logits=X))),
     *((lambda y=y: select_outputs(y), X) for y in ({"loss": IDS, "logits": X}, UserDict(logits=X))),
     *((lambda f=f: select_outputs(Pair(IDS, X), f), X) for f in (itemgetter(1), lambda y, scale=1: y[scale])),
-    (lambda: select_outputs(IDS, lambda result, batch: batch, X), X),
     *((lambda b=b: select_targets(TWO, b), IDS) for b in ((X, X, IDS), {"labels": IDS, "x": X}, UserDict(y=IDS))),
     (lambda: select_targets(TWO, Pair(IDS, X), lambda batch: batch.x), IDS),
     (lambda: select_targets(TWO, SimpleNamespace(target=IDS)), IDS),

@@ -8,7 +8,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_sensitivity.model import twins
-from lightning_sensitivity.model.twins import InitialWeights, initial_weights, twin
+from lightning_sensitivity.model.twins import InitialWeights, copy_weights, twin
 
 X = torch.rand(4, 5, generator=torch.Generator().manual_seed(0))
 
@@ -26,7 +26,7 @@ def train(model: nn.Module, seed: int = 0) -> None:
 def trained() -> tuple[Any, dict[str, Tensor]]:
     """A network, and its weights before it learned."""
     model = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)).eval()
-    initial = initial_weights(model)
+    initial = copy_weights(dict(model.named_parameters()))
     train(model)
     return model, initial
 
@@ -37,7 +37,7 @@ def are_equal(one: Any, other: Any) -> bool:
 
 def test_the_weights_of_a_twin_are_those_by_hand() -> None:
     model, initial = trained()
-    weights, shapes = initial_weights(model), {"0.weight": (1, 5), "3.weight": (1, 6)}
+    weights, shapes = copy_weights(dict(model.named_parameters())), {"0.weight": (1, 5), "3.weight": (1, 6)}
     for seed, g in ((1, noise(1)), (2, noise(2))):
         with twin(model, initial, noise(seed), strength=0.5):
             for name, weight in model.named_parameters():
@@ -83,9 +83,9 @@ def test_a_factor_belongs_to_an_input_of_the_layer(module: nn.Module, name: str,
 def test_tied_weights_are_one_and_later_ones_have_been_learned_as_a_whole() -> None:
     model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 2))
     model[1].weight = model[0].weight
-    initial = initial_weights(model)
+    initial = copy_weights(dict(model.named_parameters()))
     model[2], more = nn.Linear(5, 7), model.append(nn.Linear(7, 2))  # a head that was exchanged, and a new one
-    weights, later = initial_weights(more), ["2.weight", "2.bias", "3.weight", "3.bias"]
+    weights, later = copy_weights(dict(more.named_parameters())), ["2.weight", "2.bias", "3.weight", "3.bias"]
     assert twins.unknown_parameters(model, initial) == later
     with twin(model, initial, noise()):
         assert model[1].weight is model[0].weight
@@ -106,7 +106,7 @@ def test_batch_norm_goes_by_the_batch_and_keeps_its_statistics() -> None:
 def test_initial_weights_are_captured_at_step_0_and_kept_by_a_fit_that_goes_on() -> None:
     (model, first), weights = trained(), InitialWeights()
     for seed, step, source in ((1, 0, "at the start of this fit"), (2, 7, "of the fit that goes on"), (3, 0, "start")):
-        first = initial_weights(model) if step == 0 else first
+        first = copy_weights(dict(model.named_parameters())) if step == 0 else first
         weights.begin(model, step)
         assert source in weights.source and are_equal(weights.weights, first)
         train(model, seed)
