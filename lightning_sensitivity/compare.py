@@ -43,11 +43,10 @@ def compare_models(
 ) -> "Comparison":
     r"""Compare how well models generalize, trained or not, without labels, on the same samples.
 
-    All models get the same noise on the same samples, so that differences are sharper than values. Sensitivity is that
-    of Forouzesh, Salehi and Thiran (ICPR 2020, arXiv:2007.15378);
-    :class:`~lightning_sensitivity.functional.scores.ModelScores` has all scores, ``examples/comparing_models`` their
-    worth. Labels are not needed; if you say where they are, the table shows the true loss and error, too. A model that
-    fails becomes a row that says why.
+    All models get the same noise on the same samples, so that differences are sharper than values; for the scores see
+    :class:`~lightning_sensitivity.functional.scores.ModelScores`, for their worth ``examples/comparing_models``. Labels
+    are not needed; if you say where they are, the table shows the true loss and error, too. A model that fails becomes
+    a row that says why. Sensitivity is that of Forouzesh, Salehi and Thiran (ICPR 2020, arXiv:2007.15378).
 
     Args:
         models: Names, and for each of them a module (which is copied, and not touched) or a function that makes one,
@@ -56,16 +55,13 @@ def compare_models(
         noise: σ of Gaussian noise in the units that the models receive, one number or one per channel, or a function
             ``(x, generator) -> x'``.
         at: Name of a submodule, which all models have, whose output is perturbed instead of the input.
-        num_draws: Noise draws per sample, with one forward pass each.
+        num_draws: Noise draws per sample.
         seed: Seed of the noise.
         task: What the outputs are for: ``"multiclass"``, ``"binary"``, ``"multilabel"``; None for sensitivity alone.
         inputs: How models are called; see :class:`~lightning_sensitivity.model.ModelCall`.
         outputs: Which outputs to compare; see :func:`~lightning_sensitivity.model.select_outputs`.
         targets: The labels of a batch, for the true loss and error: a function ``batch -> tensor``.
         device: Where the models run; by default the accelerator, if there is one.
-
-    Returns:
-        The comparison: print it, or look into it.
 
     Raises:
         MisconfigurationException: If an argument is not one of the above.
@@ -95,7 +91,7 @@ def compare_models(
         device = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None
 
     def score_batch(model: nn.Module, batch: Any, batch_idx: int) -> Samples:
-        call = ModelCall(model, batch, inputs, outputs, perturbs_input=at is None)
+        call = ModelCall(model, batch, inputs, outputs, takes_noise=at is None)
         with isolated(model) as run:
             clean: Tensor = run(call)
             if batch_idx == 0 and task == "multiclass" and (T.are_probabilities(clean) or T.num_outputs(clean) == 1):
@@ -150,9 +146,8 @@ def _score_model(
 class Comparison:
     """Show what :func:`~lightning_sensitivity.compare_models` gives.
 
-    Iterating gives :class:`ModelScores`, sorted by ``consensus_error`` where there are three models or more, else by
-    sensitivity, with those that failed last; an index or a name in brackets gives those of one. ``print`` shows the
-    main columns; :meth:`rows` has all.
+    Iterating gives :class:`ModelScores`, sorted by ``consensus_error`` for three models or more, else by sensitivity,
+    with those that failed last; an index or a name in brackets gives those of one. ``print`` shows the main columns.
 
     Args:
         models: One row per model, in any order.
@@ -192,37 +187,29 @@ class Comparison:
         return self._models[key] if isinstance(key, int) else {model.name: model for model in self}[key]
 
     def rows(self) -> list[dict[str, str | float]]:
-        """Return the table, one dict per model, for :class:`pandas.DataFrame` and its like."""
+        """Return all columns of the table, one dict per model, for :class:`pandas.DataFrame` and its like."""
         return [asdict(model) for model in self]
 
     def difference(self, first: str, second: str, score: str = "sensitivity") -> tuple[float, float]:
-        """Compute how much higher one model scores than another, and the standard error of that.
-
-        Both saw the same samples and the same noise, so that the difference is sharper than the values are.
+        """Compute how much higher one model scores than another, and the standard error of that over samples.
 
         Args:
             first: Name of a model.
             second: Name of another one.
             score: A field of :class:`ModelScores`.
-
-        Returns:
-            The difference and its standard error over samples (nan where it is not known).
         """
         value = getattr(self[first], score) - getattr(self[second], score)
         one, other = (self._by_sample.get(name, {}).get(score, torch.full((2,), math.nan)) for name in (first, second))
         return value, float((one - other).std() / math.sqrt(len(one))) if one.shape == other.shape else math.nan
 
     def ties(self, score: str = "sensitivity") -> dict[str, list[str]]:
-        """Name the models that a score cannot tell apart: zero lies in the 95 % interval of their difference.
+        """Name for each model those that it ties with: zero lies in the 95 % interval of their difference.
 
         The intervals are those of single pairs, not corrected for their number. Models whose error is not known are
         left out.
 
         Args:
             score: A field of :class:`ModelScores`.
-
-        Returns:
-            For each model the names of those that it ties with, in the order of the table.
         """
         names = [model.name for model in self if math.isfinite(self.difference(model.name, model.name, score)[1])]
         tied: dict[str, list[str]] = {name: [] for name in names}

@@ -149,6 +149,7 @@ def seconds_of_fit(case: str, has_step: bool, sizes: tuple[int, int]) -> float:
 def seconds_of_passes(case: str, net: nn.Module, training: Batches, data: Batches) -> float:
     """The passes that a monitor makes on 8 batches or more, and the noise that it draws; of "none", one pass."""
     net.eval()
+    num_passes = 1 + normalizes_by_batch(net)
     with torch.no_grad(), Seconds() as seconds:
         for x, _ in data:
             net(x)
@@ -156,7 +157,7 @@ def seconds_of_passes(case: str, net: nn.Module, training: Batches, data: Batche
                 net(x + 0.1 * torch.randn_like(x))
             elif case == "risk":
                 with batch_statistics(net):
-                    for _ in range(1 + normalizes_by_batch(net)):
+                    for _ in range(num_passes):
                         net(x)
         for x, _ in training if case == "risk" else []:
             net(x)

@@ -93,11 +93,10 @@ class Monitor(Callback, ABC):
                 warn(f"`{who}` sees the previous `{name}` again in epochs that are not measured.")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Check the model before the first step, unless a sanity check did. From then on, only warn."""
+        """Check the model before the first step, unless a sanity check did, or batches differ. From then on, only warn."""
         if not self.failures.is_strict:
             return
         outputs, written = None, list[str]()
-        # Training batches may differ in form from validation batches.
         with suppress(Exception), self.isolated(trainer, pl_module) as run:
             call = self.prepare(run, pl_module, batch)
             self._watch = utilities.CallWatch(pl_module, call)
@@ -108,8 +107,10 @@ class Monitor(Callback, ABC):
         self.failures.is_strict = False
 
     def on_train_batch_end(self, *args: Any) -> None:
-        """Warn if the step calls the model differently than we do."""
-        self._end_watch()
+        """Stop watching the step, and warn if it called the model differently than we do."""
+        if self._watch is not None and (difference := self._watch.end()):
+            self.failures.warn("call", f"may not measure what your step computes. {difference}")
+        self._watch = None
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start afresh, with the buffers that the first step of DDP would broadcast."""
@@ -129,8 +130,7 @@ class Monitor(Callback, ABC):
         if not self.should_measure(trainer):
             return
         if batch_idx == 0:
-            # Other processes have reduced the earlier loaders. Join them if this one had no batch of those.
-            for earlier in range(dataloader_idx):
+            for earlier in range(dataloader_idx):  # of which this process may have had no batch, and others reduced
                 self._values(trainer, earlier)
             self._log(trainer, dataloader_idx)
         if batch is None or not self.choice.includes(batch_idx, dataloader_idx):
@@ -172,7 +172,7 @@ class Monitor(Callback, ABC):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Remove our hooks, and free what refers to the module."""
-        self._end_watch()
+        self.on_train_batch_end()
         self.end_validation()
         self._lazy_values.clear()
 
@@ -216,11 +216,6 @@ class Monitor(Callback, ABC):
         self.metrics: dict[int, Any] = {}  # by loader
         self.failures.has_failed = False
 
-    def _end_watch(self) -> None:
-        if self._watch is not None and (difference := self._watch.end()):
-            self.failures.warn("call", f"may not measure what your step computes. {difference}")
-        self._watch = None
-
     def _values(self, trainer: Trainer, dataloader_idx: int) -> dict[str, Tensor]:
         if dataloader_idx not in self._computed:
             self._computed[dataloader_idx] = {}
@@ -237,9 +232,8 @@ class Monitor(Callback, ABC):
         if trainer.sanity_checking:
             return
         self._logged.add(dataloader_idx)
-        prefix = utilities.stage_prefix(self.prefix, trainer)
         for name in self.names:
-            full_name = prefix + name
+            full_name = utilities.stage_prefix(self.prefix, trainer) + name
             if at_epoch_end:  # Lightning puts no index behind the name there
                 full_name = utilities.loader_name(full_name, dataloader_idx, len(self.choice.num_batches))
             key = dataloader_idx, name
@@ -253,5 +247,4 @@ class Monitor(Callback, ABC):
 
 
 def _monitors(trainer: Trainer) -> list[Monitor]:
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return [each for each in callbacks if isinstance(each, Monitor)]
+    return [callback for callback in trainer.callbacks if isinstance(callback, Monitor)]  # type: ignore[attr-defined]

@@ -29,18 +29,17 @@ _MIN_TWINS = 8  # with less than these, the variance would hang on the noise of 
 class RiskMonitor(Monitor):
     r"""Log an estimate of the Brier score on unseen samples on every validation epoch, to stop by.
 
-    It takes the labels of training samples, and none of validation; see
-    :func:`~lightning_sensitivity.functional.risk_estimate` for the formula, ``examples/early_stopping`` for its worth.
-    Labels that are wrong in training are so in the estimate. There is none for regressions and dense outputs.
+    It takes labels of training alone, right or wrong; see :func:`~lightning_sensitivity.functional.risk_estimate` for
+    the formula, ``examples/early_stopping`` for its worth. There is none for regressions and dense outputs.
 
-    **Logged values** in ``Trainer.fit``, with ``prefix`` before them: ``risk_estimate`` and its terms
+    **Logged values** in ``Trainer.fit``, and only there, with ``prefix`` before them: ``risk_estimate`` and its terms
     ``risk_claim`` (the score if probabilities were right), ``risk_overconfidence`` (how far training labels contradict
     that), ``risk_memorization`` (how much surer the model is of training samples) and ``risk_variance`` (how far other
-    training samples would have changed it). If the first validation has no value, nan is logged: an ``EarlyStopping``
+    training samples would have changed it). nan is logged if the first validation has no value: an ``EarlyStopping``
     stops, unless it has ``check_finite=False``.
 
-    It costs two forward passes on measured batches (three with batch norm, more if these are few), one over the kept
-    training samples, and two copies of the weights.
+    It costs two forward passes on measured batches (three with batch norm, more if these are fewer than 8), one over
+    the kept training samples, and two copies of the weights.
 
     Args:
         task: ``"multiclass"``, ``"binary"``, ``"multilabel"``, or ``"auto"``, to infer it from labels and outputs.
@@ -57,8 +56,8 @@ class RiskMonitor(Monitor):
         prog_bar: Show the estimate on the progress bar.
 
     Raises:
-        MisconfigurationException: As there; also if there can be no estimate, and it is monitored or ``task`` or
-            ``targets`` given.
+        MisconfigurationException: As there; also if there can be no estimate, and it is monitored, or ``task``,
+            ``targets`` or ``initial_weights`` given.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -97,7 +96,7 @@ class RiskMonitor(Monitor):
         self.initial_weights, self.prog_bar = initial_weights, prog_bar
         self._key = f"RiskMonitor(prefix={prefix!r})"  # of the weights in a checkpoint
         self._initial = twins.InitialWeights(initial_weights)
-        self._samples: TrainingSamples | None = None  # of a fit that has what the estimate needs
+        self._samples: Any = None  # TrainingSamples, in a fit that has what the estimate needs
         self._num_training = 0  # samples, as of the last count
         self._training_sums: Tensor | None = None  # of the kept samples
         super().__init__(num_samples, seed, prefix, inputs, outputs, every_n_epochs)
@@ -146,7 +145,6 @@ class RiskMonitor(Monitor):
 
     def make_metric(self) -> RiskEstimate:
         """Make the metric of a loader for a validation."""
-        assert self._samples is not None
         metric = RiskEstimate(self._samples.task, _STRENGTH)
         metric.training_sums = metric.training_sums if self._training_sums is None else self._training_sums
         return metric
@@ -203,11 +201,10 @@ class RiskMonitor(Monitor):
             num_in_epoch = self._num_training // trainer.world_size if trainer.global_step > 0 else 0
             self._samples = TrainingSamples(self.task, num_missing, num_in_epoch)
             self._take(trainer, pl_module, batch)
+            summary = f"task {self._samples.task!r}; initial weights: {self._initial.source}"
         except Exception as error:
             problem = error
         if trainer.strategy.reduce_boolean_decision(problem is None):  # all processes must log the same names
-            assert self._samples is not None
-            summary = f"task {self._samples.task!r}; initial weights: {self._initial.source}"
             rank_zero_info(f"`RiskMonitor` ({self.prefix}*): {summary}.")
             return
         problem = problem or ValueError("another process can give none; see its warning")
@@ -218,7 +215,6 @@ class RiskMonitor(Monitor):
 
     def _take(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         """Count the samples of a training batch, and keep them if more are wanted."""
-        assert self._samples is not None
         is_kept = self._samples.num_missing > 0
         if not is_kept and self.targets is None:
             self._samples.count(select_targets(pl_module, batch))
@@ -233,7 +229,7 @@ class RiskMonitor(Monitor):
 
     def _score_training_samples(self, trainer: Trainer, run: Run) -> Tensor:
         """Score the kept samples with the weights of this validation."""
-        assert self._samples is not None and self._initial.weights is not None
+        assert self._initial.weights is not None
         pl_module = trainer.lightning_module
         self._device_weights = {name: weight.to(pl_module.device) for name, weight in self._initial.weights.items()}
         self._has_batch_norm = twins.normalizes_by_batch(pl_module)

@@ -14,6 +14,7 @@ from lightning_sensitivity.functional.tasks import by_position, probabilities, t
 Samples = dict[str, Tensor]  # for each name one number per sample, or a row of them
 
 _MIN_VOTERS = 3  # with two, each would be judged by the other alone
+_UNDECIDED = 0.95  # share of the largest entropy, which predictions of untrained models come near
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,8 @@ def score_models(
         A row for each model; and for each model and score one number per sample, with the score as their mean.
     """
     log_p = {name: scored["log_p"] for name, scored in samples.items() if "log_p" in scored}
-    undecided = [name for name, values in log_p.items() if _are_undecided(values)]
+    entropies = {name: torch.special.entr(values.exp()).sum(2).mean() for name, values in log_p.items()}
+    undecided = [name for name, values in log_p.items() if entropies[name] > _UNDECIDED * math.log(values.shape[2])]
     notes = {name: note or "undecided (untrained?)" * (name in undecided) for name, note in notes.items()}
     consensus = consensus_scores(log_p, [name for name in log_p if not notes[name]])  # what has not learned has no vote
     models = [ModelScores(name, note=note) for name, note in notes.items() if name not in samples]
@@ -146,12 +148,6 @@ def score_models(
         models.append(ModelScores(name, note=notes[name], **numbers))
         by_sample[name] = scores
     return models, by_sample
-
-
-def _are_undecided(log_p: Tensor) -> bool:
-    """Tell whether predictions ``(N, decisions, classes)`` are nearly uniform, as those of an untrained model."""
-    entropy = torch.special.entr(log_p.exp()).sum(2).mean()
-    return bool(entropy > 0.95 * math.log(log_p.shape[2]))
 
 
 def _ratio(sums: Tensor, counts: Tensor) -> Tensor:

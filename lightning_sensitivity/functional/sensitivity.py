@@ -216,7 +216,7 @@ def loss_estimate(
         Tensor of the shape of ``sensitivity``, in nats.
 
     Raises:
-        ValueError: If ``noise_std`` is not positive, ``num_outputs`` is below 2, or another argument is negative.
+        ValueError: If ``num_outputs`` is below 2.
 
     Example:
         >>> from lightning_sensitivity.functional import loss_estimate

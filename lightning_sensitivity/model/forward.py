@@ -39,7 +39,7 @@ class ModelCall:
         batch: What the loader gave, on the model's device.
         inputs: A function ``batch -> arguments``, or None for the rules above.
         outputs: Which outputs to take; see :func:`select_outputs`.
-        perturbs_input: False where no floating input is needed.
+        takes_noise: Whether an input gets noise, so that it has to be floating.
 
     Attributes:
         args: Positional arguments of the model.
@@ -50,12 +50,7 @@ class ModelCall:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        batch: Any,
-        inputs: Function = None,
-        outputs: Function = None,
-        perturbs_input: bool = True,
+        self, model: nn.Module, batch: Any, inputs: Function = None, outputs: Function = None, takes_noise: bool = True
     ) -> None:
         batch = clone_tensors(batch) if inputs else batch  # the function may write into it
         self._model, self._outputs = model, outputs
@@ -69,10 +64,10 @@ class ModelCall:
         elif isinstance(batch, list | tuple) and len(batch):
             count = max(1, num_required(model))
             if len(batch) < count:
-                expected = f"a function that gives the {count} arguments that `forward` requires"
-                raise MisconfigurationException(f"`inputs` should be {expected}, got {inputs} for {describe(batch)}.")
+                expected = f"say the {count} arguments that `forward` requires"
+                raise MisconfigurationException(f"`inputs` should {expected}, for {describe(batch)}. {_CHOOSE}")
             self.args = tuple(batch[:count])
-        self._perturbed: int | str | None = self._first_floating(batch) if perturbs_input else None
+        self._perturbed: int | str | None = self._first_floating(batch) if takes_noise else None
 
     def __call__(self, perturb: Perturb | None = None) -> Tensor:
         """Call the model with copies of the arguments, perturbed or not, and select its outputs.
@@ -138,8 +133,10 @@ def select_outputs(result: Any, outputs: Function = None) -> Tensor:
         first = result[0] if isinstance(result, list | tuple) and result else result
         selected = getattr(result, "logits", first)
     if not isinstance(selected, Tensor) or selected.ndim == 0 or not is_floating(selected):
-        got = describe(selected) + (f" in {describe(result)}" if selected is not result else "")
-        raise MisconfigurationException(f"`outputs` should choose a floating tensor (N, K, ...) or (N,), got {got}.")
+        expected = "a floating tensor (N, K, ...) or (N,)"
+        raise MisconfigurationException(
+            f"`outputs` should choose {expected}, got {describe(selected)}, of {describe(result)}."
+        )
     return selected
 
 

@@ -85,7 +85,7 @@ TOKENS, IMAGES = torch.ones(2, 7).long(), torch.zeros(2, 3, 8, 8)
 ])  # fmt: skip
 def test_the_user_says_where_classes_are_if_that_is_not_clear(batch: Any, shape: Any, is_clear: bool) -> None:
     model = module(lambda self, x: torch.zeros(shape))
-    forward, told = (ModelCall(model, batch, None, f, perturbs_input=False) for f in (None, lambda y: y.movedim(-1, 1)))
+    forward, told = (ModelCall(model, batch, None, f, takes_noise=False) for f in (None, lambda y: y.movedim(-1, 1)))
     with nullcontext() if is_clear else pytest.raises(MisconfigurationException, match="`outputs.*`outputs=lambda y: "):
         assert forward().shape == shape
     assert told().shape == torch.zeros(shape).movedim(-1, 1).shape
@@ -109,7 +109,7 @@ def test_which_outputs_and_labels_are_taken(select: Callable[[], Tensor], expect
     (lambda: ModelCall(KEYWORDS, {"a": X, "b": X}), "one dense floating.*'a', 'b'.*`inputs="),
     (lambda: ModelCall(DENOISER, {"y": X, "t": IDS}), "one dense floating.*`inputs="),
     *((lambda m=m: ModelCall(m, {"image": X}), "`inputs` should say .*dict of 'image'") for m in (ONE, ANYTHING)),
-    (lambda: ModelCall(TWO, (X,)), "`inputs` .* 2 .*got None"),
+    (lambda: ModelCall(TWO, (X,)), "`inputs` should say the 2 arguments"),
     (lambda: select_outputs({"a": X}), "`outputs.*dict of 'a'"),
     (lambda: select_outputs(IDS), "int64"), (lambda: select_outputs((X.sum(), X)), r"shape \(\)"),  # a loss comes first
     *((lambda n=n: select_targets(TWO, (X,) * n), f"`targets.*got tuple of {n}") for n in (2, 4)),
