@@ -93,7 +93,7 @@ class Monitor(Callback, ABC):
                 warn(f"`{who}` sees the previous `{name}` again in epochs that are not measured.")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Check the model before the first step, unless a sanity check did, or batches differ. From then on, only warn."""
+        """Check the model before the first step, unless a sanity check did. From then on, only warn."""
         if not self.failures.is_strict:
             return
         outputs, written = None, list[str]()

@@ -133,10 +133,8 @@ def select_outputs(result: Any, outputs: Function = None) -> Tensor:
         first = result[0] if isinstance(result, list | tuple) and result else result
         selected = getattr(result, "logits", first)
     if not isinstance(selected, Tensor) or selected.ndim == 0 or not is_floating(selected):
-        expected = "a floating tensor (N, K, ...) or (N,)"
-        raise MisconfigurationException(
-            f"`outputs` should choose {expected}, got {describe(selected)}, of {describe(result)}."
-        )
+        got = f"got {describe(selected)}, from {describe(result)}"
+        raise MisconfigurationException(f"`outputs` should select a floating tensor (N, K, ...) or (N,), {got}.")
     return selected
 
 
