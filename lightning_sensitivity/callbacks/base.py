@@ -156,7 +156,7 @@ class Monitor(Callback, ABC):
             for dataloader_idx in range(len(self.choice.num_batches)):
                 self._values(trainer, dataloader_idx)
                 if dataloader_idx not in self._logged:
-                    self._log(trainer, dataloader_idx, at_epoch_end=True)
+                    self._log(trainer, dataloader_idx)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Free what only a validation needs."""
@@ -228,19 +228,19 @@ class Monitor(Callback, ABC):
                         self.failures.warn(kind, f"on {loader}: {message}")
         return self._computed[dataloader_idx]
 
-    def _log(self, trainer: Trainer, dataloader_idx: int, at_epoch_end: bool = False) -> None:
+    def _log(self, trainer: Trainer, dataloader_idx: int) -> None:
         if trainer.sanity_checking:
             return
         self._logged.add(dataloader_idx)
         for name in self.names:
             full_name = utilities.stage_prefix(self.prefix, trainer) + name
-            if at_epoch_end:  # Lightning puts no index behind the name there
-                full_name = utilities.loader_name(full_name, dataloader_idx, len(self.choice.num_batches))
+            # Not Lightning's `add_dataloader_idx`, which adds nothing at the epoch's end.
+            full_name = utilities.loader_name(full_name, dataloader_idx, len(self.choice.num_batches))
             key = dataloader_idx, name
             if key not in self._lazy_values:  # a Metric costs more to make than to log
                 self._lazy_values[key] = LazyValue(partial(self._values, trainer, dataloader_idx), name)
             # With a `metric_attribute`, Lightning does not ask that the module has the Metric.
-            options: dict[str, Any] = {"metric_attribute": name, "add_dataloader_idx": not at_epoch_end}
+            options: dict[str, Any] = {"metric_attribute": name, "add_dataloader_idx": False}
             options |= {"prog_bar": self.prog_bar and name == self.names[0], "on_step": False, "on_epoch": True}
             with self.failures.warn_on_failure(f"could not log {full_name!r}"):  # past a `log` of the module's own
                 LightningModule.log(trainer.lightning_module, full_name, self._lazy_values[key], **options)
