@@ -108,8 +108,9 @@ class Monitor(Callback, ABC):
 
     def on_train_batch_end(self, *args: Any) -> None:
         """Stop watching the step, and warn if it called the model differently than we do."""
-        if self._watch is not None and (difference := self._watch.end()):
-            self.failures.warn("call", f"may not measure what your step computes. {difference}")
+        if self._watch is not None and (names := ", ".join(self._watch.end())):
+            message = f"The step calls the model with another {names}: set `inputs=`, which returns the arguments."
+            self.failures.warn("call", f"may not measure what your step computes. {message}")
         self._watch = None
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

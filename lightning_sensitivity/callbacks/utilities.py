@@ -194,7 +194,7 @@ class CallWatch:
     """
 
     def __init__(self, pl_module: LightningModule, call: ModelCall) -> None:
-        self._pl_module, self._difference = pl_module, ""
+        self._pl_module, self._differing = pl_module, list[str]()
         self._handle: Any = None
         self._signature = inspect.Signature(parameters_of(pl_module))  # strategies put another in its place
         self._ours = self._bind(*clone_tensors((call.args, call.kwargs)))
@@ -202,22 +202,18 @@ class CallWatch:
         if self._ours and getattr(pl_module, "_compiler_ctx", None) is None and not pl_module._compiled_call_impl:
             self._handle = pl_module.register_forward_pre_hook(self._compare, with_kwargs=True)
 
-    def end(self) -> str:
-        """Stop watching, and describe the difference."""
+    def end(self) -> list[str]:
+        """Stop watching, and name the arguments that differ."""
         if self._handle is not None:
             self._handle.remove()
-        return self._difference
+        return self._differing
 
     def _compare(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if is_isolated(self._pl_module):
             return
         with suppress(Exception):  # it runs in the user's step, on whatever is given there
             theirs = self._bind(args, kwargs)
-            names = [name for name in theirs if not _are_alike(self._ours.get(name), theirs[name])]
-            if names:
-                listed = ", ".join(map(repr, names))
-                self._difference = f"The step calls the model with another {listed}, by more than augmentation: say it"
-                self._difference += " with `inputs=`, a function from the batch to the arguments of `forward`."
+            self._differing = [name for name in theirs if not _are_alike(self._ours.get(name), theirs[name])]
         self._handle.remove()
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
