@@ -6,7 +6,6 @@ import math
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from itertools import combinations
 from textwrap import fill
 from typing import Any
@@ -147,7 +146,7 @@ class Comparison:
     """Show what :func:`~lightning_sensitivity.compare_models` gives.
 
     Iterating gives :class:`ModelScores`, sorted by ``consensus_error`` for three models or more, else by sensitivity,
-    with those that failed last; an index or a name in brackets gives those of one. ``print`` shows the main columns.
+    with failed models last; index it by place or name. ``print`` shows the main columns, ``pandas.DataFrame`` has all.
 
     Args:
         models: One row per model, in any order.
@@ -185,10 +184,6 @@ class Comparison:
     def __getitem__(self, key: int | str) -> ModelScores:
         """Return the scores of one model, by its place or its name."""
         return self._models[key] if isinstance(key, int) else {model.name: model for model in self}[key]
-
-    def rows(self) -> list[dict[str, str | float]]:
-        """Return all columns of the table, one dict per model, for :class:`pandas.DataFrame` and its like."""
-        return [asdict(model) for model in self]
 
     def difference(self, first: str, second: str, score: str = "sensitivity") -> tuple[float, float]:
         """Compute how much higher one model scores than another, and the standard error of that over samples.

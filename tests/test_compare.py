@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import pandas
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -117,4 +118,4 @@ def test_the_table_shows_what_there_is() -> None:
         "no",
     ]
     assert "* fc: failed: failed" in "".join(lines) and max(map(len, lines)) <= 100
-    assert Comparison(rows).rows()[0]["sensitivity"] == 0.0123456
+    assert pandas.DataFrame(Comparison(rows)).loc[0, "sensitivity"] == 0.0123456
