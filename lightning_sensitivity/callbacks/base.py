@@ -222,8 +222,7 @@ class Monitor(Callback, ABC):
             self._computed[dataloader_idx] = {}
             loader = f"dataloader {dataloader_idx}"
             with self.failures.warn_on_failure(f"could not compute the values of {loader}"):
-                values, messages = self.compute(trainer, dataloader_idx)
-                self._computed[dataloader_idx] = values
+                self._computed[dataloader_idx], messages = self.compute(trainer, dataloader_idx)
                 for kind, message in messages.items():
                     if kind != "no value" or not self.failures.has_failed:  # else a warning has said why
                         self.failures.warn(kind, f"on {loader}: {message}")

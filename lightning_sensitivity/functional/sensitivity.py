@@ -100,15 +100,14 @@ def sensitivity_from_rows(rows: Tensor) -> SensitivityEstimate:
     kept = rows[is_finite]
     count, squares, deviations = kept[:, 0], kept[:, 3], squared_deviations(kept)
     sensitivity, mean_square = deviations.sum() / count.sum(), squares.sum() / count.sum()
-    num_samples = torch.tensor(len(kept), device=rows.device)
     correction = math.sqrt(len(kept) / (len(kept) - 1)) if len(kept) > 1 else math.nan
 
     def stderr(values: Tensor, mean: Tensor) -> Tensor:
         return correction * (values - mean * count).square().sum().sqrt() / count.sum()
 
     values = sensitivity, stderr(deviations, sensitivity), mean_square, stderr(squares, mean_square)
-    share, num_non_finite = kept[:, 2].sum() / squares.sum(), (~is_finite).sum()
-    return SensitivityEstimate(*values, share, num_samples, count.sum(), num_non_finite, int(sizes[0]))
+    share = kept[:, 2].sum() / squares.sum()
+    return SensitivityEstimate(*values, share, is_finite.sum(), count.sum(), (~is_finite).sum(), int(sizes[0]))
 
 
 def squared_deviations(rows: Tensor) -> Tensor:
