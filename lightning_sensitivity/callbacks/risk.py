@@ -219,12 +219,11 @@ class RiskMonitor(Monitor):
         if not is_kept and self.targets is None:
             self._samples.count(select_targets(pl_module, batch))
             return
-        kept = clone_tensors(batch) if is_kept else None
         with self.isolated(trainer, pl_module) as run:
             targets: Tensor = run(select_targets, pl_module, batch, self.targets)
-            outputs = run(self.prepare(run, pl_module, batch)) if is_kept else None
-        if outputs is not None:
-            self._samples.keep(outputs, kept, targets)
+            if is_kept:
+                outputs: Tensor = run(self.prepare(run, pl_module, batch))
+                self._samples.keep(outputs, clone_tensors(batch), targets)  # the step may write to its batch
         self._samples.count(targets)
 
     def _score_training_samples(self, trainer: Trainer, run: Run) -> Tensor:

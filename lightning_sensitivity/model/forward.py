@@ -52,12 +52,11 @@ class ModelCall:
     def __init__(
         self, model: nn.Module, batch: Any, inputs: Function = None, outputs: Function = None, takes_noise: bool = True
     ) -> None:
-        batch = clone_tensors(batch) if inputs else batch  # the function may write into it
         self._model, self._outputs = model, outputs
         self.args: tuple[Any, ...] = (batch,)
         self.kwargs: dict[str, Any] = {}
         if inputs:
-            arguments = inputs(batch)
+            arguments = inputs(clone_tensors(batch))  # which may write into it
             self.args = arguments if type(arguments) is tuple else (arguments,)
         elif isinstance(batch, Mapping):
             self.args, self.kwargs = (), _named_arguments(model, batch)

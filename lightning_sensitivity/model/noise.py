@@ -44,8 +44,7 @@ class GaussianNoise:
             std = torch.tensor(std, dtype=torch.float32, device=x.device).reshape(-1, *[1] * (x.ndim - 2))
         # Drawn in float32 whatever the type of the input, so that every precision gets the same, and rounded once.
         noise = torch.randn(x.shape, generator=generator, dtype=torch.float32, device=x.device).mul_(std)
-        is_alike = (noise.dtype, noise.stride()) == (x.dtype, x.stride())
-        return noise.add_(x) if is_alike else (x + noise).to(x.dtype)
+        return (x + noise).to(x.dtype)
 
 
 def check_noise(noise: Noise) -> NoiseFunction:
@@ -100,7 +99,7 @@ def perturbation(noise: NoiseFunction, *key: int) -> Callable[[Tensor], Tensor]:
     def perturb(x: Tensor) -> Tensor:
         if x.device not in generators:
             generators[x.device] = noise_generator(*key, device=x.device)
-        new: object = noise(x if isinstance(noise, GaussianNoise) else x.clone(), generators[x.device])
+        new: object = noise(x.clone(), generators[x.device])  # a function may write into it
         if not isinstance(new, Tensor) or (new.shape, new.dtype, new.device) != (x.shape, x.dtype, x.device):
             raise MisconfigurationException(f"`noise` should give {describe(x)}, as it got, but got {describe(new)}.")
         return new
