@@ -101,14 +101,13 @@ def compare_models(
             noisy = noisy_outputs(run, call, noise_function, (seed, 0, 0, batch_idx), num_draws, model, at)
             return score_samples(clean, noisy, labels, task)
 
-    batches, samples, notes, first_failure = list(dataloader), dict[str, Samples](), dict[str, str](), ""
+    batches, samples, notes, first_failure = list(dataloader), dict[str, Samples](), dict.fromkeys(models, ""), ""
     for place, (name, model) in enumerate(models.items(), 1):
         rank_zero_info(f"Comparing models, {place} of {len(models)}: {name}")
         try:
             samples[name] = _score_model(model, batches, torch.device(device or "cpu"), score_batch)
             for message in diagnostics(sensitivity_from_rows(samples[name]["rows"])).values():
                 T.warn(f"Model {name!r}: {message}")
-            notes[name] = ""
         except Exception as failure:
             first_failure = first_failure or traceback.format_exc()  # as text: it would keep the model in memory
             notes[name] = f"failed: {type(failure).__name__}: {failure}"

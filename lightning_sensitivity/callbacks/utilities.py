@@ -42,16 +42,15 @@ class BatchChoice:
 
     def num_selected(self, dataloader_idx: int) -> float:
         """Count the batches of a loader that will be measured; all of them until the first was measured."""
-        count, size = self.num_batches[dataloader_idx], self._sizes.get(dataloader_idx)
-        is_limited = size is not None and math.isfinite(count) and math.isfinite(self._budget)
-        return min(count, math.ceil(self._budget / size)) if size is not None and is_limited else count
+        count, size = self.num_batches[dataloader_idx], self._sizes.get(dataloader_idx, 0)
+        is_limited = size > 0 and math.isfinite(count) and math.isfinite(self._budget)
+        return min(count, math.ceil(self._budget / size)) if is_limited else count
 
     def includes(self, batch_idx: int, dataloader_idx: int) -> bool:
         """Decide whether to measure a batch: always the first one, none once the budget is spent."""
         count, chosen = self.num_batches[dataloader_idx], self.num_selected(dataloader_idx)
-        if batch_idx == 0 or self.num_measured[dataloader_idx] >= self._budget:
-            return batch_idx == 0
-        return chosen == count or batch_idx * chosen % count < chosen
+        is_chosen = chosen == count or batch_idx * chosen % count < chosen
+        return batch_idx == 0 or (is_chosen and self.num_measured[dataloader_idx] < self._budget)
 
 
 class Failures:
