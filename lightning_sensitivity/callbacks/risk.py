@@ -233,8 +233,7 @@ class RiskMonitor(Monitor):
         self._device_weights = {name: weight.to(pl_module.device) for name, weight in self._initial.weights.items()}
         self._has_batch_norm = twins.normalizes_by_batch(pl_module)
         if new := twins.unknown_parameters(pl_module, self._initial.weights):
-            reason = "the weights from before training hold none of this name and shape"
-            self.failures.warn("new", f"counts {', '.join(new[:3])} as learned as a whole: {reason}.")
+            self.failures.warn("new", f"has no initial weights for {', '.join(new[:3])}: all of it counts as learned.")
         if self.task == "auto" and self._samples.task == "multiclass":
             targets = torch.cat([targets.flatten() for _, targets in self._samples.batches])
             check_classes(self._samples.num_outputs or 1, targets)

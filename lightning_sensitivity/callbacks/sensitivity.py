@@ -101,8 +101,7 @@ class SensitivityMonitor(Monitor):
         pl_module, clean = trainer.lightning_module, run(call)
         is_first = batch_idx == 0 and clean.numel() > 0 and not self.per_output and not trainer.sanity_checking
         if is_first and bool(((clean >= 0) & (clean <= 1)).all()):
-            message = "finds all outputs in [0, 1]. If they are no logits, choose these with `outputs=`."
-            self.failures.warn("probabilities", message)
+            self.failures.warn("probabilities", "sees only outputs in [0, 1]. If these are not logits, set `outputs=`.")
         key = self.seed, trainer.global_rank, dataloader_idx, batch_idx
         noisy = noisy_outputs(run, call, self._noise, key, self.num_draws, pl_module, self.at)
         self.metric(trainer, dataloader_idx).update(clean, noisy)

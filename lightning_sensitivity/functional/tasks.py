@@ -37,12 +37,10 @@ def infer_task(outputs: Tensor, targets: Tensor) -> str:
     if targets.is_floating_point():
         advice = "Set `task='binary'`, `'multilabel'` or, for soft labels, `task='multiclass'`; make classes integers"
         raise ValueError(f"Labels are floating. {advice} (`targets=`). A regression has no estimate")
-    if num_outputs(outputs) == 1:
-        if targets.dtype != torch.bool:
-            raise ValueError("Labels are integers for one output. Set `task='binary'` if they are 0 and 1")
-        task = "binary"
-    else:
-        task = "multiclass" if targets.ndim < outputs.ndim else "multilabel"
+    if num_outputs(outputs) == 1 and targets.dtype != torch.bool:
+        raise ValueError("Labels are integers for one output. Set `task='binary'` if they are 0 and 1")
+    with_classes = "multiclass" if targets.ndim < outputs.ndim else "multilabel"
+    task = "binary" if num_outputs(outputs) == 1 else with_classes
     check_task(outputs, targets, task)
     if task == "multilabel" and bool((targets.sum(1) == 1).all()):
         task = "`task='multiclass'` if one class is right (and make them floats), `task='multilabel'` if several are"

@@ -41,7 +41,6 @@ def isolated(model: nn.Module) -> Iterator[Run]:
     states: list[tuple[dict[str, Any], dict[str, Any]]] = [
         (items, items.copy()) for module in all_modules(model) for items in (vars(module), module._buffers)
     ]
-    modes = [vars(module) for module in model.modules()]  # not by `eval()`, which modules override
     mutable = [
         (items, name, value)
         for items, originals in states
@@ -61,8 +60,8 @@ def isolated(model: nn.Module) -> Iterator[Run]:
         try:
             for items, name, value in mutable:
                 items[name] = _cloned(value, clones)
-            for items in modes:
-                items["training"] = False
+            for module in model.modules():
+                vars(module)["training"] = False  # not by `eval()`, which modules override
             if hasattr(model, "log_dict"):  # of a LightningModule
                 model.__dict__.update(log=_do_nothing, log_dict=_do_nothing)
             return function(*args)

@@ -27,7 +27,7 @@ from tests.faults.subject import MARK, Fault, Outcome, Subject, assert_same_run,
 from tests.helpers import Scheduled
 
 ALL, BEFORE = ("sanity", "first", "later"), ("sanity", "first")
-FLOATING, DENSE, LEARNED = "floating tensor", "dense floating", "learned as a whole"
+FLOATING, DENSE, LEARNED = "floating tensor", "dense floating", "counts as learned"
 NO_BATCH, LEFT_OUT, NO_LABEL = (
     "could not measure a batch.*",
     "leaves out kept training samples.*",
