@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from lightning_sensitivity.functional import tasks as T
 from lightning_sensitivity.functional.scores import ModelScores, Samples, score_models, score_samples
 from lightning_sensitivity.functional.sensitivity import diagnostics, sensitivity_from_rows
-from lightning_sensitivity.model import Function, ModelCall, Noise, isolated, select_targets
-from lightning_sensitivity.model.forward import check_argument, check_functions, check_int, clone_tensors
+from lightning_sensitivity.model import ModelCall, Noise, isolated, select_targets
+from lightning_sensitivity.model.forward import Function, check_argument, check_functions, check_int, clone_tensors
 from lightning_sensitivity.model.noise import check_noise, noisy_outputs
 
 _ROUNDING = 1e-6  # relative, of scores from float32 outputs

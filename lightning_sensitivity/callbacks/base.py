@@ -18,8 +18,8 @@ from torchmetrics import Metric
 from lightning_sensitivity.callbacks import utilities
 from lightning_sensitivity.functional.tasks import warn
 from lightning_sensitivity.metric import LazyValue
-from lightning_sensitivity.model import Function, ModelCall, isolated
-from lightning_sensitivity.model.forward import check_argument, check_functions, check_int
+from lightning_sensitivity.model import ModelCall, isolated
+from lightning_sensitivity.model.forward import Function, check_argument, check_functions, check_int
 from lightning_sensitivity.model.isolation import Run, written_parameters
 
 

@@ -18,8 +18,8 @@ from lightning_sensitivity.callbacks.utilities import watchers
 from lightning_sensitivity.functional.risk import RiskTerms, diagnostics, variance_factor
 from lightning_sensitivity.functional.tasks import TASKS, are_probabilities, check_classes, num_outputs
 from lightning_sensitivity.metric import RiskEstimate
-from lightning_sensitivity.model import Function, ModelCall, noise_generator, select_targets, twins
-from lightning_sensitivity.model.forward import check_argument, check_functions, check_int, clone_tensors
+from lightning_sensitivity.model import ModelCall, noise_generator, select_targets, twins
+from lightning_sensitivity.model.forward import Function, check_argument, check_functions, check_int, clone_tensors
 from lightning_sensitivity.model.isolation import Run
 
 _STRENGTH = 0.5  # of simulated twins; at full strength they break networks with max-pooling

@@ -10,8 +10,8 @@ from lightning_sensitivity.callbacks.base import Monitor
 from lightning_sensitivity.functional.sensitivity import diagnostics
 from lightning_sensitivity.functional.tasks import are_log_probabilities, are_probabilities
 from lightning_sensitivity.metric import OutputSensitivity
-from lightning_sensitivity.model import Function, ModelCall, Noise
-from lightning_sensitivity.model.forward import check_argument, check_int
+from lightning_sensitivity.model import ModelCall, Noise
+from lightning_sensitivity.model.forward import Function, check_argument, check_int
 from lightning_sensitivity.model.isolation import Run
 from lightning_sensitivity.model.noise import check_noise, noisy_outputs, submodule
 
