@@ -83,7 +83,7 @@ def noise_generator(
         device: Where the noise is needed.
     """
     # Hashed, because neighbouring seeds of some generators give correlated streams.
-    key = repr((seed, rank, dataloader_idx, batch_idx, draw)).encode()
+    key = repr(tuple(map(int, (seed, rank, dataloader_idx, batch_idx, draw)))).encode()  # NumPy's have another repr
     return torch.Generator(device).manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1)
 
 
