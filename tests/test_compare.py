@@ -100,7 +100,7 @@ def test_a_model_that_fails_is_a_row_that_says_why_and_does_not_lose_the_others(
 @pytest.mark.parametrize(("argument", "value", "message"), [
     *(("models", x, "`models` should be ") for x in ({}, [nn.Linear(1, 1)], {"a": "a.ckpt"})),
     *((name, [], f"`{name}` should be ") for name in ("noise", "at", "num_draws", "seed", "inputs", "targets", "task")),
-    ("at", "no", "`at` should be "), ("dataloader", 1, "an iterable of batches, got 1"),
+    *(("at", x, "`at` should be ") for x in ("no", "")), ("dataloader", 1, "an iterable of batches, got 1"),
     ("dataloader", unlabelled_loader(1), "two samples or more"),
 ])  # fmt: skip
 def test_arguments_and_data_that_no_model_can_take_are_refused(argument: str, value: Any, message: str) -> None:

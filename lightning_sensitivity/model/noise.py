@@ -154,9 +154,9 @@ def submodule(model: nn.Module, name: str) -> nn.Module:
         name: The name.
 
     Raises:
-        MisconfigurationException: If there is none that takes hooks.
+        MisconfigurationException: If there is none, or the name is empty, which is the model itself.
     """
     modules: dict[str, nn.Module] = dict(getattr(model, "_orig_mod", model).named_modules())
     some = ", ".join(map(repr, list(modules)[1:6]))
-    check_argument("at", name, name in modules, f"the name of a submodule, such as {some}")
+    check_argument("at", name, name != "" and name in modules, f"the name of a submodule, such as {some}")
     return modules[name]
