@@ -6,7 +6,6 @@ import math
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from itertools import combinations
 from textwrap import fill
 from typing import Any
@@ -20,8 +19,8 @@ from torch import Tensor, nn
 from lightning_sensitivity.functional import tasks as T
 from lightning_sensitivity.functional.scores import ModelScores, Samples, score_models, score_samples
 from lightning_sensitivity.functional.sensitivity import diagnostics, sensitivity_from_rows
-from lightning_sensitivity.model import Function, ModelCall, Noise, isolated, select_targets
-from lightning_sensitivity.model.forward import check_argument, check_functions, check_int, clone_tensors
+from lightning_sensitivity.model import ModelCall, Noise, isolated, select_targets
+from lightning_sensitivity.model.forward import Function, check_argument, check_functions, check_int, clone_tensors
 from lightning_sensitivity.model.noise import check_noise, noisy_outputs
 
 _ROUNDING = 1e-6  # relative, of scores from float32 outputs
@@ -102,14 +101,13 @@ def compare_models(
             noisy = noisy_outputs(run, call, noise_function, (seed, 0, 0, batch_idx), num_draws, model, at)
             return score_samples(clean, noisy, labels, task)
 
-    batches, samples, notes, first_failure = list(dataloader), dict[str, Samples](), dict[str, str](), ""
+    batches, samples, notes, first_failure = list(dataloader), dict[str, Samples](), dict.fromkeys(models, ""), ""
     for place, (name, model) in enumerate(models.items(), 1):
         rank_zero_info(f"Comparing models, {place} of {len(models)}: {name}")
         try:
             samples[name] = _score_model(model, batches, torch.device(device or "cpu"), score_batch)
             for message in diagnostics(sensitivity_from_rows(samples[name]["rows"])).values():
                 T.warn(f"Model {name!r}: {message}")
-            notes[name] = ""
         except Exception as failure:
             first_failure = first_failure or traceback.format_exc()  # as text: it would keep the model in memory
             notes[name] = f"failed: {type(failure).__name__}: {failure}"
@@ -147,7 +145,7 @@ class Comparison:
     """Show what :func:`~lightning_sensitivity.compare_models` gives.
 
     Iterating gives :class:`ModelScores`, sorted by ``consensus_error`` for three models or more, else by sensitivity,
-    with those that failed last; an index or a name in brackets gives those of one. ``print`` shows the main columns.
+    with failed models last; index it by place or name. ``print`` shows the main columns, ``pandas.DataFrame`` has all.
 
     Args:
         models: One row per model, in any order.
@@ -185,10 +183,6 @@ class Comparison:
     def __getitem__(self, key: int | str) -> ModelScores:
         """Return the scores of one model, by its place or its name."""
         return self._models[key] if isinstance(key, int) else {model.name: model for model in self}[key]
-
-    def rows(self) -> list[dict[str, str | float]]:
-        """Return all columns of the table, one dict per model, for :class:`pandas.DataFrame` and its like."""
-        return [asdict(model) for model in self]
 
     def difference(self, first: str, second: str, score: str = "sensitivity") -> tuple[float, float]:
         """Compute how much higher one model scores than another, and the standard error of that over samples.

@@ -182,8 +182,6 @@ class RiskEstimate(Metric):
         tensor(0.3832, dtype=torch.float64)
     """
 
-    is_differentiable: bool = False
-    higher_is_better: bool = False
     full_state_update: bool = False
     update_called = True  # a process without a batch takes part in the others' sums, without a warning
 
@@ -229,7 +227,6 @@ class LazyValue(Metric):
         name: Which of them.
     """
 
-    full_state_update = False
     update_called = True  # the state that is read lives elsewhere
 
     def __init__(self, values: Callable[[], Mapping[str, Tensor]], name: str) -> None:

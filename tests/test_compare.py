@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import pandas
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -99,7 +100,7 @@ def test_a_model_that_fails_is_a_row_that_says_why_and_does_not_lose_the_others(
 @pytest.mark.parametrize(("argument", "value", "message"), [
     *(("models", x, "`models` should be ") for x in ({}, [nn.Linear(1, 1)], {"a": "a.ckpt"})),
     *((name, [], f"`{name}` should be ") for name in ("noise", "at", "num_draws", "seed", "inputs", "targets", "task")),
-    ("at", "no", "`at` should be "), ("dataloader", 1, "an iterable of batches, got 1"),
+    *(("at", x, "`at` should be ") for x in ("no", "")), ("dataloader", 1, "an iterable of batches, got 1"),
     ("dataloader", unlabelled_loader(1), "two samples or more"),
 ])  # fmt: skip
 def test_arguments_and_data_that_no_model_can_take_are_refused(argument: str, value: Any, message: str) -> None:
@@ -117,4 +118,4 @@ def test_the_table_shows_what_there_is() -> None:
         "no",
     ]
     assert "* fc: failed: failed" in "".join(lines) and max(map(len, lines)) <= 100
-    assert Comparison(rows).rows()[0]["sensitivity"] == 0.0123456
+    assert pandas.DataFrame(Comparison(rows)).loc[0, "sensitivity"] == 0.0123456

@@ -99,7 +99,7 @@ for name in NETWORKS:
 models = {name: partial(Classifier.load_from_checkpoint, path) for name, path in checkpoints.items()}
 result = compare_models(models, DataLoader(val, batch_size=500), targets=lambda batch: batch[1])
 print(result)
-pd.DataFrame(result.rows()).to_csv(args.out / "comparison.csv", index=False)
+pd.DataFrame(result).to_csv(args.out / "comparison.csv", index=False)
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained")

@@ -18,6 +18,7 @@ import csv
 import logging
 import warnings
 import zlib
+from dataclasses import asdict
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -171,7 +172,7 @@ def measured(data: str, args: argparse.Namespace) -> tuple[list[dict[str, str]],
     if not (table := folder / "comparison.csv").exists():
         pool = DataLoader(TensorDataset(test.tensors[0][:size]), batch_size=500)  # without labels
         models = {name: partial(Network.load_from_checkpoint, file) for name, file in files.items()}
-        rows = compare_models(models, pool).rows()
+        rows = [asdict(scores) for scores in compare_models(models, pool)]
         with table.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()

@@ -18,8 +18,8 @@ from torchmetrics import Metric
 from lightning_sensitivity.callbacks import utilities
 from lightning_sensitivity.functional.tasks import warn
 from lightning_sensitivity.metric import LazyValue
-from lightning_sensitivity.model import Function, ModelCall, isolated
-from lightning_sensitivity.model.forward import check_argument, check_functions, check_int
+from lightning_sensitivity.model import ModelCall, isolated
+from lightning_sensitivity.model.forward import Function, check_argument, check_functions, check_int
 from lightning_sensitivity.model.isolation import Run, written_parameters
 
 
@@ -93,7 +93,7 @@ class Monitor(Callback, ABC):
                 warn(f"`{who}` sees the previous `{name}` again in epochs that are not measured.")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Check the model before the first step, unless a sanity check did, or batches differ. From then on, only warn."""
+        """Check the model before the first step, unless a sanity check did. From then on, only warn."""
         if not self.failures.is_strict:
             return
         outputs, written = None, list[str]()
@@ -108,8 +108,9 @@ class Monitor(Callback, ABC):
 
     def on_train_batch_end(self, *args: Any) -> None:
         """Stop watching the step, and warn if it called the model differently than we do."""
-        if self._watch is not None and (difference := self._watch.end()):
-            self.failures.warn("call", f"may not measure what your step computes. {difference}")
+        if self._watch is not None and (names := ", ".join(self._watch.end())):
+            message = f"The step calls the model with another {names}: set `inputs=`, which returns the arguments."
+            self.failures.warn("call", f"may not measure what your step computes. {message}")
         self._watch = None
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -156,7 +157,7 @@ class Monitor(Callback, ABC):
             for dataloader_idx in range(len(self.choice.num_batches)):
                 self._values(trainer, dataloader_idx)
                 if dataloader_idx not in self._logged:
-                    self._log(trainer, dataloader_idx, at_epoch_end=True)
+                    self._log(trainer, dataloader_idx)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Free what only a validation needs."""
@@ -221,26 +222,25 @@ class Monitor(Callback, ABC):
             self._computed[dataloader_idx] = {}
             loader = f"dataloader {dataloader_idx}"
             with self.failures.warn_on_failure(f"could not compute the values of {loader}"):
-                values, messages = self.compute(trainer, dataloader_idx)
-                self._computed[dataloader_idx] = values
+                self._computed[dataloader_idx], messages = self.compute(trainer, dataloader_idx)
                 for kind, message in messages.items():
                     if kind != "no value" or not self.failures.has_failed:  # else a warning has said why
                         self.failures.warn(kind, f"on {loader}: {message}")
         return self._computed[dataloader_idx]
 
-    def _log(self, trainer: Trainer, dataloader_idx: int, at_epoch_end: bool = False) -> None:
+    def _log(self, trainer: Trainer, dataloader_idx: int) -> None:
         if trainer.sanity_checking:
             return
         self._logged.add(dataloader_idx)
         for name in self.names:
             full_name = utilities.stage_prefix(self.prefix, trainer) + name
-            if at_epoch_end:  # Lightning puts no index behind the name there
-                full_name = utilities.loader_name(full_name, dataloader_idx, len(self.choice.num_batches))
+            # Not Lightning's `add_dataloader_idx`, which adds nothing at the epoch's end.
+            full_name = utilities.loader_name(full_name, dataloader_idx, len(self.choice.num_batches))
             key = dataloader_idx, name
             if key not in self._lazy_values:  # a Metric costs more to make than to log
                 self._lazy_values[key] = LazyValue(partial(self._values, trainer, dataloader_idx), name)
             # With a `metric_attribute`, Lightning does not ask that the module has the Metric.
-            options: dict[str, Any] = {"metric_attribute": name, "add_dataloader_idx": not at_epoch_end}
+            options: dict[str, Any] = {"metric_attribute": name, "add_dataloader_idx": False}
             options |= {"prog_bar": self.prog_bar and name == self.names[0], "on_step": False, "on_epoch": True}
             with self.failures.warn_on_failure(f"could not log {full_name!r}"):  # past a `log` of the module's own
                 LightningModule.log(trainer.lightning_module, full_name, self._lazy_values[key], **options)

@@ -18,8 +18,8 @@ from lightning_sensitivity.callbacks.utilities import watchers
 from lightning_sensitivity.functional.risk import RiskTerms, diagnostics, variance_factor
 from lightning_sensitivity.functional.tasks import TASKS, are_probabilities, check_classes, num_outputs
 from lightning_sensitivity.metric import RiskEstimate
-from lightning_sensitivity.model import Function, ModelCall, noise_generator, select_targets, twins
-from lightning_sensitivity.model.forward import check_argument, check_functions, check_int, clone_tensors
+from lightning_sensitivity.model import ModelCall, noise_generator, select_targets, twins
+from lightning_sensitivity.model.forward import Function, check_argument, check_functions, check_int, clone_tensors
 from lightning_sensitivity.model.isolation import Run
 
 _STRENGTH = 0.5  # of simulated twins; at full strength they break networks with max-pooling
@@ -219,12 +219,11 @@ class RiskMonitor(Monitor):
         if not is_kept and self.targets is None:
             self._samples.count(select_targets(pl_module, batch))
             return
-        kept = clone_tensors(batch) if is_kept else None
         with self.isolated(trainer, pl_module) as run:
             targets: Tensor = run(select_targets, pl_module, batch, self.targets)
-            outputs = run(self.prepare(run, pl_module, batch)) if is_kept else None
-        if outputs is not None:
-            self._samples.keep(outputs, kept, targets)
+            if is_kept:
+                outputs: Tensor = run(self.prepare(run, pl_module, batch))
+                self._samples.keep(outputs, clone_tensors(batch), targets)  # the step may write to its batch
         self._samples.count(targets)
 
     def _score_training_samples(self, trainer: Trainer, run: Run) -> Tensor:
@@ -234,8 +233,7 @@ class RiskMonitor(Monitor):
         self._device_weights = {name: weight.to(pl_module.device) for name, weight in self._initial.weights.items()}
         self._has_batch_norm = twins.normalizes_by_batch(pl_module)
         if new := twins.unknown_parameters(pl_module, self._initial.weights):
-            reason = "the weights from before training hold none of this name and shape"
-            self.failures.warn("new", f"counts {', '.join(new[:3])} as learned as a whole: {reason}.")
+            self.failures.warn("new", f"has no initial weights for {', '.join(new[:3])}: all of it counts as learned.")
         if self.task == "auto" and self._samples.task == "multiclass":
             targets = torch.cat([targets.flatten() for _, targets in self._samples.batches])
             check_classes(self._samples.num_outputs or 1, targets)

@@ -42,7 +42,7 @@ class TrainingSamples:
 
         Args:
             outputs: Those of the model for it.
-            batch: The batch, which nobody writes to.
+            batch: The batch. It is not copied where it is on the CPU already.
             targets: Its labels.
 
         Raises:

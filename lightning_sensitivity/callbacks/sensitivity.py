@@ -10,8 +10,8 @@ from lightning_sensitivity.callbacks.base import Monitor
 from lightning_sensitivity.functional.sensitivity import diagnostics
 from lightning_sensitivity.functional.tasks import are_log_probabilities, are_probabilities
 from lightning_sensitivity.metric import OutputSensitivity
-from lightning_sensitivity.model import Function, ModelCall, Noise
-from lightning_sensitivity.model.forward import check_argument, check_int
+from lightning_sensitivity.model import ModelCall, Noise
+from lightning_sensitivity.model.forward import Function, check_argument, check_int
 from lightning_sensitivity.model.isolation import Run
 from lightning_sensitivity.model.noise import check_noise, noisy_outputs, submodule
 
@@ -101,8 +101,7 @@ class SensitivityMonitor(Monitor):
         pl_module, clean = trainer.lightning_module, run(call)
         is_first = batch_idx == 0 and clean.numel() > 0 and not self.per_output and not trainer.sanity_checking
         if is_first and bool(((clean >= 0) & (clean <= 1)).all()):
-            message = "finds all outputs in [0, 1]. If they are no logits, choose these with `outputs=`."
-            self.failures.warn("probabilities", message)
+            self.failures.warn("probabilities", "sees only outputs in [0, 1]. If these are not logits, set `outputs=`.")
         key = self.seed, trainer.global_rank, dataloader_idx, batch_idx
         noisy = noisy_outputs(run, call, self._noise, key, self.num_draws, pl_module, self.at)
         self.metric(trainer, dataloader_idx).update(clean, noisy)

@@ -42,16 +42,15 @@ class BatchChoice:
 
     def num_selected(self, dataloader_idx: int) -> float:
         """Count the batches of a loader that will be measured; all of them until the first was measured."""
-        count, size = self.num_batches[dataloader_idx], self._sizes.get(dataloader_idx)
-        is_limited = size is not None and math.isfinite(count) and math.isfinite(self._budget)
-        return min(count, math.ceil(self._budget / size)) if size is not None and is_limited else count
+        count, size = self.num_batches[dataloader_idx], self._sizes.get(dataloader_idx, 0)
+        is_limited = size > 0 and math.isfinite(count) and math.isfinite(self._budget)
+        return min(count, math.ceil(self._budget / size)) if is_limited else count
 
     def includes(self, batch_idx: int, dataloader_idx: int) -> bool:
         """Decide whether to measure a batch: always the first one, none once the budget is spent."""
         count, chosen = self.num_batches[dataloader_idx], self.num_selected(dataloader_idx)
-        if batch_idx == 0 or self.num_measured[dataloader_idx] >= self._budget:
-            return batch_idx == 0
-        return chosen == count or batch_idx * chosen % count < chosen
+        is_chosen = chosen == count or batch_idx * chosen % count < chosen
+        return batch_idx == 0 or (is_chosen and self.num_measured[dataloader_idx] < self._budget)
 
 
 class Failures:
@@ -194,7 +193,7 @@ class CallWatch:
     """
 
     def __init__(self, pl_module: LightningModule, call: ModelCall) -> None:
-        self._pl_module, self._difference = pl_module, ""
+        self._pl_module, self._differing = pl_module, list[str]()
         self._handle: Any = None
         self._signature = inspect.Signature(parameters_of(pl_module))  # strategies put another in its place
         self._ours = self._bind(*clone_tensors((call.args, call.kwargs)))
@@ -202,22 +201,18 @@ class CallWatch:
         if self._ours and getattr(pl_module, "_compiler_ctx", None) is None and not pl_module._compiled_call_impl:
             self._handle = pl_module.register_forward_pre_hook(self._compare, with_kwargs=True)
 
-    def end(self) -> str:
-        """Stop watching, and describe the difference."""
+    def end(self) -> list[str]:
+        """Stop watching, and name the arguments that differ."""
         if self._handle is not None:
             self._handle.remove()
-        return self._difference
+        return self._differing
 
     def _compare(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if is_isolated(self._pl_module):
             return
         with suppress(Exception):  # it runs in the user's step, on whatever is given there
             theirs = self._bind(args, kwargs)
-            names = [name for name in theirs if not _are_alike(self._ours.get(name), theirs[name])]
-            if names:
-                listed = ", ".join(map(repr, names))
-                self._difference = f"The step calls the model with another {listed}, by more than augmentation: say it"
-                self._difference += " with `inputs=`, a function from the batch to the arguments of `forward`."
+            self._differing = [name for name in theirs if not _are_alike(self._ours.get(name), theirs[name])]
         self._handle.remove()
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -200,11 +200,8 @@ def risk_estimate(
         shapes = [tuple(tensor.shape) for tensor in tensors.values()]
         raise ValueError(f"Expected `{'`, `'.join(tensors)}` of the same K, but got {shapes}.")
     for name, tensor in tensors.items():
-        if (
-            not tensor.is_floating_point()
-            or not tensor.numel()
-            or (task == "multiclass" and T.are_probabilities(tensor))
-        ):
+        valid = tensor.is_floating_point() and tensor.numel() > 0
+        if not valid or (task == "multiclass" and T.are_probabilities(tensor)):
             got = f"{tensor.dtype} of shape {tuple(tensor.shape)}, or probabilities"
             raise ValueError(f"Expected `{name}` to be floating logits of one sample or more, but got {got}.")
     training = training_sums(train_outputs, train_targets, task)

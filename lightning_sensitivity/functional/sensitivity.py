@@ -100,17 +100,14 @@ def sensitivity_from_rows(rows: Tensor) -> SensitivityEstimate:
     kept = rows[is_finite]
     count, squares, deviations = kept[:, 0], kept[:, 3], squared_deviations(kept)
     sensitivity, mean_square = deviations.sum() / count.sum(), squares.sum() / count.sum()
-    num_samples = torch.tensor(len(kept), device=rows.device)
+    correction = math.sqrt(len(kept) / (len(kept) - 1)) if len(kept) > 1 else math.nan
 
     def stderr(values: Tensor, mean: Tensor) -> Tensor:
-        if len(kept) < 2:
-            return torch.full_like(mean, math.nan)
-        residuals = values - mean * count
-        return (residuals.square().sum() * num_samples / (num_samples - 1)).sqrt() / count.sum()
+        return correction * (values - mean * count).square().sum().sqrt() / count.sum()
 
     values = sensitivity, stderr(deviations, sensitivity), mean_square, stderr(squares, mean_square)
-    share, num_non_finite = kept[:, 2].sum() / squares.sum(), (~is_finite).sum()
-    return SensitivityEstimate(*values, share, num_samples, count.sum(), num_non_finite, int(sizes[0]))
+    share = kept[:, 2].sum() / squares.sum()
+    return SensitivityEstimate(*values, share, is_finite.sum(), count.sum(), (~is_finite).sum(), int(sizes[0]))
 
 
 def squared_deviations(rows: Tensor) -> Tensor:
@@ -142,10 +139,8 @@ def diagnostics(estimate: SensitivityEstimate, per_output: bool = False) -> dict
     if estimate.mean_square == 0:
         messages["no change"] = "No output changed: the noise reaches none (see `inputs=` and `at=`), or weights are 0."
     elif not per_output and num_outputs > 1 and share * num_outputs < _SMALL_SHARE:
-        reason = "as with heads of two classes, probabilities, and centred logits"
-        messages["class mean"] = (
-            f"S sees only {share:.1e} of the outputs' change, {reason}. `per_output=True` sees all."
-        )
+        reason = "as with two-class heads, probabilities and centred logits. `per_output=True` sees all"
+        messages["class mean"] = f"S sees only {share:.1e} of the outputs' change, {reason}."
     return messages
 
 

@@ -35,20 +35,16 @@ def infer_task(outputs: Tensor, targets: Tensor) -> str:
         ValueError: If no task fits, or several could.
     """
     if targets.is_floating_point():
-        tasks = "Say `task='binary'`, `task='multilabel'`, or, for soft labels, `task='multiclass'`"
-        raise ValueError(
-            f"Labels are floating. {tasks}; or make them integers (`targets=`). A regression has no estimate"
-        )
-    if num_outputs(outputs) == 1:
-        if targets.dtype != torch.bool:
-            raise ValueError("Labels are integers beside one output. Say `task='binary'` if they are 0 and 1")
-        task = "binary"
-    else:
-        task = "multiclass" if targets.ndim < outputs.ndim else "multilabel"
+        advice = "Set `task='binary'`, `'multilabel'` or, for soft labels, `task='multiclass'`; make classes integers"
+        raise ValueError(f"Labels are floating. {advice} (`targets=`). A regression has no estimate")
+    if num_outputs(outputs) == 1 and targets.dtype != torch.bool:
+        raise ValueError("Labels are integers for one output. Set `task='binary'` if they are 0 and 1")
+    with_classes = "multiclass" if targets.ndim < outputs.ndim else "multilabel"
+    task = "binary" if num_outputs(outputs) == 1 else with_classes
     check_task(outputs, targets, task)
     if task == "multilabel" and bool((targets.sum(1) == 1).all()):
         task = "`task='multiclass'` if one class is right (and make them floats), `task='multilabel'` if several are"
-        raise ValueError(f"Labels are one-hot. Say {task}")
+        raise ValueError(f"Labels are one-hot. Set {task}")
     return task
 
 
@@ -69,7 +65,7 @@ def check_classes(num_outputs: int, targets: Tensor) -> None:
     is_unlikely = counted.numel() * math.log(num_outputs / num_named) > -math.log(_CHANCE)
     if is_unlikely and num_outputs > max(_UNNAMED * num_named, 10):
         reason = "Labels name only the first few of many outputs, as beside an embedding"
-        raise ValueError(f"{reason}. Say `task='multiclass'` if the outputs are logits")
+        raise ValueError(f"{reason}. Set `task='multiclass'` if the outputs are logits")
 
 
 def check_task(outputs: Tensor, targets: Tensor, task: str) -> None:

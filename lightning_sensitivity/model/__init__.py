@@ -1,8 +1,7 @@
 """How any model is run on any batch: its arguments and outputs, noise, twins, and passes that leave no trace."""
 
-from lightning_sensitivity.model.forward import Function, ModelCall, select_outputs, select_targets
+from lightning_sensitivity.model.forward import ModelCall, select_outputs, select_targets
 from lightning_sensitivity.model.isolation import isolated
 from lightning_sensitivity.model.noise import GaussianNoise, Noise, noise_generator
 
-__all__ = ["Function", "GaussianNoise", "ModelCall", "Noise"]
-__all__ += ["isolated", "noise_generator", "select_outputs", "select_targets"]
+__all__ = ["GaussianNoise", "ModelCall", "Noise", "isolated", "noise_generator", "select_outputs", "select_targets"]

@@ -52,12 +52,11 @@ class ModelCall:
     def __init__(
         self, model: nn.Module, batch: Any, inputs: Function = None, outputs: Function = None, takes_noise: bool = True
     ) -> None:
-        batch = clone_tensors(batch) if inputs else batch  # the function may write into it
         self._model, self._outputs = model, outputs
         self.args: tuple[Any, ...] = (batch,)
         self.kwargs: dict[str, Any] = {}
         if inputs:
-            arguments = inputs(batch)
+            arguments = inputs(clone_tensors(batch))  # which may write into it
             self.args = arguments if type(arguments) is tuple else (arguments,)
         elif isinstance(batch, Mapping):
             self.args, self.kwargs = (), _named_arguments(model, batch)
@@ -133,10 +132,8 @@ def select_outputs(result: Any, outputs: Function = None) -> Tensor:
         first = result[0] if isinstance(result, list | tuple) and result else result
         selected = getattr(result, "logits", first)
     if not isinstance(selected, Tensor) or selected.ndim == 0 or not is_floating(selected):
-        expected = "a floating tensor (N, K, ...) or (N,)"
-        raise MisconfigurationException(
-            f"`outputs` should choose {expected}, got {describe(selected)}, of {describe(result)}."
-        )
+        got = f"got {describe(selected)}, from {describe(result)}"
+        raise MisconfigurationException(f"`outputs` should select a floating tensor (N, K, ...) or (N,), {got}.")
     return selected
 
 

@@ -4,7 +4,7 @@ import copy
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -12,14 +12,13 @@ from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-T = TypeVar("T")
 Run = Callable[..., Any]  # runs a function that runs the model, and leaves no trace
 
 _MAX_ITEMS = 1000  # of a list or dict of a module that is copied for every pass
 
 
 @contextmanager
-def isolated(model: nn.Module) -> Iterator[Callable[..., Any]]:
+def isolated(model: nn.Module) -> Iterator[Run]:
     """Yield ``run(function, *args)``, which calls a function that runs the model, and leaves no trace.
 
     Inside, the model is in eval mode (modules that PyTorch does not see keep theirs), without gradients, and its
@@ -42,7 +41,6 @@ def isolated(model: nn.Module) -> Iterator[Callable[..., Any]]:
     states: list[tuple[dict[str, Any], dict[str, Any]]] = [
         (items, items.copy()) for module in all_modules(model) for items in (vars(module), module._buffers)
     ]
-    modes = [vars(module) for module in model.modules()]  # not by `eval()`, which modules override
     mutable = [
         (items, name, value)
         for items, originals in states
@@ -57,13 +55,13 @@ def isolated(model: nn.Module) -> Iterator[Callable[..., Any]]:
             items.update(originals)
         _set_rng_states(rng_states)
 
-    def run(function: Callable[..., T], *args: Any) -> T:
+    def run(function: Callable[..., Any], *args: Any) -> Any:
         clones: dict[int, Any] = {}
         try:
             for items, name, value in mutable:
                 items[name] = _cloned(value, clones)
-            for items in modes:
-                items["training"] = False
+            for module in model.modules():
+                vars(module)["training"] = False  # not by `eval()`, which modules override
             if hasattr(model, "log_dict"):  # of a LightningModule
                 model.__dict__.update(log=_do_nothing, log_dict=_do_nothing)
             return function(*args)
@@ -79,7 +77,7 @@ def is_isolated(model: nn.Module) -> bool:
     return model.__dict__.get("log") is _do_nothing
 
 
-def written_parameters(model: nn.Module, run: Callable[[], T]) -> tuple[T, list[str]]:
+def written_parameters(model: nn.Module, run: Callable[[], Any]) -> tuple[Any, list[str]]:
     """Run a model, and name the parameters that its ``forward`` writes; writes to their ``data`` are not seen.
 
     Args:

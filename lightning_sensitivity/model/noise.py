@@ -44,8 +44,7 @@ class GaussianNoise:
             std = torch.tensor(std, dtype=torch.float32, device=x.device).reshape(-1, *[1] * (x.ndim - 2))
         # Drawn in float32 whatever the type of the input, so that every precision gets the same, and rounded once.
         noise = torch.randn(x.shape, generator=generator, dtype=torch.float32, device=x.device).mul_(std)
-        is_alike = (noise.dtype, noise.stride()) == (x.dtype, x.stride())
-        return noise.add_(x) if is_alike else (x + noise).to(x.dtype)
+        return (x + noise).to(x.dtype)
 
 
 def check_noise(noise: Noise) -> NoiseFunction:
@@ -84,7 +83,7 @@ def noise_generator(
         device: Where the noise is needed.
     """
     # Hashed, because neighbouring seeds of some generators give correlated streams.
-    key = repr((seed, rank, dataloader_idx, batch_idx, draw)).encode()
+    key = repr(tuple(map(int, (seed, rank, dataloader_idx, batch_idx, draw)))).encode()  # NumPy's have another repr
     return torch.Generator(device).manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1)
 
 
@@ -100,7 +99,7 @@ def perturbation(noise: NoiseFunction, *key: int) -> Callable[[Tensor], Tensor]:
     def perturb(x: Tensor) -> Tensor:
         if x.device not in generators:
             generators[x.device] = noise_generator(*key, device=x.device)
-        new: object = noise(x if isinstance(noise, GaussianNoise) else x.clone(), generators[x.device])
+        new: object = noise(x.clone(), generators[x.device])  # a function may write into it
         if not isinstance(new, Tensor) or (new.shape, new.dtype, new.device) != (x.shape, x.dtype, x.device):
             raise MisconfigurationException(f"`noise` should give {describe(x)}, as it got, but got {describe(new)}.")
         return new
@@ -155,9 +154,9 @@ def submodule(model: nn.Module, name: str) -> nn.Module:
         name: The name.
 
     Raises:
-        MisconfigurationException: If there is none that takes hooks.
+        MisconfigurationException: If there is none, or the name is empty, which is the model itself.
     """
     modules: dict[str, nn.Module] = dict(getattr(model, "_orig_mod", model).named_modules())
     some = ", ".join(map(repr, list(modules)[1:6]))
-    check_argument("at", name, name in modules, f"the name of a submodule, such as {some}")
+    check_argument("at", name, name != "" and name in modules, f"the name of a submodule, such as {some}")
     return modules[name]

@@ -339,7 +339,7 @@ LABELS = torch.zeros(20).long()
 @pytest.mark.parametrize(("options", "batch", "match"), [
     ({}, [inputs(20)], "such as `targets=lambda"),
     ({}, [inputs(20), LABELS, LABELS], "such as `targets=lambda"),
-    ({}, [inputs(20), inputs(20)[:, :4]], "Labels are floating. Say `task='binary'`, "),
+    ({}, [inputs(20), inputs(20)[:, :4]], "Labels are floating. Set `task='binary'`, "),
     ({"outputs": lambda y: y[..., None].expand(-1, -1, 3)}, [inputs(20), LABELS[:, None].expand(-1, 3)], "dense"),
 ])  # fmt: skip
 def test_labels_that_can_not_be_told(options: dict[str, Any], batch: Any, match: str, is_followed: bool) -> None:

@@ -155,7 +155,7 @@ def test_of_two_classes_it_says_that_it_sees_next_to_nothing() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x)[:, :1] * torch.tensor([1.0, -0.999])
 
-    with pytest.warns(UserWarning, match="as with heads of two classes.*`per_output=True`"):
+    with pytest.warns(UserWarning, match="as with two-class heads.*`per_output=True`"):
         validated(SensitivityMonitor(), model := Two(), loader())
     values = validated(SensitivityMonitor(per_output=True), model, loader())
     changes = brute_force(lambda x: model(x)[:, :1], inputs(50).split(16))

@@ -27,7 +27,7 @@ from tests.faults.subject import MARK, Fault, Outcome, Subject, assert_same_run,
 from tests.helpers import Scheduled
 
 ALL, BEFORE = ("sanity", "first", "later"), ("sanity", "first")
-FLOATING, DENSE, LEARNED = "floating tensor", "dense floating", "learned as a whole"
+FLOATING, DENSE, LEARNED = "floating tensor", "dense floating", "counts as learned"
 NO_BATCH, LEFT_OUT, NO_LABEL = (
     "could not measure a batch.*",
     "leaves out kept training samples.*",
@@ -160,7 +160,7 @@ FAULTS = {
     "no label counts": Fault(None, "no kept training sample has a label", train=lambda m, b: [b[0], b[1] * 0 - 100],
         loss=lambda y, t: cross_entropy(y, t.clamp_min(0))),
     "file names in training": Fault(None, "targets=lambda", train=lambda m, b: [*b, "names"], moments=BEFORE),
-    "uncopied batches": Fault(None, "no estimate.* pickle", train=lambda m, b: [*b, (name for name in "ab")]),
+    "uncopied batches": Fault(None, "no estimate.*targets=", train=lambda m, b: [*b, (name for name in "ab")]),
     "a hook that raises": Fault(train=lambda m, b: fail() if m.is_now else b, batch=lambda m, b: fail(), moments=ALL),
     # a model that fails in some passes alone
     "range of inputs": Fault(NO_BATCH + "out of range", None, "out of range.*inputs=", moments=ALL,

@@ -25,9 +25,9 @@ def test_a_task_without_doubt_is_inferred(outputs: Tensor, targets: Tensor, task
 
 
 @pytest.mark.parametrize(("task", "outputs", "targets", "message"), [
-    (None, SINGLE, BITS.float(), "floating. Say `task='binary'`"),  # labels for BCEWithLogitsLoss, or numbers
+    (None, SINGLE, BITS.float(), "floating. Set `task='binary'`"),  # labels for BCEWithLogitsLoss, or numbers
     (None, LOGITS, LOGITS.softmax(1), "floating.*`task='multiclass'`"),
-    (None, SINGLE, BITS, "Say `task='binary'`"), (None, LOGITS, ONE_HOT.long(), "one-hot. Say `task='multiclass'`"),
+    (None, SINGLE, BITS, "Set `task='binary'`"), (None, LOGITS, ONE_HOT.long(), "one-hot. Set `task='multiclass'`"),
     ("multiclass", LOGITS, CLASSES.byte().where(CLASSES < 2, 156), "got 0 to 156"),  # which is -100 in 8 bits
     ("multiclass", LOGITS, CLASSES - 1, "-100.* got -1 to 1.*`ignore_index`.*`targets=`"),
     ("multiclass", DENSE, torch.zeros(2, 7).long(), r"\(N, ...\).*shape \(2, 7\)"),

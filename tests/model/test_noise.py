@@ -35,6 +35,7 @@ def test_the_generator_depends_on_all_of_its_arguments_and_on_nothing_else() -> 
     keys = [tuple(int(place == one) for place in range(5)) for one in range(6)]
     draws = [{tuple(torch.randn(3, generator=noise_generator(*key)).tolist()) for key in keys} for _ in range(2)]
     assert draws[0] == draws[1] and len(draws[0]) == 6
+    assert noise_generator(np.int64(3)).initial_seed() == noise_generator(3).initial_seed()
 
 
 def test_numbers_lists_and_functions_are_noise_and_nothing_else() -> None:

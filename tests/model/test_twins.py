@@ -37,6 +37,7 @@ def are_equal(one: Any, other: Any) -> bool:
 
 def test_the_weights_of_a_twin_are_those_by_hand() -> None:
     model, initial = trained()
+    model.temperature, initial["temperature"] = nn.Parameter(torch.ones(())), torch.zeros(())
     weights, shapes = copy_weights(dict(model.named_parameters())), {"0.weight": (1, 5), "3.weight": (1, 6)}
     for seed, g in ((1, noise(1)), (2, noise(2))):
         with twin(model, initial, noise(seed), strength=0.5):
