@@ -90,8 +90,8 @@ def compare_models(
         device = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None
 
     def score_batch(model: nn.Module, batch: Any, batch_idx: int) -> Samples:
-        call = ModelCall(model, batch, inputs, outputs, takes_noise=at is None)
         with isolated(model) as run:
+            call = ModelCall(model, batch, inputs, outputs, takes_noise=at is None)
             clean: Tensor = run(call)
             if batch_idx == 0 and task == "multiclass" and (T.are_probabilities(clean) or T.num_outputs(clean) == 1):
                 raise ValueError("Expected logits of classes, got probabilities or one output (`task='binary'`).")
@@ -132,7 +132,8 @@ def _score_model(
     with torch.inference_mode():
         for batch_idx, batch in enumerate(batches):
             scored.append(score_batch(model, move(clone_tensors(batch), device), batch_idx))
-    joined = {name: torch.cat([batch[name].cpu() for batch in scored]) for name in (scored[0] if scored else {})}
+    names = set(scored[0]).intersection(*scored) if scored else set()
+    joined = {name: torch.cat([batch[name].cpu() for batch in scored]) for name in names}
     if len(joined.get("rows", ())) < 2:
         raise ValueError("Expected `dataloader` to give two samples or more.")
     if num_non_finite := int((~joined["rows"].isfinite().all(1)).sum()):

@@ -193,7 +193,8 @@ class Monitor(Callback, ABC):
     def metric(self, trainer: Trainer, dataloader_idx: int) -> Any:
         """Return the metric of a loader."""
         if dataloader_idx not in self.metrics:
-            self.metrics[dataloader_idx] = self.make_metric().to(trainer.lightning_module.device)
+            with trainer.lightning_module.device:  # for the types that it has
+                self.metrics[dataloader_idx] = self.make_metric()
         return self.metrics[dataloader_idx]
 
     def _check(self, outputs: Tensor, written: list[str]) -> None:
@@ -214,8 +215,9 @@ class Monitor(Callback, ABC):
     def _begin_validation(self) -> None:
         self._computed: dict[int, dict[str, Tensor]] = {}  # by loader
         self._logged: set[int] = set()
-        self.metrics: dict[int, Any] = {}  # by loader
         self.failures.has_failed = False
+        self.end_validation()
+        self.metrics: dict[int, Any] = {}  # by loader
 
     def _values(self, trainer: Trainer, dataloader_idx: int) -> dict[str, Tensor]:
         if dataloader_idx not in self._computed:

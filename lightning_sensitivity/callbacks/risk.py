@@ -98,7 +98,7 @@ class RiskMonitor(Monitor):
         self._initial = twins.InitialWeights(initial_weights)
         self._samples: Any = None  # TrainingSamples, in a fit that has what the estimate needs
         self._num_training = 0  # samples, as of the last count
-        self._training_sums: Tensor | None = None  # of the kept samples
+        self._is_first_batch = False  # of a fit, or a validation before it
         super().__init__(num_samples, seed, prefix, inputs, outputs, every_n_epochs)
 
     def check_outputs(self, outputs: Tensor) -> None:
@@ -107,20 +107,21 @@ class RiskMonitor(Monitor):
             raise MisconfigurationException("`RiskMonitor` needs logits, got probabilities: choose with `outputs=`.")
 
     def should_measure(self, trainer: Trainer) -> bool:
-        """Decide whether to measure: a fit that has what the estimate needs, or the sanity check before it."""
+        """Decide whether to measure: a fit that has what the estimate needs, or a validation before its first batch."""
         is_fit = trainer.state.fn == TrainerFn.FITTING
-        return is_fit and (trainer.sanity_checking or self._samples is not None) and super().should_measure(trainer)
+        may_measure = trainer.sanity_checking or self._is_first_batch or self._samples is not None
+        return is_fit and may_measure and super().should_measure(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save the initial weights, except those that have not changed."""
         with self.failures.warn_on_failure("could not save the weights from before training"):
-            weights = self._initial.changed(checkpoint["state_dict"])
+            weights = None if self._initial.weights is None else self._initial.changed(checkpoint["state_dict"])
             checkpoint[self._key] = {"initial_weights": weights, "num_training_samples": self._num_training}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restore them, so that the estimate can go on where training resumes."""
         saved, self._initial.weights = checkpoint.get(self._key, {}), None  # else those of another run
-        if saved.get("initial_weights"):
+        if saved.get("initial_weights") is not None:
             self._initial.restore(saved["initial_weights"], checkpoint["state_dict"])
             self._num_training = saved["num_training_samples"]
 
@@ -138,7 +139,7 @@ class RiskMonitor(Monitor):
         elif self._samples is not None:
             with self.failures.warn_on_failure("leaves a training batch out"):
                 if batch_idx == 0:
-                    self._samples.start_epoch()
+                    self._samples.start_epoch(trainer)
                 self._take(trainer, pl_module, batch)
         if self._samples is not None:
             super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
@@ -151,7 +152,8 @@ class RiskMonitor(Monitor):
 
     def end_validation(self) -> None:
         """Free what only a validation needs."""
-        self.metrics, self._training_sums = {}, None
+        self.metrics = {}
+        self._training_sums: Tensor | None = None  # of the kept samples
         self._device_weights: dict[str, Tensor] = {}  # from before training
 
     def measure(self, trainer: Trainer, run: Run, call: ModelCall, batch_idx: int, dataloader_idx: int) -> int:
@@ -215,15 +217,13 @@ class RiskMonitor(Monitor):
 
     def _take(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         """Count the samples of a training batch, and keep them if more are wanted."""
-        is_kept = self._samples.num_missing > 0
-        if not is_kept and self.targets is None:
-            self._samples.count(select_targets(pl_module, batch))
+        if self._samples.num_missing <= 0:
+            self._samples.count(select_targets(pl_module, batch, self.targets))
             return
         with self.isolated(trainer, pl_module) as run:
             targets: Tensor = run(select_targets, pl_module, batch, self.targets)
-            if is_kept:
-                outputs: Tensor = run(self.prepare(run, pl_module, batch))
-                self._samples.keep(outputs, clone_tensors(batch), targets)  # the step may write to its batch
+            outputs: Tensor = run(self.prepare(run, pl_module, batch))
+        self._samples.keep(outputs, clone_tensors(batch), targets)  # the step may write to its batch
         self._samples.count(targets)
 
     def _score_training_samples(self, trainer: Trainer, run: Run) -> Tensor:
@@ -237,7 +237,8 @@ class RiskMonitor(Monitor):
         if self.task == "auto" and self._samples.task == "multiclass":
             targets = torch.cat([targets.flatten() for _, targets in self._samples.batches])
             check_classes(self._samples.num_outputs or 1, targets)
-        metric = RiskEstimate(self._samples.task).to(pl_module.device)
+        with pl_module.device:
+            metric = RiskEstimate(self._samples.task)
         for batch, targets in self._samples.batches:
             with self.failures.warn_on_failure("leaves out kept training samples, which the model does not take"):
                 call = self.prepare(run, pl_module, move_data_to_device(batch, pl_module.device))

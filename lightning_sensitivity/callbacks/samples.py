@@ -34,8 +34,8 @@ class TrainingSamples:
         self.task, self.num_missing = task, num_missing
         self.batches: list[tuple[Any, Tensor]] = []
         self.num_outputs: int | None = None
-        self._num_in_epoch, self._batch_size = num_in_epoch, 0
-        self._num_seen = torch.tensor(0)  # in this epoch and process
+        self._num_in_epoch, self._batch_size, self._num_batches = num_in_epoch, 0, 0
+        self._num_seen = torch.tensor(0)  # samples, in this epoch and process
 
     def keep(self, outputs: Tensor, batch: Any, targets: Tensor) -> None:
         """Keep a batch. The first one determines the task.
@@ -58,22 +58,29 @@ class TrainingSamples:
 
     def count(self, targets: Tensor) -> None:
         """Count the samples of a batch that have a label, without waiting for the device."""
-        has_label = targets != IGNORED if targets.ndim == 1 else targets.new_ones(len(targets))
+        has_label = targets.long() != IGNORED if targets.ndim == 1 else targets.new_ones(len(targets))
         self._num_seen = self._num_seen.to(has_label.device) + has_label.sum()
-        self._batch_size = len(targets)
+        self._batch_size, self._num_batches = max(self._batch_size, len(targets)), self._num_batches + 1
 
-    def start_epoch(self) -> None:
-        """Count the next epoch from 0, and keep none of it: these samples may have been kept already."""
-        self._num_in_epoch = max(self._num_in_epoch, int(self._num_seen))
-        self._num_seen, self.num_missing = self._num_seen * 0, 0
+    def start_epoch(self, trainer: Trainer) -> None:
+        """Count the next epoch from 0. Stop keeping samples, since it repeats them."""
+        if math.isinf(trainer.num_training_batches) or self._num_batches >= trainer.num_training_batches:
+            self._num_in_epoch, self.num_missing = max(self._num_in_epoch, int(self._num_seen)), 0
+        # Else the fit was resumed amid the last epoch.
+        self._num_seen, self._num_batches = self._num_seen * 0, 0
 
     def num_in_epoch(self, trainer: Trainer) -> int:
         """Compute n, the samples of the longest epoch so far, over all processes, which must all call it."""
-        largest = self._num_seen.clamp(min=self._num_in_epoch)
+        share = max(1.0, trainer.num_training_batches / max(1, self._num_batches))
+        is_first = self._num_in_epoch == 0 and math.isfinite(share)  # no whole epoch yet, and a length that is known
+        largest = (self._num_seen * (share if is_first else 1)).clamp(min=self._num_in_epoch)
+        largest = largest.long().to(trainer.strategy.root_device)
         total = int(trainer.strategy.reduce(largest, reduce_op="sum"))
         loader, *others = trainer.fit_loop._combined_loader.flattened  # type: ignore[union-attr]
         is_by_sample = not others and self._batch_size <= (getattr(loader, "batch_size", None) or 0)
-        size = sized_len(loader.dataset) if is_by_sample else None  # a sampler may draw with replacement
+        size = (
+            sized_len(getattr(loader, "dataset", None)) if is_by_sample else None
+        )  # a sampler may draw with replacement
         return min(total, size or total)
 
 

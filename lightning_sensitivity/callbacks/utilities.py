@@ -185,7 +185,7 @@ def check_run(name: str, trainer: Trainer, pl_module: LightningModule, stage: st
 class CallWatch:
     """Compare the first call of a module in a step of the user with ours.
 
-    Tensors should have as many dimensions, and a similar scale: a step may augment its inputs.
+    Tensors should have as many dimensions, a similar mean and a similar mean size: a step may augment its inputs.
 
     Args:
         pl_module: The module.
@@ -212,7 +212,8 @@ class CallWatch:
             return
         with suppress(Exception):  # it runs in the user's step, on whatever is given there
             theirs = self._bind(args, kwargs)
-            self._differing = [name for name in theirs if not _are_alike(self._ours.get(name), theirs[name])]
+            tolerance = 1 if module.training else 0.01  # steps of training augment
+            self._differing = [name for name in theirs if not _are_alike(self._ours.get(name), theirs[name], tolerance)]
         self._handle.remove()
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -225,13 +226,17 @@ class CallWatch:
         return dict(bound.arguments)
 
 
-def _are_alike(ours: Any, theirs: Any) -> bool:
+def _are_alike(ours: Any, theirs: Any, tolerance: float) -> bool:
     tensors, others = tensors_in(ours), tensors_in(theirs)
     if not tensors and not others:
         return not any(isinstance(value, str | int | float | None) for value in (ours, theirs)) or bool(ours == theirs)
-    scales = [[float(x.detach().float().abs().mean()) + 1e-12 for x in values] for values in (tensors, others)]
-    is_similar = all(0.5 <= scale / other <= 2 for scale, other in zip(*scales, strict=False))
-    return is_similar and [x.ndim for x in tensors] == [x.ndim for x in others]
+    for x, y in zip(tensors, others, strict=False):
+        sizes, means = zip(
+            *((float(z.abs().mean()), float(z.mean())) for z in (x.detach().float(), y.detach().float()))
+        )
+        if max(sizes) > (1 + tolerance) * min(sizes) or abs(means[0] - means[1]) > tolerance / 2 * max(sizes):
+            return False  # never of nan
+    return [x.ndim for x in tensors] == [y.ndim for y in others]
 
 
 def _is_overridden(name: str, pl_module: LightningModule) -> bool:

@@ -133,8 +133,9 @@ def target_probabilities(p: Tensor, targets: Tensor, task: str) -> tuple[Tensor,
     """
     targets = targets.to(p.device)
     if task == "multiclass" and not targets.is_floating_point():
+        targets = targets.long()  # comparisons in 8 bits wrap around
         counts = targets != IGNORED
-        index = targets.long().where(counts, 0).reshape(p[:, :1].shape)
+        index = targets.where(counts, 0).reshape(p[:, :1].shape)
         return torch.zeros_like(p).scatter_(1, index, 1.0), counts.to(p.dtype)
     return targets.to(p.dtype).reshape(p.shape), torch.ones_like(p[:, 0])
 

@@ -78,15 +78,15 @@ def is_isolated(model: nn.Module) -> bool:
 
 
 def written_parameters(model: nn.Module, run: Callable[[], Any]) -> tuple[Any, list[str]]:
-    """Run a model, and name the parameters that its ``forward`` writes; writes to their ``data`` are not seen.
+    """Run a model, and name the parameters that its ``forward`` writes, unless in place to their ``data``.
 
     Args:
         model: The module.
         run: Runs it.
     """
-    versions = {name: p._version for name, p in model.named_parameters() if not p.is_inference()}
-    result = run()
-    return result, [name for name, p in model.named_parameters() if versions.get(name, p._version) != p._version]
+    before = {name: (p._version, p.data_ptr()) for name, p in model.named_parameters() if not p.is_inference()}
+    result, after = run(), dict(model.named_parameters())
+    return result, [name for name, seen in before.items() if seen != (after[name]._version, after[name].data_ptr())]
 
 
 def complete(restore: Callable[[], object]) -> None:

@@ -135,9 +135,10 @@ def _call_perturbed_at(module: nn.Module, call: Callable[[], Tensor], perturb: C
         nonlocal has_run
         has_run = True
         first = result[0] if isinstance(result, list | tuple) and result else result
+        make = getattr(type(result), "_make", type(result))  # of a named tuple
         if not isinstance(first, Tensor) or not is_floating(first):
             raise MisconfigurationException(f"`at` should name a module of floating outputs, got {describe(result)}.")
-        return perturb(first) if first is result else type(result)([perturb(first), *result[1:]])
+        return perturb(first) if first is result else make([perturb(first), *result[1:]])
 
     with module.register_forward_hook(hook):
         outputs = call()

@@ -46,7 +46,7 @@ class InitialWeights:
             self.weights, self._owner = copy_weights(dict(model.named_parameters())), id(model)
             self.source = "those at the start of this fit (if they are trained, pass `initial_weights=`)"
         elif self.weights is None or self._owner not in (0, id(model)):
-            raise MisconfigurationException("the checkpoint lacks the initial weights: pass `initial_weights=`")
+            raise MisconfigurationException("the initial weights are unknown: pass `initial_weights=`")
         else:
             self.source = "those of the fit that goes on"
 
@@ -177,7 +177,7 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module
 def _noise_shape(module: nn.Module, parameter: Tensor) -> tuple[tuple[int, ...], int]:
     """Return the shape of the noise, and how often to repeat its first dimension."""
     shape = tuple(parameter.shape)
-    if parameter.ndim < 2 or isinstance(module, nn.LayerNorm) or shape[1:].count(1) == parameter.ndim - 1:
+    if parameter.ndim < 2 or isinstance(module, nn.LayerNorm | nn.RMSNorm) or shape[1:].count(1) == parameter.ndim - 1:
         return shape, 1
     if isinstance(module, (_ConvTransposeNd, nn.Embedding, nn.EmbeddingBag)):  # (inputs, outputs, ...)
         return (shape[0], 1, *shape[2:]), 1

@@ -287,7 +287,7 @@ def test_resuming_without_the_weights_from_before_training(tmp_path: Path) -> No
     first = trainer(max_epochs=1)
     first.fit(Plain(), loader(), loader())
     first.save_checkpoint(path := tmp_path / "without.ckpt")
-    match = "checkpoint lacks the initial weights.*`initial_weights=`"
+    match = "initial weights are unknown.*`initial_weights=`"
     with pytest.warns(UserWarning, match="can give no estimate: .*" + match):
         run = fit(Plain(), RiskMonitor(), None, loader(), SensitivityMonitor(), ckpt_path=path)
     assert "val_sensitivity" in run.callback_metrics and not TERMS & run.callback_metrics.keys()
