@@ -115,11 +115,25 @@ def trainer(**kwargs: Any) -> Trainer:
     return Trainer(**{**defaults, **kwargs})
 
 
+def logged(run: Trainer) -> dict[str, float]:
+    """What one has logged last."""
+    return {name: float(value) for name, value in run.callback_metrics.items()}
+
+
 def validated(callbacks: Any, model: LightningModule, loaders: Any, **kwargs: Any) -> dict[str, float]:
     """What one or several callbacks have logged in ``Trainer.validate``, and the module, too."""
     run = trainer(callbacks=callbacks, **kwargs)
     run.validate(model, loaders, verbose=False)
-    return {name: float(value) for name, value in run.callback_metrics.items()}
+    return logged(run)
+
+
+def fitted(
+    callbacks: Any, model: LightningModule, train: Any = None, val: Any = None, ckpt_path: Any = None, **kwargs: Any
+) -> Trainer:
+    """A Trainer after a fit, of ``loader()`` if nothing else is said."""
+    run = trainer(callbacks=callbacks, **kwargs)
+    run.fit(model, *(loader() if each is None else each for each in (train, val)), ckpt_path=ckpt_path)
+    return run
 
 
 class Watch(TorchDispatchMode):
@@ -154,7 +168,7 @@ class History(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
-            self.epochs.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+            self.epochs.append(logged(trainer))
 
 
 def csv_rows(log_dir: str | Path) -> list[dict[str, str]]:
