@@ -21,7 +21,8 @@ from lightning_sensitivity.callbacks.risk import _MIN_TWINS, _STRENGTH
 from lightning_sensitivity.functional import risk_estimate, variance_factor
 from lightning_sensitivity.model import noise_generator
 from lightning_sensitivity.model.twins import batch_statistics, copy_weights, twin
-from tests.helpers import Classifier, History, Stream, fitted, inputs, labelled, loader, logged, unlabelled_loader
+from tests.helpers import Classifier, History, Stream, first_tensor, fitted, inputs, labelled, loader, logged
+from tests.helpers import unlabelled_loader as unlabelled
 
 HOLDOUT = inputs(50, seed=1)  # in four batches: two twins each
 NAMES = ["val_" + name for name in RiskMonitor.names]
@@ -154,9 +155,8 @@ def test_the_first_batches_of_a_fit_are_kept_once_and_scored_as_they_came(num_sa
 
 def risk(num_samples: int = 200, **kwargs: Any) -> dict[str, float]:
     seed_everything(0, verbose=False)
-    val = unlabelled_loader(num_samples, seed=1)
-    values = logged(fitted([RiskMonitor()], Classifier(0.0), loader(num_samples), val, **kwargs))
-    return {name: values[name] for name in NAMES}
+    val = unlabelled(num_samples, seed=1)
+    return logged(fitted([RiskMonitor()], Classifier(0.0), loader(num_samples), val, **kwargs), "val_")
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
@@ -169,7 +169,7 @@ def test_early_stopping_and_checkpoints_follow_it_and_the_progress_bar_shows_it(
     checkpoint = ModelCheckpoint(tmp_path, monitor="val_risk_estimate", filename="{epoch}")
     callbacks, labels = [stopping, checkpoint, RiskMonitor(prog_bar=True), history], Y.clone()
     labels[::4] = 0  # it learns, and then must memorize
-    train, val = DataLoader(TensorDataset(X, labels), 16), unlabelled_loader(seed=1)
+    train, val = DataLoader(TensorDataset(X, labels), 16), unlabelled(seed=1)
     run = fitted(callbacks, Classifier(), train, val, enable_checkpointing=True, max_epochs=200)
     values = [epoch["val_risk_estimate"] for epoch in history.epochs]
     best = values.index(min(values))
@@ -211,17 +211,13 @@ def of_one(batch: Any) -> Any:
     return batch[0] if isinstance(batch[0], list) else batch
 
 
-def first_part(batch: Any) -> Tensor:
-    return of_one(batch)[0] if isinstance(batch, list) else batch
-
-
 @pytest.mark.parametrize("name", COUNTED)
 def test_the_samples_of_an_epoch_are_counted_also_where_training_resumes(name: str, tmp_path: Path) -> None:
     make, options, expected = COUNTED[name]
     model, ckpt_path = Plain(), None
     model.training_step = lambda batch, batch_idx: Plain.training_step(model, of_one(batch), batch_idx)
     for max_epochs in (3, 4):
-        monitor = RiskMonitor(inputs=first_part, targets=lambda batch: of_one(batch)[1])
+        monitor = RiskMonitor(inputs=first_tensor, targets=lambda batch: of_one(batch)[1])
         run = fit(model, make(), monitor, ckpt_path=ckpt_path, max_epochs=max_epochs, **options)
         assert monitor._num_training == expected
         run.save_checkpoint(ckpt_path := tmp_path / "a.ckpt")

@@ -38,19 +38,28 @@ def test_the_values_are_those_of_a_plain_loop(batch_size: int, num_draws: int) -
     torch.testing.assert_close(monitor.metrics[0].per_sample, per_sample, rtol=1e-9, atol=1e-15)
 
 
-@pytest.mark.parametrize("every_n_epochs", [1, 2])
-def test_epochs_are_logged_and_before_training_by_validate_at_step_0(every_n_epochs: int, tmp_path: Any) -> None:
+class EverySecond(SensitivityMonitor):
+    def should_measure(self, trainer: Any) -> bool:
+        return trainer.current_epoch % 2 == 0
+
+
+@pytest.mark.parametrize(("monitor", "steps"), [
+    (SensitivityMonitor(), [0, 3, 7, 11, 15]), (SensitivityMonitor(every_n_epochs=2), [0, 3, 11]),
+    (EverySecond(), [0, 3, 11]),
+])  # fmt: skip
+def test_epochs_are_logged_and_before_training_by_validate_at_step_0(monitor: Any, steps: Any, tmp_path: Any) -> None:
     model, history, logger = Classifier(), helpers.History(), CSVLogger(tmp_path)
-    run = trainer(callbacks=[SensitivityMonitor(every_n_epochs=every_n_epochs), history], logger=logger, max_epochs=4)
+    risk = RiskMonitor(every_n_epochs=monitor.every_n_epochs)
+    run = trainer(callbacks=[monitor, risk, history], logger=logger, max_epochs=4)
     untrained = expected(brute_force(model.eval(), inputs(50, seed=1).split(16)))
     run.validate(model.train(), loader(seed=1), verbose=False)
     run.fit(model, loader(), loader(seed=1))
     close(history.epochs[0], untrained)
-    rows = [row for row in helpers.csv_rows(logger.log_dir) if row["val_sensitivity"]]
-    curve = {int(row["step"]): float(row["val_sensitivity"]) for row in rows}
-    assert len(curve) == 1 + 4 // every_n_epochs and curve.keys() <= {0, 3, 7, 11, 15}
+    rows = helpers.csv_rows(logger.log_dir)
+    curve = {int(row["step"]): float(row["val_sensitivity"]) for row in rows if row["val_sensitivity"]}
+    assert [*curve] == steps and len(set(curve.values())) == len(steps)
     assert all(history.epochs[(step + 1) // 4]["val_sensitivity"] == value for step, value in curve.items())
-    assert len(set(curve.values())) == len(curve)
+    assert sum(bool(row["val_risk_estimate"]) for row in rows) == 4 // monitor.every_n_epochs
 
 
 @pytest.mark.parametrize(

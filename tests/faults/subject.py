@@ -127,7 +127,8 @@ def run(
             error = raised
     # Weights, buffers, losses of each step, and where the random stream has come to.
     state = [*copy.deepcopy(model.state_dict()).values(), torch.tensor(model.losses), torch.get_rng_state()]
-    return Outcome(error, [str(warning.message) for warning in caught], state, model, fit)
+    messages = [str(warning.message) for warning in caught if warning.filename == __file__]  # the user's
+    return Outcome(error, messages, state, model, fit)
 
 
 def assert_same_run(monitored: Outcome, bare: Outcome) -> None:

@@ -34,6 +34,7 @@ NO_BATCH, LEFT_OUT, NO_LABEL = (
     "leaves a training.*",
 )
 NO_MEMORY, BROKEN, NAN = "OutOfMemoryError.*out of memory", NO_BATCH + "broken", math.nan
+ANOTHER = "calls the model with another 'x', .*`inputs="
 
 
 def fail(message: str = "broken", error: type[Exception] = ValueError) -> Any:
@@ -193,10 +194,10 @@ FAULTS = {
     "spectral norm by hooks": Fault(init=lambda m: nn.utils.spectral_norm(m.net[4])),
     "lazy layers": Fault(error="some are lazy", init=lazy, moments=("sanity",)),
     "weights of another": Fault(error="`initial_weights`", r_options={"initial_weights": {"other": torch.zeros(1)}}),
-    "parameters written in forward": Fault(error="writes its parameters", moments=BEFORE,
-        init=lambda m: m.net.append(Scaled(lambda y, s: y + s.detach().clamp_(max=0.9)))),
     # steps that do something else
-    "scaled in the step": Fault("inputs=", "inputs=", step=lambda m, b: m((b[0] - 50) / 20), moments=BEFORE),
+    "scaled in the step": Fault(ANOTHER, ANOTHER, step=lambda m, b: m((b[0] - 50) / 20), moments=BEFORE),
+    "scaled in validation": Fault(ANOTHER, ANOTHER, step=lambda m, b: m(b[0] if m.training else 9 * b[0]),
+        moments=("first",)),
     "rounded in the step": Fault(step=lambda m, b: m(b[0].bfloat16().float()), moments=BEFORE),
     "at= is not run": Fault(error="submodule that `forward` calls", s_options={"at": "head"}, moments=("sanity",),
         init=lambda m: m.add_module("head", nn.Linear(4, 4))),
@@ -242,7 +243,10 @@ WAITING: dict[str, list[Any]] = {
 
 
 @pytest.mark.parametrize("waiting", WAITING)
-@pytest.mark.parametrize(("name", "moment"), [("nan sample", "later"), ("no pass", "first"), ("no pass", "later")])
+@pytest.mark.parametrize(
+    ("name", "moment"),
+    [("nan sample", "later"), ("no pass", "first"), ("no pass", "later"), ("constant outputs", "first")],
+)
 def test_something_waits(name: str, moment: str, waiting: str, tmp_path: Path) -> None:
     fault = FAULTS[name]
     make = type("Waiting", (Scheduled, Subject), {}) if waiting == "scheduler" else Subject
