@@ -3,7 +3,7 @@
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,7 @@ from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 from tests.helpers import Linear, brute_force, fitted, inputs, labelled, loader, logged, run_processes, validated
 from tests.helpers import unlabelled_loader as unlabelled
 
-SCENARIOS: dict[str, Callable[[int, Path], Any]] = {}
 Results = dict[str, list[Any]]  # by scenario, of each process
-
-
-def scenario(function: Callable[[int, Path], Any]) -> Callable[[int, Path], Any]:
-    SCENARIOS[function.__name__] = function
-    return function
 
 
 def model(kind: Any = Linear) -> Any:
@@ -101,12 +95,10 @@ EVEN: dict[str, dict[str, Any]] = {
 }
 
 
-@scenario
 def even(rank: int, folder: Path) -> Any:
     return {name: rippled(distributed, **kwargs) for name, kwargs in EVEN.items()}
 
 
-@scenario
 def uneven(rank: int, folder: Path) -> Any:
     dropping = DistributedSampler(labelled(49), 2, rank, shuffle=False, drop_last=True)
     own = DataLoader(labelled(49), 8, sampler=range(rank, 49, 2))
@@ -117,7 +109,6 @@ def uneven(rank: int, folder: Path) -> Any:
     ]
 
 
-@scenario
 def risk(rank: int, folder: Path) -> Any:
     checkpoint = ModelCheckpoint(folder / "risk", monitor="val_risk_estimate/dataloader_idx_0")
     monitor, net, other, counts = RiskMonitor(num_training_samples=16), model(), model(), list[int]()
@@ -129,7 +120,6 @@ def risk(rank: int, folder: Path) -> Any:
     return logged(run, "val_"), net.state_dict(), counts
 
 
-@scenario
 def without_a_batch(rank: int, folder: Path) -> Any:
     loaders = [on_rank(1), on_rank(None, 1), on_rank(0, 2), on_rank(None, 3), on_rank(1, 4)]
     values = validated(SensitivityMonitor(), model(), loaders, kind=distributed)
@@ -162,7 +152,6 @@ class Failing(Still):
         return super().forward(x)
 
 
-@scenario
 def a_pass_that_fails(rank: int, folder: Path) -> Any:
     batches = DataLoader([inputs(8), inputs(7), inputs(8, 2)], batch_size=None)
     return fitted_with_warnings([SensitivityMonitor(), risk_monitor()], model(Failing), loader(48, 8), batches)
@@ -175,7 +164,6 @@ class Ignoring(Linear):
         return cross_entropy(self(batch[0]), batch[1], ignore_index=255)
 
 
-@scenario
 def a_training_batch_that_fails(rank: int, folder: Path) -> Any:
     def fit(index: int, *more: Any) -> Any:
         x, y = labelled(24).tensors
@@ -190,16 +178,16 @@ def a_training_batch_that_fails(rank: int, folder: Path) -> Any:
 
 def run_all(rank: int, folder: Path) -> dict[str, Any]:
     results = {}
-    for name, function in SCENARIOS.items():
-        results[name] = function(rank, folder)
+    for scenario in (even, uneven, risk, without_a_batch, a_pass_that_fails, a_training_batch_that_fails):
+        results[scenario.__name__] = scenario(rank, folder)
         torch.distributed.barrier()
     return results
 
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    ranks = run_processes(run_all, tmp_path_factory.mktemp("distributed"))
-    return {name: [results[name] for results in ranks] for name in SCENARIOS}
+    first, second = run_processes(run_all, tmp_path_factory.mktemp("distributed"))
+    return {name: [first[name], second[name]] for name in first}
 
 
 def close(values: dict[str, float]) -> Any:
@@ -263,15 +251,11 @@ def test_a_pass_that_fails_in_one_process_costs_its_batch_in_both(both: Results)
     assert messages == [] and len(other_messages) == 1 and "ValueError: out of luck" in other_messages[0]
 
 
-@pytest.mark.parametrize(
-    ("index", "expected"),
-    [
-        (0, ["can give no estimate: another process can give none", "can give no estimate: Expected labels"]),
-        (1, [None, "leaves a training batch out: .*Expected labels from 0 to 3"]),
-    ],
-)
-def test_a_training_batch_that_fails_in_one_process_is_said_by_it(both: Results, index: int, expected: Any) -> None:
-    results = [results[index] for results in both["a_training_batch_that_fails"]]
-    for (values, messages), pattern in zip(results, expected, strict=True):
-        assert len(messages) == (pattern is not None) and all(re.search(pattern, message) for message in messages)
-        assert ("val_risk_estimate" in values) == (index == 1)
+def test_a_training_batch_that_fails_in_one_process_is_said_by_it(both: Results) -> None:
+    no_estimate = ["can give no estimate: another process can give none", "can give no estimate: Expected labels"]
+    left_out = [None, "leaves a training batch out: .*Expected labels from 0 to 3"]
+    for index, patterns in enumerate((no_estimate, left_out)):  # by the batch that fails
+        for results, pattern in zip(both["a_training_batch_that_fails"], patterns, strict=True):
+            values, messages = results[index]
+            assert len(messages) == (pattern is not None) and all(re.search(pattern, message) for message in messages)
+            assert ("val_risk_estimate" in values) == (patterns is left_out)

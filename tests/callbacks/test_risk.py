@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer, callbacks, seed_everything
+from lightning.pytorch import Trainer, callbacks, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ class Truth(History):
         self.batches: list[Any] = []
         self.terms: list[Any] = []
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.initial = self.initial or copy_weights(pl_module.state_dict())
         labels = batch[-1].reshape(len(batch[-1]), -1)
         self.num_seen = (batch_idx > 0) * self.num_seen + int((labels != -100).any(1).sum())
@@ -63,9 +63,7 @@ class Truth(History):
             self.batches.append([part.clone() for part in batch])
 
     @torch.no_grad()
-    def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if trainer.sanity_checking or batch_idx:
             return
         model, (x, y) = copy.deepcopy(pl_module), (torch.cat(parts) for parts in zip(*self.batches, strict=True))

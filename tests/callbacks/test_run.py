@@ -15,12 +15,11 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 
 import tests.helpers as helpers
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
-from lightning_sensitivity.callbacks.utilities import check_run, num_batches
+from lightning_sensitivity.callbacks.utilities import check_run
 from tests.helpers import Classifier, Linear, Scheduled, fitted, loader, trainer
 
 MONITORS = [SensitivityMonitor, RiskMonitor]
@@ -104,16 +103,14 @@ def test_what_can_not_run_is_refused_before_the_first_step(name: str, monitor: A
 
 
 def test_strategies_that_can_not_be_measured_under_are_refused() -> None:
-    def check(strategy: Any, match: str, model: Any = None) -> None:
+    other, model, lacking = pytest.importorskip("pytorch_lightning.strategies"), BoringModel(), BoringModel()
+    lacking.allow_zero_length_dataloader_with_multiple_devices = True
+    kinds, sharded = (DeepSpeedStrategy, other.DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy), "all weights in"
+    cases = [(kind.__new__(kind), model, sharded) for kind in kinds] + [(None, lacking, "a batch in")]
+    for strategy, module, match in cases:
         run = SimpleNamespace(strategy=strategy, datamodule=None, world_size=2, enable_validation=True)
-        with pytest.raises(MisconfigurationException, match=match):
-            check_run("M", run, model or BoringModel(), "fit")
-
-    other, model = pytest.importorskip("pytorch_lightning.strategies"), BoringModel()
-    for kind in (DeepSpeedStrategy, other.DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy):
-        check(kind.__new__(kind), "`M` needs all weights in every process.* sharded")
-    model.allow_zero_length_dataloader_with_multiple_devices = True
-    check(None, "needs a batch in every process", model)
+        with pytest.raises(MisconfigurationException, match=f"`M` needs {match} every process"):
+            check_run("M", run, module, "fit")
 
 
 def test_monitors_that_log_the_same_names_need_two_prefixes() -> None:
@@ -162,26 +159,6 @@ def test_predict_is_left_alone() -> None:
     model = without("forward")
     model.predict_step = lambda batch, batch_idx: batch[0]
     assert len(trainer(callbacks=[SensitivityMonitor(), RiskMonitor()]).predict(model, loader())) == len(loader())
-
-
-MODES = [(None, 4, [4, 2]), (None, 2, [2, 2]), ("sequential", 4, [4, 2]), ("min_size", 4, [2])]
-MODES += [("max_size", 4, [4]), ("max_size_cycle", 4, [4])]
-
-
-@pytest.mark.parametrize("stage", ["fit", "validate", "test"])
-@pytest.mark.parametrize(("mode", "limit", "expected"), MODES)
-def test_as_many_batches_come_as_are_said(stage: str, mode: str | None, limit: int, expected: list[int]) -> None:
-    model, loaders, seen = Classifier(), [loader(50), loader(20, seed=3)], list[int]()  # of 4 and 2 batches
-
-    def step(batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        assert num_batches(model.trainer) == expected
-        seen.append(dataloader_idx)
-
-    model.validation_step = model.test_step = step
-    val = loaders if mode is None else CombinedLoader(loaders, mode)
-    run = trainer(max_epochs=1, limit_val_batches=limit, limit_test_batches=limit, **UNSEEN)
-    run.fit(model, loader(), val) if stage == "fit" else getattr(run, stage)(model, val, verbose=False)
-    assert [seen.count(dataloader_idx) for dataloader_idx in range(len(expected))] == expected
 
 
 @pytest.mark.filterwarnings("ignore:.*Skipping val loop")

@@ -1,5 +1,6 @@
 """Every way to train is bit-identical with and without the monitors, and what they log belongs to it."""
 
+import math
 import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
-from lightning_sensitivity.callbacks.utilities import loader_name
+from lightning_sensitivity.callbacks.utilities import loader_name, num_batches
 from tests.helpers import Classifier, Quiet, Stream, brute_force, csv_rows, first_tensor, fitted, loader, trainer
 from tests.helpers import unlabelled_loader as unlabelled
 
@@ -41,16 +42,18 @@ class Oracle(Callback):
         self._changes = {}
 
     def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Any, pl_module: Any, batch: Any, idx: int, dataloader_idx: int = 0
     ) -> None:
         with trainer.precision_plugin.val_step_context():
-            changes = brute_force(pl_module, {batch_idx: first_tensor(batch)}, loader=dataloader_idx)
+            changes = brute_force(pl_module, {idx: first_tensor(batch)}, loader=dataloader_idx)
         self._changes.setdefault(dataloader_idx, []).append(changes)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:
             return
         self.num_validations += 1
+        counts = zip(map(len, self._changes.values()), num_batches(trainer), strict=True)
+        assert all(said in (count, math.inf) for count, said in counts)
         for dataloader_idx, changes in self._changes.items():
             name = loader_name("val_sensitivity", dataloader_idx, len(self._changes))
             expected = torch.cat(changes).var(correction=0).item()
@@ -171,6 +174,7 @@ SETUPS = {
     "a dict of loaders": Setup(2, val=lambda: {"a": loader(50), "b": loader(20, seed=3)}),
     "CombinedLoader, sequential": Setup(2, val=combined("sequential")),
     "CombinedLoader, max_size_cycle": Setup(2, val=combined("max_size_cycle"), module=Quiet, inputs=first_tensor),
+    "CombinedLoader, max_size": Setup(2, val=combined("max_size"), module=Quiet, inputs=first_tensor),
     "CombinedLoader, min_size": Setup(2, val=combined("min_size"), module=Quiet, inputs=first_tensor),
     "other batches in training": Setup(2, {"num_sanity_val_steps": 0}, OfTwoLoaders, loader, two_loaders),
     "manual optimization, two optimizers": Setup(2, module=Manual),
@@ -193,35 +197,30 @@ if not hasattr(torch.compiler, "set_stance"):  # before torch 2.6, compiled code
     del SETUPS["torch.compile of the module"]
 
 
+def draws() -> tuple[float, ...]:
+    return random.random(), np.random.rand(), torch.rand(1).item()
+
+
 def is_ours(name: str) -> bool:
     return "sensitivity" in name or "risk_" in name
-
-
-class Streams(Callback):
-    """What training draws, and whether its modules are in training mode."""
-
-    def __init__(self) -> None:
-        self.seen: list[Any] = []
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        draws = random.random(), np.random.rand(), torch.rand(1).item()
-        self.seen.append((draws, [module.training for module in pl_module.modules()]))
 
 
 def fit(setup: Setup, tmp_path: Path, ours: list[Callback]) -> tuple[Trainer, list[Any], list[Any]]:
     """Train from one seed; gives the Trainer, the rows of its log, and all that training is and has logged."""
     seed_everything(0, verbose=False)
-    streams, logger, module = Streams(), CSVLogger(tmp_path, name=None), setup.module()
+    watch, seen, logger, module = Callback(), list[Any](), CSVLogger(tmp_path, name=None), setup.module()
+    # What training draws, and whether its modules are in training mode.
+    watch.on_train_batch_end = lambda *_: seen.append((draws(), [each.training for each in module.modules()]))
     options = {"default_root_dir": tmp_path, "log_every_n_steps": 1, **setup.kwargs}
     train = None if isinstance(module, Finding) else setup.train()
-    run = trainer(callbacks=[*ours, *setup.more(), streams], logger=logger, **options)
+    run = trainer(callbacks=[*ours, *setup.more(), watch], logger=logger, **options)
     run.fit(module, train, setup.val())
     rows = csv_rows(logger.log_dir) if Path(logger.log_dir, "metrics.csv").exists() else []
     theirs = [sorted((k, v) for k, v in row.items() if v and not is_ours(k)) for row in rows]
     theirs = sorted(row for row in theirs if len(row) > 2)  # not of epoch and step alone
     metrics = {name: value for name, value in run.callback_metrics.items() if not is_ours(name)}
     states = [each.state_dict() for each in (module, *run.optimizers)]
-    return run, rows, [states, metrics, theirs, streams.seen]
+    return run, rows, [states, metrics, theirs, seen]
 
 
 @pytest.mark.filterwarnings("ignore:.*no estimate")
