@@ -23,7 +23,6 @@ from lightning_sensitivity.callbacks.utilities import check_run
 from tests.helpers import Classifier, Linear, Scheduled, fitted, loader, trainer
 
 MONITORS = [SensitivityMonitor, RiskMonitor]
-of_each_monitor = pytest.mark.parametrize("monitor", MONITORS)
 
 
 class Interrupted(Classifier):
@@ -91,7 +90,7 @@ REFUSED: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
 }
 
 
-@of_each_monitor
+@pytest.mark.parametrize("monitor", MONITORS)
 @pytest.mark.filterwarnings("ignore:.*(Skipping val loop|`dataloader_iter` step flavor)")
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_can_not_run_is_refused_before_the_first_step(name: str, monitor: Any) -> None:

@@ -59,14 +59,14 @@ def test_epochs_are_logged_and_before_training_by_validate_at_step_0(monitor: An
     assert sum(bool(row["val_risk_estimate"]) for row in rows) == 4 // every_n_epochs
 
 
-@pytest.mark.parametrize(
-    ("prefix", "test"),
-    [("val_", "test_"), ("val/", "test/"), ("a_", "test_a_"), ("eval_", "test_eval_"), ("valid/", "test_valid/")],
-)
-def test_names_of_trainer_test(prefix: str, test: str) -> None:
+IN_TEST = {"val_": "test_", "val/": "test/", "a_": "test_a_", "eval_": "test_eval_", "valid/": "test_valid/"}
+
+
+@pytest.mark.parametrize("prefix", IN_TEST)
+def test_names_of_trainer_test(prefix: str) -> None:
     run = trainer(callbacks=[SensitivityMonitor(prefix=prefix), RiskMonitor(prefix=prefix)])
     (values,) = run.test(Classifier(), loader(), verbose=False)
-    assert values.keys() == {"test_loss", *(test + name for name in SensitivityMonitor.names)}
+    assert values.keys() == {"test_loss", *(IN_TEST[prefix] + name for name in SensitivityMonitor.names)}
 
 
 def test_of_each_output_the_value_is_the_mean_square_of_its_changes() -> None:
