@@ -134,12 +134,11 @@ def validated(callbacks: Any, model: LightningModule, loaders: Any, **kwargs: An
     return logged(run)
 
 
-def fitted(
-    callbacks: Any, model: LightningModule, train: Any = None, val: Any = None, ckpt_path: Any = None, **kwargs: Any
-) -> Trainer:
+def fitted(callbacks: Any, model: Any, train: Any = None, val: Any = None, **kwargs: Any) -> Trainer:
     """A Trainer after a fit, of ``loader()`` if nothing else is said."""
+    ckpt_path, loaders = kwargs.pop("ckpt_path", None), [loader() if each is None else each for each in (train, val)]
     run = trainer(callbacks=callbacks, **kwargs)
-    run.fit(model, *(loader() if each is None else each for each in (train, val)), ckpt_path=ckpt_path)
+    run.fit(model, *loaders, ckpt_path=ckpt_path)
     return run
 
 

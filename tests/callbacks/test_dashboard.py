@@ -66,8 +66,6 @@ def tensorboard_url(tmp_path: Path) -> Iterator[str]:
 def page() -> Iterator[Any]:
     """The real page in a real browser."""
     playwright = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("Chromium is not installed (Debian: apt-get install chromium)")
     flags = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
     flags += " --disable-component-update --disable-sync"
     with playwright.sync_playwright() as driver:
@@ -77,6 +75,7 @@ def page() -> Iterator[Any]:
 
 
 @pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (Debian: apt-get install chromium)")
 def test_tensorboard_draws_the_custom_scalars(tensorboard_url: str, page: Any, tmp_path: Path) -> None:
     page.goto(f"{tensorboard_url}#custom_scalars", wait_until="commit", timeout=60_000)
     page.get_by_text("Generalization (val/*)").wait_for(timeout=60_000)

@@ -18,19 +18,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDataset
 
+import tests.helpers as helpers
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
-from tests.helpers import (
-    Linear,
-    Stream,
-    brute_force,
-    fitted,
-    inputs,
-    labelled,
-    loader,
-    logged,
-    run_processes,
-    validated,
-)
+from tests.helpers import Linear, Stream, brute_force, fitted, inputs, labelled, loader, logged
 from tests.helpers import unlabelled_loader as unlabelled
 
 
@@ -77,14 +67,12 @@ class Ripples:
         return x + 0.1 * torch.sin((37 + self.num_calls % self.num_draws) * x)
 
 
-def rippled(
-    kind: Any, val: Any, fits: bool = False, sampling: bool = True, num_draws: int = 1, **kwargs: Any
-) -> dict[str, float]:
+def rippled(kind: Any, val: Any, fits: bool = False, sampling: bool = True, num_draws: int = 1, **kwargs: Any) -> Any:
     """What is logged under such a change; in 64 bits, because batches of another size are rounded in another way."""
     monitors = [SensitivityMonitor(Ripples(num_draws), num_draws=num_draws, **kwargs), risk_monitor()]
     options = {"kind": kind, "max_epochs": 1, "precision": "64-true", "use_distributed_sampler": sampling}
     if not fits:
-        return validated(monitors, model(Still), val, **options)
+        return helpers.validated(monitors, model(Still), val, **options)
     return logged(fitted(monitors, model(Still), loader(48, 8), val, **options), "val_")  # all 48 are kept
 
 
@@ -122,19 +110,16 @@ def risk(rank: int, folder: Path) -> Any:
 
 def without_a_batch(rank: int, folder: Path) -> Any:
     loaders = [on_rank(1), on_rank(None, 1), on_rank(0, 2), on_rank(None, 3), on_rank(1, 4)]
-    values = validated(SensitivityMonitor(), model(), loaders, kind=distributed)
+    values = helpers.validated(SensitivityMonitor(), model(), loaders, kind=distributed)
     combined = CombinedLoader([on_rank(0), on_rank(0, 1)], "max_size_cycle")
-    return values, validated(SensitivityMonitor(), model(), combined, kind=distributed)
-
-
-UNSAMPLED = {"kind": distributed, "use_distributed_sampler": False, "num_sanity_val_steps": 0}
+    return values, helpers.validated(SensitivityMonitor(), model(), combined, kind=distributed)
 
 
 def fitted_with_warnings(*args: Any, **kwargs: Any) -> Any:
     """What was logged last, and what RiskMonitor has warned of."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        run = fitted(*args, **UNSAMPLED, **kwargs)
+        run = fitted(*args, kind=distributed, use_distributed_sampler=False, num_sanity_val_steps=0, **kwargs)
     return logged(run, "val_"), [str(each.message) for each in caught if str(each.message).startswith("`RiskMonitor`")]
 
 
@@ -183,7 +168,7 @@ def run_all(rank: int, folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
-    first, second = run_processes(run_all, tmp_path_factory.mktemp("distributed"))
+    first, second = helpers.run_processes(run_all, tmp_path_factory.mktemp("distributed"))
     return {name: [first[name], second[name]] for name in first}
 
 

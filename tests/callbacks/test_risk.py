@@ -21,6 +21,7 @@ from lightning_sensitivity.callbacks.risk import _MIN_TWINS, _STRENGTH
 from lightning_sensitivity.functional import risk_estimate, variance_factor
 from lightning_sensitivity.model import noise_generator
 from lightning_sensitivity.model.twins import batch_statistics, copy_weights, twin
+from tests.callbacks.test_training import averaged_weights
 from tests.helpers import Classifier, History, Stream, first_tensor, fitted, inputs, labelled, loader, logged
 from tests.helpers import unlabelled_loader as unlabelled
 
@@ -96,7 +97,6 @@ def compare(truth: Truth, model: Any, train: Any, *callbacks: Any, **kwargs: Any
 
 
 X, Y = labelled(50).tensors
-OTHER = Plain().state_dict()
 CODES = nn.Parameter(torch.ones(3, dtype=torch.int8), requires_grad=False)
 
 
@@ -104,8 +104,8 @@ def bce(outputs: Tensor, targets: Tensor) -> Tensor:
     return binary_cross_entropy_with_logits(outputs, targets.to(outputs).reshape(outputs.shape))
 
 
-def load_late(model: Plain) -> None:
-    model.on_train_start = lambda: model.load_state_dict(OTHER)
+def scale_late(model: Plain) -> None:
+    model.on_train_start = lambda: model.net[0].weight.data.mul_(2)
 
 
 def changed(change: Any) -> Any:
@@ -122,19 +122,16 @@ SCORED: dict[str, tuple[Tensor, Any]] = {  # task, labels and model
     "multiclass, batch norm": (Y, lambda: changed(lambda m: m.net.insert(1, nn.BatchNorm1d(16).double()))),
     "multiclass, frozen integers": (Y, lambda: changed(lambda m: m.register_parameter("codes", CODES))),
     "multiclass, averaged weights": (Y, Plain),
-    "multiclass, weights that come as training starts": (Y, lambda: changed(load_late)),
+    "multiclass, weights that come as training starts": (Y, lambda: changed(scale_late)),
 }
-if not hasattr(cb, "WeightAveraging"):  # before lightning 2.6
-    del SCORED["multiclass, averaged weights"]
 
 
 @pytest.mark.parametrize("name", SCORED)
 def test_the_terms_are_those_of_a_plain_loop(name: str) -> None:
-    (y, make), more, truth = SCORED[name], list[Any](), Truth(task=name.split(",")[0])
-    if "averaged" in name:
-        more = [cb.WeightAveraging(avg_fn=lambda mean, weight, count: mean + 0.1 * (weight - mean))]
+    (y, make), truth = SCORED[name], Truth(task=name.split(",")[0])
+    averaging = averaged_weights() if "averaged" in name else []
     monitor = RiskMonitor("multiclass" if y.is_floating_point() else "auto")
-    compare(truth, make(), DataLoader(TensorDataset(X, y), 16), *more, monitor)
+    compare(truth, make(), DataLoader(TensorDataset(X, y), 16), *averaging, monitor)
 
 
 @pytest.mark.filterwarnings("ignore:.*sampler has shuffling enabled")

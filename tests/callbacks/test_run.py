@@ -132,16 +132,14 @@ def test_a_callback_that_logs_one_of_our_names_before_us_costs_the_value() -> No
 
 
 def test_who_watches_a_value_the_wrong_way_or_more_often_than_it_comes_is_warned_of(tmp_path: Path) -> None:
-    class Plateau(Scheduled, Classifier):
-        waits_for = "val_sensitivity/dataloader_idx_0"
-
+    model = type("Plateau", (Scheduled, Classifier), {"waits_for": "val_sensitivity/dataloader_idx_0"})()
     ours, risk = "val_sensitivity/dataloader_idx_1", "val_risk_estimate/dataloader_idx_0"
     kinds = [(kind, mode) for kind in (EarlyStopping, ModelCheckpoint) for mode in ("min", "max")]
     callbacks = [kind(monitor=name, mode=mode) for kind, mode in kinds for name in (ours, risk)]
     callbacks += [SensitivityMonitor(), RiskMonitor(every_n_epochs=2)]
     options = {"enable_checkpointing": True, "default_root_dir": tmp_path, "max_epochs": 1}
     with pytest.warns(UserWarning) as caught:
-        fitted(callbacks, Plateau(), val=[loader(), loader(seed=1)], **options)
+        fitted(callbacks, model, val=[loader(), loader(seed=1)], **options)
     warned = [each for each in caught if re.search("imizes|sees the previous", str(each.message))]
     expected = [f"maximizes `{risk}`, ", f"minimizes `{ours}`, ", *2 * [f"sees the previous `{risk}` again"]]
     expected = [f"`{kind}` {what}" for kind in ("EarlyStopping", "ModelCheckpoint") for what in expected]

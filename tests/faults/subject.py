@@ -108,9 +108,7 @@ class Outcome:
         return [message for message in self.messages if message.startswith(f"`{monitor}`")]
 
 
-def run(
-    fault: Fault, moment: str, callbacks: Any = (), make: Any = Subject, loaders: Any = None, **kwargs: Any
-) -> Outcome:
+def run(fault: Any, moment: str, callbacks: Any = (), make: Any = Subject, data: Any = None, **kwargs: Any) -> Outcome:
     """A fit of three epochs."""
     seed_everything(0, verbose=False)
     model, error = make(fault, moment), None
@@ -121,7 +119,7 @@ def run(
         warnings.simplefilter("always")
         fit = trainer(callbacks=list(callbacks), **options)
         try:
-            fit.fit(model, *(loaders or [DataLoader(data, 8) for data in (training, validation)]))
+            fit.fit(model, *(data or [DataLoader(each, 8) for each in (training, validation)]))
         except Exception as raised:
             error = raised
     # Weights, buffers, losses of each step, and where the random stream has come to.

@@ -117,9 +117,7 @@ FAULTS = {
     # outputs that are none, or others
     "classes change": Fault("number of outputs", "outputs", y=lambda m, x, y: y[:, : 3 + len(x) // 8], step=plain),
     "two heads": Fault(None, "3 outputs", y=lambda m, x, y: y[:, :3], step=plain, moments=BEFORE),
-    "double outputs": Fault(y=lambda m, x, y: y.double()),
     "complex outputs": Fault(FLOATING, FLOATING, "`outputs", y=lambda m, x, y: y + 0j, step=plain, moments=ALL),
-    "integer outputs": Fault(FLOATING, FLOATING, y=lambda m, x, y: y.argmax(1), step=plain),
     "a loss": Fault(FLOATING, FLOATING, "`outputs", y=lambda m, x, y: y.mean(), step=plain, moments=BEFORE),
     "no outputs": Fault(FLOATING, FLOATING, y=lambda m, x, y: None, step=plain),
     "sparse outputs": Fault(FLOATING, FLOATING, y=lambda m, x, y: y.to_sparse(), step=plain, moments=FIRST),
