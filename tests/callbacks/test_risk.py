@@ -197,7 +197,7 @@ COUNTED: dict[str, tuple[Any, dict[str, Any], int]] = {
     "no batch sampler": (lambda: DataLoader([[X, Y]], None), {}, 50),
     "SubsetRandomSampler": (lambda: loader(sampler=SubsetRandomSampler(range(20))), {}, 20),
     "CombinedLoader": (lambda: CombinedLoader([loader(), loader()], "min_size"), {}, 50),
-    "a stream, in its longest epoch": (lambda: DataLoader(Changing(16, 40, 20), 16), {}, 40),
+    "a stream, in its longest epoch": (lambda: DataLoader(Changing(16, 40, 20, 20), 16), {}, 40),
 }
 
 
@@ -211,7 +211,7 @@ def test_the_samples_of_an_epoch_are_counted_also_where_training_resumes(name: s
     make, options, expected = COUNTED[name]
     model, ckpt_path = Plain(), None
     model.training_step = lambda batch, batch_idx: Plain.training_step(model, of_one(batch), batch_idx)
-    for max_epochs in (3, 4):
+    for max_epochs in (4, 5):
         monitor = RiskMonitor(inputs=first_tensor, targets=lambda batch: of_one(batch)[1])
         run = fit(model, make(), monitor, ckpt_path=ckpt_path, max_epochs=max_epochs, **options)
         assert monitor._num_training == expected
