@@ -37,6 +37,13 @@ def unlabelled_loader(num_samples: int = 50, batch_size: int = 16, seed: int = 0
     return DataLoader(inputs(num_samples, seed), batch_size)
 
 
+def first_tensor(batch: Any) -> Tensor:
+    """The first one in tuples, lists and dicts."""
+    while not isinstance(batch, Tensor):
+        batch = next(iter(batch.values())) if isinstance(batch, dict) else batch[0]
+    return batch
+
+
 class Stream(IterableDataset):
     """Samples without a length."""
 
@@ -102,7 +109,7 @@ class Quiet(Classifier):
     validation_step = Linear.validation_step
 
 
-def trainer(**kwargs: Any) -> Trainer:
+def trainer(kind: Any = Trainer, **kwargs: Any) -> Trainer:
     """A Trainer that is quiet and writes nothing, unless it is told to."""
     defaults: dict[str, Any] = {
         "accelerator": "cpu",
@@ -112,14 +119,27 @@ def trainer(**kwargs: Any) -> Trainer:
         "enable_model_summary": False,
         "max_epochs": 2,
     }
-    return Trainer(**{**defaults, **kwargs})
+    return kind(**{**defaults, **kwargs})
+
+
+def logged(run: Trainer, start: str = "") -> dict[str, float]:
+    """What was logged last, of the names that start so."""
+    return {name: float(value) for name, value in run.callback_metrics.items() if name.startswith(start)}
 
 
 def validated(callbacks: Any, model: LightningModule, loaders: Any, **kwargs: Any) -> dict[str, float]:
     """What one or several callbacks have logged in ``Trainer.validate``, and the module, too."""
     run = trainer(callbacks=callbacks, **kwargs)
     run.validate(model, loaders, verbose=False)
-    return {name: float(value) for name, value in run.callback_metrics.items()}
+    return logged(run)
+
+
+def fitted(callbacks: Any, model: Any, train: Any = None, val: Any = None, **kwargs: Any) -> Trainer:
+    """A Trainer after a fit, of ``loader()`` if nothing else is said."""
+    ckpt_path, loaders = kwargs.pop("ckpt_path", None), [loader() if each is None else each for each in (train, val)]
+    run = trainer(callbacks=callbacks, **kwargs)
+    run.fit(model, *loaders, ckpt_path=ckpt_path)
+    return run
 
 
 class Watch(TorchDispatchMode):
@@ -154,7 +174,7 @@ class History(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
-            self.epochs.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+            self.epochs.append(logged(trainer))
 
 
 def csv_rows(log_dir: str | Path) -> list[dict[str, str]]:

@@ -231,10 +231,9 @@ def _are_alike(ours: Any, theirs: Any, tolerance: float) -> bool:
     if not tensors and not others:
         return not any(isinstance(value, str | int | float | None) for value in (ours, theirs)) or bool(ours == theirs)
     for x, y in zip(tensors, others, strict=False):
-        sizes, means = zip(
-            *((float(z.abs().mean()), float(z.mean())) for z in (x.detach().float(), y.detach().float()))
-        )
-        if max(sizes) > (1 + tolerance) * min(sizes) or abs(means[0] - means[1]) > tolerance / 2 * max(sizes):
+        pair = x.detach().float(), y.detach().float()
+        sizes, shift = [float(z.abs().mean()) for z in pair], abs(float(pair[0].mean() - pair[1].mean()))
+        if max(sizes) > (1 + tolerance) * min(sizes) or shift > tolerance / 2 * max(sizes):
             return False  # never of nan
     return [x.ndim for x in tensors] == [y.ndim for y in others]
 

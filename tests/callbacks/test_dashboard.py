@@ -9,38 +9,37 @@ from typing import Any
 
 import pytest
 from lightning.pytorch.loggers import TensorBoardLogger
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
-from tests.helpers import Classifier, loader, trainer
+from tests.callbacks.test_loggers import events
+from tests.helpers import Classifier, fitted, loader
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 def test_custom_scalars_have_a_chart_of_the_loss_and_of_each_monitor(tmp_path: Path) -> None:
     monitors = [SensitivityMonitor(), SensitivityMonitor(0.3, prefix="wide/"), RiskMonitor()]
-    run = trainer(callbacks=monitors, logger=TensorBoardLogger(tmp_path, name=None, version=0), max_epochs=1)
-    run.fit(Classifier(), loader(), [loader(), loader(seed=1)])
-    run.logger.experiment.flush()
-    accumulator = EventAccumulator(run.logger.log_dir)
-    accumulator.Reload()
-    (tag,) = accumulator.PluginTagToContent("custom_scalars")
-    (event,) = accumulator.Tensors(tag)
-    tags = {tag for tag in accumulator.Tags()["scalars"] if tag.endswith("_1")}
+    logger = TensorBoardLogger(tmp_path, name=None, version="")
+    fitted(monitors, Classifier(), val=[loader(), loader(seed=1)], logger=logger, max_epochs=1)
+    logger.experiment.flush()
+    read = events(tmp_path)
+    (tag,) = read.PluginTagToContent("custom_scalars")
+    (event,) = read.Tensors(tag)
+    tags = {tag for tag in read.Tags()["scalars"] if tag.endswith("_1")}
     tags |= {f"a_{tag}" for tag in tags} | {"interval_loss", "val_sensitivity_x", "val_risk"}
-    charts: list[tuple[str, set[str]]] = []
+    charts: dict[str, set[str]] = {}
     for category in Layout.FromString(event.tensor_proto.string_val[0]).category:
         for chart in category.chart:
             matches = {tag.removesuffix("/dataloader_idx_1") for tag in tags if re.search(*chart.multiline.tag, tag)}
-            charts.append((f"{category.title}: {chart.title}", matches))
-    assert charts == [
-        ("Generalization (val_*): loss", {"val_loss"}),
-        ("Generalization (val_*): sensitivity", {"val_sensitivity"}),
-        ("Generalization (val_*): risk estimate and its terms", {f"val_{name}" for name in RiskMonitor.names}),
-        ("Generalization (wide/*): loss", set()),
-        ("Generalization (wide/*): sensitivity", {"wide/sensitivity"}),
-    ]
+            charts[f"{category.title}: {chart.title}"] = matches
+    assert charts == {
+        "Generalization (val_*): loss": {"val_loss"},
+        "Generalization (val_*): sensitivity": {"val_sensitivity"},
+        "Generalization (val_*): risk estimate and its terms": {f"val_{name}" for name in RiskMonitor.names},
+        "Generalization (wide/*): loss": set(),
+        "Generalization (wide/*): sensitivity": {"wide/sensitivity"},
+    }
 
 
 @pytest.fixture
@@ -48,9 +47,9 @@ def tensorboard_url(tmp_path: Path) -> Iterator[str]:
     """TensorBoard of a short fit, or of what $LOGDIR holds, in a process of its own."""
     if not (logs := os.environ.get("LOGDIR", "")):
         monitors = [SensitivityMonitor(prefix="val/"), RiskMonitor(prefix="val/")]
-        run = trainer(callbacks=monitors, logger=TensorBoardLogger(logs := tmp_path, name=None), max_epochs=5)
-        run.fit(Classifier(), loader(), loader(seed=1))
-        run.logger.finalize("success")
+        logger = TensorBoardLogger(logs := tmp_path, name=None)
+        fitted(monitors, Classifier(), val=loader(seed=1), logger=logger, max_epochs=5)
+        logger.finalize("success")
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", logs, "--host", "127.0.0.1", "--port", "0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
         try:
@@ -67,8 +66,6 @@ def tensorboard_url(tmp_path: Path) -> Iterator[str]:
 def page() -> Iterator[Any]:
     """The real page in a real browser."""
     playwright = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("Chromium is not installed (Debian: apt-get install chromium)")
     flags = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
     flags += " --disable-component-update --disable-sync"
     with playwright.sync_playwright() as driver:
@@ -78,6 +75,7 @@ def page() -> Iterator[Any]:
 
 
 @pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (Debian: apt-get install chromium)")
 def test_tensorboard_draws_the_custom_scalars(tensorboard_url: str, page: Any, tmp_path: Path) -> None:
     page.goto(f"{tensorboard_url}#custom_scalars", wait_until="commit", timeout=60_000)
     page.get_by_text("Generalization (val/*)").wait_for(timeout=60_000)

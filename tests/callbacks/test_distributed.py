@@ -3,7 +3,6 @@
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -11,25 +10,18 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import seed_everything
+from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDataset
 
+import tests.helpers as helpers
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
-from tests.helpers import Classifier, Linear, brute_force, inputs, labelled, loader, run_processes, trainer
+from tests.helpers import Linear, Stream, brute_force, fitted, inputs, labelled, loader, logged
 from tests.helpers import unlabelled_loader as unlabelled
-
-SCENARIOS: dict[str, Callable[[int, Path], Any]] = {}
-Results = dict[str, list[Any]]  # by scenario, of each process
-
-
-def scenario(function: Callable[[int, Path], Any]) -> Callable[[int, Path], Any]:
-    SCENARIOS[function.__name__] = function
-    return function
 
 
 def model(kind: Any = Linear) -> Any:
@@ -37,32 +29,16 @@ def model(kind: Any = Linear) -> Any:
     return kind()
 
 
-def distributed(*callbacks: Any, **kwargs: Any) -> Any:
+def distributed(**kwargs: Any) -> Trainer:
     # A process that waits for the others in vain fails long before the test's own limit.
-    return trainer(callbacks=list(callbacks), strategy=DDPStrategy(timeout=timedelta(seconds=60)), devices=2, **kwargs)
-
-
-def alone(*callbacks: Any, **kwargs: Any) -> Any:
-    return trainer(callbacks=list(callbacks), **kwargs)
-
-
-def logged(run: Any) -> dict[str, float]:
-    return {name: float(value) for name, value in run.callback_metrics.items() if name.startswith("val_")}
-
-
-class OnRank(IterableDataset):
-    """Batches for one rank alone (or for both, with None), without a length."""
-
-    def __init__(self, rank: int | None, seed: int = 0) -> None:
-        self.rank, self.seed = rank, seed
-
-    def __iter__(self) -> Iterator[Tensor]:
-        if self.rank in (None, int(os.environ["RANK"])):
-            yield from inputs(40, self.seed).split(16)
+    return Trainer(strategy=DDPStrategy(timeout=timedelta(seconds=60)), devices=2, **kwargs)
 
 
 def on_rank(rank: int | None, seed: int = 0) -> DataLoader:
-    return DataLoader(OnRank(rank, seed), batch_size=None)
+    """Samples for one rank alone (or for both, with None), without a length."""
+    stream, is_here = Stream(), rank in (None, int(os.environ["RANK"]))
+    stream.samples = inputs(40 * is_here, seed)
+    return DataLoader(stream, 16)
 
 
 class Still(Linear):
@@ -91,15 +67,13 @@ class Ripples:
         return x + 0.1 * torch.sin((37 + self.num_calls % self.num_draws) * x)
 
 
-def rippled(make: Any, val: Any, fits: bool = False, sampling: bool = True, num_draws: int = 1, **kwargs: Any) -> Any:
+def rippled(kind: Any, val: Any, fits: bool = False, sampling: bool = True, num_draws: int = 1, **kwargs: Any) -> Any:
     """What is logged under such a change; in 64 bits, because batches of another size are rounded in another way."""
     monitors = [SensitivityMonitor(Ripples(num_draws), num_draws=num_draws, **kwargs), risk_monitor()]
-    run = make(*monitors, max_epochs=1, precision="64-true", use_distributed_sampler=sampling)
-    if fits:
-        run.fit(model(Still), loader(48, 8), val)  # all 48 are kept as training samples
-    else:
-        run.validate(model(Still), val, verbose=False)
-    return logged(run)
+    options = {"kind": kind, "max_epochs": 1, "precision": "64-true", "use_distributed_sampler": sampling}
+    if not fits:
+        return helpers.validated(monitors, model(Still), val, **options)
+    return logged(fitted(monitors, model(Still), loader(48, 8), val, **options), "val_")  # all 48 are kept
 
 
 EVEN: dict[str, dict[str, Any]] = {
@@ -109,12 +83,10 @@ EVEN: dict[str, dict[str, Any]] = {
 }
 
 
-@scenario
 def even(rank: int, folder: Path) -> Any:
     return {name: rippled(distributed, **kwargs) for name, kwargs in EVEN.items()}
 
 
-@scenario
 def uneven(rank: int, folder: Path) -> Any:
     dropping = DistributedSampler(labelled(49), 2, rank, shuffle=False, drop_last=True)
     own = DataLoader(labelled(49), 8, sampler=range(rank, 49, 2))
@@ -125,36 +97,30 @@ def uneven(rank: int, folder: Path) -> Any:
     ]
 
 
-@scenario
 def risk(rank: int, folder: Path) -> Any:
     checkpoint = ModelCheckpoint(folder / "risk", monitor="val_risk_estimate/dataloader_idx_0")
-    monitor, counts = RiskMonitor(num_training_samples=16), list[int]()
-    run = distributed(monitor, checkpoint, max_epochs=1, enable_checkpointing=True)
-    net, val = model(), [unlabelled(48, 8, seed=1), on_rank(1, seed=2)]
+    monitor, net, other, counts = RiskMonitor(num_training_samples=16), model(), model(), list[int]()
     net.on_train_end = lambda: counts.append(monitor._num_training)
-    run.fit(net, loader(47, 8), val)
-    distributed(max_epochs=1).fit(other := model(), loader(47, 8), val)
+    data = loader(47, 8), [unlabelled(48, 8, seed=1), on_rank(1, seed=2)]
+    run = fitted([monitor, checkpoint], net, *data, kind=distributed, max_epochs=1, enable_checkpointing=True)
+    fitted([], other, *data, kind=distributed, max_epochs=1)
     torch.testing.assert_close(net.state_dict(), other.state_dict(), rtol=0, atol=0)
-    return logged(run), net.state_dict(), counts
+    return logged(run, "val_"), net.state_dict(), counts
 
 
-@scenario
 def without_a_batch(rank: int, folder: Path) -> Any:
-    run = distributed(SensitivityMonitor())
     loaders = [on_rank(1), on_rank(None, 1), on_rank(0, 2), on_rank(None, 3), on_rank(1, 4)]
-    run.validate(model(), loaders, verbose=False)
-    fit = distributed(SensitivityMonitor(), EarlyStopping("val_sensitivity", mode="max", patience=1), max_epochs=3)
-    fit.fit(model(), loader(48, 8), on_rank(0))
-    combined = distributed(SensitivityMonitor())
-    combined.validate(model(), CombinedLoader([on_rank(0), on_rank(0, 1)], "max_size_cycle"), verbose=False)
-    return logged(run), (fit.current_epoch, logged(fit)), logged(combined)
+    values = helpers.validated(SensitivityMonitor(), model(), loaders, kind=distributed)
+    combined = CombinedLoader([on_rank(0), on_rank(0, 1)], "max_size_cycle")
+    return values, helpers.validated(SensitivityMonitor(), model(), combined, kind=distributed)
 
 
-def fit_with_warnings(run: Any, *args: Any) -> list[str]:
+def fitted_with_warnings(*args: Any, **kwargs: Any) -> Any:
+    """What was logged last, and what RiskMonitor has warned of."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        run.fit(*args)
-    return [str(warning.message) for warning in caught if str(warning.message).startswith("`RiskMonitor`")]
+        run = fitted(*args, kind=distributed, use_distributed_sampler=False, num_sanity_val_steps=0, **kwargs)
+    return logged(run, "val_"), [str(each.message) for each in caught if str(each.message).startswith("`RiskMonitor`")]
 
 
 class Failing(Still):
@@ -168,15 +134,9 @@ class Failing(Still):
         return super().forward(x)
 
 
-UNSAMPLED = {"use_distributed_sampler": False, "num_sanity_val_steps": 0}
-
-
-@scenario
 def a_pass_that_fails(rank: int, folder: Path) -> Any:
-    run = distributed(SensitivityMonitor(), risk_monitor(), **UNSAMPLED)
     batches = DataLoader([inputs(8), inputs(7), inputs(8, 2)], batch_size=None)
-    messages = fit_with_warnings(run, model(Failing), loader(48, 8), batches)
-    return run.current_epoch, logged(run), messages
+    return fitted_with_warnings([SensitivityMonitor(), risk_monitor()], model(Failing), loader(48, 8), batches)
 
 
 class Ignoring(Linear):
@@ -186,63 +146,44 @@ class Ignoring(Linear):
         return cross_entropy(self(batch[0]), batch[1], ignore_index=255)
 
 
-@scenario
 def a_training_batch_that_fails(rank: int, folder: Path) -> Any:
-    def fit(index: int, *callbacks: Any) -> Any:
+    def fit(index: int, *more: Any) -> Any:
         x, y = labelled(24).tensors
         y[8 * index : 8 * index + 4] += 255 * rank
-        run = distributed(RiskMonitor(), *callbacks, max_epochs=1, **UNSAMPLED)
-        messages = fit_with_warnings(run, Ignoring(), DataLoader(TensorDataset(x, y.clamp(max=255)), 8), unlabelled())
-        return messages, logged(run)
+        train = DataLoader(TensorDataset(x, y.clamp(max=255)), 8)
+        return fitted_with_warnings([RiskMonitor(), *more], Ignoring(), train, unlabelled(), max_epochs=1)
 
     with pytest.raises(MisconfigurationException, match="can give no estimate"):
         fit(0, EarlyStopping("val_risk_estimate"))
     return [fit(0), fit(1)]
 
 
-# Models that no process has whole
-
-
-class Net(Classifier):
-    """Its own `predict_step` must not matter."""
-
-    def __init__(self) -> None:
-        super().__init__(dropout=0.0)
-
-    def predict_step(self, *args: Any) -> None:
-        raise AssertionError("not to be called")
-
-
 def run_all(rank: int, folder: Path) -> dict[str, Any]:
     results = {}
-    for name, function in SCENARIOS.items():
-        results[name] = function(rank, folder)
+    for scenario in (even, uneven, risk, without_a_batch, a_pass_that_fails, a_training_batch_that_fails):
+        results[scenario.__name__] = scenario(rank, folder)
         torch.distributed.barrier()
     return results
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    ranks = run_processes(run_all, tmp_path_factory.mktemp("distributed"))
-    return {name: [results[name] for results in ranks] for name in SCENARIOS}
-
-
-def close(values: dict[str, float]) -> Any:
-    return pytest.approx(values, rel=1e-9, abs=0)
+def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    first, second = helpers.run_processes(run_all, tmp_path_factory.mktemp("distributed"))
+    return {name: [first[name], second[name]] for name in first}
 
 
 @pytest.mark.parametrize("name", EVEN)
-def test_on_even_data_all_that_is_logged_is_what_one_process_logs(both: Results, name: str) -> None:
+def test_on_even_data_all_that_is_logged_is_what_one_process_logs(both: Any, name: str) -> None:
     first, second = (result[name] for result in both["even"])
-    truth = rippled(alone, **EVEN[name])
+    truth = rippled(Trainer, **EVEN[name])
     assert first == second and first.keys() == truth.keys()
     assert ("val_risk_claim/dataloader_idx_1" in first) == (name == "a fit")
     for each in [each for each in truth if "risk_variance" in each or "risk_estimate" in each]:
         del truth[each], first[each]  # of other twins in each process
-    assert first == close(truth)
+    assert first == pytest.approx(truth, rel=1e-9, abs=0)
 
 
-def test_on_uneven_data_samples_count_as_often_as_they_are_dealt_out(both: Results) -> None:
+def test_on_uneven_data_samples_count_as_often_as_they_are_dealt_out(both: Any) -> None:
     def dealt(num_samples: int, num_repeated: int = 0, seed: int = 0, num_kept: int | None = None) -> DataLoader:
         indices = [*range(num_samples), *range(num_repeated)][:num_kept]
         return DataLoader(Subset(labelled(num_samples, seed), indices), 8)
@@ -253,11 +194,12 @@ def test_on_uneven_data_samples_count_as_often_as_they_are_dealt_out(both: Resul
     # one of one's own measures each once.
     vals = [[dealt(49, 1), dealt(35, 1, seed=1)], dealt(49, num_kept=48), dealt(49)]
     for values, val in zip(first, vals, strict=True):
-        truth = rippled(alone, val)
-        assert values == close({**truth, **{name: value for name, value in values.items() if "mine" in name}})
+        truth = rippled(Trainer, val)
+        truth |= {name: value for name, value in values.items() if "mine" in name}
+        assert values == pytest.approx(truth, rel=1e-9, abs=0)
 
 
-def test_the_risk_estimate_is_that_of_both_and_training_samples_are_counted(both: Results) -> None:
+def test_the_risk_estimate_is_that_of_both_and_training_samples_are_counted(both: Any) -> None:
     (first, weights, counts), (second, *_) = both["risk"]
     assert first == second and counts == [47]
     net = model()
@@ -268,19 +210,18 @@ def test_the_risk_estimate_is_that_of_both_and_training_samples_are_counted(both
     assert {f"val_{name}/dataloader_idx_1" for name in RiskMonitor.names} <= first.keys()  # which one process lacked
 
 
-def test_a_process_without_a_batch_has_the_others_value(both: Results) -> None:
+def test_a_process_without_a_batch_has_the_others_value(both: Any) -> None:
     assert both["without_a_batch"][0] == both["without_a_batch"][1]
-    values, (epochs, of_fit), combined = both["without_a_batch"][0]
+    values, of_combined = both["without_a_batch"][0]
     for idx, ranks in enumerate([[1], [0, 1], [0], [0, 1], [1]]):
         batches = list(inputs(40, seed=idx).split(16))
         changes = torch.cat([brute_force(model(), batches, rank=rank, loader=idx) for rank in ranks])
         assert values[f"val_sensitivity/dataloader_idx_{idx}"] == pytest.approx(changes.var(correction=0).item())
-    assert epochs > 1 and of_fit["val_sensitivity"] > 0 and combined["val_sensitivity"] > 0
+    assert of_combined["val_sensitivity"] > 0
 
 
-def test_a_pass_that_fails_in_one_process_costs_its_batch_in_both(both: Results) -> None:
-    (epochs, first, messages), (other_epochs, second, other_messages) = both["a_pass_that_fails"]
-    assert epochs == other_epochs == 2
+def test_a_pass_that_fails_in_one_process_costs_its_batch_in_both(both: Any) -> None:
+    (first, messages), (second, other_messages) = both["a_pass_that_fails"]
     assert first == second and {"val_sensitivity", "val_risk_estimate"} <= first.keys()
     batches = {0: inputs(8), 1: inputs(7), 2: inputs(8, 2)}
     changes = [brute_force(model(Still), batches, rank=0)]
@@ -289,15 +230,11 @@ def test_a_pass_that_fails_in_one_process_costs_its_batch_in_both(both: Results)
     assert messages == [] and len(other_messages) == 1 and "ValueError: out of luck" in other_messages[0]
 
 
-@pytest.mark.parametrize(
-    ("index", "expected"),
-    [
-        (0, ["can give no estimate: another process can give none", "can give no estimate: Expected labels"]),
-        (1, [None, "leaves a training batch out: .*Expected labels from 0 to 3"]),
-    ],
-)
-def test_a_training_batch_that_fails_in_one_process_is_said_by_it(both: Results, index: int, expected: Any) -> None:
-    results = [results[index] for results in both["a_training_batch_that_fails"]]
-    for (messages, values), pattern in zip(results, expected, strict=True):
-        assert len(messages) == (pattern is not None) and all(re.search(pattern, message) for message in messages)
-        assert ("val_risk_estimate" in values) == (index == 1)
+def test_a_training_batch_that_fails_in_one_process_is_said_by_it(both: Any) -> None:
+    no_estimate = ["can give no estimate: another process can give none", "can give no estimate: Expected labels"]
+    left_out = [None, "leaves a training batch out: .*Expected labels from 0 to 3"]
+    for index, patterns in enumerate((no_estimate, left_out)):  # by the batch that fails
+        for results, pattern in zip(both["a_training_batch_that_fails"], patterns, strict=True):
+            values, messages = results[index]
+            assert len(messages) == (pattern is not None) and all(re.search(pattern, message) for message in messages)
+            assert ("val_risk_estimate" in values) == (patterns is left_out)

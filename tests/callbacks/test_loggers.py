@@ -9,16 +9,20 @@ from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoa
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
-from tests.helpers import Classifier, History, csv_rows, loader, trainer
+from tests.helpers import Classifier, History, csv_rows, fitted, loader
 
 Curves = dict[str, dict[int, float]]  # by name, and then by step
 
 
-def read_tensorboard(logger: Logger, folder: Path) -> Curves:
-    accumulator = EventAccumulator(str(folder / "tensorboard"))
+def events(folder: Path) -> EventAccumulator:
+    accumulator = EventAccumulator(str(folder))
     accumulator.Reload()
-    tags = accumulator.Tags()["scalars"]
-    return {tag: {event.step: event.value for event in accumulator.Scalars(tag)} for tag in tags}
+    return accumulator
+
+
+def read_tensorboard(logger: Logger, folder: Path) -> Curves:
+    read = events(folder / "tensorboard")
+    return {tag: {event.step: event.value for event in read.Scalars(tag)} for tag in read.Tags()["scalars"]}
 
 
 def read_csv(logger: Logger, folder: Path) -> Curves:
@@ -56,8 +60,8 @@ def test_every_value_of_every_epoch_arrives_on_the_axis_of_the_loss(
         monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # the logger sets it
     make, read = KINDS[kind]
     monitors = [SensitivityMonitor(), SensitivityMonitor(at="net.0", prefix="val/of/"), RiskMonitor()]
-    run = trainer(callbacks=[*monitors, history := History()], logger=(logger := make(tmp_path)), log_every_n_steps=1)
-    run.fit(Classifier(), loader(), [loader(seed=1), loader(20, seed=2)])
+    callbacks, logger, val = [*monitors, history := History()], make(tmp_path), [loader(seed=1), loader(20, seed=2)]
+    fitted(callbacks, Classifier(), val=val, logger=logger, log_every_n_steps=1)
     names = {name for name in history.epochs[0] if name.startswith("val")}
     assert len(names) == 2 * (1 + 2 + 2 + len(RiskMonitor.names))
     assert {"val/of/sensitivity/dataloader_idx_1", "val_risk_estimate/dataloader_idx_0"} <= names

@@ -1,6 +1,7 @@
 """The risk estimate as RiskMonitor logs it; what its terms are is tested with ``functional.risk``."""
 
 import copy
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer, callbacks, seed_everything
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import callbacks as cb
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
@@ -20,11 +21,12 @@ from lightning_sensitivity.callbacks.risk import _MIN_TWINS, _STRENGTH
 from lightning_sensitivity.functional import risk_estimate, variance_factor
 from lightning_sensitivity.model import noise_generator
 from lightning_sensitivity.model.twins import batch_statistics, copy_weights, twin
-from tests.helpers import Classifier, History, Stream, inputs, labelled, loader, trainer, unlabelled_loader
+from tests.callbacks.test_training import averaged_weights
+from tests.helpers import Classifier, History, Stream, first_tensor, fitted, inputs, labelled, loader, logged
+from tests.helpers import unlabelled_loader as unlabelled
 
 HOLDOUT = inputs(50, seed=1)  # in four batches: two twins each
-NAMES = RiskMonitor.names
-TERMS = {"val_" + name for name in NAMES}
+NAMES = ["val_" + name for name in RiskMonitor.names]
 
 
 class Plain(Classifier):
@@ -43,35 +45,23 @@ class Plain(Classifier):
         return self.loss(self(batch[0]), batch[-1])
 
 
-def as_float(loss: Any) -> Any:
-    return lambda outputs, targets: loss(outputs, targets.to(outputs).reshape(outputs.shape))
+class Truth(History):
+    """What a plain loop gives at each validation, by twins of the weights from before the first step."""
 
-
-class Truth(Callback):
-    """What a plain loop gives at each validation, by twins of the initial weights: those given, or the first ones."""
-
-    def __init__(self, num_batches: int = 4, task: str = "multiclass", initial: Any = None) -> None:
-        self.num_batches, self.task, self.initial = num_batches, task, initial
-        self.num_training = self.num_seen = 0
+    def __init__(self, num_batches: int = 4, task: str = "multiclass") -> None:
+        super().__init__()
+        self.num_batches, self.task, self.initial = num_batches, task, None
         self.batches: list[Any] = []
-        self.logged: list[dict[str, float]] = []
         self.terms: list[Any] = []
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.initial = self.initial or copy_weights(pl_module.state_dict())
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        labels = batch[-1].reshape(len(batch[-1]), -1)
-        self.num_seen = (batch_idx > 0) * self.num_seen + int((labels != -100).any(1).sum())
-        self.num_training = max(self.num_training, self.num_seen)
         if len(self.batches) < self.num_batches:
             self.batches.append([part.clone() for part in batch])
 
     @torch.no_grad()
-    def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        if trainer.sanity_checking or batch_idx or dataloader_idx:
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.sanity_checking or batch_idx:
             return
         model, (x, y) = copy.deepcopy(pl_module), (torch.cat(parts) for parts in zip(*self.batches, strict=True))
         outputs, normalized, of_twins, num_twins = [], [], [], math.ceil(_MIN_TWINS / 4)
@@ -82,57 +72,64 @@ class Truth(Callback):
                     normalized.append(model(part))
                     with twin(model, self.initial, noise_generator(0, 0, 0, index, -1 - draw), _STRENGTH):
                         of_twins.append(model(part))
-        factor = variance_factor(self.num_training, sum(p.numel() for p in model.parameters() if p.requires_grad))
+        labels = trainer.train_dataloader.dataset.tensors[-1].reshape(50, -1)
+        num_training = int((labels != -100).any(1).sum())
+        factor = variance_factor(num_training, sum(p.numel() for p in model.parameters() if p.requires_grad))
         terms, by_batch = (
             risk_estimate(torch.cat(each), torch.cat(of_twins), model(x), y, self.task, _STRENGTH, factor)
             for each in (outputs, normalized)
         )
-        self.terms.append(terms._replace(variance=by_batch.variance))  # of batch norm: that of each batch, in both
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.sanity_checking:
-            self.logged.append({name: float(value) for name, value in trainer.callback_metrics.items()})
-
-    def check(self, has_batch_norm: bool = False) -> None:
-        assert self.logged
-        for logged, terms in zip(self.logged, self.terms, strict=True):
-            values = [logged[f"val_{name}"] for name in NAMES[has_batch_norm:]]
-            assert values == pytest.approx([float(term) for term in terms[has_batch_norm:]], rel=1e-9)
-            assert values[-1] > 0
+        parts = [*terms[1:4], by_batch.variance]  # of batch norm: that of each batch, in both
+        self.terms.append([float(term) for term in (sum(parts), *parts)])
 
 
-def fit(model: Any, monitor: RiskMonitor, truth: Any, train: Any, *more: Callback, **kwargs: Any) -> Trainer:
-    ckpt_path = kwargs.pop("ckpt_path", None)
-    callbacks = [each for each in (*more, monitor, truth) if each is not None]
-    run = trainer(callbacks=callbacks, **{"max_epochs": 3, **kwargs})
-    run.fit(model, train, DataLoader(HOLDOUT, 16), ckpt_path=ckpt_path)
-    return run
+def fit(model: Any, train: Any, *callbacks: Any, **kwargs: Any) -> Trainer:
+    return fitted([*callbacks], model, train, DataLoader(HOLDOUT, 16), **{"max_epochs": 3, **kwargs})
+
+
+def compare(truth: Truth, model: Any, train: Any, *callbacks: Any, **kwargs: Any) -> None:
+    fit(model, train, *callbacks, truth, **kwargs)
+    values = [[epoch[name] for name in NAMES] for epoch in truth.epochs]
+    assert values == [pytest.approx(terms, rel=1e-9) for terms in truth.terms]
+    assert values[0] != values[1] != values[2] and all(variance > 0 for *_, variance in values)
 
 
 X, Y = labelled(50).tensors
-TASKS: dict[str, tuple[str, Any, Tensor]] = {
-    "multiclass": ("auto", Plain, Y.where(torch.arange(50) % 5 > 0, -100)),
-    "multiclass, 8 bits": ("auto", lambda: Plain(loss=lambda y, t: cross_entropy(y, t.long())), Y.to(torch.uint8)),
-    "multiclass, soft": ("multiclass", Plain, nn.functional.one_hot(Y, 4) * 0.9 + 0.025),
-    "binary": ("auto", lambda: Plain(1, as_float(binary_cross_entropy_with_logits)), X[:, :1] > 0.5),
-    "multilabel": ("auto", lambda: Plain(3, as_float(binary_cross_entropy_with_logits)), (X[:, :3] > 0.5).long()),
+CODES = nn.Parameter(torch.ones(3, dtype=torch.int8), requires_grad=False)
+
+
+def bce(outputs: Tensor, targets: Tensor) -> Tensor:
+    return binary_cross_entropy_with_logits(outputs, targets.to(outputs).reshape(outputs.shape))
+
+
+def scale_late(model: Plain) -> None:
+    model.on_train_start = lambda: model.net[0].weight.data.mul_(2)
+
+
+def changed(change: Any) -> Any:
+    change(model := Plain())
+    return model
+
+
+SCORED: dict[str, tuple[Tensor, Any]] = {  # task, labels and model
+    "multiclass": (Y.where(torch.arange(50) % 5 > 0, -100), Plain),
+    "multiclass, 8 bits": (Y.to(torch.uint8), lambda: Plain(loss=lambda y, t: cross_entropy(y, t.long()))),
+    "multiclass, soft": (nn.functional.one_hot(Y, 4) * 0.9 + 0.025, Plain),
+    "binary": (X[:, :1] > 0.5, lambda: Plain(1, bce)),
+    "multilabel": ((X[:, :3] > 0.5).long(), lambda: Plain(3, bce)),
+    "multiclass, batch norm": (Y, lambda: changed(lambda m: m.net.insert(1, nn.BatchNorm1d(16).double()))),
+    "multiclass, frozen integers": (Y, lambda: changed(lambda m: m.register_parameter("codes", CODES))),
+    "multiclass, averaged weights": (Y, Plain),
+    "multiclass, weights that come as training starts": (Y, lambda: changed(scale_late)),
 }
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", SCORED)
 def test_the_terms_are_those_of_a_plain_loop(name: str) -> None:
-    task, model, targets = TASKS[name]
-    truth = Truth(task=name.split(",")[0])
-    fit(model(), RiskMonitor(task), truth, DataLoader(TensorDataset(X, targets), 16))
-    truth.check()
-    assert len({logged["val_risk_estimate"] for logged in truth.logged}) == 3
-
-
-def test_of_batch_norm_twins_are_normalized_by_the_batch() -> None:
-    model, truth = Plain(), Truth()
-    model.net.insert(1, nn.BatchNorm1d(16).double())
-    fit(model, RiskMonitor(), truth, loader())
-    truth.check(has_batch_norm=True)
+    (y, make), truth = SCORED[name], Truth(task=name.split(",")[0])
+    averaging = averaged_weights() if "averaged" in name else []
+    monitor = RiskMonitor("multiclass" if y.is_floating_point() else "auto")
+    compare(truth, make(), DataLoader(TensorDataset(X, y), 16), *averaging, monitor)
 
 
 @pytest.mark.filterwarnings("ignore:.*sampler has shuffling enabled")
@@ -146,50 +143,47 @@ def test_the_first_batches_of_a_fit_are_kept_once_and_scored_as_they_came(num_sa
 
     monitor, model = RiskMonitor(num_training_samples=num_samples), Writer()
     for _ in range(2):  # a second fit has samples and initial weights of its own
-        truth = Truth(num_batches)
-        fit(model, monitor, truth, loader(shuffle=True), val_check_interval=2)
-        truth.check()
+        compare(Truth(num_batches), model, loader(shuffle=True), monitor, val_check_interval=2)
 
 
-@pytest.mark.skipif(not hasattr(callbacks, "WeightAveraging"), reason="needs lightning 2.6")
-def test_averaged_weights_are_what_is_scored() -> None:
-    averaging = callbacks.WeightAveraging(avg_fn=lambda average, weight, count: average + 0.1 * (weight - average))
-    fit(Plain(), RiskMonitor(), truth := Truth(), loader(), averaging)
-    truth.check()
+def risk(num_samples: int = 200, **kwargs: Any) -> dict[str, float]:
+    seed_everything(0, verbose=False)
+    val = unlabelled(num_samples, seed=1)
+    return logged(fitted([RiskMonitor()], Classifier(0.0), loader(num_samples), val, **kwargs), "val_")
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
 def test_precisions(precision: Any) -> None:
-    def risk(precision: Any) -> dict[str, float]:
-        seed_everything(0, verbose=False)
-        run = trainer(callbacks=[RiskMonitor()], precision=precision)
-        run.fit(Classifier(0.0), loader(200), unlabelled_loader(200, seed=1))
-        return {name: float(run.callback_metrics[name]) for name in TERMS}
-
-    assert risk(precision) == pytest.approx(risk("32-true"), rel=0.05, abs=0.01)
+    assert risk(precision=precision) == pytest.approx(risk(), rel=0.05, abs=0.01)
 
 
 def test_early_stopping_and_checkpoints_follow_it_and_the_progress_bar_shows_it(tmp_path: Path) -> None:
-    history, stopping = History(), EarlyStopping("val_risk_estimate", patience=3)
-    checkpoint = ModelCheckpoint(tmp_path, monitor="val_risk_estimate", filename="{epoch}")
-    monitor, labels = RiskMonitor(prog_bar=True), Y.clone()
-    run = trainer(callbacks=[stopping, checkpoint, monitor, history], enable_checkpointing=True, max_epochs=200)
+    history, stopping = History(), cb.EarlyStopping("val_risk_estimate", patience=3)
+    checkpoint = cb.ModelCheckpoint(tmp_path, monitor="val_risk_estimate", filename="{epoch}")
+    callbacks, labels = [stopping, checkpoint, RiskMonitor(prog_bar=True), history], Y.clone()
     labels[::4] = 0  # it learns, and then must memorize
-    run.fit(Classifier(), DataLoader(TensorDataset(X, labels), 16), unlabelled_loader(seed=1))
+    train, val = DataLoader(TensorDataset(X, labels), 16), unlabelled(seed=1)
+    run = fitted(callbacks, Classifier(), train, val, enable_checkpointing=True, max_epochs=200)
     values = [epoch["val_risk_estimate"] for epoch in history.epochs]
     best = values.index(min(values))
     assert best > 0 and len(values) == best + 4 < 200
     assert Path(checkpoint.best_model_path).name == f"epoch={best}.ckpt"
-    assert set(history.epochs[0]) - {"train_loss"} == TERMS
-    assert TERMS & run.progress_bar_metrics.keys() == {"val_risk_estimate"}
+    assert history.epochs[0].keys() - {"train_loss"} == {*NAMES}
+    assert run.progress_bar_metrics.keys() & {*NAMES} == {"val_risk_estimate"}
 
 
 # How many training samples there are
 
 
-def of_one(batch: Any) -> Any:
-    """The batch of the first loader, of several."""
-    return batch[0] if isinstance(batch[0], list) else batch
+class Changing(Stream):
+    """Each epoch has as many samples as is said."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(has_labels=True)
+        self.sizes = itertools.cycle(sizes)
+
+    def __iter__(self) -> Any:
+        return itertools.islice(super().__iter__(), next(self.sizes))
 
 
 COUNTED: dict[str, tuple[Any, dict[str, Any], int]] = {
@@ -201,158 +195,78 @@ COUNTED: dict[str, tuple[Any, dict[str, Any], int]] = {
     "no batch sampler": (lambda: DataLoader([[X, Y]], None), {}, 50),
     "SubsetRandomSampler": (lambda: loader(sampler=SubsetRandomSampler(range(20))), {}, 20),
     "CombinedLoader": (lambda: CombinedLoader([loader(), loader()], "min_size"), {}, 50),
-    "a stream": (lambda: DataLoader(Stream(has_labels=True), 16), {}, 50),
+    "a stream, in its longest epoch": (lambda: DataLoader(Changing(16, 40, 20, 20), 16), {}, 40),
 }
 
 
+def of_one(batch: Any) -> Any:
+    """The batch of the first loader, of several."""
+    return batch[0] if isinstance(batch[0], list) else batch
+
+
 @pytest.mark.parametrize("name", COUNTED)
-def test_the_samples_of_an_epoch_are_counted(name: str) -> None:
-    class Either(Plain):
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            return super().training_step(of_one(batch), batch_idx)
-
+def test_the_samples_of_an_epoch_are_counted_also_where_training_resumes(name: str, tmp_path: Path) -> None:
     make, options, expected = COUNTED[name]
-    monitor = RiskMonitor(inputs=lambda x: x if isinstance(x, Tensor) else of_one(x)[0], targets=lambda x: of_one(x)[1])
-    fit(Either(), monitor, None, make(), max_epochs=2, **options)
-    assert monitor._num_training == expected
-
-
-class Growing(LightningDataModule):
-    def train_dataloader(self) -> Any:
-        return loader(16 if self.trainer.current_epoch == 0 else 50)
-
-    def val_dataloader(self) -> Any:
-        return DataLoader(HOLDOUT, 16)
-
-
-def test_those_of_the_longest_epoch_count_also_where_training_resumes(tmp_path: Path) -> None:
-    monitor = RiskMonitor()
-    run = trainer(callbacks=[monitor], max_epochs=2, reload_dataloaders_every_n_epochs=1)
-    run.fit(Plain(), datamodule=Growing())
-    assert monitor._num_training == 50
-    run.save_checkpoint(path := tmp_path / "a.ckpt")
-    fit(Plain(), resumed := RiskMonitor(), None, loader(), ckpt_path=path, limit_train_batches=1)
-    assert resumed._num_training == 50
-
-
-def test_the_variance_knows_how_many_there_are() -> None:
-    fit(Plain(), RiskMonitor(), truth := Truth(num_batches=5), DataLoader(labelled(1000), 100))
-    truth.check()
+    model, ckpt_path = Plain(), None
+    model.training_step = lambda batch, batch_idx: Plain.training_step(model, of_one(batch), batch_idx)
+    for max_epochs in (4, 5):
+        monitor = RiskMonitor(inputs=first_tensor, targets=lambda batch: of_one(batch)[1])
+        run = fit(model, make(), monitor, ckpt_path=ckpt_path, max_epochs=max_epochs, **options)
+        assert monitor._num_training == expected
+        run.save_checkpoint(ckpt_path := tmp_path / "a.ckpt")
+        options = options | {"limit_train_batches": 1}
 
 
 # The weights from before training
 
 
 def test_it_goes_on_where_training_resumes(tmp_path: Path) -> None:
-    def run(max_epochs: int, **kwargs: Any) -> tuple[Truth, Trainer]:
+    def run(max_epochs: int, **kwargs: Any) -> tuple[list[Any], Trainer]:
         seed_everything(0, verbose=False)
-        model, truth = Plain(), Truth()
+        model, history = Plain(), History()
         model.net[2].p = 0.0
         model.net[0].requires_grad_(False)
-        return truth, fit(model, RiskMonitor(), truth, loader(), max_epochs=max_epochs, **kwargs)
+        return history.epochs, fit(model, loader(), RiskMonitor(), history, max_epochs=max_epochs, **kwargs)
 
-    whole, _ = run(4)
-    _, first = run(2)
+    (whole, _), (_, first) = run(4), run(2)
     first.save_checkpoint(path := tmp_path / "two.ckpt")
-    resumed, _ = run(4, ckpt_path=path)
-    rows, others = ([{name: row[name] for name in TERMS} for row in truth.logged[-2:]] for truth in (whole, resumed))
-    assert rows == others and len(resumed.logged) == 2
-    saved = torch.load(path, weights_only=True)
-    ours = saved["RiskMonitor(prefix='val_')"]
-    assert saved["state_dict"].keys() == whole.initial.keys()
-    # No second copy of frozen weights.
-    changed = {name: weight for name, weight in whole.initial.items() if "net.0" not in name}
-    torch.testing.assert_close(dict(ours["initial_weights"]), changed, rtol=0, atol=0)
+    assert run(4, ckpt_path=path)[0] == whole[2:]
+    saved = torch.load(path, weights_only=True)["RiskMonitor(prefix='val_')"]["initial_weights"]
+    assert saved.keys() == {"net.3.weight", "net.3.bias"}  # no second copy of frozen weights
 
 
 def test_a_fit_begins_with_the_weights_of_its_start_unless_its_trainer_goes_on(tmp_path: Path) -> None:
     monitor, model = RiskMonitor(), Plain()
+
+    def check(expected: dict[str, Tensor]) -> None:
+        torch.testing.assert_close(monitor._initial.weights, expected, rtol=0, atol=0)
+
     first = copy_weights(model.state_dict())
-    run = fit(model, monitor, None, loader(), max_epochs=1)
+    run = fit(model, loader(), monitor, max_epochs=1)
     run.save_checkpoint(path := tmp_path / "one.ckpt")
     run.validate(model, loader(), verbose=False)
     run.fit_loop.max_epochs = 2
     run.fit(model, loader(), loader())
-    torch.testing.assert_close(monitor._initial.weights, first, rtol=0, atol=0)
+    check(first)
     for module in (model, Plain()):  # the next of k folds
         weights = copy_weights(module.state_dict())
-        fit(module, monitor, None, loader(), max_epochs=1)
-        torch.testing.assert_close(monitor._initial.weights, weights, rtol=0, atol=0)
-    fit(Plain(), monitor, None, loader(), max_epochs=2, ckpt_path=path)
-    torch.testing.assert_close(monitor._initial.weights, first, rtol=0, atol=0)
+        fit(module, loader(), monitor, max_epochs=1)
+        check(weights)
+    fit(Plain(), loader(), monitor, max_epochs=2, ckpt_path=path)
+    check(first)
 
 
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
-def test_resuming_without_the_weights_from_before_training(tmp_path: Path) -> None:
-    first = trainer(max_epochs=1)
-    first.fit(Plain(), loader(), loader())
-    first.save_checkpoint(path := tmp_path / "without.ckpt")
+def test_what_has_no_estimate_is_an_error_before_the_first_step_if_it_is_followed(tmp_path: Path) -> None:
+    fitted([], Plain(), max_epochs=1).save_checkpoint(path := tmp_path / "without.ckpt")
     match = "initial weights are unknown.*`initial_weights=`"
+    other = cb.EarlyStopping("val_sensitivity", mode="max")
     with pytest.warns(UserWarning, match="can give no estimate: .*" + match):
-        run = fit(Plain(), RiskMonitor(), None, loader(), SensitivityMonitor(), ckpt_path=path)
-    assert "val_sensitivity" in run.callback_metrics and not TERMS & run.callback_metrics.keys()
+        run = fit(Plain(), loader(), RiskMonitor(), SensitivityMonitor(), other, ckpt_path=path)
+    assert "val_sensitivity" in run.callback_metrics and run.callback_metrics.keys().isdisjoint(NAMES)
     with pytest.raises(MisconfigurationException, match=match):
-        fit(Plain(), RiskMonitor(), None, loader(), EarlyStopping("val_risk_estimate"), ckpt_path=path)
-
-
-@pytest.mark.parametrize("kind", ["loaded in on_train_start", "frozen integers"])
-def test_weights_of_other_kinds(kind: str) -> None:
-    model, truth = Plain(), Truth()
-    if kind == "loaded in on_train_start":
-        truth.initial = copy_weights(Plain().state_dict())
-        model.on_train_start = lambda: model.load_state_dict(truth.initial)
-        truth.on_train_end = lambda *_: delattr(model, "on_train_start")
-    else:
-        model.net.codes = nn.Parameter(torch.ones(3, dtype=torch.int8), requires_grad=False)
-    fit(model, RiskMonitor(), truth, loader())  # no warning
-    truth.check()
-
-
-def test_of_layers_that_keep_the_weights_that_they_compute_there_is_no_estimate() -> None:
-    class Cached(nn.Linear):
-        kept: Any = None
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.kept = None if self.training else self.weight.detach() / 2 if self.kept is None else self.kept
-            return nn.functional.linear(x, self.weight / 2 if self.kept is None else self.kept)
-
-    model = Plain()
-    model.net = nn.Sequential(Cached(12, 4).double())  # which keeps them from the first step of a validation on
-    model.validation_step = lambda batch, batch_idx: model(batch)
-    with pytest.warns(UserWarning, match="twins give the outputs of the model") as caught:
-        run = fit(model, RiskMonitor(), None, loader())
-    assert len([each for each in caught if each.category is UserWarning]) == 1
-    assert all(math.isnan(run.callback_metrics[name]) for name in TERMS)
-
-
-# Labels and tasks
-
-
-def of_square(outputs: Tensor, targets: Any) -> Tensor:
-    return outputs.square().mean()
-
-
-LABELS = torch.zeros(20).long()
-
-
-@pytest.mark.parametrize("is_followed", [True, False])
-@pytest.mark.parametrize(("options", "batch", "match"), [
-    ({}, [inputs(20)], "such as `targets=lambda"),
-    ({}, [inputs(20), LABELS, LABELS], "such as `targets=lambda"),
-    ({}, [inputs(20), inputs(20)[:, :4]], "Labels are floating. Set `task='binary'`, "),
-    ({"outputs": lambda y: y[..., None].expand(-1, -1, 3)}, [inputs(20), LABELS[:, None].expand(-1, 3)], "dense"),
-])  # fmt: skip
-def test_labels_that_can_not_be_told(options: dict[str, Any], batch: Any, match: str, is_followed: bool) -> None:
-    train, model, monitor = DataLoader(TensorDataset(*batch), 10), Plain(loss=of_square), RiskMonitor(**options)
-    if is_followed:
-        with pytest.raises(MisconfigurationException, match=match):
-            fit(model, monitor, None, train, EarlyStopping("val_risk_estimate"))
-        assert model.trainer.global_step == 0
-    else:
-        with pytest.warns(UserWarning, match=f"can give no estimate: .*{match}") as caught:
-            run = fit(model, monitor, None, train, EarlyStopping("val_risk", strict=False), max_epochs=1)
-        assert not TERMS & run.callback_metrics.keys()
-        assert {each.filename for each in caught if each.category is UserWarning} == {__file__}
+        fit(model := Plain(), loader(), RiskMonitor(), cb.EarlyStopping("val_risk_estimate"), ckpt_path=path)
+    assert model.trainer.global_step == 4
 
 
 @pytest.mark.parametrize("name", ["task", "targets", "num_training_samples", "initial_weights", "prefix", "prog_bar"])

@@ -38,29 +38,41 @@ def test_the_values_are_those_of_a_plain_loop(batch_size: int, num_draws: int) -
     torch.testing.assert_close(monitor.metrics[0].per_sample, per_sample, rtol=1e-9, atol=1e-15)
 
 
-@pytest.mark.parametrize("every_n_epochs", [1, 2])
-def test_epochs_are_logged_and_before_training_by_validate_at_step_0(every_n_epochs: int, tmp_path: Any) -> None:
+class EverySecond(SensitivityMonitor):
+    def should_measure(self, trainer: Any) -> bool:
+        return trainer.current_epoch % 2 == 0
+
+
+@pytest.mark.parametrize("monitor", [SensitivityMonitor(), SensitivityMonitor(every_n_epochs=2), EverySecond()])
+def test_epochs_are_logged_and_before_training_by_validate_at_step_0(monitor: Any, tmp_path: Any) -> None:
+    every_n_epochs = 2 if isinstance(monitor, EverySecond) else monitor.every_n_epochs
     model, history, logger = Classifier(), helpers.History(), CSVLogger(tmp_path)
-    run = trainer(callbacks=[SensitivityMonitor(every_n_epochs=every_n_epochs), history], logger=logger, max_epochs=4)
+    run = trainer(callbacks=[monitor, RiskMonitor(every_n_epochs=every_n_epochs), history], logger=logger, max_epochs=4)
     untrained = expected(brute_force(model.eval(), inputs(50, seed=1).split(16)))
     run.validate(model.train(), loader(seed=1), verbose=False)
     run.fit(model, loader(), loader(seed=1))
     close(history.epochs[0], untrained)
-    rows = [row for row in helpers.csv_rows(logger.log_dir) if row["val_sensitivity"]]
-    curve = {int(row["step"]): float(row["val_sensitivity"]) for row in rows}
-    assert len(curve) == 1 + 4 // every_n_epochs and curve.keys() <= {0, 3, 7, 11, 15}
+    rows = helpers.csv_rows(logger.log_dir)
+    curve = {int(row["step"]): float(row["val_sensitivity"]) for row in rows if row["val_sensitivity"]}
+    assert [*curve] == [0, *range(3, 16, 4 * every_n_epochs)] and len(set(curve.values())) == len(curve)
     assert all(history.epochs[(step + 1) // 4]["val_sensitivity"] == value for step, value in curve.items())
-    assert len(set(curve.values())) == len(curve)
+    assert sum(bool(row["val_risk_estimate"]) for row in rows) == 4 // every_n_epochs
 
 
-@pytest.mark.parametrize(
-    ("prefix", "test"),
-    [("val_", "test_"), ("val/", "test/"), ("a_", "test_a_"), ("eval_", "test_eval_"), ("valid/", "test_valid/")],
-)
-def test_names_of_trainer_test(prefix: str, test: str) -> None:
+IN_TEST = {"val_": "test_", "val/": "test/", "a_": "test_a_", "eval_": "test_eval_", "valid/": "test_valid/"}
+
+
+@pytest.mark.parametrize("prefix", IN_TEST)
+def test_names_of_trainer_test(prefix: str) -> None:
     run = trainer(callbacks=[SensitivityMonitor(prefix=prefix), RiskMonitor(prefix=prefix)])
     (values,) = run.test(Classifier(), loader(), verbose=False)
-    assert values.keys() == {"test_loss", *(test + name for name in SensitivityMonitor.names)}
+    assert values.keys() == {"test_loss", *(IN_TEST[prefix] + name for name in SensitivityMonitor.names)}
+
+
+def test_of_each_output_the_value_is_the_mean_square_of_its_changes() -> None:
+    model, monitor = Linear(), SensitivityMonitor(per_output=True, outputs=lambda y: y[:, 0])
+    changes = brute_force(lambda x: model(x)[:, 0], inputs(50).split(16))
+    close(validated(monitor, model, loader()), {"val_sensitivity": changes.square().mean().item()})
 
 
 def test_several_loaders_one_of_them_empty() -> None:
@@ -117,20 +129,6 @@ def test_a_budget_counts_samples(options: Any, val: Any, num_samples: int) -> No
     assert monitor.metrics[0].estimate.num_samples == num_samples
 
 
-def test_after_the_first_batch_no_batch_waits_for_the_device() -> None:
-    operations, start, stop = list[Any](), Callback(), Callback()
-    watch = helpers.Watch(lambda function, *_: operations.append(function))
-    for hook in ("on_validation_batch_start", "on_validation_batch_end"):  # by the index of the batch
-        setattr(start, hook, lambda *args: watch.__enter__() if args[-2] else None)
-        setattr(stop, hook, lambda *args: watch.__exit__(None, None, None) if args[-2] else None)
-    monitors = [SensitivityMonitor(num_draws=2), SensitivityMonitor(at="net", prefix="b_"), RiskMonitor()]
-    run = trainer(callbacks=[start, *monitors, stop], num_sanity_val_steps=0)
-    run.fit(Classifier(), loader(), [loader(50, 10), loader(50, 10)])
-    assert "val_risk_estimate/dataloader_idx_1" in run.callback_metrics
-    assert {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default}.isdisjoint(operations)
-    assert torch.ops.aten.addmm.default in operations
-
-
 class Large(dict):
     """A cache of which nobody may go through the entries."""
 
@@ -140,23 +138,16 @@ class Large(dict):
     __copy__ = __deepcopy__ = copy = keys = values = items = __iter__
 
 
-def test_a_dict_of_many_entries_in_a_module_is_not_gone_through() -> None:
-    model = Classifier()
+def test_after_the_first_batch_no_batch_waits_for_the_device_and_none_goes_through_a_large_dict() -> None:
+    operations, start, stop, model = list[Any](), Callback(), Callback(), Classifier()
     model.net.cache = Large((index, torch.zeros(1)) for index in range(50_000))
-    trainer(callbacks=[SensitivityMonitor(), RiskMonitor()]).fit(model, loader(), loader())
-    assert len(model.net.cache) == 50_000
-
-
-# What it says
-
-
-def test_of_two_classes_it_says_that_it_sees_next_to_nothing() -> None:
-    class Two(Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x)[:, :1] * torch.tensor([1.0, -0.999])
-
-    with pytest.warns(UserWarning, match="as with two-class heads.*`per_output=True`"):
-        validated(SensitivityMonitor(), model := Two(), loader())
-    values = validated(SensitivityMonitor(per_output=True), model, loader())
-    changes = brute_force(lambda x: model(x)[:, :1], inputs(50).split(16))
-    assert values["val_sensitivity"] == pytest.approx(changes.square().mean().item(), rel=2e-3)
+    watch = helpers.Watch(lambda function, *_: operations.append(function))
+    for hook in ("on_validation_batch_start", "on_validation_batch_end"):  # by the index of the batch
+        setattr(start, hook, lambda *args: watch.__enter__() if args[-2] else None)
+        setattr(stop, hook, lambda *args: watch.__exit__(None, None, None) if args[-2] else None)
+    monitors = [SensitivityMonitor(num_draws=2), SensitivityMonitor(at="net", prefix="b_"), RiskMonitor()]
+    val = [loader(50, 10), loader(50, 10)]
+    run = helpers.fitted([start, *monitors, stop], model, val=val, num_sanity_val_steps=0)
+    assert "val_risk_estimate/dataloader_idx_1" in run.callback_metrics and len(model.net.cache) == 50_000
+    assert {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default}.isdisjoint(operations)
+    assert torch.ops.aten.addmm.default in operations
