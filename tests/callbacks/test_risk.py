@@ -175,6 +175,13 @@ def test_early_stopping_and_checkpoints_follow_it_and_the_progress_bar_shows_it(
 # How many training samples there are
 
 
+class Own:
+    batch_size = 16
+
+    def __iter__(self) -> Any:
+        return iter(loader())
+
+
 class Changing(Stream):
     """Each epoch has as many samples as is said."""
 
@@ -186,22 +193,23 @@ class Changing(Stream):
         return itertools.islice(super().__iter__(), next(self.sizes))
 
 
+def of_one(batch: Any) -> Any:
+    """The batch of the first loader, of several."""
+    return batch[0] if isinstance(batch[0], list) else batch
+
+
 COUNTED: dict[str, tuple[Any, dict[str, Any], int]] = {
     "all": (loader, {}, 50),
     "limit_train_batches": (loader, {"limit_train_batches": 2}, 32),
     "drop_last": (lambda: loader(drop_last=True), {}, 48),
     "with replacement": (lambda: loader(sampler=RandomSampler(X, True, 80)), {}, 50),
-    "batches of batches": (lambda: DataLoader([[X, Y]], 1, collate_fn=lambda x: x[0]), {}, 50),
+    "batches of batches": (lambda: DataLoader([[X[:49], Y[:49]], [X[49:], Y[49:]]], 1, collate_fn=of_one), {}, 50),
+    "a loader without a dataset": (Own, {}, 50),
     "no batch sampler": (lambda: DataLoader([[X, Y]], None), {}, 50),
     "SubsetRandomSampler": (lambda: loader(sampler=SubsetRandomSampler(range(20))), {}, 20),
     "CombinedLoader": (lambda: CombinedLoader([loader(), loader()], "min_size"), {}, 50),
     "a stream, in its longest epoch": (lambda: DataLoader(Changing(16, 40, 20, 20), 16), {}, 40),
 }
-
-
-def of_one(batch: Any) -> Any:
-    """The batch of the first loader, of several."""
-    return batch[0] if isinstance(batch[0], list) else batch
 
 
 @pytest.mark.parametrize("name", COUNTED)
@@ -215,6 +223,14 @@ def test_the_samples_of_an_epoch_are_counted_also_where_training_resumes(name: s
         assert monitor._num_training == expected
         run.save_checkpoint(ckpt_path := tmp_path / "a.ckpt")
         options = options | {"limit_train_batches": 1}
+
+
+def test_loaders_that_repeat_samples_are_refused() -> None:
+    combined, model = CombinedLoader([loader(), loader(20)], "max_size_cycle"), Plain()
+    model.training_step = lambda batch, batch_idx: Plain.training_step(model, of_one(batch), batch_idx)
+    monitor = RiskMonitor(inputs=first_tensor, targets=lambda batch: of_one(batch)[1])
+    with pytest.raises(MisconfigurationException, match="can give no estimate: Loaders .* repeat samples"):
+        fit(model, combined, monitor)
 
 
 # The weights from before training
