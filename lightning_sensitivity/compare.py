@@ -44,8 +44,8 @@ def compare_models(
 
     All models get the same noise on the same samples, so that differences are sharper than values; for the scores see
     :class:`~lightning_sensitivity.functional.scores.ModelScores`, for their worth ``examples/comparing_models``. Labels
-    are not needed; if you say where they are, the table shows the true loss and error, too. A model that fails becomes
-    a row that says why. Sensitivity is that of Forouzesh, Salehi and Thiran (ICPR 2020, arXiv:2007.15378).
+    are not needed; if ``targets`` is given, the table shows the true loss and error, too. A model that fails becomes a
+    row that says why. Sensitivity is that of Forouzesh, Salehi and Thiran (ICPR 2020, arXiv:2007.15378).
 
     Args:
         models: Names, and for each of them a module (which is copied, and not touched) or a function that makes one,
@@ -143,7 +143,7 @@ def _score_model(
 
 
 class Comparison:
-    """Show what :func:`~lightning_sensitivity.compare_models` gives.
+    """Hold the scores of the models that :func:`~lightning_sensitivity.compare_models` compared.
 
     Iterating gives :class:`ModelScores`, sorted by ``consensus_error`` for three models or more, else by sensitivity,
     with failed models last; index it by place or name. ``print`` shows the main columns, ``pandas.DataFrame`` has all.
@@ -198,7 +198,7 @@ class Comparison:
         return value, float((one - other).std() / math.sqrt(len(one))) if one.shape == other.shape else math.nan
 
     def ties(self, score: str = "sensitivity") -> dict[str, list[str]]:
-        """Name for each model those that it ties with: zero lies in the 95 % interval of their difference.
+        """List for each model those that it ties with: zero lies in the 95 % interval of their difference.
 
         The intervals are those of single pairs, not corrected for their number. Models whose error is not known are
         left out.
@@ -237,7 +237,7 @@ class Comparison:
         notes = [fill(f"* {model.name}: {model.note}", 100) for model in self if model.note]
         return "\n".join([*lines, "", f"Sorted by {order}.", *[""] * bool(notes), *notes])
 
-    __repr__ = __str__  # a table is what a notebook is to show
+    __repr__ = __str__  # notebooks show the table
 
 
 def _number(value: float, stderr: float = math.nan) -> str:

@@ -100,7 +100,7 @@ class OutputSensitivity(Metric):
 
     @property
     def estimate(self) -> S.SensitivityEstimate:
-        """All that the rows say, over all processes: error bars, the share of the class mean, numbers of samples."""
+        """The estimate over all processes: value, standard errors, share of the class mean, numbers of samples."""
         self.compute()  # cached, and leaves the estimate behind
         return self._estimate
 
@@ -113,7 +113,7 @@ class OutputSensitivity(Metric):
     def per_sample(self) -> Tensor:
         """Mean squared change of each sample, ``(N,)``, in the order of the updates; nan for samples with nan or inf.
 
-        Where all samples have as many positions, its mean is the value. It does not tell where a model is wrong.
+        Where all samples have as many positions, its mean is the value. A large one is no sign of a wrong prediction.
         """
         self.compute()
         rows = self._all_rows
@@ -169,7 +169,7 @@ class RiskEstimate(Metric):
         kwargs: Additional keyword arguments of :class:`torchmetrics.Metric`.
 
     Attributes:
-        factor: Of the variance of simulated twins: that of :func:`~lightning_sensitivity.functional.variance_factor`.
+        factor: Factor of the variance, from :func:`~lightning_sensitivity.functional.variance_factor`.
         totals: Sums over all processes, as of the last ``compute``.
 
     Example:
@@ -223,8 +223,8 @@ class LazyValue(Metric):
     ``Trainer.validate``. Where there is no value, the last one stays; nan is logged, if there never was one.
 
     Args:
-        values: Gives the values of the loader by name.
-        name: Which of them.
+        values: Function that returns the values of the loader by name.
+        name: Name of the value.
     """
 
     update_called = True  # the state that is read lives elsewhere

@@ -26,10 +26,10 @@ from lightning_sensitivity.model.isolation import Run, written_parameters
 class Monitor(Callback, ABC):
     """Measure validation batches and log the values, without ever ending a run; see the subclasses."""
 
-    names: tuple[str, ...]  # of what is logged, behind the prefix
-    charts: ClassVar[dict[str, str]]  # for TensorBoard: titles, and a regular expression for the tags, in the same way
-    wrong_mode: str  # of an `EarlyStopping`, say
-    advice: str  # for it
+    names: tuple[str, ...]  # of the logged values, without the prefix
+    charts: ClassVar[dict[str, str]]  # titles of TensorBoard charts: a regular expression for the names
+    wrong_mode: str  # the mode of an `EarlyStopping` that would pick the worst value
+    advice: str  # the end of the warning about it
     num_draws, prog_bar, perturbs_input = 1, False, False
 
     def __init__(
@@ -44,8 +44,8 @@ class Monitor(Callback, ABC):
         self.num_samples, self.seed, self.prefix = num_samples, seed, prefix
         self.inputs, self.outputs, self.every_n_epochs = inputs, outputs, every_n_epochs
         self._watch: utilities.CallWatch | None = None
-        self._begin_run()
-        self._begin_validation()
+        self._reset_run()
+        self._reset_validation()
 
     @abstractmethod
     def measure(self, trainer: Trainer, run: Run, call: ModelCall, batch_idx: int, dataloader_idx: int) -> int:
@@ -66,10 +66,10 @@ class Monitor(Callback, ABC):
         """Raise MisconfigurationException if these outputs would give wrong values."""
 
     def should_measure(self, trainer: Trainer) -> bool:
-        """Decide whether to measure the validation that runs. Override it for another cadence."""
+        """Decide whether to measure the current validation. Override it to measure at other times."""
         is_fit = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
         epoch, last = trainer.current_epoch, self._last_epoch
-        return not self._is_off and (not is_fit or epoch == last or epoch >= last + self.every_n_epochs)
+        return not self._is_disabled and (not is_fit or epoch == last or epoch >= last + self.every_n_epochs)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check what can be checked before the first batch."""
@@ -78,22 +78,22 @@ class Monitor(Callback, ABC):
         utilities.check_run(type(self).__name__, trainer, pl_module, stage)
         others = {other.prefix + name for other in _monitors(trainer) if other is not self for name in other.names}
         valid = others.isdisjoint(self.prefix + name for name in self.names)
-        check_argument("prefix", self.prefix, valid, "another one for each monitor that logs the same names")
-        self._begin_run()
+        check_argument("prefix", self.prefix, valid, "different in monitors that log the same names")
+        self._reset_run()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check who monitors our values, and lay out TensorBoard's Custom Scalars for all monitors at once."""
+        """Warn if our values are monitored in the wrong way, and lay out TensorBoard's Custom Scalars once for all."""
         monitors = _monitors(trainer)
         if self is monitors[0]:  # a second layout would take the place of the first
             utilities.lay_out_charts(trainer, [(monitor.prefix, monitor.charts) for monitor in monitors])
-        for who, name, mode in utilities.watchers(trainer, {self.prefix + name for name in self.names}):
+        for owner, name, mode in utilities.watchers(trainer, {self.prefix + name for name in self.names}):
             if mode == self.wrong_mode and not name.endswith("_stderr"):
-                warn(f"`{who}` {mode}imizes `{name}`, {self.advice}")
+                warn(f"`{owner}` {mode}imizes `{name}`, {self.advice}")
             if self.every_n_epochs > 1:
-                warn(f"`{who}` sees the previous `{name}` again in epochs that are not measured.")
+                warn(f"`{owner}` sees the previous `{name}` again in epochs that are not measured.")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Check the model before the first step, unless a sanity check did. From then on, only warn."""
+        """Check the model before the first step, unless the sanity check did. From then on, only warn."""
         if not self.failures.is_strict:
             return
         outputs, written = None, list[str]()
@@ -109,13 +109,13 @@ class Monitor(Callback, ABC):
     def on_train_batch_end(self, *args: Any) -> None:
         """Stop watching the step, and warn if it called the model differently than we do."""
         if self._watch is not None and (names := ", ".join(self._watch.end())):
-            message = f"The step calls the model with another {names}: set `inputs=`, which returns the arguments."
+            message = f"The step calls the model with another {names}: set `inputs=` to a function that returns them."
             self.failures.warn("call", f"may not measure what your step computes. {message}")
         self._watch = None
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start afresh, with the buffers that the first step of DDP would broadcast."""
-        self._begin_validation()
+        """Reset, and broadcast buffers as the first forward of DDP would."""
+        self._reset_validation()
         budget = math.inf if self.num_samples is None else self.num_samples / (trainer.world_size * self.num_draws)
         self.choice = utilities.BatchChoice(utilities.num_batches(trainer), self._batch_sizes, budget)
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
@@ -127,11 +127,11 @@ class Monitor(Callback, ABC):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Measure a batch before the step can change it. At a loader's first batch, log values that are read later."""
+        """Measure a batch before the step can change it. On a loader's first batch, log values that are read later."""
         if not self.should_measure(trainer):
             return
         if batch_idx == 0:
-            for earlier in range(dataloader_idx):  # of which this process may have had no batch, and others reduced
+            for earlier in range(dataloader_idx):  # which others may have reduced, even if this process had no batch
                 self._values(trainer, earlier)
             self._log(trainer, dataloader_idx)
         if batch is None or not self.choice.includes(batch_idx, dataloader_idx):
@@ -152,7 +152,7 @@ class Monitor(Callback, ABC):
     on_validation_batch_end = on_train_batch_end  # type: ignore[assignment]
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take part in every reduction in every process, and warn of what went wrong, also in a sanity check."""
+        """Take part in every reduction, in every process, and warn about problems, also in the sanity check."""
         if self.should_measure(trainer):
             for dataloader_idx in range(len(self.choice.num_batches)):
                 self._values(trainer, dataloader_idx)
@@ -200,19 +200,19 @@ class Monitor(Callback, ABC):
     def _check(self, outputs: Tensor, written: list[str]) -> None:
         """Refuse a model whose values would be wrong, or that our passes would change."""
         if written:
-            self._is_off = True
+            self._is_disabled = True
             problem = f"would change a model whose `forward` writes its parameters, here {', '.join(written[:3])}"
             raise MisconfigurationException(f"`{type(self).__name__}` {problem}. Write them in a hook of training.")
         self.check_outputs(outputs)
 
-    def _begin_run(self) -> None:
+    def _reset_run(self) -> None:
         self.failures = utilities.Failures(type(self).__name__, self.prefix)
-        self._is_off = False
-        self._last_epoch = -self.every_n_epochs  # that was measured
+        self._is_disabled = False
+        self._last_epoch = -self.every_n_epochs  # the last one measured
         self._lazy_values: dict[tuple[int, str], LazyValue] = {}  # by loader and name
         self._batch_sizes: dict[int, int] = {}  # of the first batch of each loader
 
-    def _begin_validation(self) -> None:
+    def _reset_validation(self) -> None:
         self._computed: dict[int, dict[str, Tensor]] = {}  # by loader
         self._logged: set[int] = set()
         self.failures.has_failed = False
@@ -235,17 +235,18 @@ class Monitor(Callback, ABC):
             return
         self._logged.add(dataloader_idx)
         for name in self.names:
-            full_name = utilities.stage_prefix(self.prefix, trainer) + name
+            logged_name = utilities.stage_prefix(self.prefix, trainer) + name
             # Not Lightning's `add_dataloader_idx`, which adds nothing at the epoch's end.
-            full_name = utilities.loader_name(full_name, dataloader_idx, len(self.choice.num_batches))
+            logged_name = utilities.loader_name(logged_name, dataloader_idx, len(self.choice.num_batches))
             key = dataloader_idx, name
             if key not in self._lazy_values:  # a Metric costs more to make than to log
                 self._lazy_values[key] = LazyValue(partial(self._values, trainer, dataloader_idx), name)
-            # With a `metric_attribute`, Lightning does not ask that the module has the Metric.
+            # With a `metric_attribute`, the module need not have the Metric.
             options: dict[str, Any] = {"metric_attribute": name, "add_dataloader_idx": False}
             options |= {"prog_bar": self.prog_bar and name == self.names[0], "on_step": False, "on_epoch": True}
-            with self.failures.warn_on_failure(f"could not log {full_name!r}"):  # past a `log` of the module's own
-                LightningModule.log(trainer.lightning_module, full_name, self._lazy_values[key], **options)
+            # Not by a `log` that the module overrides.
+            with self.failures.warn_on_failure(f"could not log {logged_name!r}"):
+                LightningModule.log(trainer.lightning_module, logged_name, self._lazy_values[key], **options)
 
 
 def _monitors(trainer: Trainer) -> list[Monitor]:

@@ -29,35 +29,35 @@ _MIN_TWINS = 8  # with less than these, the variance would hang on the noise of 
 class RiskMonitor(Monitor):
     r"""Log an estimate of the Brier score on unseen samples on every validation epoch, to stop by.
 
-    It takes labels of training alone, right or wrong; see :func:`~lightning_sensitivity.functional.risk_estimate` for
-    the formula, ``examples/early_stopping`` for its worth. There is none for regressions and dense outputs.
+    It needs only training labels, which may be wrong; see :func:`~lightning_sensitivity.functional.risk_estimate` for
+    the formula, ``examples/early_stopping`` for how well it works. Regressions and dense outputs have no estimate.
 
-    **Logged values** in ``Trainer.fit``, and only there, with ``prefix`` before them: ``risk_estimate`` and its terms
-    ``risk_claim`` (the score if probabilities were right), ``risk_overconfidence`` (how far training labels contradict
-    that), ``risk_memorization`` (how much surer the model is of training samples) and ``risk_variance`` (how far other
-    training samples would have changed it). nan is logged if the first validation has no value: an ``EarlyStopping``
-    stops, unless it has ``check_finite=False``.
+    **Logged values**, in ``Trainer.fit`` alone, with ``prefix`` before them: ``risk_estimate`` and its terms
+    ``risk_claim`` (the score if probabilities were right), ``risk_overconfidence`` (how much worse it is on training
+    labels), ``risk_memorization`` (how much more certain the model is of training samples) and ``risk_variance`` (how
+    far other training samples would have changed it). If the first validation has no value, nan is logged: an
+    ``EarlyStopping`` stops, unless it has ``check_finite=False``.
 
-    It costs two forward passes on measured batches (three with batch norm, more if these are fewer than 8), one over
-    the kept training samples, and two copies of the weights.
+    A measured batch costs two forward passes (three with batch norm; more if fewer than 8 are measured), a validation
+    one pass over the kept training samples. There are three copies of the weights.
 
     Args:
         task: ``"multiclass"``, ``"binary"``, ``"multilabel"``, or ``"auto"``, to infer it from labels and outputs.
         targets: The labels of a training batch, a function ``batch -> tensor``; by default see
             :func:`~lightning_sensitivity.model.select_targets`. Those of -100 don't count.
         num_training_samples: How many training samples are kept, over all processes, in whole batches.
-        num_samples: As in :class:`~lightning_sensitivity.SensitivityMonitor`, as are the other arguments.
+        num_samples: As in :class:`~lightning_sensitivity.SensitivityMonitor`.
         seed: Seed of the twins.
-        prefix: See there.
-        inputs: See there; nothing is perturbed.
-        outputs: See there.
-        initial_weights: The state dict from before training, where a fit goes on with trained weights.
-        every_n_epochs: See there.
+        prefix: As in ``SensitivityMonitor``.
+        inputs: As in ``SensitivityMonitor``; nothing is perturbed.
+        outputs: As in ``SensitivityMonitor``.
+        initial_weights: State dict from before training. Pass it if a fit starts from trained weights.
+        every_n_epochs: As in ``SensitivityMonitor``.
         prog_bar: Show the estimate on the progress bar.
 
     Raises:
-        MisconfigurationException: As there; also if there can be no estimate, and it is monitored, or ``task``,
-            ``targets`` or ``initial_weights`` given.
+        MisconfigurationException: As in ``SensitivityMonitor``; also if there can be no estimate, and it is monitored,
+            or ``task``, ``targets`` or ``initial_weights`` is given.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -86,7 +86,7 @@ class RiskMonitor(Monitor):
         prog_bar: bool = False,
     ) -> None:
         tasks = ("auto", *TASKS)
-        check_argument("task", task, task in tasks, f"one of {', '.join(map(repr, tasks))} (none fits a regression)")
+        check_argument("task", task, task in tasks, f"one of {', '.join(map(repr, tasks))} (a regression has none)")
         check_functions(targets=targets)
         check_int("num_training_samples", num_training_samples, 1)
         valid = isinstance(initial_weights, Mapping | None)
@@ -104,7 +104,7 @@ class RiskMonitor(Monitor):
     def check_outputs(self, outputs: Tensor) -> None:
         """Refuse probabilities."""
         if are_probabilities(outputs):
-            raise MisconfigurationException("`RiskMonitor` needs logits, got probabilities: choose with `outputs=`.")
+            raise MisconfigurationException("`RiskMonitor` needs logits, got probabilities: set `outputs=`.")
 
     def should_measure(self, trainer: Trainer) -> bool:
         """Decide whether to measure: a fit that has what the estimate needs, or a validation before its first batch."""
@@ -119,14 +119,14 @@ class RiskMonitor(Monitor):
             checkpoint[self._key] = {"initial_weights": weights, "num_training_samples": self._num_training}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Restore them, so that the estimate can go on where training resumes."""
+        """Restore the initial weights and the number of training samples."""
         saved, self._initial.weights = checkpoint.get(self._key, {}), None  # else those of another run
         if saved.get("initial_weights") is not None:
             self._initial.restore(saved["initial_weights"], checkpoint["state_dict"])
             self._num_training = saved["num_training_samples"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start a fit without samples."""
+        """Forget the training samples of the last fit."""
         self._samples, self._is_first_batch = None, True
         is_given = self.task != "auto" or self.targets is not None or self.initial_weights is not None
         self._must_estimate = is_given or bool(watchers(trainer, {self.prefix + name for name in self.names}))
@@ -135,7 +135,7 @@ class RiskMonitor(Monitor):
         """Find the initial weights before the first step, keep the first batches, and count all of them."""
         if self._is_first_batch:
             self._is_first_batch = False
-            self._begin_fit(trainer, pl_module, batch)
+            self._start_fit(trainer, pl_module, batch)
         elif self._samples is not None:
             with self.failures.warn_on_failure("leaves a training batch out"):
                 if batch_idx == 0:
@@ -162,7 +162,7 @@ class RiskMonitor(Monitor):
         outputs: Tensor = run(call)
         if self._samples is None or trainer.sanity_checking:
             return len(outputs)
-        if self._training_sums is None:  # in a batch hook: only there averaged weights are in place
+        if self._training_sums is None:  # here, since averaged weights are in place in batch hooks alone
             self._training_sums = self._score_training_samples(trainer, run)
         if self._samples.num_outputs != num_outputs(outputs):
             got = f"got {num_outputs(outputs)} outputs of validation samples"
@@ -193,15 +193,15 @@ class RiskMonitor(Monitor):
         has_value = "no variance" not in messages and all(bool(term.isfinite()) for term in terms)
         return dict(zip(self.names, terms, strict=True)) if has_value else {}, messages
 
-    def _begin_fit(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+    def _start_fit(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         """Find the weights from before training, and keep the first training batch, which determines the task."""
         problem: Exception | None = None
         try:
             self._initial.begin(pl_module, trainer.global_step)
             check_loaders(trainer)
-            num_missing = math.ceil(self.num_training_samples / trainer.world_size)
+            num_wanted = math.ceil(self.num_training_samples / trainer.world_size)
             num_in_epoch = self._num_training // trainer.world_size if trainer.global_step > 0 else 0
-            self._samples = TrainingSamples(self.task, num_missing, num_in_epoch)
+            self._samples = TrainingSamples(self.task, num_wanted, num_in_epoch)
             self._take(trainer, pl_module, batch)
             summary = f"task {self._samples.task!r}; initial weights: {self._initial.source}"
         except Exception as error:
@@ -217,7 +217,7 @@ class RiskMonitor(Monitor):
 
     def _take(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         """Count the samples of a training batch, and keep them if more are wanted."""
-        if self._samples.num_missing <= 0:
+        if self._samples.num_wanted <= 0:
             self._samples.count(select_targets(pl_module, batch, self.targets))
             return
         with self.isolated(trainer, pl_module) as run:

@@ -16,22 +16,22 @@ class TrainingSamples:
     """Keep the first training batches of a fit in the memory of the CPU, and count the samples of an epoch.
 
     The kept ones stay the same in every epoch, so that a curve over epochs moves only when the model does, and are
-    scored in eval mode: the outputs of training itself are those of other weights, under dropout.
+    scored in eval mode: outputs during training come from earlier weights, with dropout.
 
     Args:
         task: ``"auto"`` or one of :data:`~lightning_sensitivity.functional.tasks.TASKS`.
-        num_missing: How many are wanted in this process. Batches are kept whole.
+        num_wanted: How many to keep in this process. Batches are kept whole.
         num_in_epoch: How many samples an epoch had in this process, in a fit that goes on.
 
     Attributes:
         task: The task, once a batch was kept.
         batches: The kept batches, and their labels.
-        num_missing: How many samples are still to be kept; 0 or less if there are enough.
+        num_wanted: How many more samples to keep; not above 0 once there are enough.
         num_outputs: K, as of the last pass.
     """
 
-    def __init__(self, task: str, num_missing: int, num_in_epoch: int) -> None:
-        self.task, self.num_missing = task, num_missing
+    def __init__(self, task: str, num_wanted: int, num_in_epoch: int) -> None:
+        self.task, self.num_wanted = task, num_wanted
         self.batches: list[tuple[Any, Tensor]] = []
         self.num_outputs: int | None = None
         self._num_in_epoch, self._batch_size, self._num_batches = num_in_epoch, 0, 0
@@ -41,12 +41,12 @@ class TrainingSamples:
         """Keep a batch. The first one determines the task.
 
         Args:
-            outputs: Those of the model for it.
+            outputs: Outputs of the model for it.
             batch: The batch. It is not copied where it is on the CPU already.
             targets: Its labels.
 
         Raises:
-            ValueError: If labels and outputs fit no task, or not the one of the batches before.
+            ValueError: If outputs are dense, or labels and outputs fit no task, or not the task of earlier batches.
         """
         if outputs.ndim > 2 and math.prod(outputs.shape[2:]) > 1:
             raise ValueError(f"Outputs are dense, {tuple(outputs.shape)}: there is no estimate for pixels and tokens")
@@ -54,7 +54,7 @@ class TrainingSamples:
         check_task(outputs, targets, task)
         self.task = task
         self.batches.append((move_data_to_device(batch, torch.device("cpu")), targets.to("cpu", copy=True)))
-        self.num_missing, self.num_outputs = self.num_missing - len(outputs), num_outputs(outputs)
+        self.num_wanted, self.num_outputs = self.num_wanted - len(outputs), num_outputs(outputs)
 
     def count(self, targets: Tensor) -> None:
         """Count the samples of a batch that have a label, without waiting for the device."""
@@ -63,10 +63,10 @@ class TrainingSamples:
         self._batch_size, self._num_batches = max(self._batch_size, len(targets)), self._num_batches + 1
 
     def start_epoch(self, trainer: Trainer) -> None:
-        """Count the next epoch from 0. Stop keeping samples, since it repeats them."""
+        """Count from 0, and stop keeping samples, since a new epoch repeats them."""
         if math.isinf(trainer.num_training_batches) or self._num_batches >= trainer.num_training_batches:
-            self._num_in_epoch, self.num_missing = max(self._num_in_epoch, int(self._num_seen)), 0
-        # Else the fit was resumed amid the last epoch.
+            self._num_in_epoch, self.num_wanted = max(self._num_in_epoch, int(self._num_seen)), 0
+        # Else the fit was resumed amid the last epoch, and saw only its rest.
         self._num_seen, self._num_batches = self._num_seen * 0, 0
 
     def num_in_epoch(self, trainer: Trainer) -> int:
@@ -85,7 +85,7 @@ class TrainingSamples:
 
 
 def check_loaders(trainer: Trainer) -> None:
-    """Refuse loaders of training that give some samples several times an epoch."""
+    """Refuse training loaders that repeat samples within an epoch."""
     combined = trainer.fit_loop._combined_loader
     lengths = {sized_len(loader) for loader in combined.flattened}  # type: ignore[union-attr]
     if len(lengths) > 1 and combined._mode == "max_size_cycle":  # type: ignore[union-attr]

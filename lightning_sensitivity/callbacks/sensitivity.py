@@ -34,10 +34,10 @@ class SensitivityMonitor(Monitor):
             ``(x, generator) -> x'``.
         at: Perturb the output of this submodule instead of the input.
         num_draws: Noise draws per sample.
-        num_samples: How many samples times draws are measured per loader and epoch, over all processes, in whole
-            batches, evenly spaced and always the same; all, if None. 1,200 give a standard error of about 5 %.
+        num_samples: Samples times draws to measure per loader and epoch, over all processes; None for all. Batches are
+            measured whole, evenly spaced and the same in every epoch. 1,200 give a standard error of about 5 %.
         seed: Seed of the noise. A batch gets the same noise in every epoch.
-        prefix: Put before the names; ``"val/"`` joins TensorBoard's group of ``val/loss``.
+        prefix: Prefix of the logged names; with ``"val/"`` TensorBoard groups them with ``val/loss``.
         inputs: How the model is called, and what is perturbed; see :class:`~lightning_sensitivity.model.ModelCall`.
         outputs: Which outputs to compare, logits ``(N, K, ...)``; see
             :func:`~lightning_sensitivity.model.select_outputs`.
@@ -89,7 +89,7 @@ class SensitivityMonitor(Monitor):
     def check_outputs(self, outputs: Tensor) -> None:
         """Refuse probabilities and log-probabilities, whose class average is another quantity than that of logits."""
         if not self.per_output and (are_probabilities(outputs) or are_log_probabilities(outputs)):
-            advice = "choose logits with `outputs=`, or use `per_output=True`"
+            advice = "select logits with `outputs=`, or use `per_output=True`"
             raise MisconfigurationException(f"`SensitivityMonitor` needs logits, got (log-)probabilities: {advice}.")
 
     def make_metric(self) -> OutputSensitivity:

@@ -1,4 +1,4 @@
-"""What monitors need of Lightning: choice of batches, failures that cost a value, checks of the run, names, counts."""
+"""Helpers of the monitors: selection of batches, failures, names of logged values, checks of the run and the step."""
 
 import inspect
 import math
@@ -62,18 +62,17 @@ class Failures:
 
     Attributes:
         is_strict: Whether a failure is an error.
-        kinds: The kinds of failure that were warned of.
         has_failed: Whether something has failed in the validation that runs.
     """
 
     def __init__(self, name: str, prefix: str) -> None:
-        self._name, self._prefix, self.is_strict, self.kinds = name, prefix, True, set[str]()
+        self._name, self._prefix, self.is_strict, self._kinds = name, prefix, True, set[str]()
         self.has_failed = False
 
     def warn(self, kind: str, message: str, in_any_process: bool = False) -> None:
         """Warn once of each kind; the message follows the name of the monitor."""
-        if kind not in self.kinds:
-            self.kinds.add(kind)
+        if kind not in self._kinds:
+            self._kinds.add(kind)
             (warn if in_any_process else rank_zero_only(warn))(f"`{self._name}` ({self._prefix}*) {message}")
 
     @contextmanager
@@ -87,7 +86,9 @@ class Failures:
                 raise  # out of memory: Lightning's finder of batch sizes waits for it
             reason = str(error) if is_clear else f"{type(error).__name__}: {str(error).strip().rstrip('.')}."
             if self.is_strict:
-                advice = "If `forward` takes something else, say what: `inputs=lambda batch: batch['image']`."
+                advice = (
+                    "If `forward` takes other arguments, set `inputs=`, such as `inputs=lambda batch: batch['image']`."
+                )
                 raise MisconfigurationException(f"`{self._name}` {what}: {reason} {advice}") from error
             self.has_failed = True
             self.warn(what, f"{what}: {reason}", in_any_process=True)
@@ -153,7 +154,7 @@ def num_batches(trainer: Trainer) -> list[int | float]:
 
 
 def check_run(name: str, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-    """Require a loop that runs, with batches that the model takes, in every process.
+    """Check that the module and the Trainer have what a monitor needs.
 
     Args:
         name: Name of the monitor's class.
@@ -162,7 +163,7 @@ def check_run(name: str, trainer: Trainer, pl_module: LightningModule, stage: st
         stage: ``"fit"``, ``"validate"`` or ``"test"``.
 
     Raises:
-        MisconfigurationException: If not, with what to change.
+        MisconfigurationException: If something is missing; the message says what to change.
     """
     strategy = {base.__name__ for base in type(trainer.strategy).__mro__}  # `pytorch_lightning` has classes of its own
     flag, sources = "allow_zero_length_dataloader_with_multiple_devices", (pl_module, trainer.datamodule)  # type: ignore[attr-defined]
@@ -170,7 +171,7 @@ def check_run(name: str, trainer: Trainer, pl_module: LightningModule, stage: st
     step = inspect.signature(pl_module.test_step if stage == "test" else pl_module.validation_step)
     lacks_step = stage == "fit" and not _is_overridden("validation_step", pl_module)
     lacks_loop = stage == "fit" and not trainer.enable_validation
-    for is_met, problem in (
+    for applies, problem in (
         (not _is_overridden("forward", pl_module), "needs a `forward` that returns the logits"),
         (lacks_step, "needs a `validation_step`: `def validation_step(self, batch, batch_idx): pass` is enough"),
         (lacks_loop, "needs a validation loop: pass `val_dataloaders`, and leave `limit_val_batches` above 0"),
@@ -178,7 +179,7 @@ def check_run(name: str, trainer: Trainer, pl_module: LightningModule, stage: st
         (not strategy.isdisjoint(_SHARDED), "needs all weights in every process, as with DDP, but got them sharded"),
         (may_lack_batches, f"needs a batch in every process, not `{flag}=True`"),
     ):
-        if is_met:
+        if applies:
             raise MisconfigurationException(f"`{name}` {problem}.")
 
 

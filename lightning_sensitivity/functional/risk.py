@@ -15,7 +15,7 @@ NUM_HOLDOUT_SUMS, NUM_TRAINING_SUMS = 7, 5
 
 
 class RiskTerms(NamedTuple):
-    """Hold the risk estimate and its terms, of which it is the sum; scalar tensors.
+    """Hold the risk estimate and the terms that it sums; scalar tensors.
 
     Attributes:
         estimate: The estimated Brier score on unseen samples.
@@ -79,8 +79,8 @@ def risk_terms(holdout: Tensor, training: Tensor, strength: float | None = None,
     """Estimate the risk from sums over all batches and processes.
 
     Args:
-        holdout: Those of :func:`holdout_sums`.
-        training: Those of :func:`training_sums`.
+        holdout: Sums from :func:`holdout_sums`.
+        training: Sums from :func:`training_sums`.
         strength: λ of simulated twins; None for real ones.
         factor: Factor of the variance for simulated twins, from :func:`variance_factor`.
 
@@ -102,12 +102,12 @@ def diagnostics(holdout: Tensor, training: Tensor) -> dict[str, str]:
     """Explain what makes an estimate doubtful, or keeps it from being one, with one sentence for each problem.
 
     Args:
-        holdout: Sums of :func:`holdout_sums`.
-        training: Those of :func:`training_sums`.
+        holdout: Sums from :func:`holdout_sums`.
+        training: Sums from :func:`training_sums`.
     """
     messages = {}
     if training[0] > 0 and training[3] == 0:
-        messages["probabilities"] = "All outputs lie in [0, 1]. If they are no logits, choose these with `outputs=`."
+        messages["probabilities"] = "All outputs lie in [0, 1]. If they are not logits, set `outputs=`."
     if holdout[-1] + training[-1] > 0:
         first, second = (math.ceil(float(sums[-1]) - 1e-6) for sums in (holdout, training))  # twins add parts
         messages["non-finite"] = f"{first} validation and {second} training samples gave nan or inf, and were left out."
@@ -122,8 +122,8 @@ def diagnostics(holdout: Tensor, training: Tensor) -> dict[str, str]:
 def variance_factor(num_training: int, num_weights: int) -> float:
     r"""Compute how much of the variance of a simulated twin counts: :math:`\min(1, \sqrt{\sqrt{w} / n})`.
 
-    Networks differ the less the more samples they were trained on, and the more the more weights they have; twins know
-    neither. The form was chosen on random runs, and has no constant; see ``examples/early_stopping/README.md``.
+    Networks differ less if they have more training samples, and more if they have more weights; twins reflect neither.
+    The form was chosen on random runs, and has no constant; see ``examples/early_stopping/README.md``.
 
     Args:
         num_training: n, the number of training samples.

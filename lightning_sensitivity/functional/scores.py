@@ -1,4 +1,4 @@
-"""Scores of models on the same samples: of each sample by its outputs, and of each model by what the others say."""
+"""Scores of models on the same samples: by their outputs, and by the predictions of the other models."""
 
 import math
 from collections.abc import Collection, Iterable, Mapping
@@ -32,7 +32,7 @@ class ModelScores:
         error: The true share of wrong predictions.
         num_parameters: How many parameters it has.
         seconds: Time of all passes.
-        note: That it is undecided, or why it failed.
+        note: Why it failed, or that it is undecided.
     """
 
     name: str
@@ -90,11 +90,11 @@ def consensus_scores(
         E_i = 1 - q_i(\arg\max_k p_{ik})
 
     Labels that models agree on are right more often than any single model is, if their mistakes are not the same. Where
-    one training set or one architecture misleads all of them, the consensus is misled, too. That disagreement between
-    networks of one kind follows their error was seen by Jiang et al. (arXiv:2106.13799).
+    one training set or one architecture misleads all of them, the consensus is misled, too. Jiang et al.
+    (arXiv:2106.13799) observed that disagreement between networks of one kind follows their error.
 
     Args:
-        log_probabilities: Those of each model for the same samples, ``(N, decisions, classes)``.
+        log_probabilities: For each model, of the same samples, ``(N, decisions, classes)``.
         voters: The models that vote, by default all. No model votes on itself.
 
     Returns:
@@ -126,7 +126,7 @@ def score_models(
 
     Args:
         samples: :func:`score_samples` of all batches, for each model, and its ``num_parameters`` and ``seconds``.
-        notes: What else is known of each model, with those that failed.
+        notes: A note for each model, with those that failed; empty if there is nothing to note.
 
     Returns:
         A row for each model; and for each model and score one number per sample, with the score as their mean.

@@ -16,7 +16,7 @@ _SMALL_SHARE = 0.01  # of the class mean that independent outputs would have
 
 
 class SensitivityEstimate(NamedTuple):
-    """Hold what follows from rows; scalar tensors.
+    """Hold the estimates from rows; scalar tensors, but for K.
 
     Attributes:
         sensitivity: S, in squared units of the outputs.

@@ -12,7 +12,7 @@ TASKS = ("multiclass", "binary", "multilabel")
 IGNORED = -100  # the `ignore_index` of torch's cross-entropy
 _CHUNK = 2**15  # elements that are widened at a time
 _ROUNDING = 1e-2  # of sums of probabilities in 16 bits, which autocast may have widened since
-_CHANCE, _UNNAMED = 1e-4, 1.25  # below that chance, and beyond this ratio, outputs that no label names are no classes
+_MAX_CHANCE, _MIN_RATIO = 1e-4, 1.25  # that labels name no more of K classes by luck; of K to the classes they name
 _LIBRARIES = ("lightning", "pytorch_lightning", "torch", "contextlib", "functools")  # beginnings of modules' names
 
 
@@ -49,7 +49,7 @@ def infer_task(outputs: Tensor, targets: Tensor) -> str:
 
 
 def check_classes(num_outputs: int, targets: Tensor) -> None:
-    """Require that labels name the last outputs, too, if there are more than ten, and labels enough to tell.
+    """Refuse labels that name only the first few of more than ten outputs, if they are enough to be sure.
 
     Args:
         num_outputs: K.
@@ -62,14 +62,14 @@ def check_classes(num_outputs: int, targets: Tensor) -> None:
     if counted.is_floating_point() or not counted.numel():
         return
     num_named = int(counted.max()) + 1
-    is_unlikely = counted.numel() * math.log(num_outputs / num_named) > -math.log(_CHANCE)
-    if is_unlikely and num_outputs > max(_UNNAMED * num_named, 10):
+    is_unlikely = counted.numel() * math.log(num_outputs / num_named) > -math.log(_MAX_CHANCE)
+    if is_unlikely and num_outputs > max(_MIN_RATIO * num_named, 10):
         reason = "Labels name only the first few of many outputs, as beside an embedding"
         raise ValueError(f"{reason}. Set `task='multiclass'` if the outputs are logits")
 
 
 def check_task(outputs: Tensor, targets: Tensor, task: str) -> None:
-    """Require that outputs and labels are those of a task.
+    """Check that outputs and labels fit a task.
 
     Args:
         outputs: Outputs of the model.
@@ -102,14 +102,14 @@ def check_task(outputs: Tensor, targets: Tensor, task: str) -> None:
 
 
 def are_probabilities(outputs: Tensor) -> bool:
-    """Tell whether outputs can only be those of a softmax, within rounding; waits for the device."""
+    """Check whether outputs can only be those of a softmax, within rounding; waits for the device."""
     if num_outputs(outputs) < 2 or not outputs.numel() or bool((outputs < 0).any()):
         return False
     return bool((outputs.to(wide_dtype(outputs.device)).sum(1) - 1).abs().max() < _ROUNDING)
 
 
 def are_log_probabilities(outputs: Tensor) -> bool:
-    """Tell whether outputs can only be those of a log-softmax, within rounding; waits for the device."""
+    """Check whether outputs can only be those of a log-softmax, within rounding; waits for the device."""
     return not bool((outputs > 0).any()) and are_probabilities(outputs.exp())
 
 
@@ -160,7 +160,7 @@ def in_chunks(function: Callable[..., Tensor], *tensors: Tensor) -> list[Tensor]
     """Call a function on a few samples at a time, so that no wide copy of all outputs is made.
 
     Args:
-        function: Gets a chunk of each tensor.
+        function: Function of a chunk of each tensor.
         tensors: Of the same samples, ``(N, ...)``; the first one sets how many make a chunk.
     """
     size = max(1, _CHUNK * len(tensors[0]) // max(1, tensors[0].numel()))
@@ -168,7 +168,7 @@ def in_chunks(function: Callable[..., Tensor], *tensors: Tensor) -> list[Tensor]
 
 
 def warn(message: str) -> None:
-    """Warn, and point at the first line that belongs to no library: the user's."""
+    """Warn at the first line outside of the libraries: the user's."""
     frame, level = sys._getframe(1), 2
     while frame.f_back and frame.f_globals.get("__name__", "").startswith(_LIBRARIES):
         frame, level = frame.f_back, level + 1

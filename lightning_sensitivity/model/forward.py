@@ -14,9 +14,9 @@ from torch import Tensor, nn
 Function = Callable[..., Any] | None  # that selects something; None for the rules here
 Perturb = Callable[[Tensor], Tensor]
 
-# What mappings call their labels in torch, transformers and Lightning's examples.
+# Names of labels in batches of torch, transformers and Lightning's examples.
 TARGET_NAMES = ("label", "labels", "target", "targets", "y")
-_CHOOSE = "Choose it: `inputs=lambda batch: batch['image']`, or `at=` a submodule where inputs can take no noise."
+_CHOOSE = "Select it: `inputs=lambda batch: batch['image']`, or `at=` a submodule where inputs can take no noise."
 
 
 class ModelCall:
@@ -35,7 +35,7 @@ class ModelCall:
     =======================  =========================================  ===============================================
 
     Args:
-        model: The module, of which ``forward`` names the arguments.
+        model: The module, whose ``forward`` names the arguments.
         batch: What the loader gave, on the model's device.
         inputs: A function ``batch -> arguments``, or None for the rules above.
         outputs: Which outputs to take; see :func:`select_outputs`.
@@ -63,8 +63,8 @@ class ModelCall:
         elif isinstance(batch, list | tuple) and len(batch):
             count = max(1, num_required(model))
             if len(batch) < count:
-                expected = f"say the {count} arguments that `forward` requires"
-                raise MisconfigurationException(f"`inputs` should {expected}, for {describe(batch)}. {_CHOOSE}")
+                expected = f"return the {count} arguments that `forward` requires"
+                raise MisconfigurationException(f"`inputs` should {expected}, from {describe(batch)}. {_CHOOSE}")
             self.args = tuple(batch[:count])
         self._perturbed: int | str | None = self._first_floating(batch) if takes_noise else None
 
@@ -72,7 +72,7 @@ class ModelCall:
         """Call the model with copies of the arguments, perturbed or not, and select its outputs.
 
         Args:
-            perturb: Gives what takes the place of a perturbed tensor; None for the batch as it is.
+            perturb: Function that returns the perturbed tensor; None for the batch as it is.
 
         Raises:
             MisconfigurationException: If there are no outputs, or their dimension 1 could be a position.
@@ -83,8 +83,8 @@ class ModelCall:
         if self._outputs is None and math.prod(outputs.shape[2:]) > 1:
             shapes = [x.shape[1:] for x in tensors_in([self.args, self.kwargs]) if not x.is_nested]
             if not any(set(outputs.shape[2:]) <= set(s) and outputs.shape[1] not in s for s in shapes):
-                where = "`outputs=lambda y: y` if in dimension 1, `outputs=lambda y: y.movedim(-1, 1)` if in the last"
-                raise MisconfigurationException(f"`outputs` should say where {[*outputs.shape]} has classes: {where}.")
+                where = "`outputs=lambda y: y.movedim(-1, 1)` if they are last, `outputs=lambda y: y` if in dimension 1"
+                raise MisconfigurationException(f"`outputs` should give the classes of {[*outputs.shape]}: {where}.")
         return outputs
 
     def _first_floating(self, batch: Any) -> int | str:
@@ -110,7 +110,8 @@ def _named_arguments(model: nn.Module, batch: Mapping[Any, Any]) -> dict[str, An
         names = [key for key in batch if isinstance(key, str)]
     arguments = {name: batch[name] for name in batch if name in names}
     if not arguments:
-        raise MisconfigurationException(f"`inputs` should say what `forward` gets of {describe(batch)}. {_CHOOSE}")
+        got = f"from {describe(batch)}. {_CHOOSE}"
+        raise MisconfigurationException(f"`inputs` should return the arguments of `forward`, {got}")
     return arguments
 
 
@@ -141,7 +142,7 @@ def select_targets(model: nn.Module, batch: Any, targets: Function = None) -> Te
     """Select the labels in a batch.
 
     Args:
-        model: The module, of which ``forward`` says how many elements of a batch are inputs.
+        model: The module, whose ``forward`` says how many elements of a batch are inputs.
         batch: What the loader gave.
         targets: A function ``batch -> tensor``, or None: the last of the elements of a tuple or list if all others are
             inputs of ``forward``; the only entry or attribute that is called ``label``, ``labels``, ``target``,
@@ -160,8 +161,8 @@ def select_targets(model: nn.Module, batch: Any, targets: Function = None) -> Te
         tensors = [value for value in named.values() if isinstance(value, Tensor)]
         selected = tensors[0] if len(tensors) == 1 else None
     if not isinstance(selected, Tensor):
-        where = "`targets` should say where the labels are, such as `targets=lambda batch: batch[1]`"
-        raise MisconfigurationException(f"{where}, got {describe(batch)}.")
+        where = "`targets` should return the labels, such as `targets=lambda batch: batch[1]`"
+        raise MisconfigurationException(f"{where}, from {describe(batch)}.")
     return selected
 
 
@@ -210,7 +211,7 @@ def clone_tensors(value: Any, clone: Callable[[Tensor], Tensor] = Tensor.clone) 
 
 
 def is_floating(tensor: Tensor) -> bool:
-    """Tell whether noise can be added: to dense floating tensors."""
+    """Check whether noise can be added: to dense floating tensors."""
     return tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_nested
 
 

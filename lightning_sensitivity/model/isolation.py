@@ -1,4 +1,4 @@
-"""Run a model so that no trace is left: in eval mode, without gradients, with all state put back."""
+"""Run a model so that no trace is left: in eval mode, without gradients, with all state restored."""
 
 import copy
 import sys
@@ -23,7 +23,7 @@ def isolated(model: nn.Module) -> Iterator[Run]:
 
     Inside, the model is in eval mode (modules that PyTorch does not see keep theirs), without gradients, and its
     ``self.log`` does nothing. Every run finds the same buffers, attributes and random states, and leaves clones of them
-    behind: the originals come back. Compiled code runs eagerly, so that nothing is compiled for us. Not put back are
+    behind: the originals come back. Compiled code runs eagerly, so that nothing is compiled for us. Not restored are
     parameters that ``forward`` writes (see :func:`written_parameters`), what is nested deeper than the items of a list
     or dict, those of more than 1,000 items, generators of the model's own, and what hooks of the user change.
 
@@ -36,7 +36,7 @@ def isolated(model: nn.Module) -> Iterator[Run]:
     if any(map(is_lazy, model.parameters())):
         raise MisconfigurationException("Expected a model with weights, but some are lazy: run it on a batch first.")
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-        raise MisconfigurationException("Expected a model whose state can be put back, but a part of it is scripted.")
+        raise MisconfigurationException("Expected a model whose state can be restored, but a part of it is scripted.")
     rng_states = _collect_rng_states(include_cuda=any(parameter.is_cuda for parameter in model.parameters()))
     states: list[tuple[dict[str, Any], dict[str, Any]]] = [
         (items, items.copy()) for module in all_modules(model) for items in (vars(module), module._buffers)
@@ -45,7 +45,7 @@ def isolated(model: nn.Module) -> Iterator[Run]:
         (items, name, value)
         for items, originals in states
         for name, value in originals.items()
-        if isinstance(value, Tensor | list | dict | set) and name not in _OF_ANY_MODULE
+        if isinstance(value, Tensor | list | dict | set) and name not in _MODULE_ATTRIBUTES
     ]
 
     def restore() -> None:
@@ -103,7 +103,7 @@ def all_modules(model: nn.Module) -> list[nn.Module]:
     modules = dict.fromkeys(model.modules())
     for module in list(modules):
         for name, value in vars(module).items():
-            if name not in _OF_ANY_MODULE and isinstance(value, list | tuple | dict) and len(value) <= _MAX_ITEMS:
+            if name not in _MODULE_ATTRIBUTES and isinstance(value, list | tuple | dict) and len(value) <= _MAX_ITEMS:
                 for item in value.values() if isinstance(value, dict) else value:
                     if isinstance(item, nn.Module):
                         modules.update(dict.fromkeys(item.modules()))
@@ -126,7 +126,7 @@ def _cloned(value: Any, clones: dict[int, Any]) -> Any:
     return new
 
 
-_OF_ANY_MODULE = frozenset(vars(nn.Module()))  # parameters, buffers, hooks, the mode
+_MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))  # parameters, buffers, hooks, the mode
 
 
 def _eager() -> Any:

@@ -1,4 +1,4 @@
-"""Noise: functions ``(x, generator) -> x'``, at the input or behind a submodule, from generators by key."""
+"""Noise: functions ``(x, generator) -> x'``, at the input or behind a submodule, with generators seeded by a key."""
 
 import hashlib
 import math
@@ -101,7 +101,9 @@ def perturbation(noise: NoiseFunction, *key: int) -> Callable[[Tensor], Tensor]:
             generators[x.device] = noise_generator(*key, device=x.device)
         new: object = noise(x.clone(), generators[x.device])  # a function may write into it
         if not isinstance(new, Tensor) or (new.shape, new.dtype, new.device) != (x.shape, x.dtype, x.device):
-            raise MisconfigurationException(f"`noise` should give {describe(x)}, as it got, but got {describe(new)}.")
+            raise MisconfigurationException(
+                f"`noise` should return {describe(x)}, like its input, got {describe(new)}."
+            )
         return new
 
     return perturb

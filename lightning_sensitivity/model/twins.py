@@ -67,7 +67,7 @@ def copy_weights(weights: Mapping[str, object]) -> dict[str, Tensor]:
 
 
 def unknown_parameters(model: nn.Module, initial: Mapping[str, Tensor]) -> list[str]:
-    """Name the parameters that are trained, and were not there before training, or had another shape."""
+    """List trainable parameters without initial weights of the same shape."""
     shapes = {name: weight.shape for name, weight in initial.items()}
     return [name for name, p, _ in _parameters(model) if shapes.get(name) != p.shape and p.requires_grad]
 
@@ -89,8 +89,8 @@ def twin(
 
     Args:
         model: The module. Its parameters are not written to: twins take their place.
-        initial: Its parameters before training, by name. One that is not there, of a new head, say, counts as learned
-            as a whole.
+        initial: Its parameters before training, by name. A missing one, such as that of a new head, counts as
+            learned as a whole.
         generator: Source of the noise, on the module's device.
         strength: λ. Squared differences of outputs grow with λ² where it is small.
 
@@ -133,7 +133,7 @@ def twin(
 
 
 def normalizes_by_batch(model: nn.Module) -> bool:
-    """Tell whether a module has batch norm with running statistics."""
+    """Check whether a module has batch norm with running statistics."""
     return any(isinstance(module, _BatchNorm) and module.running_mean is not None for module in model.modules())
 
 
