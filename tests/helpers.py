@@ -104,14 +104,8 @@ class Quiet(Classifier):
 
 def trainer(**kwargs: Any) -> Trainer:
     """A Trainer that is quiet and writes nothing, unless it is told to."""
-    defaults: dict[str, Any] = {
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "max_epochs": 2,
-    }
+    extras = "logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"
+    defaults: dict[str, Any] = {"accelerator": "cpu", "max_epochs": 2, **dict.fromkeys(extras, False)}
     return Trainer(**{**defaults, **kwargs})
 
 

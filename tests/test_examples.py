@@ -1,10 +1,9 @@
 """Each example in its quick form, in this process: to import torch and lightning again would take most of the time."""
 
-import logging
 import re
 import runpy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*The class average holds")
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any, caplog: Any) -> Run:
     """Run an example, and give what it prints and its variables."""
 
     def run(script: str, *options: str) -> tuple[str, dict[str, Any]]:
@@ -31,10 +30,8 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureF
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # put back at the end, as the level of the logger is
     monkeypatch.setenv("MPLBACKEND", "agg")
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    yield run
-    logger.setLevel(level)
+    caplog.set_level("INFO", "lightning.pytorch")
+    return run
 
 
 def numbers(text: str) -> np.ndarray:
