@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_sensitivity.model import isolated
-from lightning_sensitivity.model.isolation import complete, is_isolated, written_parameters
+from lightning_sensitivity.model.isolation import complete, is_isolated
 
 X = torch.rand(4, 2, generator=torch.Generator().manual_seed(0))
 
@@ -116,13 +116,3 @@ def test_lazy_and_scripted_models_are_refused_and_large_containers_are_not_copie
     with isolated(model := Stateful()) as run:
         inside = run(lambda: (model.large, model.names))
     assert inside[0] is model.large and inside[1] is not model.names
-
-
-@pytest.mark.parametrize(("model", "x", "expected"), [
-    (nn.Embedding(3, 4, max_norm=1), torch.tensor([0, 2]), ["weight"]),
-    (nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 2)), X, []),
-])  # fmt: skip
-def test_parameters_that_a_forward_writes_are_named(model: nn.Module, x: Tensor, expected: list[str]) -> None:
-    with isolated(model) as run:
-        output, names = written_parameters(model, lambda: run(model, x))
-    assert names == expected and len(output) == len(x)
