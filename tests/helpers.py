@@ -153,8 +153,7 @@ class History(Callback):
 
 def csv_rows(log_dir: str | Path) -> list[dict[str, str]]:
     """What a CSVLogger wrote, a dict a row; a name that was not logged in a row is empty."""
-    with Path(log_dir, "metrics.csv").open() as file:
-        return list(csv.DictReader(file))
+    return list(csv.DictReader(Path(log_dir, "metrics.csv").read_text().splitlines()))
 
 
 @torch.no_grad()

@@ -25,10 +25,6 @@ def linear(scale: float = 9.0, seed: int = 0) -> Linear:
     return model
 
 
-def labels_of(batch: Any) -> Any:
-    return batch[1]
-
-
 def compare(models: dict[str, Any], dataloader: Any = unlabelled_loader(), **kwargs: Any) -> Comparison:  # noqa: B008
     gc.freeze()  # else each model waits for a look at all modules that were imported
     return compare_models(models, dataloader, device="cpu", **kwargs)
@@ -51,7 +47,7 @@ def test_linear_models_have_the_sensitivity_of_their_weights_and_differences_are
 def test_scores_are_those_of_a_plain_loop_and_the_model_is_left_alone(is_compiled: bool) -> None:
     model, (x, y) = Classifier(), labelled(50).tensors
     before, passed = copy.deepcopy(model), torch.compile(model, backend="eager") if is_compiled else model
-    row = compare({"model": passed}, loader(), num_draws=2, seed=3, targets=labels_of)[0]
+    row = compare({"model": passed}, loader(), num_draws=2, seed=3, targets=lambda batch: batch[1])[0]
     assert model.training and all(map(torch.equal, model.state_dict().values(), before.state_dict().values()))
     changes, outputs = brute_force(before.eval(), x.split(16), num_draws=2, seed=3), before(x).detach()
     assert row.sensitivity == pytest.approx(changes.var(correction=0).item(), rel=1e-6)
@@ -77,7 +73,7 @@ def test_functions_make_models_one_after_another_for_the_same_batches(tmp_path: 
     torch.save(checkpoint, path := tmp_path / "linear.ckpt")
     shuffling, models = DataLoader(labelled(50), 16, shuffle=True), {"module": linear(1.0), "again": linear(1.0)}
     models["function"] = lambda: Linear.load_from_checkpoint(path)
-    assert len({(row.sensitivity, row.loss) for row in compare(models, shuffling, targets=labels_of)}) == 1
+    assert len({(row.sensitivity, row.loss) for row in compare(models, shuffling, targets=lambda batch: batch[1])}) == 1
 
 
 def test_a_model_that_fails_is_a_row_that_says_why_and_does_not_lose_the_others() -> None:

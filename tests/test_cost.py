@@ -30,17 +30,6 @@ class Overridden(Quiet):
         raise AssertionError(f"{name} was logged by the user's `log`")
 
 
-class Forgetful(Callback):
-    """Clears lists as a validation starts, so that in the end they hold what has happened since the last start."""
-
-    def __init__(self, *seen: list[Any]) -> None:
-        self.seen = seen
-
-    def on_validation_start(self, *args: Any) -> None:
-        for each in self.seen:
-            each.clear()
-
-
 @pytest.mark.parametrize(("kind", "passes"), [
     (SensitivityMonitor, 2 * NUM_MEASURED),  # clean and noisy
     (RiskMonitor, 3 * NUM_MEASURED + 5),  # clean, model and twin by the batch, and the first 500 training samples
@@ -64,7 +53,9 @@ def test_passes_and_logged_names_of_a_validation_and_batches_of_which_nothing_is
     monkeypatch.setattr(LightningModule, "log", noted)
     monkeypatch.setattr(Monitor, "on_validation_batch_start", watched)
     model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
-    run = trainer(callbacks=[Forgetful(sizes, names, is_measured), kind()], num_sanity_val_steps=0)
+    forget = Callback()  # so that in the end there is what has happened since the last validation began
+    forget.on_validation_start = lambda *args: [each.clear() for each in (sizes, names, is_measured)]
+    run = trainer(callbacks=[forget, kind()], num_sanity_val_steps=0)
     run.fit(model, *(DataLoader(labelled(n * BATCH_SIZE), BATCH_SIZE) for n in (6, NUM_BATCHES)))
     assert sizes == [BATCH_SIZE] * passes and names == [f"val_{name}" for name in kind.names]
     assert is_measured == [index % 5 == 0 for index in range(NUM_BATCHES)]

@@ -9,13 +9,9 @@ from torch.nn.functional import cross_entropy
 
 from lightning_sensitivity.functional.scores import consensus_scores, score_samples
 from lightning_sensitivity.functional.sensitivity import sensitivity_rows
+from lightning_sensitivity.functional.tasks import check_task, infer_task
 
 SOFT, BITS = torch.tensor([[[0.5, 0.5], [0.1, 0.9], [1.0, 0.0]], [[0.0, 1.0], [1.0, 0.0], [1.0, 1.0]]])
-
-
-def outputs(*shape: int) -> tuple[Tensor, list[Tensor]]:
-    clean, *noise = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
-    return clean, [clean + draw for draw in noise]
 
 
 @pytest.mark.parametrize(("task", "shape", "targets", "loss"), [
@@ -24,7 +20,10 @@ def outputs(*shape: int) -> tuple[Tensor, list[Tensor]]:
     ("binary", (3, 1), BITS[:, :1], with_logits), ("multilabel", (3, 2), BITS, with_logits),
 ])  # fmt: skip
 def test_loss_and_error_are_those_of_torch(task: str, shape: tuple[int, ...], targets: Tensor, loss: Any) -> None:
-    clean, noisy = outputs(*shape)
+    clean, *noise = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    noisy = [clean + each for each in noise]
+    check_task(clean, targets, task)
+    assert targets.is_floating_point() or infer_task(clean, targets) == task
     scores = score_samples(clean, iter(noisy), targets, task)
     assert {len(values) for values in scores.values()} == {shape[0]}
     torch.testing.assert_close(scores["rows"], sensitivity_rows(clean, noisy))

@@ -23,21 +23,12 @@ def test_labels_of_another_task_are_refused(task: str, outputs: Tensor, targets:
         T.check_task(outputs, targets, task)
 
 
-def test_labels_line_up_with_probabilities() -> None:
-    targets = torch.tensor([[0, 6, -100, 3, 1], [2, 2, 5, 4, -100]])
-    y, counts = T.target_probabilities(DENSE, targets, T.infer_task(DENSE, targets))
-    assert torch.equal(counts.bool(), targets != -100)
-    assert torch.equal(y.movedim(1, -1)[counts.bool()], torch.eye(7)[targets[targets != -100]])
-    for labels, p, task in ((LOGITS.softmax(1), LOGITS, "multiclass"), (BITS.bool(), SINGLE, "binary")):
-        T.check_task(p, labels, task)
-        y, counts = T.target_probabilities(T.probabilities(p.bfloat16(), task), labels, task)
-        assert torch.equal(y, labels.float().reshape(p.shape)) and counts.tolist() == [1] * 6
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_probabilities_are_told_from_logits(dtype: torch.dtype) -> None:
     logits = (5 * DENSE).to(dtype)
     p, log_p = logits.softmax(1), logits.log_softmax(1)
+    wide = logits.to(torch.promote_types(dtype, torch.float32))
+    assert torch.equal(T.probabilities(logits, "multiclass"), wide.softmax(1))
     assert T.are_log_probabilities(log_p) and T.are_probabilities(p)
     assert T.are_probabilities(logits.bfloat16().softmax(1).float())  # as autocast widens them after rounding
     for others in (logits, logits[:, :1], logits[:0], -logits.abs(), log_p - 0.5, p):

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_sensitivity.model import ModelCall, select_outputs, select_targets
@@ -21,40 +20,7 @@ def module(forward: Any) -> nn.Module:
 
 
 ONE, TWO = module(lambda self, x: x), module(lambda self, x, mask, scale=1.0: x)
-DENOISER, COMPILED = module(lambda self, y, t: y), torch.compile(TWO, backend="eager")
-OPTIONAL, KEYWORDS = module(lambda self, x=None, mask=None: x), module(lambda self, **inputs: inputs)
-ANYTHING = module(lambda self, *args, **kwargs: args)
-
-
-@pytest.mark.parametrize(("model", "batch", "inputs", "args", "kwargs"), [
-    # a mapping, by the names of `forward`; means of what the model gets: as above, and 0.5 more where it is perturbed
-    *((model, {"x": X, "mask": MASK, "label": IDS}, None, (), {"x": 0.5, "mask": 1.0}) for model in (TWO, COMPILED)),
-    (OPTIONAL, UserDict(x=X, mask=MASK, label=IDS), None, (), {"x": 0.5, "mask": 1.0}),
-    (KEYWORDS, {"image": X, "mask": MASK}, None, (), {"image": 0.5, "mask": 1.0}),
-    # a sequence, by position; else the batch itself; token ids stay as they are
-    *((ONE, batch, None, (0.5,), {}) for batch in ((X, IDS), [X, IDS], [X], Pair(X, IDS), X)),
-    *((ONE, batch, None, (20.0,), {}) for batch in (IDS, (IDS, X))),
-    (TWO, (X, MASK, IDS), None, (0.5, 1.0), {}), (OPTIONAL, (X, MASK, IDS), None, (0.5,), {}),
-    (ONE, ({"a": X, "b": [DEPTH], "id": IDS}, IDS), None, ({"a": 0.5, "b": [10.5], "id": 20.0},), {}),
-    # a function
-    (TWO, SimpleNamespace(x=X, mask=MASK), lambda batch: (batch.x, batch.mask), (0.5, 1.0), {}),
-    (DENOISER, {"y": X, "t": IDS}, lambda batch: (batch["y"], batch["t"]), (0.5, 20.0), {}),
-    (ANYTHING, {"x": X, "d": DEPTH}, lambda batch: ([batch["x"], batch["d"]],), ([0.5, 10.5],), {}),
-    (ONE, Pair(Pair(X, (DEPTH, "name")), IDS), lambda batch: batch.x, (Pair(0.5, (10.5, "name")),), {}),
-])  # fmt: skip
-def test_how_the_model_is_called(model: nn.Module, batch: Any, inputs: Any, args: Any, kwargs: Any) -> None:
-    received = list[Any]()
-
-    def call(*args: Any, **kwargs: Any) -> Tensor:
-        received.append(apply_to_collection([args, kwargs], Tensor, lambda tensor: tensor.double().mean().item()))
-        apply_to_collection([args, kwargs], Tensor, Tensor.zero_)  # it may write into what it gets
-        return X
-
-    forward = ModelCall(model, batch, inputs, None, args != (20.0,))
-    forward._model = call
-    for _ in range(2):
-        forward(lambda tensor: tensor + 0.5)
-    assert received == [[args, kwargs]] * 2
+DENOISER, ANYTHING = module(lambda self, y, t: y), module(lambda self, *args, **kwargs: args)
 
 
 def test_nothing_writes_into_the_batch_nor_into_what_it_holds() -> None:
