@@ -76,7 +76,7 @@ class Classifier(LightningModule):
 
 
 class Linear(LightningModule):
-    """A linear model: its sensitivity is known."""
+    """A linear model: its sensitivity follows from its weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,9 +91,6 @@ class Linear(LightningModule):
 
     training_step = Classifier.training_step
     configure_optimizers = Classifier.configure_optimizers
-
-    def sensitivity(self, noise_std: float) -> float:
-        return noise_std**2 * self.net.weight.mean(0).square().sum().item()
 
 
 class Quiet(Classifier):
@@ -157,9 +154,7 @@ def csv_rows(log_dir: str | Path) -> list[dict[str, str]]:
 
 
 @torch.no_grad()
-def brute_force(
-    run: Callable[[Tensor], Tensor], batches: Any, num_draws: int = 1, seed: int = 0, rank: int = 0, loader: int = 0
-) -> Tensor:
+def brute_force(run: Any, batches: Any, num_draws: int = 1, seed: int = 0, rank: int = 0, loader: int = 0) -> Tensor:
     """By a plain loop, over batches by their index: a row of class-averaged changes for each sample, in eval mode."""
     rows = []
     for batch_idx, x in batches.items() if isinstance(batches, dict) else enumerate(batches):

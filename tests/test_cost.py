@@ -15,8 +15,7 @@ from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 from lightning_sensitivity.callbacks.base import Monitor
 from tests.helpers import NUM_FEATURES, Quiet, Watch, csv_rows, labelled, trainer
 
-NUM_BATCHES, BATCH_SIZE = 60, 100  # 6,000 samples, of which a budget of 1,200 measures every fifth batch
-NUM_MEASURED = 12
+NUM_BATCHES, BATCH_SIZE, NUM_MEASURED = 60, 100, 12  # of 6,000 samples, 1,200 are measured: every fifth batch
 BENCHMARK = runpy.run_path(str(Path(__file__).parents[1] / "examples/cost/benchmark.py"))
 
 
@@ -34,9 +33,7 @@ class Overridden(Quiet):
     (SensitivityMonitor, 2 * NUM_MEASURED),  # clean and noisy
     (RiskMonitor, 3 * NUM_MEASURED + 5),  # clean, model and twin by the batch, and the first 500 training samples
 ])  # fmt: skip
-def test_passes_and_logged_names_of_a_validation_and_batches_of_which_nothing_is_done(
-    kind: type[Monitor], passes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_passes_names_and_idle_batches_of_a_validation(kind: Any, passes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, sizes, names, is_measured = Overridden(), list[int](), list[str](), list[bool]()
     log, start = LightningModule.log, Monitor.on_validation_batch_start
 

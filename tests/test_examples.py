@@ -3,7 +3,6 @@
 import re
 import runpy
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,12 @@ from scipy.stats import kendalltau
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NOTEBOOK = EXAMPLES / "track_generalization.ipynb"
-Run = Callable[..., tuple[str, dict[str, Any]]]
 # Right of networks whose class average stays small; the pages speak of it.
 pytestmark = pytest.mark.filterwarnings("ignore:.*The class average holds")
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any, caplog: Any) -> Run:
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any, caplog: Any) -> Any:
     """Run an example, and give what it prints and its variables."""
 
     def run(script: str, *options: str) -> tuple[str, dict[str, Any]]:
@@ -40,7 +38,7 @@ def numbers(text: str) -> np.ndarray:
     return np.array([[float(word) for word in line if re.fullmatch(r"-?[\d.]+(e-\d+)?", word)] for line in lines])
 
 
-def test_the_first_example_keeps_the_checkpoint_of_the_lowest_estimate(run: Run) -> None:
+def test_the_first_example_keeps_the_checkpoint_of_the_lowest_estimate(run: Any) -> None:
     text, variables = run("track_generalization.py", "--max-epochs", "4", "--figure", "runs/figure.png")
     table, estimates = numbers(text), variables["curves"]["val/risk_estimate"]
     np.testing.assert_allclose(table[:, [0, 4]], np.stack([range(4), estimates], 1), atol=1e-3)
@@ -58,14 +56,14 @@ def test_the_notebook_has_the_cells_of_the_script() -> None:
     assert "image/png" in str(cells[-1].outputs) and NOTEBOOK.stat().st_size < 150_000
 
 
-def test_the_plain_loop_sees_sensitivity_grow(run: Run) -> None:
+def test_the_plain_loop_sees_sensitivity_grow(run: Any) -> None:
     text, _ = run("plain_pytorch.py", "--max-epochs", "3")
     _, estimate, sensitivity, *_ = numbers(text).T
     assert (np.diff(sensitivity) > 0).all() and (np.diff(estimate) < 0).all()
 
 
 @pytest.mark.parametrize("option", ["--finetune", pytest.param("--mixup", marks=pytest.mark.long)])
-def test_a_resnet_has_an_estimate_in_every_epoch(run: Run, option: str) -> None:
+def test_a_resnet_has_an_estimate_in_every_epoch(run: Any, option: str) -> None:
     pytest.importorskip("torchvision")
     text, variables = run("images/resnet18.py", "--quick", option)
     table = np.array(variables["rows"])
@@ -74,7 +72,7 @@ def test_a_resnet_has_an_estimate_in_every_epoch(run: Run, option: str) -> None:
 
 
 @pytest.mark.parametrize("task", ["sentences", pytest.param("words", marks=pytest.mark.long)])
-def test_the_transformers_are_measured_at_their_embeddings(run: Run, task: str) -> None:
+def test_the_transformers_are_measured_at_their_embeddings(run: Any, task: str) -> None:
     pytest.importorskip("transformers")
     text, variables = run("text/transformer.py", "--quick", "--task", task)
     assert ("val_risk_estimate" in variables["columns"]) == (task == "sentences")
@@ -83,7 +81,7 @@ def test_the_transformers_are_measured_at_their_embeddings(run: Run, task: str) 
 
 
 @pytest.mark.parametrize("names", ["terms", pytest.param("gap seeds robust", marks=pytest.mark.long)])
-def test_the_pictures_of_the_page_on_curves(run: Run, names: str) -> None:
+def test_the_pictures_of_the_page_on_curves(run: Any, names: str) -> None:
     text, variables = run("reading_curves/curves.py", "--quick", "--only", *names.split())
     assert [line for line in text.splitlines() if line in variables["PICTURES"]] == names.split()
     assert all((Path("runs/reading_curves") / f"{name}.png").stat().st_size > 10_000 for name in names.split())
@@ -91,14 +89,14 @@ def test_the_pictures_of_the_page_on_curves(run: Run, names: str) -> None:
     np.testing.assert_allclose(curves["risk_estimate"], sum(curves[f"risk_{name}"] for name in variables["TERMS"]))
 
 
-def test_a_comparison_prints_and_draws_its_table(run: Run) -> None:
+def test_a_comparison_prints_and_draws_its_table(run: Any) -> None:
     text, variables = run("comparing_models/compare_models.py", "--max-epochs", "1")
     assert text.split("\n\n")[0].splitlines()[-1].startswith(variables["result"][5].name)
     assert len(Path("runs/compare_models/comparison.csv").read_text().splitlines()) == 1 + 6
     assert Path("runs/compare_models/compare_models.png").stat().st_size > 10_000
 
 
-def test_what_a_comparison_is_worth_in_labels(run: Run) -> None:
+def test_what_a_comparison_is_worth_in_labels(run: Any) -> None:
     text, variables = run("comparing_models/worth.py", "--quick")
     assert "| 1000 labels | 1.00 [1.00, 1.00] | " in text
     assert len(Path("runs/worth_quick/worth.csv").read_text().splitlines()) == 1 + 2 * (4 + 7)

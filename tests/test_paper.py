@@ -4,10 +4,9 @@ import importlib
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -18,14 +17,14 @@ FOLDER = Path(__file__).parents[1] / "examples" / "paper"
 
 
 @pytest.fixture(scope="module")
-def paper() -> Iterator[dict[str, ModuleType]]:
+def paper() -> Any:
     """Its modules, which import each other as scripts do."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(FOLDER)
         yield {name: importlib.import_module(name) for name in ("zoo", "measure", "peers", "bias_variance")}
 
 
-def test_networks_are_measured_as_the_package_does(paper: dict[str, ModuleType], tmp_path: Path) -> None:
+def test_networks_are_measured_as_the_package_does(paper: Any, tmp_path: Path) -> None:
     zoo, measure, peers = paper["zoo"], paper["measure"], paper["peers"]
     specs = [zoo.Spec(1, 16), zoo.Spec(1, 32, init="normal"), zoo.Spec(2, 16)]
     args = Namespace(data=None, out=tmp_path, max_epochs=120, processes=1)
@@ -45,7 +44,7 @@ def test_networks_are_measured_as_the_package_does(paper: dict[str, ModuleType],
     assert result["untrained"].note.startswith("undecided")
 
 
-def test_the_decomposition_adds_up(paper: dict[str, ModuleType]) -> None:
+def test_the_decomposition_adds_up(paper: Any) -> None:
     """Networks that are a fixed function plus noise of a known variance have it, and the rest is bias."""
     generator = torch.Generator().manual_seed(0)
     mean = torch.randn(2000, 10, generator=generator).double()

@@ -16,7 +16,6 @@ MULTI_HOT = torch.tensor([[1, 1, 0], [0, 0, 0], [1, 1, 1], [0, 1, 0], [0, 0, 1],
     ("multiclass", DENSE, torch.zeros(2, 7).long(), r"\(N, ...\).*shape \(2, 7\)"),
     ("multiclass", LOGITS, MULTI_HOT.float(), "sum to 1"), ("multiclass", SINGLE, BITS, "K > 1"),
     ("binary", LOGITS, BITS, "one output"), ("binary", SINGLE, CLASSES, "labels from 0 to 1, .* got 0 to 2"),
-    ("multilabel", LOGITS, CLASSES, "one label per output"),
 ])  # fmt: skip
 def test_labels_of_another_task_are_refused(task: str, outputs: Tensor, targets: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):

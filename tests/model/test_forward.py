@@ -1,6 +1,5 @@
 from collections import UserDict, namedtuple
 from collections.abc import Callable
-from operator import itemgetter
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_sensitivity.model import ModelCall, select_outputs, select_targets
 
-X, DEPTH, IDS, MASK = torch.zeros(3, 2), torch.full((3, 2), 10.0), torch.full((3,), 20), torch.ones(3, 2).bool()
+X, IDS = torch.zeros(3, 2), torch.full((3,), 20)
 Pair = namedtuple("Pair", ["x", "y"])
 
 
@@ -19,7 +18,7 @@ def module(forward: Any) -> nn.Module:
     return type("Model", (nn.Module,), {"forward": forward})()
 
 
-ONE, TWO = module(lambda self, x: x), module(lambda self, x, mask, scale=1.0: x)
+ONE, TWO = module(lambda self, x: x), module(lambda self, x, mask: x)
 DENOISER, ANYTHING = module(lambda self, y, t: y), module(lambda self, *args, **kwargs: args)
 
 
@@ -39,10 +38,7 @@ def test_nothing_writes_into_the_batch_nor_into_what_it_holds() -> None:
 @pytest.mark.parametrize(("select", "expected"), [
     *((lambda y=y: select_outputs(y), X) for y in (X, (X, "attention"), [X], Pair(X, 0), SimpleNamespace(logits=X))),
     *((lambda y=y: select_outputs(y), X) for y in ({"loss": IDS, "logits": X}, UserDict(logits=X))),
-    *((lambda f=f: select_outputs(Pair(IDS, X), f), X) for f in (itemgetter(1), lambda y, scale=1: y[scale])),
     *((lambda b=b: select_targets(TWO, b), IDS) for b in ((X, X, IDS), {"labels": IDS, "x": X}, UserDict(y=IDS))),
-    (lambda: select_targets(TWO, Pair(IDS, X), lambda batch: batch.x), IDS),
-    (lambda: select_targets(TWO, SimpleNamespace(target=IDS)), IDS),
 ])  # fmt: skip
 def test_which_outputs_and_labels_are_taken(select: Callable[[], Tensor], expected: Tensor) -> None:
     assert torch.equal(select(), expected)
