@@ -82,10 +82,11 @@ def test_the_risk_of_batches_is_that_of_all_samples() -> None:
     metric = RiskEstimate("multiclass")
     assert metric.compute().estimate.isnan()  # without a warning: a process may have no batch
     for i in range(NUM_BATCHES):
-        metric.update(CLEAN[i], TWIN[i])
+        metric.update(CLEAN[i], TWIN[i], weight=0.5)
         assert metric.compute().estimate.isnan() == (i == 0)  # until there is a training sample
         metric.update_training(NOISY[i], LABELS[i])
     close(metric.compute(), risk_estimate(*(each.flatten(0, 1) for each in (CLEAN, TWIN, NOISY, LABELS))))
+    assert [float(total[0]) for total in metric.totals] == [NUM_BATCHES * BATCH_SIZE * weight for weight in (0.5, 1)]
 
 
 def test_it_does_without_lightning() -> None:  # what processes share is tested with the callbacks

@@ -93,7 +93,7 @@ class Case:
     batch_size: int = 8
 
 
-MASK: dict[str, Any] = {"batch": lambda x, y: (x, y, x > 0.5), "forward": masked,
+MASK: dict[str, Any] = {"batch": lambda x, y: (x, y, (x > 0.5).float()), "forward": masked,
     "step": lambda m, b, noise: m(noise(b[0]), b[2]), "r_options": {"targets": lambda b: b[1]}}  # fmt: skip
 BINARY: dict[str, Any] = {"task": "binary", "num_outputs": 1}
 

@@ -37,15 +37,15 @@ def test_nothing_writes_into_the_batch_nor_into_what_it_holds() -> None:
 
 @pytest.mark.parametrize(("select", "expected"), [
     *((lambda y=y: select_outputs(y), X) for y in (X, (X, "attention"), [X], Pair(X, 0), SimpleNamespace(logits=X))),
+    (lambda: ModelCall(torch.compile(TWO, backend="eager"), {"x": X, "mask": IDS, "z": X}).kwargs["x"], X),
     *((lambda y=y: select_outputs(y), X) for y in ({"loss": IDS, "logits": X}, UserDict(logits=X))),
     *((lambda b=b: select_targets(TWO, b), IDS) for b in ((X, X, IDS), {"labels": IDS, "x": X}, UserDict(y=IDS))),
 ])  # fmt: skip
-def test_which_outputs_and_labels_are_taken(select: Callable[[], Tensor], expected: Tensor) -> None:
+def test_which_inputs_outputs_and_labels_are_taken(select: Callable[[], Tensor], expected: Tensor) -> None:
     assert torch.equal(select(), expected)
 
 
 @pytest.mark.parametrize(("select", "match"), [  # more of them, with what the monitors do, are in test_silent.py
-    (lambda: ModelCall(ONE, IDS), r"floating.*a tensor of torch.int64 and shape \(3,\).*`inputs=.*`at="),
     *((lambda x=x: ModelCall(ONE, x), "dense floating.*got tuple") for x in (X.to_sparse(), None)),
     (lambda: ModelCall(DENOISER, {"y": X, "t": IDS}), "one dense floating.*`inputs="),
     (lambda: ModelCall(ANYTHING, {"image": X}), "`inputs` should say .*dict of 'image'"),

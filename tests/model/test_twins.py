@@ -108,6 +108,7 @@ def test_initial_weights_are_captured_at_step_0_and_kept_by_a_fit_that_goes_on()
 
 def test_initial_weights_are_given_or_restored_else_they_have_to_be_known() -> None:
     (model, initial), resumed = trained(), InitialWeights()
+    initial["0.weight"] = model[0].weight.detach().clone()  # frozen
     given = InitialWeights(initial)
     given.begin(model, 7)
     resumed.restore(given.changed(model.state_dict()), model.state_dict())
