@@ -83,7 +83,7 @@ class Classifier(LightningModule):
 
 
 class Linear(LightningModule):
-    """A linear model: its sensitivity is known."""
+    """A linear model: its sensitivity follows from its weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,9 +99,6 @@ class Linear(LightningModule):
     training_step = Classifier.training_step
     configure_optimizers = Classifier.configure_optimizers
 
-    def sensitivity(self, noise_std: float) -> float:
-        return noise_std**2 * self.net.weight.mean(0).square().sum().item()
-
 
 class Quiet(Classifier):
     """Its validation step makes no pass, whatever the batch is."""
@@ -111,14 +108,8 @@ class Quiet(Classifier):
 
 def trainer(kind: Any = Trainer, **kwargs: Any) -> Trainer:
     """A Trainer that is quiet and writes nothing, unless it is told to."""
-    defaults: dict[str, Any] = {
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "max_epochs": 2,
-    }
+    extras = "logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"
+    defaults: dict[str, Any] = {"accelerator": "cpu", "max_epochs": 2, **dict.fromkeys(extras, False)}
     return kind(**{**defaults, **kwargs})
 
 
@@ -179,14 +170,11 @@ class History(Callback):
 
 def csv_rows(log_dir: str | Path) -> list[dict[str, str]]:
     """What a CSVLogger wrote, a dict a row; a name that was not logged in a row is empty."""
-    with Path(log_dir, "metrics.csv").open() as file:
-        return list(csv.DictReader(file))
+    return list(csv.DictReader(Path(log_dir, "metrics.csv").read_text().splitlines()))
 
 
 @torch.no_grad()
-def brute_force(
-    run: Callable[[Tensor], Tensor], batches: Any, num_draws: int = 1, seed: int = 0, rank: int = 0, loader: int = 0
-) -> Tensor:
+def brute_force(run: Any, batches: Any, num_draws: int = 1, seed: int = 0, rank: int = 0, loader: int = 0) -> Tensor:
     """By a plain loop, over batches by their index: a row of class-averaged changes for each sample, in eval mode."""
     rows = []
     for batch_idx, x in batches.items() if isinstance(batches, dict) else enumerate(batches):

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from lightning_sensitivity import compare_models
 from lightning_sensitivity.compare import Comparison, ModelScores
+from lightning_sensitivity.functional.scores import consensus_scores
 from tests.helpers import Classifier, Linear, brute_force, inputs, labelled, loader, unlabelled_loader
 
 
@@ -23,10 +24,6 @@ def linear(scale: float = 9.0, seed: int = 0) -> Linear:
     model = Linear()
     model.scale = scale
     return model
-
-
-def labels_of(batch: Any) -> Any:
-    return batch[1]
 
 
 def compare(models: dict[str, Any], dataloader: Any = unlabelled_loader(), **kwargs: Any) -> Comparison:  # noqa: B008
@@ -39,7 +36,7 @@ def test_linear_models_have_the_sensitivity_of_their_weights_and_differences_are
     result = compare(models, unlabelled_loader(2000, 500), noise=0.3, num_draws=2, task=None)
     assert [row.name for row in result] == ["small", "copy", "large"] and result[-1] is result["large"]
     for row in result:
-        truth = models[row.name].sensitivity(0.3) * models[row.name].scale ** 2
+        truth = (0.3 * models[row.name].scale * models[row.name].net.weight.mean(0)).square().sum().item()
         assert abs(row.sensitivity - truth) < 4 * row.sensitivity_stderr < 0.4 * truth
     value, stderr = result.difference("large", "small")
     assert value == pytest.approx((2.04**2 - 1) * result["small"].sensitivity, rel=1e-4)
@@ -51,7 +48,7 @@ def test_linear_models_have_the_sensitivity_of_their_weights_and_differences_are
 def test_scores_are_those_of_a_plain_loop_and_the_model_is_left_alone(is_compiled: bool) -> None:
     model, (x, y) = Classifier(), labelled(50).tensors
     before, passed = copy.deepcopy(model), torch.compile(model, backend="eager") if is_compiled else model
-    row = compare({"model": passed}, loader(), num_draws=2, seed=3, targets=labels_of)[0]
+    row = compare({"model": passed}, loader(), num_draws=2, seed=3, targets=lambda batch: batch[1])[0]
     assert model.training and all(map(torch.equal, model.state_dict().values(), before.state_dict().values()))
     changes, outputs = brute_force(before.eval(), x.split(16), num_draws=2, seed=3), before(x).detach()
     assert row.sensitivity == pytest.approx(changes.var(correction=0).item(), rel=1e-6)
@@ -61,23 +58,15 @@ def test_scores_are_those_of_a_plain_loop_and_the_model_is_left_alone(is_compile
 
 
 def test_the_others_say_how_often_a_model_is_wrong() -> None:
-    models = {seed: linear(9.0, int(seed)) for seed in "012"}
-    p = {name: model(inputs(50)).detach().double().softmax(1) for name, model in models.items()}
-    result = compare(models | {"undecided": linear(0.01)})  # who has learned nothing has no vote
-    for name in models:
-        votes = (sum(p.values()) - p[name]) / 2
-        wrong = 1 - votes.gather(1, p[name].argmax(1, keepdim=True)).mean()
-        loss = -(votes * p[name].log()).sum(1).mean()
-        assert result[name].consensus_error == pytest.approx(wrong.item(), rel=1e-5)
-        assert result[name].consensus_loss == pytest.approx(loss.item(), rel=1e-5)
-    assert result["undecided"].note.startswith("undecided") and result["undecided"].consensus_loss > 0
+    models = {seed: linear(9.0, int(seed)) for seed in "012"} | {"undecided": linear(0.01)}
+    result = compare(models, loader())
+    log_p = {name: model(inputs(50)).detach().log_softmax(1)[:, None] for name, model in models.items()}
+    for name, scores in consensus_scores(log_p, voters="012").items():  # who has learned nothing has no vote
+        actual = result[name].consensus_loss, result[name].consensus_error
+        assert actual == pytest.approx([each.mean().item() for each in scores], rel=1e-5)
+    assert result["undecided"].note.startswith("undecided") and len(log_p) == len(result)
     assert [row.consensus_error for row in result] == sorted(row.consensus_error for row in result)
-
-
-def test_labels_are_those_that_the_user_names() -> None:
-    assert math.isnan(compare({"model": linear()}, loader())[0].loss)
-    with pytest.raises(RuntimeError, match="Expected labels from 0 to 3"):
-        compare({"model": linear()}, loader(), targets=lambda batch: batch[1] + 9)
+    assert all(math.isnan(row.loss) for row in result)  # labels are those that the user names
 
 
 def test_functions_make_models_one_after_another_for_the_same_batches(tmp_path: Path) -> None:
@@ -85,7 +74,7 @@ def test_functions_make_models_one_after_another_for_the_same_batches(tmp_path: 
     torch.save(checkpoint, path := tmp_path / "linear.ckpt")
     shuffling, models = DataLoader(labelled(50), 16, shuffle=True), {"module": linear(1.0), "again": linear(1.0)}
     models["function"] = lambda: Linear.load_from_checkpoint(path)
-    assert len({(row.sensitivity, row.loss) for row in compare(models, shuffling, targets=labels_of)}) == 1
+    assert len({(row.sensitivity, row.loss) for row in compare(models, shuffling, targets=lambda batch: batch[1])}) == 1
 
 
 def test_a_model_that_fails_is_a_row_that_says_why_and_does_not_lose_the_others() -> None:
@@ -102,6 +91,7 @@ def test_a_model_that_fails_is_a_row_that_says_why_and_does_not_lose_the_others(
     *((name, [], f"`{name}` should be ") for name in ("noise", "at", "num_draws", "seed", "inputs", "targets", "task")),
     *(("at", x, "`at` should be ") for x in ("no", "")), ("dataloader", 1, "an iterable of batches, got 1"),
     ("dataloader", unlabelled_loader(1), "two samples or more"),
+    ("targets", lambda batch: torch.full((len(batch),), 9), "Expected labels from 0 to 3"),
 ])  # fmt: skip
 def test_arguments_and_data_that_no_model_can_take_are_refused(argument: str, value: Any, message: str) -> None:
     with pytest.raises((MisconfigurationException, RuntimeError), match=message):
@@ -111,11 +101,7 @@ def test_arguments_and_data_that_no_model_can_take_are_refused(argument: str, va
 def test_the_table_shows_what_there_is() -> None:
     rows = [ModelScores("conv", 0.0124, 0.0004), ModelScores("fc", 0.0123456, note="failed: " * 20), ModelScores("no")]
     lines = str(Comparison(rows)).splitlines()
-    assert [" ".join(x.split()) for x in lines[:4]] == [
-        "model sensitivity",
-        "fc * 0.0123",
-        "conv 0.0124 ± 0.0004",
-        "no",
-    ]
+    table = "model sensitivity", "fc * 0.0123", "conv 0.0124 ± 0.0004", "no"
+    assert tuple(" ".join(line.split()) for line in lines[:4]) == table
     assert "* fc: failed: failed" in "".join(lines) and max(map(len, lines)) <= 100
     assert pandas.DataFrame(Comparison(rows)).loc[0, "sensitivity"] == 0.0123456

@@ -1,26 +1,21 @@
 """What the monitors cost, counted and never timed; examples/cost has the times."""
 
-from __future__ import annotations
-
-import csv
 import runpy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 from lightning_sensitivity.callbacks.base import Monitor
-from tests.helpers import NUM_FEATURES, Quiet, Watch, labelled, trainer
+from tests.helpers import NUM_FEATURES, Quiet, Watch, csv_rows, labelled, trainer
 
-NUM_BATCHES, BATCH_SIZE = 60, 100  # 6,000 samples, of which a budget of 1,200 measures every fifth batch
-NUM_MEASURED = 12
+NUM_BATCHES, BATCH_SIZE, NUM_MEASURED = 60, 100, 12  # of 6,000 samples, 1,200 are measured: every fifth batch
 BENCHMARK = runpy.run_path(str(Path(__file__).parents[1] / "examples/cost/benchmark.py"))
 
 
@@ -34,72 +29,33 @@ class Overridden(Quiet):
         raise AssertionError(f"{name} was logged by the user's `log`")
 
 
-def fit(monitor: Monitor, around: Callable[[], Any], model: LightningModule) -> None:
-    """Two epochs, with the second validation inside of what ``around`` gives."""
-    run = trainer(max_epochs=2, callbacks=[monitor], num_sanity_val_steps=0)
-    loop = run.fit_loop.epoch_loop.val_loop
-    validate = loop.run
-
-    def second() -> Any:
-        if run.current_epoch == 0:
-            return validate()
-        with around():
-            return validate()
-
-    loop.run = second  # type: ignore[method-assign]
-    run.fit(model, *(DataLoader(labelled(n * BATCH_SIZE), BATCH_SIZE) for n in (6, NUM_BATCHES)))
-
-
-@pytest.mark.parametrize(
-    ("kind", "passes"),
-    [
-        (SensitivityMonitor, 2 * NUM_MEASURED),  # clean and noisy
-        (RiskMonitor, 3 * NUM_MEASURED + 5),  # clean, model and twin by the batch, and the first 500 training samples
-    ],
-)
-def test_passes_and_logged_names_of_a_validation(
-    kind: type[Monitor], passes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, sizes, names = Overridden(), list[int](), list[str]()  # no attributes, which the monitors would put back
-    model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
-    log = LightningModule.log
+@pytest.mark.parametrize(("kind", "passes"), [
+    (SensitivityMonitor, 2 * NUM_MEASURED),  # clean and noisy
+    (RiskMonitor, 3 * NUM_MEASURED + 5),  # clean, model and twin by the batch, and the first 500 training samples
+])  # fmt: skip
+def test_passes_names_and_idle_batches_of_a_validation(kind: Any, passes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sizes, names, is_measured = Overridden(), list[int](), list[str](), list[bool]()
+    log, start = LightningModule.log, Monitor.on_validation_batch_start
 
     def noted(self: LightningModule, name: str, *args: Any, **kwargs: Any) -> None:
         names.append(name)
         log(self, name, *args, **kwargs)
 
-    @contextmanager
-    def counted() -> Iterator[None]:
-        sizes.clear()
-        names.clear()
-        yield
-        assert sizes == [BATCH_SIZE] * passes
-        assert names == [f"val_{name}" for name in kind.names]
-        sizes.clear()
+    def watched(self: Monitor, *args: Any) -> None:
+        operations = list[Any]()
+        with Watch(lambda function, *_: operations.append(function)):
+            start(self, *args)
+        is_measured.append(bool(operations))
 
     monkeypatch.setattr(LightningModule, "log", noted)
-    fit(kind(), counted, model)
-    assert not sizes
-
-
-def test_of_a_batch_that_is_not_measured_nothing_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    done = list[bool]()
-    original = Monitor.on_validation_batch_start
-
-    def watched(self: Monitor, *args: Any, **kwargs: Any) -> None:
-        operations: list[Any] = []
-        with Watch(lambda function, *_: operations.append(function)):
-            original(self, *args, **kwargs)
-        done.append(bool(operations))
-
-    @contextmanager
-    def counted() -> Iterator[None]:
-        done.clear()
-        yield
-
     monkeypatch.setattr(Monitor, "on_validation_batch_start", watched)
-    fit(SensitivityMonitor(), counted, Quiet())
-    assert done == [index % 5 == 0 for index in range(NUM_BATCHES)]
+    model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    forget = Callback()  # so that in the end there is what has happened since the last validation began
+    forget.on_validation_start = lambda *args: [each.clear() for each in (sizes, names, is_measured)]
+    run = trainer(callbacks=[forget, kind()], num_sanity_val_steps=0)
+    run.fit(model, *(DataLoader(labelled(n * BATCH_SIZE), BATCH_SIZE) for n in (6, NUM_BATCHES)))
+    assert sizes == [BATCH_SIZE] * passes and names == [f"val_{name}" for name in kind.names]
+    assert is_measured == [index % 5 == 0 for index in range(NUM_BATCHES)]
 
 
 # Of one batch there are 8 twins, one after another.
@@ -111,9 +67,8 @@ def test_at_the_peak_there_are_two_batches_of_outputs_and_no_wide_copy(case: str
 
 
 def test_the_benchmark_compares_and_judges(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    BENCHMARK["main"](["--quick", "--only", "0", "--out", str(tmp_path / "rows.csv")])
-    with (tmp_path / "rows.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    BENCHMARK["main"](["--quick", "--only", "0", "--out", str(tmp_path / "metrics.csv")])
+    rows = csv_rows(tmp_path)
     assert [row["case"] for row in rows] == ["sensitivity", "both"]
     text = capsys.readouterr().out
     for row in rows:

@@ -1,10 +1,8 @@
 """Each example in its quick form, in this process: to import torch and lightning again would take most of the time."""
 
-import logging
 import re
 import runpy
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +12,12 @@ from scipy.stats import kendalltau
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NOTEBOOK = EXAMPLES / "track_generalization.ipynb"
-Run = Callable[..., tuple[str, dict[str, Any]]]
 # Right of networks whose class average stays small; the pages speak of it.
 pytestmark = pytest.mark.filterwarnings("ignore:.*The class average holds")
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any, caplog: Any) -> Any:
     """Run an example, and give what it prints and its variables."""
 
     def run(script: str, *options: str) -> tuple[str, dict[str, Any]]:
@@ -31,10 +28,8 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureF
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # put back at the end, as the level of the logger is
     monkeypatch.setenv("MPLBACKEND", "agg")
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    yield run
-    logger.setLevel(level)
+    caplog.set_level("INFO", "lightning.pytorch")
+    return run
 
 
 def numbers(text: str) -> np.ndarray:
@@ -43,7 +38,7 @@ def numbers(text: str) -> np.ndarray:
     return np.array([[float(word) for word in line if re.fullmatch(r"-?[\d.]+(e-\d+)?", word)] for line in lines])
 
 
-def test_the_first_example_keeps_the_checkpoint_of_the_lowest_estimate(run: Run) -> None:
+def test_the_first_example_keeps_the_checkpoint_of_the_lowest_estimate(run: Any) -> None:
     text, variables = run("track_generalization.py", "--max-epochs", "4", "--figure", "runs/figure.png")
     table, estimates = numbers(text), variables["curves"]["val/risk_estimate"]
     np.testing.assert_allclose(table[:, [0, 4]], np.stack([range(4), estimates], 1), atol=1e-3)
@@ -61,14 +56,14 @@ def test_the_notebook_has_the_cells_of_the_script() -> None:
     assert "image/png" in str(cells[-1].outputs) and NOTEBOOK.stat().st_size < 150_000
 
 
-def test_the_plain_loop_sees_sensitivity_grow(run: Run) -> None:
+def test_the_plain_loop_sees_sensitivity_grow(run: Any) -> None:
     text, _ = run("plain_pytorch.py", "--max-epochs", "3")
     _, estimate, sensitivity, *_ = numbers(text).T
     assert (np.diff(sensitivity) > 0).all() and (np.diff(estimate) < 0).all()
 
 
 @pytest.mark.parametrize("option", ["--finetune", pytest.param("--mixup", marks=pytest.mark.long)])
-def test_a_resnet_has_an_estimate_in_every_epoch(run: Run, option: str) -> None:
+def test_a_resnet_has_an_estimate_in_every_epoch(run: Any, option: str) -> None:
     pytest.importorskip("torchvision")
     text, variables = run("images/resnet18.py", "--quick", option)
     table = np.array(variables["rows"])
@@ -77,7 +72,7 @@ def test_a_resnet_has_an_estimate_in_every_epoch(run: Run, option: str) -> None:
 
 
 @pytest.mark.parametrize("task", ["sentences", pytest.param("words", marks=pytest.mark.long)])
-def test_the_transformers_are_measured_at_their_embeddings(run: Run, task: str) -> None:
+def test_the_transformers_are_measured_at_their_embeddings(run: Any, task: str) -> None:
     pytest.importorskip("transformers")
     text, variables = run("text/transformer.py", "--quick", "--task", task)
     assert ("val_risk_estimate" in variables["columns"]) == (task == "sentences")
@@ -86,7 +81,7 @@ def test_the_transformers_are_measured_at_their_embeddings(run: Run, task: str) 
 
 
 @pytest.mark.parametrize("names", ["terms", pytest.param("gap seeds robust", marks=pytest.mark.long)])
-def test_the_pictures_of_the_page_on_curves(run: Run, names: str) -> None:
+def test_the_pictures_of_the_page_on_curves(run: Any, names: str) -> None:
     text, variables = run("reading_curves/curves.py", "--quick", "--only", *names.split())
     assert [line for line in text.splitlines() if line in variables["PICTURES"]] == names.split()
     assert all((Path("runs/reading_curves") / f"{name}.png").stat().st_size > 10_000 for name in names.split())
@@ -94,14 +89,14 @@ def test_the_pictures_of_the_page_on_curves(run: Run, names: str) -> None:
     np.testing.assert_allclose(curves["risk_estimate"], sum(curves[f"risk_{name}"] for name in variables["TERMS"]))
 
 
-def test_a_comparison_prints_and_draws_its_table(run: Run) -> None:
+def test_a_comparison_prints_and_draws_its_table(run: Any) -> None:
     text, variables = run("comparing_models/compare_models.py", "--max-epochs", "1")
     assert text.split("\n\n")[0].splitlines()[-1].startswith(variables["result"][5].name)
     assert len(Path("runs/compare_models/comparison.csv").read_text().splitlines()) == 1 + 6
     assert Path("runs/compare_models/compare_models.png").stat().st_size > 10_000
 
 
-def test_what_a_comparison_is_worth_in_labels(run: Run) -> None:
+def test_what_a_comparison_is_worth_in_labels(run: Any) -> None:
     text, variables = run("comparing_models/worth.py", "--quick")
     assert "| 1000 labels | 1.00 [1.00, 1.00] | " in text
     assert len(Path("runs/worth_quick/worth.csv").read_text().splitlines()) == 1 + 2 * (4 + 7)

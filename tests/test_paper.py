@@ -4,10 +4,9 @@ import importlib
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -18,21 +17,20 @@ FOLDER = Path(__file__).parents[1] / "examples" / "paper"
 
 
 @pytest.fixture(scope="module")
-def paper() -> Iterator[dict[str, ModuleType]]:
+def paper() -> Any:
     """Its modules, which import each other as scripts do."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(FOLDER)
         yield {name: importlib.import_module(name) for name in ("zoo", "measure", "peers", "bias_variance")}
 
 
-def test_networks_are_measured_as_the_package_does(paper: dict[str, ModuleType], tmp_path: Path) -> None:
+def test_networks_are_measured_as_the_package_does(paper: Any, tmp_path: Path) -> None:
     zoo, measure, peers = paper["zoo"], paper["measure"], paper["peers"]
     specs = [zoo.Spec(1, 16), zoo.Spec(1, 32, init="normal"), zoo.Spec(2, 16)]
     args = Namespace(data=None, out=tmp_path, max_epochs=120, processes=1)
     table = peers.add_consensus(measure.measure(specs, "digits", args), specs, args).set_index("network")
     models = {spec.name: zoo.checkpoints(spec, "digits", tmp_path).trained for spec in specs}
-    for spec in specs[:1]:  # those of N(0, 1) are sure of themselves, and would vote
-        models[f"{spec.name}-untrained"] = zoo.checkpoints(spec, "digits", tmp_path).untrained
+    models["untrained"] = zoo.checkpoints(specs[0], "digits", tmp_path).untrained  # that of N(0, 1) would vote
     models = {name: partial(zoo.Network.load_from_checkpoint, path) for name, path in models.items()}
     images = zoo.Images("digits")
     images.setup("validate")
@@ -40,14 +38,13 @@ def test_networks_are_measured_as_the_package_does(paper: dict[str, ModuleType],
     for spec in specs:
         row, scores = table.loc[spec.name], result[spec.name]
         assert not row["converged"]
-        assert scores.loss == pytest.approx(row["loss"], rel=1e-5)
-        assert scores.error == pytest.approx(row["error"], abs=1e-6)
-        assert scores.consensus_error == pytest.approx(row["consensus_error"], rel=1e-5)
+        for name in ("loss", "error", "consensus_error"):
+            assert getattr(scores, name) == pytest.approx(row[name], rel=1e-5, abs=1e-6)
         assert scores.sensitivity == pytest.approx(row["sensitivity"], abs=5 * scores.sensitivity_stderr)
-    assert result["fc1x16-s0-untrained"].note.startswith("undecided")
+    assert result["untrained"].note.startswith("undecided")
 
 
-def test_the_decomposition_adds_up(paper: dict[str, ModuleType]) -> None:
+def test_the_decomposition_adds_up(paper: Any) -> None:
     """Networks that are a fixed function plus noise of a known variance have it, and the rest is bias."""
     generator = torch.Generator().manual_seed(0)
     mean = torch.randn(2000, 10, generator=generator).double()

@@ -35,7 +35,7 @@ def infer_task(outputs: Tensor, targets: Tensor) -> str:
         ValueError: If no task fits, or several could.
     """
     if targets.is_floating_point():
-        advice = "Set `task='binary'`, `'multilabel'` or, for soft labels, `task='multiclass'`; make classes integers"
+        advice = "Set `task='binary'`, `'multilabel'`, or `'multiclass'` for soft labels; or make classes integers"
         raise ValueError(f"Labels are floating. {advice} (`targets=`). A regression has no estimate")
     if num_outputs(outputs) == 1 and targets.dtype != torch.bool:
         raise ValueError("Labels are integers for one output. Set `task='binary'` if they are 0 and 1")

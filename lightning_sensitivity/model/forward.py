@@ -83,8 +83,11 @@ class ModelCall:
         if self._outputs is None and math.prod(outputs.shape[2:]) > 1:
             shapes = [x.shape[1:] for x in tensors_in([self.args, self.kwargs]) if not x.is_nested]
             if not any(set(outputs.shape[2:]) <= set(s) and outputs.shape[1] not in s for s in shapes):
-                where = "`outputs=lambda y: y.movedim(-1, 1)` if they are last, `outputs=lambda y: y` if in dimension 1"
-                raise MisconfigurationException(f"`outputs` should give the classes of {[*outputs.shape]}: {where}.")
+                where = (
+                    "if they are last, `outputs=lambda y: y.movedim(-1, 1)`; if they are there, `outputs=lambda y: y`"
+                )
+                got = f"got {[*outputs.shape]}; {where}"
+                raise MisconfigurationException(f"`outputs` should move the classes to dimension 1, {got}.")
         return outputs
 
     def _first_floating(self, batch: Any) -> int | str:

@@ -115,7 +115,7 @@ def test_strategies_that_can_not_be_measured_under_are_refused() -> None:
 def test_monitors_that_log_the_same_names_need_two_prefixes() -> None:
     for kind in MONITORS:
         for other in (kind, type("Sub", (kind,), {})):
-            with pytest.raises(MisconfigurationException, match="`prefix` should be another one for each monitor"):
+            with pytest.raises(MisconfigurationException, match="`prefix` should be different in monitors"):
                 fitted([kind(), other()], Classifier())
     fitted([kind(prefix=prefix) for prefix in ("val_", "b_") for kind in MONITORS], Classifier(), fast_dev_run=True)
 

@@ -152,7 +152,7 @@ FAULTS = {
     "outputs=": Fault("in outputs", "in outputs", options={"outputs": failing("outputs", 20)}),
     "targets=": Fault(None, NO_LABEL + "in targets", r_options={"targets": failing("targets", 1)}),
     "noise=": Fault("in noise", s_options={"noise": failing("noise", 5)}),
-    "no noise": Fault(error="`noise` should give", s_options={"noise": lambda x, g: x[:1]}, moments=SANITY),
+    "no noise": Fault(error="`noise` should return", s_options={"noise": lambda x, g: x[:1]}, moments=SANITY),
     # modules that change
     "another head": Fault(epoch=replace_head),
     "more classes": Fault(None, LEARNED, epoch=lambda m: replace_head(m, 5)),

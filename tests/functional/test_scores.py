@@ -9,13 +9,9 @@ from torch.nn.functional import cross_entropy
 
 from lightning_sensitivity.functional.scores import consensus_scores, score_samples
 from lightning_sensitivity.functional.sensitivity import sensitivity_rows
+from lightning_sensitivity.functional.tasks import check_task
 
-SOFT, BITS = torch.tensor([[[0.5, 0.5], [0.1, 0.9], [1.0, 0.0]], [[0.0, 1.0], [1.0, 0.0], [1.0, 1.0]]])
-
-
-def outputs(*shape: int) -> tuple[Tensor, list[Tensor]]:
-    clean, *noise = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
-    return clean, [clean + draw for draw in noise]
+SOFT, BITS = torch.tensor([[[0.5, 0.5], [0.25, 0.75], [1, 0]], [[0, 1], [1, 0], [1, 1]]], dtype=torch.float64)
 
 
 @pytest.mark.parametrize(("task", "shape", "targets", "loss"), [
@@ -24,13 +20,14 @@ def outputs(*shape: int) -> tuple[Tensor, list[Tensor]]:
     ("binary", (3, 1), BITS[:, :1], with_logits), ("multilabel", (3, 2), BITS, with_logits),
 ])  # fmt: skip
 def test_loss_and_error_are_those_of_torch(task: str, shape: tuple[int, ...], targets: Tensor, loss: Any) -> None:
-    clean, noisy = outputs(*shape)
+    clean, *noise = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    noisy = [clean + each for each in noise]
+    check_task(clean, targets, task)
     scores = score_samples(clean, iter(noisy), targets, task)
     assert {len(values) for values in scores.values()} == {shape[0]}
     torch.testing.assert_close(scores["rows"], sensitivity_rows(clean, noisy))
     means = {name: scores[name].sum() / scores["num_labels"].sum() for name in ("loss", "error")}
-    wide = targets.double() if targets.is_floating_point() else targets
-    torch.testing.assert_close(means["loss"], loss(clean.double(), wide))
+    torch.testing.assert_close(means["loss"], loss(clean.double(), targets))
     decisions = clean.argmax(1, keepdim=targets is SOFT) if task == "multiclass" else clean > 0
     right = targets.gather(1, decisions) if targets is SOFT else (decisions == targets)[targets >= 0]
     torch.testing.assert_close(means["error"], 1 - right.double().mean())

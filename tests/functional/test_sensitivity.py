@@ -15,10 +15,6 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def estimate(clean: Tensor, noisy: Any) -> S.SensitivityEstimate:
-    return S.sensitivity_from_rows(S.sensitivity_rows(clean, noisy))
-
-
 def close(actual: Any, expected: Any, rtol: float = 1e-7, atol: float = 0.0) -> None:
     actual, expected = (torch.as_tensor(value, dtype=torch.float64) for value in (actual, expected))
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
@@ -59,45 +55,6 @@ def test_values_are_those_of_plain_loops(data: Any, shape: Any, num_samples: int
     close(actual.class_mean_share, sum(mean**2 for sample in means for mean in sample) / sum(map(sum, squares)))
     assert actual[5:] == (num_samples, sum(map(len, means)), 0, num_outputs)
     close(S.squared_deviations(rows), [sum(deviations[i]) for i in order], 1e-6, atol)
-
-
-@given(seed=st.integers(0, 2**31), num_outputs=st.integers(1, 6), std=st.sampled_from([1e-2, 1.0, 1e2]))
-@settings(max_examples=30, deadline=None)
-def test_a_linear_model_has_the_sensitivity_of_its_weights(seed: int, num_outputs: int, std: float) -> None:
-    """S = σ² ‖mean_k W_k‖², and σ² mean_k ‖W_k‖² without the class average; exact where the noise is white."""
-    weight, x, raw = randn(num_outputs, 5, seed=seed), randn(40, 5), randn(40, 5, seed=seed + 1)
-    noise = std * math.sqrt(40) * torch.linalg.qr(raw - raw.mean(0)).Q  # of mean 0 and covariance σ² I
-    actual = estimate(x @ weight.T, (x + noise) @ weight.T)
-    close(actual.sensitivity, std**2 * weight.mean(0).square().sum())
-    close(actual.mean_square, std**2 * weight.square().sum(1).mean())
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_outputs_are_widened_before_they_are_subtracted(dtype: torch.dtype) -> None:
-    clean, noisy = randn(2, 64, 10).to(dtype)
-    close(output_sensitivity(clean, noisy), (noisy.double() - clean.double()).mean(1).var(correction=0), 1e-9)
-
-
-@pytest.mark.parametrize(("num_draws", "num_positions"), [(1, 1), (16, 1), (1, 25)])
-def test_error_bars_hold_where_the_changes_of_a_sample_are_correlated(num_draws: int, num_positions: int) -> None:
-    z, truth = [], (1.5**5 - 0.5**5) / 5
-    for seed in range(200):  # samples differ in gain, and all draws and positions of a sample share it
-        gain = (torch.rand(300, 1, 1, generator=torch.Generator().manual_seed(seed)) + 0.5) ** 2
-        draws = gain * randn(num_draws, 300, 1, num_positions, seed=seed)
-        actual = estimate(torch.zeros_like(draws[0]), draws.unbind())
-        z.append(float((actual.sensitivity - truth) / actual.stderr))
-    assert 0.90 <= sum(abs(each) <= 1.96 for each in z) / len(z) <= 0.99
-
-
-@pytest.mark.parametrize(("value", "where"), [(math.nan, [0]), (math.inf, [1]), (-math.inf, [0, 1])])
-def test_samples_that_are_not_finite_cost_themselves_alone(value: float, where: list[int]) -> None:
-    outputs = randn(2, 20, 3, 4)
-    expected = output_sensitivity(*outputs[:, 3:])
-    outputs[where, :3, 1, 2] = value
-    with pytest.warns(UserWarning, match="^3 samples gave nan or inf") as warnings:
-        close(output_sensitivity(*outputs), expected)
-    assert warnings[0].filename == __file__  # which is what called us
-    assert S.squared_deviations(S.sensitivity_rows(*outputs)).isnan().tolist() == [True] * 3 + [False] * 17
 
 
 def test_a_class_average_that_holds_nothing_of_the_change_is_said() -> None:

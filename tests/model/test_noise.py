@@ -11,22 +11,15 @@ from lightning_sensitivity.model import GaussianNoise, isolated, noise_generator
 from lightning_sensitivity.model.noise import check_noise, noisy_outputs, perturbation
 
 
-@pytest.mark.parametrize("std", [0.3, (0.1, 0.2, 0.4)])
-def test_noise_is_normal_and_independent_with_the_second_moment_that_it_states(std: Any) -> None:
-    x = torch.rand(200, 3, 16, 16)
-    scaled = (GaussianNoise(std)(x, noise_generator(0)) - x) / torch.tensor(std).reshape(-1, 1, 1)
-    torch.testing.assert_close(scaled.square().mean((0, 2, 3)), torch.ones(3), rtol=0.03, atol=0)
-    assert (scaled**4).mean().item() == pytest.approx(3, rel=0.02)
-    assert (scaled[..., 1:] * scaled[..., :-1]).mean().abs() < 4 / math.sqrt(x.numel())
-
-
+@pytest.mark.parametrize("std", [0.5, (0.1, 0.2, 0.4)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_every_type_and_layout_gets_the_same_noise_and_keeps_its_own(dtype: torch.dtype) -> None:
+def test_every_type_and_layout_gets_the_same_noise_and_keeps_its_own(dtype: torch.dtype, std: Any) -> None:
     x = torch.rand(4, 3, 5, 7).to(dtype).contiguous(memory_format=torch.channels_last)
     before, state = x.clone(), torch.get_rng_state()
     with torch.autocast("cpu", torch.bfloat16):
-        noisy = GaussianNoise(0.5)(x, noise_generator(0))
-    expected = x.float() + 0.5 * torch.randn(x.shape, generator=noise_generator(0))
+        noisy = GaussianNoise(std)(x, noise_generator(0))
+    normal = torch.randn(x.shape, generator=noise_generator(0))
+    expected = x.float() + torch.tensor(std).reshape(-1, 1, 1) * normal
     torch.testing.assert_close(noisy, expected.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
     assert noisy.stride() == x.stride() and torch.equal(x, before) and torch.equal(torch.get_rng_state(), state)
 
@@ -82,4 +75,3 @@ def test_the_output_of_a_submodule_is_perturbed_each_time_that_it_runs() -> None
     for at, match in (("spare", "did not run"), ("haed", "such as .*'head'.*got 'haed'"), ("head", "`noise` should")):
         with pytest.raises(MisconfigurationException, match=match):
             outputs(at, lambda x, generator: x[:1])
-    assert not any(module._forward_hooks for module in model.modules())

@@ -23,10 +23,14 @@ def train(model: nn.Module, seed: int = 0) -> None:
         parameter.add_(0.5 * torch.randn(parameter.shape, generator=noise(seed)))
 
 
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    return copy_weights(dict(model.named_parameters()))
+
+
 def trained() -> tuple[Any, dict[str, Tensor]]:
     """A network, and its weights before it learned."""
     model = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)).eval()
-    initial = copy_weights(dict(model.named_parameters()))
+    initial = weights_of(model)
     train(model)
     return model, initial
 
@@ -35,16 +39,28 @@ def are_equal(one: Any, other: Any) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_the_weights_of_a_twin_are_those_by_hand() -> None:
-    model, initial = trained()
-    model.temperature, initial["temperature"] = nn.Parameter(torch.ones(())), torch.zeros(())
-    weights, shapes = copy_weights(dict(model.named_parameters())), {"0.weight": (1, 5), "3.weight": (1, 6)}
+SCALE = nn.Module()
+SCALE.temperature = nn.Parameter(torch.ones(()))  # of no dimension
+
+
+@pytest.mark.parametrize(("model", "shapes"), [  # of the factors, where there is not one for each element
+    (nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)), {"0.weight": (1, 5), "2.weight": (1, 6)}),
+    (SCALE, {}), (nn.Embedding(5, 4), {"weight": (5, 1)}), (nn.LayerNorm((3, 4)), {}),
+    (nn.Conv2d(3, 4, 2), {"weight": (1, 3, 2, 2)}), (nn.ConvTranspose2d(3, 4, 2), {"weight": (3, 1, 2, 2)}),
+    (nn.Conv1d(4, 6, 3, groups=2), {"weight": (2, 1, 2, 3)}),  # three outputs for each group of two inputs
+    (nn.utils.parametrizations.weight_norm(nn.Linear(3, 12)), {"parametrizations.weight.original1": (1, 3)}),
+])  # fmt: skip
+def test_the_weights_of_a_twin_are_those_by_hand(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
+    initial = weights_of(model)
+    train(model)
+    weights = weights_of(model)
     for seed, g in ((1, noise(1)), (2, noise(2))):
         with twin(model, initial, noise(seed), strength=0.5):
             for name, weight in model.named_parameters():
-                xi = torch.randn(shapes.get(name, weight.shape), generator=g)  # one for each input of the layer
-                by_hand = initial[name] + (weights[name] - initial[name]) * (1 + 0.5 * xi)
-                torch.testing.assert_close(weight.detach(), by_hand)
+                learned, shape = weights[name] - initial[name], shapes.get(name, weight.shape)
+                learned = learned.unflatten(0, (2, 3)) if len(shape) > weight.ndim else learned
+                learned = learned * (1 + 0.5 * torch.randn(shape, generator=g))  # one for each input of the layer
+                torch.testing.assert_close(weight.detach(), initial[name] + learned.reshape(weight.shape))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -61,32 +77,13 @@ def test_the_weights_come_back_bit_by_bit_and_a_graph_stays_valid(dtype: torch.d
     assert all(map(torch.equal, *gradients))
 
 
-WEIGHT_NORM = nn.utils.parametrizations.weight_norm(nn.Linear(3, 12))
-
-
-@pytest.mark.parametrize(("module", "name", "shape"), [  # of the factors, before they are shared
-    (nn.Linear(3, 4), "weight", (1, 3)), (nn.Linear(3, 12), "bias", (12,)), (nn.Embedding(5, 4), "weight", (5, 1)),
-    (nn.Conv2d(3, 4, 2), "weight", (1, 3, 2, 2)), (nn.ConvTranspose2d(3, 4, 2), "weight", (3, 1, 2, 2)),
-    (nn.Conv1d(4, 6, 3, groups=2), "weight", (2, 1, 2, 3)),  # three outputs for each group of two inputs
-    (nn.LayerNorm((3, 4)), "weight", (3, 4)), (WEIGHT_NORM, "parametrizations.weight.original0", (12, 1)),
-])  # fmt: skip
-def test_a_factor_belongs_to_an_input_of_the_layer(module: nn.Module, name: str, shape: tuple[int, ...]) -> None:
-    initial = {key: weight.detach() - 1 for key, weight in module.named_parameters()}
-    with twin(module, initial, noise()):
-        factors = dict(module.named_parameters())[name].detach() - initial[name]
-    grouped = factors.unflatten(0, (2, 3)) if len(shape) > factors.ndim else factors
-    shared = grouped[tuple(slice(size) for size in shape)]
-    torch.testing.assert_close(grouped, shared.expand_as(grouped))
-    assert len(shared.unique()) == shared.numel()
-
-
 @torch.no_grad()
 def test_tied_weights_are_one_and_later_ones_have_been_learned_as_a_whole() -> None:
     model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 2))
     model[1].weight = model[0].weight
-    initial = copy_weights(dict(model.named_parameters()))
+    initial = weights_of(model)
     model[2], more = nn.Linear(5, 7), model.append(nn.Linear(7, 2))  # a head that was exchanged, and a new one
-    weights, later = copy_weights(dict(more.named_parameters())), ["2.weight", "2.bias", "3.weight", "3.bias"]
+    weights, later = weights_of(more), ["2.weight", "2.bias", "3.weight", "3.bias"]
     assert twins.unknown_parameters(model, initial) == later
     with twin(model, initial, noise()):
         assert model[1].weight is model[0].weight
@@ -107,23 +104,22 @@ def test_batch_norm_goes_by_the_batch_and_keeps_its_statistics() -> None:
 def test_initial_weights_are_captured_at_step_0_and_kept_by_a_fit_that_goes_on() -> None:
     (model, first), weights = trained(), InitialWeights()
     for seed, step, source in ((1, 0, "at the start of this fit"), (2, 7, "of the fit that goes on"), (3, 0, "start")):
-        first = copy_weights(dict(model.named_parameters())) if step == 0 else first
+        first = weights_of(model) if step == 0 else first
         weights.begin(model, step)
         assert source in weights.source and are_equal(weights.weights, first)
         train(model, seed)
 
 
 def test_initial_weights_are_given_or_restored_else_they_have_to_be_known() -> None:
-    model, initial = trained()
+    (model, initial), resumed = trained(), InitialWeights()
     initial["0.weight"] = model[0].weight.detach().clone()  # frozen
-    given, resumed = InitialWeights(initial), InitialWeights()
+    given = InitialWeights(initial)
     given.begin(model, 7)
-    changed = given.changed(model.state_dict())  # what a checkpoint holds, which has the others
-    assert are_equal(given.weights, initial) and changed.keys() == initial.keys() - {"0.weight"}
-    resumed.restore(changed, model.state_dict())
+    resumed.restore(given.changed(model.state_dict()), model.state_dict())
     train(model)  # what was restored are copies
     resumed.begin(model, 7)
-    assert all(torch.equal(resumed.weights[name], weight) for name, weight in initial.items())
+    for weights in (given.weights, resumed.weights):
+        assert all(torch.equal(weights[name], weight) for name, weight in initial.items())
     for unknown in (InitialWeights({"other": X}), InitialWeights()):
         with pytest.raises(MisconfigurationException, match="`initial_weights"):
             unknown.begin(model, 7)
