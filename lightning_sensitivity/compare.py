@@ -91,7 +91,7 @@ def compare_models(
 
     def score_batch(model: nn.Module, batch: Any, batch_idx: int) -> Samples:
         with isolated(model) as run:
-            call = ModelCall(model, batch, inputs, outputs, takes_noise=at is None)
+            call = ModelCall(model, batch, inputs, outputs, noisy_input=at is None)
             clean: Tensor = run(call)
             if batch_idx == 0 and task == "multiclass" and (T.are_probabilities(clean) or T.num_outputs(clean) == 1):
                 raise ValueError("Expected logits of classes, got probabilities or one output (`task='binary'`).")

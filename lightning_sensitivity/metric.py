@@ -194,16 +194,16 @@ class RiskEstimate(Metric):
         for name, size in (("holdout_sums", R.NUM_HOLDOUT_SUMS), ("training_sums", R.NUM_TRAINING_SUMS)):
             self.add_state(name, default=torch.zeros(size, dtype=wide_dtype(self.device)), dist_reduce_fx="sum")
 
-    def update(self, outputs: Tensor, twin_outputs: Tensor, compared: Tensor | None = None, weight: float = 1) -> None:
+    def update(self, outputs: Tensor, twin_outputs: Tensor, reference: Tensor | None = None, weight: float = 1) -> None:
         """Add a batch of unseen samples; see :func:`~lightning_sensitivity.functional.risk.holdout_sums`.
 
         Args:
             outputs: Outputs of the model, ``(N, K, ...)`` or ``(N,)``.
             twin_outputs: Outputs of a twin.
-            compared: Outputs to compare with the twin's, if others.
+            reference: Outputs to compare with the twin's, if others.
             weight: Weight of each sample, such as 1/2 if each comes with two twins.
         """
-        self.holdout_sums = self.holdout_sums + weight * R.holdout_sums(outputs, twin_outputs, compared, task=self.task)
+        self.holdout_sums = self.holdout_sums + weight * R.holdout_sums(outputs, twin_outputs, self.task, reference)
 
     def update_training(self, outputs: Tensor, targets: Tensor) -> None:
         """Add a batch of training samples, outputs ``(N, K, ...)`` or ``(N,)`` and their labels."""

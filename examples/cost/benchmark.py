@@ -35,7 +35,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
-from lightning_sensitivity.model.twins import batch_statistics, normalizes_by_batch
+from lightning_sensitivity.model.twins import call_by_batch, has_batch_norm
 
 COLUMNS = ["what", "case", "figure", "wanted", "met", "median", "lowest", "highest", "seconds", "beside"]
 Batches = list[list[Tensor]]
@@ -149,16 +149,15 @@ def seconds_of_fit(case: str, has_step: bool, sizes: tuple[int, int]) -> float:
 def seconds_of_passes(case: str, net: nn.Module, training: Batches, data: Batches) -> float:
     """The passes that a monitor makes on 8 batches or more, and the noise that it draws; of "none", one pass."""
     net.eval()
-    num_passes = 1 + normalizes_by_batch(net)
+    num_passes = 1 + has_batch_norm(net)
     with torch.no_grad(), Seconds() as seconds:
         for x, _ in data:
             net(x)
             if case == "sensitivity":
                 net(x + 0.1 * torch.randn_like(x))
             elif case == "risk":
-                with batch_statistics(net):
-                    for _ in range(num_passes):
-                        net(x)
+                for _ in range(num_passes):
+                    call_by_batch(net, partial(net, x))
         for x, _ in training if case == "risk" else []:
             net(x)
     return seconds.value

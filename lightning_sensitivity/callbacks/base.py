@@ -30,7 +30,7 @@ class Monitor(Callback, ABC):
     charts: ClassVar[dict[str, str]]  # titles of TensorBoard charts: a regular expression for the names
     wrong_mode: str  # the mode of an `EarlyStopping` that would pick the worst value
     advice: str  # the end of the warning about it
-    num_draws, prog_bar, perturbs_input = 1, False, False
+    num_draws, prog_bar, noisy_input = 1, False, False
 
     def __init__(
         self, num_samples: int | None, seed: int, prefix: str, inputs: Function, outputs: Function, every_n_epochs: int
@@ -187,7 +187,7 @@ class Monitor(Callback, ABC):
 
     def prepare(self, run: Run, pl_module: LightningModule, batch: Any) -> ModelCall:
         """Prepare the call of the model on a batch."""
-        prepare = partial(ModelCall, pl_module, batch, self.inputs, self.outputs, self.perturbs_input)
+        prepare = partial(ModelCall, pl_module, batch, self.inputs, self.outputs, self.noisy_input)
         return run(prepare) if self.inputs else prepare()  # only code of the user may leave a trace
 
     def metric(self, trainer: Trainer, dataloader_idx: int) -> Any:
@@ -222,12 +222,11 @@ class Monitor(Callback, ABC):
     def _values(self, trainer: Trainer, dataloader_idx: int) -> dict[str, Tensor]:
         if dataloader_idx not in self._computed:
             self._computed[dataloader_idx] = {}
-            loader = f"dataloader {dataloader_idx}"
-            with self.failures.warn_on_failure(f"could not compute the values of {loader}"):
+            with self.failures.warn_on_failure(f"could not compute the values of dataloader {dataloader_idx}"):
                 self._computed[dataloader_idx], messages = self.compute(trainer, dataloader_idx)
                 for kind, message in messages.items():
                     if kind != "no value" or not self.failures.has_failed:  # else a warning has said why
-                        self.failures.warn(kind, f"on {loader}: {message}")
+                        self.failures.warn(kind, f"on dataloader {dataloader_idx}: {message}")
         return self._computed[dataloader_idx]
 
     def _log(self, trainer: Trainer, dataloader_idx: int) -> None:
@@ -235,9 +234,7 @@ class Monitor(Callback, ABC):
             return
         self._logged.add(dataloader_idx)
         for name in self.names:
-            logged_name = utilities.stage_prefix(self.prefix, trainer) + name
-            # Not Lightning's `add_dataloader_idx`, which adds nothing at the epoch's end.
-            logged_name = utilities.loader_name(logged_name, dataloader_idx, len(self.choice.num_batches))
+            logged_name = utilities.logged_name(self.prefix + name, trainer, dataloader_idx)
             key = dataloader_idx, name
             if key not in self._lazy_values:  # a Metric costs more to make than to log
                 self._lazy_values[key] = LazyValue(partial(self._values, trainer, dataloader_idx), name)

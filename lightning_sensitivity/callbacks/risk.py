@@ -168,7 +168,7 @@ class RiskMonitor(Monitor):
             got = f"got {num_outputs(outputs)} outputs of validation samples"
             raise ValueError(f"Expected {self._samples.num_outputs} outputs, as training samples have, {got}")
         metric = self.metric(trainer, dataloader_idx)
-        compared = run(twins.call_by_batch, pl_module, call) if self._has_batch_norm else None
+        reference = run(twins.call_by_batch, pl_module, call) if self._has_batch_norm else None
         num_batches = self.choice.num_selected(dataloader_idx) * trainer.world_size
         num_twins = max(1, math.ceil(_MIN_TWINS / max(1, num_batches)))
         for index in range(num_twins):
@@ -176,7 +176,7 @@ class RiskMonitor(Monitor):
             generator = noise_generator(*key, device=pl_module.device)
             with twins.twin(pl_module, self._device_weights, generator, _STRENGTH):
                 twin_outputs = run(twins.call_by_batch, pl_module, call)
-            metric.update(outputs, twin_outputs, compared, 1 / num_twins)
+            metric.update(outputs, twin_outputs, reference, 1 / num_twins)
             del twin_outputs  # before the next ones come
         return len(outputs)
 
@@ -231,7 +231,7 @@ class RiskMonitor(Monitor):
         assert self._initial.weights is not None
         pl_module = trainer.lightning_module
         self._device_weights = {name: weight.to(pl_module.device) for name, weight in self._initial.weights.items()}
-        self._has_batch_norm = twins.normalizes_by_batch(pl_module)
+        self._has_batch_norm = twins.has_batch_norm(pl_module)
         if new := twins.unknown_parameters(pl_module, self._initial.weights):
             self.failures.warn("new", f"has no initial weights for {', '.join(new[:3])}: all of it counts as learned.")
         if self.task == "auto" and self._samples.task == "multiclass":

@@ -71,17 +71,14 @@ class TrainingSamples:
 
     def num_in_epoch(self, trainer: Trainer) -> int:
         """Compute n, the samples of the longest epoch so far, over all processes, which must all call it."""
-        share = max(1.0, trainer.num_training_batches / max(1, self._num_batches))
-        is_first = self._num_in_epoch == 0 and math.isfinite(share)  # no whole epoch yet, and a length that is known
-        largest = (self._num_seen * (share if is_first else 1)).clamp(min=self._num_in_epoch)
-        largest = largest.long().to(trainer.strategy.root_device)
-        total = int(trainer.strategy.reduce(largest, reduce_op="sum"))
+        share = trainer.num_training_batches / max(1, self._num_batches)
+        is_scaled = self._num_in_epoch == 0 and 1 < share < math.inf  # amid the first epoch, of a known length
+        num_seen = (self._num_seen * (share if is_scaled else 1)).clamp(min=self._num_in_epoch).long()
+        total = int(trainer.strategy.reduce(num_seen.to(trainer.strategy.root_device), reduce_op="sum"))
         loader, *others = trainer.fit_loop._combined_loader.flattened  # type: ignore[union-attr]
-        is_by_sample = not others and self._batch_size <= (getattr(loader, "batch_size", None) or 0)
-        size = (
-            sized_len(getattr(loader, "dataset", None)) if is_by_sample else None
-        )  # a sampler may draw with replacement
-        return min(total, size or total)
+        if not others and self._batch_size <= (getattr(loader, "batch_size", None) or 0):
+            total = min(total, sized_len(getattr(loader, "dataset", None)) or total)  # a sampler may repeat samples
+        return total
 
 
 def check_loaders(trainer: Trainer) -> None:

@@ -21,7 +21,7 @@ class SensitivityMonitor(Monitor):
 
     Sensitivity S is the variance of the class-averaged change of the outputs under input noise (Forouzesh, Salehi and
     Thiran, ICPR 2020, arXiv:2007.15378). It grows with the gap between validation and training loss, and is lowest
-    before training: stop by :class:`~lightning_sensitivity.RiskMonitor` instead.
+    before training: stop by :class:`~lightning_sensitivity.RiskMonitor`.
 
     **Logged values**, with ``prefix`` before them (in ``Trainer.test`` with "test" for "val"): ``sensitivity``, in
     squared units of the outputs, and its standard error ``sensitivity_stderr``. :attr:`metrics` has the metric of each
@@ -77,7 +77,7 @@ class SensitivityMonitor(Monitor):
         check_argument("per_output", per_output, isinstance(per_output, bool), "a bool")
         check_int("num_draws", num_draws, 1)
         self.noise, self.at, self.num_draws, self.per_output = noise, at, num_draws, per_output
-        self._noise, self.perturbs_input = check_noise(noise), at is None
+        self._noise, self.noisy_input = check_noise(noise), at is None
         super().__init__(num_samples, seed, prefix, inputs, outputs, every_n_epochs)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

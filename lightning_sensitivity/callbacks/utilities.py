@@ -113,17 +113,15 @@ def lay_out_charts(trainer: Trainer, charts: Iterable[tuple[str, Mapping[str, st
             logger.experiment.add_custom_scalars(layout)  # type: ignore[attr-defined]
 
 
-def stage_prefix(prefix: str, trainer: Trainer) -> str:
-    """Return the prefix for the running loop. In ``Trainer.test``, "test" replaces the word "val"."""
-    if not trainer.testing:
-        return prefix
-    new, count = re.subn(r"(?<![A-Za-z])val(?![A-Za-z])", "test", prefix, count=1)
-    return new if count else f"test_{prefix}"
+def logged_name(name: str, trainer: Trainer, dataloader_idx: int) -> str:
+    """Return the name for a value of a loader. In ``Trainer.test``, "test" replaces the word "val".
 
-
-def loader_name(name: str, dataloader_idx: int, num_loaders: int) -> str:
-    """Return the name under which Lightning logs a value of a loader."""
-    return name if num_loaders == 1 else f"{name}/dataloader_idx_{dataloader_idx}"
+    Lightning's ``add_dataloader_idx`` adds no index at the end of an epoch.
+    """
+    if trainer.testing:
+        replaced, count = re.subn(r"(?<![A-Za-z])val(?![A-Za-z])", "test", name, count=1)
+        name = replaced if count else f"test_{name}"
+    return name if len(num_batches(trainer)) == 1 else f"{name}/dataloader_idx_{dataloader_idx}"
 
 
 def watchers(trainer: Trainer, names: Collection[str]) -> list[tuple[str, str, str]]:

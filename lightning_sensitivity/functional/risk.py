@@ -32,26 +32,26 @@ class RiskTerms(NamedTuple):
     variance: Tensor
 
 
-def holdout_sums(outputs: Tensor, twin_outputs: Tensor, compared: Tensor | None = None, *, task: str) -> Tensor:
+def holdout_sums(outputs: Tensor, twin_outputs: Tensor, task: str, reference: Tensor | None = None) -> Tensor:
     """Sum up claims and variance over a batch of unseen samples.
 
     Args:
         outputs: Outputs in eval mode, ``(N, K, ...)`` or ``(N,)``.
         twin_outputs: Outputs of a twin.
-        compared: Outputs to compare with the twin's instead: those of batch norm by the batch.
         task: One of :data:`~lightning_sensitivity.functional.tasks.TASKS`.
+        reference: Outputs to compare with the twin's, if others: those of batch norm by the batch.
 
     Returns:
         Shape ``(7,)``.
     """
 
     def sums(*chunk: Tensor) -> Tensor:
-        p, twin_p, compared_p = (T.probabilities(each, task) for each in chunk)
-        claim, *claims = (_claims(each, task) for each in (p, compared_p, twin_p))
+        p, twin_p, reference_p = (T.probabilities(each, task) for each in chunk)
+        claim, *claims = (_claims(each, task) for each in (p, reference_p, twin_p))
         is_same = (chunk[1] == chunk[2])[..., None].flatten(1).all(1)
-        return _finite_sums(torch.ones_like(claim), claim, _distances(compared_p, twin_p, task), *claims, is_same)
+        return _finite_sums(torch.ones_like(claim), claim, _distances(reference_p, twin_p, task), *claims, is_same)
 
-    return torch.stack(T.in_chunks(sums, outputs, twin_outputs, outputs if compared is None else compared)).sum(0)
+    return torch.stack(T.in_chunks(sums, outputs, twin_outputs, outputs if reference is None else reference)).sum(0)
 
 
 def training_sums(outputs: Tensor, targets: Tensor, task: str) -> Tensor:
@@ -207,7 +207,7 @@ def risk_estimate(
     training = training_sums(train_outputs, train_targets, task)
     if not training[0] > 0:
         raise ValueError("Expected `train_targets` to hold a label that counts, but all are -100.")
-    return risk_terms(holdout_sums(outputs, twin_outputs, task=task), training, strength, factor)
+    return risk_terms(holdout_sums(outputs, twin_outputs, task), training, strength, factor)
 
 
 def _claims(p: Tensor, task: str) -> Tensor:

@@ -39,7 +39,7 @@ class ModelCall:
         batch: What the loader gave, on the model's device.
         inputs: A function ``batch -> arguments``, or None for the rules above.
         outputs: Which outputs to take; see :func:`select_outputs`.
-        takes_noise: Whether an input gets noise, so that it has to be floating.
+        noisy_input: Whether an input gets noise, so that it has to be floating.
 
     Attributes:
         args: Positional arguments of the model.
@@ -50,7 +50,7 @@ class ModelCall:
     """
 
     def __init__(
-        self, model: nn.Module, batch: Any, inputs: Function = None, outputs: Function = None, takes_noise: bool = True
+        self, model: nn.Module, batch: Any, inputs: Function = None, outputs: Function = None, noisy_input: bool = True
     ) -> None:
         self._model, self._outputs = model, outputs
         self.args: tuple[Any, ...] = (batch,)
@@ -66,7 +66,7 @@ class ModelCall:
                 expected = f"return the {count} arguments that `forward` requires"
                 raise MisconfigurationException(f"`inputs` should {expected}, from {describe(batch)}. {_CHOOSE}")
             self.args = tuple(batch[:count])
-        self._perturbed: int | str | None = self._first_floating(batch) if takes_noise else None
+        self._perturbed: int | str | None = self._first_floating(batch) if noisy_input else None
 
     def __call__(self, perturb: Perturb | None = None) -> Tensor:
         """Call the model with copies of the arguments, perturbed or not, and select its outputs.

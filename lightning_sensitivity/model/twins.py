@@ -132,35 +132,29 @@ def twin(
         complete(restore)
 
 
-def normalizes_by_batch(model: nn.Module) -> bool:
+def has_batch_norm(model: nn.Module) -> bool:
     """Check whether a module has batch norm with running statistics."""
     return any(isinstance(module, _BatchNorm) and module.running_mean is not None for module in model.modules())
 
 
-@contextmanager
-def batch_statistics(model: nn.Module) -> Iterator[None]:
-    """Normalize by the statistics of each batch inside, as training does, in eval mode and without updating any.
+def call_by_batch(model: nn.Module, call: Callable[[], Tensor]) -> Tensor:
+    """Call a model, normalized by the statistics of each batch as in training, in eval mode and without updating any.
 
     Running statistics belong to the weights that made them. Under a twin's weights they are another network's, and
     its outputs are off by far more than those of a twin.
 
     Args:
         model: The module.
+        call: Calls it on a batch.
     """
     buffers = [(norm._buffers, norm._buffers.copy()) for norm in model.modules() if isinstance(norm, _BatchNorm)]
     try:
         for present, _ in buffers:
             present.update(running_mean=None, running_var=None)
-        yield
+        return call()
     finally:
         for present, originals in buffers:
             present.update(originals)
-
-
-def call_by_batch(model: nn.Module, call: Callable[[], Tensor]) -> Tensor:
-    """Call a model with :func:`batch_statistics`."""
-    with batch_statistics(model):
-        return call()
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 from lightning_sensitivity.callbacks.risk import _MIN_TWINS, _STRENGTH
 from lightning_sensitivity.functional import risk_estimate, variance_factor
 from lightning_sensitivity.model import noise_generator
-from lightning_sensitivity.model.twins import batch_statistics, copy_weights, twin
+from lightning_sensitivity.model.twins import call_by_batch, copy_weights, twin
 from tests.callbacks.test_training import averaged_weights
 from tests.helpers import Classifier, History, Stream, first_tensor, fitted, inputs, labelled, loader, logged
 from tests.helpers import unlabelled_loader as unlabelled
@@ -68,10 +69,9 @@ class Truth(History):
         for index, part in enumerate(HOLDOUT.split(16)):
             outputs += num_twins * [model(part)]
             for draw in range(num_twins):
-                with batch_statistics(model):
-                    normalized.append(model(part))
-                    with twin(model, self.initial, noise_generator(0, 0, 0, index, -1 - draw), _STRENGTH):
-                        of_twins.append(model(part))
+                normalized.append(call_by_batch(model, partial(model, part)))
+                with twin(model, self.initial, noise_generator(0, 0, 0, index, -1 - draw), _STRENGTH):
+                    of_twins.append(call_by_batch(model, partial(model, part)))
         labels = trainer.train_dataloader.dataset.tensors[-1].reshape(50, -1)
         num_training = int((labels != -100).any(1).sum())
         factor = variance_factor(num_training, sum(p.numel() for p in model.parameters() if p.requires_grad))

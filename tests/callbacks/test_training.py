@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
-from lightning_sensitivity.callbacks.utilities import loader_name, num_batches
+from lightning_sensitivity.callbacks.utilities import num_batches
 from tests.helpers import Classifier, Quiet, Stream, brute_force, csv_rows, first_tensor, loader, trainer
 from tests.helpers import unlabelled_loader as unlabelled
 
@@ -51,7 +51,7 @@ class Oracle(cb.Callback):
         counts = zip(map(len, by_loader.values()), num_batches(trainer), strict=True)
         assert all(said in (count, math.inf) for count, said in counts)
         for dataloader_idx, changes in by_loader.items():
-            name = loader_name("val_sensitivity", dataloader_idx, len(by_loader))
+            name = "val_sensitivity" + f"/dataloader_idx_{dataloader_idx}" * (len(by_loader) > 1)
             expected = torch.cat(changes).var(correction=0).item()
             assert trainer.callback_metrics[name].item() == pytest.approx(expected, rel=1e-9)
 

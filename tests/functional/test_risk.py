@@ -41,7 +41,7 @@ def test_the_terms_are_those_of_their_definitions_however_samples_are_split(seed
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(T, "_CHUNK", 40)  # elements that are widened at a time
         for unseen, twin, train, targets in zip(*(each.tensor_split(sorted(cuts)) for each in tensors), strict=True):
-            holdout = holdout + R.holdout_sums(unseen, twin, task=task)
+            holdout = holdout + R.holdout_sums(unseen, twin, task)
             training = training + R.training_sums(train, targets, task)
     for actual in (risk_estimate(*tensors, task), R.risk_terms(holdout, training)):
         torch.testing.assert_close(actual, R.RiskTerms(sum(terms), *terms))
@@ -84,7 +84,7 @@ def test_samples_that_are_not_finite_are_left_out_and_counted() -> None:
     unseen, twin, train, targets = example()
     twin[:2, 1], train[:2, 0] = torch.nan, torch.inf
     whole, finite = (
-        [R.holdout_sums(unseen[i:], twin[i:], task="multiclass"), R.training_sums(train[i:], targets[i:], "multiclass")]
+        [R.holdout_sums(unseen[i:], twin[i:], "multiclass"), R.training_sums(train[i:], targets[i:], "multiclass")]
         for i in (0, 2)
     )
     torch.testing.assert_close([sums[:-1] for sums in whole], [sums[:-1] for sums in finite])
