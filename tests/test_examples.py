@@ -13,7 +13,7 @@ from scipy.stats import kendalltau
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NOTEBOOK = EXAMPLES / "track_generalization.ipynb"
 # Right of networks whose class average stays small; the pages speak of it.
-pytestmark = pytest.mark.filterwarnings("ignore:.*The class average holds")
+pytestmark = pytest.mark.filterwarnings("ignore:.*S sees only")
 
 
 @pytest.fixture
