@@ -22,7 +22,7 @@ def infer_task(outputs: Tensor, targets: Tensor) -> str:
     ==================  =====================================  ======================================================
     task                outputs                                targets
     ==================  =====================================  ======================================================
-    ``"multiclass"``    ``(N, K, ...)`` with K of 2 or more    integers ``(N, ...)`` that name more than a few of K
+    ``"multiclass"``    ``(N, K, ...)`` with K of 2 or more    integers ``(N, ...)``
     ``"multilabel"``    ``(N, K, ...)`` with K of 2 or more    integers or bools 0 and 1, ``(N, K, ...)``, not one-hot
     ``"binary"``        ``(N,)`` or ``(N, 1, ...)``            bools, one per output
     ==================  =====================================  ======================================================

@@ -33,13 +33,14 @@ def isolated(model: nn.Module) -> Iterator[Run]:
     Raises:
         MisconfigurationException: If it has lazy weights or scripted parts.
     """
-    if any(map(is_lazy, model.parameters())):
+    modules, parameters = all_modules(model), list(model.parameters())
+    if any(map(is_lazy, parameters)):
         raise MisconfigurationException("Expected a model with weights, but some are lazy: run it on a batch first.")
-    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+    if any(isinstance(module, torch.jit.ScriptModule) for module in modules):
         raise MisconfigurationException("Expected a model whose state can be restored, but a part of it is scripted.")
-    rng_states = _collect_rng_states(include_cuda=any(parameter.is_cuda for parameter in model.parameters()))
+    rng_states = _collect_rng_states(include_cuda=any(parameter.is_cuda for parameter in parameters))
     states: list[tuple[dict[str, Any], dict[str, Any]]] = [
-        (items, items.copy()) for module in all_modules(model) for items in (vars(module), module._buffers)
+        (items, items.copy()) for module in modules for items in (vars(module), module._buffers)
     ]
     mutable = [
         (items, name, value)

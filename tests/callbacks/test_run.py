@@ -72,10 +72,10 @@ class Drawing(Classifier):
     def validation_step(self, dataloader_iter: Any) -> None: ...
 
 
-class Writing(Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        self.net.bias.detach().clamp_(max=0.9)
-        return super().forward(x)
+def writing(write: Any = lambda bias: bias.detach().clamp_(max=0.9)) -> Linear:
+    model = Linear()
+    model.net.register_forward_pre_hook(lambda net, args: [write(net.bias), args][1])
+    return model
 
 
 UNSEEN, WRITES = {"num_sanity_val_steps": 0}, "`forward` writes its parameters, here net.bias"
@@ -85,8 +85,9 @@ REFUSED: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
     "no loader": (Classifier(), None, {}, "needs a validation loop: pass `val_dataloaders`"),
     "no batches": (Classifier(), loader(), {"limit_val_batches": 0}, "leave `limit_val_batches` above 0"),
     "an iterator": (Drawing(), loader(), {}, "takes `dataloader_iter`"),
-    "writes": (Writing(), loader(), {}, WRITES),
-    "writes, unseen": (Writing(), loader(), UNSEEN, WRITES),
+    "writes": (writing(), loader(), {}, WRITES),
+    "writes, unseen": (writing(), loader(), UNSEEN, WRITES),
+    "assigns": (writing(lambda bias: setattr(bias, "data", bias.data + 0.1)), loader(), {}, WRITES),
 }
 
 

@@ -57,6 +57,17 @@ def test_values_are_those_of_plain_loops(data: Any, shape: Any, num_samples: int
     close(S.squared_deviations(rows), [sum(deviations[i]) for i in order], 1e-6, atol)
 
 
+@pytest.mark.parametrize(("num_draws", "num_positions"), [(1, 1), (16, 1), (1, 25)])
+def test_error_bars_hold_where_the_changes_of_a_sample_are_correlated(num_draws: int, num_positions: int) -> None:
+    z, truth = [], (1.5**5 - 0.5**5) / 5
+    for seed in range(200):  # samples differ in gain, and all draws and positions of a sample share it
+        gain = (torch.rand(300, 1, 1, generator=torch.Generator().manual_seed(seed)) + 0.5) ** 2
+        draws = gain * randn(num_draws, 300, 1, num_positions, seed=seed)
+        actual = S.sensitivity_from_rows(S.sensitivity_rows(torch.zeros_like(draws[0]), draws.unbind()))
+        z.append(float((actual.sensitivity - truth) / actual.stderr))
+    assert 0.90 <= sum(abs(each) <= 1.96 for each in z) / len(z) <= 0.99
+
+
 def test_a_class_average_that_holds_nothing_of_the_change_is_said() -> None:
     logits = 3 * randn(2, 64, 10)
     for outputs in (logits.softmax(2).bfloat16(), logits - logits.mean(2, keepdim=True)):
