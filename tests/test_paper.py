@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from lightning_sensitivity import compare_models
 
@@ -21,7 +20,7 @@ def paper() -> Any:
     """Its modules, which import each other as scripts do."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(FOLDER)
-        yield {name: importlib.import_module(name) for name in ("zoo", "measure", "peers", "bias_variance")}
+        yield {name: importlib.import_module(name) for name in ("zoo", "measure", "peers")}
 
 
 def test_networks_are_measured_as_the_package_does(paper: Any, tmp_path: Path) -> None:
@@ -42,22 +41,6 @@ def test_networks_are_measured_as_the_package_does(paper: Any, tmp_path: Path) -
             assert getattr(scores, name) == pytest.approx(row[name], rel=1e-5, abs=1e-6)
         assert scores.sensitivity == pytest.approx(row["sensitivity"], abs=5 * scores.sensitivity_stderr)
     assert result["untrained"].note.startswith("undecided")
-
-
-def test_the_decomposition_adds_up(paper: Any) -> None:
-    """Networks that are a fixed function plus noise of a known variance have it, and the rest is bias."""
-    generator = torch.Generator().manual_seed(0)
-    mean = torch.randn(2000, 10, generator=generator).double()
-    noisy = [mean + 0.5 * torch.randn(2000, 10, generator=generator).double() for _ in range(5)]
-    networks = [paper["measure"].Outputs(clean, clean + 0.1, 29.0) for clean in noisy]
-    labels = torch.randint(10, (2000,), generator=generator)
-    rows = {row["output"]: row for row in paper["bias_variance"].decompose(networks, labels)}
-    assert rows["logits"]["variance"] == pytest.approx(0.25, rel=0.05)
-    assert rows["class-average"]["variance"] == pytest.approx(0.025, rel=0.1)
-    target = torch.nn.functional.one_hot(labels, 10)
-    assert rows["logits"]["bias2"] == pytest.approx(float((mean - target).square().mean()), rel=0.05)
-    brier = torch.stack([(clean.softmax(1) - target).square().sum(1).mean() for clean in noisy]).mean()
-    assert rows["probabilities"]["mse"] == pytest.approx(float(brier))
 
 
 @pytest.mark.long

@@ -71,26 +71,6 @@ def test_beside_simulated_twins_underconfidence_counts_half_and_certainty_on_tra
         assert simulated.estimate == torch.stack(simulated[1:]).sum()
 
 
-def test_positions_are_samples_and_ignored_labels_are_none() -> None:
-    outputs, targets = example(num_samples=15)[2:]
-    counts = torch.arange(15) % 4 > 0
-    ignored = targets.where(counts, -100).reshape(3, 5)
-    dense = R.training_sums(outputs.reshape(3, 5, 4).movedim(-1, 1), ignored, "multiclass")
-    alone = R.training_sums(outputs[counts], targets[counts], "multiclass")
-    torch.testing.assert_close(dense[:3], alone[:3])
-
-
-def test_samples_that_are_not_finite_are_left_out_and_counted() -> None:
-    unseen, twin, train, targets = example()
-    twin[:2, 1], train[:2, 0] = torch.nan, torch.inf
-    whole, finite = (
-        [R.holdout_sums(unseen[i:], twin[i:], "multiclass"), R.training_sums(train[i:], targets[i:], "multiclass")]
-        for i in (0, 2)
-    )
-    torch.testing.assert_close([sums[:-1] for sums in whole], [sums[:-1] for sums in finite])
-    assert [int(sums[-1]) for sums in whole + finite] == [2, 2, 0, 0]
-
-
 def test_bad_input_is_refused() -> None:
     x, y = torch.zeros(2, 3), torch.zeros(2).long()
     bad: Any = [(x, x[:1], x, y), (x, x, x[:, 1:], y), (x[:0], x[:0], x, y), (x, x, x.exp() / 3, y), (x, x, x, y - 100)]
