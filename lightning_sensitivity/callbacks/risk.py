@@ -43,8 +43,8 @@ class RiskMonitor(Monitor):
 
     Args:
         task: ``"multiclass"``, ``"binary"``, ``"multilabel"``, or ``"auto"``, to infer it from labels and outputs.
-        targets: The labels of a training batch, a function ``batch -> tensor``; by default see
-            :func:`~lightning_sensitivity.model.select_targets`. Those of -100 don't count.
+        targets: The labels of a training batch, a function ``batch -> tensor`` without randomness; by default see
+            :func:`~lightning_sensitivity.model.select_targets`. Labels of -100 don't count.
         num_training_samples: How many training samples are kept, over all processes, in whole batches.
         num_samples: As in :class:`~lightning_sensitivity.SensitivityMonitor`.
         seed: Seed of the twins.
