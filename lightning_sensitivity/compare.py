@@ -95,6 +95,8 @@ def compare_models(
             clean: Tensor = run(call)
             if batch_idx == 0 and task == "multiclass" and (T.are_probabilities(clean) or T.num_outputs(clean) == 1):
                 raise ValueError("Expected logits of classes, got probabilities or one output (`task='binary'`).")
+            if batch_idx == 0 and task and T.lie_in_unit_interval(clean):
+                T.warn("All outputs of a model lie in [0, 1]. If they are not logits, set `outputs=`.")
             labels = select_targets(model, batch, targets) if targets else None
             if labels is not None and task:
                 T.check_task(clean, labels, task)

@@ -86,6 +86,11 @@ def test_a_model_that_fails_is_a_row_that_says_why_and_does_not_lose_the_others(
     assert all(name in result[name].note and result[name].note.startswith("failed: ") for name in failures)
 
 
+def test_outputs_of_a_sigmoid_are_warned_of() -> None:
+    with pytest.warns(UserWarning, match=r"lie in \[0, 1\]"):
+        compare({"model": nn.Sequential(nn.Linear(12, 1), nn.Sigmoid())}, task="binary")
+
+
 @pytest.mark.parametrize(("argument", "value", "message"), [
     *(("models", x, "`models` should be ") for x in ({}, [nn.Linear(1, 1)], {"a": "a.ckpt"})),
     *((name, [], f"`{name}` should be ") for name in ("noise", "at", "num_draws", "seed", "inputs", "targets", "task")),

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_sensitivity.callbacks.base import Monitor
 from lightning_sensitivity.functional.sensitivity import diagnostics
-from lightning_sensitivity.functional.tasks import are_log_probabilities, are_probabilities
+from lightning_sensitivity.functional.tasks import are_log_probabilities, are_probabilities, lie_in_unit_interval
 from lightning_sensitivity.metric import OutputSensitivity
 from lightning_sensitivity.model import ModelCall, Noise
 from lightning_sensitivity.model.forward import Function, check_argument, check_int
@@ -99,8 +99,8 @@ class SensitivityMonitor(Monitor):
     def measure(self, trainer: Trainer, run: Run, call: ModelCall, batch_idx: int, dataloader_idx: int) -> int:
         """Run the model on a batch, clean and perturbed."""
         pl_module, clean = trainer.lightning_module, run(call)
-        is_first = batch_idx == 0 and clean.numel() > 0 and not self.per_output and not trainer.sanity_checking
-        if is_first and bool(((clean >= 0) & (clean <= 1)).all()):
+        is_first = batch_idx == 0 and not self.per_output and not trainer.sanity_checking
+        if is_first and lie_in_unit_interval(clean):
             self.failures.warn("probabilities", "sees only outputs in [0, 1]. If these are not logits, set `outputs=`.")
         key = self.seed, trainer.global_rank, dataloader_idx, batch_idx
         noisy = noisy_outputs(run, call, self._noise, key, self.num_draws, pl_module, self.at)

@@ -108,6 +108,11 @@ def are_probabilities(outputs: Tensor) -> bool:
     return bool((outputs.to(wide_dtype(outputs.device)).sum(1) - 1).abs().max() < _ROUNDING)
 
 
+def lie_in_unit_interval(outputs: Tensor) -> bool:
+    """Check whether all outputs lie in [0, 1], as those of a sigmoid do; waits for the device."""
+    return outputs.numel() > 0 and bool(((outputs >= 0) & (outputs <= 1)).all())
+
+
 def are_log_probabilities(outputs: Tensor) -> bool:
     """Check whether outputs can only be those of a log-softmax, within rounding; waits for the device."""
     return not bool((outputs > 0).any()) and are_probabilities(outputs.exp())
