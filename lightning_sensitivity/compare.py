@@ -172,8 +172,7 @@ class Comparison:
         self._by_sample = by_sample or {}
         has_consensus = any(math.isfinite(model.consensus_error) for model in models)  # of three models or more
         self._order = "consensus_error" if has_consensus else "sensitivity"
-        ranks = {model.name: getattr(model, self._order) for model in models}
-        self._models = sorted(models, key=lambda model: (math.isnan(ranks[model.name]), ranks[model.name]))
+        self._models = sorted(models, key=lambda model: math.inf if math.isnan(s := getattr(model, self._order)) else s)
 
     def __iter__(self) -> Iterator[ModelScores]:
         """Iterate over the models in their order."""

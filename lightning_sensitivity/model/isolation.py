@@ -116,9 +116,7 @@ def _cloned(value: Any, clones: dict[int, Any]) -> Any:
     if isinstance(value, nn.Parameter) or (not isinstance(value, Tensor) and len(value) > _MAX_ITEMS):
         return value
     if isinstance(value, Tensor):
-        if id(value) not in clones:  # one that two modules share stays one
-            clones[id(value)] = value.clone()
-        return clones[id(value)]
+        return clones.setdefault(id(value), value.clone())  # one that two modules share stays one
     new: Any = copy.copy(value)
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in list(items):

@@ -97,9 +97,8 @@ def perturbation(noise: NoiseFunction, *key: int) -> Callable[[Tensor], Tensor]:
     generators: dict[torch.device, torch.Generator] = {}
 
     def perturb(x: Tensor) -> Tensor:
-        if x.device not in generators:
-            generators[x.device] = noise_generator(*key, device=x.device)
-        new: object = noise(x.clone(), generators[x.device])  # a function may write into it
+        generator = generators.setdefault(x.device, noise_generator(*key, device=x.device))
+        new: object = noise(x.clone(), generator)  # a function may write into it
         if not isinstance(new, Tensor) or (new.shape, new.dtype, new.device) != (x.shape, x.dtype, x.device):
             raise MisconfigurationException(
                 f"`noise` should return {describe(x)}, like its input, got {describe(new)}."
