@@ -233,16 +233,16 @@ class Monitor(Callback, ABC):
         if trainer.sanity_checking:
             return
         self._logged.add(dataloader_idx)
+        place = trainer.testing, dataloader_idx, len(self.choice.num_batches)
         for name in self.names:
-            logged_name = utilities.logged_name(self.prefix + name, trainer, dataloader_idx)
+            logged_name = utilities.logged_name(self.prefix + name, *place)
             key = dataloader_idx, name
             if key not in self._lazy_values:  # a Metric costs more to make than to log
                 self._lazy_values[key] = LazyValue(partial(self._values, trainer, dataloader_idx), name)
             # With a `metric_attribute`, the module need not have the Metric.
             options: dict[str, Any] = {"metric_attribute": name, "add_dataloader_idx": False}
             options |= {"prog_bar": self.prog_bar and name == self.names[0], "on_step": False, "on_epoch": True}
-            # Not by a `log` that the module overrides.
-            with self.failures.warn_on_failure(f"could not log {logged_name!r}"):
+            with self.failures.warn_on_failure(f"could not log {logged_name!r}"):  # not by a `log` of the module
                 LightningModule.log(trainer.lightning_module, logged_name, self._lazy_values[key], **options)
 
 

@@ -115,7 +115,7 @@ class RiskMonitor(Monitor):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save the initial weights, except those that have not changed."""
         with self.failures.warn_on_failure("could not save the weights from before training"):
-            weights = None if self._initial.weights is None else self._initial.changed(checkpoint["state_dict"])
+            weights = self._initial.changed(checkpoint["state_dict"])
             checkpoint[self._key] = {"initial_weights": weights, "num_training_samples": self._num_training}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -147,7 +147,8 @@ class RiskMonitor(Monitor):
     def make_metric(self) -> RiskEstimate:
         """Make the metric of a loader for a validation."""
         metric = RiskEstimate(self._samples.task, _STRENGTH)
-        metric.training_sums = metric.training_sums if self._training_sums is None else self._training_sums
+        if self._training_sums is not None:  # else this process had no batch
+            metric.training_sums = self._training_sums
         return metric
 
     def end_validation(self) -> None:

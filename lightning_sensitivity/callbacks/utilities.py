@@ -113,15 +113,15 @@ def lay_out_charts(trainer: Trainer, charts: Iterable[tuple[str, Mapping[str, st
             logger.experiment.add_custom_scalars(layout)  # type: ignore[attr-defined]
 
 
-def logged_name(name: str, trainer: Trainer, dataloader_idx: int) -> str:
+def logged_name(name: str, is_test: bool, dataloader_idx: int, num_loaders: int) -> str:
     """Return the name for a value of a loader. In ``Trainer.test``, "test" replaces the word "val".
 
     Lightning's ``add_dataloader_idx`` adds no index at the end of an epoch.
     """
-    if trainer.testing:
+    if is_test:
         replaced, count = re.subn(r"(?<![A-Za-z])val(?![A-Za-z])", "test", name, count=1)
         name = replaced if count else f"test_{name}"
-    return name if len(num_batches(trainer)) == 1 else f"{name}/dataloader_idx_{dataloader_idx}"
+    return name if num_loaders == 1 else f"{name}/dataloader_idx_{dataloader_idx}"
 
 
 def watchers(trainer: Trainer, names: Collection[str]) -> list[tuple[str, str, str]]:

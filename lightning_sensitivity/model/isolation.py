@@ -42,6 +42,7 @@ def isolated(model: nn.Module) -> Iterator[Run]:
     states: list[tuple[dict[str, Any], dict[str, Any]]] = [
         (items, items.copy()) for module in modules for items in (vars(module), module._buffers)
     ]
+    modes: list[dict[str, Any]] = [vars(module) for module in model.modules()]  # for `eval()`, which modules override
     mutable = [
         (items, name, value)
         for items, originals in states
@@ -61,8 +62,8 @@ def isolated(model: nn.Module) -> Iterator[Run]:
         try:
             for items, name, value in mutable:
                 items[name] = _cloned(value, clones)
-            for module in model.modules():
-                vars(module)["training"] = False  # not by `eval()`, which modules override
+            for attributes in modes:
+                attributes["training"] = False
             if hasattr(model, "log_dict"):  # of a LightningModule
                 model.__dict__.update(log=_do_nothing, log_dict=_do_nothing)
             return function(*args)
@@ -116,7 +117,9 @@ def _cloned(value: Any, clones: dict[int, Any]) -> Any:
     if isinstance(value, nn.Parameter) or (not isinstance(value, Tensor) and len(value) > _MAX_ITEMS):
         return value
     if isinstance(value, Tensor):
-        return clones.setdefault(id(value), value.clone())  # one that two modules share stays one
+        if id(value) not in clones:  # one that two modules share stays one, and is copied once
+            clones[id(value)] = value.clone()
+        return clones[id(value)]
     new: Any = copy.copy(value)
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in list(items):

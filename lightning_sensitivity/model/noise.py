@@ -97,8 +97,10 @@ def perturbation(noise: NoiseFunction, *key: int) -> Callable[[Tensor], Tensor]:
     generators: dict[torch.device, torch.Generator] = {}
 
     def perturb(x: Tensor) -> Tensor:
-        generator = generators.setdefault(x.device, noise_generator(*key, device=x.device))
-        new: object = noise(x.clone(), generator)  # a function may write into it
+        if x.device not in generators:
+            generators[x.device] = noise_generator(*key, device=x.device)
+        given = x if isinstance(noise, GaussianNoise) else x.clone()  # a function of the user may write into it
+        new: object = noise(given, generators[x.device])
         if not isinstance(new, Tensor) or (new.shape, new.dtype, new.device) != (x.shape, x.dtype, x.device):
             raise MisconfigurationException(
                 f"`noise` should return {describe(x)}, like its input, got {describe(new)}."

@@ -50,9 +50,11 @@ class InitialWeights:
         else:
             self.source = "those of the fit that goes on"
 
-    def changed(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Select the initial weights that have changed; a checkpoint has the others already."""
-        initial = (self.weights or {}).items()
+    def changed(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        """Select the initial weights that have changed, of which a checkpoint has no copy; None if none are known."""
+        if self.weights is None:
+            return None
+        initial = self.weights.items()
         return {name: w for name, w in initial if name not in weights or not torch.equal(w, weights[name].cpu())}
 
     def restore(self, changed: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:

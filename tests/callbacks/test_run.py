@@ -73,8 +73,11 @@ class Drawing(Classifier):
 
 
 def writing(write: Any = lambda bias: bias.detach().clamp_(max=0.9)) -> Linear:
+    def hook(net: Any, args: Any) -> None:
+        write(net.bias)
+
     model = Linear()
-    model.net.register_forward_pre_hook(lambda net, args: [write(net.bias), args][1])
+    model.net.register_forward_pre_hook(hook)
     return model
 
 
