@@ -43,7 +43,7 @@ def compare_models(
     r"""Compare how well models generalize, trained or not, without labels, on the same samples.
 
     All models get the same noise on the same samples, so that differences are sharper than values; for the scores see
-    :class:`~lightning_sensitivity.functional.scores.ModelScores`, for their worth ``examples/comparing_models``. Labels
+    :class:`~lightning_sensitivity.functional.scores.ModelScores`, for their worth ``examples/studies/comparing``. Labels
     are not needed; if ``targets`` is given, the table shows the true loss and error, too. A model that fails becomes a
     row that says why. Sensitivity is that of Forouzesh, Salehi and Thiran (ICPR 2020, arXiv:2007.15378).
 

@@ -1,4 +1,4 @@
-"""What the monitors cost, counted and never timed; examples/cost has the times."""
+"""What the monitors cost, counted and never timed; examples/studies/cost has the times."""
 
 import runpy
 from pathlib import Path
@@ -16,7 +16,7 @@ from lightning_sensitivity.callbacks.base import Monitor
 from tests.helpers import NUM_FEATURES, Quiet, Watch, csv_rows, labelled, trainer
 
 NUM_BATCHES, BATCH_SIZE, NUM_MEASURED = 60, 100, 12  # of 6,000 samples, 1,200 are measured: every fifth batch
-BENCHMARK = runpy.run_path(str(Path(__file__).parents[1] / "examples/cost/benchmark.py"))
+BENCHMARK = runpy.run_path(str(Path(__file__).parents[1] / "examples/studies/cost/benchmark.py"))
 
 
 class Overridden(Quiet):

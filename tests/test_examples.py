@@ -82,7 +82,7 @@ def test_the_transformers_are_measured_at_their_embeddings(run: Any, task: str) 
 
 @pytest.mark.parametrize("names", ["terms", pytest.param("gap seeds robust", marks=pytest.mark.long)])
 def test_the_pictures_of_the_page_on_curves(run: Any, names: str) -> None:
-    text, variables = run("reading_curves/curves.py", "--quick", "--only", *names.split())
+    text, variables = run("studies/reading_curves/curves.py", "--quick", "--only", *names.split())
     assert [line for line in text.splitlines() if line in variables["PICTURES"]] == names.split()
     assert all((Path("runs/reading_curves") / f"{name}.png").stat().st_size > 10_000 for name in names.split())
     curves = variables["fit"](num_epochs=40, wrong=0.4)
@@ -90,14 +90,14 @@ def test_the_pictures_of_the_page_on_curves(run: Any, names: str) -> None:
 
 
 def test_a_comparison_prints_and_draws_its_table(run: Any) -> None:
-    text, variables = run("comparing_models/compare_models.py", "--max-epochs", "1")
+    text, variables = run("compare_models.py", "--max-epochs", "1")
     assert text.split("\n\n")[0].splitlines()[-1].startswith(variables["result"][5].name)
     assert len(Path("runs/compare_models/comparison.csv").read_text().splitlines()) == 1 + 6
     assert Path("runs/compare_models/compare_models.png").stat().st_size > 10_000
 
 
 def test_what_a_comparison_is_worth_in_labels(run: Any) -> None:
-    text, variables = run("comparing_models/worth.py", "--quick")
+    text, variables = run("studies/comparing/worth.py", "--quick")
     assert "| 1000 labels | 1.00 [1.00, 1.00] | " in text
     assert len(Path("runs/worth_quick/worth.csv").read_text().splitlines()) == 1 + 2 * (4 + 7)
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""The zoo of examples/paper and what is measured on it; the studies themselves take hours."""
+"""The zoo of examples/studies/paper and what is measured on it; the studies themselves take hours."""
 
 import importlib
 import subprocess
@@ -12,7 +12,7 @@ import pytest
 
 from lightning_sensitivity import compare_models
 
-FOLDER = Path(__file__).parents[1] / "examples" / "paper"
+FOLDER = Path(__file__).parents[1] / "examples" / "studies" / "paper"
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ class RiskMonitor(Monitor):
     r"""Log an estimate of the Brier score on unseen samples on every validation epoch, to stop by.
 
     It needs only training labels, which may be wrong; see :func:`~lightning_sensitivity.functional.risk_estimate` for
-    the formula, ``examples/early_stopping`` for how well it works. Regressions and dense outputs have no estimate.
+    the formula, ``examples/studies/early_stopping`` for how well it works. Regressions and dense outputs have no estimate.
 
     **Logged values**, in ``Trainer.fit`` alone, with ``prefix`` before them: ``risk_estimate`` and its terms
     ``risk_claim`` (the score if probabilities were right), ``risk_overconfidence`` (how much worse it is on training

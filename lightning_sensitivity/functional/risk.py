@@ -123,7 +123,7 @@ def variance_factor(num_training: int, num_weights: int) -> float:
     r"""Compute how much of the variance of a simulated twin counts: :math:`\min(1, \sqrt{\sqrt{w} / n})`.
 
     Networks differ less if they have more training samples, and more if they have more weights; twins reflect neither.
-    The form was chosen on random runs, and has no constant; see ``examples/early_stopping/README.md``.
+    The form was chosen on random runs, and has no constant; see ``examples/studies/early_stopping/README.md``.
 
     Args:
         num_training: n, the number of training samples.
@@ -162,7 +162,7 @@ def risk_estimate(
     variance is divided by λ², multiplied by min(1, claim of the network / claim of the twin), since noise makes a twin
     less certain than another network would be, and multiplied by :func:`variance_factor`. Overconfidence below 0 counts
     half: it may be memory of the training labels. And memorization is added, by how much the claim on unseen samples is
-    above that on training samples, where it is. ``examples/early_stopping/README.md`` has the measurements.
+    above that on training samples, where it is. ``examples/studies/early_stopping/README.md`` has the measurements.
 
     Where training labels are wrong, it estimates the score against labels that are as wrong.
 

@@ -87,7 +87,7 @@ def twin(
     element has a factor of its own.
 
     It is a heuristic: half of the square of what was learned is taken to be due to the training set, and half to the
-    task. ``examples/early_stopping/README.md`` says how far it holds.
+    task. ``examples/studies/early_stopping/README.md`` says how far it holds.
 
     Args:
         model: The module. Its parameters are not written to: twins take their place.

@@ -82,4 +82,4 @@ def test_tensorboard_draws_the_custom_scalars(tensorboard_url: str, page: Any, t
     for title, curves in (("risk estimate and its terms", len(RiskMonitor.names)), ("sensitivity", 1)):
         page.get_by_text(title, exact=True).wait_for(timeout=60_000)
         page.get_by_text(f"Matches ({curves})").first.wait_for(timeout=60_000)
-    page.screenshot(path=tmp_path / "tensorboard.png")  # the one of examples/reading_curves, with --basetemp
+    page.screenshot(path=tmp_path / "tensorboard.png")  # the one of examples/studies/reading_curves, with --basetemp

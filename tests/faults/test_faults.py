@@ -231,7 +231,7 @@ def test_copies_of_monitors_measure_the_same() -> None:
 
 
 def test_a_slice_of_the_random_attack() -> None:
-    script = Path(__file__).parents[2] / "examples" / "robustness" / "attack.py"
+    script = Path(__file__).parents[2] / "examples" / "studies" / "robustness" / "attack.py"
     ends = runpy.run_path(str(script))["attack"](8)
     assert sum(ends.values()) >= 8
     assert ends["the same, and S that of a plain loop"] > 0

@@ -1,0 +1,321 @@
+# %% [markdown]
+# # What do the monitors cost?
+#
+# Time and memory of `SensitivityMonitor` and `RiskMonitor` with their defaults, beside a Trainer without them and
+# beside the passes of the model alone. README.md in this folder has the figures.
+#
+#     python examples/studies/cost/benchmark.py          # some minutes on one idle core; needs torchvision
+#     python examples/studies/cost/benchmark.py --quick  # under a minute: shows that it runs, and times nothing worth reading
+#
+# All runs of a comparison take turns, forwards and backwards, in one process on one thread, after a first turn that is
+# thrown away. A figure is the median over the turns, with the lowest and the highest one. Seconds are CPU time of the
+# process: others may keep the cores busy. Data are random numbers.
+
+# %%
+from __future__ import annotations
+
+import argparse
+import csv
+import logging
+import time
+import warnings
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_sensitivity import RiskMonitor, SensitivityMonitor
+from lightning_sensitivity.model.twins import call_by_batch, has_batch_norm
+
+COLUMNS = ["what", "case", "figure", "wanted", "met", "median", "lowest", "highest", "seconds", "beside"]
+Batches = list[list[Tensor]]
+Row = dict[str, Any]
+RunOfCase = Callable[[str], float]  # seconds of a run with the monitors of a case
+
+
+# %% Models and data
+def mlp() -> nn.Module:
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)
+    )
+
+
+def resnet() -> nn.Module:
+    from torchvision.models import resnet18
+
+    net = resnet18(num_classes=10)
+    net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    return net
+
+
+def vit() -> nn.Module:
+    from torchvision.models.vision_transformer import VisionTransformer
+
+    return VisionTransformer(32, 4, num_layers=6, num_heads=3, hidden_dim=192, mlp_dim=384, num_classes=10)
+
+
+def segmenter() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 21, 3, padding=1))
+
+
+class ClassesFirst(nn.Linear):
+    """The head of a language model, (N, T, 64) -> (N, K, T)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).movedim(-1, 1)
+
+
+class Net(LightningModule):
+    def __init__(self, net: nn.Module, has_step: bool) -> None:
+        super().__init__()
+        self.net, self.has_step = net, has_step
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        if self.has_step:
+            self.log("val_loss", cross_entropy(self(batch[0]), batch[1]))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=1e-3)
+
+
+def batches(count: int, x: tuple[int, ...], y: tuple[int, ...] = (), num_classes: int = 10) -> Batches:
+    """Batches of (N, ...), with labels (N, ...)."""
+    return [[torch.rand(x), torch.randint(num_classes, x[:1] + y)] for _ in range(count)]
+
+
+# %% Running and measuring
+def trainer(case: str, max_epochs: int) -> Trainer:
+    kinds: dict[str, list[Any]] = {"none": [], "sensitivity": [SensitivityMonitor], "risk": [RiskMonitor]}
+    kinds["both"] = kinds["sensitivity"] + kinds["risk"]
+    off: dict[str, Any] = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
+    off |= {"enable_model_summary": False, "num_sanity_val_steps": 0}
+    return Trainer(accelerator="cpu", max_epochs=max_epochs, callbacks=[kind() for kind in kinds[case]], **off)
+
+
+class Seconds:
+    """Measures the CPU time inside."""
+
+    def __enter__(self) -> Seconds:
+        self.value = -time.process_time()
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self.value += time.process_time()
+
+
+def second_validation(case: str, model: Net, training: Batches, data: Batches, inside: Any) -> Any:
+    """A fit of two epochs, with the second validation in a context; in the first one, monitors look around."""
+    run = trainer(case, max_epochs=2)
+    loop = run.fit_loop.epoch_loop.val_loop
+    validate = loop.run
+
+    def validate_inside() -> Any:
+        with inside if run.current_epoch else nullcontext():
+            return validate()
+
+    loop.run = validate_inside  # type: ignore[method-assign]
+    run.fit(model, *(DataLoader(part, batch_size=None) for part in (training, data)))  # type: ignore[arg-type]
+    return inside
+
+
+def seconds_of_epoch(case: str, *args: Any) -> float:
+    return second_validation(case, *args, Seconds()).value
+
+
+def seconds_of_fit(case: str, has_step: bool, sizes: tuple[int, int]) -> float:
+    sets = [TensorDataset(torch.rand(size, 1, 28, 28), torch.randint(10, (size,))) for size in sizes]
+    model, run = Net(mlp(), has_step), trainer(case, max_epochs=3)
+    with Seconds() as seconds:
+        run.fit(model, *(DataLoader(data, batch_size=100) for data in sets))
+    return seconds.value
+
+
+def seconds_of_passes(case: str, net: nn.Module, training: Batches, data: Batches) -> float:
+    """The passes that a monitor makes on 8 batches or more, and the noise that it draws; of "none", one pass."""
+    net.eval()
+    num_passes = 1 + has_batch_norm(net)
+    with torch.no_grad(), Seconds() as seconds:
+        for x, _ in data:
+            net(x)
+            if case == "sensitivity":
+                net(x + 0.1 * torch.randn_like(x))
+            elif case == "risk":
+                for _ in range(num_passes):
+                    call_by_batch(net, partial(net, x))
+        for x, _ in training if case == "risk" else []:
+            net(x)
+    return seconds.value
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made inside and alive, without what an operation needs in itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = self.peak = 0
+        self.made: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = self.storages((args, kwargs))
+        result = func(*args, **(kwargs or {}))
+        for storage in self.storages(result) - given:  # neither a view nor in place
+            if storage not in self.made:
+                self.made.add(storage)
+                self.add(storage.nbytes())
+                weakref.finalize(storage, self.add, -storage.nbytes())
+        return result
+
+    def storages(self, tree: Any) -> set[Any]:
+        return {leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)}
+
+    def add(self, num_bytes: int) -> None:
+        self.alive += num_bytes
+        self.peak = max(self.peak, self.alive)
+
+
+# %% What is compared
+def row(what: str, case: str, figure: str, wanted: float, numbers: dict[str, Any]) -> Row:
+    met = "" if not wanted else "yes" if numbers["median"] <= wanted else "no"
+    return {
+        "what": what,
+        "case": case,
+        "figure": figure,
+        "wanted": f"≤ {wanted}" if wanted else "",
+        "met": met,
+    } | numbers
+
+
+def compare(
+    what: str, figure: str, wanted: dict[str, float], run: RunOfCase, turns: int, beside: RunOfCase | None = None
+) -> list[Row]:
+    """Each case over none; or what it adds to none, over what stands beside."""
+    runs = {case: partial(run, case) for case in ("none", *wanted)}
+    runs |= {f"beside {case}": partial(beside, case) for case in wanted} if beside else {}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(turns + 1):
+        for name in list(runs)[:: -1 if turn % 2 else 1]:
+            seconds[name].append(runs[name]())
+    times, rows = {name: torch.tensor(values[1:]) for name, values in seconds.items()}, []
+    for case, limit in wanted.items():
+        ours, other = times[case], times["none"]
+        if beside:
+            ours, other = ours - other, times[f"beside {case}"]
+        ratio = ours / other
+        numbers = {"median": ratio.quantile(0.5), "lowest": ratio.min(), "highest": ratio.max()}
+        numbers |= {"seconds": ours.quantile(0.5), "beside": other.quantile(0.5)}
+        rows.append(row(what, case, figure, limit, {name: float(value) for name, value in numbers.items()}))
+    return rows
+
+
+def added(
+    what: str, net: nn.Module, training: Batches, data: Batches, wanted: dict[str, float], turns: int
+) -> list[Row]:
+    """What a validation epoch gains, over the passes alone."""
+
+    def epoch(case: str) -> float:
+        return seconds_of_epoch(case, Net(net, has_step=False), training, data)
+
+    def passes(case: str) -> float:
+        return seconds_of_passes(case if wanted[case] else "none", net, training, data)
+
+    figure = (
+        "added to an epoch / bare passes" if any(wanted.values()) else "added to an epoch / one pass over its samples"
+    )
+    return compare(what, figure, wanted, epoch, turns, passes)
+
+
+def epochs(what: str, net: nn.Module, data: Batches, limit: float, turns: int) -> list[Row]:
+    """A validation epoch with sensitivity over one without."""
+
+    def epoch(case: str) -> float:
+        return seconds_of_epoch(case, Net(net, has_step=True), data[:1], data)
+
+    return compare(what, "epoch / epoch without", {"sensitivity": limit}, epoch, turns)
+
+
+def memory(what: str, case: str, net: nn.Module, data: Batches) -> list[Row]:
+    """The peak beside a pass of the model, in batches of outputs, after an input (of twins: after their weights)."""
+    x = data[0][0]
+    with torch.no_grad(), LiveBytes() as alone:
+        outputs = net(x).nbytes
+    peak = second_validation(case, Net(net, has_step=False), data, data, LiveBytes()).peak
+    beside = x.nbytes if case == "sensitivity" else sum(parameter.nbytes for parameter in net.parameters())
+    median = (peak - beside - (alone.peak - outputs)) / outputs
+    return [row(what, case, "batches of outputs at the peak", 2.2, {"median": median})]
+
+
+# %% All of them
+def comparisons(quick: bool) -> list[Callable[[], list[Row]]]:
+    many, few, count = (1, 1, 8) if quick else (20, 8, 8)
+    digits, image, size = (100, 1, 28, 28), (8 if quick else 32, 3, 32, 32), 2 if quick else 8
+    images, pixels = batches(count, image), batches(count, (size, 3, 128, 128), (128, 128), 21)
+    tokens, wide = batches(count, (size, 64, 64), (64,), 8000), batches(2, (512, 64), (), 8000)
+    deep = {"sensitivity": 1.05, "risk": 1.05}
+    unlimited = dict.fromkeys(("sensitivity", "risk", "both"), 0.0)
+    small, empty = (1000, 200) if quick else (5000, 1000), "MLP, 500 training samples, empty step"
+    figure = "fit / fit without"
+    return [
+        lambda: compare(
+            "MLP", figure, {"sensitivity": 1.12, "both": 1.3}, lambda c: seconds_of_fit(c, True, small), many
+        ),
+        lambda: compare(empty, figure, unlimited, lambda c: seconds_of_fit(c, False, (500, 1000)), many),
+        lambda: added(empty, mlp(), batches(5, digits), batches(10, digits), unlimited, many),
+        lambda: added("ResNet-18", resnet(), images[:2], images, deep, few),
+        lambda: added("ViT", vit(), images[:2], images, deep, few),
+        lambda: epochs("language model's head", ClassesFirst(64, 8000), tokens, 2.5, few),
+        lambda: epochs("segmentation", segmenter(), pixels, 3, few),
+        lambda: memory("language model's head", "sensitivity", ClassesFirst(64, 8000), tokens[:1]),
+        lambda: memory("segmentation", "sensitivity", segmenter(), pixels[:1]),
+        lambda: memory("head of 8,000 classes", "risk", nn.Linear(64, 8000), wide[:1]),
+    ]
+
+
+def table(rows: list[Row]) -> str:
+    """In Markdown."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(str(row[name]) for name in COLUMNS) + " |" for row in rows])
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Time the monitors beside bare passes, and Trainers without them.")
+    parser.add_argument("--quick", action="store_true", help="tiny: under a minute")
+    parser.add_argument("--only", type=int, nargs="+", help="numbers of comparisons, from 0")
+    parser.add_argument("--out", type=Path, help="the CSV file; results.csv in this folder, with --quick runs/cost.csv")
+    args = parser.parse_args(arguments)
+    out = args.out or (Path("runs/cost.csv") if args.quick else Path(__file__).with_name("results.csv"))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    rows: list[Row] = []
+    with out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for index, comparison in enumerate(comparisons(args.quick)):
+            for found in comparison() if args.only is None or index in args.only else []:
+                shown = {name: found.get(name, "") for name in COLUMNS}
+                rows.append({name: f"{v:.3g}" if isinstance(v, float) else v for name, v in shown.items()})
+                writer.writerow(rows[-1])
+            file.flush()
+    print(f"On a CPU, torch {torch.__version__}:\n\n{table(rows)}\n\nThe table is in {out}.")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    main()

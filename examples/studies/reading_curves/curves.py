@@ -1,0 +1,205 @@
+"""Small runs on scikit-learn's digits, and what sensitivity and the risk estimate say of them.
+
+python examples/studies/reading_curves/curves.py --out examples/studies/reading_curves  # all pictures of the page
+python examples/studies/reading_curves/curves.py --only robust                  # one of them
+"""
+
+import argparse
+import logging
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from matplotlib.figure import Figure
+from scipy.stats import spearmanr
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, one_hot, pad
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_sensitivity import RiskMonitor, SensitivityMonitor
+
+NETWORKS: dict[str, dict[str, Any]] = {
+    "two layers of 256": {},
+    "the same with tanh": {"activation": nn.Tanh},
+    "five layers of 128": {"widths": (128,) * 5},
+    "with batch norm": {"batch_norm": True},
+}
+SENSITIVITIES = {"sensitivity": "S", "per_output_sensitivity": "per output"}
+TERMS = ("claim", "overconfidence", "memorization", "variance")
+TECHNIQUES: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "weight decay of 1": {"weight_decay": 1.0},
+    "augmentation": {"shift": True},
+    "noise, σ = 0.3": {"noise": 0.3},
+}
+RISKS: dict[str, dict[str, Any]] = {
+    "40 % of labels wrong": {"wrong": 0.4},
+    "right labels, dropout": {"wrong": 0.0, "dropout": 0.5},
+    "20 % wrong, batch norm": {"wrong": 0.2, "batch_norm": True},
+}
+
+
+class Classifier(LightningModule):
+    def __init__(
+        self,
+        train_set: TensorDataset,
+        widths: tuple[int, ...] = (256, 256),
+        activation: type[nn.Module] = nn.ReLU,
+        batch_norm: bool = False,
+        dropout: float = 0.0,
+        weight_decay: float = 0.0,
+        shift: bool = False,  # each training image by up to one pixel
+        noise: float = 0.0,  # σ of the noise on training images
+    ) -> None:
+        super().__init__()
+        self.train_set, self.weight_decay, self.shift, self.noise = train_set, weight_decay, shift, noise
+        layers: list[nn.Module] = [nn.Flatten()]
+        for fan_in, fan_out in zip((64, *widths), widths, strict=False):
+            layers += [nn.Linear(fan_in, fan_out), *[nn.BatchNorm1d(fan_out)] * batch_norm, activation()]
+            layers += [nn.Dropout(dropout)]
+        self.net = nn.Sequential(*layers, nn.Linear(widths[-1], 10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        if self.shift:
+            moves = torch.randint(0, 3, (len(x), 2)).tolist()
+            padded = pad(x, (1, 1, 1, 1))
+            x = torch.stack([image[i : i + 8, j : j + 8] for image, (i, j) in zip(padded, moves, strict=True)])
+        return cross_entropy(self(x + self.noise * torch.randn_like(x)), y)
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        x, y = batch
+        logits, (x_train, y_train) = self(x), self.train_set.tensors
+        noisy = self(x + 0.3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0)))
+        loss, train_loss = cross_entropy(logits, y), cross_entropy(self(x_train), y_train)
+        self.log_dict({"loss": loss, "train_loss": train_loss, "gap": loss - train_loss})
+        self.log("error_under_noise", (noisy.argmax(1) != y).float().mean())
+        self.log("true_score", (logits.softmax(1) - one_hot(y, 10)).square().sum(1).mean())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-3, weight_decay=self.weight_decay)
+
+
+class Recorder(Callback):
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.rows.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+@cache
+def fit(seed: int = 0, wrong: float = 0.2, num_epochs: int = 30, **options: Any) -> dict[str, np.ndarray]:
+    """Train on 500 images, and give what was logged; labels of all images are wrong at random, here and there."""
+    digits, rng = load_digits(), np.random.default_rng(0)
+    order = rng.permutation(len(digits.target))
+    x, y = torch.tensor(digits.images[order] / 16, dtype=torch.float32), digits.target[order]
+    y = torch.tensor(np.where(rng.random(len(y)) < wrong, y + rng.integers(1, 10, len(y)), y) % 10)
+    train_set, val_set = TensorDataset(x[:500], y[:500]), TensorDataset(x[500:], y[500:])
+    seed_everything(seed, verbose=False)
+    recorder = Recorder()
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    monitors = [SensitivityMonitor(prefix=""), SensitivityMonitor(prefix="per_output_", per_output=True)]
+    callbacks = [*monitors, RiskMonitor(prefix=""), recorder]
+    trainer = Trainer(max_epochs=2 if args.quick else num_epochs, accelerator="cpu", callbacks=callbacks, **quiet)
+    loaders = DataLoader(train_set, batch_size=50, shuffle=True), DataLoader(val_set, batch_size=1297)
+    trainer.fit(Classifier(train_set, **options), *loaders)
+    return {name: np.array([row[name] for row in recorder.rows]) for name in recorder.rows[0]}
+
+
+def gap() -> Figure:
+    curves = fit()
+    figure, axes = plt.subplots(1, 3, figsize=(10, 3), layout="constrained")
+    axes[0].plot(curves["loss"], label="validation loss")
+    axes[0].plot(curves["train_loss"], "C7", label="training loss")
+    axes[0].legend(fontsize="small")
+    axes[1].plot(curves["gap"], "C2")
+    axes[2].plot(curves["sensitivity"], "C1")
+    axes[2].set_yscale("log")
+    for axis, title in zip(axes, ("loss", "gap: validation less training loss", "sensitivity S"), strict=True):
+        axis.set(title=title, xlabel="epoch")
+    taus = {name: spearmanr(curves["sensitivity"], curves[name])[0] for name in ("gap", "loss")}
+    print("Spearman correlation of S over epochs, with the gap {gap:.2f}, with the loss {loss:.2f}".format(**taus))
+    return figure
+
+
+def seeds() -> Figure:
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    print("                         sensitivity, where the gap is 0.3    Spearman with the gap")
+    for axis, (key, title) in zip(axes, SENSITIVITIES.items(), strict=True):
+        for color, (name, options) in zip(("C1", "C0", "C2", "C3"), NETWORKS.items(), strict=True):
+            runs = [fit(seed, **options) for seed in range(3)]
+            for run in runs:
+                axis.plot(run["gap"], run[key], ".-", color=color, markersize=3, linewidth=0.7)
+            axis.plot([], [], color=color, label=name)
+            at = [np.exp(np.interp(0.3, run["gap"], np.log(run[key]))) for run in runs]
+            pooled = spearmanr(*(np.concatenate([run[each] for run in runs]) for each in (key, "gap")))[0]
+            print(f"{title:11} {name:18} {min(at):13.5f} to {max(at):.5f} {pooled:27.2f}")
+        axis.set(xlabel="gap", ylabel="sensitivity", title=title, yscale="log")
+    axes[0].legend(fontsize="small")
+    return figure
+
+
+def robust() -> Figure:
+    figure, axes = plt.subplots(1, 3, figsize=(10, 3), layout="constrained")
+    shown = {"sensitivity": "sensitivity S", "gap": "gap", "error_under_noise": "error under noise, σ = 0.3"}
+    print("last epoch, mean of three seeds        S  per output    gap   loss  error under noise")
+    for name, options in TECHNIQUES.items():
+        runs = [fit(seed, **options) for seed in range(3)]
+        mean = {key: np.mean([run[key] for run in runs], 0) for key in runs[0]}
+        for axis, (key, title) in zip(axes, shown.items(), strict=True):
+            axis.plot(mean[key], label=name)
+            axis.set(title=title, xlabel="epoch", yscale="log" if key == "sensitivity" else "linear")
+        keys = (*SENSITIVITIES, "gap", "loss", "error_under_noise")
+        numbers = "{:8.5f}  {:10.3f}  {:5.3f}  {:5.3f}  {:17.3f}".format(*(mean[key][-1] for key in keys))
+        print(f"{name:31} {numbers}")
+    axes[0].legend(fontsize="small")
+    return figure
+
+
+def terms() -> Figure:
+    figure, axes = plt.subplots(1, 3, figsize=(10, 3.2), sharey=True, layout="constrained")
+    print("                        lowest estimate          lowest loss   last epoch")
+    print("run                     epoch   loss  est./true  epoch   loss        loss")
+    for axis, (title, options) in zip(axes, RISKS.items(), strict=True):
+        curves = fit(num_epochs=40, **options)
+        axis.plot(curves["risk_estimate"], "C1", linewidth=2, label="estimate")
+        axis.plot(curves["true_score"], "C7", label="true score")
+        for name, color in zip(TERMS, ("C2", "C3", "C5", "C4"), strict=True):
+            axis.plot(curves[f"risk_{name}"], color, linewidth=1, label=name)
+        loss, chosen, best = curves["loss"], curves["risk_estimate"].argmin(), curves["loss"].argmin()
+        axis.axvline(chosen, color="C1", linestyle="--", linewidth=1)
+        axis.axvline(best, color="C0", linestyle=":", linewidth=1)
+        axis.set(title=title, xlabel="epoch")
+        size = curves["risk_estimate"][chosen] / curves["true_score"][chosen]
+        print(
+            f"{title:22}  {chosen:5}  {loss[chosen]:5.3f}  {size:9.2f}  {best:5}  {loss[best]:5.3f}  {loss[-1]:10.3f}"
+        )
+    axes[0].legend(fontsize="x-small")
+    return figure
+
+
+PICTURES = {picture.__name__: picture for picture in (gap, seeds, robust, terms)}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Draw the pictures of the page on reading curves.")
+    parser.add_argument("--only", nargs="+", choices=PICTURES, default=list(PICTURES))
+    parser.add_argument("--out", type=Path, default=Path("runs/reading_curves"))
+    parser.add_argument("--quick", action="store_true", help="two epochs")
+    args = parser.parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", ".*(does not have many workers|LeafSpec|smaller than the log).*")
+    torch.set_num_threads(1)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name in args.only:
+        print(f"\n{name}")
+        PICTURES[name]().savefig(args.out / f"{name}.png", dpi=100)
