@@ -133,7 +133,7 @@ if args.figure or in_notebook:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(10, 3), layout="constrained")
-    shown = ("val/loss", "train/loss"), ("val/risk_estimate", "val/true_score"), ("val/sensitivity",)
+    shown = ("val/loss", "train/loss"), ("val/risk_estimate", "val/true_score"), ("val/output_sensitivity",)
     titles = "loss (cross-entropy)", "Brier score, 40 % of labels wrong", "sensitivity S"
     for axis, names, title, color in zip(axes, shown, titles, ("C0", "C1", "C1"), strict=True):
         for name in names:

@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lightning_sensitivity.metric import OutputSensitivity
+from lightning_sensitivity.metric import OutputSensitivity, RiskEstimate
 
 if TYPE_CHECKING:
     from lightning_sensitivity.callbacks import RiskMonitor, SensitivityMonitor
@@ -11,11 +11,15 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["OutputSensitivity", "RiskMonitor", "SensitivityMonitor", "__version__", "compare_models"]
+__all__ = ["OutputSensitivity", "RiskEstimate", "RiskMonitor", "SensitivityMonitor", "__version__", "compare_models"]
+
+_MODULES = {"RiskMonitor": "callbacks", "SensitivityMonitor": "callbacks", "compare_models": "compare"}
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:  # on first use, so that the metric alone never imports lightning
-        home = "callbacks" if name.endswith("Monitor") else "compare"
-        return globals().setdefault(name, getattr(import_module(f"{__name__}.{home}"), name))
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # Imported on first use, so that the metrics never import Lightning.
+    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value

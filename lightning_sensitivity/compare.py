@@ -16,12 +16,15 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_sensitivity.functional import tasks as T
+from lightning_sensitivity.arguments import Selector, check_argument, check_int, check_selectors
+from lightning_sensitivity.functional.reporting import warn
 from lightning_sensitivity.functional.scores import ModelScores, Samples, score_models, score_samples
 from lightning_sensitivity.functional.sensitivity import diagnostics, sensitivity_from_rows
+from lightning_sensitivity.functional.tasks import TASKS
+from lightning_sensitivity.functional.tensors import are_in_unit_interval, are_probabilities, num_outputs
 from lightning_sensitivity.model import ModelCall, Noise, isolated, select_targets
-from lightning_sensitivity.model.forward import Function, check_argument, check_functions, check_int, clone_tensors
-from lightning_sensitivity.model.noise import check_noise, noisy_outputs
+from lightning_sensitivity.model.forward import clone_tensors
+from lightning_sensitivity.model.noise import check_noise, noisy_outputs, submodule
 
 _ROUNDING = 1e-6  # relative, of scores from float32 outputs
 _Z = 1.96  # of a 95 % interval
@@ -35,9 +38,9 @@ def compare_models(
     num_draws: int = 1,
     seed: int = 0,
     task: str | None = "multiclass",
-    inputs: Function = None,
-    outputs: Function = None,
-    targets: Function = None,
+    inputs: Selector | None = None,
+    outputs: Selector | None = None,
+    targets: Selector | None = None,
     device: torch.device | str | None = None,
 ) -> "Comparison":
     r"""Compare how well models generalize, trained or not, without labels, on the same samples.
@@ -82,25 +85,26 @@ def compare_models(
     check_argument("models", models, valid, "a dict of names and models, or of functions that make them")
     check_argument("dataloader", dataloader, isinstance(dataloader, Iterable), "an iterable of batches")
     check_argument("at", at, at is None or isinstance(at, str), "a submodule's name or None")
-    check_argument("task", task, task in (*T.TASKS, None), f"one of {', '.join(map(repr, T.TASKS))} or None")
+    check_argument("task", task, task in (*TASKS, None), f"one of {', '.join(map(repr, TASKS))} or None")
     check_int("num_draws", num_draws, 1)
     check_int("seed", seed, 0)
-    check_functions(inputs=inputs, outputs=outputs, targets=targets)
+    check_selectors(inputs=inputs, outputs=outputs, targets=targets)
     if device is None:
         device = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None
 
     def score_batch(model: nn.Module, batch: Any, batch_idx: int) -> Samples:
         with isolated(model) as run:
-            call = ModelCall(model, batch, inputs, outputs, noisy_input=at is None)
+            call = ModelCall(model, batch, inputs, outputs)
             clean: Tensor = run(call)
-            if batch_idx == 0 and task == "multiclass" and (T.are_probabilities(clean) or T.num_outputs(clean) == 1):
+            if batch_idx == 0 and task == "multiclass" and (are_probabilities(clean) or num_outputs(clean) == 1):
                 raise ValueError("Expected logits of classes, got probabilities or one output (`task='binary'`).")
-            if batch_idx == 0 and task and T.lie_in_unit_interval(clean):
-                T.warn("All outputs of a model lie in [0, 1]. If they are not logits, set `outputs=`.")
+            if batch_idx == 0 and task and are_in_unit_interval(clean):
+                warn("All outputs of a model lie in [0, 1]. If they are not logits, set `outputs=`.")
             labels = select_targets(model, batch, targets) if targets else None
             if labels is not None and task:
-                T.check_task(clean, labels, task)
-            noisy = noisy_outputs(run, call, noise_function, (seed, 0, 0, batch_idx), num_draws, model, at)
+                TASKS[task].check(clean, labels)
+            module = None if at is None else submodule(model, at)
+            noisy = noisy_outputs(run, call, noise_function, [(seed, 0, 0, batch_idx)], num_draws, module)
             return score_samples(clean, noisy, labels, task)
 
     batches, samples, notes, first_failure = list(dataloader), dict[str, Samples](), dict.fromkeys(models, ""), ""
@@ -109,7 +113,7 @@ def compare_models(
         try:
             samples[name] = _score_model(model, batches, torch.device(device or "cpu"), score_batch)
             for message in diagnostics(sensitivity_from_rows(samples[name]["rows"])).values():
-                T.warn(f"Model {name!r}: {message}")
+                warn(f"Model {name!r}: {message}")
         except Exception as failure:
             first_failure = first_failure or traceback.format_exc()  # as text: it would keep the model in memory
             notes[name] = f"failed: {type(failure).__name__}: {failure}"

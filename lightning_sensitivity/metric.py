@@ -1,19 +1,25 @@
 """Output sensitivity and the risk estimate as torchmetrics; they need neither a Trainer nor a model."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
-from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
 from torchmetrics.utilities.prints import rank_zero_only
 
-from lightning_sensitivity.functional import risk as R
-from lightning_sensitivity.functional import sensitivity as S
-from lightning_sensitivity.functional.tasks import warn, wide_dtype
+from lightning_sensitivity import compat
+from lightning_sensitivity.functional import risk, sensitivity
+from lightning_sensitivity.functional.reporting import warn
+from lightning_sensitivity.functional.tasks import TASKS
+from lightning_sensitivity.functional.tensors import wide_dtype
+
+if TYPE_CHECKING:
+    from lightning_sensitivity.compat import AxType, PlotType
 
 
 class OutputSensitivity(Metric):
@@ -33,11 +39,12 @@ class OutputSensitivity(Metric):
     - ``noisy`` (:class:`~torch.Tensor` or an iterable of them): outputs f(x + ε) of the same shape; for several noise
       draws of the same samples, an iterable with one tensor per draw.
 
-    As output of ``forward`` and ``compute`` the metric returns a scalar tensor, in squared units of the outputs.
+    As output of ``forward`` and ``compute`` the metric returns a scalar tensor, in squared units of the outputs. It is
+    neither better high nor low: it compares epochs and seeds of one network, and is lowest before training.
 
     Args:
-        per_output: Compute the mean squared change of the single outputs instead, which does not average over classes
-            first and so also means something for probabilities.
+        per_output: Compute the mean squared change of the single outputs instead, without averaging over classes first,
+            so it also makes sense for probabilities and two-class heads.
         kwargs: Additional keyword arguments of :class:`torchmetrics.Metric`.
 
     Raises:
@@ -63,20 +70,20 @@ class OutputSensitivity(Metric):
     """
 
     is_differentiable: bool = False
-    higher_is_better: bool = False
+    higher_is_better: bool | None = None
     full_state_update: bool = False
     plot_lower_bound: float = 0.0
 
     _warn = staticmethod(rank_zero_only(warn))
-    rows: list[Tensor]
-    _all_rows: Tensor  # over all processes, as of the last `compute`
-    _estimate: S.SensitivityEstimate  # from those
+    rows: list[Tensor] | Tensor  # one tensor while it is synchronized
 
     def __init__(self, per_output: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if not isinstance(per_output, bool):
             raise ValueError(f"Expected argument `per_output` to be a bool, but got {per_output!r}.")
         self.per_output = per_output
+        self._all_rows: Tensor | None = None  # over all processes, as of the last `compute`
+        self._estimate: sensitivity.SensitivityEstimate | None = None  # from those
         self.add_state("rows", default=[], dist_reduce_fx="cat")
         self.reset()
 
@@ -84,24 +91,35 @@ class OutputSensitivity(Metric):
         """Forget all samples."""
         super().reset()
         # A process without samples has rows to gather, too, of the type that the others have.
-        self.rows.append(torch.zeros(0, S.NUM_COLUMNS, dtype=wide_dtype(self.device), device=self.device))
+        empty = torch.zeros(0, sensitivity.NUM_COLUMNS, dtype=wide_dtype(self.device), device=self.device)
+        self.rows = [empty]
 
     def update(self, clean: Tensor, noisy: Tensor | Iterable[Tensor]) -> None:
         """Add the outputs of one batch of samples, for clean and for perturbed inputs."""
-        self.rows.append(S.sensitivity_rows(clean, noisy))
+        self.add_rows(sensitivity.sensitivity_rows(clean, noisy))
+
+    def add_rows(self, rows: Tensor) -> None:
+        """Add samples by their rows, from :func:`~lightning_sensitivity.functional.sensitivity.sensitivity_rows`."""
+        assert isinstance(self.rows, list)
+        self.rows.append(rows)
 
     def compute(self) -> Tensor:
         """Compute the sensitivity of all samples so far, over all processes."""
         self._all_rows = dim_zero_cat(self.rows)
-        self._estimate = S.sensitivity_from_rows(self._all_rows)
-        for message in S.diagnostics(self._estimate, self.per_output).values():
+        self._estimate = sensitivity.sensitivity_from_rows(self._all_rows)
+        for message in sensitivity.diagnostics(self._estimate, self.per_output).values():
             self._warn(message)
         return self._estimate.mean_square if self.per_output else self._estimate.sensitivity
 
     @property
-    def estimate(self) -> S.SensitivityEstimate:
-        """The estimate over all processes: value, standard errors, share of the class mean, numbers of samples."""
+    def estimate(self) -> sensitivity.SensitivityEstimate:
+        """The estimate over all processes: value, standard errors, share of the class mean, numbers of samples.
+
+        Like ``compute``, it is a collective operation unless a value is cached; so are :attr:`stderr` and
+        :attr:`per_sample`.
+        """
         self.compute()  # cached, and leaves the estimate behind
+        assert self._estimate is not None
         return self._estimate
 
     @property
@@ -117,23 +135,28 @@ class OutputSensitivity(Metric):
         """
         self.compute()
         rows = self._all_rows
-        sums = rows[:, 3].where(rows.isfinite().all(1), math.nan) if self.per_output else S.squared_deviations(rows)
+        assert rows is not None
+        if self.per_output:
+            sums = rows[:, 3].where(rows.isfinite().all(1), math.nan)
+        else:
+            sums = sensitivity.squared_deviations(rows)
         return sums / rows[:, 0]
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
         """Merge the state of another instance into this one; see :meth:`torchmetrics.Metric.merge_state`."""
         super().merge_state(incoming_state)
-        self._computed = None  # torchmetrics would keep giving the value from before the merge
-        self._update_count = max(1, self._update_count)  # or `compute` would warn that there are no samples
+        compat.forget_computed(self)  # else the value from before the merge would stay
+        compat.mark_updated(self)
 
-    def _apply(self, *args: Any, **kwargs: Any) -> "OutputSensitivity":
+    def _apply(self, *args: Any, **kwargs: Any) -> OutputSensitivity:
         """Move the rows with the metric, but keep their precision if the model is cast to 16 bits."""
-        rows, self.rows = self.rows, []
+        rows = self.rows
+        self.rows = []
         super()._apply(*args, **kwargs)
-        self.rows = [each.to(self.device, wide_dtype(self.device)) for each in rows]
+        self.rows = _to_wide(rows, self.device)
         return self
 
-    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: _AX_TYPE | None = None) -> _PLOT_OUT_TYPE:
+    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: AxType | None = None) -> PlotType:
         """Plot a single or multiple values from the metric.
 
         Args:
@@ -158,88 +181,214 @@ class OutputSensitivity(Metric):
 
 
 class RiskEstimate(Metric):
-    """Sum up what the risk estimate needs: claims and variance on unseen samples, scores on training samples.
+    r"""Estimate the Brier score on unseen samples from training labels and unlabelled samples.
 
-    The formula is that of :func:`~lightning_sensitivity.functional.risk_estimate`; its states are sums, which every
-    process adds to.
+    The formula is that of :func:`~lightning_sensitivity.functional.risk_estimate`. The states are sums in double
+    precision, to which every process adds.
+
+    As input to ``update`` the metric accepts ``outputs`` and ``twin_outputs``, logits ``(N, K, ...)`` or ``(N,)`` for
+    unseen samples, from the model and from a twin. Training samples come by :meth:`update_training`, labelled
+    validation samples, if there are some, by :meth:`update_labels`.
+
+    As output of ``compute`` the metric returns a dict of scalar tensors: ``risk_estimate`` and its terms
+    ``risk_claim``, ``risk_overconfidence``, ``risk_memorization``, ``risk_forgetting``, ``risk_variance``; with
+    labelled validation samples also ``risk_label_score`` and ``risk_num_labels``. Without training or unseen samples
+    they are nan.
 
     Args:
-        task: One of :data:`~lightning_sensitivity.functional.tasks.TASKS`.
+        task: ``"multiclass"``, ``"binary"`` or ``"multilabel"``.
         strength: λ of the simulated twins; None for real ones.
+        num_training: n, the number of training samples; with ``num_weights`` it scales the variance of simulated
+            twins, see :func:`~lightning_sensitivity.functional.variance_factor`.
+        num_weights: w, the number of weights that are trained.
         kwargs: Additional keyword arguments of :class:`torchmetrics.Metric`.
 
     Attributes:
-        factor: Factor of the variance, from :func:`~lightning_sensitivity.functional.variance_factor`.
-        totals: Sums over all processes, as of the last ``compute``.
+        messages: What makes the last computed value doubtful, one sentence for each problem.
+
+    Raises:
+        ValueError: If an argument is not one of the above; if labels do not fit the task.
 
     Example:
         >>> import torch
-        >>> from lightning_sensitivity.metric import RiskEstimate
+        >>> from lightning_sensitivity import RiskEstimate
         >>> metric = RiskEstimate("multiclass")
         >>> metric.update(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[2.0, 0.0], [1.0, 1.0]]))
         >>> metric.update_training(torch.tensor([[3.0, 0.0], [0.0, 3.0]]), torch.tensor([0, 1]))
-        >>> metric.compute().estimate
+        >>> metric.compute()["risk_estimate"]
         tensor(0.3832, dtype=torch.float64)
     """
 
+    is_differentiable: bool = False
+    higher_is_better: bool = False
     full_state_update: bool = False
-    update_called = True  # a process without a batch takes part in the others' sums, without a warning
+    plot_lower_bound: float = 0.0
 
-    holdout_sums: Tensor
-    training_sums: Tensor
+    holdout: Tensor
+    training: Tensor
+    forgetting: Tensor
+    labels: Tensor
 
-    def __init__(self, task: str, strength: float | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        task: str = "multiclass",
+        *,
+        strength: float | None = None,
+        num_training: int | None = None,
+        num_weights: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
-        self.task, self.strength, self.factor = task, strength, 1.0
-        for name, size in (("holdout_sums", R.NUM_HOLDOUT_SUMS), ("training_sums", R.NUM_TRAINING_SUMS)):
-            self.add_state(name, default=torch.zeros(size, dtype=wide_dtype(self.device)), dist_reduce_fx="sum")
+        if task not in TASKS:
+            raise ValueError(f"Expected `task` to be one of {', '.join(map(repr, TASKS))}, but got {task!r}.")
+        if strength is not None and not strength > 0:
+            raise ValueError(f"Expected `strength` to be above 0, or None for real twins, but got {strength}.")
+        self.task = TASKS[task]
+        self.strength = strength
+        self.messages: dict[str, str] = {}  # what makes the last computed value doubtful
+        self._factor = 1.0
+        self.set_size(num_training, num_weights)
+        sizes = {"holdout": risk.HoldoutSums, "training": risk.LabelSums, "labels": risk.LabelSums}
+        for name, sums in (sizes | {"forgetting": risk.ForgettingSums}).items():
+            default = torch.zeros(len(sums._fields), dtype=wide_dtype(self.device))
+            self.add_state(name, default=default, dist_reduce_fx="sum")
 
-    def update(self, outputs: Tensor, twin_outputs: Tensor, reference: Tensor | None = None, weight: float = 1) -> None:
-        """Add a batch of unseen samples; see :func:`~lightning_sensitivity.functional.risk.holdout_sums`.
+    def set_size(self, num_training: int | None, num_weights: int | None) -> None:
+        """Set the numbers of training samples and weights, which may be known only later.
+
+        Args:
+            num_training: n; None for no scaling.
+            num_weights: w; None for no scaling.
+        """
+        if num_training is not None and num_weights is not None:
+            self._factor = risk.variance_factor(num_training, num_weights)
+        compat.forget_computed(self)
+
+    def update(self, outputs: Tensor, twin_outputs: Tensor) -> None:
+        """Add a batch of unseen samples."""
+        self.add_sums("holdout", risk.holdout_sums(outputs, twin_outputs, self.task))
+
+    def update_training(self, outputs: Tensor, targets: Tensor, twin_outputs: Tensor | None = None) -> None:
+        """Add a batch of training samples, in eval mode.
 
         Args:
             outputs: Outputs of the model, ``(N, K, ...)`` or ``(N,)``.
-            twin_outputs: Outputs of a twin.
-            reference: Outputs to compare with the twin's, if others.
-            weight: Weight of each sample, such as 1/2 if each comes with two twins.
+            targets: Their labels; those of -100 are ignored.
+            twin_outputs: Outputs of a simulated twin; None for no forgetting.
         """
-        self.holdout_sums = self.holdout_sums + weight * R.holdout_sums(outputs, twin_outputs, self.task, reference)
+        self.task.check(outputs, targets)
+        self.add_sums("training", risk.label_sums(outputs, targets, self.task))
+        if twin_outputs is not None:
+            self.add_sums("forgetting", risk.forgetting_sums(outputs, twin_outputs, targets, self.task))
 
-    def update_training(self, outputs: Tensor, targets: Tensor) -> None:
-        """Add a batch of training samples, outputs ``(N, K, ...)`` or ``(N,)`` and their labels."""
-        self.training_sums = self.training_sums + R.training_sums(outputs, targets, self.task)
-        self._computed = None
+    def update_labels(self, outputs: Tensor, targets: Tensor) -> None:
+        """Add a batch of validation samples with labels, as in :meth:`update_training`."""
+        self.task.check(outputs, targets)
+        self.add_sums("labels", risk.label_sums(outputs, targets, self.task))
 
-    def compute(self) -> R.RiskTerms:
+    def add_sums(self, state: str, sums: Tensor) -> None:
+        """Add sums from :mod:`lightning_sensitivity.functional.risk` to one of the states."""
+        setattr(self, state, getattr(self, state) + sums)  # not in place: it may belong to inference mode
+        compat.forget_computed(self)
+        compat.mark_updated(self)
+
+    def compute(self) -> dict[str, Tensor]:
         """Compute the estimate and its terms over all processes; nan without samples."""
-        self.totals = self.holdout_sums, self.training_sums
-        return R.risk_terms(*self.totals, self.strength, self.factor)
+        holdout, training = risk.HoldoutSums(*self.holdout), risk.LabelSums(*self.training)
+        forgetting, labels = risk.ForgettingSums(*self.forgetting), risk.LabelSums(*self.labels)
+        terms = risk.risk_terms(holdout, training, forgetting, self.strength, self._factor)
+        self.messages = risk.diagnostics(holdout, training, terms.estimate, self.task)
+        values = {f"risk_{name}": term for name, term in terms._asdict().items()}
+        if labels.count > 0:
+            values["risk_estimate"] = risk.combine_with_labels(terms.estimate, labels)
+            values["risk_label_score"] = labels.score / labels.count
+            values["risk_num_labels"] = labels.count
+        return values
+
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Merge the state of another instance into this one; see :meth:`torchmetrics.Metric.merge_state`."""
+        super().merge_state(incoming_state)
+        compat.forget_computed(self)
+        compat.mark_updated(self)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> RiskEstimate:
+        """Move the sums with the metric, but keep their precision if the model is cast to 16 bits."""
+        states = {name: getattr(self, name) for name in ("holdout", "training", "labels", "forgetting")}
+        for name in states:
+            setattr(self, name, torch.zeros(0))
+        super()._apply(*args, **kwargs)
+        for name, value in states.items():
+            setattr(self, name, value.to(self.device, wide_dtype(self.device)))
+        return self
+
+    def plot(
+        self, val: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]] | None = None, ax: AxType | None = None
+    ) -> PlotType:
+        """Plot the estimate, for one result or for a list of them, such as one per epoch.
+
+        Args:
+            val: A result of ``metric.compute`` or a list of them. If no value is provided, will automatically call
+                ``metric.compute`` and plot that result.
+            ax: A matplotlib axis object. If provided will add the plot to that axis.
+
+        Returns:
+            Figure and axes object.
+
+        Raises:
+            ModuleNotFoundError: If ``matplotlib`` is not installed.
+
+        Example:
+            >>> import torch
+            >>> from lightning_sensitivity import RiskEstimate
+            >>> metric = RiskEstimate("multiclass")
+            >>> metric.update(torch.randn(8, 3), torch.randn(8, 3))
+            >>> metric.update_training(torch.randn(8, 3), torch.randint(3, (8,)))
+            >>> figure, axes = metric.plot()
+        """
+        results = self.compute() if val is None else val
+        if isinstance(results, Mapping):
+            return self._plot(results["risk_estimate"], ax)
+        return self._plot([result["risk_estimate"] for result in results], ax)
 
 
 class LazyValue(Metric):
-    """Hold one value of one loader, which Lightning reads when the loader is done.
+    """Hold one value of one loader, which Lightning reads when all processes are done with the loader.
 
-    A value that is logged as a number at the epoch's end shows the last loader's in every column of
-    ``Trainer.validate``. Where there is no value, the last one stays; nan is logged, if there never was one.
+    Lightning gives ``Trainer.validate`` the column of a loader when it moves on to the next one. A number would have to
+    be reduced and logged in a batch hook before, which a process with fewer batches reaches at another time or never,
+    so that its collectives would meet other ones. A Metric is read at a time that is the same in all processes.
+
+    Where there is no value, the last one stays; nan is logged, if there never was one.
 
     Args:
-        values: Function that returns the values of the loader by name.
-        name: Name of the value.
+        read: Function that returns the value, or None.
     """
 
-    update_called = True  # the state that is read lives elsewhere
-
-    def __init__(self, values: Callable[[], Mapping[str, Tensor]], name: str) -> None:
+    def __init__(self, read: Callable[[], Tensor | None]) -> None:
         super().__init__(sync_on_compute=False, compute_with_cache=False)
-        self._values, self._name, self._has_value = values, name, False
+        self._read = read
+        self._has_value = False
+        self.reset()
+
+    def reset(self) -> None:
+        """Prepare for the next epoch."""
+        super().reset()
+        compat.mark_updated(self)  # the state that is read lives elsewhere
 
     def update(self) -> None:
         """Do nothing."""
 
     def compute(self) -> Tensor | None:
         """Read the value."""
-        value = self._values().get(self._name)
-        if value is None:
-            return None if self._has_value else torch.tensor(math.nan)
+        value = self._read()
+        if value is None and not self._has_value:
+            return torch.tensor(math.nan)
         self._has_value = True
         return value
+
+
+def _to_wide(rows: list[Tensor] | Tensor, device: torch.device) -> list[Tensor] | Tensor:
+    dtype = wide_dtype(device)
+    if isinstance(rows, Tensor):
+        return rows.to(device, dtype)
+    return [each.to(device, dtype) for each in rows]

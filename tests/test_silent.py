@@ -148,7 +148,7 @@ CASES = {
     "dict with logits": Case(forward=lambda m, x=None: {"z": x, "logits": m.net(x)}, step=output("logits")),
     "dict of heads": Case("!`outputs", "!`outputs", forward=lambda m, x: {"a": m.net(x)}, step=output("a")),
     "second head, outputs=": Case(forward=lambda m, x: (x, m.net(x)), both={"outputs": lambda y: y[1]}, step=output(1)),
-    "embedding, told by the second batch": Case(r="?beside an embedding", y=lambda f: f[:, :10].argmax(1),
+    "embedding, told by the second batch": Case(r="?look like embeddings", y=lambda f: f[:, :10].argmax(1),
         num_outputs=16, batch_size=16),
     # labels, which say nothing to S
     "-100": Case(None, RIGHT, y=lambda f: classes(f).masked_fill(is_upper(f), -100)),
@@ -172,7 +172,7 @@ class Model(Linear):
         self.net = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, case.num_outputs))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return (self.case.step(self, batch, lambda x: x) + 1).square().mean()
+        return 0.1 * (self.case.step(self, batch, lambda x: x) + 1).square().mean()
 
 
 @torch.no_grad()
@@ -183,7 +183,7 @@ def plain_sensitivity(case: Case, model: Model, _: Any, batches: list[Any], labe
         return torch.cat([case.step(model, *each) for each in zip(batches, noise, strict=True)])
 
     change = (outputs(0.1) - outputs(0.0)).double()
-    return {"val_sensitivity": (change.mean(1) if change.ndim > 1 else change).var(correction=0)}
+    return {"val_output_sensitivity": (change.mean(1) if change.ndim > 1 else change).var(correction=0)}
 
 
 @torch.no_grad()

@@ -121,7 +121,7 @@ class Table(Callback):
         )
 
 
-COLUMNS = ("val_loss", "val_score", "val_risk_estimate", "val_risk_variance", "val_sensitivity")
+COLUMNS = ("val_loss", "val_score", "val_risk_estimate", "val_risk_variance", "val_output_sensitivity")
 rows: list[list[float]] = []
 
 

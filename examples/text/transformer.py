@@ -117,11 +117,11 @@ class Curves(Callback):
 if args.task == "sentences":
     at = "model.bert.embeddings"
     monitors: list[Callback] = [RiskMonitor(), SensitivityMonitor(at=at, per_output=True)]
-    names = ["train_loss", "val_loss", "val_risk_estimate", "val_sensitivity"]
+    names = ["train_loss", "val_loss", "val_risk_estimate", "val_output_sensitivity"]
 else:  # classes come last: (N, T, K); of words there is no risk estimate
     at = "model.transformer.wte"
     monitors = [SensitivityMonitor(at=at, per_output=True, outputs=lambda result: result.logits.movedim(-1, 1))]
-    names = ["train_loss", "val_loss", "val_sensitivity"]
+    names = ["train_loss", "val_loss", "val_output_sensitivity"]
 
 columns: dict[str, list[float]] = {name: [] for name in names}
 samples = [sample for label, package in enumerate(PACKAGES) for sample in sentences(package, label)]
@@ -134,7 +134,7 @@ Trainer(max_epochs=NUM_EPOCHS, callbacks=[*monitors, Curves()], **quiet).fit(Tex
 
 losses = columns["val_loss"]
 gaps = [loss - train_loss for loss, train_loss in zip(losses, columns["train_loss"], strict=True)]
-print(f"\nSpearman correlation of sensitivity with the gap: {spearmanr(columns['val_sensitivity'], gaps)[0]:.2f}")
+print(f"\nSpearman correlation of sensitivity with the gap: {spearmanr(columns['val_output_sensitivity'], gaps)[0]:.2f}")
 best = losses.index(min(losses))
 print(f"The validation loss is lowest at epoch {best}, {losses[best]:.3f}, and {losses[-1]:.3f} at the end.")
 if "val_risk_estimate" in columns:

@@ -1,15 +1,25 @@
-"""The training samples of a fit: the first ones, to score the model on, and how many there are."""
+"""The training samples of a fit: the first ones, to score the model on, and how many different ones there are."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import Trainer
 from torch import Tensor
+from torch.utils.data import SequentialSampler
 
-from lightning_sensitivity.functional.tasks import IGNORED, check_task, infer_task, num_outputs
+from lightning_sensitivity.compat import training_loaders
+from lightning_sensitivity.functional.tasks import IGNORED, TASKS, Task, infer_task
+from lightning_sensitivity.functional.tensors import num_outputs
+
+
+class KeptBatch(NamedTuple):
+    """A training batch in the memory of the CPU."""
+
+    batch: Any
+    targets: Tensor
 
 
 class TrainingSamples:
@@ -19,23 +29,28 @@ class TrainingSamples:
     scored in eval mode: outputs during training come from earlier weights, with dropout.
 
     Args:
-        task: ``"auto"`` or one of :data:`~lightning_sensitivity.functional.tasks.TASKS`.
+        task: ``"auto"`` or a name of :data:`~lightning_sensitivity.functional.tasks.TASKS`.
         num_wanted: How many to keep in this process. Batches are kept whole.
-        num_in_epoch: How many samples an epoch had in this process, in a fit that goes on.
+        num_before: How many samples were counted in this process before a fit was resumed.
 
     Attributes:
         task: The task, once a batch was kept.
         batches: The kept batches, and their labels.
-        num_wanted: How many more samples to keep; not above 0 once there are enough.
-        num_outputs: K, as of the last pass.
+        num_missing: How many more samples to keep; not above 0 once there are enough.
+        num_outputs: K, of the first kept batch.
     """
 
-    def __init__(self, task: str, num_wanted: int, num_in_epoch: int) -> None:
-        self.task, self.num_wanted = task, num_wanted
-        self.batches: list[tuple[Any, Tensor]] = []
+    def __init__(self, task: str, num_wanted: int, num_before: int) -> None:
+        self.task: Task | None = TASKS.get(task)
+        self.batches: list[KeptBatch] = []
+        self.num_missing = num_wanted
         self.num_outputs: int | None = None
-        self._num_in_epoch, self._batch_size, self._num_batches = num_in_epoch, 0, 0
+        self._num_before = num_before
+        self._longest_epoch = 0
+        self._num_in_past_epochs = 0
         self._num_seen = torch.tensor(0)  # samples, in this epoch and process
+        self._num_batches = 0  # in this epoch
+        self._largest_batch = 0
 
     def keep(self, outputs: Tensor, batch: Any, targets: Tensor) -> None:
         """Keep a batch. The first one determines the task.
@@ -50,40 +65,81 @@ class TrainingSamples:
         """
         if outputs.ndim > 2 and math.prod(outputs.shape[2:]) > 1:
             raise ValueError(f"Outputs are dense, {tuple(outputs.shape)}: there is no estimate for pixels and tokens")
-        task = infer_task(outputs, targets) if self.task == "auto" else self.task
-        check_task(outputs, targets, task)
+        task = self.task or infer_task(outputs, targets)
+        task.check(outputs, targets)
         self.task = task
-        self.batches.append((move_data_to_device(batch, torch.device("cpu")), targets.to("cpu", copy=True)))
-        self.num_wanted, self.num_outputs = self.num_wanted - len(outputs), num_outputs(outputs)
+        self.batches.append(KeptBatch(move_data_to_device(batch, torch.device("cpu")), targets.to("cpu", copy=True)))
+        self.num_missing -= len(outputs)
+        self.num_outputs = num_outputs(outputs)
 
     def count(self, targets: Tensor) -> None:
-        """Count the samples of a batch that have a label, without waiting for the device."""
-        has_label = targets.long() != IGNORED if targets.ndim == 1 else targets.new_ones(len(targets))
+        """Count the samples of a batch that have a label, in integers and without waiting for the device."""
+        if targets.ndim == 1:
+            has_label = targets.long() != IGNORED
+        else:
+            has_label = torch.ones(len(targets), dtype=torch.bool, device=targets.device)
         self._num_seen = self._num_seen.to(has_label.device) + has_label.sum()
-        self._batch_size, self._num_batches = max(self._batch_size, len(targets)), self._num_batches + 1
+        self._largest_batch = max(self._largest_batch, len(targets))
+        self._num_batches += 1
 
     def start_epoch(self, trainer: Trainer) -> None:
         """Count from 0, and stop keeping samples, since a new epoch repeats them."""
-        if math.isinf(trainer.num_training_batches) or self._num_batches >= trainer.num_training_batches:
-            self._num_in_epoch, self.num_wanted = max(self._num_in_epoch, int(self._num_seen)), 0
-        # Else the fit was resumed amid the last epoch, and saw only its rest.
-        self._num_seen, self._num_batches = self._num_seen * 0, 0
+        num_seen = int(self._num_seen)
+        self._num_in_past_epochs += num_seen
+        is_whole = math.isinf(trainer.num_training_batches) or self._num_batches >= trainer.num_training_batches
+        if is_whole:  # otherwise the fit resumed in the middle of that epoch and saw only the rest of it
+            self._longest_epoch = max(self._longest_epoch, num_seen)
+            self.num_missing = 0
+        self._num_seen = torch.zeros_like(self._num_seen)
+        self._num_batches = 0
 
-    def num_in_epoch(self, trainer: Trainer) -> int:
-        """Compute n, the samples of the longest epoch so far, over all processes, which must all call it."""
-        share = trainer.num_training_batches / max(1, self._num_batches)
-        is_scaled = self._num_in_epoch == 0 and 1 < share < math.inf  # amid the first epoch, of a known length
-        num_seen = (self._num_seen * (share if is_scaled else 1)).clamp(min=self._num_in_epoch).long()
-        total = int(trainer.strategy.reduce(num_seen.to(trainer.strategy.root_device), reduce_op="sum"))
-        loader, *others = trainer.fit_loop._combined_loader.flattened  # type: ignore[union-attr]
-        if not others and self._batch_size <= (getattr(loader, "batch_size", None) or 0):
-            total = min(total, sized_len(getattr(loader, "dataset", None)) or total)  # a sampler may repeat samples
-        return total
+    def num_training(self, trainer: Trainer) -> int:
+        """Compute n, the number of different training samples over all processes, which must all call it."""
+        num_seen = max(self._num_before, self._num_in_this_process(trainer))
+        total = trainer.strategy.reduce(torch.tensor(num_seen, device=trainer.strategy.root_device), reduce_op="sum")
+        return min(int(total), self._size_of_dataset(trainer))
+
+    def _num_in_this_process(self, trainer: Trainer) -> int:
+        num_seen = int(self._num_seen)
+        if _sees_other_samples_in_each_epoch(trainer):
+            return self._num_in_past_epochs + num_seen
+        if self._longest_epoch == 0:
+            num_seen = self._extrapolated(num_seen, trainer.num_training_batches)
+        return max(self._longest_epoch, num_seen)
+
+    def _extrapolated(self, num_seen: int, num_batches: float) -> int:
+        """Scale up what was seen in the middle of the first epoch, if its length is known."""
+        is_in_the_middle = 0 < self._num_batches < num_batches < math.inf
+        return int(num_seen * num_batches / self._num_batches) if is_in_the_middle else num_seen
+
+    def _size_of_dataset(self, trainer: Trainer) -> float:
+        """Return the number of samples in the data set, which a sampler may repeat; inf where it is unknown."""
+        loader, *others = training_loaders(trainer)[0]
+        size = sized_len(getattr(loader, "dataset", None))
+        if others or size is None:
+            return math.inf
+        batch_size = getattr(loader, "batch_size", None)
+        batch_sampler = getattr(loader, "batch_sampler", None)
+        if batch_size is None and batch_sampler is not None:  # one of the user's own
+            batch_size = getattr(batch_sampler, "batch_size", self._largest_batch)
+        is_one_sample_an_item = self._largest_batch <= (batch_size or 0)  # and not a batch an item
+        return size if is_one_sample_an_item else math.inf
 
 
 def check_loaders(trainer: Trainer) -> None:
     """Refuse training loaders that repeat samples within an epoch."""
-    combined = trainer.fit_loop._combined_loader
-    lengths = {sized_len(loader) for loader in combined.flattened}  # type: ignore[union-attr]
-    if len(lengths) > 1 and combined._mode == "max_size_cycle":  # type: ignore[union-attr]
-        raise ValueError("Loaders of different lengths repeat samples, so their number is unknown")
+    loaders, mode = training_loaders(trainer)
+    lengths = {sized_len(loader) for loader in loaders}
+    if len(lengths) > 1 and mode == "max_size_cycle":
+        raise ValueError(
+            "Training loaders of different lengths repeat samples, so their number is unknown. Combine them with "
+            "`CombinedLoader(loaders, 'max_size')` or `'min_size'`, or give the labelled loader the largest length"
+        )
+
+
+def _sees_other_samples_in_each_epoch(trainer: Trainer) -> bool:
+    """Return whether epochs are cut short (`limit_train_batches`), and each one begins with other samples."""
+    loader, *others = training_loaders(trainer)[0]
+    length = sized_len(loader)
+    is_shuffled = not isinstance(getattr(loader, "sampler", None), SequentialSampler | None)
+    return not others and length is not None and trainer.num_training_batches < length and is_shuffled

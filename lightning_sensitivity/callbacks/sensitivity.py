@@ -1,18 +1,23 @@
 """The callback that logs output sensitivity: what to watch."""
 
+from __future__ import annotations
+
 from typing import ClassVar
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from lightning_sensitivity.arguments import Selector, check_argument, check_bool, check_int
 from lightning_sensitivity.callbacks.base import Monitor
-from lightning_sensitivity.functional.sensitivity import diagnostics
-from lightning_sensitivity.functional.tasks import are_log_probabilities, are_probabilities, lie_in_unit_interval
+from lightning_sensitivity.callbacks.session import Group
+from lightning_sensitivity.callbacks.trainer import Chart
+from lightning_sensitivity.functional.sensitivity import diagnostics, sensitivity_rows
+from lightning_sensitivity.functional.tensors import are_in_unit_interval, are_log_probabilities, are_probabilities
 from lightning_sensitivity.metric import OutputSensitivity
 from lightning_sensitivity.model import ModelCall, Noise
-from lightning_sensitivity.model.forward import Function, check_argument, check_int
-from lightning_sensitivity.model.isolation import Run
+from lightning_sensitivity.model.isolation import RunIsolated
 from lightning_sensitivity.model.noise import check_noise, noisy_outputs, submodule
 
 
@@ -23,31 +28,33 @@ class SensitivityMonitor(Monitor):
     Thiran, ICPR 2020, arXiv:2007.15378). It grows with the gap between validation and training loss, and is lowest
     before training: stop by :class:`~lightning_sensitivity.RiskMonitor`.
 
-    **Logged values**, with ``prefix`` before them (in ``Trainer.test`` with "test" for "val"): ``sensitivity``, in
-    squared units of the outputs, and its standard error ``sensitivity_stderr``. :attr:`metrics` has the metric of each
-    loader.
+    **Logged values**, with ``prefix`` before them (in ``Trainer.test`` with "test" for "val"): ``output_sensitivity``,
+    in squared units of the outputs, and its standard error ``output_sensitivity_stderr``. :attr:`metrics` has the
+    metric of each loader after a validation.
 
-    It costs 1 + ``num_draws`` forward passes on measured batches.
+    It costs 1 + ``num_draws`` forward passes over the measured samples. Small batches are measured together.
 
     Args:
         noise: σ of Gaussian noise in the units that the model receives, one number or one per channel, or a function
             ``(x, generator) -> x'``.
         at: Perturb the output of this submodule instead of the input.
         num_draws: Noise draws per sample.
+        per_output: Log the mean squared change of the single outputs instead, which also makes sense for probabilities
+            and two-class heads.
         num_samples: Samples times draws to measure per loader and epoch, over all processes; None for all. Batches are
             measured whole, evenly spaced and the same in every epoch. 1,200 give a standard error of about 5 %.
         seed: Seed of the noise. A batch gets the same noise in every epoch.
         prefix: Prefix of the logged names; with ``"val/"`` TensorBoard groups them with ``val/loss``.
-        inputs: How the model is called, and what is perturbed; see :class:`~lightning_sensitivity.model.ModelCall`.
-        outputs: Which outputs to compare, logits ``(N, K, ...)``; see
+        inputs: A function ``batch -> arguments`` of the model; by default see
+            :class:`~lightning_sensitivity.model.ModelCall`, which also says what is perturbed.
+        outputs: A function ``result -> logits``, ``(N, K, ...)``, of what the model returns; by default see
             :func:`~lightning_sensitivity.model.select_outputs`.
-        per_output: Log the mean squared change of the single outputs instead, which also has a meaning for
-            probabilities and heads of two classes.
-        every_n_epochs: Measure only every n-th epoch of a fit.
+        every_n_epochs: Measure only every n-th epoch of a fit: 0, n, 2n, ...
+        prog_bar: Show the sensitivity on the progress bar.
 
     Raises:
         MisconfigurationException: If an argument is not one of the above; before the first training step, if the
-            Trainer or the model can't be measured, or outputs are probabilities.
+            Trainer or the model can't be measured, outputs are probabilities, or somebody else logs the same names.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -55,30 +62,43 @@ class SensitivityMonitor(Monitor):
         >>> trainer = Trainer(callbacks=[SensitivityMonitor(noise=0.1)], logger=False)
     """
 
-    names = ("sensitivity", "sensitivity_stderr")
-    wrong_mode = "min"
-    advice = "which is lowest before training. Monitor the `risk_estimate` of `RiskMonitor`."
-    charts: ClassVar = {"loss": ".*loss", "sensitivity": r"sensitivity(/dataloader_idx_\d+)?$"}
+    names = ("output_sensitivity", "output_sensitivity_stderr")
+    charts: ClassVar = (
+        Chart(0, "loss", (r".*loss",)),
+        Chart(1, "output sensitivity", (r"output_sensitivity(/dataloader_idx_\d+)?$",)),
+    )
+    misleading_mode = "min"
+    misleading_mode_advice = "which is lowest before training. Monitor the `risk_estimate` of `RiskMonitor`."
 
     def __init__(
         self,
         noise: Noise = 0.1,
+        *,
         at: str | None = None,
         num_draws: int = 1,
+        per_output: bool = False,
         num_samples: int | None = 1200,
         seed: int = 0,
         prefix: str = "val_",
-        inputs: Function = None,
-        outputs: Function = None,
-        per_output: bool = False,
+        inputs: Selector | None = None,
+        outputs: Selector | None = None,
         every_n_epochs: int = 1,
+        prog_bar: bool = False,
     ) -> None:
-        check_argument("at", at, at is None or (isinstance(at, str) and at != ""), "a submodule's name or None")
-        check_argument("per_output", per_output, isinstance(per_output, bool), "a bool")
+        check_argument("at", at, isinstance(at, str | None), "the name of a submodule, or None")
         check_int("num_draws", num_draws, 1)
-        self.noise, self.at, self.num_draws, self.per_output = noise, at, num_draws, per_output
-        self._noise, self.noisy_input = check_noise(noise), at is None
-        super().__init__(num_samples, seed, prefix, inputs, outputs, every_n_epochs)
+        check_bool("per_output", per_output)
+        self.noise = noise
+        self.at = at
+        self.num_draws = num_draws
+        self.per_output = per_output
+        self._noise = check_noise(noise)
+        super().__init__(num_samples, seed, prefix, inputs, outputs, every_n_epochs, prog_bar)
+
+    @property
+    def num_draws_per_sample(self) -> int:
+        """Number of noisy passes that count against ``num_samples``."""
+        return self.num_draws
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the name of the submodule, too."""
@@ -87,39 +107,57 @@ class SensitivityMonitor(Monitor):
             submodule(pl_module, self.at)
 
     def check_outputs(self, outputs: Tensor) -> None:
-        """Refuse probabilities and log-probabilities, whose class average is another quantity than that of logits."""
-        if not self.per_output and (are_probabilities(outputs) or are_log_probabilities(outputs)):
-            advice = "select logits with `outputs=`, or use `per_output=True`"
-            raise MisconfigurationException(f"`SensitivityMonitor` needs logits, got (log-)probabilities: {advice}.")
+        """Refuse probabilities and log-probabilities: their class average is another quantity than that of logits."""
+        if self.per_output:
+            return
+        if are_probabilities(outputs) or are_log_probabilities(outputs):
+            raise MisconfigurationException(
+                "`SensitivityMonitor` needs logits, got (log-)probabilities: select logits with `outputs=`, or use "
+                "`per_output=True`."
+            )
+
+    def check_call(self, pl_module: LightningModule, run: RunIsolated, call: ModelCall) -> None:
+        """Try one noise draw."""
+        at = None if self.at is None else submodule(pl_module, self.at)
+        for _ in noisy_outputs(run, call, self._noise, [(self.seed, 0, 0, 0)], 1, at):
+            pass
 
     def make_metric(self) -> OutputSensitivity:
         """Make the metric of a loader for a validation."""
         return _LoaderSensitivity(self.per_output)
 
-    def measure(self, trainer: Trainer, run: Run, call: ModelCall, batch_idx: int, dataloader_idx: int) -> int:
-        """Run the model on a batch, clean and perturbed."""
-        pl_module, clean = trainer.lightning_module, run(call)
-        is_first = batch_idx == 0 and not self.per_output and not trainer.sanity_checking
-        if is_first and lie_in_unit_interval(clean):
-            self.failures.warn("probabilities", "sees only outputs in [0, 1]. If these are not logits, set `outputs=`.")
-        key = self.seed, trainer.global_rank, dataloader_idx, batch_idx
-        noisy = noisy_outputs(run, call, self._noise, key, self.num_draws, pl_module, self.at)
-        self.metric(trainer, dataloader_idx).update(clean, noisy)
-        return len(clean)
+    def measure(self, trainer: Trainer, run: RunIsolated, group: Group) -> None:
+        """Run the model on a group of batches, clean and perturbed."""
+        clean = self.clean_outputs(run, group)
+        if group.batches[0].batch_idx == 0:
+            self._warn_if_in_unit_interval(trainer, clean)
+        at = None if self.at is None else submodule(trainer.lightning_module, self.at)
+        keys = [(self.seed, trainer.global_rank, group.dataloader_idx, batch.batch_idx) for batch in group.batches]
+        rows = torch.zeros(())
+        for noisy in noisy_outputs(run, group.call, self._noise, keys, self.num_draws, at):
+            rows = rows.to(clean.device) + sensitivity_rows(clean, noisy)
+        self.metric(trainer, group.dataloader_idx).add_rows(rows)
 
-    def compute(self, trainer: Trainer, dataloader_idx: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def compute_values(self, trainer: Trainer, dataloader_idx: int) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Compute the values of a loader, and what to warn of."""
         metric = self.metric(trainer, dataloader_idx)
         value, estimate = metric.compute(), metric.estimate
         messages = diagnostics(estimate, self.per_output)
-        if estimate.num_changes < 2:
+        is_non_finite = bool(estimate.num_non_finite > 0 and estimate.num_samples == 0)
+        if estimate.num_changes < 2 and not is_non_finite:
             return {}, messages or {"no value": "There is no value: a variance needs two output changes."}
-        return {"sensitivity": value, "sensitivity_stderr": metric.stderr}, messages
+        return {"output_sensitivity": value, "output_sensitivity_stderr": metric.stderr}, messages
+
+    def _warn_if_in_unit_interval(self, trainer: Trainer, outputs: Tensor) -> None:
+        if self.per_output or trainer.sanity_checking or outputs.shape[1:] == (2,):
+            return
+        if are_in_unit_interval(outputs):
+            self.run_facts.failures.warn(
+                "probabilities", "got outputs that all lie in [0, 1]. If they are not logits, set `outputs=`."
+            )
 
 
 class _LoaderSensitivity(OutputSensitivity):
     """Measure one loader, and leave the warnings to the monitor."""
-
-    update_called = True  # a process that got no batch takes part in the others' reduction, without a warning
 
     _warn = staticmethod(lambda message: None)

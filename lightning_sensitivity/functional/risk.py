@@ -1,4 +1,4 @@
-"""The Brier score on unseen samples without their labels: claim, overconfidence, memorization and variance."""
+"""The Brier score on unseen samples without their labels: a sum of terms, and what a few labels add to it."""
 
 import math
 from typing import NamedTuple
@@ -6,12 +6,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_sensitivity.functional import tasks as T
+from lightning_sensitivity.functional.tasks import TASKS, Task
+from lightning_sensitivity.functional.tensors import are_probabilities, in_chunks, wide_dtype
 
-# Sums over holdout samples: number, claim, variance, claims of both sides of the variance, samples with the twin's very
-# outputs. Over training samples: labels that count, score, claim, outputs that leave [0, 1]. The last entry of both
-# counts samples with nan or inf.
-NUM_HOLDOUT_SUMS, NUM_TRAINING_SUMS = 7, 5
+LABEL_WEIGHT = 40  # m₀: how many validation labels weigh as much as the estimate
+FORGETTING_WEIGHT = 0.25
+TWIN_STRENGTH = 0.5  # λ of simulated twins; at full strength they break networks with max-pooling
 
 
 class RiskTerms(NamedTuple):
@@ -22,6 +22,7 @@ class RiskTerms(NamedTuple):
         claim: The score if the model's probabilities were right.
         overconfidence: How much higher the score on training samples is than the model claims there.
         memorization: How much more certain the model is on training samples than on unseen ones; 0 for real twins.
+        forgetting: How much of the fit to training labels a simulated twin loses; 0 for real twins.
         variance: Mean squared difference to the probabilities of a network that was trained on other samples.
     """
 
@@ -29,93 +30,215 @@ class RiskTerms(NamedTuple):
     claim: Tensor
     overconfidence: Tensor
     memorization: Tensor
+    forgetting: Tensor
     variance: Tensor
 
 
-def holdout_sums(outputs: Tensor, twin_outputs: Tensor, task: str, reference: Tensor | None = None) -> Tensor:
+class HoldoutSums(NamedTuple):
+    """Sums over unseen samples; float64 scalars.
+
+    Attributes:
+        count: Samples, times positions.
+        claim: Claims of the model.
+        variance: Squared differences between the twin and the reference.
+        reference_claim: Claims of the reference, which the twin is compared with.
+        twin_claim: Claims of the twin.
+        num_identical: Samples with the same outputs from twin and reference.
+        num_non_finite: Samples with nan or inf, left out.
+    """
+
+    count: Tensor
+    claim: Tensor
+    variance: Tensor
+    reference_claim: Tensor
+    twin_claim: Tensor
+    num_identical: Tensor
+    num_non_finite: Tensor
+
+
+class LabelSums(NamedTuple):
+    """Sums over labelled samples, of training or validation; float64 scalars.
+
+    Attributes:
+        count: Labels that count.
+        score: Brier scores.
+        claim: Claims of the model.
+        num_outside: Samples with an output outside of [0, 1].
+        num_non_finite: Samples with nan or inf, left out.
+    """
+
+    count: Tensor
+    score: Tensor
+    claim: Tensor
+    num_outside: Tensor
+    num_non_finite: Tensor
+
+
+class ForgettingSums(NamedTuple):
+    """Sums over training samples that twins have seen; float64 scalars.
+
+    Attributes:
+        count: Labels that count.
+        loss: By how much the twin gives the labels less probability than the reference.
+        num_non_finite: Samples with nan or inf, left out.
+    """
+
+    count: Tensor
+    loss: Tensor
+    num_non_finite: Tensor
+
+
+def holdout_sums(outputs: Tensor, twin_outputs: Tensor, task: Task, reference: Tensor | None = None) -> Tensor:
     """Sum up claims and variance over a batch of unseen samples.
 
     Args:
         outputs: Outputs in eval mode, ``(N, K, ...)`` or ``(N,)``.
         twin_outputs: Outputs of a twin.
-        task: One of :data:`~lightning_sensitivity.functional.tasks.TASKS`.
-        reference: Outputs to compare with the twin's, if others: those of batch norm by the batch.
+        task: The kind of classification.
+        reference: Outputs to compare the twin with, if not ``outputs``: those computed with batch statistics.
 
     Returns:
-        Shape ``(7,)``.
+        The entries of :class:`HoldoutSums` as one tensor.
     """
+    reference = outputs if reference is None else reference
 
-    def sums(*chunk: Tensor) -> Tensor:
-        p, twin_p, reference_p = (T.probabilities(each, task) for each in chunk)
-        claim, *claims = (_claims(each, task) for each in (p, reference_p, twin_p))
-        is_same = (chunk[1] == chunk[2])[..., None].flatten(1).all(1)
-        return _finite_sums(torch.ones_like(claim), claim, _distances(reference_p, twin_p, task), *claims, is_same)
+    def sums(outputs: Tensor, twin_outputs: Tensor, reference: Tensor) -> Tensor:
+        p, twin_p, reference_p = (task.probabilities(each) for each in (outputs, twin_outputs, reference))
+        is_identical = (twin_outputs == reference)[..., None].flatten(1).all(1)
+        claim = task.claims(p)
+        return _finite_sums(
+            torch.ones_like(claim),
+            claim,
+            task.distances(reference_p, twin_p),
+            task.claims(reference_p),
+            task.claims(twin_p),
+            is_identical,
+        )
 
-    return torch.stack(T.in_chunks(sums, outputs, twin_outputs, outputs if reference is None else reference)).sum(0)
+    return torch.stack(in_chunks(sums, outputs, twin_outputs, reference)).sum(0)
 
 
-def training_sums(outputs: Tensor, targets: Tensor, task: str) -> Tensor:
-    """Sum up scores and claims over a batch of training samples.
+def label_sums(outputs: Tensor, targets: Tensor, task: Task) -> Tensor:
+    """Sum up scores and claims over a batch of labelled samples.
 
     Args:
         outputs: Outputs in eval mode, ``(N, K, ...)`` or ``(N,)``.
-        targets: Their labels.
-        task: One of :data:`~lightning_sensitivity.functional.tasks.TASKS`.
+        targets: Their labels; those of -100 are ignored.
+        task: The kind of classification.
 
     Returns:
-        Shape ``(5,)``.
+        The entries of :class:`LabelSums` as one tensor.
     """
 
     def sums(outputs: Tensor, targets: Tensor) -> Tensor:
-        p = T.probabilities(outputs, task)
-        y, counts = T.target_probabilities(p, targets, task)
+        p = task.probabilities(outputs)
+        y, counts = task.target_probabilities(p, targets)
         is_outside = ((outputs < 0) | (outputs > 1)).reshape(p.shape).any(1)
-        return _finite_sums(counts, _distances(p, y, task) * counts, _claims(p, task) * counts, is_outside)
+        return _finite_sums(counts, task.distances(p, y) * counts, task.claims(p) * counts, is_outside)
 
-    return torch.stack(T.in_chunks(sums, outputs, targets.to(outputs.device))).sum(0)
+    return torch.stack(in_chunks(sums, outputs, targets.to(outputs.device))).sum(0)
 
 
-def risk_terms(holdout: Tensor, training: Tensor, strength: float | None = None, factor: float = 1.0) -> RiskTerms:
-    """Estimate the risk from sums over all batches and processes.
+def forgetting_sums(reference: Tensor, twin_outputs: Tensor, targets: Tensor, task: Task) -> Tensor:
+    """Sum up what a twin forgets of the labels of a batch of training samples.
 
     Args:
-        holdout: Sums from :func:`holdout_sums`.
-        training: Sums from :func:`training_sums`.
+        reference: Outputs of the model, computed as those of the twin.
+        twin_outputs: Outputs of a twin.
+        targets: Their labels; those of -100 are ignored.
+        task: The kind of classification.
+
+    Returns:
+        The entries of :class:`ForgettingSums` as one tensor.
+    """
+
+    def sums(reference: Tensor, twin_outputs: Tensor, targets: Tensor) -> Tensor:
+        p, twin_p = task.probabilities(reference), task.probabilities(twin_outputs)
+        y, counts = task.target_probabilities(p, targets)
+        return _finite_sums(counts, (task.agreements(p, y) - task.agreements(twin_p, y)) * counts)
+
+    return torch.stack(in_chunks(sums, reference, twin_outputs, targets.to(reference.device))).sum(0)
+
+
+def risk_terms(
+    holdout: HoldoutSums,
+    training: LabelSums,
+    forgetting: ForgettingSums | None = None,
+    strength: float | None = None,
+    factor: float = 1.0,
+) -> RiskTerms:
+    """Estimate the risk from sums over all batches and processes; see :func:`risk_estimate` for the formula.
+
+    Args:
+        holdout: Sums over unseen samples.
+        training: Sums over training samples.
+        forgetting: Sums over training samples and twins; None or of no sample for no such term.
         strength: λ of simulated twins; None for real ones.
         factor: Factor of the variance for simulated twins, from :func:`variance_factor`.
 
     Returns:
         The terms; nan without training or holdout samples.
     """
-    claim, variance, compared_claim, twin_claim = holdout[1:5] / holdout[0]
-    score, training_claim = training[1:3] / training[0]
-    overconfidence, memorization = score - training_claim, torch.zeros_like(claim)
+    claim = holdout.claim / holdout.count
+    variance = holdout.variance / holdout.count
+    training_claim = training.claim / training.count
+    overconfidence = training.score / training.count - training_claim
+    memorization = torch.zeros_like(claim)
+    forgotten = torch.zeros_like(claim)
     if strength is not None:
         overconfidence = torch.where(overconfidence > 0, overconfidence, overconfidence / 2)
         memorization = (claim - training_claim).clamp(min=0)
-        variance = factor * variance / strength**2 * (compared_claim / twin_claim).clamp(max=1).nan_to_num(1.0)
-    terms = claim, overconfidence, memorization, variance
+        shrinkage = (holdout.reference_claim / holdout.twin_claim).clamp(max=1).nan_to_num(1.0)
+        variance = factor * variance / strength**2 * shrinkage
+        if forgetting is not None:
+            share = (forgetting.loss / forgetting.count).nan_to_num(0.0)
+            forgotten = FORGETTING_WEIGHT * math.sqrt(factor) * share / strength**2
+    terms = claim, overconfidence, memorization, forgotten, variance
     return RiskTerms(torch.stack(terms).sum(0), *terms)
 
 
-def diagnostics(holdout: Tensor, training: Tensor) -> dict[str, str]:
+def combine_with_labels(estimate: Tensor, labels: LabelSums) -> Tensor:
+    """Combine the estimate with the score of the validation labels that there are.
+
+    With m labels of mean Brier score s it is :math:`(m s + m_0 R) / (m + m_0)`, with :math:`m_0 = 40`: the estimate
+    counts as much as 40 labels.
+
+    Args:
+        estimate: The estimate R without validation labels.
+        labels: Sums over labelled validation samples.
+    """
+    return (labels.score + LABEL_WEIGHT * estimate) / (labels.count + LABEL_WEIGHT)
+
+
+def diagnostics(holdout: HoldoutSums, training: LabelSums, estimate: Tensor, task: Task) -> dict[str, str]:
     """Explain what makes an estimate doubtful, or keeps it from being one, with one sentence for each problem.
 
     Args:
-        holdout: Sums from :func:`holdout_sums`.
-        training: Sums from :func:`training_sums`.
+        holdout: Sums over unseen samples.
+        training: Sums over training samples.
+        estimate: The estimate.
+        task: The kind of classification.
     """
     messages = {}
-    if training[0] > 0 and training[3] == 0:
+    if training.count > 0 and training.num_outside == 0:
         messages["probabilities"] = "All outputs lie in [0, 1]. If they are not logits, set `outputs=`."
-    if holdout[-1] + training[-1] > 0:
-        first, second = (math.ceil(float(sums[-1]) - 1e-6) for sums in (holdout, training))  # twins add parts
-        messages["non-finite"] = f"{first} validation and {second} training samples gave nan or inf, and were left out."
-    if holdout[5] > holdout[0] / 2:
-        reason = "twins give the outputs of the model, which has learned nothing yet, or caches its weights"
-        messages["no variance"] = f"There is no value: {reason}. `EarlyStopping(check_finite=False)` waits for one."
-    elif not messages and not (holdout[0] > 0 and training[0] > 0):
+    if holdout.num_non_finite + training.num_non_finite > 0:
+        messages["non-finite"] = (
+            f"{_ceil(holdout.num_non_finite)} validation and {_ceil(training.num_non_finite)} training samples "
+            "gave nan or inf, and were left out."
+        )
+    if holdout.num_identical > holdout.count / 2:
+        messages["no variance"] = (
+            "There is no value: the simulated twins reproduce the model's outputs. It has not learned anything yet, "
+            "or it caches its weights. `EarlyStopping(check_finite=False)` waits for a value."
+        )
+    elif not messages and not (holdout.count > 0 and training.count > 0):
         messages["no value"] = "There is no value: no kept training sample has a label, or no batch could be measured."
+    if estimate > task.max_score:
+        messages["too large"] = (
+            f"The estimate is {float(estimate):.2f}, and no Brier score is above {task.max_score:g}: "
+            "its size cannot be read here, only its course."
+        )
     return messages
 
 
@@ -126,15 +249,25 @@ def variance_factor(num_training: int, num_weights: int) -> float:
     The form was chosen on random runs, and has no constant; see ``examples/studies/early_stopping/README.md``.
 
     Args:
-        num_training: n, the number of training samples.
-        num_weights: w, the number of weights that are trained.
+        num_training: n, the number of training samples, 1 or more.
+        num_weights: w, the number of weights that are trained, 0 or more.
+
+    Returns:
+        The factor, from 0 to 1.
+
+    Raises:
+        ValueError: If a number is smaller.
 
     Example:
         >>> from lightning_sensitivity.functional import variance_factor
         >>> variance_factor(num_training=400, num_weights=10_000)
         0.5
     """
-    return float(min(1.0, (num_weights**0.5 / num_training) ** 0.5))
+    if num_training < 1:
+        raise ValueError(f"Expected `num_training` to be 1 or more, but got {num_training}.")
+    if num_weights < 0:
+        raise ValueError(f"Expected `num_weights` to be 0 or more, but got {num_weights}.")
+    return min(1.0, math.sqrt(math.sqrt(num_weights) / num_training))
 
 
 def risk_estimate(
@@ -143,8 +276,12 @@ def risk_estimate(
     train_outputs: Tensor,
     train_targets: Tensor,
     task: str = "multiclass",
+    *,
+    train_twin_outputs: Tensor | None = None,
     strength: float | None = None,
     factor: float = 1.0,
+    labelled_outputs: Tensor | None = None,
+    labels: Tensor | None = None,
 ) -> RiskTerms:
     r"""Estimate the Brier score on unseen samples from training labels and unlabelled samples.
 
@@ -158,25 +295,33 @@ def risk_estimate(
     where unseen labels agree with a network as its twins do, up to its miscalibration on its training samples,
     :math:`\mathbb{E}\,p \cdot y = \mathbb{E}\,p \cdot p' + \mathbb{E}_\text{train}\,p \cdot (y - p)`.
 
-    :func:`~lightning_sensitivity.model.twins.twin` simulates a twin of strength λ without a second training. Then the
-    variance is divided by λ², multiplied by min(1, claim of the network / claim of the twin), since noise makes a twin
-    less certain than another network would be, and multiplied by :func:`variance_factor`. Overconfidence below 0 counts
-    half: it may be memory of the training labels. And memorization is added, by how much the claim on unseen samples is
-    above that on training samples, where it is. ``examples/studies/early_stopping/README.md`` has the measurements.
+    :func:`~lightning_sensitivity.model.twins.twin` simulates a twin of strength λ without a second training. Then
 
-    Where training labels are wrong, it estimates the score against labels that are as wrong.
+    - the variance is divided by λ², multiplied by min(1, claim of the network / claim of the twin), since noise makes
+      a twin less certain than another network would be, and multiplied by :func:`variance_factor`, f;
+    - overconfidence below 0 counts half: it may be memory of the training labels;
+    - memorization is added: by how much the claim on unseen samples is above that on training samples, where it is;
+    - forgetting is added: :math:`\tfrac14 \sqrt f\, \mathbb{E}_\text{train}[p_y - p'_y] / \lambda^2`. To a network
+      that was trained on other samples, the training samples are unseen, so what it loses there was memory.
+
+    ``examples/studies/early_stopping/README.md`` has the measurements. Where training labels are noisy, it estimates
+    the score against labels that are as noisy. Validation labels, if there are some, are combined with it; see
+    :func:`combine_with_labels`.
 
     Args:
         outputs: Outputs for unlabelled samples that the network was not trained on, before softmax or sigmoid,
             floating, shape ``(N, K, ...)`` or ``(N,)``.
         twin_outputs: Outputs of the twin for the same samples.
         train_outputs: Outputs for training samples, in eval mode, shape ``(M, K, ...)`` or ``(M,)``.
-        train_targets: Their labels: ``(M, ...)`` integers (those of -100 don't count), or soft labels of the shape of
+        train_targets: Their labels: ``(M, ...)`` integers (those of -100 are ignored), or soft labels of the shape of
             ``train_outputs``, for ``"multiclass"``; of the shape of ``train_outputs`` for the others.
         task: ``"multiclass"`` scores the sum over classes of (p − y)²; ``"binary"`` and ``"multilabel"`` the mean over
             labels.
+        train_twin_outputs: Outputs of the simulated twin for the training samples; None for no forgetting.
         strength: λ, if the twin is simulated; None for a real one.
         factor: Factor of the variance for a simulated twin, from :func:`variance_factor`.
+        labelled_outputs: Outputs for validation samples that have a label.
+        labels: Their labels, as ``train_targets``.
 
     Returns:
         The estimate and its terms, scalar tensors, float64 (float32 on MPS).
@@ -192,38 +337,53 @@ def risk_estimate(
         >>> risk_estimate(outputs, twin_outputs, train_outputs, train_targets).estimate
         tensor(0.3832, dtype=torch.float64)
     """
-    if task not in T.TASKS:
-        raise ValueError(f"Expected `task` to be one of {', '.join(map(repr, T.TASKS))}, but got {task!r}.")
-    T.check_task(train_outputs, train_targets, task)
-    tensors = {"outputs": outputs, "twin_outputs": twin_outputs, "train_outputs": train_outputs}
-    if outputs.shape != twin_outputs.shape or outputs.shape[1:2] != train_outputs.shape[1:2]:
+    if task not in TASKS:
+        raise ValueError(f"Expected `task` to be one of {', '.join(map(repr, TASKS))}, but got {task!r}.")
+    if strength is not None and not strength > 0:
+        raise ValueError(f"Expected `strength` to be above 0, or None for a real twin, but got {strength}.")
+    kind = TASKS[task]
+    logits = {"outputs": outputs, "twin_outputs": twin_outputs, "train_outputs": train_outputs}
+    _check_logits(logits, kind)
+    training = _labelled_sums("train_targets", train_outputs, train_targets, kind)
+    forgetting = None
+    if train_twin_outputs is not None:
+        _check_logits({"train_outputs": train_outputs, "train_twin_outputs": train_twin_outputs}, kind)
+        forgetting = ForgettingSums(*forgetting_sums(train_outputs, train_twin_outputs, train_targets, kind))
+    holdout = HoldoutSums(*holdout_sums(outputs, twin_outputs, kind))
+    terms = risk_terms(holdout, training, forgetting, strength, factor)
+    if labelled_outputs is None or labels is None:
+        return terms
+    validation = _labelled_sums("labels", labelled_outputs, labels, kind)
+    return terms._replace(estimate=combine_with_labels(terms.estimate, validation))
+
+
+def _labelled_sums(name: str, outputs: Tensor, targets: Tensor, task: Task) -> LabelSums:
+    task.check(outputs, targets)
+    sums = LabelSums(*label_sums(outputs, targets, task))
+    if not sums.count > 0:
+        raise ValueError(f"Expected `{name}` to hold a label that counts, but all are -100.")
+    return sums
+
+
+def _check_logits(tensors: dict[str, Tensor], task: Task) -> None:
+    first, second, *others = tensors.values()
+    if first.shape != second.shape or any(other.shape[1:2] != first.shape[1:2] for other in others):
         shapes = [tuple(tensor.shape) for tensor in tensors.values()]
         raise ValueError(f"Expected `{'`, `'.join(tensors)}` of the same K, but got {shapes}.")
     for name, tensor in tensors.items():
-        valid = tensor.is_floating_point() and tensor.numel() > 0
-        if not valid or (task == "multiclass" and T.are_probabilities(tensor)):
+        is_valid = tensor.is_floating_point() and tensor.numel() > 0
+        if not is_valid or (task.name == "multiclass" and are_probabilities(tensor)):
             got = f"{tensor.dtype} of shape {tuple(tensor.shape)}, or probabilities"
             raise ValueError(f"Expected `{name}` to be floating logits of one sample or more, but got {got}.")
-    training = training_sums(train_outputs, train_targets, task)
-    if not training[0] > 0:
-        raise ValueError("Expected `train_targets` to hold a label that counts, but all are -100.")
-    return risk_terms(holdout_sums(outputs, twin_outputs, task), training, strength, factor)
-
-
-def _claims(p: Tensor, task: str) -> Tensor:
-    """Score predictions ``(N, K, ...)`` as they claim to be: their Gini impurity, ``(N, ...)``."""
-    return 1 - p.square().sum(1) if task == "multiclass" else (p * (1 - p)).mean(1)
-
-
-def _distances(p: Tensor, other: Tensor, task: str) -> Tensor:
-    """Square the difference of predictions, or of predictions and labels, ``(N, ...)``."""
-    squares = (p - other).square_()
-    return squares.sum(1) if task == "multiclass" else squares.mean(1)
 
 
 def _finite_sums(*values: Tensor) -> Tensor:
     """Sum up values over samples for which all are finite, and count the others, without waiting for the device."""
-    dtype = T.wide_dtype(values[0].device)
+    dtype = wide_dtype(values[0].device)
     rows = torch.stack([each.to(dtype)[:, None].flatten(1).sum(1) for each in values], dim=1)
     is_finite = rows.isfinite().all(1)
     return torch.cat([rows.where(is_finite[:, None], 0.0).sum(0), (~is_finite).sum(0, keepdim=True)])
+
+
+def _ceil(count: Tensor) -> int:
+    return math.ceil(float(count) - 1e-6)  # several twins add parts of a sample

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from lightning_sensitivity.functional.sensitivity import sensitivity_from_rows, sensitivity_rows, squared_deviations
-from lightning_sensitivity.functional.tasks import by_position, probabilities, target_probabilities, wide_dtype
+from lightning_sensitivity.functional.tasks import TASKS
+from lightning_sensitivity.functional.tensors import by_position, wide_dtype
 
 Samples = dict[str, Tensor]  # for each name one number per sample, or a row of them
 
@@ -72,7 +73,8 @@ def score_samples(clean: Tensor, noisy: Iterable[Tensor], targets: Tensor | None
     if log_p.shape[3] == 1:
         scores["log_p"] = log_p[..., 0].float()
     if targets is not None:
-        y, counts = target_probabilities(probabilities(clean, task), targets, task)
+        kind = TASKS[task]
+        y, counts = kind.target_probabilities(kind.probabilities(clean), targets)
         y, counts = by_position(y).to(log_p), counts[:, None].flatten(1)
         loss, error = _expected(log_p, y[:, None] if task == "multiclass" else torch.stack([1 - y, y], 2))
         scores |= {"loss": (loss * counts).sum(1), "error": (error * counts).sum(1), "num_labels": counts.sum(1)}

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_sensitivity.functional.tasks import by_position, in_chunks, warn, wide_dtype
+from lightning_sensitivity.functional.reporting import warn
+from lightning_sensitivity.functional.tensors import by_position, in_chunks, wide_dtype
 
 # Columns of a row: number of changes of a sample (draws times positions); sum and sum of squares of its class-averaged
 # changes; sum of the mean squared changes of its single outputs; K, once for each change.
@@ -16,7 +17,7 @@ _SMALL_SHARE = 0.01  # of the class mean that independent outputs would have
 
 
 class SensitivityEstimate(NamedTuple):
-    """Hold the estimates from rows; scalar tensors, but for K.
+    """Hold the estimates from rows: scalar tensors, except ``num_outputs``.
 
     Attributes:
         sensitivity: S, in squared units of the outputs.
@@ -99,15 +100,25 @@ def sensitivity_from_rows(rows: Tensor) -> SensitivityEstimate:
     is_finite = rows.isfinite().all(1)
     kept = rows[is_finite]
     count, squares, deviations = kept[:, 0], kept[:, 3], squared_deviations(kept)
-    sensitivity, mean_square = deviations.sum() / count.sum(), squares.sum() / count.sum()
+    total = count.sum()
+    sensitivity = deviations.sum() / total
+    mean_square = squares.sum() / total
     correction = math.sqrt(len(kept) / (len(kept) - 1)) if len(kept) > 1 else math.nan
 
     def stderr(values: Tensor, mean: Tensor) -> Tensor:
-        return correction * (values - mean * count).square().sum().sqrt() / count.sum()
+        return correction * (values - mean * count).square().sum().sqrt() / total
 
-    values = sensitivity, stderr(deviations, sensitivity), mean_square, stderr(squares, mean_square)
-    share = kept[:, 2].sum() / squares.sum()
-    return SensitivityEstimate(*values, share, is_finite.sum(), count.sum(), (~is_finite).sum(), int(sizes[0]))
+    return SensitivityEstimate(
+        sensitivity=sensitivity,
+        stderr=stderr(deviations, sensitivity),
+        mean_square=mean_square,
+        mean_square_stderr=stderr(squares, mean_square),
+        class_mean_share=kept[:, 2].sum() / squares.sum(),
+        num_samples=is_finite.sum(),
+        num_changes=total,
+        num_non_finite=(~is_finite).sum(),
+        num_outputs=int(sizes[0]),
+    )
 
 
 def squared_deviations(rows: Tensor) -> Tensor:
@@ -137,10 +148,14 @@ def diagnostics(estimate: SensitivityEstimate, per_output: bool = False) -> dict
         messages["non-finite"] = f"{int(estimate.num_non_finite)} samples gave nan or inf, and were left out."
     share, num_outputs = float(estimate.class_mean_share), estimate.num_outputs
     if estimate.mean_square == 0:
-        messages["no change"] = "No output changed: the noise reaches none (see `inputs=` and `at=`), or weights are 0."
+        messages["no change"] = (
+            "No output changed: the noise does not reach the outputs (see `inputs=` and `at=`), or all weights are 0."
+        )
     elif not per_output and num_outputs > 1 and share * num_outputs < _SMALL_SHARE:
-        reason = "as with two-class heads, probabilities and centred logits. `per_output=True` sees all"
-        messages["class mean"] = f"S sees only {share:.1e} of the outputs' change, {reason}."
+        messages["class mean"] = (
+            f"Only {share:.1e} of the change in the outputs survives averaging over classes, as with two-class heads, "
+            "probabilities and centred logits. `per_output=True` measures all of it."
+        )
     return messages
 
 

@@ -3,24 +3,28 @@
 import copy
 import inspect
 import math
-from collections.abc import Callable, Mapping
-from numbers import Integral
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-Function = Callable[..., Any] | None  # that selects something; None for the rules here
+from lightning_sensitivity.arguments import Selector, describe
+from lightning_sensitivity.compat import original_module
+
 Perturb = Callable[[Tensor], Tensor]
 
 # Names of labels in batches of torch, transformers and Lightning's examples.
 TARGET_NAMES = ("label", "labels", "target", "targets", "y")
-_CHOOSE = "Select it: `inputs=lambda batch: batch['image']`, or `at=` a submodule where inputs can take no noise."
+_CHOOSE = (
+    "Select the model's arguments: `inputs=lambda batch: batch['image']`; "
+    "for `forward(batch)`, `inputs=lambda batch: (batch,)`."
+)
 
 
 class ModelCall:
-    """Call a model on one batch any number of times, with clean or perturbed inputs.
+    """Call a model on one batch, or on several at once, any number of times, with clean or perturbed inputs.
 
     =======================  =========================================  ===============================================
     batch                    how the model is called                    what is perturbed
@@ -28,7 +32,7 @@ class ModelCall:
     a function ``inputs``    with what the function returns: one        all floating tensors in the first argument
                              argument, or a tuple of them
     a mapping                with the entries that ``forward`` names    the only floating tensor that is not called
-                             (all, if it takes ``**kwargs`` alone)      like labels
+                             (all, if it takes only ``**kwargs``)       like labels
     a tuple or list          with as many elements as ``forward``       all floating tensors in the first element
                              requires arguments, at least one
     anything else            with the batch                             the batch, if it is a tensor
@@ -38,35 +42,33 @@ class ModelCall:
         model: The module, whose ``forward`` names the arguments.
         batch: What the loader gave, on the model's device.
         inputs: A function ``batch -> arguments``, or None for the rules above.
-        outputs: Which outputs to take; see :func:`select_outputs`.
-        noisy_input: Whether an input gets noise, so that it has to be floating.
+        outputs: A function ``result -> outputs``, or None; see :func:`select_outputs`.
 
     Attributes:
         args: Positional arguments of the model.
         kwargs: Keyword arguments of the model.
+        sizes: Number of samples of each batch that was joined into this call; 0 if no tensor tells it.
 
     Raises:
-        MisconfigurationException: If it is not clear how to call the model, or what to perturb.
+        MisconfigurationException: If it is not clear how to call the model.
     """
 
     def __init__(
-        self, model: nn.Module, batch: Any, inputs: Function = None, outputs: Function = None, noisy_input: bool = True
+        self, model: nn.Module, batch: Any, inputs: Selector | None = None, outputs: Selector | None = None
     ) -> None:
-        self._model, self._outputs = model, outputs
+        self._model = model
+        self._outputs = outputs
         self.args: tuple[Any, ...] = (batch,)
         self.kwargs: dict[str, Any] = {}
         if inputs:
             arguments = inputs(clone_tensors(batch))  # which may write into it
             self.args = arguments if type(arguments) is tuple else (arguments,)
         elif isinstance(batch, Mapping):
-            self.args, self.kwargs = (), _named_arguments(model, batch)
+            self.args = ()
+            self.kwargs = _named_arguments(model, batch)
         elif isinstance(batch, list | tuple) and len(batch):
-            count = max(1, num_required(model))
-            if len(batch) < count:
-                expected = f"return the {count} arguments that `forward` requires"
-                raise MisconfigurationException(f"`inputs` should {expected}, from {describe(batch)}. {_CHOOSE}")
-            self.args = tuple(batch[:count])
-        self._perturbed: int | str | None = self._first_floating(batch) if noisy_input else None
+            self.args = _positional_arguments(model, batch)
+        self.sizes = [_num_samples(self.args, self.kwargs)]
 
     def __call__(self, perturb: Perturb | None = None) -> Tensor:
         """Call the model with copies of the arguments, perturbed or not, and select its outputs.
@@ -75,54 +77,94 @@ class ModelCall:
             perturb: Function that returns the perturbed tensor; None for the batch as it is.
 
         Raises:
-            MisconfigurationException: If there are no outputs, or their dimension 1 could be a position.
+            MisconfigurationException: If there are no outputs, or their dimension 1 could be a position; if no input
+                can be perturbed.
         """
-        args = tuple(self._copy(index, value, perturb) for index, value in enumerate(self.args))
-        kwargs = {name: self._copy(name, value, perturb) for name, value in self.kwargs.items()}
+        perturbed = None if perturb is None else self.perturbed_argument()
+        args = [_copy(value, perturb if index == perturbed else None) for index, value in enumerate(self.args)]
+        kwargs = {name: _copy(value, perturb if name == perturbed else None) for name, value in self.kwargs.items()}
         outputs = select_outputs(self._model(*args, **kwargs), self._outputs)
-        if self._outputs is None and math.prod(outputs.shape[2:]) > 1:
-            shapes = [x.shape[1:] for x in tensors_in([self.args, self.kwargs]) if not x.is_nested]
-            if not any(set(outputs.shape[2:]) <= set(s) and outputs.shape[1] not in s for s in shapes):
-                where = (
-                    "if they are last, `outputs=lambda y: y.movedim(-1, 1)`; if they are there, `outputs=lambda y: y`"
-                )
-                got = f"got {[*outputs.shape]}; {where}"
-                raise MisconfigurationException(f"`outputs` should move the classes to dimension 1, {got}.")
+        if self._outputs is None:
+            self._check_class_dimension(outputs)
         return outputs
 
-    def _first_floating(self, batch: Any) -> int | str:
-        """Find the argument to perturb."""
+    def perturbed_argument(self) -> int | str:
+        """Find the argument to perturb: its index or name.
+
+        Raises:
+            MisconfigurationException: If there is none, or several could be.
+        """
         candidates: dict[int | str, Any] = dict(enumerate(self.args[:1]))
         candidates |= {name: value for name, value in self.kwargs.items() if name not in TARGET_NAMES}
-        floating = [place for place, value in candidates.items() if any(map(is_floating, tensors_in(value)))]
-        if len(floating) != 1:
-            got = f"{floating} in {describe(batch)}" if self.kwargs else describe(self.args[:1])
-            raise MisconfigurationException(f"Expected one dense floating input, got {got}. {_CHOOSE}")
-        return floating[0]
+        floating = [key for key, value in candidates.items() if any(map(is_floating, tensors_in(value)))]
+        if len(floating) == 1:
+            return floating[0]
+        got = "; ".join(f"{key!r}: {describe(value)}" for key, value in (dict(enumerate(self.args)) | self.kwargs).items())
+        found = f"several: {', '.join(map(repr, floating))}" if floating else "none"
+        raise MisconfigurationException(
+            f"Expected one dense floating input to perturb, got {found} among the arguments of `forward` ({got}). "
+            f"{_CHOOSE} Where inputs can take no noise, as token ids, perturb a submodule: `at='embedding'`."
+        )
 
-    def _copy(self, place: int | str, value: Any, perturb: Perturb | None) -> Any:
-        if perturb is None or place != self._perturbed:
-            return clone_tensors(value)
-        return clone_tensors(value, lambda tensor: perturb(tensor) if is_floating(tensor) else tensor.clone())
+    def copied(self) -> "ModelCall":
+        """Copy the call with its arguments, which the user's step may write to."""
+        new = copy.copy(self)
+        new.args = clone_tensors(self.args)
+        new.kwargs = clone_tensors(self.kwargs)
+        return new
+
+    def select(self, samples: slice) -> "ModelCall":
+        """Make the call on some of the samples; only for calls with a :meth:`layout`."""
+        new = copy.copy(self)
+        new.args = tuple(value[samples] if isinstance(value, Tensor) else value for value in self.args)
+        kwargs = self.kwargs.items()
+        new.kwargs = {name: value[samples] if isinstance(value, Tensor) else value for name, value in kwargs}
+        new.sizes = [_num_samples(new.args, new.kwargs)]
+        return new
+
+    def layout(self) -> tuple[object, ...] | None:
+        """Return what has to be equal in calls that are joined: shapes and types of one sample; None if none can be."""
+        layout: list[object] = [len(self.args), *self.kwargs]
+        for value in (*self.args, *self.kwargs.values()):
+            if isinstance(value, Tensor):
+                is_plain = type(value) is Tensor and value.layout == torch.strided and not value.is_nested
+                if not is_plain or value.ndim == 0 or len(value) != sum(self.sizes):
+                    return None
+                layout.append((value.shape[1:], value.dtype, value.device))
+            elif value is None or isinstance(value, bool | int | float | str):
+                layout.append(value)
+            else:
+                return None
+        has_samples = any(isinstance(value, Tensor) for value in (*self.args, *self.kwargs.values()))
+        return tuple(layout) if has_samples else None
+
+    def _check_class_dimension(self, outputs: Tensor) -> None:
+        if math.prod(outputs.shape[2:]) <= 1:
+            return
+        shapes = [x.shape[1:] for x in tensors_in([self.args, self.kwargs]) if not x.is_nested]
+        if not any(set(outputs.shape[2:]) <= set(s) and outputs.shape[1] not in s for s in shapes):
+            raise MisconfigurationException(
+                f"`outputs` should move the classes to dimension 1, got {[*outputs.shape]}; if they are last, "
+                "`outputs=lambda y: y.movedim(-1, 1)`; if they are there, `outputs=lambda y: y`."
+            )
 
 
-def _named_arguments(model: nn.Module, batch: Mapping[Any, Any]) -> dict[str, Any]:
-    parameters = parameters_of(model)
-    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    if {p.kind for p in parameters} == {inspect.Parameter.VAR_KEYWORD}:
-        names = [key for key in batch if isinstance(key, str)]
-    arguments = {name: batch[name] for name in batch if name in names}
-    if not arguments:
-        got = f"from {describe(batch)}. {_CHOOSE}"
-        raise MisconfigurationException(f"`inputs` should return the arguments of `forward`, {got}")
-    return arguments
+def join_calls(calls: Sequence[ModelCall]) -> ModelCall:
+    """Join calls of the same layout (see :meth:`ModelCall.layout`) into one call on all of their samples."""
+    if len(calls) == 1:
+        return calls[0]
+    joint = copy.copy(calls[0])
+    joint.args = tuple(_join(values) for values in zip(*(call.args for call in calls), strict=True))
+    joint.kwargs = {name: _join([call.kwargs[name] for call in calls]) for name in joint.kwargs}
+    joint.sizes = [size for call in calls for size in call.sizes]
+    return joint
 
 
-def select_outputs(result: Any, outputs: Function = None) -> Tensor:
+def select_outputs(result: Any, outputs: Selector | None = None) -> Tensor:
     """Select the outputs in what the model returned.
 
     Args:
-        result: A tensor; a tuple or list, of which the first element is taken; or a mapping or object with ``logits``.
+        result: A tensor; a tuple or list, whose first element is taken; or a mapping or object with ``logits``.
         outputs: A function ``result -> tensor``, or None for the rules above.
 
     Raises:
@@ -136,17 +178,19 @@ def select_outputs(result: Any, outputs: Function = None) -> Tensor:
         first = result[0] if isinstance(result, list | tuple) and result else result
         selected = getattr(result, "logits", first)
     if not isinstance(selected, Tensor) or selected.ndim == 0 or not is_floating(selected):
-        got = f"got {describe(selected)}, from {describe(result)}"
-        raise MisconfigurationException(f"`outputs` should select a floating tensor (N, K, ...) or (N,), {got}.")
+        raise MisconfigurationException(
+            f"`outputs` should select a floating tensor (N, K, ...) or (N,), got {describe(selected)}, "
+            f"from {describe(result)}, which `forward` returned."
+        )
     return selected
 
 
-def select_targets(model: nn.Module, batch: Any, targets: Function = None) -> Tensor:
+def select_targets(model: nn.Module, batch: Any, targets: Selector | None = None) -> Tensor:
     """Select the labels in a batch.
 
     Args:
         model: The module, whose ``forward`` says how many elements of a batch are inputs.
-        batch: What the loader gave.
+        batch: What the loader gave. A function ``targets`` gets it as it is, and must not write to it.
         targets: A function ``batch -> tensor``, or None: the last of the elements of a tuple or list if all others are
             inputs of ``forward``; the only entry or attribute that is called ``label``, ``labels``, ``target``,
             ``targets`` or ``y``.
@@ -156,7 +200,7 @@ def select_targets(model: nn.Module, batch: Any, targets: Function = None) -> Te
     """
     selected: Any = None
     if targets:
-        selected = targets(clone_tensors(batch))
+        selected = targets(batch)
     elif isinstance(batch, list | tuple):
         selected = batch[-1] if len(batch) == max(1, num_required(model)) + 1 else None
     elif not isinstance(batch, Tensor):
@@ -164,39 +208,21 @@ def select_targets(model: nn.Module, batch: Any, targets: Function = None) -> Te
         tensors = [value for value in named.values() if isinstance(value, Tensor)]
         selected = tensors[0] if len(tensors) == 1 else None
     if not isinstance(selected, Tensor):
-        where = "`targets` should return the labels, such as `targets=lambda batch: batch[1]`"
-        raise MisconfigurationException(f"{where}, from {describe(batch)}.")
+        raise MisconfigurationException(
+            f"`targets` should return the labels, such as `targets=lambda batch: batch[1]`, from {describe(batch)}."
+        )
     return selected
 
 
 def parameters_of(model: nn.Module) -> list[inspect.Parameter]:
     """List the parameters of the ``forward`` of a module, compiled or not."""
-    module: Any = getattr(model, "_orig_mod", model)
-    return list(inspect.signature(module.forward).parameters.values())
+    return list(inspect.signature(original_module(model).forward).parameters.values())
 
 
 def num_required(model: nn.Module) -> int:
     """Count the positional arguments that the ``forward`` of a module requires."""
     kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
     return sum(p.default is p.empty and p.kind in kinds for p in parameters_of(model))
-
-
-def check_argument(name: str, value: object, valid: bool, expected: str) -> None:
-    """Raise MisconfigurationException, saying what the argument should be, unless it is valid."""
-    if not valid:
-        raise MisconfigurationException(f"`{name}` should be {expected}, got {value!r}.")
-
-
-def check_int(name: str, value: object, minimum: int) -> None:
-    """Require an int (not a bool) of at least a minimum."""
-    valid = isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= minimum
-    check_argument(name, value, valid, f"an int of {minimum} or more")
-
-
-def check_functions(**functions: object) -> None:
-    """Require functions that select a part of a batch or of an output, or None."""
-    for name, value in functions.items():
-        check_argument(name, value, value is None or callable(value), "a function, such as `lambda x: x[0]`, or None")
 
 
 def clone_tensors(value: Any, clone: Callable[[Tensor], Tensor] = Tensor.clone) -> Any:
@@ -207,9 +233,10 @@ def clone_tensors(value: Any, clone: Callable[[Tensor], Tensor] = Tensor.clone) 
         new = copy.copy(value)
         new.update({key: clone_tensors(item, clone) for key, item in value.items()})
         return new
-    if type(value) in (list, tuple) or hasattr(value, "_fields"):
-        items = [clone_tensors(item, clone) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*[clone_tensors(item, clone) for item in value])
+    if type(value) in (list, tuple):
+        return type(value)(clone_tensors(item, clone) for item in value)
     return copy.deepcopy(value)
 
 
@@ -226,12 +253,41 @@ def tensors_in(value: Any) -> list[Tensor]:
     return [tensor for item in items for tensor in tensors_in(item)]
 
 
-def describe(value: Any) -> str:
-    """Describe a value for an error message."""
-    if isinstance(value, Tensor):
-        return f"a tensor of {value.dtype}" + ("" if value.is_nested else f" and shape {tuple(value.shape)}")
-    if isinstance(value, Mapping):
-        return f"{type(value).__name__} of {', '.join(map(repr, value))}"
-    if isinstance(value, list | tuple):
-        return f"{type(value).__name__} of {len(value)}: {', '.join(map(describe, value[:5]))}"
-    return type(value).__name__
+def _positional_arguments(model: nn.Module, batch: Sequence[Any]) -> tuple[Any, ...]:
+    count = max(1, num_required(model))
+    if len(batch) < count:
+        raise MisconfigurationException(
+            f"`inputs` should return the {count} arguments that `forward` requires, from {describe(batch)}. {_CHOOSE}"
+        )
+    return tuple(batch[:count])
+
+
+def _named_arguments(model: nn.Module, batch: Mapping[Any, Any]) -> dict[str, Any]:
+    parameters = parameters_of(model)
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if {p.kind for p in parameters} == {inspect.Parameter.VAR_KEYWORD}:
+        names = [key for key in batch if isinstance(key, str)]
+    arguments = {name: batch[name] for name in batch if name in names}
+    if not arguments:
+        raise MisconfigurationException(
+            f"`inputs` should return the arguments of `forward`, from {describe(batch)}. {_CHOOSE}"
+        )
+    return arguments
+
+
+def _num_samples(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Count the samples of a batch by the first dimension of the first tensor; 0 if there is none."""
+    for tensor in tensors_in([args, kwargs]):
+        if not tensor.is_nested and tensor.ndim > 0:
+            return len(tensor)
+    return 0
+
+
+def _copy(value: Any, perturb: Perturb | None) -> Any:
+    if perturb is None:
+        return clone_tensors(value)
+    return clone_tensors(value, lambda tensor: perturb(tensor) if is_floating(tensor) else tensor.clone())
+
+
+def _join(values: Sequence[Any]) -> Any:
+    return torch.cat(list(values)) if isinstance(values[0], Tensor) else values[0]

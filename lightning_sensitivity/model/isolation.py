@@ -1,31 +1,49 @@
 """Run a model so that no trace is left: in eval mode, without gradients, with all state restored."""
 
+import collections
 import copy
 import sys
+import types
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
+from torch.utils.data import DataLoader, Dataset
 
-Run = Callable[..., Any]  # runs a function that runs the model, and leaves no trace
+from lightning_sensitivity.compat import collect_rng_states, set_rng_states
 
-_MAX_ITEMS = 1000  # of a list or dict of a module that is copied for every pass
+T = TypeVar("T")
+
+_MAX_ITEMS = 1000  # of a container that is copied for every pass
+_MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))  # parameters, buffers, hooks, the mode
+_CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque)
+_IMMUTABLE = (bool, int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device, torch.Size)
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType)
+_LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")
+
+
+class RunIsolated(Protocol):
+    """Call a function that runs the model, and leave no trace of it."""
+
+    def __call__(self, function: Callable[..., T], *args: Any) -> T:
+        """Return what the function returns."""
 
 
 @contextmanager
-def isolated(model: nn.Module) -> Iterator[Run]:
+def isolated(model: nn.Module) -> Iterator[RunIsolated]:
     """Yield ``run(function, *args)``, which calls a function that runs the model, and leaves no trace.
 
-    Inside, the model is in eval mode (modules that PyTorch does not see keep theirs), without gradients, and its
-    ``self.log`` does nothing. Every run finds the same buffers, attributes and random states, and leaves clones of them
-    behind: the originals come back. Compiled code runs eagerly, so that nothing is compiled for us. Not restored are
-    parameters that ``forward`` writes (see :func:`written_parameters`), what is nested deeper than the items of a list
-    or dict, those of more than 1,000 items, generators of the model's own, and what hooks of the user change.
+    Inside, the model is in eval mode, without gradients, and its ``self.log`` does nothing. Every run starts from the
+    same buffers, attributes and random states: it works on deep copies of them, and the originals come back. Compiled
+    code runs eagerly, so that nothing is compiled for us. Not restored: what :func:`shared_state` names, parameters
+    that ``forward`` writes (see :func:`written_parameters`), and what hooks or closures of the user keep.
 
     Args:
         model: The module.
@@ -33,53 +51,52 @@ def isolated(model: nn.Module) -> Iterator[Run]:
     Raises:
         MisconfigurationException: If it has lazy weights or scripted parts.
     """
-    modules, parameters = all_modules(model), list(model.parameters())
-    if any(map(is_lazy, parameters)):
-        raise MisconfigurationException("Expected a model with weights, but some are lazy: run it on a batch first.")
-    if any(isinstance(module, torch.jit.ScriptModule) for module in modules):
-        raise MisconfigurationException("Expected a model whose state can be restored, but a part of it is scripted.")
-    rng_states = _collect_rng_states(include_cuda=any(parameter.is_cuda for parameter in parameters))
-    states: list[tuple[dict[str, Any], dict[str, Any]]] = [
-        (items, items.copy()) for module in modules for items in (vars(module), module._buffers)
-    ]
-    modes: list[dict[str, Any]] = [vars(module) for module in model.modules()]  # for `eval()`, which modules override
-    mutable = [
-        (items, name, value)
-        for items, originals in states
-        for name, value in originals.items()
-        if isinstance(value, Tensor | list | dict | set) and name not in _MODULE_ATTRIBUTES
-    ]
+    modules = all_modules(model)
+    _check_modules(modules)
+    rng_states = collect_rng_states(include_cuda=any(parameter.is_cuda for parameter in model.parameters()))
+    snapshots = [_Snapshot(items, items.copy()) for module in modules for items in _state_dicts(module)]
+    state = _mutable_state(model, modules)
+    modes = [vars(module) for module in model.modules()]  # for `eval()`, which modules override
 
     def restore() -> None:
-        for items, originals in states:
-            for name in items.keys() - originals.keys():
-                del items[name]
-            items.update(originals)
-        _set_rng_states(rng_states)
+        for snapshot in snapshots:
+            snapshot.restore()
+        set_rng_states(rng_states)
 
-    def run(function: Callable[..., Any], *args: Any) -> Any:
-        clones: dict[int, Any] = {}
+    def run(function: Callable[..., T], *args: Any) -> T:
         try:
-            for items, name, value in mutable:
-                items[name] = _cloned(value, clones)
+            state.put_copies()
             for attributes in modes:
                 attributes["training"] = False
-            if hasattr(model, "log_dict"):  # of a LightningModule
+            if hasattr(model, "log_dict"):  # a LightningModule
                 model.__dict__.update(log=_do_nothing, log_dict=_do_nothing)
             return function(*args)
         finally:
-            complete(restore)
+            restore_despite_interrupt(restore)
 
     with torch.no_grad(), _eager():
         yield run
 
 
+def shared_state(model: nn.Module) -> list[str]:
+    """Name the attributes that :func:`isolated` cannot copy, so that our passes work on the originals.
+
+    These are generators, locks, handles and the like, and containers of more than 1,000 items.
+
+    Args:
+        model: The module.
+    """
+    state = _mutable_state(model, all_modules(model))
+    state.make_copies()
+    return sorted(set(state.shared))
+
+
 def is_isolated(model: nn.Module) -> bool:
-    """Tell whether the model runs inside of :func:`isolated`."""
+    """Return whether the model is running inside :func:`isolated`."""
     return model.__dict__.get("log") is _do_nothing
 
 
-def written_parameters(model: nn.Module, run: Callable[[], Any]) -> tuple[Any, list[str]]:
+def written_parameters(model: nn.Module, run: Callable[[], T]) -> tuple[T, list[str]]:
     """Run a model, and name the parameters that its ``forward`` writes, unless in place to their ``data``.
 
     Args:
@@ -87,11 +104,13 @@ def written_parameters(model: nn.Module, run: Callable[[], Any]) -> tuple[Any, l
         run: Runs it.
     """
     before = {name: (p._version, p.data_ptr()) for name, p in model.named_parameters() if not p.is_inference()}
-    result, after = run(), dict(model.named_parameters())
-    return result, [name for name, seen in before.items() if seen != (after[name]._version, after[name].data_ptr())]
+    result = run()
+    after = dict(model.named_parameters())
+    written = [name for name, seen in before.items() if seen != (after[name]._version, after[name].data_ptr())]
+    return result, written
 
 
-def complete(restore: Callable[[], object]) -> None:
+def restore_despite_interrupt(restore: Callable[[], object]) -> None:
     """Call a function that restores something, and call it again if Ctrl-C interrupts it."""
     try:
         restore()
@@ -105,30 +124,123 @@ def all_modules(model: nn.Module) -> list[nn.Module]:
     modules = dict.fromkeys(model.modules())
     for module in list(modules):
         for name, value in vars(module).items():
-            if name not in _MODULE_ATTRIBUTES and isinstance(value, list | tuple | dict) and len(value) <= _MAX_ITEMS:
-                for item in value.values() if isinstance(value, dict) else value:
-                    if isinstance(item, nn.Module):
-                        modules.update(dict.fromkeys(item.modules()))
+            if name in _MODULE_ATTRIBUTES or not isinstance(value, list | tuple | dict) or len(value) > _MAX_ITEMS:
+                continue
+            for item in value.values() if isinstance(value, dict) else value:
+                if isinstance(item, nn.Module):
+                    modules.update(dict.fromkeys(item.modules()))
     return list(modules)
 
 
-def _cloned(value: Any, clones: dict[int, Any]) -> Any:
-    """Clone a tensor, or a list, dict or set with the tensors in it; give back what is not one of these."""
-    if isinstance(value, nn.Parameter) or (not isinstance(value, Tensor) and len(value) > _MAX_ITEMS):
-        return value
-    if isinstance(value, Tensor):
-        if id(value) not in clones:  # one that two modules share stays one, and is copied once
-            clones[id(value)] = value.clone()
-        return clones[id(value)]
-    new: Any = copy.copy(value)
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, item in list(items):
-        if isinstance(item, Tensor):
-            new[key] = _cloned(item, clones)
-    return new
+@dataclass
+class _Snapshot:
+    """One dict of a module, and what it held."""
+
+    items: dict[str, Any]
+    originals: dict[str, Any]
+
+    def restore(self) -> None:
+        for name in self.items.keys() - self.originals.keys():
+            del self.items[name]
+        self.items.update(self.originals)
 
 
-_MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))  # parameters, buffers, hooks, the mode
+@dataclass
+class _MutableState:
+    """The values that a ``forward`` could change in place: where each one is kept, under which name."""
+
+    places: list[tuple[dict[str, Any], str, Any]]
+    kept: list[Any]  # parameters, modules and the Trainer, which copies share
+    shared: list[str]  # names of what could not be copied
+
+    def put_copies(self) -> None:
+        """Put a deep copy in the place of each value; objects that are shared among them stay shared."""
+        for (items, name, _), new in zip(self.places, self.make_copies(), strict=True):
+            items[name] = new
+
+    def make_copies(self) -> list[Any]:
+        if not self.places:
+            return []
+        memo = {id(each): each for each in self.kept}
+        with _CopyTensors(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # itertools warn of being copied
+            return [self._copy(name, value, memo) for _, name, value in self.places]
+
+    def _copy(self, name: str, value: Any, memo: dict[int, Any]) -> Any:
+        if isinstance(value, _CONTAINERS) and not _is_small(value):
+            self.shared.append(name)
+            return value
+        try:
+            return copy.deepcopy(value, memo)
+        except Exception:  # locks, handles, generators: each raises its own
+            self.shared.append(name)
+            return value
+
+
+class _CopyTensors(TorchFunctionMode):
+    """Let ``copy.deepcopy`` clone any tensor, also results of a graph, which PyTorch refuses to copy."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is Tensor.__deepcopy__:
+            tensor, memo = args
+            if id(tensor) not in memo:
+                memo[id(tensor)] = tensor.detach().clone()
+            return memo[id(tensor)]
+        return function(*args, **(kwargs or {}))
+
+
+def _check_modules(modules: list[nn.Module]) -> None:
+    for module in modules:
+        if any(is_lazy(parameter) for parameter in module.parameters(recurse=False)):
+            raise MisconfigurationException(
+                "Expected a model with weights, but some are lazy: run it on a batch first."
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise MisconfigurationException(
+                "Expected a model whose state can be restored, but a part of it is scripted (torch.jit), "
+                "which cannot be measured: use the Python module it was made from."
+            )
+
+
+def _state_dicts(module: nn.Module) -> list[dict[str, Any]]:
+    """List the dicts of a module that a ``forward`` could change."""
+    return [vars(module), module._buffers, module._modules, module._parameters]
+
+
+def _mutable_state(model: nn.Module, modules: list[nn.Module]) -> _MutableState:
+    places = []
+    for module in modules:
+        for name, value in vars(module).items():
+            if name not in _MODULE_ATTRIBUTES and not _is_immutable(value):
+                places.append((vars(module), name, value))
+        for name, value in module._buffers.items():
+            if value is not None:
+                places.append((module._buffers, name, value))
+    kept = [*modules, *model.parameters()] if places else []
+    kept.append(vars(model).get("_trainer"))
+    return _MutableState(places, kept, [])
+
+
+def _is_immutable(value: object) -> bool:
+    """Return whether a pass cannot change a value, or must not get a copy of it: data sets, objects of Lightning."""
+    if isinstance(value, (*_IMMUTABLE, *_FUNCTIONS, nn.Module, nn.Parameter, Dataset, DataLoader)):
+        return True
+    return type(value).__module__.partition(".")[0] in _LIGHTNING
+
+
+def _is_small(container: Any, limit: int = _MAX_ITEMS) -> bool:
+    """Return whether a container and those in it have few items together."""
+    return _count_items(container, limit) <= limit
+
+
+def _count_items(container: Any, limit: int) -> int:
+    count = len(container)
+    if count > limit:
+        return count
+    for item in container.values() if isinstance(container, dict) else container:
+        if isinstance(item, _CONTAINERS):
+            count += _count_items(item, limit - count) if count <= limit else 0
+    return count
 
 
 def _eager() -> Any:

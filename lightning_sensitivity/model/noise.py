@@ -11,8 +11,10 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_sensitivity.model.forward import check_argument, describe, is_floating
-from lightning_sensitivity.model.isolation import Run
+from lightning_sensitivity.arguments import check_argument, describe
+from lightning_sensitivity.compat import original_module
+from lightning_sensitivity.model.forward import ModelCall, Perturb, is_floating
+from lightning_sensitivity.model.isolation import RunIsolated
 
 NoiseFunction = Callable[[Tensor, torch.Generator], Tensor]
 Noise = float | Sequence[float] | NoiseFunction
@@ -87,7 +89,7 @@ def noise_generator(
     return torch.Generator(device).manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1)
 
 
-def perturbation(noise: NoiseFunction, *key: int) -> Callable[[Tensor], Tensor]:
+def perturbation(noise: NoiseFunction, *key: int) -> Perturb:
     """Return a function that adds one noise draw to each tensor that it gets.
 
     Args:
@@ -110,27 +112,53 @@ def perturbation(noise: NoiseFunction, *key: int) -> Callable[[Tensor], Tensor]:
     return perturb
 
 
+def joint_perturbation(perturbs: Sequence[Perturb], sizes: Sequence[int]) -> Perturb:
+    """Return a function that perturbs each batch of a joint tensor with noise of its own, as if it were alone.
+
+    Args:
+        perturbs: From :func:`perturbation`, one for each batch.
+        sizes: Number of samples of each batch.
+
+    Raises:
+        ValueError: In the function, if the first dimension of a tensor is not that of the samples.
+    """
+    if len(perturbs) == 1:
+        return perturbs[0]
+
+    def perturb(x: Tensor) -> Tensor:
+        if len(x) != sum(sizes):
+            raise ValueError(f"Expected {sum(sizes)} samples in dimension 0, but got {tuple(x.shape)}")
+        parts = zip(perturbs, x.split(list(sizes)), strict=True)
+        return torch.cat([perturb(part) for perturb, part in parts])
+
+    return perturb
+
+
 def noisy_outputs(
-    run: Run, call: Run, noise: NoiseFunction, key: Sequence[int], num_draws: int, model: nn.Module, at: str | None
+    run: RunIsolated,
+    call: ModelCall,
+    noise: NoiseFunction,
+    keys: Sequence[tuple[int, ...]],
+    num_draws: int,
+    at: nn.Module | None = None,
 ) -> Iterator[Tensor]:
     """Yield the outputs of a model for each noise draw.
 
     Args:
         run: Runs a function that runs the model, as :func:`~lightning_sensitivity.model.isolated` gives it.
-        call: Calls the model on a batch.
+        call: Calls the model on a batch, or on several that are joined.
         noise: The noise.
-        key: Seed, rank, loader and batch; see :func:`noise_generator`.
+        keys: Of each batch: seed, rank, loader and batch; see :func:`noise_generator`.
         num_draws: How many draws.
-        model: The module.
-        at: Name of the submodule whose output is perturbed; None for the inputs.
+        at: The submodule whose output is perturbed; None for the inputs.
     """
-    module = None if at is None else submodule(model, at)
     for draw in range(num_draws):
-        perturb = perturbation(noise, *key, draw)
-        yield run(call, perturb) if module is None else run(_call_perturbed_at, module, call, perturb)
+        perturbs = [perturbation(noise, *key, draw) for key in keys]
+        perturb = joint_perturbation(perturbs, call.sizes)
+        yield run(call, perturb) if at is None else run(_call_perturbed_at, at, call, perturb)
 
 
-def _call_perturbed_at(module: nn.Module, call: Callable[[], Tensor], perturb: Callable[[Tensor], Tensor]) -> Tensor:
+def _call_perturbed_at(module: nn.Module, call: Callable[[], Tensor], perturb: Perturb) -> Tensor:
     """Run the model, and perturb the first tensor of what a submodule returns, each time that it runs."""
     has_run = False
 
@@ -138,10 +166,12 @@ def _call_perturbed_at(module: nn.Module, call: Callable[[], Tensor], perturb: C
         nonlocal has_run
         has_run = True
         first = result[0] if isinstance(result, list | tuple) and result else result
-        make = getattr(type(result), "_make", type(result))  # of a named tuple
         if not isinstance(first, Tensor) or not is_floating(first):
             raise MisconfigurationException(f"`at` should name a module of floating outputs, got {describe(result)}.")
-        return perturb(first) if first is result else make([perturb(first), *result[1:]])
+        if first is result:
+            return perturb(first)
+        items = [perturb(first), *result[1:]]
+        return type(result)(*items) if hasattr(result, "_fields") else type(result)(items)
 
     with module.register_forward_hook(hook):
         outputs = call()
@@ -160,7 +190,7 @@ def submodule(model: nn.Module, name: str) -> nn.Module:
     Raises:
         MisconfigurationException: If there is none, or the name is empty, which is the model itself.
     """
-    modules: dict[str, nn.Module] = dict(getattr(model, "_orig_mod", model).named_modules())
+    modules: dict[str, nn.Module] = dict(original_module(model).named_modules())
     some = ", ".join(map(repr, list(modules)[1:6]))
     check_argument("at", name, name != "" and name in modules, f"the name of a submodule, such as {some}")
     return modules[name]

@@ -1,15 +1,17 @@
 """Simulated twins: the module with other weights in place, as if it had been trained on other samples."""
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils.parametrize import ParametrizationList
 
-from lightning_sensitivity.model.isolation import complete
+from lightning_sensitivity.compat import BatchNorm, Convolution, TransposedConvolution, clear_autocast_cache
+from lightning_sensitivity.model.isolation import restore_despite_interrupt
 
 
 class InitialWeights:
@@ -24,8 +26,14 @@ class InitialWeights:
     """
 
     def __init__(self, given: Mapping[str, Tensor] | None = None) -> None:
-        self._given, self.source, self._owner = given, "", 0
+        self._given = given
+        self._owner: weakref.ref[nn.Module] | None = None  # whose weights they are; None for any module
         self.weights: dict[str, Tensor] | None = None
+        self.source = ""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the reference to the module, which cannot be pickled."""
+        return {**vars(self), "_owner": None}
 
     def begin(self, model: nn.Module, step: int) -> None:
         """Find them before the first step of a fit.
@@ -38,20 +46,18 @@ class InitialWeights:
             MisconfigurationException: If the given ones are no weights of the module, or none are known.
         """
         if self._given is not None:
-            self.weights, self.source = copy_weights(self._given), "those of `initial_weights`"
-            if self.weights.keys().isdisjoint(dict(model.named_parameters())):
-                expected = "`initial_weights` should name parameters of the module, as a `['state_dict']` does"
-                raise MisconfigurationException(f"{expected}, but name none.")
+            self._begin_with_given(model, self._given)
         elif step == 0:
-            self.weights, self._owner = copy_weights(dict(model.named_parameters())), id(model)
+            self.weights = copy_weights(dict(model.named_parameters()))
+            self._owner = weakref.ref(model)
             self.source = "those at the start of this fit (if they are trained, pass `initial_weights=`)"
-        elif self.weights is None or self._owner not in (0, id(model)):
+        elif self.weights is None or (self._owner is not None and self._owner() is not model):
             raise MisconfigurationException("the initial weights are unknown: pass `initial_weights=`")
         else:
-            self.source = "those of the fit that goes on"
+            self.source = "those of the fit that is resumed"
 
     def changed(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-        """Select the initial weights that have changed, of which a checkpoint has no copy; None if none are known."""
+        """Select the initial weights that have changed, so that a checkpoint lacks them; None if none are known."""
         if self.weights is None:
             return None
         initial = self.weights.items()
@@ -59,7 +65,20 @@ class InitialWeights:
 
     def restore(self, changed: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
         """Restore the initial weights from the changed ones and the weights of a checkpoint."""
-        self.weights, self._owner = copy_weights(weights) | copy_weights(changed), 0  # of whichever module resumes
+        self.weights = copy_weights(weights) | copy_weights(changed)
+        self._owner = None
+
+    def forget(self) -> None:
+        """Forget the weights, which belong to another run."""
+        self.weights = None
+
+    def _begin_with_given(self, model: nn.Module, given: Mapping[str, Tensor]) -> None:
+        self.weights = copy_weights(given)
+        self.source = "those of `initial_weights`"
+        if self.weights.keys().isdisjoint(dict(model.named_parameters())):
+            raise MisconfigurationException(
+                "`initial_weights` should name parameters of the module, as a `['state_dict']` does, but names none."
+            )
 
 
 def copy_weights(weights: Mapping[str, object]) -> dict[str, Tensor]:
@@ -108,38 +127,47 @@ def twin(
         >>> bool(twin_output == model(x)), model.weight.tolist()
         (False, [[1.0, 1.0]])
     """
-    swaps = []
-    for name, parameter, module in _parameters(model):
-        trained, shape, repeats = parameter.data, *_noise_shape(module, parameter)
-        before = initial.get(name)
-        if before is None or before.shape != trained.shape:
-            before = torch.zeros_like(trained) if parameter.requires_grad else trained
-        noise = torch.randn(shape, generator=generator, dtype=torch.float32, device=trained.device)
-        factors = noise.mul_(strength).add_(1).to(trained.dtype)
-        factors = factors.repeat_interleave(repeats, 0) if repeats > 1 else factors
-        swaps.append((parameter, trained, torch.lerp(before.to(trained), trained, factors)))
+    swaps = [
+        (parameter, parameter.data, _twin_weights(module, parameter, initial.get(name), generator, strength))
+        for name, parameter, module in _parameters(model)
+    ]
 
     def restore() -> None:
         for parameter, trained, _ in swaps:
             parameter.data = trained
-        torch.clear_autocast_cache()
+        clear_autocast_cache()
 
     try:
         for parameter, _, perturbed in swaps:
             # A new tensor in the parameter's place, and not new values: a graph that training holds stays valid.
             parameter.data = perturbed
-        torch.clear_autocast_cache()  # of 16-bit copies of the weights, which it would keep using
+        clear_autocast_cache()  # of 16-bit copies of the weights, which it would keep using
         yield
     finally:
-        complete(restore)
+        restore_despite_interrupt(restore)
+
+
+def _twin_weights(
+    module: nn.Module, parameter: Tensor, before: Tensor | None, generator: torch.Generator, strength: float
+) -> Tensor:
+    """Draw the weights of a twin for one parameter."""
+    trained = parameter.data
+    if before is None or before.shape != trained.shape:  # a new layer: all of it counts as learned
+        before = torch.zeros_like(trained) if parameter.requires_grad else trained
+    shape, repeats = _noise_shape(module, parameter)
+    noise = torch.randn(shape, generator=generator, dtype=torch.float32, device=trained.device)
+    factors = noise.mul_(strength).add_(1).to(trained.dtype)
+    if repeats > 1:
+        factors = factors.repeat_interleave(repeats, 0)
+    return torch.lerp(before.to(trained), trained, factors)
 
 
 def has_batch_norm(model: nn.Module) -> bool:
     """Check whether a module has batch norm with running statistics."""
-    return any(isinstance(module, _BatchNorm) and module.running_mean is not None for module in model.modules())
+    return any(isinstance(module, BatchNorm) and module.running_mean is not None for module in model.modules())
 
 
-def call_by_batch(model: nn.Module, call: Callable[[], Tensor]) -> Tensor:
+def call_with_batch_statistics(model: nn.Module, call: Callable[[], Tensor]) -> Tensor:
     """Call a model, normalized by the statistics of each batch as in training, in eval mode and without updating any.
 
     Running statistics belong to the weights that made them. Under a twin's weights they are another network's, and
@@ -149,7 +177,7 @@ def call_by_batch(model: nn.Module, call: Callable[[], Tensor]) -> Tensor:
         model: The module.
         call: Calls it on a batch.
     """
-    buffers = [(norm._buffers, norm._buffers.copy()) for norm in model.modules() if isinstance(norm, _BatchNorm)]
+    buffers = [(norm._buffers, norm._buffers.copy()) for norm in model.modules() if isinstance(norm, BatchNorm)]
     try:
         for present, _ in buffers:
             present.update(running_mean=None, running_var=None)
@@ -160,23 +188,33 @@ def call_by_batch(model: nn.Module, call: Callable[[], Tensor]) -> Tensor:
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
-    """Yield name, parameter and the module that has it, as ``named_parameters`` does; a tied one comes once."""
+    """Yield name, parameter and the layer that uses it, as ``named_parameters`` does; a tied one comes once."""
     seen = set()
-    for prefix, module in model.named_modules():
+    modules = dict(model.named_modules())
+    for prefix, module in modules.items():
+        layer = module
+        if isinstance(module, ParametrizationList):  # "layer.parametrizations.weight"
+            layer = modules[prefix.rsplit(".", 2)[0] if prefix.count(".") > 1 else ""]
         for name, parameter in module.named_parameters(prefix, recurse=False):
             is_number = parameter.is_floating_point() or parameter.is_complex()
             if is_number and parameter not in seen:
                 seen.add(parameter)
-                yield name, parameter, module
+                yield name, parameter, layer
 
 
 def _noise_shape(module: nn.Module, parameter: Tensor) -> tuple[tuple[int, ...], int]:
     """Return the shape of the noise, and how often to repeat its first dimension."""
     shape = tuple(parameter.shape)
-    if parameter.ndim < 2 or isinstance(module, nn.LayerNorm | nn.RMSNorm) or shape[1:].count(1) == parameter.ndim - 1:
+    has_no_inputs = parameter.ndim < 2 or isinstance(module, nn.LayerNorm | nn.RMSNorm)
+    if has_no_inputs or shape[1:].count(1) == parameter.ndim - 1:
         return shape, 1
-    if isinstance(module, (_ConvTransposeNd, nn.Embedding, nn.EmbeddingBag)):  # (inputs, outputs, ...)
-        return (shape[0], 1, *shape[2:]), 1
-    if isinstance(module, _ConvNd) and module.groups > 1:  # (groups × outputs, inputs of the group, ...)
+    if isinstance(module, (TransposedConvolution, nn.Embedding, nn.EmbeddingBag)) or _is_transposed_linear(module):
+        return (shape[0], 1, *shape[2:]), 1  # (inputs, outputs, ...)
+    if isinstance(module, Convolution) and module.groups > 1:  # (groups × outputs, inputs of the group, ...)
         return (module.groups, *shape[1:]), shape[0] // module.groups
     return (1, *shape[1:]), 1
+
+
+def _is_transposed_linear(module: nn.Module) -> bool:
+    """Recognize the linear layer of GPT-2 in transformers, whose weight is (inputs, outputs)."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")

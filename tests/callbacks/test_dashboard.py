@@ -27,7 +27,7 @@ def test_custom_scalars_have_a_chart_of_the_loss_and_of_each_monitor(tmp_path: P
     (tag,) = read.PluginTagToContent("custom_scalars")
     (event,) = read.Tensors(tag)
     tags = {tag for tag in read.Tags()["scalars"] if tag.endswith("_1")}
-    tags |= {f"a_{tag}" for tag in tags} | {"interval_loss", "val_sensitivity_x", "val_risk"}
+    tags |= {f"a_{tag}" for tag in tags} | {"interval_loss", "val_output_sensitivity_x", "val_risk"}
     charts: dict[str, set[str]] = {}
     for category in Layout.FromString(event.tensor_proto.string_val[0]).category:
         for chart in category.chart:
@@ -35,7 +35,7 @@ def test_custom_scalars_have_a_chart_of_the_loss_and_of_each_monitor(tmp_path: P
             charts[f"{category.title}: {chart.title}"] = matches
     assert charts == {
         "Generalization (val_*): loss": {"val_loss"},
-        "Generalization (val_*): sensitivity": {"val_sensitivity"},
+        "Generalization (val_*): sensitivity": {"val_output_sensitivity"},
         "Generalization (val_*): risk estimate and its terms": {f"val_{name}" for name in RiskMonitor.names},
         "Generalization (wide/*): loss": set(),
         "Generalization (wide/*): sensitivity": {"wide/sensitivity"},

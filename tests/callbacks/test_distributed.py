@@ -216,17 +216,17 @@ def test_a_process_without_a_batch_has_the_others_value(both: Any) -> None:
     for idx, ranks in enumerate([[1], [0, 1], [0], [0, 1], [1]]):
         batches = list(inputs(40, seed=idx).split(16))
         changes = torch.cat([brute_force(model(), batches, rank=rank, loader=idx) for rank in ranks])
-        assert values[f"val_sensitivity/dataloader_idx_{idx}"] == pytest.approx(changes.var(correction=0).item())
-    assert of_combined["val_sensitivity"] > 0
+        assert values[f"val_output_sensitivity/dataloader_idx_{idx}"] == pytest.approx(changes.var(correction=0).item())
+    assert of_combined["val_output_sensitivity"] > 0
 
 
 def test_a_pass_that_fails_in_one_process_costs_its_batch_in_both(both: Any) -> None:
     (first, messages), (second, other_messages) = both["a_pass_that_fails"]
-    assert first == second and {"val_sensitivity", "val_risk_estimate"} <= first.keys()
+    assert first == second and {"val_output_sensitivity", "val_risk_estimate"} <= first.keys()
     batches = {0: inputs(8), 1: inputs(7), 2: inputs(8, 2)}
     changes = [brute_force(model(Still), batches, rank=0)]
     changes.append(brute_force(model(Still), {0: batches[0], 2: batches[2]}, rank=1))
-    assert first["val_sensitivity"] == pytest.approx(torch.cat(changes).var(correction=0).item(), rel=1e-9)
+    assert first["val_output_sensitivity"] == pytest.approx(torch.cat(changes).var(correction=0).item(), rel=1e-9)
     assert messages == [] and len(other_messages) == 1 and "ValueError: out of luck" in other_messages[0]
 
 

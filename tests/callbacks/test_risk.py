@@ -21,7 +21,7 @@ from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 from lightning_sensitivity.callbacks.risk import _MIN_TWINS, _STRENGTH
 from lightning_sensitivity.functional import risk_estimate, variance_factor
 from lightning_sensitivity.model import noise_generator
-from lightning_sensitivity.model.twins import call_by_batch, copy_weights, twin
+from lightning_sensitivity.model.twins import call_with_batch_statistics, copy_weights, twin
 from tests.callbacks.test_training import averaged_weights
 from tests.helpers import Classifier, History, Stream, first_tensor, fitted, inputs, labelled, loader, logged
 from tests.helpers import unlabelled_loader as unlabelled
@@ -69,9 +69,9 @@ class Truth(History):
         for index, part in enumerate(HOLDOUT.split(16)):
             outputs += num_twins * [model(part)]
             for draw in range(num_twins):
-                normalized.append(call_by_batch(model, partial(model, part)))
+                normalized.append(call_with_batch_statistics(model, partial(model, part)))
                 with twin(model, self.initial, noise_generator(0, 0, 0, index, -1 - draw), _STRENGTH):
-                    of_twins.append(call_by_batch(model, partial(model, part)))
+                    of_twins.append(call_with_batch_statistics(model, partial(model, part)))
         labels = trainer.train_dataloader.dataset.tensors[-1].reshape(50, -1)
         num_training = int((labels != -100).any(1).sum())
         factor = variance_factor(num_training, sum(p.numel() for p in model.parameters() if p.requires_grad))
@@ -276,10 +276,10 @@ def test_a_fit_begins_with_the_weights_of_its_start_unless_its_trainer_goes_on(t
 def test_what_has_no_estimate_is_an_error_before_the_first_step_if_it_is_followed(tmp_path: Path) -> None:
     fitted([], Plain(), max_epochs=1).save_checkpoint(path := tmp_path / "without.ckpt")
     match = "initial weights are unknown.*`initial_weights=`"
-    other = cb.EarlyStopping("val_sensitivity", mode="max")
+    other = cb.EarlyStopping("val_output_sensitivity", mode="max")
     with pytest.warns(UserWarning, match="can give no estimate: .*" + match):
         run = fit(Plain(), loader(), RiskMonitor(), SensitivityMonitor(), other, ckpt_path=path)
-    assert "val_sensitivity" in run.callback_metrics and run.callback_metrics.keys().isdisjoint(NAMES)
+    assert "val_output_sensitivity" in run.callback_metrics and run.callback_metrics.keys().isdisjoint(NAMES)
     with pytest.raises(MisconfigurationException, match=match):
         fit(model := Plain(), loader(), RiskMonitor(), cb.EarlyStopping("val_risk_estimate"), ckpt_path=path)
     assert model.trainer.global_step == 4

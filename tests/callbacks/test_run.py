@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import tests.helpers as helpers
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
-from lightning_sensitivity.callbacks.utilities import check_run
+from lightning_sensitivity.callbacks.trainer import check_run
 from tests.helpers import Classifier, Linear, Scheduled, fitted, loader, trainer
 
 MONITORS = [SensitivityMonitor, RiskMonitor]
@@ -126,18 +126,18 @@ def test_monitors_that_log_the_same_names_need_two_prefixes() -> None:
 
 def test_a_callback_that_logs_one_of_our_names_before_us_costs_the_value() -> None:
     other = Callback()
-    other.on_validation_batch_start = lambda run, model, *_: model.log("val_sensitivity", 1.0)
-    with pytest.warns(UserWarning, match="could not log 'val_sensitivity'.*self.log"):
+    other.on_validation_batch_start = lambda run, model, *_: model.log("val_output_sensitivity", 1.0)
+    with pytest.warns(UserWarning, match="could not log 'val_output_sensitivity'.*self.log"):
         run = fitted([other, SensitivityMonitor()], Classifier(), num_sanity_val_steps=0)
-    assert run.callback_metrics["val_sensitivity"] == 1 and run.callback_metrics["val_sensitivity_stderr"] > 0
+    assert run.callback_metrics["val_output_sensitivity"] == 1 and run.callback_metrics["val_output_sensitivity_stderr"] > 0
 
 
 # Who watches our values
 
 
 def test_who_watches_a_value_the_wrong_way_or_more_often_than_it_comes_is_warned_of(tmp_path: Path) -> None:
-    model = type("Plateau", (Scheduled, Classifier), {"waits_for": "val_sensitivity/dataloader_idx_0"})()
-    ours, risk = "val_sensitivity/dataloader_idx_1", "val_risk_estimate/dataloader_idx_0"
+    model = type("Plateau", (Scheduled, Classifier), {"waits_for": "val_output_sensitivity/dataloader_idx_0"})()
+    ours, risk = "val_output_sensitivity/dataloader_idx_1", "val_risk_estimate/dataloader_idx_0"
     kinds = [(kind, mode) for kind in (EarlyStopping, ModelCheckpoint) for mode in ("min", "max")]
     callbacks = [kind(monitor=name, mode=mode) for kind, mode in kinds for name in (ours, risk)]
     callbacks += [SensitivityMonitor(), RiskMonitor(every_n_epochs=2)]
@@ -147,7 +147,7 @@ def test_who_watches_a_value_the_wrong_way_or_more_often_than_it_comes_is_warned
     warned = [each for each in caught if re.search("imizes|sees the previous", str(each.message))]
     expected = [f"maximizes `{risk}`, ", f"minimizes `{ours}`, ", *2 * [f"sees the previous `{risk}` again"]]
     expected = [f"`{kind}` {what}" for kind in ("EarlyStopping", "ModelCheckpoint") for what in expected]
-    expected.append("`ReduceLROnPlateau` minimizes `val_sensitivity/dataloader_idx_0`, ")
+    expected.append("`ReduceLROnPlateau` minimizes `val_output_sensitivity/dataloader_idx_0`, ")
     texts = sorted(str(each.message) for each in warned)
     assert all(text.startswith(start) for text, start in zip(texts, expected, strict=True))
     assert {each.filename for each in warned} == {helpers.__file__}
@@ -183,7 +183,7 @@ def test_the_other_lightning(tmp_path: Path) -> None:
         fit(lambda: without("validation_step", Model, other.LightningModule), SensitivityMonitor())
     run = fit(Model, SensitivityMonitor(2.0), RiskMonitor())
     assert run.callback_metrics["val_loss"] == fit(Model).callback_metrics["val_loss"]
-    assert {"val_sensitivity", "val_risk_estimate"} <= run.callback_metrics.keys()
+    assert {"val_output_sensitivity", "val_risk_estimate"} <= run.callback_metrics.keys()
     run.logger.experiment.flush()
     (events,) = Path(run.logger.log_dir).glob("events*")
     assert b"custom_scalars" in events.read_bytes()
@@ -206,4 +206,4 @@ def test_lightning_cli(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second, third = [each for each in cli.trainer.callbacks if isinstance(each, tuple(MONITORS))]
     assert first.inputs is helpers.first_tensor and second.outputs is operator.pos and third.num_samples is None
     cli.trainer.fit(cli.model, loader(), loader())
-    assert {"b/sensitivity", "val_sensitivity", "val_risk_estimate"} <= cli.trainer.callback_metrics.keys()
+    assert {"b/output_sensitivity", "val_output_sensitivity", "val_risk_estimate"} <= cli.trainer.callback_metrics.keys()

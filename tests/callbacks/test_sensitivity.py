@@ -21,7 +21,7 @@ def expected(changes: Tensor) -> dict[str, float]:
     value, count = changes.var(correction=0), len(changes)
     by_sample = ((changes - changes.mean()).square() - value).sum(1)
     error = (by_sample.square().sum() * count / (count - 1)).sqrt() / changes.numel()
-    return {"val_sensitivity": value.item(), "val_sensitivity_stderr": error.item()}
+    return {"val_output_sensitivity": value.item(), "val_output_sensitivity_stderr": error.item()}
 
 
 def close(values: dict[str, float], truth: dict[str, float]) -> None:
@@ -53,9 +53,9 @@ def test_epochs_are_logged_and_before_training_by_validate_at_step_0(monitor: An
     run.fit(model, loader(), loader(seed=1))
     close(history.epochs[0], untrained)
     rows = helpers.csv_rows(logger.log_dir)
-    curve = {int(row["step"]): float(row["val_sensitivity"]) for row in rows if row["val_sensitivity"]}
+    curve = {int(row["step"]): float(row["val_output_sensitivity"]) for row in rows if row["val_output_sensitivity"]}
     assert [*curve] == [0, *range(3, 16, 4 * every_n_epochs)] and len(set(curve.values())) == len(curve)
-    assert all(history.epochs[(step + 1) // 4]["val_sensitivity"] == value for step, value in curve.items())
+    assert all(history.epochs[(step + 1) // 4]["val_output_sensitivity"] == value for step, value in curve.items())
     assert sum(bool(row["val_risk_estimate"]) for row in rows) == 4 // every_n_epochs
 
 
@@ -72,7 +72,7 @@ def test_names_of_trainer_test(prefix: str) -> None:
 def test_of_each_output_the_value_is_the_mean_square_of_its_changes() -> None:
     model, monitor = Linear(), SensitivityMonitor(per_output=True, outputs=lambda y: y[:, 0])
     changes = brute_force(lambda x: model(x)[:, 0], inputs(50).split(16))
-    close(validated(monitor, model, loader()), {"val_sensitivity": changes.square().mean().item()})
+    close(validated(monitor, model, loader()), {"val_output_sensitivity": changes.square().mean().item()})
 
 
 def test_several_loaders_one_of_them_empty() -> None:
@@ -85,13 +85,13 @@ def test_several_loaders_one_of_them_empty() -> None:
     for idx, values, x in ((0, results[0], inputs(50)), (2, results[-1], inputs(20, seed=1))):
         truth = expected(brute_force(model.eval(), x.split(16), loader=idx))
         close(values, {f"{name}/dataloader_idx_{idx}": value for name, value in truth.items()})
-    assert math.isnan(run.callback_metrics["val_sensitivity/dataloader_idx_1"])
+    assert math.isnan(run.callback_metrics["val_output_sensitivity/dataloader_idx_1"])
 
 
 def test_the_printed_table_has_each_loaders_value_in_its_column(capsys: pytest.CaptureFixture[str]) -> None:
     results = trainer(callbacks=[SensitivityMonitor()]).validate(Classifier(), [loader(), loader(seed=1)])
-    (row,) = (line for line in capsys.readouterr().out.splitlines() if " val_sensitivity " in line)
-    values = [values[f"val_sensitivity/dataloader_idx_{idx}"] for idx, values in enumerate(results)]
+    (row,) = (line for line in capsys.readouterr().out.splitlines() if " val_output_sensitivity " in line)
+    values = [values[f"val_output_sensitivity/dataloader_idx_{idx}"] for idx, values in enumerate(results)]
     cells = [float(cell) for cell in re.findall(r"\d\S*\.\S*\d", row)]
     assert cells == values and values[0] != values[1]
 

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
-from lightning_sensitivity.callbacks.utilities import num_batches
+from lightning_sensitivity.compat import num_batches
 from tests.helpers import Classifier, Quiet, Stream, brute_force, csv_rows, first_tensor, loader, trainer
 from tests.helpers import unlabelled_loader as unlabelled
 
@@ -51,7 +51,7 @@ class Oracle(cb.Callback):
         counts = zip(map(len, by_loader.values()), num_batches(trainer), strict=True)
         assert all(said in (count, math.inf) for count, said in counts)
         for dataloader_idx, changes in by_loader.items():
-            name = "val_sensitivity" + f"/dataloader_idx_{dataloader_idx}" * (len(by_loader) > 1)
+            name = "val_output_sensitivity" + f"/dataloader_idx_{dataloader_idx}" * (len(by_loader) > 1)
             expected = torch.cat(changes).var(correction=0).item()
             assert trainer.callback_metrics[name].item() == pytest.approx(expected, rel=1e-9)
 
@@ -232,5 +232,5 @@ def test_what_is_logged_is_what_a_plain_loop_gives_and_training_is_bit_identical
     assert with_monitors[2:] == without[2:]
     assert (without[-1][-1][-1] > 0) == ("compiled" in name)
     if not run.fast_dev_run:  # which logs nothing
-        key = next(key for key in rows[0] if key.startswith("val_sensitivity"))
+        key = next(key for key in rows[0] if key.startswith("val_output_sensitivity"))
         assert sum(bool(row[key]) for row in rows) == setup.num_validations  # and nothing of a finder's trials

@@ -27,6 +27,7 @@ class Fault:
 
     sensitivity: str | None = None
     risk: str | None = None
+    num_risk: int = 1
     error: str | None = None  # in the sanity check; also before the first step, unless a warning is expected there
     moments: tuple[str, ...] = ("later",)
     x: Callable[[Subject, Tensor], Any] = lambda m, x: x  # in eval mode, of validation samples
@@ -51,7 +52,8 @@ class Subject(Classifier):
 
     def __init__(self, fault: Fault, moment: str) -> None:
         super().__init__()
-        self.fault, self.moment, self.losses, self.calls = fault, moment, [], itertools.count()
+        self.fault, self.moment, self.losses = fault, moment, []
+        type(self).calls = itertools.count()  # of the class, so that our passes count, too
         fault.init(self)
 
     @property

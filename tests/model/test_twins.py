@@ -93,7 +93,7 @@ def test_tied_weights_are_one_and_later_ones_have_been_learned_as_a_whole() -> N
 def test_batch_norm_goes_by_the_batch_and_keeps_its_statistics() -> None:
     model = trained()[0]
     before, by_batch = copy.deepcopy(model.state_dict()), copy.deepcopy(model).train()(X)
-    torch.testing.assert_close(twins.call_by_batch(model, lambda: model(X)), by_batch)
+    torch.testing.assert_close(twins.call_with_batch_statistics(model, lambda: model(X)), by_batch)
     assert are_equal(model.state_dict(), before) and twins.has_batch_norm(model)
 
 

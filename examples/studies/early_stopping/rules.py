@@ -83,7 +83,7 @@ NAMES = {
 }
 RULES: dict[str, Rule] = {
     NEVER: lambda c: [len(c.rows) - 1],
-    "lowest val_sensitivity": lambda c: [lowest(c["val_sensitivity"])],
+    "lowest val_output_sensitivity": lambda c: [lowest(c["val_output_sensitivity"])],
     "lowest training loss": lambda c: [lowest(c["train_loss"])],
     "Label Wave": lambda c: [label_wave(c["changed"])],
     "gradient disparity": lambda c: [first(np.diff(c["disparity"], prepend=np.inf) > 0, 5)],

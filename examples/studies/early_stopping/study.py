@@ -60,7 +60,7 @@ def judged(c: Curves) -> dict[str, object]:
     line |= {"is_large": about["n"] >= 4000 or about["is_augmented"], "best": losses.argmin()}
     line |= {"chosen": epoch, "size": c["val_risk_estimate"][epoch] / c["wrong_brier"][epoch]}
     for name, values in {"the gap": c["wrong_loss"] - c["fitted_loss"], "the test loss": losses}.items():
-        line[f"sensitivity with {name}"] = spearmanr(c["val_sensitivity"], values).statistic
+        line[f"sensitivity with {name}"] = spearmanr(c["val_output_sensitivity"], values).statistic
     return line | {name: 100 * (losses[rule(c)].mean() / losses.min() - 1) for name, rule in RULES.items()}
 
 

@@ -225,7 +225,7 @@ def check(case: Case) -> str:
     for name in ("SensitivityMonitor", "RiskMonitor"):
         messages = monitored.warnings_of(name)
         assert len(set(messages)) == len(messages), messages
-    value = monitored.trainer.callback_metrics.get("val_sensitivity")
+    value = monitored.trainer.callback_metrics.get("val_output_sensitivity")
     if bare.error is not None:
         return "the same exception"
     if value is None or value.isnan():

@@ -261,7 +261,7 @@ def main(names: list[str]) -> None:
         bare = run(name, with_monitors=False)[0].module
         same = all(torch.equal(a, b) for a, b in zip(case.module.parameters(), bare.parameters(), strict=True))
         values = {key: float(value) for key, value in trainer.callback_metrics.items()}
-        value, expected = values.get("val_sensitivity", float("nan")), plain_loop(case)
+        value, expected = values.get("val_output_sensitivity", float("nan")), plain_loop(case)
         verdict = "right" if abs(value - expected) <= 1e-4 * expected else "WRONG"
         print(
             f"{name} ({version(package)}): S {value:.6g}, plain loop {expected:.6g}: {verdict}; training"

@@ -1,0 +1,48 @@
+"""Checks of arguments: one clear exception that names the argument, what was expected and what came."""
+
+from collections.abc import Callable, Mapping
+from numbers import Integral
+from typing import Any, TypeAlias
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+Selector: TypeAlias = Callable[[Any], Any]  # selects a part of a batch or of a model's outputs
+
+
+def check_argument(name: str, value: object, valid: bool, expected: str) -> None:
+    """Raise MisconfigurationException, saying what the argument should be, unless it is valid."""
+    if not valid:
+        raise MisconfigurationException(f"`{name}` should be {expected}, got {value!r}.")
+
+
+def check_int(name: str, value: object, minimum: int) -> None:
+    """Require an int (not a bool) of at least a minimum."""
+    is_int = isinstance(value, Integral) and not isinstance(value, bool)
+    check_argument(name, value, is_int and int(value) >= minimum, f"an int of {minimum} or more")  # type: ignore[call-overload]
+
+
+def check_bool(name: str, value: object) -> None:
+    """Require a bool."""
+    check_argument(name, value, isinstance(value, bool), "a bool")
+
+
+def check_selectors(**selectors: object) -> None:
+    """Require functions that select a part of a batch or of an output, or None."""
+    for name, value in selectors.items():
+        is_selector = value is None or callable(value)
+        check_argument(name, value, is_selector, "a function, such as `lambda x: x[0]`, or None")
+
+
+def describe(value: object) -> str:
+    """Describe a value for an error message."""
+    if isinstance(value, Tensor):
+        shape = "" if value.is_nested else f" and shape {tuple(value.shape)}"
+        return f"a tensor of {value.dtype}{shape}"
+    if isinstance(value, Mapping):
+        return f"{type(value).__name__} of {', '.join(map(repr, value))}"
+    if isinstance(value, list | tuple):
+        items = ", ".join(map(describe, value[:5]))
+        more = ", ..." if len(value) > 5 else ""
+        return f"{type(value).__name__} of {len(value)}: {items}{more}"
+    return type(value).__name__

@@ -1,0 +1,104 @@
+"""Passes of simulated twins over parts of a batch, so that each sample meets few twins and each part several samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from lightning_sensitivity.callbacks.run import RunFacts
+from lightning_sensitivity.callbacks.session import are_independent
+from lightning_sensitivity.functional.risk import TWIN_STRENGTH
+from lightning_sensitivity.model import ModelCall, noise_generator
+from lightning_sensitivity.model.isolation import RunIsolated
+from lightning_sensitivity.model.twins import call_with_batch_statistics, twin
+
+_MIN_TWINS = 8  # with fewer, the variance would depend on the noise of a few
+_MAX_TWINS = 16
+_MIN_PART = 32  # samples, for statistics of batch norm that do not depend on the size of validation batches
+
+
+@dataclass(frozen=True)
+class TwinPass:
+    """What a twin gave for a part of a batch.
+
+    Attributes:
+        samples: The part.
+        reference: Outputs of the model to compare with.
+        outputs: Outputs of the twin.
+        weight: Weight of a sample, 1 over the number of twins that it meets.
+    """
+
+    samples: slice
+    reference: Tensor
+    outputs: Tensor
+    weight: float
+
+
+@dataclass(frozen=True)
+class TwinPasses:
+    """Run twins of a module.
+
+    Attributes:
+        model: The module.
+        initial: Its parameters before training, on its device.
+        has_batch_norm: Whether it has batch norm with running statistics, which twins replace by those of the part.
+        facts: What is known of the run: whether batches can be split.
+    """
+
+    model: nn.Module
+    initial: Mapping[str, Tensor]
+    has_batch_norm: bool
+    facts: RunFacts
+
+    def of(
+        self, run: RunIsolated, call: ModelCall, outputs: Tensor, key: tuple[int, ...], num_total: float
+    ) -> Iterator[TwinPass]:
+        """Yield the passes of twins over a batch, one in memory at a time.
+
+        Args:
+            run: Runs a function that runs the model, and leaves no trace.
+            call: Calls the model on the batch.
+            outputs: Clean outputs for the batch.
+            key: Seed, rank, loader and batch; see :func:`~lightning_sensitivity.model.noise_generator`.
+            num_total: How many samples there are in all such batches of a validation, over all processes.
+
+        Raises:
+            ValueError: If batch norm needs more samples.
+        """
+        size = len(outputs)
+        if self.has_batch_norm and size < 2:
+            raise ValueError(
+                "Batch norm needs more than 1 value per channel: use a validation batch size of 2 or more, so that "
+                "batches can be measured"
+            )
+        part_size = min(num_total, max(_MIN_PART, num_total / _MAX_TWINS))
+        num_parts = self._num_parts(run, call, outputs, part_size)
+        twins_per_part = max(1, math.ceil(_MIN_TWINS * size / (num_total * num_parts)))
+        draw = 0
+        for part in range(num_parts):
+            samples = slice(part * size // num_parts, (part + 1) * size // num_parts)
+            part_call = call if num_parts == 1 else call.select(samples)
+            reference = outputs[samples]
+            if self.has_batch_norm:
+                reference = run(call_with_batch_statistics, self.model, part_call)
+            for _ in range(twins_per_part):
+                draw -= 1
+                generator = noise_generator(*key, draw, device=outputs.device)
+                with twin(self.model, self.initial, generator, TWIN_STRENGTH):
+                    twin_outputs = run(call_with_batch_statistics, self.model, part_call)
+                yield TwinPass(samples, reference, twin_outputs, 1 / twins_per_part)
+                del twin_outputs  # before the next ones come
+
+    def _num_parts(self, run: RunIsolated, call: ModelCall, outputs: Tensor, part_size: float) -> int:
+        """Choose in how many parts to split a batch; 1 if the outputs for a sample depend on the others."""
+        size = sum(call.sizes)
+        num_parts = max(1, round(size / part_size))
+        if num_parts == 1 or call.layout() is None or len(outputs) != size:
+            return 1
+        if self.facts.can_join is None:
+            half = slice(0, size // 2)
+            self.facts.can_join = are_independent(outputs[half], run(call.select(half)), size // 2)
+        return num_parts if self.facts.can_join else 1

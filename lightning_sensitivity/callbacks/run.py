@@ -1,0 +1,90 @@
+"""What a monitor learns of a run: its loaders, whether batches can be joined, what has failed."""
+
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from lightning_sensitivity.callbacks.failures import Failures
+from lightning_sensitivity.callbacks.watch import CallWatch
+from lightning_sensitivity.metric import LazyValue
+from lightning_sensitivity.model import ModelCall
+from lightning_sensitivity.model.forward import tensors_in
+from lightning_sensitivity.model.isolation import RunIsolated, written_parameters
+
+
+@dataclass(frozen=True)
+class LoaderFacts:
+    """What the first batch of a loader showed.
+
+    Attributes:
+        batch_size: Number of samples.
+        elements_per_sample: Elements of the largest tensor that a pass makes, per sample.
+    """
+
+    batch_size: int
+    elements_per_sample: float
+
+
+@dataclass
+class RunFacts:
+    """What a monitor keeps for the time of one run: a fit, or a call of ``validate`` or ``test``.
+
+    Attributes:
+        failures: What has failed.
+        is_disabled: Whether nothing may be measured.
+        loaders: What the first batches of the validation loaders showed.
+        can_join: Whether batches can be measured together; None until it was tried.
+        lazy_values: What Lightning reads, by loader and name.
+        taken: Names that somebody else logs.
+        watch: What watches the step that is running.
+    """
+
+    failures: Failures
+    is_disabled: bool = False
+    loaders: dict[int, LoaderFacts] = field(default_factory=dict)
+    can_join: bool | None = None
+    lazy_values: dict[tuple[int, str], LazyValue] = field(default_factory=dict)
+    taken: set[str] = field(default_factory=set)
+    watch: CallWatch | None = None
+
+
+class FirstPass(NamedTuple):
+    """What the first pass on a batch showed.
+
+    Attributes:
+        outputs: The outputs.
+        written: Parameters that ``forward`` writes.
+        facts: Sizes.
+    """
+
+    outputs: Tensor
+    written: list[str]
+    facts: LoaderFacts
+
+
+def first_pass(model: nn.Module, run: RunIsolated, call: ModelCall) -> FirstPass:
+    """Run a model on a batch for the first time, and see what the pass does.
+
+    Args:
+        model: The module.
+        run: Runs it without a trace.
+        call: Calls it on the batch.
+    """
+    num_elements = max((x.numel() for x in tensors_in([call.args, call.kwargs]) if not x.is_nested), default=0)
+
+    def note_elements(module: nn.Module, args: Any, result: Any) -> None:
+        nonlocal num_elements
+        for tensor in tensors_in(result):
+            if not tensor.is_nested:
+                num_elements = max(num_elements, tensor.numel())
+
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if not list(module.children()):
+                hooks.enter_context(module.register_forward_hook(note_elements))
+        outputs, written = written_parameters(model, lambda: run(call))
+    size = max(1, call.sizes[0] or len(outputs))
+    facts = LoaderFacts(size, max(num_elements, outputs.numel()) / size)
+    return FirstPass(outputs, written, facts)

@@ -1,0 +1,142 @@
+"""Private names of torch, Lightning and torchmetrics that have no public counterpart: the only place to mend on upgrades.
+
+Each has a test in ``tests/test_compat.py``, which says what breaks without it. Lightning is imported where it is used,
+so that the metrics do not need it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from torch.nn.modules.conv import _ConvNd as Convolution
+from torch.nn.modules.conv import _ConvTransposeNd as TransposedConvolution
+from torch.nn.parallel import DistributedDataParallel
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+    from torchmetrics import Metric
+    from torchmetrics.utilities.plot import _AX_TYPE as AxType
+    from torchmetrics.utilities.plot import _PLOT_OUT_TYPE as PlotType
+
+__all__ = ["AxType", "BatchNorm", "Convolution", "PlotType", "TransposedConvolution"]
+
+# Not a name of a hook, so that nothing that a user logs gets the same key.
+_LOGGED_BY_US = "lightning_sensitivity"
+
+
+# Random states
+
+
+def collect_rng_states(include_cuda: bool) -> dict[str, Any]:
+    """Collect the states of Python's, NumPy's and torch's random streams."""
+    from lightning.fabric.utilities.seed import _collect_rng_states
+
+    return _collect_rng_states(include_cuda=include_cuda)
+
+
+def set_rng_states(states: dict[str, Any]) -> None:
+    """Set the states from :func:`collect_rng_states`."""
+    from lightning.fabric.utilities.seed import _set_rng_states
+
+    _set_rng_states(states)
+
+
+# torchmetrics
+
+
+def forget_computed(metric: Metric) -> None:
+    """Forget the cached value of a metric, which torchmetrics keeps when its state is merged."""
+    metric._computed = None
+
+
+def mark_updated(metric: Metric) -> None:
+    """Count a metric as updated, so that ``compute`` does not warn: a process may have no batch."""
+    metric._update_count = max(1, metric._update_count)
+
+
+# torch
+
+
+def sync_buffers(model: Any) -> None:
+    """Broadcast the buffers of a model under DDP, as its first forward of a validation would."""
+    if isinstance(model, DistributedDataParallel) and model.will_sync_module_buffers():
+        model._sync_buffers()
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Return whether calls of a module are compiled, by ``module.compile()`` or ``torch.compile(module)``."""
+    return getattr(module, "_compiler_ctx", None) is not None or module._compiled_call_impl is not None
+
+
+def original_module(module: nn.Module) -> Any:
+    """Return the module that ``torch.compile(module)`` has wrapped, or the module itself."""
+    return getattr(module, "_orig_mod", module)
+
+
+def clear_autocast_cache() -> None:
+    """Forget the 16-bit copies of weights that autocast keeps."""
+    torch.clear_autocast_cache()
+
+
+# Lightning
+
+
+def num_batches(trainer: Trainer) -> list[int | float]:
+    """Count the batches of each loader of the running evaluation; inf for a loader without a length, even if limited."""
+    from lightning.fabric.utilities.data import sized_len
+
+    loop = trainer._evaluation_loop
+    counts = list(loop.max_batches)
+    combined: Any = loop._combined_loader
+    # Only the loop knows of a CombinedLoader. Lightning sees it as one loader unless it is sequential.
+    if len(combined.flattened) == len(counts):
+        for index, loader in enumerate(combined.flattened):
+            if sized_len(loader) is None:
+                counts[index] = float("inf")
+    if combined._mode == "sequential":
+        return counts
+    return [min(counts) if combined._mode == "min_size" else max(counts)]
+
+
+def is_last_batch(trainer: Trainer) -> bool:
+    """Return whether the batch of an evaluation that is running is the last one of all its loaders."""
+    return bool(trainer._evaluation_loop.batch_progress.is_last_batch)
+
+
+def training_loaders(trainer: Trainer) -> tuple[list[Any], str]:
+    """Return the training loaders and how they are combined, such as ``"max_size_cycle"``."""
+    combined: Any = trainer.fit_loop._combined_loader
+    return combined.flattened, combined._mode
+
+
+def validation_loaders(trainer: Trainer) -> list[Any]:
+    """Return the validation loaders of a fit, as far as Lightning has set them up."""
+    combined: Any = trainer.fit_loop.epoch_loop.val_loop._combined_loader
+    return [] if combined is None else list(combined.flattened)
+
+
+def log_metric(pl_module: LightningModule, name: str, metric: Metric, prog_bar: bool) -> None:
+    """Log a Metric of ours for an epoch, under a key that no ``self.log`` of a user can have."""
+    results: Any = pl_module.trainer._results
+    results.log(
+        _LOGGED_BY_US,
+        name,
+        metric,
+        prog_bar=prog_bar,
+        on_step=False,
+        on_epoch=True,
+        add_dataloader_idx=False,
+        metric_attribute=name,  # the module need not have the metric
+    )
+
+
+def names_logged_by_others(trainer: Trainer) -> Iterator[str]:
+    """Yield the names that the user's module and callbacks have logged in the loops that are running."""
+    for results in (trainer._evaluation_loop._results, trainer.fit_loop.epoch_loop._results):
+        for item in results.values():
+            if item.meta.fx.partition(".")[0] != _LOGGED_BY_US and not item.has_reset:
+                yield results._forked_name(item, on_step=False)[0]

@@ -1,0 +1,58 @@
+"""How outputs are laid out, and how they are summed up in double precision without a wide copy of all of them."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+_CHUNK = 2**15  # elements that are widened at a time
+_ROUNDING = 1e-2  # of sums of probabilities in 16 bits, which autocast may have widened since
+
+
+def num_outputs(outputs: Tensor) -> int:
+    """Count the outputs K of ``(N, K, ...)``; ``(N,)`` has one."""
+    return outputs.shape[1] if outputs.ndim > 1 else 1
+
+
+def by_position(outputs: Tensor) -> Tensor:
+    """View outputs ``(N, K, ...)`` or ``(N,)`` as ``(N, K, P)``, with P positions."""
+    outputs = outputs.detach()
+    return outputs[:, None, None] if outputs.ndim == 1 else outputs[..., None].flatten(2)  # of no samples, too
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """Choose the widest floating type of a device: float64, or float32 on MPS, which has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def in_chunks(function: Callable[..., Tensor], *tensors: Tensor) -> list[Tensor]:
+    """Call a function on a few samples at a time, so that no wide copy of all outputs is made.
+
+    Args:
+        function: Function of a chunk of each tensor.
+        tensors: Of the same samples, ``(N, ...)``; the first one sets how many make a chunk.
+    """
+    samples_per_chunk = max(1, _CHUNK * len(tensors[0]) // max(1, tensors[0].numel()))
+    parts = [tensor.split(samples_per_chunk) for tensor in tensors]
+    return [function(*chunk) for chunk in zip(*parts, strict=True)]
+
+
+def are_probabilities(outputs: Tensor) -> bool:
+    """Check whether outputs can only be those of a softmax, within rounding; waits for the device."""
+    if num_outputs(outputs) < 2 or not outputs.numel() or bool((outputs < 0).any()):
+        return False
+    sums = outputs.to(wide_dtype(outputs.device)).sum(1)
+    return bool((sums - 1).abs().max() < _ROUNDING)
+
+
+def are_log_probabilities(outputs: Tensor) -> bool:
+    """Check whether outputs can only be those of a log-softmax, within rounding; waits for the device."""
+    return not bool((outputs > 0).any()) and are_probabilities(outputs.exp())
+
+
+def are_in_unit_interval(outputs: Tensor) -> bool:
+    """Check whether all outputs lie in [0, 1], as those of a sigmoid do; waits for the device."""
+    return outputs.numel() > 0 and bool(((outputs >= 0) & (outputs <= 1)).all())
+
+
+
