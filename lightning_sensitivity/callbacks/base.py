@@ -121,17 +121,19 @@ class Monitor(Callback, ABC):
     # Before a run
 
     @property
-    def state_key(self) -> str:
-        """The key of the state in a checkpoint; monitors differ by their prefix."""
+    def checkpoint_key(self) -> str:
+        """The key of what is saved in a checkpoint; monitors of a Trainer differ by their prefix."""
         return f"{type(self).__qualname__}(prefix={self.prefix!r})"
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed fit needs: the last epoch that was measured."""
-        return {"last_epoch": self._last_epoch} if self.every_n_epochs > 1 else {}
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Save the last epoch that was measured, which a resumed fit continues from."""
+        # Not by `state_dict`: Lightning refuses two monitors that have one, before ours can say what to do.
+        if self.every_n_epochs > 1:
+            checkpoint.setdefault(self.checkpoint_key, {})["last_epoch"] = self._last_epoch
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restore the last epoch that was measured."""
-        self._last_epoch = state_dict["last_epoch"]
+        self._last_epoch = checkpoint.get(self.checkpoint_key, {}).get("last_epoch")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check what can be checked before the first batch."""

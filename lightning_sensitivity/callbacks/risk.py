@@ -34,7 +34,7 @@ from lightning_sensitivity.functional.risk import (
     holdout_sums,
     label_sums,
 )
-from lightning_sensitivity.functional.tasks import IGNORED, TASKS, check_classes
+from lightning_sensitivity.functional.tasks import IGNORED, TASKS
 from lightning_sensitivity.functional.tensors import are_probabilities, num_outputs
 from lightning_sensitivity.metric import RiskEstimate
 from lightning_sensitivity.model import select_targets
@@ -114,7 +114,7 @@ class RiskMonitor(Monitor):
         targets: A function ``batch -> labels``, without randomness; by default see
             :func:`~lightning_sensitivity.model.select_targets`. Labels of -100 are ignored.
         validation_labels: Also score the labels that validation samples have, few or all, found by ``targets``. Then
-            ``risk_estimate`` combines their score with the estimate, which counts as much as 40 labels, and
+            ``risk_estimate`` combines their score with the estimate, which counts as much as 60 labels, and
             ``risk_label_score`` and ``risk_num_labels`` are logged, too. It costs a pass over the labelled batches.
         initial_weights: State dict from before training. Pass it if a fit starts from trained weights.
         num_training_samples: How many training samples are kept, over all processes, in whole batches.
@@ -198,19 +198,22 @@ class RiskMonitor(Monitor):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save the initial weights, except those that have not changed."""
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
         with self.run_facts.failures.warn_on_failure("could not save the weights from before training"):
             weights = self._initial.changed(checkpoint["state_dict"])
-            checkpoint[self.state_key] = {"initial_weights": weights, "num_training_samples": self.num_training}
+            saved = {"initial_weights": weights, "num_training_samples": self.num_training}
+            checkpoint.setdefault(self.checkpoint_key, {}).update(saved)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restore the initial weights and the number of training samples, also from a monitor with another prefix."""
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
         self._initial.forget()  # else those of another run
         keys = [key for key in checkpoint if str(key).startswith(f"{type(self).__qualname__}(prefix=")]
-        key = self.state_key if self.state_key in keys else next(iter(keys), None)
+        key = self.checkpoint_key if self.checkpoint_key in keys else next(iter(keys), None)
         if key is None or checkpoint[key].get("initial_weights") is None:
             return
-        if key != self.state_key:
-            rank_zero_info(f"`{self.state_key}` takes the initial weights that `{key}` has saved in the checkpoint.")
+        if key != self.checkpoint_key:
+            rank_zero_info(f"`{self.checkpoint_key}` takes the initial weights that `{key}` saved in the checkpoint.")
         self._initial.restore(checkpoint[key]["initial_weights"], checkpoint["state_dict"])
         self.num_training = checkpoint[key]["num_training_samples"]
 
@@ -457,8 +460,8 @@ class RiskMonitor(Monitor):
             )
         device_weights = {name: weight.to(pl_module.device) for name, weight in initial.items()}
         session.twins = TwinPasses(pl_module, device_weights, has_batch_norm(pl_module), self.run_facts)
-        if self.task == "auto" and samples.task.name == "multiclass":
-            check_classes(samples.num_outputs or 1, torch.cat([kept.targets.flatten() for kept in samples.batches]))
+        if self.task == "auto":
+            samples.check_classes()
         queue = Queue(partial(self._score_training_batches, trainer, session), self.run_facts.can_join is not False)
         largest = max((facts.elements_per_sample for facts in self.run_facts.loaders.values()), default=1.0)
         for index, kept in enumerate(samples.batches):

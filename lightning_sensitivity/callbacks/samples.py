@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import SequentialSampler
 
 from lightning_sensitivity.compat import training_loaders
-from lightning_sensitivity.functional.tasks import IGNORED, TASKS, Task, infer_task
+from lightning_sensitivity.functional.tasks import IGNORED, TASKS, Task, check_classes, infer_task
 from lightning_sensitivity.functional.tensors import num_outputs
 
 
@@ -45,6 +45,7 @@ class TrainingSamples:
         self.batches: list[KeptBatch] = []
         self.num_missing = num_wanted
         self.num_outputs: int | None = None
+        self._num_checked = 0  # of the batches
         self._num_before = num_before
         self._longest_epoch = 0
         self._num_in_past_epochs = 0
@@ -71,6 +72,13 @@ class TrainingSamples:
         self.batches.append(KeptBatch(move_data_to_device(batch, torch.device("cpu")), targets.to("cpu", copy=True)))
         self.num_missing -= len(outputs)
         self.num_outputs = num_outputs(outputs)
+
+    def check_classes(self) -> None:
+        """Refuse kept labels that use only the first few of many outputs, once for each number of kept batches."""
+        if len(self.batches) == self._num_checked or self.task is None or self.task.name != "multiclass":
+            return
+        self._num_checked = len(self.batches)
+        check_classes(self.num_outputs or 1, torch.cat([kept.targets.flatten() for kept in self.batches]))
 
     def count(self, targets: Tensor) -> None:
         """Count the samples of a batch that have a label, in integers and without waiting for the device."""

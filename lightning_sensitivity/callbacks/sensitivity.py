@@ -14,7 +14,7 @@ from lightning_sensitivity.callbacks.base import Monitor
 from lightning_sensitivity.callbacks.session import Group
 from lightning_sensitivity.callbacks.trainer import Chart
 from lightning_sensitivity.functional.sensitivity import diagnostics, sensitivity_rows
-from lightning_sensitivity.functional.tensors import are_in_unit_interval, are_log_probabilities, are_probabilities
+from lightning_sensitivity.functional.tensors import are_in_unit_interval, are_log_probabilities, are_probabilities, num_outputs
 from lightning_sensitivity.metric import OutputSensitivity
 from lightning_sensitivity.model import ModelCall, Noise
 from lightning_sensitivity.model.isolation import RunIsolated
@@ -115,6 +115,10 @@ class SensitivityMonitor(Monitor):
                 "`SensitivityMonitor` needs logits, got (log-)probabilities: select logits with `outputs=`, or use "
                 "`per_output=True`."
             )
+        if num_outputs(outputs) > 2 and are_in_unit_interval(outputs):  # few outputs of a fresh head may lie there
+            self.run_facts.failures.warn(
+                "probabilities", "got outputs that all lie in [0, 1]. If they are not logits, set `outputs=`."
+            )
 
     def check_call(self, pl_module: LightningModule, run: RunIsolated, call: ModelCall) -> None:
         """Try one noise draw."""
@@ -129,8 +133,6 @@ class SensitivityMonitor(Monitor):
     def measure(self, trainer: Trainer, run: RunIsolated, group: Group) -> None:
         """Run the model on a group of batches, clean and perturbed."""
         clean = self.clean_outputs(run, group)
-        if group.batches[0].batch_idx == 0:
-            self._warn_if_in_unit_interval(trainer, clean)
         at = None if self.at is None else submodule(trainer.lightning_module, self.at)
         keys = [(self.seed, trainer.global_rank, group.dataloader_idx, batch.batch_idx) for batch in group.batches]
         rows = torch.zeros(())
@@ -147,14 +149,6 @@ class SensitivityMonitor(Monitor):
         if estimate.num_changes < 2 and not is_non_finite:
             return {}, messages or {"no value": "There is no value: a variance needs two output changes."}
         return {"output_sensitivity": value, "output_sensitivity_stderr": metric.stderr}, messages
-
-    def _warn_if_in_unit_interval(self, trainer: Trainer, outputs: Tensor) -> None:
-        if self.per_output or trainer.sanity_checking or outputs.shape[1:] == (2,):
-            return
-        if are_in_unit_interval(outputs):
-            self.run_facts.failures.warn(
-                "probabilities", "got outputs that all lie in [0, 1]. If they are not logits, set `outputs=`."
-            )
 
 
 class _LoaderSensitivity(OutputSensitivity):

@@ -9,8 +9,8 @@ from torch import Tensor
 from lightning_sensitivity.functional.tasks import TASKS, Task
 from lightning_sensitivity.functional.tensors import are_probabilities, in_chunks, wide_dtype
 
-LABEL_WEIGHT = 40  # m₀: how many validation labels weigh as much as the estimate
-FORGETTING_WEIGHT = 0.25
+LABEL_WEIGHT = 60  # m₀: how many validation labels weigh as much as the estimate
+FORGETTING_WEIGHT = 0.25  # over λ
 TWIN_STRENGTH = 0.5  # λ of simulated twins; at full strength they break networks with max-pooling
 
 
@@ -64,6 +64,8 @@ class LabelSums(NamedTuple):
         score: Brier scores.
         claim: Claims of the model.
         num_outside: Samples with an output outside of [0, 1].
+        num_high: Samples with an output above ½.
+        num_wide: Samples with more than two outputs.
         num_non_finite: Samples with nan or inf, left out.
     """
 
@@ -71,6 +73,8 @@ class LabelSums(NamedTuple):
     score: Tensor
     claim: Tensor
     num_outside: Tensor
+    num_high: Tensor
+    num_wide: Tensor
     num_non_finite: Tensor
 
 
@@ -134,7 +138,10 @@ def label_sums(outputs: Tensor, targets: Tensor, task: Task) -> Tensor:
         p = task.probabilities(outputs)
         y, counts = task.target_probabilities(p, targets)
         is_outside = ((outputs < 0) | (outputs > 1)).reshape(p.shape).any(1)
-        return _finite_sums(counts, task.distances(p, y) * counts, task.claims(p) * counts, is_outside)
+        is_high = (outputs > 0.5).reshape(p.shape).any(1)
+        is_wide = torch.full_like(is_high, p.shape[1] > 2)
+        scores, claims = task.distances(p, y) * counts, task.claims(p) * counts
+        return _finite_sums(counts, scores, claims, is_outside, is_high, is_wide)
 
     return torch.stack(in_chunks(sums, outputs, targets.to(outputs.device))).sum(0)
 
@@ -192,7 +199,7 @@ def risk_terms(
         variance = factor * variance / strength**2 * shrinkage
         if forgetting is not None:
             share = (forgetting.loss / forgetting.count).nan_to_num(0.0)
-            forgotten = FORGETTING_WEIGHT * math.sqrt(factor) * share / strength**2
+            forgotten = FORGETTING_WEIGHT * share / strength
     terms = claim, overconfidence, memorization, forgotten, variance
     return RiskTerms(torch.stack(terms).sum(0), *terms)
 
@@ -200,8 +207,8 @@ def risk_terms(
 def combine_with_labels(estimate: Tensor, labels: LabelSums) -> Tensor:
     """Combine the estimate with the score of the validation labels that there are.
 
-    With m labels of mean Brier score s it is :math:`(m s + m_0 R) / (m + m_0)`, with :math:`m_0 = 40`: the estimate
-    counts as much as 40 labels.
+    With m labels of mean Brier score s it is :math:`(m s + m_0 R) / (m + m_0)`, with :math:`m_0 = 60`: the estimate
+    counts as much as 60 labels.
 
     Args:
         estimate: The estimate R without validation labels.
@@ -220,7 +227,9 @@ def diagnostics(holdout: HoldoutSums, training: LabelSums, estimate: Tensor, tas
         task: The kind of classification.
     """
     messages = {}
-    if training.count > 0 and training.num_outside == 0:
+    # One or two outputs of a fresh head may lie in [0, 1], but on one side of ½.
+    is_doubtful = bool(training.num_wide > 0) or bool(0 < training.num_high < training.count)
+    if training.count > 0 and training.num_outside == 0 and is_doubtful:
         messages["probabilities"] = "All outputs lie in [0, 1]. If they are not logits, set `outputs=`."
     if holdout.num_non_finite + training.num_non_finite > 0:
         messages["non-finite"] = (
@@ -301,8 +310,8 @@ def risk_estimate(
       a twin less certain than another network would be, and multiplied by :func:`variance_factor`, f;
     - overconfidence below 0 counts half: it may be memory of the training labels;
     - memorization is added: by how much the claim on unseen samples is above that on training samples, where it is;
-    - forgetting is added: :math:`\tfrac14 \sqrt f\, \mathbb{E}_\text{train}[p_y - p'_y] / \lambda^2`. To a network
-      that was trained on other samples, the training samples are unseen, so what it loses there was memory.
+    - forgetting is added, :math:`\mathbb{E}_\text{train}[p_y - p'_y] / (4 \lambda)`: to a network that was trained on
+      other samples, the training samples are unseen, so what it loses there was memory.
 
     ``examples/studies/early_stopping/README.md`` has the measurements. Where training labels are noisy, it estimates
     the score against labels that are as noisy. Validation labels, if there are some, are combined with it; see

@@ -40,9 +40,9 @@ def snapshot(model: LightningModule) -> Any:
     return tensors, [module.training for module in model.modules()], torch.get_rng_state().tolist()
 
 
-# In this order: a training batch is kept; with the first validation batch clean and noisy, at a layer, clean for the
-# risk, the training sample, by batch, two twins; the step.
-@pytest.mark.parametrize("num_passes", range(11))
+# In this order: a training batch is kept; of all validation batches clean and noisy, at a layer; the training samples
+# and a twin of them; twins; the steps.
+@pytest.mark.parametrize("num_passes", range(8))
 def test_ctrl_c_leaves_everything_as_it_was(num_passes: int) -> None:
     model, first, before = Interrupted(), Callback(), list[Any]()
     model.passes_to_come = itertools.count(num_passes, -1)
@@ -108,11 +108,12 @@ def test_what_can_not_run_is_refused_before_the_first_step(name: str, monitor: A
 def test_strategies_that_can_not_be_measured_under_are_refused() -> None:
     other, model, lacking = pytest.importorskip("pytorch_lightning.strategies"), BoringModel(), BoringModel()
     lacking.allow_zero_length_dataloader_with_multiple_devices = True
-    kinds, sharded = (DeepSpeedStrategy, other.DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy), "all weights in"
-    cases = [(kind.__new__(kind), model, sharded) for kind in kinds] + [(None, lacking, "a batch in")]
+    kinds = DeepSpeedStrategy, other.DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+    cases = [(kind.__new__(kind), model, "does not support sharded weights") for kind in kinds]
+    cases.append((None, lacking, "needs a batch in every process"))
     for strategy, module, match in cases:
         run = SimpleNamespace(strategy=strategy, datamodule=None, world_size=2, enable_validation=True)
-        with pytest.raises(MisconfigurationException, match=f"`M` needs {match} every process"):
+        with pytest.raises(MisconfigurationException, match=f"`M` {match}"):
             check_run("M", run, module, "fit")
 
 
@@ -124,12 +125,27 @@ def test_monitors_that_log_the_same_names_need_two_prefixes() -> None:
     fitted([kind(prefix=prefix) for prefix in ("val_", "b_") for kind in MONITORS], Classifier(), fast_dev_run=True)
 
 
-def test_a_callback_that_logs_one_of_our_names_before_us_costs_the_value() -> None:
-    other = Callback()
-    other.on_validation_batch_start = lambda run, model, *_: model.log("val_output_sensitivity", 1.0)
-    with pytest.warns(UserWarning, match="could not log 'val_output_sensitivity'.*self.log"):
-        run = fitted([other, SensitivityMonitor()], Classifier(), num_sanity_val_steps=0)
-    assert run.callback_metrics["val_output_sensitivity"] == 1 and run.callback_metrics["val_output_sensitivity_stderr"] > 0
+NAME = "val_output_sensitivity"
+HOOKS = "on_validation_start", "on_validation_batch_start", "on_validation_batch_end", "on_validation_epoch_end"
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+@pytest.mark.parametrize("hook", [*HOOKS, "on_train_batch_end"])
+def test_a_name_that_another_callback_logs_stays_its_own(hook: str, is_first: bool) -> None:
+    def fit(**options: Any) -> Any:
+        other, history = Callback(), helpers.History()
+        setattr(other, hook, lambda run, model, *_: model.log(NAME, 1.0, on_step=False, on_epoch=True))
+        order = [other, SensitivityMonitor()] if is_first else [SensitivityMonitor(), other]
+        run = fitted([*order, history], Classifier(), **options)
+        return [*history.epochs, helpers.logged(run)]
+
+    if hook != "on_train_batch_end":  # which the sanity check does not see
+        with pytest.raises(MisconfigurationException, match=f"`SensitivityMonitor` logs `{NAME}`, .*prefix="):
+            fit()
+    with pytest.warns(UserWarning, match=f"`SensitivityMonitor` .* logs `{NAME}`, .*prefix="):
+        epochs = fit(num_sanity_val_steps=0, max_epochs=3)
+    assert epochs[-1][NAME] == 1 and epochs[-1][NAME + "_stderr"] > 0
+    assert hook == "on_train_batch_end" or all(epoch[NAME] == 1 for epoch in epochs)
 
 
 # Who watches our values
@@ -144,8 +160,8 @@ def test_who_watches_a_value_the_wrong_way_or_more_often_than_it_comes_is_warned
     options = {"enable_checkpointing": True, "default_root_dir": tmp_path, "max_epochs": 1}
     with pytest.warns(UserWarning) as caught:
         fitted(callbacks, model, val=[loader(), loader(seed=1)], **options)
-    warned = [each for each in caught if re.search("imizes|sees the previous", str(each.message))]
-    expected = [f"maximizes `{risk}`, ", f"minimizes `{ours}`, ", *2 * [f"sees the previous `{risk}` again"]]
+    warned = [each for each in caught if re.search("imizes|sees a stale", str(each.message))]
+    expected = [f"maximizes `{risk}`, ", f"minimizes `{ours}`, ", *2 * [f"sees a stale `{risk}`"]]
     expected = [f"`{kind}` {what}" for kind in ("EarlyStopping", "ModelCheckpoint") for what in expected]
     expected.append("`ReduceLROnPlateau` minimizes `val_output_sensitivity/dataloader_idx_0`, ")
     texts = sorted(str(each.message) for each in warned)

@@ -35,7 +35,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
-from lightning_sensitivity.model.twins import call_by_batch, has_batch_norm
+from lightning_sensitivity.model.twins import call_with_batch_statistics, has_batch_norm
 
 COLUMNS = ["what", "case", "figure", "wanted", "met", "median", "lowest", "highest", "seconds", "beside"]
 Batches = list[list[Tensor]]
@@ -157,7 +157,7 @@ def seconds_of_passes(case: str, net: nn.Module, training: Batches, data: Batche
                 net(x + 0.1 * torch.randn_like(x))
             elif case == "risk":
                 for _ in range(num_passes):
-                    call_by_batch(net, partial(net, x))
+                    call_with_batch_statistics(net, partial(net, x))
         for x, _ in training if case == "risk" else []:
             net(x)
     return seconds.value
