@@ -15,8 +15,8 @@ from lightning_sensitivity.model import ModelCall, noise_generator
 from lightning_sensitivity.model.isolation import RunIsolated
 from lightning_sensitivity.model.twins import call_with_batch_statistics, twin
 
-_MIN_TWINS = 8  # with fewer, the variance would depend on the noise of a few
-_MAX_TWINS = 16
+NUM_TWINS = 8  # for validation samples; with fewer, the variance would depend on the noise of a few
+NUM_TWINS_FOR_TRAINING = 4  # for kept training samples
 _MIN_PART = 32  # samples, for statistics of batch norm that do not depend on the size of validation batches
 
 
@@ -54,7 +54,13 @@ class TwinPasses:
     facts: RunFacts
 
     def of(
-        self, run: RunIsolated, call: ModelCall, outputs: Tensor, key: tuple[int, ...], num_total: float
+        self,
+        run: RunIsolated,
+        call: ModelCall,
+        outputs: Tensor,
+        key: tuple[int, ...],
+        num_total: float,
+        num_twins: int = NUM_TWINS,
     ) -> Iterator[TwinPass]:
         """Yield the passes of twins over a batch, one in memory at a time.
 
@@ -64,6 +70,7 @@ class TwinPasses:
             outputs: Clean outputs for the batch.
             key: Seed, rank, loader and batch; see :func:`~lightning_sensitivity.model.noise_generator`.
             num_total: How many samples there are in all such batches of a validation, over all processes.
+            num_twins: How many twins they meet at least, together.
 
         Raises:
             ValueError: If batch norm needs more samples.
@@ -74,9 +81,9 @@ class TwinPasses:
                 "Batch norm needs more than 1 value per channel: use a validation batch size of 2 or more, so that "
                 "batches can be measured"
             )
-        part_size = min(num_total, max(_MIN_PART, num_total / _MAX_TWINS))
+        part_size = min(num_total, max(_MIN_PART, num_total / num_twins))
         num_parts = self._num_parts(run, call, outputs, part_size)
-        twins_per_part = max(1, math.ceil(_MIN_TWINS * size / (num_total * num_parts)))
+        twins_per_part = max(1, math.ceil(num_twins * size / (num_total * num_parts)))
         draw = 0
         for part in range(num_parts):
             samples = slice(part * size // num_parts, (part + 1) * size // num_parts)

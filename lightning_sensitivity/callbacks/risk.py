@@ -21,7 +21,7 @@ from lightning_sensitivity.arguments import Selector, check_argument, check_bool
 from lightning_sensitivity.callbacks import trainer as checks
 from lightning_sensitivity.callbacks.base import Monitor
 from lightning_sensitivity.callbacks.failures import describe_error
-from lightning_sensitivity.callbacks.passes import TwinPasses
+from lightning_sensitivity.callbacks.passes import NUM_TWINS_FOR_TRAINING, TwinPasses
 from lightning_sensitivity.callbacks.samples import TrainingSamples, check_loaders
 from lightning_sensitivity.callbacks.session import Batch, Group, Queue, Session
 from lightning_sensitivity.callbacks.trainer import Chart
@@ -328,14 +328,15 @@ class RiskMonitor(Monitor):
 
     def measure(self, trainer: Trainer, run: RunIsolated, group: Group) -> None:
         """Run the model and its twins on a group of batches."""
-        outputs = self.clean_outputs(run, group)
         if not self._is_estimating(trainer):
+            self.clean_outputs(run, group)
             return
         session, samples = self.session, self.fit_state.samples
         assert isinstance(session, RiskSession)
         assert samples is not None and samples.task is not None
-        if session.twins is None:
+        if session.twins is None:  # before the outputs of the group are in memory
             self._score_training_samples(trainer, session)
+        outputs = self.clean_outputs(run, group)
         if samples.num_outputs != num_outputs(outputs):
             raise ValueError(
                 f"Expected {samples.num_outputs} outputs, as training samples have, got {num_outputs(outputs)} outputs of "
@@ -488,7 +489,7 @@ class RiskMonitor(Monitor):
         forgetting = torch.zeros(())
         num_kept = sum(len(kept.targets) for kept in samples.batches)
         key = self.seed, 0, _KEPT, group.batches[0].batch_idx
-        for twin in session.twins.of(run, group.call, outputs, key, num_kept):
+        for twin in session.twins.of(run, group.call, outputs, key, num_kept, NUM_TWINS_FOR_TRAINING):
             part = forgetting_sums(twin.reference, twin.outputs, targets[twin.samples], samples.task)
             forgetting = forgetting.to(part.device) + twin.weight * part
         session.training = training if session.training is None else session.training + training

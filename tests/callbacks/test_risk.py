@@ -68,9 +68,9 @@ class Truth(History):
         labels = trainer.train_dataloader.dataset.tensors[-1].reshape(50, -1)
         num_training = int((labels != -100).any(1).sum())
         factor = variance_factor(num_training, sum(p.numel() for p in model.parameters() if p.requires_grad))
-        holdout, holdout_reference, of_twins = self.twins(model, HOLDOUT, 0)
-        train, train_reference, train_of_twins = self.twins(model, x, -1)
-        y = torch.cat([y[part] for part, count in parts_of(len(x)) for _ in range(count)])
+        holdout, holdout_reference, of_twins = self.twins(model, HOLDOUT, 0, 4)
+        train, train_reference, train_of_twins = self.twins(model, x, -1, 2)
+        y = torch.cat([y[part] for part, count in parts_of(len(x), 2) for _ in range(count)])
         eval_mode, by_batch = (
             risk_estimate(a, of_twins, b, y, self.task, train_twin_outputs=train_of_twins, strength=STRENGTH, factor=factor)
             for a, b in ((holdout, train), (holdout_reference, train_reference))
@@ -79,11 +79,11 @@ class Truth(History):
         terms = [*eval_mode[1:4], by_batch.forgetting, by_batch.variance]
         self.terms.append([float(term) for term in (sum(terms), *terms)])
 
-    def twins(self, model: Any, x: Tensor, loader_idx: int) -> list[Tensor]:
+    def twins(self, model: Any, x: Tensor, loader_idx: int, num_twins: int) -> list[Tensor]:
         """Outputs for each pass of a twin: clean, those that it is compared with, and its own."""
         draws, passes = itertools.count(-1, -1), []
         clean = model(x)
-        for part, count in parts_of(len(x)):
+        for part, count in parts_of(len(x), num_twins):
             reference = call_with_batch_statistics(model, partial(model, x[part]))
             for _ in range(count):
                 with twin(model, self.initial, noise_generator(0, 0, loader_idx, 0, next(draws)), STRENGTH):
@@ -91,9 +91,11 @@ class Truth(History):
         return [torch.cat(each) for each in zip(*passes, strict=True)]
 
 
-def parts_of(size: int) -> list[tuple[slice, int]]:
-    """Parts of some 32 samples, and how many twins each has, so that there are eight."""
-    return [(slice(0, 32), 8)] if size == 32 else [(slice(0, size // 2), 4), (slice(size // 2, size), 4)]
+def parts_of(size: int, num_twins: int) -> list[tuple[slice, int]]:
+    """Parts of some 32 samples, and how many twins each of two has; if there is one, twice as many."""
+    if size == 32:
+        return [(slice(0, size), 2 * num_twins)]
+    return [(slice(0, size // 2), num_twins), (slice(size // 2, size), num_twins)]
 
 
 def fit(model: Any, train: Any, *callbacks: Any, **kwargs: Any) -> Trainer:

@@ -27,7 +27,6 @@ class Fault:
 
     sensitivity: str | None = None
     risk: str | None = None
-    num_risk: int = 1
     error: str | None = None  # in the sanity check; also before the first step, unless a warning is expected there
     moments: tuple[str, ...] = ("later",)
     x: Callable[[Subject, Tensor], Any] = lambda m, x: x  # in eval mode, of validation samples
@@ -42,6 +41,7 @@ class Fault:
     options: dict[str, Any] = field(default_factory=dict)  # of both monitors
     s_options: dict[str, Any] = field(default_factory=dict)
     r_options: dict[str, Any] = field(default_factory=dict)
+    num_risk: int = 1  # warnings of the risk monitor
 
     def monitors(self) -> list[Any]:
         return [SensitivityMonitor(**self.options, **self.s_options), RiskMonitor(**self.options, **self.r_options)]
