@@ -126,7 +126,7 @@ FAULTS = {
     "ids later": Fault(DENSE, batch=to_ids),
     "empty batches": Fault("no value", "no value|no batch", batch=lambda m, b: [part[:0] for part in b]),
     "None for batches": Fault("no value", "no batch", batch=lambda m, b: None, moments=ALL),
-    "single samples": Fault(None, "more than 1 value per channel", batch=lambda m, b: [part[:1] for part in b]),
+    "single samples": Fault(batch=lambda m, b: [part[:1] for part in b]),
     "without labels": Fault(batch=lambda m, b: b[:1], moments=ALL),
     "unlabelled training": Fault(None, NO_LABEL, train=lambda m, b: b[: 2 - one_of_three(m)]),
     "no label counts": Fault(None, "no kept training sample has a label", train=lambda m, b: [b[0], b[1] * 0 - 100],
@@ -150,7 +150,7 @@ FAULTS = {
     # functions of the user
     "inputs=": Fault("in inputs", "in inputs", options={"inputs": failing("inputs", 7)}),
     "outputs=": Fault("in outputs", "in outputs", num_risk=2, options={"outputs": failing("outputs", 20)}),
-    "targets=": Fault(None, NO_LABEL + "in targets", r_options={"targets": failing("targets", 1)}),
+    "targets=": Fault(None, NO_LABEL + "in targets", r_options={"targets": failing("targets", 2)}),
     "noise=": Fault("in noise", s_options={"noise": failing("noise", 5)}),
     "no noise": Fault(error="`noise` should return", s_options={"noise": lambda x, g: x[:1]}, moments=SANITY),
     # modules that change
