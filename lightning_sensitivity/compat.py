@@ -63,8 +63,10 @@ def mark_updated(metric: Metric) -> None:
 
 def sync_buffers(model: Any) -> None:
     """Broadcast the buffers of a model under DDP, as its first forward of a validation would."""
-    if isinstance(model, DistributedDataParallel) and model.will_sync_module_buffers():
-        model._sync_buffers()
+    if isinstance(model, DistributedDataParallel):
+        wrapper: Any = model  # its methods have no types
+        if wrapper.will_sync_module_buffers():
+            wrapper._sync_buffers()
 
 
 def is_compiled(module: nn.Module) -> bool:

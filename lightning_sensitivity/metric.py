@@ -22,6 +22,14 @@ if TYPE_CHECKING:
     from lightning_sensitivity.compat import AxType, PlotType
 
 
+_RISK_STATES = {
+    "holdout": len(risk.HoldoutSums._fields),
+    "training_samples": len(risk.LabelSums._fields),
+    "forgetting": len(risk.ForgettingSums._fields),
+    "labels": len(risk.LabelSums._fields),
+}
+
+
 class OutputSensitivity(Metric):
     r"""Compute output sensitivity: the variance of the class-averaged output change under input noise.
 
@@ -225,7 +233,7 @@ class RiskEstimate(Metric):
     plot_lower_bound: float = 0.0
 
     holdout: Tensor
-    training: Tensor
+    training_samples: Tensor
     forgetting: Tensor
     labels: Tensor
 
@@ -248,10 +256,8 @@ class RiskEstimate(Metric):
         self.messages: dict[str, str] = {}  # what makes the last computed value doubtful
         self._factor = 1.0
         self.set_size(num_training, num_weights)
-        sizes = {"holdout": risk.HoldoutSums, "training": risk.LabelSums, "labels": risk.LabelSums}
-        for name, sums in (sizes | {"forgetting": risk.ForgettingSums}).items():
-            default = torch.zeros(len(sums._fields), dtype=wide_dtype(self.device))
-            self.add_state(name, default=default, dist_reduce_fx="sum")
+        for name, size in _RISK_STATES.items():
+            self.add_state(name, default=torch.zeros(size, dtype=wide_dtype(self.device)), dist_reduce_fx="sum")
 
     def set_size(self, num_training: int | None, num_weights: int | None) -> None:
         """Set the numbers of training samples and weights, which may be known only later.
@@ -277,7 +283,7 @@ class RiskEstimate(Metric):
             twin_outputs: Outputs of a simulated twin; None for no forgetting.
         """
         self.task.check(outputs, targets)
-        self.add_sums("training", risk.label_sums(outputs, targets, self.task))
+        self.add_sums("training_samples", risk.label_sums(outputs, targets, self.task))
         if twin_outputs is not None:
             self.add_sums("forgetting", risk.forgetting_sums(outputs, twin_outputs, targets, self.task))
 
@@ -294,15 +300,15 @@ class RiskEstimate(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """Compute the estimate and its terms over all processes; nan without samples."""
-        holdout, training = risk.HoldoutSums(*self.holdout), risk.LabelSums(*self.training)
+        holdout, training = risk.HoldoutSums(*self.holdout), risk.LabelSums(*self.training_samples)
         forgetting, labels = risk.ForgettingSums(*self.forgetting), risk.LabelSums(*self.labels)
         terms = risk.risk_terms(holdout, training, forgetting, self.strength, self._factor)
         self.messages = risk.diagnostics(holdout, training, terms.estimate, self.task)
         values = {f"risk_{name}": term for name, term in terms._asdict().items()}
-        if labels.count > 0:
+        if labels.num_scored > 0:
             values["risk_estimate"] = risk.combine_with_labels(terms.estimate, labels)
-            values["risk_label_score"] = labels.score / labels.count
-            values["risk_num_labels"] = labels.count
+            values["risk_label_score"] = labels.score / labels.num_scored
+            values["risk_num_labels"] = labels.num_scored
         return values
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
@@ -313,7 +319,7 @@ class RiskEstimate(Metric):
 
     def _apply(self, *args: Any, **kwargs: Any) -> RiskEstimate:
         """Move the sums with the metric, but keep their precision if the model is cast to 16 bits."""
-        states = {name: getattr(self, name) for name in ("holdout", "training", "labels", "forgetting")}
+        states = {name: getattr(self, name) for name in _RISK_STATES}
         for name in states:
             setattr(self, name, torch.zeros(0))
         super()._apply(*args, **kwargs)

@@ -141,7 +141,9 @@ class Monitor(Callback, ABC):
             return
         name = type(self).__name__
         checks.check_run(name, trainer, pl_module, stage)
-        others = {prefixed for other in monitors_of(trainer) if other is not self for prefixed in other.prefixed_names()}
+        others = {
+            prefixed for other in monitors_of(trainer) if other is not self for prefixed in other.prefixed_names()
+        }
         is_unique = others.isdisjoint(self.prefixed_names())
         check_argument("prefix", self.prefix, is_unique, "different in monitors that log the same names")
         self.run_facts = RunFacts(Failures(name, self.prefix))

@@ -58,7 +58,7 @@ class TwinPasses:
         run: RunIsolated,
         call: ModelCall,
         outputs: Tensor,
-        key: tuple[int, ...],
+        key: tuple[int, int, int, int],
         num_total: float,
         num_twins: int = NUM_TWINS,
     ) -> Iterator[TwinPass]:

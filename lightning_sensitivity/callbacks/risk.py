@@ -50,7 +50,9 @@ class Phase(Enum):
     """Where a fit is, for a :class:`RiskMonitor`."""
 
     OUTSIDE = auto()  # no fit is running
-    STARTING = auto()  # before its first training batch: the sanity check, or a resumed fit that begins with a validation
+    STARTING = (
+        auto()
+    )  # before its first training batch: the sanity check, or a resumed fit that begins with a validation
     ESTIMATING = auto()  # training samples are kept
     REFUSED = auto()  # there can be no estimate
 
@@ -303,7 +305,13 @@ class RiskMonitor(Monitor):
         return RiskEstimate("multiclass" if task is None else task.name, strength=TWIN_STRENGTH)
 
     def collect(
-        self, trainer: Trainer, pl_module: LightningModule, session: Session, batch: Any, batch_idx: int, dataloader_idx: int
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        session: Session,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
     ) -> None:
         """Put a batch into the queue if it is chosen, or into that of labelled ones if it has labels."""
         assert isinstance(session, RiskSession)
@@ -364,7 +372,7 @@ class RiskMonitor(Monitor):
         assert isinstance(session, RiskSession)
         metric = self.metric(trainer, dataloader_idx)
         if session.training is not None and session.forgetting is not None:  # else this process had no batch
-            metric.add_sums("training", session.training)
+            metric.add_sums("training_samples", session.training)
             metric.add_sums("forgetting", session.forgetting)
         self.num_training = samples.num_training(trainer)
         metric.set_size(max(1, self.num_training), checks.num_trained_weights(trainer.lightning_module))
@@ -459,14 +467,16 @@ class RiskMonitor(Monitor):
             self.run_facts.failures.warn(
                 "new", f"has no initial weights for {', '.join(new[:3])}: they count as learned entirely."
             )
-        device_weights = {name: weight.to(pl_module.device) for name, weight in initial.items()}
-        session.twins = TwinPasses(pl_module, device_weights, has_batch_norm(pl_module), self.run_facts)
         if self.task == "auto":
             samples.check_classes()
+        device_weights = {name: weight.to(pl_module.device) for name, weight in initial.items()}
+        session.twins = TwinPasses(pl_module, device_weights, has_batch_norm(pl_module), self.run_facts)
         queue = Queue(partial(self._score_training_batches, trainer, session), self.run_facts.can_join is not False)
         largest = max((facts.elements_per_sample for facts in self.run_facts.loaders.values()), default=1.0)
         for index, kept in enumerate(samples.batches):
-            with self.run_facts.failures.warn_on_failure("left out kept training samples, which the model does not take"):
+            with self.run_facts.failures.warn_on_failure(
+                "left out kept training samples, which the model does not take"
+            ):
                 call = self.prepare(trainer, pl_module, move_data_to_device(kept.batch, pl_module.device))
                 size = len(kept.targets)
                 queue.add(Batch(call, index, _KEPT, size, size * largest, kept.targets), is_last=False)
@@ -475,7 +485,9 @@ class RiskMonitor(Monitor):
     def _score_training_batches(self, trainer: Trainer, session: RiskSession, batches: list[Batch]) -> None:
         """Score kept batches together, or one by one where that fails."""
         for group in [batches] if self.run_facts.can_join else [[batch] for batch in batches]:
-            with self.run_facts.failures.warn_on_failure("left out kept training samples, which the model does not take"):
+            with self.run_facts.failures.warn_on_failure(
+                "left out kept training samples, which the model does not take"
+            ):
                 with self.isolated(trainer, trainer.lightning_module) as run:
                     self._score_training_group(run, session, Group(group))
 

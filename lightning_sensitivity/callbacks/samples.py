@@ -74,11 +74,11 @@ class TrainingSamples:
         self.num_outputs = num_outputs(outputs)
 
     def check_classes(self) -> None:
-        """Refuse kept labels that use only the first few of many outputs, once for each number of kept batches."""
-        if len(self.batches) == self._num_checked or self.task is None or self.task.name != "multiclass":
-            return
-        self._num_checked = len(self.batches)
-        check_classes(self.num_outputs or 1, torch.cat([kept.targets.flatten() for kept in self.batches]))
+        """Raise ValueError if kept labels use only the first few of many outputs; looks at each number of batches once."""
+        if len(self.batches) > self._num_checked and self.task is not None and self.task.name == "multiclass":
+            labels = torch.cat([kept.targets.flatten() for kept in self.batches])
+            check_classes(self.num_outputs or 1, labels)
+            self._num_checked = len(self.batches)
 
     def count(self, targets: Tensor) -> None:
         """Count the samples of a batch that have a label, in integers and without waiting for the device."""
@@ -105,7 +105,7 @@ class TrainingSamples:
         """Compute n, the number of different training samples over all processes, which must all call it."""
         num_seen = max(self._num_before, self._num_in_this_process(trainer))
         total = trainer.strategy.reduce(torch.tensor(num_seen, device=trainer.strategy.root_device), reduce_op="sum")
-        return min(int(total), self._size_of_dataset(trainer))
+        return int(min(int(total), self._size_of_dataset(trainer)))
 
     def _num_in_this_process(self, trainer: Trainer) -> int:
         num_seen = int(self._num_seen)
@@ -115,7 +115,7 @@ class TrainingSamples:
             num_seen = self._extrapolated(num_seen, trainer.num_training_batches)
         return max(self._longest_epoch, num_seen)
 
-    def _extrapolated(self, num_seen: int, num_batches: float) -> int:
+    def _extrapolated(self, num_seen: int, num_batches: int | float) -> int:
         """Scale up what was seen in the middle of the first epoch, if its length is known."""
         is_in_the_middle = 0 < self._num_batches < num_batches < math.inf
         return int(num_seen * num_batches / self._num_batches) if is_in_the_middle else num_seen

@@ -14,7 +14,12 @@ from lightning_sensitivity.callbacks.base import Monitor
 from lightning_sensitivity.callbacks.session import Group
 from lightning_sensitivity.callbacks.trainer import Chart
 from lightning_sensitivity.functional.sensitivity import diagnostics, sensitivity_rows
-from lightning_sensitivity.functional.tensors import are_in_unit_interval, are_log_probabilities, are_probabilities, num_outputs
+from lightning_sensitivity.functional.tensors import (
+    are_in_unit_interval,
+    are_log_probabilities,
+    are_probabilities,
+    num_outputs,
+)
 from lightning_sensitivity.metric import OutputSensitivity
 from lightning_sensitivity.model import ModelCall, Noise
 from lightning_sensitivity.model.isolation import RunIsolated

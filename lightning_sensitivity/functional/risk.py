@@ -38,7 +38,7 @@ class HoldoutSums(NamedTuple):
     """Sums over unseen samples; float64 scalars.
 
     Attributes:
-        count: Samples, times positions.
+        num_scored: Samples, times positions.
         claim: Claims of the model.
         variance: Squared differences between the twin and the reference.
         reference_claim: Claims of the reference, which the twin is compared with.
@@ -47,7 +47,7 @@ class HoldoutSums(NamedTuple):
         num_non_finite: Samples with nan or inf, left out.
     """
 
-    count: Tensor
+    num_scored: Tensor
     claim: Tensor
     variance: Tensor
     reference_claim: Tensor
@@ -60,7 +60,7 @@ class LabelSums(NamedTuple):
     """Sums over labelled samples, of training or validation; float64 scalars.
 
     Attributes:
-        count: Labels that count.
+        num_scored: Labels that count.
         score: Brier scores.
         claim: Claims of the model.
         num_outside: Samples with an output outside of [0, 1].
@@ -69,7 +69,7 @@ class LabelSums(NamedTuple):
         num_non_finite: Samples with nan or inf, left out.
     """
 
-    count: Tensor
+    num_scored: Tensor
     score: Tensor
     claim: Tensor
     num_outside: Tensor
@@ -82,12 +82,12 @@ class ForgettingSums(NamedTuple):
     """Sums over training samples that twins have seen; float64 scalars.
 
     Attributes:
-        count: Labels that count.
+        num_scored: Labels that count.
         loss: By how much the twin gives the labels less probability than the reference.
         num_non_finite: Samples with nan or inf, left out.
     """
 
-    count: Tensor
+    num_scored: Tensor
     loss: Tensor
     num_non_finite: Tensor
 
@@ -186,10 +186,10 @@ def risk_terms(
     Returns:
         The terms; nan without training or holdout samples.
     """
-    claim = holdout.claim / holdout.count
-    variance = holdout.variance / holdout.count
-    training_claim = training.claim / training.count
-    overconfidence = training.score / training.count - training_claim
+    claim = holdout.claim / holdout.num_scored
+    variance = holdout.variance / holdout.num_scored
+    training_claim = training.claim / training.num_scored
+    overconfidence = training.score / training.num_scored - training_claim
     memorization = torch.zeros_like(claim)
     forgotten = torch.zeros_like(claim)
     if strength is not None:
@@ -198,7 +198,7 @@ def risk_terms(
         shrinkage = (holdout.reference_claim / holdout.twin_claim).clamp(max=1).nan_to_num(1.0)
         variance = factor * variance / strength**2 * shrinkage
         if forgetting is not None:
-            share = (forgetting.loss / forgetting.count).nan_to_num(0.0)
+            share = (forgetting.loss / forgetting.num_scored).nan_to_num(0.0)
             forgotten = FORGETTING_WEIGHT * share / strength
     terms = claim, overconfidence, memorization, forgotten, variance
     return RiskTerms(torch.stack(terms).sum(0), *terms)
@@ -214,7 +214,7 @@ def combine_with_labels(estimate: Tensor, labels: LabelSums) -> Tensor:
         estimate: The estimate R without validation labels.
         labels: Sums over labelled validation samples.
     """
-    return (labels.score + LABEL_WEIGHT * estimate) / (labels.count + LABEL_WEIGHT)
+    return (labels.score + LABEL_WEIGHT * estimate) / (labels.num_scored + LABEL_WEIGHT)
 
 
 def diagnostics(holdout: HoldoutSums, training: LabelSums, estimate: Tensor, task: Task) -> dict[str, str]:
@@ -228,20 +228,20 @@ def diagnostics(holdout: HoldoutSums, training: LabelSums, estimate: Tensor, tas
     """
     messages = {}
     # One or two outputs of a fresh head may lie in [0, 1], but on one side of ½.
-    is_doubtful = bool(training.num_wide > 0) or bool(0 < training.num_high < training.count)
-    if training.count > 0 and training.num_outside == 0 and is_doubtful:
+    is_doubtful = bool(training.num_wide > 0) or bool(0 < training.num_high < training.num_scored)
+    if training.num_scored > 0 and training.num_outside == 0 and is_doubtful:
         messages["probabilities"] = "All outputs lie in [0, 1]. If they are not logits, set `outputs=`."
     if holdout.num_non_finite + training.num_non_finite > 0:
         messages["non-finite"] = (
             f"{_ceil(holdout.num_non_finite)} validation and {_ceil(training.num_non_finite)} training samples "
             "gave nan or inf, and were left out."
         )
-    if holdout.num_identical > holdout.count / 2:
+    if holdout.num_identical > holdout.num_scored / 2:
         messages["no variance"] = (
             "There is no value: the simulated twins reproduce the model's outputs. It has not learned anything yet, "
             "or it caches its weights. `EarlyStopping(check_finite=False)` waits for a value."
         )
-    elif not messages and not (holdout.count > 0 and training.count > 0):
+    elif not messages and not (holdout.num_scored > 0 and training.num_scored > 0):
         messages["no value"] = "There is no value: no kept training sample has a label, or no batch could be measured."
     if estimate > task.max_score:
         messages["too large"] = (
@@ -369,7 +369,7 @@ def risk_estimate(
 def _labelled_sums(name: str, outputs: Tensor, targets: Tensor, task: Task) -> LabelSums:
     task.check(outputs, targets)
     sums = LabelSums(*label_sums(outputs, targets, task))
-    if not sums.count > 0:
+    if not sums.num_scored > 0:
         raise ValueError(f"Expected `{name}` to hold a label that counts, but all are -100.")
     return sums
 

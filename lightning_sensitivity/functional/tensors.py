@@ -33,7 +33,7 @@ def in_chunks(function: Callable[..., Tensor], *tensors: Tensor) -> list[Tensor]
         tensors: Of the same samples, ``(N, ...)``; the first one sets how many make a chunk.
     """
     samples_per_chunk = max(1, _CHUNK * len(tensors[0]) // max(1, tensors[0].numel()))
-    parts = [tensor.split(samples_per_chunk) for tensor in tensors]
+    parts = [torch.split(tensor, samples_per_chunk) for tensor in tensors]
     return [function(*chunk) for chunk in zip(*parts, strict=True)]
 
 
@@ -53,6 +53,3 @@ def are_log_probabilities(outputs: Tensor) -> bool:
 def are_in_unit_interval(outputs: Tensor) -> bool:
     """Check whether all outputs lie in [0, 1], as those of a sigmoid do; waits for the device."""
     return outputs.numel() > 0 and bool(((outputs >= 0) & (outputs <= 1)).all())
-
-
-

@@ -99,7 +99,9 @@ class ModelCall:
         floating = [key for key, value in candidates.items() if any(map(is_floating, tensors_in(value)))]
         if len(floating) == 1:
             return floating[0]
-        got = "; ".join(f"{key!r}: {describe(value)}" for key, value in (dict(enumerate(self.args)) | self.kwargs).items())
+        got = "; ".join(
+            f"{key!r}: {describe(value)}" for key, value in (dict(enumerate(self.args)) | self.kwargs).items()
+        )
         found = f"several: {', '.join(map(repr, floating))}" if floating else "none"
         raise MisconfigurationException(
             f"Expected one dense floating input to perturb, got {found} among the arguments of `forward` ({got}). "

@@ -128,7 +128,7 @@ def joint_perturbation(perturbs: Sequence[Perturb], sizes: Sequence[int]) -> Per
     def perturb(x: Tensor) -> Tensor:
         if len(x) != sum(sizes):
             raise ValueError(f"Expected {sum(sizes)} samples in dimension 0, but got {tuple(x.shape)}")
-        parts = zip(perturbs, x.split(list(sizes)), strict=True)
+        parts = zip(perturbs, torch.split(x, list(sizes)), strict=True)
         return torch.cat([perturb(part) for perturb, part in parts])
 
     return perturb

@@ -18,6 +18,9 @@ def test_values_agree_with_the_cpu_and_the_devices_stream_is_left_alone(precisio
     before = torch.cuda.get_rng_state()
     on_gpu = validated(monitor, model, loader(4000, 500), **cuda)
     assert torch.equal(torch.cuda.get_rng_state(), before)
-    assert abs(on_gpu["val_output_sensitivity"] - on_cpu["val_output_sensitivity"]) < 5 * on_cpu["val_output_sensitivity_stderr"]
+    assert (
+        abs(on_gpu["val_output_sensitivity"] - on_cpu["val_output_sensitivity"])
+        < 5 * on_cpu["val_output_sensitivity_stderr"]
+    )
     # Other noise, and other rounding in training.
     assert risk(2000, **cuda) == pytest.approx(risk(2000), rel=0.1, abs=0.02)

@@ -72,7 +72,9 @@ class Truth(History):
         train, train_reference, train_of_twins = self.twins(model, x, -1, 2)
         y = torch.cat([y[part] for part, count in parts_of(len(x), 2) for _ in range(count)])
         eval_mode, by_batch = (
-            risk_estimate(a, of_twins, b, y, self.task, train_twin_outputs=train_of_twins, strength=STRENGTH, factor=factor)
+            risk_estimate(
+                a, of_twins, b, y, self.task, train_twin_outputs=train_of_twins, strength=STRENGTH, factor=factor
+            )
             for a, b in ((holdout, train), (holdout_reference, train_reference))
         )
         # With batch norm, what is compared with twins is normalized by the batch, as they are.

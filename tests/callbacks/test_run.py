@@ -222,4 +222,8 @@ def test_lightning_cli(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second, third = [each for each in cli.trainer.callbacks if isinstance(each, tuple(MONITORS))]
     assert first.inputs is helpers.first_tensor and second.outputs is operator.pos and third.num_samples is None
     cli.trainer.fit(cli.model, loader(), loader())
-    assert {"b/output_sensitivity", "val_output_sensitivity", "val_risk_estimate"} <= cli.trainer.callback_metrics.keys()
+    assert {
+        "b/output_sensitivity",
+        "val_output_sensitivity",
+        "val_risk_estimate",
+    } <= cli.trainer.callback_metrics.keys()
