@@ -1,4 +1,4 @@
-"""Private names of torch, Lightning and torchmetrics that have no public counterpart: the only place to mend on upgrades.
+"""Private names of torch, Lightning and torchmetrics that have no public counterpart, all in one place.
 
 Each has a test in ``tests/test_compat.py``, which says what breaks without it. Lightning is imported where it is used,
 so that the metrics do not need it.
@@ -88,7 +88,7 @@ def clear_autocast_cache() -> None:
 
 
 def num_batches(trainer: Trainer) -> list[int | float]:
-    """Count the batches of each loader of the running evaluation; inf for a loader without a length, even if limited."""
+    """Count the batches of each loader that is evaluated; inf for a loader without a length, even if limited."""
     from lightning.fabric.utilities.data import sized_len
 
     loop = trainer._evaluation_loop

@@ -74,7 +74,7 @@ class TrainingSamples:
         self.num_outputs = num_outputs(outputs)
 
     def check_classes(self) -> None:
-        """Raise ValueError if kept labels use only the first few of many outputs; looks at each number of batches once."""
+        """Raise ValueError if kept labels use only the first few of many outputs; look once at each batch."""
         if len(self.batches) > self._num_checked and self.task is not None and self.task.name == "multiclass":
             labels = torch.cat([kept.targets.flatten() for kept in self.batches])
             check_classes(self.num_outputs or 1, labels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from lightning_sensitivity.arguments import Selector, check_argument, check_bool, check_int
 from lightning_sensitivity.callbacks.base import Monitor
-from lightning_sensitivity.callbacks.session import Group
+from lightning_sensitivity.callbacks.batches import CleanOutputs, Group
+from lightning_sensitivity.callbacks.session import Session
 from lightning_sensitivity.callbacks.trainer import Chart
 from lightning_sensitivity.functional.sensitivity import diagnostics, sensitivity_rows
 from lightning_sensitivity.functional.tensors import (
@@ -34,8 +36,8 @@ class SensitivityMonitor(Monitor):
     before training: stop by :class:`~lightning_sensitivity.RiskMonitor`.
 
     **Logged values**, with ``prefix`` before them (in ``Trainer.test`` with "test" for "val"): ``output_sensitivity``,
-    in squared units of the outputs, and its standard error ``output_sensitivity_stderr``. :attr:`metrics` has the
-    metric of each loader after a validation.
+    in squared units of the outputs, and its standard error ``output_sensitivity_stderr``. The attribute ``metrics``
+    has the metric of each loader after a validation.
 
     It costs 1 + ``num_draws`` forward passes over the measured samples. Small batches are measured together.
 
@@ -126,31 +128,47 @@ class SensitivityMonitor(Monitor):
             )
 
     def check_call(self, pl_module: LightningModule, run: RunIsolated, call: ModelCall) -> None:
-        """Try one noise draw."""
-        at = None if self.at is None else submodule(pl_module, self.at)
-        for _ in noisy_outputs(run, call, self._noise, [(self.seed, 0, 0, 0)], 1, at):
+        """Try the noise."""
+        for _ in self.noisy_outputs(pl_module, run, call, [(self.seed, 0, 0, 0)]):
             pass
 
+    def make_session(self, trainer: Trainer, clean: CleanOutputs) -> SensitivitySession:
+        """Make what measures a validation."""
+        return SensitivitySession(self, trainer, clean)
+
+    def noisy_outputs(
+        self, pl_module: LightningModule, run: RunIsolated, call: ModelCall, keys: Sequence[tuple[int, ...]]
+    ) -> Iterator[Tensor]:
+        """Yield the outputs for each noise draw."""
+        at = None if self.at is None else submodule(pl_module, self.at)
+        return noisy_outputs(run, call, self._noise, keys, self.num_draws, at)
+
+
+class SensitivitySession(Session):
+    """Measure the output sensitivity in a validation."""
+
+    monitor: SensitivityMonitor
+
     def make_metric(self) -> OutputSensitivity:
-        """Make the metric of a loader for a validation."""
-        return _LoaderSensitivity(self.per_output)
+        """Make the metric of a loader."""
+        return _LoaderSensitivity(self.monitor.per_output)
 
-    def measure(self, trainer: Trainer, run: RunIsolated, group: Group) -> None:
+    def measure(self, run: RunIsolated, group: Group) -> None:
         """Run the model on a group of batches, clean and perturbed."""
-        clean = self.clean_outputs(run, group)
-        at = None if self.at is None else submodule(trainer.lightning_module, self.at)
-        keys = [(self.seed, trainer.global_rank, group.dataloader_idx, batch.batch_idx) for batch in group.batches]
+        clean = self.clean.get(run, group)
+        start = self.monitor.seed, self.trainer.global_rank, group.dataloader_idx
+        keys = [(*start, batch.batch_idx) for batch in group.batches]  # each batch has noise of its own
         rows = torch.zeros(())
-        for noisy in noisy_outputs(run, group.call, self._noise, keys, self.num_draws, at):
+        for noisy in self.monitor.noisy_outputs(self.module, run, group.call, keys):
             rows = rows.to(clean.device) + sensitivity_rows(clean, noisy)
-        self.metric(trainer, group.dataloader_idx).add_rows(rows)
+        self.metric(group.dataloader_idx).add_rows(rows)
 
-    def compute_values(self, trainer: Trainer, dataloader_idx: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def compute_values(self, dataloader_idx: int) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Compute the values of a loader, and what to warn of."""
-        metric = self.metric(trainer, dataloader_idx)
+        metric = self.metric(dataloader_idx)
         value, estimate = metric.compute(), metric.estimate
-        messages = diagnostics(estimate, self.per_output)
-        is_non_finite = bool(estimate.num_non_finite > 0 and estimate.num_samples == 0)
+        messages = diagnostics(estimate, self.monitor.per_output)
+        is_non_finite = bool(estimate.num_non_finite > 0 and estimate.num_samples == 0)  # logged as it is
         if estimate.num_changes < 2 and not is_non_finite:
             return {}, messages or {"no value": "There is no value: a variance needs two output changes."}
         return {"output_sensitivity": value, "output_sensitivity_stderr": metric.stderr}, messages

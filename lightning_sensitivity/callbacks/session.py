@@ -1,230 +1,259 @@
-"""One validation of one monitor: which batches are measured, which wait for others, and what came out."""
+"""One validation of one monitor, from its first batch to the values that are logged."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.memory import is_oom_error
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_sensitivity.arguments import Selector
-from lightning_sensitivity.model import ModelCall
-from lightning_sensitivity.model.forward import join_calls
-from lightning_sensitivity.model.isolation import RunIsolated
+from lightning_sensitivity import compat
+from lightning_sensitivity.callbacks import trainer as checks
+from lightning_sensitivity.callbacks.batches import (
+    Batch,
+    BatchSelection,
+    CleanOutputs,
+    Group,
+    Queue,
+    are_independent,
+)
+from lightning_sensitivity.callbacks.failures import free_memory
+from lightning_sensitivity.callbacks.run import first_pass
+from lightning_sensitivity.callbacks.watch import CallWatch
+from lightning_sensitivity.metric import LazyValue
+from lightning_sensitivity.model import ModelCall, isolated
+from lightning_sensitivity.model.isolation import RunIsolated, shared_state
 
-_MAX_ELEMENTS = 2**22  # of the largest tensor in a joint pass; larger batches do not wait
+if TYPE_CHECKING:
+    from lightning_sensitivity.callbacks.base import Monitor
 
-
-@dataclass
-class Batch:
-    """A batch that is measured.
-
-    Attributes:
-        call: The call of the model on it.
-        batch_idx: Its index in the loader.
-        dataloader_idx: The index of its loader.
-        size: Number of samples.
-        num_elements: Elements of the largest tensor that a pass on it makes.
-        targets: Its labels, where a monitor scores them.
-    """
-
-    call: ModelCall
-    batch_idx: int
-    dataloader_idx: int
-    size: int
-    num_elements: float
-    targets: Tensor | None = None
-
-    def layout(self) -> tuple[object, ...] | None:
-        """Return what batches that are measured together have in common; None for one that is measured by itself."""
-        layout = self.call.layout()
-        if layout is None:
-            return None
-        if self.targets is None:
-            return (self.dataloader_idx, *layout)
-        return (self.dataloader_idx, self.targets.shape[1:], self.targets.dtype, *layout)
+_STANDS = "Where no value could be measured, the last one stands."
 
 
-class Group:
-    """Batches of one loader that are measured together.
+class Session(ABC):
+    """Measure the batches of a validation, and compute the values of each loader.
+
+    The way of a batch: :meth:`collect` prepares it, if it is chosen, and puts it into the queue, which calls
+    :meth:`measure_batches` when enough wait. That runs the model on them at once, and :meth:`measure` adds to the
+    metric of the loader. Lightning reads the values, by :meth:`values_of`, when all processes are done with the loader.
 
     Args:
-        batches: The batches, all of one layout.
-
-    Attributes:
-        batches: The batches.
-        call: The joint call of the model.
-    """
-
-    def __init__(self, batches: Sequence[Batch]) -> None:
-        self.batches = list(batches)
-        self.call = join_calls([batch.call for batch in batches])
-        self.dataloader_idx = batches[0].dataloader_idx
-
-    @property
-    def key(self) -> tuple[int, ...]:
-        """What tells the group from others in a validation."""
-        return self.dataloader_idx, *(batch.batch_idx for batch in self.batches)
-
-    @property
-    def size(self) -> int:
-        """Number of samples."""
-        return sum(batch.size for batch in self.batches)
-
-
-class BatchSelection:
-    """Choose which batches of a loader are measured: always the same, evenly spaced, since loaders may be sorted.
-
-    Args:
-        num_batches: Of the loader; inf if unknown.
-        budget: How many samples of the loader this process should measure.
-
-    Attributes:
-        num_batches: Of the loader.
-        num_selected: How many batches are measured: all of them until the size of a batch is known.
-    """
-
-    def __init__(self, num_batches: int | float, budget: float) -> None:
-        self.num_batches = num_batches
-        self.num_selected: int | float = num_batches
-        self._budget = budget
-        self._indices: set[int] | None = None  # None for every batch, until the budget is spent
-        self._num_samples = 0
-
-    def start(self, batch_size: int) -> None:
-        """Choose the batches, once the size of one is known."""
-        if math.isinf(self._budget):
-            return
-        num_needed = math.ceil(self._budget / max(1, batch_size))
-        self.num_selected = min(self.num_batches, num_needed)
-        if math.isfinite(self.num_batches):
-            count, chosen = int(self.num_batches), int(self.num_selected)
-            self._indices = {-(-index * count // chosen) for index in range(chosen)}
-
-    def includes(self, batch_idx: int) -> bool:
-        """Decide whether to measure a batch: always the first one, none once the budget is spent."""
-        is_within_budget = batch_idx == 0 or self._num_samples < self._budget
-        return is_within_budget and (self._indices is None or batch_idx in self._indices)
-
-    def count(self, batch: Batch) -> None:
-        """Count a batch that is measured."""
-        self._num_samples += batch.size
-
-    def is_complete(self, batch_idx: int) -> bool:
-        """Return whether no batch after this one will be measured."""
-        last = self.num_batches - 1 if self._indices is None else max(self._indices, default=0)
-        return batch_idx >= last or self._num_samples >= self._budget
-
-
-class Queue:
-    """Batches that wait until there are enough to be measured together.
-
-    Args:
-        measure: Measures batches of one loader and layout.
-        can_wait: Whether batches may wait at all.
-    """
-
-    def __init__(self, measure: Callable[[list[Batch]], None], can_wait: bool = True) -> None:
-        self._measure = measure
-        self._can_wait = can_wait
-        self._batches: list[Batch] = []
-        self._layout: tuple[object, ...] | None = None
-        self._num_elements = 0.0
-
-    def add(self, batch: Batch, is_last: bool) -> None:
-        """Add a batch, and measure what must not wait any longer."""
-        layout = batch.layout() if self._can_wait else None
-        is_full = self._num_elements + batch.num_elements > _MAX_ELEMENTS
-        if layout is None or layout != self._layout or is_full:
-            self.flush()
-        self._layout = layout
-        self._num_elements += batch.num_elements
-        if layout is None or is_last or batch.num_elements > _MAX_ELEMENTS / 2:
-            self._batches.append(batch)
-            self.flush()
-        else:
-            batch.call = batch.call.copied()  # the user's step may write to the batch
-            self._batches.append(batch)
-
-    def flush(self) -> None:
-        """Measure the batches that wait."""
-        batches, self._batches = self._batches, []
-        self._num_elements = 0.0
-        if batches:
-            self._measure(batches)
-
-
-@dataclass
-class CleanOutputs:
-    """Hand the clean outputs of a group from the monitor that ran it to those that call the model in the same way.
-
-    Attributes:
-        inputs: How they get the arguments.
-        outputs: How they select the outputs.
-        num_users: How many monitors ask for each group.
-    """
-
-    inputs: Selector | None
-    outputs: Selector | None
-    num_users: int = 1
-    _key: tuple[int, ...] = ()
-    _outputs: Tensor | None = None
-    _num_asked: int = 0
-
-    def get(self, run: RunIsolated, group: Group) -> Tensor:
-        """Return the outputs of a group, by a pass or from the monitor that made it."""
-        outputs = self._outputs if self._key == group.key else None
-        if outputs is None:
-            outputs = run(group.call)
-            self._num_asked = 0
-        self._num_asked += 1
-        is_needed = self._num_asked < self.num_users
-        self._key = group.key if is_needed else ()
-        self._outputs = outputs if is_needed else None
-        return outputs
-
-
-@dataclass
-class Session:
-    """What a monitor keeps for the time of one validation.
-
-    Attributes:
-        selections: For each loader, which batches are measured.
-        queue: Batches that wait.
+        monitor: The monitor.
+        trainer: The Trainer, at the start of a validation.
         clean: Clean outputs, shared with other monitors.
+
+    Attributes:
         metrics: The metric of each loader.
-        values: The values of each loader, once they are computed.
-        logged: Loaders whose values are logged.
-        others: Further queues.
     """
 
-    selections: list[BatchSelection]
-    queue: Queue
-    clean: CleanOutputs
-    metrics: dict[int, Metric] = field(default_factory=dict)
-    values: dict[int, dict[str, Tensor]] = field(default_factory=dict)
-    logged: set[int] = field(default_factory=set)
-    others: list[Queue] = field(default_factory=list)
+    def __init__(self, monitor: Monitor, trainer: Trainer, clean: CleanOutputs) -> None:
+        self.monitor = monitor
+        self.trainer = trainer
+        self.clean = clean
+        self.facts = monitor.run_facts
+        self.failures = monitor.run_facts.failures
+        self.metrics: dict[int, Any] = {}
+        budget = math.inf
+        if monitor.num_samples is not None:
+            budget = monitor.num_samples / (trainer.world_size * monitor.num_draws_per_sample)
+        self.selections = [BatchSelection(count, budget) for count in compat.num_batches(trainer)]
+        for dataloader_idx, facts in self.facts.loaders.items():
+            self.selections[dataloader_idx].start(facts.batch_size)
+        self.queue = Queue(self.measure_batches, can_wait=self.facts.can_join is not False)
+        self._values: dict[int, dict[str, Tensor]] = {}  # of each loader, once they are computed
+        self._logged: set[int] = set()  # loaders
+
+    @property
+    def module(self) -> LightningModule:
+        """The module that is validated."""
+        return self.trainer.lightning_module
+
+    # What a subclass measures
+
+    @abstractmethod
+    def measure(self, run: RunIsolated, group: Group) -> None:
+        """Run the model on a group of batches, and add to the metric of their loader: all of it or nothing."""
+
+    @abstractmethod
+    def compute_values(self, dataloader_idx: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Compute the values of a loader over all processes, and the warnings. Every process must call it."""
+
+    @abstractmethod
+    def make_metric(self) -> Metric:
+        """Make the metric of a loader."""
+
+    # The way of a batch
+
+    def start_loader(self, dataloader_idx: int) -> None:
+        """Log the values of a loader, which are read later."""
+        for earlier in range(dataloader_idx):  # other processes may already have reduced these
+            self.values_of(earlier)
+        self._log(dataloader_idx)
+
+    def collect(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
+        """Put a batch into the queue if it is chosen."""
+        selection = self.selections[dataloader_idx]
+        if selection.includes(batch_idx):
+            prepared = self.make_batch(batch, batch_idx, dataloader_idx)
+            selection.count(prepared)
+            self.queue.add(prepared, is_last=selection.is_complete(batch_idx))
+
+    def make_batch(self, batch: Any, batch_idx: int, dataloader_idx: int) -> Batch:
+        """Prepare a batch; the first one of a loader is checked, and shows how large the others will be."""
+        call = self.prepare(batch)
+        if dataloader_idx not in self.facts.loaders:
+            self.check_first_batch(call, dataloader_idx)
+            self.selections[dataloader_idx].start(self.facts.loaders[dataloader_idx].batch_size)
+            self.facts.watch = CallWatch(self.module, call, self.monitor.outputs)
+            if self.trainer.state.fn != TrainerFn.FITTING:
+                self.failures.is_strict = False
+        facts = self.facts.loaders[dataloader_idx]
+        size = call.sizes[0] or facts.batch_size
+        return Batch(call, batch_idx, dataloader_idx, size, size * facts.elements_per_sample)
+
+    def prepare(self, batch: Any) -> ModelCall:
+        """Prepare the call of the model on a batch."""
+        inputs, outputs = self.monitor.inputs, self.monitor.outputs
+        if inputs is None:
+            return ModelCall(self.module, batch, outputs=outputs)
+        with self.isolated() as run:  # only user code can have side effects
+            return run(ModelCall, self.module, batch, inputs, outputs)
+
+    def measure_batches(self, batches: list[Batch]) -> None:
+        """Measure batches together, or one by one where that fails, so that one bad batch costs one batch."""
+        if len(batches) > 1 and self._measure_joint(batches):
+            return
+        for batch in batches:
+            what = could_not_measure(batch.dataloader_idx)
+            with self.failures.warn_on_failure(what, _STANDS), self.isolated() as run:
+                self.measure(run, Group([batch]))
 
     def flush(self) -> None:
         """Measure all batches that wait."""
-        for queue in (self.queue, *self.others):
-            queue.flush()
+        self.queue.flush()
+
+    @contextmanager
+    def isolated(self) -> Iterator[RunIsolated]:
+        """Yield a function that runs the model and leaves no trace, in the precision of validation."""
+        with isolated(self.module) as run, self.trainer.precision_plugin.val_step_context():
+            yield run
+
+    def metric(self, dataloader_idx: int) -> Any:
+        """Return the metric of a loader, on the device of the module."""
+        if dataloader_idx not in self.metrics:
+            with self.module.device:  # for the types that it has
+                self.metrics[dataloader_idx] = self.make_metric()
+            compat.mark_updated(self.metrics[dataloader_idx])  # a process may have no batch
+        return self.metrics[dataloader_idx]
+
+    # The values
+
+    def values_of(self, dataloader_idx: int) -> dict[str, Tensor]:
+        """Return the values of a loader, computed once, over all processes."""
+        if dataloader_idx not in self._values:
+            self.flush()
+            self._values[dataloader_idx] = {}
+            what = f"could not compute the values of dataloader {dataloader_idx}"
+            with self.failures.warn_on_failure(what, _STANDS):
+                self._values[dataloader_idx], messages = self.compute_values(dataloader_idx)
+                self._warn_of_values(messages, dataloader_idx)
+        return self._values[dataloader_idx]
+
+    def finish(self) -> None:
+        """Take part in every reduction, in every process, and log what this process had no batch for."""
+        for dataloader_idx in range(len(self.selections)):
+            self.values_of(dataloader_idx)
+            if dataloader_idx not in self._logged:
+                self._log(dataloader_idx)
+
+    # Checks
+
+    def check_first_batch(self, call: ModelCall, dataloader_idx: int | None = None) -> None:
+        """Refuse a model whose values would be wrong, or that our passes would change.
+
+        Args:
+            call: The call on the batch.
+            dataloader_idx: The validation loader; None for a batch that is not measured afterwards, so that all that
+                the monitor does with a batch is tried.
+        """
+        with self.isolated() as run:
+            outputs, written, facts = first_pass(self.module, run, call)
+            if dataloader_idx is None:
+                self.monitor.check_call(self.module, run, call)
+        if written:
+            self.facts.is_disabled = True
+            raise MisconfigurationException(
+                f"`{type(self.monitor).__name__}` would change a model whose `forward` writes its parameters, here "
+                f"{', '.join(written[:3])}. Update them in a training hook instead, such as `on_train_batch_end`."
+            )
+        self.monitor.check_outputs(outputs)
+        if dataloader_idx is not None:
+            self.facts.loaders[dataloader_idx] = facts
+        shared = shared_state(self.module)
+        if shared:
+            self.failures.warn(
+                "shared",
+                f"cannot copy these attributes of the model for its passes: {', '.join(map(repr, shared[:5]))}. If "
+                "`forward` changes them, it does so in our passes, too.",
+            )
+
+    def _measure_joint(self, batches: list[Batch]) -> bool:
+        """Measure batches together, and return whether that was possible."""
+        facts = self.facts
+        if facts.can_join is False:
+            return False
+        try:
+            group = Group(batches)
+            with self.isolated() as run:
+                if facts.can_join is None:
+                    single, joint = run(batches[0].call), run(group.call)
+                    has_all = len(joint) == group.size
+                    facts.can_join = has_all and are_independent(joint[: len(single)], single, batches[0].size)
+                if facts.can_join:
+                    self.measure(run, group)
+        except Exception as error:
+            if is_oom_error(error):
+                free_memory(error)
+            return False
+        return facts.can_join
+
+    def _log(self, dataloader_idx: int) -> None:
+        if self.trainer.sanity_checking:
+            return
+        self._logged.add(dataloader_idx)
+        monitor = self.monitor
+        monitor.check_names(self.trainer)
+        for name in monitor.names:
+            base_name = checks.logged_name(monitor.prefix + name, bool(self.trainer.testing))
+            if base_name in self.facts.taken:
+                continue
+            key = dataloader_idx, name
+            if key not in self.facts.lazy_values:  # a Metric costs more to make than to log
+                self.facts.lazy_values[key] = LazyValue(partial(monitor.read, dataloader_idx, name))
+            full_name = checks.with_loader_index(base_name, dataloader_idx, len(self.selections))
+            is_shown = monitor.prog_bar and name == monitor.names[0]
+            with self.failures.warn_on_failure(f"could not log {full_name!r}"):
+                compat.log_metric(self.module, full_name, self.facts.lazy_values[key], is_shown)
+
+    def _warn_of_values(self, messages: dict[str, str], dataloader_idx: int) -> None:
+        """Warn of doubtful values, unless a warning has said why they are."""
+        if self.failures.has_failed:
+            messages.pop("no value", None)
+        if self.failures.has_warned("call"):
+            messages.pop("too large", None)
+        for kind, message in messages.items():
+            self.failures.warn(kind, f"on dataloader {dataloader_idx}: {message}")
 
 
-def are_independent(joint: Tensor, single: Tensor, size: int) -> bool:
-    """Return whether the outputs for some samples are the same in a pass with others and in one without them.
-
-    Args:
-        joint: Outputs for these samples from a pass with others.
-        single: Outputs from a pass on these samples.
-        size: How many they are.
-    """
-    if len(single) != size or joint.shape != single.shape:
-        return False
-    tolerance = {torch.float64: 1e-8, torch.float32: 1e-3}.get(single.dtype, 5e-2)
-    scale = float(single.nan_to_num(0, 0, 0).abs().max()) if single.numel() else 0.0
-    return torch.allclose(joint, single, rtol=0, atol=tolerance * scale, equal_nan=True)
+def could_not_measure(dataloader_idx: int) -> str:
+    """Say which batch failed."""
+    return f"could not measure a batch of dataloader {dataloader_idx}"

@@ -272,7 +272,7 @@ def test_a_fit_begins_with_the_weights_of_its_start_unless_its_trainer_resumes(t
     monitor, model = RiskMonitor(), Plain()
 
     def check(expected: dict[str, Tensor]) -> None:
-        torch.testing.assert_close(monitor._initial.weights, expected, rtol=0, atol=0)
+        torch.testing.assert_close(monitor.initial.weights, expected, rtol=0, atol=0)
 
     first = copy_weights(model.state_dict())
     run = fit(model, loader(), monitor, max_epochs=1)

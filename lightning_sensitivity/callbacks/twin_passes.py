@@ -1,4 +1,4 @@
-"""Passes of simulated twins over parts of a batch, so that each sample meets few twins and each part several samples."""
+"""Passes of simulated twins over parts of a batch: each sample meets few twins, each twin several samples."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from lightning_sensitivity.callbacks.batches import are_independent
 from lightning_sensitivity.callbacks.run import RunFacts
-from lightning_sensitivity.callbacks.session import are_independent
 from lightning_sensitivity.functional.risk import TWIN_STRENGTH
 from lightning_sensitivity.model import ModelCall, noise_generator
 from lightning_sensitivity.model.isolation import RunIsolated

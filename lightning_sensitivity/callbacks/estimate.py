@@ -1,0 +1,247 @@
+"""The risk estimate in one validation: validation samples, kept training samples, and labels where there are some."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from lightning_sensitivity.callbacks import trainer as checks
+from lightning_sensitivity.callbacks.batches import Batch, CleanOutputs, Group, Queue
+from lightning_sensitivity.callbacks.fit import Phase
+from lightning_sensitivity.callbacks.samples import TrainingSamples
+from lightning_sensitivity.callbacks.session import Session
+from lightning_sensitivity.callbacks.twin_passes import NUM_TWINS_FOR_TRAINING, TwinPasses
+from lightning_sensitivity.functional.risk import (
+    LABEL_WEIGHT,
+    TWIN_STRENGTH,
+    forgetting_sums,
+    holdout_sums,
+    label_sums,
+)
+from lightning_sensitivity.functional.tasks import IGNORED, Task
+from lightning_sensitivity.functional.tensors import num_outputs
+from lightning_sensitivity.metric import RiskEstimate
+from lightning_sensitivity.model.isolation import RunIsolated
+from lightning_sensitivity.model.twins import has_batch_norm, unknown_parameters
+
+if TYPE_CHECKING:
+    from lightning_sensitivity.callbacks.risk import RiskMonitor
+
+LABEL_NAMES = ("risk_label_score", "risk_num_labels")
+_KEPT = -1  # in the place of the index of a loader: the kept training samples
+_LEFT_OUT = "left out kept training samples, which the model does not take"
+
+
+class RiskSession(Session):
+    """Measure what the risk estimate needs in a validation.
+
+    Args:
+        monitor: The monitor.
+        trainer: The Trainer, at the start of a validation.
+        clean: Clean outputs, shared with other monitors.
+    """
+
+    monitor: RiskMonitor
+
+    def __init__(self, monitor: RiskMonitor, trainer: Trainer, clean: CleanOutputs) -> None:
+        super().__init__(monitor, trainer, clean)
+        self.labelled = Queue(self._score_labelled, can_wait=self.facts.can_join is not False)
+        self._twins: TwinPasses | None = None
+        self._training: Tensor | None = None  # sums over the kept training samples
+        self._forgetting: Tensor | None = None  # the same, of what twins forget
+
+    @property
+    def is_estimating(self) -> bool:
+        """Whether there can be a value: not in the sanity check, nor before the first training batch."""
+        return self.monitor.fit_state.phase is Phase.ESTIMATING and not self.trainer.sanity_checking
+
+    @property
+    def samples(self) -> TrainingSamples:
+        """The kept training samples."""
+        samples = self.monitor.fit_state.samples
+        assert samples is not None
+        return samples
+
+    @property
+    def task(self) -> Task:
+        """The task, once a training batch was kept."""
+        assert self.samples.task is not None
+        return self.samples.task
+
+    # Batches
+
+    def collect(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
+        """Put a batch into the queue if it is chosen, or into that of labelled ones if it has labels."""
+        selection = self.selections[dataloader_idx]
+        is_chosen = selection.includes(batch_idx)
+        super().collect(batch, batch_idx, dataloader_idx)
+        if not self.monitor.validation_labels or not self.is_estimating:
+            return
+        if not is_chosen:
+            prepared = self.make_batch(batch, batch_idx, dataloader_idx)
+            if prepared.targets is not None:
+                self.labelled.add(prepared, is_last=False)
+        if batch_idx + 1 == selection.num_batches:
+            self.labelled.flush()
+
+    def make_batch(self, batch: Any, batch_idx: int, dataloader_idx: int) -> Batch:
+        """Prepare a batch, with its labels if they are scored."""
+        prepared = super().make_batch(batch, batch_idx, dataloader_idx)
+        if self.monitor.validation_labels and self.is_estimating:
+            prepared.targets = self._labels_of(batch)
+        return prepared
+
+    def flush(self) -> None:
+        """Measure all batches that wait."""
+        super().flush()
+        self.labelled.flush()
+
+    def make_metric(self) -> RiskEstimate:
+        """Make the metric of a loader."""
+        task = self.task.name if self.is_estimating else "multiclass"
+        return RiskEstimate(task, strength=TWIN_STRENGTH)
+
+    def measure(self, run: RunIsolated, group: Group) -> None:
+        """Run the model and its twins on a group of batches."""
+        if not self.is_estimating:
+            self.clean.get(run, group)
+            return
+        if self._twins is None:  # before the outputs of the group are in memory
+            self._twins = self._score_training_samples()
+        outputs = self.clean.get(run, group)
+        if self.samples.num_outputs != num_outputs(outputs):
+            raise ValueError(
+                f"Expected {self.samples.num_outputs} outputs, as training samples have, got {num_outputs(outputs)} "
+                "outputs of validation samples"
+            )
+        num_total = self.selections[group.dataloader_idx].num_selected * group.batches[0].size * self.trainer.world_size
+        key = self.monitor.seed, self.trainer.global_rank, group.dataloader_idx, group.batches[0].batch_idx
+        sums = torch.zeros(())
+        for twin in self._twins.of(run, group.call, outputs, key, num_total):
+            part = holdout_sums(outputs[twin.samples], twin.outputs, self.task, twin.reference)
+            sums = sums.to(part.device) + twin.weight * part
+        labels = self._label_sums(outputs, group)
+        metric = self.metric(group.dataloader_idx)
+        metric.add_sums("holdout", sums)
+        if labels is not None:
+            metric.add_sums("labels", labels)
+
+    def compute_values(self, dataloader_idx: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Compute the values of a loader, and what to warn of."""
+        if not self.is_estimating:
+            return {}, {}
+        monitor, metric = self.monitor, self.metric(dataloader_idx)
+        if self._training is not None and self._forgetting is not None:  # otherwise this process had no batch
+            metric.add_sums("training", self._training)
+            metric.add_sums("forgetting", self._forgetting)
+        monitor.num_training = self.samples.num_training(self.trainer)
+        metric.set_size(max(1, monitor.num_training), checks.num_trained_weights(self.module))
+        values, messages = metric.compute(), metric.messages
+        if monitor.validation_labels:
+            self._add_label_values(values, messages)
+        is_finite = all(bool(value.isfinite()) for value in values.values())
+        # Where outputs are nan or inf, nan is logged; where our own passes failed, nothing.
+        if "no variance" in messages or (not is_finite and "non-finite" not in messages):
+            return {}, messages
+        if dataloader_idx == 0:
+            monitor.fit_state.history.append((self.trainer.current_epoch, float(values["risk_estimate"])))
+        return values, messages
+
+    # Training samples
+
+    def _score_training_samples(self) -> TwinPasses:
+        """Score the kept samples with the weights of this validation, and return what runs twins.
+
+        It runs in a batch hook, since averaged weights are in place only there.
+        """
+        monitor, initial = self.monitor, self.monitor.initial.weights
+        assert initial is not None
+        new = unknown_parameters(self.module, initial)
+        if new:
+            self.failures.warn(
+                "new", f"has no initial weights for {', '.join(new[:3])}: they count as learned entirely."
+            )
+        if monitor.task == "auto":
+            self.samples.check_classes()
+        device_weights = {name: weight.to(self.module.device) for name, weight in initial.items()}
+        twins = TwinPasses(self.module, device_weights, has_batch_norm(self.module), self.facts)
+        largest = max((facts.elements_per_sample for facts in self.facts.loaders.values()), default=1.0)
+        queue = Queue(lambda batches: self._score_kept(twins, batches), can_wait=self.facts.can_join is not False)
+        for index, kept in enumerate(self.samples.batches):
+            with self.failures.warn_on_failure(_LEFT_OUT):
+                call = self.prepare(move_data_to_device(kept.batch, self.module.device))
+                size = len(kept.targets)
+                queue.add(Batch(call, index, _KEPT, size, size * largest, kept.targets), is_last=False)
+        queue.flush()
+        return twins
+
+    def _score_kept(self, twins: TwinPasses, batches: list[Batch]) -> None:
+        """Score kept batches together, or one by one where they cannot be joined."""
+        for group in self._groups(batches):
+            with self.failures.warn_on_failure(_LEFT_OUT), self.isolated() as run:
+                self._score_kept_group(twins, run, group)
+
+    def _score_kept_group(self, twins: TwinPasses, run: RunIsolated, group: Group) -> None:
+        outputs = run(group.call)
+        self.samples.num_outputs = num_outputs(outputs)
+        targets = group.targets().to(outputs.device)
+        training = label_sums(outputs, targets, self.task)
+        forgetting = torch.zeros(())
+        num_kept = sum(len(kept.targets) for kept in self.samples.batches)
+        key = self.monitor.seed, 0, _KEPT, group.batches[0].batch_idx
+        for twin in twins.of(run, group.call, outputs, key, num_kept, NUM_TWINS_FOR_TRAINING):
+            part = forgetting_sums(twin.reference, twin.outputs, targets[twin.samples], self.task)
+            forgetting = forgetting.to(part.device) + twin.weight * part
+        self._training = training if self._training is None else self._training + training
+        self._forgetting = forgetting if self._forgetting is None else self._forgetting + forgetting
+
+    def _groups(self, batches: list[Batch]) -> list[Group]:
+        """Group batches, if it is known that they can be measured together."""
+        return [Group(batches)] if self.facts.can_join else [Group([batch]) for batch in batches]
+
+    # Validation labels
+
+    def _labels_of(self, batch: Any) -> Tensor | None:
+        """Select the labels of a validation batch; None if it has none."""
+        try:
+            targets = self.monitor.select_targets(self.module, batch)
+        except MisconfigurationException:
+            return None
+        has_label = targets.is_floating_point() or bool((targets.long() != IGNORED).any())
+        return targets.clone() if has_label else None
+
+    def _label_sums(self, outputs: Tensor, group: Group) -> Tensor | None:
+        if group.batches[0].targets is None:  # as in all of its batches
+            return None
+        targets = group.targets().to(outputs.device)
+        self.task.check(outputs, targets)
+        return label_sums(outputs, targets, self.task)
+
+    def _score_labelled(self, batches: list[Batch]) -> None:
+        """Score the labels of batches that are not chosen."""
+        for group in self._groups(batches):
+            with self.failures.warn_on_failure("could not score the labels of a validation batch"):
+                with self.isolated() as run:
+                    sums = self._label_sums(run(group.call), group)
+                self.metric(group.dataloader_idx).add_sums("labels", sums)
+
+    def _add_label_values(self, values: dict[str, Tensor], messages: dict[str, str]) -> None:
+        for name in LABEL_NAMES:
+            values.setdefault(name, torch.zeros_like(values["risk_estimate"]))
+        num_labels = int(values["risk_num_labels"])
+        if num_labels == 0:
+            messages["no labels"] = (
+                "No validation batch has labels, so `risk_estimate` is the one without them. Set `targets=` if there "
+                "are some."
+            )
+        elif not self.monitor.fit_state.history:
+            rank_zero_info(
+                f"`RiskMonitor` ({self.monitor.prefix}*): {num_labels} validation labels count; the estimate counts "
+                f"as {LABEL_WEIGHT} labels."
+            )
