@@ -43,7 +43,7 @@ class HoldoutSums(NamedTuple):
         variance: Squared differences between the twin and the reference.
         reference_claim: Claims of the reference, which the twin is compared with.
         twin_claim: Claims of the twin.
-        num_identical: Samples with the same outputs from twin and reference.
+        num_identical: Samples, times positions, with the same outputs from twin and reference.
         num_non_finite: Samples with nan or inf, left out.
     """
 
@@ -108,7 +108,7 @@ def holdout_sums(outputs: Tensor, twin_outputs: Tensor, task: Task, reference: T
 
     def sums(outputs: Tensor, twin_outputs: Tensor, reference: Tensor) -> Tensor:
         p, twin_p, reference_p = (task.probabilities(each) for each in (outputs, twin_outputs, reference))
-        is_identical = (twin_outputs == reference)[..., None].flatten(1).all(1)
+        is_identical = (twin_outputs == reference).reshape(p.shape).all(1)
         claim = task.claims(p)
         return _finite_sums(
             torch.ones_like(claim),
