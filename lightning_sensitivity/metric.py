@@ -246,7 +246,6 @@ class RiskEstimate(Metric):
         self.task = TASKS[task]
         self.strength = strength
         self.messages: dict[str, str] = {}  # what makes the last computed value doubtful
-        self._factor = 1.0
         self.set_size(num_training, num_weights)
         sizes = {"holdout": risk.HoldoutSums, "training": risk.LabelSums, "labels": risk.LabelSums}
         for name, sums in (sizes | {"forgetting": risk.ForgettingSums}).items():
@@ -260,6 +259,7 @@ class RiskEstimate(Metric):
             num_training: n; None for no scaling.
             num_weights: w; None for no scaling.
         """
+        self._factor = 1.0
         if num_training is not None and num_weights is not None:
             self._factor = risk.variance_factor(num_training, num_weights)
         compat.forget_computed(self)
