@@ -266,6 +266,7 @@ class RiskEstimate(Metric):
 
     def update(self, outputs: Tensor, twin_outputs: Tensor) -> None:
         """Add a batch of unseen samples."""
+        _check_same_shape(outputs, twin_outputs)
         self.add_sums("holdout", risk.holdout_sums(outputs, twin_outputs, self.task))
 
     def update_training(self, outputs: Tensor, targets: Tensor, twin_outputs: Tensor | None = None) -> None:
@@ -276,6 +277,8 @@ class RiskEstimate(Metric):
             targets: Their labels; those of -100 are ignored.
             twin_outputs: Outputs of a simulated twin; None for no forgetting.
         """
+        if twin_outputs is not None:
+            _check_same_shape(outputs, twin_outputs)
         self.task.check(outputs, targets)
         self.add_sums("training", risk.label_sums(outputs, targets, self.task))
         if twin_outputs is not None:
@@ -385,6 +388,12 @@ class LazyValue(Metric):
             return torch.tensor(math.nan)
         self._has_value = True
         return value
+
+
+def _check_same_shape(outputs: Tensor, twin_outputs: Tensor) -> None:
+    if twin_outputs.shape != outputs.shape:
+        got = tuple(twin_outputs.shape)
+        raise ValueError(f"Expected `twin_outputs` to have the shape {tuple(outputs.shape)}, but got {got}.")
 
 
 def _to_wide(rows: list[Tensor] | Tensor, device: torch.device) -> list[Tensor] | Tensor:
