@@ -71,11 +71,9 @@ def merged(metric: Any) -> Any:
 
 def moved_while_synced(metric: Any) -> Any:
     metric.sync(dist_sync_fn=lambda x, group: [x, x[:0] if x.ndim > 1 else 0 * x], distributed_available=lambda: True)
-    metric = metric.to("cpu").bfloat16()
-    before = value(metric)
+    synced = metric.metric_state
+    close(metric.bfloat16().metric_state, synced)
     metric.unsync()
-    metric._computed = None
-    close(value(metric), before)  # of the other process came nothing
     return metric
 
 
@@ -162,7 +160,6 @@ def test_sizes_that_are_known_later_change_a_computed_value() -> None:
 
 def test_a_doubtful_risk_is_explained() -> None:
     metric = RiskEstimate()
-    assert metric.compute()["risk_estimate"].isnan()  # silently: a process may have no batch
     filled(metric, [0]).compute()
     assert metric.messages == {}
     metric.update(torch.full((1, 5), torch.nan), CLEAN[0, :1])
@@ -180,9 +177,9 @@ def test_bad_arguments_of_the_risk_are_refused() -> None:
         lambda: RiskEstimate().update(CLEAN[0], TWIN[0, :, :1]),
         lambda: RiskEstimate().update_training(CLEAN[0], LABELS[0], TWIN[0, :1]),
     ]
-    for call in bad:
+    for refused in bad:
         with pytest.raises(ValueError, match="Expected "):
-            call()
+            refused()
 
 
 def test_it_does_without_lightning() -> None:  # what processes share is tested with the callbacks

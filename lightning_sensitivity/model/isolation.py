@@ -140,8 +140,8 @@ class _Snapshot:
     originals: dict[str, Any]
 
     def restore(self) -> None:
-        for name in self.items.keys() - self.originals.keys():
-            del self.items[name]
+        if list(self.items) != list(self.originals):  # new names, or another order of parameters and buffers
+            self.items.clear()
         self.items.update(self.originals)
 
 

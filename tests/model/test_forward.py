@@ -46,8 +46,9 @@ def test_which_inputs_outputs_and_labels_are_taken(select: Callable[[], Tensor],
 
 
 @pytest.mark.parametrize(("select", "match"), [  # more of them, with what the monitors do, are in test_silent.py
-    *((lambda x=x: ModelCall(ONE, x), "dense floating.*got tuple") for x in (X.to_sparse(), None)),
-    (lambda: ModelCall(DENOISER, {"y": X, "t": IDS}), "one dense floating.*`inputs="),
+    *((lambda x=x: ModelCall(ONE, x)(torch.clone), "dense floating.*got none") for x in (X.to_sparse(), None, IDS)),
+    (lambda: ModelCall(DENOISER, {"y": X, "t": IDS})(torch.clone), "one dense floating.*got none.*`inputs="),
+    (lambda: ModelCall(TWO, {"x": X, "mask": X})(torch.clone), "got several: 'x', 'mask'"),
     (lambda: ModelCall(ANYTHING, {"image": X}), "`inputs` should return .*dict of 'image'"),
     (lambda: ModelCall(TWO, (X,)), "`inputs` should return the 2 arguments"), (lambda: select_outputs(IDS), "int64"),
     (lambda: select_outputs((X.sum(), X)), r"shape \(\)"),  # a loss comes first
