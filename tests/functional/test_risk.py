@@ -86,10 +86,8 @@ def test_forgetting_is_the_probability_of_training_labels_that_a_simulated_twin_
     options = {"train_twin_outputs": train / 5, "strength": 0.5, "factor": 0.16}
     p, q = TASKS[task].probabilities(train), TASKS[task].probabilities(train / 5)
     y = labels_as_probabilities(targets, task)
-    if task == "multiclass":
-        lost = ((p - q) * y).sum(1).mean()
-    else:  # half, as the score of one label is half of that of two classes
-        lost = ((p - q) * (2 * y - 1)).mean() / 2
+    # Of single labels half, as the score of one is half of that of two classes.
+    lost = ((p - q) * y).sum(1).mean() if task == "multiclass" else ((p - q) * (2 * y - 1)).mean() / 2
     actual = risk_estimate(unseen, twin, train, targets, task, **options)
     torch.testing.assert_close(actual.forgetting, 0.25 * math.sqrt(0.16) * lost / 0.5**2)
     assert actual.estimate == torch.stack(actual[1:]).sum()

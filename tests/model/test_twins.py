@@ -115,7 +115,11 @@ def test_batch_norm_goes_by_the_batch_and_keeps_its_statistics() -> None:
 
 def test_initial_weights_are_captured_at_step_0_and_kept_by_a_fit_that_is_resumed() -> None:
     (model, first), weights = trained(), InitialWeights()
-    for seed, step, source in ((1, 0, "at the start of this fit"), (2, 7, "of the fit that is resumed"), (3, 0, "start")):
+    for seed, step, source in (
+        (1, 0, "at the start of this fit"),
+        (2, 7, "of the fit that is resumed"),
+        (3, 0, "start"),
+    ):
         first = weights_of(model) if step == 0 else first
         weights.begin(model, step)
         assert source in weights.source and are_equal(weights.weights, first)
