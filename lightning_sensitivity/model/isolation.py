@@ -170,9 +170,12 @@ class _MutableState:
         if isinstance(value, _CONTAINERS) and not _is_small(value):
             self.shared.append(name)
             return value
+        num_copied = len(memo)
         try:
             return copy.deepcopy(value, memo)
         except Exception:  # locks, handles, generators: each raises its own
+            for half_copied in list(memo)[num_copied:]:  # another attribute may refer to it
+                del memo[half_copied]
             self.shared.append(name)
             return value
 

@@ -168,3 +168,11 @@ def test_what_cannot_be_copied_is_shared_and_named() -> None:
         inside = run(lambda: [model.held, model.large, model.lock, model.bn.many, model.stream])
         assert all(one is other for one, other in zip(inside, parts, strict=True))
         assert run(lambda: model.names) is not model.names
+
+
+def test_what_belongs_to_something_that_cannot_be_copied_is_never_half_copied() -> None:
+    model = nn.Linear(2, 2)
+    model.held = {"first": [X, threading.Lock()]}
+    model.part = model.held["first"]
+    with isolated(model) as run:
+        assert run(lambda: model.part) == model.held["first"]
