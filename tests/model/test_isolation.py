@@ -45,7 +45,8 @@ class Stateful(LightningModule):
         self.queue, self.pair, self.nested = deque([X.clone()], 2), (torch.zeros(2), 1), {"a": {"b": [torch.zeros(2)]}}
         self.meter, self.array, self.of_graph = RunningMean(), np.zeros(2), 2 * self.target
         self.counts, self.groups = Counter(), defaultdict(list)
-        self.alias = self.nested["a"]
+        self.alias, self.cycle = self.nested["a"], [torch.zeros(2)]
+        self.cycle.append(self.cycle)
 
     def forward(self, x: Tensor) -> Tensor:
         before = self.change(self, x)
@@ -72,6 +73,7 @@ CHANGES: dict[str, Callable[[Any, Tensor], Any]] = {
     "a tensor in a tuple": lambda m, x: m.pair[0].add_(1),
     "a nested dict": lambda m, x: m.nested["a"]["b"][0].add_(1) + m.nested.setdefault("c", len(m.nested)),
     "a dict that two attributes share": lambda m, x: m.nested["a"]["b"][0].add_(1) + m.alias["b"][0],
+    "a list that holds itself": lambda m, x: m.cycle[0].add_(1) + len(m.cycle[1][1]),
     "a numpy array": lambda m, x: torch.from_numpy(np.add(m.array, 1, out=m.array).copy()),
     "a Counter": lambda m, x: torch.tensor(m.counts.update("seen") or m.counts["s"]),
     "a defaultdict": lambda m, x: torch.tensor(m.groups["new"].append(x) or len(m.groups["new"])),
@@ -92,7 +94,7 @@ def contents(value: Any) -> Any:
     if isinstance(value, dict):
         return id(value), [(key, contents(item)) for key, item in value.items()]
     if isinstance(value, list | tuple | deque):
-        return id(value), [contents(item) for item in value]
+        return id(value), [contents(item) for item in value if item is not value]
     return id(value), contents(vars(value)) if isinstance(value, RunningMean) else None
 
 
