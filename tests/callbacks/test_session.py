@@ -210,11 +210,13 @@ def test_a_monitor_that_measures_other_batches_makes_its_own_clean_pass() -> Non
 # Twins
 
 
-def twin_passes(size: int, num_total: int, model: nn.Module, can_join: bool | None = None) -> tuple[Any, Any, Any]:
+def twin_passes(
+    size: int, num_total: int, model: nn.Module, can_join: bool | None = None, x: Any = None
+) -> tuple[Any, Any, Any]:
     initial = {name: torch.zeros_like(weight) for name, weight in copy_weights(model.state_dict()).items()}
     facts = RunFacts(Failures("RiskMonitor", "val_"), can_join=can_join)
     has_norm = isinstance(model, Classifier)
-    call = ModelCall(model, inputs(size))
+    call = ModelCall(model, inputs(size) if x is None else x)
     with isolated(model) as run:
         outputs = run(call)
         found = list(TwinPasses(model, initial, has_norm, facts).of(run, call, outputs, (0, 0, 0, 0), num_total))
@@ -241,6 +243,19 @@ def test_parts_of_a_batch_share_eight_twins_or_more(
         with torch.no_grad(), twin(MODEL, initial, generator, TWIN_STRENGTH):  # each by a twin of its own
             torch.testing.assert_close(each.outputs, MODEL(inputs(size))[each.samples])
     torch.testing.assert_close(weights, torch.ones(size))
+
+
+def test_a_batch_that_is_a_graph_is_not_split() -> None:
+    class Graph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(NUM_FEATURES, NUM_CLASSES)
+
+        def forward(self, x: Tensor, adjacency: Tensor) -> Tensor:
+            return adjacency @ self.net(x)
+
+    passes, outputs, _ = twin_passes(128, 128, Graph(), x=(inputs(128), torch.ones(128, 128)))
+    assert [len(each.outputs) for each in passes] == [len(outputs)] * 8
 
 
 def test_with_batch_norm_a_twin_is_compared_with_the_model_under_the_statistics_of_the_same_part() -> None:
