@@ -350,6 +350,8 @@ def risk_estimate(
         raise ValueError(f"Expected `task` to be one of {', '.join(map(repr, TASKS))}, but got {task!r}.")
     if strength is not None and not strength > 0:
         raise ValueError(f"Expected `strength` to be above 0, or None for a real twin, but got {strength}.")
+    if (labelled_outputs is None) != (labels is None):
+        raise ValueError("Expected both `labelled_outputs` and `labels`, or neither, but got one of them.")
     kind = TASKS[task]
     logits = {"outputs": outputs, "twin_outputs": twin_outputs, "train_outputs": train_outputs}
     _check_logits(logits, kind)

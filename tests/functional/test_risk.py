@@ -127,8 +127,16 @@ def test_bad_input_is_refused() -> None:
     for arguments in (*bad, (x, x, x, y, "regression")):
         with pytest.raises(ValueError, match="Expected `"):
             risk_estimate(*arguments)
-    for options in ({"strength": 0.0}, {"strength": -1.0}, {"strength": 1.0, "train_twin_outputs": x[:1]}):
-        with pytest.raises(ValueError, match="Expected `"):
+    options_refused: Any = [
+        {"strength": 0.0},
+        {"strength": -1.0},
+        {"strength": 1.0, "train_twin_outputs": x[:1]},
+        {"labels": y},
+        {"labelled_outputs": x},
+        {"labelled_outputs": x, "labels": y - 100},
+    ]
+    for options in options_refused:
+        with pytest.raises(ValueError, match="Expected (both )?`"):
             risk_estimate(x, x, x, y, **options)
     for numbers in ((0, 10), (10, -1)):
         with pytest.raises(ValueError, match="Expected `num_(training|weights)` to be"):
