@@ -21,6 +21,13 @@ from lightning_sensitivity.functional.tensors import wide_dtype
 if TYPE_CHECKING:
     from lightning_sensitivity.compat import AxType, PlotType
 
+_NUM_SUMS = {
+    "holdout": len(risk.HoldoutSums._fields),
+    "training": len(risk.LabelSums._fields),
+    "forgetting": len(risk.ForgettingSums._fields),
+    "labels": len(risk.LabelSums._fields),
+}
+
 
 class OutputSensitivity(Metric):
     r"""Compute output sensitivity: the variance of the class-averaged output change under input noise.
@@ -224,10 +231,10 @@ class RiskEstimate(Metric):
     full_state_update: bool = False
     plot_lower_bound: float = 0.0
 
-    holdout: Tensor
-    training: Tensor
-    forgetting: Tensor
-    labels: Tensor
+    holdout_sums: Tensor
+    training_sums: Tensor  # `training` is the mode of a module
+    forgetting_sums: Tensor
+    labels_sums: Tensor
 
     def __init__(
         self,
@@ -247,10 +254,9 @@ class RiskEstimate(Metric):
         self.strength = strength
         self.messages: dict[str, str] = {}  # what makes the last computed value doubtful
         self.set_size(num_training, num_weights)
-        sizes = {"holdout": risk.HoldoutSums, "training": risk.LabelSums, "labels": risk.LabelSums}
-        for name, sums in (sizes | {"forgetting": risk.ForgettingSums}).items():
-            default = torch.zeros(len(sums._fields), dtype=wide_dtype(self.device))
-            self.add_state(name, default=default, dist_reduce_fx="sum")
+        for kind, size in _NUM_SUMS.items():
+            default = torch.zeros(size, dtype=wide_dtype(self.device))
+            self.add_state(f"{kind}_sums", default=default, dist_reduce_fx="sum")
 
     def set_size(self, num_training: int | None, num_weights: int | None) -> None:
         """Set the numbers of training samples and weights, which may be known only later.
@@ -289,16 +295,17 @@ class RiskEstimate(Metric):
         self.task.check(outputs, targets)
         self.add_sums("labels", risk.label_sums(outputs, targets, self.task))
 
-    def add_sums(self, state: str, sums: Tensor) -> None:
+    def add_sums(self, kind: str, sums: Tensor) -> None:
         """Add sums from :mod:`lightning_sensitivity.functional.risk` to one of the states."""
+        state = f"{kind}_sums"
         setattr(self, state, getattr(self, state) + sums)  # not in place: it may belong to inference mode
         compat.forget_computed(self)
         compat.mark_updated(self)
 
     def compute(self) -> dict[str, Tensor]:
         """Compute the estimate and its terms over all processes; nan without samples."""
-        holdout, training = risk.HoldoutSums(*self.holdout), risk.LabelSums(*self.training)
-        forgetting, labels = risk.ForgettingSums(*self.forgetting), risk.LabelSums(*self.labels)
+        holdout, training = risk.HoldoutSums(*self.holdout_sums), risk.LabelSums(*self.training_sums)
+        forgetting, labels = risk.ForgettingSums(*self.forgetting_sums), risk.LabelSums(*self.labels_sums)
         terms = risk.risk_terms(holdout, training, forgetting, self.strength, self._factor)
         self.messages = risk.diagnostics(holdout, training, terms.estimate, self.task)
         values = {f"risk_{name}": term for name, term in terms._asdict().items()}
@@ -316,7 +323,7 @@ class RiskEstimate(Metric):
 
     def _apply(self, *args: Any, **kwargs: Any) -> RiskEstimate:
         """Move the sums with the metric, but keep their precision if the model is cast to 16 bits."""
-        states = {name: getattr(self, name) for name in ("holdout", "training", "labels", "forgetting")}
+        states = {f"{kind}_sums": getattr(self, f"{kind}_sums") for kind in _NUM_SUMS}
         for name in states:
             setattr(self, name, torch.zeros(0))
         super()._apply(*args, **kwargs)

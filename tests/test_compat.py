@@ -90,7 +90,7 @@ def test_without_forget_computed_a_merged_metric_would_give_its_old_value() -> N
     metric = RiskEstimate()
     metric.update(torch.zeros(2, 3), torch.zeros(2, 3))
     before = metric.compute()["risk_claim"]
-    metric.holdout = 2 * metric.holdout.clone().index_fill(0, torch.tensor([0]), 0.5)
+    metric.holdout_sums = 2 * metric.holdout_sums.clone().index_fill(0, torch.tensor([0]), 0.5)
     assert metric.compute()["risk_claim"] == before
     compat.forget_computed(metric)
     assert metric.compute()["risk_claim"] != before

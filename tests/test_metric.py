@@ -82,6 +82,7 @@ WAYS: dict[str, Callable[[Any], Any]] = {
     "merged into a computed one": merged,
     "pickled": lambda metric: pickle.loads(pickle.dumps(metric)),
     "cast with a model": lambda metric: nn.Sequential(metric).bfloat16()[0],
+    "in eval mode with a model": lambda metric: nn.Sequential(metric).train().eval()[0],
     "moved while it is synced": moved_while_synced,
 }
 
