@@ -226,7 +226,7 @@ def twin_passes(
 @pytest.mark.parametrize(("size", "num_total", "can_join", "num_parts", "num_twins"), [
     (16, 16, None, 1, 8),  # too few samples for parts
     (256, 256, None, 8, 1),
-    (100, 1000, None, 2, 1),  # sixteenths of all samples
+    (200, 800, None, 2, 1),  # eighths of all samples
     (64, 128, None, 2, 2),
     (256, 256, False, 1, 8),  # outputs for a sample depend on the others
 ])  # fmt: skip
