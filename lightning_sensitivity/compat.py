@@ -71,7 +71,8 @@ def sync_buffers(model: Any) -> None:
 
 def is_compiled(module: nn.Module) -> bool:
     """Return whether calls of a module are compiled, by ``module.compile()`` or ``torch.compile(module)``."""
-    return getattr(module, "_compiler_ctx", None) is not None or module._compiled_call_impl is not None
+    is_wrapped = original_module(module) is not module or getattr(module, "_compiler_ctx", None) is not None
+    return is_wrapped or module._compiled_call_impl is not None
 
 
 def original_module(module: nn.Module) -> Any:

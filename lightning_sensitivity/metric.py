@@ -21,10 +21,9 @@ from lightning_sensitivity.functional.tensors import wide_dtype
 if TYPE_CHECKING:
     from lightning_sensitivity.compat import AxType, PlotType
 
-
-_RISK_STATES = {
+_NUM_SUMS = {
     "holdout": len(risk.HoldoutSums._fields),
-    "training_samples": len(risk.LabelSums._fields),
+    "training": len(risk.LabelSums._fields),
     "forgetting": len(risk.ForgettingSums._fields),
     "labels": len(risk.LabelSums._fields),
 }
@@ -232,10 +231,10 @@ class RiskEstimate(Metric):
     full_state_update: bool = False
     plot_lower_bound: float = 0.0
 
-    holdout: Tensor
-    training_samples: Tensor
-    forgetting: Tensor
-    labels: Tensor
+    holdout_sums: Tensor
+    training_sums: Tensor  # `training` is the mode of a module
+    forgetting_sums: Tensor
+    labels_sums: Tensor
 
     def __init__(
         self,
@@ -254,10 +253,10 @@ class RiskEstimate(Metric):
         self.task = TASKS[task]
         self.strength = strength
         self.messages: dict[str, str] = {}  # what makes the last computed value doubtful
-        self._factor = 1.0
         self.set_size(num_training, num_weights)
-        for name, size in _RISK_STATES.items():
-            self.add_state(name, default=torch.zeros(size, dtype=wide_dtype(self.device)), dist_reduce_fx="sum")
+        for kind, size in _NUM_SUMS.items():
+            default = torch.zeros(size, dtype=wide_dtype(self.device))
+            self.add_state(f"{kind}_sums", default=default, dist_reduce_fx="sum")
 
     def set_size(self, num_training: int | None, num_weights: int | None) -> None:
         """Set the numbers of training samples and weights, which may be known only later.
@@ -266,12 +265,14 @@ class RiskEstimate(Metric):
             num_training: n; None for no scaling.
             num_weights: w; None for no scaling.
         """
+        self._factor = 1.0
         if num_training is not None and num_weights is not None:
             self._factor = risk.variance_factor(num_training, num_weights)
         compat.forget_computed(self)
 
     def update(self, outputs: Tensor, twin_outputs: Tensor) -> None:
         """Add a batch of unseen samples."""
+        _check_same_shape(outputs, twin_outputs)
         self.add_sums("holdout", risk.holdout_sums(outputs, twin_outputs, self.task))
 
     def update_training(self, outputs: Tensor, targets: Tensor, twin_outputs: Tensor | None = None) -> None:
@@ -282,8 +283,10 @@ class RiskEstimate(Metric):
             targets: Their labels; those of -100 are ignored.
             twin_outputs: Outputs of a simulated twin; None for no forgetting.
         """
+        if twin_outputs is not None:
+            _check_same_shape(outputs, twin_outputs)
         self.task.check(outputs, targets)
-        self.add_sums("training_samples", risk.label_sums(outputs, targets, self.task))
+        self.add_sums("training", risk.label_sums(outputs, targets, self.task))
         if twin_outputs is not None:
             self.add_sums("forgetting", risk.forgetting_sums(outputs, twin_outputs, targets, self.task))
 
@@ -292,16 +295,17 @@ class RiskEstimate(Metric):
         self.task.check(outputs, targets)
         self.add_sums("labels", risk.label_sums(outputs, targets, self.task))
 
-    def add_sums(self, state: str, sums: Tensor) -> None:
+    def add_sums(self, kind: str, sums: Tensor) -> None:
         """Add sums from :mod:`lightning_sensitivity.functional.risk` to one of the states."""
+        state = f"{kind}_sums"
         setattr(self, state, getattr(self, state) + sums)  # not in place: it may belong to inference mode
         compat.forget_computed(self)
         compat.mark_updated(self)
 
     def compute(self) -> dict[str, Tensor]:
         """Compute the estimate and its terms over all processes; nan without samples."""
-        holdout, training = risk.HoldoutSums(*self.holdout), risk.LabelSums(*self.training_samples)
-        forgetting, labels = risk.ForgettingSums(*self.forgetting), risk.LabelSums(*self.labels)
+        holdout, training = risk.HoldoutSums(*self.holdout_sums), risk.LabelSums(*self.training_sums)
+        forgetting, labels = risk.ForgettingSums(*self.forgetting_sums), risk.LabelSums(*self.labels_sums)
         terms = risk.risk_terms(holdout, training, forgetting, self.strength, self._factor)
         self.messages = risk.diagnostics(holdout, training, terms.estimate, self.task)
         values = {f"risk_{name}": term for name, term in terms._asdict().items()}
@@ -319,7 +323,7 @@ class RiskEstimate(Metric):
 
     def _apply(self, *args: Any, **kwargs: Any) -> RiskEstimate:
         """Move the sums with the metric, but keep their precision if the model is cast to 16 bits."""
-        states = {name: getattr(self, name) for name in _RISK_STATES}
+        states = {f"{kind}_sums": getattr(self, f"{kind}_sums") for kind in _NUM_SUMS}
         for name in states:
             setattr(self, name, torch.zeros(0))
         super()._apply(*args, **kwargs)
@@ -391,6 +395,12 @@ class LazyValue(Metric):
             return torch.tensor(math.nan)
         self._has_value = True
         return value
+
+
+def _check_same_shape(outputs: Tensor, twin_outputs: Tensor) -> None:
+    if twin_outputs.shape != outputs.shape:
+        got = tuple(twin_outputs.shape)
+        raise ValueError(f"Expected `twin_outputs` to have the shape {tuple(outputs.shape)}, but got {got}.")
 
 
 def _to_wide(rows: list[Tensor] | Tensor, device: torch.device) -> list[Tensor] | Tensor:

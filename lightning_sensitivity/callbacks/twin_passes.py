@@ -106,6 +106,15 @@ class TwinPasses:
         if num_parts == 1 or call.layout() is None or len(outputs) != size:
             return 1
         if self.facts.can_join is None:
-            half = slice(0, size // 2)
-            self.facts.can_join = are_independent(outputs[half], run(call.select(half)), size // 2)
+            self.facts.can_join = _can_be_split(run, call, outputs)
         return num_parts if self.facts.can_join else 1
+
+
+def _can_be_split(run: RunIsolated, call: ModelCall, outputs: Tensor) -> bool:
+    """Return whether the model takes half of a batch, and gives the same outputs for it."""
+    half = slice(0, len(outputs) // 2)
+    try:
+        single = run(call.select(half))
+    except Exception:  # a graph, such as nodes and their adjacency matrix
+        return False
+    return are_independent(outputs[half], single, len(outputs) // 2)

@@ -43,7 +43,7 @@ class HoldoutSums(NamedTuple):
         variance: Squared differences between the twin and the reference.
         reference_claim: Claims of the reference, which the twin is compared with.
         twin_claim: Claims of the twin.
-        num_identical: Samples with the same outputs from twin and reference.
+        num_identical: Samples, times positions, with the same outputs from twin and reference.
         num_non_finite: Samples with nan or inf, left out.
     """
 
@@ -108,7 +108,7 @@ def holdout_sums(outputs: Tensor, twin_outputs: Tensor, task: Task, reference: T
 
     def sums(outputs: Tensor, twin_outputs: Tensor, reference: Tensor) -> Tensor:
         p, twin_p, reference_p = (task.probabilities(each) for each in (outputs, twin_outputs, reference))
-        is_identical = (twin_outputs == reference)[..., None].flatten(1).all(1)
+        is_identical = (twin_outputs == reference).reshape(p.shape).all(1)
         claim = task.claims(p)
         return _finite_sums(
             torch.ones_like(claim),
@@ -350,6 +350,8 @@ def risk_estimate(
         raise ValueError(f"Expected `task` to be one of {', '.join(map(repr, TASKS))}, but got {task!r}.")
     if strength is not None and not strength > 0:
         raise ValueError(f"Expected `strength` to be above 0, or None for a real twin, but got {strength}.")
+    if (labelled_outputs is None) != (labels is None):
+        raise ValueError("Expected both `labelled_outputs` and `labels`, or neither, but got one of them.")
     kind = TASKS[task]
     logits = {"outputs": outputs, "twin_outputs": twin_outputs, "train_outputs": train_outputs}
     _check_logits(logits, kind)

@@ -140,8 +140,8 @@ class _Snapshot:
     originals: dict[str, Any]
 
     def restore(self) -> None:
-        for name in self.items.keys() - self.originals.keys():
-            del self.items[name]
+        if list(self.items) != list(self.originals):  # new names, or another order of parameters and buffers
+            self.items.clear()
         self.items.update(self.originals)
 
 
@@ -170,9 +170,12 @@ class _MutableState:
         if isinstance(value, _CONTAINERS) and not _is_small(value):
             self.shared.append(name)
             return value
+        num_copied = len(memo)
         try:
             return copy.deepcopy(value, memo)
         except Exception:  # locks, handles, generators: each raises its own
+            for half_copied in list(memo)[num_copied:]:  # another attribute may refer to it
+                del memo[half_copied]
             self.shared.append(name)
             return value
 
@@ -228,19 +231,19 @@ def _is_immutable(value: object) -> bool:
     return type(value).__module__.partition(".")[0] in _LIGHTNING
 
 
-def _is_small(container: Any, limit: int = _MAX_ITEMS) -> bool:
+def _is_small(container: Any) -> bool:
     """Return whether a container and those in it have few items together."""
-    return _count_items(container, limit) <= limit
-
-
-def _count_items(container: Any, limit: int) -> int:
-    count = len(container)
-    if count > limit:
-        return count
-    for item in container.values() if isinstance(container, dict) else container:
-        if isinstance(item, _CONTAINERS):
-            count += _count_items(item, limit - count) if count <= limit else 0
-    return count
+    waiting, seen, count = [container], set(), 0
+    while waiting and count <= _MAX_ITEMS:
+        each = waiting.pop()
+        if id(each) in seen:  # also of a container that holds itself
+            continue
+        seen.add(id(each))
+        count += len(each)
+        if count <= _MAX_ITEMS:
+            items = each.values() if isinstance(each, dict) else each
+            waiting.extend(item for item in items if isinstance(item, _CONTAINERS))
+    return count <= _MAX_ITEMS
 
 
 def _eager() -> Any:

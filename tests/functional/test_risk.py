@@ -7,8 +7,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_sensitivity.functional import risk as R
-from lightning_sensitivity.functional import risk_estimate
-from lightning_sensitivity.functional import tasks as T
+from lightning_sensitivity.functional import risk_estimate, tensors
+from lightning_sensitivity.functional.tasks import TASKS
+
+MULTICLASS = TASKS["multiclass"]
+LABELS = R.LabelSums(*torch.ones(len(R.LabelSums._fields)))._replace(num_non_finite=torch.tensor(0))
 
 
 def example(task: str = "multiclass", num_samples: int = 30, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -17,6 +20,10 @@ def example(task: str = "multiclass", num_samples: int = 30, seed: int = 0) -> t
     unseen, twin, train = 3 * torch.randn(3, num_samples, k, generator=g, dtype=torch.float64)
     highest, shape = (k, (num_samples,)) if task == "multiclass" else (2, (num_samples, k))
     return unseen, twin, train, torch.randint(0, highest, shape, generator=g)
+
+
+def labels_as_probabilities(targets: Tensor, task: str) -> Tensor:
+    return torch.eye(4, dtype=torch.float64)[targets] if task == "multiclass" else targets.double()
 
 
 def brier_score(p: Tensor, y: Tensor, task: str = "multiclass") -> Tensor:
@@ -30,26 +37,27 @@ def claim(p: Tensor, task: str = "multiclass") -> Tensor:
     return (p * (1 - p).square() + (1 - p) * p.square()).mean()
 
 
-@given(seed=st.integers(0, 99), cuts=st.lists(st.integers(0, 30), max_size=3), task=st.sampled_from(T.TASKS))
+@given(seed=st.integers(0, 99), cuts=st.lists(st.integers(0, 30), max_size=3), task=st.sampled_from(sorted(TASKS)))
 @settings(max_examples=30, deadline=None)
 def test_the_terms_are_those_of_their_definitions_however_samples_are_split(seed: int, cuts: Any, task: str) -> None:
-    tensors, holdout, training = example(task, seed=seed), 0, 0
-    p, q, t = (T.probabilities(outputs, task) for outputs in tensors[:3])
-    y = torch.eye(4)[tensors[3]] if task == "multiclass" else tensors[3]
-    score, variance = brier_score(t, y, task), brier_score(p, q, task)
-    terms = claim(p, task), score - claim(t, task), torch.zeros_like(score), variance
+    outputs, holdout, training = example(task, seed=seed), 0, 0
+    p, q, t = (TASKS[task].probabilities(each) for each in outputs[:3])
+    score = brier_score(t, labels_as_probabilities(outputs[3], task), task)
+    zero = torch.zeros_like(score)
+    terms = claim(p, task), score - claim(t, task), zero, zero, brier_score(p, q, task)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(T, "_CHUNK", 40)  # elements that are widened at a time
-        for unseen, twin, train, targets in zip(*(each.tensor_split(sorted(cuts)) for each in tensors), strict=True):
-            holdout = holdout + R.holdout_sums(unseen, twin, task)
-            training = training + R.training_sums(train, targets, task)
-    for actual in (risk_estimate(*tensors, task), R.risk_terms(holdout, training)):
+        patch.setattr(tensors, "_CHUNK", 40)  # elements that are widened at a time
+        for unseen, twin, train, targets in zip(*(each.tensor_split(sorted(cuts)) for each in outputs), strict=True):
+            holdout = holdout + R.holdout_sums(unseen, twin, TASKS[task])
+            training = training + R.label_sums(train, targets, TASKS[task])
+    whole = R.risk_terms(R.HoldoutSums(*holdout), R.LabelSums(*training))
+    for actual in (risk_estimate(*outputs, task), whole):
         torch.testing.assert_close(actual, R.RiskTerms(sum(terms), *terms))
 
 
 def test_the_variance_of_simulated_twins_is_scaled_and_falls_with_the_number_of_training_samples() -> None:
     unseen, twin, train, targets = example()
-    p, q = (T.probabilities(outputs, "multiclass") for outputs in (unseen, twin / 3))  # this twin claims more
+    p, q = (MULTICLASS.probabilities(outputs) for outputs in (unseen, twin / 3))  # this twin claims more
     simulated = risk_estimate(unseen, twin / 3, train, targets, strength=0.5)
     torch.testing.assert_close(simulated.variance, 4 * brier_score(p, q) * claim(p) / claim(q))
     simulated, real = (risk_estimate(unseen, 3 * twin, train, targets, strength=s) for s in (1.0, None))
@@ -66,9 +74,50 @@ def test_beside_simulated_twins_underconfidence_counts_half_and_certainty_on_tra
         real, simulated = (risk_estimate(unseen, twin, scale * train, targets, strength=s) for s in (None, 1.0))
         assert (real.overconfidence > 0) == (simulated.memorization > 0) == (scale == 3)
         torch.testing.assert_close(simulated.overconfidence, factor * real.overconfidence)
-        memory = claim(T.probabilities(unseen, "multiclass")) - claim(T.probabilities(scale * train, "multiclass"))
+        memory = claim(MULTICLASS.probabilities(unseen)) - claim(MULTICLASS.probabilities(scale * train))
         torch.testing.assert_close(simulated.memorization, memory.clamp(min=0))
         assert simulated.estimate == torch.stack(simulated[1:]).sum()
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_forgetting_is_the_probability_of_training_labels_that_a_simulated_twin_loses(task: str) -> None:
+    unseen, twin, train, targets = example(task)
+    options = {"train_twin_outputs": train / 5, "strength": 0.5, "factor": 0.16}
+    p, q = TASKS[task].probabilities(train), TASKS[task].probabilities(train / 5)
+    y = labels_as_probabilities(targets, task)
+    # Of single labels half, as the score of one is half of that of two classes.
+    lost = ((p - q) * y).sum(1).mean() if task == "multiclass" else ((p - q) * (2 * y - 1)).mean() / 2
+    actual = risk_estimate(unseen, twin, train, targets, task, **options)
+    torch.testing.assert_close(actual.forgetting, lost / (4 * 0.5))
+    assert actual.estimate == torch.stack(actual[1:]).sum()
+    for left_out in ({"strength": None}, {"train_twin_outputs": None}):
+        assert risk_estimate(unseen, twin, train, targets, task, **(options | left_out)).forgetting == 0
+
+
+def test_validation_labels_count_as_one_each_and_the_estimate_as_60() -> None:
+    given = example()
+    without = risk_estimate(*given)
+    outputs, _, _, labels = example(num_samples=10, seed=1)
+    labels[:2] = -100
+    terms = risk_estimate(*given, labelled_outputs=outputs, labels=labels)
+    p, y = MULTICLASS.probabilities(outputs[2:]), labels_as_probabilities(labels[2:], "multiclass")
+    torch.testing.assert_close(terms.estimate, (8 * brier_score(p, y) + 60 * without.estimate) / 68)
+    assert terms[1:] == without[1:]
+
+
+def test_twins_that_reproduce_the_outputs_are_told_for_each_layout() -> None:
+    for shape in ((6,), (6, 3), (6, 3, 5)):
+        task = TASKS["binary" if shape == (6,) else "multiclass"]
+        x, other = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+        for twin, is_told in ((x, True), (other, False)):
+            sums = R.HoldoutSums(*R.holdout_sums(x, twin, task))
+            assert ("no variance" in R.diagnostics(sums, LABELS, torch.tensor(0.5), task)) == is_told
+
+
+def test_an_estimate_that_no_score_can_reach_is_told() -> None:
+    sums = R.HoldoutSums(*R.holdout_sums(*example()[:2], MULTICLASS)), LABELS
+    for estimate, is_told in ((1.9, False), (2.1, True)):
+        assert ("too large" in R.diagnostics(*sums, torch.tensor(estimate), MULTICLASS)) == is_told
 
 
 def test_bad_input_is_refused() -> None:
@@ -77,3 +126,17 @@ def test_bad_input_is_refused() -> None:
     for arguments in (*bad, (x, x, x, y, "regression")):
         with pytest.raises(ValueError, match="Expected `"):
             risk_estimate(*arguments)
+    options_refused: Any = [
+        {"strength": 0.0},
+        {"strength": -1.0},
+        {"strength": 1.0, "train_twin_outputs": x[:1]},
+        {"labels": y},
+        {"labelled_outputs": x},
+        {"labelled_outputs": x, "labels": y - 100},
+    ]
+    for options in options_refused:
+        with pytest.raises(ValueError, match="Expected (both )?`"):
+            risk_estimate(x, x, x, y, **options)
+    for numbers in ((0, 10), (10, -1)):
+        with pytest.raises(ValueError, match="Expected `num_(training|weights)` to be"):
+            R.variance_factor(*numbers)

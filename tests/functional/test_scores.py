@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from lightning_sensitivity.functional.scores import consensus_scores, score_samples
 from lightning_sensitivity.functional.sensitivity import sensitivity_rows
-from lightning_sensitivity.functional.tasks import check_task
+from lightning_sensitivity.functional.tasks import TASKS
 
 SOFT, BITS = torch.tensor([[[0.5, 0.5], [0.25, 0.75], [1, 0]], [[0, 1], [1, 0], [1, 1]]], dtype=torch.float64)
 
@@ -22,7 +22,7 @@ SOFT, BITS = torch.tensor([[[0.5, 0.5], [0.25, 0.75], [1, 0]], [[0, 1], [1, 0], 
 def test_loss_and_error_are_those_of_torch(task: str, shape: tuple[int, ...], targets: Tensor, loss: Any) -> None:
     clean, *noise = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
     noisy = [clean + each for each in noise]
-    check_task(clean, targets, task)
+    TASKS[task].check(clean, targets)
     scores = score_samples(clean, iter(noisy), targets, task)
     assert {len(values) for values in scores.values()} == {shape[0]}
     torch.testing.assert_close(scores["rows"], sensitivity_rows(clean, noisy))

@@ -1,4 +1,5 @@
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from lightning_sensitivity.functional import loss_estimate, output_sensitivity
 from lightning_sensitivity.functional import sensitivity as S
+from lightning_sensitivity.functional.reporting import warn
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -71,7 +73,7 @@ def test_error_bars_hold_where_the_changes_of_a_sample_are_correlated(num_draws:
 def test_a_class_average_that_holds_nothing_of_the_change_is_said() -> None:
     logits = 3 * randn(2, 64, 10)
     for outputs in (logits.softmax(2).bfloat16(), logits - logits.mean(2, keepdim=True)):
-        with pytest.warns(UserWarning, match="S sees only .*`per_output=True`"):
+        with pytest.warns(UserWarning, match="Only .* survives averaging over classes.*`per_output=True`"):
             output_sensitivity(*outputs)
         assert output_sensitivity(*outputs, per_output=True) > 0  # without a warning, as is a single output
     assert output_sensitivity(*logits[..., :1]) > 0
@@ -92,3 +94,11 @@ def test_the_loss_estimate_is_equation_9() -> None:
     close(loss_estimate(6.08e8, 0.2648, 0.1, 10), 85_119, 1e-3)  # the authors' example, in their notebook
     channels = torch.tensor([0.2, 0.9]), torch.tensor([0.1, 0.2])
     close(loss_estimate(0.1, *channels, 5), loss_estimate(0.1, (20 + 22.5) / 2, 1.0, 5), 1e-6)
+
+
+def test_a_warning_points_at_the_line_of_a_user_whose_file_is_called_like_a_library() -> None:
+    code = compile("warn('a value')", "torch_train.py", "exec")
+    with pytest.warns(UserWarning, match="a value") as warnings:
+        exec(code, {"__name__": "torch_train", "warn": warn})
+        exec(code, {"__name__": "torch.nn", "warn": warn})  # of a library: the line that called it
+    assert [Path(each.filename).name for each in warnings] == ["torch_train.py", "test_sensitivity.py"]

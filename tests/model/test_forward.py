@@ -18,6 +18,7 @@ def module(forward: Any) -> nn.Module:
     return type("Model", (nn.Module,), {"forward": forward})()
 
 
+call = ModelCall
 ONE, TWO = module(lambda self, x: x), module(lambda self, x, mask: x)
 DENOISER, ANYTHING = module(lambda self, y, t: y), module(lambda self, *args, **kwargs: args)
 
@@ -35,25 +36,70 @@ def test_nothing_writes_into_the_batch_nor_into_what_it_holds() -> None:
     assert not any(values.any() for values in (batch["x"], batch["more"].x, batch["array"]))
 
 
-@pytest.mark.parametrize(("select", "expected"), [
-    *((lambda y=y: select_outputs(y), X) for y in (X, (X, "attention"), [X], Pair(X, 0), SimpleNamespace(logits=X))),
-    (lambda: ModelCall(torch.compile(TWO, backend="eager"), {"x": X, "mask": IDS, "z": X}).kwargs["x"], X),
-    *((lambda y=y: select_outputs(y), X) for y in ({"loss": IDS, "logits": X}, UserDict(logits=X))),
-    *((lambda b=b: select_targets(TWO, b), IDS) for b in ((X, X, IDS), {"labels": IDS, "x": X}, UserDict(y=IDS))),
-])  # fmt: skip
-def test_which_inputs_outputs_and_labels_are_taken(select: Callable[[], Tensor], expected: Tensor) -> None:
+TAKEN: dict[str, tuple[Callable[[], Tensor], Tensor]] = {
+    "a tensor": (lambda: select_outputs(X), X),
+    "the first of a tuple": (lambda: select_outputs((X, "attention")), X),
+    "the first of a list": (lambda: select_outputs([X]), X),
+    "the first of a named tuple": (lambda: select_outputs(Pair(X, 0)), X),
+    "logits of an object": (lambda: select_outputs(SimpleNamespace(logits=X)), X),
+    "logits of a dict": (lambda: select_outputs({"loss": IDS, "logits": X}), X),
+    "logits of a mapping": (lambda: select_outputs(UserDict(logits=X)), X),
+    "arguments by name": (lambda: call(TWO, {"x": X, "mask": IDS, "z": X}).kwargs["x"], X),
+    "arguments of compiled code": (lambda: call(torch.compile(TWO, backend="eager"), {"x": X, "mask": IDS})(), X),
+    "as many elements as arguments": (lambda: call(TWO, (X, IDS, X)).args[1], IDS),
+    "what `inputs` returns": (lambda: call(ONE, {"image": X}, lambda batch: batch["image"])(), X),
+    "the last element as labels": (lambda: select_targets(TWO, (X, X, IDS)), IDS),
+    "labels of a dict": (lambda: select_targets(TWO, {"labels": IDS, "x": X}), IDS),
+    "labels of a mapping": (lambda: select_targets(TWO, UserDict(y=IDS)), IDS),
+    "labels of an object": (lambda: select_targets(ONE, SimpleNamespace(target=IDS)), IDS),
+}
+
+
+@pytest.mark.parametrize("what", TAKEN)
+def test_which_inputs_outputs_and_labels_are_taken(what: str) -> None:
+    select, expected = TAKEN[what]
     assert torch.equal(select(), expected)
 
 
-@pytest.mark.parametrize(("select", "match"), [  # more of them, with what the monitors do, are in test_silent.py
-    *((lambda x=x: ModelCall(ONE, x), "dense floating.*got tuple") for x in (X.to_sparse(), None)),
-    (lambda: ModelCall(DENOISER, {"y": X, "t": IDS}), "one dense floating.*`inputs="),
-    (lambda: ModelCall(ANYTHING, {"image": X}), "`inputs` should return .*dict of 'image'"),
-    (lambda: ModelCall(TWO, (X,)), "`inputs` should return the 2 arguments"), (lambda: select_outputs(IDS), "int64"),
-    (lambda: select_outputs((X.sum(), X)), r"shape \(\)"),  # a loss comes first
-    *((lambda n=n: select_targets(TWO, (X,) * n), f"`targets.*from tuple of {n}") for n in (2, 4)),
-    (lambda: select_targets(ONE, (X, [1, 2])), "`targets.*from "),
-])  # fmt: skip
-def test_what_leaves_doubt_is_refused(select: Callable[[], Any], match: str) -> None:
+# More of them, with what the monitors do, are in test_silent.py.
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "noise on sparse inputs": (lambda: call(ONE, X.to_sparse())(torch.clone), "dense floating.*got none"),
+    "noise on token ids": (lambda: call(ONE, IDS)(torch.clone), "got none.*`at='embedding'`"),
+    "noise where only labels float": (lambda: call(DENOISER, {"y": X, "t": IDS})(torch.clone), "got none.*`inputs="),
+    "noise on one of two": (lambda: call(TWO, {"x": X, "mask": X})(torch.clone), "got several: 'x', 'mask'"),
+    "a dict without arguments": (lambda: call(ANYTHING, {"image": X}), "`inputs` should return .*dict of 'image'"),
+    "too few arguments": (lambda: call(TWO, (X,)), "`inputs` should return the 2 arguments"),
+    "integer outputs": (lambda: select_outputs(IDS), "int64"),
+    "a loss that comes first": (lambda: select_outputs((X.sum(), X)), r"shape \(\)"),
+    "no element for labels": (lambda: select_targets(TWO, (X, X)), "`targets.*from tuple of 2"),
+    "several elements for labels": (lambda: select_targets(TWO, (X,) * 4), "`targets.*from tuple of 4"),
+    "labels that are no tensor": (lambda: select_targets(ONE, (X, [1, 2])), "`targets.*from "),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_leaves_doubt_is_refused(what: str) -> None:
+    select, match = REFUSED[what]
     with pytest.raises(MisconfigurationException, match=match):
         select()
+
+
+def test_calls_without_noise_need_no_input_that_can_take_it() -> None:
+    assert torch.equal(call(module(lambda self, ids: ids.float()), IDS)(), IDS.float())
+
+
+JOINED: dict[str, tuple[Any, bool]] = {
+    "samples": ({"x": X, "mask": IDS}, True),
+    "a plain value beside samples": ({"x": X, "mask": 0.5}, True),
+    "another number of samples": ({"x": X, "mask": X[:2]}, False),
+    "a scalar tensor": ({"x": X, "mask": torch.tensor(1.0)}, False),
+    "a sparse tensor": ({"x": X, "mask": X.to_sparse()}, False),
+    "a list": ({"x": X, "mask": [X]}, False),
+    "no tensor": ({"x": 1, "mask": 2}, False),
+}
+
+
+@pytest.mark.parametrize("what", JOINED)
+def test_only_arguments_with_one_row_for_each_sample_can_be_joined(what: str) -> None:
+    batch, can_be_joined = JOINED[what]
+    assert (call(TWO, batch).layout() is not None) == can_be_joined

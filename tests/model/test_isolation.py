@@ -1,4 +1,6 @@
 import random
+import threading
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -11,9 +13,20 @@ from lightning.pytorch import LightningModule, seed_everything
 from torch import Tensor, nn
 
 from lightning_sensitivity.model import isolated
-from lightning_sensitivity.model.isolation import complete, is_isolated
+from lightning_sensitivity.model.isolation import is_isolated, restore_despite_interrupt, shared_state
 
 X = torch.rand(4, 2, generator=torch.Generator().manual_seed(0))
+
+
+class RunningMean:
+    """A helper that is no module."""
+
+    def __init__(self) -> None:
+        self.mean, self.count = torch.zeros(2), 0
+
+    def update(self, x: Tensor) -> Tensor:
+        self.count += 1
+        return self.mean.add_((x.mean(0) - self.mean) / self.count)
 
 
 class Stateful(LightningModule):
@@ -29,10 +42,21 @@ class Stateful(LightningModule):
         self.hidden, self.items, self.names = torch.zeros(2), [X.clone()], {"x": X}
         self.listed, self.large = [nn.BatchNorm1d(2)], dict.fromkeys(range(1001))
         self.bn, self.target = nn.BatchNorm1d(2).eval(), nn.Parameter(torch.zeros(2))
+        self.queue, self.pair, self.nested = deque([X.clone()], 2), (torch.zeros(2), 1), {"a": {"b": [torch.zeros(2)]}}
+        self.meter, self.array, self.of_graph = RunningMean(), np.zeros(2), 2 * self.target
+        self.counts, self.groups = Counter(), defaultdict(list)
+        self.alias, self.cycle = self.nested["a"], [torch.zeros(2)]
+        self.cycle.append(self.cycle)
 
     def forward(self, x: Tensor) -> Tensor:
         before = self.change(self, x)
         return x + (before if isinstance(before, Tensor) else 0)
+
+
+def created_once(model: Any, name: str, part: Any) -> Tensor:
+    is_new = not hasattr(model, name)
+    setattr(model, name, part)
+    return torch.tensor(int(is_new))
 
 
 CHANGES: dict[str, Callable[[Any, Tensor], Any]] = {
@@ -44,20 +68,40 @@ CHANGES: dict[str, Callable[[Any, Tensor], Any]] = {
     "an attribute's values": lambda m, x: m.hidden.add_(1).sum(),
     "a list": lambda m, x: torch.tensor(len([*m.items, m.items.append(x)])) + m.items[0].add_(1).sum(),
     "a dict": lambda m, x: m.names.pop("x") + m.names.setdefault("y", x),
+    "a deque": lambda m, x: m.queue[0].add_(m.queue.append(x) or 1) + len(m.queue),
+    "a helper object": lambda m, x: m.meter.update(x),
+    "a tensor in a tuple": lambda m, x: m.pair[0].add_(1),
+    "a nested dict": lambda m, x: m.nested["a"]["b"][0].add_(1) + m.nested.setdefault("c", len(m.nested)),
+    "a dict that two attributes share": lambda m, x: m.nested["a"]["b"][0].add_(1) + m.alias["b"][0],
+    "a list that holds itself": lambda m, x: m.cycle[0].add_(1) + len(m.cycle[1][1]),
+    "a numpy array": lambda m, x: torch.from_numpy(np.add(m.array, 1, out=m.array).copy()),
+    "a Counter": lambda m, x: torch.tensor(m.counts.update("seen") or m.counts["s"]),
+    "a defaultdict": lambda m, x: torch.tensor(m.groups["new"].append(x) or len(m.groups["new"])),
+    "the result of a graph": lambda m, x: m.of_graph.detach().add_(1),
+    "a submodule that is created lazily": lambda m, x: created_once(m, "lazy", nn.Linear(2, 2)),
+    "a parameter that is created lazily": lambda m, x: created_once(m, "scale", nn.Parameter(torch.ones(2))),
+    "a submodule that is replaced": lambda m, x: setattr(m, "bn", nn.Identity()),
     "what is logged": lambda m, x: [m.log("name", x), m.log_dict({"name": x}), is_isolated(m) or 1 // 0],
 }
 
 
+def contents(value: Any) -> Any:
+    """What a value holds, by identity and by the numbers in it."""
+    if isinstance(value, Tensor):
+        return id(value), (value.to_dense() if value.is_sparse else value).tolist()
+    if isinstance(value, np.ndarray):
+        return id(value), value.tolist()
+    if isinstance(value, dict):
+        return id(value), [(key, contents(item)) for key, item in value.items()]
+    if isinstance(value, list | tuple | deque):
+        return id(value), [contents(item) for item in value if item is not value]
+    return id(value), contents(vars(value)) if isinstance(value, RunningMean) else None
+
+
 def snapshot(model: Any) -> list[Any]:
-    """All that modules have, by identity, and the values in it."""
-    state = []
-    for attributes in (each for m in [*model.modules(), *model.listed] for each in (vars(m), m._buffers)):
-        for name, value in attributes.items():
-            items = list(value.values() if isinstance(value, dict) else value if isinstance(value, list) else [])
-            tensors = [x for x in (value, *items) if type(x) is Tensor]
-            values = [(x.to_dense() if x.is_sparse else x).tolist() for x in tensors]
-            state.append((name, id(value), sorted(map(id, items)), sorted(map(str, values))))
-    return sorted(state)
+    """All that modules have."""
+    dicts = [each for m in [*model.modules(), *model.listed] for each in (vars(m), m._buffers, m._parameters)]
+    return [sorted((name, str(contents(value))) for name, value in each.items()) for each in dicts]
 
 
 def interrupt() -> None:
@@ -103,15 +147,34 @@ def test_modes_and_random_streams_go_on_as_if_nothing_had_run() -> None:
 def test_ctrl_c_while_something_is_put_back_has_to_wait() -> None:
     calls: list[Any] = [interrupt, list]
     with pytest.raises(KeyboardInterrupt):
-        complete(lambda: calls.pop(0)())
+        restore_despite_interrupt(lambda: calls.pop(0)())
     assert not calls
 
 
-def test_lazy_and_scripted_models_are_refused_and_large_containers_are_not_copied() -> None:
+def test_lazy_and_scripted_models_are_refused() -> None:
     scripted = nn.Sequential(torch.jit.script(nn.Linear(2, 2)))
     for model, match in ((nn.LazyLinear(3), "some are lazy"), (scripted, "a part of it is scripted")):
         with pytest.raises(MisconfigurationException, match=match), isolated(model):
             pass
-    with isolated(model := Stateful()) as run:
-        inside = run(lambda: (model.large, model.names))
-    assert inside[0] is model.large and inside[1] is not model.names
+
+
+def test_what_cannot_be_copied_is_shared_and_named() -> None:
+    model = Stateful()
+    assert shared_state(model) == ["large"]
+    model.lock, model.stream, model.held = threading.Lock(), (i for i in range(3)), [{"lock": threading.Lock()}]
+    model.bn.many = [[0] * 600, [0] * 600]
+    names = ["held", "large", "lock", "many", "stream"]
+    assert shared_state(model) == names
+    parts = [model.held, model.large, model.lock, model.bn.many, model.stream]
+    with isolated(model) as run:
+        inside = run(lambda: [model.held, model.large, model.lock, model.bn.many, model.stream])
+        assert all(one is other for one, other in zip(inside, parts, strict=True))
+        assert run(lambda: model.names) is not model.names
+
+
+def test_what_belongs_to_something_that_cannot_be_copied_is_never_half_copied() -> None:
+    model = nn.Linear(2, 2)
+    model.held = {"first": [X, threading.Lock()]}
+    model.part = model.held["first"]
+    with isolated(model) as run:
+        assert run(lambda: model.part) == model.held["first"]

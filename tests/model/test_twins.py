@@ -1,4 +1,5 @@
 import copy
+import pickle
 from contextlib import suppress
 from typing import Any
 
@@ -6,6 +7,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from lightning_sensitivity.model import twins
 from lightning_sensitivity.model.twins import InitialWeights, copy_weights, twin
@@ -43,12 +45,23 @@ SCALE = nn.Module()
 SCALE.temperature = nn.Parameter(torch.ones(()))  # of no dimension
 
 
+class Conv1D(nn.Module):
+    """The linear layer of GPT-2, as transformers has it: its weight is (inputs, outputs)."""
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf, self.weight, self.bias = nf, nn.Parameter(torch.ones(nx, nf)), nn.Parameter(torch.zeros(nf))
+
+
 @pytest.mark.parametrize(("model", "shapes"), [  # of the factors, where there is not one for each element
     (nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)), {"0.weight": (1, 5), "2.weight": (1, 6)}),
     (SCALE, {}), (nn.Embedding(5, 4), {"weight": (5, 1)}), (nn.LayerNorm((3, 4)), {}),
     (nn.Conv2d(3, 4, 2), {"weight": (1, 3, 2, 2)}), (nn.ConvTranspose2d(3, 4, 2), {"weight": (3, 1, 2, 2)}),
     (nn.Conv1d(4, 6, 3, groups=2), {"weight": (2, 1, 2, 3)}),  # three outputs for each group of two inputs
-    (nn.utils.parametrizations.weight_norm(nn.Linear(3, 12)), {"parametrizations.weight.original1": (1, 3)}),
+    (weight_norm(nn.Linear(3, 12)), {"parametrizations.weight.original1": (1, 3)}),
+    (weight_norm(nn.ConvTranspose2d(3, 4, 2)), {"parametrizations.weight.original1": (3, 1, 2, 2)}),
+    (nn.Sequential(weight_norm(nn.Embedding(5, 4))), {"0.parametrizations.weight.original1": (5, 1)}),
+    (Conv1D(5, 4), {"weight": (4, 1)}),
 ])  # fmt: skip
 def test_the_weights_of_a_twin_are_those_by_hand(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
     initial = weights_of(model)
@@ -100,9 +113,13 @@ def test_batch_norm_goes_by_the_batch_and_keeps_its_statistics() -> None:
 # The weights from before training
 
 
-def test_initial_weights_are_captured_at_step_0_and_kept_by_a_fit_that_goes_on() -> None:
+def test_initial_weights_are_captured_at_step_0_and_kept_by_a_fit_that_is_resumed() -> None:
     (model, first), weights = trained(), InitialWeights()
-    for seed, step, source in ((1, 0, "at the start of this fit"), (2, 7, "of the fit that goes on"), (3, 0, "start")):
+    for seed, step, source in (
+        (1, 0, "at the start of this fit"),
+        (2, 7, "of the fit that is resumed"),
+        (3, 0, "start"),
+    ):
         first = weights_of(model) if step == 0 else first
         weights.begin(model, step)
         assert source in weights.source and are_equal(weights.weights, first)
@@ -122,3 +139,15 @@ def test_initial_weights_are_given_or_restored_else_they_have_to_be_known() -> N
     for unknown in (InitialWeights({"other": X}), InitialWeights()):
         with pytest.raises(MisconfigurationException, match="`initial_weights"):
             unknown.begin(model, 7)
+
+
+def test_another_module_is_not_mistaken_for_the_one_whose_weights_were_captured() -> None:
+    weights, first = InitialWeights(), nn.Linear(2, 2)
+    weights.begin(first, 0)
+    captured = dict(weights.weights)
+    del first  # the next module may get its address
+    with pytest.raises(MisconfigurationException, match="the initial weights are unknown"):
+        weights.begin(nn.Linear(2, 2), 7)
+    for copied in (pickle.loads(pickle.dumps(weights)), copy.deepcopy(weights)):
+        copied.begin(nn.Linear(2, 2), 7)  # in another process every module is another object
+        assert are_equal(copied.weights, captured)
