@@ -50,6 +50,7 @@ plot_html_show_source_link = False
 nitpick_ignore_regex = [
     ("py:.*", r"(collections|lightning|matplotlib|numpy|pytorch_lightning|torch|torchmetrics|typing)\..*"),
     ("py:exc", "MisconfigurationException"),
+    ("py:class", "AxType|Noise|PlotType|Selector|Tensor"),  # names for types, explained where they are used
 ]
 
 
