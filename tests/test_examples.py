@@ -85,7 +85,7 @@ def test_the_pictures_of_the_page_on_curves(run: Any, names: str) -> None:
     text, variables = run("studies/reading_curves/curves.py", "--quick", "--only", *names.split())
     assert [line for line in text.splitlines() if line in variables["PICTURES"]] == names.split()
     assert all((Path("runs/reading_curves") / f"{name}.png").stat().st_size > 10_000 for name in names.split())
-    curves = variables["fit"](num_epochs=40, wrong=0.4)
+    curves = variables["fit"](num_epochs=40, noisy=0.4)
     np.testing.assert_allclose(curves["risk_estimate"], sum(curves[f"risk_{name}"] for name in variables["TERMS"]))
 
 
