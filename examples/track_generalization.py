@@ -29,7 +29,7 @@ from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 
 parser = argparse.ArgumentParser(description="Train on scikit-learn's digits, and stop by the risk estimate.")
 parser.add_argument("--max-epochs", type=int, default=40)
-parser.add_argument("--patience", type=int, default=10)
+parser.add_argument("--patience", type=int, default=13, help="a third of the epochs is a good choice")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--figure", type=Path, help="where to put a picture of the curves")
 in_notebook = "ipykernel" in sys.modules
