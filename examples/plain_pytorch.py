@@ -1,8 +1,8 @@
-"""Sensitivity and the risk estimate in a plain PyTorch loop, without Lightning.
+"""The risk estimate and output sensitivity in a plain PyTorch loop, without Lightning.
 
     python examples/plain_pytorch.py
 
-The data are scikit-learn's digits, with 40 % of the training labels wrong. The loop below the model is what you copy.
+The data are scikit-learn's digits, with 40 % noisy training labels. Copy the loop below the model.
 """
 
 import argparse
@@ -12,8 +12,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from lightning_sensitivity.functional import variance_factor
-from lightning_sensitivity.metric import OutputSensitivity, RiskEstimate
+from lightning_sensitivity import OutputSensitivity, RiskEstimate
 from lightning_sensitivity.model.twins import copy_weights, twin
 
 parser = argparse.ArgumentParser(description="Watch sensitivity and the risk estimate without Lightning.")
@@ -26,7 +25,7 @@ digits = load_digits()
 order = torch.randperm(len(digits.images))
 x = torch.tensor(digits.images / 16, dtype=torch.float32).flatten(1)[order]
 y = torch.tensor(digits.target)[order]
-x_train, x_new, y_new = x[:500], x[500:], y[500:]  # y_new is for comparison alone
+x_train, x_new, y_new = x[:500], x[500:], y[500:]  # y_new is only for comparison
 y_train = torch.where(torch.rand(500) < 0.4, y[:500] + torch.randint(1, 10, (500,)), y[:500]) % 10
 
 model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
@@ -34,8 +33,9 @@ optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
 
 # The loop
 NUM_TWINS, STRENGTH, SIGMA = 8, 0.5, 0.1
-before, num_weights = copy_weights(model.state_dict()), sum(weight.numel() for weight in model.parameters())
-print("epoch  estimate  sensitivity ± its error  true loss")
+initial = copy_weights(model.state_dict())
+num_weights = sum(weight.numel() for weight in model.parameters())
+print("epoch  estimate  sensitivity ± its error  true accuracy")
 for epoch in range(args.max_epochs):
     for batch in torch.randperm(len(x_train)).split(50):
         optimizer.zero_grad()
@@ -44,18 +44,20 @@ for epoch in range(args.max_epochs):
 
     model.eval()
     generator = torch.Generator().manual_seed(0)  # the same noise in every epoch
-    sensitivity, risk = OutputSensitivity(), RiskEstimate("multiclass", STRENGTH)
+    sensitivity = OutputSensitivity()
+    risk = RiskEstimate("multiclass", strength=STRENGTH, num_training=len(x_train), num_weights=num_weights)
     with torch.no_grad():
         outputs = model(x_new)
         sensitivity.update(outputs, model(x_new + SIGMA * torch.randn(x_new.shape, generator=generator)))
-        risk.factor = variance_factor(len(x_train), num_weights)
-        risk.update_training(model(x_train), y_train)
+        train_outputs = model(x_train)
         for _ in range(NUM_TWINS):
-            with twin(model, before, generator, STRENGTH):
-                twin_outputs = model(x_new)
-            risk.update(outputs, twin_outputs, weight=1 / NUM_TWINS)
+            with twin(model, initial, generator, STRENGTH):
+                twin_outputs, train_twin_outputs = model(x_new), model(x_train)
+            risk.update(outputs, twin_outputs)
+            risk.update_training(train_outputs, y_train, train_twin_outputs)
     model.train()
+    accuracy = (outputs.argmax(1) == y_new).float().mean()
     print(
-        f"{epoch:5d}  {risk.compute().estimate:8.3f}  {sensitivity.compute():11.2g} ± {sensitivity.stderr:.1g}"
-        f"  {cross_entropy(outputs, y_new):18.3f}"
+        f"{epoch:5d}  {risk.compute()['risk_estimate']:8.3f}  {sensitivity.compute():11.2g} ± {sensitivity.stderr:.1g}"
+        f"  {accuracy:18.3f}"
     )

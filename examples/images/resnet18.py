@@ -1,12 +1,12 @@
 """A torchvision ResNet-18 on small images with augmentation: from scratch, with mixup, or fine-tuned in two stages.
 
-    python examples/images/resnet18.py --quick                     # embedded digits, under a minute
-    python examples/images/resnet18.py --quick --mixup             # soft labels
-    python examples/images/resnet18.py --data FOLDER               # CIFAR-10, 3 minutes on an idle core
-    python examples/images/resnet18.py --data FOLDER --finetune    # weights of other classes first
+    python examples/images/resnet18.py --quick             # embedded digits, under a minute
+    python examples/images/resnet18.py --quick --mixup     # soft labels
+    python examples/images/resnet18.py --quick --finetune  # weights of other classes first
+    python examples/images/resnet18.py --data FOLDER       # CIFAR-10, 3 minutes on an idle core
 
 FOLDER holds `cifar10.npz` with x_train and y_train (images uint8, N x 3 x 32 x 32). Nothing is downloaded: with
-`--finetune` the example makes its pretrained weights itself, on the first five classes.
+`--finetune` the example makes its pretrained weights itself, on the first five classes. See docs/guide/images.md.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, one_hot
+from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.models import resnet18
 from torchvision.transforms import v2
@@ -69,20 +69,14 @@ def load() -> tuple[Tensor, Tensor]:
 
 def loaders(x: Tensor, y: Tensor, num_train: int, num_classes: int) -> tuple[DataLoader, DataLoader]:
     """Training images with augmentation, and validation images."""
-    crop: list[nn.Module] = [v2.RandomCrop(x.shape[-1], padding=x.shape[-1] // 8)]
-    augmentation = v2.Compose([*crop, v2.RandomHorizontalFlip()] if args.data else crop)  # a flipped digit is none
+    changes: list[nn.Module] = [v2.RandomCrop(x.shape[-1], padding=x.shape[-1] // 8)]
+    if args.data:  # a flipped digit is none
+        changes.append(v2.RandomHorizontalFlip())
     mixup = v2.MixUp(num_classes=num_classes)
-    val = slice(num_train, num_train + NUM_VAL)
-    return (
-        DataLoader(
-            Images(x[:num_train], y[:num_train], augmentation),
-            BATCH_SIZE,
-            shuffle=True,
-            drop_last=True,
-            collate_fn=(lambda samples: mixup(*default_collate(samples))) if args.mixup else None,
-        ),
-        DataLoader(Images(x[val], y[val]), 64),
-    )
+    collate = (lambda samples: mixup(*default_collate(samples))) if args.mixup else None
+    train = Images(x[:num_train], y[:num_train], v2.Compose(changes))
+    val = Images(x[num_train : num_train + NUM_VAL], y[num_train : num_train + NUM_VAL])
+    return DataLoader(train, BATCH_SIZE, shuffle=True, drop_last=True, collate_fn=collate), DataLoader(val, 64)
 
 
 class ResNet(LightningModule):
@@ -99,9 +93,7 @@ class ResNet(LightningModule):
         return cross_entropy(self(batch[0]), batch[1])  # of class indices, or of soft labels
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        logits = self(batch[0])
-        self.log("val_loss", cross_entropy(logits, batch[1]))
-        self.log("val_score", (logits.softmax(1) - one_hot(batch[1], logits.shape[1])).square().sum(1).mean())
+        self.log("val_loss", cross_entropy(self(batch[0]), batch[1]))
 
     def configure_optimizers(self) -> Any:
         weights = [weight for weight in self.parameters() if weight.requires_grad]
@@ -115,48 +107,42 @@ class Table(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         rows.append([float(trainer.callback_metrics[name]) for name in COLUMNS])
-        *numbers, sensitivity = rows[-1]
-        print(
-            f"{len(rows) - 1:5d}  {'  '.join(f'{number:8.3f}' for number in numbers)}  {sensitivity:8.2g}", flush=True
-        )
+        print(f"{len(rows) - 1:5d}  " + "  ".join(f"{number:8.3g}" for number in rows[-1]), flush=True)
 
 
-COLUMNS = ("val_loss", "val_score", "val_risk_estimate", "val_risk_variance", "val_output_sensitivity")
+COLUMNS = ("val_loss", "val_risk_estimate", "val_risk_variance", "val_output_sensitivity")
 rows: list[list[float]] = []
 
 
 def fit(module: ResNet, data: tuple[DataLoader, DataLoader], num_epochs: int, *callbacks: Callback) -> None:
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    trainer = Trainer(max_epochs=num_epochs, callbacks=list(callbacks), **quiet)
-    trainer.fit(module, *data)
+    Trainer(max_epochs=num_epochs, callbacks=list(callbacks), **quiet).fit(module, *data)
 
 
-# %%
 x, y = load()
-print("epoch      loss     score  estimate  variance         S")
-# Soft labels are floating, and could mean other things: say that they are those of classes.
-task = "multiclass" if args.mixup else "auto"
+print("epoch      loss  estimate  variance  sensitivity")
+task = "multiclass" if args.mixup else "auto"  # soft labels are floating, and could mean other things
 if not args.finetune:
     module = ResNet(10, 0.05, NUM_EPOCHS * (NUM_TRAIN // BATCH_SIZE))
     fit(module, loaders(x, y, NUM_TRAIN, 10), NUM_EPOCHS, RiskMonitor(task), SensitivityMonitor(), Table())
 else:
-    # Pretrained weights: those of the first five classes. In your case they come from elsewhere.
+    # Pretrained weights, on the first five classes; yours come from elsewhere.
     module = ResNet(5, 0.05, NUM_EPOCHS * (NUM_TRAIN // BATCH_SIZE))
     fit(module, loaders(x[y < 5], y[y < 5], NUM_TRAIN, 5), NUM_EPOCHS)
     # The task: the other classes, with fewer images, and a new head.
     data = loaders(x[y >= 5], y[y >= 5] - 5, NUM_TRAIN // 4, 5)
     module.net.fc = nn.Linear(512, 5)
     pretrained = copy.deepcopy(module.state_dict())
-    # First the head alone. The fit begins with the pretrained weights, which is what `RiskMonitor` takes by default.
+    # First only the head. The fit begins with the pretrained weights, which is what `RiskMonitor` takes by default.
     module.requires_grad_(False).net.fc.requires_grad_()
     module.lr, module.num_steps = 0.02, max(1, NUM_EPOCHS // 4) * len(data[0])
     fit(module, data, max(1, NUM_EPOCHS // 4), RiskMonitor(task), SensitivityMonitor(), Table())
-    # Then all weights. This fit begins with a trained head, so that the weights from before are given.
+    # Then all weights. This fit begins with a trained head, so the weights from before are given.
     module.requires_grad_()
     module.lr, module.num_steps = 0.01, NUM_EPOCHS * len(data[0])
     fit(module, data, NUM_EPOCHS, RiskMonitor(task, initial_weights=pretrained), SensitivityMonitor(), Table())
 
-losses, estimates = ([row[COLUMNS.index(name)] for row in rows] for name in ("val_loss", "val_risk_estimate"))
-chosen, best = (int(np.argmin(values)) for values in (estimates, losses))
+losses, estimates = np.array(rows)[:, 0], np.array(rows)[:, COLUMNS.index("val_risk_estimate")]
+chosen, best = int(np.argmin(estimates)), int(np.argmin(losses))
 print(f"The estimate is lowest at epoch {chosen}, with a loss of {losses[chosen]:.3f};")
 print(f"the loss is lowest at epoch {best}, {losses[best]:.3f}, and {losses[-1]:.3f} at the end.")

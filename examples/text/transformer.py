@@ -4,8 +4,8 @@
     python examples/text/transformer.py --task words   # the next word of such sentences
 
 The models are built from a small `BertConfig` and `GPT2Config`, and the text lies on disk: docstrings of the installed
-PyTorch, scikit-learn and SciPy. Nothing is downloaded. Token ids can take no noise, so that `SensitivityMonitor` adds
-it to what the embeddings return.
+PyTorch, scikit-learn and SciPy. Nothing is downloaded. Token ids can take no noise, so `SensitivityMonitor` adds it to
+what the embeddings return. See docs/guide/text.md.
 """
 
 import argparse
@@ -118,7 +118,7 @@ if args.task == "sentences":
     at = "model.bert.embeddings"
     monitors: list[Callback] = [RiskMonitor(), SensitivityMonitor(at=at, per_output=True)]
     names = ["train_loss", "val_loss", "val_risk_estimate", "val_output_sensitivity"]
-else:  # classes come last: (N, T, K); of words there is no risk estimate
+else:  # classes come last, (N, T, K); there is no risk estimate for words
     at = "model.transformer.wte"
     monitors = [SensitivityMonitor(at=at, per_output=True, outputs=lambda result: result.logits.movedim(-1, 1))]
     names = ["train_loss", "val_loss", "val_output_sensitivity"]
@@ -128,13 +128,15 @@ samples = [sample for label, package in enumerate(PACKAGES) for sample in senten
 Random(0).shuffle(samples)
 train = DataLoader(samples[:NUM_TRAIN], 32, shuffle=True, collate_fn=collate)
 val = DataLoader(samples[NUM_TRAIN : 2 * NUM_TRAIN], 125, collate_fn=collate)
-print("epoch  " + "  ".join(f"{name.removeprefix('val_'):>10}" for name in names))
+print("epoch  " + "  ".join(f"{name.removeprefix('val_').removeprefix('output_'):>10}" for name in names))
 quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
 Trainer(max_epochs=NUM_EPOCHS, callbacks=[*monitors, Curves()], **quiet).fit(Text(), train, val)
 
 losses = columns["val_loss"]
 gaps = [loss - train_loss for loss, train_loss in zip(losses, columns["train_loss"], strict=True)]
-print(f"\nSpearman correlation of sensitivity with the gap: {spearmanr(columns['val_output_sensitivity'], gaps)[0]:.2f}")
+print(
+    f"\nSpearman correlation of sensitivity with the gap: {spearmanr(columns['val_output_sensitivity'], gaps)[0]:.2f}"
+)
 best = losses.index(min(losses))
 print(f"The validation loss is lowest at epoch {best}, {losses[best]:.3f}, and {losses[-1]:.3f} at the end.")
 if "val_risk_estimate" in columns:

@@ -1,7 +1,7 @@
-"""Small runs on scikit-learn's digits, and what sensitivity and the risk estimate say of them.
+"""Small runs on scikit-learn's digits, and what sensitivity and the risk estimate say about them.
 
 python examples/studies/reading_curves/curves.py --out examples/studies/reading_curves  # all pictures of the page
-python examples/studies/reading_curves/curves.py --only robust                  # one of them
+python examples/studies/reading_curves/curves.py --only robust                          # one of them
 """
 
 import argparse
@@ -30,8 +30,8 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "five layers of 128": {"widths": (128,) * 5},
     "with batch norm": {"batch_norm": True},
 }
-SENSITIVITIES = {"sensitivity": "S", "per_output_sensitivity": "per output"}
-TERMS = ("claim", "overconfidence", "memorization", "variance")
+SENSITIVITIES = {"output_sensitivity": "S", "single_output_sensitivity": "per output"}
+TERMS = ("claim", "overconfidence", "memorization", "forgetting", "variance")
 TECHNIQUES: dict[str, dict[str, Any]] = {
     "nothing": {},
     "weight decay of 1": {"weight_decay": 1.0},
@@ -39,9 +39,9 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "noise, σ = 0.3": {"noise": 0.3},
 }
 RISKS: dict[str, dict[str, Any]] = {
-    "40 % of labels wrong": {"wrong": 0.4},
-    "right labels, dropout": {"wrong": 0.0, "dropout": 0.5},
-    "20 % wrong, batch norm": {"wrong": 0.2, "batch_norm": True},
+    "40 % noisy labels": {"noisy": 0.4},
+    "correct labels, dropout": {"noisy": 0.0, "dropout": 0.5},
+    "20 % noisy, batch norm": {"noisy": 0.2, "batch_norm": True},
 }
 
 
@@ -98,17 +98,17 @@ class Recorder(Callback):
 
 
 @cache
-def fit(seed: int = 0, wrong: float = 0.2, num_epochs: int = 30, **options: Any) -> dict[str, np.ndarray]:
-    """Train on 500 images, and give what was logged; labels of all images are wrong at random, here and there."""
+def fit(seed: int = 0, noisy: float = 0.2, num_epochs: int = 30, **options: Any) -> dict[str, np.ndarray]:
+    """Train on 500 images, and return what was logged; a share of the labels is noisy, in training and validation."""
     digits, rng = load_digits(), np.random.default_rng(0)
     order = rng.permutation(len(digits.target))
     x, y = torch.tensor(digits.images[order] / 16, dtype=torch.float32), digits.target[order]
-    y = torch.tensor(np.where(rng.random(len(y)) < wrong, y + rng.integers(1, 10, len(y)), y) % 10)
+    y = torch.tensor(np.where(rng.random(len(y)) < noisy, y + rng.integers(1, 10, len(y)), y) % 10)
     train_set, val_set = TensorDataset(x[:500], y[:500]), TensorDataset(x[500:], y[500:])
     seed_everything(seed, verbose=False)
     recorder = Recorder()
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    monitors = [SensitivityMonitor(prefix=""), SensitivityMonitor(prefix="per_output_", per_output=True)]
+    monitors = [SensitivityMonitor(prefix=""), SensitivityMonitor(prefix="single_", per_output=True)]
     callbacks = [*monitors, RiskMonitor(prefix=""), recorder]
     trainer = Trainer(max_epochs=2 if args.quick else num_epochs, accelerator="cpu", callbacks=callbacks, **quiet)
     loaders = DataLoader(train_set, batch_size=50, shuffle=True), DataLoader(val_set, batch_size=1297)
@@ -123,11 +123,11 @@ def gap() -> Figure:
     axes[0].plot(curves["train_loss"], "C7", label="training loss")
     axes[0].legend(fontsize="small")
     axes[1].plot(curves["gap"], "C2")
-    axes[2].plot(curves["sensitivity"], "C1")
+    axes[2].plot(curves["output_sensitivity"], "C1")
     axes[2].set_yscale("log")
-    for axis, title in zip(axes, ("loss", "gap: validation less training loss", "sensitivity S"), strict=True):
+    for axis, title in zip(axes, ("loss", "gap: validation minus training loss", "sensitivity S"), strict=True):
         axis.set(title=title, xlabel="epoch")
-    taus = {name: spearmanr(curves["sensitivity"], curves[name])[0] for name in ("gap", "loss")}
+    taus = {name: spearmanr(curves["output_sensitivity"], curves[name])[0] for name in ("gap", "loss")}
     print("Spearman correlation of S over epochs, with the gap {gap:.2f}, with the loss {loss:.2f}".format(**taus))
     return figure
 
@@ -151,14 +151,14 @@ def seeds() -> Figure:
 
 def robust() -> Figure:
     figure, axes = plt.subplots(1, 3, figsize=(10, 3), layout="constrained")
-    shown = {"sensitivity": "sensitivity S", "gap": "gap", "error_under_noise": "error under noise, σ = 0.3"}
+    shown = {"output_sensitivity": "sensitivity S", "gap": "gap", "error_under_noise": "error under noise, σ = 0.3"}
     print("last epoch, mean of three seeds        S  per output    gap   loss  error under noise")
     for name, options in TECHNIQUES.items():
         runs = [fit(seed, **options) for seed in range(3)]
         mean = {key: np.mean([run[key] for run in runs], 0) for key in runs[0]}
         for axis, (key, title) in zip(axes, shown.items(), strict=True):
             axis.plot(mean[key], label=name)
-            axis.set(title=title, xlabel="epoch", yscale="log" if key == "sensitivity" else "linear")
+            axis.set(title=title, xlabel="epoch", yscale="log" if key == "output_sensitivity" else "linear")
         keys = (*SENSITIVITIES, "gap", "loss", "error_under_noise")
         numbers = "{:8.5f}  {:10.3f}  {:5.3f}  {:5.3f}  {:17.3f}".format(*(mean[key][-1] for key in keys))
         print(f"{name:31} {numbers}")
@@ -174,7 +174,7 @@ def terms() -> Figure:
         curves = fit(num_epochs=40, **options)
         axis.plot(curves["risk_estimate"], "C1", linewidth=2, label="estimate")
         axis.plot(curves["true_score"], "C7", label="true score")
-        for name, color in zip(TERMS, ("C2", "C3", "C5", "C4"), strict=True):
+        for name, color in zip(TERMS, ("C2", "C3", "C5", "C6", "C4"), strict=True):
             axis.plot(curves[f"risk_{name}"], color, linewidth=1, label=name)
         loss, chosen, best = curves["loss"], curves["risk_estimate"].argmin(), curves["loss"].argmin()
         axis.axvline(chosen, color="C1", linestyle="--", linewidth=1)
@@ -182,7 +182,7 @@ def terms() -> Figure:
         axis.set(title=title, xlabel="epoch")
         size = curves["risk_estimate"][chosen] / curves["true_score"][chosen]
         print(
-            f"{title:22}  {chosen:5}  {loss[chosen]:5.3f}  {size:9.2f}  {best:5}  {loss[best]:5.3f}  {loss[-1]:10.3f}"
+            f"{title:23}  {chosen:5}  {loss[chosen]:5.3f}  {size:9.2f}  {best:5}  {loss[best]:5.3f}  {loss[-1]:10.3f}"
         )
     axes[0].legend(fontsize="x-small")
     return figure
