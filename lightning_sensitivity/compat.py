@@ -93,8 +93,10 @@ def num_batches(trainer: Trainer) -> list[int | float]:
     from lightning.fabric.utilities.data import sized_len
 
     loop = trainer._evaluation_loop
-    counts = list(loop.max_batches)
     combined: Any = loop._combined_loader
+    if combined is None:  # before the first validation of a fit
+        return []
+    counts = list(loop.max_batches)
     # Only the loop knows of a CombinedLoader. Lightning sees it as one loader unless it is sequential.
     if len(combined.flattened) == len(counts):
         for index, loader in enumerate(combined.flattened):

@@ -146,11 +146,9 @@ class Monitor(Callback, ABC):
             if is_unchecked:
                 session.check_first_batch(call)
             self.run_facts.watch = CallWatch(pl_module, call, self.outputs)
-        except Exception:
-            if self.run_facts.is_disabled:
-                raise
-            if is_unchecked:  # the training batch may be another than those of validation
-                self._check_validation_batch(trainer, session)
+        except Exception as error:
+            if is_unchecked:
+                self._check_validation_batch(trainer, session, error)
         failures.is_strict = False
 
     def on_train_batch_end(
@@ -266,13 +264,17 @@ class Monitor(Callback, ABC):
         self.session = None
         self.run_facts.lazy_values.clear()
 
-    def _check_validation_batch(self, trainer: Trainer, session: Session) -> None:
-        """Raise what is wrong with a validation batch, where no sanity check did and a training batch failed."""
+    def _check_validation_batch(self, trainer: Trainer, session: Session, error: Exception) -> None:
+        """Raise what is wrong with validation batches, where no sanity check did and a training batch failed."""
         with self.run_facts.failures.warn_on_failure(could_not_measure(0)):
+            if self.run_facts.is_disabled:
+                raise error
             with session.isolated() as run:  # samples and transforms may draw random numbers
                 batch = run(checks.make_validation_batch, trainer)
-            if batch is not None:
+            if batch is not None:  # which may be of another kind than training batches
                 session.check_first_batch(session.prepare(batch))
+            elif isinstance(error, MisconfigurationException):
+                raise error
 
     def _shared_clean_outputs(self, trainer: Trainer) -> CleanOutputs:
         """Return the clean outputs of an earlier monitor that calls the model as this one does, or new ones."""
@@ -285,9 +287,13 @@ class Monitor(Callback, ABC):
                 return clean
         return CleanOutputs(self.inputs, self.outputs)
 
-    def _end_watch(self) -> None:
+    def drop_watch(self) -> list[str]:
+        """Stop watching the step, and return the names of arguments that differ from ours."""
         watch, self.run_facts.watch = self.run_facts.watch, None
-        names = [] if watch is None else watch.end()
+        return [] if watch is None else watch.end()
+
+    def _end_watch(self) -> None:
+        names = self.drop_watch()
         if names:
             self.run_facts.failures.warn(
                 "call",

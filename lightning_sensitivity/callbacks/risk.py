@@ -170,8 +170,9 @@ class RiskMonitor(Monitor):
                 if batch_idx == 0:
                     fit.samples.start_epoch(trainer)
                 self._count_and_keep(trainer, pl_module, batch)
-        if fit.samples is not None:
-            super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if fit.phase is Phase.REFUSED:
+            self.drop_watch()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -158,10 +158,13 @@ def make_validation_batch(trainer: Trainer) -> Any:
     loader = next(iter(compat.validation_loaders(trainer)), None)
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return None
-    if loader.batch_sampler is None or not hasattr(loader.dataset, "__getitem__"):
+    if not hasattr(loader.dataset, "__getitem__"):
         return None
-    size = min(2, len(loader.dataset))  # type: ignore[arg-type]
-    batch = loader.collate_fn([loader.dataset[index] for index in range(size)])
+    if loader.batch_sampler is None:  # each item is a batch
+        batch = loader.collate_fn(loader.dataset[0])
+    else:
+        size = min(2, len(loader.dataset))  # type: ignore[arg-type]
+        batch = loader.collate_fn([loader.dataset[index] for index in range(size)])
     batch = trainer.precision_plugin.convert_input(batch)
     trainer.validating = True  # for transfer hooks of the user that look at it
     try:
