@@ -85,7 +85,7 @@ class RiskSession(Session):
             return
         if not is_chosen:
             prepared = self.make_batch(batch, batch_idx, dataloader_idx)
-            if prepared.targets is not None:
+            if prepared.targets is not None and _has_label(prepared.targets):
                 self.labelled.add(prepared, is_last=False)
         if batch_idx + 1 == selection.num_batches:
             self.labelled.flush()
@@ -208,13 +208,11 @@ class RiskSession(Session):
     # Validation labels
 
     def _labels_of(self, batch: Any) -> Tensor | None:
-        """Select the labels of a validation batch; None if it has none."""
+        """Select the labels of a validation batch, all of which may be -100; None if it has none."""
         try:
-            targets = self.monitor.select_targets(self.module, batch)
+            return self.monitor.select_targets(self.module, batch).clone()  # the user's step may write to them
         except MisconfigurationException:
             return None
-        has_label = targets.is_floating_point() or bool((targets.long() != IGNORED).any())
-        return targets.clone() if has_label else None
 
     def _label_sums(self, outputs: Tensor, group: Group) -> Tensor | None:
         if group.batches[0].targets is None:  # as in all of its batches
@@ -245,3 +243,7 @@ class RiskSession(Session):
                 f"`RiskMonitor` ({self.monitor.prefix}*): {num_labels} validation labels count; the estimate counts "
                 f"as {LABEL_WEIGHT} labels."
             )
+
+
+def _has_label(targets: Tensor) -> bool:
+    return targets.is_floating_point() or bool((targets.long() != IGNORED).any())

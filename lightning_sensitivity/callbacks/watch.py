@@ -88,8 +88,8 @@ class CallWatch:
 def loss_mismatch(outputs: Tensor, targets: Tensor, loss: Tensor, num_accumulated: int = 1) -> str | None:
     """Explain why a loss cannot be a cross-entropy of some outputs, whatever weights it has; None if it could be.
 
-    Class weights, label smoothing and sums over the batch keep a loss within the range of the losses of the samples.
-    Cosines that are scaled in the loss, or embeddings, do not.
+    Class weights and label smoothing keep a loss within the range of the losses of the samples, and a plain sum is known
+    by their number. Cosines that are scaled in the loss, or embeddings, often leave it.
 
     Args:
         outputs: Outputs of the training step, ``(N, K)``.
@@ -105,16 +105,16 @@ def loss_mismatch(outputs: Tensor, targets: Tensor, loss: Tensor, num_accumulate
     value = float(loss)
     if not len(losses) or not math.isfinite(value):
         return None
-    lowest = float(losses.min()) * (1 - _LOSS_TOLERANCE)
+    plain = float(losses.mean())
     highest = float(losses.max()) * (1 + _LOSS_TOLERANCE) + _LOSS_TOLERANCE
     for mean in (value, value * num_accumulated):
         is_mean = mean <= highest
-        is_sum = lowest <= mean / len(losses) <= highest
+        is_sum = abs(mean / len(losses) - plain) <= _LOSS_TOLERANCE * plain
         if is_mean or is_sum:
             return None
     return (
         f"The loss of the first training step, {value:.3g}, cannot be the cross-entropy of the measured outputs, which "
-        f"is {float(losses.mean()):.3g}. If the step scales them or adds a head, select its logits with `outputs=`; "
+        f"is {plain:.3g}. If the step scales them or adds a head, select its logits with `outputs=`; "
         "if it adds other losses, ignore this."
     )
 

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, Ten
 
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 from lightning_sensitivity.functional.risk import TWIN_STRENGTH as STRENGTH
+from lightning_sensitivity.callbacks.samples import TrainingSamples
 from lightning_sensitivity.functional import risk_estimate, variance_factor
 from lightning_sensitivity.model import noise_generator
 from lightning_sensitivity.model.twins import call_with_batch_statistics, copy_weights, twin
@@ -199,6 +200,16 @@ class Own:
         return iter(loader())
 
 
+class Oversampling:
+    """A batch sampler that draws each sample five times an epoch."""
+
+    def __iter__(self) -> Any:
+        return iter(torch.arange(250).remainder(50).view(-1, 10).tolist())
+
+    def __len__(self) -> int:
+        return 25
+
+
 class Changing(Stream):
     """Each epoch has as many samples as is said."""
 
@@ -222,6 +233,8 @@ COUNTED: dict[str, tuple[Any, dict[str, Any], int]] = {
     "with replacement": (lambda: loader(sampler=RandomSampler(X, True, 80)), {}, 50),
     "batches of batches": (lambda: DataLoader([[X[:49], Y[:49]], [X[49:], Y[49:]]], 1, collate_fn=of_one), {}, 50),
     "a loader without a dataset": (Own, {}, 50),
+    "a batch sampler that repeats samples": (lambda: DataLoader(labelled(50), batch_sampler=Oversampling()), {}, 50),
+    "limit_train_batches, shuffled": (lambda: loader(shuffle=True), {"limit_train_batches": 2}, 50),
     "no batch sampler": (lambda: DataLoader([[X, Y]], None), {}, 50),
     "SubsetRandomSampler": (lambda: loader(sampler=SubsetRandomSampler(range(20))), {}, 20),
     "CombinedLoader": (lambda: CombinedLoader([loader(), loader()], "min_size"), {}, 50),
@@ -240,6 +253,32 @@ def test_the_samples_of_an_epoch_are_counted_also_where_training_resumes(name: s
         assert monitor.num_training == expected
         run.save_checkpoint(ckpt_path := tmp_path / "a.ckpt")
         options = options | {"limit_train_batches": 1}
+
+
+def test_samples_with_16_bit_labels_are_counted_in_integers() -> None:
+    samples = TrainingSamples("multiclass", 0, 0)
+    for _ in range(300):
+        samples.count(torch.zeros(4, 3, dtype=torch.bfloat16))
+    assert int(samples._num_seen) == 1200
+
+
+def test_targets_get_the_batch_itself_unless_they_write_to_it() -> None:
+    seen, batches = list[int](), list[int]()
+
+    class Noting(Plain):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            batches.append(batch[0].data_ptr())
+            return super().training_step(batch, batch_idx)
+
+    def reads(batch: list[Tensor]) -> Tensor:
+        seen.append(batch[0].data_ptr())
+        return batch[1]
+
+    fit(Noting(), loader(200), RiskMonitor(targets=reads, num_training_samples=8), num_sanity_val_steps=0)
+    assert {*batches[1:13]} <= {*seen}
+    before = loader(50).dataset.tensors[1].clone()
+    run = fit(Plain(), train := loader(50), RiskMonitor(targets=lambda batch: batch.pop().sub_(0)))
+    assert torch.equal(train.dataset.tensors[1], before) and run.callback_metrics["val_risk_estimate"] > 0
 
 
 def test_loaders_that_repeat_samples_are_refused() -> None:
@@ -300,6 +339,100 @@ def test_what_has_no_estimate_is_an_error_before_the_first_step_if_it_is_followe
     with pytest.raises(MisconfigurationException, match=match):
         fit(model := Plain(), loader(), RiskMonitor(), cb.EarlyStopping("val_risk_estimate"), ckpt_path=path)
     assert model.trainer.global_step == 4
+
+
+def test_a_monitor_of_another_prefix_takes_the_initial_weights_and_every_n_epochs_keeps_its_phase(
+    tmp_path: Path, caplog: Any
+) -> None:
+    caplog.set_level("INFO", "lightning.pytorch")
+
+    def measured(max_epochs: int, prefix: str, **kwargs: Any) -> tuple[list[int], Trainer]:
+        monitor = RiskMonitor(prefix=prefix, every_n_epochs=3)
+        epochs, watch = list[int](), cb.Callback()
+        watch.on_validation_epoch_end = lambda run, _: epochs.append(run.current_epoch) if monitor.session else None
+        run = fit(Plain(), loader(), monitor, watch, max_epochs=max_epochs, num_sanity_val_steps=0, **kwargs)
+        assert monitor.fit_state.samples is None  # freed
+        return epochs, run
+
+    assert measured(7, "val_")[0] == [0, 3, 6]
+    epochs, run = measured(2, "val_")
+    run.save_checkpoint(path := tmp_path / "two.ckpt")
+    assert epochs == [0] and measured(7, "val_", ckpt_path=path)[0] == [3, 6]
+    assert measured(3, "b_", ckpt_path=path)[0] == [2]
+    assert "takes the initial weights that `RiskMonitor(prefix='val_')` saved" in caplog.text
+
+
+def test_a_line_at_the_end_says_where_the_estimate_was_lowest(tmp_path: Path, caplog: Any) -> None:
+    caplog.set_level("INFO", "lightning.pytorch")
+    checkpoint = cb.ModelCheckpoint(tmp_path, monitor="val_risk_estimate", filename="{epoch}")
+    history = History()
+    fit(Plain(), loader(), RiskMonitor(), checkpoint, history, enable_checkpointing=True)
+    values = [epoch["val_risk_estimate"] for epoch in history.epochs]
+    line = f"`val_risk_estimate` was lowest at epoch {values.index(min(values))} ({min(values):.3f})"
+    assert line in caplog.text and f"The checkpoint is {checkpoint.best_model_path}." in caplog.text
+
+
+@pytest.mark.parametrize("has_batch_norm", [True, False])
+def test_the_variance_does_not_depend_on_the_size_of_validation_batches(has_batch_norm: bool) -> None:
+    def variance(batch_size: int) -> Any:
+        seed_everything(0, verbose=False)
+        model = Classifier() if has_batch_norm else Plain()
+        run = fitted([RiskMonitor()], model, loader(), unlabelled(64, batch_size, seed=1), max_epochs=1)
+        return float(run.callback_metrics["val_risk_variance"])
+
+    assert [variance(size) for size in (1, 2, 8)] == pytest.approx([variance(64)] * 3, rel=1e-5)
+
+
+class Scaled(Plain):
+    """Cosines, which only the loss scales."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.normalize(self.net(x.double()))
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return cross_entropy(100 * self(batch[0]), batch[1])
+
+
+class Inner(Plain):
+    """A step that prepares its inputs, and calls the network in place of the module."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return cross_entropy(self.net((batch[0].double() - 0.5) / 0.3), batch[1])
+
+
+class Sure(Plain):
+    """Sure, and wrong: no Brier score is as high as its estimate."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 1e3 * super().forward(x)
+
+
+@pytest.mark.parametrize(("model", "match"), [
+    (Scaled, "cannot be the cross-entropy of the measured outputs"),
+    (Inner, "measures `forward`, which your training step does not call"),
+    (Sure, "no Brier score is above 2"),
+])  # fmt: skip
+def test_what_may_not_be_what_the_step_trains_is_said_once(model: Any, match: str) -> None:
+    with pytest.warns(UserWarning, match=match) as caught:
+        fit(model(), loader(), RiskMonitor())
+    assert sum(match.split()[-1] in str(each.message) for each in caught) == 1
+
+
+def test_nan_weights_are_logged_as_nan_so_that_a_stopping_stops() -> None:
+    def break_weights(model: Any) -> None:
+        if model.current_epoch == 2:
+            model.net[0].weight.data.fill_(math.nan)
+
+    model, history = Plain(), History()
+    model.on_train_epoch_end = lambda: None
+    model.on_validation_start = lambda: break_weights(model)
+    stopping = cb.EarlyStopping("val_risk_estimate", patience=9)
+    with pytest.warns(UserWarning, match="gave nan or inf"):
+        run = fit(model, loader(), RiskMonitor(), SensitivityMonitor(), stopping, history, max_epochs=9)
+    assert run.current_epoch == 3 and math.isnan(run.callback_metrics["val_risk_estimate"])
+    assert math.isnan(run.callback_metrics["val_output_sensitivity"]) and math.isfinite(
+        history.epochs[1]["val_risk_estimate"]
+    )
 
 
 @pytest.mark.parametrize("name", ["task", "targets", "num_training_samples", "initial_weights", "prefix", "prog_bar"])
