@@ -36,8 +36,8 @@ RISK = [500] + [125] * 8 + [1200] + [150] * 16
 @pytest.mark.parametrize(("kinds", "passes"), [
     ([SensitivityMonitor], SENSITIVITY),
     ([RiskMonitor], RISK),
-    ([SensitivityMonitor, RiskMonitor], [1200] + RISK),  # which share the clean pass
-    ([RiskMonitor, SensitivityMonitor], [1200] + RISK),
+    ([SensitivityMonitor, RiskMonitor], [1200, *RISK]),  # which share the clean pass
+    ([RiskMonitor, SensitivityMonitor], [1200, *RISK]),
 ])  # fmt: skip
 def test_a_validation_makes_joint_passes(kinds: Any, passes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     model, sizes, names, is_measured = Overridden(), list[int](), list[str](), list[bool]()

@@ -10,17 +10,16 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 from lightning_sensitivity.callbacks import batches as S
-from lightning_sensitivity.callbacks.failures import Failures
-from lightning_sensitivity.callbacks.twin_passes import TwinPasses
-from lightning_sensitivity.callbacks.run import RunFacts
 from lightning_sensitivity.callbacks.batches import Batch, BatchSelection, CleanOutputs, Group, Queue, are_independent
+from lightning_sensitivity.callbacks.failures import Failures
+from lightning_sensitivity.callbacks.run import RunFacts
+from lightning_sensitivity.callbacks.twin_passes import TwinPasses
 from lightning_sensitivity.callbacks.watch import loss_mismatch
 from lightning_sensitivity.functional.risk import TWIN_STRENGTH
 from lightning_sensitivity.model import GaussianNoise, ModelCall, isolated, noise_generator
 from lightning_sensitivity.model.forward import join_calls
 from lightning_sensitivity.model.noise import noisy_outputs
 from lightning_sensitivity.model.twins import copy_weights, twin
-
 from tests.helpers import NUM_CLASSES, NUM_FEATURES, Classifier, inputs
 
 MODEL = nn.Linear(NUM_FEATURES, NUM_CLASSES)

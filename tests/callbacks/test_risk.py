@@ -18,9 +18,9 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, TensorDataset
 
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
-from lightning_sensitivity.functional.risk import TWIN_STRENGTH as STRENGTH
 from lightning_sensitivity.callbacks.samples import TrainingSamples
 from lightning_sensitivity.functional import risk_estimate, variance_factor
+from lightning_sensitivity.functional.risk import TWIN_STRENGTH as STRENGTH
 from lightning_sensitivity.model import noise_generator
 from lightning_sensitivity.model.twins import call_with_batch_statistics, copy_weights, twin
 from tests.callbacks.test_training import averaged_weights
