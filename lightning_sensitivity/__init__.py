@@ -8,12 +8,26 @@ from lightning_sensitivity.metric import OutputSensitivity, RiskEstimate
 if TYPE_CHECKING:
     from lightning_sensitivity.callbacks import RiskMonitor, SensitivityMonitor
     from lightning_sensitivity.compare import compare_models
+    from lightning_sensitivity.comparison import Comparison
 
 __version__ = "0.1.0"
 
-__all__ = ["OutputSensitivity", "RiskEstimate", "RiskMonitor", "SensitivityMonitor", "__version__", "compare_models"]
+__all__ = [
+    "Comparison",
+    "OutputSensitivity",
+    "RiskEstimate",
+    "RiskMonitor",
+    "SensitivityMonitor",
+    "__version__",
+    "compare_models",
+]
 
-_MODULES = {"RiskMonitor": "callbacks", "SensitivityMonitor": "callbacks", "compare_models": "compare"}
+_MODULES = {
+    "Comparison": "comparison",
+    "RiskMonitor": "callbacks",
+    "SensitivityMonitor": "callbacks",
+    "compare_models": "compare",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -2,12 +2,10 @@
 
 import copy
 import gc
-import math
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import combinations
-from textwrap import fill
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,22 +15,56 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_sensitivity.arguments import Selector, check_argument, check_int, check_selectors
+from lightning_sensitivity.compat import original_module
+from lightning_sensitivity.comparison import Comparison
 from lightning_sensitivity.functional.reporting import warn
-from lightning_sensitivity.functional.scores import ModelScores, Samples, score_models, score_samples
+from lightning_sensitivity.functional.scores import (
+    MeasuredModel,
+    ModelScores,
+    SampleScores,
+    join_samples,
+    score_models,
+    score_samples,
+)
 from lightning_sensitivity.functional.sensitivity import diagnostics, sensitivity_from_rows
 from lightning_sensitivity.functional.tasks import TASKS
 from lightning_sensitivity.functional.tensors import are_in_unit_interval, are_probabilities, num_outputs
 from lightning_sensitivity.model import ModelCall, Noise, isolated, select_targets
 from lightning_sensitivity.model.forward import clone_tensors
-from lightning_sensitivity.model.noise import check_noise, noisy_outputs, submodule
+from lightning_sensitivity.model.noise import NoiseFunction, check_noise, noisy_outputs, submodule
 
-_ROUNDING = 1e-6  # relative, of scores from float32 outputs
-_Z = 1.96  # of a 95 % interval
+__all__ = ["Comparison", "ModelScores", "compare_models"]
+
+ModelSource = nn.Module | Callable[[], nn.Module]
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """Hold how all models are measured; see :func:`compare_models`."""
+
+    noise: NoiseFunction
+    at: str | None
+    num_draws: int
+    seed: int
+    task: str | None
+    inputs: Selector | None
+    outputs: Selector | None
+    targets: Selector | None
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        check_argument("at", self.at, self.at is None or isinstance(self.at, str), "a submodule's name or None")
+        tasks = ", ".join(map(repr, TASKS))
+        check_argument("task", self.task, self.task in (*TASKS, None), f"one of {tasks} or None")
+        check_int("num_draws", self.num_draws, 1)
+        check_int("seed", self.seed, 0)
+        check_selectors(inputs=self.inputs, outputs=self.outputs, targets=self.targets)
 
 
 def compare_models(
-    models: Mapping[str, nn.Module | Callable[[], nn.Module]],
+    models: Mapping[str, ModelSource],
     dataloader: Iterable[Any],
+    *,
     noise: Noise = 0.1,
     at: str | None = None,
     num_draws: int = 1,
@@ -42,28 +74,30 @@ def compare_models(
     outputs: Selector | None = None,
     targets: Selector | None = None,
     device: torch.device | str | None = None,
-) -> "Comparison":
+) -> Comparison:
     r"""Compare how well models generalize, trained or not, without labels, on the same samples.
 
-    All models get the same noise on the same samples, so that differences are sharper than values; for the scores see
-    :class:`~lightning_sensitivity.functional.scores.ModelScores`, for their worth ``examples/studies/comparing``. Labels
-    are not needed; if ``targets`` is given, the table shows the true loss and error, too. A model that fails becomes a
-    row that says why. Sensitivity is that of Forouzesh, Salehi and Thiran (ICPR 2020, arXiv:2007.15378).
+    All models get the same noise on the same samples, so that differences are sharper than values. See
+    :class:`Comparison` for the result, :class:`ModelScores` for the scores, and ``examples/studies/comparing`` for
+    their worth. Labels are not needed; with ``targets`` the table also shows the true loss and error. A model that
+    fails becomes a row that says why. Sensitivity is that of Forouzesh, Salehi and Thiran (ICPR 2020,
+    arXiv:2007.15378).
 
     Args:
-        models: Names, and for each of them a module (which is copied, and not touched) or a function that makes one,
-            such as ``lambda: Classifier.load_from_checkpoint(path)``. Of functions, one model at a time is in memory.
+        models: Names, and for each of them a module (which is copied, and not changed) or a function that makes one,
+            such as ``lambda: Classifier.load_from_checkpoint(path)``. With functions, only one model is in memory at a
+            time.
         dataloader: Batches, with or without labels, which are all kept in memory: some thousand samples are enough.
         noise: σ of Gaussian noise in the units that the models receive, one number or one per channel, or a function
             ``(x, generator) -> x'``.
         at: Name of a submodule, which all models have, whose output is perturbed instead of the input.
         num_draws: Noise draws per sample.
         seed: Seed of the noise.
-        task: What the outputs are for: ``"multiclass"``, ``"binary"``, ``"multilabel"``; None for sensitivity alone.
+        task: What the outputs are for: ``"multiclass"``, ``"binary"``, ``"multilabel"``; None for sensitivity only.
         inputs: How models are called; see :class:`~lightning_sensitivity.model.ModelCall`.
         outputs: Which outputs to compare; see :func:`~lightning_sensitivity.model.select_outputs`.
         targets: The labels of a batch, for the true loss and error: a function ``batch -> tensor``.
-        device: Where the models run; by default the accelerator, if there is one.
+        device: Where the models run; by default the accelerator, if the machine has one, else the CPU.
 
     Raises:
         MisconfigurationException: If an argument is not one of the above.
@@ -80,171 +114,114 @@ def compare_models(
         >>> [model.name for model in result], result.ties()
         (['small', 'wide'], {'small': [], 'wide': []})
     """
-    noise_function = check_noise(noise)
     valid = isinstance(models, Mapping) and len(models) > 0 and all(map(callable, models.values()))
     check_argument("models", models, valid, "a dict of names and models, or of functions that make them")
     check_argument("dataloader", dataloader, isinstance(dataloader, Iterable), "an iterable of batches")
-    check_argument("at", at, at is None or isinstance(at, str), "a submodule's name or None")
-    check_argument("task", task, task in (*TASKS, None), f"one of {', '.join(map(repr, TASKS))} or None")
-    check_int("num_draws", num_draws, 1)
-    check_int("seed", seed, 0)
-    check_selectors(inputs=inputs, outputs=outputs, targets=targets)
-    if device is None:
-        device = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None
+    device = _default_device() if device is None else torch.device(device)
+    settings = _Settings(check_noise(noise), at, num_draws, seed, task, inputs, outputs, targets, device)
+    measured, failures = _measure_models(models, list(dataloader), settings)
+    scores, by_sample = score_models(measured)
+    failed = [ModelScores(name, note=note) for name, note in failures.items()]
+    return Comparison([*scores, *failed], by_sample)
 
-    def score_batch(model: nn.Module, batch: Any, batch_idx: int) -> Samples:
-        with isolated(model) as run:
-            call = ModelCall(model, batch, inputs, outputs)
-            clean: Tensor = run(call)
-            if batch_idx == 0 and task == "multiclass" and (are_probabilities(clean) or num_outputs(clean) == 1):
-                raise ValueError("Expected logits of classes, got probabilities or one output (`task='binary'`).")
-            if batch_idx == 0 and task and are_in_unit_interval(clean):
-                warn("All outputs of a model lie in [0, 1]. If they are not logits, set `outputs=`.")
-            labels = select_targets(model, batch, targets) if targets else None
-            if labels is not None and task:
-                TASKS[task].check(clean, labels)
-            module = None if at is None else submodule(model, at)
-            noisy = noisy_outputs(run, call, noise_function, [(seed, 0, 0, batch_idx)], num_draws, module)
-            return score_samples(clean, noisy, labels, task)
 
-    batches, samples, notes, first_failure = list(dataloader), dict[str, Samples](), dict.fromkeys(models, ""), ""
-    for place, (name, model) in enumerate(models.items(), 1):
+def _default_device() -> torch.device:
+    """Choose the accelerator that this machine has, else the CPU."""
+    if hasattr(torch, "accelerator"):  # since torch 2.6
+        # Without a look at what is available, it is the accelerator that torch was compiled for.
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return accelerator or torch.device("cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _measure_models(
+    models: Mapping[str, ModelSource], batches: Sequence[Any], settings: _Settings
+) -> tuple[dict[str, MeasuredModel], dict[str, str]]:
+    """Measure one model after another.
+
+    Returns:
+        What was measured of each model; and for those that failed, a note that says why.
+    """
+    measured: dict[str, MeasuredModel] = {}
+    failures: dict[str, str] = {}
+    first_traceback = ""  # as text: a traceback would keep the model in memory
+    for place, (name, source) in enumerate(models.items(), 1):
         rank_zero_info(f"Comparing models, {place} of {len(models)}: {name}")
         try:
-            samples[name] = _score_model(model, batches, torch.device(device or "cpu"), score_batch)
-            for message in diagnostics(sensitivity_from_rows(samples[name]["rows"])).values():
-                warn(f"Model {name!r}: {message}")
+            measured[name] = _measure_model(source, batches, settings)
         except Exception as failure:
-            first_failure = first_failure or traceback.format_exc()  # as text: it would keep the model in memory
-            notes[name] = f"failed: {type(failure).__name__}: {failure}"
+            first_traceback = first_traceback or traceback.format_exc()
+            failures[name] = f"failed: {type(failure).__name__}: {failure}"
         gc.collect()  # modules refer to themselves in circles, and the next one needs their memory
-    if not samples:
-        raise RuntimeError(f"No model could be scored. The first failed with:\n{first_failure}")
-    return Comparison(*score_models(samples, notes))
+    if not measured:
+        raise RuntimeError(f"No model could be scored. The first failed with:\n{first_traceback}")
+    for name, model in measured.items():
+        for message in diagnostics(sensitivity_from_rows(model.samples.rows)).values():
+            warn(f"Model {name!r}: {message}")
+    return measured, failures
 
 
-def _score_model(
-    source: Any, batches: list[Any], device: torch.device, score_batch: Callable[[nn.Module, Any, int], Samples]
-) -> Samples:
-    """Score all samples, batch by batch."""
+def _measure_model(source: ModelSource, batches: Sequence[Any], settings: _Settings) -> MeasuredModel:
+    """Make or copy a model, and measure all samples, batch by batch."""
     model = copy.deepcopy(source) if isinstance(source, nn.Module) else source()
-    inner, scored = getattr(model, "_orig_mod", model), list[Samples]()
-    move: Any = move_data_to_device
-    if isinstance(inner, LightningModule):
-        inner.configure_model()
-        move = inner._apply_batch_transfer_handler  # whose hooks may transform the batch
-    model.to(device)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"Expected a function that makes a module, but it made {type(model).__name__}.")
+    move_batch = _prepare_transfer(model)
+    model.to(settings.device)
+    parts: list[SampleScores] = []
     start = time.perf_counter()
     with torch.inference_mode():
         for batch_idx, batch in enumerate(batches):
-            scored.append(score_batch(model, move(clone_tensors(batch), device), batch_idx))
-    names = set(scored[0]).intersection(*scored) if scored else set()
-    joined = {name: torch.cat([batch[name].cpu() for batch in scored]) for name in names}
-    if len(joined.get("rows", ())) < 2:
-        raise ValueError("Expected `dataloader` to give two samples or more.")
-    if num_non_finite := int((~joined["rows"].isfinite().all(1)).sum()):
-        raise ValueError(f"Expected finite outputs, but {num_non_finite} samples gave nan or inf.")
-    seconds, num_parameters = time.perf_counter() - start, sum(map(torch.numel, model.parameters()))
-    return joined | {"seconds": torch.tensor(seconds), "num_parameters": torch.tensor(num_parameters)}
+            moved = move_batch(clone_tensors(batch), settings.device)
+            parts.append(_measure_batch(model, moved, batch_idx, settings))
+    samples = join_samples(parts)
+    num_failed = int((~samples.rows.isfinite().all(1)).sum())
+    if num_failed:
+        raise ValueError(f"Expected finite outputs, but {num_failed} samples gave nan or inf.")
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    return MeasuredModel(samples, num_parameters, time.perf_counter() - start)
 
 
-class Comparison:
-    """Hold the scores of the models that :func:`~lightning_sensitivity.compare_models` compared.
-
-    Iterating gives :class:`ModelScores`, sorted by ``consensus_error`` for three models or more, else by sensitivity,
-    with failed models last; index it by place or name. ``print`` shows the main columns, ``pandas.DataFrame`` has all.
-
-    Args:
-        models: One row per model, in any order.
-        by_sample: For each model and score one number per sample, ``(N,)``, with the score as their mean; the same
-            samples for all models.
-
-    Example:
-        >>> from lightning_sensitivity.compare import Comparison, ModelScores
-        >>> result = Comparison([ModelScores("wide", 0.2, 0.01, loss=0.5), ModelScores("small", 0.1, 0.01)])
-        >>> print(result)
-        model  sensitivity  loss
-        small  0.1 ± 0.01
-        wide   0.2 ± 0.01   0.5
-        <BLANKLINE>
-        Sorted by sensitivity, which is no order of quality.
-        >>> result["wide"].loss, result[0].name
-        (0.5, 'small')
-    """
-
-    def __init__(self, models: Sequence[ModelScores], by_sample: Mapping[str, Samples] | None = None) -> None:
-        self._by_sample = by_sample or {}
-        has_consensus = any(math.isfinite(model.consensus_error) for model in models)  # of three models or more
-        self._order = "consensus_error" if has_consensus else "sensitivity"
-        self._models = sorted(models, key=lambda model: math.inf if math.isnan(s := getattr(model, self._order)) else s)
-
-    def __iter__(self) -> Iterator[ModelScores]:
-        """Iterate over the models in their order."""
-        return iter(self._models)
-
-    def __len__(self) -> int:
-        """Count the models, with those that failed."""
-        return len(self._models)
-
-    def __getitem__(self, key: int | str) -> ModelScores:
-        """Return the scores of one model, by its place or its name."""
-        return self._models[key] if isinstance(key, int) else {model.name: model for model in self}[key]
-
-    def difference(self, first: str, second: str, score: str = "sensitivity") -> tuple[float, float]:
-        """Compute how much higher one model scores than another, and the standard error of that over samples.
-
-        Args:
-            first: Name of a model.
-            second: Name of another one.
-            score: A field of :class:`ModelScores`.
-        """
-        value = getattr(self[first], score) - getattr(self[second], score)
-        one, other = (self._by_sample.get(name, {}).get(score, torch.full((2,), math.nan)) for name in (first, second))
-        return value, float((one - other).std() / math.sqrt(len(one))) if one.shape == other.shape else math.nan
-
-    def ties(self, score: str = "sensitivity") -> dict[str, list[str]]:
-        """List for each model those that it ties with: zero lies in the 95 % interval of their difference.
-
-        The intervals are those of single pairs, not corrected for their number. Models whose error is not known are
-        left out.
-
-        Args:
-            score: A field of :class:`ModelScores`.
-        """
-        names = [model.name for model in self if math.isfinite(self.difference(model.name, model.name, score)[1])]
-        tied: dict[str, list[str]] = {name: [] for name in names}
-        for first, second in combinations(names, 2):
-            value, stderr = self.difference(first, second, score)
-            # Two copies of a model may differ by the rounding of their outputs, more than by its standard error.
-            if abs(value) <= max(_Z * stderr, _ROUNDING * abs(getattr(self[first], score))):
-                tied[first].append(second)
-                tied[second].append(first)
-        return tied
-
-    def __str__(self) -> str:
-        """Print the main columns, and the notes."""
-        tied = self.ties()
-        columns = {
-            "model": [model.name + " *" * bool(model.note) for model in self],
-            "consensus_error": [_number(model.consensus_error) for model in self],
-            "consensus_loss": [_number(model.consensus_loss) for model in self],
-            "sensitivity": [_number(model.sensitivity, model.sensitivity_stderr) for model in self],
-            "ties with": [", ".join(tied.get(model.name, [])) for model in self],
-            "loss": [_number(model.loss) for model in self],
-            "error": [_number(model.error) for model in self],
-        }
-        table = [[title, *cells] for title, cells in columns.items() if any(cells)]
-        widths = [max(map(len, column)) for column in table]
-        lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in zip(*table, strict=True)]
-        order = "sensitivity, which is no order of quality"
-        if self._order == "consensus_error":
-            order = "consensus_error: how often the other models disagree. It ranks by the error"
-        notes = [fill(f"* {model.name}: {model.note}", 100) for model in self if model.note]
-        return "\n".join([*lines, "", f"Sorted by {order}.", *[""] * bool(notes), *notes])
-
-    __repr__ = __str__  # notebooks show the table
+def _prepare_transfer(model: nn.Module) -> Callable[[Any, torch.device], Any]:
+    """Return what moves a batch to a device: for a LightningModule its own hooks, which may transform the batch."""
+    inner = original_module(model)
+    if not isinstance(inner, LightningModule):
+        return move_data_to_device
+    inner.configure_model()
+    return inner._apply_batch_transfer_handler
 
 
-def _number(value: float, stderr: float = math.nan) -> str:
-    shown = f"{value:.3g}" if math.isfinite(value) else ""
-    return shown + f" ± {stderr:.1g}" if math.isfinite(stderr) else shown
+def _measure_batch(model: nn.Module, batch: Any, batch_idx: int, settings: _Settings) -> SampleScores:
+    """Run a model on a batch, clean and with noise, and score each sample."""
+    with isolated(model) as run:
+        call = ModelCall(model, batch, settings.inputs, settings.outputs)
+        clean: Tensor = run(call)
+        if batch_idx == 0:
+            _check_outputs(clean, settings.task)
+        labels = _select_labels(model, batch, clean, settings)
+        key = (settings.seed, 0, 0, batch_idx)  # rank and loader are 0
+        at = None if settings.at is None else submodule(model, settings.at)
+        noisy = noisy_outputs(run, call, settings.noise, [key], settings.num_draws, at)
+        return score_samples(clean, noisy, labels, settings.task)
+
+
+def _check_outputs(clean: Tensor, task: str | None) -> None:
+    """Refuse outputs that can't be logits of the task, and warn of those that may not be."""
+    if task is None:
+        return
+    if task == "multiclass" and (are_probabilities(clean) or num_outputs(clean) == 1):
+        raise ValueError("Expected logits of classes, got probabilities or one output (`task='binary'`).")
+    if are_in_unit_interval(clean):
+        warn("All outputs of a model lie in [0, 1]. If they are not logits, set `outputs=`.")
+
+
+def _select_labels(model: nn.Module, batch: Any, clean: Tensor, settings: _Settings) -> Tensor | None:
+    """Select the labels of a batch, if the user says where they are."""
+    if settings.targets is None:
+        return None
+    labels = select_targets(model, batch, settings.targets)
+    if settings.task is not None:
+        TASKS[settings.task].check(clean, labels)
+    return labels

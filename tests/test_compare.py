@@ -1,11 +1,12 @@
 import copy
 import gc
 import math
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning
-import pandas
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -14,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from lightning_sensitivity import compare_models
-from lightning_sensitivity.compare import Comparison, ModelScores
+from lightning_sensitivity.compare import Comparison, _default_device
 from lightning_sensitivity.functional.scores import consensus_scores
 from tests.helpers import Classifier, Linear, brute_force, inputs, labelled, loader, unlabelled_loader
 
@@ -34,11 +35,11 @@ def compare(models: dict[str, Any], dataloader: Any = unlabelled_loader(), **kwa
 def test_linear_models_have_the_sensitivity_of_their_weights_and_differences_are_sharper() -> None:
     models = {"large": linear(1.02), "small": linear(0.5), "copy": linear(0.5)}
     result = compare(models, unlabelled_loader(2000, 500), noise=0.3, num_draws=2, task=None)
-    assert [row.name for row in result] == ["small", "copy", "large"] and result[-1] is result["large"]
+    assert [row.name for row in result] == ["small", "copy", "large"] and result.models[-1] is result["large"]
     for row in result:
         truth = (0.3 * models[row.name].scale * models[row.name].net.weight.mean(0)).square().sum().item()
         assert abs(row.sensitivity - truth) < 4 * row.sensitivity_stderr < 0.4 * truth
-    value, stderr = result.difference("large", "small")
+    value, stderr = result.difference("large", "small", "sensitivity")
     assert value == pytest.approx((2.04**2 - 1) * result["small"].sensitivity, rel=1e-4)
     assert stderr == pytest.approx((1 - 2.04**-2) * result["large"].sensitivity_stderr, rel=0.05)
     assert result.ties() == {"large": [], "small": ["copy"], "copy": ["small"]}
@@ -48,7 +49,7 @@ def test_linear_models_have_the_sensitivity_of_their_weights_and_differences_are
 def test_scores_are_those_of_a_plain_loop_and_the_model_is_left_alone(is_compiled: bool) -> None:
     model, (x, y) = Classifier(), labelled(50).tensors
     before, passed = copy.deepcopy(model), torch.compile(model, backend="eager") if is_compiled else model
-    row = compare({"model": passed}, loader(), num_draws=2, seed=3, targets=lambda batch: batch[1])[0]
+    row = compare({"model": passed}, loader(), num_draws=2, seed=3, targets=lambda batch: batch[1]).models[0]
     assert model.training and all(map(torch.equal, model.state_dict().values(), before.state_dict().values()))
     changes, outputs = brute_force(before.eval(), x.split(16), num_draws=2, seed=3), before(x).detach()
     assert row.sensitivity == pytest.approx(changes.var(correction=0).item(), rel=1e-6)
@@ -57,16 +58,23 @@ def test_scores_are_those_of_a_plain_loop_and_the_model_is_left_alone(is_compile
     assert row.num_parameters == sum(map(torch.numel, model.parameters())) and row.seconds > 0
 
 
-def test_the_others_say_how_often_a_model_is_wrong() -> None:
+def test_the_consensus_is_that_of_models_which_have_learned_something() -> None:
     models = {seed: linear(9.0, int(seed)) for seed in "012"} | {"undecided": linear(0.01)}
     result = compare(models, loader())
     log_p = {name: model(inputs(50)).detach().log_softmax(1)[:, None] for name, model in models.items()}
-    for name, scores in consensus_scores(log_p, voters="012").items():  # who has learned nothing has no vote
+    for name, scores in consensus_scores(log_p, voters="012").items():
         actual = result[name].consensus_loss, result[name].consensus_error
-        assert actual == pytest.approx([each.mean().item() for each in scores], rel=1e-5)
-    assert result["undecided"].note.startswith("undecided") and len(log_p) == len(result)
+        assert actual == pytest.approx([values.mean().item() for values in scores], rel=1e-5)
+    assert result["undecided"].note.startswith("undecided")
     assert [row.consensus_error for row in result] == sorted(row.consensus_error for row in result)
     assert all(math.isnan(row.loss) for row in result)  # labels are those that the user names
+
+
+def test_two_models_have_no_consensus_and_the_table_says_why() -> None:
+    result = compare({"first": linear(seed=0), "second": linear(seed=1), "undecided": linear(0.01)})
+    assert all(math.isnan(row.consensus_error) and math.isnan(row.consensus_loss) for row in result)
+    text = " ".join(str(result).split())
+    assert "Sorted by sensitivity" in text and "three models or more that have learned something" in text
 
 
 def test_functions_make_models_one_after_another_for_the_same_batches(tmp_path: Path) -> None:
@@ -81,8 +89,10 @@ def test_a_model_that_fails_is_a_row_that_says_why_and_does_not_lose_the_others(
     failures: dict[str, Any] = {"RuntimeError: mat1": nn.Linear(3, 3), "50 samples gave nan or inf": linear(math.nan)}
     failures |= {"logits of classes": nn.Sequential(linear(), nn.Softmax(1)), "`task='binary'`": nn.Linear(12, 1)}
     failures |= {"FileNotFoundError": lambda: Linear.load_from_checkpoint("nowhere.ckpt")}
+    failures |= {"makes a module, but it made OrderedDict": lambda: linear().state_dict()}
     result = compare(failures | {"good": linear()})
-    assert result[0].name == "good" and result[0].sensitivity == compare({"good": linear()})[0].sensitivity
+    assert result.models[0].name == "good"
+    assert result["good"].sensitivity == compare({"good": linear()})["good"].sensitivity
     assert all(name in result[name].note and result[name].note.startswith("failed: ") for name in failures)
 
 
@@ -103,10 +113,42 @@ def test_arguments_and_data_that_no_model_can_take_are_refused(argument: str, va
         compare(**{"models": {"model": linear()}, argument: value})
 
 
-def test_the_table_shows_what_there_is() -> None:
-    rows = [ModelScores("conv", 0.0124, 0.0004), ModelScores("fc", 0.0123456, note="failed: " * 20), ModelScores("no")]
-    lines = str(Comparison(rows)).splitlines()
-    table = "model sensitivity", "fc * 0.0123", "conv 0.0124 ± 0.0004", "no"
-    assert tuple(" ".join(line.split()) for line in lines[:4]) == table
-    assert "* fc: failed: failed" in "".join(lines) and max(map(len, lines)) <= 100
-    assert pandas.DataFrame(Comparison(rows)).loc[0, "sensitivity"] == 0.0123456
+def test_what_is_no_model_or_batch_is_given_by_keyword() -> None:
+    with pytest.raises(TypeError, match="positional"):
+        compare_models({"model": linear()}, unlabelled_loader(), 0.1)  # type: ignore[misc]
+
+
+@dataclass
+class Machine:
+    """A torch and a machine: what torch was compiled for, and what is there."""
+
+    compiled_for: str | None
+    has_gpu: bool = False
+    has_mps: bool = False
+    has_torch_accelerator: bool = True  # since torch 2.6
+
+
+@pytest.mark.parametrize(("machine", "expected"), [
+    pytest.param(Machine("cuda", has_gpu=True), "cuda", id="GPU"),
+    pytest.param(Machine("cuda"), "cpu", id="torch for CUDA, no GPU"),
+    pytest.param(Machine(None), "cpu", id="torch for CPU"),
+    pytest.param(Machine("cuda", has_gpu=True, has_torch_accelerator=False), "cuda", id="torch 2.5, GPU"),
+    pytest.param(Machine("cuda", has_torch_accelerator=False), "cpu", id="torch 2.5 for CUDA, no GPU"),
+    pytest.param(Machine("mps", has_mps=True, has_torch_accelerator=False), "mps", id="torch 2.5, MPS"),
+])  # fmt: skip
+def test_the_default_device_is_one_that_the_machine_has(
+    machine: Machine, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled_for = torch.device(machine.compiled_for) if machine.compiled_for else None
+    if machine.has_torch_accelerator:
+        accelerator = SimpleNamespace(
+            current_accelerator=lambda: compiled_for, is_available=lambda: machine.has_gpu or machine.has_mps
+        )
+        monkeypatch.setattr(torch, "accelerator", accelerator, raising=False)
+    else:
+        monkeypatch.delattr(torch, "accelerator", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: machine.has_gpu)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: machine.has_mps)
+    assert _default_device() == torch.device(expected)
+    if expected == "cpu":
+        assert math.isfinite(compare_models({"model": linear()}, unlabelled_loader())["model"].sensitivity)

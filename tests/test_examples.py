@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 from scipy.stats import kendalltau
 
@@ -91,7 +92,7 @@ def test_the_pictures_of_the_page_on_curves(run: Any, names: str) -> None:
 
 def test_a_comparison_prints_and_draws_its_table(run: Any) -> None:
     text, variables = run("compare_models.py", "--max-epochs", "1")
-    assert text.split("\n\n")[0].splitlines()[-1].startswith(variables["result"][5].name)
+    assert text.split("\n\n")[0].splitlines()[-1].startswith(variables["result"].models[5].name)
     assert len(Path("runs/compare_models/comparison.csv").read_text().splitlines()) == 1 + 6
     assert Path("runs/compare_models/compare_models.png").stat().st_size > 10_000
 
@@ -108,3 +109,11 @@ def test_what_a_comparison_is_worth_in_labels(run: Any) -> None:
         np.testing.assert_allclose(taus, [kendalltau(score[kept], truth[kept]).statistic for score in scores])
     curve, tau = np.linspace(0.2, 0.8, 7)[:, None], np.array([[0.1], [0.3], [0.9]])
     np.testing.assert_allclose([variables["worth"](t, curve)[0] for t in tau], [10, 20, 1000])
+
+
+def test_votes_are_compared_on_handfuls_of_models(run: Any) -> None:
+    text, variables = run("studies/comparing/handfuls.py", "--quick")
+    table = pandas.read_csv("runs/handfuls_quick/handfuls.csv")
+    assert {variables["PACKAGE"], "hard votes of the others", "100 labels"} <= set(table["ranked by"])
+    assert table["tau"].between(-1, 1).all() and table["pools"].max() == 2
+    assert f"| {variables['PACKAGE']} | " in text

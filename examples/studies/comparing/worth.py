@@ -7,6 +7,7 @@
 # score is worth the n at which labels reach its τ.
 #
 #     python examples/studies/comparing/worth.py --data FOLDER  # 35 minutes on one core
+#     python examples/studies/comparing/worth.py --data FOLDER --only fashion
 #     python examples/studies/comparing/worth.py --quick        # six networks learn little of scikit-learn's digits
 #
 # `FOLDER` holds `cifar10.npz` and `fashion.npz` with `x_train, y_train, x_test, y_test` (images uint8, N × C × H × W).
@@ -91,14 +92,25 @@ class Network(LightningModule):
         for width in spec.convs:
             strided = spec.halving == "strides"
             layers += [nn.Conv2d(channels, width, 3, 2 if strided else 1, padding=1)]
-            layers += [nn.BatchNorm2d(width)] * spec.batch_norm + [nn.ReLU()]
-            layers += [nn.MaxPool2d(2)] * (not strided) + [nn.Dropout(spec.dropout)] * bool(spec.dropout)
+            if spec.batch_norm:
+                layers.append(nn.BatchNorm2d(width))
+            layers.append(nn.ReLU())
+            if not strided:
+                layers.append(nn.MaxPool2d(2))
+            if spec.dropout:
+                layers.append(nn.Dropout(spec.dropout))
             channels = width
-        layers += [nn.AdaptiveAvgPool2d(1)] * spec.average + [nn.Flatten()]
+        if spec.average:
+            layers.append(nn.AdaptiveAvgPool2d(1))
+        layers.append(nn.Flatten())
         fan_in = nn.Sequential(*layers).eval()(torch.zeros(1, *shape)).shape[1]
         for width in spec.dense:
-            layers += [nn.Linear(fan_in, width), *[nn.BatchNorm1d(width)] * spec.batch_norm, nn.ReLU()]
-            layers += [nn.Dropout(spec.dropout)] * bool(spec.dropout)
+            layers.append(nn.Linear(fan_in, width))
+            if spec.batch_norm:
+                layers.append(nn.BatchNorm1d(width))
+            layers.append(nn.ReLU())
+            if spec.dropout:
+                layers.append(nn.Dropout(spec.dropout))
             fan_in = width
         self.net = nn.Sequential(*layers, nn.Linear(fan_in, 10)).train()
 
@@ -256,13 +268,17 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="What compare_models is worth in labels.")
     parser.add_argument("--data", type=Path, help="folder with cifar10.npz and fashion.npz; --quick needs none")
     parser.add_argument("--quick", action="store_true", help="six networks, little training: does it run")
+    parser.add_argument("--only", choices=["cifar10", "fashion"], help="one of the data sets")
     parser.add_argument("--out", type=Path, help="folder of what is measured [runs/worth or runs/worth_quick]")
     args = parser.parse_args()
-    args.out = args.out or Path(f"runs/worth{'_quick' * args.quick}")
+    args.out = args.out or Path("runs/worth_quick" if args.quick else "runs/worth")
     warnings.filterwarnings("ignore", ".*(does not have many workers|logging interval|LeafSpec).*")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    found = {data: ranked(data, args) for data in (["digits"] if args.quick else ["cifar10", "fashion"])}
+    names = [args.only] if args.only else ["cifar10", "fashion"]
+    if args.quick:
+        names = ["digits"]
+    found = {data: ranked(data, args) for data in names}
     if len(found) > 1:  # with the networks drawn for each data set by itself
         pairs = {truth: [of_data[truth] for of_data in found.values()] for truth in ("loss", "error")}
         found["both"] = {truth: {name: (a[name] + b[name]) / 2 for name in a} for truth, (a, b) in pairs.items()}
