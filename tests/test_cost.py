@@ -82,4 +82,4 @@ def test_the_benchmark_compares_and_judges(tmp_path: Path, capsys: pytest.Captur
         ratio = float(row["median"])
         assert ratio == pytest.approx(float(row["seconds"]) / float(row["beside"]), rel=0.02)
         assert row["met"] == ("yes" if ratio <= float(row["wanted"].split()[1]) else "no")
-        assert f"| MLP | {row['case']} |" in text
+        assert f"| MLP 784-128-128-10 | {row['case']} |" in text

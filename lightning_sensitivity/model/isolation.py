@@ -7,7 +7,7 @@ import types
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -22,6 +22,7 @@ from lightning_sensitivity.compat import collect_rng_states, set_rng_states
 T = TypeVar("T")
 
 _MAX_ITEMS = 1000  # of a container that is copied for every pass
+_LARGE = 2**20  # bytes of a tensor whose copy serves the next pass, too; statistics of batch norm have fewer
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))  # parameters, buffers, hooks, the mode
 _CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque)
 _IMMUTABLE = (bool, int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device, torch.Size)
@@ -147,11 +148,19 @@ class _Snapshot:
 
 @dataclass
 class _MutableState:
-    """The values that a ``forward`` could change in place: where each one is kept, under which name."""
+    """The values that a ``forward`` could change in place: where each one is kept, under which name.
+
+    Attributes:
+        places: Dict, name and value.
+        kept: Parameters, modules and the Trainer, which copies share.
+        shared: Names of what could not be copied.
+        unchanged: Copies of large tensors that no pass has written to, by their originals, with their versions.
+    """
 
     places: list[tuple[dict[str, Any], str, Any]]
-    kept: list[Any]  # parameters, modules and the Trainer, which copies share
-    shared: list[str]  # names of what could not be copied
+    kept: list[Any]
+    shared: list[str] = field(default_factory=list)
+    unchanged: dict[int, tuple[Tensor, int]] = field(default_factory=dict)
 
     def put_copies(self) -> None:
         """Put a deep copy in the place of each value; objects that are shared among them stay shared."""
@@ -170,6 +179,8 @@ class _MutableState:
         if isinstance(value, _CONTAINERS) and not _is_small(value):
             self.shared.append(name)
             return value
+        if _is_large(value):
+            return memo.setdefault(id(value), self._copy_large(value))
         num_copied = len(memo)
         try:
             return copy.deepcopy(value, memo)
@@ -178,6 +189,15 @@ class _MutableState:
                 del memo[half_copied]
             self.shared.append(name)
             return value
+
+    def _copy_large(self, tensor: Tensor) -> Tensor:
+        """Copy a tensor, or return the copy that the last pass has read and not changed."""
+        copied, version = self.unchanged.get(id(tensor), (None, 0))
+        if copied is None or copied._version != version:
+            copied = tensor.detach().clone()
+            if not copied.is_inference():  # which has no version
+                self.unchanged[id(tensor)] = (copied, copied._version)
+        return copied
 
 
 class _CopyTensors(TorchFunctionMode):
@@ -221,7 +241,12 @@ def _mutable_state(model: nn.Module, modules: list[nn.Module]) -> _MutableState:
                 places.append((module._buffers, name, value))
     kept = [*modules, *model.parameters()] if places else []
     kept.append(vars(model).get("_trainer"))
-    return _MutableState(places, kept, [])
+    return _MutableState(places, kept)
+
+
+def _is_large(value: object) -> bool:
+    """Return whether a value is a plain tensor that takes long to copy."""
+    return type(value) is Tensor and value.layout == torch.strided and value.nbytes > _LARGE
 
 
 def _is_immutable(value: object) -> bool:

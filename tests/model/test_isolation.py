@@ -12,8 +12,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, seed_everything
 from torch import Tensor, nn
 
-from lightning_sensitivity.model import isolated
+from lightning_sensitivity.model import isolated, isolation
 from lightning_sensitivity.model.isolation import is_isolated, restore_despite_interrupt, shared_state
+from tests.helpers import Watch
 
 X = torch.rand(4, 2, generator=torch.Generator().manual_seed(0))
 
@@ -108,9 +109,14 @@ def interrupt() -> None:
     raise KeyboardInterrupt
 
 
+@pytest.mark.parametrize("is_large", [False, True])  # where a copy serves the next pass, too, unless it was written to
 @pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_pass_finds_what_the_one_before_found_and_leaves_no_trace(change: str, inference: bool) -> None:
+def test_a_pass_finds_what_the_one_before_found_and_leaves_no_trace(
+    change: str, inference: bool, is_large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if is_large and change not in ("batch norm", "a module in a list"):  # whose kernels write without telling
+        monkeypatch.setattr(isolation, "_LARGE", 0)
     with torch.inference_mode(inference):
         model = Stateful(CHANGES[change])
         before = snapshot(model)
@@ -126,6 +132,19 @@ def test_a_pass_finds_what_the_one_before_found_and_leaves_no_trace(change: str,
 
 def draws() -> tuple[float, ...]:
     return random.random(), float(np.random.rand()), torch.rand(1).item()
+
+
+def test_large_tensors_are_copied_once_for_all_passes_that_do_not_write_to_them() -> None:
+    model = nn.Module()
+    model.register_buffer("memory", torch.zeros(2**20))
+    copies = list[Any]()
+    watch = Watch(lambda function, args, kwargs, result: copies.append(function) if "clone" in str(function) else None)
+    with isolated(model) as run, watch:
+        for _ in range(3):
+            assert run(lambda: model.memory.sum()) == 0 and len(copies) == 1
+        run(lambda: model.memory.add_(1))
+        assert run(lambda: model.memory.sum()) == 0 and len(copies) == 2
+    assert not model.memory.any()
 
 
 def test_modes_and_random_streams_go_on_as_if_nothing_had_run() -> None:

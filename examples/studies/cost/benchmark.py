@@ -50,6 +50,25 @@ def mlp() -> nn.Module:
     )
 
 
+def tiny() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+
+
+def cnn() -> nn.Module:
+    def block(inputs: int, outputs: int) -> list[nn.Module]:
+        return [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2)]
+
+    return nn.Sequential(*block(1, 16), *block(16, 32), nn.Flatten(), nn.Linear(32 * 49, 10))
+
+
+class Buffered(nn.Linear):
+    """A layer with 32 MB of buffers."""
+
+    def __init__(self) -> None:
+        super().__init__(64, 10)
+        self.register_buffer("memory", torch.zeros(2**23))
+
+
 def resnet() -> nn.Module:
     from torchvision.models import resnet18
 
@@ -138,11 +157,18 @@ def seconds_of_epoch(case: str, *args: Any) -> float:
     return second_validation(case, *args, Seconds()).value
 
 
-def seconds_of_fit(case: str, has_step: bool, sizes: tuple[int, int]) -> float:
-    sets = [TensorDataset(torch.rand(size, 1, 28, 28), torch.randint(10, (size,))) for size in sizes]
-    model, run = Net(mlp(), has_step), trainer(case, max_epochs=3)
+def seconds_of_fit(
+    case: str,
+    make: Callable[[], nn.Module],
+    shape: tuple[int, ...],
+    sizes: tuple[int, int],
+    batch_size: int = 100,
+    has_step: bool = True,
+) -> float:
+    sets = [TensorDataset(torch.rand(size, *shape), torch.randint(10, (size,))) for size in sizes]
+    model, run = Net(make(), has_step), trainer(case, max_epochs=3)
     with Seconds() as seconds:
-        run.fit(model, *(DataLoader(data, batch_size=100) for data in sets))
+        run.fit(model, *(DataLoader(data, batch_size=batch_size) for data in sets))
     return seconds.value
 
 
@@ -160,6 +186,8 @@ def seconds_of_passes(case: str, net: nn.Module, training: Batches, data: Batche
                     call_with_batch_statistics(net, partial(net, x))
         for x, _ in training if case == "risk" else []:
             net(x)
+            for _ in range(num_passes):
+                call_with_batch_statistics(net, partial(net, x))
     return seconds.value
 
 
@@ -269,13 +297,18 @@ def comparisons(quick: bool) -> list[Callable[[], list[Row]]]:
     deep = {"sensitivity": 1.05, "risk": 1.05}
     unlimited = dict.fromkeys(("sensitivity", "risk", "both"), 0.0)
     small, empty = (1000, 200) if quick else (5000, 1000), "MLP, 500 training samples, empty step"
-    figure = "fit / fit without"
+    figure, gray = "fit / fit without", (1, 28, 28)
+
+    def fits(what: str, wanted: dict[str, float], *args: Any, **kwargs: Any) -> list[Row]:
+        return compare(what, figure, wanted, lambda case: seconds_of_fit(case, *args, **kwargs), many)
+
     return [
-        lambda: compare(
-            "MLP", figure, {"sensitivity": 1.12, "both": 1.3}, lambda c: seconds_of_fit(c, True, small), many
-        ),
-        lambda: compare(empty, figure, unlimited, lambda c: seconds_of_fit(c, False, (500, 1000)), many),
+        lambda: fits("MLP 784-128-128-10", {"sensitivity": 1.12, "both": 1.3}, mlp, gray, small),
+        lambda: fits("MLP 64-64-10", {"sensitivity": 1.15, "both": 1.4}, tiny, (64,), (1000, 1000), batch_size=32),
+        lambda: fits("small CNN", {"sensitivity": 1.2, "both": 1.2}, cnn, gray, (1000, 500), batch_size=50),
+        lambda: fits(empty, unlimited, mlp, gray, (500, 1000), has_step=False),
         lambda: added(empty, mlp(), batches(5, digits), batches(10, digits), unlimited, many),
+        lambda: epochs("32 MB of buffers", Buffered(), batches(4 * count, (32, 64)), 1.3, few),
         lambda: added("ResNet-18", resnet(), images[:2], images, deep, few),
         lambda: added("ViT", vit(), images[:2], images, deep, few),
         lambda: epochs("language model's head", ClassesFirst(64, 8000), tokens, 2.5, few),
