@@ -81,7 +81,9 @@ def page() -> Iterator[Any]:
 def test_tensorboard_draws_the_custom_scalars(tensorboard_url: str, page: Any, tmp_path: Path) -> None:
     page.goto(f"{tensorboard_url}#custom_scalars", wait_until="commit", timeout=60_000)
     page.get_by_text("Generalization (val/*)").wait_for(timeout=60_000)
-    for title, curves in (("risk estimate and its terms", len(RiskMonitor.names)), ("sensitivity", 1)):
+    titles = ["risk estimate and loss", "output sensitivity", *(f"risk {name}" for name in TERMS)]
+    for title in titles:
         page.get_by_text(title, exact=True).wait_for(timeout=60_000)
-        page.get_by_text(f"Matches ({curves})").first.wait_for(timeout=60_000)
+    assert page.locator("tf-custom-scalar-multi-line-chart-card .name").all_inner_texts() == titles
+    page.get_by_text("Matches (1)").nth(len(TERMS)).wait_for(timeout=60_000)  # of sensitivity, too
     page.screenshot(path=tmp_path / "tensorboard.png")  # the one of examples/studies/reading_curves, with --basetemp
