@@ -23,7 +23,7 @@ _LOSS_TOLERANCE = 0.05  # relative, beyond the range of the losses of single sam
 class CallWatch:
     """Compare the first call of a module in a step of the user with ours.
 
-    Tensors should have as many dimensions, a similar mean and a similar mean size: a step may augment its inputs.
+    Tensors should have the same number of dimensions, a similar mean and a similar size: a step may augment its inputs.
 
     Args:
         pl_module: The module.
