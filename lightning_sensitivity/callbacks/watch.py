@@ -88,7 +88,7 @@ class CallWatch:
 def loss_mismatch(outputs: Tensor, targets: Tensor, loss: Tensor, num_accumulated: int = 1) -> str | None:
     """Explain why a loss cannot be a cross-entropy of some outputs, whatever weights it has; None if it could be.
 
-    Class weights and label smoothing keep a loss within the range of the losses of the samples, and a plain sum is known
+    Class weights and label smoothing keep a loss within the range of the losses of the samples, and a plain sum shows
     by their number. Cosines that are scaled in the loss, or embeddings, often leave it.
 
     Args:
