@@ -208,7 +208,7 @@ class RiskSession(Session):
     # Validation labels
 
     def _labels_of(self, batch: Any) -> Tensor | None:
-        """Select the labels of a validation batch, all of which may be -100; None if it has none."""
+        """Select the labels of a validation batch, even if all are -100; None if it has none."""
         try:
             return self.monitor.select_targets(self.module, batch).clone()  # the user's step may write to them
         except MisconfigurationException:
