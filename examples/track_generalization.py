@@ -121,8 +121,7 @@ for epoch in sorted({*range(0, last, max(1, last // 7)), chosen, best, last}):
         f" {row['risk_estimate']:8.3f}  {row['output_sensitivity']:11.2g} ± {row['output_sensitivity_stderr']:.1g}"
     )
 print(f"\nThe estimate is lowest at epoch {chosen}, where the accuracy is {accuracies[chosen]:.3f}.")
-print(f"The accuracy is highest at epoch {best}, {accuracies[best]:.3f}; at the last epoch it is {accuracies[-1]:.3f}.")
-print(f"The run ended at epoch {last}. Its checkpoint:\n  {os.path.relpath(checkpoint.best_model_path)}")
+print(f"It is highest at epoch {best}, {accuracies[best]:.3f}, and {accuracies[-1]:.3f} at the last one, epoch {last}.")
 tensorboard = os.path.relpath(Path(sys.executable).with_name("tensorboard"))
 print(f"Look at the curves:\n  {tensorboard} --logdir {trainer.log_dir}")
 

@@ -46,8 +46,8 @@ class OutputSensitivity(Metric):
     - ``noisy`` (:class:`~torch.Tensor` or an iterable of them): outputs f(x + ε) of the same shape; for several noise
       draws of the same samples, an iterable with one tensor per draw.
 
-    As output of ``forward`` and ``compute`` the metric returns a scalar tensor, in squared units of the outputs. It is
-    neither better high nor low: it compares epochs and seeds of one network, and is lowest before training.
+    As output of ``forward`` and ``compute`` the metric returns a scalar tensor, in squared units of the outputs. It has
+    no better direction: it compares epochs and seeds of one network, and is lowest before training.
 
     Args:
         per_output: Compute the mean squared change of the single outputs instead, without averaging over classes first,
@@ -55,7 +55,7 @@ class OutputSensitivity(Metric):
         kwargs: Additional keyword arguments of :class:`torchmetrics.Metric`.
 
     Raises:
-        ValueError: If ``per_output`` is no bool; in ``update``, if shapes do not fit; in ``compute``, if K
+        ValueError: If ``per_output`` is not a bool; in ``update``, if shapes do not fit; in ``compute``, if K
             was not always the same.
         TypeError: In ``update``, if an output is not a floating tensor.
 
@@ -97,7 +97,7 @@ class OutputSensitivity(Metric):
     def reset(self) -> None:
         """Forget all samples."""
         super().reset()
-        # A process without samples has rows to gather, too, of the type that the others have.
+        # A process without samples takes part in gathering rows, too, with the same type.
         empty = torch.zeros(0, sensitivity.NUM_COLUMNS, dtype=wide_dtype(self.device), device=self.device)
         self.rows = [empty]
 
@@ -120,7 +120,7 @@ class OutputSensitivity(Metric):
 
     @property
     def estimate(self) -> sensitivity.SensitivityEstimate:
-        """The estimate over all processes: value, standard errors, share of the class mean, numbers of samples.
+        """Value, standard errors, share of the class mean and numbers of samples, over all processes.
 
         Like ``compute``, it is a collective operation unless a value is cached; so are :attr:`stderr` and
         :attr:`per_sample`.
@@ -138,7 +138,8 @@ class OutputSensitivity(Metric):
     def per_sample(self) -> Tensor:
         """Mean squared change of each sample, ``(N,)``, in the order of the updates; nan for samples with nan or inf.
 
-        Where all samples have as many positions, its mean is the value. A large one is no sign of a wrong prediction.
+        If all samples have the same number of positions, its mean is the value. A large one does not mean a wrong
+        prediction.
         """
         self.compute()
         rows = self._all_rows
@@ -365,10 +366,10 @@ class LazyValue(Metric):
     """Hold one value of one loader, which Lightning reads when all processes are done with the loader.
 
     Lightning gives ``Trainer.validate`` the column of a loader when it moves on to the next one. A number would have to
-    be reduced and logged in a batch hook before, which a process with fewer batches reaches at another time or never,
-    so that its collectives would meet other ones. A Metric is read at a time that is the same in all processes.
+    be reduced and logged in a batch hook before that. A process with fewer batches reaches that hook at another time or
+    never, so its collectives would be paired with the wrong ones. A Metric is read at the same time in all processes.
 
-    Where there is no value, the last one stays; nan is logged, if there never was one.
+    If there is no value, the last one is kept; nan is logged if there never was one.
 
     Args:
         read: Function that returns the value, or None.

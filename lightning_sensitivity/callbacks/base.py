@@ -120,7 +120,7 @@ class Monitor(Callback, ABC):
         self._last_epoch = checkpoint.get(self.checkpoint_key, {}).get("last_epoch")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn if our values are monitored in the wrong way, and lay out TensorBoard's charts once for all monitors."""
+        """Warn if our values are monitored the wrong way, and lay out TensorBoard's charts once for all monitors."""
         monitors = monitors_of(trainer)
         if self is monitors[0]:  # a second layout would replace the first
             checks.lay_out_charts(trainer, [(monitor.prefix, monitor.charts) for monitor in monitors])
@@ -202,7 +202,7 @@ class Monitor(Callback, ABC):
             self.session.finish()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """End the session, and say if somebody else logs our names."""
+        """End the session, and warn if the module or another callback logs our names."""
         self.check_names(trainer)
         if self.session is not None and not trainer.sanity_checking:
             self._last_epoch = trainer.current_epoch
@@ -247,7 +247,7 @@ class Monitor(Callback, ABC):
         return None if self.session is None else self.session.values_of(dataloader_idx).get(name)
 
     def check_names(self, trainer: Trainer) -> None:
-        """Leave names to others who log them; in the sanity check, that is an error."""
+        """Give up names that the module or another callback logs; in the sanity check, raise an error."""
         names = {checks.logged_name(name, bool(trainer.testing)) for name in self.prefixed_names()}
         taken = checks.taken_names(trainer, names) - self.run_facts.taken
         if not taken:
@@ -256,7 +256,7 @@ class Monitor(Callback, ABC):
         if trainer.sanity_checking:
             raise MisconfigurationException(f"`{type(self).__name__}` {message}")
         self.run_facts.taken |= taken
-        self.run_facts.failures.warn("taken", f"{message} Until then, this value of ours is left out.")
+        self.run_facts.failures.warn("taken", f"{message} Until then, the monitor does not log it.")
 
     def free(self) -> None:
         """Remove our hooks, and free what refers to the module."""
@@ -265,7 +265,7 @@ class Monitor(Callback, ABC):
         self.run_facts.lazy_values.clear()
 
     def _check_validation_batch(self, trainer: Trainer, session: Session, error: Exception) -> None:
-        """Raise what is wrong with validation batches, where no sanity check did and a training batch failed."""
+        """Raise what is wrong with validation batches if a training batch failed and there was no sanity check."""
         with self.run_facts.failures.warn_on_failure(could_not_measure(0)):
             if self.run_facts.is_disabled:
                 raise error

@@ -38,7 +38,7 @@ class Batch:
     targets: Tensor | None = None
 
     def layout(self) -> tuple[object, ...] | None:
-        """Return what batches that are measured together have in common; None for one that is measured by itself."""
+        """Return what batches that are measured together have in common; None for one that is measured on its own."""
         layout = self.call.layout()
         if layout is None:
             return None
@@ -81,11 +81,11 @@ class BatchSelection:
     """Choose which batches of a loader are measured: always the same, evenly spaced, since loaders may be sorted.
 
     Args:
-        num_batches: Of the loader; inf if unknown.
+        num_batches: Number of batches of the loader; inf if unknown.
         budget: How many samples of the loader this process should measure.
 
     Attributes:
-        num_batches: Of the loader.
+        num_batches: Number of batches of the loader.
         num_selected: How many batches are measured: all of them until the size of a batch is known.
     """
 
@@ -195,7 +195,7 @@ def are_independent(joint: Tensor, single: Tensor, size: int) -> bool:
     Args:
         joint: Outputs for these samples from a pass with others.
         single: Outputs from a pass on these samples.
-        size: How many they are.
+        size: How many samples these are.
     """
     if len(single) != size or joint.shape != single.shape:
         return False

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from lightning_sensitivity.callbacks.risk import RiskMonitor
 
 LABEL_NAMES = ("risk_label_score", "risk_num_labels")
-_KEPT = -1  # in the place of the index of a loader: the kept training samples
-_LEFT_OUT = "left out kept training samples, which the model does not take"
+_KEPT = -1  # instead of the index of a loader: the kept training samples
+_LEFT_OUT = "left out some training samples, since the model failed on them"
 
 
 class RiskSession(Session):
@@ -133,7 +133,7 @@ class RiskSession(Session):
             metric.add_sums("labels", labels)
 
     def compute_values(self, dataloader_idx: int) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Compute the values of a loader, and what to warn of."""
+        """Compute the values of a loader, and the warnings about them."""
         if not self.is_estimating:
             return {}, {}
         monitor, metric = self.monitor, self.metric(dataloader_idx)
@@ -208,7 +208,7 @@ class RiskSession(Session):
     # Validation labels
 
     def _labels_of(self, batch: Any) -> Tensor | None:
-        """Select the labels of a validation batch, all of which may be -100; None if it has none."""
+        """Select the labels of a validation batch, even if all are -100; None if it has none."""
         try:
             return self.monitor.select_targets(self.module, batch).clone()  # the user's step may write to them
         except MisconfigurationException:
@@ -235,8 +235,8 @@ class RiskSession(Session):
         num_labels = int(values["risk_num_labels"])
         if num_labels == 0:
             messages["no labels"] = (
-                "No validation batch has labels, so `risk_estimate` is the one without them. Set `targets=` if there "
-                "are some."
+                "No validation batch has labels, so `risk_estimate` does not use any. If there are some, set "
+                "`targets=`."
             )
         elif not self.monitor.fit_state.history:
             rank_zero_info(

@@ -1,4 +1,4 @@
-"""What happens when something of ours fails: an error before the first training step, one warning after it."""
+"""What happens when a monitor fails: an error before the first training step, one warning after it."""
 
 import traceback
 from collections.abc import Iterator

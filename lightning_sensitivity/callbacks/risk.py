@@ -31,7 +31,7 @@ from lightning_sensitivity.model.twins import InitialWeights
 
 
 class RiskMonitor(Monitor):
-    r"""Log an estimate of the Brier score on unseen samples on every validation epoch, to stop by.
+    r"""Log an estimate of the Brier score on unseen samples in every validation epoch, to stop by.
 
     It needs only training labels, which may be noisy; validation labels, if there are some, make it better. See
     :func:`~lightning_sensitivity.functional.risk_estimate` for the formula and its terms. Regressions and dense outputs
@@ -39,7 +39,7 @@ class RiskMonitor(Monitor):
 
     **Logged values**, only in ``Trainer.fit``, with ``prefix`` before them: ``risk_estimate`` and the terms that it
     sums, ``risk_claim``, ``risk_overconfidence``, ``risk_memorization``, ``risk_forgetting``, ``risk_variance``. If the
-    first validation has no value, nan is logged. A line in the log says where the estimate was lowest.
+    first validation has no value, nan is logged. At the end of a fit, one line says where the estimate was lowest.
 
     It costs two passes over the measured samples (three with batch norm) and two over the kept training samples.
 
@@ -62,9 +62,9 @@ class RiskMonitor(Monitor):
         prog_bar: Show the estimate on the progress bar.
 
     Raises:
-        MisconfigurationException: If an argument is not one of the above; before the first training step, if the
-            model can't be measured, somebody else logs the same names, or there can be no estimate and it is
-            monitored, or ``task``, ``targets`` or ``initial_weights`` is given.
+        MisconfigurationException: If an argument is invalid; before the first training step, if the Trainer or the
+            model is not supported, or if the module or another callback logs the same names. It is also raised if no
+            estimate is possible, but one is monitored, or ``task``, ``targets`` or ``initial_weights`` is given.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -83,7 +83,7 @@ class RiskMonitor(Monitor):
         ),
     )
     misleading_mode = "max"
-    misleading_mode_advice = 'of which low values are good. Use `mode="min"`.'
+    misleading_mode_advice = 'but lower is better. Use `mode="min"`.'
 
     def __init__(
         self,

@@ -37,7 +37,7 @@ class RunFacts:
         loaders: What the first batches of the validation loaders showed.
         can_join: Whether batches can be measured together; None until it was tried.
         lazy_values: What Lightning reads, by loader and name.
-        taken: Names that somebody else logs.
+        taken: Names that the module or another callback logs.
         watch: What watches the step that is running.
     """
 

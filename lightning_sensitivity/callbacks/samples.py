@@ -36,7 +36,7 @@ class TrainingSamples:
     Attributes:
         task: The task, once a batch was kept.
         batches: The kept batches, and their labels.
-        num_missing: How many more samples to keep; not above 0 once there are enough.
+        num_missing: How many more samples to keep; 0 or less once there are enough.
         num_outputs: K, of the first kept batch.
     """
 

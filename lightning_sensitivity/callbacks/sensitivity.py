@@ -29,11 +29,11 @@ from lightning_sensitivity.model.noise import check_noise, noisy_outputs, submod
 
 
 class SensitivityMonitor(Monitor):
-    r"""Log the output sensitivity of the model on every validation epoch, without labels.
+    r"""Log the output sensitivity of the model in every validation epoch, without labels.
 
     Sensitivity S is the variance of the class-averaged change of the outputs under input noise (Forouzesh, Salehi and
     Thiran, ICPR 2020, arXiv:2007.15378). It grows with the gap between validation and training loss, and is lowest
-    before training: stop by :class:`~lightning_sensitivity.RiskMonitor`.
+    before training. To choose when to stop, use :class:`~lightning_sensitivity.RiskMonitor`.
 
     **Logged values**, with ``prefix`` before them (in ``Trainer.test`` with "test" for "val"): ``output_sensitivity``,
     in squared units of the outputs, and its standard error ``output_sensitivity_stderr``. The attribute ``metrics``
@@ -60,8 +60,9 @@ class SensitivityMonitor(Monitor):
         prog_bar: Show the sensitivity on the progress bar.
 
     Raises:
-        MisconfigurationException: If an argument is not one of the above; before the first training step, if the
-            Trainer or the model can't be measured, outputs are probabilities, or somebody else logs the same names.
+        MisconfigurationException: If an argument is invalid; before the first training step, if the Trainer or the
+            model is not supported, if outputs are probabilities, or if the module or another callback logs the same
+            names.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -164,7 +165,7 @@ class SensitivitySession(Session):
         self.metric(group.dataloader_idx).add_rows(rows)
 
     def compute_values(self, dataloader_idx: int) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Compute the values of a loader, and what to warn of."""
+        """Compute the values of a loader, and the warnings about them."""
         metric = self.metric(dataloader_idx)
         value, estimate = metric.compute(), metric.estimate
         messages = diagnostics(estimate, self.monitor.per_output)

@@ -36,13 +36,13 @@ from lightning_sensitivity.model.isolation import RunIsolated, shared_state
 if TYPE_CHECKING:
     from lightning_sensitivity.callbacks.base import Monitor
 
-_STANDS = "Where no value could be measured, the last one stands."
+_STANDS = "If there is no value, the last one is kept."
 
 
 class Session(ABC):
     """Measure the batches of a validation, and compute the values of each loader.
 
-    The way of a batch: :meth:`collect` prepares it, if it is chosen, and puts it into the queue, which calls
+    The path of a batch: :meth:`collect` prepares it, if it is chosen, and puts it into the queue, which calls
     :meth:`measure_batches` when enough wait. That runs the model on them at once, and :meth:`measure` adds to the
     metric of the loader. Lightning reads the values, by :meth:`values_of`, when all processes are done with the loader.
 
@@ -91,7 +91,7 @@ class Session(ABC):
     def make_metric(self) -> Metric:
         """Make the metric of a loader."""
 
-    # The way of a batch
+    # The path of a batch
 
     def start_loader(self, dataloader_idx: int) -> None:
         """Log the values of a loader, which are read later."""
@@ -245,7 +245,7 @@ class Session(ABC):
                 compat.log_metric(self.module, full_name, self.facts.lazy_values[key], is_shown)
 
     def _warn_of_values(self, messages: dict[str, str], dataloader_idx: int) -> None:
-        """Warn of doubtful values, unless a warning has said why they are."""
+        """Warn about doubtful values, unless an earlier warning has explained them."""
         if self.failures.has_failed:
             messages.pop("no value", None)
         if self.failures.has_warned("call"):

@@ -34,7 +34,7 @@ class Chart(NamedTuple):
     """A chart of TensorBoard's Custom Scalars.
 
     Attributes:
-        place: Its place on the page; of several charts of one prefix with the same place, that with most tags is drawn.
+        place: Its place on the page. If several charts of a prefix have the same, the one with most tags is drawn.
         title: Its title.
         tags: Regular expressions for what follows the prefix in the names of its curves.
     """

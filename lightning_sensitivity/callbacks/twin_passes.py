@@ -92,7 +92,7 @@ class TwinPasses:
             outputs: Clean outputs for the batch.
             key: Seed, rank, loader and batch; see :func:`~lightning_sensitivity.model.noise_generator`.
             num_total: How many samples there are in all such batches of a validation, over all processes.
-            num_twins: How many twins they meet at least, together.
+            num_twins: How many twins they meet in total, at least.
 
         Raises:
             ValueError: If batch norm needs more samples.

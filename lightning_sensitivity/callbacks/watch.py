@@ -23,7 +23,7 @@ _LOSS_TOLERANCE = 0.05  # relative, beyond the range of the losses of single sam
 class CallWatch:
     """Compare the first call of a module in a step of the user with ours.
 
-    Tensors should have as many dimensions, a similar mean and a similar mean size: a step may augment its inputs.
+    Tensors should have the same number of dimensions, a similar mean and a similar size: a step may augment its inputs.
 
     Args:
         pl_module: The module.
@@ -88,7 +88,7 @@ class CallWatch:
 def loss_mismatch(outputs: Tensor, targets: Tensor, loss: Tensor, num_accumulated: int = 1) -> str | None:
     """Explain why a loss cannot be a cross-entropy of some outputs, whatever weights it has; None if it could be.
 
-    Class weights and label smoothing keep a loss within the range of the losses of the samples, and a plain sum is known
+    Class weights and label smoothing keep a loss within the range of the losses of the samples, and a plain sum shows
     by their number. Cosines that are scaled in the loss, or embeddings, often leave it.
 
     Args:

@@ -179,7 +179,7 @@ def risk_terms(
     Args:
         holdout: Sums over unseen samples.
         training: Sums over training samples.
-        forgetting: Sums over training samples and twins; None or of no sample for no such term.
+        forgetting: Sums over training samples and twins; None, or sums over no sample, if there is no such term.
         strength: λ of simulated twins; None for real ones.
         factor: Factor of the variance for simulated twins, from :func:`variance_factor`.
 
@@ -218,7 +218,7 @@ def combine_with_labels(estimate: Tensor, labels: LabelSums) -> Tensor:
 
 
 def diagnostics(holdout: HoldoutSums, training: LabelSums, estimate: Tensor, task: Task) -> dict[str, str]:
-    """Explain what makes an estimate doubtful, or keeps it from being one, with one sentence for each problem.
+    """Explain what makes an estimate doubtful or impossible, with one sentence for each problem.
 
     Args:
         holdout: Sums over unseen samples.
@@ -246,7 +246,7 @@ def diagnostics(holdout: HoldoutSums, training: LabelSums, estimate: Tensor, tas
     if estimate > task.max_score:
         messages["too large"] = (
             f"The estimate is {float(estimate):.2f}, and no Brier score is above {task.max_score:g}: "
-            "its size cannot be read here, only its course."
+            "read only how it changes, not its size."
         )
     return messages
 
@@ -314,8 +314,8 @@ def risk_estimate(
       other samples, the training samples are unseen, so what it loses there was memory.
 
     ``examples/studies/early_stopping/README.md`` has the measurements. Where training labels are noisy, it estimates
-    the score against labels that are as noisy. Validation labels, if there are some, are combined with it; see
-    :func:`combine_with_labels`.
+    the score against labels that are as noisy. Validation labels, if there are some, are combined with it: m labels of
+    mean score s give :math:`(m s + 60 R) / (m + 60)`.
 
     Args:
         outputs: Outputs for unlabelled samples that the network was not trained on, before softmax or sigmoid,

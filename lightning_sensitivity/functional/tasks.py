@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_sensitivity.functional.tensors import num_outputs
 
 IGNORED = -100  # the `ignore_index` of torch's cross-entropy
-_MAX_CHANCE = 1e-4  # that labels use only the first few of K classes by luck
+_MAX_CHANCE = 1e-4  # that labels use only the first few of K classes by chance
 _MIN_RATIO = 1.25  # of K to the classes that labels use
 
 
@@ -57,7 +57,7 @@ class Task(ABC):
 
 
 class Multiclass(Task):
-    """One class of K is right: softmax, the sum over classes of squared differences."""
+    """One of K classes is correct: softmax, the sum over classes of squared differences."""
 
     name = "multiclass"
     max_score = 2.0
@@ -187,8 +187,8 @@ def infer_task(outputs: Tensor, targets: Tensor) -> Task:
     task.check(outputs, targets)
     if task.name == "multilabel" and bool((targets.sum(1) == 1).all()):
         raise ValueError(
-            "Labels are one-hot. Set `task='multiclass'` if one class is right (and make them floats), "
-            "`task='multilabel'` if several are"
+            "Labels are one-hot. Set `task='multiclass'` if each sample has one class (and make them floats), "
+            "`task='multilabel'` if it can have several"
         )
     return task
 

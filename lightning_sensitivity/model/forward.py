@@ -47,7 +47,7 @@ class ModelCall:
     Attributes:
         args: Positional arguments of the model.
         kwargs: Keyword arguments of the model.
-        sizes: Number of samples of each batch that was joined into this call; 0 if no tensor tells it.
+        sizes: Number of samples of each batch that was joined into this call; 0 if no tensor shows it.
 
     Raises:
         MisconfigurationException: If it is not clear how to call the model.
@@ -105,7 +105,7 @@ class ModelCall:
         found = f"several: {', '.join(map(repr, floating))}" if floating else "none"
         raise MisconfigurationException(
             f"Expected one dense floating input to perturb, got {found} among the arguments of `forward` ({got}). "
-            f"{_CHOOSE} Where inputs can take no noise, as token ids, perturb a submodule: `at='embedding'`."
+            f"{_CHOOSE} For inputs that take no noise, such as token ids, perturb a submodule: `at='embedding'`."
         )
 
     def copied(self) -> "ModelCall":

@@ -163,7 +163,7 @@ class _MutableState:
     unchanged: dict[int, tuple[Tensor, int]] = field(default_factory=dict)
 
     def put_copies(self) -> None:
-        """Put a deep copy in the place of each value; objects that are shared among them stay shared."""
+        """Replace each value by a deep copy; objects that several values share stay shared."""
         for (items, name, _), new in zip(self.places, self.make_copies(), strict=True):
             items[name] = new
 
@@ -172,7 +172,7 @@ class _MutableState:
             return []
         memo = {id(each): each for each in self.kept}
         with _CopyTensors(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # itertools warn of being copied
+            warnings.simplefilter("ignore")  # objects of itertools warn when they are copied
             return [self._copy(name, value, memo) for _, name, value in self.places]
 
     def _copy(self, name: str, value: Any, memo: dict[int, Any]) -> Any:

@@ -73,7 +73,7 @@ def noise_generator(
 ) -> torch.Generator:
     """Make the generator of one noise draw on one batch.
 
-    It depends on its arguments alone, so the same batch gets the same noise in every epoch, and a curve over epochs
+    It depends only on its arguments, so the same batch gets the same noise in every epoch, and a curve over epochs
     moves only when the model does. It never touches the global random state, which belongs to training.
 
     Args:
@@ -113,7 +113,7 @@ def perturbation(noise: NoiseFunction, *key: int) -> Perturb:
 
 
 def joint_perturbation(perturbs: Sequence[Perturb], sizes: Sequence[int]) -> Perturb:
-    """Return a function that perturbs each batch of a joint tensor with noise of its own, as if it were alone.
+    """Return a function that perturbs each batch of a joint tensor with noise of its own, as if it were the only one.
 
     Args:
         perturbs: From :func:`perturbation`, one for each batch.

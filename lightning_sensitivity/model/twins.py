@@ -36,14 +36,14 @@ class InitialWeights:
         return {**vars(self), "_owner": None}
 
     def begin(self, model: nn.Module, step: int) -> None:
-        """Find them before the first step of a fit.
+        """Find the initial weights before the first step of a fit.
 
         Args:
             model: The module.
             step: How many steps were done before this fit.
 
         Raises:
-            MisconfigurationException: If the given ones are no weights of the module, or none are known.
+            MisconfigurationException: If the given weights are not those of the module, or none are known.
         """
         if self._given is not None:
             self._begin_with_given(model, self._given)
@@ -170,8 +170,8 @@ def has_batch_norm(model: nn.Module) -> bool:
 def call_with_batch_statistics(model: nn.Module, call: Callable[[], Tensor]) -> Tensor:
     """Call a model, normalized by the statistics of each batch as in training, in eval mode and without updating any.
 
-    Running statistics belong to the weights that made them. Under a twin's weights they are another network's, and
-    its outputs are off by far more than those of a twin.
+    Running statistics belong to the weights that produced them. With the weights of a twin they would be those of
+    another network, and outputs would change by far more than they do between twins.
 
     Args:
         model: The module.

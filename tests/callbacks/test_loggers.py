@@ -1,11 +1,13 @@
 """What the monitors log is read back from what each logger wrote."""
 
-from collections.abc import Callable
+import json
+import struct
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
@@ -40,11 +42,42 @@ def read_mlflow(logger: Logger, folder: Path) -> Curves:
     return {name: {metric.step: metric.value for metric in client.get_metric_history(run_id, name)} for name in names}
 
 
+def records(data: bytes) -> Iterator[bytes]:
+    """Read a file of W&B: LevelDB's log format after a header of 7 bytes."""
+    position, record = 7, b""
+    while position + 7 <= len(data):
+        rest = 2**15 - position % 2**15  # of the block; no header is split
+        if rest < 7:
+            position += rest
+            continue
+        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
+        record += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # full, or last
+            yield record
+            record = b""
+
+
+def read_wandb(logger: Logger, folder: Path) -> Curves:
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    logger.experiment.finish()
+    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+    curves: Curves = {}
+    for data in records(path.read_bytes()):
+        items = Record.FromString(data).history.item
+        row = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in items}
+        for name, value in row.items():
+            curves.setdefault(name, {})[row["trainer/global_step"]] = value
+    return curves
+
+
 # Of each kind of logger, how it is made and how it is read.
 KINDS: dict[str, tuple[Callable[[Path], Logger], Callable[[Logger, Path], Curves]]] = {
     "tensorboard": (lambda folder: TensorBoardLogger(folder, "tensorboard", ""), read_tensorboard),
     "csv": (lambda folder: CSVLogger(folder, "csv", ""), read_csv),
     "mlflow": (lambda folder: MLFlowLogger(tracking_uri=(folder / "mlflow").as_uri()), read_mlflow),
+    "wandb": (lambda folder: WandbLogger(save_dir=folder, offline=True), read_wandb),
 }
 
 
@@ -58,6 +91,11 @@ def test_every_value_of_every_epoch_arrives_on_the_axis_of_the_loss(
         monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
         monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # from 3.13 on; a database needs all of mlflow
         monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # the logger sets it
+    if kind == "wandb":
+        pytest.importorskip("wandb")
+        monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+        for name in ("CACHE", "CONFIG", "DATA"):
+            monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path))
     make, read = KINDS[kind]
     monitors = [SensitivityMonitor(), SensitivityMonitor(at="net.0", prefix="val/of/"), RiskMonitor()]
     callbacks, logger, val = [*monitors, history := History()], make(tmp_path), [loader(seed=1), loader(20, seed=2)]

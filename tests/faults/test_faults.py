@@ -26,7 +26,7 @@ from tests.helpers import Scheduled, first_tensor
 
 SANITY, FIRST, BEFORE, ALL = ("sanity",), ("first",), ("sanity", "first"), ("sanity", "first", "later")
 FLOATING, DENSE, LEARNED = "floating tensor", "dense floating", "count as learned"
-NO_BATCH, LEFT_OUT = "could not measure a batch.*", "left out kept training samples.*"
+NO_BATCH, LEFT_OUT = "could not measure a batch.*", "left out some training samples.*"
 NO_LABEL, NO_MEMORY, NAN = "skipped a training.*", "OutOfMemoryError.*out of memory", math.nan
 BROKEN, ANOTHER = NO_BATCH + "broken", r"different arguments \(x\).*`inputs="
 

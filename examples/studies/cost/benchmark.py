@@ -5,7 +5,7 @@
 # beside the passes of the model alone. README.md in this folder has the figures.
 #
 #     python examples/studies/cost/benchmark.py          # some minutes on one idle core; needs torchvision
-#     python examples/studies/cost/benchmark.py --quick  # under a minute: shows that it runs, and times nothing worth reading
+#     python examples/studies/cost/benchmark.py --quick  # under a minute: shows that it runs; ignore its times
 #
 # All runs of a comparison take turns, forwards and backwards, in one process on one thread, after a first turn that is
 # thrown away. A figure is the median over the turns, with the lowest and the highest one. Seconds are CPU time of the

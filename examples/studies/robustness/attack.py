@@ -1,4 +1,4 @@
-"""Random attack: `python examples/studies/robustness/attack.py [seconds]`; pairs of runs, with the monitors and without.
+"""Random attack: `python examples/studies/robustness/attack.py [seconds]`; pairs of runs, with and without monitors.
 
 Shapes, dtypes, nestings of batches, and what happens at a random hook are drawn by hypothesis. Both runs must
 have the same weights to the bit and the same end, unless an error comes before the first step; S must be that of a
