@@ -94,6 +94,19 @@ class Paired(Linear):
     def validation_step(self, batch: Any, batch_idx: int) -> None: ...
 
 
+class Taught(Linear):
+    """Its ``forward`` writes to a teacher that is hidden in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teachers = [nn.Linear(1, 1)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.teachers[0].bias.mul_(0.9)
+        return self.net(x)
+
+
 UNSEEN, WRITES = {"num_sanity_val_steps": 0}, "`forward` writes its parameters, here net.bias"
 REFUSED: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
     "no forward": (without("forward"), loader(), {}, "needs a `forward` that returns the logits"),
@@ -103,6 +116,7 @@ REFUSED: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
     "an iterator": (Drawing(), loader(), {}, "takes `dataloader_iter`"),
     "writes": (writing(), loader(), {}, WRITES),
     "writes, unseen": (writing(), loader(), UNSEEN, WRITES),
+    "writes to a hidden module": (Taught(), loader(), {}, "`forward` writes its parameters, here Linear.*bias"),
     "assigns": (writing(lambda bias: setattr(bias, "data", bias.data + 0.1)), loader(), {}, WRITES),
 }
 
