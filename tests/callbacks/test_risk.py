@@ -2,9 +2,11 @@
 
 import copy
 import itertools
+import logging
 import math
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -229,6 +231,14 @@ def test_early_stopping_and_checkpoints_follow_it_and_the_progress_bar_shows_it(
     assert Path(checkpoint.best_model_path).name == f"epoch={best}.ckpt"
     assert history.epochs[0].keys() - {"train_loss"} == {*NAMES}
     assert run.progress_bar_metrics.keys() & {*NAMES} == {"val_risk_estimate"}
+
+
+def test_nan_is_not_the_lowest_estimate(caplog: pytest.LogCaptureFixture) -> None:
+    monitor = RiskMonitor()
+    monitor.fit_state.history = [(0, math.nan), (1, 0.5), (2, 0.6)]
+    with caplog.at_level(logging.INFO):
+        monitor.on_train_end(SimpleNamespace(checkpoint_callbacks=[]), Plain())
+    assert "lowest at epoch 1 (0.500)." in caplog.text
 
 
 # How many training samples there are
