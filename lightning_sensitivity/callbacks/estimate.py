@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 LABEL_NAMES = ("risk_label_score", "risk_num_labels")
 _KEPT = -1  # instead of the index of a loader: the kept training samples
 _LEFT_OUT = "left out some training samples, since the model failed on them"
+_NO_SCORE = "could not score the labels of a validation batch"
 
 
 class RiskSession(Session):
@@ -143,9 +146,9 @@ class RiskSession(Session):
         monitor.num_training = self.samples.num_training(self.trainer)
         metric.set_size(max(1, monitor.num_training), checks.num_trained_weights(self.module))
         values, messages = metric.compute(), metric.messages
+        is_finite = all(bool(value.isfinite()) for value in values.values())
         if monitor.validation_labels:
             self._add_label_values(values, messages)
-        is_finite = all(bool(value.isfinite()) for value in values.values())
         # Where outputs are nan or inf, nan is logged; where our own passes failed, nothing.
         if "no variance" in messages or (not is_finite and "non-finite" not in messages):
             return {}, messages
@@ -172,7 +175,11 @@ class RiskSession(Session):
         device_weights = {name: weight.to(self.module.device) for name, weight in initial.items()}
         twins = TwinPasses(self.module, device_weights, has_batch_norm(self.module), self.facts)
         largest = max((facts.elements_per_sample for facts in self.facts.loaders.values()), default=1.0)
-        queue = Queue(lambda batches: self._score_kept(twins, batches), can_wait=self.facts.can_join is not False)
+        score = partial(self._score_kept_group, twins)
+        queue = Queue(
+            lambda batches: self.measure_together(batches, score, _LEFT_OUT),
+            can_wait=self.facts.can_join is not False,
+        )
         for index, kept in enumerate(self.samples.batches):
             with self.failures.warn_on_failure(_LEFT_OUT):
                 call = self.prepare(move_data_to_device(kept.batch, self.module.device))
@@ -180,12 +187,6 @@ class RiskSession(Session):
                 queue.add(Batch(call, index, _KEPT, size, size * largest, kept.targets), is_last=False)
         queue.flush()
         return twins
-
-    def _score_kept(self, twins: TwinPasses, batches: list[Batch]) -> None:
-        """Score kept batches together, or one by one where they cannot be joined."""
-        for group in self._groups(batches):
-            with self.failures.warn_on_failure(_LEFT_OUT), self.isolated() as run:
-                self._score_kept_group(twins, run, group)
 
     def _score_kept_group(self, twins: TwinPasses, run: RunIsolated, group: Group) -> None:
         outputs = run(group.call)
@@ -201,10 +202,6 @@ class RiskSession(Session):
         self._training = training if self._training is None else self._training + training
         self._forgetting = forgetting if self._forgetting is None else self._forgetting + forgetting
 
-    def _groups(self, batches: list[Batch]) -> list[Group]:
-        """Group batches, if it is known that they can be measured together."""
-        return [Group(batches)] if self.facts.can_join else [Group([batch]) for batch in batches]
-
     # Validation labels
 
     def _labels_of(self, batch: Any) -> Tensor | None:
@@ -215,30 +212,38 @@ class RiskSession(Session):
             return None
 
     def _label_sums(self, outputs: Tensor, group: Group) -> Tensor | None:
-        if group.batches[0].targets is None:  # as in all of its batches
-            return None
-        targets = group.targets().to(outputs.device)
-        self.task.check(outputs, targets)
-        return label_sums(outputs, targets, self.task)
+        """Score the labels of each batch, so that wrong ones cost only the labels of their batch."""
+        total = None
+        sizes = [batch.size for batch in group.batches]
+        parts = torch.split(outputs, sizes) if len(sizes) > 1 else (outputs,)
+        for batch, part in zip(group.batches, parts, strict=True):
+            if batch.targets is None:
+                continue
+            with self.failures.warn_on_failure(_NO_SCORE, "The estimate does without them."):
+                targets = batch.targets.to(part.device)
+                self.task.check(part, targets)
+                sums = label_sums(part, targets, self.task)
+                total = sums if total is None else total + sums
+        return total
 
     def _score_labelled(self, batches: list[Batch]) -> None:
         """Score the labels of batches that are not chosen."""
-        for group in self._groups(batches):
-            with self.failures.warn_on_failure("could not score the labels of a validation batch"):
-                with self.isolated() as run:
-                    sums = self._label_sums(run(group.call), group)
-                self.metric(group.dataloader_idx).add_sums("labels", sums)
+        self.measure_together(batches, self._score_labelled_group, _NO_SCORE)
+
+    def _score_labelled_group(self, run: RunIsolated, group: Group) -> None:
+        labels = self._label_sums(run(group.call), group)
+        if labels is not None:
+            self.metric(group.dataloader_idx).add_sums("labels", labels)
 
     def _add_label_values(self, values: dict[str, Tensor], messages: dict[str, str]) -> None:
-        for name in LABEL_NAMES:
-            values.setdefault(name, torch.zeros_like(values["risk_estimate"]))
-        num_labels = int(values["risk_num_labels"])
-        if num_labels == 0:
+        values.setdefault("risk_label_score", torch.full_like(values["risk_estimate"], math.nan))
+        num_labels = int(values.setdefault("risk_num_labels", torch.zeros_like(values["risk_estimate"])))
+        if num_labels == 0 and not self.failures.has_warned(_NO_SCORE):
             messages["no labels"] = (
                 "No validation batch has labels, so `risk_estimate` does not use any. If there are some, set "
                 "`targets=`."
             )
-        elif not self.monitor.fit_state.history:
+        elif num_labels > 0 and not self.monitor.fit_state.history:
             rank_zero_info(
                 f"`RiskMonitor` ({self.monitor.prefix}*): {num_labels} validation labels count; the estimate counts "
                 f"as {LABEL_WEIGHT} labels."

@@ -191,7 +191,7 @@ class RiskMonitor(Monitor):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say where the estimate was lowest."""
-        history = self.fit_state.history
+        history = [entry for entry in self.fit_state.history if math.isfinite(entry[1])]
         if not history:
             return
         name = self.prefix + self.names[0]

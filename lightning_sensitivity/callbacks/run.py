@@ -36,6 +36,7 @@ class RunFacts:
         is_disabled: Whether nothing may be measured.
         loaders: What the first batches of the validation loaders showed.
         can_join: Whether batches can be measured together; None until it was tried.
+        num_joined: With how many samples it was tried.
         lazy_values: What Lightning reads, by loader and name.
         taken: Names that the module or another callback logs.
         watch: What watches the step that is running.
@@ -45,6 +46,7 @@ class RunFacts:
     is_disabled: bool = False
     loaders: dict[int, LoaderFacts] = field(default_factory=dict)
     can_join: bool | None = None
+    num_joined: int = 0
     lazy_values: dict[tuple[int, str], LazyValue] = field(default_factory=dict)
     taken: set[str] = field(default_factory=set)
     watch: CallWatch | None = None

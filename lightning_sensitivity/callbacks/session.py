@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -129,13 +129,26 @@ class Session(ABC):
             return run(ModelCall, self.module, batch, inputs, outputs)
 
     def measure_batches(self, batches: list[Batch]) -> None:
-        """Measure batches together, or one by one where that fails, so that one bad batch costs one batch."""
-        if len(batches) > 1 and self._measure_joint(batches):
+        """Measure batches of one loader."""
+        what = could_not_measure(batches[0].dataloader_idx)
+        self.measure_together(batches, self.measure, what, _STANDS)
+
+    def measure_together(
+        self, batches: list[Batch], measure: Callable[[RunIsolated, Group], None], what: str, consequence: str = ""
+    ) -> None:
+        """Measure batches together, or one by one where that fails, so that one bad batch costs one batch.
+
+        Args:
+            batches: The batches, all of one layout.
+            measure: Measures a group of them: all of it or nothing.
+            what: What failed, if a batch cannot be measured.
+            consequence: A sentence on what becomes of the values then.
+        """
+        if len(batches) > 1 and self._measure_joint(batches, measure):
             return
         for batch in batches:
-            what = could_not_measure(batch.dataloader_idx)
-            with self.failures.warn_on_failure(what, _STANDS), self.isolated() as run:
-                self.measure(run, Group([batch]))
+            with self.failures.warn_on_failure(what, consequence), self.isolated() as run:
+                measure(run, Group([batch]))
 
     def flush(self) -> None:
         """Measure all batches that wait."""
@@ -206,7 +219,7 @@ class Session(ABC):
                 "`forward` changes them, it does so in our passes, too.",
             )
 
-    def _measure_joint(self, batches: list[Batch]) -> bool:
+    def _measure_joint(self, batches: list[Batch], measure: Callable[[RunIsolated, Group], None]) -> bool:
         """Measure batches together, and return whether that was possible."""
         facts = self.facts
         if facts.can_join is False:
@@ -214,17 +227,17 @@ class Session(ABC):
         try:
             group = Group(batches)
             with self.isolated() as run:
-                if facts.can_join is None:
-                    single, joint = run(batches[0].call), run(group.call)
-                    has_all = len(joint) == group.size
-                    facts.can_join = has_all and are_independent(joint[: len(single)], single, batches[0].size)
-                if facts.can_join:
-                    self.measure(run, group)
+                if facts.num_joined < group.size:
+                    facts.can_join = _can_be_joined(run, group)
+                    facts.num_joined = group.size
+                if not facts.can_join:
+                    return False
+                measure(run, group)
         except Exception as error:
             if is_oom_error(error):
                 free_memory(error)
             return False
-        return facts.can_join
+        return True
 
     def _log(self, dataloader_idx: int) -> None:
         if self.trainer.sanity_checking:
@@ -257,3 +270,14 @@ class Session(ABC):
 def could_not_measure(dataloader_idx: int) -> str:
     """Say which batch failed."""
     return f"could not measure a batch of dataloader {dataloader_idx}"
+
+
+def _can_be_joined(run: RunIsolated, group: Group) -> bool:
+    """Return whether a joint pass gives the outputs for the first and the last batch that they have by themselves."""
+    first, last = group.batches[0], group.batches[-1]
+    first_outputs, last_outputs, joint = run(first.call), run(last.call), run(group.call)
+    return (
+        len(joint) == group.size
+        and are_independent(joint[: first.size], first_outputs, first.size)
+        and are_independent(joint[-last.size :], last_outputs, last.size)
+    )

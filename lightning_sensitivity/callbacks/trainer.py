@@ -147,7 +147,9 @@ def lay_out_charts(trainer: Trainer, charts: Iterable[tuple[str, Iterable[Chart]
 
 
 def make_validation_batch(trainer: Trainer) -> Any:
-    """Make a small batch of the first validation loader without touching its sampler, workers or stream.
+    """Make a batch of the first validation loader without touching its sampler, workers or stream.
+
+    It has the loader's size, since a batch of two can pass for a pair of inputs and labels.
 
     Args:
         trainer: The Trainer, before the first validation of a fit.
@@ -163,7 +165,7 @@ def make_validation_batch(trainer: Trainer) -> Any:
     if loader.batch_sampler is None:  # each item is a batch
         batch = loader.collate_fn(loader.dataset[0])
     else:
-        size = min(2, len(loader.dataset))  # type: ignore[arg-type]
+        size = min(loader.batch_size or 3, len(loader.dataset))  # type: ignore[arg-type]
         batch = loader.collate_fn([loader.dataset[index] for index in range(size)])
     batch = trainer.precision_plugin.convert_input(batch)
     trainer.validating = True  # for transfer hooks of the user that look at it

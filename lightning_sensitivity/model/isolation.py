@@ -104,11 +104,22 @@ def written_parameters(model: nn.Module, run: Callable[[], T]) -> tuple[T, list[
         model: The module.
         run: Runs it.
     """
-    before = {name: (p._version, p.data_ptr()) for name, p in model.named_parameters() if not p.is_inference()}
+    before = {name: (p._version, p.data_ptr()) for name, p in _all_parameters(model).items() if not p.is_inference()}
     result = run()
-    after = dict(model.named_parameters())
+    after = _all_parameters(model)
     written = [name for name, seen in before.items() if seen != (after[name]._version, after[name].data_ptr())]
     return result, written
+
+
+def _all_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name all parameters, also those of modules in lists, tuples and dicts, such as a hidden teacher."""
+    parameters = dict(model.named_parameters())
+    visible = set(model.modules())
+    for index, module in enumerate(all_modules(model)):
+        if module not in visible:
+            prefix = f"{type(module).__name__}[{index}]"
+            parameters.update(module.named_parameters(prefix, recurse=False))
+    return parameters
 
 
 def restore_despite_interrupt(restore: Callable[[], object]) -> None:

@@ -2,9 +2,11 @@
 
 import copy
 import itertools
+import logging
 import math
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +26,19 @@ from lightning_sensitivity.functional.risk import TWIN_STRENGTH as STRENGTH
 from lightning_sensitivity.model import noise_generator
 from lightning_sensitivity.model.twins import call_with_batch_statistics, copy_weights, twin
 from tests.callbacks.test_training import averaged_weights
-from tests.helpers import Classifier, History, Stream, first_tensor, fitted, inputs, labelled, loader, logged
+from tests.helpers import (
+    NUM_CLASSES,
+    Classifier,
+    History,
+    Quiet,
+    Stream,
+    first_tensor,
+    fitted,
+    inputs,
+    labelled,
+    loader,
+    logged,
+)
 from tests.helpers import unlabelled_loader as unlabelled
 
 HOLDOUT = inputs(50, seed=1)  # in four batches, measured together: four twins for each half
@@ -175,6 +189,35 @@ def test_precisions(precision: Any) -> None:
     assert risk(precision=precision) == pytest.approx(risk(), rel=0.05, abs=0.01)
 
 
+def test_a_model_that_takes_no_more_samples_than_a_batch_has_is_measured_batch_by_batch() -> None:
+    class Small(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            assert len(x) <= 16
+            return super().forward(x)
+
+    run = fitted(RiskMonitor(), Small(), val=DataLoader(HOLDOUT, 4))  # two of which can be joined, but not all
+    assert all(math.isfinite(value) for value in logged(run, "val_").values())
+
+
+@pytest.mark.parametrize(("label", "match"), [
+    (-100, "No validation batch has labels"),
+    (NUM_CLASSES, "could not score the labels .* without them"),
+])  # fmt: skip
+def test_labels_that_cannot_be_scored_cost_only_their_score(label: int, match: str) -> None:
+    def run(monitor: RiskMonitor) -> dict[str, float]:
+        seed_everything(0, verbose=False)
+        model = Plain()
+        model.validation_step = Quiet.validation_step.__get__(model)
+        val = DataLoader(TensorDataset(HOLDOUT, torch.full_like(Y, label)), 16)
+        return logged(fitted(monitor, model, val=val), "val_")
+
+    with pytest.warns(UserWarning, match=match) as caught:
+        values = run(RiskMonitor(validation_labels=True))
+    assert sum("RiskMonitor" in str(each.message) for each in caught) == 1
+    assert values.pop("val_risk_num_labels") == 0 and math.isnan(values.pop("val_risk_label_score"))
+    assert values == run(RiskMonitor())
+
+
 def test_early_stopping_and_checkpoints_follow_it_and_the_progress_bar_shows_it(tmp_path: Path) -> None:
     history, stopping = History(), cb.EarlyStopping("val_risk_estimate", patience=3)
     checkpoint = cb.ModelCheckpoint(tmp_path, monitor="val_risk_estimate", filename="{epoch}")
@@ -188,6 +231,14 @@ def test_early_stopping_and_checkpoints_follow_it_and_the_progress_bar_shows_it(
     assert Path(checkpoint.best_model_path).name == f"epoch={best}.ckpt"
     assert history.epochs[0].keys() - {"train_loss"} == {*NAMES}
     assert run.progress_bar_metrics.keys() & {*NAMES} == {"val_risk_estimate"}
+
+
+def test_nan_is_not_the_lowest_estimate(caplog: pytest.LogCaptureFixture) -> None:
+    monitor = RiskMonitor()
+    monitor.fit_state.history = [(0, math.nan), (1, 0.5), (2, 0.6)]
+    with caplog.at_level(logging.INFO):
+        monitor.on_train_end(SimpleNamespace(checkpoint_callbacks=[]), Plain())
+    assert "lowest at epoch 1 (0.500)." in caplog.text
 
 
 # How many training samples there are

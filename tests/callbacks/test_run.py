@@ -81,6 +81,32 @@ def writing(write: Any = lambda bias: bias.detach().clamp_(max=0.9)) -> Linear:
     return model
 
 
+class Paired(Linear):
+    """Its ``forward`` takes whole batches, as a batch of two samples could seem to be."""
+
+    def forward(self, batch: Any) -> Tensor:
+        x, _ = batch
+        return self.net(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self(batch).square().mean()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None: ...
+
+
+class Taught(Linear):
+    """Its ``forward`` writes to a teacher that is hidden in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teachers = [nn.Linear(1, 1)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.teachers[0].bias.mul_(0.9)
+        return self.net(x)
+
+
 UNSEEN, WRITES = {"num_sanity_val_steps": 0}, "`forward` writes its parameters, here net.bias"
 REFUSED: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
     "no forward": (without("forward"), loader(), {}, "needs a `forward` that returns the logits"),
@@ -90,6 +116,7 @@ REFUSED: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
     "an iterator": (Drawing(), loader(), {}, "takes `dataloader_iter`"),
     "writes": (writing(), loader(), {}, WRITES),
     "writes, unseen": (writing(), loader(), UNSEEN, WRITES),
+    "writes to a hidden module": (Taught(), loader(), {}, "`forward` writes its parameters, here Linear.*bias"),
     "assigns": (writing(lambda bias: setattr(bias, "data", bias.data + 0.1)), loader(), {}, WRITES),
 }
 
@@ -102,6 +129,14 @@ def test_what_can_not_run_is_refused_before_the_first_step(name: str, monitor: A
     run = trainer(callbacks=[monitor()], **options)
     with pytest.raises(MisconfigurationException, match=f"`{monitor.__name__}` .*{match}"):
         run.fit(model, loader(), val)
+    assert run.global_step == 0
+
+
+@pytest.mark.parametrize("options", [{}, UNSEEN])
+def test_a_forward_of_whole_batches_is_refused_before_the_first_step(options: dict[str, Any]) -> None:
+    run = trainer(callbacks=[SensitivityMonitor()], **options)
+    with pytest.raises(MisconfigurationException, match="too many values to unpack.*`inputs="):
+        run.fit(Paired(), loader(), loader())
     assert run.global_step == 0
 
 

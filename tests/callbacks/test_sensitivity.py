@@ -101,6 +101,35 @@ def test_the_printed_table_has_each_loaders_value_in_its_column(capsys: Any, mon
 # Which batches are measured, and what it costs
 
 
+PAIRS = torch.tensor([[0, 1], [1, 0]])
+
+
+class Pairs(helpers.Quiet):
+    """Two samples are neighbours, as two rows of pairs say, which look like samples themselves."""
+
+    def forward(self, x: Tensor, pairs: Tensor) -> Tensor:
+        outputs = self.net(x)
+        return outputs.index_add(0, pairs[1], outputs[pairs[0]])
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self(batch, PAIRS).square().mean()
+
+
+class Threshold(Pairs):
+    """Its outputs are larger in a pass that is larger than those of the sanity check."""
+
+    def forward(self, x: Tensor, pairs: Tensor) -> Tensor:
+        return self.net(x) * (1 if len(x) <= 4 else 2)
+
+
+@pytest.mark.parametrize("kind", [Pairs, Threshold])
+def test_batches_whose_outputs_would_change_in_a_joint_pass_are_measured_one_by_one(kind: Any) -> None:
+    model, loaders = kind(), [unlabelled_loader(size, 2) for size in (4, 20)]
+    run = helpers.fitted(SensitivityMonitor(inputs=lambda x: (x, PAIRS)), model, *loaders)
+    changes = brute_force(lambda x: model.eval()(x, PAIRS), inputs(20).split(2))
+    close(helpers.logged(run), expected(changes))
+
+
 @pytest.mark.parametrize(("options", "chosen"), [
     ({"num_samples": None, "num_draws": 2}, range(20)),
     ({"num_samples": 50}, range(0, 20, 4)),
@@ -111,8 +140,8 @@ def test_a_budget_picks_evenly_spaced_whole_batches_and_counts_passes(options: A
     model, sizes, draws = helpers.Quiet(), list[int](), options.get("num_draws", 1)
     model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
     values = validated(SensitivityMonitor(**options), model, unlabelled_loader(200, 10))
-    joint = 10 * len(chosen)  # samples in a pass: clean and noisy; before, once a run, checks of one batch and of both
-    assert sizes == [10, 10, joint] + [joint] * (1 + draws)
+    joint = 10 * len(chosen)  # samples in a pass: clean and noisy; before, once a run, checks of one, two and all
+    assert sizes == [10, 10, 10, joint] + [joint] * (1 + draws)
     batches = {idx: x for idx, x in enumerate(inputs(200).split(10)) if idx in chosen}
     close(values, expected(brute_force(model.eval(), batches, draws)))
 
