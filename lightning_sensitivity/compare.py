@@ -15,8 +15,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_sensitivity.arguments import Selector, check_argument, check_int, check_selectors
-from lightning_sensitivity.compat import original_module
 from lightning_sensitivity.comparison import Comparison
+from lightning_sensitivity.compat import original_module
 from lightning_sensitivity.functional.reporting import warn
 from lightning_sensitivity.functional.scores import (
     MeasuredModel,

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from lightning_sensitivity import RiskEstimate, compat
-from lightning_sensitivity.metric import LazyValue
+from lightning_sensitivity.callbacks.lazy import LazyValue
 
 from .helpers import Classifier, Quiet, Stream, fitted, loader, trainer
 

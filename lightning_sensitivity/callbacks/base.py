@@ -125,12 +125,7 @@ class Monitor(Callback, ABC):
         if self is monitors[0]:  # a second layout would replace the first
             checks.lay_out_charts(trainer, [(monitor.prefix, monitor.charts) for monitor in monitors])
         for consumer in checks.consumers(trainer, self.prefixed_names()):
-            is_value = not consumer.name.split("/dataloader_idx_")[0].endswith("_stderr")
-            if consumer.mode == self.misleading_mode and is_value:
-                warn(f"`{consumer.owner}` {consumer.mode}imizes `{consumer.name}`, {self.misleading_mode_advice}")
-            if self.every_n_epochs > 1:
-                skipped = f"in the epochs that `every_n_epochs={self.every_n_epochs}` skips"
-                warn(f"`{consumer.owner}` sees a stale `{consumer.name}` {skipped}.")
+            self._warn_of_consumer(consumer)
 
     # The user's training step
 
@@ -286,6 +281,14 @@ class Monitor(Callback, ABC):
                 clean.num_users += 1
                 return clean
         return CleanOutputs(self.inputs, self.outputs)
+
+    def _warn_of_consumer(self, consumer: checks.Consumer) -> None:
+        is_value = not consumer.name.split("/dataloader_idx_")[0].endswith("_stderr")
+        if consumer.mode == self.misleading_mode and is_value:
+            warn(f"`{consumer.owner}` {consumer.mode}imizes `{consumer.name}`, {self.misleading_mode_advice}")
+        if self.every_n_epochs > 1:
+            skipped = f"in the epochs that `every_n_epochs={self.every_n_epochs}` skips"
+            warn(f"`{consumer.owner}` sees a stale `{consumer.name}` {skipped}.")
 
     def drop_watch(self) -> list[str]:
         """Stop watching the step, and return the names of arguments that differ from ours."""

@@ -159,22 +159,22 @@ class Queue:
             self._measure(batches)
 
 
-@dataclass
 class CleanOutputs:
     """Hand the clean outputs of a group from the monitor that ran it to those that call the model in the same way.
 
-    Attributes:
+    Args:
         inputs: How they get the arguments.
         outputs: How they select the outputs.
         num_users: How many monitors ask for each group.
     """
 
-    inputs: Selector | None
-    outputs: Selector | None
-    num_users: int = 1
-    _key: tuple[int, ...] = ()
-    _outputs: Tensor | None = None
-    _num_asked: int = 0
+    def __init__(self, inputs: Selector | None, outputs: Selector | None, num_users: int = 1) -> None:
+        self.inputs = inputs
+        self.outputs = outputs
+        self.num_users = num_users
+        self._key: tuple[int, ...] = ()
+        self._outputs: Tensor | None = None
+        self._num_asked = 0
 
     def get(self, run: RunIsolated, group: Group) -> Tensor:
         """Return the outputs of a group, by a pass or from the monitor that made it."""

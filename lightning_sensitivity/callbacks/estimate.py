@@ -19,13 +19,8 @@ from lightning_sensitivity.callbacks.fit import Phase
 from lightning_sensitivity.callbacks.samples import TrainingSamples
 from lightning_sensitivity.callbacks.session import Session
 from lightning_sensitivity.callbacks.twin_passes import NUM_TWINS_FOR_TRAINING, TwinPasses
-from lightning_sensitivity.functional.risk import (
-    LABEL_WEIGHT,
-    TWIN_STRENGTH,
-    forgetting_sums,
-    holdout_sums,
-    label_sums,
-)
+from lightning_sensitivity.functional.risk import LABEL_WEIGHT, TWIN_STRENGTH
+from lightning_sensitivity.functional.risk_sums import forgetting_sums, holdout_sums, label_sums
 from lightning_sensitivity.functional.tasks import IGNORED, Task
 from lightning_sensitivity.functional.tensors import num_outputs
 from lightning_sensitivity.metric import RiskEstimate

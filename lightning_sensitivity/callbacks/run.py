@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from lightning_sensitivity.callbacks.failures import Failures
+from lightning_sensitivity.callbacks.lazy import LazyValue
 from lightning_sensitivity.callbacks.watch import CallWatch
-from lightning_sensitivity.metric import LazyValue
 from lightning_sensitivity.model import ModelCall
 from lightning_sensitivity.model.forward import tensors_in
 from lightning_sensitivity.model.isolation import RunIsolated, written_parameters

@@ -27,9 +27,9 @@ from lightning_sensitivity.callbacks.batches import (
     are_independent,
 )
 from lightning_sensitivity.callbacks.failures import free_memory
+from lightning_sensitivity.callbacks.lazy import LazyValue
 from lightning_sensitivity.callbacks.run import first_pass
 from lightning_sensitivity.callbacks.watch import CallWatch
-from lightning_sensitivity.metric import LazyValue
 from lightning_sensitivity.model import ModelCall, isolated
 from lightning_sensitivity.model.isolation import RunIsolated, shared_state
 

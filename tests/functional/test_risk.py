@@ -8,10 +8,11 @@ from torch import Tensor
 
 from lightning_sensitivity.functional import risk as R
 from lightning_sensitivity.functional import risk_estimate, tensors
+from lightning_sensitivity.functional import risk_sums as RS
 from lightning_sensitivity.functional.tasks import TASKS
 
 MULTICLASS = TASKS["multiclass"]
-LABELS = R.LabelSums(*torch.ones(len(R.LabelSums._fields)))._replace(num_non_finite=torch.tensor(0))
+LABELS = RS.LabelSums(*torch.ones(len(RS.LabelSums._fields)))._replace(num_non_finite=torch.tensor(0))
 
 
 def example(task: str = "multiclass", num_samples: int = 30, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -48,9 +49,9 @@ def test_the_terms_are_those_of_their_definitions_however_samples_are_split(seed
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tensors, "_CHUNK", 40)  # elements that are widened at a time
         for unseen, twin, train, targets in zip(*(each.tensor_split(sorted(cuts)) for each in outputs), strict=True):
-            holdout = holdout + R.holdout_sums(unseen, twin, TASKS[task])
-            training = training + R.label_sums(train, targets, TASKS[task])
-    whole = R.risk_terms(R.HoldoutSums(*holdout), R.LabelSums(*training))
+            holdout = holdout + RS.holdout_sums(unseen, twin, TASKS[task])
+            training = training + RS.label_sums(train, targets, TASKS[task])
+    whole = R.risk_terms(RS.HoldoutSums(*holdout), RS.LabelSums(*training))
     for actual in (risk_estimate(*outputs, task), whole):
         torch.testing.assert_close(actual, R.RiskTerms(sum(terms), *terms))
 
@@ -110,12 +111,12 @@ def test_twins_that_reproduce_the_outputs_are_told_for_each_layout() -> None:
         task = TASKS["binary" if shape == (6,) else "multiclass"]
         x, other = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
         for twin, is_told in ((x, True), (other, False)):
-            sums = R.HoldoutSums(*R.holdout_sums(x, twin, task))
+            sums = RS.HoldoutSums(*RS.holdout_sums(x, twin, task))
             assert ("no variance" in R.diagnostics(sums, LABELS, torch.tensor(0.5), task)) == is_told
 
 
 def test_an_estimate_that_no_score_can_reach_is_told() -> None:
-    sums = R.HoldoutSums(*R.holdout_sums(*example()[:2], MULTICLASS)), LABELS
+    sums = RS.HoldoutSums(*RS.holdout_sums(*example()[:2], MULTICLASS)), LABELS
     for estimate, is_told in ((1.9, False), (2.1, True)):
         assert ("too large" in R.diagnostics(*sums, torch.tensor(estimate), MULTICLASS)) == is_told
 

@@ -1,0 +1,6 @@
+"""Output sensitivity and the risk estimate as torchmetrics; they need neither a Trainer nor a model."""
+
+from lightning_sensitivity.metric.risk import RiskEstimate
+from lightning_sensitivity.metric.sensitivity import OutputSensitivity
+
+__all__ = ["OutputSensitivity", "RiskEstimate"]

@@ -1,0 +1,187 @@
+"""Output sensitivity as a torchmetric."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+from torchmetrics.utilities.prints import rank_zero_only
+
+from lightning_sensitivity import compat
+from lightning_sensitivity.functional import sensitivity
+from lightning_sensitivity.functional.reporting import warn
+from lightning_sensitivity.functional.tensors import wide_dtype
+
+if TYPE_CHECKING:
+    from lightning_sensitivity.compat import AxType, PlotType
+
+
+class OutputSensitivity(Metric):
+    r"""Compute output sensitivity: the variance of the class-averaged output change under input noise.
+
+    .. math::
+        S = \operatorname{Var}\Big(\frac{1}{K} \sum_{k=1}^{K} \big[f_k(x + \varepsilon) - f_k(x)\big]\Big)
+
+    The variance is that of the population (ddof 0) over all samples and noise draws (Forouzesh, Salehi and Thiran,
+    ICPR 2020, arXiv:2007.15378). It needs no labels. The state is one row of five numbers per sample, so that the value
+    depends on neither the batch size nor the number of processes. Samples with nan or inf are left out, with a warning.
+
+    As input to ``forward`` and ``update`` the metric accepts the following input:
+
+    - ``clean`` (:class:`~torch.Tensor`): outputs f(x), before the softmax (logits), as a float tensor of shape
+      ``(N, K, ...)``. Dimensions after K (pixels, tokens) are further changes of a sample; ``(N,)`` is K = 1.
+    - ``noisy`` (:class:`~torch.Tensor` or an iterable of them): outputs f(x + ε) of the same shape; for several noise
+      draws of the same samples, an iterable with one tensor per draw.
+
+    As output of ``forward`` and ``compute`` the metric returns a scalar tensor, in squared units of the outputs. It has
+    no better direction: it compares epochs and seeds of one network, and is lowest before training.
+
+    Args:
+        per_output: Compute the mean squared change of the single outputs instead, without averaging over classes first,
+            so it also makes sense for probabilities and two-class heads.
+        kwargs: Additional keyword arguments of :class:`torchmetrics.Metric`.
+
+    Raises:
+        ValueError: If ``per_output`` is not a bool; in ``update``, if shapes do not fit; in ``compute``, if K
+            was not always the same.
+        TypeError: In ``update``, if an output is not a floating tensor.
+
+    Example:
+        >>> import torch
+        >>> from lightning_sensitivity import OutputSensitivity
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(20, 10)
+        >>> metric = OutputSensitivity()
+        >>> for _ in range(5):
+        ...     x = torch.rand(100, 20)
+        ...     metric.update(model(x), model(x + 0.1 * torch.randn_like(x)))
+        >>> metric.compute()
+        tensor(0.0003, dtype=torch.float64)
+        >>> metric.stderr
+        tensor(2.1333e-05, dtype=torch.float64)
+        >>> metric.per_sample.shape
+        torch.Size([500])
+    """
+
+    is_differentiable: bool = False
+    higher_is_better: bool | None = None
+    full_state_update: bool = False
+    plot_lower_bound: float = 0.0
+
+    _warn = staticmethod(rank_zero_only(warn))
+    rows: list[Tensor] | Tensor  # one tensor while it is synchronized
+
+    def __init__(self, per_output: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if not isinstance(per_output, bool):
+            raise ValueError(f"Expected argument `per_output` to be a bool, but got {per_output!r}.")
+        self.per_output = per_output
+        self._all_rows: Tensor | None = None  # over all processes, as of the last `compute`
+        self._estimate: sensitivity.SensitivityEstimate | None = None  # from those
+        self.add_state("rows", default=[], dist_reduce_fx="cat")
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all samples."""
+        super().reset()
+        # A process without samples takes part in gathering rows, too, with the same type.
+        empty = torch.zeros(0, sensitivity.NUM_COLUMNS, dtype=wide_dtype(self.device), device=self.device)
+        self.rows = [empty]
+
+    def update(self, clean: Tensor, noisy: Tensor | Iterable[Tensor]) -> None:
+        """Add the outputs of one batch of samples, for clean and for perturbed inputs."""
+        self.add_rows(sensitivity.sensitivity_rows(clean, noisy))
+
+    def add_rows(self, rows: Tensor) -> None:
+        """Add samples by their rows, from :func:`~lightning_sensitivity.functional.sensitivity.sensitivity_rows`."""
+        assert isinstance(self.rows, list)
+        self.rows.append(rows)
+
+    def compute(self) -> Tensor:
+        """Compute the sensitivity of all samples so far, over all processes."""
+        self._all_rows = dim_zero_cat(self.rows)
+        self._estimate = sensitivity.sensitivity_from_rows(self._all_rows)
+        for message in sensitivity.diagnostics(self._estimate, self.per_output).values():
+            self._warn(message)
+        return self._estimate.mean_square if self.per_output else self._estimate.sensitivity
+
+    @property
+    def estimate(self) -> sensitivity.SensitivityEstimate:
+        """Value, standard errors, share of the class mean and numbers of samples, over all processes.
+
+        Like ``compute``, it is a collective operation unless a value is cached; so are :attr:`stderr` and
+        :attr:`per_sample`.
+        """
+        self.compute()  # cached, and leaves the estimate behind
+        assert self._estimate is not None
+        return self._estimate
+
+    @property
+    def stderr(self) -> Tensor:
+        """Standard error of the value, over samples and noise; nan below two samples."""
+        return self.estimate.mean_square_stderr if self.per_output else self.estimate.stderr
+
+    @property
+    def per_sample(self) -> Tensor:
+        """Mean squared change of each sample, ``(N,)``, in the order of the updates; nan for samples with nan or inf.
+
+        If all samples have the same number of positions, its mean is the value. A large one does not mean a wrong
+        prediction.
+        """
+        self.compute()
+        rows = self._all_rows
+        assert rows is not None
+        if self.per_output:
+            sums = rows[:, 3].where(rows.isfinite().all(1), math.nan)
+        else:
+            sums = sensitivity.squared_deviations(rows)
+        return sums / rows[:, 0]
+
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Merge the state of another instance into this one; see :meth:`torchmetrics.Metric.merge_state`."""
+        super().merge_state(incoming_state)
+        compat.forget_computed(self)  # else the value from before the merge would stay
+        compat.mark_updated(self)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> OutputSensitivity:
+        """Move the rows with the metric, but keep their precision if the model is cast to 16 bits."""
+        rows = self.rows
+        self.rows = []
+        super()._apply(*args, **kwargs)
+        self.rows = _to_wide(rows, self.device)
+        return self
+
+    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: AxType | None = None) -> PlotType:
+        """Plot a single or multiple values from the metric.
+
+        Args:
+            val: Either a single result from calling ``metric.forward`` or ``metric.compute`` or a list of these
+                results. If no value is provided, will automatically call ``metric.compute`` and plot that result.
+            ax: A matplotlib axis object. If provided will add the plot to that axis.
+
+        Returns:
+            Figure and axes object.
+
+        Raises:
+            ModuleNotFoundError: If ``matplotlib`` is not installed.
+
+        Example:
+            >>> import torch
+            >>> from lightning_sensitivity import OutputSensitivity
+            >>> metric = OutputSensitivity()
+            >>> values = [metric(torch.rand(8, 3), torch.rand(8, 3)) for _ in range(10)]
+            >>> figure, axes = metric.plot(values)
+        """
+        return self._plot(val, ax)
+
+
+def _to_wide(rows: list[Tensor] | Tensor, device: torch.device) -> list[Tensor] | Tensor:
+    dtype = wide_dtype(device)
+    if isinstance(rows, Tensor):
+        return rows.to(device, dtype)
+    return [each.to(device, dtype) for each in rows]
