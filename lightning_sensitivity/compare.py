@@ -78,8 +78,9 @@ def compare_models(
     r"""Compare how well models generalize, trained or not, without labels, on the same samples.
 
     All models get the same noise on the same samples, so that differences are sharper than values. See
-    :class:`Comparison` for the result, :class:`ModelScores` for the scores, and ``examples/studies/comparing`` for
-    their worth. Labels are not needed; with ``targets`` the table also shows the true loss and error. A model that
+    :class:`~lightning_sensitivity.compare.Comparison` for the result,
+    :class:`~lightning_sensitivity.compare.ModelScores` for the scores, and ``examples/studies/comparing`` for their
+    worth. Labels are not needed; with ``targets`` the table also shows the true loss and error. A model that
     fails becomes a row that says why. Sensitivity is that of Forouzesh, Salehi and Thiran (ICPR 2020,
     arXiv:2007.15378).
 

@@ -32,7 +32,7 @@ class ModelScores:
         sensitivity: S, in squared units of the outputs.
         sensitivity_stderr: Its standard error, over samples and noise.
         consensus_error: Expected share of wrong predictions, if labels were drawn from a joint prediction of all
-            models; see :func:`consensus_scores`.
+            models; see ``functional.scores.consensus_scores``.
         consensus_loss: Mean loss, if the labels were what another model predicts.
         loss: The true loss: cross-entropy.
         error: The true share of wrong predictions.
