@@ -21,7 +21,7 @@ from lightning_sensitivity.callbacks.session import Session
 from lightning_sensitivity.callbacks.twin_passes import NUM_TWINS_FOR_TRAINING, TwinPasses
 from lightning_sensitivity.functional.risk import LABEL_WEIGHT, TWIN_STRENGTH
 from lightning_sensitivity.functional.risk_sums import forgetting_sums, holdout_sums, label_sums
-from lightning_sensitivity.functional.tasks import IGNORED, Task
+from lightning_sensitivity.functional.tasks import Task, has_ignored_value
 from lightning_sensitivity.functional.tensors import num_outputs
 from lightning_sensitivity.metric import RiskEstimate
 from lightning_sensitivity.model.isolation import RunIsolated
@@ -203,7 +203,9 @@ class RiskSession(Session):
         """Select the labels of a validation batch, even if all are -100; None if it has none."""
         try:
             return self.monitor.select_targets(self.module, batch).clone()  # the user's step may write to them
-        except MisconfigurationException:
+        except MisconfigurationException as error:
+            if self.monitor.targets is not None:
+                self.failures.warn("targets", f"takes some validation batches as unlabelled: {error}")
             return None
 
     def _label_sums(self, outputs: Tensor, group: Group) -> Tensor | None:
@@ -246,4 +248,4 @@ class RiskSession(Session):
 
 
 def _has_label(targets: Tensor) -> bool:
-    return targets.is_floating_point() or bool((targets.long() != IGNORED).any())
+    return not bool(has_ignored_value(targets).all())

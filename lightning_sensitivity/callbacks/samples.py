@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import SequentialSampler
 
 from lightning_sensitivity.compat import training_loaders
-from lightning_sensitivity.functional.tasks import IGNORED, TASKS, Task, check_classes, infer_task
+from lightning_sensitivity.functional.tasks import TASKS, Task, check_classes, has_ignored_value, infer_task
 from lightning_sensitivity.functional.tensors import num_outputs
 
 
@@ -82,10 +82,7 @@ class TrainingSamples:
 
     def count(self, targets: Tensor) -> None:
         """Count the samples of a batch that have a label, in integers and without waiting for the device."""
-        if targets.ndim == 1:
-            has_label = targets.long() != IGNORED
-        else:
-            has_label = torch.ones(len(targets), dtype=torch.bool, device=targets.device)
+        has_label = ~has_ignored_value(targets)[:, None].flatten(1).all(1)
         self._num_seen = self._num_seen.to(has_label.device) + has_label.sum()
         self._largest_batch = max(self._largest_batch, len(targets))
         self._num_batches += 1

@@ -97,7 +97,7 @@ def loss_mismatch(outputs: Tensor, targets: Tensor, loss: Tensor, num_accumulate
         loss: The loss of the step.
         num_accumulated: By what Lightning may have divided it.
     """
-    is_multiclass = outputs.ndim == 2 and targets.ndim == 1 and not targets.is_floating_point()
+    is_multiclass = outputs.ndim == 2 and outputs.shape[1] > 1 and targets.ndim == 1 and not targets.is_floating_point()
     if not is_multiclass or len(outputs) != len(targets) or loss.numel() != 1:
         return None
     targets = targets.to(outputs.device).long()

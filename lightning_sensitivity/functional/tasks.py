@@ -53,7 +53,9 @@ class Task(ABC):
         Returns:
             The labels, ``(N, K, ...)``, and 1 for each that counts, ``(N, ...)``, or 0 where it is ignored.
         """
-        return targets.to(p.device).to(p.dtype).reshape(p.shape), torch.ones_like(p[:, 0])
+        y = targets.to(p.device).to(p.dtype).reshape(p.shape)
+        is_ignored = (y == IGNORED).any(1)
+        return y.where(~is_ignored[:, None], 0.0), (~is_ignored).to(p.dtype)
 
 
 class Multiclass(Task):
@@ -88,8 +90,8 @@ class Multiclass(Task):
         if not bool(is_valid.all()):
             raise ValueError(
                 f"Expected labels from 0 to {num_classes - 1}, or {IGNORED} to be ignored, but got "
-                f"{int(targets.min())} to {int(targets.max())}. Map them with `targets=`, "
-                f"another `ignore_index` to {IGNORED}"
+                f"{int(targets.min())} to {int(targets.max())}. Map them with `targets=`; "
+                f"map another `ignore_index` to {IGNORED}"
             )
 
     def target_probabilities(self, p: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
@@ -147,7 +149,11 @@ class Binary(Multilabel):
 
     def _check_num_outputs(self, outputs: Tensor, targets: Tensor) -> None:
         if num_outputs(outputs) != 1:
-            raise ValueError(f"Expected one output, (N,) or (N, 1, ...), but got {_describe(outputs, targets)}")
+            advice = ""
+            if num_outputs(outputs) == 2:
+                advice = ". For two outputs, leave `task` out, with integers: `targets=lambda batch: batch[1].long()`"
+            expected = f"Expected one output, (N,) or (N, 1, ...), but got {_describe(outputs, targets)}"
+            raise ValueError(expected + advice)
 
 
 TASKS: dict[str, Task] = {task.name: task for task in (Multiclass(), Binary(), Multilabel())}
@@ -215,16 +221,23 @@ def check_classes(num_outputs: int, targets: Tensor) -> None:
         )
 
 
+def has_ignored_value(targets: Tensor) -> Tensor:
+    """Return where labels are -100."""
+    # In integers of 8 bits, 156 would be equal to it.
+    return (targets if targets.is_floating_point() else targets.long()) == IGNORED
+
+
 def _check_shape(outputs: Tensor, targets: Tensor, advice: str = "") -> None:
     if _without_single_output(outputs).shape != _without_single_output(targets).shape:
         raise ValueError(f"Expected one label per output, but got {_describe(outputs, targets)}.{advice}")
 
 
 def _check_range(targets: Tensor) -> None:
-    if not bool(((targets >= 0) & (targets <= 1)).all()):
+    is_valid = (targets >= 0) & (targets <= 1)
+    if not bool((is_valid | has_ignored_value(targets)).all()):
         got = f"{float(targets.min()):g} to {float(targets.max()):g}"
         advice = ". Map -1 to 0: `targets=lambda batch: (batch[1] + 1) / 2`" if float(targets.min()) == -1 else ""
-        raise ValueError(f"Expected labels from 0 to 1, but got {got}{advice}")
+        raise ValueError(f"Expected labels from 0 to 1, or {IGNORED} to be ignored, but got {got}{advice}")
 
 
 def _describe(outputs: Tensor, targets: Tensor) -> str:

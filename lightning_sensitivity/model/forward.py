@@ -202,7 +202,7 @@ def select_targets(model: nn.Module, batch: Any, targets: Selector | None = None
     """
     selected: Any = None
     if targets:
-        selected = targets(batch)
+        selected = _call_targets(targets, batch)
     elif isinstance(batch, list | tuple):
         selected = batch[-1] if len(batch) == max(1, num_required(model)) + 1 else None
     elif not isinstance(batch, Tensor):
@@ -210,10 +210,19 @@ def select_targets(model: nn.Module, batch: Any, targets: Selector | None = None
         tensors = [value for value in named.values() if isinstance(value, Tensor)]
         selected = tensors[0] if len(tensors) == 1 else None
     if not isinstance(selected, Tensor):
+        key = repr(list(batch)[-1]) if isinstance(batch, Mapping) and batch else "1"
         raise MisconfigurationException(
-            f"`targets` should return the labels, such as `targets=lambda batch: batch[1]`, from {describe(batch)}."
+            f"`targets` should return the labels, such as `targets=lambda batch: batch[{key}]`, from {describe(batch)}."
         )
     return selected
+
+
+def _call_targets(targets: Selector, batch: Any) -> Any:
+    try:
+        return targets(batch)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise MisconfigurationException(f"`targets` failed on {describe(batch)}: {reason}.") from error
 
 
 def parameters_of(model: nn.Module) -> list[inspect.Parameter]:
@@ -272,7 +281,9 @@ def _named_arguments(model: nn.Module, batch: Mapping[Any, Any]) -> dict[str, An
     arguments = {name: batch[name] for name in batch if name in names}
     if not arguments:
         raise MisconfigurationException(
-            f"`inputs` should return the arguments of `forward`, from {describe(batch)}. {_CHOOSE}"
+            f"`inputs` should return the arguments of `forward`, which names none of {describe(batch)}: for example, "
+            f"`inputs=lambda batch: batch[{next(iter(batch), None)!r}]`, or `inputs=lambda batch: (batch,)` for "
+            "`forward(batch)`."
         )
     return arguments
 

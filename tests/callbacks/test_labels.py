@@ -80,3 +80,27 @@ def test_each_of_several_loaders_has_its_own() -> None:
     found, _ = values([validation(SOME), validation(Y[:100])], validation_labels=True)
     counts = [found[f"val_risk_num_labels/dataloader_idx_{index}"] for index in (0, 1)]
     assert counts == [int((SOME != -100).sum()), 100]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+def test_binary_labels_of_minus_100_are_none(dtype: torch.dtype) -> None:
+    def labels(num_samples: int) -> Tensor:
+        y = (inputs(num_samples)[:, 0] > 0.5).to(dtype)
+        return y.where(torch.arange(num_samples) % 5 == 0, -100)
+
+    model = Classifier()
+    model.net[4] = nn.Linear(16, 1)
+    model.training_step = lambda batch, batch_idx: model(batch[0]).square().mean()
+    model.validation_step = lambda batch, batch_idx: None
+    train, val = (DataLoader(TensorDataset(inputs(100), labels(100)), 20) for _ in range(2))
+    monitor = RiskMonitor("binary", validation_labels=True)
+    run = fitted([monitor], model, train, val, max_epochs=1)
+    assert run.callback_metrics["val_risk_num_labels"] == 20 and monitor.num_training == 20
+    assert 0 < run.callback_metrics["val_risk_label_score"] < 1
+
+
+def test_a_targets_function_may_fail_on_batches_without_labels() -> None:
+    batches = DataLoader([(X[:40],), (X[40:80], Y[40:80])], None)
+    with pytest.warns(UserWarning, match="takes some validation batches as unlabelled: .*IndexError"):
+        found, _ = values(batches, validation_labels=True, targets=lambda batch: batch[1])
+    assert found["val_risk_num_labels"] == 40 and found["val_risk_estimate"] > 0
