@@ -42,7 +42,7 @@ def draw_as_built(seed: int, data: Path | None = None) -> Run:
     recipe = _draw_recipe(r, source)
     batch_size = int(r.choice([32, 64, 128]))
     n = int(300 * (20000 / 300) ** (r.rand() ** 2)) if source in PHOTOS else int(150 * (20000 / 150) ** (r.rand() ** 2))
-    n = n if recipe.body == "mlp" else min(n, 4000)
+    n = min(n, {"mlp": 20000, "words": 2000}.get(recipe.body, 4000))
     task = _draw_task(r, source, n, data)
     n = min(n, max(150, len(task.x) // 2))
     batch_size = max(batch_size, 128) if n >= 4000 else batch_size
@@ -125,9 +125,13 @@ def _draw_task(r: np.random.RandomState, source: str, n: int, data: Path | None)
         num_classes = int(r.choice([2, 2, 3, 5, 10]))
         total = 4 * (n + NUM_HOLDOUT + NUM_TEST)  # some classes may be taken less often
         if source == "table":
-            return Task(source, f"table, {num_classes} classes", *tasks.generated_table(r, total, num_classes), num_classes)
+            return Task(
+                source, f"table, {num_classes} classes", *tasks.generated_table(r, total, num_classes), num_classes
+            )
         num_inputs = int(r.choice([5, 20, 100]))
-        return Task(source, f"teacher, {num_classes} classes", *tasks.teacher(r, total, num_inputs, num_classes), num_classes)
+        return Task(
+            source, f"teacher, {num_classes} classes", *tasks.teacher(r, total, num_inputs, num_classes), num_classes
+        )
     people = str(r.choice(["aggre_label", "worse_label"]))
     if source == "breast cancer":
         x, y = tasks.breast_cancer()

@@ -28,7 +28,7 @@ def averaged(network: nn.Module) -> AveragedModel:
 
 def trained_on_fewer(run: Run, truth: Callable[[Run, Tensor], dict[str, float]]) -> list[dict[str, float]]:
     """Train on 90 % of the training samples, and score the others, whose labels are as noisy; an epoch's in a dict."""
-    number = int(round(SHARE * len(run.x)))
+    number = round(SHARE * len(run.x))
     x, y, x_held, y_held = run.x[number:], run.y[number:], run.x[:number], run.y[:number]
     network, generator = run.make_network(), torch.Generator().manual_seed(run.seed)
     optimizer = run.make_optimizer(network.parameters())

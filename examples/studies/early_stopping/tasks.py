@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, relu
 
-NUM_WORDS, MAX_LENGTH = 2000, 32  # of sentences
+NUM_WORDS, MAX_LENGTH = 2000, 20  # of sentences
 PACKAGES = ("torch", "sklearn", "scipy", "pandas", "matplotlib", "numpy")  # which of them does a sentence document?
 
 

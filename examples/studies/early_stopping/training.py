@@ -23,7 +23,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from others import averaged, disparity, evidence, logits, trained_on_fewer
 from runs import Run, draw
 from torch import Tensor
-from torch.nn.functional import cross_entropy, one_hot
+from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 
 from lightning_sensitivity import RiskMonitor
@@ -118,10 +118,8 @@ def truth(run: Run, outputs: Tensor) -> dict[str, float]:
     found = logits(run, outputs)
     p, y, noisy = found.softmax(1), run.y_test, run.y_test_noisy
     squares = p.square().sum(1)
-    if run.chances is None:
-        agreement = p.gather(1, noisy[:, None])[:, 0]
-    else:
-        agreement = (p * run.chances[y]).sum(1)
+    people_said = p.gather(1, noisy[:, None])[:, 0]
+    agreement = people_said if run.chances is None else (p * run.chances[y]).sum(1)
     return {
         "accuracy": float((p.argmax(1) == y).float().mean()),
         "loss": float(cross_entropy(found, y)),
