@@ -5,7 +5,7 @@ from __future__ import annotations
 from rules import COUNTS, ESTIMATE, NEVER, STOPPING, named
 from tables import Groups, of, table
 
-MORE = {10: 20, 20: 50, 50: 100}  # on random runs so many labels are as good as m labels beside the estimate
+MORE = {10: 20, 20: 50, 50: 100}  # labels that should not be better than m labels beside the estimate: 2 m or more
 LARGE = "large (n ≥ 4,000) or augmented"
 
 
@@ -63,15 +63,17 @@ class Targets:
         if group not in self.found:
             return
         for count in COUNTS:
-            ours, more = named(kind, count, "with the estimate"), MORE.get(count, count) if pool == "random" else count
-            value = self.mean(group, ours)
+            ours, target = named(kind, count, "with the estimate"), f"{group}: {count} {kind} labels and the estimate"
+            more = MORE.get(count, count) if pool == "random" or kind == "correct" else count
+            lost, loss = self.mean(group, ours), self.mean(group, ours, "loss")
             alone = min(self.mean(group, named(kind, more, way)) for way in ("log-loss", "Brier score"))
-            self.check(f"{group}: {count} {kind} labels beside: accuracy lost, {more} of them alone", value, alone)
+            self.check(f"{target}: accuracy lost, {more} of them alone", lost, alone)
+            of_theirs = self.mean(group, named(kind, count, "log-loss"), "loss")
             if kind == "noisy":
-                target = f"{group}: {count} {kind} labels beside"
-                self.check(f"{target}: accuracy lost, the estimate alone", value, self.mean(group, ESTIMATE))
-                bound = self.mean(group, named(kind, count, "log-loss"), "loss") / 2
-                self.check(f"{target}: loss regret, half of theirs alone", self.mean(group, ours, "loss"), bound)
+                self.check(f"{target}: accuracy lost, the estimate alone", lost, self.mean(group, ESTIMATE))
+                self.check(f"{target}: loss regret, half of theirs alone", loss, of_theirs / 2)
+            elif count <= 50:
+                self.check(f"{target}: loss regret, theirs alone", loss, of_theirs)
 
     def stopping(self) -> None:
         for name in self.found:
