@@ -109,8 +109,6 @@ RULES: dict[str, Rule] = {
     NEVER: lambda c: [len(c["loss"]) - 1],
     "lowest training loss": lambda c: [lowest(c["train_loss"])],
     "Label Wave": lambda c: [label_wave(c["changed"])],
-    "gradient disparity": lambda c: [first(np.diff(c["disparity"], prepend=np.inf) > 0, 5)],
-    "evidence-based criterion": lambda c: [first(c["evidence"] > 0)],
     WAS: lambda c: [lowest(c["val_risk_estimate"] - c["val_risk_forgetting"])],
     ESTIMATE: lambda c: [lowest(c["val_risk_estimate"])],
     **{name: lambda c, stop=stop: [stop(c)] for name, stop in STOPPINGS.items()},

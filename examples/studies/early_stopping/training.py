@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from as_built import draw_as_built
 from lightning.pytorch import Callback, LightningModule, Trainer
-from others import averaged, disparity, evidence, logits, trained_on_fewer
+from others import averaged, logits, trained_on_fewer
 from runs import Run, draw
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 from lightning_sensitivity import RiskMonitor
 
 DRAWS = {"random": draw, "as built": draw_as_built, "wide": partial(draw, wide=True)}
-NUM_HOLDOUT = 500  # of the samples without labels
+NUM_HOLDOUT, NUM_TEST = 500, 1000  # samples
 
 
 class Classifier(LightningModule):
@@ -154,8 +154,6 @@ class Recorder(Callback):
         row |= {name: float(value) for name, value in trainer.callback_metrics.items()}
         row |= truth(run, in_parts(network, run.x_test))
         self.holdout.append(logits(run, in_parts(network, run.x_holdout[:NUM_HOLDOUT])))
-        with torch.enable_grad():
-            row |= {"evidence": evidence(network, run), "disparity": disparity(network.train(), run)}
         self.rows.append(row)
 
     def changed(self, order: Tensor) -> float:
@@ -177,7 +175,8 @@ def train(kind: str, seed: int, data: Path | None, file: Path, epochs: int | Non
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", ".*(does not have many workers|LeafSpec|is smaller than the logging).*")
     start, run = time.process_time(), DRAWS[kind](seed, data)
-    run = replace(run, epochs=epochs or run.epochs)
+    test = {name: getattr(run, name)[:NUM_TEST] for name in ("x_test", "y_test", "y_test_noisy")}
+    run = replace(run, epochs=epochs or run.epochs, **test)
     model, recorder = Classifier(run), Recorder(run)
     monitor = RiskMonitor(task="binary" if run.is_binary else "multiclass")
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
