@@ -46,7 +46,7 @@ class Curves:
             logits = logits - logits.max(-1, keepdims=True)
             p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
             of_label = np.take_along_axis(p, labels[None, :, None], 2)[..., 0]
-            brier = 1 + np.square(p).sum(-1) - 2 * of_label
+            brier = (1 + np.square(p).sum(-1) - 2 * of_label) / (1 + self.about["is_binary"])
             self.scores[kind, "Brier score"], self.scores[kind, "log-loss"] = brier, -np.log(of_label + 1e-12)
         return self.scores[kind, score]
 

@@ -123,7 +123,7 @@ def truth(run: Run, outputs: Tensor) -> dict[str, float]:
     return {
         "accuracy": float((p.argmax(1) == y).float().mean()),
         "loss": float(cross_entropy(found, y)),
-        "true_score": float((1 + squares - 2 * agreement).mean()),
+        "true_score": float((1 + squares - 2 * agreement).mean()) / (1 + run.is_binary),  # as the package scores it
     }
 
 
