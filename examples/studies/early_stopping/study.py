@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
 import tables
+from figure import figure
 from rules import Curves
 from targets import targets_table
 from training import train
@@ -97,7 +98,8 @@ def main() -> None:
     text = report(curves, runs)
     (out / "report.md").write_text(text)
     runs.to_csv(out / "results.csv", index=False, float_format="%.3g")
-    print(f"{text}\nIn {out}: report.md, results.csv.")
+    figure(tables.groups(runs), out / "figure.png")
+    print(f"{text}\nIn {out}: report.md, results.csv, figure.png.")
 
 
 if __name__ == "__main__":
