@@ -141,9 +141,9 @@ def draw(seed: int, data: Path | None = None, wide: bool = False) -> Run:
         y_train, y_holdout_noisy, y_test_noisy = said[chosen], said[holdout], said[test]
     else:
         what, chances = f"{source} {100 * noise:.0f} % noisy", tasks.transition("random", noise, num_classes)
-        y_train = tasks.partly_wrong(r, y[chosen], noise, num_classes)
-        y_test_noisy = tasks.partly_wrong(np.random.RandomState((seed, 1)), y[test], noise, num_classes)
-        y_holdout_noisy = tasks.partly_wrong(np.random.RandomState((seed, 4)), y[holdout], noise, num_classes)
+        y_train = tasks.partly_redrawn(r, y[chosen], noise, num_classes)
+        y_test_noisy = tasks.partly_redrawn(np.random.RandomState((seed, 1)), y[test], noise, num_classes)
+        y_holdout_noisy = tasks.partly_redrawn(np.random.RandomState((seed, 4)), y[holdout], noise, num_classes)
     shape = x.shape[1:]
 
     def make_network() -> nn.Module:

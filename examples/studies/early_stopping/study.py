@@ -16,6 +16,7 @@ import argparse
 import multiprocessing
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from itertools import takewhile
 from pathlib import Path
 
 import pandas as pd
@@ -91,7 +92,8 @@ def main() -> None:
     files = {(pool, seed): folder / f"{pool.replace(' ', '_')}_{seed}.npz" for pool, seed in jobs}
     if not args.tables:
         train_missing(files, args)
-    curves = [Curves(file) for file in files.values() if file.exists()]
+    # If runs are missing, those after the first gap are left out: a quick one there would count before a slow one.
+    curves = [Curves(file) for file in takewhile(Path.exists, files.values())]
     if not any(c.counts for c in curves):
         sys.exit("No run learned anything.")
     runs = pd.DataFrame([tables.judged(c) for c in curves if c.counts])

@@ -126,7 +126,7 @@ def _ids(words: tuple[str, ...]) -> Tensor:
 
 
 # %% Noisy labels.
-def partly_wrong(r: np.random.RandomState, y: Tensor, noise: float, num_classes: int) -> Tensor:
+def partly_redrawn(r: np.random.RandomState, y: Tensor, noise: float, num_classes: int) -> Tensor:
     """Draw a share of the labels anew, from all classes."""
     is_drawn = torch.tensor(r.rand(len(y)) < noise)
     return torch.where(is_drawn, torch.tensor(r.randint(0, num_classes, len(y))), y)
