@@ -1,22 +1,23 @@
 """Training runs that are drawn at random, so that no choice of runs can flatter a rule.
 
 ``draw(seed, data)`` makes everything of a run from its seed: task, network, optimizer, sizes and samples.
+``draw_as_built(seed, data)`` draws from more: networks, optimizers and schedules as people put them together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tasks
 import torch
+from networks import ACTIVATIONS, VisionTransformer, convolutional, fully_connected, residual
 from torch import Tensor, nn
-from torch.nn.functional import pad, relu
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, pad
 
-ACTIVATIONS = (nn.ReLU, nn.GELU, nn.Tanh, nn.SiLU)
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adam": lambda parameters: torch.optim.Adam(parameters, 1e-3),
     "momentum": lambda parameters: torch.optim.SGD(parameters, 0.02, momentum=0.9),
@@ -25,28 +26,83 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 NUM_HOLDOUT = 1000
 
 
-# %% Drawing.
+# %% A run.
 @dataclass
 class Run:
-    """One training run. Inputs are in [0, 1], but for those of a teacher, which are standard normal."""
+    """One training run."""
 
     seed: int
     kind: str  # a line that says what it is
-    labels: str  # of training: "right", "random" (some are drawn at random) or "people" (people's, some of them wrong)
+    labels: str  # of training: "correct", "random", "by class" or "people" (all of these are noisy)
     num_classes: int
     make_network: Callable[[], nn.Module]
     make_optimizer: Callable[[Any], torch.optim.Optimizer]
-    is_augmented: bool  # shifts and flips, and a cosine schedule over all steps
     x: Tensor
     y: Tensor
-    x_holdout: Tensor  # no rule sees their labels
+    x_holdout: Tensor
+    y_holdout: Tensor  # correct; a rule sees some of them at most
+    y_holdout_noisy: Tensor  # as noisy as those of training
     x_test: Tensor
-    y_test: Tensor  # right
-    y_test_wrong: Tensor  # as wrong as those of training
+    y_test: Tensor  # correct
+    y_test_noisy: Tensor
     batch_size: int
     epochs: int
+    is_augmented: bool = False  # shifts, and flips if these are photos or clothes
+    is_flipped: bool = True
+    schedule: str = ""  # "", "cosine", "one-cycle", "plateau" or "steps"
+    smoothing: float = 0.0  # of labels
+    is_binary: bool = False  # one output, whose sigmoid is the probability of class 1
+    has_batch_norm: bool = False
+    chances: Tensor | None = field(default=None, repr=False)  # of noisy labels, by correct label; None: people's
+
+    def loss(self, outputs: Tensor, y: Tensor) -> Tensor:
+        """Give the training loss."""
+        if self.is_binary:
+            targets = y.float() * (1 - self.smoothing) + self.smoothing / 2
+            return binary_cross_entropy_with_logits(outputs[:, 0], targets)
+        return cross_entropy(outputs, y, label_smoothing=self.smoothing)
+
+    def make_schedule(self, optimizer: torch.optim.Optimizer, num_steps: int) -> Any:
+        """Make the schedule; that of a plateau is stepped once an epoch by the training loss, others every step."""
+        schedules = torch.optim.lr_scheduler
+        if self.schedule == "cosine":
+            return schedules.CosineAnnealingLR(optimizer, num_steps)
+        if self.schedule == "one-cycle":
+            return schedules.OneCycleLR(optimizer, 2 * optimizer.param_groups[0]["lr"], num_steps)
+        if self.schedule == "steps":
+            return schedules.MultiStepLR(optimizer, [num_steps // 2, 3 * num_steps // 4], 0.1)
+        if self.schedule == "plateau":
+            return schedules.ReduceLROnPlateau(optimizer, factor=0.3, patience=2)
+        return None
+
+    def augment(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Shift and flip a batch, if this run does."""
+        return augmented(x, generator, self.is_flipped) if self.is_augmented else x
 
 
+def augmented(x: Tensor, generator: torch.Generator, is_flipped: bool = True) -> Tensor:
+    """Flip half of the images, and shift each by up to an eighth."""
+    n, num_channels, height, width = x.shape
+    flips = torch.rand(n, generator=generator) < 0.5 * is_flipped
+    most = height // 8
+    padded = pad(torch.where(flips[:, None, None, None], x.flip(3), x), (most,) * 4)
+    down, right = torch.randint(0, 2 * most + 1, (2, n), generator=generator)
+    rows, columns = down[:, None] + torch.arange(height), right[:, None] + torch.arange(width)
+    image, channel = torch.arange(n)[:, None, None, None], torch.arange(num_channels)[:, None, None]
+    return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def learned(accuracies: np.ndarray, num_classes: int) -> bool:
+    """Tell whether a run was ever correct twice as often as chance; 1.3 times for two classes."""
+    return bool(accuracies.max() > min(2, 0.5 + 0.4 * num_classes) / num_classes)
+
+
+def scaled(x: Tensor) -> Tensor:
+    """Bring bytes into [0, 1]; leave other numbers as they are."""
+    return x.float() / 255 if x.dtype == torch.uint8 else x
+
+
+# %% Plain networks.
 def draw(seed: int, data: Path | None = None, wide: bool = False) -> Run:
     """Draw the run of a seed. Teachers and digits need no folder of data.
 
@@ -75,18 +131,19 @@ def draw(seed: int, data: Path | None = None, wide: bool = False) -> Run:
     is_augmented = bool(network == "res" and source in ("cifar10", "people") and (is_large or r.rand() < 0.7))
     if source == "teacher":
         num_classes = int(r.choice([2, 5, 10]))
-        x, y = teacher(r, n + 3000, num_inputs, num_classes)
+        x, y = tasks.teacher(r, n + 3000, num_inputs, num_classes)
     else:
-        x, y = digits() if source == "digits" else images(data, "cifar10" if source == "people" else source)
+        x, y = tasks.digits() if source == "digits" else tasks.images(data, "cifar10" if source == "people" else source)
     order = np.arange(len(x)) if source == "teacher" else r.permutation(len(x))
     chosen, holdout, test = np.split(order[: n + 3000], [n, min(n + NUM_HOLDOUT, len(order) - 300)])
     if source == "people":
-        said, what = labels_by_people(data, people), f"people's {people}"
-        y_train, y_test_wrong = said[chosen], said[test]
+        said, what, noise, chances = tasks.labels_by_people(data, people), f"people's {people}", 1.0, None
+        y_train, y_holdout_noisy, y_test_noisy = said[chosen], said[holdout], said[test]
     else:
-        what = f"{source} {100 * noise:.0f} % wrong"
-        y_train = partly_wrong(r, y[chosen], noise, num_classes)
-        y_test_wrong = partly_wrong(np.random.RandomState((seed, 1)), y[test], noise, num_classes)
+        what, chances = f"{source} {100 * noise:.0f} % noisy", tasks.transition("random", noise, num_classes)
+        y_train = tasks.partly_redrawn(r, y[chosen], noise, num_classes)
+        y_test_noisy = tasks.partly_redrawn(np.random.RandomState((seed, 1)), y[test], noise, num_classes)
+        y_holdout_noisy = tasks.partly_redrawn(np.random.RandomState((seed, 4)), y[holdout], noise, num_classes)
     shape = x.shape[1:]
 
     def make_network() -> nn.Module:
@@ -105,135 +162,22 @@ def draw(seed: int, data: Path | None = None, wide: bool = False) -> Run:
     return Run(
         seed=seed,
         kind=f"{what}, {network}, {n} samples, {optimizer}" + ", augmented, cosine" * is_augmented,
-        labels="people" if source == "people" else "random" if noise > 0 else "right",
+        labels="people" if source == "people" else "random" if noise > 0 else "correct",
         num_classes=num_classes,
         make_network=make_network,
         make_optimizer=OPTIMIZERS[optimizer],
-        is_augmented=is_augmented,
         x=scaled(x[chosen]),
         y=y_train,
         x_holdout=scaled(x[holdout]),
+        y_holdout=y[holdout],
+        y_holdout_noisy=y_holdout_noisy,
         x_test=scaled(x[test]),
         y_test=y[test],
-        y_test_wrong=y_test_wrong,
+        y_test_noisy=y_test_noisy,
         batch_size=batch_size,
         epochs=epochs,
+        is_augmented=is_augmented,
+        schedule="cosine" if is_augmented else "",
+        has_batch_norm=network in ("bn", "res"),
+        chances=chances,
     )
-
-
-def partly_wrong(r: np.random.RandomState, y: Tensor, noise: float, num_classes: int) -> Tensor:
-    """Draw a share of the labels anew, from all classes."""
-    is_drawn = torch.tensor(r.rand(len(y)) < noise)
-    return torch.where(is_drawn, torch.tensor(r.randint(0, num_classes, len(y))), y)
-
-
-def teacher(r: np.random.RandomState, n: int, num_inputs: int, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Draw inputs, and label them by a random network."""
-    generator = torch.Generator().manual_seed(int(r.randint(2**31)))
-    first = torch.randn(num_inputs, 64, generator=generator) / num_inputs**0.5
-    second = torch.randn(64, num_classes, generator=generator)
-    x = torch.randn(n, num_inputs, generator=generator)
-    return x, (relu(x @ first) @ second).argmax(1)
-
-
-@cache
-def digits() -> tuple[Tensor, Tensor]:
-    """Load scikit-learn's digits."""
-    from sklearn.datasets import load_digits
-
-    found = load_digits()
-    return torch.tensor(found.images).float()[:, None] / 16, torch.tensor(found.target).long()
-
-
-@cache
-def images(folder: Path | None, name: str) -> tuple[Tensor, Tensor]:
-    """Load the training images and labels of a data set."""
-    assert folder is not None, f"--data is needed: a folder with {name}.npz"
-    with np.load(folder / f"{name}.npz") as found:
-        return torch.from_numpy(found["x_train"]), torch.from_numpy(found["y_train"]).long()
-
-
-@cache
-def labels_by_people(folder: Path, name: str) -> Tensor:
-    """Load what people said of the training images of CIFAR-10."""
-    with np.load(folder / "cifar10n.npz") as found:
-        return torch.from_numpy(found[name]).long()
-
-
-def scaled(x: Tensor) -> Tensor:
-    """Bring bytes into [0, 1]; leave other numbers as they are."""
-    return x.float() / 255 if x.dtype == torch.uint8 else x
-
-
-def augmented(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Flip half of the images, and shift each by up to four pixels."""
-    n, num_channels, height, width = x.shape
-    is_flipped = torch.rand(n, generator=generator) < 0.5
-    padded = pad(torch.where(is_flipped[:, None, None, None], x.flip(3), x), (4, 4, 4, 4))
-    down, right = torch.randint(0, 9, (2, n), generator=generator)
-    rows, columns = down[:, None] + torch.arange(height), right[:, None] + torch.arange(width)
-    image, channel = torch.arange(n)[:, None, None, None], torch.arange(num_channels)[:, None, None]
-    return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
-
-
-def learned(accuracies: np.ndarray, num_classes: int) -> bool:
-    """Tell whether a run was ever right twice as often as chance; 1.3 times for two classes."""
-    return bool(accuracies.max() > min(2, 0.5 + 0.4 * num_classes) / num_classes)
-
-
-# %% Networks.
-def fully_connected(
-    size: int, width: int, depth: int, activation: type[nn.Module], dropout: float, num_classes: int
-) -> nn.Module:
-    layers: list[nn.Module] = [nn.Flatten()]
-    for i in range(depth):
-        layers += [nn.Linear(width if i else size, width), activation()]
-        layers += [nn.Dropout(dropout)] if dropout else []
-    return nn.Sequential(*layers, nn.Linear(width, num_classes))
-
-
-def convolutional(inputs: int, size: int, channels: int, kind: str, activation: type[nn.Module]) -> nn.Module:
-    layers: list[nn.Module] = []
-    for outputs in (channels, 2 * channels, 2 * channels):
-        layers += [nn.Conv2d(inputs, outputs, 3, 1 if kind == "pool" else 2, 1)]
-        layers += [nn.BatchNorm2d(outputs)] if kind == "bn" else []
-        layers += [activation()]
-        layers += [nn.MaxPool2d(2, ceil_mode=True)] if kind == "pool" else []
-        inputs, size = outputs, -(-size // 2)
-    layers += [nn.Flatten(), *([nn.Dropout(0.3)] if kind == "drop" else [])]
-    return nn.Sequential(*layers, nn.Linear(inputs * size**2, 10))
-
-
-class Block(nn.Module):
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        first = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
-        second = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs)
-        self.body = nn.Sequential(*first, *second)
-        self.skip: nn.Module = nn.Identity()
-        if inputs != outputs or stride > 1:
-            self.skip = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return relu(self.body(x) + self.skip(x))
-
-
-def residual(inputs: int, channels: int) -> nn.Module:
-    stem = nn.Conv2d(inputs, channels, 3, 2, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()
-    blocks = Block(channels, channels, 1), Block(channels, 2 * channels, 2)
-    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * channels, 10))
-
-
-class VisionTransformer(nn.Module):
-    """Sees an image as 16 patches."""
-
-    def __init__(self, inputs: int, size: int, width: int, depth: int, dropout: float) -> None:
-        super().__init__()
-        self.patches = nn.Conv2d(inputs, width, size // 4, size // 4)
-        self.positions = nn.Parameter(0.02 * torch.randn(16, width))
-        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout, "gelu", batch_first=True, norm_first=True)
-        self.encoder = nn.TransformerEncoder(layer, depth, nn.LayerNorm(width), enable_nested_tensor=False)
-        self.head = nn.Linear(width, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.encoder(self.patches(x).flatten(2).mT + self.positions).mean(1))
