@@ -134,21 +134,17 @@ class RiskSession(Session):
         """Compute the values of a loader, and the warnings about them."""
         if not self.is_estimating:
             return {}, {}
-        monitor, metric = self.monitor, self.metric(dataloader_idx)
-        if self._training is not None and self._forgetting is not None:  # otherwise this process had no batch
-            metric.add_sums("training", self._training)
-            metric.add_sums("forgetting", self._forgetting)
-        monitor.num_training = self.samples.num_training(self.trainer)
-        metric.set_size(max(1, monitor.num_training), checks.num_trained_weights(self.module))
+        metric = self.metric(dataloader_idx)
+        self._add_training_samples(metric)
         values, messages = metric.compute(), metric.messages
         is_finite = all(bool(value.isfinite()) for value in values.values())
-        if monitor.validation_labels:
+        if self.monitor.validation_labels:
             self._add_label_values(values, messages)
         # Where outputs are nan or inf, nan is logged; where our own passes failed, nothing.
         if "no variance" in messages or (not is_finite and "non-finite" not in messages):
             return {}, messages
         if dataloader_idx == 0:
-            monitor.fit_state.history.append((self.trainer.current_epoch, float(values["risk_estimate"])))
+            self.monitor.fit_state.history.append((self.trainer.current_epoch, float(values["risk_estimate"])))
         return values, messages
 
     # Training samples
@@ -196,6 +192,14 @@ class RiskSession(Session):
             forgetting = forgetting.to(part.device) + twin.weight * part
         self._training = training if self._training is None else self._training + training
         self._forgetting = forgetting if self._forgetting is None else self._forgetting + forgetting
+
+    def _add_training_samples(self, metric: RiskEstimate) -> None:
+        """Give a metric the scores of the kept samples, and the number of all; every process must call it."""
+        if self._training is not None and self._forgetting is not None:  # otherwise this process had no batch
+            metric.add_sums("training", self._training)
+            metric.add_sums("forgetting", self._forgetting)
+        self.monitor.num_training = self.samples.num_training(self.trainer)
+        metric.set_size(max(1, self.monitor.num_training), checks.num_trained_weights(self.module))
 
     # Validation labels
 

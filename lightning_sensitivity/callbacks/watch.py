@@ -105,18 +105,21 @@ def loss_mismatch(outputs: Tensor, targets: Tensor, loss: Tensor, num_accumulate
     value = float(loss)
     if not len(losses) or not math.isfinite(value):
         return None
-    plain = float(losses.mean())
-    highest = float(losses.max()) * (1 + _LOSS_TOLERANCE) + _LOSS_TOLERANCE
-    for mean in (value, value * num_accumulated):
-        is_mean = mean <= highest
-        is_sum = abs(mean / len(losses) - plain) <= _LOSS_TOLERANCE * plain
-        if is_mean or is_sum:
-            return None
+    if _is_mean_or_sum(value, losses) or _is_mean_or_sum(value * num_accumulated, losses):
+        return None
     return (
         f"The loss of the first training step, {value:.3g}, cannot be the cross-entropy of the measured outputs, which "
-        f"is {plain:.3g}. If the step scales them or adds a head, select its logits with `outputs=`; "
+        f"is {float(losses.mean()):.3g}. If the step scales them or adds a head, select its logits with `outputs=`; "
         "if it adds other losses, ignore this."
     )
+
+
+def _is_mean_or_sum(value: float, losses: Tensor) -> bool:
+    """Return whether a value could be a weighted mean of the losses of samples, or their plain sum."""
+    plain = float(losses.mean())
+    is_mean = value <= float(losses.max()) * (1 + _LOSS_TOLERANCE) + _LOSS_TOLERANCE
+    is_sum = abs(value / len(losses) - plain) <= _LOSS_TOLERANCE * plain
+    return is_mean or is_sum
 
 
 def _are_similar(ours: Any, theirs: Any, tolerance: float) -> bool:
