@@ -18,7 +18,7 @@ from lightning_sensitivity.callbacks.batches import Batch, CleanOutputs, Group, 
 from lightning_sensitivity.callbacks.fit import Phase
 from lightning_sensitivity.callbacks.samples import TrainingSamples
 from lightning_sensitivity.callbacks.session import Session
-from lightning_sensitivity.callbacks.twin_passes import NUM_TWINS_FOR_TRAINING, TwinPasses
+from lightning_sensitivity.callbacks.twin_passes import NUM_TWINS_FOR_TRAINING, TwinPasses, join_small
 from lightning_sensitivity.functional.risk import LABEL_WEIGHT, TWIN_STRENGTH
 from lightning_sensitivity.functional.risk_sums import forgetting_sums, holdout_sums, label_sums
 from lightning_sensitivity.functional.tasks import IGNORED, Task
@@ -118,10 +118,11 @@ class RiskSession(Session):
                 f"Expected {self.samples.num_outputs} outputs, as training samples have, got {num_outputs(outputs)} "
                 "outputs of validation samples"
             )
-        num_total = self.selections[group.dataloader_idx].num_selected * group.batches[0].size * self.trainer.world_size
+        num_batches = self.selections[group.dataloader_idx].num_selected * self.trainer.world_size
+        num_total = num_batches * group.batches[0].size
         key = self.monitor.seed, self.trainer.global_rank, group.dataloader_idx, group.batches[0].batch_idx
         sums = torch.zeros(())
-        for twin in self._twins.of(run, group.call, outputs, key, num_total):
+        for twin in join_small(self._twins.passes(run, group.call, outputs, key, num_total)):
             part = holdout_sums(outputs[twin.samples], twin.outputs, self.task, twin.reference)
             sums = sums.to(part.device) + twin.weight * part
         labels = self._label_sums(outputs, group)
@@ -187,7 +188,8 @@ class RiskSession(Session):
         forgetting = torch.zeros(())
         num_kept = sum(len(kept.targets) for kept in self.samples.batches)
         key = self.monitor.seed, 0, _KEPT, group.batches[0].batch_idx
-        for twin in twins.of(run, group.call, outputs, key, num_kept, NUM_TWINS_FOR_TRAINING):
+        passes = twins.passes(run, group.call, outputs, key, num_kept, NUM_TWINS_FOR_TRAINING)
+        for twin in join_small(passes):
             part = forgetting_sums(twin.reference, twin.outputs, targets[twin.samples], self.task)
             forgetting = forgetting.to(part.device) + twin.weight * part
         self._training = training if self._training is None else self._training + training
