@@ -181,10 +181,11 @@ class RiskMonitor(Monitor):
         watch = self.run_facts.watch
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         samples = self.fit_state.samples
-        if watch is not None and watch.step_outputs is not None and isinstance(loss, Tensor) and samples is not None:
+        step_outputs = None if watch is None else watch.step_outputs
+        if step_outputs is not None and isinstance(loss, Tensor) and samples is not None:
             with self.run_facts.failures.warn_on_failure("could not compare the loss of a step"):
                 targets = samples.batches[0].targets
-                problem = loss_mismatch(watch.step_outputs, targets, loss, trainer.accumulate_grad_batches)
+                problem = loss_mismatch(step_outputs, targets, loss, trainer.accumulate_grad_batches)
                 if problem is not None:
                     self.run_facts.failures.warn("loss", f"may not estimate what your step trains. {problem}")
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
@@ -214,7 +215,8 @@ class RiskMonitor(Monitor):
     def should_measure(self, trainer: Trainer) -> bool:
         """Decide whether to measure: a fit that has what the estimate needs, or a validation before its first batch."""
         is_fit = trainer.state.fn == TrainerFn.FITTING
-        return is_fit and self.fit_state.phase in (Phase.STARTING, Phase.ESTIMATING) and super().should_measure(trainer)
+        can_estimate = self.fit_state.phase in (Phase.STARTING, Phase.ESTIMATING)
+        return is_fit and can_estimate and super().should_measure(trainer)
 
     def make_session(self, trainer: Trainer, clean: CleanOutputs) -> RiskSession:
         """Make what measures a validation."""

@@ -6,7 +6,7 @@ from contextlib import suppress
 from typing import Any
 
 from lightning.pytorch import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.hooks import RemovableHandle
 
@@ -58,18 +58,17 @@ class CallWatch:
         self._handles = []
         return self._differing
 
-    def _compare(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _compare(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.was_called or is_isolated(self._pl_module):
             return
         self.was_called = True
         with suppress(Exception):  # it runs in the user's step, on whatever is given there
             theirs = self._bind(args, kwargs)
             tolerance = 1.0 if module.training else 0.01  # steps of training augment
-            self._differing = [
-                name for name, value in theirs.items() if not _are_similar(self._ours.get(name), value, tolerance)
-            ]
+            are_similar = {name: _are_similar(self._ours.get(name), theirs[name], tolerance) for name in theirs}
+            self._differing = [name for name, is_similar in are_similar.items() if not is_similar]
 
-    def _keep_outputs(self, module: Any, args: Any, result: Any) -> None:
+    def _keep_outputs(self, module: nn.Module, args: object, result: object) -> None:
         if self.step_outputs is not None or is_isolated(self._pl_module):
             return
         with suppress(Exception):
@@ -122,7 +121,7 @@ def _is_mean_or_sum(value: float, losses: Tensor) -> bool:
     return is_mean or is_sum
 
 
-def _are_similar(ours: Any, theirs: Any, tolerance: float) -> bool:
+def _are_similar(ours: object, theirs: object, tolerance: float) -> bool:
     our_tensors, their_tensors = tensors_in(ours), tensors_in(theirs)
     if not our_tensors and not their_tensors:
         return _are_same_plain_values(ours, theirs)
@@ -132,7 +131,7 @@ def _are_similar(ours: Any, theirs: Any, tolerance: float) -> bool:
     return all(_have_similar_statistics(x.detach().float(), y.detach().float(), tolerance) for x, y in pairs)
 
 
-def _are_same_plain_values(ours: Any, theirs: Any) -> bool:
+def _are_same_plain_values(ours: object, theirs: object) -> bool:
     """Compare numbers, strings and None; other objects are taken as the same."""
     plain = (str, int, float, type(None))
     if not isinstance(ours, plain) and not isinstance(theirs, plain):

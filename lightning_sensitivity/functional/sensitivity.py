@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -242,7 +242,7 @@ def loss_estimate(
     return ((variance + offset) / 2).sqrt()
 
 
-def _check_outputs(name: str, outputs: Any) -> None:
+def _check_outputs(name: str, outputs: object) -> None:
     if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
         got = getattr(outputs, "dtype", type(outputs))
         raise TypeError(f"Expected `{name}` to be a floating tensor of outputs (logits), but got {got}.")

@@ -239,7 +239,7 @@ def is_floating(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_nested
 
 
-def tensors_in(value: Any) -> list[Tensor]:
+def tensors_in(value: object) -> list[Tensor]:
     """List the tensors in a value and its tuples, lists and dicts."""
     if isinstance(value, Tensor):
         return [value]
