@@ -235,7 +235,8 @@ def loss_estimate(
     """
     if num_outputs < 2:
         raise ValueError(f"Expected `num_outputs` to be 2 or more, but got {num_outputs}.")
-    sensitivity = torch.as_tensor(sensitivity, dtype=None if isinstance(sensitivity, Tensor) else torch.float64)
+    if not isinstance(sensitivity, Tensor):
+        sensitivity = torch.as_tensor(sensitivity, dtype=torch.float64)
     dtype, device = sensitivity.dtype, sensitivity.device
     power, std = (torch.as_tensor(each, dtype=dtype, device=device) for each in (input_power, noise_std))
     variance = (num_outputs - 1) / num_outputs * sensitivity * (power / std.square()).mean()

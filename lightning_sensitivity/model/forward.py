@@ -198,14 +198,19 @@ def select_targets(model: nn.Module, batch: Any, targets: Selector | None = None
     elif isinstance(batch, list | tuple):
         selected = batch[-1] if len(batch) == max(1, num_required(model)) + 1 else None
     elif not isinstance(batch, Tensor):
-        named = {n: batch.get(n) if isinstance(batch, Mapping) else getattr(batch, n, None) for n in TARGET_NAMES}
-        tensors = [value for value in named.values() if isinstance(value, Tensor)]
+        named = [_entry(batch, name) for name in TARGET_NAMES]
+        tensors = [value for value in named if isinstance(value, Tensor)]
         selected = tensors[0] if len(tensors) == 1 else None
     if not isinstance(selected, Tensor):
         raise MisconfigurationException(
             f"`targets` should return the labels, such as `targets=lambda batch: batch[1]`, from {describe(batch)}."
         )
     return selected
+
+
+def _entry(batch: Any, name: str) -> object:
+    """Return an entry of a mapping, or an attribute of another object; None if there is none."""
+    return batch.get(name) if isinstance(batch, Mapping) else getattr(batch, name, None)
 
 
 def parameters_of(model: nn.Module) -> list[inspect.Parameter]:

@@ -141,12 +141,18 @@ def all_modules(model: nn.Module) -> list[nn.Module]:
     modules = dict.fromkeys(model.modules())
     for module in list(modules):
         for name, value in vars(module).items():
-            if name in _MODULE_ATTRIBUTES or not isinstance(value, list | tuple | dict) or len(value) > _MAX_ITEMS:
-                continue
-            for item in value.values() if isinstance(value, dict) else value:
-                if isinstance(item, nn.Module):
-                    modules.update(dict.fromkeys(item.modules()))
+            if name not in _MODULE_ATTRIBUTES:
+                for hidden in _modules_in(value):
+                    modules.update(dict.fromkeys(hidden.modules()))
     return list(modules)
+
+
+def _modules_in(value: object) -> list[nn.Module]:
+    """List the modules in a list, tuple or dict, unless it is long."""
+    if not isinstance(value, list | tuple | dict) or len(value) > _MAX_ITEMS:
+        return []
+    items = value.values() if isinstance(value, dict) else value
+    return [item for item in items if isinstance(item, nn.Module)]
 
 
 @dataclass
