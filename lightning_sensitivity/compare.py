@@ -53,7 +53,7 @@ class _Settings:
     device: torch.device
 
     def __post_init__(self) -> None:
-        check_argument("at", self.at, self.at is None or isinstance(self.at, str), "a submodule's name or None")
+        check_argument("at", self.at, isinstance(self.at, str | None), "a submodule's name or None")
         tasks = ", ".join(map(repr, TASKS))
         check_argument("task", self.task, self.task in (*TASKS, None), f"one of {tasks} or None")
         check_int("num_draws", self.num_draws, 1)

@@ -61,7 +61,7 @@ def mark_updated(metric: Metric) -> None:
 # torch
 
 
-def sync_buffers(model: Any) -> None:
+def sync_buffers(model: object) -> None:
     """Broadcast the buffers of a model under DDP, as its first forward of a validation would."""
     if isinstance(model, DistributedDataParallel):
         wrapper: Any = model  # its methods have no types

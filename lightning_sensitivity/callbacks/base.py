@@ -17,7 +17,7 @@ from lightning_sensitivity.callbacks import trainer as checks
 from lightning_sensitivity.callbacks.batches import CleanOutputs
 from lightning_sensitivity.callbacks.failures import Failures
 from lightning_sensitivity.callbacks.run import RunFacts
-from lightning_sensitivity.callbacks.session import _STANDS, Session, could_not_measure
+from lightning_sensitivity.callbacks.session import LAST_IS_KEPT, Session, could_not_measure
 from lightning_sensitivity.callbacks.watch import CallWatch
 from lightning_sensitivity.functional.reporting import warn
 from lightning_sensitivity.model import ModelCall
@@ -98,8 +98,8 @@ class Monitor(Callback, ABC):
         if stage not in ("fit", "validate", "test"):
             return
         checks.check_run(type(self).__name__, trainer, pl_module, stage)
-        others = {name for other in monitors_of(trainer) if other is not self for name in other.prefixed_names()}
-        is_unique = others.isdisjoint(self.prefixed_names())
+        others = [monitor for monitor in monitors_of(trainer) if monitor is not self]
+        is_unique = all(other.prefixed_names().isdisjoint(self.prefixed_names()) for other in others)
         check_argument("prefix", self.prefix, is_unique, "different in monitors that log the same names")
         self.run_facts = RunFacts(Failures(type(self).__name__, self.prefix))
         self._last_epoch = None
@@ -182,7 +182,7 @@ class Monitor(Callback, ABC):
         if batch_idx == 0:
             session.start_loader(dataloader_idx)
         if batch is not None:
-            with self.run_facts.failures.warn_on_failure(could_not_measure(dataloader_idx), _STANDS):
+            with self.run_facts.failures.warn_on_failure(could_not_measure(dataloader_idx), LAST_IS_KEPT):
                 session.collect(batch, batch_idx, dataloader_idx)
         if compat.is_last_batch(trainer):
             session.flush()
@@ -253,6 +253,11 @@ class Monitor(Callback, ABC):
         self.run_facts.taken |= taken
         self.run_facts.failures.warn("taken", f"{message} Until then, the monitor does not log it.")
 
+    def drop_watch(self) -> list[str]:
+        """Stop watching the step, and return the names of arguments that differ from ours."""
+        watch, self.run_facts.watch = self.run_facts.watch, None
+        return [] if watch is None else watch.end()
+
     def free(self) -> None:
         """Remove our hooks, and free what refers to the module."""
         self._end_watch()
@@ -289,11 +294,6 @@ class Monitor(Callback, ABC):
         if self.every_n_epochs > 1:
             skipped = f"in the epochs that `every_n_epochs={self.every_n_epochs}` skips"
             warn(f"`{consumer.owner}` sees a stale `{consumer.name}` {skipped}.")
-
-    def drop_watch(self) -> list[str]:
-        """Stop watching the step, and return the names of arguments that differ from ours."""
-        watch, self.run_facts.watch = self.run_facts.watch, None
-        return [] if watch is None else watch.end()
 
     def _end_watch(self) -> None:
         names = self.drop_watch()

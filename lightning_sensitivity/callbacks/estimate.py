@@ -18,7 +18,7 @@ from lightning_sensitivity.callbacks.batches import Batch, CleanOutputs, Group, 
 from lightning_sensitivity.callbacks.fit import Phase
 from lightning_sensitivity.callbacks.samples import TrainingSamples
 from lightning_sensitivity.callbacks.session import Session
-from lightning_sensitivity.callbacks.twin_passes import NUM_TWINS_FOR_TRAINING, TwinPasses
+from lightning_sensitivity.callbacks.twin_passes import NUM_TWINS_FOR_TRAINING, TwinPasses, join_small
 from lightning_sensitivity.functional.risk import LABEL_WEIGHT, TWIN_STRENGTH
 from lightning_sensitivity.functional.risk_sums import forgetting_sums, holdout_sums, label_sums
 from lightning_sensitivity.functional.tasks import Task, has_ignored_value
@@ -118,10 +118,11 @@ class RiskSession(Session):
                 f"Expected {self.samples.num_outputs} outputs, as training samples have, got {num_outputs(outputs)} "
                 "outputs of validation samples"
             )
-        num_total = self.selections[group.dataloader_idx].num_selected * group.batches[0].size * self.trainer.world_size
+        num_batches = self.selections[group.dataloader_idx].num_selected * self.trainer.world_size
+        num_total = num_batches * group.batches[0].size
         key = self.monitor.seed, self.trainer.global_rank, group.dataloader_idx, group.batches[0].batch_idx
         sums = torch.zeros(())
-        for twin in self._twins.of(run, group.call, outputs, key, num_total):
+        for twin in join_small(self._twins.passes(run, group.call, outputs, key, num_total)):
             part = holdout_sums(outputs[twin.samples], twin.outputs, self.task, twin.reference)
             sums = sums.to(part.device) + twin.weight * part
         labels = self._label_sums(outputs, group)
@@ -134,21 +135,17 @@ class RiskSession(Session):
         """Compute the values of a loader, and the warnings about them."""
         if not self.is_estimating:
             return {}, {}
-        monitor, metric = self.monitor, self.metric(dataloader_idx)
-        if self._training is not None and self._forgetting is not None:  # otherwise this process had no batch
-            metric.add_sums("training", self._training)
-            metric.add_sums("forgetting", self._forgetting)
-        monitor.num_training = self.samples.num_training(self.trainer)
-        metric.set_size(max(1, monitor.num_training), checks.num_trained_weights(self.module))
+        metric = self.metric(dataloader_idx)
+        self._add_training_samples(metric)
         values, messages = metric.compute(), metric.messages
         is_finite = all(bool(value.isfinite()) for value in values.values())
-        if monitor.validation_labels:
+        if self.monitor.validation_labels:
             self._add_label_values(values, messages)
         # Where outputs are nan or inf, nan is logged; where our own passes failed, nothing.
         if "no variance" in messages or (not is_finite and "non-finite" not in messages):
             return {}, messages
         if dataloader_idx == 0:
-            monitor.fit_state.history.append((self.trainer.current_epoch, float(values["risk_estimate"])))
+            self.monitor.fit_state.history.append((self.trainer.current_epoch, float(values["risk_estimate"])))
         return values, messages
 
     # Training samples
@@ -191,11 +188,20 @@ class RiskSession(Session):
         forgetting = torch.zeros(())
         num_kept = sum(len(kept.targets) for kept in self.samples.batches)
         key = self.monitor.seed, 0, _KEPT, group.batches[0].batch_idx
-        for twin in twins.of(run, group.call, outputs, key, num_kept, NUM_TWINS_FOR_TRAINING):
+        passes = twins.passes(run, group.call, outputs, key, num_kept, NUM_TWINS_FOR_TRAINING)
+        for twin in join_small(passes):
             part = forgetting_sums(twin.reference, twin.outputs, targets[twin.samples], self.task)
             forgetting = forgetting.to(part.device) + twin.weight * part
         self._training = training if self._training is None else self._training + training
         self._forgetting = forgetting if self._forgetting is None else self._forgetting + forgetting
+
+    def _add_training_samples(self, metric: RiskEstimate) -> None:
+        """Give a metric the scores of the kept samples, and the number of all; every process must call it."""
+        if self._training is not None and self._forgetting is not None:  # otherwise this process had no batch
+            metric.add_sums("training", self._training)
+            metric.add_sums("forgetting", self._forgetting)
+        self.monitor.num_training = self.samples.num_training(self.trainer)
+        metric.set_size(max(1, self.monitor.num_training), checks.num_trained_weights(self.module))
 
     # Validation labels
 

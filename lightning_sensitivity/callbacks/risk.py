@@ -33,45 +33,43 @@ from lightning_sensitivity.model.twins import InitialWeights
 class RiskMonitor(Monitor):
     r"""Log an estimate of the Brier score on unseen samples in every validation epoch, to stop by.
 
-    It needs only training labels, which may be noisy; validation labels, if there are some, make it better. See
-    :func:`~lightning_sensitivity.functional.risk_estimate` for the formula and its terms. Regressions and dense outputs
-    have no estimate.
+    It needs only training labels, which may be noisy; validation labels help. The formula is that of
+    :func:`~lightning_sensitivity.functional.risk_estimate`. Regressions and dense outputs have no estimate.
 
-    **Logged values**, only in ``Trainer.fit``, with ``prefix`` before them: ``risk_estimate`` and the terms that it
-    sums, ``risk_claim``, ``risk_overconfidence``, ``risk_memorization``, ``risk_forgetting``, ``risk_variance``. If the
-    first validation has no value, nan is logged. At the end of a fit, one line says where the estimate was lowest.
+    **Logged values**, only in ``Trainer.fit``, after ``prefix``: ``risk_estimate`` and its terms ``risk_claim``,
+    ``risk_overconfidence``, ``risk_memorization``, ``risk_forgetting``, ``risk_variance``; nan if the first validation
+    has no value. The end of a fit says where the estimate was lowest.
 
-    It costs two passes over the measured samples (three with batch norm) and two over the kept training samples.
+    It costs two passes over the measured and the kept training samples, three with batch norm.
 
     Args:
-        task: ``"multiclass"``, ``"binary"``, ``"multilabel"``, or ``"auto"``, to infer it from labels and outputs.
-        targets: A function ``batch -> labels``, without randomness; by default see
+        task: ``"multiclass"``, ``"binary"``, ``"multilabel"``, or ``"auto"``, to infer it.
+        targets: A function ``batch -> labels`` without randomness; by default
             :func:`~lightning_sensitivity.model.select_targets`. Labels of -100 are ignored.
-        validation_labels: Score the labels that validation samples have, few or all, and log their score combined
-            with the estimate, which counts as much as 60 labels; also ``risk_label_score`` and ``risk_num_labels``.
-        initial_weights: State dict from before training. Pass it if a fit starts from trained weights.
-        num_training_samples: How many training samples are kept, in whole batches.
-        num_samples: Samples to measure per loader and epoch; None for all. Batches are measured whole, evenly spaced.
+        validation_labels: Combine the estimate, which counts as much as 60 labels, with the score on validation
+            labels; also log ``risk_label_score`` and ``risk_num_labels``.
+        initial_weights: State dict from before training, if a fit starts from trained weights.
+        num_training_samples: Training samples to keep, in whole batches.
+        num_samples: Samples per loader and epoch, in whole, evenly spaced batches; None for all.
         seed: Seed of the simulated twins.
-        prefix: Prefix of the logged names; with ``"val/"`` TensorBoard groups them with ``val/loss``.
-        inputs: A function ``batch -> arguments`` of the model; by default see
-            :class:`~lightning_sensitivity.model.ModelCall`.
-        outputs: A function ``result -> logits``, ``(N, K)`` or ``(N,)``; by default see
+        prefix: Of the logged names; with ``"val/"`` TensorBoard groups them with ``val/loss``.
+        inputs: A function ``batch -> arguments``; by default see :class:`~lightning_sensitivity.model.ModelCall`.
+        outputs: A function ``result -> logits``, ``(N, K)`` or ``(N,)``; by default
             :func:`~lightning_sensitivity.model.select_outputs`.
-        every_n_epochs: Measure only every n-th epoch of a fit: 0, n, 2n, ...
+        every_n_epochs: Measure in epochs 0, n, 2n, ...
         prog_bar: Show the estimate on the progress bar.
 
     Raises:
-        MisconfigurationException: If an argument is invalid; before the first training step, if the Trainer or the
-            model is not supported, or if the module or another callback logs the same names. It is also raised if no
-            estimate is possible, but one is monitored, or ``task``, ``targets`` or ``initial_weights`` is given.
+        MisconfigurationException: If an argument is invalid; before the first training step, if the Trainer or
+            model is not supported, names are already logged, or no estimate is possible, but one is monitored, or
+            ``task``, ``targets`` or ``initial_weights`` is given.
 
     Example:
         >>> from lightning.pytorch import Trainer
         >>> from lightning.pytorch.callbacks import EarlyStopping
         >>> from lightning_sensitivity import RiskMonitor
-        >>> stopping = EarlyStopping(monitor="val_risk_estimate", patience=10)
-        >>> trainer = Trainer(callbacks=[RiskMonitor(), stopping], logger=False)
+        >>> callbacks = [RiskMonitor(), EarlyStopping("val_risk_estimate", patience=10)]
+        >>> trainer = Trainer(callbacks=callbacks, logger=False)
     """
 
     names = tuple(f"risk_{name}" for name in RiskTerms._fields)
@@ -181,10 +179,11 @@ class RiskMonitor(Monitor):
         watch = self.run_facts.watch
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         samples = self.fit_state.samples
-        if watch is not None and watch.step_outputs is not None and isinstance(loss, Tensor) and samples is not None:
+        step_outputs = None if watch is None else watch.step_outputs
+        if step_outputs is not None and isinstance(loss, Tensor) and samples is not None:
             with self.run_facts.failures.warn_on_failure("could not compare the loss of a step"):
                 targets = samples.batches[0].targets
-                problem = loss_mismatch(watch.step_outputs, targets, loss, trainer.accumulate_grad_batches)
+                problem = loss_mismatch(step_outputs, targets, loss, trainer.accumulate_grad_batches)
                 if problem is not None:
                     self.run_facts.failures.warn("loss", f"may not estimate what your step trains. {problem}")
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
@@ -214,7 +213,8 @@ class RiskMonitor(Monitor):
     def should_measure(self, trainer: Trainer) -> bool:
         """Decide whether to measure: a fit that has what the estimate needs, or a validation before its first batch."""
         is_fit = trainer.state.fn == TrainerFn.FITTING
-        return is_fit and self.fit_state.phase in (Phase.STARTING, Phase.ESTIMATING) and super().should_measure(trainer)
+        can_estimate = self.fit_state.phase in (Phase.STARTING, Phase.ESTIMATING)
+        return is_fit and can_estimate and super().should_measure(trainer)
 
     def make_session(self, trainer: Trainer, clean: CleanOutputs) -> RiskSession:
         """Make what measures a validation."""

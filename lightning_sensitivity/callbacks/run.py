@@ -2,7 +2,7 @@
 
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -74,13 +74,11 @@ def first_pass(model: nn.Module, run: RunIsolated, call: ModelCall) -> FirstPass
         run: Runs it without a trace.
         call: Calls it on the batch.
     """
-    num_elements = max((x.numel() for x in tensors_in([call.args, call.kwargs]) if not x.is_nested), default=0)
+    num_elements = _largest_size([call.args, call.kwargs])
 
-    def note_elements(module: nn.Module, args: Any, result: Any) -> None:
+    def note_elements(module: nn.Module, args: object, result: object) -> None:
         nonlocal num_elements
-        for tensor in tensors_in(result):
-            if not tensor.is_nested:
-                num_elements = max(num_elements, tensor.numel())
+        num_elements = max(num_elements, _largest_size(result))
 
     with ExitStack() as hooks:
         for module in model.modules():
@@ -90,3 +88,8 @@ def first_pass(model: nn.Module, run: RunIsolated, call: ModelCall) -> FirstPass
     size = max(1, call.sizes[0] or len(outputs))
     facts = LoaderFacts(size, max(num_elements, outputs.numel()) / size)
     return FirstPass(outputs, written, facts)
+
+
+def _largest_size(value: object) -> int:
+    """Count the elements of the largest tensor in a value, except nested ones."""
+    return max((tensor.numel() for tensor in tensors_in(value) if not tensor.is_nested), default=0)

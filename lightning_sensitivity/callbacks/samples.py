@@ -69,7 +69,8 @@ class TrainingSamples:
         task = self.task or infer_task(outputs, targets)
         task.check(outputs, targets)
         self.task = task
-        self.batches.append(KeptBatch(move_data_to_device(batch, torch.device("cpu")), targets.to("cpu", copy=True)))
+        on_cpu = move_data_to_device(batch, torch.device("cpu"))
+        self.batches.append(KeptBatch(on_cpu, targets.to("cpu", copy=True)))
         self.num_missing -= len(outputs)
         self.num_outputs = num_outputs(outputs)
 
@@ -91,7 +92,8 @@ class TrainingSamples:
         """Count from 0, and stop keeping samples, since a new epoch repeats them."""
         num_seen = int(self._num_seen)
         self._num_in_past_epochs += num_seen
-        is_whole = math.isinf(trainer.num_training_batches) or self._num_batches >= trainer.num_training_batches
+        num_batches = trainer.num_training_batches
+        is_whole = math.isinf(num_batches) or self._num_batches >= num_batches
         if is_whole:  # otherwise the fit resumed in the middle of that epoch and saw only the rest of it
             self._longest_epoch = max(self._longest_epoch, num_seen)
             self.num_missing = 0
@@ -101,7 +103,8 @@ class TrainingSamples:
     def num_training(self, trainer: Trainer) -> int:
         """Compute n, the number of different training samples over all processes, which must all call it."""
         num_seen = max(self._num_before, self._num_in_this_process(trainer))
-        total = trainer.strategy.reduce(torch.tensor(num_seen, device=trainer.strategy.root_device), reduce_op="sum")
+        strategy = trainer.strategy
+        total = strategy.reduce(torch.tensor(num_seen, device=strategy.root_device), reduce_op="sum")
         return int(min(int(total), self._size_of_dataset(trainer)))
 
     def _num_in_this_process(self, trainer: Trainer) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
@@ -31,38 +30,37 @@ from lightning_sensitivity.model.noise import check_noise, noisy_outputs, submod
 class SensitivityMonitor(Monitor):
     r"""Log the output sensitivity of the model in every validation epoch, without labels.
 
-    Sensitivity S is the variance of the class-averaged change of the outputs under input noise (Forouzesh, Salehi and
-    Thiran, ICPR 2020, arXiv:2007.15378). It grows with the gap between validation and training loss, and is lowest
+    Sensitivity is the variance of the class-averaged output change under input noise (Forouzesh, Salehi and
+    Thiran, arXiv:2007.15378). It grows with the gap between validation and training loss; it is lowest
     before training. To choose when to stop, use :class:`~lightning_sensitivity.RiskMonitor`.
 
-    **Logged values**, with ``prefix`` before them (in ``Trainer.test`` with "test" for "val"): ``output_sensitivity``,
-    in squared units of the outputs, and its standard error ``output_sensitivity_stderr``. The attribute ``metrics``
-    has the metric of each loader after a validation.
+    **Logged values**, after ``prefix`` (in ``Trainer.test`` with "test" for "val"): ``output_sensitivity``,
+    in squared units of the outputs, and its standard error ``output_sensitivity_stderr``. ``metrics`` has
+    the metric of each loader afterwards.
 
-    It costs 1 + ``num_draws`` forward passes over the measured samples. Small batches are measured together.
+    It costs 1 + ``num_draws`` passes over the measured samples.
 
     Args:
-        noise: σ of Gaussian noise in the units that the model receives, one number or one per channel, or a function
+        noise: σ of Gaussian noise in the units that the model receives, one or one per channel, or a function
             ``(x, generator) -> x'``.
-        at: Perturb the output of this submodule instead of the input.
+        at: Submodule whose output is perturbed instead of the input.
         num_draws: Noise draws per sample.
-        per_output: Log the mean squared change of the single outputs instead, which also makes sense for probabilities
-            and two-class heads.
-        num_samples: Samples times draws to measure per loader and epoch, over all processes; None for all. Batches are
-            measured whole, evenly spaced and the same in every epoch. 1,200 give a standard error of about 5 %.
+        per_output: Log the mean squared change of the single outputs instead, also for probabilities and two-class
+            heads.
+        num_samples: Samples times draws per loader and epoch, over all processes, in whole, evenly spaced
+            batches, the same in every epoch; None for all. 1,200 give a standard error of about 5 %.
         seed: Seed of the noise. A batch gets the same noise in every epoch.
-        prefix: Prefix of the logged names; with ``"val/"`` TensorBoard groups them with ``val/loss``.
-        inputs: A function ``batch -> arguments`` of the model; by default see
-            :class:`~lightning_sensitivity.model.ModelCall`, which also says what is perturbed.
-        outputs: A function ``result -> logits``, ``(N, K, ...)``, of what the model returns; by default see
+        prefix: Of the logged names; with ``"val/"`` TensorBoard groups them with ``val/loss``.
+        inputs: A function ``batch -> arguments``; by default see :class:`~lightning_sensitivity.model.ModelCall`,
+            which also says what is perturbed.
+        outputs: A function ``result -> logits``, ``(N, K, ...)``; by default
             :func:`~lightning_sensitivity.model.select_outputs`.
-        every_n_epochs: Measure only every n-th epoch of a fit: 0, n, 2n, ...
+        every_n_epochs: Measure in epochs 0, n, 2n, ... of a fit.
         prog_bar: Show the sensitivity on the progress bar.
 
     Raises:
         MisconfigurationException: If an argument is invalid; before the first training step, if the Trainer or the
-            model is not supported, if outputs are probabilities, or if the module or another callback logs the same
-            names.
+            model is not supported, outputs are probabilities, or names are already logged.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -159,10 +157,8 @@ class SensitivitySession(Session):
         clean = self.clean.get(run, group)
         start = self.monitor.seed, self.trainer.global_rank, group.dataloader_idx
         keys = [(*start, batch.batch_idx) for batch in group.batches]  # each batch has noise of its own
-        rows = torch.zeros(())
-        for noisy in self.monitor.noisy_outputs(self.module, run, group.call, keys):
-            rows = rows.to(clean.device) + sensitivity_rows(clean, noisy)
-        self.metric(group.dataloader_idx).add_rows(rows)
+        noisy = self.monitor.noisy_outputs(self.module, run, group.call, keys)
+        self.metric(group.dataloader_idx).add_rows(sensitivity_rows(clean, noisy))
 
     def compute_values(self, dataloader_idx: int) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Compute the values of a loader, and the warnings about them."""

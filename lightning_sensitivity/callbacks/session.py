@@ -36,7 +36,7 @@ from lightning_sensitivity.model.isolation import RunIsolated, shared_state
 if TYPE_CHECKING:
     from lightning_sensitivity.callbacks.base import Monitor
 
-_STANDS = "If there is no value, the last one is kept."
+LAST_IS_KEPT = "If there is no value, the last one is kept."
 
 
 class Session(ABC):
@@ -131,7 +131,7 @@ class Session(ABC):
     def measure_batches(self, batches: list[Batch]) -> None:
         """Measure batches of one loader."""
         what = could_not_measure(batches[0].dataloader_idx)
-        self.measure_together(batches, self.measure, what, _STANDS)
+        self.measure_together(batches, self.measure, what, LAST_IS_KEPT)
 
     def measure_together(
         self, batches: list[Batch], measure: Callable[[RunIsolated, Group], None], what: str, consequence: str = ""
@@ -176,7 +176,7 @@ class Session(ABC):
             self.flush()
             self._values[dataloader_idx] = {}
             what = f"could not compute the values of dataloader {dataloader_idx}"
-            with self.failures.warn_on_failure(what, _STANDS):
+            with self.failures.warn_on_failure(what, LAST_IS_KEPT):
                 self._values[dataloader_idx], messages = self.compute_values(dataloader_idx)
                 self._warn_of_values(messages, dataloader_idx)
         return self._values[dataloader_idx]

@@ -3,7 +3,7 @@
 import inspect
 import re
 from collections.abc import Collection, Iterable
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -56,26 +56,35 @@ def check_run(monitor: str, trainer: Trainer, pl_module: LightningModule, stage:
     Raises:
         MisconfigurationException: If something is missing; the message says what to change.
     """
-
-    def refuse(problem: str) -> NoReturn:
+    problem = _problem_of_steps(trainer, pl_module, stage) or _problem_of_strategy(trainer, pl_module)
+    if problem is not None:
         raise MisconfigurationException(f"`{monitor}` {problem}.")
 
+
+def _problem_of_steps(trainer: Trainer, pl_module: LightningModule, stage: str) -> str | None:
+    """Explain what the module lacks, or how its step hides batches; None if nothing is wrong."""
     if not _is_overridden("forward", pl_module):
-        refuse("needs a `forward` that returns the logits, and your module has none")
+        return "needs a `forward` that returns the logits, and your module has none"
     if stage == "fit" and not _is_overridden("validation_step", pl_module):
-        refuse("needs a `validation_step`: `def validation_step(self, batch, batch_idx): pass` is enough")
+        return "needs a `validation_step`: `def validation_step(self, batch, batch_idx): pass` is enough"
     if stage == "fit" and not trainer.enable_validation:
-        refuse("needs a validation loop: pass `val_dataloaders`, and leave `limit_val_batches` above 0")
+        return "needs a validation loop: pass `val_dataloaders`, and leave `limit_val_batches` above 0"
     step = pl_module.test_step if stage == "test" else pl_module.validation_step
     if "dataloader_iter" in inspect.signature(step).parameters:
-        refuse("needs to see each batch before the step, but the step takes `dataloader_iter`")
-    strategy = {base.__name__ for base in type(trainer.strategy).__mro__}  # `pytorch_lightning` has its own classes
-    if not strategy.isdisjoint(_SHARDED):
-        refuse("does not support sharded weights (FSDP, DeepSpeed, ModelParallelStrategy); use DDP")
+        return "needs to see each batch before the step, but the step takes `dataloader_iter`"
+    return None
+
+
+def _problem_of_strategy(trainer: Trainer, pl_module: LightningModule) -> str | None:
+    """Explain what is not possible with several processes; None if nothing is wrong."""
+    names = {base.__name__ for base in type(trainer.strategy).__mro__}  # `pytorch_lightning` has its own classes
+    if not names.isdisjoint(_SHARDED):
+        return "does not support sharded weights (FSDP, DeepSpeed, ModelParallelStrategy); use DDP"
     flag = "allow_zero_length_dataloader_with_multiple_devices"
     sources: tuple[object, ...] = (pl_module, trainer.datamodule)  # type: ignore[attr-defined]
     if trainer.world_size > 1 and any(getattr(source, flag, False) for source in sources):
-        refuse(f"needs a batch in every process, not `{flag}=True`")
+        return f"needs a batch in every process, not `{flag}=True`"
+    return None
 
 
 def taken_names(trainer: Trainer, names: Collection[str]) -> set[str]:
@@ -128,6 +137,18 @@ def lay_out_charts(trainer: Trainer, charts: Iterable[tuple[str, Iterable[Chart]
         trainer: The Trainer, whose TensorBoard loggers get the layout.
         charts: The prefix of each monitor, and its charts.
     """
+    layout = {}
+    for prefix, group in _charts_by_prefix(charts).items():
+        layout[f"Generalization ({prefix}*)"] = {
+            chart.title: ["Multiline", [f"^{re.escape(prefix)}{tag}" for tag in chart.tags]] for chart in group
+        }
+    for logger in trainer.loggers:
+        if any(base.__name__ == "TensorBoardLogger" for base in type(logger).__mro__):  # of either package
+            logger.experiment.add_custom_scalars(layout)  # type: ignore[attr-defined]
+
+
+def _charts_by_prefix(charts: Iterable[tuple[str, Iterable[Chart]]]) -> dict[str, list[Chart]]:
+    """Choose the charts of each prefix, one for each place, in the order of the places."""
     groups: dict[str, dict[int, Chart]] = {}
     for prefix, monitor_charts in charts:
         group = groups.setdefault(prefix, {})
@@ -135,15 +156,7 @@ def lay_out_charts(trainer: Trainer, charts: Iterable[tuple[str, Iterable[Chart]
             present = group.get(chart.place)
             if present is None or len(chart.tags) > len(present.tags):
                 group[chart.place] = chart
-    layout = {}
-    for prefix, group in groups.items():
-        layout[f"Generalization ({prefix}*)"] = {
-            group[place].title: ["Multiline", [f"^{re.escape(prefix)}{tag}" for tag in group[place].tags]]
-            for place in sorted(group)
-        }
-    for logger in trainer.loggers:
-        if any(base.__name__ == "TensorBoardLogger" for base in type(logger).__mro__):  # of either package
-            logger.experiment.add_custom_scalars(layout)  # type: ignore[attr-defined]
+    return {prefix: [group[place] for place in sorted(group)] for prefix, group in groups.items()}
 
 
 def make_validation_batch(trainer: Trainer) -> Any:

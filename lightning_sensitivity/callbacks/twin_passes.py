@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from lightning_sensitivity.model.twins import call_with_batch_statistics, twin
 
 NUM_TWINS = 8  # for validation samples; with fewer, the variance would depend on the noise of a few
 NUM_TWINS_FOR_TRAINING = 4  # for kept training samples
-_MAX_WAITING = 2**15  # elements of outputs that are scored together, which saves small networks most of the time
+_MAX_WAITING = 2**15  # elements of outputs that wait to be scored together, which saves small networks time
 _MIN_PART = 32  # samples, for statistics of batch norm that do not depend on the size of validation batches
 
 
@@ -55,26 +55,6 @@ class TwinPasses:
     has_batch_norm: bool
     facts: RunFacts
 
-    def of(
-        self,
-        run: RunIsolated,
-        call: ModelCall,
-        outputs: Tensor,
-        key: tuple[int, int, int, int],
-        num_total: float,
-        num_twins: int = NUM_TWINS,
-    ) -> Iterator[TwinPass]:
-        """Yield the passes of twins over a batch, together while their outputs are small; see :meth:`passes`."""
-        waiting: list[TwinPass] = []
-        for twin_pass in self.passes(run, call, outputs, key, num_total, num_twins):
-            waiting.append(twin_pass)
-            if sum(each.outputs.numel() for each in waiting) > _MAX_WAITING:
-                yield join_passes(waiting)
-                waiting = []
-            del twin_pass  # before the next one comes
-        if waiting:
-            yield join_passes(waiting)
-
     def passes(
         self,
         run: RunIsolated,
@@ -82,7 +62,7 @@ class TwinPasses:
         outputs: Tensor,
         key: tuple[int, int, int, int],
         num_total: float,
-        num_twins: int,
+        num_twins: int = NUM_TWINS,
     ) -> Iterator[TwinPass]:
         """Yield the passes of twins over a batch, one in memory at a time.
 
@@ -142,14 +122,25 @@ def _can_be_split(run: RunIsolated, call: ModelCall, outputs: Tensor) -> bool:
     return are_independent(outputs[half], single, len(outputs) // 2)
 
 
-def join_passes(passes: list[TwinPass]) -> TwinPass:
-    """Join passes over parts of one batch."""
+def join_small(passes: Iterable[TwinPass]) -> Iterator[TwinPass]:
+    """Join the passes over a batch while their outputs are small, so that they are scored together."""
+    waiting: list[TwinPass] = []
+    for twin_pass in passes:
+        waiting.append(twin_pass)
+        if sum(each.outputs.numel() for each in waiting) > _MAX_WAITING:
+            yield _join(waiting)
+            waiting = []
+        del twin_pass  # before the next one comes
+    if waiting:
+        yield _join(waiting)
+
+
+def _join(passes: list[TwinPass]) -> TwinPass:
     if len(passes) == 1:
         return passes[0]
     device = passes[0].outputs.device
-    samples = [
-        torch.arange(each.samples.start, each.samples.stop) for each in passes if isinstance(each.samples, slice)
-    ]
+    slices = [each.samples for each in passes if isinstance(each.samples, slice)]
+    samples = [torch.arange(part.start, part.stop) for part in slices]
     return TwinPass(
         samples=torch.cat(samples).to(device),
         reference=torch.cat([each.reference for each in passes]),

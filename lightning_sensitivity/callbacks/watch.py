@@ -6,7 +6,7 @@ from contextlib import suppress
 from typing import Any
 
 from lightning.pytorch import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.hooks import RemovableHandle
 
@@ -58,18 +58,17 @@ class CallWatch:
         self._handles = []
         return self._differing
 
-    def _compare(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _compare(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.was_called or is_isolated(self._pl_module):
             return
         self.was_called = True
         with suppress(Exception):  # it runs in the user's step, on whatever is given there
             theirs = self._bind(args, kwargs)
             tolerance = 1.0 if module.training else 0.01  # steps of training augment
-            self._differing = [
-                name for name, value in theirs.items() if not _are_similar(self._ours.get(name), value, tolerance)
-            ]
+            are_similar = {name: _are_similar(self._ours.get(name), theirs[name], tolerance) for name in theirs}
+            self._differing = [name for name, is_similar in are_similar.items() if not is_similar]
 
-    def _keep_outputs(self, module: Any, args: Any, result: Any) -> None:
+    def _keep_outputs(self, module: nn.Module, args: object, result: object) -> None:
         if self.step_outputs is not None or is_isolated(self._pl_module):
             return
         with suppress(Exception):
@@ -105,21 +104,24 @@ def loss_mismatch(outputs: Tensor, targets: Tensor, loss: Tensor, num_accumulate
     value = float(loss)
     if not len(losses) or not math.isfinite(value):
         return None
-    plain = float(losses.mean())
-    highest = float(losses.max()) * (1 + _LOSS_TOLERANCE) + _LOSS_TOLERANCE
-    for mean in (value, value * num_accumulated):
-        is_mean = mean <= highest
-        is_sum = abs(mean / len(losses) - plain) <= _LOSS_TOLERANCE * plain
-        if is_mean or is_sum:
-            return None
+    if _is_mean_or_sum(value, losses) or _is_mean_or_sum(value * num_accumulated, losses):
+        return None
     return (
         f"The loss of the first training step, {value:.3g}, cannot be the cross-entropy of the measured outputs, which "
-        f"is {plain:.3g}. If the step scales them or adds a head, select its logits with `outputs=`; "
+        f"is {float(losses.mean()):.3g}. If the step scales them or adds a head, select its logits with `outputs=`; "
         "if it adds other losses, ignore this."
     )
 
 
-def _are_similar(ours: Any, theirs: Any, tolerance: float) -> bool:
+def _is_mean_or_sum(value: float, losses: Tensor) -> bool:
+    """Return whether a value could be a weighted mean of the losses of samples, or their plain sum."""
+    plain = float(losses.mean())
+    is_mean = value <= float(losses.max()) * (1 + _LOSS_TOLERANCE) + _LOSS_TOLERANCE
+    is_sum = abs(value / len(losses) - plain) <= _LOSS_TOLERANCE * plain
+    return is_mean or is_sum
+
+
+def _are_similar(ours: object, theirs: object, tolerance: float) -> bool:
     our_tensors, their_tensors = tensors_in(ours), tensors_in(theirs)
     if not our_tensors and not their_tensors:
         return _are_same_plain_values(ours, theirs)
@@ -129,7 +131,7 @@ def _are_similar(ours: Any, theirs: Any, tolerance: float) -> bool:
     return all(_have_similar_statistics(x.detach().float(), y.detach().float(), tolerance) for x, y in pairs)
 
 
-def _are_same_plain_values(ours: Any, theirs: Any) -> bool:
+def _are_same_plain_values(ours: object, theirs: object) -> bool:
     """Compare numbers, strings and None; other objects are taken as the same."""
     plain = (str, int, float, type(None))
     if not isinstance(ours, plain) and not isinstance(theirs, plain):

@@ -102,9 +102,7 @@ def diagnostics(holdout: HoldoutSums, training: LabelSums, estimate: Tensor, tas
         task: The kind of classification.
     """
     messages = {}
-    # One or two outputs of a fresh head may lie in [0, 1], but on one side of ½.
-    is_doubtful = bool(training.num_wide > 0) or bool(0 < training.num_high < training.num_scored)
-    if training.num_scored > 0 and training.num_outside == 0 and is_doubtful:
+    if _may_be_probabilities(training):
         messages["probabilities"] = "All outputs lie in [0, 1]. If they are not logits, set `outputs=`."
     if holdout.num_non_finite + training.num_non_finite > 0:
         messages["non-finite"] = (
@@ -124,6 +122,14 @@ def diagnostics(holdout: HoldoutSums, training: LabelSums, estimate: Tensor, tas
             "read only how it changes, not its size."
         )
     return messages
+
+
+def _may_be_probabilities(training: LabelSums) -> bool:
+    """Return whether all outputs lie in [0, 1], and not only since the head is fresh."""
+    if not training.num_scored > 0 or training.num_outside > 0:
+        return False
+    # One or two outputs of a fresh head may lie in [0, 1], but on one side of ½.
+    return bool(training.num_wide > 0) or bool(0 < training.num_high < training.num_scored)
 
 
 def variance_factor(num_training: int, num_weights: int) -> float:

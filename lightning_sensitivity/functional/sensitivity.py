@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -235,14 +235,15 @@ def loss_estimate(
     """
     if num_outputs < 2:
         raise ValueError(f"Expected `num_outputs` to be 2 or more, but got {num_outputs}.")
-    sensitivity = torch.as_tensor(sensitivity, dtype=None if isinstance(sensitivity, Tensor) else torch.float64)
+    if not isinstance(sensitivity, Tensor):
+        sensitivity = torch.as_tensor(sensitivity, dtype=torch.float64)
     dtype, device = sensitivity.dtype, sensitivity.device
     power, std = (torch.as_tensor(each, dtype=dtype, device=device) for each in (input_power, noise_std))
     variance = (num_outputs - 1) / num_outputs * sensitivity * (power / std.square()).mean()
     return ((variance + offset) / 2).sqrt()
 
 
-def _check_outputs(name: str, outputs: Any) -> None:
+def _check_outputs(name: str, outputs: object) -> None:
     if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
         got = getattr(outputs, "dtype", type(outputs))
         raise TypeError(f"Expected `{name}` to be a floating tensor of outputs (logits), but got {got}.")

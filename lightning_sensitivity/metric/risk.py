@@ -90,8 +90,8 @@ class RiskEstimate(Metric):
             raise ValueError(f"Expected `strength` to be above 0, or None for real twins, but got {strength}.")
         self.task = TASKS[task]
         self.strength = strength
-        self.messages: dict[str, str] = {}  # what makes the last computed value doubtful
-        self._factor = 1.0
+        self.messages: dict[str, str] = {}
+        self._factor = 1.0  # of the variance
         self.set_size(num_training, num_weights)
         for kind, size in _NUM_SUMS.items():
             default = torch.zeros(size, dtype=wide_dtype(self.device))
@@ -135,7 +135,7 @@ class RiskEstimate(Metric):
         self.add_sums("labels", risk_sums.label_sums(outputs, targets, self.task))
 
     def add_sums(self, kind: str, sums: Tensor) -> None:
-        """Add sums from :mod:`lightning_sensitivity.functional.risk` to one of the states."""
+        """Add sums from :mod:`lightning_sensitivity.functional.risk_sums` to one of the states."""
         state = f"{kind}_sums"
         setattr(self, state, getattr(self, state) + sums)  # not in place: it may belong to inference mode
         compat.forget_computed(self)
@@ -143,8 +143,10 @@ class RiskEstimate(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """Compute the estimate and its terms over all processes; nan without samples."""
-        holdout, training = risk_sums.HoldoutSums(*self.holdout_sums), risk_sums.LabelSums(*self.training_sums)
-        forgetting, labels = risk_sums.ForgettingSums(*self.forgetting_sums), risk_sums.LabelSums(*self.labels_sums)
+        holdout = risk_sums.HoldoutSums(*self.holdout_sums)
+        training = risk_sums.LabelSums(*self.training_sums)
+        forgetting = risk_sums.ForgettingSums(*self.forgetting_sums)
+        labels = risk_sums.LabelSums(*self.labels_sums)
         terms = risk.risk_terms(holdout, training, forgetting, self.strength, self._factor)
         self.messages = risk.diagnostics(holdout, training, terms.estimate, self.task)
         values = {f"risk_{name}": term for name, term in terms._asdict().items()}

@@ -28,23 +28,23 @@ class OutputSensitivity(Metric):
         S = \operatorname{Var}\Big(\frac{1}{K} \sum_{k=1}^{K} \big[f_k(x + \varepsilon) - f_k(x)\big]\Big)
 
     The variance is that of the population (ddof 0) over all samples and noise draws (Forouzesh, Salehi and Thiran,
-    ICPR 2020, arXiv:2007.15378). It needs no labels. The state is one row of five numbers per sample, so that the value
-    depends on neither the batch size nor the number of processes. Samples with nan or inf are left out, with a warning.
+    arXiv:2007.15378). It needs no labels. The state is one row of five numbers per sample, so that the value depends on
+    neither the batch size nor the number of processes. Samples with nan or inf are left out, with a warning.
 
-    As input to ``forward`` and ``update`` the metric accepts the following input:
+    ``forward`` and ``update`` accept:
 
     - ``clean`` (:class:`~torch.Tensor`): outputs f(x), before the softmax (logits), as a float tensor of shape
       ``(N, K, ...)``. Dimensions after K (pixels, tokens) are further changes of a sample; ``(N,)`` is K = 1.
     - ``noisy`` (:class:`~torch.Tensor` or an iterable of them): outputs f(x + ε) of the same shape; for several noise
       draws of the same samples, an iterable with one tensor per draw.
 
-    As output of ``forward`` and ``compute`` the metric returns a scalar tensor, in squared units of the outputs. It has
-    no better direction: it compares epochs and seeds of one network, and is lowest before training.
+    ``forward`` and ``compute`` return a scalar tensor, in squared units of the outputs. It has no better
+    direction: it compares epochs and seeds of one network, and is lowest before training.
 
     Args:
         per_output: Compute the mean squared change of the single outputs instead, without averaging over classes first,
             so it also makes sense for probabilities and two-class heads.
-        kwargs: Additional keyword arguments of :class:`torchmetrics.Metric`.
+        kwargs: Those of :class:`torchmetrics.Metric`.
 
     Raises:
         ValueError: If ``per_output`` is not a bool; in ``update``, if shapes do not fit; in ``compute``, if K

@@ -126,19 +126,11 @@ class ModelCall:
 
     def layout(self) -> tuple[object, ...] | None:
         """Return what has to be equal in calls that are joined: shapes and types of one sample; None if none can be."""
-        layout: list[object] = [len(self.args), *self.kwargs]
-        for value in (*self.args, *self.kwargs.values()):
-            if isinstance(value, Tensor):
-                is_plain = type(value) is Tensor and value.layout == torch.strided and not value.is_nested
-                if not is_plain or value.ndim == 0 or len(value) != sum(self.sizes):
-                    return None
-                layout.append((value.shape[1:], value.dtype, value.device))
-            elif value is None or isinstance(value, bool | int | float | str):
-                layout.append(value)
-            else:
-                return None
-        has_samples = any(isinstance(value, Tensor) for value in (*self.args, *self.kwargs.values()))
-        return tuple(layout) if has_samples else None
+        values = (*self.args, *self.kwargs.values())
+        has_samples = any(isinstance(value, Tensor) for value in values)
+        if not has_samples or not all(_is_joinable(value, sum(self.sizes)) for value in values):
+            return None
+        return len(self.args), *self.kwargs, *map(_layout_of, values)
 
     def _check_class_dimension(self, outputs: Tensor) -> None:
         if math.prod(outputs.shape[2:]) <= 1:
@@ -206,8 +198,8 @@ def select_targets(model: nn.Module, batch: Any, targets: Selector | None = None
     elif isinstance(batch, list | tuple):
         selected = batch[-1] if len(batch) == max(1, num_required(model)) + 1 else None
     elif not isinstance(batch, Tensor):
-        named = {n: batch.get(n) if isinstance(batch, Mapping) else getattr(batch, n, None) for n in TARGET_NAMES}
-        tensors = [value for value in named.values() if isinstance(value, Tensor)]
+        named = [_entry(batch, name) for name in TARGET_NAMES]
+        tensors = [value for value in named if isinstance(value, Tensor)]
         selected = tensors[0] if len(tensors) == 1 else None
     if not isinstance(selected, Tensor):
         key = repr(list(batch)[-1]) if isinstance(batch, Mapping) and batch else "1"
@@ -223,6 +215,11 @@ def _call_targets(targets: Selector, batch: Any) -> Any:
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise MisconfigurationException(f"`targets` failed on {describe(batch)}: {reason}.") from error
+
+
+def _entry(batch: Any, name: str) -> object:
+    """Return an entry of a mapping, or an attribute of another object; None if there is none."""
+    return batch.get(name) if isinstance(batch, Mapping) else getattr(batch, name, None)
 
 
 def parameters_of(model: nn.Module) -> list[inspect.Parameter]:
@@ -256,7 +253,7 @@ def is_floating(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_nested
 
 
-def tensors_in(value: Any) -> list[Tensor]:
+def tensors_in(value: object) -> list[Tensor]:
     """List the tensors in a value and its tuples, lists and dicts."""
     if isinstance(value, Tensor):
         return [value]
@@ -300,6 +297,19 @@ def _copy(value: Any, perturb: Perturb | None) -> Any:
     if perturb is None:
         return clone_tensors(value)
     return clone_tensors(value, lambda tensor: perturb(tensor) if is_floating(tensor) else tensor.clone())
+
+
+def _is_joinable(value: object, size: int) -> bool:
+    """Return whether an argument can be one of a joint call: a tensor with a row a sample, or a plain value."""
+    if isinstance(value, Tensor):
+        is_plain = type(value) is Tensor and value.layout == torch.strided and not value.is_nested
+        return is_plain and value.ndim > 0 and len(value) == size
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _layout_of(value: object) -> object:
+    """Return what has to be equal in arguments that are joined."""
+    return (value.shape[1:], value.dtype, value.device) if isinstance(value, Tensor) else value
 
 
 def _join(values: Sequence[Any]) -> Any:

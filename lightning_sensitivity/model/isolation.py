@@ -6,7 +6,7 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -104,11 +104,16 @@ def written_parameters(model: nn.Module, run: Callable[[], T]) -> tuple[T, list[
         model: The module.
         run: Runs it.
     """
-    before = {name: (p._version, p.data_ptr()) for name, p in _all_parameters(model).items() if not p.is_inference()}
+    before = {name: _version_of(p) for name, p in _all_parameters(model).items() if not p.is_inference()}
     result = run()
     after = _all_parameters(model)
-    written = [name for name, seen in before.items() if seen != (after[name]._version, after[name].data_ptr())]
+    written = [name for name, version in before.items() if version != _version_of(after[name])]
     return result, written
+
+
+def _version_of(parameter: nn.Parameter) -> tuple[int, int]:
+    """Return what changes when a parameter is written to, or gets other data."""
+    return parameter._version, parameter.data_ptr()
 
 
 def _all_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -136,12 +141,18 @@ def all_modules(model: nn.Module) -> list[nn.Module]:
     modules = dict.fromkeys(model.modules())
     for module in list(modules):
         for name, value in vars(module).items():
-            if name in _MODULE_ATTRIBUTES or not isinstance(value, list | tuple | dict) or len(value) > _MAX_ITEMS:
-                continue
-            for item in value.values() if isinstance(value, dict) else value:
-                if isinstance(item, nn.Module):
-                    modules.update(dict.fromkeys(item.modules()))
+            if name not in _MODULE_ATTRIBUTES:
+                for hidden in _modules_in(value):
+                    modules.update(dict.fromkeys(hidden.modules()))
     return list(modules)
+
+
+def _modules_in(value: object) -> list[nn.Module]:
+    """List the modules in a list, tuple or dict, unless it is long."""
+    if not isinstance(value, list | tuple | dict) or len(value) > _MAX_ITEMS:
+        return []
+    items = value.values() if isinstance(value, dict) else value
+    return [item for item in items if isinstance(item, nn.Module)]
 
 
 @dataclass
@@ -169,7 +180,7 @@ class _MutableState:
     """
 
     places: list[tuple[dict[str, Any], str, Any]]
-    kept: list[Any]
+    kept: list[object]
     shared: list[str] = field(default_factory=list)
     unchanged: dict[int, tuple[Tensor, int]] = field(default_factory=dict)
 
@@ -282,7 +293,7 @@ def _is_small(container: Any) -> bool:
     return count <= _MAX_ITEMS
 
 
-def _eager() -> Any:
+def _eager() -> AbstractContextManager[object]:
     """Run compiled code eagerly, so that nothing is compiled for our shapes."""
     is_compiling = "torch._dynamo" in sys.modules  # else nothing was compiled, and importing it takes seconds
     has_stance = is_compiling and hasattr(torch.compiler, "set_stance")  # torch 2.6

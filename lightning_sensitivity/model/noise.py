@@ -69,7 +69,13 @@ def check_noise(noise: Noise) -> NoiseFunction:
 
 
 def noise_generator(
-    seed: int, rank: int = 0, dataloader_idx: int = 0, batch_idx: int = 0, draw: int = 0, *, device: Any = "cpu"
+    seed: int,
+    rank: int = 0,
+    dataloader_idx: int = 0,
+    batch_idx: int = 0,
+    draw: int = 0,
+    *,
+    device: torch.device | str = "cpu",
 ) -> torch.Generator:
     """Make the generator of one noise draw on one batch.
 
@@ -86,7 +92,8 @@ def noise_generator(
     """
     # Hashed, because neighbouring seeds of some generators give correlated streams.
     key = repr(tuple(map(int, (seed, rank, dataloader_idx, batch_idx, draw)))).encode()  # NumPy's have another repr
-    return torch.Generator(device).manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1)
+    digest = hashlib.blake2b(key, digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
 def perturbation(noise: NoiseFunction, *key: int) -> Perturb:
@@ -162,7 +169,7 @@ def _call_perturbed_at(module: nn.Module, call: Callable[[], Tensor], perturb: P
     """Run the model, and perturb the first tensor of what a submodule returns, each time that it runs."""
     has_run = False
 
-    def hook(module: nn.Module, args: Any, result: Any) -> Any:
+    def hook(module: nn.Module, args: object, result: Any) -> Any:
         nonlocal has_run
         has_run = True
         first = result[0] if isinstance(result, list | tuple) and result else result

@@ -60,8 +60,11 @@ class InitialWeights:
         """Select the initial weights that have changed, so that a checkpoint lacks them; None if none are known."""
         if self.weights is None:
             return None
-        initial = self.weights.items()
-        return {name: w for name, w in initial if name not in weights or not torch.equal(w, weights[name].cpu())}
+        changed = {}
+        for name, initial in self.weights.items():
+            if name not in weights or not torch.equal(initial, weights[name].cpu()):
+                changed[name] = initial
+        return changed
 
     def restore(self, changed: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
         """Restore the initial weights from the changed ones and the weights of a checkpoint."""
@@ -83,8 +86,11 @@ class InitialWeights:
 
 def copy_weights(weights: Mapping[str, object]) -> dict[str, Tensor]:
     """Copy the floating tensors among some values, such as a state dict, to the CPU."""
-    tensors = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
-    return {n: w.detach().to("cpu", copy=True) for n, w in tensors.items() if w.is_floating_point() or w.is_complex()}
+    copies = {}
+    for name, value in weights.items():
+        if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
+            copies[name] = value.detach().to("cpu", copy=True)
+    return copies
 
 
 def unknown_parameters(model: nn.Module, initial: Mapping[str, Tensor]) -> list[str]:
@@ -177,7 +183,8 @@ def call_with_batch_statistics(model: nn.Module, call: Callable[[], Tensor]) -> 
         model: The module.
         call: Calls it on a batch.
     """
-    buffers = [(norm._buffers, norm._buffers.copy()) for norm in model.modules() if isinstance(norm, BatchNorm)]
+    norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
+    buffers = [(norm._buffers, norm._buffers.copy()) for norm in norms]
     try:
         for present, _ in buffers:
             present.update(running_mean=None, running_var=None)
