@@ -14,7 +14,7 @@ from lightning_sensitivity.model import ModelCall
 from lightning_sensitivity.model.forward import join_calls
 from lightning_sensitivity.model.isolation import RunIsolated
 
-_MAX_ELEMENTS = 2**22  # of the largest tensor in a joint pass; larger batches do not wait
+_MAX_ELEMENTS = 2**20  # of the largest tensor in a joint pass, which then fits into a cache; larger batches do not wait
 
 
 @dataclass
