@@ -249,20 +249,20 @@ class RiskMonitor(Monitor):
             num_wanted = math.ceil(self.num_training_samples / trainer.world_size)
             num_before = self.num_training // trainer.world_size if trainer.global_step > 0 else 0
             self.fit_state.samples = TrainingSamples(self.task, num_wanted, num_before)
-            self.fit_state.targets_write = self._do_targets_write(batch)
+            self.fit_state.targets_write = self._do_targets_write(pl_module, batch)
             self._count_and_keep(trainer, pl_module, batch)
         except Exception as error:
             return error
         return None
 
-    def _do_targets_write(self, batch: Any) -> bool:
+    def _do_targets_write(self, pl_module: LightningModule, batch: Any) -> bool:
         """Return whether the user's ``targets`` writes to its batch, so that it always needs a copy."""
         if self.targets is None:
             return False
         copied = clone_tensors(batch)
         tensors = tensors_in(copied)
         versions = [tensor._version for tensor in tensors]
-        self.targets(copied)
+        select_targets(pl_module, copied, self.targets)
         after = tensors_in(copied)
         return [id(t) for t in after] != [id(t) for t in tensors] or [t._version for t in tensors] != versions
 

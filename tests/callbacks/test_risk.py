@@ -332,6 +332,11 @@ def test_targets_get_the_batch_itself_unless_they_write_to_it() -> None:
     assert torch.equal(train.dataset.tensors[1], before) and run.callback_metrics["val_risk_estimate"] > 0
 
 
+def test_a_targets_function_that_fails_is_named_with_what_it_got() -> None:
+    with pytest.raises(MisconfigurationException, match=r"`targets` failed on list of 2: .*IndexError"):
+        fit(Plain(), loader(), RiskMonitor(targets=lambda batch: batch[2]))
+
+
 def test_loaders_that_repeat_samples_are_refused() -> None:
     combined, model = CombinedLoader([loader(), loader(20)], "max_size_cycle"), Plain()
     model.training_step = lambda batch, batch_idx: Plain.training_step(model, of_one(batch), batch_idx)
