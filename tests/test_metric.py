@@ -22,7 +22,7 @@ def filled(metric: Any, batches: Iterable[int] = range(NUM_BATCHES)) -> Any:
     for i in batches:
         metric.update(CLEAN[i], NOISY[i])
         if isinstance(metric, RiskEstimate):
-            metric.update_training(NOISY[i], LABELS[i], TWIN[i])
+            metric.update_training(NOISY[i], LABELS[i])
             metric.update_labels(TWIN[i], LABELS[i])
     return metric
 
@@ -132,14 +132,14 @@ def test_what_is_left_out_is_said_once_and_updates_go_on() -> None:
 
 
 def test_the_risk_of_batches_is_that_of_all_samples() -> None:
-    metric = RiskEstimate(strength=0.5)
+    metric = RiskEstimate(strength=0.5, has_batch_norm=True)
     metric.set_size(400, 10_000)
     for i in range(NUM_BATCHES):
         metric.update(CLEAN[i], TWIN[i])
         assert metric.compute()["risk_estimate"].isnan() == (i == 0)  # until there is a training sample
-        metric.update_training(NOISY[i], LABELS[i], TWIN[i])
+        metric.update_training(NOISY[i], LABELS[i])
     tensors = [each.flatten(0, 1) for each in (CLEAN, TWIN, NOISY, LABELS)]
-    options = {"strength": 0.5, "factor": variance_factor(400, 10_000), "train_twin_outputs": tensors[1]}
+    options = {"strength": 0.5, "factor": variance_factor(400, 10_000, has_batch_norm=True)}
     terms = risk_estimate(*tensors, **options)
     close(metric.compute(), {f"risk_{name}": term for name, term in terms._asdict().items()})
     metric.update_labels(CLEAN[0], LABELS[0])
@@ -176,7 +176,6 @@ def test_bad_arguments_of_the_risk_are_refused() -> None:
         lambda: RiskEstimate().update_training(CLEAN[0], LABELS[0] + 5),
         lambda: RiskEstimate().update_labels(CLEAN[0], LABELS[0][:, None]),
         lambda: RiskEstimate().update(CLEAN[0], TWIN[0, :, :1]),
-        lambda: RiskEstimate().update_training(CLEAN[0], LABELS[0], TWIN[0, :1]),
     ]
     for refused in bad:
         with pytest.raises(ValueError, match="Expected "):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,9 +17,9 @@ from lightning_sensitivity.callbacks.batches import Batch, CleanOutputs, Group, 
 from lightning_sensitivity.callbacks.fit import Phase
 from lightning_sensitivity.callbacks.samples import TrainingSamples
 from lightning_sensitivity.callbacks.session import Session
-from lightning_sensitivity.callbacks.twin_passes import NUM_TWINS_FOR_TRAINING, TwinPasses, join_small
+from lightning_sensitivity.callbacks.twin_passes import TwinPasses, join_small
 from lightning_sensitivity.functional.risk import LABEL_WEIGHT, TWIN_STRENGTH
-from lightning_sensitivity.functional.risk_sums import forgetting_sums, holdout_sums, label_sums
+from lightning_sensitivity.functional.risk_sums import holdout_sums, label_sums
 from lightning_sensitivity.functional.tasks import Task, has_ignored_value
 from lightning_sensitivity.functional.tensors import num_outputs
 from lightning_sensitivity.metric import RiskEstimate
@@ -52,7 +51,6 @@ class RiskSession(Session):
         self.labelled = Queue(self._score_labelled, can_wait=self.facts.can_join is not False)
         self._twins: TwinPasses | None = None
         self._training: Tensor | None = None  # sums over the kept training samples
-        self._forgetting: Tensor | None = None  # the same, of what twins forget
 
     @property
     def is_estimating(self) -> bool:
@@ -103,7 +101,7 @@ class RiskSession(Session):
     def make_metric(self) -> RiskEstimate:
         """Make the metric of a loader."""
         task = self.task.name if self.is_estimating else "multiclass"
-        return RiskEstimate(task, strength=TWIN_STRENGTH)
+        return RiskEstimate(task, strength=TWIN_STRENGTH, has_batch_norm=has_batch_norm(self.module))
 
     def measure(self, run: RunIsolated, group: Group) -> None:
         """Run the model and its twins on a group of batches."""
@@ -111,7 +109,8 @@ class RiskSession(Session):
             self.clean.get(run, group)
             return
         if self._twins is None:  # before the outputs of the group are in memory
-            self._twins = self._score_training_samples()
+            self._score_training_samples()
+            self._twins = self._make_twins()
         outputs = self.clean.get(run, group)
         if self.samples.num_outputs != num_outputs(outputs):
             raise ValueError(
@@ -150,26 +149,28 @@ class RiskSession(Session):
 
     # Training samples
 
-    def _score_training_samples(self) -> TwinPasses:
-        """Score the kept samples with the weights of this validation, and return what runs twins.
-
-        It runs in a batch hook, since averaged weights are in place only there.
-        """
-        monitor, initial = self.monitor, self.monitor.initial.weights
+    def _make_twins(self) -> TwinPasses:
+        """Make what runs twins of this validation."""
+        initial = self.monitor.initial.weights
         assert initial is not None
         new = unknown_parameters(self.module, initial)
         if new:
             self.failures.warn(
                 "new", f"has no initial weights for {', '.join(new[:3])}: they count as learned entirely."
             )
-        if monitor.task == "auto":
-            self.samples.check_classes()
         device_weights = {name: weight.to(self.module.device) for name, weight in initial.items()}
-        twins = TwinPasses(self.module, device_weights, has_batch_norm(self.module), self.facts)
+        return TwinPasses(self.module, device_weights, has_batch_norm(self.module), self.facts)
+
+    def _score_training_samples(self) -> None:
+        """Score the kept samples with the weights of this validation.
+
+        It runs in a batch hook, since averaged weights are in place only there.
+        """
+        if self.monitor.task == "auto":
+            self.samples.check_classes()
         largest = max((facts.elements_per_sample for facts in self.facts.loaders.values()), default=1.0)
-        score = partial(self._score_kept_group, twins)
         queue = Queue(
-            lambda batches: self.measure_together(batches, score, _LEFT_OUT),
+            lambda batches: self.measure_together(batches, self._score_kept_group, _LEFT_OUT),
             can_wait=self.facts.can_join is not False,
         )
         for index, kept in enumerate(self.samples.batches):
@@ -178,28 +179,17 @@ class RiskSession(Session):
                 size = len(kept.targets)
                 queue.add(Batch(call, index, _KEPT, size, size * largest, kept.targets), is_last=False)
         queue.flush()
-        return twins
 
-    def _score_kept_group(self, twins: TwinPasses, run: RunIsolated, group: Group) -> None:
+    def _score_kept_group(self, run: RunIsolated, group: Group) -> None:
         outputs = run(group.call)
         self.samples.num_outputs = num_outputs(outputs)
-        targets = group.targets().to(outputs.device)
-        training = label_sums(outputs, targets, self.task)
-        forgetting = torch.zeros(())
-        num_kept = sum(len(kept.targets) for kept in self.samples.batches)
-        key = self.monitor.seed, 0, _KEPT, group.batches[0].batch_idx
-        passes = twins.passes(run, group.call, outputs, key, num_kept, NUM_TWINS_FOR_TRAINING)
-        for twin in join_small(passes):
-            part = forgetting_sums(twin.reference, twin.outputs, targets[twin.samples], self.task)
-            forgetting = forgetting.to(part.device) + twin.weight * part
-        self._training = training if self._training is None else self._training + training
-        self._forgetting = forgetting if self._forgetting is None else self._forgetting + forgetting
+        sums = label_sums(outputs, group.targets(), self.task)
+        self._training = sums if self._training is None else self._training + sums
 
     def _add_training_samples(self, metric: RiskEstimate) -> None:
         """Give a metric the scores of the kept samples, and the number of all; every process must call it."""
-        if self._training is not None and self._forgetting is not None:  # otherwise this process had no batch
+        if self._training is not None:  # otherwise this process had no batch
             metric.add_sums("training", self._training)
-            metric.add_sums("forgetting", self._forgetting)
         self.monitor.num_training = self.samples.num_training(self.trainer)
         metric.set_size(max(1, self.monitor.num_training), checks.num_trained_weights(self.module))
 

@@ -16,8 +16,7 @@ from lightning_sensitivity.model import ModelCall, noise_generator
 from lightning_sensitivity.model.isolation import RunIsolated
 from lightning_sensitivity.model.twins import call_with_batch_statistics, twin
 
-NUM_TWINS = 8  # for validation samples; with fewer, the variance would depend on the noise of a few
-NUM_TWINS_FOR_TRAINING = 4  # for kept training samples
+NUM_TWINS = 8  # with fewer, the variance would depend on the noise of a few
 _MAX_WAITING = 2**15  # elements of outputs that wait to be scored together, which saves small networks time
 _MIN_PART = 32  # samples, for statistics of batch norm that do not depend on the size of validation batches
 
@@ -62,7 +61,6 @@ class TwinPasses:
         outputs: Tensor,
         key: tuple[int, int, int, int],
         num_total: float,
-        num_twins: int = NUM_TWINS,
     ) -> Iterator[TwinPass]:
         """Yield the passes of twins over a batch, one in memory at a time.
 
@@ -72,7 +70,6 @@ class TwinPasses:
             outputs: Clean outputs for the batch.
             key: Seed, rank, loader and batch; see :func:`~lightning_sensitivity.model.noise_generator`.
             num_total: How many samples there are in all such batches of a validation, over all processes.
-            num_twins: How many twins they meet in total, at least.
 
         Raises:
             ValueError: If batch norm needs more samples.
@@ -83,9 +80,9 @@ class TwinPasses:
                 "Batch norm needs more than 1 value per channel: use a validation batch size of 2 or more, so that "
                 "batches can be measured"
             )
-        part_size = min(num_total, max(_MIN_PART, num_total / num_twins))
+        part_size = min(num_total, max(_MIN_PART, num_total / NUM_TWINS))
         num_parts = self._num_parts(run, call, outputs, part_size)
-        twins_per_part = max(1, math.ceil(num_twins * size / (num_total * num_parts)))
+        twins_per_part = max(1, math.ceil(NUM_TWINS * size / (num_total * num_parts)))
         draw = 0
         for part in range(num_parts):
             samples = slice(part * size // num_parts, (part + 1) * size // num_parts)

@@ -7,10 +7,8 @@ import torch
 from torch import Tensor
 
 from lightning_sensitivity.functional.risk_sums import (
-    ForgettingSums,
     HoldoutSums,
     LabelSums,
-    forgetting_sums,
     holdout_sums,
     label_sums,
 )
@@ -18,7 +16,7 @@ from lightning_sensitivity.functional.tasks import TASKS, Task
 from lightning_sensitivity.functional.tensors import are_probabilities
 
 LABEL_WEIGHT = 60  # m₀: how many validation labels weigh as much as the estimate
-FORGETTING_WEIGHT = 0.25  # over λ
+VARIANCE_SCALE, BATCH_NORM_SCALE = 0.7, 1.4  # of the variance of simulated twins, without and with batch norm
 TWIN_STRENGTH = 0.5  # λ of simulated twins; at full strength they break networks with max-pooling
 
 
@@ -30,7 +28,6 @@ class RiskTerms(NamedTuple):
         claim: The score if the model's probabilities were right.
         overconfidence: How much higher the score on training samples is than the model claims there.
         memorization: How much more certain the model is on training samples than on unseen ones; 0 for real twins.
-        forgetting: How much of the fit to training labels a simulated twin loses; 0 for real twins.
         variance: Mean squared difference to the probabilities of a network that was trained on other samples.
     """
 
@@ -38,14 +35,12 @@ class RiskTerms(NamedTuple):
     claim: Tensor
     overconfidence: Tensor
     memorization: Tensor
-    forgetting: Tensor
     variance: Tensor
 
 
 def risk_terms(
     holdout: HoldoutSums,
     training: LabelSums,
-    forgetting: ForgettingSums | None = None,
     strength: float | None = None,
     factor: float = 1.0,
 ) -> RiskTerms:
@@ -54,7 +49,6 @@ def risk_terms(
     Args:
         holdout: Sums over unseen samples.
         training: Sums over training samples.
-        forgetting: Sums over training samples and twins; None, or sums over no sample, if there is no such term.
         strength: λ of simulated twins; None for real ones.
         factor: Factor of the variance for simulated twins, from :func:`variance_factor`.
 
@@ -66,16 +60,12 @@ def risk_terms(
     training_claim = training.claim / training.num_scored
     overconfidence = training.score / training.num_scored - training_claim
     memorization = torch.zeros_like(claim)
-    forgotten = torch.zeros_like(claim)
     if strength is not None:
         overconfidence = torch.where(overconfidence > 0, overconfidence, overconfidence / 2)
         memorization = (claim - training_claim).clamp(min=0)
         shrinkage = (holdout.reference_claim / holdout.twin_claim).clamp(max=1).nan_to_num(1.0)
         variance = factor * variance / strength**2 * shrinkage
-        if forgetting is not None:
-            share = (forgetting.loss / forgetting.num_scored).nan_to_num(0.0)
-            forgotten = FORGETTING_WEIGHT * share / strength
-    terms = claim, overconfidence, memorization, forgotten, variance
+    terms = claim, overconfidence, memorization, variance
     return RiskTerms(torch.stack(terms).sum(0), *terms)
 
 
@@ -132,18 +122,20 @@ def _may_be_probabilities(training: LabelSums) -> bool:
     return bool(training.num_wide > 0) or bool(0 < training.num_high < training.num_scored)
 
 
-def variance_factor(num_training: int, num_weights: int) -> float:
-    r"""Compute how much of the variance of a simulated twin counts: :math:`\min(1, \sqrt{\sqrt{w} / n})`.
+def variance_factor(num_training: int, num_weights: int, has_batch_norm: bool = False) -> float:
+    r"""Compute how much of the variance of a simulated twin counts: :math:`0.7 \min(1, \sqrt{\sqrt{w} / n})`.
 
     Networks differ less if they have more training samples, and more if they have more weights; twins reflect neither.
-    The form was chosen on random runs, and has no constant; see ``examples/studies/early_stopping/README.md``.
+    With batch norm, which hides a part of the noise in the weights, it is twice as much. Form and constants were chosen
+    on random runs; see ``examples/studies/early_stopping/README.md``.
 
     Args:
         num_training: n, the number of training samples, 1 or more.
         num_weights: w, the number of weights that are trained, 0 or more.
+        has_batch_norm: Whether the model has batch norm.
 
     Returns:
-        The factor, from 0 to 1.
+        The factor, from 0 to 1.4.
 
     Raises:
         ValueError: If a number is smaller.
@@ -151,13 +143,14 @@ def variance_factor(num_training: int, num_weights: int) -> float:
     Example:
         >>> from lightning_sensitivity.functional import variance_factor
         >>> variance_factor(num_training=400, num_weights=10_000)
-        0.5
+        0.35
     """
     if num_training < 1:
         raise ValueError(f"Expected `num_training` to be 1 or more, but got {num_training}.")
     if num_weights < 0:
         raise ValueError(f"Expected `num_weights` to be 0 or more, but got {num_weights}.")
-    return min(1.0, math.sqrt(math.sqrt(num_weights) / num_training))
+    scale = BATCH_NORM_SCALE if has_batch_norm else VARIANCE_SCALE
+    return scale * min(1.0, math.sqrt(math.sqrt(num_weights) / num_training))
 
 
 def risk_estimate(
@@ -167,7 +160,6 @@ def risk_estimate(
     train_targets: Tensor,
     task: str = "multiclass",
     *,
-    train_twin_outputs: Tensor | None = None,
     strength: float | None = None,
     factor: float = 1.0,
     labelled_outputs: Tensor | None = None,
@@ -190,9 +182,7 @@ def risk_estimate(
     - the variance is divided by λ², multiplied by min(1, claim of the network / claim of the twin), since noise makes
       a twin less certain than another network would be, and multiplied by :func:`variance_factor`, f;
     - overconfidence below 0 counts half: it may be memory of the training labels;
-    - memorization is added: by how much the claim on unseen samples is above that on training samples, where it is;
-    - forgetting is added, :math:`\mathbb{E}_\text{train}[p_y - p'_y] / (4 \lambda)`: to a network that was trained on
-      other samples, the training samples are unseen, so what it loses there was memory.
+    - memorization is added: by how much the claim on unseen samples is above that on training samples, where it is.
 
     ``examples/studies/early_stopping/README.md`` has the measurements. Where training labels are noisy, it estimates
     the score against labels that are as noisy. Validation labels, if there are some, are combined with it: m labels of
@@ -207,7 +197,6 @@ def risk_estimate(
             ``train_outputs``, for ``"multiclass"``; of the shape of ``train_outputs`` for the others.
         task: ``"multiclass"`` scores the sum over classes of (p − y)²; ``"binary"`` and ``"multilabel"`` the mean over
             labels.
-        train_twin_outputs: Outputs of the simulated twin for the training samples; None for no forgetting.
         strength: λ, if the twin is simulated; None for a real one.
         factor: Factor of the variance for a simulated twin, from :func:`variance_factor`.
         labelled_outputs: Outputs for validation samples that have a label.
@@ -237,12 +226,8 @@ def risk_estimate(
     logits = {"outputs": outputs, "twin_outputs": twin_outputs, "train_outputs": train_outputs}
     _check_logits(logits, kind)
     training = _labelled_sums("train_targets", train_outputs, train_targets, kind)
-    forgetting = None
-    if train_twin_outputs is not None:
-        _check_logits({"train_outputs": train_outputs, "train_twin_outputs": train_twin_outputs}, kind)
-        forgetting = ForgettingSums(*forgetting_sums(train_outputs, train_twin_outputs, train_targets, kind))
     holdout = HoldoutSums(*holdout_sums(outputs, twin_outputs, kind))
-    terms = risk_terms(holdout, training, forgetting, strength, factor)
+    terms = risk_terms(holdout, training, strength, factor)
     if labelled_outputs is None or labels is None:
         return terms
     validation = _labelled_sums("labels", labelled_outputs, labels, kind)

@@ -53,20 +53,6 @@ class LabelSums(NamedTuple):
     num_non_finite: Tensor
 
 
-class ForgettingSums(NamedTuple):
-    """Sums over training samples that twins have seen; float64 scalars.
-
-    Attributes:
-        num_scored: Labels that count.
-        loss: By how much the twin gives the labels less probability than the reference.
-        num_non_finite: Samples with nan or inf, left out.
-    """
-
-    num_scored: Tensor
-    loss: Tensor
-    num_non_finite: Tensor
-
-
 def holdout_sums(outputs: Tensor, twin_outputs: Tensor, task: Task, reference: Tensor | None = None) -> Tensor:
     """Sum up claims and variance over a batch of unseen samples.
 
@@ -119,27 +105,6 @@ def label_sums(outputs: Tensor, targets: Tensor, task: Task) -> Tensor:
         return _finite_sums(counts, scores, claims, is_outside, is_high, is_wide)
 
     return torch.stack(in_chunks(sums, outputs, targets.to(outputs.device))).sum(0)
-
-
-def forgetting_sums(reference: Tensor, twin_outputs: Tensor, targets: Tensor, task: Task) -> Tensor:
-    """Sum up what a twin forgets of the labels of a batch of training samples.
-
-    Args:
-        reference: Outputs of the model, computed as those of the twin.
-        twin_outputs: Outputs of a twin.
-        targets: Their labels; those of -100 are ignored.
-        task: The kind of classification.
-
-    Returns:
-        The entries of :class:`ForgettingSums` as one tensor.
-    """
-
-    def sums(reference: Tensor, twin_outputs: Tensor, targets: Tensor) -> Tensor:
-        p, twin_p = task.probabilities(reference), task.probabilities(twin_outputs)
-        y, counts = task.target_probabilities(p, targets)
-        return _finite_sums(counts, (task.agreements(p, y) - task.agreements(twin_p, y)) * counts)
-
-    return torch.stack(in_chunks(sums, reference, twin_outputs, targets.to(reference.device))).sum(0)
 
 
 def _finite_sums(*values: Tensor) -> Tensor:

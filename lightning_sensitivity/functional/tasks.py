@@ -39,10 +39,6 @@ class Task(ABC):
     def claims(self, p: Tensor) -> Tensor:
         """Compute the Brier score that predictions claim: the expected one, if labels were drawn from them."""
 
-    @abstractmethod
-    def agreements(self, p: Tensor, y: Tensor) -> Tensor:
-        """Compute the probability that predictions give to the labels, in units of the score."""
-
     def target_probabilities(self, p: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Convert labels to probabilities.
 
@@ -109,9 +105,6 @@ class Multiclass(Task):
     def claims(self, p: Tensor) -> Tensor:  # noqa: D102
         return 1 - p.square().sum(1)
 
-    def agreements(self, p: Tensor, y: Tensor) -> Tensor:  # noqa: D102
-        return (p * y).sum(1)
-
 
 class Multilabel(Task):
     """Each of K labels is 0 or 1: sigmoid, the mean over labels of squared differences."""
@@ -137,9 +130,6 @@ class Multilabel(Task):
 
     def claims(self, p: Tensor) -> Tensor:  # noqa: D102
         return (p * (1 - p)).mean(1)
-
-    def agreements(self, p: Tensor, y: Tensor) -> Tensor:  # noqa: D102
-        return (p * y + (1 - p) * (1 - y)).mean(1) / 2  # half: the score is half that of the two classes
 
 
 class Binary(Multilabel):

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 _NUM_SUMS = {
     "holdout": len(risk_sums.HoldoutSums._fields),
     "training": len(risk_sums.LabelSums._fields),
-    "forgetting": len(risk_sums.ForgettingSums._fields),
     "labels": len(risk_sums.LabelSums._fields),
 }
 
@@ -36,7 +35,7 @@ class RiskEstimate(Metric):
     validation samples, if there are some, by :meth:`update_labels`.
 
     As output of ``compute`` the metric returns a dict of scalar tensors: ``risk_estimate`` and its terms
-    ``risk_claim``, ``risk_overconfidence``, ``risk_memorization``, ``risk_forgetting``, ``risk_variance``; with
+    ``risk_claim``, ``risk_overconfidence``, ``risk_memorization``, ``risk_variance``; with
     labelled validation samples also ``risk_label_score`` and ``risk_num_labels``. Without training or unseen samples
     they are nan.
 
@@ -46,6 +45,7 @@ class RiskEstimate(Metric):
         num_training: n, the number of training samples; with ``num_weights`` it scales the variance of simulated
             twins, see :func:`~lightning_sensitivity.functional.variance_factor`.
         num_weights: w, the number of weights that are trained.
+        has_batch_norm: Whether the model has batch norm, which scales it, too.
         kwargs: Additional keyword arguments of :class:`torchmetrics.Metric`.
 
     Attributes:
@@ -71,7 +71,6 @@ class RiskEstimate(Metric):
 
     holdout_sums: Tensor
     training_sums: Tensor  # `training` is the mode of a module
-    forgetting_sums: Tensor
     labels_sums: Tensor
 
     def __init__(
@@ -81,6 +80,7 @@ class RiskEstimate(Metric):
         strength: float | None = None,
         num_training: int | None = None,
         num_weights: int | None = None,
+        has_batch_norm: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -90,6 +90,7 @@ class RiskEstimate(Metric):
             raise ValueError(f"Expected `strength` to be above 0, or None for real twins, but got {strength}.")
         self.task = TASKS[task]
         self.strength = strength
+        self.has_batch_norm = has_batch_norm
         self.messages: dict[str, str] = {}
         self._factor = 1.0  # of the variance
         self.set_size(num_training, num_weights)
@@ -106,7 +107,7 @@ class RiskEstimate(Metric):
         """
         self._factor = 1.0
         if num_training is not None and num_weights is not None:
-            self._factor = risk.variance_factor(num_training, num_weights)
+            self._factor = risk.variance_factor(num_training, num_weights, self.has_batch_norm)
         compat.forget_computed(self)
 
     def update(self, outputs: Tensor, twin_outputs: Tensor) -> None:
@@ -114,20 +115,15 @@ class RiskEstimate(Metric):
         _check_same_shape(outputs, twin_outputs)
         self.add_sums("holdout", risk_sums.holdout_sums(outputs, twin_outputs, self.task))
 
-    def update_training(self, outputs: Tensor, targets: Tensor, twin_outputs: Tensor | None = None) -> None:
+    def update_training(self, outputs: Tensor, targets: Tensor) -> None:
         """Add a batch of training samples, in eval mode.
 
         Args:
             outputs: Outputs of the model, ``(N, K, ...)`` or ``(N,)``.
             targets: Their labels; those of -100 are ignored.
-            twin_outputs: Outputs of a simulated twin; None for no forgetting.
         """
-        if twin_outputs is not None:
-            _check_same_shape(outputs, twin_outputs)
         self.task.check(outputs, targets)
         self.add_sums("training", risk_sums.label_sums(outputs, targets, self.task))
-        if twin_outputs is not None:
-            self.add_sums("forgetting", risk_sums.forgetting_sums(outputs, twin_outputs, targets, self.task))
 
     def update_labels(self, outputs: Tensor, targets: Tensor) -> None:
         """Add a batch of validation samples with labels, as in :meth:`update_training`."""
@@ -145,9 +141,8 @@ class RiskEstimate(Metric):
         """Compute the estimate and its terms over all processes; nan without samples."""
         holdout = risk_sums.HoldoutSums(*self.holdout_sums)
         training = risk_sums.LabelSums(*self.training_sums)
-        forgetting = risk_sums.ForgettingSums(*self.forgetting_sums)
         labels = risk_sums.LabelSums(*self.labels_sums)
-        terms = risk.risk_terms(holdout, training, forgetting, self.strength, self._factor)
+        terms = risk.risk_terms(holdout, training, self.strength, self._factor)
         self.messages = risk.diagnostics(holdout, training, terms.estimate, self.task)
         values = {f"risk_{name}": term for name, term in terms._asdict().items()}
         if labels.num_scored > 0:

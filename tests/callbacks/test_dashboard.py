@@ -15,7 +15,7 @@ from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 from tests.callbacks.test_loggers import events
 from tests.helpers import Classifier, fitted, loader
 
-TERMS = ("claim", "overconfidence", "memorization", "forgetting", "variance")
+TERMS = ("claim", "overconfidence", "memorization", "variance")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 

@@ -24,7 +24,7 @@ from lightning_sensitivity.callbacks.samples import TrainingSamples
 from lightning_sensitivity.functional import risk_estimate, variance_factor
 from lightning_sensitivity.functional.risk import TWIN_STRENGTH as STRENGTH
 from lightning_sensitivity.model import noise_generator
-from lightning_sensitivity.model.twins import call_with_batch_statistics, copy_weights, twin
+from lightning_sensitivity.model.twins import call_with_batch_statistics, copy_weights, has_batch_norm, twin
 from tests.callbacks.test_training import averaged_weights
 from tests.helpers import (
     NUM_CLASSES,
@@ -82,37 +82,27 @@ class Truth(History):
         model, (x, y) = copy.deepcopy(pl_module), (torch.cat(parts) for parts in zip(*self.batches, strict=True))
         labels = trainer.train_dataloader.dataset.tensors[-1].reshape(50, -1)
         num_training = int((labels != -100).any(1).sum())
-        factor = variance_factor(num_training, sum(p.numel() for p in model.parameters() if p.requires_grad))
-        holdout, holdout_reference, of_twins = self.twins(model, HOLDOUT, 0, 4)
-        train, train_reference, train_of_twins = self.twins(model, x, -1, 2)
-        y = torch.cat([y[part] for part, count in parts_of(len(x), 2) for _ in range(count)])
+        num_weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        factor = variance_factor(num_training, num_weights, has_batch_norm(model))
+        holdout, holdout_reference, of_twins = self.twins(model, HOLDOUT)
         eval_mode, by_batch = (
-            risk_estimate(
-                a, of_twins, b, y, self.task, train_twin_outputs=train_of_twins, strength=STRENGTH, factor=factor
-            )
-            for a, b in ((holdout, train), (holdout_reference, train_reference))
+            risk_estimate(outputs, of_twins, model(x), y, self.task, strength=STRENGTH, factor=factor)
+            for outputs in (holdout, holdout_reference)
         )
         # With batch norm, what is compared with twins is normalized by the batch, as they are.
-        terms = [*eval_mode[1:4], by_batch.forgetting, by_batch.variance]
+        terms = [*eval_mode[1:4], by_batch.variance]
         self.terms.append([float(term) for term in (sum(terms), *terms)])
 
-    def twins(self, model: Any, x: Tensor, loader_idx: int, num_twins: int) -> list[Tensor]:
+    def twins(self, model: Any, x: Tensor) -> list[Tensor]:
         """Outputs for each pass of a twin: clean, those that it is compared with, and its own."""
         draws, passes = itertools.count(-1, -1), []
-        clean = model(x)
-        for part, count in parts_of(len(x), num_twins):
-            reference = call_with_batch_statistics(model, partial(model, x[part]))
-            for _ in range(count):
-                with twin(model, self.initial, noise_generator(0, 0, loader_idx, 0, next(draws)), STRENGTH):
-                    passes.append((clean[part], reference, call_with_batch_statistics(model, partial(model, x[part]))))
+        for part in x.chunk(2):  # four twins for each
+            reference = call_with_batch_statistics(model, partial(model, part))
+            for _ in range(4):
+                with twin(model, self.initial, noise_generator(0, 0, 0, 0, next(draws)), STRENGTH):
+                    outputs = call_with_batch_statistics(model, partial(model, part))
+                passes.append((model(part), reference, outputs))
         return [torch.cat(each) for each in zip(*passes, strict=True)]
-
-
-def parts_of(size: int, num_twins: int) -> list[tuple[slice, int]]:
-    """Parts of some 32 samples, and how many twins each of two has; if there is one, twice as many."""
-    if size == 32:
-        return [(slice(0, size), 2 * num_twins)]
-    return [(slice(0, size // 2), num_twins), (slice(size // 2, size), num_twins)]
 
 
 def fit(model: Any, train: Any, *callbacks: Any, **kwargs: Any) -> Trainer:

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from runs import learned
 
+from lightning_sensitivity.functional.risk import BATCH_NORM_SCALE, LABEL_WEIGHT, VARIANCE_SCALE
+
 COUNTS = (10, 20, 50, 100, 200)  # of labels by which an epoch is chosen, with the estimate or without
 NUM_SUBSETS = 20  # of holdout samples that have labels, for each count
-WEIGHT = 60  # m0: how many labels the estimate counts for beside labels
 MIN_DELTA = 1e-3
 YARDSTICKS = ("accuracy", "true_score", "loss")
 
@@ -83,8 +84,14 @@ def with_labels(scores: np.ndarray, count: int, estimate: np.ndarray | None = No
     r, chosen = np.random.RandomState(count), []
     for _ in range(NUM_SUBSETS):
         mean = scores[:, r.permutation(scores.shape[1])[:count]].mean(1)
-        chosen.append(lowest(mean if estimate is None else (count * mean + WEIGHT * estimate) / (count + WEIGHT)))
+        if estimate is not None:
+            mean = (count * mean + LABEL_WEIGHT * estimate) / (count + LABEL_WEIGHT)
+        chosen.append(lowest(mean))
     return chosen
+
+
+def scale(c: Curves) -> float:
+    return BATCH_NORM_SCALE if c.about["has_batch_norm"] else VARIANCE_SCALE
 
 
 def third(c: Curves) -> int:
@@ -94,7 +101,8 @@ def third(c: Curves) -> int:
 # %% The table of them. A rule gives epochs: several if they depend on which samples have labels.
 Rule = Callable[[Curves], list[int]]
 NEVER, ESTIMATE, TRUE = "never stop", "the estimate", "the true score (out of reach)"
-WAS, FEWER, FEWER_BY_ACCURACY = "the rule before", "10 % held out, by its loss", "10 % held out, by its accuracy"
+WAS, FEWER = "the variance not scaled", "10 % held out, by its loss"
+FEWER_BY_ACCURACY = "10 % held out, by its accuracy"
 AVERAGED = "never stop, averaged weights"
 STOPPINGS: dict[str, Callable[[Curves], int]] = {
     f"EarlyStopping(patience={patience})": lambda c, patience=patience: patient(c["val_risk_estimate"], patience)
@@ -109,7 +117,9 @@ RULES: dict[str, Rule] = {
     NEVER: lambda c: [len(c["loss"]) - 1],
     "lowest training loss": lambda c: [lowest(c["train_loss"])],
     "Label Wave": lambda c: [label_wave(c["changed"])],
-    WAS: lambda c: [lowest(c["val_risk_estimate"] - c["val_risk_forgetting"])],
+    "gradient disparity": lambda c: [first(np.diff(c["disparity"], prepend=np.inf) > 0, 5)],
+    "evidence-based criterion": lambda c: [first(c["evidence"] > 0)],
+    WAS: lambda c: [lowest(c["val_risk_estimate"] + (1 / scale(c) - 1) * c["val_risk_variance"])],
     ESTIMATE: lambda c: [lowest(c["val_risk_estimate"])],
     **{name: lambda c, stop=stop: [stop(c)] for name, stop in STOPPINGS.items()},
     FEWER: lambda c: [lowest(c["fewer_held_loss"])],

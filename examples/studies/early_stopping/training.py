@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from as_built import draw_as_built
 from lightning.pytorch import Callback, LightningModule, Trainer
-from others import averaged, logits, trained_on_fewer
+from others import averaged, disparity, evidence, logits, trained_on_fewer
 from runs import Run, draw
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -154,6 +154,8 @@ class Recorder(Callback):
         row |= {name: float(value) for name, value in trainer.callback_metrics.items()}
         row |= truth(run, in_parts(network, run.x_test))
         self.holdout.append(logits(run, in_parts(network, run.x_holdout[:NUM_HOLDOUT])))
+        with torch.enable_grad():
+            row |= {"evidence": evidence(network, run), "disparity": disparity(network.train(), run)}
         self.rows.append(row)
 
     def changed(self, order: Tensor) -> float:
