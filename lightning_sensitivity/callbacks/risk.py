@@ -46,7 +46,7 @@ class RiskMonitor(Monitor):
         task: ``"multiclass"``, ``"binary"``, ``"multilabel"``, or ``"auto"``, to infer it.
         targets: A function ``batch -> labels`` without randomness; by default
             :func:`~lightning_sensitivity.model.select_targets`. Labels of -100 are ignored.
-        validation_labels: Combine the estimate, which counts as much as 60 labels, with the score on validation
+        validation_labels: Combine the estimate, which counts as much as 40 labels, with the score on validation
             labels; also log ``risk_label_score`` and ``risk_num_labels``.
         initial_weights: State dict from before training, if a fit starts from trained weights.
         num_training_samples: Training samples to keep, in whole batches.

@@ -15,7 +15,7 @@ from lightning_sensitivity.functional.risk_sums import (
 from lightning_sensitivity.functional.tasks import TASKS, Task
 from lightning_sensitivity.functional.tensors import are_probabilities
 
-LABEL_WEIGHT = 60  # m₀: how many validation labels weigh as much as the estimate
+LABEL_WEIGHT = 40  # m₀: how many validation labels weigh as much as the estimate
 VARIANCE_SCALE, BATCH_NORM_SCALE = 0.7, 1.4  # of the variance of simulated twins, without and with batch norm
 TWIN_STRENGTH = 0.5  # λ of simulated twins; at full strength they break networks with max-pooling
 
@@ -72,8 +72,8 @@ def risk_terms(
 def combine_with_labels(estimate: Tensor, labels: LabelSums) -> Tensor:
     """Combine the estimate with the score of the validation labels that there are.
 
-    With m labels of mean Brier score s it is :math:`(m s + m_0 R) / (m + m_0)`, with :math:`m_0 = 60`: the estimate
-    counts as much as 60 labels.
+    With m labels of mean Brier score s it is :math:`(m s + m_0 R) / (m + m_0)`, with :math:`m_0 = 40`: the estimate
+    counts as much as 40 labels.
 
     Args:
         estimate: The estimate R without validation labels.
@@ -186,7 +186,7 @@ def risk_estimate(
 
     ``examples/studies/early_stopping/README.md`` has the measurements. Where training labels are noisy, it estimates
     the score against labels that are as noisy. Validation labels, if there are some, are combined with it: m labels of
-    mean score s give :math:`(m s + 60 R) / (m + 60)`.
+    mean score s give :math:`(m s + 40 R) / (m + 40)`.
 
     Args:
         outputs: Outputs for unlabelled samples that the network was not trained on, before softmax or sigmoid,

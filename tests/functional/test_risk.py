@@ -81,14 +81,14 @@ def test_beside_simulated_twins_underconfidence_counts_half_and_certainty_on_tra
         assert simulated.estimate == torch.stack(simulated[1:]).sum()
 
 
-def test_validation_labels_count_as_one_each_and_the_estimate_as_60() -> None:
+def test_validation_labels_count_as_one_each_and_the_estimate_as_40() -> None:
     given = example()
     without = risk_estimate(*given)
     outputs, _, _, labels = example(num_samples=10, seed=1)
     labels[:2] = -100
     terms = risk_estimate(*given, labelled_outputs=outputs, labels=labels)
     p, y = MULTICLASS.probabilities(outputs[2:]), labels_as_probabilities(labels[2:], "multiclass")
-    torch.testing.assert_close(terms.estimate, (8 * brier_score(p, y) + 60 * without.estimate) / 68)
+    torch.testing.assert_close(terms.estimate, (8 * brier_score(p, y) + 40 * without.estimate) / 48)
     assert terms[1:] == without[1:]
 
 
