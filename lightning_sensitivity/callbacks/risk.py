@@ -37,8 +37,8 @@ class RiskMonitor(Monitor):
     :func:`~lightning_sensitivity.functional.risk_estimate`. Regressions and dense outputs have no estimate.
 
     **Logged values**, only in ``Trainer.fit``, after ``prefix``: ``risk_estimate`` and its terms ``risk_claim``,
-    ``risk_overconfidence``, ``risk_memorization``, ``risk_variance``; nan if the first validation
-    has no value. The end of a fit says where the estimate was lowest.
+    ``risk_overconfidence``, ``risk_memorization``, ``risk_variance``; nan if the first validation has
+    no value. The end of a fit says where the estimate was lowest.
 
     It costs two passes over the measured samples, three with batch norm, and one over the kept training samples.
 

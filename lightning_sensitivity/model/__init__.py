@@ -1,7 +1,8 @@
 """How any model is run on any batch: its arguments and outputs, noise, twins, and passes that leave no trace."""
 
-from lightning_sensitivity.model.forward import ModelCall, select_outputs, select_targets
+from lightning_sensitivity.model.forward import ModelCall, select_outputs
 from lightning_sensitivity.model.isolation import isolated
 from lightning_sensitivity.model.noise import GaussianNoise, Noise, noise_generator
+from lightning_sensitivity.model.targets import select_targets
 
 __all__ = ["GaussianNoise", "ModelCall", "Noise", "isolated", "noise_generator", "select_outputs", "select_targets"]

@@ -1,4 +1,4 @@
-"""How any model is called on any batch: its arguments, its outputs, and the labels of the batch."""
+"""How any model is called on any batch: its arguments and its outputs."""
 
 import copy
 import inspect
@@ -177,49 +177,6 @@ def select_outputs(result: Any, outputs: Selector | None = None) -> Tensor:
             f"from {describe(result)}, which `forward` returned."
         )
     return selected
-
-
-def select_targets(model: nn.Module, batch: Any, targets: Selector | None = None) -> Tensor:
-    """Select the labels in a batch.
-
-    Args:
-        model: The module, whose ``forward`` says how many elements of a batch are inputs.
-        batch: What the loader gave. A function ``targets`` gets it as it is, and must not write to it.
-        targets: A function ``batch -> tensor``, or None: the last of the elements of a tuple or list if all others are
-            inputs of ``forward``; the only entry or attribute that is called ``label``, ``labels``, ``target``,
-            ``targets`` or ``y``.
-
-    Raises:
-        MisconfigurationException: If it is not clear where they are, or they are not a tensor.
-    """
-    selected: Any = None
-    if targets:
-        selected = _call_targets(targets, batch)
-    elif isinstance(batch, list | tuple):
-        selected = batch[-1] if len(batch) == max(1, num_required(model)) + 1 else None
-    elif not isinstance(batch, Tensor):
-        named = [_entry(batch, name) for name in TARGET_NAMES]
-        tensors = [value for value in named if isinstance(value, Tensor)]
-        selected = tensors[0] if len(tensors) == 1 else None
-    if not isinstance(selected, Tensor):
-        key = repr(list(batch)[-1]) if isinstance(batch, Mapping) and batch else "1"
-        raise MisconfigurationException(
-            f"`targets` should return the labels, such as `targets=lambda batch: batch[{key}]`, from {describe(batch)}."
-        )
-    return selected
-
-
-def _call_targets(targets: Selector, batch: Any) -> Any:
-    try:
-        return targets(batch)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise MisconfigurationException(f"`targets` failed on {describe(batch)}: {reason}.") from error
-
-
-def _entry(batch: Any, name: str) -> object:
-    """Return an entry of a mapping, or an attribute of another object; None if there is none."""
-    return batch.get(name) if isinstance(batch, Mapping) else getattr(batch, name, None)
 
 
 def parameters_of(model: nn.Module) -> list[inspect.Parameter]:
