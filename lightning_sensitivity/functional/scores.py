@@ -211,7 +211,7 @@ def _predictions(log_p: Tensor) -> Tensor:
 
 
 def _sum(tensors: Iterable[Tensor]) -> Tensor:
-    """Add tensors of one shape, of which there is at least one."""
+    """Add one or more tensors of one shape."""
     return reduce(torch.add, tensors)
 
 

@@ -44,7 +44,7 @@ QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": 
 
 # %% What somebody could try on such images; fixed before the first look
 class Spec(NamedTuple):
-    convs: tuple[int, ...] = ()  # channels of 3 × 3 convolutions, each of which halves the image
+    convs: tuple[int, ...] = ()  # channels of 3 × 3 convolutions; each halves the image
     dense: tuple[int, ...] = ()
     halving: str = "max"  # by max-pooling, or by "strides"
     average: bool = False  # over what is left of the image, before the logits

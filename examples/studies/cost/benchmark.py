@@ -2,7 +2,7 @@
 # # What do the monitors cost?
 #
 # Time and memory of `SensitivityMonitor` and `RiskMonitor` with their defaults, beside a Trainer without them and
-# beside the passes of the model alone. README.md in this folder has the figures.
+# beside the bare passes of the model. README.md in this folder has the figures.
 #
 #     python examples/studies/cost/benchmark.py          # some minutes on one idle core; needs torchvision
 #     python examples/studies/cost/benchmark.py --quick  # under a minute: shows that it runs; ignore its times
@@ -254,7 +254,7 @@ def compare(
 def added(
     what: str, net: nn.Module, training: Batches, data: Batches, wanted: dict[str, float], turns: int
 ) -> list[Row]:
-    """What a validation epoch gains, over the passes alone."""
+    """What a validation epoch gains, over the bare passes."""
 
     def epoch(case: str) -> float:
         return seconds_of_epoch(case, Net(net, has_step=False), training, data)
@@ -280,11 +280,11 @@ def epochs(what: str, net: nn.Module, data: Batches, limit: float, turns: int) -
 def memory(what: str, case: str, net: nn.Module, data: Batches) -> list[Row]:
     """The peak beside a pass of the model, in batches of outputs, after an input (of twins: after their weights)."""
     x = data[0][0]
-    with torch.no_grad(), LiveBytes() as alone:
+    with torch.no_grad(), LiveBytes() as bare:
         outputs = net(x).nbytes
     peak = second_validation(case, Net(net, has_step=False), data, data, LiveBytes()).peak
     beside = x.nbytes if case == "sensitivity" else sum(parameter.nbytes for parameter in net.parameters())
-    median = (peak - beside - (alone.peak - outputs)) / outputs
+    median = (peak - beside - (bare.peak - outputs)) / outputs
     return [row(what, case, "batches of outputs at the peak", 2.2, {"median": median})]
 
 

@@ -1,4 +1,4 @@
-"""The figure of the report: what an epoch costs that was chosen with few labels, alone or beside the estimate."""
+"""The figure of the report: what an epoch costs that was chosen with few labels, with the estimate or without."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def label_wave(changed: np.ndarray) -> int:
 
 
 def with_labels(scores: np.ndarray, count: int, estimate: np.ndarray | None = None) -> list[int]:
-    """Choose by the scores of a few random samples, alone or beside the estimate, once for each draw of samples."""
+    """Choose by the scores of a few random samples, with the estimate or without, once for each draw of samples."""
     r, chosen = np.random.RandomState(count), []
     for _ in range(NUM_SUBSETS):
         mean = scores[:, r.permutation(scores.shape[1])[:count]].mean(1)

@@ -6,7 +6,7 @@
 Every run is trained to its end and leaves an NPZ file; runs that have theirs are not trained again, so that a study
 that was cut off resumes where it stopped. The pools take turns: the runs that are there at any time are the first of
 each. `FOLDER` holds `cifar10.npz`, `mnist.npz` and `fashion.npz` (`x_train`, images uint8 N × C × H × W, and
-`y_train`), and `cifar10n.npz` with people's labels of CIFAR-10 (`aggre_label` and `worse_label`, of
+`y_train`), and `cifar10n.npz` with human labels of CIFAR-10 (`aggre_label` and `worse_label`, of
 http://noisylabels.com). `sentences.npz` is made there from installed packages.
 """
 
@@ -55,6 +55,7 @@ def report(curves: list[Curves], runs: pd.DataFrame) -> str:
         f"## Targets\n\n{targets_table(found)}",
         *(f"## Rules: {name}\n\n{tables.rules_table(found[name])}" for name in found if name.endswith(": all")),
         f"## Groups\n\n{tables.groups_table(found)}",
+        f"## Differences\n\nMeans with 95 % bootstrap intervals.\n\n{tables.differences_table(found)}",
         f"## Labels as noisy as training's\n\n{tables.labels_table(found, 'noisy')}",
         f"## Correct labels\n\n{tables.labels_table(found, 'correct')}",
         f"## Stopping\n\n{tables.stopping_table(found)}",

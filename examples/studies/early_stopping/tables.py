@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
-from rules import ALL, COUNTS, ESTIMATE, NEVER, STOPPINGS, TRUE, WAS, WAYS, YARDSTICKS, Curves, cost, named
+from rules import ALL, COUNTS, ESTIMATE, FEWER, NEVER, STOPPINGS, TRUE, WAS, WAYS, YARDSTICKS, Curves, cost, named
 
 POOLS = ("random", "as built", "wide")
 Groups = dict[str, pd.DataFrame]
@@ -16,7 +16,7 @@ MEMBERS: dict[str, Callable[[pd.DataFrame], pd.Series]] = {
     "correct labels": lambda runs: ~runs["is_noisy"],
     "batch norm, noisy labels": lambda runs: runs["has_batch_norm"] & runs["is_noisy"],
     "no batch norm, noisy labels": lambda runs: ~runs["has_batch_norm"] & runs["is_noisy"],
-    "people's labels": lambda runs: runs["labels"] == "people",
+    "human labels": lambda runs: runs["labels"] == "people",
     "n up to 500": lambda runs: runs["n"] <= 500,
     "n of 500 to 2,000": lambda runs: runs["n"].between(501, 2000),
     "n above 2,000": lambda runs: runs["n"] > 2000,
@@ -48,16 +48,20 @@ def groups(runs: pd.DataFrame) -> Groups:
 
 # %% Numbers.
 def resampled(num_runs: int) -> np.ndarray:
-    """Give the runs, and 2,000 draws of as many of them with replacement."""
-    drawn = np.random.default_rng(0).integers(num_runs, size=(2000, num_runs))
-    return np.vstack([np.arange(num_runs), drawn])
+    """Draw as many runs with replacement, 2,000 times."""
+    return np.random.default_rng(0).integers(num_runs, size=(2000, num_runs))
+
+
+def bounds(values: pd.Series) -> tuple[float, float]:
+    """Give the 95 % bootstrap interval of a mean."""
+    low, high = np.quantile(values.to_numpy()[resampled(len(values))].mean(1), (0.025, 0.975))
+    return float(low), float(high)
 
 
 def interval(values: pd.Series) -> str:
-    """Tell a mean with a 95 % bootstrap interval."""
-    means = values.to_numpy()[resampled(len(values))].mean(1)
-    low, high = np.quantile(means[1:], (0.025, 0.975))
-    return f"{means[0]:.2f} [{low:.2f}, {high:.2f}]"
+    """Tell a mean with its 95 % bootstrap interval."""
+    low, high = bounds(values)
+    return f"{values.mean():.2f} [{low:.2f}, {high:.2f}]"
 
 
 def of(runs: pd.DataFrame, rule: str, yardstick: str = "accuracy") -> pd.Series:
@@ -104,6 +108,19 @@ def labels_table(found: Groups, kind: str) -> str:
             cells = " | ".join(means(found[name], named(kind, count, way)) for way in WAYS)
             lines.append(f"{name} | {count} | {cells}")
     return table("runs | labels | " + " | ".join(WAYS), lines)
+
+
+def differences_table(found: Groups) -> str:
+    """Compare rules run by run: below 0, the first of a pair loses less accuracy."""
+    pairs = [(ESTIMATE, other) for other in (NEVER, WAS, FEWER, named("correct", 50, "log-loss"))]
+    for kind, count in (("noisy", 20), ("noisy", 50), ("correct", 20), ("correct", 50)):
+        pairs.append((named(kind, count, "with the estimate"), named(kind, count, "Brier score")))
+    names = [name for name in found if name.endswith((": all", ": noisy labels", ": correct labels"))]
+    lines = []
+    for ours, other in pairs:
+        cells = " | ".join(interval(of(found[name], ours) - of(found[name], other)) for name in names)
+        lines.append(f"{ours} − {other} | {cells}")
+    return table("accuracy lost | " + " | ".join(names), lines)
 
 
 def stopping_table(found: Groups) -> str:

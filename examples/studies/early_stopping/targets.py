@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rules import COUNTS, ESTIMATE, NEVER, STOPPING, named
-from tables import Groups, of, table
+from tables import Groups, bounds, of, table
 
 MORE = {10: 20, 20: 50, 50: 100}  # labels that should not be better than m labels beside the estimate: 2 m or more
 LARGE = "large (n ≥ 4,000) or augmented"
@@ -66,14 +66,21 @@ class Targets:
             ours, target = named(kind, count, "with the estimate"), f"{group}: {count} {kind} labels and the estimate"
             more = MORE.get(count, count) if pool == "random" or kind == "correct" else count
             lost, loss = self.mean(group, ours), self.mean(group, ours, "loss")
-            alone = min(self.mean(group, named(kind, more, way)) for way in ("log-loss", "Brier score"))
-            self.check(f"{target}: accuracy lost, {more} of them alone", lost, alone)
+            bound = min(self.mean(group, named(kind, more, way)) for way in ("log-loss", "Brier score"))
+            self.check(f"{target}: accuracy lost, that of {more} such labels without it", lost, bound)
             of_theirs = self.mean(group, named(kind, count, "log-loss"), "loss")
             if kind == "noisy":
-                self.check(f"{target}: accuracy lost, the estimate alone", lost, self.mean(group, ESTIMATE))
-                self.check(f"{target}: loss regret, half of theirs alone", loss, of_theirs / 2)
-            elif count <= 50:
-                self.check(f"{target}: loss regret, theirs alone", loss, of_theirs)
+                self.check(
+                    f"{target}: accuracy lost, that of the estimate without labels", lost, self.mean(group, ESTIMATE)
+                )
+                self.check(f"{target}: loss regret, half of theirs without it", loss, of_theirs / 2)
+            else:
+                for way in ("log-loss", "Brier score"):
+                    low, _ = bounds(of(self.found[group], ours) - of(self.found[group], named(kind, count, way)))
+                    what = f"{target}: accuracy lost more than without it ({way}), lower end of the interval"
+                    self.check(what, low, 0)
+            if kind == "correct" and count <= 50:
+                self.check(f"{target}: loss regret, theirs without it", loss, of_theirs)
 
     def stopping(self) -> None:
         for name in self.found:
