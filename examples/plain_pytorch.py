@@ -49,12 +49,11 @@ for epoch in range(args.max_epochs):
     with torch.no_grad():
         outputs = model(x_new)
         sensitivity.update(outputs, model(x_new + SIGMA * torch.randn(x_new.shape, generator=generator)))
-        train_outputs = model(x_train)
+        risk.update_training(model(x_train), y_train)
         for _ in range(NUM_TWINS):
             with twin(model, initial, generator, STRENGTH):
-                twin_outputs, train_twin_outputs = model(x_new), model(x_train)
+                twin_outputs = model(x_new)
             risk.update(outputs, twin_outputs)
-            risk.update_training(train_outputs, y_train, train_twin_outputs)
     model.train()
     accuracy = (outputs.argmax(1) == y_new).float().mean()
     print(

@@ -63,7 +63,8 @@ def test_the_plain_loop_sees_sensitivity_grow(run: Any) -> None:
     assert (np.diff(sensitivity) > 0).all() and (np.diff(estimate) < 0).all()
 
 
-@pytest.mark.parametrize("option", ["--finetune", pytest.param("--mixup", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("option", ["--finetune", "--mixup"])
 def test_a_resnet_has_an_estimate_in_every_epoch(run: Any, option: str) -> None:
     pytest.importorskip("torchvision")
     text, variables = run("images/resnet18.py", "--quick", option)
@@ -97,6 +98,7 @@ def test_a_comparison_prints_and_draws_its_table(run: Any) -> None:
     assert Path("runs/compare_models/compare_models.png").stat().st_size > 10_000
 
 
+@pytest.mark.long
 def test_what_a_comparison_is_worth_in_labels(run: Any) -> None:
     text, variables = run("studies/comparing/worth.py", "--quick")
     assert "| 1000 labels | 1.00 [1.00, 1.00] | " in text
@@ -111,6 +113,7 @@ def test_what_a_comparison_is_worth_in_labels(run: Any) -> None:
     np.testing.assert_allclose([variables["worth"](t, curve)[0] for t in tau], [10, 20, 1000])
 
 
+@pytest.mark.long
 def test_votes_are_compared_on_handfuls_of_models(run: Any) -> None:
     text, variables = run("studies/comparing/handfuls.py", "--quick")
     table = pandas.read_csv("runs/handfuls_quick/handfuls.csv")

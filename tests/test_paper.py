@@ -23,6 +23,7 @@ def paper() -> Any:
         yield {name: importlib.import_module(name) for name in ("zoo", "measure", "peers")}
 
 
+@pytest.mark.long
 def test_networks_are_measured_as_the_package_does(paper: Any, tmp_path: Path) -> None:
     zoo, measure, peers = paper["zoo"], paper["measure"], paper["peers"]
     specs = [zoo.Spec(1, 16), zoo.Spec(1, 32, init="normal"), zoo.Spec(2, 16)]

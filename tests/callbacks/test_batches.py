@@ -13,7 +13,7 @@ from lightning_sensitivity.callbacks import batches as S
 from lightning_sensitivity.callbacks.batches import Batch, BatchSelection, CleanOutputs, Group, Queue, are_independent
 from lightning_sensitivity.callbacks.failures import Failures
 from lightning_sensitivity.callbacks.run import RunFacts
-from lightning_sensitivity.callbacks.twin_passes import NUM_TWINS, TwinPasses
+from lightning_sensitivity.callbacks.twin_passes import TwinPasses
 from lightning_sensitivity.callbacks.watch import loss_mismatch
 from lightning_sensitivity.functional.risk import TWIN_STRENGTH
 from lightning_sensitivity.model import GaussianNoise, ModelCall, isolated, noise_generator
@@ -218,9 +218,7 @@ def twin_passes(
     call = ModelCall(model, inputs(size) if x is None else x)
     with isolated(model) as run:
         outputs = run(call)
-        found = list(
-            TwinPasses(model, initial, has_norm, facts).passes(run, call, outputs, (0, 0, 0, 0), num_total, NUM_TWINS)
-        )
+        found = list(TwinPasses(model, initial, has_norm, facts).passes(run, call, outputs, (0, 0, 0, 0), num_total))
     return found, outputs, initial
 
 

@@ -61,6 +61,10 @@ def one_of_three(m: Subject) -> bool:
     return next(m.calls) % 3 == 1
 
 
+def two_of_three(m: Subject) -> bool:
+    return next(m.calls) % 3 != 2
+
+
 def to_ids(m: Subject, batch: Any) -> Any:
     return [(9 * batch[0]).long(), batch[1]]
 
@@ -142,7 +146,7 @@ FAULTS = {
         moments=("sanity", "later")),
     "no memory, twin": Fault(None, NO_MEMORY, init=note_weights,
         x=lambda m, x: no_memory() if is_twin(m) and one_of_three(m) else x),
-    "no memory, kept": Fault(None, LEFT_OUT + NO_MEMORY, kept=lambda m, y: no_memory() if one_of_three(m) else y),
+    "no memory, kept": Fault(None, LEFT_OUT + NO_MEMORY, kept=lambda m, y: no_memory() if two_of_three(m) else y),
     "no kept batch": Fault(None, LEFT_OUT + "broken", kept=lambda m, y: fail()),
     "no pass": Fault(BROKEN, BROKEN, "broken", x=lambda m, x: fail(), step=plain, moments=ALL),
     "gradients in forward": Fault(x=with_gradient, moments=ALL),
