@@ -18,7 +18,7 @@ _EXPLANATIONS = {
         "more than their size. "
     ),
     "sensitivity": (
-        "Sorted by sensitivity, which is no order of quality. There is no consensus_error: it needs a `task`, one "
+        "Sorted by sensitivity, which does not rank quality. There is no consensus_error: it needs a `task`, one "
         "prediction per sample, and three models or more that have learned something and predict the same classes. "
     ),
 }
@@ -72,7 +72,7 @@ class Comparison:
             if model.name == name:
                 return model
         names = ", ".join(repr(model.name) for model in self.models)
-        raise KeyError(f"Expected the name of a model ({names}), got {name!r}. For places take `.models`.")
+        raise KeyError(f"Expected the name of a model ({names}), got {name!r}. To select by position, use `.models`.")
 
     def difference(self, first: str, second: str, score: str | None = None) -> tuple[float, float]:
         """Compute how much higher one model scores than another, and the standard error of the difference.

@@ -156,7 +156,7 @@ class RiskSession(Session):
         new = unknown_parameters(self.module, initial)
         if new:
             self.failures.warn(
-                "new", f"has no initial weights for {', '.join(new[:3])}: they count as learned entirely."
+                "new", f"has no initial weights for {', '.join(new[:3])}: they count as entirely learned."
             )
         device_weights = {name: weight.to(self.module.device) for name, weight in initial.items()}
         return TwinPasses(self.module, device_weights, has_batch_norm(self.module), self.facts)
@@ -212,7 +212,7 @@ class RiskSession(Session):
         for batch, part in zip(group.batches, parts, strict=True):
             if batch.targets is None:
                 continue
-            with self.failures.warn_on_failure(_NO_SCORE, "The estimate does without them."):
+            with self.failures.warn_on_failure(_NO_SCORE, "The estimate does not use them."):
                 targets = batch.targets.to(part.device)
                 self.task.check(part, targets)
                 sums = label_sums(part, targets, self.task)
@@ -238,8 +238,8 @@ class RiskSession(Session):
             )
         elif num_labels > 0 and not self.monitor.fit_state.history:
             rank_zero_info(
-                f"`RiskMonitor` ({self.monitor.prefix}*): {num_labels} validation labels count; the estimate counts "
-                f"as {LABEL_WEIGHT} labels."
+                f"`RiskMonitor` ({self.monitor.prefix}*): uses {num_labels} validation labels; the estimate counts "
+                f"as much as {LABEL_WEIGHT} labels."
             )
 
 
