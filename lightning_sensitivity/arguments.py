@@ -1,4 +1,4 @@
-"""Checks of arguments: one clear exception that names the argument, what was expected and what came."""
+"""Check arguments: one clear exception names the argument, what was expected and what it got."""
 
 from collections.abc import Callable, Mapping
 from numbers import Integral
@@ -11,7 +11,7 @@ Selector: TypeAlias = Callable[[Any], Any]  # selects a part of a batch or of a 
 
 
 def check_argument(name: str, value: object, valid: bool, expected: str) -> None:
-    """Raise MisconfigurationException, saying what the argument should be, unless it is valid."""
+    """Raise MisconfigurationException unless an argument is valid; the message says what it should be."""
     if not valid:
         raise MisconfigurationException(f"`{name}` should be {expected}, got {value!r}.")
 

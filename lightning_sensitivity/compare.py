@@ -40,7 +40,7 @@ ModelSource = nn.Module | Callable[[], nn.Module]
 
 @dataclass(frozen=True)
 class _Settings:
-    """Hold how all models are measured; see :func:`compare_models`."""
+    """Hold the settings that all models share; see :func:`compare_models`."""
 
     noise: NoiseFunction
     at: str | None
@@ -75,33 +75,33 @@ def compare_models(
     targets: Selector | None = None,
     device: torch.device | str | None = None,
 ) -> Comparison:
-    r"""Compare how well models generalize, trained or not, without labels, on the same samples.
+    r"""Compare how well models generalize, without labels, on the same samples.
 
-    All models get the same noise on the same samples, so that differences are sharper than values. See
-    :class:`~lightning_sensitivity.compare.Comparison` for the result,
-    :class:`~lightning_sensitivity.compare.ModelScores` for the scores, and ``examples/studies/comparing`` for their
-    worth. Labels are not needed; with ``targets`` the table also shows the true loss and error. A model that
-    fails becomes a row that says why. Sensitivity is that of Forouzesh, Salehi and Thiran (ICPR 2020,
+    All models get the same noise on the same samples, so differences between models are more precise than their
+    values. See :class:`~lightning_sensitivity.compare.Comparison` for the result,
+    :class:`~lightning_sensitivity.compare.ModelScores` for the scores, and ``examples/studies/comparing`` for what they
+    are worth. Labels are not needed; with ``targets`` the table also shows the true loss and error. A model that
+    fails gets a row that says why. Output sensitivity is defined as by Forouzesh, Salehi and Thiran (ICPR 2020,
     arXiv:2007.15378).
 
     Args:
-        models: Names, and for each of them a module (which is copied, and not changed) or a function that makes one,
-            such as ``lambda: Classifier.load_from_checkpoint(path)``. With functions, only one model is in memory at a
-            time.
-        dataloader: Batches, with or without labels, which are all kept in memory: some thousand samples are enough.
-        noise: σ of Gaussian noise in the units that the models receive, one number or one per channel, or a function
+        models: A dict of names and models. Each model is a module, which is copied and not changed, or a function that
+            returns one, such as ``lambda: Classifier.load_from_checkpoint(path)``. With functions, only one model is in
+            memory at a time.
+        dataloader: Batches, with or without labels. All are kept in memory: a few thousand samples are enough.
+        noise: σ of Gaussian noise in the units of the models' inputs, one number or one per channel, or a function
             ``(x, generator) -> x'``.
-        at: Name of a submodule, which all models have, whose output is perturbed instead of the input.
+        at: Name of a submodule that all models have; its output is perturbed instead of the input.
         num_draws: Noise draws per sample.
         seed: Seed of the noise.
-        task: What the outputs are for: ``"multiclass"``, ``"binary"``, ``"multilabel"``; None for sensitivity only.
-        inputs: How models are called; see :class:`~lightning_sensitivity.model.ModelCall`.
-        outputs: Which outputs to compare; see :func:`~lightning_sensitivity.model.select_outputs`.
+        task: The kind of classification: ``"multiclass"``, ``"binary"``, ``"multilabel"``; None for sensitivity only.
+        inputs: A function ``batch -> arguments``; by default see :class:`~lightning_sensitivity.model.ModelCall`.
+        outputs: A function ``result -> logits``; by default :func:`~lightning_sensitivity.model.select_outputs`.
         targets: The labels of a batch, for the true loss and error: a function ``batch -> tensor``.
         device: Where the models run; by default the accelerator, if the machine has one, else the CPU.
 
     Raises:
-        MisconfigurationException: If an argument is not one of the above.
+        MisconfigurationException: If an argument is invalid.
         RuntimeError: If no model could be scored.
 
     Example:
@@ -129,7 +129,7 @@ def compare_models(
 def _default_device() -> torch.device:
     """Choose the accelerator that this machine has, else the CPU."""
     if hasattr(torch, "accelerator"):  # since torch 2.6
-        # Without a look at what is available, it is the accelerator that torch was compiled for.
+        # Unless we check that one is available, this is the accelerator that torch was compiled for.
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return accelerator or torch.device("cpu")
     if torch.cuda.is_available():
@@ -143,7 +143,7 @@ def _measure_models(
     """Measure one model after another.
 
     Returns:
-        What was measured of each model; and for those that failed, a note that says why.
+        The measurements of each model; and for each model that failed, a note that says why.
     """
     measured: dict[str, MeasuredModel] = {}
     failures: dict[str, str] = {}
@@ -155,7 +155,7 @@ def _measure_models(
         except Exception as failure:
             first_traceback = first_traceback or traceback.format_exc()
             failures[name] = f"failed: {type(failure).__name__}: {failure}"
-        gc.collect()  # modules refer to themselves in circles, and the next one needs their memory
+        gc.collect()  # modules contain reference cycles, and the next model needs their memory
     if not measured:
         raise RuntimeError(f"No model could be scored. The first failed with:\n{first_traceback}")
     for name, model in measured.items():
@@ -186,7 +186,7 @@ def _measure_model(source: ModelSource, batches: Sequence[Any], settings: _Setti
 
 
 def _prepare_transfer(model: nn.Module) -> Callable[[Any, torch.device], Any]:
-    """Return what moves a batch to a device: for a LightningModule its own hooks, which may transform the batch."""
+    """Return a function that moves a batch to a device; that of a LightningModule may also transform the batch."""
     inner = original_module(model)
     if not isinstance(inner, LightningModule):
         return move_data_to_device
@@ -209,7 +209,7 @@ def _measure_batch(model: nn.Module, batch: Any, batch_idx: int, settings: _Sett
 
 
 def _check_outputs(clean: Tensor, task: str | None) -> None:
-    """Refuse outputs that can't be logits of the task, and warn of those that may not be."""
+    """Refuse outputs that cannot be logits of the task, and warn about outputs that may not be logits."""
     if task is None:
         return
     if task == "multiclass" and (are_probabilities(clean) or num_outputs(clean) == 1):

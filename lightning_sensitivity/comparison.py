@@ -18,7 +18,7 @@ _EXPLANATIONS = {
         "more than their size. "
     ),
     "sensitivity": (
-        "Sorted by sensitivity, which is no order of quality. There is no consensus_error: it needs a `task`, one "
+        "Sorted by sensitivity, which does not rank quality. There is no consensus_error: it needs a `task`, one "
         "prediction per sample, and three models or more that have learned something and predict the same classes. "
     ),
 }
@@ -27,16 +27,16 @@ _EXPLANATIONS = {
 class Comparison:
     """Hold the scores of the models that :func:`~lightning_sensitivity.compare_models` compared.
 
-    Iterating gives :class:`ModelScores` in the order of ``sorted_by``, with failed models last. ``result["wide"]`` are
-    the scores of one model. ``print`` shows the main columns, ``pandas.DataFrame(result)`` has all.
+    Iteration yields :class:`ModelScores` sorted by ``sorted_by``, with failed models last. ``result["wide"]`` has the
+    scores of one model. ``print`` shows the main columns, ``pandas.DataFrame(result)`` has all of them.
 
     Args:
         models: One row per model, in any order.
-        by_sample: For each model and score one number per sample, ``(N,)``, with the score as their mean; the same
-            samples for all models.
+        by_sample: For each model and score, one number per sample, ``(N,)``, whose mean is the score. The samples are
+            the same for all models.
 
     Attributes:
-        models: The scores in their order.
+        models: The scores of each model, sorted.
         sorted_by: ``"consensus_error"`` if there is one, else ``"sensitivity"``.
 
     Example:
@@ -63,7 +63,7 @@ class Comparison:
         return iter(self.models)
 
     def __len__(self) -> int:
-        """Count the models, with those that failed."""
+        """Count the models, including those that failed."""
         return len(self.models)
 
     def __getitem__(self, name: str) -> ModelScores:
@@ -72,10 +72,10 @@ class Comparison:
             if model.name == name:
                 return model
         names = ", ".join(repr(model.name) for model in self.models)
-        raise KeyError(f"Expected the name of a model ({names}), got {name!r}. For places take `.models`.")
+        raise KeyError(f"Expected the name of a model ({names}), got {name!r}. To select by position, use `.models`.")
 
     def difference(self, first: str, second: str, score: str | None = None) -> tuple[float, float]:
-        """Compute how much higher one model scores than another, and the standard error of that over samples.
+        """Compute how much higher one model scores than another, and the standard error of the difference.
 
         Args:
             first: Name of a model.
@@ -94,10 +94,10 @@ class Comparison:
         return value, float((one - other).std() / math.sqrt(len(one)))
 
     def ties(self, score: str | None = None) -> dict[str, list[str]]:
-        """List for each model those that it ties with: zero lies in the 95 % interval of their difference.
+        """List for each model the models that it ties with: zero lies in the 95 % interval of their difference.
 
-        The intervals are those of single pairs, not corrected for their number. Models whose standard error is not
-        known are left out.
+        Each interval is for a single pair, without a correction for the number of pairs. Models whose standard error is
+        unknown are left out.
 
         Args:
             score: A field of :class:`ModelScores`; by default the one that sorts the table.
@@ -107,7 +107,7 @@ class Comparison:
         tied: dict[str, list[str]] = {name: [] for name in names}
         for first, second in combinations(names, 2):
             value, stderr = self.difference(first, second, score)
-            # Two copies of a model may differ by the rounding of their outputs, more than by its standard error.
+            # Two copies of a model may differ through rounding of their outputs, by more than the standard error.
             rounding = _ROUNDING * abs(getattr(self[first], score))
             if abs(value) <= max(_Z * stderr, rounding):
                 tied[first].append(second)
@@ -115,7 +115,7 @@ class Comparison:
         return tied
 
     def __str__(self) -> str:
-        """Print the main columns, what sorts them, and the notes."""
+        """Return a table of the main columns, with what it is sorted by, and the notes."""
         columns = {title: cells for title, cells in self._columns().items() if any(cells)}
         notes = [fill(f"* {model.name}: {model.note}", 100) for model in self.models if model.note]
         lines = [*_lay_out(columns), "", fill(self._explain(has_ties="ties with" in columns), 100)]
@@ -140,7 +140,7 @@ class Comparison:
         }
 
     def _explain(self, has_ties: bool) -> str:
-        """Say what sorts the table, and what ties are about."""
+        """Explain what the table is sorted by, and what ties are."""
         explanation = _EXPLANATIONS[self.sorted_by]
         if has_ties:
             explanation += f"`ties with` names models whose {self.sorted_by} could be the same (95 % intervals)."

@@ -1,7 +1,7 @@
 """Private names of torch, Lightning and torchmetrics that have no public counterpart, all in one place.
 
-Each has a test in ``tests/test_compat.py``, which says what breaks without it. Lightning is imported where it is used,
-so that the metrics do not need it.
+Each has a test in ``tests/test_compat.py``, which says what breaks without it. Lightning is imported inside the
+functions that use it, so that the metrics do not need it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AxType", "BatchNorm", "Convolution", "PlotType", "TransposedConvolution"]
 
-# Not a name of a hook, so that nothing that a user logs gets the same key.
+# This is not the name of a hook, so nothing that a user logs can have the same key.
 _LOGGED_BY_US = "lightning_sensitivity"
 
 
@@ -62,7 +62,7 @@ def mark_updated(metric: Metric) -> None:
 
 
 def sync_buffers(model: object) -> None:
-    """Broadcast the buffers of a model under DDP, as its first forward of a validation would."""
+    """Broadcast the buffers of a model under DDP, as its first forward pass in a validation would."""
     if isinstance(model, DistributedDataParallel):
         wrapper: Any = model  # its methods have no types
         if wrapper.will_sync_module_buffers():
@@ -108,7 +108,7 @@ def num_batches(trainer: Trainer) -> list[int | float]:
 
 
 def is_last_batch(trainer: Trainer) -> bool:
-    """Return whether the batch of an evaluation that is running is the last one of all its loaders."""
+    """Return whether the current batch is the last one of all loaders in the running evaluation."""
     return bool(trainer._evaluation_loop.batch_progress.is_last_batch)
 
 
@@ -125,7 +125,7 @@ def validation_loaders(trainer: Trainer) -> list[Any]:
 
 
 def log_metric(pl_module: LightningModule, name: str, metric: Metric, prog_bar: bool) -> None:
-    """Log a Metric of ours for an epoch, under a key that no ``self.log`` of a user can have."""
+    """Log one of our Metrics for an epoch, under a key that a user's ``self.log`` cannot have."""
     results: Any = pl_module.trainer._results
     results.log(
         _LOGGED_BY_US,

@@ -1,4 +1,4 @@
-"""What the monitors share: arguments, and the hooks of Lightning in the order in which they are called."""
+"""What the monitors share: arguments, and Lightning's hooks, in the order in which Lightning calls them."""
 
 from __future__ import annotations
 
@@ -64,11 +64,11 @@ class Monitor(Callback, ABC):
         self.run_facts = RunFacts(Failures(type(self).__name__, prefix))
         self._last_epoch: int | None = None  # the last one measured
 
-    # What a subclass adds
+    # For subclasses to implement or override
 
     @abstractmethod
     def make_session(self, trainer: Trainer, clean: CleanOutputs) -> Session:
-        """Make what measures a validation."""
+        """Make the session that measures a validation."""
 
     @property
     def num_draws_per_sample(self) -> int:
@@ -79,7 +79,7 @@ class Monitor(Callback, ABC):
         """Raise MisconfigurationException if these outputs would give wrong values."""
 
     def check_call(self, pl_module: LightningModule, run: RunIsolated, call: ModelCall) -> None:
-        """Raise an exception if what the monitor does with a call is not possible."""
+        """Raise an exception if the monitor cannot measure the model by this call."""
 
     def should_measure(self, trainer: Trainer) -> bool:
         """Decide whether to measure the current validation. Override it to measure at other times."""
@@ -106,12 +106,12 @@ class Monitor(Callback, ABC):
 
     @property
     def checkpoint_key(self) -> str:
-        """The key of what is saved in a checkpoint; monitors of a Trainer differ by their prefix."""
+        """Key of the monitor's state in a checkpoint; monitors of one Trainer differ in their prefix."""
         return f"{type(self).__qualname__}(prefix={self.prefix!r})"
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Save the last epoch that was measured, which a resumed fit continues from."""
-        # Not by `state_dict`: Lightning refuses two monitors that have one, before ours can say what to do.
+        """Save the last epoch that was measured, for a resumed fit."""
+        # Not with `state_dict`: if two monitors have one, Lightning raises an error before our own error can help.
         if self.every_n_epochs > 1:
             checkpoint.setdefault(self.checkpoint_key, {})["last_epoch"] = self._last_epoch
 
@@ -120,7 +120,7 @@ class Monitor(Callback, ABC):
         self._last_epoch = checkpoint.get(self.checkpoint_key, {}).get("last_epoch")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn if our values are monitored the wrong way, and lay out TensorBoard's charts once for all monitors."""
+        """Warn if a value is monitored in the wrong mode, and lay out TensorBoard's charts once for all monitors."""
         monitors = monitors_of(trainer)
         if self is monitors[0]:  # a second layout would replace the first
             checks.lay_out_charts(trainer, [(monitor.prefix, monitor.charts) for monitor in monitors])
@@ -130,7 +130,7 @@ class Monitor(Callback, ABC):
     # The user's training step
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Check the model before the first step, unless the sanity check did. From then on, only warn."""
+        """Check the model before the first step, unless the sanity check has done so. After that, only warn."""
         failures = self.run_facts.failures
         if not failures.is_strict:
             return
@@ -149,7 +149,7 @@ class Monitor(Callback, ABC):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop watching the step, and warn if it does not call the model as we do."""
+        """Stop watching the step, and warn if it did not call the model as we do."""
         watch = self.run_facts.watch
         if watch is not None and watch.can_watch and not watch.was_called:
             self.run_facts.failures.warn(
@@ -162,7 +162,7 @@ class Monitor(Callback, ABC):
     # The validation
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make a session, and broadcast buffers as the first forward of DDP would."""
+        """Make a session, and broadcast buffers as the first forward pass under DDP would."""
         failures = self.run_facts.failures
         failures.has_failed = False
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
@@ -175,7 +175,7 @@ class Monitor(Callback, ABC):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Give a batch to the session before the step can change it."""
+        """Pass a batch to the session before the step can change it."""
         session = self.session
         if session is None:
             return
@@ -192,7 +192,7 @@ class Monitor(Callback, ABC):
         self._end_watch()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compute what is not computed yet."""
+        """Compute the remaining values."""
         if self.session is not None:
             self.session.finish()
 
@@ -224,25 +224,25 @@ class Monitor(Callback, ABC):
         self.on_validation_end(trainer, pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Remove our hooks, and free what refers to the module."""
+        """Remove our hooks, and drop references to the module."""
         self.free()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Do as in ``teardown``, which Lightning does not call then."""
+        """Do as in ``teardown``, which Lightning does not call after an exception."""
         self.free()
 
-    # What sessions and hooks call
+    # For sessions and hooks to call
 
     def prefixed_names(self) -> set[str]:
         """Return the logged names with the prefix."""
         return {self.prefix + name for name in self.names}
 
     def read(self, dataloader_idx: int, name: str) -> Tensor | None:
-        """Return a value of the validation that is running; None if there is none."""
+        """Return a value of the running validation; None if there is none."""
         return None if self.session is None else self.session.values_of(dataloader_idx).get(name)
 
     def check_names(self, trainer: Trainer) -> None:
-        """Give up names that the module or another callback logs; in the sanity check, raise an error."""
+        """Stop logging names that the module or another callback logs; in the sanity check, raise an error."""
         names = {checks.logged_name(name, bool(trainer.testing)) for name in self.prefixed_names()}
         taken = checks.taken_names(trainer, names) - self.run_facts.taken
         if not taken:
@@ -259,19 +259,19 @@ class Monitor(Callback, ABC):
         return [] if watch is None else watch.end()
 
     def free(self) -> None:
-        """Remove our hooks, and free what refers to the module."""
+        """Remove our hooks, and drop references to the module."""
         self._end_watch()
         self.session = None
         self.run_facts.lazy_values.clear()
 
     def _check_validation_batch(self, trainer: Trainer, session: Session, error: Exception) -> None:
-        """Raise what is wrong with validation batches if a training batch failed and there was no sanity check."""
+        """Raise an error if validation batches fail, too; called if a training batch failed without a sanity check."""
         with self.run_facts.failures.warn_on_failure(could_not_measure(0)):
             if self.run_facts.is_disabled:
                 raise error
             with session.isolated() as run:  # samples and transforms may draw random numbers
                 batch = run(checks.make_validation_batch, trainer)
-            if batch is not None:  # which may be of another kind than training batches
+            if batch is not None:  # it may differ in kind from training batches
                 session.check_first_batch(session.prepare(batch))
             elif isinstance(error, MisconfigurationException):
                 raise error

@@ -1,4 +1,4 @@
-"""The batches of a validation: which are measured, and which wait to be measured together."""
+"""The batches of a validation: which ones are measured, and which ones wait to be measured together."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_sensitivity.model import ModelCall
 from lightning_sensitivity.model.forward import join_calls
 from lightning_sensitivity.model.isolation import RunIsolated
 
-_MAX_ELEMENTS = 2**20  # of the largest tensor in a joint pass, which then fits into a cache; larger batches do not wait
+_MAX_ELEMENTS = 2**20  # in the largest tensor of a joint pass, so that it fits into a cache; larger batches do not wait
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Batch:
         dataloader_idx: The index of its loader.
         size: Number of samples.
         num_elements: Elements of the largest tensor that a pass on it makes.
-        targets: Its labels, where a monitor scores them.
+        targets: Its labels, if the monitor scores them.
     """
 
     call: ModelCall
@@ -38,7 +38,7 @@ class Batch:
     targets: Tensor | None = None
 
     def layout(self) -> tuple[object, ...] | None:
-        """Return what batches that are measured together have in common; None for one that is measured on its own."""
+        """Return what batches must have in common to be measured together; None if this one is measured by itself."""
         layout = self.call.layout()
         if layout is None:
             return None
@@ -68,7 +68,7 @@ class Group:
 
     @property
     def key(self) -> tuple[int, ...]:
-        """What tells the group from others in a validation."""
+        """Key that identifies the group within a validation."""
         return self.dataloader_idx, *(batch.batch_idx for batch in self.batches)
 
     @property
@@ -78,7 +78,7 @@ class Group:
 
 
 class BatchSelection:
-    """Choose which batches of a loader are measured: always the same, evenly spaced, since loaders may be sorted.
+    """Choose which batches of a loader are measured: always the same ones, evenly spaced, since data may be sorted.
 
     Args:
         num_batches: Number of batches of the loader; inf if unknown.
@@ -97,7 +97,7 @@ class BatchSelection:
         self._num_samples = 0
 
     def start(self, batch_size: int) -> None:
-        """Choose the batches, once the size of one is known."""
+        """Choose the batches, once the batch size is known."""
         if math.isinf(self._budget):
             return
         num_needed = math.ceil(self._budget / max(1, batch_size))
@@ -107,7 +107,7 @@ class BatchSelection:
             self._indices = {-(-index * count // chosen) for index in range(chosen)}
 
     def includes(self, batch_idx: int) -> bool:
-        """Decide whether to measure a batch: always the first one, none once the budget is spent."""
+        """Decide whether to measure a batch: always the first one, and none after the budget is spent."""
         is_within_budget = batch_idx == 0 or self._num_samples < self._budget
         return is_within_budget and (self._indices is None or batch_idx in self._indices)
 
@@ -122,10 +122,10 @@ class BatchSelection:
 
 
 class Queue:
-    """Batches that wait until there are enough to be measured together.
+    """Hold batches until there are enough to measure them together.
 
     Args:
-        measure: Measures batches of one loader and layout.
+        measure: Function that measures batches of one loader and layout.
         can_wait: Whether batches may wait at all.
     """
 
@@ -137,7 +137,7 @@ class Queue:
         self._num_elements = 0.0
 
     def add(self, batch: Batch, is_last: bool) -> None:
-        """Add a batch, and measure what must not wait any longer."""
+        """Add a batch, and measure the batches that must not wait any longer."""
         layout = batch.layout() if self._can_wait else None
         is_full = self._num_elements + batch.num_elements > _MAX_ELEMENTS
         if layout is None or layout != self._layout or is_full:
@@ -160,12 +160,12 @@ class Queue:
 
 
 class CleanOutputs:
-    """Hand the clean outputs of a group from the monitor that ran it to those that call the model in the same way.
+    """Share the clean outputs of a group among monitors that call the model in the same way.
 
     Args:
-        inputs: How they get the arguments.
-        outputs: How they select the outputs.
-        num_users: How many monitors ask for each group.
+        inputs: The ``inputs`` of these monitors.
+        outputs: The ``outputs`` of these monitors.
+        num_users: How many monitors ask for the outputs of each group.
     """
 
     def __init__(self, inputs: Selector | None, outputs: Selector | None, num_users: int = 1) -> None:
@@ -177,7 +177,7 @@ class CleanOutputs:
         self._num_asked = 0
 
     def get(self, run: RunIsolated, group: Group) -> Tensor:
-        """Return the outputs of a group, by a pass or from the monitor that made it."""
+        """Return the outputs of a group; the first monitor that asks runs the pass."""
         outputs = self._outputs if self._key == group.key else None
         if outputs is None:
             outputs = run(group.call)
@@ -190,12 +190,12 @@ class CleanOutputs:
 
 
 def are_independent(joint: Tensor, single: Tensor, size: int) -> bool:
-    """Return whether the outputs for some samples are the same in a pass with others and in one without them.
+    """Return whether the outputs for some samples are the same with and without other samples in the pass.
 
     Args:
-        joint: Outputs for these samples from a pass with others.
-        single: Outputs from a pass on these samples.
-        size: How many samples these are.
+        joint: Outputs for these samples from a pass that includes others.
+        single: Outputs from a pass on these samples only.
+        size: The number of these samples.
     """
     if len(single) != size or joint.shape != single.shape:
         return False

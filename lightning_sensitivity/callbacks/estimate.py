@@ -1,4 +1,4 @@
-"""The risk estimate in one validation: validation samples, kept training samples, and labels where there are some."""
+"""The risk estimate in one validation, from validation samples, kept training samples and any validation labels."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class RiskSession(Session):
 
     @property
     def is_estimating(self) -> bool:
-        """Whether there can be a value: not in the sanity check, nor before the first training batch."""
+        """Whether there can be an estimate: not in the sanity check, nor before the first training batch."""
         return self.monitor.fit_state.phase is Phase.ESTIMATING and not self.trainer.sanity_checking
 
     @property
@@ -66,14 +66,14 @@ class RiskSession(Session):
 
     @property
     def task(self) -> Task:
-        """The task, once a training batch was kept."""
+        """The task, once a training batch has been kept."""
         assert self.samples.task is not None
         return self.samples.task
 
     # Batches
 
     def collect(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
-        """Put a batch into the queue if it is chosen, or into that of labelled ones if it has labels."""
+        """Put a batch into the queue if it is chosen; otherwise into the queue of labelled batches if it has labels."""
         selection = self.selections[dataloader_idx]
         is_chosen = selection.includes(batch_idx)
         super().collect(batch, batch_idx, dataloader_idx)
@@ -140,7 +140,7 @@ class RiskSession(Session):
         is_finite = all(bool(value.isfinite()) for value in values.values())
         if self.monitor.validation_labels:
             self._add_label_values(values, messages)
-        # Where outputs are nan or inf, nan is logged; where our own passes failed, nothing.
+        # If outputs are nan or inf, nan is logged; if our own passes failed, nothing is.
         if "no variance" in messages or (not is_finite and "non-finite" not in messages):
             return {}, messages
         if dataloader_idx == 0:
@@ -150,13 +150,13 @@ class RiskSession(Session):
     # Training samples
 
     def _make_twins(self) -> TwinPasses:
-        """Make what runs twins of this validation."""
+        """Make the object that runs the twins of this validation."""
         initial = self.monitor.initial.weights
         assert initial is not None
         new = unknown_parameters(self.module, initial)
         if new:
             self.failures.warn(
-                "new", f"has no initial weights for {', '.join(new[:3])}: they count as learned entirely."
+                "new", f"has no initial weights for {', '.join(new[:3])}: they count as entirely learned."
             )
         device_weights = {name: weight.to(self.module.device) for name, weight in initial.items()}
         return TwinPasses(self.module, device_weights, has_batch_norm(self.module), self.facts)
@@ -164,7 +164,7 @@ class RiskSession(Session):
     def _score_training_samples(self) -> None:
         """Score the kept samples with the weights of this validation.
 
-        It runs in a batch hook, since averaged weights are in place only there.
+        This runs in a batch hook, since only there are averaged weights in place.
         """
         if self.monitor.task == "auto":
             self.samples.check_classes()
@@ -187,8 +187,8 @@ class RiskSession(Session):
         self._training = sums if self._training is None else self._training + sums
 
     def _add_training_samples(self, metric: RiskEstimate) -> None:
-        """Give a metric the scores of the kept samples, and the number of all; every process must call it."""
-        if self._training is not None:  # otherwise this process had no batch
+        """Add the scores of the kept samples, and the number of training samples; every process must call it."""
+        if self._training is not None:  # else this process had no batch
             metric.add_sums("training", self._training)
         self.monitor.num_training = self.samples.num_training(self.trainer)
         metric.set_size(max(1, self.monitor.num_training), checks.num_trained_weights(self.module))
@@ -196,7 +196,7 @@ class RiskSession(Session):
     # Validation labels
 
     def _labels_of(self, batch: Any) -> Tensor | None:
-        """Select the labels of a validation batch, even if all are -100; None if it has none."""
+        """Select the labels of a validation batch, even if all are -100; None if the batch has none."""
         try:
             return self.monitor.select_targets(self.module, batch).clone()  # the user's step may write to them
         except MisconfigurationException as error:
@@ -205,14 +205,14 @@ class RiskSession(Session):
             return None
 
     def _label_sums(self, outputs: Tensor, group: Group) -> Tensor | None:
-        """Score the labels of each batch, so that wrong ones cost only the labels of their batch."""
+        """Score the labels of each batch separately, so that invalid ones cost only the labels of their batch."""
         total = None
         sizes = [batch.size for batch in group.batches]
         parts = torch.split(outputs, sizes) if len(sizes) > 1 else (outputs,)
         for batch, part in zip(group.batches, parts, strict=True):
             if batch.targets is None:
                 continue
-            with self.failures.warn_on_failure(_NO_SCORE, "The estimate does without them."):
+            with self.failures.warn_on_failure(_NO_SCORE, "The estimate does not use them."):
                 targets = batch.targets.to(part.device)
                 self.task.check(part, targets)
                 sums = label_sums(part, targets, self.task)
@@ -220,7 +220,7 @@ class RiskSession(Session):
         return total
 
     def _score_labelled(self, batches: list[Batch]) -> None:
-        """Score the labels of batches that are not chosen."""
+        """Score the labels of batches that were not chosen."""
         self.measure_together(batches, self._score_labelled_group, _NO_SCORE)
 
     def _score_labelled_group(self, run: RunIsolated, group: Group) -> None:
@@ -238,8 +238,8 @@ class RiskSession(Session):
             )
         elif num_labels > 0 and not self.monitor.fit_state.history:
             rank_zero_info(
-                f"`RiskMonitor` ({self.monitor.prefix}*): {num_labels} validation labels count; the estimate counts "
-                f"as {LABEL_WEIGHT} labels."
+                f"`RiskMonitor` ({self.monitor.prefix}*): uses {num_labels} validation labels; the estimate counts "
+                f"as much as {LABEL_WEIGHT} labels."
             )
 
 

@@ -1,4 +1,4 @@
-"""What happens when a monitor fails: an error before the first training step, one warning after it."""
+"""Failures of a monitor: an error before the first training step, one warning after it."""
 
 import traceback
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ class Failures:
         self.has_failed = False
 
     def warn(self, kind: str, message: str, in_any_process: bool = False) -> None:
-        """Warn once of each kind; the message follows the name of the monitor."""
+        """Warn once per kind; the message follows the name of the monitor."""
         if kind in self._kinds:
             return
         self._kinds.add(kind)
@@ -42,7 +42,7 @@ class Failures:
             rank_zero_only(warn)(text)
 
     def has_warned(self, kind: str) -> bool:
-        """Return whether there was a warning of a kind."""
+        """Return whether there was a warning of this kind."""
         return kind in self._kinds
 
     @contextmanager
@@ -51,7 +51,7 @@ class Failures:
 
         Args:
             what: What failed, such as "could not measure a batch".
-            consequence: A sentence on what becomes of the values.
+            consequence: A sentence that says what happens to the values.
         """
         try:
             yield
@@ -65,7 +65,7 @@ class Failures:
 
     def _raise(self, what: str, error: Exception) -> None:
         if is_oom_error(error):
-            raise error  # Lightning's finder of batch sizes waits for it
+            raise error  # Lightning's batch-size finder needs it
         reason = describe_error(error)
         if isinstance(error, MisconfigurationException):
             if reason.startswith(f"`{self._monitor}`"):
@@ -88,6 +88,6 @@ def describe_error(error: Exception) -> str:
 
 
 def free_memory(error: Exception) -> None:
-    """Free what a pass had on the device when it ran out of memory."""
+    """Free the memory of a pass that ran out of memory."""
     traceback.clear_frames(error.__traceback__)
     garbage_collection_cuda()

@@ -1,4 +1,4 @@
-"""Where a fit is, for a monitor that estimates the risk, and what it keeps for the time of the fit."""
+"""The phase of a fit for ``RiskMonitor``, and what the monitor keeps for the duration of the fit."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from lightning_sensitivity.callbacks.samples import TrainingSamples
 
 
 class Phase(Enum):
-    """Where a fit is, for a ``RiskMonitor``."""
+    """The phase of a fit, for a ``RiskMonitor``."""
 
     OUTSIDE = auto()  # no fit is running
-    STARTING = auto()  # before its first training batch: in the sanity check, or in a resumed validation
+    STARTING = auto()  # before the first training batch: in the sanity check, or in a resumed validation
     ESTIMATING = auto()  # training samples are kept
     REFUSED = auto()  # there can be no estimate
 
 
 @dataclass
 class FitState:
-    """What a ``RiskMonitor`` keeps for the time of one fit.
+    """Hold what a ``RiskMonitor`` keeps for the duration of one fit.
 
     Attributes:
-        phase: Where the fit is.
+        phase: The phase of the fit.
         samples: The kept training samples, while the phase is ``ESTIMATING``.
-        must_estimate: Whether it is an error if there can be no estimate.
-        targets_write: Whether the user's ``targets`` writes to the batch that it gets.
-        history: The epochs with an estimate, and the estimate.
+        must_estimate: Whether to raise an error if no estimate is possible.
+        targets_write: Whether the user's ``targets`` function writes to the batch that it gets.
+        history: Pairs of an epoch and its estimate.
     """
 
     phase: Phase = Phase.OUTSIDE

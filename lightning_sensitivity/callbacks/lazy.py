@@ -1,4 +1,4 @@
-"""A value that Lightning reads when all processes are done with a loader."""
+"""A value that Lightning reads after all processes have finished a loader."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from lightning_sensitivity import compat
 
 
 class LazyValue(Metric):
-    """Hold one value of one loader, which Lightning reads when all processes are done with the loader.
+    """Hold one value of one loader, which Lightning reads after all processes have finished the loader.
 
-    Lightning gives ``Trainer.validate`` the column of a loader when it moves on to the next one. A number would have to
-    be reduced and logged in a batch hook before that. A process with fewer batches reaches that hook at another time or
-    never, so its collectives would be paired with the wrong ones. A Metric is read at the same time in all processes.
+    Lightning fills the loader's column in the table of ``Trainer.validate`` when it moves on to the next loader. A
+    number would have to be reduced and logged before that, in a batch hook. A process with fewer batches reaches this
+    hook at another time or never, so its collective operations would be matched with the wrong ones. A Metric is read
+    at the same time in all processes.
 
-    If there is no value, the last one is kept; nan is logged if there never was one.
+    If there is no value, the last one is kept; if there never was one, nan is logged.
 
     Args:
         read: Function that returns the value, or None.

@@ -1,4 +1,4 @@
-"""The callback that logs an estimate of the risk: what to stop by."""
+"""The callback that logs the risk estimate, which decides when to stop."""
 
 from __future__ import annotations
 
@@ -31,16 +31,18 @@ from lightning_sensitivity.model.twins import InitialWeights
 
 
 class RiskMonitor(Monitor):
-    r"""Log an estimate of the Brier score on unseen samples in every validation epoch, to stop by.
+    r"""Log an estimate of the Brier score on unseen samples in every validation epoch; stop when it is lowest.
 
-    It needs only training labels, which may be noisy; validation labels help. The formula is that of
-    :func:`~lightning_sensitivity.functional.risk_estimate`. Regressions and dense outputs have no estimate.
+    The estimate needs only training labels, which may be noisy; validation labels help. See
+    :func:`~lightning_sensitivity.functional.risk_estimate` for the formula. There is no estimate for regression and
+    dense outputs.
 
-    **Logged values**, only in ``Trainer.fit``, after ``prefix``: ``risk_estimate`` and its terms ``risk_claim``,
-    ``risk_overconfidence``, ``risk_memorization``, ``risk_variance``; nan if the first validation has
-    no value. The end of a fit says where the estimate was lowest.
+    **Logged values**, only in ``Trainer.fit``, with ``prefix`` before their names: ``risk_estimate`` and its terms
+    ``risk_claim``, ``risk_overconfidence``, ``risk_memorization``, ``risk_variance``; nan if the first validation
+    has no value. At the end of a fit, the log says in which epoch the estimate was lowest.
 
-    It costs two passes over the measured samples, three with batch norm, and one over the kept training samples.
+    A validation costs two passes over the measured samples, three with batch norm, and one over the kept training
+    samples.
 
     Args:
         task: ``"multiclass"``, ``"binary"``, ``"multilabel"``, or ``"auto"``, to infer it.
@@ -48,11 +50,11 @@ class RiskMonitor(Monitor):
             :func:`~lightning_sensitivity.model.select_targets`. Labels of -100 are ignored.
         validation_labels: Combine the estimate, which counts as much as 40 labels, with the score on validation
             labels; also log ``risk_label_score`` and ``risk_num_labels``.
-        initial_weights: State dict from before training, if a fit starts from trained weights.
-        num_training_samples: Training samples to keep, in whole batches.
-        num_samples: Samples per loader and epoch, in whole, evenly spaced batches; None for all.
+        initial_weights: State dict from before training, needed if a fit starts from weights trained on the same data.
+        num_training_samples: Number of training samples to keep, in whole batches.
+        num_samples: Samples to measure per loader and epoch, in whole, evenly spaced batches; None for all.
         seed: Seed of the simulated twins.
-        prefix: Of the logged names; with ``"val/"`` TensorBoard groups them with ``val/loss``.
+        prefix: Prefix of the logged names; with ``"val/"`` TensorBoard groups them with ``val/loss``.
         inputs: A function ``batch -> arguments``; by default see :class:`~lightning_sensitivity.model.ModelCall`.
         outputs: A function ``result -> logits``, ``(N, K)`` or ``(N,)``; by default
             :func:`~lightning_sensitivity.model.select_outputs`.
@@ -60,9 +62,9 @@ class RiskMonitor(Monitor):
         prog_bar: Show the estimate on the progress bar.
 
     Raises:
-        MisconfigurationException: If an argument is invalid; before the first training step, if the Trainer or
-            model is not supported, names are already logged, or no estimate is possible, but one is monitored, or
-            ``task``, ``targets`` or ``initial_weights`` is given.
+        MisconfigurationException: If an argument is invalid. Before the first training step, if the Trainer or the
+            model is not supported, or the names are already logged. Also if no estimate is possible although a callback
+            or schedule monitors it, or although ``task``, ``targets`` or ``initial_weights`` is given.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -112,7 +114,7 @@ class RiskMonitor(Monitor):
         self.validation_labels = validation_labels
         self.initial_weights = initial_weights
         self.num_training_samples = num_training_samples
-        self.num_training = 0  # different training samples, as of the last count
+        self.num_training = 0  # number of different training samples, as last counted
         self.fit_state = FitState()
         self.initial = InitialWeights(initial_weights)
         if validation_labels:
@@ -136,7 +138,7 @@ class RiskMonitor(Monitor):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restore the initial weights and the number of training samples, also from a monitor with another prefix."""
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
-        self.initial.forget()  # else those of another run
+        self.initial.forget()  # these may belong to another run
         keys = [key for key in checkpoint if str(key).startswith(f"{type(self).__qualname__}(prefix=")]
         key = self.checkpoint_key if self.checkpoint_key in keys else next(iter(keys), None)
         if key is None or checkpoint[key].get("initial_weights") is None:
@@ -153,13 +155,13 @@ class RiskMonitor(Monitor):
         self.fit_state = FitState(phase)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note whether there has to be an estimate."""
+        """Record whether there must be an estimate."""
         is_given = self.task != "auto" or self.targets is not None or self.initial_weights is not None
         is_monitored = bool(checks.consumers(trainer, self.prefixed_names()))
         self.fit_state = FitState(Phase.STARTING, must_estimate=is_given or is_monitored)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Find the initial weights before the first step, keep the first batches, and count all of them."""
+        """Find the initial weights before the first step; keep the first batches, and count the samples of all."""
         fit = self.fit_state
         if fit.phase is Phase.STARTING:
             self._start_fit(trainer, pl_module, batch)
@@ -189,7 +191,7 @@ class RiskMonitor(Monitor):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say where the estimate was lowest."""
+        """Log in which epoch the estimate was lowest."""
         history = [entry for entry in self.fit_state.history if math.isfinite(entry[1])]
         if not history:
             return
@@ -211,13 +213,13 @@ class RiskMonitor(Monitor):
     # A validation
 
     def should_measure(self, trainer: Trainer) -> bool:
-        """Decide whether to measure: a fit that has what the estimate needs, or a validation before its first batch."""
+        """Decide whether to measure: only in a fit that can have an estimate, or that has not had a batch yet."""
         is_fit = trainer.state.fn == TrainerFn.FITTING
         can_estimate = self.fit_state.phase in (Phase.STARTING, Phase.ESTIMATING)
         return is_fit and can_estimate and super().should_measure(trainer)
 
     def make_session(self, trainer: Trainer, clean: CleanOutputs) -> RiskSession:
-        """Make what measures a validation."""
+        """Make the session that measures a validation."""
         return RiskSession(self, trainer, clean)
 
     # Training samples
@@ -242,7 +244,7 @@ class RiskMonitor(Monitor):
         self.run_facts.failures.warn("no estimate", message, in_any_process=True)
 
     def _prepare_estimate(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Exception | None:
-        """Prepare what the estimate needs, and return what is wrong, if something is."""
+        """Prepare what the estimate needs, and return the problem, if there is one."""
         try:
             self.initial.begin(pl_module, trainer.global_step)
             check_loaders(trainer)
@@ -256,7 +258,7 @@ class RiskMonitor(Monitor):
         return None
 
     def _do_targets_write(self, pl_module: LightningModule, batch: Any) -> bool:
-        """Return whether the user's ``targets`` writes to its batch, so that it always needs a copy."""
+        """Return whether the user's ``targets`` writes to its batch, and so always needs a copy."""
         if self.targets is None:
             return False
         copied = clone_tensors(batch)
@@ -267,7 +269,7 @@ class RiskMonitor(Monitor):
         return [id(t) for t in after] != [id(t) for t in tensors] or [t._version for t in tensors] != versions
 
     def select_targets(self, pl_module: LightningModule, batch: Any) -> Tensor:
-        """Select the labels of a batch, which the user's ``targets`` must not change."""
+        """Select the labels of a batch, without letting the user's ``targets`` change the batch."""
         if self.fit_state.targets_write:
             batch = clone_tensors(batch)
         return select_targets(pl_module, batch, self.targets)

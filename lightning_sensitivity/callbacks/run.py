@@ -1,4 +1,4 @@
-"""What a monitor learns of a run: its loaders, whether batches can be joined, what has failed."""
+"""What a monitor learns about a run: its loaders, whether batches can be joined, what has failed."""
 
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from lightning_sensitivity.model.isolation import RunIsolated, written_parameter
 
 @dataclass(frozen=True)
 class LoaderFacts:
-    """What the first batch of a loader showed.
+    """Hold what the first batch of a loader showed.
 
     Attributes:
         batch_size: Number of samples.
@@ -29,17 +29,17 @@ class LoaderFacts:
 
 @dataclass
 class RunFacts:
-    """What a monitor keeps for the time of one run: a fit, or a call of ``validate`` or ``test``.
+    """Hold what a monitor keeps for the duration of one run: a fit, or a call of ``validate`` or ``test``.
 
     Attributes:
         failures: What has failed.
         is_disabled: Whether nothing may be measured.
         loaders: What the first batches of the validation loaders showed.
-        can_join: Whether batches can be measured together; None until it was tried.
-        num_joined: With how many samples it was tried.
-        lazy_values: What Lightning reads, by loader and name.
+        can_join: Whether batches can be measured together; None before the first try.
+        num_joined: The number of samples in the largest try.
+        lazy_values: The values that Lightning reads, by loader and name.
         taken: Names that the module or another callback logs.
-        watch: What watches the step that is running.
+        watch: Watches the running step.
     """
 
     failures: Failures
@@ -53,12 +53,12 @@ class RunFacts:
 
 
 class FirstPass(NamedTuple):
-    """What the first pass on a batch showed.
+    """Hold what the first pass on a batch showed.
 
     Attributes:
         outputs: The outputs.
         written: Parameters that ``forward`` writes.
-        facts: Sizes.
+        facts: The sizes of the batch and of its tensors.
     """
 
     outputs: Tensor
@@ -67,12 +67,12 @@ class FirstPass(NamedTuple):
 
 
 def first_pass(model: nn.Module, run: RunIsolated, call: ModelCall) -> FirstPass:
-    """Run a model on a batch for the first time, and see what the pass does.
+    """Run a model on a batch for the first time, and record what the pass does.
 
     Args:
         model: The module.
-        run: Runs it without a trace.
-        call: Calls it on the batch.
+        run: Runs the model and leaves no trace.
+        call: Calls the model on the batch.
     """
     num_elements = _largest_size([call.args, call.kwargs])
 

@@ -1,4 +1,4 @@
-"""The training samples of a fit: the first ones, to score the model on, and how many different ones there are."""
+"""The training samples of a fit: keep the first ones to score the model on, and count how many there are."""
 
 import math
 from typing import Any, NamedTuple
@@ -16,28 +16,28 @@ from lightning_sensitivity.functional.tensors import num_outputs
 
 
 class KeptBatch(NamedTuple):
-    """A training batch in the memory of the CPU."""
+    """Hold a training batch in CPU memory."""
 
     batch: Any
     targets: Tensor
 
 
 class TrainingSamples:
-    """Keep the first training batches of a fit in the memory of the CPU, and count the samples of an epoch.
+    """Keep the first training batches of a fit in CPU memory, and count the samples of an epoch.
 
-    The kept ones stay the same in every epoch, so that a curve over epochs moves only when the model does, and are
-    scored in eval mode: outputs during training come from earlier weights, with dropout.
+    The kept batches are the same in every epoch, so that a curve over epochs changes only when the model does. They are
+    scored in eval mode, since outputs from the training steps come from earlier weights, with dropout.
 
     Args:
         task: ``"auto"`` or a name of :data:`~lightning_sensitivity.functional.tasks.TASKS`.
         num_wanted: How many to keep in this process. Batches are kept whole.
-        num_before: How many samples were counted in this process before a fit was resumed.
+        num_before: How many samples this process had counted before the fit was resumed.
 
     Attributes:
-        task: The task, once a batch was kept.
+        task: The task, once a batch has been kept.
         batches: The kept batches, and their labels.
         num_missing: How many more samples to keep; 0 or less once there are enough.
-        num_outputs: K, of the first kept batch.
+        num_outputs: K, the number of outputs.
     """
 
     def __init__(self, task: str, num_wanted: int, num_before: int) -> None:
@@ -57,12 +57,13 @@ class TrainingSamples:
         """Keep a batch. The first one determines the task.
 
         Args:
-            outputs: Outputs of the model for it.
-            batch: The batch. It is not copied where it is on the CPU already.
-            targets: Its labels.
+            outputs: Outputs of the model for the batch.
+            batch: The batch. It is not copied if it is already on the CPU.
+            targets: The labels of the batch.
 
         Raises:
-            ValueError: If outputs are dense, or labels and outputs fit no task, or not the task of earlier batches.
+            ValueError: If outputs are dense, if labels and outputs fit no task, or if they do not fit the task of
+                earlier batches.
         """
         if outputs.ndim > 2 and math.prod(outputs.shape[2:]) > 1:
             raise ValueError(f"Outputs are dense, {tuple(outputs.shape)}: there is no estimate for pixels and tokens")
@@ -75,26 +76,26 @@ class TrainingSamples:
         self.num_outputs = num_outputs(outputs)
 
     def check_classes(self) -> None:
-        """Raise ValueError if kept labels use only the first few of many outputs; look once at each batch."""
+        """Raise ValueError if kept labels use only the first few of many outputs; check only after new batches."""
         if len(self.batches) > self._num_checked and self.task is not None and self.task.name == "multiclass":
             labels = torch.cat([kept.targets.flatten() for kept in self.batches])
             check_classes(self.num_outputs or 1, labels)
             self._num_checked = len(self.batches)
 
     def count(self, targets: Tensor) -> None:
-        """Count the samples of a batch that have a label, in integers and without waiting for the device."""
+        """Count the labelled samples of a batch, in integers and without waiting for the device."""
         has_label = ~has_ignored_value(targets)[:, None].flatten(1).all(1)
         self._num_seen = self._num_seen.to(has_label.device) + has_label.sum()
         self._largest_batch = max(self._largest_batch, len(targets))
         self._num_batches += 1
 
     def start_epoch(self, trainer: Trainer) -> None:
-        """Count from 0, and stop keeping samples, since a new epoch repeats them."""
+        """Restart the count at 0, and stop keeping samples, since a new epoch repeats them."""
         num_seen = int(self._num_seen)
         self._num_in_past_epochs += num_seen
         num_batches = trainer.num_training_batches
         is_whole = math.isinf(num_batches) or self._num_batches >= num_batches
-        if is_whole:  # otherwise the fit resumed in the middle of that epoch and saw only the rest of it
+        if is_whole:  # otherwise the fit was resumed within that epoch, and saw only the rest of it
             self._longest_epoch = max(self._longest_epoch, num_seen)
             self.num_missing = 0
         self._num_seen = torch.zeros_like(self._num_seen)
@@ -116,12 +117,12 @@ class TrainingSamples:
         return max(self._longest_epoch, num_seen)
 
     def _extrapolated(self, num_seen: int, num_batches: int | float) -> int:
-        """Scale up what was seen in the middle of the first epoch, if its length is known."""
+        """Extrapolate the count to the whole first epoch, if the length of the epoch is known."""
         is_in_the_middle = 0 < self._num_batches < num_batches < math.inf
         return int(num_seen * num_batches / self._num_batches) if is_in_the_middle else num_seen
 
     def _size_of_dataset(self, trainer: Trainer) -> float:
-        """Return the number of samples in the data set, which a sampler may repeat; inf where it is unknown."""
+        """Return the number of samples in the data set, which a sampler may repeat; inf if it is unknown."""
         loader, *others = training_loaders(trainer)[0]
         size = sized_len(getattr(loader, "dataset", None))
         if others or size is None:
@@ -130,7 +131,7 @@ class TrainingSamples:
         batch_sampler = getattr(loader, "batch_sampler", None)
         if batch_size is None and batch_sampler is not None:  # one of the user's own
             batch_size = getattr(batch_sampler, "batch_size", self._largest_batch)
-        is_one_sample_an_item = self._largest_batch <= (batch_size or 0)  # and not a batch an item
+        is_one_sample_an_item = self._largest_batch <= (batch_size or 0)  # else an item may be a whole batch
         return size if is_one_sample_an_item else math.inf
 
 
@@ -146,7 +147,7 @@ def check_loaders(trainer: Trainer) -> None:
 
 
 def _sees_other_samples_in_each_epoch(trainer: Trainer) -> bool:
-    """Return whether epochs are cut short (`limit_train_batches`), and each one begins with other samples."""
+    """Return whether epochs are cut short (`limit_train_batches`), each with other samples than the last."""
     loader, *others = training_loaders(trainer)[0]
     length = sized_len(loader)
     is_shuffled = not isinstance(getattr(loader, "sampler", None), SequentialSampler | None)

@@ -1,4 +1,4 @@
-"""The callback that logs output sensitivity: what to watch."""
+"""The callback that logs output sensitivity, a curve to watch."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ class SensitivityMonitor(Monitor):
     Thiran, arXiv:2007.15378). It grows with the gap between validation and training loss; it is lowest
     before training. To choose when to stop, use :class:`~lightning_sensitivity.RiskMonitor`.
 
-    **Logged values**, after ``prefix`` (in ``Trainer.test`` with "test" for "val"): ``output_sensitivity``,
-    in squared units of the outputs, and its standard error ``output_sensitivity_stderr``. ``metrics`` has
-    the metric of each loader afterwards.
+    **Logged values**, with ``prefix`` before their names (in ``Trainer.test`` with "test" instead of "val"):
+    ``output_sensitivity``, in squared units of the outputs, and its standard error ``output_sensitivity_stderr``.
+    Afterwards, ``metrics`` has the metric of each loader.
 
-    It costs 1 + ``num_draws`` passes over the measured samples.
+    A validation costs 1 + ``num_draws`` passes over the measured samples.
 
     Args:
-        noise: σ of Gaussian noise in the units that the model receives, one or one per channel, or a function
+        noise: σ of Gaussian noise in the units of the model's inputs, one number or one per channel, or a function
             ``(x, generator) -> x'``.
-        at: Submodule whose output is perturbed instead of the input.
+        at: Name of a submodule; its output is perturbed instead of the input.
         num_draws: Noise draws per sample.
-        per_output: Log the mean squared change of the single outputs instead, also for probabilities and two-class
-            heads.
+        per_output: Log the mean squared change of the single outputs instead. This also works for probabilities and
+            two-class heads.
         num_samples: Samples times draws per loader and epoch, over all processes, in whole, evenly spaced
             batches, the same in every epoch; None for all. 1,200 give a standard error of about 5 %.
         seed: Seed of the noise. A batch gets the same noise in every epoch.
-        prefix: Of the logged names; with ``"val/"`` TensorBoard groups them with ``val/loss``.
+        prefix: Prefix of the logged names; with ``"val/"`` TensorBoard groups them with ``val/loss``.
         inputs: A function ``batch -> arguments``; by default see :class:`~lightning_sensitivity.model.ModelCall`,
             which also says what is perturbed.
         outputs: A function ``result -> logits``, ``(N, K, ...)``; by default
@@ -59,8 +59,8 @@ class SensitivityMonitor(Monitor):
         prog_bar: Show the sensitivity on the progress bar.
 
     Raises:
-        MisconfigurationException: If an argument is invalid; before the first training step, if the Trainer or the
-            model is not supported, outputs are probabilities, or names are already logged.
+        MisconfigurationException: If an argument is invalid. Before the first training step, if the Trainer or the
+            model is not supported, outputs are probabilities, or the names are already logged.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -113,7 +113,7 @@ class SensitivityMonitor(Monitor):
             submodule(pl_module, self.at)
 
     def check_outputs(self, outputs: Tensor) -> None:
-        """Refuse probabilities and log-probabilities: their class average is another quantity than that of logits."""
+        """Refuse probabilities and log-probabilities: their class average does not mean the same as that of logits."""
         if self.per_output:
             return
         if are_probabilities(outputs) or are_log_probabilities(outputs):
@@ -121,18 +121,18 @@ class SensitivityMonitor(Monitor):
                 "`SensitivityMonitor` needs logits, got (log-)probabilities: select logits with `outputs=`, or use "
                 "`per_output=True`."
             )
-        if num_outputs(outputs) > 2 and are_in_unit_interval(outputs):  # few outputs of a fresh head may lie there
+        if num_outputs(outputs) > 2 and are_in_unit_interval(outputs):  # one or two outputs may be there by chance
             self.run_facts.failures.warn(
                 "probabilities", "got outputs that all lie in [0, 1]. If they are not logits, set `outputs=`."
             )
 
     def check_call(self, pl_module: LightningModule, run: RunIsolated, call: ModelCall) -> None:
-        """Try the noise."""
+        """Check that the model can be called with noise."""
         for _ in self.noisy_outputs(pl_module, run, call, [(self.seed, 0, 0, 0)]):
             pass
 
     def make_session(self, trainer: Trainer, clean: CleanOutputs) -> SensitivitySession:
-        """Make what measures a validation."""
+        """Make the session that measures a validation."""
         return SensitivitySession(self, trainer, clean)
 
     def noisy_outputs(
@@ -165,13 +165,13 @@ class SensitivitySession(Session):
         metric = self.metric(dataloader_idx)
         value, estimate = metric.compute(), metric.estimate
         messages = diagnostics(estimate, self.monitor.per_output)
-        is_non_finite = bool(estimate.num_non_finite > 0 and estimate.num_samples == 0)  # logged as it is
+        is_non_finite = bool(estimate.num_non_finite > 0 and estimate.num_samples == 0)  # then nan is logged
         if estimate.num_changes < 2 and not is_non_finite:
             return {}, messages or {"no value": "There is no value: a variance needs two output changes."}
         return {"output_sensitivity": value, "output_sensitivity_stderr": metric.stderr}, messages
 
 
 class _LoaderSensitivity(OutputSensitivity):
-    """Measure one loader, and leave the warnings to the monitor."""
+    """Measure one loader without warnings, which the monitor gives."""
 
     _warn = staticmethod(lambda message: None)

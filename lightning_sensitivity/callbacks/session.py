@@ -42,9 +42,10 @@ LAST_IS_KEPT = "If there is no value, the last one is kept."
 class Session(ABC):
     """Measure the batches of a validation, and compute the values of each loader.
 
-    The path of a batch: :meth:`collect` prepares it, if it is chosen, and puts it into the queue, which calls
-    :meth:`measure_batches` when enough wait. That runs the model on them at once, and :meth:`measure` adds to the
-    metric of the loader. Lightning reads the values, by :meth:`values_of`, when all processes are done with the loader.
+    The path of a batch: if a batch is chosen, :meth:`collect` prepares it and puts it into the queue. When enough
+    batches wait, the queue calls :meth:`measure_batches`. This runs the model on them together, and :meth:`measure`
+    adds to the metric of the loader. Lightning reads the values through :meth:`values_of` after all processes have
+    finished the loader.
 
     Args:
         monitor: The monitor.
@@ -77,11 +78,11 @@ class Session(ABC):
         """The module that is validated."""
         return self.trainer.lightning_module
 
-    # What a subclass measures
+    # For subclasses to implement
 
     @abstractmethod
     def measure(self, run: RunIsolated, group: Group) -> None:
-        """Run the model on a group of batches, and add to the metric of their loader: all of it or nothing."""
+        """Run the model on a group of batches, and add to the metric of their loader: the whole group or nothing."""
 
     @abstractmethod
     def compute_values(self, dataloader_idx: int) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -94,8 +95,8 @@ class Session(ABC):
     # The path of a batch
 
     def start_loader(self, dataloader_idx: int) -> None:
-        """Log the values of a loader, which are read later."""
-        for earlier in range(dataloader_idx):  # other processes may already have reduced these
+        """Log the values of a loader, which Lightning reads later."""
+        for earlier in range(dataloader_idx):  # other processes may have reduced these already
             self.values_of(earlier)
         self._log(dataloader_idx)
 
@@ -108,7 +109,7 @@ class Session(ABC):
             self.queue.add(prepared, is_last=selection.is_complete(batch_idx))
 
     def make_batch(self, batch: Any, batch_idx: int, dataloader_idx: int) -> Batch:
-        """Prepare a batch; the first one of a loader is checked, and shows how large the others will be."""
+        """Prepare a batch; check the first batch of a loader, and infer the size of the others from it."""
         call = self.prepare(batch)
         if dataloader_idx not in self.facts.loaders:
             self.check_first_batch(call, dataloader_idx)
@@ -136,13 +137,13 @@ class Session(ABC):
     def measure_together(
         self, batches: list[Batch], measure: Callable[[RunIsolated, Group], None], what: str, consequence: str = ""
     ) -> None:
-        """Measure batches together, or one by one where that fails, so that one bad batch costs one batch.
+        """Measure batches together, or one by one if that fails, so that a bad batch costs only itself.
 
         Args:
             batches: The batches, all of one layout.
-            measure: Measures a group of them: all of it or nothing.
+            measure: Function that measures a group of batches: the whole group or nothing.
             what: What failed, if a batch cannot be measured.
-            consequence: A sentence on what becomes of the values then.
+            consequence: A sentence that says what happens to the values in this case.
         """
         if len(batches) > 1 and self._measure_joint(batches, measure):
             return
@@ -163,7 +164,7 @@ class Session(ABC):
     def metric(self, dataloader_idx: int) -> Any:
         """Return the metric of a loader, on the device of the module."""
         if dataloader_idx not in self.metrics:
-            with self.module.device:  # for the types that it has
+            with self.module.device:  # it determines the floating types
                 self.metrics[dataloader_idx] = self.make_metric()
             compat.mark_updated(self.metrics[dataloader_idx])  # a process may have no batch
         return self.metrics[dataloader_idx]
@@ -171,7 +172,7 @@ class Session(ABC):
     # The values
 
     def values_of(self, dataloader_idx: int) -> dict[str, Tensor]:
-        """Return the values of a loader, computed once, over all processes."""
+        """Return the values of a loader over all processes; compute them only once."""
         if dataloader_idx not in self._values:
             self.flush()
             self._values[dataloader_idx] = {}
@@ -182,7 +183,7 @@ class Session(ABC):
         return self._values[dataloader_idx]
 
     def finish(self) -> None:
-        """Take part in every reduction, in every process, and log what this process had no batch for."""
+        """Take part in every reduction, and log the values of loaders that gave this process no batch."""
         for dataloader_idx in range(len(self.selections)):
             self.values_of(dataloader_idx)
             if dataloader_idx not in self._logged:
@@ -191,12 +192,12 @@ class Session(ABC):
     # Checks
 
     def check_first_batch(self, call: ModelCall, dataloader_idx: int | None = None) -> None:
-        """Refuse a model whose values would be wrong, or that our passes would change.
+        """Refuse a model whose values would be wrong, or which our passes would change.
 
         Args:
             call: The call on the batch.
-            dataloader_idx: The validation loader; None for a batch that is not measured afterwards, so that all that
-                the monitor does with a batch is tried.
+            dataloader_idx: The validation loader. None for a batch that is not measured afterwards; then everything
+                that the monitor does with a batch is tried.
         """
         with self.isolated() as run:
             outputs, written, facts = first_pass(self.module, run, call)
@@ -250,7 +251,7 @@ class Session(ABC):
             if base_name in self.facts.taken:
                 continue
             key = dataloader_idx, name
-            if key not in self.facts.lazy_values:  # a Metric costs more to make than to log
+            if key not in self.facts.lazy_values:  # making a Metric costs more than logging it
                 self.facts.lazy_values[key] = LazyValue(partial(monitor.read, dataloader_idx, name))
             full_name = checks.with_loader_index(base_name, dataloader_idx, len(self.selections))
             is_shown = monitor.prog_bar and name == monitor.names[0]
@@ -273,7 +274,7 @@ def could_not_measure(dataloader_idx: int) -> str:
 
 
 def _can_be_joined(run: RunIsolated, group: Group) -> bool:
-    """Return whether a joint pass gives the outputs for the first and the last batch that they have by themselves."""
+    """Return whether the first and the last batch have the same outputs in a joint pass as in passes of their own."""
     first, last = group.batches[0], group.batches[-1]
     first_outputs, last_outputs, joint = run(first.call), run(last.call), run(group.call)
     return (

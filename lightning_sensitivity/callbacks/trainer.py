@@ -1,4 +1,4 @@
-"""What the monitors ask of a Trainer, and what they tell it: checks of a run, names of values, charts."""
+"""How the monitors deal with a Trainer: checks of a run, names of values, charts."""
 
 import inspect
 import re
@@ -17,7 +17,7 @@ _SHARDED = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")
 
 
 class Consumer(NamedTuple):
-    """Who acts on one of our values.
+    """Describe a callback or schedule that acts on one of our values.
 
     Attributes:
         owner: Name of its class.
@@ -31,12 +31,12 @@ class Consumer(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """A chart of TensorBoard's Custom Scalars.
+    """Describe a chart of TensorBoard's Custom Scalars.
 
     Attributes:
-        place: Its place on the page. If several charts of a prefix have the same, the one with most tags is drawn.
+        place: Its place on the page. If charts of a prefix have the same place, only the one with most tags is drawn.
         title: Its title.
-        tags: Regular expressions for what follows the prefix in the names of its curves.
+        tags: Regular expressions for the names of its curves, without the prefix.
     """
 
     place: int
@@ -76,7 +76,7 @@ def _problem_of_steps(trainer: Trainer, pl_module: LightningModule, stage: str) 
 
 
 def _problem_of_strategy(trainer: Trainer, pl_module: LightningModule) -> str | None:
-    """Explain what is not possible with several processes; None if nothing is wrong."""
+    """Explain what the strategy makes impossible; None if nothing is wrong."""
     names = {base.__name__ for base in type(trainer.strategy).__mro__}  # `pytorch_lightning` has its own classes
     if not names.isdisjoint(_SHARDED):
         return "does not support sharded weights (FSDP, DeepSpeed, ModelParallelStrategy); use DDP"
@@ -88,7 +88,7 @@ def _problem_of_strategy(trainer: Trainer, pl_module: LightningModule) -> str | 
 
 
 def taken_names(trainer: Trainer, names: Collection[str]) -> set[str]:
-    """Select those of our names that the user's module or callbacks log, too."""
+    """Select those of our names that the user's module or callbacks also log."""
     logged = {name.split("/dataloader_idx_")[0] for name in compat.names_logged_by_others(trainer)}
     return logged.intersection(names)
 
@@ -102,7 +102,7 @@ def explain_taken(name: str, prefix: str) -> str:
 
 
 def logged_name(name: str, is_test: bool) -> str:
-    """Return the name for a value. In ``Trainer.test``, "test" replaces a "val" at its beginning or between signs."""
+    """Return the logged name of a value. In ``Trainer.test``, "test" replaces the first "val" that is a whole word."""
     if not is_test:
         return name
     replaced, count = re.subn(r"(?<![A-Za-z])val(?![A-Za-z])", "test", name, count=1)
@@ -115,11 +115,11 @@ def with_loader_index(name: str, dataloader_idx: int, num_loaders: int) -> str:
 
 
 def consumers(trainer: Trainer, names: Collection[str]) -> list[Consumer]:
-    """List who monitors one of our values: early stopping, checkpoints, learning-rate schedules.
+    """List the callbacks and schedules that monitor one of our values, such as early stopping and checkpoints.
 
     Args:
         trainer: The Trainer.
-        names: What we log, without the index of a loader.
+        names: The names that we log, without the index of a loader.
     """
     found = []
     for each in [*trainer.callbacks, *trainer.lr_scheduler_configs]:  # type: ignore[attr-defined]
@@ -131,7 +131,7 @@ def consumers(trainer: Trainer, names: Collection[str]) -> list[Consumer]:
 
 
 def lay_out_charts(trainer: Trainer, charts: Iterable[tuple[str, Iterable[Chart]]]) -> None:
-    """Lay out TensorBoard's Custom Scalars, in an order that does not depend on that of the callbacks.
+    """Lay out TensorBoard's Custom Scalars, in an order that does not depend on the order of the callbacks.
 
     Args:
         trainer: The Trainer, whose TensorBoard loggers get the layout.
@@ -160,15 +160,16 @@ def _charts_by_prefix(charts: Iterable[tuple[str, Iterable[Chart]]]) -> dict[str
 
 
 def make_validation_batch(trainer: Trainer) -> Any:
-    """Make a batch of the first validation loader without touching its sampler, workers or stream.
+    """Make a batch of the first validation loader without touching its sampler, workers or random stream.
 
-    It has the loader's size, since a batch of two can pass for a pair of inputs and labels.
+    The batch has the loader's batch size, since a batch of two samples could be mistaken for a pair of inputs and
+    labels.
 
     Args:
         trainer: The Trainer, before the first validation of a fit.
 
     Returns:
-        The batch, on the device of the module; None if the loader has no samples by index.
+        The batch, on the device of the module; None if the samples of the loader cannot be indexed.
     """
     loader = next(iter(compat.validation_loaders(trainer)), None)
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
@@ -181,7 +182,7 @@ def make_validation_batch(trainer: Trainer) -> Any:
         size = min(loader.batch_size or 3, len(loader.dataset))  # type: ignore[arg-type]
         batch = loader.collate_fn([loader.dataset[index] for index in range(size)])
     batch = trainer.precision_plugin.convert_input(batch)
-    trainer.validating = True  # for transfer hooks of the user that look at it
+    trainer.validating = True  # the user's transfer hooks may read it
     try:
         return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
     finally:
@@ -194,5 +195,5 @@ def num_trained_weights(module: torch.nn.Module) -> int:
 
 
 def _is_overridden(name: str, pl_module: LightningModule) -> bool:
-    # Not Lightning's own check, which fails on a module of the other package, `lightning` or `pytorch_lightning`.
+    # Lightning's own check fails if the module comes from the other package (`lightning` or `pytorch_lightning`).
     return getattr(getattr(pl_module, name), "__module__", "") not in _LIGHTNING_MODULES

@@ -1,4 +1,4 @@
-"""Passes of simulated twins over parts of a batch: each sample meets few twins, each twin several samples."""
+"""Passes of simulated twins over parts of a batch: each sample goes through few twins, each twin gets many samples."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from lightning_sensitivity.model import ModelCall, noise_generator
 from lightning_sensitivity.model.isolation import RunIsolated
 from lightning_sensitivity.model.twins import call_with_batch_statistics, twin
 
-NUM_TWINS = 8  # with fewer, the variance would depend on the noise of a few
+NUM_TWINS = 8  # with fewer, the variance would depend too much on the noise of each
 _MAX_WAITING = 2**15  # elements of outputs that wait to be scored together, which saves small networks time
 _MIN_PART = 32  # samples, for statistics of batch norm that do not depend on the size of validation batches
 
 
 @dataclass(frozen=True)
 class TwinPass:
-    """What a twin gave for a part of a batch.
+    """Hold the outputs of a twin for a part of a batch.
 
     Attributes:
-        samples: Which samples of the batch; those of several passes, if outputs are small.
-        reference: Outputs of the model to compare with.
+        samples: Which samples of the batch; from several passes if outputs are small.
+        reference: Outputs of the model to compare the twin with.
         outputs: Outputs of the twin.
-        weight: Weight of a sample, 1 over the number of twins that it meets.
+        weight: Weight of a sample: 1 over the number of twins that it goes through.
     """
 
     samples: Tensor | slice
@@ -45,8 +45,8 @@ class TwinPasses:
     Attributes:
         model: The module.
         initial: Its parameters before training, on its device.
-        has_batch_norm: Whether it has batch norm with running statistics, which twins replace by those of the part.
-        facts: What is known of the run: whether batches can be split.
+        has_batch_norm: Whether it has batch norm with running statistics; twins use those of the part instead.
+        facts: What is known about the run: whether batches can be split.
     """
 
     model: nn.Module
@@ -65,11 +65,11 @@ class TwinPasses:
         """Yield the passes of twins over a batch, one in memory at a time.
 
         Args:
-            run: Runs a function that runs the model, and leaves no trace.
+            run: Calls a function that runs the model, and leaves no trace.
             call: Calls the model on the batch.
             outputs: Clean outputs for the batch.
             key: Seed, rank, loader and batch; see :func:`~lightning_sensitivity.model.noise_generator`.
-            num_total: How many samples there are in all such batches of a validation, over all processes.
+            num_total: How many samples of the loader a validation measures, over all processes.
 
         Raises:
             ValueError: If batch norm needs more samples.
@@ -110,17 +110,17 @@ class TwinPasses:
 
 
 def _can_be_split(run: RunIsolated, call: ModelCall, outputs: Tensor) -> bool:
-    """Return whether the model takes half of a batch, and gives the same outputs for it."""
+    """Return whether the model accepts half of a batch, and gives the same outputs for it."""
     half = slice(0, len(outputs) // 2)
     try:
         single = run(call.select(half))
-    except Exception:  # a graph, such as nodes and their adjacency matrix
+    except Exception:  # the batch may be a graph, such as nodes and their adjacency matrix
         return False
     return are_independent(outputs[half], single, len(outputs) // 2)
 
 
 def join_small(passes: Iterable[TwinPass]) -> Iterator[TwinPass]:
-    """Join the passes over a batch while their outputs are small, so that they are scored together."""
+    """Join the passes over a batch while their outputs are small, to score them together."""
     waiting: list[TwinPass] = []
     for twin_pass in passes:
         waiting.append(twin_pass)

@@ -1,4 +1,4 @@
-"""Watch the user's step: whether it calls the model as we do, and trains on the outputs that we measure."""
+"""Watch the user's step: does it call the model as we do, and train on the outputs that we measure?"""
 
 import inspect
 import math
@@ -21,9 +21,10 @@ _LOSS_TOLERANCE = 0.05  # relative, beyond the range of the losses of single sam
 
 
 class CallWatch:
-    """Compare the first call of a module in a step of the user with ours.
+    """Compare the first call of a module in the user's step with ours.
 
-    Tensors should have the same number of dimensions, a similar mean and a similar size: a step may augment its inputs.
+    Tensors should have the same number of dimensions, and values of similar mean and magnitude. They may differ a
+    little, since a step may augment its inputs.
 
     Args:
         pl_module: The module.
@@ -31,9 +32,9 @@ class CallWatch:
         outputs: How outputs are selected, to keep those of the call; see :func:`select_outputs`.
 
     Attributes:
-        can_watch: Whether the calls of the step can be seen; not in compiled code.
+        can_watch: Whether we can see the calls of the step; not in compiled code.
         was_called: Whether the step has called the module.
-        step_outputs: Detached outputs of the step's first call, if they could be selected.
+        step_outputs: Detached outputs of the first call in the step, if they could be selected.
     """
 
     def __init__(self, pl_module: LightningModule, call: ModelCall, outputs: Selector | None = None) -> None:
@@ -41,11 +42,11 @@ class CallWatch:
         self._select = outputs
         self._differing: list[str] = []
         self._handles: list[RemovableHandle] = []
-        self._signature = inspect.Signature(parameters_of(pl_module))  # strategies put another in its place
+        self._signature = inspect.Signature(parameters_of(pl_module))  # strategies replace `forward` during a step
         self._ours = self._bind(*clone_tensors((call.args, call.kwargs)))
         self.was_called = False
         self.step_outputs: Tensor | None = None
-        # Compiled code would trace the hooks, and be compiled again without them.
+        # Compiled code would trace the hooks, and be compiled again after they are removed.
         self.can_watch = bool(self._ours) and not is_compiled(pl_module)
         if self.can_watch:
             self._handles.append(pl_module.register_forward_pre_hook(self._compare, with_kwargs=True))
@@ -62,9 +63,9 @@ class CallWatch:
         if self.was_called or is_isolated(self._pl_module):
             return
         self.was_called = True
-        with suppress(Exception):  # it runs in the user's step, on whatever is given there
+        with suppress(Exception):  # this runs in the user's step, on whatever arguments it passes
             theirs = self._bind(args, kwargs)
-            tolerance = 1.0 if module.training else 0.01  # steps of training augment
+            tolerance = 1.0 if module.training else 0.01  # training steps may augment
             are_similar = {name: _are_similar(self._ours.get(name), theirs[name], tolerance) for name in theirs}
             self._differing = [name for name, is_similar in are_similar.items() if not is_similar]
 
@@ -75,7 +76,7 @@ class CallWatch:
             self.step_outputs = select_outputs(result, self._select).detach()
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Return the arguments by the names of ``forward``, with defaults; nothing if it has no signature."""
+        """Return the arguments by their names in ``forward``, with defaults; nothing if they do not fit it."""
         try:
             bound = self._signature.bind(*args, **kwargs)
         except (TypeError, ValueError):
@@ -85,16 +86,17 @@ class CallWatch:
 
 
 def loss_mismatch(outputs: Tensor, targets: Tensor, loss: Tensor, num_accumulated: int = 1) -> str | None:
-    """Explain why a loss cannot be a cross-entropy of some outputs, whatever weights it has; None if it could be.
+    """Explain why a loss cannot be a cross-entropy of some outputs, weighted or not; None if it could be.
 
-    Class weights and label smoothing keep a loss within the range of the losses of the samples, and a plain sum shows
-    by their number. Cosines that are scaled in the loss, or embeddings, often leave it.
+    With class weights and label smoothing, a loss stays within the range of the losses of the samples; a plain sum is
+    recognized by the number of samples. If outputs are embeddings, or cosines that the loss scales, the loss is often
+    outside this range.
 
     Args:
         outputs: Outputs of the training step, ``(N, K)``.
         targets: Class indices, ``(N,)``; those of -100 are ignored.
         loss: The loss of the step.
-        num_accumulated: By what Lightning may have divided it.
+        num_accumulated: The number by which Lightning may have divided the loss.
     """
     is_multiclass = outputs.ndim == 2 and outputs.shape[1] > 1 and targets.ndim == 1 and not targets.is_floating_point()
     if not is_multiclass or len(outputs) != len(targets) or loss.numel() != 1:
@@ -132,7 +134,7 @@ def _are_similar(ours: object, theirs: object, tolerance: float) -> bool:
 
 
 def _are_same_plain_values(ours: object, theirs: object) -> bool:
-    """Compare numbers, strings and None; other objects are taken as the same."""
+    """Compare numbers, strings and None; other objects count as the same."""
     plain = (str, int, float, type(None))
     if not isinstance(ours, plain) and not isinstance(theirs, plain):
         return True
@@ -140,7 +142,7 @@ def _are_same_plain_values(ours: object, theirs: object) -> bool:
 
 
 def _have_similar_statistics(x: Tensor, y: Tensor, tolerance: float) -> bool:
-    """Compare the mean and the mean size of two tensors; those with nan count as similar."""
+    """Compare the mean and the mean magnitude of two tensors; tensors with nan count as similar."""
     sizes = float(x.abs().mean()), float(y.abs().mean())
     shift = abs(float(x.mean() - y.mean()))
     is_scaled = max(sizes) > (1 + tolerance) * min(sizes)

@@ -17,7 +17,7 @@ _LIBRARIES = (
 
 
 def warn(message: str) -> None:
-    """Warn at the first line outside of the libraries: the user's."""
+    """Warn at the innermost line outside the libraries, which is the user's."""
     frame = sys._getframe(1)
     level = 2
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in _LIBRARIES:

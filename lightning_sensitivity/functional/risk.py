@@ -1,4 +1,4 @@
-"""The Brier score on unseen samples without their labels: a sum of terms, and what a few labels add to it."""
+"""The Brier score on unseen samples without their labels: a sum of terms, combined with any validation labels."""
 
 import math
 from typing import NamedTuple
@@ -15,20 +15,20 @@ from lightning_sensitivity.functional.risk_sums import (
 from lightning_sensitivity.functional.tasks import TASKS, Task
 from lightning_sensitivity.functional.tensors import are_probabilities
 
-LABEL_WEIGHT = 40  # m₀: how many validation labels weigh as much as the estimate
+LABEL_WEIGHT = 40  # m₀: the number of validation labels that count as much as the estimate
 VARIANCE_SCALE, BATCH_NORM_SCALE = 0.7, 1.4  # of the variance of simulated twins, without and with batch norm
 TWIN_STRENGTH = 0.5  # λ of simulated twins; at full strength they break networks with max-pooling
 
 
 class RiskTerms(NamedTuple):
-    """Hold the risk estimate and the terms that it sums; scalar tensors.
+    """Hold the risk estimate and the terms that add up to it, as scalar tensors.
 
     Attributes:
         estimate: The estimated Brier score on unseen samples.
         claim: The score if the model's probabilities were right.
-        overconfidence: How much higher the score on training samples is than the model claims there.
+        overconfidence: How much higher the score on training samples is than the score that the model claims there.
         memorization: How much more certain the model is on training samples than on unseen ones; 0 for real twins.
-        variance: Mean squared difference to the probabilities of a network that was trained on other samples.
+        variance: Mean squared difference from the probabilities of a network that was trained on other samples.
     """
 
     estimate: Tensor
@@ -70,10 +70,10 @@ def risk_terms(
 
 
 def combine_with_labels(estimate: Tensor, labels: LabelSums) -> Tensor:
-    """Combine the estimate with the score of the validation labels that there are.
+    """Combine the estimate with the score on validation labels.
 
-    With m labels of mean Brier score s it is :math:`(m s + m_0 R) / (m + m_0)`, with :math:`m_0 = 40`: the estimate
-    counts as much as 40 labels.
+    With m labels of mean Brier score s, the result is :math:`(m s + m_0 R) / (m + m_0)`, with :math:`m_0 = 40`: the
+    estimate counts as much as 40 labels.
 
     Args:
         estimate: The estimate R without validation labels.
@@ -83,7 +83,7 @@ def combine_with_labels(estimate: Tensor, labels: LabelSums) -> Tensor:
 
 
 def diagnostics(holdout: HoldoutSums, training: LabelSums, estimate: Tensor, task: Task) -> dict[str, str]:
-    """Explain what makes an estimate doubtful or impossible, with one sentence for each problem.
+    """Explain what makes an estimate doubtful or impossible, with one message per problem.
 
     Args:
         holdout: Sums over unseen samples.
@@ -115,19 +115,19 @@ def diagnostics(holdout: HoldoutSums, training: LabelSums, estimate: Tensor, tas
 
 
 def _may_be_probabilities(training: LabelSums) -> bool:
-    """Return whether all outputs lie in [0, 1], and not only since the head is fresh."""
+    """Return whether all outputs lie in [0, 1], and not just because the head is untrained."""
     if not training.num_scored > 0 or training.num_outside > 0:
         return False
-    # One or two outputs of a fresh head may lie in [0, 1], but on one side of ½.
+    # One or two outputs of an untrained head may lie in [0, 1], but then all are on the same side of ½.
     return bool(training.num_wide > 0) or bool(0 < training.num_high < training.num_scored)
 
 
 def variance_factor(num_training: int, num_weights: int, has_batch_norm: bool = False) -> float:
     r"""Compute how much of the variance of a simulated twin counts: :math:`0.7 \min(1, \sqrt{\sqrt{w} / n})`.
 
-    Networks differ less if they have more training samples, and more if they have more weights; twins reflect neither.
-    With batch norm, which hides a part of the noise in the weights, it is twice as much. Form and constants were chosen
-    on random runs; see ``examples/studies/early_stopping/README.md``.
+    Networks differ less if they have more training samples, and more if they have more weights; simulated twins reflect
+    neither. With batch norm, which hides part of the noise in the weights, the factor is twice as large. Its form and
+    constants were chosen on random runs; see ``examples/studies/early_stopping/README.md``.
 
     Args:
         num_training: n, the number of training samples, 1 or more.
@@ -138,7 +138,7 @@ def variance_factor(num_training: int, num_weights: int, has_batch_norm: bool = 
         The factor, from 0 to 1.4.
 
     Raises:
-        ValueError: If a number is smaller.
+        ValueError: If a number is too small.
 
     Example:
         >>> from lightning_sensitivity.functional import variance_factor
@@ -173,19 +173,19 @@ def risk_estimate(
             + \underbrace{\mathbb{E}\|p - p'\|^2}_\text{variance}
 
     p are the probabilities, y the labels, and p' the probabilities of a *twin*: a network that was trained on other
-    samples. This is the chain loss = bias + variance of arXiv:2007.15378 (Section 4). With a real twin it is exact
-    where unseen labels agree with a network as its twins do, up to its miscalibration on its training samples,
-    :math:`\mathbb{E}\,p \cdot y = \mathbb{E}\,p \cdot p' + \mathbb{E}_\text{train}\,p \cdot (y - p)`.
+    samples. This applies loss = bias + variance, as in arXiv:2007.15378 (Section 4). With a real twin the estimate is
+    exact if unseen labels agree with a network as much as its twins do, apart from its miscalibration on its training
+    samples, :math:`\mathbb{E}\,p \cdot y = \mathbb{E}\,p \cdot p' + \mathbb{E}_\text{train}\,p \cdot (y - p)`.
 
     :func:`~lightning_sensitivity.model.twins.twin` simulates a twin of strength λ without a second training. Then
 
-    - the variance is divided by λ², multiplied by min(1, claim of the network / claim of the twin), since noise makes
-      a twin less certain than another network would be, and multiplied by :func:`variance_factor`, f;
-    - overconfidence below 0 counts half: it may be memory of the training labels;
-    - memorization is added: by how much the claim on unseen samples is above that on training samples, where it is.
+    - the variance is divided by λ² and multiplied by :func:`variance_factor`. It is also multiplied by min(1, claim of
+      the network / claim of the twin), since noise makes a twin less certain than another network would be;
+    - overconfidence below 0 counts half, since it may come from memorized training labels;
+    - memorization is added: how much the claim on unseen samples exceeds the claim on training samples, if it does.
 
-    ``examples/studies/early_stopping/README.md`` has the measurements. Where training labels are noisy, it estimates
-    the score against labels that are as noisy. Validation labels, if there are some, are combined with it: m labels of
+    ``examples/studies/early_stopping/README.md`` has the measurements. If training labels are noisy, this is an
+    estimate of the score against equally noisy labels. Validation labels, if given, are combined with it: m labels of
     mean score s give :math:`(m s + 40 R) / (m + 40)`.
 
     Args:
@@ -193,20 +193,20 @@ def risk_estimate(
             floating, shape ``(N, K, ...)`` or ``(N,)``.
         twin_outputs: Outputs of the twin for the same samples.
         train_outputs: Outputs for training samples, in eval mode, shape ``(M, K, ...)`` or ``(M,)``.
-        train_targets: Their labels: ``(M, ...)`` integers (those of -100 are ignored), or soft labels of the shape of
-            ``train_outputs``, for ``"multiclass"``; of the shape of ``train_outputs`` for the others.
+        train_targets: Their labels. For ``"multiclass"``, integers ``(M, ...)`` (-100 is ignored), or soft labels of
+            the shape of ``train_outputs``; for the other tasks, of the shape of ``train_outputs``.
         task: ``"multiclass"`` scores the sum over classes of (p − y)²; ``"binary"`` and ``"multilabel"`` the mean over
             labels.
         strength: λ, if the twin is simulated; None for a real one.
         factor: Factor of the variance for a simulated twin, from :func:`variance_factor`.
         labelled_outputs: Outputs for validation samples that have a label.
-        labels: Their labels, as ``train_targets``.
+        labels: Their labels, in the form of ``train_targets``.
 
     Returns:
         The estimate and its terms, scalar tensors, float64 (float32 on MPS).
 
     Raises:
-        ValueError: If labels or shapes do not fit, there is no sample, or outputs are probabilities already.
+        ValueError: If labels or shapes do not fit, there is no sample, or outputs are probabilities.
 
     Example:
         >>> import torch
@@ -255,4 +255,4 @@ def _check_logits(tensors: dict[str, Tensor], task: Task) -> None:
 
 
 def _ceil(count: Tensor) -> int:
-    return math.ceil(float(count) - 1e-6)  # several twins add parts of a sample
+    return math.ceil(float(count) - 1e-6)  # each of several twins counts a fraction of a sample

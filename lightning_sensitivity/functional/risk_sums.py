@@ -1,4 +1,4 @@
-"""What the risk estimate sums over samples: claims and variance, scores on labels, and what twins forget."""
+"""What the risk estimate sums over samples: claims, variance, and scores on labels."""
 
 from typing import NamedTuple
 
@@ -10,13 +10,13 @@ from lightning_sensitivity.functional.tensors import in_chunks, wide_dtype
 
 
 class HoldoutSums(NamedTuple):
-    """Sums over unseen samples; float64 scalars.
+    """Hold sums over unseen samples, as float64 scalars.
 
     Attributes:
         num_scored: Samples, times positions.
         claim: Claims of the model.
         variance: Squared differences between the twin and the reference.
-        reference_claim: Claims of the reference, which the twin is compared with.
+        reference_claim: Claims of the reference, with which the twin is compared.
         twin_claim: Claims of the twin.
         num_identical: Samples, times positions, with the same outputs from twin and reference.
         num_non_finite: Samples with nan or inf, left out.
@@ -32,7 +32,7 @@ class HoldoutSums(NamedTuple):
 
 
 class LabelSums(NamedTuple):
-    """Sums over labelled samples, of training or validation; float64 scalars.
+    """Hold sums over labelled training or validation samples, as float64 scalars.
 
     Attributes:
         num_scored: Labels that count.
@@ -108,7 +108,7 @@ def label_sums(outputs: Tensor, targets: Tensor, task: Task) -> Tensor:
 
 
 def _finite_sums(*values: Tensor) -> Tensor:
-    """Sum up values over samples for which all are finite, and count the others, without waiting for the device."""
+    """Sum up values over the samples whose values are all finite, and count the others; do not wait for the device."""
     dtype = wide_dtype(values[0].device)
     rows = torch.stack([each.to(dtype)[:, None].flatten(1).sum(1) for each in values], dim=1)
     is_finite = rows.isfinite().all(1)

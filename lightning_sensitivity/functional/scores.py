@@ -13,11 +13,11 @@ from lightning_sensitivity.functional.sensitivity import sensitivity_from_rows, 
 from lightning_sensitivity.functional.tasks import TASKS
 from lightning_sensitivity.functional.tensors import by_position, wide_dtype
 
-MIN_VOTERS = 3  # with two, each would be judged only by the other
+MIN_VOTERS = 3  # of two, each would be judged only by the other
 
-_UNDECIDED = 0.95  # share of the largest entropy, which predictions of untrained models come near
+_UNDECIDED = 0.95  # share of the maximal entropy; predictions of untrained models come near the maximum
 _MAX_CONFIDENCE, _MIN_RATIO = 0.995, 1.2  # of a vote; of its confidence to that of 1 / K
-_MIN_LOG_P = -1e9  # of classes that a model rules out, in place of -inf
+_MIN_LOG_P = -1e9  # of classes that a model rules out, instead of -inf
 _MIN_LOG_VOTE = math.log(1e-12)  # no vote can rule out a class
 _MIN_SCALE, _MAX_SCALE = 0.05, 20.0  # of logits
 _NUM_BISECTIONS = 20
@@ -25,16 +25,16 @@ _NUM_BISECTIONS = 20
 
 @dataclass(frozen=True)
 class ModelScores:
-    """Hold the scores of one model. A number that has no meaning for it is nan.
+    """Hold the scores of one model. Scores that have no meaning for the model are nan.
 
     Attributes:
-        name: What the user calls it.
+        name: The name that the user gave it.
         sensitivity: S, in squared units of the outputs.
         sensitivity_stderr: Its standard error, over samples and noise.
         consensus_error: Expected share of wrong predictions, if labels were drawn from a joint prediction of all
             models; see ``functional.scores.consensus_scores``.
-        consensus_loss: Mean loss, if the labels were what another model predicts.
-        loss: The true loss: cross-entropy.
+        consensus_loss: Mean loss if labels were what the other models predict.
+        loss: The true cross-entropy.
         error: The true share of wrong predictions.
         num_parameters: How many parameters it has.
         seconds: Time of all passes.
@@ -55,14 +55,14 @@ class ModelScores:
 
 @dataclass(frozen=True)
 class SampleScores:
-    """Hold what was measured of each sample of one model. What has no meaning for the outputs is None.
+    """Hold the measurements of one model for each sample. Those that have no meaning for the outputs are None.
 
     Attributes:
-        rows: Those of :func:`~lightning_sensitivity.functional.sensitivity.sensitivity_rows`.
+        rows: From :func:`~lightning_sensitivity.functional.sensitivity.sensitivity_rows`.
         log_p: Log-probabilities ``(N, decisions, classes)``, with a task and one position per sample.
         loss: With labels, the sum of the losses of a sample's labels.
-        error: With labels, how many of them are not what the model predicts.
-        num_labels: With labels, how many there are.
+        error: With labels, how many labels the model predicts incorrectly.
+        num_labels: With labels, how many labels there are.
     """
 
     rows: Tensor
@@ -74,10 +74,10 @@ class SampleScores:
 
 @dataclass(frozen=True)
 class MeasuredModel:
-    """Hold what was measured of one model.
+    """Hold the measurements of one model.
 
     Attributes:
-        samples: Of each sample.
+        samples: The measurements of each sample.
         num_parameters: How many parameters the model has.
         seconds: Time of all passes.
     """
@@ -135,27 +135,27 @@ def join_samples(parts: Sequence[SampleScores]) -> SampleScores:
 def consensus_scores(
     log_probabilities: Mapping[str, Tensor], voters: Collection[str] | None = None
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    r"""Compute the expected loss and error of each model, if labels were drawn from what all models predict.
+    r"""Compute the expected loss and error of each model if labels were drawn from what all models predict.
 
-    For the error, all models vote with their predictions, made as sure as the others agree with them (see
-    :func:`calibrated_votes`), and the joint prediction is the product of the votes. For the loss, the labels are the
-    classes that the other models predict.
+    For the error, all models vote with their predictions, rescaled so that a model is as confident as the others agree
+    with it (see :func:`calibrated_votes`). The joint prediction is the product of the votes. For the loss, the labels
+    are the classes that the other models predict.
 
     .. math::
         q \propto \prod_j v_j, \qquad
         E_i = 1 - q(\arg\max_k p_{ik}), \qquad
         L_i = -\operatorname{mean}_{j \ne i} \log p_i(\arg\max_k p_{jk})
 
-    Both rank models. The error is mostly too low, as models agree on many of their mistakes. Where one training set or
-    one architecture misleads most of them, the joint prediction is misled, too.
+    Both rank models. The error is usually too low, since models agree on many of their mistakes. If one training set or
+    one architecture misleads most models, the joint prediction is misled, too.
 
     Args:
-        log_probabilities: For each model, of the same samples, ``(N, decisions, classes)``.
+        log_probabilities: For each model, for the same samples, ``(N, decisions, classes)``.
         voters: The models that vote, by default all.
 
     Returns:
-        For each model the loss in nats and the share of wrong predictions, one number per sample; nothing for fewer
-        than three voters, or where numbers of classes differ.
+        For each model the loss in nats and the share of wrong predictions, one number per sample. Empty if there are
+        fewer than three voters, or if the numbers of classes differ.
 
     Example:
         >>> import torch
@@ -184,13 +184,13 @@ def consensus_scores(
 
 
 def calibrated_votes(log_probabilities: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    r"""Make each model as sure as the others agree with it, so that none gains by being sure or unsure of itself.
+    r"""Make each model as confident as the others agree with it, so that none gains by over- or underconfidence.
 
     :math:`v_j \propto p_j^{b_j}`, with :math:`b_j` such that the mean of :math:`\max_k v_{jk}` is the share of the
-    others that predict the same class.
+    other models that predict the same class.
 
     Args:
-        log_probabilities: For each model, of the same samples, ``(N, decisions, classes)``; finite.
+        log_probabilities: For each model, for the same samples, ``(N, decisions, classes)``; finite.
 
     Returns:
         The logarithms of the votes, of the same shape.
@@ -206,7 +206,7 @@ def calibrated_votes(log_probabilities: Mapping[str, Tensor]) -> dict[str, Tenso
 
 
 def _predictions(log_p: Tensor) -> Tensor:
-    """Return 1 for the class that is predicted, 0 for others."""
+    """Return 1 for the predicted class, 0 for the others."""
     return one_hot(log_p.argmax(2), log_p.shape[2])
 
 
@@ -216,7 +216,7 @@ def _sum(tensors: Iterable[Tensor]) -> Tensor:
 
 
 def _with_confidence(log_p: Tensor, confidence: float) -> Tensor:
-    """Sharpen or flatten predictions until the mean of their largest probabilities is as given, by bisection."""
+    """Sharpen or flatten predictions, by bisection, until the mean of their largest probabilities is as given."""
     low, high = _MIN_SCALE, _MAX_SCALE
     for _ in range(_NUM_BISECTIONS):
         scale = math.sqrt(low * high)
@@ -228,13 +228,13 @@ def _with_confidence(log_p: Tensor, confidence: float) -> Tensor:
 
 
 def score_models(models: Mapping[str, MeasuredModel]) -> tuple[list[ModelScores], dict[str, dict[str, Tensor]]]:
-    """Score models by what was measured of the same samples.
+    """Score models by their measurements on the same samples.
 
     Args:
-        models: What was measured of each model.
+        models: The measurements of each model.
 
     Returns:
-        A row for each model; and for each model and score one number per sample, with the score as their mean.
+        A row for each model; and for each model and score, one number per sample, whose mean is the score.
     """
     log_p = {name: model.samples.log_p for name, model in models.items() if model.samples.log_p is not None}
     undecided = {name for name, values in log_p.items() if _is_undecided(values)}
@@ -268,13 +268,13 @@ def _scores_by_sample(samples: SampleScores) -> dict[str, Tensor]:
 
 
 def _is_undecided(log_p: Tensor) -> bool:
-    """Check whether predictions come near the uniform one."""
+    """Check whether predictions are nearly uniform."""
     entropy = torch.special.entr(log_p.exp()).sum(2).mean()
     return float(entropy) > _UNDECIDED * math.log(log_p.shape[2])
 
 
 def _log_probabilities(clean: Tensor, task: str) -> Tensor:
-    """Turn logits into log-probabilities ``(N, decisions, classes, positions)``: one decision, or K of no and yes."""
+    """Turn logits into log-probabilities ``(N, decisions, classes, positions)``: one decision, or K yes-no ones."""
     outputs = by_position(clean).to(wide_dtype(clean.device))
     if task == "multiclass":
         return outputs.log_softmax(1)[:, None]
@@ -294,10 +294,10 @@ def expected_losses(log_p: Tensor, labels: Tensor) -> Tensor:
         log_p: Log-probabilities of a model, ``(N, decisions, classes, ...)``.
         labels: Probabilities of the labels, of the same shape.
     """
-    # 0 · log 0 is 0: a class that neither the model nor the labels expect.
+    # 0 · log 0 is 0, for a class that neither the model nor the labels expect.
     return -(labels * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(2).mean(1)
 
 
 def expected_errors(log_p: Tensor, labels: Tensor) -> Tensor:
-    """Compute the share of wrong decisions of each sample, in the same way."""
+    """Compute the share of wrong decisions of each sample, if labels have the given probabilities."""
     return 1 - labels.gather(2, log_p.argmax(2, keepdim=True)).squeeze(2).mean(1)

@@ -1,4 +1,4 @@
-"""Output sensitivity from rows: one row of sums for each sample, and the estimates that follow from them."""
+"""Output sensitivity from rows: one row of sums for each sample, and the estimates computed from the rows."""
 
 import math
 from collections.abc import Iterable
@@ -10,14 +10,14 @@ from torch import Tensor
 from lightning_sensitivity.functional.reporting import warn
 from lightning_sensitivity.functional.tensors import by_position, in_chunks, wide_dtype
 
-# Columns of a row: number of changes of a sample (draws times positions); sum and sum of squares of its class-averaged
-# changes; sum of the mean squared changes of its single outputs; K, once for each change.
+# Columns of a row: the number of changes of a sample (draws times positions); the sum of its class-averaged changes;
+# the sum of their squares; the sum of the mean squared changes of its single outputs; K times the number of changes.
 NUM_COLUMNS = 5
 _SMALL_SHARE = 0.01  # of the class mean that independent outputs would have
 
 
 class SensitivityEstimate(NamedTuple):
-    """Hold the estimates from rows: scalar tensors, except ``num_outputs``.
+    """Hold the estimates from rows, as scalar tensors except ``num_outputs``.
 
     Attributes:
         sensitivity: S, in squared units of the outputs.
@@ -27,7 +27,7 @@ class SensitivityEstimate(NamedTuple):
         class_mean_share: Share of the class mean in the change, from 0 to 1; 1/K for independent outputs.
         num_samples: Number of samples.
         num_changes: Number of changes, over samples, draws and positions.
-        num_non_finite: Number of samples that were left out, since an output was nan or inf.
+        num_non_finite: Number of samples that were left out because an output was nan or inf.
         num_outputs: K; 0 without samples.
     """
 
@@ -79,10 +79,10 @@ def _rows_of_draw(noisy: Tensor, clean: Tensor) -> Tensor:
 def sensitivity_from_rows(rows: Tensor) -> SensitivityEstimate:
     r"""Estimate output sensitivity and its standard error from the rows of all samples.
 
-    With :math:`e` a change, m their mean and S the mean of :math:`(e - m)^2` over all W changes, sample i adds
-    :math:`z_i = \sum_{e \in i} [(e - m)^2 - S]`, and the standard error of the ratio S is
-    :math:`\sqrt{n / (n - 1) \sum_i z_i^2} / W`. Summing within a sample first makes it right for several draws and
-    positions, whose changes are correlated within a sample.
+    Let :math:`e` be a change, m the mean of all W changes, and S the mean of :math:`(e - m)^2`. Sample i of n adds
+    :math:`z_i = \sum_{e \in i} [(e - m)^2 - S]`, and the standard error of S is
+    :math:`\sqrt{n / (n - 1) \sum_i z_i^2} / W`. Because the sum is first taken within a sample, the standard error is
+    right for several draws and positions, whose changes are correlated.
 
     Args:
         rows: Shape ``(N, 5)``, from :func:`sensitivity_rows`.
@@ -91,7 +91,7 @@ def sensitivity_from_rows(rows: Tensor) -> SensitivityEstimate:
         The estimate; nan where no sample is finite.
 
     Raises:
-        ValueError: If K differs.
+        ValueError: If K differs between samples.
     """
     sizes = sorted(set((rows[:, 4] / rows[:, 0])[rows[:, 0] > 0].round().tolist())) or [0]
     if len(sizes) > 1:
@@ -122,10 +122,10 @@ def sensitivity_from_rows(rows: Tensor) -> SensitivityEstimate:
 
 
 def squared_deviations(rows: Tensor) -> Tensor:
-    """Sum up each sample's squared deviations from the mean change; over the counts, they average to S.
+    """Sum up each sample's squared deviations from the mean change; their total over the total count is S.
 
     Args:
-        rows: Shape ``(N, 5)``. Rows that are not finite don't count for the mean, and give nan.
+        rows: Shape ``(N, 5)``. Rows that are not finite do not count for the mean, and give nan.
 
     Returns:
         Shape ``(N,)``.
@@ -137,7 +137,7 @@ def squared_deviations(rows: Tensor) -> Tensor:
 
 
 def diagnostics(estimate: SensitivityEstimate, per_output: bool = False) -> dict[str, str]:
-    """Explain what makes a finite value doubtful, with one sentence for each problem.
+    """Explain what makes a finite value doubtful, with one message per problem.
 
     Args:
         estimate: The estimate.
@@ -165,11 +165,12 @@ def output_sensitivity(clean: Tensor, noisy: Tensor | Iterable[Tensor], per_outp
     .. math::
         S = \operatorname{Var}\Big(\frac{1}{K} \sum_{k=1}^{K} \big[f_k(x + \varepsilon) - f_k(x)\big]\Big)
 
-    The variance is that of the population (ddof 0), over samples, draws and positions, without samples of nan or inf.
+    The variance is the population variance (ddof 0) over samples, draws and positions. Samples with nan or inf are left
+    out.
 
     Args:
-        clean: Outputs f(x) before the softmax (logits), floating, shape ``(N, K, ...)``; dimensions after K (pixels,
-            tokens) are further changes of a sample, and ``(N,)`` is K = 1.
+        clean: Outputs f(x) before the softmax (logits), floating, shape ``(N, K, ...)``. Dimensions after K (pixels,
+            tokens) count as further changes of a sample; ``(N,)`` means K = 1.
         noisy: Outputs f(x + ε) of the same shape, or an iterable with one such tensor per noise draw.
         per_output: Return the mean squared change of the single outputs instead, which also has a meaning for
             probabilities and for heads of two classes.
@@ -211,12 +212,12 @@ def loss_estimate(
         L \approx \sqrt{\tfrac{1}{2}\Big(\tfrac{K - 1}{K}\, S\, C + \Sigma\Big)}, \qquad
         C = \frac{\mathbb{E}[x^2]}{\sigma^2}
 
-    Its size is right for networks initialized with N(0, 1) and trained to convergence, and about ten times too low for
-    PyTorch's default initialization, whose class mean stays small.
+    The estimate has the right size for networks initialized with N(0, 1) and trained to convergence. It is about ten
+    times too low for PyTorch's default initialization, with which the class mean stays small.
 
     Args:
         sensitivity: S, scalar or any shape.
-        input_power: E[x²], mean square of an input element, one value or one per channel, as ``noise_std``. C is then
+        input_power: E[x²], the mean square of an input element, one value or one per channel, like ``noise_std``. C is
             the mean over channels.
         noise_std: σ, standard deviation of the noise, in units of the model's input.
         num_outputs: K, the number of classes, 2 or more.

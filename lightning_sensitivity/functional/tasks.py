@@ -1,4 +1,4 @@
-"""The kinds of classification: how labels and outputs fit together, and how predictions are scored in each."""
+"""The kinds of classification: how labels and outputs fit together in each, and how predictions are scored."""
 
 import math
 from abc import ABC, abstractmethod
@@ -9,15 +9,15 @@ from torch import Tensor
 from lightning_sensitivity.functional.tensors import num_outputs
 
 IGNORED = -100  # the `ignore_index` of torch's cross-entropy
-_MAX_CHANCE = 1e-4  # that labels use only the first few of K classes by chance
-_MIN_RATIO = 1.25  # of K to the classes that labels use
+_MAX_CHANCE = 1e-4  # probability that labels use only the first few of K classes by chance
+_MIN_RATIO = 1.25  # of K to the number of classes that labels use
 
 
 class Task(ABC):
     """A kind of classification.
 
-    Predictions are probabilities ``(N, K, ...)`` from :meth:`probabilities`; labels become ``(N, K, ...)``, too, in
-    :meth:`target_probabilities`. Scores are per sample and position, ``(N, ...)``.
+    Predictions are probabilities ``(N, K, ...)`` from :meth:`probabilities`. :meth:`target_probabilities` gives labels
+    the same shape. There is one score per sample and position, ``(N, ...)``.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Task(ABC):
 
     @abstractmethod
     def claims(self, p: Tensor) -> Tensor:
-        """Compute the Brier score that predictions claim: the expected one, if labels were drawn from them."""
+        """Compute the Brier score that predictions claim: its expectation if labels were drawn from them."""
 
     def target_probabilities(self, p: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Convert labels to probabilities.
@@ -47,7 +47,7 @@ class Task(ABC):
             targets: Labels that fit the task.
 
         Returns:
-            The labels, ``(N, K, ...)``, and 1 for each that counts, ``(N, ...)``, or 0 where it is ignored.
+            The labels, ``(N, K, ...)``; and ``(N, ...)`` with 1 for each label that counts, 0 for ignored ones.
         """
         y = targets.to(p.device).to(p.dtype).reshape(p.shape)
         is_ignored = (y == IGNORED).any(1)
@@ -190,7 +190,7 @@ def infer_task(outputs: Tensor, targets: Tensor) -> Task:
 
 
 def check_classes(num_outputs: int, targets: Tensor) -> None:
-    """Refuse labels that use only the first few of more than ten outputs, if they are enough to be sure.
+    """Refuse labels that use only the first few of more than ten outputs, if there are enough labels to be sure.
 
     Args:
         num_outputs: K.
@@ -213,7 +213,7 @@ def check_classes(num_outputs: int, targets: Tensor) -> None:
 
 def has_ignored_value(targets: Tensor) -> Tensor:
     """Return where labels are -100."""
-    # In integers of 8 bits, 156 would be equal to it.
+    # As an 8-bit integer, 156 would equal -100.
     return (targets if targets.is_floating_point() else targets.long()) == IGNORED
 
 

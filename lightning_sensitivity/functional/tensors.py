@@ -1,12 +1,12 @@
-"""How outputs are laid out, and how they are summed up in double precision without a wide copy of all of them."""
+"""The layout of outputs, and how to sum them in double precision without a double-precision copy of all of them."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-_CHUNK = 2**15  # elements that are widened at a time
-_ROUNDING = 1e-2  # of sums of probabilities in 16 bits, which autocast may have widened since
+_CHUNK = 2**15  # elements that are converted to double precision at a time
+_ROUNDING = 1e-2  # error of sums of 16-bit probabilities, which autocast may have converted to 32 bits since
 
 
 def num_outputs(outputs: Tensor) -> int:
@@ -26,11 +26,11 @@ def wide_dtype(device: torch.device) -> torch.dtype:
 
 
 def in_chunks(function: Callable[..., Tensor], *tensors: Tensor) -> list[Tensor]:
-    """Call a function on a few samples at a time, so that no wide copy of all outputs is made.
+    """Call a function on a few samples at a time, so that there is never a double-precision copy of all outputs.
 
     Args:
         function: Function of a chunk of each tensor.
-        tensors: Of the same samples, ``(N, ...)``; the first one sets how many make a chunk.
+        tensors: Tensors of the same samples, ``(N, ...)``; the size of the first one determines that of a chunk.
     """
     samples_per_chunk = max(1, _CHUNK * len(tensors[0]) // max(1, tensors[0].numel()))
     parts = [torch.split(tensor, samples_per_chunk) for tensor in tensors]

@@ -1,4 +1,4 @@
-"""Output sensitivity and the risk estimate as torchmetrics; they need neither a Trainer nor a model."""
+"""Output sensitivity and the risk estimate as torchmetrics, which need neither a Trainer nor a model."""
 
 from lightning_sensitivity.metric.risk import RiskEstimate
 from lightning_sensitivity.metric.sensitivity import OutputSensitivity

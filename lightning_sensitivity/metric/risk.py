@@ -27,17 +27,16 @@ _NUM_SUMS = {
 class RiskEstimate(Metric):
     r"""Estimate the Brier score on unseen samples from training labels and unlabelled samples.
 
-    The formula is that of :func:`~lightning_sensitivity.functional.risk_estimate`. The states are sums in double
-    precision, to which every process adds.
+    See :func:`~lightning_sensitivity.functional.risk_estimate` for the formula. The states are sums in double
+    precision over all processes.
 
-    As input to ``update`` the metric accepts ``outputs`` and ``twin_outputs``, logits ``(N, K, ...)`` or ``(N,)`` for
-    unseen samples, from the model and from a twin. Training samples come by :meth:`update_training`, labelled
-    validation samples, if there are some, by :meth:`update_labels`.
+    ``update`` accepts ``outputs`` and ``twin_outputs``, logits ``(N, K, ...)`` or ``(N,)`` for unseen samples, from the
+    model and from a twin. Add training samples with :meth:`update_training`, and labelled validation samples, if there
+    are any, with :meth:`update_labels`.
 
-    As output of ``compute`` the metric returns a dict of scalar tensors: ``risk_estimate`` and its terms
-    ``risk_claim``, ``risk_overconfidence``, ``risk_memorization``, ``risk_variance``; with
-    labelled validation samples also ``risk_label_score`` and ``risk_num_labels``. Without training or unseen samples
-    they are nan.
+    ``compute`` returns a dict of scalar tensors: ``risk_estimate`` and its terms ``risk_claim``,
+    ``risk_overconfidence``, ``risk_memorization``, ``risk_variance``; with labelled validation samples also
+    ``risk_label_score`` and ``risk_num_labels``. Without training or unseen samples, the estimate is nan.
 
     Args:
         task: ``"multiclass"``, ``"binary"`` or ``"multilabel"``.
@@ -45,14 +44,14 @@ class RiskEstimate(Metric):
         num_training: n, the number of training samples; with ``num_weights`` it scales the variance of simulated
             twins, see :func:`~lightning_sensitivity.functional.variance_factor`.
         num_weights: w, the number of weights that are trained.
-        has_batch_norm: Whether the model has batch norm, which scales it, too.
+        has_batch_norm: Whether the model has batch norm, which also scales the variance.
         kwargs: Additional keyword arguments of :class:`torchmetrics.Metric`.
 
     Attributes:
-        messages: What makes the last computed value doubtful, one sentence for each problem.
+        messages: What makes the last computed value doubtful, with one message per problem.
 
     Raises:
-        ValueError: If an argument is not one of the above; if labels do not fit the task.
+        ValueError: If an argument is invalid; in the updates, if labels do not fit the task.
 
     Example:
         >>> import torch
@@ -99,7 +98,7 @@ class RiskEstimate(Metric):
             self.add_state(f"{kind}_sums", default=default, dist_reduce_fx="sum")
 
     def set_size(self, num_training: int | None, num_weights: int | None) -> None:
-        """Set the numbers of training samples and weights, which may be known only later.
+        """Set the numbers of training samples and weights, which may not be known at first.
 
         Args:
             num_training: n; None for no scaling.
@@ -138,7 +137,7 @@ class RiskEstimate(Metric):
         compat.mark_updated(self)
 
     def compute(self) -> dict[str, Tensor]:
-        """Compute the estimate and its terms over all processes; nan without samples."""
+        """Compute the estimate and its terms over all processes; they are nan without samples."""
         holdout = risk_sums.HoldoutSums(*self.holdout_sums)
         training = risk_sums.LabelSums(*self.training_sums)
         labels = risk_sums.LabelSums(*self.labels_sums)
@@ -173,9 +172,8 @@ class RiskEstimate(Metric):
         """Plot the estimate, for one result or for a list of them, such as one per epoch.
 
         Args:
-            val: A result of ``metric.compute`` or a list of them. If no value is provided, will automatically call
-                ``metric.compute`` and plot that result.
-            ax: A matplotlib axis object. If provided will add the plot to that axis.
+            val: A result of ``metric.compute`` or a list of results; by default the result of ``metric.compute``.
+            ax: The matplotlib axes to plot on; by default new ones.
 
         Returns:
             Figure and axes object.

@@ -27,28 +27,28 @@ class OutputSensitivity(Metric):
     .. math::
         S = \operatorname{Var}\Big(\frac{1}{K} \sum_{k=1}^{K} \big[f_k(x + \varepsilon) - f_k(x)\big]\Big)
 
-    The variance is that of the population (ddof 0) over all samples and noise draws (Forouzesh, Salehi and Thiran,
-    arXiv:2007.15378). It needs no labels. The state is one row of five numbers per sample, so that the value depends on
+    The variance is the population variance (ddof 0) over all samples and noise draws (Forouzesh, Salehi and Thiran,
+    arXiv:2007.15378). It needs no labels. The state is one row of five numbers per sample, so the value depends on
     neither the batch size nor the number of processes. Samples with nan or inf are left out, with a warning.
 
     ``forward`` and ``update`` accept:
 
     - ``clean`` (:class:`~torch.Tensor`): outputs f(x), before the softmax (logits), as a float tensor of shape
-      ``(N, K, ...)``. Dimensions after K (pixels, tokens) are further changes of a sample; ``(N,)`` is K = 1.
+      ``(N, K, ...)``. Dimensions after K (pixels, tokens) count as further changes of a sample; ``(N,)`` means K = 1.
     - ``noisy`` (:class:`~torch.Tensor` or an iterable of them): outputs f(x + ε) of the same shape; for several noise
       draws of the same samples, an iterable with one tensor per draw.
 
-    ``forward`` and ``compute`` return a scalar tensor, in squared units of the outputs. It has no better
-    direction: it compares epochs and seeds of one network, and is lowest before training.
+    ``forward`` and ``compute`` return a scalar tensor, in squared units of the outputs. Neither higher nor lower is
+    better: use it to compare epochs and seeds of one network. It is lowest before training.
 
     Args:
-        per_output: Compute the mean squared change of the single outputs instead, without averaging over classes first,
-            so it also makes sense for probabilities and two-class heads.
-        kwargs: Those of :class:`torchmetrics.Metric`.
+        per_output: Compute the mean squared change of the single outputs instead, without averaging over classes first.
+            This also makes sense for probabilities and two-class heads.
+        kwargs: Additional keyword arguments of :class:`torchmetrics.Metric`.
 
     Raises:
         ValueError: If ``per_output`` is not a bool; in ``update``, if shapes do not fit; in ``compute``, if K
-            was not always the same.
+            differs between updates.
         TypeError: In ``update``, if an output is not a floating tensor.
 
     Example:
@@ -82,19 +82,19 @@ class OutputSensitivity(Metric):
             raise ValueError(f"Expected argument `per_output` to be a bool, but got {per_output!r}.")
         self.per_output = per_output
         self._all_rows: Tensor | None = None  # over all processes, as of the last `compute`
-        self._estimate: sensitivity.SensitivityEstimate | None = None  # from those
+        self._estimate: sensitivity.SensitivityEstimate | None = None  # from these rows
         self.add_state("rows", default=[], dist_reduce_fx="cat")
         self.reset()
 
     def reset(self) -> None:
         """Forget all samples."""
         super().reset()
-        # A process without samples takes part in gathering rows, too, with the same type.
+        # A process without samples must also take part when rows are gathered, with the same dtype.
         empty = torch.zeros(0, sensitivity.NUM_COLUMNS, dtype=wide_dtype(self.device), device=self.device)
         self.rows = [empty]
 
     def update(self, clean: Tensor, noisy: Tensor | Iterable[Tensor]) -> None:
-        """Add the outputs of one batch of samples, for clean and for perturbed inputs."""
+        """Add the outputs for clean and perturbed inputs of one batch."""
         self.add_rows(sensitivity.sensitivity_rows(clean, noisy))
 
     def add_rows(self, rows: Tensor) -> None:
@@ -114,10 +114,10 @@ class OutputSensitivity(Metric):
     def estimate(self) -> sensitivity.SensitivityEstimate:
         """Value, standard errors, share of the class mean and numbers of samples, over all processes.
 
-        Like ``compute``, it is a collective operation unless a value is cached; so are :attr:`stderr` and
-        :attr:`per_sample`.
+        Like ``compute``, reading it is a collective operation unless a value is cached. The same holds for
+        :attr:`stderr` and :attr:`per_sample`.
         """
-        self.compute()  # cached, and leaves the estimate behind
+        self.compute()  # this is cached, and sets the estimate
         assert self._estimate is not None
         return self._estimate
 
@@ -130,8 +130,8 @@ class OutputSensitivity(Metric):
     def per_sample(self) -> Tensor:
         """Mean squared change of each sample, ``(N,)``, in the order of the updates; nan for samples with nan or inf.
 
-        If all samples have the same number of positions, its mean is the value. A large one does not mean a wrong
-        prediction.
+        If all samples have the same number of positions, the mean is the value of the metric. A large change does not
+        mean that the prediction is wrong.
         """
         self.compute()
         rows = self._all_rows
@@ -157,12 +157,12 @@ class OutputSensitivity(Metric):
         return self
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: AxType | None = None) -> PlotType:
-        """Plot a single or multiple values from the metric.
+        """Plot one or several values of the metric.
 
         Args:
-            val: Either a single result from calling ``metric.forward`` or ``metric.compute`` or a list of these
-                results. If no value is provided, will automatically call ``metric.compute`` and plot that result.
-            ax: A matplotlib axis object. If provided will add the plot to that axis.
+            val: A result of ``metric.forward`` or ``metric.compute``, or a list of results; by default the result of
+                ``metric.compute``.
+            ax: The matplotlib axes to plot on; by default new ones.
 
         Returns:
             Figure and axes object.

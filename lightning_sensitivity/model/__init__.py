@@ -1,4 +1,4 @@
-"""How any model is run on any batch: its arguments and outputs, noise, twins, and passes that leave no trace."""
+"""Run any model on any batch: its arguments and outputs, noise, twins, and passes that leave no trace."""
 
 from lightning_sensitivity.model.forward import ModelCall, select_outputs
 from lightning_sensitivity.model.isolation import isolated

@@ -1,4 +1,4 @@
-"""How any model is called on any batch: its arguments and its outputs."""
+"""Call any model on any batch: choose its arguments and its outputs."""
 
 import copy
 import inspect
@@ -47,7 +47,7 @@ class ModelCall:
     Attributes:
         args: Positional arguments of the model.
         kwargs: Keyword arguments of the model.
-        sizes: Number of samples of each batch that was joined into this call; 0 if no tensor shows it.
+        sizes: The number of samples in each batch that was joined into this call; 0 if it is unknown.
 
     Raises:
         MisconfigurationException: If it is not clear how to call the model.
@@ -61,7 +61,7 @@ class ModelCall:
         self.args: tuple[Any, ...] = (batch,)
         self.kwargs: dict[str, Any] = {}
         if inputs:
-            arguments = inputs(clone_tensors(batch))  # which may write into it
+            arguments = inputs(clone_tensors(batch))  # `inputs` may write to the batch
             self.args = arguments if type(arguments) is tuple else (arguments,)
         elif isinstance(batch, Mapping):
             self.args = ()
@@ -77,8 +77,8 @@ class ModelCall:
             perturb: Function that returns the perturbed tensor; None for the batch as it is.
 
         Raises:
-            MisconfigurationException: If there are no outputs, or their dimension 1 could be a position; if no input
-                can be perturbed.
+            MisconfigurationException: If there are no outputs, their dimension 1 could be a position, or no input can
+                be perturbed.
         """
         perturbed = None if perturb is None else self.perturbed_argument()
         args = [_copy(value, perturb if index == perturbed else None) for index, value in enumerate(self.args)]
@@ -116,7 +116,7 @@ class ModelCall:
         return new
 
     def select(self, samples: slice) -> "ModelCall":
-        """Make the call on some of the samples; only for calls with a :meth:`layout`."""
+        """Return the call on some of the samples; only for calls with a :meth:`layout`."""
         new = copy.copy(self)
         new.args = tuple(value[samples] if isinstance(value, Tensor) else value for value in self.args)
         kwargs = self.kwargs.items()
@@ -125,7 +125,7 @@ class ModelCall:
         return new
 
     def layout(self) -> tuple[object, ...] | None:
-        """Return what has to be equal in calls that are joined: shapes and types of one sample; None if none can be."""
+        """Return what must be equal in calls that are joined: shapes and types of one sample; None if none can be."""
         values = (*self.args, *self.kwargs.values())
         has_samples = any(isinstance(value, Tensor) for value in values)
         if not has_samples or not all(_is_joinable(value, sum(self.sizes)) for value in values):
@@ -155,14 +155,14 @@ def join_calls(calls: Sequence[ModelCall]) -> ModelCall:
 
 
 def select_outputs(result: Any, outputs: Selector | None = None) -> Tensor:
-    """Select the outputs in what the model returned.
+    """Select the outputs from the result of a model.
 
     Args:
         result: A tensor; a tuple or list, whose first element is taken; or a mapping or object with ``logits``.
-        outputs: A function ``result -> tensor``, or None for the rules above.
+        outputs: A function ``result -> tensor``; None to select them as described for ``result``.
 
     Raises:
-        MisconfigurationException: If there is no floating tensor, or it is a scalar.
+        MisconfigurationException: If the selection is not a floating tensor, or is a scalar.
     """
     if outputs:
         selected = outputs(result)
@@ -257,7 +257,7 @@ def _copy(value: Any, perturb: Perturb | None) -> Any:
 
 
 def _is_joinable(value: object, size: int) -> bool:
-    """Return whether an argument can be one of a joint call: a tensor with a row a sample, or a plain value."""
+    """Return whether an argument can be part of a joint call: a tensor with one row per sample, or a plain value."""
     if isinstance(value, Tensor):
         is_plain = type(value) is Tensor and value.layout == torch.strided and not value.is_nested
         return is_plain and value.ndim > 0 and len(value) == size
@@ -265,7 +265,7 @@ def _is_joinable(value: object, size: int) -> bool:
 
 
 def _layout_of(value: object) -> object:
-    """Return what has to be equal in arguments that are joined."""
+    """Return what must be equal in arguments that are joined."""
     return (value.shape[1:], value.dtype, value.device) if isinstance(value, Tensor) else value
 
 

@@ -1,4 +1,4 @@
-"""Run a model so that no trace is left: in eval mode, without gradients, with all state restored."""
+"""Run a model without leaving a trace: in eval mode, without gradients, with all state restored."""
 
 import collections
 import copy
@@ -42,9 +42,9 @@ def isolated(model: nn.Module) -> Iterator[RunIsolated]:
     """Yield ``run(function, *args)``, which calls a function that runs the model, and leaves no trace.
 
     Inside, the model is in eval mode, without gradients, and its ``self.log`` does nothing. Every run starts from the
-    same buffers, attributes and random states: it works on deep copies of them, and the originals come back. Compiled
-    code runs eagerly, so that nothing is compiled for us. Not restored: what :func:`shared_state` names, parameters
-    that ``forward`` writes (see :func:`written_parameters`), and what hooks or closures of the user keep.
+    same buffers, attributes and random states: it works on deep copies, and then puts the originals back. Compiled
+    code runs eagerly, so our passes compile nothing. Not restored are attributes that :func:`shared_state` names,
+    parameters that ``forward`` writes (see :func:`written_parameters`), and what the user's hooks or closures store.
 
     Args:
         model: The module.
@@ -80,9 +80,9 @@ def isolated(model: nn.Module) -> Iterator[RunIsolated]:
 
 
 def shared_state(model: nn.Module) -> list[str]:
-    """Name the attributes that :func:`isolated` cannot copy, so that our passes work on the originals.
+    """Name the attributes that :func:`isolated` cannot copy, so that our passes use the originals.
 
-    These are generators, locks, handles and the like, and containers of more than 1,000 items.
+    These are objects such as generators, locks and handles, and containers of more than 1,000 items.
 
     Args:
         model: The module.
@@ -98,11 +98,11 @@ def is_isolated(model: nn.Module) -> bool:
 
 
 def written_parameters(model: nn.Module, run: Callable[[], T]) -> tuple[T, list[str]]:
-    """Run a model, and name the parameters that its ``forward`` writes, unless in place to their ``data``.
+    """Run a model, and name the parameters that its ``forward`` writes to; writes in place to ``data`` go unnoticed.
 
     Args:
         model: The module.
-        run: Runs it.
+        run: Runs the model.
     """
     before = {name: _version_of(p) for name, p in _all_parameters(model).items() if not p.is_inference()}
     result = run()
@@ -117,7 +117,7 @@ def _version_of(parameter: nn.Parameter) -> tuple[int, int]:
 
 
 def _all_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Name all parameters, also those of modules in lists, tuples and dicts, such as a hidden teacher."""
+    """Return all parameters by name, including those of modules in lists, tuples and dicts, such as a teacher."""
     parameters = dict(model.named_parameters())
     visible = set(model.modules())
     for index, module in enumerate(all_modules(model)):
@@ -157,7 +157,7 @@ def _modules_in(value: object) -> list[nn.Module]:
 
 @dataclass
 class _Snapshot:
-    """One dict of a module, and what it held."""
+    """Hold one dict of a module, and what it contained."""
 
     items: dict[str, Any]
     originals: dict[str, Any]
@@ -170,13 +170,13 @@ class _Snapshot:
 
 @dataclass
 class _MutableState:
-    """The values that a ``forward`` could change in place: where each one is kept, under which name.
+    """Hold the values that a ``forward`` could change in place, and where each of them is stored.
 
     Attributes:
-        places: Dict, name and value.
-        kept: Parameters, modules and the Trainer, which copies share.
-        shared: Names of what could not be copied.
-        unchanged: Copies of large tensors that no pass has written to, by their originals, with their versions.
+        places: For each value: the dict that holds it, its name, and the value.
+        kept: Parameters, modules and the Trainer, which are not copied.
+        shared: Names of values that could not be copied.
+        unchanged: Copies of large tensors that no pass has written to, with their versions, by id of the original.
     """
 
     places: list[tuple[dict[str, Any], str, Any]]
@@ -207,23 +207,23 @@ class _MutableState:
         try:
             return copy.deepcopy(value, memo)
         except Exception:  # locks, handles, generators: each raises its own
-            for half_copied in list(memo)[num_copied:]:  # another attribute may refer to it
+            for half_copied in list(memo)[num_copied:]:  # another attribute may refer to the same object
                 del memo[half_copied]
             self.shared.append(name)
             return value
 
     def _copy_large(self, tensor: Tensor) -> Tensor:
-        """Copy a tensor, or return the copy that the last pass has read and not changed."""
+        """Copy a tensor, or return the copy from the last pass if that pass has not changed it."""
         copied, version = self.unchanged.get(id(tensor), (None, 0))
         if copied is None or copied._version != version:
             copied = tensor.detach().clone()
-            if not copied.is_inference():  # which has no version
+            if not copied.is_inference():  # inference tensors have no version
                 self.unchanged[id(tensor)] = (copied, copied._version)
         return copied
 
 
 class _CopyTensors(TorchFunctionMode):
-    """Let ``copy.deepcopy`` clone any tensor, also results of a graph, which PyTorch refuses to copy."""
+    """Let ``copy.deepcopy`` clone any tensor, even those with a gradient graph, which PyTorch refuses to copy."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is Tensor.__deepcopy__:
@@ -272,14 +272,14 @@ def _is_large(value: object) -> bool:
 
 
 def _is_immutable(value: object) -> bool:
-    """Return whether a pass cannot change a value, or must not get a copy of it: data sets, objects of Lightning."""
+    """Return whether a pass cannot change a value, or must not copy it, such as data sets and Lightning objects."""
     if isinstance(value, (*_IMMUTABLE, *_FUNCTIONS, nn.Module, nn.Parameter, Dataset, DataLoader)):
         return True
     return type(value).__module__.partition(".")[0] in _LIGHTNING
 
 
 def _is_small(container: Any) -> bool:
-    """Return whether a container and those in it have few items together."""
+    """Return whether a container and the containers in it have few items in total."""
     waiting, seen, count = [container], set(), 0
     while waiting and count <= _MAX_ITEMS:
         each = waiting.pop()
@@ -294,7 +294,7 @@ def _is_small(container: Any) -> bool:
 
 
 def _eager() -> AbstractContextManager[object]:
-    """Run compiled code eagerly, so that nothing is compiled for our shapes."""
+    """Run compiled code eagerly, so that our passes compile nothing."""
     is_compiling = "torch._dynamo" in sys.modules  # else nothing was compiled, and importing it takes seconds
     has_stance = is_compiling and hasattr(torch.compiler, "set_stance")  # torch 2.6
     return torch.compiler.set_stance("force_eager") if has_stance else nullcontext()

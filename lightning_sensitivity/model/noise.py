@@ -1,4 +1,4 @@
-"""Noise: functions ``(x, generator) -> x'``, at the input or behind a submodule, with generators seeded by a key."""
+"""Noise: functions ``(x, generator) -> x'``, on the input or the output of a submodule, with seeded generators."""
 
 import hashlib
 import math
@@ -25,7 +25,7 @@ class GaussianNoise:
     """Add independent normal noise to every element: x' = x + ε, ε ~ N(0, σ² I).
 
     Args:
-        std: σ in the units that the model receives, one for all elements or one per channel (dimension 1).
+        std: σ in the units of the model's inputs, one for all elements or one per channel (dimension 1).
 
     Example:
         >>> import torch
@@ -38,25 +38,25 @@ class GaussianNoise:
     std: float | tuple[float, ...]
 
     def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """Perturb a floating tensor ``(N, ...)``, or ``(N, C, ...)`` for C different σ."""
+        """Perturb a floating tensor ``(N, ...)``, or ``(N, C, ...)`` if there is one σ per channel."""
         std: Any = self.std
         if isinstance(std, tuple):
             valid = x.ndim > 1 and x.shape[1] == len(std)
             check_argument("noise", std, valid, f"one number, or one per channel (dimension 1) of {describe(x)}")
             std = torch.tensor(std, dtype=torch.float32, device=x.device).reshape(-1, *[1] * (x.ndim - 2))
-        # Drawn in float32 whatever the type of the input, so that every precision gets the same, and rounded once.
+        # Draw in float32 for every input type, so that all precisions get the same noise, rounded only once.
         noise = torch.randn(x.shape, generator=generator, dtype=torch.float32, device=x.device).mul_(std)
         return (x + noise).to(x.dtype)
 
 
 def check_noise(noise: Noise) -> NoiseFunction:
-    """Make a function of ``noise``: σ, a list of one per channel, or a function.
+    """Turn the argument ``noise`` into a function.
 
     Args:
-        noise: The argument.
+        noise: σ, a list with one σ per channel, or a function.
 
     Raises:
-        MisconfigurationException: If it is something else.
+        MisconfigurationException: If ``noise`` is something else.
     """
     if callable(noise) and not isinstance(noise, type):
         return noise
@@ -79,8 +79,8 @@ def noise_generator(
 ) -> torch.Generator:
     """Make the generator of one noise draw on one batch.
 
-    It depends only on its arguments, so the same batch gets the same noise in every epoch, and a curve over epochs
-    moves only when the model does. It never touches the global random state, which belongs to training.
+    The generator depends only on the arguments, so a batch gets the same noise in every epoch, and a curve over epochs
+    changes only when the model does. The global random state, which belongs to training, is never touched.
 
     Args:
         seed: The user's seed.
@@ -90,8 +90,8 @@ def noise_generator(
         draw: Index of the noise draw.
         device: Where the noise is needed.
     """
-    # Hashed, because neighbouring seeds of some generators give correlated streams.
-    key = repr(tuple(map(int, (seed, rank, dataloader_idx, batch_idx, draw)))).encode()  # NumPy's have another repr
+    # Hash the key, because in some generators neighbouring seeds give correlated streams.
+    key = repr(tuple(map(int, (seed, rank, dataloader_idx, batch_idx, draw)))).encode()  # NumPy ints have another repr
     digest = hashlib.blake2b(key, digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
 
@@ -108,7 +108,7 @@ def perturbation(noise: NoiseFunction, *key: int) -> Perturb:
     def perturb(x: Tensor) -> Tensor:
         if x.device not in generators:
             generators[x.device] = noise_generator(*key, device=x.device)
-        given = x if isinstance(noise, GaussianNoise) else x.clone()  # a function of the user may write into it
+        given = x if isinstance(noise, GaussianNoise) else x.clone()  # a user's function may write to it
         new: object = noise(given, generators[x.device])
         if not isinstance(new, Tensor) or (new.shape, new.dtype, new.device) != (x.shape, x.dtype, x.device):
             raise MisconfigurationException(
@@ -120,14 +120,14 @@ def perturbation(noise: NoiseFunction, *key: int) -> Perturb:
 
 
 def joint_perturbation(perturbs: Sequence[Perturb], sizes: Sequence[int]) -> Perturb:
-    """Return a function that perturbs each batch of a joint tensor with noise of its own, as if it were the only one.
+    """Return a function that perturbs each batch in a joint tensor with the noise that it would get by itself.
 
     Args:
         perturbs: From :func:`perturbation`, one for each batch.
         sizes: Number of samples of each batch.
 
     Raises:
-        ValueError: In the function, if the first dimension of a tensor is not that of the samples.
+        ValueError: From the function, if the first dimension of a tensor is not the number of samples.
     """
     if len(perturbs) == 1:
         return perturbs[0]
@@ -152,12 +152,12 @@ def noisy_outputs(
     """Yield the outputs of a model for each noise draw.
 
     Args:
-        run: Runs a function that runs the model, as :func:`~lightning_sensitivity.model.isolated` gives it.
-        call: Calls the model on a batch, or on several that are joined.
+        run: Calls a function that runs the model; from :func:`~lightning_sensitivity.model.isolated`.
+        call: Calls the model on a batch, or on several joined batches.
         noise: The noise.
-        keys: Of each batch: seed, rank, loader and batch; see :func:`noise_generator`.
-        num_draws: How many draws.
-        at: The submodule whose output is perturbed; None for the inputs.
+        keys: For each batch: seed, rank, loader and batch; see :func:`noise_generator`.
+        num_draws: Number of noise draws.
+        at: The submodule whose output is perturbed; None to perturb the inputs.
     """
     for draw in range(num_draws):
         perturbs = [perturbation(noise, *key, draw) for key in keys]
@@ -166,7 +166,7 @@ def noisy_outputs(
 
 
 def _call_perturbed_at(module: nn.Module, call: Callable[[], Tensor], perturb: Perturb) -> Tensor:
-    """Run the model, and perturb the first tensor of what a submodule returns, each time that it runs."""
+    """Run the model, and perturb the first tensor that a submodule returns, each time that the submodule runs."""
     has_run = False
 
     def hook(module: nn.Module, args: object, result: Any) -> Any:
@@ -174,7 +174,7 @@ def _call_perturbed_at(module: nn.Module, call: Callable[[], Tensor], perturb: P
         has_run = True
         first = result[0] if isinstance(result, list | tuple) and result else result
         if not isinstance(first, Tensor) or not is_floating(first):
-            raise MisconfigurationException(f"`at` should name a module of floating outputs, got {describe(result)}.")
+            raise MisconfigurationException(f"`at` should name a module with floating outputs, got {describe(result)}.")
         if first is result:
             return perturb(first)
         items = [perturb(first), *result[1:]]
@@ -195,7 +195,7 @@ def submodule(model: nn.Module, name: str) -> nn.Module:
         name: The name.
 
     Raises:
-        MisconfigurationException: If there is none, or the name is empty, which is the model itself.
+        MisconfigurationException: If no submodule has this name, or the name is empty, which means the model itself.
     """
     modules: dict[str, nn.Module] = dict(original_module(model).named_modules())
     some = ", ".join(map(repr, list(modules)[1:6]))

@@ -1,4 +1,4 @@
-"""Where the labels of a batch are."""
+"""Find the labels of a batch."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,13 +15,13 @@ def select_targets(model: nn.Module, batch: Any, targets: Selector | None = None
 
     Args:
         model: The module, whose ``forward`` says how many elements of a batch are inputs.
-        batch: What the loader gave. A function ``targets`` gets it as it is, and must not write to it.
-        targets: A function ``batch -> tensor``, or None: the last of the elements of a tuple or list if all others are
-            inputs of ``forward``; the only entry or attribute that is called ``label``, ``labels``, ``target``,
-            ``targets`` or ``y``.
+        batch: What the loader gave. A function ``targets`` gets the batch itself, and must not write to it.
+        targets: A function ``batch -> tensor``. By default, the labels are the last element of a tuple or list, if all
+            other elements are inputs of ``forward``; otherwise the only entry or attribute that is called ``label``,
+            ``labels``, ``target``, ``targets`` or ``y``.
 
     Raises:
-        MisconfigurationException: If it is not clear where they are, or they are not a tensor.
+        MisconfigurationException: If it is not clear where the labels are, or they are not a tensor.
     """
     selected = _find_targets(model, batch) if targets is None else _call_targets(targets, batch)
     if not isinstance(selected, Tensor):
@@ -33,7 +33,7 @@ def select_targets(model: nn.Module, batch: Any, targets: Selector | None = None
 
 
 def _find_targets(model: nn.Module, batch: Any) -> object:
-    """Find the labels by their place or name; None if it is not clear where they are."""
+    """Find the labels by position or name; None if it is not clear where they are."""
     if isinstance(batch, Tensor):
         return None
     if isinstance(batch, list | tuple):

@@ -1,4 +1,4 @@
-"""Simulated twins: the module with other weights in place, as if it had been trained on other samples."""
+"""Simulated twins: the module with other weights, as if it had been trained on other samples."""
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -15,13 +15,13 @@ from lightning_sensitivity.model.isolation import restore_despite_interrupt
 
 
 class InitialWeights:
-    """Keep the initial weights on the CPU: given, restored from a checkpoint, or copied at step 0.
+    """Keep the initial weights on the CPU: given by the user, restored from a checkpoint, or copied at step 0.
 
     Args:
-        given: A state dict, where the user says which they are.
+        given: The initial weights as a state dict, if the user gives them.
 
     Attributes:
-        weights: By name; None where they are not known.
+        weights: The initial weights by name; None if they are unknown.
         source: Where they come from.
     """
 
@@ -40,10 +40,10 @@ class InitialWeights:
 
         Args:
             model: The module.
-            step: How many steps were done before this fit.
+            step: The number of training steps before this fit.
 
         Raises:
-            MisconfigurationException: If the given weights are not those of the module, or none are known.
+            MisconfigurationException: If the given weights are not those of the module, or the weights are unknown.
         """
         if self._given is not None:
             self._begin_with_given(model, self._given)
@@ -57,7 +57,7 @@ class InitialWeights:
             self.source = "those of the fit that is resumed"
 
     def changed(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-        """Select the initial weights that have changed, so that a checkpoint lacks them; None if none are known."""
+        """Select the initial weights that have changed, since a checkpoint lacks these; None if they are unknown."""
         if self.weights is None:
             return None
         changed = {}
@@ -67,12 +67,12 @@ class InitialWeights:
         return changed
 
     def restore(self, changed: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-        """Restore the initial weights from the changed ones and the weights of a checkpoint."""
+        """Restore the initial weights from the weights of a checkpoint and those initial weights that have changed."""
         self.weights = copy_weights(weights) | copy_weights(changed)
         self._owner = None
 
     def forget(self) -> None:
-        """Forget the weights, which belong to another run."""
+        """Forget the weights, which may belong to another run."""
         self.weights = None
 
     def _begin_with_given(self, model: nn.Module, given: Mapping[str, Tensor]) -> None:
@@ -85,7 +85,7 @@ class InitialWeights:
 
 
 def copy_weights(weights: Mapping[str, object]) -> dict[str, Tensor]:
-    """Copy the floating tensors among some values, such as a state dict, to the CPU."""
+    """Copy the floating and complex tensors of a dict, such as a state dict, to the CPU."""
     copies = {}
     for name, value in weights.items():
         if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
@@ -105,21 +105,21 @@ def twin(
 ) -> Iterator[None]:
     r"""Give a module the weights of a twin within the context, and restore its weights on exit.
 
-    What a layer learned, :math:`d = w - w_0`, responds to its inputs :math:`h` by :math:`d\,h`. In the twin it responds
-    to inputs with noise as strong as the signal, :math:`d\,(h \odot (1 + \lambda\xi))` with :math:`\lambda = 1` and one
-    :math:`\xi \sim \mathcal N(0, 1)` for each input of the layer (an input channel and a tap of a convolution; a token
-    of an embedding); its initial weights respond as before. Where a parameter has no inputs (a bias, a norm), each
-    element has a factor of its own.
+    What a layer learned, :math:`d = w - w_0`, adds :math:`d\,h` to its response to inputs :math:`h`. In the twin this
+    part sees noisy inputs, :math:`d\,(h \odot (1 + \lambda\xi))`, with one :math:`\xi \sim \mathcal N(0, 1)` for each
+    input of the layer (each input channel and kernel position of a convolution; each token of an embedding). With
+    :math:`\lambda = 1` the noise is as strong as the signal. The initial weights respond as before. If a parameter has
+    no inputs (a bias, a norm), each element gets a factor of its own.
 
-    It is a heuristic: half of the square of what was learned is taken to be due to the training set, and half to the
-    task. ``examples/studies/early_stopping/README.md`` says how far it holds.
+    This is a heuristic: it assumes that half of the square of what was learned is due to the training set, and half to
+    the task. ``examples/studies/early_stopping/README.md`` says how well it works.
 
     Args:
-        model: The module. Its parameters are not written to: twins take their place.
-        initial: Its parameters before training, by name. A missing one, such as that of a new head, counts as
-            learned as a whole.
+        model: The module. Its parameters are not written to; other tensors temporarily take the place of their data.
+        initial: Its parameters before training, by name. A missing parameter, such as that of a new head, counts as
+            entirely learned.
         generator: Source of the noise, on the module's device.
-        strength: λ. Squared differences of outputs grow with λ² where it is small.
+        strength: λ. If it is small, squared differences of outputs grow with λ².
 
     Example:
         >>> import torch
@@ -145,9 +145,9 @@ def twin(
 
     try:
         for parameter, _, perturbed in swaps:
-            # A new tensor in the parameter's place, and not new values: a graph that training holds stays valid.
+            # Swap in a new tensor instead of writing new values, so that a graph held by training stays valid.
             parameter.data = perturbed
-        clear_autocast_cache()  # of 16-bit copies of the weights, which it would keep using
+        clear_autocast_cache()  # autocast would keep using its 16-bit copies of the old weights
         yield
     finally:
         restore_despite_interrupt(restore)
@@ -174,14 +174,14 @@ def has_batch_norm(model: nn.Module) -> bool:
 
 
 def call_with_batch_statistics(model: nn.Module, call: Callable[[], Tensor]) -> Tensor:
-    """Call a model, normalized by the statistics of each batch as in training, in eval mode and without updating any.
+    """Call a model in eval mode, but with batch norm using the statistics of the batch, without updating its own.
 
-    Running statistics belong to the weights that produced them. With the weights of a twin they would be those of
-    another network, and outputs would change by far more than they do between twins.
+    Running statistics belong to the weights that produced them. For the weights of a twin they would be wrong, and
+    outputs would change by far more than they do between real twins.
 
     Args:
         model: The module.
-        call: Calls it on a batch.
+        call: Calls the model on a batch.
     """
     norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
     buffers = [(norm._buffers, norm._buffers.copy()) for norm in norms]
@@ -195,7 +195,7 @@ def call_with_batch_statistics(model: nn.Module, call: Callable[[], Tensor]) -> 
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
-    """Yield name, parameter and the layer that uses it, as ``named_parameters`` does; a tied one comes once."""
+    """Yield name, parameter and the layer that uses it, like ``named_parameters``; tied parameters come only once."""
     seen = set()
     modules = dict(model.named_modules())
     for prefix, module in modules.items():
@@ -210,7 +210,7 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module
 
 
 def _noise_shape(module: nn.Module, parameter: Tensor) -> tuple[tuple[int, ...], int]:
-    """Return the shape of the noise, and how often to repeat its first dimension."""
+    """Return the shape of the noise, and how many times to repeat its first dimension."""
     shape = tuple(parameter.shape)
     has_no_inputs = parameter.ndim < 2 or isinstance(module, nn.LayerNorm | nn.RMSNorm)
     if has_no_inputs or shape[1:].count(1) == parameter.ndim - 1:
