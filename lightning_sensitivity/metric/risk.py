@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from lightning_sensitivity import compat
 from lightning_sensitivity.functional import risk, risk_sums
 from lightning_sensitivity.functional.tasks import TASKS
 from lightning_sensitivity.functional.tensors import wide_dtype
+from lightning_sensitivity.metric.wide import WideMetric
 
 if TYPE_CHECKING:
     from lightning_sensitivity.compat import AxType, PlotType
@@ -24,7 +24,7 @@ _NUM_SUMS = {
 }
 
 
-class RiskEstimate(Metric):
+class RiskEstimate(WideMetric):
     r"""Estimate the Brier score on unseen samples from training labels and unlabelled samples.
 
     See :func:`~lightning_sensitivity.functional.risk_estimate` for the formula. The states are sums in double
@@ -149,22 +149,6 @@ class RiskEstimate(Metric):
             values["risk_label_score"] = labels.score / labels.num_scored
             values["risk_num_labels"] = labels.num_scored
         return values
-
-    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
-        """Merge the state of another instance into this one; see :meth:`torchmetrics.Metric.merge_state`."""
-        super().merge_state(incoming_state)
-        compat.forget_computed(self)
-        compat.mark_updated(self)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> RiskEstimate:
-        """Move the sums with the metric, but keep their precision if the model is cast to 16 bits."""
-        states = {f"{kind}_sums": getattr(self, f"{kind}_sums") for kind in _NUM_SUMS}
-        for name in states:
-            setattr(self, name, torch.zeros(0))
-        super()._apply(*args, **kwargs)
-        for name, value in states.items():
-            setattr(self, name, value.to(self.device, wide_dtype(self.device)))
-        return self
 
     def plot(
         self, val: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]] | None = None, ax: AxType | None = None

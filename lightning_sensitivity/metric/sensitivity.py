@@ -8,20 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 from torchmetrics.utilities.prints import rank_zero_only
 
-from lightning_sensitivity import compat
 from lightning_sensitivity.functional import sensitivity
 from lightning_sensitivity.functional.reporting import warn
 from lightning_sensitivity.functional.tensors import wide_dtype
+from lightning_sensitivity.metric.wide import WideMetric
 
 if TYPE_CHECKING:
     from lightning_sensitivity.compat import AxType, PlotType
 
 
-class OutputSensitivity(Metric):
+class OutputSensitivity(WideMetric):
     r"""Compute output sensitivity: the variance of the class-averaged output change under input noise.
 
     .. math::
@@ -142,20 +141,6 @@ class OutputSensitivity(Metric):
             sums = sensitivity.squared_deviations(rows)
         return sums / rows[:, 0]
 
-    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
-        """Merge the state of another instance into this one; see :meth:`torchmetrics.Metric.merge_state`."""
-        super().merge_state(incoming_state)
-        compat.forget_computed(self)  # else the value from before the merge would stay
-        compat.mark_updated(self)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> OutputSensitivity:
-        """Move the rows with the metric, but keep their precision if the model is cast to 16 bits."""
-        rows = self.rows
-        self.rows = []
-        super()._apply(*args, **kwargs)
-        self.rows = _to_wide(rows, self.device)
-        return self
-
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: AxType | None = None) -> PlotType:
         """Plot one or several values of the metric.
 
@@ -178,10 +163,3 @@ class OutputSensitivity(Metric):
             >>> figure, axes = metric.plot(values)
         """
         return self._plot(val, ax)
-
-
-def _to_wide(rows: list[Tensor] | Tensor, device: torch.device) -> list[Tensor] | Tensor:
-    dtype = wide_dtype(device)
-    if isinstance(rows, Tensor):
-        return rows.to(device, dtype)
-    return [each.to(device, dtype) for each in rows]
