@@ -215,7 +215,6 @@ def fit(setup: Setup, tmp_path: Path, ours: list[cb.Callback]) -> tuple[Trainer,
     return run, rows, [states, metrics, theirs, seen]
 
 
-@pytest.mark.filterwarnings("ignore:.*all of it counts as learned")  # what pruning gives another name
 @pytest.mark.filterwarnings("ignore:.*Swapping scheduler")
 @pytest.mark.parametrize("name", SETUPS)
 def test_what_is_logged_is_what_a_plain_loop_gives_and_training_is_bit_identical(name: str, tmp_path: Path) -> None:
