@@ -25,7 +25,7 @@ from tests.faults.subject import MARK, Fault, Outcome, Subject, assert_same_run,
 from tests.helpers import Scheduled, first_tensor
 
 SANITY, FIRST, BEFORE, ALL = ("sanity",), ("first",), ("sanity", "first"), ("sanity", "first", "later")
-FLOATING, DENSE, LEARNED = "floating tensor", "dense floating", "count as learned"
+FLOATING, DENSE, LEARNED = "floating tensor", "dense floating", "count as entirely learned"
 NO_BATCH, LEFT_OUT = "could not measure a batch.*", "left out some training samples.*"
 NO_LABEL, NO_MEMORY, NAN = "skipped a training.*", "OutOfMemoryError.*out of memory", math.nan
 BROKEN, ANOTHER = NO_BATCH + "broken", r"different arguments \(x\).*`inputs="
