@@ -34,15 +34,13 @@ class RiskMonitor(Monitor):
     r"""Log an estimate of the Brier score on unseen samples in every validation epoch; stop when it is lowest.
 
     The estimate needs only training labels, which may be noisy; validation labels help. See
-    :func:`~lightning_sensitivity.functional.risk_estimate` for the formula. There is no estimate for regression and
-    dense outputs.
+    :func:`~lightning_sensitivity.functional.risk_estimate` for the formula. Regressions and dense outputs have none.
 
-    **Logged values**, only in ``Trainer.fit``, with ``prefix`` before their names: ``risk_estimate`` and its terms
-    ``risk_claim``, ``risk_overconfidence``, ``risk_memorization``, ``risk_variance``; nan if the first validation
-    has no value. At the end of a fit, the log says in which epoch the estimate was lowest.
+    **Logged values**, only in ``Trainer.fit``, after ``prefix``: ``risk_estimate`` and its terms ``risk_claim``,
+    ``risk_overconfidence``, ``risk_memorization``, ``risk_variance``; nan if the first validation has no value. The
+    end of a fit logs where the estimate was lowest.
 
-    A validation costs two passes over the measured samples, three with batch norm, and one over the kept training
-    samples.
+    A validation costs two passes over the measured samples (three with batch norm) and one over the kept ones.
 
     Args:
         task: ``"multiclass"``, ``"binary"``, ``"multilabel"``, or ``"auto"``, to infer it.
@@ -50,9 +48,9 @@ class RiskMonitor(Monitor):
             :func:`~lightning_sensitivity.model.select_targets`. Labels of -100 are ignored.
         validation_labels: Combine the estimate, which counts as much as 40 labels, with the score on validation
             labels; also log ``risk_label_score`` and ``risk_num_labels``.
-        initial_weights: State dict from before training, needed if a fit starts from weights trained on the same data.
-        num_training_samples: Number of training samples to keep, in whole batches.
-        num_samples: Samples to measure per loader and epoch, in whole, evenly spaced batches; None for all.
+        initial_weights: State dict from before training, if a fit starts from weights trained on the same data.
+        num_training_samples: Training samples to keep, in whole batches.
+        num_samples: Samples per loader and epoch, in whole, evenly spaced batches; None for all.
         seed: Seed of the simulated twins.
         prefix: Prefix of the logged names; with ``"val/"`` TensorBoard groups them with ``val/loss``.
         inputs: A function ``batch -> arguments``; by default see :class:`~lightning_sensitivity.model.ModelCall`.
@@ -62,9 +60,9 @@ class RiskMonitor(Monitor):
         prog_bar: Show the estimate on the progress bar.
 
     Raises:
-        MisconfigurationException: If an argument is invalid. Before the first training step, if the Trainer or the
-            model is not supported, or the names are already logged. Also if no estimate is possible although a callback
-            or schedule monitors it, or although ``task``, ``targets`` or ``initial_weights`` is given.
+        MisconfigurationException: If an argument is invalid; before the first training step, if the Trainer or model
+            is not supported, the names are already logged, or no estimate is possible, but a callback or schedule
+            monitors one, or ``task``, ``targets`` or ``initial_weights`` is given.
 
     Example:
         >>> from lightning.pytorch import Trainer
