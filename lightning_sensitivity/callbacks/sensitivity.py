@@ -34,9 +34,8 @@ class SensitivityMonitor(Monitor):
     Thiran, arXiv:2007.15378). It grows with the gap between validation and training loss; it is lowest
     before training. To choose when to stop, use :class:`~lightning_sensitivity.RiskMonitor`.
 
-    **Logged values**, with ``prefix`` before their names (in ``Trainer.test`` with "test" instead of "val"):
-    ``output_sensitivity``, in squared units of the outputs, and its standard error ``output_sensitivity_stderr``.
-    Afterwards, ``metrics`` has the metric of each loader.
+    **Logged values**, after ``prefix`` (in ``Trainer.test`` with "test" for "val"): ``output_sensitivity``, in squared
+    units of the outputs, and its standard error ``output_sensitivity_stderr``. ``metrics`` has the metric of each loader.
 
     A validation costs 1 + ``num_draws`` passes over the measured samples.
 
@@ -45,8 +44,7 @@ class SensitivityMonitor(Monitor):
             ``(x, generator) -> x'``.
         at: Name of a submodule; its output is perturbed instead of the input.
         num_draws: Noise draws per sample.
-        per_output: Log the mean squared change of the single outputs instead. This also works for probabilities and
-            two-class heads.
+        per_output: Log the mean squared change of single outputs, also for probabilities and two-class heads.
         num_samples: Samples times draws per loader and epoch, over all processes, in whole, evenly spaced
             batches, the same in every epoch; None for all. 1,200 give a standard error of about 5 %.
         seed: Seed of the noise. A batch gets the same noise in every epoch.
