@@ -47,7 +47,7 @@ class RiskMonitor(Monitor):
         targets: A function ``batch -> labels`` without randomness; by default
             :func:`~lightning_sensitivity.model.select_targets`. Labels of -100 are ignored.
         validation_labels: Combine the estimate, which counts as much as 40 labels, with the score on validation
-            labels; also log ``risk_label_score`` and ``risk_num_labels``.
+            labels; also log ``risk_label_score``, ``risk_num_labels``.
         initial_weights: State dict from before training, if a fit starts from weights trained on the same data.
         num_training_samples: Training samples to keep, in whole batches.
         num_samples: Samples per loader and epoch, in whole, evenly spaced batches; None for all.
@@ -60,9 +60,9 @@ class RiskMonitor(Monitor):
         prog_bar: Show the estimate on the progress bar.
 
     Raises:
-        MisconfigurationException: If an argument is invalid; before the first training step, if the Trainer or model
-            is not supported, the names are already logged, or no estimate is possible, but a callback or schedule
-            monitors one, or ``task``, ``targets`` or ``initial_weights`` is given.
+        MisconfigurationException: If an argument is invalid; before the first step, if Trainer or model are not
+            supported, names are already logged, or no estimate is possible, but one is monitored, or ``task``,
+            ``targets`` or ``initial_weights`` is given.
 
     Example:
         >>> from lightning.pytorch import Trainer

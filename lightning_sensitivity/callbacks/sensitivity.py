@@ -35,7 +35,7 @@ class SensitivityMonitor(Monitor):
     before training. To choose when to stop, use :class:`~lightning_sensitivity.RiskMonitor`.
 
     **Logged values**, after ``prefix`` (in ``Trainer.test`` with "test" for "val"): ``output_sensitivity``, in squared
-    units of the outputs, and its standard error ``output_sensitivity_stderr``. ``metrics`` has the metric of each loader.
+    units of the outputs, and its standard error ``output_sensitivity_stderr``. ``metrics`` has each loader's metric.
 
     A validation costs 1 + ``num_draws`` passes over the measured samples.
 
