@@ -20,6 +20,12 @@ def logits(run: Run, outputs: Tensor) -> Tensor:
     return torch.cat([torch.zeros_like(outputs), outputs], 1) if run.is_binary else outputs
 
 
+def in_parts(network: nn.Module, x: Tensor) -> Tensor:
+    """Give the outputs for many samples, a part at a time, without a graph."""
+    with torch.no_grad():
+        return torch.cat([network(part) for part in x.split(250)])
+
+
 # %% What people do instead.
 def averaged(network: nn.Module) -> AveragedModel:
     """Average the weights of all steps exponentially: by 0.99 a step, and those of batch norm with them."""
@@ -50,12 +56,10 @@ def trained_on_fewer(run: Run, truth: Callable[[Run, Tensor], dict[str, float]])
         if run.schedule == "plateau":
             schedule.step(np.mean(losses))
         network.eval()
-        with torch.no_grad():
-            held = torch.cat([logits(run, network(part)) for part in x_held.split(250)])
-            outputs = torch.cat([network(part) for part in run.x_test.split(250)])
+        held = logits(run, in_parts(network, x_held))
         row = {"held_loss": float(cross_entropy(held, y_held))}
         row |= {"held_accuracy": float((held.argmax(1) == y_held).float().mean())}
-        rows.append(row | truth(run, outputs))
+        rows.append(row | truth(run, in_parts(network, run.x_test)))
     return rows
 
 

@@ -68,6 +68,11 @@ def of(runs: pd.DataFrame, rule: str, yardstick: str = "accuracy") -> pd.Series:
     return runs[f"{rule}: {yardstick}"]
 
 
+def spread(values: pd.Series) -> str:
+    """Tell how much the worst tenth and the worst run lose."""
+    return f"{values.quantile(0.9):.1f} | {values.max():.1f}"
+
+
 def means(runs: pd.DataFrame, rule: str) -> str:
     """Tell accuracy lost, regret of the true score, and loss regret."""
     accuracy, true_score, loss = (of(runs, rule, yardstick).mean() for yardstick in YARDSTICKS)
@@ -83,9 +88,8 @@ def rules_table(runs: pd.DataFrame) -> str:
     lines = []
     for rule in ALL:
         lost = of(runs, rule)
-        spread = f"{lost.quantile(0.9):.1f} | {lost.max():.1f}"
         others = " | ".join(f"{of(runs, rule, each).mean():.1f}" for each in ("true_score", "loss"))
-        lines.append(f"{rule} | {interval(lost)} | {spread} | {others}")
+        lines.append(f"{rule} | {interval(lost)} | {spread(lost)} | {others}")
     return table("rule | accuracy lost | 90 % | worst | regret of the true score, % | loss regret, %", lines)
 
 
@@ -93,9 +97,8 @@ def groups_table(found: Groups) -> str:
     shown = (ESTIMATE, WAS, NEVER, named("noisy", 20, "with the estimate"), named("noisy", 50, "Brier score"), TRUE)
     lines = []
     for name, runs in found.items():
-        lost = of(runs, ESTIMATE)
-        spread = f"{lost.quantile(0.9):.1f} | {lost.max():.1f}"
-        lines.append(f"{name} | {len(runs)} | {spread} | " + " | ".join(means(runs, rule) for rule in shown))
+        start = f"{name} | {len(runs)} | {spread(of(runs, ESTIMATE))} | "
+        lines.append(start + " | ".join(means(runs, rule) for rule in shown))
     return table("runs | number | 90 % | worst | " + " | ".join(shown), lines)
 
 
@@ -133,7 +136,7 @@ def sizes_table(found: Groups) -> str:
     lines = []
     for name, runs in found.items():
         low, median, high = runs["size"].quantile([0.1, 0.5, 0.9])
-        shares = [runs["size"].between(*bounds).mean() for bounds in ((0.8, 1.25), (0.5, 2))]
+        shares = [runs["size"].between(*limits).mean() for limits in ((0.8, 1.25), (0.5, 2))]
         told = " | ".join(f"{100 * share:.0f} %" for share in shares)
         lines.append(f"{name} | {len(runs)} | {median:.2f} | {low:.2f} to {high:.2f} | {told}")
     return table("runs | number | median | central 80 % | 0.8 to 1.25 | 0.5 to 2", lines)

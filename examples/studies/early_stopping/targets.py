@@ -79,8 +79,8 @@ class Targets:
                     low, _ = bounds(of(self.found[group], ours) - of(self.found[group], named(kind, count, way)))
                     what = f"{target}: accuracy lost more than without it ({way}), lower end of the interval"
                     self.check(what, low, 0)
-            if kind == "correct" and count <= 50:
-                self.check(f"{target}: loss regret, theirs without it", loss, of_theirs)
+                if count <= 50:
+                    self.check(f"{target}: loss regret, theirs without it", loss, of_theirs)
 
     def stopping(self) -> None:
         for name in self.found:

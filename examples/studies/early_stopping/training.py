@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from as_built import draw_as_built
 from lightning.pytorch import Callback, LightningModule, Trainer
-from others import averaged, disparity, evidence, logits, trained_on_fewer
+from others import averaged, disparity, evidence, in_parts, logits, trained_on_fewer
 from runs import Run, draw
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -164,11 +164,6 @@ class Recorder(Callback):
         self.told, self.labels = [], torch.full((len(order),), -1)
         self.labels[order[: len(told)]] = told
         return float("nan") if before is None else float((self.labels != before).float().mean())
-
-
-def in_parts(network: torch.nn.Module, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        return torch.cat([network(part) for part in x.split(250)])
 
 
 def train(kind: str, seed: int, data: Path | None, file: Path, epochs: int | None = None) -> None:
