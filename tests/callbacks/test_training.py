@@ -53,7 +53,7 @@ class Oracle(cb.Callback):
         for dataloader_idx, changes in by_loader.items():
             name = "val_output_sensitivity" + f"/dataloader_idx_{dataloader_idx}" * (len(by_loader) > 1)
             expected = torch.cat(changes).var(correction=0).item()
-            assert trainer.callback_metrics[name].item() == pytest.approx(expected, rel=1e-9)
+            assert trainer.callback_metrics[name].item() == pytest.approx(expected, rel=1e-5)
 
 
 class Setup(NamedTuple):
