@@ -1,33 +1,35 @@
-"""Run a model without leaving a trace: in eval mode, without gradients, with all state restored."""
+"""Run a model without leaving a trace: in eval mode, without gradients, with its state put back."""
 
 import collections
 import copy
+import random
 import sys
 import types
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from itertools import islice
+from typing import Any, NamedTuple, Protocol, TypeVar
 
+import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_sensitivity.compat import collect_rng_states, set_rng_states
+from lightning_sensitivity.compat import clear_autocast_cache, collect_rng_states, set_rng_states
 
 T = TypeVar("T")
 
-_MAX_ITEMS = 1000  # of a container that is copied for every pass
-_LARGE = 2**20  # bytes of a tensor whose copy serves the next pass, too; statistics of batch norm have fewer
-_MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))  # parameters, buffers, hooks, the mode
-_CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque)
-_IMMUTABLE = (bool, int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device, torch.Size)
-_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType)
-_LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")
+_LARGE = 2**16  # bytes of a tensor whose copy serves the next pass, too; statistics of batch norm have fewer
+_LONG = 100_000  # items of a container that is not copied
+_MAX_OBJECTS = 2000  # in a fingerprint
+_MAX_ITEMS = 100  # of a container, in a fingerprint
+_OWN = frozenset(vars(nn.Module()))  # what each module has: parameters, buffers, hooks, the mode
+_COPIED = (list, dict, set, collections.deque, collections.OrderedDict, collections.defaultdict, collections.Counter)
+_PLAIN = (bool, int, float, complex, str, bytes, type(None))
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, type)
+_NOT_OURS = ("lightning", "pytorch_lightning", "lightning_fabric", "logging")  # packages whose objects change anyway
 
 
 class RunIsolated(Protocol):
@@ -37,14 +39,32 @@ class RunIsolated(Protocol):
         """Return what the function returns."""
 
 
+class Seen(NamedTuple):
+    """What a fingerprint knows of an object.
+
+    Attributes:
+        value: The object, to compare by identity; None for plain values.
+        state: The value, version, length or hash.
+    """
+
+    value: object
+    state: object
+
+    def differs(self, other: "Seen") -> bool:
+        """Return whether an object was replaced or changed; nan does not differ from itself."""
+        return self.value is not other.value or (self.state is not other.state and self.state != other.state)
+
+
 @contextmanager
 def isolated(model: nn.Module) -> Iterator[RunIsolated]:
     """Yield ``run(function, *args)``, which calls a function that runs the model, and leaves no trace.
 
     Inside, the model is in eval mode, without gradients, and its ``self.log`` does nothing. Every run starts from the
-    same buffers, attributes and random states: it works on deep copies, and then puts the originals back. Compiled
-    code runs eagerly, so our passes compile nothing. Not restored are attributes that :func:`shared_state` names,
-    parameters that ``forward`` writes (see :func:`written_parameters`), and what the user's hooks or closures store.
+    same buffers, attributes and random states: tensors are cloned, and lists, dicts, sets and deques of up to 100,000
+    items are copied one level deep. After it, the originals are put back, also in place of hooks, gradients and
+    ``requires_grad``. Compiled code runs eagerly, so our passes compile nothing.
+
+    What lies deeper is not copied, see :func:`fingerprint`; nor are parameters, see :func:`parameter_versions`.
 
     Args:
         model: The module.
@@ -52,79 +72,19 @@ def isolated(model: nn.Module) -> Iterator[RunIsolated]:
     Raises:
         MisconfigurationException: If it has lazy weights or scripted parts.
     """
-    modules = all_modules(model)
+    modules = list(all_modules(model).values())
     _check_modules(modules)
-    rng_states = collect_rng_states(include_cuda=any(parameter.is_cuda for parameter in model.parameters()))
-    snapshots = [_Snapshot(items, items.copy()) for module in modules for items in _state_dicts(module)]
-    state = _mutable_state(model, modules)
-    modes = [vars(module) for module in model.modules()]  # for `eval()`, which modules override
-
-    def restore() -> None:
-        for snapshot in snapshots:
-            snapshot.restore()
-        set_rng_states(rng_states)
+    state = _State(model, modules)
 
     def run(function: Callable[..., T], *args: Any) -> T:
         try:
             state.put_copies()
-            for attributes in modes:
-                attributes["training"] = False
-            if hasattr(model, "log_dict"):  # a LightningModule
-                model.__dict__.update(log=_do_nothing, log_dict=_do_nothing)
             return function(*args)
         finally:
-            restore_despite_interrupt(restore)
+            restore_despite_interrupt(state.restore)
 
     with torch.no_grad(), _eager():
         yield run
-
-
-def shared_state(model: nn.Module) -> list[str]:
-    """Name the attributes that :func:`isolated` cannot copy, so that our passes use the originals.
-
-    These are objects such as generators, locks and handles, and containers of more than 1,000 items.
-
-    Args:
-        model: The module.
-    """
-    state = _mutable_state(model, all_modules(model))
-    state.make_copies()
-    return sorted(set(state.shared))
-
-
-def is_isolated(model: nn.Module) -> bool:
-    """Return whether the model is running inside :func:`isolated`."""
-    return model.__dict__.get("log") is _do_nothing
-
-
-def written_parameters(model: nn.Module, run: Callable[[], T]) -> tuple[T, list[str]]:
-    """Run a model, and name the parameters that its ``forward`` writes to; writes in place to ``data`` go unnoticed.
-
-    Args:
-        model: The module.
-        run: Runs the model.
-    """
-    before = {name: _version_of(p) for name, p in _all_parameters(model).items() if not p.is_inference()}
-    result = run()
-    after = _all_parameters(model)
-    written = [name for name, version in before.items() if version != _version_of(after[name])]
-    return result, written
-
-
-def _version_of(parameter: nn.Parameter) -> tuple[int, int]:
-    """Return what changes when a parameter is written to, or gets other data."""
-    return parameter._version, parameter.data_ptr()
-
-
-def _all_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return all parameters by name, including those of modules in lists, tuples and dicts, such as a teacher."""
-    parameters = dict(model.named_parameters())
-    visible = set(model.modules())
-    for index, module in enumerate(all_modules(model)):
-        if module not in visible:
-            prefix = f"{type(module).__name__}[{index}]"
-            parameters.update(module.named_parameters(prefix, recurse=False))
-    return parameters
 
 
 def restore_despite_interrupt(restore: Callable[[], object]) -> None:
@@ -136,102 +96,121 @@ def restore_despite_interrupt(restore: Callable[[], object]) -> None:
         raise
 
 
-def all_modules(model: nn.Module) -> list[nn.Module]:
-    """List the modules of a model, including those in lists, tuples and dicts, which PyTorch does not see."""
-    modules = dict.fromkeys(model.modules())
-    for module in list(modules):
-        for name, value in vars(module).items():
-            if name not in _MODULE_ATTRIBUTES:
-                for hidden in _modules_in(value):
-                    modules.update(dict.fromkeys(hidden.modules()))
-    return list(modules)
+def all_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules of a model by name, including those in lists, tuples and dicts, which PyTorch does not see."""
+    modules = dict(model.named_modules())
+    seen = set(modules.values())
+    for name, value in _attributes_of(modules):
+        for path, item in _contents(name, value) if isinstance(value, list | tuple | dict) else ():
+            if isinstance(item, nn.Module) and item not in seen:
+                modules.update(item.named_modules(prefix=path))
+                seen.update(item.modules())
+    return modules
 
 
-def _modules_in(value: object) -> list[nn.Module]:
-    """List the modules in a list, tuple or dict, unless it is long."""
-    if not isinstance(value, list | tuple | dict) or len(value) > _MAX_ITEMS:
-        return []
-    items = value.values() if isinstance(value, dict) else value
-    return [item for item in items if isinstance(item, nn.Module)]
+def parameter_versions(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return, for each parameter by name, what changes when it is written to or gets other data."""
+    named = [
+        (f"{name}.{key}" if name else key, parameter)
+        for name, module in all_modules(model).items()
+        for key, parameter in module._parameters.items()
+    ]
+    return {name: (p._version, p.data_ptr()) for name, p in named if p is not None and not p.is_inference()}
 
 
-@dataclass
-class _Snapshot:
-    """Hold one dict of a module, and what it contained."""
-
-    items: dict[str, Any]
-    originals: dict[str, Any]
-
-    def restore(self) -> None:
-        if list(self.items) != list(self.originals):  # new names, or another order of parameters and buffers
-            self.items.clear()
-        self.items.update(self.originals)
+def written_parameters(before: Mapping[str, tuple[int, int]], after: Mapping[str, tuple[int, int]]) -> list[str]:
+    """Name the parameters that were written to between two calls of :func:`parameter_versions`."""
+    return [name for name, version in before.items() if after.get(name) != version]
 
 
-@dataclass
-class _MutableState:
-    """Hold the values that a ``forward`` could change in place, and where each of them is stored.
+def fingerprint(model: nn.Module) -> dict[str, Seen]:
+    """Look at what a model holds, to tell what a pass changes of what :func:`isolated` does not put back.
 
-    Attributes:
-        places: For each value: the dict that holds it, its name, and the value.
-        kept: Parameters, modules and the Trainer, which are not copied.
-        shared: Names of values that could not be copied.
-        unchanged: Copies of large tensors that no pass has written to, with their versions, by id of the original.
+    This is what lies deeper than the items of its own lists and dicts: what these items hold, and attributes of other
+    objects. At most 2,000 objects are looked at, up to 100 of each container, and nothing is copied. Changes within
+    large arrays go unnoticed, and so do those by ``tensor.data``.
+
+    Args:
+        model: The module.
+
+    Returns:
+        What is known of each object, by a name such as ``"tracker.count"``.
     """
+    found: dict[str, Seen] = {}
+    waiting = collections.deque(_attributes_of(all_modules(model)))
+    ids = set[int]()
+    while waiting and len(found) < _MAX_OBJECTS:  # what lies less deep comes first
+        name, value = waiting.popleft()
+        if isinstance(value, _PLAIN):
+            found[name] = Seen(None, value)
+        elif id(value) not in ids and _is_looked_at(value):
+            ids.add(id(value))
+            found[name] = Seen(value, _state_of(value))
+            waiting.extend(_contents(name, value))
+    return found
 
-    places: list[tuple[dict[str, Any], str, Any]]
-    kept: list[object]
-    shared: list[str] = field(default_factory=list)
-    unchanged: dict[int, tuple[Tensor, int]] = field(default_factory=dict)
+
+def changed_names(before: Mapping[str, Seen], after: Mapping[str, Seen]) -> list[str]:
+    """Name what changed between two calls of :func:`fingerprint`."""
+    return [name for name, seen in before.items() if name in after and seen.differs(after[name])]
+
+
+class _State:
+    """Hold what modules contain, put copies in its place before a run, and the originals back after it."""
+
+    def __init__(self, model: nn.Module, modules: list[nn.Module]) -> None:
+        self.rng_states = collect_rng_states(include_cuda=any(parameter.is_cuda for parameter in model.parameters()))
+        self.originals = [(items, dict(items)) for module in modules for items in _dicts_of(module)]
+        parameters = [p for module in modules for p in module._parameters.values() if p is not None]
+        self.parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in parameters]
+        self.attributes = [vars(module) for module in model.modules()]  # for the mode: modules override `eval()`
+        self.logs = [vars(module) for module in modules if hasattr(module, "log_dict")]  # of LightningModules
+        self.places = [
+            (items, name, value)
+            for module in modules
+            for items in (vars(module), module._buffers)
+            for name, value in items.items()
+            if name not in _OWN and _is_copied(value)
+        ]
+        self.copies_of_large: dict[int, tuple[Tensor, int]] = {}  # with their versions, by the id of the original
 
     def put_copies(self) -> None:
-        """Replace each value by a deep copy; objects that several values share stay shared."""
-        for (items, name, _), new in zip(self.places, self.make_copies(), strict=True):
-            items[name] = new
+        copies: dict[int, Any] = {}  # what several places share stays shared
+        with torch.inference_mode(False):  # tensors of inference mode have no version
+            for items, name, value in self.places:
+                if id(value) not in copies:
+                    copies[id(value)] = self._copy(value) if isinstance(value, Tensor) else copy.copy(value)
+                items[name] = copies[id(value)]
+        for parameter, _, grad in self.parameters:
+            if grad is not None:  # which a `backward()` inside would add to
+                parameter.grad = None
+        for attributes in self.attributes:
+            attributes["training"] = False
+        for attributes in self.logs:
+            attributes.update(log=_do_nothing, log_dict=_do_nothing)
 
-    def make_copies(self) -> list[Any]:
-        if not self.places:
-            return []
-        memo = {id(each): each for each in self.kept}
-        with _CopyTensors(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # objects of itertools warn when they are copied
-            return [self._copy(name, value, memo) for _, name, value in self.places]
+    def restore(self) -> None:
+        for items, originals in self.originals:
+            if list(items) != list(originals):  # new names, or another order of parameters and buffers
+                items.clear()
+            items.update(originals)
+        for parameter, requires_grad, grad in self.parameters:
+            if parameter.requires_grad != requires_grad:
+                parameter.requires_grad_(requires_grad)
+            if parameter.grad is not grad:
+                parameter.grad = grad
+        set_rng_states(self.rng_states)
+        clear_autocast_cache()
 
-    def _copy(self, name: str, value: Any, memo: dict[int, Any]) -> Any:
-        if isinstance(value, _CONTAINERS) and not _is_small(value):
-            self.shared.append(name)
-            return value
-        if _is_large(value):
-            return memo.setdefault(id(value), self._copy_large(value))
-        num_copied = len(memo)
-        try:
-            return copy.deepcopy(value, memo)
-        except Exception:  # locks, handles, generators: each raises its own
-            for half_copied in list(memo)[num_copied:]:  # another attribute may refer to the same object
-                del memo[half_copied]
-            self.shared.append(name)
-            return value
-
-    def _copy_large(self, tensor: Tensor) -> Tensor:
-        """Copy a tensor, or return the copy from the last pass if that pass has not changed it."""
-        copied, version = self.unchanged.get(id(tensor), (None, 0))
+    def _copy(self, tensor: Tensor) -> Tensor:
+        """Clone a tensor, or return the clone from the last run if it is large and that run has not written to it."""
+        if tensor.layout != torch.strided or tensor.nbytes <= _LARGE:
+            return tensor.detach().clone()
+        copied, version = self.copies_of_large.get(id(tensor), (None, 0))
         if copied is None or copied._version != version:
             copied = tensor.detach().clone()
-            if not copied.is_inference():  # inference tensors have no version
-                self.unchanged[id(tensor)] = (copied, copied._version)
+            self.copies_of_large[id(tensor)] = copied, copied._version
         return copied
-
-
-class _CopyTensors(TorchFunctionMode):
-    """Let ``copy.deepcopy`` clone any tensor, even those with a gradient graph, which PyTorch refuses to copy."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is Tensor.__deepcopy__:
-            tensor, memo = args
-            if id(tensor) not in memo:
-                memo[id(tensor)] = tensor.detach().clone()
-            return memo[id(tensor)]
-        return function(*args, **(kwargs or {}))
 
 
 def _check_modules(modules: list[nn.Module]) -> None:
@@ -247,50 +226,62 @@ def _check_modules(modules: list[nn.Module]) -> None:
             )
 
 
-def _state_dicts(module: nn.Module) -> list[dict[str, Any]]:
-    """List the dicts of a module that a ``forward`` could change."""
-    return [vars(module), module._buffers, module._modules, module._parameters]
+def _dicts_of(module: nn.Module) -> list[dict[str, Any]]:
+    """List the dicts of a module that a ``forward`` could change: attributes, buffers, parameters, modules, hooks."""
+    own = [value for name, value in vars(module).items() if name in _OWN and isinstance(value, dict)]
+    return [vars(module), *own]
 
 
-def _mutable_state(model: nn.Module, modules: list[nn.Module]) -> _MutableState:
-    places = []
-    for module in modules:
-        for name, value in vars(module).items():
-            if name not in _MODULE_ATTRIBUTES and not _is_immutable(value):
-                places.append((vars(module), name, value))
-        for name, value in module._buffers.items():
-            if value is not None:
-                places.append((module._buffers, name, value))
-    kept = [*modules, *model.parameters()] if places else []
-    kept.append(vars(model).get("_trainer"))
-    return _MutableState(places, kept)
+def _is_copied(value: object) -> bool:
+    if isinstance(value, Tensor):
+        return not isinstance(value, nn.Parameter)
+    return type(value) in _COPIED and len(value) <= _LONG  # type: ignore[arg-type]
 
 
-def _is_large(value: object) -> bool:
-    """Return whether a value is a plain tensor that takes long to copy."""
-    return type(value) is Tensor and value.layout == torch.strided and value.nbytes > _LARGE
+def _attributes_of(modules: Mapping[str, nn.Module]) -> list[tuple[str, Any]]:
+    """List the attributes of modules that are not those of all modules, by name."""
+    return [
+        (f"{name}.{key}" if name else key, value)
+        for name, module in modules.items()
+        for key, value in vars(module).items()
+        if key not in _OWN
+    ]
 
 
-def _is_immutable(value: object) -> bool:
-    """Return whether a pass cannot change a value, or must not copy it, such as data sets and Lightning objects."""
-    if isinstance(value, (*_IMMUTABLE, *_FUNCTIONS, nn.Module, nn.Parameter, Dataset, DataLoader)):
-        return True
-    return type(value).__module__.partition(".")[0] in _LIGHTNING
+def _contents(name: str, value: Any) -> list[tuple[str, Any]]:
+    """List the first items of a container or attributes of an object, by name."""
+    if isinstance(value, list | tuple | collections.deque):
+        return [(f"{name}[{index}]", item) for index, item in enumerate(islice(value, _MAX_ITEMS))]
+    if isinstance(value, dict):
+        return [(f"{name}[{key!r}]", item) for key, item in islice(value.items(), _MAX_ITEMS)]
+    attributes = getattr(value, "__dict__", None)
+    if not isinstance(attributes, dict) or isinstance(value, Tensor):
+        return []
+    return [(f"{name}.{key}", item) for key, item in islice(attributes.items(), _MAX_ITEMS)]
 
 
-def _is_small(container: Any) -> bool:
-    """Return whether a container and the containers in it have few items in total."""
-    waiting, seen, count = [container], set(), 0
-    while waiting and count <= _MAX_ITEMS:
-        each = waiting.pop()
-        if id(each) in seen:  # also of a container that holds itself
-            continue
-        seen.add(id(each))
-        count += len(each)
-        if count <= _MAX_ITEMS:
-            items = each.values() if isinstance(each, dict) else each
-            waiting.extend(item for item in items if isinstance(item, _CONTAINERS))
-    return count <= _MAX_ITEMS
+def _is_looked_at(value: object) -> bool:
+    """Return whether an object is part of a fingerprint: not functions, data sets and objects of Lightning."""
+    if isinstance(value, (*_FUNCTIONS, nn.Module, nn.Parameter, Dataset, DataLoader)):
+        return False
+    return all(base.__module__.partition(".")[0] not in _NOT_OURS for base in type(value).__mro__)
+
+
+def _state_of(value: Any) -> object:
+    """Return what changes when an object is written to, as far as it is cheap to know."""
+    if isinstance(value, Tensor):
+        return None if value.is_inference() else value._version
+    if isinstance(value, np.ndarray):
+        return hash(value.tobytes()) if value.nbytes <= _LARGE else None
+    if isinstance(value, torch.Generator):
+        return value.get_state().tolist()
+    if isinstance(value, random.Random):
+        return value.getstate()
+    if isinstance(value, np.random.Generator):
+        return repr(value.bit_generator.state)
+    if isinstance(value, list | tuple | dict | set | frozenset | collections.deque):
+        return len(value)
+    return len(getattr(value, "__dict__", ()))
 
 
 def _eager() -> AbstractContextManager[object]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_sensitivity.arguments import check_argument, describe
 from lightning_sensitivity.compat import original_module
-from lightning_sensitivity.model.forward import ModelCall, Perturb, is_floating
+from lightning_sensitivity.model.call import ModelCall, Perturb, is_floating
 from lightning_sensitivity.model.isolation import RunIsolated
 
 NoiseFunction = Callable[[Tensor, torch.Generator], Tensor]

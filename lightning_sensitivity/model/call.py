@@ -1,14 +1,15 @@
-"""Call any model on any batch: choose its arguments and its outputs."""
+"""Call any model on any batch: choose its arguments, its outputs and its labels."""
 
 import copy
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from lightning_sensitivity.arguments import Selector, describe
 from lightning_sensitivity.compat import original_module
@@ -68,13 +69,24 @@ class ModelCall:
             self.kwargs = _named_arguments(model, batch)
         elif isinstance(batch, list | tuple) and len(batch):
             self.args = _positional_arguments(model, batch)
-        self.sizes = [_num_samples(self.args, self.kwargs)]
+        self.sizes = [_num_samples(batch, [*self.args, *self.kwargs.values()])]
 
-    def __call__(self, perturb: Perturb | None = None) -> Tensor:
+    @property
+    def size(self) -> int:
+        """The number of samples; 0 if it is unknown."""
+        return sum(self.sizes)
+
+    @property
+    def num_bytes(self) -> int:
+        """The memory of the tensors in the arguments."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors_in([self.args, self.kwargs]))
+
+    def __call__(self, perturb: Perturb | None = None, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """Call the model with copies of the arguments, perturbed or not, and select its outputs.
 
         Args:
             perturb: Function that returns the perturbed tensor; None for the batch as it is.
+            weights: Parameters by name that take the place of the model's own; None for its own.
 
         Raises:
             MisconfigurationException: If there are no outputs, their dimension 1 could be a position, or no input can
@@ -83,7 +95,11 @@ class ModelCall:
         perturbed = None if perturb is None else self.perturbed_argument()
         args = [_copy(value, perturb if index == perturbed else None) for index, value in enumerate(self.args)]
         kwargs = {name: _copy(value, perturb if name == perturbed else None) for name, value in self.kwargs.items()}
-        outputs = select_outputs(self._model(*args, **kwargs), self._outputs)
+        if weights is None:
+            result = self._model(*args, **kwargs)
+        else:
+            result = functional_call(self._model, dict(weights), tuple(args), kwargs)
+        outputs = select_outputs(result, self._outputs)
         if self._outputs is None:
             self._check_class_dimension(outputs)
         return outputs
@@ -99,20 +115,13 @@ class ModelCall:
         floating = [key for key, value in candidates.items() if any(map(is_floating, tensors_in(value)))]
         if len(floating) == 1:
             return floating[0]
-        got = "; ".join(
-            f"{key!r}: {describe(value)}" for key, value in (dict(enumerate(self.args)) | self.kwargs).items()
-        )
-        found = f"several: {', '.join(map(repr, floating))}" if floating else "none"
-        raise MisconfigurationException(
-            f"Expected one dense floating input to perturb, got {found} among the arguments of `forward` ({got}). "
-            f"{_CHOOSE} For inputs that take no noise, such as token ids, perturb a submodule: `at='embedding'`."
-        )
+        raise MisconfigurationException(self._advice(floating))
 
-    def copied(self) -> "ModelCall":
-        """Copy the call with its arguments, which the user's step may write to."""
+    def to(self, device: torch.device | str) -> "ModelCall":
+        """Copy the call, with its tensors on a device; other objects in its arguments are shared."""
         new = copy.copy(self)
-        new.args = clone_tensors(self.args)
-        new.kwargs = clone_tensors(self.kwargs)
+        new.args = clone_tensors(self.args, lambda tensor: tensor.detach().to(device, copy=True))
+        new.kwargs = clone_tensors(self.kwargs, lambda tensor: tensor.detach().to(device, copy=True))
         return new
 
     def select(self, samples: slice) -> "ModelCall":
@@ -121,16 +130,29 @@ class ModelCall:
         new.args = tuple(value[samples] if isinstance(value, Tensor) else value for value in self.args)
         kwargs = self.kwargs.items()
         new.kwargs = {name: value[samples] if isinstance(value, Tensor) else value for name, value in kwargs}
-        new.sizes = [_num_samples(new.args, new.kwargs)]
+        new.sizes = [len(range(self.size)[samples])]
         return new
 
     def layout(self) -> tuple[object, ...] | None:
         """Return what must be equal in calls that are joined: shapes and types of one sample; None if none can be."""
         values = (*self.args, *self.kwargs.values())
         has_samples = any(isinstance(value, Tensor) for value in values)
-        if not has_samples or not all(_is_joinable(value, sum(self.sizes)) for value in values):
+        if not has_samples or not all(_is_joinable(value, self.size) for value in values):
             return None
         return len(self.args), *self.kwargs, *map(_layout_of, values)
+
+    def _advice(self, floating: Sequence[int | str]) -> str:
+        """Say what to do if it is not clear what to perturb."""
+        arguments = dict[int | str, Any](enumerate(self.args)) | self.kwargs
+        got = "; ".join(f"{key!r}: {describe(value)}" for key, value in arguments.items())
+        if floating:
+            several = ", ".join(map(repr, floating))
+            return f"Expected one dense floating input to perturb, got several: {several}, among {got}. {_CHOOSE}"
+        none = (
+            f"Expected a dense floating input to perturb, got none among the arguments of `forward` ({got}). {_CHOOSE}"
+        )
+        name = _submodule_to_perturb(self._model)
+        return none if name is None else f"Perturb the output of a submodule, such as `at={name!r}`. {none}"
 
     def _check_class_dimension(self, outputs: Tensor) -> None:
         if math.prod(outputs.shape[2:]) <= 1:
@@ -179,6 +201,28 @@ def select_outputs(result: Any, outputs: Selector | None = None) -> Tensor:
     return selected
 
 
+def select_targets(model: nn.Module, batch: Any, targets: Selector | None = None) -> Tensor:
+    """Select the labels in a batch.
+
+    Args:
+        model: The module, whose ``forward`` says how many elements of a batch are inputs.
+        batch: What the loader gave. A function ``targets`` gets a copy of its tensors.
+        targets: A function ``batch -> tensor``. By default, the labels are the last element of a tuple or list, if all
+            other elements are inputs of ``forward``; otherwise the only entry or attribute that is called ``label``,
+            ``labels``, ``target``, ``targets`` or ``y``.
+
+    Raises:
+        MisconfigurationException: If it is not clear where the labels are, or they are not a tensor.
+    """
+    selected = _find_targets(model, batch) if targets is None else _call_targets(targets, batch)
+    if not isinstance(selected, Tensor):
+        key = repr(list(batch)[-1]) if isinstance(batch, Mapping) and batch else "1"
+        raise MisconfigurationException(
+            f"`targets` should return the labels, such as `targets=lambda batch: batch[{key}]`, from {describe(batch)}."
+        )
+    return selected
+
+
 def parameters_of(model: nn.Module) -> list[inspect.Parameter]:
     """List the parameters of the ``forward`` of a module, compiled or not."""
     return list(inspect.signature(original_module(model).forward).parameters.values())
@@ -191,7 +235,7 @@ def num_required(model: nn.Module) -> int:
 
 
 def clone_tensors(value: Any, clone: Callable[[Tensor], Tensor] = Tensor.clone) -> Any:
-    """Copy a batch: clone the tensors in its tuples, lists and dicts, and deep-copy other objects."""
+    """Clone the tensors in a value and its tuples, lists and dicts; other objects are shared, not copied."""
     if isinstance(value, Tensor):
         return clone(value)
     if isinstance(value, dict):
@@ -202,7 +246,7 @@ def clone_tensors(value: Any, clone: Callable[[Tensor], Tensor] = Tensor.clone) 
         return type(value)(*[clone_tensors(item, clone) for item in value])
     if type(value) in (list, tuple):
         return type(value)(clone_tensors(item, clone) for item in value)
-    return copy.deepcopy(value)
+    return value
 
 
 def is_floating(tensor: Tensor) -> bool:
@@ -242,12 +286,30 @@ def _named_arguments(model: nn.Module, batch: Mapping[Any, Any]) -> dict[str, An
     return arguments
 
 
-def _num_samples(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Count the samples of a batch by the first dimension of the first tensor; 0 if there is none."""
-    for tensor in tensors_in([args, kwargs]):
-        if not tensor.is_nested and tensor.ndim > 0:
-            return len(tensor)
+def _submodule_to_perturb(model: nn.Module) -> str | None:
+    """Name a submodule as an example for ``at``: the first embedding, or else the first of all; None without any."""
+    modules = {name: module for name, module in original_module(model).named_modules() if name}
+    embeddings = [name for name, module in modules.items() if isinstance(module, nn.Embedding)]
+    return next(iter(embeddings or modules), None)
+
+
+def _num_samples(batch: Any, arguments: Iterable[Any]) -> int:
+    """Count the samples: rows of the first tensor, or items of the first list if it has a tensor for each sample."""
+    entries = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
+    known = {_num_rows(entry) for entry in entries if isinstance(entry, Tensor)}
+    for value in arguments:
+        rows = [number for number in map(_num_rows, tensors_in(value)) if number]
+        if not rows:
+            continue
+        if isinstance(value, list) and rows[0] not in known:
+            has_one_each = len(value) in known if known else len(set(rows)) > 1
+            return len(value) if has_one_each else rows[0]
+        return rows[0]
     return 0
+
+
+def _num_rows(tensor: Tensor) -> int:
+    return 0 if tensor.is_nested or tensor.ndim == 0 else len(tensor)
 
 
 def _copy(value: Any, perturb: Perturb | None) -> Any:
@@ -271,3 +333,27 @@ def _layout_of(value: object) -> object:
 
 def _join(values: Sequence[Any]) -> Any:
     return torch.cat(list(values)) if isinstance(values[0], Tensor) else values[0]
+
+
+def _find_targets(model: nn.Module, batch: Any) -> object:
+    """Find the labels by position or name; None if it is not clear where they are."""
+    if isinstance(batch, Tensor):
+        return None
+    if isinstance(batch, list | tuple):
+        return batch[-1] if len(batch) == max(1, num_required(model)) + 1 else None
+    named = [_entry(batch, name) for name in TARGET_NAMES]
+    tensors = [value for value in named if isinstance(value, Tensor)]
+    return tensors[0] if len(tensors) == 1 else None
+
+
+def _call_targets(targets: Selector, batch: Any) -> object:
+    try:
+        return targets(clone_tensors(batch))
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise MisconfigurationException(f"`targets` failed on {describe(batch)}: {reason}.") from error
+
+
+def _entry(batch: Any, name: str) -> object:
+    """Return an entry of a mapping, or an attribute of another object; None if there is none."""
+    return batch.get(name) if isinstance(batch, Mapping) else getattr(batch, name, None)
