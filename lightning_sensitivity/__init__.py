@@ -7,13 +7,12 @@ from lightning_sensitivity.metric import OutputSensitivity, RiskEstimate
 
 if TYPE_CHECKING:
     from lightning_sensitivity.callbacks import RiskMonitor, SensitivityMonitor
-    from lightning_sensitivity.compare import compare_models
-    from lightning_sensitivity.comparison import Comparison
+    from lightning_sensitivity.compare import ModelScores, compare_models
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
-    "Comparison",
+    "ModelScores",
     "OutputSensitivity",
     "RiskEstimate",
     "RiskMonitor",
@@ -23,7 +22,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "Comparison": "comparison",
+    "ModelScores": "compare",
     "RiskMonitor": "callbacks",
     "SensitivityMonitor": "callbacks",
     "compare_models": "compare",

@@ -9,6 +9,8 @@ from torch import Tensor
 
 Selector: TypeAlias = Callable[[Any], Any]  # selects a part of a batch or of a model's outputs
 
+_TROUBLESHOOTING = "https://lightning-sensitivity.github.io/lightning-sensitivity/troubleshooting.html"
+
 
 def check_argument(name: str, value: object, valid: bool, expected: str) -> None:
     """Raise MisconfigurationException unless an argument is valid; the message says what it should be."""
@@ -46,3 +48,8 @@ def describe(value: object) -> str:
         more = ", ..." if len(value) > 5 else ""
         return f"{type(value).__name__} of {len(value)}: {items}{more}"
     return type(value).__name__
+
+
+def see(entry: str) -> str:
+    """Point to an entry of the page that says what to do about a message."""
+    return f" See {_TROUBLESHOOTING}#{entry}"

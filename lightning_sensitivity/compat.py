@@ -6,7 +6,6 @@ functions that use it, so that the metrics do not need it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,19 +13,14 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.modules.conv import _ConvNd as Convolution
 from torch.nn.modules.conv import _ConvTransposeNd as TransposedConvolution
-from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch import Trainer
     from torchmetrics import Metric
     from torchmetrics.utilities.plot import _AX_TYPE as AxType
     from torchmetrics.utilities.plot import _PLOT_OUT_TYPE as PlotType
 
 __all__ = ["AxType", "BatchNorm", "Convolution", "PlotType", "TransposedConvolution"]
-
-# This is not the name of a hook, so nothing that a user logs can have the same key.
-_LOGGED_BY_US = "lightning_sensitivity"
-
 
 # Random states
 
@@ -59,14 +53,6 @@ def mark_updated(metric: Metric) -> None:
 
 
 # torch
-
-
-def sync_buffers(model: object) -> None:
-    """Broadcast the buffers of a model under DDP, as its first forward pass in a validation would."""
-    if isinstance(model, DistributedDataParallel):
-        wrapper: Any = model  # its methods have no types
-        if wrapper.will_sync_module_buffers():
-            wrapper._sync_buffers()
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -116,32 +102,3 @@ def training_loaders(trainer: Trainer) -> tuple[list[Any], str]:
     """Return the training loaders and how they are combined, such as ``"max_size_cycle"``."""
     combined: Any = trainer.fit_loop._combined_loader
     return combined.flattened, combined._mode
-
-
-def validation_loaders(trainer: Trainer) -> list[Any]:
-    """Return the validation loaders of a fit, as far as Lightning has set them up."""
-    combined: Any = trainer.fit_loop.epoch_loop.val_loop._combined_loader
-    return [] if combined is None else list(combined.flattened)
-
-
-def log_metric(pl_module: LightningModule, name: str, metric: Metric, prog_bar: bool) -> None:
-    """Log one of our Metrics for an epoch, under a key that a user's ``self.log`` cannot have."""
-    results: Any = pl_module.trainer._results
-    results.log(
-        _LOGGED_BY_US,
-        name,
-        metric,
-        prog_bar=prog_bar,
-        on_step=False,
-        on_epoch=True,
-        add_dataloader_idx=False,
-        metric_attribute=name,  # the module need not have the metric
-    )
-
-
-def names_logged_by_others(trainer: Trainer) -> Iterator[str]:
-    """Yield the names that the user's module and callbacks have logged in the loops that are running."""
-    for results in (trainer._evaluation_loop._results, trainer.fit_loop.epoch_loop._results):
-        for item in results.values():
-            if item.meta.fx.partition(".")[0] != _LOGGED_BY_US and not item.has_reset:
-                yield results._forked_name(item, on_step=False)[0]

@@ -1,4 +1,4 @@
-"""Callbacks for Lightning's Trainer: a value that decides when to stop, and one to watch."""
+"""Callbacks that measure a model in every validation, and log the values."""
 
 from lightning_sensitivity.callbacks.risk import RiskMonitor
 from lightning_sensitivity.callbacks.sensitivity import SensitivityMonitor

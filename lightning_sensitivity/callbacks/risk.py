@@ -4,65 +4,73 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_sensitivity.arguments import Selector, check_argument, check_bool, check_int, check_selectors
-from lightning_sensitivity.callbacks import trainer as checks
-from lightning_sensitivity.callbacks.base import Monitor
-from lightning_sensitivity.callbacks.batches import CleanOutputs
-from lightning_sensitivity.callbacks.estimate import LABEL_NAMES, RiskSession
-from lightning_sensitivity.callbacks.failures import describe_error
-from lightning_sensitivity.callbacks.fit import FitState, Phase
-from lightning_sensitivity.callbacks.samples import TrainingSamples, check_loaders
-from lightning_sensitivity.callbacks.trainer import Chart
-from lightning_sensitivity.callbacks.watch import loss_mismatch
-from lightning_sensitivity.functional.risk import RiskTerms
-from lightning_sensitivity.functional.tasks import TASKS
-from lightning_sensitivity.functional.tensors import are_probabilities
-from lightning_sensitivity.model import select_targets
-from lightning_sensitivity.model.forward import clone_tensors, tensors_in
-from lightning_sensitivity.model.twins import InitialWeights
+from lightning_sensitivity.arguments import Selector, check_argument, check_bool, check_int, check_selectors, see
+from lightning_sensitivity.callbacks.closing import Measured, log_closing_line
+from lightning_sensitivity.callbacks.companions import BatchReader, Companions, fit_to_kept
+from lightning_sensitivity.callbacks.monitor import Monitor
+from lightning_sensitivity.callbacks.samples import MAX_BYTES, KeptSamples, check_agreement, count_training_samples
+from lightning_sensitivity.callbacks.state import FitState
+from lightning_sensitivity.callbacks.twins import TwinRunner
+from lightning_sensitivity.functional.reference import Calibration
+from lightning_sensitivity.functional.risk import TWIN_STRENGTH, RiskTerms
+from lightning_sensitivity.functional.tasks import TASKS, has_ignored_value
+from lightning_sensitivity.functional.tensors import are_probabilities, num_outputs
+from lightning_sensitivity.metric import RiskEstimate
+from lightning_sensitivity.model import ModelCall, isolated
+from lightning_sensitivity.model.isolation import RunIsolated
+from lightning_sensitivity.model.twins import copy_weights, unknown_parameters
+
+NUM_TRAINING_SAMPLES = 1000  # that are kept, over all processes
+NUM_LABELS = 1200  # of validation samples that are kept for their labels
+_ENTRIES = {"probabilities": "arguments", "non-finite": "nan", "no value": "failed", "too large": "above-2"}
 
 
 class RiskMonitor(Monitor):
     r"""Log an estimate of the Brier score on unseen samples in every validation epoch; stop when it is lowest.
 
     The estimate needs only training labels, which may be noisy; validation labels help. See
-    :func:`~lightning_sensitivity.functional.risk_estimate` for the formula. Regressions and dense outputs have none.
+    :class:`~lightning_sensitivity.RiskEstimate` for the formula. Regressions and dense outputs have none.
 
-    **Logged values**, only in ``Trainer.fit``, after ``prefix``: ``risk_estimate`` and its terms ``risk_claim``,
-    ``risk_overconfidence``, ``risk_memorization``, ``risk_variance``; nan if the first validation has no value. The
-    end of a fit logs where the estimate was lowest.
+    A *reference* helps: kernel ridge regression of the labels of 1,000 training samples, fitted once. It sees dense
+    inputs, the tokens of a text, or what ``features`` returns; without any of these there is no reference.
 
-    A validation costs two passes over the measured samples (three with batch norm) and one over the kept ones.
+    **Logged values**, only in ``Trainer.fit``, after ``prefix``: ``risk_estimate``; its terms ``risk_claim``,
+    ``risk_overconfidence``, ``risk_memorization``, ``risk_variance``; with a reference ``risk_reference``, the score by
+    it, and ``risk_reference_weight``. One line at the end says where the estimate was lowest, and if it is doubtful.
+
+    The first epoch keeps training samples and the first validation keeps validation samples on the CPU, at most 512 MiB
+    of each in each process. A validation runs two passes over the validation samples (three with batch norm) and one
+    over the training samples.
 
     Args:
-        task: ``"multiclass"``, ``"binary"``, ``"multilabel"``, or ``"auto"``, to infer it.
-        targets: A function ``batch -> labels`` without randomness; by default
-            :func:`~lightning_sensitivity.model.select_targets`. Labels of -100 are ignored.
-        validation_labels: Combine the estimate, which counts as much as 40 labels, with the score on validation
-            labels; also log ``risk_label_score``, ``risk_num_labels``.
+        task: ``"multiclass"``, ``"binary"`` or ``"multilabel"``.
+        targets: A function ``batch -> labels``; by default :func:`~lightning_sensitivity.model.select_targets`.
+            Labels of -100 are ignored.
+        validation_labels: Combine the estimate with the score on validation labels, up to 1,200 of them; also log
+            ``risk_label_score``, ``risk_num_labels``.
+        features: A function ``batch -> (N, D)`` for the reference, such as a pretrained encoder.
         initial_weights: State dict from before training, if a fit starts from weights trained on the same data.
-        num_training_samples: Training samples to keep, in whole batches.
-        num_samples: Samples per loader and epoch, in whole, evenly spaced batches; None for all.
+        num_training: Number of different training samples, if the loader does not tell: for streams, and samplers
+            that repeat samples.
+        num_samples: Validation samples per loader, over all processes, in whole, evenly spaced batches; None for all.
         seed: Seed of the simulated twins.
         prefix: Prefix of the logged names; with ``"val/"`` TensorBoard groups them with ``val/loss``.
         inputs: A function ``batch -> arguments``; by default see :class:`~lightning_sensitivity.model.ModelCall`.
         outputs: A function ``result -> logits``, ``(N, K)`` or ``(N,)``; by default
             :func:`~lightning_sensitivity.model.select_outputs`.
-        every_n_epochs: Measure in epochs 0, n, 2n, ...
         prog_bar: Show the estimate on the progress bar.
 
     Raises:
-        MisconfigurationException: If an argument is invalid; before the first step, if Trainer or model are not
-            supported, names are already logged, or no estimate is possible, but one is monitored, or ``task``,
-            ``targets`` or ``initial_weights`` is given.
+        MisconfigurationException: If an argument is invalid; before the first step, if the Trainer or the model is not
+            supported, labels do not fit the task, or the number of training samples is unknown.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -72,217 +80,337 @@ class RiskMonitor(Monitor):
         >>> trainer = Trainer(callbacks=callbacks, logger=False)
     """
 
-    names = tuple(f"risk_{name}" for name in RiskTerms._fields)
-    charts: ClassVar = (
-        Chart(0, "risk estimate and loss", (r"risk_estimate(/dataloader_idx_\d+)?$", r".*loss")),
-        *(
-            Chart(2 + place, name.replace("_", " "), (rf"{name}(/dataloader_idx_\d+)?$",))
-            for place, name in enumerate(names[1:])
-        ),
-    )
-    misleading_mode = "max"
-    misleading_mode_advice = 'but lower is better. Use `mode="min"`.'
+    names = ("risk_estimate", "risk_claim", "risk_overconfidence", "risk_memorization", "risk_variance")
 
     def __init__(
         self,
-        task: str = "auto",
+        task: str = "multiclass",
         *,
         targets: Selector | None = None,
         validation_labels: bool = False,
+        features: Selector | None = None,
         initial_weights: Mapping[str, Tensor] | None = None,
-        num_training_samples: int = 500,
-        num_samples: int | None = 1200,
+        num_training: int | None = None,
+        num_samples: int | None = 600,
         seed: int = 0,
         prefix: str = "val_",
         inputs: Selector | None = None,
         outputs: Selector | None = None,
-        every_n_epochs: int = 1,
         prog_bar: bool = False,
     ) -> None:
-        tasks = ("auto", *TASKS)
-        check_argument("task", task, task in tasks, f"one of {', '.join(map(repr, tasks))} (a regression has none)")
-        check_selectors(targets=targets)
+        check_argument("task", task, task in TASKS, f"one of {', '.join(map(repr, TASKS))} (a regression has none)")
+        check_selectors(targets=targets, features=features)
         check_bool("validation_labels", validation_labels)
         is_mapping = isinstance(initial_weights, Mapping | None)
         check_argument("initial_weights", initial_weights, is_mapping, "a state dict, as in a checkpoint, or None")
-        check_int("num_training_samples", num_training_samples, 1)
-        super().__init__(num_samples, seed, prefix, inputs, outputs, every_n_epochs, prog_bar)
+        if num_training is not None:
+            check_int("num_training", num_training, 1)
+        super().__init__(num_samples, seed, prefix, inputs, outputs, prog_bar)
         self.task = task
-        self.targets = targets
         self.validation_labels = validation_labels
         self.initial_weights = initial_weights
-        self.num_training_samples = num_training_samples
-        self.num_training = 0  # number of different training samples, as last counted
+        self.num_training = num_training
         self.fit_state = FitState()
-        self.initial = InitialWeights(initial_weights)
-        if validation_labels:
-            self.names = (*type(self).names, *LABEL_NAMES)
+        self._reader = BatchReader(targets, features)
+        self._training: KeptSamples | None = None  # in a fit that can have an estimate
+        self._kept = Companions()  # beside the training samples
+        self._companions: dict[int, Companions] = {}  # beside the validation samples, by loader
+        self._module: LightningModule | None = None  # during a run
 
     # Before and after a fit
 
-    def check_outputs(self, outputs: Tensor) -> None:
-        """Refuse probabilities."""
-        if are_probabilities(outputs):
-            raise MisconfigurationException("`RiskMonitor` needs logits, got probabilities: set `outputs=`.")
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Save the initial weights, except those that have not changed."""
-        super().on_save_checkpoint(trainer, pl_module, checkpoint)
-        with self.run_facts.failures.warn_on_failure("could not save the weights from before training"):
-            weights = self.initial.changed(checkpoint["state_dict"])
-            saved = {"initial_weights": weights, "num_training_samples": self.num_training}
-            checkpoint.setdefault(self.checkpoint_key, {}).update(saved)
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Restore the initial weights and the number of training samples, also from a monitor with another prefix."""
-        super().on_load_checkpoint(trainer, pl_module, checkpoint)
-        self.initial.forget()  # these may belong to another run
-        keys = [key for key in checkpoint if str(key).startswith(f"{type(self).__qualname__}(prefix=")]
-        key = self.checkpoint_key if self.checkpoint_key in keys else next(iter(keys), None)
-        if key is None or checkpoint[key].get("initial_weights") is None:
-            return
-        if key != self.checkpoint_key:
-            rank_zero_info(f"`{self.checkpoint_key}` takes the initial weights that `{key}` saved in the checkpoint.")
-        self.initial.restore(checkpoint[key]["initial_weights"], checkpoint["state_dict"])
-        self.num_training = checkpoint[key]["num_training_samples"]
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check what can be checked before the first batch, and forget the last fit."""
+        """Check what can be checked before the first batch, and forget the last fit, unless it goes on."""
         super().setup(trainer, pl_module, stage)
-        phase = Phase.STARTING if stage == "fit" else Phase.OUTSIDE
-        self.fit_state = FitState(phase)
+        self._module = pl_module
+        if stage == "fit" and trainer.global_step == 0:
+            self.fit_state = FitState()
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Record whether there must be an estimate."""
-        is_given = self.task != "auto" or self.targets is not None or self.initial_weights is not None
-        is_monitored = bool(checks.consumers(trainer, self.prefixed_names()))
-        self.fit_state = FitState(Phase.STARTING, must_estimate=is_given or is_monitored)
+    @property
+    def state_key(self) -> str:
+        """Key of the state in a checkpoint; monitors of one Trainer differ in their prefix."""
+        return self._generate_state_key(prefix=self.prefix)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Find the initial weights before the first step; keep the first batches, and count the samples of all."""
-        fit = self.fit_state
-        if fit.phase is Phase.STARTING:
-            self._start_fit(trainer, pl_module, batch)
-        elif fit.samples is not None:
-            with self.run_facts.failures.warn_on_failure("skipped a training batch"):
-                if batch_idx == 0:
-                    fit.samples.start_epoch(trainer)
-                self._count_and_keep(trainer, pl_module, batch)
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        if fit.phase is Phase.REFUSED:
-            self.drop_watch()
+    def state_dict(self) -> dict[str, Any]:
+        """Return the weights from before training, and what else a resumed fit needs."""
+        return self.fit_state.to_dict(self._module)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Compare the first step with what is measured."""
-        watch = self.run_facts.watch
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        samples = self.fit_state.samples
-        step_outputs = None if watch is None else watch.step_outputs
-        if step_outputs is not None and isinstance(loss, Tensor) and samples is not None:
-            with self.run_facts.failures.warn_on_failure("could not compare the loss of a step"):
-                targets = samples.batches[0].targets
-                problem = loss_mismatch(step_outputs, targets, loss, trainer.accumulate_grad_batches)
-                if problem is not None:
-                    self.run_facts.failures.warn("loss", f"may not estimate what your step trains. {problem}")
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the state."""
+        self.fit_state = FitState.from_dict(state_dict)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log in which epoch the estimate was lowest."""
-        history = [entry for entry in self.fit_state.history if math.isfinite(entry[1])]
-        if not history:
-            return
-        name = self.prefix + self.names[0]
-        epoch, value = min(history, key=lambda entry: entry[1])
-        line = f"`{name}` was lowest at epoch {epoch} ({value:.3f})"
-        line += ", the last one: it was still falling" if epoch == history[-1][0] and len(history) > 1 else ""
-        for callback in trainer.checkpoint_callbacks:
-            path = getattr(callback, "best_model_path", "")
-            if getattr(callback, "monitor", None) == name and path:
-                line += f". The checkpoint is {path}"
-        rank_zero_info(f"{line}.")
+        """Log where the estimate was lowest."""
+        companions = self._companions.get(0, Companions())
+        log_closing_line(trainer, self.prefix + self.names[0], self.fit_state.history, companions.reference)
 
-    def free(self) -> None:
-        """Free the kept training samples, too."""
-        super().free()
-        self.fit_state = FitState()
+    # Training samples
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Start with the first batch of a fit, and keep the first samples."""
+        training = self._training
+        if training is None:
+            if self.reporter.is_strict or not self.reporter.has_said("no-estimate"):
+                self._start_fit(trainer, pl_module, batch, batch_idx)
+        elif batch_idx == 0:
+            training.stop()  # a new epoch repeats the samples
+        elif training.wants(batch_idx):
+            with self.reporter.report_failure("could not keep a training batch", "It is left out."):
+                self._keep_training_batch(pl_module, batch, batch_idx, training)
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+    def _start_fit(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Find the weights from before training, and check that labels and outputs allow an estimate."""
+        num_wanted = math.ceil(NUM_TRAINING_SAMPLES / trainer.world_size)
+        training = KeptSamples(0, math.inf, num_wanted, MAX_BYTES)
+        self._kept = Companions()
+        with self.reporter.report_failure("cannot estimate the risk", "There is no estimate in this fit."):
+            is_new = trainer.global_step == 0 and trainer.current_epoch == 0
+            self.fit_state.start(pl_module, self.initial_weights, is_new)
+            self._keep_training_batch(pl_module, batch, batch_idx, training)
+            if self.num_training is None and count_training_samples(trainer, training.size) is None:
+                raise MisconfigurationException(
+                    "the number of different training samples is unknown, since the loader is a stream or there are "
+                    f"several: set `num_training=`.{see('num-training')}"
+                )
+            self._training = training
+
+    def _keep_training_batch(self, module: LightningModule, batch: Any, batch_idx: int, training: KeptSamples) -> None:
+        """Keep a training batch with its labels and features; the first one shows whether there can be an estimate."""
+        call = ModelCall(module, batch, self.inputs, self.outputs)
+        with isolated(module) as run, module.trainer.precision_plugin.val_step_context():
+            labels = run(self._reader.labels, module, batch)
+            features = run(self._reader.features, batch, call)
+            outputs = run(call)
+        self._check_outputs(outputs)
+        TASKS[self.task].check(outputs, labels)
+        training.add(call, batch_idx)
+        self._kept.num_outputs = num_outputs(outputs)
+        self._kept.labels[batch_idx] = labels
+        if features is not None:
+            self._kept.features[batch_idx] = features
+
+    def _check_outputs(self, outputs: Tensor) -> None:
+        """Refuse outputs that have no estimate."""
+        if outputs.ndim > 2 and math.prod(outputs.shape[2:]) > 1:
+            raise MisconfigurationException(
+                f"outputs are dense, {tuple(outputs.shape)}: there is no estimate for pixels and tokens. Remove "
+                f"`RiskMonitor`; `SensitivityMonitor` works.{see('no-estimate')}"
+            )
+        if are_probabilities(outputs):
+            raise MisconfigurationException(
+                f"outputs are probabilities, and logits are needed: select them with `outputs=`.{see('no-estimate')}"
+            )
 
     # A validation
 
     def should_measure(self, trainer: Trainer) -> bool:
-        """Decide whether to measure: only in a fit that can have an estimate, or that has not had a batch yet."""
-        is_fit = trainer.state.fn == TrainerFn.FITTING
-        can_estimate = self.fit_state.phase in (Phase.STARTING, Phase.ESTIMATING)
-        return is_fit and can_estimate and super().should_measure(trainer)
+        """Decide whether to measure the current validation: only in a fit."""
+        return trainer.state.fn == TrainerFn.FITTING
 
-    def make_session(self, trainer: Trainer, clean: CleanOutputs) -> RiskSession:
-        """Make the session that measures a validation."""
-        return RiskSession(self, trainer, clean)
-
-    # Training samples
-
-    def _start_fit(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
-        """Find the weights from before training, and keep the first training batch, which determines the task."""
-        fit = self.fit_state
-        problem = self._prepare_estimate(trainer, pl_module, batch)
-        can_estimate = problem is None
-        if trainer.strategy.reduce_boolean_decision(can_estimate):  # all processes must log the same names
-            fit.phase = Phase.ESTIMATING
-            task = None if fit.samples is None or fit.samples.task is None else fit.samples.task.name
-            rank_zero_info(f"`RiskMonitor` ({self.prefix}*): task {task!r}; initial weights: {self.initial.source}.")
+    def keep(self, module: LightningModule, batch: Any, batch_idx: int, samples: KeptSamples) -> None:
+        """Keep a validation batch if its samples are wanted, with its features and labels."""
+        if samples.is_complete:
             return
-        fit.phase = Phase.REFUSED
-        fit.samples = None
-        problem = problem or ValueError("another process cannot; see its warning")
-        reason = str(problem) if isinstance(problem, ValueError) else describe_error(problem)
-        message = f"cannot estimate the risk: {reason.rstrip('.')}."
-        if fit.must_estimate and self.run_facts.failures.is_strict:
-            raise MisconfigurationException(f"`RiskMonitor` {message}") from problem
-        self.run_facts.failures.warn("no estimate", message, in_any_process=True)
+        super().keep(module, batch, batch_idx, samples)
+        companions = self._companions.setdefault(samples.dataloader_idx, Companions())
+        is_kept = batch_idx in samples.batch_indices
+        has_room = self.validation_labels and companions.num_labels < NUM_LABELS
+        if is_kept or has_room:
+            self._keep_companions(module, batch, batch_idx, companions, is_kept)
 
-    def _prepare_estimate(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Exception | None:
-        """Prepare what the estimate needs, and return the problem, if there is one."""
+    def _keep_companions(
+        self, module: LightningModule, batch: Any, batch_idx: int, companions: Companions, is_kept: bool
+    ) -> None:
+        """Keep features and labels of a batch; if it is not kept, only a batch that has labels."""
+        call = ModelCall(module, batch, self.inputs, self.outputs)
+        with isolated(module) as run:
+            labels = run(self._find_labels, module, batch) if self.validation_labels else None
+            features = run(self._reader.features, batch, call) if is_kept else None
+        if features is not None:
+            companions.features[batch_idx] = features
+        if labels is not None and (is_kept or companions.add_labelled(call, batch_idx)):
+            companions.labels[batch_idx] = labels
+
+    def _find_labels(self, module: LightningModule, batch: Any) -> Tensor | None:
+        """Select the labels of a validation batch; None if it has none."""
         try:
-            self.initial.begin(pl_module, trainer.global_step)
-            check_loaders(trainer)
-            num_wanted = math.ceil(self.num_training_samples / trainer.world_size)
-            num_before = self.num_training // trainer.world_size if trainer.global_step > 0 else 0
-            self.fit_state.samples = TrainingSamples(self.task, num_wanted, num_before)
-            self.fit_state.targets_write = self._do_targets_write(pl_module, batch)
-            self._count_and_keep(trainer, pl_module, batch)
-        except Exception as error:
-            return error
-        return None
+            labels = self._reader.labels(module, batch)
+        except MisconfigurationException as error:
+            if self._reader.has_targets:
+                self.reporter.warn("labels", f"takes some validation batches as unlabelled: {error}")
+            return None
+        return None if bool(has_ignored_value(labels).all()) else labels
 
-    def _do_targets_write(self, pl_module: LightningModule, batch: Any) -> bool:
-        """Return whether the user's ``targets`` writes to its batch, and so always needs a copy."""
-        if self.targets is None:
-            return False
-        copied = clone_tensors(batch)
-        tensors = tensors_in(copied)
-        versions = [tensor._version for tensor in tensors]
-        select_targets(pl_module, copied, self.targets)
-        after = tensors_in(copied)
-        return [id(t) for t in after] != [id(t) for t in tensors] or [t._version for t in tensors] != versions
+    def make_metric(self, trainer: Trainer, dataloader_idx: int) -> RiskEstimate:
+        """Make the metric of a loader for one validation."""
+        calibration = self.fit_state.calibrations.get(dataloader_idx, Calibration())
+        return RiskEstimate(self.task, strength=TWIN_STRENGTH, calibration=calibration)
 
-    def select_targets(self, pl_module: LightningModule, batch: Any) -> Tensor:
-        """Select the labels of a batch, without letting the user's ``targets`` change the batch."""
-        if self.fit_state.targets_write:
-            batch = clone_tensors(batch)
-        return select_targets(pl_module, batch, self.targets)
+    def measure(self, module: LightningModule, run: RunIsolated, samples: KeptSamples, metric: RiskEstimate) -> None:
+        """Run the model and its twins on the kept samples of a loader, and the model on training samples."""
+        initial = self.fit_state.initial or copy_weights(dict(module.named_parameters()))
+        self._warn_of_new(module, initial)
+        companions = self._companions.setdefault(samples.dataloader_idx, Companions())
+        self._fit_reference(samples, companions)
+        metric.set_reference(companions.reference)
+        on_device = {name: weight.to(module.device) for name, weight in initial.items()}
+        twins = TwinRunner(module, on_device, run, samples.size)
+        check, start = samples.next_check(), 0
+        for place, group in enumerate(samples.groups):
+            outputs = self._measure_group(module, run, samples, place, twins, metric, start)
+            start += group.size
+            if check is not None and check.place == place:
+                alone = run(group.batch(check.batch_idx).call.to(module.device))
+                check_agreement(outputs[group.rows()[check.batch_idx]], alone, outputs.dtype)
+        self._measure_labelled(module, run, companions, metric)
+        self._measure_training(module, run, metric)
 
-    def _count_and_keep(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
-        """Count the samples of a training batch, and keep them if more are wanted."""
-        samples = self.fit_state.samples
-        assert samples is not None
-        if samples.num_missing <= 0:
-            samples.count(self.select_targets(pl_module, batch))
+    def _measure_group(
+        self,
+        module: LightningModule,
+        run: RunIsolated,
+        samples: KeptSamples,
+        place: int,
+        twins: TwinRunner,
+        metric: RiskEstimate,
+        start: int,
+    ) -> Tensor:
+        """Run the model and its twins on a group of validation samples, and return the model's outputs.
+
+        Args:
+            module: The module.
+            run: Runs the module and leaves no trace.
+            samples: The kept samples of a loader.
+            place: The place of the group among them.
+            twins: Runs the twins.
+            metric: The metric of the loader.
+            start: How many samples are in the groups before.
+        """
+        group, companions = samples.groups[place], self._companions[samples.dataloader_idx]
+        call = group.call.to(module.device)
+        outputs = samples.clean_outputs(run, place, call)
+        self._check_outputs(outputs)
+        key = self.seed, module.global_rank, samples.dataloader_idx
+        found = twins.run(group, call, outputs, key, samples.can_regroup)
+        reference = companions.reference
+        predictions = None if reference is None else reference.predictions[start : start + group.size]
+        metric.update(outputs, found.twins, compared_with=found.compared_with, reference=predictions)
+        for batch_idx, rows in group.rows().items():
+            if batch_idx in companions.labels:
+                metric.update_labels(outputs[rows], companions.labels[batch_idx])
+        return outputs
+
+    def _measure_labelled(
+        self, module: LightningModule, run: RunIsolated, companions: Companions, metric: RiskEstimate
+    ) -> None:
+        """Score the batches that are kept for their labels only."""
+        labelled = companions.labelled
+        if labelled is None:
             return
-        session = self.make_session(trainer, CleanOutputs(self.inputs, self.outputs))
-        call = session.prepare(batch)
-        with session.isolated() as run:
-            targets = run(self.select_targets, pl_module, batch)
-            outputs = run(call)
-        samples.keep(outputs, clone_tensors(batch), targets)  # the step may write to its batch
-        samples.count(targets)
+        labelled.complete(module, run, module.device)
+        for group in labelled.groups:
+            outputs = run(group.call.to(module.device))
+            metric.update_labels(outputs, companions.labels_of(group))
+
+    def _measure_training(self, module: LightningModule, run: RunIsolated, metric: RiskEstimate) -> None:
+        """Score the kept training samples; not before the first step."""
+        training = self._training
+        if training is None:
+            return
+        if training.is_full:
+            training.complete(module, run, module.device)
+        for place, group in enumerate(training.groups):
+            outputs = training.clean_outputs(run, place, group.call.to(module.device))
+            metric.update_training(outputs, self._kept.labels_of(group))
+
+    def _fit_reference(self, samples: KeptSamples, companions: Companions) -> None:
+        """Fit the reference of a loader, once all training samples are there."""
+        training = self._training
+        if training is None or companions.num_fitted == training.size:
+            return
+        companions.num_fitted = training.size
+        companions.reference = fit_to_kept(training, self._kept, samples, companions, TASKS[self.task])
+        if companions.reference is None:
+            self.reporter.warn(
+                "features",
+                "has no reference, since inputs are neither dense numbers nor token ids. Set `features=` to a function "
+                "`batch -> (N, D)`. Until then, the estimate does without it.",
+            )
+
+    # Values
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the values; every process comes here."""
+        super().on_validation_epoch_end(trainer, pl_module)
+        if self._training is not None:
+            self._training.forget_outputs()
+
+    def compute_values(self, trainer: Trainer, dataloader_idx: int) -> dict[str, Tensor]:
+        """Compute the estimate on a loader over all processes, and warn of doubtful values."""
+        metric: RiskEstimate = self.metrics[dataloader_idx]
+        self._fix_sizes(trainer)
+        metric.set_size(self.fit_state.num_training, self.fit_state.num_weights)
+        values = metric.compute()
+        for kind, message in metric.messages.items():
+            self.reporter.warn(_ENTRIES[kind], f"on dataloader {dataloader_idx}: {message}")
+        if not bool(values["risk_estimate"].isfinite()):
+            return {}
+        self.fit_state.calibrations[dataloader_idx] = metric.calibration
+        if dataloader_idx == 0:
+            self._remember(trainer, values)
+        values.pop("risk_label_stderr", None)
+        return values
+
+    def values_without_measurement(self, dataloader_idx: int) -> dict[str, Tensor]:
+        """Return the worst possible score if a fit begins without a value, since EarlyStopping ends without one."""
+        if self.fit_state.history:
+            return {}
+        self.reporter.warn(
+            "failed", "has no first value, and logs the worst possible score in its place, so that training goes on."
+        )
+        return {"risk_estimate": torch.tensor(TASKS[self.task].max_score)}
+
+    def _fix_sizes(self, trainer: Trainer) -> None:
+        """Fix n and w in the first validation, so that only the model can move the curve; every process comes here."""
+        state = self.fit_state
+        if state.num_training is not None or self._training is None:
+            return
+        labels = self._kept.labels.values()
+        counts = torch.tensor([sum(map(_num_labelled, labels)), sum(map(len, labels))], dtype=torch.float32)
+        counts = counts.to(trainer.strategy.root_device)
+        num_labelled, num_kept = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
+        batch_size = len(next(iter(labels)))
+        size = self.num_training or count_training_samples(trainer, batch_size) or 1
+        state.num_training = max(1, round(size * num_labelled / num_kept))
+        module = trainer.lightning_module
+        state.num_weights = sum(weight.numel() for weight in module.parameters() if weight.requires_grad)
+
+    def _remember(self, trainer: Trainer, values: Mapping[str, Tensor]) -> None:
+        """Remember what the closing line needs."""
+        found = {name.removeprefix("risk_"): float(value) for name, value in values.items()}
+        deviation = 0.0
+        if "label_score" in found:
+            weight, terms = found.get("reference_weight", 0.0), [found[name] for name in RiskTerms._fields[1:]]
+            alone = (sum(terms) + weight * found.get("reference", 0.0)) / (1 + weight)
+            deviation = (found["label_score"] - alone) / found["label_stderr"] if found["label_stderr"] > 0 else 0.0
+        self.fit_state.history.append(Measured(trainer.current_epoch, found["estimate"], deviation))
+
+    def _warn_of_new(self, module: LightningModule, initial: Mapping[str, Tensor]) -> None:
+        new = unknown_parameters(module, initial)
+        if new:
+            message = f"has no initial weights for {', '.join(new[:3])}: they count as entirely learned."
+            self.reporter.warn("initial-weights", message)
+
+    def _free(self) -> None:
+        """Free the kept samples, too."""
+        super()._free()
+        self._module = None
+        self._training = None
+        self._kept = Companions()
+        self._companions = {}
+
+
+def _num_labelled(labels: Tensor) -> int:
+    """Count the samples of a batch that have a label."""
+    return int((~has_ignored_value(labels)[:, None].flatten(1).all(1)).sum())

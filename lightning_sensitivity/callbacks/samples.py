@@ -1,154 +1,296 @@
-"""The training samples of a fit: keep the first ones to score the model on, and count how many there are."""
+"""The samples that a monitor measures in every validation: kept once, on the CPU, and joined into a few large calls."""
+
+from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import Trainer
-from torch import Tensor
-from torch.utils.data import SequentialSampler
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
-from lightning_sensitivity.compat import training_loaders
-from lightning_sensitivity.functional.tasks import TASKS, Task, check_classes, has_ignored_value, infer_task
-from lightning_sensitivity.functional.tensors import num_outputs
+from lightning_sensitivity import compat
+from lightning_sensitivity.model import ModelCall
+from lightning_sensitivity.model.call import join_calls, tensors_in
+from lightning_sensitivity.model.isolation import RunIsolated
 
-
-class KeptBatch(NamedTuple):
-    """Hold a training batch in CPU memory."""
-
-    batch: Any
-    targets: Tensor
+MAX_BYTES = 2**29  # of the validation samples that a process keeps, and as much again for its training samples
+MAX_ELEMENTS = 2**20  # in the largest tensor of a joint pass, so that it fits into a cache
+_MAX_SHARED = 2**22  # elements of clean outputs that are shared by monitors
 
 
-class TrainingSamples:
-    """Keep the first training batches of a fit in CPU memory, and count the samples of an epoch.
-
-    The kept batches are the same in every epoch, so that a curve over epochs changes only when the model does. They are
-    scored in eval mode, since outputs from the training steps come from earlier weights, with dropout.
-
-    Args:
-        task: ``"auto"`` or a name of :data:`~lightning_sensitivity.functional.tasks.TASKS`.
-        num_wanted: How many to keep in this process. Batches are kept whole.
-        num_before: How many samples this process had counted before the fit was resumed.
+@dataclass
+class Group:
+    """Hold batches that are measured in one joint call.
 
     Attributes:
-        task: The task, once a batch has been kept.
-        batches: The kept batches, and their labels.
-        num_missing: How many more samples to keep; 0 or less once there are enough.
-        num_outputs: K, the number of outputs.
+        call: The joint call of the model, on the CPU.
+        batch_indices: The index of each batch in its loader.
+        sizes: The number of samples of each batch.
     """
 
-    def __init__(self, task: str, num_wanted: int, num_before: int) -> None:
-        self.task: Task | None = TASKS.get(task)
-        self.batches: list[KeptBatch] = []
-        self.num_missing = num_wanted
-        self.num_outputs: int | None = None
-        self._num_checked = 0  # of the batches
-        self._num_before = num_before
-        self._longest_epoch = 0
-        self._num_in_past_epochs = 0
-        self._num_seen = torch.tensor(0)  # samples, in this epoch and process
-        self._num_batches = 0  # in this epoch
-        self._largest_batch = 0
+    call: ModelCall
+    batch_indices: list[int]
+    sizes: list[int]
 
-    def keep(self, outputs: Tensor, batch: Any, targets: Tensor) -> None:
-        """Keep a batch. The first one determines the task.
+    @property
+    def size(self) -> int:
+        """Number of samples."""
+        return sum(self.sizes)
+
+    def rows(self) -> dict[int, slice]:
+        """Return which rows of the joint call belong to each batch, by the index of the batch."""
+        stops = torch.tensor(self.sizes).cumsum(0).tolist()
+        slices = [slice(stop - size, stop) for size, stop in zip(self.sizes, stops, strict=True)]
+        return dict(zip(self.batch_indices, slices, strict=True))
+
+    def batch(self, batch_idx: int) -> Group:
+        """Return one of the batches as a group of its own."""
+        if len(self.sizes) == 1:
+            return self
+        rows = self.rows()[batch_idx]
+        return Group(self.call.select(rows), [batch_idx], [rows.stop - rows.start])
+
+
+class Check(NamedTuple):
+    """Name a batch that is run by itself, too.
+
+    Attributes:
+        place: The place of its group in :attr:`KeptSamples.groups`.
+        batch_idx: Its index in the loader.
+    """
+
+    place: int
+    batch_idx: int
+
+
+class JointPassError(Exception):
+    """A batch gives other outputs by itself than together with others."""
+
+
+class KeptSamples:
+    """Keep whole batches of a loader: evenly spaced ones, since data may be sorted, or the first ones of a stream.
+
+    Args:
+        dataloader_idx: The index of the loader.
+        num_batches: Number of batches of the loader; inf if it is unknown, or to keep the first ones.
+        num_wanted: How many samples to keep in this process; inf for all.
+        max_bytes: How many bytes the samples may take.
+
+    Attributes:
+        groups: The batches: one group each until :meth:`complete` joins them.
+        is_complete: Whether no more batches are kept.
+        is_cut: Whether samples were left out for lack of memory.
+        can_regroup: Whether samples may be measured in other groups than the batches that they came in.
+    """
+
+    def __init__(self, dataloader_idx: int, num_batches: float, num_wanted: float, max_bytes: float) -> None:
+        self.dataloader_idx = dataloader_idx
+        self.groups: list[Group] = []
+        self.is_complete = False
+        self.is_cut = False
+        self.can_regroup = True
+        self._num_batches = num_batches
+        self._num_wanted = num_wanted
+        self._max_bytes = max_bytes
+        self._chosen: set[int] | None = None  # indices of batches; None for every batch, until there are enough
+        self._num_bytes = 0
+        self._num_checked = 0  # batches that were run by themselves
+        self._clean: dict[int, Tensor] = {}  # outputs of this validation, by the place of the group
+
+    @property
+    def size(self) -> int:
+        """Number of samples."""
+        return sum(group.size for group in self.groups)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there are as many samples as wanted."""
+        return self.size >= self._num_wanted
+
+    @property
+    def batch_indices(self) -> list[int]:
+        """The indices of the kept batches."""
+        return [index for group in self.groups for index in group.batch_indices]
+
+    # The first validation: collect
+
+    def wants(self, batch_idx: int) -> bool:
+        """Return whether to keep a batch."""
+        if self.is_complete or batch_idx in self.batch_indices:
+            return False
+        is_chosen = self._chosen is None or batch_idx in self._chosen
+        return is_chosen and (not self.groups or not self.is_full)
+
+    def stop(self) -> None:
+        """Want no more batches, since they would repeat samples."""
+        self._num_wanted = 0
+
+    def add(self, call: ModelCall, batch_idx: int) -> None:
+        """Keep a batch, unless it takes too much memory; the size of the first one decides which others are kept."""
+        size = max(1, call.size)
+        if not self.groups:
+            self._choose(size, call.num_bytes)
+        elif self._num_bytes + call.num_bytes > self._max_bytes:
+            self.is_cut = True
+            return
+        self._num_bytes += call.num_bytes
+        self.groups.append(Group(call.to(torch.device("cpu")), [batch_idx], [size]))
+
+    def _choose(self, size: int, num_bytes: int) -> None:
+        """Choose batches by the size of the first one."""
+        num_chosen = self._num_batches
+        if math.isfinite(self._num_wanted):
+            num_chosen = min(num_chosen, math.ceil(self._num_wanted / size))
+        num_possible = max(1, self._max_bytes // max(1, num_bytes))
+        if math.isfinite(num_chosen) and num_chosen > num_possible:
+            self.is_cut = True
+            num_chosen = num_possible
+        if math.isfinite(self._num_batches):
+            count, chosen = int(self._num_batches), int(num_chosen)
+            self._chosen = {-(-index * count // chosen) for index in range(chosen)}
+
+    def complete(self, model: nn.Module, run: RunIsolated, device: torch.device) -> None:
+        """Keep no more batches, and join those that are kept.
 
         Args:
-            outputs: Outputs of the model for the batch.
-            batch: The batch. It is not copied if it is already on the CPU.
-            targets: The labels of the batch.
-
-        Raises:
-            ValueError: If outputs are dense, if labels and outputs fit no task, or if they do not fit the task of
-                earlier batches.
+            model: The module.
+            run: Runs the module and leaves no trace.
+            device: The device of the module.
         """
-        if outputs.ndim > 2 and math.prod(outputs.shape[2:]) > 1:
-            raise ValueError(f"Outputs are dense, {tuple(outputs.shape)}: there is no estimate for pixels and tokens")
-        task = self.task or infer_task(outputs, targets)
-        task.check(outputs, targets)
-        self.task = task
-        on_cpu = move_data_to_device(batch, torch.device("cpu"))
-        self.batches.append(KeptBatch(on_cpu, targets.to("cpu", copy=True)))
-        self.num_missing -= len(outputs)
-        self.num_outputs = num_outputs(outputs)
+        if self.is_complete or not self.groups:
+            return
+        self.is_complete = True
+        first = self.groups[0]
+        num_elements = run(_largest_tensor, model, first.call.to(device)) / first.size
+        joined: list[list[Group]] = []
+        for group in self.groups:
+            if joined and _can_join(joined[-1], group, MAX_ELEMENTS / num_elements):
+                joined[-1].append(group)
+            else:
+                joined.append([group])
+        self.groups = [_join(groups) for groups in joined]
 
-    def check_classes(self) -> None:
-        """Raise ValueError if kept labels use only the first few of many outputs; check only after new batches."""
-        if len(self.batches) > self._num_checked and self.task is not None and self.task.name == "multiclass":
-            labels = torch.cat([kept.targets.flatten() for kept in self.batches])
-            check_classes(self.num_outputs or 1, labels)
-            self._num_checked = len(self.batches)
+    # Every validation: run
 
-    def count(self, targets: Tensor) -> None:
-        """Count the labelled samples of a batch, in integers and without waiting for the device."""
-        has_label = ~has_ignored_value(targets)[:, None].flatten(1).all(1)
-        self._num_seen = self._num_seen.to(has_label.device) + has_label.sum()
-        self._largest_batch = max(self._largest_batch, len(targets))
-        self._num_batches += 1
+    def clean_outputs(self, run: RunIsolated, place: int, call: ModelCall) -> Tensor:
+        """Return the outputs of a group; in a validation, the first monitor that asks runs the pass.
 
-    def start_epoch(self, trainer: Trainer) -> None:
-        """Restart the count at 0, and stop keeping samples, since a new epoch repeats them."""
-        num_seen = int(self._num_seen)
-        self._num_in_past_epochs += num_seen
-        num_batches = trainer.num_training_batches
-        is_whole = math.isinf(num_batches) or self._num_batches >= num_batches
-        if is_whole:  # otherwise the fit was resumed within that epoch, and saw only the rest of it
-            self._longest_epoch = max(self._longest_epoch, num_seen)
-            self.num_missing = 0
-        self._num_seen = torch.zeros_like(self._num_seen)
-        self._num_batches = 0
+        Args:
+            run: Runs the module and leaves no trace.
+            place: The place of the group in :attr:`groups`.
+            call: The call of the group, on the module's device.
+        """
+        if place not in self._clean:
+            outputs = run(call)
+            if sum(each.numel() for each in self._clean.values()) + outputs.numel() > _MAX_SHARED:
+                return outputs
+            self._clean[place] = outputs
+        return self._clean[place]
 
-    def num_training(self, trainer: Trainer) -> int:
-        """Compute n, the number of different training samples over all processes, which must all call it."""
-        num_seen = max(self._num_before, self._num_in_this_process(trainer))
-        strategy = trainer.strategy
-        total = strategy.reduce(torch.tensor(num_seen, device=strategy.root_device), reduce_op="sum")
-        return int(min(int(total), self._size_of_dataset(trainer)))
+    def next_check(self) -> Check | None:
+        """Choose the batch that is also run by itself in this validation; None if no batches are joined."""
+        batches = [
+            Check(place, batch_idx)
+            for place, group in enumerate(self.groups)
+            for batch_idx in group.batch_indices
+            if len(group.sizes) > 1
+        ]
+        self._num_checked += 1
+        return batches[self._num_checked % len(batches)] if batches else None
 
-    def _num_in_this_process(self, trainer: Trainer) -> int:
-        num_seen = int(self._num_seen)
-        if _sees_other_samples_in_each_epoch(trainer):
-            return self._num_in_past_epochs + num_seen
-        if self._longest_epoch == 0:
-            num_seen = self._extrapolated(num_seen, trainer.num_training_batches)
-        return max(self._longest_epoch, num_seen)
+    def separate(self) -> None:
+        """Measure each batch by itself from now on."""
+        self.can_regroup = False
+        self.groups = [group.batch(index) for group in self.groups for index in group.batch_indices]
+        self.forget_outputs()
 
-    def _extrapolated(self, num_seen: int, num_batches: int | float) -> int:
-        """Extrapolate the count to the whole first epoch, if the length of the epoch is known."""
-        is_in_the_middle = 0 < self._num_batches < num_batches < math.inf
-        return int(num_seen * num_batches / self._num_batches) if is_in_the_middle else num_seen
-
-    def _size_of_dataset(self, trainer: Trainer) -> float:
-        """Return the number of samples in the data set, which a sampler may repeat; inf if it is unknown."""
-        loader, *others = training_loaders(trainer)[0]
-        size = sized_len(getattr(loader, "dataset", None))
-        if others or size is None:
-            return math.inf
-        batch_size = getattr(loader, "batch_size", None)
-        batch_sampler = getattr(loader, "batch_sampler", None)
-        if batch_size is None and batch_sampler is not None:  # one of the user's own
-            batch_size = getattr(batch_sampler, "batch_size", self._largest_batch)
-        is_one_sample_an_item = self._largest_batch <= (batch_size or 0)  # else an item may be a whole batch
-        return size if is_one_sample_an_item else math.inf
+    def forget_outputs(self) -> None:
+        """Free the clean outputs of this validation."""
+        self._clean = {}
 
 
-def check_loaders(trainer: Trainer) -> None:
-    """Refuse training loaders that repeat samples within an epoch."""
-    loaders, mode = training_loaders(trainer)
-    lengths = {sized_len(loader) for loader in loaders}
-    if len(lengths) > 1 and mode == "max_size_cycle":
-        raise ValueError(
-            "Training loaders of different lengths repeat samples, so their number is unknown. Combine them with "
-            "`CombinedLoader(loaders, 'max_size')` or `'min_size'`, or give the labelled loader the largest length"
-        )
+def keep_validation_samples(trainer: Trainer, num_samples: int | None) -> list[KeptSamples]:
+    """Prepare to keep samples of each validation loader.
+
+    Args:
+        trainer: The Trainer, at the start of a validation.
+        num_samples: How many samples of each loader, over all processes; None for all.
+    """
+    counts = compat.num_batches(trainer)
+    num_wanted = math.inf if num_samples is None else num_samples / trainer.world_size
+    max_bytes = MAX_BYTES / max(1, len(counts))
+    return [KeptSamples(index, count, num_wanted, max_bytes) for index, count in enumerate(counts)]
 
 
-def _sees_other_samples_in_each_epoch(trainer: Trainer) -> bool:
-    """Return whether epochs are cut short (`limit_train_batches`), each with other samples than the last."""
-    loader, *others = training_loaders(trainer)[0]
-    length = sized_len(loader)
-    is_shuffled = not isinstance(getattr(loader, "sampler", None), SequentialSampler | None)
-    return not others and length is not None and trainer.num_training_batches < length and is_shuffled
+def check_agreement(joint: Tensor, alone: Tensor, dtype: torch.dtype) -> None:
+    """Raise JointPassError if a batch gives something else by itself than in a joint pass, rounding aside.
+
+    Args:
+        joint: What the joint pass gave for the samples of the batch, ``(N, ...)``.
+        alone: What a pass on the batch gave.
+        dtype: The type of the outputs, which determines how much rounding there is.
+    """
+    tolerance = {torch.float64: 1e-6, torch.float32: 1e-2}.get(dtype, 0.5)
+    has_same_shape = joint.shape == alone.shape
+    if has_same_shape:
+        difference = (joint - alone).abs().nan_to_num(0, 0, 0).amax(0)
+        scale = alone.abs().nan_to_num(0, 0, 0).amax(0)
+        if bool((difference <= tolerance * scale).all()):
+            return
+    raise JointPassError("Samples influence each other in a joint pass")
+
+
+def count_training_samples(trainer: Trainer, batch_size: int) -> int | None:
+    """Count the different samples that a fit trains on, over all processes; None if that is unknown.
+
+    Args:
+        trainer: The Trainer in a fit.
+        batch_size: The number of samples of the first batch.
+    """
+    loader, *others = compat.training_loaders(trainer)[0]
+    dataset = getattr(loader, "dataset", None)
+    size = sized_len(dataset)
+    if others or size is None or isinstance(dataset, IterableDataset):
+        return None
+    if getattr(loader, "batch_sampler", None) is None:  # each item is a batch
+        return size * batch_size
+    num_drawn = sized_len(getattr(loader, "sampler", None))
+    return size if num_drawn is None else min(size, num_drawn * trainer.world_size)
+
+
+def _can_join(groups: list[Group], new: Group, max_samples: float) -> bool:
+    """Return whether a group can be joined to others."""
+    layout = new.call.layout()
+    size = sum(group.size for group in groups) + new.size
+    return layout is not None and layout == groups[-1].call.layout() and size <= max_samples
+
+
+def _join(groups: list[Group]) -> Group:
+    indices = [index for group in groups for index in group.batch_indices]
+    sizes = [size for group in groups for size in group.sizes]
+    return Group(join_calls([group.call for group in groups]), indices, sizes)
+
+
+def _largest_tensor(model: nn.Module, call: ModelCall) -> int:
+    """Run the model, and count the elements of the largest tensor that it gets or that one of its layers returns."""
+    largest = _num_elements([call.args, call.kwargs])
+
+    def note(module: nn.Module, args: object, result: object) -> None:
+        nonlocal largest
+        largest = max(largest, _num_elements(result))
+
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if not list(module.children()):
+                hooks.enter_context(module.register_forward_hook(note))
+        outputs = call()
+    return max(1, largest, outputs.numel())
+
+
+def _num_elements(value: object) -> int:
+    return max((tensor.numel() for tensor in tensors_in(value) if not tensor.is_nested), default=0)

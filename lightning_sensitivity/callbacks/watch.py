@@ -1,150 +1,194 @@
-"""Watch the user's step: does it call the model as we do, and train on the outputs that we measure?"""
+"""Watch the first training step: does it call the model on our inputs, and train the logits that we measure?"""
+
+from __future__ import annotations
 
 import inspect
-import math
-from contextlib import suppress
+from collections.abc import Iterable
+from contextlib import ExitStack
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from torch.utils.hooks import RemovableHandle
+from torch.nn import functional
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
 
 from lightning_sensitivity.arguments import Selector
-from lightning_sensitivity.compat import is_compiled
-from lightning_sensitivity.functional.tasks import IGNORED
+from lightning_sensitivity.compat import collect_rng_states, is_compiled
 from lightning_sensitivity.model import ModelCall, select_outputs
-from lightning_sensitivity.model.forward import clone_tensors, parameters_of, tensors_in
-from lightning_sensitivity.model.isolation import is_isolated
+from lightning_sensitivity.model.call import parameters_of, tensors_in
 
-_LOSS_TOLERANCE = 0.05  # relative, beyond the range of the losses of single samples
+_LOSSES = (
+    functional.binary_cross_entropy_with_logits,
+    functional.cross_entropy,
+    functional.log_softmax,
+    functional.multi_margin_loss,
+    functional.multilabel_soft_margin_loss,
+    torch.log_softmax,
+    Tensor.log_softmax,
+)
 
 
-class CallWatch:
-    """Compare the first call of a module in the user's step with ours.
+class StepWatch:
+    """Record the first call of the module in a training step, and the logits that its losses get.
 
-    Tensors should have the same number of dimensions, and values of similar mean and magnitude. They may differ a
-    little, since a step may augment its inputs.
+    Nothing is attached to the module, so that the step may pickle or trace it.
 
     Args:
         pl_module: The module.
         call: Our call on the batch of the step.
-        outputs: How outputs are selected, to keep those of the call; see :func:`select_outputs`.
+        outputs: How outputs are selected; see :func:`~lightning_sensitivity.model.select_outputs`.
 
     Attributes:
-        can_watch: Whether we can see the calls of the step; not in compiled code.
         was_called: Whether the step has called the module.
-        step_outputs: Detached outputs of the first call in the step, if they could be selected.
     """
 
-    def __init__(self, pl_module: LightningModule, call: ModelCall, outputs: Selector | None = None) -> None:
-        self._pl_module = pl_module
-        self._select = outputs
-        self._differing: list[str] = []
-        self._handles: list[RemovableHandle] = []
-        self._signature = inspect.Signature(parameters_of(pl_module))  # strategies replace `forward` during a step
-        self._ours = self._bind(*clone_tensors((call.args, call.kwargs)))
+    def __init__(self, pl_module: LightningModule, call: ModelCall, outputs: Selector | None) -> None:
         self.was_called = False
-        self.step_outputs: Tensor | None = None
-        # Compiled code would trace the hooks, and be compiled again after they are removed.
-        self.can_watch = bool(self._ours) and not is_compiled(pl_module)
-        if self.can_watch:
-            self._handles.append(pl_module.register_forward_pre_hook(self._compare, with_kwargs=True))
-            self._handles.append(pl_module.register_forward_hook(self._keep_outputs))
+        self._module = pl_module
+        self._select = outputs
+        self._signature = inspect.Signature(parameters_of(pl_module))
+        self._ours = self._tensors_by_name(call.args, call.kwargs)
+        self._theirs: dict[str, list[Tensor]] = {}
+        self._random_states = _random_states(pl_module)
+        self._draws = False  # whether random numbers were drawn before the first call
+        self._is_redirected: list[bool] = []  # for the calls of the module that are running
+        self._outputs: Tensor | None = None
+        self._loss_inputs: list[Tensor] = []
+        self._stack = ExitStack()
 
-    def end(self) -> list[str]:
-        """Stop watching, and name the arguments that differ."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        return self._differing
+    def start(self) -> None:
+        """Start watching."""
+        self._stack.enter_context(register_module_forward_pre_hook(self._before_call))
+        self._stack.enter_context(register_module_forward_hook(self._after_call, with_kwargs=True))
+        self._stack.enter_context(_LossInputs(self._loss_inputs))
 
-    def _compare(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.was_called or is_isolated(self._pl_module):
+    def stop(self) -> None:
+        """Stop watching."""
+        self._stack.close()
+
+    def find_problem(self) -> str | None:
+        """Say how the step differs from what is measured; None if nothing shows that it does."""
+        if not self.was_called:
+            return "the step does not call `forward`, which is measured"
+        for name, ours in self._ours.items():
+            theirs = self._theirs.get(name, ours)
+            if [x.shape for x in theirs] != [x.shape for x in ours]:
+                return f"the step calls the model with other shapes of `{name}`"
+            if not self._draws and not all(map(_are_close, ours, theirs)):
+                return f"the step calls the model with other values of `{name}`, though it draws no random numbers"
+        logits, losses = self._outputs, self._loss_inputs
+        if logits is not None and losses and not any(_are_same_logits(logits, each) for each in losses):
+            return "the step computes its loss from other logits than those that `forward` returns"
+        return None
+
+    def _before_call(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if module is not self._module:
             return
-        self.was_called = True
-        with suppress(Exception):  # this runs in the user's step, on whatever arguments it passes
-            theirs = self._bind(args, kwargs)
-            tolerance = 1.0 if module.training else 0.01  # training steps may augment
-            are_similar = {name: _are_similar(self._ours.get(name), theirs[name], tolerance) for name in theirs}
-            self._differing = [name for name, is_similar in are_similar.items() if not is_similar]
+        # Under DDP, Lightning runs the step itself as `forward`.
+        forward = vars(module).get("forward")
+        self._is_redirected.append("_ForwardRedirection" in getattr(forward, "__qualname__", ""))
+        if not self._is_redirected[-1] and not self.was_called:
+            self.was_called = True
+            self._draws = _random_states(module) != self._random_states
+            self._theirs = self._tensors_by_name(args, {})  # `forward` may write to them
 
-    def _keep_outputs(self, module: nn.Module, args: object, result: object) -> None:
-        if self.step_outputs is not None or is_isolated(self._pl_module):
+    def _after_call(self, module: nn.Module, args: Any, kwargs: dict[str, Any], result: Any) -> None:
+        if module is not self._module or self._is_redirected.pop() or self._outputs is not None:
             return
-        with suppress(Exception):
-            self.step_outputs = select_outputs(result, self._select).detach()
-
-    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Return the arguments by their names in ``forward``, with defaults; nothing if they do not fit it."""
+        self._theirs = self._tensors_by_name(args, kwargs) | self._theirs
         try:
-            bound = self._signature.bind(*args, **kwargs)
-        except (TypeError, ValueError):
-            return {}
-        bound.apply_defaults()
-        return dict(bound.arguments)
+            self._outputs = select_outputs(result, self._select).detach()
+        except Exception:  # it returns something else in training
+            self._outputs = None
+
+    def _tensors_by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, list[Tensor]]:
+        """Copy the tensors in arguments, by the names in the signature of ``forward``."""
+        arguments = self._signature.bind_partial(*args, **kwargs).arguments
+        found = {name: [x.detach().clone() for x in tensors_in(value)] for name, value in arguments.items()}
+        return {name: tensors for name, tensors in found.items() if tensors}
 
 
-def loss_mismatch(outputs: Tensor, targets: Tensor, loss: Tensor, num_accumulated: int = 1) -> str | None:
-    """Explain why a loss cannot be a cross-entropy of some outputs, weighted or not; None if it could be.
+class _LossInputs(TorchFunctionMode):
+    """Record the logits that losses get."""
 
-    With class weights and label smoothing, a loss stays within the range of the losses of the samples; a plain sum is
-    recognized by the number of samples. If outputs are embeddings, or cosines that the loss scales, the loss is often
-    outside this range.
+    def __init__(self, found: list[Tensor]) -> None:
+        super().__init__()
+        self._found = found
 
-    Args:
-        outputs: Outputs of the training step, ``(N, K)``.
-        targets: Class indices, ``(N,)``; those of -100 are ignored.
-        loss: The loss of the step.
-        num_accumulated: The number by which Lightning may have divided the loss.
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        logits = args[0] if args else kwargs.get("input")
+        if function in _LOSSES and isinstance(logits, Tensor):
+            self._found.append(logits.detach())
+        return function(*args, **kwargs)
+
+
+class FirstStep:
+    """Watch training steps until one has shown whether it computes what is measured.
+
+    Attributes:
+        is_waiting: Whether the next step is watched.
     """
-    is_multiclass = outputs.ndim == 2 and outputs.shape[1] > 1 and targets.ndim == 1 and not targets.is_floating_point()
-    if not is_multiclass or len(outputs) != len(targets) or loss.numel() != 1:
-        return None
-    targets = targets.to(outputs.device).long()
-    losses = cross_entropy(outputs.float(), targets, reduction="none")[targets != IGNORED]
-    value = float(loss)
-    if not len(losses) or not math.isfinite(value):
-        return None
-    if _is_mean_or_sum(value, losses) or _is_mean_or_sum(value * num_accumulated, losses):
-        return None
-    return (
-        f"The loss of the first training step, {value:.3g}, cannot be the cross-entropy of the measured outputs, which "
-        f"is {float(losses.mean()):.3g}. If the step scales them or adds a head, select its logits with `outputs=`; "
-        "if it adds other losses, ignore this."
-    )
+
+    def __init__(self) -> None:
+        self.is_waiting = False
+        self._watch: StepWatch | None = None
+
+    def start(self, pl_module: LightningModule, batch: Any, inputs: Selector | None, outputs: Selector | None) -> None:
+        """Start watching a step, if our call can be made on its batch; see the arguments of :class:`ModelCall`."""
+        if not self.is_waiting or not can_watch(pl_module):
+            return
+        try:
+            self._watch = StepWatch(pl_module, ModelCall(pl_module, batch, inputs, outputs), outputs)
+        except Exception:  # training batches may be of another kind than validation batches
+            self.is_waiting = False
+            return
+        self._watch.start()
+
+    def stop(self, pl_module: LightningModule, step_output: Any) -> str | None:
+        """Stop watching, and say how the step differs from what is measured."""
+        watch = self._watch
+        self.cancel()
+        if watch is None:
+            return None
+        if not watch.was_called and not step_output and pl_module.automatic_optimization:
+            return None  # a step that returns None is skipped: watch the next one
+        self.is_waiting = False
+        return watch.find_problem()
+
+    def cancel(self) -> None:
+        """Stop watching, at any time."""
+        if self._watch is not None:
+            self._watch.stop()
+        self._watch = None
 
 
-def _is_mean_or_sum(value: float, losses: Tensor) -> bool:
-    """Return whether a value could be a weighted mean of the losses of samples, or their plain sum."""
-    plain = float(losses.mean())
-    is_mean = value <= float(losses.max()) * (1 + _LOSS_TOLERANCE) + _LOSS_TOLERANCE
-    is_sum = abs(value / len(losses) - plain) <= _LOSS_TOLERANCE * plain
-    return is_mean or is_sum
+def can_watch(pl_module: nn.Module) -> bool:
+    """Return whether the step can be watched: not if a part is compiled, since it would be compiled again."""
+    return not any(is_compiled(module) for module in pl_module.modules())
 
 
-def _are_similar(ours: object, theirs: object, tolerance: float) -> bool:
-    our_tensors, their_tensors = tensors_in(ours), tensors_in(theirs)
-    if not our_tensors and not their_tensors:
-        return _are_same_plain_values(ours, theirs)
-    if [x.ndim for x in our_tensors] != [x.ndim for x in their_tensors]:
+def _random_states(module: nn.Module) -> object:
+    has_cuda = any(parameter.is_cuda for parameter in module.parameters())
+    return _as_plain(collect_rng_states(include_cuda=has_cuda).values())
+
+
+def _as_plain(value: Any) -> object:
+    """Turn arrays and tensors in random states into lists, which can be compared."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    is_container = isinstance(value, Iterable) and not isinstance(value, str)
+    return [_as_plain(item) for item in value] if is_container else value
+
+
+def _are_close(x: Tensor, y: Tensor) -> bool:
+    return x.is_nested or torch.allclose(x.double(), y.double(), rtol=1e-2, atol=1e-2 * float(x.double().abs().mean()))
+
+
+def _are_same_logits(outputs: Tensor, logits: Tensor) -> bool:
+    """Compare values in any order of the dimensions, since steps reshape their outputs."""
+    if outputs.numel() != logits.numel():
         return False
-    pairs = zip(our_tensors, their_tensors, strict=True)
-    return all(_have_similar_statistics(x.detach().float(), y.detach().float(), tolerance) for x, y in pairs)
-
-
-def _are_same_plain_values(ours: object, theirs: object) -> bool:
-    """Compare numbers, strings and None; other objects count as the same."""
-    plain = (str, int, float, type(None))
-    if not isinstance(ours, plain) and not isinstance(theirs, plain):
-        return True
-    return bool(ours == theirs)
-
-
-def _have_similar_statistics(x: Tensor, y: Tensor, tolerance: float) -> bool:
-    """Compare the mean and the mean magnitude of two tensors; tensors with nan count as similar."""
-    sizes = float(x.abs().mean()), float(y.abs().mean())
-    shift = abs(float(x.mean() - y.mean()))
-    is_scaled = max(sizes) > (1 + tolerance) * min(sizes)
-    is_shifted = shift > tolerance / 2 * max(sizes)
-    return not is_scaled and not is_shifted
+    return _are_close(outputs.double().flatten().sort().values, logits.double().flatten().sort().values)

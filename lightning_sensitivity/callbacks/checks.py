@@ -1,0 +1,144 @@
+"""What is refused before the first training step, and what is said after it."""
+
+from __future__ import annotations
+
+import inspect
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
+
+from lightning_sensitivity.arguments import see
+
+_LIGHTNING_MODULES = ("lightning.pytorch.core.module", "pytorch_lightning.core.module")
+_SHARDED = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")
+
+
+class Reporter:
+    """Turn a failure into an error before the first training step, and into a warning after it.
+
+    Args:
+        monitor: Name of the monitor's class.
+        prefix: Prefix of what it logs.
+
+    Attributes:
+        is_strict: Whether a failure is an error.
+    """
+
+    def __init__(self, monitor: str, prefix: str) -> None:
+        self.is_strict = True
+        self._monitor = monitor
+        self._prefix = prefix
+        self._said: dict[str, float] = {}  # how severe each kind was when it was last said
+        self._num_failures: dict[str, int] = {}
+
+    def warn(self, entry: str, message: str, severity: float = 1.0) -> None:
+        """Warn, and again whenever it has become twice as severe.
+
+        Args:
+            entry: The entry of the page on troubleshooting.
+            message: What follows the name of the monitor, as whole sentences.
+            severity: How bad it is, such as a number of samples.
+        """
+        if severity < 2 * self._said.get(entry, 0.0):
+            return
+        self._said[entry] = severity
+        rank_zero_warn(f"`{self._monitor}` ({self._prefix}*) {message}{see(entry)}")
+
+    def has_said(self, entry: str) -> bool:
+        """Return whether there was a warning of this kind."""
+        return entry in self._said
+
+    @contextmanager
+    def report_failure(self, what: str, consequence: str) -> Iterator[None]:
+        """Turn an exception inside into an error or a warning; see :attr:`is_strict`.
+
+        Args:
+            what: What failed, such as "could not measure the samples".
+            consequence: A sentence that says what happens to the values.
+        """
+        try:
+            yield
+        except Warning:  # the user, or a test, has made warnings errors
+            raise
+        except Exception as error:
+            if self.is_strict:
+                raise self._as_error(what, error) from error
+            if is_oom_error(error):
+                traceback.clear_frames(error.__traceback__)  # they hold the tensors of the pass
+                garbage_collection_cuda()
+            self._num_failures[what] = self._num_failures.get(what, 0) + 1
+            entry = "out-of-memory" if is_oom_error(error) else "failed"
+            message = f"{what}: {describe_error(error)} {consequence}"
+            self.warn(entry, message, severity=self._num_failures[what])
+
+    def _as_error(self, what: str, error: Exception) -> Exception:
+        if is_oom_error(error):
+            return error  # Lightning's batch-size finder needs it
+        reason = describe_error(error)
+        if isinstance(error, MisconfigurationException):
+            is_ours = reason.startswith(f"`{self._monitor}`")
+            return error if is_ours else MisconfigurationException(f"`{self._monitor}` {what}: {reason}")
+        return MisconfigurationException(
+            f"`{self._monitor}` {what}: {reason} If `forward` takes other arguments, set `inputs=`, such as "
+            f"`inputs=lambda batch: batch['image']`.{see('arguments')}"
+        )
+
+
+def describe_error(error: Exception) -> str:
+    """Describe an exception in a sentence."""
+    if isinstance(error, MisconfigurationException):
+        return str(error)
+    reason = str(error).strip().rstrip(".")
+    if isinstance(error, ValueError) and reason:
+        return f"{reason}."
+    if isinstance(error, NotImplementedError) and not reason:
+        reason = "a method that the model needs, such as `forward`, is missing"
+    return f"{type(error).__name__}: {reason}." if reason else f"{type(error).__name__}."
+
+
+def check_run(monitor: str, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    """Check that the module and the Trainer have what a monitor needs.
+
+    Args:
+        monitor: Name of the monitor's class.
+        trainer: The Trainer, after its environment was set up.
+        pl_module: The module of the run.
+        stage: ``"fit"`` or ``"validate"``.
+
+    Raises:
+        MisconfigurationException: If something is missing; the message says what to change.
+    """
+    problem = _problem_of_steps(trainer, pl_module, stage) or _problem_of_strategy(trainer, pl_module)
+    if problem is not None:
+        raise MisconfigurationException(f"`{monitor}` {problem}.{see('unsupported')}")
+
+
+def _problem_of_steps(trainer: Trainer, pl_module: LightningModule, stage: str) -> str | None:
+    """Explain what the module lacks, or how its step hides batches; None if nothing is wrong."""
+    if not _is_overridden("forward", pl_module):
+        return "needs a `forward` that returns the logits, and your module has none"
+    if stage == "fit" and not _is_overridden("validation_step", pl_module):
+        return "needs a `validation_step`: `def validation_step(self, batch, batch_idx): pass` is enough"
+    if stage == "fit" and not trainer.enable_validation:
+        return "needs a validation loop: pass `val_dataloaders`, and leave `limit_val_batches` above 0"
+    if "dataloader_iter" in inspect.signature(pl_module.validation_step).parameters:
+        return "needs to see each batch before the step, but the step takes `dataloader_iter`"
+    return None
+
+
+def _problem_of_strategy(trainer: Trainer, pl_module: LightningModule) -> str | None:
+    """Explain what the strategy makes impossible; None if nothing is wrong."""
+    names = {base.__name__ for base in type(trainer.strategy).__mro__}  # `pytorch_lightning` has its own classes
+    if not names.isdisjoint(_SHARDED):
+        return "does not support sharded weights (FSDP, DeepSpeed, ModelParallelStrategy); use DDP"
+    return None
+
+
+def _is_overridden(name: str, pl_module: LightningModule) -> bool:
+    # Lightning's own check fails if the module comes from the other package (`lightning` or `pytorch_lightning`).
+    return getattr(getattr(pl_module, name), "__module__", "") not in _LIGHTNING_MODULES

@@ -1,0 +1,183 @@
+"""What a RiskMonitor keeps beside samples: labels, features, and the reference that is fitted to them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from lightning_sensitivity.arguments import Selector, check_argument
+from lightning_sensitivity.callbacks.samples import MAX_BYTES, Group, KeptSamples
+from lightning_sensitivity.functional.features import bags_of_words, principal_components
+from lightning_sensitivity.functional.reference import Reference, fit_reference
+from lightning_sensitivity.functional.tasks import Task
+from lightning_sensitivity.model import ModelCall, select_targets
+from lightning_sensitivity.model.call import TARGET_NAMES, clone_tensors, tensors_in
+
+_MASK = "attention_mask"  # the name in transformers, which says where tokens are, not padding
+
+
+@dataclass
+class Features:
+    """Hold what the reference sees of a batch.
+
+    Attributes:
+        values: Floating features ``(N, ...)``, or integer token ids ``(N, L)``.
+        mask: Where ``values`` are tokens, not padding.
+    """
+
+    values: Tensor
+    mask: Tensor | None = None
+
+
+@dataclass
+class Companions:
+    """Hold what is kept beside the samples of a loader, by the index of the batch.
+
+    Attributes:
+        labels: Labels of the batches that have some.
+        features: What the reference sees.
+        labelled: More batches with labels, which are only scored.
+        reference: The reference, once it is fitted; None if there is none.
+        num_fitted: To how many training samples it is fitted; 0 before.
+        num_outputs: K, beside training samples.
+    """
+
+    labels: dict[int, Tensor] = field(default_factory=dict)
+    features: dict[int, Features] = field(default_factory=dict)
+    labelled: KeptSamples | None = None
+    reference: Reference | None = None
+    num_fitted: int = 0
+    num_outputs: int = 0
+
+    @property
+    def num_labels(self) -> int:
+        """Number of labels, with those of -100."""
+        return sum(map(len, self.labels.values()))
+
+    def labels_of(self, group: Group) -> Tensor:
+        """Return the labels of a group whose batches all have some."""
+        return torch.cat([self.labels[index] for index in group.batch_indices])
+
+    def add_labelled(self, call: ModelCall, batch_idx: int) -> bool:
+        """Keep a batch only for its labels, and return whether there is room for it."""
+        if self.labelled is None:
+            self.labelled = KeptSamples(0, math.inf, math.inf, MAX_BYTES)
+        self.labelled.add(call, batch_idx)
+        return batch_idx in self.labelled.batch_indices
+
+
+class BatchReader:
+    """Read labels and features from copies of batches, since the user's functions may write to them.
+
+    Args:
+        targets: The user's function ``batch -> labels``, or None.
+        features: The user's function ``batch -> (N, D)``, or None.
+    """
+
+    def __init__(self, targets: Selector | None, features: Selector | None) -> None:
+        self._targets = targets
+        self._features = features
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether the user says where labels are."""
+        return self._targets is not None
+
+    def labels(self, module: nn.Module, batch: Any) -> Tensor:
+        """Select the labels, on the CPU."""
+        return select_targets(module, clone_tensors(batch), self._targets).detach().cpu()
+
+    def features(self, batch: Any, call: ModelCall) -> Features | None:
+        """Select what the reference sees; None if there is nothing.
+
+        Args:
+            batch: The batch.
+            call: The call of the model on it.
+        """
+        if self._features is None:
+            return input_features(call)
+        values = self._features(clone_tensors(batch))
+        is_valid = isinstance(values, Tensor) and values.ndim > 1 and len(values) == call.size
+        check_argument("features", values, is_valid, f"a function that returns a tensor ({call.size}, D)")
+        return Features(values.detach().cpu().float().flatten(1))
+
+
+def input_features(call: ModelCall) -> Features | None:
+    """Find what a reference can see in the inputs of a model: dense floating tensors, or token ids.
+
+    Args:
+        call: A call of the model on a batch.
+
+    Returns:
+        The features; None if the inputs are something else.
+    """
+    size = call.size
+    named = [value for name, value in call.kwargs.items() if name not in (*TARGET_NAMES, _MASK)]
+    tensors = [x for x in tensors_in([call.args, named]) if not x.is_nested and x.ndim and len(x) == size]
+    dense = [x.detach().cpu().float().reshape(size, -1) for x in tensors if x.is_floating_point()]
+    if dense:
+        return Features(torch.cat(dense, 1))
+    tokens = [x for x in tensors if x.ndim == 2 and not x.is_complex() and x.dtype != torch.bool]
+    if not tokens:
+        return None
+    mask = call.kwargs.get(_MASK)
+    if not isinstance(mask, Tensor) or mask.shape != tokens[0].shape:
+        return Features(tokens[0].detach().cpu())
+    return Features(tokens[0].detach().cpu(), mask.detach().cpu())
+
+
+def fit_to_kept(
+    training: KeptSamples, kept: Companions, holdout: KeptSamples, companions: Companions, task: Task
+) -> Reference | None:
+    """Fit the reference to the labels of the kept training samples, and predict those of the validation samples.
+
+    Args:
+        training: The training samples.
+        kept: What is kept beside them.
+        holdout: The validation samples of a loader.
+        companions: What is kept beside them.
+        task: The kind of classification.
+
+    Returns:
+        The reference; None if a batch has no features.
+    """
+    indices, new_indices = training.batch_indices, holdout.batch_indices
+    if not all(index in kept.features for index in indices) or not indices:
+        return None
+    if not all(index in companions.features for index in new_indices) or not new_indices:
+        return None
+    labels = torch.cat([kept.labels[index] for index in indices])
+    y, counts = task.target_probabilities(torch.zeros(len(labels), kept.num_outputs, dtype=torch.float64), labels)
+    has_label = counts > 0
+    if not bool(has_label.any()):
+        return None
+    features, new_features = _reduce(
+        [kept.features[index] for index in indices], [companions.features[index] for index in new_indices]
+    )
+    return fit_reference(features[has_label], y[has_label], new_features, task.name)
+
+
+def _reduce(features: list[Features], new_features: list[Features]) -> tuple[Tensor, Tensor]:
+    """Turn features of training and new samples into a few columns."""
+    if features[0].values.is_floating_point():
+        values, new_values = (torch.cat([each.values for each in part]) for part in (features, new_features))
+        return principal_components(values, new_values)
+    length = max(each.values.shape[1] for each in [*features, *new_features])
+    (ids, mask), (new_ids, new_mask) = _join_tokens(features, length), _join_tokens(new_features, length)
+    return principal_components(*bags_of_words(ids, new_ids, mask, new_mask))
+
+
+def _join_tokens(features: list[Features], length: int) -> tuple[Tensor, Tensor]:
+    """Join token ids of batches of different lengths, with a mask of what is not padding."""
+    ids, masks = [], []
+    for each in features:
+        mask = torch.ones_like(each.values) if each.mask is None else each.mask
+        padding = (0, length - each.values.shape[1])
+        ids.append(pad(each.values, padding))
+        masks.append(pad(mask, padding))
+    return torch.cat(ids), torch.cat(masks)

@@ -1,0 +1,108 @@
+"""What a RiskMonitor must remember in a fit, also when the fit is resumed from a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+from lightning_sensitivity.arguments import see
+from lightning_sensitivity.callbacks.closing import Measured
+from lightning_sensitivity.functional.reference import Calibration
+from lightning_sensitivity.model.twins import copy_weights
+
+
+@dataclass
+class FitState:
+    """Hold what is fixed at the start of a fit, and what its validations have shown.
+
+    Attributes:
+        initial: The parameters before training, on the CPU; None if they are not known yet. From a checkpoint: only
+            those that training had changed.
+        is_resumed: Whether the state comes from a checkpoint, and the fit has not started yet.
+        num_training: n, the number of labelled training samples; None before the first validation.
+        num_weights: w, the number of weights that are trained; None before the first validation.
+        calibrations: Calibration of the reference, by loader.
+        history: What each validation has shown on the first loader.
+    """
+
+    initial: dict[str, Tensor] | None = None
+    is_resumed: bool = False
+    num_training: int | None = None
+    num_weights: int | None = None
+    calibrations: dict[int, Calibration] = field(default_factory=dict)
+    history: list[Measured] = field(default_factory=list)
+
+    def start(self, module: nn.Module, given: Mapping[str, Tensor] | None, is_new: bool) -> None:
+        """Find the parameters from before training, at the first step of a fit.
+
+        Args:
+            module: The module.
+            given: Those that the user gives.
+            is_new: Whether nothing was trained before this fit.
+
+        Raises:
+            MisconfigurationException: If they are unknown, or the given ones are not those of the module.
+        """
+        current = dict(module.named_parameters())
+        if given is not None:
+            self.initial = copy_weights(given)
+            if self.initial.keys().isdisjoint(current):
+                raise MisconfigurationException(
+                    "`initial_weights` should name parameters of the module, as a `['state_dict']` does, but names "
+                    f"none.{see('initial-weights')}"
+                )
+        elif self.is_resumed and self.initial is not None:
+            self.initial = copy_weights(current) | self.initial
+        elif is_new:
+            self.initial = copy_weights(current)
+        elif self.initial is None:
+            raise MisconfigurationException(
+                "the weights from before training are unknown, since the checkpoint has none: pass `initial_weights=`."
+                f"{see('initial-weights')}"
+            )
+        self.is_resumed = False
+
+    def to_dict(self, module: nn.Module | None) -> dict[str, Any]:
+        """Return plain values for a checkpoint, with those initial parameters that training has changed."""
+        current = dict(module.named_parameters()) if module is not None else {}
+        changed = {
+            name: initial
+            for name, initial in (self.initial or {}).items()
+            if name not in current or not torch.equal(initial, current[name].detach().cpu())
+        }
+        return {
+            "initial_weights": None if self.initial is None else changed,
+            "num_training": self.num_training,
+            "num_weights": self.num_weights,
+            "calibrations": {index: tuple(calibration) for index, calibration in self.calibrations.items()},
+            "history": [tuple(measured) for measured in self.history],
+        }
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> FitState:
+        """Read what :meth:`to_dict` has written.
+
+        Raises:
+            MisconfigurationException: If something else is there.
+        """
+        try:
+            weights = state["initial_weights"]
+            return cls(
+                initial=None if weights is None else copy_weights(weights),
+                is_resumed=True,
+                num_training=None if state["num_training"] is None else int(state["num_training"]),
+                num_weights=None if state["num_weights"] is None else int(state["num_weights"]),
+                calibrations={int(i): Calibration(*map(float, each)) for i, each in state["calibrations"].items()},
+                history=[Measured(int(epoch), float(value), float(z)) for epoch, value, z in state["history"]],
+            )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise MisconfigurationException(
+                "`RiskMonitor` cannot read its state in the checkpoint, which another version may have saved: "
+                f"{type(error).__name__}: {error}. Remove it from `checkpoint['callbacks']`, and pass "
+                f"`initial_weights=`.{see('initial-weights')}"
+            ) from error

@@ -1,0 +1,100 @@
+"""Run simulated twins on the kept samples: each sample goes through few twins, each twin gets many samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_sensitivity.callbacks.samples import Group, check_agreement
+from lightning_sensitivity.functional.risk import TWIN_STRENGTH
+from lightning_sensitivity.model import ModelCall, noise_generator
+from lightning_sensitivity.model.isolation import RunIsolated
+from lightning_sensitivity.model.twins import batch_statistics, has_batch_norm, twin_weights
+
+NUM_TWINS = 8  # with fewer, the variance would depend too much on the noise of each
+_MIN_PART = 32  # samples, so that statistics of batch norm do not hang on a few of them
+
+
+class TwinOutputs(NamedTuple):
+    """Hold outputs for the samples of a group.
+
+    Attributes:
+        twins: Outputs of twins, ``(N, K)`` each; every sample goes through as many twins as there are tensors.
+        compared_with: Outputs of the model to compare them with: those with batch statistics, if it has batch norm.
+    """
+
+    twins: list[Tensor]
+    compared_with: Tensor
+
+
+class TwinRunner:
+    """Run twins of a module in one validation.
+
+    Args:
+        module: The module.
+        initial: Its parameters before training, on its device.
+        run: Runs the module and leaves no trace.
+        num_samples: How many samples of the loader this process measures.
+    """
+
+    def __init__(self, module: nn.Module, initial: Mapping[str, Tensor], run: RunIsolated, num_samples: int) -> None:
+        self._module = module
+        self._initial = initial
+        self._run = run
+        self._num_samples = num_samples
+        self._has_batch_norm = has_batch_norm(module)
+
+    def run(
+        self, group: Group, call: ModelCall, outputs: Tensor, key: tuple[int, int, int], can_split: bool
+    ) -> TwinOutputs:
+        """Run twins on a group.
+
+        Args:
+            group: The group.
+            call: Its call, on the device of the module.
+            outputs: Clean outputs of the group.
+            key: Seed, rank and loader; see :func:`~lightning_sensitivity.model.noise_generator`.
+            can_split: Whether a part of the group may be measured by itself.
+
+        Raises:
+            JointPassError: If a part has other outputs by itself.
+        """
+        parts = self._parts(group, call, len(outputs) if can_split else 0)
+        if len(parts) > 1:
+            check_agreement(outputs[parts[0]], self._run(call.select(parts[0])), outputs.dtype)
+        num_rounds = max(1, math.ceil(NUM_TWINS * group.size / (self._num_samples * len(parts))))
+        twins: list[list[Tensor]] = [[] for _ in range(num_rounds)]
+        compared_with = []
+        for place, part in enumerate(parts):
+            part_call = call if len(parts) == 1 else call.select(part)
+            compared_with.append(self._call(part_call, None) if self._has_batch_norm else outputs[part])
+            for draw, found in enumerate(twins):
+                generator = noise_generator(
+                    *key, group.batch_indices[0], place * num_rounds + draw, device=outputs.device
+                )
+                weights = twin_weights(self._module, self._initial, generator, TWIN_STRENGTH)
+                found.append(self._call(part_call, weights))
+        return TwinOutputs([torch.cat(found) for found in twins], torch.cat(compared_with))
+
+    def _parts(self, group: Group, call: ModelCall, num_outputs: int) -> list[slice]:
+        """Split the samples of a group into equal parts, each of which goes through twins of its own."""
+        size = group.size
+        part_size = max(_MIN_PART, self._num_samples / NUM_TWINS)
+        can_split = num_outputs == size and call.layout() is not None
+        count = max(1, round(size / part_size)) if can_split else 1
+        return [slice(part * size // count, (part + 1) * size // count) for part in range(count)]
+
+    def _call(self, call: ModelCall, weights: Mapping[str, Tensor] | None) -> Tensor:
+        """Call the model, with batch statistics if it has batch norm and there are several samples."""
+        if self._has_batch_norm and call.size != 1:
+            return self._run(_call_with_batch_statistics, self._module, call, weights)
+        return self._run(call, None, weights)
+
+
+def _call_with_batch_statistics(module: nn.Module, call: ModelCall, weights: Mapping[str, Tensor] | None) -> Tensor:
+    with batch_statistics(module):
+        return call(None, weights)
