@@ -39,7 +39,7 @@ def draw_as_built(seed: int, data: Path | None = None) -> Run:
     """Draw the run of a seed."""
     r = np.random.RandomState((seed, 5))  # the order of its calls makes the run
     source = str(r.choice(SOURCES))
-    recipe = _draw_recipe(r, source)
+    recipe = draw_recipe(r, source)
     batch_size = int(r.choice([32, 64, 128]))
     n = int(300 * (20000 / 300) ** (r.rand() ** 2)) if source in PHOTOS else int(150 * (20000 / 150) ** (r.rand() ** 2))
     n = min(n, {"mlp": 20000, "words": 2000}.get(recipe.body, 4000))
@@ -49,10 +49,10 @@ def draw_as_built(seed: int, data: Path | None = None) -> Run:
     if r.rand() < 0.25 and source not in ("digits", "breast cancer"):  # these are too few
         task = _imbalanced(r, task, n + NUM_HOLDOUT + NUM_TEST)
         n = min(n, len(task.x) // 2)
-    chosen, holdout, test = torch.arange(len(task.x)).split(_sizes(n, len(task.x)))[:3]
+    chosen, holdout, test = torch.arange(len(task.x)).split(sizes(n, len(task.x)))[:3]
     labels, noise, chances = _draw_noise(r, task)
     y, y_holdout_noisy, y_test_noisy = (_noisy(r, task, part, chances) for part in (chosen, holdout, test))
-    make_optimizer, optimizer = _draw_optimizer(r, recipe)
+    make_optimizer, optimizer = draw_optimizer(r, recipe)
     schedule = str(r.choice(["", "", "", "cosine", "one-cycle", "plateau", "steps"]))
     is_augmented = bool(task.x.ndim == 4 and recipe.body != "mlp" and r.rand() < 0.3)
     is_normalized = bool(source in PHOTOS and r.rand() < 0.5)
@@ -87,7 +87,7 @@ def draw_as_built(seed: int, data: Path | None = None) -> Run:
         y_test=task.y[test],
         y_test_noisy=y_test_noisy,
         batch_size=batch_size,
-        epochs=_epochs(recipe, n, batch_size),
+        epochs=num_epochs(recipe, n, batch_size),
         is_augmented=is_augmented,
         is_flipped=source in ("fashion", "cifar10", "people"),
         schedule=schedule,
@@ -98,7 +98,7 @@ def draw_as_built(seed: int, data: Path | None = None) -> Run:
     )
 
 
-def _draw_recipe(r: np.random.RandomState, source: str) -> Recipe:
+def draw_recipe(r: np.random.RandomState, source: str) -> Recipe:
     body = "mlp"
     if source == "sentences":
         body = "words"
@@ -162,7 +162,7 @@ def _imbalanced(r: np.random.RandomState, task: Task, number: int) -> Task:
     return Task(task.source, f"{task.what}, imbalanced", x, y, task.num_classes, y_people, task.before)
 
 
-def _sizes(n: int, total: int) -> list[int]:
+def sizes(n: int, total: int) -> list[int]:
     rest = total - n
     num_holdout = min(NUM_HOLDOUT, rest // 3)
     num_test = min(NUM_TEST, rest - num_holdout)
@@ -184,7 +184,7 @@ def _noisy(r: np.random.RandomState, task: Task, part: Tensor, chances: Tensor |
     return task.y_people[part]
 
 
-def _draw_optimizer(r: np.random.RandomState, recipe: Recipe) -> tuple[Callable[[Any], torch.optim.Optimizer], str]:
+def draw_optimizer(r: np.random.RandomState, recipe: Recipe) -> tuple[Callable[[Any], torch.optim.Optimizer], str]:
     kinds = ["adam", "adamw", "adamw", "sgd"]
     kind = str(r.choice(kinds if recipe.body in ("mlp", "convolutions") else kinds[:3]))
     rate = 10 ** r.uniform(0, 1) * (5e-3 if kind == "sgd" else 3e-4)
@@ -197,7 +197,7 @@ def _draw_optimizer(r: np.random.RandomState, recipe: Recipe) -> tuple[Callable[
     return make[kind], f"{kind} {rate:.2g}" + f", decay {decay:.2g}" * (kind != "adam")
 
 
-def _epochs(recipe: Recipe, n: int, batch_size: int) -> int:
+def num_epochs(recipe: Recipe, n: int, batch_size: int) -> int:
     """Spend fewer steps on networks whose steps take long."""
     num_steps = {64: 500, 128: 400, 256: 300}[recipe.width]
     num_steps, most = (1500, 50) if recipe.body == "mlp" else (num_steps, 30)

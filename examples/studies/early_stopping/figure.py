@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rules import AVERAGED, COUNTS, ESTIMATE, FEWER_BY_ACCURACY, NEVER, TRUE, WAYS, named
-from tables import Groups, of
+from rules import COUNTS, ESTIMATE, HELD_BRIER, MORE_COUNTS, NEVER, PLAIN, TRUE, alone, beside
+from tables import POOLS, Groups, of
 
-LEVELS = {NEVER: "0.6", AVERAGED: "C4", FEWER_BY_ACCURACY: "C5", ESTIMATE: "C3", TRUE: "C2"}
+LEVELS = {NEVER: "0.6", HELD_BRIER: "C1", PLAIN: "C0", ESTIMATE: "C3", TRUE: "C2"}
 
 
 def figure(found: Groups, file: Path) -> None:
@@ -17,20 +17,21 @@ def figure(found: Groups, file: Path) -> None:
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    shown = [name for name in ("random: noisy labels", "as built: noisy labels") if name in found]
+    shown = [f"{pool}: noisy labels" for pool in POOLS if f"{pool}: noisy labels" in found]
     if not shown:
         return
-    fig, axes = plt.subplots(1, len(shown), figsize=(5.5 * len(shown), 4.6), layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(1, len(shown), figsize=(3.6 * len(shown), 4.2), layout="constrained", squeeze=False)
     for axis, name in zip(axes[0], shown, strict=True):
         runs = found[name]
-        for way, (style, color) in zip(WAYS, (("o--", "C0"), ("o--", "black"), ("o-", "C3")), strict=True):
-            lost = [of(runs, named("noisy", count, way)).mean() for count in COUNTS]
-            axis.plot(COUNTS, lost, style, color=color, label=f"labels, {way}")
+        lost = [of(runs, alone("noisy", count)).mean() for count in MORE_COUNTS]
+        axis.plot(MORE_COUNTS, lost, "o--", color="black", label="noisy labels, by their Brier score")
+        lost = [of(runs, beside("noisy", count)).mean() for count in COUNTS]
+        axis.plot(COUNTS, lost, "o-", color="C3", label="noisy labels and the estimate")
         for rule, color in LEVELS.items():
-            axis.axhline(of(runs, rule).mean(), color=color, ls=":", label=f"no labels: {rule}")
-        axis.set(xscale="log", xlabel="validation labels, as noisy as training's", title=f"{name}, {len(runs)} runs")
-        axis.set(ylabel="accuracy lost, points", ylim=(0, None))
-        axis.set_xticks(COUNTS, map(str, COUNTS), minor=False)
+            axis.axhline(of(runs, rule).mean(), color=color, ls=":", label=f"no labels: {rule.strip('*')}")
+        axis.set(xscale="log", xlabel="validation labels", title=f"{name}, {len(runs)} runs", ylim=(0, None))
+        axis.set_xticks(MORE_COUNTS, map(str, MORE_COUNTS), minor=False)
         axis.set_xticks([], minor=True)
+    axes[0, 0].set(ylabel="accuracy lost, points")
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     fig.savefig(file, dpi=80)

@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from runs import learned
 
-from lightning_sensitivity.functional.risk import BATCH_NORM_SCALE, LABEL_WEIGHT, VARIANCE_SCALE
-
-COUNTS = (10, 20, 50, 100, 200)  # of labels by which an epoch is chosen, with the estimate or without
-NUM_SUBSETS = 20  # of holdout samples that have labels, for each count
-MIN_DELTA = 1e-3
+COUNTS = (20, 50, 100)  # of labels by which an epoch is chosen, with the estimate or without
+MORE_COUNTS = (10, *COUNTS, 200, 400)  # those that tell what the estimate is worth
+NUM_DRAWS = 20  # of samples that have labels, for each count
 YARDSTICKS = ("accuracy", "true_score", "loss")
+TERMS = ("claim", "overconfidence", "memorization")
 
 
 class Curves:
-    """What a run left: arrays of one number an epoch, and the logits of the holdout samples."""
+    """What a run left: arrays of one number an epoch, the logits of some samples, and their labels."""
 
     def __init__(self, file: Path) -> None:
         with np.load(file) as found:
             self.found = dict(found)
         prefix = "about_"
         self.about = {n.removeprefix(prefix): v.item() for n, v in self.found.items() if n.startswith(prefix)}
-        self.scores: dict[tuple[str, str], np.ndarray] = {}
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.found[name]
@@ -40,27 +38,70 @@ class Curves:
     def is_noisy(self) -> bool:
         return self.about["labels"] != "correct"
 
-    def label_scores(self, kind: str, score: str) -> np.ndarray:
-        """Score each holdout sample in each epoch, by correct or noisy labels."""
-        if (kind, score) not in self.scores:
-            logits, labels = self["holdout"].astype(np.float64), self[kind]
-            logits = logits - logits.max(-1, keepdims=True)
-            p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-            of_label = np.take_along_axis(p, labels[None, :, None], 2)[..., 0]
-            brier = (1 + np.square(p).sum(-1) - 2 * of_label) / (1 + self.about["is_binary"])
-            self.scores[kind, "Brier score"], self.scores[kind, "log-loss"] = brier, -np.log(of_label + 1e-12)
-        return self.scores[kind, score]
+    @cached_property
+    def plain_estimate(self) -> np.ndarray:
+        """The estimate without the reference."""
+        return self._terms + self["val_risk_variance"]
+
+    @cached_property
+    def estimate_before(self) -> np.ndarray:
+        """The estimate of the report before: no reference, and the variance scaled by 0.7, with batch norm by 1.4."""
+        scale = 1.4 if self.about["has_batch_norm"] else 0.7
+        return self._terms + self["val_risk_variance"] * scale / self.about["variance_scale"]
+
+    @property
+    def _terms(self) -> np.ndarray:
+        return sum((self[f"val_risk_{name}"] for name in TERMS), np.zeros(len(self["loss"])))
+
+    @cached_property
+    def held_probabilities(self) -> np.ndarray:
+        """Those of the 10 % of the training samples that were held out, by the training on the others."""
+        return softmax(self["fewer_held"])
+
+    @cached_property
+    def held_scores(self) -> np.ndarray:
+        return brier(self.held_probabilities, self["held_labels"]).mean(1)
+
+    @cached_property
+    def held_losses(self) -> np.ndarray:
+        return -np.log(of_labels(self.held_probabilities, self["held_labels"]) + 1e-12).mean(1)
+
+    @cached_property
+    def held_accuracies(self) -> np.ndarray:
+        return (self.held_probabilities.argmax(-1) == self["held_labels"]).mean(1)
+
+    @cached_property
+    def label_scores(self) -> dict[str, np.ndarray]:
+        """The Brier score of each holdout sample in each epoch, by correct and by noisy labels."""
+        p, scale = softmax(self["holdout"]), 1 + self.about["is_binary"]  # as the package scores it
+        return {kind: brier(p, self[kind]) / scale for kind in ("correct", "noisy")}
 
 
+def softmax(logits: np.ndarray) -> np.ndarray:
+    logits = logits.astype(np.float64)
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    return p / p.sum(-1, keepdims=True)
+
+
+def of_labels(p: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    return np.take_along_axis(p, labels[None, :, None], 2)[..., 0]
+
+
+def brier(p: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Score each sample (a column) in each epoch (a row)."""
+    return 1 + np.square(p).sum(-1) - 2 * of_labels(p, labels)
+
+
+# %% How an epoch is chosen.
 def lowest(values: np.ndarray) -> int:
     return int(np.nanargmin(values)) if np.isfinite(values).any() else len(values) - 1
 
 
-def patient(values: np.ndarray, patience: int, min_delta: float = 0.0) -> int:
+def patient(values: np.ndarray, patience: int) -> int:
     """Give the epoch of the checkpoint that is lowest when `EarlyStopping` ends a run."""
     last, best = 0, values[0]
     for epoch, value in enumerate(values):
-        if not value >= best - min_delta:
+        if not value >= best:
             last, best = epoch, value
         elif epoch - last >= patience:
             return lowest(values[: epoch + 1])
@@ -79,86 +120,88 @@ def label_wave(changed: np.ndarray) -> int:
     return first(np.append(np.diff(smooth) > 0, True)) + 3
 
 
-def with_labels(scores: np.ndarray, count: int, estimate: np.ndarray | None = None) -> list[int]:
+def with_labels(scores: np.ndarray, count: int, estimate: np.ndarray | None = None, weight: float = 0) -> list[int]:
     """Choose by the scores of a few random samples, with the estimate or without, once for each draw of samples."""
     r, chosen = np.random.RandomState(count), []
-    for _ in range(NUM_SUBSETS):
+    for _ in range(NUM_DRAWS):
         mean = scores[:, r.permutation(scores.shape[1])[:count]].mean(1)
         if estimate is not None:
-            mean = (count * mean + LABEL_WEIGHT * estimate) / (count + LABEL_WEIGHT)
+            mean = (count * mean + weight * estimate) / (count + weight)
         chosen.append(lowest(mean))
     return chosen
 
 
-def scale(c: Curves) -> float:
-    return BATCH_NORM_SCALE if c.about["has_batch_norm"] else VARIANCE_SCALE
-
-
-def third(c: Curves) -> int:
-    return -(-len(c["loss"]) // 3)
-
-
 # %% The table of them. A rule gives epochs: several if they depend on which samples have labels.
 Rule = Callable[[Curves], list[int]]
-NEVER, ESTIMATE, TRUE = "never stop", "the estimate", "the true score (out of reach)"
-WAS, FEWER = "the variance not scaled", "10 % held out, by its loss"
-FEWER_BY_ACCURACY = "10 % held out, by its accuracy"
-AVERAGED = "never stop, averaged weights"
-STOPPINGS: dict[str, Callable[[Curves], int]] = {
-    f"EarlyStopping(patience={patience})": lambda c, patience=patience: patient(c["val_risk_estimate"], patience)
-    for patience in (5, 10, 20)
+NEVER, TRUE = "never stop", "the true score (out of reach)"
+BEFORE, PLAIN = "the estimate before", "the estimate without the reference"
+ESTIMATE, REFERENCE = "**the estimate**", "the reference by itself"
+HELD_BRIER, HELD_LOSS = "10 % held out, by its Brier score", "10 % held out, by its loss"
+HELD_ACCURACY, HELD_BOTH = "10 % held out, by its accuracy", "10 % held out, with `validation_labels=True`"
+STOPPING = "`EarlyStopping` on the estimate, patience a third"
+PATIENCE = "`EarlyStopping` on the estimate, patience 10"
+DISPARITY, WAVE = "gradient disparity", "Label Wave"
+
+ON_FEWER: dict[str, Rule] = {  # those that train on 90 % of the samples
+    HELD_BRIER: lambda c: [lowest(c.held_scores)],
+    HELD_LOSS: lambda c: [lowest(c.held_losses)],
+    HELD_ACCURACY: lambda c: [lowest(-c.held_accuracies)],
+    HELD_BOTH: lambda c: [lowest(c["fewer_val_risk_estimate"])],
 }
-STOPPING = "EarlyStopping(patience=max_epochs / 3)"  # what is recommended
-STOPPINGS[STOPPING] = lambda c: patient(c["val_risk_estimate"], third(c))
-STOPPINGS[f"EarlyStopping(patience=10, min_delta={MIN_DELTA})"] = lambda c: patient(
-    c["val_risk_estimate"], 10, MIN_DELTA
-)
 RULES: dict[str, Rule] = {
     NEVER: lambda c: [len(c["loss"]) - 1],
-    "lowest training loss": lambda c: [lowest(c["train_loss"])],
-    "Label Wave": lambda c: [label_wave(c["changed"])],
-    "gradient disparity": lambda c: [first(np.diff(c["disparity"], prepend=np.inf) > 0, 5)],
-    "evidence-based criterion": lambda c: [first(c["evidence"] > 0)],
-    WAS: lambda c: [lowest(c["val_risk_estimate"] + (1 / scale(c) - 1) * c["val_risk_variance"])],
+    BEFORE: lambda c: [lowest(c.estimate_before)],
+    PLAIN: lambda c: [lowest(c.plain_estimate)],
     ESTIMATE: lambda c: [lowest(c["val_risk_estimate"])],
-    **{name: lambda c, stop=stop: [stop(c)] for name, stop in STOPPINGS.items()},
-    FEWER: lambda c: [lowest(c["fewer_held_loss"])],
-    FEWER_BY_ACCURACY: lambda c: [lowest(-c["fewer_held_accuracy"])],
+    REFERENCE: lambda c: [lowest(c["val_risk_reference"])],
+    STOPPING: lambda c: [patient(c["val_risk_estimate"], -(-len(c["loss"]) // 3))],
+    PATIENCE: lambda c: [patient(c["val_risk_estimate"], 10)],
+    **ON_FEWER,
+    DISPARITY: lambda c: [first(np.diff(c["disparity"], prepend=np.inf) > 0, 5)],
+    WAVE: lambda c: [label_wave(c["changed"])],
     TRUE: lambda c: [lowest(c["true_score"])],
 }
-LABELS = {(kind, count): f"{count} {kind} labels" for kind in ("noisy", "correct") for count in COUNTS}
-WAYS: dict[str, tuple[str, bool]] = {
-    "log-loss": ("log-loss", False),
-    "Brier score": ("Brier score", False),
-    "with the estimate": ("Brier score", True),
+
+
+def alone(kind: str, count: int) -> str:
+    return f"{count} {kind} labels"
+
+
+def beside(kind: str, count: int) -> str:
+    return f"{count} {kind} labels and the estimate"
+
+
+def _by_labels(c: Curves, kind: str, count: int) -> list[int]:
+    return with_labels(c.label_scores[kind], count)
+
+
+def _by_both(c: Curves, kind: str, count: int) -> list[int]:
+    return with_labels(c.label_scores[kind], count, c["val_risk_estimate"], c.about["label_weight"])
+
+
+for _kind in ("noisy", "correct"):
+    for _count in MORE_COUNTS:
+        RULES[alone(_kind, _count)] = lambda c, of=(_kind, _count): _by_labels(c, *of)
+    for _count in COUNTS:
+        RULES[beside(_kind, _count)] = lambda c, of=(_kind, _count): _by_both(c, *of)
+RAW, RAW_REFERENCE = "the estimate, reference on raw pixels", "that reference by itself"
+FINE_TUNING: dict[str, Rule] = {  # where the others know the features of the frozen body
+    RAW: lambda c: [lowest(c["raw_risk_estimate"])],
+    RAW_REFERENCE: lambda c: [lowest(c["raw_risk_reference"])],
 }
+MAIN = tuple(name for name in RULES if " labels" not in name)
 
 
-def named(kind: str, count: int, way: str) -> str:
-    return f"{LABELS[kind, count]}, {way}"
-
-
-def _by_labels(c: Curves, kind: str, count: int, way: str) -> list[int]:
-    score, is_beside = WAYS[way]
-    return with_labels(c.label_scores(kind, score), count, c["val_risk_estimate"] if is_beside else None)
-
-
-for _kind, _count in LABELS:
-    for _way in WAYS:
-        RULES[named(_kind, _count, _way)] = lambda c, of=(_kind, _count, _way): _by_labels(c, *of)
-ALL = [*RULES, AVERAGED]
+def rules_of(c: Curves) -> dict[str, Rule]:
+    return RULES | FINE_TUNING if c.about["pool"] == "fine-tuning" else RULES
 
 
 def cost(c: Curves, name: str) -> dict[str, float]:
     """Give what a rule pays: accuracy lost in points, and how much higher scores are than the lowest, in percent."""
-    prefix = "fewer_" if name in (FEWER, FEWER_BY_ACCURACY) else ""
-    if name == AVERAGED:
-        found: dict[str, Any] = {each: c.about[f"averaged_{each}"] for each in YARDSTICKS}
-    else:
-        epochs = RULES[name](c)
-        found = {each: c[prefix + each][epochs] for each in YARDSTICKS}
+    epochs, prefix = rules_of(c)[name](c), "fewer_" if name in ON_FEWER else ""
+    found = {each: float(c[prefix + each][epochs].mean()) for each in YARDSTICKS}
     return {
-        "accuracy": float(100 * (c["accuracy"].max() - found["accuracy"]).mean()),
-        "true_score": float(100 * (np.mean(found["true_score"]) / c["true_score"].min() - 1)),
-        "loss": float(100 * (np.mean(found["loss"]) / c["loss"].min() - 1)),
+        "accuracy": 100 * (float(c["accuracy"].max()) - found["accuracy"]),
+        "true_score": 100 * (found["true_score"] / float(c["true_score"].min()) - 1),
+        "loss": 100 * (found["loss"] / float(c["loss"].min()) - 1),
     }

@@ -97,6 +97,11 @@ def learned(accuracies: np.ndarray, num_classes: int) -> bool:
     return bool(accuracies.max() > min(2, 0.5 + 0.4 * num_classes) / num_classes)
 
 
+def logits(run: Run, outputs: Tensor) -> Tensor:
+    """Give one logit a class; a single output is that of class 1, beside 0."""
+    return torch.cat([torch.zeros_like(outputs), outputs], 1) if run.is_binary else outputs
+
+
 def scaled(x: Tensor) -> Tensor:
     """Bring bytes into [0, 1]; leave other numbers as they are."""
     return x.float() / 255 if x.dtype == torch.uint8 else x
@@ -180,4 +185,38 @@ def draw(seed: int, data: Path | None = None, wide: bool = False) -> Run:
         schedule="cosine" if is_augmented else "",
         has_batch_norm=network in ("bn", "res"),
         chances=chances,
+    )
+
+
+def draw_large_teacher(seed: int, data: Path | None = None) -> Run:
+    """Draw a fully connected network on 5,000 correct samples of 20 inputs, where nobody should stop early."""
+    r = np.random.RandomState((seed, 11))
+    num_classes = (10, 5, 2, 10, 5)[seed % 5]
+    x, y = tasks.teacher(r, 5000 + 2 * NUM_HOLDOUT, 20, num_classes)
+    width, depth = int(r.choice([64, 128, 256])), int(r.choice([1, 2, 3]))
+    optimizer = str(r.choice(["adam", "momentum"]))
+    training, holdout, test = torch.arange(len(x)).split([5000, NUM_HOLDOUT, NUM_HOLDOUT])
+
+    def make_network() -> nn.Module:
+        torch.manual_seed(seed)
+        return fully_connected(20, width, depth, nn.ReLU, 0.0, num_classes)
+
+    return Run(
+        seed=seed,
+        kind=f"teacher, {num_classes} classes, correct, fc, depth {depth}, width {width}, 5000 samples, {optimizer}",
+        labels="correct",
+        num_classes=num_classes,
+        make_network=make_network,
+        make_optimizer=OPTIMIZERS[optimizer],
+        x=x[training],
+        y=y[training],
+        x_holdout=x[holdout],
+        y_holdout=y[holdout],
+        y_holdout_noisy=y[holdout],
+        x_test=x[test],
+        y_test=y[test],
+        y_test_noisy=y[test],
+        batch_size=64,
+        epochs=20,
+        chances=tasks.transition("random", 0.0, num_classes),
     )

@@ -6,55 +6,69 @@ from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
-from rules import ALL, COUNTS, ESTIMATE, FEWER, NEVER, STOPPINGS, TRUE, WAS, WAYS, YARDSTICKS, Curves, cost, named
+from rules import (
+    BEFORE,
+    COUNTS,
+    ESTIMATE,
+    HELD_BOTH,
+    HELD_BRIER,
+    MAIN,
+    MORE_COUNTS,
+    NEVER,
+    PLAIN,
+    RAW,
+    RAW_REFERENCE,
+    REFERENCE,
+    TRUE,
+    YARDSTICKS,
+    Curves,
+    alone,
+    beside,
+    cost,
+    lowest,
+    rules_of,
+)
 
-POOLS = ("random", "as built", "wide")
+POOLS = ("random", "as built", "wide", "tables")
 Groups = dict[str, pd.DataFrame]
 MEMBERS: dict[str, Callable[[pd.DataFrame], pd.Series]] = {
     "all": lambda runs: runs["n"] > 0,
     "noisy labels": lambda runs: runs["is_noisy"],
     "correct labels": lambda runs: ~runs["is_noisy"],
-    "batch norm, noisy labels": lambda runs: runs["has_batch_norm"] & runs["is_noisy"],
-    "no batch norm, noisy labels": lambda runs: ~runs["has_batch_norm"] & runs["is_noisy"],
-    "human labels": lambda runs: runs["labels"] == "people",
-    "n up to 500": lambda runs: runs["n"] <= 500,
-    "n of 500 to 2,000": lambda runs: runs["n"].between(501, 2000),
-    "n above 2,000": lambda runs: runs["n"] > 2000,
+    "something to lose": lambda runs: of(runs, NEVER) > 1,  # by never stopping
+    "nothing to lose": lambda runs: of(runs, NEVER) <= 1,
     "large (n ≥ 4,000) or augmented": lambda runs: runs["is_large"],
 }
+MAIN_GROUPS = (": noisy labels", ": correct labels", ": something to lose")
 
 
 def judged(c: Curves) -> dict[str, object]:
     """Give a line of results.csv: what a run is, what every rule pays, and how good the estimate is."""
-    about = c.about
-    epoch = int(np.nanargmin(c["val_risk_estimate"]))
+    about, epoch = c.about, lowest(c["val_risk_estimate"])
     line = {name: about[name] for name in ("pool", "seed", "kind", "labels", "n", "weights", "has_batch_norm")}
     line |= {"is_noisy": c.is_noisy, "is_large": about["n"] >= 4000 or about["is_augmented"]}
     line |= {"epochs": len(c["loss"]), "best": int(c["accuracy"].argmax()), "chosen": epoch}
     line |= {"size": c["val_risk_estimate"][epoch] / c["true_score"][epoch]}
-    for name in ALL:
+    line |= {"reference's weight": float(np.nan_to_num(c["val_risk_reference_weight"]).max())}
+    for name in rules_of(c):
         line |= {f"{name}: {yardstick}": value for yardstick, value in cost(c, name).items()}
     return line
 
 
 def groups(runs: pd.DataFrame) -> Groups:
-    """Split the runs; those of a few are left out."""
+    """Split the runs, each pool by itself and all four together; those of a few are left out."""
     found = {}
-    for pool in POOLS:
-        members = runs[runs["pool"] == pool]
+    for pool in (*POOLS, "all pools"):
+        members = runs[runs["pool"].isin(POOLS) if pool == "all pools" else runs["pool"] == pool]
         found |= {f"{pool}: {name}": members[is_member(members)] for name, is_member in MEMBERS.items()}
     return {name: members for name, members in found.items() if len(members) >= 5}
 
 
 # %% Numbers.
-def resampled(num_runs: int) -> np.ndarray:
-    """Draw as many runs with replacement, 2,000 times."""
-    return np.random.default_rng(0).integers(num_runs, size=(2000, num_runs))
-
-
 def bounds(values: pd.Series) -> tuple[float, float]:
-    """Give the 95 % bootstrap interval of a mean."""
-    low, high = np.quantile(values.to_numpy()[resampled(len(values))].mean(1), (0.025, 0.975))
+    """Give the 95 % bootstrap interval of a mean, of 2,000 draws of runs with replacement."""
+    drawn = np.random.default_rng(0).integers(len(values), size=(2000, len(values)))
+    low, high = np.quantile(values.to_numpy()[drawn].mean(1), (0.025, 0.975))
     return float(low), float(high)
 
 
@@ -68,15 +82,24 @@ def of(runs: pd.DataFrame, rule: str, yardstick: str = "accuracy") -> pd.Series:
     return runs[f"{rule}: {yardstick}"]
 
 
-def spread(values: pd.Series) -> str:
-    """Tell how much the worst tenth and the worst run lose."""
-    return f"{values.quantile(0.9):.1f} | {values.max():.1f}"
-
-
 def means(runs: pd.DataFrame, rule: str) -> str:
     """Tell accuracy lost, regret of the true score, and loss regret."""
     accuracy, true_score, loss = (of(runs, rule, yardstick).mean() for yardstick in YARDSTICKS)
     return f"{accuracy:.2f} / {true_score:.1f} / {loss:.1f}"
+
+
+def worth(runs: pd.DataFrame, rule: str, kind: str = "noisy") -> float:
+    """Give how many labels choose as well by their Brier score: interpolated, by accuracy, from 0 to 400."""
+    lost = [of(runs, alone(kind, count)).mean() for count in MORE_COUNTS]
+    known = np.minimum.accumulate(lost)[::-1]  # more labels are not worse
+    counts = np.log(MORE_COUNTS)[::-1]
+    mean = of(runs, rule).mean()
+    return 0.0 if mean > known[-1] else float(np.exp(np.interp(mean, known, counts)))
+
+
+def in_labels(number: float) -> str:
+    few, many = MORE_COUNTS[0], MORE_COUNTS[-1]
+    return f"under {few}" if number == 0 else f"{many} or more" if number > many - 0.5 else f"{number:.0f}"
 
 
 def table(header: str, lines: list[str]) -> str:
@@ -84,52 +107,46 @@ def table(header: str, lines: list[str]) -> str:
 
 
 # %% Tables.
-def rules_table(runs: pd.DataFrame) -> str:
+def rules_table(runs: pd.DataFrame, rules: tuple[str, ...]) -> str:
+    """Tell what each rule pays, and how much more than two others, run by run."""
     lines = []
-    for rule in ALL:
+    for rule in rules:
         lost = of(runs, rule)
         others = " | ".join(f"{of(runs, rule, each).mean():.1f}" for each in ("true_score", "loss"))
-        lines.append(f"{rule} | {interval(lost)} | {spread(lost)} | {others}")
-    return table("rule | accuracy lost | 90 % | worst | regret of the true score, % | loss regret, %", lines)
+        against = " | ".join(interval(lost - of(runs, other)) for other in (BEFORE, NEVER))
+        lines.append(f"{rule} | {lost.mean():.2f} | {lost.quantile(0.9):.1f} | {lost.max():.1f} | {others} | {against}")
+    header = "rule | accuracy lost | 90 % | worst | regret of the true score, % | loss regret, %"
+    return table(f"{header} | against the estimate before | against never stopping", lines)
 
 
 def groups_table(found: Groups) -> str:
-    shown = (ESTIMATE, WAS, NEVER, named("noisy", 20, "with the estimate"), named("noisy", 50, "Brier score"), TRUE)
+    shown = (NEVER, BEFORE, PLAIN, ESTIMATE, REFERENCE, HELD_BRIER, HELD_BOTH, TRUE)
     lines = []
     for name, runs in found.items():
-        start = f"{name} | {len(runs)} | {spread(of(runs, ESTIMATE))} | "
-        lines.append(start + " | ".join(means(runs, rule) for rule in shown))
-    return table("runs | number | 90 % | worst | " + " | ".join(shown), lines)
+        lines.append(f"{name} | {len(runs)} | " + " | ".join(means(runs, rule) for rule in shown))
+    return table("runs | number | " + " | ".join(shown), lines)
 
 
 def labels_table(found: Groups, kind: str) -> str:
     names = [name for name in found if name.endswith(": noisy labels" if kind == "noisy" else ": all")]
     lines = []
     for name in names:
-        lines.append(f"{name} | none | | | {means(found[name], ESTIMATE)}")
+        lines.append(f"{name} | none | | {means(found[name], ESTIMATE)} | ")
         for count in COUNTS:
-            cells = " | ".join(means(found[name], named(kind, count, way)) for way in WAYS)
-            lines.append(f"{name} | {count} | {cells}")
-    return table("runs | labels | " + " | ".join(WAYS), lines)
+            one, other = alone(kind, count), beside(kind, count)
+            cells = " | ".join(means(found[name], rule) for rule in (one, other))
+            lines.append(f"{name} | {count} | {cells} | {interval(of(found[name], other) - of(found[name], one))}")
+    return table("runs | labels | their Brier score | with the estimate | difference in accuracy lost", lines)
 
 
-def differences_table(found: Groups) -> str:
-    """Compare rules run by run: below 0, the first of a pair loses less accuracy."""
-    pairs = [(ESTIMATE, other) for other in (NEVER, WAS, FEWER, named("correct", 50, "log-loss"))]
-    for kind, count in (("noisy", 20), ("noisy", 50), ("correct", 20), ("correct", 50)):
-        pairs.append((named(kind, count, "with the estimate"), named(kind, count, "Brier score")))
-    names = [name for name in found if name.endswith((": all", ": noisy labels", ": correct labels"))]
+def worth_table(found: Groups) -> str:
+    shown = (BEFORE, PLAIN, ESTIMATE, HELD_BRIER, HELD_BOTH)
     lines = []
-    for ours, other in pairs:
-        cells = " | ".join(interval(of(found[name], ours) - of(found[name], other)) for name in names)
-        lines.append(f"{ours} − {other} | {cells}")
-    return table("accuracy lost | " + " | ".join(names), lines)
-
-
-def stopping_table(found: Groups) -> str:
-    shown = (ESTIMATE, *STOPPINGS, NEVER)
-    lines = [f"{name} | " + " | ".join(means(runs, rule) for rule in shown) for name, runs in found.items()]
-    return table("runs | " + " | ".join(shown), lines)
+    for name, runs in found.items():
+        if name.endswith(MAIN_GROUPS):
+            cells = " | ".join(in_labels(worth(runs, rule)) for rule in shown)
+            lines.append(f"{name} | {len(runs)} | {cells}")
+    return table("runs | number | " + " | ".join(shown), lines)
 
 
 def sizes_table(found: Groups) -> str:
@@ -142,12 +159,40 @@ def sizes_table(found: Groups) -> str:
     return table("runs | number | median | central 80 % | 0.8 to 1.25 | 0.5 to 2", lines)
 
 
-def worst_table(runs: pd.DataFrame) -> str:
-    worst = runs.sort_values(f"{ESTIMATE}: accuracy", ascending=False).head(15)
+def runs_table(runs: pd.DataFrame) -> str:
+    """Tell of each run what was chosen, and what it cost."""
     lines = []
-    for _, run in worst.iterrows():
+    for _, run in runs.iterrows():
         what = f"{run['pool']} {run['seed']} | {run['kind']} | {run['best']} of {run['epochs']} | {run['chosen']}"
-        paid = " | ".join(f"{run[f'{rule}: accuracy']:.1f}" for rule in (ESTIMATE, WAS, NEVER, TRUE))
+        paid = " | ".join(f"{run[f'{rule}: accuracy']:.1f}" for rule in (ESTIMATE, BEFORE, PLAIN, NEVER, TRUE))
         lines.append(f"{what} | {paid} | {run['size']:.2f}")
-    header = f"seed | run | best epoch | chosen | {ESTIMATE} | {WAS} | {NEVER} | {TRUE} | estimate over true score"
-    return table(header, lines)
+    shown = " | ".join((ESTIMATE, BEFORE, PLAIN, NEVER, TRUE))
+    return table(f"seed | run | best epoch | chosen | {shown} | estimate over true score", lines)
+
+
+def worst_table(runs: pd.DataFrame) -> str:
+    return runs_table(runs.sort_values(f"{ESTIMATE}: accuracy", ascending=False).head(15))
+
+
+def finetuning_table(runs: pd.DataFrame) -> str:
+    shown = (NEVER, PLAIN, ESTIMATE, REFERENCE, RAW, RAW_REFERENCE, HELD_BRIER, HELD_BOTH, *map(_noisy_alone, COUNTS))
+    lines = []
+    for name, members in {"noisy labels": runs[runs["is_noisy"]], "correct labels": runs[~runs["is_noisy"]]}.items():
+        if len(members):
+            for rule in (*shown, TRUE):
+                lost = of(members, rule)
+                spread = f"{lost.quantile(0.9):.1f} | {lost.max():.1f}"
+                difference = interval(lost - of(members, NEVER))
+                lines.append(f"{name} ({len(members)}) | {rule} | {means(members, rule)} | {spread} | {difference}")
+    return table("runs | rule | lost | 90 % | worst | accuracy lost against never stopping", lines)
+
+
+def _noisy_alone(count: int) -> str:
+    return alone("noisy", count)
+
+
+def main_rules() -> tuple[str, ...]:
+    more = [
+        name for kind in ("noisy", "correct") for count in COUNTS for name in (alone(kind, count), beside(kind, count))
+    ]
+    return (*MAIN, *more)
