@@ -1,6 +1,19 @@
 """Pure functions on tensors: no model, no state, no Lightning."""
 
+from lightning_sensitivity.functional.features import bags_of_words, principal_components
+from lightning_sensitivity.functional.reference import Calibration, Reference, fit_reference
 from lightning_sensitivity.functional.risk import RiskTerms, risk_estimate, variance_factor
 from lightning_sensitivity.functional.sensitivity import loss_estimate, output_sensitivity
 
-__all__ = ["RiskTerms", "loss_estimate", "output_sensitivity", "risk_estimate", "variance_factor"]
+__all__ = [
+    "Calibration",
+    "Reference",
+    "RiskTerms",
+    "bags_of_words",
+    "fit_reference",
+    "loss_estimate",
+    "output_sensitivity",
+    "principal_components",
+    "risk_estimate",
+    "variance_factor",
+]

@@ -6,17 +6,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_sensitivity.functional.risk_sums import (
-    HoldoutSums,
-    LabelSums,
-    holdout_sums,
-    label_sums,
-)
+from lightning_sensitivity.functional.sums import HoldoutSums, LabelSums, holdout_sums, label_sums
 from lightning_sensitivity.functional.tasks import TASKS, Task
 from lightning_sensitivity.functional.tensors import are_probabilities
 
-LABEL_WEIGHT = 40  # m₀: the number of validation labels that count as much as the estimate
-VARIANCE_SCALE, BATCH_NORM_SCALE = 0.7, 1.4  # of the variance of simulated twins, without and with batch norm
+# m₀: the number of validation labels that count as much as the estimate, without and with a reference
+LABEL_WEIGHT, LABEL_WEIGHT_WITH_REFERENCE = 40, 200
+VARIANCE_SCALE = 1.0  # of the variance of simulated twins
 TWIN_STRENGTH = 0.5  # λ of simulated twins; at full strength they break networks with max-pooling
 
 
@@ -63,23 +59,32 @@ def risk_terms(
     if strength is not None:
         overconfidence = torch.where(overconfidence > 0, overconfidence, overconfidence / 2)
         memorization = (claim - training_claim).clamp(min=0)
-        shrinkage = (holdout.reference_claim / holdout.twin_claim).clamp(max=1).nan_to_num(1.0)
+        shrinkage = (holdout.compared_claim / holdout.twin_claim).clamp(max=1).nan_to_num(1.0)
         variance = factor * variance / strength**2 * shrinkage
     terms = claim, overconfidence, memorization, variance
     return RiskTerms(torch.stack(terms).sum(0), *terms)
 
 
-def combine_with_labels(estimate: Tensor, labels: LabelSums) -> Tensor:
+def combine_with_labels(estimate: Tensor, labels: LabelSums, has_reference: bool = False) -> Tensor:
     """Combine the estimate with the score on validation labels.
 
-    With m labels of mean Brier score s, the result is :math:`(m s + m_0 R) / (m + m_0)`, with :math:`m_0 = 40`: the
-    estimate counts as much as 40 labels.
+    With m labels of mean Brier score s, the result is :math:`(m s + m_0 R) / (m + m_0)`: the estimate counts as much as
+    :math:`m_0` labels, 40 without a reference, 200 with one.
 
     Args:
         estimate: The estimate R without validation labels.
         labels: Sums over labelled validation samples.
+        has_reference: Whether a reference is part of the estimate.
     """
-    return (labels.score + LABEL_WEIGHT * estimate) / (labels.num_scored + LABEL_WEIGHT)
+    label_weight = LABEL_WEIGHT_WITH_REFERENCE if has_reference else LABEL_WEIGHT
+    return (labels.score + label_weight * estimate) / (labels.num_scored + label_weight)
+
+
+def label_stderr(labels: LabelSums) -> Tensor:
+    """Compute the standard error of the mean score on labels; nan below two labels."""
+    mean = labels.score / labels.num_scored
+    variance = (labels.squared_score / labels.num_scored - mean.square()).clamp(min=0)
+    return (variance / (labels.num_scored - 1).where(labels.num_scored > 1, torch.nan)).sqrt()
 
 
 def diagnostics(holdout: HoldoutSums, training: LabelSums, estimate: Tensor, task: Task) -> dict[str, str]:
@@ -96,15 +101,10 @@ def diagnostics(holdout: HoldoutSums, training: LabelSums, estimate: Tensor, tas
         messages["probabilities"] = "All outputs lie in [0, 1]. If they are not logits, set `outputs=`."
     if holdout.num_non_finite + training.num_non_finite > 0:
         messages["non-finite"] = (
-            f"{_ceil(holdout.num_non_finite)} validation and {_ceil(training.num_non_finite)} training samples "
+            f"{int(holdout.num_non_finite)} validation and {int(training.num_non_finite)} training samples "
             "gave nan or inf, and were left out."
         )
-    if holdout.num_identical > holdout.num_scored / 2:
-        messages["no variance"] = (
-            "There is no value: the simulated twins reproduce the model's outputs. It has not learned anything yet, "
-            "or it caches its weights. `EarlyStopping(check_finite=False)` waits for a value."
-        )
-    elif not messages and not (holdout.num_scored > 0 and training.num_scored > 0):
+    if not messages and not (holdout.num_scored > 0 and training.num_scored > 0):
         messages["no value"] = "There is no value: no kept training sample has a label, or no batch could be measured."
     if estimate > task.max_score:
         messages["too large"] = (
@@ -122,20 +122,18 @@ def _may_be_probabilities(training: LabelSums) -> bool:
     return bool(training.num_wide > 0) or bool(0 < training.num_high < training.num_scored)
 
 
-def variance_factor(num_training: int, num_weights: int, has_batch_norm: bool = False) -> float:
-    r"""Compute how much of the variance of a simulated twin counts: :math:`0.7 \min(1, \sqrt{\sqrt{w} / n})`.
+def variance_factor(num_training: int, num_weights: int) -> float:
+    r"""Compute how much of the variance of a simulated twin counts: :math:`\min(1, \sqrt{\sqrt{w} / n})`.
 
     Networks differ less if they have more training samples, and more if they have more weights; simulated twins reflect
-    neither. With batch norm, which hides part of the noise in the weights, the factor is twice as large. Its form and
-    constants were chosen on random runs; see ``examples/studies/early_stopping/README.md``.
+    neither. Its form was chosen on random runs; see ``examples/studies/early_stopping/README.md``.
 
     Args:
         num_training: n, the number of training samples, 1 or more.
         num_weights: w, the number of weights that are trained, 0 or more.
-        has_batch_norm: Whether the model has batch norm.
 
     Returns:
-        The factor, from 0 to 1.4.
+        The factor, from 0 to 1.
 
     Raises:
         ValueError: If a number is too small.
@@ -143,14 +141,13 @@ def variance_factor(num_training: int, num_weights: int, has_batch_norm: bool = 
     Example:
         >>> from lightning_sensitivity.functional import variance_factor
         >>> variance_factor(num_training=400, num_weights=10_000)
-        0.35
+        0.5
     """
     if num_training < 1:
         raise ValueError(f"Expected `num_training` to be 1 or more, but got {num_training}.")
     if num_weights < 0:
         raise ValueError(f"Expected `num_weights` to be 0 or more, but got {num_weights}.")
-    scale = BATCH_NORM_SCALE if has_batch_norm else VARIANCE_SCALE
-    return scale * min(1.0, math.sqrt(math.sqrt(num_weights) / num_training))
+    return VARIANCE_SCALE * min(1.0, math.sqrt(math.sqrt(num_weights) / num_training))
 
 
 def risk_estimate(
@@ -177,7 +174,8 @@ def risk_estimate(
     exact if unseen labels agree with a network as much as its twins do, apart from its miscalibration on its training
     samples, :math:`\mathbb{E}\,p \cdot y = \mathbb{E}\,p \cdot p' + \mathbb{E}_\text{train}\,p \cdot (y - p)`.
 
-    :func:`~lightning_sensitivity.model.twins.twin` simulates a twin of strength λ without a second training. Then
+    A twin of strength λ can be simulated without a second training, by
+    :func:`~lightning_sensitivity.model.twins.twin_weights`. Then
 
     - the variance is divided by λ² and multiplied by :func:`variance_factor`. It is also multiplied by min(1, claim of
       the network / claim of the twin), since noise makes a twin less certain than another network would be;
@@ -186,7 +184,7 @@ def risk_estimate(
 
     ``examples/studies/early_stopping/README.md`` has the measurements. If training labels are noisy, this is an
     estimate of the score against equally noisy labels. Validation labels, if given, are combined with it: m labels of
-    mean score s give :math:`(m s + 40 R) / (m + 40)`.
+    mean score s give :math:`(m s + 40 R) / (m + 40)`. :class:`~lightning_sensitivity.RiskEstimate` adds a reference.
 
     Args:
         outputs: Outputs for unlabelled samples that the network was not trained on, before softmax or sigmoid,
@@ -226,7 +224,7 @@ def risk_estimate(
     logits = {"outputs": outputs, "twin_outputs": twin_outputs, "train_outputs": train_outputs}
     _check_logits(logits, kind)
     training = _labelled_sums("train_targets", train_outputs, train_targets, kind)
-    holdout = HoldoutSums(*holdout_sums(outputs, twin_outputs, kind))
+    holdout = HoldoutSums(*holdout_sums(outputs, (twin_outputs,), kind))
     terms = risk_terms(holdout, training, strength, factor)
     if labelled_outputs is None or labels is None:
         return terms
@@ -252,7 +250,3 @@ def _check_logits(tensors: dict[str, Tensor], task: Task) -> None:
         if not is_valid or (task.name == "multiclass" and are_probabilities(tensor)):
             got = f"{tensor.dtype} of shape {tuple(tensor.shape)}, or probabilities"
             raise ValueError(f"Expected `{name}` to be floating logits of one sample or more, but got {got}.")
-
-
-def _ceil(count: Tensor) -> int:
-    return math.ceil(float(count) - 1e-6)  # each of several twins counts a fraction of a sample

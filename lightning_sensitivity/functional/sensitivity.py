@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_sensitivity.functional.reporting import warn
 from lightning_sensitivity.functional.tensors import by_position, in_chunks, wide_dtype
 
 # Columns of a row: the number of changes of a sample (draws times positions); the sum of its class-averaged changes;
@@ -194,8 +193,6 @@ def output_sensitivity(clean: Tensor, noisy: Tensor | Iterable[Tensor], per_outp
     if clean.numel() == 0:
         raise ValueError(f"Expected `clean` to hold at least one sample, but got the shape {tuple(clean.shape)}.")
     estimate = sensitivity_from_rows(rows)
-    for message in diagnostics(estimate, per_output).values():
-        warn(message)
     return estimate.mean_square if per_output else estimate.sensitivity
 
 

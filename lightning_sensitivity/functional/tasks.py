@@ -9,8 +9,7 @@ from torch import Tensor
 from lightning_sensitivity.functional.tensors import num_outputs
 
 IGNORED = -100  # the `ignore_index` of torch's cross-entropy
-_MAX_CHANCE = 1e-4  # probability that labels use only the first few of K classes by chance
-_MIN_RATIO = 1.25  # of K to the number of classes that labels use
+_SMALLEST = 1e-4  # probability of a class from a reference
 
 
 class Task(ABC):
@@ -38,6 +37,14 @@ class Task(ABC):
     @abstractmethod
     def claims(self, p: Tensor) -> Tensor:
         """Compute the Brier score that predictions claim: its expectation if labels were drawn from them."""
+
+    @abstractmethod
+    def as_vectors(self, p: Tensor) -> Tensor:
+        """Turn probabilities ``(N, K)`` into vectors whose squared distance is the Brier score."""
+
+    @abstractmethod
+    def clip(self, p: Tensor) -> Tensor:
+        """Turn numbers ``(N, K)`` near probabilities into probabilities."""
 
     def target_probabilities(self, p: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Convert labels to probabilities.
@@ -105,6 +112,13 @@ class Multiclass(Task):
     def claims(self, p: Tensor) -> Tensor:  # noqa: D102
         return 1 - p.square().sum(1)
 
+    def as_vectors(self, p: Tensor) -> Tensor:  # noqa: D102
+        return p
+
+    def clip(self, p: Tensor) -> Tensor:  # noqa: D102
+        p = p.clamp(_SMALLEST, 1)
+        return p / p.sum(1, keepdim=True)
+
 
 class Multilabel(Task):
     """Each of K labels is 0 or 1: sigmoid, the mean over labels of squared differences."""
@@ -131,6 +145,12 @@ class Multilabel(Task):
     def claims(self, p: Tensor) -> Tensor:  # noqa: D102
         return (p * (1 - p)).mean(1)
 
+    def as_vectors(self, p: Tensor) -> Tensor:  # noqa: D102
+        return torch.cat([p, 1 - p], dim=1) / math.sqrt(2 * p.shape[1])
+
+    def clip(self, p: Tensor) -> Tensor:  # noqa: D102
+        return p.clamp(0, 1)
+
 
 class Binary(Multilabel):
     """One output is the logit of class 1."""
@@ -147,68 +167,6 @@ class Binary(Multilabel):
 
 
 TASKS: dict[str, Task] = {task.name: task for task in (Multiclass(), Binary(), Multilabel())}
-
-
-def infer_task(outputs: Tensor, targets: Tensor) -> Task:
-    """Infer the task where labels and outputs allow only one.
-
-    ==================  =====================================  ======================================================
-    task                outputs                                targets
-    ==================  =====================================  ======================================================
-    ``"multiclass"``    ``(N, K, ...)`` with K of 2 or more    integers ``(N, ...)``
-    ``"multilabel"``    ``(N, K, ...)`` with K of 2 or more    integers or bools 0 and 1, ``(N, K, ...)``, not one-hot
-    ``"binary"``        ``(N,)`` or ``(N, 1, ...)``            bools, one per output
-    ==================  =====================================  ======================================================
-
-    Args:
-        outputs: Outputs of the model.
-        targets: The labels of the same samples.
-
-    Raises:
-        ValueError: If no task fits, or several could.
-    """
-    if targets.is_floating_point():
-        raise ValueError(
-            "Labels are floating. Set `task='binary'`, `'multilabel'`, or `'multiclass'` for soft labels; "
-            "or make classes integers (`targets=`). A regression has no estimate"
-        )
-    if num_outputs(outputs) == 1:
-        if targets.dtype != torch.bool:
-            raise ValueError("Labels are integers for one output. Set `task='binary'` if they are 0 and 1")
-        task = TASKS["binary"]
-    elif targets.ndim < outputs.ndim or targets.shape == (len(outputs), 1):
-        task = TASKS["multiclass"]
-    else:
-        task = TASKS["multilabel"]
-    task.check(outputs, targets)
-    if task.name == "multilabel" and bool((targets.sum(1) == 1).all()):
-        raise ValueError(
-            "Labels are one-hot. Set `task='multiclass'` if each sample has one class (and make them floats), "
-            "`task='multilabel'` if it can have several"
-        )
-    return task
-
-
-def check_classes(num_outputs: int, targets: Tensor) -> None:
-    """Refuse labels that use only the first few of more than ten outputs, if there are enough labels to be sure.
-
-    Args:
-        num_outputs: K.
-        targets: Class indices or soft labels, any number of them.
-
-    Raises:
-        ValueError: If they use only the first few.
-    """
-    counted = targets[targets != IGNORED]
-    if counted.is_floating_point() or not counted.numel():
-        return
-    num_used = int(counted.max()) + 1
-    is_unlikely = counted.numel() * math.log(num_outputs / num_used) > -math.log(_MAX_CHANCE)
-    if is_unlikely and num_outputs > max(_MIN_RATIO * num_used, 10):
-        raise ValueError(
-            f"Labels use only the first {num_used} of {num_outputs} outputs, so these look like embeddings rather "
-            "than logits. Set `task='multiclass'` if they are logits"
-        )
 
 
 def has_ignored_value(targets: Tensor) -> Tensor:

@@ -7,9 +7,25 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torchmetrics.utilities import dim_zero_cat
 
 from lightning_sensitivity import compat
-from lightning_sensitivity.functional import risk, risk_sums
+from lightning_sensitivity.functional import risk
+from lightning_sensitivity.functional.reference import (
+    Calibration,
+    Reference,
+    reference_score,
+    reference_weight,
+    skill,
+)
+from lightning_sensitivity.functional.sums import (
+    AgreementSums,
+    HoldoutSums,
+    LabelSums,
+    agreement_sums,
+    holdout_sums,
+    label_sums,
+)
 from lightning_sensitivity.functional.tasks import TASKS
 from lightning_sensitivity.functional.tensors import wide_dtype
 from lightning_sensitivity.metric.wide import WideMetric
@@ -18,25 +34,36 @@ if TYPE_CHECKING:
     from lightning_sensitivity.compat import AxType, PlotType
 
 _NUM_SUMS = {
-    "holdout": len(risk_sums.HoldoutSums._fields),
-    "training": len(risk_sums.LabelSums._fields),
-    "labels": len(risk_sums.LabelSums._fields),
+    "holdout_sums": len(HoldoutSums._fields),
+    "training_sums": len(LabelSums._fields),
+    "labels_sums": len(LabelSums._fields),
+    "holdout_agreement": len(AgreementSums._fields),
+    "training_agreement": len(AgreementSums._fields),
 }
 
 
 class RiskEstimate(WideMetric):
     r"""Estimate the Brier score on unseen samples from training labels and unlabelled samples.
 
-    See :func:`~lightning_sensitivity.functional.risk_estimate` for the formula. The states are sums in double
-    precision over all processes.
+    See :func:`~lightning_sensitivity.functional.risk_estimate` for the formula. With a reference (see
+    :func:`~lightning_sensitivity.functional.fit_reference`), the estimate R becomes :math:`(R + w C) / (1 + w)`. C is
+    the score on unseen samples by the agreement with the reference,
 
-    ``update`` accepts ``outputs`` and ``twin_outputs``, logits ``(N, K, ...)`` or ``(N,)`` for unseen samples, from the
-    model and from a twin. Add training samples with :meth:`update_training`, and labelled validation samples, if there
-    are any, with :meth:`update_labels`.
+    .. math::
+        C = \mathbb{E}\|y\|^2 + \mathbb{E}\|p\|^2 - 2\,\big[\mathbb{E}\,p \cdot s + c\,\mathbb{E}\,p \cdot (q - s)\big]
+
+    with labels y of training samples, their mean s, predictions p of the model and q of the reference, and a factor c
+    from 1 to 3, the smallest ratio so far of :math:`\mathbb{E}_\text{train}\,p \cdot (y - s)` to
+    :math:`\mathbb{E}\,p \cdot (q - s)`. The weight is :math:`w = g \min(1, \sqrt{m / n})`, where m of the n training
+    samples are known to the reference, and g rises from 0 to 1 as its skill rises from 0.01 to 0.03.
 
     ``compute`` returns a dict of scalar tensors: ``risk_estimate`` and its terms ``risk_claim``,
-    ``risk_overconfidence``, ``risk_memorization``, ``risk_variance``; with labelled validation samples also
-    ``risk_label_score`` and ``risk_num_labels``. Without training or unseen samples, the estimate is nan.
+    ``risk_overconfidence``, ``risk_memorization``, ``risk_variance``; with a reference also ``risk_reference`` (C) and
+    ``risk_reference_weight`` (w); with labelled validation samples also ``risk_label_score``, ``risk_label_stderr`` and
+    ``risk_num_labels``. m labels of mean score S give :math:`(m S + m_0 R) / (m + m_0)`, with a :math:`m_0` of 200 if
+    there is a reference of some weight, else of 40. Without training or unseen samples, the estimate is nan.
+
+    The states are sums in double precision over all processes. Each process may have a reference of its own.
 
     Args:
         task: ``"multiclass"``, ``"binary"`` or ``"multilabel"``.
@@ -44,10 +71,12 @@ class RiskEstimate(WideMetric):
         num_training: n, the number of training samples; with ``num_weights`` it scales the variance of simulated
             twins, see :func:`~lightning_sensitivity.functional.variance_factor`.
         num_weights: w, the number of weights that are trained.
-        has_batch_norm: Whether the model has batch norm, which also scales the variance.
+        reference: The reference; its predictions are given to ``update``.
+        calibration: What an earlier fit has found out about c, to resume it.
         kwargs: Additional keyword arguments of :class:`torchmetrics.Metric`.
 
     Attributes:
+        calibration: What the epochs so far say about c; :meth:`reset` begins the next epoch, and keeps it.
         messages: What makes the last computed value doubtful, with one message per problem.
 
     Raises:
@@ -71,6 +100,9 @@ class RiskEstimate(WideMetric):
     holdout_sums: Tensor
     training_sums: Tensor  # `training` is the mode of a module
     labels_sums: Tensor
+    holdout_agreement: Tensor
+    training_agreement: Tensor
+    references: list[Tensor] | Tensor  # one tensor while it is synchronized
 
     def __init__(
         self,
@@ -79,7 +111,8 @@ class RiskEstimate(WideMetric):
         strength: float | None = None,
         num_training: int | None = None,
         num_weights: int | None = None,
-        has_batch_norm: bool = False,
+        reference: Reference | None = None,
+        calibration: Calibration | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -89,13 +122,31 @@ class RiskEstimate(WideMetric):
             raise ValueError(f"Expected `strength` to be above 0, or None for real twins, but got {strength}.")
         self.task = TASKS[task]
         self.strength = strength
-        self.has_batch_norm = has_batch_norm
         self.messages: dict[str, str] = {}
+        self.calibration = Calibration() if calibration is None else calibration
+        self._earlier_calibration = self.calibration  # without this epoch
+        self._shares: Tensor | None = None
+        self._reference_row = _reference_row(None)
+        self._num_training: int | None = None
         self._factor = 1.0  # of the variance
         self.set_size(num_training, num_weights)
-        for kind, size in _NUM_SUMS.items():
-            default = torch.zeros(size, dtype=wide_dtype(self.device))
-            self.add_state(f"{kind}_sums", default=default, dist_reduce_fx="sum")
+        for name, num_sums in _NUM_SUMS.items():
+            default = torch.zeros(num_sums, dtype=wide_dtype(self.device))
+            self.add_state(name, default=default, dist_reduce_fx="sum")
+        self.add_state("references", default=[], dist_reduce_fx="cat")
+        self.set_reference(reference)
+
+    def reset(self) -> None:
+        """Forget all samples, and begin another epoch with the calibration so far."""
+        super().reset()
+        self._earlier_calibration = self.calibration
+        self.references = [self._reference_row.to(self.device, wide_dtype(self.device))]
+
+    def set_reference(self, reference: Reference | None) -> None:
+        """Set the reference, which may not be known at first, and forget all samples."""
+        self._shares = None if reference is None else reference.shares
+        self._reference_row = _reference_row(reference)
+        self.reset()
 
     def set_size(self, num_training: int | None, num_weights: int | None) -> None:
         """Set the numbers of training samples and weights, which may not be known at first.
@@ -104,51 +155,103 @@ class RiskEstimate(WideMetric):
             num_training: n; None for no scaling.
             num_weights: w; None for no scaling.
         """
+        self._num_training = num_training
         self._factor = 1.0
         if num_training is not None and num_weights is not None:
-            self._factor = risk.variance_factor(num_training, num_weights, self.has_batch_norm)
+            self._factor = risk.variance_factor(num_training, num_weights)
         compat.forget_computed(self)
 
-    def update(self, outputs: Tensor, twin_outputs: Tensor) -> None:
-        """Add a batch of unseen samples."""
-        _check_same_shape(outputs, twin_outputs)
-        self.add_sums("holdout", risk_sums.holdout_sums(outputs, twin_outputs, self.task))
+    def update(
+        self,
+        outputs: Tensor,
+        twin_outputs: Tensor | Sequence[Tensor],
+        *,
+        compared_with: Tensor | None = None,
+        reference: Tensor | None = None,
+    ) -> None:
+        """Add a batch of unseen samples.
+
+        Args:
+            outputs: Logits of the model, ``(N, K, ...)`` or ``(N,)``.
+            twin_outputs: Logits of a twin for the same samples, or those of several twins, whose mean counts.
+            compared_with: Logits to compare the twins with, if not ``outputs``: those computed like the twins', with
+                the statistics of the batch.
+            reference: The reference's predictions for these samples, ``(N, K)``; with a reference only.
+        """
+        twins = [twin_outputs] if isinstance(twin_outputs, Tensor) else list(twin_outputs)
+        _check_shapes(outputs, twins, compared_with)
+        if (reference is None) != (self._shares is None):
+            raise ValueError("Expected `reference` in `update` if the metric has one, and only then.")
+        self._add("holdout_sums", holdout_sums(outputs, twins, self.task, compared_with))
+        if reference is not None:
+            self._add_agreement("holdout_agreement", outputs, reference)
 
     def update_training(self, outputs: Tensor, targets: Tensor) -> None:
         """Add a batch of training samples, in eval mode.
 
         Args:
-            outputs: Outputs of the model, ``(N, K, ...)`` or ``(N,)``.
+            outputs: Logits of the model, ``(N, K, ...)`` or ``(N,)``.
             targets: Their labels; those of -100 are ignored.
         """
+        outputs = outputs.detach()
         self.task.check(outputs, targets)
-        self.add_sums("training", risk_sums.label_sums(outputs, targets, self.task))
+        self._add("training_sums", label_sums(outputs, targets, self.task))
+        if self._shares is not None:
+            y, counts = self.task.target_probabilities(self.task.probabilities(outputs), targets)
+            is_labelled = counts.flatten() > 0
+            self._add_agreement("training_agreement", outputs[is_labelled], y[is_labelled])
 
     def update_labels(self, outputs: Tensor, targets: Tensor) -> None:
         """Add a batch of validation samples with labels, as in :meth:`update_training`."""
+        outputs = outputs.detach()
         self.task.check(outputs, targets)
-        self.add_sums("labels", risk_sums.label_sums(outputs, targets, self.task))
+        self._add("labels_sums", label_sums(outputs, targets, self.task))
 
-    def add_sums(self, kind: str, sums: Tensor) -> None:
-        """Add sums from :mod:`lightning_sensitivity.functional.risk_sums` to one of the states."""
-        state = f"{kind}_sums"
+    def _add(self, state: str, sums: Tensor) -> None:
         setattr(self, state, getattr(self, state) + sums)  # not in place: it may belong to inference mode
         compat.forget_computed(self)
         compat.mark_updated(self)
 
+    def _add_agreement(self, state: str, outputs: Tensor, others: Tensor) -> None:
+        assert self._shares is not None
+        num_classes = len(self._shares)
+        if outputs[:, None].flatten(1).shape[1] != num_classes or others.shape != (len(outputs), num_classes):
+            got = f"{tuple(others.shape)} for outputs {tuple(outputs.shape)}"
+            raise ValueError(f"Expected `reference` to hold probabilities (N, {num_classes}), but got {got}.")
+        self._add(state, agreement_sums(outputs, others, self._shares, self.task))
+
     def compute(self) -> dict[str, Tensor]:
         """Compute the estimate and its terms over all processes; they are nan without samples."""
-        holdout = risk_sums.HoldoutSums(*self.holdout_sums)
-        training = risk_sums.LabelSums(*self.training_sums)
-        labels = risk_sums.LabelSums(*self.labels_sums)
+        holdout, training = HoldoutSums(*self.holdout_sums), LabelSums(*self.training_sums)
+        labels = LabelSums(*self.labels_sums)
         terms = risk.risk_terms(holdout, training, self.strength, self._factor)
-        self.messages = risk.diagnostics(holdout, training, terms.estimate, self.task)
         values = {f"risk_{name}": term for name, term in terms._asdict().items()}
+        weight, estimate = 0.0, terms.estimate
+        references = torch.unique(dim_zero_cat(self.references), dim=0)  # one that was merged with itself counts once
+        if len(references) > 0:
+            weight, score = self._reference_weight(references), self._reference_score()
+            estimate = (estimate + weight * score) / (1 + weight) if weight > 0 else estimate
+            values["risk_reference"] = score
+            values["risk_reference_weight"] = torch.full_like(score, weight)
+        self.messages = risk.diagnostics(holdout, training, estimate, self.task)
         if labels.num_scored > 0:
-            values["risk_estimate"] = risk.combine_with_labels(terms.estimate, labels)
+            estimate = risk.combine_with_labels(estimate, labels, has_reference=weight > 0)
             values["risk_label_score"] = labels.score / labels.num_scored
+            values["risk_label_stderr"] = risk.label_stderr(labels)
             values["risk_num_labels"] = labels.num_scored
-        return values
+        return {**values, "risk_estimate": estimate}
+
+    def _reference_weight(self, references: Tensor) -> float:
+        score, chance, num_samples = references.sum(0).tolist()
+        num_training = num_samples if self._num_training is None else self._num_training
+        return reference_weight(skill(score, chance), num_samples, num_training)
+
+    def _reference_score(self) -> Tensor:
+        """Compute C, with a calibration that includes this epoch."""
+        holdout, training = AgreementSums(*self.holdout_agreement), AgreementSums(*self.training_agreement)
+        agreement, training_agreement = (sums.agreement / sums.num_scored for sums in (holdout, training))
+        self.calibration = self._earlier_calibration.updated(float(agreement), float(training_agreement))
+        return reference_score(holdout, training, self.calibration)
 
     def plot(
         self, val: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]] | None = None, ax: AxType | None = None
@@ -179,7 +282,22 @@ class RiskEstimate(WideMetric):
         return self._plot([result["risk_estimate"] for result in results], ax)
 
 
-def _check_same_shape(outputs: Tensor, twin_outputs: Tensor) -> None:
-    if twin_outputs.shape != outputs.shape:
-        got = tuple(twin_outputs.shape)
-        raise ValueError(f"Expected `twin_outputs` to have the shape {tuple(outputs.shape)}, but got {got}.")
+def _reference_row(reference: Reference | None) -> Tensor:
+    """Return score and chance, summed over the samples of the reference, and their number; no row without one."""
+    if reference is None:
+        return torch.zeros(0, 3, dtype=torch.float64)
+    num_samples = reference.num_samples
+    row = [reference.score * num_samples, reference.chance * num_samples, num_samples]
+    return torch.tensor([row], dtype=torch.float64)
+
+
+def _check_shapes(outputs: Tensor, twins: Sequence[Tensor], compared_with: Tensor | None) -> None:
+    others = [("twin_outputs", twin) for twin in twins]
+    if compared_with is not None:
+        others.append(("compared_with", compared_with))
+    if not twins:
+        raise ValueError("Expected `twin_outputs` to hold the outputs of at least one twin, but got none.")
+    for name, other in others:
+        if other.shape != outputs.shape:
+            got = tuple(other.shape)
+            raise ValueError(f"Expected `{name}` to have the shape {tuple(outputs.shape)}, but got {got}.")

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
-from torchmetrics.utilities.prints import rank_zero_only
+from torchmetrics.utilities.prints import rank_zero_warn
 
 from lightning_sensitivity.functional import sensitivity
-from lightning_sensitivity.functional.reporting import warn
 from lightning_sensitivity.functional.tensors import wide_dtype
 from lightning_sensitivity.metric.wide import WideMetric
 
@@ -72,7 +71,6 @@ class OutputSensitivity(WideMetric):
     full_state_update: bool = False
     plot_lower_bound: float = 0.0
 
-    _warn = staticmethod(rank_zero_only(warn))
     rows: list[Tensor] | Tensor  # one tensor while it is synchronized
 
     def __init__(self, per_output: bool = False, **kwargs: Any) -> None:
@@ -94,19 +92,15 @@ class OutputSensitivity(WideMetric):
 
     def update(self, clean: Tensor, noisy: Tensor | Iterable[Tensor]) -> None:
         """Add the outputs for clean and perturbed inputs of one batch."""
-        self.add_rows(sensitivity.sensitivity_rows(clean, noisy))
-
-    def add_rows(self, rows: Tensor) -> None:
-        """Add samples by their rows, from :func:`~lightning_sensitivity.functional.sensitivity.sensitivity_rows`."""
         assert isinstance(self.rows, list)
-        self.rows.append(rows)
+        self.rows.append(sensitivity.sensitivity_rows(clean, noisy))
 
     def compute(self) -> Tensor:
         """Compute the sensitivity of all samples so far, over all processes."""
         self._all_rows = dim_zero_cat(self.rows)
         self._estimate = sensitivity.sensitivity_from_rows(self._all_rows)
         for message in sensitivity.diagnostics(self._estimate, self.per_output).values():
-            self._warn(message)
+            rank_zero_warn(message, stacklevel=5)  # at the line that calls `compute`
         return self._estimate.mean_square if self.per_output else self._estimate.sensitivity
 
     @property

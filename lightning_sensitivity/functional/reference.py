@@ -1,0 +1,222 @@
+"""A reference for the risk estimate: kernel ridge regression of the training labels, which never sees the network."""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_sensitivity.functional.sums import AgreementSums
+from lightning_sensitivity.functional.tasks import TASKS, Task
+
+_WIDTHS = (0.1, 0.4, 1.6)  # of the kernel, times the median squared distance
+_RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+_NO_SKILL, _FULL_SKILL = 0.01, 0.03  # permuted labels reach 0.013
+_POWER = 0.5  # of the share of training samples that the reference knows
+_MAX_FACTOR = 3.0  # of the agreement
+_CLEAR = 0.15  # share of the largest agreement so far
+_ROUNDING = 1e-12  # of scores that are 0
+
+
+class Reference(NamedTuple):
+    """Hold what a reference predicts, and how good it is.
+
+    Attributes:
+        predictions: Probabilities for the new samples, ``(M, K)``, float64, on the CPU.
+        shares: The mean label of the training samples, ``(K,)``.
+        score: The leave-one-out Brier score of the reference on its training samples.
+        chance: The score of ``shares`` as the prediction for each of them.
+        num_samples: How many training samples it knows.
+    """
+
+    predictions: Tensor
+    shares: Tensor
+    score: float
+    chance: float
+    num_samples: int
+
+    @property
+    def skill(self) -> float:
+        """How much lower than chance the score is: 1 for a perfect reference, 0 or less for a useless one."""
+        return skill(self.score, self.chance)
+
+
+def skill(score: float, chance: float) -> float:
+    """Compute 1 - score / chance; 0 if all labels are equal."""
+    return 1 - score / chance if chance > _ROUNDING else 0.0
+
+
+def fit_reference(features: Tensor, labels: Tensor, new_features: Tensor, task: str = "multiclass") -> Reference:
+    r"""Fit a reference to labels, and predict those of new samples.
+
+    The reference is kernel ridge regression (Saunders, Gammerman and Vovk, 1998) with a Gaussian kernel. With features
+    x, labels y and their mean :math:`\bar y`, it predicts
+
+    .. math::
+        q(x) = \bar y + \sum_i k(x, x_i)\, \alpha_i, \qquad
+        \alpha = (K + \lambda I)^{-1} (y - \bar y), \qquad
+        k(x, x') = \exp\Big(-\frac{\|x - x'\|^2}{w\, d}\Big)
+
+    where :math:`K_{ij} = k(x_i, x_j)`, and d is the median squared distance between samples. Of the widths w of 0.1,
+    0.4 and 1.6 and the ridges λ from 0.03 to 30, it takes those with the lowest leave-one-out Brier score. The
+    prediction for a sample that was left out has the error :math:`\alpha_i / [(K + \lambda I)^{-1}]_{ii}`, the identity
+    behind PRESS (Allen, 1974), so that one eigendecomposition for each width gives all scores; only
+    :math:`\bar y` includes the sample. In the end, predictions are clipped to probabilities.
+
+    Args:
+        features: Features of training samples, such as :func:`principal_components`, floating, ``(N, D)``.
+        labels: Their labels, which may be noisy, as probabilities ``(N, K)``: one-hot or soft for ``"multiclass"``,
+            else from 0 to 1, for ``"binary"`` also ``(N,)``.
+        new_features: Features of the samples to predict, ``(M, D)``.
+        task: ``"multiclass"``, ``"binary"`` or ``"multilabel"``, which says how labels are scored.
+
+    Returns:
+        The reference, computed on the CPU in float64.
+
+    Raises:
+        ValueError: If shapes do not fit, there is no training sample, features are nan or inf, or labels are no
+            probabilities.
+
+    Example:
+        >>> import torch
+        >>> from lightning_sensitivity.functional import fit_reference
+        >>> features = torch.tensor([[0.0], [0.1], [0.2], [0.3], [1.0], [1.1], [1.2], [1.3]])
+        >>> labels = torch.eye(2)[[0, 0, 0, 0, 1, 1, 1, 0]]  # the last one is noisy
+        >>> reference = fit_reference(features, labels, torch.tensor([[0.15], [1.15]]))
+        >>> reference.predictions.round(decimals=3)
+        tensor([[0.9940, 0.0060],
+                [0.1390, 0.8610]], dtype=torch.float64)
+        >>> round(reference.skill, 3)
+        0.528
+    """
+    if task not in TASKS:
+        raise ValueError(f"Expected `task` to be one of {', '.join(map(repr, TASKS))}, but got {task!r}.")
+    kind = TASKS[task]
+    x, new_x = _checked_features(features, new_features)
+    y = _checked_labels(labels, len(x), kind)
+    shares = y.mean(0)
+    distances = _squared_distances(x, x)
+    positive = distances[distances > 0]
+    median = positive.median() if len(positive) else torch.ones(())
+    best_score, best_width, best_weights = math.inf, median, torch.zeros_like(y)
+    for width in _WIDTHS:
+        kernel = (-distances / (width * median)).exp()
+        for weights, errors in _ridge_regressions(kernel, y - shares):
+            score = float(kind.distances(errors, torch.zeros_like(errors)).mean())
+            if score < best_score:
+                best_score, best_width, best_weights = score, width * median, weights
+    new_kernel = (-_squared_distances(new_x, x) / best_width).exp()
+    predictions = kind.clip(shares + new_kernel @ best_weights)
+    chance = float(kind.distances(y, shares.expand_as(y)).mean())
+    return Reference(predictions, shares, best_score, chance, len(x))
+
+
+def _ridge_regressions(kernel: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the weights α and the leave-one-out errors for each ridge, from one eigendecomposition."""
+    eigenvalues, vectors = torch.linalg.eigh(kernel)
+    eigenvalues = eigenvalues.clamp(min=0)
+    projected = vectors.T @ labels
+    for ridge in _RIDGES:
+        inverse = 1 / (eigenvalues + ridge)
+        weights = vectors @ (inverse[:, None] * projected)
+        yield weights, weights / (vectors.square() @ inverse)[:, None]
+
+
+def _squared_distances(first: Tensor, second: Tensor) -> Tensor:
+    """Compute the distances of all pairs, exactly 0 for equal samples."""
+    return torch.cdist(first, second, compute_mode="donot_use_mm_for_euclid_dist").square()
+
+
+def _checked_features(features: Tensor, new_features: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both as float64 on the CPU."""
+    tensors = {"features": features, "new_features": new_features}
+    for name, tensor in tensors.items():
+        if tensor.ndim != 2 or tensor.shape[1] != features.shape[-1] or not (len(tensor) or name == "new_features"):
+            got = f"{tuple(tensor.shape)}, with `features` of shape {tuple(features.shape)}"
+            raise ValueError(f"Expected `{name}` to have the shape (N, D), but got {got}.")
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"Expected `{name}` to be finite, but got nan or inf.")
+    return features.detach().cpu().double(), new_features.detach().cpu().double()
+
+
+def _checked_labels(labels: Tensor, num_samples: int, task: Task) -> Tensor:
+    """Return labels ``(N, K)`` as float64 on the CPU."""
+    y = labels.detach().cpu().double()
+    y = y[:, None] if task.name == "binary" and y.ndim == 1 else y
+    if y.ndim != 2 or len(y) != num_samples:
+        got = f"{tuple(labels.shape)} for {num_samples} samples"
+        raise ValueError(f"Expected `labels` to be probabilities (N, K), such as one-hot labels, but got {got}.")
+    are_valid = bool(((y >= 0) & (y <= 1)).all())
+    if not are_valid or (task.name == "multiclass" and not bool(((y.sum(1) - 1).abs() < 1e-3).all())):
+        sums = " that sum to 1" if task.name == "multiclass" else ""
+        raise ValueError(f"Expected `labels` to be probabilities{sums}, but got others.")
+    return y
+
+
+class Calibration(NamedTuple):
+    """Hold what the epochs so far say about the factor of the agreement.
+
+    A reference that is poor agrees less with a network than unseen labels do. The labels of training samples agree
+    more, since the network has learned them; least so before it memorizes. So the factor is the smallest ratio so far
+    of their agreement to that of the reference.
+
+    Attributes:
+        largest_agreement: The largest agreement of network and reference on unseen samples.
+        smallest_ratio: The smallest ratio of the agreement of training labels to it, where that is clear of 0.
+    """
+
+    largest_agreement: float = 0.0
+    smallest_ratio: float = math.inf
+
+    @property
+    def factor(self) -> float:
+        """The factor of the agreement, from 1 to 3."""
+        return min(max(self.smallest_ratio, 1.0), _MAX_FACTOR)
+
+    def updated(self, agreement: float, training_agreement: float) -> "Calibration":
+        """Include an epoch; one without samples, which gives nan, changes nothing.
+
+        Args:
+            agreement: Mean of p · (q − s) over unseen samples: p from the network, q from the reference, s the shares.
+            training_agreement: Mean of p · (y − s) over training samples with labels y.
+        """
+        if not (math.isfinite(agreement) and math.isfinite(training_agreement)):
+            return self
+        largest = max(self.largest_agreement, agreement)
+        ratio = self.smallest_ratio
+        if agreement > _CLEAR * largest and agreement > 0:
+            ratio = min(ratio, training_agreement / agreement)
+        return Calibration(largest, ratio)
+
+
+def reference_weight(skill: float, num_samples: int, num_training: int) -> float:
+    r"""Compute the weight of the reference beside the estimate, :math:`g \min(1, \sqrt{m / n})`.
+
+    Args:
+        skill: Skill of the reference; g rises from 0 at a skill of 0.01, which permuted labels can reach, to 1 at 0.03.
+        num_samples: m, how many training samples the reference knows.
+        num_training: n, how many the network is trained on.
+    """
+    guard = min(max((skill - _NO_SKILL) / (_FULL_SKILL - _NO_SKILL), 0.0), 1.0)
+    share = min(1.0, num_samples / num_training)
+    return guard * math.pow(share, _POWER)
+
+
+def reference_score(holdout: AgreementSums, training: AgreementSums, calibration: Calibration) -> Tensor:
+    r"""Estimate the Brier score on unseen samples by the agreement with the reference.
+
+    .. math::
+        \mathbb{E}\|y\|^2 + \mathbb{E}\|p\|^2 - 2\,\big[\mathbb{E}\,p \cdot s + c\,\mathbb{E}\,p \cdot (q - s)\big]
+
+    p are predictions of the network, q those of the reference, y training labels, s their mean, and c the factor of the
+    calibration.
+
+    Args:
+        holdout: Sums over unseen samples with predictions of the reference.
+        training: Sums over training samples with their labels.
+        calibration: What gives the factor; it includes this epoch.
+    """
+    agreement = (holdout.by_shares + calibration.factor * holdout.agreement) / holdout.num_scored
+    label_power = training.other_power / training.num_scored
+    return label_power + holdout.power / holdout.num_scored - 2 * agreement

@@ -1,0 +1,163 @@
+"""What the risk estimate sums over samples: claims, variance, scores on labels, agreement with the reference."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_sensitivity.functional.tasks import Task
+from lightning_sensitivity.functional.tensors import in_chunks, wide_dtype
+
+
+class HoldoutSums(NamedTuple):
+    """Hold sums over unseen samples, as float64 scalars.
+
+    Attributes:
+        num_scored: Samples, times positions.
+        claim: Claims of the model.
+        variance: Squared differences between twins and the outputs that they are compared with.
+        compared_claim: Claims of the outputs that twins are compared with.
+        twin_claim: Claims of the twins.
+        num_non_finite: Samples with nan or inf, left out.
+    """
+
+    num_scored: Tensor
+    claim: Tensor
+    variance: Tensor
+    compared_claim: Tensor
+    twin_claim: Tensor
+    num_non_finite: Tensor
+
+
+class LabelSums(NamedTuple):
+    """Hold sums over labelled training or validation samples, as float64 scalars.
+
+    Attributes:
+        num_scored: Labels that count.
+        score: Brier scores.
+        squared_score: Squares of the Brier scores.
+        claim: Claims of the model.
+        num_outside: Samples with an output outside of [0, 1].
+        num_high: Samples with an output above ½.
+        num_wide: Samples with more than two outputs.
+        num_non_finite: Samples with nan or inf, left out.
+    """
+
+    num_scored: Tensor
+    score: Tensor
+    squared_score: Tensor
+    claim: Tensor
+    num_outside: Tensor
+    num_high: Tensor
+    num_wide: Tensor
+    num_non_finite: Tensor
+
+
+class AgreementSums(NamedTuple):
+    r"""Hold sums of dot products between the model's predictions p and others q, as float64 scalars.
+
+    All are vectors from :meth:`~lightning_sensitivity.functional.tasks.Task.as_vectors`.
+
+    Attributes:
+        num_scored: Samples.
+        power: :math:`|p|^2`.
+        by_shares: :math:`p \cdot s`, where s are the shares of the classes in training.
+        agreement: :math:`p \cdot (q - s)`.
+        other_power: :math:`|q|^2`.
+        num_non_finite: Samples with nan or inf, left out.
+    """
+
+    num_scored: Tensor
+    power: Tensor
+    by_shares: Tensor
+    agreement: Tensor
+    other_power: Tensor
+    num_non_finite: Tensor
+
+
+def holdout_sums(
+    outputs: Tensor, twin_outputs: Sequence[Tensor], task: Task, compared_with: Tensor | None = None
+) -> Tensor:
+    """Sum up claims and variance over a batch of unseen samples.
+
+    Args:
+        outputs: Outputs in eval mode, ``(N, K, ...)`` or ``(N,)``.
+        twin_outputs: Outputs of one twin or more, whose mean counts.
+        task: The kind of classification.
+        compared_with: Outputs to compare the twins with, if not ``outputs``: those with batch statistics.
+
+    Returns:
+        The entries of :class:`HoldoutSums` as one tensor.
+    """
+    compared_with = outputs if compared_with is None else compared_with
+
+    def sums(outputs: Tensor, compared_with: Tensor, *twin_outputs: Tensor) -> Tensor:
+        compared = task.probabilities(compared_with)
+        twins = [task.probabilities(each) for each in twin_outputs]
+        claim = task.claims(task.probabilities(outputs))
+        return _finite_sums(
+            torch.ones_like(claim),
+            claim,
+            torch.stack([task.distances(compared, twin) for twin in twins]).mean(0),
+            task.claims(compared),
+            torch.stack([task.claims(twin) for twin in twins]).mean(0),
+        )
+
+    return torch.stack(in_chunks(sums, outputs, compared_with, *twin_outputs)).sum(0)
+
+
+def label_sums(outputs: Tensor, targets: Tensor, task: Task) -> Tensor:
+    """Sum up scores and claims over a batch of labelled samples.
+
+    Args:
+        outputs: Outputs in eval mode, ``(N, K, ...)`` or ``(N,)``.
+        targets: Their labels; those of -100 are ignored.
+        task: The kind of classification.
+
+    Returns:
+        The entries of :class:`LabelSums` as one tensor.
+    """
+
+    def sums(outputs: Tensor, targets: Tensor) -> Tensor:
+        p = task.probabilities(outputs)
+        y, counts = task.target_probabilities(p, targets)
+        is_outside = ((outputs < 0) | (outputs > 1)).reshape(p.shape).any(1)
+        is_high = (outputs > 0.5).reshape(p.shape).any(1)
+        is_wide = torch.full_like(is_high, p.shape[1] > 2)
+        scores, claims = task.distances(p, y) * counts, task.claims(p) * counts
+        return _finite_sums(counts, scores, scores.square(), claims, is_outside, is_high, is_wide)
+
+    return torch.stack(in_chunks(sums, outputs, targets.to(outputs.device))).sum(0)
+
+
+def agreement_sums(outputs: Tensor, others: Tensor, shares: Tensor, task: Task) -> Tensor:
+    """Sum up how a batch of predictions agrees with those of the reference, or with labels.
+
+    Args:
+        outputs: Outputs in eval mode, ``(N, K)`` or ``(N,)``.
+        others: Probabilities from the reference, or labels, ``(N, K)``.
+        shares: The mean label of the reference's training samples, ``(K,)``.
+        task: The kind of classification.
+
+    Returns:
+        The entries of :class:`AgreementSums` as one tensor.
+    """
+    dtype = wide_dtype(outputs.device)
+    s = task.as_vectors(shares[None].to(outputs.device, dtype))
+
+    def sums(outputs: Tensor, others: Tensor) -> Tensor:
+        p = task.as_vectors(task.probabilities(outputs).flatten(1).to(dtype))
+        q = task.as_vectors(others.to(outputs.device, dtype))
+        ones = torch.ones_like(p[:, 0])
+        return _finite_sums(ones, p.square().sum(1), (p * s).sum(1), (p * (q - s)).sum(1), q.square().sum(1))
+
+    return torch.stack(in_chunks(sums, outputs, others)).sum(0)
+
+
+def _finite_sums(*values: Tensor) -> Tensor:
+    """Sum up values over the samples whose values are all finite, and count the others; do not wait for the device."""
+    dtype = wide_dtype(values[0].device)
+    rows = torch.stack([each.to(dtype)[:, None].flatten(1).sum(1) for each in values], dim=1)
+    is_finite = rows.isfinite().all(1)
+    return torch.cat([rows.where(is_finite[:, None], 0.0).sum(0), (~is_finite).sum(0, keepdim=True)])
