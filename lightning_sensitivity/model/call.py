@@ -119,17 +119,11 @@ class ModelCall:
 
     def to(self, device: torch.device | str) -> "ModelCall":
         """Copy the call, with its tensors on a device; other objects in its arguments are shared."""
-        new = copy.copy(self)
-        new.args = clone_tensors(self.args, lambda tensor: tensor.detach().to(device, copy=True))
-        new.kwargs = clone_tensors(self.kwargs, lambda tensor: tensor.detach().to(device, copy=True))
-        return new
+        return self._with(lambda value: clone_tensors(value, lambda tensor: tensor.detach().to(device, copy=True)))
 
     def select(self, samples: slice) -> "ModelCall":
         """Return the call on some of the samples; only for calls with a :meth:`layout`."""
-        new = copy.copy(self)
-        new.args = tuple(value[samples] if isinstance(value, Tensor) else value for value in self.args)
-        kwargs = self.kwargs.items()
-        new.kwargs = {name: value[samples] if isinstance(value, Tensor) else value for name, value in kwargs}
+        new = self._with(lambda value: value[samples] if isinstance(value, Tensor) else value)
         new.sizes = [len(range(self.size)[samples])]
         return new
 
@@ -140,6 +134,13 @@ class ModelCall:
         if not has_samples or not all(_is_joinable(value, self.size) for value in values):
             return None
         return len(self.args), *self.kwargs, *map(_layout_of, values)
+
+    def _with(self, change: Callable[[Any], Any]) -> "ModelCall":
+        """Return the call with other arguments, which a function makes of those of this call."""
+        new = copy.copy(self)
+        new.args = tuple(map(change, self.args))
+        new.kwargs = {name: change(value) for name, value in self.kwargs.items()}
+        return new
 
     def _advice(self, floating: Sequence[int | str]) -> str:
         """Say what to do if it is not clear what to perturb."""

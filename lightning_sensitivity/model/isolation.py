@@ -28,8 +28,8 @@ _MAX_ITEMS = 100  # of a container, in a fingerprint
 _OWN = frozenset(vars(nn.Module()))  # what each module has: parameters, buffers, hooks, the mode
 _COPIED = (list, dict, set, collections.deque, collections.OrderedDict, collections.defaultdict, collections.Counter)
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
-_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, type)
-_NOT_OURS = ("lightning", "pytorch_lightning", "lightning_fabric", "logging")  # packages whose objects change anyway
+_SKIPPED = (nn.Module, Dataset, DataLoader, types.ModuleType)
+_SKIPPED_PACKAGES = ("lightning", "pytorch_lightning", "lightning_fabric", "logging")  # their objects change anyway
 
 
 class RunIsolated(Protocol):
@@ -175,6 +175,7 @@ class _State:
         self.copies_of_large: dict[int, tuple[Tensor, int]] = {}  # with their versions, by the id of the original
 
     def put_copies(self) -> None:
+        clear_autocast_cache()  # of 16-bit copies of weights, which may have changed since
         copies: dict[int, Any] = {}  # what several places share stays shared
         with torch.inference_mode(False):  # tensors of inference mode have no version
             for items, name, value in self.places:
@@ -193,14 +194,14 @@ class _State:
         for items, originals in self.originals:
             if list(items) != list(originals):  # new names, or another order of parameters and buffers
                 items.clear()
-            items.update(originals)
+            if originals:  # most dicts are of hooks, and empty
+                items.update(originals)
         for parameter, requires_grad, grad in self.parameters:
             if parameter.requires_grad != requires_grad:
                 parameter.requires_grad_(requires_grad)
             if parameter.grad is not grad:
                 parameter.grad = grad
         set_rng_states(self.rng_states)
-        clear_autocast_cache()
 
     def _copy(self, tensor: Tensor) -> Tensor:
         """Clone a tensor, or return the clone from the last run if it is large and that run has not written to it."""
@@ -261,10 +262,9 @@ def _contents(name: str, value: Any) -> list[tuple[str, Any]]:
 
 
 def _is_looked_at(value: object) -> bool:
-    """Return whether an object is part of a fingerprint: not functions, data sets and objects of Lightning."""
-    if isinstance(value, (*_FUNCTIONS, nn.Module, nn.Parameter, Dataset, DataLoader)):
-        return False
-    return all(base.__module__.partition(".")[0] not in _NOT_OURS for base in type(value).__mro__)
+    """Return whether an object is part of a fingerprint: data sets and objects of Lightning are not."""
+    packages = {base.__module__.partition(".")[0] for base in type(value).__mro__}
+    return not isinstance(value, _SKIPPED) and packages.isdisjoint(_SKIPPED_PACKAGES)
 
 
 def _state_of(value: Any) -> object:
