@@ -1,5 +1,6 @@
 """Each example in its quick form, in this process: to import torch and lightning again would take most of the time."""
 
+import dataclasses
 import re
 import runpy
 import sys
@@ -9,7 +10,12 @@ from typing import Any
 import numpy as np
 import pandas
 import pytest
+import torch
+from lightning.pytorch import Trainer
 from scipy.stats import kendalltau
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_sensitivity import RiskMonitor
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NOTEBOOK = EXAMPLES / "track_generalization.ipynb"
@@ -120,3 +126,25 @@ def test_votes_are_compared_on_handfuls_of_models(run: Any) -> None:
     assert {variables["PACKAGE"], "hard votes of the others", "100 labels"} <= set(table["ranked by"])
     assert table["tau"].between(-1, 1).all() and table["pools"].max() == 2
     assert f"| {variables['PACKAGE']} | " in text
+
+
+@pytest.mark.long
+def test_the_study_of_early_stopping_replays_what_a_fit_logs(run: Any) -> None:
+    text, _ = run("studies/early_stopping/study.py", "--quick")
+    assert "| random 23 | " in text and Path("runs/early_stopping_quick/results.csv").exists()
+    training, replay = sys.modules["training"], sys.modules["replay"]
+    drawn = dataclasses.replace(training.DRAWS["tables"](3), epochs=2)
+    x, y = drawn.x_holdout[:300], torch.full((300,), replay.NO_LABEL)
+
+    class Real(training.Classifier):  # type: ignore[name-defined, misc]
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            pass
+
+    recorder, validation = replay.Recorder(drawn, x), DataLoader(TensorDataset(x, y), replay.BATCH_SIZE)
+    callbacks = [RiskMonitor("binary"), recorder]
+    trainer = Trainer(max_epochs=2, accelerator="cpu", callbacks=callbacks, **training.QUIET)
+    trainer.fit(Real(drawn), training.training_loader(drawn), validation)
+    replayed = replay.replayed(drawn, training.trained(drawn)["weights"], [RiskMonitor("binary")], x, y)
+    for row, expected in zip(replayed.rows, recorder.rows, strict=True):
+        assert row == {name: value for name, value in expected.items() if name != "train_loss"}
+        assert "val_risk_reference" in row

@@ -26,6 +26,7 @@ from lightning_sensitivity import RiskMonitor
 from lightning_sensitivity.functional.risk import LABEL_WEIGHT, VARIANCE_SCALE
 
 NUM_HOLDOUT, NUM_TEST = 600, 1000  # samples
+BATCH_SIZE = 120  # of validation
 NO_LABEL = -100
 
 
@@ -109,7 +110,7 @@ def replayed(run: Run, weights: dict[str, Tensor], monitors: list[Callback], x: 
     """Replay a kept training with monitors and these validation samples; see the module."""
     recorder = Recorder(run, x)
     trainer = Trainer(max_epochs=run.epochs, accelerator="cpu", callbacks=[*monitors, recorder], **QUIET)
-    validation = DataLoader(TensorDataset(x, y), -(-len(x) // 5), generator=torch.Generator())
+    validation = DataLoader(TensorDataset(x, y), BATCH_SIZE, generator=torch.Generator())
     trainer.fit(Replay(run, weights), training_loader(run), validation)
     return recorder
 
