@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_sensitivity.functional.sums import AgreementSums
-from lightning_sensitivity.functional.tasks import TASKS, Task
+from lightning_sensitivity.functional.tasks import Task, find_task
 
 _WIDTHS = (0.1, 0.4, 1.6)  # of the kernel, times the median squared distance
 _RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
@@ -90,9 +90,7 @@ def fit_reference(features: Tensor, labels: Tensor, new_features: Tensor, task: 
         >>> round(reference.skill, 3)
         0.528
     """
-    if task not in TASKS:
-        raise ValueError(f"Expected `task` to be one of {', '.join(map(repr, TASKS))}, but got {task!r}.")
-    kind = TASKS[task]
+    kind = find_task(task)
     x, new_x = _checked_features(features, new_features)
     y = _checked_labels(labels, len(x), kind)
     shares = y.mean(0)
@@ -190,7 +188,7 @@ class Calibration(NamedTuple):
         return Calibration(largest, ratio)
 
 
-def reference_weight(skill: float, num_samples: int, num_training: int) -> float:
+def reference_weight(skill: float, num_samples: float, num_training: float) -> float:
     r"""Compute the weight of the reference beside the estimate, :math:`g \min(1, \sqrt{m / n})`.
 
     Args:

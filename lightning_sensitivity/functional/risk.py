@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_sensitivity.functional.sums import HoldoutSums, LabelSums, holdout_sums, label_sums
-from lightning_sensitivity.functional.tasks import TASKS, Task
+from lightning_sensitivity.functional.tasks import Task, find_task
 from lightning_sensitivity.functional.tensors import are_probabilities
 
 # m₀: the number of validation labels that count as much as the estimate, without and with a reference
@@ -159,8 +159,6 @@ def risk_estimate(
     *,
     strength: float | None = None,
     factor: float = 1.0,
-    labelled_outputs: Tensor | None = None,
-    labels: Tensor | None = None,
 ) -> RiskTerms:
     r"""Estimate the Brier score on unseen samples from training labels and unlabelled samples.
 
@@ -183,8 +181,8 @@ def risk_estimate(
     - memorization is added: how much the claim on unseen samples exceeds the claim on training samples, if it does.
 
     ``examples/studies/early_stopping/README.md`` has the measurements. If training labels are noisy, this is an
-    estimate of the score against equally noisy labels. Validation labels, if given, are combined with it: m labels of
-    mean score s give :math:`(m s + 40 R) / (m + 40)`. :class:`~lightning_sensitivity.RiskEstimate` adds a reference.
+    estimate of the score against equally noisy labels. :class:`~lightning_sensitivity.RiskEstimate` combines it with a
+    reference and with validation labels.
 
     Args:
         outputs: Outputs for unlabelled samples that the network was not trained on, before softmax or sigmoid,
@@ -197,8 +195,6 @@ def risk_estimate(
             labels.
         strength: λ, if the twin is simulated; None for a real one.
         factor: Factor of the variance for a simulated twin, from :func:`variance_factor`.
-        labelled_outputs: Outputs for validation samples that have a label.
-        labels: Their labels, in the form of ``train_targets``.
 
     Returns:
         The estimate and its terms, scalar tensors, float64 (float32 on MPS).
@@ -214,39 +210,28 @@ def risk_estimate(
         >>> risk_estimate(outputs, twin_outputs, train_outputs, train_targets).estimate
         tensor(0.3832, dtype=torch.float64)
     """
-    if task not in TASKS:
-        raise ValueError(f"Expected `task` to be one of {', '.join(map(repr, TASKS))}, but got {task!r}.")
+    kind = find_task(task)
+    check_strength(strength)
+    _check_logits(kind, outputs=outputs, twin_outputs=twin_outputs, train_outputs=train_outputs)
+    if outputs.shape != twin_outputs.shape or outputs.shape[1:2] != train_outputs.shape[1:2]:
+        shapes = [tuple(each.shape) for each in (outputs, twin_outputs, train_outputs)]
+        raise ValueError(f"Expected `outputs`, `twin_outputs`, `train_outputs` of the same K, but got {shapes}.")
+    kind.check(train_outputs, train_targets)
+    training = LabelSums(*label_sums(train_outputs, train_targets, kind))
+    if not training.num_scored > 0:
+        raise ValueError("Expected `train_targets` to hold a label that counts, but all are -100.")
+    return risk_terms(HoldoutSums(*holdout_sums(outputs, (twin_outputs,), kind)), training, strength, factor)
+
+
+def check_strength(strength: float | None) -> None:
+    """Raise ValueError unless the strength of simulated twins is above 0, or None for real ones."""
     if strength is not None and not strength > 0:
-        raise ValueError(f"Expected `strength` to be above 0, or None for a real twin, but got {strength}.")
-    if (labelled_outputs is None) != (labels is None):
-        raise ValueError("Expected both `labelled_outputs` and `labels`, or neither, but got one of them.")
-    kind = TASKS[task]
-    logits = {"outputs": outputs, "twin_outputs": twin_outputs, "train_outputs": train_outputs}
-    _check_logits(logits, kind)
-    training = _labelled_sums("train_targets", train_outputs, train_targets, kind)
-    holdout = HoldoutSums(*holdout_sums(outputs, (twin_outputs,), kind))
-    terms = risk_terms(holdout, training, strength, factor)
-    if labelled_outputs is None or labels is None:
-        return terms
-    validation = _labelled_sums("labels", labelled_outputs, labels, kind)
-    return terms._replace(estimate=combine_with_labels(terms.estimate, validation))
+        raise ValueError(f"Expected `strength` to be above 0, or None for real twins, but got {strength}.")
 
 
-def _labelled_sums(name: str, outputs: Tensor, targets: Tensor, task: Task) -> LabelSums:
-    task.check(outputs, targets)
-    sums = LabelSums(*label_sums(outputs, targets, task))
-    if not sums.num_scored > 0:
-        raise ValueError(f"Expected `{name}` to hold a label that counts, but all are -100.")
-    return sums
-
-
-def _check_logits(tensors: dict[str, Tensor], task: Task) -> None:
-    first, second, *others = tensors.values()
-    if first.shape != second.shape or any(other.shape[1:2] != first.shape[1:2] for other in others):
-        shapes = [tuple(tensor.shape) for tensor in tensors.values()]
-        raise ValueError(f"Expected `{'`, `'.join(tensors)}` of the same K, but got {shapes}.")
+def _check_logits(task: Task, **tensors: Tensor) -> None:
     for name, tensor in tensors.items():
-        is_valid = tensor.is_floating_point() and tensor.numel() > 0
-        if not is_valid or (task.name == "multiclass" and are_probabilities(tensor)):
+        are_logits = task.name != "multiclass" or not are_probabilities(tensor)
+        if not (tensor.is_floating_point() and tensor.numel() and are_logits):
             got = f"{tensor.dtype} of shape {tuple(tensor.shape)}, or probabilities"
             raise ValueError(f"Expected `{name}` to be floating logits of one sample or more, but got {got}.")

@@ -144,11 +144,11 @@ def agreement_sums(outputs: Tensor, others: Tensor, shares: Tensor, task: Task) 
         The entries of :class:`AgreementSums` as one tensor.
     """
     dtype = wide_dtype(outputs.device)
-    s = task.as_vectors(shares[None].to(outputs.device, dtype))
+    s = task.as_vectors(shares[None].to(dtype).to(outputs.device))
 
     def sums(outputs: Tensor, others: Tensor) -> Tensor:
         p = task.as_vectors(task.probabilities(outputs).flatten(1).to(dtype))
-        q = task.as_vectors(others.to(outputs.device, dtype))
+        q = task.as_vectors(others.to(dtype).to(outputs.device))
         ones = torch.ones_like(p[:, 0])
         return _finite_sums(ones, p.square().sum(1), (p * s).sum(1), (p * (q - s)).sum(1), q.square().sum(1))
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_sensitivity.functional.tensors import num_outputs
 
 IGNORED = -100  # the `ignore_index` of torch's cross-entropy
+_SEVERAL = "Set `task='multilabel'` if a sample can have several classes"
 _SMALLEST = 1e-4  # probability of a class from a reference
 
 
@@ -72,21 +73,31 @@ class Multiclass(Task):
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:  # noqa: D102
         if num_outputs(outputs) == 1:
-            raise ValueError(f"Expected outputs (N, K, ...) with K > 1, but got {_describe(outputs, targets)}")
+            kind, are_labels = ("floating", "from 0 to 1") if targets.is_floating_point() else ("integers", "0 and 1")
+            raise ValueError(f"Labels are {kind} for one output. Set `task='binary'` if they are {are_labels}")
         if targets.is_floating_point():
-            _check_shape(outputs, targets, " Make class indices integers (`targets=lambda batch: batch[1].long()`)")
-            _check_range(targets)
-            if not bool(((targets.double().sum(1) - 1).abs() < 1e-3).all()):
-                raise ValueError("Expected soft labels that sum to 1 over the classes, but got other sums")
-            return
-        if tuple(targets.shape) != (*outputs.shape[:1], *outputs.shape[2:]) or targets.dtype == torch.bool:
-            advice = " Remove the extra dimension: `targets=lambda batch: batch[1].squeeze(1)`"
+            self._check_soft(outputs, targets)
+        else:
+            self._check_integers(outputs, targets)
+            self._check_indices(num_outputs(outputs), targets.long())  # comparisons in 8 bits wrap around
+
+    def _check_soft(self, outputs: Tensor, targets: Tensor) -> None:
+        advice = " Make class indices integers: `targets=lambda batch: batch[1].long()`. A regression has no estimate"
+        _check_shape(outputs, targets, advice)
+        _check_range(targets)
+        is_ignored = has_ignored_value(targets).any(1)
+        if not bool((is_ignored | _sum_to_one(targets)).all()):
+            raise ValueError(f"Expected soft labels that sum to 1 over the classes, but got other sums. {_SEVERAL}")
+
+    def _check_integers(self, outputs: Tensor, targets: Tensor) -> None:
+        if targets.shape == outputs.shape:
+            advice = "if it can't, make one-hot labels floating: `targets=lambda batch: batch[1].float()`"
+            raise ValueError(f"Labels are {targets.dtype} for each output. {_SEVERAL}; {advice}")
+        if targets.shape != (*outputs.shape[:1], *outputs.shape[2:]) or targets.dtype == torch.bool:
+            expected = "Expected class indices (N, ...) for outputs (N, K, ...)"
             is_column = targets.shape == (len(outputs), 1) and targets.dtype != torch.bool
-            raise ValueError(
-                f"Expected class indices (N, ...) for outputs (N, K, ...), but got {_describe(outputs, targets)}."
-                + (advice if is_column else "")
-            )
-        self._check_indices(num_outputs(outputs), targets.long())  # comparisons in 8 bits wrap around
+            advice = " Remove the extra dimension: `targets=lambda batch: batch[1].squeeze(1)`" if is_column else ""
+            raise ValueError(f"{expected}, but got {_describe(outputs, targets)}.{advice}")
 
     def _check_indices(self, num_classes: int, targets: Tensor) -> None:
         is_valid = ((targets >= 0) & (targets < num_classes)) | (targets == IGNORED)
@@ -132,12 +143,13 @@ class Multilabel(Task):
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:  # noqa: D102
         self._check_num_outputs(outputs, targets)
-        _check_shape(outputs, targets)
+        _check_shape(outputs, targets, " Leave `task` out if labels are class indices")
         _check_range(targets)
 
     def _check_num_outputs(self, outputs: Tensor, targets: Tensor) -> None:
         if num_outputs(outputs) == 1:
-            raise ValueError(f"Expected outputs (N, K, ...) with K > 1, but got {_describe(outputs, targets)}")
+            got = _describe(outputs, targets)
+            raise ValueError(f"Expected outputs (N, K, ...) with K > 1, but got {got}. Set `task='binary'`")
 
     def distances(self, p: Tensor, other: Tensor) -> Tensor:  # noqa: D102
         return (p - other).square_().mean(1)
@@ -159,20 +171,29 @@ class Binary(Multilabel):
 
     def _check_num_outputs(self, outputs: Tensor, targets: Tensor) -> None:
         if num_outputs(outputs) != 1:
-            advice = ""
-            if num_outputs(outputs) == 2:
-                advice = ". For two outputs, leave `task` out, with integers: `targets=lambda batch: batch[1].long()`"
-            expected = f"Expected one output, (N,) or (N, 1, ...), but got {_describe(outputs, targets)}"
-            raise ValueError(expected + advice)
+            advice = "With an output for each class, leave `task` out: `targets=lambda batch: batch[1].long()`"
+            got = _describe(outputs, targets)
+            raise ValueError(f"Expected one output, (N,) or (N, 1, ...), but got {got}. {advice}")
 
 
 TASKS: dict[str, Task] = {task.name: task for task in (Multiclass(), Binary(), Multilabel())}
+
+
+def find_task(name: str) -> Task:
+    """Return the task of a name, or raise ValueError."""
+    if name not in TASKS:
+        raise ValueError(f"Expected `task` to be one of {', '.join(map(repr, TASKS))}, but got {name!r}.")
+    return TASKS[name]
 
 
 def has_ignored_value(targets: Tensor) -> Tensor:
     """Return where labels are -100."""
     # As an 8-bit integer, 156 would equal -100.
     return (targets if targets.is_floating_point() else targets.long()) == IGNORED
+
+
+def _sum_to_one(targets: Tensor) -> Tensor:
+    return (targets.double().sum(1) - 1).abs() < 1e-3
 
 
 def _check_shape(outputs: Tensor, targets: Tensor, advice: str = "") -> None:

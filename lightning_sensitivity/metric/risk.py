@@ -10,23 +10,10 @@ from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
 from lightning_sensitivity import compat
-from lightning_sensitivity.functional import risk
-from lightning_sensitivity.functional.reference import (
-    Calibration,
-    Reference,
-    reference_score,
-    reference_weight,
-    skill,
-)
-from lightning_sensitivity.functional.sums import (
-    AgreementSums,
-    HoldoutSums,
-    LabelSums,
-    agreement_sums,
-    holdout_sums,
-    label_sums,
-)
-from lightning_sensitivity.functional.tasks import TASKS
+from lightning_sensitivity.functional import Calibration, Reference, risk, sums
+from lightning_sensitivity.functional.reference import reference_score, reference_weight, skill
+from lightning_sensitivity.functional.sums import AgreementSums, HoldoutSums, LabelSums
+from lightning_sensitivity.functional.tasks import find_task
 from lightning_sensitivity.functional.tensors import wide_dtype
 from lightning_sensitivity.metric.wide import WideMetric
 
@@ -116,11 +103,8 @@ class RiskEstimate(WideMetric):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if task not in TASKS:
-            raise ValueError(f"Expected `task` to be one of {', '.join(map(repr, TASKS))}, but got {task!r}.")
-        if strength is not None and not strength > 0:
-            raise ValueError(f"Expected `strength` to be above 0, or None for real twins, but got {strength}.")
-        self.task = TASKS[task]
+        risk.check_strength(strength)
+        self.task = find_task(task)
         self.strength = strength
         self.messages: dict[str, str] = {}
         self.calibration = Calibration() if calibration is None else calibration
@@ -140,7 +124,7 @@ class RiskEstimate(WideMetric):
         """Forget all samples, and begin another epoch with the calibration so far."""
         super().reset()
         self._earlier_calibration = self.calibration
-        self.references = [self._reference_row.to(self.device, wide_dtype(self.device))]
+        self.references = [self._reference_row.to(wide_dtype(self.device)).to(self.device)]
 
     def set_reference(self, reference: Reference | None) -> None:
         """Set the reference, which may not be known at first, and forget all samples."""
@@ -182,9 +166,11 @@ class RiskEstimate(WideMetric):
         _check_shapes(outputs, twins, compared_with)
         if (reference is None) != (self._shares is None):
             raise ValueError("Expected `reference` in `update` if the metric has one, and only then.")
-        self._add("holdout_sums", holdout_sums(outputs, twins, self.task, compared_with))
-        if reference is not None:
-            self._add_agreement("holdout_agreement", outputs, reference)
+        if reference is not None and self._shares is not None:
+            _check_predictions(reference, outputs, len(self._shares))
+            agreement = sums.agreement_sums(outputs, reference, self._shares, self.task)
+            self._add("holdout_agreement", agreement)
+        self._add("holdout_sums", sums.holdout_sums(outputs, twins, self.task, compared_with))
 
     def update_training(self, outputs: Tensor, targets: Tensor) -> None:
         """Add a batch of training samples, in eval mode.
@@ -193,32 +179,25 @@ class RiskEstimate(WideMetric):
             outputs: Logits of the model, ``(N, K, ...)`` or ``(N,)``.
             targets: Their labels; those of -100 are ignored.
         """
-        outputs = outputs.detach()
-        self.task.check(outputs, targets)
-        self._add("training_sums", label_sums(outputs, targets, self.task))
+        self._add_labelled("training_sums", outputs, targets)
         if self._shares is not None:
-            y, counts = self.task.target_probabilities(self.task.probabilities(outputs), targets)
-            is_labelled = counts.flatten() > 0
-            self._add_agreement("training_agreement", outputs[is_labelled], y[is_labelled])
+            y, counts = self.task.target_probabilities(self.task.probabilities(outputs.detach()), targets)
+            has_label = counts.flatten() > 0
+            agreement = sums.agreement_sums(outputs.detach()[has_label], y[has_label], self._shares, self.task)
+            self._add("training_agreement", agreement)
 
     def update_labels(self, outputs: Tensor, targets: Tensor) -> None:
         """Add a batch of validation samples with labels, as in :meth:`update_training`."""
-        outputs = outputs.detach()
-        self.task.check(outputs, targets)
-        self._add("labels_sums", label_sums(outputs, targets, self.task))
+        self._add_labelled("labels_sums", outputs, targets)
 
-    def _add(self, state: str, sums: Tensor) -> None:
-        setattr(self, state, getattr(self, state) + sums)  # not in place: it may belong to inference mode
+    def _add_labelled(self, state: str, outputs: Tensor, targets: Tensor) -> None:
+        self.task.check(outputs, targets)
+        self._add(state, sums.label_sums(outputs.detach(), targets, self.task))
+
+    def _add(self, state: str, values: Tensor) -> None:
+        setattr(self, state, getattr(self, state) + values)  # not in place: it may belong to inference mode
         compat.forget_computed(self)
         compat.mark_updated(self)
-
-    def _add_agreement(self, state: str, outputs: Tensor, others: Tensor) -> None:
-        assert self._shares is not None
-        num_classes = len(self._shares)
-        if outputs[:, None].flatten(1).shape[1] != num_classes or others.shape != (len(outputs), num_classes):
-            got = f"{tuple(others.shape)} for outputs {tuple(outputs.shape)}"
-            raise ValueError(f"Expected `reference` to hold probabilities (N, {num_classes}), but got {got}.")
-        self._add(state, agreement_sums(outputs, others, self._shares, self.task))
 
     def compute(self) -> dict[str, Tensor]:
         """Compute the estimate and its terms over all processes; they are nan without samples."""
@@ -226,30 +205,33 @@ class RiskEstimate(WideMetric):
         labels = LabelSums(*self.labels_sums)
         terms = risk.risk_terms(holdout, training, self.strength, self._factor)
         values = {f"risk_{name}": term for name, term in terms._asdict().items()}
-        weight, estimate = 0.0, terms.estimate
-        references = torch.unique(dim_zero_cat(self.references), dim=0)  # one that was merged with itself counts once
-        if len(references) > 0:
-            weight, score = self._reference_weight(references), self._reference_score()
-            estimate = (estimate + weight * score) / (1 + weight) if weight > 0 else estimate
+        estimate, weight = terms.estimate, self._reference_weight()
+        if weight is not None:
+            score = self._reference_score()
+            if weight > 0:
+                estimate = (estimate + weight * score) / (1 + weight)
             values["risk_reference"] = score
             values["risk_reference_weight"] = torch.full_like(score, weight)
         self.messages = risk.diagnostics(holdout, training, estimate, self.task)
         if labels.num_scored > 0:
-            estimate = risk.combine_with_labels(estimate, labels, has_reference=weight > 0)
+            estimate = risk.combine_with_labels(estimate, labels, has_reference=bool(weight))
             values["risk_label_score"] = labels.score / labels.num_scored
             values["risk_label_stderr"] = risk.label_stderr(labels)
             values["risk_num_labels"] = labels.num_scored
         return {**values, "risk_estimate": estimate}
 
-    def _reference_weight(self, references: Tensor) -> float:
-        score, chance, num_samples = references.sum(0).tolist()
-        num_training = num_samples if self._num_training is None else self._num_training
-        return reference_weight(skill(score, chance), num_samples, num_training)
+    def _reference_weight(self) -> float | None:
+        """Compute w, from the references of all processes; None if there is none."""
+        rows = torch.unique(dim_zero_cat(self.references), dim=0)  # `forward` and `merge_state` repeat them
+        if not len(rows):
+            return None
+        score, chance, num_samples = rows.sum(0).tolist()
+        return reference_weight(skill(score, chance), num_samples, self._num_training or num_samples)
 
     def _reference_score(self) -> Tensor:
         """Compute C, with a calibration that includes this epoch."""
         holdout, training = AgreementSums(*self.holdout_agreement), AgreementSums(*self.training_agreement)
-        agreement, training_agreement = (sums.agreement / sums.num_scored for sums in (holdout, training))
+        agreement, training_agreement = (each.agreement / each.num_scored for each in (holdout, training))
         self.calibration = self._earlier_calibration.updated(float(agreement), float(training_agreement))
         return reference_score(holdout, training, self.calibration)
 
@@ -292,12 +274,16 @@ def _reference_row(reference: Reference | None) -> Tensor:
 
 
 def _check_shapes(outputs: Tensor, twins: Sequence[Tensor], compared_with: Tensor | None) -> None:
-    others = [("twin_outputs", twin) for twin in twins]
-    if compared_with is not None:
-        others.append(("compared_with", compared_with))
-    if not twins:
-        raise ValueError("Expected `twin_outputs` to hold the outputs of at least one twin, but got none.")
-    for name, other in others:
-        if other.shape != outputs.shape:
-            got = tuple(other.shape)
-            raise ValueError(f"Expected `{name}` to have the shape {tuple(outputs.shape)}, but got {got}.")
+    shapes = {tuple(each.shape) for each in twins}
+    if shapes != {tuple(outputs.shape)}:
+        raise ValueError(f"Expected `twin_outputs` to have the shape {tuple(outputs.shape)}, but got {shapes}.")
+    if compared_with is not None and compared_with.shape != outputs.shape:
+        got = tuple(compared_with.shape)
+        raise ValueError(f"Expected `compared_with` to have the shape {tuple(outputs.shape)}, but got {got}.")
+
+
+def _check_predictions(reference: Tensor, outputs: Tensor, num_classes: int) -> None:
+    shape = len(outputs), num_classes
+    if reference.shape != shape or outputs.numel() != reference.numel():
+        got = f"{tuple(reference.shape)} for outputs {tuple(outputs.shape)}"
+        raise ValueError(f"Expected `reference` to have the shape {shape}, but got {got}.")
