@@ -10,10 +10,12 @@ import argparse
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy, one_hot
 
 from lightning_sensitivity import OutputSensitivity, RiskEstimate
-from lightning_sensitivity.model.twins import copy_weights, twin
+from lightning_sensitivity.functional import fit_reference, principal_components
+from lightning_sensitivity.model.twins import copy_weights, twin_weights
 
 parser = argparse.ArgumentParser(description="Watch sensitivity and the risk estimate without Lightning.")
 parser.add_argument("--max-epochs", type=int, default=25)
@@ -35,6 +37,10 @@ optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
 NUM_TWINS, STRENGTH, SIGMA = 8, 0.5, 0.1
 initial = copy_weights(model.state_dict())
 num_weights = sum(weight.numel() for weight in model.parameters())
+features, new_features = principal_components(x_train, x_new)
+reference = fit_reference(features, one_hot(y_train, 10), new_features)
+risk = RiskEstimate(strength=STRENGTH, num_training=len(x_train), num_weights=num_weights, reference=reference)
+history = []
 print("epoch  estimate  sensitivity ± its error  true accuracy")
 for epoch in range(args.max_epochs):
     for batch in torch.randperm(len(x_train)).split(50):
@@ -44,19 +50,23 @@ for epoch in range(args.max_epochs):
 
     model.eval()
     generator = torch.Generator().manual_seed(0)  # the same noise in every epoch
+    risk.reset()
     sensitivity = OutputSensitivity()
-    risk = RiskEstimate("multiclass", strength=STRENGTH, num_training=len(x_train), num_weights=num_weights)
     with torch.no_grad():
         outputs = model(x_new)
         sensitivity.update(outputs, model(x_new + SIGMA * torch.randn(x_new.shape, generator=generator)))
+        twins = [twin_weights(model, initial, generator, STRENGTH) for _ in range(NUM_TWINS)]
+        twin_outputs = [functional_call(model, weights, x_new) for weights in twins]
+        risk.update(outputs, twin_outputs, reference=reference.predictions)
         risk.update_training(model(x_train), y_train)
-        for _ in range(NUM_TWINS):
-            with twin(model, initial, generator, STRENGTH):
-                twin_outputs = model(x_new)
-            risk.update(outputs, twin_outputs)
     model.train()
-    accuracy = (outputs.argmax(1) == y_new).float().mean()
-    print(
-        f"{epoch:5d}  {risk.compute()['risk_estimate']:8.3f}  {sensitivity.compute():11.2g} ± {sensitivity.stderr:.1g}"
-        f"  {accuracy:18.3f}"
-    )
+    estimate = float(risk.compute()["risk_estimate"])
+    accuracy = float((outputs.argmax(1) == y_new).float().mean())
+    history.append((estimate, epoch, accuracy))
+    print(f"{epoch:5d}  {estimate:8.3f}  {sensitivity.compute():11.2g} ± {sensitivity.stderr:.1g}  {accuracy:18.3f}")
+
+_, epoch, accuracy = min(history)
+best, last = max(each[2] for each in history), history[-1][2]
+print(f"The estimate is lowest in epoch {epoch}: accuracy {accuracy:.3f}. Last epoch {last:.3f}, best epoch {best:.3f}.")
+by_reference = float((reference.predictions.argmax(1) == y_new).float().mean())
+print(f"The reference by itself: {by_reference:.3f}. Where it is better than the network, use it instead.")
