@@ -1,22 +1,23 @@
 import copy
 import gc
 import math
-from dataclasses import dataclass
+import warnings
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import lightning
+import pandas
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import nn
-from torch.nn.functional import cross_entropy
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits as with_logits
+from torch.nn.functional import cross_entropy, one_hot
 from torch.utils.data import DataLoader
 
 from lightning_sensitivity import compare_models
-from lightning_sensitivity.compare import Comparison, _default_device
-from lightning_sensitivity.functional.scores import consensus_scores
+from lightning_sensitivity.compare import Comparison, ModelScores, consensus_errors
 from tests.helpers import Classifier, Linear, brute_force, inputs, labelled, loader, unlabelled_loader
 
 
@@ -27,54 +28,182 @@ def linear(scale: float = 9.0, seed: int = 0) -> Linear:
     return model
 
 
-def compare(models: dict[str, Any], dataloader: Any = unlabelled_loader(), **kwargs: Any) -> Comparison:  # noqa: B008
+def compare(models: Any, batches: Any = unlabelled_loader(), **kwargs: Any) -> dict[str, ModelScores]:  # noqa: B008
+    """The rows by name, in their order."""
     gc.freeze()  # else each model waits for a look at all modules that were imported
-    return compare_models(models, dataloader, device="cpu", **kwargs)
+    return {row.name: row for row in compare_models(models, batches, **kwargs)}
 
 
-def test_linear_models_have_the_sensitivity_of_their_weights_and_differences_are_sharper() -> None:
-    models = {"large": linear(1.02), "small": linear(0.5), "copy": linear(0.5)}
-    result = compare(models, unlabelled_loader(2000, 500), noise=0.3, num_draws=2, task=None)
-    assert [row.name for row in result] == ["small", "copy", "large"] and result.models[-1] is result["large"]
-    for row in result:
-        truth = (0.3 * models[row.name].scale * models[row.name].net.weight.mean(0)).square().sum().item()
+def labels(batch: Any) -> Any:
+    return batch[1]
+
+
+# Scores of one model
+
+
+def test_linear_models_have_the_sensitivity_of_their_weights() -> None:
+    models = {"large": linear(1.02), "small": linear(0.5)}
+    rows = compare(models, unlabelled_loader(2000, 500), noise=0.3, num_draws=2, task=None)
+    assert list(rows) == ["small", "large"]
+    for name, row in rows.items():
+        truth = (0.3 * models[name].scale * models[name].net.weight.mean(0)).square().sum().item()
         assert abs(row.sensitivity - truth) < 4 * row.sensitivity_stderr < 0.4 * truth
-    value, stderr = result.difference("large", "small", "sensitivity")
-    assert value == pytest.approx((2.04**2 - 1) * result["small"].sensitivity, rel=1e-4)
-    assert stderr == pytest.approx((1 - 2.04**-2) * result["large"].sensitivity_stderr, rel=0.05)
-    assert result.ties() == {"large": [], "small": ["copy"], "copy": ["small"]}
+        assert math.isnan(row.consensus_error)
 
 
 @pytest.mark.parametrize("is_compiled", [False, True])
-def test_scores_are_those_of_a_plain_loop_and_the_model_is_left_alone(is_compiled: bool) -> None:
+def test_scores_are_those_of_a_plain_loop_and_the_model_is_left_as_it_was(is_compiled: bool) -> None:
     model, (x, y) = Classifier(), labelled(50).tensors
     before, passed = copy.deepcopy(model), torch.compile(model, backend="eager") if is_compiled else model
-    row = compare({"model": passed}, loader(), num_draws=2, seed=3, targets=lambda batch: batch[1]).models[0]
+    (row,) = compare_models({"model": passed}, loader(), num_draws=2, seed=3, targets=labels)
     assert model.training and all(map(torch.equal, model.state_dict().values(), before.state_dict().values()))
     changes, outputs = brute_force(before.eval(), x.split(16), num_draws=2, seed=3), before(x).detach()
-    assert row.sensitivity == pytest.approx(changes.var(correction=0).item(), rel=1e-6)
+    assert row.sensitivity == pytest.approx(changes.var(correction=0).item(), rel=1e-5)
     assert row.loss == pytest.approx(cross_entropy(outputs, y).item(), rel=1e-5)
     assert row.error == pytest.approx((outputs.argmax(1) != y).double().mean().item())
-    assert row.num_parameters == sum(map(torch.numel, model.parameters())) and row.seconds > 0
 
 
-def test_the_consensus_is_that_of_models_which_have_learned_something() -> None:
-    models = {seed: linear(9.0, int(seed)) for seed in "012"} | {"undecided": linear(0.01)}
-    result = compare(models, loader())
-    log_p = {name: model(inputs(50)).detach().log_softmax(1)[:, None] for name, model in models.items()}
-    for name, scores in consensus_scores(log_p, voters="012").items():
-        actual = result[name].consensus_loss, result[name].consensus_error
-        assert actual == pytest.approx([values.mean().item() for values in scores], rel=1e-5)
-    assert result["undecided"].note.startswith("undecided")
-    assert [row.consensus_error for row in result] == sorted(row.consensus_error for row in result)
-    assert all(math.isnan(row.loss) for row in result)  # labels are those that the user names
+SOFT, BITS = torch.tensor([[[0.5, 0.5], [0.25, 0.75], [1, 0]], [[0, 1], [1, 0], [1, 1]]], dtype=torch.float64)
 
 
-def test_two_models_have_no_consensus_and_the_table_says_why() -> None:
-    result = compare({"first": linear(seed=0), "second": linear(seed=1), "undecided": linear(0.01)})
-    assert all(math.isnan(row.consensus_error) and math.isnan(row.consensus_loss) for row in result)
-    text = " ".join(str(result).split())
-    assert "Sorted by sensitivity" in text and "three models or more that have learned something" in text
+@pytest.mark.parametrize(("task", "shape", "targets", "loss"), [
+    ("multiclass", (2, 3, 2, 2), torch.tensor([[[0, -100], [1, 1]], [[-100, -100], [2, -100]]]), cross_entropy),
+    ("multiclass", (5, 3), torch.tensor([0, 2, 1, 1, 0]), cross_entropy), ("multiclass", (3, 2), SOFT, cross_entropy),
+    ("binary", (3, 1), BITS[:, :1], with_logits), ("multilabel", (3, 2), BITS, with_logits),
+])  # fmt: skip
+def test_loss_and_error_are_those_of_torch(task: str, shape: tuple[int, ...], targets: Tensor, loss: Any) -> None:
+    clean = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    batches = list(zip(clean.split(2), targets.split(2), strict=True))
+    models = dict.fromkeys("abc", nn.Identity())
+    found = compare(models, batches, targets=labels, task=task, outputs=lambda logits: logits)
+    assert found["a"].loss == pytest.approx(loss(clean.double(), targets).item())
+    decisions = clean.argmax(1, keepdim=targets is SOFT) if task == "multiclass" else clean > 0
+    right = targets.gather(1, decisions) if targets is SOFT else (decisions == targets)[targets >= 0]
+    assert found["a"].error == pytest.approx(1 - right.double().mean().item())
+    assert math.isnan(found["a"].consensus_error) == (clean.ndim > 2)  # with several predictions per sample
+
+
+def test_batches_pass_through_the_hooks_of_a_module() -> None:
+    class Scaled(Linear):
+        def on_before_batch_transfer(self, batch: Tensor, dataloader_idx: int) -> Tensor:
+            return 2 * batch
+
+        def on_after_batch_transfer(self, batch: Tensor, dataloader_idx: int) -> Tensor:
+            return batch.mul_(2)
+
+    model = Scaled()
+    plain = copy.deepcopy(model.net)
+    batches = [inputs(50)]
+    rows = compare({"hooks": model, "plain": plain}, batches), compare({"plain": plain}, [4 * inputs(50)])
+    assert torch.equal(batches[0], inputs(50))
+    assert rows[0]["hooks"].sensitivity == pytest.approx(rows[1]["plain"].sensitivity, rel=1e-5)
+
+
+# The consensus
+
+X = torch.tensor(load_digits().images / 16, dtype=torch.float32).flatten(1)
+Y = torch.tensor(load_digits().target).long()
+
+
+class Centroids(nn.Module):
+    """Logits by the distance to the mean images of classes."""
+
+    def __init__(self, num_images: int, scale: float, offset: float) -> None:
+        super().__init__()
+        x, y = X[:num_images], Y[:num_images]
+        self.means = nn.Parameter(torch.stack([x[y == label].mean(0) for label in range(10)]))
+        self.scale, self.offset = scale, offset
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.scale * (self.offset - (images[:, None] - self.means).square().sum(2))
+
+
+KINDS = {"few": (40, 0.5), "more": (100, 2.0), "many": (400, 1.0), "sure": (60, 5.0), "vague": (100, 0.002)}
+# Of version 0.1.0: consensus_error, sensitivity and its standard error, loss, error
+MULTICLASS = {
+    "few": (0.10972401, 0.057954886, 0.0037106125, 0.96453789, 0.188),
+    "more": (0.10951736, 0.92771238, 0.058518869, 0.68924351, 0.198),
+    "many": (0.10019827, 0.22073721, 0.014123185, 0.51737089, 0.142),
+    "sure": (0.11390914, 5.8642463, 0.37123235, 1.6483626, 0.24),
+    "vague": (0.10951736, 9.2771247e-07, 5.8518874e-08, 2.2944934, 0.198),
+}
+MULTILABEL = {
+    "few": (0.036785878, 0.057954886, 0.0037106125, 0.36098171, 0.1292),
+    "more": (0.037648241, 0.92771238, 0.058518869, 0.34625805, 0.142),
+    "many": (0.089507177, 0.22073721, 0.014123185, 0.40805621, 0.1998),
+    "sure": (0.036176732, 5.8642463, 0.37123234, 0.63152051, 0.1328),
+    "vague": (0.037648241, 9.2771247e-07, 5.8518873e-08, 0.69094679, 0.142),
+}
+
+
+@pytest.mark.parametrize(("task", "expected"), [("multiclass", MULTICLASS), ("multilabel", MULTILABEL)])
+def test_scores_are_what_they_were(task: str, expected: dict[str, tuple[float, ...]]) -> None:
+    models = {name: Centroids(*kind, offset=6 if task == "multilabel" else 0) for name, kind in KINDS.items()}
+    y = one_hot(Y, 10) if task == "multilabel" else Y
+    digits = list(zip(X[1000:1500].split(100), y[1000:1500].split(100), strict=True))
+    found = compare(models, digits, targets=labels, task=task)
+    for name, scores in expected.items():
+        assert found[name][1:6] == pytest.approx(scores, rel=1e-5)
+    errors = [row.consensus_error for row in found.values()]
+    assert errors == sorted(errors)
+    assert {name for name, row in found.items() if row.note} == {"vague"}
+
+
+def log_probabilities(num_models: int, decisions: int = 1) -> dict[str, Tensor]:
+    """Of models that agree in part."""
+    g = torch.Generator().manual_seed(0)
+    truth, own = torch.randn(20, decisions, 4, generator=g), torch.randn(num_models, 20, decisions, 4, generator=g)
+    return {str(index): values.log_softmax(2) for index, values in enumerate(3 * truth + 2 * own)}
+
+
+def errors_by_loops(models: dict[str, Tensor], voters: str) -> dict[str, float]:
+    """By plain loops, with each vote's confidence found on a fine grid."""
+    predicted = {name: log_p.argmax(2) for name, log_p in models.items()}
+    joint = torch.ones(20, 1, 4, dtype=torch.float64)
+    for name in voters:
+        agreement = sum((predicted[name] == predicted[other]).double().mean() for other in voters if other != name)
+        scales = torch.logspace(-1.3, 1.3, 2000).double()
+        grid = [(scale * models[name].double()).softmax(2).amax(2).mean() for scale in scales]
+        nearest = (torch.stack(grid) - agreement / (len(voters) - 1)).abs().argmin()
+        joint = joint * (scales[nearest] * models[name].double()).softmax(2)
+    joint = joint / joint.sum(2, keepdim=True)
+    return {name: 1 - joint.gather(2, index[..., None]).mean().item() for name, index in predicted.items()}
+
+
+@pytest.mark.parametrize(("decisions", "voters"), [
+    pytest.param(1, "0123", id="all vote"),
+    pytest.param(3, "0123", id="three decisions a sample"),
+    pytest.param(1, "012", id="one has no vote"),
+])  # fmt: skip
+def test_the_consensus_is_that_of_plain_loops(decisions: int, voters: str) -> None:
+    models = log_probabilities(4, decisions)
+    assert consensus_errors(models, voters) == pytest.approx(errors_by_loops(models, voters), abs=2e-3)
+
+
+def test_no_model_gains_by_being_unsure_of_itself() -> None:
+    models = log_probabilities(4)
+    before = consensus_errors(models, models)
+    worst = max(before, key=lambda name: before[name])
+    unsure = models | {worst: (0.4 * models[worst]).log_softmax(2)}
+    assert consensus_errors(unsure, unsure) == pytest.approx(before, abs=1e-4)
+
+
+def test_there_is_no_consensus_of_two_models_or_of_different_classes() -> None:
+    models = log_probabilities(3)
+    assert consensus_errors({}, ()) == consensus_errors(models, "01") == {}
+    assert consensus_errors(models | {"other": torch.zeros(20, 1, 5).log_softmax(2)}, "012") == {}
+    rows = compare({"first": linear(seed=0), "second": linear(seed=1), "undecided": linear(0.01)})
+    assert next(iter(rows)) == "undecided" and all(math.isnan(row.consensus_error) for row in rows.values())
+
+
+def test_certain_models_that_disagree_give_finite_errors() -> None:
+    certain, other, impossible = torch.tensor([[[[0, -1e5]]], [[[-1e5, 0]]], [[[0, -math.inf]]]])
+    errors = consensus_errors({"a": certain, "b": certain, "c": other}, "abc")
+    assert errors["a"] < 1e-6 and errors["c"] > 1 - 1e-6
+    assert abs(consensus_errors(dict.fromkeys("abc", impossible), "abc")["a"]) < 1e-6
+
+
+# Models, data and arguments
 
 
 def test_functions_make_models_one_after_another_for_the_same_batches(tmp_path: Path) -> None:
@@ -82,35 +211,46 @@ def test_functions_make_models_one_after_another_for_the_same_batches(tmp_path: 
     torch.save(checkpoint, path := tmp_path / "linear.ckpt")
     shuffling, models = DataLoader(labelled(50), 16, shuffle=True), {"module": linear(1.0), "again": linear(1.0)}
     models["function"] = lambda: Linear.load_from_checkpoint(path)
-    assert len({(row.sensitivity, row.loss) for row in compare(models, shuffling, targets=lambda batch: batch[1])}) == 1
+    rows = compare(models, shuffling, targets=labels)
+    assert len({row[1:] for row in rows.values()}) == 1
 
 
 def test_a_model_that_fails_is_a_row_that_says_why_and_does_not_lose_the_others() -> None:
-    failures: dict[str, Any] = {"RuntimeError: mat1": nn.Linear(3, 3), "50 samples gave nan or inf": linear(math.nan)}
+    failures: dict[str, Any] = {"RuntimeError: mat1": nn.Linear(3, 3), "got 0 of 50": linear(math.nan)}
     failures |= {"logits of classes": nn.Sequential(linear(), nn.Softmax(1)), "`task='binary'`": nn.Linear(12, 1)}
-    failures |= {"FileNotFoundError": lambda: Linear.load_from_checkpoint("nowhere.ckpt")}
-    failures |= {"makes a module, but it made OrderedDict": lambda: linear().state_dict()}
-    result = compare(failures | {"good": linear()})
-    assert result.models[0].name == "good"
-    assert result["good"].sensitivity == compare({"good": linear()})["good"].sensitivity
-    assert all(name in result[name].note and result[name].note.startswith("failed: ") for name in failures)
+    failures |= {"FileNotFoundError": lambda: Linear.load_from_checkpoint("nowhere.ckpt"), "no attribute": dict}
+    rows = compare(failures | {"good": linear()})
+    assert list(rows) == ["good", *failures]
+    assert rows["good"].sensitivity == compare({"good": linear()})["good"].sensitivity
+    assert all(name in rows[name].note and rows[name].note.startswith("failed: ") for name in failures)
 
 
-def test_outputs_of_a_sigmoid_are_warned_of() -> None:
+def test_outputs_of_a_sigmoid_are_warned_of_and_a_warning_that_is_an_error_ends_it() -> None:
+    models = {"sigmoid": nn.Sequential(nn.Linear(12, 1), nn.Sigmoid()), "other": nn.Linear(12, 1)}
     with pytest.warns(UserWarning, match=r"lie in \[0, 1\]"):
-        compare({"model": nn.Sequential(nn.Linear(12, 1), nn.Sigmoid())}, task="binary")
+        compare(models, task="binary")
+    with warnings.catch_warnings(), pytest.raises(UserWarning, match=r"lie in \[0, 1\]"):
+        warnings.simplefilter("error")
+        compare(models, task="binary")
+
+
+def test_two_class_heads_are_warned_of_by_name() -> None:
+    head = nn.Linear(12, 2)
+    head.weight.data[1] = -head.weight.data[0]
+    with pytest.warns(UserWarning, match="Model 'centred': Only"):
+        compare({"centred": head})
 
 
 @pytest.mark.parametrize(("argument", "value", "message"), [
-    *(("models", x, "`models` should be ") for x in ({}, [nn.Linear(1, 1)], {"a": "a.ckpt"})),
+    *(("models", x, "`models` should be ") for x in ({}, [nn.Linear(1, 1)], {"a": "a.ckpt"}, {0: nn.Linear(1, 1)})),
     *((name, [], f"`{name}` should be ") for name in ("noise", "at", "num_draws", "seed", "inputs", "targets", "task")),
-    *(("at", x, "`at` should be ") for x in ("no", "")), ("dataloader", 1, "an iterable of batches, got 1"),
+    *(("at", x, "`at` should be ") for x in ("no", "")), ("dataloader", [], "an iterable of batches"),
     ("dataloader", unlabelled_loader(1), "two samples or more"),
     ("targets", lambda batch: torch.full((len(batch),), 9), "Expected labels from 0 to 3"),
 ])  # fmt: skip
 def test_arguments_and_data_that_no_model_can_take_are_refused(argument: str, value: Any, message: str) -> None:
-    with pytest.raises((MisconfigurationException, RuntimeError), match=message):
-        compare(**{"models": {"model": linear()}, argument: value})
+    with pytest.raises((MisconfigurationException, ValueError), match=message):
+        compare_models(**{"models": {"model": linear()}, "dataloader": unlabelled_loader(), argument: value})
 
 
 def test_what_is_no_model_or_batch_is_given_by_keyword() -> None:
@@ -118,37 +258,11 @@ def test_what_is_no_model_or_batch_is_given_by_keyword() -> None:
         compare_models({"model": linear()}, unlabelled_loader(), 0.1)  # type: ignore[misc]
 
 
-@dataclass
-class Machine:
-    """A torch and a machine: what torch was compiled for, and what is there."""
-
-    compiled_for: str | None
-    has_gpu: bool = False
-    has_mps: bool = False
-    has_torch_accelerator: bool = True  # since torch 2.6
-
-
-@pytest.mark.parametrize(("machine", "expected"), [
-    pytest.param(Machine("cuda", has_gpu=True), "cuda", id="GPU"),
-    pytest.param(Machine("cuda"), "cpu", id="torch for CUDA, no GPU"),
-    pytest.param(Machine(None), "cpu", id="torch for CPU"),
-    pytest.param(Machine("cuda", has_gpu=True, has_torch_accelerator=False), "cuda", id="torch 2.5, GPU"),
-    pytest.param(Machine("cuda", has_torch_accelerator=False), "cpu", id="torch 2.5 for CUDA, no GPU"),
-    pytest.param(Machine("mps", has_mps=True, has_torch_accelerator=False), "mps", id="torch 2.5, MPS"),
-])  # fmt: skip
-def test_the_default_device_is_one_that_the_machine_has(
-    machine: Machine, expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    compiled_for = torch.device(machine.compiled_for) if machine.compiled_for else None
-    if machine.has_torch_accelerator:
-        accelerator = SimpleNamespace(
-            current_accelerator=lambda: compiled_for, is_available=lambda: machine.has_gpu or machine.has_mps
-        )
-        monkeypatch.setattr(torch, "accelerator", accelerator, raising=False)
-    else:
-        monkeypatch.delattr(torch, "accelerator", raising=False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: machine.has_gpu)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: machine.has_mps)
-    assert _default_device() == torch.device(expected)
-    if expected == "cpu":
-        assert math.isfinite(compare_models({"model": linear()}, unlabelled_loader())["model"].sensitivity)
+def test_the_result_is_a_list_that_prints_as_a_table_and_goes_into_pandas() -> None:
+    result = Comparison([ModelScores("conv", 0.1, 0.01234, 0.0004), ModelScores("no", note="failed: KeyError: 'x'")])
+    lines = [line.split(maxsplit=6) for line in str(result).splitlines()]
+    assert lines[0] == list(ModelScores._fields)
+    assert lines[1] == ["conv", "0.1", "0.0123", "0.0004", "nan", "nan"]
+    assert lines[2] == ["no", *["nan"] * 5, "failed: KeyError: 'x'"]
+    frame = pandas.DataFrame(result)
+    assert list(frame) == list(ModelScores._fields) and frame.loc[0, "sensitivity"] == 0.01234
