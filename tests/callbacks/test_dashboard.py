@@ -31,7 +31,7 @@ def tensorboard_url(tmp_path: Path) -> Iterator[str]:
     if not (logs := os.environ.get("LOGDIR", "")):
         monitors = [SensitivityMonitor(prefix="val/"), RiskMonitor(prefix="val/")]
         logger = TensorBoardLogger(logs := tmp_path, name=None)
-        fitted(monitors, WithGroup(), val=loader(seed=1), logger=logger, max_epochs=5)
+        fitted(monitors, WithGroup(), val=loader(seed=1), logger=logger, max_epochs=5, log_every_n_steps=1)
         logger.finalize("success")
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", logs, "--host", "127.0.0.1", "--port", "0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
