@@ -110,4 +110,4 @@ for axis, score, truth in zip(axes, ("consensus_error", "sensitivity"), ("error"
 axes[1].set_xscale("log")
 axes[0].legend(fontsize="small")
 figure.savefig(args.out / "compare_models.png", dpi=100)
-print(f"\nThe table with all digits and the figure are in {args.out}.")
+print(f"\nFigure: {args.out / 'compare_models.png'}\nTable with all digits: {args.out / 'comparison.csv'}")

@@ -28,7 +28,7 @@ class ModelScores(NamedTuple):
     Attributes:
         name: The name that the user gave it.
         consensus_error: Expected share of wrong predictions, if labels were drawn from the joint prediction of all
-            models; see :func:`consensus_errors`.
+            models; see :func:`~lightning_sensitivity.compare.consensus_errors`.
         sensitivity: S, in squared units of the outputs.
         sensitivity_stderr: Its standard error, over samples and noise.
         loss: The true cross-entropy, with ``targets``.
@@ -88,11 +88,12 @@ def compare_models(
 ) -> Comparison:
     r"""Compare how well models generalize, without labels, on the same samples.
 
-    All models get the same noise on the same samples. The result is a list of :class:`ModelScores`, sorted by
-    ``consensus_error``, or by ``sensitivity`` if there is none: a consensus needs a ``task``, one prediction per
-    sample, and three models or more that have learned something and predict the same classes. Models that fail come
-    last, with a note that says why. See ``examples/studies/comparing`` for what the scores are worth. Output
-    sensitivity is defined as by Forouzesh, Salehi and Thiran (ICPR 2020, arXiv:2007.15378).
+    All models get the same noise on the same samples. The result is a list of
+    :class:`~lightning_sensitivity.ModelScores`, sorted by ``consensus_error``, or by ``sensitivity`` if there is none:
+    a consensus needs a ``task``, one prediction per sample, and three models or more that have learned something and
+    predict the same classes. Models that fail come last, with a note that says why. See ``examples/studies/comparing``
+    for what the scores are worth. Output sensitivity is defined as by Forouzesh, Salehi and Thiran (ICPR 2020,
+    arXiv:2007.15378).
 
     Args:
         models: A dict of names and models. Each model is a module, which is left as it was, or a function that returns
@@ -247,7 +248,7 @@ def _expected_errors(log_p: Tensor, labels: Tensor) -> Tensor:
 def consensus_errors(log_probabilities: Mapping[str, Tensor], voters: Collection[str]) -> dict[str, float]:
     r"""Compute the expected error of each model if labels were drawn from the joint prediction of all models.
 
-    The joint prediction is the product of the votes (see :func:`calibrated_votes`):
+    The joint prediction is the product of the votes (see :func:`~lightning_sensitivity.compare.calibrated_votes`):
 
     .. math::
         q \propto \prod_j v_j, \qquad E_i = 1 - \operatorname{mean} q(\arg\max_k p_{ik})

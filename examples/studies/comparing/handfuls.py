@@ -29,7 +29,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from lightning_sensitivity.functional.scores import calibrated_votes, consensus_scores
+from lightning_sensitivity.compare import calibrated_votes, consensus_errors
 
 Array = NDArray[np.float64]
 
@@ -261,8 +261,8 @@ def votes(p: Array) -> dict[str, Array]:
     """Every vote that is a distribution over labels."""
     count = len(p)
     hard = one_hot(p.argmax(2))
-    log_p = {str(index): torch.tensor(np.log(each + SMALL))[:, None] for index, each in enumerate(p)}
-    calibrated = np.stack([vote[:, 0].numpy() for vote in calibrated_votes(log_p).values()])
+    log_p = torch.tensor(np.log(p + SMALL))[:, :, None]
+    calibrated = np.stack([vote[:, 0].numpy() for vote in calibrated_votes(list(log_p))])
     return {
         "soft votes of the others (as it was)": others(p),
         "soft votes of all": everybody(p.mean(0), count),
@@ -285,9 +285,10 @@ def scores_of(p: Array) -> dict[str, tuple[Array, Array]]:
     for name, labels in votes(p).items():
         errors = 1 - np.take_along_axis(labels, predicted, 2)[..., 0]
         found[name] = -(labels * log_p).sum(2).mean(1), errors.mean(1)
-    by_model = consensus_scores({str(index): torch.tensor(each)[:, None] for index, each in enumerate(log_p)})
-    losses, errors = zip(*by_model.values(), strict=True)
-    found[PACKAGE] = np.array([each.mean() for each in losses]), np.array([each.mean() for each in errors])
+    by_model = {str(index): torch.tensor(each)[:, None] for index, each in enumerate(log_p)}
+    errors = consensus_errors(by_model, by_model)
+    # Version 0.1.0 of the package computed this loss, too, as `consensus_loss`.
+    found[PACKAGE] = found["hard votes of the others"][0], np.array(list(errors.values()))
     found["own confidence"] = -(p * log_p).sum(2).mean(1), 1 - p.max(2).mean(1)
     return found
 

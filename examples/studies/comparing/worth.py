@@ -4,7 +4,8 @@
 # The same 24 networks learn 5,000 images of CIFAR-10 and 1,000 of Fashion-MNIST, one seed each. `compare_models` sees
 # 2,000 test images without labels, the other 8,000 say what the true loss and error are. Kendall's τ between each score
 # and the truth stands beside that of a ranking by n labelled images of those 2,000, the mean of 200 draws of them. A
-# score is worth the n at which labels reach its τ.
+# score is worth the n at which labels reach its τ. `consensus_loss` and `num_parameters` were columns of version 0.1.0
+# of the package, and are computed here.
 #
 #     python examples/studies/comparing/worth.py --data FOLDER  # 35 minutes on one core
 #     python examples/studies/comparing/worth.py --data FOLDER --only fashion
@@ -19,7 +20,6 @@ import csv
 import logging
 import warnings
 import zlib
-from dataclasses import asdict
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -165,16 +165,32 @@ def trained(name: str, data: TensorDataset, file: Path, quick: bool) -> Path:
 
 
 @torch.no_grad()
-def graded(file: Path, test: TensorDataset) -> np.ndarray:
-    """Loss and error of each test image."""
+def predicted(file: Path, test: TensorDataset) -> np.ndarray:
+    """Log-probabilities of the classes of each test image."""
     network = Network.load_from_checkpoint(file, map_location="cpu").eval()
-    parts = [(network(x), y) for x, y in DataLoader(test, batch_size=500)]
-    logits, y = (torch.cat(part) for part in zip(*parts, strict=True))
-    return torch.stack([cross_entropy(logits, y, reduction="none"), (logits.argmax(1) != y).float()]).numpy()
+    return torch.cat([network(x).log_softmax(1) for x, _ in DataLoader(test, batch_size=500)]).numpy()
 
 
-def measured(data: str, args: argparse.Namespace) -> tuple[list[dict[str, str]], np.ndarray, np.ndarray]:
-    """What the comparison says of each network; loss and error of each image that it saw, and of the others."""
+def graded(log_p: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Loss and error of each test image, (networks, 2, images)."""
+    losses = -log_p[:, np.arange(len(labels)), labels]
+    return np.stack([losses, log_p.argmax(2) != labels], 1)
+
+
+def consensus_losses(log_p: np.ndarray, has_vote: np.ndarray) -> np.ndarray:
+    """The loss of each network if labels were what the other networks predict."""
+    votes = np.eye(log_p.shape[2])[log_p.argmax(2)] * has_vote[:, None, None]
+    others = (votes.sum(0) - votes) / (has_vote.sum() - has_vote)[:, None, None]
+    return -(others * log_p).sum(2).mean(1)
+
+
+def num_parameters(file: Path) -> int:
+    network = Network.load_from_checkpoint(file, map_location="cpu")
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def measured(data: str, args: argparse.Namespace) -> tuple[list[dict[str, Any]], np.ndarray, np.ndarray]:
+    """The scores of each network; loss and error of each image that the comparison saw, and of the others."""
     folder = args.out / data
     folder.mkdir(parents=True, exist_ok=True)
     train, test = load(data, args.data)
@@ -184,16 +200,22 @@ def measured(data: str, args: argparse.Namespace) -> tuple[list[dict[str, str]],
     if not (table := folder / "comparison.csv").exists():
         pool = DataLoader(TensorDataset(test.tensors[0][:size]), batch_size=500)  # without labels
         models = {name: partial(Network.load_from_checkpoint, file) for name, file in files.items()}
-        rows = [asdict(scores) for scores in compare_models(models, pool)]
+        rows = [scores._asdict() for scores in compare_models(models, pool)]
         with table.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
-    if not (grades := folder / "grades.npy").exists():
-        np.save(grades, np.stack([graded(file, test) for file in files.values()]))
+    if not (predictions := folder / "log_probabilities.npy").exists():
+        np.save(predictions, np.stack([predicted(file, test) for file in files.values()]))
+    log_p = np.load(predictions)
     with table.open() as file:
-        rows = {row["name"]: row for row in csv.DictReader(file)}
-    return [rows[name] for name in names], *np.split(np.load(grades), [size], axis=2)
+        by_name = {row["name"]: row for row in csv.DictReader(file)}
+    rows = [by_name[name] for name in names]
+    has_vote = np.array([not row["note"] for row in rows])  # undecided networks have none
+    losses = consensus_losses(log_p[:, :size], has_vote)
+    for row, loss, file in zip(rows, losses, files.values(), strict=True):
+        row |= {"consensus_loss": loss, "num_parameters": num_parameters(file)}
+    return rows, *np.split(graded(log_p, test.tensors[1].numpy()), [size], axis=2)
 
 
 # %% What the scores are worth
