@@ -202,6 +202,7 @@ class _State:
             if parameter.grad is not grad:
                 parameter.grad = grad
         set_rng_states(self.rng_states)
+        clear_autocast_cache()  # in torch 2.4, training would go on with our copies, which have no gradients
 
     def _copy(self, tensor: Tensor) -> Tensor:
         """Clone a tensor, or return the clone from the last run if it is large and that run has not written to it."""

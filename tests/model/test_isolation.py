@@ -1,33 +1,42 @@
+"""A pass leaves no trace, copies next to nothing, and what it can't put back is named."""
+
+import copy
+import logging
 import random
 import threading
-from collections import Counter, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, seed_everything
+from lightning.pytorch import LightningDataModule, LightningModule, seed_everything
 from torch import Tensor, nn
+from torchmetrics.aggregation import MeanMetric
 
 from lightning_sensitivity.model import isolated, isolation
-from lightning_sensitivity.model.isolation import is_isolated, restore_despite_interrupt, shared_state
-from tests.helpers import Watch
+from lightning_sensitivity.model.isolation import (
+    changed_names,
+    fingerprint,
+    parameter_versions,
+    restore_despite_interrupt,
+    written_parameters,
+)
+from tests.helpers import Watch, labelled
 
 X = torch.rand(4, 2, generator=torch.Generator().manual_seed(0))
 
 
-class RunningMean:
+class Tracker:
     """A helper that is no module."""
 
     def __init__(self) -> None:
-        self.mean, self.count = torch.zeros(2), 0
-
-    def update(self, x: Tensor) -> Tensor:
-        self.count += 1
-        return self.mean.add_((x.mean(0) - self.mean) / self.count)
+        self.mean, self.count, self.rate = torch.zeros(2), 0, float("nan")
+        self.parts = {"a": [1, 2]}
 
 
 class Stateful(LightningModule):
@@ -40,13 +49,17 @@ class Stateful(LightningModule):
         for name, buffer in (buffers | {"late": None, "expanded": torch.ones(1).expand(3)}).items():
             self.register_buffer(name, buffer)
         self.twice.register_buffer("memory", self.memory)
-        self.hidden, self.items, self.names = torch.zeros(2), [X.clone()], {"x": X}
-        self.listed, self.large = [nn.BatchNorm1d(2)], dict.fromkeys(range(1001))
         self.bn, self.target = nn.BatchNorm1d(2).eval(), nn.Parameter(torch.zeros(2))
-        self.queue, self.pair, self.nested = deque([X.clone()], 2), (torch.zeros(2), 1), {"a": {"b": [torch.zeros(2)]}}
-        self.meter, self.array, self.of_graph = RunningMean(), np.zeros(2), 2 * self.target
-        self.counts, self.groups = Counter(), defaultdict(list)
-        self.alias, self.cycle = self.nested["a"], [torch.zeros(2)]
+        self.target.grad = torch.ones(2)
+        self.hidden, self.of_graph, self.listed = torch.zeros(2), 2 * self.target, [nn.BatchNorm1d(2)]
+        self.items, self.names, self.queue, self.ids = [X.clone()], {"x": X}, deque([X.clone()], 2), {1}
+        self.counts, self.groups, self.order = Counter(), defaultdict(list), OrderedDict(x=1)
+        self.alias = self.names
+        # what lies deeper
+        self.tracker, self.pair, self.nested = Tracker(), (torch.zeros(2), 1), {"a": {"b": [torch.zeros(2)]}}
+        self.array, self.rng, self.numpy_rng = np.zeros(2), random.Random(0), np.random.default_rng(0)
+        self.torch_rng, self.log_book = torch.Generator(), logging.getLogger("test")
+        self.cycle = list[Any]()
         self.cycle.append(self.cycle)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,29 +73,37 @@ def created_once(model: Any, name: str, part: Any) -> Tensor:
     return torch.tensor(int(is_new))
 
 
-CHANGES: dict[str, Callable[[Any, Tensor], Any]] = {
+@torch.enable_grad()
+def with_backward(model: Any, x: Tensor) -> None:
+    with torch.inference_mode(False):
+        (model.target * x.clone()).sum().backward()
+
+
+PUT_BACK: dict[str, Callable[[Any, Tensor], Any]] = {
     "a buffer that two modules share": lambda m, x: m.memory.add_(1) + m.twice.memory,
     "a buffer's size": lambda m, x: m.memory.resize_(5).fill_(1).sum(),
     "names": lambda m, x: [m.register_buffer("new", x), setattr(m, "newer", x), delattr(m, "memory")],
     "batch norm": lambda m, x: m.bn.train()(x) + m.bn.running_mean,
     "a module in a list": lambda m, x: m.listed[0].train()(x) + m.listed[0].running_mean,
     "an attribute's values": lambda m, x: m.hidden.add_(1).sum(),
-    "a list": lambda m, x: torch.tensor(len([*m.items, m.items.append(x)])) + m.items[0].add_(1).sum(),
-    "a dict": lambda m, x: m.names.pop("x") + m.names.setdefault("y", x),
-    "a deque": lambda m, x: m.queue[0].add_(m.queue.append(x) or 1) + len(m.queue),
-    "a helper object": lambda m, x: m.meter.update(x),
-    "a tensor in a tuple": lambda m, x: m.pair[0].add_(1),
-    "a nested dict": lambda m, x: m.nested["a"]["b"][0].add_(1) + m.nested.setdefault("c", len(m.nested)),
-    "a dict that two attributes share": lambda m, x: m.nested["a"]["b"][0].add_(1) + m.alias["b"][0],
-    "a list that holds itself": lambda m, x: m.cycle[0].add_(1) + len(m.cycle[1][1]),
-    "a numpy array": lambda m, x: torch.from_numpy(np.add(m.array, 1, out=m.array).copy()),
-    "a Counter": lambda m, x: torch.tensor(m.counts.update("seen") or m.counts["s"]),
-    "a defaultdict": lambda m, x: torch.tensor(m.groups["new"].append(x) or len(m.groups["new"])),
     "the result of a graph": lambda m, x: m.of_graph.detach().add_(1),
+    "a list": lambda m, x: torch.tensor(len([*m.items, m.items.append(x)])),
+    "a dict": lambda m, x: m.names.pop("x") + m.names.setdefault("y", x),
+    "a dict that two attributes share": lambda m, x: m.names.pop("x") + len(m.alias),
+    "a deque": lambda m, x: torch.tensor(m.queue.append(x) or len(m.queue)),
+    "a set": lambda m, x: torch.tensor(m.ids.add(2) or len(m.ids)),
+    "a Counter": lambda m, x: torch.tensor(m.counts.update("seen") or m.counts["s"]),
+    "a defaultdict": lambda m, x: torch.tensor(len([*m.groups, m.groups["new"]])),
+    "the order of a dict": lambda m, x: torch.tensor((m.order.setdefault("a", 2) and m.order.move_to_end("x")) or 1),
+    "a plain value": lambda m, x: setattr(m, "prefix", 1),
     "a submodule that is created lazily": lambda m, x: created_once(m, "lazy", nn.Linear(2, 2)),
     "a parameter that is created lazily": lambda m, x: created_once(m, "scale", nn.Parameter(torch.ones(2))),
     "a submodule that is replaced": lambda m, x: setattr(m, "bn", nn.Identity()),
-    "what is logged": lambda m, x: [m.log("name", x), m.log_dict({"name": x}), is_isolated(m) or 1 // 0],
+    "a hook": lambda m, x: m.bn(m.bn.register_forward_hook(lambda module, args, y: y + 1) and x),
+    "a hook before a module": lambda m, x: m.bn(m.bn.register_forward_pre_hook(lambda module, args: args[0] + 1) and x),
+    "a frozen parameter": lambda m, x: [torch.tensor(m.target.requires_grad), m.target.requires_grad_(False)][0],
+    "a gradient": lambda m, x: [with_backward(m, x), m.target.grad][1],
+    "what is logged": lambda m, x: [m.log("name", x), m.log_dict({"name": x})],
 }
 
 
@@ -90,36 +111,34 @@ def contents(value: Any) -> Any:
     """What a value holds, by identity and by the numbers in it."""
     if isinstance(value, Tensor):
         return id(value), (value.to_dense() if value.is_sparse else value).tolist()
-    if isinstance(value, np.ndarray):
-        return id(value), value.tolist()
     if isinstance(value, dict):
         return id(value), [(key, contents(item)) for key, item in value.items()]
     if isinstance(value, list | tuple | deque):
         return id(value), [contents(item) for item in value if item is not value]
-    return id(value), contents(vars(value)) if isinstance(value, RunningMean) else None
+    return id(value)
 
 
 def snapshot(model: Any) -> list[Any]:
     """All that modules have."""
-    dicts = [each for m in [*model.modules(), *model.listed] for each in (vars(m), m._buffers, m._parameters)]
-    return [sorted((name, str(contents(value))) for name, value in each.items()) for each in dicts]
+    modules, parameters = [*model.modules(), *model.listed], list(model.parameters())
+    dicts = [each for m in modules for each in (vars(m), m._buffers, m._parameters)]
+    names = [sorted((name, str(contents(value))) for name, value in each.items()) for each in dicts]
+    return [names, [(parameter.requires_grad, contents(parameter.grad)) for parameter in parameters]]
 
 
 def interrupt() -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("is_large", [False, True])  # where a copy serves the next pass, too, unless it was written to
-@pytest.mark.parametrize("inference", [False, True])
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_pass_finds_what_the_one_before_found_and_leaves_no_trace(
-    change: str, inference: bool, is_large: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if is_large and change not in ("batch norm", "a module in a list"):  # whose kernels write without telling
-        monkeypatch.setattr(isolation, "_LARGE", 0)
+# Tensors of inference mode have no gradients.
+ROWS = [(name, inference) for name in PUT_BACK for inference in (False, "grad" not in name and "frozen" not in name)]
+
+
+@pytest.mark.parametrize(("change", "inference"), sorted(set(ROWS)))
+def test_a_pass_finds_what_the_one_before_found_and_leaves_no_trace(change: str, inference: bool) -> None:
     with torch.inference_mode(inference):
-        model = Stateful(CHANGES[change])
-        before = snapshot(model)
+        model = Stateful(PUT_BACK[change])
+        before, looked_at = snapshot(model), fingerprint(model)
         with isolated(model) as run:
             outputs = [run(model, X.clone()) for _ in range(3)]
             with pytest.raises(KeyboardInterrupt):
@@ -127,24 +146,148 @@ def test_a_pass_finds_what_the_one_before_found_and_leaves_no_trace(
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
     with isolated(model) as run:  # outside, where torch lets nobody write to tensors of inference mode
         run(lambda: None)
-    assert snapshot(model) == before and not is_isolated(model)
+    assert snapshot(model) == before and changed_names(looked_at, fingerprint(model)) == []
+
+
+DEEPER: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
+    "a number of a helper object": (lambda m, x: setattr(m.tracker, "count", 1), "tracker.count"),
+    "a tensor of a helper object": (lambda m, x: m.tracker.mean.add_(1), "tracker.mean"),
+    "a tensor that is replaced": (lambda m, x: setattr(m.tracker, "mean", m.tracker.mean + 1), "tracker.mean"),
+    "a list of a helper object": (lambda m, x: m.tracker.parts["a"].append(3), "tracker.parts['a']"),
+    "an attribute that is added to it": (lambda m, x: setattr(m.tracker, "new", 1), "tracker"),
+    "a tensor in a list": (lambda m, x: m.items[0].add_(1), "items[0]"),
+    "a tensor in a tuple": (lambda m, x: m.pair[0].add_(1), "pair[0]"),
+    "a tensor in a nested dict": (lambda m, x: m.nested["a"]["b"][0].add_(1), "nested['a']['b'][0]"),
+    "a nested dict": (lambda m, x: m.nested["a"].setdefault("c", 1), "nested['a']"),
+    "a value in a nested dict": (lambda m, x: m.tracker.parts["a"].__setitem__(0, 5), "tracker.parts['a'][0]"),
+    "a NumPy array": (lambda m, x: np.add(m.array, 1, out=m.array), "array"),
+    "a random stream of Python": (lambda m, x: m.rng.random(), "rng"),
+    "a random stream of NumPy": (lambda m, x: m.numpy_rng.random(), "numpy_rng"),
+    "a random stream of torch": (lambda m, x: torch.rand(2, generator=m.torch_rng), "torch_rng"),
+}
+
+
+@pytest.mark.parametrize("change", DEEPER)
+def test_what_a_pass_changes_deeper_is_named(change: str) -> None:
+    write, name = DEEPER[change]
+    model = Stateful(write)
+    before = fingerprint(model)
+    with isolated(model) as run:
+        run(model, X)
+    assert changed_names(before, fingerprint(model)) == [name]
+
+
+def test_what_a_pass_reads_is_not_named() -> None:
+    model = Stateful(lambda m, x: [m.log_book.debug("seen"), m.tracker.rate, m.metric.update(x), m.lstm(x)[0].sum()])
+    model.metric, model.lstm, model.lock, model.tokens = (
+        MeanMetric(),
+        nn.LSTM(2, 2),
+        threading.Lock(),
+        (i for i in "ab"),
+    )
+    before = fingerprint(model)
+    with isolated(model) as run:
+        assert torch.equal(run(model, X), run(model, X))
+    assert changed_names(before, fingerprint(model)) == []
+
+
+class Precious:
+    """A resource that may not be copied, since a copy would free it."""
+
+    def __init__(self, freed: list[str]) -> None:
+        self.freed, self.vocabulary = freed, {str(index): index for index in range(50_000)}
+
+    def __del__(self) -> None:
+        self.freed.append("freed")
+
+    def __copy__(self) -> Any:
+        raise AssertionError("copied")
+
+    __reduce_ex__ = __deepcopy__ = __copy__  # type: ignore[assignment]
+
+
+class Features(np.ndarray):
+    """An array that may not be read, as a memory map is on the disk."""
+
+    tobytes = Precious.__copy__
+
+
+class Data(LightningDataModule):
+    """Data sets of the user."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.data_sets = [labelled(8)]
+
+
+def test_objects_of_the_user_are_neither_copied_nor_freed_nor_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    freed, model = list[str](), nn.Linear(2, 2)
+    model.precious, model.data, model.lists = Precious(freed), Data(), [labelled(8), Precious(freed)]
+    model.features = np.zeros(2**20).view(Features)
+    model.precious.vocabulary["deeper"] = [Precious(freed)]
+    monkeypatch.setattr(copy, "deepcopy", Precious.__copy__)
+    parts = model.precious, model.data, model.features, *model.lists
+    names = fingerprint(model)
+    with isolated(model) as run:
+        for _ in range(3):
+            inside = run(lambda: (model.precious, model.data, model.features, *model.lists))
+            assert all(one is other for one, other in zip(inside, parts, strict=True))
+    assert changed_names(names, fingerprint(model)) == freed == []
+    assert not any(name.startswith("data.") for name in names)
+
+
+def test_a_memory_map_stays_one(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    model.features = np.lib.format.open_memmap(tmp_path / "features.npy", "w+", shape=(10**6,))
+    with isolated(model) as run:
+        assert run(lambda: model.features) is model.features
+
+
+def count_clones(model: nn.Module, function: Callable[..., Any], num_runs: int = 3) -> int:
+    seen = list[Any]()
+    watch = Watch(lambda function, args, kwargs, result: seen.append(function) if "clone" in str(function) else None)
+    with isolated(model) as run, watch:
+        for _ in range(num_runs):
+            run(function)
+    return len(seen)
+
+
+def test_outputs_that_a_validation_collects_are_not_cloned() -> None:
+    model = nn.Linear(2, 2)
+    model.outputs = [torch.zeros(100) for _ in range(20)]
+    assert count_clones(model, lambda: model.outputs.append(X)) == 0 and len(model.outputs) == 20
+
+
+def test_large_tensors_are_cloned_once_for_all_passes_that_do_not_write_to_them() -> None:
+    model = nn.Module()
+    model.register_buffer("memory", torch.zeros(2**20))
+    assert count_clones(model, lambda: model.memory.sum()) == 1
+    assert count_clones(model, lambda: model.memory[0].add_(1)) == 3
+    with torch.inference_mode():
+        assert count_clones(model, lambda: model.memory.sum()) == 1
+    assert not model.memory.any()
+
+
+def test_containers_are_copied_one_level_deep_unless_they_are_very_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    copied = list[int]()
+    monkeypatch.setattr(isolation.copy, "copy", lambda value: copied.append(len(value)) or value.copy())
+    model = nn.Linear(2, 2)
+    model.lookup, model.very_long = dict.fromkeys(range(60_000)), list(range(200_000))
+    with isolated(model) as run:
+        assert run(lambda: model.very_long) is model.very_long and run(lambda: model.lookup) is not model.lookup
+    assert copied == 2 * [60_000]
+
+
+def test_a_fingerprint_looks_at_a_bounded_number_of_objects() -> None:
+    model = nn.Linear(2, 2)
+    model.nest = [[[index] * 90 for index in range(90)] for _ in range(90)]
+    model.vocabulary = {str(index): [index] for index in range(30_000)}
+    found = fingerprint(model)
+    assert len(found) == 2000 and sum(name.startswith("vocabulary[") for name in found) < 300
 
 
 def draws() -> tuple[float, ...]:
     return random.random(), float(np.random.rand()), torch.rand(1).item()
-
-
-def test_large_tensors_are_copied_once_for_all_passes_that_do_not_write_to_them() -> None:
-    model = nn.Module()
-    model.register_buffer("memory", torch.zeros(2**20))
-    copies = list[Any]()
-    watch = Watch(lambda function, args, kwargs, result: copies.append(function) if "clone" in str(function) else None)
-    with isolated(model) as run, watch:
-        for _ in range(3):
-            assert run(lambda: model.memory.sum()) == 0 and len(copies) == 1
-        run(lambda: model.memory.add_(1))
-        assert run(lambda: model.memory.sum()) == 0 and len(copies) == 2
-    assert not model.memory.any()
 
 
 def test_modes_and_random_streams_go_on_as_if_nothing_had_run() -> None:
@@ -163,6 +306,18 @@ def test_modes_and_random_streams_go_on_as_if_nothing_had_run() -> None:
     assert draws() == first and state() == [True, True, False, True, True]
 
 
+def test_autocast_does_not_serve_weights_from_before_the_last_step() -> None:
+    model, x = nn.Linear(2, 2), X.clone()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x)
+        model.weight.data.add_(1)
+        with isolated(model) as run:
+            outputs = run(model, x)
+        assert model(x).requires_grad
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(outputs, model(x))
+
+
 def test_ctrl_c_while_something_is_put_back_has_to_wait() -> None:
     calls: list[Any] = [interrupt, list]
     with pytest.raises(KeyboardInterrupt):
@@ -177,23 +332,17 @@ def test_lazy_and_scripted_models_are_refused() -> None:
             pass
 
 
-def test_what_cannot_be_copied_is_shared_and_named() -> None:
-    model = Stateful()
-    assert shared_state(model) == ["large"]
-    model.lock, model.stream, model.held = threading.Lock(), (i for i in range(3)), [{"lock": threading.Lock()}]
-    model.bn.many = [[0] * 600, [0] * 600]
-    names = ["held", "large", "lock", "many", "stream"]
-    assert shared_state(model) == names
-    parts = [model.held, model.large, model.lock, model.bn.many, model.stream]
-    with isolated(model) as run:
-        inside = run(lambda: [model.held, model.large, model.lock, model.bn.many, model.stream])
-        assert all(one is other for one, other in zip(inside, parts, strict=True))
-        assert run(lambda: model.names) is not model.names
+def test_parameters_that_a_pass_writes_are_named_those_of_a_hidden_teacher_too() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model.teachers = [nn.Linear(2, 2)]
 
+    @torch.no_grad()
+    def write() -> None:
+        model[1].weight.mul_(2)
+        model.teachers[0].bias.data = torch.ones(2)
 
-def test_what_belongs_to_something_that_cannot_be_copied_is_never_half_copied() -> None:
-    model = nn.Linear(2, 2)
-    model.held = {"first": [X, threading.Lock()]}
-    model.part = model.held["first"]
+    before = parameter_versions(model)
+    assert written_parameters(before, parameter_versions(model)) == []
     with isolated(model) as run:
-        assert run(lambda: model.part) == model.held["first"]
+        run(write)
+    assert written_parameters(before, parameter_versions(model)) == ["1.weight", "teachers[0].bias"]

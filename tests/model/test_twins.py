@@ -1,16 +1,24 @@
 import copy
-import pickle
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 import pytest
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.compile import from_compiled
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils import weight_norm as old_weight_norm
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
-from lightning_sensitivity.model import twins
-from lightning_sensitivity.model.twins import InitialWeights, copy_weights, twin
+from lightning_sensitivity.model import ModelCall, isolated
+from lightning_sensitivity.model.twins import (
+    batch_statistics,
+    copy_weights,
+    has_batch_norm,
+    twin_weights,
+    unknown_parameters,
+)
 
 X = torch.rand(4, 5, generator=torch.Generator().manual_seed(0))
 
@@ -35,6 +43,15 @@ def trained() -> tuple[Any, dict[str, Tensor]]:
     initial = weights_of(model)
     train(model)
     return model, initial
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def compiled_in_place(model: nn.Module) -> nn.Module:
+    model.compile(backend="eager")
+    return model
 
 
 def are_equal(one: Any, other: Any) -> bool:
@@ -68,26 +85,101 @@ def test_the_weights_of_a_twin_are_those_by_hand(model: nn.Module, shapes: dict[
     train(model)
     weights = weights_of(model)
     for seed, g in ((1, noise(1)), (2, noise(2))):
-        with twin(model, initial, noise(seed), strength=0.5):
-            for name, weight in model.named_parameters():
-                learned, shape = weights[name] - initial[name], shapes.get(name, weight.shape)
-                learned = learned.unflatten(0, (2, 3)) if len(shape) > weight.ndim else learned
-                learned = learned * (1 + 0.5 * torch.randn(shape, generator=g))  # one for each input of the layer
-                torch.testing.assert_close(weight.detach(), initial[name] + learned.reshape(weight.shape))
+        for name, weight in twin_weights(model, initial, noise(seed), strength=0.5).items():
+            learned, shape = weights[name] - initial[name], shapes.get(name, weight.shape)
+            learned = learned.unflatten(0, (2, 3)) if len(shape) > weight.ndim else learned
+            learned = learned * (1 + 0.5 * torch.randn(shape, generator=g))  # one for each input of the layer
+            torch.testing.assert_close(weight, initial[name] + learned.reshape(weight.shape))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_the_weights_come_back_bit_by_bit_and_a_graph_stays_valid(dtype: torch.dtype) -> None:
+def test_the_model_keeps_its_weights_and_a_graph_stays_valid(dtype: torch.dtype) -> None:
     model, initial = trained()
     before, places = copy.deepcopy(model.to(dtype)), [parameter.data_ptr() for parameter in model.parameters()]
     losses = [each(X.to(dtype)).square().sum() for each in (model, before)]
-    with suppress(KeyboardInterrupt), torch.no_grad(), twin(model, initial, noise()):
-        assert not any(map(torch.equal, model.parameters(), before.parameters()))
-        raise KeyboardInterrupt
+    weights = twin_weights(model, initial, noise())
+    assert not any(weight.requires_grad or weight.dtype != dtype for weight in weights.values())
+    with pytest.raises(KeyboardInterrupt), isolated(model) as run:
+        outputs = run(lambda: ModelCall(model, X.to(dtype))(weights=weights))
+        assert not any(map(torch.equal, weights.values(), before.parameters())) and not torch.equal(
+            outputs, before(X.to(dtype))
+        )
+        run(lambda: (ModelCall(model, X.to(dtype))(weights=weights), interrupt()))
     assert are_equal(model.state_dict(), before.state_dict())
     assert [parameter.data_ptr() for parameter in model.parameters()] == places
     gradients = [torch.autograd.grad(loss, [*m.parameters()]) for loss, m in zip(losses, (model, before), strict=True)]
     assert all(map(torch.equal, *gradients))
+
+
+class Wrapped(LightningModule):
+    """Calls a part; its own ``forward`` can be replaced."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = self.part(x)
+        return result[0] if isinstance(result, tuple) else result
+
+
+def tied() -> nn.Module:
+    model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5))
+    model[1].weight = model[0].weight
+    return model
+
+
+def with_replaced_forward() -> nn.Module:
+    model = Wrapped(nn.Linear(5, 5))
+    model.forward = lambda x: model.part(2 * x)  # type: ignore[method-assign]
+    return model
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    return torch.compile(model, backend="eager")  # type: ignore[return-value]
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "a recurrent network": lambda: Wrapped(nn.LSTM(5, 3, num_layers=2, bidirectional=True)),
+    "attention": lambda: nn.TransformerEncoderLayer(5, 1, 8, batch_first=True).eval(),
+    "tied weights": tied,
+    "weight norm": lambda: Wrapped(weight_norm(nn.Linear(5, 4))),
+    "weight norm of old": lambda: nn.Sequential(old_weight_norm(nn.Linear(5, 4))),
+    "spectral norm": lambda: Wrapped(spectral_norm(nn.Linear(5, 4))).eval(),
+    "batch norm": lambda: nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6)).eval(),
+    "a forward that was replaced": with_replaced_forward,
+    "a compiled module": lambda: compiled(nn.Linear(5, 4)),
+    "a compiled part": lambda: Wrapped(compiled(nn.Linear(5, 4))),
+    "a module that compiled itself": lambda: compiled_in_place(Wrapped(nn.Linear(5, 4))),
+    "a compiled LightningModule": lambda: from_compiled(compiled(Wrapped(nn.Linear(5, 4)))),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_a_twin_gives_the_outputs_of_a_model_with_its_weights(name: str) -> None:
+    model = MODELS[name]()
+    initial, before = weights_of(model), copy.deepcopy(model.state_dict())
+    train(model)
+    trained_state = copy.deepcopy(model.state_dict())
+    weights, x = twin_weights(model, initial, noise()), X.clone()
+    with isolated(model) as run:
+        clean, twin = run(ModelCall(model, x)), run(lambda: ModelCall(model, x)(weights=weights))
+        assert torch.equal(run(ModelCall(model, x)), clean) and not torch.allclose(twin, clean)
+    assert are_equal(model.state_dict(), trained_state) and before.keys() == trained_state.keys()
+    for parameter, weight in zip(model.parameters(), weights.values(), strict=True):
+        parameter.copy_(weight)
+    with isolated(model) as run:
+        torch.testing.assert_close(run(ModelCall(model, x)), twin)
+
+
+def test_autocast_does_not_give_a_twin_the_weights_of_the_model() -> None:
+    model, initial = trained()
+    weights = twin_weights(model, initial, noise())
+    with torch.autocast("cpu", torch.bfloat16), isolated(model) as run:
+        clean, twin = run(ModelCall(model, X)), run(lambda: ModelCall(model, X)(weights=weights))
+        assert not torch.allclose(clean, twin) and torch.equal(run(ModelCall(model, X)), clean)
 
 
 @torch.no_grad()
@@ -96,58 +188,46 @@ def test_tied_weights_are_one_and_later_ones_have_been_learned_as_a_whole() -> N
     model[1].weight = model[0].weight
     initial = weights_of(model)
     model[2], more = nn.Linear(5, 7), model.append(nn.Linear(7, 2))  # a head that was exchanged, and a new one
-    weights, later = weights_of(more), ["2.weight", "2.bias", "3.weight", "3.bias"]
-    assert twins.unknown_parameters(model, initial) == later
-    with twin(model, initial, noise()):
-        assert model[1].weight is model[0].weight
-        assert later == [name for name, weight in model.named_parameters() if not torch.equal(weight, weights[name])]
+    trained, later = weights_of(more), ["2.weight", "2.bias", "3.weight", "3.bias"]
+    assert unknown_parameters(model, initial) == later
+    twin = twin_weights(model, initial, noise())
+    assert "1.weight" not in twin and later == [name for name in twin if not torch.equal(twin[name], trained[name])]
+
+
+@torch.no_grad()
+def test_frozen_weights_without_initial_ones_stay() -> None:
+    model = nn.Linear(5, 2).requires_grad_(False)
+    assert unknown_parameters(model, {}) == [] and are_equal(twin_weights(model, {}, noise()), weights_of(model))
 
 
 def test_batch_norm_goes_by_the_batch_and_keeps_its_statistics() -> None:
     model = trained()[0]
     before, by_batch = copy.deepcopy(model.state_dict()), copy.deepcopy(model).train()(X)
-    torch.testing.assert_close(twins.call_with_batch_statistics(model, lambda: model(X)), by_batch)
-    assert are_equal(model.state_dict(), before) and twins.has_batch_norm(model)
+    with suppress(KeyboardInterrupt), batch_statistics(model):
+        torch.testing.assert_close(model(X), by_batch)
+        raise KeyboardInterrupt
+    assert are_equal(model.state_dict(), before) and has_batch_norm(model)
+    assert not has_batch_norm(nn.BatchNorm1d(6, track_running_stats=False))
 
 
-# The weights from before training
+class OwnNorm(nn.BatchNorm1d):
+    """A batch norm of one's own, which reads its running statistics."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.running_mean) / (self.running_var + self.eps).sqrt()
 
 
-def test_initial_weights_are_captured_at_step_0_and_kept_by_a_fit_that_is_resumed() -> None:
-    (model, first), weights = trained(), InitialWeights()
-    for seed, step, source in (
-        (1, 0, "at the start of this fit"),
-        (2, 7, "of the fit that is resumed"),
-        (3, 0, "start"),
-    ):
-        first = weights_of(model) if step == 0 else first
-        weights.begin(model, step)
-        assert source in weights.source and are_equal(weights.weights, first)
-        train(model, seed)
+def test_a_batch_norm_with_a_forward_of_its_own_keeps_its_running_statistics() -> None:
+    for norm in (OwnNorm(5).eval(), nn.BatchNorm1d(5).eval()):
+        norm.forward = norm.forward  # type: ignore[method-assign]  # replaced on the instance
+        before = norm(X)
+        with batch_statistics(norm):
+            assert torch.equal(norm(X), before)
+        assert not has_batch_norm(norm)
 
 
-def test_initial_weights_are_given_or_restored_else_they_have_to_be_known() -> None:
-    (model, initial), resumed = trained(), InitialWeights()
-    initial["0.weight"] = model[0].weight.detach().clone()  # frozen
-    given = InitialWeights(initial)
-    given.begin(model, 7)
-    resumed.restore(given.changed(model.state_dict()), model.state_dict())
-    train(model)  # what was restored are copies
-    resumed.begin(model, 7)
-    for weights in (given.weights, resumed.weights):
-        assert all(torch.equal(weights[name], weight) for name, weight in initial.items())
-    for unknown in (InitialWeights({"other": X}), InitialWeights()):
-        with pytest.raises(MisconfigurationException, match="`initial_weights"):
-            unknown.begin(model, 7)
-
-
-def test_another_module_is_not_mistaken_for_the_one_whose_weights_were_captured() -> None:
-    weights, first = InitialWeights(), nn.Linear(2, 2)
-    weights.begin(first, 0)
-    captured = dict(weights.weights)
-    del first  # the next module may get its address
-    with pytest.raises(MisconfigurationException, match="the initial weights are unknown"):
-        weights.begin(nn.Linear(2, 2), 7)
-    for copied in (pickle.loads(pickle.dumps(weights)), copy.deepcopy(weights)):
-        copied.begin(nn.Linear(2, 2), 7)  # in another process every module is another object
-        assert are_equal(copied.weights, captured)
+def test_only_numbers_are_copied_to_the_cpu() -> None:
+    weights = {"a": torch.zeros(2, dtype=torch.bfloat16), "b": torch.zeros(2, dtype=torch.int64), "c": "name"}
+    copies = copy_weights(weights)
+    weights["a"] += 1
+    assert list(copies) == ["a"] and not copies["a"].any()

@@ -1,5 +1,6 @@
 from collections import UserDict, namedtuple
 from collections.abc import Callable
+from threading import Lock
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_sensitivity.model import ModelCall, select_outputs, select_targets
+from lightning_sensitivity.model.call import join_calls, tensors_in
 
 X, IDS = torch.zeros(3, 2), torch.full((3,), 20)
 Pair = namedtuple("Pair", ["x", "y"])
@@ -20,20 +22,59 @@ def module(forward: Any) -> nn.Module:
 
 call = ModelCall
 ONE, TWO = module(lambda self, x: x), module(lambda self, x, mask: x)
+TEXT = nn.ModuleDict({"first": nn.Dropout(), "tokens": nn.Embedding(3, 2)})
+TEXT.forward = TEXT["tokens"].forward
 DENOISER, ANYTHING = module(lambda self, y, t: y), module(lambda self, *args, **kwargs: args)
 
 
-def test_nothing_writes_into_the_batch_nor_into_what_it_holds() -> None:
-    def write(x: Tensor, more: Any, array: Any) -> Tensor:
-        for values in (x, more.x, array):
+def test_nothing_writes_into_the_tensors_of_a_batch() -> None:
+    def write(x: Tensor, more: Any) -> Tensor:
+        x += 1
+        for values in (more["x"], more["pair"].x, more["list"][0]):
             values += 1
-        return x + more.x + torch.from_numpy(array)
+        return x + more["x"]
 
-    batch = {"x": X.clone(), "more": SimpleNamespace(x=X.clone()), "array": X.numpy().copy()}
-    for inputs in (None, lambda batch: (write(**batch), batch["more"], batch["array"])):
-        forward = ModelCall(module(lambda self, x, more, array: write(x, more, array)), batch, inputs)
+    batch = {"x": X.clone(), "more": {"x": X.clone(), "pair": Pair(X.clone(), "name"), "list": [X.clone()]}}
+    for inputs in (None, lambda batch: (write(**batch), batch["more"])):
+        forward = ModelCall(module(lambda self, x, more: write(x, more)), batch, inputs)
         assert torch.equal(forward(), forward())
-    assert not any(values.any() for values in (batch["x"], batch["more"].x, batch["array"]))
+    assert select_targets(ONE, batch, lambda batch: write(**batch)).any()
+    assert len(tensors_in(batch)) == 4 and not any(values.any() for values in tensors_in(batch))
+
+
+def test_objects_that_cannot_be_copied_are_shared() -> None:
+    batch = {"x": X, "meta": [Lock(), SimpleNamespace(x=X)]}
+    forward = ModelCall(module(lambda self, x, meta: x if meta[0] is batch["meta"][0] else None), batch)
+    assert torch.equal(forward.to("cpu")(), X) and forward.to("cpu").kwargs["meta"][1] is batch["meta"][1]
+    assert torch.equal(call(ONE, batch, lambda batch: batch["x"])(), X)
+
+
+def test_a_call_that_is_kept_has_tensors_of_its_own_on_the_device() -> None:
+    x = X.clone().requires_grad_()
+    kept = call(TWO, {"x": x, "mask": [IDS]}).to("meta")
+    assert kept.kwargs["x"].device.type == kept.kwargs["mask"][0].device.type == "meta"
+    kept = call(TWO, {"x": x, "mask": [IDS]}).to("cpu")
+    with torch.no_grad():
+        x.add_(1)
+    assert torch.equal(kept(), X) and not kept().requires_grad and kept.num_bytes == 6 * 4 + 3 * 8
+
+
+SIZES: dict[str, tuple[Any, int]] = {
+    "rows of a tensor": ((X, IDS), 3),
+    "rows of the first tensor in a dict": (({"x": X}, IDS), 3),
+    "a list with a sequence for each label": (([torch.zeros(400, 2)] * 3, IDS), 3),
+    "a list of inputs that have a row for each label": (([X, torch.zeros(1, 3)], IDS), 3),
+    "a list of sequences of different lengths": ({"x": [X, X[:2], X[:1], X]}, 4),
+    "a list of sequences of the same length, without labels": ({"x": [X, X]}, 3),
+    "unknown": ((5, "name"), 0),
+}
+
+
+@pytest.mark.parametrize("what", SIZES)
+def test_samples_are_counted(what: str) -> None:
+    batch, size = SIZES[what]
+    forward = call(ONE, batch)
+    assert forward.size == size and forward.sizes == [size]
 
 
 TAKEN: dict[str, tuple[Callable[[], Tensor], Tensor]] = {
@@ -64,7 +105,9 @@ def test_which_inputs_outputs_and_labels_are_taken(what: str) -> None:
 # More of them, with what the monitors do, are in test_silent.py.
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "noise on sparse inputs": (lambda: call(ONE, X.to_sparse())(torch.clone), "dense floating.*got none"),
-    "noise on token ids": (lambda: call(ONE, IDS)(torch.clone), "got none.*`at='embedding'`"),
+    "noise on token ids": (lambda: call(TEXT, IDS)(torch.clone), "^Perturb .*`at='tokens'`.*got none.*`inputs="),
+    "noise on ids without embedding": (lambda: call(nn.Sequential(ONE), IDS)(torch.clone), "^Perturb .*`at='0'`"),
+    "noise on ids without submodules": (lambda: call(ONE, IDS)(torch.clone), "^Expected .*got none.*`inputs="),
     "noise where only labels float": (lambda: call(DENOISER, {"y": X, "t": IDS})(torch.clone), "got none.*`inputs="),
     "noise on one of two": (lambda: call(TWO, {"x": X, "mask": X})(torch.clone), "got several: 'x', 'mask'"),
     "a dict without arguments": (lambda: call(ANYTHING, {"image": X}), "`inputs` should return .*dict of 'image'"),
@@ -103,3 +146,11 @@ JOINED: dict[str, tuple[Any, bool]] = {
 def test_only_arguments_with_one_row_for_each_sample_can_be_joined(what: str) -> None:
     batch, can_be_joined = JOINED[what]
     assert (call(TWO, batch).layout() is not None) == can_be_joined
+
+
+def test_joined_calls_are_one_call_that_can_be_cut() -> None:
+    calls = [call(TWO, {"x": X + index, "mask": IDS}) for index in range(3)]
+    joint = join_calls(calls)
+    assert joint.sizes == [3, 3, 3] and torch.equal(joint(), torch.cat([each() for each in calls]))
+    part = joint.select(slice(2, 40))
+    assert part.size == 7 and torch.equal(part(), joint()[2:])
