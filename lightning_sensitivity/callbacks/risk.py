@@ -183,7 +183,7 @@ class RiskMonitor(Monitor):
             features = run(self._reader.features, batch, call)
             outputs = run(call)
         self._check_outputs(outputs)
-        TASKS[self.task].check(outputs, labels)
+        self._check_labels(outputs, labels)
         training.add(call, batch_idx)
         self._kept.num_outputs = num_outputs(outputs)
         self._kept.labels[batch_idx] = labels
@@ -201,6 +201,13 @@ class RiskMonitor(Monitor):
             raise MisconfigurationException(
                 f"outputs are probabilities, and logits are needed: select them with `outputs=`.{see('no-estimate')}"
             )
+
+    def _check_labels(self, outputs: Tensor, labels: Tensor) -> None:
+        """Refuse labels that do not fit the task."""
+        try:
+            TASKS[self.task].check(outputs, labels)
+        except ValueError as error:
+            raise MisconfigurationException(f"{error}.{see('task')}") from error
 
     # A validation
 

@@ -84,7 +84,7 @@ class StepWatch:
         return None
 
     def _before_call(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if module is not self._module:
+        if module is not self._module or torch.jit.is_tracing():
             return
         # Under DDP, Lightning runs the step itself as `forward`.
         forward = vars(module).get("forward")
@@ -95,7 +95,9 @@ class StepWatch:
             self._theirs = self._tensors_by_name(args, {})  # `forward` may write to them
 
     def _after_call(self, module: nn.Module, args: Any, kwargs: dict[str, Any], result: Any) -> None:
-        if module is not self._module or self._is_redirected.pop() or self._outputs is not None:
+        if module is not self._module or torch.jit.is_tracing():
+            return
+        if self._is_redirected.pop() or self._outputs is not None:
             return
         self._theirs = self._tensors_by_name(args, kwargs) | self._theirs
         try:
@@ -120,7 +122,7 @@ class _LossInputs(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         logits = args[0] if args else kwargs.get("input")
-        if function in _LOSSES and isinstance(logits, Tensor):
+        if function in _LOSSES and isinstance(logits, Tensor) and not torch.jit.is_tracing():
             self._found.append(logits.detach())
         return function(*args, **kwargs)
 
