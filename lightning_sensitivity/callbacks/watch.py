@@ -84,7 +84,7 @@ class StepWatch:
         return None
 
     def _before_call(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if module is not self._module or torch.jit.is_tracing():
+        if module is not self._module or _is_tracing():
             return
         # Under DDP, Lightning runs the step itself as `forward`.
         forward = vars(module).get("forward")
@@ -95,7 +95,7 @@ class StepWatch:
             self._theirs = self._tensors_by_name(args, {})  # `forward` may write to them
 
     def _after_call(self, module: nn.Module, args: Any, kwargs: dict[str, Any], result: Any) -> None:
-        if module is not self._module or torch.jit.is_tracing():
+        if module is not self._module or _is_tracing():
             return
         if self._is_redirected.pop() or self._outputs is not None:
             return
@@ -122,7 +122,7 @@ class _LossInputs(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         logits = args[0] if args else kwargs.get("input")
-        if function in _LOSSES and isinstance(logits, Tensor) and not torch.jit.is_tracing():
+        if function in _LOSSES and isinstance(logits, Tensor) and not _is_tracing():
             self._found.append(logits.detach())
         return function(*args, **kwargs)
 
@@ -170,6 +170,10 @@ class FirstStep:
 def can_watch(pl_module: nn.Module) -> bool:
     """Return whether the step can be watched: not if a part is compiled, since it would be compiled again."""
     return not any(is_compiled(module) for module in pl_module.modules())
+
+
+def _is_tracing() -> bool:
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
 
 
 def _random_states(module: nn.Module) -> object:
