@@ -67,6 +67,6 @@ for epoch in range(args.max_epochs):
 
 _, epoch, accuracy = min(history)
 best, last = max(each[2] for each in history), history[-1][2]
-print(f"The estimate is lowest in epoch {epoch}: accuracy {accuracy:.3f}. Last epoch {last:.3f}, best epoch {best:.3f}.")
+print(f"Lowest estimate in epoch {epoch}: accuracy {accuracy:.3f}; last epoch {last:.3f}, best epoch {best:.3f}.")
 by_reference = float((reference.predictions.argmax(1) == y_new).float().mean())
 print(f"The reference by itself: {by_reference:.3f}. Where it is better than the network, use it instead.")

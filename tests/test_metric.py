@@ -1,3 +1,4 @@
+import math
 import pickle
 import subprocess
 import sys
@@ -10,20 +11,31 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_sensitivity import OutputSensitivity, RiskEstimate
-from lightning_sensitivity.functional import output_sensitivity, risk_estimate, variance_factor
+from lightning_sensitivity.functional import (
+    Calibration,
+    Reference,
+    fit_reference,
+    output_sensitivity,
+    risk_estimate,
+    variance_factor,
+)
 from lightning_sensitivity.functional.sensitivity import SensitivityEstimate, sensitivity_from_rows, sensitivity_rows
 
 NUM_BATCHES, BATCH_SIZE = 6, 16
 CLEAN, NOISY, TWIN = torch.randn(3, NUM_BATCHES, BATCH_SIZE, 5, generator=torch.Generator().manual_seed(0))
 LABELS = CLEAN.roll(1).argmax(-1)
+PREDICTIONS = (CLEAN + TWIN).double().softmax(-1)
+REFERENCE = Reference(PREDICTIONS.flatten(0, 1), torch.arange(1.0, 6) / 15, score=0.7, chance=0.715, num_samples=100)
 
 
 def filled(metric: Any, batches: Iterable[int] = range(NUM_BATCHES)) -> Any:
     for i in batches:
-        metric.update(CLEAN[i], NOISY[i])
         if isinstance(metric, RiskEstimate):
+            metric.update(CLEAN[i], NOISY[i], reference=PREDICTIONS[i])
             metric.update_training(NOISY[i], LABELS[i])
             metric.update_labels(TWIN[i], LABELS[i])
+        else:
+            metric.update(CLEAN[i], NOISY[i])
     return metric
 
 
@@ -57,15 +69,30 @@ def test_batches_give_what_all_samples_give(per_output: bool) -> None:
 # What both metrics survive
 
 
-def make_risk() -> RiskEstimate:
-    return RiskEstimate(strength=0.5, num_training=400, num_weights=10_000)
+def make_risk(**options: Any) -> RiskEstimate:
+    return RiskEstimate(strength=0.5, num_training=400, num_weights=10_000, **{"reference": REFERENCE, **options})
+
+
+def same_kind(metric: Any) -> Any:
+    return make_risk() if isinstance(metric, RiskEstimate) else OutputSensitivity()
 
 
 def merged(metric: Any) -> Any:
-    other = make_risk() if isinstance(metric, RiskEstimate) else OutputSensitivity()
+    other = same_kind(metric)
     with pytest.warns(UserWarning, match="before the ``update`` method"):
         assert value(other).isnan().any()  # must not survive the merge
     other.merge_state(metric)
+    return other
+
+
+def called_as_a_function(metric: Any) -> Any:
+    other = same_kind(metric)
+    if isinstance(metric, RiskEstimate):
+        other(CLEAN[0], NOISY[0], reference=PREDICTIONS[0])
+        other.update_training(NOISY[0], LABELS[0])
+        other.update_labels(TWIN[0], LABELS[0])
+    else:
+        other(CLEAN[0], NOISY[0])
     return other
 
 
@@ -78,6 +105,7 @@ def moved_while_synced(metric: Any) -> Any:
 
 
 WAYS: dict[str, Callable[[Any], Any]] = {
+    "called as a function": called_as_a_function,
     "cloned": Metric.clone,
     "merged into a computed one": merged,
     "pickled": lambda metric: pickle.loads(pickle.dumps(metric)),
@@ -131,27 +159,147 @@ def test_what_is_left_out_is_said_once_and_updates_go_on() -> None:
 # Risk
 
 
+def terms_of(*tensors: Tensor, task: str = "multiclass", factor: float) -> dict[str, Tensor]:
+    terms = risk_estimate(*tensors, task, strength=0.5, factor=factor)
+    return {f"risk_{name}": term for name, term in terms._asdict().items()}
+
+
 def test_the_risk_of_batches_is_that_of_all_samples() -> None:
-    metric = RiskEstimate(strength=0.5, has_batch_norm=True)
+    metric = RiskEstimate(strength=0.5)
     metric.set_size(400, 10_000)
     for i in range(NUM_BATCHES):
         metric.update(CLEAN[i], TWIN[i])
         assert metric.compute()["risk_estimate"].isnan() == (i == 0)  # until there is a training sample
         metric.update_training(NOISY[i], LABELS[i])
     tensors = [each.flatten(0, 1) for each in (CLEAN, TWIN, NOISY, LABELS)]
-    options = {"strength": 0.5, "factor": variance_factor(400, 10_000, has_batch_norm=True)}
-    terms = risk_estimate(*tensors, **options)
-    close(metric.compute(), {f"risk_{name}": term for name, term in terms._asdict().items()})
-    metric.update_labels(CLEAN[0], LABELS[0])
-    values = metric.compute()
-    close(values["risk_estimate"], risk_estimate(*tensors, **options, labelled_outputs=CLEAN[0], labels=LABELS[0])[0])
-    score = (CLEAN[0].softmax(1) - nn.functional.one_hot(LABELS[0], 5)).square().sum(1).double().mean()
-    torch.testing.assert_close(values["risk_label_score"], score)
-    assert values["risk_num_labels"] == BATCH_SIZE
+    close(metric.compute(), terms_of(*tensors, factor=variance_factor(400, 10_000)))
+
+
+def test_labels_count_as_one_each_and_the_estimate_as_40_or_with_a_reference_as_200() -> None:
+    score = (TWIN[0].softmax(1) - nn.functional.one_hot(LABELS[0], 5)).square().sum(1).double()
+    useless = REFERENCE._replace(score=0.72)  # permuted labels, say
+    for reference, m in ((None, 40), (useless, 40), (REFERENCE, 200)):
+        metric, predictions = RiskEstimate(reference=reference), PREDICTIONS[0] if reference else None
+        metric.update(CLEAN[0], NOISY[0], reference=predictions)
+        metric.update_training(NOISY[0], LABELS[0])
+        before, ignored = metric.compute(), torch.full_like(LABELS[0], -100)
+        metric.update_labels(TWIN[0].repeat(2, 1), torch.cat([LABELS[0], ignored]))
+        values = metric.compute()
+        estimate = (score.sum() + m * before["risk_estimate"]) / (BATCH_SIZE + m)
+        named = values["risk_estimate"], values["risk_label_score"], values["risk_label_stderr"]
+        torch.testing.assert_close(named, (estimate, score.mean(), score.std() / BATCH_SIZE**0.5), rtol=1e-6, atol=0)
+        assert values["risk_num_labels"] == BATCH_SIZE
+        if reference is useless:
+            assert values["risk_reference_weight"] == 0
+            assert before["risk_estimate"] == sum(before[f"risk_{name}"] for name in NAMES)
+
+
+NAMES = ("claim", "overconfidence", "memorization", "variance")
+SHAPES = {"multiclass": 3, "binary": 1, "multilabel": 2}
+
+
+def as_vector(p: Tensor, task: str) -> list[float]:
+    """Whose squared distance is the Brier score."""
+    values = p.tolist()
+    return values if task == "multiclass" else [x / (2 * len(p)) ** 0.5 for x in [*values, *(1 - x for x in values)]]
+
+
+def dot(a: list[float], b: list[float]) -> float:
+    return sum(x * y for x, y in zip(a, b, strict=True))
+
+
+def mean_dot(first: list[list[float]], second: list[list[float]]) -> float:
+    return sum(map(dot, first, second)) / len(first)
+
+
+@pytest.mark.parametrize("task", SHAPES)
+def test_the_estimate_with_a_reference_is_that_of_plain_loops_in_every_epoch(task: str) -> None:
+    k, g = SHAPES[task], torch.Generator().manual_seed(0)
+
+    def rand(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g, dtype=torch.float64)
+
+    x, new = rand(40, 2), rand(30, 2)
+    targets = x.sum(1).lt(0).long() if task == "multiclass" else (x[:, :k] > 0).double()
+    labels = torch.eye(3, dtype=torch.float64)[targets] if task == "multiclass" else targets
+    reference = fit_reference(x, labels, new, task)
+    metric = RiskEstimate(task, strength=0.5, num_training=160, num_weights=1000, reference=reference)
+    y, q = ([as_vector(p, task) for p in each] for each in (labels, reference.predictions))
+    shares = as_vector(labels.mean(0), task)
+    largest, factor = 0.0, math.inf
+    head, factors = (
+        torch.tensor([[1.0, -1.0, 0.0], [1.0, -1.0, 0.0]] if k == 3 else [[1.0, 0.0], [0.0, 1.0]]).double(),
+        [],
+    )
+    for epoch in range(6):
+        logits, train = (epoch / 2 * (each @ head)[:, :k] + rand(len(each), k) for each in (new, x))
+        twin, train = logits + rand(30, k), train + 2 * labels  # some labels are memorized
+        metric.reset()
+        for part in (slice(0, 11), slice(11, 40)):
+            metric.update(logits[part], twin[part], reference=reference.predictions[part])
+            metric.update_training(train[part], targets[part])
+        probabilities = torch.softmax if task == "multiclass" else lambda outputs, _: outputs.sigmoid()
+        p, p_train = ([as_vector(each, task) for each in probabilities(outputs, 1)] for outputs in (logits, train))
+        by_shares, train_by_shares = (sum(dot(each, shares) for each in ps) / len(ps) for ps in (p, p_train))
+        agreement, train_agreement = mean_dot(p, q) - by_shares, mean_dot(p_train, y) - train_by_shares
+        largest = max(largest, agreement)
+        if agreement > 0.15 * largest > 0:
+            factor = min(factor, train_agreement / agreement)
+        factors.append(min(max(factor, 1), 3))
+        score = mean_dot(y, y) + mean_dot(p, p) - 2 * (by_shares + factors[-1] * agreement)
+        weight = (40 / 160) ** 0.5
+        expected = terms_of(logits, twin, train, targets, task=task, factor=variance_factor(160, 1000))
+        expected["risk_estimate"] = (expected["risk_estimate"] + weight * score) / (1 + weight)
+        expected["risk_reference"], expected["risk_reference_weight"] = torch.tensor(
+            [score, weight], dtype=torch.float64
+        )
+        for _ in range(2):
+            torch.testing.assert_close(metric.compute(), expected, rtol=1e-8, atol=1e-10)
+            metric.set_size(160, 1000)  # and again, not from the cache
+    assert metric.calibration == (pytest.approx(largest), pytest.approx(factor)) and len(set(factors)) > 1
+    resumed = RiskEstimate(task, calibration=metric.calibration)
+    assert resumed.calibration == metric.calibration
+
+
+def test_the_references_of_processes_count_together() -> None:
+    of_other = REFERENCE._replace(score=0.5, shares=torch.full((5,), 0.2))
+    other = filled(make_risk(reference=of_other), [3, 4, 5])
+    received = iter([torch.cat(x) if isinstance(x, list) else x for x in other.metric_state.values()])
+    options = {"dist_sync_fn": lambda x, group: [x, next(received)], "distributed_available_fn": lambda: True}
+    values = filled(make_risk(**options), [0, 1, 2]).compute()
+    alone = filled(make_risk(), [0, 1, 2]).compute(), other.compute()
+    assert values["risk_reference_weight"] == pytest.approx((200 / 400) ** 0.5)  # for one of them (100 / 400) ** 0.5
+    close(values["risk_claim"], (alone[0]["risk_claim"] + alone[1]["risk_claim"]) / 2)
+    close(values["risk_reference"], (alone[0]["risk_reference"] + alone[1]["risk_reference"]) / 2)
+
+
+def test_a_reference_and_its_predictions_go_together() -> None:
+    with pytest.raises(ValueError, match="Expected `reference` in `update`"):
+        RiskEstimate(reference=REFERENCE).update(CLEAN[0], TWIN[0])
+
+
+def test_a_calibration_outlives_its_epoch_but_no_epoch_counts_twice() -> None:
+    metric = filled(make_risk())
+    first = metric.compute()
+    calibration = metric.calibration
+    assert calibration != Calibration()
+    metric.reset()
+    assert metric.calibration == calibration
+    close(filled(metric).compute(), first)
+    assert metric.calibration == calibration
+
+
+def test_updates_keep_no_graph() -> None:
+    metric, weight = make_risk(), torch.ones(5, requires_grad=True)
+    metric.update(CLEAN[0] * weight, NOISY[0] * weight, reference=PREDICTIONS[0])
+    metric.update_training(NOISY[0] * weight, LABELS[0])
+    metric.update_labels(TWIN[0] * weight, LABELS[0])
+    states = [x for state in metric.metric_state.values() for x in (state if isinstance(state, list) else [state])]
+    assert not any(state.requires_grad for state in states)
 
 
 def test_sizes_that_are_known_later_change_a_computed_value() -> None:
-    metric, factor = filled(RiskEstimate(strength=0.5)), variance_factor(400, 10_000)
+    metric, factor = filled(RiskEstimate(strength=0.5, reference=REFERENCE)), variance_factor(400, 10_000)
     variance = metric.compute()["risk_variance"]
     metric.set_size(400, 10_000)
     close(metric.compute()["risk_variance"], factor * variance)
@@ -161,7 +309,9 @@ def test_sizes_that_are_known_later_change_a_computed_value() -> None:
 
 def test_a_doubtful_risk_is_explained() -> None:
     metric = RiskEstimate()
-    filled(metric, [0]).compute()
+    metric.update(CLEAN[0], TWIN[0])
+    metric.update_training(NOISY[0], LABELS[0])
+    metric.compute()
     assert metric.messages == {}
     metric.update(torch.full((1, 5), torch.nan), CLEAN[0, :1])
     metric.compute()
@@ -176,6 +326,11 @@ def test_bad_arguments_of_the_risk_are_refused() -> None:
         lambda: RiskEstimate().update_training(CLEAN[0], LABELS[0] + 5),
         lambda: RiskEstimate().update_labels(CLEAN[0], LABELS[0][:, None]),
         lambda: RiskEstimate().update(CLEAN[0], TWIN[0, :, :1]),
+        lambda: RiskEstimate().update(CLEAN[0], []),
+        lambda: RiskEstimate().update(CLEAN[0], TWIN[0], compared_with=TWIN[0, :1]),
+        lambda: RiskEstimate().update(CLEAN[0], TWIN[0], reference=PREDICTIONS[0]),
+        lambda: make_risk().update(CLEAN[0], TWIN[0], reference=PREDICTIONS[0, :1]),
+        lambda: make_risk().update(CLEAN[0, :, :4], TWIN[0, :, :4], reference=PREDICTIONS[0]),
     ]
     for refused in bad:
         with pytest.raises(ValueError, match="Expected "):

@@ -1,5 +1,5 @@
 import math
-from pathlib import Path
+import re
 from typing import Any
 
 import pytest
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from lightning_sensitivity.functional import loss_estimate, output_sensitivity
 from lightning_sensitivity.functional import sensitivity as S
-from lightning_sensitivity.functional.reporting import warn
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -73,12 +72,13 @@ def test_error_bars_hold_where_the_changes_of_a_sample_are_correlated(num_draws:
 def test_a_class_average_that_holds_nothing_of_the_change_is_said() -> None:
     logits = 3 * randn(2, 64, 10)
     for outputs in (logits.softmax(2).bfloat16(), logits - logits.mean(2, keepdim=True)):
-        with pytest.warns(UserWarning, match="Only .* survives averaging over classes.*`per_output=True`"):
-            output_sensitivity(*outputs)
-        assert output_sensitivity(*outputs, per_output=True) > 0  # without a warning, as is a single output
-    assert output_sensitivity(*logits[..., :1]) > 0
-    with pytest.warns(UserWarning, match="No output changed"):
-        assert output_sensitivity(logits[0], logits[0]) == 0
+        estimate = S.sensitivity_from_rows(S.sensitivity_rows(*outputs))
+        message = S.diagnostics(estimate)["class mean"]
+        assert re.match("Only .* survives averaging over classes.*`per_output=True`", message)
+        assert S.diagnostics(estimate, per_output=True) == {} and output_sensitivity(*outputs, per_output=True) > 0
+    single, none = (S.sensitivity_from_rows(S.sensitivity_rows(*each)) for each in (logits[..., :1], logits[[0, 0]]))
+    assert S.diagnostics(single) == {} and S.diagnostics(none)["no change"].startswith("No output changed")
+    assert output_sensitivity(logits[0], logits[0]) == 0  # functions do not warn, the metric does
 
 
 def test_bad_outputs_are_refused() -> None:
@@ -94,11 +94,3 @@ def test_the_loss_estimate_is_equation_9() -> None:
     close(loss_estimate(6.08e8, 0.2648, 0.1, 10), 85_119, 1e-3)  # the authors' example, in their notebook
     channels = torch.tensor([0.2, 0.9]), torch.tensor([0.1, 0.2])
     close(loss_estimate(0.1, *channels, 5), loss_estimate(0.1, (20 + 22.5) / 2, 1.0, 5), 1e-6)
-
-
-def test_a_warning_points_at_the_line_of_a_user_whose_file_is_called_like_a_library() -> None:
-    code = compile("warn('a value')", "torch_train.py", "exec")
-    with pytest.warns(UserWarning, match="a value") as warnings:
-        exec(code, {"__name__": "torch_train", "warn": warn})
-        exec(code, {"__name__": "torch.nn", "warn": warn})  # of a library: the line that called it
-    assert [Path(each.filename).name for each in warnings] == ["torch_train.py", "test_sensitivity.py"]

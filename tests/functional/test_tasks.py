@@ -18,11 +18,26 @@ REFUSED: dict[str, tuple[str, Tensor, Tensor, str]] = {
     "a label outside": ("multiclass", LOGITS, CLASSES + 1, "labels from 0 to 2, .* got 1 to 3"),
     "a label for some positions": ("multiclass", DENSE, torch.zeros(2, 7).long(), r"\(N, ...\).*shape \(2, 7\)"),
     "a column of labels": ("multiclass", LOGITS, CLASSES[:, None], r"`targets=lambda batch: batch\[1\].squeeze\(1\)`"),
-    "soft labels of another sum": ("multiclass", LOGITS, MULTI_HOT.float(), "sum to 1"),
     "floating class indices": ("multiclass", LOGITS, CLASSES.float(), r"Make class indices integers.*\.long\(\)"),
-    "one output for classes": ("multiclass", SINGLE, BITS, "K > 1"),
-    "one output for several labels": ("multilabel", SINGLE, BITS[:, None], "K > 1"),
-    "several outputs for one label": ("binary", LOGITS, BITS, "one output"),
+    "one output, integers": (
+        "multiclass",
+        SINGLE,
+        BITS,
+        "Labels are integers for one output. Set `task='binary'` if they are 0 and 1",
+    ),
+    "one output, floats": (
+        "multiclass",
+        SINGLE,
+        BITS.float(),
+        "Labels are floating for one output. Set `task='binary'`",
+    ),
+    "several classes": ("multiclass", LOGITS, MULTI_HOT, "`task='multilabel'` if .* several classes; if .*float()"),
+    "several classes, floats": ("multiclass", LOGITS, MULTI_HOT.float(), "sum to 1.*`task='multilabel'`"),
+    "bools for each class": ("multiclass", LOGITS, MULTI_HOT.bool(), "`task='multilabel'`"),
+    "one bool for several outputs": ("multiclass", LOGITS, BITS.bool(), "Expected class indices.*torch.bool"),
+    "one output for several labels": ("multilabel", SINGLE, BITS[:, None], "K > 1.*`task='binary'`"),
+    "class indices for several labels": ("multilabel", LOGITS, CLASSES, "Leave `task` out if labels are class indices"),
+    "several outputs for one label": ("binary", LOGITS, BITS, "one output.*leave `task` out"),
     "a label above 1": ("binary", SINGLE, CLASSES, "labels from 0 to 1, .* got 0 to 2$"),
     "labels -1 and 1": (
         "binary",
@@ -54,10 +69,38 @@ def test_probabilities_are_told_from_logits(dtype: torch.dtype) -> None:
         assert not tensors.are_probabilities(others)
 
 
-def test_labels_that_name_few_of_many_outputs_are_refused() -> None:
-    for num_outputs, num_named, num_labels in ((784, 10, 40), (100, 70, 500)):
-        with pytest.raises(ValueError, match="embedding"):
-            T.check_classes(num_outputs, torch.arange(num_labels) % num_named)
-    for num_outputs, num_named, num_labels in ((100, 81, 500), (11, 8, 20), (10, 2, 500)):
-        T.check_classes(num_outputs, torch.arange(num_labels) % num_named)
-    T.check_classes(784, torch.full((500,), -100))
+ACCEPTED: dict[str, tuple[str, Tensor, Tensor]] = {
+    "class indices": ("multiclass", LOGITS, CLASSES.where(CLASSES < 2, -100)),
+    "class indices in 8 bits": ("multiclass", LOGITS, CLASSES.byte()),
+    "soft labels, one ignored": ("multiclass", LOGITS, torch.tensor([[0.2, 0.3, 0.5]] * 5 + [[-100.0] * 3])),
+    "dense": ("multiclass", DENSE, torch.zeros(2, 5).long()),
+    "bits": ("binary", SINGLE, BITS),
+    "bools for a vector": ("binary", SINGLE[:, 0], BITS.bool()),
+    "a column of floats": ("binary", SINGLE, BITS[:, None].float()),
+    "several labels": ("multilabel", LOGITS, MULTI_HOT),
+    "one-hot labels": ("multilabel", LOGITS, torch.eye(3)[CLASSES]),
+}
+
+
+@pytest.mark.parametrize("what", ACCEPTED)
+def test_labels_of_the_task_become_probabilities(what: str) -> None:
+    task, outputs, targets = ACCEPTED[what]
+    kind = T.TASKS[task]
+    kind.check(outputs, targets)
+    p = kind.probabilities(outputs)
+    y, counts = kind.target_probabilities(p, targets)
+    assert y.shape == p.shape and y.min() >= 0 and y.max() <= 1
+    has_label = (targets.long() != -100).reshape(len(targets), -1).all(1)
+    assert torch.equal(counts.reshape(len(targets), -1).all(1), has_label)
+    if targets.shape == outputs.shape[:1] and task == "multiclass":
+        assert torch.equal(y.argmax(1)[has_label], targets.long()[has_label])
+
+
+@pytest.mark.parametrize("task", T.TASKS)
+def test_vectors_are_as_far_apart_as_the_brier_score_says(task: str) -> None:
+    kind, g = T.TASKS[task], torch.Generator().manual_seed(0)
+    p, q = (kind.clip(torch.rand(6, 4, generator=g, dtype=torch.float64)) for _ in range(2))
+    distances = (kind.as_vectors(p) - kind.as_vectors(q)).square().sum(1)
+    torch.testing.assert_close(distances, kind.distances(p, q))
+    clipped = kind.clip(torch.tensor([[-1.0, 0.5, 2.0]]))
+    assert clipped.min() >= 0 and clipped.max() <= 1 and (task != "multiclass" or clipped.sum() == 1)

@@ -1,0 +1,147 @@
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.kernel_ridge import KernelRidge
+from torch import Tensor
+
+from lightning_sensitivity.functional import Calibration, fit_reference
+from lightning_sensitivity.functional.reference import reference_weight
+
+
+def sample(task: str = "multiclass", num_samples: int = 24, num_new: int = 7, seed: int = 0) -> tuple[Tensor, ...]:
+    """Features, noisy labels as probabilities, and new features."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(num_samples + num_new, 3, generator=g, dtype=torch.float64)
+    y = (x[:num_samples, :2] + 0.5 * torch.randn(num_samples, 2, generator=g) > 0).double()
+    if task == "multiclass":
+        y = torch.eye(4, dtype=torch.float64)[(2 * y[:, 0] + y[:, 1]).long()]
+    return x[:num_samples], y[:, :1] if task == "binary" else y, x[num_samples:]
+
+
+def brier(p: Tensor, y: Tensor, task: str) -> float:
+    squares = (p - y).square()
+    return float(squares.sum(1).mean() if task == "multiclass" else squares.mean())
+
+
+@pytest.mark.parametrize("task", ["multiclass", "binary", "multilabel"])
+def test_it_is_the_kernel_ridge_regression_of_sklearn_with_the_lowest_leave_one_out_score(task: str) -> None:
+    x, y, new = sample(task, num_samples=15)
+    shares, pairs = y.mean(0), [(i, j) for i in range(len(x)) for j in range(len(x)) if i != j]
+    median = torch.tensor([float((x[i] - x[j]).square().sum()) for i, j in pairs]).double().median()
+    found = []
+    for width in (0.1, 0.4, 1.6):
+        for ridge in (0.03, 0.1, 0.3, 1, 3, 10, 30):
+            model = KernelRidge(alpha=ridge, kernel="rbf", gamma=float(1 / (width * median)))
+            left_out = torch.empty_like(y)
+            for i in range(len(x)):
+                others = [j for j in range(len(x)) if j != i]
+                model.fit(x[others].numpy(), (y - shares)[others].numpy())
+                left_out[i] = shares + torch.tensor(model.predict(x[i : i + 1].numpy())).flatten()
+            q = model.fit(x.numpy(), (y - shares).numpy()).predict(new.numpy()).reshape(-1, y.shape[1])
+            found.append((brier(left_out, y, task), shares + torch.tensor(q)))
+    score, q = min(found, key=lambda each: each[0])
+    q = q.clamp(1e-4 if task == "multiclass" else 0, 1)
+    reference = fit_reference(x, y, new, task)
+    torch.testing.assert_close(reference.predictions, q / q.sum(1, keepdim=True) if task == "multiclass" else q)
+    assert (reference.score, reference.num_samples) == (pytest.approx(score), len(x))
+    assert reference.chance == pytest.approx(brier(shares.expand_as(y), y, task))
+    assert reference.skill == pytest.approx(1 - score / reference.chance)
+    torch.testing.assert_close(reference.shares, shares)
+
+
+def test_permuted_labels_have_no_skill() -> None:
+    for seed in range(3):
+        x, y, new = sample(num_samples=300, seed=seed)
+        order = torch.randperm(300, generator=torch.Generator().manual_seed(seed))
+        assert fit_reference(x, y, new).skill > 0.2
+        assert fit_reference(x, y[order], new).skill < 0.02
+
+
+@given(seed=st.integers(0, 99), scale=st.sampled_from([1e-9, 0.1, 1e9]), shift=st.sampled_from([0.0, 1.0, 100.0]))
+@settings(max_examples=20, deadline=None)
+def test_units_origin_and_order_of_features_samples_and_classes_do_not_matter(
+    seed: int, scale: float, shift: float
+) -> None:
+    x, y, new = sample(seed=seed)
+    expected, g = fit_reference(x, y, new), torch.Generator().manual_seed(seed)
+    columns, rows, classes = (torch.randperm(size, generator=g) for size in (3, len(x), 4))
+    moved, new_moved = (scale * (each + shift)[:, columns] for each in (x, new))
+    actual = fit_reference(moved[rows], y[rows][:, classes], new_moved)
+    torch.testing.assert_close(actual.predictions, expected.predictions[:, classes], rtol=1e-5, atol=1e-7)
+    assert actual.score == pytest.approx(expected.score)
+    assert (actual.predictions > 0).all() and actual.predictions.sum(1).allclose(torch.ones(7).double())
+
+
+ONE_HOT = torch.eye(3)[[0, 1, 2, 0, 1, 2]]
+DEGENERATE: dict[str, tuple[Tensor, Tensor, Tensor]] = {
+    "one sample": (torch.rand(1, 3), ONE_HOT[:1], torch.rand(4, 3)),
+    "one class": (torch.rand(6, 3), ONE_HOT[:1].expand(6, 3), torch.rand(4, 3)),
+    "constant features": (torch.full((6, 3), 0.1), ONE_HOT, torch.full((4, 3), 0.1)),
+    "constant features, others of new samples": (torch.zeros(6, 3), ONE_HOT, torch.rand(4, 3)),
+    "no features": (torch.rand(6, 0), ONE_HOT, torch.rand(4, 0)),
+    "no new samples": (torch.rand(6, 3), ONE_HOT, torch.rand(0, 3)),
+    "a new sample far away": (torch.rand(6, 3), ONE_HOT, torch.full((1, 3), 1e30)),
+}
+
+
+@pytest.mark.parametrize("what", DEGENERATE)
+def test_what_holds_nothing_to_learn_gives_the_shares(what: str) -> None:
+    x, y, new = DEGENERATE[what]
+    reference = fit_reference(x, y, new)
+    shares = y.double().mean(0).clamp(min=1e-4)
+    torch.testing.assert_close(reference.predictions, (shares / shares.sum()).expand(len(new), 3), atol=0.01, rtol=0)
+    if what not in ("no new samples", "a new sample far away"):
+        assert reference.skill <= 0
+
+
+def test_duplicates_change_nothing_but_the_certainty() -> None:
+    x, y, new = sample()
+    one, two = fit_reference(x, y, new), fit_reference(x.repeat(2, 1), y.repeat(2, 1), new)
+    assert two.score < one.score and (one.predictions - two.predictions).abs().mean() < 0.2
+    torch.testing.assert_close(two.shares, one.shares)
+
+
+def test_bad_input_is_refused_by_name() -> None:
+    x, y, nan = torch.rand(6, 3), ONE_HOT, torch.full((6, 3), math.nan)
+    bad: list[tuple[str, tuple[Any, ...]]] = [
+        ("`features`.*nan", (nan, y, x)),
+        ("`new_features`.*nan", (x, y, 1 / torch.zeros(6, 3))),
+        (r"`features`.*\(N, D\)", (x[:0], y[:0], x)),
+        (r"`features`.*\(N, D\)", (x[:, 0], y, x)),
+        (r"`new_features`.*\(2, 2\)", (x, y, x[:2, :2])),
+        (r"`labels`.*one-hot.*\(6,\)", (x, y.argmax(1), x)),
+        (r"`labels`.*\(5, 3\) for 6", (x, y[:5], x)),
+        ("`labels`.*sum to 1", (x, y * 2 / 3, x)),
+        ("`labels`.*probabilities", (x, -y, x, "multilabel")),
+        ("`labels`.*probabilities", (x, nan, x)),
+        ("`task`", (x, y, x, "regression")),
+    ]
+    for message, arguments in bad:
+        with pytest.raises(ValueError, match=f"Expected {message}"):
+            fit_reference(*arguments)
+
+
+# What the estimate makes of it
+
+
+def test_the_weight_rises_with_skill_and_with_the_share_of_samples_that_it_knows() -> None:
+    rows = {(0.01, 9, 9): 0, (-1, 9, 9): 0, (0.02, 9, 9): 0.5, (0.03, 9, 9): 1, (1, 9, 900): 0.1, (0.02, 9, 4): 0.5}
+    for arguments, weight in rows.items():
+        assert reference_weight(*arguments) == pytest.approx(weight)
+
+
+@given(epochs=st.lists(st.tuples(st.floats(-1, 1), st.floats(-1, 1)), min_size=1, max_size=9))
+def test_the_factor_is_the_smallest_ratio_of_the_epochs_that_are_clear(epochs: list[tuple[float, float]]) -> None:
+    calibration = Calibration()
+    assert calibration.factor == 3
+    for epoch in [*epochs, (math.nan, 1.0), (1.0, math.nan)]:
+        calibration = calibration.updated(*epoch)
+    agreements = [agreement for agreement, _ in epochs]
+    clear = [i for i, each in enumerate(agreements) if each > 0 and each > 0.15 * max(agreements[: i + 1])]
+    smallest = min((epochs[i][1] / epochs[i][0] for i in clear), default=math.inf)
+    assert calibration == (max(0, *agreements), smallest)
+    assert calibration.factor == min(max(smallest, 1), 3)
