@@ -49,7 +49,7 @@ class Companions:
 
     labels: dict[int, Tensor] = field(default_factory=dict)
     features: dict[int, Features] = field(default_factory=dict)
-    labelled: KeptSamples | None = None
+    labelled: KeptSamples = field(default_factory=lambda: KeptSamples(0, math.inf, math.inf, MAX_BYTES))
     reference: Reference | None = None
     num_fitted: int = 0
     num_outputs: int = 0
@@ -63,10 +63,13 @@ class Companions:
         """Return the labels of a group whose batches all have some."""
         return torch.cat([self.labels[index] for index in group.batch_indices])
 
+    def features_of(self, samples: KeptSamples) -> list[Features]:
+        """Return the features of all batches of some samples; nothing if one of them has none."""
+        indices = samples.batch_indices
+        return [self.features[index] for index in indices] if self.features.keys() >= set(indices) else []
+
     def add_labelled(self, call: ModelCall, batch_idx: int) -> bool:
         """Keep a batch only for its labels, and return whether there is room for it."""
-        if self.labelled is None:
-            self.labelled = KeptSamples(0, math.inf, math.inf, MAX_BYTES)
         self.labelled.add(call, batch_idx)
         return batch_idx in self.labelled.batch_indices
 
@@ -116,19 +119,21 @@ def input_features(call: ModelCall) -> Features | None:
     Returns:
         The features; None if the inputs are something else.
     """
-    size = call.size
     named = [value for name, value in call.kwargs.items() if name not in (*TARGET_NAMES, _MASK)]
-    tensors = [x for x in tensors_in([call.args, named]) if not x.is_nested and x.ndim and len(x) == size]
-    dense = [x.detach().cpu().float().reshape(size, -1) for x in tensors if x.is_floating_point()]
+    tensors = [x.detach().cpu() for x in tensors_in([call.args, named]) if _has_row_for_each(x, call.size)]
+    dense = [x.float().reshape(call.size, -1) for x in tensors if x.is_floating_point()]
     if dense:
         return Features(torch.cat(dense, 1))
     tokens = [x for x in tensors if x.ndim == 2 and not x.is_complex() and x.dtype != torch.bool]
     if not tokens:
         return None
-    mask = call.kwargs.get(_MASK)
-    if not isinstance(mask, Tensor) or mask.shape != tokens[0].shape:
-        return Features(tokens[0].detach().cpu())
-    return Features(tokens[0].detach().cpu(), mask.detach().cpu())
+    mask: Any = call.kwargs.get(_MASK)
+    has_mask = isinstance(mask, Tensor) and mask.shape == tokens[0].shape
+    return Features(tokens[0], mask.detach().cpu() if has_mask else None)
+
+
+def _has_row_for_each(tensor: Tensor, num_samples: int) -> bool:
+    return not tensor.is_nested and tensor.ndim > 0 and len(tensor) == num_samples
 
 
 def fit_to_kept(
@@ -146,19 +151,15 @@ def fit_to_kept(
     Returns:
         The reference; None if a batch has no features.
     """
-    indices, new_indices = training.batch_indices, holdout.batch_indices
-    if not all(index in kept.features for index in indices) or not indices:
+    found, new_found = kept.features_of(training), companions.features_of(holdout)
+    if not found or not new_found:
         return None
-    if not all(index in companions.features for index in new_indices) or not new_indices:
-        return None
-    labels = torch.cat([kept.labels[index] for index in indices])
+    labels = torch.cat([kept.labels_of(group) for group in training.groups])
     y, counts = task.target_probabilities(torch.zeros(len(labels), kept.num_outputs, dtype=torch.float64), labels)
     has_label = counts > 0
     if not bool(has_label.any()):
         return None
-    features, new_features = _reduce(
-        [kept.features[index] for index in indices], [companions.features[index] for index in new_indices]
-    )
+    features, new_features = _reduce(found, new_found)
     return fit_reference(features[has_label], y[has_label], new_features, task.name)
 
 

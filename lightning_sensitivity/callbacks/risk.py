@@ -166,7 +166,9 @@ class RiskMonitor(Monitor):
         self._kept = Companions()
         with self.reporter.report_failure("cannot estimate the risk", "There is no estimate in this fit."):
             is_new = trainer.global_step == 0 and trainer.current_epoch == 0
-            self.fit_state.start(pl_module, self.initial_weights, is_new)
+            state = self.fit_state
+            state.initial = state.initial_weights(pl_module, self.initial_weights, is_new)
+            state.is_resumed = False
             self._keep_training_batch(pl_module, batch, batch_idx, training)
             if self.num_training is None and count_training_samples(trainer, training.size) is None:
                 raise MisconfigurationException(
@@ -312,11 +314,8 @@ class RiskMonitor(Monitor):
         self, module: LightningModule, run: RunIsolated, companions: Companions, metric: RiskEstimate
     ) -> None:
         """Score the batches that are kept for their labels only."""
-        labelled = companions.labelled
-        if labelled is None:
-            return
-        labelled.complete(module, run, module.device)
-        for group in labelled.groups:
+        companions.labelled.complete(module, run, module.device)
+        for group in companions.labelled.groups:
             outputs = run(group.call.to(module.device))
             metric.update_labels(outputs, companions.labels_of(group))
 

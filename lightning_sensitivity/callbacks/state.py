@@ -37,7 +37,7 @@ class FitState:
     calibrations: dict[int, Calibration] = field(default_factory=dict)
     history: list[Measured] = field(default_factory=list)
 
-    def start(self, module: nn.Module, given: Mapping[str, Tensor] | None, is_new: bool) -> None:
+    def initial_weights(self, module: nn.Module, given: Mapping[str, Tensor] | None, is_new: bool) -> dict[str, Tensor]:
         """Find the parameters from before training, at the first step of a fit.
 
         Args:
@@ -50,33 +50,26 @@ class FitState:
         """
         current = dict(module.named_parameters())
         if given is not None:
-            self.initial = copy_weights(given)
-            if self.initial.keys().isdisjoint(current):
-                raise MisconfigurationException(
-                    "`initial_weights` should name parameters of the module, as a `['state_dict']` does, but names "
-                    f"none.{see('initial-weights')}"
-                )
-        elif self.is_resumed and self.initial is not None:
-            self.initial = copy_weights(current) | self.initial
-        elif is_new:
-            self.initial = copy_weights(current)
-        elif self.initial is None:
-            raise MisconfigurationException(
-                "the weights from before training are unknown, since the checkpoint has none: pass `initial_weights=`."
-                f"{see('initial-weights')}"
-            )
-        self.is_resumed = False
+            return _checked(given, current)
+        if self.is_resumed and self.initial is not None:
+            return copy_weights(current) | self.initial
+        if is_new:
+            return copy_weights(current)
+        if self.initial is not None:  # of the fit that goes on
+            return self.initial
+        raise MisconfigurationException(
+            "the weights from before training are unknown, since the checkpoint has none: pass `initial_weights=`."
+            f"{see('initial-weights')}"
+        )
 
     def to_dict(self, module: nn.Module | None) -> dict[str, Any]:
         """Return plain values for a checkpoint, with those initial parameters that training has changed."""
-        current = dict(module.named_parameters()) if module is not None else {}
-        changed = {
-            name: initial
-            for name, initial in (self.initial or {}).items()
-            if name not in current or not torch.equal(initial, current[name].detach().cpu())
-        }
+        initial = self.initial
+        if initial is not None and module is not None:
+            current = dict(module.named_parameters())
+            initial = {name: weight for name, weight in initial.items() if not _is_equal(weight, current.get(name))}
         return {
-            "initial_weights": None if self.initial is None else changed,
+            "initial_weights": initial,
             "num_training": self.num_training,
             "num_weights": self.num_weights,
             "calibrations": {index: tuple(calibration) for index, calibration in self.calibrations.items()},
@@ -91,12 +84,12 @@ class FitState:
             MisconfigurationException: If something else is there.
         """
         try:
-            weights = state["initial_weights"]
+            weights, n, w = state["initial_weights"], state["num_training"], state["num_weights"]
             return cls(
                 initial=None if weights is None else copy_weights(weights),
                 is_resumed=True,
-                num_training=None if state["num_training"] is None else int(state["num_training"]),
-                num_weights=None if state["num_weights"] is None else int(state["num_weights"]),
+                num_training=None if n is None else int(n),
+                num_weights=None if w is None else int(w),
                 calibrations={int(i): Calibration(*map(float, each)) for i, each in state["calibrations"].items()},
                 history=[Measured(int(epoch), float(value), float(z)) for epoch, value, z in state["history"]],
             )
@@ -106,3 +99,18 @@ class FitState:
                 f"{type(error).__name__}: {error}. Remove it from `checkpoint['callbacks']`, and pass "
                 f"`initial_weights=`.{see('initial-weights')}"
             ) from error
+
+
+def _checked(given: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy the weights that the user gives, if they are those of the module."""
+    weights = copy_weights(given)
+    if weights.keys().isdisjoint(current):
+        raise MisconfigurationException(
+            "`initial_weights` should name parameters of the module, as a `['state_dict']` does, but names none."
+            f"{see('initial-weights')}"
+        )
+    return weights
+
+
+def _is_equal(initial: Tensor, current: Tensor | None) -> bool:
+    return current is not None and torch.equal(initial, current.detach().cpu())

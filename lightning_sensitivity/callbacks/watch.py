@@ -78,13 +78,17 @@ class StepWatch:
                 return f"the step calls the model with other shapes of `{name}`"
             if not self._draws and not all(map(_are_close, ours, theirs)):
                 return f"the step calls the model with other values of `{name}`, though it draws no random numbers"
-        logits, losses = self._outputs, self._loss_inputs
-        if logits is not None and losses and not any(_are_same_logits(logits, each) for each in losses):
+        if self._are_logits_unused():
             return "the step computes its loss from other logits than those that `forward` returns"
         return None
 
+    def _are_logits_unused(self) -> bool:
+        """Return whether losses got logits, but not those of the first call."""
+        logits, found = self._outputs, self._loss_inputs
+        return logits is not None and bool(found) and not any(_are_same_logits(logits, each) for each in found)
+
     def _before_call(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if module is not self._module or _is_tracing():
+        if module is not self._module or _is_not_the_step():
             return
         # Under DDP, Lightning runs the step itself as `forward`.
         forward = vars(module).get("forward")
@@ -95,7 +99,7 @@ class StepWatch:
             self._theirs = self._tensors_by_name(args, {})  # `forward` may write to them
 
     def _after_call(self, module: nn.Module, args: Any, kwargs: dict[str, Any], result: Any) -> None:
-        if module is not self._module or _is_tracing():
+        if module is not self._module or _is_not_the_step():
             return
         if self._is_redirected.pop() or self._outputs is not None:
             return
@@ -122,7 +126,7 @@ class _LossInputs(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         logits = args[0] if args else kwargs.get("input")
-        if function in _LOSSES and isinstance(logits, Tensor) and not _is_tracing():
+        if function in _LOSSES and isinstance(logits, Tensor) and not _is_not_the_step():
             self._found.append(logits.detach())
         return function(*args, **kwargs)
 
@@ -172,8 +176,9 @@ def can_watch(pl_module: nn.Module) -> bool:
     return not any(is_compiled(module) for module in pl_module.modules())
 
 
-def _is_tracing() -> bool:
-    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+def _is_not_the_step() -> bool:
+    """Return whether a call is one of another monitor, without gradients, or of a trace, which must not see ours."""
+    return not torch.is_grad_enabled() or bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
 
 
 def _random_states(module: nn.Module) -> object:
