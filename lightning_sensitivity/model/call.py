@@ -300,13 +300,16 @@ def _num_samples(batch: Any, arguments: Iterable[Any]) -> int:
     known = {_num_rows(entry) for entry in entries if isinstance(entry, Tensor)}
     for value in arguments:
         rows = [number for number in map(_num_rows, tensors_in(value)) if number]
-        if not rows:
-            continue
-        if isinstance(value, list) and rows[0] not in known:
-            has_one_each = len(value) in known if known else len(set(rows)) > 1
-            return len(value) if has_one_each else rows[0]
-        return rows[0]
+        if rows:
+            return len(value) if _is_list_of_samples(value, rows, known) else rows[0]
     return 0
+
+
+def _is_list_of_samples(value: object, rows: Sequence[int], known: set[int]) -> bool:
+    """Return whether a list has a tensor for each sample, judging by the rows of other tensors in the batch."""
+    if not isinstance(value, list) or rows[0] in known:
+        return False
+    return len(value) in known if known else len(set(rows)) > 1
 
 
 def _num_rows(tensor: Tensor) -> int:

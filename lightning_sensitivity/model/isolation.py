@@ -22,7 +22,7 @@ from lightning_sensitivity.compat import clear_autocast_cache, collect_rng_state
 T = TypeVar("T")
 
 _LARGE = 2**16  # bytes of a tensor whose copy serves the next pass, too; statistics of batch norm have fewer
-_LONG = 100_000  # items of a container that is not copied
+_LONG = 10_000  # items of a container that is not copied
 _MAX_OBJECTS = 2000  # in a fingerprint
 _MAX_ITEMS = 100  # of a container, in a fingerprint
 _OWN = frozenset(vars(nn.Module()))  # what each module has: parameters, buffers, hooks, the mode
@@ -60,11 +60,12 @@ def isolated(model: nn.Module) -> Iterator[RunIsolated]:
     """Yield ``run(function, *args)``, which calls a function that runs the model, and leaves no trace.
 
     Inside, the model is in eval mode, without gradients, and its ``self.log`` does nothing. Every run starts from the
-    same buffers, attributes and random states: tensors are cloned, and lists, dicts, sets and deques of up to 100,000
-    items are copied one level deep. After it, the originals are put back, also in place of hooks, gradients and
-    ``requires_grad``. Compiled code runs eagerly, so our passes compile nothing.
+    same buffers, attributes and random states: tensors are cloned, and lists, dicts, sets and deques of up to 10,000
+    items are copied one level deep. After it, the originals are put back; hooks, gradients and ``requires_grad``, too.
+    Compiled code runs eagerly, so our passes compile nothing.
 
-    What lies deeper is not copied, see :func:`fingerprint`; nor are parameters, see :func:`parameter_versions`.
+    Neither copied nor put back are what lies deeper, see :func:`fingerprint`; parameters, see
+    :func:`parameter_versions`; and what closures and globals hold.
 
     Args:
         model: The module.
@@ -100,11 +101,13 @@ def all_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules of a model by name, including those in lists, tuples and dicts, which PyTorch does not see."""
     modules = dict(model.named_modules())
     seen = set(modules.values())
-    for name, value in _attributes_of(modules):
-        for path, item in _contents(name, value) if isinstance(value, list | tuple | dict) else ():
-            if isinstance(item, nn.Module) and item not in seen:
-                modules.update(item.named_modules(prefix=path))
-                seen.update(item.modules())
+    attributes = [pair for name, module in modules.items() for pair in _contents(name, module)]
+    for name, value in attributes:
+        if isinstance(value, list | tuple | dict):
+            for path, item in _contents(name, value):
+                if isinstance(item, nn.Module) and item not in seen:
+                    modules.update(item.named_modules(prefix=path))
+                    seen.update(item.modules())
     return modules
 
 
@@ -137,7 +140,8 @@ def fingerprint(model: nn.Module) -> dict[str, Seen]:
         What is known of each object, by a name such as ``"tracker.count"``.
     """
     found: dict[str, Seen] = {}
-    waiting = collections.deque(_attributes_of(all_modules(model)))
+    modules = all_modules(model).items()
+    waiting = collections.deque(pair for name, module in modules for pair in _contents(name, module))
     ids = set[int]()
     while waiting and len(found) < _MAX_OBJECTS:  # what lies less deep comes first
         name, value = waiting.popleft()
@@ -159,19 +163,13 @@ class _State:
     """Hold what modules contain, put copies in its place before a run, and the originals back after it."""
 
     def __init__(self, model: nn.Module, modules: list[nn.Module]) -> None:
-        self.rng_states = collect_rng_states(include_cuda=any(parameter.is_cuda for parameter in model.parameters()))
-        self.originals = [(items, dict(items)) for module in modules for items in _dicts_of(module)]
-        parameters = [p for module in modules for p in module._parameters.values() if p is not None]
+        parameters = [parameter for module in modules for parameter in module.parameters(recurse=False)]
         self.parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in parameters]
+        self.rng_states = collect_rng_states(include_cuda=any(parameter.is_cuda for parameter in parameters))
+        self.originals = [(items, dict(items)) for module in modules for items in _dicts_of(module)]
         self.attributes = [vars(module) for module in model.modules()]  # for the mode: modules override `eval()`
         self.logs = [vars(module) for module in modules if hasattr(module, "log_dict")]  # of LightningModules
-        self.places = [
-            (items, name, value)
-            for module in modules
-            for items in (vars(module), module._buffers)
-            for name, value in items.items()
-            if name not in _OWN and _is_copied(value)
-        ]
+        self.places = [place for module in modules for place in _places_of(module)]
         self.copies_of_large: dict[int, tuple[Tensor, int]] = {}  # with their versions, by the id of the original
 
     def put_copies(self) -> None:
@@ -192,10 +190,11 @@ class _State:
 
     def restore(self) -> None:
         for items, originals in self.originals:
+            if not items and not originals:  # as most dicts of hooks
+                continue
             if list(items) != list(originals):  # new names, or another order of parameters and buffers
                 items.clear()
-            if originals:  # most dicts are of hooks, and empty
-                items.update(originals)
+            items.update(originals)
         for parameter, requires_grad, grad in self.parameters:
             if parameter.requires_grad != requires_grad:
                 parameter.requires_grad_(requires_grad)
@@ -234,32 +233,33 @@ def _dicts_of(module: nn.Module) -> list[dict[str, Any]]:
     return [vars(module), *own]
 
 
+def _places_of(module: nn.Module) -> list[tuple[dict[str, Any], str, Any]]:
+    """List the attributes and buffers that are copied for a run: the dict that holds each, its name and its value."""
+    return [
+        (items, name, value)
+        for items in (vars(module), module._buffers)
+        for name, value in items.items()
+        if name not in _OWN and _is_copied(value)
+    ]
+
+
 def _is_copied(value: object) -> bool:
     if isinstance(value, Tensor):
         return not isinstance(value, nn.Parameter)
     return type(value) in _COPIED and len(value) <= _LONG  # type: ignore[arg-type]
 
 
-def _attributes_of(modules: Mapping[str, nn.Module]) -> list[tuple[str, Any]]:
-    """List the attributes of modules that are not those of all modules, by name."""
-    return [
-        (f"{name}.{key}" if name else key, value)
-        for name, module in modules.items()
-        for key, value in vars(module).items()
-        if key not in _OWN
-    ]
-
-
 def _contents(name: str, value: Any) -> list[tuple[str, Any]]:
-    """List the first items of a container or attributes of an object, by name."""
+    """List the first items of a container, or the attributes of an object, by name."""
     if isinstance(value, list | tuple | collections.deque):
         return [(f"{name}[{index}]", item) for index, item in enumerate(islice(value, _MAX_ITEMS))]
     if isinstance(value, dict):
         return [(f"{name}[{key!r}]", item) for key, item in islice(value.items(), _MAX_ITEMS)]
     attributes = getattr(value, "__dict__", None)
-    if not isinstance(attributes, dict) or isinstance(value, Tensor):
+    if not isinstance(attributes, dict):
         return []
-    return [(f"{name}.{key}", item) for key, item in islice(attributes.items(), _MAX_ITEMS)]
+    own = _OWN if isinstance(value, nn.Module) else ()
+    return [(f"{name}.{key}".lstrip("."), item) for key, item in attributes.items() if key not in own]
 
 
 def _is_looked_at(value: object) -> bool:

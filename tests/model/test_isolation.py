@@ -272,10 +272,12 @@ def test_containers_are_copied_one_level_deep_unless_they_are_very_long(monkeypa
     copied = list[int]()
     monkeypatch.setattr(isolation.copy, "copy", lambda value: copied.append(len(value)) or value.copy())
     model = nn.Linear(2, 2)
-    model.lookup, model.very_long = dict.fromkeys(range(60_000)), list(range(200_000))
+    model.lookup, model.very_long = dict.fromkeys(range(10_000)), list(range(10_001))
+    before = fingerprint(model)
     with isolated(model) as run:
-        assert run(lambda: model.very_long) is model.very_long and run(lambda: model.lookup) is not model.lookup
-    assert copied == 2 * [60_000]
+        assert run(lambda: model.lookup) is not model.lookup
+        assert run(lambda: model.very_long.append(1) or model.very_long) is model.very_long
+    assert copied == 2 * [10_000] and changed_names(before, fingerprint(model)) == ["very_long"]
 
 
 def test_a_fingerprint_looks_at_a_bounded_number_of_objects() -> None:
