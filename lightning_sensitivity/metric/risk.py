@@ -32,38 +32,35 @@ _NUM_SUMS = {
 class RiskEstimate(WideMetric):
     r"""Estimate the Brier score on unseen samples from training labels and unlabelled samples.
 
-    See :func:`~lightning_sensitivity.functional.risk_estimate` for the formula. With a reference (see
-    :func:`~lightning_sensitivity.functional.fit_reference`), the estimate R becomes :math:`(R + w C) / (1 + w)`. C is
-    the score on unseen samples by the agreement with the reference,
+    The estimate R is that of :func:`~lightning_sensitivity.functional.risk_estimate`. With a reference (see
+    :func:`~lightning_sensitivity.functional.fit_reference`) it becomes :math:`(R + v\,C) / (1 + v)`, with
 
     .. math::
         C = \mathbb{E}\|y\|^2 + \mathbb{E}\|p\|^2 - 2\,\big[\mathbb{E}\,p \cdot s + c\,\mathbb{E}\,p \cdot (q - s)\big]
 
-    with labels y of training samples, their mean s, predictions p of the model and q of the reference, and a factor c
-    from 1 to 3, the smallest ratio so far of :math:`\mathbb{E}_\text{train}\,p \cdot (y - s)` to
-    :math:`\mathbb{E}\,p \cdot (q - s)`. The weight is :math:`w = g \min(1, \sqrt{m / n})`, where m of the n training
-    samples are known to the reference, and g rises from 0 to 1 as its skill rises from 0.01 to 0.03.
+    for training labels y, their mean s, and predictions p of the model and q of the reference. The factor c, from 1 to
+    3, is the smallest ratio so far of :math:`\mathbb{E}_\text{train}\,p \cdot (y - s)` to
+    :math:`\mathbb{E}\,p \cdot (q - s)`. The weight is :math:`v = g \min(1, \sqrt{m / n})` for a reference that knows m
+    of n training samples; g rises from 0 to 1 as its skill rises from 0.01 to 0.03. Last, M validation labels of mean
+    score S give :math:`(M S + M_0 R) / (M + M_0)`, with an :math:`M_0` of 200 if v is above 0, else of 40.
 
-    ``compute`` returns a dict of scalar tensors: ``risk_estimate`` and its terms ``risk_claim``,
-    ``risk_overconfidence``, ``risk_memorization``, ``risk_variance``; with a reference also ``risk_reference`` (C) and
-    ``risk_reference_weight`` (w); with labelled validation samples also ``risk_label_score``, ``risk_label_stderr`` and
-    ``risk_num_labels``. m labels of mean score S give :math:`(m S + m_0 R) / (m + m_0)`, with a :math:`m_0` of 200 if
-    there is a reference of some weight, else of 40. Without training or unseen samples, the estimate is nan.
-
-    The states are sums in double precision over all processes. Each process may have a reference of its own.
+    ``compute`` returns a dict of scalar tensors: ``risk_estimate``, nan without training or unseen samples; the terms
+    of R, ``risk_claim``, ``risk_overconfidence``, ``risk_memorization`` and ``risk_variance``; with a reference C and v,
+    ``risk_reference`` and ``risk_reference_weight``; with labels ``risk_label_score``, ``risk_label_stderr`` and
+    ``risk_num_labels``. Processes may have references of their own.
 
     Args:
         task: ``"multiclass"``, ``"binary"`` or ``"multilabel"``.
         strength: λ of the simulated twins; None for real ones.
-        num_training: n, the number of training samples; with ``num_weights`` it scales the variance of simulated
-            twins, see :func:`~lightning_sensitivity.functional.variance_factor`.
-        num_weights: w, the number of weights that are trained.
-        reference: The reference; its predictions are given to ``update``.
-        calibration: What an earlier fit has found out about c, to resume it.
+        num_training: n, the number of training samples.
+        num_weights: The number of weights that are trained; see
+            :func:`~lightning_sensitivity.functional.variance_factor`.
+        reference: The reference; ``update`` takes its predictions.
+        calibration: What earlier epochs say about c, to resume a fit.
         kwargs: Additional keyword arguments of :class:`torchmetrics.Metric`.
 
     Attributes:
-        calibration: What the epochs so far say about c; :meth:`reset` begins the next epoch, and keeps it.
+        calibration: What the epochs so far say about c; ``reset`` keeps it for the next epoch.
         messages: What makes the last computed value doubtful, with one message per problem.
 
     Raises:

@@ -26,7 +26,7 @@ class OutputSensitivity(WideMetric):
         S = \operatorname{Var}\Big(\frac{1}{K} \sum_{k=1}^{K} \big[f_k(x + \varepsilon) - f_k(x)\big]\Big)
 
     The variance is the population variance (ddof 0) over all samples and noise draws (Forouzesh, Salehi and Thiran,
-    arXiv:2007.15378). It needs no labels. The state is one row of five numbers per sample, so the value depends on
+    arXiv:2007.15378), without labels. The state is one row of five numbers per sample, so the value depends on
     neither the batch size nor the number of processes. Samples with nan or inf are left out, with a warning.
 
     ``forward`` and ``update`` accept:
