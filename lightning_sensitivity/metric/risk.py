@@ -38,16 +38,16 @@ class RiskEstimate(WideMetric):
     .. math::
         C = \mathbb{E}\|y\|^2 + \mathbb{E}\|p\|^2 - 2\,\big[\mathbb{E}\,p \cdot s + c\,\mathbb{E}\,p \cdot (q - s)\big]
 
-    for training labels y, their mean s, and predictions p of the model and q of the reference. The factor c, from 1 to
-    3, is the smallest ratio so far of :math:`\mathbb{E}_\text{train}\,p \cdot (y - s)` to
-    :math:`\mathbb{E}\,p \cdot (q - s)`. The weight is :math:`v = g \min(1, \sqrt{m / n})` for a reference that knows m
-    of n training samples; g rises from 0 to 1 as its skill rises from 0.01 to 0.03. Last, M validation labels of mean
-    score S give :math:`(M S + M_0 R) / (M + M_0)`, with an :math:`M_0` of 200 if v is above 0, else of 40.
+    for training labels y, their mean s, predictions p of the model and q of the reference, and a factor c, see
+    :class:`~lightning_sensitivity.functional.Calibration`. The weight is :math:`v = g \min(1, \sqrt{m / n})` for a
+    reference that knows m of n training samples; g rises from 0 to 1 as its skill rises from 0.01 to 0.03. Last, M
+    validation labels of mean score S give :math:`(M S + M_0 R) / (M + M_0)`, with an :math:`M_0` of 200 if v is above
+    0, else of 40.
 
-    ``compute`` returns a dict of scalar tensors: ``risk_estimate``, nan without training or unseen samples; the terms
-    of R, ``risk_claim``, ``risk_overconfidence``, ``risk_memorization`` and ``risk_variance``; with a reference C and v,
+    ``compute`` returns a dict of scalar tensors: ``risk_estimate``, nan without training or unseen samples; its terms
+    ``risk_claim``, ``risk_overconfidence``, ``risk_memorization``, ``risk_variance``; with a reference C and v,
     ``risk_reference`` and ``risk_reference_weight``; with labels ``risk_label_score``, ``risk_label_stderr`` and
-    ``risk_num_labels``. Processes may have references of their own.
+    ``risk_num_labels``.
 
     Args:
         task: ``"multiclass"``, ``"binary"`` or ``"multilabel"``.
