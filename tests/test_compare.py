@@ -83,6 +83,12 @@ def test_loss_and_error_are_those_of_torch(task: str, shape: tuple[int, ...], ta
     assert math.isnan(found["a"].consensus_error) == (clean.ndim > 2)  # with several predictions per sample
 
 
+def test_a_sample_with_several_positions_in_any_batch_has_no_consensus() -> None:
+    batches = [inputs(5).reshape(5, 3, 4), inputs(5).reshape(15, 4, 1)[:, :3]]
+    rows = compare(dict.fromkeys("abc", nn.Identity()), batches, outputs=lambda logits: 2 * logits)
+    assert all(row.sensitivity > 0 and math.isnan(row.consensus_error) for row in rows.values())
+
+
 def test_batches_pass_through_the_hooks_of_a_module() -> None:
     class Scaled(Linear):
         def on_before_batch_transfer(self, batch: Tensor, dataloader_idx: int) -> Tensor:
@@ -223,6 +229,11 @@ def test_a_model_that_fails_is_a_row_that_says_why_and_does_not_lose_the_others(
     assert list(rows) == ["good", *failures]
     assert rows["good"].sensitivity == compare({"good": linear()})["good"].sensitivity
     assert all(name in rows[name].note and rows[name].note.startswith("failed: ") for name in failures)
+
+
+def test_if_all_models_fail_the_last_failure_is_raised() -> None:
+    with pytest.raises(ValueError, match="got 0 of 50"):
+        compare({"shape": nn.Linear(3, 3), "nan": linear(math.nan)})
 
 
 def test_outputs_of_a_sigmoid_are_warned_of_and_a_warning_that_is_an_error_ends_it() -> None:
