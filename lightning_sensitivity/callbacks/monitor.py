@@ -93,6 +93,10 @@ class Monitor(Callback, ABC):
         if samples.wants(batch_idx):
             samples.add(ModelCall(module, batch, self.inputs, self.outputs), batch_idx)
 
+    def forget_samples(self) -> None:
+        """Forget the kept validation samples."""
+        self.samples = []
+
     # Before a run
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -180,7 +184,7 @@ class Monitor(Callback, ABC):
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget the samples of the sanity check."""
         self._is_checked = True
-        self._free()
+        self.forget_samples()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Free the samples."""
@@ -275,13 +279,13 @@ class Monitor(Callback, ABC):
             self.metrics = [self.make_metric(trainer, 0)]
             self.keep(pl_module, batch, 0, samples)
         self._measure_all(trainer, pl_module)
-        self._free()
+        self.forget_samples()
 
     def _free(self) -> None:
         """Free the samples, and stop watching."""
+        self.forget_samples()
         self._first_step.cancel()
         self._first_step.is_waiting = False
-        self.samples = []
         self._is_measuring = False
 
 

@@ -408,13 +408,17 @@ class RiskMonitor(Monitor):
             message = f"has no initial weights for {', '.join(new[:3])}: they count as entirely learned."
             self.reporter.warn("initial-weights", message)
 
+    def forget_samples(self) -> None:
+        """Forget the kept validation samples, and what is kept beside them."""
+        super().forget_samples()
+        self._companions = {}
+
     def _free(self) -> None:
-        """Free the kept samples, too."""
+        """Free the kept training samples, too."""
         super()._free()
         self._module = None
         self._training = None
         self._kept = Companions()
-        self._companions = {}
 
 
 def _num_labelled(labels: Tensor) -> int:

@@ -21,8 +21,13 @@ def copy_weights(weights: Mapping[str, object]) -> dict[str, Tensor]:
 
 def unknown_parameters(model: nn.Module, initial: Mapping[str, Tensor]) -> list[str]:
     """List trainable parameters without initial weights of the same shape."""
-    shapes = {name: weight.shape for name, weight in initial.items()}
-    return [name for name, p, _ in _parameters(model) if shapes.get(name) != p.shape and p.requires_grad]
+    trained = [(name, parameter) for name, parameter, _ in _parameters(model) if parameter.requires_grad]
+    return [name for name, parameter in trained if getattr(_weight_of(initial, name), "shape", None) != parameter.shape]
+
+
+def _weight_of(initial: Mapping[str, Tensor], name: str) -> Tensor | None:
+    """Return the initial weight of a parameter, also if pruning has renamed it."""
+    return initial.get(name, initial.get(name.removesuffix("_orig")))
 
 
 @torch.no_grad()
@@ -62,7 +67,7 @@ def twin_weights(
         (False, [[1.0, 1.0]])
     """
     return {
-        name: _draw_weights(module, parameter, initial.get(name), generator, strength)
+        name: _draw_weights(module, parameter, _weight_of(initial, name), generator, strength)
         for name, parameter, module in _parameters(model)
     }
 
