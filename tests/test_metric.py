@@ -238,6 +238,7 @@ def test_the_estimate_with_a_reference_is_that_of_plain_loops_in_every_epoch(tas
         for part in (slice(0, 11), slice(11, 40)):
             metric.update(logits[part], twin[part], reference=reference.predictions[part])
             metric.update_training(train[part], targets[part])
+        metric.update_training(train[:3], torch.full_like(targets[:3], -100))
         probabilities = torch.softmax if task == "multiclass" else lambda outputs, _: outputs.sigmoid()
         p, p_train = ([as_vector(each, task) for each in probabilities(outputs, 1)] for outputs in (logits, train))
         by_shares, train_by_shares = (sum(dot(each, shares) for each in ps) / len(ps) for ps in (p, p_train))

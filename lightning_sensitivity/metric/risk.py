@@ -60,11 +60,11 @@ class RiskEstimate(WideMetric):
         kwargs: Additional keyword arguments of :class:`torchmetrics.Metric`.
 
     Attributes:
-        calibration: What the epochs so far say about c; ``reset`` keeps it for the next epoch.
-        messages: What makes the last computed value doubtful, with one message per problem.
+        calibration: What the epochs so far say about c; ``reset`` keeps it.
+        messages: What makes the last value doubtful, by the kind of problem.
 
     Raises:
-        ValueError: If an argument is invalid; in the updates, if labels do not fit the task.
+        ValueError: If an argument is invalid, or labels do not fit the task.
 
     Example:
         >>> import torch
@@ -219,7 +219,7 @@ class RiskEstimate(WideMetric):
 
     def _reference_weight(self) -> float | None:
         """Compute w, from the references of all processes; None if there is none."""
-        rows = torch.unique(dim_zero_cat(self.references), dim=0)  # `forward` and `merge_state` repeat them
+        rows = torch.unique(dim_zero_cat(self.references).cpu(), dim=0)  # `forward` and `merge_state` repeat them
         if not len(rows):
             return None
         score, chance, num_samples = rows.sum(0).tolist()
