@@ -7,7 +7,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -169,7 +169,7 @@ class _State:
         self.originals = [(items, dict(items)) for module in modules for items in _dicts_of(module)]
         self.attributes = [vars(module) for module in model.modules()]  # for the mode: modules override `eval()`
         self.logs = [vars(module) for module in modules if hasattr(module, "log_dict")]  # of LightningModules
-        self.places = [place for module in modules for place in _places_of(module)]
+        self.places = list(chain.from_iterable(map(_places_of, modules)))
         self.copies_of_large: dict[int, tuple[Tensor, int]] = {}  # with their versions, by the id of the original
 
     def put_copies(self) -> None:
