@@ -80,6 +80,10 @@ class Monitor(Callback, ABC):
     def compute_values(self, trainer: Trainer, dataloader_idx: int) -> dict[str, Tensor]:
         """Compute the values of a loader over all processes, and warn of doubtful ones; empty if there are none."""
 
+    def measured_with(self, samples: KeptSamples) -> list[KeptSamples]:
+        """Return all samples that are measured with those of a loader."""
+        return [samples]
+
     def values_without_measurement(self, dataloader_idx: int) -> dict[str, Tensor]:
         """Return what to log where there are no values."""
         return {}
@@ -238,9 +242,11 @@ class Monitor(Callback, ABC):
         except Warning:
             raise
         except Exception:
-            if not samples.can_regroup:
+            joint = [each for each in self.measured_with(samples) if each.can_regroup]
+            if not joint:
                 raise
-            samples.separate()
+            for each in joint:
+                each.separate()
             metric.reset()
             self.measure(pl_module, run, samples, metric)
 
@@ -258,8 +264,11 @@ class Monitor(Callback, ABC):
 
     def _log_values(self, trainer: Trainer, place: int) -> None:
         """Log the values of a loader, unless a process could not measure it; every process comes here."""
-        was_measured = trainer.strategy.reduce_boolean_decision(self.metrics[place] is not None)
-        values = self.compute_values(trainer, place) if was_measured else {}
+        values: dict[str, Tensor] = {}
+        if trainer.strategy.reduce_boolean_decision(self.metrics[place] is not None):
+            what = f"could not compute the values of dataloader {place}"
+            with self.reporter.report_failure(what, LEFT_OUT):
+                values = self.compute_values(trainer, place)
         suffix = f"/dataloader_idx_{place}" if len(self.samples) > 1 else ""
         for name, value in (values or self.values_without_measurement(place)).items():
             trainer.lightning_module.log(

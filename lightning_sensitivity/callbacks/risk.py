@@ -16,13 +16,13 @@ from lightning_sensitivity.arguments import Selector, check_argument, check_bool
 from lightning_sensitivity.callbacks.closing import Measured, log_closing_line
 from lightning_sensitivity.callbacks.companions import BatchReader, Companions, fit_to_kept
 from lightning_sensitivity.callbacks.monitor import Monitor
-from lightning_sensitivity.callbacks.samples import MAX_BYTES, KeptSamples, check_agreement, count_training_samples
+from lightning_sensitivity.callbacks.risk_passes import RiskPasses, check_outputs
+from lightning_sensitivity.callbacks.samples import MAX_BYTES, KeptSamples, count_training_samples
 from lightning_sensitivity.callbacks.state import FitState
-from lightning_sensitivity.callbacks.twins import TwinRunner
 from lightning_sensitivity.functional.reference import Calibration
 from lightning_sensitivity.functional.risk import TWIN_STRENGTH, RiskTerms
 from lightning_sensitivity.functional.tasks import TASKS, has_ignored_value
-from lightning_sensitivity.functional.tensors import are_probabilities, num_outputs
+from lightning_sensitivity.functional.tensors import num_outputs
 from lightning_sensitivity.metric import RiskEstimate
 from lightning_sensitivity.model import ModelCall, isolated
 from lightning_sensitivity.model.isolation import RunIsolated
@@ -184,25 +184,13 @@ class RiskMonitor(Monitor):
             labels = run(self._reader.labels, module, batch)
             features = run(self._reader.features, batch, call)
             outputs = run(call)
-        self._check_outputs(outputs)
+        check_outputs(outputs)
         self._check_labels(outputs, labels)
         training.add(call, batch_idx)
         self._kept.num_outputs = num_outputs(outputs)
         self._kept.labels[batch_idx] = labels
         if features is not None:
             self._kept.features[batch_idx] = features
-
-    def _check_outputs(self, outputs: Tensor) -> None:
-        """Refuse outputs that have no estimate."""
-        if outputs.ndim > 2 and math.prod(outputs.shape[2:]) > 1:
-            raise MisconfigurationException(
-                f"outputs are dense, {tuple(outputs.shape)}: there is no estimate for pixels and tokens. Remove "
-                f"`RiskMonitor`; `SensitivityMonitor` works.{see('no-estimate')}"
-            )
-        if are_probabilities(outputs):
-            raise MisconfigurationException(
-                f"outputs are probabilities, and logits are needed: select them with `outputs=`.{see('no-estimate')}"
-            )
 
     def _check_labels(self, outputs: Tensor, labels: Tensor) -> None:
         """Refuse labels that do not fit the task."""
@@ -263,72 +251,16 @@ class RiskMonitor(Monitor):
         companions = self._companions.setdefault(samples.dataloader_idx, Companions())
         self._fit_reference(samples, companions)
         metric.set_reference(companions.reference)
-        on_device = {name: weight.to(module.device) for name, weight in initial.items()}
-        twins = TwinRunner(module, on_device, run, samples.size)
-        check, start = samples.next_check(), 0
-        for place, group in enumerate(samples.groups):
-            outputs = self._measure_group(module, run, samples, place, twins, metric, start)
-            start += group.size
-            if check is not None and check.place == place:
-                alone = run(group.batch(check.batch_idx).call.to(module.device))
-                check_agreement(outputs[group.rows()[check.batch_idx]], alone, outputs.dtype)
-        self._measure_labelled(module, run, companions, metric)
-        self._measure_training(module, run, metric)
+        passes = RiskPasses(module, run, metric)
+        passes.run_validation(samples, companions, initial, self.seed)
+        passes.run_labelled(companions)
+        if self._training is not None:
+            passes.run_training(self._training, self._kept)
 
-    def _measure_group(
-        self,
-        module: LightningModule,
-        run: RunIsolated,
-        samples: KeptSamples,
-        place: int,
-        twins: TwinRunner,
-        metric: RiskEstimate,
-        start: int,
-    ) -> Tensor:
-        """Run the model and its twins on a group of validation samples, and return the model's outputs.
-
-        Args:
-            module: The module.
-            run: Runs the module and leaves no trace.
-            samples: The kept samples of a loader.
-            place: The place of the group among them.
-            twins: Runs the twins.
-            metric: The metric of the loader.
-            start: How many samples are in the groups before.
-        """
-        group, companions = samples.groups[place], self._companions[samples.dataloader_idx]
-        call = group.call.to(module.device)
-        outputs = samples.clean_outputs(run, place, call)
-        self._check_outputs(outputs)
-        key = self.seed, module.global_rank, samples.dataloader_idx
-        found = twins.run(group, call, outputs, key, samples.can_regroup)
-        reference = companions.reference
-        predictions = None if reference is None else reference.predictions[start : start + group.size]
-        metric.update(outputs, found.twins, compared_with=found.compared_with, reference=predictions)
-        for batch_idx, rows in group.rows().items():
-            if batch_idx in companions.labels:
-                metric.update_labels(outputs[rows], companions.labels[batch_idx])
-        return outputs
-
-    def _measure_labelled(
-        self, module: LightningModule, run: RunIsolated, companions: Companions, metric: RiskEstimate
-    ) -> None:
-        """Score the batches that are kept for their labels only."""
-        companions.labelled.complete(module, run, module.device)
-        for group in companions.labelled.groups:
-            outputs = run(group.call.to(module.device))
-            metric.update_labels(outputs, companions.labels_of(group))
-
-    def _measure_training(self, module: LightningModule, run: RunIsolated, metric: RiskEstimate) -> None:
-        """Score the kept training samples; not before the first step."""
-        training = self._training
-        if training is None:
-            return
-        if training.is_full:
-            training.complete(module, run, module.device)
-        for place, group in enumerate(training.groups):
-            outputs = training.clean_outputs(run, place, group.call.to(module.device))
-            metric.update_training(outputs, self._kept.labels_of(group))
+    def measured_with(self, samples: KeptSamples) -> list[KeptSamples]:
+        """Return the samples of a loader, more of them that have labels, and the training samples."""
+        labelled = self._companions[samples.dataloader_idx].labelled
+        return [samples, labelled, *([] if self._training is None else [self._training])]
 
     def _fit_reference(self, samples: KeptSamples, companions: Companions) -> None:
         """Fit the reference of a loader, once all training samples are there."""
@@ -349,8 +281,9 @@ class RiskMonitor(Monitor):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the values; every process comes here."""
         super().on_validation_epoch_end(trainer, pl_module)
-        if self._training is not None:
-            self._training.forget_outputs()
+        labelled = [companions.labelled for companions in self._companions.values()]
+        for samples in labelled if self._training is None else [*labelled, self._training]:
+            samples.forget_outputs()
 
     def compute_values(self, trainer: Trainer, dataloader_idx: int) -> dict[str, Tensor]:
         """Compute the estimate on a loader over all processes, and warn of doubtful values."""

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_sensitivity.callbacks.samples import Group, check_agreement
+from lightning_sensitivity.callbacks.samples import Group, KeptSamples, check_agreement
 from lightning_sensitivity.functional.risk import TWIN_STRENGTH
 from lightning_sensitivity.model import ModelCall, noise_generator
 from lightning_sensitivity.model.isolation import RunIsolated
@@ -32,59 +32,63 @@ class TwinOutputs(NamedTuple):
 
 
 class TwinRunner:
-    """Run twins of a module in one validation.
+    """Run twins of a module on the kept samples of a loader.
 
     Args:
         module: The module.
         initial: Its parameters before training, on its device.
         run: Runs the module and leaves no trace.
-        num_samples: How many samples of the loader this process measures.
+        samples: The samples.
+        key: Seed, rank and loader; see :func:`~lightning_sensitivity.model.noise_generator`.
     """
 
-    def __init__(self, module: nn.Module, initial: Mapping[str, Tensor], run: RunIsolated, num_samples: int) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        initial: Mapping[str, Tensor],
+        run: RunIsolated,
+        samples: KeptSamples,
+        key: tuple[int, int, int],
+    ) -> None:
         self._module = module
         self._initial = initial
         self._run = run
-        self._num_samples = num_samples
+        self._samples = samples
+        self._key = key
         self._has_batch_norm = has_batch_norm(module)
 
-    def run(
-        self, group: Group, call: ModelCall, outputs: Tensor, key: tuple[int, int, int], can_split: bool
-    ) -> TwinOutputs:
+    def run(self, group: Group, call: ModelCall, outputs: Tensor) -> TwinOutputs:
         """Run twins on a group.
 
         Args:
             group: The group.
             call: Its call, on the device of the module.
             outputs: Clean outputs of the group.
-            key: Seed, rank and loader; see :func:`~lightning_sensitivity.model.noise_generator`.
-            can_split: Whether a part of the group may be measured by itself.
 
         Raises:
-            JointPassError: If a part has other outputs by itself.
+            JointPassError: If a part of the group has other outputs by itself.
         """
-        parts = self._parts(group, call, len(outputs) if can_split else 0)
+        parts = self._parts(group, call, outputs)
         if len(parts) > 1:
             check_agreement(outputs[parts[0]], self._run(call.select(parts[0])), outputs.dtype)
-        num_rounds = max(1, math.ceil(NUM_TWINS * group.size / (self._num_samples * len(parts))))
+        num_rounds = max(1, math.ceil(NUM_TWINS * group.size / (self._samples.size * len(parts))))
         twins: list[list[Tensor]] = [[] for _ in range(num_rounds)]
         compared_with = []
         for place, part in enumerate(parts):
             part_call = call if len(parts) == 1 else call.select(part)
             compared_with.append(self._call(part_call, None) if self._has_batch_norm else outputs[part])
             for draw, found in enumerate(twins):
-                generator = noise_generator(
-                    *key, group.batch_indices[0], place * num_rounds + draw, device=outputs.device
-                )
+                stream = (*self._key, group.batch_indices[0], place * num_rounds + draw)
+                generator = noise_generator(*stream, device=outputs.device)
                 weights = twin_weights(self._module, self._initial, generator, TWIN_STRENGTH)
                 found.append(self._call(part_call, weights))
         return TwinOutputs([torch.cat(found) for found in twins], torch.cat(compared_with))
 
-    def _parts(self, group: Group, call: ModelCall, num_outputs: int) -> list[slice]:
+    def _parts(self, group: Group, call: ModelCall, outputs: Tensor) -> list[slice]:
         """Split the samples of a group into equal parts, each of which goes through twins of its own."""
         size = group.size
-        part_size = max(_MIN_PART, self._num_samples / NUM_TWINS)
-        can_split = num_outputs == size and call.layout() is not None
+        can_split = self._samples.can_regroup and len(outputs) == size and call.layout() is not None
+        part_size = max(_MIN_PART, self._samples.size / NUM_TWINS)
         count = max(1, round(size / part_size)) if can_split else 1
         return [slice(part * size // count, (part + 1) * size // count) for part in range(count)]
 
