@@ -2,7 +2,7 @@
 
 import gc
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,8 +27,8 @@ class ModelScores(NamedTuple):
 
     Attributes:
         name: The name that the user gave it.
-        consensus_error: Expected share of wrong predictions, if labels were drawn from the joint prediction of all
-            models; see :func:`~lightning_sensitivity.compare.consensus_errors`.
+        consensus_error: Expected share of wrong predictions, if labels were drawn from the joint prediction
+            of all models; see :func:`~lightning_sensitivity.compare.consensus_errors`.
         sensitivity: S, in squared units of the outputs.
         sensitivity_stderr: Its standard error, over samples and noise.
         loss: The true cross-entropy, with ``targets``.
@@ -46,7 +46,7 @@ class ModelScores(NamedTuple):
 
 
 class Comparison(list[ModelScores]):
-    """List the scores of models; ``print`` shows a table, and ``pandas.DataFrame`` takes the list as it is."""
+    """List the scores of models. ``print`` shows a table; ``pandas.DataFrame`` takes the list as it is."""
 
     def __repr__(self) -> str:
         """Lay out the table."""
@@ -89,25 +89,28 @@ def compare_models(
     r"""Compare how well models generalize, without labels, on the same samples.
 
     All models get the same noise on the same samples. The result is a list of
-    :class:`~lightning_sensitivity.ModelScores`, sorted by ``consensus_error``, or by ``sensitivity`` if there is none:
-    a consensus needs a ``task``, one prediction per sample, and three models or more that have learned something and
-    predict the same classes. Models that fail come last, with a note that says why. See ``examples/studies/comparing``
-    for what the scores are worth. Output sensitivity is defined as by Forouzesh, Salehi and Thiran (ICPR 2020,
-    arXiv:2007.15378).
+    :class:`~lightning_sensitivity.ModelScores`, sorted by ``consensus_error``, or by ``sensitivity`` if there
+    is none: a consensus needs a ``task``, one prediction per sample, and three models or more that have learned
+    something and predict the same classes. Models that fail come last, with a note that says why. See
+    ``examples/studies/comparing`` for what the scores are worth. Output sensitivity is defined as by Forouzesh,
+    Salehi and Thiran (ICPR 2020, arXiv:2007.15378).
 
     Args:
-        models: A dict of names and models. Each model is a module, which is left as it was, or a function that returns
-            one, such as ``lambda: Classifier.load_from_checkpoint(path)``. With functions, only one model is in memory
-            at a time. Each model runs on its own device.
+        models: A dict of names and models. Each model is a module, which is left as it was, or a function that
+            returns one, such as ``lambda: Classifier.load_from_checkpoint(path)``. With functions, only one model
+            is in memory at a time. Each model runs on its own device.
         dataloader: Batches, with or without labels. All are kept in memory: a few thousand samples are enough.
-        noise: σ of Gaussian noise in the units of the models' inputs, one number or one per channel, or a function
-            ``(x, generator) -> x'``.
+        noise: σ of Gaussian noise in the units of the models' inputs, one number or one per channel, or a
+            function ``(x, generator) -> x'``.
         at: Name of a submodule that all models have; its output is perturbed instead of the input.
         num_draws: Noise draws per sample.
         seed: Seed of the noise.
-        task: The kind of classification: ``"multiclass"``, ``"binary"``, ``"multilabel"``; None for sensitivity only.
-        inputs: A function ``batch -> arguments``; by default see :class:`~lightning_sensitivity.model.ModelCall`.
-        outputs: A function ``result -> logits``; by default :func:`~lightning_sensitivity.model.select_outputs`.
+        task: The kind of classification: ``"multiclass"``, ``"binary"``, ``"multilabel"``; None for sensitivity
+            only.
+        inputs: A function ``batch -> arguments``; by default see
+            :class:`~lightning_sensitivity.model.ModelCall`.
+        outputs: A function ``result -> logits``; by default
+            :func:`~lightning_sensitivity.model.select_outputs`.
         targets: The labels of a batch, for the true loss and error: a function ``batch -> tensor``.
 
     Raises:
@@ -153,7 +156,7 @@ def _compare(models: Mapping[str, ModelSource], batches: Sequence[Any], settings
         gc.collect()  # modules contain reference cycles, and the next model needs their memory
     predictions = {scores.name: log_p for scores, log_p in measured if len(log_p)}
     undecided = {scores.name for scores, _ in measured if scores.note}
-    errors = consensus_errors(predictions, predictions.keys() - undecided)
+    errors = consensus_errors(predictions, [name for name in predictions if name not in undecided])
     judged = [scores._replace(consensus_error=errors.get(scores.name, math.nan)) for scores, _ in measured]
     judged.sort(key=lambda scores: (errors.get(scores.name, math.inf), scores.sensitivity))
     return Comparison(judged + failed)
@@ -165,9 +168,8 @@ def _measure_model(name: str, source: ModelSource, batches: Sequence[Any], setti
     parts = [_measure_batch(model, batch, batch_idx, settings) for batch_idx, batch in enumerate(batches)]
     rows, log_p, label_sums = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     estimate = sensitivity_from_rows(rows)
-    num_finite = int(estimate.num_samples)
-    if num_finite < max(2, len(rows)):
-        raise ValueError(f"Expected finite outputs for two samples or more, got {num_finite} of {len(rows)}.")
+    if estimate.num_samples < max(2, len(rows)):
+        raise ValueError(f"Expected two samples or more, all finite; got {int(estimate.num_samples)} of {len(rows)}.")
     for message in diagnostics(estimate).values():
         rank_zero_warn(f"Model {name!r}: {message}")
     sensitivity, stderr = float(estimate.sensitivity), float(estimate.stderr)
@@ -182,8 +184,8 @@ def _measure_batch(model: nn.Module, batch: Any, batch_idx: int, settings: _Sett
     """Run a model on a batch, clean and with noise.
 
     Returns:
-        The rows of sensitivity; the log-probabilities ``(N, decisions, classes)``, empty without a task or with several
-        positions in a sample; and the sums over labels, in one row.
+        The rows of sensitivity; the log-probabilities ``(N, decisions, classes)``, empty without a task or with
+        several positions in a sample; and the sums over labels, in one row.
     """
     batch = _move_batch(model, clone_tensors(batch))
     with isolated(model) as run:
@@ -218,7 +220,7 @@ def _move_batch(model: nn.Module, batch: Any) -> Any:
 
 
 def _log_probabilities(clean: Tensor, task: str) -> Tensor:
-    """Turn logits into log-probabilities ``(N, decisions, classes, positions)``: one decision, or K yes-no ones."""
+    """Turn logits into log-probabilities ``(N, decisions, classes, positions)``: one decision, or K binary ones."""
     if task == "multiclass" and (are_probabilities(clean) or by_position(clean).shape[1] == 1):
         raise ValueError("Expected logits of classes, got probabilities or one output (`task='binary'`).")
     logits = by_position(clean).to(wide_dtype(clean.device))
@@ -232,12 +234,13 @@ def _sum_labels(log_p: Tensor, clean: Tensor, targets: Tensor, task: str) -> Ten
     kind = TASKS[task]
     kind.check(clean, targets)
     y, counts = kind.target_probabilities(kind.probabilities(clean), targets)
-    y, counts = by_position(y).to(log_p), counts[:, None].flatten(1)
+    y = by_position(y).to(log_p)
     labels = y[:, None] if task == "multiclass" else torch.stack([1 - y, y], 2)
     finite = log_p.clamp(min=torch.finfo(log_p.dtype).min)  # 0 · log 0 is 0
-    losses, errors = -(labels * finite).sum(2).mean(1), _expected_errors(log_p, labels)
-    sums = (losses * counts).sum(), (errors * counts).sum(), counts.sum()
-    return torch.tensor([list(map(float, sums))], dtype=torch.float64)
+    losses = -(labels * finite).sum(2).mean(1)
+    errors = _expected_errors(log_p, labels)
+    of_each = torch.stack([losses, errors, torch.ones_like(losses)]) * counts.reshape(losses.shape)
+    return of_each.sum((1, 2)).cpu().double()[None]
 
 
 def _expected_errors(log_p: Tensor, labels: Tensor) -> Tensor:
@@ -245,7 +248,7 @@ def _expected_errors(log_p: Tensor, labels: Tensor) -> Tensor:
     return 1 - labels.gather(2, log_p.argmax(2, keepdim=True)).squeeze(2).mean(1)
 
 
-def consensus_errors(log_probabilities: Mapping[str, Tensor], voters: Collection[str]) -> dict[str, float]:
+def consensus_errors(log_probabilities: Mapping[str, Tensor], voters: Iterable[str]) -> dict[str, float]:
     r"""Compute the expected error of each model if labels were drawn from the joint prediction of all models.
 
     The joint prediction is the product of the votes (see :func:`~lightning_sensitivity.compare.calibrated_votes`):
@@ -253,15 +256,15 @@ def consensus_errors(log_probabilities: Mapping[str, Tensor], voters: Collection
     .. math::
         q \propto \prod_j v_j, \qquad E_i = 1 - \operatorname{mean} q(\arg\max_k p_{ik})
 
-    The errors rank models. They are usually too low, since models agree on many of their mistakes. If one training set
-    or one architecture misleads most models, the joint prediction is misled, too.
+    The errors rank models. They are usually too low, since models agree on many of their mistakes. If one
+    training set or one architecture misleads most models, the joint prediction is misled, too.
 
     Args:
         log_probabilities: For each model, for the same samples, ``(N, decisions, classes)``.
         voters: The models that vote.
 
     Returns:
-        Shares of wrong predictions. Empty if there are fewer than three voters, or if the numbers of classes differ.
+        Shares of wrong predictions. Empty if fewer than three models vote, or if the numbers of classes differ.
 
     Example:
         >>> import torch
@@ -269,23 +272,23 @@ def consensus_errors(log_probabilities: Mapping[str, Tensor], voters: Collection
         >>> first = torch.tensor([[[0.9, 0.1]], [[0.3, 0.7]], [[0.6, 0.4]]]).log()
         >>> other = torch.tensor([[[0.8, 0.2]], [[0.4, 0.6]], [[0.4, 0.6]]]).log()
         >>> models = {"first": first, "second": first, "other": other}
-        >>> {name: round(error, 2) for name, error in consensus_errors(models, models.keys()).items()}
+        >>> {name: round(error, 2) for name, error in consensus_errors(models, models).items()}
         {'first': 0.09, 'second': 0.09, 'other': 0.26}
     """
-    shapes = {log_p.shape for log_p in log_probabilities.values()}
-    if len(voters) < 3 or len(shapes) > 1:  # of two, each would be judged only by the other
-        return {}
     finite = {name: log_p.double().clamp(min=-1e9) for name, log_p in log_probabilities.items()}
-    votes = calibrated_votes([log_p for name, log_p in finite.items() if name in voters])
-    joint = torch.stack(votes).sum(0).softmax(2)
+    voting = [finite[name] for name in voters]
+    shapes = {log_p.shape for log_p in finite.values()}
+    if len(voting) < 3 or len(shapes) > 1:  # of two, each would be judged only by the other
+        return {}
+    joint = torch.stack(calibrated_votes(voting)).sum(0).softmax(2)
     return {name: float(_expected_errors(log_p, joint).mean()) for name, log_p in finite.items()}
 
 
 def calibrated_votes(log_probabilities: Sequence[Tensor]) -> list[Tensor]:
-    r"""Make each model as confident as the others agree with it, so that none gains by over- or underconfidence.
+    r"""Make each model as confident as the others agree with it, so that none gains by its confidence.
 
-    :math:`v_j \propto p_j^{b_j}`, with :math:`b_j` such that the mean of :math:`\max_k v_{jk}` is the share of the
-    other models that predict the same class.
+    :math:`v_j \propto p_j^{b_j}`, with :math:`b_j` such that the mean of :math:`\max_k v_{jk}` is the share of
+    the other models that predict the same class.
 
     Args:
         log_probabilities: For each model, for the same samples, ``(N, decisions, classes)``; finite.
@@ -304,7 +307,7 @@ def calibrated_votes(log_probabilities: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _with_confidence(log_p: Tensor, confidence: float) -> Tensor:
-    """Sharpen or flatten predictions, by bisection, until the mean of their largest probabilities is as given."""
+    """Sharpen or flatten predictions, by bisection, until their mean largest probability is as given."""
     low, high = 0.05, 20.0
     for _ in range(20):
         scale = math.sqrt(low * high)
