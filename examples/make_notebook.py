@@ -5,6 +5,7 @@
 It writes `examples/track_generalization.ipynb`. Needs nbclient, nbformat and ipykernel.
 """
 
+import os
 import re
 import sys
 import tempfile
@@ -32,6 +33,7 @@ if __name__ == "__main__":
     from nbclient import NotebookClient
 
     script = Path(sys.argv[1])
+    os.environ["MATPLOTLIBRC"] = str(script.resolve().parents[1])  # it has colours for light and dark pages
     made = notebook(script.read_text())
     with tempfile.TemporaryDirectory() as folder:
         NotebookClient(made, resources={"metadata": {"path": folder}}, record_timing=False).execute()

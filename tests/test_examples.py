@@ -13,6 +13,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from scipy.stats import kendalltau
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sensitivity import RiskMonitor
@@ -46,13 +47,28 @@ def numbers(text: str) -> np.ndarray:
 
 
 def test_the_first_example_keeps_the_checkpoint_of_the_lowest_estimate(run: Any) -> None:
-    text, variables = run("track_generalization.py", "--max-epochs", "4", "--figure", "runs/figure.png")
+    text, variables = run("track_generalization.py", "--max-epochs", "4")
     table, estimates = numbers(text), variables["curves"]["val/risk_estimate"]
     np.testing.assert_allclose(table[:, [0, 4]], np.stack([range(4), estimates], 1), atol=1e-3)
     assert Path(variables["checkpoint"].best_model_path).stem == f"epoch={np.argmin(estimates)}"
+    assert f"lowest at epoch {np.argmin(estimates)}: accuracy " in text
+    picture, command = text.splitlines()[-2:]
+    assert picture.startswith("The picture is runs/curves.png.") and Path("runs/curves.png").stat().st_size > 10_000
+    assert command.endswith("tensorboard --logdir runs/digits/version_0")
+    logged = EventAccumulator("runs/digits/version_0").Reload().Tags()["scalars"]
+    assert "val/risk_estimate" in logged and "hp_metric" not in logged
+
+
+@pytest.mark.parametrize(
+    ("script", "options"), [("tables.py", []), ("tables.py", ["--labels", "50"]), ("finetuning.py", [])]
+)
+def test_the_other_examples_keep_it_too(run: Any, script: str, options: list[str]) -> None:
+    text, variables = run(script, "--max-epochs", "3", *options)
+    estimates = variables["estimates"]
+    np.testing.assert_allclose(numbers(text)[:, 1], estimates, atol=1e-3)
+    assert Path(variables["checkpoint"].best_model_path).stem == f"epoch={np.argmin(estimates)}"
     assert f"lowest at epoch {np.argmin(estimates)}, where the accuracy is " in text
-    assert text.splitlines()[-1].endswith("tensorboard --logdir runs/track_generalization/version_0")
-    assert Path("runs/figure.png").stat().st_size > 10_000
+    assert variables["risk"].metrics[0].compute()["risk_reference_weight"] > 0
 
 
 def test_the_notebook_has_the_cells_of_the_script() -> None:

@@ -1,0 +1,96 @@
+"""Fine-tuning on noisy labels: a network that knows the digits 0 to 4 learns 5 to 9 from 200 images, 40 % labels wrong.
+
+    python examples/finetuning.py
+
+By `features=`, the reference, which `RiskMonitor` compares the network with, sees images through the pretrained body.
+See docs/guide/finetuning.md.
+"""
+
+import argparse
+import copy
+import warnings
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_sensitivity import RiskMonitor
+
+parser = argparse.ArgumentParser(description="Fine-tune a small network on noisy labels.")
+parser.add_argument("--max-epochs", type=int, default=30)
+parser.add_argument("--seed", type=int, default=0)
+args = parser.parse_args()
+warnings.filterwarnings("ignore", ".*(does not have many workers|LeafSpec|smaller than the logging|no `val_dataloader`).*")
+seed_everything(args.seed, verbose=False)
+torch.set_num_threads(1)
+
+# %% Data: digits 0 to 4 with correct labels, and 200 images of 5 to 9 with noisy ones; the others are new images
+digits = load_digits()
+order = torch.randperm(len(digits.images))
+x = torch.tensor(digits.images / 16, dtype=torch.float32)[order, None]
+y = torch.tensor(digits.target)[order]
+old, x, y = TensorDataset(x[y < 5], y[y < 5]), x[y >= 5], y[y >= 5] - 5
+x_new, y_new = x[200:], y[200:]  # y_new is only for comparison
+is_noisy = torch.rand(200) < 0.4
+y_train = torch.where(is_noisy, y[:200] + torch.randint(1, 5, (200,)), y[:200]) % 5
+train_loader = DataLoader(TensorDataset(x[:200], y_train), batch_size=20, shuffle=True)
+val_loader = DataLoader(TensorDataset(x_new), batch_size=len(x_new))
+
+
+# %% The module: a body and a head for five classes
+class Digits(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        layers = [nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU()]
+        self.body = nn.Sequential(*layers, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(512, 64), nn.ReLU())
+        self.head = nn.Linear(64, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x))
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        pass
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=1e-3)
+
+
+class Curves(Callback):
+    """Keeps the estimate and, for comparison, the accuracy on correct labels."""
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        with torch.no_grad():
+            correct = pl_module(x_new).argmax(1) == y_new
+        estimates.append(float(trainer.callback_metrics["val_risk_estimate"]))
+        accuracies.append(float(correct.float().mean()))
+
+
+# %% Pretrained weights; yours come from elsewhere
+quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+model = Digits()
+Trainer(max_epochs=10, accelerator="cpu", **quiet).fit(model, DataLoader(old, batch_size=50, shuffle=True))
+model.head = nn.Linear(64, 5)  # for the new classes
+
+# %% What to copy
+pretrained = copy.deepcopy(model.body).requires_grad_(False)
+risk = RiskMonitor(features=lambda batch: pretrained(batch[0]))
+checkpoint = ModelCheckpoint(monitor="val_risk_estimate", dirpath="runs/finetuning", filename="{epoch}")
+estimates: list[float] = []
+accuracies: list[float] = []
+quiet["enable_checkpointing"] = True
+trainer = Trainer(max_epochs=args.max_epochs, accelerator="cpu", callbacks=[risk, Curves(), checkpoint], **quiet)
+trainer.fit(model, train_loader, val_loader)
+
+chosen, best, last = estimates.index(min(estimates)), accuracies.index(max(accuracies)), len(accuracies) - 1
+print("\nepoch  estimate  accuracy on correct labels")
+for epoch in sorted({*range(0, last, max(1, last // 7)), chosen, best, last}):
+    print(f"{epoch:5d}  {estimates[epoch]:8.3f}  {accuracies[epoch]:8.3f}")
+print(f"\nThe estimate is lowest at epoch {chosen}, where the accuracy is {accuracies[chosen]:.3f}.")
+print(f"It is highest at epoch {best}, {accuracies[best]:.3f}, and {accuracies[last]:.3f} at the last, epoch {last}.")

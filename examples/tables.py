@@ -1,0 +1,96 @@
+"""A two-class table with noisy labels: 300 rows of scikit-learn's breast cancer data, 25 % of the labels flipped.
+
+    python examples/tables.py              # 20 seconds
+    python examples/tables.py --labels 50  # 50 of the 300 rows are not trained on: their noisy labels help to choose
+
+Real tables have some columns of large numbers: standardize them. The labels are floats, 0 or 1, and the network has one
+output, so that the task is "binary". See docs/guide/tables.md.
+"""
+
+import argparse
+import warnings
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from sklearn.datasets import load_breast_cancer
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_sensitivity import RiskMonitor
+
+parser = argparse.ArgumentParser(description="Train on a noisy table, and keep the epoch with the lowest estimate.")
+parser.add_argument("--labels", type=int, default=0, help="rows that are split off, with their noisy labels")
+parser.add_argument("--max-epochs", type=int, default=60)
+parser.add_argument("--seed", type=int, default=0)
+args = parser.parse_args()
+warnings.filterwarnings("ignore", ".*(does not have many workers|LeafSpec|smaller than the logging).*")
+seed_everything(args.seed, verbose=False)
+torch.set_num_threads(1)
+
+# %% Data: 300 rows to train on, with noisy labels; the others stand for new rows
+table = load_breast_cancer()
+order = torch.randperm(len(table.data))
+x = torch.tensor(table.data, dtype=torch.float32)[order]
+y = torch.tensor(table.target, dtype=torch.float32)[order]
+x = (x - x[:300].mean(0)) / x[:300].std(0)
+y_noisy = torch.where(torch.rand(300) < 0.25, 1 - y[:300], y[:300])
+num_train = 300 - args.labels
+x_new, y_new = x[300:], y[300:]  # y_new is only for comparison
+train_loader = DataLoader(TensorDataset(x[:num_train], y_noisy[:num_train]), batch_size=30, shuffle=True)
+labels = torch.cat([y_noisy[num_train:], torch.full((len(x_new),), -100.0)])  # -100: no label
+val_loader = DataLoader(TensorDataset(x[num_train:], labels), batch_size=len(labels))
+
+
+# %% The module
+class Table(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        hidden = [nn.Linear(30, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU()]
+        self.net = nn.Sequential(*hidden, nn.Linear(128, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x).squeeze(1)  # one logit for each row
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return binary_cross_entropy_with_logits(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        pass
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=1e-3)
+
+
+class Curves(Callback):
+    """Keeps the estimate and, for comparison, the accuracy on correct labels."""
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        with torch.no_grad():
+            correct = (pl_module(x_new) > 0) == (y_new > 0)
+        estimates.append(float(trainer.callback_metrics["val_risk_estimate"]))
+        accuracies.append(float(correct.float().mean()))
+
+
+# %% What to copy
+risk = RiskMonitor(task="binary", validation_labels=args.labels > 0)
+checkpoint = ModelCheckpoint(monitor="val_risk_estimate", dirpath="runs/tables", filename="{epoch}")
+estimates: list[float] = []
+accuracies: list[float] = []
+trainer = Trainer(
+    max_epochs=args.max_epochs,
+    accelerator="cpu",
+    callbacks=[risk, Curves(), checkpoint],
+    logger=False,
+    enable_progress_bar=False,
+    enable_model_summary=False,
+)
+trainer.fit(Table(), train_loader, val_loader)
+
+chosen, best, last = estimates.index(min(estimates)), accuracies.index(max(accuracies)), len(accuracies) - 1
+print("\nepoch  estimate  accuracy on correct labels")
+for epoch in sorted({*range(0, last, max(1, last // 7)), chosen, best, last}):
+    print(f"{epoch:5d}  {estimates[epoch]:8.3f}  {accuracies[epoch]:8.3f}")
+print(f"\nThe estimate is lowest at epoch {chosen}, where the accuracy is {accuracies[chosen]:.3f}.")
+print(f"It is highest at epoch {best}, {accuracies[best]:.3f}, and {accuracies[last]:.3f} at the last, epoch {last}.")
