@@ -80,6 +80,7 @@ ONE_HOT = torch.eye(3)[[0, 1, 2, 0, 1, 2]]
 DEGENERATE: dict[str, tuple[Tensor, Tensor, Tensor]] = {
     "one sample": (torch.rand(1, 3), ONE_HOT[:1], torch.rand(4, 3)),
     "one class": (torch.rand(6, 3), ONE_HOT[:1].expand(6, 3), torch.rand(4, 3)),
+    "equal soft labels": (torch.rand(6, 3), torch.tensor([[0.1, 0.2, 0.7]] * 6), torch.rand(4, 3)),
     "constant features": (torch.full((6, 3), 0.1), ONE_HOT, torch.full((4, 3), 0.1)),
     "constant features, others of new samples": (torch.zeros(6, 3), ONE_HOT, torch.rand(4, 3)),
     "no features": (torch.rand(6, 0), ONE_HOT, torch.rand(4, 0)),
