@@ -1,25 +1,28 @@
 """Labels of validation samples count beside the estimate, few or all, wherever they are."""
 
 import re
-import warnings
 from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import seed_everything
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sensitivity import RiskMonitor
-from lightning_sensitivity.functional.risk import LABEL_WEIGHT
+from lightning_sensitivity.functional.risk import LABEL_WEIGHT, LABEL_WEIGHT_WITH_REFERENCE
 from tests.helpers import Classifier, fitted, inputs, labelled, loader, logged
 
-NUM_BATCHES, BATCH_SIZE = 40, 50  # of 2,000 samples, 24 batches are chosen
+NUM_BATCHES, BATCH_SIZE = 30, 50  # of 1,500 samples, 12 batches are chosen
+X, Y = labelled(NUM_BATCHES * BATCH_SIZE, seed=1).tensors
+TERMS = [f"val_risk_{name}" for name in ("claim", "overconfidence", "memorization", "variance", "reference")]
 
 
 def values(val: Any, **kwargs: Any) -> tuple[dict[str, float], Classifier]:
+    """What is logged after an epoch, and the model."""
     seed_everything(0, verbose=False)
-    model, options = Classifier(), {"max_epochs": 1, "num_sanity_val_steps": 0}
+    model, options = Classifier(), {"max_epochs": 1, "num_sanity_val_steps": kwargs.pop("num_sanity_val_steps", 1)}
     model.validation_step = lambda batch, batch_idx, dataloader_idx=0: None  # labels may lie outside of the classes
     run = fitted([RiskMonitor(**kwargs)], model, loader(), val, **options)
     return logged(run, "val_risk_"), model.eval()
@@ -29,27 +32,50 @@ def validation(labels: Tensor) -> DataLoader:
     return DataLoader(TensorDataset(inputs(len(labels), seed=1), labels), BATCH_SIZE)
 
 
-X, Y = labelled(NUM_BATCHES * BATCH_SIZE, seed=1).tensors
-SOME = Y.where(torch.arange(len(Y)) % 97 == 5, -100)  # 21 of them, most in batches that are not chosen
-LABELS = {"few": SOME, "all": Y, "one": Y.where(torch.arange(len(Y)) == 1999, -100), "8 bits": Y.to(torch.int16)}
+def only(index: Tensor, kept: Any) -> Tensor:
+    """The labels of some samples; -100 for the others."""
+    return Y.where(kept(index), -100)
+
+
+INDEX = torch.arange(len(Y))
+LABELS = {
+    "few, most in batches that are not chosen": only(INDEX, lambda index: index % 97 == 5),
+    "one, in the last batch": only(INDEX, lambda index: index == len(Y) - 1),
+    "8 bits": only(INDEX, lambda index: index < 1000).to(torch.int8),
+}
+
+
+def scores(model: Classifier, x: Tensor, labels: Tensor) -> Tensor:
+    with torch.no_grad():
+        p = model(x).double().softmax(1)
+    return (p - nn.functional.one_hot(labels.long(), 4)).square().sum(1)
 
 
 @pytest.mark.parametrize("name", LABELS)
-def test_their_score_and_the_estimate_are_combined(name: str) -> None:
+@pytest.mark.parametrize("has_reference", [True, False])
+def test_their_score_and_the_estimate_are_combined(name: str, has_reference: bool) -> None:
     labels = LABELS[name]
-    without, _ = values(validation(labels))
-    combined, model = values(validation(labels), validation_labels=True)
+    # A constant has no skill, and so no weight.
+    options = {} if has_reference else {"features": lambda batch: torch.ones(len(batch[0]), 1)}
+    without, _ = values(validation(labels), **options)
+    combined, model = values(validation(labels), validation_labels=True, **options)
     counts = labels.long() != -100
-    with torch.no_grad():
-        p = model(X[counts]).double().softmax(1)
-    scores = (p - nn.functional.one_hot(labels[counts].long(), 4)).square().sum(1)
-    m = int(counts.sum())
-    expected = (scores.sum() + LABEL_WEIGHT * without["val_risk_estimate"]) / (m + LABEL_WEIGHT)
+    found, m = scores(model, X[counts], labels[counts]), int(counts.sum())
+    assert (without["val_risk_reference_weight"] > 0) == has_reference
+    weight = LABEL_WEIGHT_WITH_REFERENCE if has_reference else LABEL_WEIGHT
+    expected = (found.sum() + weight * without["val_risk_estimate"]) / (m + weight)
     assert combined["val_risk_num_labels"] == m
-    assert combined["val_risk_label_score"] == pytest.approx(float(scores.mean()), rel=1e-5)
+    assert combined["val_risk_label_score"] == pytest.approx(float(found.mean()), rel=1e-5)
     assert combined["val_risk_estimate"] == pytest.approx(float(expected), rel=1e-5)
-    terms = ("claim", "overconfidence", "memorization", "variance")
-    assert all(combined[f"val_risk_{term}"] == pytest.approx(without[f"val_risk_{term}"]) for term in terms)
+    assert all(combined[term] == pytest.approx(without[term]) for term in TERMS)
+    assert "val_risk_label_stderr" not in combined
+
+
+def test_of_many_labels_twelve_hundred_are_scored_with_those_of_chosen_batches() -> None:
+    combined, model = values(validation(Y), validation_labels=True)
+    # The first 24 batches, and two of the 12 chosen ones that come after them.
+    assert combined["val_risk_num_labels"] == 1300
+    assert combined["val_risk_label_score"] == pytest.approx(float(scores(model, X, Y).mean()), rel=0.05)
 
 
 def test_they_are_found_by_targets_and_in_some_batches_only() -> None:
@@ -65,21 +91,34 @@ def test_they_are_found_by_targets_and_in_some_batches_only() -> None:
     assert values(by_key, validation_labels=True, targets=targets)[0]["val_risk_num_labels"] == 120
 
 
-@pytest.mark.parametrize(("val", "match"), [
-    (DataLoader(inputs(40), 8), "No validation batch has labels"),
-    (validation(Y + 7), "could not (measure|score).*Expected labels from 0 to 3"),
-])  # fmt: skip
-def test_labels_that_are_missing_or_of_other_classes_are_said(val: Any, match: str) -> None:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        values(val, validation_labels=True)
-    assert any(re.search(match, str(each.message)) for each in caught)
+def test_a_targets_function_may_fail_on_batches_without_labels() -> None:
+    batches = DataLoader([(X[:40],), (X[40:80], Y[40:80])], None)
+    with pytest.warns(UserWarning, match="takes some validation batches as unlabelled: .*IndexError"):
+        found, _ = values(batches, validation_labels=True, targets=lambda batch: batch[1])
+    assert found["val_risk_num_labels"] == 40 and found["val_risk_estimate"] > 0
+
+
+@pytest.mark.parametrize("val", [DataLoader(inputs(40), 8), validation(torch.full_like(Y[:100], -100))])
+def test_without_any_the_estimate_is_what_it_is_without_the_option(val: DataLoader) -> None:
+    assert values(val, validation_labels=True)[0] == values(val)[0]
+
+
+def test_labels_of_other_classes_are_refused_in_the_sanity_check() -> None:
+    with pytest.raises(MisconfigurationException, match="Expected labels from 0 to 3"):
+        values(validation(Y[:100] + 7), validation_labels=True)
+
+
+def test_labels_of_other_classes_that_come_later_cost_no_run() -> None:
+    with pytest.warns(UserWarning) as caught:
+        values(validation(Y[:100] + 7), validation_labels=True, num_sanity_val_steps=0)
+    assert any(re.search("RiskMonitor.*Expected labels from 0 to 3", str(each.message)) for each in caught)
 
 
 def test_each_of_several_loaders_has_its_own() -> None:
-    found, _ = values([validation(SOME), validation(Y[:100])], validation_labels=True)
+    few = LABELS["few, most in batches that are not chosen"][:400]
+    found, _ = values([validation(few), validation(Y[:100])], validation_labels=True)
     counts = [found[f"val_risk_num_labels/dataloader_idx_{index}"] for index in (0, 1)]
-    assert counts == [int((SOME != -100).sum()), 100]
+    assert counts == [int((few != -100).sum()), 100]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
@@ -95,12 +134,18 @@ def test_binary_labels_of_minus_100_are_none(dtype: torch.dtype) -> None:
     train, val = (DataLoader(TensorDataset(inputs(100), labels(100)), 20) for _ in range(2))
     monitor = RiskMonitor("binary", validation_labels=True)
     run = fitted([monitor], model, train, val, max_epochs=1)
-    assert run.callback_metrics["val_risk_num_labels"] == 20 and monitor.num_training == 20
+    assert run.callback_metrics["val_risk_num_labels"] == 20 and monitor.fit_state.num_training == 20
     assert 0 < run.callback_metrics["val_risk_label_score"] < 1
 
 
-def test_a_targets_function_may_fail_on_batches_without_labels() -> None:
-    batches = DataLoader([(X[:40],), (X[40:80], Y[40:80])], None)
-    with pytest.warns(UserWarning, match="takes some validation batches as unlabelled: .*IndexError"):
-        found, _ = values(batches, validation_labels=True, targets=lambda batch: batch[1])
-    assert found["val_risk_num_labels"] == 40 and found["val_risk_estimate"] > 0
+def test_labels_are_those_of_the_batch_before_the_step_changes_it() -> None:
+    def run(step: Any) -> dict[str, float]:
+        seed_everything(0, verbose=False)
+        model = Classifier()
+        model.validation_step = step
+        return logged(fitted([RiskMonitor(validation_labels=True)], model, val=validation(Y[:100])), "val_risk_")
+
+    def spoil(batch: list[Tensor], batch_idx: int) -> None:
+        batch[0].zero_(), batch[1].zero_()
+
+    assert run(spoil) == run(lambda batch, batch_idx: None)
