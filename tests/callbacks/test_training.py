@@ -29,7 +29,8 @@ NUM_TRAIN_BATCHES = 4
 class Oracle(cb.Callback):
     """Goes over the batches of each validation by a plain loop, with the weights that are in place then, and compares.
 
-    It comes before the monitors, so that it looks at the module as it is without them.
+    It comes before the monitors, so that it looks at the module as it is without them. Monitors measure the batches of
+    the first validation, which are the same in all validations here.
     """
 
     def __init__(self) -> None:
@@ -66,6 +67,7 @@ class Setup(NamedTuple):
     train: Callable[[], Any] = lambda: loader(16 * NUM_TRAIN_BATCHES, seed=1)
     more: Callable[[], list[cb.Callback]] = list
     inputs: Any = None
+    num_training: int | None = None
 
 
 class Manual(Classifier):
@@ -93,6 +95,34 @@ class Intrusive(Classifier):
             self.log("spread", x.std())
             self.log_dict({"mean": x.mean()})
         return super().forward(x)
+
+
+class Hooking(Classifier):
+    """Its forward registers a hook in its first call, which is one of ours."""
+
+    is_hooked = False
+    validation_step = Quiet.validation_step
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.is_hooked:
+            self.net[0].register_forward_hook(lambda module, args, result: 1.1 * result)
+            self.is_hooked = True
+        return self.net(x)
+
+
+class Freezing(Classifier):
+    """Its forward freezes a layer in eval mode, and sums gradients up by a `backward()`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return self.net(x)
+        self.net[0].weight.requires_grad_(False)
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = x.clone().requires_grad_()
+            self.net(leaf).sum().backward()
+        return self.net(x) + leaf.grad.mean()
+
+    validation_step = Quiet.validation_step
 
 
 class Late(Classifier):
@@ -158,7 +188,7 @@ SETUPS = {
     "no sanity check": Setup(2, {"num_sanity_val_steps": 0}),
     "max_steps in the middle of an epoch": Setup(1, {"max_steps": 6, "num_sanity_val_steps": -1}),
     "iterable data, limited to more than there is": Setup(2, {"limit_val_batches": 1000}, val=stream),
-    "iterable data": Setup(2, val=stream, train=stream),
+    "iterable data": Setup(2, val=stream, train=stream, num_training=50),
     "several loaders": Setup(2, val=lambda: [loader(50), unlabelled(20, seed=3)]),
     "a dict of loaders": Setup(2, val=lambda: {"a": loader(50), "b": loader(20, seed=3)}),
     "CombinedLoader, max_size_cycle": Setup(2, val=combined("max_size_cycle"), module=Quiet, inputs=first_tensor),
@@ -166,6 +196,10 @@ SETUPS = {
     "CombinedLoader, min_size": Setup(2, val=combined("min_size"), module=Quiet, inputs=first_tensor),
     "manual optimization, two optimizers": Setup(2, module=Manual),
     "a forward that draws, logs, writes": Setup(2, module=Intrusive),
+    "a forward that registers a hook": Setup(2, module=Hooking),
+    "a forward that freezes, and calls backward": Setup(
+        8, {"accumulate_grad_batches": 3, "val_check_interval": 1, "inference_mode": False}, module=Freezing
+    ),
     "layers that come late": Setup(2, module=Late),
     "deterministic, with anomaly detection": Setup(2, {"deterministic": True, "detect_anomaly": True}),
     "64-true": Setup(2, {"precision": "64-true"}),
@@ -219,8 +253,10 @@ def fit(setup: Setup, tmp_path: Path, ours: list[cb.Callback]) -> tuple[Trainer,
 @pytest.mark.parametrize("name", SETUPS)
 def test_what_is_logged_is_what_a_plain_loop_gives_and_training_is_bit_identical(name: str, tmp_path: Path) -> None:
     setup, oracle = SETUPS[name], Oracle()
-    has_oracle = setup.module is not Intrusive and "compiled" not in name  # else its passes would write, and compile
-    monitors = [SensitivityMonitor(inputs=setup.inputs), RiskMonitor(inputs=setup.inputs)]
+    writes = setup.module in (Intrusive, Hooking, Freezing)
+    has_oracle = not writes and "compiled" not in name  # its passes are not isolated, and would compile
+    monitors = [SensitivityMonitor(inputs=setup.inputs)]
+    monitors.append(RiskMonitor(inputs=setup.inputs, num_training=setup.num_training))
     at = "net.5" if setup.module is Late else "net"
     monitors.append(SensitivityMonitor(0.5, at=at, num_draws=2, prefix="b_", inputs=setup.inputs))
     run, rows, with_monitors = fit(setup, tmp_path / "with", [*[oracle] * has_oracle, *monitors])
