@@ -63,6 +63,7 @@ class Monitor(Callback, ABC):
         self.samples: list[KeptSamples] = []  # by loader; other monitors may share them
         self.reporter = Reporter(type(self).__name__, prefix)
         self._is_measuring = False  # the current validation
+        self._is_measured = False  # whether its samples have been measured
         self._is_checked = False  # whether the model was tried before the first step
         self._first_step = FirstStep()
 
@@ -146,6 +147,7 @@ class Monitor(Callback, ABC):
         if is_fit and not trainer.sanity_checking:
             self.reporter.is_strict = False  # also in a resumed fit that begins with a validation
         self._is_measuring = self.should_measure(trainer)
+        self._is_measured = False
         if not self._is_measuring:
             return
         if not self.samples:
@@ -179,6 +181,8 @@ class Monitor(Callback, ABC):
         """Log the values; every process comes here."""
         if not self._is_measuring:
             return
+        if not self._is_measured:  # the loader ended before Lightning knew, or this process has no batch
+            self._measure_all(trainer, pl_module)
         self._is_measuring = False
         for place, samples in enumerate(self.samples):
             samples.forget_outputs()
@@ -217,6 +221,7 @@ class Monitor(Callback, ABC):
 
     def _measure_all(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the samples of every loader, and check that the passes leave no trace."""
+        self._is_measured = True
         before = fingerprint(pl_module) if self.reporter.is_strict else {}
         versions = parameter_versions(pl_module)
         for place, samples in enumerate(self.samples):

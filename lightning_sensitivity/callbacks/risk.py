@@ -13,6 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lightning_sensitivity.arguments import Selector, check_argument, check_bool, check_int, check_selectors, see
+from lightning_sensitivity.callbacks.checks import describe_error
 from lightning_sensitivity.callbacks.closing import Measured, log_closing_line
 from lightning_sensitivity.callbacks.companions import BatchReader, Companions, fit_to_kept
 from lightning_sensitivity.callbacks.monitor import Monitor
@@ -54,7 +55,7 @@ class RiskMonitor(Monitor):
         task: ``"multiclass"``, ``"binary"`` or ``"multilabel"``.
         targets: A function ``batch -> labels``; by default :func:`~lightning_sensitivity.model.select_targets`.
             Labels of -100 are ignored.
-        validation_labels: Combine the estimate with the score on validation labels, up to 1,200 of them; also log
+        validation_labels: Combine the estimate with the score on about 1,200 validation labels; also log
             ``risk_label_score``, ``risk_num_labels``.
         features: A function ``batch -> (N, D)`` for the reference, such as a pretrained encoder.
         initial_weights: State dict from before training, if a fit starts from weights trained on the same data.
@@ -233,9 +234,11 @@ class RiskMonitor(Monitor):
         """Select the labels of a validation batch; None if it has none."""
         try:
             labels = self._reader.labels(module, batch)
-        except MisconfigurationException as error:
-            if self._reader.has_targets:
-                self.reporter.warn("labels", f"takes some validation batches as unlabelled: {error}")
+            if self._kept.num_outputs > 0:  # known since the first training batch
+                TASKS[self.task].check(torch.zeros(len(labels), self._kept.num_outputs), labels)
+        except (MisconfigurationException, ValueError) as error:
+            if self._reader.has_targets or isinstance(error, ValueError):
+                self.reporter.warn("labels", f"takes some validation batches as unlabelled: {describe_error(error)}")
             return None
         return None if bool(has_ignored_value(labels).all()) else labels
 

@@ -15,7 +15,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 
 from lightning_sensitivity.arguments import Selector
-from lightning_sensitivity.compat import collect_rng_states, is_compiled
+from lightning_sensitivity.compat import collect_rng_states, is_compiled, remove_global_hook
 from lightning_sensitivity.model import ModelCall, select_outputs
 from lightning_sensitivity.model.call import parameters_of, tensors_in
 
@@ -61,7 +61,8 @@ class StepWatch:
     def start(self) -> None:
         """Start watching."""
         self._stack.enter_context(register_module_forward_pre_hook(self._before_call))
-        self._stack.enter_context(register_module_forward_hook(self._after_call, with_kwargs=True))
+        handle = register_module_forward_hook(self._after_call, with_kwargs=True)
+        self._stack.callback(remove_global_hook, handle)
         self._stack.enter_context(_LossInputs(self._loss_inputs))
 
     def stop(self) -> None:
