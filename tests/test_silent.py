@@ -8,6 +8,7 @@ from collections import UserDict, namedtuple
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from threading import Lock
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,7 +26,7 @@ from lightning_sensitivity.model import noise_generator
 from tests.helpers import Linear, inputs, trainer
 
 RIGHT = "=plain loop"  # else "!", an error before the first step, or "?", exactly one warning, and what it says
-OTHER_CALL, DENSE, LAST, UNIT = "?`inputs", "?are dense", "!`outputs` should move the classes", r"?\[0, 1\]"
+OTHER_CALL, DENSE, LAST, UNIT = "?`inputs", "!are dense", "!`outputs` should move the classes", r"?\[0, 1\]"
 Pair = namedtuple("Pair", "x y")
 Noise = Callable[[Tensor], Tensor]
 
@@ -52,6 +53,17 @@ def image(f: Tensor) -> Tensor:
 
 def masked(m: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
     return m.net(x if mask is None else x * mask)
+
+
+def counting(m: Any, x: Tensor) -> Tensor:
+    m.history["calls"].append(len(x))
+    return m.net(x)
+
+
+def writing(m: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        m.net[0].bias.mul_(0.9)
+    return m.net(x)
 
 
 def text_classifier(m: Any, input_ids: Tensor, attention_mask: Any = None, labels: Tensor | None = None) -> Any:
@@ -95,20 +107,21 @@ class Case:
 
 MASK: dict[str, Any] = {"batch": lambda x, y: (x, y, (x > 0.5).float()), "forward": masked,
     "step": lambda m, b, noise: m(noise(b[0]), b[2]), "r_options": {"targets": lambda b: b[1]}}  # fmt: skip
-BINARY: dict[str, Any] = {"task": "binary", "num_outputs": 1}
+BINARY: dict[str, Any] = {"task": "binary", "num_outputs": 1, "r_options": {"task": "binary"}}
 
 CASES = {
     # forms of batches
     "tuple": Case(),
-    "labels first": Case(r="?floating", batch=lambda x, y: (y, x), both={"inputs": lambda b: b[1]}, step=part(1)),
+    "labels first": Case(r="!class indices integers", batch=lambda x, y: (y, x), step=part(1),
+        both={"inputs": lambda b: b[1]}),
     "dict of other names": Case("!`inputs", "!`inputs", batch=lambda x, y: {"z": x, "label": y}, step=part("z")),
     "dict by keys": Case(batch=lambda x, y: {"z": x, "w": 2 * x, "y": y}, both={"inputs": lambda b: [b["z"], b["w"]]},
         forward=lambda m, pair: m.net(pair[0] + pair[1]), step=lambda m, b, noise: m([noise(b["z"]), noise(b["w"])])),
-    "dict of anything": Case(r="?`targets", batch=lambda x, y: {"x": x, "mask": x > 0.5},
+    "dict of anything": Case(r="!`targets", batch=lambda x, y: {"x": x, "mask": x > 0.5},
         forward=lambda m, **inputs: masked(m, **inputs), step=lambda m, b, noise: m(x=noise(b["x"]), mask=b["mask"])),
     "dict of two inputs": Case("!`inputs", batch=lambda x, y: {"x": x, "z": 2 * x, "y": y},
         forward=lambda m, x, z: m.net(x + z), step=lambda m, b, noise: m(noise(b["x"]), b["z"])),
-    "dict of two labels": Case(r="?`targets", batch=lambda x, y: {"x": x, "y": y, "label": y}, step=part("x")),
+    "dict of two labels": Case(r="!`targets", batch=lambda x, y: {"x": x, "y": y, "label": y}, step=part("x")),
     "mapping with a mask": Case(batch=lambda x, y: UserDict(x=x, mask=x > 0.5, y=y, weight=x[:, 0]), forward=masked,
         step=lambda m, b, noise: m(noise(b["x"]), b["mask"])),
     "dict with a mask that is not used": Case(OTHER_CALL, OTHER_CALL, forward=masked, step=part("x"),
@@ -120,7 +133,12 @@ CASES = {
         step=lambda m, b, noise: m(Pair(noise(b.x.x), ({"b": [noise(b.x.y[0]["b"][0])]}, *b.x.y[1:])))),
     "required mask": Case(batch=lambda x, y: (x, x > 0.5, y), forward=lambda m, x, mask: m.net(x * mask),
         step=lambda m, b, noise: m(noise(b[0]), b[1])),
-    "no labels": Case(r="?`targets", batch=lambda x, y: x, step=lambda m, b, noise: m(noise(b))),
+    "no labels": Case(r="!`targets", batch=lambda x, y: x, step=lambda m, b, noise: m(noise(b))),
+    "list of sequences": Case(batch=lambda x, y: (list(sequence(x)), y),
+        forward=lambda m, sequences: torch.stack([m.net(each.mean(0)) for each in sequences]),
+        step=lambda m, b, noise: m([noise(each) for each in b[0]]),
+        r_options={"features": lambda b: torch.stack(b[0]).mean(1)}),
+    "metadata that can't be copied": Case(batch=lambda x, y: {"x": x, "y": y, "meta": Lock()}, step=part("x")),
     "optional mask": Case(OTHER_CALL, OTHER_CALL, **MASK),
     "optional mask, inputs=": Case(both={"inputs": lambda b: (b[0], b[2])}, **MASK),
     "optional number": Case(OTHER_CALL, OTHER_CALL, forward=lambda m, x, scale=1.0: scale * m.net(x),
@@ -135,13 +153,14 @@ CASES = {
         step=lambda m, b, noise: m(noise(b[0])).mT),
     "(N, K, T), T == K": Case(LAST, LAST, x=lambda f: sequence(f)[:, :4], forward=lambda m, x: m.net(x).mT),
     "(N, Q, K) of an image": Case(LAST, LAST, forward=lambda m, x: m.net(x)[:, None].repeat(1, 6, 1)),
-    "(N, K, 1, 1)": Case(r="?class indices", forward=lambda m, x: m.net(x)[..., None, None]),
+    "(N, K, 1, 1)": Case(r="!class indices", forward=lambda m, x: m.net(x)[..., None, None]),
     "(N, K, H, W)": Case(r=DENSE, x=image, forward=lambda m, x: m.net(x.movedim(1, -1)).movedim(-1, 1)),
     "(N, H, W, K)": Case(LAST, LAST, x=image, forward=lambda m, x: m.net(x.movedim(1, -1))),
     # outputs
     "softmax": Case("!`outputs", "!`outputs", forward=lambda m, x: m.net(x).softmax(1)),
     "log-softmax": Case("!`outputs", forward=lambda m, x: m.net(x).log_softmax(1)),
-    "sigmoid": Case(UNIT, UNIT, forward=lambda m, x: m.net(x).sigmoid(), y=lambda f: (f[:, :4] > 0.5).long()),
+    "sigmoid": Case(UNIT, "!task='multilabel'", forward=lambda m, x: m.net(x).sigmoid(),
+        y=lambda f: (f[:, :4] > 0.5).long()),
     "squeezed": Case(forward=lambda m, x: m.net(x).squeeze(1), y=is_upper, **BINARY),
     "two opposite logits": Case("?per_output=", forward=lambda m, x: m.net(x)[:, :1] * torch.tensor([1.0, -1.0]),
         y=lambda f: is_upper(f).long()),
@@ -150,16 +169,17 @@ CASES = {
     "second head, outputs=": Case(forward=lambda m, x: (x, m.net(x)), both={"outputs": lambda y: y[1]}, step=output(1)),
     "embedding, told by the second batch": Case(r="?look like embeddings", y=lambda f: f[:, :10].argmax(1),
         num_outputs=16, batch_size=16),
+    # what a pass would change and leave so
+    "forward that writes into a nested list": Case(r"!history\['calls'\]", r"!history\['calls'\]", forward=counting),
+    "forward that writes to a weight": Case("!net.0.bias", "!net.0.bias", forward=writing),
     # labels, which say nothing to S
     "-100": Case(None, RIGHT, y=lambda f: classes(f).masked_fill(is_upper(f), -100)),
-    "from 1": Case(None, "?`targets", y=lambda f: classes(f) + 1),
-    "floating": Case(None, "?'binary'`, .*'multilabel'`, .*'multiclass'.*`targets=.*A regression has no estimate",
-        y=lambda f: classes(f).float()),
-    "floating, task=": Case(None, "!`targets=", y=lambda f: classes(f).float(), r_options={"task": "multiclass"}),
-    "one-hot": Case(None, "?task='multiclass'", y=lambda f: one_hot(classes(f), 4)),
-    "soft, task=": Case(None, y=lambda f: 0.9 * one_hot(classes(f), 4) + 0.025, r_options={"task": "multiclass"}),
-    "0 and 1": Case(None, "?task='binary'", y=lambda f: is_upper(f).long(), **BINARY),
-    "0.0 and 1.0, task=": Case(None, RIGHT, y=lambda f: is_upper(f).float(), r_options={"task": "binary"}, **BINARY),
+    "from 1": Case(None, "!`targets", y=lambda f: classes(f) + 1),
+    "floating": Case(None, "!`targets=.*A regression has no estimate", y=lambda f: classes(f).float()),
+    "one-hot": Case(None, "!task='multilabel'", y=lambda f: one_hot(classes(f), 4)),
+    "soft": Case(None, y=lambda f: 0.9 * one_hot(classes(f), 4) + 0.025),
+    "0 and 1": Case(None, "!task='binary'", y=lambda f: is_upper(f).long(), num_outputs=1),
+    "0.0 and 1.0, task=": Case(None, RIGHT, y=lambda f: is_upper(f).float(), **BINARY),
 }  # fmt: skip
 
 
@@ -168,7 +188,7 @@ class Model(Linear):
 
     def __init__(self, case: Case) -> None:
         super().__init__()
-        self.case, self.embedding = case, nn.Embedding(9, 12)
+        self.case, self.embedding, self.history = case, nn.Embedding(9, 12), {"calls": []}
         self.net = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, case.num_outputs))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
