@@ -121,10 +121,9 @@ def fit(module: ResNet, data: tuple[DataLoader, DataLoader], num_epochs: int, *c
 
 x, y = load()
 print("epoch      loss  estimate  variance  sensitivity")
-task = "multiclass" if args.mixup else "auto"  # soft labels are floating, and could mean other things
 if not args.finetune:
     module = ResNet(10, 0.05, NUM_EPOCHS * (NUM_TRAIN // BATCH_SIZE))
-    fit(module, loaders(x, y, NUM_TRAIN, 10), NUM_EPOCHS, RiskMonitor(task), SensitivityMonitor(), Table())
+    fit(module, loaders(x, y, NUM_TRAIN, 10), NUM_EPOCHS, RiskMonitor(), SensitivityMonitor(), Table())
 else:
     # Pretrained weights, on the first five classes; yours come from elsewhere.
     module = ResNet(5, 0.05, NUM_EPOCHS * (NUM_TRAIN // BATCH_SIZE))
@@ -133,14 +132,19 @@ else:
     data = loaders(x[y >= 5], y[y >= 5] - 5, NUM_TRAIN // 4, 5)
     module.net.fc = nn.Linear(512, 5)
     pretrained = copy.deepcopy(module.state_dict())
+    # The reference sees the images through the pretrained body.
+    body = copy.deepcopy(module.net).eval().requires_grad_(False)
+    body.fc = nn.Identity()
+    options: dict[str, Any] = {"features": lambda batch: body.to(batch[0].device)(batch[0])}
     # First only the head. The fit begins with the pretrained weights, which is what `RiskMonitor` takes by default.
     module.requires_grad_(False).net.fc.requires_grad_()
     module.lr, module.num_steps = 0.02, max(1, NUM_EPOCHS // 4) * len(data[0])
-    fit(module, data, max(1, NUM_EPOCHS // 4), RiskMonitor(task), SensitivityMonitor(), Table())
+    fit(module, data, max(1, NUM_EPOCHS // 4), RiskMonitor(**options), SensitivityMonitor(), Table())
     # Then all weights. This fit begins with a trained head, so the weights from before are given.
     module.requires_grad_()
     module.lr, module.num_steps = 0.01, NUM_EPOCHS * len(data[0])
-    fit(module, data, NUM_EPOCHS, RiskMonitor(task, initial_weights=pretrained), SensitivityMonitor(), Table())
+    options["initial_weights"] = pretrained
+    fit(module, data, NUM_EPOCHS, RiskMonitor(**options), SensitivityMonitor(), Table())
 
 losses, estimates = np.array(rows)[:, 0], np.array(rows)[:, COLUMNS.index("val_risk_estimate")]
 chosen, best = int(np.argmin(estimates)), int(np.argmin(losses))
