@@ -16,6 +16,7 @@ from lightning_sensitivity.functional import (
     Reference,
     fit_reference,
     output_sensitivity,
+    reference_weight,
     risk_estimate,
     variance_factor,
 )
@@ -25,7 +26,9 @@ NUM_BATCHES, BATCH_SIZE = 6, 16
 CLEAN, NOISY, TWIN = torch.randn(3, NUM_BATCHES, BATCH_SIZE, 5, generator=torch.Generator().manual_seed(0))
 LABELS = CLEAN.roll(1).argmax(-1)
 PREDICTIONS = (CLEAN + TWIN).double().softmax(-1)
-REFERENCE = Reference(PREDICTIONS.flatten(0, 1), torch.arange(1.0, 6) / 15, score=0.7, chance=0.715, num_samples=100)
+REFERENCE = Reference(
+    PREDICTIONS.flatten(0, 1), torch.arange(1.0, 6) / 15, score=0.7, chance=0.75, claim=0.7, num_samples=100
+)
 
 
 def filled(metric: Any, batches: Iterable[int] = range(NUM_BATCHES)) -> Any:
@@ -177,7 +180,7 @@ def test_the_risk_of_batches_is_that_of_all_samples() -> None:
 
 def test_labels_count_as_one_each_and_the_estimate_as_40_or_with_a_reference_as_200() -> None:
     score = (TWIN[0].softmax(1) - nn.functional.one_hot(LABELS[0], 5)).square().sum(1).double()
-    useless = REFERENCE._replace(score=0.72)  # permuted labels, say
+    useless = REFERENCE._replace(score=0.75)  # permuted labels, say
     for reference, m in ((None, 40), (useless, 40), (REFERENCE, 200)):
         metric, predictions = RiskEstimate(reference=reference), PREDICTIONS[0] if reference else None
         metric.update(CLEAN[0], NOISY[0], reference=predictions)
@@ -248,7 +251,7 @@ def test_the_estimate_with_a_reference_is_that_of_plain_loops_in_every_epoch(tas
             factor = min(factor, train_agreement / agreement)
         factors.append(min(max(factor, 1), 3))
         score = mean_dot(y, y) + mean_dot(p, p) - 2 * (by_shares + factors[-1] * agreement)
-        weight = (40 / 160) ** 0.5
+        weight = reference_weight(reference.score, reference.chance, reference.claim, 40, 160)
         expected = terms_of(logits, twin, train, targets, task=task, factor=variance_factor(160, 1000))
         expected["risk_estimate"] = (expected["risk_estimate"] + weight * score) / (1 + weight)
         expected["risk_reference"], expected["risk_reference_weight"] = torch.tensor(
@@ -263,13 +266,15 @@ def test_the_estimate_with_a_reference_is_that_of_plain_loops_in_every_epoch(tas
 
 
 def test_the_references_of_processes_count_together() -> None:
-    of_other = REFERENCE._replace(score=0.5, shares=torch.full((5,), 0.2))
+    of_other = REFERENCE._replace(score=0.5, claim=0.5, shares=torch.full((5,), 0.2))
     other = filled(make_risk(reference=of_other), [3, 4, 5])
     received = iter([torch.cat(x) if isinstance(x, list) else x for x in other.metric_state.values()])
     options = {"dist_sync_fn": lambda x, group: [x, next(received)], "distributed_available_fn": lambda: True}
     values = filled(make_risk(**options), [0, 1, 2]).compute()
     alone = filled(make_risk(), [0, 1, 2]).compute(), other.compute()
-    assert values["risk_reference_weight"] == pytest.approx((200 / 400) ** 0.5)  # for one of them (100 / 400) ** 0.5
+    assert values["risk_reference_weight"] == pytest.approx(
+        2 * (200 / 400) ** 0.5
+    )  # for one of them 2 * (100 / 400) ** 0.5
     close(values["risk_claim"], (alone[0]["risk_claim"] + alone[1]["risk_claim"]) / 2)
     close(values["risk_reference"], (alone[0]["risk_reference"] + alone[1]["risk_reference"]) / 2)
 

@@ -154,6 +154,8 @@ class Monitor(Callback, ABC):
             self.samples = self._shared_samples(trainer) or keep_validation_samples(trainer, self.num_samples)
         with pl_module.device:  # it determines the floating types of the metrics
             self.metrics = [self.make_metric(trainer, samples.dataloader_idx) for samples in self.samples]
+        for metric in self.metrics:
+            compat.mark_updated(metric)  # a loader or a process may have no samples
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -207,6 +209,10 @@ class Monitor(Callback, ABC):
     def prefixed_names(self) -> set[str]:
         """Return the logged names with the prefix."""
         return {self.prefix + name for name in self.names}
+
+    def suffix(self, dataloader_idx: int) -> str:
+        """Return what Lightning adds to names if there are several loaders."""
+        return f"/dataloader_idx_{dataloader_idx}" if len(self.samples) > 1 else ""
 
     def _shared_samples(self, trainer: Trainer) -> list[KeptSamples]:
         """Return the samples of an earlier monitor that keeps the same ones, before it has kept any."""
@@ -274,10 +280,9 @@ class Monitor(Callback, ABC):
             what = f"could not compute the values of dataloader {place}"
             with self.reporter.report_failure(what, LEFT_OUT):
                 values = self.compute_values(trainer, place)
-        suffix = f"/dataloader_idx_{place}" if len(self.samples) > 1 else ""
         for name, value in (values or self.values_without_measurement(place)).items():
             trainer.lightning_module.log(
-                f"{self.prefix}{name}{suffix}",
+                self.prefix + name + self.suffix(place),
                 value,
                 prog_bar=self.prog_bar and name == self.names[0],
                 sync_dist=trainer.world_size > 1,

@@ -124,7 +124,7 @@ class RiskMonitor(Monitor):
         """Check what can be checked before the first batch, and forget the last fit, unless it goes on."""
         super().setup(trainer, pl_module, stage)
         self._module = pl_module
-        if stage == "fit" and trainer.global_step == 0:
+        if stage == "fit" and _is_new(trainer):
             self.fit_state = FitState()
 
     @property
@@ -143,7 +143,8 @@ class RiskMonitor(Monitor):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log where the estimate was lowest."""
         companions = self._companions.get(0, Companions())
-        log_closing_line(trainer, self.prefix + self.names[0], self.fit_state.history, companions.reference)
+        name = self.prefix + self.names[0] + self.suffix(0)
+        log_closing_line(trainer, name, self.fit_state.history, companions.reference)
 
     # Training samples
 
@@ -166,9 +167,8 @@ class RiskMonitor(Monitor):
         training = KeptSamples(0, math.inf, num_wanted, MAX_BYTES)
         self._kept = Companions()
         with self.reporter.report_failure("cannot estimate the risk", "There is no estimate in this fit."):
-            is_new = trainer.global_step == 0 and trainer.current_epoch == 0
             state = self.fit_state
-            state.initial = state.initial_weights(pl_module, self.initial_weights, is_new)
+            state.initial = state.initial_weights(pl_module, self.initial_weights, _is_new(trainer))
             state.is_resumed = False
             self._keep_training_batch(pl_module, batch, batch_idx, training)
             if self.num_training is None and count_training_samples(trainer, training.size) is None:
@@ -355,6 +355,11 @@ class RiskMonitor(Monitor):
         self._module = None
         self._training = None
         self._kept = Companions()
+
+
+def _is_new(trainer: Trainer) -> bool:
+    """Return whether nothing was trained yet; raw optimizers do not count steps."""
+    return trainer.global_step == 0 and trainer.current_epoch == 0
 
 
 def _num_labelled(labels: Tensor) -> int:

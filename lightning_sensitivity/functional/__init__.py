@@ -1,7 +1,7 @@
 """Pure functions on tensors: no model, no state, no Lightning."""
 
 from lightning_sensitivity.functional.features import bags_of_words, principal_components
-from lightning_sensitivity.functional.reference import Calibration, Reference, fit_reference
+from lightning_sensitivity.functional.reference import Calibration, Reference, fit_reference, reference_weight
 from lightning_sensitivity.functional.risk import RiskTerms, risk_estimate, variance_factor
 from lightning_sensitivity.functional.sensitivity import loss_estimate, output_sensitivity
 
@@ -14,6 +14,7 @@ __all__ = [
     "loss_estimate",
     "output_sensitivity",
     "principal_components",
+    "reference_weight",
     "risk_estimate",
     "variance_factor",
 ]

@@ -12,7 +12,10 @@ from lightning_sensitivity.functional.tasks import Task, find_task
 
 _WIDTHS = (0.1, 0.4, 1.6)  # of the kernel, times the median squared distance
 _RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
-_NO_SKILL, _FULL_SKILL = 0.01, 0.03  # permuted labels reach 0.013
+_WEIGHT = 2.0  # of a good reference that knows all training samples
+_NO_SKILL, _MIN_PER_SAMPLE = 0.01, 3.0  # that counts; permuted labels reach 0.013, and more if there are few
+_SKILL_RANGE = 0.02  # from no weight to full weight
+_CAUTIOUS, _CAUTION_RANGE = 1.30, 0.15  # of the claim over the score: where it has no weight, and up from full weight
 _POWER = 0.5  # of the share of training samples that the reference knows
 _MAX_FACTOR = 3.0  # of the agreement
 _CLEAR = 0.15  # share of the largest agreement so far
@@ -27,6 +30,7 @@ class Reference(NamedTuple):
         shares: The mean label of the training samples, ``(K,)``.
         score: The leave-one-out Brier score of the reference on its training samples.
         chance: The score of ``shares`` as the prediction for each of them.
+        claim: The score that it would have if its leave-one-out predictions were right.
         num_samples: How many training samples it knows.
     """
 
@@ -34,6 +38,7 @@ class Reference(NamedTuple):
     shares: Tensor
     score: float
     chance: float
+    claim: float
     num_samples: int
 
     @property
@@ -97,17 +102,18 @@ def fit_reference(features: Tensor, labels: Tensor, new_features: Tensor, task: 
     distances = _squared_distances(x, x)
     positive = distances[distances > 0]
     median = positive.median() if len(positive) else torch.ones(())
-    best_score, best_width, best_weights = math.inf, median, torch.zeros_like(y)
+    best_score, best_width, best_weights, best_errors = math.inf, median, torch.zeros_like(y), y - shares
     for width in _WIDTHS:
         kernel = (-distances / (width * median)).exp()
         for weights, errors in _ridge_regressions(kernel, y - shares):
             score = float(kind.distances(errors, torch.zeros_like(errors)).mean())
             if score < best_score:
-                best_score, best_width, best_weights = score, width * median, weights
+                best_score, best_width, best_weights, best_errors = score, width * median, weights, errors
     new_kernel = (-_squared_distances(new_x, x) / best_width).exp()
     predictions = kind.clip(shares + new_kernel @ best_weights)
     chance = float(kind.distances(y, shares.expand_as(y)).mean())
-    return Reference(predictions, shares, best_score, chance, len(x))
+    claim = float(kind.claims(kind.clip(y - best_errors)).mean())
+    return Reference(predictions, shares, best_score, chance, claim, len(x))
 
 
 def _ridge_regressions(kernel: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -188,17 +194,30 @@ class Calibration(NamedTuple):
         return Calibration(largest, ratio)
 
 
-def reference_weight(skill: float, num_samples: float, num_training: float) -> float:
-    r"""Compute the weight of the reference beside the estimate, :math:`g \min(1, \sqrt{m / n})`.
+def reference_weight(score: float, chance: float, claim: float, num_samples: int, num_training: int) -> float:
+    r"""Compute the weight of a reference beside the estimate, :math:`2\,g\,h \min(1, \sqrt{m / n})`.
+
+    g rises from 0 to 1 over 0.02 of skill, from 0.01 on, or from 3 / m if there are few samples: permuted labels reach
+    that. h tells noisy labels from a difficult task. With noisy labels the reference is calibrated: its claim is near
+    its score. Where labels are right and the task is too difficult for it, it is too cautious, and claims more. So h
+    falls from 1 to 0 as claim / score rises from 1.15 to 1.30.
 
     Args:
-        skill: Skill of the reference; g rises from 0 at a skill of 0.01, which permuted labels can reach, to 1 at 0.03.
+        score: The leave-one-out score of the reference.
+        chance: The score of the shares of the classes.
+        claim: The score that the reference claims.
         num_samples: m, how many training samples the reference knows.
         num_training: n, how many the network is trained on.
     """
-    guard = min(max((skill - _NO_SKILL) / (_FULL_SKILL - _NO_SKILL), 0.0), 1.0)
-    share = min(1.0, num_samples / num_training)
-    return guard * math.pow(share, _POWER)
+    no_skill = max(_NO_SKILL, _MIN_PER_SAMPLE / num_samples)
+    has_skill = _ramp((skill(score, chance) - no_skill) / _SKILL_RANGE)
+    is_calibrated = _ramp((_CAUTIOUS - claim / score) / _CAUTION_RANGE) if score > _ROUNDING else 0.0
+    share: float = min(1.0, num_samples / num_training) ** _POWER
+    return _WEIGHT * has_skill * is_calibrated * share
+
+
+def _ramp(value: float) -> float:
+    return min(max(value, 0.0), 1.0)
 
 
 def reference_score(holdout: AgreementSums, training: AgreementSums, calibration: Calibration) -> Tensor:

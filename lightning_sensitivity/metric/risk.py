@@ -11,7 +11,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 from lightning_sensitivity import compat
 from lightning_sensitivity.functional import Calibration, Reference, risk, sums
-from lightning_sensitivity.functional.reference import reference_score, reference_weight, skill
+from lightning_sensitivity.functional.reference import reference_score, reference_weight
 from lightning_sensitivity.functional.sums import AgreementSums, HoldoutSums, LabelSums
 from lightning_sensitivity.functional.tasks import find_task
 from lightning_sensitivity.functional.tensors import wide_dtype
@@ -39,9 +39,8 @@ class RiskEstimate(WideMetric):
         C = \mathbb{E}\|y\|^2 + \mathbb{E}\|p\|^2 - 2\,\big[\mathbb{E}\,p \cdot s + c\,\mathbb{E}\,p \cdot (q - s)\big]
 
     for training labels y, their mean s, predictions p of the model and q of the reference, and a factor c, see
-    :class:`~lightning_sensitivity.functional.Calibration`. The weight is :math:`v = g \min(1, \sqrt{m / n})` for a
-    reference that knows m of n training samples; g rises from 0 to 1 as its skill rises from 0.01 to 0.03. Last, M
-    validation labels of mean score S give :math:`(M S + M_0 R) / (M + M_0)`, with an :math:`M_0` of 200 if v is above
+    :class:`~lightning_sensitivity.functional.Calibration`, and a weight v, see
+    :func:`~lightning_sensitivity.functional.reference_weight`. Last, M validation labels of mean score S give :math:`(M S + M_0 R) / (M + M_0)`, with an :math:`M_0` of 200 if v is above
     0, else of 40.
 
     ``compute`` returns a dict of scalar tensors: ``risk_estimate``, nan without training or unseen samples; its terms
@@ -222,8 +221,8 @@ class RiskEstimate(WideMetric):
         rows = torch.unique(dim_zero_cat(self.references).cpu(), dim=0)  # `forward` and `merge_state` repeat them
         if not len(rows):
             return None
-        score, chance, num_samples = rows.sum(0).tolist()
-        return reference_weight(skill(score, chance), num_samples, self._num_training or num_samples)
+        score, chance, claim, num_samples = rows.sum(0).tolist()
+        return reference_weight(score, chance, claim, num_samples, self._num_training or num_samples)
 
     def _reference_score(self) -> Tensor:
         """Compute C, with a calibration that includes this epoch."""
@@ -262,12 +261,12 @@ class RiskEstimate(WideMetric):
 
 
 def _reference_row(reference: Reference | None) -> Tensor:
-    """Return score and chance, summed over the samples of the reference, and their number; no row without one."""
+    """Return sums over the samples of a reference, in the order of `reference_weight`; no row without one."""
     if reference is None:
-        return torch.zeros(0, 3, dtype=torch.float64)
+        return torch.zeros(0, 4, dtype=torch.float64)
     num_samples = reference.num_samples
-    row = [reference.score * num_samples, reference.chance * num_samples, num_samples]
-    return torch.tensor([row], dtype=torch.float64)
+    sums = [num_samples * each for each in (reference.score, reference.chance, reference.claim)]
+    return torch.tensor([[*sums, num_samples]], dtype=torch.float64)
 
 
 def _check_shapes(outputs: Tensor, twins: Sequence[Tensor], compared_with: Tensor | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -71,6 +72,7 @@ class OutputSensitivity(WideMetric):
     full_state_update: bool = False
     plot_lower_bound: float = 0.0
 
+    _warn = staticmethod(partial(rank_zero_warn, stacklevel=5))  # at the line that calls `compute`
     rows: list[Tensor] | Tensor  # one tensor while it is synchronized
 
     def __init__(self, per_output: bool = False, **kwargs: Any) -> None:
@@ -100,7 +102,7 @@ class OutputSensitivity(WideMetric):
         self._all_rows = dim_zero_cat(self.rows)
         self._estimate = sensitivity.sensitivity_from_rows(self._all_rows)
         for message in sensitivity.diagnostics(self._estimate, self.per_output).values():
-            rank_zero_warn(message, stacklevel=5)  # at the line that calls `compute`
+            self._warn(message)
         return self._estimate.mean_square if self.per_output else self._estimate.sensitivity
 
     @property

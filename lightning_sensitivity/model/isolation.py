@@ -254,12 +254,18 @@ def _contents(name: str, value: Any) -> list[tuple[str, Any]]:
     if isinstance(value, list | tuple | collections.deque):
         return [(f"{name}[{index}]", item) for index, item in enumerate(islice(value, _MAX_ITEMS))]
     if isinstance(value, dict):
-        return [(f"{name}[{key!r}]", item) for key, item in islice(value.items(), _MAX_ITEMS)]
+        items = enumerate(islice(value.items(), _MAX_ITEMS))
+        return [(f"{name}[{_label(key, index)}]", item) for index, (key, item) in items]
     attributes = getattr(value, "__dict__", None)
     if not isinstance(attributes, dict):
         return []
     own = _OWN if isinstance(value, nn.Module) else ()
     return [(f"{name}.{key}".lstrip("."), item) for key, item in attributes.items() if key not in own]
+
+
+def _label(key: object, index: int) -> str:
+    """Return how a message names an item of a dict: by its key, unless that may be long or slow to print."""
+    return repr(key) if isinstance(key, _PLAIN) else f"item {index}"
 
 
 def _is_looked_at(value: object) -> bool:
