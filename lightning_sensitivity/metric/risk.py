@@ -39,9 +39,9 @@ class RiskEstimate(WideMetric):
         C = \mathbb{E}\|y\|^2 + \mathbb{E}\|p\|^2 - 2\,\big[\mathbb{E}\,p \cdot s + c\,\mathbb{E}\,p \cdot (q - s)\big]
 
     for training labels y, their mean s, predictions p of the model and q of the reference, and a factor c, see
-    :class:`~lightning_sensitivity.functional.Calibration`, and a weight v, see
-    :func:`~lightning_sensitivity.functional.reference_weight`. Last, M validation labels of mean score S give :math:`(M S + M_0 R) / (M + M_0)`, with an :math:`M_0` of 200 if v is above
-    0, else of 40.
+    :class:`~lightning_sensitivity.functional.Calibration`. For its weight v see
+    :func:`~lightning_sensitivity.functional.reference_weight`. Last, M validation labels of mean score S give
+    :math:`(M S + M_0 R) / (M + M_0)`, with an :math:`M_0` of 200 if v is above 0, else of 40.
 
     ``compute`` returns a dict of scalar tensors: ``risk_estimate``, nan without training or unseen samples; its terms
     ``risk_claim``, ``risk_overconfidence``, ``risk_memorization``, ``risk_variance``; with a reference C and v,
