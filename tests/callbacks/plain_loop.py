@@ -17,7 +17,13 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 from torch.utils.data import DataLoader
 
 from lightning_sensitivity import RiskMonitor
-from lightning_sensitivity.functional import fit_reference, principal_components, risk_estimate, variance_factor
+from lightning_sensitivity.functional import (
+    fit_reference,
+    principal_components,
+    reference_weight,
+    risk_estimate,
+    variance_factor,
+)
 from lightning_sensitivity.functional.risk import TWIN_STRENGTH as STRENGTH
 from lightning_sensitivity.model import noise_generator
 from lightning_sensitivity.model.twins import batch_statistics, copy_weights, has_batch_norm, twin_weights
@@ -133,8 +139,8 @@ class Truth(History):
         factor = min(max(min(self.ratios, default=math.inf), 1.0), 3.0)
         powers = y.square().sum(1).mean() + new_p.square().sum(1).mean()
         score = float(powers - 2 * ((new_p @ s).mean() + factor * agreement))
-        guard = min(max((reference.skill - 0.01) / 0.02, 0.0), 1.0)
-        weight = guard * math.sqrt(min(1.0, reference.num_samples / num_training))
+        known = reference.score, reference.chance, reference.claim, reference.num_samples
+        weight = reference_weight(*known, num_training)
         estimate = (found["val_risk_estimate"] + weight * score) / (1 + weight)
         return {**found, "val_risk_estimate": estimate, **dict(zip(REFERENCE_NAMES, (score, weight), strict=True))}
 

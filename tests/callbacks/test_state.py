@@ -1,0 +1,337 @@
+"""What RiskMonitor saves and restores: initial weights, sizes, calibration, and the history for its closing line."""
+
+import logging
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import callbacks as cb
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_sensitivity import RiskMonitor, SensitivityMonitor
+from lightning_sensitivity.callbacks.closing import Measured, log_closing_line
+from lightning_sensitivity.functional import Reference, fit_reference
+from lightning_sensitivity.model.twins import copy_weights
+from tests.callbacks.plain_loop import HOLDOUT, Plain, fit
+from tests.helpers import History, fitted, labelled, loader, unlabelled_loader
+
+KEY = "RiskMonitor{'prefix': 'val_'}"
+
+
+class Still(Plain):
+    """Without dropout, so that a resumed fit draws no other numbers; its first layer is frozen."""
+
+    def __init__(self) -> None:
+        seed_everything(0, verbose=False)
+        super().__init__()
+        self.net[2].p = 0.0
+        self.net[0].requires_grad_(False)
+
+
+class Raw(Still):
+    """Optimizers that Lightning does not count: ``global_step`` stays 0."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        optimizer.zero_grad()
+        self.manual_backward(cross_entropy(self(batch[0]), batch[1]))
+        optimizer.step()
+
+
+def ours(history: History) -> list[dict[str, float]]:
+    return [{name: value for name, value in each.items() if "risk" in name} for each in history.epochs]
+
+
+def nearly(epochs: list[dict[str, float]]) -> list[Any]:
+    return [pytest.approx(epoch, rel=1e-5) for epoch in epochs]
+
+
+def resumable(kind: Any, max_epochs: int, **kwargs: Any) -> tuple[list[dict[str, float]], Trainer]:
+    """The values of each epoch, and the Trainer."""
+    history = History()
+    run = fit(kind(), loader(), RiskMonitor(**kwargs.pop("options", {})), history, max_epochs=max_epochs, **kwargs)
+    return ours(history), run
+
+
+@pytest.mark.parametrize("kind", [Still, Raw])
+@pytest.mark.parametrize("num_sanity_val_steps", [0, 2])
+def test_a_resumed_fit_has_the_values_of_an_uninterrupted_one(
+    kind: Any, num_sanity_val_steps: int, tmp_path: Path
+) -> None:
+    options = {"num_sanity_val_steps": num_sanity_val_steps}
+    whole, _ = resumable(kind, 4, **options)
+    first, run = resumable(kind, 2, **options)
+    run.save_checkpoint(path := tmp_path / "two.ckpt")
+    assert first == whole[:2]
+    assert resumable(kind, 4, ckpt_path=path, **options)[0] == nearly(whole[2:])
+
+
+@pytest.mark.parametrize("kind", [Still, Raw])
+def test_a_fit_that_its_own_trainer_continues_goes_on_with_its_weights(kind: Any) -> None:
+    monitor, model = RiskMonitor(), kind()
+    initial = copy_weights(model.state_dict())
+    run = fit(model, loader(), monitor, max_epochs=2)
+    run.fit_loop.max_epochs = 4
+    run.fit(model, loader(), DataLoader(HOLDOUT, 16))
+    torch.testing.assert_close(monitor.fit_state.initial, initial, rtol=0, atol=0)
+    assert [measured.epoch for measured in monitor.fit_state.history] == [0, 1, 2, 3]
+
+
+def saved_in_a_fit(folder: Path, **kwargs: Any) -> Path:
+    """A checkpoint that is written after two epochs of a fit."""
+    checkpoint = cb.ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
+    fit(Still(), loader(), RiskMonitor(), checkpoint, max_epochs=2, enable_checkpointing=True, **kwargs)
+    return folder / "epoch=1.ckpt"
+
+
+def test_a_checkpoint_holds_no_second_copy_of_frozen_weights_and_loads_without_pickle(tmp_path: Path) -> None:
+    state = torch.load(saved_in_a_fit(tmp_path), weights_only=True)["callbacks"][KEY]
+    assert state["initial_weights"].keys() == {"net.3.weight", "net.3.bias"}
+    assert state["num_training"] == 50 and state["num_weights"] == 68
+    assert len(state["history"]) == 2 and len(state["calibrations"]) == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
+def test_a_fit_resumes_from_a_checkpoint_of_a_fit_by_weights_only(tmp_path: Path) -> None:
+    whole, _ = resumable(Still, 4)
+    assert resumable(Still, 4, ckpt_path=saved_in_a_fit(tmp_path))[0] == nearly(whole[2:])
+
+
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
+def test_n_and_w_are_those_of_the_checkpoint_also_if_data_have_grown(tmp_path: Path) -> None:
+    path, monitor = saved_in_a_fit(tmp_path), RiskMonitor()
+    model = Still()
+    model.net[0].requires_grad_(True)
+    fit(model, loader(200), monitor, ckpt_path=path, max_epochs=3)
+    assert (monitor.fit_state.num_training, monitor.fit_state.num_weights) == (50, 68)
+
+
+def test_two_monitors_with_other_prefixes_keep_states_of_their_own(tmp_path: Path) -> None:
+    def run(max_epochs: int, **kwargs: Any) -> tuple[History, Trainer]:
+        monitors, history = [RiskMonitor(), RiskMonitor(prefix="other/", seed=1)], History()
+        return history, fit(Still(), loader(), *monitors, history, max_epochs=max_epochs, **kwargs)
+
+    whole, _ = run(4)
+    _, first = run(2)
+    first.save_checkpoint(path := tmp_path / "two.ckpt")
+    assert ours(run(4, ckpt_path=path)[0]) == nearly(ours(whole)[2:])
+    states = torch.load(path, weights_only=True)["callbacks"]
+    assert {KEY, KEY.replace("val_", "other/")} <= states.keys()
+    assert {name.partition("risk")[0] for name in ours(whole)[0]} == {"val_", "other/"}
+
+
+def test_a_fit_begins_with_the_weights_of_its_start_unless_its_trainer_resumes(tmp_path: Path) -> None:
+    monitor, model = RiskMonitor(), Plain()
+
+    def check(expected: dict[str, Tensor]) -> None:
+        torch.testing.assert_close(monitor.fit_state.initial, expected, rtol=0, atol=0)
+
+    first = copy_weights(model.state_dict())
+    run = fit(model, loader(), monitor, max_epochs=1)
+    run.save_checkpoint(path := tmp_path / "one.ckpt")
+    run.validate(model, loader(), verbose=False)
+    run.fit_loop.max_epochs = 2
+    run.fit(model, loader(), loader())
+    check(first)
+    for module in (model, Plain()):  # the next of k folds
+        weights = copy_weights(module.state_dict())
+        fit(module, loader(), monitor, max_epochs=1)
+        check(weights)
+    fit(Plain(), loader(), monitor, max_epochs=2, ckpt_path=path)
+    check(first)
+
+
+def test_given_weights_are_those_from_before_training() -> None:
+    given = copy_weights(Still().state_dict())
+    model = Still()
+    model.net[3].weight.data.add_(1)
+    fit(model, loader(), monitor := RiskMonitor(initial_weights=given), max_epochs=1)
+    torch.testing.assert_close(monitor.fit_state.initial, given, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
+def test_a_checkpoint_without_them_is_an_error_before_the_first_step_unless_they_are_given(tmp_path: Path) -> None:
+    fit(Still(), loader(), max_epochs=1).save_checkpoint(path := tmp_path / "without.ckpt")
+    with pytest.raises(MisconfigurationException, match="from before training are unknown.*`initial_weights=`"):
+        fit(model := Still(), loader(), RiskMonitor(), ckpt_path=path)
+    assert model.trainer.global_step == 4
+    monitor = RiskMonitor(initial_weights=Still().state_dict())
+    assert fit(Still(), loader(), monitor, ckpt_path=path).callback_metrics["val_risk_variance"] > 0
+
+
+MALFORMED: dict[str, Any] = {
+    "a number": 3,
+    "entries that are missing": {"initial_weights": {}},
+    "weights that are none": {"initial_weights": 3},
+    "a history of another form": {"history": [(1, 2)]},
+    "a history of words": {"history": [(1, "x", 0.0)]},
+    "a number of samples that is none": {"num_training": "x"},
+    "calibrations of another form": {"calibrations": {0: (1.0, 2.0, 3.0)}},
+    "calibrations that are none": {"calibrations": [1.0]},
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("malformed")
+    fit(Still(), loader(), RiskMonitor(), max_epochs=1).save_checkpoint(folder / "one.ckpt")
+    return torch.load(folder / "one.ckpt", weights_only=True)
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_a_malformed_state_is_one_clear_error(name: str, checkpoint: Any, tmp_path: Path) -> None:
+    state = MALFORMED[name]
+    if isinstance(state, dict) and len(state) == 1 and name != "entries that are missing":
+        state = checkpoint["callbacks"][KEY] | state
+    torch.save(checkpoint | {"callbacks": {KEY: state}}, path := tmp_path / "malformed.ckpt")
+    with pytest.raises(MisconfigurationException, match="cannot read its state in the checkpoint.*`initial_weights=`"):
+        fit(Still(), loader(), RiskMonitor(), ckpt_path=path, max_epochs=2)
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
+def test_a_resumed_fit_may_begin_with_a_validation(tmp_path: Path) -> None:
+    def run(**kwargs: Any) -> tuple[list[dict[str, float]], Trainer]:
+        history = History()
+        options = {"max_epochs": 2, "val_check_interval": 2, "num_sanity_val_steps": 0, **kwargs}
+        callbacks = [RiskMonitor(), cb.EarlyStopping("val_risk_estimate", patience=99), history]
+        resumed = fit(Still(), loader(), *callbacks, **options)
+        return ours(history), resumed
+
+    class Saving(cb.Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+            if trainer.global_step == 2:  # a validation follows
+                trainer.save_checkpoint(path)
+
+    path = tmp_path / "middle.ckpt"
+    whole, _ = run()
+    fit(Still(), loader(), RiskMonitor(), Saving(), max_epochs=1, val_check_interval=2)
+    values, resumed = run(ckpt_path=path)
+    assert resumed.current_epoch == 2 and not resumed.should_stop
+    assert values[-1].keys() == whole[-1].keys()
+
+
+# The line at the end
+
+
+def closing(history: list[Measured], reference: Any = None, checkpoints: Any = ()) -> str:
+    lines = list[str]()
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger.addHandler(handler)
+    try:
+        log_closing_line(
+            SimpleNamespace(checkpoint_callbacks=list(checkpoints)), "val_risk_estimate", history, reference
+        )
+    finally:
+        logger.removeHandler(handler)
+    assert len(lines) <= 1
+    return "".join(lines)
+
+
+def measured(*estimates: float, deviation: float = 0.0) -> list[Measured]:
+    return [Measured(epoch, value, deviation) for epoch, value in enumerate(estimates)]
+
+
+def reference(score: float) -> Reference:
+    fitted_to_few = fit_reference(torch.rand(4, 1), torch.eye(2)[[0, 1, 0, 1]], torch.rand(1, 1))
+    return fitted_to_few._replace(score=score, num_samples=400)
+
+
+LINES: dict[str, tuple[Any, Any, str]] = {
+    "lowest": (measured(0.9, 0.5, 0.6), None, "`val_risk_estimate` was lowest at epoch 1 (0.500)."),
+    "one validation": (measured(0.9), None, "`val_risk_estimate` was lowest at epoch 0 (0.900)."),
+    "still falling": (measured(0.9, 0.5), None, "(0.500). It was still falling: train for longer."),
+    "labels above": (measured(0.5, 0.6, deviation=4.2), None, "is 4 standard errors above the estimate"),
+    "labels below": (measured(0.5, 0.6, deviation=-4.2), None, "is 4 standard errors below the estimate"),
+    "labels near": (measured(0.5, 0.6, deviation=2.9), None, "(0.500)."),
+    "a better reference": (measured(0.5, 0.6), reference(0.4), "regression of 400 training samples reaches 0.400"),
+    "a worse reference": (measured(0.5, 0.6), reference(0.55), "(0.500)."),
+    "several in an epoch": ([Measured(0, 0.5, 0.0), Measured(0, 0.6, 0.0)], None, "epoch 0 (0.500)."),
+}
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_the_line_at_the_end_says(name: str) -> None:
+    history, known, expected = LINES[name]
+    line = closing(history, known)
+    assert expected in line and len(re.findall("was lowest", line)) == 1
+    assert expected.endswith(").") == line.endswith(").")
+
+
+def test_without_a_value_there_is_no_line_and_another_checkpoint_is_not_named() -> None:
+    assert closing([]) == ""
+    kept = [SimpleNamespace(monitor="val_loss", best_model_path="a"), SimpleNamespace(best_model_path="b")]
+    assert closing(measured(0.5, 0.6), checkpoints=kept).endswith("(0.500).")
+
+
+class Late(Still):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), lr=0.3)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+@pytest.mark.parametrize("num_loaders", [1, 2])
+def test_it_names_epoch_and_checkpoint_also_after_a_resume(num_loaders: int, tmp_path: Path, caplog: Any) -> None:
+    caplog.set_level("INFO", "lightning.pytorch")
+    labels = labelled(50).tensors[1].clone()
+    labels[::3] = 0
+    train = DataLoader(TensorDataset(labelled(50).tensors[0], labels), 16)
+    vals = [unlabelled_loader(seed=1), unlabelled_loader(seed=2)][:num_loaders]
+    name = "val_risk_estimate" + ("/dataloader_idx_0" if num_loaders > 1 else "")
+    values, path = list[float](), None
+    for max_epochs in (12, 14):
+        caplog.clear()
+        checkpoint = cb.ModelCheckpoint(tmp_path, monitor=name, filename="{epoch}", save_last=True)
+        callbacks = [RiskMonitor(), checkpoint, history := History()]
+        options = {"max_epochs": max_epochs, "enable_checkpointing": True, "ckpt_path": path}
+        fitted(callbacks, Late(), train, vals if num_loaders > 1 else vals[0], **options)
+        path = tmp_path / "last.ckpt"
+        values += [epoch[name] for epoch in history.epochs]
+        best = values.index(min(values))
+        assert best < 11
+        assert f"was lowest at epoch {best} ({min(values):.3f})" in caplog.text
+        assert f"`{name}` was lowest" in caplog.text
+        assert f"The checkpoint is {checkpoint.best_model_path}." in caplog.text
+
+
+def test_the_deviation_of_labels_is_that_from_the_estimate_without_them() -> None:
+    def history(**kwargs: Any) -> list[Measured]:
+        seed_everything(0, verbose=False)
+        x, y = labelled(300, seed=1).tensors
+        val = DataLoader(TensorDataset(x, y.where(torch.arange(300) % 3 > 0, (y + 1) % 4)), 50)
+        monitor = RiskMonitor(**kwargs)
+        fitted(monitor, Still(), val=val)
+        return monitor.fit_state.history
+
+    alone, combined = history(), history(validation_labels=True)
+    for first, second in zip(alone, combined, strict=True):
+        assert first.deviation == 0 and second.deviation != 0
+        # m of 300 and m₀ of 200: from the combination to the score on labels, and from there to the deviation.
+        score = (500 * second.estimate - 200 * first.estimate) / 300
+        stderr = (score - first.estimate) / second.deviation
+        assert 0.001 < stderr < 0.1
+
+
+def test_samples_are_freed_at_the_end_of_a_run_and_after_an_error() -> None:
+    def is_free(*monitors: Any) -> bool:
+        risk, sensitivity = monitors
+        return not (risk.samples or sensitivity.samples or risk._training or risk._companions or risk._kept.labels)
+
+    monitors = RiskMonitor(), SensitivityMonitor()
+    fit(Still(), loader(), *monitors, max_epochs=1)
+    assert is_free(*monitors)
+    model = Still()
+    model.on_validation_epoch_end = lambda: 1 / (model.current_epoch - 1)
+    with pytest.raises(ZeroDivisionError):
+        fit(model, loader(), *monitors)
+    assert is_free(*monitors)
