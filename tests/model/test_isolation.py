@@ -59,7 +59,7 @@ class Stateful(LightningModule):
         self.tracker, self.pair, self.nested = Tracker(), (torch.zeros(2), 1), {"a": {"b": [torch.zeros(2)]}}
         self.array, self.rng, self.numpy_rng = np.zeros(2), random.Random(0), np.random.default_rng(0)
         self.torch_rng, self.log_book = torch.Generator(), logging.getLogger("test")
-        self.cycle = list[Any]()
+        self.by_tensor, self.cycle = {self.target: [torch.zeros(2)]}, list[Any]()
         self.cycle.append(self.cycle)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -160,6 +160,7 @@ DEEPER: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
     "a tensor in a nested dict": (lambda m, x: m.nested["a"]["b"][0].add_(1), "nested['a']['b'][0]"),
     "a nested dict": (lambda m, x: m.nested["a"].setdefault("c", 1), "nested['a']"),
     "a value in a nested dict": (lambda m, x: m.tracker.parts["a"].__setitem__(0, 5), "tracker.parts['a'][0]"),
+    "an item by a tensor": (lambda m, x: m.by_tensor[m.target][0].add_(1), "by_tensor[item 0][0]"),
     "a NumPy array": (lambda m, x: np.add(m.array, 1, out=m.array), "array"),
     "a random stream of Python": (lambda m, x: m.rng.random(), "rng"),
     "a random stream of NumPy": (lambda m, x: m.numpy_rng.random(), "numpy_rng"),
