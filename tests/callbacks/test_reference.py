@@ -1,0 +1,302 @@
+"""The reference in RiskMonitor: what it sees of batches, what it is fitted to, and where there is none."""
+
+import math
+import warnings
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import seed_everything
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, one_hot
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_sensitivity import RiskMonitor
+from lightning_sensitivity.callbacks.companions import BatchReader, input_features
+from lightning_sensitivity.functional import bags_of_words, fit_reference, principal_components
+from lightning_sensitivity.model import ModelCall
+from tests.callbacks.plain_loop import HOLDOUT, REFERENCE_NAMES, Plain, Truth, fit, standardized
+from tests.helpers import Classifier, History, fitted, inputs, labelled, loader, logged
+
+X, Y = labelled(50).tensors
+SHUFFLED = Y[torch.randperm(50, generator=torch.Generator().manual_seed(1))]
+NOISY = Y.where(torch.arange(50) % 3 > 0, SHUFFLED)
+
+
+def run(
+    train: Tensor = X, labels: Tensor = Y, features: Any = None, truth: Truth | None = None, **kwargs: Any
+) -> Truth:
+    truth = truth or Truth()
+    model = kwargs.pop("model", None) or Plain()
+    fit(model, DataLoader(TensorDataset(train, labels), 16), RiskMonitor(features=features), truth, **kwargs)
+    return truth
+
+
+def test_over_epochs_its_score_is_calibrated_as_by_a_plain_loop() -> None:
+    model = Plain()
+    model.net[0], model.net[3] = nn.Linear(12, 256).double(), nn.Linear(256, 4).double()
+    model.configure_optimizers = lambda: torch.optim.Adam(model.parameters(), lr=0.02)
+    truth = run(labels=NOISY, model=model, max_epochs=20)
+    truth.check()
+    # The network learns, and then memorizes: the factor is that of an epoch in between, and between its bounds.
+    ratios = truth.ratios
+    assert 1 < min(ratios) < 3 and 0 < ratios.index(min(ratios)) < len(ratios) - 1
+
+
+def images(x: Tensor) -> Tensor:
+    return x.reshape(-1, 3, 2, 2)
+
+
+def many_columns(x: Tensor) -> Tensor:
+    """More columns than principal components; the network sees the first ones."""
+    return torch.cat([x, (37 * x @ torch.ones(12, 60)).sin() + x[:, :1]], 1)
+
+
+class Narrow(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x.flatten(1)[:, :12].double())
+
+
+@pytest.mark.parametrize("change", [images, many_columns])
+def test_it_sees_dense_inputs_as_they_are(change: Any) -> None:
+    holdout = change(HOLDOUT)
+    truth, model = Truth(holdout=holdout), Narrow()
+    train = DataLoader(TensorDataset(change(X), Y), 16)
+    fitted([RiskMonitor(), truth], model, train, DataLoader(holdout, 16), max_epochs=2)
+    truth.check()
+
+
+def test_a_function_says_what_it_sees() -> None:
+    def reduced(x: Tensor, new_x: Tensor) -> tuple[Tensor, Tensor]:
+        return principal_components(x[:, :2].sin(), new_x[:, :2].sin())
+
+    def features(batch: Any) -> Tensor:
+        x = batch[0] if isinstance(batch, list) else batch
+        return x.sin_()[:, :2]  # of a copy
+
+    run(features=features, truth=Truth(features=reduced), max_epochs=2).check()
+
+
+def test_labels_that_do_not_count_are_not_fitted() -> None:
+    labels = Y.where(torch.arange(50) % 4 > 0, -100)
+    assert run(labels=labels, max_epochs=2).check() is None
+
+
+def test_permuted_labels_weigh_nothing() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        labels = torch.randint(4, (200,), generator=generator)
+        train = DataLoader(TensorDataset(inputs(200, seed=5), labels), 64)
+        history = History()
+        fitted([RiskMonitor(), history], Plain(), train, DataLoader(HOLDOUT, 16), max_epochs=1)
+        values = history.epochs[0]
+        assert values["val_risk_reference_weight"] == pytest.approx(0, abs=0.05)
+        terms = ("claim", "overconfidence", "memorization", "variance")
+        if values["val_risk_reference_weight"] == 0:
+            assert values["val_risk_estimate"] == pytest.approx(sum(values[f"val_risk_{name}"] for name in terms))
+
+
+# Token ids
+
+
+class Tokens(Classifier):
+    """A bag of embeddings, as transformers call it."""
+
+    def __init__(self) -> None:
+        seed_everything(0, verbose=False)
+        super().__init__()
+        self.words, self.head = nn.Embedding(30, 8), nn.Linear(8, 4)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None) -> Any:
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        x = (self.words(input_ids) * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        logits = self.head(x)
+        return SimpleNamespace(logits=logits, loss=None if labels is None else cross_entropy(logits, labels))
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return self(**batch).loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        pass
+
+
+def token_batches(num_batches: int, seed: int) -> list[dict[str, Tensor]]:
+    """Batches of sequences of other lengths; the first word says the class, behind a padding of any ids."""
+    generator, batches = torch.Generator().manual_seed(seed), []
+    for length in range(4, 4 + num_batches):
+        labels = torch.randint(4, (16,), generator=generator)
+        ids = torch.randint(4, 30, (16, length), generator=generator)
+        ids[:, 0] = labels
+        mask = (torch.arange(length) < 3).long().expand(16, -1)
+        batches.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
+    return batches
+
+
+def as_loader(batches: Any) -> DataLoader:
+    return DataLoader(batches, None)
+
+
+def fit_tokens(train: Any, val: Any, **kwargs: Any) -> tuple[RiskMonitor, dict[str, float], Any]:
+    monitor, model, kept = RiskMonitor(**kwargs), Tokens(), []
+    model.on_train_end = lambda: kept.append(monitor._companions[0].reference)
+    run = fitted(monitor, model, as_loader(train), as_loader(val), max_epochs=1)
+    return monitor, logged(run, "val_risk"), kept[0]
+
+
+def test_it_sees_token_ids_as_bags_of_words_without_padding_and_labels() -> None:
+    train, val = token_batches(4, seed=0), token_batches(3, seed=1)
+    _, values, found = fit_tokens(train, val)
+    words, new_words = ([row[:3] for batch in part for row in batch["input_ids"]] for part in (train, val))
+    features = principal_components(*bags_of_words(torch.stack(words), torch.stack(new_words)))
+    labels = one_hot(torch.cat([batch["labels"] for batch in train]), 4)
+    expected = fit_reference(features[0], labels, features[1])
+    torch.testing.assert_close(found.predictions, expected.predictions)
+    assert found.score == pytest.approx(expected.score) and REFERENCE_NAMES[0] in values
+
+
+def test_labels_in_a_validation_batch_never_reach_it() -> None:
+    train, val = token_batches(4, seed=0), token_batches(3, seed=1)
+    others = [{**batch, "labels": 3 - batch["labels"]} for batch in val]
+    without = [{name: value for name, value in batch.items() if name != "labels"} for batch in val]
+    found = [fit_tokens(train, each)[2].predictions for each in (val, others, without)]
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("name", ["label", "labels", "target", "targets", "y"])
+def test_floating_labels_that_forward_takes_are_no_features(name: str) -> None:
+    class Model(nn.Module):
+        def forward(self, x: Tensor, **kwargs: Tensor) -> Tensor:
+            return x
+
+    batch = {"x": torch.rand(5, 3), name: torch.rand(5, 4)}
+    call = ModelCall(Model(), batch)
+    call.kwargs = batch
+    torch.testing.assert_close(input_features(call).values, batch["x"])
+
+
+def test_positional_labels_are_no_features() -> None:
+    call = ModelCall(Plain(), [X, one_hot(Y, 4).float()])
+    torch.testing.assert_close(input_features(call).values, X)
+
+
+def test_a_mask_of_another_name_is_no_word_list() -> None:
+    class Model(nn.Module):
+        def forward(self, input_ids: Tensor, token_type_ids: Tensor) -> Tensor:
+            return input_ids.float()
+
+    ids = torch.randint(9, (5, 3))
+    call = ModelCall(Model(), {"input_ids": ids, "token_type_ids": torch.zeros_like(ids)})
+    assert torch.equal(input_features(call).values, ids) and input_features(call).mask is None
+
+
+# Without features
+
+
+class Graph:
+    """Inputs that are neither numbers nor tokens, with as many nodes for each sample as it likes."""
+
+    def __init__(self, x: Tensor, y: Tensor | None = None) -> None:
+        self.x, self.y = x, y
+
+
+class GraphModel(Plain):
+    def forward(self, graph: Any) -> Tensor:
+        return super().forward(graph.x)
+
+    def training_step(self, batch: Graph, batch_idx: int) -> Tensor:
+        return cross_entropy(self(batch), batch.y)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        pass
+
+
+def graphs(x: Tensor, y: Tensor | None = None) -> DataLoader:
+    ys = [None] * math.ceil(len(x) / 16) if y is None else y.split(16)
+    return DataLoader([Graph(part, label) for part, label in zip(x.split(16), ys, strict=True)], None)
+
+
+def fit_graphs(model: Any, **kwargs: Any) -> tuple[dict[str, float], list[str]]:
+    seed_everything(0, verbose=False)
+    monitor = RiskMonitor(targets=lambda batch: batch.y, num_training=50, **kwargs)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run = fitted(monitor, model, graphs(X, Y), graphs(HOLDOUT), max_epochs=3)
+    said = [str(each.message) for each in caught if "RiskMonitor" in str(each.message)]
+    return logged(run, "val_risk"), said
+
+
+def test_graphs_have_no_reference_which_is_said_once_and_values_as_without_one() -> None:
+    values, said = fit_graphs(GraphModel())
+    assert len(said) == 1 and "has no reference" in said[0] and "`features=`" in said[0]
+    assert values.keys().isdisjoint(REFERENCE_NAMES)
+    terms = ("claim", "overconfidence", "memorization", "variance")
+    assert values["val_risk_estimate"] == pytest.approx(sum(values[f"val_risk_{name}"] for name in terms))
+
+
+def test_with_features_graphs_have_one() -> None:
+    values, said = fit_graphs(GraphModel(), features=lambda batch: batch.x)
+    assert not said and values["val_risk_reference_weight"] > 0
+
+
+# A function that fails
+
+
+@pytest.mark.parametrize(("features", "match"), [
+    (lambda batch: {}[0], "KeyError"),
+    (lambda batch: first(batch)[:3], r"`features` should be a function that returns a tensor \(16, D\)"),
+    (lambda batch: first(batch)[:, 0], r"returns a tensor \(16, D\)"),
+    (lambda batch: "words", r"returns a tensor \(16, D\)"),
+])  # fmt: skip
+def test_a_function_that_fails_is_an_error_before_the_first_step(features: Any, match: str) -> None:
+    with pytest.raises(MisconfigurationException, match="^`RiskMonitor` .*" + match):
+        fit(model := Plain(), loader(), RiskMonitor(features=features))
+    assert model.trainer.global_step == 0
+
+
+def first(batch: Any) -> Tensor:
+    return batch[0] if isinstance(batch, list) else batch
+
+
+LATE: dict[str, Any] = {
+    "in training": lambda x, is_training, calls: fail() if is_training and calls > 1 else x,
+    "in validation": lambda x, is_training, calls: x if is_training or calls < 4 else fail(),
+    "with other columns": lambda x, is_training, calls: x[:, : 12 - calls % 2],
+    "with nan": lambda x, is_training, calls: x * (math.nan if calls == 2 else 1.0),
+}
+
+
+def fail() -> Any:
+    raise ValueError("broken features")
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_a_function_that_fails_later_costs_no_run(name: str) -> None:
+    calls = {True: 0, False: 0}
+
+    def features(batch: Any) -> Tensor:
+        is_training = isinstance(batch, list)
+        calls[is_training] += 1
+        return LATE[name](first(batch), is_training, calls[is_training])
+
+    history = History()
+    with pytest.warns(UserWarning, match="RiskMonitor"):
+        run = fit(Plain(), loader(), RiskMonitor(features=features), history, max_epochs=2)
+    assert run.global_step == 8
+    assert all(math.isfinite(epoch["val_risk_estimate"]) for epoch in history.epochs)
+
+
+def test_the_reader_gives_functions_copies_and_takes_features_of_any_shape() -> None:
+    batch = [X.clone(), Y.clone()]
+    reader = BatchReader(lambda batch: batch.pop().zero_(), lambda batch: batch[0].zero_().reshape(50, 3, 4).half())
+    assert torch.equal(reader.labels(Plain(), batch), torch.zeros(50, dtype=torch.long))
+    features = reader.features(batch, ModelCall(Plain(), batch))
+    assert features.values.shape == (50, 12) and features.values.dtype == torch.float32
+    assert torch.equal(batch[0], X) and torch.equal(batch[1], Y)
+
+
+def test_it_is_fitted_again_while_training_samples_come() -> None:
+    truth = run(max_epochs=1, limit_train_batches=4, val_check_interval=2)
+    truth.check()
+    assert len(truth.epochs) == 2 and standardized(X, HOLDOUT)[0].shape == (50, 12)
