@@ -165,6 +165,8 @@ def _compare(models: Mapping[str, ModelSource], batches: Sequence[Any], settings
 def _measure_model(name: str, source: ModelSource, batches: Sequence[Any], settings: _Settings) -> Measured:
     """Measure a model on all samples, batch by batch."""
     model = source if isinstance(source, nn.Module) else source()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"Expected a function that makes a module, but it made {type(model).__name__}.")
     parts = [_measure_batch(model, batch, batch_idx, settings) for batch_idx, batch in enumerate(batches)]
     rows, log_p, label_sums = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     estimate = sensitivity_from_rows(rows)
@@ -236,8 +238,7 @@ def _sum_labels(log_p: Tensor, clean: Tensor, targets: Tensor, task: str) -> Ten
     y, counts = kind.target_probabilities(kind.probabilities(clean), targets)
     y = by_position(y).to(log_p)
     labels = y[:, None] if task == "multiclass" else torch.stack([1 - y, y], 2)
-    finite = log_p.clamp(min=torch.finfo(log_p.dtype).min)  # 0 · log 0 is 0
-    losses = -(labels * finite).sum(2).mean(1)
+    losses = -(labels * log_p).sum(2).mean(1)
     errors = _expected_errors(log_p, labels)
     of_each = torch.stack([losses, errors, torch.ones_like(losses)]) * counts.reshape(losses.shape)
     return of_each.sum((1, 2)).cpu().double()[None]
@@ -275,13 +276,12 @@ def consensus_errors(log_probabilities: Mapping[str, Tensor], voters: Iterable[s
         >>> {name: round(error, 2) for name, error in consensus_errors(models, models).items()}
         {'first': 0.09, 'second': 0.09, 'other': 0.26}
     """
-    finite = {name: log_p.double().clamp(min=-1e9) for name, log_p in log_probabilities.items()}
-    voting = [finite[name] for name in voters]
-    shapes = {log_p.shape for log_p in finite.values()}
+    voting = [log_probabilities[name].double() for name in voters]
+    shapes = {log_p.shape for log_p in log_probabilities.values()}
     if len(voting) < 3 or len(shapes) > 1:  # of two, each would be judged only by the other
         return {}
     joint = torch.stack(calibrated_votes(voting)).sum(0).softmax(2)
-    return {name: float(_expected_errors(log_p, joint).mean()) for name, log_p in finite.items()}
+    return {name: float(_expected_errors(log_p, joint).mean()) for name, log_p in log_probabilities.items()}
 
 
 def calibrated_votes(log_probabilities: Sequence[Tensor]) -> list[Tensor]:
@@ -291,7 +291,7 @@ def calibrated_votes(log_probabilities: Sequence[Tensor]) -> list[Tensor]:
     the other models that predict the same class.
 
     Args:
-        log_probabilities: For each model, for the same samples, ``(N, decisions, classes)``; finite.
+        log_probabilities: For each model, for the same samples, ``(N, decisions, classes)``.
 
     Returns:
         The logarithms of the votes.

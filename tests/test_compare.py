@@ -90,19 +90,19 @@ def test_a_sample_with_several_positions_in_any_batch_has_no_consensus() -> None
 
 
 def test_batches_pass_through_the_hooks_of_a_module() -> None:
-    class Scaled(Linear):
+    class Moved(Linear):
         def on_before_batch_transfer(self, batch: Tensor, dataloader_idx: int) -> Tensor:
-            return 2 * batch
+            return batch.add_(1)
 
         def on_after_batch_transfer(self, batch: Tensor, dataloader_idx: int) -> Tensor:
-            return batch.mul_(2)
+            return 2 * batch
 
-    model = Scaled()
-    plain = copy.deepcopy(model.net)
-    batches = [inputs(50)]
-    rows = compare({"hooks": model, "plain": plain}, batches), compare({"plain": plain}, [4 * inputs(50)])
+    model, batches = Moved(), [inputs(50)]
+    options = {"targets": lambda batch: batch[:, :4].argmax(1)}
+    moved = compare({"hooks": model, "again": model}, batches, **options)
+    plain = compare({"plain": model.net}, [2 * (inputs(50) + 1)], **options)
+    assert moved["hooks"].loss == moved["again"].loss == pytest.approx(plain["plain"].loss, rel=1e-5)
     assert torch.equal(batches[0], inputs(50))
-    assert rows[0]["hooks"].sensitivity == pytest.approx(rows[1]["plain"].sensitivity, rel=1e-5)
 
 
 # The consensus
@@ -209,6 +209,17 @@ def test_certain_models_that_disagree_give_finite_errors() -> None:
     assert abs(consensus_errors(dict.fromkeys("abc", impossible), "abc")["a"]) < 1e-6
 
 
+def test_a_vote_is_above_chance_and_below_certainty_and_rules_out_no_class() -> None:
+    sure, mistaken = torch.tensor([[[0.7, 0.1, 0.1, 0.1]]]).log(), torch.tensor([[[0.1, 0.7, 0.1, 0.1]]]).log()
+    joint = torch.tensor([0.5**2 * 0.7 / 3, (0.5 / 3) ** 2 * 0.3, *[(0.5 / 3) ** 2 * 0.7 / 3] * 2])
+    errors = consensus_errors({"a": sure, "b": sure, "c": mistaken}, "abc")
+    assert errors["a"] == pytest.approx(1 - float(joint[0] / joint.sum()), abs=1e-4)
+    two = torch.tensor([[[0.7, 0.3]]]).log()
+    assert consensus_errors(dict.fromkeys("abc", two), "abc")["a"] == pytest.approx((0.005 / 0.995) ** 3, rel=1e-3)
+    models = {str(index): two for index in range(16)} | {"certain": torch.tensor([[[-1e5, 0]]])}
+    assert consensus_errors(models, models)["0"] < 1e-6
+
+
 # Models, data and arguments
 
 
@@ -224,7 +235,10 @@ def test_functions_make_models_one_after_another_for_the_same_batches(tmp_path: 
 def test_a_model_that_fails_is_a_row_that_says_why_and_does_not_lose_the_others() -> None:
     failures: dict[str, Any] = {"RuntimeError: mat1": nn.Linear(3, 3), "got 0 of 50": linear(math.nan)}
     failures |= {"logits of classes": nn.Sequential(linear(), nn.Softmax(1)), "`task='binary'`": nn.Linear(12, 1)}
-    failures |= {"FileNotFoundError": lambda: Linear.load_from_checkpoint("nowhere.ckpt"), "no attribute": dict}
+    failures |= {
+        "FileNotFoundError": lambda: Linear.load_from_checkpoint("nowhere.ckpt"),
+        "a module, but it made dict": dict,
+    }
     rows = compare(failures | {"good": linear()})
     assert list(rows) == ["good", *failures]
     assert rows["good"].sensitivity == compare({"good": linear()})["good"].sensitivity
@@ -243,6 +257,10 @@ def test_outputs_of_a_sigmoid_are_warned_of_and_a_warning_that_is_an_error_ends_
     with warnings.catch_warnings(), pytest.raises(UserWarning, match=r"lie in \[0, 1\]"):
         warnings.simplefilter("error")
         compare(models, task="binary")
+
+
+def test_a_last_batch_of_small_outputs_is_no_reason_to_warn() -> None:
+    compare({"model": nn.Identity()}, [-torch.ones(20, 1), torch.full((1, 1), 0.5)], task="binary")
 
 
 def test_two_class_heads_are_warned_of_by_name() -> None:
