@@ -11,52 +11,54 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.compile import from_compiled
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 from torch.utils.data import DataLoader
 
 from lightning_sensitivity import RiskEstimate, compat
-from lightning_sensitivity.callbacks.lazy import LazyValue
+from lightning_sensitivity.model import ModelCall, isolated
+from lightning_sensitivity.model.twins import has_batch_norm, twin_weights
 
-from .helpers import Classifier, Quiet, Stream, fitted, loader, trainer
+from .helpers import Quiet, Stream, fitted, loader, trainer
 
 # torch
 
 
 def test_without_batch_norm_twins_would_keep_the_running_statistics_of_another_network() -> None:
     norms = nn.BatchNorm1d(2), nn.BatchNorm2d(2), nn.BatchNorm3d(2), nn.SyncBatchNorm(2)
-    assert all(isinstance(norm, compat.BatchNorm) for norm in norms)
-    assert not isinstance(nn.GroupNorm(1, 2), compat.BatchNorm)
+    assert all(map(has_batch_norm, norms)) and not has_batch_norm(nn.GroupNorm(1, 2))
 
 
-def test_without_convolutions_a_twin_would_draw_its_noise_along_the_outputs() -> None:
-    plain, transposed = nn.Conv1d(2, 2, 1), nn.ConvTranspose3d(2, 2, 1)
-    assert isinstance(plain, compat.Convolution) and isinstance(transposed, compat.TransposedConvolution)
-    assert not isinstance(plain, compat.TransposedConvolution)
+def factors_of(module: nn.Module) -> Tensor:
+    """What a twin multiplies each weight of a module by."""
+    initial = {"weight": torch.zeros_like(module.weight)}
+    weights = twin_weights(module, initial, torch.Generator().manual_seed(0))
+    return weights["weight"] / module.weight.detach()
+
+
+def test_without_convolution_groups_would_not_have_noise_for_each_input() -> None:
+    factors = factors_of(nn.Conv1d(4, 4, 1, groups=2))  # two inputs and two outputs for each group
+    torch.testing.assert_close(factors[0::2], factors[1::2])
+    assert not torch.allclose(factors[0], factors[2])
+
+
+def test_without_transposed_convolution_a_twin_would_draw_its_noise_along_the_outputs() -> None:
+    factors = factors_of(nn.ConvTranspose1d(2, 3, 1))  # (inputs, outputs, positions)
+    torch.testing.assert_close(factors, factors[:, :1].expand_as(factors))
+    assert not torch.allclose(factors[0], factors[1])
 
 
 def test_without_random_states_a_pass_would_move_the_random_streams_of_training() -> None:
+    def draw() -> tuple[float, float, float]:
+        return random.random(), np.random.rand(), torch.rand(()).item()
+
+    module = nn.Linear(2, 2)
     states = compat.collect_rng_states(include_cuda=False)
-    drawn = []
-    for _ in range(2):
-        drawn.append((random.random(), np.random.rand(), torch.rand(()).item()))
-        compat.set_rng_states(states)
-    assert drawn[0] == drawn[1]
-
-
-def test_without_sync_buffers_processes_would_measure_different_buffers(monkeypatch: Any) -> None:
-    class Parallel(DistributedDataParallel):
-        def __init__(self, broadcasts: bool) -> None:
-            nn.Module.__init__(self)
-            self.require_forward_param_sync, self.broadcast_buffers = True, broadcasts
-            self.modules_buffers = [torch.zeros(1)]
-
-    synced: list[nn.Module] = []
-    monkeypatch.setattr(DistributedDataParallel, "_sync_buffers", lambda self: synced.append(self))
-    models = [Parallel(broadcasts=True), Parallel(broadcasts=False), nn.BatchNorm1d(2)]
-    for model in models:
-        compat.sync_buffers(model)
-    assert synced == models[:1]
+    with isolated(module) as run:
+        drawn = [run(draw) for _ in range(2)]
+    assert drawn == [draw()] * 2
+    compat.set_rng_states(states)
+    assert draw() == drawn[0]
 
 
 def test_without_is_compiled_hooks_of_ours_would_make_compiled_code_compile_again() -> None:
@@ -66,41 +68,49 @@ def test_without_is_compiled_hooks_of_ours_would_make_compiled_code_compile_agai
     assert compat.is_compiled(from_compiled(torch.compile(LightningModule(), backend="eager")))
     module.compile(backend="eager")
     assert compat.is_compiled(module)
+    other = nn.Linear(2, 2)
+    other.forward = torch.compile(other.forward, backend="eager")
+    assert compat.is_compiled(other)
+
+
+def test_without_remove_global_hook_torch_would_keep_a_trace_of_ours() -> None:
+    before = dict(torch_module._global_forward_hooks_with_kwargs)
+    compat.remove_global_hook(torch_module.register_module_forward_hook(lambda *args: None, with_kwargs=True))
+    assert before == torch_module._global_forward_hooks_with_kwargs and not torch_module._global_forward_hooks
 
 
 def test_without_original_module_a_compiled_forward_would_have_no_named_arguments() -> None:
     module = nn.Linear(2, 2)
-    assert compat.original_module(module) is compat.original_module(torch.compile(module, backend="eager")) is module
+    compiled = torch.compile(module, backend="eager")
+    assert compat.original_module(module) is compat.original_module(compiled) is module
+    assert list(ModelCall(compiled, {"input": torch.ones(1, 2), "id": 3}).kwargs) == ["input"]
 
 
-@torch.no_grad()
-def test_without_clear_autocast_cache_a_twin_would_give_the_outputs_of_the_model_in_16_bits() -> None:
+def test_without_clear_autocast_cache_a_pass_would_use_16_bit_weights_from_before_a_step() -> None:
     module, x = nn.Linear(2, 1), torch.ones(1, 2)
     with torch.autocast("cpu", torch.bfloat16):
         before = module(x)
         module.weight.data = module.weight.data + 1
-        compat.clear_autocast_cache()
-        assert not torch.equal(module(x), before)
+        with isolated(module) as run:
+            assert not torch.equal(run(module, x), before)
 
 
 # torchmetrics
 
 
-def test_without_forget_computed_a_merged_metric_would_give_its_old_value() -> None:
-    metric = RiskEstimate()
-    metric.update(torch.zeros(2, 3), torch.zeros(2, 3))
-    before = metric.compute()["risk_claim"]
-    metric.holdout_sums = 2 * metric.holdout_sums.clone().index_fill(0, torch.tensor([0]), 0.5)
-    assert metric.compute()["risk_claim"] == before
-    compat.forget_computed(metric)
-    assert metric.compute()["risk_claim"] != before
+def test_without_forget_computed_a_metric_would_give_its_old_value() -> None:
+    metric = RiskEstimate(strength=0.5)
+    metric.update(torch.zeros(2, 3), torch.eye(3)[:2])
+    before = metric.compute()["risk_variance"]
+    metric.set_size(num_training=1600, num_weights=10_000)
+    assert metric.compute()["risk_variance"] == pytest.approx(float(before) / 4)
 
 
 def test_without_mark_updated_a_process_without_a_batch_would_warn() -> None:
     metric = RiskEstimate()
     with pytest.warns(UserWarning, match="before the ``update`` method"):
         metric.compute()
-    compat.mark_updated(metric)
+    metric.update_training(torch.zeros(2, 3), torch.zeros(2, dtype=torch.long))
     metric.compute()
 
 
@@ -122,9 +132,9 @@ class Probe(Callback):
         self.seen.append(self.read(trainer))
 
 
-def probed(read: Any, loaders: Any, **kwargs: Any) -> list[Any]:
+def probed(read: Any, loaders: Any) -> list[Any]:
     probe = Probe(read)
-    trainer(callbacks=[probe], **kwargs).validate(Quiet(), loaders, verbose=False)
+    trainer(callbacks=[probe]).validate(Quiet(), loaders, verbose=False)
     return probe.seen
 
 
@@ -139,49 +149,23 @@ LOADERS = [loader(48), loader(16)]
     (CombinedLoader(LOADERS, "max_size"), [3]),
     (CombinedLoader(LOADERS, "min_size"), [1]),
 ])  # fmt: skip
-def test_without_num_batches_measured_batches_would_not_be_spread_over_a_loader(loaders: Any, expected: Any) -> None:
+def test_without_num_batches_kept_batches_would_not_be_spread_over_a_loader(loaders: Any, expected: Any) -> None:
     assert probed(compat.num_batches, loaders)[0] == expected
 
 
-def test_without_is_last_batch_batches_that_wait_would_never_be_measured() -> None:
+def test_without_is_last_batch_averaged_weights_would_be_gone_when_samples_are_measured() -> None:
     assert probed(compat.is_last_batch, loader(48)) == [False, False, True]
 
 
-def test_without_training_loaders_samples_that_repeat_would_be_counted_again() -> None:
+def test_without_training_loaders_different_samples_could_not_be_counted() -> None:
     probe = Probe(compat.training_loaders)
     fitted([probe], Quiet(), LOADERS[0], max_epochs=1, num_sanity_val_steps=0)
     (loaders, mode) = probe.seen[0]
     assert (loaders, mode) == (LOADERS[:1], "max_size_cycle")
 
 
-def test_without_validation_loaders_bad_input_would_be_found_after_training_only() -> None:
-    probe = Probe(compat.validation_loaders)
-    probe.on_train_start = lambda trainer, module: probe.seen.append(compat.validation_loaders(trainer))
-    fitted([probe], Quiet(), loader(16), LOADERS, max_epochs=1)
-    assert all(loaders == LOADERS for loaders in probe.seen)
-    assert compat.validation_loaders(trainer()) == []
-
-
-class Logs(Callback):
-    """Logs a value of ours under the name that the test gives, and keeps the names of others."""
-
-    def __init__(self) -> None:
-        self.others: set[str] = set()
-
-    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        compat.log_metric(pl_module, "val_ours", LazyValue(lambda: torch.tensor(0.5)), prog_bar=True)
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.log("val_of_a_callback", 1.0)
-        self.others = set(compat.names_logged_by_others(trainer))
-
-
-def test_without_log_metric_a_value_could_not_be_read_at_the_same_time_in_all_processes() -> None:
-    run = fitted([Logs()], Classifier(), max_epochs=1)
-    assert run.callback_metrics["val_ours"] == run.progress_bar_metrics["val_ours"] == 0.5
-
-
-def test_without_names_logged_by_others_a_metric_of_the_user_would_be_overwritten() -> None:
-    logs = Logs()
-    fitted([logs], Classifier(), max_epochs=1)
-    assert logs.others == {"train_loss", "val_loss", "val_of_a_callback"}
+def test_each_name_has_a_test() -> None:
+    names = {name for name, value in vars(compat).items() if getattr(value, "__module__", "") == compat.__name__}
+    tests = " ".join(name for name in globals() if name.startswith("test_without"))
+    named = {name for name in names if name in tests}
+    assert names - named == {"collect_rng_states", "set_rng_states"}  # "random states"
