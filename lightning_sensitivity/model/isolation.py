@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_sensitivity.compat import clear_autocast_cache, collect_rng_states, set_rng_states
+from lightning_sensitivity.compat import clear_autocast_cache, collect_rng_states, is_compiled, set_rng_states
 
 T = TypeVar("T")
 
@@ -71,7 +71,7 @@ def isolated(model: nn.Module) -> Iterator[RunIsolated]:
         model: The module.
 
     Raises:
-        MisconfigurationException: If it has lazy weights or scripted parts.
+        MisconfigurationException: If it has lazy weights or scripted parts, or compiled ones before torch 2.6.
     """
     modules = list(all_modules(model).values())
     _check_modules(modules)
@@ -100,14 +100,13 @@ def restore_despite_interrupt(restore: Callable[[], object]) -> None:
 def all_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules of a model by name, including those in lists, tuples and dicts, which PyTorch does not see."""
     modules = dict(model.named_modules())
-    seen = set(modules.values())
+    visible = set(modules.values())
     attributes = [pair for name, module in modules.items() for pair in _contents(name, module)]
     for name, value in attributes:
         if isinstance(value, list | tuple | dict):
             for path, item in _contents(name, value):
-                if isinstance(item, nn.Module) and item not in seen:
+                if isinstance(item, nn.Module) and item not in visible:
                     modules.update(item.named_modules(prefix=path))
-                    seen.update(item.modules())
     return modules
 
 
@@ -225,6 +224,8 @@ def _check_modules(modules: list[nn.Module]) -> None:
                 "Expected a model whose state can be restored, but a part of it is scripted (torch.jit), "
                 "which cannot be measured: use the Python module it was made from."
             )
+        if is_compiled(module) and not hasattr(torch.compiler, "set_stance"):  # it would keep the weights it has seen
+            raise MisconfigurationException("Compiled models can be measured from torch 2.6 on: update torch.")
 
 
 def _dicts_of(module: nn.Module) -> list[dict[str, Any]]:

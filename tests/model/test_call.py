@@ -64,6 +64,7 @@ SIZES: dict[str, tuple[Any, int]] = {
     "rows of the first tensor in a dict": (({"x": X}, IDS), 3),
     "a list with a sequence for each label": (([torch.zeros(400, 2)] * 3, IDS), 3),
     "a list of inputs that have a row for each label": (([X, torch.zeros(1, 3)], IDS), 3),
+    "a list of two inputs beside a pair": ({"x": [X, X], "pair": X[:2], "y": IDS}, 3),
     "a list of sequences of different lengths": ({"x": [X, X[:2], X[:1], X]}, 4),
     "a list of sequences of the same length, without labels": ({"x": [X, X]}, 3),
     "unknown": ((5, "name"), 0),

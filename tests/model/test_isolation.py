@@ -149,6 +149,13 @@ def test_a_pass_finds_what_the_one_before_found_and_leaves_no_trace(change: str,
     assert snapshot(model) == before and changed_names(looked_at, fingerprint(model)) == []
 
 
+def test_what_two_places_share_is_shared_by_a_pass() -> None:
+    model = Stateful()
+    with isolated(model) as run:
+        shared = run(lambda: (model.memory, model.twice.memory, model.names, model.alias))
+    assert shared[0] is shared[1] is not model.memory and shared[2] is shared[3] is not model.names
+
+
 DEEPER: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
     "a number of a helper object": (lambda m, x: setattr(m.tracker, "count", 1), "tracker.count"),
     "a tensor of a helper object": (lambda m, x: m.tracker.mean.add_(1), "tracker.mean"),
@@ -321,6 +328,15 @@ def test_autocast_does_not_serve_weights_from_before_the_last_step() -> None:
         assert torch.equal(outputs, model(x))
 
 
+@pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="torch 2.6")
+def test_a_pass_compiles_nothing() -> None:
+    graphs = list[Any]()
+    model = torch.compile(nn.Linear(2, 2), backend=lambda graph, example: graphs.append(graph) or graph)
+    with isolated(model) as run:
+        run(model, X.clone())
+    assert not graphs and model(X.clone()) is not None and len(graphs) == 1
+
+
 def test_ctrl_c_while_something_is_put_back_has_to_wait() -> None:
     calls: list[Any] = [interrupt, list]
     with pytest.raises(KeyboardInterrupt):
@@ -328,9 +344,15 @@ def test_ctrl_c_while_something_is_put_back_has_to_wait() -> None:
     assert not calls
 
 
-def test_lazy_and_scripted_models_are_refused() -> None:
+def test_lazy_and_scripted_models_and_compiled_ones_on_old_torch_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     scripted = nn.Sequential(torch.jit.script(nn.Linear(2, 2)))
-    for model, match in ((nn.LazyLinear(3), "some are lazy"), (scripted, "a part of it is scripted")):
+    compiled = nn.Sequential(torch.compile(nn.Linear(2, 2), backend="eager"))
+    monkeypatch.delattr(torch.compiler, "set_stance", raising=False)
+    for model, match in (
+        (nn.LazyLinear(3), "some are lazy"),
+        (scripted, "a part of it is scripted"),
+        (compiled, "from torch 2.6 on"),
+    ):
         with pytest.raises(MisconfigurationException, match=match), isolated(model):
             pass
 
