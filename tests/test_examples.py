@@ -115,7 +115,7 @@ def test_the_pictures_of_the_page_on_curves(run: Any, names: str) -> None:
 
 def test_a_comparison_prints_and_draws_its_table(run: Any) -> None:
     text, variables = run("compare_models.py", "--max-epochs", "1")
-    assert text.split("\n\n")[0].splitlines()[-1].startswith(variables["result"].models[5].name)
+    assert text.split("\n\n")[0].splitlines()[-1].startswith(variables["result"][5].name)
     assert len(Path("runs/compare_models/comparison.csv").read_text().splitlines()) == 1 + 6
     assert Path("runs/compare_models/compare_models.png").stat().st_size > 10_000
 

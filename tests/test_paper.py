@@ -34,7 +34,8 @@ def test_networks_are_measured_as_the_package_does(paper: Any, tmp_path: Path) -
     models = {name: partial(zoo.Network.load_from_checkpoint, path) for name, path in models.items()}
     images = zoo.Images("digits")
     images.setup("validate")
-    result = compare_models(models, images.val_dataloader(), targets=lambda batch: batch[1])
+    rows = compare_models(models, images.val_dataloader(), targets=lambda batch: batch[1])
+    result = {row.name: row for row in rows}
     for spec in specs:
         row, scores = table.loc[spec.name], result[spec.name]
         assert not row["converged"]

@@ -23,11 +23,11 @@ from figures import TITLES, Report, legend_below, panels
 from measure import PASS_SCORES, Subject, measure
 from ranking import intervals, kendall, rank, written
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import nll_loss, pad
 from torch.nn.utils import parameters_to_vector
 from zoo import QUICK, ZOO, Spec, parse_arguments
 
-from lightning_sensitivity.functional.scores import consensus_scores
+from lightning_sensitivity.compare import consensus_errors
 
 JACOBIAN_IMAGES = 1000
 MOVED_IMAGES = 2000
@@ -158,9 +158,19 @@ def add_consensus(table: pd.DataFrame, specs: list[Spec], args: Namespace) -> pd
     """Scores that need the other networks: all of the table."""
     data = table["data"][0]
     logits = {spec.name: Subject(spec, data, args.data, args.out).outputs.clean for spec in specs}
-    found = consensus_scores({name: values.log_softmax(1)[:, None] for name, values in logits.items()})
-    means = [[float(values.mean()) for values in found[name]] for name in table["network"]]
-    return table.assign(**dict(zip(CONSENSUS, zip(*means, strict=True), strict=True)))
+    log_p = {name: values.double().log_softmax(1) for name, values in logits.items()}
+    errors = consensus_errors({name: values[:, None] for name, values in log_p.items()}, log_p)
+    losses = {name: consensus_loss(name, log_p) for name in log_p}
+    return table.assign(
+        consensus_loss=[losses[name] for name in table["network"]],
+        consensus_error=[errors[name] for name in table["network"]],
+    )
+
+
+def consensus_loss(name: str, log_p: dict[str, Tensor]) -> float:
+    """The loss of a network if labels were what the other networks predict."""
+    losses = [nll_loss(log_p[name], log_p[other].argmax(1)) for other in log_p if other != name]
+    return float(torch.stack(losses).mean())
 
 
 if __name__ == "__main__":
