@@ -224,7 +224,7 @@ def _check_modules(modules: list[nn.Module]) -> None:
                 "Expected a model whose state can be restored, but a part of it is scripted (torch.jit), "
                 "which cannot be measured: use the Python module it was made from."
             )
-        if is_compiled(module) and not hasattr(torch.compiler, "set_stance"):  # it would keep the weights it has seen
+        if not hasattr(torch.compiler, "set_stance") and is_compiled(module):  # it would keep the weights it has seen
             raise MisconfigurationException("Compiled models can be measured from torch 2.6 on: update torch.")
 
 
