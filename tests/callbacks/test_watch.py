@@ -1,0 +1,340 @@
+"""The first training step is watched: it should call the model on our inputs, and train the logits that we measure."""
+
+import io
+import os
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, nn
+from torch.nn.functional import (
+    binary_cross_entropy_with_logits,
+    cross_entropy,
+    dropout,
+    linear,
+    log_softmax,
+    multi_margin_loss,
+    nll_loss,
+)
+from torch.nn.modules import module as torch_module
+
+from lightning_sensitivity import RiskMonitor, SensitivityMonitor
+from tests.helpers import NUM_CLASSES, NUM_FEATURES, Classifier, Linear, fitted, loader
+
+Step = Callable[[Any, Tensor, Tensor], Any]
+ADVICE = "Do what the step does with inputs and outputs in `forward`, or in `inputs=` and `outputs=`."
+
+
+class Stepping(Linear):
+    """Its training step is a function of module, inputs and labels."""
+
+    def __init__(self, step: Step) -> None:
+        super().__init__()
+        self.step = step
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+        return self.step(self, *batch)
+
+
+class Features(Stepping):
+    """Its logits come from a head that the step calls."""
+
+    def __init__(self, step: Step) -> None:
+        super().__init__(step)
+        self.head = nn.Linear(NUM_CLASSES, NUM_CLASSES)
+
+
+class Both(Features):
+    """It returns features and logits."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.net(x)
+        return features, self.head(features)
+
+
+class Masked(Stepping):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.net(x if mask is None else x * mask)
+
+
+class Positions(Stepping):
+    """It returns the classes in the last of three dimensions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.net(x), self.net(1 - x)], 1)
+
+
+class Binary(Stepping):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)[:, :1]
+
+
+class Manual(Stepping):
+    automatic_optimization = False
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.manual_backward(self.step(self, *batch))
+        self.optimizers().step()
+
+
+class Skipping(Stepping):
+    """It skips the first steps."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+        return self.step(self, *batch) if batch_idx > 1 else None
+
+
+class Case(NamedTuple):
+    """A step, what is said of it (None: nothing), the module, and the options of the monitors."""
+
+    step: Step
+    said: str | None = None
+    module: Any = Stepping
+    options: Any = None
+
+
+def plain(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    return cross_entropy(m(x), y)
+
+
+def scaled(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    return cross_entropy(m((x - 0.5) / 0.1), y)
+
+
+SHAPES = "the step calls the model with other shapes of `x`"
+VALUES = "the step calls the model with other values of `x`, though it draws no random numbers"
+CALL = "the step does not call `forward`, which is measured"
+LOGITS = "the step computes its loss from other logits than those that `forward` returns"
+CASES = {
+    # its inputs
+    "plain": Case(plain),
+    "by name": Case(lambda m, x, y: cross_entropy(m(x=x), y)),
+    "in a context that records": Case(
+        lambda m, x, y: torch.utils.checkpoint.checkpoint(m, x, use_reentrant=False).sum()
+    ),
+    "repeated": Case(lambda m, x, y: cross_entropy(m(x.repeat(2, 1)), y.repeat(2)), SHAPES),
+    "a part": Case(lambda m, x, y: cross_entropy(m(x[::2]), y[::2]), SHAPES),
+    "normalized": Case(scaled, VALUES),
+    "normalized, by name": Case(lambda m, x, y: cross_entropy(m(x=(x - 0.5) / 0.1), y), VALUES),
+    "normalized, said by inputs=": Case(scaled, None, options={"inputs": lambda batch: (batch[0] - 0.5) / 0.1}),
+    "other channels": Case(lambda m, x, y: cross_entropy(m(x.flip(1)), y), VALUES),
+    "in another order": Case(lambda m, x, y: cross_entropy(m(x.flip(0)), y.flip(0)), VALUES),
+    "rounded": Case(lambda m, x, y: plain(m, x.bfloat16().float(), y)),
+    "augmented": Case(lambda m, x, y: plain(m, x + torch.randn_like(x), y)),
+    "augmented by dropout": Case(lambda m, x, y: plain(m, dropout(x), y)),
+    "augmented by Python": Case(lambda m, x, y: plain(m, x * random.random(), y)),
+    "augmented by NumPy": Case(lambda m, x, y: plain(m, x * np.random.rand(), y)),
+    "augmented to another shape": Case(lambda m, x, y: plain(m, dropout(x.repeat(2, 1)), y.repeat(2)), SHAPES),
+    "written to": Case(lambda m, x, y: plain(m, x.mul_(3), y), VALUES),
+    "written to after the call": Case(lambda m, x, y: (plain(m, x.clone(), y), x.zero_())[0]),
+    "a mask that is not given": Case(plain, module=Masked),
+    # its call
+    "around forward": Case(lambda m, x, y: cross_entropy(m.net(x), y), CALL),
+    "forward itself": Case(lambda m, x, y: cross_entropy(m.forward(x), y)),
+    "called twice": Case(lambda m, x, y: plain(m, x, y) + m(x * 2).square().mean()),
+    "called without gradients, too": Case(lambda m, x, y: (torch.no_grad()(m)(x * 2), plain(m, x, y))[1]),
+    # its logits
+    "a temperature": Case(lambda m, x, y: cross_entropy(m(x) / 0.1, y), LOGITS),
+    "a head": Case(lambda m, x, y: cross_entropy(m.head(m(x)), y), LOGITS, Features),
+    "the second of two outputs": Case(lambda m, x, y: cross_entropy(m(x)[1], y), LOGITS, Both),
+    "the second, said by outputs=": Case(
+        lambda m, x, y: cross_entropy(m(x)[1], y), None, Both, {"outputs": lambda result: result[1]}
+    ),
+    "one of two losses": Case(lambda m, x, y: plain(m, x, y) + cross_entropy(m.net(2 * x), y)),
+    "label smoothing": Case(lambda m, x, y: cross_entropy(m(x), y, label_smoothing=0.1)),
+    "a loss module": Case(lambda m, x, y: nn.CrossEntropyLoss()(m(x), y)),
+    "log-softmax, functional": Case(lambda m, x, y: nll_loss(log_softmax(m(x), 1), y)),
+    "log-softmax, of torch": Case(lambda m, x, y: nll_loss(torch.log_softmax(m(x), 1), y)),
+    "log-softmax, a method": Case(lambda m, x, y: nll_loss(m(x).log_softmax(1), y)),
+    "log-softmax of scaled logits": Case(lambda m, x, y: nll_loss((5 * m(x)).log_softmax(1), y), LOGITS),
+    "a margin": Case(lambda m, x, y: multi_margin_loss(m(x), y)),
+    "binary, squeezed": Case(
+        lambda m, x, y: binary_cross_entropy_with_logits(m(x).squeeze(1), (y > 1).float()), None, Binary
+    ),
+    "a loss of one's own": Case(lambda m, x, y: (5 * m(x)).square().mean()),
+    "positions, flattened": Case(
+        lambda m, x, y: cross_entropy(m(x).flatten(0, 1), y.repeat_interleave(2)),
+        None,
+        Positions,
+        {"outputs": lambda result: result.mT},
+    ),
+    # other ways to train
+    "manual": Case(plain, module=Manual),
+    "manual, normalized": Case(scaled, VALUES, Manual),
+    "skipped steps": Case(plain, module=Skipping),
+    "normalized after skipped steps": Case(scaled, VALUES, Skipping),
+}
+
+
+def said(module: Any, monitors: Any = None, **options: Any) -> list[str]:
+    """What monitors say in a short fit."""
+    monitors = [SensitivityMonitor()] if monitors is None else monitors
+    kwargs = {"max_epochs": 1, "limit_train_batches": 4, "limit_val_batches": 1, **options}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fitted(monitors, module, loader(64, seed=1), **kwargs)
+    return [str(each.message) for each in caught if "Monitor" in str(each.message)]
+
+
+def expected(problem: str | None, *names: str) -> list[str]:
+    """The warnings of monitors of these names, without the link."""
+    names = names or ("SensitivityMonitor",)
+    return [
+        f"`{name}` (val_*) may not measure what your step computes: {problem}. {ADVICE}" for name in names if problem
+    ]
+
+
+def without_links(texts: list[str]) -> list[str]:
+    return [text.partition(" See https://")[0] for text in texts]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_that_does_not_compute_what_is_measured_is_said_once(name: str) -> None:
+    case = CASES[name]
+    monitor = SensitivityMonitor(**(case.options or {}))
+    assert without_links(said(case.module(case.step), monitor)) == expected(case.said)
+
+
+@pytest.mark.parametrize("kinds", [(SensitivityMonitor, RiskMonitor), (RiskMonitor, SensitivityMonitor)])
+@pytest.mark.parametrize("num_sanity_val_steps", [0, 2])
+def test_passes_of_another_monitor_are_not_the_steps(kinds: Any, num_sanity_val_steps: int) -> None:
+    names = sorted(kind.__name__ for kind in kinds)
+    for step, problem in ((plain, None), (scaled, VALUES), (CASES["around forward"].step, CALL)):
+        texts = said(Stepping(step), [kind() for kind in kinds], num_sanity_val_steps=num_sanity_val_steps)
+        assert sorted(without_links(texts)) == expected(problem, *names)
+    assert said(Classifier(), [kind() for kind in kinds], num_sanity_val_steps=num_sanity_val_steps) == []
+
+
+def test_a_step_in_eval_mode_is_watched_too() -> None:
+    class Evaluating(Classifier):
+        """Its dropout draws nothing, though it would in training mode."""
+
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            self.eval()
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            return cross_entropy(self(2 * batch[0]), batch[1])
+
+    assert without_links(said(Evaluating())) == expected(VALUES)
+
+
+def test_each_fit_says_it_again() -> None:
+    monitor, model = SensitivityMonitor(), Stepping(scaled)
+    assert without_links(said(model, monitor)) == without_links(said(model, monitor)) == expected(VALUES)
+
+
+# Distributed training, where Lightning runs the step as `forward`
+
+
+@pytest.fixture
+def one_process() -> Iterator[DDPStrategy]:
+    """A strategy of one process, whose traces are removed."""
+    environment = dict(os.environ)
+    yield DDPStrategy(process_group_backend="gloo")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+@pytest.mark.parametrize("name", ["a mask that is not given", "normalized", "around forward", "a temperature", "plain"])
+def test_distributed_training_is_watched_too(name: str, one_process: DDPStrategy) -> None:
+    case = CASES[name]
+    texts = said(case.module(case.step), strategy=one_process, devices=1)
+    assert without_links(texts) == expected(case.said)
+
+
+# What the step may do while it is watched
+
+
+class Saving(Linear):
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        if batch_idx == 0:
+            torch.save(self, io.BytesIO())
+        return super().training_step(batch, batch_idx)
+
+
+class Tracing(Linear):
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        if batch_idx == 0:
+            torch.jit.trace(self, batch[0])
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("kind", [Saving, Tracing])
+def test_it_may_save_or_trace_the_module(kind: Any) -> None:
+    def weights(monitors: Any) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        model = kind()
+        assert [text for text in said(model, monitors) if "may not measure" in text] == []
+        return model.state_dict()
+
+    monitors = [SensitivityMonitor(outputs=lambda y: y), RiskMonitor()]
+    torch.testing.assert_close(weights(monitors), weights([]), rtol=0, atol=0)
+
+
+def num_hooks() -> int:
+    names = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_forward_hooks_with_kwargs")
+    return sum(len(getattr(torch_module, name)) for name in names)
+
+
+class Counting(Linear):
+    """It notes whether hooks of ours are there, and whether functions are watched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.watched: list[bool] = []
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        modes = torch.overrides._get_current_function_mode_stack()
+        self.watched.append(bool(num_hooks()) or bool(modes))
+        return cross_entropy(linear(self(batch[0]), torch.eye(NUM_CLASSES)), batch[1])
+
+
+def test_only_the_first_step_is_watched_and_nothing_stays() -> None:
+    model = Counting()
+    assert said(model, [SensitivityMonitor(), RiskMonitor()]) == []
+    assert model.watched == [True, False, False, False]
+    assert num_hooks() == 0 and not torch.overrides._get_current_function_mode_stack()
+
+
+def test_nothing_stays_when_a_step_raises() -> None:
+    def failing(m: Any, x: Tensor, y: Tensor) -> Tensor:
+        raise RuntimeError("an error of the user")
+
+    with pytest.raises(RuntimeError, match="an error of the user"):
+        said(Stepping(failing), [SensitivityMonitor(), RiskMonitor()])
+    assert num_hooks() == 0 and not torch.overrides._get_current_function_mode_stack()
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="older torch does not run compiled code eagerly")
+@pytest.mark.parametrize("what", ["the module", "in place", "a layer", "a forward"])
+def test_compiled_modules_are_left_alone(what: str) -> None:
+    torch.compiler.reset()
+    model = Counting()
+    if what == "a layer":
+        model.net.compile(backend="eager")
+    if what == "a forward":
+        model.net.forward = torch.compile(model.net.forward, backend="eager")
+    if what == "in place":
+        model.compile(backend="eager")
+    assert said(torch.compile(model, backend="eager") if what == "the module" else model) == []
+    assert model.watched == [False] * 4
+
+
+def test_training_batches_of_another_kind_than_validation_batches_are_not_watched() -> None:
+    class Paired(Linear):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            return plain(self, *batch)
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self(batch["image"])
+
+    val = torch.utils.data.DataLoader([{"image": torch.rand(NUM_FEATURES)}] * 4, 2)
+    assert said(Paired(), SensitivityMonitor(inputs=lambda batch: batch["image"]), val=val) == []
