@@ -1,75 +1,137 @@
 """What the monitors cost, counted and never timed; examples/studies/cost has the times."""
 
 import runpy
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_sensitivity import RiskMonitor, SensitivityMonitor, compat
-from lightning_sensitivity.callbacks.base import Monitor
-from tests.helpers import NUM_FEATURES, Quiet, Watch, csv_rows, labelled, trainer
+from lightning_sensitivity import RiskMonitor, SensitivityMonitor
+from lightning_sensitivity.callbacks.monitor import Monitor
+from tests.helpers import NUM_FEATURES, Quiet, Watch, csv_rows, fitted, labelled
 
-NUM_BATCHES, BATCH_SIZE, NUM_MEASURED = 60, 100, 12  # of 6,000 samples, 1,200 are measured: every fifth batch
+NUM_BATCHES, BATCH_SIZE = 60, 100  # of 6,000 validation samples, 600 are kept: every tenth batch
 BENCHMARK = runpy.run_path(str(Path(__file__).parents[1] / "examples/studies/cost/benchmark.py"))
 
-
-class Overridden(Quiet):
-    """Its `log` takes neither our values nor our options."""
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return nn.functional.cross_entropy(self(batch[0]), batch[1])
-
-    def log(self, name: str, value: float) -> None:
-        raise AssertionError(f"{name} was logged by the user's `log`")
+CHECK = [100]  # a batch by itself, to compare with the joint pass
+SENSITIVITY = [600] * 2 + CHECK * 2  # clean and noisy
+TWINS = [75] + [75, 75] * 8  # a part by itself; the model with the statistics of each part, and its twin
+RISK = [600, *CHECK, *TWINS, 500, *CHECK]  # validation samples, twins, training samples
 
 
-SENSITIVITY = [1200] * 2  # clean and noisy
-# Of training samples; of validation samples: clean; by parts, normalized by the part: the model and a twin.
-RISK = [500, 1200] + [150] * 16
+class Passes(Callback):
+    """The sizes of the passes in each validation."""
+
+    def __init__(self, model: LightningModule) -> None:
+        self.epochs: list[list[int]] = []
+        model.register_forward_pre_hook(
+            lambda module, args: self.epochs[-1].append(len(args[0])) if self.epochs else None
+        )
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.epochs.append([])
 
 
-@pytest.mark.parametrize(("kinds", "passes"), [
+def fit(model: LightningModule, *callbacks: Any, **kwargs: Any) -> None:
+    train, val = (DataLoader(labelled(n * BATCH_SIZE), BATCH_SIZE) for n in (5, NUM_BATCHES))
+    fitted([*callbacks], model, train, val, **{"num_sanity_val_steps": 0, "limit_train_batches": 5, **kwargs})
+
+
+@pytest.mark.parametrize(("kinds", "expected"), [
     ([SensitivityMonitor], SENSITIVITY),
     ([RiskMonitor], RISK),
-    ([SensitivityMonitor, RiskMonitor], [1200, *RISK]),  # which share the clean pass
-    ([RiskMonitor, SensitivityMonitor], [1200, *RISK]),
+    ([SensitivityMonitor, RiskMonitor], SENSITIVITY + RISK[1:]),  # which share the clean pass
+    ([RiskMonitor, SensitivityMonitor], SENSITIVITY + RISK[1:]),
 ])  # fmt: skip
-def test_a_validation_makes_joint_passes(kinds: Any, passes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    model, sizes, names, is_measured = Overridden(), list[int](), list[str](), list[bool]()
-    log, start = compat.log_metric, Monitor.on_validation_batch_start
+def test_a_validation_makes_joint_passes(kinds: Any, expected: list[int]) -> None:
+    model = Quiet()
+    passes = Passes(model)
+    fit(model, passes, *(kind() for kind in kinds), max_epochs=3)
+    assert Counter(passes.epochs[-1]) == Counter(expected)
 
-    def noted(module: Any, name: str, *args: Any) -> None:
-        names.append(name)
-        log(module, name, *args)
 
-    def watched(self: Monitor, *args: Any) -> None:
-        operations = list[Any]()
-        with Watch(lambda function, *_: operations.append(function)):
-            start(self, *args)
-        is_measured.append(bool(operations))
+def test_each_noise_draw_is_one_pass_more() -> None:
+    model = Quiet()
+    fit(model, passes := Passes(model), SensitivityMonitor(num_draws=3), max_epochs=1)
+    assert Counter(passes.epochs[-1]) == {600: 1 + 3, 100: 1 + 3 + 1}  # the size of the first batch's tensors, too
 
-    monkeypatch.setattr(compat, "log_metric", noted)
-    monkeypatch.setattr(Monitor, "on_validation_batch_start", watched)
-    model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
-    forget = Callback()  # so that in the end there is what has happened since the last validation began
-    forget.on_validation_start = lambda *args: [each.clear() for each in (sizes, names, is_measured)]
-    run = trainer(callbacks=[forget, *(kind() for kind in kinds)], num_sanity_val_steps=0)
-    run.fit(model, *(DataLoader(labelled(n * BATCH_SIZE), BATCH_SIZE) for n in (6, NUM_BATCHES)))
-    assert sorted(sizes) == sorted(passes) and names == [f"val_{name}" for kind in kinds for name in kind.names]
-    # Every fifth batch is copied, and the last of these is measured with the others.
-    assert is_measured[:: len(kinds)] == [index % 5 == 0 for index in range(NUM_BATCHES)]
+
+@pytest.mark.parametrize("has_batch_norm", [True, False])
+def test_all_validation_samples_at_once_go_through_eight_twins(has_batch_norm: bool) -> None:
+    model = Quiet()
+    if not has_batch_norm:
+        model.net[1] = nn.Identity()
+    fit(model, passes := Passes(model), RiskMonitor(num_samples=None), max_epochs=1, limit_val_batches=3)
+    assert Counter(passes.epochs[-1])[38] + Counter(passes.epochs[-1])[37] == (17 if has_batch_norm else 9)
+
+
+class Operations:
+    """Counts what the monitors run in a hook, by epoch and batch."""
+
+    def __init__(self, hook: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.counts = Counter[tuple[int, int]]()
+        original = getattr(Monitor, hook)
+        risk = vars(RiskMonitor).get(hook, original)
+        for kind, function in ((Monitor, original), (RiskMonitor, risk)):
+            monkeypatch.setattr(kind, hook, self.watched(function))
+
+    def watched(self, function: Any) -> Any:
+        def hook(monitor: Any, trainer: Trainer, module: Any, batch: Any, batch_idx: int, *args: Any) -> None:
+            operations = list[Any]()
+            with Watch(lambda operation, *_: operations.append(operation)):
+                function(monitor, trainer, module, batch, batch_idx, *args)
+            self.counts[trainer.current_epoch, batch_idx] += len(operations)
+
+        return hook
+
+
+def test_only_kept_validation_batches_are_copied_and_only_in_the_first_validation(monkeypatch: Any) -> None:
+    operations = Operations("on_validation_batch_start", monkeypatch)
+    fit(Quiet(), SensitivityMonitor(), RiskMonitor())
+    touched = [key for key, count in operations.counts.items() if count]
+    assert len(operations.counts) == 2 * NUM_BATCHES
+    assert touched == [(0, index) for index in range(0, NUM_BATCHES, 10)]
+
+
+def test_training_steps_after_the_first_epoch_cost_nothing(monkeypatch: Any) -> None:
+    operations = Operations("on_train_batch_start", monkeypatch)
+    fit(Quiet(), SensitivityMonitor(), RiskMonitor())
+    assert all(operations.counts[0, index] for index in range(5))
+    assert not any(operations.counts[1, index] for index in range(5))
+
+
+def test_steps_beyond_a_thousand_samples_cost_nothing_either(monkeypatch: Any) -> None:
+    monkeypatch.setattr("lightning_sensitivity.callbacks.risk.NUM_TRAINING_SAMPLES", 250)
+    operations = Operations("on_train_batch_start", monkeypatch)
+    fit(Quiet(), SensitivityMonitor(), RiskMonitor(), max_epochs=1)
+    assert [bool(operations.counts[0, index]) for index in range(5)] == [True] * 3 + [False] * 2
+
+
+def test_a_large_buffer_is_copied_once_a_monitor_and_validation() -> None:
+    model, copies = Quiet(), Counter[int]()
+    model.register_buffer("table", torch.zeros(2**18))
+
+    def count(operation: Any, args: Any, kwargs: Any, result: Any) -> None:
+        is_copy = "clone" in str(operation) or "_to_copy" in str(operation)
+        if is_copy and isinstance(result, torch.Tensor) and result.numel() == 2**18:
+            copies[model.current_epoch] += 1
+
+    with Watch(count):
+        fit(model, SensitivityMonitor(), RiskMonitor(), max_epochs=3)
+    assert copies[2] == 2
 
 
 # Of one batch there are 8 twins, one after another.
 @pytest.mark.parametrize("case", ["sensitivity", "risk"])
 def test_at_the_peak_there_are_two_batches_of_outputs_and_no_wide_copy(case: str) -> None:
-    data = [[torch.rand(1024, NUM_FEATURES), torch.randint(2**13, (1024,))]]
-    row = BENCHMARK["memory"]("wide", case, nn.Linear(NUM_FEATURES, 2**13), data)[0]
+    data = [[torch.rand(512, NUM_FEATURES), torch.randint(2**11, (512,))]]
+    row = BENCHMARK["memory"]("wide", case, nn.Linear(NUM_FEATURES, 2**11), data)[0]
     assert 1.0 < row["median"] < 2.2
 
 
