@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from lightning_sensitivity.arguments import Selector, check_argument
+from lightning_sensitivity.arguments import Selector, describe, see
 from lightning_sensitivity.callbacks.samples import MAX_BYTES, Group, KeptSamples
 from lightning_sensitivity.functional.features import bags_of_words, principal_components
 from lightning_sensitivity.functional.reference import Reference, fit_reference
@@ -72,9 +73,9 @@ class Companions:
         indices = samples.batch_indices
         return [self.features[index] for index in indices] if self.features.keys() >= set(indices) else []
 
-    def add_labelled(self, call: ModelCall, batch_idx: int) -> bool:
+    def add_labelled(self, call: ModelCall, batch_idx: int, size: int) -> bool:
         """Keep a batch only for its labels, and return whether there is room for it."""
-        self.labelled.add(call, batch_idx)
+        self.labelled.add(call, batch_idx, size)
         return batch_idx in self.labelled.batch_indices
 
 
@@ -99,18 +100,22 @@ class BatchReader:
         """Select the labels, on the CPU."""
         return select_targets(module, clone_tensors(batch), self._targets).detach().cpu()
 
-    def features(self, batch: Any, call: ModelCall) -> Features | None:
+    def features(self, batch: Any, call: ModelCall, size: int) -> Features | None:
         """Select what the reference sees; None if there is nothing.
 
         Args:
             batch: The batch.
             call: The call of the model on it.
+            size: Its number of samples.
         """
         if self._features is None:
             return input_features(call)
         values = self._features(clone_tensors(batch))
-        is_valid = isinstance(values, Tensor) and values.ndim > 1 and len(values) == call.size
-        check_argument("features", values, is_valid, f"a function that returns a tensor ({call.size}, D)")
+        if not isinstance(values, Tensor) or values.ndim < 2 or len(values) != size:
+            expected = f"a function that returns a tensor ({size}, D)"
+            raise MisconfigurationException(
+                f"`features` should be {expected}, got {describe(values)}.{see('features')}"
+            )
         return Features(values.detach().cpu().float().flatten(1))
 
 

@@ -15,11 +15,12 @@ from torchmetrics import Metric
 from lightning_sensitivity import compat
 from lightning_sensitivity.arguments import Selector, check_argument, check_bool, check_int, check_selectors, see
 from lightning_sensitivity.callbacks.checks import Reporter, check_run
-from lightning_sensitivity.callbacks.samples import KeptSamples, keep_validation_samples
+from lightning_sensitivity.callbacks.samples import KeptSamples, count_samples, keep_validation_samples
 from lightning_sensitivity.callbacks.watch import FirstStep
 from lightning_sensitivity.model import ModelCall, isolated
 from lightning_sensitivity.model.isolation import (
     RunIsolated,
+    Seen,
     changed_names,
     fingerprint,
     parameter_versions,
@@ -96,7 +97,8 @@ class Monitor(Callback, ABC):
     def keep(self, module: LightningModule, batch: Any, batch_idx: int, samples: KeptSamples) -> None:
         """Keep a validation batch if its samples are wanted."""
         if samples.wants(batch_idx):
-            samples.add(ModelCall(module, batch, self.inputs, self.outputs), batch_idx)
+            call = ModelCall(module, batch, self.inputs, self.outputs)
+            samples.add(call, batch_idx, count_samples(module, call))
 
     def forget_samples(self) -> None:
         """Forget the kept validation samples."""
@@ -228,7 +230,7 @@ class Monitor(Callback, ABC):
     def _measure_all(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the samples of every loader, and check that the passes leave no trace."""
         self._is_measured = True
-        before = fingerprint(pl_module) if self.reporter.is_strict else {}
+        seen: dict[str, Seen] = {}
         versions = parameter_versions(pl_module)
         for place, samples in enumerate(self.samples):
             metric, self.metrics[place] = self.metrics[place], None
@@ -236,12 +238,14 @@ class Monitor(Callback, ABC):
             with self.reporter.report_failure(what, LEFT_OUT):
                 with isolated(pl_module) as run, trainer.precision_plugin.val_step_context():
                     samples.complete(pl_module, run, pl_module.device)
+                    if self.reporter.is_strict and not seen:  # after the first pass, which may fill a cache
+                        seen = fingerprint(pl_module)
                     self._measure_loader(pl_module, run, samples, metric)
                 self.metrics[place] = metric
             if samples.is_cut:
                 message = f"keeps only {samples.size} samples of a loader: more would take too much memory."
                 self.reporter.warn("samples", message)
-        changed = changed_names(before, fingerprint(pl_module)) if self.reporter.is_strict else []
+        changed = changed_names(seen, fingerprint(pl_module)) if seen else []
         self._report_traces([*written_parameters(versions, parameter_versions(pl_module)), *changed])
 
     def _measure_loader(

@@ -18,7 +18,12 @@ from lightning_sensitivity.callbacks.closing import Measured, log_closing_line
 from lightning_sensitivity.callbacks.companions import BatchReader, Companions, fit_to_kept
 from lightning_sensitivity.callbacks.monitor import Monitor
 from lightning_sensitivity.callbacks.risk_passes import RiskPasses, check_outputs
-from lightning_sensitivity.callbacks.samples import MAX_BYTES, KeptSamples, count_training_samples
+from lightning_sensitivity.callbacks.samples import (
+    MAX_BYTES,
+    KeptSamples,
+    count_samples,
+    count_training_samples,
+)
 from lightning_sensitivity.callbacks.state import FitState
 from lightning_sensitivity.functional.reference import Calibration
 from lightning_sensitivity.functional.risk import TWIN_STRENGTH, RiskTerms
@@ -27,7 +32,7 @@ from lightning_sensitivity.functional.tensors import num_outputs
 from lightning_sensitivity.metric import RiskEstimate
 from lightning_sensitivity.model import ModelCall, isolated
 from lightning_sensitivity.model.isolation import RunIsolated
-from lightning_sensitivity.model.twins import copy_weights, unknown_parameters
+from lightning_sensitivity.model.twins import unknown_parameters
 
 NUM_TRAINING_SAMPLES = 1000  # that are kept, over all processes
 NUM_LABELS = 1200  # of validation samples that are kept for their labels
@@ -182,12 +187,12 @@ class RiskMonitor(Monitor):
         """Keep a training batch with its labels and features; the first one shows whether there can be an estimate."""
         call = ModelCall(module, batch, self.inputs, self.outputs)
         with isolated(module) as run, module.trainer.precision_plugin.val_step_context():
-            labels = run(self._reader.labels, module, batch)
-            features = run(self._reader.features, batch, call)
             outputs = run(call)
-        check_outputs(outputs)
+            labels = run(self._reader.labels, module, batch)
+            features = run(self._reader.features, batch, call, len(outputs))
+        check_outputs(outputs, TASKS[self.task])
         self._check_labels(outputs, labels)
-        training.add(call, batch_idx)
+        training.add(call, batch_idx, len(outputs))
         self._kept.num_outputs = num_outputs(outputs)
         self._kept.labels[batch_idx] = labels
         if features is not None:
@@ -222,12 +227,13 @@ class RiskMonitor(Monitor):
     ) -> None:
         """Keep features and labels of a batch; if it is not kept, only a batch that has labels."""
         call = ModelCall(module, batch, self.inputs, self.outputs)
+        size = count_samples(module, call)
         with isolated(module) as run:
             labels = run(self._find_labels, module, batch) if self.validation_labels else None
-            features = run(self._reader.features, batch, call) if is_kept else None
+            features = run(self._reader.features, batch, call, size) if is_kept else None
         if features is not None:
             companions.features[batch_idx] = features
-        if labels is not None and (is_kept or companions.add_labelled(call, batch_idx)):
+        if labels is not None and (is_kept or companions.add_labelled(call, batch_idx, size)):
             companions.labels[batch_idx] = labels
 
     def _find_labels(self, module: LightningModule, batch: Any) -> Tensor | None:
@@ -249,7 +255,7 @@ class RiskMonitor(Monitor):
 
     def measure(self, module: LightningModule, run: RunIsolated, samples: KeptSamples, metric: RiskEstimate) -> None:
         """Run the model and its twins on the kept samples of a loader, and the model on training samples."""
-        initial = self.fit_state.initial or copy_weights(dict(module.named_parameters()))
+        initial = self.fit_state.weights_before_training(module)
         self._warn_of_new(module, initial)
         companions = self._companions.setdefault(samples.dataloader_idx, Companions())
         self._fit_reference(samples, companions)
@@ -271,12 +277,17 @@ class RiskMonitor(Monitor):
         if training is None or companions.num_fitted == training.size:
             return
         companions.num_fitted = training.size
-        companions.reference = fit_to_kept(training, self._kept, samples, companions, TASKS[self.task])
+        reason = "inputs are neither dense numbers nor token ids"
+        try:
+            companions.reference = fit_to_kept(training, self._kept, samples, companions, TASKS[self.task])
+        except (RuntimeError, ValueError) as error:
+            companions.reference = None
+            reason = describe_error(error).rstrip(".")
         if companions.reference is None:
             self.reporter.warn(
                 "features",
-                "has no reference, since inputs are neither dense numbers nor token ids. Set `features=` to a function "
-                "`batch -> (N, D)`. Until then, the estimate does without it.",
+                f"has no reference: {reason}. Set `features=` to a function `batch -> (N, D)`. Until then, the "
+                "estimate does without one.",
             )
 
     # Values
@@ -348,6 +359,8 @@ class RiskMonitor(Monitor):
         """Forget the kept validation samples, and what is kept beside them."""
         super().forget_samples()
         self._companions = {}
+        if self._training is not None:
+            self._training.forget_outputs()
 
     def _free(self) -> None:
         """Free the kept training samples, too."""

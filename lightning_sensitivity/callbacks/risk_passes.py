@@ -13,7 +13,8 @@ from lightning_sensitivity.arguments import see
 from lightning_sensitivity.callbacks.companions import Companions
 from lightning_sensitivity.callbacks.samples import Group, KeptSamples, check_agreement
 from lightning_sensitivity.callbacks.twins import TwinRunner
-from lightning_sensitivity.functional.tensors import are_probabilities
+from lightning_sensitivity.functional.tasks import Task
+from lightning_sensitivity.functional.tensors import are_probabilities, num_outputs
 from lightning_sensitivity.metric import RiskEstimate
 from lightning_sensitivity.model import ModelCall
 from lightning_sensitivity.model.isolation import RunIsolated
@@ -79,19 +80,24 @@ class RiskPasses:
         for place, group in enumerate(samples.groups):
             call = group.call.to(device)
             outputs = samples.clean_outputs(self._run, place, call)
-            check_outputs(outputs)
+            check_outputs(outputs, self._metric.task)
             if check is not None and check.place == place:
                 alone = self._run(group.batch(check.batch_idx).call.to(device))
                 check_agreement(outputs[group.rows()[check.batch_idx]], alone, outputs.dtype)
             yield group, call, outputs
 
 
-def check_outputs(outputs: Tensor) -> None:
+def check_outputs(outputs: Tensor, task: Task) -> None:
     """Refuse outputs that have no estimate.
 
     Raises:
-        MisconfigurationException: If they are dense, or probabilities.
+        MisconfigurationException: If they are dense, probabilities, or a single one for several classes.
     """
+    if task.name == "multiclass" and num_outputs(outputs) == 1:
+        raise MisconfigurationException(
+            f"outputs of shape {tuple(outputs.shape)} are one for each sample: set `task='binary'` if labels are 0 and "
+            f"1. A regression has no estimate.{see('task')}"
+        )
     if outputs.ndim > 2 and math.prod(outputs.shape[2:]) > 1:
         raise MisconfigurationException(
             f"outputs are dense, {tuple(outputs.shape)}: there is no estimate for pixels and tokens. Remove "

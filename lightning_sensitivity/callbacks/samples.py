@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 import torch
 from lightning.fabric.utilities.data import sized_len
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from lightning_sensitivity import compat
-from lightning_sensitivity.model import ModelCall
+from lightning_sensitivity.model import ModelCall, isolated
 from lightning_sensitivity.model.call import join_calls, tensors_in
 from lightning_sensitivity.model.isolation import RunIsolated
 
@@ -130,9 +130,14 @@ class KeptSamples:
         """Want no more batches, since they would repeat samples."""
         self._num_wanted = 0
 
-    def add(self, call: ModelCall, batch_idx: int) -> None:
-        """Keep a batch, unless it takes too much memory; the size of the first one decides which others are kept."""
-        size = max(1, call.size)
+    def add(self, call: ModelCall, batch_idx: int, size: int) -> None:
+        """Keep a batch, unless it takes too much memory; the size of the first one decides which others are kept.
+
+        Args:
+            call: The call on the batch.
+            batch_idx: Its index.
+            size: Its number of samples, from :func:`count_samples`.
+        """
         if not self.groups:
             self._choose(size, call.num_bytes)
         elif self._num_bytes + call.num_bytes > self._max_bytes:
@@ -201,7 +206,7 @@ class KeptSamples:
             if len(group.sizes) > 1
         ]
         self._num_checked += 1
-        return batches[self._num_checked % len(batches)] if batches else None
+        return batches[-self._num_checked % len(batches)] if batches else None  # the last one has most to lose
 
     def separate(self) -> None:
         """Measure each batch by itself from now on."""
@@ -212,6 +217,14 @@ class KeptSamples:
     def forget_outputs(self) -> None:
         """Free the clean outputs of this validation."""
         self._clean = {}
+
+
+def count_samples(module: LightningModule, call: ModelCall) -> int:
+    """Count the samples of a batch, by the outputs of the module if the inputs do not tell, as with graphs."""
+    if call.size > 0:
+        return call.size
+    with isolated(module) as run, module.trainer.precision_plugin.val_step_context():
+        return max(1, len(run(call)))
 
 
 def keep_validation_samples(trainer: Trainer, num_samples: int | None) -> list[KeptSamples]:

@@ -12,7 +12,12 @@ from lightning_sensitivity.arguments import Selector, check_argument, check_bool
 from lightning_sensitivity.callbacks.monitor import Monitor
 from lightning_sensitivity.callbacks.samples import Group, KeptSamples, check_agreement
 from lightning_sensitivity.functional.sensitivity import diagnostics, sensitivity_rows
-from lightning_sensitivity.functional.tensors import are_log_probabilities, are_probabilities
+from lightning_sensitivity.functional.tensors import (
+    are_in_unit_interval,
+    are_log_probabilities,
+    are_probabilities,
+    num_outputs,
+)
 from lightning_sensitivity.metric import OutputSensitivity
 from lightning_sensitivity.model import ModelCall, Noise
 from lightning_sensitivity.model.isolation import RunIsolated
@@ -144,6 +149,9 @@ class SensitivityMonitor(Monitor):
                 "`SensitivityMonitor` needs logits, got (log-)probabilities: select logits with `outputs=`, or use "
                 f"`per_output=True`.{see('arguments')}"
             )
+        if num_outputs(outputs) > 2 and are_in_unit_interval(outputs):  # one or two may be there by chance
+            message = "got outputs that all lie in [0, 1]. If they are not logits, set `outputs=`."
+            self.reporter.warn("arguments", message)
 
 
 class _QuietSensitivity(OutputSensitivity):

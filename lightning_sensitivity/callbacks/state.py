@@ -48,19 +48,20 @@ class FitState:
         Raises:
             MisconfigurationException: If they are unknown, or the given ones are not those of the module.
         """
-        current = dict(module.named_parameters())
         if given is not None:
-            return _checked(given, current)
-        if self.is_resumed and self.initial is not None:
-            return copy_weights(current) | self.initial
-        if is_new:
-            return copy_weights(current)
-        if self.initial is not None:  # of the fit that goes on
-            return self.initial
+            return _checked(given, dict(module.named_parameters()))
+        if is_new or self.initial is not None:
+            return self.weights_before_training(module)
         raise MisconfigurationException(
             "the weights from before training are unknown, since the checkpoint has none: pass `initial_weights=`."
             f"{see('initial-weights')}"
         )
+
+    def weights_before_training(self, module: nn.Module) -> dict[str, Tensor]:
+        """Return the parameters before training; before the first step, those in the module complete them."""
+        if self.initial is not None and not self.is_resumed:
+            return self.initial
+        return copy_weights(dict(module.named_parameters())) | (self.initial or {})
 
     def to_dict(self, module: nn.Module | None) -> dict[str, Any]:
         """Return plain values for a checkpoint, with those initial parameters that training has changed."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any
 
@@ -11,13 +11,12 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
 from lightning_sensitivity.arguments import Selector
-from lightning_sensitivity.compat import collect_rng_states, is_compiled, remove_global_hook
+from lightning_sensitivity.compat import collect_rng_states, is_compiled
 from lightning_sensitivity.model import ModelCall, select_outputs
-from lightning_sensitivity.model.call import parameters_of, tensors_in
+from lightning_sensitivity.model.call import TARGET_NAMES, parameters_of, tensors_in
 
 _LOSSES = (
     functional.binary_cross_entropy_with_logits,
@@ -25,6 +24,7 @@ _LOSSES = (
     functional.log_softmax,
     functional.multi_margin_loss,
     functional.multilabel_soft_margin_loss,
+    functional.nll_loss,
     torch.log_softmax,
     Tensor.log_softmax,
 )
@@ -32,8 +32,6 @@ _LOSSES = (
 
 class StepWatch:
     """Record the first call of the module in a training step, and the logits that its losses get.
-
-    Nothing is attached to the module, so that the step may pickle or trace it.
 
     Args:
         pl_module: The module.
@@ -60,10 +58,10 @@ class StepWatch:
 
     def start(self) -> None:
         """Start watching."""
-        self._stack.enter_context(register_module_forward_pre_hook(self._before_call))
-        handle = register_module_forward_hook(self._after_call, with_kwargs=True)
-        self._stack.callback(remove_global_hook, handle)
-        self._stack.enter_context(_LossInputs(self._loss_inputs))
+        before, after = _Hook(self._before_call), _Hook(self._after_call)
+        self._stack.enter_context(self._module.register_forward_pre_hook(before, with_kwargs=True))
+        self._stack.enter_context(self._module.register_forward_hook(after, with_kwargs=True))
+        self._stack.enter_context(_LossInputs(self._loss_inputs, self._is_in_step))
 
     def stop(self) -> None:
         """Stop watching."""
@@ -73,23 +71,31 @@ class StepWatch:
         """Say how the step differs from what is measured; None if nothing shows that it does."""
         if not self.was_called:
             return "the step does not call `forward`, which is measured"
+        return self._problem_of_arguments() or self._problem_of_logits()
+
+    def _problem_of_arguments(self) -> str | None:
+        for name in self._theirs.keys() - self._ours.keys() - set(TARGET_NAMES):
+            return f"the step also passes `{name}` to the model"
         for name, ours in self._ours.items():
-            theirs = self._theirs.get(name, ours)
+            theirs = self._theirs.get(name, [])
             if [x.shape for x in theirs] != [x.shape for x in ours]:
-                return f"the step calls the model with other shapes of `{name}`"
+                return f"the step does not pass `{name}` to the model in the shape that is measured"
             if not self._draws and not all(map(_are_close, ours, theirs)):
-                return f"the step calls the model with other values of `{name}`, though it draws no random numbers"
-        if self._are_logits_unused():
-            return "the step computes its loss from other logits than those that `forward` returns"
+                return f"the step passes other values of `{name}` to the model, though it draws no random numbers"
         return None
 
-    def _are_logits_unused(self) -> bool:
-        """Return whether losses got logits, but not those of the first call."""
+    def _problem_of_logits(self) -> str | None:
         logits, found = self._outputs, self._loss_inputs
-        return logits is not None and bool(found) and not any(_are_same_logits(logits, each) for each in found)
+        if logits is None or not found or any(_are_same_logits(logits, each) for each in found):
+            return None
+        return "the step computes its loss from other logits than those that `forward` returns"
 
-    def _before_call(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if module is not self._module or _is_not_the_step():
+    def _is_in_step(self) -> bool:
+        """Return whether the code that runs is that of the step, not that of `forward`."""
+        return not _is_not_the_step() and all(self._is_redirected)
+
+    def _before_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if _is_not_the_step():
             return
         # Under DDP, Lightning runs the step itself as `forward`.
         forward = vars(module).get("forward")
@@ -97,14 +103,11 @@ class StepWatch:
         if not self._is_redirected[-1] and not self.was_called:
             self.was_called = True
             self._draws = _random_states(module) != self._random_states
-            self._theirs = self._tensors_by_name(args, {})  # `forward` may write to them
+            self._theirs = self._tensors_by_name(args, kwargs)  # before `forward` can write to them
 
     def _after_call(self, module: nn.Module, args: Any, kwargs: dict[str, Any], result: Any) -> None:
-        if module is not self._module or _is_not_the_step():
+        if _is_not_the_step() or self._is_redirected.pop() or self._outputs is not None:
             return
-        if self._is_redirected.pop() or self._outputs is not None:
-            return
-        self._theirs = self._tensors_by_name(args, kwargs) | self._theirs
         try:
             self._outputs = select_outputs(result, self._select).detach()
         except Exception:  # it returns something else in training
@@ -117,17 +120,31 @@ class StepWatch:
         return {name: tensors for name, tensors in found.items() if tensors}
 
 
-class _LossInputs(TorchFunctionMode):
-    """Record the logits that losses get."""
+class _Hook:
+    """Call a function, or nothing in a copy: a step may pickle or copy the module."""
 
-    def __init__(self, found: list[Tensor]) -> None:
+    def __init__(self, function: Callable[..., None]) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any) -> None:
+        self._function(*args)
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[Callable[..., None]]]:
+        return _Hook, (_do_nothing,)
+
+
+class _LossInputs(TorchFunctionMode):
+    """Record the logits that losses in the step get."""
+
+    def __init__(self, found: list[Tensor], is_in_step: Callable[[], bool]) -> None:
         super().__init__()
         self._found = found
+        self._is_in_step = is_in_step
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         logits = args[0] if args else kwargs.get("input")
-        if function in _LOSSES and isinstance(logits, Tensor) and not _is_not_the_step():
+        if function in _LOSSES and isinstance(logits, Tensor) and self._is_in_step():
             self._found.append(logits.detach())
         return function(*args, **kwargs)
 
@@ -170,6 +187,10 @@ class FirstStep:
         if self._watch is not None:
             self._watch.stop()
         self._watch = None
+
+
+def _do_nothing(*args: object) -> None:
+    pass
 
 
 def can_watch(pl_module: nn.Module) -> bool:

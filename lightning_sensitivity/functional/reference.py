@@ -13,10 +13,9 @@ from lightning_sensitivity.functional.tasks import Task, find_task
 _WIDTHS = (0.1, 0.4, 1.6)  # of the kernel, times the median squared distance
 _RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 _WEIGHT = 2.0  # of a good reference that knows all training samples
-_NO_SKILL, _MIN_PER_SAMPLE = 0.01, 3.0  # that counts; permuted labels reach 0.013, and more if there are few
+_NO_SKILL, _NO_SKILL_PER_SAMPLE = 0.01, 1.5  # permuted labels reach 0.013, and more if there are under 150 samples
 _SKILL_RANGE = 0.02  # from no weight to full weight
 _CAUTIOUS, _CAUTION_RANGE = 1.30, 0.15  # of the claim over the score: where it has no weight, and up from full weight
-_POWER = 0.5  # of the share of training samples that the reference knows
 _MAX_FACTOR = 3.0  # of the agreement
 _CLEAR = 0.15  # share of the largest agreement so far
 _ROUNDING = 1e-12  # of scores that are 0
@@ -43,7 +42,7 @@ class Reference(NamedTuple):
 
     @property
     def skill(self) -> float:
-        """How much lower than chance the score is: 1 for a perfect reference, 0 or less for a useless one."""
+        """Compute how much lower than chance the score is, from 1, if perfect, to 0 or less, if useless."""
         return skill(self.score, self.chance)
 
 
@@ -195,9 +194,9 @@ class Calibration(NamedTuple):
 
 
 def reference_weight(score: float, chance: float, claim: float, num_samples: int, num_training: int) -> float:
-    r"""Compute the weight of a reference beside the estimate, :math:`2\,g\,h \min(1, \sqrt{m / n})`.
+    r"""Compute the weight of a reference beside the estimate, :math:`2\,g\,h \min(1, m / n)`.
 
-    g rises from 0 to 1 over 0.02 of skill, from 0.01 on, or from 3 / m if there are few samples: permuted labels reach
+    g rises from 0 to 1 over 0.02 of skill, from 0.01 on, or from 1.5 / m below 150 samples: permuted labels reach
     that. h tells noisy labels from a difficult task. With noisy labels the reference is calibrated: its claim is near
     its score. Where labels are right and the task is too difficult for it, it is too cautious, and claims more. So h
     falls from 1 to 0 as claim / score rises from 1.15 to 1.30.
@@ -209,11 +208,10 @@ def reference_weight(score: float, chance: float, claim: float, num_samples: int
         num_samples: m, how many training samples the reference knows.
         num_training: n, how many the network is trained on.
     """
-    no_skill = max(_NO_SKILL, _MIN_PER_SAMPLE / num_samples)
+    no_skill = max(_NO_SKILL, _NO_SKILL_PER_SAMPLE / num_samples)
     has_skill = _ramp((skill(score, chance) - no_skill) / _SKILL_RANGE)
     is_calibrated = _ramp((_CAUTIOUS - claim / score) / _CAUTION_RANGE) if score > _ROUNDING else 0.0
-    share: float = min(1.0, num_samples / num_training) ** _POWER
-    return _WEIGHT * has_skill * is_calibrated * share
+    return _WEIGHT * has_skill * is_calibrated * min(1.0, num_samples / num_training)
 
 
 def _ramp(value: float) -> float:

@@ -135,12 +135,12 @@ def test_bad_input_is_refused_by_name() -> None:
         pytest.param(0.9, 0.9, 500, 500, 2, id="skilled and calibrated"),
         pytest.param(0.99, 0.99, 500, 500, 0, id="no more skilled than with permuted labels"),
         pytest.param(0.98, 0.98, 500, 500, 1, id="half way"),
-        pytest.param(0.98, 0.98, 100, 100, 0, id="of few samples, which reach that by chance"),
+        pytest.param(0.98, 0.98, 75, 75, 0, id="of few samples, which reach that by chance"),
         pytest.param(1.5, 1.5, 500, 500, 0, id="worse than chance"),
         pytest.param(0.5, 0.65, 500, 500, 0, id="too cautious: correct labels"),
         pytest.param(0.5, 0.6125, 500, 500, 1, id="a little cautious"),
         pytest.param(0.0, 0.0, 500, 500, 0, id="perfect"),
-        pytest.param(0.9, 0.9, 1000, 4000, 1, id="of a quarter of the training samples"),
+        pytest.param(0.9, 0.9, 1000, 4000, 0.5, id="of a quarter of the training samples"),
     ],
 )
 def test_the_weight_of_a_reference_that_is(score: float, claim: float, m: int, n: int, weight: float) -> None:
