@@ -3,24 +3,23 @@
 import os
 import re
 import warnings
-from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, one_hot
 from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDataset
 
 import tests.helpers as helpers
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
+from lightning_sensitivity.functional import fit_reference, principal_components, reference_weight
 from tests.helpers import Linear, Stream, brute_force, fitted, inputs, labelled, loader, logged
 from tests.helpers import unlabelled_loader as unlabelled
 
@@ -57,31 +56,26 @@ def risk_monitor() -> RiskMonitor:
     return RiskMonitor(initial_weights={name: weight / 2 for name, weight in model(Still).state_dict().items()})
 
 
-class Ripples:
-    """A change that depends on the sample alone, not on its batch or process, and is another one in each draw."""
-
-    def __init__(self, num_draws: int = 1) -> None:
-        self.num_draws, self.num_seen = num_draws, Counter[bytes]()
-
-    def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        batch = x.numpy().tobytes()
-        self.num_seen[batch] += 1
-        return x + 0.1 * torch.sin((37 + self.num_seen[batch] % self.num_draws) * x)
+def ripple(x: Tensor, generator: torch.Generator) -> Tensor:
+    """A change that depends on the sample alone, not on its batch or process."""
+    return x + 0.1 * torch.sin(37 * x)
 
 
-def rippled(kind: Any, val: Any, fits: bool = False, sampling: bool = True, num_draws: int = 1, **kwargs: Any) -> Any:
+def rippled(kind: Any, val: Any, fits: bool = False, sampling: bool = True, **kwargs: Any) -> Any:
     """What is logged under such a change; in 64 bits, because batches of another size are rounded in another way."""
-    monitors = [SensitivityMonitor(Ripples(num_draws), num_draws=num_draws, **kwargs), risk_monitor()]
+    monitors = [SensitivityMonitor(ripple, **kwargs), risk_monitor()]
     options = {"kind": kind, "max_epochs": 1, "precision": "64-true", "use_distributed_sampler": sampling}
     if not fits:
         return helpers.validated(monitors, model(Still), val, **options)
-    return logged(fitted(monitors, model(Still), loader(48, 8), val, **options), "val_")  # all 48 are kept
+    return logged(fitted(monitors, model(Still), loader(48, 8), val, **options), "val_")
 
 
 EVEN: dict[str, dict[str, Any]] = {
+    "a validation": {"val": loader(48, 8, seed=1)},
     "draws": {"val": loader(48, 8, seed=1), "num_draws": 2},
     "per output": {"val": loader(48, 8, seed=1), "per_output": True},
-    "a fit": {"val": [loader(48, 8, seed=1), loader(32, 8, seed=2)], "at": "net", "fits": True},
+    "a fit": {"val": loader(48, 8, seed=1), "fits": True},
+    "a fit with several loaders": {"val": [loader(48, 8, seed=1), loader(32, 8, seed=2)], "at": "net", "fits": True},
 }
 
 
@@ -101,28 +95,73 @@ def uneven(rank: int, folder: Path) -> Any:
 
 def risk(rank: int, folder: Path) -> Any:
     checkpoint = ModelCheckpoint(folder / "risk", monitor="val_risk_estimate/dataloader_idx_0")
-    monitor, net, other, counts = RiskMonitor(num_training_samples=16), model(), model(), list[int]()
-    net.on_train_end = lambda: counts.append(monitor.num_training)
+    monitor, net, other = RiskMonitor(), model(), model()
     data = loader(47, 8), [unlabelled(48, 8, seed=1), on_rank(1, seed=2)]
     run = fitted([monitor, checkpoint], net, *data, kind=distributed, max_epochs=1, enable_checkpointing=True)
     fitted([], other, *data, kind=distributed, max_epochs=1)
     torch.testing.assert_close(net.state_dict(), other.state_dict(), rtol=0, atol=0)
-    return logged(run, "val_"), net.state_dict(), counts
+    state = monitor.fit_state
+    return logged(run, "val_"), net.state_dict(), (state.num_training, state.num_weights, state.calibrations)
+
+
+class Normed(helpers.Quiet):
+    """With batch norm, which DDP broadcasts; without dropout, so that a resumed fit draws no other numbers."""
+
+    def __init__(self) -> None:
+        super().__init__(dropout=0.0)
+
+
+def labels_of(num_samples: int, rank: int) -> TensorDataset:
+    """Every second sample has a label, and in the second process alone."""
+    x, y = labelled(num_samples, seed=1).tensors
+    return TensorDataset(x, y.where((torch.arange(num_samples) % 4 < 2) & (torch.tensor(rank) == 1), -100))
+
+
+def stopping(rank: int, folder: Path) -> Any:
+    """A fit that is stopped by the estimate, saved, and resumed."""
+
+    def run(max_epochs: int, **kwargs: Any) -> Any:
+        monitor, history = RiskMonitor(validation_labels=True), helpers.History()
+        stop = EarlyStopping("val_risk_estimate", patience=2)
+        val = DataLoader(labels_of(48, rank), 8)
+        options = {"kind": distributed, "max_epochs": max_epochs, "num_sanity_val_steps": 0, **kwargs}
+        fit = fitted([monitor, stop, history], model(Normed), loader(48, 8), val, **options)
+        return fit, [{k: v for k, v in epoch.items() if "risk" in k} for epoch in history.epochs], monitor.fit_state
+
+    whole, epochs, state = run(6)
+    first, *_ = run(2)
+    first.save_checkpoint(folder / "two.ckpt")
+    torch.distributed.barrier()
+    _, resumed, _ = run(6, ckpt_path=folder / "two.ckpt")
+    return epochs, resumed, whole.current_epoch, state.history
+
+
+def stream(rank: int, folder: Path) -> Any:
+    """Streams that are dealt out by hand: processes have other numbers of batches."""
+    val = DataLoader(Stream(), 16)
+    val.dataset.samples = inputs(40 + 16 * rank, seed=1 + rank)
+    train = DataLoader(Stream(has_labels=True), 16)
+    monitor = RiskMonitor(num_training=100)
+    run = fitted([SensitivityMonitor(), monitor], model(Still), train, val, kind=distributed, max_epochs=2)
+    return logged(run, "val_"), monitor.fit_state.num_training
 
 
 def without_a_batch(rank: int, folder: Path) -> Any:
     loaders = [on_rank(1), on_rank(None, 1), on_rank(0, 2), on_rank(None, 3), on_rank(1, 4)]
     values = helpers.validated(SensitivityMonitor(), model(), loaders, kind=distributed)
     combined = CombinedLoader([on_rank(0), on_rank(0, 1)], "max_size_cycle")
-    return values, helpers.validated(SensitivityMonitor(), model(), combined, kind=distributed)
+    of_combined = helpers.validated(SensitivityMonitor(), model(), combined, kind=distributed)
+    of_risk = [fitted_with_warnings([risk_monitor()], model(), loader(24, 8), on_rank(each)) for each in (0, 1)]
+    return values, of_combined, of_risk
 
 
 def fitted_with_warnings(*args: Any, **kwargs: Any) -> Any:
-    """What was logged last, and what RiskMonitor has warned of."""
+    """What was logged last, and what monitors have warned of."""
+    options = {"kind": distributed, "use_distributed_sampler": False, "num_sanity_val_steps": 0, **kwargs}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        run = fitted(*args, kind=distributed, use_distributed_sampler=False, num_sanity_val_steps=0, **kwargs)
-    return logged(run, "val_"), [str(each.message) for each in caught if str(each.message).startswith("`RiskMonitor`")]
+        run = fitted(*args, **options)
+    return logged(run, "val_"), [str(each.message) for each in caught if "Monitor`" in str(each.message)]
 
 
 MARK = 0.5  # in a sample of the batch that fails
@@ -130,43 +169,67 @@ MARKED = [inputs(8), inputs(7).index_fill(0, torch.tensor([3]), MARK), inputs(8,
 
 
 class Failing(Still):
-    """Passes on one batch fail, in one process."""
+    """Passes on one batch fail, in one process, and not in the first epoch."""
 
     validation_step = Linear.validation_step
+    first_epoch = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        if bool((x == MARK).any()) and int(os.environ["RANK"]) == 1:
+        is_now = not self.training and self.current_epoch >= self.first_epoch
+        if is_now and bool((x == MARK).any()) and int(os.environ["RANK"]) == 1:
             raise ValueError("out of luck")
         return super().forward(x)
 
 
 def a_pass_that_fails(rank: int, folder: Path) -> Any:
-    batches = DataLoader(MARKED, batch_size=None)
-    return fitted_with_warnings([SensitivityMonitor(), risk_monitor()], model(Failing), loader(48, 8), batches)
-
-
-class Ignoring(Linear):
-    """With 255 for "unlabelled", as in many segmentation sets."""
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return cross_entropy(self(batch[0]), batch[1], ignore_index=255)
+    batches, results = DataLoader(MARKED, batch_size=None), []
+    for first_epoch in (0, 1):
+        net, history = model(Failing), helpers.History()
+        net.first_epoch = first_epoch
+        stop = EarlyStopping("val_risk_estimate", patience=9)
+        callbacks = [SensitivityMonitor(), risk_monitor(), stop, history]
+        _, messages = fitted_with_warnings(callbacks, net, loader(48, 8), batches, max_epochs=3)
+        results.append((history.epochs, messages))
+    return results
 
 
 def a_training_batch_that_fails(rank: int, folder: Path) -> Any:
-    def fit(index: int, *more: Any) -> Any:
-        x, y = labelled(24).tensors
-        y[8 * index : 8 * index + 4] += 255 * rank
-        train = DataLoader(TensorDataset(x, y.clamp(max=255)), 8)
-        return fitted_with_warnings([RiskMonitor(), *more], Ignoring(), train, unlabelled(), max_epochs=1)
+    """The second batch has a label above the classes, in the second process."""
+    x, y = labelled(24).tensors
+    y[8:12] += 4 * rank
+    net = model()
+    net.training_step = lambda batch, batch_idx: cross_entropy(net(batch[0]), batch[1].clamp(max=3))
+    train = DataLoader(TensorDataset(x, y), 8)
+    return fitted_with_warnings([RiskMonitor()], net, train, unlabelled(), max_epochs=1)
 
-    with pytest.raises(MisconfigurationException, match="cannot estimate the risk"):
-        fit(0, EarlyStopping("val_risk_estimate"))
-    return [fit(0), fit(1)]
+
+def no_features_in_one_process(rank: int, folder: Path) -> Any:
+    def features(batch: Any) -> Tensor:
+        if rank == 1 and isinstance(batch, Tensor):
+            raise ValueError("no features")
+        return batch[0] if isinstance(batch, list) else batch
+
+    return fitted_with_warnings(
+        [RiskMonitor(features=features)], model(), loader(48, 8), unlabelled(48, 8), max_epochs=2
+    )
+
+
+SCENARIOS = (
+    even,
+    uneven,
+    risk,
+    stopping,
+    stream,
+    without_a_batch,
+    a_pass_that_fails,
+    a_training_batch_that_fails,
+    no_features_in_one_process,
+)
 
 
 def run_all(rank: int, folder: Path) -> dict[str, Any]:
     results = {}
-    for scenario in (even, uneven, risk, without_a_batch, a_pass_that_fails, a_training_batch_that_fails):
+    for scenario in SCENARIOS:
         results[scenario.__name__] = scenario(rank, folder)
         torch.distributed.barrier()
     return results
@@ -178,14 +241,17 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     return {name: [first[name], second[name]] for name in first}
 
 
+OWN_TO_A_PROCESS = "risk_(variance|estimate|reference)"  # twins, and the reference's samples
+
+
 @pytest.mark.parametrize("name", EVEN)
 def test_on_even_data_all_that_is_logged_is_what_one_process_logs(both: Any, name: str) -> None:
     first, second = (result[name] for result in both["even"])
     truth = rippled(Trainer, **EVEN[name])
     assert first == second and first.keys() == truth.keys()
-    assert ("val_risk_claim/dataloader_idx_1" in first) == (name == "a fit")
-    for each in [each for each in truth if re.search("risk_(variance|estimate)", each)]:
-        del truth[each], first[each]  # of other twins in each process
+    assert ("val_risk_claim/dataloader_idx_1" in first) == ("several" in name)
+    for each in [each for each in truth if re.search(OWN_TO_A_PROCESS, each)]:
+        del truth[each], first[each]
     assert first == pytest.approx(truth, rel=1e-5, abs=0)
 
 
@@ -205,9 +271,9 @@ def test_on_uneven_data_samples_count_as_often_as_they_are_dealt_out(both: Any) 
         assert values == pytest.approx(truth, rel=1e-5, abs=0)
 
 
-def test_the_risk_estimate_is_that_of_both_and_training_samples_are_counted(both: Any) -> None:
-    (first, weights, counts), (second, *_) = both["risk"]
-    assert first == second and counts == [47]
+def test_the_risk_estimate_is_that_of_both_and_n_and_w_are_the_same(both: Any) -> None:
+    (first, weights, sizes), (second, _, other_sizes) = both["risk"]
+    assert first == second and sizes == other_sizes and sizes[:2] == (47, 52)
     net = model()
     net.load_state_dict(weights)
     with torch.no_grad():
@@ -216,31 +282,94 @@ def test_the_risk_estimate_is_that_of_both_and_training_samples_are_counted(both
     assert {f"val_{name}/dataloader_idx_1" for name in RiskMonitor.names} <= first.keys()  # which one process lacked
 
 
+def test_with_two_references_score_and_weight_are_those_of_their_sums(both: Any) -> None:
+    """The plain loop: each process has every second sample, of shuffled training and of validation."""
+    (values, weights, _), _ = both["risk"]
+    net = model()
+    net.load_state_dict(weights)
+    parts, known = [], []
+    for rank in (0, 1):
+        x, y = labelled(47)[list(DistributedSampler(labelled(47), 2, rank))]  # as Lightning does
+        new_x = inputs(48, seed=1)[rank::2]
+        y = one_hot(y, 4).double()
+        features, new_features = principal_components(x, new_x)
+        reference = fit_reference(features, y, new_features)
+        with torch.no_grad():
+            p, new_p = net(x).double().softmax(1), net(new_x).double().softmax(1)
+        s, q = y.mean(0), reference.predictions
+        sums = ((p * (y - s)).sum(1), y.square().sum(1), (new_p * (q - s)).sum(1), new_p.square().sum(1), new_p @ s)
+        parts.append([each.sum() for each in sums])
+        known.append([len(x) * each for each in (reference.score, reference.chance, reference.claim)])
+    training_agreement, label_power, agreement, power, by_shares = (sum(each) / 48 for each in zip(*parts, strict=True))
+    factor = 1.0
+    if agreement > 0:
+        factor = min(max(float(training_agreement / agreement), 1.0), 3.0)
+    score = float(label_power + power - 2 * (by_shares + factor * agreement))
+    weight = reference_weight(*(sum(each) / 48 for each in zip(*known, strict=True)), 48, 47)
+    assert values["val_risk_reference/dataloader_idx_0"] == pytest.approx(score, rel=1e-5)
+    assert values["val_risk_reference_weight/dataloader_idx_0"] == pytest.approx(weight, rel=1e-5)
+
+
+def test_stopping_and_resuming_are_the_same_in_both(both: Any) -> None:
+    first, second = both["stopping"]
+    assert first == second
+    epochs, resumed, _, history = first
+    assert resumed == [pytest.approx(epoch, rel=1e-5) for epoch in epochs[2:]]
+    assert {epoch["val_risk_num_labels"] for epoch in epochs} == {12.0}
+    assert [measured.epoch for measured in history] == list(range(len(epochs)))
+    assert all(measured.deviation != 0 for measured in history)
+
+
+def test_streams_of_other_lengths_are_measured_to_their_end(both: Any) -> None:
+    (first, num_training), second = both["stream"]
+    assert second == (first, num_training) and num_training == 100
+    with torch.no_grad():
+        x = torch.cat([inputs(40, seed=1), inputs(56, seed=2)])
+        claim = 1 - model(Still)(x).double().softmax(1).square().sum(1).mean()
+    assert first["val_risk_claim"] == pytest.approx(float(claim), rel=1e-5)
+
+
 def test_a_process_without_a_batch_has_the_others_value(both: Any) -> None:
-    assert both["without_a_batch"][0] == both["without_a_batch"][1]
-    values, of_combined = both["without_a_batch"][0]
+    assert both["without_a_batch"][0][:2] == both["without_a_batch"][1][:2]
+    values, of_combined, _ = both["without_a_batch"][0]
     for idx, ranks in enumerate([[1], [0, 1], [0], [0, 1], [1]]):
         batches = list(inputs(40, seed=idx).split(16))
         changes = torch.cat([brute_force(model(), batches, rank=rank, loader=idx) for rank in ranks])
-        assert values[f"val_output_sensitivity/dataloader_idx_{idx}"] == pytest.approx(changes.var(correction=0).item(), rel=1e-5)
+        expected = changes.var(correction=0).item()
+        assert values[f"val_output_sensitivity/dataloader_idx_{idx}"] == pytest.approx(expected, rel=1e-5)
     assert of_combined["val_output_sensitivity"] > 0
 
 
-def test_a_pass_that_fails_in_one_process_costs_its_batch_in_both(both: Any) -> None:
-    (first, messages), (second, other_messages) = both["a_pass_that_fails"]
-    assert first == second and {"val_output_sensitivity", "val_risk_estimate"} <= first.keys()
-    batches = dict(enumerate(MARKED))
-    changes = [brute_force(model(Still), batches, rank=0)]
-    changes.append(brute_force(model(Still), {0: batches[0], 2: batches[2]}, rank=1))
-    assert first["val_output_sensitivity"] == pytest.approx(torch.cat(changes).var(correction=0).item(), rel=1e-5)
-    assert messages == [] and len(other_messages) == 1 and "ValueError: out of luck" in other_messages[0]
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_without_a_batch_has_the_others_estimate_and_says_nothing(both: Any, rank: int) -> None:
+    (values, messages), (other_values, other_messages) = (each[2][rank] for each in both["without_a_batch"])
+    assert values == other_values and {f"val_{name}" for name in RiskMonitor.names} <= values.keys()
+    assert values["val_risk_variance"] > 0 and "val_risk_reference" in values
+    assert messages == other_messages == []
 
 
-def test_a_training_batch_that_fails_in_one_process_is_said_by_it(both: Any) -> None:
-    no_estimate = ["cannot estimate the risk: another process cannot", "cannot estimate the risk: Expected labels"]
-    left_out = [None, "skipped a training batch: .*Expected labels from 0 to 3"]
-    for index, patterns in enumerate((no_estimate, left_out)):  # by the batch that fails
-        for results, pattern in zip(both["a_training_batch_that_fails"], patterns, strict=True):
-            values, messages = results[index]
-            assert len(messages) == (pattern is not None) and all(re.search(pattern, message) for message in messages)
-            assert ("val_risk_estimate" in values) == (patterns is left_out)
+def test_a_pass_that_fails_in_one_process_costs_the_value_of_both(both: Any) -> None:
+    first, second = both["a_pass_that_fails"]
+    for (epochs, messages), (other_epochs, other_messages) in zip(first, second, strict=True):
+        assert epochs == other_epochs and len(epochs) == 3
+        assert not any("out of luck" in message for message in messages)
+        failed = [message for message in other_messages if "ValueError: out of luck" in message]
+        assert failed and "This epoch has no value" in failed[0]
+    # From the first epoch on, there is the worst score; from the second one on, the last value is left.
+    assert [epoch["val_risk_estimate"] for epoch in first[0][0]] == [2.0] * 3
+    assert "val_output_sensitivity" not in first[0][0][0]
+    values = [epoch["val_risk_estimate"] for epoch in first[1][0]]
+    assert values[0] == values[1] == values[2] < 2
+
+
+def test_a_training_batch_that_fails_in_one_process_is_left_out_and_said_by_it(both: Any) -> None:
+    (values, messages), (other_values, other_messages) = both["a_training_batch_that_fails"]
+    assert values == other_values and {f"val_{name}" for name in RiskMonitor.names} <= values.keys()
+    assert messages == [] and len(other_messages) == 1
+    assert re.search("could not keep a training batch: .*Expected labels from 0 to 3", other_messages[0])
+
+
+def test_a_process_without_features_does_without_a_reference_and_training_goes_on(both: Any) -> None:
+    (values, _), (other_values, messages) = both["no_features_in_one_process"]
+    assert values == other_values and values["val_risk_estimate"] > 0
+    assert any("ValueError: no features" in message for message in messages)
