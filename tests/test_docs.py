@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from docutils.nodes import make_id
 
 import lightning_sensitivity
+from lightning_sensitivity.callbacks import risk, sensitivity
 from tests.helpers import Classifier, loader, unlabelled_loader
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -77,6 +79,20 @@ def test_what_a_page_links_to_exists(page: Path) -> None:
     paths = [page.parent / path for path in re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", text)]
     scripts = [DOCS.parent / path for path in re.findall(r"python (examples/[\w./]+\.py)", page.read_text())]
     assert [path for path in paths + scripts if not path.exists()] == []
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "```" in page.read_text()], ids=name_of)
+def test_the_code_of_a_page_is_not_cut_off(page: Path) -> None:
+    blocks = re.findall(r"^```.*?\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    assert [line for block in blocks for line in block.splitlines() if len(line) > 88] == []
+
+
+def test_every_message_that_names_an_entry_finds_it() -> None:
+    sources = [path.read_text() for path in sorted(Path(lightning_sensitivity.__file__).parent.rglob("*.py"))]
+    named = {name for source in sources for name in re.findall(r"(?:see|\.warn)\(\s*['\"]([\w-]+)['\"]", source)}
+    named |= {"failed", "out-of-memory", *risk._ENTRIES.values(), *sensitivity._ENTRIES.values()}
+    headings = re.findall(r"^### (.*)$", (DOCS / "troubleshooting.md").read_text(), re.MULTILINE)
+    assert len(named) > 10 and named - {make_id(heading) for heading in headings} == set()
 
 
 @pytest.mark.parametrize("page", GUIDE, ids=name_of)
