@@ -126,7 +126,7 @@ CASES = {
         step=lambda m, b, noise: m(noise(b["x"]), b["mask"])),
     "dict with a mask that is not used": Case(OTHER_CALL, OTHER_CALL, forward=masked, step=part("x"),
         batch=lambda x, y: {"x": x, "mask": x > 0.5, "y": y}),
-    "object": Case("!`inputs", batch=lambda x, y: SimpleNamespace(x=x, y=y), forward=lambda m, b: m.net(b.x),
+    "object": Case("!`inputs", "?has no reference", batch=lambda x, y: SimpleNamespace(x=x, y=y), forward=lambda m, b: m.net(b.x),
         step=lambda m, b, noise: m(SimpleNamespace(x=noise(b.x), y=b.y))),
     "nested, inputs=": Case(batch=lambda x, y: Pair(Pair(x, ({"b": [2 * x]}, (9 * x).long(), "name")), y),
         both={"inputs": lambda b: b.x}, forward=lambda m, pair: m.net(pair.x + pair.y[0]["b"][0] + pair.y[1]),
@@ -167,8 +167,6 @@ CASES = {
     "dict with logits": Case(forward=lambda m, x=None: {"z": x, "logits": m.net(x)}, step=output("logits")),
     "dict of heads": Case("!`outputs", "!`outputs", forward=lambda m, x: {"a": m.net(x)}, step=output("a")),
     "second head, outputs=": Case(forward=lambda m, x: (x, m.net(x)), both={"outputs": lambda y: y[1]}, step=output(1)),
-    "embedding, told by the second batch": Case(r="?look like embeddings", y=lambda f: f[:, :10].argmax(1),
-        num_outputs=16, batch_size=16),
     # what a pass would change and leave so
     "forward that writes into a nested list": Case(r"!history\['calls'\]", r"!history\['calls'\]", forward=counting),
     "forward that writes to a weight": Case("!net.0.bias", "!net.0.bias", forward=writing),

@@ -64,9 +64,9 @@ class Companions:
         """Return the labels of a group whose batches all have some."""
         return torch.cat([self.labels[index] for index in group.batch_indices])
 
-    def predictions(self, start: int, size: int) -> Tensor | None:
-        """Return the reference's predictions for some samples; None without a reference."""
-        return None if self.reference is None else self.reference.predictions[start : start + size]
+    def predictions(self, start: int, rows: slice) -> Tensor | None:
+        """Return the reference's predictions for some rows of a group, which starts somewhere; None without one."""
+        return None if self.reference is None else self.reference.predictions[start + rows.start : start + rows.stop]
 
     def features_of(self, samples: KeptSamples) -> list[Features]:
         """Return the features of all batches of some samples; nothing if one of them has none."""

@@ -53,9 +53,11 @@ class RiskPasses:
         twins = TwinRunner(self._module, on_device, self._run, samples, key)
         start = 0
         for group, call, outputs in self._passes(samples):
-            found = twins.run(group, call, outputs)
-            predictions = companions.predictions(start, group.size)
-            self._metric.update(outputs, found.twins, compared_with=found.compared_with, reference=predictions)
+            for part in twins.run(group, call, outputs):
+                predictions = companions.predictions(start, part.rows)
+                self._metric.update(
+                    outputs[part.rows], part.twins, compared_with=part.compared_with, reference=predictions
+                )
             for batch_idx, rows in group.rows().items():
                 if batch_idx in companions.labels:
                     self._metric.update_labels(outputs[rows], companions.labels[batch_idx])

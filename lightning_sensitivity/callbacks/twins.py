@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from lightning_sensitivity.callbacks.samples import Group, KeptSamples, check_agreement
@@ -20,13 +19,15 @@ _MIN_PART = 32  # samples, so that statistics of batch norm do not hang on a few
 
 
 class TwinOutputs(NamedTuple):
-    """Hold outputs for the samples of a group.
+    """Hold outputs for a part of a group.
 
     Attributes:
+        rows: Which rows of the group the part has.
         twins: Outputs of twins, ``(N, K)`` each; every sample goes through as many twins as there are tensors.
         compared_with: Outputs of the model to compare them with: those with batch statistics, if it has batch norm.
     """
 
+    rows: slice
     twins: list[Tensor]
     compared_with: Tensor
 
@@ -57,8 +58,8 @@ class TwinRunner:
         self._key = key
         self._has_batch_norm = has_batch_norm(module)
 
-    def run(self, group: Group, call: ModelCall, outputs: Tensor) -> TwinOutputs:
-        """Run twins on a group.
+    def run(self, group: Group, call: ModelCall, outputs: Tensor) -> Iterator[TwinOutputs]:
+        """Run twins on the parts of a group, one after the other, since outputs may be large.
 
         Args:
             group: The group.
@@ -72,17 +73,15 @@ class TwinRunner:
         if len(parts) > 1:
             check_agreement(outputs[parts[0]], self._run(call.select(parts[0])), outputs.dtype)
         num_rounds = max(1, math.ceil(NUM_TWINS * group.size / (self._samples.size * len(parts))))
-        twins: list[list[Tensor]] = [[] for _ in range(num_rounds)]
-        compared_with = []
         for place, part in enumerate(parts):
             part_call = call if len(parts) == 1 else call.select(part)
-            compared_with.append(self._call(part_call, None) if self._has_batch_norm else outputs[part])
-            for draw, found in enumerate(twins):
-                stream = (*self._key, group.batch_indices[0], place * num_rounds + draw)
-                generator = noise_generator(*stream, device=outputs.device)
+            compared_with = self._call(part_call, None) if self._has_batch_norm else outputs[part]
+            twins = []
+            for draw in range(place * num_rounds, (place + 1) * num_rounds):
+                generator = noise_generator(*self._key, group.batch_indices[0], draw, device=outputs.device)
                 weights = twin_weights(self._module, self._initial, generator, TWIN_STRENGTH)
-                found.append(self._call(part_call, weights))
-        return TwinOutputs([torch.cat(found) for found in twins], torch.cat(compared_with))
+                twins.append(self._call(part_call, weights))
+            yield TwinOutputs(part, twins, compared_with)
 
     def _parts(self, group: Group, call: ModelCall, outputs: Tensor) -> list[slice]:
         """Split the samples of a group into equal parts, each of which goes through twins of its own."""
@@ -90,6 +89,7 @@ class TwinRunner:
         can_split = self._samples.can_regroup and len(outputs) == size and call.layout() is not None
         part_size = max(_MIN_PART, self._samples.size / NUM_TWINS)
         count = max(1, round(size / part_size)) if can_split else 1
+        size = len(outputs)
         return [slice(part * size // count, (part + 1) * size // count) for part in range(count)]
 
     def _call(self, call: ModelCall, weights: Mapping[str, Tensor] | None) -> Tensor:

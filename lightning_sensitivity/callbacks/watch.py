@@ -47,6 +47,8 @@ class StepWatch:
         self._module = pl_module
         self._select = outputs
         self._signature = inspect.Signature(parameters_of(pl_module))
+        self._our_names = self._names_passed(call.args, call.kwargs)
+        self._their_names: set[str] = set()
         self._ours = self._tensors_by_name(call.args, call.kwargs)
         self._theirs: dict[str, list[Tensor]] = {}
         self._random_states = _random_states(pl_module)
@@ -70,18 +72,18 @@ class StepWatch:
     def find_problem(self) -> str | None:
         """Say how the step differs from what is measured; None if nothing shows that it does."""
         if not self.was_called:
-            return "the step does not call `forward`, which is measured"
+            return None if _names_forward(self._module) else "the step does not call `forward`, which is measured"
         return self._problem_of_arguments() or self._problem_of_logits()
 
     def _problem_of_arguments(self) -> str | None:
-        for name in self._theirs.keys() - self._ours.keys() - set(TARGET_NAMES):
-            return f"the step also passes `{name}` to the model"
+        for name in sorted(self._their_names - self._our_names - set(TARGET_NAMES)):
+            return f"the step calls the model with other arguments: also with `{name}`"
         for name, ours in self._ours.items():
             theirs = self._theirs.get(name, [])
             if [x.shape for x in theirs] != [x.shape for x in ours]:
-                return f"the step does not pass `{name}` to the model in the shape that is measured"
+                return f"the step calls the model with other arguments: `{name}` is missing or has another shape"
             if not self._draws and not all(map(_are_close, ours, theirs)):
-                return f"the step passes other values of `{name}` to the model, though it draws no random numbers"
+                return f"the step calls the model with other values of `{name}`, though it draws no random numbers"
         return None
 
     def _problem_of_logits(self) -> str | None:
@@ -103,6 +105,7 @@ class StepWatch:
         if not self._is_redirected[-1] and not self.was_called:
             self.was_called = True
             self._draws = _random_states(module) != self._random_states
+            self._their_names = self._names_passed(args, kwargs)
             self._theirs = self._tensors_by_name(args, kwargs)  # before `forward` can write to them
 
     def _after_call(self, module: nn.Module, args: Any, kwargs: dict[str, Any], result: Any) -> None:
@@ -112,6 +115,12 @@ class StepWatch:
             self._outputs = select_outputs(result, self._select).detach()
         except Exception:  # it returns something else in training
             self._outputs = None
+
+    def _names_passed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[str]:
+        """Name the arguments that differ from their defaults."""
+        arguments = self._signature.bind_partial(*args, **kwargs).arguments
+        defaults = {name: parameter.default for name, parameter in self._signature.parameters.items()}
+        return {name for name, value in arguments.items() if not _is_default(value, defaults[name])}
 
     def _tensors_by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, list[Tensor]]:
         """Copy the tensors in arguments, by the names in the signature of ``forward``."""
@@ -187,6 +196,16 @@ class FirstStep:
         if self._watch is not None:
             self._watch.stop()
         self._watch = None
+
+
+def _is_default(value: object, default: object) -> bool:
+    return value is default or (isinstance(value, bool | int | float | str) and value == default)
+
+
+def _names_forward(pl_module: LightningModule) -> bool:
+    """Return whether the step may call `self.forward(x)`, which no hook sees."""
+    code = getattr(type(pl_module).training_step, "__code__", None)
+    return code is not None and "forward" in code.co_names
 
 
 def _do_nothing(*args: object) -> None:

@@ -207,6 +207,11 @@ def reference_weight(score: float, chance: float, claim: float, num_samples: int
         claim: The score that the reference claims.
         num_samples: m, how many training samples the reference knows.
         num_training: n, how many the network is trained on.
+
+    Example:
+        >>> from lightning_sensitivity.functional import reference_weight
+        >>> reference_weight(score=0.7, chance=0.9, claim=0.7, num_samples=1000, num_training=4000)
+        0.5
     """
     no_skill = max(_NO_SKILL, _NO_SKILL_PER_SAMPLE / num_samples)
     has_skill = _ramp((skill(score, chance) - no_skill) / _SKILL_RANGE)

@@ -353,6 +353,8 @@ def _find_targets(model: nn.Module, batch: Any) -> object:
 def _call_targets(targets: Selector, batch: Any) -> object:
     try:
         return targets(clone_tensors(batch))
+    except Warning:
+        raise
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise MisconfigurationException(f"`targets` failed on {describe(batch)}: {reason}.") from error
