@@ -85,11 +85,10 @@ class TwinRunner:
 
     def _parts(self, group: Group, call: ModelCall, outputs: Tensor) -> list[slice]:
         """Split the samples of a group into equal parts, each of which goes through twins of its own."""
-        size = group.size
-        can_split = self._samples.can_regroup and len(outputs) == size and call.layout() is not None
+        size = len(outputs)
+        can_split = self._samples.can_regroup and size == group.size and call.layout() is not None
         part_size = max(_MIN_PART, self._samples.size / NUM_TWINS)
         count = max(1, round(size / part_size)) if can_split else 1
-        size = len(outputs)
         return [slice(part * size // count, (part + 1) * size // count) for part in range(count)]
 
     def _call(self, call: ModelCall, weights: Mapping[str, Tensor] | None) -> Tensor:
