@@ -18,12 +18,14 @@ from finetuning import frozen_body
 from lightning.pytorch import Callback, LightningModule, Trainer
 from runs import Run, logits
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, one_hot
 from torch.utils.data import DataLoader, TensorDataset
 from training import DRAWS, QUIET, be_quiet, split, training_loader
 
 from lightning_sensitivity import RiskMonitor
-from lightning_sensitivity.functional.risk import LABEL_WEIGHT, VARIANCE_SCALE
+from lightning_sensitivity.functional import bags_of_words, fit_reference, principal_components
+from lightning_sensitivity.functional.reference import reference_weight
+from lightning_sensitivity.functional.risk import LABEL_WEIGHT_WITH_REFERENCE, VARIANCE_SCALE
 
 NUM_HOLDOUT, NUM_TEST = 600, 1000  # samples
 BATCH_SIZE = 120  # of validation
@@ -147,6 +149,16 @@ def measure(pool: str, seed: int, data: Path | None, folder: Path) -> None:
     (folder / "part.npz").rename(folder / "curves.npz")
 
 
+def weight_of_permuted_labels(run: Run, x_new: Tensor, num_samples: int = 1000) -> float:
+    """Give the weight that a reference has whose labels tell nothing."""
+    x, y = run.x[:num_samples].flatten(1), run.y[:num_samples]
+    y = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(run.seed))]
+    pair = (x, x_new.flatten(1)) if x.is_floating_point() else bags_of_words(x, x_new)
+    features, new_features = principal_components(*pair)
+    found = fit_reference(features, one_hot(y, run.num_classes).double(), new_features)
+    return reference_weight(found.score, found.chance, found.claim, found.num_samples, len(run.x))
+
+
 def in_columns(rows: list[dict[str, float]]) -> dict[str, np.ndarray]:
     return {name: np.array([row.get(name, np.nan) for row in rows]) for name in rows[-1]}
 
@@ -158,5 +170,6 @@ def about(pool: str, run: Run, kept: dict[str, Any]) -> dict[str, Any]:
         "pool": pool, "seed": run.seed, "kind": run.kind, "labels": run.labels, "n": len(run.x),
         "num_classes": run.num_classes, "weights": sum(weight.numel() for weight in network.parameters()),
         "is_augmented": run.is_augmented, "has_batch_norm": run.has_batch_norm, "is_binary": run.is_binary,
-        "variance_scale": VARIANCE_SCALE, "label_weight": LABEL_WEIGHT,
+        "permuted_weight": weight_of_permuted_labels(run, run.x_holdout[:NUM_HOLDOUT]),
+        "variance_scale": VARIANCE_SCALE, "label_weight": LABEL_WEIGHT_WITH_REFERENCE,
     }  # fmt: skip

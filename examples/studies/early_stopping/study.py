@@ -97,6 +97,7 @@ def report(curves: list[Curves], runs: pd.DataFrame) -> str:
         f"## Labels as noisy as training's\n\n{tables.labels_table(found, 'noisy')}",
         f"## Correct labels\n\n{tables.labels_table(found, 'correct')}",
         f"## Size\n\nThe estimate over the true score, at the chosen epoch:\n\n{tables.sizes_table(found)}",
+        f"## The reference's weight\n\n{tables.weights_table(found)}",
         f"## Fine-tuning\n\n{tables.finetuning_table(runs[runs['pool'] == 'fine-tuning'])}",
         f"## 5,000 correct samples of 20 inputs\n\n{tables.runs_table(teachers)}",
         f"## The worst runs\n\n{tables.worst_table(runs[runs['pool'].isin(tables.POOLS)])}\n",

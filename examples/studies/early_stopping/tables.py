@@ -50,6 +50,7 @@ def judged(c: Curves) -> dict[str, object]:
     line |= {"epochs": len(c["loss"]), "best": int(c["accuracy"].argmax()), "chosen": epoch}
     line |= {"size": c["val_risk_estimate"][epoch] / c["true_score"][epoch]}
     line |= {"reference's weight": float(np.nan_to_num(c["val_risk_reference_weight"]).max())}
+    line |= {"reference's weight, permuted labels": about["permuted_weight"]}
     for name in rules_of(c):
         line |= {f"{name}: {yardstick}": value for yardstick, value in cost(c, name).items()}
     return line
@@ -157,6 +158,16 @@ def sizes_table(found: Groups) -> str:
         told = " | ".join(f"{100 * share:.0f} %" for share in shares)
         lines.append(f"{name} | {len(runs)} | {median:.2f} | {low:.2f} to {high:.2f} | {told}")
     return table("runs | number | median | central 80 % | 0.8 to 1.25 | 0.5 to 2", lines)
+
+
+def weights_table(found: Groups) -> str:
+    """Tell the weight of the reference beside the estimate, and that of one whose labels are permuted."""
+    lines = []
+    for name, runs in found.items():
+        weight, permuted = runs["reference's weight"], runs["reference's weight, permuted labels"]
+        told = f"{weight.mean():.2f} | {100 * (weight == 0).mean():.0f} %"
+        lines.append(f"{name} | {told} | {permuted.mean():.3f} | {100 * (permuted == 0).mean():.0f} %")
+    return table("runs | weight | is 0 in | with permuted labels | is 0 in", lines)
 
 
 def runs_table(runs: pd.DataFrame) -> str:
