@@ -101,8 +101,9 @@ def test_every_value_of_every_epoch_arrives_on_the_axis_of_the_loss(
     callbacks, logger, val = [*monitors, history := History()], make(tmp_path), [loader(seed=1), loader(20, seed=2)]
     fitted(callbacks, Classifier(), val=val, logger=logger, log_every_n_steps=1)
     names = {name for name in history.epochs[0] if name.startswith("val")}
-    assert len(names) == 2 * (1 + 2 + 2 + len(RiskMonitor.names))
-    assert {"val/of/output_sensitivity/dataloader_idx_1", "val_risk_estimate/dataloader_idx_0"} <= names
+    ours = [*SensitivityMonitor.names, *RiskMonitor.names, "risk_reference", "risk_reference_weight"]
+    each = {"val_loss", *(f"val_{name}" for name in ours), *(f"val/of/{name}" for name in SensitivityMonitor.names)}
+    assert names == {f"{name}/dataloader_idx_{index}" for name in each for index in (0, 1)}
     store = np.float32 if kind == "tensorboard" else float
     curves = {name: curve for name, curve in read(logger, tmp_path).items() if name.startswith("val")}
     steps = [(step, values) for step, values in zip((3, 7), history.epochs, strict=True)]
