@@ -13,8 +13,6 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.modules.conv import _ConvNd as Convolution
 from torch.nn.modules.conv import _ConvTransposeNd as TransposedConvolution
-from torch.nn.modules.module import _global_forward_hooks_with_kwargs
-from torch.utils.hooks import RemovableHandle
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -62,12 +60,6 @@ def is_compiled(module: nn.Module) -> bool:
     is_wrapped = original_module(module) is not module or getattr(module, "_compiler_ctx", None) is not None
     has_compiled = any(hasattr(value, "_torchdynamo_orig_callable") for value in vars(module).values())
     return is_wrapped or has_compiled or module._compiled_call_impl is not None
-
-
-def remove_global_hook(handle: RemovableHandle) -> None:
-    """Remove a global forward hook with keyword arguments, of which torch would keep a trace."""
-    handle.remove()
-    _global_forward_hooks_with_kwargs.pop(handle.id, None)
 
 
 def original_module(module: nn.Module) -> Any:

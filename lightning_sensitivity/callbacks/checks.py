@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -36,18 +37,23 @@ class Reporter:
         self._said: dict[str, float] = {}  # how severe each kind was when it was last said
         self._num_failures: dict[str, int] = {}
 
-    def warn(self, entry: str, message: str, severity: float = 1.0) -> None:
+    def warn(self, entry: str, message: str, severity: float = 1.0, in_any_process: bool = False) -> None:
         """Warn, and again whenever it has become twice as severe.
 
         Args:
             entry: The entry of the page on troubleshooting.
             message: What follows the name of the monitor, as whole sentences.
             severity: How bad it is, such as a number of samples.
+            in_any_process: Whether to warn in other processes than the first one, too.
         """
         if severity < 2 * self._said.get(entry, 0.0):
             return
         self._said[entry] = severity
-        rank_zero_warn(f"`{self._monitor}` ({self._prefix}*) {message}{see(entry)}")
+        text = f"`{self._monitor}` ({self._prefix}*) {message}{see(entry)}"
+        if in_any_process:
+            warnings.warn(text, stacklevel=3)
+        else:
+            rank_zero_warn(text)
 
     def has_said(self, entry: str) -> bool:
         """Return whether there was a warning of this kind."""
@@ -74,15 +80,18 @@ class Reporter:
             self._num_failures[what] = self._num_failures.get(what, 0) + 1
             entry = "out-of-memory" if is_oom_error(error) else "failed"
             message = f"{what}: {describe_error(error)} {consequence}"
-            self.warn(entry, message, severity=self._num_failures[what])
+            self.warn(entry, message, severity=self._num_failures[what], in_any_process=True)
 
     def _as_error(self, what: str, error: Exception) -> Exception:
         if is_oom_error(error):
             return error  # Lightning's batch-size finder needs it
         reason = describe_error(error)
         if isinstance(error, MisconfigurationException):
-            is_ours = reason.startswith(f"`{self._monitor}`")
-            return error if is_ours else MisconfigurationException(f"`{self._monitor}` {what}: {reason}")
+            if reason.startswith(f"`{self._monitor}`"):
+                return error
+            has_link = see("") in reason
+            link = "" if has_link else see("noise" if "perturb" in reason else "arguments")
+            return MisconfigurationException(f"`{self._monitor}` {what}: {reason}{link}")
         return MisconfigurationException(
             f"`{self._monitor}` {what}: {reason} If `forward` takes other arguments, set `inputs=`, such as "
             f"`inputs=lambda batch: batch['image']`.{see('arguments')}"

@@ -110,7 +110,15 @@ class BatchReader:
         """
         if self._features is None:
             return input_features(call)
-        values = self._features(clone_tensors(batch))
+        try:
+            values = self._features(clone_tensors(batch))
+        except Warning:
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise MisconfigurationException(
+                f"`features` failed on {describe(batch)}: {reason}.{see('features')}"
+            ) from error
         if not isinstance(values, Tensor) or values.ndim < 2 or len(values) != size:
             expected = f"a function that returns a tensor ({size}, D)"
             raise MisconfigurationException(

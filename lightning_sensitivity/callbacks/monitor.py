@@ -231,12 +231,13 @@ class Monitor(Callback, ABC):
         """Measure the samples of every loader, and check that the passes leave no trace."""
         self._is_measured = True
         seen: dict[str, Seen] = {}
-        versions = parameter_versions(pl_module)
+        versions: dict[str, tuple[int, int]] = {}
         for place, samples in enumerate(self.samples):
             metric, self.metrics[place] = self.metrics[place], None
             what = f"could not measure the samples of dataloader {samples.dataloader_idx}"
             with self.reporter.report_failure(what, LEFT_OUT):
                 with isolated(pl_module) as run, trainer.precision_plugin.val_step_context():
+                    versions = versions or parameter_versions(pl_module)
                     samples.complete(pl_module, run, pl_module.device)
                     if self.reporter.is_strict and not seen:  # after the first pass, which may fill a cache
                         seen = fingerprint(pl_module)
@@ -246,7 +247,8 @@ class Monitor(Callback, ABC):
                 message = f"keeps only {samples.size} samples of a loader: more would take too much memory."
                 self.reporter.warn("samples", message)
         changed = changed_names(seen, fingerprint(pl_module)) if seen else []
-        self._report_traces([*written_parameters(versions, parameter_versions(pl_module)), *changed])
+        written = written_parameters(versions, parameter_versions(pl_module)) if versions else []
+        self._report_traces([*written, *changed])
 
     def _measure_loader(
         self, pl_module: LightningModule, run: RunIsolated, samples: KeptSamples, metric: Metric

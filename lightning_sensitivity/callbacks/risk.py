@@ -126,7 +126,7 @@ class RiskMonitor(Monitor):
     # Before and after a fit
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check what can be checked before the first batch, and forget the last fit, unless it goes on."""
+        """Check what can be checked before the first batch, and forget the last fit, unless this one continues it."""
         super().setup(trainer, pl_module, stage)
         self._module = pl_module
         if stage == "fit" and _is_new(trainer):
@@ -274,7 +274,7 @@ class RiskMonitor(Monitor):
     def _fit_reference(self, samples: KeptSamples, companions: Companions) -> None:
         """Fit the reference of a loader, once all training samples are there."""
         training = self._training
-        if training is None or companions.num_fitted == training.size:
+        if training is None or not samples.groups or companions.num_fitted == training.size:
             return
         companions.num_fitted = training.size
         reason = "inputs are neither dense numbers nor token ids"
@@ -320,7 +320,7 @@ class RiskMonitor(Monitor):
         if self.fit_state.history:
             return {}
         self.reporter.warn(
-            "failed", "has no first value, and logs the worst possible score in its place, so that training goes on."
+            "failed", "has no first value, and logs the worst possible score in its place, so that training continues."
         )
         return {"risk_estimate": torch.tensor(TASKS[self.task].max_score)}
 

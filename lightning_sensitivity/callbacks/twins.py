@@ -84,7 +84,7 @@ class TwinRunner:
             yield TwinOutputs(part, twins, compared_with)
 
     def _parts(self, group: Group, call: ModelCall, outputs: Tensor) -> list[slice]:
-        """Split the samples of a group into equal parts, each of which goes through twins of its own."""
+        """Split the samples of a group into equal parts, which go through different twins."""
         size = len(outputs)
         can_split = self._samples.can_regroup and size == group.size and call.layout() is not None
         part_size = max(_MIN_PART, self._samples.size / NUM_TWINS)

@@ -53,6 +53,7 @@ class StepWatch:
         self._theirs: dict[str, list[Tensor]] = {}
         self._random_states = _random_states(pl_module)
         self._draws = False  # whether random numbers were drawn before the first call
+        self._is_lost = False
         self._is_redirected: list[bool] = []  # for the calls of the module that are running
         self._outputs: Tensor | None = None
         self._loss_inputs: list[Tensor] = []
@@ -60,7 +61,7 @@ class StepWatch:
 
     def start(self) -> None:
         """Start watching."""
-        before, after = _Hook(self._before_call), _Hook(self._after_call)
+        before, after = _Hook(self._before_call, self._give_up), _Hook(self._after_call, self._give_up)
         self._stack.enter_context(self._module.register_forward_pre_hook(before, with_kwargs=True))
         self._stack.enter_context(self._module.register_forward_hook(after, with_kwargs=True))
         self._stack.enter_context(_LossInputs(self._loss_inputs, self._is_in_step))
@@ -69,8 +70,14 @@ class StepWatch:
         """Stop watching."""
         self._stack.close()
 
+    def _give_up(self) -> None:
+        """Answer no question: the step passes something that cannot be compared."""
+        self._is_lost = True
+
     def find_problem(self) -> str | None:
         """Say how the step differs from what is measured; None if nothing shows that it does."""
+        if self._is_lost:
+            return None
         if not self.was_called:
             return None if _names_forward(self._module) else "the step does not call `forward`, which is measured"
         return self._problem_of_arguments() or self._problem_of_logits()
@@ -132,14 +139,18 @@ class StepWatch:
 class _Hook:
     """Call a function, or nothing in a copy: a step may pickle or copy the module."""
 
-    def __init__(self, function: Callable[..., None]) -> None:
+    def __init__(self, function: Callable[..., None], on_error: Callable[[], None]) -> None:
         self._function = function
+        self._on_error = on_error
 
     def __call__(self, *args: Any) -> None:
-        self._function(*args)
+        try:
+            self._function(*args)
+        except Exception:  # a step must not fail because of a hint
+            self._on_error()
 
-    def __reduce__(self) -> tuple[type[_Hook], tuple[Callable[..., None]]]:
-        return _Hook, (_do_nothing,)
+    def __reduce__(self) -> tuple[type[_Hook], tuple[Callable[..., None], Callable[..., None]]]:
+        return _Hook, (_do_nothing, _do_nothing)
 
 
 class _LossInputs(TorchFunctionMode):
@@ -189,7 +200,10 @@ class FirstStep:
         if not watch.was_called and not step_output and pl_module.automatic_optimization:
             return None  # a step that returns None is skipped: watch the next one
         self.is_waiting = False
-        return watch.find_problem()
+        try:
+            return watch.find_problem()
+        except Exception:  # a run must not end because of a hint
+            return None
 
     def cancel(self) -> None:
         """Stop watching, at any time."""
@@ -236,7 +250,9 @@ def _as_plain(value: Any) -> object:
 
 
 def _are_close(x: Tensor, y: Tensor) -> bool:
-    return x.is_nested or torch.allclose(x.double(), y.double(), rtol=1e-2, atol=1e-2 * float(x.double().abs().mean()))
+    if x.is_nested or not bool(x.isfinite().all()):
+        return True
+    return torch.allclose(x.double(), y.double(), rtol=1e-2, atol=1e-2 * float(x.double().abs().mean()))
 
 
 def _are_same_logits(outputs: Tensor, logits: Tensor) -> bool:

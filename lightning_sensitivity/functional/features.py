@@ -38,7 +38,7 @@ def principal_components(features: Tensor, new_features: Tensor, num_components:
     """
     if features.ndim < 1 or features.shape[1:] != new_features.shape[1:] or not len(features):
         got = f"{tuple(features.shape)} and {tuple(new_features.shape)}"
-        raise ValueError(f"Expected `features` and `new_features` of the same shape but for samples, but got {got}.")
+        raise ValueError(f"Expected `features` and `new_features` of the same columns, but got {got}.")
     x, new_x = _reduced("features", features), _reduced("new_features", new_features)
     mean = x.mean(0)
     x, new_x = x - mean, new_x - mean
