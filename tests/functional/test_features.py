@@ -80,8 +80,8 @@ def test_bags_of_words_count_the_most_frequent_tokens(
 def test_bad_input_is_refused_by_name() -> None:
     x, ids = torch.rand(6, 3), torch.ones(2, 3).long()
     bad: list[tuple[str, Any]] = [
-        ("`features` and `new_features`.*same shape", lambda: principal_components(x, x[:, :2])),
-        ("`features` and `new_features`.*same shape", lambda: principal_components(x[:0], x)),
+        ("`features` and `new_features`.*same columns", lambda: principal_components(x, x[:, :2])),
+        ("`features` and `new_features`.*same columns", lambda: principal_components(x[:0], x)),
         ("`features` to be finite", lambda: principal_components(x * math.nan, x)),
         ("`new_features` to be finite", lambda: principal_components(x.repeat(1, 2000), (x / 0).repeat(1, 2000))),
         ("`ids` to be integers", lambda: bags_of_words(x, ids)),
