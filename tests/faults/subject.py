@@ -23,7 +23,7 @@ MARK = 50.0  # is added to the first feature of training samples, so that a faul
 
 @dataclass(frozen=True)
 class Fault:
-    """What breaks, and what is expected: a warning of each monitor that matches, or an error; None for silence."""
+    """What breaks, and what is expected: warnings of each monitor that match, or an error; None for silence."""
 
     sensitivity: str | None = None
     risk: str | None = None
@@ -41,7 +41,6 @@ class Fault:
     options: dict[str, Any] = field(default_factory=dict)  # of both monitors
     s_options: dict[str, Any] = field(default_factory=dict)
     r_options: dict[str, Any] = field(default_factory=dict)
-    num_risk: int = 1  # warnings of the risk monitor
 
     def monitors(self) -> list[Any]:
         return [SensitivityMonitor(**self.options, **self.s_options), RiskMonitor(**self.options, **self.r_options)]
@@ -126,7 +125,7 @@ def run(fault: Any, moment: str, callbacks: Any = (), make: Any = Subject, data:
             error = raised
     # Weights, buffers, losses of each step, and where the random stream has come to.
     state = [*copy.deepcopy(model.state_dict()).values(), torch.tensor(model.losses), torch.get_rng_state()]
-    messages = [str(warning.message) for warning in caught if warning.filename == __file__]  # the user's
+    messages = [str(warning.message) for warning in caught]
     return Outcome(error, messages, state, model, fit)
 
 

@@ -1,4 +1,4 @@
-"""Faults at moments: no run is lost, none is changed by a bit, and each monitor that is hit says so once."""
+"""Faults at moments: no run is lost, none is changed by a bit, and each monitor that is hit says so."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pickle
 import random
 import re
 import runpy
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,10 @@ from tests.helpers import Scheduled, first_tensor
 
 SANITY, FIRST, BEFORE, ALL = ("sanity",), ("first",), ("sanity", "first"), ("sanity", "first", "later")
 FLOATING, DENSE, LEARNED = "floating tensor", "dense floating", "count as entirely learned"
-NO_BATCH, LEFT_OUT = "could not measure a batch.*", "left out some training samples.*"
-NO_LABEL, NO_MEMORY, NAN = "skipped a training.*", "OutOfMemoryError.*out of memory", math.nan
-BROKEN, ANOTHER = NO_BATCH + "broken", r"different arguments \(x\).*`inputs="
+NO_VALUE, NAN = "could not measure the samples of dataloader 0: .*", math.nan
+NO_FIRST, NO_REFERENCE = "|has no first value", "|has no reference"
+BROKEN, NO_MEMORY = NO_VALUE + "broken", NO_VALUE + "OutOfMemoryError.*out of memory"
+LEFT_OUT, ANOTHER = "could not keep a training batch: .*", "the step calls the model with other values of `x`"
 
 
 def fail(message: str = "broken", error: type[Exception] = ValueError) -> Any:
@@ -61,10 +63,6 @@ def one_of_three(m: Subject) -> bool:
     return next(m.calls) % 3 == 1
 
 
-def two_of_three(m: Subject) -> bool:
-    return next(m.calls) % 3 != 2
-
-
 def to_ids(m: Subject, batch: Any) -> Any:
     return [(9 * batch[0]).long(), batch[1]]
 
@@ -80,25 +78,19 @@ def with_gradient(m: Subject, x: Tensor) -> Tensor:
         return x + torch.autograd.grad(m.net(z).sum(), z)[0]
 
 
-def takes_name(m: Subject, batch: Any) -> Tensor:
-    if m.is_now and not m.training:
-        m.log("val_output_sensitivity", 1.0)
-    return m(batch[0])
-
-
 def replace_head(m: Subject, num_classes: int = 4) -> None:
     m.net[4] = nn.Linear(16, num_classes)
 
 
 def failing(kind: str, after: int) -> Callable[..., Any]:
-    """A function of the user that fails after some calls, on samples for validation (labels: for training)."""
-    calls = itertools.count(1)
+    """A function of the user that fails after some calls, on samples for validation, or for training."""
+    calls, is_of_training = itertools.count(1), kind in ("targets", "features")
 
     def function(value: Any, *rest: Any) -> Any:
         x = value[0] if isinstance(value, list) else value
-        if (float(x[:, 0].mean()) > MARK / 2) == (kind == "targets") and next(calls) > after:
+        if (float(x[:, 0].mean()) > MARK / 2) == is_of_training and next(calls) > after:
             fail(f"in {kind}")
-        return value[0] if kind == "inputs" else value[1] if kind == "targets" else 1.1 * value
+        return value[1] if kind == "targets" else value[0] if kind in ("inputs", "features") else 1.1 * value
 
     return function
 
@@ -111,79 +103,84 @@ class Uncopied(Tensor):
 
 FAULTS = {
     # samples that are not finite, and outputs that say nothing
-    "nan sample": Fault("gave nan", "validation and 0 training .* nan", y=lambda m, x, y: fill(y, NAN), moments=ALL),
-    "all nan": Fault("gave nan", "20 validation .* nan", y=lambda m, x, y: y * NAN, moments=ALL),
+    "nan sample": Fault("1 samples gave nan", "1 validation and 0 training .* nan", y=lambda m, x, y: fill(y, NAN),
+        moments=ALL),
+    "all nan": Fault("20 samples gave nan", "20 validation .* nan" + NO_FIRST, y=lambda m, x, y: y * NAN, moments=ALL),
     "nan kept sample": Fault(None, "0 validation and 1 training .* nan", kept=lambda m, y: fill(y, NAN)),
-    "nan weights": Fault("20 .* gave nan", "20 validation and 24 .*nan", epoch=lambda m: m.net[4].bias.data.fill_(NAN)),
+    "nan weights": Fault("20 .* gave nan", "20 validation and 24 .*nan" + NO_FIRST, moments=("first", "later"),
+        epoch=lambda m: m.net[4].bias.data.fill_(NAN)),
     "masked logits": Fault("20 .* gave nan", y=lambda m, x, y: fill(y.mT, -math.inf, 3).mT, step=plain, moments=FIRST),
-    "constant outputs": Fault("No output changed", "twins reproduce", y=lambda m, x, y: torch.full_like(y, 2.0)),
+    "constant outputs": Fault("No output changed", y=lambda m, x, y: torch.full_like(y, 2.0)),
     "probabilities": Fault(error="per_output=", init=lambda m: m.net.append(nn.Softmax(1)), moments=BEFORE),
     # outputs that are none, or others
     "fewer classes with noise": Fault("the shape", y=lambda m, x, y: y[:, :3] if is_noisy(x) else y, step=plain),
-    "two heads": Fault(None, "3 outputs", y=lambda m, x, y: y[:, :3], step=plain, moments=BEFORE),
+    "two heads": Fault(None, "reference|3 outputs" + NO_FIRST, y=lambda m, x, y: y[:, :3], step=plain, moments=FIRST),
     "complex outputs": Fault(FLOATING, FLOATING, "`outputs", y=lambda m, x, y: y + 0j, step=plain, moments=ALL),
     "a loss": Fault(FLOATING, FLOATING, "`outputs", y=lambda m, x, y: y.mean(), step=plain, moments=BEFORE),
     "no outputs": Fault(FLOATING, FLOATING, y=lambda m, x, y: None, step=plain),
     "sparse outputs": Fault(FLOATING, FLOATING, y=lambda m, x, y: y.to_sparse(), step=plain, moments=FIRST),
     # batches
     "token ids": Fault(error="at=", train=to_ids, batch=to_ids, moments=BEFORE),
-    "ids later": Fault(DENSE, batch=to_ids),
-    "empty batches": Fault("no value", "no value|no batch", batch=lambda m, b: [part[:0] for part in b]),
-    "None for batches": Fault("no value", "no batch", batch=lambda m, b: None, moments=ALL),
-    "single samples": Fault(batch=lambda m, b: [part[:1] for part in b]),
+    "ids in a first validation": Fault(DENSE, batch=to_ids, moments=FIRST),
+    "ids later": Fault(batch=to_ids),
+    "empty batches": Fault(None, "could not keep|no value" + NO_REFERENCE, batch=lambda m, b: [part[:0] for part in b],
+        moments=FIRST),
+    "None for batches": Fault(None, "no value" + NO_REFERENCE, batch=lambda m, b: None, moments=FIRST),
+    "None for batches later": Fault(batch=lambda m, b: None),
+    "single samples": Fault(batch=lambda m, b: [part[:1] for part in b], moments=FIRST),
     "without labels": Fault(batch=lambda m, b: b[:1], moments=ALL),
-    "unlabelled training": Fault(None, NO_LABEL, train=lambda m, b: b[: 2 - one_of_three(m)]),
-    "no label counts": Fault(None, "no kept training sample has a label", train=lambda m, b: [b[0], b[1] * 0 - 100],
-        loss=lambda y, t: cross_entropy(y, t.clamp_min(0))),
-    "other batches in training": Fault(None, "cannot estimate", train=lambda m, b: [b[:1], b[1]], moments=BEFORE,
+    "unlabelled training": Fault(None, LEFT_OUT + "`targets", train=lambda m, b: b[: 2 - one_of_three(m)]),
+    "no label counts": Fault(None, "no kept training sample has a label" + NO_REFERENCE,
+        train=lambda m, b: [b[0], b[1] * 0 - 100], loss=lambda y, t: cross_entropy(y, t.clamp_min(0))),
+    "other batches in training": Fault(error="`inputs=`", train=lambda m, b: [b[:1], b[1]], moments=BEFORE,
         step=lambda m, b: m(first_tensor(b))),
-    "uncopied batches": Fault(None, "cannot estimate.*targets=", train=lambda m, b: [*b, (name for name in "ab")]),
+    "uncopied batches": Fault(error="cannot estimate.*targets=", train=lambda m, b: [*b, (name for name in "ab")]),
     "a hook that raises": Fault(train=lambda m, b: fail() if m.is_now else b, batch=lambda m, b: fail(), moments=ALL),
     # a model that fails in some passes alone
-    "range of inputs": Fault(NO_BATCH + "out of range", None, "out of range.*inputs=", moments=ALL,
+    "range of inputs": Fault(NO_VALUE + "out of range", None, "out of range.*inputs=", moments=ALL,
         x=lambda m, x: fail("out of range") if is_noisy(x) else x),
     "no memory, noisy": Fault(NO_MEMORY, None, "out of memory", x=lambda m, x: no_memory() if is_noisy(x) else x,
         moments=("sanity", "later")),
-    "no memory, twin": Fault(None, NO_MEMORY, init=note_weights,
-        x=lambda m, x: no_memory() if is_twin(m) and one_of_three(m) else x),
-    "no memory, kept": Fault(None, LEFT_OUT + NO_MEMORY, kept=lambda m, y: no_memory() if two_of_three(m) else y),
-    "no kept batch": Fault(None, LEFT_OUT + "broken", kept=lambda m, y: fail()),
-    "no pass": Fault(BROKEN, BROKEN, "broken", x=lambda m, x: fail(), step=plain, moments=ALL),
+    "no memory, twin": Fault(None, NO_MEMORY, init=note_weights, x=lambda m, x: no_memory() if is_twin(m) else x),
+    "no memory, kept": Fault(None, NO_MEMORY, kept=lambda m, y: no_memory()),
+    "no kept batch": Fault(None, BROKEN, kept=lambda m, y: fail()),
+    "no pass": Fault(BROKEN, BROKEN + NO_FIRST, "broken", x=lambda m, x: fail(), step=plain, moments=ALL),
     "gradients in forward": Fault(x=with_gradient, moments=ALL),
     "stochastic in eval": Fault(y=lambda m, x, y: y + torch.rand_like(y) * random.random(), moments=ALL),
     # functions of the user
-    "inputs=": Fault("in inputs", "in inputs", options={"inputs": failing("inputs", 7)}),
-    "outputs=": Fault("in outputs", "in outputs", num_risk=2, options={"outputs": failing("outputs", 20)}),
-    "targets=": Fault(None, NO_LABEL + "in targets", r_options={"targets": failing("targets", 2)}),
+    "inputs=": Fault("could not keep.*in inputs", "could not keep.*in inputs" + NO_REFERENCE,
+        options={"inputs": failing("inputs", 6)}),
+    "outputs=": Fault("in outputs|other logits", "in outputs|other logits",
+        options={"outputs": failing("outputs", 40)}),
+    "targets=": Fault(None, LEFT_OUT + "in targets", r_options={"targets": failing("targets", 2)}),
+    "features=": Fault(None, LEFT_OUT + "in features", r_options={"features": failing("features", 2)}),
     "noise=": Fault("in noise", s_options={"noise": failing("noise", 5)}),
     "no noise": Fault(error="`noise` should return", s_options={"noise": lambda x, g: x[:1]}, moments=SANITY),
     # modules that change
     "another head": Fault(epoch=replace_head),
-    "more classes": Fault(None, LEARNED, epoch=lambda m: replace_head(m, 5)),
+    "more classes": Fault(None, LEARNED + "|reference", epoch=lambda m: replace_head(m, 5)),
     "another layer": Fault(None, LEARNED, epoch=lambda m: m.net.append(nn.Linear(4, 4))),
     "parametrized later": Fault(None, LEARNED, epoch=lambda m: parametrizations.weight_norm(m.net[4])),
     "frozen layers": Fault(epoch=lambda m: m.net[0].requires_grad_(False)),
     "weight norm": Fault(init=lambda m: parametrizations.weight_norm(m.net[4])),
     "spectral norm": Fault(init=lambda m: parametrizations.spectral_norm(m.net[4])),
     "spectral norm by hooks": Fault(init=lambda m: nn.utils.spectral_norm(m.net[4])),
-    "lazy layers": Fault(error="some are lazy", init=lambda m: m.net.append(nn.LazyLinear(4)), moments=SANITY),
+    "lazy layers": Fault(error="some are lazy", init=lambda m: m.net.append(nn.LazyLinear(4)), moments=BEFORE),
     "weights of another": Fault(error="`initial_weights`", r_options={"initial_weights": {"other": torch.zeros(1)}}),
     # steps that do something else
-    "scaled in the step": Fault(ANOTHER, ANOTHER, step=lambda m, b: m((b[0] - 50) / 20), moments=BEFORE),
-    "scaled in eval": Fault(ANOTHER, ANOTHER, step=lambda m, b: m(b[0] if m.training else 9 * b[0]), moments=FIRST),
+    "scaled in the step": Fault(ANOTHER, ANOTHER + "|above 2", step=lambda m, b: m((b[0] - 50) / 20), moments=BEFORE),
     "rounded in the step": Fault(step=lambda m, b: m(b[0].bfloat16().float()), moments=BEFORE),
     "uncopied in the step": Fault(step=lambda m, b: m(b[0].as_subclass(Uncopied)).as_subclass(Tensor)),
     "written in the step": Fault("inputs=", "inputs=", step=lambda m, b: m(b[0].mul_(3))),
-    "taken names": Fault("Set another prefix", error="Set another prefix", step=takes_name, moments=ALL),
 }  # fmt: skip
 
 
 def assert_warned(outcome: Outcome, fault: Fault, may_be_silent: bool = False) -> None:
     for monitor, pattern in (("SensitivityMonitor", fault.sensitivity), ("RiskMonitor", fault.risk)):
         messages = outcome.warnings_of(monitor)
-        expected = 0 if pattern is None else fault.num_risk if monitor == "RiskMonitor" else 1
-        assert len(messages) == expected or (may_be_silent and not messages), messages
+        assert bool(messages) == (pattern is not None) or (may_be_silent and not messages), messages
         assert all(re.search(rf"^`{monitor}` \(val_\*\) .*({pattern})", text, re.DOTALL) for text in messages), messages
+        assert all(count <= 2 for count in Counter(messages).values())  # again where it gets worse
 
 
 @pytest.mark.parametrize(("name", "moment"), [(name, moment) for name in FAULTS for moment in FAULTS[name].moments])
@@ -201,30 +198,21 @@ def test_nothing_waits(name: str, moment: str) -> None:
 
 
 NAME = "val_risk_estimate"
-HITS = [("nan sample", "later"), ("no pass", "first"), ("no pass", "later"), ("constant outputs", "first")]
+HITS = [("nan sample", "later"), ("all nan", "first"), ("no pass", "first"), ("no pass", "later")]
 
 
-@pytest.mark.parametrize("check_finite", [True, False])
 @pytest.mark.parametrize(("name", "moment"), HITS)
-def test_something_waits(name: str, moment: str, check_finite: bool, tmp_path: Path) -> None:
+def test_something_waits(name: str, moment: str, tmp_path: Path) -> None:
     class Waiting(Scheduled, Subject): ...
 
     checkpoint, stopping = ModelCheckpoint(tmp_path, monitor=NAME), EarlyStopping(NAME, patience=9)
-    stopping.check_finite = check_finite
     callbacks = [*FAULTS[name].monitors(), stopping, checkpoint]
     outcome = run(FAULTS[name], moment, callbacks, Waiting, enable_checkpointing=True)
     assert outcome.error is None
     assert_warned(outcome, FAULTS[name])
-    # A first validation without a value logs nan, at which a stopping stops; later ones leave the last value.
-    is_stopped = moment == "first" and check_finite
-    assert outcome.trainer.current_epoch == (1 if is_stopped else 3)
-    assert outcome.trainer.callback_metrics[NAME].isfinite() == (not is_stopped)
-    assert is_stopped or checkpoint.best_model_score.isfinite()
-
-
-def test_a_value_that_the_user_logs_by_our_name_stays() -> None:
-    fault = FAULTS["taken names"]
-    assert run(fault, "later", fault.monitors(), max_epochs=2).trainer.callback_metrics["val_output_sensitivity"] == 1
+    # A first validation without a value logs the worst score; later ones leave the last value.
+    assert outcome.trainer.current_epoch == 3
+    assert outcome.trainer.callback_metrics[NAME].isfinite() and checkpoint.best_model_score < 2
 
 
 def test_copies_of_monitors_measure_the_same() -> None:
