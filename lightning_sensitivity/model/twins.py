@@ -5,7 +5,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_sensitivity.compat import BatchNorm, Convolution, TransposedConvolution
 
@@ -21,13 +20,17 @@ def copy_weights(weights: Mapping[str, object]) -> dict[str, Tensor]:
 
 def unknown_parameters(model: nn.Module, initial: Mapping[str, Tensor]) -> list[str]:
     """List trainable parameters without initial weights of the same shape."""
-    trained = [(name, parameter) for name, parameter, _ in _parameters(model) if parameter.requires_grad]
-    return [name for name, parameter in trained if getattr(_weight_of(initial, name), "shape", None) != parameter.shape]
+    return [
+        name
+        for name, parameter, _ in _parameters(model)
+        if parameter.requires_grad and _initial_weight(initial, name, parameter) is None
+    ]
 
 
-def _weight_of(initial: Mapping[str, Tensor], name: str) -> Tensor | None:
-    """Return the initial weight of a parameter, also if pruning has renamed it."""
-    return initial.get(name, initial.get(name.removesuffix("_orig")))
+def _initial_weight(initial: Mapping[str, Tensor], name: str, parameter: Tensor) -> Tensor | None:
+    """Return the initial weight of a parameter, also if pruning has renamed it; None without one of its shape."""
+    weight = initial.get(name, initial.get(name.removesuffix("_orig")))
+    return weight if weight is not None and weight.shape == parameter.shape else None
 
 
 @torch.no_grad()
@@ -66,10 +69,15 @@ def twin_weights(
         >>> bool(functional_call(model, weights, x) == model(x)), model.weight.tolist()
         (False, [[1.0, 1.0]])
     """
-    return {
-        name: _draw_weights(module, parameter, _weight_of(initial, name), generator, strength)
-        for name, parameter, module in _parameters(model)
-    }
+    weights = {}
+    for name, parameter, layer in _parameters(model):
+        trained = parameter.detach()
+        before = _initial_weight(initial, name, parameter)
+        if before is None:  # a new layer: all of it counts as learned
+            before = torch.zeros_like(trained) if parameter.requires_grad else trained
+        factors = _draw_factors(layer, parameter, generator, strength).to(trained.dtype)
+        weights[name] = torch.lerp(before.to(trained), trained, factors)
+    return weights
 
 
 def has_batch_norm(model: nn.Module) -> bool:
@@ -106,47 +114,33 @@ def _batch_norms(model: nn.Module) -> list[BatchNorm]:
     return [norm for norm in norms if type(norm).forward in own and "forward" not in vars(norm)]
 
 
-def _draw_weights(
-    module: nn.Module, parameter: Tensor, before: Tensor | None, generator: torch.Generator, strength: float
-) -> Tensor:
-    """Draw the weights of a twin for one parameter."""
-    trained = parameter.detach()
-    if before is None or before.shape != trained.shape:  # a new layer: all of it counts as learned
-        before = torch.zeros_like(trained) if parameter.requires_grad else trained
-    shape, repeats = _noise_shape(module, parameter)
-    noise = torch.randn(shape, generator=generator, dtype=torch.float32, device=trained.device)
-    factors = noise.mul_(strength).add_(1).to(trained.dtype)
-    if repeats > 1:
-        factors = factors.repeat_interleave(repeats, 0)
-    return torch.lerp(before.to(trained), trained, factors)
-
-
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
     """Yield name, parameter and the layer that uses it, like ``named_parameters``; tied parameters come only once."""
-    seen = set()
-    modules = dict(model.named_modules())
-    for prefix, module in modules.items():
-        layer = module
-        if isinstance(module, ParametrizationList):  # "layer.parametrizations.weight"
-            layer = modules[prefix.rsplit(".", 2)[0] if prefix.count(".") > 1 else ""]
-        for name, parameter in module.named_parameters(prefix, recurse=False):
-            is_number = parameter.is_floating_point() or parameter.is_complex()
-            if is_number and parameter not in seen:
-                seen.add(parameter)
-                yield name, parameter, layer
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() or parameter.is_complex():
+            layer = name.rpartition(".")[0].partition("parametrizations.")[0].rstrip(".")
+            yield name, parameter, model.get_submodule(layer)
 
 
-def _noise_shape(module: nn.Module, parameter: Tensor) -> tuple[tuple[int, ...], int]:
-    """Return the shape of the noise, and how many times to repeat its first dimension."""
+def _draw_factors(layer: nn.Module, parameter: Tensor, generator: torch.Generator, strength: float) -> Tensor:
+    """Draw 1 + λ ξ, of a shape that fits the parameter."""
+    shape, is_grouped = _noise_shape(layer, parameter)
+    noise = torch.randn(shape, generator=generator, dtype=torch.float32, device=parameter.device)
+    factors = noise.mul_(strength).add_(1)
+    return factors.repeat_interleave(len(parameter) // shape[0], 0) if is_grouped else factors
+
+
+def _noise_shape(layer: nn.Module, parameter: Tensor) -> tuple[tuple[int, ...], bool]:
+    """Return the shape of the noise, and whether its first dimension has an entry for each group of a convolution."""
     shape = tuple(parameter.shape)
-    has_no_inputs = parameter.ndim < 2 or isinstance(module, nn.LayerNorm | nn.RMSNorm)
+    has_no_inputs = parameter.ndim < 2 or isinstance(layer, nn.LayerNorm | nn.RMSNorm)
     if has_no_inputs or shape[1:].count(1) == parameter.ndim - 1:
-        return shape, 1
-    if isinstance(module, (TransposedConvolution, nn.Embedding, nn.EmbeddingBag)) or _is_transposed_linear(module):
-        return (shape[0], 1, *shape[2:]), 1  # (inputs, outputs, ...)
-    if isinstance(module, Convolution) and module.groups > 1:  # (groups × outputs, inputs of the group, ...)
-        return (module.groups, *shape[1:]), shape[0] // module.groups
-    return (1, *shape[1:]), 1
+        return shape, False
+    if isinstance(layer, (TransposedConvolution, nn.Embedding, nn.EmbeddingBag)) or _is_transposed_linear(layer):
+        return (shape[0], 1, *shape[2:]), False  # (inputs, outputs, ...)
+    if isinstance(layer, Convolution) and layer.groups > 1:  # (groups × outputs, inputs of the group, ...)
+        return (layer.groups, *shape[1:]), True
+    return (1, *shape[1:]), False
 
 
 def _is_transposed_linear(module: nn.Module) -> bool:
