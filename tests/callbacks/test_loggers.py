@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def records(data: bytes) -> Iterator[bytes]:
         _, length, kind = struct.unpack("<IHB", data[position : position + 7])
         record += data[position + 7 : position + 7 + length]
         position += 7 + length
-        if kind in (1, 4):  # full, or last
+        if kind in (1, 4) and position <= len(data):  # full, or last; and written to its end
             yield record
             record = b""
 
@@ -63,10 +64,14 @@ def read_wandb(logger: Logger, folder: Path) -> Curves:
 
     logger.experiment.finish()
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+    found, deadline = list[Record](), time.monotonic() + 30
+    while not any(record.HasField("exit") for record in found):  # another process of W&B writes after `finish`
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+        found = [Record.FromString(data) for data in records(path.read_bytes())]
     curves: Curves = {}
-    for data in records(path.read_bytes()):
-        items = Record.FromString(data).history.item
-        row = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in items}
+    for record in found:
+        row = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
         for name, value in row.items():
             curves.setdefault(name, {})[row["trainer/global_step"]] = value
     return curves
