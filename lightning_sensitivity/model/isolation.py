@@ -2,7 +2,6 @@
 
 import collections
 import copy
-import random
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +20,7 @@ from lightning_sensitivity.compat import clear_autocast_cache, collect_rng_state
 
 T = TypeVar("T")
 
-_LARGE = 2**16  # bytes of a tensor whose copy serves the next pass, too; statistics of batch norm have fewer
+_LARGE = 2**16  # bytes of an array that is not looked at
 _LONG = 10_000  # items of a container that is not copied
 _MAX_OBJECTS = 2000  # in a fingerprint
 _MAX_ITEMS = 100  # of a container, in a fingerprint
@@ -82,19 +81,10 @@ def isolated(model: nn.Module) -> Iterator[RunIsolated]:
             state.put_copies()
             return function(*args)
         finally:
-            restore_despite_interrupt(state.restore)
+            state.restore()
 
     with torch.no_grad(), _eager():
         yield run
-
-
-def restore_despite_interrupt(restore: Callable[[], object]) -> None:
-    """Call a function that restores something, and call it again if Ctrl-C interrupts it."""
-    try:
-        restore()
-    except KeyboardInterrupt:
-        restore()
-        raise
 
 
 def all_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -169,7 +159,6 @@ class _State:
         self.attributes = [vars(module) for module in model.modules()]  # for the mode: modules override `eval()`
         self.logs = [vars(module) for module in modules if hasattr(module, "log_dict")]  # of LightningModules
         self.places = list(chain.from_iterable(map(_places_of, modules)))
-        self.copies_of_large: dict[int, tuple[Tensor, int]] = {}  # with their versions, by the id of the original
 
     def put_copies(self) -> None:
         clear_autocast_cache()  # of 16-bit copies of weights, which may have changed since
@@ -177,7 +166,7 @@ class _State:
         with torch.inference_mode(False):  # tensors of inference mode have no version
             for items, name, value in self.places:
                 if id(value) not in copies:
-                    copies[id(value)] = self._copy(value) if isinstance(value, Tensor) else copy.copy(value)
+                    copies[id(value)] = value.detach().clone() if isinstance(value, Tensor) else copy.copy(value)
                 items[name] = copies[id(value)]
         for parameter, _, grad in self.parameters:
             if grad is not None:  # which a `backward()` inside would add to
@@ -189,8 +178,6 @@ class _State:
 
     def restore(self) -> None:
         for items, originals in self.originals:
-            if not items and not originals:  # as most dicts of hooks
-                continue
             if list(items) != list(originals):  # new names, or another order of parameters and buffers
                 items.clear()
             items.update(originals)
@@ -202,27 +189,15 @@ class _State:
         set_rng_states(self.rng_states)
         clear_autocast_cache()  # in torch 2.4, training would go on with our copies, which have no gradients
 
-    def _copy(self, tensor: Tensor) -> Tensor:
-        """Clone a tensor, or return the clone from the last run if it is large and that run has not written to it."""
-        if tensor.layout != torch.strided or tensor.nbytes <= _LARGE:
-            return tensor.detach().clone()
-        copied, version = self.copies_of_large.get(id(tensor), (None, 0))
-        if copied is None or copied._version != version:
-            copied = tensor.detach().clone()
-            self.copies_of_large[id(tensor)] = copied, copied._version
-        return copied
-
 
 def _check_modules(modules: list[nn.Module]) -> None:
     for module in modules:
         if any(is_lazy(parameter) for parameter in module.parameters(recurse=False)):
-            raise MisconfigurationException(
-                "Expected a model with weights, but some are lazy: run it on a batch first."
-            )
+            raise MisconfigurationException("Expected a model with weights, but some are lazy: run it on a batch.")
         if isinstance(module, torch.jit.ScriptModule):
             raise MisconfigurationException(
-                "Expected a model whose state can be restored, but a part of it is scripted (torch.jit), "
-                "which cannot be measured: use the Python module it was made from."
+                "Expected a model whose state can be restored, but a part of it is scripted (torch.jit): "
+                "use the Python module it was made from."
             )
         if not hasattr(torch.compiler, "set_stance") and is_compiled(module):  # it would keep the weights it has seen
             raise MisconfigurationException("Compiled models can be measured from torch 2.6 on: update torch.")
@@ -230,18 +205,15 @@ def _check_modules(modules: list[nn.Module]) -> None:
 
 def _dicts_of(module: nn.Module) -> list[dict[str, Any]]:
     """List the dicts of a module that a ``forward`` could change: attributes, buffers, parameters, modules, hooks."""
-    own = [value for name, value in vars(module).items() if name in _OWN and isinstance(value, dict)]
-    return [vars(module), *own]
+    attributes = vars(module)
+    return [attributes, *(attributes[name] for name in _OWN if isinstance(attributes.get(name), dict))]
 
 
 def _places_of(module: nn.Module) -> list[tuple[dict[str, Any], str, Any]]:
     """List the attributes and buffers that are copied for a run: the dict that holds each, its name and its value."""
-    return [
-        (items, name, value)
-        for items in (vars(module), module._buffers)
-        for name, value in items.items()
-        if name not in _OWN and _is_copied(value)
-    ]
+    own = [(vars(module), name, value) for name, value in vars(module).items() if name not in _OWN]
+    buffers = [(module._buffers, name, value) for name, value in module._buffers.items()]
+    return [place for place in (*own, *buffers) if _is_copied(place[2])]
 
 
 def _is_copied(value: object) -> bool:
@@ -283,10 +255,6 @@ def _state_of(value: Any) -> object:
         return hash(value.tobytes()) if value.nbytes <= _LARGE else None
     if isinstance(value, torch.Generator):
         return value.get_state().tolist()
-    if isinstance(value, random.Random):
-        return value.getstate()
-    if isinstance(value, np.random.Generator):
-        return repr(value.bit_generator.state)
     if isinstance(value, list | tuple | dict | set | frozenset | collections.deque):
         return len(value)
     return len(getattr(value, "__dict__", ()))
