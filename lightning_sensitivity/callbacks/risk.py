@@ -187,13 +187,15 @@ class RiskMonitor(Monitor):
         """Keep a training batch with its labels and features; the first one shows whether there can be an estimate."""
         call = ModelCall(module, batch, self.inputs, self.outputs)
         with isolated(module) as run, module.trainer.precision_plugin.val_step_context():
-            outputs = run(call)
             labels = run(self._reader.labels, module, batch)
-            features = run(self._reader.features, batch, call, len(outputs))
-        check_outputs(outputs, TASKS[self.task])
-        self._check_labels(outputs, labels)
-        training.add(call, batch_idx, len(outputs))
-        self._kept.num_outputs = num_outputs(outputs)
+            features = run(self._reader.features, batch, call, len(labels))
+            if self._kept.num_outputs == 0:
+                outputs = run(call)
+                check_outputs(outputs, TASKS[self.task])
+                self._check_labels(outputs, labels)
+                self._kept.num_outputs = num_outputs(outputs)
+        self._check_labels(torch.zeros(len(labels), self._kept.num_outputs), labels)
+        training.add(call, batch_idx, len(labels))
         self._kept.labels[batch_idx] = labels
         if features is not None:
             self._kept.features[batch_idx] = features

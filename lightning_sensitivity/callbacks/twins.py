@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from lightning_sensitivity.callbacks.samples import Group, KeptSamples, check_agreement
@@ -15,6 +16,7 @@ from lightning_sensitivity.model.isolation import RunIsolated
 from lightning_sensitivity.model.twins import batch_statistics, has_batch_norm, twin_weights
 
 NUM_TWINS = 8  # with fewer, the variance would depend too much on the noise of each
+_MAX_JOINED = 2**16  # elements of outputs
 _MIN_PART = 32  # samples, so that statistics of batch norm do not hang on a few of them
 
 
@@ -58,8 +60,8 @@ class TwinRunner:
         self._key = key
         self._has_batch_norm = has_batch_norm(module)
 
-    def run(self, group: Group, call: ModelCall, outputs: Tensor) -> Iterator[TwinOutputs]:
-        """Run twins on the parts of a group, one after the other, since outputs may be large.
+    def run(self, group: Group, call: ModelCall, outputs: Tensor) -> Iterable[TwinOutputs]:
+        """Run twins on a group: part after part if outputs are large, else all at once, which is faster to score.
 
         Args:
             group: The group.
@@ -69,6 +71,11 @@ class TwinRunner:
         Raises:
             JointPassError: If a part of the group has other outputs by itself.
         """
+        found = self._run_parts(group, call, outputs)
+        return found if outputs.numel() > _MAX_JOINED else [_join(list(found))]
+
+    def _run_parts(self, group: Group, call: ModelCall, outputs: Tensor) -> Iterator[TwinOutputs]:
+        """Yield the outputs for one part after the other."""
         parts = self._parts(group, call, outputs)
         if len(parts) > 1:
             check_agreement(outputs[parts[0]], self._run(call.select(parts[0])), outputs.dtype)
@@ -96,6 +103,13 @@ class TwinRunner:
         if self._has_batch_norm and call.size != 1:
             return self._run(_call_with_batch_statistics, self._module, call, weights)
         return self._run(call, None, weights)
+
+
+def _join(parts: list[TwinOutputs]) -> TwinOutputs:
+    """Join the outputs for all parts of a group."""
+    twins = [torch.cat(outputs) for outputs in zip(*(part.twins for part in parts), strict=True)]
+    rows = slice(parts[0].rows.start, parts[-1].rows.stop)
+    return TwinOutputs(rows, twins, torch.cat([part.compared_with for part in parts]))
 
 
 def _call_with_batch_statistics(module: nn.Module, call: ModelCall, weights: Mapping[str, Tensor] | None) -> Tensor:
