@@ -138,7 +138,7 @@ def input_features(call: ModelCall) -> Features | None:
     """
     named = [value for name, value in call.kwargs.items() if name not in (*TARGET_NAMES, _MASK)]
     tensors = [x.detach().cpu() for x in tensors_in([call.args, named]) if _has_row_for_each(x, call.size)]
-    dense = [x.float().reshape(call.size, -1) for x in tensors if x.is_floating_point()]
+    dense = [x.float()[:, None].flatten(1) for x in tensors if x.is_floating_point()]
     if dense:
         return Features(torch.cat(dense, 1))
     tokens = [x for x in tensors if x.ndim == 2 and not x.is_complex() and x.dtype != torch.bool]

@@ -279,7 +279,7 @@ class RiskMonitor(Monitor):
         if training is None or not samples.groups or companions.num_fitted == training.size:
             return
         companions.num_fitted = training.size
-        reason = "inputs are neither dense numbers nor token ids"
+        reason = "inputs are neither dense numbers nor token ids, or no kept training sample has a label"
         try:
             companions.reference = fit_to_kept(training, self._kept, samples, companions, TASKS[self.task])
         except (RuntimeError, ValueError) as error:

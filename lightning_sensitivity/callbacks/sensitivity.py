@@ -123,6 +123,7 @@ class SensitivityMonitor(Monitor):
             severity = float(estimate.num_non_finite) if kind == "non-finite" else 1.0
             self.reporter.warn(_ENTRIES[kind], f"on dataloader {dataloader_idx}: {message}", severity)
         if estimate.num_changes < 2:
+            self.reporter.warn("failed", f"has no value of dataloader {dataloader_idx}: no sample could be measured.")
             return {}
         return {"output_sensitivity": value, "output_sensitivity_stderr": metric.stderr}
 
