@@ -12,7 +12,6 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.compile import from_compiled
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 from torch.utils.data import DataLoader
 
 from lightning_sensitivity import RiskEstimate, compat
@@ -71,12 +70,6 @@ def test_without_is_compiled_hooks_of_ours_would_make_compiled_code_compile_agai
     other = nn.Linear(2, 2)
     other.forward = torch.compile(other.forward, backend="eager")
     assert compat.is_compiled(other)
-
-
-def test_without_remove_global_hook_torch_would_keep_a_trace_of_ours() -> None:
-    before = dict(torch_module._global_forward_hooks_with_kwargs)
-    compat.remove_global_hook(torch_module.register_module_forward_hook(lambda *args: None, with_kwargs=True))
-    assert before == torch_module._global_forward_hooks_with_kwargs and not torch_module._global_forward_hooks
 
 
 def test_without_original_module_a_compiled_forward_would_have_no_named_arguments() -> None:

@@ -113,18 +113,24 @@ def test_steps_beyond_a_thousand_samples_cost_nothing_either(monkeypatch: Any) -
     assert [bool(operations.counts[0, index]) for index in range(5)] == [True] * 3 + [False] * 2
 
 
-def test_a_large_buffer_is_copied_once_a_monitor_and_validation() -> None:
-    model, copies = Quiet(), Counter[int]()
-    model.register_buffer("table", torch.zeros(2**18))
+def test_a_pass_copies_each_buffer_once_and_no_parameter() -> None:
+    class Wide(Quiet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("table", torch.zeros(2**14))
+            self.weight = nn.Parameter(torch.zeros(2**13))
+
+    model, copies = Wide(), Counter[tuple[int, int]]()
+    passes = Passes(model)
 
     def count(operation: Any, args: Any, kwargs: Any, result: Any) -> None:
         is_copy = "clone" in str(operation) or "_to_copy" in str(operation)
-        if is_copy and isinstance(result, torch.Tensor) and result.numel() == 2**18:
-            copies[model.current_epoch] += 1
+        if is_copy and isinstance(result, torch.Tensor):
+            copies[model.current_epoch, result.numel()] += 1
 
     with Watch(count):
-        fit(model, SensitivityMonitor(), RiskMonitor(), max_epochs=3)
-    assert copies[2] == 2
+        fit(model, passes, SensitivityMonitor(), RiskMonitor(), max_epochs=3)
+    assert copies[2, 2**14] == len(passes.epochs[-1]) and copies[2, 2**13] == 0
 
 
 # Of one batch there are 8 twins, one after another.

@@ -291,7 +291,7 @@ def test_the_reader_gives_functions_copies_and_takes_features_of_any_shape() -> 
     batch = [X.clone(), Y.clone()]
     reader = BatchReader(lambda batch: batch.pop().zero_(), lambda batch: batch[0].zero_().reshape(50, 3, 4).half())
     assert torch.equal(reader.labels(Plain(), batch), torch.zeros(50, dtype=torch.long))
-    features = reader.features(batch, ModelCall(Plain(), batch))
+    features = reader.features(batch, ModelCall(Plain(), batch), 50)
     assert features.values.shape == (50, 12) and features.values.dtype == torch.float32
     assert torch.equal(batch[0], X) and torch.equal(batch[1], Y)
 
