@@ -8,6 +8,7 @@ epoch are loaded. So the callback sees what it would have seen, and logs the sam
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from runs import Run, logits
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
-from torch.utils.data import DataLoader, TensorDataset
-from training import DRAWS, QUIET, be_quiet, split, training_loader
+from torch.utils.data import DataLoader
+from training import DRAWS, QUIET, Samples, be_quiet, split, training_loader
 
 from lightning_sensitivity import RiskMonitor
 from lightning_sensitivity.functional import bags_of_words, fit_reference, principal_components
@@ -112,7 +113,7 @@ def replayed(run: Run, weights: dict[str, Tensor], monitors: list[Callback], x: 
     """Replay a kept training with monitors and these validation samples; see the module."""
     recorder = Recorder(run, x)
     trainer = Trainer(max_epochs=run.epochs, accelerator="cpu", callbacks=[*monitors, recorder], **QUIET)
-    validation = DataLoader(TensorDataset(x, y), BATCH_SIZE, generator=torch.Generator())
+    validation = DataLoader(Samples(x, y), BATCH_SIZE, collate_fn=list, generator=torch.Generator())
     trainer.fit(Replay(run, weights), training_loader(run), validation)
     return recorder
 
@@ -123,7 +124,8 @@ def measure(pool: str, seed: int, data: Path | None, folder: Path) -> None:
     run = DRAWS[pool](seed, data)
     kept, fewer = (torch.load(folder / f"{name}.pt") for name in ("full", "fewer"))
     test = {name: getattr(run, name)[:NUM_TEST] for name in ("x_test", "y_test", "y_test_noisy")}
-    run = replace(run, epochs=len(kept["rows"]), **test)
+    network = run.make_network()
+    run = replace(run, epochs=len(kept["rows"]), make_network=lambda: copy.deepcopy(network), **test)
     options: dict[str, Any] = {"task": "binary" if run.is_binary else "multiclass"}
     monitors = [RiskMonitor(**options)]
     if pool == "fine-tuning":
@@ -149,7 +151,7 @@ def measure(pool: str, seed: int, data: Path | None, folder: Path) -> None:
     (folder / "part.npz").rename(folder / "curves.npz")
 
 
-def weight_of_permuted_labels(run: Run, x_new: Tensor, num_samples: int = 1000) -> float:
+def weight_of_permuted_labels(run: Run, x_new: Tensor, num_samples: int = 500) -> float:
     """Give the weight that a reference has whose labels tell nothing."""
     x, y = run.x[:num_samples].flatten(1), run.y[:num_samples]
     y = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(run.seed))]
