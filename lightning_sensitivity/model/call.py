@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -46,8 +47,7 @@ class ModelCall:
         outputs: A function ``result -> outputs``, or None; see :func:`select_outputs`.
 
     Attributes:
-        args: Positional arguments of the model.
-        kwargs: Keyword arguments of the model.
+        arguments: The arguments of the model, by position or name.
         sizes: The number of samples in each batch that was joined into this call; 0 if it is unknown.
 
     Raises:
@@ -59,17 +59,25 @@ class ModelCall:
     ) -> None:
         self._model = model
         self._outputs = outputs
-        self.args: tuple[Any, ...] = (batch,)
-        self.kwargs: dict[str, Any] = {}
+        self.arguments: dict[int | str, Any] = {0: batch}
         if inputs:
             arguments = inputs(clone_tensors(batch))  # `inputs` may write to the batch
-            self.args = arguments if type(arguments) is tuple else (arguments,)
+            self.arguments = dict(enumerate(arguments if type(arguments) is tuple else (arguments,)))
         elif isinstance(batch, Mapping):
-            self.args = ()
-            self.kwargs = _named_arguments(model, batch)
+            self.arguments = _named_arguments(model, batch)
         elif isinstance(batch, list | tuple) and len(batch):
-            self.args = _positional_arguments(model, batch)
-        self.sizes = [_num_samples(batch, [*self.args, *self.kwargs.values()])]
+            self.arguments = _positional_arguments(model, batch)
+        self.sizes = [_num_samples(batch, self.arguments.values())]
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """The positional arguments of the model."""
+        return tuple(value for key, value in self.arguments.items() if isinstance(key, int))
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        """The keyword arguments of the model."""
+        return {key: value for key, value in self.arguments.items() if isinstance(key, str)}
 
     @property
     def size(self) -> int:
@@ -79,7 +87,7 @@ class ModelCall:
     @property
     def num_bytes(self) -> int:
         """The memory of the tensors in the arguments."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors_in([self.args, self.kwargs]))
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(self.arguments))
 
     def __call__(self, perturb: Perturb | None = None, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """Call the model with copies of the arguments, perturbed or not, and select its outputs.
@@ -92,30 +100,18 @@ class ModelCall:
             MisconfigurationException: If there are no outputs, their dimension 1 could be a position, or no input can
                 be perturbed.
         """
-        perturbed = None if perturb is None else self.perturbed_argument()
-        args = [_copy(value, perturb if index == perturbed else None) for index, value in enumerate(self.args)]
-        kwargs = {name: _copy(value, perturb if name == perturbed else None) for name, value in self.kwargs.items()}
+        call = self._with(clone_tensors)
+        if perturb is not None:
+            key = self._argument_to_perturb()
+            call.arguments[key] = clone_tensors(self.arguments[key], lambda x: perturb(x) if is_floating(x) else x)
         if weights is None:
-            result = self._model(*args, **kwargs)
+            result = self._model(*call.args, **call.kwargs)
         else:
-            result = functional_call(self._model, dict(weights), tuple(args), kwargs)
+            result = functional_call(self._model, dict(weights), call.args, call.kwargs)
         outputs = select_outputs(result, self._outputs)
         if self._outputs is None:
             self._check_class_dimension(outputs)
         return outputs
-
-    def perturbed_argument(self) -> int | str:
-        """Find the argument to perturb: its index or name.
-
-        Raises:
-            MisconfigurationException: If there is none, or several could be.
-        """
-        candidates: dict[int | str, Any] = dict(enumerate(self.args[:1]))
-        candidates |= {name: value for name, value in self.kwargs.items() if name not in TARGET_NAMES}
-        floating = [key for key, value in candidates.items() if any(map(is_floating, tensors_in(value)))]
-        if len(floating) == 1:
-            return floating[0]
-        raise MisconfigurationException(self._advice(floating))
 
     def to(self, device: torch.device | str) -> "ModelCall":
         """Copy the call, with its tensors on a device; other objects in its arguments are shared."""
@@ -129,36 +125,38 @@ class ModelCall:
 
     def layout(self) -> tuple[object, ...] | None:
         """Return what must be equal in calls that are joined: shapes and types of one sample; None if none can be."""
-        values = (*self.args, *self.kwargs.values())
-        has_samples = any(isinstance(value, Tensor) for value in values)
-        if not has_samples or not all(_is_joinable(value, self.size) for value in values):
+        if not self.size or not all(_is_joinable(value, self.size) for value in self.arguments.values()):
             return None
-        return len(self.args), *self.kwargs, *map(_layout_of, values)
+        return *self.arguments, *map(_layout_of, self.arguments.values())
 
     def _with(self, change: Callable[[Any], Any]) -> "ModelCall":
         """Return the call with other arguments, which a function makes of those of this call."""
         new = copy.copy(self)
-        new.args = tuple(map(change, self.args))
-        new.kwargs = {name: change(value) for name, value in self.kwargs.items()}
+        new.arguments = {key: change(value) for key, value in self.arguments.items()}
         return new
 
-    def _advice(self, floating: Sequence[int | str]) -> str:
-        """Say what to do if it is not clear what to perturb."""
-        arguments = dict[int | str, Any](enumerate(self.args)) | self.kwargs
-        got = "; ".join(f"{key!r}: {describe(value)}" for key, value in arguments.items())
+    def _argument_to_perturb(self) -> int | str:
+        """Find the argument to perturb: 0, the first positional one, or its name."""
+        candidates = [key for key in self.arguments if key == 0 or (key in self.kwargs and key not in TARGET_NAMES)]
+        floating = [key for key in candidates if any(map(is_floating, tensors_in(self.arguments[key])))]
+        if len(floating) == 1:
+            return floating[0]
+        got = "; ".join(f"{key!r}: {describe(value)}" for key, value in self.arguments.items())
         if floating:
             several = ", ".join(map(repr, floating))
-            return f"Expected one dense floating input to perturb, got several: {several}, among {got}. {_CHOOSE}"
-        none = (
-            f"Expected a dense floating input to perturb, got none among the arguments of `forward` ({got}). {_CHOOSE}"
-        )
+            message = f"Expected one dense floating input to perturb, got several: {several}, among {got}. {_CHOOSE}"
+            raise MisconfigurationException(message)
         name = _submodule_to_perturb(self._model)
-        return none if name is None else f"Perturb the output of a submodule, such as `at={name!r}`. {none}"
+        advice = "" if name is None else f"Perturb the output of a submodule, such as `at={name!r}`. "
+        raise MisconfigurationException(
+            f"{advice}Expected a dense floating input to perturb, got none among the arguments of `forward` ({got}). "
+            f"{_CHOOSE}"
+        )
 
     def _check_class_dimension(self, outputs: Tensor) -> None:
         if math.prod(outputs.shape[2:]) <= 1:
             return
-        shapes = [x.shape[1:] for x in tensors_in([self.args, self.kwargs]) if not x.is_nested]
+        shapes = [x.shape[1:] for x in tensors_in(self.arguments) if not x.is_nested]
         if not any(set(outputs.shape[2:]) <= set(s) and outputs.shape[1] not in s for s in shapes):
             raise MisconfigurationException(
                 f"`outputs` should move the classes to dimension 1, got {[*outputs.shape]}; if they are last, "
@@ -171,8 +169,7 @@ def join_calls(calls: Sequence[ModelCall]) -> ModelCall:
     if len(calls) == 1:
         return calls[0]
     joint = copy.copy(calls[0])
-    joint.args = tuple(_join(values) for values in zip(*(call.args for call in calls), strict=True))
-    joint.kwargs = {name: _join([call.kwargs[name] for call in calls]) for name in joint.kwargs}
+    joint.arguments = {key: _join([call.arguments[key] for call in calls]) for key in joint.arguments}
     joint.sizes = [size for call in calls for size in call.sizes]
     return joint
 
@@ -215,7 +212,13 @@ def select_targets(model: nn.Module, batch: Any, targets: Selector | None = None
     Raises:
         MisconfigurationException: If it is not clear where the labels are, or they are not a tensor.
     """
-    selected = _find_targets(model, batch) if targets is None else _call_targets(targets, batch)
+    try:
+        selected = _find_targets(model, batch) if targets is None else targets(clone_tensors(batch))
+    except Warning:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise MisconfigurationException(f"`targets` failed on {describe(batch)}: {reason}.") from error
     if not isinstance(selected, Tensor):
         key = repr(list(batch)[-1]) if isinstance(batch, Mapping) and batch else "1"
         raise MisconfigurationException(
@@ -236,18 +239,8 @@ def num_required(model: nn.Module) -> int:
 
 
 def clone_tensors(value: Any, clone: Callable[[Tensor], Tensor] = Tensor.clone) -> Any:
-    """Clone the tensors in a value and its tuples, lists and dicts; other objects are shared, not copied."""
-    if isinstance(value, Tensor):
-        return clone(value)
-    if isinstance(value, dict):
-        new = copy.copy(value)
-        new.update({key: clone_tensors(item, clone) for key, item in value.items()})
-        return new
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*[clone_tensors(item, clone) for item in value])
-    if type(value) in (list, tuple):
-        return type(value)(clone_tensors(item, clone) for item in value)
-    return value
+    """Clone the tensors in a value and its collections; other objects are shared, not copied."""
+    return apply_to_collection(value, Tensor, clone, allow_frozen=True)
 
 
 def is_floating(tensor: Tensor) -> bool:
@@ -263,28 +256,26 @@ def tensors_in(value: object) -> list[Tensor]:
     return [tensor for item in items for tensor in tensors_in(item)]
 
 
-def _positional_arguments(model: nn.Module, batch: Sequence[Any]) -> tuple[Any, ...]:
+def _positional_arguments(model: nn.Module, batch: Sequence[Any]) -> dict[int | str, Any]:
     count = max(1, num_required(model))
     if len(batch) < count:
         raise MisconfigurationException(
             f"`inputs` should return the {count} arguments that `forward` requires, from {describe(batch)}. {_CHOOSE}"
         )
-    return tuple(batch[:count])
+    return dict(enumerate(batch[:count]))
 
 
-def _named_arguments(model: nn.Module, batch: Mapping[Any, Any]) -> dict[str, Any]:
+def _named_arguments(model: nn.Module, batch: Mapping[str, Any]) -> dict[int | str, Any]:
     parameters = parameters_of(model)
+    takes_all = all(p.kind is p.VAR_KEYWORD for p in parameters)
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    if {p.kind for p in parameters} == {inspect.Parameter.VAR_KEYWORD}:
-        names = [key for key in batch if isinstance(key, str)]
-    arguments = {name: batch[name] for name in batch if name in names}
-    if not arguments:
+    if not takes_all and set(names).isdisjoint(batch.keys()):
         raise MisconfigurationException(
             f"`inputs` should return the arguments of `forward`, which names none of {describe(batch)}: for example, "
             f"`inputs=lambda batch: batch[{next(iter(batch), None)!r}]`, or `inputs=lambda batch: (batch,)` for "
             "`forward(batch)`."
         )
-    return arguments
+    return {name: value for name, value in batch.items() if takes_all or name in names}
 
 
 def _submodule_to_perturb(model: nn.Module) -> str | None:
@@ -297,29 +288,18 @@ def _submodule_to_perturb(model: nn.Module) -> str | None:
 def _num_samples(batch: Any, arguments: Iterable[Any]) -> int:
     """Count the samples: rows of the first tensor, or items of the first list if it has a tensor for each sample."""
     entries = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
-    known = {_num_rows(entry) for entry in entries if isinstance(entry, Tensor)}
+    known = _numbers_of_rows(entries)
     for value in arguments:
-        rows = [number for number in map(_num_rows, tensors_in(value)) if number]
-        if rows:
-            return len(value) if _is_list_of_samples(value, rows, known) else rows[0]
+        rows = _numbers_of_rows(tensors_in(value))
+        if not rows:
+            continue
+        is_list_of_samples = isinstance(value, list) and rows[0] not in known
+        return len(value) if is_list_of_samples and (len(value) in known or len(set(rows)) > 1) else rows[0]
     return 0
 
 
-def _is_list_of_samples(value: object, rows: Sequence[int], known: set[int]) -> bool:
-    """Return whether a list has a tensor for each sample, judging by the rows of other tensors in the batch."""
-    if not isinstance(value, list) or rows[0] in known:
-        return False
-    return len(value) in known if known else len(set(rows)) > 1
-
-
-def _num_rows(tensor: Tensor) -> int:
-    return 0 if tensor.is_nested or tensor.ndim == 0 else len(tensor)
-
-
-def _copy(value: Any, perturb: Perturb | None) -> Any:
-    if perturb is None:
-        return clone_tensors(value)
-    return clone_tensors(value, lambda tensor: perturb(tensor) if is_floating(tensor) else tensor.clone())
+def _numbers_of_rows(values: Iterable[object]) -> list[int]:
+    return [len(x) for x in values if isinstance(x, Tensor) and x.ndim > 0 and not x.is_nested]
 
 
 def _is_joinable(value: object, size: int) -> bool:
@@ -335,31 +315,14 @@ def _layout_of(value: object) -> object:
     return (value.shape[1:], value.dtype, value.device) if isinstance(value, Tensor) else value
 
 
-def _join(values: Sequence[Any]) -> Any:
-    return torch.cat(list(values)) if isinstance(values[0], Tensor) else values[0]
+def _join(values: list[Any]) -> Any:
+    return torch.cat(values) if isinstance(values[0], Tensor) else values[0]
 
 
 def _find_targets(model: nn.Module, batch: Any) -> object:
     """Find the labels by position or name; None if it is not clear where they are."""
-    if isinstance(batch, Tensor):
-        return None
     if isinstance(batch, list | tuple):
         return batch[-1] if len(batch) == max(1, num_required(model)) + 1 else None
-    named = [_entry(batch, name) for name in TARGET_NAMES]
-    tensors = [value for value in named if isinstance(value, Tensor)]
+    entries = batch if isinstance(batch, Mapping) else {name: getattr(batch, name, None) for name in TARGET_NAMES}
+    tensors = [entries[name] for name in TARGET_NAMES if isinstance(entries.get(name), Tensor)]
     return tensors[0] if len(tensors) == 1 else None
-
-
-def _call_targets(targets: Selector, batch: Any) -> object:
-    try:
-        return targets(clone_tensors(batch))
-    except Warning:
-        raise
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise MisconfigurationException(f"`targets` failed on {describe(batch)}: {reason}.") from error
-
-
-def _entry(batch: Any, name: str) -> object:
-    """Return an entry of a mapping, or an attribute of another object; None if there is none."""
-    return batch.get(name) if isinstance(batch, Mapping) else getattr(batch, name, None)
