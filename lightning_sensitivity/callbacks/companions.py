@@ -41,7 +41,7 @@ class Companions:
 
     Attributes:
         labels: Labels of the batches that have some.
-        features: What the reference sees.
+        features: What the user's function returns for the reference, if there is one.
         labelled: More batches with labels, which are only scored.
         reference: The reference, once it is fitted; None if there is none.
         num_fitted: To how many training samples it is fitted; 0 before.
@@ -49,7 +49,7 @@ class Companions:
     """
 
     labels: dict[int, Tensor] = field(default_factory=dict)
-    features: dict[int, Features] = field(default_factory=dict)
+    features: dict[int, Tensor] = field(default_factory=dict)
     labelled: KeptSamples = field(default_factory=lambda: KeptSamples(0, math.inf, math.inf, MAX_BYTES))
     reference: Reference | None = None
     num_fitted: int = 0
@@ -68,10 +68,19 @@ class Companions:
         """Return the reference's predictions for some rows of a group, which starts somewhere; None without one."""
         return None if self.reference is None else self.reference.predictions[start + rows.start : start + rows.stop]
 
-    def features_of(self, samples: KeptSamples) -> list[Features]:
-        """Return the features of all batches of some samples; nothing if one of them has none."""
-        indices = samples.batch_indices
-        return [self.features[index] for index in indices] if self.features.keys() >= set(indices) else []
+    def features_of(self, samples: KeptSamples, has_function: bool) -> list[Features]:
+        """Return what the reference sees of some samples; nothing if there is none for a part of them.
+
+        Args:
+            samples: The samples.
+            has_function: Whether features come from the user's function, not from inputs.
+        """
+        if has_function:
+            indices = samples.batch_indices
+            is_complete = self.features.keys() >= set(indices)
+            return [Features(self.features[index]) for index in indices] if is_complete else []
+        found = [input_features(group.call) for group in samples.groups]
+        return [each for each in found if each is not None] if None not in found else []
 
     def add_labelled(self, call: ModelCall, batch_idx: int, size: int) -> bool:
         """Keep a batch only for its labels, and return whether there is room for it."""
@@ -96,20 +105,26 @@ class BatchReader:
         """Whether the user says where labels are."""
         return self._targets is not None
 
+    @property
+    def has_features(self) -> bool:
+        """Whether the user says what the reference sees."""
+        return self._features is not None
+
     def labels(self, module: nn.Module, batch: Any) -> Tensor:
         """Select the labels, on the CPU."""
         return select_targets(module, clone_tensors(batch), self._targets).detach().cpu()
 
-    def features(self, batch: Any, call: ModelCall, size: int) -> Features | None:
-        """Select what the reference sees; None if there is nothing.
+    def features(self, batch: Any, size: int) -> Tensor:
+        """Call the user's function for the features of a batch.
 
         Args:
             batch: The batch.
-            call: The call of the model on it.
             size: Its number of samples.
+
+        Returns:
+            The features, ``(N, D)``, on the CPU.
         """
-        if self._features is None:
-            return input_features(call)
+        assert self._features is not None
         try:
             values = self._features(clone_tensors(batch))
         except Warning:
@@ -124,7 +139,7 @@ class BatchReader:
             raise MisconfigurationException(
                 f"`features` should be {expected}, got {describe(values)}.{see('features')}"
             )
-        return Features(values.detach().cpu().float().flatten(1))
+        return values.detach().cpu().float().flatten(1)
 
 
 def input_features(call: ModelCall) -> Features | None:
@@ -154,7 +169,12 @@ def _has_row_for_each(tensor: Tensor, num_samples: int) -> bool:
 
 
 def fit_to_kept(
-    training: KeptSamples, kept: Companions, holdout: KeptSamples, companions: Companions, task: Task
+    training: KeptSamples,
+    kept: Companions,
+    holdout: KeptSamples,
+    companions: Companions,
+    task: Task,
+    has_function: bool,
 ) -> Reference | None:
     """Fit the reference to the labels of the kept training samples, and predict those of the validation samples.
 
@@ -164,11 +184,12 @@ def fit_to_kept(
         holdout: The validation samples of a loader.
         companions: What is kept beside them.
         task: The kind of classification.
+        has_function: Whether features come from the user's function, not from inputs.
 
     Returns:
-        The reference; None if a batch has no features.
+        The reference; None if a batch has no features, or no sample a label.
     """
-    found, new_found = kept.features_of(training), companions.features_of(holdout)
+    found, new_found = kept.features_of(training, has_function), companions.features_of(holdout, has_function)
     if not found or not new_found:
         return None
     labels = torch.cat([kept.labels_of(group) for group in training.groups])

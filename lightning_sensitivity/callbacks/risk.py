@@ -188,7 +188,8 @@ class RiskMonitor(Monitor):
         call = ModelCall(module, batch, self.inputs, self.outputs)
         with isolated(module) as run, module.trainer.precision_plugin.val_step_context():
             labels = run(self._reader.labels, module, batch)
-            features = run(self._reader.features, batch, call, len(labels))
+            if self._reader.has_features:
+                self._kept.features[batch_idx] = run(self._reader.features, batch, len(labels))
             if self._kept.num_outputs == 0:
                 outputs = run(call)
                 check_outputs(outputs, TASKS[self.task])
@@ -197,8 +198,6 @@ class RiskMonitor(Monitor):
         self._check_labels(torch.zeros(len(labels), self._kept.num_outputs), labels)
         training.add(call, batch_idx, len(labels))
         self._kept.labels[batch_idx] = labels
-        if features is not None:
-            self._kept.features[batch_idx] = features
 
     def _check_labels(self, outputs: Tensor, labels: Tensor) -> None:
         """Refuse labels that do not fit the task."""
@@ -220,8 +219,8 @@ class RiskMonitor(Monitor):
         super().keep(module, batch, batch_idx, samples)
         companions = self._companions.setdefault(samples.dataloader_idx, Companions())
         is_kept = batch_idx in samples.batch_indices
-        has_room = self.validation_labels and companions.num_labels < NUM_LABELS
-        if is_kept or has_room:
+        wants_labels = self.validation_labels and (is_kept or companions.num_labels < NUM_LABELS)
+        if wants_labels or (is_kept and self._reader.has_features):
             self._keep_companions(module, batch, batch_idx, companions, is_kept)
 
     def _keep_companions(
@@ -232,9 +231,8 @@ class RiskMonitor(Monitor):
         size = count_samples(module, call)
         with isolated(module) as run:
             labels = run(self._find_labels, module, batch) if self.validation_labels else None
-            features = run(self._reader.features, batch, call, size) if is_kept else None
-        if features is not None:
-            companions.features[batch_idx] = features
+            if is_kept and self._reader.has_features:
+                companions.features[batch_idx] = run(self._reader.features, batch, size)
         if labels is not None and (is_kept or companions.add_labelled(call, batch_idx, size)):
             companions.labels[batch_idx] = labels
 
@@ -281,7 +279,9 @@ class RiskMonitor(Monitor):
         companions.num_fitted = training.size
         reason = "inputs are neither dense numbers nor token ids, or no kept training sample has a label"
         try:
-            companions.reference = fit_to_kept(training, self._kept, samples, companions, TASKS[self.task])
+            companions.reference = fit_to_kept(
+                training, self._kept, samples, companions, TASKS[self.task], self._reader.has_features
+            )
         except (RuntimeError, ValueError) as error:
             companions.reference = None
             reason = describe_error(error).rstrip(".")
