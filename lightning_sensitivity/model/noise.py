@@ -61,11 +61,15 @@ def check_noise(noise: Noise) -> NoiseFunction:
     if callable(noise) and not isinstance(noise, type):
         return noise
     value: Any = noise.tolist() if hasattr(noise, "tolist") else noise  # of numpy or torch
-    stds = list(value) if isinstance(value, list | tuple) else [value]
-    valid = all(isinstance(s, Real) and not isinstance(s, bool) and 0 < float(s) < math.inf for s in stds)
+    is_list = isinstance(value, list | tuple) and len(value) > 0
+    valid = all(map(_is_std, value)) if is_list else _is_std(value)
     expected = "a positive number, a list of one per channel, or a function (x, generator) -> x'"
-    check_argument("noise", noise, valid and bool(stds), expected)
-    return GaussianNoise(tuple(map(float, stds)) if isinstance(value, list | tuple) else float(value))
+    check_argument("noise", noise, valid, expected)
+    return GaussianNoise(tuple(map(float, value)) if is_list else float(value))
+
+
+def _is_std(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < math.inf
 
 
 def noise_generator(
@@ -96,49 +100,36 @@ def noise_generator(
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
-def perturbation(noise: NoiseFunction, *key: int) -> Perturb:
+def perturbation(noise: NoiseFunction, keys: Sequence[tuple[int, ...]], sizes: Sequence[int]) -> Perturb:
     """Return a function that adds one noise draw to each tensor that it gets.
+
+    Each batch in a joint tensor gets the noise that it would get by itself.
 
     Args:
         noise: The noise.
-        key: Seed, rank, loader, batch and draw; see :func:`noise_generator`.
+        keys: For each batch: seed, rank, loader, batch and draw; see :func:`noise_generator`.
+        sizes: Number of samples of each batch.
     """
-    generators: dict[torch.device, torch.Generator] = {}
+    generators: dict[torch.device, list[torch.Generator]] = {}
 
     def perturb(x: Tensor) -> Tensor:
         if x.device not in generators:
-            generators[x.device] = noise_generator(*key, device=x.device)
-        given = x if isinstance(noise, GaussianNoise) else x.clone()  # a user's function may write to it
-        new: object = noise(given, generators[x.device])
-        if not isinstance(new, Tensor) or (new.shape, new.dtype, new.device) != (x.shape, x.dtype, x.device):
-            raise MisconfigurationException(
-                f"`noise` should return {describe(x)}, like its input, got {describe(new)}."
-            )
-        return new
-
-    return perturb
-
-
-def joint_perturbation(perturbs: Sequence[Perturb], sizes: Sequence[int]) -> Perturb:
-    """Return a function that perturbs each batch in a joint tensor with the noise that it would get by itself.
-
-    Args:
-        perturbs: From :func:`perturbation`, one for each batch.
-        sizes: Number of samples of each batch.
-
-    Raises:
-        ValueError: From the function, if the first dimension of a tensor is not the number of samples.
-    """
-    if len(perturbs) == 1:
-        return perturbs[0]
-
-    def perturb(x: Tensor) -> Tensor:
+            generators[x.device] = [noise_generator(*key, device=x.device) for key in keys]
+        if len(keys) == 1:
+            return _add_noise(noise, x, generators[x.device][0])
         if len(x) != sum(sizes):
             raise ValueError(f"Expected {sum(sizes)} samples in dimension 0, but got {tuple(x.shape)}")
-        parts = zip(perturbs, torch.split(x, list(sizes)), strict=True)
-        return torch.cat([perturb(part) for perturb, part in parts])
+        parts = zip(torch.split(x, list(sizes)), generators[x.device], strict=True)
+        return torch.cat([_add_noise(noise, part, generator) for part, generator in parts])
 
     return perturb
+
+
+def _add_noise(noise: NoiseFunction, x: Tensor, generator: torch.Generator) -> Tensor:
+    new: object = noise(x.clone(), generator)  # a user's function may write to it
+    if not isinstance(new, Tensor) or (new.shape, new.dtype, new.device) != (x.shape, x.dtype, x.device):
+        raise MisconfigurationException(f"`noise` should return {describe(x)}, like its input, got {describe(new)}.")
+    return new
 
 
 def noisy_outputs(
@@ -160,8 +151,7 @@ def noisy_outputs(
         at: The submodule whose output is perturbed; None to perturb the inputs.
     """
     for draw in range(num_draws):
-        perturbs = [perturbation(noise, *key, draw) for key in keys]
-        perturb = joint_perturbation(perturbs, call.sizes)
+        perturb = perturbation(noise, [(*key, draw) for key in keys], call.sizes)
         yield run(call, perturb) if at is None else run(_call_perturbed_at, at, call, perturb)
 
 
@@ -175,10 +165,7 @@ def _call_perturbed_at(module: nn.Module, call: Callable[[], Tensor], perturb: P
         first = result[0] if isinstance(result, list | tuple) and result else result
         if not isinstance(first, Tensor) or not is_floating(first):
             raise MisconfigurationException(f"`at` should name a module with floating outputs, got {describe(result)}.")
-        if first is result:
-            return perturb(first)
-        items = [perturb(first), *result[1:]]
-        return type(result)(*items) if hasattr(result, "_fields") else type(result)(items)
+        return perturb(first) if first is result else (perturb(first), *result[1:])
 
     with module.register_forward_hook(hook):
         outputs = call()

@@ -42,12 +42,12 @@ def test_numbers_lists_and_functions_are_noise_and_nothing_else() -> None:
 
 def test_a_function_may_write_into_what_it_gets_and_gives_the_like() -> None:
     x, key = torch.zeros(2, 3), (0, 1, 2, 3, 4)
-    perturb = perturbation(lambda x, generator: x.add_(torch.rand(x.shape, generator=generator)), *key)
+    perturb = perturbation(lambda x, generator: x.add_(torch.rand(x.shape, generator=generator)), [key], [2])
     both = torch.rand(4, 3, generator=noise_generator(*key))  # one stream for all tensors of a draw
     assert torch.equal(torch.cat([perturb(x), perturb(x)]), both) and not x.any()
     for noise in (*(lambda x, g, y=y: y for y in (None, x[:1], x.double(), x.to("meta"))), GaussianNoise((0.1, 0.2))):
         with pytest.raises(MisconfigurationException, match=r"`noise` should .*\(2, 3\)"):
-            perturbation(noise, *key)(x)
+            perturbation(noise, [key], [2])(x)
 
 
 class Siamese(nn.Module):
