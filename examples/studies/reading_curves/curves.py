@@ -31,7 +31,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "with batch norm": {"batch_norm": True},
 }
 SENSITIVITIES = {"output_sensitivity": "S", "single_output_sensitivity": "per output"}
-TERMS = ("claim", "overconfidence", "memorization", "variance")
+TERMS = ("claim", "overconfidence", "memorization", "variance", "reference")
 TECHNIQUES: dict[str, dict[str, Any]] = {
     "nothing": {},
     "weight decay of 1": {"weight_decay": 1.0},
@@ -174,11 +174,12 @@ def terms() -> Figure:
         curves = fit(num_epochs=40, **options)
         axis.plot(curves["risk_estimate"], "C1", linewidth=2, label="estimate")
         axis.plot(curves["true_score"], "C7", label="true score")
-        for name, color in zip(TERMS, ("C2", "C3", "C5", "C4"), strict=True):
-            axis.plot(curves[f"risk_{name}"], color, linewidth=1, label=name)
+        for name, color in zip(TERMS, ("C2", "C3", "C5", "C4", "C0"), strict=True):
+            if f"risk_{name}" in curves:
+                axis.plot(curves[f"risk_{name}"], color, linewidth=1, label=name)
         loss, chosen, best = curves["loss"], curves["risk_estimate"].argmin(), curves["loss"].argmin()
         axis.axvline(chosen, color="C1", linestyle="--", linewidth=1)
-        axis.axvline(best, color="C0", linestyle=":", linewidth=1)
+        axis.axvline(best, color="C9", linestyle=":", linewidth=1)
         axis.set(title=title, xlabel="epoch")
         size = curves["risk_estimate"][chosen] / curves["true_score"][chosen]
         print(
