@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 import tests.helpers as helpers
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 from lightning_sensitivity.callbacks import samples as S
+from lightning_sensitivity.callbacks import twins as twin_passes
 from lightning_sensitivity.callbacks.samples import Group, JointPassError, KeptSamples, check_agreement
 from lightning_sensitivity.callbacks.twins import TwinRunner
 from lightning_sensitivity.functional.risk import TWIN_STRENGTH
@@ -74,7 +75,7 @@ def kept(num_batches: float, num_wanted: float, sizes: list[int], max_bytes: flo
     samples = KeptSamples(0, num_batches, num_wanted, max_bytes)
     for index, size in enumerate(sizes):
         if samples.wants(index):
-            samples.add(ModelCall(MODEL, inputs(size, seed=index)), index)
+            samples.add(ModelCall(MODEL, inputs(size, seed=index)), index, size)
     return samples
 
 
@@ -304,7 +305,8 @@ def test_batches_of_different_layouts_are_not_joined() -> None:
     model = type("Mean", (nn.Module,), {"forward": lambda self, x, mask=None: x.double().flatten(1)[:, :2]})()
     x = torch.rand(4, 3)
     for index, batch in enumerate([x, x, x.double(), torch.rand(4, 3, 3), x[:2], x, [[x, x]]]):
-        samples.add(ModelCall(model, batch, inputs=lambda b: b), index)
+        call = ModelCall(model, batch, inputs=lambda b: b)
+        samples.add(call, index, call.size)
     with isolated(model) as run:
         samples.complete(model, run, torch.device("cpu"))
     assert [group.batch_indices for group in samples.groups] == [[0, 1], [2], [3], [4, 5], [6]]
@@ -445,7 +447,7 @@ def test_outputs_that_differ_by_more_than_rounding_are_told() -> None:
 
 
 def run_twins(size: int, num_samples: int, model: nn.Module, can_split: bool = True, x: Any = None) -> Any:
-    """Outputs of twins and of the model, and the weights from before training, all of them 0."""
+    """Outputs of twins, what they are compared with, outputs of the model, and the weights before training: zeros."""
     initial = {name: torch.zeros_like(weight) for name, weight in copy_weights(model.state_dict()).items()}
     call = ModelCall(model, inputs(size) if x is None else x)
     groups = [Group(call, [3], [size]), Group(call, [4], [num_samples - size])]
@@ -453,8 +455,10 @@ def run_twins(size: int, num_samples: int, model: nn.Module, can_split: bool = T
     samples.groups, samples.can_regroup = groups, can_split
     with isolated(model) as run:
         outputs = run(call)
-        found = TwinRunner(model, initial, run, samples, (0, 0, 0)).run(groups[0], call, outputs)
-    return found, outputs, initial
+        parts = list(TwinRunner(model, initial, run, samples, (0, 0, 0)).run(groups[0], call, outputs))
+    assert [index for part in parts for index in range(size)[part.rows]] == [*range(len(outputs))]
+    twins = [torch.cat(draw) for draw in zip(*(part.twins for part in parts), strict=True)]
+    return twins, torch.cat([part.compared_with for part in parts]), outputs, initial
 
 
 @pytest.mark.parametrize(("size", "num_samples", "can_split", "num_parts", "num_rounds"), [
@@ -464,21 +468,28 @@ def run_twins(size: int, num_samples: int, model: nn.Module, can_split: bool = T
     (64, 128, True, 2, 2),
     (256, 256, False, 1, 8),  # outputs for a sample depend on the others
 ])  # fmt: skip
+@pytest.mark.parametrize("max_joined", [0, 2**16])  # part by part, or at once
 def test_equal_parts_of_the_samples_go_through_twins_of_their_own(
-    size: int, num_samples: int, can_split: bool, num_parts: int, num_rounds: int
+    size: int,
+    num_samples: int,
+    can_split: bool,
+    num_parts: int,
+    num_rounds: int,
+    max_joined: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(twin_passes, "_MAX_JOINED", max_joined)
     sizes = note_passes(model := copy.deepcopy(MODEL))
-    found, outputs, initial = run_twins(size, num_samples, model, can_split)
+    twins, compared_with, outputs, initial = run_twins(size, num_samples, model, can_split)
     compared = num_parts > 1  # one part is compared with the joint pass
     assert sorted(sizes[1:]) == [size // num_parts] * (num_parts * num_rounds + compared)
-    assert torch.equal(found.compared_with, outputs) and len(found.twins) == num_rounds
-    parts = torch.arange(size).chunk(num_parts)
-    for draw, twin in enumerate(found.twins):
-        for place, part in enumerate(parts):
+    assert torch.equal(compared_with, outputs) and len(twins) == num_rounds
+    for place, rows in enumerate(torch.arange(size).chunk(num_parts)):
+        for draw, twin in enumerate(twins):
             generator = noise_generator(0, 0, 0, 3, place * num_rounds + draw)
             weights = twin_weights(model, initial, generator, TWIN_STRENGTH)
-            expected = torch.func.functional_call(model, weights, inputs(size)[part]).detach()
-            torch.testing.assert_close(twin[part], expected)
+            expected = torch.func.functional_call(model, weights, inputs(size)[rows]).detach()
+            torch.testing.assert_close(twin[rows], expected)
 
 
 def test_a_batch_that_is_a_graph_is_not_split() -> None:
@@ -491,8 +502,8 @@ def test_a_batch_that_is_a_graph_is_not_split() -> None:
             return adjacency[: len(x), : len(x)] @ self.net(x)
 
     graph = (inputs(128), torch.ones(130, 130))
-    found, outputs, _ = run_twins(128, 128, Graph(), x=graph)
-    assert [len(twin) for twin in found.twins] == [len(outputs)] * 8
+    twins, _, outputs, _ = run_twins(128, 128, Graph(), x=graph)
+    assert [len(twin) for twin in twins] == [len(outputs)] * 8
 
 
 def test_parts_that_influence_each_other_are_told() -> None:
@@ -502,13 +513,13 @@ def test_parts_that_influence_each_other_are_told() -> None:
 
 def test_with_batch_norm_a_twin_is_compared_with_the_model_under_the_statistics_of_the_same_part() -> None:
     model = Classifier(dropout=0.0)
-    found, *_ = run_twins(128, 128, model)
-    assert len(found.twins) == 2  # for each of four parts
+    twins, compared_with, *_ = run_twins(128, 128, model)
+    assert len(twins) == 2  # for each of four parts
     expected = torch.cat([copy.deepcopy(model).train()(part) for part in inputs(128).chunk(4)])
-    torch.testing.assert_close(found.compared_with, expected)
+    torch.testing.assert_close(compared_with, expected)
 
 
 def test_one_sample_has_no_statistics_of_its_own() -> None:
     model = Classifier(dropout=0.0)
-    found, outputs, _ = run_twins(1, 1, model)
-    assert torch.equal(found.compared_with, outputs)
+    _, compared_with, outputs, _ = run_twins(1, 1, model)
+    assert torch.equal(compared_with, outputs)

@@ -67,6 +67,21 @@ class Weighted(Stepping):
         return scale * self.net(x)
 
 
+class WithLoss(Stepping):
+    """It computes the loss itself, of other logits, as modules of transformers may do."""
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        logits = self.net(x)
+        return {"logits": logits} if labels is None else {"logits": logits, "loss": cross_entropy(2 * logits, labels)}
+
+
+class Direct(Stepping):
+    """It does not call itself, but its method."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return cross_entropy(self.forward(batch[0]), batch[1])
+
+
 class Positions(Stepping):
     """It returns the classes in the last of three dimensions."""
 
@@ -111,7 +126,7 @@ def scaled(m: Any, x: Tensor, y: Tensor) -> Tensor:
     return cross_entropy(m((x - 0.5) / 0.1), y)
 
 
-SHAPES = "the step calls the model with other shapes of `x`"
+SHAPES = "the step calls the model with other arguments: `x` is missing or has another shape"
 VALUES = "the step calls the model with other values of `x`, though it draws no random numbers"
 ARGUMENTS = "the step calls the model with other arguments"
 CALL = "the step does not call `forward`, which is measured"
@@ -139,17 +154,23 @@ CASES = {
     "written to": Case(lambda m, x, y: plain(m, x.mul_(3), y), VALUES),
     "written to after the call": Case(lambda m, x, y: (plain(m, x.clone(), y), x.zero_())[0]),
     "a mask that is not given": Case(plain, module=Masked),
-    "a mask that is given": Case(lambda m, x, y: cross_entropy(m(x, (x > 0.5).float()), y), ARGUMENTS, Masked),
+    "a mask that is given": Case(
+        lambda m, x, y: cross_entropy(m(x, (x > 0.5).float()), y), f"{ARGUMENTS}: also with `mask`", Masked
+    ),
     "a mask that is given, inputs=": Case(
         lambda m, x, y: cross_entropy(m(x, mask=(x > 0.5).float()), y),
         None,
         Masked,
         {"inputs": lambda batch: (batch[0], (batch[0] > 0.5).float())},
     ),
-    "a number that is given": Case(lambda m, x, y: cross_entropy(m(x, scale=4.0), y), ARGUMENTS, Weighted),
+    "a number that is given": Case(
+        lambda m, x, y: cross_entropy(m(x, scale=4.0), y), f"{ARGUMENTS}: also with `scale`", Weighted
+    ),
+    "a number that is the default": Case(lambda m, x, y: cross_entropy(m(x, scale=1.0), y), None, Weighted),
+    "labels that are given": Case(lambda m, x, y: m(x, labels=y)["loss"], None, WithLoss),
     # its call
     "around forward": Case(lambda m, x, y: cross_entropy(m.net(x), y), CALL),
-    "forward itself": Case(lambda m, x, y: cross_entropy(m.forward(x), y)),
+    "forward itself": Case(plain, None, Direct),
     "called twice": Case(lambda m, x, y: plain(m, x, y) + m(x * 2).square().mean()),
     "called without gradients, too": Case(lambda m, x, y: (torch.no_grad()(m)(x * 2), plain(m, x, y))[1]),
     # its logits
@@ -290,9 +311,10 @@ def test_it_may_save_or_trace_the_module(kind: Any) -> None:
     torch.testing.assert_close(weights(monitors), weights([]), rtol=0, atol=0)
 
 
-def num_hooks() -> int:
-    names = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_forward_hooks_with_kwargs")
-    return sum(len(getattr(torch_module, name)) for name in names)
+def num_hooks(model: nn.Module) -> int:
+    names = ["_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"]
+    everywhere = [getattr(torch_module, f"_global{name}", ()) for name in names]
+    return sum(map(len, [*everywhere, *(getattr(module, name) for module in model.modules() for name in names)]))
 
 
 class Counting(Linear):
@@ -304,7 +326,7 @@ class Counting(Linear):
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         modes = torch.overrides._get_current_function_mode_stack()
-        self.watched.append(bool(num_hooks()) or bool(modes))
+        self.watched.append(num_hooks(self) > 0 or bool(modes))
         return cross_entropy(linear(self(batch[0]), torch.eye(NUM_CLASSES)), batch[1])
 
 
@@ -312,16 +334,17 @@ def test_only_the_first_step_is_watched_and_nothing_stays() -> None:
     model = Counting()
     assert said(model, [SensitivityMonitor(), RiskMonitor()]) == []
     assert model.watched == [True, False, False, False]
-    assert num_hooks() == 0 and not torch.overrides._get_current_function_mode_stack()
+    assert num_hooks(model) == 0 and not torch.overrides._get_current_function_mode_stack()
 
 
 def test_nothing_stays_when_a_step_raises() -> None:
     def failing(m: Any, x: Tensor, y: Tensor) -> Tensor:
         raise RuntimeError("an error of the user")
 
+    model = Stepping(failing)
     with pytest.raises(RuntimeError, match="an error of the user"):
-        said(Stepping(failing), [SensitivityMonitor(), RiskMonitor()])
-    assert num_hooks() == 0 and not torch.overrides._get_current_function_mode_stack()
+        said(model, [SensitivityMonitor(), RiskMonitor()])
+    assert num_hooks(model) == 0 and not torch.overrides._get_current_function_mode_stack()
 
 
 @pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="older torch does not run compiled code eagerly")
