@@ -57,7 +57,7 @@ class LabelSums(NamedTuple):
 class AgreementSums(NamedTuple):
     r"""Hold sums of dot products between the model's predictions p and others q, as float64 scalars.
 
-    All are vectors from :meth:`~lightning_sensitivity.functional.tasks.Task.as_vectors`.
+    All are vectors whose squared distance is the Brier score.
 
     Attributes:
         num_scored: Samples.

@@ -1,7 +1,9 @@
-"""The kinds of classification: how labels and outputs fit together in each, and how predictions are scored."""
+"""The kinds of classification: how labels and outputs fit together in each, and how predictions are scored.
+
+Predictions are probabilities ``(N, K, ...)``, and so are labels. There is one score per sample and position.
+"""
 
 import math
-from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
@@ -13,90 +15,42 @@ _SEVERAL = "Set `task='multilabel'` if a sample can have several classes"
 _SMALLEST = 1e-4  # probability of a class from a reference
 
 
-class Task(ABC):
-    """A kind of classification.
-
-    Predictions are probabilities ``(N, K, ...)`` from :meth:`probabilities`. :meth:`target_probabilities` gives labels
-    the same shape. There is one score per sample and position, ``(N, ...)``.
-    """
-
-    name: str
-    max_score: float  # the largest possible Brier score
-
-    @abstractmethod
-    def probabilities(self, outputs: Tensor) -> Tensor:
-        """Turn logits ``(N, K, ...)`` or ``(N,)`` into probabilities, in single precision or better."""
-
-    @abstractmethod
-    def check(self, outputs: Tensor, targets: Tensor) -> None:
-        """Raise ValueError, saying what was expected, if outputs and labels do not fit the task."""
-
-    @abstractmethod
-    def distances(self, p: Tensor, other: Tensor) -> Tensor:
-        """Score predictions by the Brier score: squared differences to labels, or to other predictions."""
-
-    @abstractmethod
-    def claims(self, p: Tensor) -> Tensor:
-        """Compute the Brier score that predictions claim: its expectation if labels were drawn from them."""
-
-    @abstractmethod
-    def as_vectors(self, p: Tensor) -> Tensor:
-        """Turn probabilities ``(N, K)`` into vectors whose squared distance is the Brier score."""
-
-    @abstractmethod
-    def clip(self, p: Tensor) -> Tensor:
-        """Turn numbers ``(N, K)`` near probabilities into probabilities."""
-
-    def target_probabilities(self, p: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Convert labels to probabilities.
-
-        Args:
-            p: The probabilities of the same samples.
-            targets: Labels that fit the task.
-
-        Returns:
-            The labels, ``(N, K, ...)``; and ``(N, ...)`` with 1 for each label that counts, 0 for ignored ones.
-        """
-        y = targets.to(p.device).to(p.dtype).reshape(p.shape)
-        is_ignored = (y == IGNORED).any(1)
-        return y.where(~is_ignored[:, None], 0.0), (~is_ignored).to(p.dtype)
-
-
-class Multiclass(Task):
+class Multiclass:
     """One of K classes is correct: softmax, the sum over classes of squared differences."""
 
     name = "multiclass"
-    max_score = 2.0
+    max_score = 2.0  # the largest possible Brier score
 
-    def probabilities(self, outputs: Tensor) -> Tensor:  # noqa: D102
+    def probabilities(self, outputs: Tensor) -> Tensor:
+        """Turn logits ``(N, K, ...)`` into probabilities, in single precision or better."""
         return _at_least_single(outputs).softmax(1)
 
-    def check(self, outputs: Tensor, targets: Tensor) -> None:  # noqa: D102
+    def check(self, outputs: Tensor, targets: Tensor) -> None:
+        """Raise ValueError, saying what was expected, if outputs and labels do not fit the task."""
         if num_outputs(outputs) == 1:
             kind, are_labels = ("floating", "from 0 to 1") if targets.is_floating_point() else ("integers", "0 and 1")
             raise ValueError(f"Labels are {kind} for one output. Set `task='binary'` if they are {are_labels}")
         if targets.is_floating_point():
-            self._check_soft(outputs, targets)
+            self._check_soft_labels(outputs, targets)
         else:
-            self._check_integers(outputs, targets)
+            self._check_shape_of_indices(outputs, targets)
             self._check_indices(num_outputs(outputs), targets.long())  # comparisons in 8 bits wrap around
 
-    def _check_soft(self, outputs: Tensor, targets: Tensor) -> None:
-        advice = " Make class indices integers: `targets=lambda batch: batch[1].long()`. A regression has no estimate"
-        _check_shape(outputs, targets, advice)
-        _check_range(targets)
-        is_ignored = has_ignored_value(targets).any(1)
-        if not bool((is_ignored | _sum_to_one(targets)).all()):
+    def _check_soft_labels(self, outputs: Tensor, targets: Tensor) -> None:
+        advice = "Make class indices integers: `targets=lambda batch: batch[1].long()`. A regression has no estimate"
+        _check_probabilities(outputs, targets, advice)
+        sums_to_one = (targets.double().sum(1) - 1).abs() < 1e-3
+        if not bool((sums_to_one | has_ignored_value(targets).any(1)).all()):
             raise ValueError(f"Expected soft labels that sum to 1 over the classes, but got other sums. {_SEVERAL}")
 
-    def _check_integers(self, outputs: Tensor, targets: Tensor) -> None:
+    def _check_shape_of_indices(self, outputs: Tensor, targets: Tensor) -> None:
         if targets.shape == outputs.shape:
             advice = "if it can't, make one-hot labels floating: `targets=lambda batch: batch[1].float()`"
             raise ValueError(f"Labels are {targets.dtype} for each output. {_SEVERAL}; {advice}")
         if targets.shape != (*outputs.shape[:1], *outputs.shape[2:]) or targets.dtype == torch.bool:
-            expected = "Expected class indices (N, ...) for outputs (N, K, ...)"
             is_column = targets.shape == (len(outputs), 1) and targets.dtype != torch.bool
             advice = " Remove the extra dimension: `targets=lambda batch: batch[1].squeeze(1)`" if is_column else ""
+            expected = "Expected class indices (N, ...) for outputs (N, K, ...)"
             raise ValueError(f"{expected}, but got {_describe(outputs, targets)}.{advice}")
 
     def _check_indices(self, num_classes: int, targets: Tensor) -> None:
@@ -108,59 +62,77 @@ class Multiclass(Task):
                 f"map another `ignore_index` to {IGNORED}"
             )
 
-    def target_probabilities(self, p: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
-        targets = targets.to(p.device)
+    def target_probabilities(self, p: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Convert labels to probabilities.
+
+        Args:
+            p: The probabilities of the same samples.
+            targets: Labels that fit the task.
+
+        Returns:
+            The labels, ``(N, K, ...)``; and ``(N, ...)`` with 1 for each label that counts, 0 for ignored ones.
+        """
         if targets.is_floating_point():
-            return super().target_probabilities(p, targets)
-        targets = targets.long()
+            return _without_ignored(p, targets)
+        targets = targets.to(p.device).long()
         counts = targets != IGNORED
         index = targets.where(counts, 0).reshape(p[:, :1].shape)
         return torch.zeros_like(p).scatter_(1, index, 1.0), counts.to(p.dtype)
 
-    def distances(self, p: Tensor, other: Tensor) -> Tensor:  # noqa: D102
+    def distances(self, p: Tensor, other: Tensor) -> Tensor:
+        """Score predictions by the Brier score: squared differences to labels, or to other predictions."""
         return (p - other).square_().sum(1)
 
-    def claims(self, p: Tensor) -> Tensor:  # noqa: D102
+    def claims(self, p: Tensor) -> Tensor:
+        """Compute the Brier score that predictions claim: its expectation if labels were drawn from them."""
         return 1 - p.square().sum(1)
 
-    def as_vectors(self, p: Tensor) -> Tensor:  # noqa: D102
+    def as_vectors(self, p: Tensor) -> Tensor:
+        """Turn probabilities ``(N, K)`` into vectors whose squared distance is the Brier score."""
         return p
 
-    def clip(self, p: Tensor) -> Tensor:  # noqa: D102
+    def clip(self, p: Tensor) -> Tensor:
+        """Turn numbers ``(N, K)`` near probabilities into probabilities."""
         p = p.clamp(_SMALLEST, 1)
         return p / p.sum(1, keepdim=True)
 
 
-class Multilabel(Task):
-    """Each of K labels is 0 or 1: sigmoid, the mean over labels of squared differences."""
+class Multilabel:
+    """Each of K labels is 0 or 1: sigmoid, the mean over labels of squared differences; see :class:`Multiclass`."""
 
     name = "multilabel"
     max_score = 1.0
 
-    def probabilities(self, outputs: Tensor) -> Tensor:  # noqa: D102
+    def probabilities(self, outputs: Tensor) -> Tensor:
+        """Turn logits ``(N, K, ...)`` or ``(N,)`` into probabilities."""
         outputs = _at_least_single(outputs)
         return (outputs[:, None] if outputs.ndim < 2 else outputs).sigmoid()
 
-    def check(self, outputs: Tensor, targets: Tensor) -> None:  # noqa: D102
-        self._check_num_outputs(outputs, targets)
-        _check_shape(outputs, targets, " Leave `task` out if labels are class indices")
-        _check_range(targets)
-
-    def _check_num_outputs(self, outputs: Tensor, targets: Tensor) -> None:
+    def check(self, outputs: Tensor, targets: Tensor) -> None:
+        """Raise ValueError if outputs and labels do not fit the task."""
         if num_outputs(outputs) == 1:
             got = _describe(outputs, targets)
             raise ValueError(f"Expected outputs (N, K, ...) with K > 1, but got {got}. Set `task='binary'`")
+        _check_probabilities(outputs, targets, "Leave `task` out if labels are class indices")
 
-    def distances(self, p: Tensor, other: Tensor) -> Tensor:  # noqa: D102
+    def target_probabilities(self, p: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Convert labels to probabilities, and return which of them count."""
+        return _without_ignored(p, targets)
+
+    def distances(self, p: Tensor, other: Tensor) -> Tensor:
+        """Score predictions by the Brier score."""
         return (p - other).square_().mean(1)
 
-    def claims(self, p: Tensor) -> Tensor:  # noqa: D102
+    def claims(self, p: Tensor) -> Tensor:
+        """Compute the Brier score that predictions claim."""
         return (p * (1 - p)).mean(1)
 
-    def as_vectors(self, p: Tensor) -> Tensor:  # noqa: D102
+    def as_vectors(self, p: Tensor) -> Tensor:
+        """Turn probabilities ``(N, K)`` into vectors whose squared distance is the Brier score."""
         return torch.cat([p, 1 - p], dim=1) / math.sqrt(2 * p.shape[1])
 
-    def clip(self, p: Tensor) -> Tensor:  # noqa: D102
+    def clip(self, p: Tensor) -> Tensor:
+        """Turn numbers ``(N, K)`` near probabilities into probabilities."""
         return p.clamp(0, 1)
 
 
@@ -169,13 +141,16 @@ class Binary(Multilabel):
 
     name = "binary"
 
-    def _check_num_outputs(self, outputs: Tensor, targets: Tensor) -> None:
+    def check(self, outputs: Tensor, targets: Tensor) -> None:
+        """Raise ValueError if outputs and labels do not fit the task."""
         if num_outputs(outputs) != 1:
             advice = "With an output for each class, leave `task` out: `targets=lambda batch: batch[1].long()`"
             got = _describe(outputs, targets)
             raise ValueError(f"Expected one output, (N,) or (N, 1, ...), but got {got}. {advice}")
+        _check_probabilities(outputs, targets, "Leave `task` out if labels are class indices")
 
 
+Task = Multiclass | Multilabel
 TASKS: dict[str, Task] = {task.name: task for task in (Multiclass(), Binary(), Multilabel())}
 
 
@@ -192,21 +167,21 @@ def has_ignored_value(targets: Tensor) -> Tensor:
     return (targets if targets.is_floating_point() else targets.long()) == IGNORED
 
 
-def _sum_to_one(targets: Tensor) -> Tensor:
-    return (targets.double().sum(1) - 1).abs() < 1e-3
+def _without_ignored(p: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    y = targets.to(p.device).to(p.dtype).reshape(p.shape)
+    is_ignored = (y == IGNORED).any(1)
+    return y.where(~is_ignored[:, None], 0.0), (~is_ignored).to(p.dtype)
 
 
-def _check_shape(outputs: Tensor, targets: Tensor, advice: str = "") -> None:
+def _check_probabilities(outputs: Tensor, targets: Tensor, advice: str) -> None:
     if _without_single_output(outputs).shape != _without_single_output(targets).shape:
-        raise ValueError(f"Expected one label per output, but got {_describe(outputs, targets)}.{advice}")
-
-
-def _check_range(targets: Tensor) -> None:
+        raise ValueError(f"Expected one label per output, but got {_describe(outputs, targets)}. {advice}")
     is_valid = (targets >= 0) & (targets <= 1)
     if not bool((is_valid | has_ignored_value(targets)).all()):
-        got = f"{float(targets.min()):g} to {float(targets.max()):g}"
-        advice = ". Map -1 to 0: `targets=lambda batch: (batch[1] + 1) / 2`" if float(targets.min()) == -1 else ""
-        raise ValueError(f"Expected labels from 0 to 1, or {IGNORED} to be ignored, but got {got}{advice}")
+        lowest, highest = float(targets.min()), float(targets.max())
+        mapping = ". Map -1 to 0: `targets=lambda batch: (batch[1] + 1) / 2`" if lowest == -1 else ""
+        expected = f"Expected labels from 0 to 1, or {IGNORED} to be ignored"
+        raise ValueError(f"{expected}, but got {lowest:g} to {highest:g}{mapping}")
 
 
 def _describe(outputs: Tensor, targets: Tensor) -> str:
