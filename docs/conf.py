@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 _urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
 REPOSITORY = _urls["Homepage"]
 FILES = f"{REPOSITORY}/blob/main/"
+NOTEBOOK = "examples/track_generalization.ipynb"
 
 project = "lightning-sensitivity"
 author = "The lightning-sensitivity developers"
@@ -113,6 +114,7 @@ class LinkNames(SphinxTransform):
 def link_to_repository(app: Sphinx, docname: str, source: list[str]) -> None:
     """Turn links to files outside of this folder into links to the repository; on GitHub they work as they are."""
     up = "../" * (docname.count("/") + 1)
+    source[0] = source[0].replace(f"({up}{NOTEBOOK})", f"({up[3:]}notebook.ipynb)")
     source[0] = re.sub(rf"(?<!!)\[([^][]*)\]\({up}(?!\.\.)", rf"[\1]({FILES}", source[0])
 
 
@@ -125,7 +127,7 @@ def move_links(app: Sphinx, path: Path, docname: str, source: list[str]) -> None
 
 def setup(app: Sphinx) -> None:
     """Connect what changes the pages, and fetch the notebook."""
-    shutil.copy(ROOT / "examples" / "track_generalization.ipynb", Path(app.srcdir) / "notebook.ipynb")
+    shutil.copy(ROOT / NOTEBOOK, Path(app.srcdir) / "notebook.ipynb")
     app.add_transform(LinkNames)
     app.connect("source-read", link_to_repository)
     app.connect("include-read", move_links)
