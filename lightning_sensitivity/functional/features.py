@@ -59,10 +59,8 @@ def _reduced(name: str, features: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(0)
         signs = torch.randint(0, 2, (num_columns,), generator=generator).float() * 2 - 1
         reduced = torch.zeros(len(features), _MAX_COLUMNS)
-        for part, sign in zip(
-            torch.split(features, _MAX_COLUMNS, dim=1), torch.split(signs, _MAX_COLUMNS), strict=True
-        ):
-            reduced[:, : len(sign)] += part * sign
+        for columns in torch.split(torch.arange(num_columns), _MAX_COLUMNS):
+            reduced[:, : len(columns)] += features[:, columns] * signs[columns]
         features = reduced
     if not bool(features.isfinite().all()):
         raise ValueError(f"Expected `{name}` to be finite, but got nan or inf.")
@@ -110,30 +108,25 @@ def bags_of_words(
     vocabulary, counts = torch.unique(torch.cat([words, new_words]), return_counts=True)
     most_frequent = counts.argsort(descending=True, stable=True)[:_MAX_WORDS]
     vocabulary = vocabulary[most_frequent.sort().values]
-    return (
-        _counts(samples, words, vocabulary, len(ids)),
-        _counts(new_samples, new_words, vocabulary, len(new_ids)),
-    )
+    bags = _counts(samples, words, vocabulary, len(ids))
+    return bags, _counts(new_samples, new_words, vocabulary, len(new_ids))
 
 
 def _words(name: str, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the index of the sample and the id of each token that is not padding."""
     if ids.is_floating_point() or ids.is_complex() or ids.ndim < 1:
         raise ValueError(f"Expected `{name}` to be integers (N, L), but got {ids.dtype} of shape {tuple(ids.shape)}.")
-    if mask is not None and mask.shape != ids.shape:
-        got = f"{tuple(mask.shape)} for {tuple(ids.shape)}"
+    is_word = torch.ones_like(ids) > 0 if mask is None else mask > 0
+    if is_word.shape != ids.shape:
+        got = f"{tuple(is_word.shape)} for {tuple(ids.shape)}"
         raise ValueError(f"Expected the mask of `{name}` to have its shape, but got {got}.")
-    ids = ids.detach().cpu()[:, None].flatten(1)
-    is_word = torch.ones_like(ids, dtype=torch.bool)
-    if mask is not None:
-        is_word = mask.detach().cpu().reshape(ids.shape) > 0
+    ids, is_word = (each.cpu()[:, None].flatten(1) for each in (ids, is_word))
     return is_word.nonzero()[:, 0], ids[is_word].long()
 
 
 def _counts(samples: Tensor, words: Tensor, vocabulary: Tensor, num_samples: int) -> Tensor:
     """Count the words of a sorted vocabulary in each sample."""
-    counts = torch.zeros(num_samples, len(vocabulary), dtype=torch.float64)
     is_known = torch.isin(words, vocabulary)
     columns = torch.searchsorted(vocabulary, words[is_known])
-    ones = torch.ones(len(columns), dtype=torch.float64)
-    return counts.index_put_((samples[is_known], columns), ones, accumulate=True)
+    counts = torch.bincount(samples[is_known] * len(vocabulary) + columns, minlength=num_samples * len(vocabulary))
+    return counts.reshape(num_samples, len(vocabulary)).double()

@@ -133,9 +133,8 @@ def _squared_distances(first: Tensor, second: Tensor) -> Tensor:
 
 def _checked_features(features: Tensor, new_features: Tensor) -> tuple[Tensor, Tensor]:
     """Return both as float64 on the CPU."""
-    tensors = {"features": features, "new_features": new_features}
-    for name, tensor in tensors.items():
-        if tensor.ndim != 2 or tensor.shape[1] != features.shape[-1] or not (len(tensor) or name == "new_features"):
+    for name, tensor, smallest in (("features", features, 1), ("new_features", new_features, 0)):
+        if tensor.ndim != 2 or tensor.shape[1] != features.shape[-1] or len(tensor) < smallest:
             got = f"{tuple(tensor.shape)}, with `features` of shape {tuple(features.shape)}"
             raise ValueError(f"Expected `{name}` to have the shape (N, D), but got {got}.")
         if not bool(tensor.isfinite().all()):
@@ -150,10 +149,11 @@ def _checked_labels(labels: Tensor, num_samples: int, task: Task) -> Tensor:
     if y.ndim != 2 or len(y) != num_samples:
         got = f"{tuple(labels.shape)} for {num_samples} samples"
         raise ValueError(f"Expected `labels` to be probabilities (N, K), such as one-hot labels, but got {got}.")
-    are_valid = bool(((y >= 0) & (y <= 1)).all())
-    if not are_valid or (task.name == "multiclass" and not bool(((y.sum(1) - 1).abs() < 1e-3).all())):
-        sums = " that sum to 1" if task.name == "multiclass" else ""
-        raise ValueError(f"Expected `labels` to be probabilities{sums}, but got others.")
+    is_valid = ((y >= 0) & (y <= 1)).all(1)
+    if task.name == "multiclass":
+        is_valid &= (y.sum(1) - 1).abs() < 1e-3
+    if not bool(is_valid.all()):
+        raise ValueError("Expected `labels` to be probabilities, which sum to 1 for 'multiclass', but got others.")
     return y
 
 
