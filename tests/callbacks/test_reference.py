@@ -164,19 +164,32 @@ def test_labels_in_a_validation_batch_never_reach_it() -> None:
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
+class TakesLabels(nn.Module):
+    """Takes labels under all names."""
+
+    def forward(
+        self, x: Tensor, label: Any = None, labels: Any = None, target: Any = None, targets: Any = None, y: Any = None
+    ) -> Tensor:
+        return x
+
+
 @pytest.mark.parametrize("name", ["label", "labels", "target", "targets", "y"])
-def test_floating_labels_that_forward_takes_are_no_features(name: str) -> None:
+def test_floating_labels_that_forward_takes_by_name_are_no_features(name: str) -> None:
+    call = ModelCall(TakesLabels(), {"x": X, name: one_hot(Y, 4).float()})
+    torch.testing.assert_close(input_features(call).values, X)
+
+
+def test_floating_labels_that_forward_takes_by_position_are_no_features() -> None:
     class Model(nn.Module):
-        def forward(self, x: Tensor, **kwargs: Tensor) -> Tensor:
+        def forward(self, x: Tensor, labels: Tensor) -> Tensor:
             return x
 
-    batch = {"x": torch.rand(5, 3), name: torch.rand(5, 4)}
-    call = ModelCall(Model(), batch)
-    call.kwargs = batch
-    torch.testing.assert_close(input_features(call).values, batch["x"])
+    for inputs in (None, lambda batch: (batch[0], batch[1])):
+        call = ModelCall(Model(), [X, one_hot(Y, 4).float()], inputs)
+        torch.testing.assert_close(input_features(call).values, X)
 
 
-def test_positional_labels_are_no_features() -> None:
+def test_labels_behind_the_inputs_are_no_features() -> None:
     call = ModelCall(Plain(), [X, one_hot(Y, 4).float()])
     torch.testing.assert_close(input_features(call).values, X)
 
@@ -291,8 +304,8 @@ def test_the_reader_gives_functions_copies_and_takes_features_of_any_shape() -> 
     batch = [X.clone(), Y.clone()]
     reader = BatchReader(lambda batch: batch.pop().zero_(), lambda batch: batch[0].zero_().reshape(50, 3, 4).half())
     assert torch.equal(reader.labels(Plain(), batch), torch.zeros(50, dtype=torch.long))
-    features = reader.features(batch, ModelCall(Plain(), batch), 50)
-    assert features.values.shape == (50, 12) and features.values.dtype == torch.float32
+    features = reader.features(batch, 50)
+    assert features.shape == (50, 12) and features.dtype == torch.float32
     assert torch.equal(batch[0], X) and torch.equal(batch[1], Y)
 
 

@@ -28,7 +28,7 @@ from tests.helpers import Scheduled, first_tensor
 SANITY, FIRST, BEFORE, ALL = ("sanity",), ("first",), ("sanity", "first"), ("sanity", "first", "later")
 FLOATING, DENSE, LEARNED = "floating tensor", "dense floating", "count as entirely learned"
 NO_VALUE, NAN = "could not measure the samples of dataloader 0: .*", math.nan
-NO_FIRST, NO_REFERENCE = "|has no first value", "|has no reference"
+NO_FIRST, NO_REFERENCE, NONE = "|has no first value", "|has no reference", "|has no value"
 BROKEN, NO_MEMORY = NO_VALUE + "broken", NO_VALUE + "OutOfMemoryError.*out of memory"
 LEFT_OUT, ANOTHER = "could not keep a training batch: .*", "the step calls the model with other values of `x`"
 
@@ -105,11 +105,11 @@ FAULTS = {
     # samples that are not finite, and outputs that say nothing
     "nan sample": Fault("1 samples gave nan", "1 validation and 0 training .* nan", y=lambda m, x, y: fill(y, NAN),
         moments=ALL),
-    "all nan": Fault("20 samples gave nan", "20 validation .* nan" + NO_FIRST, y=lambda m, x, y: y * NAN, moments=ALL),
+    "all nan": Fault("20 samples gave nan" + NONE, "20 validation .* nan" + NO_FIRST, y=lambda m, x, y: y * NAN, moments=ALL),
     "nan kept sample": Fault(None, "0 validation and 1 training .* nan", kept=lambda m, y: fill(y, NAN)),
-    "nan weights": Fault("20 .* gave nan", "20 validation and 24 .*nan" + NO_FIRST, moments=("first", "later"),
+    "nan weights": Fault("20 .* gave nan" + NONE, "20 validation and 24 .*nan" + NO_FIRST, moments=("first", "later"),
         epoch=lambda m: m.net[4].bias.data.fill_(NAN)),
-    "masked logits": Fault("20 .* gave nan", y=lambda m, x, y: fill(y.mT, -math.inf, 3).mT, step=plain, moments=FIRST),
+    "masked logits": Fault("20 .* gave nan" + NONE, y=lambda m, x, y: fill(y.mT, -math.inf, 3).mT, step=plain, moments=FIRST),
     "constant outputs": Fault("No output changed", y=lambda m, x, y: torch.full_like(y, 2.0)),
     "probabilities": Fault(error="per_output=", init=lambda m: m.net.append(nn.Softmax(1)), moments=BEFORE),
     # outputs that are none, or others
@@ -123,9 +123,9 @@ FAULTS = {
     "token ids": Fault(error="at=", train=to_ids, batch=to_ids, moments=BEFORE),
     "ids in a first validation": Fault(DENSE, batch=to_ids, moments=FIRST),
     "ids later": Fault(batch=to_ids),
-    "empty batches": Fault(None, "could not keep|no value" + NO_REFERENCE, batch=lambda m, b: [part[:0] for part in b],
+    "empty batches": Fault("no value", "could not keep|no value" + NO_REFERENCE, batch=lambda m, b: [part[:0] for part in b],
         moments=FIRST),
-    "None for batches": Fault(None, "no value" + NO_REFERENCE, batch=lambda m, b: None, moments=FIRST),
+    "None for batches": Fault("no value", "no value" + NO_REFERENCE, batch=lambda m, b: None, moments=FIRST),
     "None for batches later": Fault(batch=lambda m, b: None),
     "single samples": Fault(batch=lambda m, b: [part[:1] for part in b], moments=FIRST),
     "without labels": Fault(batch=lambda m, b: b[:1], moments=ALL),
@@ -149,7 +149,7 @@ FAULTS = {
     "stochastic in eval": Fault(y=lambda m, x, y: y + torch.rand_like(y) * random.random(), moments=ALL),
     # functions of the user
     "inputs=": Fault("could not keep.*in inputs", "could not keep.*in inputs" + NO_REFERENCE,
-        options={"inputs": failing("inputs", 6)}),
+        options={"inputs": failing("inputs", 3)}),
     "outputs=": Fault("in outputs|other logits", "in outputs|other logits",
         options={"outputs": failing("outputs", 40)}),
     "targets=": Fault(None, LEFT_OUT + "in targets", r_options={"targets": failing("targets", 2)}),
@@ -165,7 +165,8 @@ FAULTS = {
     "weight norm": Fault(init=lambda m: parametrizations.weight_norm(m.net[4])),
     "spectral norm": Fault(init=lambda m: parametrizations.spectral_norm(m.net[4])),
     "spectral norm by hooks": Fault(init=lambda m: nn.utils.spectral_norm(m.net[4])),
-    "lazy layers": Fault(error="some are lazy", init=lambda m: m.net.append(nn.LazyLinear(4)), moments=BEFORE),
+    "lazy layers": Fault(error="some are lazy", init=lambda m: m.net.append(nn.LazyLinear(4)), moments=FIRST),
+    "lazy layers that a sanity check makes": Fault(init=lambda m: m.net.append(nn.LazyLinear(4)), moments=SANITY),
     "weights of another": Fault(error="`initial_weights`", r_options={"initial_weights": {"other": torch.zeros(1)}}),
     # steps that do something else
     "scaled in the step": Fault(ANOTHER, ANOTHER + "|above 2", step=lambda m, b: m((b[0] - 50) / 20), moments=BEFORE),
