@@ -184,8 +184,8 @@ def test_floating_labels_that_forward_takes_by_position_are_no_features() -> Non
         def forward(self, x: Tensor, labels: Tensor) -> Tensor:
             return x
 
-    for inputs in (None, lambda batch: (batch[0], batch[1])):
-        call = ModelCall(Model(), [X, one_hot(Y, 4).float()], inputs)
+    for select in (None, lambda batch: (batch[0], batch[1])):
+        call = ModelCall(Model(), [X, one_hot(Y, 4).float()], select)
         torch.testing.assert_close(input_features(call).values, X)
 
 
