@@ -105,8 +105,7 @@ class RiskEstimate(WideMetric):
         self.messages: dict[str, str] = {}
         self.calibration = Calibration() if calibration is None else calibration
         self._earlier_calibration = self.calibration  # without this epoch
-        self._shares: Tensor | None = None
-        self._reference_row = _reference_row(None)
+        self._reference = reference
         self._num_training: int | None = None
         self._factor = 1.0  # of the variance
         self.set_size(num_training, num_weights)
@@ -114,18 +113,18 @@ class RiskEstimate(WideMetric):
             default = torch.zeros(num_sums, dtype=wide_dtype(self.device))
             self.add_state(name, default=default, dist_reduce_fx="sum")
         self.add_state("references", default=[], dist_reduce_fx="cat")
-        self.set_reference(reference)
+        self.reset()
 
     def reset(self) -> None:
         """Forget all samples, and begin another epoch with the calibration so far."""
         super().reset()
         self._earlier_calibration = self.calibration
-        self.references = [self._reference_row.to(wide_dtype(self.device)).to(self.device)]
+        # A process without a reference must also take part when rows are gathered.
+        self.references = [_reference_row(self._reference).to(wide_dtype(self.device)).to(self.device)]
 
     def set_reference(self, reference: Reference | None) -> None:
         """Set the reference, which may not be known at first, and forget all samples."""
-        self._shares = None if reference is None else reference.shares
-        self._reference_row = _reference_row(reference)
+        self._reference = reference
         self.reset()
 
     def set_size(self, num_training: int | None, num_weights: int | None) -> None:
@@ -159,13 +158,19 @@ class RiskEstimate(WideMetric):
             reference: The reference's predictions for these samples, ``(N, K)``; with a reference only.
         """
         twins = [twin_outputs] if isinstance(twin_outputs, Tensor) else list(twin_outputs)
-        _check_shapes(outputs, twins, compared_with)
-        if (reference is None) != (self._shares is None):
+        others = twins if compared_with is None else [*twins, compared_with]
+        shapes = {tuple(each.shape) for each in others}
+        if not twins or shapes != {tuple(outputs.shape)}:
+            expected = f"`twin_outputs` and `compared_with` of the shape {tuple(outputs.shape)}"
+            raise ValueError(f"Expected {expected}, but got {shapes}.")
+        if (reference is None) != (self._reference is None):
             raise ValueError("Expected `reference` in `update` if the metric has one, and only then.")
-        if reference is not None and self._shares is not None:
-            _check_predictions(reference, outputs, len(self._shares))
-            agreement = sums.agreement_sums(outputs, reference, self._shares, self.task)
-            self._add("holdout_agreement", agreement)
+        if reference is not None and self._reference is not None:
+            shares = self._reference.shares
+            if reference.shape != (len(outputs), len(shares)) or outputs.numel() != reference.numel():
+                got = f"{tuple(reference.shape)} for outputs {tuple(outputs.shape)}"
+                raise ValueError(f"Expected `reference` to have the shape (N, {len(shares)}), but got {got}.")
+            self._add("holdout_agreement", sums.agreement_sums(outputs, reference, shares, self.task))
         self._add("holdout_sums", sums.holdout_sums(outputs, twins, self.task, compared_with))
 
     def update_training(self, outputs: Tensor, targets: Tensor) -> None:
@@ -176,11 +181,12 @@ class RiskEstimate(WideMetric):
             targets: Their labels; those of -100 are ignored.
         """
         self._add_labelled("training_sums", outputs, targets)
-        if self._shares is not None:
-            y, counts = self.task.target_probabilities(self.task.probabilities(outputs.detach()), targets)
+        if self._reference is not None:
+            outputs = outputs.detach()
+            y, counts = self.task.target_probabilities(self.task.probabilities(outputs), targets)
             has_label = counts.flatten() > 0
-            agreement = sums.agreement_sums(outputs.detach()[has_label], y[has_label], self._shares, self.task)
-            self._add("training_agreement", agreement)
+            shares = self._reference.shares
+            self._add("training_agreement", sums.agreement_sums(outputs[has_label], y[has_label], shares, self.task))
 
     def update_labels(self, outputs: Tensor, targets: Tensor) -> None:
         """Add a batch of validation samples with labels, as in :meth:`update_training`."""
@@ -267,19 +273,3 @@ def _reference_row(reference: Reference | None) -> Tensor:
     num_samples = reference.num_samples
     sums = [num_samples * each for each in (reference.score, reference.chance, reference.claim)]
     return torch.tensor([[*sums, num_samples]], dtype=torch.float64)
-
-
-def _check_shapes(outputs: Tensor, twins: Sequence[Tensor], compared_with: Tensor | None) -> None:
-    shapes = {tuple(each.shape) for each in twins}
-    if shapes != {tuple(outputs.shape)}:
-        raise ValueError(f"Expected `twin_outputs` to have the shape {tuple(outputs.shape)}, but got {shapes}.")
-    if compared_with is not None and compared_with.shape != outputs.shape:
-        got = tuple(compared_with.shape)
-        raise ValueError(f"Expected `compared_with` to have the shape {tuple(outputs.shape)}, but got {got}.")
-
-
-def _check_predictions(reference: Tensor, outputs: Tensor, num_classes: int) -> None:
-    shape = len(outputs), num_classes
-    if reference.shape != shape or outputs.numel() != reference.numel():
-        got = f"{tuple(reference.shape)} for outputs {tuple(outputs.shape)}"
-        raise ValueError(f"Expected `reference` to have the shape {shape}, but got {got}.")

@@ -80,8 +80,7 @@ class OutputSensitivity(WideMetric):
         if not isinstance(per_output, bool):
             raise ValueError(f"Expected argument `per_output` to be a bool, but got {per_output!r}.")
         self.per_output = per_output
-        self._all_rows: Tensor | None = None  # over all processes, as of the last `compute`
-        self._estimate: sensitivity.SensitivityEstimate | None = None  # from these rows
+        self._all_rows = torch.empty(0)  # over all processes, as of the last `compute`
         self.add_state("rows", default=[], dist_reduce_fx="cat")
         self.reset()
 
@@ -100,10 +99,10 @@ class OutputSensitivity(WideMetric):
     def compute(self) -> Tensor:
         """Compute the sensitivity of all samples so far, over all processes."""
         self._all_rows = dim_zero_cat(self.rows)
-        self._estimate = sensitivity.sensitivity_from_rows(self._all_rows)
-        for message in sensitivity.diagnostics(self._estimate, self.per_output).values():
+        estimate = sensitivity.sensitivity_from_rows(self._all_rows)
+        for message in sensitivity.diagnostics(estimate, self.per_output).values():
             self._warn(message)
-        return self._estimate.mean_square if self.per_output else self._estimate.sensitivity
+        return estimate.mean_square if self.per_output else estimate.sensitivity
 
     @property
     def estimate(self) -> sensitivity.SensitivityEstimate:
@@ -112,9 +111,8 @@ class OutputSensitivity(WideMetric):
         Like ``compute``, reading it is a collective operation unless a value is cached. The same holds for
         :attr:`stderr` and :attr:`per_sample`.
         """
-        self.compute()  # this is cached, and sets the estimate
-        assert self._estimate is not None
-        return self._estimate
+        self.compute()  # this is cached, and sets the rows
+        return sensitivity.sensitivity_from_rows(self._all_rows)
 
     @property
     def stderr(self) -> Tensor:
@@ -130,12 +128,8 @@ class OutputSensitivity(WideMetric):
         """
         self.compute()
         rows = self._all_rows
-        assert rows is not None
-        if self.per_output:
-            sums = rows[:, 3].where(rows.isfinite().all(1), math.nan)
-        else:
-            sums = sensitivity.squared_deviations(rows)
-        return sums / rows[:, 0]
+        squares = rows[:, 3].where(rows.isfinite().all(1), math.nan)
+        return (squares if self.per_output else sensitivity.squared_deviations(rows)) / rows[:, 0]
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: AxType | None = None) -> PlotType:
         """Plot one or several values of the metric.
