@@ -151,17 +151,19 @@ def input_features(call: ModelCall) -> Features | None:
     Returns:
         The features; None if the inputs are something else.
     """
-    named = [value for name, value in call.kwargs.items() if name not in (*TARGET_NAMES, _MASK)]
-    tensors = [x.detach().cpu() for x in tensors_in([call.args, named]) if _has_row_for_each(x, call.size)]
+    arguments = call.named()
+    mask = arguments.pop(_MASK, None)
+    inputs = [value for name, value in arguments.items() if name not in TARGET_NAMES]
+    tensors = [x.detach().cpu() for x in tensors_in(inputs) if _has_row_for_each(x, call.size)]
     dense = [x.float()[:, None].flatten(1) for x in tensors if x.is_floating_point()]
     if dense:
         return Features(torch.cat(dense, 1))
     tokens = [x for x in tensors if x.ndim == 2 and not x.is_complex() and x.dtype != torch.bool]
     if not tokens:
         return None
-    mask: Any = call.kwargs.get(_MASK)
-    has_mask = isinstance(mask, Tensor) and mask.shape == tokens[0].shape
-    return Features(tokens[0], mask.detach().cpu() if has_mask else None)
+    if not isinstance(mask, Tensor) or mask.shape != tokens[0].shape:
+        return Features(tokens[0])
+    return Features(tokens[0], mask.detach().cpu())
 
 
 def _has_row_for_each(tensor: Tensor, num_samples: int) -> bool:

@@ -170,6 +170,8 @@ class KeptSamples:
         if self.is_complete or not self.groups:
             return
         self.is_complete = True
+        if not self.can_regroup:
+            return
         first = self.groups[0]
         num_elements = run(_largest_tensor, model, first.call.to(device)) / first.size
         joined: list[list[Group]] = []

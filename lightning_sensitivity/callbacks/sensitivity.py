@@ -119,11 +119,13 @@ class SensitivityMonitor(Monitor):
         """Compute the sensitivity of a loader over all processes."""
         metric: OutputSensitivity = self.metrics[dataloader_idx]
         value, estimate = metric.compute(), metric.estimate
-        for kind, message in diagnostics(estimate, self.per_output).items():
+        messages = diagnostics(estimate, self.per_output)
+        for kind, message in messages.items():
             severity = float(estimate.num_non_finite) if kind == "non-finite" else 1.0
             self.reporter.warn(_ENTRIES[kind], f"on dataloader {dataloader_idx}: {message}", severity)
         if estimate.num_changes < 2:
-            self.reporter.warn("failed", f"has no value of dataloader {dataloader_idx}: no sample could be measured.")
+            if not messages:
+                self.reporter.warn("failed", f"has no value on dataloader {dataloader_idx}: there is no sample.")
             return {}
         return {"output_sensitivity": value, "output_sensitivity_stderr": metric.stderr}
 

@@ -79,6 +79,11 @@ class ModelCall:
         """The keyword arguments of the model."""
         return {key: value for key, value in self.arguments.items() if isinstance(key, str)}
 
+    def named(self) -> dict[str, Any]:
+        """Return the arguments by their names in ``forward``, and further ones by their position."""
+        names: dict[int | str, str] = dict(enumerate(p.name for p in parameters_of(self._model)))
+        return {names.get(key, str(key)): value for key, value in self.arguments.items()}
+
     @property
     def size(self) -> int:
         """The number of samples; 0 if it is unknown."""

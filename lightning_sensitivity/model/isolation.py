@@ -20,7 +20,7 @@ from lightning_sensitivity.compat import clear_autocast_cache, collect_rng_state
 
 T = TypeVar("T")
 
-_LARGE = 2**16  # bytes of an array that is not looked at
+_LARGE = 2**16  # bytes of an array that is not looked at, or of a tensor whose clone serves several passes
 _LONG = 10_000  # items of a container that is not copied
 _MAX_OBJECTS = 2000  # in a fingerprint
 _MAX_ITEMS = 100  # of a container, in a fingerprint
@@ -159,6 +159,7 @@ class _State:
         self.attributes = [vars(module) for module in model.modules()]  # for the mode: modules override `eval()`
         self.logs = [vars(module) for module in modules if hasattr(module, "log_dict")]  # of LightningModules
         self.places = list(chain.from_iterable(map(_places_of, modules)))
+        self.large_clones: dict[int, tuple[Tensor, int]] = {}  # with their versions, by the id of the original
 
     def put_copies(self) -> None:
         clear_autocast_cache()  # of 16-bit copies of weights, which may have changed since
@@ -166,7 +167,7 @@ class _State:
         with torch.inference_mode(False):  # tensors of inference mode have no version
             for items, name, value in self.places:
                 if id(value) not in copies:
-                    copies[id(value)] = value.detach().clone() if isinstance(value, Tensor) else copy.copy(value)
+                    copies[id(value)] = self._clone(value) if isinstance(value, Tensor) else copy.copy(value)
                 items[name] = copies[id(value)]
         for parameter, _, grad in self.parameters:
             if grad is not None:  # which a `backward()` inside would add to
@@ -175,6 +176,16 @@ class _State:
             attributes["training"] = False
         for attributes in self.logs:
             attributes.update(log=_do_nothing, log_dict=_do_nothing)
+
+    def _clone(self, tensor: Tensor) -> Tensor:
+        """Clone a tensor; a large one only if the last run has written to the clone, which its version tells."""
+        if tensor.layout != torch.strided or tensor.nbytes <= _LARGE:  # batch norm's kernel counts no versions
+            return tensor.detach().clone()
+        clone, version = self.large_clones.get(id(tensor), (None, 0))
+        if clone is None or clone._version != version:
+            clone = tensor.detach().clone()
+            self.large_clones[id(tensor)] = clone, clone._version
+        return clone
 
     def restore(self) -> None:
         for items, originals in self.originals:
