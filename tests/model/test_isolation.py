@@ -262,6 +262,16 @@ def test_outputs_that_a_validation_collects_are_not_cloned() -> None:
     assert count_clones(model, lambda: model.outputs.append(X)) == 0 and len(model.outputs) == 20
 
 
+def test_large_tensors_are_cloned_once_for_all_passes_that_do_not_write_to_them() -> None:
+    model = nn.Module()
+    model.register_buffer("memory", torch.zeros(2**20))
+    assert count_clones(model, lambda: model.memory.sum()) == 1
+    assert count_clones(model, lambda: model.memory[0].add_(1)) == 3
+    with torch.inference_mode():
+        assert count_clones(model, lambda: model.memory.sum()) == 1
+    assert not model.memory.any()
+
+
 def test_containers_are_copied_one_level_deep_unless_they_are_very_long(monkeypatch: pytest.MonkeyPatch) -> None:
     copied = list[int]()
     monkeypatch.setattr(isolation.copy, "copy", lambda value: copied.append(len(value)) or value.copy())
