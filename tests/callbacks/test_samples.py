@@ -160,7 +160,7 @@ class Still(Linear):
     """Training does not move it."""
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("val_mean", self(batch).mean())
+        self.log("val_mean", self(batch).mean() * (batch_idx == 0))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.0)
@@ -394,6 +394,22 @@ def test_samples_that_influence_each_other_are_measured_batch_by_batch_from_then
     for epoch, (sizes, value, truth) in enumerate(seen):
         assert value == pytest.approx(truth, rel=1e-5)
         assert sizes == ([20] if kind is Gated and epoch == 0 else [1] * 20)
+
+
+@pytest.mark.parametrize("place", range(6))
+def test_a_single_batch_whose_samples_influence_each_other_is_found_in_the_first_validation(place: int) -> None:
+    class Rare(Linear):
+        """Samples with a first feature above 1 get their mean, which is 0 in most batches."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            is_rare = x[:, :1] > 1.5
+            outputs = self.net(x)
+            return outputs + is_rare * (is_rare * outputs).mean(0)
+
+    x, model = inputs(60).clone(), Rare()
+    x[10 * place : 10 * place + 5, 0] += 3
+    values = validated(SensitivityMonitor(), model, DataLoader(x, 10))
+    assert values[SENSITIVITY] == pytest.approx(sensitivity(model, x.split(10)), rel=1e-5)
 
 
 def test_a_joint_pass_that_fails_is_not_tried_again() -> None:

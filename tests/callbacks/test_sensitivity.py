@@ -86,8 +86,9 @@ def test_several_loaders_one_of_them_empty() -> None:
     model, run = Classifier(), trainer(callbacks=[SensitivityMonitor()])
     with pytest.warns(UserWarning) as caught:
         results = run.validate(model, [loader(50), loader(0), unlabelled_loader(20, seed=1)], verbose=False)
-    (message,) = [str(warning.message) for warning in caught if warning.category is UserWarning]
-    assert "DataLoader` across ranks is zero" in message
+    texts = "DataLoader` across ranks is zero", "`SensitivityMonitor` (val_*) has no value on dataloader 1: "
+    messages = [str(warning.message) for warning in caught if warning.category is UserWarning]
+    assert all(text in message for text, message in zip(texts, messages, strict=True))
     for idx, values, x in ((0, results[0], inputs(50)), (2, results[-1], inputs(20, seed=1))):
         truth = expected(brute_force(model.eval(), x.split(16), loader=idx))
         close(values, {f"{name}/dataloader_idx_{idx}": value for name, value in truth.items()})
@@ -95,7 +96,8 @@ def test_several_loaders_one_of_them_empty() -> None:
 
 
 def test_of_one_sample_there_is_no_value() -> None:
-    assert validated(SensitivityMonitor(), Linear(), unlabelled_loader(1)) == {}
+    with pytest.warns(UserWarning, match="has no value on dataloader 0: "):
+        assert validated(SensitivityMonitor(), Linear(), unlabelled_loader(1)) == {}
 
 
 def test_the_prefix_begins_every_name_and_the_progress_bar_shows_the_value() -> None:
