@@ -80,14 +80,6 @@ def same_kind(metric: Any) -> Any:
     return make_risk() if isinstance(metric, RiskEstimate) else OutputSensitivity()
 
 
-def merged(metric: Any) -> Any:
-    other = same_kind(metric)
-    with pytest.warns(UserWarning, match="before the ``update`` method"):
-        assert value(other).isnan().any()  # must not survive the merge
-    other.merge_state(metric)
-    return other
-
-
 def called_as_a_function(metric: Any) -> Any:
     other = same_kind(metric)
     if isinstance(metric, RiskEstimate):
@@ -110,7 +102,6 @@ def moved_while_synced(metric: Any) -> Any:
 WAYS: dict[str, Callable[[Any], Any]] = {
     "called as a function": called_as_a_function,
     "cloned": Metric.clone,
-    "merged into a computed one": merged,
     "pickled": lambda metric: pickle.loads(pickle.dumps(metric)),
     "cast with a model": lambda metric: nn.Sequential(metric).bfloat16()[0],
     "in eval mode with a model": lambda metric: nn.Sequential(metric).train().eval()[0],

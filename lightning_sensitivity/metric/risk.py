@@ -158,19 +158,11 @@ class RiskEstimate(WideMetric):
             reference: The reference's predictions for these samples, ``(N, K)``; with a reference only.
         """
         twins = [twin_outputs] if isinstance(twin_outputs, Tensor) else list(twin_outputs)
-        others = twins if compared_with is None else [*twins, compared_with]
-        shapes = {tuple(each.shape) for each in others}
-        if not twins or shapes != {tuple(outputs.shape)}:
-            expected = f"`twin_outputs` and `compared_with` of the shape {tuple(outputs.shape)}"
-            raise ValueError(f"Expected {expected}, but got {shapes}.")
+        _check_shapes(outputs, twins, outputs if compared_with is None else compared_with)
         if (reference is None) != (self._reference is None):
             raise ValueError("Expected `reference` in `update` if the metric has one, and only then.")
-        if reference is not None and self._reference is not None:
-            shares = self._reference.shares
-            if reference.shape != (len(outputs), len(shares)) or outputs.numel() != reference.numel():
-                got = f"{tuple(reference.shape)} for outputs {tuple(outputs.shape)}"
-                raise ValueError(f"Expected `reference` to have the shape (N, {len(shares)}), but got {got}.")
-            self._add("holdout_agreement", sums.agreement_sums(outputs, reference, shares, self.task))
+        if reference is not None:
+            self._add_agreement("holdout_agreement", outputs, reference)
         self._add("holdout_sums", sums.holdout_sums(outputs, twins, self.task, compared_with))
 
     def update_training(self, outputs: Tensor, targets: Tensor) -> None:
@@ -185,8 +177,7 @@ class RiskEstimate(WideMetric):
             outputs = outputs.detach()
             y, counts = self.task.target_probabilities(self.task.probabilities(outputs), targets)
             has_label = counts.flatten() > 0
-            shares = self._reference.shares
-            self._add("training_agreement", sums.agreement_sums(outputs[has_label], y[has_label], shares, self.task))
+            self._add_agreement("training_agreement", outputs[has_label], y[has_label])
 
     def update_labels(self, outputs: Tensor, targets: Tensor) -> None:
         """Add a batch of validation samples with labels, as in :meth:`update_training`."""
@@ -195,6 +186,14 @@ class RiskEstimate(WideMetric):
     def _add_labelled(self, state: str, outputs: Tensor, targets: Tensor) -> None:
         self.task.check(outputs, targets)
         self._add(state, sums.label_sums(outputs.detach(), targets, self.task))
+
+    def _add_agreement(self, state: str, outputs: Tensor, others: Tensor) -> None:
+        assert self._reference is not None
+        shares = self._reference.shares
+        if others.shape != (len(outputs), len(shares)) or outputs.numel() != others.numel():
+            got = f"{tuple(others.shape)} for outputs {tuple(outputs.shape)}"
+            raise ValueError(f"Expected `reference` to have the shape (N, {len(shares)}), but got {got}.")
+        self._add(state, sums.agreement_sums(outputs, others, shares, self.task))
 
     def _add(self, state: str, values: Tensor) -> None:
         setattr(self, state, getattr(self, state) + values)  # not in place: it may belong to inference mode
@@ -273,3 +272,10 @@ def _reference_row(reference: Reference | None) -> Tensor:
     num_samples = reference.num_samples
     sums = [num_samples * each for each in (reference.score, reference.chance, reference.claim)]
     return torch.tensor([[*sums, num_samples]], dtype=torch.float64)
+
+
+def _check_shapes(outputs: Tensor, twins: Sequence[Tensor], compared_with: Tensor) -> None:
+    shapes = {tuple(each.shape) for each in (*twins, compared_with)}
+    if not twins or shapes != {tuple(outputs.shape)}:
+        expected = f"`twin_outputs` and `compared_with` of the shape {tuple(outputs.shape)}"
+        raise ValueError(f"Expected {expected}, but got {shapes}.")

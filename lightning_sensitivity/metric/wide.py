@@ -9,7 +9,6 @@ from lightning_utilities import apply_to_collection
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_sensitivity import compat
 from lightning_sensitivity.functional.tensors import wide_dtype
 
 if TYPE_CHECKING:
@@ -18,12 +17,6 @@ if TYPE_CHECKING:
 
 class WideMetric(Metric):
     """Keep the states of a metric in double precision, even if the model that holds it is cast to 16 bits."""
-
-    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
-        """Merge the state of another instance into this one; see :meth:`torchmetrics.Metric.merge_state`."""
-        super().merge_state(incoming_state)
-        compat.forget_computed(self)  # otherwise, the value from before the merge would stay
-        compat.mark_updated(self)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
         """Move the states with the metric, without its casts."""

@@ -146,17 +146,18 @@ class ModelCall:
         floating = [key for key in candidates if any(map(is_floating, tensors_in(self.arguments[key])))]
         if len(floating) == 1:
             return floating[0]
+        raise MisconfigurationException(self._advice(floating))
+
+    def _advice(self, floating: Sequence[int | str]) -> str:
+        """Say what to do if it is not clear what to perturb."""
         got = "; ".join(f"{key!r}: {describe(value)}" for key, value in self.arguments.items())
         if floating:
             several = ", ".join(map(repr, floating))
-            message = f"Expected one dense floating input to perturb, got several: {several}, among {got}. {_CHOOSE}"
-            raise MisconfigurationException(message)
+            return f"Expected one dense floating input to perturb, got several: {several}, among {got}. {_CHOOSE}"
         name = _submodule_to_perturb(self._model)
-        advice = "" if name is None else f"Perturb the output of a submodule, such as `at={name!r}`. "
-        raise MisconfigurationException(
-            f"{advice}Expected a dense floating input to perturb, got none among the arguments of `forward` ({got}). "
-            f"{_CHOOSE}"
-        )
+        perturb = "" if name is None else f"Perturb the output of a submodule, such as `at={name!r}`. "
+        expected = "Expected a dense floating input to perturb, got none among the arguments of `forward`"
+        return f"{perturb}{expected} ({got}). {_CHOOSE}"
 
     def _check_class_dimension(self, outputs: Tensor) -> None:
         if math.prod(outputs.shape[2:]) <= 1:
@@ -189,13 +190,7 @@ def select_outputs(result: Any, outputs: Selector | None = None) -> Tensor:
     Raises:
         MisconfigurationException: If the selection is not a floating tensor, or is a scalar.
     """
-    if outputs:
-        selected = outputs(result)
-    elif isinstance(result, Mapping):
-        selected = result.get("logits")
-    else:
-        first = result[0] if isinstance(result, list | tuple) and result else result
-        selected = getattr(result, "logits", first)
+    selected = outputs(result) if outputs else _find_outputs(result)
     if not isinstance(selected, Tensor) or selected.ndim == 0 or not is_floating(selected):
         raise MisconfigurationException(
             f"`outputs` should select a floating tensor (N, K, ...) or (N,), got {describe(selected)}, "
@@ -232,6 +227,13 @@ def select_targets(model: nn.Module, batch: Any, targets: Selector | None = None
     return selected
 
 
+def _find_outputs(result: Any) -> object:
+    if isinstance(result, Mapping):
+        return result.get("logits")
+    first = result[0] if isinstance(result, list | tuple) and result else result
+    return getattr(result, "logits", first)
+
+
 def parameters_of(model: nn.Module) -> list[inspect.Parameter]:
     """List the parameters of the ``forward`` of a module, compiled or not."""
     return list(inspect.signature(original_module(model).forward).parameters.values())
@@ -254,11 +256,17 @@ def is_floating(tensor: Tensor) -> bool:
 
 
 def tensors_in(value: object) -> list[Tensor]:
-    """List the tensors in a value and its tuples, lists and dicts."""
+    """List the tensors in a value and its tuples, lists and mappings."""
     if isinstance(value, Tensor):
         return [value]
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return [tensor for item in items for tensor in tensors_in(item)]
+    return [tensor for item in _items_of(value) for tensor in tensors_in(item)]
+
+
+def _items_of(value: object) -> Iterable[object]:
+    """Return the items of a mapping, tuple or list; nothing of another object."""
+    if isinstance(value, Mapping):
+        return value.values()
+    return value if isinstance(value, list | tuple) else ()
 
 
 def _positional_arguments(model: nn.Module, batch: Sequence[Any]) -> dict[int | str, Any]:
@@ -290,16 +298,15 @@ def _submodule_to_perturb(model: nn.Module) -> str | None:
     return next(iter(embeddings or modules), None)
 
 
-def _num_samples(batch: Any, arguments: Iterable[Any]) -> int:
+def _num_samples(batch: object, arguments: Iterable[object]) -> int:
     """Count the samples: rows of the first tensor, or items of the first list if it has a tensor for each sample."""
-    entries = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
-    known = _numbers_of_rows(entries)
+    known = _numbers_of_rows(_items_of(batch))
     for value in arguments:
         rows = _numbers_of_rows(tensors_in(value))
-        if not rows:
-            continue
-        is_list_of_samples = isinstance(value, list) and rows[0] not in known
-        return len(value) if is_list_of_samples and (len(value) in known or len(set(rows)) > 1) else rows[0]
+        if rows and isinstance(value, list) and rows[0] not in known and (len(value) in known or len(set(rows)) > 1):
+            return len(value)
+        if rows:
+            return rows[0]
     return 0
 
 
@@ -309,10 +316,10 @@ def _numbers_of_rows(values: Iterable[object]) -> list[int]:
 
 def _is_joinable(value: object, size: int) -> bool:
     """Return whether an argument can be part of a joint call: a tensor with one row per sample, or a plain value."""
-    if isinstance(value, Tensor):
-        is_plain = type(value) is Tensor and value.layout == torch.strided and not value.is_nested
-        return is_plain and value.ndim > 0 and len(value) == size
-    return value is None or isinstance(value, bool | int | float | str)
+    if not isinstance(value, Tensor):
+        return isinstance(value, bool | int | float | str | None)
+    is_plain = type(value) is Tensor and value.layout == torch.strided and not value.is_nested
+    return is_plain and value.ndim > 0 and len(value) == size
 
 
 def _layout_of(value: object) -> object:

@@ -92,11 +92,10 @@ def all_modules(model: nn.Module) -> dict[str, nn.Module]:
     modules = dict(model.named_modules())
     visible = set(modules.values())
     attributes = [pair for name, module in modules.items() for pair in _contents(name, module)]
-    for name, value in attributes:
-        if isinstance(value, list | tuple | dict):
-            for path, item in _contents(name, value):
-                if isinstance(item, nn.Module) and item not in visible:
-                    modules.update(item.named_modules(prefix=path))
+    lists = [pair for pair in attributes if isinstance(pair[1], list | tuple | dict)]
+    for path, item in chain.from_iterable(_contents(name, value) for name, value in lists):
+        if isinstance(item, nn.Module) and item not in visible:
+            modules.update(item.named_modules(prefix=path))
     return modules
 
 
