@@ -37,23 +37,18 @@ class Reporter:
         self._said: dict[str, float] = {}  # how severe each kind was when it was last said
         self._num_failures: dict[str, int] = {}
 
-    def warn(self, entry: str, message: str, severity: float = 1.0, in_any_process: bool = False) -> None:
+    def warn(self, entry: str, message: str, severity: float = 1.0, kind: str = "") -> None:
         """Warn, and again whenever it has become twice as severe.
 
         Args:
             entry: The entry of the page on troubleshooting.
             message: What follows the name of the monitor, as whole sentences.
             severity: How bad it is, such as a number of samples.
-            in_any_process: Whether to warn in other processes than the first one, too.
+            kind: What tells this warning from others of the same entry.
         """
-        if severity < 2 * self._said.get(entry, 0.0):
+        if not self._is_worse(entry + kind, severity):
             return
-        self._said[entry] = severity
-        text = f"`{self._monitor}` ({self._prefix}*) {message}{see(entry)}"
-        if in_any_process:
-            warnings.warn(text, stacklevel=3)
-        else:
-            rank_zero_warn(text)
+        rank_zero_warn(self._text(entry, message))
 
     def has_said(self, entry: str) -> bool:
         """Return whether there was a warning of this kind."""
@@ -79,8 +74,19 @@ class Reporter:
                 garbage_collection_cuda()
             self._num_failures[what] = self._num_failures.get(what, 0) + 1
             entry = "out-of-memory" if is_oom_error(error) else "failed"
-            message = f"{what}: {describe_error(error)} {consequence}"
-            self.warn(entry, message, severity=self._num_failures[what], in_any_process=True)
+            if self._is_worse(what, self._num_failures[what]):  # in the process where it happens
+                warnings.warn(self._text(entry, f"{what}: {describe_error(error)} {consequence}"), stacklevel=3)
+
+    def _is_worse(self, kind: str, severity: float) -> bool:
+        """Return whether something must be said, and remember how severe it was."""
+        if severity < 2 * self._said.get(kind, 0.0):
+            return False
+        self._said[kind] = severity
+        return True
+
+    def _text(self, entry: str, message: str) -> str:
+        link = "" if see("") in message else see(entry)
+        return f"`{self._monitor}` ({self._prefix}*) {message}{link}"
 
     def _as_error(self, what: str, error: Exception) -> Exception:
         if is_oom_error(error):
@@ -89,9 +95,10 @@ class Reporter:
         if isinstance(error, MisconfigurationException):
             if reason.startswith(f"`{self._monitor}`"):
                 return error
-            has_link = see("") in reason
-            link = "" if has_link else see("noise" if "perturb" in reason else "arguments")
+            link = "" if see("") in reason else see("noise" if "perturb" in reason else "arguments")
             return MisconfigurationException(f"`{self._monitor}` {what}: {reason}{link}")
+        if isinstance(error, ValueError):
+            return MisconfigurationException(f"`{self._monitor}` {what}: {reason}{see('failed')}")
         return MisconfigurationException(
             f"`{self._monitor}` {what}: {reason} If `forward` takes other arguments, set `inputs=`, such as "
             f"`inputs=lambda batch: batch['image']`.{see('arguments')}"

@@ -82,11 +82,6 @@ class Companions:
         found = [input_features(group.call) for group in samples.groups]
         return [each for each in found if each is not None] if None not in found else []
 
-    def add_labelled(self, call: ModelCall, batch_idx: int, size: int) -> bool:
-        """Keep a batch only for its labels, and return whether there is room for it."""
-        self.labelled.add(call, batch_idx, size)
-        return batch_idx in self.labelled.batch_indices
-
 
 class BatchReader:
     """Read labels and features from copies of batches, since the user's functions may write to them.
@@ -206,6 +201,8 @@ def fit_to_kept(
 def _reduce(features: list[Features], new_features: list[Features]) -> tuple[Tensor, Tensor]:
     """Turn features of training and new samples into a few columns."""
     if features[0].values.is_floating_point():
+        if len({each.values.shape[1] for each in (*features, *new_features)}) > 1:
+            raise ValueError("inputs have different sizes")
         values, new_values = (torch.cat([each.values for each in part]) for part in (features, new_features))
         return principal_components(values, new_values)
     length = max(each.values.shape[1] for each in [*features, *new_features])

@@ -15,9 +15,9 @@ from torchmetrics import Metric
 from lightning_sensitivity import compat
 from lightning_sensitivity.arguments import Selector, check_argument, check_bool, check_int, check_selectors, see
 from lightning_sensitivity.callbacks.checks import Reporter, check_run
-from lightning_sensitivity.callbacks.samples import KeptSamples, count_samples, keep_validation_samples
+from lightning_sensitivity.callbacks.samples import KeptSamples, count_samples, keep_validation_samples, make_call
 from lightning_sensitivity.callbacks.watch import FirstStep
-from lightning_sensitivity.model import ModelCall, isolated
+from lightning_sensitivity.model import isolated
 from lightning_sensitivity.model.isolation import (
     RunIsolated,
     Seen,
@@ -97,7 +97,7 @@ class Monitor(Callback, ABC):
     def keep(self, module: LightningModule, batch: Any, batch_idx: int, samples: KeptSamples) -> None:
         """Keep a validation batch if its samples are wanted."""
         if samples.wants(batch_idx):
-            call = ModelCall(module, batch, self.inputs, self.outputs)
+            call = make_call(module, batch, self.inputs, self.outputs)
             samples.add(call, batch_idx, count_samples(module, call))
 
     def forget_samples(self) -> None:
@@ -256,16 +256,18 @@ class Monitor(Callback, ABC):
         """Measure the samples of a loader in joint calls, and batch by batch from now on if that fails."""
         try:
             self.measure(pl_module, run, samples, metric)
+            return
         except Warning:
             raise
         except Exception:
             joint = [each for each in self.measured_with(samples) if each.can_regroup]
             if not joint:
                 raise
-            for each in joint:
-                each.separate()
-            metric.reset()
-            self.measure(pl_module, run, samples, metric)
+        # Here, the tensors of the failed pass are free.
+        for each in joint:
+            each.separate()
+        metric.reset()
+        self.measure(pl_module, run, samples, metric)
 
     def _report_traces(self, names: list[str]) -> None:
         """Refuse, or warn of, a ``forward`` that changes what our passes do not restore."""

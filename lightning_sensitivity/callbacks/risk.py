@@ -23,6 +23,7 @@ from lightning_sensitivity.callbacks.samples import (
     KeptSamples,
     count_samples,
     count_training_samples,
+    make_call,
 )
 from lightning_sensitivity.callbacks.state import FitState
 from lightning_sensitivity.functional.reference import Calibration
@@ -30,7 +31,7 @@ from lightning_sensitivity.functional.risk import TWIN_STRENGTH, RiskTerms
 from lightning_sensitivity.functional.tasks import TASKS, has_ignored_value
 from lightning_sensitivity.functional.tensors import num_outputs
 from lightning_sensitivity.metric import RiskEstimate
-from lightning_sensitivity.model import ModelCall, isolated
+from lightning_sensitivity.model import isolated
 from lightning_sensitivity.model.isolation import RunIsolated
 from lightning_sensitivity.model.twins import unknown_parameters
 
@@ -118,6 +119,7 @@ class RiskMonitor(Monitor):
         self.num_training = num_training
         self.fit_state = FitState()
         self._reader = BatchReader(targets, features)
+        self._is_refused = False  # whether this fit has no estimate
         self._training: KeptSamples | None = None  # in a fit that can have an estimate
         self._kept = Companions()  # beside the training samples
         self._companions: dict[int, Companions] = {}  # beside the validation samples, by loader
@@ -157,8 +159,9 @@ class RiskMonitor(Monitor):
         """Start with the first batch of a fit, and keep the first samples."""
         training = self._training
         if training is None:
-            if self.reporter.is_strict or not self.reporter.has_said("no-estimate"):
+            if not self._is_refused:
                 self._start_fit(trainer, pl_module, batch, batch_idx)
+                self._is_refused = self._training is None
         elif batch_idx == 0:
             training.stop()  # a new epoch repeats the samples
         elif training.wants(batch_idx):
@@ -185,19 +188,20 @@ class RiskMonitor(Monitor):
 
     def _keep_training_batch(self, module: LightningModule, batch: Any, batch_idx: int, training: KeptSamples) -> None:
         """Keep a training batch with its labels and features; the first one shows whether there can be an estimate."""
-        call = ModelCall(module, batch, self.inputs, self.outputs)
+        call = make_call(module, batch, self.inputs, self.outputs)
         with isolated(module) as run, module.trainer.precision_plugin.val_step_context():
             labels = run(self._reader.labels, module, batch)
-            if self._reader.has_features:
-                self._kept.features[batch_idx] = run(self._reader.features, batch, len(labels))
+            features = run(self._reader.features, batch, len(labels)) if self._reader.has_features else None
             if self._kept.num_outputs == 0:
                 outputs = run(call)
                 check_outputs(outputs, TASKS[self.task])
                 self._check_labels(outputs, labels)
                 self._kept.num_outputs = num_outputs(outputs)
-        self._check_labels(torch.zeros(len(labels), self._kept.num_outputs), labels)
-        training.add(call, batch_idx, len(labels))
-        self._kept.labels[batch_idx] = labels
+        self._check_labels(torch.zeros(call.size or len(labels), self._kept.num_outputs), labels)
+        if training.add(call, batch_idx, len(labels)):
+            self._kept.labels[batch_idx] = labels
+            if features is not None:
+                self._kept.features[batch_idx] = features
 
     def _check_labels(self, outputs: Tensor, labels: Tensor) -> None:
         """Refuse labels that do not fit the task."""
@@ -217,9 +221,12 @@ class RiskMonitor(Monitor):
         if samples.is_complete:
             return
         super().keep(module, batch, batch_idx, samples)
-        companions = self._companions.setdefault(samples.dataloader_idx, Companions())
+        companions = self._companions.get(samples.dataloader_idx)
+        if companions is None:
+            companions = self._companions[samples.dataloader_idx] = Companions()
+            companions.labelled = KeptSamples(0, samples.num_batches, NUM_LABELS / module.trainer.world_size, MAX_BYTES)
         is_kept = batch_idx in samples.batch_indices
-        wants_labels = self.validation_labels and (is_kept or companions.num_labels < NUM_LABELS)
+        wants_labels = self.validation_labels and (is_kept or companions.labelled.wants(batch_idx))
         if wants_labels or (is_kept and self._reader.has_features):
             self._keep_companions(module, batch, batch_idx, companions, is_kept)
 
@@ -227,13 +234,15 @@ class RiskMonitor(Monitor):
         self, module: LightningModule, batch: Any, batch_idx: int, companions: Companions, is_kept: bool
     ) -> None:
         """Keep features and labels of a batch; if it is not kept, only a batch that has labels."""
-        call = ModelCall(module, batch, self.inputs, self.outputs)
+        call = make_call(module, batch, self.inputs, self.outputs)
         size = count_samples(module, call)
         with isolated(module) as run:
             labels = run(self._find_labels, module, batch) if self.validation_labels else None
             if is_kept and self._reader.has_features:
                 companions.features[batch_idx] = run(self._reader.features, batch, size)
-        if labels is not None and (is_kept or companions.add_labelled(call, batch_idx, size)):
+        if labels is None and not companions.labelled.groups:
+            companions.labelled.num_batches = math.inf  # labels are scattered: keep them as they come
+        if labels is not None and (is_kept or companions.labelled.add(call, batch_idx, size)):
             companions.labels[batch_idx] = labels
 
     def _find_labels(self, module: LightningModule, batch: Any) -> Tensor | None:
@@ -255,6 +264,8 @@ class RiskMonitor(Monitor):
 
     def measure(self, module: LightningModule, run: RunIsolated, samples: KeptSamples, metric: RiskEstimate) -> None:
         """Run the model and its twins on the kept samples of a loader, and the model on training samples."""
+        if self._training is None and not self.reporter.is_strict:
+            raise MisconfigurationException(f"no training sample is kept yet.{see('no-estimate')}")
         initial = self.fit_state.weights_before_training(module)
         self._warn_of_new(module, initial)
         companions = self._companions.setdefault(samples.dataloader_idx, Companions())
@@ -319,12 +330,12 @@ class RiskMonitor(Monitor):
 
     def values_without_measurement(self, dataloader_idx: int) -> dict[str, Tensor]:
         """Return the worst possible score if a fit begins without a value, since EarlyStopping ends without one."""
-        if self.fit_state.history:
+        if dataloader_idx in self.fit_state.calibrations:  # there was a value
             return {}
-        self.reporter.warn(
-            "failed", "has no first value, and logs the worst possible score in its place, so that training continues."
-        )
-        return {"risk_estimate": torch.tensor(TASKS[self.task].max_score)}
+        message = "has no first value, and logs the worst possible score in its place, so that training continues."
+        self.reporter.warn("failed", message, kind="first value")
+        device = None if self._module is None else self._module.device
+        return {"risk_estimate": torch.tensor(TASKS[self.task].max_score, device=device)}
 
     def _fix_sizes(self, trainer: Trainer) -> None:
         """Fix n and w in the first validation, so that only the model can move the curve; every process comes here."""
@@ -368,6 +379,7 @@ class RiskMonitor(Monitor):
         """Free the kept training samples, too."""
         super()._free()
         self._module = None
+        self._is_refused = False
         self._training = None
         self._kept = Companions()
 

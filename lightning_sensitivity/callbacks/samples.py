@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric.utilities.data import sized_len
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from lightning_sensitivity import compat
+from lightning_sensitivity.arguments import Selector
 from lightning_sensitivity.model import ModelCall, isolated
 from lightning_sensitivity.model.call import join_calls, tensors_in
 from lightning_sensitivity.model.isolation import RunIsolated
@@ -82,6 +83,7 @@ class KeptSamples:
         max_bytes: How many bytes the samples may take.
 
     Attributes:
+        num_batches: Number of batches of the loader.
         groups: The batches: one group each until :meth:`complete` joins them.
         is_complete: Whether no more batches are kept.
         is_cut: Whether samples were left out for lack of memory.
@@ -94,7 +96,7 @@ class KeptSamples:
         self.is_complete = False
         self.is_cut = False
         self.can_regroup = True
-        self._num_batches = num_batches
+        self.num_batches = num_batches
         self._num_wanted = num_wanted
         self._max_bytes = max_bytes
         self._chosen: set[int] | None = None  # indices of batches; None for every batch, until there are enough
@@ -130,33 +132,38 @@ class KeptSamples:
         """Want no more batches, since they would repeat samples."""
         self._num_wanted = 0
 
-    def add(self, call: ModelCall, batch_idx: int, size: int) -> None:
+    def add(self, call: ModelCall, batch_idx: int, size: int) -> bool:
         """Keep a batch, unless it takes too much memory; the size of the first one decides which others are kept.
 
         Args:
             call: The call on the batch.
             batch_idx: Its index.
             size: Its number of samples, from :func:`count_samples`.
+
+        Returns:
+            Whether it is kept.
         """
         if not self.groups:
             self._choose(size, call.num_bytes)
         elif self._num_bytes + call.num_bytes > self._max_bytes:
             self.is_cut = True
-            return
+            self.stop()
+            return False
         self._num_bytes += call.num_bytes
         self.groups.append(Group(call.to(torch.device("cpu")), [batch_idx], [size]))
+        return True
 
     def _choose(self, size: int, num_bytes: int) -> None:
         """Choose batches by the size of the first one."""
-        num_chosen = self._num_batches
+        num_chosen = self.num_batches
         if math.isfinite(self._num_wanted):
             num_chosen = min(num_chosen, math.ceil(self._num_wanted / size))
         num_possible = max(1, self._max_bytes // max(1, num_bytes))
         if math.isfinite(num_chosen) and num_chosen > num_possible:
             self.is_cut = True
             num_chosen = num_possible
-        if math.isfinite(self._num_batches):
-            count, chosen = int(self._num_batches), int(num_chosen)
+        if math.isfinite(self.num_batches):
+            count, chosen = int(self.num_batches), int(num_chosen)
             self._chosen = {-(-index * count // chosen) for index in range(chosen)}
 
     def complete(self, model: nn.Module, run: RunIsolated, device: torch.device) -> None:
@@ -221,6 +228,14 @@ class KeptSamples:
         self._clean = {}
 
 
+def make_call(module: nn.Module, batch: Any, inputs: Selector | None, outputs: Selector | None) -> ModelCall:
+    """Make the call on a batch, in isolation if the user's function may draw random numbers."""
+    if inputs is None:
+        return ModelCall(module, batch, inputs, outputs)
+    with isolated(module) as run:
+        return run(ModelCall, module, batch, inputs, outputs)
+
+
 def count_samples(module: LightningModule, call: ModelCall) -> int:
     """Count the samples of a batch, by the outputs of the module if the inputs do not tell, as with graphs."""
     if call.size > 0:
@@ -253,9 +268,10 @@ def check_agreement(joint: Tensor, alone: Tensor, dtype: torch.dtype) -> None:
     tolerance = {torch.float64: 1e-6, torch.float32: 1e-2}.get(dtype, 0.5)
     has_same_shape = joint.shape == alone.shape
     if has_same_shape:
-        difference = (joint - alone).abs().nan_to_num(0, 0, 0).amax(0)
-        scale = alone.abs().nan_to_num(0, 0, 0).amax(0)
-        if bool((difference <= tolerance * scale).all()):
+        is_finite = bool((joint.isfinite() == alone.isfinite()).all())
+        joint, alone = joint.nan_to_num(0, 0, 0), alone.nan_to_num(0, 0, 0)
+        difference, scale = (joint - alone).abs().amax(0), alone.abs().amax(0)
+        if is_finite and bool((difference <= tolerance * scale).all()):
             return
     raise JointPassError("Samples influence each other in a joint pass")
 

@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from lightning_sensitivity.arguments import Selector
+from lightning_sensitivity.callbacks.samples import make_call
 from lightning_sensitivity.compat import collect_rng_states, is_compiled
 from lightning_sensitivity.model import ModelCall, select_outputs
 from lightning_sensitivity.model.call import TARGET_NAMES, parameters_of, tensors_in
@@ -182,10 +183,11 @@ class FirstStep:
 
     def start(self, pl_module: LightningModule, batch: Any, inputs: Selector | None, outputs: Selector | None) -> None:
         """Start watching a step, if our call can be made on its batch; see the arguments of :class:`ModelCall`."""
+        self.cancel()  # the last step may have been skipped
         if not self.is_waiting or not can_watch(pl_module):
             return
         try:
-            self._watch = StepWatch(pl_module, ModelCall(pl_module, batch, inputs, outputs), outputs)
+            self._watch = StepWatch(pl_module, make_call(pl_module, batch, inputs, outputs), outputs)
         except Exception:  # training batches may be of another kind than validation batches
             self.is_waiting = False
             return

@@ -18,6 +18,7 @@ _SKILL_RANGE = 0.02  # from no weight to full weight
 _CAUTIOUS, _CAUTION_RANGE = 1.30, 0.15  # of the claim over the score: where it has no weight, and up from full weight
 _MAX_FACTOR = 3.0  # of the agreement
 _CLEAR = 0.15  # share of the largest agreement so far
+_MIN_AGREEMENT = 1e-4  # a network that has not moved agrees with nothing
 _ROUNDING = 1e-12  # of scores that are 0
 
 
@@ -188,7 +189,7 @@ class Calibration(NamedTuple):
             return self
         largest = max(self.largest_agreement, agreement)
         ratio = self.smallest_ratio
-        if agreement > _CLEAR * largest and agreement > 0:
+        if agreement > max(_CLEAR * largest, _MIN_AGREEMENT):
             ratio = min(ratio, training_agreement / agreement)
         return Calibration(largest, ratio)
 
