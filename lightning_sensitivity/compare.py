@@ -138,11 +138,14 @@ def compare_models(
     settings = _Settings(check_noise(noise), at, num_draws, seed, task, inputs, outputs, targets)
     batches = list(dataloader)
     check_argument("dataloader", dataloader, len(batches) > 0, "an iterable of batches")
-    return _compare(models, batches, settings)
+    measured, failed = _measure_models(models, batches, settings)
+    return Comparison(_judge(measured) + failed)
 
 
-def _compare(models: Mapping[str, ModelSource], batches: Sequence[Any], settings: _Settings) -> Comparison:
-    """Measure one model after another, judge them by their consensus, and sort them."""
+def _measure_models(
+    models: Mapping[str, ModelSource], batches: Sequence[Any], settings: _Settings
+) -> tuple[list[Measured], list[ModelScores]]:
+    """Measure one model after another; those that fail get a note."""
     measured: list[Measured] = []
     failed: list[ModelScores] = []
     for name, source in models.items():
@@ -154,12 +157,16 @@ def _compare(models: Mapping[str, ModelSource], batches: Sequence[Any], settings
                 raise
             failed.append(ModelScores(name, note=f"failed: {type(failure).__name__}: {failure}"))
         gc.collect()  # modules contain reference cycles, and the next model needs their memory
+    return measured, failed
+
+
+def _judge(measured: Sequence[Measured]) -> list[ModelScores]:
+    """Judge models by the consensus of those that are decided, and sort them."""
     predictions = {scores.name: log_p for scores, log_p in measured if len(log_p)}
-    undecided = {scores.name for scores, _ in measured if scores.note}
-    errors = consensus_errors(predictions, [name for name in predictions if name not in undecided])
+    voters = [scores.name for scores, log_p in measured if len(log_p) and not scores.note]
+    errors = consensus_errors(predictions, voters)
     judged = [scores._replace(consensus_error=errors.get(scores.name, math.nan)) for scores, _ in measured]
-    judged.sort(key=lambda scores: (errors.get(scores.name, math.inf), scores.sensitivity))
-    return Comparison(judged + failed)
+    return sorted(judged, key=lambda scores: (errors.get(scores.name, math.inf), scores.sensitivity))
 
 
 def _measure_model(name: str, source: ModelSource, batches: Sequence[Any], settings: _Settings) -> Measured:
