@@ -313,3 +313,17 @@ def test_it_is_fitted_again_while_training_samples_come() -> None:
     truth = run(max_epochs=1, limit_train_batches=4, val_check_interval=2)
     truth.check()
     assert len(truth.epochs) == 2 and standardized(X, HOLDOUT)[0].shape == (50, 12)
+
+
+def test_an_empty_batch_moves_no_prediction() -> None:
+    def values(batches: list[Tensor]) -> dict[str, float]:
+        seed_everything(0, verbose=False)
+        return logged(fitted(RiskMonitor(), Still(), val=DataLoader(batches, None)), "val_risk_reference")
+
+    full = list(HOLDOUT.split(25))
+    assert values([full[0], HOLDOUT[:0], full[1]]) == pytest.approx(values(full))
+
+
+class Still(Plain):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        pass

@@ -212,7 +212,11 @@ def plain_loop(model: Target) -> Tensor:
 def check(case: Case) -> str:
     """Run a pair; returns how it ended."""
     note(repr(case))
-    monitors = [SensitivityMonitor(num_draws=case.draws, num_samples=None), RiskMonitor(num_samples=None)]
+    monitors: list[Any] = [SensitivityMonitor(num_draws=case.draws, num_samples=None)]
+    is_dense = len(case.outputs) > 1 and case.outputs[1] > 1
+    if case.nesting != "tensor" and not is_dense:  # there are labels, and they have an estimate
+        task = "binary" if case.outputs in ([], [1]) else "multiclass"
+        monitors.append(RiskMonitor(task, num_samples=None))
 
     def fit(callbacks: Any) -> Any:
         loaders = [DataLoader(case.batches(), batch_size=None, collate_fn=lambda batch: batch)] * 2
@@ -224,7 +228,7 @@ def check(case: Case) -> str:
     assert_same_run(monitored, bare)
     for name in ("SensitivityMonitor", "RiskMonitor"):
         messages = monitored.warnings_of(name)
-        assert len(set(messages)) == len(messages), messages
+        assert all(count <= 2 for count in Counter(messages).values()), messages  # again where it gets worse
     value = monitored.trainer.callback_metrics.get("val_output_sensitivity")
     if bare.error is not None:
         return "the same exception"
@@ -233,7 +237,7 @@ def check(case: Case) -> str:
     if case.action not in HARMLESS:
         return "the same, with a value"
     expected = plain_loop(monitored.model)
-    assert torch.isclose(value.double(), expected, rtol=1e-6), (value, expected)
+    assert torch.isclose(value.double(), expected, rtol=1e-4), (value, expected)
     return "the same, and S that of a plain loop"
 
 
