@@ -38,15 +38,15 @@ class RiskEstimate(WideMetric):
     .. math::
         C = \mathbb{E}\|y\|^2 + \mathbb{E}\|p\|^2 - 2\,\big[\mathbb{E}\,p \cdot s + c\,\mathbb{E}\,p \cdot (q - s)\big]
 
-    for training labels y, their mean s, predictions p of the model and q of the reference, and a factor c, see
-    :class:`~lightning_sensitivity.functional.Calibration`. For its weight v see
+    for training labels y, their mean s, predictions p of the model and q of the reference, and a factor c,
+    see :class:`~lightning_sensitivity.functional.Calibration`. For its weight v see
     :func:`~lightning_sensitivity.functional.reference_weight`. Last, M validation labels of mean score S give
     :math:`(M S + M_0 R) / (M + M_0)`, with an :math:`M_0` of 200 if v is above 0, else of 40.
 
-    ``compute`` returns a dict of scalar tensors: ``risk_estimate``, nan without training or unseen samples; its terms
-    ``risk_claim``, ``risk_overconfidence``, ``risk_memorization``, ``risk_variance``; with a reference C and v,
-    ``risk_reference`` and ``risk_reference_weight``; with labels ``risk_label_score``, ``risk_label_stderr`` and
-    ``risk_num_labels``.
+    ``compute`` returns a dict of scalar tensors: ``risk_estimate``, nan without training or unseen samples;
+    its terms ``risk_claim``, ``risk_overconfidence``, ``risk_memorization``, ``risk_variance``; with a
+    reference C and v, ``risk_reference`` and ``risk_reference_weight``; with labels ``risk_label_score``,
+    ``risk_label_stderr`` and ``risk_num_labels``.
 
     Args:
         task: ``"multiclass"``, ``"binary"`` or ``"multilabel"``.
@@ -153,8 +153,8 @@ class RiskEstimate(WideMetric):
         Args:
             outputs: Logits of the model, ``(N, K, ...)`` or ``(N,)``.
             twin_outputs: Logits of a twin for the same samples, or those of several twins, whose mean counts.
-            compared_with: Logits to compare the twins with, if not ``outputs``: those computed like the twins', with
-                the statistics of the batch.
+            compared_with: Logits to compare the twins with, if not ``outputs``: those computed like the
+                twins', with the statistics of the batch.
             reference: The reference's predictions for these samples, ``(N, K)``; with a reference only.
         """
         twins = [twin_outputs] if isinstance(twin_outputs, Tensor) else list(twin_outputs)

@@ -26,23 +26,24 @@ class OutputSensitivity(WideMetric):
     .. math::
         S = \operatorname{Var}\Big(\frac{1}{K} \sum_{k=1}^{K} \big[f_k(x + \varepsilon) - f_k(x)\big]\Big)
 
-    The variance is the population variance (ddof 0) over all samples and noise draws (Forouzesh, Salehi and Thiran,
-    arXiv:2007.15378), without labels. The state is one row of five numbers per sample, so the value depends on
-    neither the batch size nor the number of processes. Samples with nan or inf are left out, with a warning.
+    The variance is the population variance (ddof 0) over all samples and noise draws (Forouzesh, Salehi and
+    Thiran, arXiv:2007.15378), without labels. The state is one row of five numbers per sample, so the value
+    depends on neither the batch size nor the number of processes. Samples with nan or inf are left out, with a warning.
 
     ``forward`` and ``update`` accept:
 
-    - ``clean`` (:class:`~torch.Tensor`): outputs f(x), before the softmax (logits), as a float tensor of shape
-      ``(N, K, ...)``. Dimensions after K (pixels, tokens) count as further changes of a sample; ``(N,)`` means K = 1.
-    - ``noisy`` (:class:`~torch.Tensor` or an iterable of them): outputs f(x + ε) of the same shape; for several noise
-      draws of the same samples, an iterable with one tensor per draw.
+    - ``clean`` (:class:`~torch.Tensor`): outputs f(x), before the softmax (logits), as a float tensor of
+      shape ``(N, K, ...)``. Dimensions after K (pixels, tokens) count as further changes of a sample;
+      ``(N,)`` means K = 1.
+    - ``noisy`` (:class:`~torch.Tensor` or an iterable of them): outputs f(x + ε) of the same shape; for
+      several noise draws of the same samples, an iterable with one tensor per draw.
 
-    ``forward`` and ``compute`` return a scalar tensor, in squared units of the outputs. Neither higher nor lower is
-    better: use it to compare epochs and seeds of one network. It is lowest before training.
+    ``forward`` and ``compute`` return a scalar tensor, in squared units of the outputs. Neither higher nor
+    lower is better: use it to compare epochs and seeds of one network. It is lowest before training.
 
     Args:
-        per_output: Compute the mean squared change of the single outputs instead, without averaging over classes first.
-            This also makes sense for probabilities and two-class heads.
+        per_output: Compute the mean squared change of the single outputs instead, without averaging over
+            classes first. This also makes sense for probabilities and two-class heads.
         kwargs: Additional keyword arguments of :class:`torchmetrics.Metric`.
 
     Raises:
@@ -123,8 +124,8 @@ class OutputSensitivity(WideMetric):
     def per_sample(self) -> Tensor:
         """Mean squared change of each sample, ``(N,)``, in the order of the updates; nan for samples with nan or inf.
 
-        If all samples have the same number of positions, the mean is the value of the metric. A large change does not
-        mean that the prediction is wrong.
+        If all samples have the same number of positions, the mean is the value of the metric. A large change
+        does not mean that the prediction is wrong.
         """
         self.compute()
         rows = self._all_rows
@@ -135,8 +136,8 @@ class OutputSensitivity(WideMetric):
         """Plot one or several values of the metric.
 
         Args:
-            val: A result of ``metric.forward`` or ``metric.compute``, or a list of results; by default the result of
-                ``metric.compute``.
+            val: A result of ``metric.forward`` or ``metric.compute``, or a list of results; by default the
+                result of ``metric.compute``.
             ax: The matplotlib axes to plot on; by default new ones.
 
         Returns:

@@ -4,9 +4,10 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
@@ -102,8 +103,8 @@ class ModelCall:
             weights: Parameters by name that take the place of the model's own; None for its own.
 
         Raises:
-            MisconfigurationException: If there are no outputs, their dimension 1 could be a position, or no input can
-                be perturbed.
+            MisconfigurationException: If there are no outputs, their dimension 1 could be a position, or no
+                input can be perturbed.
         """
         call = self._with(clone_tensors)
         if perturb is not None:
@@ -120,7 +121,8 @@ class ModelCall:
 
     def to(self, device: torch.device | str) -> "ModelCall":
         """Copy the call, with its tensors on a device; other objects in its arguments are shared."""
-        return self._with(lambda value: clone_tensors(value, lambda tensor: tensor.detach().to(device, copy=True)))
+        cloned = self._with(lambda value: clone_tensors(value, lambda tensor: tensor.detach().clone()))
+        return cloned._with(lambda value: move_data_to_device(value, torch.device(device)))
 
     def select(self, samples: slice) -> "ModelCall":
         """Return the call on some of the samples; only for calls with a :meth:`layout`."""
@@ -184,7 +186,8 @@ def select_outputs(result: Any, outputs: Selector | None = None) -> Tensor:
     """Select the outputs from the result of a model.
 
     Args:
-        result: A tensor; a tuple or list, whose first element is taken; or a mapping or object with ``logits``.
+        result: A tensor; a tuple or list, whose first element is taken; or a mapping or object with
+            ``logits``.
         outputs: A function ``result -> tensor``; None to select them as described for ``result``.
 
     Raises:
@@ -205,9 +208,9 @@ def select_targets(model: nn.Module, batch: Any, targets: Selector | None = None
     Args:
         model: The module, whose ``forward`` says how many elements of a batch are inputs.
         batch: What the loader gave. A function ``targets`` gets a copy of its tensors.
-        targets: A function ``batch -> tensor``. By default, the labels are the last element of a tuple or list, if all
-            other elements are inputs of ``forward``; otherwise the only entry or attribute that is called ``label``,
-            ``labels``, ``target``, ``targets`` or ``y``.
+        targets: A function ``batch -> tensor``. By default, the labels are the last element of a tuple or
+            list, if all other elements are inputs of ``forward``; otherwise the only entry or attribute that
+            is called ``label``, ``labels``, ``target``, ``targets`` or ``y``.
 
     Raises:
         MisconfigurationException: If it is not clear where the labels are, or they are not a tensor.
@@ -245,9 +248,24 @@ def num_required(model: nn.Module) -> int:
     return sum(p.default is p.empty and p.kind in kinds for p in parameters_of(model))
 
 
+@runtime_checkable
+class _Cloneable(Protocol):
+    """A tensor, or an object that can be cloned like one, such as a graph of PyTorch Geometric."""
+
+    def clone(self) -> Any:
+        """Return a copy."""
+
+
 def clone_tensors(value: Any, clone: Callable[[Tensor], Tensor] = Tensor.clone) -> Any:
-    """Clone the tensors in a value and its collections; other objects are shared, not copied."""
-    return apply_to_collection(value, Tensor, clone, allow_frozen=True)
+    """Clone what can be cloned in a value and its collections; other objects are shared, not copied.
+
+    Args:
+        value: A batch, or a part of one.
+        clone: Function that clones a tensor.
+    """
+    return apply_to_collection(
+        value, _Cloneable, lambda item: clone(item) if isinstance(item, Tensor) else item.clone(), allow_frozen=True
+    )
 
 
 def is_floating(tensor: Tensor) -> bool:

@@ -58,10 +58,10 @@ class Seen(NamedTuple):
 def isolated(model: nn.Module) -> Iterator[RunIsolated]:
     """Yield ``run(function, *args)``, which calls a function that runs the model, and leaves no trace.
 
-    Inside, the model is in eval mode, without gradients, and its ``self.log`` does nothing. Every run starts from the
-    same buffers, attributes and random states: tensors are cloned, and lists, dicts, sets and deques of up to 10,000
-    items are copied one level deep. After it, the originals are put back; hooks, gradients and ``requires_grad``, too.
-    Compiled code runs eagerly, so our passes compile nothing.
+    Inside, the model is in eval mode, without gradients, and its ``self.log`` does nothing. Every run starts
+    from the same buffers, attributes and random states: tensors are cloned, and lists, dicts, sets and deques
+    of up to 10,000 items are copied one level deep. After it, the originals are put back; hooks, gradients
+    and ``requires_grad``, too. Compiled code runs eagerly, so our passes compile nothing.
 
     Neither copied nor put back are what lies deeper, see :func:`fingerprint`; parameters, see
     :func:`parameter_versions`; and what closures and globals hold.
@@ -117,9 +117,9 @@ def written_parameters(before: Mapping[str, tuple[int, int]], after: Mapping[str
 def fingerprint(model: nn.Module) -> dict[str, Seen]:
     """Look at what a model holds, to tell what a pass changes of what :func:`isolated` does not put back.
 
-    This is what lies deeper than the items of its own lists and dicts: what these items hold, and attributes of other
-    objects. At most 2,000 objects are looked at, up to 100 of each container, and nothing is copied. Changes within
-    large arrays go unnoticed, and so do those by ``tensor.data``.
+    This is what lies deeper than the items of its own lists and dicts: what these items hold, and attributes
+    of other objects. At most 2,000 objects are looked at, up to 100 of each container, and nothing is copied.
+    Changes within large arrays go unnoticed, and so do those by ``tensor.data``.
 
     Args:
         model: The module.

@@ -83,8 +83,8 @@ def noise_generator(
 ) -> torch.Generator:
     """Make the generator of one noise draw on one batch.
 
-    The generator depends only on the arguments, so a batch gets the same noise in every epoch, and a curve over epochs
-    changes only when the model does. The global random state, which belongs to training, is never touched.
+    The generator depends only on the arguments, so a batch gets the same noise in every epoch, and a curve
+    over epochs changes only when the model does. The global random state, which belongs to training, is never touched.
 
     Args:
         seed: The user's seed.

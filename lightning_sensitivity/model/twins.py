@@ -39,19 +39,20 @@ def twin_weights(
 ) -> dict[str, Tensor]:
     r"""Draw the weights of a twin, as if the module had been trained on other samples.
 
-    What a layer learned, :math:`d = w - w_0`, adds :math:`d\,h` to its response to inputs :math:`h`. In the twin this
-    part sees noisy inputs, :math:`d\,(h \odot (1 + \lambda\xi))`, with one :math:`\xi \sim \mathcal N(0, 1)` for each
-    input of the layer (each input channel and kernel position of a convolution; each token of an embedding). With
-    :math:`\lambda = 1` the noise is as strong as the signal. The initial weights respond as before. If a parameter has
-    no inputs (a bias, a norm), each element gets a factor of its own.
+    What a layer learned, :math:`d = w - w_0`, adds :math:`d\,h` to its response to inputs :math:`h`. In the
+    twin this part sees noisy inputs, :math:`d\,(h \odot (1 + \lambda\xi))`, with one
+    :math:`\xi \sim \mathcal N(0, 1)` for each input of the layer (each input channel and kernel position of a
+    convolution; each token of an embedding). With :math:`\lambda = 1` the noise is as strong as the signal.
+    The initial weights respond as before. If a parameter has no inputs (a bias, a norm), each element gets a
+    factor of its own.
 
-    This is a heuristic: it assumes that half of the square of what was learned is due to the training set, and half to
-    the task. ``examples/studies/early_stopping/README.md`` says how well it works.
+    This is a heuristic: it assumes that half of the square of what was learned is due to the training set,
+    and half to the task. ``examples/studies/early_stopping/README.md`` says how well it works.
 
     Args:
         model: The module, which stays as it is.
-        initial: Its parameters before training, by name, on its device. A missing parameter, such as that of a new
-            head, counts as entirely learned.
+        initial: Its parameters before training, by name, on its device. A missing parameter, such as that of
+            a new head, counts as entirely learned.
         generator: Source of the noise, on the module's device.
         strength: λ. If it is small, squared differences of outputs grow with λ².
 
@@ -89,9 +90,9 @@ def has_batch_norm(model: nn.Module) -> bool:
 def batch_statistics(model: nn.Module) -> Iterator[None]:
     """Let batch norms use the statistics of the batch in eval mode, without updating their own.
 
-    Running statistics belong to the weights that produced them. For the weights of a twin they would be wrong, and
-    outputs would change by far more than they do between real twins. A subclass of batch norm with a ``forward`` of its
-    own keeps its running statistics, which it may read.
+    Running statistics belong to the weights that produced them. For the weights of a twin they would be
+    wrong, and outputs would change by far more than they do between real twins. A subclass of batch norm with
+    a ``forward`` of its own keeps its running statistics, which it may read.
 
     Args:
         model: The module.
