@@ -21,7 +21,7 @@ from lightning_sensitivity import RiskMonitor
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NOTEBOOK = EXAMPLES / "track_generalization.ipynb"
 # True of networks whose class average stays small; the pages speak of it.
-pytestmark = pytest.mark.filterwarnings("ignore:.*(S sees only|survives averaging over classes)")
+pytestmark = pytest.mark.filterwarnings("ignore:.*survives averaging over classes")
 
 
 @pytest.fixture
