@@ -90,23 +90,23 @@ def compare_models(
 
     All models get the same noise on the same samples. The result is a list of
     :class:`~lightning_sensitivity.ModelScores`, sorted by ``consensus_error``, or by ``sensitivity`` if there
-    is none: a consensus needs a ``task``, one prediction per sample, and three models or more that have learned
-    something and predict the same classes. Models that fail come last, with a note that says why. See
-    ``examples/studies/comparing`` for what the scores are worth. Output sensitivity is defined as by Forouzesh,
-    Salehi and Thiran (ICPR 2020, arXiv:2007.15378).
+    is none: a consensus needs a ``task``, one prediction per sample, and three models or more that have
+    learned something and predict the same classes. Models that fail come last, with a note that says why. See
+    ``examples/studies/comparing`` for what the scores are worth. Output sensitivity is defined as by
+    Forouzesh, Salehi and Thiran (ICPR 2020, arXiv:2007.15378).
 
     Args:
-        models: A dict of names and models. Each model is a module, which is left as it was, or a function that
-            returns one, such as ``lambda: Classifier.load_from_checkpoint(path)``. With functions, only one model
-            is in memory at a time. Each model runs on its own device.
+        models: A dict of names and models. Each model is a module, which is left as it was, or a function
+            that returns one, such as ``lambda: Classifier.load_from_checkpoint(path)``. With functions, only
+            one model is in memory at a time. Each model runs on its own device.
         dataloader: Batches, with or without labels. All are kept in memory: a few thousand samples are enough.
         noise: σ of Gaussian noise in the units of the models' inputs, one number or one per channel, or a
             function ``(x, generator) -> x'``.
         at: Name of a submodule that all models have; its output is perturbed instead of the input.
         num_draws: Noise draws per sample.
         seed: Seed of the noise.
-        task: The kind of classification: ``"multiclass"``, ``"binary"``, ``"multilabel"``; None for sensitivity
-            only.
+        task: The kind of classification: ``"multiclass"``, ``"binary"``, ``"multilabel"``; None for
+            sensitivity only.
         inputs: A function ``batch -> arguments``; by default see
             :class:`~lightning_sensitivity.model.ModelCall`.
         outputs: A function ``result -> logits``; by default
@@ -193,8 +193,8 @@ def _measure_batch(model: nn.Module, batch: Any, batch_idx: int, settings: _Sett
     """Run a model on a batch, clean and with noise.
 
     Returns:
-        The rows of sensitivity; the log-probabilities ``(N, decisions, classes)``, empty without a task or with
-        several positions in a sample; and the sums over labels, in one row.
+        The rows of sensitivity; the log-probabilities ``(N, decisions, classes)``, empty without a task or
+        with several positions in a sample; and the sums over labels, in one row.
     """
     batch = _move_batch(model, clone_tensors(batch))
     with isolated(model) as run:
@@ -294,8 +294,8 @@ def consensus_errors(log_probabilities: Mapping[str, Tensor], voters: Iterable[s
 def calibrated_votes(log_probabilities: Sequence[Tensor]) -> list[Tensor]:
     r"""Make each model as confident as the others agree with it, so that none gains by its confidence.
 
-    :math:`v_j \propto p_j^{b_j}`, with :math:`b_j` such that the mean of :math:`\max_k v_{jk}` is the share of
-    the other models that predict the same class.
+    :math:`v_j \propto p_j^{b_j}`, with :math:`b_j` such that the mean of :math:`\max_k v_{jk}` is the share
+    of the other models that predict the same class.
 
     Args:
         log_probabilities: For each model, for the same samples, ``(N, decisions, classes)``.

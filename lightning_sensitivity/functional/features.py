@@ -13,10 +13,10 @@ _CONSTANT = 1e-9  # relative standard deviation of a column that holds nothing b
 def principal_components(features: Tensor, new_features: Tensor, num_components: int = 50) -> tuple[Tensor, Tensor]:
     """Reduce features to the principal components of training and new samples together.
 
-    Columns that are no more than ``num_components`` are only scaled, to a mean of 0 and a variance of 1 on training
-    samples. More than 4,096 are first added up with random signs to 4,096, as in feature hashing (Weinberger et al.,
-    2009), which keeps distances within some 2 %. Components come from subspace iteration (Halko, Martinsson and Tropp,
-    2011). Random numbers are the same in every call, and global streams are not touched.
+    Columns that are no more than ``num_components`` are only scaled, to a mean of 0 and a variance of 1 on
+    training samples. More than 4,096 are first added up with random signs to 4,096, as in feature hashing
+    (Weinberger et al., 2009), which keeps distances within some 2 %. Components come from subspace iteration
+    (Halko, Martinsson and Tropp, 2011). Random numbers are the same in every call, and global streams are not touched.
 
     Args:
         features: Inputs or features of training samples, ``(N, ...)``; they are flattened.

@@ -55,24 +55,25 @@ def skill(score: float, chance: float) -> float:
 def fit_reference(features: Tensor, labels: Tensor, new_features: Tensor, task: str = "multiclass") -> Reference:
     r"""Fit a reference to labels, and predict those of new samples.
 
-    The reference is kernel ridge regression (Saunders, Gammerman and Vovk, 1998) with a Gaussian kernel. With features
-    x, labels y and their mean :math:`\bar y`, it predicts
+    The reference is kernel ridge regression (Saunders, Gammerman and Vovk, 1998) with a Gaussian kernel. With
+    features x, labels y and their mean :math:`\bar y`, it predicts
 
     .. math::
         q(x) = \bar y + \sum_i k(x, x_i)\, \alpha_i, \qquad
         \alpha = (K + \lambda I)^{-1} (y - \bar y), \qquad
         k(x, x') = \exp\Big(-\frac{\|x - x'\|^2}{w\, d}\Big)
 
-    where :math:`K_{ij} = k(x_i, x_j)`, and d is the median squared distance between samples. Of the widths w of 0.1,
-    0.4 and 1.6 and the ridges λ from 0.03 to 30, it takes those with the lowest leave-one-out Brier score. The
-    prediction for a sample that was left out has the error :math:`\alpha_i / [(K + \lambda I)^{-1}]_{ii}`, the identity
-    behind PRESS (Allen, 1974), so that one eigendecomposition for each width gives all scores; only
-    :math:`\bar y` includes the sample. In the end, predictions are clipped to probabilities.
+    where :math:`K_{ij} = k(x_i, x_j)`, and d is the median squared distance between samples. Of the widths w
+    of 0.1, 0.4 and 1.6 and the ridges λ from 0.03 to 30, it takes those with the lowest leave-one-out Brier
+    score. The prediction for a sample that was left out has the error
+    :math:`\alpha_i / [(K + \lambda I)^{-1}]_{ii}`, the identity behind PRESS (Allen, 1974), so that one
+    eigendecomposition for each width gives all scores; only :math:`\bar y` includes the sample. In the end,
+    predictions are clipped to probabilities.
 
     Args:
         features: Features of training samples, such as :func:`principal_components`, floating, ``(N, D)``.
-        labels: Their labels, which may be noisy, as probabilities ``(N, K)``: one-hot or soft for ``"multiclass"``,
-            else from 0 to 1, for ``"binary"`` also ``(N,)``.
+        labels: Their labels, which may be noisy, as probabilities ``(N, K)``: one-hot or soft for
+            ``"multiclass"``, else from 0 to 1, for ``"binary"`` also ``(N,)``.
         new_features: Features of the samples to predict, ``(M, D)``.
         task: ``"multiclass"``, ``"binary"`` or ``"multilabel"``, which says how labels are scored.
 
@@ -80,8 +81,8 @@ def fit_reference(features: Tensor, labels: Tensor, new_features: Tensor, task: 
         The reference, computed on the CPU in float64.
 
     Raises:
-        ValueError: If shapes do not fit, there is no training sample, features are nan or inf, or labels are no
-            probabilities.
+        ValueError: If shapes do not fit, there is no training sample, features are nan or inf, or labels are
+            no probabilities.
 
     Example:
         >>> import torch
@@ -161,9 +162,9 @@ def _checked_labels(labels: Tensor, num_samples: int, task: Task) -> Tensor:
 class Calibration(NamedTuple):
     """Hold what the epochs so far say about the factor of the agreement.
 
-    A reference that is poor agrees less with a network than unseen labels do. The labels of training samples agree
-    more, since the network has learned them; least so before it memorizes. So the factor is the smallest ratio so far
-    of their agreement to that of the reference.
+    A reference that is poor agrees less with a network than unseen labels do. The labels of training samples
+    agree more, since the network has learned them; least so before it memorizes. So the factor is the
+    smallest ratio so far of their agreement to that of the reference.
 
     Attributes:
         largest_agreement: The largest agreement of network and reference on unseen samples.
@@ -197,10 +198,10 @@ class Calibration(NamedTuple):
 def reference_weight(score: float, chance: float, claim: float, num_samples: int, num_training: int) -> float:
     r"""Compute the weight of a reference beside the estimate, :math:`2\,g\,h \min(1, m / n)`.
 
-    g rises from 0 to 1 over 0.02 of skill, from 0.01 on, or from 1.5 / m below 150 samples: permuted labels reach
-    that. h tells noisy labels from a difficult task. With noisy labels the reference is calibrated: its claim is near
-    its score. Where labels are right and the task is too difficult for it, it is too cautious, and claims more. So h
-    falls from 1 to 0 as claim / score rises from 1.15 to 1.30.
+    g rises from 0 to 1 over 0.02 of skill, from 0.01 on, or from 1.5 / m below 150 samples: permuted labels
+    reach that. h tells noisy labels from a difficult task. With noisy labels the reference is calibrated: its
+    claim is near its score. Where labels are right and the task is too difficult for it, it is too cautious,
+    and claims more. So h falls from 1 to 0 as claim / score rises from 1.15 to 1.30.
 
     Args:
         score: The leave-one-out score of the reference.
@@ -230,8 +231,8 @@ def reference_score(holdout: AgreementSums, training: AgreementSums, calibration
     .. math::
         \mathbb{E}\|y\|^2 + \mathbb{E}\|p\|^2 - 2\,\big[\mathbb{E}\,p \cdot s + c\,\mathbb{E}\,p \cdot (q - s)\big]
 
-    p are predictions of the network, q those of the reference, y training labels, s their mean, and c the factor of the
-    calibration.
+    p are predictions of the network, q those of the reference, y training labels, s their mean, and c the
+    factor of the calibration.
 
     Args:
         holdout: Sums over unseen samples with predictions of the reference.

@@ -68,8 +68,8 @@ def risk_terms(
 def combine_with_labels(estimate: Tensor, labels: LabelSums, has_reference: bool = False) -> Tensor:
     """Combine the estimate with the score on validation labels.
 
-    With m labels of mean Brier score s, the result is :math:`(m s + m_0 R) / (m + m_0)`: the estimate counts as much as
-    :math:`m_0` labels, 40 without a reference, 200 with one.
+    With m labels of mean Brier score s, the result is :math:`(m s + m_0 R) / (m + m_0)`: the estimate counts
+    as much as :math:`m_0` labels, 40 without a reference, 200 with one.
 
     Args:
         estimate: The estimate R without validation labels.
@@ -125,8 +125,8 @@ def _may_be_probabilities(training: LabelSums) -> bool:
 def variance_factor(num_training: int, num_weights: int) -> float:
     r"""Compute how much of the variance of a simulated twin counts: :math:`\min(1, \sqrt{\sqrt{w} / n})`.
 
-    Networks differ less if they have more training samples, and more if they have more weights; simulated twins reflect
-    neither. Its form was chosen on random runs; see ``examples/studies/early_stopping/README.md``.
+    Networks differ less if they have more training samples, and more if they have more weights; simulated
+    twins reflect neither. Its form was chosen on random runs; see ``examples/studies/early_stopping/README.md``.
 
     Args:
         num_training: n, the number of training samples, 1 or more.
@@ -167,32 +167,33 @@ def risk_estimate(
             + \underbrace{\mathbb{E}_\text{train}[\|p - y\|^2 - (1 - \|p\|^2)]}_\text{overconfidence}
             + \underbrace{\mathbb{E}\|p - p'\|^2}_\text{variance}
 
-    p are the probabilities, y the labels, and p' the probabilities of a *twin*: a network that was trained on other
-    samples. This applies loss = bias + variance, as in arXiv:2007.15378 (Section 4). With a real twin the estimate is
-    exact if unseen labels agree with a network as much as its twins do, apart from its miscalibration on its training
-    samples, :math:`\mathbb{E}\,p \cdot y = \mathbb{E}\,p \cdot p' + \mathbb{E}_\text{train}\,p \cdot (y - p)`.
+    p are the probabilities, y the labels, and p' the probabilities of a *twin*: a network that was trained on
+    other samples. This applies loss = bias + variance, as in arXiv:2007.15378 (Section 4). With a real twin
+    the estimate is exact if unseen labels agree with a network as much as its twins do, apart from its
+    miscalibration on its training samples,
+    :math:`\mathbb{E}\,p \cdot y = \mathbb{E}\,p \cdot p' + \mathbb{E}_\text{train}\,p \cdot (y - p)`.
 
     A twin of strength λ can be simulated without a second training, by
     :func:`~lightning_sensitivity.model.twins.twin_weights`. Then
 
-    - the variance is divided by λ² and multiplied by :func:`variance_factor`. It is also multiplied by min(1, claim of
-      the network / claim of the twin), since noise makes a twin less certain than another network would be;
+    - the variance is divided by λ² and multiplied by :func:`variance_factor`. It is also multiplied by min(1,
+      claim of the network / claim of the twin), since noise makes a twin less certain than another network would be;
     - overconfidence below 0 counts half, since it may come from memorized training labels;
     - memorization is added: how much the claim on unseen samples exceeds the claim on training samples, if it does.
 
-    ``examples/studies/early_stopping/README.md`` has the measurements. If training labels are noisy, this is an
-    estimate of the score against equally noisy labels. :class:`~lightning_sensitivity.RiskEstimate` combines it with a
-    reference and with validation labels.
+    ``examples/studies/early_stopping/README.md`` has the measurements. If training labels are noisy, this is
+    an estimate of the score against equally noisy labels. :class:`~lightning_sensitivity.RiskEstimate`
+    combines it with a reference and with validation labels.
 
     Args:
-        outputs: Outputs for unlabelled samples that the network was not trained on, before softmax or sigmoid,
-            floating, shape ``(N, K, ...)`` or ``(N,)``.
+        outputs: Outputs for unlabelled samples that the network was not trained on, before softmax or
+            sigmoid, floating, shape ``(N, K, ...)`` or ``(N,)``.
         twin_outputs: Outputs of the twin for the same samples.
         train_outputs: Outputs for training samples, in eval mode, shape ``(M, K, ...)`` or ``(M,)``.
-        train_targets: Their labels. For ``"multiclass"``, integers ``(M, ...)`` (-100 is ignored), or soft labels of
-            the shape of ``train_outputs``; for the other tasks, of the shape of ``train_outputs``.
-        task: ``"multiclass"`` scores the sum over classes of (p − y)²; ``"binary"`` and ``"multilabel"`` the mean over
-            labels.
+        train_targets: Their labels. For ``"multiclass"``, integers ``(M, ...)`` (-100 is ignored), or soft
+            labels of the shape of ``train_outputs``; for the other tasks, of the shape of ``train_outputs``.
+        task: ``"multiclass"`` scores the sum over classes of (p − y)²; ``"binary"`` and ``"multilabel"`` the
+            mean over labels.
         strength: λ, if the twin is simulated; None for a real one.
         factor: Factor of the variance for a simulated twin, from :func:`variance_factor`.
 

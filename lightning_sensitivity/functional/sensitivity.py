@@ -78,10 +78,10 @@ def _rows_of_draw(noisy: Tensor, clean: Tensor) -> Tensor:
 def sensitivity_from_rows(rows: Tensor) -> SensitivityEstimate:
     r"""Estimate output sensitivity and its standard error from the rows of all samples.
 
-    Let :math:`e` be a change, m the mean of all W changes, and S the mean of :math:`(e - m)^2`. Sample i of n adds
-    :math:`z_i = \sum_{e \in i} [(e - m)^2 - S]`, and the standard error of S is
-    :math:`\sqrt{n / (n - 1) \sum_i z_i^2} / W`. Because the sum is first taken within a sample, the standard error is
-    right for several draws and positions, whose changes are correlated.
+    Let :math:`e` be a change, m the mean of all W changes, and S the mean of :math:`(e - m)^2`. Sample i of n
+    adds :math:`z_i = \sum_{e \in i} [(e - m)^2 - S]`, and the standard error of S is
+    :math:`\sqrt{n / (n - 1) \sum_i z_i^2} / W`. Because the sum is first taken within a sample, the standard
+    error is right for several draws and positions, whose changes are correlated.
 
     Args:
         rows: Shape ``(N, 5)``, from :func:`sensitivity_rows`.
@@ -164,12 +164,12 @@ def output_sensitivity(clean: Tensor, noisy: Tensor | Iterable[Tensor], per_outp
     .. math::
         S = \operatorname{Var}\Big(\frac{1}{K} \sum_{k=1}^{K} \big[f_k(x + \varepsilon) - f_k(x)\big]\Big)
 
-    The variance is the population variance (ddof 0) over samples, draws and positions. Samples with nan or inf are left
-    out.
+    The variance is the population variance (ddof 0) over samples, draws and positions. Samples with nan or
+    inf are left out.
 
     Args:
-        clean: Outputs f(x) before the softmax (logits), floating, shape ``(N, K, ...)``. Dimensions after K (pixels,
-            tokens) count as further changes of a sample; ``(N,)`` means K = 1.
+        clean: Outputs f(x) before the softmax (logits), floating, shape ``(N, K, ...)``. Dimensions after K
+            (pixels, tokens) count as further changes of a sample; ``(N,)`` means K = 1.
         noisy: Outputs f(x + ε) of the same shape, or an iterable with one such tensor per noise draw.
         per_output: Return the mean squared change of the single outputs instead, which also has a meaning for
             probabilities and for heads of two classes.
@@ -209,13 +209,13 @@ def loss_estimate(
         L \approx \sqrt{\tfrac{1}{2}\Big(\tfrac{K - 1}{K}\, S\, C + \Sigma\Big)}, \qquad
         C = \frac{\mathbb{E}[x^2]}{\sigma^2}
 
-    The estimate has the right size for networks initialized with N(0, 1) and trained to convergence. It is about ten
-    times too low for PyTorch's default initialization, with which the class mean stays small.
+    The estimate has the right size for networks initialized with N(0, 1) and trained to convergence. It is
+    about ten times too low for PyTorch's default initialization, with which the class mean stays small.
 
     Args:
         sensitivity: S, scalar or any shape.
-        input_power: E[x²], the mean square of an input element, one value or one per channel, like ``noise_std``. C is
-            the mean over channels.
+        input_power: E[x²], the mean square of an input element, one value or one per channel, like
+            ``noise_std``. C is the mean over channels.
         noise_std: σ, standard deviation of the noise, in units of the model's input.
         num_outputs: K, the number of classes, 2 or more.
         offset: Σ, the part of the variance that sensitivity does not see.
