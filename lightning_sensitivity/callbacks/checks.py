@@ -129,7 +129,7 @@ def check_run(monitor: str, trainer: Trainer, pl_module: LightningModule, stage:
     Raises:
         MisconfigurationException: If something is missing; the message says what to change.
     """
-    problem = _problem_of_steps(trainer, pl_module, stage) or _problem_of_strategy(trainer, pl_module)
+    problem = _problem_of_steps(trainer, pl_module, stage) or _problem_of_strategy(trainer)
     if problem is not None:
         raise MisconfigurationException(f"`{monitor}` {problem}.{see('unsupported')}")
 
@@ -147,7 +147,7 @@ def _problem_of_steps(trainer: Trainer, pl_module: LightningModule, stage: str) 
     return None
 
 
-def _problem_of_strategy(trainer: Trainer, pl_module: LightningModule) -> str | None:
+def _problem_of_strategy(trainer: Trainer) -> str | None:
     """Explain what the strategy makes impossible; None if nothing is wrong."""
     names = {base.__name__ for base in type(trainer.strategy).__mro__}  # `pytorch_lightning` has its own classes
     if not names.isdisjoint(_SHARDED):

@@ -189,7 +189,8 @@ class Monitor(Callback, ABC):
             self._measure_all(trainer, pl_module)
         self._is_measuring = False
         for place, samples in enumerate(self.samples):
-            samples.forget_outputs()
+            for each in self.measured_with(samples):
+                each.forget_outputs()
             if not trainer.sanity_checking:
                 self._log_values(trainer, place)
 
@@ -243,7 +244,7 @@ class Monitor(Callback, ABC):
                         seen = fingerprint(pl_module)
                     self._measure_loader(pl_module, run, samples, metric)
                 self.metrics[place] = metric
-            if samples.is_cut:
+            if samples.is_truncated:
                 message = f"keeps only {samples.size} samples of a loader: more would take too much memory."
                 self.reporter.warn("samples", message)
         changed = changed_names(seen, fingerprint(pl_module)) if seen else []

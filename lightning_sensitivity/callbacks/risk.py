@@ -279,7 +279,7 @@ class RiskMonitor(Monitor):
 
     def measured_with(self, samples: KeptSamples) -> list[KeptSamples]:
         """Return the samples of a loader, more of them that have labels, and the training samples."""
-        labelled = self._companions[samples.dataloader_idx].labelled
+        labelled = self._companions.get(samples.dataloader_idx, Companions()).labelled
         return [samples, labelled, *([] if self._training is None else [self._training])]
 
     def _fit_reference(self, samples: KeptSamples, companions: Companions) -> None:
@@ -304,13 +304,6 @@ class RiskMonitor(Monitor):
             )
 
     # Values
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the values; every process comes here."""
-        super().on_validation_epoch_end(trainer, pl_module)
-        labelled = [companions.labelled for companions in self._companions.values()]
-        for samples in labelled if self._training is None else [*labelled, self._training]:
-            samples.forget_outputs()
 
     def compute_values(self, trainer: Trainer, dataloader_idx: int) -> dict[str, Tensor]:
         """Compute the estimate on a loader over all processes, and warn of doubtful values."""

@@ -86,7 +86,7 @@ class KeptSamples:
         num_batches: Number of batches of the loader.
         groups: The batches: one group each until :meth:`complete` joins them.
         is_complete: Whether no more batches are kept.
-        is_cut: Whether samples were left out for lack of memory.
+        is_truncated: Whether samples were left out for lack of memory.
         can_regroup: Whether samples may be measured in other groups than the batches that they came in.
     """
 
@@ -94,7 +94,7 @@ class KeptSamples:
         self.dataloader_idx = dataloader_idx
         self.groups: list[Group] = []
         self.is_complete = False
-        self.is_cut = False
+        self.is_truncated = False
         self.can_regroup = True
         self.num_batches = num_batches
         self._num_wanted = num_wanted
@@ -146,7 +146,7 @@ class KeptSamples:
         if not self.groups:
             self._choose(size, call.num_bytes)
         elif self._num_bytes + call.num_bytes > self._max_bytes:
-            self.is_cut = True
+            self.is_truncated = True
             self.stop()
             return False
         self._num_bytes += call.num_bytes
@@ -160,7 +160,7 @@ class KeptSamples:
             num_chosen = min(num_chosen, math.ceil(self._num_wanted / size))
         num_possible = max(1, self._max_bytes // max(1, num_bytes))
         if math.isfinite(num_chosen) and num_chosen > num_possible:
-            self.is_cut = True
+            self.is_truncated = True
             num_chosen = num_possible
         if math.isfinite(self.num_batches):
             count, chosen = int(self.num_batches), int(num_chosen)
