@@ -133,7 +133,7 @@ class KeptSamples:
         self._num_wanted = 0
 
     def add(self, call: ModelCall, batch_idx: int, size: int) -> bool:
-        """Keep a batch, unless it takes too much memory; the size of the first one decides which others are kept.
+        """Keep a batch, unless it is empty or takes too much memory; the size of the first one decides which others are kept.
 
         Args:
             call: The call on the batch.
@@ -143,6 +143,8 @@ class KeptSamples:
         Returns:
             Whether it is kept.
         """
+        if size == 0:
+            return False
         if not self.groups:
             self._choose(size, call.num_bytes)
         elif self._num_bytes + call.num_bytes > self._max_bytes:
@@ -241,7 +243,7 @@ def count_samples(module: LightningModule, call: ModelCall) -> int:
     if call.size > 0:
         return call.size
     with isolated(module) as run, module.trainer.precision_plugin.val_step_context():
-        return max(1, len(run(call)))
+        return len(run(call))
 
 
 def keep_validation_samples(trainer: Trainer, num_samples: int | None) -> list[KeptSamples]:

@@ -99,7 +99,7 @@ def test_whole_batches_are_kept_that_are_evenly_spaced_or_the_first_ones_of_a_st
 ) -> None:
     samples = kept(num_batches, num_wanted, sizes)
     assert samples.batch_indices == [*indices] and samples.size == sum(sizes[index] for index in indices)
-    assert not samples.is_cut
+    assert not samples.is_truncated
 
 
 BYTES = 10 * NUM_FEATURES * 4  # of a batch of 10
@@ -115,7 +115,7 @@ def test_the_memory_is_bounded_in_bytes(
     num_batches: float, max_bytes: float, sizes: list[int], indices: list[int]
 ) -> None:
     samples = kept(num_batches, math.inf, sizes, max_bytes)
-    assert samples.batch_indices == indices and samples.is_cut
+    assert samples.batch_indices == indices and samples.is_truncated
 
 
 def test_samples_that_are_left_out_for_lack_of_memory_are_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
