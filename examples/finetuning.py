@@ -24,7 +24,7 @@ parser = argparse.ArgumentParser(description="Fine-tune a small network on noisy
 parser.add_argument("--max-epochs", type=int, default=30)
 parser.add_argument("--seed", type=int, default=0)
 args = parser.parse_args()
-warnings.filterwarnings("ignore", ".*(does not have many workers|LeafSpec|smaller than the logging|no `val_dataloader`).*")
+warnings.filterwarnings("ignore", ".*(does not have many workers|LeafSpec|smaller than the logging|val_dataloader).*")
 seed_everything(args.seed, verbose=False)
 torch.set_num_threads(1)
 
