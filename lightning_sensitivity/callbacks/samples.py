@@ -133,7 +133,7 @@ class KeptSamples:
         self._num_wanted = 0
 
     def add(self, call: ModelCall, batch_idx: int, size: int) -> bool:
-        """Keep a batch, unless it is empty or takes too much memory; the size of the first one decides which others are kept.
+        """Keep a batch, unless it is empty or too large; the size of the first one decides which others are kept.
 
         Args:
             call: The call on the batch.
