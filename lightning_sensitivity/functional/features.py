@@ -114,7 +114,7 @@ def bags_of_words(
 
 def _words(name: str, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the index of the sample and the id of each token that is not padding."""
-    if ids.is_floating_point() or ids.is_complex() or ids.ndim < 1:
+    if ids.is_floating_point() or ids.ndim < 1:
         raise ValueError(f"Expected `{name}` to be integers (N, L), but got {ids.dtype} of shape {tuple(ids.shape)}.")
     is_word = torch.ones_like(ids) > 0 if mask is None else mask > 0
     if is_word.shape != ids.shape:

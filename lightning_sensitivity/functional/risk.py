@@ -104,7 +104,7 @@ def diagnostics(holdout: HoldoutSums, training: LabelSums, estimate: Tensor, tas
             f"{int(holdout.num_non_finite)} validation and {int(training.num_non_finite)} training samples "
             "gave nan or inf, and were left out."
         )
-    if not messages and not (holdout.num_scored > 0 and training.num_scored > 0):
+    if not messages and estimate.isnan():
         messages["no value"] = "There is no value: no kept training sample has a label, or no batch could be measured."
     if estimate > task.max_score:
         messages["too large"] = (

@@ -223,7 +223,7 @@ def select_targets(model: nn.Module, batch: Any, targets: Selector | None = None
         reason = f"{type(error).__name__}: {error}"
         raise MisconfigurationException(f"`targets` failed on {describe(batch)}: {reason}.") from error
     if not isinstance(selected, Tensor):
-        key = repr(list(batch)[-1]) if isinstance(batch, Mapping) and batch else "1"
+        key = repr(list(batch)[-1]) if isinstance(batch, Mapping) else "1"
         raise MisconfigurationException(
             f"`targets` should return the labels, such as `targets=lambda batch: batch[{key}]`, from {describe(batch)}."
         )
@@ -233,8 +233,12 @@ def select_targets(model: nn.Module, batch: Any, targets: Selector | None = None
 def _find_outputs(result: Any) -> object:
     if isinstance(result, Mapping):
         return result.get("logits")
-    first = result[0] if isinstance(result, list | tuple) and result else result
-    return getattr(result, "logits", first)
+    return getattr(result, "logits", first_of(result))
+
+
+def first_of(result: Any) -> Any:
+    """Return the first item of a tuple or list, or another object as it is."""
+    return result[0] if isinstance(result, list | tuple) and result else result
 
 
 def parameters_of(model: nn.Module) -> list[inspect.Parameter]:

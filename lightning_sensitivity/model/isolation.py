@@ -202,7 +202,7 @@ class _State:
 
 def _check_modules(modules: list[nn.Module]) -> None:
     for module in modules:
-        if any(is_lazy(parameter) for parameter in module.parameters(recurse=False)):
+        if any(map(is_lazy, module.parameters(recurse=False))):
             raise MisconfigurationException("Expected a model with weights, but some are lazy: run it on a batch.")
         if isinstance(module, torch.jit.ScriptModule):
             raise MisconfigurationException(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_sensitivity.arguments import check_argument, describe
 from lightning_sensitivity.compat import original_module
-from lightning_sensitivity.model.call import ModelCall, Perturb, is_floating
+from lightning_sensitivity.model.call import ModelCall, Perturb, first_of, is_floating
 from lightning_sensitivity.model.isolation import RunIsolated
 
 NoiseFunction = Callable[[Tensor, torch.Generator], Tensor]
@@ -162,7 +162,7 @@ def _call_perturbed_at(module: nn.Module, call: Callable[[], Tensor], perturb: P
     def hook(module: nn.Module, args: object, result: Any) -> Any:
         nonlocal has_run
         has_run = True
-        first = result[0] if isinstance(result, list | tuple) and result else result
+        first = first_of(result)
         if not isinstance(first, Tensor) or not is_floating(first):
             raise MisconfigurationException(f"`at` should name a module with floating outputs, got {describe(result)}.")
         return perturb(first) if first is result else (perturb(first), *result[1:])
