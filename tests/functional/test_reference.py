@@ -154,7 +154,7 @@ def test_the_factor_is_the_smallest_ratio_of_the_epochs_that_are_clear(epochs: l
     for epoch in [*epochs, (math.nan, 1.0), (1.0, math.nan)]:
         calibration = calibration.updated(*epoch)
     agreements = [agreement for agreement, _ in epochs]
-    clear = [i for i, each in enumerate(agreements) if each > 0 and each > 0.15 * max(agreements[: i + 1])]
+    clear = [i for i, each in enumerate(agreements) if each > max(1e-4, 0.15 * max(agreements[: i + 1]))]
     smallest = min((epochs[i][1] / epochs[i][0] for i in clear), default=math.inf)
     assert calibration == (max(0, *agreements), smallest)
     assert calibration.factor == min(max(smallest, 1), 3)
