@@ -74,7 +74,7 @@ def failing(error: Exception, when: Callable[[Tensor, int], bool] = lambda x, ep
 @pytest.mark.parametrize("kind", MONITORS)
 @pytest.mark.parametrize(("error", "match"), [
     (TypeError("of the user"), "TypeError: of the user. If `forward` takes other arguments, set `inputs="),
-    (ValueError("of the user"), "of the user. If `forward` takes other arguments, set `inputs="),
+    (ValueError("of the user"), "of the user.( If| See https:)"),
     (NotImplementedError(), "NotImplementedError: a method that the model needs, .* is missing"),
     (MisconfigurationException("Do this."), "Do this. See https:"),
 ])  # fmt: skip
