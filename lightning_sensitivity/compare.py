@@ -99,7 +99,7 @@ def compare_models(
         models: A dict of names and models. Each model is a module, which is left as it was, or a function
             that returns one, such as ``lambda: Classifier.load_from_checkpoint(path)``. With functions, only
             one model is in memory at a time. Each model runs on its own device.
-        dataloader: Batches, with or without labels. All are kept in memory: a few thousand samples are enough.
+        dataloader: Batches, with or without labels, all kept in memory: a few thousand samples are enough.
         noise: σ of Gaussian noise in the units of the models' inputs, one number or one per channel, or a
             function ``(x, generator) -> x'``.
         at: Name of a submodule that all models have; its output is perturbed instead of the input.
@@ -229,7 +229,7 @@ def _move_batch(model: nn.Module, batch: Any) -> Any:
 
 
 def _log_probabilities(clean: Tensor, task: str) -> Tensor:
-    """Turn logits into log-probabilities ``(N, decisions, classes, positions)``: one decision, or K binary ones."""
+    """Turn logits into log-probabilities ``(N, decisions, classes, positions)``: one decision or K."""
     if task == "multiclass" and (are_probabilities(clean) or by_position(clean).shape[1] == 1):
         raise ValueError("Expected logits of classes, got probabilities or one output (`task='binary'`).")
     logits = by_position(clean).to(wide_dtype(clean.device))
@@ -272,7 +272,7 @@ def consensus_errors(log_probabilities: Mapping[str, Tensor], voters: Iterable[s
         voters: The models that vote.
 
     Returns:
-        Shares of wrong predictions. Empty if fewer than three models vote, or if the numbers of classes differ.
+        Shares of wrong predictions; empty if fewer than three models vote or the numbers of classes differ.
 
     Example:
         >>> import torch

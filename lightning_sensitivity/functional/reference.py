@@ -1,4 +1,4 @@
-"""A reference for the risk estimate: kernel ridge regression of the training labels, which never sees the network."""
+"""A reference for the estimate: kernel ridge regression of training labels, which never sees the network."""
 
 import math
 from collections.abc import Iterator
@@ -155,7 +155,7 @@ def _checked_labels(labels: Tensor, num_samples: int, task: Task) -> Tensor:
     if task.name == "multiclass":
         is_valid &= (y.sum(1) - 1).abs() < 1e-3
     if not bool(is_valid.all()):
-        raise ValueError("Expected `labels` to be probabilities, which sum to 1 for 'multiclass', but got others.")
+        raise ValueError("Expected `labels` to be probabilities, which sum to 1 for 'multiclass'.")
     return y
 
 
@@ -168,7 +168,7 @@ class Calibration(NamedTuple):
 
     Attributes:
         largest_agreement: The largest agreement of network and reference on unseen samples.
-        smallest_ratio: The smallest ratio of the agreement of training labels to it, where that is clear of 0.
+        smallest_ratio: The smallest ratio of the agreement of training labels to it, where it is clear of 0.
     """
 
     largest_agreement: float = 0.0
@@ -183,7 +183,7 @@ class Calibration(NamedTuple):
         """Include an epoch; one without samples, which gives nan, changes nothing.
 
         Args:
-            agreement: Mean of p · (q − s) over unseen samples: p from the network, q from the reference, s the shares.
+            agreement: Mean of p · (q − s) over unseen samples: network p, reference q, shares s.
             training_agreement: Mean of p · (y − s) over training samples with labels y.
         """
         if not (math.isfinite(agreement) and math.isfinite(training_agreement)):

@@ -1,4 +1,4 @@
-"""The Brier score on unseen samples without their labels: a sum of terms, combined with any validation labels."""
+"""The Brier score on unseen samples without labels: a sum of terms, combined with any validation labels."""
 
 import math
 from typing import NamedTuple
@@ -22,9 +22,9 @@ class RiskTerms(NamedTuple):
     Attributes:
         estimate: The estimated Brier score on unseen samples.
         claim: The score if the model's probabilities were right.
-        overconfidence: How much higher the score on training samples is than the score that the model claims there.
-        memorization: How much more certain the model is on training samples than on unseen ones; 0 for real twins.
-        variance: Mean squared difference from the probabilities of a network that was trained on other samples.
+        overconfidence: How much higher the score on training samples is than what the model claims there.
+        memorization: How much more certain the model is on training samples; 0 for real twins.
+        variance: Mean squared difference from the probabilities of a network trained on other samples.
     """
 
     estimate: Tensor
@@ -105,7 +105,8 @@ def diagnostics(holdout: HoldoutSums, training: LabelSums, estimate: Tensor, tas
             "gave nan or inf, and were left out."
         )
     if not messages and estimate.isnan():
-        messages["no value"] = "There is no value: no kept training sample has a label, or no batch could be measured."
+        reason = "no kept training sample has a label, or no batch could be measured"
+        messages["no value"] = f"There is no value: {reason}."
     if estimate > task.max_score:
         messages["too large"] = (
             f"The estimate is {float(estimate):.2f}, and no Brier score is above {task.max_score:g}: "
@@ -176,10 +177,11 @@ def risk_estimate(
     A twin of strength λ can be simulated without a second training, by
     :func:`~lightning_sensitivity.model.twins.twin_weights`. Then
 
-    - the variance is divided by λ² and multiplied by :func:`variance_factor`. It is also multiplied by min(1,
-      claim of the network / claim of the twin), since noise makes a twin less certain than another network would be;
+    - the variance is divided by λ² and multiplied by :func:`variance_factor`. It is also multiplied by
+      min(1, claim of the network / claim of the twin), since noise makes a twin less certain than another
+      network would be;
     - overconfidence below 0 counts half, since it may come from memorized training labels;
-    - memorization is added: how much the claim on unseen samples exceeds the claim on training samples, if it does.
+    - memorization is added: how much the claim on unseen samples exceeds that on training samples, if so.
 
     ``examples/studies/early_stopping/README.md`` has the measurements. If training labels are noisy, this is
     an estimate of the score against equally noisy labels. :class:`~lightning_sensitivity.RiskEstimate`
@@ -192,8 +194,8 @@ def risk_estimate(
         train_outputs: Outputs for training samples, in eval mode, shape ``(M, K, ...)`` or ``(M,)``.
         train_targets: Their labels. For ``"multiclass"``, integers ``(M, ...)`` (-100 is ignored), or soft
             labels of the shape of ``train_outputs``; for the other tasks, of the shape of ``train_outputs``.
-        task: ``"multiclass"`` scores the sum over classes of (p − y)²; ``"binary"`` and ``"multilabel"`` the
-            mean over labels.
+        task: ``"multiclass"`` scores the sum over classes of (p − y)²; ``"binary"`` and ``"multilabel"``
+            the mean over labels.
         strength: λ, if the twin is simulated; None for a real one.
         factor: Factor of the variance for a simulated twin, from :func:`variance_factor`.
 

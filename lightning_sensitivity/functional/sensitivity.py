@@ -60,7 +60,8 @@ def sensitivity_rows(clean: Tensor, noisy: Tensor | Iterable[Tensor]) -> Tensor:
     for draw in (noisy,) if isinstance(noisy, Tensor) else noisy:
         _check_outputs("noisy", draw)
         if draw.shape != clean.shape:
-            raise ValueError(f"Expected `noisy` to have the shape {tuple(clean.shape)}, but got {tuple(draw.shape)}.")
+            shapes = f"{tuple(clean.shape)}, but got {tuple(draw.shape)}"
+            raise ValueError(f"Expected `noisy` to have the shape {shapes}.")
         rows.append(torch.cat(in_chunks(_rows_of_draw, by_position(draw), by_position(clean))))
         del draw  # before the next one comes
     if not rows:
@@ -148,7 +149,7 @@ def diagnostics(estimate: SensitivityEstimate, per_output: bool = False) -> dict
     share, num_outputs = float(estimate.class_mean_share), estimate.num_outputs
     if estimate.mean_square == 0:
         messages["no change"] = (
-            "No output changed: the noise does not reach the outputs (see `inputs=` and `at=`), or all weights are 0."
+            "No output changed: the noise does not reach the outputs (see `inputs=` and `at=`), or weights are 0."
         )
     elif not per_output and num_outputs > 1 and share * num_outputs < _SMALL_SHARE:
         messages["class mean"] = (
@@ -191,7 +192,7 @@ def output_sensitivity(clean: Tensor, noisy: Tensor | Iterable[Tensor], per_outp
     """
     rows = sensitivity_rows(clean, noisy)
     if clean.numel() == 0:
-        raise ValueError(f"Expected `clean` to hold at least one sample, but got the shape {tuple(clean.shape)}.")
+        raise ValueError(f"Expected `clean` to hold a sample, but got the shape {tuple(clean.shape)}.")
     estimate = sensitivity_from_rows(rows)
     return estimate.mean_square if per_output else estimate.sensitivity
 
@@ -246,4 +247,5 @@ def _check_outputs(name: str, outputs: object) -> None:
         got = getattr(outputs, "dtype", type(outputs))
         raise TypeError(f"Expected `{name}` to be a floating tensor of outputs (logits), but got {got}.")
     if outputs.ndim == 0 or (outputs.ndim > 1 and outputs.shape[1] == 0):
-        raise ValueError(f"Expected `{name}` to have the shape (N, K, ...) or (N,), but got {tuple(outputs.shape)}.")
+        got = tuple(outputs.shape)
+        raise ValueError(f"Expected `{name}` to have the shape (N, K, ...) or (N,), but got {got}.")

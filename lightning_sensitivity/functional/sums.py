@@ -1,4 +1,4 @@
-"""What the risk estimate sums over samples: claims, variance, scores on labels, agreement with the reference."""
+"""What the risk estimate sums over samples: claims, variance, scores on labels, agreement with others."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -156,7 +156,7 @@ def agreement_sums(outputs: Tensor, others: Tensor, shares: Tensor, task: Task) 
 
 
 def _finite_sums(*values: Tensor) -> Tensor:
-    """Sum up values over the samples whose values are all finite, and count the others; do not wait for the device."""
+    """Sum up values over samples whose values are all finite, and count the others, without a wait."""
     dtype = wide_dtype(values[0].device)
     rows = torch.stack([each.to(dtype)[:, None].flatten(1).sum(1) for each in values], dim=1)
     is_finite = rows.isfinite().all(1)

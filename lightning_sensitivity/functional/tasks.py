@@ -28,8 +28,9 @@ class Multiclass:
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         """Raise ValueError, saying what was expected, if outputs and labels do not fit the task."""
         if num_outputs(outputs) == 1:
-            kind, are_labels = ("floating", "from 0 to 1") if targets.is_floating_point() else ("integers", "0 and 1")
-            raise ValueError(f"Labels are {kind} for one output. Set `task='binary'` if they are {are_labels}")
+            is_floating = targets.is_floating_point()
+            kind, values = ("floating", "from 0 to 1") if is_floating else ("integers", "0 and 1")
+            raise ValueError(f"Labels are {kind} for one output. Set `task='binary'` if they are {values}")
         if targets.is_floating_point():
             self._check_soft_labels(outputs, targets)
         else:
@@ -41,7 +42,7 @@ class Multiclass:
         _check_probabilities(outputs, targets, advice)
         sums_to_one = (targets.double().sum(1) - 1).abs() < 1e-3
         if not bool((sums_to_one | has_ignored_value(targets).any(1)).all()):
-            raise ValueError(f"Expected soft labels that sum to 1 over the classes, but got other sums. {_SEVERAL}")
+            raise ValueError(f"Expected soft labels that sum to 1, but got other sums. {_SEVERAL}")
 
     def _check_shape_of_indices(self, outputs: Tensor, targets: Tensor) -> None:
         if targets.shape == outputs.shape:
@@ -70,7 +71,7 @@ class Multiclass:
             targets: Labels that fit the task.
 
         Returns:
-            The labels, ``(N, K, ...)``; and ``(N, ...)`` with 1 for each label that counts, 0 for ignored ones.
+            The labels, ``(N, K, ...)``; and ``(N, ...)`` with 1 for labels that count, 0 for ignored ones.
         """
         if targets.is_floating_point():
             return _without_ignored(p, targets)
@@ -98,7 +99,7 @@ class Multiclass:
 
 
 class Multilabel:
-    """Each of K labels is 0 or 1: sigmoid, the mean over labels of squared differences; see :class:`Multiclass`."""
+    """Each of K labels is 0 or 1: sigmoid, the mean over labels of squared differences."""
 
     name = "multilabel"
     max_score = 1.0

@@ -1,4 +1,4 @@
-"""The layout of outputs, and how to sum them in double precision without a double-precision copy of all of them."""
+"""The layout of outputs, and how to sum them in double precision without a copy of all of them."""
 
 from collections.abc import Callable
 
@@ -26,11 +26,11 @@ def wide_dtype(device: torch.device) -> torch.dtype:
 
 
 def in_chunks(function: Callable[..., Tensor], *tensors: Tensor) -> list[Tensor]:
-    """Call a function on a few samples at a time, so that there is never a double-precision copy of all outputs.
+    """Call a function on a few samples at a time, so that no double-precision copy holds all outputs.
 
     Args:
         function: Function of a chunk of each tensor.
-        tensors: Tensors of the same samples, ``(N, ...)``; the size of the first one determines that of a chunk.
+        tensors: Tensors of the same samples, ``(N, ...)``; the first one determines the size of a chunk.
     """
     samples_per_chunk = max(1, _CHUNK * len(tensors[0]) // max(1, tensors[0].numel()))
     parts = [torch.split(tensor, samples_per_chunk) for tensor in tensors]

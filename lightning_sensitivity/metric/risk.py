@@ -223,7 +223,7 @@ class RiskEstimate(WideMetric):
 
     def _reference_weight(self) -> float | None:
         """Compute w, from the references of all processes; None if there is none."""
-        rows = torch.unique(dim_zero_cat(self.references).cpu(), dim=0)  # `forward` and `merge_state` repeat them
+        rows = torch.unique(dim_zero_cat(self.references).cpu(), dim=0)  # `forward` repeats them
         if not len(rows):
             return None
         score, chance, claim, num_samples = rows.sum(0).tolist()
@@ -242,7 +242,7 @@ class RiskEstimate(WideMetric):
         """Plot the estimate, for one result or for a list of them, such as one per epoch.
 
         Args:
-            val: A result of ``metric.compute`` or a list of results; by default the result of ``metric.compute``.
+            val: A result of ``metric.compute`` or a list of them; by default that of ``metric.compute``.
             ax: The matplotlib axes to plot on; by default new ones.
 
         Returns:

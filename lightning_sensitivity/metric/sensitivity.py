@@ -28,7 +28,8 @@ class OutputSensitivity(WideMetric):
 
     The variance is the population variance (ddof 0) over all samples and noise draws (Forouzesh, Salehi and
     Thiran, arXiv:2007.15378), without labels. The state is one row of five numbers per sample, so the value
-    depends on neither the batch size nor the number of processes. Samples with nan or inf are left out, with a warning.
+    depends on neither the batch size nor the number of processes. Samples with nan or inf are left out, with
+    a warning.
 
     ``forward`` and ``update`` accept:
 
@@ -122,7 +123,7 @@ class OutputSensitivity(WideMetric):
 
     @property
     def per_sample(self) -> Tensor:
-        """Mean squared change of each sample, ``(N,)``, in the order of the updates; nan for samples with nan or inf.
+        """Mean squared change of each sample, ``(N,)``, in the order of the updates; nan for those with nan or inf.
 
         If all samples have the same number of positions, the mean is the value of the metric. A large change
         does not mean that the prediction is wrong.

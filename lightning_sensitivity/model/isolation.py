@@ -28,7 +28,7 @@ _OWN = frozenset(vars(nn.Module()))  # what each module has: parameters, buffers
 _COPIED = (list, dict, set, collections.deque, collections.OrderedDict, collections.defaultdict, collections.Counter)
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _SKIPPED = (nn.Module, Dataset, DataLoader, types.ModuleType)
-_SKIPPED_PACKAGES = ("lightning", "pytorch_lightning", "lightning_fabric", "logging")  # their objects change anyway
+_SKIPPED_PACKAGES = ("lightning", "pytorch_lightning", "lightning_fabric", "logging")  # they change anyway
 
 
 class RunIsolated(Protocol):
@@ -70,7 +70,7 @@ def isolated(model: nn.Module) -> Iterator[RunIsolated]:
         model: The module.
 
     Raises:
-        MisconfigurationException: If it has lazy weights or scripted parts, or compiled ones before torch 2.6.
+        MisconfigurationException: If it has lazy weights, scripted parts, or compiled ones before torch 2.6.
     """
     modules = list(all_modules(model).values())
     _check_modules(modules)
@@ -88,7 +88,7 @@ def isolated(model: nn.Module) -> Iterator[RunIsolated]:
 
 
 def all_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules of a model by name, including those in lists, tuples and dicts, which PyTorch does not see."""
+    """Return the modules of a model by name, also those in lists, tuples and dicts, which PyTorch does not see."""
     modules = dict(model.named_modules())
     visible = set(modules.values())
     attributes = [pair for name, module in modules.items() for pair in _contents(name, module)]
@@ -155,10 +155,10 @@ class _State:
         self.parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in parameters]
         self.rng_states = collect_rng_states(include_cuda=any(parameter.is_cuda for parameter in parameters))
         self.originals = [(items, dict(items)) for module in modules for items in _dicts_of(module)]
-        self.attributes = [vars(module) for module in model.modules()]  # for the mode: modules override `eval()`
+        self.attributes = [vars(module) for module in model.modules()]  # since modules override `eval()`
         self.logs = [vars(module) for module in modules if hasattr(module, "log_dict")]  # of LightningModules
         self.places = list(chain.from_iterable(map(_places_of, modules)))
-        self.large_clones: dict[int, tuple[Tensor, int]] = {}  # with their versions, by the id of the original
+        self.large_clones: dict[int, tuple[Tensor, int]] = {}  # with versions, by the id of the original
 
     def put_copies(self) -> None:
         clear_autocast_cache()  # of 16-bit copies of weights, which may have changed since
@@ -177,8 +177,8 @@ class _State:
             attributes.update(log=_do_nothing, log_dict=_do_nothing)
 
     def _clone(self, tensor: Tensor) -> Tensor:
-        """Clone a tensor; a large one only if the last run has written to the clone, which its version tells."""
-        if tensor.layout != torch.strided or tensor.nbytes <= _LARGE:  # batch norm's kernel counts no versions
+        """Clone a tensor; a large one only if its version says that the last run has written to the clone."""
+        if tensor.layout != torch.strided or tensor.nbytes <= _LARGE:  # batch norm counts no versions
             return tensor.detach().clone()
         clone, version = self.large_clones.get(id(tensor), (None, 0))
         if clone is None or clone._version != version:
@@ -203,24 +203,24 @@ class _State:
 def _check_modules(modules: list[nn.Module]) -> None:
     for module in modules:
         if any(map(is_lazy, module.parameters(recurse=False))):
-            raise MisconfigurationException("Expected a model with weights, but some are lazy: run it on a batch.")
+            raise MisconfigurationException("Expected a model with weights, but some are lazy: run it once.")
         if isinstance(module, torch.jit.ScriptModule):
             raise MisconfigurationException(
                 "Expected a model whose state can be restored, but a part of it is scripted (torch.jit): "
                 "use the Python module it was made from."
             )
-        if not hasattr(torch.compiler, "set_stance") and is_compiled(module):  # it would keep the weights it has seen
-            raise MisconfigurationException("Compiled models can be measured from torch 2.6 on: update torch.")
+        if not hasattr(torch.compiler, "set_stance") and is_compiled(module):  # it would keep old weights
+            raise MisconfigurationException("Compiled models can be measured from torch 2.6 on.")
 
 
 def _dicts_of(module: nn.Module) -> list[dict[str, Any]]:
-    """List the dicts of a module that a ``forward`` could change: attributes, buffers, parameters, modules, hooks."""
+    """List the dicts that a ``forward`` could change: attributes, buffers, parameters, modules, hooks."""
     attributes = vars(module)
     return [attributes, *(attributes[name] for name in _OWN if isinstance(attributes.get(name), dict))]
 
 
 def _places_of(module: nn.Module) -> list[tuple[dict[str, Any], str, Any]]:
-    """List the attributes and buffers that are copied for a run: the dict that holds each, its name and its value."""
+    """List attributes and buffers that are copied for a run: the dict that holds each, its name and value."""
     own = [(vars(module), name, value) for name, value in vars(module).items() if name not in _OWN]
     buffers = [(module._buffers, name, value) for name, value in module._buffers.items()]
     return [place for place in (*own, *buffers) if _is_copied(place[2])]

@@ -1,4 +1,4 @@
-"""Noise: functions ``(x, generator) -> x'``, on the input or the output of a submodule, with seeded generators."""
+"""Noise: functions ``(x, generator) -> x'``, for inputs or outputs of a submodule, with seeded generators."""
 
 import hashlib
 import math
@@ -42,7 +42,8 @@ class GaussianNoise:
         std: Any = self.std
         if isinstance(std, tuple):
             valid = x.ndim > 1 and x.shape[1] == len(std)
-            check_argument("noise", std, valid, f"one number, or one per channel (dimension 1) of {describe(x)}")
+            expected = f"one number, or one per channel (dimension 1) of {describe(x)}"
+            check_argument("noise", std, valid, expected)
             std = torch.tensor(std, dtype=torch.float32, device=x.device).reshape(-1, *[1] * (x.ndim - 2))
         # Draw in float32 for every input type, so that all precisions get the same noise, rounded only once.
         noise = torch.randn(x.shape, generator=generator, dtype=torch.float32, device=x.device).mul_(std)
@@ -95,7 +96,7 @@ def noise_generator(
         device: Where the noise is needed.
     """
     # Hash the key, because in some generators neighbouring seeds give correlated streams.
-    key = repr(tuple(map(int, (seed, rank, dataloader_idx, batch_idx, draw)))).encode()  # NumPy ints have another repr
+    key = repr(tuple(map(int, (seed, rank, dataloader_idx, batch_idx, draw)))).encode()  # also of NumPy
     digest = hashlib.blake2b(key, digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
 
@@ -156,7 +157,7 @@ def noisy_outputs(
 
 
 def _call_perturbed_at(module: nn.Module, call: Callable[[], Tensor], perturb: Perturb) -> Tensor:
-    """Run the model, and perturb the first tensor that a submodule returns, each time that the submodule runs."""
+    """Run the model, and perturb the first tensor that a submodule returns, each time that it runs."""
     has_run = False
 
     def hook(module: nn.Module, args: object, result: Any) -> Any:
@@ -182,7 +183,7 @@ def submodule(model: nn.Module, name: str) -> nn.Module:
         name: The name.
 
     Raises:
-        MisconfigurationException: If no submodule has this name, or the name is empty, which means the model itself.
+        MisconfigurationException: If no submodule has this name; an empty one means the model itself.
     """
     modules: dict[str, nn.Module] = dict(original_module(model).named_modules())
     some = ", ".join(map(repr, list(modules)[1:6]))

@@ -28,7 +28,7 @@ def unknown_parameters(model: nn.Module, initial: Mapping[str, Tensor]) -> list[
 
 
 def _initial_weight(initial: Mapping[str, Tensor], name: str, parameter: Tensor) -> Tensor | None:
-    """Return the initial weight of a parameter, also if pruning has renamed it; None without one of its shape."""
+    """Return the initial weight of a parameter, which pruning may have renamed; None without one of its shape."""
     weight = initial.get(name, initial.get(name.removesuffix("_orig")))
     return weight if weight is not None and weight.shape == parameter.shape else None
 
@@ -111,12 +111,13 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
 def _batch_norms(model: nn.Module) -> list[BatchNorm]:
     """List the batch norms with running statistics and with a ``forward`` of torch's own."""
     own = (BatchNorm.forward, nn.SyncBatchNorm.forward)
-    norms = [module for module in model.modules() if isinstance(module, BatchNorm) and module.running_mean is not None]
-    return [norm for norm in norms if type(norm).forward in own and "forward" not in vars(norm)]
+    norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
+    usual = [norm for norm in norms if type(norm).forward in own and "forward" not in vars(norm)]
+    return [norm for norm in usual if norm.running_mean is not None]
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
-    """Yield name, parameter and the layer that uses it, like ``named_parameters``; tied parameters come only once."""
+    """Yield name, parameter and the layer that uses it; tied parameters come only once."""
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() or parameter.is_complex():
             layer = name.rpartition(".")[0].partition("parametrizations.")[0].rstrip(".")
@@ -132,7 +133,7 @@ def _draw_factors(layer: nn.Module, parameter: Tensor, generator: torch.Generato
 
 
 def _noise_shape(layer: nn.Module, parameter: Tensor) -> tuple[tuple[int, ...], bool]:
-    """Return the shape of the noise, and whether its first dimension has an entry for each group of a convolution."""
+    """Return the shape of the noise, and whether its first dimension counts the groups of a convolution."""
     shape = tuple(parameter.shape)
     has_no_inputs = parameter.ndim < 2 or isinstance(layer, nn.LayerNorm | nn.RMSNorm)
     if has_no_inputs or shape[1:].count(1) == parameter.ndim - 1:
