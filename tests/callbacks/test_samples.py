@@ -90,6 +90,7 @@ def kept(num_batches: float, num_wanted: float, sizes: list[int], max_bytes: flo
     (4, 40, [10, 30, 10, 10], [0, 1]),
     (10, 40, [1] + [15] * 9, [0, 1, 2, 3]),
     (10, 31, [30] + [1] * 9, [0, 5]),
+    (4, math.inf, [0, 10, 0, 10], [1, 3]),  # none that are empty
     # of a stream the first ones
     (math.inf, 35, [10] * 10, [0, 1, 2, 3]),
     (math.inf, math.inf, [10] * 10, range(10)),
@@ -109,7 +110,7 @@ BYTES = 10 * NUM_FEATURES * 4  # of a batch of 10
     (10, 2.5 * BYTES, [10] * 10, [0, 5]),  # still evenly spaced
     (math.inf, 2.5 * BYTES, [10] * 10, [0, 1]),
     (10, 0.1 * BYTES, [10] * 10, [0]),  # never none
-    (4, 5 * BYTES, [10, 10, 40, 10], [0, 1, 3]),  # not one that is larger than there is room for
+    (4, 5 * BYTES, [10, 10, 40, 10], [0, 1]),  # none from the first one on for which there is no room
 ])  # fmt: skip
 def test_the_memory_is_bounded_in_bytes(
     num_batches: float, max_bytes: float, sizes: list[int], indices: list[int]
