@@ -38,10 +38,13 @@ def only(index: Tensor, kept: Any) -> Tensor:
 
 
 INDEX = torch.arange(len(Y))
+# 12 evenly spaced batches are measured, and 24 are scored if they have labels, beside the first that is not measured.
+KEPT = {1} | {-(-place * NUM_BATCHES // count) for count in (12, 24) for place in range(count)}
+IS_KEPT = torch.tensor([int(index) // BATCH_SIZE in KEPT for index in INDEX])
 LABELS = {
     "few, most in batches that are not chosen": only(INDEX, lambda index: index % 97 == 5),
     "one, in the last batch": only(INDEX, lambda index: index == len(Y) - 1),
-    "8 bits": only(INDEX, lambda index: index < 1000).to(torch.int8),
+    "in each batch, 8 bits": only(INDEX, lambda index: index % 3 > 0).to(torch.int8),
 }
 
 
@@ -60,6 +63,8 @@ def test_their_score_and_the_estimate_are_combined(name: str, has_reference: boo
     without, _ = values(validation(labels), **options)
     combined, model = values(validation(labels), validation_labels=True, **options)
     counts = labels.long() != -100
+    if "each" in name:
+        counts &= IS_KEPT
     found, m = scores(model, X[counts], labels[counts]), int(counts.sum())
     assert (without["val_risk_reference_weight"] > 0) == has_reference
     weight = LABEL_WEIGHT_WITH_REFERENCE if has_reference else LABEL_WEIGHT
@@ -71,11 +76,12 @@ def test_their_score_and_the_estimate_are_combined(name: str, has_reference: boo
     assert "val_risk_label_stderr" not in combined
 
 
-def test_of_many_labels_twelve_hundred_are_scored_with_those_of_chosen_batches() -> None:
+def test_of_many_labels_about_twelve_hundred_are_scored_in_evenly_spaced_batches() -> None:
     combined, model = values(validation(Y), validation_labels=True)
-    # The first 24 batches, and two of the 12 chosen ones that come after them.
-    assert combined["val_risk_num_labels"] == 1300
-    assert combined["val_risk_label_score"] == pytest.approx(float(scores(model, X, Y).mean()), rel=0.05)
+    assert combined["val_risk_num_labels"] == int(IS_KEPT.sum()) == 1250
+    assert combined["val_risk_label_score"] == pytest.approx(
+        float(scores(model, X[IS_KEPT], Y[IS_KEPT]).mean()), rel=1e-5
+    )
 
 
 def test_they_are_found_by_targets_and_in_some_batches_only() -> None:
