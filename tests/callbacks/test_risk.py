@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, Subs
 
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 from tests.callbacks.plain_loop import HOLDOUT, NAMES, REFERENCE_NAMES, Plain, Truth, bce, fit
-from tests.helpers import Classifier, History, Stream, first_tensor, fitted, labelled, loader, logged
+from tests.helpers import Classifier, History, Stream, first_tensor, fitted, inputs, labelled, loader, logged
 from tests.helpers import unlabelled_loader as unlabelled
 
 X, Y = labelled(50).tensors
@@ -443,3 +443,19 @@ def test_a_pass_that_fails_in_a_validation_costs_its_value_and_training_goes_on(
         run = fit(model, loader(), RiskMonitor(), history)
     assert run.current_epoch == 3
     assert history.epochs[0] == history.epochs[1] != history.epochs[2]
+
+
+def test_a_first_value_that_is_missing_is_replaced_on_each_loader_by_itself() -> None:
+    class Half(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            is_first = not self.training and not self.trainer.sanity_checking and self.current_epoch == 0
+            is_second_loader = len(x) > 1 and bool((x[0] == second[0]).all())
+            return super().forward(x) * (math.nan if is_first and is_second_loader else 1.0)
+
+    second, history = inputs(16, seed=7), History()
+    with pytest.warns(UserWarning) as caught:
+        vals = [unlabelled(16, seed=6), unlabelled(16, seed=7)]
+        fitted([RiskMonitor(), history], Half(), val=vals)
+    values = [[epoch[f"val_risk_estimate/dataloader_idx_{index}"] for epoch in history.epochs] for index in (0, 1)]
+    assert values[1][0] == 2.0 and values[1][1] < 2 and max(values[0]) < 2
+    assert sum("has no first value" in message for message in said(caught)) == 1

@@ -103,8 +103,8 @@ class Uncopied(Tensor):
 
 FAULTS = {
     # samples that are not finite, and outputs that say nothing
-    "nan sample": Fault("[13] samples gave nan", "[13] validation and 0 training .* nan", y=lambda m, x, y: fill(y, NAN),
-        moments=ALL),
+    "nan sample": Fault("[13] samples gave nan", "[13] validation and 0 training .* nan", moments=ALL,
+        y=lambda m, x, y: fill(y, NAN)),
     "all nan": Fault("20 samples gave nan" + NONE, "20 validation .* nan" + NO_FIRST, moments=ALL,
         y=lambda m, x, y: y * NAN),
     "nan kept sample": Fault(None, "0 validation and [13] training .* nan", kept=lambda m, y: fill(y, NAN)),
