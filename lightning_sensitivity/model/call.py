@@ -4,7 +4,7 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -131,7 +131,7 @@ class ModelCall:
         return new
 
     def layout(self) -> tuple[object, ...] | None:
-        """Return what must be equal in calls that are joined: shapes and types of one sample; None if none can be."""
+        """Return what must be equal in calls that are joined: shape and type of a sample; None if none can be."""
         if not self.size or not all(_is_joinable(value, self.size) for value in self.arguments.values()):
             return None
         return *self.arguments, *map(_layout_of, self.arguments.values())
@@ -144,7 +144,8 @@ class ModelCall:
 
     def _argument_to_perturb(self) -> int | str:
         """Find the argument to perturb: 0, the first positional one, or its name."""
-        candidates = [key for key in self.arguments if key == 0 or (key in self.kwargs and key not in TARGET_NAMES)]
+        named = [name for name in self.kwargs if name not in TARGET_NAMES]
+        candidates: list[int | str] = [*range(len(self.args[:1])), *named]
         floating = [key for key in candidates if any(map(is_floating, tensors_in(self.arguments[key])))]
         if len(floating) == 1:
             return floating[0]
@@ -155,7 +156,8 @@ class ModelCall:
         got = "; ".join(f"{key!r}: {describe(value)}" for key, value in self.arguments.items())
         if floating:
             several = ", ".join(map(repr, floating))
-            return f"Expected one dense floating input to perturb, got several: {several}, among {got}. {_CHOOSE}"
+            expected = "Expected one dense floating input to perturb, got several"
+            return f"{expected}: {several}, among {got}. {_CHOOSE}"
         name = _submodule_to_perturb(self._model)
         perturb = "" if name is None else f"Perturb the output of a submodule, such as `at={name!r}`. "
         expected = "Expected a dense floating input to perturb, got none among the arguments of `forward`"
@@ -167,8 +169,8 @@ class ModelCall:
         shapes = [x.shape[1:] for x in tensors_in(self.arguments) if not x.is_nested]
         if not any(set(outputs.shape[2:]) <= set(s) and outputs.shape[1] not in s for s in shapes):
             raise MisconfigurationException(
-                f"`outputs` should move the classes to dimension 1, got {[*outputs.shape]}; if they are last, "
-                "`outputs=lambda y: y.movedim(-1, 1)`; if they are there, `outputs=lambda y: y`."
+                f"`outputs` should move the classes to dimension 1, got {[*outputs.shape]}; if they are "
+                "last, `outputs=lambda y: y.movedim(-1, 1)`; if they are there, `outputs=lambda y: y`."
             )
 
 
@@ -306,30 +308,35 @@ def _named_arguments(model: nn.Module, batch: Mapping[str, Any]) -> dict[int | s
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     if not takes_all and set(names).isdisjoint(batch.keys()):
         raise MisconfigurationException(
-            f"`inputs` should return the arguments of `forward`, which names none of {describe(batch)}: for example, "
-            f"`inputs=lambda batch: batch[{next(iter(batch), None)!r}]`, or `inputs=lambda batch: (batch,)` for "
-            "`forward(batch)`."
+            f"`inputs` should return the arguments of `forward`, which names none of {describe(batch)}: "
+            f"for example, `inputs=lambda batch: batch[{next(iter(batch), None)!r}]`, or "
+            "`inputs=lambda batch: (batch,)` for `forward(batch)`."
         )
     return {name: value for name, value in batch.items() if takes_all or name in names}
 
 
 def _submodule_to_perturb(model: nn.Module) -> str | None:
-    """Name a submodule as an example for ``at``: the first embedding, or else the first of all; None without any."""
+    """Name a submodule as an example for ``at``: the first embedding, or else the first; None without any."""
     modules = {name: module for name, module in original_module(model).named_modules() if name}
     embeddings = [name for name, module in modules.items() if isinstance(module, nn.Embedding)]
     return next(iter(embeddings or modules), None)
 
 
 def _num_samples(batch: object, arguments: Iterable[object]) -> int:
-    """Count the samples: rows of the first tensor, or items of the first list if it has a tensor for each sample."""
+    """Count the samples: rows of the first tensor, or items of a list that has a tensor for each sample."""
     known = _numbers_of_rows(_items_of(batch))
     for value in arguments:
         rows = _numbers_of_rows(tensors_in(value))
-        if rows and isinstance(value, list) and rows[0] not in known and (len(value) in known or len(set(rows)) > 1):
-            return len(value)
         if rows:
-            return rows[0]
+            return len(value) if _is_list_of_samples(value, rows, known) else rows[0]
     return 0
+
+
+def _is_list_of_samples(value: object, rows: Sequence[int], known: Sequence[int]) -> TypeGuard[list[Tensor]]:
+    """Return whether a list has a tensor for each sample, judging by the rows of other tensors in the batch."""
+    if not isinstance(value, list) or rows[0] in known:
+        return False
+    return len(value) in known or len(set(rows)) > 1
 
 
 def _numbers_of_rows(values: Iterable[object]) -> list[int]:
@@ -337,7 +344,7 @@ def _numbers_of_rows(values: Iterable[object]) -> list[int]:
 
 
 def _is_joinable(value: object, size: int) -> bool:
-    """Return whether an argument can be part of a joint call: a tensor with one row per sample, or a plain value."""
+    """Return whether an argument can be part of a joint call: a tensor with a row per sample, or a plain value."""
     if not isinstance(value, Tensor):
         return isinstance(value, bool | int | float | str | None)
     is_plain = type(value) is Tensor and value.layout == torch.strided and not value.is_nested
@@ -357,6 +364,7 @@ def _find_targets(model: nn.Module, batch: Any) -> object:
     """Find the labels by position or name; None if it is not clear where they are."""
     if isinstance(batch, list | tuple):
         return batch[-1] if len(batch) == max(1, num_required(model)) + 1 else None
-    entries = batch if isinstance(batch, Mapping) else {name: getattr(batch, name, None) for name in TARGET_NAMES}
-    tensors = [entries[name] for name in TARGET_NAMES if isinstance(entries.get(name), Tensor)]
+    is_mapping = isinstance(batch, Mapping)
+    named = [batch.get(name) if is_mapping else getattr(batch, name, None) for name in TARGET_NAMES]
+    tensors = [value for value in named if isinstance(value, Tensor)]
     return tensors[0] if len(tensors) == 1 else None
