@@ -97,7 +97,7 @@ class Reporter:
                 return error
             link = "" if see("") in reason else see("noise" if "perturb" in reason else "arguments")
             return MisconfigurationException(f"`{self._monitor}` {what}: {reason}{link}")
-        if isinstance(error, ValueError):
+        if isinstance(error, ValueError) and reason.startswith("Expected"):  # one of ours, about labels
             return MisconfigurationException(f"`{self._monitor}` {what}: {reason}{see('failed')}")
         return MisconfigurationException(
             f"`{self._monitor}` {what}: {reason} If `forward` takes other arguments, set `inputs=`, such as "

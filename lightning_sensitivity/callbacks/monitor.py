@@ -232,7 +232,7 @@ class Monitor(Callback, ABC):
         """Measure the samples of every loader, and check that the passes leave no trace."""
         self._is_measured = True
         seen: dict[str, Seen] = {}
-        versions: dict[str, tuple[int, int]] = {}
+        versions: dict[str, tuple[int, Tensor]] = {}
         for place, samples in enumerate(self.samples):
             metric, self.metrics[place] = self.metrics[place], None
             what = f"could not measure the samples of dataloader {samples.dataloader_idx}"

@@ -80,14 +80,14 @@ class RiskPasses:
 
     def _passes(self, samples: KeptSamples) -> Iterator[tuple[Group, ModelCall, Tensor]]:
         """Yield each group of some samples with its call and its outputs, which are checked."""
-        device, check = self._module.device, samples.next_check()
+        device, checks = self._module.device, samples.checks()
         for place, group in enumerate(samples.groups):
             call = group.call.to(device)
             outputs = samples.clean_outputs(self._run, place, call)
             check_outputs(outputs, self._metric.task)
-            if check is not None and check.place == place:
-                alone = self._run(group.batch(check.batch_idx).call.to(device))
-                check_agreement(outputs[group.rows()[check.batch_idx]], alone, outputs.dtype)
+            for batch_idx in checks.get(place, []):
+                alone = self._run(group.batch(batch_idx).call.to(device))
+                check_agreement(outputs[group.rows()[batch_idx]], alone, outputs.dtype)
             yield group, call, outputs
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.data import sized_len
@@ -57,18 +57,6 @@ class Group:
         return Group(self.call.select(rows), [batch_idx], [rows.stop - rows.start])
 
 
-class Check(NamedTuple):
-    """Name a batch that is run by itself, too.
-
-    Attributes:
-        place: The place of its group in :attr:`KeptSamples.groups`.
-        batch_idx: Its index in the loader.
-    """
-
-    place: int
-    batch_idx: int
-
-
 class JointPassError(Exception):
     """A batch gives other outputs by itself than together with others."""
 
@@ -101,7 +89,7 @@ class KeptSamples:
         self._max_bytes = max_bytes
         self._chosen: set[int] | None = None  # indices of batches; None for every batch, until there are enough
         self._num_bytes = 0
-        self._num_checked = 0  # batches that were run by themselves
+        self._num_checked = 0  # validations in which batches were run by themselves
         self._clean: dict[int, Tensor] = {}  # outputs of this validation, by the place of the group
 
     @property
@@ -208,16 +196,19 @@ class KeptSamples:
             self._clean[place] = outputs
         return self._clean[place]
 
-    def next_check(self) -> Check | None:
-        """Choose the batch that is also run by itself in this validation; None if no batches are joined."""
-        batches = [
-            Check(place, batch_idx)
-            for place, group in enumerate(self.groups)
-            for batch_idx in group.batch_indices
-            if len(group.sizes) > 1
-        ]
+    def checks(self) -> dict[int, list[int]]:
+        """Choose the joined batches that are also run by themselves: all in the first validation, then one in each.
+
+        Returns:
+            Their indices in the loader, by the place of their group in :attr:`groups`.
+        """
+        joint = {place: group.batch_indices for place, group in enumerate(self.groups) if len(group.sizes) > 1}
         self._num_checked += 1
-        return batches[-self._num_checked % len(batches)] if batches else None  # the last one has most to lose
+        if self._num_checked == 1 or not joint:
+            return joint
+        batches = [(place, index) for place, indices in joint.items() for index in indices]
+        place, index = batches[-self._num_checked % len(batches)]
+        return {place: [index]}
 
     def separate(self) -> None:
         """Measure each batch by itself from now on."""

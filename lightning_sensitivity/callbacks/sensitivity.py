@@ -104,16 +104,15 @@ class SensitivityMonitor(Monitor):
         self, module: LightningModule, run: RunIsolated, samples: KeptSamples, metric: OutputSensitivity
     ) -> None:
         """Run the model on the kept samples of a loader, clean and with noise."""
-        check = samples.next_check()
+        checks = samples.checks()
         for place, group in enumerate(samples.groups):
             call = group.call.to(module.device)
             clean = samples.clean_outputs(run, place, call)
             self._check_outputs(clean)
             metric.update(clean, self._noisy_outputs(module, run, samples, group, call))
-            if check is not None and check.place == place:
-                alone = group.batch(check.batch_idx)
-                single = self._measure_alone(module, run, samples, alone)
-                check_agreement(metric.rows[-1][group.rows()[check.batch_idx]], single, clean.dtype)
+            for batch_idx in checks.get(place, []):
+                alone = self._measure_alone(module, run, samples, group.batch(batch_idx))
+                check_agreement(metric.rows[-1][group.rows()[batch_idx]], alone, clean.dtype)
 
     def compute_values(self, trainer: Trainer, dataloader_idx: int) -> dict[str, Tensor]:
         """Compute the sensitivity of a loader over all processes."""
@@ -125,7 +124,7 @@ class SensitivityMonitor(Monitor):
             self.reporter.warn(_ENTRIES[kind], f"on dataloader {dataloader_idx}: {message}", severity)
         if estimate.num_changes < 2:
             if not messages:
-                self.reporter.warn("failed", f"has no value on dataloader {dataloader_idx}: there is no sample.")
+                self.reporter.warn("failed", f"has no value on dataloader {dataloader_idx}: it needs two samples.")
             return {}
         return {"output_sensitivity": value, "output_sensitivity_stderr": metric.stderr}
 

@@ -99,19 +99,24 @@ def all_modules(model: nn.Module) -> dict[str, nn.Module]:
     return modules
 
 
-def parameter_versions(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Return, for each parameter by name, what changes when it is written to or gets other data."""
+def parameter_versions(model: nn.Module) -> dict[str, tuple[int, Tensor]]:
+    """Return, for each parameter by name, its version, and its data, so that its memory is not used again."""
     named = [
         (f"{name}.{key}" if name else key, parameter)
         for name, module in all_modules(model).items()
         for key, parameter in module._parameters.items()
     ]
-    return {name: (p._version, p.data_ptr()) for name, p in named if p is not None and not p.is_inference()}
+    return {name: (p._version, p.data) for name, p in named if p is not None and not p.is_inference()}
 
 
-def written_parameters(before: Mapping[str, tuple[int, int]], after: Mapping[str, tuple[int, int]]) -> list[str]:
-    """Name the parameters that were written to between two calls of :func:`parameter_versions`."""
-    return [name for name, version in before.items() if after.get(name) != version]
+def written_parameters(before: Mapping[str, tuple[int, Tensor]], after: Mapping[str, tuple[int, Tensor]]) -> list[str]:
+    """Name the parameters that were written to, or got other data, between two calls of :func:`parameter_versions`."""
+    written = []
+    for name, (version, data) in before.items():
+        version_after, data_after = after.get(name, (-1, data))
+        if version != version_after or data.data_ptr() != data_after.data_ptr():
+            written.append(name)
+    return written
 
 
 def fingerprint(model: nn.Module) -> dict[str, Seen]:

@@ -296,7 +296,7 @@ def test_batches_are_joined_up_to_a_number_of_elements(
     monkeypatch.setattr(S, "MAX_ELEMENTS", 16 * max_samples)
     sizes = note_passes(model)
     values = validated(SensitivityMonitor(), model, unlabelled_loader(50, 10))
-    one, alone = [10], [10, 10] if len(joint) < 5 else []  # to look at tensors; to compare one batch, clean and noisy
+    one, alone = [10], [10, 10] * sum(size // 10 for size in joint if size > 10)  # a look at tensors; comparisons
     assert sorted(sizes) == sorted([*one, *joint, *joint, *alone])
     assert values[SENSITIVITY] == pytest.approx(sensitivity(model, inputs(50).split(10)), rel=1e-5)
 
@@ -442,13 +442,14 @@ def test_graphs_that_look_like_samples_are_measured_one_by_one() -> None:
     assert logged(run)[SENSITIVITY] == pytest.approx(changes.var(correction=0).item(), rel=1e-5)
 
 
-def test_another_batch_is_compared_in_every_validation() -> None:
+def test_all_batches_are_compared_in_the_first_validation_and_then_another_one_in_each() -> None:
     samples = kept(math.inf, math.inf, [2] * 5)
     with isolated(MODEL) as run:
         samples.complete(MODEL, run, torch.device("cpu"))
-    assert sorted(samples.next_check().batch_idx for _ in range(5)) == [0, 1, 2, 3, 4]  # type: ignore[union-attr]
+    assert samples.checks() == {0: [0, 1, 2, 3, 4]}
+    assert sorted(samples.checks()[0][0] for _ in range(5)) == [0, 1, 2, 3, 4]
     samples.separate()
-    assert samples.next_check() is None
+    assert samples.checks() == {}
 
 
 def test_outputs_that_differ_by_more_than_rounding_are_told() -> None:
