@@ -181,7 +181,7 @@ def _measure_model(name: str, source: ModelSource, batches: Sequence[Any], setti
         raise ValueError(f"Expected two samples or more, all finite; got {int(estimate.num_samples)} of {len(rows)}.")
     for message in diagnostics(estimate).values():
         rank_zero_warn(f"Model {name!r}: {message}")
-    sensitivity, stderr = float(estimate.sensitivity), float(estimate.stderr)
+    sensitivity, stderr = float(estimate.value), float(estimate.stderr)
     loss, error, _ = (label_sums.sum(0) / label_sums[:, 2].sum()).tolist()  # nan without labels
     entropy = torch.special.entr(log_p.exp()).sum(2).mean()
     note = "undecided (untrained?)" if entropy > 0.95 * math.log(log_p.shape[2]) else ""

@@ -19,21 +19,18 @@ class SensitivityEstimate(NamedTuple):
     """Hold the estimates from rows, as scalar tensors except ``num_outputs``.
 
     Attributes:
-        sensitivity: S, in squared units of the outputs.
-        stderr: One standard error of ``sensitivity``, clustered by sample; nan below two samples.
-        mean_square: Mean squared change of the single outputs, without averaging over classes first.
-        mean_square_stderr: Its standard error.
-        class_mean_share: Share of the class mean in the change, from 0 to 1; 1/K for independent outputs.
+        value: S, or the mean squared change of the single outputs, in squared units of the outputs.
+        stderr: One standard error of ``value``, clustered by sample; nan below two samples.
+        class_mean_share: Share of the class mean in the change, from 0 to 1; 1/K for independent outputs; nan
+            without any change.
         num_samples: Number of samples.
         num_changes: Number of changes, over samples, draws and positions.
         num_non_finite: Number of samples that were left out because an output was nan or inf.
         num_outputs: K; 0 without samples.
     """
 
-    sensitivity: Tensor
+    value: Tensor
     stderr: Tensor
-    mean_square: Tensor
-    mean_square_stderr: Tensor
     class_mean_share: Tensor
     num_samples: Tensor
     num_changes: Tensor
@@ -76,7 +73,7 @@ def _rows_of_draw(noisy: Tensor, clean: Tensor) -> Tensor:
     return torch.stack([ones, means, means.square(), squares, change.shape[1] * ones], dim=1).sum(2)
 
 
-def sensitivity_from_rows(rows: Tensor) -> SensitivityEstimate:
+def sensitivity_from_rows(rows: Tensor, per_output: bool = False) -> SensitivityEstimate:
     r"""Estimate output sensitivity and its standard error from the rows of all samples.
 
     Let :math:`e` be a change, m the mean of all W changes, and S the mean of :math:`(e - m)^2`. Sample i of n
@@ -86,6 +83,7 @@ def sensitivity_from_rows(rows: Tensor) -> SensitivityEstimate:
 
     Args:
         rows: Shape ``(N, 5)``, from :func:`sensitivity_rows`.
+        per_output: Estimate the mean squared change of the single outputs instead.
 
     Returns:
         The estimate; nan where no sample is finite.
@@ -99,23 +97,16 @@ def sensitivity_from_rows(rows: Tensor) -> SensitivityEstimate:
         raise ValueError(f"Expected the same number of outputs K (dimension 1) in every batch, but got {got}")
     is_finite = rows.isfinite().all(1)
     kept = rows[is_finite]
-    count, squares, deviations = kept[:, 0], kept[:, 3], squared_deviations(kept)
-    total = count.sum()
-    sensitivity = deviations.sum() / total
-    mean_square = squares.sum() / total
+    count, squares = kept[:, 0], kept[:, 3]
+    sums = squares if per_output else squared_deviations(kept)
+    value = sums.sum() / count.sum()
     correction = math.sqrt(len(kept) / (len(kept) - 1)) if len(kept) > 1 else math.nan
-
-    def stderr(values: Tensor, mean: Tensor) -> Tensor:
-        return correction * (values - mean * count).square().sum().sqrt() / total
-
     return SensitivityEstimate(
-        sensitivity=sensitivity,
-        stderr=stderr(deviations, sensitivity),
-        mean_square=mean_square,
-        mean_square_stderr=stderr(squares, mean_square),
+        value=value,
+        stderr=correction * (sums - value * count).square().sum().sqrt() / count.sum(),
         class_mean_share=kept[:, 2].sum() / squares.sum(),
         num_samples=is_finite.sum(),
-        num_changes=total,
+        num_changes=count.sum(),
         num_non_finite=(~is_finite).sum(),
         num_outputs=int(sizes[0]),
     )
@@ -147,7 +138,7 @@ def diagnostics(estimate: SensitivityEstimate, per_output: bool = False) -> dict
     if estimate.num_non_finite > 0:
         messages["non-finite"] = f"{int(estimate.num_non_finite)} samples gave nan or inf, and were left out."
     share, num_outputs = float(estimate.class_mean_share), estimate.num_outputs
-    if estimate.mean_square == 0:
+    if estimate.num_samples > 0 and math.isnan(share):
         messages["no change"] = (
             "No output changed: the noise does not reach the outputs (see `inputs=` and `at=`), or weights are 0."
         )
@@ -193,8 +184,7 @@ def output_sensitivity(clean: Tensor, noisy: Tensor | Iterable[Tensor], per_outp
     rows = sensitivity_rows(clean, noisy)
     if clean.numel() == 0:
         raise ValueError(f"Expected `clean` to hold a sample, but got the shape {tuple(clean.shape)}.")
-    estimate = sensitivity_from_rows(rows)
-    return estimate.mean_square if per_output else estimate.sensitivity
+    return sensitivity_from_rows(rows, per_output).value
 
 
 def loss_estimate(

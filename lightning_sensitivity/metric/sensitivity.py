@@ -101,10 +101,10 @@ class OutputSensitivity(WideMetric):
     def compute(self) -> Tensor:
         """Compute the sensitivity of all samples so far, over all processes."""
         self._all_rows = dim_zero_cat(self.rows)
-        estimate = sensitivity.sensitivity_from_rows(self._all_rows)
+        estimate = sensitivity.sensitivity_from_rows(self._all_rows, self.per_output)
         for message in sensitivity.diagnostics(estimate, self.per_output).values():
             self._warn(message)
-        return estimate.mean_square if self.per_output else estimate.sensitivity
+        return estimate.value
 
     @property
     def estimate(self) -> sensitivity.SensitivityEstimate:
@@ -114,12 +114,12 @@ class OutputSensitivity(WideMetric):
         :attr:`stderr` and :attr:`per_sample`.
         """
         self.compute()  # this is cached, and sets the rows
-        return sensitivity.sensitivity_from_rows(self._all_rows)
+        return sensitivity.sensitivity_from_rows(self._all_rows, self.per_output)
 
     @property
     def stderr(self) -> Tensor:
         """Standard error of the value, over samples and noise; nan below two samples."""
-        return self.estimate.mean_square_stderr if self.per_output else self.estimate.stderr
+        return self.estimate.stderr
 
     @property
     def per_sample(self) -> Tensor:
