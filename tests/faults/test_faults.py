@@ -153,7 +153,7 @@ FAULTS = {
     # functions of the user
     "inputs=": Fault("could not keep.*in inputs", "could not keep.*in inputs" + NO_REFERENCE,
         options={"inputs": failing("inputs", 3)}),
-    "outputs=": Fault("in outputs|other logits", "in outputs|other logits",
+    "outputs=": Fault("in outputs|other logits", "in outputs|other logits|no first value",
         options={"outputs": failing("outputs", 40)}),
     "targets=": Fault(None, LEFT_OUT + "in targets", r_options={"targets": failing("targets", 2)}),
     "features=": Fault(None, LEFT_OUT + "in features", r_options={"features": failing("features", 2)}),
