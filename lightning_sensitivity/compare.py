@@ -75,7 +75,7 @@ class _Settings(NamedTuple):
 
 def compare_models(
     models: Mapping[str, ModelSource],
-    dataloader: Iterable[Any],
+    dataloader: Iterable[object],
     *,
     noise: Noise = 0.1,
     at: str | None = None,
@@ -143,7 +143,7 @@ def compare_models(
 
 
 def _measure_models(
-    models: Mapping[str, ModelSource], batches: Sequence[Any], settings: _Settings
+    models: Mapping[str, ModelSource], batches: Sequence[object], settings: _Settings
 ) -> tuple[list[Measured], list[ModelScores]]:
     """Measure one model after another; those that fail get a note."""
     measured: list[Measured] = []
@@ -169,7 +169,7 @@ def _judge(measured: Sequence[Measured]) -> list[ModelScores]:
     return sorted(judged, key=lambda scores: (errors.get(scores.name, math.inf), scores.sensitivity))
 
 
-def _measure_model(name: str, source: ModelSource, batches: Sequence[Any], settings: _Settings) -> Measured:
+def _measure_model(name: str, source: ModelSource, batches: Sequence[object], settings: _Settings) -> Measured:
     """Measure a model on all samples, batch by batch."""
     model = source if isinstance(source, nn.Module) else source()
     if not isinstance(model, nn.Module):
@@ -189,7 +189,7 @@ def _measure_model(name: str, source: ModelSource, batches: Sequence[Any], setti
     return scores, log_p if len(log_p) == len(rows) else log_p[:0]
 
 
-def _measure_batch(model: nn.Module, batch: Any, batch_idx: int, settings: _Settings) -> tuple[Tensor, Tensor, Tensor]:
+def _measure_batch(model: nn.Module, batch: object, batch_idx: int, settings: _Settings) -> tuple[Tensor, ...]:
     """Run a model on a batch, clean and with noise.
 
     Returns:

@@ -25,14 +25,14 @@ __all__ = ["AxType", "BatchNorm", "Convolution", "PlotType", "TransposedConvolut
 # Random states
 
 
-def collect_rng_states(include_cuda: bool) -> dict[str, Any]:
+def collect_rng_states(include_cuda: bool) -> dict[str, object]:
     """Collect the states of Python's, NumPy's and torch's random streams."""
     from lightning.fabric.utilities.seed import _collect_rng_states
 
     return _collect_rng_states(include_cuda=include_cuda)
 
 
-def set_rng_states(states: dict[str, Any]) -> None:
+def set_rng_states(states: dict[str, object]) -> None:
     """Set the states from :func:`collect_rng_states`."""
     from lightning.fabric.utilities.seed import _set_rng_states
 

@@ -85,7 +85,6 @@ class RiskEstimate(WideMetric):
     labels_sums: Tensor
     holdout_agreement: Tensor
     training_agreement: Tensor
-    references: list[Tensor] | Tensor  # one tensor while it is synchronized
 
     def __init__(
         self,
@@ -112,6 +111,7 @@ class RiskEstimate(WideMetric):
         for name, num_sums in _NUM_SUMS.items():
             default = torch.zeros(num_sums, dtype=wide_dtype(self.device))
             self.add_state(name, default=default, dist_reduce_fx="sum")
+        self.references: list[Tensor] | Tensor = []  # one tensor while it is synchronized
         self.add_state("references", default=[], dist_reduce_fx="cat")
         self.reset()
 

@@ -75,7 +75,6 @@ class OutputSensitivity(WideMetric):
     plot_lower_bound: float = 0.0
 
     _warn = staticmethod(partial(rank_zero_warn, stacklevel=5))  # at the line that calls `compute`
-    rows: list[Tensor] | Tensor  # one tensor while it is synchronized
 
     def __init__(self, per_output: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -83,6 +82,7 @@ class OutputSensitivity(WideMetric):
             raise ValueError(f"Expected argument `per_output` to be a bool, but got {per_output!r}.")
         self.per_output = per_output
         self._all_rows = torch.empty(0)  # over all processes, as of the last `compute`
+        self.rows: list[Tensor] | Tensor = []  # one tensor while it is synchronized
         self.add_state("rows", default=[], dist_reduce_fx="cat")
         self.reset()
 

@@ -56,11 +56,11 @@ class ModelCall:
     """
 
     def __init__(
-        self, model: nn.Module, batch: Any, inputs: Selector | None = None, outputs: Selector | None = None
+        self, model: nn.Module, batch: object, inputs: Selector | None = None, outputs: Selector | None = None
     ) -> None:
         self._model = model
         self._outputs = outputs
-        self.arguments: dict[int | str, Any] = {0: batch}
+        self.arguments: dict[int | str, object] = {0: batch}
         if inputs:
             arguments = inputs(clone_tensors(batch))  # `inputs` may write to the batch
             self.arguments = dict(enumerate(arguments if type(arguments) is tuple else (arguments,)))
@@ -71,12 +71,12 @@ class ModelCall:
         self.sizes = [_num_samples(batch, self.arguments.values())]
 
     @property
-    def args(self) -> tuple[Any, ...]:
+    def args(self) -> tuple[object, ...]:
         """The positional arguments of the model."""
         return tuple(value for key, value in self.arguments.items() if isinstance(key, int))
 
     @property
-    def kwargs(self) -> dict[str, Any]:
+    def kwargs(self) -> dict[str, object]:
         """The keyword arguments of the model."""
         return {key: value for key, value in self.arguments.items() if isinstance(key, str)}
 
@@ -136,7 +136,7 @@ class ModelCall:
             return None
         return *self.arguments, *map(_layout_of, self.arguments.values())
 
-    def _with(self, change: Callable[[Any], Any]) -> "ModelCall":
+    def _with(self, change: Callable[[object], object]) -> "ModelCall":
         """Return the call with other arguments, which a function makes of those of this call."""
         new = copy.copy(self)
         new.arguments = {key: change(value) for key, value in self.arguments.items()}
@@ -184,7 +184,7 @@ def join_calls(calls: Sequence[ModelCall]) -> ModelCall:
     return joint
 
 
-def select_outputs(result: Any, outputs: Selector | None = None) -> Tensor:
+def select_outputs(result: object, outputs: Selector | None = None) -> Tensor:
     """Select the outputs from the result of a model.
 
     Args:
@@ -232,7 +232,7 @@ def select_targets(model: nn.Module, batch: Any, targets: Selector | None = None
     return selected
 
 
-def _find_outputs(result: Any) -> object:
+def _find_outputs(result: object) -> object:
     if isinstance(result, Mapping):
         return result.get("logits")
     return getattr(result, "logits", first_of(result))
@@ -293,7 +293,7 @@ def _items_of(value: object) -> Iterable[object]:
     return value if isinstance(value, list | tuple) else ()
 
 
-def _positional_arguments(model: nn.Module, batch: Sequence[Any]) -> dict[int | str, Any]:
+def _positional_arguments(model: nn.Module, batch: Sequence[object]) -> dict[int | str, object]:
     count = max(1, num_required(model))
     if len(batch) < count:
         raise MisconfigurationException(
@@ -302,7 +302,7 @@ def _positional_arguments(model: nn.Module, batch: Sequence[Any]) -> dict[int | 
     return dict(enumerate(batch[:count]))
 
 
-def _named_arguments(model: nn.Module, batch: Mapping[str, Any]) -> dict[int | str, Any]:
+def _named_arguments(model: nn.Module, batch: Mapping[str, object]) -> dict[int | str, object]:
     parameters = parameters_of(model)
     takes_all = all(p.kind is p.VAR_KEYWORD for p in parameters)
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]

@@ -7,7 +7,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain, islice
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ _SKIPPED_PACKAGES = ("lightning", "pytorch_lightning", "lightning_fabric", "logg
 class RunIsolated(Protocol):
     """Call a function that runs the model, and leave no trace of it."""
 
-    def __call__(self, function: Callable[..., T], *args: Any) -> T:
+    def __call__(self, function: Callable[..., T], *args: object) -> T:
         """Return what the function returns."""
 
 
@@ -76,7 +76,7 @@ def isolated(model: nn.Module) -> Iterator[RunIsolated]:
     _check_modules(modules)
     state = _State(model, modules)
 
-    def run(function: Callable[..., T], *args: Any) -> T:
+    def run(function: Callable[..., T], *args: object) -> T:
         try:
             state.put_copies()
             return function(*args)
@@ -167,7 +167,7 @@ class _State:
 
     def put_copies(self) -> None:
         clear_autocast_cache()  # of 16-bit copies of weights, which may have changed since
-        copies: dict[int, Any] = {}  # what several places share stays shared
+        copies: dict[int, object] = {}  # what several places share stays shared
         with torch.inference_mode(False):  # tensors of inference mode have no version
             for items, name, value in self.places:
                 if id(value) not in copies:
@@ -218,13 +218,13 @@ def _check_modules(modules: list[nn.Module]) -> None:
             raise MisconfigurationException("Compiled models can be measured from torch 2.6 on.")
 
 
-def _dicts_of(module: nn.Module) -> list[dict[str, Any]]:
+def _dicts_of(module: nn.Module) -> list[dict[str, object]]:
     """List the dicts that a ``forward`` could change: attributes, buffers, parameters, modules, hooks."""
     attributes = vars(module)
     return [attributes, *(attributes[name] for name in _OWN if isinstance(attributes.get(name), dict))]
 
 
-def _places_of(module: nn.Module) -> list[tuple[dict[str, Any], str, Any]]:
+def _places_of(module: nn.Module) -> list[tuple[dict[str, object], str, object]]:
     """List attributes and buffers that are copied for a run: the dict that holds each, its name and value."""
     own = [(vars(module), name, value) for name, value in vars(module).items() if name not in _OWN]
     buffers = [(module._buffers, name, value) for name, value in module._buffers.items()]
@@ -237,7 +237,7 @@ def _is_copied(value: object) -> bool:
     return type(value) in _COPIED and len(value) <= _LONG  # type: ignore[arg-type]
 
 
-def _contents(name: str, value: Any) -> list[tuple[str, Any]]:
+def _contents(name: str, value: object) -> list[tuple[str, object]]:
     """List the first items of a container, or the attributes of an object, by name."""
     if isinstance(value, list | tuple | collections.deque):
         return [(f"{name}[{index}]", item) for index, item in enumerate(islice(value, _MAX_ITEMS))]
@@ -262,7 +262,7 @@ def _is_looked_at(value: object) -> bool:
     return not isinstance(value, _SKIPPED) and packages.isdisjoint(_SKIPPED_PACKAGES)
 
 
-def _state_of(value: Any) -> object:
+def _state_of(value: object) -> object:
     """Return what changes when an object is written to, as far as it is cheap to know."""
     if isinstance(value, Tensor):
         return None if value.is_inference() else value._version

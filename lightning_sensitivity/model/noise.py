@@ -160,7 +160,7 @@ def _call_perturbed_at(module: nn.Module, call: Callable[[], Tensor], perturb: P
     """Run the model, and perturb the first tensor that a submodule returns, each time that it runs."""
     has_run = False
 
-    def hook(module: nn.Module, args: object, result: Any) -> Any:
+    def hook(module: nn.Module, args: object, result: Any) -> object:
         nonlocal has_run
         has_run = True
         first = first_of(result)
