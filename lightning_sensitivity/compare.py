@@ -175,17 +175,22 @@ def _measure_model(name: str, source: ModelSource, batches: Sequence[object], se
     if not isinstance(model, nn.Module):
         raise TypeError(f"Expected a function that makes a module, but it made {type(model).__name__}.")
     parts = [_measure_batch(model, batch, batch_idx, settings) for batch_idx, batch in enumerate(batches)]
-    rows, log_p, label_sums = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return _score(name, *(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+
+def _score(name: str, rows: Tensor, log_p: Tensor, label_sums: Tensor) -> Measured:
+    """Score a model by what its batches gave; see :func:`_measure_batch`."""
     estimate = sensitivity_from_rows(rows)
     if estimate.num_samples < max(2, len(rows)):
-        raise ValueError(f"Expected two samples or more, all finite; got {int(estimate.num_samples)} of {len(rows)}.")
+        got = f"{int(estimate.num_samples)} of {len(rows)}"
+        raise ValueError(f"Expected two samples or more, all finite; got {got}.")
     for message in diagnostics(estimate).values():
         rank_zero_warn(f"Model {name!r}: {message}")
-    sensitivity, stderr = float(estimate.value), float(estimate.stderr)
+    value, stderr = float(estimate.value), float(estimate.stderr)
     loss, error, _ = (label_sums.sum(0) / label_sums[:, 2].sum()).tolist()  # nan without labels
     entropy = torch.special.entr(log_p.exp()).sum(2).mean()
     note = "undecided (untrained?)" if entropy > 0.95 * math.log(log_p.shape[2]) else ""
-    scores = ModelScores(name, sensitivity=sensitivity, sensitivity_stderr=stderr, loss=loss, error=error, note=note)
+    scores = ModelScores(name, sensitivity=value, sensitivity_stderr=stderr, loss=loss, error=error, note=note)
     return scores, log_p if len(log_p) == len(rows) else log_p[:0]
 
 

@@ -147,7 +147,7 @@ def _checked_features(features: Tensor, new_features: Tensor) -> tuple[Tensor, T
 def _checked_labels(labels: Tensor, num_samples: int, task: Task) -> Tensor:
     """Return labels ``(N, K)`` as float64 on the CPU."""
     y = labels.detach().cpu().double()
-    y = y[:, None] if task.name == "binary" and y.ndim == 1 else y
+    y = y.reshape(-1, 1) if task.name == "binary" else y
     if y.ndim != 2 or len(y) != num_samples:
         got = f"{tuple(labels.shape)} for {num_samples} samples"
         raise ValueError(f"Expected `labels` to be probabilities (N, K), such as one-hot labels, but got {got}.")
