@@ -19,7 +19,7 @@ from lightning_sensitivity.metric import RiskEstimate
 from lightning_sensitivity.model import ModelCall
 from lightning_sensitivity.model.isolation import RunIsolated
 
-_MIN_ROWS = 16  # of which two outputs cannot sum to 1 by chance
+_MIN_NUMBERS = 10  # fewer outputs may look like probabilities by chance
 
 
 class RiskPasses:
@@ -107,7 +107,7 @@ def check_outputs(outputs: Tensor, task: Task) -> None:
             f"outputs are dense, {tuple(outputs.shape)}: there is no estimate for pixels and tokens. Remove "
             f"`RiskMonitor`; `SensitivityMonitor` works.{see('no-estimate')}"
         )
-    if len(outputs) >= _MIN_ROWS and are_probabilities(outputs):
+    if outputs.numel() >= _MIN_NUMBERS and are_probabilities(outputs):
         raise MisconfigurationException(
             f"outputs are probabilities, and logits are needed: select them with `outputs=`.{see('no-estimate')}"
         )
