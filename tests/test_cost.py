@@ -107,7 +107,7 @@ def test_training_steps_after_the_first_epoch_cost_nothing(monkeypatch: Any) -> 
 
 
 def test_steps_beyond_a_thousand_samples_cost_nothing_either(monkeypatch: Any) -> None:
-    monkeypatch.setattr("lightning_sensitivity.callbacks.risk.NUM_TRAINING_SAMPLES", 250)
+    monkeypatch.setattr("lightning_sensitivity.callbacks.training.NUM_SAMPLES", 250)
     operations = Operations("on_train_batch_start", monkeypatch)
     fit(Quiet(), SensitivityMonitor(), RiskMonitor(), max_epochs=1)
     assert [bool(operations.counts[0, index]) for index in range(5)] == [True] * 3 + [False] * 2

@@ -17,25 +17,23 @@ from lightning_sensitivity.callbacks.checks import describe_error
 from lightning_sensitivity.callbacks.closing import Measured, log_closing_line
 from lightning_sensitivity.callbacks.companions import BatchReader, Companions, fit_to_kept
 from lightning_sensitivity.callbacks.monitor import Monitor
-from lightning_sensitivity.callbacks.risk_passes import RiskPasses, check_outputs
+from lightning_sensitivity.callbacks.risk_passes import RiskPasses
 from lightning_sensitivity.callbacks.samples import (
     MAX_BYTES,
     KeptSamples,
     count_samples,
-    count_training_samples,
     make_call,
 )
 from lightning_sensitivity.callbacks.state import FitState
+from lightning_sensitivity.callbacks.training import TrainingSamples
 from lightning_sensitivity.functional.reference import Calibration
 from lightning_sensitivity.functional.risk import TWIN_STRENGTH, RiskTerms
 from lightning_sensitivity.functional.tasks import TASKS, has_ignored_value
-from lightning_sensitivity.functional.tensors import num_outputs
 from lightning_sensitivity.metric import RiskEstimate
 from lightning_sensitivity.model import isolated
 from lightning_sensitivity.model.isolation import RunIsolated
 from lightning_sensitivity.model.twins import unknown_parameters
 
-NUM_TRAINING_SAMPLES = 1000  # that are kept, over all processes
 NUM_LABELS = 1200  # of validation samples that are kept for their labels
 _ENTRIES = {"probabilities": "arguments", "non-finite": "nan", "no value": "failed", "too large": "above-2"}
 
@@ -43,33 +41,28 @@ _ENTRIES = {"probabilities": "arguments", "non-finite": "nan", "no value": "fail
 class RiskMonitor(Monitor):
     r"""Log an estimate of the Brier score on unseen samples in every validation epoch; stop when it is lowest.
 
-    The estimate needs only training labels, which may be noisy; validation labels help. See
-    :class:`~lightning_sensitivity.RiskEstimate` for the formula. Regressions and dense outputs have none.
-
-    A *reference* helps: kernel ridge regression of the labels of 1,000 training samples, fitted once. It sees dense
-    inputs, the tokens of a text, or what ``features`` returns; without any of these there is no reference.
+    It needs only training labels, which may be noisy. See :class:`~lightning_sensitivity.RiskEstimate` for the formula.
+    Regressions and dense outputs have no estimate.
 
     **Logged values**, only in ``Trainer.fit``, after ``prefix``: ``risk_estimate``; its terms ``risk_claim``,
-    ``risk_overconfidence``, ``risk_memorization``, ``risk_variance``; with a reference ``risk_reference``, the score by
-    it, and ``risk_reference_weight``. One line at the end says where the estimate was lowest, and if it is doubtful.
+    ``risk_overconfidence``, ``risk_memorization``, ``risk_variance``; ``risk_reference`` and ``risk_reference_weight``,
+    if inputs are dense or token ids, or with ``features``. The last line of a fit says where the estimate was lowest.
 
-    The first epoch keeps training samples and the first validation keeps validation samples on the CPU, at most 512 MiB
-    of each in each process. A validation runs two passes over the validation samples (three with batch norm) and one
-    over the training samples.
+    Up to 1,000 training samples and ``num_samples`` validation samples are kept on the CPU, at most 512 MiB of each in
+    each process. A validation runs two passes over the latter (three with batch norm), one over the former.
 
     Args:
         task: ``"multiclass"``, ``"binary"`` or ``"multilabel"``.
         targets: A function ``batch -> labels``; by default :func:`~lightning_sensitivity.model.select_targets`.
             Labels of -100 are ignored.
-        validation_labels: Combine the estimate with the score on about 1,200 validation labels; also log
-            ``risk_label_score``, ``risk_num_labels``.
+        validation_labels: Combine it with the score on about 1,200 validation labels; log ``risk_label_score`` and
+            ``risk_num_labels``, too.
         features: A function ``batch -> (N, D)`` for the reference, such as a pretrained encoder.
-        initial_weights: State dict from before training, if a fit starts from weights trained on the same data.
-        num_training: Number of different training samples, if the loader does not tell: for streams, and samplers
-            that repeat samples.
-        num_samples: Validation samples per loader, over all processes, in whole, evenly spaced batches; None for all.
+        initial_weights: State dict from before training, if a fit starts from trained weights.
+        num_training: Number of different training samples, for streams and several loaders.
+        num_samples: Validation samples per loader, over all processes, in whole batches; None for all.
         seed: Seed of the simulated twins.
-        prefix: Prefix of the logged names; with ``"val/"`` TensorBoard groups them with ``val/loss``.
+        prefix: Prefix of the logged names.
         inputs: A function ``batch -> arguments``; by default see :class:`~lightning_sensitivity.model.ModelCall`.
         outputs: A function ``result -> logits``, ``(N, K)`` or ``(N,)``; by default
             :func:`~lightning_sensitivity.model.select_outputs`.
@@ -108,10 +101,7 @@ class RiskMonitor(Monitor):
         check_argument("task", task, task in TASKS, f"one of {', '.join(map(repr, TASKS))} (a regression has none)")
         check_selectors(targets=targets, features=features)
         check_bool("validation_labels", validation_labels)
-        is_mapping = isinstance(initial_weights, Mapping | None)
-        check_argument("initial_weights", initial_weights, is_mapping, "a state dict, as in a checkpoint, or None")
-        if num_training is not None:
-            check_int("num_training", num_training, 1)
+        _check_optional(initial_weights, num_training)
         super().__init__(num_samples, seed, prefix, inputs, outputs, prog_bar)
         self.task = task
         self.validation_labels = validation_labels
@@ -120,8 +110,7 @@ class RiskMonitor(Monitor):
         self.fit_state = FitState()
         self._reader = BatchReader(targets, features)
         self._is_refused = False  # whether this fit has no estimate
-        self._training: KeptSamples | None = None  # in a fit that can have an estimate
-        self._kept = Companions()  # beside the training samples
+        self._training: TrainingSamples | None = None  # in a fit that can have an estimate
         self._companions: dict[int, Companions] = {}  # beside the validation samples, by loader
         self._module: LightningModule | None = None  # during a run
 
@@ -163,52 +152,22 @@ class RiskMonitor(Monitor):
                 self._start_fit(trainer, pl_module, batch, batch_idx)
                 self._is_refused = self._training is None
         elif batch_idx == 0:
-            training.stop()  # a new epoch repeats the samples
-        elif training.wants(batch_idx):
+            training.samples.stop()  # a new epoch repeats the samples
+        elif training.samples.wants(batch_idx):
             with self.reporter.report_failure("could not keep a training batch", "It is left out."):
-                self._keep_training_batch(pl_module, batch, batch_idx, training)
+                training.keep(pl_module, batch, batch_idx)
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     def _start_fit(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Find the weights from before training, and check that labels and outputs allow an estimate."""
-        num_wanted = math.ceil(NUM_TRAINING_SAMPLES / trainer.world_size)
-        training = KeptSamples(0, math.inf, num_wanted, MAX_BYTES)
-        self._kept = Companions()
+        training = TrainingSamples(self.task, self._reader, self.inputs, self.outputs, trainer.world_size)
         with self.reporter.report_failure("cannot estimate the risk", "There is no estimate in this fit."):
             state = self.fit_state
             state.initial = state.initial_weights(pl_module, self.initial_weights, _is_new(trainer))
             state.is_resumed = False
-            self._keep_training_batch(pl_module, batch, batch_idx, training)
-            if self.num_training is None and count_training_samples(trainer, training.size) is None:
-                raise MisconfigurationException(
-                    "the number of different training samples is unknown, since the loader is a stream or there are "
-                    f"several: set `num_training=`.{see('num-training')}"
-                )
+            training.keep(pl_module, batch, batch_idx)
+            training.check_number(trainer, self.num_training)
             self._training = training
-
-    def _keep_training_batch(self, module: LightningModule, batch: Any, batch_idx: int, training: KeptSamples) -> None:
-        """Keep a training batch with its labels and features; the first one shows whether there can be an estimate."""
-        call = make_call(module, batch, self.inputs, self.outputs)
-        with isolated(module) as run, module.trainer.precision_plugin.val_step_context():
-            labels = run(self._reader.labels, module, batch)
-            features = run(self._reader.features, batch, len(labels)) if self._reader.has_features else None
-            if self._kept.num_outputs == 0:
-                outputs = run(call)
-                check_outputs(outputs, TASKS[self.task])
-                self._check_labels(outputs, labels)
-                self._kept.num_outputs = num_outputs(outputs)
-        self._check_labels(torch.zeros(call.size or len(labels), self._kept.num_outputs), labels)
-        if training.add(call, batch_idx, len(labels)):
-            self._kept.labels[batch_idx] = labels
-            if features is not None:
-                self._kept.features[batch_idx] = features
-
-    def _check_labels(self, outputs: Tensor, labels: Tensor) -> None:
-        """Refuse labels that do not fit the task."""
-        try:
-            TASKS[self.task].check(outputs, labels)
-        except ValueError as error:
-            raise MisconfigurationException(f"{error}.{see('task')}") from error
 
     # A validation
 
@@ -249,8 +208,8 @@ class RiskMonitor(Monitor):
         """Select the labels of a validation batch; None if it has none."""
         try:
             labels = self._reader.labels(module, batch)
-            if self._kept.num_outputs > 0:  # known since the first training batch
-                TASKS[self.task].check(torch.zeros(len(labels), self._kept.num_outputs), labels)
+            if self._training is not None:
+                TASKS[self.task].check(torch.zeros(len(labels), self._training.companions.num_outputs), labels)
         except (MisconfigurationException, ValueError) as error:
             if self._reader.has_targets or isinstance(error, ValueError):
                 self.reporter.warn("labels", f"takes some validation batches as unlabelled: {describe_error(error)}")
@@ -275,23 +234,28 @@ class RiskMonitor(Monitor):
         passes.run_validation(samples, companions, initial, self.seed)
         passes.run_labelled(companions)
         if self._training is not None:
-            passes.run_training(self._training, self._kept)
+            passes.run_training(self._training.samples, self._training.companions)
 
     def measured_with(self, samples: KeptSamples) -> list[KeptSamples]:
         """Return the samples of a loader, more of them that have labels, and the training samples."""
         labelled = self._companions.get(samples.dataloader_idx, Companions()).labelled
-        return [samples, labelled, *([] if self._training is None else [self._training])]
+        return [samples, labelled, *([] if self._training is None else [self._training.samples])]
 
     def _fit_reference(self, samples: KeptSamples, companions: Companions) -> None:
         """Fit the reference of a loader, once all training samples are there."""
         training = self._training
-        if training is None or not samples.groups or companions.num_fitted == training.size:
+        if training is None or not samples.groups or companions.num_fitted == training.samples.size:
             return
-        companions.num_fitted = training.size
+        companions.num_fitted = training.samples.size
         reason = "inputs are neither dense numbers nor token ids, or no kept training sample has a label"
         try:
             companions.reference = fit_to_kept(
-                training, self._kept, samples, companions, TASKS[self.task], self._reader.has_features
+                training.samples,
+                training.companions,
+                samples,
+                companions,
+                TASKS[self.task],
+                self._reader.has_features,
             )
         except (RuntimeError, ValueError) as error:
             companions.reference = None
@@ -335,13 +299,7 @@ class RiskMonitor(Monitor):
         state = self.fit_state
         if state.num_training is not None or self._training is None:
             return
-        labels = self._kept.labels.values()
-        counts = torch.tensor([sum(map(_num_labelled, labels)), sum(map(len, labels))], dtype=torch.float32)
-        counts = counts.to(trainer.strategy.root_device)
-        num_labelled, num_kept = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
-        batch_size = len(next(iter(labels)))
-        size = self.num_training or count_training_samples(trainer, batch_size) or 1
-        state.num_training = max(1, round(size * num_labelled / num_kept))
+        state.num_training = self._training.count_labelled(trainer, self.num_training)
         module = trainer.lightning_module
         state.num_weights = sum(weight.numel() for weight in module.parameters() if weight.requires_grad)
 
@@ -366,7 +324,7 @@ class RiskMonitor(Monitor):
         super().forget_samples()
         self._companions = {}
         if self._training is not None:
-            self._training.forget_outputs()
+            self._training.samples.forget_outputs()
 
     def _free(self) -> None:
         """Free the kept training samples, too."""
@@ -374,14 +332,16 @@ class RiskMonitor(Monitor):
         self._module = None
         self._is_refused = False
         self._training = None
-        self._kept = Companions()
+
+
+def _check_optional(initial_weights: object, num_training: object) -> None:
+    """Check arguments that may be None."""
+    is_mapping = isinstance(initial_weights, Mapping | None)
+    check_argument("initial_weights", initial_weights, is_mapping, "a state dict, as in a checkpoint, or None")
+    if num_training is not None:
+        check_int("num_training", num_training, 1)
 
 
 def _is_new(trainer: Trainer) -> bool:
     """Return whether nothing was trained yet; raw optimizers do not count steps."""
     return trainer.global_step == 0 and trainer.current_epoch == 0
-
-
-def _num_labelled(labels: Tensor) -> int:
-    """Count the samples of a batch that have a label."""
-    return int((~has_ignored_value(labels)[:, None].flatten(1).all(1)).sum())

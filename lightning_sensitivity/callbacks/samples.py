@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
 
 from lightning_sensitivity import compat
 from lightning_sensitivity.arguments import Selector
@@ -267,24 +265,6 @@ def check_agreement(joint: Tensor, alone: Tensor, dtype: torch.dtype) -> None:
         if is_finite and bool((difference <= tolerance * scale).all()):
             return
     raise JointPassError("Samples influence each other in a joint pass")
-
-
-def count_training_samples(trainer: Trainer, batch_size: int) -> int | None:
-    """Count the different samples that a fit trains on, over all processes; None if that is unknown.
-
-    Args:
-        trainer: The Trainer in a fit.
-        batch_size: The number of samples of the first batch.
-    """
-    loader, *others = compat.training_loaders(trainer)[0]
-    dataset = getattr(loader, "dataset", None)
-    size = sized_len(dataset)
-    if others or size is None or isinstance(dataset, IterableDataset):
-        return None
-    if getattr(loader, "batch_sampler", None) is None:  # each item is a batch
-        return size * batch_size
-    num_drawn = sized_len(getattr(loader, "sampler", None))
-    return size if num_drawn is None else min(size, num_drawn * trainer.world_size)
 
 
 def _can_join(groups: list[Group], new: Group, max_samples: float) -> bool:

@@ -80,7 +80,7 @@ def test_the_terms_without_a_sanity_check() -> None:
 
 
 def test_only_some_training_samples_are_scored_in_whole_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_sensitivity.callbacks.risk.NUM_TRAINING_SAMPLES", 40)
+    monkeypatch.setattr("lightning_sensitivity.callbacks.training.NUM_SAMPLES", 40)
     fit(Plain(), loader(120), RiskMonitor(), truth := Truth(max_batches=3))  # 48 of 120
     truth.check()
 

@@ -325,7 +325,7 @@ def test_the_deviation_of_labels_is_that_from_the_estimate_without_them() -> Non
 def test_samples_are_freed_at_the_end_of_a_run_and_after_an_error() -> None:
     def is_free(*monitors: Any) -> bool:
         risk, sensitivity = monitors
-        return not (risk.samples or sensitivity.samples or risk._training or risk._companions or risk._kept.labels)
+        return not (risk.samples or sensitivity.samples or risk._training or risk._companions)
 
     monitors = RiskMonitor(), SensitivityMonitor()
     fit(Still(), loader(), *monitors, max_epochs=1)
