@@ -41,15 +41,15 @@ _ENTRIES = {"probabilities": "arguments", "non-finite": "nan", "no value": "fail
 class RiskMonitor(Monitor):
     r"""Log an estimate of the Brier score on unseen samples in every validation epoch; stop when it is lowest.
 
-    It needs only training labels, which may be noisy. See :class:`~lightning_sensitivity.RiskEstimate` for the formula.
+    It needs only training labels, even noisy ones. See :class:`~lightning_sensitivity.RiskEstimate` for the formula.
     Regressions and dense outputs have no estimate.
 
     **Logged values**, only in ``Trainer.fit``, after ``prefix``: ``risk_estimate``; its terms ``risk_claim``,
     ``risk_overconfidence``, ``risk_memorization``, ``risk_variance``; ``risk_reference`` and ``risk_reference_weight``,
-    if inputs are dense or token ids, or with ``features``. The last line of a fit says where the estimate was lowest.
+    for dense inputs, token ids or ``features``. The last line of a fit says where the estimate was lowest.
 
     Up to 1,000 training samples and ``num_samples`` validation samples are kept on the CPU, at most 512 MiB of each in
-    each process. A validation runs two passes over the latter (three with batch norm), one over the former.
+    each process. A validation runs two passes over the latter (with batch norm 3), one over the former.
 
     Args:
         task: ``"multiclass"``, ``"binary"`` or ``"multilabel"``.
@@ -63,9 +63,9 @@ class RiskMonitor(Monitor):
         num_samples: Validation samples per loader, over all processes, in whole batches; None for all.
         seed: Seed of the simulated twins.
         prefix: Prefix of the logged names.
-        inputs: A function ``batch -> arguments``; by default see :class:`~lightning_sensitivity.model.ModelCall`.
-        outputs: A function ``result -> logits``, ``(N, K)`` or ``(N,)``; by default
-            :func:`~lightning_sensitivity.model.select_outputs`.
+        inputs: A function ``batch -> arguments``; for this and ``outputs`` see
+            :class:`~lightning_sensitivity.model.ModelCall`.
+        outputs: A function ``result -> logits``, ``(N, K)`` or ``(N,)``.
         prog_bar: Show the estimate on the progress bar.
 
     Raises:
