@@ -116,6 +116,7 @@ def main() -> None:
     args = parser.parse_args()
     root = args.runs or Path("runs/early_stopping_quick" if args.quick else "runs/early_stopping")
     out = args.out or (root if args.quick else HERE)
+    out.mkdir(parents=True, exist_ok=True)
     jobs = list(QUICK) if args.quick else interleaved()
     folders = {(pool, seed): root / f"{pool.replace(' ', '_')}_{seed}" for pool, seed in jobs}
     if not args.tables:
