@@ -23,6 +23,7 @@ from lightning_sensitivity.model.isolation import (
     Seen,
     changed_names,
     fingerprint,
+    forget_clones,
     parameter_versions,
     written_parameters,
 )
@@ -200,12 +201,14 @@ class Monitor(Callback, ABC):
         self.forget_samples()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Free the samples."""
+        """Free the samples, and copies of large buffers."""
         self._free()
+        forget_clones(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Free the samples; Lightning does not call ``teardown`` after an exception."""
+        """Do as in ``teardown``, which Lightning does not call after an exception."""
         self._free()
+        forget_clones(pl_module)
 
     # Helpers
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain, islice
 from typing import NamedTuple, Protocol, TypeVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -29,6 +30,10 @@ _COPIED = (list, dict, set, collections.deque, collections.OrderedDict, collecti
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _SKIPPED = (nn.Module, Dataset, DataLoader, types.ModuleType)
 _SKIPPED_PACKAGES = ("lightning", "pytorch_lightning", "lightning_fabric", "logging")  # they change anyway
+
+
+# Clones of large tensors, by their model and the id of the original: memory that is filled anew for each validation.
+_LARGE_CLONES: WeakKeyDictionary[nn.Module, dict[int, Tensor]] = WeakKeyDictionary()
 
 
 class RunIsolated(Protocol):
@@ -85,6 +90,11 @@ def isolated(model: nn.Module) -> Iterator[RunIsolated]:
 
     with torch.no_grad(), _eager():
         yield run
+
+
+def forget_clones(model: nn.Module) -> None:
+    """Free the clones of large tensors that passes of a model have left for the next ones."""
+    _LARGE_CLONES.pop(model, None)
 
 
 def all_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -163,7 +173,8 @@ class _State:
         self.attributes = [vars(module) for module in model.modules()]  # since modules override `eval()`
         self.logs = [vars(module) for module in modules if hasattr(module, "log_dict")]  # of LightningModules
         self.places = list(chain.from_iterable(map(_places_of, modules)))
-        self.large_clones: dict[int, tuple[Tensor, int]] = {}  # with versions, by the id of the original
+        self.large_clones = _LARGE_CLONES.setdefault(model, {})
+        self.versions: dict[int, int] = {}  # of these clones, when they were last filled
 
     def put_copies(self) -> None:
         clear_autocast_cache()  # of 16-bit copies of weights, which may have changed since
@@ -182,13 +193,16 @@ class _State:
             attributes.update(log=_do_nothing, log_dict=_do_nothing)
 
     def _clone(self, tensor: Tensor) -> Tensor:
-        """Clone a tensor; a large one only if its version says that the last run has written to the clone."""
+        """Clone a tensor; fill the clone of a large one only if the last run has written to it."""
         if tensor.layout != torch.strided or tensor.nbytes <= _LARGE:  # batch norm counts no versions
             return tensor.detach().clone()
-        clone, version = self.large_clones.get(id(tensor), (None, 0))
-        if clone is None or clone._version != version:
-            clone = tensor.detach().clone()
-            self.large_clones[id(tensor)] = clone, clone._version
+        key = id(tensor)
+        clone = self.large_clones.get(key)
+        if clone is None or (clone.shape, clone.dtype, clone.device) != (tensor.shape, tensor.dtype, tensor.device):
+            clone = self.large_clones[key] = torch.empty_like(tensor)
+        if self.versions.get(key) != clone._version:
+            clone.copy_(tensor.detach())
+            self.versions[key] = clone._version
         return clone
 
     def restore(self) -> None:
