@@ -24,7 +24,7 @@ def figure(found: Groups, file: Path) -> None:
     for axis, name in zip(axes[0], shown, strict=True):
         runs = found[name]
         lost = [of(runs, alone("noisy", count)).mean() for count in MORE_COUNTS]
-        axis.plot(MORE_COUNTS, lost, "o--", color="black", label="noisy labels, by their Brier score")
+        axis.plot(MORE_COUNTS, lost, "o--", color="0.5", label="noisy labels, by their Brier score")
         lost = [of(runs, beside("noisy", count)).mean() for count in COUNTS]
         axis.plot(COUNTS, lost, "o-", color="C3", label="noisy labels and the estimate")
         for rule, color in LEVELS.items():
