@@ -58,7 +58,7 @@ class RiskMonitor(Monitor):
         validation_labels: Combine it with the score on about 1,200 validation labels; log ``risk_label_score`` and
             ``risk_num_labels``, too.
         features: A function ``batch -> (N, D)`` for the reference, such as a pretrained encoder.
-        initial_weights: State dict from before training, if a fit starts from trained weights.
+        initial_weights: State dict from before training, if these data have already been trained on.
         num_training: Number of different training samples, for streams and several loaders.
         num_samples: Validation samples per loader, over all processes, in whole batches; None for all.
         seed: Seed of the simulated twins.
