@@ -117,7 +117,7 @@ class SensitivityMonitor(Monitor):
     def compute_values(self, trainer: Trainer, dataloader_idx: int) -> dict[str, Tensor]:
         """Compute the sensitivity of a loader over all processes."""
         metric: OutputSensitivity = self.metrics[dataloader_idx]
-        value, estimate = metric.compute(), metric.estimate
+        estimate = metric.estimate
         messages = diagnostics(estimate, self.per_output)
         for kind, message in messages.items():
             severity = float(estimate.num_non_finite) if kind == "non-finite" else 1.0
@@ -126,7 +126,7 @@ class SensitivityMonitor(Monitor):
             if not messages:
                 self.reporter.warn("failed", f"has no value on dataloader {dataloader_idx}: it needs two samples.")
             return {}
-        return {"output_sensitivity": value, "output_sensitivity_stderr": metric.stderr}
+        return {"output_sensitivity": estimate.value, "output_sensitivity_stderr": estimate.stderr}
 
     def _noisy_outputs(
         self, module: LightningModule, run: RunIsolated, samples: KeptSamples, group: Group, call: ModelCall
