@@ -55,11 +55,6 @@ class Companions:
     num_fitted: int = 0
     num_outputs: int = 0
 
-    @property
-    def num_labels(self) -> int:
-        """Number of labels, with those of -100."""
-        return sum(map(len, self.labels.values()))
-
     def labels_of(self, group: Group) -> Tensor:
         """Return the labels of a group whose batches all have some."""
         return torch.cat([self.labels[index] for index in group.batch_indices])
@@ -107,7 +102,7 @@ class BatchReader:
 
     def labels(self, module: nn.Module, batch: Any) -> Tensor:
         """Select the labels, on the CPU."""
-        return select_targets(module, clone_tensors(batch), self._targets).detach().cpu()
+        return select_targets(module, batch, self._targets).detach().to("cpu", copy=True)
 
     def features(self, batch: Any, size: int) -> Tensor:
         """Call the user's function for the features of a batch.
