@@ -27,7 +27,7 @@ from lightning_sensitivity.callbacks.samples import (
 from lightning_sensitivity.callbacks.state import FitState
 from lightning_sensitivity.callbacks.training import TrainingSamples
 from lightning_sensitivity.functional.reference import Calibration
-from lightning_sensitivity.functional.risk import TWIN_STRENGTH, RiskTerms
+from lightning_sensitivity.functional.risk import TWIN_STRENGTH
 from lightning_sensitivity.functional.tasks import TASKS, has_ignored_value
 from lightning_sensitivity.metric import RiskEstimate
 from lightning_sensitivity.model import isolated
@@ -281,7 +281,7 @@ class RiskMonitor(Monitor):
             return {}
         self.fit_state.calibrations[dataloader_idx] = metric.calibration
         if dataloader_idx == 0:
-            self._remember(trainer, values)
+            self._remember(trainer, values, metric.estimate_without_labels)
         values.pop("risk_label_stderr", None)
         return values
 
@@ -303,14 +303,13 @@ class RiskMonitor(Monitor):
         module = trainer.lightning_module
         state.num_weights = sum(weight.numel() for weight in module.parameters() if weight.requires_grad)
 
-    def _remember(self, trainer: Trainer, values: Mapping[str, Tensor]) -> None:
+    def _remember(self, trainer: Trainer, values: Mapping[str, Tensor], estimate_without_labels: float) -> None:
         """Remember what the closing line needs."""
         found = {name.removeprefix("risk_"): float(value) for name, value in values.items()}
         deviation = 0.0
         if "label_score" in found:
-            weight, terms = found.get("reference_weight", 0.0), [found[name] for name in RiskTerms._fields[1:]]
-            alone = (sum(terms) + weight * found.get("reference", 0.0)) / (1 + weight)
-            deviation = (found["label_score"] - alone) / found["label_stderr"] if found["label_stderr"] > 0 else 0.0
+            difference = found["label_score"] - estimate_without_labels
+            deviation = difference / found["label_stderr"] if found["label_stderr"] > 0 else 0.0
         self.fit_state.history.append(Measured(trainer.current_epoch, found["estimate"], deviation))
 
     def _warn_of_new(self, module: LightningModule, initial: Mapping[str, Tensor]) -> None:

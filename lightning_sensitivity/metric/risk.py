@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +62,7 @@ class RiskEstimate(WideMetric):
     Attributes:
         calibration: What the epochs so far say about c; ``reset`` keeps it.
         messages: What makes the last value doubtful, by the kind of problem.
+        estimate_without_labels: The last value before it was combined with validation labels.
 
     Raises:
         ValueError: If an argument is invalid, or labels do not fit the task.
@@ -102,6 +104,7 @@ class RiskEstimate(WideMetric):
         self.task = find_task(task)
         self.strength = strength
         self.messages: dict[str, str] = {}
+        self.estimate_without_labels = math.nan
         self.calibration = Calibration() if calibration is None else calibration
         self._earlier_calibration = self.calibration  # without this epoch
         self._reference = reference
@@ -214,6 +217,7 @@ class RiskEstimate(WideMetric):
             values["risk_reference"] = score
             values["risk_reference_weight"] = torch.full_like(score, weight)
         self.messages = risk.diagnostics(holdout, training, estimate, self.task)
+        self.estimate_without_labels = float(estimate)
         if labels.num_scored > 0:
             estimate = risk.combine_with_labels(estimate, labels, has_reference=bool(weight))
             values["risk_label_score"] = labels.score / labels.num_scored
