@@ -18,12 +18,7 @@ from lightning_sensitivity.callbacks.closing import Measured, log_closing_line
 from lightning_sensitivity.callbacks.companions import BatchReader, Companions, fit_to_kept
 from lightning_sensitivity.callbacks.monitor import Monitor
 from lightning_sensitivity.callbacks.risk_passes import RiskPasses
-from lightning_sensitivity.callbacks.samples import (
-    MAX_BYTES,
-    KeptSamples,
-    count_samples,
-    make_call,
-)
+from lightning_sensitivity.callbacks.samples import MAX_BYTES, Group, KeptSamples
 from lightning_sensitivity.callbacks.state import FitState
 from lightning_sensitivity.callbacks.training import TrainingSamples
 from lightning_sensitivity.functional.reference import Calibration
@@ -187,21 +182,23 @@ class RiskMonitor(Monitor):
         is_kept = batch_idx in samples.batch_indices
         wants_labels = self.validation_labels and (is_kept or companions.labelled.wants(batch_idx))
         if wants_labels or (is_kept and self._reader.has_features):
-            self._keep_companions(module, batch, batch_idx, companions, is_kept)
+            self._keep_companions(module, batch, batch_idx, samples.groups[-1] if is_kept else None, companions)
 
     def _keep_companions(
-        self, module: LightningModule, batch: Any, batch_idx: int, companions: Companions, is_kept: bool
+        self, module: LightningModule, batch: Any, batch_idx: int, kept: Group | None, companions: Companions
     ) -> None:
-        """Keep features and labels of a batch; if it is not kept, only a batch that has labels."""
-        call = make_call(module, batch, self.inputs, self.outputs)
-        size = count_samples(module, call)
+        """Keep features and labels of a batch; if it is not kept itself, only a batch that has labels."""
         with isolated(module) as run:
             labels = run(self._find_labels, module, batch) if self.validation_labels else None
-            if is_kept and self._reader.has_features:
-                companions.features[batch_idx] = run(self._reader.features, batch, size)
-        if labels is None and not companions.labelled.groups:
-            companions.labelled.num_batches = math.inf  # labels are scattered: keep them as they come
-        if labels is not None and (is_kept or companions.labelled.add(call, batch_idx, size)):
+            if kept is not None and self._reader.has_features:
+                companions.features[batch_idx] = run(self._reader.features, batch, kept.size)
+        if labels is None:
+            if not companions.labelled.groups:
+                companions.labelled.num_batches = math.inf  # labels are scattered: keep them as they come
+            return
+        if kept is None:
+            super().keep(module, batch, batch_idx, companions.labelled)
+        if kept is not None or batch_idx in companions.labelled.batch_indices:
             companions.labels[batch_idx] = labels
 
     def _find_labels(self, module: LightningModule, batch: Any) -> Tensor | None:
