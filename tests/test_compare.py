@@ -51,7 +51,7 @@ def test_linear_models_have_the_sensitivity_of_their_weights() -> None:
         assert math.isnan(row.consensus_error)
 
 
-@pytest.mark.parametrize("is_compiled", [False, True] if hasattr(torch.compiler, "set_stance") else [False])
+@pytest.mark.parametrize("is_compiled", [False, True])
 def test_scores_are_those_of_a_plain_loop_and_the_model_is_left_as_it_was(is_compiled: bool) -> None:
     model, (x, y) = Classifier(), labelled(50).tensors
     before, passed = copy.deepcopy(model), torch.compile(model, backend="eager") if is_compiled else model

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_sensitivity.compat import clear_autocast_cache, collect_rng_states, is_compiled, set_rng_states
+from lightning_sensitivity.compat import clear_autocast_cache, collect_rng_states, set_rng_states
 
 T = TypeVar("T")
 
@@ -75,7 +75,7 @@ def isolated(model: nn.Module) -> Iterator[RunIsolated]:
         model: The module.
 
     Raises:
-        MisconfigurationException: If it has lazy weights, scripted parts, or compiled ones before torch 2.6.
+        MisconfigurationException: If it has lazy weights or scripted parts.
     """
     modules = list(all_modules(model).values())
     _check_modules(modules)
@@ -216,7 +216,7 @@ class _State:
             if parameter.grad is not grad:
                 parameter.grad = grad
         set_rng_states(self.rng_states)
-        clear_autocast_cache()  # in torch 2.4, training would go on with our copies, which have no gradients
+        clear_autocast_cache()  # in torch 2.6, training would go on with our copies, which have no gradients
 
 
 def _check_modules(modules: list[nn.Module]) -> None:
@@ -228,8 +228,6 @@ def _check_modules(modules: list[nn.Module]) -> None:
                 "Expected a model whose state can be restored, but a part of it is scripted (torch.jit): "
                 "use the Python module it was made from."
             )
-        if not hasattr(torch.compiler, "set_stance") and is_compiled(module):  # it would keep old weights
-            raise MisconfigurationException("Compiled models can be measured from torch 2.6 on.")
 
 
 def _dicts_of(module: nn.Module) -> list[dict[str, object]]:
@@ -292,8 +290,7 @@ def _state_of(value: object) -> object:
 def _eager() -> AbstractContextManager[object]:
     """Run compiled code eagerly, so that our passes compile nothing."""
     is_compiling = "torch._dynamo" in sys.modules  # else nothing was compiled, and importing it takes seconds
-    has_stance = is_compiling and hasattr(torch.compiler, "set_stance")  # torch 2.6
-    return torch.compiler.set_stance("force_eager") if has_stance else nullcontext()
+    return torch.compiler.set_stance("force_eager") if is_compiling else nullcontext()
 
 
 def _do_nothing(*args: object, **kwargs: object) -> None:

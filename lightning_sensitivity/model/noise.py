@@ -170,7 +170,7 @@ def _call_perturbed_at(module: nn.Module, call: Callable[[], Tensor], perturb: P
 
     with module.register_forward_hook(hook):
         outputs = call()
-    if not has_run:  # compiled code does not see the hook, before torch 2.6
+    if not has_run:
         raise MisconfigurationException("`at` should name a submodule that `forward` calls, but it did not run.")
     return outputs
 

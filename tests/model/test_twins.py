@@ -159,8 +159,6 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_a_twin_gives_the_outputs_of_a_model_with_its_weights(name: str) -> None:
-    if "compiled" in name and not hasattr(torch.compiler, "set_stance"):
-        pytest.skip("refused before torch 2.6")
     model = MODELS[name]()
     initial, before = weights_of(model), copy.deepcopy(model.state_dict())
     train(model)
