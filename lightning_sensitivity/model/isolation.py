@@ -1,12 +1,12 @@
 """Run a model without leaving a trace: in eval mode, without gradients, with its state put back."""
 
-import collections
 import copy
 import sys
 import types
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from itertools import chain, islice
+from itertools import chain, islice, starmap
 from typing import NamedTuple, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -17,22 +17,22 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_sensitivity.compat import clear_autocast_cache, collect_rng_states, set_rng_states
+from lightning_sensitivity.compat import collect_rng_states, set_rng_states
 
 T = TypeVar("T")
+Versions = dict[str, tuple[int, Tensor]]
 
 _LARGE = 2**16  # bytes of an array that is not looked at, or of a tensor whose clone serves several passes
 _LONG = 10_000  # items of a container that is not copied
 _MAX_OBJECTS = 2000  # in a fingerprint
 _MAX_ITEMS = 100  # of a container, in a fingerprint
 _OWN = frozenset(vars(nn.Module()))  # what each module has: parameters, buffers, hooks, the mode
-_COPIED = (list, dict, set, collections.deque, collections.OrderedDict, collections.defaultdict, collections.Counter)
+_COPIED = {list, dict, set, deque, OrderedDict, defaultdict, Counter}
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _SKIPPED = (nn.Module, Dataset, DataLoader, types.ModuleType)
 _SKIPPED_PACKAGES = ("lightning", "pytorch_lightning", "lightning_fabric", "logging")  # they change anyway
 
-
-# Clones of large tensors, by their model and the id of the original: memory that is filled anew for each validation.
+# Clones of large tensors, by model and id of the original: memory that is filled anew for each validation.
 _LARGE_CLONES: WeakKeyDictionary[nn.Module, dict[int, Tensor]] = WeakKeyDictionary()
 
 
@@ -98,35 +98,30 @@ def forget_clones(model: nn.Module) -> None:
 
 
 def all_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules of a model by name, also those in lists, tuples and dicts, which PyTorch does not see."""
-    modules = dict(model.named_modules())
-    visible = set(modules.values())
-    attributes = [pair for name, module in modules.items() for pair in _contents(name, module)]
-    lists = [pair for pair in attributes if isinstance(pair[1], list | tuple | dict)]
-    for path, item in chain.from_iterable(_contents(name, value) for name, value in lists):
-        if isinstance(item, nn.Module) and item not in visible:
-            modules.update(item.named_modules(prefix=path))
+    """Return the modules of a model by name, also those in containers, which torch does not see."""
+    found: set[nn.Module] = set()
+    modules = dict(model.named_modules(found))
+    attributes = chain.from_iterable(starmap(_contents, modules.items()))
+    containers = [(name, value) for name, value in attributes if isinstance(value, list | tuple | dict)]
+    for name, item in chain.from_iterable(starmap(_contents, containers)):
+        if isinstance(item, nn.Module):
+            modules.update(item.named_modules(found, name))
     return modules
 
 
-def parameter_versions(model: nn.Module) -> dict[str, tuple[int, Tensor]]:
-    """Return, for each parameter by name, its version, and its data, so that its memory is not used again."""
-    named = [
-        (f"{name}.{key}" if name else key, parameter)
-        for name, module in all_modules(model).items()
-        for key, parameter in module._parameters.items()
-    ]
-    return {name: (p._version, p.data) for name, p in named if p is not None and not p.is_inference()}
+def parameter_versions(model: nn.Module) -> Versions:
+    """Return the version and data of each parameter by name; data that is held keeps its memory."""
+    return {
+        name: (_version_of(parameter), parameter.data)
+        for path, module in all_modules(model).items()
+        for name, parameter in module.named_parameters(path, recurse=False, remove_duplicate=False)
+    }
 
 
-def written_parameters(before: Mapping[str, tuple[int, Tensor]], after: Mapping[str, tuple[int, Tensor]]) -> list[str]:
-    """Name the parameters that were written to, or got other data, between two calls of :func:`parameter_versions`."""
-    written = []
-    for name, (version, data) in before.items():
-        version_after, data_after = after.get(name, (-1, data))
-        if version != version_after or data.data_ptr() != data_after.data_ptr():
-            written.append(name)
-    return written
+def written_parameters(before: Versions, after: Versions) -> list[str]:
+    """Name what was written to, or got other data, between two calls of :func:`parameter_versions`."""
+    now = {name: (version, data.data_ptr()) for name, (version, data) in after.items()}
+    return [name for name, (version, data) in before.items() if now.get(name) != (version, data.data_ptr())]
 
 
 def fingerprint(model: nn.Module) -> dict[str, Seen]:
@@ -143,8 +138,7 @@ def fingerprint(model: nn.Module) -> dict[str, Seen]:
         What is known of each object, by a name such as ``"tracker.count"``.
     """
     found: dict[str, Seen] = {}
-    modules = all_modules(model).items()
-    waiting = collections.deque(pair for name, module in modules for pair in _contents(name, module))
+    waiting = deque(chain.from_iterable(starmap(_contents, all_modules(model).items())))
     ids = set[int]()
     while waiting and len(found) < _MAX_OBJECTS:  # what lies less deep comes first
         name, value = waiting.popleft()
@@ -166,39 +160,34 @@ class _State:
     """Hold what modules contain, put copies in its place before a run, and the originals back after it."""
 
     def __init__(self, model: nn.Module, modules: list[nn.Module]) -> None:
-        parameters = [parameter for module in modules for parameter in module.parameters(recurse=False)]
+        parameters = list(chain.from_iterable(module.parameters(recurse=False) for module in modules))
         self.parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in parameters]
         self.rng_states = collect_rng_states(include_cuda=any(parameter.is_cuda for parameter in parameters))
-        self.originals = [(items, dict(items)) for module in modules for items in _dicts_of(module)]
-        self.attributes = [vars(module) for module in model.modules()]  # since modules override `eval()`
-        self.logs = [vars(module) for module in modules if hasattr(module, "log_dict")]  # of LightningModules
+        self.originals = [(items, dict(items)) for items in chain.from_iterable(map(_dicts_of, modules))]
         self.places = list(chain.from_iterable(map(_places_of, modules)))
+        # Set the mode by hand, since modules override `eval()`.
+        self.places += [(vars(module), "training", False) for module in model.modules()]
         self.large_clones = _LARGE_CLONES.setdefault(model, {})
         self.versions: dict[int, int] = {}  # of these clones, when they were last filled
 
     def put_copies(self) -> None:
-        clear_autocast_cache()  # of 16-bit copies of weights, which may have changed since
+        torch.clear_autocast_cache()  # of 16-bit copies of weights, which may have changed since
         copies: dict[int, object] = {}  # what several places share stays shared
         with torch.inference_mode(False):  # tensors of inference mode have no version
             for items, name, value in self.places:
                 if id(value) not in copies:
                     copies[id(value)] = self._clone(value) if isinstance(value, Tensor) else copy.copy(value)
                 items[name] = copies[id(value)]
-        for parameter, _, grad in self.parameters:
-            if grad is not None:  # which a `backward()` inside would add to
-                parameter.grad = None
-        for attributes in self.attributes:
-            attributes["training"] = False
-        for attributes in self.logs:
-            attributes.update(log=_do_nothing, log_dict=_do_nothing)
+        for parameter, _, _ in self.parameters:
+            parameter.grad = None  # which a `backward()` inside would add to
 
     def _clone(self, tensor: Tensor) -> Tensor:
         """Clone a tensor; fill the clone of a large one only if the last run has written to it."""
         if tensor.layout != torch.strided or tensor.nbytes <= _LARGE:  # batch norm counts no versions
             return tensor.detach().clone()
-        key = id(tensor)
+        key, like = id(tensor), (tensor.shape, tensor.dtype, tensor.device)
         clone = self.large_clones.get(key)
-        if clone is None or (clone.shape, clone.dtype, clone.device) != (tensor.shape, tensor.dtype, tensor.device):
+        if clone is None or (clone.shape, clone.dtype, clone.device) != like:
             clone = self.large_clones[key] = torch.empty_like(tensor)
         if self.versions.get(key) != clone._version:
             clone.copy_(tensor.detach())
@@ -213,10 +202,9 @@ class _State:
         for parameter, requires_grad, grad in self.parameters:
             if parameter.requires_grad != requires_grad:
                 parameter.requires_grad_(requires_grad)
-            if parameter.grad is not grad:
-                parameter.grad = grad
+            parameter.grad = grad
         set_rng_states(self.rng_states)
-        clear_autocast_cache()  # in torch 2.6, training would go on with our copies, which have no gradients
+        torch.clear_autocast_cache()  # else torch 2.6 goes on with our copies, which have no gradients
 
 
 def _check_modules(modules: list[nn.Module]) -> None:
@@ -224,10 +212,7 @@ def _check_modules(modules: list[nn.Module]) -> None:
         if any(map(is_lazy, module.parameters(recurse=False))):
             raise MisconfigurationException("Expected a model with weights, but some are lazy: run it once.")
         if isinstance(module, torch.jit.ScriptModule):
-            raise MisconfigurationException(
-                "Expected a model whose state can be restored, but a part of it is scripted (torch.jit): "
-                "use the Python module it was made from."
-            )
+            raise MisconfigurationException("Expected no scripted parts of a model: use Python modules.")
 
 
 def _dicts_of(module: nn.Module) -> list[dict[str, object]]:
@@ -237,10 +222,12 @@ def _dicts_of(module: nn.Module) -> list[dict[str, object]]:
 
 
 def _places_of(module: nn.Module) -> list[tuple[dict[str, object], str, object]]:
-    """List attributes and buffers that are copied for a run: the dict that holds each, its name and value."""
-    own = [(vars(module), name, value) for name, value in vars(module).items() if name not in _OWN]
-    buffers = [(module._buffers, name, value) for name, value in module._buffers.items()]
-    return [place for place in (*own, *buffers) if _is_copied(place[2])]
+    """List what a run gets a copy of: the dict that holds each attribute or buffer, its name and value."""
+    attributes = vars(module)
+    own = [(attributes, name, value) for name, value in _attributes_of(module).items() if _is_copied(value)]
+    buffers = [(module._buffers, name, value) for name, value in module._buffers.items() if _is_copied(value)]
+    names = ("log", "log_dict") if hasattr(module, "log_dict") else ()  # of a LightningModule
+    return [*own, *buffers, *((attributes, name, lambda *args, **kwargs: None) for name in names)]
 
 
 def _is_copied(value: object) -> bool:
@@ -249,22 +236,25 @@ def _is_copied(value: object) -> bool:
     return type(value) in _COPIED and len(value) <= _LONG  # type: ignore[arg-type]
 
 
-def _contents(name: str, value: object) -> list[tuple[str, object]]:
-    """List the first items of a container, or the attributes of an object, by name."""
-    if isinstance(value, list | tuple | collections.deque):
-        return [(f"{name}[{index}]", item) for index, item in enumerate(islice(value, _MAX_ITEMS))]
-    if isinstance(value, dict):
-        items = enumerate(islice(value.items(), _MAX_ITEMS))
-        return [(f"{name}[{_label(key, index)}]", item) for index, (key, item) in items]
+def _attributes_of(value: object) -> dict[str, object]:
+    """Return the attributes of an object; of a module, those that not every module has."""
     attributes = getattr(value, "__dict__", None)
     if not isinstance(attributes, dict):
-        return []
+        return {}
     own = _OWN if isinstance(value, nn.Module) else ()
-    return [(f"{name}.{key}".lstrip("."), item) for key, item in attributes.items() if key not in own]
+    return {key: item for key, item in attributes.items() if key not in own}
+
+
+def _contents(name: str, value: object) -> list[tuple[str, object]]:
+    """List the first items of a container, or the attributes of an object, by name."""
+    if not isinstance(value, list | tuple | dict | deque):
+        return [(f"{name}.{key}".lstrip("."), item) for key, item in _attributes_of(value).items()]
+    items = islice(value.items() if isinstance(value, dict) else enumerate(value), _MAX_ITEMS)
+    return [(f"{name}[{_label(key, index)}]", item) for index, (key, item) in enumerate(items)]
 
 
 def _label(key: object, index: int) -> str:
-    """Return how a message names an item of a dict: by its key, unless that may be long or slow to print."""
+    """Return how a message names an item: by its key, unless that may be long or slow to print."""
     return repr(key) if isinstance(key, _PLAIN) else f"item {index}"
 
 
@@ -277,21 +267,22 @@ def _is_looked_at(value: object) -> bool:
 def _state_of(value: object) -> object:
     """Return what changes when an object is written to, as far as it is cheap to know."""
     if isinstance(value, Tensor):
-        return None if value.is_inference() else value._version
+        return _version_of(value)
     if isinstance(value, np.ndarray):
         return hash(value.tobytes()) if value.nbytes <= _LARGE else None
     if isinstance(value, torch.Generator):
         return value.get_state().tolist()
-    if isinstance(value, list | tuple | dict | set | frozenset | collections.deque):
+    if isinstance(value, list | tuple | dict | set | frozenset | deque):
         return len(value)
     return len(getattr(value, "__dict__", ()))
+
+
+def _version_of(tensor: Tensor) -> int:
+    """Count how often a tensor was written to; -1 for those of inference mode, which don't count."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def _eager() -> AbstractContextManager[object]:
     """Run compiled code eagerly, so that our passes compile nothing."""
     is_compiling = "torch._dynamo" in sys.modules  # else nothing was compiled, and importing it takes seconds
     return torch.compiler.set_stance("force_eager") if is_compiling else nullcontext()
-
-
-def _do_nothing(*args: object, **kwargs: object) -> None:
-    pass
