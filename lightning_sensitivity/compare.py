@@ -15,7 +15,8 @@ from lightning_sensitivity.compat import original_module
 from lightning_sensitivity.functional.sensitivity import diagnostics, sensitivity_from_rows, sensitivity_rows
 from lightning_sensitivity.functional.tasks import TASKS
 from lightning_sensitivity.functional.tensors import are_in_unit_interval, are_probabilities, by_position, wide_dtype
-from lightning_sensitivity.model.call import ModelCall, clone_tensors, select_targets
+from lightning_sensitivity.model.batches import clone_tensors
+from lightning_sensitivity.model.call import ModelCall, select_targets
 from lightning_sensitivity.model.isolation import isolated
 from lightning_sensitivity.model.noise import Noise, NoiseFunction, check_noise, noisy_outputs, submodule
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from lightning_sensitivity.arguments import check_argument, describe
 from lightning_sensitivity.compat import original_module
-from lightning_sensitivity.model.call import ModelCall, Perturb, first_of, is_floating
+from lightning_sensitivity.model.batches import first_of, is_floating
+from lightning_sensitivity.model.call import ModelCall, Perturb
 from lightning_sensitivity.model.isolation import RunIsolated
 
 NoiseFunction = Callable[[Tensor, torch.Generator], Tensor]
