@@ -1,14 +1,13 @@
 """Private names of torch, Lightning and torchmetrics that have no public counterpart, all in one place.
 
-Each has a test in ``tests/test_compat.py``, which says what breaks without it. Lightning is imported inside the
-functions that use it, so that the metrics do not need it.
+Each has a test in ``tests/test_compat.py``, which says what breaks without it. Lightning is imported inside
+the functions that use it, so that the metrics do not need it.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.modules.conv import _ConvNd as Convolution
@@ -67,28 +66,20 @@ def original_module(module: nn.Module) -> Any:
     return getattr(module, "_orig_mod", module)
 
 
-def clear_autocast_cache() -> None:
-    """Forget the 16-bit copies of weights that autocast keeps."""
-    torch.clear_autocast_cache()
-
-
 # Lightning
 
 
 def num_batches(trainer: Trainer) -> list[int | float]:
-    """Count the batches of each loader that is evaluated; inf for a loader without a length, even if limited."""
+    """Count the batches of each loader in evaluation; inf for one without a length, even if limited."""
     from lightning.fabric.utilities.data import sized_len
 
     loop = trainer._evaluation_loop
     combined: Any = loop._combined_loader
     if combined is None:  # before the first validation of a fit
         return []
-    counts = list(loop.max_batches)
+    loaders = zip(combined.flattened, loop.max_batches, strict=True)
+    counts = [float("inf") if sized_len(loader) is None else count for loader, count in loaders]
     # Only the loop knows of a CombinedLoader. Lightning sees it as one loader unless it is sequential.
-    if len(combined.flattened) == len(counts):
-        for index, loader in enumerate(combined.flattened):
-            if sized_len(loader) is None:
-                counts[index] = float("inf")
     if combined._mode == "sequential":
         return counts
     return [min(counts) if combined._mode == "min_size" else max(counts)]

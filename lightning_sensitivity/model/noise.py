@@ -40,12 +40,11 @@ class GaussianNoise:
 
     def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """Perturb a floating tensor ``(N, ...)``, or ``(N, C, ...)`` if there is one σ per channel."""
-        std: Any = self.std
-        if isinstance(std, tuple):
-            valid = x.ndim > 1 and x.shape[1] == len(std)
+        std = torch.tensor(self.std, dtype=torch.float32, device=x.device)
+        if std.ndim:
             expected = f"one number, or one per channel (dimension 1) of {describe(x)}"
-            check_argument("noise", std, valid, expected)
-            std = torch.tensor(std, dtype=torch.float32, device=x.device).reshape(-1, *[1] * (x.ndim - 2))
+            check_argument("noise", self.std, x.shape[1:2] == std.shape, expected)
+            std = std.reshape(-1, *[1] * (x.ndim - 2))
         # Draw in float32 for every input type, so that all precisions get the same noise, rounded only once.
         noise = torch.randn(x.shape, generator=generator, dtype=torch.float32, device=x.device).mul_(std)
         return (x + noise).to(x.dtype)
@@ -63,8 +62,8 @@ def check_noise(noise: Noise) -> NoiseFunction:
     if callable(noise) and not isinstance(noise, type):
         return noise
     value: Any = noise.tolist() if hasattr(noise, "tolist") else noise  # of numpy or torch
-    is_list = isinstance(value, list | tuple) and len(value) > 0
-    valid = all(map(_is_std, value)) if is_list else _is_std(value)
+    is_list = isinstance(value, list | tuple)
+    valid = set(map(_is_std, value if is_list else [value])) == {True}  # at least one, and all of them
     expected = "a positive number, a list of one per channel, or a function (x, generator) -> x'"
     check_argument("noise", noise, valid, expected)
     return GaussianNoise(tuple(map(float, value)) if is_list else float(value))
@@ -86,7 +85,8 @@ def noise_generator(
     """Make the generator of one noise draw on one batch.
 
     The generator depends only on the arguments, so a batch gets the same noise in every epoch, and a curve
-    over epochs changes only when the model does. The global random state, which belongs to training, is never touched.
+    over epochs changes only when the model does. The global random state, which belongs to training, is
+    never touched.
 
     Args:
         seed: The user's seed.
@@ -119,8 +119,6 @@ def perturbation(noise: NoiseFunction, keys: Sequence[tuple[int, ...]], sizes: S
             generators[x.device] = [noise_generator(*key, device=x.device) for key in keys]
         if len(keys) == 1:
             return _add_noise(noise, x, generators[x.device][0])
-        if len(x) != sum(sizes):
-            raise ValueError(f"Expected {sum(sizes)} samples in dimension 0, but got {tuple(x.shape)}")
         parts = zip(torch.split(x, list(sizes)), generators[x.device], strict=True)
         return torch.cat([_add_noise(noise, part, generator) for part, generator in parts])
 
@@ -130,7 +128,8 @@ def perturbation(noise: NoiseFunction, keys: Sequence[tuple[int, ...]], sizes: S
 def _add_noise(noise: NoiseFunction, x: Tensor, generator: torch.Generator) -> Tensor:
     new: object = noise(x.clone(), generator)  # a user's function may write to it
     if not isinstance(new, Tensor) or (new.shape, new.dtype, new.device) != (x.shape, x.dtype, x.device):
-        raise MisconfigurationException(f"`noise` should return {describe(x)}, like its input, got {describe(new)}.")
+        expected = f"`noise` should return {describe(x)}, like its input"
+        raise MisconfigurationException(f"{expected}, got {describe(new)}.")
     return new
 
 
@@ -166,13 +165,14 @@ def _call_perturbed_at(module: nn.Module, call: Callable[[], Tensor], perturb: P
         has_run = True
         first = first_of(result)
         if not isinstance(first, Tensor) or not is_floating(first):
-            raise MisconfigurationException(f"`at` should name a module with floating outputs, got {describe(result)}.")
+            got = describe(result)
+            raise MisconfigurationException(f"`at` should name a module with floating outputs, got {got}.")
         return perturb(first) if first is result else (perturb(first), *result[1:])
 
     with module.register_forward_hook(hook):
         outputs = call()
     if not has_run:
-        raise MisconfigurationException("`at` should name a submodule that `forward` calls, but it did not run.")
+        raise MisconfigurationException("`at` should name a submodule that `forward` calls: it did not run.")
     return outputs
 
 

@@ -11,24 +11,22 @@ from lightning_sensitivity.compat import BatchNorm, Convolution, TransposedConvo
 
 def copy_weights(weights: Mapping[str, object]) -> dict[str, Tensor]:
     """Copy the floating and complex tensors of a dict, such as a state dict, to the CPU."""
-    copies = {}
-    for name, value in weights.items():
-        if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
-            copies[name] = value.detach().to("cpu", copy=True)
-    return copies
+    tensors = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
+    return {name: x.detach().to("cpu", copy=True) for name, x in tensors.items() if _is_continuous(x)}
+
+
+def _is_continuous(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def unknown_parameters(model: nn.Module, initial: Mapping[str, Tensor]) -> list[str]:
     """List trainable parameters without initial weights of the same shape."""
-    return [
-        name
-        for name, parameter, _ in _parameters(model)
-        if parameter.requires_grad and _initial_weight(initial, name, parameter) is None
-    ]
+    trainable = [(name, parameter) for name, parameter, _ in _parameters(model) if parameter.requires_grad]
+    return [name for name, parameter in trainable if _initial_weight(initial, name, parameter) is None]
 
 
 def _initial_weight(initial: Mapping[str, Tensor], name: str, parameter: Tensor) -> Tensor | None:
-    """Return the initial weight of a parameter, which pruning may have renamed; None without one of its shape."""
+    """Find the initial weight of a parameter, which pruning may have renamed; None if it does not fit."""
     weight = initial.get(name, initial.get(name.removesuffix("_orig")))
     return weight if weight is not None and weight.shape == parameter.shape else None
 
@@ -97,14 +95,13 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
     Args:
         model: The module.
     """
-    norms = _batch_norms(model)
-    originals = [(norm.running_mean, norm.running_var) for norm in norms]
+    originals = [(norm, norm.running_mean, norm.running_var) for norm in _batch_norms(model)]
     try:
-        for norm in norms:
-            norm.running_mean, norm.running_var = None, None
+        for norm, _, _ in originals:
+            norm.running_mean = norm.running_var = None
         yield
     finally:
-        for norm, (mean, variance) in zip(norms, originals, strict=True):
+        for norm, mean, variance in originals:
             norm.running_mean, norm.running_var = mean, variance
 
 
@@ -119,32 +116,33 @@ def _batch_norms(model: nn.Module) -> list[BatchNorm]:
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
     """Yield name, parameter and the layer that uses it; tied parameters come only once."""
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() or parameter.is_complex():
+        if _is_continuous(parameter):
             layer = name.rpartition(".")[0].partition("parametrizations.")[0].rstrip(".")
             yield name, parameter, model.get_submodule(layer)
 
 
 def _draw_factors(layer: nn.Module, parameter: Tensor, generator: torch.Generator, strength: float) -> Tensor:
     """Draw 1 + λ ξ, of a shape that fits the parameter."""
-    shape, is_grouped = _noise_shape(layer, parameter)
+    shape = _noise_shape(layer, parameter)
     noise = torch.randn(shape, generator=generator, dtype=torch.float32, device=parameter.device)
     factors = noise.mul_(strength).add_(1)
-    return factors.repeat_interleave(len(parameter) // shape[0], 0) if is_grouped else factors
+    has_groups = shape[:1] not in ((1,), parameter.shape[:1])
+    return factors.repeat_interleave(len(parameter) // len(factors), 0) if has_groups else factors
 
 
-def _noise_shape(layer: nn.Module, parameter: Tensor) -> tuple[tuple[int, ...], bool]:
-    """Return the shape of the noise, and whether its first dimension counts the groups of a convolution."""
+def _noise_shape(layer: nn.Module, parameter: Tensor) -> tuple[int, ...]:
+    """Return the shape of the noise: one number for each input of the layer, or for each element."""
     shape = tuple(parameter.shape)
     has_no_inputs = parameter.ndim < 2 or isinstance(layer, nn.LayerNorm | nn.RMSNorm)
     if has_no_inputs or shape[1:].count(1) == parameter.ndim - 1:
-        return shape, False
-    if isinstance(layer, (TransposedConvolution, nn.Embedding, nn.EmbeddingBag)) or _is_transposed_linear(layer):
-        return (shape[0], 1, *shape[2:]), False  # (inputs, outputs, ...)
-    if isinstance(layer, Convolution) and layer.groups > 1:  # (groups × outputs, inputs of the group, ...)
-        return (layer.groups, *shape[1:]), True
-    return (1, *shape[1:]), False
+        return shape
+    if _has_inputs_first(layer):  # (inputs, outputs, ...)
+        return (shape[0], 1, *shape[2:])
+    groups = layer.groups if isinstance(layer, Convolution) else 1
+    return (groups, *shape[1:])  # of (groups × outputs, inputs of the group, ...)
 
 
-def _is_transposed_linear(module: nn.Module) -> bool:
-    """Recognize the linear layer of GPT-2 in transformers, whose weight is (inputs, outputs)."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+def _has_inputs_first(layer: nn.Module) -> bool:
+    """Check whether a weight is (inputs, outputs, ...), as in the linear layer of GPT-2 in transformers."""
+    is_of_gpt2 = type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
+    return is_of_gpt2 or isinstance(layer, TransposedConvolution | nn.Embedding | nn.EmbeddingBag)
