@@ -17,7 +17,8 @@ from torch.nn.functional import cross_entropy, one_hot
 from torch.utils.data import DataLoader
 
 from lightning_sensitivity import compare_models
-from lightning_sensitivity.compare import Comparison, ModelScores, consensus_errors
+from lightning_sensitivity.compare import Comparison, ModelScores
+from lightning_sensitivity.functional.consensus import consensus_errors
 from tests.helpers import Classifier, Linear, brute_force, inputs, labelled, loader, unlabelled_loader
 
 

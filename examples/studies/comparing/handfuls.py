@@ -29,7 +29,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from lightning_sensitivity.compare import calibrated_votes, consensus_errors
+from lightning_sensitivity.functional.consensus import calibrated_votes, consensus_errors
 
 Array = NDArray[np.float64]
 

@@ -27,7 +27,7 @@ from torch.nn.functional import nll_loss, pad
 from torch.nn.utils import parameters_to_vector
 from zoo import QUICK, ZOO, Spec, parse_arguments
 
-from lightning_sensitivity.compare import consensus_errors
+from lightning_sensitivity.functional.consensus import consensus_errors
 
 JACOBIAN_IMAGES = 1000
 MOVED_IMAGES = 2000
