@@ -60,7 +60,6 @@ def test_a_call_that_is_kept_has_tensors_of_its_own_on_the_device() -> None:
 
 
 SIZES: dict[str, tuple[Any, int]] = {
-    "rows of a tensor": ((X, IDS), 3),
     "rows of the first tensor in a dict": (({"x": X}, IDS), 3),
     "a list with a sequence for each label": (([torch.zeros(400, 2)] * 3, IDS), 3),
     "a list of inputs that have a row for each label": (([X, torch.zeros(1, 3)], IDS), 3),
@@ -81,18 +80,15 @@ def test_samples_are_counted(what: str) -> None:
 TAKEN: dict[str, tuple[Callable[[], Tensor], Tensor]] = {
     "a tensor": (lambda: select_outputs(X), X),
     "the first of a tuple": (lambda: select_outputs((X, "attention")), X),
-    "the first of a list": (lambda: select_outputs([X]), X),
     "the first of a named tuple": (lambda: select_outputs(Pair(X, 0)), X),
     "logits of an object": (lambda: select_outputs(SimpleNamespace(logits=X)), X),
-    "logits of a dict": (lambda: select_outputs({"loss": IDS, "logits": X}), X),
-    "logits of a mapping": (lambda: select_outputs(UserDict(logits=X)), X),
+    "logits of a mapping": (lambda: select_outputs(UserDict(loss=IDS, logits=X)), X),
     "arguments by name": (lambda: call(TWO, {"x": X, "mask": IDS, "z": X}).kwargs["x"], X),
     "arguments of compiled code": (lambda: call(torch.compile(TWO, backend="eager"), {"x": X, "mask": IDS})(), X),
     "as many elements as arguments": (lambda: call(TWO, (X, IDS, X)).args[1], IDS),
     "what `inputs` returns": (lambda: call(ONE, {"image": X}, lambda batch: batch["image"])(), X),
     "the last element as labels": (lambda: select_targets(TWO, (X, X, IDS)), IDS),
-    "labels of a dict": (lambda: select_targets(TWO, {"labels": IDS, "x": X}), IDS),
-    "labels of a mapping": (lambda: select_targets(TWO, UserDict(y=IDS)), IDS),
+    "labels of a mapping": (lambda: select_targets(TWO, UserDict(x=X, labels=IDS)), IDS),
     "labels of an object": (lambda: select_targets(ONE, SimpleNamespace(target=IDS)), IDS),
 }
 
@@ -115,7 +111,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "too few arguments": (lambda: call(TWO, (X,)), "`inputs` should return the 2 arguments"),
     "integer outputs": (lambda: select_outputs(IDS), "int64"),
     "a loss that comes first": (lambda: select_outputs((X.sum(), X)), r"shape \(\)"),
-    "no element for labels": (lambda: select_targets(TWO, (X, X)), "`targets.*from tuple of 2"),
     "several elements for labels": (lambda: select_targets(TWO, (X,) * 4), "`targets.*from tuple of 4"),
     "labels that are no tensor": (lambda: select_targets(ONE, (X, [1, 2])), "`targets.*from "),
 }
@@ -126,10 +121,6 @@ def test_what_leaves_doubt_is_refused(what: str) -> None:
     select, match = REFUSED[what]
     with pytest.raises(MisconfigurationException, match=match):
         select()
-
-
-def test_calls_without_noise_need_no_input_that_can_take_it() -> None:
-    assert torch.equal(call(module(lambda self, ids: ids.float()), IDS)(), IDS.float())
 
 
 JOINED: dict[str, tuple[Any, bool]] = {

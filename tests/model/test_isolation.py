@@ -7,7 +7,6 @@ import threading
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -81,25 +80,22 @@ def with_backward(model: Any, x: Tensor) -> None:
 PUT_BACK: dict[str, Callable[[Any, Tensor], Any]] = {
     "a buffer that two modules share": lambda m, x: m.memory.add_(1) + m.twice.memory,
     "a buffer's size": lambda m, x: m.memory.resize_(5).fill_(1).sum(),
-    "names": lambda m, x: [m.register_buffer("new", x), setattr(m, "newer", x), delattr(m, "memory")],
+    "names": lambda m, x: [m.register_buffer("new", x), setattr(m, "prefix", 1), delattr(m, "memory")],
     "batch norm": lambda m, x: m.bn.train()(x) + m.bn.running_mean,
     "a module in a list": lambda m, x: m.listed[0].train()(x) + m.listed[0].running_mean,
     "an attribute's values": lambda m, x: m.hidden.add_(1).sum(),
     "the result of a graph": lambda m, x: m.of_graph.detach().add_(1),
     "a list": lambda m, x: torch.tensor(len([*m.items, m.items.append(x)])),
     "a dict": lambda m, x: m.names.pop("x") + m.names.setdefault("y", x),
-    "a dict that two attributes share": lambda m, x: m.names.pop("x") + len(m.alias),
     "a deque": lambda m, x: torch.tensor(m.queue.append(x) or len(m.queue)),
     "a set": lambda m, x: torch.tensor(m.ids.add(2) or len(m.ids)),
     "a Counter": lambda m, x: torch.tensor(m.counts.update("seen") or m.counts["s"]),
     "a defaultdict": lambda m, x: torch.tensor(len([*m.groups, m.groups["new"]])),
     "the order of a dict": lambda m, x: torch.tensor((m.order.setdefault("a", 2) and m.order.move_to_end("x")) or 1),
-    "a plain value": lambda m, x: setattr(m, "prefix", 1),
     "a submodule that is created lazily": lambda m, x: created_once(m, "lazy", nn.Linear(2, 2)),
     "a parameter that is created lazily": lambda m, x: created_once(m, "scale", nn.Parameter(torch.ones(2))),
     "a submodule that is replaced": lambda m, x: setattr(m, "bn", nn.Identity()),
     "a hook": lambda m, x: m.bn(m.bn.register_forward_hook(lambda module, args, y: y + 1) and x),
-    "a hook before a module": lambda m, x: m.bn(m.bn.register_forward_pre_hook(lambda module, args: args[0] + 1) and x),
     "a frozen parameter": lambda m, x: [torch.tensor(m.target.requires_grad), m.target.requires_grad_(False)][0],
     "a gradient": lambda m, x: [with_backward(m, x), m.target.grad][1],
     "what is logged": lambda m, x: [m.log("name", x), m.log_dict({"name": x})],
@@ -159,9 +155,7 @@ DEEPER: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
     "a number of a helper object": (lambda m, x: setattr(m.tracker, "count", 1), "tracker.count"),
     "a tensor of a helper object": (lambda m, x: m.tracker.mean.add_(1), "tracker.mean"),
     "a tensor that is replaced": (lambda m, x: setattr(m.tracker, "mean", m.tracker.mean + 1), "tracker.mean"),
-    "a list of a helper object": (lambda m, x: m.tracker.parts["a"].append(3), "tracker.parts['a']"),
     "an attribute that is added to it": (lambda m, x: setattr(m.tracker, "new", 1), "tracker"),
-    "a tensor in a list": (lambda m, x: m.items[0].add_(1), "items[0]"),
     "a tensor in a tuple": (lambda m, x: m.pair[0].add_(1), "pair[0]"),
     "a tensor in a nested dict": (lambda m, x: m.nested["a"]["b"][0].add_(1), "nested['a']['b'][0]"),
     "a nested dict": (lambda m, x: m.nested["a"].setdefault("c", 1), "nested['a']"),
@@ -184,12 +178,7 @@ def test_what_a_pass_changes_deeper_is_named(change: str) -> None:
 
 def test_what_a_pass_reads_is_not_named() -> None:
     model = Stateful(lambda m, x: [m.log_book.debug("seen"), m.tracker.rate, m.metric.update(x), m.lstm(x)[0].sum()])
-    model.metric, model.lstm, model.lock, model.tokens = (
-        MeanMetric(),
-        nn.LSTM(2, 2),
-        threading.Lock(),
-        (i for i in "ab"),
-    )
+    model.metric, model.lstm, model.lock = MeanMetric(), nn.LSTM(2, 2), threading.Lock()
     before = fingerprint(model)
     with isolated(model) as run:
         assert torch.equal(run(model, X), run(model, X))
@@ -241,24 +230,13 @@ def test_objects_of_the_user_are_neither_copied_nor_freed_nor_read(monkeypatch: 
     assert not any(name.startswith("data.") for name in names)
 
 
-def test_a_memory_map_stays_one(tmp_path: Path) -> None:
-    model = nn.Linear(2, 2)
-    model.features = np.lib.format.open_memmap(tmp_path / "features.npy", "w+", shape=(10**6,))
-    with isolated(model) as run:
-        assert run(lambda: model.features) is model.features
-
-
-def is_copy(function: Any) -> bool:
-    return "clone" in str(function) or "copy_" in str(function)
-
-
-def count_clones(model: nn.Module, function: Callable[..., Any], num_runs: int = 3) -> int:
-    seen = list[Any]()
-    watch = Watch(lambda function, args, kwargs, result: seen.append(function) if is_copy(function) else None)
-    with isolated(model) as run, watch:
-        for _ in range(num_runs):
+def count_clones(model: nn.Module, function: Callable[..., Any]) -> int:
+    """In three passes."""
+    seen = list[str]()
+    with isolated(model) as run, Watch(lambda function, args, kwargs, result: seen.append(str(function))):
+        for _ in range(3):
             run(function)
-    return len(seen)
+    return sum("clone" in name or "copy_" in name for name in seen)
 
 
 def test_outputs_that_a_validation_collects_are_not_cloned() -> None:
