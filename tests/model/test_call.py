@@ -42,6 +42,12 @@ def test_nothing_writes_into_the_tensors_of_a_batch() -> None:
     assert len(tensors_in(batch)) == 4 and not any(values.any() for values in tensors_in(batch))
 
 
+def test_integers_beside_a_perturbed_tensor_are_copies_too() -> None:
+    ids = IDS.clone()
+    call(module(lambda self, pair: pair[0] + pair[1].add_(1)[:, None]), ([X, ids], IDS))(torch.clone)
+    assert torch.equal(ids, IDS)
+
+
 def test_objects_that_cannot_be_copied_are_shared() -> None:
     batch = {"x": X, "meta": [Lock(), SimpleNamespace(x=X)]}
     forward = ModelCall(module(lambda self, x, meta: x if meta[0] is batch["meta"][0] else None), batch)
