@@ -293,9 +293,9 @@ def test_lazy_and_scripted_models_are_refused() -> None:
             pass
 
 
-def test_parameters_that_a_pass_writes_are_named_those_of_a_hidden_teacher_too() -> None:
+def test_parameters_that_a_pass_writes_are_named_once_those_of_a_hidden_teacher_too() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    model.teachers = [nn.Linear(2, 2)]
+    model.teachers, model.listed = 2 * [nn.Linear(2, 2)], [*model]
 
     @torch.no_grad()
     def write() -> None:
