@@ -54,7 +54,7 @@ def _items_of(value: object) -> Iterable[object]:
     return value if isinstance(value, list | tuple) else ()
 
 
-def first_of(result: Any) -> Any:
+def first_of(result: object) -> object:
     """Return the first item of a tuple or list, or another object as it is."""
     return result[0] if isinstance(result, list | tuple) and result else result
 

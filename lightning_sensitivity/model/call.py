@@ -80,7 +80,7 @@ class ModelCall:
         """The keyword arguments of the model."""
         return {key: value for key, value in self.arguments.items() if isinstance(key, str)}
 
-    def named(self) -> dict[str, Any]:
+    def named(self) -> dict[str, object]:
         """Return the arguments by their names in ``forward``, and further ones by their position."""
         names: dict[int | str, str] = dict(enumerate(p.name for p in parameters_of(self._model)))
         return {names.get(key, str(key)): value for key, value in self.arguments.items()}
@@ -228,7 +228,7 @@ def select_targets(model: nn.Module, batch: Any, targets: Selector | None = None
     return selected
 
 
-def _find_targets(model: nn.Module, batch: Any) -> object:
+def _find_targets(model: nn.Module, batch: object) -> object:
     """Find the labels by position or name; None if it is not clear where they are."""
     if isinstance(batch, list | tuple):
         return batch[-1] if len(batch) == num_positional(model) + 1 else None
