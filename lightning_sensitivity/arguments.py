@@ -20,8 +20,8 @@ def check_argument(name: str, value: object, valid: bool, expected: str) -> None
 
 def check_int(name: str, value: object, minimum: int) -> None:
     """Require an int (not a bool) of at least a minimum."""
-    is_int = isinstance(value, Integral) and not isinstance(value, bool)
-    check_argument(name, value, is_int and int(value) >= minimum, f"an int of {minimum} or more")  # type: ignore[call-overload]
+    valid = isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= minimum
+    check_argument(name, value, valid, f"an int of {minimum} or more")
 
 
 def check_bool(name: str, value: object) -> None:
