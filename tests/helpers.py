@@ -3,11 +3,15 @@
 import csv
 import os
 import socket
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
@@ -131,6 +135,25 @@ def fitted(callbacks: Any, model: Any, train: Any = None, val: Any = None, **kwa
     run = trainer(callbacks=callbacks, **kwargs)
     run.fit(model, *loaders, ckpt_path=ckpt_path)
     return run
+
+
+def refused(callbacks: Any, model: Any, train: Any = None, *val: Any, match: str = "", **kwargs: Any) -> str:
+    """The error before the first step, of a fit of ``loader()`` if nothing else is said."""
+    run = trainer(callbacks=callbacks, **kwargs)
+    with pytest.raises(MisconfigurationException, match=match) as caught:
+        run.fit(model, train or loader(), *(val or [loader()]))
+    assert run.global_step == 0
+    return str(caught.value)
+
+
+@contextmanager
+def said() -> Iterator[list[str]]:
+    """What monitors warn of inside; to be read after it."""
+    texts = list[str]()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield texts
+    texts += [str(each.message) for each in caught if "Monitor`" in str(each.message)]
 
 
 class Watch(TorchDispatchMode):
