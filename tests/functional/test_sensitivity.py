@@ -76,8 +76,7 @@ def test_a_class_average_that_holds_nothing_of_the_change_is_said() -> None:
         message = S.diagnostics(estimate)["class mean"]
         assert re.match("Only .* survives averaging over classes.*`per_output=True`", message)
         assert S.diagnostics(estimate, per_output=True) == {} and output_sensitivity(*outputs, per_output=True) > 0
-    single, none = (S.sensitivity_from_rows(S.sensitivity_rows(*each)) for each in (logits[..., :1], logits[[0, 0]]))
-    assert S.diagnostics(single) == {} and S.diagnostics(none)["no change"].startswith("No output changed")
+    assert S.diagnostics(S.sensitivity_from_rows(S.sensitivity_rows(*logits[..., :1]))) == {}
     assert output_sensitivity(logits[0], logits[0]) == 0  # functions do not warn, the metric does
 
 
