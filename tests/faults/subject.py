@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
-from tests.helpers import Classifier, labelled, trainer
+from tests.helpers import Classifier, labelled, said, trainer
 
 MARK = 50.0  # is added to the first feature of training samples, so that a fault can tell them
 
@@ -116,8 +115,7 @@ def run(fault: Any, moment: str, callbacks: Any = (), make: Any = Subject, data:
     training, validation = labelled(24), labelled(20, seed=1)
     training.tensors[0][:, 0] += MARK
     options = {"max_epochs": 3, "num_sanity_val_steps": 0 if moment == "first" else 2, **kwargs}
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with said() as messages:
         fit = trainer(callbacks=list(callbacks), **options)
         try:
             fit.fit(model, *(data or [DataLoader(each, 8) for each in (training, validation)]))
@@ -125,7 +123,6 @@ def run(fault: Any, moment: str, callbacks: Any = (), make: Any = Subject, data:
             error = raised
     # Weights, buffers, losses of each step, and where the random stream has come to.
     state = [*copy.deepcopy(model.state_dict()).values(), torch.tensor(model.losses), torch.get_rng_state()]
-    messages = [str(warning.message) for warning in caught]
     return Outcome(error, messages, state, model, fit)
 
 
