@@ -43,23 +43,20 @@ def fit(model: LightningModule, *callbacks: Any, **kwargs: Any) -> None:
     fitted([*callbacks], model, train, val, **{"num_sanity_val_steps": 0, "limit_train_batches": 5, **kwargs})
 
 
-@pytest.mark.parametrize(("kinds", "expected"), [
-    ([SensitivityMonitor], SENSITIVITY),
-    ([RiskMonitor], RISK),
-    ([SensitivityMonitor, RiskMonitor], SENSITIVITY + RISK[1:]),  # which share the clean pass
-    ([RiskMonitor, SensitivityMonitor], SENSITIVITY + RISK[1:]),
+@pytest.mark.parametrize(("monitors", "expected"), [
+    ([SensitivityMonitor()], SENSITIVITY),
+    ([SensitivityMonitor(num_draws=3)], SENSITIVITY + 2 * [600, *CHECK]),  # each draw is one pass more
+    ([RiskMonitor()], RISK),
+    ([SensitivityMonitor(), RiskMonitor()], SENSITIVITY + RISK[1:]),  # which share the clean pass
+    ([RiskMonitor(), SensitivityMonitor(), SensitivityMonitor(seed=1, prefix="b_")],
+        [*SENSITIVITY, 600, *CHECK, *RISK[1:]]),
+    ([SensitivityMonitor(outputs=lambda y: y), RiskMonitor()], SENSITIVITY + RISK),  # which call it in another way
+    ([SensitivityMonitor(num_samples=300), RiskMonitor()], [300] * 2 + CHECK * 2 + RISK),
 ])  # fmt: skip
-def test_a_validation_makes_joint_passes(kinds: Any, expected: list[int]) -> None:
+def test_a_validation_makes_joint_passes(monitors: list[Any], expected: list[int]) -> None:
     model = Quiet()
-    passes = Passes(model)
-    fit(model, passes, *(kind() for kind in kinds), max_epochs=3)
+    fit(model, passes := Passes(model), *monitors, max_epochs=3)
     assert Counter(passes.epochs[-1]) == Counter(expected)
-
-
-def test_each_noise_draw_is_one_pass_more() -> None:
-    model = Quiet()
-    fit(model, passes := Passes(model), SensitivityMonitor(num_draws=3), max_epochs=2)
-    assert Counter(passes.epochs[-1]) == {600: 1 + 3, 100: 1 + 3}  # jointly, and one batch by itself
 
 
 @pytest.mark.parametrize("has_batch_norm", [True, False])
@@ -99,18 +96,15 @@ def test_only_kept_validation_batches_are_copied_and_only_in_the_first_validatio
     assert touched == [(0, index) for index in range(0, NUM_BATCHES, 10)]
 
 
-def test_training_steps_after_the_first_epoch_cost_nothing(monkeypatch: Any) -> None:
+@pytest.mark.parametrize(("num_samples", "num_touched"), [(1000, 5), (250, 3)])
+def test_training_steps_after_the_first_epoch_and_beyond_the_kept_samples_cost_nothing(
+    num_samples: int, num_touched: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_sensitivity.callbacks.training.NUM_SAMPLES", num_samples)
     operations = Operations("on_train_batch_start", monkeypatch)
     fit(Quiet(), SensitivityMonitor(), RiskMonitor())
-    assert all(operations.counts[0, index] for index in range(5))
-    assert not any(operations.counts[1, index] for index in range(5))
-
-
-def test_steps_beyond_a_thousand_samples_cost_nothing_either(monkeypatch: Any) -> None:
-    monkeypatch.setattr("lightning_sensitivity.callbacks.training.NUM_SAMPLES", 250)
-    operations = Operations("on_train_batch_start", monkeypatch)
-    fit(Quiet(), SensitivityMonitor(), RiskMonitor(), max_epochs=1)
-    assert [bool(operations.counts[0, index]) for index in range(5)] == [True] * 3 + [False] * 2
+    touched = [key for key, count in operations.counts.items() if count]
+    assert len(operations.counts) == 2 * 5 and touched == [(0, index) for index in range(num_touched)]
 
 
 def test_a_pass_copies_small_buffers_a_validation_large_ones_and_none_parameters() -> None:
@@ -149,8 +143,7 @@ def test_the_benchmark_compares_and_judges(tmp_path: Path, capsys: pytest.Captur
     assert [row["case"] for row in rows] == ["sensitivity", "both"]
     text = capsys.readouterr().out
     for row in rows:
-        ratio = float(row["median"])
+        ratio, wanted = float(row["median"]), float(row["wanted"].split()[1])
         assert ratio == pytest.approx(float(row["seconds"]) / float(row["beside"]), rel=0.02)
-        wanted = float(row["wanted"].split()[1])
         assert row["met"] == ("yes" if ratio <= wanted else "no") or ratio == pytest.approx(wanted, rel=0.01)
         assert f"| MLP 784-128-128-10 | {row['case']} |" in text
