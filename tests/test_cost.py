@@ -49,7 +49,7 @@ def fit(model: LightningModule, *callbacks: Any, **kwargs: Any) -> None:
     ([RiskMonitor()], RISK),
     ([SensitivityMonitor(), RiskMonitor()], SENSITIVITY + RISK[1:]),  # which share the clean pass
     ([RiskMonitor(), SensitivityMonitor(), SensitivityMonitor(seed=1, prefix="b_")],
-        [*SENSITIVITY, 600, *CHECK, *RISK[1:]]),
+        SENSITIVITY + SENSITIVITY[1:] + RISK[1:]),
     ([SensitivityMonitor(outputs=lambda y: y), RiskMonitor()], SENSITIVITY + RISK),  # which call it in another way
     ([SensitivityMonitor(num_samples=300), RiskMonitor()], [300] * 2 + CHECK * 2 + RISK),
 ])  # fmt: skip
