@@ -184,13 +184,14 @@ def a_pass_that_fails(rank: int, folder: Path) -> Any:
 
 
 def a_training_batch_that_fails(rank: int, folder: Path) -> Any:
-    """The second batch has a label above the classes, in the second process."""
+    """In the second process, the first batch has four labels less, and the second one a label above the classes."""
     x, y = labelled(24).tensors
-    y[8:12] += 4 * rank
+    if rank:
+        y[:4], y[8:12] = -100, 4
     net = model()
     net.training_step = lambda batch, batch_idx: cross_entropy(net(batch[0]), batch[1].clamp(max=3))
-    train = DataLoader(TensorDataset(x, y), 8)
-    return fitted_with_warnings([RiskMonitor()], net, train, unlabelled(), max_epochs=1)
+    train, monitor = DataLoader(TensorDataset(x, y), 8), RiskMonitor()
+    return *fitted_with_warnings([monitor], net, train, unlabelled(), max_epochs=1), monitor.fit_state.num_training
 
 
 def no_features_in_one_process(rank: int, folder: Path) -> Any:
@@ -306,8 +307,9 @@ def test_a_pass_that_fails_in_one_process_costs_the_value_of_both(both: Any) -> 
 
 
 def test_a_training_batch_that_fails_in_one_process_is_left_out_and_said_by_it(both: Any) -> None:
-    (values, messages), (other_values, other_messages) = both["a_training_batch_that_fails"]
+    (values, messages, *sizes), (other_values, other_messages, *other_sizes) = both["a_training_batch_that_fails"]
     assert values == other_values and {f"val_{name}" for name in RiskMonitor.names} <= values.keys()
+    assert sizes == other_sizes == [22]  # of 24, since 36 of 40 that are kept have a label
     assert messages == [] and len(other_messages) == 1
     assert re.search("could not keep a training batch: .*Expected labels from 0 to 3", other_messages[0])
 
