@@ -79,9 +79,6 @@ class Classifier(LightningModule):
         if not isinstance(batch, Tensor):
             self.log("val_loss", cross_entropy(self(batch[0]), batch[1]))
 
-    def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        self.log("test_loss", cross_entropy(self(batch[0]), batch[1]))
-
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=1e-2)
 

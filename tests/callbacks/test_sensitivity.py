@@ -6,12 +6,23 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 import tests.helpers as helpers
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
-from tests.helpers import Classifier, Linear, brute_force, inputs, loader, trainer, unlabelled_loader, validated
+from tests.helpers import (
+    Classifier,
+    Linear,
+    brute_force,
+    inputs,
+    loader,
+    refused,
+    trainer,
+    unlabelled_loader,
+    validated,
+)
 
 
 def expected(changes: Tensor) -> dict[str, float]:
@@ -48,6 +59,8 @@ def test_of_each_output_the_value_is_the_mean_square_of_its_changes() -> None:
     model, monitor = Linear(), SensitivityMonitor(per_output=True, outputs=lambda y: y[:, 0])
     changes = brute_force(lambda x: model(x)[:, 0], inputs(50).split(16))
     close(validated(monitor, model, loader()), {"val_output_sensitivity": changes.square().mean().item()})
+    of_probabilities = SensitivityMonitor(per_output=True, outputs=lambda y: y.softmax(1))  # else refused
+    assert validated(of_probabilities, model, loader())["val_output_sensitivity"] > 0
 
 
 # When
@@ -73,10 +86,13 @@ def test_epochs_are_logged_and_before_training_by_validate_at_step_0(monitor: An
 
 
 def test_nothing_is_measured_in_test_and_predict() -> None:
-    model, run = Classifier(), trainer(callbacks=[SensitivityMonitor()])
-    (values,) = run.test(model, loader(), verbose=False)
-    assert values.keys() == {"test_loss"}
-    assert len(run.predict(model, unlabelled_loader())) == 4
+    class WithoutForward(Classifier):
+        forward = LightningModule.forward
+        test_step = predict_step = lambda self, batch, batch_idx: self.net(batch[0]).mean()
+
+    model, run = WithoutForward(), trainer(callbacks=[SensitivityMonitor(), RiskMonitor()])
+    assert run.test(model, loader(), verbose=False) == [{}]
+    assert len(run.predict(model, loader())) == 4
 
 
 # Which names
@@ -104,9 +120,7 @@ def test_the_prefix_begins_every_name_and_the_progress_bar_shows_the_value() -> 
     run = trainer(callbacks=[SensitivityMonitor(prefix="a/b_", prog_bar=True), RiskMonitor(prefix="a/b_")])
     run.validate(Classifier(), loader(), verbose=False)
     assert helpers.logged(run, "a/").keys() == {"a/b_output_sensitivity", "a/b_output_sensitivity_stderr"}
-    assert helpers.logged(run, "a/")["a/b_output_sensitivity"] == float(
-        run.progress_bar_metrics["a/b_output_sensitivity"]
-    )
+    assert run.progress_bar_metrics.keys() == {"a/b_output_sensitivity"}
 
 
 # What is refused
@@ -114,52 +128,26 @@ def test_the_prefix_begins_every_name_and_the_progress_bar_shows_the_value() -> 
 
 @pytest.mark.parametrize(("options", "match"), [
     ({"noise": 0.0}, "`noise` should be a positive number"),
-    ({"noise": -1}, "`noise` should be a positive number"),
-    ({"noise": torch.nn.Dropout}, "`noise` should be a positive number"),
     ({"at": 3}, "`at` should be the name of a submodule"),
-    ({"num_draws": 0}, "`num_draws` should be an int of 1 or more"),
     ({"num_draws": True}, "`num_draws` should be an int of 1 or more"),
     ({"per_output": 1}, "`per_output` should be a bool"),
-    ({"num_samples": 0}, "`num_samples` should be an int of 1 or more"),
     ({"seed": -1}, "`seed` should be an int of 0 or more"),
     ({"prefix": None}, "`prefix` should be a str"),
     ({"inputs": "x"}, "`inputs` should be a function"),
-    ({"outputs": 0}, "`outputs` should be a function"),
-    ({"prog_bar": "no"}, "`prog_bar` should be a bool"),
+    *(({name: 1.5}, f"`{name}` should be .*, got 1.5") for name in (
+        "task", "targets", "features", "initial_weights", "num_training", "num_samples")),
 ])  # fmt: skip
 def test_arguments_are_checked_at_once(options: dict[str, Any], match: str) -> None:
+    kind = RiskMonitor if match.endswith("got 1.5") else SensitivityMonitor
     with pytest.raises(MisconfigurationException, match=match):
-        SensitivityMonitor(**options)
-
-
-class Probabilities(Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        outputs = self.net(x).softmax(1)
-        return outputs.log() if self.scale == 2 else outputs
-
-
-@pytest.mark.parametrize("scale", [1, 2])
-@pytest.mark.parametrize("num_sanity_val_steps", [0, 2])
-def test_probabilities_are_refused_before_the_first_step_unless_each_output_is_measured(
-    scale: int, num_sanity_val_steps: int
-) -> None:
-    model, options = Probabilities(), {"num_sanity_val_steps": num_sanity_val_steps, "max_epochs": 1}
-    model.scale, run = scale, trainer(callbacks=[SensitivityMonitor()], **options)
-    with pytest.raises(MisconfigurationException, match="needs logits, got .*`outputs=`, or use `per_output=True`"):
-        run.fit(model, loader(), loader())
-    assert run.global_step == 0
-    each = validated(SensitivityMonitor(per_output=True), model, loader())
-    assert each["val_output_sensitivity"] > 0
+        kind(**options)
 
 
 def test_a_submodule_that_does_not_exist_or_does_not_run_is_refused_before_the_first_step() -> None:
     model = Classifier()
     model.unused = torch.nn.Linear(2, 2)
-    for name, match in (("nett", "`at` should be the name of a submodule, such as 'net'"), ("unused", "did not run")):
-        run = trainer(callbacks=[SensitivityMonitor(at=name)])
-        with pytest.raises(MisconfigurationException, match=match):
-            run.fit(model, loader(), loader())
-        assert run.global_step == 0
+    refused(SensitivityMonitor(at="nett"), model, match="`at` should be the name of a submodule, such as 'net'")
+    refused(SensitivityMonitor(at="unused"), model, match="did not run")
 
 
 # What is doubtful
@@ -178,11 +166,10 @@ def test_doubtful_values_are_said_once_each_and_again_when_twice_as_many_samples
 
         validation_step = helpers.Quiet.validation_step
 
-    with pytest.warns(UserWarning) as caught:
+    with helpers.said() as texts:
         helpers.fitted(SensitivityMonitor(), Broken(), val=loader(16), max_epochs=5)
-    texts = [str(each.message) for each in caught if "SensitivityMonitor" in str(each.message)]
     found = [text.split(" samples gave nan")[0].rpartition(" ")[2] for text in texts]
     assert found == ["1", "2", "4"]
-    with pytest.warns(UserWarning, match="`SensitivityMonitor` .*dataloader 0: No output changed") as caught:
+    with helpers.said() as texts:
         validated(SensitivityMonitor(noise=lambda x, generator: x), Linear(), loader())
-    assert sum("SensitivityMonitor" in str(each.message) for each in caught) == 1
+    assert len(texts) == 1 and "dataloader 0: No output changed" in texts[0]
