@@ -134,7 +134,7 @@ def fitted(callbacks: Any, model: Any, train: Any = None, val: Any = None, **kwa
     return run
 
 
-def refused(callbacks: Any, model: Any, train: Any = None, *val: Any, match: str = "", **kwargs: Any) -> str:
+def refused(callbacks: Any, model: Any, train: Any = None, *val: Any, match: str = "Monitor`", **kwargs: Any) -> str:
     """The error before the first step, of a fit of ``loader()`` if nothing else is said."""
     run = trainer(callbacks=callbacks, **kwargs)
     with pytest.raises(MisconfigurationException, match=match) as caught:
