@@ -67,6 +67,7 @@ class Truth(History):
         holdout: The validation samples, in one loader.
         features: Turns training and validation samples into features of the reference; None for no reference.
         max_batches: How many batches of a fit are kept.
+        batch_size: Of batches that are measured by themselves; None for joint passes, with other twins for each half.
     """
 
     def __init__(
@@ -75,8 +76,10 @@ class Truth(History):
         holdout: Tensor = HOLDOUT,
         features: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = standardized,
         max_batches: int = 4,
+        batch_size: int | None = None,
     ) -> None:
         super().__init__()
+        self.batch_size = batch_size
         self.task, self.holdout, self.features, self.max_batches = task, holdout, features, max_batches
         self.initial: dict[str, Tensor] = {}
         self.batches: list[list[Tensor]] = []
@@ -100,21 +103,26 @@ class Truth(History):
             num_labelled = int((labels.reshape(len(labels), -1) != -100).any(1).sum())
             self.sizes = num_labelled, sum(p.numel() for p in model.parameters() if p.requires_grad)
         clean, compared, twins = self.passes(model)
+        training = self.outputs(model, x)
         options = {"task": self.task, "strength": STRENGTH, "factor": variance_factor(*self.sizes)}
         # With batch norm, what is compared with twins is normalized by the batch, as they are.
-        terms = risk_estimate(clean, twins, model(x), y, **options)._asdict()
-        terms["variance"] = risk_estimate(compared, twins, model(x), y, **options).variance
+        terms = risk_estimate(clean, twins, training, y, **options)._asdict()
+        terms["variance"] = risk_estimate(compared, twins, training, y, **options).variance
         terms["estimate"] = sum(term for name, term in terms.items() if name != "estimate")
         found = {f"val_risk_{name}": float(term) for name, term in terms.items()}
         self.terms.append(found if self.features is None else self.with_reference(model, x, y, found))
 
+    def outputs(self, model: Any, x: Tensor) -> Tensor:
+        return torch.cat([model(part) for part in x.split(self.batch_size or len(x))])
+
     def passes(self, model: Any) -> list[Tensor]:
         """Outputs for each pass of a twin: clean, those that it is compared with, and its own."""
-        passes = []
-        for place, part in enumerate(self.holdout.chunk(2)):
-            for draw in range(4):
-                generator = noise_generator(0, 0, 0, 0, 4 * place + draw)
-                weights = twin_weights(model, self.initial, generator, STRENGTH)
+        parts = self.holdout.split(self.batch_size or -(-len(self.holdout) // 2))
+        passes, num_draws = [], math.ceil(8 / len(parts))
+        for place, part in enumerate(parts):
+            for draw in range(num_draws):
+                key = (0, num_draws * place + draw) if self.batch_size is None else (place, draw)
+                weights = twin_weights(model, self.initial, noise_generator(0, 0, 0, *key), STRENGTH)
                 clean = model(part)
                 with batch_statistics(model) if has_batch_norm(model) else nullcontext():
                     passes.append((clean, model(part), functional_call(model, weights, (part,))))
@@ -122,7 +130,7 @@ class Truth(History):
 
     def with_reference(self, model: Any, x: Tensor, y: Tensor, found: dict[str, float]) -> dict[str, float]:
         """Add the score by the agreement with the reference."""
-        outputs, num_training = model(x), self.sizes[0]
+        outputs, num_training = self.outputs(model, x), self.sizes[0]
         has_label = (y.reshape(len(y), -1) != -100).all(1)
         is_index = self.task == "multiclass" and not y.is_floating_point()
         y = one_hot(y.long().clamp(0), outputs.shape[1]) if is_index else y.reshape(len(y), -1)
@@ -130,7 +138,10 @@ class Truth(History):
         features, new_features = self.features(x, self.holdout)
         reference = fit_reference(features[has_label], y[has_label], new_features, self.task)
         p, y = self.vectors(self.probabilities(outputs)[has_label]), self.vectors(y[has_label])
-        new_p, q = self.vectors(self.probabilities(model(self.holdout))), self.vectors(reference.predictions)
+        new_p, q = (
+            self.vectors(self.probabilities(self.outputs(model, self.holdout))),
+            self.vectors(reference.predictions),
+        )
         s = y.mean(0)
         agreement, training_agreement = ((a * (b - s)).sum(1).mean() for a, b in ((new_p, q), (p, y)))
         self.largest = max(self.largest, float(agreement))
