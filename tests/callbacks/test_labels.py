@@ -1,6 +1,6 @@
 """Labels of validation samples count beside the estimate, few or all, wherever they are."""
 
-import re
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,18 +12,26 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sensitivity import RiskMonitor
 from lightning_sensitivity.functional.risk import LABEL_WEIGHT, LABEL_WEIGHT_WITH_REFERENCE
-from tests.helpers import Classifier, fitted, inputs, labelled, loader, logged
+from tests.callbacks.plain_loop import Plain, bce
+from tests.helpers import Classifier, fitted, inputs, labelled, loader, logged, said
 
 NUM_BATCHES, BATCH_SIZE = 30, 50  # of 1,500 samples, 12 batches are chosen
 X, Y = labelled(NUM_BATCHES * BATCH_SIZE, seed=1).tensors
 TERMS = [f"val_risk_{name}" for name in ("claim", "overconfidence", "memorization", "variance", "reference")]
 
 
-def values(val: Any, **kwargs: Any) -> tuple[dict[str, float], Classifier]:
+def do_nothing(batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+    """A step for labels that may lie outside of the classes."""
+
+
+def values(
+    val: Any, step: Any = do_nothing, num_sanity_val_steps: int = 1, **kwargs: Any
+) -> tuple[dict[str, float], Classifier]:
     """What is logged after an epoch, and the model."""
     seed_everything(0, verbose=False)
-    model, options = Classifier(), {"max_epochs": 1, "num_sanity_val_steps": kwargs.pop("num_sanity_val_steps", 1)}
-    model.validation_step = lambda batch, batch_idx, dataloader_idx=0: None  # labels may lie outside of the classes
+    model = Classifier()
+    model.validation_step = step
+    options = {"max_epochs": 1, "num_sanity_val_steps": num_sanity_val_steps}
     run = fitted([RiskMonitor(**kwargs)], model, loader(), val, **options)
     return logged(run, "val_risk_"), model.eval()
 
@@ -79,22 +87,17 @@ def test_their_score_and_the_estimate_are_combined(name: str, has_reference: boo
 def test_of_many_labels_about_twelve_hundred_are_scored_in_evenly_spaced_batches() -> None:
     combined, model = values(validation(Y), validation_labels=True)
     assert combined["val_risk_num_labels"] == int(IS_KEPT.sum()) == 1250
-    assert combined["val_risk_label_score"] == pytest.approx(
-        float(scores(model, X[IS_KEPT], Y[IS_KEPT]).mean()), rel=1e-5
-    )
+    truth = float(scores(model, X[IS_KEPT], Y[IS_KEPT]).mean())
+    assert combined["val_risk_label_score"] == pytest.approx(truth, rel=1e-5)
 
 
-def test_they_are_found_by_targets_and_in_some_batches_only() -> None:
-    x = inputs(120, seed=1).split(40)
-    batches = [(x[0],), (x[1], Y[40:80]), (x[2],)]
-    found, _ = values(DataLoader(batches, None), validation_labels=True)
-    assert found["val_risk_num_labels"] == 40
-    by_key = DataLoader([{"x": part, "what": Y[:40]} for part in x], None)
+def test_they_are_found_by_targets() -> None:
+    val = DataLoader([{"x": x, "what": y} for x, y in zip(X[:120].split(40), Y[:120].split(40), strict=True)], None)
 
     def targets(batch: Any) -> Tensor:
         return batch["what"] if isinstance(batch, dict) else batch[1]
 
-    assert values(by_key, validation_labels=True, targets=targets)[0]["val_risk_num_labels"] == 120
+    assert values(val, validation_labels=True, targets=targets)[0]["val_risk_num_labels"] == 120
 
 
 def test_a_targets_function_may_fail_on_batches_without_labels() -> None:
@@ -109,15 +112,15 @@ def test_without_any_the_estimate_is_what_it_is_without_the_option(val: DataLoad
     assert values(val, validation_labels=True)[0] == values(val)[0]
 
 
-def test_labels_of_other_classes_are_refused_in_the_sanity_check() -> None:
-    with pytest.raises(MisconfigurationException, match="Expected labels from 0 to 3"):
-        values(validation(Y[:100] + 7), validation_labels=True)
-
-
-def test_labels_of_other_classes_that_come_later_cost_no_run() -> None:
-    with pytest.warns(UserWarning) as caught:
-        values(validation(Y[:100] + 7), validation_labels=True, num_sanity_val_steps=0)
-    assert any(re.search("RiskMonitor.*Expected labels from 0 to 3", str(each.message)) for each in caught)
+@pytest.mark.parametrize("num_sanity_val_steps", [0, 1])
+def test_labels_of_other_classes_are_refused_at_first_and_later_cost_no_run(
+    num_sanity_val_steps: int,
+) -> None:
+    options = {"validation_labels": True, "num_sanity_val_steps": num_sanity_val_steps}
+    refused = pytest.raises(MisconfigurationException, match="Expected labels from 0 to 3")
+    with said() as texts, refused if num_sanity_val_steps else nullcontext():
+        values(validation(Y[:100] + 7), **options)
+    assert num_sanity_val_steps or any("Expected labels from 0 to 3" in text for text in texts)
 
 
 def test_each_of_several_loaders_has_its_own() -> None:
@@ -127,31 +130,20 @@ def test_each_of_several_loaders_has_its_own() -> None:
     assert counts == [int((few != -100).sum()), 100]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
-def test_binary_labels_of_minus_100_are_none(dtype: torch.dtype) -> None:
-    def labels(num_samples: int) -> Tensor:
-        y = (inputs(num_samples)[:, 0] > 0.5).to(dtype)
-        return y.where(torch.arange(num_samples) % 5 == 0, -100)
-
-    model = Classifier()
-    model.net[4] = nn.Linear(16, 1)
+def test_binary_labels_of_minus_100_are_none() -> None:
+    y = (inputs(100)[:, 0] > 0.5).float().where(torch.arange(100) % 5 == 0, -100)
+    model, monitor = Plain(1, bce), RiskMonitor("binary", validation_labels=True)
     model.training_step = lambda batch, batch_idx: model(batch[0]).square().mean()
     model.validation_step = lambda batch, batch_idx: None
-    train, val = (DataLoader(TensorDataset(inputs(100), labels(100)), 20) for _ in range(2))
-    monitor = RiskMonitor("binary", validation_labels=True)
+    train, val = (DataLoader(TensorDataset(inputs(100), y), 20) for _ in range(2))
     run = fitted([monitor], model, train, val, max_epochs=1)
     assert run.callback_metrics["val_risk_num_labels"] == 20 and monitor.fit_state.num_training == 20
     assert 0 < run.callback_metrics["val_risk_label_score"] < 1
 
 
 def test_labels_are_those_of_the_batch_before_the_step_changes_it() -> None:
-    def run(step: Any) -> dict[str, float]:
-        seed_everything(0, verbose=False)
-        model = Classifier()
-        model.validation_step = step
-        return logged(fitted([RiskMonitor(validation_labels=True)], model, val=validation(Y[:100])), "val_risk_")
-
     def spoil(batch: list[Tensor], batch_idx: int) -> None:
         batch[0].zero_(), batch[1].zero_()
 
-    assert run(spoil) == run(lambda batch, batch_idx: None)
+    spoiled, _ = values(validation(Y[:100]), spoil, validation_labels=True)
+    assert spoiled == values(validation(Y[:100]), validation_labels=True)[0]
