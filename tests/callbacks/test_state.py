@@ -1,7 +1,6 @@
 """What RiskMonitor saves and restores: initial weights, sizes, calibration, and the history for its closing line."""
 
 import logging
-import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,11 +14,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_sensitivity import RiskMonitor, SensitivityMonitor
+from lightning_sensitivity import RiskMonitor
 from lightning_sensitivity.callbacks.closing import Measured, log_closing_line
 from lightning_sensitivity.functional import Reference, fit_reference
 from lightning_sensitivity.model.twins import copy_weights
-from tests.callbacks.plain_loop import HOLDOUT, Plain, fit
+from tests.callbacks.plain_loop import Plain, fit
 from tests.helpers import History, fitted, labelled, loader, unlabelled_loader
 
 KEY = "RiskMonitor{'prefix': 'val_'}"
@@ -28,8 +27,8 @@ KEY = "RiskMonitor{'prefix': 'val_'}"
 class Still(Plain):
     """Without dropout, so that a resumed fit draws no other numbers; its first layer is frozen."""
 
-    def __init__(self) -> None:
-        seed_everything(0, verbose=False)
+    def __init__(self, seed: int = 0) -> None:
+        seed_everything(seed, verbose=False)
         super().__init__()
         self.net[2].p = 0.0
         self.net[0].requires_grad_(False)
@@ -75,17 +74,6 @@ def test_a_resumed_fit_has_the_values_of_an_uninterrupted_one(
     assert resumable(kind, 4, ckpt_path=path, **options)[0] == nearly(whole[2:])
 
 
-@pytest.mark.parametrize("kind", [Still, Raw])
-def test_a_fit_that_its_own_trainer_continues_goes_on_with_its_weights(kind: Any) -> None:
-    monitor, model = RiskMonitor(), kind()
-    initial = copy_weights(model.state_dict())
-    run = fit(model, loader(), monitor, max_epochs=2)
-    run.fit_loop.max_epochs = 4
-    run.fit(model, loader(), DataLoader(HOLDOUT, 16))
-    torch.testing.assert_close(monitor.fit_state.initial, initial, rtol=0, atol=0)
-    assert [measured.epoch for measured in monitor.fit_state.history] == [0, 1, 2, 3]
-
-
 def saved_in_a_fit(folder: Path, **kwargs: Any) -> Path:
     """A checkpoint that is written after two epochs of a fit."""
     checkpoint = cb.ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
@@ -98,12 +86,6 @@ def test_a_checkpoint_holds_no_second_copy_of_frozen_weights_and_loads_without_p
     assert state["initial_weights"].keys() == {"net.3.weight", "net.3.bias"}
     assert state["num_training"] == 50 and state["num_weights"] == 68
     assert len(state["history"]) == 2 and len(state["calibrations"]) == 1
-
-
-@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
-def test_a_fit_resumes_from_a_checkpoint_of_a_fit_by_weights_only(tmp_path: Path) -> None:
-    whole, _ = resumable(Still, 4)
-    assert resumable(Still, 4, ckpt_path=saved_in_a_fit(tmp_path))[0] == nearly(whole[2:])
 
 
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
@@ -129,8 +111,9 @@ def test_two_monitors_with_other_prefixes_keep_states_of_their_own(tmp_path: Pat
     assert {name.partition("risk")[0] for name in ours(whole)[0]} == {"val_", "other/"}
 
 
-def test_a_fit_begins_with_the_weights_of_its_start_unless_its_trainer_resumes(tmp_path: Path) -> None:
-    monitor, model = RiskMonitor(), Plain()
+@pytest.mark.parametrize("kind", [Still, Raw])
+def test_a_fit_begins_with_the_weights_of_its_start_unless_its_trainer_resumes(kind: Any, tmp_path: Path) -> None:
+    monitor, model = RiskMonitor(), kind()
 
     def check(expected: dict[str, Tensor]) -> None:
         torch.testing.assert_close(monitor.fit_state.initial, expected, rtol=0, atol=0)
@@ -142,11 +125,12 @@ def test_a_fit_begins_with_the_weights_of_its_start_unless_its_trainer_resumes(t
     run.fit_loop.max_epochs = 2
     run.fit(model, loader(), loader())
     check(first)
-    for module in (model, Plain()):  # the next of k folds
+    assert [measured.epoch for measured in monitor.fit_state.history] == [0, 1]
+    for module in (model, kind(seed=1)):  # the next of k folds
         weights = copy_weights(module.state_dict())
         fit(module, loader(), monitor, max_epochs=1)
         check(weights)
-    fit(Plain(), loader(), monitor, max_epochs=2, ckpt_path=path)
+    fit(kind(seed=2), loader(), monitor, max_epochs=2, ckpt_path=path)
     check(first)
 
 
@@ -170,13 +154,9 @@ def test_a_checkpoint_without_them_is_an_error_before_the_first_step_unless_they
 
 MALFORMED: dict[str, Any] = {
     "a number": 3,
-    "entries that are missing": {"initial_weights": {}},
     "weights that are none": {"initial_weights": 3},
-    "a history of another form": {"history": [(1, 2)]},
     "a history of words": {"history": [(1, "x", 0.0)]},
-    "a number of samples that is none": {"num_training": "x"},
     "calibrations of another form": {"calibrations": {0: (1.0, 2.0, 3.0)}},
-    "calibrations that are none": {"calibrations": [1.0]},
 }
 
 
@@ -190,7 +170,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.mark.parametrize("name", MALFORMED)
 def test_a_malformed_state_is_one_clear_error(name: str, checkpoint: Any, tmp_path: Path) -> None:
     state = MALFORMED[name]
-    if isinstance(state, dict) and len(state) == 1 and name != "entries that are missing":
+    if isinstance(state, dict):
         state = checkpoint["callbacks"][KEY] | state
     torch.save(checkpoint | {"callbacks": {KEY: state}}, path := tmp_path / "malformed.ckpt")
     with pytest.raises(MisconfigurationException, match="cannot read its state in the checkpoint.*`initial_weights=`"):
@@ -249,14 +229,11 @@ def reference(score: float) -> Reference:
 
 LINES: dict[str, tuple[Any, Any, str]] = {
     "lowest": (measured(0.9, 0.5, 0.6), None, "`val_risk_estimate` was lowest at epoch 1 (0.500)."),
-    "one validation": (measured(0.9), None, "`val_risk_estimate` was lowest at epoch 0 (0.900)."),
     "still falling": (measured(0.9, 0.5), None, "(0.500). It was still falling: train for longer."),
     "labels above": (measured(0.5, 0.6, deviation=4.2), None, "is 4 standard errors above the estimate"),
-    "labels below": (measured(0.5, 0.6, deviation=-4.2), None, "is 4 standard errors below the estimate"),
-    "labels near": (measured(0.5, 0.6, deviation=2.9), None, "(0.500)."),
+    "labels near": (measured(0.5, 0.6, deviation=-2.9), None, "(0.500)."),
     "a better reference": (measured(0.5, 0.6), reference(0.4), "regression of 400 training samples reaches 0.400"),
     "a worse reference": (measured(0.5, 0.6), reference(0.55), "(0.500)."),
-    "several in an epoch": ([Measured(0, 0.5, 0.0), Measured(0, 0.6, 0.0)], None, "epoch 0 (0.500)."),
 }
 
 
@@ -264,7 +241,7 @@ LINES: dict[str, tuple[Any, Any, str]] = {
 def test_the_line_at_the_end_says(name: str) -> None:
     history, known, expected = LINES[name]
     line = closing(history, known)
-    assert expected in line and len(re.findall("was lowest", line)) == 1
+    assert expected in line and line.count("was lowest") == 1
     assert expected.endswith(").") == line.endswith(").")
 
 
@@ -274,7 +251,7 @@ def test_without_a_value_there_is_no_line_and_another_checkpoint_is_not_named() 
     assert closing(measured(0.5, 0.6), checkpoints=kept).endswith("(0.500).")
 
 
-class Late(Still):
+class Fast(Still):
     def configure_optimizers(self) -> Any:
         return torch.optim.Adam(self.parameters(), lr=0.3)
 
@@ -283,24 +260,23 @@ class Late(Still):
 @pytest.mark.parametrize("num_loaders", [1, 2])
 def test_it_names_epoch_and_checkpoint_also_after_a_resume(num_loaders: int, tmp_path: Path, caplog: Any) -> None:
     caplog.set_level("INFO", "lightning.pytorch")
-    labels = labelled(50).tensors[1].clone()
-    labels[::3] = 0
-    train = DataLoader(TensorDataset(labelled(50).tensors[0], labels), 16)
-    vals = [unlabelled_loader(seed=1), unlabelled_loader(seed=2)][:num_loaders]
-    name = "val_risk_estimate" + ("/dataloader_idx_0" if num_loaders > 1 else "")
+    x, labels = labelled(50).tensors
+    train = DataLoader(TensorDataset(x, labels.where(torch.arange(50) % 3 > 0, 0)), 16)
+    vals = [unlabelled_loader(seed=seed) for seed in range(1, 1 + num_loaders)]
+    name = "val_risk_estimate" + "/dataloader_idx_0" * (num_loaders > 1)
     values, path = list[float](), None
     for max_epochs in (12, 14):
         caplog.clear()
         checkpoint = cb.ModelCheckpoint(tmp_path, monitor=name, filename="{epoch}", save_last=True)
         callbacks = [RiskMonitor(), checkpoint, history := History()]
         options = {"max_epochs": max_epochs, "enable_checkpointing": True, "ckpt_path": path}
-        fitted(callbacks, Late(), train, vals if num_loaders > 1 else vals[0], **options)
+        fitted(
+            callbacks, Fast(), train, [unlabelled_loader(seed=1), unlabelled_loader(seed=2)][:num_loaders], **options
+        )
         path = tmp_path / "last.ckpt"
         values += [epoch[name] for epoch in history.epochs]
         best = values.index(min(values))
-        assert best < 11
-        assert f"was lowest at epoch {best} ({min(values):.3f})" in caplog.text
-        assert f"`{name}` was lowest" in caplog.text
+        assert best < 11 and f"`{name}` was lowest at epoch {best} ({min(values):.3f})" in caplog.text
         assert f"The checkpoint is {checkpoint.best_model_path}." in caplog.text
 
 
@@ -313,25 +289,7 @@ def test_the_deviation_of_labels_is_that_from_the_estimate_without_them() -> Non
         fitted(monitor, Still(), val=val)
         return monitor.fit_state.history
 
-    alone, combined = history(), history(validation_labels=True)
-    for first, second in zip(alone, combined, strict=True):
-        assert first.deviation == 0 and second.deviation != 0
+    for first, second in zip(history(), history(validation_labels=True), strict=True):
         # m of 300 and m₀ of 200: from the combination to the score on labels, and from there to the deviation.
         score = (500 * second.estimate - 200 * first.estimate) / 300
-        stderr = (score - first.estimate) / second.deviation
-        assert 0.001 < stderr < 0.1
-
-
-def test_samples_are_freed_at_the_end_of_a_run_and_after_an_error() -> None:
-    def is_free(*monitors: Any) -> bool:
-        risk, sensitivity = monitors
-        return not (risk.samples or sensitivity.samples or risk._training or risk._companions)
-
-    monitors = RiskMonitor(), SensitivityMonitor()
-    fit(Still(), loader(), *monitors, max_epochs=1)
-    assert is_free(*monitors)
-    model = Still()
-    model.on_validation_epoch_end = lambda: 1 / (model.current_epoch - 1)
-    with pytest.raises(ZeroDivisionError):
-        fit(model, loader(), *monitors)
-    assert is_free(*monitors)
+        assert first.deviation == 0 and 0.001 < (score - first.estimate) / second.deviation < 0.1
