@@ -270,9 +270,7 @@ def test_it_names_epoch_and_checkpoint_also_after_a_resume(num_loaders: int, tmp
         checkpoint = cb.ModelCheckpoint(tmp_path, monitor=name, filename="{epoch}", save_last=True)
         callbacks = [RiskMonitor(), checkpoint, history := History()]
         options = {"max_epochs": max_epochs, "enable_checkpointing": True, "ckpt_path": path}
-        fitted(
-            callbacks, Fast(), train, [unlabelled_loader(seed=1), unlabelled_loader(seed=2)][:num_loaders], **options
-        )
+        fitted(callbacks, Fast(), train, vals, **options)
         path = tmp_path / "last.ckpt"
         values += [epoch[name] for epoch in history.epochs]
         best = values.index(min(values))
@@ -281,15 +279,14 @@ def test_it_names_epoch_and_checkpoint_also_after_a_resume(num_loaders: int, tmp
 
 
 def test_the_deviation_of_labels_is_that_from_the_estimate_without_them() -> None:
-    def history(**kwargs: Any) -> list[Measured]:
-        seed_everything(0, verbose=False)
+    def fitted_with(**kwargs: Any) -> tuple[Measured, Any]:
         x, y = labelled(300, seed=1).tensors
         val = DataLoader(TensorDataset(x, y.where(torch.arange(300) % 3 > 0, (y + 1) % 4)), 50)
-        monitor = RiskMonitor(**kwargs)
-        fitted(monitor, Still(), val=val)
-        return monitor.fit_state.history
+        fitted(monitor := RiskMonitor(**kwargs), Still(), val=val)
+        (metric,) = monitor.metrics
+        metric.set_size(None, None)  # compute again, with all values
+        return monitor.fit_state.history[-1], metric.compute()
 
-    for first, second in zip(history(), history(validation_labels=True), strict=True):
-        # m of 300 and m₀ of 200: from the combination to the score on labels, and from there to the deviation.
-        score = (500 * second.estimate - 200 * first.estimate) / 300
-        assert first.deviation == 0 and 0.001 < (score - first.estimate) / second.deviation < 0.1
+    (alone, _), (combined, values) = fitted_with(), fitted_with(validation_labels=True)
+    expected = (values["risk_label_score"] - alone.estimate) / values["risk_label_stderr"]
+    assert alone.deviation == 0 and combined.deviation == pytest.approx(float(expected), rel=1e-5)
