@@ -1,15 +1,13 @@
 """The first training step is watched: it should call the model on our inputs, and train the logits that we measure."""
 
 import io
-import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.nn.functional import (
     binary_cross_entropy_with_logits,
@@ -70,13 +68,6 @@ class Direct(Stepping):
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         return cross_entropy(self.forward(batch[0]), batch[1])
-
-
-class Positions(Stepping):
-    """It returns the classes in the last of three dimensions."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.stack([self.net(x), self.net(1 - x)], 1)
 
 
 class Binary(Stepping):
@@ -169,12 +160,6 @@ CASES = {
         lambda m, x, y: binary_cross_entropy_with_logits(m(x).squeeze(1), (y > 1).float()), None, Binary
     ),
     "a loss of one's own": Case(lambda m, x, y: (5 * m(x)).square().mean()),
-    "positions, flattened": Case(
-        lambda m, x, y: cross_entropy(m(x).flatten(0, 1), y.repeat_interleave(2)),
-        None,
-        Positions,
-        {"outputs": lambda result: result.mT},
-    ),
     # other ways to train
     "manual, normalized": Case(scaled, VALUES, Manual),
     "normalized after skipped steps": Case(scaled, VALUES, Skipping),
@@ -219,27 +204,6 @@ def test_each_fit_says_it_again() -> None:
     monitor, model = SensitivityMonitor(), Stepping(scaled)
     for _ in range(2):
         assert_said(said(model, monitor), VALUES, "SensitivityMonitor")
-
-
-# Distributed training, where Lightning runs the step as `forward`
-
-
-@pytest.fixture
-def one_process() -> Iterator[DDPStrategy]:
-    """A strategy of one process, whose traces are removed."""
-    environment = dict(os.environ)
-    yield DDPStrategy(process_group_backend="gloo")
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    os.environ.clear()
-    os.environ.update(environment)
-
-
-@pytest.mark.parametrize("name", ["normalized", "around forward", "a temperature", "plain"])
-def test_distributed_training_is_watched_too(name: str, one_process: DDPStrategy) -> None:
-    case = CASES[name]
-    texts = said(case.module(case.step), strategy=one_process, devices=1)
-    assert_said(texts, case.said, "SensitivityMonitor")
 
 
 # What the step may do while it is watched
