@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_sensitivity import RiskMonitor
 from lightning_sensitivity.functional import bags_of_words, fit_reference, principal_components
 from tests.callbacks.plain_loop import HOLDOUT, REFERENCE_NAMES, Plain, Truth, fit, standardized
-from tests.helpers import Classifier, History, first_tensor, fitted, labelled, loader, logged, refused, said
+from tests.helpers import Classifier, History, Quiet, first_tensor, fitted, labelled, loader, logged, refused, said
 
 X, Y = labelled(50).tensors
 SHUFFLED = Y[torch.randperm(50, generator=torch.Generator().manual_seed(1))]
@@ -97,8 +97,7 @@ class Tokens(Classifier):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         return self(**batch).loss
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        pass
+    validation_step = Quiet.validation_step
 
 
 def token_batches(num_batches: int, seed: int) -> list[dict[str, Tensor]]:
@@ -145,8 +144,7 @@ class Taking(Plain):
     ) -> Tensor:
         return super().forward(x)
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        pass
+    validation_step = Quiet.validation_step
 
 
 @pytest.mark.parametrize("name", ["label", "labels", "target", "targets", "y"])
@@ -172,8 +170,7 @@ class GraphModel(Plain):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return cross_entropy(self(batch), batch.y)
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        pass
+    validation_step = Quiet.validation_step
 
 
 def fit_graphs(**kwargs: Any) -> tuple[dict[str, float], list[str]]:
