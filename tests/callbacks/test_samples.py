@@ -239,19 +239,22 @@ def test_samples_that_influence_each_other_are_measured_batch_by_batch_from_then
 
 
 @pytest.mark.parametrize("place", [0, 2, 5])
-def test_a_single_batch_whose_samples_influence_each_other_is_found_in_the_first_validation(place: int) -> None:
+@pytest.mark.parametrize("first_epoch", [0, 1])
+def test_a_single_batch_whose_samples_influence_each_other_is_found_at_once_or_in_as_many_validations_as_batches(
+    place: int, first_epoch: int
+) -> None:
     class Rare(Linear):
-        """Samples with a first feature above 1 get their mean, which is 0 in most batches."""
+        """Samples with a first feature above 1.5 get their mean, which is 0 in most batches."""
 
         def forward(self, x: Tensor) -> Tensor:
-            is_rare = x[:, :1] > 1.5
+            is_rare = (x[:, :1] > 1.5) * (self.current_epoch >= first_epoch)
             outputs = self.net(x)
             return outputs + is_rare * (is_rare * outputs).mean(0)
 
     x, model = inputs(60).clone(), Rare()
     x[10 * place : 10 * place + 5, 0] += 3
-    values = validated(SensitivityMonitor(), model, DataLoader(x, 10))
-    assert values[SENSITIVITY] == sensitivity(model, x.split(10))
+    run = fitted(SensitivityMonitor(), model, val=DataLoader(x, 10), max_epochs=1 + 6 * first_epoch)
+    assert logged(run)[SENSITIVITY] == sensitivity(model, x.split(10))
 
 
 def test_a_joint_pass_that_fails_is_not_tried_again() -> None:
