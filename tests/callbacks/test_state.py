@@ -1,6 +1,5 @@
 """What RiskMonitor saves and restores: initial weights, sizes, calibration, and the history for its closing line."""
 
-import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -202,20 +201,12 @@ def test_a_resumed_fit_may_begin_with_a_validation(tmp_path: Path) -> None:
 # The line at the end
 
 
-def closing(history: list[Measured], reference: Any = None, checkpoints: Any = ()) -> str:
-    lines = list[str]()
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    logger.addHandler(handler)
-    try:
-        log_closing_line(
-            SimpleNamespace(checkpoint_callbacks=list(checkpoints)), "val_risk_estimate", history, reference
-        )
-    finally:
-        logger.removeHandler(handler)
-    assert len(lines) <= 1
-    return "".join(lines)
+def closing(caplog: Any, history: list[Measured], reference: Any = None, checkpoints: Any = ()) -> str:
+    caplog.set_level("INFO", "lightning.pytorch")
+    run = SimpleNamespace(checkpoint_callbacks=list(checkpoints))
+    log_closing_line(run, "val_risk_estimate", history, reference)
+    assert len(caplog.messages) <= 1
+    return "".join(caplog.messages)
 
 
 def measured(*estimates: float, deviation: float = 0.0) -> list[Measured]:
@@ -238,17 +229,17 @@ LINES: dict[str, tuple[Any, Any, str]] = {
 
 
 @pytest.mark.parametrize("name", LINES)
-def test_the_line_at_the_end_says(name: str) -> None:
+def test_the_line_at_the_end_says(name: str, caplog: Any) -> None:
     history, known, expected = LINES[name]
-    line = closing(history, known)
+    line = closing(caplog, history, known)
     assert expected in line and line.count("was lowest") == 1
     assert expected.endswith(").") == line.endswith(").")
 
 
-def test_without_a_value_there_is_no_line_and_another_checkpoint_is_not_named() -> None:
-    assert closing([]) == ""
+def test_without_a_value_there_is_no_line_and_another_checkpoint_is_not_named(caplog: Any) -> None:
+    assert closing(caplog, []) == ""
     kept = [SimpleNamespace(monitor="val_loss", best_model_path="a"), SimpleNamespace(best_model_path="b")]
-    assert closing(measured(0.5, 0.6), checkpoints=kept).endswith("(0.500).")
+    assert closing(caplog, measured(0.5, 0.6), checkpoints=kept).endswith("(0.500).")
 
 
 class Fast(Still):
