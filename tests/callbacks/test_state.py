@@ -222,7 +222,8 @@ LINES: dict[str, tuple[Any, Any, str]] = {
     "lowest": (measured(0.9, 0.5, 0.6), None, "`val_risk_estimate` was lowest at epoch 1 (0.500)."),
     "still falling": (measured(0.9, 0.5), None, "(0.500). It was still falling: train for longer."),
     "labels above": (measured(0.5, 0.6, deviation=4.2), None, "is 4 standard errors above the estimate"),
-    "labels near": (measured(0.5, 0.6, deviation=-2.9), None, "(0.500)."),
+    "labels below": (measured(0.5, 0.6, deviation=-4.2), None, "is 4 standard errors below the estimate"),
+    "labels near": (measured(0.5, 0.6, deviation=2.9), None, "(0.500)."),
     "a better reference": (measured(0.5, 0.6), reference(0.4), "regression of 400 training samples reaches 0.400"),
     "a worse reference": (measured(0.5, 0.6), reference(0.55), "(0.500)."),
 }
