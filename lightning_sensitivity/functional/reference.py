@@ -1,7 +1,6 @@
 """A reference for the estimate: kernel ridge regression of training labels, which never sees the network."""
 
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -67,8 +66,9 @@ def fit_reference(features: Tensor, labels: Tensor, new_features: Tensor, task: 
     of 0.1, 0.4 and 1.6 and the ridges λ from 0.03 to 30, it takes those with the lowest leave-one-out Brier
     score. The prediction for a sample that was left out has the error
     :math:`\alpha_i / [(K + \lambda I)^{-1}]_{ii}`, the identity behind PRESS (Allen, 1974), so that one
-    eigendecomposition for each width gives all scores; only :math:`\bar y` includes the sample. In the end,
-    predictions are clipped to probabilities.
+    eigendecomposition for each width gives all scores, in single precision; only :math:`\bar y` includes the
+    sample. The chosen width and ridge are solved in double precision. In the end, predictions are clipped to
+    probabilities.
 
     Args:
         features: Features of training samples, such as :func:`principal_components`, floating, ``(N, D)``.
@@ -100,32 +100,41 @@ def fit_reference(features: Tensor, labels: Tensor, new_features: Tensor, task: 
     x, new_x = _checked_features(features, new_features)
     y = _checked_labels(labels, len(x), kind)
     shares = y.mean(0)
+    residuals = y - shares
     distances = _squared_distances(x, x)
     positive = distances[distances > 0]
     median = positive.median() if len(positive) else torch.ones(())
-    best_score, best_width, best_weights, best_errors = math.inf, median, torch.zeros_like(y), y - shares
+    choices: list[tuple[float, float, float]] = []
     for width in _WIDTHS:
-        kernel = (-distances / (width * median)).exp()
-        for weights, errors in _ridge_regressions(kernel, y - shares):
-            score = float(kind.distances(errors, torch.zeros_like(errors)).mean())
-            if score < best_score:
-                best_score, best_width, best_weights, best_errors = score, width * median, weights, errors
-    new_kernel = (-_squared_distances(new_x, x) / best_width).exp()
-    predictions = kind.clip(shares + new_kernel @ best_weights)
-    chance = float(kind.distances(y, shares.expand_as(y)).mean())
-    claim = float(kind.claims(kind.clip(y - best_errors)).mean())
-    return Reference(predictions, shares, best_score, chance, claim, len(x))
+        scores = _leave_one_out_scores((-distances / (width * median)).exp(), residuals, kind)
+        choices += [(score, width, ridge) for score, ridge in zip(scores, _RIDGES, strict=True)]
+    _, width, ridge = min(choices)
+    kernel = (-distances / (width * median)).exp()
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(kernel + ridge * torch.eye(len(x), dtype=torch.float64)))
+    weights = inverse @ residuals
+    errors = weights / inverse.diagonal()[:, None]
+    new_kernel = (-_squared_distances(new_x, x) / (width * median)).exp()
+    return Reference(
+        predictions=kind.clip(shares + new_kernel @ weights),
+        shares=shares,
+        score=float(kind.distances(y, y - errors).mean()),
+        chance=float(kind.distances(y, shares.expand_as(y)).mean()),
+        claim=float(kind.claims(kind.clip(y - errors)).mean()),
+        num_samples=len(x),
+    )
 
 
-def _ridge_regressions(kernel: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the weights α and the leave-one-out errors for each ridge, from one eigendecomposition."""
-    eigenvalues, vectors = torch.linalg.eigh(kernel)
-    eigenvalues = eigenvalues.clamp(min=0)
-    projected = vectors.T @ labels
-    for ridge in _RIDGES:
-        inverse = 1 / (eigenvalues + ridge)
-        weights = vectors @ (inverse[:, None] * projected)
-        yield weights, weights / (vectors.square() @ inverse)[:, None]
+def _leave_one_out_scores(kernel: Tensor, residuals: Tensor, task: Task) -> list[float]:
+    """Compute the leave-one-out score for each ridge from one eigendecomposition, in single precision to be fast."""
+    eigenvalues, vectors = torch.linalg.eigh(kernel.float())
+    projected = vectors.T @ residuals[:, residuals.any(0)].float()  # classes that no sample has add nothing
+    inverses = 1 / (eigenvalues.clamp(min=0)[:, None] + torch.tensor(_RIDGES, dtype=torch.float32))
+    diagonals = vectors.square() @ inverses
+    scores = []
+    for inverse, diagonal in zip(inverses.T, diagonals.T, strict=True):
+        errors = vectors @ (inverse[:, None] * projected) / diagonal[:, None]
+        scores.append(float(task.distances(errors, torch.zeros_like(errors)).mean()))
+    return scores
 
 
 def _squared_distances(first: Tensor, second: Tensor) -> Tensor:
