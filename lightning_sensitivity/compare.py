@@ -16,7 +16,7 @@ from lightning_sensitivity.compat import original_module
 from lightning_sensitivity.functional.consensus import consensus_errors, log_probabilities, sum_labels
 from lightning_sensitivity.functional.sensitivity import diagnostics, sensitivity_from_rows, sensitivity_rows
 from lightning_sensitivity.functional.tasks import TASKS
-from lightning_sensitivity.functional.tensors import are_in_unit_interval
+from lightning_sensitivity.functional.tensors import may_be_probabilities
 from lightning_sensitivity.model.batches import clone_tensors
 from lightning_sensitivity.model.call import ModelCall, select_targets
 from lightning_sensitivity.model.isolation import isolated
@@ -112,7 +112,7 @@ class _Measurer:
         if self.task is None:
             return rows, torch.zeros(0, 1, 1), label_sums
         log_p = log_probabilities(clean, self.task)
-        if batch_idx == 0 and are_in_unit_interval(clean):
+        if batch_idx == 0 and may_be_probabilities(clean):
             rank_zero_warn("All outputs of a model lie in [0, 1]. If they are not logits, set `outputs=`.")
         if self.targets is not None:
             label_sums = sum_labels(log_p, clean, select_targets(model, batch, self.targets), self.task)
@@ -214,7 +214,7 @@ def _score(name: str, rows: Tensor, log_p: Tensor, label_sums: Tensor) -> Measur
     if estimate.num_samples < max(2, len(rows)):
         got = f"{int(estimate.num_samples)} of {len(rows)}"
         raise ValueError(f"Expected two samples or more, all finite; got {got}.")
-    for message in diagnostics(estimate).values():
+    for message, _ in diagnostics(estimate).values():
         rank_zero_warn(f"Model {name!r}: {message}")
     sensitivity = float(estimate.value), float(estimate.stderr)
     loss, error, _ = (label_sums.sum(0) / label_sums[:, 2].sum()).tolist()  # nan without labels

@@ -14,9 +14,14 @@ from torch.func import functional_call
 
 from lightning_sensitivity.arguments import Selector, describe
 from lightning_sensitivity.compat import original_module
-from lightning_sensitivity.model.batches import clone_tensors as clone_tensors
-from lightning_sensitivity.model.batches import first_of, is_dense, is_floating, num_samples
-from lightning_sensitivity.model.batches import tensors_in as tensors_in
+from lightning_sensitivity.model.batches import (
+    clone_tensors,
+    first_of,
+    is_dense,
+    is_floating,
+    num_samples,
+    tensors_in,
+)
 
 Perturb = Callable[[Tensor], Tensor]
 

@@ -2,35 +2,28 @@
 
 import copy
 import sys
-import types
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain, islice, starmap
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils.data import DataLoader, Dataset
 
 from lightning_sensitivity.compat import collect_rng_states, set_rng_states
 
 T = TypeVar("T")
-Versions = dict[str, tuple[int, Tensor]]
 
-_LARGE = 2**16  # bytes of an array that is not looked at, or of a tensor whose clone serves several passes
+_LARGE = 2**16  # bytes of a tensor whose clone serves several passes
 _LONG = 10_000  # items of a container that is not copied
-_MAX_OBJECTS = 2000  # in a fingerprint
-_MAX_ITEMS = 100  # of a container, in a fingerprint
+_MAX_ITEMS = 100  # of a container that are looked at
 _OWN = frozenset(vars(nn.Module()))  # what each module has: parameters, buffers, hooks, the mode
 _COPIED = {list, dict, set, deque, OrderedDict, defaultdict, Counter}
-_PLAIN = (bool, int, float, complex, str, bytes, type(None))
-_SKIPPED = (nn.Module, Dataset, DataLoader, types.ModuleType)
-_SKIPPED_PACKAGES = ("lightning", "pytorch_lightning", "lightning_fabric", "logging")  # they change anyway
+PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 # Clones of large tensors, by model and id of the original: memory that is filled anew for each validation.
 _LARGE_CLONES: WeakKeyDictionary[nn.Module, dict[int, Tensor]] = WeakKeyDictionary()
@@ -43,22 +36,6 @@ class RunIsolated(Protocol):
         """Return what the function returns."""
 
 
-class Seen(NamedTuple):
-    """What a fingerprint knows of an object.
-
-    Attributes:
-        value: The object, to compare by identity; None for plain values.
-        state: The value, version, length or hash.
-    """
-
-    value: object
-    state: object
-
-    def differs(self, other: "Seen") -> bool:
-        """Return whether an object was replaced or changed; nan does not differ from itself."""
-        return self.value is not other.value or (self.state is not other.state and self.state != other.state)
-
-
 @contextmanager
 def isolated(model: nn.Module) -> Iterator[RunIsolated]:
     """Yield ``run(function, *args)``, which calls a function that runs the model, and leaves no trace.
@@ -68,8 +45,8 @@ def isolated(model: nn.Module) -> Iterator[RunIsolated]:
     of up to 10,000 items are copied one level deep. After it, the originals are put back; hooks, gradients
     and ``requires_grad``, too. Compiled code runs eagerly, so our passes compile nothing.
 
-    Neither copied nor put back are what lies deeper, see :func:`fingerprint`; parameters, see
-    :func:`parameter_versions`; and what closures and globals hold.
+    Neither copied nor put back are what lies deeper, parameters (see :class:`~.traces.Traces` for both), and
+    what closures and globals hold.
 
     Args:
         model: The module.
@@ -101,59 +78,12 @@ def all_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules of a model by name, also those in containers, which torch does not see."""
     found: set[nn.Module] = set()
     modules = dict(model.named_modules(found))
-    attributes = chain.from_iterable(starmap(_contents, modules.items()))
+    attributes = chain.from_iterable(starmap(contents_of, modules.items()))
     containers = [(name, value) for name, value in attributes if isinstance(value, list | tuple | dict)]
-    for name, item in chain.from_iterable(starmap(_contents, containers)):
+    for name, item in chain.from_iterable(starmap(contents_of, containers)):
         if isinstance(item, nn.Module):
             modules.update(item.named_modules(found, name))
     return modules
-
-
-def parameter_versions(model: nn.Module) -> Versions:
-    """Return the version and data of each parameter by name; data that is held keeps its memory."""
-    return {
-        name: (_version_of(parameter), parameter.data)
-        for path, module in all_modules(model).items()
-        for name, parameter in module.named_parameters(path, recurse=False, remove_duplicate=False)
-    }
-
-
-def written_parameters(before: Versions, after: Versions) -> list[str]:
-    """Name what was written to, or got other data, between two calls of :func:`parameter_versions`."""
-    now = {name: (version, data.data_ptr()) for name, (version, data) in after.items()}
-    return [name for name, (version, data) in before.items() if now.get(name) != (version, data.data_ptr())]
-
-
-def fingerprint(model: nn.Module) -> dict[str, Seen]:
-    """Look at what a model holds, to tell what a pass changes of what :func:`isolated` does not put back.
-
-    This is what lies deeper than the items of its own lists and dicts: what these items hold, and attributes
-    of other objects. At most 2,000 objects are looked at, up to 100 of each container, and nothing is copied.
-    Changes within large arrays go unnoticed, and so do those by ``tensor.data``.
-
-    Args:
-        model: The module.
-
-    Returns:
-        What is known of each object, by a name such as ``"tracker.count"``.
-    """
-    found: dict[str, Seen] = {}
-    waiting = deque(chain.from_iterable(starmap(_contents, all_modules(model).items())))
-    ids = set[int]()
-    while waiting and len(found) < _MAX_OBJECTS:  # what lies less deep comes first
-        name, value = waiting.popleft()
-        if isinstance(value, _PLAIN):
-            found[name] = Seen(None, value)
-        elif id(value) not in ids and _is_looked_at(value):
-            ids.add(id(value))
-            found[name] = Seen(value, _state_of(value))
-            waiting.extend(_contents(name, value))
-    return found
-
-
-def changed_names(before: Mapping[str, Seen], after: Mapping[str, Seen]) -> list[str]:
-    """Name what changed between two calls of :func:`fingerprint`."""
-    return [name for name, seen in before.items() if name in after and seen.differs(after[name])]
 
 
 class _State:
@@ -187,11 +117,13 @@ class _State:
             return tensor.detach().clone()
         key, like = id(tensor), (tensor.shape, tensor.dtype, tensor.device)
         clone = self.large_clones.get(key)
-        if clone is None or (clone.shape, clone.dtype, clone.device) != like:
+        if clone is not None and self.versions.get(key) == clone._version:
+            return clone
+        # Outputs of a run that has written to a clone may be views of it.
+        if clone is None or key in self.versions or (clone.shape, clone.dtype, clone.device) != like:
             clone = self.large_clones[key] = torch.empty_like(tensor)
-        if self.versions.get(key) != clone._version:
-            clone.copy_(tensor.detach())
-            self.versions[key] = clone._version
+        clone.copy_(tensor.detach())
+        self.versions[key] = clone._version
         return clone
 
     def restore(self) -> None:
@@ -245,7 +177,7 @@ def _attributes_of(value: object) -> dict[str, object]:
     return {key: item for key, item in attributes.items() if key not in own}
 
 
-def _contents(name: str, value: object) -> list[tuple[str, object]]:
+def contents_of(name: str, value: object) -> list[tuple[str, object]]:
     """List the first items of a container, or the attributes of an object, by name."""
     if not isinstance(value, list | tuple | dict | deque):
         return [(f"{name}.{key}".lstrip("."), item) for key, item in _attributes_of(value).items()]
@@ -255,31 +187,7 @@ def _contents(name: str, value: object) -> list[tuple[str, object]]:
 
 def _label(key: object, index: int) -> str:
     """Return how a message names an item: by its key, unless that may be long or slow to print."""
-    return repr(key) if isinstance(key, _PLAIN) else f"item {index}"
-
-
-def _is_looked_at(value: object) -> bool:
-    """Return whether an object is part of a fingerprint: data sets and objects of Lightning are not."""
-    packages = {base.__module__.partition(".")[0] for base in type(value).__mro__}
-    return not isinstance(value, _SKIPPED) and packages.isdisjoint(_SKIPPED_PACKAGES)
-
-
-def _state_of(value: object) -> object:
-    """Return what changes when an object is written to, as far as it is cheap to know."""
-    if isinstance(value, Tensor):
-        return _version_of(value)
-    if isinstance(value, np.ndarray):
-        return hash(value.tobytes()) if value.nbytes <= _LARGE else None
-    if isinstance(value, torch.Generator):
-        return value.get_state().tolist()
-    if isinstance(value, list | tuple | dict | set | frozenset | deque):
-        return len(value)
-    return len(getattr(value, "__dict__", ()))
-
-
-def _version_of(tensor: Tensor) -> int:
-    """Count how often a tensor was written to; -1 for those of inference mode, which don't count."""
-    return -1 if tensor.is_inference() else tensor._version
+    return repr(key) if isinstance(key, PLAIN) else f"item {index}"
 
 
 def _eager() -> AbstractContextManager[object]:

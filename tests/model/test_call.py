@@ -10,7 +10,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_sensitivity.model import ModelCall, select_outputs, select_targets
-from lightning_sensitivity.model.call import join_calls, tensors_in
+from lightning_sensitivity.model.batches import tensors_in
+from lightning_sensitivity.model.call import join_calls
 
 X, IDS = torch.zeros(3, 2), torch.full((3,), 20)
 Pair = namedtuple("Pair", ["x", "y"])

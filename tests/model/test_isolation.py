@@ -16,14 +16,9 @@ from lightning.pytorch import LightningDataModule, LightningModule, seed_everyth
 from torch import Tensor, nn
 from torchmetrics.aggregation import MeanMetric
 
-from lightning_sensitivity.model import isolated
-from lightning_sensitivity.model.isolation import (
-    changed_names,
-    fingerprint,
-    forget_clones,
-    parameter_versions,
-    written_parameters,
-)
+from lightning_sensitivity.model import isolated, traces
+from lightning_sensitivity.model.isolation import forget_clones
+from lightning_sensitivity.model.traces import Traces
 from tests.helpers import Watch, labelled
 
 X = torch.rand(4, 2, generator=torch.Generator().manual_seed(0))
@@ -120,6 +115,12 @@ def snapshot(model: Any) -> list[Any]:
     return [names, [(parameter.requires_grad, contents(parameter.grad)) for parameter in parameters]]
 
 
+def look_at(model: nn.Module) -> Traces:
+    found = Traces(model)
+    found.look_deeper()
+    return found
+
+
 def interrupt() -> None:
     raise KeyboardInterrupt
 
@@ -132,7 +133,7 @@ ROWS = [(name, inference) for name in PUT_BACK for inference in (False, "grad" n
 def test_a_pass_finds_what_the_one_before_found_and_leaves_no_trace(change: str, inference: bool) -> None:
     with torch.inference_mode(inference):
         model = Stateful(PUT_BACK[change])
-        before, looked_at = snapshot(model), fingerprint(model)
+        before, looked_at = snapshot(model), look_at(model)
         with isolated(model) as run:
             outputs = [run(model, X.clone()) for _ in range(3)]
             with pytest.raises(KeyboardInterrupt):
@@ -140,7 +141,7 @@ def test_a_pass_finds_what_the_one_before_found_and_leaves_no_trace(change: str,
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
     with isolated(model) as run:  # outside, where torch lets nobody write to tensors of inference mode
         run(lambda: None)
-    assert snapshot(model) == before and changed_names(looked_at, fingerprint(model)) == []
+    assert snapshot(model) == before and looked_at.find() == []
 
 
 def test_what_two_places_share_is_shared_by_a_pass() -> None:
@@ -169,19 +170,19 @@ DEEPER: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
 def test_what_a_pass_changes_deeper_is_named(change: str) -> None:
     write, name = DEEPER[change]
     model = Stateful(write)
-    before = fingerprint(model)
+    before = look_at(model)
     with isolated(model) as run:
         run(model, X)
-    assert changed_names(before, fingerprint(model)) == [name]
+    assert before.find() == [name]
 
 
 def test_what_a_pass_reads_is_not_named() -> None:
     model = Stateful(lambda m, x: [m.log_book.debug("seen"), m.tracker.rate, m.metric.update(x), m.lstm(x)[0].sum()])
     model.metric, model.lstm, model.lock = MeanMetric(), nn.LSTM(2, 2), threading.Lock()
-    before = fingerprint(model)
+    before = look_at(model)
     with isolated(model) as run:
         assert torch.equal(run(model, X), run(model, X))
-    assert changed_names(before, fingerprint(model)) == []
+    assert before.find() == []
 
 
 class Unreadable(np.ndarray):
@@ -193,7 +194,7 @@ class Unreadable(np.ndarray):
 def test_large_arrays_and_data_sets_are_not_looked_into() -> None:
     model = nn.Linear(2, 2)
     model.features, model.data, model.sets = np.zeros(2**20).view(Unreadable), LightningDataModule(), [labelled(8)]
-    assert list(fingerprint(model)) == ["in_features", "out_features", "features", "sets"]
+    assert list(traces._look_at(model)) == ["in_features", "out_features", "features", "sets"]
 
 
 def count_clones(model: nn.Module, function: Callable[..., Any]) -> int:
@@ -220,6 +221,9 @@ def test_large_tensors_are_cloned_once_for_all_passes_that_do_not_write_to_them(
     with torch.inference_mode():
         assert count_clones(model, lambda: model.memory.sum()) == 1
     assert not model.memory.any()
+    with isolated(model) as run:
+        views = [run(lambda n=n: model.memory.add_(n)[:1]) for n in (1, 2)]  # the second run leaves the first its own
+    assert [view.item() for view in views] == [1, 2]
     model.memory.data.add_(1)  # which no version tells
     with isolated(model) as run:
         assert run(lambda: model.memory.sum()) == 2**20
@@ -230,19 +234,19 @@ def test_large_tensors_are_cloned_once_for_all_passes_that_do_not_write_to_them(
 def test_containers_are_copied_one_level_deep_unless_they_are_very_long() -> None:
     model, deep = nn.Linear(2, 2), [1]
     model.lookup, model.very_long = dict.fromkeys(range(10_000), deep), list(range(10_001))
-    before = fingerprint(model)
+    before = look_at(model)
     with isolated(model) as run:
         lookup = run(lambda: model.lookup)
         assert lookup == model.lookup and lookup is not model.lookup and lookup[0] is deep
         assert run(lambda: model.very_long.append(1) or model.very_long) is model.very_long
-    assert changed_names(before, fingerprint(model)) == ["very_long"]
+    assert before.find() == ["very_long"]
 
 
-def test_a_fingerprint_looks_at_a_bounded_number_of_objects() -> None:
+def test_a_bounded_number_of_objects_is_looked_at() -> None:
     model = nn.Linear(2, 2)
     model.nest = [[[index] * 90 for index in range(90)] for _ in range(90)]
     model.vocabulary = {str(index): [index] for index in range(30_000)}
-    found = fingerprint(model)
+    found = traces._look_at(model)
     assert len(found) == 2000 and sum(name.startswith("vocabulary[") for name in found) < 300
 
 
@@ -302,8 +306,8 @@ def test_parameters_that_a_pass_writes_are_named_once_those_of_a_hidden_teacher_
         model[1].weight.mul_(2)
         model.teachers[0].bias.data = torch.ones(2)
 
-    before = parameter_versions(model)
-    assert written_parameters(before, parameter_versions(model)) == []
+    before = Traces(model)
+    assert before.find() == []
     with isolated(model) as run:
         run(write)
-    assert written_parameters(before, parameter_versions(model)) == ["1.weight", "teachers[0].bias"]
+    assert before.find() == ["1.weight", "teachers[0].bias"]
