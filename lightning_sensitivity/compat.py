@@ -90,7 +90,7 @@ def is_last_batch(trainer: Trainer) -> bool:
     return bool(trainer._evaluation_loop.batch_progress.is_last_batch)
 
 
-def training_loaders(trainer: Trainer) -> tuple[list[Any], str]:
-    """Return the training loaders and how they are combined, such as ``"max_size_cycle"``."""
+def training_loaders(trainer: Trainer) -> list[Any]:
+    """Return the training loaders, however they are combined."""
     combined: Any = trainer.fit_loop._combined_loader
-    return combined.flattened, combined._mode
+    return list(combined.flattened)

@@ -100,7 +100,7 @@ def test_only_kept_validation_batches_are_copied_and_only_in_the_first_validatio
 def test_training_steps_after_the_first_epoch_and_beyond_the_kept_samples_cost_nothing(
     num_samples: int, num_touched: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lightning_sensitivity.callbacks.training.NUM_SAMPLES", num_samples)
+    monkeypatch.setattr("lightning_sensitivity.callbacks.risk_samples.NUM_TRAINING", num_samples)
     operations = Operations("on_train_batch_start", monkeypatch)
     fit(Quiet(), SensitivityMonitor(), RiskMonitor())
     touched = [key for key, count in operations.counts.items() if count]

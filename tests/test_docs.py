@@ -13,7 +13,7 @@ import torch
 import yaml
 
 import lightning_sensitivity
-from lightning_sensitivity.callbacks import risk, sensitivity
+from lightning_sensitivity.callbacks import checks
 from tests.helpers import Classifier, fitted, loader, unlabelled_loader
 
 ROOT = Path(__file__).parents[1]
@@ -117,7 +117,7 @@ def test_the_code_of_a_page_is_not_cut_off(page: Path) -> None:
 def test_every_message_that_names_an_entry_finds_it() -> None:
     sources = [path.read_text() for path in sorted(Path(lightning_sensitivity.__file__).parent.rglob("*.py"))]
     named = {name for source in sources for name in re.findall(r"(?:see|\.warn)\(\s*['\"]([\w-]+)['\"]", source)}
-    named |= {"failed", "out-of-memory", *risk._ENTRIES.values(), *sensitivity._ENTRIES.values()}
+    named |= {"failed", "out-of-memory", *checks.ENTRIES.values()}
     headings = re.findall(r"^### (.*)$", (DOCS / "troubleshooting.md").read_text(), re.MULTILINE)
     entries = {re.sub("[ _]", "-", heading.lower()) for heading in headings}  # as Sphinx names them
     assert len(named) > 10 and named - entries == set()

@@ -84,10 +84,16 @@ def moved_while_synced(metric: Any) -> Any:
     return metric
 
 
+def cast_and_reset(metric: Any) -> Any:
+    metric.to(torch.bfloat16).reset()
+    return filled(metric, [0])
+
+
 WAYS: dict[str, Callable[[Any], Any]] = {
     "called as a function": called_as_a_function,
     "pickled": lambda metric: pickle.loads(pickle.dumps(metric)),
     "cast with a model": lambda metric: nn.Sequential(metric).bfloat16()[0],
+    "cast, and filled anew": cast_and_reset,
     "in eval mode with a model": lambda metric: nn.Sequential(metric).train().eval()[0],
     "moved while it is synced": moved_while_synced,
 }
@@ -143,8 +149,7 @@ def terms_of(*tensors: Tensor, task: str = "multiclass", factor: float) -> dict[
 
 
 def test_the_risk_of_batches_is_that_of_all_samples() -> None:
-    metric = RiskEstimate(strength=0.5)
-    metric.set_size(400, 10_000)
+    metric = RiskEstimate(strength=0.5, num_training=400, num_weights=10_000)
     for i in range(NUM_BATCHES):
         metric.update(CLEAN[i], TWIN[i])
         assert metric.compute()["risk_estimate"].isnan() == (i == 0)  # until there is a training sample
@@ -194,15 +199,6 @@ def test_updates_keep_no_graph() -> None:
     metric.update_labels(TWIN[0] * weight, LABELS[0])
     states = [x for state in metric.metric_state.values() for x in (state if isinstance(state, list) else [state])]
     assert not any(state.requires_grad for state in states)
-
-
-def test_sizes_that_are_known_later_change_a_computed_value() -> None:
-    metric, factor = filled(RiskEstimate(strength=0.5, reference=REFERENCE)), variance_factor(400, 10_000)
-    variance = metric.compute()["risk_variance"]
-    metric.set_size(400, 10_000)
-    close(metric.compute()["risk_variance"], factor * variance)
-    metric.set_size(None, 10_000)
-    close(metric.compute()["risk_variance"], variance)
 
 
 def test_bad_arguments_of_the_risk_are_refused() -> None:

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import inspect
+import math
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
+from torch import Tensor
 
 from lightning_sensitivity.arguments import see
+from lightning_sensitivity.functional.tasks import Task
+from lightning_sensitivity.functional.tensors import Diagnosis, are_probabilities, num_outputs
 
 _LIGHTNING_MODULES = ("lightning.pytorch.core.module", "pytorch_lightning.core.module")
 _SHARDED = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")
+_INPUTS = "`inputs=`, such as `inputs=lambda batch: batch['image']`"
+ENTRIES = {  # of the page on troubleshooting, by the kind of diagnosis
+    "class mean": "class-mean",
+    "no change": "no-change",
+    "no value": "failed",
+    "non-finite": "nan",
+    "too large": "above-2",
+}
+IN_UNIT_INTERVAL = "got outputs that all lie in [0, 1]. If they are not logits, set `outputs=`."
+_MIN_NUMBERS = 10  # fewer outputs may look like probabilities by chance
 
 
 class Reporter:
@@ -50,9 +64,10 @@ class Reporter:
             return
         rank_zero_warn(self._text(entry, message))
 
-    def has_said(self, entry: str) -> bool:
-        """Return whether there was a warning of this kind."""
-        return entry in self._said
+    def warn_of(self, diagnoses: Mapping[str, Diagnosis], dataloader_idx: int) -> None:
+        """Warn of what makes the values of a loader doubtful."""
+        for kind, (message, severity) in diagnoses.items():
+            self.warn(ENTRIES[kind], f"on dataloader {dataloader_idx}: {message}", severity, kind=str(dataloader_idx))
 
     @contextmanager
     def report_failure(self, what: str, consequence: str) -> Iterator[None]:
@@ -92,17 +107,10 @@ class Reporter:
         if is_oom_error(error):
             return error  # Lightning's batch-size finder needs it
         reason = describe_error(error)
-        if isinstance(error, MisconfigurationException):
-            if reason.startswith(f"`{self._monitor}`"):
-                return error
-            link = "" if see("") in reason else see("noise" if "perturb" in reason else "arguments")
-            return MisconfigurationException(f"`{self._monitor}` {what}: {reason}{link}")
-        if isinstance(error, ValueError) and reason.startswith("Expected"):  # one of ours, about labels
-            return MisconfigurationException(f"`{self._monitor}` {what}: {reason}{see('failed')}")
-        return MisconfigurationException(
-            f"`{self._monitor}` {what}: {reason} If `forward` takes other arguments, set `inputs=`, such as "
-            f"`inputs=lambda batch: batch['image']`.{see('arguments')}"
-        )
+        is_clear = isinstance(error, MisconfigurationException) or reason.startswith("Expected")
+        advice = "" if is_clear else f" If `forward` takes other arguments, set {_INPUTS}."
+        link = "" if see("") in reason else see("noise" if "perturb" in reason else "arguments")
+        return MisconfigurationException(f"`{self._monitor}` {what}: {reason}{advice}{link}")
 
 
 def describe_error(error: Exception) -> str:
@@ -114,7 +122,7 @@ def describe_error(error: Exception) -> str:
         return f"{reason}."
     if isinstance(error, NotImplementedError) and not reason:
         reason = "a method that the model needs, such as `forward`, is missing"
-    return f"{type(error).__name__}: {reason}." if reason else f"{type(error).__name__}."
+    return f"{type(error).__name__}: {reason}".removesuffix(": ") + "."
 
 
 def check_run(monitor: str, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -129,7 +137,11 @@ def check_run(monitor: str, trainer: Trainer, pl_module: LightningModule, stage:
     Raises:
         MisconfigurationException: If something is missing; the message says what to change.
     """
-    problem = _problem_of_steps(trainer, pl_module, stage) or _problem_of_strategy(trainer)
+    names = {base.__name__ for base in type(trainer.strategy).__mro__}  # `pytorch_lightning` has its own classes
+    if names.isdisjoint(_SHARDED):
+        problem = _problem_of_steps(trainer, pl_module, stage)
+    else:
+        problem = "does not support sharded weights (FSDP, DeepSpeed, ModelParallelStrategy); use DDP"
     if problem is not None:
         raise MisconfigurationException(f"`{monitor}` {problem}.{see('unsupported')}")
 
@@ -138,23 +150,38 @@ def _problem_of_steps(trainer: Trainer, pl_module: LightningModule, stage: str) 
     """Explain what the module lacks, or how its step hides batches; None if nothing is wrong."""
     if not _is_overridden("forward", pl_module):
         return "needs a `forward` that returns the logits, and your module has none"
+    if "dataloader_iter" in inspect.signature(pl_module.validation_step).parameters:
+        return "needs to see each batch before the step, but the step takes `dataloader_iter`"
     if stage == "fit" and not _is_overridden("validation_step", pl_module):
         return "needs a `validation_step`: `def validation_step(self, batch, batch_idx): pass` is enough"
     if stage == "fit" and not trainer.enable_validation:
         return "needs a validation loop: pass `val_dataloaders`, and leave `limit_val_batches` above 0"
-    if "dataloader_iter" in inspect.signature(pl_module.validation_step).parameters:
-        return "needs to see each batch before the step, but the step takes `dataloader_iter`"
-    return None
-
-
-def _problem_of_strategy(trainer: Trainer) -> str | None:
-    """Explain what the strategy makes impossible; None if nothing is wrong."""
-    names = {base.__name__ for base in type(trainer.strategy).__mro__}  # `pytorch_lightning` has its own classes
-    if not names.isdisjoint(_SHARDED):
-        return "does not support sharded weights (FSDP, DeepSpeed, ModelParallelStrategy); use DDP"
     return None
 
 
 def _is_overridden(name: str, pl_module: LightningModule) -> bool:
-    # Lightning's own check fails if the module comes from the other package (`lightning` or `pytorch_lightning`).
+    # Lightning's own check fails if the module comes from the other package (`lightning` or
+    # `pytorch_lightning`).
     return getattr(getattr(pl_module, name), "__module__", "") not in _LIGHTNING_MODULES
+
+
+def check_outputs(outputs: Tensor, task: Task) -> None:
+    """Refuse outputs that have no risk estimate.
+
+    Raises:
+        MisconfigurationException: If they are dense, probabilities, or a single one for several classes.
+    """
+    if task.name == "multiclass" and num_outputs(outputs) == 1:
+        raise MisconfigurationException(
+            f"outputs of shape {tuple(outputs.shape)} are one for each sample: set `task='binary'` if labels are 0 and "
+            f"1. A regression has no estimate.{see('task')}"
+        )
+    if outputs.ndim > 2 and math.prod(outputs.shape[2:]) > 1:
+        raise MisconfigurationException(
+            f"outputs are dense, {tuple(outputs.shape)}: there is no estimate for pixels and tokens. Remove "
+            f"`RiskMonitor`; `SensitivityMonitor` works.{see('no-estimate')}"
+        )
+    if outputs.numel() >= _MIN_NUMBERS and are_probabilities(outputs):
+        raise MisconfigurationException(
+            f"outputs are probabilities, and logits are needed: select them with `outputs=`.{see('no-estimate')}"
+        )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
 from lightning_sensitivity.arguments import see
 from lightning_sensitivity.functional.reference import Reference
@@ -20,13 +21,22 @@ class Measured(NamedTuple):
     Attributes:
         epoch: The epoch.
         estimate: The estimate, combined with any validation labels.
-        deviation: How much higher the score on validation labels is than the estimate without them, in standard errors;
-            0 without labels.
+        deviation: How much higher the score on validation labels is than the estimate without them, in
+            standard errors; 0 without labels.
     """
 
     epoch: int
     estimate: float
     deviation: float
+
+    @classmethod
+    def from_values(cls, epoch: int, values: Mapping[str, Tensor]) -> Measured:
+        """Take what is needed from the values of a :class:`~lightning_sensitivity.RiskEstimate`."""
+        deviation = 0.0
+        if "risk_label_score" in values and values["risk_label_stderr"] > 0:
+            difference = values["risk_label_score"] - values["risk_without_labels"]
+            deviation = float(difference / values["risk_label_stderr"])
+        return cls(epoch, float(values["risk_estimate"]), deviation)
 
 
 def log_closing_line(trainer: Trainer, name: str, history: Sequence[Measured], reference: Reference | None) -> None:

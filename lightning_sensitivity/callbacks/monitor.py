@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -15,18 +16,12 @@ from torchmetrics import Metric
 from lightning_sensitivity import compat
 from lightning_sensitivity.arguments import Selector, check_argument, check_bool, check_int, check_selectors, see
 from lightning_sensitivity.callbacks.checks import Reporter, check_run
-from lightning_sensitivity.callbacks.samples import KeptSamples, count_samples, keep_validation_samples, make_call
+from lightning_sensitivity.callbacks.groups import make_group
+from lightning_sensitivity.callbacks.samples import KeptSamples, keep_validation_samples, may_be_of_joint_calls
 from lightning_sensitivity.callbacks.watch import FirstStep
 from lightning_sensitivity.model import isolated
-from lightning_sensitivity.model.isolation import (
-    RunIsolated,
-    Seen,
-    changed_names,
-    fingerprint,
-    forget_clones,
-    parameter_versions,
-    written_parameters,
-)
+from lightning_sensitivity.model.isolation import RunIsolated, forget_clones
+from lightning_sensitivity.model.traces import Traces
 
 LEFT_OUT = "This epoch has no value."
 
@@ -34,11 +29,12 @@ LEFT_OUT = "This epoch has no value."
 class Monitor(Callback, ABC):
     """Measure the same few validation samples in every validation, and log the values; see the subclasses.
 
-    The first validation of a run keeps samples as they come. Its last batch, and that of every later validation,
-    measures them, and the end of the epoch logs the values.
+    The first validation of a run keeps samples as they come. Its last batch, and that of every later
+    validation, measures them, and the end of the epoch logs the values.
     """
 
     names: tuple[str, ...]  # of the logged values, without the prefix
+    keeps_labels = False  # with the samples
 
     def __init__(
         self,
@@ -61,23 +57,17 @@ class Monitor(Callback, ABC):
         self.inputs = inputs
         self.outputs = outputs
         self.prog_bar = prog_bar
-        self.metrics: list[Any] = []  # of the last validation, by loader; None where it failed
+        self.metrics: list[Any] = []  # of the last validation, by loader; None where it failed; empty until measured
         self.samples: list[KeptSamples] = []  # by loader; other monitors may share them
         self.reporter = Reporter(type(self).__name__, prefix)
         self._is_measuring = False  # the current validation
-        self._is_measured = False  # whether its samples have been measured
-        self._is_checked = False  # whether the model was tried before the first step
         self._first_step = FirstStep()
 
     # For subclasses to implement or override
 
     @abstractmethod
-    def make_metric(self, trainer: Trainer, dataloader_idx: int) -> Metric:
-        """Make the metric of a loader for one validation."""
-
-    @abstractmethod
-    def measure(self, module: LightningModule, run: RunIsolated, samples: KeptSamples, metric: Any) -> None:
-        """Run the model on the kept samples of a loader, and update its metric."""
+    def measure(self, module: LightningModule, run: RunIsolated, samples: KeptSamples) -> Metric:
+        """Run the model on the kept samples of a loader, and return a metric of them."""
 
     @abstractmethod
     def compute_values(self, trainer: Trainer, dataloader_idx: int) -> dict[str, Tensor]:
@@ -87,7 +77,7 @@ class Monitor(Callback, ABC):
         """Return all samples that are measured with those of a loader."""
         return [samples]
 
-    def values_without_measurement(self, dataloader_idx: int) -> dict[str, Tensor]:
+    def values_without_measurement(self, dataloader_idx: int) -> Mapping[str, float]:
         """Return what to log where there are no values."""
         return {}
 
@@ -95,11 +85,10 @@ class Monitor(Callback, ABC):
         """Decide whether to measure the current validation. Override it to measure at other times."""
         return True
 
-    def keep(self, module: LightningModule, batch: Any, batch_idx: int, samples: KeptSamples) -> None:
+    def keep(self, module: LightningModule, batch: object, batch_idx: int, samples: KeptSamples) -> None:
         """Keep a validation batch if its samples are wanted."""
         if samples.wants(batch_idx):
-            call = make_call(module, batch, self.inputs, self.outputs)
-            samples.add(call, batch_idx, count_samples(module, call))
+            samples.add(make_group(module, batch, batch_idx, self.inputs, self.outputs))
 
     def forget_samples(self) -> None:
         """Forget the kept validation samples."""
@@ -116,23 +105,20 @@ class Monitor(Callback, ABC):
         is_unique = all(other.prefixed_names().isdisjoint(self.prefixed_names()) for other in others)
         check_argument("prefix", self.prefix, is_unique, "different in monitors that log the same names")
         self.reporter = Reporter(type(self).__name__, self.prefix)
-        self._is_checked = False
         self._free()
 
     # The first training step
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         """Before the first step, try the model if the sanity check has not, and watch the step."""
         if self.reporter.is_strict:
-            if trainer.global_step == 0 and not self._is_checked:
+            if trainer.global_step == 0 and trainer.num_sanity_val_steps == 0:
                 self._try_training_batch(trainer, pl_module, batch)
             self.reporter.is_strict = False
             self._first_step.is_waiting = True
         self._first_step.start(pl_module, batch, self.inputs, self.outputs)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: object, *args: object) -> None:
         """Warn if the first step does not compute what is measured."""
         problem = self._first_step.stop(pl_module, outputs)
         if problem is not None:
@@ -150,18 +136,14 @@ class Monitor(Callback, ABC):
         if is_fit and not trainer.sanity_checking:
             self.reporter.is_strict = False  # also in a resumed fit that begins with a validation
         self._is_measuring = self.should_measure(trainer)
-        self._is_measured = False
-        if not self._is_measuring:
-            return
-        if not self.samples:
-            self.samples = self._shared_samples(trainer) or keep_validation_samples(trainer, self.num_samples)
-        with pl_module.device:  # it determines the floating types of the metrics
-            self.metrics = [self.make_metric(trainer, samples.dataloader_idx) for samples in self.samples]
-        for metric in self.metrics:
-            compat.mark_updated(metric)  # a loader or a process may have no samples
+        if self._is_measuring:
+            self.metrics = []
+            self.samples = (
+                self.samples or self._shared_samples(trainer) or keep_validation_samples(trainer, self.num_samples)
+            )
 
     def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Keep a batch before the step can change it."""
         if not self._is_measuring or batch is None or dataloader_idx >= len(self.samples):
@@ -169,15 +151,7 @@ class Monitor(Callback, ABC):
         with self.reporter.report_failure("could not keep a validation batch", "It is left out."):
             self.keep(pl_module, batch, batch_idx, self.samples[dataloader_idx])
 
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: object) -> None:
         """Measure the samples after the last batch: in this hook averaged weights are still in place."""
         if self._is_measuring and compat.is_last_batch(trainer):
             self._measure_all(trainer, pl_module)
@@ -186,18 +160,17 @@ class Monitor(Callback, ABC):
         """Log the values; every process comes here."""
         if not self._is_measuring:
             return
-        if not self._is_measured:  # the loader ended before Lightning knew, or this process has no batch
+        if not self.metrics:  # the loader ended before Lightning knew, or this process has no batch
             self._measure_all(trainer, pl_module)
         self._is_measuring = False
-        for place, samples in enumerate(self.samples):
+        for samples in self.samples:
             for each in self.measured_with(samples):
                 each.forget_outputs()
             if not trainer.sanity_checking:
-                self._log_values(trainer, place)
+                self._log_values(trainer, samples.dataloader_idx)
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget the samples of the sanity check."""
-        self._is_checked = True
         self.forget_samples()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -222,56 +195,58 @@ class Monitor(Callback, ABC):
 
     def _shared_samples(self, trainer: Trainer) -> list[KeptSamples]:
         """Return the samples of an earlier monitor that keeps the same ones, before it has kept any."""
+        monitors = _monitors_of(trainer)
+        earlier = monitors[: monitors.index(self)]
+        if self.keeps_labels and any(other.keeps_labels for other in earlier):  # which may be others
+            return []
         options = self.inputs, self.outputs, self.num_samples
-        for other in _monitors_of(trainer):
-            if other is self:
-                break
-            is_new = other._is_measuring and not any(samples.groups for samples in other.samples)
-            if is_new and options == (other.inputs, other.outputs, other.num_samples):
+        for other in earlier:
+            if options == (other.inputs, other.outputs, other.num_samples) and other._has_new_samples():
                 return other.samples
         return []
 
+    def _has_new_samples(self) -> bool:
+        """Return whether samples will be kept in this validation, but none have come yet."""
+        return self._is_measuring and not any(samples.groups for samples in self.samples)
+
     def _measure_all(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the samples of every loader, and check that the passes leave no trace."""
-        self._is_measured = True
-        seen: dict[str, Seen] = {}
-        versions: dict[str, tuple[int, Tensor]] = {}
-        for place, samples in enumerate(self.samples):
-            metric, self.metrics[place] = self.metrics[place], None
+        self.metrics = [None] * len(self.samples)
+        traces: Traces | None = None
+        for samples in self.samples:
             what = f"could not measure the samples of dataloader {samples.dataloader_idx}"
             with self.reporter.report_failure(what, LEFT_OUT):
                 with isolated(pl_module) as run, trainer.precision_plugin.val_step_context():
-                    versions = versions or parameter_versions(pl_module)
-                    samples.complete(pl_module, run, pl_module.device)
-                    if self.reporter.is_strict and not seen:  # after the first pass, which may fill a cache
-                        seen = fingerprint(pl_module)
-                    self._measure_loader(pl_module, run, samples, metric)
-                self.metrics[place] = metric
+                    traces = traces or Traces(pl_module)
+                    for each in self.measured_with(samples):
+                        each.complete(pl_module, run)
+                    if self.reporter.is_strict and samples is self.samples[0]:  # a first pass may fill a cache
+                        traces.look_deeper()
+                    metric = self._measure_loader(pl_module, run, samples)
+                compat.mark_updated(metric)  # a loader or a process may have no samples
+                self.metrics[samples.dataloader_idx] = metric
             if samples.is_truncated:
                 message = f"keeps only {samples.size} samples of a loader: more would take too much memory."
                 self.reporter.warn("samples", message)
-        changed = changed_names(seen, fingerprint(pl_module)) if seen else []
-        written = written_parameters(versions, parameter_versions(pl_module)) if versions else []
-        self._report_traces([*written, *changed])
+        if traces is not None:
+            self._report_traces(traces.find())
 
-    def _measure_loader(
-        self, pl_module: LightningModule, run: RunIsolated, samples: KeptSamples, metric: Metric
-    ) -> None:
-        """Measure the samples of a loader in joint calls, and batch by batch from now on if that fails."""
+    def _measure_loader(self, pl_module: LightningModule, run: RunIsolated, samples: KeptSamples) -> Metric:
+        """Measure the samples of a loader in joint calls, and batch by batch from now on if these are to blame."""
+        kept = self.measured_with(samples)
         try:
-            self.measure(pl_module, run, samples, metric)
-            return
-        except Warning:
-            raise
-        except Exception:
-            joint = [each for each in self.measured_with(samples) if each.can_regroup]
-            if not joint:
+            metric = self.measure(pl_module, run, samples)
+        except Exception as error:
+            if not may_be_of_joint_calls(error, kept):
                 raise
+        else:
+            for each in kept:
+                each.has_worked = True
+            return metric
         # Here, the tensors of the failed pass are free.
-        for each in joint:
+        for each in kept:
             each.separate()
-        metric.reset()
-        self.measure(pl_module, run, samples, metric)
+        return self.measure(pl_module, run, samples)
 
     def _report_traces(self, names: list[str]) -> None:
         """Refuse, or warn of, a ``forward`` that changes what our passes do not restore."""
@@ -285,29 +260,28 @@ class Monitor(Callback, ABC):
             raise MisconfigurationException(f"`{type(self).__name__}` {message}{see('state')}")
         self.reporter.warn("state", message)
 
-    def _log_values(self, trainer: Trainer, place: int) -> None:
+    def _log_values(self, trainer: Trainer, dataloader_idx: int) -> None:
         """Log the values of a loader, unless a process could not measure it; every process comes here."""
-        values: dict[str, Tensor] = {}
-        if trainer.strategy.reduce_boolean_decision(self.metrics[place] is not None):
-            what = f"could not compute the values of dataloader {place}"
+        values: Mapping[str, Tensor | float] = {}
+        if trainer.strategy.reduce_boolean_decision(self.metrics[dataloader_idx] is not None):
+            what = f"could not compute the values of dataloader {dataloader_idx}"
             with self.reporter.report_failure(what, LEFT_OUT):
-                values = self.compute_values(trainer, place)
-        for name, value in (values or self.values_without_measurement(place)).items():
+                values = self.compute_values(trainer, dataloader_idx)
+        for name, value in (values or self.values_without_measurement(dataloader_idx)).items():
             trainer.lightning_module.log(
-                self.prefix + name + self.suffix(place),
+                self.prefix + name + self.suffix(dataloader_idx),
                 value,
                 prog_bar=self.prog_bar and name == self.names[0],
                 sync_dist=trainer.world_size > 1,
                 add_dataloader_idx=False,
             )
 
-    def _try_training_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+    def _try_training_batch(self, trainer: Trainer, pl_module: LightningModule, batch: object) -> None:
         """Do everything once with the first training batch in place of a validation batch."""
-        samples = KeptSamples(0, 1, 1, float("inf"))
+        samples = KeptSamples(0, num_batches=1, num_wanted=1)
         self.samples = [samples]
         what = "could not measure the first training batch, which stands for validation batches without a sanity check"
-        with self.reporter.report_failure(what, LEFT_OUT), pl_module.device:
-            self.metrics = [self.make_metric(trainer, 0)]
+        with self.reporter.report_failure(what, LEFT_OUT):
             self.keep(pl_module, batch, 0, samples)
         self._measure_all(trainer, pl_module)
         self.forget_samples()

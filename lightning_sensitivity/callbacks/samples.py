@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.memory import is_oom_error
 from torch import Tensor, nn
 
 from lightning_sensitivity import compat
-from lightning_sensitivity.arguments import Selector
-from lightning_sensitivity.model import ModelCall, isolated
-from lightning_sensitivity.model.call import join_calls, tensors_in
+from lightning_sensitivity.callbacks.groups import Group, KeptBatch, can_join, join_groups
+from lightning_sensitivity.model import ModelCall
+from lightning_sensitivity.model.batches import tensors_in
 from lightning_sensitivity.model.isolation import RunIsolated
 
 MAX_BYTES = 2**29  # of the validation samples that a process keeps, and as much again for its training samples
@@ -22,37 +24,20 @@ MAX_ELEMENTS = 2**20  # in the largest tensor of a joint pass, so that it fits i
 _MAX_SHARED = 2**22  # elements of clean outputs that are shared by monitors
 
 
-@dataclass
-class Group:
-    """Hold batches that are measured in one joint call.
+class Pass(NamedTuple):
+    """Hold a group that is being measured.
 
     Attributes:
-        call: The joint call of the model, on the CPU.
-        batch_indices: The index of each batch in its loader.
-        sizes: The number of samples of each batch.
+        group: The group.
+        call: Its call, on the device of the module.
+        outputs: Its clean outputs.
+        checked: Those of its batches that are also run by themselves, to see whether the joint call is right.
     """
 
+    group: Group
     call: ModelCall
-    batch_indices: list[int]
-    sizes: list[int]
-
-    @property
-    def size(self) -> int:
-        """Number of samples."""
-        return sum(self.sizes)
-
-    def rows(self) -> dict[int, slice]:
-        """Return which rows of the joint call belong to each batch, by the index of the batch."""
-        stops = torch.tensor(self.sizes).cumsum(0).tolist()
-        slices = [slice(stop - size, stop) for size, stop in zip(self.sizes, stops, strict=True)]
-        return dict(zip(self.batch_indices, slices, strict=True))
-
-    def batch(self, batch_idx: int) -> Group:
-        """Return one of the batches as a group of its own."""
-        if len(self.sizes) == 1:
-            return self
-        rows = self.rows()[batch_idx]
-        return Group(self.call.select(rows), [batch_idx], [rows.stop - rows.start])
+    outputs: Tensor
+    checked: list[Group]
 
 
 class JointPassError(Exception):
@@ -60,34 +45,48 @@ class JointPassError(Exception):
 
 
 class KeptSamples:
-    """Keep whole batches of a loader: evenly spaced ones, since data may be sorted, or the first ones of a stream.
+    """Keep whole batches of a loader.
+
+    They are evenly spaced, since data may be sorted, or the first ones of a stream.
 
     Args:
         dataloader_idx: The index of the loader.
         num_batches: Number of batches of the loader; inf if it is unknown, or to keep the first ones.
         num_wanted: How many samples to keep in this process; inf for all.
         max_bytes: How many bytes the samples may take.
+        is_growing: Whether more batches may come after the first validation, as in training.
 
     Attributes:
         num_batches: Number of batches of the loader.
+        max_bytes: How many bytes the samples may take.
         groups: The batches: one group each until :meth:`complete` joins them.
         is_complete: Whether no more batches are kept.
         is_truncated: Whether samples were left out for lack of memory.
         can_regroup: Whether samples may be measured in other groups than the batches that they came in.
+        has_worked: Whether they have been measured in their present groups.
     """
 
-    def __init__(self, dataloader_idx: int, num_batches: float, num_wanted: float, max_bytes: float) -> None:
+    def __init__(
+        self,
+        dataloader_idx: int,
+        num_batches: float,
+        num_wanted: float,
+        max_bytes: float = MAX_BYTES,
+        is_growing: bool = False,
+    ) -> None:
         self.dataloader_idx = dataloader_idx
         self.groups: list[Group] = []
         self.is_complete = False
         self.is_truncated = False
         self.can_regroup = True
+        self.has_worked = False
         self.num_batches = num_batches
         self._num_wanted = num_wanted
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
+        self._is_growing = is_growing
         self._chosen: set[int] | None = None  # indices of batches; None for every batch, until there are enough
         self._num_bytes = 0
-        self._num_checked = 0  # validations in which batches were run by themselves
+        self._num_checked = 0  # times that batches were run by themselves
         self._clean: dict[int, Tensor] = {}  # outputs of this validation, by the place of the group
 
     @property
@@ -96,97 +95,87 @@ class KeptSamples:
         return sum(group.size for group in self.groups)
 
     @property
-    def is_full(self) -> bool:
-        """Whether there are as many samples as wanted."""
-        return self.size >= self._num_wanted
-
-    @property
-    def batch_indices(self) -> list[int]:
-        """The indices of the kept batches."""
-        return [index for group in self.groups for index in group.batch_indices]
+    def batches(self) -> list[KeptBatch]:
+        """The kept batches."""
+        return [batch for group in self.groups for batch in group.batches]
 
     # The first validation: collect
 
     def wants(self, batch_idx: int) -> bool:
         """Return whether to keep a batch."""
-        if self.is_complete or batch_idx in self.batch_indices:
+        if self.is_complete or self.find(batch_idx) is not None:
             return False
         is_chosen = self._chosen is None or batch_idx in self._chosen
-        return is_chosen and (not self.groups or not self.is_full)
+        return is_chosen and not self._has_enough()
+
+    def find(self, batch_idx: int) -> KeptBatch | None:
+        """Return the kept batch of an index; None if it is not kept."""
+        return next((batch for batch in self.batches if batch.index == batch_idx), None)
 
     def stop(self) -> None:
         """Want no more batches, since they would repeat samples."""
         self._num_wanted = 0
 
-    def add(self, call: ModelCall, batch_idx: int, size: int) -> bool:
-        """Keep a batch, unless it is empty or too large; the size of the first one decides which others are kept.
-
-        Args:
-            call: The call on the batch.
-            batch_idx: Its index.
-            size: Its number of samples, from :func:`count_samples`.
-
-        Returns:
-            Whether it is kept.
-        """
-        if size == 0:
-            return False
+    def add(self, group: Group) -> None:
+        """Keep a batch, unless it is empty or too large; the size of the first one decides which others are kept."""
+        num_bytes = group.call.num_bytes
+        if group.size == 0:
+            return
         if not self.groups:
-            self._choose(size, call.num_bytes)
-        elif self._num_bytes + call.num_bytes > self._max_bytes:
+            self._choose(group.size, num_bytes)
+        elif self._num_bytes + num_bytes > self.max_bytes:
             self.is_truncated = True
             self.stop()
-            return False
-        self._num_bytes += call.num_bytes
-        self.groups.append(Group(call.to(torch.device("cpu")), [batch_idx], [size]))
-        return True
+            return
+        self._num_bytes += num_bytes
+        self.groups.append(group)
+
+    def _has_enough(self) -> bool:
+        return self.size >= self._num_wanted
 
     def _choose(self, size: int, num_bytes: int) -> None:
         """Choose batches by the size of the first one."""
-        num_chosen = self.num_batches
-        if math.isfinite(self._num_wanted):
-            num_chosen = min(num_chosen, math.ceil(self._num_wanted / size))
-        num_possible = max(1, self._max_bytes // max(1, num_bytes))
-        if math.isfinite(num_chosen) and num_chosen > num_possible:
+        num_chosen = min(self.num_batches, self._num_wanted / size)
+        num_possible = max(1, self.max_bytes // max(1, num_bytes))
+        if num_possible < num_chosen < math.inf:
             self.is_truncated = True
             num_chosen = num_possible
-        if math.isfinite(self.num_batches):
-            count, chosen = int(self.num_batches), int(num_chosen)
+        if self.num_batches < math.inf:
+            count, chosen = int(self.num_batches), math.ceil(num_chosen)
             self._chosen = {-(-index * count // chosen) for index in range(chosen)}
 
-    def complete(self, model: nn.Module, run: RunIsolated, device: torch.device) -> None:
-        """Keep no more batches, and join those that are kept.
+    def complete(self, module: LightningModule, run: RunIsolated) -> None:
+        """Keep no more batches, and join those that are kept; growing samples must be enough.
 
         Args:
-            model: The module.
+            module: The module.
             run: Runs the module and leaves no trace.
-            device: The device of the module.
         """
-        if self.is_complete or not self.groups:
+        if self.is_complete or not self.groups or (self._is_growing and not self._has_enough()):
             return
         self.is_complete = True
-        if not self.can_regroup:
-            return
-        first = self.groups[0]
-        num_elements = run(_largest_tensor, model, first.call.to(device)) / first.size
-        joined: list[list[Group]] = []
-        for group in self.groups:
-            if joined and _can_join(joined[-1], group, MAX_ELEMENTS / num_elements):
-                joined[-1].append(group)
-            else:
-                joined.append([group])
-        self.groups = [_join(groups) for groups in joined]
+        if self.can_regroup:
+            first = self.groups[0]
+            num_elements = run(_largest_tensor, module, first.call.to(module.device))
+            self.groups = _join_all(self.groups, max_samples=MAX_ELEMENTS * first.size / num_elements)
+            self.has_worked = False
 
     # Every validation: run
 
-    def clean_outputs(self, run: RunIsolated, place: int, call: ModelCall) -> Tensor:
-        """Return the outputs of a group; in a validation, the first monitor that asks runs the pass.
+    def passes(self, module: LightningModule, run: RunIsolated) -> Iterator[Pass]:
+        """Yield the groups with their clean outputs, which monitors share with the samples.
 
         Args:
+            module: The module.
             run: Runs the module and leaves no trace.
-            place: The place of the group in :attr:`groups`.
-            call: The call of the group, on the module's device.
         """
+        to_check = self._batches_to_check()
+        for place, group in enumerate(self.groups):
+            call = group.call.to(module.device)
+            checked = [group.alone(batch) for batch in group.batches if batch in to_check]
+            yield Pass(group, call, self._clean_outputs(run, place, call), checked)
+
+    def _clean_outputs(self, run: RunIsolated, place: int, call: ModelCall) -> Tensor:
         if place not in self._clean:
             outputs = run(call)
             if sum(each.numel() for each in self._clean.values()) + outputs.numel() > _MAX_SHARED:
@@ -194,45 +183,23 @@ class KeptSamples:
             self._clean[place] = outputs
         return self._clean[place]
 
-    def checks(self) -> dict[int, list[int]]:
-        """Choose the joined batches that are also run by themselves: all in the first validation, then one in each.
-
-        Returns:
-            Their indices in the loader, by the place of their group in :attr:`groups`.
-        """
-        joint = {place: group.batch_indices for place, group in enumerate(self.groups) if len(group.sizes) > 1}
+    def _batches_to_check(self) -> list[KeptBatch]:
+        """Choose the joined batches that are also run by themselves: all at first, then one each time."""
+        joined = [batch for group in self.groups if len(group.batches) > 1 for batch in group.batches]
         self._num_checked += 1
-        if self._num_checked == 1 or not joint:
-            return joint
-        batches = [(place, index) for place, indices in joint.items() for index in indices]
-        place, index = batches[-self._num_checked % len(batches)]
-        return {place: [index]}
+        if self._num_checked > 1 and joined:
+            return [joined[-self._num_checked % len(joined)]]
+        return joined
 
     def separate(self) -> None:
         """Measure each batch by itself from now on."""
         self.can_regroup = False
-        self.groups = [group.batch(index) for group in self.groups for index in group.batch_indices]
+        self.groups = [group.alone(batch) for group in self.groups for batch in group.batches]
         self.forget_outputs()
 
     def forget_outputs(self) -> None:
         """Free the clean outputs of this validation."""
         self._clean = {}
-
-
-def make_call(module: nn.Module, batch: Any, inputs: Selector | None, outputs: Selector | None) -> ModelCall:
-    """Make the call on a batch, in isolation if the user's function may draw random numbers."""
-    if inputs is None:
-        return ModelCall(module, batch, inputs, outputs)
-    with isolated(module) as run:
-        return run(ModelCall, module, batch, inputs, outputs)
-
-
-def count_samples(module: LightningModule, call: ModelCall) -> int:
-    """Count the samples of a batch, by the outputs of the module if the inputs do not tell, as with graphs."""
-    if call.size > 0:
-        return call.size
-    with isolated(module) as run, module.trainer.precision_plugin.val_step_context():
-        return len(run(call))
 
 
 def keep_validation_samples(trainer: Trainer, num_samples: int | None) -> list[KeptSamples]:
@@ -267,17 +234,30 @@ def check_agreement(joint: Tensor, alone: Tensor, dtype: torch.dtype) -> None:
     raise JointPassError("Samples influence each other in a joint pass")
 
 
-def _can_join(groups: list[Group], new: Group, max_samples: float) -> bool:
-    """Return whether a group can be joined to others."""
-    layout = new.call.layout()
-    size = sum(group.size for group in groups) + new.size
-    return layout is not None and layout == groups[-1].call.layout() and size <= max_samples
+def may_be_of_joint_calls(error: Exception, kept: Sequence[KeptSamples]) -> bool:
+    """Return whether an error may be due to joint calls: not if these have worked, unless the error is of their kind.
+
+    Args:
+        error: What has been raised when samples were measured.
+        kept: The samples.
+    """
+    if isinstance(error, Warning | MisconfigurationException) or not any(each.can_regroup for each in kept):
+        return False
+    is_of_their_kind = isinstance(error, JointPassError) or is_oom_error(error)
+    return is_of_their_kind or not all(each.has_worked for each in kept)
 
 
-def _join(groups: list[Group]) -> Group:
-    indices = [index for group in groups for index in group.batch_indices]
-    sizes = [size for group in groups for size in group.sizes]
-    return Group(join_calls([group.call for group in groups]), indices, sizes)
+def _join_all(groups: list[Group], max_samples: float) -> list[Group]:
+    """Join neighbours into as few groups as possible."""
+    joined: list[list[Group]] = []
+    for group in groups:
+        earlier = joined[-1] if joined else []
+        size = sum(each.size for each in (*earlier, group))
+        if earlier and size <= max_samples and can_join(earlier[-1], group):
+            earlier.append(group)
+        else:
+            joined.append([group])
+    return [join_groups(each) for each in joined]
 
 
 def _largest_tensor(model: nn.Module, call: ModelCall) -> int:

@@ -9,21 +9,16 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_sensitivity.arguments import Selector, check_argument, check_bool, check_int, see
+from lightning_sensitivity.callbacks.checks import IN_UNIT_INTERVAL
+from lightning_sensitivity.callbacks.groups import Group
 from lightning_sensitivity.callbacks.monitor import Monitor
-from lightning_sensitivity.callbacks.samples import Group, KeptSamples, check_agreement
+from lightning_sensitivity.callbacks.samples import KeptSamples, check_agreement
 from lightning_sensitivity.functional.sensitivity import diagnostics, sensitivity_rows
-from lightning_sensitivity.functional.tensors import (
-    are_in_unit_interval,
-    are_log_probabilities,
-    are_probabilities,
-    num_outputs,
-)
+from lightning_sensitivity.functional.tensors import are_log_probabilities, are_probabilities, may_be_probabilities
 from lightning_sensitivity.metric import OutputSensitivity
 from lightning_sensitivity.model import ModelCall, Noise
 from lightning_sensitivity.model.isolation import RunIsolated
 from lightning_sensitivity.model.noise import check_noise, noisy_outputs, submodule
-
-_ENTRIES = {"non-finite": "nan", "no change": "no-change", "class mean": "class-mean"}  # of the page, by message
 
 
 class SensitivityMonitor(Monitor):
@@ -33,31 +28,31 @@ class SensitivityMonitor(Monitor):
     Thiran, arXiv:2007.15378). It grows with the gap between validation and training loss; it is lowest
     before training. To choose when to stop, use :class:`~lightning_sensitivity.RiskMonitor`.
 
-    **Logged values**, after ``prefix``: ``output_sensitivity``, in squared units of the outputs, and its standard error
-    ``output_sensitivity_stderr``. ``metrics`` has the metric of each loader.
+    **Logged values**, after ``prefix``: ``output_sensitivity``, in squared units of the outputs, and its
+    standard error ``output_sensitivity_stderr``. ``metrics`` has the metric of each loader.
 
-    The first validation keeps samples on the CPU, at most 512 MiB of them in each process. Every validation measures
-    these samples, by 1 + ``num_draws`` passes.
+    The first validation keeps samples on the CPU, at most 512 MiB of them in each process. Every validation
+    measures these samples, by 1 + ``num_draws`` passes.
 
     Args:
-        noise: σ of Gaussian noise in the units of the model's inputs, one number or one per channel, or a function
-            ``(x, generator) -> x'``.
+        noise: σ of Gaussian noise in the units of the model's inputs, one number or one per channel, or a
+            function ``(x, generator) -> x'``.
         at: Name of a submodule; its output is perturbed instead of the input.
         num_draws: Noise draws per sample.
         per_output: Log the mean squared change of single outputs, also for probabilities and two-class heads.
-        num_samples: Samples per loader, over all processes, in whole, evenly spaced batches; None for all. 600 give
-            a standard error of about 7 %.
+        num_samples: Samples per loader, over all processes, in whole, evenly spaced batches; None for all.
+            600 give a standard error of about 7 %.
         seed: Seed of the noise. A sample gets the same noise in every epoch.
         prefix: Prefix of the logged names; with ``"val/"`` TensorBoard groups them with ``val/loss``.
-        inputs: A function ``batch -> arguments``; by default see :class:`~lightning_sensitivity.model.ModelCall`,
-            which also says what is perturbed.
+        inputs: A function ``batch -> arguments``; by default see
+            :class:`~lightning_sensitivity.model.ModelCall`, which also says what is perturbed.
         outputs: A function ``result -> logits``, ``(N, K, ...)``; by default
             :func:`~lightning_sensitivity.model.select_outputs`.
         prog_bar: Show the sensitivity on the progress bar.
 
     Raises:
-        MisconfigurationException: If an argument is invalid. Before the first training step, if the Trainer or the
-            model is not supported, or outputs are probabilities.
+        MisconfigurationException: If an argument is invalid. Before the first training step, if the Trainer
+            or the model is not supported, or outputs are probabilities.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -96,51 +91,37 @@ class SensitivityMonitor(Monitor):
         if self.at is not None:
             submodule(pl_module, self.at)
 
-    def make_metric(self, trainer: Trainer, dataloader_idx: int) -> OutputSensitivity:
-        """Make the metric of a loader for one validation."""
-        return _QuietSensitivity(self.per_output)
-
-    def measure(
-        self, module: LightningModule, run: RunIsolated, samples: KeptSamples, metric: OutputSensitivity
-    ) -> None:
+    def measure(self, module: LightningModule, run: RunIsolated, samples: KeptSamples) -> OutputSensitivity:
         """Run the model on the kept samples of a loader, clean and with noise."""
-        checks = samples.checks()
-        for place, group in enumerate(samples.groups):
-            call = group.call.to(module.device)
-            clean = samples.clean_outputs(run, place, call)
+        with module.device:  # it determines the floating type of the metric
+            metric = _QuietSensitivity(self.per_output)
+        start = self.seed, module.global_rank, samples.dataloader_idx
+        at = None if self.at is None else submodule(module, self.at)
+
+        def noisy(group: Group, call: ModelCall) -> Iterator[Tensor]:
+            keys = [(*start, batch.index) for batch in group.batches]  # each batch has noise of its own
+            return noisy_outputs(run, call, self._noise, keys, self.num_draws, at)
+
+        for group, call, clean, checked in samples.passes(module, run):
             self._check_outputs(clean)
-            metric.update(clean, self._noisy_outputs(module, run, samples, group, call))
-            for batch_idx in checks.get(place, []):
-                alone = self._measure_alone(module, run, samples, group.batch(batch_idx))
-                check_agreement(metric.rows[-1][group.rows()[batch_idx]], alone, clean.dtype)
+            metric.update(clean, noisy(group, call))
+            for alone in checked:
+                call = alone.call.to(module.device)
+                rows = sensitivity_rows(run(call), noisy(alone, call))
+                check_agreement(metric.rows[-1][group.rows_of(alone.batches[0])], rows, clean.dtype)
+        return metric
 
     def compute_values(self, trainer: Trainer, dataloader_idx: int) -> dict[str, Tensor]:
         """Compute the sensitivity of a loader over all processes."""
         metric: OutputSensitivity = self.metrics[dataloader_idx]
         estimate = metric.estimate
         messages = diagnostics(estimate, self.per_output)
-        for kind, message in messages.items():
-            severity = float(estimate.num_non_finite) if kind == "non-finite" else 1.0
-            self.reporter.warn(_ENTRIES[kind], f"on dataloader {dataloader_idx}: {message}", severity)
+        self.reporter.warn_of(messages, dataloader_idx)
         if estimate.num_changes < 2:
             if not messages:
                 self.reporter.warn("failed", f"has no value on dataloader {dataloader_idx}: it needs two samples.")
             return {}
         return {"output_sensitivity": estimate.value, "output_sensitivity_stderr": estimate.stderr}
-
-    def _noisy_outputs(
-        self, module: LightningModule, run: RunIsolated, samples: KeptSamples, group: Group, call: ModelCall
-    ) -> Iterator[Tensor]:
-        """Yield the outputs for each noise draw; each batch has noise of its own."""
-        at = None if self.at is None else submodule(module, self.at)
-        start = self.seed, module.global_rank, samples.dataloader_idx
-        keys = [(*start, batch_idx) for batch_idx in group.batch_indices]
-        return noisy_outputs(run, call, self._noise, keys, self.num_draws, at)
-
-    def _measure_alone(self, module: LightningModule, run: RunIsolated, samples: KeptSamples, group: Group) -> Tensor:
-        """Measure a group outside of the metric, and return one row for each sample."""
-        call = group.call.to(module.device)
-        return sensitivity_rows(run(call), self._noisy_outputs(module, run, samples, group, call))
 
     def _check_outputs(self, outputs: Tensor) -> None:
         """Refuse probabilities before the first step: their class average does not mean the same as that of logits."""
@@ -148,12 +129,11 @@ class SensitivityMonitor(Monitor):
             return
         if are_probabilities(outputs) or are_log_probabilities(outputs):
             raise MisconfigurationException(
-                "`SensitivityMonitor` needs logits, got (log-)probabilities: select logits with `outputs=`, or use "
-                f"`per_output=True`.{see('arguments')}"
+                "logits are needed, got (log-)probabilities: select logits with `outputs=`, or use `per_output=True`."
+                f"{see('arguments')}"
             )
-        if num_outputs(outputs) > 2 and are_in_unit_interval(outputs):  # one or two may be there by chance
-            message = "got outputs that all lie in [0, 1]. If they are not logits, set `outputs=`."
-            self.reporter.warn("arguments", message)
+        if may_be_probabilities(outputs):
+            self.reporter.warn("arguments", IN_UNIT_INTERVAL)
 
 
 class _QuietSensitivity(OutputSensitivity):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -14,10 +14,11 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from lightning_sensitivity.arguments import Selector
-from lightning_sensitivity.callbacks.samples import make_call
+from lightning_sensitivity.callbacks.groups import make_call
 from lightning_sensitivity.compat import collect_rng_states, is_compiled
 from lightning_sensitivity.model import ModelCall, select_outputs
-from lightning_sensitivity.model.call import TARGET_NAMES, parameters_of, tensors_in
+from lightning_sensitivity.model.batches import tensors_in
+from lightning_sensitivity.model.call import TARGET_NAMES, parameters_of
 
 _LOSSES = (
     functional.binary_cross_entropy_with_logits,
@@ -35,7 +36,7 @@ class StepWatch:
     """Record the first call of the module in a training step, and the logits that its losses get.
 
     Args:
-        pl_module: The module.
+        module: The module.
         call: Our call on the batch of the step.
         outputs: How outputs are selected; see :func:`~lightning_sensitivity.model.select_outputs`.
 
@@ -43,55 +44,45 @@ class StepWatch:
         was_called: Whether the step has called the module.
     """
 
-    def __init__(self, pl_module: LightningModule, call: ModelCall, outputs: Selector | None) -> None:
+    def __init__(self, module: LightningModule, call: ModelCall, outputs: Selector | None) -> None:
         self.was_called = False
-        self._module = pl_module
+        self._module = module
         self._select = outputs
-        self._signature = inspect.Signature(parameters_of(pl_module))
-        self._our_names = self._names_passed(call.args, call.kwargs)
-        self._their_names: set[str] = set()
-        self._ours = self._tensors_by_name(call.args, call.kwargs)
-        self._theirs: dict[str, list[Tensor]] = {}
-        self._random_states = _random_states(pl_module)
+        self._ours = _arguments(module, call.args, call.kwargs)
+        self._theirs: dict[str, list[Tensor]] | None = None  # also if they cannot be compared
+        self._random_states = _random_states(module)
         self._draws = False  # whether random numbers were drawn before the first call
-        self._is_lost = False
         self._is_redirected: list[bool] = []  # for the calls of the module that are running
         self._outputs: Tensor | None = None
         self._loss_inputs: list[Tensor] = []
         self._stack = ExitStack()
-
-    def start(self) -> None:
-        """Start watching."""
-        before, after = _Hook(self._before_call, self._give_up), _Hook(self._after_call, self._give_up)
-        self._stack.enter_context(self._module.register_forward_pre_hook(before, with_kwargs=True))
-        self._stack.enter_context(self._module.register_forward_hook(after, with_kwargs=True))
+        before, after = _Hook(self._before_call), _Hook(self._after_call)
+        self._stack.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
+        self._stack.enter_context(module.register_forward_hook(after))
         self._stack.enter_context(_LossInputs(self._loss_inputs, self._is_in_step))
 
     def stop(self) -> None:
         """Stop watching."""
         self._stack.close()
 
-    def _give_up(self) -> None:
-        """Answer no question: the step passes something that cannot be compared."""
-        self._is_lost = True
-
     def find_problem(self) -> str | None:
         """Say how the step differs from what is measured; None if nothing shows that it does."""
-        if self._is_lost:
+        if not self.was_called and not _names_forward(self._module):
+            return "the step does not call `forward`, which is measured"
+        if self._theirs is None:
             return None
-        if not self.was_called:
-            return None if _names_forward(self._module) else "the step does not call `forward`, which is measured"
-        return self._problem_of_arguments() or self._problem_of_logits()
+        return self._problem_of_arguments(self._theirs) or self._problem_of_logits()
 
-    def _problem_of_arguments(self) -> str | None:
-        for name in sorted(self._their_names - self._our_names - set(TARGET_NAMES)):
-            return f"the step calls the model with other arguments: also with `{name}`"
+    def _problem_of_arguments(self, theirs: dict[str, list[Tensor]]) -> str | None:
+        start = "the step calls the model with other"
+        for name in sorted(theirs.keys() - self._ours.keys() - set(TARGET_NAMES)):
+            return f"{start} arguments: also with `{name}`"
         for name, ours in self._ours.items():
-            theirs = self._theirs.get(name, [])
-            if [x.shape for x in theirs] != [x.shape for x in ours]:
-                return f"the step calls the model with other arguments: `{name}` is missing or has another shape"
-            if not self._draws and not all(map(_are_close, ours, theirs)):
-                return f"the step calls the model with other values of `{name}`, though it draws no random numbers"
+            found = theirs.get(name, [])
+            if [x.shape for x in found] != [x.shape for x in ours]:
+                return f"{start} arguments: `{name}` is missing or has another shape"
+            if not self._draws and not all(map(_are_close, ours, found)):
+                return f"{start} values of `{name}`, though it draws no random numbers"
         return None
 
     def _problem_of_logits(self) -> str | None:
@@ -108,50 +99,30 @@ class StepWatch:
         if _is_not_the_step():
             return
         # Under DDP, Lightning runs the step itself as `forward`.
-        forward = vars(module).get("forward")
-        self._is_redirected.append("_ForwardRedirection" in getattr(forward, "__qualname__", ""))
-        if not self._is_redirected[-1] and not self.was_called:
+        is_redirected = "_ForwardRedirection" in getattr(vars(module).get("forward"), "__qualname__", "")
+        self._is_redirected.append(is_redirected)
+        if not is_redirected and not self.was_called:
             self.was_called = True
             self._draws = _random_states(module) != self._random_states
-            self._their_names = self._names_passed(args, kwargs)
-            self._theirs = self._tensors_by_name(args, kwargs)  # before `forward` can write to them
+            self._theirs = _arguments(module, args, kwargs)  # before `forward` can write to them
 
-    def _after_call(self, module: nn.Module, args: Any, kwargs: dict[str, Any], result: Any) -> None:
-        if _is_not_the_step() or self._is_redirected.pop() or self._outputs is not None:
-            return
-        try:
+    def _after_call(self, module: nn.Module, args: object, result: object) -> None:
+        if not _is_not_the_step() and not self._is_redirected.pop() and self._outputs is None:
             self._outputs = select_outputs(result, self._select).detach()
-        except Exception:  # it returns something else in training
-            self._outputs = None
-
-    def _names_passed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[str]:
-        """Name the arguments that differ from their defaults."""
-        arguments = self._signature.bind_partial(*args, **kwargs).arguments
-        defaults = {name: parameter.default for name, parameter in self._signature.parameters.items()}
-        return {name for name, value in arguments.items() if not _is_default(value, defaults[name])}
-
-    def _tensors_by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, list[Tensor]]:
-        """Copy the tensors in arguments, by the names in the signature of ``forward``."""
-        arguments = self._signature.bind_partial(*args, **kwargs).arguments
-        found = {name: [x.detach().clone() for x in tensors_in(value)] for name, value in arguments.items()}
-        return {name: tensors for name, tensors in found.items() if tensors}
 
 
 class _Hook:
     """Call a function, or nothing in a copy: a step may pickle or copy the module."""
 
-    def __init__(self, function: Callable[..., None], on_error: Callable[[], None]) -> None:
+    def __init__(self, function: Callable[..., None]) -> None:
         self._function = function
-        self._on_error = on_error
 
-    def __call__(self, *args: Any) -> None:
-        try:
+    def __call__(self, *args: object) -> None:
+        with suppress(Exception):  # a step must not fail because of a hint; it may return something else in training
             self._function(*args)
-        except Exception:  # a step must not fail because of a hint
-            self._on_error()
 
-    def __reduce__(self) -> tuple[type[_Hook], tuple[Callable[..., None], Callable[..., None]]]:
-        return _Hook, (_do_nothing, _do_nothing)
+    def __reduce__(self) -> tuple[type[_Hook], tuple[Callable[..., None]]]:
+        return _Hook, (_do_nothing,)
 
 
 class _LossInputs(TorchFunctionMode):
@@ -181,7 +152,9 @@ class FirstStep:
         self.is_waiting = False
         self._watch: StepWatch | None = None
 
-    def start(self, pl_module: LightningModule, batch: Any, inputs: Selector | None, outputs: Selector | None) -> None:
+    def start(
+        self, pl_module: LightningModule, batch: object, inputs: Selector | None, outputs: Selector | None
+    ) -> None:
         """Start watching a step, if our call can be made on its batch; see the arguments of :class:`ModelCall`."""
         self.cancel()  # the last step may have been skipped
         if not self.is_waiting or not can_watch(pl_module):
@@ -190,10 +163,8 @@ class FirstStep:
             self._watch = StepWatch(pl_module, make_call(pl_module, batch, inputs, outputs), outputs)
         except Exception:  # training batches may be of another kind than validation batches
             self.is_waiting = False
-            return
-        self._watch.start()
 
-    def stop(self, pl_module: LightningModule, step_output: Any) -> str | None:
+    def stop(self, pl_module: LightningModule, step_output: object) -> str | None:
         """Stop watching, and say how the step differs from what is measured."""
         watch = self._watch
         self.cancel()
@@ -212,6 +183,17 @@ class FirstStep:
         if self._watch is not None:
             self._watch.stop()
         self._watch = None
+
+
+def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, list[Tensor]]:
+    """Copy the tensors in arguments that differ from their defaults, by the names in the signature of ``forward``."""
+    signature = inspect.Signature(parameters_of(module))
+    arguments = signature.bind_partial(*args, **kwargs).arguments
+    return {
+        name: [x.detach().clone() for x in tensors_in(value)]
+        for name, value in arguments.items()
+        if not _is_default(value, signature.parameters[name].default)
+    }
 
 
 def _is_default(value: object, default: object) -> bool:

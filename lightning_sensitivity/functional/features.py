@@ -16,7 +16,8 @@ def principal_components(features: Tensor, new_features: Tensor, num_components:
     Columns that are no more than ``num_components`` are only scaled, to a mean of 0 and a variance of 1 on
     training samples. More than 4,096 are first added up with random signs to 4,096, as in feature hashing
     (Weinberger et al., 2009), which keeps distances within some 2 %. Components come from subspace iteration
-    (Halko, Martinsson and Tropp, 2011). Random numbers are the same in every call, and global streams are not touched.
+    (Halko, Martinsson and Tropp, 2011). Random numbers are the same in every call, and global streams are not
+    touched.
 
     Args:
         features: Inputs or features of training samples, ``(N, ...)``; they are flattened.
@@ -79,54 +80,45 @@ def _top_components(rows: Tensor, num_components: int) -> Tensor:
     return coordinates @ axes[:, -num_components:]
 
 
-def bags_of_words(
-    ids: Tensor, new_ids: Tensor, mask: Tensor | None = None, new_mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def bags_of_words(ids: Tensor, new_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Count how often each token occurs in each sample.
 
     Args:
-        ids: Token ids of training samples, integers ``(N, L)``.
+        ids: Token ids of training samples, integers ``(N, L)``, negative ones for padding.
         new_ids: Token ids of new samples, ``(M, L')``.
-        mask: Where ``ids`` are tokens, not padding, of the same shape; by default everywhere.
-        new_mask: The same for ``new_ids``.
 
     Returns:
         Counts of the 4,096 ids at most that occur most often in both, in the order of the ids, ``(N, V)`` and
         ``(M, V)``, float64, on the CPU.
 
     Raises:
-        ValueError: If ids are no integers or masks have other shapes.
+        ValueError: If ids are no integers.
 
     Example:
         >>> import torch
         >>> from lightning_sensitivity.functional import bags_of_words
-        >>> bags_of_words(torch.tensor([[7, 7, 3, 0]]), torch.tensor([[3, 9]]), mask=torch.tensor([[1, 1, 1, 0]]))
+        >>> bags_of_words(torch.tensor([[7, 7, 3, -1]]), torch.tensor([[3, 9]]))
         (tensor([[1., 2., 0.]], dtype=torch.float64), tensor([[1., 0., 1.]], dtype=torch.float64))
     """
-    samples, words = _words("ids", ids, mask)
-    new_samples, new_words = _words("new_ids", new_ids, new_mask)
-    vocabulary, counts = torch.unique(torch.cat([words, new_words]), return_counts=True)
+    ids, new_ids = _checked_ids("ids", ids), _checked_ids("new_ids", new_ids)
+    words = torch.cat([ids[ids >= 0], new_ids[new_ids >= 0]])
+    vocabulary, counts = torch.unique(words, return_counts=True)
     most_frequent = counts.argsort(descending=True, stable=True)[:_MAX_WORDS]
     vocabulary = vocabulary[most_frequent.sort().values]
-    bags = _counts(samples, words, vocabulary, len(ids))
-    return bags, _counts(new_samples, new_words, vocabulary, len(new_ids))
+    return _counts(ids, vocabulary), _counts(new_ids, vocabulary)
 
 
-def _words(name: str, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the index of the sample and the id of each token that is not padding."""
+def _checked_ids(name: str, ids: Tensor) -> Tensor:
+    """Return token ids ``(N, L)`` on the CPU."""
     if ids.is_floating_point() or ids.ndim < 1:
         raise ValueError(f"Expected `{name}` to be integers (N, L), but got {ids.dtype} of shape {tuple(ids.shape)}.")
-    is_word = torch.ones_like(ids) > 0 if mask is None else mask > 0
-    if is_word.shape != ids.shape:
-        got = f"{tuple(is_word.shape)} for {tuple(ids.shape)}"
-        raise ValueError(f"Expected the mask of `{name}` to have its shape, but got {got}.")
-    ids, is_word = (each.cpu()[:, None].flatten(1) for each in (ids, is_word))
-    return is_word.nonzero()[:, 0], ids[is_word].long()
+    return ids.cpu().long()[:, None].flatten(1)
 
 
-def _counts(samples: Tensor, words: Tensor, vocabulary: Tensor, num_samples: int) -> Tensor:
+def _counts(ids: Tensor, vocabulary: Tensor) -> Tensor:
     """Count the words of a sorted vocabulary in each sample."""
-    is_known = torch.isin(words, vocabulary)
-    columns = torch.searchsorted(vocabulary, words[is_known])
-    counts = torch.bincount(samples[is_known] * len(vocabulary) + columns, minlength=num_samples * len(vocabulary))
-    return counts.reshape(num_samples, len(vocabulary)).double()
+    is_known = torch.isin(ids, vocabulary)
+    columns = torch.searchsorted(vocabulary, ids[is_known])
+    cells = is_known.nonzero()[:, 0] * len(vocabulary) + columns
+    counts = torch.bincount(cells, minlength=len(ids) * len(vocabulary))
+    return counts.reshape(len(ids), len(vocabulary)).double()

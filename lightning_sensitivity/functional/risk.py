@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_sensitivity.functional.sums import HoldoutSums, LabelSums, holdout_sums, label_sums
 from lightning_sensitivity.functional.tasks import Task, find_task
-from lightning_sensitivity.functional.tensors import are_probabilities
+from lightning_sensitivity.functional.tensors import Diagnosis, are_probabilities
 
 # m₀: the number of validation labels that count as much as the estimate, without and with a reference
 LABEL_WEIGHT, LABEL_WEIGHT_WITH_REFERENCE = 40, 200
@@ -87,8 +87,8 @@ def label_stderr(labels: LabelSums) -> Tensor:
     return (variance / (labels.num_scored - 1).where(labels.num_scored > 1, torch.nan)).sqrt()
 
 
-def diagnostics(holdout: HoldoutSums, training: LabelSums, estimate: Tensor, task: Task) -> dict[str, str]:
-    """Explain what makes an estimate doubtful or impossible, with one message per problem.
+def diagnostics(holdout: HoldoutSums, training: LabelSums, estimate: Tensor, task: Task) -> dict[str, Diagnosis]:
+    """Explain what makes an estimate doubtful or impossible, by the kind of problem.
 
     Args:
         holdout: Sums over unseen samples.
@@ -97,37 +97,30 @@ def diagnostics(holdout: HoldoutSums, training: LabelSums, estimate: Tensor, tas
         task: The kind of classification.
     """
     messages = {}
-    if _may_be_probabilities(training):
-        messages["probabilities"] = "All outputs lie in [0, 1]. If they are not logits, set `outputs=`."
-    if holdout.num_non_finite + training.num_non_finite > 0:
-        messages["non-finite"] = (
+    num_non_finite = holdout.num_non_finite + training.num_non_finite
+    if num_non_finite > 0:
+        messages["non-finite"] = Diagnosis(
             f"{int(holdout.num_non_finite)} validation and {int(training.num_non_finite)} training samples "
-            "gave nan or inf, and were left out."
+            "gave nan or inf, and were left out.",
+            float(num_non_finite),
         )
     if not messages and estimate.isnan():
         reason = "no kept training sample has a label, or no batch could be measured"
-        messages["no value"] = f"There is no value: {reason}."
+        messages["no value"] = Diagnosis(f"There is no value: {reason}.")
     if estimate > task.max_score:
-        messages["too large"] = (
+        messages["too large"] = Diagnosis(
             f"The estimate is {float(estimate):.2f}, and no Brier score is above {task.max_score:g}: "
             "read only how it changes, not its size."
         )
     return messages
 
 
-def _may_be_probabilities(training: LabelSums) -> bool:
-    """Return whether all outputs lie in [0, 1], and not just because the head is untrained."""
-    if not training.num_scored > 0 or training.num_outside > 0:
-        return False
-    # One or two outputs of an untrained head may lie in [0, 1], but then all are on the same side of ½.
-    return bool(training.num_wide > 0) or bool(0 < training.num_high < training.num_scored)
-
-
 def variance_factor(num_training: int, num_weights: int) -> float:
     r"""Compute how much of the variance of a simulated twin counts: :math:`\min(1, \sqrt{\sqrt{w} / n})`.
 
     Networks differ less if they have more training samples, and more if they have more weights; simulated
-    twins reflect neither. Its form was chosen on random runs; see ``examples/studies/early_stopping/README.md``.
+    twins reflect neither. Its form was chosen on random runs; see
+    ``examples/studies/early_stopping/README.md``.
 
     Args:
         num_training: n, the number of training samples, 1 or more.

@@ -7,10 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_sensitivity.functional.tensors import by_position, in_chunks, wide_dtype
+from lightning_sensitivity.functional.tensors import Diagnosis, by_position, in_chunks, wide_dtype
 
-# Columns of a row: the number of changes of a sample (draws times positions); the sum of its class-averaged changes;
-# the sum of their squares; the sum of the mean squared changes of its single outputs; K times the number of changes.
+# Columns of a row: the number of changes of a sample (draws times positions); the sum of its class-averaged
+# changes; the sum of their squares; the sum of the mean squared changes of its single outputs; K times the
+# number of changes.
 NUM_COLUMNS = 5
 _SMALL_SHARE = 0.01  # of the class mean that independent outputs would have
 
@@ -127,8 +128,8 @@ def squared_deviations(rows: Tensor) -> Tensor:
     return deviations.clamp(min=0).where(is_finite, math.nan)
 
 
-def diagnostics(estimate: SensitivityEstimate, per_output: bool = False) -> dict[str, str]:
-    """Explain what makes a finite value doubtful, with one message per problem.
+def diagnostics(estimate: SensitivityEstimate, per_output: bool = False) -> dict[str, Diagnosis]:
+    """Explain what makes a finite value doubtful, by the kind of problem.
 
     Args:
         estimate: The estimate.
@@ -136,14 +137,15 @@ def diagnostics(estimate: SensitivityEstimate, per_output: bool = False) -> dict
     """
     messages = {}
     if estimate.num_non_finite > 0:
-        messages["non-finite"] = f"{int(estimate.num_non_finite)} samples gave nan or inf, and were left out."
+        count = int(estimate.num_non_finite)
+        messages["non-finite"] = Diagnosis(f"{count} samples gave nan or inf, and were left out.", count)
     share, num_outputs = float(estimate.class_mean_share), estimate.num_outputs
     if estimate.num_samples > 0 and math.isnan(share):
-        messages["no change"] = (
+        messages["no change"] = Diagnosis(
             "No output changed: the noise does not reach the outputs (see `inputs=` and `at=`), or weights are 0."
         )
     elif not per_output and num_outputs > 1 and share * num_outputs < _SMALL_SHARE:
-        messages["class mean"] = (
+        messages["class mean"] = Diagnosis(
             f"Only {share:.1e} of the change in the outputs survives averaging over classes, as with two-class heads, "
             "probabilities and centred logits. `per_output=True` measures all of it."
         )

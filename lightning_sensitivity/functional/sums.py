@@ -38,9 +38,6 @@ class LabelSums(NamedTuple):
         score: Brier scores.
         squared_score: Squares of the Brier scores.
         claim: Claims of the model.
-        num_outside: Samples with an output outside of [0, 1].
-        num_high: Samples with an output above ½.
-        num_wide: Samples with more than two outputs.
         num_non_finite: Samples with nan or inf, left out.
     """
 
@@ -48,9 +45,6 @@ class LabelSums(NamedTuple):
     score: Tensor
     squared_score: Tensor
     claim: Tensor
-    num_outside: Tensor
-    num_high: Tensor
-    num_wide: Tensor
     num_non_finite: Tensor
 
 
@@ -122,21 +116,18 @@ def label_sums(outputs: Tensor, targets: Tensor, task: Task) -> Tensor:
     def sums(outputs: Tensor, targets: Tensor) -> Tensor:
         p = task.probabilities(outputs)
         y, counts = task.target_probabilities(p, targets)
-        is_outside = ((outputs < 0) | (outputs > 1)).reshape(p.shape).any(1)
-        is_high = (outputs > 0.5).reshape(p.shape).any(1)
-        is_wide = torch.full_like(is_high, p.shape[1] > 2)
         scores, claims = task.distances(p, y) * counts, task.claims(p) * counts
-        return _finite_sums(counts, scores, scores.square(), claims, is_outside, is_high, is_wide)
+        return _finite_sums(counts, scores, scores.square(), claims)
 
     return torch.stack(in_chunks(sums, outputs, targets.to(outputs.device))).sum(0)
 
 
-def agreement_sums(outputs: Tensor, others: Tensor, shares: Tensor, task: Task) -> Tensor:
-    """Sum up how a batch of predictions agrees with those of the reference, or with labels.
+def agreement_sums(outputs: Tensor, targets: Tensor, shares: Tensor, task: Task) -> Tensor:
+    """Sum up how a batch of predictions agrees with labels, or with predictions of a reference.
 
     Args:
         outputs: Outputs in eval mode, ``(N, K)`` or ``(N,)``.
-        others: Probabilities from the reference, or labels, ``(N, K)``.
+        targets: Labels, or probabilities ``(N, K)``; labels of -100 are ignored.
         shares: The mean label of the reference's training samples, ``(K,)``.
         task: The kind of classification.
 
@@ -146,13 +137,14 @@ def agreement_sums(outputs: Tensor, others: Tensor, shares: Tensor, task: Task) 
     dtype = wide_dtype(outputs.device)
     s = task.as_vectors(shares[None].to(dtype).to(outputs.device))
 
-    def sums(outputs: Tensor, others: Tensor) -> Tensor:
-        p = task.as_vectors(task.probabilities(outputs).flatten(1).to(dtype))
-        q = task.as_vectors(others.to(dtype).to(outputs.device))
-        ones = torch.ones_like(p[:, 0])
-        return _finite_sums(ones, p.square().sum(1), (p * s).sum(1), (p * (q - s)).sum(1), q.square().sum(1))
+    def sums(outputs: Tensor, targets: Tensor) -> Tensor:
+        probabilities = task.probabilities(outputs).to(dtype)
+        y, counts = task.target_probabilities(probabilities, targets)
+        p, q, n = task.as_vectors(probabilities.flatten(1)), task.as_vectors(y.flatten(1)), counts.flatten()
+        values = p.square().sum(1), (p * s).sum(1), (p * (q - s)).sum(1), q.square().sum(1)
+        return _finite_sums(n, *(n * value for value in values))
 
-    return torch.stack(in_chunks(sums, outputs, others)).sum(0)
+    return torch.stack(in_chunks(sums, outputs, targets)).sum(0)
 
 
 def _finite_sums(*values: Tensor) -> Tensor:

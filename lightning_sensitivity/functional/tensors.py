@@ -1,9 +1,23 @@
 """The layout of outputs, and how to sum them in double precision without a copy of all of them."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Diagnosis(NamedTuple):
+    """Hold what makes a value doubtful.
+
+    Attributes:
+        message: Whole sentences.
+        severity: How bad it is, such as a number of samples.
+    """
+
+    message: str
+    severity: float = 1.0
+
 
 _CHUNK = 2**15  # elements that are converted to double precision at a time
 _ROUNDING = 1e-2  # error of sums of 16-bit probabilities, which autocast may have converted to 32 bits since
@@ -50,6 +64,10 @@ def are_log_probabilities(outputs: Tensor) -> bool:
     return not bool((outputs > 0).any()) and are_probabilities(outputs.exp())
 
 
-def are_in_unit_interval(outputs: Tensor) -> bool:
-    """Check whether all outputs lie in [0, 1], as those of a sigmoid do; waits for the device."""
-    return outputs.numel() > 0 and bool(((outputs >= 0) & (outputs <= 1)).all())
+def may_be_probabilities(outputs: Tensor) -> bool:
+    """Check whether all outputs lie in [0, 1], and not just because the head is untrained; waits for the device."""
+    if not outputs.numel() or not bool(((outputs >= 0) & (outputs <= 1)).all()):
+        return False
+    # One or two outputs of an untrained head may lie there, but then all are on the same side of ½.
+    is_high = outputs > 0.5
+    return num_outputs(outputs) > 2 or bool(is_high.any() and not is_high.all())

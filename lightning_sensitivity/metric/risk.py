@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torchmetrics.utilities import dim_zero_cat
 
 from lightning_sensitivity import compat
 from lightning_sensitivity.functional import Calibration, Reference, risk, sums
 from lightning_sensitivity.functional.reference import reference_score, reference_weight
 from lightning_sensitivity.functional.sums import AgreementSums, HoldoutSums, LabelSums
 from lightning_sensitivity.functional.tasks import find_task
-from lightning_sensitivity.functional.tensors import wide_dtype
+from lightning_sensitivity.functional.tensors import Diagnosis, wide_dtype
 from lightning_sensitivity.metric.wide import WideMetric
 
 if TYPE_CHECKING:
@@ -47,7 +45,7 @@ class RiskEstimate(WideMetric):
     ``compute`` returns a dict of scalar tensors: ``risk_estimate``, nan without training or unseen samples;
     its terms ``risk_claim``, ``risk_overconfidence``, ``risk_memorization``, ``risk_variance``; with a
     reference C and v, ``risk_reference`` and ``risk_reference_weight``; with labels ``risk_label_score``,
-    ``risk_label_stderr`` and ``risk_num_labels``.
+    ``risk_label_stderr``, ``risk_num_labels``, and R before them, ``risk_without_labels``.
 
     Args:
         task: ``"multiclass"``, ``"binary"`` or ``"multilabel"``.
@@ -62,7 +60,6 @@ class RiskEstimate(WideMetric):
     Attributes:
         calibration: What the epochs so far say about c; ``reset`` keeps it.
         messages: What makes the last value doubtful, by the kind of problem.
-        estimate_without_labels: The last value before it was combined with validation labels.
 
     Raises:
         ValueError: If an argument is invalid, or labels do not fit the task.
@@ -87,6 +84,7 @@ class RiskEstimate(WideMetric):
     labels_sums: Tensor
     holdout_agreement: Tensor
     training_agreement: Tensor
+    reference_sums: Tensor
 
     def __init__(
         self,
@@ -103,45 +101,23 @@ class RiskEstimate(WideMetric):
         risk.check_strength(strength)
         self.task = find_task(task)
         self.strength = strength
-        self.messages: dict[str, str] = {}
-        self.estimate_without_labels = math.nan
         self.calibration = Calibration() if calibration is None else calibration
-        self._earlier_calibration = self.calibration  # without this epoch
-        self._reference = reference
-        self._num_training: int | None = None
+        self.messages: dict[str, Diagnosis] = {}
+        self._num_training = num_training
         self._factor = 1.0  # of the variance
-        self.set_size(num_training, num_weights)
+        if num_training is not None and num_weights is not None:
+            self._factor = risk.variance_factor(num_training, num_weights)
+        self._shares = None if reference is None else reference.shares
+        self._earlier_calibration = self.calibration  # without this epoch
+        dtype = wide_dtype(self.device)
         for name, num_sums in _NUM_SUMS.items():
-            default = torch.zeros(num_sums, dtype=wide_dtype(self.device))
-            self.add_state(name, default=default, dist_reduce_fx="sum")
-        self.references: list[Tensor] | Tensor = []  # one tensor while it is synchronized
-        self.add_state("references", default=[], dist_reduce_fx="cat")
-        self.reset()
+            self.add_state(name, default=torch.zeros(num_sums, dtype=dtype), dist_reduce_fx="sum")
+        self.add_state("reference_sums", default=_sums_of(reference).to(dtype), dist_reduce_fx=_sum_of_different)
 
     def reset(self) -> None:
         """Forget all samples, and begin another epoch with the calibration so far."""
         super().reset()
         self._earlier_calibration = self.calibration
-        # A process without a reference must also take part when rows are gathered.
-        self.references = [_reference_row(self._reference).to(wide_dtype(self.device)).to(self.device)]
-
-    def set_reference(self, reference: Reference | None) -> None:
-        """Set the reference, which may not be known at first, and forget all samples."""
-        self._reference = reference
-        self.reset()
-
-    def set_size(self, num_training: int | None, num_weights: int | None) -> None:
-        """Set the numbers of training samples and weights, which may not be known at first.
-
-        Args:
-            num_training: n; None for no scaling.
-            num_weights: w; None for no scaling.
-        """
-        self._num_training = num_training
-        self._factor = 1.0
-        if num_training is not None and num_weights is not None:
-            self._factor = risk.variance_factor(num_training, num_weights)
-        compat.forget_computed(self)
 
     def update(
         self,
@@ -162,8 +138,7 @@ class RiskEstimate(WideMetric):
         """
         twins = [twin_outputs] if isinstance(twin_outputs, Tensor) else list(twin_outputs)
         _check_shapes(outputs, twins, outputs if compared_with is None else compared_with)
-        if (reference is None) != (self._reference is None):
-            raise ValueError("Expected `reference` in `update` if the metric has one, and only then.")
+        _check_reference(outputs, reference, self._shares)
         if reference is not None:
             self._add_agreement("holdout_agreement", outputs, reference)
         self._add("holdout_sums", sums.holdout_sums(outputs, twins, self.task, compared_with))
@@ -176,11 +151,8 @@ class RiskEstimate(WideMetric):
             targets: Their labels; those of -100 are ignored.
         """
         self._add_labelled("training_sums", outputs, targets)
-        if self._reference is not None:
-            outputs = outputs.detach()
-            y, counts = self.task.target_probabilities(self.task.probabilities(outputs), targets)
-            has_label = counts.flatten() > 0
-            self._add_agreement("training_agreement", outputs[has_label], y[has_label])
+        if self._shares is not None:
+            self._add_agreement("training_agreement", outputs, targets)
 
     def update_labels(self, outputs: Tensor, targets: Tensor) -> None:
         """Add a batch of validation samples with labels, as in :meth:`update_training`."""
@@ -190,13 +162,12 @@ class RiskEstimate(WideMetric):
         self.task.check(outputs, targets)
         self._add(state, sums.label_sums(outputs.detach(), targets, self.task))
 
-    def _add_agreement(self, state: str, outputs: Tensor, others: Tensor) -> None:
-        assert self._reference is not None
-        shares = self._reference.shares
-        if others.shape != (len(outputs), len(shares)) or outputs.numel() != others.numel():
-            got = f"{tuple(others.shape)} for outputs {tuple(outputs.shape)}"
-            raise ValueError(f"Expected `reference` to have the shape (N, {len(shares)}), but got {got}.")
-        self._add(state, sums.agreement_sums(outputs, others, shares, self.task))
+    def _add_agreement(self, state: str, outputs: Tensor, targets: Tensor) -> None:
+        assert self._shares is not None
+        if outputs.numel() != len(outputs) * len(self._shares):
+            got = f"{tuple(outputs.shape)}, with K = {len(self._shares)} in the reference"
+            raise ValueError(f"Expected outputs (N, K), but got {got}.")
+        self._add(state, sums.agreement_sums(outputs.detach(), targets, self._shares, self.task))
 
     def _add(self, state: str, values: Tensor) -> None:
         setattr(self, state, getattr(self, state) + values)  # not in place: it may belong to inference mode
@@ -209,36 +180,30 @@ class RiskEstimate(WideMetric):
         labels = LabelSums(*self.labels_sums)
         terms = risk.risk_terms(holdout, training, self.strength, self._factor)
         values = {f"risk_{name}": term for name, term in terms._asdict().items()}
-        estimate, weight = terms.estimate, self._reference_weight()
-        if weight is not None:
-            score = self._reference_score()
+        if self.reference_sums[-1] > 0:
+            values |= self._reference_values()
+            score, weight = values["risk_reference"], values["risk_reference_weight"]
             if weight > 0:
-                estimate = (estimate + weight * score) / (1 + weight)
-            values["risk_reference"] = score
-            values["risk_reference_weight"] = torch.full_like(score, weight)
-        self.messages = risk.diagnostics(holdout, training, estimate, self.task)
-        self.estimate_without_labels = float(estimate)
+                values["risk_estimate"] = (terms.estimate + weight * score) / (1 + weight)
+        self.messages = risk.diagnostics(holdout, training, values["risk_estimate"], self.task)
         if labels.num_scored > 0:
-            estimate = risk.combine_with_labels(estimate, labels, has_reference=bool(weight))
+            has_reference = bool(values.get("risk_reference_weight", 0) > 0)
+            values["risk_without_labels"] = values["risk_estimate"]
+            values["risk_estimate"] = risk.combine_with_labels(values["risk_estimate"], labels, has_reference)
             values["risk_label_score"] = labels.score / labels.num_scored
             values["risk_label_stderr"] = risk.label_stderr(labels)
             values["risk_num_labels"] = labels.num_scored
-        return {**values, "risk_estimate": estimate}
+        return values
 
-    def _reference_weight(self) -> float | None:
-        """Compute w, from the references of all processes; None if there is none."""
-        rows = torch.unique(dim_zero_cat(self.references).cpu(), dim=0)  # `forward` repeats them
-        if not len(rows):
-            return None
-        score, chance, claim, num_samples = rows.sum(0).tolist()
-        return reference_weight(score, chance, claim, num_samples, self._num_training or num_samples)
-
-    def _reference_score(self) -> Tensor:
-        """Compute C, with a calibration that includes this epoch."""
+    def _reference_values(self) -> dict[str, Tensor]:
+        """Compute C, with a calibration that includes this epoch, and its weight v."""
+        score, chance, claim, num_samples = self.reference_sums.tolist()
+        weight = reference_weight(score, chance, claim, num_samples, self._num_training or num_samples)
         holdout, training = AgreementSums(*self.holdout_agreement), AgreementSums(*self.training_agreement)
         agreement, training_agreement = (each.agreement / each.num_scored for each in (holdout, training))
         self.calibration = self._earlier_calibration.updated(float(agreement), float(training_agreement))
-        return reference_score(holdout, training, self.calibration)
+        value = reference_score(holdout, training, self.calibration)
+        return {"risk_reference": value, "risk_reference_weight": torch.full_like(value, weight)}
 
     def plot(
         self, val: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]] | None = None, ax: AxType | None = None
@@ -269,13 +234,27 @@ class RiskEstimate(WideMetric):
         return self._plot([result["risk_estimate"] for result in results], ax)
 
 
-def _reference_row(reference: Reference | None) -> Tensor:
-    """Return sums over the samples of a reference, in the order of `reference_weight`; no row without one."""
+def _sums_of(reference: Reference | None) -> Tensor:
+    """Return sums over the samples of a reference, in the order of `reference_weight`."""
     if reference is None:
-        return torch.zeros(0, 4, dtype=torch.float64)
-    num_samples = reference.num_samples
-    sums = [num_samples * each for each in (reference.score, reference.chance, reference.claim)]
-    return torch.tensor([[*sums, num_samples]], dtype=torch.float64)
+        return torch.zeros(4, dtype=torch.float64)
+    means = [reference.score, reference.chance, reference.claim, 1.0]
+    return torch.tensor(means, dtype=torch.float64) * reference.num_samples
+
+
+def _sum_of_different(rows: Tensor) -> Tensor:
+    """Add up the references of all processes; `forward` repeats that of one."""
+    different: Tensor = torch.unique(rows, dim=0)
+    return different.sum(0)
+
+
+def _check_reference(outputs: Tensor, reference: Tensor | None, shares: Tensor | None) -> None:
+    if reference is None or shares is None:
+        if reference is not shares:
+            raise ValueError("Expected `reference` in `update` if the metric has one, and only then.")
+    elif reference.shape != (len(outputs), len(shares)):
+        got = f"{tuple(reference.shape)} for outputs {tuple(outputs.shape)}"
+        raise ValueError(f"Expected `reference` to have the shape (N, {len(shares)}), but got {got}.")
 
 
 def _check_shapes(outputs: Tensor, twins: Sequence[Tensor], compared_with: Tensor) -> None:

@@ -102,8 +102,8 @@ class OutputSensitivity(WideMetric):
         """Compute the sensitivity of all samples so far, over all processes."""
         self._all_rows = dim_zero_cat(self.rows)
         estimate = sensitivity.sensitivity_from_rows(self._all_rows, self.per_output)
-        for message in sensitivity.diagnostics(estimate, self.per_output).values():
-            self._warn(message)
+        for diagnosis in sensitivity.diagnostics(estimate, self.per_output).values():
+            self._warn(diagnosis.message)
         return estimate.value
 
     @property
@@ -123,10 +123,10 @@ class OutputSensitivity(WideMetric):
 
     @property
     def per_sample(self) -> Tensor:
-        """Mean squared change of each sample, ``(N,)``, in the order of the updates; nan for those with nan or inf.
+        """Mean squared change of each sample, ``(N,)``, in the order of the updates.
 
-        If all samples have the same number of positions, the mean is the value of the metric. A large change
-        does not mean that the prediction is wrong.
+        It is nan for samples with nan or inf. If all samples have the same number of positions, the mean is the
+        value of the metric. A large change does not mean that the prediction is wrong.
         """
         self.compute()
         rows = self._all_rows

@@ -20,6 +20,7 @@ from tests.helpers import Classifier, History, Stream, first_tensor, fitted, lab
 from tests.helpers import unlabelled_loader as unlabelled
 
 X, Y = labelled(50).tensors
+PARTLY = one_hot(Y, 4).where((torch.arange(50) % 5 > 0)[:, None] | (torch.arange(4) > 0), -100).float()
 CODES = nn.Parameter(torch.ones(3, dtype=torch.int8), requires_grad=False)
 
 
@@ -73,14 +74,13 @@ def test_the_first_batches_of_a_fit_are_kept_once_and_scored_as_they_came() -> N
         truth.check()
 
 
-def test_the_terms_without_a_sanity_check_and_of_large_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_sensitivity.callbacks.twins._MAX_JOINED", 0)  # scored part by part
+def test_the_terms_without_a_sanity_check() -> None:
     fit(Plain(), loader(), RiskMonitor(), truth := Truth(), num_sanity_val_steps=0)
     truth.check()
 
 
 def test_only_some_training_samples_are_scored_in_whole_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_sensitivity.callbacks.training.NUM_SAMPLES", 40)
+    monkeypatch.setattr("lightning_sensitivity.callbacks.risk_samples.NUM_TRAINING", 40)
     fit(Plain(), loader(120), RiskMonitor(), truth := Truth(max_batches=3))  # 48 of 120
     truth.check()
 
@@ -180,6 +180,7 @@ COUNTED: dict[str, tuple[Any, dict[str, Any], int]] = {
     "with replacement": (lambda: loader(sampler=RandomSampler(X, True, 80)), {}, 50),
     "items that are batches": (lambda: DataLoader([[X[:25], Y[:25]], [X[25:], Y[25:]]], None), {}, 50),
     "a labelled share": (lambda: with_labels(Y.where(torch.arange(50) % 5 > 0, -100)), {}, 40),
+    "samples without an ignored label": (lambda: with_labels(PARTLY), {}, 40),
 }
 
 

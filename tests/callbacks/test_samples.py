@@ -257,6 +257,25 @@ def test_a_single_batch_whose_samples_influence_each_other_is_found_at_once_or_i
     assert logged(run)[SENSITIVITY] == sensitivity(model, x.split(10))
 
 
+def test_an_error_that_joint_calls_do_not_explain_changes_nothing_but_its_epoch() -> None:
+    class Broken(Quiet):
+        def forward(self, x: Tensor) -> Tensor:
+            if self.trainer.current_epoch == 2 and not self.training:
+                raise RuntimeError("out of luck")
+            return super().forward(x)
+
+    def values(kind: Any) -> list[dict[str, float]]:
+        torch.manual_seed(0)
+        callbacks = [SensitivityMonitor(), RiskMonitor(), history := History()]
+        fitted(callbacks, kind(), loader(20, 2), unlabelled_loader(40, 2), max_epochs=4)
+        return [{name: epoch[name] for name in (SENSITIVITY, "val_risk_variance")} for epoch in history.epochs]
+
+    with pytest.warns(UserWarning, match="out of luck"):
+        broken = values(Broken)
+    whole = values(Quiet)
+    assert broken[:2] == whole[:2] and broken[2] == whole[1] and broken[3] == whole[3]
+
+
 def test_a_joint_pass_that_fails_is_not_tried_again() -> None:
     model, largest = Small(), list[int]()
     sizes = note_passes(model)

@@ -71,7 +71,7 @@ def test_bags_of_words_count_the_most_frequent_tokens(
     words = sorted(sorted(total, key=lambda word: (-total[word], word))[:max_words])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(features, "_MAX_WORDS", max_words)
-        bags = bags_of_words(*samples, *(each != padding for each in samples))
+        bags = bags_of_words(*(each.where(each != padding, -1) for each in samples))
     for rows, bag in zip((ids, new_ids), bags, strict=True):
         assert bag.tolist() == [[Counter(row)[word] for word in words] for row in rows]
     assert principal_components(*bags)[0].isfinite().all()
@@ -85,7 +85,7 @@ def test_bad_input_is_refused_by_name() -> None:
         ("`features` to be finite", lambda: principal_components(x * math.nan, x)),
         ("`new_features` to be finite", lambda: principal_components(x.repeat(1, 2000), (x / 0).repeat(1, 2000))),
         ("`ids` to be integers", lambda: bags_of_words(x, ids)),
-        ("mask of `new_ids` to have its shape", lambda: bags_of_words(ids, ids, None, ids[:, :2])),
+        ("`new_ids` to be integers", lambda: bags_of_words(ids, x)),
     ]
     for message, refused in bad:
         with pytest.raises(ValueError, match=f"Expected .*{message}"):

@@ -1,0 +1,105 @@
+"""The reference of a loader: what it sees of the kept samples, and how it is fitted to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lightning_sensitivity.callbacks.groups import Group
+from lightning_sensitivity.callbacks.samples import KeptSamples
+from lightning_sensitivity.functional.features import bags_of_words, principal_components
+from lightning_sensitivity.functional.reference import Reference, fit_reference
+from lightning_sensitivity.functional.tasks import Task
+from lightning_sensitivity.model import ModelCall
+from lightning_sensitivity.model.batches import tensors_in
+from lightning_sensitivity.model.call import TARGET_NAMES
+
+_MASK = "attention_mask"  # the name in transformers, which says where tokens are, not padding
+
+
+def fit_to_kept(
+    training: KeptSamples, holdout: KeptSamples, num_outputs: int, task: Task, has_features: bool
+) -> Reference:
+    """Fit the reference to the kept training samples, and predict the labels of validation samples.
+
+    Args:
+        training: The training samples.
+        holdout: The validation samples of a loader.
+        num_outputs: K.
+        task: The kind of classification.
+        has_features: Whether a function of the user's gives the features, not the inputs of the model.
+
+    Raises:
+        ValueError: If a batch has no features, or no sample a label.
+    """
+    found, new_found = (_features_of(samples, has_features) for samples in (training, holdout))
+    targets = torch.cat([batch.labels for batch in training.batches if batch.labels is not None])
+    y, counts = task.target_probabilities(torch.zeros(len(targets), num_outputs, dtype=torch.float64), targets)
+    has_label = counts.flatten() > 0
+    if found is None or new_found is None or not bool(has_label.any()):
+        raise ValueError("inputs are neither dense numbers nor token ids, or no kept training sample has a label")
+    features, new_features = _reduce(found, new_found)
+    return fit_reference(features[has_label], y.flatten(1)[has_label], new_features, task.name)
+
+
+def _features_of(samples: KeptSamples, has_features: bool) -> list[Tensor] | None:
+    """Return what the reference sees, in parts; None if one is missing."""
+    found = [batch.features for batch in samples.batches] if has_features else list(map(_inputs_of, samples.groups))
+    present = [each for each in found if each is not None]
+    return present if len(present) == len(found) else None
+
+
+def _inputs_of(group: Group) -> Tensor | None:
+    return input_features(group.call)
+
+
+def input_features(call: ModelCall) -> Tensor | None:
+    """Find what a reference can see in the inputs of a model.
+
+    Args:
+        call: A call of the model on a batch.
+
+    Returns:
+        Dense inputs, floating ``(N, D)``; or token ids ``(N, L)``, -1 for padding; None if there are neither.
+    """
+    arguments = {name: value for name, value in call.named().items() if name not in TARGET_NAMES}
+    mask = arguments.pop(_MASK, None)
+    tensors = [x.cpu() for x in tensors_in(arguments) if _has_row_for_each(x, call.size)]
+    dense = [x.float()[:, None].flatten(1) for x in tensors if x.is_floating_point()]
+    if dense:
+        return torch.cat(dense, 1)
+    return _token_ids(tensors, mask)
+
+
+def _token_ids(tensors: Iterable[Tensor], mask: object) -> Tensor | None:
+    """Find token ids, and set those that a mask leaves out to -1."""
+    tokens = next((x.long() for x in tensors if _may_be_tokens(x)), None)  # 8 bits have no -1
+    if tokens is not None and isinstance(mask, Tensor) and mask.shape == tokens.shape:
+        return tokens.where(mask.cpu() > 0, -1)
+    return tokens
+
+
+def _may_be_tokens(tensor: Tensor) -> bool:
+    return tensor.ndim == 2 and not tensor.is_complex() and tensor.dtype != torch.bool
+
+
+def _has_row_for_each(tensor: Tensor, num_samples: int) -> bool:
+    return not tensor.is_nested and tensor.ndim > 0 and len(tensor) == num_samples
+
+
+def _reduce(features: list[Tensor], new_features: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Turn features of training and new samples into a few columns."""
+    lengths = {each.shape[1] for each in (*features, *new_features)}
+    if features[0].is_floating_point():
+        if len(lengths) > 1:
+            raise ValueError("inputs have different sizes")
+        return principal_components(torch.cat(features), torch.cat(new_features))
+    ids, new_ids = (_join_tokens(part, max(lengths)) for part in (features, new_features))
+    return principal_components(*bags_of_words(ids, new_ids))
+
+
+def _join_tokens(batches: Iterable[Tensor], length: int) -> Tensor:
+    return torch.cat([pad(ids, (0, length - ids.shape[1]), value=-1) for ids in batches])
