@@ -39,6 +39,8 @@ class Passes(Callback):
 
 
 def fit(model: LightningModule, *callbacks: Any, **kwargs: Any) -> None:
+    torch.manual_seed(0)
+    model.apply(lambda module: module.reset_parameters() if hasattr(module, "reset_parameters") else None)
     train, val = (DataLoader(labelled(n * BATCH_SIZE), BATCH_SIZE) for n in (5, NUM_BATCHES))
     fitted([*callbacks], model, train, val, **{"num_sanity_val_steps": 0, "limit_train_batches": 5, **kwargs})
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lightning_sensitivity.arguments import Selector, check_argument, check_bool, check_int, see
@@ -102,13 +103,19 @@ class SensitivityMonitor(Monitor):
             keys = [(*start, batch.index) for batch in group.batches]  # each batch has noise of its own
             return noisy_outputs(run, call, self._noise, keys, self.num_draws, at)
 
+        # Before training, all outputs of a small head may lie in [0, 1] by chance.
+        is_untrained = self.reporter.is_strict and module.trainer.state.fn == TrainerFn.FITTING
+        may_warn = samples.size > 0 and not self.per_output and not is_untrained
         for group, call, clean, checked in samples.passes(module, run):
             self._check_outputs(clean)
+            may_warn = may_warn and may_be_probabilities(clean)
             metric.update(clean, noisy(group, call))
             for alone in checked:
                 call = alone.call.to(module.device)
                 rows = sensitivity_rows(run(call), noisy(alone, call))
                 check_agreement(metric.rows[-1][group.rows_of(alone.batches[0])], rows, clean.dtype)
+        if may_warn:
+            self.reporter.warn("arguments", IN_UNIT_INTERVAL)
         return metric
 
     def compute_values(self, trainer: Trainer, dataloader_idx: int) -> dict[str, Tensor]:
@@ -132,8 +139,6 @@ class SensitivityMonitor(Monitor):
                 "logits are needed, got (log-)probabilities: select logits with `outputs=`, or use `per_output=True`."
                 f"{see('arguments')}"
             )
-        if may_be_probabilities(outputs):
-            self.reporter.warn("arguments", IN_UNIT_INTERVAL)
 
 
 class _QuietSensitivity(OutputSensitivity):
