@@ -39,6 +39,10 @@ class Pass(NamedTuple):
     outputs: Tensor
     checked: list[Group]
 
+    def can_split(self) -> bool:
+        """Return whether the call can be made on a part of the samples."""
+        return len(self.outputs) == self.group.size and self.call.layout() is not None
+
 
 class JointPassError(Exception):
     """A batch gives other outputs by itself than together with others."""
@@ -249,15 +253,15 @@ def may_be_of_joint_calls(error: Exception, kept: Sequence[KeptSamples]) -> bool
 
 def _join_all(groups: list[Group], max_samples: float) -> list[Group]:
     """Join neighbours into as few groups as possible."""
-    joined: list[list[Group]] = []
-    for group in groups:
-        earlier = joined[-1] if joined else []
-        size = sum(each.size for each in (*earlier, group))
-        if earlier and size <= max_samples and can_join(earlier[-1], group):
-            earlier.append(group)
+    joined, size = [groups[:1]], groups[0].size
+    for group in groups[1:]:
+        size += group.size
+        if size <= max_samples and can_join(joined[-1][-1], group):
+            joined[-1].append(group)
         else:
             joined.append([group])
-    return [join_groups(each) for each in joined]
+            size = group.size
+    return list(map(join_groups, joined))
 
 
 def _largest_tensor(model: nn.Module, call: ModelCall) -> int:

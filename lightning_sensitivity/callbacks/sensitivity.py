@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
@@ -96,27 +97,28 @@ class SensitivityMonitor(Monitor):
         """Run the model on the kept samples of a loader, clean and with noise."""
         with module.device:  # it determines the floating type of the metric
             metric = _QuietSensitivity(self.per_output)
-        start = self.seed, module.global_rank, samples.dataloader_idx
-        at = None if self.at is None else submodule(module, self.at)
-
-        def noisy(group: Group, call: ModelCall) -> Iterator[Tensor]:
-            keys = [(*start, batch.index) for batch in group.batches]  # each batch has noise of its own
-            return noisy_outputs(run, call, self._noise, keys, self.num_draws, at)
-
-        # Before training, all outputs of a small head may lie in [0, 1] by chance.
-        is_untrained = self.reporter.is_strict and module.trainer.state.fn == TrainerFn.FITTING
-        may_warn = samples.size > 0 and not self.per_output and not is_untrained
+        noisy = partial(self._noisy_outputs, module, run, samples.dataloader_idx)
+        may_be = []  # probabilities, by group
         for group, call, clean, checked in samples.passes(module, run):
-            self._check_outputs(clean)
-            may_warn = may_warn and may_be_probabilities(clean)
+            may_be.append(self._check_outputs(clean))
             metric.update(clean, noisy(group, call))
             for alone in checked:
                 call = alone.call.to(module.device)
                 rows = sensitivity_rows(run(call), noisy(alone, call))
                 check_agreement(metric.rows[-1][group.rows_of(alone.batches[0])], rows, clean.dtype)
-        if may_warn:
+        # Before training, all outputs of a small head may lie in [0, 1] by chance.
+        is_untrained = self.reporter.is_strict and module.trainer.state.fn == TrainerFn.FITTING
+        if may_be and all(may_be) and not is_untrained:
             self.reporter.warn("arguments", IN_UNIT_INTERVAL)
         return metric
+
+    def _noisy_outputs(
+        self, module: LightningModule, run: RunIsolated, dataloader_idx: int, group: Group, call: ModelCall
+    ) -> Iterator[Tensor]:
+        """Yield the outputs for each noise draw; each batch has noise of its own."""
+        at = None if self.at is None else submodule(module, self.at)
+        keys = [(self.seed, module.global_rank, dataloader_idx, batch.index) for batch in group.batches]
+        return noisy_outputs(run, call, self._noise, keys, self.num_draws, at)
 
     def compute_values(self, trainer: Trainer, dataloader_idx: int) -> dict[str, Tensor]:
         """Compute the sensitivity of a loader over all processes."""
@@ -130,15 +132,16 @@ class SensitivityMonitor(Monitor):
             return {}
         return {"output_sensitivity": estimate.value, "output_sensitivity_stderr": estimate.stderr}
 
-    def _check_outputs(self, outputs: Tensor) -> None:
-        """Refuse probabilities before the first step: their class average does not mean the same as that of logits."""
-        if self.per_output or not self.reporter.is_strict:
-            return
-        if are_probabilities(outputs) or are_log_probabilities(outputs):
+    def _check_outputs(self, outputs: Tensor) -> bool:
+        """Return whether outputs may be probabilities, whose class average means something else; refuse clear ones."""
+        if self.per_output:
+            return False
+        if self.reporter.is_strict and (are_probabilities(outputs) or are_log_probabilities(outputs)):
             raise MisconfigurationException(
                 "logits are needed, got (log-)probabilities: select logits with `outputs=`, or use `per_output=True`."
                 f"{see('arguments')}"
             )
+        return may_be_probabilities(outputs)
 
 
 class _QuietSensitivity(OutputSensitivity):

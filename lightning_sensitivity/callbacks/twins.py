@@ -86,10 +86,8 @@ class TwinRunner:
     def _parts(self, measured: Pass) -> list[tuple[slice, ModelCall]]:
         """Split the samples of a group into equal parts."""
         size, call = len(measured.outputs), measured.call
-        can_split = self._samples.can_regroup and size == measured.group.size and call.layout() is not None
-        part_size = max(_MIN_PART, self._samples.size / NUM_TWINS)
-        count = max(1, round(size / part_size)) if can_split else 1
-        if count == 1:
+        count = round(size / max(_MIN_PART, self._samples.size / NUM_TWINS))
+        if count < 2 or not self._samples.can_regroup or not measured.can_split():
             return [(slice(size), call)]
         slices = [slice(part * size // count, (part + 1) * size // count) for part in range(count)]
         return [(rows, call.select(rows)) for rows in slices]
