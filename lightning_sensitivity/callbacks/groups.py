@@ -59,18 +59,20 @@ class Group:
         return self if len(self.batches) == 1 else Group(self.call.select(self.rows_of(batch)), [batch])
 
     def labelled(self, outputs: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the outputs for all batches that have labels, and these labels; nothing if none has.
+        """Yield outputs and labels: at once if all batches have labels of one kind, else those of each that has some.
 
         Args:
             outputs: The outputs for all batches.
         """
-        parts = torch.split(outputs, [batch.size for batch in self.batches])
-        found = [(part, batch.labels) for part, batch in zip(parts, self.batches, strict=True)]
-        pairs = [(part, labels) for part, labels in found if labels is not None]
-        if pairs:
-            outputs_with_labels, labels = zip(*pairs, strict=True)
-            has_all = len(pairs) == len(self.batches)
-            yield outputs if has_all else torch.cat(outputs_with_labels), torch.cat(labels)
+        pairs = [(batch, batch.labels) for batch in self.batches if batch.labels is not None]
+        if pairs and len(outputs) != self.size:
+            raise ValueError(f"Expected outputs for {self.size} samples, but got {len(outputs)}")
+        kinds = {(labels.dtype, labels.shape[1:]) for _, labels in pairs}
+        if len(pairs) == len(self.batches) and len(kinds) == 1:
+            yield outputs, torch.cat([labels for _, labels in pairs])
+            return
+        for batch, labels in pairs:
+            yield outputs[self.rows_of(batch)], labels
 
 
 def make_call(module: nn.Module, batch: object, inputs: Selector | None, outputs: Selector | None) -> ModelCall:

@@ -196,7 +196,7 @@ class Monitor(Callback, ABC):
     def _shared_samples(self, trainer: Trainer) -> list[KeptSamples]:
         """Return the samples of an earlier monitor that keeps the same ones, before it has kept any."""
         monitors = _monitors_of(trainer)
-        earlier = monitors[: monitors.index(self)]
+        earlier = monitors[: monitors.index(self)] if self in monitors else []
         if self.keeps_labels and any(other.keeps_labels for other in earlier):  # which may be others
             return []
         options = self.inputs, self.outputs, self.num_samples

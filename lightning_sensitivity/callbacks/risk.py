@@ -136,7 +136,7 @@ class RiskMonitor(Monitor):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         """Start with the first batch of a fit, and keep the first samples."""
         kept = self._kept
-        if not kept.is_started:
+        if kept.must_start(batch_idx):
             kept.is_started = True
             with self.reporter.report_failure("cannot estimate the risk", "There is no estimate in this fit."):
                 self.fit_state.initial = self.fit_state.find_initial(self.initial_weights, _is_new(trainer))

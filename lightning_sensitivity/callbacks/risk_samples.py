@@ -87,6 +87,12 @@ class RiskSamples:
         group = self._make_training_group(module, batch, batch_idx)
         self.training = KeptSamples(0, math.inf, math.ceil(NUM_TRAINING / trainer.world_size), is_growing=True)
         self.training.add(group)
+        self.references = {}
+
+    def must_start(self, batch_idx: int) -> bool:
+        """Return whether to start with a training batch: the first one of a fit, or, after a resume, of an epoch."""
+        is_late = self.training.groups != [] and self.training.batches[0].index > 0
+        return not self.is_started or (batch_idx == 0 and is_late)
 
     def keep_training(self, module: LightningModule, batch: object, batch_idx: int) -> None:
         """Keep another training batch if its samples are wanted.
@@ -146,9 +152,11 @@ class RiskSamples:
         key = samples.dataloader_idx, self.training.size
         if key in self.references or not self.training.groups or not samples.groups:
             return self.references.get(key)
+        self.references = {other: found for other, found in self.references.items() if other[0] != key[0]}
         num_outputs, has_features = math.prod(self._output_shape or ()), self._features is not None
         try:
-            self.references[key] = fit_to_kept(self.training, samples, num_outputs, self._task, has_features)
+            with torch.autocast("cpu", enabled=False):
+                self.references[key] = fit_to_kept(self.training, samples, num_outputs, self._task, has_features)
         except (RuntimeError, ValueError) as error:
             self.references[key] = None
             self._reporter.warn(

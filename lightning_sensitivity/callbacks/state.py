@@ -59,12 +59,13 @@ class FitState:
                 "the weights from before training are unknown, since the checkpoint has none: pass "
                 f"`initial_weights=`.{see('initial-weights')}"
             )
-        if given is not None and self.parameters().keys().isdisjoint(given):
+        weights = None if given is None else copy_weights(given)
+        if weights is not None and self.parameters().keys().isdisjoint(weights):
             raise MisconfigurationException(
                 "`initial_weights` should name parameters of the module, as a `['state_dict']` does, but names none."
                 f"{see('initial-weights')}"
             )
-        return self.weights_before_training() if given is None else copy_weights(given)
+        return self.weights_before_training() if weights is None else weights
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for a checkpoint, with those initial parameters that training has changed."""

@@ -158,7 +158,7 @@ def _places_of(module: nn.Module) -> list[tuple[dict[str, object], str, object]]
     attributes = vars(module)
     own = [(attributes, name, value) for name, value in _attributes_of(module).items() if _is_copied(value)]
     buffers = [(module._buffers, name, value) for name, value in module._buffers.items() if _is_copied(value)]
-    names = ("log", "log_dict") if hasattr(module, "log_dict") else ()  # of a LightningModule
+    names = ("log", "log_dict") if callable(getattr(module, "log_dict", None)) else ()  # of a LightningModule
     return [*own, *buffers, *((attributes, name, lambda *args, **kwargs: None) for name in names)]
 
 

@@ -67,9 +67,10 @@ class Seen(NamedTuple):
 def _versions_of(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Return the version of each parameter by name, and where its data is."""
     return {
-        name: (_version_of(parameter), parameter.data_ptr())
+        f"{path}.{name}".lstrip("."): (_version_of(parameter), parameter.data_ptr())
         for path, module in all_modules(model).items()
-        for name, parameter in module.named_parameters(path, recurse=False, remove_duplicate=False)
+        for name, parameter in module._parameters.items()
+        if parameter is not None
     }
 
 

@@ -294,6 +294,17 @@ def test_a_first_value_that_is_missing_is_logged_as_the_worst_score_and_later_on
     assert len(messages) == 2 and "gave nan or inf" in messages[0] and "logs the worst possible" in messages[1]
 
 
+def test_unlabelled_inputs_may_have_other_rows_than_outputs() -> None:
+    class Crops(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.flatten(0, 1) if x.ndim == 3 else x)
+
+    crops = DataLoader(torch.stack([HOLDOUT, HOLDOUT], 1), 16)
+    with said() as messages:
+        run = fitted(RiskMonitor(), Crops(), with_labels(Y), crops, max_epochs=1)
+    assert logged(run)["val_risk_estimate"] < 2 and len(messages) == 1 and "has no reference" in messages[0]
+
+
 def test_an_estimate_above_every_brier_score_is_said_once() -> None:
     model = Plain()
     model.forward = lambda x: 1e3 * Plain.forward(model, x)

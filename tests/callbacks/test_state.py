@@ -18,7 +18,7 @@ from lightning_sensitivity.callbacks.closing import Measured, log_closing_line
 from lightning_sensitivity.functional import Reference, fit_reference
 from lightning_sensitivity.model.twins import copy_weights
 from tests.callbacks.plain_loop import Plain, fit
-from tests.helpers import History, fitted, labelled, loader, unlabelled_loader
+from tests.helpers import History, fitted, labelled, loader, logged, unlabelled_loader
 
 KEY = "RiskMonitor{'prefix': 'val_'}"
 
@@ -196,6 +196,15 @@ def test_a_resumed_fit_may_begin_with_a_validation(tmp_path: Path) -> None:
     values, resumed = run(ckpt_path=path)
     assert resumed.current_epoch == 2 and not resumed.should_stop
     assert values[-1].keys() == whole[-1].keys()
+
+
+def test_a_fit_that_is_resumed_within_an_epoch_keeps_the_training_samples_of_the_next(tmp_path: Path) -> None:
+    def weights(**kwargs: Any) -> float:
+        run = fit(Still(), loader(), RiskMonitor(), max_epochs=3, **kwargs)
+        return logged(run, "val_risk_reference_weight")["val_risk_reference_weight"]
+
+    fit(Still(), loader(), RiskMonitor(), max_steps=3).save_checkpoint(path := tmp_path / "last.ckpt")
+    assert weights(ckpt_path=path) == pytest.approx(weights())
 
 
 # The line at the end
