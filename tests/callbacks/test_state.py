@@ -18,7 +18,7 @@ from lightning_sensitivity.callbacks.closing import Measured, log_closing_line
 from lightning_sensitivity.functional import Reference, fit_reference
 from lightning_sensitivity.model.twins import copy_weights
 from tests.callbacks.plain_loop import Plain, fit
-from tests.helpers import History, fitted, labelled, loader, logged, unlabelled_loader
+from tests.helpers import History, fitted, labelled, loader, unlabelled_loader
 
 KEY = "RiskMonitor{'prefix': 'val_'}"
 
