@@ -294,6 +294,18 @@ def test_a_first_value_that_is_missing_is_logged_as_the_worst_score_and_later_on
     assert len(messages) == 2 and "gave nan or inf" in messages[0] and "logs the worst possible" in messages[1]
 
 
+def test_nan_is_said_for_each_loader_and_again_when_it_is_in_more_samples() -> None:
+    class Worse(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            rows = torch.arange(len(x))[:, None] < 2 * self.trainer.current_epoch
+            return super().forward(x).masked_fill(rows & (not self.training), math.nan)
+
+    with said() as messages:
+        fitted(RiskMonitor(), Worse(), with_labels(Y), [unlabelled(50, 50), unlabelled(50, 50)], max_epochs=4)
+    for index in (0, 1):
+        assert sum(f"on dataloader {index}: " in message for message in messages) == 2  # in epochs 1 and 2
+
+
 def test_unlabelled_inputs_may_have_other_rows_than_outputs() -> None:
     class Crops(Plain):
         def forward(self, x: Tensor) -> Tensor:
