@@ -19,7 +19,7 @@ from lightning_sensitivity.functional.tasks import TASKS
 from lightning_sensitivity.functional.tensors import may_be_probabilities
 from lightning_sensitivity.model.batches import clone_tensors
 from lightning_sensitivity.model.call import ModelCall, select_targets
-from lightning_sensitivity.model.isolation import isolated
+from lightning_sensitivity.model.isolation import forget_clones, isolated
 from lightning_sensitivity.model.noise import Noise, NoiseFunction, check_noise, noisy_outputs, submodule
 
 ModelSource = nn.Module | Callable[[], nn.Module]
@@ -96,7 +96,10 @@ class _Measurer:
         model = source if isinstance(source, nn.Module) else source()
         if not isinstance(model, nn.Module):
             raise TypeError(f"Expected a function that makes a module, but it made {type(model).__name__}.")
-        parts = [self._measure_batch(model, index, batch) for index, batch in enumerate(self.batches)]
+        try:
+            parts = [self._measure_batch(model, index, batch) for index, batch in enumerate(self.batches)]
+        finally:
+            forget_clones(model)
         return _score(name, *map(torch.cat, zip(*parts, strict=True)))
 
     def _measure_batch(self, model: nn.Module, batch_idx: int, batch: object) -> tuple[Tensor, ...]:

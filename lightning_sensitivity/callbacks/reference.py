@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lightning_sensitivity.callbacks.groups import Group
 from lightning_sensitivity.callbacks.samples import KeptSamples
 from lightning_sensitivity.functional.features import bags_of_words, principal_components
 from lightning_sensitivity.functional.reference import Reference, fit_reference
@@ -47,13 +46,12 @@ def fit_to_kept(
 
 def _features_of(samples: KeptSamples, has_features: bool) -> list[Tensor] | None:
     """Return what the reference sees, in parts; None if one is missing."""
-    found = [batch.features for batch in samples.batches] if has_features else list(map(_inputs_of, samples.groups))
+    if has_features:
+        found = [batch.features for batch in samples.batches]
+    else:
+        found = [input_features(group.call) for group in samples.groups]
     present = [each for each in found if each is not None]
     return present if len(present) == len(found) else None
-
-
-def _inputs_of(group: Group) -> Tensor | None:
-    return input_features(group.call)
 
 
 def input_features(call: ModelCall) -> Tensor | None:

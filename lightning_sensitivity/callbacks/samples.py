@@ -61,6 +61,7 @@ class KeptSamples:
         is_growing: Whether more batches may come after the first validation, as in training.
 
     Attributes:
+        size: Number of samples.
         num_batches: Number of batches of the loader.
         max_bytes: How many bytes the samples may take.
         groups: The batches: one group each until :meth:`complete` joins them.
@@ -79,6 +80,7 @@ class KeptSamples:
         is_growing: bool = False,
     ) -> None:
         self.dataloader_idx = dataloader_idx
+        self.size = 0
         self.groups: list[Group] = []
         self.is_complete = False
         self.is_truncated = False
@@ -89,32 +91,28 @@ class KeptSamples:
         self.max_bytes = max_bytes
         self._is_growing = is_growing
         self._chosen: set[int] | None = None  # indices of batches; None for every batch, until there are enough
+        self._batches: dict[int, KeptBatch] = {}  # by index, in the order of their samples
         self._num_bytes = 0
         self._num_checked = 0  # times that batches were run by themselves
         self._clean: dict[int, Tensor] = {}  # outputs of this validation, by the place of the group
 
     @property
-    def size(self) -> int:
-        """Number of samples."""
-        return sum(group.size for group in self.groups)
-
-    @property
     def batches(self) -> list[KeptBatch]:
-        """The kept batches."""
-        return [batch for group in self.groups for batch in group.batches]
+        """The kept batches, in the order of their samples."""
+        return list(self._batches.values())
 
     # The first validation: collect
 
     def wants(self, batch_idx: int) -> bool:
         """Return whether to keep a batch."""
-        if self.is_complete or self.find(batch_idx) is not None:
+        if self.is_complete or batch_idx in self._batches:
             return False
         is_chosen = self._chosen is None or batch_idx in self._chosen
         return is_chosen and not self._has_enough()
 
     def find(self, batch_idx: int) -> KeptBatch | None:
         """Return the kept batch of an index; None if it is not kept."""
-        return next((batch for batch in self.batches if batch.index == batch_idx), None)
+        return self._batches.get(batch_idx)
 
     def stop(self) -> None:
         """Want no more batches, since they would repeat samples."""
@@ -132,6 +130,8 @@ class KeptSamples:
             self.stop()
             return
         self._num_bytes += num_bytes
+        self.size += group.size
+        self._batches.update({batch.index: batch for batch in group.batches})
         self.groups.append(group)
 
     def _has_enough(self) -> bool:
@@ -187,13 +187,13 @@ class KeptSamples:
             self._clean[place] = outputs
         return self._clean[place]
 
-    def _batches_to_check(self) -> list[KeptBatch]:
+    def _batches_to_check(self) -> set[KeptBatch]:
         """Choose the joined batches that are also run by themselves: all at first, then one each time."""
         joined = [batch for group in self.groups if len(group.batches) > 1 for batch in group.batches]
         self._num_checked += 1
         if self._num_checked > 1 and joined:
-            return [joined[-self._num_checked % len(joined)]]
-        return joined
+            return {joined[-self._num_checked % len(joined)]}
+        return set(joined)
 
     def separate(self) -> None:
         """Measure each batch by itself from now on."""

@@ -15,7 +15,7 @@ from lightning_sensitivity.callbacks.checks import IN_UNIT_INTERVAL
 from lightning_sensitivity.callbacks.groups import Group
 from lightning_sensitivity.callbacks.monitor import Monitor
 from lightning_sensitivity.callbacks.samples import KeptSamples, check_agreement
-from lightning_sensitivity.functional.sensitivity import diagnostics, sensitivity_rows
+from lightning_sensitivity.functional.sensitivity import sensitivity_rows
 from lightning_sensitivity.functional.tensors import are_log_probabilities, are_probabilities, may_be_probabilities
 from lightning_sensitivity.metric import OutputSensitivity
 from lightning_sensitivity.model import ModelCall, Noise
@@ -124,10 +124,9 @@ class SensitivityMonitor(Monitor):
         """Compute the sensitivity of a loader over all processes."""
         metric: OutputSensitivity = self.metrics[dataloader_idx]
         estimate = metric.estimate
-        messages = diagnostics(estimate, self.per_output)
-        self.reporter.warn_of(messages, dataloader_idx)
+        self.reporter.warn_of(metric.messages, dataloader_idx)
         if estimate.num_changes < 2:
-            if not messages:
+            if not metric.messages:
                 self.reporter.warn("failed", f"has no value on dataloader {dataloader_idx}: it needs two samples.")
             return {}
         return {"output_sensitivity": estimate.value, "output_sensitivity_stderr": estimate.stderr}

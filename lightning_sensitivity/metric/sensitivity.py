@@ -13,7 +13,7 @@ from torchmetrics.utilities import dim_zero_cat
 from torchmetrics.utilities.prints import rank_zero_warn
 
 from lightning_sensitivity.functional import sensitivity
-from lightning_sensitivity.functional.tensors import wide_dtype
+from lightning_sensitivity.functional.tensors import Diagnosis, wide_dtype
 from lightning_sensitivity.metric.wide import WideMetric
 
 if TYPE_CHECKING:
@@ -46,6 +46,9 @@ class OutputSensitivity(WideMetric):
         per_output: Compute the mean squared change of the single outputs instead, without averaging over
             classes first. This also makes sense for probabilities and two-class heads.
         kwargs: Additional keyword arguments of :class:`torchmetrics.Metric`.
+
+    Attributes:
+        messages: What makes the last value doubtful, by the kind of problem.
 
     Raises:
         ValueError: If ``per_output`` is not a bool; in ``update``, if shapes do not fit; in ``compute``, if K
@@ -81,6 +84,7 @@ class OutputSensitivity(WideMetric):
         if not isinstance(per_output, bool):
             raise ValueError(f"Expected argument `per_output` to be a bool, but got {per_output!r}.")
         self.per_output = per_output
+        self.messages: dict[str, Diagnosis] = {}
         self._all_rows = torch.empty(0)  # over all processes, as of the last `compute`
         self.rows: list[Tensor] | Tensor = []  # one tensor while it is synchronized
         self.add_state("rows", default=[], dist_reduce_fx="cat")
@@ -102,8 +106,9 @@ class OutputSensitivity(WideMetric):
         """Compute the sensitivity of all samples so far, over all processes."""
         self._all_rows = dim_zero_cat(self.rows)
         estimate = sensitivity.sensitivity_from_rows(self._all_rows, self.per_output)
-        for diagnosis in sensitivity.diagnostics(estimate, self.per_output).values():
-            self._warn(diagnosis.message)
+        self.messages = sensitivity.diagnostics(estimate, self.per_output)
+        for message, _ in self.messages.values():
+            self._warn(message)
         return estimate.value
 
     @property

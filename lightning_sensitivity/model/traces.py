@@ -2,6 +2,7 @@
 
 import types
 from collections import deque
+from collections.abc import Mapping
 from itertools import chain, starmap
 from typing import NamedTuple
 
@@ -27,10 +28,9 @@ class Traces:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._versions = _versions_of(model)
-        modules = all_modules(model).values()
-        parameters = chain.from_iterable(module.parameters(recurse=False) for module in modules)
-        self._data = [parameter.data for parameter in parameters]  # held, so that its memory is not used again
+        parameters = _parameters_of(model)
+        self._versions = _versions_of(parameters)
+        self._data = [parameter.data for parameter in parameters.values()]  # held: its memory is not used again
         self._seen: dict[str, Seen] = {}
 
     def look_deeper(self) -> None:
@@ -43,7 +43,8 @@ class Traces:
 
     def find(self) -> list[str]:
         """Name the parameters and objects that were written to or replaced since."""
-        versions, now = _versions_of(self._model), _look_at(self._model) if self._seen else {}
+        versions = _versions_of(_parameters_of(self._model))
+        now = _look_at(self._model) if self._seen else {}
         written = [name for name, version in self._versions.items() if versions.get(name) != version]
         return written + [name for name, seen in self._seen.items() if seen.differs(now.get(name, seen))]
 
@@ -64,10 +65,15 @@ class Seen(NamedTuple):
         return self.value is not other.value or (self.state is not other.state and self.state != other.state)
 
 
-def _versions_of(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Return the version of each parameter by name, and where its data is."""
+def _versions_of(parameters: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
+    """Return the version of each parameter, and where its data is."""
+    return {name: (_version_of(parameter), parameter.data_ptr()) for name, parameter in parameters.items()}
+
+
+def _parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters by name, also those of modules that torch does not see."""
     return {
-        f"{path}.{name}".lstrip("."): (_version_of(parameter), parameter.data_ptr())
+        f"{path}.{name}".lstrip("."): parameter
         for path, module in all_modules(model).items()
         for name, parameter in module._parameters.items()
         if parameter is not None
