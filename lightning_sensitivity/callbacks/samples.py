@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
@@ -75,6 +76,10 @@ class KeptSamples:
     def size(self) -> int:
         """Number of samples."""
         return _count(self.batches)
+
+    def split(self, values: Tensor) -> Sequence[Tensor]:
+        """Split values of all samples, ``(N, ...)``, into those of each batch."""
+        return torch.split(values, [batch.size for batch in self.batches])
 
     def wants(self, batch_idx: int, has_labels: bool = False) -> bool:
         """Return whether to keep a batch."""
