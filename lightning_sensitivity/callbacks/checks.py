@@ -83,7 +83,7 @@ class Reporter:
             count = self._num_failures[what] = self._num_failures.get(what, 0) + 1
             entry = "out-of-memory" if is_oom_error(error) else "failed"
             if self._is_worse(what, count):  # in the process where it happens
-                again = f" It has failed {count} times." if count > 1 else ""  # Python drops warnings of equal text
+                again = f" It has failed {count} times." if count > 1 else ""  # Python drops equal warnings
                 text = f"{what}: {describe_error(error)} {consequence}{again}"
                 warnings.warn(self._text(entry, text), stacklevel=3)
 
@@ -132,7 +132,7 @@ def check_run(monitor: str, trainer: Trainer, pl_module: LightningModule, stage:
     Raises:
         MisconfigurationException: If something is missing; the message says what to change.
     """
-    names = {base.__name__ for base in type(trainer.strategy).__mro__}  # `pytorch_lightning` has its own classes
+    names = {base.__name__ for base in type(trainer.strategy).__mro__}
     if names.isdisjoint(_SHARDED):
         problem = _problem_of_steps(trainer, pl_module, stage)
     else:

@@ -54,7 +54,7 @@ def select_features(module: LightningModule, batch: object, features: Selector |
 def find_reference(
     fit: FitRecord, unseen: KeptSamples, task: Task, has_features: bool, reporter: Reporter
 ) -> Reference | None:
-    """Fit the reference of a loader to the kept training samples, once; None if there can be none, which is said.
+    """Fit the reference of a loader, once; None if there can be none, which is said.
 
     Args:
         fit: What is known of the fit.
@@ -90,7 +90,7 @@ def _fit(training: KeptSamples, unseen: KeptSamples, num_outputs: int, task: Tas
         raise ValueError("inputs are neither dense numbers nor token ids, or no kept training sample has a label")
     features, new_features = _reduce(found, new_found)
     rows = has_label.nonzero()[:, 0]
-    rows = rows[torch.linspace(0, len(rows) - 1, min(len(rows), NUM_TRAINING)).long()]  # a batch may hold many
+    rows = rows[torch.linspace(0, len(rows) - 1, min(len(rows), NUM_TRAINING)).long()]  # of a large batch
     return fit_reference(features[rows], y.flatten(1)[rows], new_features, task.name)
 
 

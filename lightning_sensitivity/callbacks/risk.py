@@ -122,7 +122,7 @@ class RiskMonitor(Monitor):
     # Before and after a fit
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check what can be checked before the first batch, and forget the last fit, unless this one continues it."""
+        """Check what can be checked by now, and forget the last fit, unless this one continues it."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and _is_new(trainer):
             self.fit = FitRecord()
@@ -160,7 +160,7 @@ class RiskMonitor(Monitor):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         """Start with the first batch of a fit, and keep the first samples."""
         training = self.fit.training
-        is_late = training.batches != [] and training.batches[0].index > 0  # a fit was resumed within an epoch
+        is_late = training.batches != [] and training.batches[0].index > 0  # resumed within an epoch
         if not self.fit.has_started or (batch_idx == 0 and is_late):
             self.fit.has_started = True
             with self.reporter.report_failure("cannot estimate the risk", "There is no estimate in this fit."):
@@ -173,7 +173,7 @@ class RiskMonitor(Monitor):
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     def _start(self, trainer: Trainer, module: LightningModule, batch: object, batch_idx: int) -> None:
-        """Keep the weights before training and the first batch, if its outputs and labels allow an estimate."""
+        """Keep the initial weights and the first batch, if its outputs and labels allow an estimate."""
         fit = self.fit
         if not fit.training.batches:
             fit.start(module, self.initial_weights, _is_new(trainer))
@@ -183,7 +183,7 @@ class RiskMonitor(Monitor):
         check_outputs(outputs, TASKS[self.task])
         fit.output_shape = tuple(outputs.shape[1:])
         kept = self._copy_training_batch(module, batch, batch_idx)
-        fit.training = KeptSamples(0, math.inf, math.ceil(NUM_TRAINING / trainer.world_size))
+        fit.training = KeptSamples(0, num_batches=math.inf, num_wanted=math.ceil(NUM_TRAINING / trainer.world_size))
         fit.training.add(kept)
         fit.references = {}
 
@@ -198,7 +198,7 @@ class RiskMonitor(Monitor):
         return trainer.state.fn == TrainerFn.FITTING
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Fix n and w in the first validation, so that only the model can move the curve; every process comes here."""
+        """Fix n and w in the first validation, so that only the model moves the curve."""
         super().on_validation_start(trainer, pl_module)
         fit = self.fit
         if self._is_measuring and fit.has_started:
@@ -301,7 +301,7 @@ class RiskMonitor(Monitor):
         return values
 
     def fallback_values(self, dataloader_idx: int) -> Mapping[str, float]:
-        """Return the worst possible score, once, if a fit has no first value: EarlyStopping ends without one."""
+        """Return the worst possible score, once, if there is no first value: EarlyStopping needs one."""
         if dataloader_idx in self.fit.calibrations:  # a value was logged
             return {}
         message = "has no first value, and logs the worst possible score in its place, so that training continues."
