@@ -200,7 +200,8 @@ def of_one(batch: Any) -> Any:
 
 
 COUNTED: dict[str, tuple[Any, dict[str, Any], int]] = {
-    "limit_train_batches": (loader, {"limit_train_batches": 2}, 50),
+    "limit_train_batches": (lambda: loader(shuffle=True), {"limit_train_batches": 2}, 50),
+    "limit_train_batches, in order": (loader, {"limit_train_batches": 2}, 32),
     "SubsetRandomSampler": (lambda: loader(sampler=SubsetRandomSampler(range(20))), {}, 20),
     "with replacement": (lambda: loader(sampler=RandomSampler(X, True, 80)), {}, 50),
     "items that are batches": (lambda: DataLoader([[X[:25], Y[:25]], [X[25:], Y[25:]]], None), {}, 50),
