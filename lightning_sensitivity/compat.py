@@ -1,7 +1,6 @@
 """Private names of torch, Lightning and torchmetrics that have no public counterpart, all in one place.
 
-Each has a test in ``tests/test_compat.py``, which says what breaks without it. Lightning is imported inside
-the functions that use it, so that the metrics do not need it.
+Lightning is imported inside the functions that use it, so that the metrics do not need it.
 """
 
 from __future__ import annotations

@@ -32,7 +32,8 @@ class Reference(NamedTuple):
         score: The leave-one-out Brier score of the reference on its training samples.
         chance: The score of ``shares`` as the prediction for each of them.
         claim: The score that it would have if its leave-one-out predictions were right.
-        noise: The share of labels that look wrong, by :func:`estimate_noise`; nan for ``"multilabel"``.
+        noise: The share of labels that look wrong, by :func:`estimate_noise`; nan for ``"multilabel"``, and if
+            the reference has learned nothing.
         leave_one_out: Probabilities for each training sample by a fit without it, ``(N, K)``.
     """
 
@@ -58,6 +59,11 @@ class Reference(NamedTuple):
 def skill(score: float, chance: float) -> float:
     """Compute 1 - score / chance; 0 if all labels are equal."""
     return 1 - score / chance if chance > _ROUNDING else 0.0
+
+
+def least_skill(num_samples: int) -> float:
+    """Return the skill that permuted labels reach."""
+    return max(_NO_SKILL, _NO_SKILL_PER_SAMPLE / num_samples)
 
 
 def fit_reference(features: Tensor, labels: Tensor, new_features: Tensor, task: str = "multiclass") -> Reference:
@@ -125,13 +131,16 @@ def fit_reference(features: Tensor, labels: Tensor, new_features: Tensor, task: 
     errors = weights / inverse.diagonal()[:, None]
     new_kernel = (-_squared_distances(new_x, x) / (width * median)).exp()
     leave_one_out = kind.clip(y - errors)
+    score = float(kind.distances(y, y - errors).mean())
+    chance = float(kind.distances(y, shares.expand_as(y)).mean())
+    has_noise = task != "multilabel" and skill(score, chance) > least_skill(len(x))
     return Reference(
         predictions=kind.clip(shares + new_kernel @ weights),
         shares=shares,
-        score=float(kind.distances(y, y - errors).mean()),
-        chance=float(kind.distances(y, shares.expand_as(y)).mean()),
+        score=score,
+        chance=chance,
         claim=float(kind.claims(leave_one_out).mean()),
-        noise=math.nan if task == "multilabel" else estimate_noise(leave_one_out, y),
+        noise=estimate_noise(leave_one_out, y) if has_noise else math.nan,
         leave_one_out=leave_one_out,
     )
 
@@ -221,8 +230,7 @@ def reference_weight(score: float, chance: float, claim: float, num_samples: int
         >>> reference_weight(score=0.7, chance=0.9, claim=0.7, num_samples=1000, num_training=4000)
         0.5
     """
-    no_skill = max(_NO_SKILL, _NO_SKILL_PER_SAMPLE / num_samples)
-    has_skill = _ramp((skill(score, chance) - no_skill) / _SKILL_RANGE)
+    has_skill = _ramp((skill(score, chance) - least_skill(num_samples)) / _SKILL_RANGE)
     is_calibrated = _ramp((_CAUTIOUS - claim / score) / _CAUTION_RANGE) if score > _ROUNDING else 0.0
     return _WEIGHT * has_skill * is_calibrated * min(1.0, num_samples / num_training)
 

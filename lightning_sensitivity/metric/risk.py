@@ -211,7 +211,7 @@ class RiskEstimate(WideMetric):
         self.calibration = self._earlier_calibration.updated(float(agreement), float(training_agreement))
         value = reference_score(unseen, training, self.calibration)
         values = {"risk_reference": value, "risk_reference_weight": torch.full_like(value, weight)}
-        if noise == _UNKNOWN:
+        if noise < 0:  # in one process, at least
             return values, False
         return values | {"risk_label_noise": torch.full_like(value, noise)}, looks_clean(noise, claim, score)
 
