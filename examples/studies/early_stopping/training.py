@@ -12,30 +12,19 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from as_built import draw_as_built
-from draw_table import draw_table
-from finetuning import draw_finetuning
 from lightning.pytorch import Callback, LightningModule, Trainer
-from runs import Run, draw, draw_large_teacher, logits
+from pools import DRAWS
+from runs import Run, logits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-DRAWS = {
-    "random": draw,
-    "as built": draw_as_built,
-    "wide": partial(draw, wide=True),
-    "tables": draw_table,
-    "fine-tuning": draw_finetuning,
-    "large teachers": draw_large_teacher,
-}
 SHARE = 0.1  # of the training samples that is held out
 QUIET = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
 
@@ -189,13 +178,13 @@ def trained(run: Run) -> dict[str, Any]:
     return {"weights": weights, "rows": keeper.rows, "seconds": time.process_time() - start}
 
 
-def train(pool: str, seed: int, data: Path | None, folder: Path, epochs: int | None = None) -> None:
-    """Train the run of a seed, and once more on 90 % of its samples; leave a file for each."""
+def train(pool: str, seed: int, data: Path | None, folder: Path, epochs: int | None = None, twice: bool = True) -> None:
+    """Train the run of a seed, and once more on 90 % of its samples, if asked to; leave a file for each."""
     be_quiet()
     folder.mkdir(parents=True, exist_ok=True)
     run = DRAWS[pool](seed, data)
     run = replace(run, epochs=epochs or run.epochs)
-    for name, each in (("full", run), ("fewer", split(run)[0])):
+    for name, each in (("full", run), ("fewer", split(run)[0]))[: 1 + twice]:
         if not (folder / f"{name}.pt").exists():
             torch.save(trained(each), folder / f"{name}.part")
             (folder / f"{name}.part").rename(folder / f"{name}.pt")
