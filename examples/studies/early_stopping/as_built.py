@@ -99,6 +99,7 @@ def draw_as_built(seed: int, data: Path | None = None, request: Request | None =
         is_binary=is_binary,
         has_batch_norm=recipe.norm == "batch norm",
         chances=chances,
+        y_correct=task.y[chosen],
     )
 
 

@@ -83,4 +83,5 @@ def draw_table(seed: int, data: Path | None = None, request: Request | None = No
         is_binary=is_binary,
         has_batch_norm=recipe.norm == "batch norm",
         chances=chances,
+        y_correct=task.y[chosen],
     )

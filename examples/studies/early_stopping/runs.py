@@ -54,6 +54,7 @@ class Run:
     is_binary: bool = False  # one output, whose sigmoid is the probability of class 1
     has_batch_norm: bool = False
     chances: Tensor | None = field(default=None, repr=False)  # of noisy labels, by correct label; None: people's
+    y_correct: Tensor | None = field(default=None, repr=False)  # of training; no rule sees any of them
 
     def loss(self, outputs: Tensor, y: Tensor) -> Tensor:
         """Give the training loss."""
@@ -206,6 +207,7 @@ def draw(seed: int, data: Path | None = None, wide: bool = False, request: Reque
         schedule="cosine" if is_augmented else "",
         has_batch_norm=network in ("bn", "res"),
         chances=chances,
+        y_correct=y[chosen],
     )
 
 
@@ -246,4 +248,5 @@ def draw_large_teacher(seed: int, data: Path | None = None) -> Run:
         batch_size=64,
         epochs=20,
         chances=tasks.transition("random", 0.0, num_classes),
+        y_correct=y[training],
     )

@@ -81,6 +81,7 @@ def draw_signals(seed: int, data: Path | None = None, request: Request | None = 
         schedule=schedule,
         has_batch_norm=recipe.norm == "batch norm",
         chances=chances,
+        y_correct=task.y[chosen],
     )
 
 
