@@ -9,6 +9,7 @@ epoch are loaded. So the callback sees what it would have seen, and logs the sam
 from __future__ import annotations
 
 import copy
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,14 @@ import numpy as np
 import torch
 from finetuning import frozen_body
 from lightning.pytorch import Callback, LightningModule, Trainer
+from pools import DRAWS
 from runs import Run, logits
 from torch import Tensor
-from torch.nn.functional import cross_entropy, one_hot
+from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
-from training import DRAWS, QUIET, Samples, be_quiet, split, training_loader
+from training import QUIET, Samples, be_quiet, split, training_loader
 
 from lightning_sensitivity import RiskMonitor
-from lightning_sensitivity.functional import bags_of_words, fit_reference, principal_components
-from lightning_sensitivity.functional.reference import reference_weight
-from lightning_sensitivity.functional.risk import LABEL_WEIGHT_WITH_REFERENCE, VARIANCE_SCALE
 
 NUM_HOLDOUT, NUM_TEST = 600, 1000  # samples
 BATCH_SIZE = 120  # of validation
@@ -48,7 +47,7 @@ class Replay(LightningModule):
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         if self.trainer.global_step == 0:  # a monitor may look at the first step
             return self.run.loss(self(batch[0]), batch[1])
-        return 0 * next(self.parameters()).sum()
+        return 0 * next(weight for weight in self.parameters() if weight.requires_grad).sum()
 
     def on_train_batch_end(self, *args: Any) -> None:
         if self.trainer.is_last_batch:
@@ -71,8 +70,11 @@ class Recorder(Callback):
         self.run, self.x_kept = run, x_kept
         self.rows: list[dict[str, float]] = []
         self.kept: list[Tensor] = []
+        self.first_order = torch.empty(0)  # of the training samples, in the first epoch
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.current_epoch == 0:
+            self.first_order = trainer.train_dataloader.sampler.order.clone()
         network = pl_module.net.eval()
         logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
         self.rows.append(logged | truth(self.run, in_parts(network, self.run.x_test)))
@@ -82,6 +84,29 @@ class Recorder(Callback):
     def logits(self) -> np.ndarray:
         """Give the logits of the samples in each epoch, in half the size."""
         return torch.stack(self.kept).clamp(-6e4, 6e4).half().numpy()
+
+
+class ClosingLines(logging.Handler):
+    """Collects the last lines of monitors, in the order of the callbacks."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.lines: list[str] = []
+        self.logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if " was lowest at epoch " in record.getMessage():
+            self.lines.append(record.getMessage())
+
+    def __enter__(self) -> ClosingLines:
+        self.logger.setLevel(logging.INFO)
+        self.logger.propagate = False
+        self.logger.addHandler(self)
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self.logger.removeHandler(self)
+        self.logger.setLevel(logging.ERROR)
 
 
 def in_parts(network: Any, x: Tensor) -> Tensor:
@@ -129,49 +154,45 @@ def measure(pool: str, seed: int, data: Path | None, folder: Path) -> None:
     options: dict[str, Any] = {"task": "binary" if run.is_binary else "multiclass"}
     monitors = [RiskMonitor(**options)]
     if pool == "fine-tuning":
+        assert data is not None
         body = frozen_body(seed, data)
         monitors = [
             RiskMonitor(**options, features=lambda batch: body(batch[0])),
             RiskMonitor(**options, prefix="raw_"),
         ]
     x = run.x_holdout[:NUM_HOLDOUT]
-    full = replayed(run, kept["weights"], monitors, x, torch.full((len(x),), NO_LABEL))
+    with ClosingLines() as closing:
+        full = replayed(run, kept["weights"], monitors, x, torch.full((len(x),), NO_LABEL))
 
     rest, x_held, y_held = split(run)
     y = torch.cat([y_held, torch.full((len(x),), NO_LABEL)])
-    monitor = RiskMonitor(**options, validation_labels=True)
-    part = replayed(rest, fewer["weights"], [monitor], torch.cat([x_held, x]), y)
+    held_monitors = [RiskMonitor(**options, validation_labels=True)]
+    if pool == "fine-tuning":
+        held_monitors = [RiskMonitor(**options, validation_labels=True, features=lambda batch: body(batch[0]))]
+    part = replayed(rest, fewer["weights"], held_monitors, torch.cat([x_held, x]), y)
 
     columns = in_columns([one | other for one, other in zip(kept["rows"], full.rows, strict=True)])
     columns |= {f"fewer_{name}": values for name, values in in_columns(part.rows).items()}
     columns |= {"holdout": full.logits(), "fewer_held": part.logits()[:, : len(x_held)], "held_labels": y_held.numpy()}
     columns |= {"correct": run.y_holdout[: len(x)].numpy(), "noisy": run.y_holdout_noisy[: len(x)].numpy()}
-    columns |= {f"about_{name}": value for name, value in about(pool, run, kept).items()}
+    columns["closing"] = np.array(closing.lines)
+    columns |= {f"about_{name}": value for name, value in about(pool, run).items()}
     np.savez(folder / "part.npz", **columns)
     (folder / "part.npz").rename(folder / "curves.npz")
-
-
-def weight_of_permuted_labels(run: Run, x_new: Tensor, num_samples: int = 500) -> float:
-    """Give the weight that a reference has whose labels tell nothing."""
-    x, y = run.x[:num_samples].flatten(1), run.y[:num_samples]
-    y = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(run.seed))]
-    pair = (x, x_new.flatten(1)) if x.is_floating_point() else bags_of_words(x, x_new)
-    features, new_features = principal_components(*pair)
-    found = fit_reference(features, one_hot(y, run.num_classes).double(), new_features)
-    return reference_weight(found.score, found.chance, found.claim, found.num_samples, len(run.x))
 
 
 def in_columns(rows: list[dict[str, float]]) -> dict[str, np.ndarray]:
     return {name: np.array([row.get(name, np.nan) for row in rows]) for name in rows[-1]}
 
 
-def about(pool: str, run: Run, kept: dict[str, Any]) -> dict[str, Any]:
-    """Tell what a run is, and with which constants it was measured."""
-    network = run.make_network()
+def about(pool: str, run: Run) -> dict[str, Any]:
+    """Tell what a run is."""
+    assert run.y_correct is not None
+    weights = list(run.make_network().parameters())
     return {
         "pool": pool, "seed": run.seed, "kind": run.kind, "labels": run.labels, "n": len(run.x),
-        "num_classes": run.num_classes, "weights": sum(weight.numel() for weight in network.parameters()),
+        "num_classes": run.num_classes, "weights": sum(weight.numel() for weight in weights),
+        "has_frozen_body": not all(weight.requires_grad for weight in weights),
         "is_augmented": run.is_augmented, "has_batch_norm": run.has_batch_norm, "is_binary": run.is_binary,
-        "permuted_weight": weight_of_permuted_labels(run, run.x_holdout[:NUM_HOLDOUT]),
-        "variance_scale": VARIANCE_SCALE, "label_weight": LABEL_WEIGHT_WITH_REFERENCE,
+        "share_wrong": float((run.y != run.y_correct).float().mean()),
     }  # fmt: skip

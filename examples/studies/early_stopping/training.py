@@ -156,7 +156,8 @@ def disparity(network: nn.Module, run: Run) -> float:
         for x, y in zip(run.x[: 5 * size].split(size), run.y[: 5 * size].split(size), strict=True):
             losses = cross_entropy(logits(run, network(x)), y, reduction="none")
             loss = (losses / losses.std().clamp(min=1e-12)).mean()
-            found = torch.autograd.grad(loss, list(network.parameters()), allow_unused=True)
+            trained_weights = [weight for weight in network.parameters() if weight.requires_grad]
+            found = torch.autograd.grad(loss, trained_weights, allow_unused=True)
             gradients.append(torch.cat([each.flatten() for each in found if each is not None]))
     return float(np.mean([float((one - other).norm()) for one, other in combinations(gradients, 2)]))
 
