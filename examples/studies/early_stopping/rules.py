@@ -25,6 +25,7 @@ class Curves:
     def __init__(self, file: Path) -> None:
         with np.load(file) as found:
             self.found = dict(found)
+        self.folder = file.parent
         prefix = "about_"
         self.about = {n.removeprefix(prefix): v.item() for n, v in self.found.items() if n.startswith(prefix)}
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
+from label_noise import shares_by_cleanlab
 from rules import (
     COUNTS,
     CRITERION,
@@ -62,10 +63,29 @@ def judged(c: Curves) -> dict[str, object]:
     epoch = lowest(c["val_risk_estimate"])
     line |= {"size": c["val_risk_estimate"][epoch] / c["true_score"][epoch]}
     line |= {"halves": c.halves, "said of labels": c.said_of_labels, "label noise": c.label_noise}
-    line |= {f"noise by {name}": value for name, value in c.noise_of_others.items()}
+    line |= {f"noise by {name}": value for name, value in noise_by_others(c).items()}
     for name in rules_of(c):
         line |= {f"{name}: {yardstick}": value for yardstick, value in cost(c, name).items()}
     return line
+
+
+def noise_by_others(c: Curves) -> dict[str, float]:
+    """Give the shares of wrong labels by cleanlab, on predictions of the reference and of networks."""
+    found = {}
+    if "loo" in c.found:
+        labels, p = c["kept_labels"], c["loo"]
+        shares = shares_by_cleanlab(labels, np.concatenate([1 - p, p], 1) if p.shape[1] == 1 else p)
+        found |= {f"cleanlab, {way}, reference": share for way, share in shares.items()}
+        found["leave-one-out error"] = float((np.argmax(p, 1) != labels).mean()) if p.shape[1] > 1 else float(
+            ((p[:, 0] > 0.5) != labels).mean()
+        )
+    file = c.folder / "folds.npz"
+    if file.exists():
+        with np.load(file) as folds:
+            for epoch in ("last", "best"):
+                shares = shares_by_cleanlab(folds["labels"], folds[epoch])
+                found |= {f"cleanlab, {way}, network's {epoch} epoch": share for way, share in shares.items()}
+    return found
 
 
 def groups(runs: pd.DataFrame) -> Groups:
