@@ -182,9 +182,7 @@ def _draw_noise(r: np.random.RandomState, task: Task) -> tuple[str, float, Tenso
     return kind, noise, tasks.transition(kind, noise, task.num_classes)
 
 
-def noise_as_requested(
-    seed: int, labels: str, num_classes: int, request: Request
-) -> tuple[str, float, Tensor] | None:
+def noise_as_requested(seed: int, labels: str, num_classes: int, request: Request) -> tuple[str, float, Tensor] | None:
     """Give other noise, if this is not as requested."""
     if request.is_noisy == (labels != "correct"):
         return None

@@ -60,10 +60,10 @@ def draw_signals(seed: int, data: Path | None = None, request: Request | None = 
         return convolutional_over_time(recipe, x.shape[1:], kernel_size, num_classes)
 
     noise_name = "correct labels" if labels == "correct" else f"{100 * noise:.0f} % noisy {labels}"
-    parts = [task.what, noise_name, f"{n} samples", str(recipe), recipe.norm, optimizer, *([schedule] if schedule else [])]
+    parts = [task.what, noise_name, f"{n} samples", str(recipe), recipe.norm, optimizer, schedule]
     return Run(
         seed=seed,
-        kind=", ".join(parts),
+        kind=", ".join(filter(None, parts)),
         labels=labels,
         num_classes=num_classes,
         make_network=make_network,
@@ -154,7 +154,8 @@ def convolutional_over_time(recipe: Recipe, shape: torch.Size, kernel_size: int,
         outputs = 2 * CHANNELS[recipe.width] * min(2**i, 4)
         stride = 2 if length > 8 and recipe.down == "stride" else 1
         layers += [nn.Conv1d(inputs, outputs, kernel_size, stride, kernel_size // 2)]
-        layers += {"batch norm": [nn.BatchNorm1d(outputs)], "group norm": [nn.GroupNorm(4, outputs)]}.get(recipe.norm, [])
+        norms = {"batch norm": [nn.BatchNorm1d(outputs)], "group norm": [nn.GroupNorm(4, outputs)]}
+        layers += norms.get(recipe.norm, [])
         layers += [recipe.activation()]
         if length > 8:
             pool = nn.MaxPool1d if recipe.down == "max-pooling" else nn.AvgPool1d

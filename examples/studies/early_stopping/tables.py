@@ -21,7 +21,6 @@ from rules import (
     RAW_REFERENCE,
     REFERENCE,
     TRUE,
-    YARDSTICKS,
     Curves,
     alone,
     beside,
@@ -74,11 +73,10 @@ def noise_by_others(c: Curves) -> dict[str, float]:
     found = {}
     if "loo" in c.found:
         labels, p = c["kept_labels"], c["loo"]
-        shares = shares_by_cleanlab(labels, np.concatenate([1 - p, p], 1) if p.shape[1] == 1 else p)
+        p = np.concatenate([1 - p, p], 1) if p.shape[1] == 1 else p
+        shares = shares_by_cleanlab(labels, p)
         found |= {f"cleanlab, {way}, reference": share for way, share in shares.items()}
-        found["leave-one-out error"] = float((np.argmax(p, 1) != labels).mean()) if p.shape[1] > 1 else float(
-            ((p[:, 0] > 0.5) != labels).mean()
-        )
+        found["leave-one-out error"] = float((p.argmax(1) != labels).mean())
     file = c.folder / "folds.npz"
     if file.exists():
         with np.load(file) as folds:
@@ -89,7 +87,7 @@ def noise_by_others(c: Curves) -> dict[str, float]:
 
 
 def groups(runs: pd.DataFrame) -> Groups:
-    """Split the runs, each pool by itself and all four together, beside the larger ones; those of a few are left out."""
+    """Split the runs, each pool by itself and all four together, beside the larger ones, without groups of a few."""
     found = {}
     for pool in (*POOLS, "all pools", "larger"):
         members = runs[runs["pool"].isin(POOLS) if pool == "all pools" else runs["pool"] == pool]
@@ -256,8 +254,8 @@ def noise_table(runs: pd.DataFrame) -> str:
         known = runs[runs[column].notna()]
         told = noise_numbers(known, column)
         if told:
-            cells = f"{told['auc']:.3f} | {told['error']:.1f} | {told['error_noisy']:.1f} | {told['found_in_correct']:.1f}"
-            lines.append(f"{name} | {len(known)} | {cells}")
+            errors = " | ".join(f"{told[each]:.1f}" for each in ("error", "error_noisy", "found_in_correct"))
+            lines.append(f"{name} | {len(known)} | {told['auc']:.3f} | {errors}")
     return table(
         "by | runs | AUC | mean error of the share, points | with noisy labels | share found where all are right", lines
     )

@@ -33,9 +33,8 @@ class Targets:
         self.check("noisy labels: accuracy lost, 90 %", float(lost.quantile(0.9)), 4)
 
     def correct(self) -> None:
-        self.check(
-            f"correct labels: accuracy lost, {NEVER} + 0.2", self.mean(CORRECT, CRITERION), self.mean(CORRECT, NEVER) + 0.2
-        )
+        lost, never = (self.mean(CORRECT, rule) for rule in (CRITERION, NEVER))
+        self.check(f"correct labels: accuracy lost, {NEVER} + 0.2", lost, never + 0.2)
         regret, never = (self.mean(CORRECT, rule, "loss") for rule in (CRITERION, NEVER))
         self.check(f"correct labels: loss regret, half of {NEVER}", regret, never / 2)
 
