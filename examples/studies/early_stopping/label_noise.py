@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from pools import DRAWS
-from replay import in_parts
 from runs import Run, logits
 from torch.nn.functional import cross_entropy
 from training import be_quiet, trained
+from truth import in_parts
 
 NUM_FOLDS = 5
 

@@ -22,10 +22,12 @@ LABEL_WEIGHT_ALONE = 40
 class Curves:
     """What a run left: arrays of one number an epoch, the logits of some samples, and their labels."""
 
-    def __init__(self, file: Path) -> None:
-        with np.load(file) as found:
-            self.found = dict(found)
-        self.folder = file.parent
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.found: dict[str, np.ndarray] = {}
+        for name in ("truth", "logged"):
+            with np.load(folder / f"{name}.npz") as found:
+                self.found |= found
         prefix = "about_"
         self.about = {n.removeprefix(prefix): v.item() for n, v in self.found.items() if n.startswith(prefix)}
 

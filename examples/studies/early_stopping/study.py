@@ -35,6 +35,7 @@ from replay import measure
 from rules import Curves
 from targets import targets, targets_table
 from training import train
+from truth import observe
 
 HERE = Path(__file__).parent
 QUICK = {"random": [(23, 5), (24, 5)], "as built": [(0, 5)], "tables": [(3, 5)]}  # seeds and epochs
@@ -68,8 +69,13 @@ def make_training(job: Job, data: Path | None, root: Path) -> None:
     train(*job[:2], data, folder_of(job, root), job[2])
 
 
-def make_curves(job: Job, data: Path | None, root: Path) -> None:
-    if not (folder_of(job, root) / "curves.npz").exists():
+def make_truth(job: Job, data: Path | None, root: Path) -> None:
+    if not (folder_of(job, root) / "truth.npz").exists():
+        observe(*job[:2], data, folder_of(job, root))
+
+
+def make_logged(job: Job, data: Path | None, root: Path) -> None:
+    if not (folder_of(job, root) / "logged.npz").exists():
         measure(*job[:2], data, folder_of(job, root))
 
 
@@ -79,7 +85,7 @@ def make_folds(job: Job, data: Path | None, root: Path) -> None:
 
 
 Step = Callable[[Job, Path | None, Path], None]
-STEPS: dict[str, Step] = {"train": make_training, "measure": make_curves, "folds": make_folds}
+STEPS: dict[str, Step] = {"train": make_training, "observe": make_truth, "measure": make_logged, "folds": make_folds}
 
 
 def make(steps: Iterable[str], plans: dict[str, list[tuple[int, int]]], args: argparse.Namespace, root: Path) -> None:
@@ -102,8 +108,8 @@ def measured(plans: dict[str, list[tuple[int, int]]], root: Path) -> list[Curves
     """Give the first runs of each pool: those after a gap would be there only because they are quick."""
     found = []
     for pool, runs in plans.items():
-        files = [folder_of((pool, *run), root) / "curves.npz" for run in runs]
-        found += [Curves(file) for file in takewhile(Path.exists, files)]
+        folders = [folder_of((pool, *run), root) for run in runs]
+        found += [Curves(folder) for folder in takewhile(lambda f: (f / "logged.npz").exists(), folders)]
     return found
 
 
@@ -155,7 +161,7 @@ def main() -> None:
     args.processes = 1 if args.quick else args.processes
     plans = QUICK if args.quick else planned(args.data, root)
     if not args.tables:
-        make([args.only] if args.only else ["train", "measure"] if args.quick else STEPS, plans, args, root)
+        make([args.only] if args.only else ["train", "observe", "measure"] if args.quick else STEPS, plans, args, root)
     if args.only:
         return
     curves = measured(plans, root)
