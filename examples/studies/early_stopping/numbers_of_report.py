@@ -1,7 +1,10 @@
 """The numbers of the report in one file, from which every page takes them.
 
-`study.py` writes `numbers.json`. A page that quotes numbers has its sentences in `quotes.toml`, with the place of each
-number in that file; `filled` puts the numbers in, and a test looks for the filled sentences in the pages.
+    python examples/studies/early_stopping/numbers_of_report.py  # brings the pages up to date
+
+`study.py` writes `numbers.json`. What pages quote of it is in `quotes.md`: under a heading `page: name` a text, with
+the place of each number. The page has the text with the numbers between `<!-- numbers: name -->` and `<!-- end -->`; a
+test compares them.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from tables import Groups, bounds, in_labels, main_rules, noise_numbers, of, wor
 from targets import targets
 
 HERE = Path(__file__).parent
+ROOT = HERE.parents[2]
 DIFFERENCES = {"against_never": NEVER, "against_held_out": HELD_BRIER, "against_raw": RAW}
 
 
@@ -49,23 +53,52 @@ def _group(runs: pd.DataFrame) -> dict[str, Any]:
     return told
 
 
-def filled(sentence: str, told: dict[str, Any]) -> str:
-    """Put numbers into a sentence: `{group > rule > what:.1f}`; a minus sign is a real one."""
+def write(found: Groups, file: Path) -> None:
+    file.write_text(json.dumps(_rounded(numbers(found)), indent=1, ensure_ascii=False) + "\n")
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _rounded(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_rounded(each) for each in value]
+    return value if isinstance(value, str | bool | int) else round(float(value), 4)
+
+
+# %% The pages.
+def quotes() -> dict[tuple[str, str], str]:
+    """Give what each page quotes, by page and name, with the numbers."""
+    told = json.loads((HERE / "numbers.json").read_text())
+    parts = re.split(r"^## (.+?): (.+)$", (HERE / "quotes.md").read_text(), flags=re.MULTILINE)[1:]
+    return {(page, name): filled(text.strip(), told) for page, name, text in zip(*[iter(parts)] * 3, strict=True)}
+
+
+def filled(text: str, told: dict[str, Any]) -> str:
+    """Put numbers into a text: `{group > rule > what:.1f}`, with `+` before the dot for a sign."""
 
     def put(found: re.Match[str]) -> str:
+        place, _, form = found[1].rpartition(":")
         value: Any = told
-        place, _, form = found[1].partition(":.")
         for key in place.split(" > "):
             value = value[key]
-        return format(value, f".{form}").replace("-", "−") if form else str(value)
+        return format(value, form).replace("-", "−") if form != "s" else str(value)
 
-    return re.sub(r"\{([^{}]+)\}", put, sentence)
+    return re.sub(r"\{([^{}]+)\}", put, text)
 
 
-def write(found: Groups, file: Path) -> None:
-    def rounded(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: rounded(each) for name, each in value.items()}
-        return round(value, 3) if isinstance(value, float) else value
+def block(page: str, name: str) -> re.Match[str] | None:
+    """Find where a page has a quote."""
+    start = re.escape(f"<!-- numbers: {name} -->")
+    return re.search(rf"(?<={start}\n).*?(?=\n<!-- end -->)", page, flags=re.DOTALL)
 
-    file.write_text(json.dumps(rounded(numbers(found)), indent=1, ensure_ascii=False, default=float) + "\n")
+
+def update_pages() -> None:
+    for (page, name), text in quotes().items():
+        file = ROOT / page
+        found = block(file.read_text(), name)
+        assert found is not None, f"{page} has no place for {name}"
+        file.write_text(found.string[: found.start()] + text + found.string[found.end() :])
+
+
+if __name__ == "__main__":
+    update_pages()
