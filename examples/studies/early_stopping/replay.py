@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from finetuning import frozen_body
 from lightning.pytorch import Callback, LightningModule, Trainer
+from rules import ON_FEWER, Curves
 from runs import Run
 from torch import Tensor
 from torch.utils.data import DataLoader
 from training import QUIET, Samples, be_quiet, split, training_loader
-from truth import NUM_HOLDOUT, drawn_once, in_columns
+from truth import NUM_HOLDOUT, drawn_once, in_columns, truth_of_epochs
 
 from lightning_sensitivity import RiskMonitor
 
@@ -127,5 +128,10 @@ def measure(pool: str, seed: int, data: Path | None, folder: Path) -> None:
     part = replayed(rest, fewer["weights"], [monitor], x, y)
     columns = in_columns(full.rows) | {f"fewer_{name}": values for name, values in in_columns(part.rows).items()}
     columns["closing"] = np.array(closing.lines)
-    np.savez(folder / "logged.part.npz", **columns)
-    (folder / "logged.part.npz").rename(folder / "logged.npz")
+    np.savez(folder / "logged.npz", **columns)
+
+    curves = Curves(folder)
+    chosen = {epoch for rule in ON_FEWER.values() for epoch in rule(curves)}
+    rows = truth_of_epochs(rest, fewer["weights"], chosen)
+    np.savez(folder / "fewer.part.npz", **{f"fewer_{name}": values for name, values in in_columns(rows).items()})
+    (folder / "fewer.part.npz").rename(folder / "fewer.npz")

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 from runs import learned
+from truth import YARDSTICKS
 
 COUNTS = (20, 50, 100)  # of labels by which an epoch is chosen, with the criterion or without
 MORE_COUNTS = (10, *COUNTS, 200, 400)  # those that tell what the criterion is worth
 NUM_DRAWS = 20  # of samples that have labels, for each count
-YARDSTICKS = ("accuracy", "true_score", "loss")
 TERMS = ("claim", "overconfidence", "memorization", "variance")
 LABEL_WEIGHT = 200  # of the estimate beside labels; 40 if the reference has no weight
 LABEL_WEIGHT_ALONE = 40
@@ -25,9 +25,10 @@ class Curves:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.found: dict[str, np.ndarray] = {}
-        for name in ("truth", "logged"):
-            with np.load(folder / f"{name}.npz") as found:
-                self.found |= found
+        for name in ("truth", "logged", "fewer"):
+            if (folder / f"{name}.npz").exists():
+                with np.load(folder / f"{name}.npz") as found:
+                    self.found |= found
         prefix = "about_"
         self.about = {n.removeprefix(prefix): v.item() for n, v in self.found.items() if n.startswith(prefix)}
 

@@ -75,7 +75,7 @@ def make_truth(job: Job, data: Path | None, root: Path) -> None:
 
 
 def make_logged(job: Job, data: Path | None, root: Path) -> None:
-    if not (folder_of(job, root) / "logged.npz").exists():
+    if not (folder_of(job, root) / "fewer.npz").exists():
         measure(*job[:2], data, folder_of(job, root))
 
 
@@ -109,7 +109,7 @@ def measured(plans: dict[str, list[tuple[int, int]]], root: Path) -> list[Curves
     found = []
     for pool, runs in plans.items():
         folders = [folder_of((pool, *run), root) for run in runs]
-        found += [Curves(folder) for folder in takewhile(lambda f: (f / "logged.npz").exists(), folders)]
+        found += [Curves(folder) for folder in takewhile(lambda f: (f / "fewer.npz").exists(), folders)]
     return found
 
 

@@ -111,8 +111,8 @@ def split(run: Run) -> tuple[Run, Tensor, Tensor]:
 class Keeper(Callback):
     """Keeps the weights of every epoch, and what rules look at that need more than weights."""
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
+    def __init__(self, run: Run, with_disparity: bool) -> None:
+        self.run, self.with_disparity = run, with_disparity
         self.weights: list[dict[str, Tensor]] = []
         self.rows: list[dict[str, float]] = []
         self.told: list[Tensor] = []  # labels that the model gave the samples of this epoch, in training
@@ -130,7 +130,8 @@ class Keeper(Callback):
         self._keep_weights(pl_module)
         row = {name: float(value) for name, value in trainer.callback_metrics.items()}
         row |= {"changed": self._changed(trainer.train_dataloader.sampler.order)}
-        row |= {"disparity": disparity(copy.deepcopy(pl_module.net).train(), self.run)}
+        if self.with_disparity:
+            row |= {"disparity": disparity(copy.deepcopy(pl_module.net).train(), self.run)}
         self.rows.append(row)
 
     def _keep_weights(self, pl_module: LightningModule) -> None:
@@ -170,9 +171,9 @@ def be_quiet() -> None:
     warnings.filterwarnings("ignore", ".*(does not have many workers|LeafSpec|is smaller than the logging).*")
 
 
-def trained(run: Run) -> dict[str, Any]:
+def trained(run: Run, with_disparity: bool = False) -> dict[str, Any]:
     """Train a run to its end; give the weights before training and after every epoch, and a row of numbers an epoch."""
-    start, keeper = time.process_time(), Keeper(run)
+    start, keeper = time.process_time(), Keeper(run, with_disparity)
     trainer = Trainer(max_epochs=run.epochs, accelerator="cpu", callbacks=[keeper], **QUIET)
     trainer.fit(Classifier(run), training_loader(run))
     weights = {name: torch.stack([each[name] for each in keeper.weights]) for name in keeper.weights[0]}
@@ -187,5 +188,5 @@ def train(pool: str, seed: int, data: Path | None, folder: Path, epochs: int | N
     run = replace(run, epochs=epochs or run.epochs)
     for name, each in (("full", run), ("fewer", split(run)[0]))[: 1 + twice]:
         if not (folder / f"{name}.pt").exists():
-            torch.save(trained(each), folder / f"{name}.part")
+            torch.save(trained(each, with_disparity=name == "full"), folder / f"{name}.part")
             (folder / f"{name}.part").rename(folder / f"{name}.pt")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ import numpy as np
 import torch
 from pools import DRAWS
 from runs import Run, logits
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from training import be_quiet, split
 
 NUM_HOLDOUT, NUM_TEST = 600, 1000  # samples
+YARDSTICKS = ("accuracy", "true_score", "loss")
 
 
 def drawn_once(pool: str, seed: int, data: Path | None) -> Run:
@@ -37,28 +39,39 @@ def observe(pool: str, seed: int, data: Path | None, folder: Path) -> None:
         "noisy": run.y_holdout_noisy[: len(x)].numpy(),
     }
     columns |= {"held_labels": y_held.numpy()}
-    for name, prefix, kept_name, each, samples in (
-        ("full", "", "holdout", run, x),
-        ("fewer", "fewer_", "fewer_held", rest, x_held),
-    ):
-        kept = torch.load(folder / f"{name}.pt")
-        rows, outputs = truth_of_epochs(each, kept["weights"], samples)
-        rows = [one | other for one, other in zip(kept["rows"], rows, strict=True)]
-        columns |= {prefix + column: values for column, values in in_columns(rows).items()}
-        columns[kept_name] = outputs
+    kept, fewer = (torch.load(folder / f"{name}.pt") for name in ("full", "fewer"))
+    rows = truth_of_epochs(run, kept["weights"])
+    columns |= in_columns([one | other for one, other in zip(kept["rows"], rows, strict=True)])
+    columns |= {"holdout": logits_of_epochs(run, kept["weights"], x)}
+    columns |= {"fewer_held": logits_of_epochs(rest, fewer["weights"], x_held)}
     columns |= {f"about_{name}": value for name, value in about(pool, run).items()}
     np.savez(folder / "truth.part.npz", **columns)
     (folder / "truth.part.npz").rename(folder / "truth.npz")
 
 
-def truth_of_epochs(run: Run, weights: dict[str, Tensor], x: Tensor) -> tuple[list[dict[str, float]], np.ndarray]:
-    """Score each epoch on the test samples, and give the logits of other samples, in half the size."""
-    network, rows, kept = run.make_network().eval(), [], []
+def networks_of_epochs(run: Run, weights: dict[str, Tensor]) -> Iterator[nn.Module]:
+    """Give the network as it was after each epoch, one after the other."""
+    network = run.make_network().eval()
     for epoch in range(1, len(next(iter(weights.values())))):
         network.load_state_dict({name: values[epoch] for name, values in weights.items()})
-        rows.append(truth(run, in_parts(network, run.x_test)))
-        kept.append(logits(run, in_parts(network, x)))
-    return rows, torch.stack(kept).clamp(-6e4, 6e4).half().numpy()
+        yield network
+
+
+def truth_of_epochs(
+    run: Run, weights: dict[str, Tensor], epochs: Collection[int] | None = None
+) -> list[dict[str, float]]:
+    """Score the network on the test samples after each epoch, or after some epochs; the others are nan."""
+    rows = []
+    for epoch, network in enumerate(networks_of_epochs(run, weights)):
+        is_scored = epochs is None or epoch in epochs
+        rows.append(truth(run, in_parts(network, run.x_test)) if is_scored else dict.fromkeys(YARDSTICKS, np.nan))
+    return rows
+
+
+def logits_of_epochs(run: Run, weights: dict[str, Tensor], x: Tensor) -> np.ndarray:
+    """Give the logits of samples after each epoch, in half the size."""
+    found = [logits(run, in_parts(network, x)) for network in networks_of_epochs(run, weights)]
+    return torch.stack(found).clamp(-6e4, 6e4).half().numpy()
 
 
 def in_parts(network: Any, x: Tensor) -> Tensor:
