@@ -61,11 +61,13 @@ DRAWS: dict[str, Draw] = {
 def num_epochs(pool: str, run: Run) -> int:
     """Give the number of epochs that a run is trained for: fewer than drawn, if these take too long.
 
-    It is 0 for runs that are passed over: those whose first ten epochs take longer, and those of the larger ones that
+    Fine-tuning has as many as drawn, which do not take longer. It is 0 for runs that are passed over: those whose first ten epochs take longer, and those of the larger ones that
     are small, since their task has too few samples. This is known before training.
     """
     if pool == "larger" and len(run.x) < FEWEST_SAMPLES:
         return 0
+    if pool == "fine-tuning":
+        return run.epochs
     network, size = run.make_network(), min(run.batch_size, len(run.x))
     with FlopCounterMode(display=False) as counter:
         network(run.x[:size])
