@@ -61,8 +61,9 @@ DRAWS: dict[str, Draw] = {
 def num_epochs(pool: str, run: Run) -> int:
     """Give the number of epochs that a run is trained for: fewer than drawn, if these take too long.
 
-    Fine-tuning has as many as drawn, which do not take longer. It is 0 for runs that are passed over: those whose first ten epochs take longer, and those of the larger ones that
-    are small, since their task has too few samples. This is known before training.
+    Fine-tuning has as many as drawn, which do not take longer. It is 0 for runs that are passed over: those whose first
+    ten epochs take longer, and those of the larger ones that are small, since their task has too few samples. This is
+    known before training.
     """
     if pool == "larger" and len(run.x) < FEWEST_SAMPLES:
         return 0

@@ -168,7 +168,8 @@ def be_quiet() -> None:
     """Use one thread, since the networks are small, and leave out what Lightning says of every fit."""
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", ".*(does not have many workers|in eval mode at the start|LeafSpec|is smaller than the logging).*")
+    ignored = ("does not have many workers", "in eval mode at the start", "LeafSpec", "is smaller than the logging")
+    warnings.filterwarnings("ignore", f".*({'|'.join(ignored)}).*")
 
 
 def trained(run: Run, with_disparity: bool = False) -> dict[str, Any]:
