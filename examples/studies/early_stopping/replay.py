@@ -25,6 +25,7 @@ from training import QUIET, Samples, be_quiet, split, training_loader
 from truth import NUM_HOLDOUT, drawn_once, in_columns, truth_of_epochs
 
 from lightning_sensitivity import RiskMonitor
+from lightning_sensitivity.functional import Reference
 
 BATCH_SIZE = 120  # of validation
 NO_LABEL = -100
@@ -62,12 +63,17 @@ class Replay(LightningModule):
 
 
 class Recorder(Callback):
-    """Leaves one row an epoch: what was logged."""
+    """Leaves one row an epoch: what was logged; and the first monitor's reference, with its training samples."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
+        self.reference: Reference | None = None
+        self.order = torch.empty(0)  # of the training samples in the first epoch
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.current_epoch == 0:
+            self.order = trainer.train_dataloader.sampler.order.clone()
+            self.reference = reference_of(trainer)
         self.rows.append({name: float(value) for name, value in trainer.callback_metrics.items()})
 
 
@@ -92,6 +98,12 @@ class ClosingLines(logging.Handler):
     def __exit__(self, *args: object) -> None:
         self.logger.removeHandler(self)
         self.logger.setLevel(logging.ERROR)
+
+
+def reference_of(trainer: Trainer) -> Reference | None:
+    """Find the reference of the first monitor."""
+    fit = next(callback for callback in trainer.callbacks if isinstance(callback, RiskMonitor)).fit
+    return fit.references.get((0, fit.training.size))
 
 
 # %% Replays.
@@ -128,6 +140,7 @@ def measure(pool: str, seed: int, data: Path | None, folder: Path) -> None:
     part = replayed(rest, fewer["weights"], [monitor], x, y)
     columns = in_columns(full.rows) | {f"fewer_{name}": values for name, values in in_columns(part.rows).items()}
     columns["closing"] = np.array(closing.lines)
+    columns |= about_reference(run, full)
     np.savez(folder / "logged.npz", **columns)
 
     curves = Curves(folder)
@@ -135,3 +148,14 @@ def measure(pool: str, seed: int, data: Path | None, folder: Path) -> None:
     rows = truth_of_epochs(rest, fewer["weights"], chosen)
     np.savez(folder / "fewer.part.npz", **{f"fewer_{name}": values for name, values in in_columns(rows).items()})
     (folder / "fewer.part.npz").rename(folder / "fewer.npz")
+
+
+def about_reference(run: Run, recorder: Recorder) -> dict[str, np.ndarray]:
+    """Give the leave-one-out predictions of the reference, and the labels that it knows."""
+    reference = recorder.reference
+    if reference is None:
+        return {}
+    known = recorder.order[: reference.num_samples]
+    numbers = {name: getattr(reference, name) for name in ("score", "chance", "claim", "noise")}
+    columns = {f"reference_{name}": np.array(value) for name, value in numbers.items()}
+    return columns | {"loo": reference.leave_one_out.numpy(), "kept_labels": run.y[known].numpy()}

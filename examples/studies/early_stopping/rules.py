@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +16,7 @@ NUM_DRAWS = 20  # of samples that have labels, for each count
 TERMS = ("claim", "overconfidence", "memorization", "variance")
 LABEL_WEIGHT = 200  # of the estimate beside labels; 40 if the reference has no weight
 LABEL_WEIGHT_ALONE = 40
+MAX_DISAGREEMENT = 0.02  # of the package: where twins and reference agree
 
 
 class Curves:
@@ -52,18 +52,30 @@ class Curves:
         return str(self["closing"][0])
 
     @property
-    def halves(self) -> str:
-        """What the line says of the twins and the reference: "agree", "disagree" or "no reference"."""
-        if "They disagree" in self.closing or "disagree" in self.closing:
-            return "disagree"
-        return "agree" if "agree" in self.closing else "no reference"
+    def said_of_epoch(self) -> str:
+        """What the line says of the epoch."""
+        for said in ("disagree", "agree", "no reference", "still falling", "standard errors"):
+            if said in self.closing:
+                return said
+        return "nothing"
 
     @property
     def said_of_labels(self) -> str:
         """What the line says of the labels: "wrong", "no noise" or "nothing"."""
-        if re.search(r"of the training labels look wrong", self.closing):
+        if "of the training labels look wrong" in self.closing:
             return "wrong"
-        return "no noise" if "no noise found" in self.closing.lower() else "nothing"
+        return "no noise" if "No noise was found" in self.closing else "nothing"
+
+    @cached_property
+    def halves(self) -> str:
+        """Whether twins and reference agree on the epoch, said or not: "agree", "disagree" or "no reference"."""
+        if not self.has_reference:
+            return "no reference"
+        twins, reference = self.plain_estimate, self["val_risk_reference"]
+        difference = min(
+            twins[lowest(reference)] - twins[lowest(twins)], reference[lowest(twins)] - reference[lowest(reference)]
+        )
+        return "agree" if difference <= MAX_DISAGREEMENT * float(self["reference_chance"]) else "disagree"
 
     @property
     def label_noise(self) -> float:

@@ -61,7 +61,12 @@ def judged(c: Curves) -> dict[str, object]:
     line |= {"best": int(c["accuracy"].argmax()), "chosen": lowest(c["val_risk_criterion"])}
     epoch = lowest(c["val_risk_estimate"])
     line |= {"size": c["val_risk_estimate"][epoch] / c["true_score"][epoch]}
-    line |= {"halves": c.halves, "said of labels": c.said_of_labels, "label noise": c.label_noise}
+    line |= {
+        "halves": c.halves,
+        "said of epoch": c.said_of_epoch,
+        "said of labels": c.said_of_labels,
+        "label noise": c.label_noise,
+    }
     line |= {f"noise by {name}": value for name, value in noise_by_others(c).items()}
     for name in rules_of(c):
         line |= {f"{name}: {yardstick}": value for yardstick, value in cost(c, name).items()}
