@@ -32,6 +32,7 @@ from rules import (
 POOLS = ("random", "as built", "tables", "fine-tuning")
 HALVES = {"agree": "the halves agree", "disagree": "they disagree", "no reference": "no reference"}
 SAID = {"wrong": "labels look wrong", "no noise": "no noise found", "nothing": "cannot tell"}
+TOLD = ("agree", "disagree", "no reference", "still falling", "standard errors", "nothing")  # of the epoch
 Groups = dict[str, pd.DataFrame]
 MEMBERS: dict[str, Callable[[pd.DataFrame], pd.Series]] = {
     "all": lambda runs: runs["n"] > 0,
@@ -46,6 +47,10 @@ MEMBERS: dict[str, Callable[[pd.DataFrame], pd.Series]] = {
        for said, told in SAID.items()},
     **{f"correct labels, {told}": lambda runs, of=said: ~runs["is_noisy"] & (runs["said of labels"] == of)
        for said, told in SAID.items()},
+    **{f"noisy labels, told: {said}": lambda runs, of=said: runs["is_noisy"] & (runs["said of epoch"] == of)
+       for said in TOLD},
+    **{f"correct labels, told: {said}": lambda runs, of=said: ~runs["is_noisy"] & (runs["said of epoch"] == of)
+       for said in TOLD},
     "all weights": lambda runs: (runs["pool"] == "fine-tuning") & ~runs["has_frozen_body"],
     "head alone": lambda runs: (runs["pool"] == "fine-tuning") & runs["has_frozen_body"],
 }  # fmt: skip
@@ -166,7 +171,7 @@ def groups_table(found: Groups) -> str:
 
 def labels_table(found: Groups, kind: str) -> str:
     asked = "noisy labels" if kind == "noisy" else "all"
-    names = [name for name in found if name.split(": ")[1].startswith(asked) and "look" not in name]
+    names = [name for name in found if name.split(": ")[1].startswith(asked) and ", told: " not in name]
     lines = []
     for name in names:
         lines.append(f"{name} | none | | {means(found[name], CRITERION)} | ")
@@ -202,7 +207,7 @@ def closing_table(found: Groups) -> str:
     """Tell what runs lose by what the last line says of the halves and of the labels."""
     lines = []
     for name, runs in found.items():
-        if name.endswith((*HALVES.values(), *SAID.values())):
+        if name.endswith((*HALVES.values(), *SAID.values())) or ", told: " in name:
             paid = " | ".join(f"{of(runs, rule).mean():.2f}" for rule in (CRITERION, ESTIMATE, NEVER, HELD_BRIER, TRUE))
             lost = of(runs, CRITERION)
             lines.append(f"{name} | {len(runs)} | {paid} | {lost.quantile(0.9):.1f} | {lost.max():.1f}")
