@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 from rules import HELD_BRIER, NEVER, RAW
-from tables import SAID, Groups, bounds, in_labels, main_rules, noise_numbers, of, worth
+from tables import FEWEST, SAID, Groups, bounds, in_labels, main_rules, noise_numbers, of, worth
 from targets import targets
 
 DIFFERENCES = {"against_never": NEVER, "against_held_out": HELD_BRIER, "against_raw": RAW}
@@ -37,16 +37,16 @@ def _group(runs: pd.DataFrame) -> dict[str, Any]:
     told: dict[str, Any] = {"runs": len(runs)}
     for rule in (*main_rules(), RAW):
         lost = of(runs, rule) if f"{rule}: accuracy" in runs else pd.Series(dtype=float)
-        if len(lost) == 0 or lost.isna().any():
+        if lost.notna().sum() < FEWEST:
             continue
         told[rule.strip("*")] = line = {
-            "lost": lost.mean(), "median": lost.median(), "p90": lost.quantile(0.9), "worst": lost.max(),
+            "runs": int(lost.notna().sum()), "lost": lost.mean(), "median": lost.median(), "p90": lost.quantile(0.9), "worst": lost.max(),
             "loss": of(runs, rule, "loss").mean(), "true_score": of(runs, rule, "true_score").mean(),
             "worth": in_labels(worth(runs, rule)),
         }  # fmt: skip
         for name, other in DIFFERENCES.items():
-            if f"{other}: accuracy" in runs and not of(runs, other).isna().any():
-                difference = lost - of(runs, other)
+            difference = lost - of(runs, other) if f"{other}: accuracy" in runs else pd.Series(dtype=float)
+            if difference.notna().sum() >= FEWEST:
                 low, high = bounds(difference)
                 line[name] = {"mean": difference.mean(), "low": low, "high": high}
     return told

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from finetuning import frozen_body
 from lightning.pytorch import Callback, LightningModule, Trainer
-from rules import ON_FEWER, Curves
+from rules import lowest
 from runs import Run
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -117,37 +117,47 @@ def replayed(run: Run, weights: dict[str, Tensor], monitors: list[Callback], x: 
 
 
 def measure(pool: str, seed: int, data: Path | None, folder: Path) -> None:
-    """Replay both trainings of a run, and leave what monitors have logged and said."""
+    """Replay the training of a run, and leave what monitors have logged and said."""
     be_quiet()
-    run = drawn_once(pool, seed, data)
-    kept, fewer = (torch.load(folder / f"{name}.pt") for name in ("full", "fewer"))
-    run = replace(run, epochs=len(kept["rows"]))
+    run, kept = drawn_once(pool, seed, data), torch.load(folder / "full.pt")
+    run, options = replace(run, epochs=len(kept["rows"])), options_of(pool, run, data)
+    monitors: list[Callback] = [RiskMonitor(**options)]
+    if "features" in options:
+        monitors.append(RiskMonitor(task=options["task"], prefix="raw_"))
+    x = run.x_holdout[:NUM_HOLDOUT]
+    with ClosingLines() as closing:
+        recorder = replayed(run, kept["weights"], monitors, x, torch.full((len(x),), NO_LABEL))
+    columns = in_columns(recorder.rows) | about_reference(run, recorder)
+    columns["closing"] = np.array(closing.lines)
+    np.savez(folder / "logged.part.npz", **columns)
+    (folder / "logged.part.npz").rename(folder / "logged.npz")
+
+
+def measure_fewer(pool: str, seed: int, data: Path | None, folder: Path) -> None:
+    """Replay the training on 90 % of the samples, with the others as labelled validation samples."""
+    be_quiet()
+    run, kept = drawn_once(pool, seed, data), torch.load(folder / "fewer.pt")
+    rest, x_held, y_held = split(replace(run, epochs=len(kept["rows"])))
+    x = run.x_holdout[:NUM_HOLDOUT]
+    x, y = torch.cat([x_held, x]), torch.cat([y_held, torch.full((len(x),), NO_LABEL)])
+    monitor = RiskMonitor(**options_of(pool, run, data), validation_labels=True)
+    columns = in_columns(replayed(rest, kept["weights"], [monitor], x, y).rows)
+    chosen = lowest(columns["val_risk_criterion"])
+    scores = truth_of_epochs(rest, kept["weights"], {chosen})[chosen]
+    columns = {f"fewer_{name}": values for name, values in columns.items()}
+    columns |= {f"both_{name}": np.array(value) for name, value in scores.items()}
+    np.savez(folder / "logged_fewer.part.npz", **columns)
+    (folder / "logged_fewer.part.npz").rename(folder / "logged_fewer.npz")
+
+
+def options_of(pool: str, run: Run, data: Path | None) -> dict[str, Any]:
+    """Give the options of a monitor: the defaults, and in fine-tuning the frozen body."""
     options: dict[str, Any] = {"task": "binary" if run.is_binary else "multiclass"}
-    others: list[Callback] = []
     if pool == "fine-tuning":
         assert data is not None
-        body = frozen_body(seed, data)
-        others = [RiskMonitor(**options, prefix="raw_")]
+        body = frozen_body(run.seed, data)
         options["features"] = lambda batch: body(batch[0])
-    x = run.x_holdout[:NUM_HOLDOUT]
-    unlabelled = torch.full((len(x),), NO_LABEL)
-    with ClosingLines() as closing:
-        full = replayed(run, kept["weights"], [RiskMonitor(**options), *others], x, unlabelled)
-
-    rest, x_held, y_held = split(run)
-    monitor = RiskMonitor(**options, validation_labels=True)
-    x, y = torch.cat([x_held, x]), torch.cat([y_held, unlabelled])
-    part = replayed(rest, fewer["weights"], [monitor], x, y)
-    columns = in_columns(full.rows) | {f"fewer_{name}": values for name, values in in_columns(part.rows).items()}
-    columns["closing"] = np.array(closing.lines)
-    columns |= about_reference(run, full)
-    np.savez(folder / "logged.npz", **columns)
-
-    curves = Curves(folder)
-    chosen = {epoch for rule in ON_FEWER.values() for epoch in rule(curves)}
-    rows = truth_of_epochs(rest, fewer["weights"], chosen)
-    np.savez(folder / "fewer.part.npz", **{f"fewer_{name}": values for name, values in in_columns(rows).items()})
-    (folder / "fewer.part.npz").rename(folder / "fewer.npz")
+    return options
 
 
 def about_reference(run: Run, recorder: Recorder) -> dict[str, np.ndarray]:

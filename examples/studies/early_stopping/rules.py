@@ -25,7 +25,7 @@ class Curves:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.found: dict[str, np.ndarray] = {}
-        for name in ("truth", "logged", "fewer"):
+        for name in ("truth", "fewer", "logged", "logged_fewer"):
             if (folder / f"{name}.npz").exists():
                 with np.load(folder / f"{name}.npz") as found:
                     self.found |= found
@@ -192,11 +192,10 @@ HELD_ACCURACY, HELD_BOTH = "10 % held out, by its accuracy", "10 % held out, wit
 PATIENCE = "`EarlyStopping` on the criterion, patience 10"
 DISPARITY, WAVE = "gradient disparity", "Label Wave"
 
-ON_FEWER: dict[str, Rule] = {  # those that train on 90 % of the samples
+HELD: dict[str, Rule] = {  # those that train on 90 % of the samples, and need no monitor
     HELD_BRIER: lambda c: [lowest(c.held_scores)],
     HELD_LOSS: lambda c: [lowest(c.held_losses)],
     HELD_ACCURACY: lambda c: [lowest(-c.held_accuracies)],
-    HELD_BOTH: lambda c: [lowest(c["fewer_val_risk_criterion"])],
 }
 RULES: dict[str, Rule] = {
     NEVER: lambda c: [len(c["loss"]) - 1],
@@ -205,7 +204,8 @@ RULES: dict[str, Rule] = {
     PLAIN: lambda c: [lowest(c.plain_estimate)],
     REFERENCE: lambda c: [lowest(c["val_risk_reference"] if c.has_reference else c["val_risk_estimate"])],
     PATIENCE: lambda c: [patient(c["val_risk_criterion"], 10)],
-    **ON_FEWER,
+    **HELD,
+    HELD_BOTH: lambda c: [lowest(c["fewer_val_risk_criterion"])],
     DISPARITY: lambda c: [first(np.diff(c["disparity"], prepend=np.inf) > 0, 5)],
     WAVE: lambda c: [label_wave(c["changed"])],
     TRUE: lambda c: [lowest(c["true_score"])],
@@ -243,8 +243,11 @@ def rules_of(c: Curves) -> dict[str, Rule]:
 
 def cost(c: Curves, name: str) -> dict[str, float]:
     """Give what a rule pays: accuracy lost in points, and how much higher scores are than the lowest, in percent."""
-    epochs, prefix = rules_of(c)[name](c), "fewer_" if name in ON_FEWER else ""
-    found = {each: float(c[prefix + each][epochs].mean()) for each in YARDSTICKS}
+    if name == HELD_BOTH:
+        found = {each: float(c.found.get(f"both_{each}", np.nan)) for each in YARDSTICKS}
+    else:
+        epochs, prefix = rules_of(c)[name](c), "fewer_" if name in HELD else ""
+        found = {each: float(c[prefix + each][epochs].mean()) for each in YARDSTICKS}
     return {
         "accuracy": 100 * (float(c["accuracy"].max()) - found["accuracy"]),
         "true_score": 100 * (found["true_score"] / float(c["true_score"].min()) - 1),

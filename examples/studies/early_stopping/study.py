@@ -29,9 +29,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 import numbers_of_report
 import tables
 from figure import figure
+from held_out import score_chosen
 from label_noise import predict_by_folds
 from pools import NUMBERS, plan
-from replay import measure
+from replay import measure, measure_fewer
 from rules import Curves
 from targets import targets, targets_table
 from training import train
@@ -74,13 +75,21 @@ def make_training(job: Job, data: Path | None, root: Path) -> None:
 
 
 def make_truth(job: Job, data: Path | None, root: Path) -> None:
-    if not (folder_of(job, root) / "truth.npz").exists():
-        observe(*job[:2], data, folder_of(job, root))
+    folder = folder_of(job, root)
+    if not (folder / "truth.npz").exists():
+        observe(*job[:2], data, folder)
+    if not (folder / "fewer.npz").exists():
+        score_chosen(*job[:2], data, folder)
 
 
 def make_logged(job: Job, data: Path | None, root: Path) -> None:
-    if not (folder_of(job, root) / "fewer.npz").exists():
+    if not (folder_of(job, root) / "logged.npz").exists():
         measure(*job[:2], data, folder_of(job, root))
+
+
+def make_logged_fewer(job: Job, data: Path | None, root: Path) -> None:
+    if not (folder_of(job, root) / "logged_fewer.npz").exists():
+        measure_fewer(*job[:2], data, folder_of(job, root))
 
 
 def make_folds(job: Job, data: Path | None, root: Path) -> None:
@@ -89,7 +98,13 @@ def make_folds(job: Job, data: Path | None, root: Path) -> None:
 
 
 Step = Callable[[Job, Path | None, Path], None]
-STEPS: dict[str, Step] = {"train": make_training, "observe": make_truth, "measure": make_logged, "folds": make_folds}
+STEPS: dict[str, Step] = {
+    "train": make_training,
+    "observe": make_truth,
+    "measure": make_logged,
+    "measure fewer": make_logged_fewer,
+    "folds": make_folds,
+}
 
 
 def make(steps: Iterable[str], plans: dict[str, list[tuple[int, int]]], args: argparse.Namespace, root: Path) -> None:
@@ -113,7 +128,7 @@ def measured(plans: dict[str, list[tuple[int, int]]], root: Path) -> list[Curves
     found = []
     for pool, runs in plans.items():
         folders = [folder_of((pool, *run), root) for run in runs]
-        found += [Curves(folder) for folder in takewhile(lambda f: (f / "fewer.npz").exists(), folders)]
+        found += [Curves(folder) for folder in takewhile(lambda f: (f / "logged.npz").exists(), folders)]
     return found
 
 
@@ -165,7 +180,7 @@ def main() -> None:
     args.processes = 1 if args.quick else args.processes
     plans = QUICK if args.quick else planned(args.data, root)
     if not args.tables:
-        make([args.only] if args.only else ["train", "observe", "measure"] if args.quick else STEPS, plans, args, root)
+        make([args.only] if args.only else list(STEPS)[:-1] if args.quick else STEPS, plans, args, root)
     if args.only:
         return
     curves = measured(plans, root)

@@ -108,6 +108,7 @@ def groups(runs: pd.DataFrame) -> Groups:
 # %% Numbers.
 def bounds(values: pd.Series) -> tuple[float, float]:
     """Give the 95 % bootstrap interval of a mean, of 2,000 draws of runs with replacement."""
+    values = values.dropna()
     drawn = np.random.default_rng(0).integers(len(values), size=(2000, len(values)))
     low, high = np.quantile(values.to_numpy()[drawn].mean(1), (0.025, 0.975))
     return float(low), float(high)
