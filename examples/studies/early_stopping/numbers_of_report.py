@@ -40,7 +40,8 @@ def _group(runs: pd.DataFrame) -> dict[str, Any]:
         if lost.notna().sum() < FEWEST:
             continue
         told[rule.strip("*")] = line = {
-            "runs": int(lost.notna().sum()), "lost": lost.mean(), "median": lost.median(), "p90": lost.quantile(0.9), "worst": lost.max(),
+            "runs": int(lost.notna().sum()),
+            "lost": lost.mean(), "median": lost.median(), "p90": lost.quantile(0.9), "worst": lost.max(),
             "loss": of(runs, rule, "loss").mean(), "true_score": of(runs, rule, "true_score").mean(),
             "worth": in_labels(worth(runs, rule)),
         }  # fmt: skip
