@@ -118,19 +118,19 @@ class Curves:
     def has_reference(self) -> bool:
         return bool(np.nan_to_num(self.found.get("val_risk_reference_weight", np.zeros(1))).max() > 0)
 
+    @property
+    def looks_clean(self) -> bool:
+        """Whether the criterion is the training score, since no noise was found."""
+        return not np.array_equal(self["val_risk_criterion"], self["val_risk_estimate"], equal_nan=True)
+
     def beside(self, kind: str, count: int) -> list[int]:
         """Choose by the criterion with the labels of a few random samples, once for each draw of samples."""
+        if self.looks_clean:
+            return [lowest(self["val_risk_criterion"])]
         weight = LABEL_WEIGHT if self.has_reference else LABEL_WEIGHT_ALONE
-        estimate, criterion = self["val_risk_estimate"], self["val_risk_criterion"]
-        training = self["val_risk_training_score"] if "val_risk_training_score" in self.found else self["B"]
-        with np.errstate(invalid="ignore", divide="ignore"):
-            k = (criterion - training) / (estimate - training)
-        k = np.nan_to_num(k, nan=1.0, posinf=1.0, neginf=1.0).clip(0, 1)
-        chosen = []
-        for scores in drawn(self.label_scores[kind], count):
-            with_labels = (count * scores + weight * estimate) / (count + weight)
-            chosen.append(lowest(training + k * (with_labels - training)))
-        return chosen
+        total = count + weight
+        scores = drawn(self.label_scores[kind], count)
+        return [lowest((count * each + weight * self["val_risk_estimate"]) / total) for each in scores]
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
