@@ -90,6 +90,7 @@ class ClosingLines(logging.Handler):
             self.lines.append(record.getMessage())
 
     def __enter__(self) -> ClosingLines:
+        self.before = self.logger.level, self.logger.propagate
         self.logger.setLevel(logging.INFO)
         self.logger.propagate = False
         self.logger.addHandler(self)
@@ -97,7 +98,8 @@ class ClosingLines(logging.Handler):
 
     def __exit__(self, *args: object) -> None:
         self.logger.removeHandler(self)
-        self.logger.setLevel(logging.ERROR)
+        self.logger.setLevel(self.before[0])
+        self.logger.propagate = self.before[1]
 
 
 def reference_of(trainer: Trainer) -> Reference | None:
