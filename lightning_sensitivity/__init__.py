@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from lightning_sensitivity.callbacks import RiskMonitor, SensitivityMonitor
     from lightning_sensitivity.compare import ModelScores, compare_models
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "ModelScores",

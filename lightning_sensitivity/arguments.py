@@ -50,6 +50,6 @@ def describe(value: object) -> str:
     return type(value).__name__
 
 
-def see(entry: str) -> str:
+def link_to(entry: str) -> str:
     """Point to an entry of the page that says what to do about a message."""
     return f" See {_TROUBLESHOOTING}#{entry}"

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from lightning_sensitivity.arguments import Selector, check_argument, check_int, check_selectors
 from lightning_sensitivity.compat import original_module
-from lightning_sensitivity.functional.consensus import consensus_errors, log_probabilities, sum_labels
+from lightning_sensitivity.functional.consensus import consensus_errors, log_probabilities
 from lightning_sensitivity.functional.sensitivity import diagnostics, sensitivity_from_rows, sensitivity_rows
 from lightning_sensitivity.functional.tasks import TASKS
 from lightning_sensitivity.functional.tensors import may_be_probabilities
 from lightning_sensitivity.model.batches import clone_tensors
-from lightning_sensitivity.model.call import ModelCall, select_targets
-from lightning_sensitivity.model.isolation import forget_clones, isolated
+from lightning_sensitivity.model.call import ModelCall
+from lightning_sensitivity.model.isolation import isolated
 from lightning_sensitivity.model.noise import Noise, NoiseFunction, check_noise, noisy_outputs, submodule
 
 ModelSource = nn.Module | Callable[[], nn.Module]
@@ -34,17 +34,13 @@ class ModelScores(NamedTuple):
             of all models; see :func:`~lightning_sensitivity.functional.consensus.consensus_errors`.
         sensitivity: S, in squared units of the outputs.
         sensitivity_stderr: Its standard error, over samples and noise.
-        loss: The true cross-entropy, with ``targets``.
-        error: The true share of wrong predictions, with ``targets``.
-        note: Why it failed, or that it is undecided.
+        note: Why it failed, that it is undecided, or why there is no consensus.
     """
 
     name: str
     consensus_error: float = math.nan
     sensitivity: float = math.nan
     sensitivity_stderr: float = math.nan
-    loss: float = math.nan
-    error: float = math.nan
     note: str = ""
 
 
@@ -74,7 +70,6 @@ class _Measurer:
     task: str | None
     inputs: Selector | None
     outputs: Selector | None
-    targets: Selector | None
 
     def measure_all(self, models: Mapping[str, ModelSource]) -> tuple[list[Measured], list[ModelScores]]:
         """Measure one model after another; those that fail get a note."""
@@ -96,41 +91,30 @@ class _Measurer:
         model = source if isinstance(source, nn.Module) else source()
         if not isinstance(model, nn.Module):
             raise TypeError(f"Expected a function that makes a module, but it made {type(model).__name__}.")
-        try:
-            parts = [self._measure_batch(model, index, batch) for index, batch in enumerate(self.batches)]
-        finally:
-            forget_clones(model)
+        parts = [self._measure_batch(model, index, batch) for index, batch in enumerate(self.batches)]
         return _score(name, *map(torch.cat, zip(*parts, strict=True)))
 
-    def _measure_batch(self, model: nn.Module, batch_idx: int, batch: object) -> tuple[Tensor, ...]:
+    def _measure_batch(self, model: nn.Module, batch_idx: int, batch: object) -> tuple[Tensor, Tensor]:
         """Run a model on a batch, clean and with noise.
 
         Returns:
-            The rows of sensitivity; the log-probabilities ``(N, decisions, classes)``, empty without a task
-            or with several positions in a sample; and the sums over labels, in one row.
+            The rows of sensitivity; and the log-probabilities ``(N, decisions, classes)``, empty without a task
+            or with several positions in a sample.
         """
-        batch = _move_batch(model, clone_tensors(batch))
-        clean, rows = self._run(model, batch_idx, batch)
-        label_sums = torch.zeros(1, 3, dtype=torch.float64)
-        if self.task is None:
-            return rows, torch.zeros(0, 1, 1), label_sums
-        log_p = log_probabilities(clean, self.task)
-        if batch_idx == 0 and may_be_probabilities(clean):
-            rank_zero_warn("All outputs of a model lie in [0, 1]. If they are not logits, set `outputs=`.")
-        if self.targets is not None:
-            label_sums = sum_labels(log_p, clean, select_targets(model, batch, self.targets), self.task)
-        num_samples = len(log_p) if log_p.shape[3] == 1 else 0
-        return rows, log_p[:num_samples, ..., 0].float().cpu(), label_sums
-
-    def _run(self, model: nn.Module, batch_idx: int, batch: object) -> tuple[Tensor, Tensor]:
-        """Return the clean outputs and the rows of sensitivity."""
         with isolated(model) as run:
-            call = ModelCall(model, batch, self.inputs, self.outputs)
+            call = ModelCall(model, _move_batch(model, clone_tensors(batch)), self.inputs, self.outputs)
             clean: Tensor = run(call)
             at = None if self.at is None else submodule(model, self.at)
             key = (self.seed, 0, 0, batch_idx)  # rank and loader are 0
-            noisy = noisy_outputs(run, call, self.noise, [key], self.num_draws, at)
-            return clean, sensitivity_rows(clean, noisy).cpu()
+            noisy = noisy_outputs(run, call, self.noise, key, self.num_draws, at)
+            rows = sensitivity_rows(clean, noisy).cpu()
+        if self.task is None:
+            return rows, torch.zeros(0, 1, 1)
+        log_p = log_probabilities(clean, self.task)
+        if batch_idx == 0 and may_be_probabilities(clean):
+            rank_zero_warn("All outputs of a model lie in [0, 1]. If they are not logits, set `outputs=`.")
+        num_samples = len(log_p) if log_p.shape[3] == 1 else 0
+        return rows, log_p[:num_samples, ..., 0].float().cpu()
 
 
 def compare_models(
@@ -144,7 +128,6 @@ def compare_models(
     task: str | None = "multiclass",
     inputs: Selector | None = None,
     outputs: Selector | None = None,
-    targets: Selector | None = None,
 ) -> Comparison:
     r"""Compare how well models generalize, without labels, on the same samples.
 
@@ -171,7 +154,6 @@ def compare_models(
             :class:`~lightning_sensitivity.model.ModelCall`.
         outputs: A function ``result -> logits``; by default
             :func:`~lightning_sensitivity.model.select_outputs`.
-        targets: The labels of a batch, for the true loss and error: a function ``batch -> tensor``.
 
     Raises:
         MisconfigurationException: If an argument is invalid.
@@ -194,10 +176,10 @@ def compare_models(
     check_argument("at", at, isinstance(at, str | None), "a submodule's name or None")
     check_int("num_draws", num_draws, 1)
     check_int("seed", seed, 0)
-    check_selectors(inputs=inputs, outputs=outputs, targets=targets)
+    check_selectors(inputs=inputs, outputs=outputs)
     function, batches = check_noise(noise), list(dataloader)
     check_argument("dataloader", dataloader, len(batches) > 0, "an iterable of batches")
-    measurer = _Measurer(batches, function, at, num_draws, seed, task, inputs, outputs, targets)
+    measurer = _Measurer(batches, function, at, num_draws, seed, task, inputs, outputs)
     measured, failed = measurer.measure_all(models)
     return Comparison(_judge(measured) + failed)
 
@@ -207,11 +189,14 @@ def _judge(measured: Sequence[Measured]) -> list[ModelScores]:
     predictions = {scores.name: log_p for scores, log_p in measured if len(log_p)}
     voters = [scores.name for scores, log_p in measured if len(log_p) and not scores.note]
     errors = consensus_errors(predictions, voters)
-    judged = [scores._replace(consensus_error=errors.get(scores.name, math.nan)) for scores, _ in measured]
+    judged = []
+    for scores, log_p in measured:
+        note = scores.note or ("" if errors or not len(log_p) else "no consensus: it needs three models")
+        judged.append(scores._replace(consensus_error=errors.get(scores.name, math.nan), note=note))
     return sorted(judged, key=lambda scores: (errors.get(scores.name, math.inf), scores.sensitivity))
 
 
-def _score(name: str, rows: Tensor, log_p: Tensor, label_sums: Tensor) -> Measured:
+def _score(name: str, rows: Tensor, log_p: Tensor) -> Measured:
     """Score a model by what its batches gave; see :meth:`_Measurer._measure_batch`."""
     estimate = sensitivity_from_rows(rows)
     if estimate.num_samples < max(2, len(rows)):
@@ -220,10 +205,9 @@ def _score(name: str, rows: Tensor, log_p: Tensor, label_sums: Tensor) -> Measur
     for message, _ in diagnostics(estimate).values():
         rank_zero_warn(f"Model {name!r}: {message}")
     sensitivity = float(estimate.value), float(estimate.stderr)
-    loss, error, _ = (label_sums.sum(0) / label_sums[:, 2].sum()).tolist()  # nan without labels
     entropy = torch.special.entr(log_p.exp()).sum(2).mean()
     note = "undecided (untrained?)" if entropy > 0.95 * math.log(log_p.shape[2]) else ""
-    scores = ModelScores(name, math.nan, *sensitivity, loss, error, note)
+    scores = ModelScores(name, math.nan, *sensitivity, note)
     return scores, log_p if len(log_p) == len(rows) else log_p[:0]
 
 

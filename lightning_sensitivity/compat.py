@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import numpy as np
+import torch
+from lightning_utilities import apply_to_collection
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.modules.conv import _ConvNd as Convolution
 from torch.nn.modules.conv import _ConvTransposeNd as TransposedConvolution
@@ -29,6 +32,12 @@ def collect_rng_states(include_cuda: bool) -> dict[str, object]:
     from lightning.fabric.utilities.seed import _collect_rng_states
 
     return _collect_rng_states(include_cuda=include_cuda)
+
+
+def random_streams() -> object:
+    """Collect the states of all random streams as plain values, which can be compared."""
+    states = collect_rng_states(include_cuda=True)  # if it has been used
+    return apply_to_collection(states, (Tensor, np.ndarray), lambda state: state.tolist())
 
 
 def set_rng_states(states: dict[str, object]) -> None:
@@ -61,6 +70,11 @@ def is_compiled(module: nn.Module) -> bool:
     return is_wrapped or has_compiled or module._compiled_call_impl is not None
 
 
+def is_tracing() -> bool:
+    """Return whether a module is being traced."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+
+
 def original_module(module: nn.Module) -> Any:
     """Return the module that ``torch.compile(module)`` has wrapped, or the module itself."""
     return getattr(module, "_orig_mod", module)
@@ -88,6 +102,11 @@ def num_batches(trainer: Trainer) -> list[int | float]:
 def is_last_batch(trainer: Trainer) -> bool:
     """Return whether the current batch is the last one of all loaders in the running evaluation."""
     return bool(trainer._evaluation_loop.batch_progress.is_last_batch)
+
+
+def is_redirected(module: nn.Module) -> bool:
+    """Return whether the `forward` of a module stands for a step, which Lightning runs so under DDP."""
+    return "_ForwardRedirection" in getattr(vars(module).get("forward"), "__qualname__", "")
 
 
 def training_loaders(trainer: Trainer) -> list[Any]:

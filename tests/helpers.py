@@ -19,6 +19,9 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+from lightning_sensitivity.functional.risk import RiskTerms, risk_terms
+from lightning_sensitivity.functional.sums import LabelSums, UnseenSums, label_sums, unseen_sums
+from lightning_sensitivity.functional.tasks import TASKS
 from lightning_sensitivity.model import noise_generator
 
 NUM_FEATURES, NUM_CLASSES = 12, 4
@@ -166,17 +169,6 @@ class Watch(TorchDispatchMode):
         return result
 
 
-class Scheduled(LightningModule):
-    """Its schedule waits for a name; for other modules, too."""
-
-    waits_for, waits_for_mode = "val_risk_estimate", "min"
-
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.SGD(self.parameters(), lr=0.05)
-        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, self.waits_for_mode)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": self.waits_for}}
-
-
 class History(Callback):
     """What ``callback_metrics`` held at the end of every validation, the sanity check aside."""
 
@@ -206,6 +198,13 @@ def brute_force(run: Any, batches: Any, num_draws: int = 1, seed: int = 0, rank:
             draws.append((noisy - clean).reshape(len(clean), clean.shape[1] if clean.ndim > 1 else 1, -1).mean(1))
         rows.append(torch.cat(draws, 1))
     return torch.cat(rows)
+
+
+def risk_estimate(*tensors: Any, task: str = "multiclass", baseline: Any = None, **options: Any) -> RiskTerms:
+    """The terms for outputs of a network and of a twin on unseen samples, outputs and labels of training samples."""
+    (unseen, twin, train, targets), kind = tensors, TASKS[task]
+    of_unseen = UnseenSums(*unseen_sums(unseen, [twin], kind, baseline))
+    return risk_terms(of_unseen, LabelSums(*label_sums(train, targets, kind)), **options)
 
 
 def run_processes(function: Callable[[int, Path], dict[str, Any]], folder: Path) -> list[dict[str, Any]]:

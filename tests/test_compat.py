@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies.strategy import _ForwardRedirection
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.compile import from_compiled
 from torch import nn
@@ -30,17 +31,36 @@ def test_without_the_base_classes_of_layers_twins_would_draw_wrong_noise_and_kee
     assert issubclass(nn.SyncBatchNorm, compat.BatchNorm) and not issubclass(nn.GroupNorm, compat.BatchNorm)
 
 
-def test_without_random_states_a_pass_would_move_the_random_streams_of_training() -> None:
-    def draw() -> tuple[float, float, float]:
-        return random.random(), np.random.rand(), torch.rand(()).item()
+def draw() -> tuple[float, float, float]:
+    return random.random(), np.random.rand(), torch.rand(()).item()
 
+
+def test_without_random_states_a_pass_would_move_the_random_streams_of_training() -> None:
     module = nn.Linear(2, 2)
     states = compat.collect_rng_states(include_cuda=False)
     with isolated(module) as run:
-        drawn = [run(draw) for _ in range(2)]
-    assert drawn == [draw()] * 2
+        drawn = run(draw)
+        run(draw)
+    assert draw() == drawn
     compat.set_rng_states(states)
-    assert draw() == drawn[0]
+    assert draw() == drawn
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand, torch.rand])
+def test_without_random_streams_an_augmented_input_would_be_taken_for_a_wrong_one(draw: Any) -> None:
+    before = compat.random_streams()
+    assert compat.random_streams() == before
+    draw(*([1] if draw is torch.rand else []))
+    assert compat.random_streams() != before
+
+
+def test_without_is_tracing_the_example_of_a_trace_would_be_taken_for_the_input_of_a_step() -> None:
+    seen = list[bool]()
+    module = nn.Linear(2, 2)
+    module.register_forward_pre_hook(lambda *_: seen.append(compat.is_tracing()))
+    torch.jit.trace(module, torch.ones(1, 2))
+    module(torch.ones(1, 2))
+    assert seen[0] and not seen[-1]
 
 
 def test_without_is_compiled_hooks_of_ours_would_make_compiled_code_compile_again() -> None:
@@ -122,6 +142,14 @@ def test_without_num_batches_kept_batches_would_not_be_spread_over_a_loader(load
 
 def test_without_is_last_batch_averaged_weights_would_be_gone_when_samples_are_measured() -> None:
     assert probed(compat.is_last_batch, loader(48)) == [False, False, True]
+
+
+def test_without_is_redirected_a_step_under_ddp_would_be_taken_for_forward() -> None:
+    module, seen = nn.Linear(2, 2), list[bool]()
+    module.register_forward_pre_hook(lambda *_: seen.append(compat.is_redirected(module)))
+    module.training_step = module.__call__
+    _ForwardRedirection()(module, module, "training_step", torch.ones(1, 2))
+    assert seen == [True, False]
 
 
 def test_without_training_loaders_different_samples_could_not_be_counted() -> None:

@@ -13,16 +13,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
-from lightning_sensitivity.callbacks.monitor import Monitor
 from tests.helpers import NUM_FEATURES, Quiet, Watch, csv_rows, fitted, labelled
 
 NUM_BATCHES, BATCH_SIZE = 60, 100  # of 6,000 validation samples, 600 are kept: every tenth batch
 BENCHMARK = runpy.run_path(str(Path(__file__).parents[1] / "examples/studies/cost/benchmark.py"))
-
-CHECK = [100]  # a batch by itself, to compare with the joint pass
-SENSITIVITY = [600] * 2 + CHECK * 2  # clean and noisy
-TWINS = [75] + [75, 75] * 8  # a part by itself; the model with the statistics of each part, and its twin
-RISK = [600, *CHECK, *TWINS, 500, *CHECK]  # validation samples, twins, training samples
 
 
 class Passes(Callback):
@@ -30,9 +24,11 @@ class Passes(Callback):
 
     def __init__(self, model: LightningModule) -> None:
         self.epochs: list[list[int]] = []
-        model.register_forward_pre_hook(
-            lambda module, args: self.epochs[-1].append(len(args[0])) if self.epochs else None
-        )
+        model.register_forward_pre_hook(self.note)
+
+    def note(self, model: LightningModule, args: Any) -> None:
+        if model.trainer.validating:
+            self.epochs[-1].append(len(args[0]))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.epochs.append([])
@@ -45,68 +41,55 @@ def fit(model: LightningModule, *callbacks: Any, **kwargs: Any) -> None:
     fitted([*callbacks], model, train, val, **{"num_sanity_val_steps": 0, "limit_train_batches": 5, **kwargs})
 
 
-@pytest.mark.parametrize(("monitors", "expected"), [
-    ([SensitivityMonitor()], SENSITIVITY),
-    ([SensitivityMonitor(num_draws=3)], SENSITIVITY + 2 * [600, *CHECK]),  # each draw is one pass more
-    ([RiskMonitor()], RISK),
-    ([SensitivityMonitor(), RiskMonitor()], SENSITIVITY + RISK[1:]),  # which share the clean pass
-    ([RiskMonitor(), SensitivityMonitor(), SensitivityMonitor(seed=1, prefix="b_")],
-        SENSITIVITY + SENSITIVITY[1:] + RISK[1:]),
-    ([SensitivityMonitor(outputs=lambda y: y), RiskMonitor()], SENSITIVITY + RISK),  # which call it in another way
-    ([SensitivityMonitor(num_samples=300), RiskMonitor()], [300] * 2 + CHECK * 2 + RISK),
-])  # fmt: skip
-def test_a_validation_makes_joint_passes(monitors: list[Any], expected: list[int]) -> None:
-    model = Quiet()
-    fit(model, passes := Passes(model), *monitors, max_epochs=3)
-    assert Counter(passes.epochs[-1]) == Counter(expected)
+NUM_KEPT, NUM_TRAINING = 6, 5  # batches
+PASSES: dict[str, tuple[list[Any], int]] = {  # of a batch
+    "clean and noisy": ([SensitivityMonitor()], NUM_KEPT * 2),
+    "clean and three draws": ([SensitivityMonitor(num_draws=3)], NUM_KEPT * 4),
+    "half of the samples": ([SensitivityMonitor(num_samples=300)], NUM_KEPT // 2 * 2),
+    "clean, twin, batch statistics, training samples": ([RiskMonitor()], NUM_KEPT * 3 + NUM_TRAINING),
+    "clean, twin, training samples, without batch norm": ([RiskMonitor()], NUM_KEPT * 2 + NUM_TRAINING),
+    "two twins for each of three": ([RiskMonitor(num_samples=300)], NUM_KEPT // 2 * 4 + NUM_TRAINING),
+    "both": ([SensitivityMonitor(), RiskMonitor()], NUM_KEPT * 5 + NUM_TRAINING),
+}
 
 
-@pytest.mark.parametrize("has_batch_norm", [True, False])
-def test_all_validation_samples_at_once_go_through_eight_twins(has_batch_norm: bool) -> None:
-    model = Quiet()
-    if not has_batch_norm:
+@pytest.mark.parametrize("name", PASSES)
+def test_a_validation_makes_a_pass_of_a_kept_batch_for(name: str) -> None:
+    (monitors, expected), model = PASSES[name], Quiet()
+    if "without batch norm" in name:
         model.net[1] = nn.Identity()
-    fit(model, passes := Passes(model), RiskMonitor(num_samples=None), max_epochs=1, limit_val_batches=3)
-    assert Counter(passes.epochs[-1])[38] + Counter(passes.epochs[-1])[37] == (17 if has_batch_norm else 9)
+    fit(model, passes := Passes(model), *monitors, max_epochs=3)
+    assert passes.epochs == [[BATCH_SIZE] * expected] * 3
 
 
-class Operations:
-    """Counts what the monitors run in a hook, by epoch and batch."""
+def touched_in(hook: str) -> list[tuple[int, int]]:
+    """For which epochs and batches monitors run an operation of torch in a hook of a fit."""
+    touched = set[tuple[int, int]]()
 
-    def __init__(self, hook: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.counts = Counter[tuple[int, int]]()
-        original = getattr(Monitor, hook)
-        risk = vars(RiskMonitor).get(hook, original)
-        for kind, function in ((Monitor, original), (RiskMonitor, risk)):
-            monkeypatch.setattr(kind, hook, self.watched(function))
+    def watch(monitor: Any) -> Any:
+        original = getattr(monitor, hook)
 
-    def watched(self, function: Any) -> Any:
-        def hook(monitor: Any, trainer: Trainer, module: Any, batch: Any, batch_idx: int, *args: Any) -> None:
-            operations = list[Any]()
-            with Watch(lambda operation, *_: operations.append(operation)):
-                function(monitor, trainer, module, batch, batch_idx, *args)
-            self.counts[trainer.current_epoch, batch_idx] += len(operations)
+        def watched(trainer: Trainer, module: Any, batch: Any, batch_idx: int, *args: Any) -> None:
+            with Watch(lambda *_: touched.add((trainer.current_epoch, batch_idx))):
+                original(trainer, module, batch, batch_idx, *args)
 
-        return hook
+        setattr(monitor, hook, watched)
+        return monitor
+
+    fit(Quiet(), watch(SensitivityMonitor()), watch(RiskMonitor()))
+    return sorted(touched)
 
 
-def test_only_kept_validation_batches_are_copied_and_only_in_the_first_validation(monkeypatch: Any) -> None:
-    operations = Operations("on_validation_batch_start", monkeypatch)
-    fit(Quiet(), SensitivityMonitor(), RiskMonitor())
-    touched = [key for key, count in operations.counts.items() if count]
-    assert len(operations.counts) == 2 * NUM_BATCHES
-    assert touched == [(0, index) for index in range(0, NUM_BATCHES, 10)]
+def test_only_kept_validation_batches_are_copied_and_only_in_the_first_validation() -> None:
+    assert touched_in("on_validation_batch_start") == [(0, index) for index in range(0, NUM_BATCHES, 10)]
 
 
 @pytest.mark.parametrize(("num_samples", "num_touched"), [(1000, 5), (250, 3)])
 def test_training_steps_after_the_first_epoch_and_beyond_the_kept_samples_cost_nothing(
     num_samples: int, num_touched: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lightning_sensitivity.callbacks.risk_samples.NUM_TRAINING", num_samples)
-    operations = Operations("on_train_batch_start", monkeypatch)
-    fit(Quiet(), SensitivityMonitor(), RiskMonitor())
-    touched = [key for key, count in operations.counts.items() if count]
-    assert len(operations.counts) == 2 * 5 and touched == [(0, index) for index in range(num_touched)]
+    monkeypatch.setattr("lightning_sensitivity.callbacks.risk.NUM_TRAINING", num_samples)
+    assert touched_in("on_train_batch_start") == [(0, index) for index in range(num_touched)]
 
 
 def test_a_pass_copies_small_buffers_a_validation_large_ones_and_none_parameters() -> None:
@@ -131,11 +114,14 @@ def test_a_pass_copies_small_buffers_a_validation_large_ones_and_none_parameters
     assert copies[2, 2**18] == 2  # one for each monitor
 
 
-# Of one batch there are 8 twins, one after another. Training samples are scored at once, beside clean outputs.
-@pytest.mark.parametrize(("case", "limit"), [("sensitivity", 2.2), ("risk", 6.0)])
-def test_at_the_peak_there_are_two_batches_of_outputs_and_six_for_the_risk(case: str, limit: float) -> None:
+@pytest.mark.parametrize("has_batch_norm", [True, False])
+@pytest.mark.parametrize(("case", "limit"), [("sensitivity", 2.2), ("risk", 3.2)])
+def test_at_the_peak_there_are_two_batches_of_outputs_and_three_for_the_risk(
+    case: str, limit: float, has_batch_norm: bool
+) -> None:
     data = [[torch.rand(512, NUM_FEATURES), torch.randint(2**11, (512,))]]
-    row = BENCHMARK["memory"]("wide", case, nn.Linear(NUM_FEATURES, 2**11), data)[0]
+    norm = nn.BatchNorm1d(NUM_FEATURES) if has_batch_norm else nn.Identity()
+    row = BENCHMARK["memory"]("wide", case, nn.Sequential(norm, nn.Linear(NUM_FEATURES, 2**11)), data)[0]
     assert 1.0 < row["median"] < limit
 
 

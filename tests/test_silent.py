@@ -20,9 +20,8 @@ from torch.nn.functional import one_hot
 from torch.utils.data import DataLoader
 
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
-from lightning_sensitivity.functional.risk import risk_estimate
 from lightning_sensitivity.model import noise_generator
-from tests.helpers import Linear, inputs, said, trainer
+from tests.helpers import Linear, inputs, risk_estimate, said, trainer
 
 RIGHT = "=plain loop"  # else "!", an error before the first step, or "?", exactly one warning, and what it says
 OTHER_CALL, DENSE, LAST, UNIT = "?`inputs", "!are dense", "!`outputs` should move the classes", r"?\[0, 1\]"
@@ -56,7 +55,7 @@ def masked(m: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
 
 def counting(m: Any, x: Tensor) -> Tensor:
     m.history["calls"].append(len(x))
-    return m.net(x)
+    return len(m.history["calls"]) * m.net(x)
 
 
 def writing(m: Any, x: Tensor) -> Tensor:
@@ -126,6 +125,9 @@ CASES = {
     "object": Case("!`inputs", "?has no reference", batch=lambda x, y: SimpleNamespace(x=x, y=y),
         forward=lambda m, b: m.net(b.x),
         step=lambda m, b, noise: m(SimpleNamespace(x=noise(b.x), y=b.y))),
+    "object that forward writes into": Case("!gives other outputs", "!gives other outputs",
+        batch=lambda x, y: SimpleNamespace(x=x, y=y), forward=lambda m, b: m.net(b.x.mul_(0.5)),
+        step=lambda m, b, noise: m(b), both={"inputs": lambda b: b}, s_options={"at": "net.0"}),
     "nested, inputs=": Case(batch=lambda x, y: Pair(Pair(x, ({"b": [2 * x]}, (9 * x).long(), "name")), y),
         both={"inputs": lambda b: b.x}, forward=lambda m, pair: m.net(pair.x + pair.y[0]["b"][0] + pair.y[1]),
         step=lambda m, b, noise: m(Pair(noise(b.x.x), ({"b": [noise(b.x.y[0]["b"][0])]}, *b.x.y[1:])))),
@@ -164,8 +166,9 @@ CASES = {
     "dict of heads": Case("!`outputs", "!`outputs", forward=lambda m, x: {"a": m.net(x)}, step=output("a")),
     "second head, outputs=": Case(forward=lambda m, x: (x, m.net(x)), both={"outputs": lambda y: y[1]}, step=output(1)),
     # what a pass would change and leave so
-    "forward that writes into a nested list": Case(r"!history\['calls'\]", r"!history\['calls'\]", forward=counting),
-    "forward that writes to a weight": Case("!net.0.bias", "!net.0.bias", forward=writing),
+    "forward that reads a nested list that it fills": Case("!gives other outputs", "!gives other outputs",
+        forward=counting),
+    "forward that writes to a weight": Case("!writes to net.0.bias", "!writes to net.0.bias", forward=writing),
     # labels, which say nothing to S
     "-100": Case(None, RIGHT, y=lambda f: classes(f).masked_fill(is_upper(f), -100)),
     "from 1": Case(None, "!`targets", y=lambda f: classes(f) + 1),
@@ -204,7 +207,7 @@ def plain_sensitivity(case: Case, model: Model, _: Any, batches: list[Any], labe
 def plain_risk(case: Case, model: Model, training: Any, batches: Any, labels: Tensor) -> dict[str, Tensor]:
     """The terms that need no twin."""
     train, unseen = (torch.cat([case.step(model, b, lambda x: x) for b in part]) for part in (training, batches))
-    terms = risk_estimate(unseen, unseen, train, labels, case.task, strength=0.5)
+    terms = risk_estimate(unseen, unseen, train, labels, task=case.task, strength=0.5)
     return {f"val_risk_{name}": getattr(terms, name) for name in ("claim", "overconfidence", "memorization")}
 
 

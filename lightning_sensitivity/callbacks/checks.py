@@ -15,20 +15,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
 from torch import Tensor
 
-from lightning_sensitivity.arguments import see
+from lightning_sensitivity.arguments import link_to
 from lightning_sensitivity.functional.tasks import Task
 from lightning_sensitivity.functional.tensors import Diagnosis, are_probabilities, num_outputs
 
 _LIGHTNING_MODULES = ("lightning.pytorch.core.module", "pytorch_lightning.core.module")
 _SHARDED = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")
 _INPUTS = "`inputs=`, such as `inputs=lambda batch: batch['image']`"
-ENTRIES = {  # of the page on troubleshooting, by the kind of diagnosis
-    "class mean": "class-mean",
-    "no change": "no-change",
-    "no value": "failed",
-    "non-finite": "nan",
-    "too large": "above-2",
-}
 IN_UNIT_INTERVAL = "got outputs that all lie in [0, 1]. If they are not logits, set `outputs=`."
 _MIN_NUMBERS = 10  # fewer outputs may look like probabilities by chance
 
@@ -41,11 +34,11 @@ class Reporter:
         prefix: Prefix of what it logs.
 
     Attributes:
-        is_strict: Whether a failure is an error.
+        before_first_step: Whether a failure is an error.
     """
 
     def __init__(self, monitor: str, prefix: str) -> None:
-        self.is_strict = True
+        self.before_first_step = True
         self._monitor = monitor
         self._prefix = prefix
         self._said: dict[str, float] = {}  # how severe each kind was when it was last said
@@ -60,18 +53,17 @@ class Reporter:
             severity: How bad it is, such as a number of samples.
             kind: What tells this warning from others of the same entry.
         """
-        if not self._is_worse(entry + kind, severity):
-            return
-        rank_zero_warn(self._text(entry, message))
+        if self._is_worse(entry + kind, severity):
+            rank_zero_warn(self._text(entry, message))
 
     def warn_of(self, diagnoses: Mapping[str, Diagnosis], dataloader_idx: int) -> None:
         """Warn of what makes the values of a loader doubtful."""
-        for kind, (message, severity) in diagnoses.items():
-            self.warn(ENTRIES[kind], f"on dataloader {dataloader_idx}: {message}", severity, kind=str(dataloader_idx))
+        for entry, (message, severity) in diagnoses.items():
+            self.warn(entry, f"on dataloader {dataloader_idx}: {message}", severity, kind=str(dataloader_idx))
 
     @contextmanager
     def report_failure(self, what: str, consequence: str) -> Iterator[None]:
-        """Turn an exception inside into an error or a warning; see :attr:`is_strict`.
+        """Turn an exception inside into an error or a warning; see :attr:`before_first_step`.
 
         Args:
             what: What failed, such as "could not measure the samples".
@@ -82,15 +74,17 @@ class Reporter:
         except Warning:  # the user, or a test, has made warnings errors
             raise
         except Exception as error:
-            if self.is_strict:
+            if self.before_first_step:
                 raise self._as_error(what, error) from error
             if is_oom_error(error):
                 traceback.clear_frames(error.__traceback__)  # they hold the tensors of the pass
                 garbage_collection_cuda()
-            self._num_failures[what] = self._num_failures.get(what, 0) + 1
+            count = self._num_failures[what] = self._num_failures.get(what, 0) + 1
             entry = "out-of-memory" if is_oom_error(error) else "failed"
-            if self._is_worse(what, self._num_failures[what]):  # in the process where it happens
-                warnings.warn(self._text(entry, f"{what}: {describe_error(error)} {consequence}"), stacklevel=3)
+            if self._is_worse(what, count):  # in the process where it happens
+                again = f" It has failed {count} times." if count > 1 else ""  # Python drops warnings of equal text
+                text = f"{what}: {describe_error(error)} {consequence}{again}"
+                warnings.warn(self._text(entry, text), stacklevel=3)
 
     def _is_worse(self, kind: str, severity: float) -> bool:
         """Return whether something must be said, and remember how severe it was."""
@@ -100,7 +94,7 @@ class Reporter:
         return True
 
     def _text(self, entry: str, message: str) -> str:
-        link = "" if see("") in message else see(entry)
+        link = "" if link_to("") in message else link_to(entry)
         return f"`{self._monitor}` ({self._prefix}*) {message}{link}"
 
     def _as_error(self, what: str, error: Exception) -> Exception:
@@ -109,7 +103,7 @@ class Reporter:
         reason = describe_error(error)
         is_clear = isinstance(error, MisconfigurationException) or reason.startswith("Expected")
         advice = "" if is_clear else f" If `forward` takes other arguments, set {_INPUTS}."
-        link = "" if see("") in reason else see("noise" if "perturb" in reason else "arguments")
+        link = "" if link_to("") in reason else link_to("noise" if "perturb" in reason else "arguments")
         return MisconfigurationException(f"`{self._monitor}` {what}: {reason}{advice}{link}")
 
 
@@ -143,7 +137,7 @@ def check_run(monitor: str, trainer: Trainer, pl_module: LightningModule, stage:
     else:
         problem = "does not support sharded weights (FSDP, DeepSpeed, ModelParallelStrategy); use DDP"
     if problem is not None:
-        raise MisconfigurationException(f"`{monitor}` {problem}.{see('unsupported')}")
+        raise MisconfigurationException(f"`{monitor}` {problem}.{link_to('unsupported')}")
 
 
 def _problem_of_steps(trainer: Trainer, pl_module: LightningModule, stage: str) -> str | None:
@@ -174,14 +168,14 @@ def check_outputs(outputs: Tensor, task: Task) -> None:
     if task.name == "multiclass" and num_outputs(outputs) == 1:
         raise MisconfigurationException(
             f"outputs of shape {tuple(outputs.shape)} are one for each sample: set `task='binary'` if labels are 0 and "
-            f"1. A regression has no estimate.{see('task')}"
+            f"1. A regression has no estimate.{link_to('task')}"
         )
     if outputs.ndim > 2 and math.prod(outputs.shape[2:]) > 1:
         raise MisconfigurationException(
             f"outputs are dense, {tuple(outputs.shape)}: there is no estimate for pixels and tokens. Remove "
-            f"`RiskMonitor`; `SensitivityMonitor` works.{see('no-estimate')}"
+            f"`RiskMonitor`; `SensitivityMonitor` works.{link_to('no-estimate')}"
         )
     if outputs.numel() >= _MIN_NUMBERS and are_probabilities(outputs):
         raise MisconfigurationException(
-            f"outputs are probabilities, and logits are needed: select them with `outputs=`.{see('no-estimate')}"
+            f"outputs are probabilities, and logits are needed: select them with `outputs=`.{link_to('no-estimate')}"
         )

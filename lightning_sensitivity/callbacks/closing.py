@@ -1,77 +1,80 @@
-"""The line at the end of a fit: where the estimate was lowest, and whether to trust it."""
+"""The line at the end of a fit: which epoch, what is known of the labels, and whether to trust it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
 
-from lightning_sensitivity.arguments import see
-from lightning_sensitivity.functional.reference import Reference
+from lightning_sensitivity.arguments import link_to
+from lightning_sensitivity.callbacks.state import FitRecord, ValidationResult
+from lightning_sensitivity.functional.reference import NOISY, Reference, looks_clean
 
-_MAX_DEVIATION = 3.0  # of the score on validation labels, in its standard errors
-
-
-class Measured(NamedTuple):
-    """Hold what a validation has shown.
-
-    Attributes:
-        epoch: The epoch.
-        estimate: The estimate, combined with any validation labels.
-        deviation: How much higher the score on validation labels is than the estimate without them, in
-            standard errors; 0 without labels.
-    """
-
-    epoch: int
-    estimate: float
-    deviation: float
-
-    @classmethod
-    def from_values(cls, epoch: int, values: Mapping[str, Tensor]) -> Measured:
-        """Take what is needed from the values of a :class:`~lightning_sensitivity.RiskEstimate`."""
-        deviation = 0.0
-        if "risk_label_score" in values and values["risk_label_stderr"] > 0:
-            difference = values["risk_label_score"] - values["risk_without_labels"]
-            deviation = float(difference / values["risk_label_stderr"])
-        return cls(epoch, float(values["risk_estimate"]), deviation)
+MAX_DISTANCE = 1 / 20  # between the epoch and that of the reference by itself, as a share of all validations
 
 
-def log_closing_line(trainer: Trainer, name: str, history: Sequence[Measured], reference: Reference | None) -> None:
-    """Say where the estimate was lowest, and what speaks against it.
+def log_closing_line(trainer: Trainer, fit: FitRecord, names: Mapping[str, tuple[str, int]]) -> None:
+    """Say in which epoch a value was lowest, what is known of the labels, and whether to trust the epoch.
 
     Args:
         trainer: The Trainer, at the end of a fit.
-        name: The logged name of the estimate.
-        history: All validations of the fit, and of the fits that it resumes.
-        reference: The reference.
+        fit: What is known of it.
+        names: The criterion and the estimate of each loader: name and loader by the name that was logged. The
+            line is about the first one that a callback of the run monitors.
     """
-    if not history:
+    callbacks = (*trainer.checkpoint_callbacks, *trainer.callbacks)  # type: ignore[attr-defined]
+    watched = [getattr(callback, "monitor", None) for callback in callbacks]
+    logged_name = next((name for name in watched if name in names), next(iter(names), None))
+    if logged_name is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
         return
-    best = min(history, key=lambda measured: measured.estimate)
-    line = f"`{name}` was lowest at epoch {best.epoch} ({best.estimate:.3f})."
+    name, dataloader_idx = names[logged_name]
+    history, reference = fit.history[dataloader_idx], fit.references.get((dataloader_idx, fit.training.size))
+    best = min(history, key=lambda result: getattr(result, name))
+    value = getattr(best, name)
+    line = [
+        f"`{logged_name}` was lowest at epoch {best.epoch} ({value:.3f}){_checkpoint_of(trainer, logged_name, value)}."
+    ]
+    is_clean = reference is not None and looks_clean(reference.noise, reference.claim, reference.score)
+    if is_clean:
+        line.append("No noise was found in the training labels: training to the end is about as good.")
+    elif reference is not None and reference.noise >= NOISY:
+        line.append(f"About {100 * reference.noise:.0f} % of the training labels look wrong.")
+    if best is history[-1] and len(history) > 1 and not trainer.should_stop:
+        line.append(f"It was still falling: train for longer.{link_to('still-falling')}")
+    elif not is_clean:
+        line.append(_agreement(best, history, reference))
+    rank_zero_info(" ".join(line))
+
+
+def _checkpoint_of(trainer: Trainer, name: str, lowest: float) -> str:
+    """Name the checkpoint of the lowest value, or say why there is none."""
+    others = []
     for callback in trainer.checkpoint_callbacks:
-        path = getattr(callback, "best_model_path", "")
-        if getattr(callback, "monitor", None) == name and path:
-            line += f" The checkpoint is {path}."
-    rank_zero_info(line + _doubt(best, history, reference))
+        monitor, score = getattr(callback, "monitor", None), getattr(callback, "best_model_score", None)
+        if monitor != name:
+            others.append(f"`ModelCheckpoint` monitors {monitor!r}")
+        elif score is not None and math.isclose(float(score), lowest, rel_tol=1e-5):
+            return f", in the checkpoint {callback.best_model_path}"  # type: ignore[attr-defined]
+        elif score is not None:
+            kept = f"mode={callback.mode!r}, in {callback.dirpath}"  # type: ignore[attr-defined]
+            others.append(f"the best checkpoint of `ModelCheckpoint` ({kept}) has {float(score):.3f}")
+    return f", but {others[0]}" if others else ""
 
 
-def _doubt(best: Measured, history: Sequence[Measured], reference: Reference | None) -> str:
-    """Say why the estimate may be wrong, and what to do; an empty string if nothing speaks against it."""
-    if best is history[-1] and len(history) > 1:
-        return f" It was still falling: train for longer.{see('still-falling')}"
-    if abs(best.deviation) > _MAX_DEVIATION:
-        side = "above" if best.deviation > 0 else "below"
-        return (
-            f" The score on validation labels is {abs(best.deviation):.0f} standard errors {side} the estimate without "
-            f"them: rather choose by these labels.{see('contradicted')}"
-        )
-    if reference is not None and reference.score < best.estimate:
-        return (
-            f" Kernel ridge regression of {reference.num_samples} training samples reaches {reference.score:.3f}: it "
-            f"may be the better model.{see('reference-better')}"
-        )
-    return ""
+def _agreement(best: ValidationResult, history: Sequence[ValidationResult], reference: Reference | None) -> str:
+    """Say whether the reference by itself would choose the same epoch, or nearly, and what to do if not."""
+    cure = "label 50 validation samples, and set `validation_labels=True`"
+    by_reference = [result.by_reference for result in history]
+    if reference is None or any(map(math.isnan, by_reference)):
+        return f"There was no reference to check the epoch by: {cure}.{link_to('disagree')}"
+    is_better = reference.score < best.by_twins
+    other = by_reference.index(min(by_reference))
+    if abs(other - history.index(best)) > MAX_DISTANCE * len(history):
+        cure += ", or try kernel ridge regression" if is_better else ""
+        start = f"The reference disagrees (it would choose epoch {history[other].epoch})"
+        return f"{start}, and such runs lost 2 points of accuracy on average: {cure}.{link_to('disagree')}"
+    if is_better:
+        return f"The reference agrees, but may be the better model itself.{link_to('reference-better')}"
+    return "The reference agrees."

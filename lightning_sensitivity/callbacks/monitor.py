@@ -14,14 +14,13 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_sensitivity import compat
-from lightning_sensitivity.arguments import Selector, check_argument, check_bool, check_int, check_selectors, see
+from lightning_sensitivity.arguments import Selector, check_argument, check_bool, check_int, check_selectors, link_to
 from lightning_sensitivity.callbacks.checks import Reporter, check_run
-from lightning_sensitivity.callbacks.groups import make_group
-from lightning_sensitivity.callbacks.samples import KeptSamples, keep_validation_samples, may_be_of_joint_calls
-from lightning_sensitivity.callbacks.watch import FirstStep
+from lightning_sensitivity.callbacks.first_call import FirstCall
+from lightning_sensitivity.callbacks.samples import KeptSamples, copy_batch, keep_validation_samples
+from lightning_sensitivity.functional.tensors import are_close
 from lightning_sensitivity.model import isolated
-from lightning_sensitivity.model.isolation import RunIsolated, forget_clones
-from lightning_sensitivity.model.traces import Traces
+from lightning_sensitivity.model.isolation import RunIsolated
 
 LEFT_OUT = "This epoch has no value."
 
@@ -33,8 +32,8 @@ class Monitor(Callback, ABC):
     validation, measures them, and the end of the epoch logs the values.
     """
 
-    names: tuple[str, ...]  # of the logged values, without the prefix
-    keeps_labels = False  # with the samples
+    names: tuple[str, ...]  # of the logged values, without the prefix; the first one is for the progress bar
+    num_labelled = 0  # how many validation samples with labels are kept first
 
     def __init__(
         self,
@@ -58,10 +57,10 @@ class Monitor(Callback, ABC):
         self.outputs = outputs
         self.prog_bar = prog_bar
         self.metrics: list[Any] = []  # of the last validation, by loader; None where it failed; empty until measured
-        self.samples: list[KeptSamples] = []  # by loader; other monitors may share them
+        self.samples: list[KeptSamples] = []  # by loader
         self.reporter = Reporter(type(self).__name__, prefix)
         self._is_measuring = False  # the current validation
-        self._first_step = FirstStep()
+        self._first_call = FirstCall()
 
     # For subclasses to implement or override
 
@@ -73,11 +72,7 @@ class Monitor(Callback, ABC):
     def compute_values(self, trainer: Trainer, dataloader_idx: int) -> dict[str, Tensor]:
         """Compute the values of a loader over all processes, and warn of doubtful ones; empty if there are none."""
 
-    def measured_with(self, samples: KeptSamples) -> list[KeptSamples]:
-        """Return all samples that are measured with those of a loader."""
-        return [samples]
-
-    def values_without_measurement(self, dataloader_idx: int) -> Mapping[str, float]:
+    def fallback_values(self, dataloader_idx: int) -> Mapping[str, float]:
         """Return what to log where there are no values."""
         return {}
 
@@ -88,7 +83,7 @@ class Monitor(Callback, ABC):
     def keep(self, module: LightningModule, batch: object, batch_idx: int, samples: KeptSamples) -> None:
         """Keep a validation batch if its samples are wanted."""
         if samples.wants(batch_idx):
-            samples.add(make_group(module, batch, batch_idx, self.inputs, self.outputs))
+            samples.add(copy_batch(module, batch, batch_idx, self.inputs, self.outputs))
 
     def forget_samples(self) -> None:
         """Forget the kept validation samples."""
@@ -111,16 +106,16 @@ class Monitor(Callback, ABC):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         """Before the first step, try the model if the sanity check has not, and watch the step."""
-        if self.reporter.is_strict:
+        if self.reporter.before_first_step:
             if trainer.global_step == 0 and trainer.num_sanity_val_steps == 0:
                 self._try_training_batch(trainer, pl_module, batch)
-            self.reporter.is_strict = False
-            self._first_step.is_waiting = True
-        self._first_step.start(pl_module, batch, self.inputs, self.outputs)
+            self.reporter.before_first_step = False
+            self._first_call = FirstCall(is_wanted=True)
+        self._first_call.start(pl_module, batch, self.inputs)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: object, *args: object) -> None:
         """Warn if the first step does not compute what is measured."""
-        problem = self._first_step.stop(pl_module, outputs)
+        problem = self._first_call.stop(pl_module, is_skipped=pl_module.automatic_optimization and not outputs)
         if problem is not None:
             self.reporter.warn(
                 "step",
@@ -134,13 +129,11 @@ class Monitor(Callback, ABC):
         """Decide whether to measure, and prepare to keep samples in the first validation of a run."""
         is_fit = trainer.state.fn == TrainerFn.FITTING
         if is_fit and not trainer.sanity_checking:
-            self.reporter.is_strict = False  # also in a resumed fit that begins with a validation
+            self.reporter.before_first_step = False  # also in a resumed fit that begins with a validation
         self._is_measuring = self.should_measure(trainer)
         if self._is_measuring:
             self.metrics = []
-            self.samples = (
-                self.samples or self._shared_samples(trainer) or keep_validation_samples(trainer, self.num_samples)
-            )
+            self.samples = self.samples or keep_validation_samples(trainer, self.num_samples, self.num_labelled)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int, dataloader_idx: int = 0
@@ -164,8 +157,6 @@ class Monitor(Callback, ABC):
             self._measure_all(trainer, pl_module)
         self._is_measuring = False
         for samples in self.samples:
-            for each in self.measured_with(samples):
-                each.forget_outputs()
             if not trainer.sanity_checking:
                 self._log_values(trainer, samples.dataloader_idx)
 
@@ -174,14 +165,12 @@ class Monitor(Callback, ABC):
         self.forget_samples()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Free the samples, and copies of large buffers."""
+        """Free the samples."""
         self._free()
-        forget_clones(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Do as in ``teardown``, which Lightning does not call after an exception."""
         self._free()
-        forget_clones(pl_module)
 
     # Helpers
 
@@ -193,72 +182,35 @@ class Monitor(Callback, ABC):
         """Return what Lightning adds to names if there are several loaders."""
         return f"/dataloader_idx_{dataloader_idx}" if len(self.samples) > 1 else ""
 
-    def _shared_samples(self, trainer: Trainer) -> list[KeptSamples]:
-        """Return the samples of an earlier monitor that keeps the same ones, before it has kept any."""
-        monitors = _monitors_of(trainer)
-        earlier = monitors[: monitors.index(self)] if self in monitors else []
-        if self.keeps_labels and any(other.keeps_labels for other in earlier):  # which may be others
-            return []
-        options = self.inputs, self.outputs, self.num_samples
-        for other in earlier:
-            if options == (other.inputs, other.outputs, other.num_samples) and other._has_new_samples():
-                return other.samples
-        return []
-
-    def _has_new_samples(self) -> bool:
-        """Return whether samples will be kept in this validation, but none have come yet."""
-        return self._is_measuring and not any(samples.groups for samples in self.samples)
-
     def _measure_all(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the samples of every loader, and check that the passes leave no trace."""
+        """Measure the samples of every loader."""
         self.metrics = [None] * len(self.samples)
-        traces: Traces | None = None
         for samples in self.samples:
+            if samples.batches:
+                samples.complete()
             what = f"could not measure the samples of dataloader {samples.dataloader_idx}"
             with self.reporter.report_failure(what, LEFT_OUT):
                 with isolated(pl_module) as run, trainer.precision_plugin.val_step_context():
-                    traces = traces or Traces(pl_module)
-                    for each in self.measured_with(samples):
-                        each.complete(pl_module, run)
-                    if self.reporter.is_strict and samples is self.samples[0]:  # a first pass may fill a cache
-                        traces.look_deeper()
-                    metric = self._measure_loader(pl_module, run, samples)
+                    if self.reporter.before_first_step:
+                        self._check_repeatable(pl_module, run, samples)
+                    metric = self.measure(pl_module, run, samples)
                 compat.mark_updated(metric)  # a loader or a process may have no samples
                 self.metrics[samples.dataloader_idx] = metric
             if samples.is_truncated:
                 message = f"keeps only {samples.size} samples of a loader: more would take too much memory."
                 self.reporter.warn("samples", message)
-        if traces is not None:
-            self._report_traces(traces.find())
 
-    def _measure_loader(self, pl_module: LightningModule, run: RunIsolated, samples: KeptSamples) -> Metric:
-        """Measure the samples of a loader in joint calls, and batch by batch from now on if these are to blame."""
-        kept = self.measured_with(samples)
-        try:
-            metric = self.measure(pl_module, run, samples)
-        except Exception as error:
-            if not may_be_of_joint_calls(error, kept):
-                raise
-        else:
-            for each in kept:
-                each.has_worked = True
-            return metric
-        # Here, the tensors of the failed pass are free.
-        for each in kept:
-            each.separate()
-        return self.measure(pl_module, run, samples)
-
-    def _report_traces(self, names: list[str]) -> None:
-        """Refuse, or warn of, a ``forward`` that changes what our passes do not restore."""
-        if not names:
-            return
-        message = (
-            f"would change the model: its `forward` writes to {', '.join(names[:3])} in eval mode, which is not "
-            "restored. Do so only `if self.training`, or in a hook, such as `on_train_batch_end`."
-        )
-        if self.reporter.is_strict:
-            raise MisconfigurationException(f"`{type(self).__name__}` {message}{see('state')}")
-        self.reporter.warn("state", message)
+    def _check_repeatable(self, module: LightningModule, run: RunIsolated, samples: KeptSamples) -> None:
+        """Refuse a model that gives other outputs in a second pass, though all that we can restore was restored."""
+        for batch in samples.batches[:1]:
+            call = batch.call.to(module.device)
+            first, second = run(call), run(call)
+            if first.shape != second.shape or not are_close(first, second):
+                raise MisconfigurationException(
+                    "`forward` gives other outputs when it is called again on the same batch, in eval mode and with "
+                    "the same random numbers of torch: it keeps something that is not restored. Change it only `if "
+                    f"self.training`, and draw random numbers by torch.{link_to('state')}"
+                )
 
     def _log_values(self, trainer: Trainer, dataloader_idx: int) -> None:
         """Log the values of a loader, unless a process could not measure it; every process comes here."""
@@ -267,30 +219,30 @@ class Monitor(Callback, ABC):
             what = f"could not compute the values of dataloader {dataloader_idx}"
             with self.reporter.report_failure(what, LEFT_OUT):
                 values = self.compute_values(trainer, dataloader_idx)
-        for name, value in (values or self.values_without_measurement(dataloader_idx)).items():
-            trainer.lightning_module.log(
-                self.prefix + name + self.suffix(dataloader_idx),
-                value,
-                prog_bar=self.prog_bar and name == self.names[0],
-                sync_dist=trainer.world_size > 1,
-                add_dataloader_idx=False,
-            )
+        for name, value in (values or self.fallback_values(dataloader_idx)).items():
+            logged_name = self.prefix + name + self.suffix(dataloader_idx)
+            with self.reporter.report_failure(f"could not log `{logged_name}`", LEFT_OUT):
+                trainer.lightning_module.log(
+                    logged_name,
+                    value,
+                    prog_bar=self.prog_bar and name == self.names[0],
+                    sync_dist=trainer.world_size > 1,
+                    add_dataloader_idx=False,
+                )
 
     def _try_training_batch(self, trainer: Trainer, pl_module: LightningModule, batch: object) -> None:
         """Do everything once with the first training batch in place of a validation batch."""
-        samples = KeptSamples(0, num_batches=1, num_wanted=1)
-        self.samples = [samples]
+        self.samples = [KeptSamples(0, num_batches=1, num_wanted=1)]
         what = "could not measure the first training batch, which stands for validation batches without a sanity check"
         with self.reporter.report_failure(what, LEFT_OUT):
-            self.keep(pl_module, batch, 0, samples)
+            self.keep(pl_module, batch, 0, self.samples[0])
         self._measure_all(trainer, pl_module)
         self.forget_samples()
 
     def _free(self) -> None:
         """Free the samples, and stop watching."""
         self.forget_samples()
-        self._first_step.cancel()
-        self._first_step.is_waiting = False
+        self._first_call.cancel()
         self._is_measuring = False
 
 

@@ -5,43 +5,87 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lightning_sensitivity.arguments import Selector, describe, link_to
+from lightning_sensitivity.callbacks.checks import Reporter, describe_error
 from lightning_sensitivity.callbacks.samples import KeptSamples
 from lightning_sensitivity.functional.features import bags_of_words, principal_components
 from lightning_sensitivity.functional.reference import Reference, fit_reference
 from lightning_sensitivity.functional.tasks import Task
-from lightning_sensitivity.model import ModelCall
-from lightning_sensitivity.model.batches import tensors_in
+from lightning_sensitivity.model import ModelCall, isolated
+from lightning_sensitivity.model.batches import clone_tensors, tensors_in
 from lightning_sensitivity.model.call import TARGET_NAMES
 
+NUM_TRAINING = 1000  # samples that a reference learns from, over all processes
 _MASK = "attention_mask"  # the name in transformers, which says where tokens are, not padding
 
 
-def fit_to_kept(
-    training: KeptSamples, holdout: KeptSamples, num_outputs: int, task: Task, has_features: bool
-) -> Reference:
+def select_features(module: LightningModule, batch: object, features: Selector | None, size: int) -> Tensor | None:
+    """Call the user's function for the features of a batch, ``(N, D)``; None without one.
+
+    Raises:
+        MisconfigurationException: If it fails, or returns something else.
+    """
+    if features is None:
+        return None
+    try:
+        with isolated(module) as run:  # of a copy of the batch, since it may write to it
+            values: object = run(features, clone_tensors(batch))
+    except Warning:
+        raise
+    except Exception as error:
+        raise MisconfigurationException(
+            f"`features` failed on {describe(batch)}: {type(error).__name__}: {error}.{link_to('features')}"
+        ) from error
+    if not isinstance(values, Tensor) or values.ndim < 2 or len(values) != size:
+        expected = f"a function that returns a tensor ({size}, D)"
+        raise MisconfigurationException(
+            f"`features` should be {expected}, got {describe(values)}.{link_to('features')}"
+        )
+    return values.detach().cpu().float().flatten(1)
+
+
+def find_reference(
+    training: KeptSamples, unseen: KeptSamples, num_outputs: int, task: Task, has_features: bool, reporter: Reporter
+) -> Reference | None:
     """Fit the reference to the kept training samples, and predict the labels of validation samples.
 
     Args:
         training: The training samples.
-        holdout: The validation samples of a loader.
+        unseen: The validation samples of a loader.
         num_outputs: K.
         task: The kind of classification.
         has_features: Whether a function of the user's gives the features, not the inputs of the model.
-
-    Raises:
-        ValueError: If a batch has no features, or no sample a label.
+        reporter: Says why there can be none.
     """
-    found, new_found = (_features_of(samples, has_features) for samples in (training, holdout))
+    try:
+        with torch.autocast("cpu", enabled=False):
+            return _fit(training, unseen, num_outputs, task, has_features)
+    except (RuntimeError, ValueError) as error:
+        message = (
+            f"has no reference: {describe_error(error)} Set `features=` to a function `batch -> (N, D)`. Until then, "
+            "the estimate does without one."
+        )
+        reporter.warn("features", message)
+        return None
+
+
+def _fit(training: KeptSamples, unseen: KeptSamples, num_outputs: int, task: Task, has_features: bool) -> Reference:
+    """Fit the reference, or raise ValueError if a batch has no features, or no sample a label."""
+    found, new_found = (_features_of(samples, has_features) for samples in (training, unseen))
     targets = torch.cat([batch.labels for batch in training.batches if batch.labels is not None])
     y, counts = task.target_probabilities(torch.zeros(len(targets), num_outputs, dtype=torch.float64), targets)
     has_label = counts.flatten() > 0
     if found is None or new_found is None or not bool(has_label.any()):
         raise ValueError("inputs are neither dense numbers nor token ids, or no kept training sample has a label")
     features, new_features = _reduce(found, new_found)
-    return fit_reference(features[has_label], y.flatten(1)[has_label], new_features, task.name)
+    rows = has_label.nonzero()[:, 0]
+    rows = rows[torch.linspace(0, len(rows) - 1, min(len(rows), NUM_TRAINING)).long()]  # a batch may hold many
+    return fit_reference(features[rows], y.flatten(1)[rows], new_features, task.name)
 
 
 def _features_of(samples: KeptSamples, has_features: bool) -> list[Tensor] | None:
@@ -49,23 +93,24 @@ def _features_of(samples: KeptSamples, has_features: bool) -> list[Tensor] | Non
     if has_features:
         found = [batch.features for batch in samples.batches]
     else:
-        found = [input_features(group.call) for group in samples.groups]
+        found = [input_features(batch.call, batch.size) for batch in samples.batches]
     present = [each for each in found if each is not None]
     return present if len(present) == len(found) else None
 
 
-def input_features(call: ModelCall) -> Tensor | None:
+def input_features(call: ModelCall, size: int) -> Tensor | None:
     """Find what a reference can see in the inputs of a model.
 
     Args:
         call: A call of the model on a batch.
+        size: The number of its samples.
 
     Returns:
         Dense inputs, floating ``(N, D)``; or token ids ``(N, L)``, -1 for padding; None if there are neither.
     """
     arguments = {name: value for name, value in call.named().items() if name not in TARGET_NAMES}
     mask = arguments.pop(_MASK, None)
-    tensors = [x.cpu() for x in tensors_in(arguments) if _has_row_for_each(x, call.size)]
+    tensors = [x.cpu() for x in tensors_in(arguments) if _has_row_for_each(x, size)]
     dense = [x.float()[:, None].flatten(1) for x in tensors if x.is_floating_point()]
     if dense:
         return torch.cat(dense, 1)

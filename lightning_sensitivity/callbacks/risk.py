@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from lightning_sensitivity.arguments import Selector, check_argument, check_bool, check_int, check_selectors, see
+from lightning_sensitivity.arguments import Selector, check_argument, check_bool, check_int, check_selectors, link_to
 from lightning_sensitivity.callbacks.checks import IN_UNIT_INTERVAL, check_outputs
-from lightning_sensitivity.callbacks.closing import Measured, log_closing_line
+from lightning_sensitivity.callbacks.closing import log_closing_line
+from lightning_sensitivity.callbacks.labels import find_labels, select_labels
 from lightning_sensitivity.callbacks.monitor import Monitor
-from lightning_sensitivity.callbacks.risk_samples import RiskSamples
-from lightning_sensitivity.callbacks.samples import KeptSamples, Pass, check_agreement
-from lightning_sensitivity.callbacks.state import FitState
+from lightning_sensitivity.callbacks.reference import NUM_TRAINING, find_reference, select_features
+from lightning_sensitivity.callbacks.samples import KeptBatch, KeptSamples, copy_batch, make_call, spread
+from lightning_sensitivity.callbacks.state import FitRecord, ValidationResult
 from lightning_sensitivity.callbacks.training import check_number, count_labelled_samples
-from lightning_sensitivity.callbacks.twins import TwinRunner
 from lightning_sensitivity.functional.reference import Calibration, Reference
 from lightning_sensitivity.functional.risk import TWIN_STRENGTH
 from lightning_sensitivity.functional.tasks import TASKS
 from lightning_sensitivity.functional.tensors import may_be_probabilities
 from lightning_sensitivity.metric import RiskEstimate
+from lightning_sensitivity.model import isolated
 from lightning_sensitivity.model.isolation import RunIsolated
-from lightning_sensitivity.model.twins import unknown_parameters
+from lightning_sensitivity.model.twins import (
+    Twins,
+    call_with_batch_statistics,
+    has_batch_norm,
+    twin_numbers,
+    unknown_parameters,
+)
 
-_NOT_LOGGED = ("risk_without_labels", "risk_label_stderr")
+NUM_LABELLED = 1200  # validation samples with labels that are kept, over all processes
+NUM_SCORED = 500  # training samples that are run in each validation, over all processes
 
 
 class RiskMonitor(Monitor):
@@ -48,7 +58,7 @@ class RiskMonitor(Monitor):
         task: ``"multiclass"``, ``"binary"`` or ``"multilabel"``.
         targets: A function ``batch -> labels``; by default
             :func:`~lightning_sensitivity.model.select_targets`. Labels of -100 are ignored.
-        validation_labels: Combine it with the score on about 1,200 validation labels; log
+        validation_labels: Combine it with the score on the labels of the kept validation samples; log
             ``risk_label_score`` and ``risk_num_labels``, too.
         features: A function ``batch -> (N, D)`` for the reference, such as a pretrained encoder.
         initial_weights: State dict from before training, if these data have already been trained on.
@@ -73,8 +83,14 @@ class RiskMonitor(Monitor):
         >>> trainer = Trainer(callbacks=callbacks, logger=False)
     """
 
-    keeps_labels = True
-    names = ("risk_estimate", "risk_claim", "risk_overconfidence", "risk_memorization", "risk_variance")
+    names = (
+        "risk_criterion",
+        "risk_estimate",
+        "risk_claim",
+        "risk_overconfidence",
+        "risk_memorization",
+        "risk_variance",
+    )
 
     def __init__(
         self,
@@ -95,16 +111,18 @@ class RiskMonitor(Monitor):
         check_argument("task", task, task in TASKS, f"one of {', '.join(map(repr, TASKS))} (a regression has none)")
         check_selectors(targets=targets, features=features)
         check_bool("validation_labels", validation_labels)
-        _check_optional(initial_weights, num_training)
+        is_mapping = isinstance(initial_weights, Mapping | None)
+        check_argument("initial_weights", initial_weights, is_mapping, "a state dict, as in a checkpoint, or None")
+        if num_training is not None:
+            check_int("num_training", num_training, 1)
         super().__init__(num_samples, seed, prefix, inputs, outputs, prog_bar)
         self.task = task
         self.targets = targets
         self.features = features
-        self.validation_labels = validation_labels
+        self.num_labelled = NUM_LABELLED if validation_labels else 0
         self.initial_weights = initial_weights
         self.num_training = num_training
-        self.fit_state = FitState()
-        self._kept = self._new_samples()
+        self.fit = FitRecord()
 
     # Before and after a fit
 
@@ -112,8 +130,7 @@ class RiskMonitor(Monitor):
         """Check what can be checked before the first batch, and forget the last fit, unless this one continues it."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and _is_new(trainer):
-            self.fit_state = FitState()
-        self.fit_state.module = pl_module
+            self.fit = FitRecord()
 
     @property
     def state_key(self) -> str:
@@ -122,32 +139,62 @@ class RiskMonitor(Monitor):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the weights from before training, and what else a resumed fit needs."""
-        return self.fit_state.to_dict()
+        return self.fit.to_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the state."""
-        self.fit_state = FitState.from_dict(state_dict, self.fit_state.module)
+        self.fit = FitRecord.from_dict(state_dict)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log where the estimate was lowest."""
-        reference = self._kept.references.get((0, self._kept.training.size))
-        log_closing_line(trainer, self.prefix + self.names[0] + self.suffix(0), self.fit_state.history, reference)
+        """Log which epoch to choose, and whether to trust it."""
+        names = {self.prefix + name + self.suffix(i): (name, i) for i in self.fit.history for name in self.names[:2]}
+        log_closing_line(trainer, self.fit, names)
+
+    def forget_samples(self) -> None:
+        """Forget the kept validation samples, and the references fitted to them."""
+        super().forget_samples()
+        self.fit.references = {}
+
+    def _free(self) -> None:
+        """Free all that a checkpoint does not need, such as the kept training samples."""
+        super()._free()
+        self.fit = FitRecord.from_dict(self.fit.to_dict())
+
+    # Training samples
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         """Start with the first batch of a fit, and keep the first samples."""
-        kept = self._kept
-        if kept.must_start(batch_idx):
-            kept.is_started = True
+        training = self.fit.training
+        is_late = training.batches != [] and training.batches[0].index > 0  # a fit was resumed within an epoch
+        if not self.fit.has_started or (batch_idx == 0 and is_late):
+            self.fit.has_started = True
             with self.reporter.report_failure("cannot estimate the risk", "There is no estimate in this fit."):
-                self.fit_state.initial = self.fit_state.find_initial(self.initial_weights, _is_new(trainer))
-                check_number(trainer, self.num_training)
-                kept.start_training(trainer, pl_module, batch, batch_idx)
+                self._start(trainer, pl_module, batch, batch_idx)
         elif batch_idx == 0:  # a new epoch repeats the samples
-            kept.training.stop()
-        else:
+            training.complete()
+        elif training.wants(batch_idx):
             with self.reporter.report_failure("could not keep a training batch", "It is left out."):
-                kept.keep_training(pl_module, batch, batch_idx)
+                training.add(self._copy_training_batch(pl_module, batch, batch_idx))
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+    def _start(self, trainer: Trainer, module: LightningModule, batch: object, batch_idx: int) -> None:
+        """Keep the weights before training and the first batch, if its outputs and labels allow an estimate."""
+        fit = self.fit
+        if not fit.training.batches:
+            fit.start(module, self.initial_weights, _is_new(trainer))
+        check_number(trainer, self.num_training)
+        with isolated(module) as run, trainer.precision_plugin.val_step_context():
+            outputs = run(make_call(module, batch, self.inputs, self.outputs))
+        check_outputs(outputs, TASKS[self.task])
+        fit.output_shape = tuple(outputs.shape[1:])
+        kept = self._copy_training_batch(module, batch, batch_idx)
+        fit.training = KeptSamples(0, math.inf, math.ceil(NUM_TRAINING / trainer.world_size))
+        fit.training.add(kept)
+        fit.references = {}
+
+    def _copy_training_batch(self, module: LightningModule, batch: object, batch_idx: int) -> KeptBatch:
+        labels = select_labels(module, batch, self.targets, TASKS[self.task], self.fit.output_shape)
+        return self._copy_batch(module, batch, batch_idx, labels)
 
     # A validation
 
@@ -158,87 +205,94 @@ class RiskMonitor(Monitor):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fix n and w in the first validation, so that only the model can move the curve; every process comes here."""
         super().on_validation_start(trainer, pl_module)
-        state, kept = self.fit_state, self._kept
-        if self._is_measuring and kept.is_started and state.num_training is None:
-            state.num_training = count_labelled_samples(trainer, kept.training, self.num_training)
-            state.num_weights = sum(weight.numel() for weight in pl_module.parameters() if weight.requires_grad)
+        fit = self.fit
+        if self._is_measuring and fit.has_started:
+            fit.note_trained(pl_module)
+            if fit.num_training is None:
+                fit.num_training = count_labelled_samples(trainer, fit.training, self.num_training)
+                fit.num_weights = sum(weight.numel() for weight in pl_module.parameters() if weight.requires_grad)
 
     def keep(self, module: LightningModule, batch: object, batch_idx: int, samples: KeptSamples) -> None:
-        """Keep a validation batch if its samples are wanted, with its features and labels."""
-        if samples.is_complete:
-            return
-        super().keep(module, batch, batch_idx, samples)
-        if self.validation_labels:
-            self._kept.keep_labels(module, batch, batch_idx, samples)
-        kept = samples.find(batch_idx)  # another monitor may have kept it
-        if kept is not None:
-            self._kept.keep_features(module, batch, kept)
+        """Keep a validation batch if its samples are wanted, with its features, or if it has labels."""
+        labels = None
+        if self.num_labelled > 0 and not samples.is_complete:
+            task, shape = TASKS[self.task], self.fit.output_shape
+            labels = find_labels(module, batch, self.targets, task, shape, self.reporter)
+        if samples.wants(batch_idx, labels is not None):
+            samples.add(self._copy_batch(module, batch, batch_idx, labels))
 
-    def measured_with(self, samples: KeptSamples) -> list[KeptSamples]:
-        """Return the samples of a loader, more of them that have labels, and the training samples."""
-        return [samples, *self._kept.beside(samples)]
+    def _copy_batch(self, module: LightningModule, batch: object, batch_idx: int, labels: Tensor | None) -> KeptBatch:
+        """Copy a batch with its labels and features."""
+        kept = copy_batch(module, batch, batch_idx, self.inputs, self.outputs)
+        if labels is not None and len(labels) != kept.size:
+            message = f"`targets` should return a label for each of {kept.size} samples, got {len(labels)}."
+            raise MisconfigurationException(message + link_to("task"))
+        kept.labels = labels
+        kept.features = select_features(module, batch, self.features, kept.size)
+        return kept
 
     def measure(self, module: LightningModule, run: RunIsolated, samples: KeptSamples) -> RiskEstimate:
-        """Run the model and its twins on the kept samples of a loader, and the model on samples with labels."""
-        training = self._kept.training
-        if not training.groups and not self.reporter.is_strict:
-            raise MisconfigurationException(f"no training sample is kept yet.{see('no-estimate')}")
-        reference = self._kept.find_reference(samples)
+        """Run the model and its twins on the kept samples of a loader, and the model on training samples."""
+        if not self.fit.training.batches and not self.reporter.before_first_step:
+            raise MisconfigurationException(f"no training sample is kept yet.{link_to('no-estimate')}")
+        reference = self._find_reference(samples)
         metric = self._make_metric(module, samples.dataloader_idx, reference)
-        self._run_twins(module, run, samples, metric, reference)
-        for beside in self._kept.beside(samples):
-            update = metric.update_training if beside is training else metric.update_labels
-            for each in self._passes(beside, module, run):
-                for outputs, labels in each.group.labelled(each.outputs):
-                    update(outputs, labels)
+        self._measure_training(module, run, metric)
+        twins = self._make_twins(module, samples.dataloader_idx)
+        count = len(samples.batches)
+        predictions = _split(None if reference is None else reference.predictions, samples.batches)
+        for place, (batch, predicted) in enumerate(zip(samples.batches, predictions, strict=True)):
+            call = batch.call.to(module.device)
+            outputs = run(call)
+            if self.reporter.before_first_step:
+                check_outputs(outputs, TASKS[self.task])
+            baseline = run(call_with_batch_statistics, module, call) if has_batch_norm(module) else None
+            numbers = twin_numbers(place, count)
+            of_twins = (run(call_with_batch_statistics, module, call, twins.weights(number)) for number in numbers)
+            metric.update(outputs, of_twins, baseline_outputs=baseline, reference=predicted)
+            if batch.labels is not None:
+                metric.update_labels(outputs, batch.labels)
         return metric
 
-    def _run_twins(
-        self,
-        module: LightningModule,
-        run: RunIsolated,
-        samples: KeptSamples,
-        metric: RiskEstimate,
-        reference: Reference | None,
-    ) -> None:
-        """Run the model and its twins on the kept samples of a loader, and update its metric."""
-        initial = self.fit_state.weights_before_training()
-        self._warn_of_new(module, initial)
-        twins = TwinRunner(module, initial, run, samples, self.seed)
-        start = 0
-        for each in self._passes(samples, module, run):
-            stop = start + each.group.size
-            predictions = None if reference is None else reference.predictions[start:stop]
-            found = twins.run(each)
-            metric.update(each.outputs, found.twins, compared_with=found.compared_with, reference=predictions)
-            for outputs, labels in each.group.labelled(each.outputs):
-                metric.update_labels(outputs, labels)
-            start = stop
-
-    def _passes(self, samples: KeptSamples, module: LightningModule, run: RunIsolated) -> Iterator[Pass]:
-        """Yield the passes over some samples, after a check of their outputs."""
-        may_warn = samples is self._kept.training and not self.reporter.is_strict
-        for each in samples.passes(module, run):
-            check_outputs(each.outputs, TASKS[self.task])
-            may_warn = may_warn and may_be_probabilities(each.outputs)
-            for alone in each.checked:
-                joint = each.outputs[each.group.rows_of(alone.batches[0])]
-                check_agreement(joint, run(alone.call.to(module.device)), joint.dtype)
-            yield each
-        if may_warn:
+    def _measure_training(self, module: LightningModule, run: RunIsolated, metric: RiskEstimate) -> None:
+        """Run the model on kept training samples, and score it by their labels."""
+        may_be = []  # probabilities, by batch
+        for batch in spread(self.fit.training.batches, NUM_SCORED / module.trainer.world_size):
+            outputs = run(batch.call.to(module.device))
+            may_be.append(may_be_probabilities(outputs))
+            if batch.labels is not None:
+                metric.update_training(outputs, batch.labels)
+        if may_be and all(may_be) and not self.reporter.before_first_step:
             self.reporter.warn("arguments", IN_UNIT_INTERVAL)
 
+    def _find_reference(self, samples: KeptSamples) -> Reference | None:
+        """Fit the reference of a loader, once for the same training samples."""
+        fit, key = self.fit, (samples.dataloader_idx, self.fit.training.size)
+        if key not in fit.references and fit.training.batches and samples.batches:
+            num_outputs, has_features = math.prod(fit.output_shape or ()), self.features is not None
+            found = find_reference(fit.training, samples, num_outputs, TASKS[self.task], has_features, self.reporter)
+            fit.references = {other: each for other, each in fit.references.items() if other[0] != key[0]}
+            fit.references[key] = found
+        return fit.references.get(key)
+
     def _make_metric(self, module: LightningModule, dataloader_idx: int, reference: Reference | None) -> RiskEstimate:
-        state = self.fit_state
         with module.device:  # it determines the floating type of the metric
             return RiskEstimate(
                 self.task,
                 strength=TWIN_STRENGTH,
-                num_training=state.num_training,
-                num_weights=state.num_weights,
+                num_training=self.fit.num_training,
+                num_weights=self.fit.num_weights,
                 reference=reference,
-                calibration=state.calibrations.get(dataloader_idx),
+                calibration=self.fit.calibrations.get(dataloader_idx),
             )
+
+    def _make_twins(self, module: LightningModule, dataloader_idx: int) -> Twins:
+        initial = self.fit.initial_weights(module)
+        new = unknown_parameters(module, initial)
+        if new:
+            message = f"has no initial weights for {', '.join(new[:3])}: they count as entirely learned."
+            self.reporter.warn("initial-weights", message)
+        return Twins(module, initial, TWIN_STRENGTH, (self.seed, module.global_rank, dataloader_idx))
 
     # Values
 
@@ -247,49 +301,28 @@ class RiskMonitor(Monitor):
         metric: RiskEstimate = self.metrics[dataloader_idx]
         values = metric.compute()
         self.reporter.warn_of(metric.messages, dataloader_idx)
+        if self.num_labelled > 0 and "risk_num_labels" not in values:
+            self.reporter.warn("labels", f"found no label on dataloader {dataloader_idx}.", kind="none")
         if not bool(values["risk_estimate"].isfinite()):
             return {}
-        self.fit_state.calibrations[dataloader_idx] = metric.calibration
-        if dataloader_idx == 0:
-            self.fit_state.history.append(Measured.from_values(trainer.current_epoch, values))
-        return {name: value for name, value in values.items() if name not in _NOT_LOGGED}
+        self.fit.calibrations[dataloader_idx] = metric.calibration
+        result = ValidationResult.from_values(trainer.current_epoch, values)
+        self.fit.history.setdefault(dataloader_idx, []).append(result)
+        return values
 
-    def values_without_measurement(self, dataloader_idx: int) -> Mapping[str, float]:
+    def fallback_values(self, dataloader_idx: int) -> Mapping[str, float]:
         """Return the worst possible score, once, if a fit has no first value: EarlyStopping ends without one."""
-        if dataloader_idx in self.fit_state.calibrations:  # a value was logged
+        if dataloader_idx in self.fit.calibrations:  # a value was logged
             return {}
         message = "has no first value, and logs the worst possible score in its place, so that training continues."
         self.reporter.warn("failed", message, kind="first value")
-        self.fit_state.calibrations[dataloader_idx] = Calibration()
-        return {"risk_estimate": TASKS[self.task].max_score}
-
-    def _warn_of_new(self, module: LightningModule, initial: Mapping[str, Tensor]) -> None:
-        new = unknown_parameters(module, initial)
-        if new:
-            message = f"has no initial weights for {', '.join(new[:3])}: they count as entirely learned."
-            self.reporter.warn("initial-weights", message)
-
-    def forget_samples(self) -> None:
-        """Forget the kept validation samples, and what is kept beside them."""
-        super().forget_samples()
-        self._kept.forget_validation()
-
-    def _free(self) -> None:
-        """Free the kept training samples, too."""
-        super()._free()
-        self.fit_state.module = None
-        self._kept = self._new_samples()
-
-    def _new_samples(self) -> RiskSamples:
-        return RiskSamples(TASKS[self.task], self.inputs, self.outputs, self.targets, self.features, self.reporter)
+        self.fit.calibrations[dataloader_idx] = Calibration()
+        return dict.fromkeys(self.names[:2], TASKS[self.task].max_score)
 
 
-def _check_optional(initial_weights: object, num_training: object) -> None:
-    """Check arguments that may be None."""
-    is_mapping = isinstance(initial_weights, Mapping | None)
-    check_argument("initial_weights", initial_weights, is_mapping, "a state dict, as in a checkpoint, or None")
-    if num_training is not None:
-        check_int("num_training", num_training, 1)
+def _split(predictions: Tensor | None, batches: Sequence[KeptBatch]) -> Sequence[Tensor | None]:
+    """Split predictions for all samples into those for each batch."""
+    return [None] * len(batches) if predictions is None else torch.split(predictions, [b.size for b in batches])
 
 
 def _is_new(trainer: Trainer) -> bool:

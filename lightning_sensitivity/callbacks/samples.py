@@ -1,74 +1,55 @@
-"""The samples that a monitor measures in every validation: kept once, on the CPU, and joined into a few large calls."""
+"""The samples that a monitor measures in every validation: whole batches of a loader, kept once, on the CPU."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.memory import is_oom_error
 from torch import Tensor, nn
 
 from lightning_sensitivity import compat
-from lightning_sensitivity.callbacks.groups import Group, KeptBatch, can_join, join_groups
-from lightning_sensitivity.model import ModelCall
-from lightning_sensitivity.model.batches import tensors_in
-from lightning_sensitivity.model.isolation import RunIsolated
+from lightning_sensitivity.arguments import Selector
+from lightning_sensitivity.functional.tasks import has_ignored_value
+from lightning_sensitivity.model import ModelCall, isolated
 
 MAX_BYTES = 2**29  # of the validation samples that a process keeps, and as much again for its training samples
-MAX_ELEMENTS = 2**20  # in the largest tensor of a joint pass, so that it fits into a cache
-_MAX_SHARED = 2**22  # elements of clean outputs that are shared by monitors
 
 
-class Pass(NamedTuple):
-    """Hold a group that is being measured.
+@dataclass(eq=False)
+class KeptBatch:
+    """Hold a batch as it came from the loader, on the CPU.
 
     Attributes:
-        group: The group.
-        call: Its call, on the device of the module.
-        outputs: Its clean outputs.
-        checked: Those of its batches that are also run by themselves, to see whether the joint call is right.
+        index: Its index in its loader.
+        call: The call of the model on it.
+        size: Its number of samples.
+        labels: Its labels; None if it has none, or none are wanted.
+        features: What the user's function returns for the reference, ``(N, D)``; None without one.
     """
 
-    group: Group
+    index: int
     call: ModelCall
-    outputs: Tensor
-    checked: list[Group]
-
-    def can_split(self) -> bool:
-        """Return whether the call can be made on a part of the samples."""
-        return len(self.outputs) == self.group.size and self.call.layout() is not None
-
-
-class JointPassError(Exception):
-    """A batch gives other outputs by itself than together with others."""
+    size: int
+    labels: Tensor | None = None
+    features: Tensor | None = None
 
 
 class KeptSamples:
-    """Keep whole batches of a loader.
-
-    They are evenly spaced, since data may be sorted, or the first ones of a stream.
+    """Keep whole batches of a loader, evenly spaced, since data may be sorted; of a stream, the first ones.
 
     Args:
         dataloader_idx: The index of the loader.
         num_batches: Number of batches of the loader; inf if it is unknown, or to keep the first ones.
         num_wanted: How many samples to keep in this process; inf for all.
+        num_labelled: How many samples with labels to keep first, wherever they are.
         max_bytes: How many bytes the samples may take.
-        is_growing: Whether more batches may come after the first validation, as in training.
 
     Attributes:
-        size: Number of samples.
-        num_batches: Number of batches of the loader.
-        max_bytes: How many bytes the samples may take.
-        groups: The batches: one group each until :meth:`complete` joins them.
-        is_complete: Whether no more batches are kept.
+        batches: The batches, in the order of the loader.
+        is_complete: Whether no more batches are wanted.
         is_truncated: Whether samples were left out for lack of memory.
-        can_regroup: Whether samples may be measured in other groups than the batches that they came in.
-        has_worked: Whether they have been measured in their present groups.
     """
 
     def __init__(
@@ -76,209 +57,133 @@ class KeptSamples:
         dataloader_idx: int,
         num_batches: float,
         num_wanted: float,
+        num_labelled: float = 0,
         max_bytes: float = MAX_BYTES,
-        is_growing: bool = False,
     ) -> None:
         self.dataloader_idx = dataloader_idx
-        self.size = 0
-        self.groups: list[Group] = []
-        self.is_complete = False
+        self.batches: list[KeptBatch] = []
+        self.is_complete = num_wanted == 0
         self.is_truncated = False
-        self.can_regroup = True
-        self.has_worked = False
-        self.num_batches = num_batches
+        self._num_batches = num_batches
         self._num_wanted = num_wanted
-        self.max_bytes = max_bytes
-        self._is_growing = is_growing
+        self._num_labelled = num_labelled
+        self._max_bytes = max_bytes
         self._chosen: set[int] | None = None  # indices of batches; None for every batch, until there are enough
-        self._batches: dict[int, KeptBatch] = {}  # by index, in the order of their samples
-        self._num_bytes = 0
-        self._num_checked = 0  # times that batches were run by themselves
-        self._clean: dict[int, Tensor] = {}  # outputs of this validation, by the place of the group
+        self._num_seen, self._stride = 0, 1  # of batches with labels, only every so-manieth is kept
 
     @property
-    def batches(self) -> list[KeptBatch]:
-        """The kept batches, in the order of their samples."""
-        return list(self._batches.values())
+    def size(self) -> int:
+        """Number of samples."""
+        return _count(self.batches)
 
-    # The first validation: collect
-
-    def wants(self, batch_idx: int) -> bool:
+    def wants(self, batch_idx: int, has_labels: bool = False) -> bool:
         """Return whether to keep a batch."""
-        if self.is_complete or batch_idx in self._batches:
+        if self.is_complete:
             return False
+        if has_labels and self._num_labelled > 0:
+            return True
         is_chosen = self._chosen is None or batch_idx in self._chosen
-        return is_chosen and not self._has_enough()
+        return is_chosen and _count(self._with_labels(False)) < self._num_wanted
 
-    def find(self, batch_idx: int) -> KeptBatch | None:
-        """Return the kept batch of an index; None if it is not kept."""
-        return self._batches.get(batch_idx)
-
-    def stop(self) -> None:
-        """Want no more batches, since they would repeat samples."""
-        self._num_wanted = 0
-
-    def add(self, group: Group) -> None:
+    def add(self, batch: KeptBatch) -> None:
         """Keep a batch, unless it is empty or too large; the size of the first one decides which others are kept."""
-        num_bytes = group.call.num_bytes
-        if group.size == 0:
+        if batch.size == 0 or not self._takes_labels_of(batch):
             return
-        if not self.groups:
-            self._choose(group.size, num_bytes)
-        elif self._num_bytes + num_bytes > self.max_bytes:
-            self.is_truncated = True
-            self.stop()
+        num_bytes = sum(each.call.num_bytes for each in self.batches)
+        if not self.batches:
+            self._choose(batch.size, batch.call.num_bytes)
+        elif num_bytes + batch.call.num_bytes > self._max_bytes:
+            self.is_truncated = self.is_complete = True
             return
-        self._num_bytes += num_bytes
-        self.size += group.size
-        self._batches.update({batch.index: batch for batch in group.batches})
-        self.groups.append(group)
+        self.batches.append(batch)
+        labelled = self._with_labels(True)
+        if _count(labelled) > 2 * self._num_labelled:  # a loader may have labels everywhere
+            self.batches = [batch for batch in self.batches if batch not in labelled[1::2]]
+            self._stride *= 2
 
-    def _has_enough(self) -> bool:
-        return self.size >= self._num_wanted
+    def _takes_labels_of(self, batch: KeptBatch) -> bool:
+        """Count a batch with labels, and return whether it is its turn; the others are always taken."""
+        if self._num_labelled == 0 or batch.labels is None:
+            return True
+        self._num_seen += 1
+        return (self._num_seen - 1) % self._stride == 0
+
+    def complete(self) -> None:
+        """Want no more batches, and keep as few as are wanted: those with labels first."""
+        self.is_complete = True
+        labelled, others = spread(self._with_labels(True), self._num_labelled), self._with_labels(False)
+        if labelled:
+            others = spread(others, self._num_wanted - _count(labelled))
+        self.batches = sorted(labelled + others, key=lambda batch: batch.index)
+
+    def _with_labels(self, has_labels: bool) -> list[KeptBatch]:
+        is_wanted = self._num_labelled > 0
+        return [batch for batch in self.batches if (is_wanted and batch.labels is not None) == has_labels]
 
     def _choose(self, size: int, num_bytes: int) -> None:
         """Choose batches by the size of the first one."""
-        num_chosen = min(self.num_batches, self._num_wanted / size)
-        num_possible = max(1, self.max_bytes // max(1, num_bytes))
+        num_chosen = min(self._num_batches, self._num_wanted / size)
+        num_possible = max(1, self._max_bytes // max(1, num_bytes))
         if num_possible < num_chosen < math.inf:
             self.is_truncated = True
             num_chosen = num_possible
-        if self.num_batches < math.inf:
-            count, chosen = int(self.num_batches), math.ceil(num_chosen)
-            self._chosen = {-(-index * count // chosen) for index in range(chosen)}
-
-    def complete(self, module: LightningModule, run: RunIsolated) -> None:
-        """Keep no more batches, and join those that are kept; growing samples must be enough.
-
-        Args:
-            module: The module.
-            run: Runs the module and leaves no trace.
-        """
-        if self.is_complete or not self.groups or (self._is_growing and not self._has_enough()):
-            return
-        self.is_complete = True
-        if self.can_regroup:
-            first = self.groups[0]
-            num_elements = run(_largest_tensor, module, first.call.to(module.device))
-            self.groups = _join_all(self.groups, max_samples=MAX_ELEMENTS * first.size / num_elements)
-            self.has_worked = False
-
-    # Every validation: run
-
-    def passes(self, module: LightningModule, run: RunIsolated) -> Iterator[Pass]:
-        """Yield the groups with their clean outputs, which monitors share with the samples.
-
-        Args:
-            module: The module.
-            run: Runs the module and leaves no trace.
-        """
-        to_check = self._batches_to_check()
-        for place, group in enumerate(self.groups):
-            call = group.call.to(module.device)
-            checked = [group.alone(batch) for batch in group.batches if batch in to_check]
-            yield Pass(group, call, self._clean_outputs(run, place, call), checked)
-
-    def _clean_outputs(self, run: RunIsolated, place: int, call: ModelCall) -> Tensor:
-        if place not in self._clean:
-            outputs = run(call)
-            if sum(each.numel() for each in self._clean.values()) + outputs.numel() > _MAX_SHARED:
-                return outputs
-            self._clean[place] = outputs
-        return self._clean[place]
-
-    def _batches_to_check(self) -> set[KeptBatch]:
-        """Choose the joined batches that are also run by themselves: all at first, then one each time."""
-        joined = [batch for group in self.groups if len(group.batches) > 1 for batch in group.batches]
-        self._num_checked += 1
-        if self._num_checked > 1 and joined:
-            return {joined[-self._num_checked % len(joined)]}
-        return set(joined)
-
-    def separate(self) -> None:
-        """Measure each batch by itself from now on."""
-        self.can_regroup = False
-        self.groups = [group.alone(batch) for group in self.groups for batch in group.batches]
-        self.forget_outputs()
-
-    def forget_outputs(self) -> None:
-        """Free the clean outputs of this validation."""
-        self._clean = {}
+        if self._num_batches < math.inf:
+            self._chosen = set(_evenly_spaced(int(self._num_batches), math.ceil(num_chosen)))
 
 
-def keep_validation_samples(trainer: Trainer, num_samples: int | None) -> list[KeptSamples]:
+def _count(batches: Sequence[KeptBatch]) -> int:
+    """Count the samples of batches."""
+    return sum(batch.size for batch in batches)
+
+
+def count_labels(batches: Sequence[KeptBatch]) -> int:
+    """Count the samples of batches that have a label that is not ignored."""
+    labels = [batch.labels for batch in batches if batch.labels is not None]
+    return sum(int((~has_ignored_value(each)[:, None].flatten(1).any(1)).sum()) for each in labels)
+
+
+def spread(batches: Sequence[KeptBatch], num_samples: float) -> list[KeptBatch]:
+    """Choose evenly spaced batches that hold a number of samples, or a little more."""
+    count, size = len(batches), _count(batches)
+    num_chosen = count if size <= num_samples or size == 0 else math.ceil(max(0, num_samples) * count / size)
+    return [batches[index] for index in _evenly_spaced(count, num_chosen)]
+
+
+def _evenly_spaced(count: int, num_chosen: int) -> list[int]:
+    """Choose some of the numbers from 0 to ``count`` - 1."""
+    return [-(-index * count // num_chosen) for index in range(num_chosen)]
+
+
+def keep_validation_samples(trainer: Trainer, num_samples: int | None, num_labelled: int) -> list[KeptSamples]:
     """Prepare to keep samples of each validation loader.
 
     Args:
         trainer: The Trainer, at the start of a validation.
         num_samples: How many samples of each loader, over all processes; None for all.
+        num_labelled: How many samples with labels to keep first, over all processes.
     """
     counts = compat.num_batches(trainer)
     num_wanted = math.inf if num_samples is None else num_samples / trainer.world_size
     max_bytes = MAX_BYTES / max(1, len(counts))
-    return [KeptSamples(index, count, num_wanted, max_bytes) for index, count in enumerate(counts)]
+    num_labelled_here = num_labelled / trainer.world_size
+    return [KeptSamples(i, count, num_wanted, num_labelled_here, max_bytes) for i, count in enumerate(counts)]
 
 
-def check_agreement(joint: Tensor, alone: Tensor, dtype: torch.dtype) -> None:
-    """Raise JointPassError if a batch gives something else by itself than in a joint pass, rounding aside.
-
-    Args:
-        joint: What the joint pass gave for the samples of the batch, ``(N, ...)``.
-        alone: What a pass on the batch gave.
-        dtype: The type of the outputs, which determines how much rounding there is.
-    """
-    tolerance = {torch.float64: 1e-6, torch.float32: 1e-2}.get(dtype, 0.5)
-    has_same_shape = joint.shape == alone.shape
-    if has_same_shape:
-        is_finite = bool((joint.isfinite() == alone.isfinite()).all())
-        joint, alone = joint.nan_to_num(0, 0, 0), alone.nan_to_num(0, 0, 0)
-        difference, scale = (joint - alone).abs().amax(0), alone.abs().amax(0)
-        if is_finite and bool((difference <= tolerance * scale).all()):
-            return
-    raise JointPassError("Samples influence each other in a joint pass")
+def make_call(module: nn.Module, batch: object, inputs: Selector | None, outputs: Selector | None) -> ModelCall:
+    """Make the call on a batch, in isolation if the user's function may draw random numbers."""
+    if inputs is None:
+        return ModelCall(module, batch, inputs, outputs)
+    with isolated(module) as run:
+        return run(ModelCall, module, batch, inputs, outputs)
 
 
-def may_be_of_joint_calls(error: Exception, kept: Sequence[KeptSamples]) -> bool:
-    """Return whether an error may be due to joint calls: not if these have worked, unless the error is of their kind.
-
-    Args:
-        error: What has been raised when samples were measured.
-        kept: The samples.
-    """
-    if isinstance(error, Warning | MisconfigurationException) or not any(each.can_regroup for each in kept):
-        return False
-    is_of_their_kind = isinstance(error, JointPassError) or is_oom_error(error)
-    return is_of_their_kind or not all(each.has_worked for each in kept)
-
-
-def _join_all(groups: list[Group], max_samples: float) -> list[Group]:
-    """Join neighbours into as few groups as possible."""
-    joined, size = [groups[:1]], groups[0].size
-    for group in groups[1:]:
-        size += group.size
-        if size <= max_samples and can_join(joined[-1][-1], group):
-            joined[-1].append(group)
-        else:
-            joined.append([group])
-            size = group.size
-    return list(map(join_groups, joined))
-
-
-def _largest_tensor(model: nn.Module, call: ModelCall) -> int:
-    """Run the model, and count the elements of the largest tensor that it gets or that one of its layers returns."""
-    largest = _num_elements([call.args, call.kwargs])
-
-    def note(module: nn.Module, args: object, result: object) -> None:
-        nonlocal largest
-        largest = max(largest, _num_elements(result))
-
-    with ExitStack() as hooks:
-        for module in model.modules():
-            if not list(module.children()):
-                hooks.enter_context(module.register_forward_hook(note))
-        outputs = call()
-    return max(1, largest, outputs.numel())
-
-
-def _num_elements(value: object) -> int:
-    return max((tensor.numel() for tensor in tensors_in(value) if not tensor.is_nested), default=0)
+def copy_batch(
+    module: LightningModule, batch: object, batch_idx: int, inputs: Selector | None, outputs: Selector | None
+) -> KeptBatch:
+    """Copy a batch to the CPU; its outputs show its size if its inputs do not, as with graphs."""
+    call = make_call(module, batch, inputs, outputs)
+    size = call.size
+    if size == 0:
+        with isolated(module) as run, module.trainer.precision_plugin.val_step_context():
+            size = len(run(call))
+    return KeptBatch(batch_idx, call.copy_to_cpu(), size)

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import partial
-
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from lightning_sensitivity.arguments import Selector, check_argument, check_bool, check_int, see
+from lightning_sensitivity.arguments import Selector, check_argument, check_bool, check_int, link_to
 from lightning_sensitivity.callbacks.checks import IN_UNIT_INTERVAL
-from lightning_sensitivity.callbacks.groups import Group
 from lightning_sensitivity.callbacks.monitor import Monitor
-from lightning_sensitivity.callbacks.samples import KeptSamples, check_agreement
-from lightning_sensitivity.functional.sensitivity import sensitivity_rows
+from lightning_sensitivity.callbacks.samples import KeptSamples
 from lightning_sensitivity.functional.tensors import are_log_probabilities, are_probabilities, may_be_probabilities
 from lightning_sensitivity.metric import OutputSensitivity
-from lightning_sensitivity.model import ModelCall, Noise
+from lightning_sensitivity.model import Noise
 from lightning_sensitivity.model.isolation import RunIsolated
 from lightning_sensitivity.model.noise import check_noise, noisy_outputs, submodule
 
@@ -97,28 +92,19 @@ class SensitivityMonitor(Monitor):
         """Run the model on the kept samples of a loader, clean and with noise."""
         with module.device:  # it determines the floating type of the metric
             metric = _QuietSensitivity(self.per_output)
-        noisy = partial(self._noisy_outputs, module, run, samples.dataloader_idx)
-        may_be = []  # probabilities, by group
-        for group, call, clean, checked in samples.passes(module, run):
+        at = None if self.at is None else submodule(module, self.at)
+        may_be = []  # probabilities, by batch
+        for batch in samples.batches:
+            call = batch.call.to(module.device)
+            clean = run(call)
             may_be.append(self._check_outputs(clean))
-            metric.update(clean, noisy(group, call))
-            for alone in checked:
-                call = alone.call.to(module.device)
-                rows = sensitivity_rows(run(call), noisy(alone, call))
-                check_agreement(metric.rows[-1][group.rows_of(alone.batches[0])], rows, clean.dtype)
+            key = self.seed, module.global_rank, samples.dataloader_idx, batch.index
+            metric.update(clean, noisy_outputs(run, call, self._noise, key, self.num_draws, at))
         # Before training, all outputs of a small head may lie in [0, 1] by chance.
-        is_untrained = self.reporter.is_strict and module.trainer.state.fn == TrainerFn.FITTING
+        is_untrained = self.reporter.before_first_step and module.trainer.state.fn == TrainerFn.FITTING
         if may_be and all(may_be) and not is_untrained:
             self.reporter.warn("arguments", IN_UNIT_INTERVAL)
         return metric
-
-    def _noisy_outputs(
-        self, module: LightningModule, run: RunIsolated, dataloader_idx: int, group: Group, call: ModelCall
-    ) -> Iterator[Tensor]:
-        """Yield the outputs for each noise draw; each batch has noise of its own."""
-        at = None if self.at is None else submodule(module, self.at)
-        keys = [(self.seed, module.global_rank, dataloader_idx, batch.index) for batch in group.batches]
-        return noisy_outputs(run, call, self._noise, keys, self.num_draws, at)
 
     def compute_values(self, trainer: Trainer, dataloader_idx: int) -> dict[str, Tensor]:
         """Compute the sensitivity of a loader over all processes."""
@@ -135,10 +121,10 @@ class SensitivityMonitor(Monitor):
         """Return whether outputs may be probabilities, whose class average means something else; refuse clear ones."""
         if self.per_output:
             return False
-        if self.reporter.is_strict and (are_probabilities(outputs) or are_log_probabilities(outputs)):
+        if self.reporter.before_first_step and (are_probabilities(outputs) or are_log_probabilities(outputs)):
             raise MisconfigurationException(
                 "logits are needed, got (log-)probabilities: select logits with `outputs=`, or use `per_output=True`."
-                f"{see('arguments')}"
+                f"{link_to('arguments')}"
             )
         return may_be_probabilities(outputs)
 

@@ -1,115 +1,148 @@
-"""What a RiskMonitor must remember in a fit, also when the fit is resumed from a checkpoint."""
+"""What a RiskMonitor knows of a fit, also when the fit is resumed from a checkpoint."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_sensitivity.arguments import see
-from lightning_sensitivity.callbacks.closing import Measured
-from lightning_sensitivity.functional.reference import Calibration
+from lightning_sensitivity.arguments import link_to
+from lightning_sensitivity.callbacks.samples import KeptSamples
+from lightning_sensitivity.functional.reference import Calibration, Reference
 from lightning_sensitivity.model.twins import copy_weights
 
+TERMS = ("claim", "overconfidence", "memorization", "variance")  # of the estimate without a reference
 
-@dataclass
-class FitState:
-    """Hold what is fixed at the start of a fit, and what its validations have shown.
+
+class ValidationResult(NamedTuple):
+    """Hold what a validation has shown.
 
     Attributes:
-        module: The module, during a run.
-        initial: The parameters before training, on the CPU; None if they are not known yet.
+        epoch: The epoch.
+        risk_criterion: The criterion.
+        risk_estimate: The estimate, combined with any validation labels.
+        by_twins: The estimate without the reference and without labels.
+        by_reference: The reference's; nan without one, or if it has no weight.
+    """
+
+    epoch: int
+    risk_criterion: float
+    risk_estimate: float
+    by_twins: float
+    by_reference: float
+
+    @classmethod
+    def from_values(cls, epoch: int, values: Mapping[str, Tensor]) -> ValidationResult:
+        """Take what is needed from the values of a :class:`~lightning_sensitivity.RiskEstimate`."""
+        by_twins = sum(float(values[f"risk_{term}"]) for term in TERMS)
+        has_weight = values.get("risk_reference_weight", 0) > 0
+        by_reference = float(values["risk_reference"]) if has_weight else math.nan
+        return cls(epoch, float(values["risk_criterion"]), float(values["risk_estimate"]), by_twins, by_reference)
+
+
+class FitRecord:
+    """Hold what is fixed at the start of a fit, what is kept, and what its validations have shown.
+
+    Attributes:
+        initial: The parameters before training, on the CPU; empty before the first step.
+        untrained: Names of the parameters that are frozen and as they were before training.
         num_training: n, the number of labelled training samples; None before the first validation.
         num_weights: w, the number of weights that are trained; None before the first validation.
         calibrations: Calibration of the reference, by loader.
-        history: What each validation has shown on the first loader.
+        history: What each validation has shown, by loader.
+        has_started: Whether this run has had a training batch; this and what follows is not saved.
+        output_shape: The shape of the outputs for a sample; None before the first training batch.
+        training: Training samples with labels.
+        references: References, by loader and number of training samples; None if there can be none.
     """
 
-    module: nn.Module | None = None
-    initial: dict[str, Tensor] | None = None
-    num_training: int | None = None
-    num_weights: int | None = None
-    calibrations: dict[int, Calibration] = field(default_factory=dict)
-    history: list[Measured] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.initial: dict[str, Tensor] = {}
+        self.untrained: set[str] = set()
+        self.num_training: int | None = None
+        self.num_weights: int | None = None
+        self.calibrations: dict[int, Calibration] = {}
+        self.history: dict[int, list[ValidationResult]] = {}
+        self.has_started = False
+        self.output_shape: tuple[int, ...] | None = None
+        self.training = KeptSamples(0, num_batches=math.inf, num_wanted=0)  # wants none until the fit has started
+        self.references: dict[tuple[int, int], Reference | None] = {}
 
-    def parameters(self) -> dict[str, Tensor]:
-        """Return the current parameters by name; none outside of a run."""
-        return {} if self.module is None else dict(self.module.named_parameters())
-
-    def weights_before_training(self) -> dict[str, Tensor]:
-        """Return the parameters before training; before the first step, those in the module."""
-        return copy_weights(self.parameters()) if self.initial is None else self.initial
-
-    def find_initial(self, given: Mapping[str, Tensor] | None, is_new: bool) -> dict[str, Tensor]:
-        """Find the parameters from before training, at the first step of a fit.
+    def start(self, module: nn.Module, given: Mapping[str, Tensor] | None, is_new: bool) -> None:
+        """Keep the parameters from before training, at the first step of a fit.
 
         Args:
+            module: The module.
             given: Those that the user gives.
             is_new: Whether nothing was trained before this fit.
 
         Raises:
             MisconfigurationException: If they are unknown, or the given ones are not those of the module.
         """
-        if given is None and self.initial is None and not is_new:
-            raise MisconfigurationException(
-                "the weights from before training are unknown, since the checkpoint has none: pass "
-                f"`initial_weights=`.{see('initial-weights')}"
-            )
-        weights = None if given is None else copy_weights(given)
-        if weights is not None and self.parameters().keys().isdisjoint(weights):
+        parameters = dict(module.named_parameters())
+        if given is not None and parameters.keys().isdisjoint(given):
             raise MisconfigurationException(
                 "`initial_weights` should name parameters of the module, as a `['state_dict']` does, but names none."
-                f"{see('initial-weights')}"
+                f"{link_to('initial-weights')}"
             )
-        return self.weights_before_training() if weights is None else weights
+        if given is None and not self.initial and not is_new:
+            raise MisconfigurationException(
+                "the weights from before training are unknown, since the checkpoint has none: pass "
+                f"`initial_weights=`.{link_to('initial-weights')}"
+            )
+        # Those that were not trained are not saved.
+        self.initial = copy_weights(parameters) | self.initial if given is None else copy_weights(given)
+        frozen = {name: weight for name, weight in parameters.items() if not weight.requires_grad}
+        self.untrained = {name for name, weight in frozen.items() if _is_equal(self.initial.get(name), weight)}
+
+    def note_trained(self, module: nn.Module) -> None:
+        """Note which parameters are trained by now: layers may be unfrozen."""
+        self.untrained -= {name for name, weight in module.named_parameters() if weight.requires_grad}
+
+    def initial_weights(self, module: nn.Module) -> dict[str, Tensor]:
+        """Return the parameters before training that training may have changed, on the device of the module."""
+        device = next((weight.device for weight in module.parameters()), torch.device("cpu"))
+        initial = self.initial
+        if not self.has_started:  # frozen weights are not saved
+            initial = copy_weights(dict(module.named_parameters())) | initial
+        return {name: weight.to(device) for name, weight in initial.items() if name not in self.untrained}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for a checkpoint, with those initial parameters that training has changed."""
-        initial, current = self.initial, self.parameters()
-        if initial is not None:
-            initial = {name: weight for name, weight in initial.items() if not _is_equal(weight, current.get(name))}
+        """Return plain values for a checkpoint, without weights that were not trained."""
         return {
-            "initial_weights": initial,
+            "initial_weights": {name: weight for name, weight in self.initial.items() if name not in self.untrained},
             "num_training": self.num_training,
             "num_weights": self.num_weights,
             "calibrations": {index: tuple(calibration) for index, calibration in self.calibrations.items()},
-            "history": [tuple(measured) for measured in self.history],
+            "history": {index: list(map(tuple, results)) for index, results in self.history.items()},
         }
 
     @classmethod
-    def from_dict(cls, state: Mapping[str, Any], module: nn.Module | None) -> FitState:
+    def from_dict(cls, state: Mapping[str, Any]) -> FitRecord:
         """Read what :meth:`to_dict` has written.
-
-        Args:
-            state: What was written.
-            module: The module of the resumed run, with the weights of the checkpoint.
 
         Raises:
             MisconfigurationException: If something else is there.
         """
+        record = cls()
         try:
-            weights, n, w = state["initial_weights"], state["num_training"], state["num_weights"]
-            found = cls(
-                module=module,
-                num_training=None if n is None else int(n),
-                num_weights=None if w is None else int(w),
-                calibrations={int(i): Calibration(*map(float, each)) for i, each in state["calibrations"].items()},
-                history=[Measured(int(epoch), float(value), float(z)) for epoch, value, z in state["history"]],
-            )
-            if weights is not None:  # those that training has not changed are not saved
-                found.initial = copy_weights(found.parameters()) | copy_weights(weights)
-            return found
+            record.initial = dict(state["initial_weights"])
+            record.num_training, record.num_weights = state["num_training"], state["num_weights"]
+            record.calibrations = {index: Calibration(*values) for index, values in state["calibrations"].items()}
+            for index, results in state["history"].items():
+                record.history[index] = [ValidationResult(*values) for values in results]
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise MisconfigurationException(
                 "`RiskMonitor` cannot read its state in the checkpoint, which another version may have saved: "
                 f"{type(error).__name__}: {error}. Remove it from `checkpoint['callbacks']`, and pass "
-                f"`initial_weights=`.{see('initial-weights')}"
+                f"`initial_weights=`.{link_to('initial-weights')}"
             ) from error
+        return record
 
 
-def _is_equal(initial: Tensor, current: Tensor | None) -> bool:
-    return current is not None and torch.equal(initial, current.detach().cpu())
+def _is_equal(initial: Tensor | None, weight: Tensor) -> bool:
+    return initial is not None and torch.equal(initial, weight.detach().cpu())

@@ -6,13 +6,11 @@ import torch
 from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from lightning_sensitivity import compat
-from lightning_sensitivity.arguments import see
-from lightning_sensitivity.callbacks.samples import KeptSamples
-from lightning_sensitivity.functional.tasks import has_ignored_value
+from lightning_sensitivity.arguments import link_to
+from lightning_sensitivity.callbacks.samples import KeptSamples, count_labels
 
 
 def count_training_samples(trainer: Trainer, batch_size: int) -> int | None:
@@ -42,7 +40,7 @@ def check_number(trainer: Trainer, num_training: int | None) -> None:
     if num_training is None and count_training_samples(trainer, batch_size=1) is None:
         raise MisconfigurationException(
             "the number of different training samples is unknown, since the loader is a stream or there are several: "
-            f"set `num_training=`.{see('num-training')}"
+            f"set `num_training=`.{link_to('num-training')}"
         )
 
 
@@ -57,16 +55,10 @@ def count_labelled_samples(trainer: Trainer, kept: KeptSamples, num_training: in
     Returns:
         The number, 1 or more; None if no process has kept any samples.
     """
-    labels = [batch.labels for batch in kept.batches if batch.labels is not None]
-    counts = torch.tensor([sum(map(_num_labelled, labels)), kept.size], dtype=torch.float32)
+    counts = torch.tensor([count_labels(kept.batches), kept.size], dtype=torch.float32)
     counts = counts.to(trainer.strategy.root_device)
     num_labelled, num_kept = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
     if num_kept == 0:
         return None
     size = num_training or count_training_samples(trainer, kept.batches[0].size if kept.batches else 1) or 1
     return max(1, int(size * num_labelled / num_kept + 0.5))
-
-
-def _num_labelled(labels: Tensor) -> int:
-    """Count the samples of a batch that are scored: those without an ignored label."""
-    return int((~has_ignored_value(labels)[:, None].flatten(1).any(1)).sum())

@@ -1,8 +1,9 @@
 """Pure functions on tensors: no model, no state, no Lightning."""
 
 from lightning_sensitivity.functional.features import bags_of_words, principal_components
+from lightning_sensitivity.functional.noise import estimate_noise
 from lightning_sensitivity.functional.reference import Calibration, Reference, fit_reference, reference_weight
-from lightning_sensitivity.functional.risk import RiskTerms, risk_estimate, variance_factor
+from lightning_sensitivity.functional.risk import RiskTerms, variance_factor
 from lightning_sensitivity.functional.sensitivity import loss_estimate, output_sensitivity
 
 __all__ = [
@@ -10,11 +11,11 @@ __all__ = [
     "Reference",
     "RiskTerms",
     "bags_of_words",
+    "estimate_noise",
     "fit_reference",
     "loss_estimate",
     "output_sensitivity",
     "principal_components",
     "reference_weight",
-    "risk_estimate",
     "variance_factor",
 ]

@@ -1,4 +1,4 @@
-"""Compare predictions of models: with labels, and with what all models predict together."""
+"""Compare the predictions of models with what all of them predict together."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_sensitivity.functional.tasks import TASKS
 from lightning_sensitivity.functional.tensors import are_probabilities, by_position, wide_dtype
 
 
@@ -18,19 +17,6 @@ def log_probabilities(clean: Tensor, task: str) -> Tensor:
     if task == "multiclass":
         return logits.log_softmax(1)[:, None]
     return torch.stack([torch.zeros_like(logits), logits], 2).log_softmax(2)
-
-
-def sum_labels(log_p: Tensor, clean: Tensor, targets: Tensor, task: str) -> Tensor:
-    """Sum up the losses and wrong predictions of a batch, and count its labels: ``(1, 3)``."""
-    kind = TASKS[task]
-    kind.check(clean, targets)
-    y, counts = kind.target_probabilities(kind.probabilities(clean), targets)
-    y = by_position(y).to(log_p)
-    labels = y[:, None] if task == "multiclass" else torch.stack([1 - y, y], 2)
-    losses = -(labels * log_p).sum(2).mean(1)
-    errors = _expected_errors(log_p, labels)
-    of_each = torch.stack([losses, errors, torch.ones_like(losses)]) * counts.reshape(losses.shape)
-    return of_each.sum((1, 2)).cpu().double()[None]
 
 
 def _expected_errors(log_p: Tensor, labels: Tensor) -> Tensor:

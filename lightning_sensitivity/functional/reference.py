@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_sensitivity.functional.noise import estimate_noise
 from lightning_sensitivity.functional.sums import AgreementSums
 from lightning_sensitivity.functional.tasks import Task, find_task
 
@@ -15,6 +16,7 @@ _WEIGHT = 2.0  # of a good reference that knows all training samples
 _NO_SKILL, _NO_SKILL_PER_SAMPLE = 0.01, 1.5  # permuted labels reach 0.013, and more if there are under 150 samples
 _SKILL_RANGE = 0.02  # from no weight to full weight
 _CAUTIOUS, _CAUTION_RANGE = 1.30, 0.15  # of the claim over the score: where it has no weight, and up from full weight
+NOISY = 0.05  # share of labels that look wrong
 _MAX_FACTOR = 3.0  # of the agreement
 _CLEAR = 0.15  # share of the largest agreement so far
 _MIN_AGREEMENT = 1e-4  # a network that has not moved agrees with nothing
@@ -30,7 +32,8 @@ class Reference(NamedTuple):
         score: The leave-one-out Brier score of the reference on its training samples.
         chance: The score of ``shares`` as the prediction for each of them.
         claim: The score that it would have if its leave-one-out predictions were right.
-        num_samples: How many training samples it knows.
+        noise: The share of labels that look wrong, by :func:`estimate_noise`; nan for ``"multilabel"``.
+        leave_one_out: Probabilities for each training sample by a fit without it, ``(N, K)``.
     """
 
     predictions: Tensor
@@ -38,7 +41,13 @@ class Reference(NamedTuple):
     score: float
     chance: float
     claim: float
-    num_samples: int
+    noise: float
+    leave_one_out: Tensor
+
+    @property
+    def num_samples(self) -> int:
+        """The number of training samples that it knows."""
+        return len(self.leave_one_out)
 
     @property
     def skill(self) -> float:
@@ -97,8 +106,9 @@ def fit_reference(features: Tensor, labels: Tensor, new_features: Tensor, task: 
         0.528
     """
     kind = find_task(task)
-    x, new_x = _checked_features(features, new_features)
-    y = _checked_labels(labels, len(x), kind)
+    x, new_x, y = (each.detach().cpu().double() for each in (features, new_features, labels))
+    y = y.reshape(-1, 1) if task == "binary" else y
+    _check_samples(x, new_x, y, kind)
     shares = y.mean(0)
     residuals = y - shares
     distances = _squared_distances(x, x)
@@ -114,13 +124,15 @@ def fit_reference(features: Tensor, labels: Tensor, new_features: Tensor, task: 
     weights = inverse @ residuals
     errors = weights / inverse.diagonal()[:, None]
     new_kernel = (-_squared_distances(new_x, x) / (width * median)).exp()
+    leave_one_out = kind.clip(y - errors)
     return Reference(
         predictions=kind.clip(shares + new_kernel @ weights),
         shares=shares,
         score=float(kind.distances(y, y - errors).mean()),
         chance=float(kind.distances(y, shares.expand_as(y)).mean()),
-        claim=float(kind.claims(kind.clip(y - errors)).mean()),
-        num_samples=len(x),
+        claim=float(kind.claims(leave_one_out).mean()),
+        noise=math.nan if task == "multilabel" else estimate_noise(leave_one_out, y),
+        leave_one_out=leave_one_out,
     )
 
 
@@ -142,30 +154,15 @@ def _squared_distances(first: Tensor, second: Tensor) -> Tensor:
     return torch.cdist(first, second, compute_mode="donot_use_mm_for_euclid_dist").square()
 
 
-def _checked_features(features: Tensor, new_features: Tensor) -> tuple[Tensor, Tensor]:
-    """Return both as float64 on the CPU."""
-    for name, tensor, smallest in (("features", features, 1), ("new_features", new_features, 0)):
-        if tensor.ndim != 2 or tensor.shape[1] != features.shape[-1] or len(tensor) < smallest:
-            got = f"{tuple(tensor.shape)}, with `features` of shape {tuple(features.shape)}"
-            raise ValueError(f"Expected `{name}` to have the shape (N, D), but got {got}.")
-        if not bool(tensor.isfinite().all()):
-            raise ValueError(f"Expected `{name}` to be finite, but got nan or inf.")
-    return features.detach().cpu().double(), new_features.detach().cpu().double()
-
-
-def _checked_labels(labels: Tensor, num_samples: int, task: Task) -> Tensor:
-    """Return labels ``(N, K)`` as float64 on the CPU."""
-    y = labels.detach().cpu().double()
-    y = y.reshape(-1, 1) if task.name == "binary" else y
-    if y.ndim != 2 or len(y) != num_samples:
-        got = f"{tuple(labels.shape)} for {num_samples} samples"
-        raise ValueError(f"Expected `labels` to be probabilities (N, K), such as one-hot labels, but got {got}.")
-    is_valid = ((y >= 0) & (y <= 1)).all(1)
-    if task.name == "multiclass":
-        is_valid &= (y.sum(1) - 1).abs() < 1e-3
-    if not bool(is_valid.all()):
+def _check_samples(x: Tensor, new_x: Tensor, y: Tensor, task: Task) -> None:
+    if not (x.ndim == y.ndim == 2 and 0 < len(x) == len(y) and new_x.shape[1:] == x.shape[1:]):
+        got = f"{tuple(x.shape)}, {tuple(new_x.shape)} and {tuple(y.shape)}"
+        raise ValueError(f"Expected `features` (N, D), `new_features` (M, D) and `labels` (N, K), but got {got}.")
+    if not bool(torch.cat([x, new_x]).isfinite().all()):
+        raise ValueError("Expected `features` and `new_features` to be finite, but got nan or inf.")
+    sums = y.sum(1) if task.name == "multiclass" else torch.ones(1)
+    if not bool((y.clamp(0, 1) == y).all() and ((sums - 1).abs() < 1e-3).all()):
         raise ValueError("Expected `labels` to be probabilities, which sum to 1 for 'multiclass'.")
-    return y
 
 
 class Calibration(NamedTuple):
@@ -230,11 +227,25 @@ def reference_weight(score: float, chance: float, claim: float, num_samples: int
     return _WEIGHT * has_skill * is_calibrated * min(1.0, num_samples / num_training)
 
 
+def looks_clean(noise: float, claim: float, score: float) -> bool:
+    """Return whether no noise is found in the labels.
+
+    It is not enough that few labels look wrong: with correct labels that are difficult for it, a reference is
+    also too cautious, so that its claim is well above its score.
+
+    Args:
+        noise: The share of labels that look wrong.
+        claim: The score that the reference claims.
+        score: The leave-one-out score of the reference.
+    """
+    return noise < NOISY and claim >= _CAUTIOUS * score
+
+
 def _ramp(value: float) -> float:
     return min(max(value, 0.0), 1.0)
 
 
-def reference_score(holdout: AgreementSums, training: AgreementSums, calibration: Calibration) -> Tensor:
+def reference_score(unseen: AgreementSums, training: AgreementSums, calibration: Calibration) -> Tensor:
     r"""Estimate the Brier score on unseen samples by the agreement with the reference.
 
     .. math::
@@ -244,10 +255,10 @@ def reference_score(holdout: AgreementSums, training: AgreementSums, calibration
     factor of the calibration.
 
     Args:
-        holdout: Sums over unseen samples with predictions of the reference.
+        unseen: Sums over unseen samples with predictions of the reference.
         training: Sums over training samples with their labels.
         calibration: What gives the factor; it includes this epoch.
     """
-    agreement = (holdout.by_shares + calibration.factor * holdout.agreement) / holdout.num_scored
+    agreement = (unseen.by_shares + calibration.factor * unseen.agreement) / unseen.num_scored
     label_power = training.other_power / training.num_scored
-    return label_power + holdout.power / holdout.num_scored - 2 * agreement
+    return label_power + unseen.power / unseen.num_scored - 2 * agreement

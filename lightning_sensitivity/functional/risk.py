@@ -6,9 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_sensitivity.functional.sums import HoldoutSums, LabelSums, holdout_sums, label_sums
-from lightning_sensitivity.functional.tasks import Task, find_task
-from lightning_sensitivity.functional.tensors import Diagnosis, are_probabilities
+from lightning_sensitivity.functional.sums import LabelSums, UnseenSums
+from lightning_sensitivity.functional.tasks import Task
+from lightning_sensitivity.functional.tensors import Diagnosis
 
 # m₀: the number of validation labels that count as much as the estimate, without and with a reference
 LABEL_WEIGHT, LABEL_WEIGHT_WITH_REFERENCE = 40, 200
@@ -35,31 +35,55 @@ class RiskTerms(NamedTuple):
 
 
 def risk_terms(
-    holdout: HoldoutSums,
+    unseen: UnseenSums,
     training: LabelSums,
     strength: float | None = None,
     factor: float = 1.0,
 ) -> RiskTerms:
-    """Estimate the risk from sums over all batches and processes; see :func:`risk_estimate` for the formula.
+    r"""Estimate the Brier score on unseen samples from sums over all batches and processes.
+
+    .. math::
+        R = \underbrace{\mathbb{E}\,(1 - \|p\|^2)}_\text{claim}
+            + \underbrace{\mathbb{E}_\text{train}[\|p - y\|^2 - (1 - \|p\|^2)]}_\text{overconfidence}
+            + \underbrace{\mathbb{E}\|p - p'\|^2}_\text{variance}
+
+    p are the probabilities, y the labels, and p' the probabilities of a *twin*: a network that was trained on
+    other samples. This applies loss = bias + variance, as in arXiv:2007.15378 (Section 4). With a real twin
+    the estimate is exact if unseen labels agree with a network as much as its twins do, apart from its
+    miscalibration on its training samples,
+    :math:`\mathbb{E}\,p \cdot y = \mathbb{E}\,p \cdot p' + \mathbb{E}_\text{train}\,p \cdot (y - p)`.
+
+    A twin of strength λ can be simulated without a second training, by
+    :func:`~lightning_sensitivity.model.twins.twin_weights`. Then
+
+    - the variance is divided by λ² and multiplied by :func:`variance_factor`. It is also multiplied by
+      min(1, claim of the network / claim of the twin), since noise makes a twin less certain than another
+      network would be;
+    - overconfidence below 0 counts half, since it may come from memorized training labels;
+    - memorization is added: how much the claim on unseen samples exceeds that on training samples, if so.
+
+    ``examples/studies/early_stopping/README.md`` has the measurements. If training labels are noisy, this is
+    an estimate of the score against equally noisy labels. :class:`~lightning_sensitivity.RiskEstimate`
+    combines it with a reference and with validation labels.
 
     Args:
-        holdout: Sums over unseen samples.
+        unseen: Sums over unseen samples.
         training: Sums over training samples.
         strength: λ of simulated twins; None for real ones.
         factor: Factor of the variance for simulated twins, from :func:`variance_factor`.
 
     Returns:
-        The terms; nan without training or holdout samples.
+        The terms; nan without training or unseen samples.
     """
-    claim = holdout.claim / holdout.num_scored
-    variance = holdout.variance / holdout.num_scored
+    claim = unseen.claim / unseen.num_scored
+    variance = unseen.variance / unseen.num_scored
     training_claim = training.claim / training.num_scored
     overconfidence = training.score / training.num_scored - training_claim
     memorization = torch.zeros_like(claim)
     if strength is not None:
         overconfidence = torch.where(overconfidence > 0, overconfidence, overconfidence / 2)
         memorization = (claim - training_claim).clamp(min=0)
-        shrinkage = (holdout.compared_claim / holdout.twin_claim).clamp(max=1).nan_to_num(1.0)
+        shrinkage = (unseen.baseline_claim / unseen.twin_claim).clamp(max=1).nan_to_num(1.0)
         variance = factor * variance / strength**2 * shrinkage
     terms = claim, overconfidence, memorization, variance
     return RiskTerms(torch.stack(terms).sum(0), *terms)
@@ -80,35 +104,28 @@ def combine_with_labels(estimate: Tensor, labels: LabelSums, has_reference: bool
     return (labels.score + label_weight * estimate) / (labels.num_scored + label_weight)
 
 
-def label_stderr(labels: LabelSums) -> Tensor:
-    """Compute the standard error of the mean score on labels; nan below two labels."""
-    mean = labels.score / labels.num_scored
-    variance = (labels.squared_score / labels.num_scored - mean.square()).clamp(min=0)
-    return (variance / (labels.num_scored - 1).where(labels.num_scored > 1, torch.nan)).sqrt()
-
-
-def diagnostics(holdout: HoldoutSums, training: LabelSums, estimate: Tensor, task: Task) -> dict[str, Diagnosis]:
-    """Explain what makes an estimate doubtful or impossible, by the kind of problem.
+def diagnostics(unseen: UnseenSums, training: LabelSums, estimate: Tensor, task: Task) -> dict[str, Diagnosis]:
+    """Explain what makes an estimate doubtful or impossible, by its entry on the page on troubleshooting.
 
     Args:
-        holdout: Sums over unseen samples.
+        unseen: Sums over unseen samples.
         training: Sums over training samples.
         estimate: The estimate.
         task: The kind of classification.
     """
     messages = {}
-    num_non_finite = holdout.num_non_finite + training.num_non_finite
+    num_non_finite = unseen.num_non_finite + training.num_non_finite
     if num_non_finite > 0:
-        messages["non-finite"] = Diagnosis(
-            f"{int(holdout.num_non_finite)} validation and {int(training.num_non_finite)} training samples "
+        messages["nan"] = Diagnosis(
+            f"{math.ceil(unseen.num_non_finite)} validation and {int(training.num_non_finite)} training samples "
             "gave nan or inf, and were left out.",
             float(num_non_finite),
         )
     if not messages and estimate.isnan():
         reason = "no kept training sample has a label, or no batch could be measured"
-        messages["no value"] = Diagnosis(f"There is no value: {reason}.")
+        messages["failed"] = Diagnosis(f"There is no value: {reason}.")
     if estimate > task.max_score:
-        messages["too large"] = Diagnosis(
+        messages["above-2"] = Diagnosis(
             f"The estimate is {float(estimate):.2f}, and no Brier score is above {task.max_score:g}: "
             "read only how it changes, not its size."
         )
@@ -144,90 +161,7 @@ def variance_factor(num_training: int, num_weights: int) -> float:
     return VARIANCE_SCALE * min(1.0, math.sqrt(math.sqrt(num_weights) / num_training))
 
 
-def risk_estimate(
-    outputs: Tensor,
-    twin_outputs: Tensor,
-    train_outputs: Tensor,
-    train_targets: Tensor,
-    task: str = "multiclass",
-    *,
-    strength: float | None = None,
-    factor: float = 1.0,
-) -> RiskTerms:
-    r"""Estimate the Brier score on unseen samples from training labels and unlabelled samples.
-
-    .. math::
-        R = \underbrace{\mathbb{E}\,(1 - \|p\|^2)}_\text{claim}
-            + \underbrace{\mathbb{E}_\text{train}[\|p - y\|^2 - (1 - \|p\|^2)]}_\text{overconfidence}
-            + \underbrace{\mathbb{E}\|p - p'\|^2}_\text{variance}
-
-    p are the probabilities, y the labels, and p' the probabilities of a *twin*: a network that was trained on
-    other samples. This applies loss = bias + variance, as in arXiv:2007.15378 (Section 4). With a real twin
-    the estimate is exact if unseen labels agree with a network as much as its twins do, apart from its
-    miscalibration on its training samples,
-    :math:`\mathbb{E}\,p \cdot y = \mathbb{E}\,p \cdot p' + \mathbb{E}_\text{train}\,p \cdot (y - p)`.
-
-    A twin of strength λ can be simulated without a second training, by
-    :func:`~lightning_sensitivity.model.twins.twin_weights`. Then
-
-    - the variance is divided by λ² and multiplied by :func:`variance_factor`. It is also multiplied by
-      min(1, claim of the network / claim of the twin), since noise makes a twin less certain than another
-      network would be;
-    - overconfidence below 0 counts half, since it may come from memorized training labels;
-    - memorization is added: how much the claim on unseen samples exceeds that on training samples, if so.
-
-    ``examples/studies/early_stopping/README.md`` has the measurements. If training labels are noisy, this is
-    an estimate of the score against equally noisy labels. :class:`~lightning_sensitivity.RiskEstimate`
-    combines it with a reference and with validation labels.
-
-    Args:
-        outputs: Outputs for unlabelled samples that the network was not trained on, before softmax or
-            sigmoid, floating, shape ``(N, K, ...)`` or ``(N,)``.
-        twin_outputs: Outputs of the twin for the same samples.
-        train_outputs: Outputs for training samples, in eval mode, shape ``(M, K, ...)`` or ``(M,)``.
-        train_targets: Their labels. For ``"multiclass"``, integers ``(M, ...)`` (-100 is ignored), or soft
-            labels of the shape of ``train_outputs``; for the other tasks, of the shape of ``train_outputs``.
-        task: ``"multiclass"`` scores the sum over classes of (p − y)²; ``"binary"`` and ``"multilabel"``
-            the mean over labels.
-        strength: λ, if the twin is simulated; None for a real one.
-        factor: Factor of the variance for a simulated twin, from :func:`variance_factor`.
-
-    Returns:
-        The estimate and its terms, scalar tensors, float64 (float32 on MPS).
-
-    Raises:
-        ValueError: If labels or shapes do not fit, there is no sample, or outputs are probabilities.
-
-    Example:
-        >>> import torch
-        >>> from lightning_sensitivity.functional import risk_estimate
-        >>> outputs, twin_outputs = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[2.0, 0.0], [1.0, 1.0]])
-        >>> train_outputs, train_targets = torch.tensor([[3.0, 0.0], [0.0, 3.0]]), torch.tensor([0, 1])
-        >>> risk_estimate(outputs, twin_outputs, train_outputs, train_targets).estimate
-        tensor(0.3832, dtype=torch.float64)
-    """
-    kind = find_task(task)
-    check_strength(strength)
-    _check_logits(kind, outputs=outputs, twin_outputs=twin_outputs, train_outputs=train_outputs)
-    if outputs.shape != twin_outputs.shape or outputs.shape[1:2] != train_outputs.shape[1:2]:
-        shapes = [tuple(each.shape) for each in (outputs, twin_outputs, train_outputs)]
-        raise ValueError(f"Expected `outputs`, `twin_outputs`, `train_outputs` of the same K, but got {shapes}.")
-    kind.check(train_outputs, train_targets)
-    training = LabelSums(*label_sums(train_outputs, train_targets, kind))
-    if not training.num_scored > 0:
-        raise ValueError("Expected `train_targets` to hold a label that counts, but all are -100.")
-    return risk_terms(HoldoutSums(*holdout_sums(outputs, (twin_outputs,), kind)), training, strength, factor)
-
-
 def check_strength(strength: float | None) -> None:
     """Raise ValueError unless the strength of simulated twins is above 0, or None for real ones."""
     if strength is not None and not strength > 0:
         raise ValueError(f"Expected `strength` to be above 0, or None for real twins, but got {strength}.")
-
-
-def _check_logits(task: Task, **tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        are_logits = task.name != "multiclass" or not are_probabilities(tensor)
-        if not (tensor.is_floating_point() and tensor.numel() and are_logits):
-            got = f"{tensor.dtype} of shape {tuple(tensor.shape)}, or probabilities"
-            raise ValueError(f"Expected `{name}` to be floating logits of one sample or more, but got {got}.")

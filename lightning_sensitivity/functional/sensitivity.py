@@ -129,7 +129,7 @@ def squared_deviations(rows: Tensor) -> Tensor:
 
 
 def diagnostics(estimate: SensitivityEstimate, per_output: bool = False) -> dict[str, Diagnosis]:
-    """Explain what makes a finite value doubtful, by the kind of problem.
+    """Explain what makes a finite value doubtful, by its entry on the page on troubleshooting.
 
     Args:
         estimate: The estimate.
@@ -138,14 +138,14 @@ def diagnostics(estimate: SensitivityEstimate, per_output: bool = False) -> dict
     messages = {}
     if estimate.num_non_finite > 0:
         count = int(estimate.num_non_finite)
-        messages["non-finite"] = Diagnosis(f"{count} samples gave nan or inf, and were left out.", count)
+        messages["nan"] = Diagnosis(f"{count} samples gave nan or inf, and were left out.", count)
     share, num_outputs = float(estimate.class_mean_share), estimate.num_outputs
     if estimate.num_samples > 0 and math.isnan(share):
-        messages["no change"] = Diagnosis(
+        messages["no-change"] = Diagnosis(
             "No output changed: the noise does not reach the outputs (see `inputs=` and `at=`), or weights are 0."
         )
     elif not per_output and num_outputs > 1 and share * num_outputs < _SMALL_SHARE:
-        messages["class mean"] = Diagnosis(
+        messages["class-mean"] = Diagnosis(
             f"Only {share:.1e} of the change in the outputs survives averaging over classes, as with two-class heads, "
             "probabilities and centred logits. `per_output=True` measures all of it."
         )

@@ -1,6 +1,6 @@
 """What the risk estimate sums over samples: claims, variance, scores on labels, agreement with others."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -10,14 +10,14 @@ from lightning_sensitivity.functional.tasks import Task
 from lightning_sensitivity.functional.tensors import in_chunks, wide_dtype
 
 
-class HoldoutSums(NamedTuple):
+class UnseenSums(NamedTuple):
     """Hold sums over unseen samples, as float64 scalars.
 
     Attributes:
         num_scored: Samples, times positions.
         claim: Claims of the model.
         variance: Squared differences between twins and the outputs that they are compared with.
-        compared_claim: Claims of the outputs that twins are compared with.
+        baseline_claim: Claims of the outputs that twins are compared with.
         twin_claim: Claims of the twins.
         num_non_finite: Samples with nan or inf, left out.
     """
@@ -25,7 +25,7 @@ class HoldoutSums(NamedTuple):
     num_scored: Tensor
     claim: Tensor
     variance: Tensor
-    compared_claim: Tensor
+    baseline_claim: Tensor
     twin_claim: Tensor
     num_non_finite: Tensor
 
@@ -36,14 +36,12 @@ class LabelSums(NamedTuple):
     Attributes:
         num_scored: Labels that count.
         score: Brier scores.
-        squared_score: Squares of the Brier scores.
         claim: Claims of the model.
         num_non_finite: Samples with nan or inf, left out.
     """
 
     num_scored: Tensor
     score: Tensor
-    squared_score: Tensor
     claim: Tensor
     num_non_finite: Tensor
 
@@ -70,35 +68,47 @@ class AgreementSums(NamedTuple):
     num_non_finite: Tensor
 
 
-def holdout_sums(
-    outputs: Tensor, twin_outputs: Sequence[Tensor], task: Task, compared_with: Tensor | None = None
+def unseen_sums(
+    outputs: Tensor, twin_outputs: Iterable[Tensor], task: Task, baseline_outputs: Tensor | None = None
 ) -> Tensor:
     """Sum up claims and variance over a batch of unseen samples.
 
     Args:
         outputs: Outputs in eval mode, ``(N, K, ...)`` or ``(N,)``.
-        twin_outputs: Outputs of one twin or more, whose mean counts.
+        twin_outputs: Outputs of one twin or more, whose mean counts; they are needed one after the other.
         task: The kind of classification.
-        compared_with: Outputs to compare the twins with, if not ``outputs``: those with batch statistics.
+        baseline_outputs: Outputs to compare the twins with, if not ``outputs``: those with batch statistics.
 
     Returns:
-        The entries of :class:`HoldoutSums` as one tensor.
-    """
-    compared_with = outputs if compared_with is None else compared_with
+        The entries of :class:`UnseenSums` as one tensor.
 
-    def sums(outputs: Tensor, compared_with: Tensor, *twin_outputs: Tensor) -> Tensor:
-        compared = task.probabilities(compared_with)
-        twins = [task.probabilities(each) for each in twin_outputs]
+    Raises:
+        ValueError: If there is no twin, or shapes differ.
+    """
+    baseline_outputs = outputs if baseline_outputs is None else baseline_outputs
+
+    def sums(outputs: Tensor, baseline_outputs: Tensor, twin_outputs: Tensor) -> Tensor:
+        baseline, twin = task.probabilities(baseline_outputs), task.probabilities(twin_outputs)
         claim = task.claims(task.probabilities(outputs))
         return _finite_sums(
             torch.ones_like(claim),
             claim,
-            torch.stack([task.distances(compared, twin) for twin in twins]).mean(0),
-            task.claims(compared),
-            torch.stack([task.claims(twin) for twin in twins]).mean(0),
+            task.distances(baseline, twin),
+            task.claims(baseline),
+            task.claims(twin),
         )
 
-    return torch.stack(in_chunks(sums, outputs, compared_with, *twin_outputs)).sum(0)
+    of_twins = []
+    for twin in twin_outputs:
+        if {twin.shape, baseline_outputs.shape} != {outputs.shape}:
+            got = f"{tuple(twin.shape)} and {tuple(baseline_outputs.shape)}"
+            expected = f"`twin_outputs` and `baseline_outputs` of the shape {tuple(outputs.shape)}"
+            raise ValueError(f"Expected {expected}, but got {got}.")
+        of_twins.append(torch.stack(in_chunks(sums, outputs, baseline_outputs, twin)).sum(0))
+        del twin  # before the next one comes
+    if not of_twins:
+        raise ValueError("Expected `twin_outputs` of one twin or more, but got none.")
+    return torch.stack(of_twins).mean(0)
 
 
 def label_sums(outputs: Tensor, targets: Tensor, task: Task) -> Tensor:
@@ -117,7 +127,7 @@ def label_sums(outputs: Tensor, targets: Tensor, task: Task) -> Tensor:
         p = task.probabilities(outputs)
         y, counts = task.target_probabilities(p, targets)
         scores, claims = task.distances(p, y) * counts, task.claims(p) * counts
-        return _finite_sums(counts, scores, scores.square(), claims)
+        return _finite_sums(counts, scores, claims)
 
     return torch.stack(in_chunks(sums, outputs, targets.to(outputs.device))).sum(0)
 
@@ -149,7 +159,7 @@ def agreement_sums(outputs: Tensor, targets: Tensor, shares: Tensor, task: Task)
 
 def _finite_sums(*values: Tensor) -> Tensor:
     """Sum up values over samples whose values are all finite, and count the others, without a wait."""
-    dtype = wide_dtype(values[0].device)
-    rows = torch.stack([each.to(dtype)[:, None].flatten(1).sum(1) for each in values], dim=1)
+    rows = torch.stack(values, dim=1).to(wide_dtype(values[0].device))
+    rows = rows.flatten(2).sum(2) if rows.ndim > 2 else rows
     is_finite = rows.isfinite().all(1)
     return torch.cat([rows.where(is_finite[:, None], 0.0).sum(0), (~is_finite).sum(0, keepdim=True)])

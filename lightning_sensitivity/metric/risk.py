@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor
 
 from lightning_sensitivity import compat
 from lightning_sensitivity.functional import Calibration, Reference, risk, sums
-from lightning_sensitivity.functional.reference import reference_score, reference_weight
-from lightning_sensitivity.functional.sums import AgreementSums, HoldoutSums, LabelSums
+from lightning_sensitivity.functional.reference import looks_clean, reference_score, reference_weight
+from lightning_sensitivity.functional.sums import AgreementSums, LabelSums, UnseenSums
 from lightning_sensitivity.functional.tasks import find_task
 from lightning_sensitivity.functional.tensors import Diagnosis, wide_dtype
 from lightning_sensitivity.metric.wide import WideMetric
@@ -20,10 +21,10 @@ if TYPE_CHECKING:
     from lightning_sensitivity.compat import AxType, PlotType
 
 _NUM_SUMS = {
-    "holdout_sums": len(HoldoutSums._fields),
+    "unseen_sums": len(UnseenSums._fields),
     "training_sums": len(LabelSums._fields),
     "labels_sums": len(LabelSums._fields),
-    "holdout_agreement": len(AgreementSums._fields),
+    "unseen_agreement": len(AgreementSums._fields),
     "training_agreement": len(AgreementSums._fields),
 }
 
@@ -31,7 +32,7 @@ _NUM_SUMS = {
 class RiskEstimate(WideMetric):
     r"""Estimate the Brier score on unseen samples from training labels and unlabelled samples.
 
-    The estimate R is that of :func:`~lightning_sensitivity.functional.risk_estimate`. With a reference (see
+    The estimate R is that of :func:`~lightning_sensitivity.functional.risk.risk_terms`. With a reference (see
     :func:`~lightning_sensitivity.functional.fit_reference`) it becomes :math:`(R + v\,C) / (1 + v)`, with
 
     .. math::
@@ -44,8 +45,9 @@ class RiskEstimate(WideMetric):
 
     ``compute`` returns a dict of scalar tensors: ``risk_estimate``, nan without training or unseen samples;
     its terms ``risk_claim``, ``risk_overconfidence``, ``risk_memorization``, ``risk_variance``; with a
-    reference C and v, ``risk_reference`` and ``risk_reference_weight``; with labels ``risk_label_score``,
-    ``risk_label_stderr``, ``risk_num_labels``, and R before them, ``risk_without_labels``.
+    reference C and v, ``risk_reference`` and ``risk_reference_weight``; with labels ``risk_label_score`` and
+    ``risk_num_labels``. ``risk_label_noise`` is N, the share of training labels that look wrong, and
+    ``risk_criterion`` is what to choose by: R, or the score on training samples if no noise is found.
 
     Args:
         task: ``"multiclass"``, ``"binary"`` or ``"multilabel"``.
@@ -79,10 +81,10 @@ class RiskEstimate(WideMetric):
     full_state_update: bool = False
     plot_lower_bound: float = 0.0
 
-    holdout_sums: Tensor
+    unseen_sums: Tensor
     training_sums: Tensor  # `training` is the mode of a module
     labels_sums: Tensor
-    holdout_agreement: Tensor
+    unseen_agreement: Tensor
     training_agreement: Tensor
     reference_sums: Tensor
 
@@ -122,9 +124,9 @@ class RiskEstimate(WideMetric):
     def update(
         self,
         outputs: Tensor,
-        twin_outputs: Tensor | Sequence[Tensor],
+        twin_outputs: Tensor | Iterable[Tensor],
         *,
-        compared_with: Tensor | None = None,
+        baseline_outputs: Tensor | None = None,
         reference: Tensor | None = None,
     ) -> None:
         """Add a batch of unseen samples.
@@ -132,16 +134,16 @@ class RiskEstimate(WideMetric):
         Args:
             outputs: Logits of the model, ``(N, K, ...)`` or ``(N,)``.
             twin_outputs: Logits of a twin for the same samples, or those of several twins, whose mean counts.
-            compared_with: Logits to compare the twins with, if not ``outputs``: those computed like the
+            baseline_outputs: Logits to compare the twins with, if not ``outputs``: those computed like the
                 twins', with the statistics of the batch.
             reference: The reference's predictions for these samples, ``(N, K)``; with a reference only.
         """
-        twins = [twin_outputs] if isinstance(twin_outputs, Tensor) else list(twin_outputs)
-        _check_shapes(outputs, twins, outputs if compared_with is None else compared_with)
+        twins = [twin_outputs] if isinstance(twin_outputs, Tensor) else twin_outputs
         _check_reference(outputs, reference, self._shares)
+        values = sums.unseen_sums(outputs, twins, self.task, baseline_outputs)
         if reference is not None:
-            self._add_agreement("holdout_agreement", outputs, reference)
-        self._add("holdout_sums", sums.holdout_sums(outputs, twins, self.task, compared_with))
+            self._add_agreement("unseen_agreement", outputs, reference)
+        self._add("unseen_sums", values)
 
     def update_training(self, outputs: Tensor, targets: Tensor) -> None:
         """Add a batch of training samples, in eval mode.
@@ -176,34 +178,39 @@ class RiskEstimate(WideMetric):
 
     def compute(self) -> dict[str, Tensor]:
         """Compute the estimate and its terms over all processes; they are nan without samples."""
-        holdout, training = HoldoutSums(*self.holdout_sums), LabelSums(*self.training_sums)
+        unseen, training = UnseenSums(*self.unseen_sums), LabelSums(*self.training_sums)
         labels = LabelSums(*self.labels_sums)
-        terms = risk.risk_terms(holdout, training, self.strength, self._factor)
+        terms = risk.risk_terms(unseen, training, self.strength, self._factor)
         values = {f"risk_{name}": term for name, term in terms._asdict().items()}
+        estimate, is_clean = terms.estimate, False
         if self.reference_sums[-1] > 0:
-            values |= self._reference_values()
-            score, weight = values["risk_reference"], values["risk_reference_weight"]
-            if weight > 0:
-                values["risk_estimate"] = (terms.estimate + weight * score) / (1 + weight)
-        self.messages = risk.diagnostics(holdout, training, values["risk_estimate"], self.task)
+            found, is_clean = self._reference_values()
+            values |= found
+            if found["risk_reference_weight"] > 0:
+                estimate = estimate + found["risk_reference_weight"] * found["risk_reference"]
+                estimate = estimate / (1 + found["risk_reference_weight"])
+        self.messages = risk.diagnostics(unseen, training, estimate, self.task)
         if labels.num_scored > 0:
             has_reference = bool(values.get("risk_reference_weight", 0) > 0)
-            values["risk_without_labels"] = values["risk_estimate"]
-            values["risk_estimate"] = risk.combine_with_labels(values["risk_estimate"], labels, has_reference)
+            estimate = risk.combine_with_labels(estimate, labels, has_reference)
             values["risk_label_score"] = labels.score / labels.num_scored
-            values["risk_label_stderr"] = risk.label_stderr(labels)
             values["risk_num_labels"] = labels.num_scored
-        return values
+        criterion = training.score / training.num_scored if is_clean else estimate
+        return {**values, "risk_criterion": criterion, "risk_estimate": estimate}
 
-    def _reference_values(self) -> dict[str, Tensor]:
-        """Compute C, with a calibration that includes this epoch, and its weight v."""
-        score, chance, claim, num_samples = self.reference_sums.tolist()
-        weight = reference_weight(score, chance, claim, num_samples, self._num_training or num_samples)
-        holdout, training = AgreementSums(*self.holdout_agreement), AgreementSums(*self.training_agreement)
-        agreement, training_agreement = (each.agreement / each.num_scored for each in (holdout, training))
+    def _reference_values(self) -> tuple[dict[str, Tensor], bool]:
+        """Compute C, with a calibration that includes this epoch, its weight v and N; and whether no noise is found."""
+        *sums, num_samples = self.reference_sums.tolist()
+        score, chance, claim, noise = (each / num_samples for each in sums)
+        weight = reference_weight(score, chance, claim, int(num_samples), self._num_training or int(num_samples))
+        unseen, training = AgreementSums(*self.unseen_agreement), AgreementSums(*self.training_agreement)
+        agreement, training_agreement = (each.agreement / each.num_scored for each in (unseen, training))
         self.calibration = self._earlier_calibration.updated(float(agreement), float(training_agreement))
-        value = reference_score(holdout, training, self.calibration)
-        return {"risk_reference": value, "risk_reference_weight": torch.full_like(value, weight)}
+        value = reference_score(unseen, training, self.calibration)
+        values = {"risk_reference": value, "risk_reference_weight": torch.full_like(value, weight)}
+        if not math.isnan(noise):
+            values["risk_label_noise"] = torch.full_like(value, noise)
+        return values, looks_clean(noise, claim, score)
 
     def plot(
         self, val: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]] | None = None, ax: AxType | None = None
@@ -235,10 +242,10 @@ class RiskEstimate(WideMetric):
 
 
 def _sums_of(reference: Reference | None) -> Tensor:
-    """Return sums over the samples of a reference, in the order of `reference_weight`."""
+    """Return sums over the samples of a reference: score, chance, claim, noise, and the number of samples."""
     if reference is None:
-        return torch.zeros(4, dtype=torch.float64)
-    means = [reference.score, reference.chance, reference.claim, 1.0]
+        return torch.zeros(5, dtype=torch.float64)
+    means = [reference.score, reference.chance, reference.claim, reference.noise, 1.0]
     return torch.tensor(means, dtype=torch.float64) * reference.num_samples
 
 
@@ -255,10 +262,3 @@ def _check_reference(outputs: Tensor, reference: Tensor | None, shares: Tensor |
     elif reference.shape != (len(outputs), len(shares)):
         got = f"{tuple(reference.shape)} for outputs {tuple(outputs.shape)}"
         raise ValueError(f"Expected `reference` to have the shape (N, {len(shares)}), but got {got}.")
-
-
-def _check_shapes(outputs: Tensor, twins: Sequence[Tensor], compared_with: Tensor) -> None:
-    shapes = {tuple(each.shape) for each in (*twins, compared_with)}
-    if not twins or shapes != {tuple(outputs.shape)}:
-        expected = f"`twin_outputs` and `compared_with` of the shape {tuple(outputs.shape)}"
-        raise ValueError(f"Expected {expected}, but got {shapes}.")

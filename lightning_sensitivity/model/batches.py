@@ -1,6 +1,8 @@
 """Find, copy and count the tensors in batches of any kind."""
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import is_dataclass
 from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import torch
@@ -17,12 +19,22 @@ class _Cloneable(Protocol):
 
 
 def clone_tensors(value: Any, clone: Callable[[Tensor], Tensor] = Tensor.clone) -> Any:
-    """Clone what can be cloned in a value and its collections; other objects are shared, not copied.
+    """Clone what can be cloned in a value and its collections, and the tensors of an object that can't.
+
+    Other objects are shared, not copied.
 
     Args:
         value: A batch, or a part of one.
         clone: Function that clones a tensor.
     """
+    if isinstance(value, Tensor):  # the usual case
+        return clone(value)
+    attributes = {} if isinstance(value, _Cloneable) or is_dataclass(value) else getattr(value, "__dict__", {})
+    tensors = {name: clone(item) for name, item in attributes.items() if isinstance(item, Tensor)}
+    if tensors:
+        value = copy.copy(value)
+        vars(value).update(tensors)
+        return value
 
     def copy_item(item: _Cloneable) -> object:
         return clone(item) if isinstance(item, Tensor) else item.clone()

@@ -14,14 +14,7 @@ from torch.func import functional_call
 
 from lightning_sensitivity.arguments import Selector, describe
 from lightning_sensitivity.compat import original_module
-from lightning_sensitivity.model.batches import (
-    clone_tensors,
-    first_of,
-    is_dense,
-    is_floating,
-    num_samples,
-    tensors_in,
-)
+from lightning_sensitivity.model.batches import clone_tensors, first_of, is_floating, num_samples, tensors_in
 
 Perturb = Callable[[Tensor], Tensor]
 
@@ -34,7 +27,7 @@ _CHOOSE = (
 
 
 class ModelCall:
-    """Call a model on a batch, or on several at once, any number of times, with clean or perturbed inputs.
+    """Call a model on a batch, any number of times, with clean or perturbed inputs.
 
     The arguments of the model are
 
@@ -54,7 +47,7 @@ class ModelCall:
 
     Attributes:
         arguments: The arguments of the model, by position or name.
-        sizes: The number of samples in each batch that was joined into this call; 0 if it is unknown.
+        size: The number of samples; 0 if it is unknown.
 
     Raises:
         MisconfigurationException: If it is not clear how to call the model.
@@ -73,7 +66,7 @@ class ModelCall:
             self.arguments = _named_arguments(model, batch)
         elif isinstance(batch, list | tuple) and len(batch):
             self.arguments = _positional_arguments(model, batch)
-        self.sizes = [num_samples(batch, self.arguments.values())]
+        self.size = num_samples(batch, self.arguments.values())
 
     @property
     def args(self) -> tuple[object, ...]:
@@ -89,11 +82,6 @@ class ModelCall:
         """Return the arguments by their names in ``forward``, and further ones by their position."""
         names: dict[int | str, str] = dict(enumerate(p.name for p in parameters_of(self._model)))
         return {names.get(key, str(key)): value for key, value in self.arguments.items()}
-
-    @property
-    def size(self) -> int:
-        """The number of samples; 0 if it is unknown."""
-        return sum(self.sizes)
 
     @property
     def num_bytes(self) -> int:
@@ -124,21 +112,14 @@ class ModelCall:
             self._check_class_dimension(outputs)
         return outputs
 
-    def to(self, device: torch.device | str) -> "ModelCall":
-        """Copy the call, with its tensors on a device; other objects in its arguments are shared."""
+    def to(self, device: torch.device) -> "ModelCall":
+        """Return a call on the CPU as a call on a device."""
+        return self if device.type == "cpu" else self._with(lambda value: move_data_to_device(value, device))
+
+    def copy_to_cpu(self) -> "ModelCall":
+        """Copy the call to the CPU; what is no tensor and can't be cloned is shared."""
         cloned = self._with(lambda value: clone_tensors(value, lambda tensor: tensor.detach().clone()))
-        return cloned._with(lambda value: move_data_to_device(value, device))
-
-    def select(self, samples: slice) -> "ModelCall":
-        """Return the call on some of the samples; only for calls with a :meth:`layout`."""
-        new = self._with(lambda value: value[samples] if isinstance(value, Tensor) else value)
-        new.sizes = [len(range(self.size)[samples])]
-        return new
-
-    def layout(self) -> tuple[object, ...] | None:
-        """Return what must be equal in calls that are joined; None if the call can't be joined."""
-        layouts = [_layout_of(value, self.size) for value in self.arguments.values()]
-        return (*self.arguments, *layouts) if self.size and None not in layouts else None
+        return cloned._with(lambda value: move_data_to_device(value, torch.device("cpu")))
 
     def _with(self, change: Callable[[object], object]) -> "ModelCall":
         """Return the call with other arguments, which a function makes of those of this call."""
@@ -151,12 +132,13 @@ class ModelCall:
         floating = self._floating_inputs()
         if len(floating) == 1:
             return floating[0]
-        name = None if floating else _submodule_to_perturb(self._model)
-        at = "" if name is None else f"Perturb the output of a submodule, such as `at={name!r}`. "
         several = f"several: {', '.join(map(repr, floating))}," if floating else "none"
         arguments = "; ".join(f"{key!r}: {describe(value)}" for key, value in self.arguments.items())
         got = f"got {several} among the arguments of `forward` ({arguments})"
-        raise MisconfigurationException(f"{at}Expected one dense floating input to perturb, {got}. {_CHOOSE}")
+        raise MisconfigurationException(
+            f"Expected one dense floating input to perturb, {got}. {_CHOOSE} Or perturb the output of a submodule, "
+            "such as an embedding, by `at=`."
+        )
 
     def _floating_inputs(self) -> list[int | str]:
         named = [name for name in self.kwargs if name not in TARGET_NAMES]
@@ -172,16 +154,6 @@ class ModelCall:
                 f"`outputs` should move the classes to dimension 1, got {[*outputs.shape]}; if they are "
                 "last, `outputs=lambda y: y.movedim(-1, 1)`; if they are there, `outputs=lambda y: y`."
             )
-
-
-def join_calls(calls: Sequence[ModelCall]) -> ModelCall:
-    """Join calls of the same layout (see :meth:`ModelCall.layout`) into one call on all of their samples."""
-    if len(calls) == 1:
-        return calls[0]
-    joint = copy.copy(calls[0])
-    joint.arguments = {key: _join([call.arguments[key] for call in calls]) for key in joint.arguments}
-    joint.sizes = [size for call in calls for size in call.sizes]
-    return joint
 
 
 def select_outputs(result: object, outputs: Selector | None = None) -> Tensor:
@@ -276,21 +248,3 @@ def _named_arguments(model: nn.Module, batch: Mapping[str, object]) -> dict[int 
         expected = "`inputs` should return the arguments of `forward`"
         raise MisconfigurationException(f"{expected}, which names none of {describe(batch)}. {_CHOOSE}")
     return {name: value for name, value in batch.items() if name in names}
-
-
-def _submodule_to_perturb(model: nn.Module) -> str | None:
-    """Name a submodule as an example for ``at``: the first embedding, or else the first; None without any."""
-    modules = {name: module for name, module in original_module(model).named_modules() if name}
-    return max(modules, key=lambda name: isinstance(modules[name], nn.Embedding), default=None)
-
-
-def _layout_of(value: object, size: int) -> tuple[object, ...] | None:
-    """Return what is equal in arguments that are joined: tensors with a row per sample, or plain values."""
-    if not isinstance(value, Tensor):
-        return (value,) if isinstance(value, bool | int | float | str | None) else None
-    has_rows = type(value) is Tensor and is_dense(value) and value.shape[:1] == (size,)
-    return (value.shape[1:], value.dtype, value.device) if has_rows else None
-
-
-def _join(values: list[Any]) -> Any:
-    return torch.cat(values) if isinstance(values[0], Tensor) else values[0]

@@ -102,42 +102,32 @@ def noise_generator(
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
-def perturbation(noise: NoiseFunction, keys: Sequence[tuple[int, ...]], sizes: Sequence[int]) -> Perturb:
+def perturbation(noise: NoiseFunction, key: tuple[int, ...]) -> Perturb:
     """Return a function that adds one noise draw to each tensor that it gets.
-
-    Each batch in a joint tensor gets the noise that it would get by itself.
 
     Args:
         noise: The noise.
-        keys: For each batch: seed, rank, loader, batch and draw; see :func:`noise_generator`.
-        sizes: Number of samples of each batch.
+        key: Seed, rank, loader, batch and draw; see :func:`noise_generator`.
     """
-    generators: dict[torch.device, list[torch.Generator]] = {}
+    generators: dict[torch.device, torch.Generator] = {}
 
     def perturb(x: Tensor) -> Tensor:
         if x.device not in generators:
-            generators[x.device] = [noise_generator(*key, device=x.device) for key in keys]
-        if len(keys) == 1:
-            return _add_noise(noise, x, generators[x.device][0])
-        parts = zip(torch.split(x, list(sizes)), generators[x.device], strict=True)
-        return torch.cat([_add_noise(noise, part, generator) for part, generator in parts])
+            generators[x.device] = noise_generator(*key, device=x.device)
+        new: object = noise(x.clone(), generators[x.device])  # a user's function may write to it
+        if not isinstance(new, Tensor) or (new.shape, new.dtype, new.device) != (x.shape, x.dtype, x.device):
+            expected = f"`noise` should return {describe(x)}, like its input"
+            raise MisconfigurationException(f"{expected}, got {describe(new)}.")
+        return new
 
     return perturb
-
-
-def _add_noise(noise: NoiseFunction, x: Tensor, generator: torch.Generator) -> Tensor:
-    new: object = noise(x.clone(), generator)  # a user's function may write to it
-    if not isinstance(new, Tensor) or (new.shape, new.dtype, new.device) != (x.shape, x.dtype, x.device):
-        expected = f"`noise` should return {describe(x)}, like its input"
-        raise MisconfigurationException(f"{expected}, got {describe(new)}.")
-    return new
 
 
 def noisy_outputs(
     run: RunIsolated,
     call: ModelCall,
     noise: NoiseFunction,
-    keys: Sequence[tuple[int, ...]],
+    key: tuple[int, ...],
     num_draws: int,
     at: nn.Module | None = None,
 ) -> Iterator[Tensor]:
@@ -145,14 +135,14 @@ def noisy_outputs(
 
     Args:
         run: Calls a function that runs the model; from :func:`~lightning_sensitivity.model.isolated`.
-        call: Calls the model on a batch, or on several joined batches.
+        call: Calls the model on a batch.
         noise: The noise.
-        keys: For each batch: seed, rank, loader and batch; see :func:`noise_generator`.
+        key: Seed, rank, loader and batch; see :func:`noise_generator`.
         num_draws: Number of noise draws.
         at: The submodule whose output is perturbed; None to perturb the inputs.
     """
     for draw in range(num_draws):
-        perturb = perturbation(noise, [(*key, draw) for key in keys], call.sizes)
+        perturb = perturbation(noise, (*key, draw))
         yield run(call, perturb) if at is None else run(_call_perturbed_at, at, call, perturb)
 
 

@@ -1,12 +1,16 @@
 """Simulated twins: a module with other weights, as if it had been trained on other samples."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from lightning_sensitivity.compat import BatchNorm, Convolution, TransposedConvolution
+from lightning_sensitivity.model.call import ModelCall
+from lightning_sensitivity.model.noise import noise_generator
+
+NUM_TWINS = 4  # with fewer, the variance would depend too much on the noise of each
 
 
 def copy_weights(weights: Mapping[str, object]) -> dict[str, Tensor]:
@@ -79,9 +83,64 @@ def twin_weights(
     return weights
 
 
+def twin_numbers(place: int, num_batches: int) -> range:
+    """Return which twins a batch goes through: one that it shares with neighbours; of few batches, two of its own.
+
+    Args:
+        place: The place of the batch among those that are measured.
+        num_batches: How many are measured.
+    """
+    if num_batches < NUM_TWINS:
+        return range(2 * place, 2 * place + 2)
+    number = place * NUM_TWINS // num_batches
+    return range(number, number + 1)
+
+
+class Twins:
+    """Draw the weights of simulated twins, and remember the last ones.
+
+    Args:
+        model: The module.
+        initial: Its parameters before training; see :func:`twin_weights`.
+        strength: λ.
+        key: Seed, rank and loader; see :func:`~lightning_sensitivity.model.noise_generator`.
+    """
+
+    def __init__(
+        self, model: nn.Module, initial: Mapping[str, Tensor], strength: float, key: tuple[int, int, int]
+    ) -> None:
+        self._model = model
+        self._initial = initial
+        self._strength = strength
+        self._key = key
+        self._last: tuple[int, dict[str, Tensor]] = -1, {}
+
+    def weights(self, number: int) -> dict[str, Tensor]:
+        """Return the weights of the twin of a number, from 0 on."""
+        if self._last[0] != number:
+            device = next((parameter.device for parameter in self._model.parameters()), torch.device("cpu"))
+            generator = noise_generator(*self._key, 0, number, device=device)
+            self._last = number, twin_weights(self._model, self._initial, generator, self._strength)
+        return self._last[1]
+
+
 def has_batch_norm(model: nn.Module) -> bool:
     """Check whether a module has batch norms that :func:`batch_statistics` changes."""
     return bool(_batch_norms(model))
+
+
+def call_with_batch_statistics(
+    model: nn.Module, call: ModelCall, weights: Mapping[str, Tensor] | None = None
+) -> Tensor:
+    """Call a model with other weights, or its own, while its batch norms use :func:`batch_statistics`.
+
+    Args:
+        model: The module.
+        call: The call of it on a batch; a single sample has no statistics.
+        weights: Parameters by name; None for its own.
+    """
+    with nullcontext() if call.size == 1 else batch_statistics(model):
+        return call(None, weights)
 
 
 @contextmanager

@@ -1,10 +1,10 @@
-"""The risk estimate by a plain loop: what RiskMonitor has to log."""
+"""The risk estimate by a plain loop over batches as they came: what RiskMonitor has to log."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,19 +17,14 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 from torch.utils.data import DataLoader
 
 from lightning_sensitivity import RiskMonitor
-from lightning_sensitivity.functional import (
-    fit_reference,
-    principal_components,
-    reference_weight,
-    risk_estimate,
-    variance_factor,
-)
+from lightning_sensitivity.functional import fit_reference, principal_components, reference_weight, variance_factor
 from lightning_sensitivity.functional.risk import TWIN_STRENGTH as STRENGTH
+from lightning_sensitivity.functional.tasks import TASKS
 from lightning_sensitivity.model import noise_generator
-from lightning_sensitivity.model.twins import batch_statistics, copy_weights, has_batch_norm, twin_weights
-from tests.helpers import Classifier, History, fitted, inputs
+from lightning_sensitivity.model.twins import NUM_TWINS, batch_statistics, copy_weights, has_batch_norm, twin_weights
+from tests.helpers import Classifier, History, fitted, inputs, risk_estimate
 
-HOLDOUT = inputs(50, seed=1)  # in four batches, measured together: four twins for each half
+HOLDOUT = inputs(50, seed=1)  # in four batches, of 16, 16, 16 and 2
 NAMES = ["val_" + name for name in RiskMonitor.names]
 REFERENCE_NAMES = ["val_risk_reference", "val_risk_reference_weight"]
 
@@ -67,7 +62,8 @@ class Truth(History):
         holdout: The validation samples, in one loader.
         features: Turns training and validation samples into features of the reference; None for no reference.
         max_batches: How many batches of a fit are kept.
-        batch_size: Of batches that are measured by themselves; None for joint passes, with other twins for each half.
+        batch_size: Of the validation loader.
+        scored: The indices of the kept batches that are run; None for all.
     """
 
     def __init__(
@@ -76,11 +72,12 @@ class Truth(History):
         holdout: Tensor = HOLDOUT,
         features: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = standardized,
         max_batches: int = 4,
-        batch_size: int | None = None,
+        batch_size: int = 16,
+        scored: Collection[int] | None = None,
     ) -> None:
         super().__init__()
-        self.batch_size = batch_size
-        self.task, self.holdout, self.features, self.max_batches = task, holdout, features, max_batches
+        self.task, self.features, self.max_batches = TASKS[task], features, max_batches
+        self.parts, self.scored = holdout.split(batch_size), scored
         self.initial: dict[str, Tensor] = {}
         self.batches: list[list[Tensor]] = []
         self.sizes: tuple[int, int] | None = None  # n and w
@@ -97,79 +94,77 @@ class Truth(History):
     def on_validation_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if trainer.sanity_checking or batch_idx:
             return
-        model, (x, y) = copy.deepcopy(pl_module), (torch.cat(parts) for parts in zip(*self.batches, strict=True))
+        model = copy.deepcopy(pl_module)
         if self.sizes is None:
             labels = trainer.train_dataloader.dataset.tensors[-1]
             num_labelled = int((labels.reshape(len(labels), -1) != -100).any(1).sum())
             self.sizes = num_labelled, sum(p.numel() for p in model.parameters() if p.requires_grad)
-        clean, compared, twins = self.passes(model)
-        training = self.outputs(model, x)
-        options = {"task": self.task, "strength": STRENGTH, "factor": variance_factor(*self.sizes)}
-        # With batch norm, what is compared with twins is normalized by the batch, as they are.
-        terms = risk_estimate(clean, twins, training, y, **options)._asdict()
-        terms["variance"] = risk_estimate(compared, twins, training, y, **options).variance
-        terms["estimate"] = sum(term for name, term in terms.items() if name != "estimate")
-        found = {f"val_risk_{name}": float(term) for name, term in terms.items()}
-        self.terms.append(found if self.features is None else self.with_reference(model, x, y, found))
+        x, y = [batch[0] for batch in self.batches], torch.cat([batch[1] for batch in self.batches])
+        training = torch.cat([model(part) for part in x])
+        is_scored = torch.cat([torch.full((len(part),), self.scores(place)) for place, part in enumerate(x)])
+        clean, baseline, twins = self.passes(model)
+        options = {"task": self.task.name, "strength": STRENGTH, "factor": variance_factor(*self.sizes)}
+        terms = risk_estimate(clean, twins, training[is_scored], y[is_scored], baseline=baseline, **options)
+        found = {f"val_risk_{name}": float(term) for name, term in terms._asdict().items()}
+        if self.features is not None:
+            new_outputs = torch.cat([model(part) for part in self.parts])
+            found |= self.with_reference(torch.cat(x), y, is_scored, training, new_outputs, found["val_risk_estimate"])
+        self.terms.append(found)
 
-    def outputs(self, model: Any, x: Tensor) -> Tensor:
-        return torch.cat([model(part) for part in x.split(self.batch_size or len(x))])
+    def scores(self, place: int) -> bool:
+        return self.scored is None or place in self.scored
 
     def passes(self, model: Any) -> list[Tensor]:
-        """Outputs for each pass of a twin: clean, those that it is compared with, and its own."""
-        parts = self.holdout.split(self.batch_size or -(-len(self.holdout) // 2))
-        passes, num_draws = [], math.ceil(8 / len(parts))
-        for place, part in enumerate(parts):
-            for draw in range(num_draws):
-                key = (0, num_draws * place + draw) if self.batch_size is None else (place, draw)
-                weights = twin_weights(model, self.initial, noise_generator(0, 0, 0, *key), STRENGTH)
+        """Outputs for each batch and twin: clean ones, those that the twin is compared with, and its own."""
+        passes, count = [], len(self.parts)
+        for place, part in enumerate(self.parts):
+            # Of few batches each has two twins of its own; else all twins are dealt out in the order.
+            for number in (2 * place, 2 * place + 1) if count < NUM_TWINS else (place * NUM_TWINS // count,):
+                weights = twin_weights(model, self.initial, noise_generator(0, 0, 0, 0, number), STRENGTH)
                 clean = model(part)
                 with batch_statistics(model) if has_batch_norm(model) else nullcontext():
                     passes.append((clean, model(part), functional_call(model, weights, (part,))))
         return [torch.cat(each) for each in zip(*passes, strict=True)]
 
-    def with_reference(self, model: Any, x: Tensor, y: Tensor, found: dict[str, float]) -> dict[str, float]:
-        """Add the score by the agreement with the reference."""
-        outputs, num_training = self.outputs(model, x), self.sizes[0]
+    def with_reference(
+        self, x: Tensor, y: Tensor, is_scored: Tensor, outputs: Tensor, new_outputs: Tensor, estimate: float
+    ) -> dict[str, float]:
+        """The score by the agreement with the reference, its weight, and the estimate with it."""
         has_label = (y.reshape(len(y), -1) != -100).all(1)
-        is_index = self.task == "multiclass" and not y.is_floating_point()
-        y = one_hot(y.long().clamp(0), outputs.shape[1]) if is_index else y.reshape(len(y), -1)
-        y = y.double()
-        features, new_features = self.features(x, self.holdout)
-        reference = fit_reference(features[has_label], y[has_label], new_features, self.task)
-        p, y = self.vectors(self.probabilities(outputs)[has_label]), self.vectors(y[has_label])
-        new_p, q = (
-            self.vectors(self.probabilities(self.outputs(model, self.holdout))),
-            self.vectors(reference.predictions),
+        is_index = self.task.name == "multiclass" and not y.is_floating_point()
+        y = (one_hot(y.long().clamp(0), outputs.shape[1]) if is_index else y.reshape(len(y), -1)).double()[has_label]
+        features, new_features = self.features(x, torch.cat(self.parts))
+        reference = fit_reference(features[has_label], y, new_features, self.task.name)
+        p, new_p, y, q = (
+            self.task.as_vectors(each.reshape(len(each), -1))
+            for each in (
+                self.task.probabilities(outputs)[has_label],
+                self.task.probabilities(new_outputs),
+                y,
+                reference.predictions,
+            )
         )
         s = y.mean(0)
+        p, y = p[is_scored[has_label]], y[is_scored[has_label]]
         agreement, training_agreement = ((a * (b - s)).sum(1).mean() for a, b in ((new_p, q), (p, y)))
         self.largest = max(self.largest, float(agreement))
-        if agreement > max(0.15 * self.largest, 0):
+        if agreement > max(0.15 * self.largest, 1e-4):
             self.ratios.append(float(training_agreement / agreement))
         factor = min(max(min(self.ratios, default=math.inf), 1.0), 3.0)
         powers = y.square().sum(1).mean() + new_p.square().sum(1).mean()
         score = float(powers - 2 * ((new_p @ s).mean() + factor * agreement))
         known = reference.score, reference.chance, reference.claim, reference.num_samples
-        weight = reference_weight(*known, num_training)
-        estimate = (found["val_risk_estimate"] + weight * score) / (1 + weight)
-        return {**found, "val_risk_estimate": estimate, **dict(zip(REFERENCE_NAMES, (score, weight), strict=True))}
+        weight = reference_weight(*known, self.sizes[0])
+        combined = (estimate + weight * score) / (1 + weight)
+        return {"val_risk_estimate": combined, **dict(zip(REFERENCE_NAMES, (score, weight), strict=True))}
 
-    def probabilities(self, outputs: Tensor) -> Tensor:
-        return outputs.softmax(1) if self.task == "multiclass" else outputs.reshape(len(outputs), -1).sigmoid()
-
-    def vectors(self, p: Tensor) -> Tensor:
-        """Vectors whose squared distance is the Brier score."""
-        return p if self.task == "multiclass" else torch.cat([p, 1 - p], 1) / math.sqrt(2 * p.shape[1])
-
-    def check(self, must_move: bool = True) -> None:
+    def check(self) -> None:
         """Compare what was logged to the plain loop, and check that epochs differ."""
         assert self.epochs and len(self.epochs) == len(self.terms)
         for values, terms in zip(self.epochs, self.terms, strict=True):
-            ours = {name: value for name, value in values.items() if name.startswith("val_risk_")}
-            assert ours == pytest.approx(terms, rel=1e-5, abs=1e-12)
+            assert {name: values[name] for name in terms} == pytest.approx(terms, rel=1e-5, abs=1e-12)
         estimates = [terms["val_risk_estimate"] for terms in self.terms]
-        assert not must_move or len(set(estimates)) == len(estimates)
+        assert len(set(estimates)) == len(estimates)
 
 
 def fit(model: Any, train: Any, *callbacks: Any, **kwargs: Any) -> Trainer:

@@ -14,7 +14,7 @@ from lightning_sensitivity import RiskMonitor
 from tests.callbacks.plain_loop import Plain, bce
 from tests.helpers import Classifier, fitted, inputs, labelled, loader, logged, said
 
-NUM_BATCHES, BATCH_SIZE = 30, 50  # of 1,500 samples, 12 batches are chosen
+NUM_BATCHES, BATCH_SIZE = 30, 50
 X, Y = labelled(NUM_BATCHES * BATCH_SIZE, seed=1).tensors
 TERMS = [f"val_risk_{name}" for name in ("claim", "overconfidence", "memorization", "variance", "reference")]
 
@@ -23,36 +23,42 @@ def do_nothing(batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
     """A step for labels that may lie outside of the classes."""
 
 
-def values(
-    val: Any, step: Any = do_nothing, num_sanity_val_steps: int = 1, **kwargs: Any
-) -> tuple[dict[str, float], Classifier]:
-    """What is logged after an epoch, and the model."""
+def run(val: Any, step: Any = do_nothing, num_sanity_val_steps: int = 1, **kwargs: Any) -> tuple[Any, Classifier]:
+    """What is logged in two epochs that do not move the model, and the model."""
     seed_everything(0, verbose=False)
     model = Classifier()
     model.validation_step = step
-    options = {"max_epochs": 1, "num_sanity_val_steps": num_sanity_val_steps}
-    run = fitted([RiskMonitor(**kwargs)], model, loader(), val, **options)
+    model.configure_optimizers = lambda: torch.optim.SGD(model.parameters(), 0.0)
+    run = fitted([RiskMonitor(**kwargs)], model, loader(), val, num_sanity_val_steps=num_sanity_val_steps)
     return logged(run, "val_risk_"), model.eval()
+
+
+def values(val: Any, step: Any = do_nothing, **kwargs: Any) -> dict[str, float]:
+    return run(val, step, **kwargs)[0]
 
 
 def validation(labels: Tensor) -> DataLoader:
     return DataLoader(TensorDataset(inputs(len(labels), seed=1), labels), BATCH_SIZE)
 
 
-def only(index: Tensor, kept: Any) -> Tensor:
-    """The labels of some samples; -100 for the others."""
-    return Y.where(kept(index), -100)
+def without_labels(found: dict[str, float]) -> float:
+    """The estimate, from its terms and the reference."""
+    *terms, reference = (found[name] for name in TERMS)
+    weight = found["val_risk_reference_weight"]
+    return (sum(terms) + weight * reference) / (1 + weight)
 
 
 INDEX = torch.arange(len(Y))
-# 12 evenly spaced batches are measured, and 24 are scored if they have labels, beside the first that is not measured.
-KEPT = {1} | {-(-place * NUM_BATCHES // count) for count in (12, 24) for place in range(count)}
-IS_KEPT = torch.tensor([int(index) // BATCH_SIZE in KEPT for index in INDEX])
-LABELS = {
-    "few, most in batches that are not chosen": only(INDEX, lambda index: index % 97 == 5),
-    "one, in the last batch": only(INDEX, lambda index: index == len(Y) - 1),
-    "in each batch, 8 bits": only(INDEX, lambda index: index % 3 > 0).to(torch.int8),
+LABELLED = {  # which samples have a label
+    "first": INDEX < 80,
+    "last": len(Y) - 1 == INDEX,
+    "scattered, most in batches that would not be kept without": INDEX % 97 == 5,
+    "in every second batch": (INDEX // 50) % 2 == 0,
 }
+
+
+def labels_where(has_label: Tensor) -> Tensor:
+    return Y.where(has_label, -100)
 
 
 def scores(model: Classifier, x: Tensor, labels: Tensor) -> Tensor:
@@ -61,33 +67,35 @@ def scores(model: Classifier, x: Tensor, labels: Tensor) -> Tensor:
     return (p - nn.functional.one_hot(labels.long(), 4)).square().sum(1)
 
 
-@pytest.mark.parametrize("name", LABELS)
+@pytest.mark.parametrize("name", LABELLED)
 @pytest.mark.parametrize("has_reference", [True, False])
-def test_their_score_and_the_estimate_are_combined(name: str, has_reference: bool) -> None:
-    labels = LABELS[name]
+def test_they_are_kept_first_wherever_they_are_and_combined_with_the_estimate(name: str, has_reference: bool) -> None:
     # A constant has no skill, and so no weight.
     options = {} if has_reference else {"features": lambda batch: torch.ones(len(batch[0]), 1)}
-    without, _ = values(validation(labels), **options)
-    combined, model = values(validation(labels), validation_labels=True, **options)
-    counts = labels.long() != -100
-    if "each" in name:
-        counts &= IS_KEPT
-    found, m = scores(model, X[counts], labels[counts]), int(counts.sum())
-    assert (without["val_risk_reference_weight"] > 0) == has_reference
+    has_label = LABELLED[name]
+    found, model = run(validation(labels_where(has_label)), validation_labels=True, **options)
+    assert (found["val_risk_reference_weight"] > 0) == has_reference
+    expected, m = scores(model, X[has_label], Y[has_label]), int(has_label.sum())
+    assert found["val_risk_num_labels"] == m
+    assert found["val_risk_label_score"] == pytest.approx(float(expected.mean()), rel=1e-5)
     weight = 200 if has_reference else 40
-    expected = (found.sum() + weight * without["val_risk_estimate"]) / (m + weight)
-    assert combined["val_risk_num_labels"] == m
-    assert combined["val_risk_label_score"] == pytest.approx(float(found.mean()), rel=1e-5)
-    assert combined["val_risk_estimate"] == pytest.approx(float(expected), rel=1e-5)
-    assert all(combined[term] == pytest.approx(without[term]) for term in TERMS)
-    assert "val_risk_label_stderr" not in combined
+    combined = (expected.sum() + weight * without_labels(found)) / (m + weight)
+    assert found["val_risk_estimate"] == pytest.approx(float(combined), rel=1e-5)
 
 
-def test_of_many_labels_about_twelve_hundred_are_scored_in_evenly_spaced_batches() -> None:
-    combined, model = values(validation(Y), validation_labels=True)
-    assert combined["val_risk_num_labels"] == int(IS_KEPT.sum()) == 1250
-    truth = float(scores(model, X[IS_KEPT], Y[IS_KEPT]).mean())
-    assert combined["val_risk_label_score"] == pytest.approx(truth, rel=1e-5)
+@pytest.mark.parametrize("num_samples", [600, 1000])
+def test_the_terms_are_those_without_the_option_where_the_same_samples_are_kept(num_samples: int) -> None:
+    val, options = validation(Y[:num_samples].to(torch.int8)), {"num_samples": num_samples}
+    without, found = (values(val, validation_labels=on, **options) for on in (False, True))
+    assert found["val_risk_num_labels"] == num_samples
+    assert {term: found[term] for term in TERMS} == {term: without[term] for term in TERMS}
+    assert without_labels(found) == pytest.approx(without["val_risk_estimate"], rel=1e-5)
+
+
+def test_of_many_about_twelve_hundred_are_scored() -> None:
+    found, model = run(validation(Y), validation_labels=True)
+    assert found["val_risk_num_labels"] == 1200
+    assert found["val_risk_label_score"] == pytest.approx(float(scores(model, X, Y).mean()), rel=0.02)
 
 
 def test_they_are_found_by_targets() -> None:
@@ -96,19 +104,22 @@ def test_they_are_found_by_targets() -> None:
     def targets(batch: Any) -> Tensor:
         return batch["what"] if isinstance(batch, dict) else batch[1]
 
-    assert values(val, validation_labels=True, targets=targets)[0]["val_risk_num_labels"] == 120
+    assert values(val, validation_labels=True, targets=targets)["val_risk_num_labels"] == 120
 
 
 def test_a_targets_function_may_fail_on_batches_without_labels() -> None:
     batches = DataLoader([(X[:40],), (X[40:80], Y[40:80])], None)
     with pytest.warns(UserWarning, match="takes some validation batches as unlabelled: .*IndexError"):
-        found, _ = values(batches, validation_labels=True, targets=lambda batch: batch[1])
+        found = values(batches, validation_labels=True, targets=lambda batch: batch[1])
     assert found["val_risk_num_labels"] == 40 and found["val_risk_estimate"] > 0
 
 
 @pytest.mark.parametrize("val", [DataLoader(inputs(40), 8), validation(torch.full_like(Y[:100], -100))])
-def test_without_any_the_estimate_is_what_it_is_without_the_option(val: DataLoader) -> None:
-    assert values(val, validation_labels=True)[0] == values(val)[0]
+def test_that_there_are_none_is_said_once_and_changes_nothing(val: DataLoader) -> None:
+    without = values(val)
+    with said() as texts:
+        assert values(val, validation_labels=True) == without
+    assert len(texts) == 1 and "found no label on dataloader 0." in texts[0]
 
 
 @pytest.mark.parametrize("num_sanity_val_steps", [0, 1])
@@ -123,8 +134,8 @@ def test_labels_of_other_classes_are_refused_at_first_and_later_cost_no_run(
 
 
 def test_each_of_several_loaders_has_its_own() -> None:
-    few = LABELS["few, most in batches that are not chosen"][:400]
-    found, _ = values([validation(few), validation(Y[:100])], validation_labels=True)
+    few = labels_where(INDEX % 97 == 5)[:400]
+    found = values([validation(few), validation(Y[:100])], validation_labels=True)
     counts = [found[f"val_risk_num_labels/dataloader_idx_{index}"] for index in (0, 1)]
     assert counts == [int((few != -100).sum()), 100]
 
@@ -136,7 +147,7 @@ def test_binary_labels_of_minus_100_are_none() -> None:
     model.validation_step = lambda batch, batch_idx: None
     train, val = (DataLoader(TensorDataset(inputs(100), y), 20) for _ in range(2))
     run = fitted([monitor], model, train, val, max_epochs=1)
-    assert run.callback_metrics["val_risk_num_labels"] == 20 and monitor.fit_state.num_training == 20
+    assert run.callback_metrics["val_risk_num_labels"] == 20 and monitor.fit.num_training == 20
     assert 0 < run.callback_metrics["val_risk_label_score"] < 1
 
 
@@ -144,5 +155,5 @@ def test_labels_are_those_of_the_batch_before_the_step_changes_it() -> None:
     def spoil(batch: list[Tensor], batch_idx: int) -> None:
         batch[0].zero_(), batch[1].zero_()
 
-    spoiled, _ = values(validation(Y[:100]), spoil, validation_labels=True)
-    assert spoiled == values(validation(Y[:100]), validation_labels=True)[0]
+    spoiled = values(validation(Y[:100]), spoil, validation_labels=True)
+    assert spoiled == values(validation(Y[:100]), validation_labels=True)

@@ -1,7 +1,6 @@
 """What happens around a run: Ctrl-C, what is checked before it, and what Lightning hands in."""
 
 import itertools
-import operator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,12 +10,10 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
-import tests.helpers as helpers
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 from lightning_sensitivity.callbacks.checks import check_run
 from tests.helpers import Classifier, Linear, fitted, loader, refused, trainer
@@ -39,10 +36,10 @@ def snapshot(model: LightningModule) -> Any:
     return tensors, [module.training for module in model.modules()], torch.get_rng_state().tolist()
 
 
-# Of the 32 passes of an epoch: a training batch is kept (0, 3), a validation step (7), the first pass of ours in the
-# validation (8), clean and noisy, and both on a batch by itself (9 to 12), noise at a layer (13, 15), a batch and a
-# part by themselves (16, 17), statistics of a part and twins of it (18 to 27), training samples (28, 31).
-@pytest.mark.parametrize("num_passes", [0, 3, 7, 8, 9, 10, 11, 12, 13, 15, 16, 17, 18, 19, 27, 28, 31])
+# Of the 37 passes in eval mode of an epoch: the first training batch (0), validation steps (1 to 4), clean and noisy
+# (5 to 12), also at a layer (13 to 20), clean, with the statistics of the batch and by its twin (21 to 32), training
+# samples (33 to 36).
+@pytest.mark.parametrize("num_passes", [0, 1, 4, 5, 6, 12, 14, 21, 22, 23, 32, 33, 36])
 def test_ctrl_c_leaves_everything_as_it_was(num_passes: int) -> None:
     model, first, before = Interrupted(), Callback(), list[Any]()
     model.passes_to_come = itertools.count(num_passes, -1)
@@ -129,21 +126,3 @@ def test_the_other_lightning(tmp_path: Path) -> None:
     run.logger.experiment.flush()
     (events,) = Path(run.logger.log_dir).glob("events*")
     assert b"val_risk_estimate" in events.read_bytes()
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Lightning 2.6 on jsonargparse 4.5
-def test_lightning_cli(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["train"])
-    options = {"noise": [0.1] * 12, "num_draws": 2, "inputs": "tests.helpers.first_tensor", "prefix": "b/"}
-    arguments = {
-        "SensitivityMonitor": options,
-        "RiskMonitor": {"task": "multiclass", "num_samples": None, "outputs": "operator.pos"},
-    }
-    callbacks = [{"class_path": f"lightning_sensitivity.{name}", "init_args": arguments[name]} for name in arguments]
-    options = {"max_epochs": 1, "accelerator": "cpu", "enable_checkpointing": False, "logger": False}
-    args = {"trainer": options | {"callbacks": callbacks}}
-    cli = LightningCLI(Linear, run=False, args=args, save_config_callback=None)
-    first, second = [each for each in cli.trainer.callbacks if isinstance(each, tuple(MONITORS))]
-    assert first.inputs is helpers.first_tensor and second.outputs is operator.pos and second.num_samples is None
-    cli.trainer.fit(cli.model, loader(), loader())
-    assert {"b/output_sensitivity", "val_risk_estimate"} <= cli.trainer.callback_metrics.keys()

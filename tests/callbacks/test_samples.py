@@ -1,31 +1,18 @@
-"""The samples that monitors keep: which ones, for how long, and what is measured of them together."""
+"""The samples that monitors keep: which ones, and for how long."""
 
 import gc
+import itertools
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import tests.helpers as helpers
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 from lightning_sensitivity.callbacks import samples as S
-from tests.helpers import (
-    NUM_FEATURES,
-    Classifier,
-    History,
-    Linear,
-    Quiet,
-    Stream,
-    brute_force,
-    fitted,
-    inputs,
-    loader,
-    logged,
-    unlabelled_loader,
-    validated,
-)
+from tests.helpers import NUM_FEATURES, Classifier, History, Linear, Quiet, fitted, inputs, loader, unlabelled_loader
 
 SENSITIVITY = "val_output_sensitivity"
 
@@ -33,14 +20,7 @@ SENSITIVITY = "val_output_sensitivity"
 def sensitivity(run: Any, batches: Any) -> Any:
     """S by a plain loop over batches, in eval mode."""
     run.eval()
-    return pytest.approx(brute_force(run, batches).var(correction=0).item(), rel=1e-5)
-
-
-def note_passes(model: nn.Module) -> list[int]:
-    """How many samples each pass of a model gets."""
-    sizes = list[int]()
-    model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
-    return sizes
+    return pytest.approx(helpers.brute_force(run, batches).var(correction=0).item(), rel=1e-5)
 
 
 # Which ones
@@ -48,7 +28,7 @@ def note_passes(model: nn.Module) -> list[int]:
 
 def batches_of(sizes: list[int], is_stream: bool) -> tuple[list[Tensor], DataLoader]:
     batches = [inputs(size, seed=index) for index, size in enumerate(sizes)]
-    stream = Stream()
+    stream = helpers.Stream()
     stream.samples = batches  # type: ignore[assignment]
     return batches, DataLoader(stream if is_stream else batches, None)
 
@@ -69,7 +49,7 @@ def test_whole_batches_are_kept_that_are_evenly_spaced_or_the_first_ones_of_a_st
     num_samples: int | None, sizes: list[int], is_stream: bool, chosen: Any
 ) -> None:
     model, (batches, val) = Quiet(), batches_of(sizes, is_stream)
-    values = validated(SensitivityMonitor(num_samples=num_samples), model, val)
+    values = helpers.validated(SensitivityMonitor(num_samples=num_samples), model, val)
     # They have the noise of their place in the loader.
     assert values[SENSITIVITY] == sensitivity(model, {index: batches[index] for index in chosen})
 
@@ -88,8 +68,26 @@ def test_the_memory_is_bounded_in_bytes(
     with helpers.said() as texts:
         run = fitted(SensitivityMonitor(num_samples=None), model, val=[val, unlabelled_loader(2, 2)], max_epochs=3)
     assert len(texts) == 1 and f"keeps only {10 * len(chosen)} samples of a loader: " in texts[0]
-    found = logged(run)[f"{SENSITIVITY}/dataloader_idx_0"]
+    found = helpers.logged(run)[f"{SENSITIVITY}/dataloader_idx_0"]
     assert found == sensitivity(model, {index: batches[index] for index in chosen})
+
+
+class Sized:
+    """A call of the model on nothing."""
+
+    num_bytes = 4
+
+
+@pytest.mark.parametrize("num_batches", [24, 30, 100, 400, 2000])
+def test_of_many_batches_with_labels_evenly_spaced_ones_are_kept(num_batches: int) -> None:
+    kept = S.KeptSamples(0, num_batches, num_wanted=600, num_labelled=1200)
+    for index in range(num_batches):
+        if kept.wants(index, has_labels=True):
+            kept.add(S.KeptBatch(index, Sized(), 50, labels=torch.zeros(50)))
+    kept.complete()
+    indices = [*(batch.index for batch in kept.batches), num_batches]
+    gaps = [after - before for before, after in itertools.pairwise(indices)]
+    assert kept.size == 1200 and max(gaps) <= 3 * num_batches / 24
 
 
 # For how long
@@ -136,7 +134,7 @@ def test_a_step_that_writes_to_its_batch_does_not_change_what_is_kept() -> None:
     for batch_size in (16, 50):
         model, val, batches = Writing(), unlabelled_loader(50, batch_size), inputs(50).split(batch_size)
         run = fitted([SensitivityMonitor(), RiskMonitor()], model, val=val)
-        assert logged(run)[SENSITIVITY] == sensitivity(model, batches)
+        assert helpers.logged(run)[SENSITIVITY] == sensitivity(model, batches)
 
 
 def num_kept() -> int:
@@ -176,88 +174,7 @@ def test_loaders_that_come_and_go_never_end_training(numbers: tuple[int, ...]) -
     assert [{name for name in epoch if SENSITIVITY in name} for epoch in history.epochs] == [names] * 3
 
 
-# What is measured together
-
-
-@pytest.mark.parametrize(("max_samples", "joint"), [(1000, [50]), (30, [30, 20]), (29, [20, 20, 10]), (1, [10] * 5)])
-def test_batches_are_joined_up_to_a_number_of_elements(
-    max_samples: int, joint: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = Quiet()  # its largest tensors have 16 elements for a sample
-    monkeypatch.setattr(S, "MAX_ELEMENTS", 16 * max_samples)
-    sizes = note_passes(model)
-    values = validated(SensitivityMonitor(), model, unlabelled_loader(50, 10))
-    one, alone = [10], [10, 10] * sum(size // 10 for size in joint if size > 10)  # a look at tensors; comparisons
-    assert sorted(sizes) == sorted([*one, *joint, *joint, *alone])
-    assert values[SENSITIVITY] == sensitivity(model, inputs(50).split(10))
-
-
-class Gated(Linear):
-    """Its samples begin to interact in epoch 1, when a gate opens that is 0 before."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate = nn.Parameter(torch.zeros(()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.net(x)
-        return hidden - self.gate * hidden.mean(0, keepdim=True)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return super().training_step(batch, batch_idx) + (self.gate - 1).square()
-
-    def on_train_epoch_start(self) -> None:
-        self.gate.requires_grad_(self.current_epoch > 0)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), 0.2)
-
-
-class Small(Linear):
-    """It takes no more samples than a batch has."""
-
-    num_refused = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        if len(x) > 2 and not self.training:
-            self.num_refused += 1  # which a pass of ours puts back
-            raise ValueError("too many samples")
-        return self.net(x)
-
-
-@pytest.mark.parametrize("kind", [Gated, Small])
-@pytest.mark.parametrize("others", [[], [RiskMonitor()]])
-def test_samples_that_influence_each_other_are_measured_batch_by_batch_from_then_on(kind: Any, others: Any) -> None:
-    class Noting(History):
-        def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-            super().on_validation_end(trainer, pl_module)
-            truths.append(sensitivity(pl_module, inputs(40, seed=1).split(2)))
-
-    callbacks, truths = [SensitivityMonitor(), *others, history := Noting()], list[Any]()
-    fitted(callbacks, kind(), loader(20, 2), unlabelled_loader(40, 2, seed=1), max_epochs=3)
-    assert [epoch[SENSITIVITY] for epoch in history.epochs] == truths[1:]  # without the sanity check
-
-
-@pytest.mark.parametrize("place", [0, 2, 5])
-@pytest.mark.parametrize("first_epoch", [0, 1])
-def test_a_single_batch_whose_samples_influence_each_other_is_found_at_once_or_in_as_many_validations_as_batches(
-    place: int, first_epoch: int
-) -> None:
-    class Rare(Linear):
-        """Samples with a first feature above 1.5 get their mean, which is 0 in most batches."""
-
-        def forward(self, x: Tensor) -> Tensor:
-            is_rare = (x[:, :1] > 1.5) * (self.current_epoch >= first_epoch)
-            outputs = self.net(x)
-            return outputs + is_rare * (is_rare * outputs).mean(0)
-
-    x, model = inputs(60).clone(), Rare()
-    x[10 * place : 10 * place + 5, 0] += 3
-    run = fitted(SensitivityMonitor(), model, val=DataLoader(x, 10), max_epochs=1 + 6 * first_epoch)
-    assert logged(run)[SENSITIVITY] == sensitivity(model, x.split(10))
-
-
-def test_an_error_that_joint_calls_do_not_explain_changes_nothing_but_its_epoch() -> None:
+def test_an_error_costs_its_epoch_and_changes_no_other_value() -> None:
     class Broken(Quiet):
         def forward(self, x: Tensor) -> Tensor:
             if self.trainer.current_epoch == 2 and not self.training:
@@ -274,11 +191,3 @@ def test_an_error_that_joint_calls_do_not_explain_changes_nothing_but_its_epoch(
         broken = values(Broken)
     whole = values(Quiet)
     assert broken[:2] == whole[:2] and broken[2] == whole[1] and broken[3] == whole[3]
-
-
-def test_a_joint_pass_that_fails_is_not_tried_again() -> None:
-    model, largest = Small(), list[int]()
-    sizes = note_passes(model)
-    model.on_validation_end = lambda: (largest.append(max(sizes)), sizes.clear())
-    fitted([SensitivityMonitor(), RiskMonitor()], model, loader(20, 2), unlabelled_loader(40, 2), max_epochs=4)
-    assert largest[1:] == [40, 20, 2, 2]  # in the second validation of 20 training samples

@@ -1,7 +1,6 @@
-"""What RiskMonitor saves and restores: initial weights, sizes, calibration, and the history for its closing line."""
+"""What RiskMonitor saves and restores: initial weights, sizes, calibration, and what validations have shown."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +13,6 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sensitivity import RiskMonitor
-from lightning_sensitivity.callbacks.closing import Measured, log_closing_line
-from lightning_sensitivity.functional import Reference, fit_reference
 from lightning_sensitivity.model.twins import copy_weights
 from tests.callbacks.plain_loop import Plain, fit
 from tests.helpers import History, fitted, labelled, loader, unlabelled_loader
@@ -47,6 +44,11 @@ class Raw(Still):
 
 def ours(history: History) -> list[dict[str, float]]:
     return [{name: value for name, value in each.items() if "risk" in name} for each in history.epochs]
+
+
+def trained(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those of the layer that is trained."""
+    return {name: weight for name, weight in weights.items() if name.startswith("net.3")}
 
 
 def nearly(epochs: list[dict[str, float]]) -> list[Any]:
@@ -84,7 +86,7 @@ def test_a_checkpoint_holds_no_second_copy_of_frozen_weights_and_loads_without_p
     state = torch.load(saved_in_a_fit(tmp_path), weights_only=True)["callbacks"][KEY]
     assert state["initial_weights"].keys() == {"net.3.weight", "net.3.bias"}
     assert state["num_training"] == 50 and state["num_weights"] == 68
-    assert len(state["history"]) == 2 and len(state["calibrations"]) == 1
+    assert len(state["history"][0]) == 2 and len(state["calibrations"]) == 1
 
 
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
@@ -93,7 +95,7 @@ def test_n_and_w_are_those_of_the_checkpoint_also_if_data_have_grown(tmp_path: P
     model = Still()
     model.net[0].requires_grad_(True)
     fit(model, loader(200), monitor, ckpt_path=path, max_epochs=3)
-    assert (monitor.fit_state.num_training, monitor.fit_state.num_weights) == (50, 68)
+    assert (monitor.fit.num_training, monitor.fit.num_weights) == (50, 68)
 
 
 def test_two_monitors_with_other_prefixes_keep_states_of_their_own(tmp_path: Path) -> None:
@@ -115,7 +117,7 @@ def test_a_fit_begins_with_the_weights_of_its_start_unless_its_trainer_resumes(k
     monitor, model = RiskMonitor(), kind()
 
     def check(expected: dict[str, Tensor]) -> None:
-        torch.testing.assert_close(monitor.fit_state.initial, expected, rtol=0, atol=0)
+        torch.testing.assert_close(trained(monitor.fit.initial), trained(expected), rtol=0, atol=0)
 
     first = copy_weights(model.state_dict())
     run = fit(model, loader(), monitor, max_epochs=1)
@@ -124,7 +126,7 @@ def test_a_fit_begins_with_the_weights_of_its_start_unless_its_trainer_resumes(k
     run.fit_loop.max_epochs = 2
     run.fit(model, loader(), loader())
     check(first)
-    assert [measured.epoch for measured in monitor.fit_state.history] == [0, 1]
+    assert [result.epoch for result in monitor.fit.history[0]] == [0, 1]
     for module in (model, kind(seed=1)):  # the next of k folds
         weights = copy_weights(module.state_dict())
         fit(module, loader(), monitor, max_epochs=1)
@@ -138,7 +140,7 @@ def test_given_weights_are_those_from_before_training() -> None:
     model = Still()
     model.net[3].weight.data.add_(1)
     fit(model, loader(), monitor := RiskMonitor(initial_weights=given), max_epochs=1)
-    torch.testing.assert_close(monitor.fit_state.initial, given, rtol=0, atol=0)
+    torch.testing.assert_close(trained(monitor.fit.initial), trained(given), rtol=0, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
@@ -154,7 +156,7 @@ def test_a_checkpoint_without_them_is_an_error_before_the_first_step_unless_they
 MALFORMED: dict[str, Any] = {
     "a number": 3,
     "weights that are none": {"initial_weights": 3},
-    "a history of words": {"history": [(1, "x", 0.0)]},
+    "a history of words": {"history": {0: [(1, 0.0)]}},
     "calibrations of another form": {"calibrations": {0: (1.0, 2.0, 3.0)}},
 }
 
@@ -207,54 +209,12 @@ def test_a_fit_that_is_resumed_within_an_epoch_keeps_the_training_samples_of_the
 
     path, sizes, model, monitor = tmp_path / "last.ckpt", list[int](), Still(), RiskMonitor()
     fit(Saving(), loader(), RiskMonitor(), max_epochs=1)
-    model.on_validation_end = lambda: sizes.append(monitor._kept.training.size)
+    model.on_validation_end = lambda: sizes.append(monitor.fit.training.size)
     fit(model, loader(), monitor, max_epochs=3, ckpt_path=path)
     assert sizes == [16, 50, 50]  # of the rest of an epoch, and of the next
 
 
-# The line at the end
-
-
-def closing(caplog: Any, history: list[Measured], reference: Any = None, checkpoints: Any = ()) -> str:
-    caplog.set_level("INFO", "lightning.pytorch")
-    run = SimpleNamespace(checkpoint_callbacks=list(checkpoints))
-    log_closing_line(run, "val_risk_estimate", history, reference)
-    assert len(caplog.messages) <= 1
-    return "".join(caplog.messages)
-
-
-def measured(*estimates: float, deviation: float = 0.0) -> list[Measured]:
-    return [Measured(epoch, value, deviation) for epoch, value in enumerate(estimates)]
-
-
-def reference(score: float) -> Reference:
-    fitted_to_few = fit_reference(torch.rand(4, 1), torch.eye(2)[[0, 1, 0, 1]], torch.rand(1, 1))
-    return fitted_to_few._replace(score=score, num_samples=400)
-
-
-LINES: dict[str, tuple[Any, Any, str]] = {
-    "lowest": (measured(0.9, 0.5, 0.6), None, "`val_risk_estimate` was lowest at epoch 1 (0.500)."),
-    "still falling": (measured(0.9, 0.5), None, "(0.500). It was still falling: train for longer."),
-    "labels above": (measured(0.5, 0.6, deviation=4.2), None, "is 4 standard errors above the estimate"),
-    "labels below": (measured(0.5, 0.6, deviation=-4.2), None, "is 4 standard errors below the estimate"),
-    "labels near": (measured(0.5, 0.6, deviation=2.9), None, "(0.500)."),
-    "a better reference": (measured(0.5, 0.6), reference(0.4), "regression of 400 training samples reaches 0.400"),
-    "a worse reference": (measured(0.5, 0.6), reference(0.55), "(0.500)."),
-}
-
-
-@pytest.mark.parametrize("name", LINES)
-def test_the_line_at_the_end_says(name: str, caplog: Any) -> None:
-    history, known, expected = LINES[name]
-    line = closing(caplog, history, known)
-    assert expected in line and line.count("was lowest") == 1
-    assert expected.endswith(").") == line.endswith(").")
-
-
-def test_without_a_value_there_is_no_line_and_another_checkpoint_is_not_named(caplog: Any) -> None:
-    assert closing(caplog, []) == ""
-    kept = [SimpleNamespace(monitor="val_loss", best_model_path="a"), SimpleNamespace(best_model_path="b")]
-    assert closing(caplog, measured(0.5, 0.6), checkpoints=kept).endswith("(0.500).")
+# What validations have shown
 
 
 class Fast(Still):
@@ -280,17 +240,7 @@ def test_it_names_epoch_and_checkpoint_also_after_a_resume(num_loaders: int, tmp
         path = tmp_path / "last.ckpt"
         values += [epoch[name] for epoch in history.epochs]
         best = values.index(min(values))
-        assert best < 11 and f"`{name}` was lowest at epoch {best} ({min(values):.3f})" in caplog.text
-        assert f"The checkpoint is {checkpoint.best_model_path}." in caplog.text
-
-
-def test_the_deviation_of_labels_is_that_from_the_estimate_without_them() -> None:
-    def fitted_with(**kwargs: Any) -> tuple[Measured, Any]:
-        x, y = labelled(300, seed=1).tensors
-        val = DataLoader(TensorDataset(x, y.where(torch.arange(300) % 3 > 0, (y + 1) % 4)), 50)
-        fitted(monitor := RiskMonitor(**kwargs), Still(), val=val)
-        return monitor.fit_state.history[-1], monitor.metrics[0].compute()
-
-    (alone, _), (combined, values) = fitted_with(), fitted_with(validation_labels=True)
-    expected = (values["risk_label_score"] - alone.estimate) / values["risk_label_stderr"]
-    assert alone.deviation == 0 and combined.deviation == pytest.approx(float(expected), rel=1e-5)
+        said = (
+            f"`{name}` was lowest at epoch {best} ({min(values):.3f}), in the checkpoint {checkpoint.best_model_path}."
+        )
+        assert best < 11 and said in caplog.text

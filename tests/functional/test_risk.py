@@ -1,4 +1,3 @@
-from functools import partial
 from typing import Any
 
 import pytest
@@ -8,9 +7,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_sensitivity.functional import risk as R
-from lightning_sensitivity.functional import risk_estimate, tensors
 from lightning_sensitivity.functional import sums as RS
+from lightning_sensitivity.functional import tensors
 from lightning_sensitivity.functional.tasks import TASKS
+from tests.helpers import risk_estimate
 
 MULTICLASS = TASKS["multiclass"]
 
@@ -49,10 +49,10 @@ def test_the_terms_are_those_of_their_definitions_however_samples_are_split(seed
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tensors, "_CHUNK", 40)  # elements that are widened at a time
         for unseen, twin, train, targets in zip(*(each.tensor_split(sorted(cuts)) for each in outputs), strict=True):
-            holdout = holdout + RS.holdout_sums(unseen, [twin], TASKS[task])
+            holdout = holdout + RS.unseen_sums(unseen, [twin], TASKS[task])
             training = training + RS.label_sums(train, targets, TASKS[task])
-    whole = R.risk_terms(RS.HoldoutSums(*holdout), RS.LabelSums(*training))
-    for actual in (risk_estimate(*outputs, task), whole):
+    whole = R.risk_terms(RS.UnseenSums(*holdout), RS.LabelSums(*training))
+    for actual in (risk_estimate(*outputs, task=task), whole):
         torch.testing.assert_close(actual, R.RiskTerms(sum(terms), *terms))
 
 
@@ -83,30 +83,32 @@ def test_beside_simulated_twins_underconfidence_counts_half_and_certainty_on_tra
 def test_twins_count_by_their_mean_beside_outputs_computed_alike() -> None:
     unseen, *others = 3 * torch.randn(4, 30, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     compared, *twins = others
-    sums = RS.HoldoutSums(*RS.holdout_sums(unseen, twins, MULTICLASS, compared))
+    sums = RS.UnseenSums(*RS.unseen_sums(unseen, twins, MULTICLASS, compared))
     p, q, *ps = (MULTICLASS.probabilities(outputs) for outputs in (unseen, compared, *twins))
     expected = [claim(p), sum(brier_score(q, each) for each in ps) / 2, claim(q), sum(map(claim, ps)) / 2]
     torch.testing.assert_close(torch.stack(sums[1:5]), 30 * torch.stack(expected))
     twins[0][3, 0] = torch.nan
-    assert RS.HoldoutSums(*RS.holdout_sums(unseen, twins, MULTICLASS))[::5] == (29, 1)
+    assert RS.UnseenSums(*RS.unseen_sums(unseen, twins, MULTICLASS))[::5] == (29.5, 0.5)  # of one of two twins
 
 
 @pytest.mark.parametrize("shape", [(6,), (6, 3), (6, 3, 5)])
 def test_a_network_that_has_not_moved_has_no_variance(shape: tuple[int, ...]) -> None:
     g, task = torch.Generator().manual_seed(0), "binary" if len(shape) == 1 else "multiclass"
     x, labels = torch.randn(shape, generator=g), torch.randint(2, shape[:1] + shape[2:], generator=g)
-    terms = risk_estimate(x, x, x, labels, task, strength=0.5)
+    terms = risk_estimate(x, x, x, labels, task=task, strength=0.5)
     assert terms.variance == 0 and terms.estimate.isfinite()
-    certain = risk_estimate(1e4 * x, 1e4 * x, x, labels, task, strength=0.5)  # with a claim of 0
+    certain = risk_estimate(1e4 * x, 1e4 * x, x, labels, task=task, strength=0.5)  # with a claim of 0
     assert certain.variance == 0 and certain.estimate.isfinite()
 
 
 def test_bad_input_is_refused() -> None:
-    x, y = torch.zeros(2, 3), torch.zeros(2).long()
-    bad: Any = [(x, x[:1], x, y), (x, x, x[:, 1:], y), (x[:0], x[:0], x, y), (x, x, x.exp() / 3, y), (x, x, x, y - 100)]
-    refused = [partial(risk_estimate, *arguments) for arguments in (*bad, (x, x, x, y, "regression"))]
-    refused += [partial(risk_estimate, x, x, x, y, strength=strength) for strength in (0.0, -1.0)]
-    refused += [partial(R.variance_factor, 0, 10), partial(R.variance_factor, 10, -1)]
-    for function in refused:
+    x = torch.zeros(2, 3)
+    for refused in (
+        lambda: R.variance_factor(0, 10),
+        lambda: R.variance_factor(10, -1),
+        lambda: R.check_strength(0.0),
+        lambda: RS.unseen_sums(x, [], MULTICLASS),
+        lambda: RS.unseen_sums(x, [x[:1]], MULTICLASS),
+    ):
         with pytest.raises(ValueError, match="Expected `"):
-            function()
+            refused()

@@ -42,12 +42,12 @@ def test_numbers_lists_and_functions_are_noise_and_nothing_else() -> None:
 
 def test_a_function_may_write_into_what_it_gets_and_gives_the_like() -> None:
     x, key = torch.zeros(2, 3), (0, 1, 2, 3, 4)
-    perturb = perturbation(lambda x, generator: x.add_(torch.rand(x.shape, generator=generator)), [key], [2])
+    perturb = perturbation(lambda x, generator: x.add_(torch.rand(x.shape, generator=generator)), key)
     both = torch.rand(4, 3, generator=noise_generator(*key))  # one stream for all tensors of a draw
     assert torch.equal(torch.cat([perturb(x), perturb(x)]), both) and not x.any()
     for noise in (*(lambda x, g, y=y: y for y in (None, x[:1], x.double(), x.to("meta"))), GaussianNoise((0.1, 0.2))):
         with pytest.raises(MisconfigurationException, match=r"`noise` should .*\(2, 3\)"):
-            perturbation(noise, [key], [2])(x)
+            perturbation(noise, key)(x)
 
 
 class Siamese(nn.Module):
@@ -67,7 +67,7 @@ def test_the_output_of_a_submodule_is_perturbed_each_time_that_it_runs() -> None
     def outputs(at: str | None, noise: Any) -> list[Tensor]:
         module = None if at is None else submodule(model, at)
         with isolated(model) as run:
-            return list(noisy_outputs(run, ModelCall(model, x), noise, [(0, 1, 2, 3)], 2, module))
+            return list(noisy_outputs(run, ModelCall(model, x), noise, (0, 1, 2, 3), 2, module))
 
     noise = [0.5 * torch.randn(5, 4, generator=noise_generator(0, 1, 2, 3, draw)) for draw in range(2)]
     torch.testing.assert_close(outputs(None, GaussianNoise(0.5)), [model(x + each) for each in noise])

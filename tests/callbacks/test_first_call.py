@@ -1,5 +1,6 @@
-"""The first training step is watched: it should call the model on our inputs, and train the logits that we measure."""
+"""The first training step is watched: it should call the model on the inputs that are measured."""
 
+import functools
 import io
 import random
 from collections.abc import Callable
@@ -9,19 +10,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import (
-    binary_cross_entropy_with_logits,
-    cross_entropy,
-    linear,
-    log_softmax,
-    multi_margin_loss,
-    nll_loss,
-)
+from torch.nn.functional import cross_entropy
 from torch.nn.modules import module as torch_module
 
 import tests.helpers as helpers
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
-from tests.helpers import NUM_CLASSES, NUM_FEATURES, Classifier, Linear, fitted, loader
+from tests.helpers import NUM_FEATURES, Classifier, Linear, fitted, loader
 
 Step = Callable[[Any, Tensor, Tensor], Any]
 ADVICE = "Do what the step does with inputs and outputs in `forward`, or in `inputs=` and `outputs=`."
@@ -34,45 +28,48 @@ class Stepping(Linear):
         super().__init__()
         self.step = step
 
+    def forward(self, x: Tensor, mask: Any = None, scale: float = 1.0, labels: Tensor | None = None) -> Tensor:
+        logits = scale * self.net(x if mask is None else x * mask)
+        return logits if labels is None else cross_entropy(logits, labels)
+
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
         return self.step(self, *batch)
 
 
-class Both(Stepping):
-    """It returns two outputs."""
+class TwoParts(Stepping):
+    """No part holds all parameters."""
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.net(x), self.net(1 - x)
+    def __init__(self, step: Step) -> None:
+        super().__init__(step)
+        self.head = nn.Linear(4, 4)
 
-
-class Masked(Stepping):
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return self.net(x if mask is None else x * mask)
-
-
-class Weighted(Stepping):
-    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
-        return scale * self.net(x)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.net(x))
 
 
-class WithLoss(Stepping):
-    """It computes the loss itself, of other logits, as modules of transformers may do."""
+class Shared(TwoParts):
+    """It does not call itself, but its method, in a step for training and validation."""
 
-    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        logits = self.net(x)
-        return {"logits": logits} if labels is None else {"logits": logits, "loss": cross_entropy(2 * logits, labels)}
+    def shared_step(self, batch: list[Tensor]) -> Tensor:
+        return cross_entropy(self.forward(batch[0]), batch[1])
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self.shared_step(batch)
 
 
-class Direct(Stepping):
-    """It does not call itself, but its method."""
+class Direct(Shared):
+    """It does so in its step."""
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         return cross_entropy(self.forward(batch[0]), batch[1])
 
 
-class Binary(Stepping):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)[:, :1]
+class Partial(TwoParts):
+    """Its step is no function."""
+
+    def __init__(self, step: Step) -> None:
+        super().__init__(step)
+        self.training_step = functools.partial(type(self).training_step, self)
 
 
 class Manual(Stepping):
@@ -107,24 +104,18 @@ def scaled(m: Any, x: Tensor, y: Tensor) -> Tensor:
     return cross_entropy(m((x - 0.5) / 0.1), y)
 
 
-def losses(m: Any, x: Tensor, y: Tensor) -> Tensor:
-    logits = m(x)
-    log_p = [log_softmax(logits, 1), torch.log_softmax(logits, 1), logits.log_softmax(1)]
-    loss = sum(nll_loss(each, y) for each in log_p) + multi_margin_loss(logits, y)
-    return loss + nn.CrossEntropyLoss(label_smoothing=0.1)(logits, y) + cross_entropy(m.net(2 * x), y)
+def around(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    return cross_entropy(m.head(m.net(x)), y)
 
 
 SHAPES = "the step calls the model with other arguments: `x` is missing or has another shape"
 VALUES = "the step calls the model with other values of `x`, though it draws no random numbers"
-ARGUMENTS = "the step calls the model with other arguments"
+OTHERS = "the step calls the model with other arguments"
 CALL = "the step does not call `forward`, which is measured"
-LOGITS = "the step computes its loss from other logits than those that `forward` returns"
 CASES = {
     # its inputs
     "plain": Case(plain),
-    "in a context that records": Case(
-        lambda m, x, y: torch.utils.checkpoint.checkpoint(m, x, use_reentrant=False).sum()
-    ),
+    "recomputed": Case(lambda m, x, y: torch.utils.checkpoint.checkpoint(m, x, use_reentrant=False).sum()),
     "repeated": Case(lambda m, x, y: cross_entropy(m(x.repeat(2, 1)), y.repeat(2)), SHAPES),
     "normalized": Case(scaled, VALUES),
     "normalized, said by inputs=": Case(scaled, None, options={"inputs": lambda batch: (batch[0] - 0.5) / 0.1}),
@@ -136,30 +127,19 @@ CASES = {
     "written to": Case(lambda m, x, y: plain(m, x.mul_(3), y), VALUES),
     "written to after the call": Case(lambda m, x, y: (plain(m, x.clone(), y), x.zero_())[0]),
     "a mask that is given": Case(
-        lambda m, x, y: cross_entropy(m(x, (x > 0.5).float()), y), f"{ARGUMENTS}: also with `mask`", Masked
+        lambda m, x, y: cross_entropy(m(x, (x > 0.5).float()), y), f"{OTHERS}: also with `mask`"
     ),
-    "a number that is given": Case(
-        lambda m, x, y: cross_entropy(m(x, scale=4.0), y), f"{ARGUMENTS}: also with `scale`", Weighted
-    ),
-    "a number that is the default": Case(lambda m, x, y: cross_entropy(m(x, scale=1.0), y), None, Weighted),
-    "labels that are given": Case(lambda m, x, y: m(x, labels=y)["loss"], None, WithLoss),
+    "a number that is given": Case(lambda m, x, y: cross_entropy(m(x, scale=4.0), y), f"{OTHERS}: also with `scale`"),
+    "a number that is the default": Case(lambda m, x, y: cross_entropy(m(x, scale=1.0), y)),
+    "labels that are given": Case(lambda m, x, y: m(x, labels=y)),
     # its call
-    "around forward": Case(lambda m, x, y: cross_entropy(m.net(x), y), CALL),
+    "a part with all parameters": Case(lambda m, x, y: cross_entropy(m.net(x), y)),
+    "around forward": Case(around, CALL, TwoParts),
     "forward itself": Case(plain, None, Direct),
+    "forward itself, in a shared step": Case(plain, None, Shared),
+    "around forward, in a partial": Case(around, CALL, Partial),
     "called twice": Case(lambda m, x, y: plain(m, x, y) + m(x * 2).square().mean()),
     "called without gradients, too": Case(lambda m, x, y: (torch.no_grad()(m)(x * 2), plain(m, x, y))[1]),
-    # its logits
-    "a temperature": Case(lambda m, x, y: cross_entropy(m(x) / 0.1, y), LOGITS),
-    "the second of two outputs": Case(lambda m, x, y: cross_entropy(m(x)[1], y), LOGITS, Both),
-    "the second, said by outputs=": Case(
-        lambda m, x, y: cross_entropy(m(x)[1], y), None, Both, {"outputs": lambda result: result[1]}
-    ),
-    "losses of torch": Case(losses),
-    "log-softmax of scaled logits": Case(lambda m, x, y: nll_loss((5 * m(x)).log_softmax(1), y), LOGITS),
-    "binary, squeezed": Case(
-        lambda m, x, y: binary_cross_entropy_with_logits(m(x).squeeze(1), (y > 1).float()), None, Binary
-    ),
-    "a loss of one's own": Case(lambda m, x, y: (5 * m(x)).square().mean()),
     # other ways to train
     "manual, normalized": Case(scaled, VALUES, Manual),
     "normalized after skipped steps": Case(scaled, VALUES, Skipping),
@@ -194,8 +174,8 @@ def test_a_step_that_does_not_compute_what_is_measured_is_said_once(name: str) -
 @pytest.mark.parametrize("num_sanity_val_steps", [0, 2])
 def test_passes_of_another_monitor_are_not_the_steps(kinds: Any, num_sanity_val_steps: int) -> None:
     names = [kind.__name__ for kind in kinds]
-    for step, problem in ((plain, None), (scaled, VALUES), (CASES["around forward"].step, CALL)):
-        texts = said(Stepping(step), [kind() for kind in kinds], num_sanity_val_steps=num_sanity_val_steps)
+    for step, problem in ((plain, None), (scaled, VALUES), (around, CALL)):
+        texts = said(TwoParts(step), [kind() for kind in kinds], num_sanity_val_steps=num_sanity_val_steps)
         assert_said(texts, problem, *names)
     assert said(Classifier(), [kind() for kind in kinds], num_sanity_val_steps=num_sanity_val_steps) == []
 
@@ -230,23 +210,21 @@ def num_hooks(model: nn.Module) -> int:
 
 
 class Counting(Linear):
-    """It notes whether hooks of ours are there, and whether functions are watched."""
+    """It notes whether hooks of ours are there."""
 
     def __init__(self) -> None:
         super().__init__()
         self.watched: list[bool] = []
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        modes = torch.overrides._get_current_function_mode_stack()
-        self.watched.append(num_hooks(self) > 0 or bool(modes))
-        return cross_entropy(linear(self(batch[0]), torch.eye(NUM_CLASSES)), batch[1])
+        self.watched.append(num_hooks(self) > 0)
+        return cross_entropy(self(batch[0]), batch[1])
 
 
 def test_only_the_first_step_is_watched_and_nothing_stays() -> None:
     model = Counting()
     assert said(model, [SensitivityMonitor(), RiskMonitor()]) == []
-    assert model.watched == [True, False, False, False]
-    assert num_hooks(model) == 0 and not torch.overrides._get_current_function_mode_stack()
+    assert model.watched == [True, False, False, False] and num_hooks(model) == 0
 
 
 def test_nothing_stays_when_a_step_raises() -> None:
@@ -256,7 +234,7 @@ def test_nothing_stays_when_a_step_raises() -> None:
     model = Stepping(failing)
     with pytest.raises(RuntimeError, match="an error of the user"):
         said(model, [SensitivityMonitor(), RiskMonitor()])
-    assert num_hooks(model) == 0 and not torch.overrides._get_current_function_mode_stack()
+    assert num_hooks(model) == 0
 
 
 @pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="older torch does not run compiled code eagerly")
@@ -278,5 +256,10 @@ def test_training_batches_of_another_kind_than_validation_batches_are_not_watche
         def validation_step(self, batch: Any, batch_idx: int) -> None:
             self(batch["image"])
 
-    val = torch.utils.data.DataLoader([{"image": torch.rand(NUM_FEATURES)}] * 4, 2)
-    assert said(Paired(), SensitivityMonitor(inputs=lambda batch: batch["image"]), val=val) == []
+    def image(batch: Any) -> Tensor:
+        seen.append(isinstance(batch, dict))
+        return batch["image"]
+
+    val, seen = torch.utils.data.DataLoader([{"image": torch.rand(NUM_FEATURES)}] * 4, 2), list[bool]()
+    assert said(Paired(), SensitivityMonitor(inputs=image), val=val) == []
+    assert seen.count(False) == 1  # and not in every step

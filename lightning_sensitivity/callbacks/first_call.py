@@ -1,0 +1,121 @@
+"""Watch the first training step: does it call the model on the inputs that we measure?"""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import ExitStack, suppress
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from lightning_sensitivity import compat
+from lightning_sensitivity.arguments import Selector
+from lightning_sensitivity.callbacks.samples import make_call
+from lightning_sensitivity.functional.tensors import are_close
+from lightning_sensitivity.model.batches import tensors_in
+from lightning_sensitivity.model.call import TARGET_NAMES, parameters_of
+
+Arguments = dict[str, list[Tensor]]
+
+
+class FirstCall:
+    """Compare the arguments of the first call of the module in a training step with ours.
+
+    Args:
+        is_wanted: Whether to watch the next step.
+    """
+
+    def __init__(self, is_wanted: bool = False) -> None:
+        self._is_wanted = is_wanted
+        self._module: nn.Module | None = None
+        self._ours: Arguments = {}
+        self._theirs: Arguments | None = None
+        self._was_called = False
+        self._streams: object = None
+        self._hooks = ExitStack()
+
+    def __reduce__(self) -> tuple[type[FirstCall], tuple[()]]:
+        """Copy nothing: a step may copy or pickle the module with the hooks."""
+        return FirstCall, ()
+
+    def start(self, module: LightningModule, batch: object, inputs: Selector | None) -> None:
+        """Watch a step, unless a part is compiled, or our call can't be made on its batch."""
+        self.cancel()
+        if not self._is_wanted or any(map(compat.is_compiled, module.modules())):
+            return
+        self._is_wanted = False  # training batches may be of another kind than validation batches
+        with suppress(Exception):
+            call = make_call(module, batch, inputs, None)
+            self._ours, self._module = _copy_arguments(module, call.args, call.kwargs), module
+            self._streams = compat.random_streams()
+            for part in _parts_with_all_parameters(module):
+                self._hooks.enter_context(part.register_forward_pre_hook(self._note, with_kwargs=True))
+            self._is_wanted = True
+
+    def _note(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._was_called or compat.is_redirected(part) or not torch.is_grad_enabled() or compat.is_tracing():
+            return
+        self._was_called = True
+        if compat.random_streams() != self._streams:
+            self._streams = None
+        with suppress(Exception):  # a step must not fail because of a hint
+            self._theirs = _copy_arguments(part, args, kwargs) if part is self._module else None
+
+    def stop(self, module: LightningModule, is_skipped: bool) -> str | None:
+        """Stop watching, and say how the step differs from what is measured; a skipped step says nothing."""
+        ours, theirs = self._ours, self._theirs
+        self.cancel()
+        if not ours or (is_skipped and not self._was_called):
+            return None
+        self._is_wanted = False
+        if not self._was_called and "forward" not in _names_in_step(module):  # no hook sees `self.forward(x)`
+            return "the step does not call `forward`, which is measured"
+        with suppress(Exception):  # tensors of some kinds can't be compared
+            return None if theirs is None else self._find_difference(ours, theirs)
+        return None
+
+    def cancel(self) -> None:
+        """Stop watching, at any time."""
+        self._hooks.close()
+        self._ours, self._theirs, self._module = {}, None, None
+
+    def _find_difference(self, ours: Arguments, theirs: Arguments) -> str | None:
+        for name in sorted(theirs.keys() - ours.keys() - set(TARGET_NAMES)):
+            return f"the step calls the model with other arguments: also with `{name}`"
+        for name, tensors in ours.items():
+            found = theirs.get(name, [])
+            if [x.shape for x in found] != [x.shape for x in tensors]:
+                return f"the step calls the model with other arguments: `{name}` is missing or has another shape"
+            if self._streams is not None and not all(map(are_close, tensors, found)):
+                return f"the step calls the model with other values of `{name}`, though it draws no random numbers"
+        return None
+
+
+def _names_in_step(module: nn.Module) -> set[str]:
+    """List the names in the code of the training step, and of the methods that it names."""
+    names, found = {"training_step"}, set[str]()
+    for _ in range(2):
+        codes = [getattr(getattr(module, name, None), "__code__", None) for name in names]
+        names = {name for code in codes if code is not None for name in code.co_names}
+        found |= names
+    return found
+
+
+def _parts_with_all_parameters(module: nn.Module) -> list[nn.Module]:
+    """List the module and those of its parts that hold all of its parameters, such as ``self.net``."""
+    parameters = set(module.parameters())
+    return [part for part in module.modules() if part is module or set(part.parameters()) == parameters != set()]
+
+
+def _copy_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    """Copy the tensors in arguments that differ from their defaults, by the names in the signature of ``forward``."""
+    signature = inspect.Signature(parameters_of(module))
+    arguments, parameters = signature.bind_partial(*args, **kwargs).arguments, signature.parameters
+    given = {name: value for name, value in arguments.items() if not _is_default(value, parameters[name].default)}
+    return {name: [x.detach().clone() for x in tensors_in(value)] for name, value in given.items()}
+
+
+def _is_default(value: object, default: object) -> bool:
+    return value is default or (isinstance(value, bool | int | float | str) and value == default)
