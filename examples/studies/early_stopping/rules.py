@@ -16,7 +16,7 @@ NUM_DRAWS = 20  # of samples that have labels, for each count
 TERMS = ("claim", "overconfidence", "memorization", "variance")
 LABEL_WEIGHT = 200  # of the estimate beside labels; 40 if the reference has no weight
 LABEL_WEIGHT_ALONE = 40
-MAX_DISAGREEMENT = 0.02  # of the package: where twins and reference agree
+MAX_DISTANCE = 1 / 20  # of the package: between epochs of the criterion and the reference that agree, of all epochs
 
 
 class Curves:
@@ -54,7 +54,7 @@ class Curves:
     @property
     def said_of_epoch(self) -> str:
         """What the line says of the epoch."""
-        for said in ("disagree", "agree", "no reference", "still falling", "standard errors"):
+        for said in ("disagrees", "may be the better model", "agrees", "no reference", "still falling"):
             if said in self.closing:
                 return said
         return "nothing"
@@ -68,14 +68,11 @@ class Curves:
 
     @cached_property
     def halves(self) -> str:
-        """Whether twins and reference agree on the epoch, said or not: "agree", "disagree" or "no reference"."""
+        """Whether the reference would choose the same epoch, or nearly: "agree", "disagree" or "no reference"."""
         if not self.has_reference:
             return "no reference"
-        twins, reference = self.plain_estimate, self["val_risk_reference"]
-        difference = min(
-            twins[lowest(reference)] - twins[lowest(twins)], reference[lowest(twins)] - reference[lowest(reference)]
-        )
-        return "agree" if difference <= MAX_DISAGREEMENT * float(self["reference_chance"]) else "disagree"
+        distance = abs(lowest(self["val_risk_criterion"]) - lowest(self["val_risk_reference"]))
+        return "agree" if distance <= MAX_DISTANCE * len(self["loss"]) else "disagree"
 
     @property
     def label_noise(self) -> float:

@@ -30,9 +30,9 @@ from rules import (
 )
 
 POOLS = ("random", "as built", "tables", "fine-tuning")
-HALVES = {"agree": "the halves agree", "disagree": "they disagree", "no reference": "no reference"}
+HALVES = {"agree": "the reference agrees", "disagree": "it disagrees", "no reference": "no reference"}
 SAID = {"wrong": "labels look wrong", "no noise": "no noise found", "nothing": "cannot tell"}
-TOLD = ("agree", "disagree", "no reference", "still falling", "standard errors", "nothing")  # of the epoch
+TOLD = ("agrees", "may be the better model", "disagrees", "no reference", "still falling", "nothing")  # of the epoch
 Groups = dict[str, pd.DataFrame]
 MEMBERS: dict[str, Callable[[pd.DataFrame], pd.Series]] = {
     "all": lambda runs: runs["n"] > 0,

@@ -42,12 +42,12 @@ class Targets:
         if AGREE not in self.found or DISAGREE not in self.found:
             return
         share = 100 * len(self.found[AGREE]) / len(self.found[NOISY])
-        self.check("noisy labels: percent of runs where the halves agree", share, 50, is_least=True)
+        self.check("noisy labels: percent of runs where the reference agrees", share, 50, is_least=True)
         agree, disagree = (self.mean(group, CRITERION) for group in (AGREE, DISAGREE))
-        self.check("the halves agree: accuracy lost", agree, 1.2)
-        self.check("they disagree: more than where they agree", disagree - agree, 1.3, is_least=True)
+        self.check("the reference agrees: accuracy lost", agree, 1.2)
+        self.check("it disagrees: more than where it agrees", disagree - agree, 1.3, is_least=True)
         what = beside("noisy", 50)
-        self.check(f"they disagree: accuracy lost with {what}", self.mean(DISAGREE, what), 2.0)
+        self.check(f"it disagrees: accuracy lost with {what}", self.mean(DISAGREE, what), 2.0)
 
     def labels(self) -> None:
         runs = self.found["all pools: all"]
