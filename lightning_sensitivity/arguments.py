@@ -51,5 +51,5 @@ def describe(value: object) -> str:
 
 
 def link_to(entry: str) -> str:
-    """Point to an entry of the page that says what to do about a message."""
-    return f" See {_TROUBLESHOOTING}#{entry}"
+    """Point to the entry that says what to do about a message, in the repository and on the site."""
+    return f" See docs/troubleshooting.md#{entry} or {_TROUBLESHOOTING}#{entry}"

@@ -23,6 +23,7 @@ _LIGHTNING_MODULES = ("lightning.pytorch.core.module", "pytorch_lightning.core.m
 _SHARDED = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")
 _INPUTS = "`inputs=`, such as `inputs=lambda batch: batch['image']`"
 IN_UNIT_INTERVAL = "got outputs that all lie in [0, 1]. If they are not logits, set `outputs=`."
+_PAGE = "docs/troubleshooting.md"
 _MIN_NUMBERS = 10  # fewer outputs may look like probabilities by chance
 
 
@@ -82,7 +83,7 @@ class Reporter:
             count = self._num_failures[what] = self._num_failures.get(what, 0) + 1
             entry = "out-of-memory" if is_oom_error(error) else "failed"
             if self._is_worse(what, count):  # in the process where it happens
-                again = f" It has failed {count} times." if count > 1 else ""  # Python drops warnings of equal text
+                again = f" It has failed {count} times." if count > 1 else ""  # Python drops equal warnings
                 text = f"{what}: {describe_error(error)} {consequence}{again}"
                 warnings.warn(self._text(entry, text), stacklevel=3)
 
@@ -94,7 +95,7 @@ class Reporter:
         return True
 
     def _text(self, entry: str, message: str) -> str:
-        link = "" if link_to("") in message else link_to(entry)
+        link = "" if _PAGE in message else link_to(entry)
         return f"`{self._monitor}` ({self._prefix}*) {message}{link}"
 
     def _as_error(self, what: str, error: Exception) -> Exception:
@@ -103,7 +104,7 @@ class Reporter:
         reason = describe_error(error)
         is_clear = isinstance(error, MisconfigurationException) or reason.startswith("Expected")
         advice = "" if is_clear else f" If `forward` takes other arguments, set {_INPUTS}."
-        link = "" if link_to("") in reason else link_to("noise" if "perturb" in reason else "arguments")
+        link = "" if _PAGE in reason else link_to("noise" if "perturb" in reason else "arguments")
         return MisconfigurationException(f"`{self._monitor}` {what}: {reason}{advice}{link}")
 
 
@@ -131,7 +132,7 @@ def check_run(monitor: str, trainer: Trainer, pl_module: LightningModule, stage:
     Raises:
         MisconfigurationException: If something is missing; the message says what to change.
     """
-    names = {base.__name__ for base in type(trainer.strategy).__mro__}  # `pytorch_lightning` has its own classes
+    names = {base.__name__ for base in type(trainer.strategy).__mro__}
     if names.isdisjoint(_SHARDED):
         problem = _problem_of_steps(trainer, pl_module, stage)
     else:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from operator import attrgetter
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
@@ -24,28 +25,32 @@ def log_closing_line(trainer: Trainer, fit: FitRecord, names: Mapping[str, tuple
         names: The criterion and the estimate of each loader: name and loader by the name that was logged. The
             line is about the first one that a callback of the run monitors.
     """
-    callbacks = (*trainer.checkpoint_callbacks, *trainer.callbacks)  # type: ignore[attr-defined]
-    watched = [getattr(callback, "monitor", None) for callback in callbacks]
-    logged_name = next((name for name in watched if name in names), next(iter(names), None))
+    logged_name = _watched_name(trainer, names)
     if logged_name is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
         return
     name, dataloader_idx = names[logged_name]
     history, reference = fit.history[dataloader_idx], fit.references.get((dataloader_idx, fit.training.size))
-    best = min(history, key=lambda result: getattr(result, name))
+    best = min(history, key=attrgetter(name))
     value = getattr(best, name)
-    line = [
-        f"`{logged_name}` was lowest at epoch {best.epoch} ({value:.3f}){_checkpoint_of(trainer, logged_name, value)}."
-    ]
-    is_clean = reference is not None and looks_clean(reference.noise, reference.claim, reference.score)
-    if is_clean:
+    place = f"epoch {best.epoch} ({value:.3f}){_checkpoint_of(trainer, logged_name, value)}"
+    is_falling = best is history[-1] and len(history) > 1 and not trainer.should_stop
+    line = [f"`{logged_name}` was lowest at {place}."]
+    if reference is not None and looks_clean(reference.noise, reference.claim, reference.score):
         line.append("No noise was found in the training labels: training to the end is about as good.")
     elif reference is not None and reference.noise >= NOISY:
         line.append(f"About {100 * reference.noise:.0f} % of the training labels look wrong.")
-    if best is history[-1] and len(history) > 1 and not trainer.should_stop:
+    if is_falling:
         line.append(f"It was still falling: train for longer.{link_to('still-falling')}")
-    elif not is_clean:
-        line.append(_agreement(best, history, reference))
+    else:
+        line += _trust(best, history, reference)
     rank_zero_info(" ".join(line))
+
+
+def _watched_name(trainer: Trainer, names: Collection[str]) -> str | None:
+    """Find the name that a callback monitors, checkpoints first; else the first one."""
+    callbacks = (*trainer.checkpoint_callbacks, *trainer.callbacks)  # type: ignore[attr-defined]
+    watched = [getattr(callback, "monitor", None) for callback in callbacks]
+    return next((name for name in watched if name in names), next(iter(names), None))
 
 
 def _checkpoint_of(trainer: Trainer, name: str, lowest: float) -> str:
@@ -63,18 +68,19 @@ def _checkpoint_of(trainer: Trainer, name: str, lowest: float) -> str:
     return f", but {others[0]}" if others else ""
 
 
-def _agreement(best: ValidationResult, history: Sequence[ValidationResult], reference: Reference | None) -> str:
+def _trust(best: ValidationResult, history: Sequence[ValidationResult], reference: Reference | None) -> list[str]:
     """Say whether the reference by itself would choose the same epoch, or nearly, and what to do if not."""
     cure = "label 50 validation samples, and set `validation_labels=True`"
     by_reference = [result.by_reference for result in history]
     if reference is None or any(map(math.isnan, by_reference)):
-        return f"There was no reference to check the epoch by: {cure}.{link_to('disagree')}"
+        return [f"There was no reference to check the epoch by: {cure}.{link_to('disagree')}"]
+    if looks_clean(reference.noise, reference.claim, reference.score):
+        return []  # agreement tells nothing
     is_better = reference.score < best.by_twins
     other = by_reference.index(min(by_reference))
-    if abs(other - history.index(best)) > MAX_DISTANCE * len(history):
-        cure += ", or try kernel ridge regression" if is_better else ""
-        start = f"The reference disagrees (it would choose epoch {history[other].epoch})"
-        return f"{start}, and such runs lost 2 points of accuracy on average: {cure}.{link_to('disagree')}"
-    if is_better:
-        return f"The reference agrees, but may be the better model itself.{link_to('reference-better')}"
-    return "The reference agrees."
+    if abs(other - history.index(best)) <= MAX_DISTANCE * len(history):
+        but = f", but may be the better model itself.{link_to('reference-better')}" if is_better else "."
+        return [f"The reference agrees{but}"]
+    cure += ", or try kernel ridge regression" if is_better else ""
+    start = f"The reference disagrees (it would choose epoch {history[other].epoch})"
+    return [f"{start}, and such runs lost 2 points of accuracy on average: {cure}.{link_to('disagree')}"]

@@ -110,7 +110,7 @@ def _parts_with_all_parameters(module: nn.Module) -> list[nn.Module]:
 
 
 def _copy_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-    """Copy the tensors in arguments that differ from their defaults, by the names in the signature of ``forward``."""
+    """Copy the tensors in arguments that are not defaults, by their names in ``forward``."""
     signature = inspect.Signature(parameters_of(module))
     arguments, parameters = signature.bind_partial(*args, **kwargs).arguments, signature.parameters
     given = {name: value for name, value in arguments.items() if not _is_default(value, parameters[name].default)}

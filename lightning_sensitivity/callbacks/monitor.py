@@ -56,7 +56,7 @@ class Monitor(Callback, ABC):
         self.inputs = inputs
         self.outputs = outputs
         self.prog_bar = prog_bar
-        self.metrics: list[Any] = []  # of the last validation, by loader; None where it failed; empty until measured
+        self.metrics: list[Any] = []  # of the last validation, by loader; None where it failed
         self.samples: list[KeptSamples] = []  # by loader
         self.reporter = Reporter(type(self).__name__, prefix)
         self._is_measuring = False  # the current validation
@@ -70,7 +70,7 @@ class Monitor(Callback, ABC):
 
     @abstractmethod
     def compute_values(self, trainer: Trainer, dataloader_idx: int) -> dict[str, Tensor]:
-        """Compute the values of a loader over all processes, and warn of doubtful ones; empty if there are none."""
+        """Compute the values of a loader over all processes, if any, and warn of doubtful ones."""
 
     def fallback_values(self, dataloader_idx: int) -> Mapping[str, float]:
         """Return what to log where there are no values."""
@@ -186,10 +186,9 @@ class Monitor(Callback, ABC):
         """Measure the samples of every loader."""
         self.metrics = [None] * len(self.samples)
         for samples in self.samples:
-            if samples.batches:
-                samples.complete()
             what = f"could not measure the samples of dataloader {samples.dataloader_idx}"
             with self.reporter.report_failure(what, LEFT_OUT):
+                samples.complete()
                 with isolated(pl_module) as run, trainer.precision_plugin.val_step_context():
                     if self.reporter.before_first_step:
                         self._check_repeatable(pl_module, run, samples)
@@ -201,7 +200,7 @@ class Monitor(Callback, ABC):
                 self.reporter.warn("samples", message)
 
     def _check_repeatable(self, module: LightningModule, run: RunIsolated, samples: KeptSamples) -> None:
-        """Refuse a model that gives other outputs in a second pass, though all that we can restore was restored."""
+        """Refuse a model whose second pass gives other outputs, though we restored all that we can."""
         for batch in samples.batches[:1]:
             call = batch.call.to(module.device)
             first, second = run(call), run(call)

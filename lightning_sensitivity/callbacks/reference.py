@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn.functional import pad
 from lightning_sensitivity.arguments import Selector, describe, link_to
 from lightning_sensitivity.callbacks.checks import Reporter, describe_error
 from lightning_sensitivity.callbacks.samples import KeptSamples
+from lightning_sensitivity.callbacks.state import FitRecord
 from lightning_sensitivity.functional.features import bags_of_words, principal_components
 from lightning_sensitivity.functional.reference import Reference, fit_reference
 from lightning_sensitivity.functional.tasks import Task
@@ -50,28 +52,32 @@ def select_features(module: LightningModule, batch: object, features: Selector |
 
 
 def find_reference(
-    training: KeptSamples, unseen: KeptSamples, num_outputs: int, task: Task, has_features: bool, reporter: Reporter
+    fit: FitRecord, unseen: KeptSamples, task: Task, has_features: bool, reporter: Reporter
 ) -> Reference | None:
-    """Fit the reference to the kept training samples, and predict the labels of validation samples.
+    """Fit the reference of a loader, once; None if there can be none, which is said.
 
     Args:
-        training: The training samples.
-        unseen: The validation samples of a loader.
-        num_outputs: K.
+        fit: What is known of the fit.
+        unseen: The validation samples of the loader, whose labels it predicts.
         task: The kind of classification.
         has_features: Whether a function of the user's gives the features, not the inputs of the model.
-        reporter: Says why there can be none.
+        reporter: Says why there is none.
     """
+    key = unseen.dataloader_idx, fit.training.size
+    if key in fit.references or not fit.training.batches or not unseen.batches:
+        return fit.references.get(key)
+    fit.references = {other: found for other, found in fit.references.items() if other[0] != key[0]}
+    fit.references[key] = None
     try:
         with torch.autocast("cpu", enabled=False):
-            return _fit(training, unseen, num_outputs, task, has_features)
+            fit.references[key] = _fit(fit.training, unseen, math.prod(fit.output_shape or ()), task, has_features)
     except (RuntimeError, ValueError) as error:
         message = (
             f"has no reference: {describe_error(error)} Set `features=` to a function `batch -> (N, D)`. Until then, "
             "the estimate does without one."
         )
         reporter.warn("features", message)
-        return None
+    return fit.references[key]
 
 
 def _fit(training: KeptSamples, unseen: KeptSamples, num_outputs: int, task: Task, has_features: bool) -> Reference:
@@ -84,7 +90,7 @@ def _fit(training: KeptSamples, unseen: KeptSamples, num_outputs: int, task: Tas
         raise ValueError("inputs are neither dense numbers nor token ids, or no kept training sample has a label")
     features, new_features = _reduce(found, new_found)
     rows = has_label.nonzero()[:, 0]
-    rows = rows[torch.linspace(0, len(rows) - 1, min(len(rows), NUM_TRAINING)).long()]  # a batch may hold many
+    rows = rows[torch.linspace(0, len(rows) - 1, min(len(rows), NUM_TRAINING)).long()]  # of a large batch
     return fit_reference(features[rows], y.flatten(1)[rows], new_features, task.name)
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -28,38 +27,34 @@ from lightning_sensitivity.functional.tensors import may_be_probabilities
 from lightning_sensitivity.metric import RiskEstimate
 from lightning_sensitivity.model import isolated
 from lightning_sensitivity.model.isolation import RunIsolated
-from lightning_sensitivity.model.twins import (
-    Twins,
-    call_with_batch_statistics,
-    has_batch_norm,
-    twin_numbers,
-    unknown_parameters,
-)
+from lightning_sensitivity.model.twins import Twins, has_batch_norm, unknown_parameters
 
 NUM_LABELLED = 1200  # validation samples with labels that are kept, over all processes
 NUM_SCORED = 500  # training samples that are run in each validation, over all processes
+_FEW_SAMPLES = 8  # in a batch, for batch norm
 
 
 class RiskMonitor(Monitor):
-    r"""Log an estimate of the Brier score on unseen samples in every validation epoch.
+    r"""Log what to stop by, and an estimate of the Brier score on unseen samples, in every validation epoch.
 
-    Stop when it is lowest. It needs only training labels, even noisy ones. See
-    :class:`~lightning_sensitivity.RiskEstimate` for the formula. Regressions and dense outputs have none.
+    Training labels are enough, even noisy ones. See :class:`~lightning_sensitivity.RiskEstimate` for the
+    formulas. Regressions and dense outputs have no estimate.
 
-    **Logged values**, only in ``Trainer.fit``, after ``prefix``: ``risk_estimate``; its terms ``risk_claim``,
-    ``risk_overconfidence``, ``risk_memorization``, ``risk_variance``; ``risk_reference`` and
-    ``risk_reference_weight``, for dense inputs, token ids or ``features``.
+    **Logged values**, only in ``Trainer.fit``, after ``prefix``: ``risk_criterion``, which is lowest where to
+    stop; ``risk_estimate`` and its terms ``risk_claim``, ``risk_overconfidence``, ``risk_memorization``,
+    ``risk_variance``; for dense inputs, token ids or ``features``, ``risk_label_noise``, the share of training
+    labels that look wrong, ``risk_reference`` and ``risk_reference_weight``.
 
     Up to 1,000 training samples and ``num_samples`` validation samples are kept on the CPU, at most 512 MiB
-    of each in each process. A validation runs two passes over the latter (with batch norm 3), one over the
-    former.
+    of each in each process. A validation runs two passes over the latter (with batch norm three), and one
+    over 500 of the former.
 
     Args:
         task: ``"multiclass"``, ``"binary"`` or ``"multilabel"``.
         targets: A function ``batch -> labels``; by default
             :func:`~lightning_sensitivity.model.select_targets`. Labels of -100 are ignored.
-        validation_labels: Combine it with the score on the labels of the kept validation samples; log
-            ``risk_label_score`` and ``risk_num_labels``, too.
+        validation_labels: Combine the estimate with the score on validation labels: batches with labels are
+            kept first, up to 1,200 samples. Log ``risk_label_score`` and ``risk_num_labels``, too.
         features: A function ``batch -> (N, D)`` for the reference, such as a pretrained encoder.
         initial_weights: State dict from before training, if these data have already been trained on.
         num_training: Number of different training samples, for streams and several loaders.
@@ -69,7 +64,7 @@ class RiskMonitor(Monitor):
         inputs: A function ``batch -> arguments``; for this and ``outputs`` see
             :class:`~lightning_sensitivity.model.ModelCall`.
         outputs: A function ``result -> logits``, ``(N, K)`` or ``(N,)``.
-        prog_bar: Show the estimate on the progress bar.
+        prog_bar: Show the criterion on the progress bar.
 
     Raises:
         MisconfigurationException: If an argument is invalid; before the first step, if the Trainer or the
@@ -79,7 +74,7 @@ class RiskMonitor(Monitor):
         >>> from lightning.pytorch import Trainer
         >>> from lightning.pytorch.callbacks import EarlyStopping
         >>> from lightning_sensitivity import RiskMonitor
-        >>> callbacks = [RiskMonitor(), EarlyStopping("val_risk_estimate", patience=10)]
+        >>> callbacks = [RiskMonitor(), EarlyStopping("val_risk_criterion", patience=10)]
         >>> trainer = Trainer(callbacks=callbacks, logger=False)
     """
 
@@ -127,7 +122,7 @@ class RiskMonitor(Monitor):
     # Before and after a fit
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check what can be checked before the first batch, and forget the last fit, unless this one continues it."""
+        """Check what can be checked by now, and forget the last fit, unless this one continues it."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and _is_new(trainer):
             self.fit = FitRecord()
@@ -165,7 +160,7 @@ class RiskMonitor(Monitor):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         """Start with the first batch of a fit, and keep the first samples."""
         training = self.fit.training
-        is_late = training.batches != [] and training.batches[0].index > 0  # a fit was resumed within an epoch
+        is_late = training.batches != [] and training.batches[0].index > 0  # resumed within an epoch
         if not self.fit.has_started or (batch_idx == 0 and is_late):
             self.fit.has_started = True
             with self.reporter.report_failure("cannot estimate the risk", "There is no estimate in this fit."):
@@ -178,7 +173,7 @@ class RiskMonitor(Monitor):
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     def _start(self, trainer: Trainer, module: LightningModule, batch: object, batch_idx: int) -> None:
-        """Keep the weights before training and the first batch, if its outputs and labels allow an estimate."""
+        """Keep the initial weights and the first batch, if its outputs and labels allow an estimate."""
         fit = self.fit
         if not fit.training.batches:
             fit.start(module, self.initial_weights, _is_new(trainer))
@@ -188,7 +183,7 @@ class RiskMonitor(Monitor):
         check_outputs(outputs, TASKS[self.task])
         fit.output_shape = tuple(outputs.shape[1:])
         kept = self._copy_training_batch(module, batch, batch_idx)
-        fit.training = KeptSamples(0, math.inf, math.ceil(NUM_TRAINING / trainer.world_size))
+        fit.training = KeptSamples(0, num_batches=math.inf, num_wanted=math.ceil(NUM_TRAINING / trainer.world_size))
         fit.training.add(kept)
         fit.references = {}
 
@@ -203,7 +198,7 @@ class RiskMonitor(Monitor):
         return trainer.state.fn == TrainerFn.FITTING
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Fix n and w in the first validation, so that only the model can move the curve; every process comes here."""
+        """Fix n and w in the first validation, so that only the model moves the curve."""
         super().on_validation_start(trainer, pl_module)
         fit = self.fit
         if self._is_measuring and fit.has_started:
@@ -235,21 +230,22 @@ class RiskMonitor(Monitor):
         """Run the model and its twins on the kept samples of a loader, and the model on training samples."""
         if not self.fit.training.batches and not self.reporter.before_first_step:
             raise MisconfigurationException(f"no training sample is kept yet.{link_to('no-estimate')}")
-        reference = self._find_reference(samples)
+        fit, task = self.fit, TASKS[self.task]
+        reference = find_reference(fit, samples, task, self.features is not None, self.reporter)
         metric = self._make_metric(module, samples.dataloader_idx, reference)
         self._measure_training(module, run, metric)
-        twins = self._make_twins(module, samples.dataloader_idx)
-        count = len(samples.batches)
-        predictions = _split(None if reference is None else reference.predictions, samples.batches)
-        for place, (batch, predicted) in enumerate(zip(samples.batches, predictions, strict=True)):
+        twins = self._make_twins(module, run, samples)
+        for place, batch in enumerate(samples.batches):
             call = batch.call.to(module.device)
             outputs = run(call)
             if self.reporter.before_first_step:
-                check_outputs(outputs, TASKS[self.task])
-            baseline = run(call_with_batch_statistics, module, call) if has_batch_norm(module) else None
-            numbers = twin_numbers(place, count)
-            of_twins = (run(call_with_batch_statistics, module, call, twins.weights(number)) for number in numbers)
-            metric.update(outputs, of_twins, baseline_outputs=baseline, reference=predicted)
+                check_outputs(outputs, task)
+            metric.update(
+                outputs,
+                twins.outputs(call, place, len(samples.batches)),
+                baseline_outputs=twins.baseline_outputs(call),
+                reference=None if reference is None else samples.split(reference.predictions)[place],
+            )
             if batch.labels is not None:
                 metric.update_labels(outputs, batch.labels)
         return metric
@@ -265,16 +261,6 @@ class RiskMonitor(Monitor):
         if may_be and all(may_be) and not self.reporter.before_first_step:
             self.reporter.warn("arguments", IN_UNIT_INTERVAL)
 
-    def _find_reference(self, samples: KeptSamples) -> Reference | None:
-        """Fit the reference of a loader, once for the same training samples."""
-        fit, key = self.fit, (samples.dataloader_idx, self.fit.training.size)
-        if key not in fit.references and fit.training.batches and samples.batches:
-            num_outputs, has_features = math.prod(fit.output_shape or ()), self.features is not None
-            found = find_reference(fit.training, samples, num_outputs, TASKS[self.task], has_features, self.reporter)
-            fit.references = {other: each for other, each in fit.references.items() if other[0] != key[0]}
-            fit.references[key] = found
-        return fit.references.get(key)
-
     def _make_metric(self, module: LightningModule, dataloader_idx: int, reference: Reference | None) -> RiskEstimate:
         with module.device:  # it determines the floating type of the metric
             return RiskEstimate(
@@ -286,13 +272,16 @@ class RiskMonitor(Monitor):
                 calibration=self.fit.calibrations.get(dataloader_idx),
             )
 
-    def _make_twins(self, module: LightningModule, dataloader_idx: int) -> Twins:
+    def _make_twins(self, module: LightningModule, run: RunIsolated, samples: KeptSamples) -> Twins:
         initial = self.fit.initial_weights(module)
         new = unknown_parameters(module, initial)
         if new:
             message = f"has no initial weights for {', '.join(new[:3])}: they count as entirely learned."
             self.reporter.warn("initial-weights", message)
-        return Twins(module, initial, TWIN_STRENGTH, (self.seed, module.global_rank, dataloader_idx))
+        if has_batch_norm(module) and samples.size < _FEW_SAMPLES * len(samples.batches):
+            message = f"gets validation batches of fewer than {_FEW_SAMPLES} samples, too few for batch norm: take 32."
+            self.reporter.warn("batch-size", message)
+        return Twins(module, initial, TWIN_STRENGTH, (self.seed, module.global_rank, samples.dataloader_idx), run)
 
     # Values
 
@@ -302,7 +291,8 @@ class RiskMonitor(Monitor):
         values = metric.compute()
         self.reporter.warn_of(metric.messages, dataloader_idx)
         if self.num_labelled > 0 and "risk_num_labels" not in values:
-            self.reporter.warn("labels", f"found no label on dataloader {dataloader_idx}.", kind="none")
+            message = f"found no label in the batches of dataloader {dataloader_idx}, and does without."
+            self.reporter.warn("labels", message, kind="none")
         if not bool(values["risk_estimate"].isfinite()):
             return {}
         self.fit.calibrations[dataloader_idx] = metric.calibration
@@ -311,18 +301,13 @@ class RiskMonitor(Monitor):
         return values
 
     def fallback_values(self, dataloader_idx: int) -> Mapping[str, float]:
-        """Return the worst possible score, once, if a fit has no first value: EarlyStopping ends without one."""
+        """Return the worst possible score, once, if there is no first value: EarlyStopping needs one."""
         if dataloader_idx in self.fit.calibrations:  # a value was logged
             return {}
         message = "has no first value, and logs the worst possible score in its place, so that training continues."
         self.reporter.warn("failed", message, kind="first value")
         self.fit.calibrations[dataloader_idx] = Calibration()
         return dict.fromkeys(self.names[:2], TASKS[self.task].max_score)
-
-
-def _split(predictions: Tensor | None, batches: Sequence[KeptBatch]) -> Sequence[Tensor | None]:
-    """Split predictions for all samples into those for each batch."""
-    return [None] * len(batches) if predictions is None else torch.split(predictions, [b.size for b in batches])
 
 
 def _is_new(trainer: Trainer) -> bool:

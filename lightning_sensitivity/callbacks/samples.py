@@ -1,4 +1,4 @@
-"""The samples that a monitor measures in every validation: whole batches of a loader, kept once, on the CPU."""
+"""The samples that a monitor measures in every validation: batches of a loader, kept once, on the CPU."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
@@ -14,7 +15,7 @@ from lightning_sensitivity.arguments import Selector
 from lightning_sensitivity.functional.tasks import has_ignored_value
 from lightning_sensitivity.model import ModelCall, isolated
 
-MAX_BYTES = 2**29  # of the validation samples that a process keeps, and as much again for its training samples
+MAX_BYTES = 2**29  # of the validation samples in a process, and as much again for training samples
 
 
 @dataclass(eq=False)
@@ -68,13 +69,17 @@ class KeptSamples:
         self._num_wanted = num_wanted
         self._num_labelled = num_labelled
         self._max_bytes = max_bytes
-        self._chosen: set[int] | None = None  # indices of batches; None for every batch, until there are enough
+        self._chosen: set[int] | None = None  # indices; None for every batch, until there are enough
         self._num_seen, self._stride = 0, 1  # of batches with labels, only every so-manieth is kept
 
     @property
     def size(self) -> int:
         """Number of samples."""
         return _count(self.batches)
+
+    def split(self, values: Tensor) -> Sequence[Tensor]:
+        """Split values of all samples, ``(N, ...)``, into those of each batch."""
+        return torch.split(values, [batch.size for batch in self.batches])
 
     def wants(self, batch_idx: int, has_labels: bool = False) -> bool:
         """Return whether to keep a batch."""
@@ -86,7 +91,7 @@ class KeptSamples:
         return is_chosen and _count(self._with_labels(False)) < self._num_wanted
 
     def add(self, batch: KeptBatch) -> None:
-        """Keep a batch, unless it is empty or too large; the size of the first one decides which others are kept."""
+        """Keep a batch, unless it is empty or too large; the size of the first one decides which others."""
         if batch.size == 0 or not self._takes_labels_of(batch):
             return
         num_bytes = sum(each.call.num_bytes for each in self.batches)
@@ -109,8 +114,8 @@ class KeptSamples:
         return (self._num_seen - 1) % self._stride == 0
 
     def complete(self) -> None:
-        """Want no more batches, and keep as few as are wanted: those with labels first."""
-        self.is_complete = True
+        """Want no more, unless none has come, and keep as few as are wanted: those with labels first."""
+        self.is_complete = self.is_complete or bool(self.batches)
         labelled, others = spread(self._with_labels(True), self._num_labelled), self._with_labels(False)
         if labelled:
             others = spread(others, self._num_wanted - _count(labelled))

@@ -118,7 +118,7 @@ class SensitivityMonitor(Monitor):
         return {"output_sensitivity": estimate.value, "output_sensitivity_stderr": estimate.stderr}
 
     def _check_outputs(self, outputs: Tensor) -> bool:
-        """Return whether outputs may be probabilities, whose class average means something else; refuse clear ones."""
+        """Return whether outputs may be probabilities, which mean something else; refuse clear ones."""
         if self.per_output:
             return False
         if self.reporter.before_first_step and (are_probabilities(outputs) or are_log_probabilities(outputs)):

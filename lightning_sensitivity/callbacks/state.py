@@ -69,7 +69,7 @@ class FitRecord:
         self.history: dict[int, list[ValidationResult]] = {}
         self.has_started = False
         self.output_shape: tuple[int, ...] | None = None
-        self.training = KeptSamples(0, num_batches=math.inf, num_wanted=0)  # wants none until the fit has started
+        self.training = KeptSamples(0, num_batches=math.inf, num_wanted=0)  # wants none yet
         self.references: dict[tuple[int, int], Reference | None] = {}
 
     def start(self, module: nn.Module, given: Mapping[str, Tensor] | None, is_new: bool) -> None:
@@ -104,7 +104,7 @@ class FitRecord:
         self.untrained -= {name for name, weight in module.named_parameters() if weight.requires_grad}
 
     def initial_weights(self, module: nn.Module) -> dict[str, Tensor]:
-        """Return the parameters before training that training may have changed, on the device of the module."""
+        """Return the initial parameters that training may have changed, on the device of the module."""
         device = next((weight.device for weight in module.parameters()), torch.device("cpu"))
         initial = self.initial
         if not self.has_started:  # frozen weights are not saved

@@ -13,9 +13,9 @@ from lightning_sensitivity.functional.tasks import Task, find_task
 _WIDTHS = (0.1, 0.4, 1.6)  # of the kernel, times the median squared distance
 _RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 _WEIGHT = 2.0  # of a good reference that knows all training samples
-_NO_SKILL, _NO_SKILL_PER_SAMPLE = 0.01, 1.5  # permuted labels reach 0.013, and more if there are under 150 samples
+_NO_SKILL, _NO_SKILL_PER_SAMPLE = 0.01, 1.5  # permuted labels reach 0.013, and more below 150 samples
 _SKILL_RANGE = 0.02  # from no weight to full weight
-_CAUTIOUS, _CAUTION_RANGE = 1.30, 0.15  # of the claim over the score: where it has no weight, and up from full weight
+_CAUTIOUS, _CAUTION_RANGE = 1.30, 0.15  # of claim / score: no weight here, and full weight below
 NOISY = 0.05  # share of labels that look wrong
 _MAX_FACTOR = 3.0  # of the agreement
 _CLEAR = 0.15  # share of the largest agreement so far
@@ -137,7 +137,7 @@ def fit_reference(features: Tensor, labels: Tensor, new_features: Tensor, task: 
 
 
 def _leave_one_out_scores(kernel: Tensor, residuals: Tensor, task: Task) -> list[float]:
-    """Compute the leave-one-out score for each ridge from one eigendecomposition, in single precision to be fast."""
+    """Compute the leave-one-out score for each ridge, in single precision to be fast."""
     eigenvalues, vectors = torch.linalg.eigh(kernel.float())
     projected = vectors.T @ residuals[:, residuals.any(0)].float()  # classes that no sample has add nothing
     inverses = 1 / (eigenvalues.clamp(min=0)[:, None] + torch.tensor(_RIDGES, dtype=torch.float32))

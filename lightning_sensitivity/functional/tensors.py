@@ -65,7 +65,7 @@ def are_log_probabilities(outputs: Tensor) -> bool:
 
 
 def may_be_probabilities(outputs: Tensor) -> bool:
-    """Check whether all outputs lie in [0, 1], and not just because the head is untrained; waits for the device."""
+    """Check whether all outputs lie in [0, 1], not just since the head is untrained; waits for the device."""
     if not outputs.numel() or not bool(((outputs >= 0) & (outputs <= 1)).all()):
         return False
     # One or two outputs of an untrained head may lie there, but then all are on the same side of ½.
@@ -74,7 +74,7 @@ def may_be_probabilities(outputs: Tensor) -> bool:
 
 
 def are_close(first: Tensor, second: Tensor) -> bool:
-    """Check whether two tensors of one shape are equal within 1 % of the mean size of the first one's elements."""
+    """Check whether two tensors of one shape are equal within 1 % of the first one's mean size."""
     first, second = first.double(), second.double()
     scale = float(first[first.isfinite()].abs().mean().nan_to_num(0.0))
     return torch.allclose(first, second, rtol=1e-2, atol=1e-2 * scale, equal_nan=True)

@@ -199,7 +199,7 @@ class RiskEstimate(WideMetric):
         return {**values, "risk_criterion": criterion, "risk_estimate": estimate}
 
     def _reference_values(self) -> tuple[dict[str, Tensor], bool]:
-        """Compute C, with a calibration that includes this epoch, its weight v and N; and whether no noise is found."""
+        """Compute C, with a calibration that includes this epoch, v and N; and whether no noise is found."""
         *sums, num_samples = self.reference_sums.tolist()
         score, chance, claim, noise = (each / num_samples for each in sums)
         weight = reference_weight(score, chance, claim, int(num_samples), self._num_training or int(num_samples))

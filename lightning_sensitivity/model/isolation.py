@@ -85,7 +85,7 @@ class _State:
         # Set the mode by hand, since modules override `eval()`.
         modes: list[Place] = [(vars(module), "training", False) for module in modules]
         self.places = [*chain.from_iterable(map(_places_of, modules)), *modes]
-        self.large_clones: dict[int, tuple[Tensor, int]] = {}  # by id of the original; with their version when new
+        self.large_clones: dict[int, tuple[Tensor, int]] = {}  # by id of the original; with a version
 
     def put_copies(self) -> None:
         torch.clear_autocast_cache()  # of 16-bit copies of weights, which may have changed since

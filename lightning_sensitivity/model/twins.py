@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lightning_sensitivity.compat import BatchNorm, Convolution, TransposedConvolution
 from lightning_sensitivity.model.call import ModelCall
+from lightning_sensitivity.model.isolation import RunIsolated
 from lightning_sensitivity.model.noise import noise_generator
 
 NUM_TWINS = 4  # with fewer, the variance would depend too much on the noise of each
@@ -83,40 +84,53 @@ def twin_weights(
     return weights
 
 
-def twin_numbers(place: int, num_batches: int) -> range:
-    """Return which twins a batch goes through: one that it shares with neighbours; of few batches, two of its own.
+def twin_numbers(place: int, num_batches: int) -> list[int]:
+    """Return which twins a batch goes through: one, which neighbours share; two, if there are few batches.
 
     Args:
         place: The place of the batch among those that are measured.
         num_batches: How many are measured.
     """
-    if num_batches < NUM_TWINS:
-        return range(2 * place, 2 * place + 2)
-    number = place * NUM_TWINS // num_batches
-    return range(number, number + 1)
+    return [2 * place, 2 * place + 1] if num_batches < NUM_TWINS else [place * NUM_TWINS // num_batches]
 
 
 class Twins:
-    """Draw the weights of simulated twins, and remember the last ones.
+    """Run simulated twins of a model on batches.
 
     Args:
         model: The module.
         initial: Its parameters before training; see :func:`twin_weights`.
         strength: λ.
         key: Seed, rank and loader; see :func:`~lightning_sensitivity.model.noise_generator`.
+        run: Calls a function that runs the model; from :func:`~lightning_sensitivity.model.isolated`.
     """
 
     def __init__(
-        self, model: nn.Module, initial: Mapping[str, Tensor], strength: float, key: tuple[int, int, int]
+        self,
+        model: nn.Module,
+        initial: Mapping[str, Tensor],
+        strength: float,
+        key: tuple[int, int, int],
+        run: RunIsolated,
     ) -> None:
         self._model = model
         self._initial = initial
         self._strength = strength
         self._key = key
-        self._last: tuple[int, dict[str, Tensor]] = -1, {}
+        self._run = run
+        self._last: tuple[int, dict[str, Tensor]] = -1, {}  # a twin's number and weights
+        self._has_batch_norm = has_batch_norm(model)
 
-    def weights(self, number: int) -> dict[str, Tensor]:
-        """Return the weights of the twin of a number, from 0 on."""
+    def outputs(self, call: ModelCall, place: int, num_batches: int) -> Iterator[Tensor]:
+        """Yield the outputs of each twin for a batch; for the last two arguments see :func:`twin_numbers`."""
+        for number in twin_numbers(place, num_batches):
+            yield self._run(_call_with_batch_statistics, self._model, call, self._weights(number))
+
+    def baseline_outputs(self, call: ModelCall) -> Tensor | None:
+        """Return the model's outputs for a batch with its statistics; None without batch norm."""
+        return self._run(_call_with_batch_statistics, self._model, call) if self._has_batch_norm else None
+
+    def _weights(self, number: int) -> dict[str, Tensor]:
         if self._last[0] != number:
             device = next((parameter.device for parameter in self._model.parameters()), torch.device("cpu"))
             generator = noise_generator(*self._key, 0, number, device=device)
@@ -129,17 +143,10 @@ def has_batch_norm(model: nn.Module) -> bool:
     return bool(_batch_norms(model))
 
 
-def call_with_batch_statistics(
+def _call_with_batch_statistics(
     model: nn.Module, call: ModelCall, weights: Mapping[str, Tensor] | None = None
 ) -> Tensor:
-    """Call a model with other weights, or its own, while its batch norms use :func:`batch_statistics`.
-
-    Args:
-        model: The module.
-        call: The call of it on a batch; a single sample has no statistics.
-        weights: Parameters by name; None for its own.
-    """
-    with nullcontext() if call.size == 1 else batch_statistics(model):
+    with nullcontext() if call.size == 1 else batch_statistics(model):  # a single sample has none
         return call(None, weights)
 
 
