@@ -153,7 +153,10 @@ def test_the_study_of_early_stopping_replays_what_a_fit_logs(run: Any) -> None:
         def validation_step(self, batch: Any, batch_idx: int) -> None:
             pass
 
-    recorder, validation = replay.Recorder(), DataLoader(TensorDataset(x, y), replay.BATCH_SIZE)
+    recorder, validation = (
+        replay.Recorder(),
+        DataLoader(TensorDataset(x, y), replay.BATCH_SIZE, generator=torch.Generator()),
+    )
     callbacks = [RiskMonitor(), recorder]
     trainer = Trainer(max_epochs=2, accelerator="cpu", callbacks=callbacks, **training.QUIET)
     trainer.fit(Real(drawn), training.training_loader(drawn), validation)
