@@ -75,8 +75,13 @@ plot_html_show_formats = False
 plot_html_show_source_link = False
 intersphinx_mapping = inventories.write(Path(__file__).parent / "_build" / "inventories")
 
-# Names for types, which are explained where they are used, and an exception that Lightning does not document.
-nitpick_ignore_regex = [("py:class", "AxType|Noise|PlotType|Selector"), ("py:exc", "MisconfigurationException")]
+# Names for types, which are explained where they are used; sums, which have no page; a function that has one under
+# another name; and an exception that Lightning does not document.
+nitpick_ignore_regex = [
+    ("py:class", r"AxType|Noise|PlotType|Selector|lightning_sensitivity\.functional\.sums\.\w+"),
+    ("py:func", "variance_factor"),
+    ("py:exc", "MisconfigurationException"),
+]
 
 
 def linkcode_resolve(domain: str, info: dict[str, str]) -> str | None:

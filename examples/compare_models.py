@@ -2,7 +2,7 @@
 # # Compare models without labels
 #
 # Six networks learn 300 real images (scikit-learn's digits), or do not: one is left untrained. `compare_models` puts
-# them side by side on other images. It needs no labels there; those of this loader show how well the scores did.
+# them side by side on other images. It needs no labels there; ours show how well the scores did.
 #
 #     python examples/compare_models.py
 
@@ -97,16 +97,22 @@ for name in NETWORKS:
 
 # %%
 models = {name: partial(Classifier.load_from_checkpoint, path) for name, path in checkpoints.items()}
-result = compare_models(models, DataLoader(val, batch_size=500), targets=lambda batch: batch[1])
+result = compare_models(models, DataLoader(val, batch_size=500))
 print(result)
-pd.DataFrame(result).to_csv(args.out / "comparison.csv", index=False)
+table = pd.DataFrame(result).set_index("name")
+images, labels = val[:]
+with torch.no_grad():
+    logits = {name: load().cpu().eval()(images) for name, load in models.items()}
+table["true loss"] = {name: float(cross_entropy(each, labels)) for name, each in logits.items()}
+table["true error"] = {name: float((each.argmax(1) != labels).float().mean()) for name, each in logits.items()}
+table.to_csv(args.out / "comparison.csv")
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained")
-for axis, score, truth in zip(axes, ("consensus_error", "sensitivity"), ("error", "loss"), strict=True):
-    for model in result:
-        axis.plot(getattr(model, score), getattr(model, truth), "o", label=model.name)
-    axis.set(xlabel=f"{score} (without labels)", ylabel=f"true {truth}")
+for axis, score, truth in zip(axes, ("consensus_error", "sensitivity"), ("true error", "true loss"), strict=True):
+    for name, row in table.iterrows():
+        axis.plot(row[score], row[truth], "o", label=name)
+    axis.set(xlabel=f"{score} (without labels)", ylabel=truth)
 axes[1].set_xscale("log")
 axes[0].legend(fontsize="small")
 figure.savefig(args.out / "compare_models.png", dpi=100)

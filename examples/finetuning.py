@@ -63,12 +63,12 @@ class Digits(LightningModule):
 
 
 class Curves(Callback):
-    """Keeps the estimate and, for comparison, the accuracy on correct labels."""
+    """Keeps the criterion and, for comparison, the accuracy on correct labels."""
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with torch.no_grad():
             correct = pl_module(x_new).argmax(1) == y_new
-        estimates.append(float(trainer.callback_metrics["val_risk_estimate"]))
+        criteria.append(float(trainer.callback_metrics["val_risk_criterion"]))
         accuracies.append(float(correct.float().mean()))
 
 
@@ -81,16 +81,16 @@ model.head = nn.Linear(64, 5)  # for the new classes
 # %% What to copy
 pretrained = copy.deepcopy(model.body).requires_grad_(False)
 risk = RiskMonitor(features=lambda batch: pretrained(batch[0]))
-checkpoint = ModelCheckpoint(monitor="val_risk_estimate", dirpath="runs/finetuning", filename="{epoch}")
-estimates: list[float] = []
+checkpoint = ModelCheckpoint(monitor="val_risk_criterion", dirpath="runs/finetuning", filename="{epoch}")
+criteria: list[float] = []
 accuracies: list[float] = []
 quiet["enable_checkpointing"] = True
 trainer = Trainer(max_epochs=args.max_epochs, accelerator="cpu", callbacks=[risk, Curves(), checkpoint], **quiet)
 trainer.fit(model, train_loader, val_loader)
 
-chosen, best, last = estimates.index(min(estimates)), accuracies.index(max(accuracies)), len(accuracies) - 1
-print("\nepoch  estimate  accuracy on correct labels")
+chosen, best, last = criteria.index(min(criteria)), accuracies.index(max(accuracies)), len(accuracies) - 1
+print("\nepoch  criterion  accuracy on correct labels")
 for epoch in sorted({*range(0, last, max(1, last // 7)), chosen, best, last}):
-    print(f"{epoch:5d}  {estimates[epoch]:8.3f}  {accuracies[epoch]:8.3f}")
-print(f"\nThe estimate is lowest at epoch {chosen}, where the accuracy is {accuracies[chosen]:.3f}.")
+    print(f"{epoch:5d}  {criteria[epoch]:9.3f}  {accuracies[epoch]:8.3f}")
+print(f"\nThe criterion is lowest at epoch {chosen}, where the accuracy is {accuracies[chosen]:.3f}.")
 print(f"It is highest at epoch {best}, {accuracies[best]:.3f}, and {accuracies[last]:.3f} at the last, epoch {last}.")

@@ -1,4 +1,4 @@
-"""The risk estimate and output sensitivity in a plain PyTorch loop, without Lightning.
+"""The risk criterion and output sensitivity in a plain PyTorch loop, without Lightning.
 
     python examples/plain_pytorch.py
 
@@ -17,7 +17,7 @@ from lightning_sensitivity import OutputSensitivity, RiskEstimate
 from lightning_sensitivity.functional import fit_reference, principal_components
 from lightning_sensitivity.model.twins import copy_weights, twin_weights
 
-parser = argparse.ArgumentParser(description="Watch sensitivity and the risk estimate without Lightning.")
+parser = argparse.ArgumentParser(description="Watch sensitivity and the risk criterion without Lightning.")
 parser.add_argument("--max-epochs", type=int, default=25)
 args = parser.parse_args()
 torch.manual_seed(0)
@@ -34,14 +34,15 @@ model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReL
 optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
 
 # The loop
-NUM_TWINS, STRENGTH, SIGMA = 8, 0.5, 0.1
+NUM_TWINS, STRENGTH, SIGMA = 4, 0.5, 0.1
 initial = copy_weights(model.state_dict())
 num_weights = sum(weight.numel() for weight in model.parameters())
 features, new_features = principal_components(x_train, x_new)
 reference = fit_reference(features, one_hot(y_train, 10), new_features)
+print(f"About {reference.noise:.0%} of the training labels look wrong.\n")
 risk = RiskEstimate(strength=STRENGTH, num_training=len(x_train), num_weights=num_weights, reference=reference)
 history = []
-print("epoch  estimate  sensitivity ± its error  true accuracy")
+print("epoch  criterion  sensitivity ± its error  true accuracy")
 for epoch in range(args.max_epochs):
     for batch in torch.randperm(len(x_train)).split(50):
         optimizer.zero_grad()
@@ -60,13 +61,13 @@ for epoch in range(args.max_epochs):
         risk.update(outputs, twin_outputs, reference=reference.predictions)
         risk.update_training(model(x_train), y_train)
     model.train()
-    estimate = float(risk.compute()["risk_estimate"])
+    criterion = float(risk.compute()["risk_criterion"])
     accuracy = float((outputs.argmax(1) == y_new).float().mean())
-    history.append((estimate, epoch, accuracy))
-    print(f"{epoch:5d}  {estimate:8.3f}  {sensitivity.compute():11.2g} ± {sensitivity.stderr:.1g}  {accuracy:18.3f}")
+    history.append((criterion, epoch, accuracy))
+    print(f"{epoch:5d}  {criterion:9.3f}  {sensitivity.compute():11.2g} ± {sensitivity.stderr:.1g}  {accuracy:18.3f}")
 
 _, epoch, accuracy = min(history)
 best, last = max(each[2] for each in history), history[-1][2]
-print(f"Lowest estimate in epoch {epoch}: accuracy {accuracy:.3f}; last epoch {last:.3f}, best epoch {best:.3f}.")
+print(f"Lowest criterion in epoch {epoch}: accuracy {accuracy:.3f}; last epoch {last:.3f}, best epoch {best:.3f}.")
 by_reference = float((reference.predictions.argmax(1) == y_new).float().mean())
 print(f"The reference by itself: {by_reference:.3f}. Where it is better than the network, use it instead.")

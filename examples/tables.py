@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sensitivity import RiskMonitor
 
-parser = argparse.ArgumentParser(description="Train on a noisy table, and keep the epoch with the lowest estimate.")
+parser = argparse.ArgumentParser(description="Train on a noisy table, and keep the epoch with the lowest criterion.")
 parser.add_argument("--labels", type=int, default=0, help="rows that are split off, with their noisy labels")
 parser.add_argument("--max-epochs", type=int, default=60)
 parser.add_argument("--seed", type=int, default=0)
@@ -64,19 +64,19 @@ class Table(LightningModule):
 
 
 class Curves(Callback):
-    """Keeps the estimate and, for comparison, the accuracy on correct labels."""
+    """Keeps the criterion and, for comparison, the accuracy on correct labels."""
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with torch.no_grad():
             correct = (pl_module(x_new) > 0) == (y_new > 0)
-        estimates.append(float(trainer.callback_metrics["val_risk_estimate"]))
+        criteria.append(float(trainer.callback_metrics["val_risk_criterion"]))
         accuracies.append(float(correct.float().mean()))
 
 
 # %% What to copy
 risk = RiskMonitor(task="binary", validation_labels=args.labels > 0)
-checkpoint = ModelCheckpoint(monitor="val_risk_estimate", dirpath="runs/tables", filename="{epoch}")
-estimates: list[float] = []
+checkpoint = ModelCheckpoint(monitor="val_risk_criterion", dirpath="runs/tables", filename="{epoch}")
+criteria: list[float] = []
 accuracies: list[float] = []
 trainer = Trainer(
     max_epochs=args.max_epochs,
@@ -88,9 +88,9 @@ trainer = Trainer(
 )
 trainer.fit(Table(), train_loader, val_loader)
 
-chosen, best, last = estimates.index(min(estimates)), accuracies.index(max(accuracies)), len(accuracies) - 1
-print("\nepoch  estimate  accuracy on correct labels")
+chosen, best, last = criteria.index(min(criteria)), accuracies.index(max(accuracies)), len(accuracies) - 1
+print("\nepoch  criterion  accuracy on correct labels")
 for epoch in sorted({*range(0, last, max(1, last // 7)), chosen, best, last}):
-    print(f"{epoch:5d}  {estimates[epoch]:8.3f}  {accuracies[epoch]:8.3f}")
-print(f"\nThe estimate is lowest at epoch {chosen}, where the accuracy is {accuracies[chosen]:.3f}.")
+    print(f"{epoch:5d}  {criteria[epoch]:9.3f}  {accuracies[epoch]:8.3f}")
+print(f"\nThe criterion is lowest at epoch {chosen}, where the accuracy is {accuracies[chosen]:.3f}.")
 print(f"It is highest at epoch {best}, {accuracies[best]:.3f}, and {accuracies[last]:.3f} at the last, epoch {last}.")

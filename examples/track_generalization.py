@@ -2,9 +2,9 @@
 # # Keep the checkpoint from before a network memorizes
 #
 # A network is trained on 500 small images (scikit-learn's digits) with 40 % noisy labels. It learns, and then it
-# memorizes. `RiskMonitor` estimates the error on unseen images from training labels and unlabelled images, and
-# Lightning's `ModelCheckpoint` keeps the epoch where it is lowest. `SensitivityMonitor` logs how strongly the outputs
-# respond to noise on the inputs. Neither sees a validation label: loss and accuracy are logged to compare.
+# memorizes. `RiskMonitor` logs a criterion from training labels and unlabelled images, and Lightning's
+# `ModelCheckpoint` keeps the epoch where it is lowest. `SensitivityMonitor` logs how strongly the outputs respond to
+# noise on the inputs. Neither sees a validation label: loss and accuracy are logged only to compare.
 #
 #     python examples/track_generalization.py                  # half a minute
 #     python examples/track_generalization.py --patience 13    # stops early
@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 
-parser = argparse.ArgumentParser(description="Train on digits, and use the estimate.")
+parser = argparse.ArgumentParser(description="Train on digits, and keep the epoch with the lowest criterion.")
 parser.add_argument("--max-epochs", type=int, default=40)
 parser.add_argument("--patience", type=int, default=40, help="default: never stop")
 parser.add_argument("--seed", type=int, default=0)
@@ -91,14 +91,14 @@ class Curves(Callback):
 
 
 # %% [markdown]
-# What to copy: two monitors, and what goes by the estimate. With the prefix `val/`, TensorBoard shows loss, estimate
+# What to copy: two monitors, and what goes by the criterion. With the prefix `val/`, TensorBoard shows loss, criterion
 # and sensitivity in one group. Without `default_hp_metric=False` it would show an empty chart, too.
 
 # %%
 risk = RiskMonitor(prefix="val/", prog_bar=True)
 sensitivity = SensitivityMonitor(prefix="val/")
-stopping = EarlyStopping(monitor="val/risk_estimate", patience=args.patience)
-checkpoint = ModelCheckpoint(monitor="val/risk_estimate", filename="{epoch}")
+stopping = EarlyStopping(monitor="val/risk_criterion", patience=args.patience)
+checkpoint = ModelCheckpoint(monitor="val/risk_criterion", filename="{epoch}")
 logger = TensorBoardLogger("runs/digits", name=None, default_hp_metric=False)
 
 curves: dict[str, list[float]] = {}
@@ -114,29 +114,29 @@ trainer = Trainer(
 trainer.fit(Digits(), train_loader, val_loader)
 
 # %%
-accuracies, estimates = curves["val/accuracy"], curves["val/risk_estimate"]
-last, chosen = len(estimates) - 1, estimates.index(min(estimates))
+accuracies, criteria = curves["val/accuracy"], curves["val/risk_criterion"]
+last, chosen = len(criteria) - 1, criteria.index(min(criteria))
 best = accuracies.index(max(accuracies))
 print("\n            with correct labels    |   without validation labels")
-print("epoch  train loss  val loss  accuracy | estimate  sensitivity ± its error")
+print("epoch  train loss  val loss  accuracy | criterion  sensitivity ± its error")
 for epoch in sorted({*range(0, last, max(1, last // 7)), chosen, best, last}):
     row = {name.removeprefix("val/"): values[epoch] for name, values in curves.items()}
     print(f"{epoch:5d}  {row['train/loss']:10.3f}  {row['loss']:8.3f}", end="")
-    print(f"  {row['accuracy']:8.3f} | {row['risk_estimate']:8.3f}", end="")
+    print(f"  {row['accuracy']:8.3f} | {row['risk_criterion']:9.3f}", end="")
     print(f"  {row['output_sensitivity']:11.2g} ± {row['output_sensitivity_stderr']:.1g}")
-print(f"\nThe estimate is lowest at epoch {chosen}: accuracy {accuracies[chosen]:.3f}.")
+print(f"\nThe criterion is lowest at epoch {chosen}: accuracy {accuracies[chosen]:.3f}.")
 print(f"Accuracy is highest at epoch {best}, {accuracies[best]:.3f}, ", end="")
 print(f"and {accuracies[-1]:.3f} at the last one, epoch {last}.")
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
-left.plot(estimates, color="C1")
-left.set(title="risk estimate, without validation labels", xlabel="epoch")
+left.plot(criteria, color="C1")
+left.set(title="risk criterion, without validation labels", xlabel="epoch")
 right.plot(accuracies, color="C0")
 right.set(title="accuracy on correct labels", xlabel="epoch")
 right.set(xlim=(None, last + 5), ylim=(0.5, 1))
 for axis in (left, right):
-    axis.axvline(chosen, color="C1", linestyle="--", label="lowest estimate")
+    axis.axvline(chosen, color="C1", linestyle="--", label="lowest criterion")
     axis.legend(loc="upper center")
 for epoch in (chosen, last):
     accuracy = accuracies[epoch]

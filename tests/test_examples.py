@@ -47,26 +47,28 @@ def numbers(text: str) -> np.ndarray:
     return np.array([[float(word) for word in line if re.fullmatch(r"-?[\d.]+(e-\d+)?", word)] for line in lines])
 
 
-def test_the_first_example_keeps_the_checkpoint_of_the_lowest_estimate(run: Any) -> None:
+def test_the_first_example_keeps_the_checkpoint_of_the_lowest_criterion(run: Any) -> None:
     text, variables = run("track_generalization.py", "--max-epochs", "4")
-    table, estimates = numbers(text), variables["curves"]["val/risk_estimate"]
-    np.testing.assert_allclose(table[:, [0, 4]], np.stack([range(4), estimates], 1), atol=1e-3)
-    assert Path(variables["checkpoint"].best_model_path).stem == f"epoch={np.argmin(estimates)}"
-    assert f"lowest at epoch {np.argmin(estimates)}: accuracy " in text
+    table, criteria = numbers(text), variables["curves"]["val/risk_criterion"]
+    np.testing.assert_allclose(table[:, [0, 4]], np.stack([range(4), criteria], 1), atol=1e-3)
+    assert Path(variables["checkpoint"].best_model_path).stem == f"epoch={np.argmin(criteria)}"
+    assert f"lowest at epoch {np.argmin(criteria)}: accuracy " in text
     picture, command = text.splitlines()[-2:]
     assert picture.startswith("The picture is runs/curves.png.") and Path("runs/curves.png").stat().st_size > 10_000
     assert command.endswith("tensorboard --logdir runs/digits/version_0")
     logged = EventAccumulator("runs/digits/version_0").Reload().Tags()["scalars"]
-    assert "val/risk_estimate" in logged and "hp_metric" not in logged
+    assert "val/risk_criterion" in logged and "hp_metric" not in logged
 
 
-@pytest.mark.parametrize(("script", "options"), [("tables.py", ["--labels", "50"]), ("finetuning.py", [])])
+@pytest.mark.parametrize(
+    ("script", "options"), [("tables.py", ["--labels", "50"]), ("finetuning.py", []), ("signals.py", [])]
+)
 def test_the_other_examples_keep_it_too(run: Any, script: str, options: list[str]) -> None:
     text, variables = run(script, "--max-epochs", "3", *options)
-    estimates = variables["estimates"]
-    np.testing.assert_allclose(numbers(text)[:, 1], estimates, atol=1e-3)
-    assert Path(variables["checkpoint"].best_model_path).stem == f"epoch={np.argmin(estimates)}"
-    assert f"lowest at epoch {np.argmin(estimates)}, where the accuracy is " in text
+    criteria = variables["criteria"]
+    np.testing.assert_allclose(numbers(text)[:, 1], criteria, atol=1e-3)
+    assert Path(variables["checkpoint"].best_model_path).stem == f"epoch={np.argmin(criteria)}"
+    assert f"lowest at epoch {np.argmin(criteria)}, where the accuracy is " in text
     assert variables["risk"].metrics[0].compute()["risk_reference_weight"] > 0
 
 
@@ -80,8 +82,8 @@ def test_the_notebook_has_the_cells_of_the_script() -> None:
 
 def test_the_plain_loop_sees_sensitivity_grow(run: Any) -> None:
     text, _ = run("plain_pytorch.py", "--max-epochs", "3")
-    _, estimate, sensitivity, *_ = numbers(text).T
-    assert (np.diff(sensitivity) > 0).all() and (np.diff(estimate) < 0).all()
+    _, criterion, sensitivity, *_ = numbers(text).T
+    assert (np.diff(sensitivity) > 0).all() and (np.diff(criterion) < 0).all()
 
 
 @pytest.mark.long

@@ -1,3 +1,4 @@
+import math
 import pickle
 import subprocess
 import sys
@@ -161,15 +162,52 @@ def test_the_score_on_labels_leaves_out_those_that_are_ignored() -> None:
 
 
 def test_the_references_of_processes_count_together() -> None:
-    of_other = REFERENCE._replace(score=0.5, claim=0.5, shares=torch.full((5,), 0.2))
+    of_other = REFERENCE._replace(score=0.5, claim=0.5, noise=0.3, shares=torch.full((5,), 0.2))
     other = filled(make_risk(reference=of_other), [3, 4, 5])
     received = iter([torch.cat(x) if isinstance(x, list) else x for x in other.metric_state.values()])
     options = {"dist_sync_fn": lambda x, group: [x, next(received)], "distributed_available_fn": lambda: True}
     values = filled(make_risk(**options), [0, 1, 2]).compute()
     alone = filled(make_risk(), [0, 1, 2]).compute(), other.compute()
     assert values["risk_reference_weight"] == pytest.approx(2 * 200 / 400)  # one has 2 * 100 / 400
+    assert values["risk_label_noise"] == pytest.approx((REFERENCE.noise + 0.3) / 2)
     close(values["risk_claim"], (alone[0]["risk_claim"] + alone[1]["risk_claim"]) / 2)
     close(values["risk_reference"], (alone[0]["risk_reference"] + alone[1]["risk_reference"]) / 2)
+
+
+NO_NOISE = {"noise": 0.01, "claim": 1.4 * REFERENCE.score}
+
+
+@pytest.mark.parametrize(("reference", "is_clean"), [
+    (REFERENCE._replace(noise=0.2), False), (REFERENCE._replace(noise=0.01), False), (None, False),
+    (REFERENCE._replace(noise=math.nan, claim=1.4), False), (REFERENCE._replace(**NO_NOISE), True),
+])  # fmt: skip
+def test_the_criterion_is_the_estimate_with_labels_or_the_score_on_training_samples_if_no_noise_is_found(
+    reference: Any, is_clean: bool
+) -> None:
+    metric = RiskEstimate(strength=0.5, num_training=400, num_weights=10_000, reference=reference)
+    for i in range(NUM_BATCHES):
+        metric.update(CLEAN[i], NOISY[i], **({} if reference is None else {"reference": PREDICTIONS[i]}))
+        metric.update_training(NOISY[i], LABELS[i])
+        metric.update_labels(TWIN[i], LABELS[i])
+    values, labels = metric.compute(), nn.functional.one_hot(LABELS, 5)
+    score = (NOISY.double().softmax(-1) - labels).square().sum(-1).mean()
+    torch.testing.assert_close(values["risk_criterion"], score if is_clean else values["risk_estimate"])
+    assert values["risk_criterion"] != (values["risk_estimate"] if is_clean else score)
+    noise = math.nan if reference is None else reference.noise
+    assert values.get("risk_label_noise", torch.tensor(math.nan)).item() == pytest.approx(noise, nan_ok=True)
+
+
+@pytest.mark.parametrize("noise", [0.2, math.nan])
+def test_a_reference_counts_once_in_calls_and_after_a_merge(noise: float) -> None:
+    changes = {"noise": noise, "score": 0.7, "claim": 0.7}
+    metric, other = (make_risk(reference=REFERENCE._replace(**changes)) for _ in range(2))
+    expected = filled(metric, [0, 1]).compute()
+    called = filled(make_risk(reference=REFERENCE._replace(**changes)), [0, 1], called=True)
+    other, metric = filled(other, [1]), filled(make_risk(reference=REFERENCE._replace(**changes)), [0])
+    metric.merge_state(other)
+    for each in (called, metric):
+        assert each.compute().keys() == expected.keys()
+        assert {name: pytest.approx(value) for name, value in expected.items()} == each.compute()
 
 
 def test_a_calibration_outlives_its_epoch_but_no_epoch_counts_twice() -> None:

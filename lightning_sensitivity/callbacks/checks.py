@@ -104,7 +104,8 @@ class Reporter:
         reason = describe_error(error)
         is_clear = isinstance(error, MisconfigurationException) or reason.startswith("Expected")
         advice = "" if is_clear else f" If `forward` takes other arguments, set {_INPUTS}."
-        link = "" if _PAGE in reason else link_to("noise" if "perturb" in reason else "arguments")
+        entry = "noise" if "perturb" in reason else "task" if "label" in reason else "arguments"
+        link = "" if _PAGE in reason else link_to(entry)
         return MisconfigurationException(f"`{self._monitor}` {what}: {reason}{advice}{link}")
 
 

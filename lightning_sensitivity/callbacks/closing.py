@@ -72,10 +72,10 @@ def _trust(best: ValidationResult, history: Sequence[ValidationResult], referenc
     """Say whether the reference by itself would choose the same epoch, or nearly, and what to do if not."""
     cure = "label 50 validation samples, and set `validation_labels=True`"
     by_reference = [result.by_reference for result in history]
+    if reference is not None and looks_clean(reference.noise, reference.claim, reference.score):
+        return []  # it has no weight, and its epoch tells nothing
     if reference is None or any(map(math.isnan, by_reference)):
         return [f"There was no reference to check the epoch by: {cure}.{link_to('disagree')}"]
-    if looks_clean(reference.noise, reference.claim, reference.score):
-        return []  # agreement tells nothing
     is_better = reference.score < best.by_twins
     other = by_reference.index(min(by_reference))
     if abs(other - history.index(best)) <= MAX_DISTANCE * len(history):

@@ -278,7 +278,10 @@ class RiskMonitor(Monitor):
         if new:
             message = f"has no initial weights for {', '.join(new[:3])}: they count as entirely learned."
             self.reporter.warn("initial-weights", message)
-        if has_batch_norm(module) and samples.size < _FEW_SAMPLES * len(samples.batches):
+        if (
+            has_batch_norm(module)
+            and max((batch.size for batch in samples.batches), default=_FEW_SAMPLES) < _FEW_SAMPLES
+        ):
             message = f"gets validation batches of fewer than {_FEW_SAMPLES} samples, too few for batch norm: take 32."
             self.reporter.warn("batch-size", message)
         return Twins(module, initial, TWIN_STRENGTH, (self.seed, module.global_rank, samples.dataloader_idx), run)

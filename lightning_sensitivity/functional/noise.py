@@ -65,13 +65,13 @@ def _as_classes(predictions: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     q, y = predictions.detach().cpu().double(), labels.detach().cpu()
     if q.ndim < 2 or q.shape[1] == 1:  # of class 1
         q, y = (torch.stack([1 - each, each], 1) for each in (q.flatten(), y.double().flatten()))
-    elif y.ndim == 1 and len(y):
+    elif y.ndim == 1 and len(y) and y.min() >= 0:
         y = torch.nn.functional.one_hot(y.long(), max(q.shape[1], int(y.max()) + 1))
     if q.shape != y.shape or not len(q):
         got = f"{tuple(predictions.shape)} and {tuple(labels.shape)}"
         raise ValueError(
-            f"Expected `predictions` (N, K) and `labels` (N,) or (N, K), of classes below K, but got {got}."
+            f"Expected `predictions` (N, K) and `labels` (N,) or (N, K), of classes 0 to K - 1, but got {got}."
         )
-    if torch.cat([q, y]).min() < 0 or torch.cat([q, y]).max() > 1:
+    if not bool((torch.cat([q, y]).clamp(0, 1) == torch.cat([q, y])).all()):
         raise ValueError("Expected `predictions` and `labels` to be probabilities, from 0 to 1.")
     return q / q.sum(1, keepdim=True), y.double()

@@ -88,15 +88,12 @@ def unseen_sums(
     baseline_outputs = outputs if baseline_outputs is None else baseline_outputs
 
     def sums(outputs: Tensor, baseline_outputs: Tensor, twin_outputs: Tensor) -> Tensor:
-        baseline, twin = task.probabilities(baseline_outputs), task.probabilities(twin_outputs)
-        claim = task.claims(task.probabilities(outputs))
-        return _finite_sums(
-            torch.ones_like(claim),
-            claim,
-            task.distances(baseline, twin),
-            task.claims(baseline),
-            task.claims(twin),
-        )
+        p, twin = task.probabilities(outputs), task.probabilities(twin_outputs)
+        claim = task.claims(p)
+        baseline = p if baseline_outputs is outputs else task.probabilities(baseline_outputs)
+        baseline_claim = claim if baseline is p else task.claims(baseline)
+        distance = task.distances(baseline, twin)
+        return _finite_sums(torch.ones_like(claim), claim, distance, baseline_claim, task.claims(twin))
 
     of_twins = []
     for twin in twin_outputs:

@@ -29,6 +29,9 @@ _NUM_SUMS = {
 }
 
 
+_UNKNOWN = -1.0  # share of labels that look wrong
+
+
 class RiskEstimate(WideMetric):
     r"""Estimate the Brier score on unseen samples from training labels and unlabelled samples.
 
@@ -208,9 +211,9 @@ class RiskEstimate(WideMetric):
         self.calibration = self._earlier_calibration.updated(float(agreement), float(training_agreement))
         value = reference_score(unseen, training, self.calibration)
         values = {"risk_reference": value, "risk_reference_weight": torch.full_like(value, weight)}
-        if not math.isnan(noise):
-            values["risk_label_noise"] = torch.full_like(value, noise)
-        return values, looks_clean(noise, claim, score)
+        if noise == _UNKNOWN:
+            return values, False
+        return values | {"risk_label_noise": torch.full_like(value, noise)}, looks_clean(noise, claim, score)
 
     def plot(
         self, val: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]] | None = None, ax: AxType | None = None
@@ -245,7 +248,8 @@ def _sums_of(reference: Reference | None) -> Tensor:
     """Return sums over the samples of a reference: score, chance, claim, noise, and the number of samples."""
     if reference is None:
         return torch.zeros(5, dtype=torch.float64)
-    means = [reference.score, reference.chance, reference.claim, reference.noise, 1.0]
+    noise = _UNKNOWN if math.isnan(reference.noise) else reference.noise  # nan would not equal itself
+    means = [reference.score, reference.chance, reference.claim, noise, 1.0]
     return torch.tensor(means, dtype=torch.float64) * reference.num_samples
 
 

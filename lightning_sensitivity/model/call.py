@@ -169,9 +169,10 @@ def select_outputs(result: object, outputs: Selector | None = None) -> Tensor:
     """
     selected = outputs(result) if outputs else _find_outputs(result)
     if not isinstance(selected, Tensor) or selected.ndim == 0 or not is_floating(selected):
+        example = f": `outputs=lambda result: result[{list(result)[-1]!r}]`" if isinstance(result, Mapping) else ""
         raise MisconfigurationException(
             f"`outputs` should select a floating tensor (N, K, ...) or (N,), got {describe(selected)}, "
-            f"from {describe(result)}, which `forward` returned."
+            f"from {describe(result)}, which `forward` returned{example}."
         )
     return selected
 

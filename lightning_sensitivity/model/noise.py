@@ -40,8 +40,9 @@ class GaussianNoise:
 
     def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """Perturb a floating tensor ``(N, ...)``, or ``(N, C, ...)`` if there is one σ per channel."""
-        std = torch.tensor(self.std, dtype=torch.float32, device=x.device)
-        if std.ndim:
+        std: Any = self.std
+        if isinstance(std, tuple):
+            std = torch.tensor(std, dtype=torch.float32, device=x.device)
             expected = f"one number, or one per channel (dimension 1) of {describe(x)}"
             check_argument("noise", self.std, x.shape[1:2] == std.shape, expected)
             std = std.reshape(-1, *[1] * (x.ndim - 2))

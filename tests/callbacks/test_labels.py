@@ -119,7 +119,7 @@ def test_that_there_are_none_is_said_once_and_changes_nothing(val: DataLoader) -
     without = values(val)
     with said() as texts:
         assert values(val, validation_labels=True) == without
-    assert len(texts) == 1 and "found no label on dataloader 0." in texts[0]
+    assert len(texts) == 1 and "found no label in the batches of dataloader 0, and does without." in texts[0]
 
 
 @pytest.mark.parametrize("num_sanity_val_steps", [0, 1])

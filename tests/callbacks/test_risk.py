@@ -133,9 +133,13 @@ def test_each_of_a_few_batches_has_two_twins_of_its_own(num_batches: int) -> Non
     assert numbers == list(range(2 * num_batches))
 
 
-def test_one_sample_has_no_statistics_of_its_own_for_batch_norm() -> None:
-    run = fitted(RiskMonitor(), Classifier(), val=unlabelled(1), max_epochs=1)
-    assert run.callback_metrics["val_risk_variance"] > 0
+@pytest.mark.parametrize(("sizes", "is_said"), [([1], True), ([7, 7, 2], True), ([8], False), ([16, 16, 2, 2], False)])
+def test_few_samples_in_a_batch_are_too_few_for_batch_norm_which_is_said_once(sizes: list[int], is_said: bool) -> None:
+    val = [unlabelled(size, size, seed=1).dataset for size in sizes]
+    with said() as texts:
+        run = fitted(RiskMonitor(), Classifier(), val=DataLoader(val, None))
+    assert len(texts) == is_said and all("batches of fewer than 8 samples, too few for batch norm" in t for t in texts)
+    assert run.callback_metrics["val_risk_variance"] > 0  # one sample has no statistics of its own
 
 
 def test_the_variance_does_not_depend_on_the_size_of_small_batches_without_batch_norm() -> None:

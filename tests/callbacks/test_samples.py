@@ -184,7 +184,7 @@ def test_an_error_costs_its_epoch_and_changes_no_other_value() -> None:
     def values(kind: Any) -> list[dict[str, float]]:
         torch.manual_seed(0)
         callbacks = [SensitivityMonitor(), RiskMonitor(), history := History()]
-        fitted(callbacks, kind(), loader(20, 2), unlabelled_loader(40, 2), max_epochs=4)
+        fitted(callbacks, kind(), loader(20, 2), unlabelled_loader(40, 8), max_epochs=4)
         return [{name: epoch[name] for name in (SENSITIVITY, "val_risk_variance")} for epoch in history.epochs]
 
     with pytest.warns(UserWarning, match="out of luck"):

@@ -115,7 +115,7 @@ FAULTS = {
     "empty batches": Fault("no value", "could not keep|no value" + NO_REFERENCE + NO_FIRST, moments=FIRST,
         batch=lambda m, b: [part[:0] for part in b]),
     "None for batches": Fault("no value", "no value" + NO_REFERENCE + NO_FIRST, batch=lambda m, b: None, moments=FIRST),
-    "single samples": Fault(batch=lambda m, b: [part[:1] for part in b], moments=FIRST),
+    "single samples": Fault(None, "batches of fewer than 8 samples", batch=lambda m, b: [part[:1] for part in b], moments=FIRST),
     "without labels": Fault(batch=lambda m, b: b[:1], moments=ALL),
     "unlabelled training": Fault(None, LEFT_OUT + "`targets", train=lambda m, b: b[: 2 - one_of_three(m)]),
     "no label counts": Fault(None, "no kept training sample has a label" + NO_REFERENCE + NO_FIRST,
