@@ -152,16 +152,6 @@ def measure_fewer(pool: str, seed: int, data: Path | None, folder: Path) -> None
     (folder / "logged_fewer.part.npz").rename(folder / "logged_fewer.npz")
 
 
-def measure_on_training(pool: str, seed: int, data: Path | None, folder: Path) -> None:
-    """Replay the training of a run with training samples in place of unseen ones, by who has no others."""
-    be_quiet()
-    run, kept = drawn_once(pool, seed, data), torch.load(folder / "full.pt")
-    run = replace(run, epochs=len(kept["rows"]))
-    x = run.x[:NUM_HOLDOUT]
-    recorder = replayed(run, kept["weights"], [RiskMonitor(**options_of(pool, run, data))], x, run.y[: len(x)])
-    np.savez(folder / "logged_own.npz", **{f"own_{name}": value for name, value in in_columns(recorder.rows).items()})
-
-
 def options_of(pool: str, run: Run, data: Path | None) -> dict[str, Any]:
     """Give the options of a monitor: the defaults, and in fine-tuning the frozen body."""
     options: dict[str, Any] = {"task": "binary" if run.is_binary else "multiclass"}

@@ -25,7 +25,7 @@ class Curves:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.found: dict[str, np.ndarray] = {}
-        for name in ("truth", "fewer", "logged", "logged_fewer", "logged_own"):
+        for name in ("truth", "fewer", "logged", "logged_fewer"):
             if (folder / f"{name}.npz").exists():
                 with np.load(folder / f"{name}.npz") as found:
                     self.found |= found
@@ -186,7 +186,6 @@ PLAIN, REFERENCE = "the estimate without the reference", "the reference by itsel
 ESTIMATE, CRITERION = "the estimate", "**the criterion**"
 HELD_BRIER, HELD_LOSS = "10 % held out, by its Brier score", "10 % held out, by its loss"
 HELD_ACCURACY, HELD_BOTH = "10 % held out, by its accuracy", "10 % held out, with `validation_labels=True`"
-OWN = "the criterion, on training samples as unseen ones"
 PATIENCE = "`EarlyStopping` on the criterion, patience 10"
 DISPARITY, WAVE = "gradient disparity", "Label Wave"
 
@@ -201,7 +200,6 @@ RULES: dict[str, Rule] = {
     ESTIMATE: lambda c: [lowest(c["val_risk_estimate"])],
     PLAIN: lambda c: [lowest(c.plain_estimate)],
     REFERENCE: lambda c: [lowest(c["val_risk_reference"] if c.has_reference else c["val_risk_estimate"])],
-    OWN: lambda c: [lowest(c["own_val_risk_criterion"])],
     PATIENCE: lambda c: [patient(c["val_risk_criterion"], 10)],
     **HELD,
     HELD_BOTH: lambda c: [lowest(c["fewer_val_risk_criterion"])],
@@ -244,8 +242,6 @@ def cost(c: Curves, name: str) -> dict[str, float]:
     """Give what a rule pays: accuracy lost in points, and how much higher scores are than the lowest, in percent."""
     if name == HELD_BOTH:
         found = {each: float(c.found.get(f"both_{each}", np.nan)) for each in YARDSTICKS}
-    elif name == OWN and "own_val_risk_criterion" not in c.found:
-        found = dict.fromkeys(YARDSTICKS, np.nan)
     else:
         epochs, prefix = rules_of(c)[name](c), "fewer_" if name in HELD else ""
         found = {each: float(c[prefix + each][epochs].mean()) for each in YARDSTICKS}

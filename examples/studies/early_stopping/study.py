@@ -32,7 +32,7 @@ from figure import figure
 from held_out import score_chosen
 from label_noise import predict_by_folds
 from pools import NUMBERS, plan
-from replay import measure, measure_fewer, measure_on_training
+from replay import measure, measure_fewer
 from rules import Curves
 from targets import targets, targets_table
 from training import train
@@ -92,11 +92,6 @@ def make_logged_fewer(job: Job, data: Path | None, root: Path) -> None:
         measure_fewer(*job[:2], data, folder_of(job, root))
 
 
-def make_logged_own(job: Job, data: Path | None, root: Path) -> None:
-    if not (folder_of(job, root) / "logged_own.npz").exists():
-        measure_on_training(*job[:2], data, folder_of(job, root))
-
-
 def make_folds(job: Job, data: Path | None, root: Path) -> None:
     if not (folder_of(job, root) / "folds.npz").exists():
         predict_by_folds(*job, data, folder_of(job, root))
@@ -108,7 +103,6 @@ STEPS: dict[str, Step] = {
     "observe": make_truth,
     "measure": make_logged,
     "measure fewer": make_logged_fewer,
-    "measure on training": make_logged_own,
     "folds": make_folds,
 }
 
