@@ -169,7 +169,6 @@ def test_the_study_of_early_stopping_replays_what_a_fit_logs(run: Any) -> None:
 
 
 def test_pages_quote_the_numbers_of_the_study() -> None:
-    quotes = runpy.run_path(str(EXAMPLES / "studies/early_stopping/quotes.py"))
-    for (page, name), text in quotes["quotes"]().items():
-        found = quotes["block"]((ROOT / page).read_text(), name)
-        assert found is not None and found[0] == text, f"run quotes.py: {page} differs in {name}"
+    module = runpy.run_path(str(EXAMPLES / "studies/early_stopping/quotes.py"))
+    for (page, name), text in module["quotes"]().items():
+        assert module["quoted"]((ROOT / page).read_text(), name) == text, f"run quotes.py: {page} differs in {name}"

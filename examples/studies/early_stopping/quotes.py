@@ -52,18 +52,24 @@ def wrapped(text: str) -> str:
     return "\n".join(lines)
 
 
-def block(page: str, name: str) -> re.Match[str] | None:
-    """Find where a page has a quote."""
-    start = re.escape(f"<!-- numbers: {name} -->")
-    return re.search(rf"(?<={start}\n).*?(?=\n<!-- end -->)", page, flags=re.DOTALL)
+def place(name: str) -> re.Pattern[str]:
+    """Give the pattern of the place where a page has a quote."""
+    return re.compile(rf"(<!-- numbers: {re.escape(name)} -->\n)(.*?)(\n?<!-- end -->)", re.DOTALL)
+
+
+def quoted(page: str, name: str) -> str:
+    """Give what a page has in the place of a quote."""
+    found = place(name).search(page)
+    return "" if found is None else found[2].strip()
 
 
 def update_pages() -> None:
     for (page, name), text in quotes().items():
         file = ROOT / page
-        found = block(file.read_text(), name)
-        assert found is not None, f"{page} has no place for {name}"
-        file.write_text(found.string[: found.start()] + text + found.string[found.end() :])
+        before = file.read_text()
+        assert place(name).search(before), f"{page} has no place for {name}"
+        block = f"<!-- numbers: {name} -->\n{text}\n<!-- end -->"
+        file.write_text(place(name).sub(lambda _, block=block: block, before))
 
 
 if __name__ == "__main__":

@@ -89,6 +89,7 @@ def noise_by_others(c: Curves) -> dict[str, float]:
         found["leave-one-out error"] = float((p.argmax(1) != labels).mean())
     file = c.folder / "folds.npz"
     if file.exists():
+        found["the monitor, where networks were trained for cleanlab"] = c.label_noise
         with np.load(file) as folds:
             for epoch in ("last", "best"):
                 shares = shares_by_cleanlab(folds["labels"], folds[epoch])
@@ -109,6 +110,8 @@ def groups(runs: pd.DataFrame) -> Groups:
 def bounds(values: pd.Series) -> tuple[float, float]:
     """Give the 95 % bootstrap interval of a mean, of 2,000 draws of runs with replacement."""
     values = values.dropna()
+    if values.empty:
+        return float("nan"), float("nan")
     drawn = np.random.default_rng(0).integers(len(values), size=(2000, len(values)))
     low, high = np.quantile(values.to_numpy()[drawn].mean(1), (0.025, 0.975))
     return float(low), float(high)
