@@ -51,6 +51,9 @@ MEMBERS: dict[str, Callable[[pd.DataFrame], pd.Series]] = {
        for said in TOLD},
     **{f"correct labels, told: {said}": lambda runs, of=said: ~runs["is_noisy"] & (runs["said of epoch"] == of)
        for said in TOLD},
+    "noisy labels, under 400 samples": lambda runs: runs["is_noisy"] & (runs["n"] < 400),
+    "noisy labels, by class": lambda runs: runs["labels"] == "by class",
+    "noisy labels, people": lambda runs: runs["labels"] == "people",
     "all weights": lambda runs: (runs["pool"] == "fine-tuning") & ~runs["has_frozen_body"],
     "head alone": lambda runs: (runs["pool"] == "fine-tuning") & runs["has_frozen_body"],
 }  # fmt: skip
