@@ -191,7 +191,9 @@ def _judge(measured: Sequence[Measured]) -> list[ModelScores]:
     errors = consensus_errors(predictions, voters)
     judged = []
     for scores, log_p in measured:
-        note = scores.note or ("" if errors or not len(log_p) else "no consensus: it needs three models")
+        note = scores.note or (
+            "" if errors or not len(log_p) else "no consensus: it needs three models of the same classes"
+        )
         judged.append(scores._replace(consensus_error=errors.get(scores.name, math.nan), note=note))
     return sorted(judged, key=lambda scores: (errors.get(scores.name, math.inf), scores.sensitivity))
 

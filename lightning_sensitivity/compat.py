@@ -51,7 +51,7 @@ def set_rng_states(states: dict[str, object]) -> None:
 
 
 def forget_computed(metric: Metric) -> None:
-    """Forget the cached value of a metric, which torchmetrics keeps when its state is merged."""
+    """Forget the cached value of a metric, so that ``compute`` runs again."""
     metric._computed = None
 
 

@@ -56,12 +56,6 @@ def test_scores_are_those_of_a_plain_loop_and_the_model_is_left_as_it_was(is_com
     assert row.sensitivity == pytest.approx(changes.var(correction=0).item(), rel=1e-5)
 
 
-def test_a_sample_with_several_positions_in_any_batch_has_no_consensus() -> None:
-    batches = [inputs(5).reshape(5, 3, 4), inputs(5).reshape(15, 4, 1)[:, :3]]
-    rows = compare(dict.fromkeys("abc", nn.Identity()), batches, outputs=lambda logits: 2 * logits)
-    assert all(row.sensitivity > 0 and math.isnan(row.consensus_error) for row in rows.values())
-
-
 def test_batches_pass_through_the_hooks_of_a_module() -> None:
     class Moved(Linear):
         def on_before_batch_transfer(self, batch: Tensor, dataloader_idx: int) -> Tensor:
@@ -147,17 +141,6 @@ def test_certain_models_that_disagree_give_finite_errors() -> None:
     errors = consensus_errors({"a": certain, "b": certain, "c": other}, "abc")
     assert errors["a"] < 1e-6 and errors["c"] > 1 - 1e-6
     assert abs(consensus_errors(dict.fromkeys("abc", impossible), "abc")["a"]) < 1e-6
-
-
-def test_a_vote_is_above_chance_and_below_certainty_and_rules_out_no_class() -> None:
-    sure, mistaken = torch.tensor([[[0.7, 0.1, 0.1, 0.1]]]).log(), torch.tensor([[[0.1, 0.7, 0.1, 0.1]]]).log()
-    joint = torch.tensor([0.5**2 * 0.7 / 3, (0.5 / 3) ** 2 * 0.3, *[(0.5 / 3) ** 2 * 0.7 / 3] * 2])
-    errors = consensus_errors({"a": sure, "b": sure, "c": mistaken}, "abc")
-    assert errors["a"] == pytest.approx(1 - float(joint[0] / joint.sum()), abs=1e-4)
-    two = torch.tensor([[[0.7, 0.3]]]).log()
-    assert consensus_errors(dict.fromkeys("abc", two), "abc")["a"] == pytest.approx((0.005 / 0.995) ** 3, rel=1e-3)
-    models = {str(index): two for index in range(16)} | {"certain": torch.tensor([[[-1e5, 0]]])}
-    assert consensus_errors(models, models)["0"] < 1e-6
 
 
 # Models, data and arguments

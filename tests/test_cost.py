@@ -1,7 +1,6 @@
 """What the monitors cost, counted and never timed; examples/studies/cost has the times."""
 
 import runpy
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
-from tests.helpers import NUM_FEATURES, Quiet, Watch, csv_rows, fitted, labelled
+from tests.helpers import NUM_FEATURES, Quiet, Watch, fitted, labelled
 
 NUM_BATCHES, BATCH_SIZE = 60, 100  # of 6,000 validation samples, 600 are kept: every tenth batch
 BENCHMARK = runpy.run_path(str(Path(__file__).parents[1] / "examples/studies/cost/benchmark.py"))
@@ -92,28 +91,6 @@ def test_training_steps_after_the_first_epoch_and_beyond_the_kept_samples_cost_n
     assert touched_in("on_train_batch_start") == [(0, index) for index in range(num_touched)]
 
 
-def test_a_pass_copies_small_buffers_a_validation_large_ones_and_none_parameters() -> None:
-    class Wide(Quiet):
-        def __init__(self) -> None:
-            super().__init__()
-            self.register_buffer("large", torch.zeros(2**18))
-            self.register_buffer("table", torch.zeros(2**14))
-            self.weight = nn.Parameter(torch.zeros(2**13))
-
-    model, copies = Wide(), Counter[tuple[int, int]]()
-    passes = Passes(model)
-
-    def count(operation: Any, args: Any, kwargs: Any, result: Any) -> None:
-        is_copy = any(name in str(operation) for name in ("clone", "copy_", "_to_copy"))
-        if is_copy and isinstance(result, torch.Tensor):
-            copies[model.current_epoch, result.numel()] += 1
-
-    with Watch(count):
-        fit(model, passes, SensitivityMonitor(), RiskMonitor(), max_epochs=3)
-    assert copies[2, 2**14] == len(passes.epochs[-1]) and copies[2, 2**13] == 0
-    assert copies[2, 2**18] == 2  # one for each monitor
-
-
 @pytest.mark.parametrize("has_batch_norm", [True, False])
 @pytest.mark.parametrize(("case", "limit"), [("sensitivity", 2.2), ("risk", 3.2)])
 def test_at_the_peak_there_are_two_batches_of_outputs_and_three_for_the_risk(
@@ -123,15 +100,3 @@ def test_at_the_peak_there_are_two_batches_of_outputs_and_three_for_the_risk(
     norm = nn.BatchNorm1d(NUM_FEATURES) if has_batch_norm else nn.Identity()
     row = BENCHMARK["memory"]("wide", case, nn.Sequential(norm, nn.Linear(NUM_FEATURES, 2**11)), data)[0]
     assert 1.0 < row["median"] < limit
-
-
-def test_the_benchmark_compares_and_judges(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    BENCHMARK["main"](["--quick", "--only", "0", "--out", str(tmp_path / "metrics.csv")])
-    rows = csv_rows(tmp_path)
-    assert [row["case"] for row in rows] == ["sensitivity", "both"]
-    text = capsys.readouterr().out
-    for row in rows:
-        ratio, wanted = float(row["median"]), float(row["wanted"].split()[1])
-        assert ratio == pytest.approx(float(row["seconds"]) / float(row["beside"]), rel=0.02)
-        assert row["met"] == ("yes" if ratio <= wanted else "no") or ratio == pytest.approx(wanted, rel=0.01)
-        assert f"| MLP 784-128-128-10 | {row['case']} |" in text

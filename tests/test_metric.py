@@ -106,11 +106,6 @@ def test_it_resumes_as_if_nothing_had_happened(make: Callable[[], Any], way: str
     assert {x.dtype for state in states for x in state} == {torch.float64}
 
 
-def test_lower_is_better_for_a_risk_and_nothing_is_for_sensitivity() -> None:
-    assert OutputSensitivity.higher_is_better is None  # lowest before training
-    assert RiskEstimate.higher_is_better is False
-
-
 @pytest.mark.parametrize("metric", [OutputSensitivity(), make_risk()])
 def test_one_value_or_several_are_plotted(metric: Any) -> None:
     pyplot = pytest.importorskip("matplotlib.pyplot")

@@ -1,8 +1,6 @@
 """The zoo of examples/studies/paper and what is measured on it; the studies themselves take hours."""
 
 import importlib
-import subprocess
-import sys
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
@@ -41,11 +39,3 @@ def test_networks_are_measured_as_the_package_does(paper: Any, tmp_path: Path) -
         assert scores.consensus_error == pytest.approx(row["consensus_error"], rel=1e-5, abs=1e-6)
         assert scores.sensitivity == pytest.approx(row["sensitivity"], abs=5 * scores.sensitivity_stderr)
     assert result["untrained"].note.startswith("undecided")
-
-
-@pytest.mark.long
-def test_a_script_runs_on_embedded_data(tmp_path: Path) -> None:
-    command = [sys.executable, str(FOLDER / "added_layers.py"), "--quick", "--out", "out", "--processes", "2"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stderr
-    assert {path.suffix for path in (tmp_path / "out" / "quick").iterdir()} == {".csv", ".md", ".png"}

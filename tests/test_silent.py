@@ -7,7 +7,6 @@ from collections import UserDict, namedtuple
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from threading import Lock
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,6 +23,7 @@ from lightning_sensitivity.model import noise_generator
 from tests.helpers import Linear, inputs, risk_estimate, said, trainer
 
 RIGHT = "=plain loop"  # else "!", an error before the first step, or "?", exactly one warning, and what it says
+HEAD = r"!`outputs` should .*dict of 'loss', 'a'.*: `outputs=lambda result: result\['a'\]`\."
 OTHER_CALL, DENSE, LAST, UNIT = "?`inputs", "!are dense", "!`outputs` should move the classes", r"?\[0, 1\]"
 Pair = namedtuple("Pair", "x y")
 Noise = Callable[[Tensor], Tensor]
@@ -106,8 +106,6 @@ class Case:
 MASK: dict[str, Any] = {"batch": lambda x, y: (x, y, (x > 0.5).float()), "forward": masked,
     "step": lambda m, b, noise: m(noise(b[0]), b[2]), "r_options": {"targets": lambda b: b[1]}}  # fmt: skip
 BINARY: dict[str, Any] = {"task": "binary", "num_outputs": 1, "r_options": {"task": "binary"}}
-LOCKED: dict[str, Any] = {"batch": lambda x, y: {"x": x, "y": y, "meta": Lock()}}
-
 CASES = {
     # forms of batches
     "tuple": Case(),
@@ -131,8 +129,6 @@ CASES = {
     "nested, inputs=": Case(batch=lambda x, y: Pair(Pair(x, ({"b": [2 * x]}, (9 * x).long(), "name")), y),
         both={"inputs": lambda b: b.x}, forward=lambda m, pair: m.net(pair.x + pair.y[0]["b"][0] + pair.y[1]),
         step=lambda m, b, noise: m(Pair(noise(b.x.x), ({"b": [noise(b.x.y[0]["b"][0])]}, *b.x.y[1:])))),
-    "required mask": Case(batch=lambda x, y: (x, x > 0.5, y), forward=lambda m, x, mask: m.net(x * mask),
-        step=lambda m, b, noise: m(noise(b[0]), b[1])),
     "no labels": Case(r="!`targets", batch=lambda x, y: x, step=lambda m, b, noise: m(noise(b))),
     "targets= that fails": Case(None, r"!`targets` failed on tuple of 2: .*IndexError",
         r_options={"targets": lambda b: b[2]}),
@@ -140,8 +136,6 @@ CASES = {
         forward=lambda m, sequences: torch.stack([m.net(each.mean(0)) for each in sequences]),
         step=lambda m, b, noise: m([noise(each) for each in b[0]]),
         r_options={"features": lambda b: torch.stack(b[0]).mean(1)}),
-    "metadata that can't be copied": Case(step=part("x"), **LOCKED),
-    "metadata that can't be copied, inputs=": Case(step=part("x"), both={"inputs": lambda b: b["x"]}, **LOCKED),
     "optional mask": Case(OTHER_CALL, OTHER_CALL, **MASK),
     "optional mask, inputs=": Case(both={"inputs": lambda b: (b[0], b[2])}, **MASK),
     "token ids": Case("!`at=", x=ids, forward=lambda m, x: m.net(m.embedding(x)).mean(1)),
@@ -160,10 +154,12 @@ CASES = {
     "sigmoid": Case(UNIT, "!task='multilabel'", forward=lambda m, x: m.net(x).sigmoid(),
         y=lambda f: (f[:, :4] > 0.5).long()),
     "squeezed": Case(forward=lambda m, x: m.net(x).squeeze(1), y=is_upper, **BINARY),
+    "sigmoid of one": Case(UNIT, UNIT, y=is_upper, **BINARY,
+        forward=lambda m, x: (m.net(x) + 9 * x[:, :1] - 4).sigmoid()),
     "two opposite logits": Case("?per_output=", forward=lambda m, x: m.net(x)[:, :1] * torch.tensor([1.0, -1.0]),
         y=lambda f: is_upper(f).long()),
     "dict with logits": Case(forward=lambda m, x=None: {"z": x, "logits": m.net(x)}, step=output("logits")),
-    "dict of heads": Case("!`outputs", "!`outputs", forward=lambda m, x: {"a": m.net(x)}, step=output("a")),
+    "dict of heads": Case(HEAD, HEAD, forward=lambda m, x: {"loss": None, "a": m.net(x)}, step=output("a")),
     "second head, outputs=": Case(forward=lambda m, x: (x, m.net(x)), both={"outputs": lambda y: y[1]}, step=output(1)),
     # what a pass would change and leave so
     "forward that reads a nested list that it fills": Case("!gives other outputs", "!gives other outputs",

@@ -29,7 +29,8 @@ def log_closing_line(trainer: Trainer, fit: FitRecord, names: Mapping[str, tuple
     if logged_name is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
         return
     name, dataloader_idx = names[logged_name]
-    history, reference = fit.history[dataloader_idx], fit.references.get((dataloader_idx, fit.training.size))
+    history = fit.history[dataloader_idx]
+    reference = next((found for (index, _), found in fit.references.items() if index == dataloader_idx), None)
     best = min(history, key=attrgetter(name))
     value = getattr(best, name)
     place = f"epoch {best.epoch} ({value:.3f}){_checkpoint_of(trainer, logged_name, value)}"

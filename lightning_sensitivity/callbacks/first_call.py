@@ -84,8 +84,8 @@ class FirstCall:
     def _find_difference(self, ours: Arguments, theirs: Arguments) -> str | None:
         for name in sorted(theirs.keys() - ours.keys() - set(TARGET_NAMES)):
             return f"the step calls the model with other arguments: also with `{name}`"
-        for name, tensors in ours.items():
-            found = theirs.get(name, [])
+        for name in sorted(ours.keys() - set(TARGET_NAMES)):
+            tensors, found = ours[name], theirs.get(name, [])
             if [x.shape for x in found] != [x.shape for x in tensors]:
                 return f"the step calls the model with other arguments: `{name}` is missing or has another shape"
             if self._streams is not None and not all(map(are_close, tensors, found)):

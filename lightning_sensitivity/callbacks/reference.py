@@ -23,7 +23,8 @@ from lightning_sensitivity.model.batches import clone_tensors, tensors_in
 from lightning_sensitivity.model.call import TARGET_NAMES
 
 NUM_TRAINING = 1000  # samples that a reference learns from, over all processes
-_MASK = "attention_mask"  # the name in transformers, which says where tokens are, not padding
+_NO_TOKENS = ("position_ids", "token_type_ids")  # names in transformers, as is the next one
+_MASK = "attention_mask"  # says where tokens are, not padding
 
 
 def select_features(module: LightningModule, batch: object, features: Selector | None, size: int) -> Tensor | None:
@@ -90,7 +91,9 @@ def _fit(training: KeptSamples, unseen: KeptSamples, num_outputs: int, task: Tas
         raise ValueError("inputs are neither dense numbers nor token ids, or no kept training sample has a label")
     features, new_features = _reduce(found, new_found)
     rows = has_label.nonzero()[:, 0]
-    rows = rows[torch.linspace(0, len(rows) - 1, min(len(rows), NUM_TRAINING)).long()]  # of a large batch
+    rows = rows[
+        torch.linspace(0, len(rows) - 1, min(len(rows), NUM_TRAINING), dtype=torch.float64).long()
+    ]  # of a large batch
     return fit_reference(features[rows], y.flatten(1)[rows], new_features, task.name)
 
 
@@ -114,7 +117,7 @@ def input_features(call: ModelCall, size: int) -> Tensor | None:
     Returns:
         Dense inputs, floating ``(N, D)``; or token ids ``(N, L)``, -1 for padding; None if there are neither.
     """
-    arguments = {name: value for name, value in call.named().items() if name not in TARGET_NAMES}
+    arguments = {name: value for name, value in call.named().items() if name not in (*TARGET_NAMES, *_NO_TOKENS)}
     mask = arguments.pop(_MASK, None)
     tensors = [x.cpu() for x in tensors_in(arguments) if _has_row_for_each(x, size)]
     dense = [x.float()[:, None].flatten(1) for x in tensors if x.is_floating_point()]

@@ -46,8 +46,8 @@ class RiskMonitor(Monitor):
     labels that look wrong, ``risk_reference`` and ``risk_reference_weight``.
 
     Up to 1,000 training samples and ``num_samples`` validation samples are kept on the CPU, at most 512 MiB
-    of each in each process. A validation runs two passes over the latter (with batch norm three), and one
-    over 500 of the former.
+    of each in each process. A validation runs two passes over the latter, one more with batch norm and one
+    more if a loader has fewer than four batches, and one over 500 of the former.
 
     Args:
         task: ``"multiclass"``, ``"binary"`` or ``"multilabel"``.
@@ -167,6 +167,7 @@ class RiskMonitor(Monitor):
                 self._start(trainer, pl_module, batch, batch_idx)
         elif batch_idx == 0:  # a new epoch repeats the samples
             training.complete()
+            self.fit.note_trained(pl_module)  # a layer may have been unfrozen
         elif training.wants(batch_idx):
             with self.reporter.report_failure("could not keep a training batch", "It is left out."):
                 training.add(self._copy_training_batch(pl_module, batch, batch_idx))

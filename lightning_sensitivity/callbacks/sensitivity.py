@@ -111,7 +111,7 @@ class SensitivityMonitor(Monitor):
         metric: OutputSensitivity = self.metrics[dataloader_idx]
         estimate = metric.estimate
         self.reporter.warn_of(metric.messages, dataloader_idx)
-        if estimate.num_changes < 2:
+        if estimate.num_samples < 2:
             if not metric.messages:
                 self.reporter.warn("failed", f"has no value on dataloader {dataloader_idx}: it needs two samples.")
             return {}

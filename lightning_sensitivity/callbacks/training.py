@@ -6,7 +6,7 @@ import torch
 from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, SequentialSampler
 
 from lightning_sensitivity import compat
 from lightning_sensitivity.arguments import link_to
@@ -27,7 +27,10 @@ def count_training_samples(trainer: Trainer, batch_size: int) -> int | None:
         return None
     if getattr(loader, "batch_sampler", None) is None:  # each item is a batch
         return size * batch_size
-    num_drawn = sized_len(getattr(loader, "sampler", None))
+    sampler = getattr(loader, "sampler", None)
+    num_drawn = sized_len(sampler)
+    if isinstance(sampler, SequentialSampler):  # each epoch has the same batches
+        num_drawn = min(size, int(trainer.num_training_batches * batch_size))
     return size if num_drawn is None else min(size, num_drawn * trainer.world_size)
 
 

@@ -59,7 +59,7 @@ def _reduced(name: str, features: Tensor) -> Tensor:
     if num_columns > _MAX_COLUMNS:
         generator = torch.Generator().manual_seed(0)
         signs = torch.randint(0, 2, (num_columns,), generator=generator).float() * 2 - 1
-        reduced = torch.zeros(len(features), _MAX_COLUMNS)
+        reduced = torch.zeros(len(features), _MAX_COLUMNS, dtype=torch.float32)
         for columns in torch.split(torch.arange(num_columns), _MAX_COLUMNS):
             reduced[:, : len(columns)] += features[:, columns] * signs[columns]
         features = reduced

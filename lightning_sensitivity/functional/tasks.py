@@ -40,7 +40,7 @@ class Multiclass:
     def _check_soft_labels(self, outputs: Tensor, targets: Tensor) -> None:
         advice = "Make class indices integers: `targets=lambda batch: batch[1].long()`. A regression has no estimate"
         _check_probabilities(outputs, targets, advice)
-        sums_to_one = (targets.double().sum(1) - 1).abs() < 1e-3
+        sums_to_one = (targets.float().sum(1) - 1).abs() < 1e-3
         if not bool((sums_to_one | has_ignored_value(targets).any(1)).all()):
             raise ValueError(f"Expected soft labels that sum to 1, but got other sums. {_SEVERAL}")
 

@@ -77,6 +77,6 @@ def may_be_probabilities(outputs: Tensor) -> bool:
 
 def are_close(first: Tensor, second: Tensor) -> bool:
     """Check whether two tensors of one shape are equal within 1 % of the first one's mean size."""
-    first, second = first.double(), second.double()
+    first, second = first.to(wide_dtype(first.device)), second.to(wide_dtype(second.device))
     scale = float(first[first.isfinite()].abs().mean().nan_to_num(0.0))
     return torch.allclose(first, second, rtol=1e-2, atol=1e-2 * scale, equal_nan=True)

@@ -117,7 +117,7 @@ class RiskEstimate(WideMetric):
         dtype = wide_dtype(self.device)
         for name, num_sums in _NUM_SUMS.items():
             self.add_state(name, default=torch.zeros(num_sums, dtype=dtype), dist_reduce_fx="sum")
-        self.add_state("reference_sums", default=_sums_of(reference).to(dtype), dist_reduce_fx=_sum_of_different)
+        self.add_state("reference_sums", default=_sums_of(reference, dtype), dist_reduce_fx=_sum_of_different)
 
     def reset(self) -> None:
         """Forget all samples, and begin another epoch with the calibration so far."""
@@ -203,8 +203,8 @@ class RiskEstimate(WideMetric):
 
     def _reference_values(self) -> tuple[dict[str, Tensor], bool]:
         """Compute C, with a calibration that includes this epoch, v and N; and whether no noise is found."""
-        *sums, num_samples = self.reference_sums.tolist()
-        score, chance, claim, noise = (each / num_samples for each in sums)
+        *totals, num_samples = self.reference_sums.tolist()
+        score, chance, claim, noise = (each / num_samples for each in totals)
         weight = reference_weight(score, chance, claim, int(num_samples), self._num_training or int(num_samples))
         unseen, training = AgreementSums(*self.unseen_agreement), AgreementSums(*self.training_agreement)
         agreement, training_agreement = (each.agreement / each.num_scored for each in (unseen, training))
@@ -244,13 +244,13 @@ class RiskEstimate(WideMetric):
         return self._plot([result["risk_estimate"] for result in results], ax)
 
 
-def _sums_of(reference: Reference | None) -> Tensor:
+def _sums_of(reference: Reference | None, dtype: torch.dtype) -> Tensor:
     """Return sums over the samples of a reference: score, chance, claim, noise, and the number of samples."""
     if reference is None:
-        return torch.zeros(5, dtype=torch.float64)
+        return torch.zeros(5, dtype=dtype)
     noise = _UNKNOWN if math.isnan(reference.noise) else reference.noise  # nan would not equal itself
     means = [reference.score, reference.chance, reference.claim, noise, 1.0]
-    return torch.tensor(means, dtype=torch.float64) * reference.num_samples
+    return torch.tensor(means, dtype=dtype) * reference.num_samples
 
 
 def _sum_of_different(rows: Tensor) -> Tensor:

@@ -61,9 +61,9 @@ def failing(error: Exception, when: Callable[[Tensor, int], bool] = lambda x, ep
 @pytest.mark.parametrize("kind", MONITORS)
 @pytest.mark.parametrize(("error", "match"), [
     (TypeError("of the user"), "TypeError: of the user. If `forward` takes other arguments, set `inputs="),
-    (ValueError("of the user"), "of the user.( If| See https:)"),
+    (ValueError("of the user"), "of the user.( If| See docs)"),
     (NotImplementedError(), "NotImplementedError: a method that the model needs, .* is missing"),
-    (MisconfigurationException("Do this."), "Do this. See https:"),
+    (MisconfigurationException("Do this."), "Do this. See docs"),
 ])  # fmt: skip
 def test_a_failure_before_the_first_step_is_an_error_that_says_what_to_do(
     options: Any, kind: Any, error: Exception, match: str

@@ -15,7 +15,7 @@ from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 from tests.helpers import Classifier, fitted, loader
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-SIDE_BY_SIDE = ["val/loss", "val/risk_estimate", "val/output_sensitivity"]
+SIDE_BY_SIDE = ["val/loss", "val/risk_criterion", "val/output_sensitivity"]
 
 
 class WithGroup(Classifier):
@@ -77,7 +77,6 @@ def test_the_values_stand_beside_the_loss_on_the_page_that_opens(
     for name in SIDE_BY_SIDE:
         card = cards.filter(has=page.get_by_title(name, exact=True))
         card.get_by_label("Pin card").click()
-    assert [name for name in titles(cards) if not name.startswith("val/")] == []
     pinned = page.locator("metrics-pinned-view card-view")
     pinned.nth(2).wait_for()
     assert titles(pinned) == SIDE_BY_SIDE

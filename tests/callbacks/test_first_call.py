@@ -180,12 +180,6 @@ def test_passes_of_another_monitor_are_not_the_steps(kinds: Any, num_sanity_val_
     assert said(Classifier(), [kind() for kind in kinds], num_sanity_val_steps=num_sanity_val_steps) == []
 
 
-def test_each_fit_says_it_again() -> None:
-    monitor, model = SensitivityMonitor(), Stepping(scaled)
-    for _ in range(2):
-        assert_said(said(model, monitor), VALUES, "SensitivityMonitor")
-
-
 # What the step may do while it is watched
 
 
@@ -235,17 +229,6 @@ def test_nothing_stays_when_a_step_raises() -> None:
     with pytest.raises(RuntimeError, match="an error of the user"):
         said(model, [SensitivityMonitor(), RiskMonitor()])
     assert num_hooks(model) == 0
-
-
-@pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="older torch does not run compiled code eagerly")
-@pytest.mark.parametrize("what", ["the module", "in place", "a layer"])
-def test_compiled_modules_are_left_alone(what: str) -> None:
-    torch.compiler.reset()
-    model = Counting()
-    if what != "the module":
-        (model.net if what == "a layer" else model).compile(backend="eager")
-    assert said(torch.compile(model, backend="eager") if what == "the module" else model) == []
-    assert model.watched == [False] * 4
 
 
 def test_training_batches_of_another_kind_than_validation_batches_are_not_watched() -> None:

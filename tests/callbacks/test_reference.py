@@ -11,9 +11,7 @@ from torch.nn.functional import cross_entropy, one_hot
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sensitivity import RiskMonitor
-from lightning_sensitivity.callbacks.reference import input_features
 from lightning_sensitivity.functional import bags_of_words, fit_reference, principal_components
-from lightning_sensitivity.model import ModelCall
 from tests.callbacks.plain_loop import HOLDOUT, NAMES, REFERENCE_NAMES, Plain, Truth, fit, standardized
 from tests.helpers import Classifier, Quiet, first_tensor, fitted, labelled, logged, refused, said
 
@@ -73,19 +71,6 @@ def test_a_function_says_what_it_sees() -> None:
     run(features=lambda batch: first_tensor(batch).sin_()[:, :2], truth=Truth(features=reduced), max_epochs=2).check()
 
 
-def test_outputs_and_labels_may_have_a_position_of_their_own() -> None:
-    class Positioned(Plain):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x)[..., None]
-
-    values = []
-    for kind, labels in ((Plain, Y), (Positioned, Y[:, None])):
-        seed_everything(0, verbose=False)
-        run = fit(kind(), DataLoader(TensorDataset(X, labels), 16), RiskMonitor(), max_epochs=1)
-        values.append(logged(run, "val_risk"))
-    assert values[0] == pytest.approx(values[1]) and REFERENCE_NAMES[0] in values[0]
-
-
 def test_labels_that_do_not_count_are_not_fitted() -> None:
     labels = Y.where(torch.arange(50) % 4 > 0, -100)
     run(labels=labels, max_epochs=2).check()
@@ -112,12 +97,6 @@ class Tokens(Classifier):
         return self(**batch).loss
 
     validation_step = Quiet.validation_step
-
-
-def test_ids_of_8_bits_are_padded_too() -> None:
-    ids, mask = torch.tensor([[5, 255]], dtype=torch.uint8), torch.tensor([[1, 0]])
-    call = ModelCall(Tokens(), {"input_ids": ids, "attention_mask": mask})
-    assert input_features(call, 1).tolist() == [[5, -1]]
 
 
 def token_batches(num_batches: int, seed: int) -> list[dict[str, Tensor]]:
@@ -173,10 +152,6 @@ def test_floating_labels_that_forward_takes_by_name_are_no_features(name: str) -
     train, val = ([{"x": X, name: labels}], [{"x": HOLDOUT}])  # if labels were features, there would be none here
     run = fitted(RiskMonitor(), model, DataLoader(train, None), DataLoader(val, None), max_epochs=1)
     assert run.callback_metrics["val_risk_reference_weight"] > 0
-
-
-def test_floating_labels_that_forward_takes_by_position_are_no_features() -> None:
-    run(labels=one_hot(Y, 4).double(), model=Taking(), max_epochs=2).check()
 
 
 # Without features

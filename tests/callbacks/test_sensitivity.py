@@ -112,11 +112,6 @@ def test_several_loaders_one_of_them_empty() -> None:
     assert not any("sensitivity" in name and name.endswith("1") for name in run.callback_metrics)
 
 
-def test_of_one_sample_there_is_no_value() -> None:
-    with pytest.warns(UserWarning, match="has no value on dataloader 0: "):
-        assert validated(SensitivityMonitor(), Linear(), unlabelled_loader(1)) == {}
-
-
 def test_the_prefix_begins_every_name_and_the_progress_bar_shows_the_value() -> None:
     run = helpers.trainer(callbacks=[SensitivityMonitor(prefix="a/b_", prog_bar=True), RiskMonitor(prefix="a/b_")])
     run.validate(Classifier(), loader(), verbose=False)

@@ -10,12 +10,11 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch import callbacks as cb
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sensitivity import RiskMonitor
 from lightning_sensitivity.model.twins import copy_weights
 from tests.callbacks.plain_loop import Plain, fit
-from tests.helpers import History, fitted, labelled, loader, unlabelled_loader
+from tests.helpers import History, loader
 
 KEY = "RiskMonitor{'prefix': 'val_'}"
 
@@ -212,35 +211,3 @@ def test_a_fit_that_is_resumed_within_an_epoch_keeps_the_training_samples_of_the
     model.on_validation_end = lambda: sizes.append(monitor.fit.training.size)
     fit(model, loader(), monitor, max_epochs=3, ckpt_path=path)
     assert sizes == [16, 50, 50]  # of the rest of an epoch, and of the next
-
-
-# What validations have shown
-
-
-class Fast(Still):
-    def configure_optimizers(self) -> Any:
-        return torch.optim.Adam(self.parameters(), lr=0.3)
-
-
-@pytest.mark.filterwarnings("ignore:Checkpoint directory")
-@pytest.mark.parametrize("num_loaders", [1, 2])
-def test_it_names_epoch_and_checkpoint_also_after_a_resume(num_loaders: int, tmp_path: Path, caplog: Any) -> None:
-    caplog.set_level("INFO", "lightning.pytorch")
-    x, labels = labelled(50).tensors
-    train = DataLoader(TensorDataset(x, labels.where(torch.arange(50) % 3 > 0, 0)), 16)
-    vals = [unlabelled_loader(seed=seed) for seed in range(1, 1 + num_loaders)]
-    name = "val_risk_estimate" + "/dataloader_idx_0" * (num_loaders > 1)
-    values, path = list[float](), None
-    for max_epochs in (12, 14):
-        caplog.clear()
-        checkpoint = cb.ModelCheckpoint(tmp_path, monitor=name, filename="{epoch}", save_last=True)
-        callbacks = [RiskMonitor(), checkpoint, history := History()]
-        options = {"max_epochs": max_epochs, "enable_checkpointing": True, "ckpt_path": path}
-        fitted(callbacks, Fast(), train, vals, **options)
-        path = tmp_path / "last.ckpt"
-        values += [epoch[name] for epoch in history.epochs]
-        best = values.index(min(values))
-        said = (
-            f"`{name}` was lowest at epoch {best} ({min(values):.3f}), in the checkpoint {checkpoint.best_model_path}."
-        )
-        assert best < 11 and said in caplog.text

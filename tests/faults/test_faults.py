@@ -87,12 +87,6 @@ def failing(kind: str, after: int) -> Callable[..., Any]:
     return function
 
 
-class Uncopied(Tensor):
-    """Neither copied nor compared."""
-
-    clone = double = lambda self, *args, **kwargs: fail("no copy")
-
-
 FAULTS = {
     # samples that are not finite, and outputs that say nothing
     "nan sample": Fault("[13] samples gave nan", "[13] validation and 0 training .* nan", moments=ALL,
@@ -102,20 +96,15 @@ FAULTS = {
     "nan kept sample": Fault(None, "0 validation and [13] training .* nan", kept=lambda m, y: fill(y, NAN)),
     "nan weights": Fault("20 .* gave nan" + NONE, "20 validation and 24 .*nan" + NO_FIRST, moments=("first", "later"),
         epoch=lambda m: m.net[4].bias.data.fill_(NAN)),
-    "constant outputs": Fault("No output changed", y=lambda m, x, y: torch.full_like(y, 2.0)),
     # outputs that are none, or others
     "fewer classes with noise": Fault("the shape", y=lambda m, x, y: y[:, :3] if is_noisy(x) else y, step=plain),
     "complex outputs": Fault(FLOATING, FLOATING + NO_FIRST, "`outputs", step=plain, moments=ALL,
         y=lambda m, x, y: y + 0j),
-    "two heads": Fault(None, "reference|3 outputs" + NO_FIRST, y=lambda m, x, y: y[:, :3], step=plain, moments=FIRST),
-    "no outputs": Fault(FLOATING, FLOATING, y=lambda m, x, y: None, step=plain),
     # batches
     "ids in a first validation": Fault(DENSE, batch=to_ids, moments=FIRST),
-    "ids later": Fault(batch=to_ids),
     "empty batches": Fault("no value", "could not keep|no value" + NO_REFERENCE + NO_FIRST, moments=FIRST,
         batch=lambda m, b: [part[:0] for part in b]),
-    "None for batches": Fault("no value", "no value" + NO_REFERENCE + NO_FIRST, batch=lambda m, b: None, moments=FIRST),
-    "single samples": Fault(None, "batches of fewer than 8 samples", batch=lambda m, b: [part[:1] for part in b], moments=FIRST),
+    "single samples": Fault(None, "fewer than 8 samples", moments=FIRST, batch=lambda m, b: [part[:1] for part in b]),
     "without labels": Fault(batch=lambda m, b: b[:1], moments=ALL),
     "unlabelled training": Fault(None, LEFT_OUT + "`targets", train=lambda m, b: b[: 2 - one_of_three(m)]),
     "no label counts": Fault(None, "no kept training sample has a label" + NO_REFERENCE + NO_FIRST,
@@ -125,12 +114,9 @@ FAULTS = {
     "uncopied batches": Fault(error="cannot estimate.*targets=", train=lambda m, b: [*b, (name for name in "ab")]),
     "a hook that raises": Fault(train=lambda m, b: fail() if m.is_now else b, batch=lambda m, b: fail(), moments=ALL),
     # a model that fails in some passes alone
-    "range of inputs": Fault(NO_VALUE + "out of range", None, "out of range", moments=ALL,
-        x=lambda m, x: fail("out of range") if is_noisy(x) else x),
     "no memory, noisy": Fault(NO_MEMORY, None, "out of memory", x=lambda m, x: no_memory() if is_noisy(x) else x,
         moments=("sanity", "later")),
     "no memory, twin": Fault(None, NO_MEMORY, init=note_weights, x=lambda m, x: no_memory() if is_twin(m) else x),
-    "no memory, kept": Fault(None, NO_MEMORY, kept=lambda m, y: no_memory()),
     "no pass": Fault(BROKEN, BROKEN + NO_FIRST, "broken", x=lambda m, x: fail(), step=plain, moments=ALL),
     # functions of the user
     "inputs=": Fault("could not keep.*in inputs", "could not keep.*in inputs" + NO_REFERENCE,
@@ -139,21 +125,12 @@ FAULTS = {
         options={"outputs": failing("outputs", 40)}),
     "targets=": Fault(None, LEFT_OUT + "in targets", r_options={"targets": failing("targets", 2)}),
     "features=": Fault(None, LEFT_OUT + "in features", r_options={"features": failing("features", 2)}),
-    "features= of other columns": Fault(None, "has no reference",
-        r_options={"features": lambda b: b[0][:, : 11 + (b[0][:, 0].mean() > MARK / 2)]}),
-    "features= with nan": Fault(None, "has no reference", r_options={"features": lambda b: b[0] * NAN}),
     "noise=": Fault("in noise", s_options={"noise": failing("noise", 5)}),
     # modules that change
-    "another head": Fault(epoch=replace_head),
     "more classes": Fault(None, LEARNED + "|reference", epoch=lambda m: replace_head(m, 5)),
     "parametrized later": Fault(None, LEARNED, epoch=lambda m: parametrizations.weight_norm(m.net[4])),
-    "frozen layers": Fault(epoch=lambda m: m.net[0].requires_grad_(False)),
-    "spectral norm by hooks": Fault(init=lambda m: nn.utils.spectral_norm(m.net[4])),
     "lazy layers that a sanity check makes": Fault(init=lambda m: m.net.append(nn.LazyLinear(4)), moments=SANITY),
     "weights of another": Fault(error="`initial_weights`", r_options={"initial_weights": {"other": torch.zeros(1)}}),
-    # steps that do something else
-    "uncopied in the step": Fault(step=lambda m, b: m(b[0].as_subclass(Uncopied)).as_subclass(Tensor)),
-    "written in the step": Fault("inputs=", "inputs=", step=lambda m, b: m(b[0].mul_(3))),
 }  # fmt: skip
 
 

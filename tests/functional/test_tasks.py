@@ -19,10 +19,8 @@ REFUSED: dict[str, tuple[str, Tensor, Tensor, str]] = {
     "a column of labels": ("multiclass", LOGITS, CLASSES[:, None], r"`targets=lambda batch: batch\[1\].squeeze\(1\)`"),
     "one output": ("multiclass", SINGLE, BITS.float(), "floating for one output. Set `task='binary'`"),
     "several classes, floats": ("multiclass", LOGITS, MULTI_HOT.float(), "sum to 1.*`task='multilabel'`"),
-    "one bool for several outputs": ("multiclass", LOGITS, BITS.bool(), "Expected class indices.*torch.bool"),
     "one output for several labels": ("multilabel", SINGLE, BITS[:, None], "K > 1.*`task='binary'`"),
     "class indices for several labels": ("multilabel", LOGITS, CLASSES, "Leave `task` out if labels are class indices"),
-    "several outputs for one label": ("binary", LOGITS, BITS, "one output.*leave `task` out"),
     "a label above 1": ("binary", SINGLE, CLASSES, "labels from 0 to 1, .* got 0 to 2$"),
     "labels -1 and 1": ("binary", SINGLE, 2 * BITS - 1, r"`targets=lambda batch: \(batch\[1\] \+ 1\) / 2`"),
 }

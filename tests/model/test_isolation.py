@@ -1,7 +1,7 @@
 """A pass leaves no trace, copies next to nothing, and refuses to write to parameters."""
 
 import random
-from collections import Counter, OrderedDict, defaultdict, deque
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -33,7 +33,6 @@ class Stateful(LightningModule):
         self.target.grad = torch.ones(2)
         self.hidden, self.of_graph = torch.zeros(2), 2 * self.target
         self.items, self.names, self.queue, self.ids = [X.clone()], {"x": X}, deque([X.clone()], 2), {1}
-        self.counts, self.groups, self.order = Counter(), defaultdict(list), OrderedDict(x=1)
         self.alias = self.names
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,9 +63,6 @@ PUT_BACK: dict[str, Callable[[Any, Tensor], Any]] = {
     "a dict": lambda m, x: m.names.pop("x") + m.names.setdefault("y", x),
     "a deque": lambda m, x: torch.tensor(m.queue.append(x) or len(m.queue)),
     "a set": lambda m, x: torch.tensor(m.ids.add(2) or len(m.ids)),
-    "a Counter": lambda m, x: torch.tensor(m.counts.update("seen") or m.counts["s"]),
-    "a defaultdict": lambda m, x: torch.tensor(len([*m.groups, m.groups["new"]])),
-    "the order of a dict": lambda m, x: torch.tensor((m.order.setdefault("a", 2) and m.order.move_to_end("x")) or 1),
     "a submodule that is created lazily": lambda m, x: created_once(m, "lazy", nn.Linear(2, 2)),
     "a parameter that is created lazily": lambda m, x: created_once(m, "scale", nn.Parameter(torch.ones(2))),
     "a submodule that is replaced": lambda m, x: setattr(m, "bn", nn.Identity()),

@@ -8,7 +8,6 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.compile import from_compiled
 from torch import Tensor, nn
-from torch.nn.utils import weight_norm as old_weight_norm
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from lightning_sensitivity.model import ModelCall, isolated
@@ -127,13 +126,11 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "a recurrent network": lambda: Wrapped(nn.LSTM(5, 3, num_layers=2, bidirectional=True)),
     "attention": lambda: nn.TransformerEncoderLayer(5, 1, 8, batch_first=True).eval(),
     "weight norm": lambda: Wrapped(weight_norm(nn.Linear(5, 4))),
-    "weight norm of old": lambda: nn.Sequential(old_weight_norm(nn.Linear(5, 4))),
     "spectral norm": lambda: Wrapped(spectral_norm(nn.Linear(5, 4))).eval(),
     "batch norm": lambda: nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6)),
     "a forward that was replaced": with_replaced_forward,
     "a compiled module": lambda: compiled(nn.Linear(5, 4)),
     "a compiled part": lambda: Wrapped(compiled(nn.Linear(5, 4))),
-    "a module that compiled itself": lambda: (model := nn.Linear(5, 4)).compile(backend="eager") or model,
     "a compiled LightningModule": lambda: from_compiled(compiled(Wrapped(nn.Linear(5, 4)))),
 }
 
@@ -208,10 +205,3 @@ def test_a_batch_norm_with_a_forward_of_its_own_keeps_its_running_statistics() -
         with batch_statistics(norm):
             assert torch.equal(norm(X), before)
         assert not has_batch_norm(norm)
-
-
-def test_only_numbers_are_copied_to_the_cpu() -> None:
-    weights = {"a": torch.zeros(2, dtype=torch.bfloat16), "b": torch.zeros(2, dtype=torch.int64), "c": "name"}
-    copies = copy_weights(weights)
-    weights["a"] += 1
-    assert list(copies) == ["a"] and not copies["a"].any()

@@ -1,11 +1,11 @@
 # %% [markdown]
 # # What do the monitors cost?
 #
-# Time and memory of `SensitivityMonitor` and `RiskMonitor` with their defaults, beside a Trainer without them and
-# beside the bare passes of the model. README.md in this folder has the figures.
+# Time and memory of `SensitivityMonitor` and `RiskMonitor` with their defaults, beside the bare passes of the model
+# in a plain loop, and beside a Trainer without them. README.md in this folder says what came out.
 #
-#     python examples/studies/cost/benchmark.py          # some minutes on one idle core; needs torchvision
-#     python examples/studies/cost/benchmark.py --quick  # under a minute: shows that it runs; ignore its times
+#     python examples/studies/cost/benchmark.py          # ten minutes on one core; needs torchvision
+#     python examples/studies/cost/benchmark.py --quick  # a minute: shows that it runs; ignore its times
 #
 # All runs of a comparison take turns, forwards and backwards, in one process on one thread, after a first turn that is
 # thrown away. A figure is the median over the turns, with the lowest and the highest one. Seconds are CPU time of the
@@ -35,6 +35,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
+from lightning_sensitivity.functional import fit_reference
+from lightning_sensitivity.model import isolated
 from lightning_sensitivity.model.twins import batch_statistics, has_batch_norm
 
 COLUMNS = ["what", "case", "figure", "wanted", "met", "median", "lowest", "highest", "seconds", "beside"]
@@ -175,20 +177,21 @@ def seconds_of_fit(
 
 
 def seconds_of_passes(case: str, net: nn.Module, training: Batches, data: Batches) -> float:
-    """The passes that a monitor makes on 8 batches or more, and the noise that it draws; of "none", one pass."""
+    """The passes of the monitors of a case on four batches or more, and the noise that they draw, in a plain loop."""
     net.eval()
-    num_passes = 1 + has_batch_norm(net)
     with torch.no_grad(), Seconds() as seconds:
-        for x, _ in data:
-            net(x)
-            if case == "sensitivity":
+        if case in ("sensitivity", "both"):
+            for x, _ in data:
+                net(x)
                 net(x + 0.1 * torch.randn_like(x))
-            elif case == "risk":
+        if case in ("risk", "both"):
+            for x, _ in training:
+                net(x)
+            for x, _ in data:
+                net(x)
                 with batch_statistics(net):
-                    for _ in range(num_passes):
+                    for _ in range(1 + has_batch_norm(net)):
                         net(x)
-        for x, _ in training if case == "risk" else []:
-            net(x)
     return seconds.value
 
 
@@ -255,27 +258,64 @@ def compare(
 def added(
     what: str, net: nn.Module, training: Batches, data: Batches, wanted: dict[str, float], turns: int
 ) -> list[Row]:
-    """What a validation epoch gains, over the bare passes."""
+    """What a validation gains, over the bare passes of its monitors."""
 
     def epoch(case: str) -> float:
         return seconds_of_epoch(case, Net(net, has_step=False), training, data)
 
     def passes(case: str) -> float:
-        return seconds_of_passes(case if wanted[case] else "none", net, training, data)
+        return seconds_of_passes(case, net, training, data)
 
-    figure = (
-        "added to an epoch / bare passes" if any(wanted.values()) else "added to an epoch / one pass over its samples"
-    )
-    return compare(what, figure, wanted, epoch, turns, passes)
+    return compare(what, "added to a validation / bare passes", wanted, epoch, turns, passes)
 
 
-def epochs(what: str, net: nn.Module, data: Batches, limit: float, turns: int) -> list[Row]:
-    """A validation epoch with sensitivity over one without."""
+def shares(what: str, net: nn.Module, training: Batches, data: Batches, turns: int) -> list[Row]:
+    """What a validation gains, over an epoch of training on 2,000 samples, and on more by its number of batches."""
+    size = sum(len(x) for x, _ in training)
 
     def epoch(case: str) -> float:
-        return seconds_of_epoch(case, Net(net, has_step=True), data[:1], data)
+        return seconds_of_epoch(case, Net(net, has_step=False), training[: 500 // len(training[0][0])], data)
 
-    return compare(what, "epoch / epoch without", {"sensitivity": limit}, epoch, turns)
+    def training_epoch(case: str) -> float:
+        loader: Any = DataLoader(training, batch_size=None)  # type: ignore[arg-type]
+        with Seconds() as seconds:
+            trainer("none", max_epochs=1).fit(Net(net, has_step=False), loader)
+        return seconds.value
+
+    found = compare(what, "", {"sensitivity": 0.0, "risk": 0.0}, epoch, turns, training_epoch)
+    rows = []
+    for samples in (2000, 10_000, 50_000):
+        for each in found:
+            numbers = {name: each[name] * size / samples for name in ("median", "lowest", "highest")}
+            numbers |= {"seconds": each["seconds"], "beside": each["beside"] * samples / size}
+            figure = f"added to an epoch of training on {samples:,} samples, as a share"
+            rows.append(row(what, each["case"], figure, 0.0, numbers))
+    return rows
+
+
+def once(what: str, figure: str, wanted: float, run: Callable[[], float], turns: int) -> list[Row]:
+    """A figure by itself."""
+    values = torch.tensor([run() for _ in range(turns + 1)][1:])
+    numbers = {"median": values.quantile(0.5), "lowest": values.min(), "highest": values.max()}
+    return [row(what, "", figure, wanted, {name: float(value) for name, value in numbers.items()})]
+
+
+def seconds_of_solve() -> float:
+    """Seconds, not of CPU time: two threads take part."""
+    features, labels = torch.randn(1600, 50), nn.functional.one_hot(torch.randint(10, (1000,))).double()
+    torch.set_num_threads(2)
+    start = time.perf_counter()
+    fit_reference(features[:1000], labels, features[1000:])
+    seconds = time.perf_counter() - start
+    torch.set_num_threads(1)
+    return seconds
+
+
+def microseconds_of_isolation() -> float:
+    with isolated(mlp()) as run, Seconds() as seconds:
+        for _ in range(1000):
+            run(int)  # which does nothing
+    return 1000 * seconds.value
 
 
 def memory(what: str, case: str, net: nn.Module, data: Batches) -> list[Row]:
@@ -286,38 +326,51 @@ def memory(what: str, case: str, net: nn.Module, data: Batches) -> list[Row]:
     peak = second_validation(case, Net(net, has_step=False), data, data, LiveBytes()).peak
     beside = x.nbytes if case == "sensitivity" else sum(parameter.nbytes for parameter in net.parameters())
     median = (peak - beside - (bare.peak - outputs)) / outputs
-    return [row(what, case, "batches of outputs at the peak", 2.2, {"median": median})]
+    return [row(what, case, "batches of outputs at the peak", 3.0, {"median": median})]
 
 
 # %% All of them
 def comparisons(quick: bool) -> list[Callable[[], list[Row]]]:
-    many, few, count = (1, 1, 8) if quick else (5, 8, 8)
-    digits, image, size = (100, 1, 28, 28), (8 if quick else 32, 3, 32, 32), 2 if quick else 8
+    many, few, count = (1, 1, 4) if quick else (7, 5, 8)
+    gray, image, size = (1, 28, 28), (8 if quick else 32, 3, 32, 32), 2 if quick else 8
     images, pixels = batches(count, image), batches(count, (size, 3, 128, 128), (128, 128), 21)
     tokens, wide = batches(count, (size, 64, 64), (64,), 8000), batches(2, (512, 64), (), 8000)
-    deep = {"sensitivity": 1.05, "risk": 1.05}
-    unlimited = dict.fromkeys(("sensitivity", "risk", "both"), 0.0)
-    small, empty = (1000, 200) if quick else (5000, 1000), "MLP, 500 training samples, empty step"
-    figure, gray = "fit / fit without", (1, 28, 28)
+    deep = {"sensitivity": 1.05, "both": 1.1}
 
-    def fits(what: str, wanted: dict[str, float], *args: Any, **kwargs: Any) -> list[Row]:
+    def small(what: str, net: nn.Module, limit: float, shape: tuple[int, ...]) -> list[Row]:
+        return added(what, net, batches(500 // shape[0], shape), batches(600 // shape[0], shape), both(limit), many)
+
+    def both(limit: float) -> dict[str, float]:
+        return {"sensitivity": limit, "both": limit}
+
+    def fits(what: str, *args: Any, **kwargs: Any) -> list[Row]:
         more = {"num_epochs": 2 if quick else 20, **kwargs}
-        return compare(what, figure, wanted, lambda case: seconds_of_fit(case, *args, **more), many)
+        return compare(what, "fit / fit without", both(0.0), lambda case: seconds_of_fit(case, *args, **more), few)
+
+    def by_size(what: str, net: nn.Module, shape: tuple[int, ...], turns: int) -> list[Row]:
+        num_training, num_unseen = (128, 64) if quick else (2000, 600)
+        return shares(
+            what, net, batches(num_training // shape[0], shape), batches(num_unseen // shape[0], shape), turns
+        )
 
     return [
-        lambda: fits("MLP 784-128-128-10", {"sensitivity": 1.1, "both": 1.2}, mlp, gray, small),
-        lambda: fits("MLP 64-64-10", {"sensitivity": 1.12, "both": 1.3}, tiny, (64,), (1000, 1000), batch_size=32),
-        lambda: fits("small CNN", {"sensitivity": 1.2, "both": 1.6}, cnn, gray, (1000, 500), batch_size=50),
-        lambda: fits(empty, unlimited, mlp, gray, (500, 1000), has_step=False),
-        lambda: added(empty, mlp(), batches(5, digits), batches(10, digits), unlimited, many),
-        lambda: epochs("32 MB of buffers", Buffered(), batches(4 * count, (32, 64)), 1.3, few),
+        lambda: small("MLP 784-128-128-10", mlp(), 2.0, (100, *gray)),
+        lambda: small("MLP 64-64-10", tiny(), 3.0, (32, 64)),
+        lambda: small("small CNN", cnn(), 1.2, (50, *gray)),
         lambda: added("ResNet-18", resnet(), images[:2], images, deep, few),
         lambda: added("ViT", vit(), images[:2], images, deep, few),
-        lambda: epochs("language model's head", ClassesFirst(64, 8000), tokens, 2.5, few),
-        lambda: epochs("segmentation", segmenter(), pixels, 3, few),
+        lambda: added("language model's head", ClassesFirst(64, 8000), tokens[:1], tokens, {"sensitivity": 1.3}, few),
+        lambda: added("segmentation", segmenter(), pixels[:1], pixels, {"sensitivity": 0.0}, few),
+        lambda: added("32 MB of buffers", Buffered(), *(batches(4 * count, (32, 64)),) * 2, {"sensitivity": 0.0}, few),
+        lambda: once("a solve of the reference", "seconds, 2 threads", 0.4, seconds_of_solve, many),
+        lambda: once("isolation", "microseconds a run", 60, microseconds_of_isolation, many),
+        lambda: fits("MLP 784-128-128-10", mlp, gray, (5000, 1000)),
+        lambda: fits("MLP 64-64-10", tiny, (64,), (1000, 1000), batch_size=32),
         lambda: memory("language model's head", "sensitivity", ClassesFirst(64, 8000), tokens[:1]),
         lambda: memory("segmentation", "sensitivity", segmenter(), pixels[:1]),
         lambda: memory("head of 8,000 classes", "risk", nn.Linear(64, 8000), wide[:1]),
+        lambda: by_size("small CNN", cnn(), (50, *gray), few),
+        lambda: by_size("ResNet-18", resnet(), image, 1),
     ]
 
 

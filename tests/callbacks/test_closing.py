@@ -1,0 +1,195 @@
+"""The line at the end of a fit: which epoch, what is known of the labels, and whether to trust it."""
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import callbacks as cb
+from lightning.pytorch import seed_everything
+from sklearn.datasets import load_digits
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_sensitivity import RiskMonitor
+from lightning_sensitivity.callbacks.closing import log_closing_line
+from lightning_sensitivity.callbacks.state import FitRecord, ValidationResult
+from lightning_sensitivity.functional import fit_reference
+from tests.callbacks.plain_loop import Plain
+from tests.helpers import History, fitted, labelled, trainer, unlabelled_loader
+
+CRITERION, ESTIMATE = "val_risk_criterion", "val_risk_estimate"
+X, Y = labelled(50).tensors
+NOISY = DataLoader(TensorDataset(X, Y.where(torch.arange(50) % 3 > 0, 0)), 16)
+
+
+class Fast(Plain):
+    def __init__(self, lr: float = 0.3, kind: Any = torch.optim.Adam) -> None:
+        seed_everything(0, verbose=False)
+        super().__init__()
+        self.configure_optimizers = lambda: kind(self.parameters(), lr)
+
+
+def parts(text: str) -> tuple[str, list[str]]:
+    """The line without links, at most three sentences, and its links."""
+    (line,) = (each for each in text.splitlines() if "was lowest at epoch" in each)
+    line, links = re.sub(r" See docs/\S+ or \S+$", "", line), re.findall(r"troubleshooting.md#(\S+)", line)
+    assert len(links) <= 1 and len(re.findall(r"[.](?= [A-Z]|$)", line)) <= 3
+    return line[line.index("`") :], links
+
+
+@pytest.fixture
+def said(caplog: Any) -> Any:
+    caplog.set_level("INFO", "lightning.pytorch")
+    return caplog
+
+
+# Which epoch, and in which checkpoint
+
+
+def fit_fast(*callbacks: Any, num_loaders: int = 1, max_epochs: int = 12, **kwargs: Any) -> list[dict[str, float]]:
+    """What each epoch of a fit has logged."""
+    history, vals = History(), [unlabelled_loader(seed=seed) for seed in range(1, 1 + num_loaders)]
+    has_checkpoint = any(isinstance(each, cb.ModelCheckpoint) for each in callbacks)
+    options = {"enable_checkpointing": has_checkpoint, "max_epochs": max_epochs, **kwargs}
+    fitted([RiskMonitor(), *callbacks, history], Fast(), NOISY, vals, **options)
+    return history.epochs
+
+
+WATCHED: dict[str, tuple[int, str, Any]] = {  # how many loaders, what the line is about, and what watches it
+    "nothing": (1, CRITERION, None),
+    "a checkpoint on the criterion": (1, CRITERION, cb.ModelCheckpoint),
+    "a checkpoint on the estimate": (1, ESTIMATE, cb.ModelCheckpoint),
+    "nothing, of two loaders": (2, f"{CRITERION}/dataloader_idx_0", None),
+    "a checkpoint on the second loader": (2, f"{CRITERION}/dataloader_idx_1", cb.ModelCheckpoint),
+    "EarlyStopping on the second loader": (2, f"{CRITERION}/dataloader_idx_1", cb.EarlyStopping),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+@pytest.mark.parametrize("what", WATCHED)
+def test_it_is_about_what_is_watched_also_after_a_resume(what: str, tmp_path: Path, said: Any) -> None:
+    num_loaders, name, kind = WATCHED[what]
+    values, path, checkpoint = list[float](), None, ""
+    for max_epochs in (12, 14):
+        said.clear()
+        watching = (
+            [] if kind is None else [kind(monitor=name, **({"patience": 99} if kind is cb.EarlyStopping else {}))]
+        )
+        if kind is cb.ModelCheckpoint:
+            watching = [cb.ModelCheckpoint(tmp_path, monitor=name, filename="{epoch}", save_last=True)]
+        epochs = fit_fast(*watching, num_loaders=num_loaders, max_epochs=max_epochs, ckpt_path=path)
+        values += [epoch[name] for epoch in epochs]
+        if kind is cb.ModelCheckpoint:
+            path, checkpoint = tmp_path / "last.ckpt", f", in the checkpoint {watching[0].best_model_path}"
+        best = values.index(min(values))
+        assert parts(said.text)[0].startswith(f"`{name}` was lowest at epoch {best} ({min(values):.3f}){checkpoint}. ")
+        if path is None:
+            break
+    assert best < 11 and (not checkpoint or f"epoch={best}.ckpt" in checkpoint)
+
+
+def checkpoint(folder: Path, **kwargs: Any) -> cb.ModelCheckpoint:
+    return cb.ModelCheckpoint(folder, filename="{epoch}", **{"monitor": CRITERION, "save_last": True, **kwargs})
+
+
+@pytest.mark.parametrize("what", ["mode", "monitor", "folder"])
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_a_checkpoint_of_another_epoch_is_told_with_the_reason(what: str, tmp_path: Path, said: Any) -> None:
+    first, other = tmp_path / "first", tmp_path / "other"
+    if what == "folder":
+        fit_fast(checkpoint(first))
+        said.clear()
+        fit_fast(checkpoint(other), max_epochs=14, ckpt_path=first / "last.ckpt")
+        expected = rf", but the best checkpoint of `ModelCheckpoint` \(mode='min', in {other}\) has [.\d]+\. "
+    elif what == "mode":
+        fit_fast(checkpoint(other, mode="max"))
+        expected = rf", but the best checkpoint of `ModelCheckpoint` \(mode='max', in {other}\) has [.\d]+\. "
+    else:
+        fit_fast(checkpoint(other, monitor="val_risk_claim"))
+        expected = ", but `ModelCheckpoint` monitors 'val_risk_claim'. "
+    assert re.search(rf"^`{CRITERION}` was lowest at epoch \d+ \([.\d]+\){expected}", parts(said.text)[0])
+
+
+def test_a_debugging_run_says_nothing(said: Any) -> None:
+    fit_fast(fast_dev_run=True)
+    assert "was lowest" not in said.text
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_only_a_run_that_came_to_its_last_epoch_was_still_falling(mode: str, said: Any) -> None:
+    for stopping in ([], [cb.EarlyStopping(CRITERION, mode=mode, patience=2, stopping_threshold=-mode.count("max"))]):
+        said.clear()
+        model = Fast(0.05, torch.optim.SGD)
+        run = fitted([RiskMonitor(), *stopping], model, NOISY, unlabelled_loader(seed=1), max_epochs=4)
+        is_over = run.current_epoch < 4
+        assert ("It was still falling" in said.text) == (not is_over) and is_over == (bool(stopping) and mode == "max")
+
+
+# What is known of the labels, and whether to trust the epoch
+
+KNOWN = fit_reference(X, torch.nn.functional.one_hot(Y, 4), X[:1])._replace(
+    score=0.5, chance=0.75, claim=0.5, noise=0.02
+)
+CLEAN, WRONG = {"noise": 0.01, "claim": 0.7}, {"noise": 0.304}
+LABELS = "label 50 validation samples, and set `validation_labels=True`"
+NO_REFERENCE = f"There was no reference to check the epoch by: {LABELS}."
+DISAGREES = "The reference disagrees (it would choose epoch {}), and such runs lost 2 points of accuracy on average: "
+AGREES, CLEAN_LABELS = (
+    "The reference agrees.",
+    "No noise was found in the training labels: training to the end is about as good.",
+)
+TEXTS: dict[str, tuple[Any, list[float], int, str, list[str]]] = {
+    # what of the reference, its epochs by themselves from a minimum on, the chosen epoch, what is said, and links
+    "agrees": ({}, [10], 10, AGREES, []),
+    "agrees, and labels look wrong": (WRONG, [10], 10, f"About 30 % of the training labels look wrong. {AGREES}", []),
+    "agrees nearly": ({}, [11], 10, AGREES, []),
+    "no longer agrees": ({}, [12], 10, f"{DISAGREES.format(12)}{LABELS}.", ["disagree"]),
+    "disagrees, and labels look wrong": (WRONG, [3], 10,
+        f"About 30 % of the training labels look wrong. {DISAGREES.format(3)}{LABELS}.", ["disagree"]),
+    "agrees, and may be better": ({"score": 0.3, "claim": 0.3}, [10], 10,
+        "The reference agrees, but may be the better model itself.", ["reference-better"]),
+    "disagrees, and may be better": ({"score": 0.3, "claim": 0.3}, [3], 10,
+        f"{DISAGREES.format(3)}{LABELS}, or try kernel ridge regression.", ["disagree"]),
+    "none": (None, [math.nan], 10, NO_REFERENCE, ["disagree"]),
+    "without skill": (WRONG | {"score": 0.75, "claim": 0.75}, [math.nan], 10, NO_REFERENCE, ["disagree"]),
+    "none, still falling": (None, [math.nan], 19, "It was still falling: train for longer.", ["still-falling"]),
+    "still falling": (WRONG, [3], 19,
+        "About 30 % of the training labels look wrong. It was still falling: train for longer.", ["still-falling"]),
+    "no noise": (CLEAN, [math.nan], 10, CLEAN_LABELS, []),
+    "no noise, still falling": (CLEAN, [math.nan], 19,
+        f"{CLEAN_LABELS} It was still falling: train for longer.", ["still-falling"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", TEXTS)
+def test_what_it_says_where_the_reference(what: str, said: Any) -> None:
+    changes, (other,), best, expected, links = TEXTS[what]
+    record = FitRecord()
+    record.references[0, record.training.size] = None if changes is None else KNOWN._replace(**changes)
+    for epoch in range(20):
+        values = [0.4 + abs(epoch - best) / 100] * 3
+        record.history.setdefault(0, []).append(ValidationResult(epoch, *values, abs(epoch - other) / 100))
+    log_closing_line(trainer(), record, {CRITERION: ("risk_criterion", 0), ESTIMATE: ("risk_estimate", 0)})
+    line = f"`{CRITERION}` was lowest at epoch {best} (0.400). {expected}"
+    assert parts(said.text) == (line, links)
+
+
+DIGITS, DIGIT_LABELS = (torch.tensor(each) for each in load_digits(return_X_y=True))
+
+
+@pytest.mark.parametrize(("is_noisy", "expected"), [
+    (True, r"\. About (2\d|3\d) % of the training labels look wrong\. (It was|The reference)"),
+    (False, rf"\. {CLEAN_LABELS}( It was still falling: train for longer\.)?$"),
+])  # fmt: skip
+def test_of_digits_it_says_whether_labels_are_wrong(is_noisy: bool, expected: str, said: Any) -> None:
+    model = Fast(0.01)
+    model.net = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10)).double()
+    x, y = DIGITS.float() / 16, DIGIT_LABELS
+    noisy = (y + 1 + torch.arange(len(y)) % 9) % 10
+    y = noisy.where(is_noisy & (torch.arange(len(y)) % 10 < 3), y)
+    train, history = DataLoader(TensorDataset(x[:500], y[:500]), 50, shuffle=True), History()
+    fitted([RiskMonitor(), history], model, train, DataLoader(x[500:800], 100), max_epochs=6)
+    assert re.search(expected, parts(said.text)[0])
+    assert (history.epochs[-1][CRITERION] == history.epochs[-1][ESTIMATE]) == is_noisy
