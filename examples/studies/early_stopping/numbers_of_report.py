@@ -16,7 +16,7 @@ DIFFERENCES = {"against_never": NEVER, "against_held_out": HELD_BRIER, "against_
 
 def numbers(found: Groups) -> dict[str, Any]:
     """Give for each group and rule what it pays, and how well shares of wrong labels are found."""
-    told: dict[str, Any] = {name: _group(runs) for name, runs in found.items()}
+    told: dict[str, Any] = {name: _group(runs) for name, runs in found.items() if is_quoted(name)}
     everything = found["all pools: all"]
     told["said"] = {
         f"{kind}, {told_of}": int(
@@ -31,6 +31,14 @@ def numbers(found: Groups) -> dict[str, Any]:
     told["targets"] = {str(line["target"]): line for line in lines}
     told["targets met"], told["targets set"] = sum(bool(line["met"]) for line in lines), len(lines)
     return told
+
+
+def is_quoted(group: str) -> bool:
+    """Whether pages may quote a group: of single pools, only the largest parts."""
+    pool, name = group.split(": ", 1)
+    return name in ("all", "noisy labels", "correct labels", "all weights", "head alone") or (
+        pool == "all pools" and ", told: " not in name
+    )
 
 
 def _group(runs: pd.DataFrame) -> dict[str, Any]:
