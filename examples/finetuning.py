@@ -68,7 +68,7 @@ class Curves(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with torch.no_grad():
             correct = pl_module(x_new).argmax(1) == y_new
-        criteria.append(float(trainer.callback_metrics["val_risk_criterion"]))
+        criteria.append(float(trainer.callback_metrics["val/risk_criterion"]))
         accuracies.append(float(correct.float().mean()))
 
 
@@ -80,8 +80,8 @@ model.head = nn.Linear(64, 5)  # for the new classes
 
 # %% What to copy
 pretrained = copy.deepcopy(model.body).requires_grad_(False)
-risk = RiskMonitor(features=lambda batch: pretrained(batch[0]))
-checkpoint = ModelCheckpoint(monitor="val_risk_criterion", dirpath="runs/finetuning", filename="{epoch}")
+risk = RiskMonitor(prefix="val/", features=lambda batch: pretrained(batch[0]))
+checkpoint = ModelCheckpoint(monitor="val/risk_criterion", dirpath="runs/finetuning", filename="{epoch}")
 criteria: list[float] = []
 accuracies: list[float] = []
 quiet["enable_checkpointing"] = True

@@ -69,13 +69,13 @@ class Curves(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with torch.no_grad():
             correct = (pl_module(x_new) > 0) == (y_new > 0)
-        criteria.append(float(trainer.callback_metrics["val_risk_criterion"]))
+        criteria.append(float(trainer.callback_metrics["val/risk_criterion"]))
         accuracies.append(float(correct.float().mean()))
 
 
 # %% What to copy
-risk = RiskMonitor(task="binary", validation_labels=args.labels > 0)
-checkpoint = ModelCheckpoint(monitor="val_risk_criterion", dirpath="runs/tables", filename="{epoch}")
+risk = RiskMonitor(task="binary", prefix="val/", validation_labels=args.labels > 0)
+checkpoint = ModelCheckpoint(monitor="val/risk_criterion", dirpath="runs/tables", filename="{epoch}")
 criteria: list[float] = []
 accuracies: list[float] = []
 trainer = Trainer(
