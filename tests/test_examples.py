@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sensitivity import RiskMonitor
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
 NOTEBOOK = EXAMPLES / "track_generalization.ipynb"
 # True of networks whose class average stays small; the pages speak of it.
 pytestmark = pytest.mark.filterwarnings("ignore:.*survives averaging over classes")
@@ -145,20 +146,29 @@ def test_votes_are_compared_on_handfuls_of_models(run: Any) -> None:
 @pytest.mark.long
 def test_the_study_of_early_stopping_replays_what_a_fit_logs(run: Any) -> None:
     text, _ = run("studies/early_stopping/study.py", "--quick")
-    assert "| random 23 | " in text and Path("runs/early_stopping_quick/results.csv").exists()
+    assert "| random 23 | " in text and Path("runs/early_stopping_quick/numbers.json").exists()
     training, replay = sys.modules["training"], sys.modules["replay"]
-    drawn = dataclasses.replace(training.DRAWS["tables"](3), epochs=2)
+    drawn = dataclasses.replace(sys.modules["pools"].DRAWS["tables"](2, None), epochs=2)
     x, y = drawn.x_holdout[:300], torch.full((300,), replay.NO_LABEL)
 
     class Real(training.Classifier):  # type: ignore[name-defined, misc]
         def validation_step(self, batch: Any, batch_idx: int) -> None:
             pass
 
-    recorder, validation = replay.Recorder(drawn, x), DataLoader(TensorDataset(x, y), replay.BATCH_SIZE)
-    callbacks = [RiskMonitor("binary"), recorder]
+    recorder, validation = (
+        replay.Recorder(),
+        DataLoader(TensorDataset(x, y), replay.BATCH_SIZE, generator=torch.Generator()),
+    )
+    callbacks = [RiskMonitor(), recorder]
     trainer = Trainer(max_epochs=2, accelerator="cpu", callbacks=callbacks, **training.QUIET)
     trainer.fit(Real(drawn), training.training_loader(drawn), validation)
-    replayed = replay.replayed(drawn, training.trained(drawn)["weights"], [RiskMonitor("binary")], x, y)
+    replayed = replay.replayed(drawn, training.trained(drawn)["weights"], [RiskMonitor()], x, y)
     for row, expected in zip(replayed.rows, recorder.rows, strict=True):
         assert row == {name: value for name, value in expected.items() if name != "train_loss"}
-        assert "val_risk_reference" in row
+        assert "val_risk_criterion" in row
+
+
+def test_pages_quote_the_numbers_of_the_study() -> None:
+    module = runpy.run_path(str(EXAMPLES / "studies/early_stopping/quotes.py"))
+    for (page, name), text in module["quotes"]().items():
+        assert module["quoted"]((ROOT / page).read_text(), name) == text, f"run quotes.py: {page} differs in {name}"

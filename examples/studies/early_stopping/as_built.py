@@ -11,7 +11,7 @@ import numpy as np
 import tasks
 import torch
 from networks import ACTIVATIONS, Recipe, compose
-from runs import NUM_HOLDOUT, Run, scaled
+from runs import NUM_HOLDOUT, Request, Run, scaled
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -19,6 +19,7 @@ PHOTOS = ("mnist", "fashion", "cifar10", "people")
 SOURCES = ("mnist", "fashion", "cifar10", "cifar10", "people", "digits", "digits")
 SOURCES += ("table", "table", "teacher", "breast cancer", "sentences")
 NUM_TEST = 2000
+_SHARES = {"correct": 0.0, "random": 1.0, "by class": 0.8}  # of the noise that is drawn
 NUM_PRETRAINING = 2000
 
 
@@ -35,13 +36,14 @@ class Task:
     before: tuple[Tensor, Tensor] | None = None  # samples of other classes, on which a network was trained before
 
 
-def draw_as_built(seed: int, data: Path | None = None) -> Run:
-    """Draw the run of a seed."""
+def draw_as_built(seed: int, data: Path | None = None, request: Request | None = None) -> Run:
+    """Draw the run of a seed; a request changes sizes and noise."""
     r = np.random.RandomState((seed, 5))  # the order of its calls makes the run
     source = str(r.choice(SOURCES))
     recipe = draw_recipe(r, source)
     batch_size = int(r.choice([32, 64, 128]))
     n = int(300 * (20000 / 300) ** (r.rand() ** 2)) if source in PHOTOS else int(150 * (20000 / 150) ** (r.rand() ** 2))
+    n = n if request is None else request.size(seed, n)
     n = min(n, {"mlp": 20000, "words": 2000}.get(recipe.body, 4000))
     task = _draw_task(r, source, n, data)
     n = min(n, max(150, len(task.x) // 2))
@@ -51,6 +53,8 @@ def draw_as_built(seed: int, data: Path | None = None) -> Run:
         n = min(n, len(task.x) // 2)
     chosen, holdout, test = torch.arange(len(task.x)).split(sizes(n, len(task.x)))[:3]
     labels, noise, chances = _draw_noise(r, task)
+    if request is not None:
+        labels, noise, chances = noise_as_requested(seed, labels, task.num_classes, request) or (labels, noise, chances)
     y, y_holdout_noisy, y_test_noisy = (_noisy(r, task, part, chances) for part in (chosen, holdout, test))
     make_optimizer, optimizer = draw_optimizer(r, recipe)
     schedule = str(r.choice(["", "", "", "cosine", "one-cycle", "plateau", "steps"]))
@@ -95,6 +99,7 @@ def draw_as_built(seed: int, data: Path | None = None) -> Run:
         is_binary=is_binary,
         has_batch_norm=recipe.norm == "batch norm",
         chances=chances,
+        y_correct=task.y[chosen],
     )
 
 
@@ -173,8 +178,18 @@ def _draw_noise(r: np.random.RandomState, task: Task) -> tuple[str, float, Tenso
     kind, noise = str(r.choice(["correct", "correct", "random", "random", "by class"])), float(r.uniform(0.1, 0.5))
     if task.y_people is not None:
         return "people", float((task.y_people != task.y).float().mean()), None
-    noise = 0.0 if kind == "correct" else 0.8 * noise if kind == "by class" else noise
+    noise = _SHARES[kind] * noise
     return kind, noise, tasks.transition(kind, noise, task.num_classes)
+
+
+def noise_as_requested(seed: int, labels: str, num_classes: int, request: Request) -> tuple[str, float, Tensor] | None:
+    """Give other noise, if this is not as requested."""
+    if request.is_noisy == (labels != "correct"):
+        return None
+    r = np.random.RandomState((seed, 12))
+    kind = str(r.choice(["random", "random", "by class"])) if request.is_noisy else "correct"
+    noise = _SHARES[kind] * float(r.uniform(0.1, 0.5))
+    return kind, noise, tasks.transition(kind, noise, num_classes)
 
 
 def _noisy(r: np.random.RandomState, task: Task, part: Tensor, chances: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Two-class tables and texts with noisy labels, as people build them; design seeds 0 to 39, report seeds from 100."""
+"""Two-class tables and texts, as people build them; with noisy labels, if nothing else is requested."""
 
 from __future__ import annotations
 
@@ -7,21 +7,25 @@ from pathlib import Path
 import numpy as np
 import tasks
 import torch
-from as_built import NUM_TEST, Task, draw_optimizer, draw_recipe, num_epochs, sizes
+from as_built import NUM_TEST, Task, draw_optimizer, draw_recipe, noise_as_requested, num_epochs, sizes
 from networks import compose
-from runs import NUM_HOLDOUT, Run
+from runs import NUM_HOLDOUT, Request, Run
 from torch import nn
 
 TABLE_SOURCES = ("table", "table", "table", "teacher", "teacher", "breast cancer", "sentences", "sentences")
 
 
-def draw_table(seed: int, data: Path | None = None) -> Run:
-    """Draw a two-class table or sentences, with 15 to 45 % of the labels drawn anew (or 12 to 36 %, by class)."""
+def draw_table(seed: int, data: Path | None = None, request: Request | None = None) -> Run:
+    """Draw a two-class table or sentences, with 15 to 45 % of the labels drawn anew (or 12 to 36 %, by class).
+
+    A request changes sizes and noise.
+    """
     r = np.random.RandomState((seed, 7))  # the order of its calls makes the run
     source = str(r.choice(TABLE_SOURCES))
     recipe = draw_recipe(r, source)
     batch_size = int(r.choice([32, 64, 128]))
     n = int(300 * (5000 / 300) ** r.rand())
+    n = n if request is None else request.size(seed, n)
     n = min(n, 2000) if source == "sentences" else n
     if source == "table":
         task = Task(source, "table", *tasks.generated_table(r, n + NUM_HOLDOUT + NUM_TEST, 2), 2)
@@ -42,6 +46,8 @@ def draw_table(seed: int, data: Path | None = None) -> Run:
     labels, noise = str(r.choice(["random", "random", "by class"])), float(r.uniform(0.15, 0.45))
     noise = 0.8 * noise if labels == "by class" else noise
     chances = tasks.transition(labels, noise, task.num_classes)
+    if request is not None:
+        labels, noise, chances = noise_as_requested(seed, labels, task.num_classes, request) or (labels, noise, chances)
     y, y_holdout_noisy, y_test_noisy = (tasks.noisy(r, task.y[part], chances) for part in (chosen, holdout, test))
     make_optimizer, optimizer = draw_optimizer(r, recipe)
     schedule = str(r.choice(["", "", "", "cosine", "one-cycle", "plateau", "steps"]))
@@ -77,4 +83,5 @@ def draw_table(seed: int, data: Path | None = None) -> Run:
         is_binary=is_binary,
         has_batch_norm=recipe.norm == "batch norm",
         chances=chances,
+        y_correct=task.y[chosen],
     )

@@ -1,13 +1,13 @@
-"""The figure of the report: what an epoch costs that was chosen with few labels, with the estimate or without."""
+"""The figure of the report: what an epoch costs that was chosen with few labels, with the criterion or without."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from rules import COUNTS, ESTIMATE, HELD_BRIER, MORE_COUNTS, NEVER, PLAIN, TRUE, alone, beside
+from rules import COUNTS, CRITERION, HELD_BRIER, MORE_COUNTS, NEVER, PLAIN, TRUE, alone, beside
 from tables import POOLS, Groups, of
 
-LEVELS = {NEVER: "0.6", HELD_BRIER: "C1", PLAIN: "C0", ESTIMATE: "C3", TRUE: "C2"}
+LEVELS = {NEVER: "0.6", HELD_BRIER: "C1", PLAIN: "C0", CRITERION: "C3", TRUE: "C2"}
 
 
 def figure(found: Groups, file: Path) -> None:
@@ -26,7 +26,7 @@ def figure(found: Groups, file: Path) -> None:
         lost = [of(runs, alone("noisy", count)).mean() for count in MORE_COUNTS]
         axis.plot(MORE_COUNTS, lost, "o--", color="0.5", label="noisy labels, by their Brier score")
         lost = [of(runs, beside("noisy", count)).mean() for count in COUNTS]
-        axis.plot(COUNTS, lost, "o-", color="C3", label="noisy labels and the estimate")
+        axis.plot(COUNTS, lost, "o-", color="C3", label="noisy labels and the criterion")
         for rule, color in LEVELS.items():
             axis.axhline(of(runs, rule).mean(), color=color, ls=":", label=f"no labels: {rule.strip('*')}")
         axis.set(xscale="log", xlabel="validation labels", title=f"{name}, {len(runs)} runs", ylim=(0, None))

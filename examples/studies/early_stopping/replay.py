@@ -8,7 +8,7 @@ epoch are loaded. So the callback sees what it would have seen, and logs the sam
 
 from __future__ import annotations
 
-import copy
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,18 +17,16 @@ import numpy as np
 import torch
 from finetuning import frozen_body
 from lightning.pytorch import Callback, LightningModule, Trainer
-from runs import Run, logits
+from rules import lowest
+from runs import Run
 from torch import Tensor
-from torch.nn.functional import cross_entropy, one_hot
 from torch.utils.data import DataLoader
-from training import DRAWS, QUIET, Samples, be_quiet, split, training_loader
+from training import QUIET, Samples, be_quiet, split, training_loader
+from truth import NUM_HOLDOUT, drawn_once, in_columns, truth_of_epochs
 
 from lightning_sensitivity import RiskMonitor
-from lightning_sensitivity.functional import bags_of_words, fit_reference, principal_components
-from lightning_sensitivity.functional.reference import reference_weight
-from lightning_sensitivity.functional.risk import LABEL_WEIGHT_WITH_REFERENCE, VARIANCE_SCALE
+from lightning_sensitivity.functional import Reference
 
-NUM_HOLDOUT, NUM_TEST = 600, 1000  # samples
 BATCH_SIZE = 120  # of validation
 NO_LABEL = -100
 
@@ -48,7 +46,7 @@ class Replay(LightningModule):
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         if self.trainer.global_step == 0:  # a monitor may look at the first step
             return self.run.loss(self(batch[0]), batch[1])
-        return 0 * next(self.parameters()).sum()
+        return 0 * next(weight for weight in self.parameters() if weight.requires_grad).sum()
 
     def on_train_batch_end(self, *args: Any) -> None:
         if self.trainer.is_last_batch:
@@ -65,53 +63,55 @@ class Replay(LightningModule):
 
 
 class Recorder(Callback):
-    """Leaves one row an epoch: what was logged, and what is true; and the logits of some samples."""
+    """Leaves one row an epoch: what was logged; and the first monitor's reference, with its training samples."""
 
-    def __init__(self, run: Run, x_kept: Tensor) -> None:
-        self.run, self.x_kept = run, x_kept
+    def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
-        self.kept: list[Tensor] = []
+        self.reference: Reference | None = None
+        self.order = torch.empty(0)  # of the training samples in the first epoch
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        network = pl_module.net.eval()
-        logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        self.rows.append(logged | truth(self.run, in_parts(network, self.run.x_test)))
-        self.kept.append(logits(self.run, in_parts(network, self.x_kept)))
-        network.train()
-
-    def logits(self) -> np.ndarray:
-        """Give the logits of the samples in each epoch, in half the size."""
-        return torch.stack(self.kept).clamp(-6e4, 6e4).half().numpy()
+        if trainer.current_epoch == 0:
+            self.order = trainer.train_dataloader.sampler.order.clone()
+            self.reference = reference_of(trainer)
+        self.rows.append({name: float(value) for name, value in trainer.callback_metrics.items()})
 
 
-def in_parts(network: Any, x: Tensor) -> Tensor:
-    """Give the outputs for many samples, a part at a time, without a graph."""
-    with torch.no_grad():
-        return torch.cat([network(part) for part in x.split(250)])
+class ClosingLines(logging.Handler):
+    """Collects the last lines of monitors, in the order of the callbacks."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.lines: list[str] = []
+        self.logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if " was lowest at epoch " in record.getMessage():
+            self.lines.append(record.getMessage())
+
+    def __enter__(self) -> ClosingLines:
+        self.before = self.logger.level, self.logger.propagate
+        self.logger.setLevel(logging.INFO)
+        self.logger.propagate = False
+        self.logger.addHandler(self)
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self.logger.removeHandler(self)
+        self.logger.setLevel(self.before[0])
+        self.logger.propagate = self.before[1]
 
 
-def truth(run: Run, outputs: Tensor) -> dict[str, float]:
-    """Score outputs for the test samples, by correct labels and by noisy ones.
-
-    The true score is what is estimated: the Brier score of labels as noisy as training's. Where chance made them noisy,
-    it is the expected one.
-    """
-    found = logits(run, outputs)
-    p, y, noisy = found.softmax(1), run.y_test, run.y_test_noisy
-    squares = p.square().sum(1)
-    people_said = p.gather(1, noisy[:, None])[:, 0]
-    agreement = people_said if run.chances is None else (p * run.chances[y]).sum(1)
-    return {
-        "accuracy": float((p.argmax(1) == y).float().mean()),
-        "loss": float(cross_entropy(found, y)),
-        "true_score": float((1 + squares - 2 * agreement).mean()) / (1 + run.is_binary),  # as the package scores it
-    }
+def reference_of(trainer: Trainer) -> Reference | None:
+    """Find the reference of the first monitor."""
+    fit = next(callback for callback in trainer.callbacks if isinstance(callback, RiskMonitor)).fit
+    return fit.references.get((0, fit.training.size))
 
 
 # %% Replays.
 def replayed(run: Run, weights: dict[str, Tensor], monitors: list[Callback], x: Tensor, y: Tensor) -> Recorder:
     """Replay a kept training with monitors and these validation samples; see the module."""
-    recorder = Recorder(run, x)
+    recorder = Recorder()
     trainer = Trainer(max_epochs=run.epochs, accelerator="cpu", callbacks=[*monitors, recorder], **QUIET)
     validation = DataLoader(Samples(x, y), BATCH_SIZE, collate_fn=list, generator=torch.Generator())
     trainer.fit(Replay(run, weights), training_loader(run), validation)
@@ -119,59 +119,55 @@ def replayed(run: Run, weights: dict[str, Tensor], monitors: list[Callback], x: 
 
 
 def measure(pool: str, seed: int, data: Path | None, folder: Path) -> None:
-    """Replay both trainings of a run, and leave what every rule could have seen, and the truth, in one file."""
+    """Replay the training of a run, and leave what monitors have logged and said."""
     be_quiet()
-    run = DRAWS[pool](seed, data)
-    kept, fewer = (torch.load(folder / f"{name}.pt") for name in ("full", "fewer"))
-    test = {name: getattr(run, name)[:NUM_TEST] for name in ("x_test", "y_test", "y_test_noisy")}
-    network = run.make_network()
-    run = replace(run, epochs=len(kept["rows"]), make_network=lambda: copy.deepcopy(network), **test)
-    options: dict[str, Any] = {"task": "binary" if run.is_binary else "multiclass"}
-    monitors = [RiskMonitor(**options)]
-    if pool == "fine-tuning":
-        body = frozen_body(seed, data)
-        monitors = [
-            RiskMonitor(**options, features=lambda batch: body(batch[0])),
-            RiskMonitor(**options, prefix="raw_"),
-        ]
+    run, kept = drawn_once(pool, seed, data), torch.load(folder / "full.pt")
+    run, options = replace(run, epochs=len(kept["rows"])), options_of(pool, run, data)
+    monitors: list[Callback] = [RiskMonitor(**options)]
+    if "features" in options:
+        monitors.append(RiskMonitor(task=options["task"], prefix="raw_"))
     x = run.x_holdout[:NUM_HOLDOUT]
-    full = replayed(run, kept["weights"], monitors, x, torch.full((len(x),), NO_LABEL))
-
-    rest, x_held, y_held = split(run)
-    y = torch.cat([y_held, torch.full((len(x),), NO_LABEL)])
-    monitor = RiskMonitor(**options, validation_labels=True)
-    part = replayed(rest, fewer["weights"], [monitor], torch.cat([x_held, x]), y)
-
-    columns = in_columns([one | other for one, other in zip(kept["rows"], full.rows, strict=True)])
-    columns |= {f"fewer_{name}": values for name, values in in_columns(part.rows).items()}
-    columns |= {"holdout": full.logits(), "fewer_held": part.logits()[:, : len(x_held)], "held_labels": y_held.numpy()}
-    columns |= {"correct": run.y_holdout[: len(x)].numpy(), "noisy": run.y_holdout_noisy[: len(x)].numpy()}
-    columns |= {f"about_{name}": value for name, value in about(pool, run, kept).items()}
-    np.savez(folder / "part.npz", **columns)
-    (folder / "part.npz").rename(folder / "curves.npz")
+    with ClosingLines() as closing:
+        recorder = replayed(run, kept["weights"], monitors, x, torch.full((len(x),), NO_LABEL))
+    columns = in_columns(recorder.rows) | about_reference(run, recorder)
+    columns["closing"] = np.array(closing.lines)
+    np.savez(folder / "logged.part.npz", **columns)
+    (folder / "logged.part.npz").rename(folder / "logged.npz")
 
 
-def weight_of_permuted_labels(run: Run, x_new: Tensor, num_samples: int = 500) -> float:
-    """Give the weight that a reference has whose labels tell nothing."""
-    x, y = run.x[:num_samples].flatten(1), run.y[:num_samples]
-    y = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(run.seed))]
-    pair = (x, x_new.flatten(1)) if x.is_floating_point() else bags_of_words(x, x_new)
-    features, new_features = principal_components(*pair)
-    found = fit_reference(features, one_hot(y, run.num_classes).double(), new_features)
-    return reference_weight(found.score, found.chance, found.claim, found.num_samples, len(run.x))
+def measure_fewer(pool: str, seed: int, data: Path | None, folder: Path) -> None:
+    """Replay the training on 90 % of the samples, with the others as labelled validation samples."""
+    be_quiet()
+    run, kept = drawn_once(pool, seed, data), torch.load(folder / "fewer.pt")
+    rest, x_held, y_held = split(replace(run, epochs=len(kept["rows"])))
+    x = run.x_holdout[:NUM_HOLDOUT]
+    x, y = torch.cat([x_held, x]), torch.cat([y_held, torch.full((len(x),), NO_LABEL)])
+    monitor = RiskMonitor(**options_of(pool, run, data), validation_labels=True)
+    columns = in_columns(replayed(rest, kept["weights"], [monitor], x, y).rows)
+    chosen = lowest(columns["val_risk_criterion"])
+    scores = truth_of_epochs(rest, kept["weights"], {chosen})[chosen]
+    columns = {f"fewer_{name}": values for name, values in columns.items()}
+    columns |= {f"both_{name}": np.array(value) for name, value in scores.items()}
+    np.savez(folder / "logged_fewer.part.npz", **columns)
+    (folder / "logged_fewer.part.npz").rename(folder / "logged_fewer.npz")
 
 
-def in_columns(rows: list[dict[str, float]]) -> dict[str, np.ndarray]:
-    return {name: np.array([row.get(name, np.nan) for row in rows]) for name in rows[-1]}
+def options_of(pool: str, run: Run, data: Path | None) -> dict[str, Any]:
+    """Give the options of a monitor: the defaults, and in fine-tuning the frozen body."""
+    options: dict[str, Any] = {"task": "binary" if run.is_binary else "multiclass"}
+    if pool == "fine-tuning":
+        assert data is not None
+        body = frozen_body(run.seed, data)
+        options["features"] = lambda batch: body(batch[0])
+    return options
 
 
-def about(pool: str, run: Run, kept: dict[str, Any]) -> dict[str, Any]:
-    """Tell what a run is, and with which constants it was measured."""
-    network = run.make_network()
-    return {
-        "pool": pool, "seed": run.seed, "kind": run.kind, "labels": run.labels, "n": len(run.x),
-        "num_classes": run.num_classes, "weights": sum(weight.numel() for weight in network.parameters()),
-        "is_augmented": run.is_augmented, "has_batch_norm": run.has_batch_norm, "is_binary": run.is_binary,
-        "permuted_weight": weight_of_permuted_labels(run, run.x_holdout[:NUM_HOLDOUT]),
-        "variance_scale": VARIANCE_SCALE, "label_weight": LABEL_WEIGHT_WITH_REFERENCE,
-    }  # fmt: skip
+def about_reference(run: Run, recorder: Recorder) -> dict[str, np.ndarray]:
+    """Give the leave-one-out predictions of the reference, and the labels that it knows."""
+    reference = recorder.reference
+    if reference is None:
+        return {}
+    known = recorder.order[: reference.num_samples]
+    numbers = {name: getattr(reference, name) for name in ("score", "chance", "claim", "noise")}
+    columns = {f"reference_{name}": np.array(value) for name, value in numbers.items()}
+    return columns | {"loo": reference.leave_one_out.numpy(), "kept_labels": run.y[known].numpy()}

@@ -8,20 +8,27 @@ from pathlib import Path
 
 import numpy as np
 from runs import learned
+from truth import YARDSTICKS
 
-COUNTS = (20, 50, 100)  # of labels by which an epoch is chosen, with the estimate or without
-MORE_COUNTS = (10, *COUNTS, 200, 400)  # those that tell what the estimate is worth
+COUNTS = (20, 50, 100)  # of labels by which an epoch is chosen, with the criterion or without
+MORE_COUNTS = (10, *COUNTS, 200, 400)  # those that tell what the criterion is worth
 NUM_DRAWS = 20  # of samples that have labels, for each count
-YARDSTICKS = ("accuracy", "true_score", "loss")
-TERMS = ("claim", "overconfidence", "memorization")
+TERMS = ("claim", "overconfidence", "memorization", "variance")
+LABEL_WEIGHT = 200  # of the estimate beside labels; 40 if the reference has no weight
+LABEL_WEIGHT_ALONE = 40
+MAX_DISTANCE = 1 / 20  # of the package: between epochs of the criterion and the reference that agree, of all epochs
 
 
 class Curves:
     """What a run left: arrays of one number an epoch, the logits of some samples, and their labels."""
 
-    def __init__(self, file: Path) -> None:
-        with np.load(file) as found:
-            self.found = dict(found)
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.found: dict[str, np.ndarray] = {}
+        for name in ("truth", "fewer", "logged", "logged_fewer"):
+            if (folder / f"{name}.npz").exists():
+                with np.load(folder / f"{name}.npz") as found:
+                    self.found |= found
         prefix = "about_"
         self.about = {n.removeprefix(prefix): v.item() for n, v in self.found.items() if n.startswith(prefix)}
 
@@ -38,19 +45,47 @@ class Curves:
     def is_noisy(self) -> bool:
         return self.about["labels"] != "correct"
 
+    # What the last line of the monitor says
+
+    @property
+    def closing(self) -> str:
+        return str(self["closing"][0])
+
+    @property
+    def said_of_epoch(self) -> str:
+        """What the line says of the epoch."""
+        for said in ("disagrees", "may be the better model", "agrees", "no reference", "still falling"):
+            if said in self.closing:
+                return said
+        return "nothing"
+
+    @property
+    def said_of_labels(self) -> str:
+        """What the line says of the labels: "wrong", "no noise" or "nothing"."""
+        if "of the training labels look wrong" in self.closing:
+            return "wrong"
+        return "no noise" if "No noise was found" in self.closing else "nothing"
+
+    @cached_property
+    def halves(self) -> str:
+        """Whether the reference would choose the same epoch, or nearly: "agree", "disagree" or "no reference"."""
+        if not self.has_reference:
+            return "no reference"
+        distance = abs(lowest(self["val_risk_criterion"]) - lowest(self["val_risk_reference"]))
+        return "agree" if distance <= MAX_DISTANCE * len(self["loss"]) else "disagree"
+
+    @property
+    def label_noise(self) -> float:
+        """The share of wrong labels, as the monitor has it; nan without a reference."""
+        found = self.found.get("val_risk_label_noise")
+        known = np.array([]) if found is None else found[np.isfinite(found)]
+        return float(known[-1]) if len(known) else float("nan")
+
+    # What rules look at
+
     @cached_property
     def plain_estimate(self) -> np.ndarray:
         """The estimate without the reference."""
-        return self._terms + self["val_risk_variance"]
-
-    @cached_property
-    def estimate_before(self) -> np.ndarray:
-        """The estimate of the report before: no reference, and the variance scaled by 0.7, with batch norm by 1.4."""
-        scale = 1.4 if self.about["has_batch_norm"] else 0.7
-        return self._terms + self["val_risk_variance"] * scale / self.about["variance_scale"]
-
-    @property
-    def _terms(self) -> np.ndarray:
         return sum((self[f"val_risk_{name}"] for name in TERMS), np.zeros(len(self["loss"])))
 
     @cached_property
@@ -76,6 +111,24 @@ class Curves:
         p, scale = softmax(self["holdout"]), 1 + self.about["is_binary"]  # as the package scores it
         return {kind: brier(p, self[kind]) / scale for kind in ("correct", "noisy")}
 
+    @property
+    def has_reference(self) -> bool:
+        return bool(np.nan_to_num(self.found.get("val_risk_reference_weight", np.zeros(1))).max() > 0)
+
+    @property
+    def looks_clean(self) -> bool:
+        """Whether the criterion is the training score, since no noise was found."""
+        return not np.array_equal(self["val_risk_criterion"], self["val_risk_estimate"], equal_nan=True)
+
+    def beside(self, kind: str, count: int) -> list[int]:
+        """Choose by the criterion with the labels of a few random samples, once for each draw of samples."""
+        if self.looks_clean:
+            return [lowest(self["val_risk_criterion"])]
+        weight = LABEL_WEIGHT if self.has_reference else LABEL_WEIGHT_ALONE
+        total = count + weight
+        scores = drawn(self.label_scores[kind], count)
+        return [lowest((count * each + weight * self["val_risk_estimate"]) / total) for each in scores]
+
 
 def softmax(logits: np.ndarray) -> np.ndarray:
     logits = logits.astype(np.float64)
@@ -90,6 +143,12 @@ def of_labels(p: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def brier(p: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Score each sample (a column) in each epoch (a row)."""
     return 1 + np.square(p).sum(-1) - 2 * of_labels(p, labels)
+
+
+def drawn(scores: np.ndarray, count: int) -> list[np.ndarray]:
+    """Give the mean scores of a few random samples in each epoch, once for each draw."""
+    r = np.random.RandomState(count)
+    return [scores[:, r.permutation(scores.shape[1])[:count]].mean(1) for _ in range(NUM_DRAWS)]
 
 
 # %% How an epoch is chosen.
@@ -120,43 +179,30 @@ def label_wave(changed: np.ndarray) -> int:
     return first(np.append(np.diff(smooth) > 0, True)) + 3
 
 
-def with_labels(scores: np.ndarray, count: int, estimate: np.ndarray | None = None, weight: float = 0) -> list[int]:
-    """Choose by the scores of a few random samples, with the estimate or without, once for each draw of samples."""
-    r, chosen = np.random.RandomState(count), []
-    for _ in range(NUM_DRAWS):
-        mean = scores[:, r.permutation(scores.shape[1])[:count]].mean(1)
-        if estimate is not None:
-            mean = (count * mean + weight * estimate) / (count + weight)
-        chosen.append(lowest(mean))
-    return chosen
-
-
 # %% The table of them. A rule gives epochs: several if they depend on which samples have labels.
 Rule = Callable[[Curves], list[int]]
 NEVER, TRUE = "never stop", "the true score (out of reach)"
-BEFORE, PLAIN = "the estimate before", "the estimate without the reference"
-ESTIMATE, REFERENCE = "**the estimate**", "the reference by itself"
+PLAIN, REFERENCE = "the estimate without the reference", "the reference by itself"
+ESTIMATE, CRITERION = "the estimate", "**the criterion**"
 HELD_BRIER, HELD_LOSS = "10 % held out, by its Brier score", "10 % held out, by its loss"
 HELD_ACCURACY, HELD_BOTH = "10 % held out, by its accuracy", "10 % held out, with `validation_labels=True`"
-STOPPING = "`EarlyStopping` on the estimate, patience a third"
-PATIENCE = "`EarlyStopping` on the estimate, patience 10"
+PATIENCE = "`EarlyStopping` on the criterion, patience 10"
 DISPARITY, WAVE = "gradient disparity", "Label Wave"
 
-ON_FEWER: dict[str, Rule] = {  # those that train on 90 % of the samples
+HELD: dict[str, Rule] = {  # those that train on 90 % of the samples, and need no monitor
     HELD_BRIER: lambda c: [lowest(c.held_scores)],
     HELD_LOSS: lambda c: [lowest(c.held_losses)],
     HELD_ACCURACY: lambda c: [lowest(-c.held_accuracies)],
-    HELD_BOTH: lambda c: [lowest(c["fewer_val_risk_estimate"])],
 }
 RULES: dict[str, Rule] = {
     NEVER: lambda c: [len(c["loss"]) - 1],
-    BEFORE: lambda c: [lowest(c.estimate_before)],
-    PLAIN: lambda c: [lowest(c.plain_estimate)],
+    CRITERION: lambda c: [lowest(c["val_risk_criterion"])],
     ESTIMATE: lambda c: [lowest(c["val_risk_estimate"])],
-    REFERENCE: lambda c: [lowest(c["val_risk_reference"])],
-    STOPPING: lambda c: [patient(c["val_risk_estimate"], -(-len(c["loss"]) // 3))],
-    PATIENCE: lambda c: [patient(c["val_risk_estimate"], 10)],
-    **ON_FEWER,
+    PLAIN: lambda c: [lowest(c.plain_estimate)],
+    REFERENCE: lambda c: [lowest(c["val_risk_reference"] if c.has_reference else c["val_risk_estimate"])],
+    PATIENCE: lambda c: [patient(c["val_risk_criterion"], 10)],
+    **HELD,
+    HELD_BOTH: lambda c: [lowest(c["fewer_val_risk_criterion"])],
     DISPARITY: lambda c: [first(np.diff(c["disparity"], prepend=np.inf) > 0, 5)],
     WAVE: lambda c: [label_wave(c["changed"])],
     TRUE: lambda c: [lowest(c["true_score"])],
@@ -168,26 +214,22 @@ def alone(kind: str, count: int) -> str:
 
 
 def beside(kind: str, count: int) -> str:
-    return f"{count} {kind} labels and the estimate"
+    return f"{count} {kind} labels and the criterion"
 
 
 def _by_labels(c: Curves, kind: str, count: int) -> list[int]:
-    return with_labels(c.label_scores[kind], count)
-
-
-def _by_both(c: Curves, kind: str, count: int) -> list[int]:
-    return with_labels(c.label_scores[kind], count, c["val_risk_estimate"], c.about["label_weight"])
+    return [lowest(scores) for scores in drawn(c.label_scores[kind], count)]
 
 
 for _kind in ("noisy", "correct"):
     for _count in MORE_COUNTS:
         RULES[alone(_kind, _count)] = lambda c, of=(_kind, _count): _by_labels(c, *of)
     for _count in COUNTS:
-        RULES[beside(_kind, _count)] = lambda c, of=(_kind, _count): _by_both(c, *of)
-RAW, RAW_REFERENCE = "the estimate, reference on raw pixels", "that reference by itself"
+        RULES[beside(_kind, _count)] = lambda c, of=(_kind, _count): c.beside(*of)
+RAW, RAW_REFERENCE = "the criterion, without `features=`", "the reference by itself, without `features=`"
 FINE_TUNING: dict[str, Rule] = {  # where the others know the features of the frozen body
-    RAW: lambda c: [lowest(c["raw_risk_estimate"])],
-    RAW_REFERENCE: lambda c: [lowest(c["raw_risk_reference"])],
+    RAW: lambda c: [lowest(c["raw_risk_criterion"])],
+    RAW_REFERENCE: lambda c: [lowest(c.found.get("raw_risk_reference", c["raw_risk_estimate"]))],
 }
 MAIN = tuple(name for name in RULES if " labels" not in name)
 
@@ -198,8 +240,11 @@ def rules_of(c: Curves) -> dict[str, Rule]:
 
 def cost(c: Curves, name: str) -> dict[str, float]:
     """Give what a rule pays: accuracy lost in points, and how much higher scores are than the lowest, in percent."""
-    epochs, prefix = rules_of(c)[name](c), "fewer_" if name in ON_FEWER else ""
-    found = {each: float(c[prefix + each][epochs].mean()) for each in YARDSTICKS}
+    if name == HELD_BOTH:
+        found = {each: float(c.found.get(f"both_{each}", np.nan)) for each in YARDSTICKS}
+    else:
+        epochs, prefix = rules_of(c)[name](c), "fewer_" if name in HELD else ""
+        found = {each: float(c[prefix + each][epochs].mean()) for each in YARDSTICKS}
     return {
         "accuracy": 100 * (float(c["accuracy"].max()) - found["accuracy"]),
         "true_score": 100 * (found["true_score"] / float(c["true_score"].min()) - 1),

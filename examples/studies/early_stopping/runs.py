@@ -54,6 +54,7 @@ class Run:
     is_binary: bool = False  # one output, whose sigmoid is the probability of class 1
     has_batch_norm: bool = False
     chances: Tensor | None = field(default=None, repr=False)  # of noisy labels, by correct label; None: people's
+    y_correct: Tensor | None = field(default=None, repr=False)  # of training; no rule sees any of them
 
     def loss(self, outputs: Tensor, y: Tensor) -> Tensor:
         """Give the training loss."""
@@ -78,6 +79,22 @@ class Run:
     def augment(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """Shift and flip a batch, if this run does."""
         return augmented(x, generator, self.is_flipped) if self.is_augmented else x
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a pool asks of a draw. What is not as asked is drawn anew, from random numbers of its own."""
+
+    smallest: int  # number of training samples
+    largest: int
+    is_noisy: bool  # whether training labels are noisy
+
+    def size(self, seed: int, n: int) -> int:
+        """Give the number of training samples, if the draw said n."""
+        if self.smallest <= n <= self.largest:
+            return n
+        position = np.random.RandomState((seed, 13)).rand()
+        return int(self.smallest * (self.largest / self.smallest) ** position)
 
 
 def augmented(x: Tensor, generator: torch.Generator, is_flipped: bool = True) -> Tensor:
@@ -108,10 +125,11 @@ def scaled(x: Tensor) -> Tensor:
 
 
 # %% Plain networks.
-def draw(seed: int, data: Path | None = None, wide: bool = False) -> Run:
+def draw(seed: int, data: Path | None = None, wide: bool = False, request: Request | None = None) -> Run:
     """Draw the run of a seed. Teachers and digits need no folder of data.
 
     Wide networks have up to a hundred times the weights for the same tasks and samples, and some are transformers.
+    A request changes sizes and noise.
     """
     r = np.random.RandomState(seed)  # the order of its calls makes the run
     is_large = r.rand() < 0.1
@@ -119,8 +137,12 @@ def draw(seed: int, data: Path | None = None, wide: bool = False) -> Run:
     noise = float(r.choice([0, 0, 0.2, 0.4]))
     n = int(r.choice([10000, 20000] if is_large else [300, 600, 1000, 2000, 4000]))
     network = "fc" if source == "teacher" else str(r.choice(["fc", "plain", "bn", "drop", "pool", "res"]))
+    if request is not None:
+        n, is_large = request.size(seed, n), request.smallest >= 4000
+        noise = noise_as_requested(seed, noise, request)
+        source = "cifar10" if source == "people" and not request.is_noisy else source
     if source == "digits":
-        n = int(r.choice([150, 300, 600]))
+        n = int(r.choice([150, 300, 600] if request is None else [200, 300, 600]))
     elif network in ("res", "pool"):
         n = min(n, 4000 if is_large else 1000)
     activation = ACTIVATIONS[r.randint(4)]
@@ -185,7 +207,14 @@ def draw(seed: int, data: Path | None = None, wide: bool = False) -> Run:
         schedule="cosine" if is_augmented else "",
         has_batch_norm=network in ("bn", "res"),
         chances=chances,
+        y_correct=y[chosen],
     )
+
+
+def noise_as_requested(seed: int, noise: float, request: Request) -> float:
+    if not request.is_noisy:
+        return 0.0
+    return noise if noise > 0 else float(np.random.RandomState((seed, 12)).choice([0.2, 0.4]))
 
 
 def draw_large_teacher(seed: int, data: Path | None = None) -> Run:
@@ -219,4 +248,5 @@ def draw_large_teacher(seed: int, data: Path | None = None) -> Run:
         batch_size=64,
         epochs=20,
         chances=tasks.transition("random", 0.0, num_classes),
+        y_correct=y[training],
     )

@@ -12,30 +12,19 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from as_built import draw_as_built
-from draw_table import draw_table
-from finetuning import draw_finetuning
 from lightning.pytorch import Callback, LightningModule, Trainer
-from runs import Run, draw, draw_large_teacher, logits
+from pools import DRAWS
+from runs import Run, logits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-DRAWS = {
-    "random": draw,
-    "as built": draw_as_built,
-    "wide": partial(draw, wide=True),
-    "tables": draw_table,
-    "fine-tuning": draw_finetuning,
-    "large teachers": draw_large_teacher,
-}
 SHARE = 0.1  # of the training samples that is held out
 QUIET = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
 
@@ -122,8 +111,8 @@ def split(run: Run) -> tuple[Run, Tensor, Tensor]:
 class Keeper(Callback):
     """Keeps the weights of every epoch, and what rules look at that need more than weights."""
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
+    def __init__(self, run: Run, with_disparity: bool) -> None:
+        self.run, self.with_disparity = run, with_disparity
         self.weights: list[dict[str, Tensor]] = []
         self.rows: list[dict[str, float]] = []
         self.told: list[Tensor] = []  # labels that the model gave the samples of this epoch, in training
@@ -141,7 +130,8 @@ class Keeper(Callback):
         self._keep_weights(pl_module)
         row = {name: float(value) for name, value in trainer.callback_metrics.items()}
         row |= {"changed": self._changed(trainer.train_dataloader.sampler.order)}
-        row |= {"disparity": disparity(copy.deepcopy(pl_module.net).train(), self.run)}
+        if self.with_disparity:
+            row |= {"disparity": disparity(copy.deepcopy(pl_module.net).train(), self.run)}
         self.rows.append(row)
 
     def _keep_weights(self, pl_module: LightningModule) -> None:
@@ -167,7 +157,8 @@ def disparity(network: nn.Module, run: Run) -> float:
         for x, y in zip(run.x[: 5 * size].split(size), run.y[: 5 * size].split(size), strict=True):
             losses = cross_entropy(logits(run, network(x)), y, reduction="none")
             loss = (losses / losses.std().clamp(min=1e-12)).mean()
-            found = torch.autograd.grad(loss, list(network.parameters()), allow_unused=True)
+            trained_weights = [weight for weight in network.parameters() if weight.requires_grad]
+            found = torch.autograd.grad(loss, trained_weights, allow_unused=True)
             gradients.append(torch.cat([each.flatten() for each in found if each is not None]))
     return float(np.mean([float((one - other).norm()) for one, other in combinations(gradients, 2)]))
 
@@ -177,25 +168,26 @@ def be_quiet() -> None:
     """Use one thread, since the networks are small, and leave out what Lightning says of every fit."""
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", ".*(does not have many workers|LeafSpec|is smaller than the logging).*")
+    ignored = ("does not have many workers", "in eval mode at the start", "LeafSpec", "is smaller than the logging")
+    warnings.filterwarnings("ignore", f".*({'|'.join(ignored)}).*")
 
 
-def trained(run: Run) -> dict[str, Any]:
+def trained(run: Run, with_disparity: bool = False) -> dict[str, Any]:
     """Train a run to its end; give the weights before training and after every epoch, and a row of numbers an epoch."""
-    start, keeper = time.process_time(), Keeper(run)
+    start, keeper = time.process_time(), Keeper(run, with_disparity)
     trainer = Trainer(max_epochs=run.epochs, accelerator="cpu", callbacks=[keeper], **QUIET)
     trainer.fit(Classifier(run), training_loader(run))
     weights = {name: torch.stack([each[name] for each in keeper.weights]) for name in keeper.weights[0]}
     return {"weights": weights, "rows": keeper.rows, "seconds": time.process_time() - start}
 
 
-def train(pool: str, seed: int, data: Path | None, folder: Path, epochs: int | None = None) -> None:
-    """Train the run of a seed, and once more on 90 % of its samples; leave a file for each."""
+def train(pool: str, seed: int, data: Path | None, folder: Path, epochs: int | None = None, twice: bool = True) -> None:
+    """Train the run of a seed, and once more on 90 % of its samples, if asked to; leave a file for each."""
     be_quiet()
     folder.mkdir(parents=True, exist_ok=True)
     run = DRAWS[pool](seed, data)
     run = replace(run, epochs=epochs or run.epochs)
-    for name, each in (("full", run), ("fewer", split(run)[0])):
+    for name, each in (("full", run), ("fewer", split(run)[0]))[: 1 + twice]:
         if not (folder / f"{name}.pt").exists():
-            torch.save(trained(each), folder / f"{name}.part")
+            torch.save(trained(each, with_disparity=name == "full"), folder / f"{name}.part")
             (folder / f"{name}.part").rename(folder / f"{name}.pt")
