@@ -153,7 +153,8 @@ TEXTS: dict[str, tuple[Any, list[float], int, str, list[str]]] = {
     "disagrees, and may be better": ({"score": 0.3, "claim": 0.3}, [3], 10,
         f"{DISAGREES.format(3)}{LABELS}, or try kernel ridge regression.", ["disagree"]),
     "none": (None, [math.nan], 10, NO_REFERENCE, ["disagree"]),
-    "without skill": (WRONG | {"score": 0.75, "claim": 0.75, "noise": math.nan}, [math.nan], 10, NO_REFERENCE, ["disagree"]),
+    "without skill": (
+        WRONG | {"score": 0.75, "claim": 0.75, "noise": math.nan}, [math.nan], 10, NO_REFERENCE, ["disagree"]),
     "none, still falling": (None, [math.nan], 19, "It was still falling: train for longer.", ["still-falling"]),
     "still falling": (WRONG, [3], 19,
         "About 30 % of the training labels look wrong. It was still falling: train for longer.", ["still-falling"]),
