@@ -37,13 +37,12 @@ _FEW_SAMPLES = 8  # in a batch, for batch norm
 class RiskMonitor(Monitor):
     r"""Log what to stop by, and an estimate of the Brier score on unseen samples, in every validation epoch.
 
-    Training labels are enough, even noisy ones. See :class:`~lightning_sensitivity.RiskEstimate` for the
-    formulas. Regressions and dense outputs have no estimate.
+    Training labels are enough, even noisy ones. Regressions and dense outputs have no estimate.
 
-    **Logged values**, only in ``Trainer.fit``, after ``prefix``: ``risk_criterion``, which is lowest where to
-    stop; ``risk_estimate`` and its terms ``risk_claim``, ``risk_overconfidence``, ``risk_memorization``,
-    ``risk_variance``; for dense inputs, token ids or ``features``, ``risk_label_noise``, the share of training
-    labels that look wrong, ``risk_reference`` and ``risk_reference_weight``.
+    **Logged values**, only in ``Trainer.fit``, after ``prefix``, as by ``compute`` of
+    :class:`~lightning_sensitivity.RiskEstimate`: ``risk_criterion``, which is lowest where to stop,
+    ``risk_estimate`` and its terms; for dense inputs, token ids or ``features``, ``risk_label_noise``, the
+    share of training labels that look wrong, ``risk_reference`` and ``risk_reference_weight``.
 
     Up to 1,000 training samples and ``num_samples`` validation samples are kept on the CPU, at most 512 MiB
     of each in each process. A validation runs two passes over the latter, one more with batch norm and one

@@ -120,11 +120,7 @@ def fit_reference(features: Tensor, labels: Tensor, new_features: Tensor, task: 
     distances = _squared_distances(x, x)
     positive = distances[distances > 0]
     median = positive.median() if len(positive) else torch.ones(())
-    choices: list[tuple[float, float, float]] = []
-    for width in _WIDTHS:
-        scores = _leave_one_out_scores((-distances / (width * median)).exp(), residuals, kind)
-        choices += [(score, width, ridge) for score, ridge in zip(scores, _RIDGES, strict=True)]
-    _, width, ridge = min(choices)
+    width, ridge = _choose_width_and_ridge(distances / median, residuals, kind)
     kernel = (-distances / (width * median)).exp()
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(kernel + ridge * torch.eye(len(x), dtype=torch.float64)))
     weights = inverse @ residuals
@@ -143,6 +139,15 @@ def fit_reference(features: Tensor, labels: Tensor, new_features: Tensor, task: 
         noise=estimate_noise(leave_one_out, y) if has_noise else math.nan,
         leave_one_out=leave_one_out,
     )
+
+
+def _choose_width_and_ridge(distances: Tensor, residuals: Tensor, task: Task) -> tuple[float, float]:
+    """Choose the kernel's width and the ridge that have the lowest leave-one-out score."""
+    choices: list[tuple[float, float, float]] = []
+    for width in _WIDTHS:
+        scores = _leave_one_out_scores((-distances / width).exp(), residuals, task)
+        choices += [(score, width, ridge) for score, ridge in zip(scores, _RIDGES, strict=True)]
+    return min(choices)[1:]
 
 
 def _leave_one_out_scores(kernel: Tensor, residuals: Tensor, task: Task) -> list[float]:
