@@ -179,6 +179,7 @@ def seconds_of_fit(
 def seconds_of_passes(case: str, net: nn.Module, training: Batches, data: Batches) -> float:
     """The passes of the monitors of a case on four batches or more, and the noise that they draw, in a plain loop."""
     net.eval()
+    num_passes = 1 + has_batch_norm(net)  # False inside `batch_statistics`
     with torch.no_grad(), Seconds() as seconds:
         if case in ("sensitivity", "both"):
             for x, _ in data:
@@ -190,7 +191,7 @@ def seconds_of_passes(case: str, net: nn.Module, training: Batches, data: Batche
             for x, _ in data:
                 net(x)
                 with batch_statistics(net):
-                    for _ in range(1 + has_batch_norm(net)):
+                    for _ in range(num_passes):
                         net(x)
     return seconds.value
 
