@@ -234,6 +234,7 @@ class RiskMonitor(Monitor):
         reference = find_reference(fit, samples, task, self.features is not None, self.reporter)
         metric = self._make_metric(module, samples.dataloader_idx, reference)
         self._measure_training(module, run, metric)
+        predictions = None if reference is None else samples.split(reference.predictions)
         twins = self._make_twins(module, run, samples)
         for place, batch in enumerate(samples.batches):
             call = batch.call.to(module.device)
@@ -244,7 +245,7 @@ class RiskMonitor(Monitor):
                 outputs,
                 twins.outputs(call, place, len(samples.batches)),
                 baseline_outputs=twins.baseline_outputs(call),
-                reference=None if reference is None else samples.split(reference.predictions)[place],
+                reference=None if predictions is None else predictions[place],
             )
             if batch.labels is not None:
                 metric.update_labels(outputs, batch.labels)

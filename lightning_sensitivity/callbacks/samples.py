@@ -70,7 +70,7 @@ class KeptSamples:
         self._num_labelled = num_labelled
         self._max_bytes = max_bytes
         self._chosen: set[int] | None = None  # indices; None for every batch, until there are enough
-        self._num_seen, self._stride = 0, 1  # of batches with labels, only every so-manieth is kept
+        self._num_seen, self._stride = 0, 1  # of batches with labels, of which one in a stride is kept
 
     @property
     def size(self) -> int:

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from lightning_sensitivity.arguments import link_to
 from lightning_sensitivity.callbacks.samples import KeptSamples
 from lightning_sensitivity.functional.reference import Calibration, Reference
+from lightning_sensitivity.functional.risk import RiskTerms
 from lightning_sensitivity.model.twins import copy_weights
-
-TERMS = ("claim", "overconfidence", "memorization", "variance")  # of the estimate without a reference
 
 
 class ValidationResult(NamedTuple):
@@ -38,7 +37,7 @@ class ValidationResult(NamedTuple):
     @classmethod
     def from_values(cls, epoch: int, values: Mapping[str, Tensor]) -> ValidationResult:
         """Take what is needed from the values of a :class:`~lightning_sensitivity.RiskEstimate`."""
-        by_twins = sum(float(values[f"risk_{term}"]) for term in TERMS)
+        by_twins = sum(float(values[f"risk_{term}"]) for term in RiskTerms._fields[1:])
         has_weight = values.get("risk_reference_weight", 0) > 0
         by_reference = float(values["risk_reference"]) if has_weight else math.nan
         return cls(epoch, float(values["risk_criterion"]), float(values["risk_estimate"]), by_twins, by_reference)
