@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
@@ -69,11 +68,6 @@ def is_compiled(module: nn.Module) -> bool:
     return is_wrapped or has_compiled or module._compiled_call_impl is not None
 
 
-def is_tracing() -> bool:
-    """Return whether a module is being traced."""
-    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
-
-
 def original_module(module: nn.Module) -> Any:
     """Return the module that ``torch.compile(module)`` has wrapped, or the module itself."""
     return getattr(module, "_orig_mod", module)
@@ -82,20 +76,12 @@ def original_module(module: nn.Module) -> Any:
 # Lightning
 
 
-def num_batches(trainer: Trainer) -> list[int | float]:
-    """Count the batches of each loader in evaluation; inf for one without a length, even if limited."""
-    from lightning.fabric.utilities.data import sized_len
-
-    loop = trainer._evaluation_loop
-    combined: Any = loop._combined_loader
+def num_loaders(trainer: Trainer) -> int:
+    """Count the loaders of an evaluation; several that are combined, but not one after the other, are one."""
+    combined: Any = trainer._evaluation_loop._combined_loader
     if combined is None:  # before the first validation of a fit
-        return []
-    loaders = zip(combined.flattened, loop.max_batches, strict=True)
-    counts = [float("inf") if sized_len(loader) is None else count for loader, count in loaders]
-    # Only the loop knows of a CombinedLoader. Lightning sees it as one loader unless it is sequential.
-    if combined._mode == "sequential":
-        return counts
-    return [min(counts) if combined._mode == "min_size" else max(counts)]
+        return 0
+    return len(combined.flattened) if combined._mode == "sequential" else 1
 
 
 def is_last_batch(trainer: Trainer) -> bool:

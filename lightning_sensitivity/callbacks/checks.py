@@ -1,7 +1,5 @@
 """What is refused before the first training step, and what is said after it."""
 
-from __future__ import annotations
-
 import inspect
 import math
 import traceback
@@ -17,12 +15,18 @@ from torch import Tensor
 
 from lightning_sensitivity.arguments import link_to
 from lightning_sensitivity.functional.tasks import Task
-from lightning_sensitivity.functional.tensors import Diagnosis, are_probabilities, num_outputs
+from lightning_sensitivity.functional.tensors import (
+    Diagnosis,
+    are_close,
+    are_log_probabilities,
+    are_probabilities,
+    may_be_probabilities,
+    num_outputs,
+)
 
 _LIGHTNING_MODULES = ("lightning.pytorch.core.module", "pytorch_lightning.core.module")
 _SHARDED = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")
 _INPUTS = "`inputs=`, such as `inputs=lambda batch: batch['image']`"
-IN_UNIT_INTERVAL = "got outputs that all lie in [0, 1]. If they are not logits, set `outputs=`."
 _PAGE = "docs/troubleshooting.md"
 _MIN_NUMBERS = 10  # fewer outputs may look like probabilities by chance
 
@@ -44,6 +48,7 @@ class Reporter:
         self._prefix = prefix
         self._said: dict[str, float] = {}  # how severe each kind was when it was last said
         self._num_failures: dict[str, int] = {}
+        self._may_be_probabilities: bool | None = None  # all outputs so far; None if there are none
 
     def warn(self, entry: str, message: str, severity: float = 1.0, kind: str = "") -> None:
         """Warn, and again whenever it has become twice as severe.
@@ -61,6 +66,16 @@ class Reporter:
         """Warn of what makes the values of a loader doubtful."""
         for entry, (message, severity) in diagnoses.items():
             self.warn(entry, f"on dataloader {dataloader_idx}: {message}", severity, kind=str(dataloader_idx))
+
+    def note_outputs(self, outputs: Tensor) -> None:
+        """Note whether outputs may be probabilities, until some are not."""
+        if self._may_be_probabilities is not False:
+            self._may_be_probabilities = may_be_probabilities(outputs)
+
+    def warn_of_probabilities(self) -> None:
+        """Warn if all outputs so far may be probabilities; before training those of a small head may by chance."""
+        if self._may_be_probabilities:
+            self.warn("arguments", "got outputs that all lie in [0, 1]. If they are not logits, set `outputs=`.")
 
     @contextmanager
     def report_failure(self, what: str, consequence: str) -> Iterator[None]:
@@ -159,6 +174,33 @@ def _is_overridden(name: str, pl_module: LightningModule) -> bool:
     # Lightning's own check fails if the module comes from the other package (`lightning` or
     # `pytorch_lightning`).
     return getattr(getattr(pl_module, name), "__module__", "") not in _LIGHTNING_MODULES
+
+
+def check_repeatable(first: Tensor, second: Tensor) -> None:
+    """Refuse a model whose second pass gives other outputs, though we restored all that we can.
+
+    Raises:
+        MisconfigurationException: If outputs differ.
+    """
+    if first.shape != second.shape or not are_close(first, second):
+        raise MisconfigurationException(
+            "`forward` gives other outputs when it is called again on the same batch, in eval mode and with the same "
+            "random numbers of torch: it keeps something that is not restored. Change it only `if self.training`, and "
+            f"draw random numbers by torch.{link_to('state')}"
+        )
+
+
+def check_logits(outputs: Tensor) -> None:
+    """Refuse outputs that have another sensitivity than logits.
+
+    Raises:
+        MisconfigurationException: If they are probabilities or their logarithms.
+    """
+    if are_probabilities(outputs) or are_log_probabilities(outputs):
+        raise MisconfigurationException(
+            "logits are needed, got (log-)probabilities: select logits with `outputs=`, or use `per_output=True`."
+            f"{link_to('arguments')}"
+        )
 
 
 def check_outputs(outputs: Tensor, task: Task) -> None:

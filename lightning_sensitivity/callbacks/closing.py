@@ -1,7 +1,5 @@
 """The line at the end of a fit: which epoch, what is known of the labels, and whether to trust it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Mapping, Sequence
 from operator import attrgetter

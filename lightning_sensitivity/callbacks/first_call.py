@@ -1,7 +1,5 @@
 """Watch the first training step: does it call the model on the inputs that we measure?"""
 
-from __future__ import annotations
-
 import inspect
 from contextlib import ExitStack, suppress
 from typing import Any
@@ -29,51 +27,50 @@ class FirstCall:
 
     def __init__(self, is_wanted: bool = False) -> None:
         self._is_wanted = is_wanted
-        self._module: nn.Module | None = None
         self._ours: Arguments = {}
-        self._theirs: Arguments | None = None
-        self._was_called = False
+        self._theirs: Arguments | None = None  # None before the first call
+        self._module: nn.Module | None = None
         self._streams: object = None
+        self._has_drawn = False  # random numbers
         self._hooks = ExitStack()
 
-    def __reduce__(self) -> tuple[type[FirstCall], tuple[()]]:
+    def __reduce__(self) -> tuple[type["FirstCall"], tuple[()]]:
         """Copy nothing: a step may copy or pickle the module with the hooks."""
         return FirstCall, ()
 
     def start(self, module: LightningModule, batch: object, inputs: Selector | None) -> None:
         """Watch a step, unless a part is compiled, or our call can't be made on its batch."""
         self.cancel()
-        if not self._is_wanted or any(map(compat.is_compiled, module.modules())):
-            return
-        self._is_wanted = False  # training batches may be of another kind than validation batches
-        with suppress(Exception):
-            call = make_call(module, batch, inputs, None)
-            self._ours, self._module = _copy_arguments(module, call.args, call.kwargs), module
-            self._streams = compat.random_streams()
-            for part in _parts_with_all_parameters(module):
-                self._hooks.enter_context(part.register_forward_pre_hook(self._note, with_kwargs=True))
-            self._is_wanted = True
+        is_wanted, self._is_wanted = self._is_wanted and not any(map(compat.is_compiled, module.modules())), False
+        with suppress(Exception):  # training batches may be of another kind than validation batches
+            if is_wanted:
+                call = make_call(module, batch, inputs, None)
+                self._module, self._streams = module, compat.random_streams()
+                self._ours = _copy_arguments(module, call.args, call.kwargs)
+                for part in _parts_with_all_parameters(module):
+                    self._hooks.enter_context(part.register_forward_pre_hook(self._note, with_kwargs=True))
 
     def _note(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._was_called or compat.is_redirected(part) or not torch.is_grad_enabled() or compat.is_tracing():
+        if self._theirs is not None or compat.is_redirected(part) or not torch.is_grad_enabled():
             return
-        self._was_called = True
-        if compat.random_streams() != self._streams:
-            self._streams = None
-        with suppress(Exception):  # a step must not fail because of a hint
-            self._theirs = _copy_arguments(part, args, kwargs) if part is self._module else None
+        self._theirs = self._ours  # also if they can't be copied: a step must not fail because of a hint
+        self._has_drawn = compat.random_streams() != self._streams
+        if part is self._module:
+            with suppress(Exception):
+                self._theirs = _copy_arguments(part, args, kwargs)
 
     def stop(self, module: LightningModule, is_skipped: bool) -> str | None:
         """Stop watching, and say how the step differs from what is measured; a skipped step says nothing."""
         ours, theirs = self._ours, self._theirs
         self.cancel()
-        if not ours or (is_skipped and not self._was_called):
+        if not ours or theirs is ours:
             return None
-        self._is_wanted = False
-        if not self._was_called and "forward" not in _names_in_step(module):  # no hook sees `self.forward(x)`
-            return "the step does not call `forward`, which is measured"
+        if theirs is None:
+            self._is_wanted = is_skipped
+            is_silent = is_skipped or "forward" in _names_in_step(module)  # no hook sees `self.forward(x)`
+            return None if is_silent else "the step does not call `forward`, which is measured"
         with suppress(Exception):  # tensors of some kinds can't be compared
-            return None if theirs is None else self._find_difference(ours, theirs)
+            return self._find_difference(ours, theirs)
         return None
 
     def cancel(self) -> None:
@@ -82,25 +79,24 @@ class FirstCall:
         self._ours, self._theirs, self._module = {}, None, None
 
     def _find_difference(self, ours: Arguments, theirs: Arguments) -> str | None:
-        for name in sorted(theirs.keys() - ours.keys() - set(TARGET_NAMES)):
-            return f"the step calls the model with other arguments: also with `{name}`"
-        for name in sorted(ours.keys() - set(TARGET_NAMES)):
+        for name in sorted((ours.keys() | theirs.keys()) - set(TARGET_NAMES)):
+            if name not in ours:
+                return f"the step calls the model with other arguments: also with `{name}`"
             tensors, found = ours[name], theirs.get(name, [])
             if [x.shape for x in found] != [x.shape for x in tensors]:
                 return f"the step calls the model with other arguments: `{name}` is missing or has another shape"
-            if self._streams is not None and not all(map(are_close, tensors, found)):
+            if not self._has_drawn and not all(map(are_close, tensors, found)):
                 return f"the step calls the model with other values of `{name}`, though it draws no random numbers"
         return None
 
 
 def _names_in_step(module: nn.Module) -> set[str]:
     """List the names in the code of the training step, and of the methods that it names."""
-    names, found = {"training_step"}, set[str]()
+    names = {"training_step"}
     for _ in range(2):
         codes = [getattr(getattr(module, name, None), "__code__", None) for name in names]
-        names = {name for code in codes if code is not None for name in code.co_names}
-        found |= names
-    return found
+        names |= {name for code in codes if code is not None for name in code.co_names}
+    return names
 
 
 def _parts_with_all_parameters(module: nn.Module) -> list[nn.Module]:

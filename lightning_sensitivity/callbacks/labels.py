@@ -1,7 +1,5 @@
 """The labels of a batch, checked against the outputs of the model."""
 
-from __future__ import annotations
-
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule

@@ -1,12 +1,9 @@
 """What the monitors share: options, and Lightning's hooks in the order in which they are called."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
@@ -14,11 +11,10 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_sensitivity import compat
-from lightning_sensitivity.arguments import Selector, check_argument, check_bool, check_int, check_selectors, link_to
-from lightning_sensitivity.callbacks.checks import Reporter, check_run
+from lightning_sensitivity.arguments import Selector, check_argument, check_bool, check_int, check_selectors
+from lightning_sensitivity.callbacks.checks import Reporter, check_repeatable, check_run
 from lightning_sensitivity.callbacks.first_call import FirstCall
 from lightning_sensitivity.callbacks.samples import KeptSamples, copy_batch, keep_validation_samples
-from lightning_sensitivity.functional.tensors import are_close
 from lightning_sensitivity.model import isolated
 from lightning_sensitivity.model.isolation import RunIsolated
 
@@ -69,6 +65,10 @@ class Monitor(Callback, ABC):
         """Run the model on the kept samples of a loader, and return a metric of them."""
 
     @abstractmethod
+    def check_outputs(self, outputs: Tensor) -> None:
+        """Refuse outputs that can't be measured, before the first step."""
+
+    @abstractmethod
     def compute_values(self, trainer: Trainer, dataloader_idx: int) -> dict[str, Tensor]:
         """Compute the values of a loader over all processes, if any, and warn of doubtful ones."""
 
@@ -82,7 +82,7 @@ class Monitor(Callback, ABC):
 
     def keep(self, module: LightningModule, batch: object, batch_idx: int, samples: KeptSamples) -> None:
         """Keep a validation batch if its samples are wanted."""
-        if samples.wants(batch_idx):
+        if samples.wants():
             samples.add(copy_batch(module, batch, batch_idx, self.inputs, self.outputs))
 
     def forget_samples(self) -> None:
@@ -96,9 +96,10 @@ class Monitor(Callback, ABC):
         if stage not in ("fit", "validate"):
             return
         check_run(type(self).__name__, trainer, pl_module, stage)
-        others = [monitor for monitor in _monitors_of(trainer) if monitor is not self]
-        is_unique = all(other.prefixed_names().isdisjoint(self.prefixed_names()) for other in others)
-        check_argument("prefix", self.prefix, is_unique, "different in monitors that log the same names")
+        names = self.prefixed_names()
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            is_unique = other is self or not isinstance(other, Monitor) or other.prefixed_names().isdisjoint(names)
+            check_argument("prefix", self.prefix, is_unique, "different in monitors that log the same names")
         self.reporter = Reporter(type(self).__name__, self.prefix)
         self._free()
 
@@ -191,25 +192,23 @@ class Monitor(Callback, ABC):
                 samples.complete()
                 with isolated(pl_module) as run, trainer.precision_plugin.val_step_context():
                     if self.reporter.before_first_step:
-                        self._check_repeatable(pl_module, run, samples)
+                        self._check_model(pl_module, run, samples)
                     metric = self.measure(pl_module, run, samples)
+                if trainer.state.fn != TrainerFn.FITTING or not self.reporter.before_first_step:
+                    self.reporter.warn_of_probabilities()
                 compat.mark_updated(metric)  # a loader or a process may have no samples
                 self.metrics[samples.dataloader_idx] = metric
             if samples.is_truncated:
                 message = f"keeps only {samples.size} samples of a loader: more would take too much memory."
                 self.reporter.warn("samples", message)
 
-    def _check_repeatable(self, module: LightningModule, run: RunIsolated, samples: KeptSamples) -> None:
-        """Refuse a model whose second pass gives other outputs, though we restored all that we can."""
+    def _check_model(self, module: LightningModule, run: RunIsolated, samples: KeptSamples) -> None:
+        """Refuse a model that can't be measured, by two passes over a batch."""
         for batch in samples.batches[:1]:
             call = batch.call.to(module.device)
-            first, second = run(call), run(call)
-            if first.shape != second.shape or not are_close(first, second):
-                raise MisconfigurationException(
-                    "`forward` gives other outputs when it is called again on the same batch, in eval mode and with "
-                    "the same random numbers of torch: it keeps something that is not restored. Change it only `if "
-                    f"self.training`, and draw random numbers by torch.{link_to('state')}"
-                )
+            outputs = run(call)
+            check_repeatable(outputs, run(call))
+            self.check_outputs(outputs)
 
     def _log_values(self, trainer: Trainer, dataloader_idx: int) -> None:
         """Log the values of a loader, unless a process could not measure it; every process comes here."""
@@ -231,7 +230,7 @@ class Monitor(Callback, ABC):
 
     def _try_training_batch(self, trainer: Trainer, pl_module: LightningModule, batch: object) -> None:
         """Do everything once with the first training batch in place of a validation batch."""
-        self.samples = [KeptSamples(0, num_batches=1, num_wanted=1)]
+        self.samples = [KeptSamples(0, num_wanted=1)]
         what = "could not measure the first training batch, which stands for validation batches without a sanity check"
         with self.reporter.report_failure(what, LEFT_OUT):
             self.keep(pl_module, batch, 0, self.samples[0])
@@ -243,8 +242,3 @@ class Monitor(Callback, ABC):
         self.forget_samples()
         self._first_call.cancel()
         self._is_measuring = False
-
-
-def _monitors_of(trainer: Trainer) -> list[Monitor]:
-    """List the monitors among the callbacks of a Trainer."""
-    return [callback for callback in trainer.callbacks if isinstance(callback, Monitor)]  # type: ignore[attr-defined]

@@ -1,7 +1,5 @@
 """The reference of a loader: what it sees of the kept samples, and how it is fitted to them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 

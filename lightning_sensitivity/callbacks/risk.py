@@ -1,7 +1,5 @@
 """The callback that logs the risk estimate, which decides when to stop."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lightning_sensitivity.arguments import Selector, check_argument, check_bool, check_int, check_selectors, link_to
-from lightning_sensitivity.callbacks.checks import IN_UNIT_INTERVAL, check_outputs
+from lightning_sensitivity.callbacks.checks import check_outputs
 from lightning_sensitivity.callbacks.closing import log_closing_line
 from lightning_sensitivity.callbacks.labels import find_labels, select_labels
 from lightning_sensitivity.callbacks.monitor import Monitor
@@ -23,7 +21,6 @@ from lightning_sensitivity.callbacks.training import check_number, count_labelle
 from lightning_sensitivity.functional.reference import Calibration, Reference
 from lightning_sensitivity.functional.risk import TWIN_STRENGTH
 from lightning_sensitivity.functional.tasks import TASKS
-from lightning_sensitivity.functional.tensors import may_be_probabilities
 from lightning_sensitivity.metric import RiskEstimate
 from lightning_sensitivity.model import isolated
 from lightning_sensitivity.model.isolation import RunIsolated
@@ -159,15 +156,14 @@ class RiskMonitor(Monitor):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         """Start with the first batch of a fit, and keep the first samples."""
         training = self.fit.training
-        is_late = training.batches != [] and training.batches[0].index > 0  # resumed within an epoch
-        if not self.fit.has_started or (batch_idx == 0 and is_late):
+        if not self.fit.has_started or (batch_idx == 0 and self.fit.has_late_samples):
             self.fit.has_started = True
             with self.reporter.report_failure("cannot estimate the risk", "There is no estimate in this fit."):
                 self._start(trainer, pl_module, batch, batch_idx)
         elif batch_idx == 0:  # a new epoch repeats the samples
             training.complete()
             self.fit.note_trained(pl_module)  # a layer may have been unfrozen
-        elif training.wants(batch_idx):
+        elif not training.is_full and training.wants():
             with self.reporter.report_failure("could not keep a training batch", "It is left out."):
                 training.add(self._copy_training_batch(pl_module, batch, batch_idx))
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
@@ -183,7 +179,7 @@ class RiskMonitor(Monitor):
         check_outputs(outputs, TASKS[self.task])
         fit.output_shape = tuple(outputs.shape[1:])
         kept = self._copy_training_batch(module, batch, batch_idx)
-        fit.training = KeptSamples(0, num_batches=math.inf, num_wanted=math.ceil(NUM_TRAINING / trainer.world_size))
+        fit.training = KeptSamples(0, num_wanted=math.ceil(NUM_TRAINING / trainer.world_size))
         fit.training.add(kept)
         fit.references = {}
 
@@ -213,7 +209,7 @@ class RiskMonitor(Monitor):
         if self.num_labelled > 0 and not samples.is_complete:
             task, shape = TASKS[self.task], self.fit.output_shape
             labels = find_labels(module, batch, self.targets, task, shape, self.reporter)
-        if samples.wants(batch_idx, labels is not None):
+        if samples.wants(labels is not None):
             samples.add(self._copy_batch(module, batch, batch_idx, labels))
 
     def _copy_batch(self, module: LightningModule, batch: object, batch_idx: int, labels: Tensor | None) -> KeptBatch:
@@ -225,6 +221,10 @@ class RiskMonitor(Monitor):
         kept.labels = labels
         kept.features = select_features(module, batch, self.features, kept.size)
         return kept
+
+    def check_outputs(self, outputs: Tensor) -> None:
+        """Refuse outputs that have no estimate."""
+        check_outputs(outputs, TASKS[self.task])
 
     def measure(self, module: LightningModule, run: RunIsolated, samples: KeptSamples) -> RiskEstimate:
         """Run the model and its twins on the kept samples of a loader, and the model on training samples."""
@@ -239,8 +239,7 @@ class RiskMonitor(Monitor):
         for place, batch in enumerate(samples.batches):
             call = batch.call.to(module.device)
             outputs = run(call)
-            if self.reporter.before_first_step:
-                check_outputs(outputs, task)
+            self.reporter.note_outputs(outputs)
             metric.update(
                 outputs,
                 twins.outputs(call, place, len(samples.batches)),
@@ -253,14 +252,10 @@ class RiskMonitor(Monitor):
 
     def _measure_training(self, module: LightningModule, run: RunIsolated, metric: RiskEstimate) -> None:
         """Run the model on kept training samples, and score it by their labels."""
-        may_be = []  # probabilities, by batch
         for batch in spread(self.fit.training.batches, NUM_SCORED / module.trainer.world_size):
             outputs = run(batch.call.to(module.device))
-            may_be.append(may_be_probabilities(outputs))
             if batch.labels is not None:
                 metric.update_training(outputs, batch.labels)
-        if may_be and all(may_be) and not self.reporter.before_first_step:
-            self.reporter.warn("arguments", IN_UNIT_INTERVAL)
 
     def _make_metric(self, module: LightningModule, dataloader_idx: int, reference: Reference | None) -> RiskEstimate:
         with module.device:  # it determines the floating type of the metric

@@ -1,10 +1,9 @@
 """The samples that a monitor measures in every validation: batches of a loader, kept once, on the CPU."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -37,106 +36,106 @@ class KeptBatch:
     features: Tensor | None = None
 
 
+class _EvenlySpaced:
+    """Keep evenly spaced batches of however many: of too many, every second one goes, and of those that come, too.
+
+    Args:
+        num_wanted: How many samples to keep; inf for all.
+        max_bytes: How many bytes they may take.
+    """
+
+    def __init__(self, num_wanted: float, max_bytes: float) -> None:
+        self.batches: list[KeptBatch] = []
+        self.is_truncated = False  # for lack of memory
+        self._num_wanted = num_wanted
+        self._max_bytes = max_bytes
+        self._num_seen, self._stride = 0, 1
+
+    def takes_next(self) -> bool:
+        """Count a batch, and return whether it is its turn."""
+        self._num_seen += 1
+        return (self._num_seen - 1) % self._stride == 0
+
+    def add(self, batch: KeptBatch) -> None:
+        self.batches.append(batch)
+        while len(self.batches) > 1 and (self._is_too_large() or count(self.batches) > 2 * self._num_wanted):
+            self.is_truncated = self.is_truncated or self._is_too_large()
+            self.batches = self.batches[::2]
+            self._stride *= 2
+
+    def _is_too_large(self) -> bool:
+        return sum(batch.call.num_bytes for batch in self.batches) > self._max_bytes
+
+
 class KeptSamples:
-    """Keep whole batches of a loader, evenly spaced, since data may be sorted; of a stream, the first ones.
+    """Keep whole batches of a loader, evenly spaced, since data may be sorted.
 
     Args:
         dataloader_idx: The index of the loader.
-        num_batches: Number of batches of the loader; inf if it is unknown, or to keep the first ones.
         num_wanted: How many samples to keep in this process; inf for all.
         num_labelled: How many samples with labels to keep first, wherever they are.
         max_bytes: How many bytes the samples may take.
 
     Attributes:
-        batches: The batches, in the order of the loader.
         is_complete: Whether no more batches are wanted.
-        is_truncated: Whether samples were left out for lack of memory.
     """
 
     def __init__(
-        self,
-        dataloader_idx: int,
-        num_batches: float,
-        num_wanted: float,
-        num_labelled: float = 0,
-        max_bytes: float = MAX_BYTES,
+        self, dataloader_idx: int, num_wanted: float, num_labelled: float = 0, max_bytes: float = MAX_BYTES
     ) -> None:
         self.dataloader_idx = dataloader_idx
-        self.batches: list[KeptBatch] = []
-        self.is_complete = num_wanted == 0
-        self.is_truncated = False
-        self._num_batches = num_batches
+        self.is_complete = False
         self._num_wanted = num_wanted
         self._num_labelled = num_labelled
-        self._max_bytes = max_bytes
-        self._chosen: set[int] | None = None  # indices; None for every batch, until there are enough
-        self._num_seen, self._stride = 0, 1  # of batches with labels, of which one in a stride is kept
+        max_bytes /= 2 if num_labelled > 0 else 1
+        self._labelled, self._others = (_EvenlySpaced(num, max_bytes) for num in (num_labelled, num_wanted))
+
+    @property
+    def batches(self) -> list[KeptBatch]:
+        """The batches, in the order of the loader."""
+        return sorted(self._labelled.batches + self._others.batches, key=attrgetter("index"))
 
     @property
     def size(self) -> int:
         """Number of samples."""
-        return _count(self.batches)
+        return count(self.batches)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there are as many samples as are wanted, or no more are."""
+        return self.is_complete or self.size >= self._num_wanted
+
+    @property
+    def is_truncated(self) -> bool:
+        """Whether samples are missing for lack of memory."""
+        return self._others.is_truncated and self.size < self._num_wanted
+
+    def wants(self, has_labels: bool = False) -> bool:
+        """Count a batch that has come, and return whether to keep it."""
+        return not self.is_complete and self._part(has_labels).takes_next()
+
+    def add(self, batch: KeptBatch) -> None:
+        """Keep a batch, unless it is empty."""
+        if batch.size > 0:
+            self._part(batch.labels is not None).add(batch)
+
+    def complete(self) -> None:
+        """Want no more, unless none has come, and keep as few as are wanted: those with labels first."""
+        if self.is_complete or not self.batches:
+            return
+        self.is_complete = True
+        labelled = self._labelled.batches = spread(self._labelled.batches, self._num_labelled)
+        self._others.batches = spread(self._others.batches, self._num_wanted - count(labelled))
 
     def split(self, values: Tensor) -> Sequence[Tensor]:
         """Split values of all samples, ``(N, ...)``, into those of each batch."""
         return torch.split(values, [batch.size for batch in self.batches])
 
-    def wants(self, batch_idx: int, has_labels: bool = False) -> bool:
-        """Return whether to keep a batch."""
-        if self.is_complete:
-            return False
-        if has_labels and self._num_labelled > 0:
-            return True
-        is_chosen = self._chosen is None or batch_idx in self._chosen
-        return is_chosen and _count(self._with_labels(False)) < self._num_wanted
-
-    def add(self, batch: KeptBatch) -> None:
-        """Keep a batch, unless it is empty or too large; the size of the first one decides which others."""
-        if batch.size == 0 or not self._takes_labels_of(batch):
-            return
-        num_bytes = sum(each.call.num_bytes for each in self.batches)
-        if not self.batches:
-            self._choose(batch.size, batch.call.num_bytes)
-        elif num_bytes + batch.call.num_bytes > self._max_bytes:
-            self.is_truncated = self.is_complete = True
-            return
-        self.batches.append(batch)
-        labelled = self._with_labels(True)
-        if _count(labelled) > 2 * self._num_labelled:  # a loader may have labels everywhere
-            self.batches = [batch for batch in self.batches if batch not in labelled[1::2]]
-            self._stride *= 2
-
-    def _takes_labels_of(self, batch: KeptBatch) -> bool:
-        """Count a batch with labels, and return whether it is its turn; the others are always taken."""
-        if self._num_labelled == 0 or batch.labels is None:
-            return True
-        self._num_seen += 1
-        return (self._num_seen - 1) % self._stride == 0
-
-    def complete(self) -> None:
-        """Want no more, unless none has come, and keep as few as are wanted: those with labels first."""
-        self.is_complete = self.is_complete or bool(self.batches)
-        labelled, others = spread(self._with_labels(True), self._num_labelled), self._with_labels(False)
-        if labelled:
-            others = spread(others, self._num_wanted - _count(labelled))
-        self.batches = sorted(labelled + others, key=lambda batch: batch.index)
-
-    def _with_labels(self, has_labels: bool) -> list[KeptBatch]:
-        is_wanted = self._num_labelled > 0
-        return [batch for batch in self.batches if (is_wanted and batch.labels is not None) == has_labels]
-
-    def _choose(self, size: int, num_bytes: int) -> None:
-        """Choose batches by the size of the first one."""
-        num_chosen = min(self._num_batches, self._num_wanted / size)
-        num_possible = max(1, self._max_bytes // max(1, num_bytes))
-        if num_possible < num_chosen < math.inf:
-            self.is_truncated = True
-            num_chosen = num_possible
-        if self._num_batches < math.inf:
-            self._chosen = set(_evenly_spaced(int(self._num_batches), math.ceil(num_chosen)))
+    def _part(self, has_labels: bool) -> _EvenlySpaced:
+        return self._labelled if has_labels and self._num_labelled > 0 else self._others
 
 
-def _count(batches: Sequence[KeptBatch]) -> int:
+def count(batches: Sequence[KeptBatch]) -> int:
     """Count the samples of batches."""
     return sum(batch.size for batch in batches)
 
@@ -149,14 +148,9 @@ def count_labels(batches: Sequence[KeptBatch]) -> int:
 
 def spread(batches: Sequence[KeptBatch], num_samples: float) -> list[KeptBatch]:
     """Choose evenly spaced batches that hold a number of samples, or a little more."""
-    count, size = len(batches), _count(batches)
-    num_chosen = count if size <= num_samples or size == 0 else math.ceil(max(0, num_samples) * count / size)
-    return [batches[index] for index in _evenly_spaced(count, num_chosen)]
-
-
-def _evenly_spaced(count: int, num_chosen: int) -> list[int]:
-    """Choose some of the numbers from 0 to ``count`` - 1."""
-    return [-(-index * count // num_chosen) for index in range(num_chosen)]
+    total, size = len(batches), count(batches)
+    num_chosen = total if size <= num_samples else math.ceil(max(0, num_samples) * total / max(1, size))
+    return [batches[-(-index * total // num_chosen)] for index in range(num_chosen)]
 
 
 def keep_validation_samples(trainer: Trainer, num_samples: int | None, num_labelled: int) -> list[KeptSamples]:
@@ -167,11 +161,10 @@ def keep_validation_samples(trainer: Trainer, num_samples: int | None, num_label
         num_samples: How many samples of each loader, over all processes; None for all.
         num_labelled: How many samples with labels to keep first, over all processes.
     """
-    counts = compat.num_batches(trainer)
+    num_loaders = compat.num_loaders(trainer)
     num_wanted = math.inf if num_samples is None else num_samples / trainer.world_size
-    max_bytes = MAX_BYTES / max(1, len(counts))
-    num_labelled_here = num_labelled / trainer.world_size
-    return [KeptSamples(i, count, num_wanted, num_labelled_here, max_bytes) for i, count in enumerate(counts)]
+    max_bytes = MAX_BYTES / max(1, num_loaders)
+    return [KeptSamples(i, num_wanted, num_labelled / trainer.world_size, max_bytes) for i in range(num_loaders)]
 
 
 def make_call(module: nn.Module, batch: object, inputs: Selector | None, outputs: Selector | None) -> ModelCall:

@@ -1,17 +1,12 @@
 """The callback that logs output sensitivity, a curve to watch."""
 
-from __future__ import annotations
-
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from lightning_sensitivity.arguments import Selector, check_argument, check_bool, check_int, link_to
-from lightning_sensitivity.callbacks.checks import IN_UNIT_INTERVAL
+from lightning_sensitivity.arguments import Selector, check_argument, check_bool, check_int
+from lightning_sensitivity.callbacks.checks import check_logits
 from lightning_sensitivity.callbacks.monitor import Monitor
 from lightning_sensitivity.callbacks.samples import KeptSamples
-from lightning_sensitivity.functional.tensors import are_log_probabilities, are_probabilities, may_be_probabilities
 from lightning_sensitivity.metric import OutputSensitivity
 from lightning_sensitivity.model import Noise
 from lightning_sensitivity.model.isolation import RunIsolated
@@ -88,22 +83,23 @@ class SensitivityMonitor(Monitor):
         if self.at is not None:
             submodule(pl_module, self.at)
 
+    def check_outputs(self, outputs: Tensor) -> None:
+        """Refuse probabilities, whose sensitivity means something else."""
+        if not self.per_output:
+            check_logits(outputs)
+
     def measure(self, module: LightningModule, run: RunIsolated, samples: KeptSamples) -> OutputSensitivity:
         """Run the model on the kept samples of a loader, clean and with noise."""
         with module.device:  # it determines the floating type of the metric
             metric = _QuietSensitivity(self.per_output)
         at = None if self.at is None else submodule(module, self.at)
-        may_be = []  # probabilities, by batch
         for batch in samples.batches:
             call = batch.call.to(module.device)
             clean = run(call)
-            may_be.append(self._check_outputs(clean))
+            if not self.per_output:
+                self.reporter.note_outputs(clean)
             key = self.seed, module.global_rank, samples.dataloader_idx, batch.index
             metric.update(clean, noisy_outputs(run, call, self._noise, key, self.num_draws, at))
-        # Before training, all outputs of a small head may lie in [0, 1] by chance.
-        is_untrained = self.reporter.before_first_step and module.trainer.state.fn == TrainerFn.FITTING
-        if may_be and all(may_be) and not is_untrained:
-            self.reporter.warn("arguments", IN_UNIT_INTERVAL)
         return metric
 
     def compute_values(self, trainer: Trainer, dataloader_idx: int) -> dict[str, Tensor]:
@@ -116,17 +112,6 @@ class SensitivityMonitor(Monitor):
                 self.reporter.warn("failed", f"has no value on dataloader {dataloader_idx}: it needs two samples.")
             return {}
         return {"output_sensitivity": estimate.value, "output_sensitivity_stderr": estimate.stderr}
-
-    def _check_outputs(self, outputs: Tensor) -> bool:
-        """Return whether outputs may be probabilities, which mean something else; refuse clear ones."""
-        if self.per_output:
-            return False
-        if self.reporter.before_first_step and (are_probabilities(outputs) or are_log_probabilities(outputs)):
-            raise MisconfigurationException(
-                "logits are needed, got (log-)probabilities: select logits with `outputs=`, or use `per_output=True`."
-                f"{link_to('arguments')}"
-            )
-        return may_be_probabilities(outputs)
 
 
 class _QuietSensitivity(OutputSensitivity):

@@ -68,7 +68,7 @@ class FitRecord:
         self.history: dict[int, list[ValidationResult]] = {}
         self.has_started = False
         self.output_shape: tuple[int, ...] | None = None
-        self.training = KeptSamples(0, num_batches=math.inf, num_wanted=0)  # wants none yet
+        self.training = KeptSamples(0, num_wanted=0)  # wants none yet
         self.references: dict[tuple[int, int], Reference | None] = {}
 
     def start(self, module: nn.Module, given: Mapping[str, Tensor] | None, is_new: bool) -> None:
@@ -101,6 +101,11 @@ class FitRecord:
     def note_trained(self, module: nn.Module) -> None:
         """Note which parameters are trained by now: layers may be unfrozen."""
         self.untrained -= {name for name, weight in module.named_parameters() if weight.requires_grad}
+
+    @property
+    def has_late_samples(self) -> bool:
+        """Whether the training samples are from the rest of an epoch in which the fit was resumed."""
+        return self.training.batches != [] and self.training.batches[0].index > 0
 
     def initial_weights(self, module: nn.Module) -> dict[str, Tensor]:
         """Return the initial parameters that training may have changed, on the device of the module."""

@@ -1,7 +1,5 @@
 """How many different samples a fit trains on."""
 
-from __future__ import annotations
-
 import torch
 from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.exceptions import MisconfigurationException
