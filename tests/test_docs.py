@@ -139,7 +139,8 @@ def entries() -> dict[str, list[str]]:
 Names = dict[str, list[ast.expr]]
 MESSAGE_OF = {"rank_zero_warn": 0, "Diagnosis": 0, "report_failure": 0, "append": 0}  # the place of the argument
 # Functions that return a part of a message, and those that only pass on what they get.
-RETURNING = ("_problem_of_steps", "stop", "_find_difference", "_trust", "_checkpoint_of", "describe_error")
+RETURNING = ("_problem_of_steps", "stop", "_find_difference", "_checkpoint_of", "describe_error")
+RETURNING += ("_lowest", "_noise", "_train_on", "_trust")
 PASSING = ("__getattr__", "check_argument", "warn_of")
 
 
@@ -165,10 +166,6 @@ def texts(node: ast.expr, names: Names) -> list[str]:
 def messages_in(node: ast.AST, file: str, names: Names) -> list[str]:
     """The messages of a `raise`, of a call that warns, or of a check of an argument."""
     match node:
-        case ast.Return(value=ast.List(elts=[message])):
-            return texts(message, names)
-        case ast.Assign(value=ast.List(elts=[message])) if file == "closing.py":
-            return texts(message, names)
         case ast.Raise(exc=ast.Call(args=[message, *_])) | ast.Return(value=ast.expr() as message):
             return texts(message, names)
         case ast.Call(func=ast.Name(id="check_argument"), args=[name, _, _, expected]):

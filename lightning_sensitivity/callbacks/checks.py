@@ -4,7 +4,7 @@ import inspect
 import math
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -174,6 +174,19 @@ def _is_overridden(name: str, pl_module: LightningModule) -> bool:
     # Lightning's own check fails if the module comes from the other package (`lightning` or
     # `pytorch_lightning`).
     return getattr(getattr(pl_module, name), "__module__", "") not in _LIGHTNING_MODULES
+
+
+def check_modes(trainer: Trainer, names: Collection[str]) -> None:
+    """Refuse callbacks that look for the highest of values that are best when they are low.
+
+    Raises:
+        MisconfigurationException: If there is one.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        monitor = str(getattr(callback, "monitor", None))
+        if monitor.partition("/dataloader_idx_")[0] in names and getattr(callback, "mode", "min") == "max":
+            got = f"got 'max' in `{type(callback).__name__}`"
+            raise MisconfigurationException(f"`mode` should be 'min' for `{monitor}`, {got}.{link_to('lowest')}")
 
 
 def check_repeatable(first: Tensor, second: Tensor) -> None:

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sensitivity.arguments import link_to
 from lightning_sensitivity.callbacks.state import FitRecord, ValidationResult
-from lightning_sensitivity.functional.reference import NOISY, Reference, looks_clean
+from lightning_sensitivity.functional.reference import NOISY, Reference
 
 MAX_DISTANCE = 1 / 20  # between the epoch and that of the reference by itself, as a share of all validations
 
@@ -27,22 +27,12 @@ def log_closing_line(trainer: Trainer, fit: FitRecord, names: Mapping[str, tuple
     if logged_name is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
         return
     name, dataloader_idx = names[logged_name]
-    history = fit.history[dataloader_idx]
-    reference = next((found for (index, _), found in fit.references.items() if index == dataloader_idx), None)
+    history, reference = fit.history[dataloader_idx], fit.references.get(dataloader_idx)
     best = min(history, key=attrgetter(name))
-    value = getattr(best, name)
-    place = f"epoch {best.epoch} ({value:.3f}){_checkpoint_of(trainer, logged_name, value)}"
+    lowest = _lowest(trainer, logged_name, best.epoch, getattr(best, name))
     is_falling = best is history[-1] and len(history) > 1 and not trainer.should_stop
-    line = [f"`{logged_name}` was lowest at {place}."]
-    if reference is not None and looks_clean(reference.noise, reference.claim, reference.score):
-        line.append("No noise was found in the training labels: training to the end is about as good.")
-    elif reference is not None and reference.noise >= NOISY:
-        line.append(f"About {100 * reference.noise:.0f} % of the training labels look wrong.")
-    if is_falling:
-        line.append(f"It was still falling: train for longer.{link_to('still-falling')}")
-    else:
-        line += _trust(best, history, reference)
-    rank_zero_info(" ".join(line))
+    trust = _train_on() if is_falling else _trust(best, history, reference)
+    rank_zero_info(" ".join(filter(None, (lowest, _noise(reference), trust))))
 
 
 def _watched_name(trainer: Trainer, names: Collection[str]) -> str | None:
@@ -50,6 +40,10 @@ def _watched_name(trainer: Trainer, names: Collection[str]) -> str | None:
     callbacks = (*trainer.checkpoint_callbacks, *trainer.callbacks)  # type: ignore[attr-defined]
     watched = [getattr(callback, "monitor", None) for callback in callbacks]
     return next((name for name in watched if name in names), next(iter(names), None))
+
+
+def _lowest(trainer: Trainer, name: str, epoch: int, value: float) -> str:
+    return f"`{name}` was lowest at epoch {epoch} ({value:.3f}){_checkpoint_of(trainer, name, value)}."
 
 
 def _checkpoint_of(trainer: Trainer, name: str, lowest: float) -> str:
@@ -62,24 +56,37 @@ def _checkpoint_of(trainer: Trainer, name: str, lowest: float) -> str:
         elif score is not None and math.isclose(float(score), lowest, rel_tol=1e-5):
             return f", in the checkpoint {callback.best_model_path}"  # type: ignore[attr-defined]
         elif score is not None:
-            kept = f"mode={callback.mode!r}, in {callback.dirpath}"  # type: ignore[attr-defined]
-            others.append(f"the best checkpoint of `ModelCheckpoint` ({kept}) has {float(score):.3f}")
+            place = callback.dirpath  # type: ignore[attr-defined]
+            others.append(f"the best checkpoint of `ModelCheckpoint`, in {place}, has {float(score):.3f}")
     return f", but {others[0]}" if others else ""
 
 
-def _trust(best: ValidationResult, history: Sequence[ValidationResult], reference: Reference | None) -> list[str]:
+def _noise(reference: Reference | None) -> str:
+    """Say what is known of the labels, if anything."""
+    if reference is None or not (reference.looks_clean or reference.noise >= NOISY):
+        return ""
+    if reference.looks_clean:
+        return "No noise was found in the training labels: training to the end is about as good."
+    return f"About {100 * reference.noise:.0f} % of the training labels look wrong."
+
+
+def _train_on() -> str:
+    return f"It was still falling: train for longer.{link_to('still-falling')}"
+
+
+def _trust(best: ValidationResult, history: Sequence[ValidationResult], reference: Reference | None) -> str:
     """Say whether the reference by itself would choose the same epoch, or nearly, and what to do if not."""
     cure = "label 50 validation samples, and set `validation_labels=True`"
     by_reference = [result.by_reference for result in history]
-    if reference is not None and looks_clean(reference.noise, reference.claim, reference.score):
-        return []  # it has no weight, and its epoch tells nothing
+    if reference is not None and reference.looks_clean:
+        return ""  # it has no weight, and its epoch tells nothing
     if reference is None or any(map(math.isnan, by_reference)):
-        return [f"There was no reference to check the epoch by: {cure}.{link_to('disagree')}"]
+        return f"There was no reference to check the epoch by: {cure}.{link_to('disagree')}"
     is_better = reference.score < best.by_twins
     other = by_reference.index(min(by_reference))
     if abs(other - history.index(best)) <= MAX_DISTANCE * len(history):
         but = f", but may be the better model itself.{link_to('reference-better')}" if is_better else "."
-        return [f"The reference agrees{but}"]
+        return f"The reference agrees{but}"
     cure += ", or try kernel ridge regression" if is_better else ""
     start = f"The reference disagrees (it would choose epoch {history[other].epoch})"
-    return [f"{start}, and such runs lost 2 points of accuracy on average: {cure}.{link_to('disagree')}"]
+    return f"{start}, and such runs lost 2 points of accuracy on average: {cure}.{link_to('disagree')}"

@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from lightning_sensitivity.arguments import Selector, describe, link_to
 from lightning_sensitivity.callbacks.checks import Reporter, describe_error
-from lightning_sensitivity.callbacks.samples import KeptSamples
+from lightning_sensitivity.callbacks.samples import KeptBatch, KeptSamples
 from lightning_sensitivity.callbacks.state import FitRecord
 from lightning_sensitivity.functional.features import bags_of_words, principal_components
 from lightning_sensitivity.functional.reference import Reference, fit_reference
@@ -50,62 +50,49 @@ def select_features(module: LightningModule, batch: object, features: Selector |
     return values.detach().cpu().float().flatten(1)
 
 
-def find_reference(
-    fit: FitRecord, unseen: KeptSamples, task: Task, has_features: bool, reporter: Reporter
-) -> Reference | None:
+def find_reference(fit: FitRecord, unseen: KeptSamples, task: Task, reporter: Reporter) -> Reference | None:
     """Fit the reference of a loader, once; None if there can be none, which is said.
 
     Args:
         fit: What is known of the fit.
         unseen: The validation samples of the loader, whose labels it predicts.
         task: The kind of classification.
-        has_features: Whether a function of the user's gives the features, not the inputs of the model.
         reporter: Says why there is none.
     """
-    key = unseen.dataloader_idx, fit.training.size
-    if key in fit.references or not fit.training.batches or not unseen.batches:
-        return fit.references.get(key)
-    fit.references = {other: found for other, found in fit.references.items() if other[0] != key[0]}
-    fit.references[key] = None
+    index, size = unseen.dataloader_idx, fit.training.size
+    if size != fit.num_reference_samples:  # more have come
+        fit.references, fit.num_reference_samples = {}, size
+    if index in fit.references or size == 0 or not unseen.batches:
+        return fit.references.get(index)
+    fit.references[index] = None
     try:
         with torch.autocast("cpu", enabled=False):
-            fit.references[key] = _fit(fit.training, unseen, math.prod(fit.output_shape or ()), task, has_features)
+            fit.references[index] = _fit(fit.training.batches, unseen.batches, math.prod(fit.output_shape or ()), task)
     except (RuntimeError, ValueError) as error:
-        message = (
-            f"has no reference: {describe_error(error)} Set `features=` to a function `batch -> (N, D)`. Until then, "
-            "the estimate does without one."
-        )
-        reporter.warn("features", message)
-    return fit.references[key]
+        advice = "Set `features=` to a function `batch -> (N, D)`. Until then, the estimate does without one."
+        reporter.warn("features", f"has no reference: {describe_error(error)} {advice}")
+    return fit.references[index]
 
 
-def _fit(training: KeptSamples, unseen: KeptSamples, num_outputs: int, task: Task, has_features: bool) -> Reference:
+def _fit(training: list[KeptBatch], unseen: list[KeptBatch], num_outputs: int, task: Task) -> Reference:
     """Fit the reference, or raise ValueError if a batch has no features, or no sample a label."""
-    found, new_found = (_features_of(samples, has_features) for samples in (training, unseen))
-    targets = torch.cat([batch.labels for batch in training.batches if batch.labels is not None])
+    features, new_features = _reduce(*([_features_of(batch) for batch in part] for part in (training, unseen)))
+    targets = torch.cat([batch.labels for batch in training if batch.labels is not None])
     y, counts = task.target_probabilities(torch.zeros(len(targets), num_outputs, dtype=torch.float64), targets)
-    has_label = counts.flatten() > 0
-    if found is None or new_found is None or not bool(has_label.any()):
-        raise ValueError("inputs are neither dense numbers nor token ids, or no kept training sample has a label")
-    features, new_features = _reduce(found, new_found)
-    rows = has_label.nonzero()[:, 0]
-    rows = rows[
-        torch.linspace(0, len(rows) - 1, min(len(rows), NUM_TRAINING), dtype=torch.float64).long()
-    ]  # of a large batch
+    rows = counts.flatten().nonzero()[:, 0]  # with a label
+    if not len(rows):
+        raise ValueError("no sample has a label")
+    places = torch.linspace(0, len(rows) - 1, min(len(rows), NUM_TRAINING), dtype=torch.float64)
+    rows = rows[places.long()]  # of a large batch
     return fit_reference(features[rows], y.flatten(1)[rows], new_features, task.name)
 
 
-def _features_of(samples: KeptSamples, has_features: bool) -> list[Tensor] | None:
-    """Return what the reference sees, in parts; None if one is missing."""
-    if has_features:
-        found = [batch.features for batch in samples.batches]
-    else:
-        found = [input_features(batch.call, batch.size) for batch in samples.batches]
-    present = [each for each in found if each is not None]
-    return present if len(present) == len(found) else None
+def _features_of(batch: KeptBatch) -> Tensor:
+    """Return what the reference sees of a batch, dense ``(N, D)`` or token ids; or raise ValueError."""
+    return input_features(batch.call, batch.size) if batch.features is None else batch.features
 
 
-def input_features(call: ModelCall, size: int) -> Tensor | None:
+def input_features(call: ModelCall, size: int) -> Tensor:
     """Find what a reference can see in the inputs of a model.
 
     Args:
@@ -113,7 +100,10 @@ def input_features(call: ModelCall, size: int) -> Tensor | None:
         size: The number of its samples.
 
     Returns:
-        Dense inputs, floating ``(N, D)``; or token ids ``(N, L)``, -1 for padding; None if there are neither.
+        Dense inputs, floating ``(N, D)``; or token ids ``(N, L)``, -1 for padding.
+
+    Raises:
+        ValueError: If there are neither.
     """
     arguments = {name: value for name, value in call.named().items() if name not in (*TARGET_NAMES, *_NO_TOKENS)}
     mask = arguments.pop(_MASK, None)
@@ -121,13 +111,10 @@ def input_features(call: ModelCall, size: int) -> Tensor | None:
     dense = [x.float()[:, None].flatten(1) for x in tensors if x.is_floating_point()]
     if dense:
         return torch.cat(dense, 1)
-    return _token_ids(tensors, mask)
-
-
-def _token_ids(tensors: Iterable[Tensor], mask: object) -> Tensor | None:
-    """Find token ids, and set those that a mask leaves out to -1."""
     tokens = next((x.long() for x in tensors if _may_be_tokens(x)), None)  # 8 bits have no -1
-    if tokens is not None and isinstance(mask, Tensor) and mask.shape == tokens.shape:
+    if tokens is None:
+        raise ValueError("inputs are neither dense numbers nor token ids")
+    if isinstance(mask, Tensor) and mask.shape == tokens.shape:
         return tokens.where(mask.cpu() > 0, -1)
     return tokens
 

@@ -10,7 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lightning_sensitivity.arguments import Selector, check_argument, check_bool, check_int, check_selectors, link_to
-from lightning_sensitivity.callbacks.checks import check_outputs
+from lightning_sensitivity.callbacks.checks import check_modes, check_outputs
 from lightning_sensitivity.callbacks.closing import log_closing_line
 from lightning_sensitivity.callbacks.labels import find_labels, select_labels
 from lightning_sensitivity.callbacks.monitor import Monitor
@@ -19,7 +19,7 @@ from lightning_sensitivity.callbacks.samples import KeptBatch, KeptSamples, copy
 from lightning_sensitivity.callbacks.state import FitRecord, ValidationResult
 from lightning_sensitivity.callbacks.training import check_number, count_labelled_samples
 from lightning_sensitivity.functional.reference import Calibration, Reference
-from lightning_sensitivity.functional.risk import TWIN_STRENGTH
+from lightning_sensitivity.functional.risk import TWIN_STRENGTH, RiskTerms
 from lightning_sensitivity.functional.tasks import TASKS
 from lightning_sensitivity.metric import RiskEstimate
 from lightning_sensitivity.model import isolated
@@ -74,14 +74,7 @@ class RiskMonitor(Monitor):
         >>> trainer = Trainer(callbacks=callbacks, logger=False)
     """
 
-    names = (
-        "risk_criterion",
-        "risk_estimate",
-        "risk_claim",
-        "risk_overconfidence",
-        "risk_memorization",
-        "risk_variance",
-    )
+    names = ("risk_criterion", *(f"risk_{term}" for term in RiskTerms._fields))
 
     def __init__(
         self,
@@ -120,6 +113,7 @@ class RiskMonitor(Monitor):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check what can be checked by now, and forget the last fit, unless this one continues it."""
         super().setup(trainer, pl_module, stage)
+        check_modes(trainer, {self.prefix + name for name in self.names})
         if stage == "fit" and _is_new(trainer):
             self.fit = FitRecord()
 
@@ -231,7 +225,7 @@ class RiskMonitor(Monitor):
         if not self.fit.training.batches and not self.reporter.before_first_step:
             raise MisconfigurationException(f"no training sample is kept yet.{link_to('no-estimate')}")
         fit, task = self.fit, TASKS[self.task]
-        reference = find_reference(fit, samples, task, self.features is not None, self.reporter)
+        reference = find_reference(fit, samples, task, self.reporter)
         metric = self._make_metric(module, samples.dataloader_idx, reference)
         self._measure_training(module, run, metric)
         predictions = None if reference is None else samples.split(reference.predictions)
@@ -290,7 +284,8 @@ class RiskMonitor(Monitor):
         values = metric.compute()
         self.reporter.warn_of(metric.messages, dataloader_idx)
         if self.num_labelled > 0 and "risk_num_labels" not in values:
-            message = f"found no label in the batches of dataloader {dataloader_idx}, and does without."
+            where = f"in the batches of dataloader {dataloader_idx}"
+            message = f"found no label {where}, and does without. If they have some, set `targets=`."
             self.reporter.warn("labels", message, kind="none")
         if not bool(values["risk_estimate"].isfinite()):
             return {}

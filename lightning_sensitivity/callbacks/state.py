@@ -56,7 +56,8 @@ class FitRecord:
         has_started: Whether this run has had a training batch; this and what follows is not saved.
         output_shape: The shape of the outputs for a sample; None before the first training batch.
         training: Training samples with labels.
-        references: References, by loader and number of training samples; None if there can be none.
+        references: References, by loader; None if there can be none.
+        num_reference_samples: How many training samples were kept when they were fitted.
     """
 
     def __init__(self) -> None:
@@ -69,7 +70,8 @@ class FitRecord:
         self.has_started = False
         self.output_shape: tuple[int, ...] | None = None
         self.training = KeptSamples(0, num_wanted=0)  # wants none yet
-        self.references: dict[tuple[int, int], Reference | None] = {}
+        self.references: dict[int, Reference | None] = {}
+        self.num_reference_samples = 0
 
     def start(self, module: nn.Module, given: Mapping[str, Tensor] | None, is_new: bool) -> None:
         """Keep the parameters from before training, at the first step of a fit.
@@ -95,8 +97,8 @@ class FitRecord:
             )
         # Those that were not trained are not saved.
         self.initial = copy_weights(parameters) | self.initial if given is None else copy_weights(given)
-        frozen = {name: weight for name, weight in parameters.items() if not weight.requires_grad}
-        self.untrained = {name for name, weight in frozen.items() if _is_equal(self.initial.get(name), weight)}
+        self.untrained = {name for name, weight in parameters.items() if _is_equal(self.initial.get(name), weight)}
+        self.note_trained(module)
 
     def note_trained(self, module: nn.Module) -> None:
         """Note which parameters are trained by now: layers may be unfrozen."""

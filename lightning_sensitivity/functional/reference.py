@@ -55,6 +55,11 @@ class Reference(NamedTuple):
         """Compute how much lower than chance the score is, from 1, if perfect, to 0 or less, if useless."""
         return skill(self.score, self.chance)
 
+    @property
+    def looks_clean(self) -> bool:
+        """Whether no noise is found in the labels; see :func:`looks_clean`."""
+        return looks_clean(self.noise, self.claim, self.score)
+
 
 def skill(score: float, chance: float) -> float:
     """Compute 1 - score / chance; 0 if all labels are equal."""

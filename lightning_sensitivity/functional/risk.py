@@ -159,9 +159,3 @@ def variance_factor(num_training: int, num_weights: int) -> float:
     if num_weights < 0:
         raise ValueError(f"Expected `num_weights` to be 0 or more, but got {num_weights}.")
     return VARIANCE_SCALE * min(1.0, math.sqrt(math.sqrt(num_weights) / num_training))
-
-
-def check_strength(strength: float | None) -> None:
-    """Raise ValueError unless the strength of simulated twins is above 0, or None for real ones."""
-    if strength is not None and not strength > 0:
-        raise ValueError(f"Expected `strength` to be above 0, or None for real twins, but got {strength}.")

@@ -103,7 +103,8 @@ class RiskEstimate(WideMetric):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        risk.check_strength(strength)
+        if strength is not None and not strength > 0:
+            raise ValueError(f"Expected `strength` to be above 0, or None for real twins, but got {strength}.")
         self.task = find_task(task)
         self.strength = strength
         self.calibration = Calibration() if calibration is None else calibration

@@ -12,7 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_sensitivity.arguments import Selector, describe
+from lightning_sensitivity.arguments import Selector, describe, link_to
 from lightning_sensitivity.compat import original_module
 from lightning_sensitivity.model.batches import clone_tensors, first_of, is_floating, num_samples, tensors_in
 
@@ -198,10 +198,10 @@ def select_targets(model: nn.Module, batch: Any, targets: Selector | None = None
         reason = f"{type(error).__name__}: {error}"
         raise MisconfigurationException(f"`targets` failed on {describe(batch)}: {reason}.") from error
     if not isinstance(selected, Tensor):
-        key = repr(list(batch)[-1]) if isinstance(batch, Mapping) else "1"
+        key = "'...'" if isinstance(batch, Mapping) else "1"
         example = f"`targets=lambda batch: batch[{key}]`"
         raise MisconfigurationException(
-            f"`targets` should return the labels, such as {example}, from {describe(batch)}."
+            f"`targets` should return the labels, such as {example}, from {describe(batch)}.{link_to('arguments')}"
         )
     return selected
 

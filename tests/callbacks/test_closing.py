@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import callbacks as cb
 from lightning.pytorch import seed_everything
 from sklearn.datasets import load_digits
@@ -94,7 +95,7 @@ def checkpoint(folder: Path, **kwargs: Any) -> cb.ModelCheckpoint:
     return cb.ModelCheckpoint(folder, filename="{epoch}", **{"monitor": CRITERION, "save_last": True, **kwargs})
 
 
-@pytest.mark.parametrize("what", ["mode", "monitor", "folder"])
+@pytest.mark.parametrize("what", ["monitor", "folder"])
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_a_checkpoint_of_another_epoch_is_told_with_the_reason(what: str, tmp_path: Path, said: Any) -> None:
     first, other = tmp_path / "first", tmp_path / "other"
@@ -102,10 +103,7 @@ def test_a_checkpoint_of_another_epoch_is_told_with_the_reason(what: str, tmp_pa
         fit_fast(checkpoint(first))
         said.clear()
         fit_fast(checkpoint(other), max_epochs=14, ckpt_path=first / "last.ckpt")
-        expected = rf", but the best checkpoint of `ModelCheckpoint` \(mode='min', in {other}\) has [.\d]+\. "
-    elif what == "mode":
-        fit_fast(checkpoint(other, mode="max"))
-        expected = rf", but the best checkpoint of `ModelCheckpoint` \(mode='max', in {other}\) has [.\d]+\. "
+        expected = rf", but the best checkpoint of `ModelCheckpoint`, in {other}, has [.\d]+\. "
     else:
         fit_fast(checkpoint(other, monitor="val_risk_claim"))
         expected = ", but `ModelCheckpoint` monitors 'val_risk_claim'. "
@@ -117,14 +115,20 @@ def test_a_debugging_run_says_nothing(said: Any) -> None:
     assert "was lowest" not in said.text
 
 
-@pytest.mark.parametrize("mode", ["min", "max"])
-def test_only_a_run_that_came_to_its_last_epoch_was_still_falling(mode: str, said: Any) -> None:
-    for stopping in ([], [cb.EarlyStopping(CRITERION, mode=mode, patience=2, stopping_threshold=-mode.count("max"))]):
-        said.clear()
-        model = Fast(0.05, torch.optim.SGD)
-        run = fitted([RiskMonitor(), *stopping], model, NOISY, unlabelled_loader(seed=1), max_epochs=4)
-        is_over = run.current_epoch < 4
-        assert ("It was still falling" in said.text) == (not is_over) and is_over == (bool(stopping) and mode == "max")
+@pytest.mark.parametrize("threshold", [None, 0.0, 10.0])
+def test_only_a_run_that_came_to_its_last_epoch_was_still_falling(threshold: float | None, said: Any) -> None:
+    stopping = cb.EarlyStopping(CRITERION, patience=2, stopping_threshold=threshold)
+    model = Fast(0.05, torch.optim.SGD)
+    run = fitted([RiskMonitor(), stopping], model, NOISY, unlabelled_loader(seed=1), max_epochs=4)
+    assert ("It was still falling" in said.text) == (run.current_epoch == 4) == (threshold != 10.0)
+
+
+@pytest.mark.parametrize("kind", [cb.EarlyStopping, cb.ModelCheckpoint])
+@pytest.mark.parametrize("monitor", [CRITERION, f"{CRITERION}/dataloader_idx_1", "val_risk_estimate"])
+def test_a_callback_that_looks_for_the_highest_value_is_refused(kind: Any, monitor: str) -> None:
+    message = f"`mode` should be 'min' for `{monitor}`, got 'max' in `{kind.__name__}`"
+    with pytest.raises(MisconfigurationException, match=message):
+        fit_fast(kind(monitor=monitor, mode="max"))
 
 
 # What is known of the labels, and whether to trust the epoch
@@ -168,7 +172,7 @@ TEXTS: dict[str, tuple[Any, list[float], int, str, list[str]]] = {
 def test_what_it_says_where_the_reference(what: str, said: Any) -> None:
     changes, (other,), best, expected, links = TEXTS[what]
     record = FitRecord()
-    record.references[0, record.training.size] = None if changes is None else KNOWN._replace(**changes)
+    record.references[0] = None if changes is None else KNOWN._replace(**changes)
     for epoch in range(20):
         values = [0.4 + abs(epoch - best) / 100] * 3
         record.history.setdefault(0, []).append(ValidationResult(epoch, *values, abs(epoch - other) / 100))

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lightning_sensitivity import RiskEstimate
 from lightning_sensitivity.functional import risk as R
 from lightning_sensitivity.functional import sums as RS
 from lightning_sensitivity.functional import tensors
@@ -106,7 +107,7 @@ def test_bad_input_is_refused() -> None:
     for refused in (
         lambda: R.variance_factor(0, 10),
         lambda: R.variance_factor(10, -1),
-        lambda: R.check_strength(0.0),
+        lambda: RiskEstimate("multiclass", strength=0.0),
         lambda: RS.unseen_sums(x, [], MULTICLASS),
         lambda: RS.unseen_sums(x, [x[:1]], MULTICLASS),
     ):

@@ -105,7 +105,7 @@ class ClosingLines(logging.Handler):
 def reference_of(trainer: Trainer) -> Reference | None:
     """Find the reference of the first monitor."""
     fit = next(callback for callback in trainer.callbacks if isinstance(callback, RiskMonitor)).fit
-    return fit.references.get((0, fit.training.size))
+    return fit.references.get(0)
 
 
 # %% Replays.
