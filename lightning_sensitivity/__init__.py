@@ -1,4 +1,4 @@
-"""Stop PyTorch Lightning classifiers before they memorize noisy labels, and log how outputs respond to noise."""
+"""Stop PyTorch Lightning classifiers before they memorize noisy labels; log how outputs respond to noise."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -73,7 +73,7 @@ class Reporter:
             self._may_be_probabilities = may_be_probabilities(outputs)
 
     def warn_of_probabilities(self) -> None:
-        """Warn if all outputs so far may be probabilities; before training those of a small head may by chance."""
+        """Warn if all outputs so far may be probabilities, as those of a small head may before training."""
         if self._may_be_probabilities:
             self.warn("arguments", "got outputs that all lie in [0, 1]. If they are not logits, set `outputs=`.")
 
@@ -110,8 +110,7 @@ class Reporter:
         return True
 
     def _text(self, entry: str, message: str) -> str:
-        link = "" if _PAGE in message else link_to(entry)
-        return f"`{self._monitor}` ({self._prefix}*) {message}{link}"
+        return f"`{self._monitor}` ({self._prefix}*) {_with_link(message, entry)}"
 
     def _as_error(self, what: str, error: Exception) -> Exception:
         if is_oom_error(error):
@@ -120,8 +119,11 @@ class Reporter:
         is_clear = isinstance(error, MisconfigurationException) or reason.startswith("Expected")
         advice = "" if is_clear else f" If `forward` takes other arguments, set {_INPUTS}."
         entry = "noise" if "perturb" in reason else "task" if "label" in reason else "arguments"
-        link = "" if _PAGE in reason else link_to(entry)
-        return MisconfigurationException(f"`{self._monitor}` {what}: {reason}{advice}{link}")
+        return MisconfigurationException(f"`{self._monitor}` {what}: {_with_link(reason + advice, entry)}")
+
+
+def _with_link(message: str, entry: str) -> str:
+    return message if _PAGE in message else message + link_to(entry)
 
 
 def describe_error(error: Exception) -> str:
@@ -163,9 +165,11 @@ def _problem_of_steps(trainer: Trainer, pl_module: LightningModule, stage: str) 
         return "needs a `forward` that returns the logits, and your module has none"
     if "dataloader_iter" in inspect.signature(pl_module.validation_step).parameters:
         return "needs to see each batch before the step, but the step takes `dataloader_iter`"
-    if stage == "fit" and not _is_overridden("validation_step", pl_module):
+    if stage != "fit":
+        return None
+    if not _is_overridden("validation_step", pl_module):
         return "needs a `validation_step`: `def validation_step(self, batch, batch_idx): pass` is enough"
-    if stage == "fit" and not trainer.enable_validation:
+    if not trainer.enable_validation:
         return "needs a validation loop: pass `val_dataloaders`, and leave `limit_val_batches` above 0"
     return None
 
@@ -227,7 +231,7 @@ def check_outputs(outputs: Tensor, task: Task) -> None:
             f"outputs of shape {tuple(outputs.shape)} are one for each sample: set `task='binary'` if labels are 0 and "
             f"1. A regression has no estimate.{link_to('task')}"
         )
-    if outputs.ndim > 2 and math.prod(outputs.shape[2:]) > 1:
+    if math.prod(outputs.shape[2:]) > 1:
         raise MisconfigurationException(
             f"outputs are dense, {tuple(outputs.shape)}: there is no estimate for pixels and tokens. Remove "
             f"`RiskMonitor`; `SensitivityMonitor` works.{link_to('no-estimate')}"

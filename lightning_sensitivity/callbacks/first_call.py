@@ -83,11 +83,15 @@ class FirstCall:
             if name not in ours:
                 return f"the step calls the model with other arguments: also with `{name}`"
             tensors, found = ours[name], theirs.get(name, [])
-            if [x.shape for x in found] != [x.shape for x in tensors]:
+            if _shapes(found) != _shapes(tensors):
                 return f"the step calls the model with other arguments: `{name}` is missing or has another shape"
             if not self._has_drawn and not all(map(are_close, tensors, found)):
                 return f"the step calls the model with other values of `{name}`, though it draws no random numbers"
         return None
+
+
+def _shapes(tensors: list[Tensor]) -> list[torch.Size]:
+    return [tensor.shape for tensor in tensors]
 
 
 def _names_in_step(module: nn.Module) -> set[str]:

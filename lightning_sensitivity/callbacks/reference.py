@@ -1,6 +1,5 @@
 """The reference of a loader: what it sees of the kept samples, and how it is fitted to them."""
 
-import math
 from collections.abc import Iterable
 
 import torch
@@ -25,14 +24,12 @@ _NO_TOKENS = ("position_ids", "token_type_ids")  # names in transformers, as is 
 _MASK = "attention_mask"  # says where tokens are, not padding
 
 
-def select_features(module: LightningModule, batch: object, features: Selector | None, size: int) -> Tensor | None:
-    """Call the user's function for the features of a batch, ``(N, D)``; None without one.
+def select_features(module: LightningModule, batch: object, features: Selector, size: int) -> Tensor:
+    """Call the user's function for the features of a batch, ``(N, D)``.
 
     Raises:
         MisconfigurationException: If it fails, or returns something else.
     """
-    if features is None:
-        return None
     try:
         with isolated(module) as run:  # of a copy of the batch, since it may write to it
             values: object = run(features, clone_tensors(batch))
@@ -67,7 +64,7 @@ def find_reference(fit: FitRecord, unseen: KeptSamples, task: Task, reporter: Re
     fit.references[index] = None
     try:
         with torch.autocast("cpu", enabled=False):
-            fit.references[index] = _fit(fit.training.batches, unseen.batches, math.prod(fit.output_shape or ()), task)
+            fit.references[index] = _fit(fit.training.batches, unseen.batches, fit.num_outputs, task)
     except (RuntimeError, ValueError) as error:
         advice = "Set `features=` to a function `batch -> (N, D)`. Until then, the estimate does without one."
         reporter.warn("features", f"has no reference: {describe_error(error)} {advice}")
@@ -109,8 +106,11 @@ def input_features(call: ModelCall, size: int) -> Tensor:
     mask = arguments.pop(_MASK, None)
     tensors = [x.cpu() for x in tensors_in(arguments) if _has_row_for_each(x, size)]
     dense = [x.float()[:, None].flatten(1) for x in tensors if x.is_floating_point()]
-    if dense:
-        return torch.cat(dense, 1)
+    return torch.cat(dense, 1) if dense else _token_ids(tensors, mask)
+
+
+def _token_ids(tensors: Iterable[Tensor], mask: object) -> Tensor:
+    """Find token ids, and set those that a mask leaves out to -1."""
     tokens = next((x.long() for x in tensors if _may_be_tokens(x)), None)  # 8 bits have no -1
     if tokens is None:
         raise ValueError("inputs are neither dense numbers nor token ids")

@@ -37,34 +37,33 @@ class RiskMonitor(Monitor):
     Training labels are enough, even noisy ones. Regressions and dense outputs have no estimate.
 
     **Logged values**, only in ``Trainer.fit``, after ``prefix``, as by ``compute`` of
-    :class:`~lightning_sensitivity.RiskEstimate`: ``risk_criterion``, which is lowest where to stop,
-    ``risk_estimate`` and its terms; for dense inputs, token ids or ``features``, ``risk_label_noise``, the
-    share of training labels that look wrong, ``risk_reference`` and ``risk_reference_weight``.
+    :class:`~lightning_sensitivity.RiskEstimate`: ``risk_criterion``, lowest where to stop, ``risk_estimate``
+    and its terms; for dense inputs, token ids or ``features``, ``risk_label_noise``, the share of training
+    labels that look wrong, ``risk_reference`` and ``risk_reference_weight``.
 
     Up to 1,000 training samples and ``num_samples`` validation samples are kept on the CPU, at most 512 MiB
-    of each in each process. A validation runs two passes over the latter, one more with batch norm and one
-    more if a loader has fewer than four batches, and one over 500 of the former.
+    of each in each process. A validation runs two passes over the latter, one more with batch norm or fewer
+    than four batches, and one over 500 of the former.
 
     Args:
         task: ``"multiclass"``, ``"binary"`` or ``"multilabel"``.
         targets: A function ``batch -> labels``; by default
             :func:`~lightning_sensitivity.model.select_targets`. Labels of -100 are ignored.
-        validation_labels: Combine the estimate with the score on validation labels: batches with labels are
-            kept first, up to 1,200 samples. Log ``risk_label_score`` and ``risk_num_labels``, too.
+        validation_labels: Combine the estimate with the score on validation labels, of up to 1,200 samples.
+            Log ``risk_label_score`` and ``risk_num_labels``, too.
         features: A function ``batch -> (N, D)`` for the reference, such as a pretrained encoder.
-        initial_weights: State dict from before training, if these data have already been trained on.
+        initial_weights: State dict from before training, if these data have been trained on before.
         num_training: Number of different training samples, for streams and several loaders.
         num_samples: Validation samples per loader, over all processes, in whole batches; None for all.
         seed: Seed of the simulated twins.
         prefix: Prefix of the logged names.
-        inputs: A function ``batch -> arguments``; for this and ``outputs`` see
-            :class:`~lightning_sensitivity.model.ModelCall`.
+        inputs: A function ``batch -> arguments``; see :class:`~lightning_sensitivity.model.ModelCall`.
         outputs: A function ``result -> logits``, ``(N, K)`` or ``(N,)``.
         prog_bar: Show the criterion on the progress bar.
 
     Raises:
         MisconfigurationException: If an argument is invalid; before the first step, if the Trainer or the
-            model is not supported, labels do not fit the task, or the number of training samples is unknown.
+            model is not supported, or labels do not fit the task.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -95,8 +94,8 @@ class RiskMonitor(Monitor):
         check_argument("task", task, task in TASKS, f"one of {', '.join(map(repr, TASKS))} (a regression has none)")
         check_selectors(targets=targets, features=features)
         check_bool("validation_labels", validation_labels)
-        is_mapping = isinstance(initial_weights, Mapping | None)
-        check_argument("initial_weights", initial_weights, is_mapping, "a state dict, as in a checkpoint, or None")
+        is_valid = isinstance(initial_weights, Mapping | None)
+        check_argument("initial_weights", initial_weights, is_valid, "a state dict, as in a checkpoint, or None")
         if num_training is not None:
             check_int("num_training", num_training, 1)
         super().__init__(num_samples, seed, prefix, inputs, outputs, prog_bar)
@@ -150,7 +149,7 @@ class RiskMonitor(Monitor):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         """Start with the first batch of a fit, and keep the first samples."""
         training = self.fit.training
-        if not self.fit.has_started or (batch_idx == 0 and self.fit.has_late_samples):
+        if self.fit.starts_at(batch_idx):
             self.fit.has_started = True
             with self.reporter.report_failure("cannot estimate the risk", "There is no estimate in this fit."):
                 self._start(trainer, pl_module, batch, batch_idx)
@@ -213,7 +212,8 @@ class RiskMonitor(Monitor):
             message = f"`targets` should return a label for each of {kept.size} samples, got {len(labels)}."
             raise MisconfigurationException(message + link_to("task"))
         kept.labels = labels
-        kept.features = select_features(module, batch, self.features, kept.size)
+        if self.features is not None:
+            kept.features = select_features(module, batch, self.features, kept.size)
         return kept
 
     def check_outputs(self, outputs: Tensor) -> None:
@@ -228,18 +228,14 @@ class RiskMonitor(Monitor):
         reference = find_reference(fit, samples, task, self.reporter)
         metric = self._make_metric(module, samples.dataloader_idx, reference)
         self._measure_training(module, run, metric)
-        predictions = None if reference is None else samples.split(reference.predictions)
+        predictions = samples.split(None if reference is None else reference.predictions)
         twins = self._make_twins(module, run, samples)
-        for place, batch in enumerate(samples.batches):
+        for place, (batch, predicted) in enumerate(zip(samples.batches, predictions, strict=True)):
             call = batch.call.to(module.device)
             outputs = run(call)
             self.reporter.note_outputs(outputs)
-            metric.update(
-                outputs,
-                twins.outputs(call, place, len(samples.batches)),
-                baseline_outputs=twins.baseline_outputs(call),
-                reference=None if predictions is None else predictions[place],
-            )
+            twin_outputs = twins.outputs(call, place, len(samples.batches))
+            metric.update(outputs, twin_outputs, baseline_outputs=twins.baseline_outputs(call), reference=predicted)
             if batch.labels is not None:
                 metric.update_labels(outputs, batch.labels)
         return metric
@@ -268,10 +264,8 @@ class RiskMonitor(Monitor):
         if new:
             message = f"has no initial weights for {', '.join(new[:3])}: they count as entirely learned."
             self.reporter.warn("initial-weights", message)
-        if (
-            has_batch_norm(module)
-            and max((batch.size for batch in samples.batches), default=_FEW_SAMPLES) < _FEW_SAMPLES
-        ):
+        largest = max((batch.size for batch in samples.batches), default=_FEW_SAMPLES)
+        if largest < _FEW_SAMPLES and has_batch_norm(module):
             message = f"gets validation batches of fewer than {_FEW_SAMPLES} samples, too few for batch norm: take 32."
             self.reporter.warn("batch-size", message)
         return Twins(module, initial, TWIN_STRENGTH, (self.seed, module.global_rank, samples.dataloader_idx), run)

@@ -37,7 +37,7 @@ class KeptBatch:
 
 
 class _EvenlySpaced:
-    """Keep evenly spaced batches of however many: of too many, every second one goes, and of those that come, too.
+    """Keep evenly spaced batches of however many: of too many, every second one goes, here and later on.
 
     Args:
         num_wanted: How many samples to keep; inf for all.
@@ -127,9 +127,10 @@ class KeptSamples:
         labelled = self._labelled.batches = spread(self._labelled.batches, self._num_labelled)
         self._others.batches = spread(self._others.batches, self._num_wanted - count(labelled))
 
-    def split(self, values: Tensor) -> Sequence[Tensor]:
-        """Split values of all samples, ``(N, ...)``, into those of each batch."""
-        return torch.split(values, [batch.size for batch in self.batches])
+    def split(self, values: Tensor | None) -> Sequence[Tensor | None]:
+        """Split values of all samples, ``(N, ...)``, into those of each batch, if there are any."""
+        sizes = [batch.size for batch in self.batches]
+        return [None] * len(sizes) if values is None else torch.split(values, sizes)
 
     def _part(self, has_labels: bool) -> _EvenlySpaced:
         return self._labelled if has_labels and self._num_labelled > 0 else self._others

@@ -104,10 +104,15 @@ class FitRecord:
         """Note which parameters are trained by now: layers may be unfrozen."""
         self.untrained -= {name for name, weight in module.named_parameters() if weight.requires_grad}
 
+    def starts_at(self, batch_idx: int) -> bool:
+        """Return whether to keep samples from a batch on: the first one, and again that of the next epoch, if late."""
+        is_late = self.training.batches != [] and self.training.batches[0].index > 0  # resumed within an epoch
+        return not self.has_started or (batch_idx == 0 and is_late)
+
     @property
-    def has_late_samples(self) -> bool:
-        """Whether the training samples are from the rest of an epoch in which the fit was resumed."""
-        return self.training.batches != [] and self.training.batches[0].index > 0
+    def num_outputs(self) -> int:
+        """The number of outputs for a sample; 1 before they are known."""
+        return math.prod(self.output_shape or ())
 
     def initial_weights(self, module: nn.Module) -> dict[str, Tensor]:
         """Return the initial parameters that training may have changed, on the device of the module."""

@@ -19,23 +19,26 @@ def estimate_noise(predictions: Tensor, labels: Tensor) -> float:
         L(r, b) = \prod_i \big[(1 - r)\, \operatorname{softmax}(\log s + b\,(q_i - s))_{y_i} + r / K\big], \qquad
         N = (1 - 1/K)\, \mathbb{E}\,r
 
-    The mean is over r from 0 to 0.85, weighed by :math:`\max_b L(r, b)`. A label that is drawn anew is right by
-    chance in 1 of K cases.
+    The mean is over r from 0 to 0.85, weighed by :math:`\max_b L(r, b)`. A label that is drawn anew is right
+    by chance in 1 of K cases.
 
     It can't see noise that always turns one class into the same other one, and takes classes that overlap
     for a hard task, not for noise. On few and hard images it may claim noise where there is none. See
-    ``docs/limits.md``. To find *which* labels are wrong, use `cleanlab <https://github.com/cleanlab/cleanlab>`_.
+    ``docs/limits.md``. To find *which* labels are wrong, use
+    `cleanlab <https://github.com/cleanlab/cleanlab>`_.
 
     Args:
         predictions: Probabilities of the classes, ``(N, K)``; those of class 1, ``(N,)`` or ``(N, 1)``, for
             two classes. A :class:`Reference` has them as ``leave_one_out``.
-        labels: Class indices ``(N,)``, or probabilities of the shape of ``predictions``, such as one-hot labels.
+        labels: Class indices ``(N,)``, or probabilities, such as one-hot labels, of the shape of
+            ``predictions``.
 
     Returns:
         N, the expected share of wrong labels, from 0 to below 0.86.
 
     Raises:
-        ValueError: If shapes do not fit, there is no sample, or numbers are no probabilities or class indices.
+        ValueError: If shapes do not fit, there is no sample, or numbers are no probabilities or class
+            indices.
 
     Example:
         >>> import torch
@@ -62,16 +65,19 @@ def estimate_noise(predictions: Tensor, labels: Tensor) -> float:
 
 def _as_classes(predictions: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return predictions and labels as probabilities of classes, ``(N, K)``, in float64."""
+    got = f"{tuple(predictions.shape)} and {tuple(labels.shape)}"
     q, y = predictions.detach().cpu().double(), labels.detach().cpu()
     if q.ndim < 2 or q.shape[1] == 1:  # of class 1
         q, y = (torch.stack([1 - each, each], 1) for each in (q.flatten(), y.double().flatten()))
     elif y.ndim == 1 and len(y) and y.min() >= 0:
         y = torch.nn.functional.one_hot(y.long(), max(q.shape[1], int(y.max()) + 1))
+    _check_classes(q, y, got)
+    return q / q.sum(1, keepdim=True), y.double()
+
+
+def _check_classes(q: Tensor, y: Tensor, got: str) -> None:
     if q.shape != y.shape or not len(q):
-        got = f"{tuple(predictions.shape)} and {tuple(labels.shape)}"
-        raise ValueError(
-            f"Expected `predictions` (N, K) and `labels` (N,) or (N, K), of classes 0 to K - 1, but got {got}."
-        )
+        expected = "`predictions` (N, K) and `labels` (N,) or (N, K), of classes 0 to K - 1"
+        raise ValueError(f"Expected {expected}, but got {got}.")
     if not bool((torch.cat([q, y]).clamp(0, 1) == torch.cat([q, y])).all()):
         raise ValueError("Expected `predictions` and `labels` to be probabilities, from 0 to 1.")
-    return q / q.sum(1, keepdim=True), y.double()

@@ -10,11 +10,11 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_sensitivity.arguments import link_to
-from lightning_sensitivity.compat import collect_rng_states, set_rng_states
 
 T = TypeVar("T")
 Place = tuple[dict[str, Any], str, object]
@@ -52,7 +52,7 @@ def isolated(model: nn.Module) -> Iterator[RunIsolated]:
         MisconfigurationException: If it has lazy weights or scripted parts.
     """
     _check_modules(model)
-    state, streams = _State(model), collect_rng_states(include_cuda=False)
+    state = _State(model)
 
     def run(function: Callable[..., T], *args: object) -> T:
         try:
@@ -63,11 +63,8 @@ def isolated(model: nn.Module) -> Iterator[RunIsolated]:
         state.check_parameters()
         return result
 
-    try:
-        with torch.no_grad(), _eager():
-            yield run
-    finally:
-        set_rng_states(streams)
+    with isolate_rng(include_cuda=False), torch.no_grad(), _eager():
+        yield run
 
 
 class _State:
@@ -117,16 +114,19 @@ class _State:
         for items in self.empty:
             if items:
                 items.clear()
-        for parameter, requires_grad, grad in self.parameters:
-            if parameter.requires_grad != requires_grad:
-                parameter.requires_grad_(requires_grad)
-            if parameter.grad is not grad:
-                parameter.grad = grad
+        self._restore_parameters()
         state, cuda_states = self.rng_states
         torch.set_rng_state(state)
         for device, cuda_state in zip(self.devices, cuda_states, strict=True):
             torch.cuda.set_rng_state(cuda_state, device)
         torch.clear_autocast_cache()  # else torch 2.6 goes on with our copies, which have no gradients
+
+    def _restore_parameters(self) -> None:
+        for parameter, requires_grad, grad in self.parameters:
+            if parameter.requires_grad != requires_grad:
+                parameter.requires_grad_(requires_grad)
+            if parameter.grad is not grad:
+                parameter.grad = grad
 
     def check_parameters(self) -> None:
         """Raise MisconfigurationException if a run has written to a parameter."""
