@@ -2,7 +2,7 @@
 
     python examples/finetuning.py
 
-By `features=`, the reference, which `RiskMonitor` compares the network with, sees images through the pretrained body.
+By `features=`, the reference, which `RiskMonitor` compares the network with, sees images through the pretrained backbone.
 See docs/guide/finetuning.md.
 """
 
@@ -41,7 +41,7 @@ train_loader = DataLoader(TensorDataset(x[:200], y_train), batch_size=20, shuffl
 val_loader = DataLoader(TensorDataset(x_new), batch_size=len(x_new))
 
 
-# %% The module: a body and a head for five classes
+# %% The module: a backbone and a head for five classes
 class Digits(LightningModule):
     def __init__(self) -> None:
         super().__init__()

@@ -1,10 +1,10 @@
-"""Windows of sensors from several machines, 30 % noisy labels: which of five states is a machine in?
+"""Windows of sensor data from several machines, 30 % noisy labels: which of five states is a machine in?
 
     python examples/signals.py               # half a minute
     python examples/signals.py --labels 60   # 60 windows have labels that somebody checked: they help to choose
 
 The signals are made here: two sensors, a vibration with a frequency of its own for each state, and for each machine
-another loudness, drift and hum. Unseen windows come from machines that are not trained on, since windows of one machine
+another amplitude, drift and hum. Unseen windows come from machines that are not trained on, since windows of one machine
 are alike: a random split would say too little about a new machine. See docs/guide/signals.md.
 """
 
@@ -37,10 +37,10 @@ def windows_of_a_machine(num_windows: int) -> tuple[Tensor, Tensor]:
     """Windows (N, 2, 128) of one machine, and its states."""
     states = torch.randint(NUM_STATES, (num_windows,))
     time = torch.arange(LENGTH) / LENGTH
-    loudness, hum, drift = 0.6 + torch.rand(3, 1) * torch.tensor([[0.8], [1.0], [1.0]])
+    amplitude, hum, drift = 0.6 + torch.rand(3, 1) * torch.tensor([[0.8], [1.0], [1.0]])
     frequency = (4 + 2.5 * states + torch.randn(num_windows))[:, None]
     phase = 2 * math.pi * torch.rand(num_windows, 1)
-    vibration = loudness * torch.sin(2 * math.pi * frequency * time + phase)
+    vibration = amplitude * torch.sin(2 * math.pi * frequency * time + phase)
     envelope = 1 + 0.5 * torch.sin(2 * math.pi * (1 + states[:, None] % 3) * time)
     sensors = torch.stack([vibration, vibration.roll(3, 1) * envelope], 1)
     sensors += hum * torch.sin(2 * math.pi * 25 * time + phase)[:, None] + drift * time

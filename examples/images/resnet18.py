@@ -132,7 +132,7 @@ else:
     data = loaders(x[y >= 5], y[y >= 5] - 5, NUM_TRAIN // 4, 5)
     module.net.fc = nn.Linear(512, 5)
     pretrained = copy.deepcopy(module.state_dict())
-    # The reference sees the images through the pretrained body.
+    # The reference sees the images through the pretrained backbone.
     body = copy.deepcopy(module.net).eval().requires_grad_(False)
     body.fc = nn.Identity()
     options: dict[str, Any] = {"features": lambda batch: body.to(batch[0].device)(batch[0])}
