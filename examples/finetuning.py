@@ -2,8 +2,8 @@
 
     python examples/finetuning.py
 
-By `features=`, the reference, which `RiskMonitor` compares the network with, sees images through the pretrained backbone.
-See docs/guide/finetuning.md.
+By `features=`, the reference, which `RiskMonitor` compares the network with, sees images through the pretrained
+backbone. See docs/guide/finetuning.md.
 """
 
 import argparse

@@ -4,8 +4,8 @@
     python examples/signals.py --labels 60   # 60 windows have labels that somebody checked: they help to choose
 
 The signals are made here: two sensors, a vibration with a frequency of its own for each state, and for each machine
-another amplitude, drift and hum. Unseen windows come from machines that are not trained on, since windows of one machine
-are alike: a random split would say too little about a new machine. See docs/guide/signals.md.
+another amplitude, drift and hum. Unseen windows come from machines that are not trained on, since windows of one
+machine are alike: a random split would say too little about a new machine. See docs/guide/signals.md.
 """
 
 import argparse

@@ -30,8 +30,9 @@ def log_closing_line(trainer: Trainer, fit: FitRecord, names: Mapping[str, tuple
     history, reference = fit.history[dataloader_idx], fit.references.get(dataloader_idx)
     best = min(history, key=attrgetter(name))
     lowest = _lowest(trainer, logged_name, best.epoch, getattr(best, name))
+    is_clean = reference is not None and reference.looks_clean
     is_falling = best is history[-1] and len(history) > 1 and not trainer.should_stop
-    trust = _train_on() if is_falling else _trust(best, history, reference)
+    trust = "" if is_clean else _train_on() if is_falling else _trust(best, history, reference)
     rank_zero_info(" ".join(filter(None, (lowest, _noise(reference), trust))))
 
 
@@ -78,8 +79,6 @@ def _trust(best: ValidationResult, history: Sequence[ValidationResult], referenc
     """Say whether the reference by itself would choose the same epoch, or nearly, and what to do if not."""
     cure = "label 50 validation samples, and set `validation_labels=True`"
     by_reference = [result.by_reference for result in history]
-    if reference is not None and reference.looks_clean:
-        return ""  # it has no weight, and its epoch tells nothing
     if reference is None or any(map(math.isnan, by_reference)):
         return f"There was no reference to check the epoch by: {cure}.{link_to('disagree')}"
     is_better = reference.score < best.by_twins

@@ -49,8 +49,8 @@ class RiskMonitor(Monitor):
         task: ``"multiclass"``, ``"binary"`` or ``"multilabel"``.
         targets: A function ``batch -> labels``; by default
             :func:`~lightning_sensitivity.model.select_targets`. Labels of -100 are ignored.
-        validation_labels: Combine the estimate with the score on validation labels, of up to 1,200 samples.
-            Log ``risk_label_score`` and ``risk_num_labels``, too.
+        validation_labels: Combine the estimate with the score on validation labels, of up to 1,200 samples;
+            the criterion only if noise is found. Log ``risk_label_score`` and ``risk_num_labels``, too.
         features: A function ``batch -> (N, D)`` for the reference, such as a pretrained encoder.
         initial_weights: State dict from before training, if these data have been trained on before.
         num_training: Number of different training samples, for streams and several loaders.

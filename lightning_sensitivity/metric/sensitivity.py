@@ -27,15 +27,13 @@ class OutputSensitivity(WideMetric):
         S = \operatorname{Var}\Big(\frac{1}{K} \sum_{k=1}^{K} \big[f_k(x + \varepsilon) - f_k(x)\big]\Big)
 
     The variance is the population variance (ddof 0) over all samples and noise draws (Forouzesh, Salehi and
-    Thiran, arXiv:2007.15378), without labels. The state is one row of five numbers per sample, so the value
-    depends on neither the batch size nor the number of processes. Samples with nan or inf are left out, with
-    a warning.
+    Thiran, arXiv:2007.15378). The state is one row of five numbers per sample, so the value depends on
+    neither the batch size nor the number of processes. Samples with nan or inf are left out, with a warning.
 
     ``forward`` and ``update`` accept:
 
-    - ``clean`` (:class:`~torch.Tensor`): outputs f(x), before the softmax (logits), as a float tensor of
-      shape ``(N, K, ...)``. Dimensions after K (pixels, tokens) count as further changes of a sample;
-      ``(N,)`` means K = 1.
+    - ``clean`` (:class:`~torch.Tensor`): outputs f(x), before the softmax (logits), floating, ``(N, K, ...)``.
+      Dimensions after K (pixels, tokens) count as further changes of a sample; ``(N,)`` means K = 1.
     - ``noisy`` (:class:`~torch.Tensor` or an iterable of them): outputs f(x + ε) of the same shape; for
       several noise draws of the same samples, an iterable with one tensor per draw.
 

@@ -10,11 +10,11 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_sensitivity.arguments import link_to
+from lightning_sensitivity.compat import collect_rng_states, set_rng_states
 
 T = TypeVar("T")
 Place = tuple[dict[str, Any], str, object]
@@ -52,7 +52,7 @@ def isolated(model: nn.Module) -> Iterator[RunIsolated]:
         MisconfigurationException: If it has lazy weights or scripted parts.
     """
     _check_modules(model)
-    state = _State(model)
+    state, streams = _State(model), collect_rng_states(include_cuda=False)
 
     def run(function: Callable[..., T], *args: object) -> T:
         try:
@@ -63,8 +63,11 @@ def isolated(model: nn.Module) -> Iterator[RunIsolated]:
         state.check_parameters()
         return result
 
-    with isolate_rng(include_cuda=False), torch.no_grad(), _eager():
-        yield run
+    try:
+        with torch.no_grad(), _eager():
+            yield run
+    finally:  # Lightning's `isolate_rng` restores nothing after an exception
+        set_rng_states(streams)
 
 
 class _State:

@@ -163,8 +163,7 @@ TEXTS: dict[str, tuple[Any, list[float], int, str, list[str]]] = {
     "still falling": (WRONG, [3], 19,
         "About 30 % of the training labels look wrong. It was still falling: train for longer.", ["still-falling"]),
     "no noise": (CLEAN, [math.nan], 10, CLEAN_LABELS, []),
-    "no noise, still falling": (CLEAN, [math.nan], 19,
-        f"{CLEAN_LABELS} It was still falling: train for longer.", ["still-falling"]),
+    "no noise, still falling": (CLEAN, [math.nan], 19, CLEAN_LABELS, []),
 }  # fmt: skip
 
 
