@@ -80,7 +80,7 @@ def touched_in(hook: str) -> list[tuple[int, int]]:
 
 
 def test_ever_fewer_validation_batches_are_copied_and_only_in_the_first_validation() -> None:
-    copied = [*range(13), *range(14, 25, 2), *range(28, 49, 4), 56]
+    copied = [*range(8), 9, 10, 12, 13, 15, 18, 23, 26, 31, 34, 39, 47]
     assert touched_in("on_validation_batch_start") == [(0, index) for index in copied]
 
 

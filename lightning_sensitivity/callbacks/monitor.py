@@ -82,7 +82,7 @@ class Monitor(Callback, ABC):
 
     def keep(self, module: LightningModule, batch: object, batch_idx: int, samples: KeptSamples) -> None:
         """Keep a validation batch if its samples are wanted."""
-        if samples.wants():
+        if samples.wants(batch_idx):
             samples.add(copy_batch(module, batch, batch_idx, self.inputs, self.outputs))
 
     def forget_samples(self) -> None:

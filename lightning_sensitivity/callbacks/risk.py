@@ -156,7 +156,7 @@ class RiskMonitor(Monitor):
         elif batch_idx == 0:  # a new epoch repeats the samples
             training.complete()
             self.fit.note_trained(pl_module)  # a layer may have been unfrozen
-        elif not training.is_full and training.wants():
+        elif not training.is_full and training.wants(batch_idx):
             with self.reporter.report_failure("could not keep a training batch", "It is left out."):
                 training.add(self._copy_training_batch(pl_module, batch, batch_idx))
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
@@ -202,7 +202,7 @@ class RiskMonitor(Monitor):
         if self.num_labelled > 0 and not samples.is_complete:
             task, shape = TASKS[self.task], self.fit.output_shape
             labels = find_labels(module, batch, self.targets, task, shape, self.reporter)
-        if samples.wants(labels is not None):
+        if samples.wants(batch_idx, labels is not None):
             samples.add(self._copy_batch(module, batch, batch_idx, labels))
 
     def _copy_batch(self, module: LightningModule, batch: object, batch_idx: int, labels: Tensor | None) -> KeptBatch:
@@ -230,11 +230,12 @@ class RiskMonitor(Monitor):
         self._measure_training(module, run, metric)
         predictions = samples.split(None if reference is None else reference.predictions)
         twins = self._make_twins(module, run, samples)
-        for place, (batch, predicted) in enumerate(zip(samples.batches, predictions, strict=True)):
+        batches = samples.batches
+        for place, (batch, predicted) in enumerate(zip(batches, predictions, strict=True)):
             call = batch.call.to(module.device)
             outputs = run(call)
             self.reporter.note_outputs(outputs)
-            twin_outputs = twins.outputs(call, place, len(samples.batches))
+            twin_outputs = twins.outputs(call, place, len(batches))
             metric.update(outputs, twin_outputs, baseline_outputs=twins.baseline_outputs(call), reference=predicted)
             if batch.labels is not None:
                 metric.update_labels(outputs, batch.labels)

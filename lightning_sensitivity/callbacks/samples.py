@@ -1,6 +1,7 @@
 """The samples that a monitor measures in every validation: batches of a loader, kept once, on the CPU."""
 
 import math
+from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -14,6 +15,7 @@ from lightning_sensitivity.arguments import Selector
 from lightning_sensitivity.functional.tasks import has_ignored_value
 from lightning_sensitivity.model import ModelCall, isolated
 
+_GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 MAX_BYTES = 2**29  # of the validation samples in a process, and as much again for training samples
 
 
@@ -36,8 +38,21 @@ class KeptBatch:
     features: Tensor | None = None
 
 
+def _turn(batch_idx: int) -> float:
+    """Return when it is a batch's turn: by the fraction of a multiple of the golden ratio.
+
+    Batches with the lowest fractions are evenly spaced, whatever the period of the data, such as that of a
+    stream whose workers read one part of it each.
+    """
+    return batch_idx * _GOLDEN_RATIO % 1
+
+
+def _turn_of(batch: KeptBatch) -> float:
+    return _turn(batch.index)
+
+
 class _EvenlySpaced:
-    """Keep evenly spaced batches of however many: of too many, every second one goes, here and later on.
+    """Keep evenly spaced batches of however many: of too many, that with the last turn goes.
 
     Args:
         num_wanted: How many samples to keep; inf for all.
@@ -45,26 +60,36 @@ class _EvenlySpaced:
     """
 
     def __init__(self, num_wanted: float, max_bytes: float) -> None:
-        self.batches: list[KeptBatch] = []
+        self.batches: list[KeptBatch] = []  # by their turn
+        self.size = 0
         self.is_truncated = False  # for lack of memory
         self._num_wanted = num_wanted
         self._max_bytes = max_bytes
-        self._num_seen, self._stride = 0, 1
+        self._num_bytes = 0
+        self._last_turn = 1.0
 
-    def takes_next(self) -> bool:
-        """Count a batch, and return whether it is its turn."""
-        self._num_seen += 1
-        return (self._num_seen - 1) % self._stride == 0
+    def wants(self, batch_idx: int) -> bool:
+        return _turn(batch_idx) < self._last_turn
 
     def add(self, batch: KeptBatch) -> None:
-        self.batches.append(batch)
-        while len(self.batches) > 1 and (self._is_too_large() or count(self.batches) > 2 * self._num_wanted):
-            self.is_truncated = self.is_truncated or self._is_too_large()
-            self.batches = self.batches[::2]
-            self._stride *= 2
+        insort(self.batches, batch, key=_turn_of)
+        self.size += batch.size
+        self._num_bytes += batch.call.num_bytes
+        while self._num_bytes > self._max_bytes and len(self.batches) > 1:
+            self.is_truncated = True
+            self._drop_last()
+        self.reduce_to(self._num_wanted)
 
-    def _is_too_large(self) -> bool:
-        return sum(batch.call.num_bytes for batch in self.batches) > self._max_bytes
+    def reduce_to(self, num_samples: float) -> None:
+        """Keep as few batches as hold a number of samples."""
+        while self.batches and self.size - self.batches[-1].size >= num_samples:
+            self._drop_last()
+
+    def _drop_last(self) -> None:
+        batch = self.batches.pop()
+        self.size -= batch.size
+        self._num_bytes -= batch.call.num_bytes
+        self._last_turn = _turn_of(batch)
 
 
 class KeptSamples:
@@ -98,7 +123,7 @@ class KeptSamples:
     @property
     def size(self) -> int:
         """Number of samples."""
-        return count(self.batches)
+        return self._labelled.size + self._others.size
 
     @property
     def is_full(self) -> bool:
@@ -110,9 +135,9 @@ class KeptSamples:
         """Whether samples are missing for lack of memory."""
         return self._others.is_truncated and self.size < self._num_wanted
 
-    def wants(self, has_labels: bool = False) -> bool:
-        """Count a batch that has come, and return whether to keep it."""
-        return not self.is_complete and self._part(has_labels).takes_next()
+    def wants(self, batch_idx: int, has_labels: bool = False) -> bool:
+        """Return whether to keep a batch."""
+        return not self.is_complete and self._part(has_labels).wants(batch_idx)
 
     def add(self, batch: KeptBatch) -> None:
         """Keep a batch, unless it is empty."""
@@ -121,11 +146,9 @@ class KeptSamples:
 
     def complete(self) -> None:
         """Want no more, unless none has come, and keep as few as are wanted: those with labels first."""
-        if self.is_complete or not self.batches:
-            return
-        self.is_complete = True
-        labelled = self._labelled.batches = spread(self._labelled.batches, self._num_labelled)
-        self._others.batches = spread(self._others.batches, self._num_wanted - count(labelled))
+        if not self.is_complete and self.size > 0:
+            self.is_complete = True
+            self._others.reduce_to(self._num_wanted - self._labelled.size)
 
     def split(self, values: Tensor | None) -> Sequence[Tensor | None]:
         """Split values of all samples, ``(N, ...)``, into those of each batch, if there are any."""
@@ -136,11 +159,6 @@ class KeptSamples:
         return self._labelled if has_labels and self._num_labelled > 0 else self._others
 
 
-def count(batches: Sequence[KeptBatch]) -> int:
-    """Count the samples of batches."""
-    return sum(batch.size for batch in batches)
-
-
 def count_labels(batches: Sequence[KeptBatch]) -> int:
     """Count the samples of batches that have a label that is not ignored."""
     labels = [batch.labels for batch in batches if batch.labels is not None]
@@ -149,9 +167,10 @@ def count_labels(batches: Sequence[KeptBatch]) -> int:
 
 def spread(batches: Sequence[KeptBatch], num_samples: float) -> list[KeptBatch]:
     """Choose evenly spaced batches that hold a number of samples, or a little more."""
-    total, size = len(batches), count(batches)
-    num_chosen = total if size <= num_samples else math.ceil(max(0, num_samples) * total / max(1, size))
-    return [batches[-(-index * total // num_chosen)] for index in range(num_chosen)]
+    chosen = _EvenlySpaced(num_samples, math.inf)
+    for batch in batches:
+        chosen.add(batch)
+    return sorted(chosen.batches, key=attrgetter("index"))
 
 
 def keep_validation_samples(trainer: Trainer, num_samples: int | None, num_labelled: int) -> list[KeptSamples]:

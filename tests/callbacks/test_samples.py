@@ -2,6 +2,8 @@
 
 import gc
 import itertools
+import math
+import time
 from typing import Any
 
 import pytest
@@ -36,10 +38,11 @@ def batches_of(sizes: list[int], is_stream: bool) -> tuple[list[Tensor], DataLoa
 @pytest.mark.parametrize("is_stream", [False, True])
 @pytest.mark.parametrize(("num_samples", "sizes", "chosen"), [
     (None, [10] * 10, range(10)),
-    (40, [10] * 10, [0, 4, 6, 8]),  # of the ninth, every second one goes, and later one more
-    (31, [10] * 10, [0, 4, 6, 8]),  # a part of a batch is a batch
+    (40, [10] * 10, [0, 2, 5, 7]),
+    (31, [10] * 10, [0, 2, 5, 7]),  # a part of a batch is a batch
     (10, [10] * 10, [0]),
-    (31, [30] + [1] * 9, [0, 2, 3, 4, 5, 7, 8, 9]),
+    (31, [30] + [1] * 9, [0, 5]),
+    (31, [2, 90], [0, 1]),  # never fewer than are wanted, if there are more
     (None, [0, 10, 0, 10], [1, 3]),  # none that are empty
 ])  # fmt: skip
 def test_whole_batches_are_kept_that_are_evenly_spaced_also_of_a_stream(
@@ -52,7 +55,7 @@ def test_whole_batches_are_kept_that_are_evenly_spaced_also_of_a_stream(
 
 
 @pytest.mark.parametrize(("max_batches", "sizes", "chosen"), [
-    (2.5, [10] * 10, [0, 8]),  # still evenly spaced
+    (2.5, [10] * 10, [0, 5]),  # still evenly spaced
     (0.1, [10] * 10, [0]),  # never none
     (5, [10, 10, 40, 10], [0, 2]),
 ])  # fmt: skip
@@ -83,13 +86,34 @@ def test_of_many_batches_with_labels_evenly_spaced_ones_are_kept_for_which_there
         0, num_wanted=600, num_labelled=1200, max_bytes=Sized.num_bytes * (200 if max_kept == 24 else 24)
     )
     for index in range(num_batches):
-        if kept.wants(has_labels=True):
+        if kept.wants(index, has_labels=True):
             kept.add(S.KeptBatch(index, Sized(), 50, labels=torch.zeros(50)))
     kept.complete()
     indices = [*(batch.index for batch in kept.batches), num_batches]
     gaps = [after - before for before, after in itertools.pairwise(indices)]
     assert kept.size == 1200 or max_kept < 24
     assert 6 <= len(kept.batches) <= max_kept and max(gaps) <= 3 * num_batches / len(kept.batches)
+
+
+@pytest.mark.parametrize("period", [2, 3, 4, 5, 8])
+def test_they_follow_no_period_of_a_loader_such_as_that_of_its_workers(period: int) -> None:
+    kept = S.KeptSamples(0, num_wanted=960)
+    for index in range(4000):
+        if kept.wants(index):
+            kept.add(S.KeptBatch(index, Sized(), 10))
+    kept.complete()
+    for batches in (kept.batches, S.spread(kept.batches, 480)):
+        counts = [sum(batch.index % period == worker for batch in batches) for worker in range(period)]
+        assert sum(counts) in (96, 48) and max(counts) <= 2 * min(counts)
+
+
+def test_a_hundred_thousand_batches_of_one_sample_cost_seconds_at_most() -> None:
+    kept, start = S.KeptSamples(0, num_wanted=math.inf), time.perf_counter()
+    for index in range(100_000):
+        if kept.wants(index):
+            kept.add(S.KeptBatch(index, Sized(), 1))
+    kept.complete()
+    assert kept.size == 100_000 and time.perf_counter() - start < 10
 
 
 # For how long
