@@ -106,8 +106,9 @@ class FitRecord:
 
     def starts_at(self, batch_idx: int) -> bool:
         """Return whether to keep samples from a batch on: the first one, and again that of the next epoch, if late."""
-        is_late = self.training.batches != [] and self.training.batches[0].index > 0  # resumed within an epoch
-        return not self.has_started or (batch_idx == 0 and is_late)
+        if not self.has_started or batch_idx > 0:
+            return not self.has_started
+        return self.training.size > 0 and self.training.batches[0].index > 0  # resumed within an epoch
 
     @property
     def num_outputs(self) -> int:
