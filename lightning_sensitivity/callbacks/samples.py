@@ -37,6 +37,11 @@ class KeptBatch:
     labels: Tensor | None = None
     features: Tensor | None = None
 
+    @property
+    def num_bytes(self) -> int:
+        """The memory of its inputs and features."""
+        return self.call.num_bytes + (0 if self.features is None else self.features.nbytes)
+
 
 def _turn(batch_idx: int) -> float:
     """Return when it is a batch's turn: by the fraction of a multiple of the golden ratio.
@@ -74,7 +79,7 @@ class _EvenlySpaced:
     def add(self, batch: KeptBatch) -> None:
         insort(self.batches, batch, key=_turn_of)
         self.size += batch.size
-        self._num_bytes += batch.call.num_bytes
+        self._num_bytes += batch.num_bytes
         while self._num_bytes > self._max_bytes and len(self.batches) > 1:
             self.is_truncated = True
             self._drop_last()
@@ -88,7 +93,7 @@ class _EvenlySpaced:
     def _drop_last(self) -> None:
         batch = self.batches.pop()
         self.size -= batch.size
-        self._num_bytes -= batch.call.num_bytes
+        self._num_bytes -= batch.num_bytes
         self._last_turn = _turn_of(batch)
 
 

@@ -77,6 +77,14 @@ class Sized:
     num_bytes = 4
 
 
+def test_features_count_as_memory() -> None:
+    kept = S.KeptSamples(0, num_wanted=math.inf, max_bytes=100)
+    for index in range(10):
+        kept.add(S.KeptBatch(index, Sized(), 1, features=torch.zeros(1, 10)))
+    kept.complete()
+    assert [batch.index for batch in kept.batches] == [0, 5] and kept.is_truncated
+
+
 @pytest.mark.parametrize("num_batches", [24, 30, 100, 400, 2000])
 @pytest.mark.parametrize("max_kept", [24, 12])
 def test_of_many_batches_with_labels_evenly_spaced_ones_are_kept_for_which_there_is_memory(
