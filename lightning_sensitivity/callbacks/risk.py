@@ -131,7 +131,8 @@ class RiskMonitor(Monitor):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log which epoch to choose, and whether to trust it."""
-        names = {self.prefix + name + self.suffix(i): (name, i) for i in self.fit.history for name in self.names[:2]}
+        loaders = [samples.dataloader_idx for samples in self.samples if samples.dataloader_idx in self.fit.history]
+        names = {self.prefix + name + self.suffix(i): (name, i) for i in loaders for name in self.names[:2]}
         log_closing_line(trainer, self.fit, names)
 
     def forget_samples(self) -> None:

@@ -110,6 +110,17 @@ def test_a_checkpoint_of_another_epoch_is_told_with_the_reason(what: str, tmp_pa
     assert re.search(rf"^`{CRITERION}` was lowest at epoch \d+ \([.\d]+\){expected}", parts(said.text)[0])
 
 
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
+def test_after_a_resume_with_fewer_loaders_it_is_about_one_that_is_left(tmp_path: Path, said: Any) -> None:
+    name = f"{CRITERION}/dataloader_idx_0"
+    watching = cb.ModelCheckpoint(tmp_path, monitor=name, save_last=True)
+    values = [epoch[name] for epoch in fit_fast(watching, num_loaders=2, max_epochs=2)]
+    said.clear()
+    values += [epoch[CRITERION] for epoch in fit_fast(max_epochs=4, ckpt_path=tmp_path / "last.ckpt")]
+    best = values.index(min(values))
+    assert best > 1 and f"`{CRITERION}` was lowest at epoch {best} ({min(values):.3f})" in said.text
+
+
 def test_a_debugging_run_says_nothing(said: Any) -> None:
     fit_fast(fast_dev_run=True)
     assert "was lowest" not in said.text
