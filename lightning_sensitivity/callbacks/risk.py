@@ -156,7 +156,6 @@ class RiskMonitor(Monitor):
                 self._start(trainer, pl_module, batch, batch_idx)
         elif batch_idx == 0:  # a new epoch repeats the samples
             training.complete()
-            self.fit.note_trained(pl_module)  # a layer may have been unfrozen
         elif not training.is_full and training.wants(batch_idx):
             with self.reporter.report_failure("could not keep a training batch", "It is left out."):
                 training.add(self._copy_training_batch(pl_module, batch, batch_idx))
@@ -191,11 +190,9 @@ class RiskMonitor(Monitor):
         """Fix n and w in the first validation, so that only the model moves the curve."""
         super().on_validation_start(trainer, pl_module)
         fit = self.fit
-        if self._is_measuring and fit.has_started:
-            fit.note_trained(pl_module)
-            if fit.num_training is None:
-                fit.num_training = count_labelled_samples(trainer, fit.training, self.num_training)
-                fit.num_weights = sum(weight.numel() for weight in pl_module.parameters() if weight.requires_grad)
+        if self._is_measuring and fit.has_started and fit.num_training is None:
+            fit.num_training = count_labelled_samples(trainer, fit.training, self.num_training)
+            fit.num_weights = sum(weight.numel() for weight in pl_module.parameters() if weight.requires_grad)
 
     def keep(self, module: LightningModule, batch: object, batch_idx: int, samples: KeptSamples) -> None:
         """Keep a validation batch if its samples are wanted, with its features, or if it has labels."""

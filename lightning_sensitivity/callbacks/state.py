@@ -14,6 +14,7 @@ from lightning_sensitivity.arguments import link_to
 from lightning_sensitivity.callbacks.samples import KeptSamples
 from lightning_sensitivity.functional.reference import Calibration, Reference
 from lightning_sensitivity.functional.risk import RiskTerms
+from lightning_sensitivity.model.isolation import count_writes
 from lightning_sensitivity.model.twins import copy_weights
 
 
@@ -48,7 +49,6 @@ class FitRecord:
 
     Attributes:
         initial: The parameters before training, on the CPU; empty before the first step.
-        untrained: Names of the parameters that are frozen and as they were before training.
         num_training: n, the number of labelled training samples; None before the first validation.
         num_weights: w, the number of weights that are trained; None before the first validation.
         calibrations: Calibration of the reference, by loader.
@@ -62,7 +62,6 @@ class FitRecord:
 
     def __init__(self) -> None:
         self.initial: dict[str, Tensor] = {}
-        self.untrained: set[str] = set()
         self.num_training: int | None = None
         self.num_weights: int | None = None
         self.calibrations: dict[int, Calibration] = {}
@@ -72,6 +71,7 @@ class FitRecord:
         self.training = KeptSamples(0, num_wanted=0)  # wants none yet
         self.references: dict[int, Reference | None] = {}
         self.num_reference_samples = 0
+        self._frozen: dict[str, tuple[Tensor, int]] = {}  # as before training, and how often they were written to
 
     def start(self, module: nn.Module, given: Mapping[str, Tensor] | None, is_new: bool) -> None:
         """Keep the parameters from before training, at the first step of a fit.
@@ -97,12 +97,14 @@ class FitRecord:
             )
         # Those that were not trained are not saved.
         self.initial = copy_weights(parameters) | self.initial if given is None else copy_weights(given)
-        self.untrained = {name for name, weight in parameters.items() if _is_equal(self.initial.get(name), weight)}
-        self.note_trained(module)
+        equal = {name: weight for name, weight in parameters.items() if _is_equal(self.initial.get(name), weight)}
+        self._frozen = {name: (weight, count_writes(weight)) for name, weight in equal.items()}
 
-    def note_trained(self, module: nn.Module) -> None:
-        """Note which parameters are trained by now: layers may be unfrozen."""
-        self.untrained -= {name for name, weight in module.named_parameters() if weight.requires_grad}
+    @property
+    def untrained(self) -> set[str]:
+        """Names of the parameters that are frozen and as they were before training: layers may be unfrozen."""
+        frozen = {name: each for name, each in self._frozen.items() if not each[0].requires_grad}
+        return {name for name, (weight, writes) in frozen.items() if count_writes(weight) == writes}
 
     def starts_at(self, batch_idx: int) -> bool:
         """Return whether to keep samples from a batch on: the first one, and again that of the next epoch, if late."""
@@ -121,12 +123,14 @@ class FitRecord:
         initial = self.initial
         if not self.has_started:  # frozen weights are not saved
             initial = copy_weights(dict(module.named_parameters())) | initial
-        return {name: weight.to(device) for name, weight in initial.items() if name not in self.untrained}
+        untrained = self.untrained
+        return {name: weight.to(device) for name, weight in initial.items() if name not in untrained}
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for a checkpoint, without weights that were not trained."""
+        untrained = self.untrained
         return {
-            "initial_weights": {name: weight for name, weight in self.initial.items() if name not in self.untrained},
+            "initial_weights": {name: weight for name, weight in self.initial.items() if name not in untrained},
             "num_training": self.num_training,
             "num_weights": self.num_weights,
             "calibrations": {index: tuple(calibration) for index, calibration in self.calibrations.items()},

@@ -76,7 +76,7 @@ class _State:
     def __init__(self, model: nn.Module) -> None:
         modules, named = list(model.modules()), list(model.named_parameters())
         self.parameters = [(parameter, parameter.requires_grad, parameter.grad) for _, parameter in named]
-        self.writes = [(name, parameter, _writes_to(parameter)) for name, parameter in named]
+        self.writes = [(name, parameter, count_writes(parameter)) for name, parameter in named]
         self.devices = sorted({parameter.get_device() for _, parameter in named if parameter.is_cuda})
         self.rng_states = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in self.devices]
         dicts = list(chain.from_iterable(map(_dicts_of, modules)))
@@ -133,7 +133,7 @@ class _State:
 
     def check_parameters(self) -> None:
         """Raise MisconfigurationException if a run has written to a parameter."""
-        names = [name for name, parameter, writes in self.writes if _writes_to(parameter) != writes]
+        names = [name for name, parameter, writes in self.writes if count_writes(parameter) != writes]
         if names:
             raise MisconfigurationException(
                 f"`forward` writes to {', '.join(names[:3])} in eval mode, which is not restored: do so only "
@@ -141,7 +141,7 @@ class _State:
             )
 
 
-def _writes_to(parameter: Tensor) -> int:
+def count_writes(parameter: Tensor) -> int:
     """Count the writes to a parameter; those of inference mode, and to its ``data``, do not count."""
     return -1 if parameter.is_inference() else parameter._version
 

@@ -88,6 +88,41 @@ def test_a_checkpoint_holds_no_second_copy_of_frozen_weights_and_loads_without_p
     assert len(state["history"][0]) == 2 and len(state["calibrations"]) == 1
 
 
+class Unfreezing(Still):
+    """Its first layer is trained in the second step alone."""
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self.net[0].requires_grad_(self.trainer.global_step == 1)
+
+
+class Averaging(Still):
+    """Its first layer follows another one, and is never trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = torch.nn.Parameter(torch.zeros_like(self.net[0].weight))
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        with torch.no_grad():
+            self.net[0].weight.lerp_(self.other, 0.1)
+
+
+@pytest.mark.parametrize("kind", [Unfreezing, Averaging])
+def test_weights_that_have_changed_are_saved_at_any_time_whether_they_are_trained_or_not(
+    kind: Any, tmp_path: Path
+) -> None:
+    class Saving(cb.Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+            if trainer.global_step == 3:  # within an epoch, and before its validation
+                trainer.save_checkpoint(path)
+
+    path, model = tmp_path / "three.ckpt", kind()
+    first = model.net[0].weight.detach().clone()
+    fit(model, loader(), RiskMonitor(), Saving(), max_epochs=1)
+    state = torch.load(path, weights_only=True)["callbacks"][KEY]
+    assert torch.equal(state["initial_weights"]["net.0.weight"], first)
+
+
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
 def test_n_and_w_are_those_of_the_checkpoint_also_if_data_have_grown(tmp_path: Path) -> None:
     path, monitor = saved_in_a_fit(tmp_path), RiskMonitor()
