@@ -26,8 +26,12 @@ def select_labels(
     Raises:
         MisconfigurationException: If it is not clear where they are, or they do not fit the task.
     """
-    with isolated(module) as run:
-        labels = run(select_targets, module, batch, targets).detach().to("cpu", copy=True)
+    if targets is None:
+        labels = select_targets(module, batch)
+    else:  # a user's function may draw random numbers
+        with isolated(module) as run:
+            labels = run(select_targets, module, batch, targets)
+    labels = labels.detach().to("cpu", copy=True)
     if output_shape is not None:
         try:
             task.check(torch.zeros(labels.shape[:1] + output_shape), labels)

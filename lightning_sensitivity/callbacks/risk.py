@@ -196,8 +196,10 @@ class RiskMonitor(Monitor):
 
     def keep(self, module: LightningModule, batch: object, batch_idx: int, samples: KeptSamples) -> None:
         """Keep a validation batch if its samples are wanted, with its features, or if it has labels."""
+        if not (samples.wants(batch_idx, has_labels=True) or samples.wants(batch_idx)):
+            return
         labels = None
-        if self.num_labelled > 0 and not samples.is_complete:
+        if self.num_labelled > 0:
             task, shape = TASKS[self.task], self.fit.output_shape
             labels = find_labels(module, batch, self.targets, task, shape, self.reporter)
         if samples.wants(batch_idx, labels is not None):

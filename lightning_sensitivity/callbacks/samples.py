@@ -141,8 +141,9 @@ class KeptSamples:
         return self._others.is_truncated and self.size < self._num_wanted
 
     def wants(self, batch_idx: int, has_labels: bool = False) -> bool:
-        """Return whether to keep a batch."""
-        return not self.is_complete and self._part(has_labels).wants(batch_idx)
+        """Return whether to keep a batch: one without labels only until those with labels are enough."""
+        is_needed = has_labels or self._labelled.size < self._num_wanted
+        return is_needed and not self.is_complete and self._part(has_labels).wants(batch_idx)
 
     def add(self, batch: KeptBatch) -> None:
         """Keep a batch, unless it is empty."""

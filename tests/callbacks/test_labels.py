@@ -98,6 +98,18 @@ def test_of_many_about_twelve_hundred_are_scored() -> None:
     assert found["val_risk_label_score"] == pytest.approx(float(scores(model, X, Y).mean()), rel=0.02)
 
 
+def test_of_many_batches_only_those_are_asked_for_labels_that_may_be_kept() -> None:
+    asked = list[int]()
+
+    def targets(batch: Any) -> Tensor:
+        asked.append(len(batch[1]))
+        return batch[1]
+
+    data = TensorDataset(inputs(20_000, seed=1), torch.zeros(20_000, dtype=torch.long))
+    found = values(DataLoader(data, 10), validation_labels=True, targets=targets)
+    assert found["val_risk_num_labels"] == 1200 and asked.count(10) < 700  # of 2,000
+
+
 def test_they_are_found_by_targets() -> None:
     val = DataLoader([{"x": x, "what": y} for x, y in zip(X[:120].split(40), Y[:120].split(40), strict=True)], None)
 
