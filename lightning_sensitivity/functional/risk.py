@@ -12,7 +12,6 @@ from lightning_sensitivity.functional.tensors import Diagnosis
 
 # m₀: the number of validation labels that count as much as the estimate, without and with a reference
 LABEL_WEIGHT, LABEL_WEIGHT_WITH_REFERENCE = 40, 200
-VARIANCE_SCALE = 1.0  # of the variance of simulated twins
 TWIN_STRENGTH = 0.5  # λ of simulated twins; at full strength they break networks with max-pooling
 
 
@@ -158,4 +157,4 @@ def variance_factor(num_training: int, num_weights: int) -> float:
         raise ValueError(f"Expected `num_training` to be 1 or more, but got {num_training}.")
     if num_weights < 0:
         raise ValueError(f"Expected `num_weights` to be 0 or more, but got {num_weights}.")
-    return VARIANCE_SCALE * min(1.0, math.sqrt(math.sqrt(num_weights) / num_training))
+    return min(1.0, math.sqrt(math.sqrt(num_weights) / num_training))
