@@ -88,12 +88,9 @@ def unseen_sums(
     baseline_outputs = outputs if baseline_outputs is None else baseline_outputs
 
     def sums(outputs: Tensor, baseline_outputs: Tensor, twin_outputs: Tensor) -> Tensor:
-        p, twin = task.probabilities(outputs), task.probabilities(twin_outputs)
-        claim = task.claims(p)
-        baseline = p if baseline_outputs is outputs else task.probabilities(baseline_outputs)
-        baseline_claim = claim if baseline is p else task.claims(baseline)
-        distance = task.distances(baseline, twin)
-        return _finite_sums(torch.ones_like(claim), claim, distance, baseline_claim, task.claims(twin))
+        p, baseline, twin = map(task.probabilities, (outputs, baseline_outputs, twin_outputs))
+        claim, distance = task.claims(p), task.distances(baseline, twin)
+        return _finite_sums(torch.ones_like(claim), claim, distance, task.claims(baseline), task.claims(twin))
 
     of_twins = []
     for twin in twin_outputs:

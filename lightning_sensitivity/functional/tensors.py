@@ -46,8 +46,6 @@ def in_chunks(function: Callable[..., Tensor], *tensors: Tensor) -> list[Tensor]
         function: Function of a chunk of each tensor.
         tensors: Tensors of the same samples, ``(N, ...)``; the first one determines the size of a chunk.
     """
-    if tensors[0].numel() <= _CHUNK and len({len(tensor) for tensor in tensors}) == 1:
-        return [function(*tensors)]
     samples_per_chunk = max(1, _CHUNK * len(tensors[0]) // max(1, tensors[0].numel()))
     parts = [torch.split(tensor, samples_per_chunk) for tensor in tensors]
     return [function(*chunk) for chunk in zip(*parts, strict=True)]
