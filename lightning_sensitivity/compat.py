@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.modules.conv import _ConvNd as Convolution
 from torch.nn.modules.conv import _ConvTransposeNd as TransposedConvolution
+from torchmetrics import Metric
+from torchmetrics.utilities.plot import _AX_TYPE as AxType
+from torchmetrics.utilities.plot import _PLOT_OUT_TYPE as PlotType
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
-    from torchmetrics import Metric
-    from torchmetrics.utilities.plot import _AX_TYPE as AxType
-    from torchmetrics.utilities.plot import _PLOT_OUT_TYPE as PlotType
 
 __all__ = ["AxType", "BatchNorm", "Convolution", "PlotType", "TransposedConvolution"]
 

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_sensitivity import compat
+from lightning_sensitivity.compat import AxType, PlotType
 from lightning_sensitivity.functional import Calibration, Reference, risk, sums
 from lightning_sensitivity.functional.reference import looks_clean, reference_score, reference_weight
 from lightning_sensitivity.functional.sums import AgreementSums, LabelSums, UnseenSums
 from lightning_sensitivity.functional.tasks import find_task
 from lightning_sensitivity.functional.tensors import Diagnosis, wide_dtype
 from lightning_sensitivity.metric.wide import WideMetric
-
-if TYPE_CHECKING:
-    from lightning_sensitivity.compat import AxType, PlotType
 
 _NUM_SUMS = {
     "unseen_sums": len(UnseenSums._fields),
@@ -79,10 +77,7 @@ class RiskEstimate(WideMetric):
         tensor(0.3832, dtype=torch.float64)
     """
 
-    is_differentiable: bool = False
     higher_is_better: bool = False
-    full_state_update: bool = False
-    plot_lower_bound: float = 0.0
 
     unseen_sums: Tensor
     training_sums: Tensor  # `training` is the mode of a module

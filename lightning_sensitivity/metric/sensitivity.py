@@ -5,19 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 from torchmetrics.utilities.prints import rank_zero_warn
 
+from lightning_sensitivity.compat import AxType, PlotType
 from lightning_sensitivity.functional import sensitivity
 from lightning_sensitivity.functional.tensors import Diagnosis, wide_dtype
 from lightning_sensitivity.metric.wide import WideMetric
-
-if TYPE_CHECKING:
-    from lightning_sensitivity.compat import AxType, PlotType
 
 
 class OutputSensitivity(WideMetric):
@@ -69,11 +67,6 @@ class OutputSensitivity(WideMetric):
         >>> metric.per_sample.shape
         torch.Size([500])
     """
-
-    is_differentiable: bool = False
-    higher_is_better: bool | None = None
-    full_state_update: bool = False
-    plot_lower_bound: float = 0.0
 
     _warn = staticmethod(partial(rank_zero_warn, stacklevel=5))  # at the line that calls `compute`
 

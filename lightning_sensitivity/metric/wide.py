@@ -1,9 +1,7 @@
 """What both metrics share."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning_utilities import apply_to_collection
 from torch import Tensor
@@ -11,14 +9,15 @@ from torchmetrics import Metric
 
 from lightning_sensitivity.functional.tensors import wide_dtype
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
 
 class WideMetric(Metric):
     """Keep the states of a metric in double precision, even if the model that holds it is cast to 16 bits."""
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any) -> Self:
+    is_differentiable: bool = False
+    full_state_update: bool = False
+    plot_lower_bound: float = 0.0
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any) -> Metric:
         """Move the states with the metric, without its casts."""
         super()._apply(fn, exclude_state=tuple(self._defaults))
         device, dtype = self.device, wide_dtype(self.device)
