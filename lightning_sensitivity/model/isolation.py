@@ -55,11 +55,12 @@ def isolated(model: nn.Module) -> Iterator[RunIsolated]:
     state, streams = _State(model), collect_rng_states(include_cuda=False)
 
     def run(function: Callable[..., T], *args: object) -> T:
-        try:
-            state.put_copies()
-            result = function(*args)
-        finally:
-            state.restore()
+        with torch.random.fork_rng(state.devices, device_type="cuda"):
+            try:
+                state.put_copies()
+                result = function(*args)
+            finally:
+                state.restore()
         state.check_parameters()
         return result
 
@@ -78,7 +79,6 @@ class _State:
         self.parameters = [(parameter, parameter.requires_grad, parameter.grad) for _, parameter in named]
         self.writes = [(name, parameter, count_writes(parameter)) for name, parameter in named]
         self.devices = sorted({parameter.get_device() for _, parameter in named if parameter.is_cuda})
-        self.rng_states = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in self.devices]
         dicts = list(chain.from_iterable(map(_dicts_of, modules)))
         self.originals = [(items, dict(items)) for items in dicts if items]
         self.empty = [items for items in dicts if not items]  # most are, such as those of hooks
@@ -118,10 +118,6 @@ class _State:
             if items:
                 items.clear()
         self._restore_parameters()
-        state, cuda_states = self.rng_states
-        torch.set_rng_state(state)
-        for device, cuda_state in zip(self.devices, cuda_states, strict=True):
-            torch.cuda.set_rng_state(cuda_state, device)
         torch.clear_autocast_cache()  # else torch 2.6 goes on with our copies, which have no gradients
 
     def _restore_parameters(self) -> None:
