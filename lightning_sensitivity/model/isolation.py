@@ -79,9 +79,7 @@ class _State:
         self.parameters = [(parameter, parameter.requires_grad, parameter.grad) for _, parameter in named]
         self.writes = [(name, parameter, count_writes(parameter)) for name, parameter in named]
         self.devices = sorted({parameter.get_device() for _, parameter in named if parameter.is_cuda})
-        dicts = list(chain.from_iterable(map(_dicts_of, modules)))
-        self.originals = [(items, dict(items)) for items in dicts if items]
-        self.empty = [items for items in dicts if not items]  # most are, such as those of hooks
+        self.originals = [(items, dict(items)) for module in modules for items in _dicts_of(module)]
         # Set the mode by hand, since modules override `eval()`.
         modes: list[Place] = [(vars(module), "training", False) for module in modules]
         self.places = [*chain.from_iterable(map(_places_of, modules)), *modes]
@@ -111,12 +109,11 @@ class _State:
 
     def restore(self) -> None:
         for items, originals in self.originals:
+            if not items and not originals:  # as most are, such as those of hooks
+                continue
             if list(items) != list(originals):  # new names, or another order of parameters and buffers
                 items.clear()
             items.update(originals)
-        for items in self.empty:
-            if items:
-                items.clear()
         self._restore_parameters()
         torch.clear_autocast_cache()  # else torch 2.6 goes on with our copies, which have no gradients
 
