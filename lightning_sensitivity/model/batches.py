@@ -44,12 +44,7 @@ def clone_tensors(value: Any, clone: Callable[[Tensor], Tensor] = Tensor.clone) 
 
 def is_floating(tensor: Tensor) -> bool:
     """Check whether noise can be added: to dense floating tensors."""
-    return tensor.is_floating_point() and is_dense(tensor)
-
-
-def is_dense(tensor: Tensor) -> bool:
-    """Check whether a tensor is neither sparse nor nested."""
-    return tensor.layout == torch.strided and not tensor.is_nested
+    return tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_nested
 
 
 def tensors_in(value: object) -> list[Tensor]:
