@@ -4,6 +4,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from numbers import Real
 from typing import Any
 
@@ -110,12 +111,10 @@ def perturbation(noise: NoiseFunction, key: tuple[int, ...]) -> Perturb:
         noise: The noise.
         key: Seed, rank, loader, batch and draw; see :func:`noise_generator`.
     """
-    generators: dict[torch.device, torch.Generator] = {}
+    generator_on = cache(lambda device: noise_generator(*key, device=device))
 
     def perturb(x: Tensor) -> Tensor:
-        if x.device not in generators:
-            generators[x.device] = noise_generator(*key, device=x.device)
-        new: object = noise(x.clone(), generators[x.device])  # a user's function may write to it
+        new: object = noise(x.clone(), generator_on(x.device))  # a user's function may write to it
         if not isinstance(new, Tensor) or (new.shape, new.dtype, new.device) != (x.shape, x.dtype, x.device):
             expected = f"`noise` should return {describe(x)}, like its input"
             raise MisconfigurationException(f"{expected}, got {describe(new)}.")
