@@ -206,10 +206,9 @@ def _score(name: str, rows: Tensor, log_p: Tensor) -> Measured:
         raise ValueError(f"Expected two samples or more, all finite; got {got}.")
     for message, _ in diagnostics(estimate).values():
         rank_zero_warn(f"Model {name!r}: {message}")
-    sensitivity = float(estimate.value), float(estimate.stderr)
     entropy = torch.special.entr(log_p.exp()).sum(2).mean()
     note = "undecided (untrained?)" if entropy > 0.95 * math.log(log_p.shape[2]) else ""
-    scores = ModelScores(name, math.nan, *sensitivity, note)
+    scores = ModelScores(name, math.nan, float(estimate.value), float(estimate.stderr), note)
     return scores, log_p if len(log_p) == len(rows) else log_p[:0]
 
 
