@@ -112,7 +112,7 @@ class RiskMonitor(Monitor):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check what can be checked by now, and forget the last fit, unless this one continues it."""
         super().setup(trainer, pl_module, stage)
-        check_modes(trainer, {self.prefix + name for name in self.names})
+        check_modes(trainer, self.prefixed_names())
         if stage == "fit" and _is_new(trainer):
             self.fit = FitRecord()
 
