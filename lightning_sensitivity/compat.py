@@ -79,8 +79,6 @@ def original_module(module: nn.Module) -> Any:
 def num_loaders(trainer: Trainer) -> int:
     """Count the loaders of an evaluation; several that are combined, but not one after the other, are one."""
     combined: Any = trainer._evaluation_loop._combined_loader
-    if combined is None:  # before the first validation of a fit
-        return 0
     return len(combined.flattened) if combined._mode == "sequential" else 1
 
 

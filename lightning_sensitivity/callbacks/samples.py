@@ -189,7 +189,7 @@ def keep_validation_samples(trainer: Trainer, num_samples: int | None, num_label
     """
     num_loaders = compat.num_loaders(trainer)
     num_wanted = math.inf if num_samples is None else num_samples / trainer.world_size
-    max_bytes = MAX_BYTES / max(1, num_loaders)
+    max_bytes = MAX_BYTES / num_loaders
     return [KeptSamples(i, num_wanted, num_labelled / trainer.world_size, max_bytes) for i in range(num_loaders)]
 
 
