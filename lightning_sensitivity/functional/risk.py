@@ -34,10 +34,7 @@ class RiskTerms(NamedTuple):
 
 
 def risk_terms(
-    unseen: UnseenSums,
-    training: LabelSums,
-    strength: float | None = None,
-    factor: float = 1.0,
+    unseen: UnseenSums, training: LabelSums, strength: float | None = None, factor: float = 1.0
 ) -> RiskTerms:
     r"""Estimate the Brier score on unseen samples from sums over all batches and processes.
 
