@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -94,10 +95,11 @@ def twin_numbers(place: int, num_batches: int) -> list[int]:
     return [2 * place, 2 * place + 1] if num_batches < NUM_TWINS else [place * NUM_TWINS // num_batches]
 
 
+@dataclass(eq=False)
 class Twins:
     """Run simulated twins of a model on batches.
 
-    Args:
+    Attributes:
         model: The module.
         initial: Its parameters before training; see :func:`twin_weights`.
         strength: λ.
@@ -105,36 +107,27 @@ class Twins:
         run: Calls a function that runs the model; from :func:`~lightning_sensitivity.model.isolated`.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        initial: Mapping[str, Tensor],
-        strength: float,
-        key: tuple[int, int, int],
-        run: RunIsolated,
-    ) -> None:
-        self._model = model
-        self._initial = initial
-        self._strength = strength
-        self._key = key
-        self._run = run
-        self._last: tuple[int, dict[str, Tensor]] = -1, {}  # a twin's number and weights
-        self._has_batch_norm = has_batch_norm(model)
+    model: nn.Module
+    initial: Mapping[str, Tensor]
+    strength: float
+    key: tuple[int, int, int]
+    run: RunIsolated
+    _last: tuple[int, dict[str, Tensor]] = field(default=(-1, {}), init=False)  # a twin's number and weights
 
     def outputs(self, call: ModelCall, place: int, num_batches: int) -> Iterator[Tensor]:
         """Yield the outputs of each twin for a batch; for the last two arguments see :func:`twin_numbers`."""
         for number in twin_numbers(place, num_batches):
-            yield self._run(_call_with_batch_statistics, self._model, call, self._weights(number))
+            yield self.run(_call_with_batch_statistics, self.model, call, self._weights(number))
 
     def baseline_outputs(self, call: ModelCall) -> Tensor | None:
         """Return the model's outputs for a batch with its statistics; None without batch norm."""
-        return self._run(_call_with_batch_statistics, self._model, call) if self._has_batch_norm else None
+        return self.run(_call_with_batch_statistics, self.model, call) if has_batch_norm(self.model) else None
 
     def _weights(self, number: int) -> dict[str, Tensor]:
         if self._last[0] != number:
-            device = next((parameter.device for parameter in self._model.parameters()), torch.device("cpu"))
-            generator = noise_generator(*self._key, 0, number, device=device)
-            self._last = number, twin_weights(self._model, self._initial, generator, self._strength)
+            device = next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
+            generator = noise_generator(*self.key, 0, number, device=device)
+            self._last = number, twin_weights(self.model, self.initial, generator, self.strength)
         return self._last[1]
 
 
