@@ -68,7 +68,7 @@ class _EvenlySpaced:
         self.batches: list[KeptBatch] = []  # by their turn
         self.size = 0
         self.is_truncated = False  # for lack of memory
-        self._num_wanted = num_wanted
+        self.num_wanted = num_wanted
         self._max_bytes = max_bytes
         self._num_bytes = 0
         self._last_turn = 1.0
@@ -83,7 +83,7 @@ class _EvenlySpaced:
         while self._num_bytes > self._max_bytes and len(self.batches) > 1:
             self.is_truncated = True
             self._drop_last()
-        self.reduce_to(self._num_wanted)
+        self.reduce_to(self.num_wanted)
 
     def reduce_to(self, num_samples: float) -> None:
         """Keep as few batches as hold a number of samples."""
@@ -115,8 +115,6 @@ class KeptSamples:
     ) -> None:
         self.dataloader_idx = dataloader_idx
         self.is_complete = False
-        self._num_wanted = num_wanted
-        self._num_labelled = num_labelled
         max_bytes /= 2 if num_labelled > 0 else 1
         self._labelled, self._others = (_EvenlySpaced(num, max_bytes) for num in (num_labelled, num_wanted))
 
@@ -133,16 +131,16 @@ class KeptSamples:
     @property
     def is_full(self) -> bool:
         """Whether there are as many samples as are wanted, or no more are."""
-        return self.is_complete or self.size >= self._num_wanted
+        return self.is_complete or self.size >= self._others.num_wanted
 
     @property
     def is_truncated(self) -> bool:
         """Whether samples are missing for lack of memory."""
-        return self._others.is_truncated and self.size < self._num_wanted
+        return self._others.is_truncated and self.size < self._others.num_wanted
 
     def wants(self, batch_idx: int, has_labels: bool = False) -> bool:
         """Return whether to keep a batch: one without labels only until those with labels are enough."""
-        is_needed = has_labels or self._labelled.size < self._num_wanted
+        is_needed = has_labels or self._labelled.size < self._others.num_wanted
         return is_needed and not self.is_complete and self._part(has_labels).wants(batch_idx)
 
     def add(self, batch: KeptBatch) -> None:
@@ -154,7 +152,7 @@ class KeptSamples:
         """Want no more, unless none has come, and keep as few as are wanted: those with labels first."""
         if not self.is_complete and self.size > 0:
             self.is_complete = True
-            self._others.reduce_to(self._num_wanted - self._labelled.size)
+            self._others.reduce_to(self._others.num_wanted - self._labelled.size)
 
     def split(self, values: Tensor | None) -> Sequence[Tensor | None]:
         """Split values of all samples, ``(N, ...)``, into those of each batch, if there are any."""
@@ -162,7 +160,7 @@ class KeptSamples:
         return [None] * len(sizes) if values is None else torch.split(values, sizes)
 
     def _part(self, has_labels: bool) -> _EvenlySpaced:
-        return self._labelled if has_labels and self._num_labelled > 0 else self._others
+        return self._labelled if has_labels and self._labelled.num_wanted > 0 else self._others
 
 
 def count_labels(batches: Sequence[KeptBatch]) -> int:
