@@ -5,7 +5,6 @@ import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from itertools import chain
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -80,9 +79,7 @@ class _State:
         self.writes = [(name, parameter, count_writes(parameter)) for name, parameter in named]
         self.devices = sorted({parameter.get_device() for _, parameter in named if parameter.is_cuda})
         self.originals = [(items, dict(items)) for module in modules for items in _dicts_of(module)]
-        # Set the mode by hand, since modules override `eval()`.
-        modes: list[Place] = [(vars(module), "training", False) for module in modules]
-        self.places = [*chain.from_iterable(map(_places_of, modules)), *modes]
+        self.places = [place for module in modules for place in _places_of(module)]
         self.large_clones: dict[int, tuple[Tensor, int]] = {}  # by id of the original; with a version
 
     def put_copies(self) -> None:
@@ -153,12 +150,13 @@ def _dicts_of(module: nn.Module) -> list[dict[str, object]]:
 
 
 def _places_of(module: nn.Module) -> list[Place]:
-    """List what a run gets a copy of: the dict that holds each attribute or buffer, its name and value."""
+    """List what a run replaces, such as attributes and buffers by copies: dict, name and value."""
     attributes = vars(module)
     own = [(attributes, name, value) for name, value in attributes.items() if name not in _OWN and _is_copied(value)]
     buffers = [(module._buffers, name, value) for name, value in module._buffers.items() if _is_copied(value)]
     names = ("log", "log_dict") if callable(getattr(module, "log_dict", None)) else ()  # of a LightningModule
-    return [*own, *buffers, *((attributes, name, lambda *args, **kwargs: None) for name in names)]
+    silent = [(attributes, name, lambda *args, **kwargs: None) for name in names]
+    return [*own, *buffers, *silent, (attributes, "training", False)]  # modules may override `eval()`
 
 
 def _is_copied(value: object) -> bool:
