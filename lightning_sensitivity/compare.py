@@ -189,12 +189,11 @@ def _judge(measured: Sequence[Measured]) -> list[ModelScores]:
     predictions = {scores.name: log_p for scores, log_p in measured if len(log_p)}
     voters = [scores.name for scores, log_p in measured if len(log_p) and not scores.note]
     errors = consensus_errors(predictions, voters)
-    judged = []
-    for scores, log_p in measured:
-        note = scores.note or (
-            "" if errors or not len(log_p) else "no consensus: it needs three models of the same classes"
-        )
-        judged.append(scores._replace(consensus_error=errors.get(scores.name, math.nan), note=note))
+    note = "" if errors or not predictions else "no consensus: it needs three models of the same classes"
+    judged = [
+        scores._replace(consensus_error=errors.get(scores.name, math.nan), note=scores.note or note)
+        for scores, _ in measured
+    ]
     return sorted(judged, key=lambda scores: (errors.get(scores.name, math.inf), scores.sensitivity))
 
 
