@@ -28,9 +28,8 @@ class Multiclass:
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         """Raise ValueError, saying what was expected, if outputs and labels do not fit the task."""
         if num_outputs(outputs) == 1:
-            is_floating = targets.is_floating_point()
-            kind, values = ("floating", "from 0 to 1") if is_floating else ("integers", "0 and 1")
-            raise ValueError(f"Labels are {kind} for one output. Set `task='binary'` if they are {values}")
+            advice = "Set `task='binary'` if they are from 0 to 1"
+            raise ValueError(f"Labels are {targets.dtype} for one output. {advice}")
         if targets.is_floating_point():
             self._check_soft_labels(outputs, targets)
         else:

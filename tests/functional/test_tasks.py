@@ -17,7 +17,7 @@ REFUSED: dict[str, tuple[str, Tensor, Tensor, str]] = {
     "another `ignore_index`": ("multiclass", LOGITS, CLASSES - 1, "-100.* got -1 to 1.*`targets=`.*`ignore_index`"),
     "a label for some positions": ("multiclass", DENSE, torch.zeros(2, 7).long(), r"\(N, ...\).*shape \(2, 7\)"),
     "a column of labels": ("multiclass", LOGITS, CLASSES[:, None], r"`targets=lambda batch: batch\[1\].squeeze\(1\)`"),
-    "one output": ("multiclass", SINGLE, BITS.float(), "floating for one output. Set `task='binary'`"),
+    "one output": ("multiclass", SINGLE, BITS.float(), "float32 for one output. Set `task='binary'`"),
     "several classes, floats": ("multiclass", LOGITS, MULTI_HOT.float(), "sum to 1.*`task='multilabel'`"),
     "one output for several labels": ("multilabel", SINGLE, BITS[:, None], "K > 1.*`task='binary'`"),
     "class indices for several labels": ("multilabel", LOGITS, CLASSES, "Leave `task` out if labels are class indices"),
