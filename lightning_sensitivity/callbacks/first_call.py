@@ -27,11 +27,11 @@ class FirstCall:
 
     def __init__(self, is_wanted: bool = False) -> None:
         self._is_wanted = is_wanted
-        self._ours: Arguments = {}
-        self._theirs: Arguments | None = None  # None before the first call
         self._module: nn.Module | None = None
-        self._streams: object = None
-        self._has_drawn = False  # random numbers
+        self._ours: Arguments = {}
+        self._streams: object = None  # of random numbers, before the step
+        self._was_called = False
+        self._difference: str | None = None
         self._hooks = ExitStack()
 
     def __reduce__(self) -> tuple[type["FirstCall"], tuple[()]]:
@@ -51,43 +51,41 @@ class FirstCall:
                     self._hooks.enter_context(part.register_forward_pre_hook(self._note, with_kwargs=True))
 
     def _note(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._theirs is not None or compat.is_redirected(part) or not torch.is_grad_enabled():
+        if self._was_called or compat.is_redirected(part) or not torch.is_grad_enabled():
             return
-        self._theirs = self._ours  # also if they can't be copied: a step must not fail because of a hint
-        self._has_drawn = compat.random_streams() != self._streams
-        if part is self._module:
-            with suppress(Exception):
-                self._theirs = _copy_arguments(part, args, kwargs)
+        self._was_called = True
+        with suppress(Exception):  # a step must not fail because of a hint, nor say what can't be compared
+            if part is self._module:
+                has_drawn = compat.random_streams() != self._streams
+                self._difference = _find_difference(self._ours, _copy_arguments(part, args, kwargs), has_drawn)
 
     def stop(self, module: LightningModule, is_skipped: bool) -> str | None:
         """Stop watching, and say how the step differs from what is measured; a skipped step says nothing."""
-        ours, theirs = self._ours, self._theirs
+        is_done, difference = self._was_called or not self._ours, self._difference
         self.cancel()
-        if not ours or theirs is ours:
-            return None
-        if theirs is None:
-            self._is_wanted = is_skipped
-            is_silent = is_skipped or "forward" in _names_in_step(module)  # no hook sees `self.forward(x)`
-            return None if is_silent else "the step does not call `forward`, which is measured"
-        with suppress(Exception):  # tensors of some kinds can't be compared
-            return self._find_difference(ours, theirs)
-        return None
+        if is_done:
+            return difference
+        self._is_wanted = is_skipped
+        is_silent = is_skipped or "forward" in _names_in_step(module)  # no hook sees `self.forward(x)`
+        return None if is_silent else "the step does not call `forward`, which is measured"
 
     def cancel(self) -> None:
         """Stop watching, at any time."""
         self._hooks.close()
-        self._ours, self._theirs, self._module = {}, None, None
+        self._module, self._ours, self._was_called, self._difference = None, {}, False, None
 
-    def _find_difference(self, ours: Arguments, theirs: Arguments) -> str | None:
-        for name in sorted((ours.keys() | theirs.keys()) - set(TARGET_NAMES)):
-            if name not in ours:
-                return f"the step calls the model with other arguments: also with `{name}`"
-            tensors, found = ours[name], theirs.get(name, [])
-            if _shapes(found) != _shapes(tensors):
-                return f"the step calls the model with other arguments: `{name}` is missing or has another shape"
-            if not self._has_drawn and not all(map(are_close, tensors, found)):
-                return f"the step calls the model with other values of `{name}`, though it draws no random numbers"
-        return None
+
+def _find_difference(ours: Arguments, theirs: Arguments, has_drawn: bool) -> str | None:
+    """Say how the arguments of a step differ from ours; their values may, if it has drawn random numbers."""
+    for name in sorted((ours.keys() | theirs.keys()) - set(TARGET_NAMES)):
+        if name not in ours:
+            return f"the step calls the model with other arguments: also with `{name}`"
+        tensors, found = ours[name], theirs.get(name, [])
+        if _shapes(found) != _shapes(tensors):
+            return f"the step calls the model with other arguments: `{name}` is missing or has another shape"
+        if not has_drawn and not all(map(are_close, tensors, found)):
+            return f"the step calls the model with other values of `{name}`, though it draws no random numbers"
+    return None
 
 
 def _shapes(tensors: list[Tensor]) -> list[torch.Size]:
