@@ -48,13 +48,9 @@ def set_rng_states(states: dict[str, object]) -> None:
 # torchmetrics
 
 
-def forget_computed(metric: Metric) -> None:
-    """Forget the cached value of a metric, so that ``compute`` runs again."""
-    metric._computed = None
-
-
 def mark_updated(metric: Metric) -> None:
-    """Count a metric as updated, so that ``compute`` does not warn: a process may have no batch."""
+    """Count a metric as updated, so that ``compute`` runs again, and does not warn that nothing came."""
+    metric._computed = None
     metric._update_count = max(1, metric._update_count)
 
 

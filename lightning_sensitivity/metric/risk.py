@@ -172,7 +172,6 @@ class RiskEstimate(WideMetric):
 
     def _add(self, state: str, values: Tensor) -> None:
         setattr(self, state, getattr(self, state) + values)  # not in place: it may belong to inference mode
-        compat.forget_computed(self)
         compat.mark_updated(self)
 
     def compute(self) -> dict[str, Tensor]:
