@@ -180,17 +180,16 @@ class RiskEstimate(WideMetric):
         labels = LabelSums(*self.labels_sums)
         terms = risk.risk_terms(unseen, training, self.strength, self._factor)
         values = {f"risk_{name}": term for name, term in terms._asdict().items()}
-        estimate, is_clean = terms.estimate, False
+        estimate, weight, is_clean = terms.estimate, 0.0, False
         if self.reference_sums[-1] > 0:
             found, is_clean = self._reference_values()
             values |= found
-            if found["risk_reference_weight"] > 0:
-                estimate = estimate + found["risk_reference_weight"] * found["risk_reference"]
-                estimate = estimate / (1 + found["risk_reference_weight"])
+            weight = float(found["risk_reference_weight"])
+            if weight > 0:
+                estimate = (estimate + weight * found["risk_reference"]) / (1 + weight)
         self.messages = risk.diagnostics(unseen, training, estimate, self.task)
         if labels.num_scored > 0:
-            has_reference = bool(values.get("risk_reference_weight", 0) > 0)
-            estimate = risk.combine_with_labels(estimate, labels, has_reference)
+            estimate = risk.combine_with_labels(estimate, labels, has_reference=weight > 0)
             values["risk_label_score"] = labels.score / labels.num_scored
             values["risk_num_labels"] = labels.num_scored
         criterion = training.score / training.num_scored if is_clean else estimate
