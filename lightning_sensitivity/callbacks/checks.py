@@ -151,9 +151,8 @@ def check_run(monitor: str, trainer: Trainer, pl_module: LightningModule, stage:
         MisconfigurationException: If something is missing; the message says what to change.
     """
     names = {base.__name__ for base in type(trainer.strategy).__mro__}
-    if names.isdisjoint(_SHARDED):
-        problem = _problem_of_steps(trainer, pl_module, stage)
-    else:
+    problem = _problem_of_steps(trainer, pl_module, stage)
+    if not names.isdisjoint(_SHARDED):
         problem = "does not support sharded weights (FSDP, DeepSpeed, ModelParallelStrategy); use DDP"
     if problem is not None:
         raise MisconfigurationException(f"`{monitor}` {problem}.{link_to('unsupported')}")
