@@ -128,8 +128,7 @@ class Monitor(Callback, ABC):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Decide whether to measure, and prepare to keep samples in the first validation of a run."""
-        is_fit = trainer.state.fn == TrainerFn.FITTING
-        if is_fit and not trainer.sanity_checking:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self.reporter.before_first_step = False  # also in a resumed fit that begins with a validation
         self._is_measuring = self.should_measure(trainer)
         if self._is_measuring:
@@ -151,19 +150,16 @@ class Monitor(Callback, ABC):
             self._measure_all(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the values; every process comes here."""
+        """Log the values, or forget the samples of the sanity check; every process comes here."""
         if not self._is_measuring:
             return
         if not self.metrics:  # the loader ended before Lightning knew, or this process has no batch
             self._measure_all(trainer, pl_module)
         self._is_measuring = False
+        if trainer.sanity_checking:
+            self.forget_samples()
         for samples in self.samples:
-            if not trainer.sanity_checking:
-                self._log_values(trainer, samples.dataloader_idx)
-
-    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget the samples of the sanity check."""
-        self.forget_samples()
+            self._log_values(trainer, samples.dataloader_idx)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Free the samples."""
