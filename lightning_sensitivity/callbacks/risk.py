@@ -224,8 +224,7 @@ class RiskMonitor(Monitor):
         """Run the model and its twins on the kept samples of a loader, and the model on training samples."""
         if not self.fit.training.batches and not self.reporter.before_first_step:
             raise MisconfigurationException(f"no training sample is kept yet.{link_to('no-estimate')}")
-        fit, task = self.fit, TASKS[self.task]
-        reference = find_reference(fit, samples, task, self.reporter)
+        reference = find_reference(self.fit, samples, TASKS[self.task], self.reporter)
         metric = self._make_metric(module, samples.dataloader_idx, reference)
         self._measure_training(module, run, metric)
         predictions = samples.split(None if reference is None else reference.predictions)
