@@ -74,7 +74,10 @@ def called_as_a_function(metric: Any) -> Any:
 
 
 def moved_while_synced(metric: Any) -> Any:
-    metric.sync(dist_sync_fn=lambda x, group: [x, x[:0] if x.ndim > 1 else 0 * x], distributed_available=lambda: True)
+    metric.sync(
+        dist_sync_fn=lambda x, group: [x, x[:0] if x.ndim > 1 else torch.zeros_like(x)],
+        distributed_available=lambda: True,
+    )
     synced = metric.metric_state
     close(metric.bfloat16().metric_state, synced)
     metric.unsync()
@@ -168,6 +171,13 @@ def test_the_references_of_processes_count_together() -> None:
     assert values["risk_label_noise"] == pytest.approx((0.1 + 0.3) / 2)
     close(values["risk_claim"], (alone[0]["risk_claim"] + alone[1]["risk_claim"]) / 2)
     close(values["risk_reference"], (alone[0]["risk_reference"] + alone[1]["risk_reference"]) / 2)
+
+
+def test_the_noise_is_unknown_if_one_process_of_several_does_not_know_it() -> None:
+    metric = filled(make_risk(reference=REFERENCE._replace(noise=math.nan)), [0])
+    for score in (0.5, 0.6, 0.7):
+        metric.merge_state(filled(make_risk(reference=REFERENCE._replace(noise=0.5, score=score)), [1]))
+    assert "risk_label_noise" not in metric.compute()
 
 
 NO_NOISE = {"noise": 0.01, "claim": 1.4 * REFERENCE.score}

@@ -26,8 +26,7 @@ _NUM_SUMS = {
     "training_agreement": len(AgreementSums._fields),
 }
 
-
-_UNKNOWN = -1.0  # share of labels that look wrong
+_UNKNOWN = -math.inf  # share of labels that look wrong; makes that of all processes unknown
 
 
 class RiskEstimate(WideMetric):
