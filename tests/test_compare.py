@@ -71,6 +71,17 @@ def test_batches_pass_through_the_hooks_of_a_module() -> None:
     assert torch.equal(batches[0], inputs(50))
 
 
+def test_a_hook_that_draws_random_numbers_does_not_change_what_passes_draw() -> None:
+    class Drawing(Linear):
+        def on_after_batch_transfer(self, batch: Tensor, dataloader_idx: int) -> Tensor:
+            return batch + 0 * torch.rand(1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x) + torch.rand(len(x), 1)
+
+    assert compare({"drawing": Drawing()}, [inputs(50)], noise=1e-6)["drawing"].sensitivity < 1e-6
+
+
 # The consensus
 
 
