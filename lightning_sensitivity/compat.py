@@ -25,24 +25,12 @@ __all__ = ["AxType", "BatchNorm", "Convolution", "PlotType", "TransposedConvolut
 # Random states
 
 
-def collect_rng_states(include_cuda: bool) -> dict[str, object]:
-    """Collect the states of Python's, NumPy's and torch's random streams."""
-    from lightning.fabric.utilities.seed import _collect_rng_states
-
-    return _collect_rng_states(include_cuda=include_cuda)
-
-
 def random_streams() -> object:
     """Collect the states of all random streams as plain values, which can be compared."""
-    states = collect_rng_states(include_cuda=True)  # if it has been used
+    from lightning.fabric.utilities.seed import _collect_rng_states
+
+    states = _collect_rng_states(include_cuda=True)  # if it has been used
     return apply_to_collection(states, (Tensor, np.ndarray), lambda state: state.tolist())
-
-
-def set_rng_states(states: dict[str, object]) -> None:
-    """Set the states from :func:`collect_rng_states`."""
-    from lightning.fabric.utilities.seed import _set_rng_states
-
-    _set_rng_states(states)
 
 
 # torchmetrics

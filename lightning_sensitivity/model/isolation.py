@@ -1,19 +1,20 @@
 """Run a model without leaving a trace: in eval mode, without gradients, with its state put back."""
 
 import copy
+import random
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_sensitivity.arguments import link_to
-from lightning_sensitivity.compat import collect_rng_states, set_rng_states
 
 T = TypeVar("T")
 Place = tuple[dict[str, Any], str, object]
@@ -51,7 +52,7 @@ def isolated(model: nn.Module) -> Iterator[RunIsolated]:
         MisconfigurationException: If it has lazy weights or scripted parts.
     """
     _check_modules(model)
-    state, streams = _State(model), collect_rng_states(include_cuda=False)
+    state, of_python, of_numpy = _State(model), random.getstate(), np.random.get_state()
 
     def run(function: Callable[..., T], *args: object) -> T:
         with torch.random.fork_rng(state.devices, device_type="cuda"):
@@ -64,10 +65,11 @@ def isolated(model: nn.Module) -> Iterator[RunIsolated]:
         return result
 
     try:
-        with torch.no_grad(), _eager():
+        with torch.random.fork_rng(state.devices, device_type="cuda"), torch.no_grad(), _eager():
             yield run
-    finally:  # Lightning's `isolate_rng` restores nothing after an exception
-        set_rng_states(streams)
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
 
 
 class _State:
