@@ -40,8 +40,7 @@ class Monitor(Callback, ABC):
         outputs: Selector | None,
         prog_bar: bool,
     ) -> None:
-        if num_samples is not None:
-            check_int("num_samples", num_samples, 1)
+        check_int("num_samples", num_samples, 1, optional=True)
         check_int("seed", seed, 0)
         check_argument("prefix", prefix, isinstance(prefix, str), "a str")
         check_selectors(inputs=inputs, outputs=outputs)

@@ -96,8 +96,7 @@ class RiskMonitor(Monitor):
         check_bool("validation_labels", validation_labels)
         is_valid = isinstance(initial_weights, Mapping | None)
         check_argument("initial_weights", initial_weights, is_valid, "a state dict, as in a checkpoint, or None")
-        if num_training is not None:
-            check_int("num_training", num_training, 1)
+        check_int("num_training", num_training, 1, optional=True)
         super().__init__(num_samples, seed, prefix, inputs, outputs, prog_bar)
         self.task = task
         self.targets = targets
