@@ -23,9 +23,10 @@ def count_training_samples(trainer: Trainer, batch_size: int) -> int | None:
     size = sized_len(dataset)
     if others or size is None or isinstance(dataset, IterableDataset):
         return None
-    if getattr(loader, "batch_sampler", None) is None:  # each item is a batch
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    if batch_sampler is None:  # each item is a batch
         return size * batch_size
-    sampler = getattr(loader, "sampler", None)
+    sampler = getattr(batch_sampler, "sampler", None)  # the loader's own may be unused
     num_drawn = sized_len(sampler)
     if isinstance(sampler, SequentialSampler):  # each epoch has the same batches
         num_drawn = min(size, int(trainer.num_training_batches * batch_size))

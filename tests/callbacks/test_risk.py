@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
-from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SubsetRandomSampler, TensorDataset
 
 from lightning_sensitivity import RiskMonitor
 from lightning_sensitivity.model.twins import NUM_TWINS, twin_numbers
@@ -200,10 +200,16 @@ def of_one(batch: Any) -> Any:
     return batch[0] if isinstance(batch[0], list) else batch
 
 
+def batched(batches: Any) -> DataLoader:
+    return DataLoader(TensorDataset(X, Y), batch_sampler=batches)
+
+
 COUNTED: dict[str, tuple[Any, dict[str, Any], int]] = {
     "limit_train_batches": (lambda: loader(shuffle=True), {"limit_train_batches": 2}, 50),
     "limit_train_batches, in order": (loader, {"limit_train_batches": 2}, 32),
     "SubsetRandomSampler": (lambda: loader(sampler=SubsetRandomSampler(range(20))), {}, 20),
+    "a batch sampler": (lambda: batched(BatchSampler(RandomSampler(X), 16, False)), {"limit_train_batches": 2}, 50),
+    "batches without a length": (lambda: batched(iter([[0, 1], [2, 3]])), {}, 50),
     "with replacement": (lambda: loader(sampler=RandomSampler(X, True, 80)), {}, 50),
     "items that are batches": (lambda: DataLoader([[X[:25], Y[:25]], [X[25:], Y[25:]]], None), {}, 50),
     "a labelled share": (lambda: with_labels(Y.where(torch.arange(50) % 5 > 0, -100)), {}, 40),
