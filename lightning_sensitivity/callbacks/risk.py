@@ -34,7 +34,7 @@ _FEW_SAMPLES = 8  # in a batch, for batch norm
 class RiskMonitor(Monitor):
     r"""Log what to stop by, and an estimate of the Brier score on unseen samples, in every validation epoch.
 
-    Training labels are enough, even noisy ones. Regressions and dense outputs have no estimate.
+    Noisy training labels are enough. Regressions and dense outputs have no estimate.
 
     **Logged values**, only in ``Trainer.fit``, after ``prefix``, as by ``compute`` of
     :class:`~lightning_sensitivity.RiskEstimate`: ``risk_criterion``, lowest where to stop, ``risk_estimate``
@@ -54,7 +54,7 @@ class RiskMonitor(Monitor):
         features: A function ``batch -> (N, D)`` for the reference, such as a pretrained encoder.
         initial_weights: State dict from before training, if these data have been trained on before.
         num_training: Number of different training samples, for streams and several loaders.
-        num_samples: Validation samples per loader, over all processes, in whole batches; None for all.
+        num_samples: Validation samples per loader, over all processes; None for all.
         seed: Seed of the simulated twins.
         prefix: Prefix of the logged names.
         inputs: A function ``batch -> arguments``; see :class:`~lightning_sensitivity.model.ModelCall`.
@@ -66,11 +66,9 @@ class RiskMonitor(Monitor):
             model is not supported, or labels do not fit the task.
 
     Example:
-        >>> from lightning.pytorch import Trainer
         >>> from lightning.pytorch.callbacks import EarlyStopping
         >>> from lightning_sensitivity import RiskMonitor
         >>> callbacks = [RiskMonitor(), EarlyStopping("val_risk_criterion", patience=10)]
-        >>> trainer = Trainer(callbacks=callbacks, logger=False)
     """
 
     names = ("risk_criterion", *(f"risk_{term}" for term in RiskTerms._fields))

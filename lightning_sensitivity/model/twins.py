@@ -112,7 +112,7 @@ class Twins:
     strength: float
     key: tuple[int, int, int]
     run: RunIsolated
-    _last: tuple[int, dict[str, Tensor]] = field(default=(-1, {}), init=False)  # a twin's number and weights
+    _last: dict[int, dict[str, Tensor]] = field(default_factory=dict, init=False)  # the weights of one twin
 
     def outputs(self, call: ModelCall, place: int, num_batches: int) -> Iterator[Tensor]:
         """Yield the outputs of each twin for a batch; for the last two arguments see :func:`twin_numbers`."""
@@ -124,11 +124,12 @@ class Twins:
         return self.run(_call_with_batch_statistics, self.model, call) if has_batch_norm(self.model) else None
 
     def _weights(self, number: int) -> dict[str, Tensor]:
-        if self._last[0] != number:
+        if number not in self._last:
             device = next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
             generator = noise_generator(*self.key, 0, number, device=device)
-            self._last = number, twin_weights(self.model, self.initial, generator, self.strength)
-        return self._last[1]
+            self._last.clear()
+            self._last[number] = twin_weights(self.model, self.initial, generator, self.strength)
+        return self._last[number]
 
 
 def has_batch_norm(model: nn.Module) -> bool:
