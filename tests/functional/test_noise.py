@@ -47,7 +47,7 @@ def test_the_order_of_samples_and_classes_does_not_matter_and_one_hot_labels_are
 @given(seed=SEEDS, num_classes=st.sampled_from([2, 3, 10]))
 @settings(max_examples=15, deadline=None)
 def test_it_grows_as_more_are_relabelled(seed: int, num_classes: int) -> None:
-    predictions, labels = sample(num_classes, seed)
+    predictions, labels = sample(num_classes, seed, num_samples=600)  # of 400, one in 300 draws hides its noise
     shares = [0.0, 0.05, 0.1, 0.15, 0.2]
     found = [estimate_noise(predictions, relabelled(labels, share, num_classes, seed)) for share in shares]
     assert found == sorted(found) and found[-1] == pytest.approx(0.2, abs=0.05)
