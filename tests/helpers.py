@@ -64,6 +64,8 @@ class Stream(IterableDataset):
 class Classifier(LightningModule):
     """A small network with dropout and batch norm, which eval mode and random streams matter to."""
 
+    lr = 1e-2
+
     def __init__(self, dropout: float = 0.2) -> None:
         super().__init__()
         self.net = nn.Sequential(
@@ -83,38 +85,40 @@ class Classifier(LightningModule):
             self.log("val_loss", cross_entropy(self(batch[0]), batch[1]))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), lr=1e-2)
-
-
-class Linear(LightningModule):
-    """A linear model: its sensitivity follows from its weights."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Linear(NUM_FEATURES, NUM_CLASSES)
-        self.scale = 1.0
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.scale * self.net(x)
-
-    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        pass
-
-    training_step = Classifier.training_step
-    configure_optimizers = Classifier.configure_optimizers
+        return torch.optim.Adam(self.parameters(), lr=self.lr)
 
 
 class Quiet(Classifier):
     """Its validation step makes no pass, whatever the batch is."""
 
-    validation_step = Linear.validation_step
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        pass
 
 
-def trainer(kind: Any = Trainer, **kwargs: Any) -> Trainer:
-    """A Trainer that is quiet and writes nothing, unless it is told to."""
+class Linear(Quiet):
+    """A linear model: its sensitivity follows from its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.scale = nn.Linear(NUM_FEATURES, NUM_CLASSES), 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * self.net(x)
+
+
+def averaged_weights(**options: Any) -> list[Callback]:
+    module = pytest.importorskip("lightning.pytorch.callbacks.weight_averaging")  # Lightning 2.6 and newer
+    return [module.EMAWeightAveraging(decay=0.5, **options)]
+
+
+def trainer(callbacks: Any = (), kind: Any = Trainer, **kwargs: Any) -> Any:
+    """A Trainer that is quiet and writes nothing, unless it is told to; its ``epochs`` are those of a history."""
     extras = "logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"
     defaults: dict[str, Any] = {"accelerator": "cpu", "max_epochs": 2, **dict.fromkeys(extras, False)}
-    return kind(**{**defaults, **kwargs})
+    others, history = [callbacks] if isinstance(callbacks, Callback) else callbacks, History()
+    run = kind(callbacks=[*others, history], **{**defaults, **kwargs})
+    run.epochs = history.epochs
+    return run
 
 
 def logged(run: Trainer, start: str = "") -> dict[str, float]:
@@ -124,7 +128,7 @@ def logged(run: Trainer, start: str = "") -> dict[str, float]:
 
 def validated(callbacks: Any, model: LightningModule, loaders: Any, **kwargs: Any) -> dict[str, float]:
     """What one or several callbacks have logged in ``Trainer.validate``, and the module, too."""
-    run = trainer(callbacks=callbacks, **kwargs)
+    run = trainer(callbacks, **kwargs)
     run.validate(model, loaders, verbose=False)
     return logged(run)
 
@@ -132,14 +136,14 @@ def validated(callbacks: Any, model: LightningModule, loaders: Any, **kwargs: An
 def fitted(callbacks: Any, model: Any, train: Any = None, val: Any = None, **kwargs: Any) -> Trainer:
     """A Trainer after a fit, of ``loader()`` if nothing else is said."""
     ckpt_path, loaders = kwargs.pop("ckpt_path", None), [loader() if each is None else each for each in (train, val)]
-    run = trainer(callbacks=callbacks, **kwargs)
+    run = trainer(callbacks, **kwargs)
     run.fit(model, *loaders, ckpt_path=ckpt_path)
     return run
 
 
 def refused(callbacks: Any, model: Any, train: Any = None, *val: Any, match: str = "Monitor`", **kwargs: Any) -> str:
     """The error before the first step, of a fit of ``loader()`` if nothing else is said."""
-    run = trainer(callbacks=callbacks, **kwargs)
+    run = trainer(callbacks, **kwargs)
     with pytest.raises(MisconfigurationException, match=match) as caught:
         run.fit(model, train or loader(), *(val or [loader()]))
     assert run.global_step == 0

@@ -231,3 +231,5 @@ def test_no_number_is_silently_wrong(name: str, kind: Any) -> None:
         for key, value in plain(case, model, *batches, case.y(features[0])).items():
             torch.testing.assert_close(run.callback_metrics[key].double(), value, rtol=1e-4, atol=1e-9)
         assert run.callback_metrics.get("val_risk_variance", 1) > 0
+    if sign != "!" and kind is RiskMonitor:
+        assert ("val_risk_reference" in run.callback_metrics) == ("no reference" not in verdict)

@@ -81,10 +81,10 @@ def test_running_out_of_memory_before_the_first_step_stays_the_error_that_it_is(
 
 def test_failures_are_said_at_1_2_4_and_8_of_them_and_leave_gaps_in_the_curve(tmp_path: Path) -> None:
     model = failing(KeyError("an error of the user"), lambda x, epoch: epoch in range(1, 10))
-    logger, history = CSVLogger(tmp_path, name=None), helpers.History()
+    logger = CSVLogger(tmp_path, name=None)
     stopping = EarlyStopping(SENSITIVITY, patience=20, mode="max")
-    callbacks = [SensitivityMonitor(), RiskMonitor(), history, stopping]
-    texts = said(callbacks, model, logger=logger, log_every_n_steps=1, max_epochs=12)
+    monitors, options = [SensitivityMonitor(), RiskMonitor()], {"logger": logger, "log_every_n_steps": 1}
+    texts = said([*monitors, stopping], model, max_epochs=12, **options)
     for name in ("SensitivityMonitor", "RiskMonitor"):
         mine = [text for text in texts if text.startswith(f"`{name}` (val_*)")]
         counts = [re.findall("It has failed (.) times", text) for text in mine]
@@ -93,8 +93,8 @@ def test_failures_are_said_at_1_2_4_and_8_of_them_and_leave_gaps_in_the_curve(tm
     rows = helpers.csv_rows(logger.log_dir)
     for name in (SENSITIVITY, f"{SENSITIVITY}_stderr", "val_risk_estimate", "val_risk_variance"):
         assert [int(row["epoch"]) for row in rows if row[name]] == [0, 10, 11]  # nothing old as if it were new
-    assert stopping.stopped_epoch == 0 and len(history.epochs) == 12
-    curve = [epoch[SENSITIVITY] for epoch in history.epochs]
+    curve = [epoch[SENSITIVITY] for epoch in model.trainer.epochs]
+    assert stopping.stopped_epoch == 0 and len(curve) == 12
     assert len({*curve[:10]}) == 1 and len({*curve[9:]}) == 3
 
 
@@ -174,23 +174,20 @@ class OwnLog(Linear):
         LightningModule.log(self, name, value)
 
 
-def test_a_module_whose_log_takes_fewer_arguments_costs_values_and_no_run() -> None:
-    texts = said([SensitivityMonitor(), RiskMonitor()], model := OwnLog())
-    assert model.trainer.current_epoch == 2
-    assert all("could not log `val_" in text and "TypeError" in text for text in texts)
-    assert {text.split()[0] for text in texts} == {"`SensitivityMonitor`", "`RiskMonitor`"}
-
-
 class SameNames(Callback):
     """It logs the names of the monitors with other options."""
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         for name in (SENSITIVITY, "val_risk_estimate"):
-            pl_module.log(name, 1.0, prog_bar=True, on_step=False, on_epoch=True, batch_size=1)
+            LightningModule.log(pl_module, name, 1.0, prog_bar=True, on_step=False, on_epoch=True, batch_size=1)
 
 
-def test_another_callback_that_logs_the_same_names_costs_values_and_no_run() -> None:
-    texts = said([SameNames(), SensitivityMonitor(), RiskMonitor()], model := Linear())
-    assert model.trainer.current_epoch == 2 and logged(model.trainer)[SENSITIVITY] == 1
+@pytest.mark.parametrize(("kind", "others", "error"), [(OwnLog, [], "TypeError"), (Linear, [SameNames()], "")])
+def test_a_log_of_fewer_arguments_or_a_callback_with_the_same_names_costs_values_and_no_run(
+    kind: Any, others: list[Callback], error: str
+) -> None:
+    texts = said([*others, SensitivityMonitor(), RiskMonitor()], model := kind())
+    assert model.trainer.current_epoch == 2 and logged(model.trainer).get(SENSITIVITY, 1) == 1
+    assert all("could not log `val_" in text and error in text for text in texts)
     for name in (SENSITIVITY, "val_risk_estimate"):
         assert any(f"could not log `{name}`" in text for text in texts)

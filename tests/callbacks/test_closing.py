@@ -18,7 +18,7 @@ from lightning_sensitivity.callbacks.closing import log_closing_line
 from lightning_sensitivity.callbacks.state import FitRecord, ValidationResult
 from lightning_sensitivity.functional import fit_reference
 from tests.callbacks.plain_loop import Plain
-from tests.helpers import History, fitted, labelled, trainer, unlabelled_loader
+from tests.helpers import fitted, labelled, trainer, unlabelled_loader
 
 CRITERION, ESTIMATE = "val_risk_criterion", "val_risk_estimate"
 X, Y = labelled(50).tensors
@@ -26,10 +26,10 @@ NOISY = DataLoader(TensorDataset(X, Y.where(torch.arange(50) % 3 > 0, 0)), 16)
 
 
 class Fast(Plain):
-    def __init__(self, lr: float = 0.3, kind: Any = torch.optim.Adam) -> None:
+    def __init__(self, lr: float = 0.3) -> None:
         seed_everything(0, verbose=False)
         super().__init__()
-        self.configure_optimizers = lambda: kind(self.parameters(), lr)
+        self.lr = lr
 
 
 def parts(text: str) -> tuple[str, list[str]]:
@@ -51,11 +51,10 @@ def said(caplog: Any) -> Any:
 
 def fit_fast(*callbacks: Any, num_loaders: int = 1, max_epochs: int = 12, **kwargs: Any) -> list[dict[str, float]]:
     """What each epoch of a fit has logged."""
-    history, vals = History(), [unlabelled_loader(seed=seed) for seed in range(1, 1 + num_loaders)]
+    vals = [unlabelled_loader(seed=seed) for seed in range(1, 1 + num_loaders)]
     has_checkpoint = any(isinstance(each, cb.ModelCheckpoint) for each in callbacks)
     options = {"enable_checkpointing": has_checkpoint, "max_epochs": max_epochs, **kwargs}
-    fitted([RiskMonitor(), *callbacks, history], Fast(), NOISY, vals, **options)
-    return history.epochs
+    return fitted([RiskMonitor(), *callbacks], Fast(), NOISY, vals, **options).epochs
 
 
 WATCHED: dict[str, tuple[int, str, Any]] = {  # how many loaders, what the line is about, and what watches it
@@ -129,8 +128,7 @@ def test_a_debugging_run_says_nothing(said: Any) -> None:
 @pytest.mark.parametrize("threshold", [None, 0.0, 10.0])
 def test_only_a_run_that_came_to_its_last_epoch_was_still_falling(threshold: float | None, said: Any) -> None:
     stopping = cb.EarlyStopping(CRITERION, patience=2, stopping_threshold=threshold)
-    model = Fast(0.05, torch.optim.SGD)
-    run = fitted([RiskMonitor(), stopping], model, NOISY, unlabelled_loader(seed=1), max_epochs=4)
+    run = fitted([RiskMonitor(), stopping], Fast(0.003), NOISY, unlabelled_loader(seed=1), max_epochs=4)
     assert ("It was still falling" in said.text) == (run.current_epoch == 4) == (threshold != 10.0)
 
 
@@ -204,7 +202,7 @@ def test_of_digits_it_says_whether_labels_are_wrong(is_noisy: bool, expected: st
     x, y = DIGITS.float() / 16, DIGIT_LABELS
     noisy = (y + 1 + torch.arange(len(y)) % 9) % 10
     y = noisy.where(is_noisy & (torch.arange(len(y)) % 10 < 3), y)
-    train, history = DataLoader(TensorDataset(x[:500], y[:500]), 50, shuffle=True), History()
-    fitted([RiskMonitor(), history], model, train, DataLoader(x[500:800], 100), max_epochs=6)
+    train = DataLoader(TensorDataset(x[:500], y[:500]), 50, shuffle=True)
+    last = fitted([RiskMonitor()], model, train, DataLoader(x[500:800], 100), max_epochs=6).epochs[-1]
     assert re.search(expected, parts(said.text)[0])
-    assert (history.epochs[-1][CRITERION] == history.epochs[-1][ESTIMATE]) == is_noisy
+    assert (last[CRITERION] == last[ESTIMATE]) == is_noisy

@@ -8,7 +8,7 @@ from lightning.pytorch import seed_everything
 from torch import Tensor, nn
 
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
-from tests.helpers import NUM_CLASSES, NUM_FEATURES, Classifier, History, fitted, loader, validated
+from tests.helpers import NUM_CLASSES, NUM_FEATURES, Classifier, fitted, loader, validated
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -37,11 +37,10 @@ def test_values_agree_with_the_cpu_and_the_devices_stream_is_left_alone(precisio
     assert abs(on_gpu["val_output_sensitivity"] - on_cpu["val_output_sensitivity"]) < 5 * error  # of other noise
 
 
-def fit(kind: Any, monitors: Any, **kwargs: Any) -> tuple[Any, History]:
+def fit(kind: Any, monitors: Any, **kwargs: Any) -> tuple[Any, list[dict[str, float]]]:
     seed_everything(0, verbose=False)
-    model, history = kind(), History()
-    fitted([*monitors, history], model, loader(2000, 100), loader(600, 100, seed=1), **kwargs)
-    return model, history
+    run = fitted(monitors, model := kind(), loader(2000, 100), loader(600, 100, seed=1), **kwargs)
+    return model, run.epochs
 
 
 @pytest.mark.parametrize("kind", [Classifier, Recurrent])
@@ -53,8 +52,8 @@ def test_training_is_bit_identical_and_the_estimate_that_of_the_cpu(kind: Any) -
     without, _ = fit(kind, [], deterministic=True, **CUDA)
     torch.testing.assert_close(with_monitors.state_dict(), without.state_dict(), rtol=0, atol=0)
     # Other noise, and other rounding in training.
-    expected = on_cpu.epochs[-1]["val_risk_estimate"]
-    assert on_gpu.epochs[-1]["val_risk_estimate"] == pytest.approx(expected, rel=0.1, abs=0.02)
+    expected = on_cpu[-1]["val_risk_estimate"]
+    assert on_gpu[-1]["val_risk_estimate"] == pytest.approx(expected, rel=0.1, abs=0.02)
     assert torch.cuda.memory_allocated() - allocated < 2**20  # nothing is left on the device
 
 

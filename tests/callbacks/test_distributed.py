@@ -42,11 +42,10 @@ def on_rank(rank: int | None, seed: int = 0) -> DataLoader:
 class Still(Linear):
     """Training does not move it, and its own collectives come between ours."""
 
+    lr = 0.0
+
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         self.log("val_mine", self(batch[0] if isinstance(batch, list) else batch).mean(), sync_dist=True)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
 def risk_monitor() -> RiskMonitor:
@@ -122,12 +121,11 @@ def stopping(rank: int, folder: Path) -> Any:
     """A fit that is stopped by the estimate, saved, and resumed."""
 
     def run(max_epochs: int, **kwargs: Any) -> Any:
-        monitor, history = RiskMonitor(validation_labels=True), helpers.History()
-        stop = EarlyStopping("val_risk_estimate", patience=2)
+        monitor, stop = RiskMonitor(validation_labels=True), EarlyStopping("val_risk_estimate", patience=2)
         val = DataLoader(labels_of(48, rank), 8)
         options = {"kind": distributed, "max_epochs": max_epochs, "num_sanity_val_steps": 0, **kwargs}
-        fit = fitted([monitor, stop, history], model(Normed), in_turn(48, rank), val, **options)
-        return fit, [{k: v for k, v in epoch.items() if "risk" in k} for epoch in history.epochs], monitor.fit
+        fit = fitted([monitor, stop], model(Normed), in_turn(48, rank), val, **options)
+        return fit, [{k: v for k, v in epoch.items() if "risk" in k} for epoch in fit.epochs], monitor.fit
 
     whole, epochs, state = run(6)
     first, *_ = run(2)
@@ -174,12 +172,11 @@ class Failing(Still):
 def a_pass_that_fails(rank: int, folder: Path) -> Any:
     batches, results = DataLoader(MARKED, batch_size=None), []
     for first_epoch in (0, 1):
-        net, history = model(Failing), helpers.History()
+        net = model(Failing)
         net.first_epoch = first_epoch
-        stop = EarlyStopping("val_risk_estimate", patience=9)
-        callbacks = [SensitivityMonitor(), risk_monitor(), stop, history]
+        callbacks = [SensitivityMonitor(), risk_monitor(), EarlyStopping("val_risk_estimate", patience=9)]
         _, messages = fitted_with_warnings(callbacks, net, loader(48, 8), batches, max_epochs=3)
-        results.append((history.epochs, messages))
+        results.append((net.trainer.epochs, messages))
     return results
 
 

@@ -47,31 +47,6 @@ class TwoParts(Stepping):
         return self.head(self.net(x))
 
 
-class Shared(TwoParts):
-    """It does not call itself, but its method, in a step for training and validation."""
-
-    def shared_step(self, batch: list[Tensor]) -> Tensor:
-        return cross_entropy(self.forward(batch[0]), batch[1])
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return self.shared_step(batch)
-
-
-class Direct(Shared):
-    """It does so in its step."""
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return cross_entropy(self.forward(batch[0]), batch[1])
-
-
-class Partial(TwoParts):
-    """Its step is no function."""
-
-    def __init__(self, step: Step) -> None:
-        super().__init__(step)
-        self.training_step = functools.partial(type(self).training_step, self)
-
-
 class Manual(Stepping):
     automatic_optimization = False
 
@@ -135,9 +110,10 @@ CASES = {
     # its call
     "a part with all parameters": Case(lambda m, x, y: cross_entropy(m.net(x), y)),
     "around forward": Case(around, CALL, TwoParts),
-    "forward itself": Case(plain, None, Direct),
-    "forward itself, in a shared step": Case(plain, None, Shared),
-    "around forward, in a partial": Case(around, CALL, Partial),
+    "forward itself, in a method that the step names": Case(
+        lambda m, x, y: cross_entropy(m.forward(x), y), None, TwoParts
+    ),
+    "around forward, in a partial": Case(functools.partial(around), CALL, TwoParts),
     "called twice": Case(lambda m, x, y: plain(m, x, y) + m(x * 2).square().mean()),
     "called without gradients, too": Case(lambda m, x, y: (torch.no_grad()(m)(x * 2), plain(m, x, y))[1]),
     # other ways to train
@@ -183,18 +159,14 @@ def test_passes_of_another_monitor_are_not_the_steps(kinds: Any, num_sanity_val_
 # What the step may do while it is watched
 
 
-class Saving(Linear):
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        if batch_idx == 0:
-            torch.save(self, io.BytesIO())
-            torch.jit.trace(self, batch[0])
-        return super().training_step(batch, batch_idx)
+def saving(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    torch.save(m, io.BytesIO())
+    torch.jit.trace(m, x)
+    return plain(m, x, y)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_it_may_save_and_trace_the_module() -> None:
-    texts = said(Saving(), [SensitivityMonitor(outputs=lambda y: y), RiskMonitor()])
-    assert [text for text in texts if "may not measure" in text] == []
+    assert said(Stepping(saving), [SensitivityMonitor(outputs=lambda y: y), RiskMonitor()], limit_train_batches=1) == []
 
 
 def num_hooks(model: nn.Module) -> int:
@@ -203,46 +175,25 @@ def num_hooks(model: nn.Module) -> int:
     return sum(map(len, [*everywhere, *(getattr(module, name) for module in model.modules() for name in names)]))
 
 
-class Counting(Linear):
-    """It notes whether hooks of ours are there."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.watched: list[bool] = []
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        self.watched.append(num_hooks(self) > 0)
-        return cross_entropy(self(batch[0]), batch[1])
-
-
 def test_only_the_first_step_is_watched_and_nothing_stays() -> None:
-    model = Counting()
+    watched = list[bool]()
+    model = Stepping(lambda m, x, y: (watched.append(num_hooks(m) > 0), plain(m, x, y))[1])
     assert said(model, [SensitivityMonitor(), RiskMonitor()]) == []
-    assert model.watched == [True, False, False, False] and num_hooks(model) == 0
+    assert watched == [True, False, False, False] and num_hooks(model) == 0
 
 
 def test_nothing_stays_when_a_step_raises() -> None:
-    def failing(m: Any, x: Tensor, y: Tensor) -> Tensor:
-        raise RuntimeError("an error of the user")
-
-    model = Stepping(failing)
-    with pytest.raises(RuntimeError, match="an error of the user"):
+    model = Stepping(lambda m, x, y: plain(m, x[:, :1], y))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         said(model, [SensitivityMonitor(), RiskMonitor()])
     assert num_hooks(model) == 0
 
 
 def test_training_batches_of_another_kind_than_validation_batches_are_not_watched() -> None:
-    class Paired(Linear):
-        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-            return plain(self, *batch)
-
-        def validation_step(self, batch: Any, batch_idx: int) -> None:
-            self(batch["image"])
-
     def image(batch: Any) -> Tensor:
         seen.append(isinstance(batch, dict))
         return batch["image"]
 
     val, seen = torch.utils.data.DataLoader([{"image": torch.rand(NUM_FEATURES)}] * 4, 2), list[bool]()
-    assert said(Paired(), SensitivityMonitor(inputs=image), val=val) == []
+    assert said(Stepping(plain), SensitivityMonitor(inputs=image), val=val) == []
     assert seen.count(False) == 1  # and not in every step

@@ -12,28 +12,19 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sensitivity import RiskMonitor
 from lightning_sensitivity.functional import bags_of_words, fit_reference, principal_components
-from tests.callbacks.plain_loop import HOLDOUT, NAMES, REFERENCE_NAMES, Plain, Truth, fit, standardized
-from tests.helpers import Classifier, Quiet, first_tensor, fitted, labelled, logged, refused, said
+from tests.callbacks.plain_loop import HOLDOUT, REFERENCE_NAMES, Plain, Truth, fit
+from tests.helpers import Classifier, Quiet, first_tensor, fitted, labelled, loader, logged, refused
 
 X, Y = labelled(50).tensors
 SHUFFLED = Y[torch.randperm(50, generator=torch.Generator().manual_seed(1))]
 NOISY = Y.where(torch.arange(50) % 3 > 0, SHUFFLED)
 
 
-def run(
-    train: Tensor = X, labels: Tensor = Y, features: Any = None, truth: Truth | None = None, **kwargs: Any
-) -> Truth:
-    truth = truth or Truth()
-    model = kwargs.pop("model", None) or Plain()
-    fit(model, DataLoader(TensorDataset(train, labels), 16), RiskMonitor(features=features), truth, **kwargs)
-    return truth
-
-
 def test_over_epochs_its_score_is_calibrated_as_by_a_plain_loop() -> None:
     model = Plain()
     model.net[0], model.net[3] = nn.Linear(12, 256).double(), nn.Linear(256, 4).double()
-    model.configure_optimizers = lambda: torch.optim.Adam(model.parameters(), lr=0.02)
-    truth = run(labels=NOISY, model=model, max_epochs=20)
+    model.lr = 0.02
+    fit(model, DataLoader(TensorDataset(X, NOISY), 16), RiskMonitor(), truth := Truth(), max_epochs=20)
     truth.check()
     # The network learns, and then memorizes: the factor is that of an epoch in between, and between its bounds.
     ratios = truth.ratios
@@ -68,12 +59,9 @@ def test_a_function_says_what_it_sees() -> None:
         return principal_components(x[:, :2].sin(), new_x[:, :2].sin())
 
     # It gets copies, to which it may write.
-    run(features=lambda batch: first_tensor(batch).sin_()[:, :2], truth=Truth(features=reduced), max_epochs=2).check()
-
-
-def test_labels_that_do_not_count_are_not_fitted() -> None:
-    labels = Y.where(torch.arange(50) % 4 > 0, -100)
-    run(labels=labels, max_epochs=2).check()
+    monitor = RiskMonitor(features=lambda batch: first_tensor(batch).sin_()[:, :2])
+    fit(Plain(), loader(), monitor, truth := Truth(features=reduced))
+    truth.check()
 
 
 # Token ids
@@ -111,14 +99,14 @@ def token_batches(num_batches: int, seed: int) -> list[dict[str, Tensor]]:
     return batches
 
 
-def fit_tokens(train: Any, val: Any) -> dict[str, float]:
-    run = fitted(RiskMonitor(), Tokens(), DataLoader(train, None), DataLoader(val, None), max_epochs=3)
-    return logged(run, "val_risk")
+def fit_tokens(train: Any, val: Any) -> tuple[RiskMonitor, dict[str, float]]:
+    run = fitted(monitor := RiskMonitor(), Tokens(), DataLoader(train, None), DataLoader(val, None))
+    return monitor, logged(run, "val_risk")
 
 
 def test_it_sees_token_ids_as_bags_of_words_without_padding_and_labels() -> None:
-    (train, val), monitor = (token_batches(4, seed=0), token_batches(3, seed=1)), RiskMonitor()
-    fitted(monitor, Tokens(), DataLoader(train, None), DataLoader(val, None), max_epochs=1)
+    train, val = token_batches(4, seed=0), token_batches(3, seed=1)
+    monitor, _ = fit_tokens(train, val)
     words, new_words = ([row[:3] for batch in part for row in batch["input_ids"]] for part in (train, val))
     features, new_features = principal_components(*bags_of_words(torch.stack(words), torch.stack(new_words)))
     expected = fit_reference(features, one_hot(torch.cat([batch["labels"] for batch in train]), 4), new_features)
@@ -130,7 +118,7 @@ def test_labels_in_a_validation_batch_never_reach_it() -> None:
     train, val = token_batches(4, seed=0), token_batches(3, seed=1)
     others = [{**batch, "labels": 3 - batch["labels"]} for batch in val]
     without = [{name: value for name, value in batch.items() if name != "labels"} for batch in val]
-    found = [fit_tokens(train, each) for each in (val, others, without)]
+    found = [fit_tokens(train, each)[1] for each in (val, others, without)]
     assert found[0] == found[1] == found[2] and found[0].keys() >= {*REFERENCE_NAMES}
 
 
@@ -154,42 +142,6 @@ def test_floating_labels_that_forward_takes_by_name_are_no_features(name: str) -
     assert run.callback_metrics["val_risk_reference_weight"] > 0
 
 
-# Without features
-
-
-class GraphModel(Plain):
-    def forward(self, graph: Any) -> Tensor:
-        return super().forward(graph.x)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return cross_entropy(self(batch), batch.y)
-
-    validation_step = Quiet.validation_step
-
-
-def fit_graphs(**kwargs: Any) -> tuple[dict[str, float], list[str]]:
-    """A fit on objects, which are neither numbers nor tokens, with as many nodes for each sample as they like."""
-    monitor = RiskMonitor(targets=lambda batch: batch.y, num_training=50, **kwargs)
-    train = [SimpleNamespace(x=x, y=y) for x, y in zip(X.split(16), Y.split(16), strict=True)]
-    val = [SimpleNamespace(x=x) for x in HOLDOUT.split(16)]
-    with said() as texts:
-        run = fitted(monitor, GraphModel(), DataLoader(train, None), DataLoader(val, None), max_epochs=3)
-    return logged(run, "val_risk"), texts
-
-
-def test_graphs_have_no_reference_which_is_said_once_and_values_as_without_one() -> None:
-    values, texts = fit_graphs()
-    assert len(texts) == 1 and "has no reference" in texts[0] and "`features=`" in texts[0]
-    terms = [f"val_risk_{name}" for name in ("claim", "overconfidence", "memorization", "variance")]
-    assert values.keys() == {*NAMES}
-    assert values["val_risk_estimate"] == pytest.approx(sum(values[name] for name in terms))
-
-
-def test_with_features_graphs_have_one() -> None:
-    values, texts = fit_graphs(features=lambda batch: batch.x)
-    assert not texts and values["val_risk_reference_weight"] > 0
-
-
 # A function that fails
 
 
@@ -200,12 +152,6 @@ def test_with_features_graphs_have_one() -> None:
 ])  # fmt: skip
 def test_a_function_that_fails_is_an_error_before_the_first_step(features: Any, match: str) -> None:
     refused(RiskMonitor(features=features), Plain(), match="^`RiskMonitor` .*" + match)
-
-
-def test_it_is_fitted_again_while_training_samples_come() -> None:
-    truth = run(max_epochs=1, limit_train_batches=4, val_check_interval=2)
-    truth.check()
-    assert len(truth.epochs) == 2 and standardized(X, HOLDOUT)[0].shape == (50, 12)
 
 
 def test_an_empty_batch_moves_no_prediction() -> None:

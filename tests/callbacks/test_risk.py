@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch import callbacks as cb
+from lightning.pytorch import seed_everything
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
@@ -18,7 +18,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SubsetRand
 from lightning_sensitivity import RiskMonitor
 from lightning_sensitivity.model.twins import NUM_TWINS, twin_numbers
 from tests.callbacks.plain_loop import HOLDOUT, NAMES, REFERENCE_NAMES, Plain, Truth, bce, fit
-from tests.helpers import Classifier, History, Stream, first_tensor, fitted, labelled, loader, logged, said
+from tests.helpers import Classifier, Stream, averaged_weights, first_tensor, fitted, labelled, loader, logged, said
 from tests.helpers import unlabelled_loader as unlabelled
 
 X, Y = labelled(50).tensors
@@ -26,18 +26,17 @@ PARTLY = one_hot(Y, 4).where((torch.arange(50) % 5 > 0)[:, None] | (torch.arange
 CODES = nn.Parameter(torch.ones(3, dtype=torch.int8), requires_grad=False)
 
 
-def changed(change: Any) -> Any:
-    change(model := Plain())
+def with_labels(labels: Tensor) -> DataLoader:
+    return DataLoader(TensorDataset(X[: len(labels)], labels), 16)
+
+
+def changed(change: Any, kind: Any = Plain) -> Any:
+    change(model := kind())
     return model
 
 
 def scale_late(model: Plain) -> None:
     model.on_train_start = lambda: model.net[0].weight.data.mul_(2)
-
-
-def averaged_weights() -> list[cb.Callback]:
-    module = pytest.importorskip("lightning.pytorch.callbacks.weight_averaging")  # Lightning 2.6 and newer
-    return [module.EMAWeightAveraging(decay=0.5)]
 
 
 SCORED: dict[str, tuple[Tensor, Any]] = {  # labels and model, by task
@@ -49,6 +48,7 @@ SCORED: dict[str, tuple[Tensor, Any]] = {  # labels and model, by task
     "multiclass, batch norm": (Y, lambda: changed(lambda m: m.net.insert(1, nn.BatchNorm1d(16).double()))),
     "multiclass, frozen integers": (Y, lambda: changed(lambda m: m.register_parameter("codes", CODES))),
     "multiclass, averaged weights": (Y, Plain),
+    "multiclass, without a sanity check": (Y, Plain),
     "multiclass, weights that come as training starts": (Y, lambda: changed(scale_late)),
 }
 
@@ -56,8 +56,8 @@ SCORED: dict[str, tuple[Tensor, Any]] = {  # labels and model, by task
 @pytest.mark.parametrize("name", SCORED)
 def test_the_terms_are_those_of_a_plain_loop(name: str) -> None:
     (y, make), task = SCORED[name], name.split(",")[0]
-    averaging = averaged_weights() if "averaged" in name else []
-    fit(make(), DataLoader(TensorDataset(X, y), 16), *averaging, RiskMonitor(task), truth := Truth(task))
+    callbacks = [*(averaged_weights() if "averaged" in name else []), RiskMonitor(task), truth := Truth(task)]
+    fit(make(), with_labels(y), *callbacks, num_sanity_val_steps=0 if "without a sanity check" in name else 2)
     truth.check()
     assert all(epoch["val_risk_variance"] > 0 for epoch in truth.epochs)
 
@@ -74,11 +74,6 @@ def test_the_first_batches_of_a_fit_are_kept_once_and_scored_as_they_came() -> N
     for _ in range(2):  # a second fit has samples and initial weights of its own
         fit(model, loader(shuffle=True), monitor, truth := Truth(), val_check_interval=2, max_epochs=2)
         truth.check()
-
-
-def test_the_terms_without_a_sanity_check() -> None:
-    fit(Plain(), loader(), RiskMonitor(), truth := Truth(), num_sanity_val_steps=0)
-    truth.check()
 
 
 def test_the_reference_learns_from_the_first_training_batches_of_which_evenly_spaced_ones_are_scored(
@@ -105,7 +100,7 @@ def test_precisions_give_nearly_the_same() -> None:
 @pytest.mark.parametrize(("y", "num_outputs"), [(Y[:1], 4), (0 * Y, 4), (0.1 + 0.8 * one_hot(Y % 2, 2), 2)])
 def test_one_sample_one_class_or_two_soft_ones_have_values_in_silence(y: Tensor, num_outputs: int) -> None:
     with said() as texts:
-        run = fit(Plain(num_outputs), DataLoader(TensorDataset(X[: len(y)], y), 16), RiskMonitor())
+        run = fit(Plain(num_outputs), with_labels(y), RiskMonitor())
     values = logged(run, "val_risk")
     assert not texts and values.keys() >= {*NAMES} and all(map(math.isfinite, values.values()))
     assert ("val_risk_label_noise" in values) == (num_outputs == 2)  # the others let a reference learn nothing
@@ -168,28 +163,18 @@ def test_each_of_several_loaders_has_an_estimate_under_lightnings_names() -> Non
 
 
 def test_early_stopping_and_checkpoints_follow_it_and_the_progress_bar_shows_it(tmp_path: Path) -> None:
-    history, stopping = History(), cb.EarlyStopping("val_risk_estimate", patience=3)
+    stopping = cb.EarlyStopping("val_risk_estimate", patience=3)
     checkpoint = cb.ModelCheckpoint(tmp_path, monitor="val_risk_estimate", filename="{epoch}")
-    callbacks, labels = [stopping, checkpoint, RiskMonitor(prog_bar=True), history], Y.clone()
+    callbacks, labels = [stopping, checkpoint, RiskMonitor(prog_bar=True)], Y.clone()
     labels[::4] = 0  # it learns, and then must memorize
-    train, val = DataLoader(TensorDataset(X, labels), 16), unlabelled(seed=1)
-    run = fitted(callbacks, Classifier(), train, val, enable_checkpointing=True, max_epochs=200)
-    values = [epoch["val_risk_estimate"] for epoch in history.epochs]
+    options = {"enable_checkpointing": True, "max_epochs": 200}
+    run = fitted(callbacks, Classifier(), with_labels(labels), unlabelled(seed=1), **options)
+    values = [epoch["val_risk_estimate"] for epoch in run.epochs]
     best = values.index(min(values))
     assert best > 0 and len(values) == best + 4 < 200
     assert Path(checkpoint.best_model_path).name == f"epoch={best}.ckpt"
-    assert history.epochs[0].keys() >= {*NAMES, *REFERENCE_NAMES}
+    assert run.epochs[0].keys() >= {*NAMES, *REFERENCE_NAMES}
     assert run.progress_bar_metrics.keys() & {*NAMES} == {NAMES[0]}
-
-
-def test_only_a_fit_has_an_estimate() -> None:
-    run = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=[RiskMonitor()])
-    run.validate(Plain(), loader(), verbose=False)
-    assert run.callback_metrics.keys() == {"val_loss"}
-
-
-def with_labels(labels: Tensor) -> DataLoader:
-    return DataLoader(TensorDataset(X, labels), 16)
 
 
 # How many training samples there are
@@ -269,38 +254,33 @@ def test_n_and_w_are_fixed_at_the_first_validation_also_if_layers_are_unfrozen_l
 # Nothing ends a run
 
 
-def learning_rates(start: float) -> Any:
-    """Learning rates that begin at 0: the first epoch moves nothing."""
+class Warm(Plain):
+    """The first epoch moves nothing."""
 
-    class Warm(Plain):
-        def configure_optimizers(self) -> Any:
-            optimizer = torch.optim.SGD(self.parameters(), 0.1)
-            return [optimizer], [LambdaLR(optimizer, lambda epoch: start + float(epoch > 0))]
-
-    return Warm()
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        return [optimizer], [LambdaLR(optimizer, lambda epoch: float(epoch > 0))]
 
 
 STILL: dict[str, tuple[Any, dict[str, Any]]] = {
-    "a learning rate of 0 at first": (lambda: learning_rates(0.0), {}),
+    "a learning rate of 0 at first": (Warm, {}),
     "steps that come after the first validation": (Plain, {"accumulate_grad_batches": 8, "val_check_interval": 2}),
-    "bf16, tiny steps": (lambda: tiny(Classifier()), {"precision": "bf16-mixed"}),
+    "bf16, tiny steps": (
+        lambda: changed(lambda model: setattr(model, "lr", 1e-7), Classifier),
+        {"precision": "bf16-mixed"},
+    ),
 }
-
-
-def tiny(model: Any) -> Any:
-    model.configure_optimizers = lambda: torch.optim.SGD(model.parameters(), 1e-7)
-    return model
 
 
 @pytest.mark.parametrize("name", STILL)
 def test_early_stopping_goes_on_with(name: str) -> None:
     make, options = STILL[name]
-    stopping, history = cb.EarlyStopping("val_risk_estimate", patience=99), History()
-    run = fit(make(), loader(), RiskMonitor(), stopping, history, max_epochs=4, **options)
+    stopping = cb.EarlyStopping("val_risk_estimate", patience=99)
+    run = fit(make(), loader(), RiskMonitor(), stopping, max_epochs=4, **options)
     assert run.current_epoch == 4 and not run.should_stop
-    assert all(math.isfinite(value) for epoch in history.epochs for value in epoch.values())
+    assert all(math.isfinite(value) for epoch in run.epochs for value in epoch.values())
     if "tiny" not in name:
-        assert history.epochs[0]["val_risk_variance"] == 0  # it has not moved
+        assert run.epochs[0]["val_risk_variance"] == 0  # it has not moved
 
 
 def broken_in(*epochs: int) -> Plain:
@@ -318,15 +298,15 @@ def broken_in(*epochs: int) -> Plain:
 
 
 def test_a_first_value_that_is_missing_is_logged_as_the_worst_score_and_later_ones_are_gaps() -> None:
-    stopping, history, model = cb.EarlyStopping("val_risk_estimate", patience=99), History(), broken_in(0, 1, 3)
+    stopping, model = cb.EarlyStopping("val_risk_estimate", patience=99), broken_in(0, 1, 3)
     optimizer = torch.optim.SGD(model.parameters(), 0.05)  # with a schedule that waits for the value, too
     schedule = {"scheduler": ReduceLROnPlateau(optimizer), "monitor": "val_risk_criterion"}
     model.configure_optimizers = lambda: {"optimizer": optimizer, "lr_scheduler": schedule}
     with said() as messages:
-        run = fit(model, loader(), RiskMonitor(), stopping, history, max_epochs=5)
-    values = [epoch["val_risk_estimate"] for epoch in history.epochs]
+        run = fit(model, loader(), RiskMonitor(), stopping, max_epochs=5)
+    values = [epoch["val_risk_estimate"] for epoch in run.epochs]
     assert run.current_epoch == 5 and values[:2] == [2.0, 2.0] and values[2] == values[3] != values[4] < 2
-    assert "val_risk_claim" not in history.epochs[0]
+    assert "val_risk_claim" not in run.epochs[0]
     assert len(messages) == 2 and "gave nan or inf" in messages[0] and "logs the worst possible" in messages[1]
 
 

@@ -108,7 +108,7 @@ def test_the_other_lightning(tmp_path: Path) -> None:
     class Model(other.LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            self.net, self.scale = nn.Linear(12, 4), 1.0
+            self.net, self.scale, self.lr = nn.Linear(12, 4), 1.0, 0.01
 
         forward, configure_optimizers = Linear.forward, Linear.configure_optimizers
         training_step, validation_step = Linear.training_step, Classifier.validation_step

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 import tests.helpers as helpers
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 from lightning_sensitivity.callbacks import samples as S
-from tests.helpers import NUM_FEATURES, Classifier, History, Linear, Quiet, fitted, inputs, loader, unlabelled_loader
+from tests.helpers import NUM_FEATURES, Classifier, Linear, Quiet, fitted, inputs, loader, unlabelled_loader
 
 SENSITIVITY = "val_output_sensitivity"
 
@@ -130,31 +130,21 @@ def test_a_hundred_thousand_batches_of_one_sample_cost_seconds_at_most() -> None
 class Still(Linear):
     """Training does not move it."""
 
+    lr = 0.0
+
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.log("val_mean", self(batch).mean() * (batch_idx == 0))
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.0)
-
-
-class Augmented(Dataset):
-    """Samples with a random transform."""
-
-    def __len__(self) -> int:
-        return 50
-
-    def __getitem__(self, index: int) -> Tensor:
-        return inputs(50)[index] + torch.rand(1)
-
 
 @pytest.mark.filterwarnings("ignore:.*sampler has shuffling enabled")
-@pytest.mark.parametrize("data", [inputs(50), Augmented()])
-def test_shuffled_samples_and_random_transforms_do_not_move_the_curve(data: Any) -> None:
-    history = History()
-    val = DataLoader(data, 10, shuffle=True)
-    fitted([SensitivityMonitor(num_samples=20), history], Still(), val=val, max_epochs=3)
-    assert len({epoch[SENSITIVITY] for epoch in history.epochs}) == 1
-    assert len({epoch["val_mean"] for epoch in history.epochs}) > 1
+@pytest.mark.parametrize(("shuffles", "transform"), [
+    (True, torch.stack), (False, lambda batch: torch.stack(batch) + torch.rand(len(batch), 1))
+])  # fmt: skip
+def test_shuffled_samples_and_random_transforms_do_not_move_the_curve(shuffles: bool, transform: Any) -> None:
+    val = DataLoader(inputs(50), 10, shuffle=shuffles, collate_fn=transform)
+    run = fitted(SensitivityMonitor(num_samples=20), Still(), val=val, max_epochs=3)
+    assert len({epoch[SENSITIVITY] for epoch in run.epochs}) == 1
+    assert len({epoch["val_mean"] for epoch in run.epochs}) > 1
 
 
 class Writing(Quiet):
@@ -200,12 +190,11 @@ def test_loaders_that_come_and_go_never_end_training(numbers: tuple[int, ...]) -
         def val_dataloader(self) -> Any:
             return [loader(20, seed=seed) for seed in range(numbers[self.current_epoch])]
 
-    callbacks = [SensitivityMonitor(), RiskMonitor(), history := History()]
-    run = helpers.trainer(callbacks=callbacks, max_epochs=3, reload_dataloaders_every_n_epochs=1)
+    run = helpers.trainer([SensitivityMonitor(), RiskMonitor()], max_epochs=3, reload_dataloaders_every_n_epochs=1)
     run.fit(Reloaded(), loader())
     suffixes = [f"/dataloader_idx_{index}" for index in range(numbers[0])] if numbers[0] > 1 else [""]
     names = {f"{SENSITIVITY}{error}{suffix}" for suffix in suffixes for error in ("", "_stderr")}
-    assert [{name for name in epoch if SENSITIVITY in name} for epoch in history.epochs] == [names] * 3
+    assert [{name for name in epoch if SENSITIVITY in name} for epoch in run.epochs] == [names] * 3
 
 
 def test_an_error_costs_its_epoch_and_changes_no_other_value() -> None:
@@ -217,9 +206,9 @@ def test_an_error_costs_its_epoch_and_changes_no_other_value() -> None:
 
     def values(kind: Any) -> list[dict[str, float]]:
         torch.manual_seed(0)
-        callbacks = [SensitivityMonitor(), RiskMonitor(), history := History()]
-        fitted(callbacks, kind(), loader(20, 2), unlabelled_loader(40, 8), max_epochs=4)
-        return [{name: epoch[name] for name in (SENSITIVITY, "val_risk_variance")} for epoch in history.epochs]
+        monitors = [SensitivityMonitor(), RiskMonitor()]
+        epochs = fitted(monitors, kind(), loader(20, 2), unlabelled_loader(40, 8), max_epochs=4).epochs
+        return [{name: epoch[name] for name in (SENSITIVITY, "val_risk_variance")} for epoch in epochs]
 
     with pytest.warns(UserWarning, match="out of luck"):
         broken = values(Broken)

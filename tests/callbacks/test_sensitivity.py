@@ -74,16 +74,16 @@ class EverySecond(SensitivityMonitor):
 
 @pytest.mark.parametrize(("monitor", "step"), [(SensitivityMonitor(), 4), (EverySecond(), 8)])
 def test_epochs_are_logged_and_before_training_by_validate_at_step_0(monitor: Any, step: int, tmp_path: Path) -> None:
-    model, history, logger = Classifier(), helpers.History(), CSVLogger(tmp_path)
-    run = helpers.trainer(callbacks=[monitor, history], logger=logger, max_epochs=4)
+    model, logger = Classifier(), CSVLogger(tmp_path)
+    run = helpers.trainer(monitor, logger=logger, max_epochs=4)
     untrained = expected(brute_force(model.eval(), inputs(50, seed=1).split(16)))
     run.validate(model.train(), loader(seed=1), verbose=False)
     run.fit(model, loader(), loader(seed=1))
-    close(history.epochs[0], untrained)
+    close(run.epochs[0], untrained)
     rows = helpers.csv_rows(logger.log_dir)
     curve = {int(row["step"]): float(row["val_output_sensitivity"]) for row in rows if row["val_output_sensitivity"]}
     assert [*curve] == [0, *range(3, 16, step)] and len(set(curve.values())) == len(curve)
-    assert all(history.epochs[(step + 1) // 4]["val_output_sensitivity"] == value for step, value in curve.items())
+    assert all(run.epochs[(step + 1) // 4]["val_output_sensitivity"] == value for step, value in curve.items())
 
 
 def test_nothing_is_measured_in_test_and_predict() -> None:

@@ -14,8 +14,9 @@ from torch.nn.functional import cross_entropy
 from lightning_sensitivity import RiskMonitor
 from lightning_sensitivity.model.twins import copy_weights
 from tests.callbacks.plain_loop import Plain, fit
-from tests.helpers import History, loader
+from tests.helpers import loader
 
+pytestmark = pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint", "ignore:.*callbacks used to create")
 KEY = "RiskMonitor{'prefix': 'val_'}"
 
 
@@ -41,10 +42,6 @@ class Raw(Still):
         optimizer.step()
 
 
-def ours(history: History) -> list[dict[str, float]]:
-    return [{name: value for name, value in each.items() if "risk" in name} for each in history.epochs]
-
-
 def trained(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Those of the layer that is trained."""
     return {name: weight for name, weight in weights.items() if name.startswith("net.3")}
@@ -54,11 +51,11 @@ def nearly(epochs: list[dict[str, float]]) -> list[Any]:
     return [pytest.approx(epoch, rel=1e-5) for epoch in epochs]
 
 
-def resumable(kind: Any, max_epochs: int, **kwargs: Any) -> tuple[list[dict[str, float]], Trainer]:
-    """The values of each epoch, and the Trainer."""
-    history = History()
-    run = fit(kind(), loader(), RiskMonitor(**kwargs.pop("options", {})), history, max_epochs=max_epochs, **kwargs)
-    return ours(history), run
+def values(kind: Any, max_epochs: int, *others: Any, **kwargs: Any) -> tuple[list[dict[str, float]], Trainer]:
+    """The values of two monitors in each epoch, and the Trainer."""
+    monitors = RiskMonitor(), RiskMonitor(prefix="other/", seed=1)
+    run = fit(kind(), loader(), *monitors, *others, max_epochs=max_epochs, **kwargs)
+    return [{name: value for name, value in each.items() if "risk" in name} for each in run.epochs], run
 
 
 @pytest.mark.parametrize("kind", [Still, Raw])
@@ -67,25 +64,25 @@ def test_a_resumed_fit_has_the_values_of_an_uninterrupted_one(
     kind: Any, num_sanity_val_steps: int, tmp_path: Path
 ) -> None:
     options = {"num_sanity_val_steps": num_sanity_val_steps}
-    whole, _ = resumable(kind, 4, **options)
-    first, run = resumable(kind, 2, **options)
+    whole, _ = values(kind, 4, **options)
+    first, run = values(kind, 2, **options)
     run.save_checkpoint(path := tmp_path / "two.ckpt")
-    assert first == whole[:2]
-    assert resumable(kind, 4, ckpt_path=path, **options)[0] == nearly(whole[2:])
+    assert first == whole[:2] and first[0]["val_risk_variance"] != first[0]["other/risk_variance"]
+    assert values(kind, 4, ckpt_path=path, **options)[0] == nearly(whole[2:])
 
 
-def saved_in_a_fit(folder: Path, **kwargs: Any) -> Path:
-    """A checkpoint that is written after two epochs of a fit."""
-    checkpoint = cb.ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
-    fit(Still(), loader(), RiskMonitor(), checkpoint, max_epochs=2, enable_checkpointing=True, **kwargs)
-    return folder / "epoch=1.ckpt"
+def saved_after(num_steps: int, folder: Path, **kwargs: Any) -> Path:
+    """A checkpoint that is written in a fit, before any validation after that step."""
+    checkpoint = cb.ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=num_steps)
+    values(Still, 2, checkpoint, enable_checkpointing=True, **kwargs)
+    return folder / f"step={num_steps}.ckpt"
 
 
 def test_a_checkpoint_holds_no_second_copy_of_frozen_weights_and_loads_without_pickle(tmp_path: Path) -> None:
-    state = torch.load(saved_in_a_fit(tmp_path), weights_only=True)["callbacks"][KEY]
+    state = torch.load(saved_after(8, tmp_path), weights_only=True)["callbacks"][KEY]
     assert state["initial_weights"].keys() == {"net.3.weight", "net.3.bias"}
     assert state["num_training"] == 50 and state["num_weights"] == 68
-    assert len(state["history"][0]) == 2 and len(state["calibrations"]) == 1
+    assert len(state["history"][0]) == 1 and len(state["calibrations"]) == 1
 
 
 class Unfreezing(Still):
@@ -123,27 +120,11 @@ def test_weights_that_have_changed_are_saved_at_any_time_whether_they_are_traine
     assert torch.equal(state["initial_weights"]["net.0.weight"], first)
 
 
-@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
 def test_n_and_w_are_those_of_the_checkpoint_also_if_data_have_grown(tmp_path: Path) -> None:
-    path, monitor = saved_in_a_fit(tmp_path), RiskMonitor()
-    model = Still()
+    path, monitor, model = saved_after(8, tmp_path), RiskMonitor(), Still()
     model.net[0].requires_grad_(True)
     fit(model, loader(200), monitor, ckpt_path=path, max_epochs=3)
     assert (monitor.fit.num_training, monitor.fit.num_weights) == (50, 68)
-
-
-def test_two_monitors_with_other_prefixes_keep_states_of_their_own(tmp_path: Path) -> None:
-    def run(max_epochs: int, **kwargs: Any) -> tuple[History, Trainer]:
-        monitors, history = [RiskMonitor(), RiskMonitor(prefix="other/", seed=1)], History()
-        return history, fit(Still(), loader(), *monitors, history, max_epochs=max_epochs, **kwargs)
-
-    whole, _ = run(4)
-    _, first = run(2)
-    first.save_checkpoint(path := tmp_path / "two.ckpt")
-    assert ours(run(4, ckpt_path=path)[0]) == nearly(ours(whole)[2:])
-    states = torch.load(path, weights_only=True)["callbacks"]
-    assert {KEY, KEY.replace("val_", "other/")} <= states.keys()
-    assert {name.partition("risk")[0] for name in ours(whole)[0]} == {"val_", "other/"}
 
 
 @pytest.mark.parametrize("kind", [Still, Raw])
@@ -170,14 +151,13 @@ def test_a_fit_begins_with_the_weights_of_its_start_unless_its_trainer_resumes(k
 
 
 def test_given_weights_are_those_from_before_training() -> None:
-    given = copy_weights(Still().state_dict())
-    model = Still()
+    given, model = copy_weights(Still().float().state_dict()), Still()  # of another type than those of the model
     model.net[3].weight.data.add_(1)
-    fit(model, loader(), monitor := RiskMonitor(initial_weights=given), max_epochs=1)
+    run = fit(model, loader(), monitor := RiskMonitor(initial_weights=given), max_epochs=1)
+    assert run.callback_metrics["val_risk_variance"] > 0
     torch.testing.assert_close(trained(monitor.fit.initial), trained(given), rtol=0, atol=0)
 
 
-@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
 def test_a_checkpoint_without_them_is_an_error_before_the_first_step_unless_they_are_given(tmp_path: Path) -> None:
     fit(Still(), loader(), max_epochs=1).save_checkpoint(path := tmp_path / "without.ckpt")
     with pytest.raises(MisconfigurationException, match="from before training are unknown.*`initial_weights=`"):
@@ -187,62 +167,27 @@ def test_a_checkpoint_without_them_is_an_error_before_the_first_step_unless_they
     assert fit(Still(), loader(), monitor, ckpt_path=path).callback_metrics["val_risk_variance"] > 0
 
 
-MALFORMED: dict[str, Any] = {
-    "a number": 3,
-    "weights that are none": {"initial_weights": 3},
-    "a history of words": {"history": {0: [(1, 0.0)]}},
-    "calibrations of another form": {"calibrations": {0: (1.0, 2.0, 3.0)}},
-}
+def test_a_malformed_state_is_one_clear_error(tmp_path: Path) -> None:
+    checkpoint = torch.load(path := saved_after(4, tmp_path), weights_only=True)
+    state = checkpoint["callbacks"][KEY]
+    match = "cannot read its state in the checkpoint.*`initial_weights=`"
+    changes = {"initial_weights": 3}, {"history": {0: [(1, 0.0)]}}, {"calibrations": {0: (1.0, 2.0, 3.0)}}
+    for malformed in (3, {"a": 1}, *(state | change for change in changes)):
+        torch.save(checkpoint | {"callbacks": {KEY: malformed}}, path)
+        with pytest.raises(MisconfigurationException, match=match):
+            fit(Still(), loader(), RiskMonitor(), ckpt_path=path)
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("malformed")
-    fit(Still(), loader(), RiskMonitor(), max_epochs=1).save_checkpoint(folder / "one.ckpt")
-    return torch.load(folder / "one.ckpt", weights_only=True)
-
-
-@pytest.mark.parametrize("name", MALFORMED)
-def test_a_malformed_state_is_one_clear_error(name: str, checkpoint: Any, tmp_path: Path) -> None:
-    state = MALFORMED[name]
-    if isinstance(state, dict):
-        state = checkpoint["callbacks"][KEY] | state
-    torch.save(checkpoint | {"callbacks": {KEY: state}}, path := tmp_path / "malformed.ckpt")
-    with pytest.raises(MisconfigurationException, match="cannot read its state in the checkpoint.*`initial_weights=`"):
-        fit(Still(), loader(), RiskMonitor(), ckpt_path=path, max_epochs=2)
-
-
-@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
 def test_a_resumed_fit_may_begin_with_a_validation(tmp_path: Path) -> None:
-    def run(**kwargs: Any) -> tuple[list[dict[str, float]], Trainer]:
-        history = History()
-        options = {"max_epochs": 2, "val_check_interval": 2, "num_sanity_val_steps": 0, **kwargs}
-        callbacks = [RiskMonitor(), cb.EarlyStopping("val_risk_estimate", patience=99), history]
-        resumed = fit(Still(), loader(), *callbacks, **options)
-        return ours(history), resumed
-
-    class Saving(cb.Callback):
-        def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
-            if trainer.global_step == 2:  # a validation follows
-                trainer.save_checkpoint(path)
-
-    path = tmp_path / "middle.ckpt"
-    whole, _ = run()
-    fit(Still(), loader(), RiskMonitor(), Saving(), max_epochs=1, val_check_interval=2)
-    values, resumed = run(ckpt_path=path)
+    stopping, options = cb.EarlyStopping("val_risk_estimate", patience=99), {"val_check_interval": 2}
+    path = saved_after(2, tmp_path, **options)
+    found, resumed = values(Still, 2, stopping, ckpt_path=path, num_sanity_val_steps=0, **options)
     assert resumed.current_epoch == 2 and not resumed.should_stop
-    assert values[-1].keys() == whole[-1].keys()
+    assert found[-1].keys() == values(Still, 1)[0][0].keys()
 
 
-@pytest.mark.filterwarnings("ignore:You.re resuming from a checkpoint")
 def test_a_fit_that_is_resumed_within_an_epoch_keeps_the_training_samples_of_the_next(tmp_path: Path) -> None:
-    class Saving(Still):
-        def on_train_batch_end(self, *args: Any) -> None:
-            if self.trainer.global_step == 3:
-                self.trainer.save_checkpoint(path)
-
-    path, sizes, model, monitor = tmp_path / "last.ckpt", list[int](), Still(), RiskMonitor()
-    fit(Saving(), loader(), RiskMonitor(), max_epochs=1)
+    path, sizes, model, monitor = saved_after(3, tmp_path), list[int](), Still(), RiskMonitor()
     model.on_validation_end = lambda: sizes.append(monitor.fit.training.size)
     fit(model, loader(), monitor, max_epochs=3, ckpt_path=path)
     assert sizes == [16, 50, 50]  # of the rest of an epoch, and of the next

@@ -19,7 +19,17 @@ from torch.utils.data import DataLoader
 
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 from lightning_sensitivity.compat import num_loaders
-from tests.helpers import Classifier, Quiet, Stream, brute_force, csv_rows, first_tensor, loader, trainer
+from tests.helpers import (
+    Classifier,
+    Quiet,
+    Stream,
+    averaged_weights,
+    brute_force,
+    csv_rows,
+    first_tensor,
+    loader,
+    trainer,
+)
 from tests.helpers import unlabelled_loader as unlabelled
 
 NUM_TRAIN_BATCHES = 4
@@ -98,13 +108,10 @@ class Intrusive(Classifier):
 class Finding(Classifier):
     """What the finders of Lightning set."""
 
-    batch_size, lr = 16, 1e-2
+    batch_size = 16
 
     def train_dataloader(self) -> DataLoader:
         return loader(16 * NUM_TRAIN_BATCHES, self.batch_size, seed=1)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), lr=self.lr)
 
 
 class WithoutLog(Classifier):
@@ -122,11 +129,6 @@ def compiled(kind: Any, path: str, **options: Any) -> Any:
     module.counter, owner = CompileCounter(), module.get_submodule(path)
     owner.forward = torch.compile(owner.forward, backend=module.counter, **options)
     return module
-
-
-def averaged_weights() -> list[cb.Callback]:
-    module = pytest.importorskip("lightning.pytorch.callbacks.weight_averaging")  # Lightning 2.6 and newer
-    return [module.EMAWeightAveraging(decay=0.5, update_starting_at_epoch=1)]
 
 
 def combined(mode: str) -> Callable[[], CombinedLoader]:
@@ -153,7 +155,7 @@ SETUPS = {
     "a forward that draws, logs, writes": Setup(2, module=Intrusive),
     "deterministic, with anomaly detection": Setup(2, {"deterministic": True, "detect_anomaly": True}),
     "bf16-mixed": Setup(2, {"precision": "bf16-mixed"}),
-    "averaged weights, from the second epoch": Setup(2, more=averaged_weights),
+    "averaged weights, from the second epoch": Setup(2, more=lambda: averaged_weights(update_starting_at_epoch=1)),
     # It adds an epoch for the statistics of batch norm.
     "stochastic weight averaging": Setup(4, {"max_epochs": 3}, more=lambda: [cb.StochasticWeightAveraging(0.01, 1)]),
     "pruning": Setup(3, {"max_epochs": 3}, more=lambda: [cb.ModelPruning("l1_unstructured", amount=0.3)]),
@@ -163,8 +165,6 @@ SETUPS = {
     "batch size finder": Setup(2, module=Finding, more=lambda: [cb.BatchSizeFinder("power", 1, 4, max_trials=2)]),
     "learning rate finder": Setup(2, module=Finding, more=lambda: [cb.LearningRateFinder(num_training_steps=5)]),
 }
-if not hasattr(torch.compiler, "set_stance"):  # before torch 2.6, where compiled code is not run eagerly
-    SETUPS = {name: setup for name, setup in SETUPS.items() if "compile" not in name}
 
 
 def observed(module: Any) -> Any:
