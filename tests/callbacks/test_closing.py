@@ -57,41 +57,36 @@ def fit_fast(*callbacks: Any, num_loaders: int = 1, max_epochs: int = 12, **kwar
     return fitted([RiskMonitor(), *callbacks], Fast(), NOISY, vals, **options).epochs
 
 
-WATCHED: dict[str, tuple[int, str, Any]] = {  # how many loaders, what the line is about, and what watches it
-    "nothing": (1, CRITERION, None),
-    "a checkpoint on the criterion": (1, CRITERION, cb.ModelCheckpoint),
-    "a checkpoint on the estimate": (1, ESTIMATE, cb.ModelCheckpoint),
-    "nothing, of two loaders": (2, f"{CRITERION}/dataloader_idx_0", None),
-    "a checkpoint on the second loader": (2, f"{CRITERION}/dataloader_idx_1", cb.ModelCheckpoint),
-    "EarlyStopping on the second loader": (2, f"{CRITERION}/dataloader_idx_1", cb.EarlyStopping),
+def checkpoint(folder: Path, **kwargs: Any) -> cb.ModelCheckpoint:
+    return cb.ModelCheckpoint(folder, filename="{epoch}", **{"monitor": CRITERION, "save_last": True, **kwargs})
+
+
+FIRST, SECOND = (f"{CRITERION}/dataloader_idx_{index}" for index in (0, 1))
+WATCHED: dict[str, tuple[str, list[str]]] = {  # what the line is about, and what a checkpoint and EarlyStopping watch
+    "nothing": (CRITERION, []),
+    "a checkpoint on the criterion": (CRITERION, [CRITERION]),
+    "a checkpoint on the estimate": (ESTIMATE, [ESTIMATE]),
+    "nothing, of two loaders": (FIRST, []),
+    "a checkpoint on the second loader, EarlyStopping on the first": (SECOND, [SECOND, FIRST]),
+    "EarlyStopping on the second loader": (SECOND, ["", SECOND]),
 }
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
 @pytest.mark.parametrize("what", WATCHED)
 def test_it_is_about_what_is_watched_also_after_a_resume(what: str, tmp_path: Path, said: Any) -> None:
-    num_loaders, name, kind = WATCHED[what]
-    values, path, checkpoint = list[float](), None, ""
-    for max_epochs in (12, 14):
+    name, watched = WATCHED[what]
+    values, place, options = list[float](), "", {"num_loaders": 1 + (name in (FIRST, SECOND))}
+    for max_epochs in (12, 14) if any(watched[:1]) else (12,):
         said.clear()
-        watching = (
-            [] if kind is None else [kind(monitor=name, **({"patience": 99} if kind is cb.EarlyStopping else {}))]
-        )
-        if kind is cb.ModelCheckpoint:
-            watching = [cb.ModelCheckpoint(tmp_path, monitor=name, filename="{epoch}", save_last=True)]
-        epochs = fit_fast(*watching, num_loaders=num_loaders, max_epochs=max_epochs, ckpt_path=path)
-        values += [epoch[name] for epoch in epochs]
-        if kind is cb.ModelCheckpoint:
-            path, checkpoint = tmp_path / "last.ckpt", f", in the checkpoint {watching[0].best_model_path}"
+        callbacks = [cb.EarlyStopping(each, patience=99) for each in watched[1:]]
+        callbacks += [checkpoint(tmp_path, monitor=each) for each in watched[:1] if each]
+        values += [epoch[name] for epoch in fit_fast(*callbacks, max_epochs=max_epochs, **options)]
         best = values.index(min(values))
-        assert parts(said.text)[0].startswith(f"`{name}` was lowest at epoch {best} ({min(values):.3f}){checkpoint}. ")
-        if path is None:
-            break
-    assert best < 11 and (not checkpoint or f"epoch={best}.ckpt" in checkpoint)
-
-
-def checkpoint(folder: Path, **kwargs: Any) -> cb.ModelCheckpoint:
-    return cb.ModelCheckpoint(folder, filename="{epoch}", **{"monitor": CRITERION, "save_last": True, **kwargs})
+        if any(watched[:1]):
+            options["ckpt_path"], place = tmp_path / "last.ckpt", f", in the checkpoint {tmp_path}/epoch={best}.ckpt"
+        assert parts(said.text)[0].startswith(f"`{name}` was lowest at epoch {best} ({min(values):.3f}){place}. ")
+    assert best < 11
 
 
 @pytest.mark.parametrize("what", ["monitor", "folder"])
@@ -125,15 +120,19 @@ def test_a_debugging_run_says_nothing(said: Any) -> None:
     assert "was lowest" not in said.text
 
 
-@pytest.mark.parametrize("threshold", [None, 0.0, 10.0])
-def test_only_a_run_that_came_to_its_last_epoch_was_still_falling(threshold: float | None, said: Any) -> None:
+@pytest.mark.parametrize(("threshold", "max_epochs", "is_falling"), [
+    (None, 4, True), (0.0, 4, True), (10.0, 4, False), (None, 1, False)
+])  # fmt: skip
+def test_only_a_run_that_came_to_its_last_epoch_was_still_falling(
+    threshold: float | None, max_epochs: int, is_falling: bool, said: Any
+) -> None:
     stopping = cb.EarlyStopping(CRITERION, patience=2, stopping_threshold=threshold)
-    run = fitted([RiskMonitor(), stopping], Fast(0.003), NOISY, unlabelled_loader(seed=1), max_epochs=4)
-    assert ("It was still falling" in said.text) == (run.current_epoch == 4) == (threshold != 10.0)
+    run = fitted([RiskMonitor(), stopping], Fast(0.003), NOISY, unlabelled_loader(seed=1), max_epochs=max_epochs)
+    assert ("It was still falling" in said.text) == (run.current_epoch == 4) == is_falling
 
 
 @pytest.mark.parametrize("kind", [cb.EarlyStopping, cb.ModelCheckpoint])
-@pytest.mark.parametrize("monitor", [CRITERION, f"{CRITERION}/dataloader_idx_1", "val_risk_estimate"])
+@pytest.mark.parametrize("monitor", [CRITERION, SECOND, ESTIMATE])
 def test_a_callback_that_looks_for_the_highest_value_is_refused(kind: Any, monitor: str) -> None:
     message = f"`mode` should be 'min' for `{monitor}`, got 'max' in `{kind.__name__}`"
     with pytest.raises(MisconfigurationException, match=message):
@@ -153,40 +152,47 @@ AGREES, CLEAN_LABELS = (
     "The reference agrees.",
     "No noise was found in the training labels: training to the end is about as good.",
 )
-TEXTS: dict[str, tuple[Any, list[float], int, str, list[str]]] = {
-    # what of the reference, its epochs by themselves from a minimum on, the chosen epoch, what is said, and links
-    "agrees": ({}, [10], 10, AGREES, []),
-    "agrees, and labels look wrong": (WRONG, [10], 10, f"About 30 % of the training labels look wrong. {AGREES}", []),
-    "agrees nearly": ({}, [11], 10, AGREES, []),
-    "no longer agrees": ({}, [12], 10, f"{DISAGREES.format(12)}{LABELS}.", ["disagree"]),
-    "disagrees, and labels look wrong": (WRONG, [3], 10,
-        f"About 30 % of the training labels look wrong. {DISAGREES.format(3)}{LABELS}.", ["disagree"]),
-    "agrees, and may be better": ({"score": 0.3, "claim": 0.3}, [10], 10,
+TEXTS: dict[str, tuple[Any, float, int, str, list[str]]] = {
+    # what of the reference, which validation it would choose, which one is chosen, what is said, and links
+    "agrees": ({}, 10, 10, AGREES, []),
+    "agrees, and labels look wrong": (WRONG, 10, 10, f"About 30 % of the training labels look wrong. {AGREES}", []),
+    "agrees nearly": ({}, 11, 10, AGREES, []),
+    "no longer agrees": ({}, 12, 10, f"{DISAGREES.format(25)}{LABELS}.", ["disagree"]),
+    "disagrees, and labels look wrong": (WRONG, 3, 10,
+        f"About 30 % of the training labels look wrong. {DISAGREES.format(7)}{LABELS}.", ["disagree"]),
+    "agrees, and may be better": ({"score": 0.3, "claim": 0.3}, 10, 10,
         "The reference agrees, but may be the better model itself.", ["reference-better"]),
-    "disagrees, and may be better": ({"score": 0.3, "claim": 0.3}, [3], 10,
-        f"{DISAGREES.format(3)}{LABELS}, or try kernel ridge regression.", ["disagree"]),
-    "none": (None, [math.nan], 10, NO_REFERENCE, ["disagree"]),
+    "disagrees, and may be better": ({"score": 0.3, "claim": 0.3}, 3, 10,
+        f"{DISAGREES.format(7)}{LABELS}, or try kernel ridge regression.", ["disagree"]),
+    "none": (None, math.nan, 10, NO_REFERENCE, ["disagree"]),
     "without skill": (
-        WRONG | {"score": 0.75, "claim": 0.75, "noise": math.nan}, [math.nan], 10, NO_REFERENCE, ["disagree"]),
-    "none, still falling": (None, [math.nan], 19, "It was still falling: train for longer.", ["still-falling"]),
-    "still falling": (WRONG, [3], 19,
+        WRONG | {"score": 0.75, "claim": 0.75, "noise": math.nan}, math.nan, 10, NO_REFERENCE, ["disagree"]),
+    "not there in the first epoch": ({}, 10, 10, NO_REFERENCE, ["disagree"]),
+    "none, still falling": (None, math.nan, 19, "It was still falling: train for longer.", ["still-falling"]),
+    "still falling": (WRONG, 3, 19,
         "About 30 % of the training labels look wrong. It was still falling: train for longer.", ["still-falling"]),
-    "no noise": (CLEAN, [math.nan], 10, CLEAN_LABELS, []),
-    "no noise, still falling": (CLEAN, [math.nan], 19, CLEAN_LABELS, []),
+    "no noise": (CLEAN, math.nan, 10, CLEAN_LABELS, []),
+    "no noise, still falling": (CLEAN, math.nan, 19, CLEAN_LABELS, []),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("what", TEXTS)
 def test_what_it_says_where_the_reference(what: str, said: Any) -> None:
-    changes, (other,), best, expected, links = TEXTS[what]
+    changes, other, best, expected, links = TEXTS[what]
     record = FitRecord()
     record.references[0] = None if changes is None else KNOWN._replace(**changes)
-    for epoch in range(20):
-        values = [0.4 + abs(epoch - best) / 100] * 3
-        record.history.setdefault(0, []).append(ValidationResult(epoch, *values, abs(epoch - other) / 100))
-    log_closing_line(trainer(), record, {CRITERION: ("risk_criterion", 0), ESTIMATE: ("risk_estimate", 0)})
-    line = f"`{CRITERION}` was lowest at epoch {best} (0.400). {expected}"
+    for place in range(20):  # in every second epoch
+        by_reference = math.nan if place == 0 and "first epoch" in what else abs(place - other) / 100
+        value, of_estimate = 0.4 + abs(place - best) / 100, 0.4 + abs(place - 5) / 100
+        result = ValidationResult(2 * place + 1, value, of_estimate, value, by_reference)
+        record.history.setdefault(0, []).append(result)
+    names = {CRITERION: ("risk_criterion", 0), ESTIMATE: ("risk_estimate", 0)}
+    log_closing_line(trainer(), record, names)
+    line = f"`{CRITERION}` was lowest at epoch {2 * best + 1} (0.400). {expected}"
     assert parts(said.text) == (line, links)
+    said.clear()
+    log_closing_line(trainer(cb.EarlyStopping(ESTIMATE)), record, names)
+    assert parts(said.text)[0].startswith(f"`{ESTIMATE}` was lowest at epoch 11 (0.400).")
 
 
 DIGITS, DIGIT_LABELS = (torch.tensor(each) for each in load_digits(return_X_y=True))
