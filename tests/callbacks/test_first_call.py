@@ -47,7 +47,7 @@ class TwoParts(Stepping):
         return self.head(self.net(x))
 
 
-class Manual(Stepping):
+class Manual(TwoParts):
     automatic_optimization = False
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
@@ -96,6 +96,7 @@ CASES = {
     "normalized, said by inputs=": Case(scaled, None, options={"inputs": lambda batch: (batch[0] - 0.5) / 0.1}),
     "in another order": Case(lambda m, x, y: cross_entropy(m(x.flip(0)), y.flip(0)), VALUES),
     "rounded": Case(lambda m, x, y: plain(m, x.bfloat16().float(), y)),
+    "sparse": Case(lambda m, x, y: plain(m, x.to_sparse(), y)),  # which can't be compared
     "augmented": Case(lambda m, x, y: plain(m, x + torch.randn_like(x), y)),
     "augmented by Python": Case(lambda m, x, y: plain(m, x * random.random(), y)),
     "augmented by NumPy": Case(lambda m, x, y: plain(m, x * np.random.rand(), y)),
@@ -105,7 +106,7 @@ CASES = {
         lambda m, x, y: cross_entropy(m(x, (x > 0.5).float()), y), f"{OTHERS}: also with `mask`"
     ),
     "a number that is given": Case(lambda m, x, y: cross_entropy(m(x, scale=4.0), y), f"{OTHERS}: also with `scale`"),
-    "a number that is the default": Case(lambda m, x, y: cross_entropy(m(x, scale=1.0), y)),
+    "a number that is the default": Case(lambda m, x, y: cross_entropy(m(x, scale=float(1)), y)),
     "labels that are given": Case(lambda m, x, y: m(x, labels=y)),
     # its call
     "a part with all parameters": Case(lambda m, x, y: cross_entropy(m.net(x), y)),
@@ -118,6 +119,7 @@ CASES = {
     "called without gradients, too": Case(lambda m, x, y: (torch.no_grad()(m)(x * 2), plain(m, x, y))[1]),
     # other ways to train
     "manual, normalized": Case(scaled, VALUES, Manual),
+    "manual, around forward": Case(around, CALL, Manual),
     "normalized after skipped steps": Case(scaled, VALUES, Skipping),
 }
 

@@ -64,6 +64,12 @@ def test_a_function_says_what_it_sees() -> None:
     truth.check()
 
 
+def test_of_a_large_batch_it_sees_evenly_spaced_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_sensitivity.callbacks.reference.NUM_TRAINING", 20)
+    fit(Plain(), loader(50, 50), monitor := RiskMonitor())
+    assert monitor.metrics[0].reference_sums[-1] == 20
+
+
 # Token ids
 
 
@@ -75,9 +81,10 @@ class Tokens(Classifier):
         super().__init__()
         self.words, self.head = nn.Embedding(30, 8), nn.Linear(8, 4)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None) -> Any:
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        x = (self.words(input_ids) * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+    def forward(
+        self, position_ids: Tensor, is_word: Tensor, input_ids: Tensor, attention_mask: Tensor, labels: Any = None
+    ) -> Any:
+        x = (self.words(input_ids.long()) * attention_mask[..., None]).mean(1)
         logits = self.head(x)
         return SimpleNamespace(logits=logits, loss=None if labels is None else cross_entropy(logits, labels))
 
@@ -92,10 +99,11 @@ def token_batches(num_batches: int, seed: int) -> list[dict[str, Tensor]]:
     generator, batches = torch.Generator().manual_seed(seed), []
     for length in range(4, 4 + num_batches):
         labels = torch.randint(4, (16,), generator=generator)
-        ids = torch.randint(4, 30, (16, length), generator=generator)
+        ids = torch.randint(4, 30, (16, length), generator=generator).to(torch.uint8)
+        no_ids = {"position_ids": torch.arange(length).expand(16, -1), "is_word": ids > 9}
         ids[:, 0] = labels
         mask = (torch.arange(length) < 3).long().expand(16, -1)
-        batches.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
+        batches.append({**no_ids, "input_ids": ids, "attention_mask": mask, "labels": labels})
     return batches
 
 

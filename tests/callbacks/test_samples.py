@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 import tests.helpers as helpers
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 from lightning_sensitivity.callbacks import samples as S
-from tests.helpers import NUM_FEATURES, Classifier, Linear, Quiet, fitted, inputs, loader, unlabelled_loader
+from tests.helpers import NUM_FEATURES, Linear, Quiet, fitted, inputs, loader, unlabelled_loader
 
 SENSITIVITY = "val_output_sensitivity"
 
@@ -58,6 +58,7 @@ def test_whole_batches_are_kept_that_are_evenly_spaced_also_of_a_stream(
     (2.5, [10] * 10, [0, 5]),  # still evenly spaced
     (0.1, [10] * 10, [0]),  # never none
     (5, [10, 10, 40, 10], [0, 2]),
+    (1, [2, 2, 2, 2, 40], [0]),  # of a large one that comes late
 ])  # fmt: skip
 def test_the_memory_is_bounded_in_bytes(
     max_batches: float, sizes: list[int], chosen: list[int], monkeypatch: pytest.MonkeyPatch
@@ -147,16 +148,10 @@ def test_shuffled_samples_and_random_transforms_do_not_move_the_curve(shuffles: 
     assert len({epoch["val_mean"] for epoch in run.epochs}) > 1
 
 
-class Writing(Quiet):
-    """Its step writes to its batch."""
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        batch.mul_(3)
-
-
 def test_a_step_that_writes_to_its_batch_does_not_change_what_is_kept() -> None:
     for batch_size in (16, 50):
-        model, val, batches = Writing(), unlabelled_loader(50, batch_size), inputs(50).split(batch_size)
+        model, val, batches = Quiet(), unlabelled_loader(50, batch_size), inputs(50).split(batch_size)
+        model.validation_step = lambda batch, batch_idx: batch.mul_(3).sum()
         run = fitted([SensitivityMonitor(), RiskMonitor()], model, val=val)
         assert helpers.logged(run)[SENSITIVITY] == sensitivity(model, batches)
 
@@ -184,17 +179,22 @@ def test_samples_are_freed_at_the_end_of_a_run_and_after_an_error(raises: bool) 
     assert min(seen) >= before + 2 and num_kept() == before
 
 
-@pytest.mark.parametrize("numbers", [(2, 1, 1), (1, 2, 2), (3, 1, 2)])
-def test_loaders_that_come_and_go_never_end_training(numbers: tuple[int, ...]) -> None:
-    class Reloaded(Classifier):
+TWO, ONE = [20, 20], [20]
+
+
+@pytest.mark.filterwarnings("ignore:Total length of `DataLoader`", "ignore:.*(no value|no first value)")
+@pytest.mark.parametrize("sizes", [(TWO, ONE, ONE), (ONE, TWO, TWO), (3 * ONE, ONE, TWO), ([20, 0], TWO, TWO)])
+def test_loaders_that_come_and_go_never_end_training(sizes: tuple[list[int], ...]) -> None:
+    class Reloaded(Quiet):
         def val_dataloader(self) -> Any:
-            return [loader(20, seed=seed) for seed in range(numbers[self.current_epoch])]
+            return [loader(size, seed=seed) for seed, size in enumerate(sizes[self.current_epoch])]
 
     run = helpers.trainer([SensitivityMonitor(), RiskMonitor()], max_epochs=3, reload_dataloaders_every_n_epochs=1)
     run.fit(Reloaded(), loader())
-    suffixes = [f"/dataloader_idx_{index}" for index in range(numbers[0])] if numbers[0] > 1 else [""]
-    names = {f"{SENSITIVITY}{error}{suffix}" for suffix in suffixes for error in ("", "_stderr")}
-    assert [{name for name in epoch if SENSITIVITY in name} for epoch in run.epochs] == [names] * 3
+    suffixes = [f"/dataloader_idx_{index}" for index in range(len(sizes[0]))] if len(sizes[0]) > 1 else [""]
+    found = [{name for name in epoch if SENSITIVITY in name} for epoch in run.epochs]
+    assert found[-1] == {f"{SENSITIVITY}{error}{suffix}" for suffix in suffixes for error in ("", "_stderr")}
+    assert found[0] == {name for name in found[-1] if min(sizes[0]) or name.endswith("0")} and found[1] == found[2]
 
 
 def test_an_error_costs_its_epoch_and_changes_no_other_value() -> None:

@@ -167,5 +167,7 @@ def test_doubtful_values_are_said_once_each_and_again_when_twice_as_many_samples
     found = [text.split(" samples gave nan")[0].rpartition(" ")[2] for text in texts]
     assert found == ["1", "2", "4"]
     with helpers.said() as texts:
-        validated(SensitivityMonitor(noise=lambda x, generator: x), Linear(), loader())
-    assert len(texts) == 1 and "dataloader 0: No output changed" in texts[0]
+        validated(SensitivityMonitor(noise=lambda x, generator: x), Linear(), [loader(), loader(seed=1)])
+        # Only in the last batch of two samples do all outputs lie in [0, 1].
+        validated(SensitivityMonitor(outputs=lambda y: y.sigmoid() + (len(y) > 2)), Linear(), loader())
+    assert [text.partition(": No output changed")[0][-12:] for text in texts] == ["dataloader 0", "dataloader 1"]

@@ -1,5 +1,6 @@
 """What RiskMonitor saves and restores: initial weights, sizes, calibration, and what validations have shown."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from lightning_sensitivity import RiskMonitor
+from lightning_sensitivity.callbacks.state import ValidationResult
+from lightning_sensitivity.functional.risk import RiskTerms
 from lightning_sensitivity.model.twins import copy_weights
 from tests.callbacks.plain_loop import Plain, fit
 from tests.helpers import loader
@@ -148,6 +151,14 @@ def test_a_fit_begins_with_the_weights_of_its_start_unless_its_trainer_resumes(k
         check(weights)
     fit(kind(seed=2), loader(), monitor, max_epochs=2, ckpt_path=path)
     check(first)
+
+
+def test_a_validation_has_shown_what_was_logged_and_nothing_of_a_reference_without_weight() -> None:
+    names = "criterion", *RiskTerms._fields, "reference", "reference_weight"
+    values = {f"risk_{name}": torch.tensor(float(place)) for place, name in enumerate(names)}
+    assert ValidationResult.from_values(3, values) == (3, 0, 1, 2 + 3 + 4 + 5, 6)
+    values["risk_reference_weight"] *= 0
+    assert math.isnan(ValidationResult.from_values(3, values).by_reference)
 
 
 def test_given_weights_are_those_from_before_training() -> None:

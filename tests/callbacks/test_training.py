@@ -97,7 +97,7 @@ class Intrusive(Classifier):
     """Its forward draws from every random stream in eval mode, too, logs, and writes into its input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        random.random(), np.random.rand()
+        drawing(x)
         x.mul_(1 + 0.01 * torch.rand(1))
         if not self.training:
             self.log("spread", x.std())
@@ -135,6 +135,12 @@ def combined(mode: str) -> Callable[[], CombinedLoader]:
     return lambda: CombinedLoader([loader(50), loader(20, seed=3)], mode)
 
 
+def drawing(batch: Any) -> Tensor:
+    """Inputs and features, by a function that draws from every random stream."""
+    random.random(), np.random.rand(), torch.rand(1)
+    return first_tensor(batch)
+
+
 def stream() -> DataLoader:
     return DataLoader(Stream(has_labels=True), 16)
 
@@ -151,6 +157,7 @@ SETUPS = {
     "iterable data": Setup(2, val=stream, train=stream, num_training=50),
     "several loaders": Setup(2, val=lambda: [loader(50), unlabelled(20, seed=3)]),
     "CombinedLoader, max_size_cycle": Setup(2, val=combined("max_size_cycle"), module=Quiet, inputs=first_tensor),
+    "functions of the user that draw": Setup(2, inputs=drawing),
     "manual optimization, two optimizers": Setup(2, module=Manual),
     "a forward that draws, logs, writes": Setup(2, module=Intrusive),
     "deterministic, with anomaly detection": Setup(2, {"deterministic": True, "detect_anomaly": True}),
@@ -201,7 +208,7 @@ def test_what_is_logged_is_what_a_plain_loop_gives_and_training_is_bit_identical
     setup, oracle = SETUPS[name], Oracle()
     has_oracle = setup.module is not Intrusive and "compiled" not in name  # it isolates nothing, and would compile
     monitors = [SensitivityMonitor(inputs=setup.inputs)]
-    monitors.append(RiskMonitor(inputs=setup.inputs, num_training=setup.num_training))
+    monitors.append(RiskMonitor(inputs=setup.inputs, features=setup.inputs, num_training=setup.num_training))
     monitors.append(SensitivityMonitor(0.5, at="net", num_draws=2, prefix="b_", inputs=setup.inputs))
     run, rows, with_monitors = fit(setup, tmp_path / "with", [*[oracle] * has_oracle, *monitors])
     assert oracle.num_validations == setup.num_validations * has_oracle

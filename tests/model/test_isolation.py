@@ -1,7 +1,7 @@
 """A pass leaves no trace, copies next to nothing, and refuses to write to parameters."""
 
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -33,7 +33,7 @@ class Stateful(LightningModule):
         self.target.grad = torch.ones(2)
         self.hidden, self.of_graph = torch.zeros(2), 2 * self.target
         self.items, self.names, self.queue, self.ids = [X.clone()], {"x": X}, deque([X.clone()], 2), {1}
-        self.alias = self.names
+        self.alias, self.counts = self.names, Counter("a")
 
     def forward(self, x: Tensor) -> Tensor:
         before = self.change(self, x)
@@ -61,6 +61,7 @@ PUT_BACK: dict[str, Callable[[Any, Tensor], Any]] = {
     "the result of a graph": lambda m, x: m.of_graph.detach().add_(1),
     "a list": lambda m, x: torch.tensor(len([*m.items, m.items.append(x)])),
     "a dict": lambda m, x: m.names.pop("x") + m.names.setdefault("y", x),
+    "a counter": lambda m, x: torch.tensor(m.counts.update("a") or m.counts["a"]),
     "a deque": lambda m, x: torch.tensor(m.queue.append(x) or len(m.queue)),
     "a set": lambda m, x: torch.tensor(m.ids.add(2) or len(m.ids)),
     "a submodule that is created lazily": lambda m, x: created_once(m, "lazy", nn.Linear(2, 2)),
