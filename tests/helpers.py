@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -62,11 +62,12 @@ class Stream(IterableDataset):
 
 
 class Classifier(LightningModule):
-    """A small network with dropout and batch norm, which eval mode and random streams matter to."""
+    """A small network with dropout and batch norm, which eval mode and random streams matter to; they begin here."""
 
     lr = 1e-2
 
-    def __init__(self, dropout: float = 0.2) -> None:
+    def __init__(self, dropout: float = 0.2, seed: int = 0) -> None:
+        seed_everything(seed, verbose=False)
         super().__init__()
         self.net = nn.Sequential(
             nn.Linear(NUM_FEATURES, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(dropout), nn.Linear(16, NUM_CLASSES)
@@ -98,8 +99,8 @@ class Quiet(Classifier):
 class Linear(Quiet):
     """A linear model: its sensitivity follows from its weights."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.net, self.scale = nn.Linear(NUM_FEATURES, NUM_CLASSES), 1.0
 
     def forward(self, x: Tensor) -> Tensor:
@@ -158,6 +159,13 @@ def said() -> Iterator[list[str]]:
         warnings.simplefilter("always")
         yield texts
     texts += [str(each.message) for each in caught if "Monitor`" in str(each.message)]
+
+
+def fitted_and_said(*args: Any, **kwargs: Any) -> tuple[Any, list[str]]:
+    """A Trainer after a fit, and what monitors warned of."""
+    with said() as texts:
+        run = fitted(*args, **kwargs)
+    return run, texts
 
 
 class Watch(TorchDispatchMode):

@@ -21,8 +21,7 @@ from tests.helpers import Classifier, Linear, brute_force, inputs, labelled, loa
 
 
 def linear(scale: float = 9.0, seed: int = 0) -> Linear:
-    torch.manual_seed(seed)
-    model = Linear()
+    model = Linear(seed=seed)
     model.scale = scale
     return model
 

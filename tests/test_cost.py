@@ -1,13 +1,13 @@
 """What the monitors cost, counted and never timed; examples/studies/cost has the times."""
 
 import runpy
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -18,24 +18,7 @@ NUM_BATCHES, BATCH_SIZE = 60, 100  # of 6,000 validation samples, 600 are kept
 BENCHMARK = runpy.run_path(str(Path(__file__).parents[1] / "examples/studies/cost/benchmark.py"))
 
 
-class Passes(Callback):
-    """The sizes of the passes in each validation."""
-
-    def __init__(self, model: LightningModule) -> None:
-        self.epochs: list[list[int]] = []
-        model.register_forward_pre_hook(self.note)
-
-    def note(self, model: LightningModule, args: Any) -> None:
-        if model.trainer.validating:
-            self.epochs[-1].append(len(args[0]))
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.epochs.append([])
-
-
 def fit(model: LightningModule, *callbacks: Any, **kwargs: Any) -> None:
-    torch.manual_seed(0)
-    model.apply(lambda module: module.reset_parameters() if hasattr(module, "reset_parameters") else None)
     train, val = (DataLoader(labelled(n * BATCH_SIZE), BATCH_SIZE) for n in (5, NUM_BATCHES))
     fitted([*callbacks], model, train, val, **{"num_sanity_val_steps": 0, "limit_train_batches": 5, **kwargs})
 
@@ -54,11 +37,17 @@ PASSES: dict[str, tuple[list[Any], int]] = {  # of a batch
 
 @pytest.mark.parametrize("name", PASSES)
 def test_a_validation_makes_a_pass_of_a_kept_batch_for(name: str) -> None:
-    (monitors, expected), model = PASSES[name], Quiet()
+    (monitors, expected), model, sizes = PASSES[name], Quiet(), defaultdict[int, list[int]](list)
+
+    def note(model: Any, args: Any) -> None:
+        if model.trainer.validating:
+            sizes[model.current_epoch].append(len(args[0]))
+
+    model.register_forward_pre_hook(note)
     if "without batch norm" in name:
         model.net[1] = nn.Identity()
-    fit(model, passes := Passes(model), *monitors, max_epochs=3)
-    assert passes.epochs == [[BATCH_SIZE] * expected] * 3
+    fit(model, *monitors, max_epochs=3)
+    assert sizes == dict.fromkeys(range(3), [BATCH_SIZE] * expected)
 
 
 def touched_in(hook: str) -> list[tuple[int, int]]:

@@ -1,9 +1,12 @@
 """Each example in its quick form, in this process: to import torch and lightning again would take most of the time."""
 
 import dataclasses
+import importlib
 import re
 import runpy
 import sys
+from argparse import Namespace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from scipy.stats import kendalltau
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_sensitivity import RiskMonitor
+from lightning_sensitivity import RiskMonitor, compare_models
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -132,6 +135,29 @@ def test_what_a_comparison_is_worth_in_labels(run: Any) -> None:
         np.testing.assert_allclose(taus, [kendalltau(score[kept], truth[kept]).statistic for score in scores])
     curve, tau = np.linspace(0.2, 0.8, 7)[:, None], np.array([[0.1], [0.3], [0.9]])
     np.testing.assert_allclose([variables["worth"](t, curve)[0] for t in tau], [10, 20, 1000])
+
+
+@pytest.mark.long
+def test_networks_of_the_paper_are_measured_as_the_package_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES / "studies" / "paper")  # whose modules import each other as scripts do
+    zoo, measure, peers = map(importlib.import_module, ("zoo", "measure", "peers"))
+    specs = [zoo.Spec(1, 16), zoo.Spec(1, 32, init="normal"), zoo.Spec(2, 16)]
+    args = Namespace(data=None, out=tmp_path, max_epochs=120, processes=1)
+    table = peers.add_consensus(measure.measure(specs, "digits", args), specs, args).set_index("network")
+    models = {spec.name: zoo.checkpoints(spec, "digits", tmp_path).trained for spec in specs}
+    models["untrained"] = zoo.checkpoints(specs[0], "digits", tmp_path).untrained  # that of N(0, 1) would vote
+    models = {name: partial(zoo.Network.load_from_checkpoint, path) for name, path in models.items()}
+    images = zoo.Images("digits")
+    images.setup("validate")
+    result = {row.name: row for row in compare_models(models, images.val_dataloader())}
+    for spec in specs:
+        row, scores = table.loc[spec.name], result[spec.name]
+        assert not row["converged"]
+        assert scores.consensus_error == pytest.approx(row["consensus_error"], rel=1e-5, abs=1e-6)
+        assert scores.sensitivity == pytest.approx(row["sensitivity"], abs=5 * scores.sensitivity_stderr)
+    assert result["untrained"].note.startswith("undecided")
 
 
 @pytest.mark.long

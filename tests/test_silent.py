@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import seed_everything
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 from torch.utils.data import DataLoader
@@ -214,7 +213,6 @@ ROWS = [(name, SensitivityMonitor) for name in CASES if CASES[name].s] + [(name,
 def test_no_number_is_silently_wrong(name: str, kind: Any) -> None:
     case, plain = CASES[name], plain_risk if kind is RiskMonitor else plain_sensitivity
     verdict, options = (case.r, case.r_options) if kind is RiskMonitor else (case.s, case.s_options)
-    seed_everything(0, verbose=False)
     model = type("CaseModel", (Model,), {"forward": case.forward})(case)
     features = [inputs(num_batches * case.batch_size, seed=num_batches) for num_batches in (3, 2)]
     batches = [[case.batch(case.x(f), case.y(f)) for f in part.split(case.batch_size)] for part in features]

@@ -36,8 +36,8 @@ def bce(outputs: Tensor, targets: Tensor) -> Tensor:
 class Plain(Classifier):
     """Without batch norm; in 64 bits, in which sums in another order are the same to nine digits."""
 
-    def __init__(self, num_outputs: int = 4, loss: Any = cross_entropy) -> None:
-        super().__init__()
+    def __init__(self, num_outputs: int = 4, loss: Any = cross_entropy, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.net = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, num_outputs))
         self.loss = loss
         self.double()
@@ -158,7 +158,7 @@ class Truth(History):
         combined = (estimate + weight * score) / (1 + weight)
         return {"val_risk_estimate": combined, **dict(zip(REFERENCE_NAMES, (score, weight), strict=True))}
 
-    def check(self) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Compare what was logged to the plain loop, and check that epochs differ."""
         assert self.epochs and len(self.epochs) == len(self.terms)
         for values, terms in zip(self.epochs, self.terms, strict=True):

@@ -26,11 +26,9 @@ BEFORE = [{}, {"num_sanity_val_steps": 0}]  # in the sanity check, and in the fi
 SENSITIVITY = "val_output_sensitivity"
 
 
-def said(monitors: Any, model: Any, **options: Any) -> list[str]:
+def said(*args: Any, **options: Any) -> list[str]:
     """What monitors say in a fit."""
-    with helpers.said() as texts:
-        fitted(monitors, model, **options)
-    return texts
+    return helpers.fitted_and_said(*args, **options)[1]
 
 
 class Acting(Linear):

@@ -9,7 +9,6 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import callbacks as cb
-from lightning.pytorch import seed_everything
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -26,10 +25,7 @@ NOISY = DataLoader(TensorDataset(X, Y.where(torch.arange(50) % 3 > 0, 0)), 16)
 
 
 class Fast(Plain):
-    def __init__(self, lr: float = 0.3) -> None:
-        seed_everything(0, verbose=False)
-        super().__init__()
-        self.lr = lr
+    lr = 0.3
 
 
 def parts(text: str) -> tuple[str, list[str]]:
@@ -127,7 +123,9 @@ def test_only_a_run_that_came_to_its_last_epoch_was_still_falling(
     threshold: float | None, max_epochs: int, is_falling: bool, said: Any
 ) -> None:
     stopping = cb.EarlyStopping(CRITERION, patience=2, stopping_threshold=threshold)
-    run = fitted([RiskMonitor(), stopping], Fast(0.003), NOISY, unlabelled_loader(seed=1), max_epochs=max_epochs)
+    model = Fast()
+    model.lr = 0.003
+    run = fitted([RiskMonitor(), stopping], model, NOISY, unlabelled_loader(seed=1), max_epochs=max_epochs)
     assert ("It was still falling" in said.text) == (run.current_epoch == 4) == is_falling
 
 
@@ -203,7 +201,7 @@ DIGITS, DIGIT_LABELS = (torch.tensor(each) for each in load_digits(return_X_y=Tr
     (False, rf"\. {CLEAN_LABELS}( It was still falling: train for longer\.)?$"),
 ])  # fmt: skip
 def test_of_digits_it_says_whether_labels_are_wrong(is_noisy: bool, expected: str, said: Any) -> None:
-    model = Fast(0.01)
+    model = Plain()
     model.net = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10)).double()
     x, y = DIGITS.float() / 16, DIGIT_LABELS
     noisy = (y + 1 + torch.arange(len(y)) % 9) % 10

@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import seed_everything
 from torch import Tensor, nn
 
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
@@ -38,7 +37,6 @@ def test_values_agree_with_the_cpu_and_the_devices_stream_is_left_alone(precisio
 
 
 def fit(kind: Any, monitors: Any, **kwargs: Any) -> tuple[Any, list[dict[str, float]]]:
-    seed_everything(0, verbose=False)
     run = fitted(monitors, model := kind(), loader(2000, 100), loader(600, 100, seed=1), **kwargs)
     return model, run.epochs
 

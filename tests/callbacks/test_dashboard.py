@@ -59,11 +59,6 @@ def page() -> Iterator[Any]:
         browser.close()
 
 
-def titles(cards: Any) -> list[str]:
-    """The names that stand above the curves."""
-    return [card.locator("tb-truncated-path").get_attribute("title") for card in cards.all()]
-
-
 @pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (Debian: apt-get install chromium)")
 def test_the_values_stand_beside_the_loss_on_the_page_that_opens(
@@ -79,7 +74,8 @@ def test_the_values_stand_beside_the_loss_on_the_page_that_opens(
         card.get_by_label("Pin card").click()
     pinned = page.locator("metrics-pinned-view card-view")
     pinned.nth(2).wait_for()
-    assert titles(pinned) == SIDE_BY_SIDE
+    titles = [card.locator("tb-truncated-path").get_attribute("title") for card in pinned.all()]
+    assert titles == SIDE_BY_SIDE
     assert len({card.bounding_box()["y"] for card in pinned.all()}) == 1
     page.wait_for_timeout(1000)  # until the curves are drawn
     # This is the picture of docs/guide, with $LOGDIR and --basetemp.

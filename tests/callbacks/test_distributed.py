@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import CombinedLoader
@@ -18,13 +18,8 @@ from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDatas
 
 import tests.helpers as helpers
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
-from tests.helpers import Linear, Stream, brute_force, fitted, inputs, labelled, loader, logged
+from tests.helpers import Linear, Quiet, Stream, brute_force, fitted, inputs, labelled, loader, logged
 from tests.helpers import unlabelled_loader as unlabelled
-
-
-def model(kind: Any = Linear) -> Any:
-    seed_everything(0, verbose=False)
-    return kind()
 
 
 def distributed(**kwargs: Any) -> Trainer:
@@ -50,7 +45,7 @@ class Still(Linear):
 
 def risk_monitor() -> RiskMonitor:
     """One for which the still model has learned something."""
-    return RiskMonitor(initial_weights={name: weight / 2 for name, weight in model(Still).state_dict().items()})
+    return RiskMonitor(initial_weights={name: weight / 2 for name, weight in Still().state_dict().items()})
 
 
 def ripple(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -63,8 +58,8 @@ def rippled(kind: Any, val: Any, fits: bool = False, sampling: bool = True, **kw
     monitors = [SensitivityMonitor(ripple, **kwargs), risk_monitor()]
     options = {"kind": kind, "max_epochs": 1, "precision": "64-true", "use_distributed_sampler": sampling}
     if not fits:
-        return helpers.validated(monitors, model(Still), val, **options)
-    return logged(fitted(monitors, model(Still), loader(48, 8), val, **options), "val_")
+        return helpers.validated(monitors, Still(), val, **options)
+    return logged(fitted(monitors, Still(), loader(48, 8), val, **options), "val_")
 
 
 EVEN: dict[str, dict[str, Any]] = {
@@ -95,20 +90,13 @@ def in_turn(num_samples: int, rank: int) -> DataLoader:
 
 def risk(rank: int, folder: Path) -> Any:
     checkpoint = ModelCheckpoint(folder / "risk", monitor="val_risk_estimate/dataloader_idx_0")
-    monitor, net, other = RiskMonitor(), model(), model()
+    monitor, net, other = RiskMonitor(), Linear(), Linear()
     data = in_turn(47, rank), [unlabelled(48, 8, seed=1), on_rank(1, seed=2)]
     run = fitted([monitor, checkpoint], net, *data, kind=distributed, max_epochs=1, enable_checkpointing=True)
     fitted([], other, *data, kind=distributed, max_epochs=1)
     torch.testing.assert_close(net.state_dict(), other.state_dict(), rtol=0, atol=0)
     state = monitor.fit
     return logged(run, "val_"), net.state_dict(), (state.num_training, state.num_weights, state.calibrations)
-
-
-class Normed(helpers.Quiet):
-    """With batch norm, which DDP broadcasts; without dropout, so that a resumed fit draws no other numbers."""
-
-    def __init__(self) -> None:
-        super().__init__(dropout=0.0)
 
 
 def labels_of(num_samples: int, rank: int) -> TensorDataset:
@@ -124,7 +112,8 @@ def stopping(rank: int, folder: Path) -> Any:
         monitor, stop = RiskMonitor(validation_labels=True), EarlyStopping("val_risk_estimate", patience=2)
         val = DataLoader(labels_of(48, rank), 8)
         options = {"kind": distributed, "max_epochs": max_epochs, "num_sanity_val_steps": 0, **kwargs}
-        fit = fitted([monitor, stop], model(Normed), in_turn(48, rank), val, **options)
+        # With batch norm, which DDP broadcasts; without dropout, so that a resumed fit draws no other numbers.
+        fit = fitted([monitor, stop], Quiet(dropout=0.0), in_turn(48, rank), val, **options)
         return fit, [{k: v for k, v in epoch.items() if "risk" in k} for epoch in fit.epochs], monitor.fit
 
     whole, epochs, state = run(6)
@@ -137,18 +126,17 @@ def stopping(rank: int, folder: Path) -> Any:
 
 def without_a_batch(rank: int, folder: Path) -> Any:
     loaders = [on_rank(1), on_rank(None, 1), on_rank(0, 2), on_rank(None, 3), on_rank(1, 4)]
-    values = helpers.validated(SensitivityMonitor(), model(), loaders, kind=distributed)
+    values = helpers.validated(SensitivityMonitor(), Linear(), loaders, kind=distributed)
     combined = CombinedLoader([on_rank(0), on_rank(0, 1)], "max_size_cycle")
-    of_combined = helpers.validated(SensitivityMonitor(), model(), combined, kind=distributed)
-    of_risk = [fitted_with_warnings([risk_monitor()], model(), loader(24, 8), on_rank(each)) for each in (0, 1)]
+    of_combined = helpers.validated(SensitivityMonitor(), Linear(), combined, kind=distributed)
+    of_risk = [fitted_with_warnings([risk_monitor()], Linear(), loader(24, 8), on_rank(each)) for each in (0, 1)]
     return values, of_combined, of_risk
 
 
 def fitted_with_warnings(*args: Any, **kwargs: Any) -> Any:
     """What was logged last, and what monitors have warned of."""
     options = {"kind": distributed, "use_distributed_sampler": False, "num_sanity_val_steps": 0, **kwargs}
-    with helpers.said() as texts:
-        run = fitted(*args, **options)
+    run, texts = helpers.fitted_and_said(*args, **options)
     return logged(run, "val_"), texts
 
 
@@ -172,7 +160,7 @@ class Failing(Still):
 def a_pass_that_fails(rank: int, folder: Path) -> Any:
     batches, results = DataLoader(MARKED, batch_size=None), []
     for first_epoch in (0, 1):
-        net = model(Failing)
+        net = Failing()
         net.first_epoch = first_epoch
         callbacks = [SensitivityMonitor(), risk_monitor(), EarlyStopping("val_risk_estimate", patience=9)]
         _, messages = fitted_with_warnings(callbacks, net, loader(48, 8), batches, max_epochs=3)
@@ -185,7 +173,7 @@ def a_training_batch_that_fails(rank: int, folder: Path) -> Any:
     x, y = labelled(24).tensors
     if rank:
         y[:4], y[8:12] = -100, 4
-    net = model()
+    net = Linear()
     net.training_step = lambda batch, batch_idx: cross_entropy(net(batch[0]), batch[1].clamp(max=3))
     train, monitor = DataLoader(TensorDataset(x, y), 8), RiskMonitor()
     return *fitted_with_warnings([monitor], net, train, unlabelled(), max_epochs=1), monitor.fit.num_training
@@ -197,7 +185,7 @@ def no_features_in_one_process(rank: int, folder: Path) -> Any:
             raise ValueError("no features")
         return batch[0] if isinstance(batch, list) else batch
 
-    monitor, net = RiskMonitor(features=features), model()
+    monitor, net = RiskMonitor(features=features), Linear()
     net.training_step = lambda batch, batch_idx: cross_entropy(net(2 * batch[0]), batch[1])
     return fitted_with_warnings([monitor], net, loader(48, 8), unlabelled(48, 8), max_epochs=2)
 
@@ -254,7 +242,7 @@ def test_the_risk_estimate_is_that_of_both_and_n_and_w_are_the_same(both: Any) -
     (first, weights, sizes), other = both["risk"]
     assert (first, sizes) == other[::2] and sizes[:2] == (47, 52)
     assert 0 < first["val_risk_label_noise/dataloader_idx_0"] < 0.5
-    net = model()
+    net = Linear()
     net.load_state_dict(weights)
     with torch.no_grad():
         claim = 1 - net(inputs(48, seed=1)).double().softmax(1).square().sum(1).mean()
@@ -276,7 +264,7 @@ def test_a_process_without_a_batch_has_the_others_value(both: Any) -> None:
     values, of_combined, _ = both["without_a_batch"][0]
     for idx, ranks in enumerate([[1], [0, 1], [0], [0, 1], [1]]):
         batches = list(inputs(40, seed=idx).split(16))
-        changes = torch.cat([brute_force(model(), batches, rank=rank, loader=idx) for rank in ranks])
+        changes = torch.cat([brute_force(Linear(), batches, rank=rank, loader=idx) for rank in ranks])
         expected = changes.var(correction=0).item()
         assert values[f"val_output_sensitivity/dataloader_idx_{idx}"] == pytest.approx(expected, rel=1e-5)
     assert of_combined["val_output_sensitivity"] > 0

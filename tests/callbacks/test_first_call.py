@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.modules import module as torch_module
 
-import tests.helpers as helpers
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
-from tests.helpers import NUM_FEATURES, Classifier, Linear, fitted, loader
+from tests.helpers import NUM_FEATURES, Classifier, Linear, fitted_and_said, loader
 
 Step = Callable[[Any, Tensor, Tensor], Any]
 ADVICE = "Do what the step does with inputs and outputs in `forward`, or in `inputs=` and `outputs=`."
@@ -128,9 +127,7 @@ def said(module: Any, monitors: Any = None, **options: Any) -> list[str]:
     """What monitors say in a short fit."""
     monitors = [SensitivityMonitor()] if monitors is None else monitors
     kwargs = {"max_epochs": 1, "limit_train_batches": 4, "limit_val_batches": 1, **options}
-    with helpers.said() as texts:
-        fitted(monitors, module, loader(64, seed=1), **kwargs)
-    return texts
+    return fitted_and_said(monitors, module, loader(64, seed=1), **kwargs)[1]
 
 
 def assert_said(texts: list[str], problem: str | None, *monitors: str) -> None:

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import seed_everything
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 from torch.utils.data import DataLoader, TensorDataset
@@ -25,7 +24,6 @@ def test_over_epochs_its_score_is_calibrated_as_by_a_plain_loop() -> None:
     model.net[0], model.net[3] = nn.Linear(12, 256).double(), nn.Linear(256, 4).double()
     model.lr = 0.02
     fit(model, DataLoader(TensorDataset(X, NOISY), 16), RiskMonitor(), truth := Truth(), max_epochs=20)
-    truth.check()
     # The network learns, and then memorizes: the factor is that of an epoch in between, and between its bounds.
     ratios = truth.ratios
     assert 1 < min(ratios) < 3 and 0 < ratios.index(min(ratios)) < len(ratios) - 1
@@ -51,7 +49,6 @@ def test_it_sees_dense_inputs_as_they_are(change: Any) -> None:
     truth, model = Truth(holdout=holdout), Narrow()
     train = DataLoader(TensorDataset(change(X), Y), 16)
     fitted([RiskMonitor(), truth], model, train, DataLoader(holdout, 16), max_epochs=2)
-    truth.check()
 
 
 def test_a_function_says_what_it_sees() -> None:
@@ -60,8 +57,7 @@ def test_a_function_says_what_it_sees() -> None:
 
     # It gets copies, to which it may write.
     monitor = RiskMonitor(features=lambda batch: first_tensor(batch).sin_()[:, :2])
-    fit(Plain(), loader(), monitor, truth := Truth(features=reduced))
-    truth.check()
+    fit(Plain(), loader(), monitor, Truth(features=reduced))
 
 
 def test_of_a_large_batch_it_sees_evenly_spaced_samples(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +73,6 @@ class Tokens(Classifier):
     """A bag of embeddings, as transformers call it."""
 
     def __init__(self) -> None:
-        seed_everything(0, verbose=False)
         super().__init__()
         self.words, self.head = nn.Embedding(30, 8), nn.Linear(8, 4)
 
@@ -164,7 +159,6 @@ def test_a_function_that_fails_is_an_error_before_the_first_step(features: Any, 
 
 def test_an_empty_batch_moves_no_prediction() -> None:
     def values(batches: list[Tensor]) -> dict[str, float]:
-        seed_everything(0, verbose=False)
         return logged(fitted(RiskMonitor(), Taking(), val=DataLoader(batches, None)), "val_risk_reference")
 
     full = list(HOLDOUT.split(25))

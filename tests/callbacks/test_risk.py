@@ -8,7 +8,6 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import callbacks as cb
-from lightning.pytorch import seed_everything
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
@@ -18,7 +17,17 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SubsetRand
 from lightning_sensitivity import RiskMonitor
 from lightning_sensitivity.model.twins import NUM_TWINS, twin_numbers
 from tests.callbacks.plain_loop import HOLDOUT, NAMES, REFERENCE_NAMES, Plain, Truth, bce, fit
-from tests.helpers import Classifier, Stream, averaged_weights, first_tensor, fitted, labelled, loader, logged, said
+from tests.helpers import (
+    Classifier,
+    Stream,
+    averaged_weights,
+    first_tensor,
+    fitted,
+    fitted_and_said,
+    labelled,
+    loader,
+    logged,
+)
 from tests.helpers import unlabelled_loader as unlabelled
 
 X, Y = labelled(50).tensors
@@ -58,7 +67,6 @@ def test_the_terms_are_those_of_a_plain_loop(name: str) -> None:
     (y, make), task = SCORED[name], name.split(",")[0]
     callbacks = [*(averaged_weights() if "averaged" in name else []), RiskMonitor(task), truth := Truth(task)]
     fit(make(), with_labels(y), *callbacks, num_sanity_val_steps=0 if "without a sanity check" in name else 2)
-    truth.check()
     assert all(epoch["val_risk_variance"] > 0 for epoch in truth.epochs)
 
 
@@ -72,8 +80,7 @@ def test_the_first_batches_of_a_fit_are_kept_once_and_scored_as_they_came() -> N
 
     monitor, model = RiskMonitor(), Writer()
     for _ in range(2):  # a second fit has samples and initial weights of its own
-        fit(model, loader(shuffle=True), monitor, truth := Truth(), val_check_interval=2, max_epochs=2)
-        truth.check()
+        fit(model, loader(shuffle=True), monitor, Truth(), val_check_interval=2, max_epochs=2)
 
 
 def test_the_reference_learns_from_the_first_training_batches_of_which_evenly_spaced_ones_are_scored(
@@ -83,24 +90,17 @@ def test_the_reference_learns_from_the_first_training_batches_of_which_evenly_sp
     monkeypatch.setattr("lightning_sensitivity.callbacks.risk.NUM_SCORED", 20)
     truth = Truth(max_batches=4, scored=[0, 2])  # 64 of 120 are kept, and of these 32 scored
     fit(Plain(), loader(120), RiskMonitor(), truth)
-    truth.check()
-
-
-def risk(num_samples: int = 64, **kwargs: Any) -> dict[str, float]:
-    seed_everything(0, verbose=False)
-    val = unlabelled(num_samples, seed=1)
-    return logged(fitted([RiskMonitor()], Classifier(0.0), loader(num_samples), val, **kwargs), "val_")
 
 
 def test_precisions_give_nearly_the_same() -> None:
-    expected = pytest.approx(risk(), rel=0.05, abs=0.02)
-    assert [risk(precision=precision) for precision in ("bf16-mixed", "bf16-true", "64-true")] == [expected] * 3
+    data, precisions = (loader(64), unlabelled(64, seed=1)), ("32-true", "bf16-mixed", "bf16-true", "64-true")
+    found = [logged(fitted(RiskMonitor(), Classifier(0.0), *data, precision=each), "val_") for each in precisions]
+    assert found[1:] == [pytest.approx(found[0], rel=0.05, abs=0.02)] * 3
 
 
 @pytest.mark.parametrize(("y", "num_outputs"), [(Y[:1], 4), (0 * Y, 4), (0.1 + 0.8 * one_hot(Y % 2, 2), 2)])
 def test_one_sample_one_class_or_two_soft_ones_have_values_in_silence(y: Tensor, num_outputs: int) -> None:
-    with said() as texts:
-        run = fit(Plain(num_outputs), with_labels(y), RiskMonitor())
+    run, texts = fitted_and_said(RiskMonitor(), Plain(num_outputs), with_labels(y), unlabelled(seed=1))
     values = logged(run, "val_risk")
     assert not texts and values.keys() >= {*NAMES} and all(map(math.isfinite, values.values()))
     assert ("val_risk_label_noise" in values) == (num_outputs == 2)  # the others let a reference learn nothing
@@ -118,7 +118,6 @@ class Centred(Plain):
 def test_samples_that_interact_are_measured_by_batches_as_they_came_from_either_loader(batch_size: int) -> None:
     truth = Truth(max_batches=math.ceil(50 / batch_size), batch_size=batch_size)
     fitted([RiskMonitor(), truth], Centred(), loader(50, batch_size), DataLoader(HOLDOUT, batch_size))
-    truth.check()
 
 
 @pytest.mark.parametrize("num_batches", [NUM_TWINS, 5, 8, 19, 600])
@@ -134,15 +133,13 @@ def test_neighbouring_batches_share_a_twin_and_all_twins_have_about_as_many(num_
 @pytest.mark.parametrize(("sizes", "is_said"), [([1], True), ([7, 7, 2], True), ([8], False), ([16, 16, 2, 2], False)])
 def test_few_samples_in_a_batch_are_too_few_for_batch_norm_which_is_said_once(sizes: list[int], is_said: bool) -> None:
     val = [unlabelled(size, size, seed=1).dataset for size in sizes]
-    with said() as texts:
-        run = fitted(RiskMonitor(), Classifier(), val=DataLoader(val, None))
+    run, texts = fitted_and_said(RiskMonitor(), Classifier(), val=DataLoader(val, None))
     assert len(texts) == is_said and all("batches of fewer than 8 samples, too few for batch norm" in t for t in texts)
     assert run.callback_metrics["val_risk_variance"] > 0  # one sample has no statistics of its own
 
 
 def test_the_variance_does_not_depend_on_the_size_of_small_batches_without_batch_norm() -> None:
     def variance(batch_size: int) -> float:
-        seed_everything(0, verbose=False)
         run = fitted([RiskMonitor()], Plain(), loader(), unlabelled(64, batch_size, seed=1), max_epochs=1)
         return float(run.callback_metrics["val_risk_variance"])
 
@@ -151,7 +148,6 @@ def test_the_variance_does_not_depend_on_the_size_of_small_batches_without_batch
 
 def test_each_of_several_loaders_has_an_estimate_under_lightnings_names() -> None:
     def values(loaders: Any) -> dict[str, float]:
-        seed_everything(0, verbose=False)
         model = changed(lambda model: setattr(model.net[2], "p", 0.0))  # each loader draws a random number
         return logged(fitted(RiskMonitor(), model, val=loaders), "val_risk_")
 
@@ -302,8 +298,7 @@ def test_a_first_value_that_is_missing_is_logged_as_the_worst_score_and_later_on
     optimizer = torch.optim.SGD(model.parameters(), 0.05)  # with a schedule that waits for the value, too
     schedule = {"scheduler": ReduceLROnPlateau(optimizer), "monitor": "val_risk_criterion"}
     model.configure_optimizers = lambda: {"optimizer": optimizer, "lr_scheduler": schedule}
-    with said() as messages:
-        run = fit(model, loader(), RiskMonitor(), stopping, max_epochs=5)
+    run, messages = fitted_and_said([RiskMonitor(), stopping], model, max_epochs=5)
     values = [epoch["val_risk_estimate"] for epoch in run.epochs]
     assert run.current_epoch == 5 and values[:2] == [2.0, 2.0] and values[2] == values[3] != values[4] < 2
     assert "val_risk_claim" not in run.epochs[0]
@@ -316,14 +311,12 @@ def test_unlabelled_inputs_may_have_other_rows_than_outputs() -> None:
             return super().forward(x.flatten(0, 1) if x.ndim == 3 else x)
 
     crops = DataLoader(torch.stack([HOLDOUT, HOLDOUT], 1), 16)
-    with said() as messages:
-        run = fitted(RiskMonitor(), Crops(), with_labels(Y), crops, max_epochs=1)
+    run, messages = fitted_and_said(RiskMonitor(), Crops(), with_labels(Y), crops, max_epochs=1)
     assert logged(run)["val_risk_estimate"] < 2 and len(messages) == 1 and "has no reference" in messages[0]
 
 
 def test_an_estimate_above_every_brier_score_is_said_once() -> None:
     model = Plain()
     model.forward = lambda x: 1e3 * Plain.forward(model, x)
-    with said() as messages:
-        fit(model, with_labels(Y.flip(0)), RiskMonitor())
+    _, messages = fitted_and_said(RiskMonitor(), model, with_labels(Y.flip(0)))
     assert len(messages) == 1 and "no Brier score is above 2" in messages[0]

@@ -65,8 +65,8 @@ def test_the_memory_is_bounded_in_bytes(
 ) -> None:
     monkeypatch.setattr(S, "MAX_BYTES", 2 * max_batches * 10 * NUM_FEATURES * 4)  # for two loaders
     model, (batches, val) = Linear(), batches_of(sizes, is_stream=False)
-    with helpers.said() as texts:
-        run = fitted(SensitivityMonitor(num_samples=None), model, val=[val, unlabelled_loader(2, 2)], max_epochs=3)
+    vals, monitor = [val, unlabelled_loader(2, 2)], SensitivityMonitor(num_samples=None)
+    run, texts = helpers.fitted_and_said(monitor, model, val=vals, max_epochs=3)
     assert len(texts) == 1 and f"keeps only {sum(sizes[i] for i in chosen)} samples of a loader: " in texts[0]
     found = helpers.logged(run)[f"{SENSITIVITY}/dataloader_idx_0"]
     assert found == sensitivity(model, {index: batches[index] for index in chosen})
@@ -205,7 +205,6 @@ def test_an_error_costs_its_epoch_and_changes_no_other_value() -> None:
             return super().forward(x)
 
     def values(kind: Any) -> list[dict[str, float]]:
-        torch.manual_seed(0)
         monitors = [SensitivityMonitor(), RiskMonitor()]
         epochs = fitted(monitors, kind(), loader(20, 2), unlabelled_loader(40, 8), max_epochs=4).epochs
         return [{name: epoch[name] for name in (SENSITIVITY, "val_risk_variance")} for epoch in epochs]

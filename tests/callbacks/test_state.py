@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Trainer
 from lightning.pytorch import callbacks as cb
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -26,9 +26,8 @@ KEY = "RiskMonitor{'prefix': 'val_'}"
 class Still(Plain):
     """Without dropout, so that a resumed fit draws no other numbers; its first layer is frozen."""
 
-    def __init__(self, seed: int = 0) -> None:
-        seed_everything(seed, verbose=False)
-        super().__init__()
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.net[2].p = 0.0
         self.net[0].requires_grad_(False)
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch import callbacks as cb
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import CombinedLoader
@@ -187,7 +187,6 @@ def is_ours(name: str) -> bool:
 
 def fit(setup: Setup, tmp_path: Path, ours: list[cb.Callback]) -> tuple[Trainer, list[Any], list[Any]]:
     """Train from one seed; gives the Trainer, the rows of its log, and all that training is and has logged."""
-    seed_everything(0, verbose=False)
     watch, seen, logger, module = cb.Callback(), list[Any](), CSVLogger(tmp_path, name=None), setup.module()
     watch.on_train_batch_end = lambda *_: seen.append(observed(module))
     options = {"default_root_dir": tmp_path, "log_every_n_steps": 1, **(setup.kwargs or {})}

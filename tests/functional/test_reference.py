@@ -118,20 +118,21 @@ def test_bad_input_is_refused_by_name() -> None:
 # What the estimate makes of it
 
 
-@pytest.mark.parametrize(
-    ("score", "claim", "m", "n", "weight"),
-    [
-        pytest.param(0.9, 0.9, 500, 500, 2, id="skilled and calibrated"),
-        pytest.param(0.99, 0.99, 500, 500, 0, id="no more skilled than with permuted labels"),
-        pytest.param(0.98, 0.98, 500, 500, 1, id="half way"),
-        pytest.param(0.98, 0.98, 75, 75, 0, id="of few samples, which reach that by chance"),
-        pytest.param(0.5, 0.65, 500, 500, 0, id="too cautious: correct labels"),
-        pytest.param(0.0, 0.0, 500, 500, 0, id="perfect"),
-        pytest.param(0.9, 0.9, 1000, 4000, 0.5, id="of a quarter of the training samples"),
-    ],
-)
-def test_the_weight_of_a_reference_that_is(score: float, claim: float, m: int, n: int, weight: float) -> None:
-    assert reference_weight(score, 1.0, claim, m, n) == pytest.approx(weight)
+WEIGHTS = {  # of a score, a claim, and numbers of samples
+    "skilled and calibrated": (0.9, 0.9, 500, 500, 2),
+    "no more skilled than with permuted labels": (0.99, 0.99, 500, 500, 0),
+    "half way": (0.98, 0.98, 500, 500, 1),
+    "of few samples, which reach that by chance": (0.98, 0.98, 75, 75, 0),
+    "too cautious: correct labels": (0.5, 0.65, 500, 500, 0),
+    "perfect": (0.0, 0.0, 500, 500, 0),
+    "of a quarter of the training samples": (0.9, 0.9, 1000, 4000, 0.5),
+}
+
+
+@pytest.mark.parametrize("what", WEIGHTS)
+def test_the_weight_of_a_reference_that_is(what: str) -> None:
+    score, *others, weight = WEIGHTS[what]
+    assert reference_weight(score, 1.0, *others) == pytest.approx(weight)
 
 
 @given(epochs=st.lists(st.tuples(st.floats(-1, 1), st.floats(-1, 1)), min_size=1, max_size=9))

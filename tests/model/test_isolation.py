@@ -222,18 +222,9 @@ def test_lazy_and_scripted_models_are_refused() -> None:
             pass
 
 
-WRITES: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "a weight": (lambda m: m[1].weight.mul_(2), "1.weight"),
-    "a detached view of it": (lambda m: m[0].bias.detach().add_(1), "0.bias"),
-    "several": (lambda m: [p.zero_() for p in m.parameters()], "0.weight, 0.bias, 1.weight"),
-}
-
-
-@pytest.mark.parametrize("what", WRITES)
-def test_a_pass_that_writes_to_a_parameter_is_refused_by_name(what: str) -> None:
-    write, name = WRITES[what]
+def test_a_pass_that_writes_to_parameters_is_refused_by_name() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     with isolated(model) as run:
         run(model, X)
-        with pytest.raises(MisconfigurationException, match=f"`forward` writes to {name} in eval mode"):
-            run(write, model)
+        with pytest.raises(MisconfigurationException, match="`forward` writes to 0.weight, 0.bias, 1.weight in eval"):
+            run(lambda: [parameter.detach().zero_() for parameter in model.parameters()])

@@ -36,14 +36,6 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     return copy_weights(dict(model.named_parameters()))
 
 
-def trained() -> tuple[Any, dict[str, Tensor]]:
-    """A network, and its weights before it learned."""
-    model = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)).eval()
-    initial = weights_of(model)
-    train(model)
-    return model, initial
-
-
 def are_equal(one: Any, other: Any) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
@@ -155,7 +147,7 @@ def test_frozen_weights_without_initial_ones_stay() -> None:
 
 
 def test_batch_norm_goes_by_the_batch_and_keeps_its_statistics() -> None:
-    model = trained()[0]
+    model = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU()).eval()
     before, by_batch = copy.deepcopy(model.state_dict()), copy.deepcopy(model).train()(X)
     with suppress(KeyboardInterrupt), batch_statistics(model):
         torch.testing.assert_close(model(X), by_batch)
