@@ -107,6 +107,27 @@ class Linear(Quiet):
         return self.scale * self.net(x)
 
 
+class Acting(Linear):
+    """Its forward calls a function of the module, the inputs and the epoch in eval mode, where only our passes are."""
+
+    def __init__(self, act: Callable[[Any, Tensor, int], Any]) -> None:
+        super().__init__()
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            self.act(self, x, -1 if self.trainer.sanity_checking else self.current_epoch)
+        return self.net(x)
+
+
+def failing(error: Exception, when: Callable[[Tensor, int], bool] = lambda x, epoch: True) -> Acting:
+    def act(model: Any, x: Tensor, epoch: int) -> None:
+        if when(x, epoch):
+            raise error
+
+    return Acting(act)
+
+
 def averaged_weights(**options: Any) -> list[Callback]:
     module = pytest.importorskip("lightning.pytorch.callbacks.weight_averaging")  # Lightning 2.6 and newer
     return [module.EMAWeightAveraging(decay=0.5, **options)]

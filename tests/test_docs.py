@@ -141,7 +141,7 @@ MESSAGE_OF = {"rank_zero_warn": 0, "Diagnosis": 0, "report_failure": 0, "append"
 # Functions that return a part of a message, and those that only pass on what they get.
 RETURNING = ("_problem_of_steps", "stop", "_find_difference", "_checkpoint_of", "describe_error")
 RETURNING += ("_lowest", "_noise", "_train_on", "_trust")
-PASSING = ("__getattr__", "check_argument", "warn_of")
+PASSING = ("__getattr__", "check_argument")
 
 
 def texts(node: ast.expr, names: Names) -> list[str]:

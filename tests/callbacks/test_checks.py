@@ -19,7 +19,7 @@ from torch import Tensor
 
 import tests.helpers as helpers
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
-from tests.helpers import Linear, fitted, loader, logged, refused, trainer
+from tests.helpers import Acting, Linear, failing, fitted, loader, logged, refused, trainer
 
 MONITORS = [SensitivityMonitor, RiskMonitor]
 BEFORE = [{}, {"num_sanity_val_steps": 0}]  # in the sanity check, and in the first training batch without one
@@ -29,27 +29,6 @@ SENSITIVITY = "val_output_sensitivity"
 def said(*args: Any, **options: Any) -> list[str]:
     """What monitors say in a fit."""
     return helpers.fitted_and_said(*args, **options)[1]
-
-
-class Acting(Linear):
-    """Its forward calls a function of the module, the inputs and the epoch in eval mode, where only our passes are."""
-
-    def __init__(self, act: Callable[[Any, Tensor, int], Any]) -> None:
-        super().__init__()
-        self.act = act
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            self.act(self, x, -1 if self.trainer.sanity_checking else self.current_epoch)
-        return self.net(x)
-
-
-def failing(error: Exception, when: Callable[[Tensor, int], bool] = lambda x, epoch: True) -> Acting:
-    def act(model: Any, x: Tensor, epoch: int) -> None:
-        if when(x, epoch):
-            raise error
-
-    return Acting(act)
 
 
 # Failures

@@ -14,20 +14,11 @@ from torch.nn.functional import cross_entropy, one_hot
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SubsetRandomSampler, TensorDataset
 
+import tests.helpers as helpers
 from lightning_sensitivity import RiskMonitor
 from lightning_sensitivity.model.twins import NUM_TWINS, twin_numbers
 from tests.callbacks.plain_loop import HOLDOUT, NAMES, REFERENCE_NAMES, Plain, Truth, bce, fit
-from tests.helpers import (
-    Classifier,
-    Stream,
-    averaged_weights,
-    first_tensor,
-    fitted,
-    fitted_and_said,
-    labelled,
-    loader,
-    logged,
-)
+from tests.helpers import Classifier, first_tensor, fitted, fitted_and_said, labelled, loader, logged
 from tests.helpers import unlabelled_loader as unlabelled
 
 X, Y = labelled(50).tensors
@@ -65,7 +56,7 @@ SCORED: dict[str, tuple[Tensor, Any]] = {  # labels and model, by task
 @pytest.mark.parametrize("name", SCORED)
 def test_the_terms_are_those_of_a_plain_loop(name: str) -> None:
     (y, make), task = SCORED[name], name.split(",")[0]
-    callbacks = [*(averaged_weights() if "averaged" in name else []), RiskMonitor(task), truth := Truth(task)]
+    callbacks = [*(helpers.averaged_weights() if "averaged" in name else []), RiskMonitor(task), truth := Truth(task)]
     fit(make(), with_labels(y), *callbacks, num_sanity_val_steps=0 if "without a sanity check" in name else 2)
     assert all(epoch["val_risk_variance"] > 0 for epoch in truth.epochs)
 
@@ -206,7 +197,7 @@ def test_different_training_samples_are_counted(name: str) -> None:
 
 
 GIVEN: dict[str, Any] = {
-    "a stream": lambda: DataLoader(Stream(has_labels=True), 16),
+    "a stream": lambda: DataLoader(helpers.Stream(has_labels=True), 16),
     "several loaders": lambda: CombinedLoader([loader(), loader(20)], "max_size_cycle"),
     "a loader of one's own": lambda: Own(),
 }
@@ -279,22 +270,9 @@ def test_early_stopping_goes_on_with(name: str) -> None:
         assert run.epochs[0]["val_risk_variance"] == 0  # it has not moved
 
 
-def broken_in(*epochs: int) -> Plain:
-    """A model whose outputs are nan in the validations of some epochs, the sanity check aside."""
-    model = Plain()
-
-    def forward(x: Tensor) -> Tensor:
-        trainer = model.trainer
-        is_now = trainer.validating and not trainer.sanity_checking and trainer.current_epoch in epochs
-        return Plain.forward(model, x) * (math.nan if is_now else 1.0)
-
-    model.forward = forward
-    model.validation_step = lambda batch, batch_idx: None
-    return model
-
-
 def test_a_first_value_that_is_missing_is_logged_as_the_worst_score_and_later_ones_are_gaps() -> None:
-    stopping, model = cb.EarlyStopping("val_risk_estimate", patience=99), broken_in(0, 1, 3)
+    stopping = cb.EarlyStopping("val_risk_estimate", patience=99)
+    model = helpers.Acting(lambda m, x, epoch: x.mul_(math.nan) if epoch in (0, 1, 3) else x)
     optimizer = torch.optim.SGD(model.parameters(), 0.05)  # with a schedule that waits for the value, too
     schedule = {"scheduler": ReduceLROnPlateau(optimizer), "monitor": "val_risk_criterion"}
     model.configure_optimizers = lambda: {"optimizer": optimizer, "lr_scheduler": schedule}

@@ -198,18 +198,12 @@ def test_loaders_that_come_and_go_never_end_training(sizes: tuple[list[int], ...
 
 
 def test_an_error_costs_its_epoch_and_changes_no_other_value() -> None:
-    class Broken(Quiet):
-        def forward(self, x: Tensor) -> Tensor:
-            if self.trainer.current_epoch == 2 and not self.training:
-                raise RuntimeError("out of luck")
-            return super().forward(x)
-
-    def values(kind: Any) -> list[dict[str, float]]:
+    def values(model: Any) -> list[dict[str, float]]:
         monitors = [SensitivityMonitor(), RiskMonitor()]
-        epochs = fitted(monitors, kind(), loader(20, 2), unlabelled_loader(40, 8), max_epochs=4).epochs
+        epochs = fitted(monitors, model, loader(20, 2), unlabelled_loader(40, 8), max_epochs=4).epochs
         return [{name: epoch[name] for name in (SENSITIVITY, "val_risk_variance")} for epoch in epochs]
 
     with pytest.warns(UserWarning, match="out of luck"):
-        broken = values(Broken)
-    whole = values(Quiet)
+        broken = values(helpers.failing(RuntimeError("out of luck"), lambda x, epoch: epoch == 2))
+    whole = values(Linear())
     assert broken[:2] == whole[:2] and broken[2] == whole[1] and broken[3] == whole[3]
