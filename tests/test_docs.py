@@ -70,9 +70,7 @@ def test_the_code_of_a_page_runs_in_order(page: Path, tmp_path: Path, monkeypatc
         assert Path(names["checkpoint"].best_model_path).is_file()
 
 
-def test_the_configuration_file_of_the_guide_makes_its_callbacks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_configuration_file_of_the_guide_makes_its_callbacks(tmp_path: Path, monkeypatch: Any) -> None:
     cli = pytest.importorskip("lightning.pytorch.cli")
     blocks = re.findall(r"^```yaml\n(.*?)^```", (DOCS / "guide" / "cli.md").read_text(), re.DOTALL | re.MULTILINE)
     path = tmp_path / "config.yaml"

@@ -63,11 +63,9 @@ def test_the_first_example_keeps_the_checkpoint_of_the_lowest_criterion(run: Any
     assert "val/risk_criterion" in logged and "hp_metric" not in logged
 
 
-@pytest.mark.parametrize(
-    ("script", "options"), [("tables.py", ["--labels", "50"]), ("finetuning.py", []), ("signals.py", [])]
-)
-def test_the_other_examples_keep_it_too(run: Any, script: str, options: list[str]) -> None:
-    text, variables = run(script, "--max-epochs", "3", *options)
+@pytest.mark.parametrize("command", ["tables.py --labels 50", "finetuning.py", "signals.py"])
+def test_the_other_examples_keep_it_too(run: Any, command: str) -> None:
+    text, variables = run(*command.split(), "--max-epochs", "3")
     criteria = variables["criteria"]
     np.testing.assert_allclose(numbers(text)[:, 1], criteria, atol=1e-3)
     assert Path(variables["checkpoint"].best_model_path).stem == f"epoch={np.argmin(criteria)}"
@@ -138,9 +136,7 @@ def test_what_a_comparison_is_worth_in_labels(run: Any) -> None:
 
 
 @pytest.mark.long
-def test_networks_of_the_paper_are_measured_as_the_package_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_networks_of_the_paper_are_measured_as_the_package_does(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.syspath_prepend(EXAMPLES / "studies" / "paper")  # whose modules import each other as scripts do
     zoo, measure, peers = map(importlib.import_module, ("zoo", "measure", "peers"))
     specs = [zoo.Spec(1, 16), zoo.Spec(1, 32, init="normal"), zoo.Spec(2, 16)]
@@ -181,11 +177,8 @@ def test_the_study_of_early_stopping_replays_what_a_fit_logs(run: Any) -> None:
         def validation_step(self, batch: Any, batch_idx: int) -> None:
             pass
 
-    recorder, validation = (
-        replay.Recorder(),
-        DataLoader(TensorDataset(x, y), replay.BATCH_SIZE, generator=torch.Generator()),
-    )
-    callbacks = [RiskMonitor(), recorder]
+    validation = DataLoader(TensorDataset(x, y), replay.BATCH_SIZE, generator=torch.Generator())
+    callbacks = [RiskMonitor(), recorder := replay.Recorder()]
     trainer = Trainer(max_epochs=2, accelerator="cpu", callbacks=callbacks, **training.QUIET)
     trainer.fit(Real(drawn), training.training_loader(drawn), validation)
     replayed = replay.replayed(drawn, training.trained(drawn)["weights"], [RiskMonitor()], x, y)

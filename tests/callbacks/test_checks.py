@@ -96,12 +96,6 @@ def test_warnings_that_are_errors_pass_through(monitor: Any) -> None:
 # State that is not put back
 
 
-def with_state(act: Callable[[Any, Tensor, int], Any]) -> Acting:
-    model = Acting(act)
-    model.helper, model.nested = SimpleNamespace(count=0), {"a": {"b": [1]}}
-    return model
-
-
 def count(helper: Any) -> int:
     helper.count += 1
     return helper.count
@@ -119,7 +113,8 @@ NOT_RESTORED: dict[str, Callable[[Any], float]] = {
 @pytest.mark.parametrize("kind", MONITORS)
 @pytest.mark.parametrize("name", NOT_RESTORED)
 def test_a_forward_whose_outputs_depend_on_what_is_not_put_back_is_refused(name: str, kind: Any, options: Any) -> None:
-    model = with_state(lambda m, x, epoch: x.mul_(NOT_RESTORED[name](m)))
+    model = Acting(lambda m, x, epoch: x.mul_(NOT_RESTORED[name](m)))
+    model.helper, model.nested = SimpleNamespace(count=0), {"a": {"b": [1]}}
     text = refused(kind(), model, **options)
     assert "`forward` gives other outputs when it is called again on the same batch" in text
     assert "only `if self.training`" in text and text.endswith("#state")
@@ -133,7 +128,7 @@ def test_a_forward_that_writes_to_a_parameter_is_refused_at_first_and_later_cost
 
     problem = "`forward` writes to net.bias in eval mode, which is not restored: do so only `if self.training`"
     for kind in MONITORS:
-        model = with_state(write)
+        model = Acting(write)
         model.first_epoch = -1
         assert problem in refused(kind(), model, **options)
         model.first_epoch = 1

@@ -4,6 +4,7 @@ import gc
 import itertools
 import math
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -72,16 +73,10 @@ def test_the_memory_is_bounded_in_bytes(
     assert found == sensitivity(model, {index: batches[index] for index in chosen})
 
 
-class Sized:
-    """A call of the model on nothing."""
-
-    num_bytes = 4
-
-
 def test_features_count_as_memory() -> None:
-    kept = S.KeptSamples(0, num_wanted=math.inf, max_bytes=100)
+    kept, call = S.KeptSamples(0, num_wanted=math.inf, max_bytes=100), SimpleNamespace(num_bytes=4)
     for index in range(10):
-        kept.add(S.KeptBatch(index, Sized(), 1, features=torch.zeros(1, 10)))
+        kept.add(S.KeptBatch(index, call, 1, features=torch.zeros(1, 10)))
     kept.complete()
     assert [batch.index for batch in kept.batches] == [0, 5] and kept.is_truncated
 
@@ -91,12 +86,11 @@ def test_features_count_as_memory() -> None:
 def test_of_many_batches_with_labels_evenly_spaced_ones_are_kept_for_which_there_is_memory(
     num_batches: int, max_kept: int
 ) -> None:
-    kept = S.KeptSamples(
-        0, num_wanted=600, num_labelled=1200, max_bytes=Sized.num_bytes * (200 if max_kept == 24 else 24)
-    )
+    call, max_bytes = SimpleNamespace(num_bytes=4), 4 * (200 if max_kept == 24 else 24)
+    kept = S.KeptSamples(0, num_wanted=600, num_labelled=1200, max_bytes=max_bytes)
     for index in range(num_batches):
         if kept.wants(index, has_labels=True):
-            kept.add(S.KeptBatch(index, Sized(), 50, labels=torch.zeros(50)))
+            kept.add(S.KeptBatch(index, call, 50, labels=torch.zeros(50)))
     kept.complete()
     indices = [*(batch.index for batch in kept.batches), num_batches]
     gaps = [after - before for before, after in itertools.pairwise(indices)]
