@@ -17,7 +17,7 @@ from lightning_sensitivity.callbacks.state import ValidationResult
 from lightning_sensitivity.functional.risk import RiskTerms
 from lightning_sensitivity.model.twins import copy_weights
 from tests.callbacks.plain_loop import Plain, fit
-from tests.helpers import loader
+from tests.helpers import loader, said
 
 pytestmark = pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint", "ignore:.*callbacks used to create")
 KEY = "RiskMonitor{'prefix': 'val_'}"
@@ -182,12 +182,20 @@ def test_a_malformed_state_is_one_clear_error(tmp_path: Path) -> None:
             fit(Still(), loader(), RiskMonitor(), ckpt_path=path)
 
 
-def test_a_resumed_fit_may_begin_with_a_validation(tmp_path: Path) -> None:
-    stopping, options = cb.EarlyStopping("val_risk_estimate", patience=99), {"val_check_interval": 2}
-    path = saved_after(2, tmp_path, **options)
-    found, resumed = values(Still, 2, stopping, ckpt_path=path, num_sanity_val_steps=0, **options)
+def test_a_fit_that_was_preempted_in_a_validation_begins_with_it_and_goes_on(tmp_path: Path) -> None:
+    class Preempted(Still):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            if (self.global_step, batch_idx) == (2, 1) and not path.exists():
+                self.trainer.save_checkpoint(path)
+
+    path, options = tmp_path / "middle.ckpt", {"val_check_interval": 2, "num_sanity_val_steps": 0}
+    whole, _ = values(Preempted, 2, **options)
+    with said() as texts:
+        stopping = cb.EarlyStopping("val_risk_estimate", patience=99)
+        found, resumed = values(Preempted, 2, stopping, ckpt_path=path, **options)
+    assert "no training sample is kept yet" in texts[0]
     assert resumed.current_epoch == 2 and not resumed.should_stop
-    assert found[-1].keys() == values(Still, 1)[0][0].keys()
+    assert len(found) == len(whole) and found[-1].keys() == whole[-1].keys()
 
 
 def test_a_fit_that_is_resumed_within_an_epoch_keeps_the_training_samples_of_the_next(tmp_path: Path) -> None:
