@@ -99,18 +99,13 @@ def risk(rank: int, folder: Path) -> Any:
     return logged(run, "val_"), net.state_dict(), (state.num_training, state.num_weights, state.calibrations)
 
 
-def labels_of(num_samples: int, rank: int) -> TensorDataset:
-    """Every second sample has a label, and in the second process alone."""
-    x, y = labelled(num_samples, seed=1).tensors
-    return TensorDataset(x, y.where((torch.arange(num_samples) % 4 < 2) & (torch.tensor(rank) == 1), -100))
-
-
 def stopping(rank: int, folder: Path) -> Any:
-    """A fit that is stopped by the estimate, saved, and resumed."""
+    """A fit that is stopped by the estimate, saved, and resumed; every second sample of rank 1 has a label."""
+    x, y = labelled(48, seed=1).tensors
+    val = DataLoader(TensorDataset(x, y.where((torch.arange(48) % 4 < 2) & (torch.tensor(rank) == 1), -100)), 8)
 
     def run(max_epochs: int, **kwargs: Any) -> Any:
         monitor, stop = RiskMonitor(validation_labels=True), EarlyStopping("val_risk_estimate", patience=2)
-        val = DataLoader(labels_of(48, rank), 8)
         options = {"kind": distributed, "max_epochs": max_epochs, "num_sanity_val_steps": 0, **kwargs}
         # With batch norm, which DDP broadcasts; without dropout, so that a resumed fit draws no other numbers.
         fit = fitted([monitor, stop], Quiet(dropout=0.0), in_turn(48, rank), val, **options)
