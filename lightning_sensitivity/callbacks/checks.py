@@ -28,7 +28,6 @@ _LIGHTNING_MODULES = ("lightning.pytorch.core.module", "pytorch_lightning.core.m
 _SHARDED = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")
 _INPUTS = "`inputs=`, such as `inputs=lambda batch: batch['image']`"
 _PAGE = "docs/troubleshooting.md"
-_MIN_NUMBERS = 10  # fewer outputs may look like probabilities by chance
 
 
 class Reporter:
@@ -162,7 +161,8 @@ def _problem_of_steps(trainer: Trainer, pl_module: LightningModule, stage: str) 
     """Explain what the module lacks, or how its step hides batches; None if nothing is wrong."""
     if not _is_overridden("forward", pl_module):
         return "needs a `forward` that returns the logits, and your module has none"
-    if "dataloader_iter" in inspect.signature(pl_module.validation_step).parameters:
+    steps = pl_module.training_step, pl_module.validation_step
+    if any("dataloader_iter" in inspect.signature(step).parameters for step in steps):
         return "needs to see each batch before the step, but the step takes `dataloader_iter`"
     if stage != "fit":
         return None
@@ -235,7 +235,7 @@ def check_outputs(outputs: Tensor, task: Task) -> None:
             f"outputs are dense, {tuple(outputs.shape)}: there is no estimate for pixels and tokens. Remove "
             f"`RiskMonitor`; `SensitivityMonitor` works.{link_to('no-estimate')}"
         )
-    if outputs.numel() >= _MIN_NUMBERS and are_probabilities(outputs):
+    if are_probabilities(outputs):
         raise MisconfigurationException(
             f"outputs are probabilities, and logits are needed: select them with `outputs=`.{link_to('no-estimate')}"
         )

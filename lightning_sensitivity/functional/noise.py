@@ -69,8 +69,8 @@ def _as_classes(predictions: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     q, y = predictions.detach().cpu().double(), labels.detach().cpu()
     if q.ndim < 2 or q.shape[1] == 1:  # of class 1
         q, y = (torch.stack([1 - each, each], 1) for each in (q.flatten(), y.double().flatten()))
-    elif y.ndim == 1 and len(y) and y.min() >= 0:
-        y = torch.nn.functional.one_hot(y.long(), max(q.shape[1], int(y.max()) + 1))
+    elif y.ndim == 1 and bool(((y >= 0) & (y < q.shape[1])).all()):
+        y = torch.nn.functional.one_hot(y.long(), q.shape[1])
     _check_classes(q, y, got)
     return q / q.sum(1, keepdim=True), y.double()
 

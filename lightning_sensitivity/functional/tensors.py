@@ -20,6 +20,7 @@ class Diagnosis(NamedTuple):
 
 
 _CHUNK = 2**15  # elements that are converted to double precision at a time
+_MIN_NUMBERS = 10  # fewer outputs may look like probabilities by chance
 _ROUNDING = 1e-2  # error of sums of 16-bit probabilities, which autocast may have converted to 32 bits since
 
 
@@ -53,7 +54,7 @@ def in_chunks(function: Callable[..., Tensor], *tensors: Tensor) -> list[Tensor]
 
 def are_probabilities(outputs: Tensor) -> bool:
     """Check whether outputs can only be those of a softmax, within rounding; waits for the device."""
-    if num_outputs(outputs) < 2 or not outputs.numel() or bool((outputs < 0).any()):
+    if num_outputs(outputs) < 2 or outputs.numel() < _MIN_NUMBERS or bool((outputs < 0).any()):
         return False
     sums = outputs.to(wide_dtype(outputs.device)).sum(1)
     return bool((sums - 1).abs().max() < _ROUNDING)

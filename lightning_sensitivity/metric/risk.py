@@ -40,8 +40,8 @@ class RiskEstimate(WideMetric):
 
     for training labels y, their mean s, predictions p of the model and q of the reference, and a factor c,
     see :class:`~lightning_sensitivity.functional.Calibration`. For its weight v see
-    :func:`~lightning_sensitivity.functional.reference_weight`. Last, M validation labels of mean score S give
-    :math:`(M S + M_0 R) / (M + M_0)`, with an :math:`M_0` of 200 if v is above 0, else of 40.
+    :func:`~lightning_sensitivity.functional.reference_weight`. M validation labels of mean score S give
+    :math:`(M S + M_0 R) / (M + M_0)`, with an :math:`M_0` of 200 if v is above 0, else 40.
 
     ``compute`` returns a dict of scalar tensors: ``risk_estimate``, nan without training or unseen samples;
     its terms ``risk_claim``, ``risk_overconfidence``, ``risk_memorization``, ``risk_variance``; with a
@@ -61,7 +61,7 @@ class RiskEstimate(WideMetric):
 
     Attributes:
         calibration: What the epochs so far say about c; ``reset`` keeps it.
-        messages: What makes the last value doubtful, by the kind of problem.
+        messages: What makes the last value doubtful, by kind.
 
     Raises:
         ValueError: If an argument is invalid, or labels do not fit the task.

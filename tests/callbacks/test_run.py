@@ -66,15 +66,16 @@ def without(name: str, kind: Any = Classifier, base: Any = LightningModule) -> A
     return type("Lacking", (kind,), {name: getattr(base, name)})()
 
 
-class Drawing(Classifier):
-    def validation_step(self, dataloader_iter: Any) -> None: ...
+def drawing(step: str) -> Any:
+    return type("Drawing", (Classifier,), {step: lambda self, dataloader_iter: None})()
 
 
 REFUSED: dict[str, tuple[Any, Any, str]] = {
     "no forward": (without("forward"), loader(), "needs a `forward` that returns the logits"),
     "no step": (without("validation_step"), loader(), "`def validation_step.*pass` is enough"),
     "no loader": (Classifier(), None, "needs a validation loop: pass `val_dataloaders`"),
-    "an iterator": (Drawing(), loader(), "takes `dataloader_iter`"),
+    "an iterator": (drawing("validation_step"), loader(), "takes `dataloader_iter`"),
+    "an iterator in training": (drawing("training_step"), loader(), "takes `dataloader_iter`"),
 }
 
 

@@ -43,7 +43,7 @@ def test_probabilities_are_told_from_logits(dtype: torch.dtype) -> None:
     assert tensors.are_probabilities(logits.bfloat16().softmax(1).float())  # as autocast widens them after rounding
     for others in (logits, logits[:, :1], logits[:0], -logits.abs(), log_p - 0.5, p):
         assert not tensors.are_log_probabilities(others)
-    for others in (logits, logits[:, :1] * 0 + 1, logits[:0], logits.abs(), logits.sigmoid(), log_p):
+    for others in (logits, logits[:, :1] * 0 + 1, logits[:0], logits.abs(), logits.sigmoid(), log_p, p[:1, :, 0]):
         assert not tensors.are_probabilities(others)
 
 
