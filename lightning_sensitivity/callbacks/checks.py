@@ -161,8 +161,8 @@ def _problem_of_steps(trainer: Trainer, pl_module: LightningModule, stage: str) 
     """Explain what the module lacks, or how its step hides batches; None if nothing is wrong."""
     if not _is_overridden("forward", pl_module):
         return "needs a `forward` that returns the logits, and your module has none"
-    steps = pl_module.training_step, pl_module.validation_step
-    if any("dataloader_iter" in inspect.signature(step).parameters for step in steps):
+    training, validation = map(inspect.signature, (pl_module.training_step, pl_module.validation_step))
+    if "dataloader_iter" in {*training.parameters, *validation.parameters}:
         return "needs to see each batch before the step, but the step takes `dataloader_iter`"
     if stage != "fit":
         return None

@@ -36,7 +36,7 @@ class OutputSensitivity(WideMetric):
       several noise draws of the same samples, an iterable with one tensor per draw.
 
     ``forward`` and ``compute`` return a scalar tensor, in squared units of the outputs. Neither higher nor
-    lower is better: use it to compare epochs and seeds of one network. It is lowest before training.
+    lower is better: compare epochs and seeds of one network. It is lowest before training.
 
     Args:
         per_output: Compute the mean squared change of the single outputs instead, without averaging over
@@ -44,7 +44,7 @@ class OutputSensitivity(WideMetric):
         kwargs: Additional keyword arguments of :class:`torchmetrics.Metric`.
 
     Attributes:
-        messages: What makes the last value doubtful, by the kind of problem.
+        messages: What makes the last value doubtful, by kind.
 
     Raises:
         ValueError: If ``per_output`` is not a bool; in ``update``, if shapes do not fit; in ``compute``, if K
