@@ -78,7 +78,7 @@ intersphinx_mapping = inventories.write(Path(__file__).parent / "_build" / "inve
 # Names for types, which are explained where they are used; sums, which have no page; a function that has one under
 # another name; and an exception that Lightning does not document.
 nitpick_ignore_regex = [
-    ("py:class", r"AxType|Noise|PlotType|Selector|lightning_sensitivity\.functional\.sums\.\w+"),
+    ("py:class", r"matplotlib\..*|numpy\.ndarray|Noise|Selector|lightning_sensitivity\.functional\.sums\.\w+"),
     ("py:func", "variance_factor"),
     ("py:exc", "MisconfigurationException"),
 ]
