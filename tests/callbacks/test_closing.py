@@ -108,7 +108,7 @@ def test_after_a_resume_with_fewer_loaders_it_is_about_one_that_is_left(tmp_path
     said.clear()
     values += [epoch[CRITERION] for epoch in fit_fast(max_epochs=4, ckpt_path=tmp_path / "last.ckpt")]
     best = values.index(min(values))
-    assert best > 1 and f"`{CRITERION}` was lowest at epoch {best} ({min(values):.3f})" in said.text
+    assert f"`{CRITERION}` was lowest at epoch {best} ({min(values):.3f})" in said.text
 
 
 def test_a_debugging_run_says_nothing(said: Any) -> None:
