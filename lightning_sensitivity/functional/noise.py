@@ -12,14 +12,14 @@ _UNLIKELY = 1e-12
 def estimate_noise(predictions: Tensor, labels: Tensor) -> float:
     r"""Estimate the share of wrong labels, from predictions for samples whose own label was left out.
 
-    It takes labels as drawn anew, uniformly over K classes, with a chance r, and else from the predictions q
+    It takes labels as redrawn at random among K classes, with a chance r, and else from the predictions q
     after these were sharpened by b around the shares s of the classes:
 
     .. math::
         L(r, b) = \prod_i \big[(1 - r)\, \operatorname{softmax}(\log s + b\,(q_i - s))_{y_i} + r / K\big], \qquad
         N = (1 - 1/K)\, \mathbb{E}\,r
 
-    The mean is over r from 0 to 0.85, weighed by :math:`\max_b L(r, b)`. A label that is drawn anew is right
+    The mean is over r from 0 to 0.85, weighed by :math:`\max_b L(r, b)`. A label that is redrawn is right
     by chance in 1 of K cases.
 
     It can't see noise that always turns one class into the same other one, and takes classes that overlap
