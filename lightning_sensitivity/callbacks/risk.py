@@ -71,7 +71,7 @@ class RiskMonitor(Monitor):
         >>> callbacks = [RiskMonitor(), EarlyStopping("val_risk_criterion", patience=10)]
     """
 
-    names = ("risk_criterion", *(f"risk_{term}" for term in RiskTerms._fields))
+    names = ("risk_criterion", *(f"risk_{term}" for term in RiskTerms._fields))  # `RiskEstimate` may have more
 
     def __init__(
         self,
