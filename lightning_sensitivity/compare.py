@@ -18,7 +18,7 @@ from lightning_sensitivity.functional.sensitivity import diagnostics, sensitivit
 from lightning_sensitivity.functional.tasks import TASKS
 from lightning_sensitivity.functional.tensors import may_be_probabilities
 from lightning_sensitivity.model.batches import clone_tensors
-from lightning_sensitivity.model.call import ModelCall
+from lightning_sensitivity.model.call import ModelCall, device_of
 from lightning_sensitivity.model.isolation import isolated
 from lightning_sensitivity.model.noise import Noise, NoiseFunction, check_noise, noisy_outputs, submodule
 
@@ -213,8 +213,7 @@ def _score(name: str, rows: Tensor, log_p: Tensor) -> Measured:
 
 def _move_batch(model: nn.Module, batch: Any) -> Any:
     """Move a batch to the device of a model; the hooks of a LightningModule may also transform it."""
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    module = original_module(model)
+    device, module = device_of(model), original_module(model)
     if not isinstance(module, LightningModule):
         return move_data_to_device(batch, device)
     batch = module.on_before_batch_transfer(batch, 0)

@@ -14,6 +14,7 @@ from lightning_sensitivity.arguments import link_to
 from lightning_sensitivity.callbacks.samples import KeptSamples
 from lightning_sensitivity.functional.reference import Calibration, Reference
 from lightning_sensitivity.functional.risk import RiskTerms
+from lightning_sensitivity.model.call import device_of
 from lightning_sensitivity.model.isolation import count_writes
 from lightning_sensitivity.model.twins import copy_weights
 
@@ -119,11 +120,10 @@ class FitRecord:
 
     def initial_weights(self, module: nn.Module) -> dict[str, Tensor]:
         """Return the initial parameters that training may have changed, on the device of the module."""
-        device = next((weight.device for weight in module.parameters()), torch.device("cpu"))
         initial = self.initial
         if not self.has_started:  # frozen weights are not saved
             initial = copy_weights(dict(module.named_parameters())) | initial
-        untrained = self.untrained
+        untrained, device = self.untrained, device_of(module)
         return {name: weight.to(device) for name, weight in initial.items() if name not in untrained}
 
     def to_dict(self) -> dict[str, Any]:

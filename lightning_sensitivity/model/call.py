@@ -221,6 +221,11 @@ def _find_outputs(result: object) -> object:
     return getattr(result, "logits", first_of(result))
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of the first parameter of a module; the CPU without one."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
 def parameters_of(model: nn.Module) -> list[inspect.Parameter]:
     """List the parameters of the ``forward`` of a module, compiled or not."""
     return list(inspect.signature(original_module(model).forward).parameters.values())

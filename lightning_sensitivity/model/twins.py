@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sensitivity.compat import BatchNorm, Convolution, TransposedConvolution
-from lightning_sensitivity.model.call import ModelCall
+from lightning_sensitivity.model.call import ModelCall, device_of
 from lightning_sensitivity.model.isolation import RunIsolated
 from lightning_sensitivity.model.noise import noise_generator
 
@@ -125,8 +125,7 @@ class Twins:
 
     def _weights(self, number: int) -> dict[str, Tensor]:
         if number not in self._last:
-            device = next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
-            generator = noise_generator(*self.key, 0, number, device=device)
+            generator = noise_generator(*self.key, 0, number, device=device_of(self.model))
             self._last.clear()
             self._last[number] = twin_weights(self.model, self.initial, generator, self.strength)
         return self._last[number]
