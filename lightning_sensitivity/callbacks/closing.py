@@ -64,11 +64,12 @@ def _checkpoint_of(trainer: Trainer, name: str, lowest: float) -> str:
 
 def _noise(reference: Reference | None) -> str:
     """Say what is known of the labels, if anything."""
-    if reference is None or not (reference.looks_clean or reference.noise >= NOISY):
+    if reference is None:
         return ""
     if reference.looks_clean:
         return "No noise was found in the training labels: training to the end is about as good."
-    return f"About {100 * reference.noise:.0f} % of the training labels look wrong."
+    share = f"{100 * reference.noise:.0f} %"
+    return f"About {share} of the training labels look wrong." if reference.noise >= NOISY else ""
 
 
 def _train_on() -> str:
