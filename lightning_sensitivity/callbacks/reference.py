@@ -59,7 +59,7 @@ def find_reference(fit: FitRecord, unseen: KeptSamples, task: Task, reporter: Re
     index, size = unseen.dataloader_idx, fit.training.size
     if size != fit.num_reference_samples:  # more have come
         fit.references, fit.num_reference_samples = {}, size
-    if index in fit.references or size == 0 or not unseen.batches:
+    if index in fit.references or size == 0 or unseen.size == 0:
         return fit.references.get(index)
     fit.references[index] = None
     try:

@@ -71,7 +71,7 @@ class RiskMonitor(Monitor):
         >>> callbacks = [RiskMonitor(), EarlyStopping("val_risk_criterion", patience=10)]
     """
 
-    names = ("risk_criterion", *(f"risk_{term}" for term in RiskTerms._fields))  # `RiskEstimate` may have more
+    names = ("risk_criterion", *(f"risk_{term}" for term in RiskTerms._fields))  # always logged
 
     def __init__(
         self,
@@ -161,12 +161,12 @@ class RiskMonitor(Monitor):
     def _start(self, trainer: Trainer, module: LightningModule, batch: object, batch_idx: int) -> None:
         """Keep the initial weights and the first batch, if its outputs and labels allow an estimate."""
         fit = self.fit
-        if not fit.training.batches:
+        if fit.training.size == 0:
             fit.start(module, self.initial_weights, _is_new(trainer))
         check_number(trainer, self.num_training)
         with isolated(module) as run, trainer.precision_plugin.val_step_context():
             outputs = run(make_call(module, batch, self.inputs, self.outputs))
-        check_outputs(outputs, TASKS[self.task])
+        self.check_outputs(outputs)
         fit.output_shape = tuple(outputs.shape[1:])
         kept = self._copy_training_batch(module, batch, batch_idx)
         fit.training = KeptSamples(0, num_wanted=math.ceil(NUM_TRAINING / trainer.world_size))
@@ -219,7 +219,7 @@ class RiskMonitor(Monitor):
 
     def measure(self, module: LightningModule, run: RunIsolated, samples: KeptSamples) -> RiskEstimate:
         """Run the model and its twins on the kept samples of a loader, and the model on training samples."""
-        if not self.fit.training.batches and not self.reporter.before_first_step:
+        if self.fit.training.size == 0 and not self.reporter.before_first_step:
             raise MisconfigurationException(f"no training sample is kept yet.{link_to('no-estimate')}")
         reference = find_reference(self.fit, samples, TASKS[self.task], self.reporter)
         metric = self._make_metric(module, samples.dataloader_idx, reference)
