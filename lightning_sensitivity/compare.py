@@ -20,7 +20,7 @@ from lightning_sensitivity.functional.tensors import may_be_probabilities
 from lightning_sensitivity.model.batches import clone_tensors
 from lightning_sensitivity.model.call import ModelCall, device_of
 from lightning_sensitivity.model.isolation import isolated
-from lightning_sensitivity.model.noise import Noise, NoiseFunction, check_noise, noisy_outputs, submodule
+from lightning_sensitivity.model.perturbation import Noise, NoiseFunction, check_noise, noisy_outputs, submodule
 
 ModelSource = nn.Module | Callable[[], nn.Module]
 

@@ -225,7 +225,7 @@ def check_outputs(outputs: Tensor, task: Task) -> None:
     Raises:
         MisconfigurationException: If they are dense, probabilities, or a single one for several classes.
     """
-    if task.name == "multiclass" and num_outputs(outputs) == 1:
+    if task.sums_to_one and num_outputs(outputs) == 1:
         raise MisconfigurationException(
             f"outputs of shape {tuple(outputs.shape)} are one for each sample: set `task='binary'` if labels are 0 and "
             f"1. A regression has no estimate.{link_to('task')}"

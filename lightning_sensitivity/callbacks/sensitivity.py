@@ -10,7 +10,7 @@ from lightning_sensitivity.callbacks.samples import KeptSamples
 from lightning_sensitivity.metric import OutputSensitivity
 from lightning_sensitivity.model import Noise
 from lightning_sensitivity.model.isolation import RunIsolated
-from lightning_sensitivity.model.noise import check_noise, noisy_outputs, submodule
+from lightning_sensitivity.model.perturbation import check_noise, noisy_outputs, submodule
 
 
 class SensitivityMonitor(Monitor):

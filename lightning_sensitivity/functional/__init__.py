@@ -1,7 +1,7 @@
 """Pure functions on tensors: no model, no state, no Lightning."""
 
 from lightning_sensitivity.functional.features import bags_of_words, principal_components
-from lightning_sensitivity.functional.noise import estimate_noise
+from lightning_sensitivity.functional.label_noise import estimate_noise
 from lightning_sensitivity.functional.reference import Calibration, Reference, fit_reference, reference_weight
 from lightning_sensitivity.functional.risk import RiskTerms, variance_factor
 from lightning_sensitivity.functional.sensitivity import loss_estimate, output_sensitivity

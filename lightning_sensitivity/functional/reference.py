@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_sensitivity.functional.noise import estimate_noise
+from lightning_sensitivity.functional.label_noise import estimate_noise
 from lightning_sensitivity.functional.sums import AgreementSums
 from lightning_sensitivity.functional.tasks import Task, find_task
 
@@ -92,8 +92,8 @@ def fit_reference(features: Tensor, labels: Tensor, new_features: Tensor, task: 
 
     Args:
         features: Features of training samples, such as :func:`principal_components`, floating, ``(N, D)``.
-        labels: Their labels, which may be noisy, as probabilities ``(N, K)``: one-hot or soft for
-            ``"multiclass"``, else from 0 to 1, for ``"binary"`` also ``(N,)``.
+        labels: Their labels, which may be noisy: for ``"multiclass"`` class indices ``(N,)``, or one-hot or soft
+            labels ``(N, K)``; else from 0 to 1, ``(N, K)``, for ``"binary"`` also ``(N,)``.
         new_features: Features of the samples to predict, ``(M, D)``.
         task: ``"multiclass"``, ``"binary"`` or ``"multilabel"``, which says how labels are scored.
 
@@ -117,8 +117,7 @@ def fit_reference(features: Tensor, labels: Tensor, new_features: Tensor, task: 
         0.528
     """
     kind = find_task(task)
-    x, new_x, y = (each.detach().cpu().double() for each in (features, new_features, labels))
-    y = y.reshape(-1, 1) if task == "binary" else y
+    x, new_x, y = (each.detach().cpu().double() for each in (features, new_features, kind.as_matrix(labels)))
     _check_samples(x, new_x, y, kind)
     shares = y.mean(0)
     residuals = y - shares
@@ -134,7 +133,7 @@ def fit_reference(features: Tensor, labels: Tensor, new_features: Tensor, task: 
     leave_one_out = kind.clip(y - errors)
     score = float(kind.distances(y, y - errors).mean())
     chance = float(kind.distances(y, shares.expand_as(y)).mean())
-    has_noise = task != "multilabel" and skill(score, chance) > least_skill(len(x))
+    has_noise = kind.has_label_noise and skill(score, chance) > least_skill(len(x))
     return Reference(
         predictions=kind.clip(shares + new_kernel @ weights),
         shares=shares,
@@ -179,7 +178,7 @@ def _check_samples(x: Tensor, new_x: Tensor, y: Tensor, task: Task) -> None:
         raise ValueError(f"Expected `features` (N, D), `new_features` (M, D) and `labels` (N, K), but got {got}.")
     if not bool(torch.cat([x, new_x]).isfinite().all()):
         raise ValueError("Expected `features` and `new_features` to be finite, but got nan or inf.")
-    sums = y.sum(1) if task.name == "multiclass" else torch.ones(1)
+    sums = y.sum(1) if task.sums_to_one else torch.ones(1)
     if not bool((y.clamp(0, 1) == y).all() and ((sums - 1).abs() < 1e-3).all()):
         raise ValueError("Expected `labels` to be probabilities, which sum to 1 for 'multiclass'.")
 

@@ -1,7 +1,7 @@
 """Output sensitivity from rows: one row of sums for each sample, and the estimates computed from the rows."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -39,12 +39,12 @@ class SensitivityEstimate(NamedTuple):
     num_outputs: int
 
 
-def sensitivity_rows(clean: Tensor, noisy: Tensor | Iterable[Tensor]) -> Tensor:
+def sensitivity_rows(clean: Tensor, noisy: Tensor | Sequence[Tensor]) -> Tensor:
     """Sum up the output changes of each sample.
 
     Args:
         clean: Outputs f(x), floating, shape ``(N, K, ...)`` or ``(N,)``.
-        noisy: Outputs f(x + ε) of the same shape, or an iterable with one such tensor per noise draw.
+        noisy: Outputs f(x + ε) of the same shape, or a list with one such tensor per noise draw.
 
     Returns:
         One row per sample, ``(N, 5)``, float64 (float32 on MPS); not finite for samples with nan or inf.
@@ -61,7 +61,6 @@ def sensitivity_rows(clean: Tensor, noisy: Tensor | Iterable[Tensor]) -> Tensor:
             shapes = f"{tuple(clean.shape)}, but got {tuple(draw.shape)}"
             raise ValueError(f"Expected `noisy` to have the shape {shapes}.")
         rows.append(torch.cat(in_chunks(_rows_of_draw, by_position(draw), by_position(clean))))
-        del draw  # before the next one comes
     if not rows:
         raise ValueError("Expected `noisy` to hold the outputs of at least one noise draw, but got none.")
     return torch.stack(rows).sum(0)
@@ -92,7 +91,8 @@ def sensitivity_from_rows(rows: Tensor, per_output: bool = False) -> Sensitivity
     Raises:
         ValueError: If K differs between samples.
     """
-    sizes = sorted(set((rows[:, 4] / rows[:, 0])[rows[:, 0] > 0].round().tolist())) or [0]
+    has_changes = rows[:, 0] > 0  # also of samples that are not finite
+    sizes = sorted({*(rows[has_changes, 4] / rows[has_changes, 0]).round().tolist()})
     if len(sizes) > 1:
         got = f"{int(sizes[0])} and {int(sizes[1])}. If dimension 1 is a position, move the classes there."
         raise ValueError(f"Expected the same number of outputs K (dimension 1) in every batch, but got {got}")
@@ -109,7 +109,7 @@ def sensitivity_from_rows(rows: Tensor, per_output: bool = False) -> Sensitivity
         num_samples=is_finite.sum(),
         num_changes=count.sum(),
         num_non_finite=(~is_finite).sum(),
-        num_outputs=int(sizes[0]),
+        num_outputs=int(sizes[0]) if sizes else 0,
     )
 
 
@@ -152,7 +152,7 @@ def diagnostics(estimate: SensitivityEstimate, per_output: bool = False) -> dict
     return messages
 
 
-def output_sensitivity(clean: Tensor, noisy: Tensor | Iterable[Tensor], per_output: bool = False) -> Tensor:
+def output_sensitivity(clean: Tensor, noisy: Tensor | Sequence[Tensor], per_output: bool = False) -> Tensor:
     r"""Compute the output sensitivity of a batch (Forouzesh, Salehi and Thiran, arXiv:2007.15378, Section 3).
 
     .. math::
@@ -164,7 +164,7 @@ def output_sensitivity(clean: Tensor, noisy: Tensor | Iterable[Tensor], per_outp
     Args:
         clean: Outputs f(x) before the softmax (logits), floating, shape ``(N, K, ...)``. Dimensions after K
             (pixels, tokens) count as further changes of a sample; ``(N,)`` means K = 1.
-        noisy: Outputs f(x + ε) of the same shape, or an iterable with one such tensor per noise draw.
+        noisy: Outputs f(x + ε) of the same shape, or a list with one such tensor per noise draw.
         per_output: Return the mean squared change of the single outputs instead, which also has a meaning for
             probabilities and for heads of two classes.
 

@@ -1,6 +1,6 @@
 """What the risk estimate sums over samples: claims, variance, scores on labels, agreement with others."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -69,13 +69,13 @@ class AgreementSums(NamedTuple):
 
 
 def unseen_sums(
-    outputs: Tensor, twin_outputs: Iterable[Tensor], task: Task, baseline_outputs: Tensor | None = None
+    outputs: Tensor, twin_outputs: Sequence[Tensor], task: Task, baseline_outputs: Tensor | None = None
 ) -> Tensor:
     """Sum up claims and variance over a batch of unseen samples.
 
     Args:
         outputs: Outputs in eval mode, ``(N, K, ...)`` or ``(N,)``.
-        twin_outputs: Outputs of one twin or more, whose mean counts; they are needed one after the other.
+        twin_outputs: Outputs of one twin or more, whose mean counts.
         task: The kind of classification.
         baseline_outputs: Outputs to compare the twins with, if not ``outputs``: those with batch statistics.
 
@@ -99,7 +99,6 @@ def unseen_sums(
             expected = f"`twin_outputs` and `baseline_outputs` of the shape {tuple(outputs.shape)}"
             raise ValueError(f"Expected {expected}, but got {got}.")
         of_twins.append(torch.stack(in_chunks(sums, outputs, baseline_outputs, twin)).sum(0))
-        del twin  # before the next one comes
     if not of_twins:
         raise ValueError("Expected `twin_outputs` of one twin or more, but got none.")
     return torch.stack(of_twins).mean(0)

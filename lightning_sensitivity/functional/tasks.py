@@ -20,6 +20,8 @@ class Multiclass:
 
     name = "multiclass"
     max_score = 2.0  # the largest possible Brier score
+    sums_to_one = True  # probabilities and labels of a sample
+    has_label_noise = True  # a share of wrong labels that can be estimated
 
     def probabilities(self, outputs: Tensor) -> Tensor:
         """Turn logits ``(N, K, ...)`` into probabilities, in single precision or better."""
@@ -79,6 +81,12 @@ class Multiclass:
         index = targets.where(counts, 0).reshape(p[:, :1].shape)
         return torch.zeros_like(p).scatter_(1, index, 1.0), counts.to(p.dtype)
 
+    def as_matrix(self, labels: Tensor) -> Tensor:
+        """Turn labels into probabilities ``(N, K)``; of class indices, all from 0 on, K comes from the highest."""
+        if labels.ndim != 1 or labels.is_floating_point() or len(labels) == 0 or bool((labels < 0).any()):
+            return labels
+        return torch.nn.functional.one_hot(labels.long())
+
     def distances(self, p: Tensor, other: Tensor) -> Tensor:
         """Score predictions by the Brier score: squared differences to labels, or to other predictions."""
         return (p - other).square_().sum(1)
@@ -102,6 +110,8 @@ class Multilabel:
 
     name = "multilabel"
     max_score = 1.0
+    sums_to_one = False
+    has_label_noise = False
 
     def probabilities(self, outputs: Tensor) -> Tensor:
         """Turn logits ``(N, K, ...)`` or ``(N,)`` into probabilities."""
@@ -118,6 +128,10 @@ class Multilabel:
     def target_probabilities(self, p: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Convert labels to probabilities, and return which of them count."""
         return _without_ignored(p, targets)
+
+    def as_matrix(self, labels: Tensor) -> Tensor:
+        """Turn labels into probabilities ``(N, K)``, which they are for several labels."""
+        return labels
 
     def distances(self, p: Tensor, other: Tensor) -> Tensor:
         """Score predictions by the Brier score."""
@@ -140,6 +154,7 @@ class Binary(Multilabel):
     """One output is the logit of class 1."""
 
     name = "binary"
+    has_label_noise = True
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         """Raise ValueError if outputs and labels do not fit the task."""
@@ -148,6 +163,10 @@ class Binary(Multilabel):
             got = _describe(outputs, targets)
             raise ValueError(f"Expected one output, (N,) or (N, 1, ...), but got {got}. {advice}")
         _check_probabilities(outputs, targets, "Leave `task` out if labels are class indices")
+
+    def as_matrix(self, labels: Tensor) -> Tensor:
+        """Turn labels ``(N,)`` or ``(N, 1)`` into probabilities ``(N, 1)``."""
+        return labels.reshape(-1, 1)
 
 
 Task = Multiclass | Multilabel

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -122,7 +122,7 @@ class RiskEstimate(WideMetric):
     def update(
         self,
         outputs: Tensor,
-        twin_outputs: Tensor | Iterable[Tensor],
+        twin_outputs: Tensor | Sequence[Tensor],
         *,
         baseline_outputs: Tensor | None = None,
         reference: Tensor | None = None,
@@ -131,7 +131,7 @@ class RiskEstimate(WideMetric):
 
         Args:
             outputs: Logits of the model, ``(N, K, ...)`` or ``(N,)``.
-            twin_outputs: Logits of a twin for the same samples, or those of several twins, whose mean counts.
+            twin_outputs: Logits of a twin for the same samples; of several twins a list, whose mean counts.
             baseline_outputs: Logits to compare the twins with, if not ``outputs``: those computed like the
                 twins', with the statistics of the batch.
             reference: The reference's predictions for these samples, ``(N, K)``; with a reference only.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -32,8 +32,8 @@ class OutputSensitivity(WideMetric):
 
     - ``clean`` (:class:`~torch.Tensor`): outputs f(x), before the softmax (logits), floating, ``(N, K, ...)``.
       Dimensions after K (pixels, tokens) count as further changes of a sample; ``(N,)`` means K = 1.
-    - ``noisy`` (:class:`~torch.Tensor` or an iterable of them): outputs f(x + ε) of the same shape; for
-      several noise draws of the same samples, an iterable with one tensor per draw.
+    - ``noisy`` (:class:`~torch.Tensor` or a list of them): outputs f(x + ε) of the same shape; for
+      several noise draws of the same samples, a list with one tensor per draw.
 
     ``forward`` and ``compute`` return a scalar tensor, in squared units of the outputs. Neither higher nor
     lower is better: compare epochs and seeds of one network. It is lowest before training.
@@ -88,7 +88,7 @@ class OutputSensitivity(WideMetric):
         empty = torch.zeros(0, sensitivity.NUM_COLUMNS, dtype=wide_dtype(self.device), device=self.device)
         self.rows = [empty]
 
-    def update(self, clean: Tensor, noisy: Tensor | Iterable[Tensor]) -> None:
+    def update(self, clean: Tensor, noisy: Tensor | Sequence[Tensor]) -> None:
         """Add the outputs for clean and perturbed inputs of one batch."""
         assert isinstance(self.rows, list)
         self.rows.append(sensitivity.sensitivity_rows(clean, noisy))

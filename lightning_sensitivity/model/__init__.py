@@ -2,6 +2,6 @@
 
 from lightning_sensitivity.model.call import ModelCall, select_outputs, select_targets
 from lightning_sensitivity.model.isolation import isolated
-from lightning_sensitivity.model.noise import GaussianNoise, Noise, noise_generator
+from lightning_sensitivity.model.perturbation import GaussianNoise, Noise, noise_generator
 
 __all__ = ["GaussianNoise", "ModelCall", "Noise", "isolated", "noise_generator", "select_outputs", "select_targets"]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_sensitivity.compat import BatchNorm, Convolution, TransposedConvolution
 from lightning_sensitivity.model.call import ModelCall, device_of
 from lightning_sensitivity.model.isolation import RunIsolated
-from lightning_sensitivity.model.noise import noise_generator
+from lightning_sensitivity.model.perturbation import noise_generator
 
 NUM_TWINS = 4  # with fewer, the variance would depend too much on the noise of each
 
@@ -114,10 +114,10 @@ class Twins:
     run: RunIsolated
     _last: dict[int, dict[str, Tensor]] = field(default_factory=dict, init=False)  # the weights of one twin
 
-    def outputs(self, call: ModelCall, place: int, num_batches: int) -> Iterator[Tensor]:
-        """Yield the outputs of each twin for a batch; for the last two arguments see :func:`twin_numbers`."""
-        for number in twin_numbers(place, num_batches):
-            yield self.run(_call_with_batch_statistics, self.model, call, self._weights(number))
+    def outputs(self, call: ModelCall, place: int, num_batches: int) -> list[Tensor]:
+        """List the outputs of each twin for a batch; for the last two arguments see :func:`twin_numbers`."""
+        numbers = twin_numbers(place, num_batches)
+        return [self.run(_call_with_batch_statistics, self.model, call, self._weights(number)) for number in numbers]
 
     def baseline_outputs(self, call: ModelCall) -> Tensor | None:
         """Return the model's outputs for a batch with its statistics; None without batch norm."""

@@ -104,7 +104,7 @@ def test_bad_input_is_refused_by_name() -> None:
         ("`features` and `new_features` to be finite", (x, y, 1 / torch.zeros(6, 3))),
         (shapes + r"\(0, 3\), \(6, 3\) and \(0, 3\)", (x[:0], y[:0], x)),
         (shapes + r"\(6, 3\), \(2, 2\) and", (x, y, x[:2, :2])),
-        (shapes + r".* and \(6,\)", (x, y.argmax(1), x)),
+        (shapes + r".* and \(6,\)", (x, y.argmax(1).float(), x)),
         (shapes + r".* and \(5, 3\)", (x, y[:5], x)),
         (probabilities, (x, y * 2 / 3, x)),
         (probabilities, (x, -y, x, "multilabel")),

@@ -49,7 +49,7 @@ def test_values_are_those_of_plain_loops(data: Any, shape: Any, num_samples: int
     order = data.draw(st.permutations(range(num_samples)))
     cuts = sorted(data.draw(st.lists(st.integers(0, num_samples), max_size=4)))  # some batches have no sample
     batches = torch.tensor(order).tensor_split(cuts)
-    rows = torch.cat([S.sensitivity_rows(clean[batch], (draw[batch] for draw in draws)) for batch in batches])
+    rows = torch.cat([S.sensitivity_rows(clean[batch], [draw[batch] for draw in draws]) for batch in batches])
     actual, atol = S.sensitivity_from_rows(rows), 1e-12 * scale**2 + 1e-14 * common**2
     close(torch.stack(actual[:2]), clustered_mean(deviations), 1e-6, atol)
     close(torch.stack(S.sensitivity_from_rows(rows, per_output=True)[:2]), clustered_mean(squares))

@@ -48,6 +48,7 @@ def test_probabilities_are_told_from_logits(dtype: torch.dtype) -> None:
 
 
 ACCEPTED: dict[str, tuple[str, Tensor, Tensor]] = {
+    "class indices": ("multiclass", LOGITS, CLASSES),
     "class indices in 8 bits": ("multiclass", LOGITS, CLASSES.to(torch.int8).where(CLASSES < 2, -100)),
     "soft labels, one ignored": ("multiclass", LOGITS, torch.tensor([[0.2, 0.3, 0.5]] * 5 + [[-100.0] * 3])),
     "dense": ("multiclass", DENSE, torch.zeros(2, 5).long()),
@@ -69,6 +70,8 @@ def test_labels_of_the_task_become_probabilities(what: str) -> None:
     assert torch.equal(counts.reshape(len(targets), -1).all(1), has_label)
     if targets.shape == outputs.shape[:1] and task == "multiclass":
         assert torch.equal(y.argmax(1)[has_label], targets.long()[has_label])
+    if p.ndim == 2 and bool(has_label.all()):
+        assert torch.equal(kind.as_matrix(targets).to(y), y)
 
 
 @pytest.mark.parametrize("task", T.TASKS)

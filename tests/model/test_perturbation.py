@@ -8,7 +8,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_sensitivity.model import GaussianNoise, ModelCall, isolated, noise_generator
-from lightning_sensitivity.model.noise import check_noise, noisy_outputs, perturbation, submodule
+from lightning_sensitivity.model.perturbation import check_noise, noisy_outputs, perturbation, submodule
 
 
 @pytest.mark.parametrize("std", [0.5, (0.1, 0.2, 0.4)])
@@ -67,7 +67,7 @@ def test_the_output_of_a_submodule_is_perturbed_each_time_that_it_runs() -> None
     def outputs(at: str | None, noise: Any) -> list[Tensor]:
         module = None if at is None else submodule(model, at)
         with isolated(model) as run:
-            return list(noisy_outputs(run, ModelCall(model, x), noise, (0, 1, 2, 3), 2, module))
+            return noisy_outputs(run, ModelCall(model, x), noise, (0, 1, 2, 3), 2, module)
 
     noise = [0.5 * torch.randn(5, 4, generator=noise_generator(0, 1, 2, 3, draw)) for draw in range(2)]
     torch.testing.assert_close(outputs(None, GaussianNoise(0.5)), [model(x + each) for each in noise])

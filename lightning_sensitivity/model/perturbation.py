@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from numbers import Real
@@ -31,7 +31,7 @@ class GaussianNoise:
 
     Example:
         >>> import torch
-        >>> from lightning_sensitivity.model.noise import GaussianNoise, noise_generator
+        >>> from lightning_sensitivity.model.perturbation import GaussianNoise, noise_generator
         >>> GaussianNoise(0.1)(torch.zeros(2, 3), noise_generator(seed=0))
         tensor([[-0.0420,  0.1564, -0.0608],
                 [-0.0201, -0.0759,  0.0250]])
@@ -65,7 +65,8 @@ def check_noise(noise: Noise) -> NoiseFunction:
         return noise
     value: Any = noise.tolist() if hasattr(noise, "tolist") else noise  # of numpy or torch
     is_list = isinstance(value, list | tuple)
-    valid = set(map(_is_std, value if is_list else [value])) == {True}  # at least one, and all of them
+    stds = list(value) if is_list else [value]
+    valid = len(stds) > 0 and all(map(_is_std, stds))
     expected = "a positive number, a list of one per channel, or a function (x, generator) -> x'"
     check_argument("noise", noise, valid, expected)
     return GaussianNoise(tuple(map(float, value)) if is_list else float(value))
@@ -130,8 +131,8 @@ def noisy_outputs(
     key: tuple[int, ...],
     num_draws: int,
     at: nn.Module | None = None,
-) -> Iterator[Tensor]:
-    """Yield the outputs of a model for each noise draw.
+) -> list[Tensor]:
+    """Run a model on a batch with each noise draw, and list the outputs.
 
     Args:
         run: Calls a function that runs the model; from :func:`~lightning_sensitivity.model.isolated`.
@@ -141,9 +142,10 @@ def noisy_outputs(
         num_draws: Number of noise draws.
         at: The submodule whose output is perturbed; None to perturb the inputs.
     """
-    for draw in range(num_draws):
-        perturb = perturbation(noise, (*key, draw))
-        yield run(call, perturb) if at is None else run(_call_perturbed_at, at, call, perturb)
+    draws = [perturbation(noise, (*key, draw)) for draw in range(num_draws)]
+    if at is None:
+        return [run(call, perturb) for perturb in draws]
+    return [run(_call_perturbed_at, at, call, perturb) for perturb in draws]
 
 
 def _call_perturbed_at(module: nn.Module, call: Callable[[], Tensor], perturb: Perturb) -> Tensor:
