@@ -9,11 +9,10 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_sensitivity import compat
-from lightning_sensitivity.arguments import Selector
-from lightning_sensitivity.callbacks.samples import make_call
 from lightning_sensitivity.functional.tensors import are_close
 from lightning_sensitivity.model.batches import tensors_in
 from lightning_sensitivity.model.call import TARGET_NAMES, parameters_of
+from lightning_sensitivity.model.reader import BatchReader
 
 Arguments = dict[str, list[Tensor]]
 
@@ -38,13 +37,13 @@ class FirstCall:
         """Copy nothing: a step may copy or pickle the module with the hooks."""
         return FirstCall, ()
 
-    def start(self, module: LightningModule, batch: object, inputs: Selector | None) -> None:
+    def start(self, module: LightningModule, batch: object, reader: BatchReader) -> None:
         """Watch a step, unless a part is compiled, or our call can't be made on its batch."""
         self.cancel()
         is_wanted, self._is_wanted = self._is_wanted and not any(map(compat.is_compiled, module.modules())), False
         with suppress(Exception):  # training batches may be of another kind than validation batches
             if is_wanted:
-                call = make_call(module, batch, inputs, None)
+                call = reader.call(module, batch)
                 self._module, self._streams = module, compat.random_streams()
                 self._ours = _copy_arguments(module, call.args, call.kwargs)
                 for part in _parts_with_all_parameters(module):

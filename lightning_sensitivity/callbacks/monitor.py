@@ -1,5 +1,6 @@
 """What the monitors share: options, and Lightning's hooks in the order in which they are called."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
@@ -11,12 +12,14 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_sensitivity import compat
-from lightning_sensitivity.arguments import Selector, check_argument, check_bool, check_int, check_selectors
+from lightning_sensitivity.arguments import check_argument, check_bool, check_int
 from lightning_sensitivity.callbacks.checks import Reporter, check_repeatable, check_run
 from lightning_sensitivity.callbacks.first_call import FirstCall
-from lightning_sensitivity.callbacks.samples import KeptSamples, copy_batch, keep_validation_samples
 from lightning_sensitivity.model import isolated
+from lightning_sensitivity.model import samples as kept
 from lightning_sensitivity.model.isolation import RunIsolated
+from lightning_sensitivity.model.reader import BatchReader
+from lightning_sensitivity.model.samples import KeptSamples
 
 LEFT_OUT = "This epoch has no value."
 
@@ -31,25 +34,15 @@ class Monitor(Callback, ABC):
     names: tuple[str, ...]  # of the logged values, without the prefix; the first one is for the progress bar
     num_labelled = 0  # how many validation samples with labels are kept first
 
-    def __init__(
-        self,
-        num_samples: int | None,
-        seed: int,
-        prefix: str,
-        inputs: Selector | None,
-        outputs: Selector | None,
-        prog_bar: bool,
-    ) -> None:
+    def __init__(self, reader: BatchReader, num_samples: int | None, seed: int, prefix: str, prog_bar: bool) -> None:
         check_int("num_samples", num_samples, 1, optional=True)
         check_int("seed", seed, 0)
         check_argument("prefix", prefix, isinstance(prefix, str), "a str")
-        check_selectors(inputs=inputs, outputs=outputs)
         check_bool("prog_bar", prog_bar)
+        self.reader = reader
         self.num_samples = num_samples
         self.seed = seed
         self.prefix = prefix
-        self.inputs = inputs
-        self.outputs = outputs
         self.prog_bar = prog_bar
         self.metrics: list[Any] = []  # of the last validation, by loader; None where it failed
         self.samples: list[KeptSamples] = []  # by loader
@@ -82,7 +75,7 @@ class Monitor(Callback, ABC):
     def keep(self, module: LightningModule, batch: object, batch_idx: int, samples: KeptSamples) -> None:
         """Keep a validation batch if its samples are wanted."""
         if samples.wants(batch_idx):
-            samples.add(copy_batch(module, batch, batch_idx, self.inputs, self.outputs))
+            samples.add(self.reader.keep(module, batch, batch_idx))
 
     def forget_samples(self) -> None:
         """Forget the kept validation samples."""
@@ -111,7 +104,7 @@ class Monitor(Callback, ABC):
                 self._try_training_batch(trainer, pl_module, batch)
             self.reporter.before_first_step = False
             self._first_call = FirstCall(is_wanted=True)
-        self._first_call.start(pl_module, batch, self.inputs)
+        self._first_call.start(pl_module, batch, self.reader)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: object, *args: object) -> None:
         """Warn if the first step does not compute what is measured."""
@@ -132,7 +125,7 @@ class Monitor(Callback, ABC):
         self._is_measuring = self.should_measure(trainer)
         if self._is_measuring:
             self.metrics = []
-            self.samples = self.samples or keep_validation_samples(trainer, self.num_samples, self.num_labelled)
+            self.samples = self.samples or self._keep_samples(trainer)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int, dataloader_idx: int = 0
@@ -140,7 +133,10 @@ class Monitor(Callback, ABC):
         """Keep a batch before the step can change it."""
         if not self._is_measuring or batch is None or dataloader_idx >= len(self.samples):
             return
-        with self.reporter.report_failure("could not keep a validation batch", "It is left out."):
+        with (
+            self.reporter.report_failure("could not keep a validation batch", "It is left out."),
+            trainer.precision_plugin.val_step_context(),
+        ):
             self.keep(pl_module, batch, batch_idx, self.samples[dataloader_idx])
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: object) -> None:
@@ -177,6 +173,13 @@ class Monitor(Callback, ABC):
     def suffix(self, dataloader_idx: int) -> str:
         """Return what Lightning adds to names if there are several loaders."""
         return f"/dataloader_idx_{dataloader_idx}" if len(self.samples) > 1 else ""
+
+    def _keep_samples(self, trainer: Trainer) -> list[KeptSamples]:
+        """Prepare to keep samples of each validation loader."""
+        num_loaders, num_processes = compat.num_loaders(trainer), trainer.world_size
+        num_wanted = math.inf if self.num_samples is None else self.num_samples / num_processes
+        num_labelled, max_bytes = self.num_labelled / num_processes, kept.MAX_BYTES / num_loaders
+        return [KeptSamples(index, num_wanted, num_labelled, max_bytes) for index in range(num_loaders)]
 
     def _measure_all(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the samples of every loader."""
@@ -227,7 +230,7 @@ class Monitor(Callback, ABC):
         """Do everything once with the first training batch in place of a validation batch."""
         self.samples = [KeptSamples(0, num_wanted=1)]
         what = "could not measure the first training batch, which stands for validation batches without a sanity check"
-        with self.reporter.report_failure(what, LEFT_OUT):
+        with self.reporter.report_failure(what, LEFT_OUT), trainer.precision_plugin.val_step_context():
             self.keep(pl_module, batch, 0, self.samples[0])
         self._measure_all(trainer, pl_module)
         self.forget_samples()

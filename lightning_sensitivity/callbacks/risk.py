@@ -9,21 +9,21 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from lightning_sensitivity.arguments import Selector, check_argument, check_bool, check_int, check_selectors, link_to
-from lightning_sensitivity.callbacks.checks import check_modes, check_outputs
+from lightning_sensitivity.arguments import Selector, check_argument, check_bool, check_int, link_to
+from lightning_sensitivity.callbacks.checks import check_modes, check_outputs, describe_error
 from lightning_sensitivity.callbacks.closing import log_closing_line
-from lightning_sensitivity.callbacks.labels import find_labels, select_labels
 from lightning_sensitivity.callbacks.monitor import Monitor
-from lightning_sensitivity.callbacks.reference import NUM_TRAINING, find_reference, select_features
-from lightning_sensitivity.callbacks.samples import KeptBatch, KeptSamples, copy_batch, make_call, spread
 from lightning_sensitivity.callbacks.state import FitRecord, ValidationResult
 from lightning_sensitivity.callbacks.training import check_number, count_labelled_samples
 from lightning_sensitivity.functional.reference import Calibration, Reference
 from lightning_sensitivity.functional.risk import TWIN_STRENGTH, RiskTerms
-from lightning_sensitivity.functional.tasks import TASKS
+from lightning_sensitivity.functional.tasks import TASKS, has_ignored_value
 from lightning_sensitivity.metric import RiskEstimate
 from lightning_sensitivity.model import isolated
 from lightning_sensitivity.model.isolation import RunIsolated
+from lightning_sensitivity.model.reader import BatchReader
+from lightning_sensitivity.model.reference import NUM_TRAINING, fit_to_samples
+from lightning_sensitivity.model.samples import KeptBatch, KeptSamples, spread
 from lightning_sensitivity.model.twins import Twins, has_batch_norm, unknown_parameters
 
 NUM_LABELLED = 1200  # validation samples with labels that are kept, over all processes
@@ -90,15 +90,13 @@ class RiskMonitor(Monitor):
         prog_bar: bool = False,
     ) -> None:
         check_argument("task", task, task in TASKS, f"one of {', '.join(map(repr, TASKS))} (a regression has none)")
-        check_selectors(targets=targets, features=features)
         check_bool("validation_labels", validation_labels)
         is_valid = isinstance(initial_weights, Mapping | None)
         check_argument("initial_weights", initial_weights, is_valid, "a state dict, as in a checkpoint, or None")
         check_int("num_training", num_training, 1, optional=True)
-        super().__init__(num_samples, seed, prefix, inputs, outputs, prog_bar)
+        reader = BatchReader(inputs=inputs, outputs=outputs, targets=targets, features=features, task=TASKS[task])
+        super().__init__(reader, num_samples, seed, prefix, prog_bar)
         self.task = task
-        self.targets = targets
-        self.features = features
         self.num_labelled = NUM_LABELLED if validation_labels else 0
         self.initial_weights = initial_weights
         self.num_training = num_training
@@ -155,7 +153,7 @@ class RiskMonitor(Monitor):
             training.complete()
         elif not training.is_full and training.wants(batch_idx):
             with self.reporter.report_failure("could not keep a training batch", "It is left out."):
-                training.add(self._copy_training_batch(pl_module, batch, batch_idx))
+                training.add(self._keep_training_batch(pl_module, batch, batch_idx))
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     def _start(self, trainer: Trainer, module: LightningModule, batch: object, batch_idx: int) -> None:
@@ -165,17 +163,18 @@ class RiskMonitor(Monitor):
             fit.start(module, self.initial_weights, _is_new(trainer))
         check_number(trainer, self.num_training)
         with isolated(module) as run, trainer.precision_plugin.val_step_context():
-            outputs = run(make_call(module, batch, self.inputs, self.outputs))
+            outputs = run(self.reader.call(module, batch))
         self.check_outputs(outputs)
         fit.output_shape = tuple(outputs.shape[1:])
-        kept = self._copy_training_batch(module, batch, batch_idx)
+        kept = self._keep_training_batch(module, batch, batch_idx)
         fit.training = KeptSamples(0, num_wanted=math.ceil(NUM_TRAINING / trainer.world_size))
         fit.training.add(kept)
         fit.references = {}
 
-    def _copy_training_batch(self, module: LightningModule, batch: object, batch_idx: int) -> KeptBatch:
-        labels = select_labels(module, batch, self.targets, TASKS[self.task], self.fit.output_shape)
-        return self._copy_batch(module, batch, batch_idx, labels)
+    def _keep_training_batch(self, module: LightningModule, batch: object, batch_idx: int) -> KeptBatch:
+        labels = self.reader.labels(module, batch, self.fit.output_shape)
+        with module.trainer.precision_plugin.val_step_context():
+            return self.reader.keep(module, batch, batch_idx, labels)
 
     # A validation
 
@@ -195,23 +194,20 @@ class RiskMonitor(Monitor):
         """Keep a validation batch if its samples are wanted, with its features, or if it has labels."""
         if not (samples.wants(batch_idx, has_labels=True) or samples.wants(batch_idx)):
             return
-        labels = None
-        if self.num_labelled > 0:
-            task, shape = TASKS[self.task], self.fit.output_shape
-            labels = find_labels(module, batch, self.targets, task, shape, self.reporter)
+        labels = self._find_labels(module, batch)
         if samples.wants(batch_idx, labels is not None):
-            samples.add(self._copy_batch(module, batch, batch_idx, labels))
+            samples.add(self.reader.keep(module, batch, batch_idx, labels))
 
-    def _copy_batch(self, module: LightningModule, batch: object, batch_idx: int, labels: Tensor | None) -> KeptBatch:
-        """Copy a batch with its labels and features."""
-        kept = copy_batch(module, batch, batch_idx, self.inputs, self.outputs)
-        if labels is not None and len(labels) != kept.size:
-            message = f"`targets` should return a label for each of {kept.size} samples, got {len(labels)}."
-            raise MisconfigurationException(message + link_to("task"))
-        kept.labels = labels
-        if self.features is not None:
-            kept.features = select_features(module, batch, self.features, kept.size)
-        return kept
+    def _find_labels(self, module: LightningModule, batch: object) -> Tensor | None:
+        """Return the labels of a validation batch, if they are wanted; None, which is said, if they do not fit."""
+        if self.num_labelled == 0 or not self.reader.may_have_labels(module, batch):
+            return None
+        try:
+            labels = self.reader.labels(module, batch, self.fit.output_shape)
+        except MisconfigurationException as error:
+            self.reporter.warn("labels", f"takes some validation batches as unlabelled: {describe_error(error)}")
+            return None
+        return None if bool(has_ignored_value(labels).all()) else labels
 
     def check_outputs(self, outputs: Tensor) -> None:
         """Refuse outputs that have no estimate."""
@@ -221,7 +217,7 @@ class RiskMonitor(Monitor):
         """Run the model and its twins on the kept samples of a loader, and the model on training samples."""
         if self.fit.training.size == 0 and not self.reporter.before_first_step:
             raise MisconfigurationException(f"no training sample is kept yet.{link_to('no-estimate')}")
-        reference = find_reference(self.fit, samples, TASKS[self.task], self.reporter)
+        reference = self._find_reference(samples)
         metric = self._make_metric(module, samples.dataloader_idx, reference)
         self._measure_training(module, run, metric)
         predictions = samples.split(None if reference is None else reference.predictions)
@@ -236,6 +232,22 @@ class RiskMonitor(Monitor):
             if batch.labels is not None:
                 metric.update_labels(outputs, batch.labels)
         return metric
+
+    def _find_reference(self, unseen: KeptSamples) -> Reference | None:
+        """Fit the reference of a loader, once; None if there can be none, which is said."""
+        fit, index, size = self.fit, unseen.dataloader_idx, self.fit.training.size
+        if size != fit.num_reference_samples:  # more have come
+            fit.references, fit.num_reference_samples = {}, size
+        if index in fit.references or size == 0 or unseen.size == 0:
+            return fit.references.get(index)
+        fit.references[index] = None
+        try:
+            batches = fit.training.batches, unseen.batches
+            fit.references[index] = fit_to_samples(*batches, fit.num_outputs, TASKS[self.task])
+        except (RuntimeError, ValueError) as error:
+            advice = "Set `features=` to a function `batch -> (N, D)`. Until then, the estimate does without one."
+            self.reporter.warn("features", f"has no reference: {describe_error(error)} {advice}")
+        return fit.references[index]
 
     def _measure_training(self, module: LightningModule, run: RunIsolated, metric: RiskEstimate) -> None:
         """Run the model on kept training samples, and score it by their labels."""

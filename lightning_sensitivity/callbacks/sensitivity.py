@@ -6,11 +6,12 @@ from torch import Tensor
 from lightning_sensitivity.arguments import Selector, check_argument, check_bool, check_int
 from lightning_sensitivity.callbacks.checks import check_logits
 from lightning_sensitivity.callbacks.monitor import Monitor
-from lightning_sensitivity.callbacks.samples import KeptSamples
 from lightning_sensitivity.metric import OutputSensitivity
 from lightning_sensitivity.model import Noise
 from lightning_sensitivity.model.isolation import RunIsolated
 from lightning_sensitivity.model.perturbation import check_noise, noisy_outputs, submodule
+from lightning_sensitivity.model.reader import BatchReader
+from lightning_sensitivity.model.samples import KeptSamples
 
 
 class SensitivityMonitor(Monitor):
@@ -71,7 +72,7 @@ class SensitivityMonitor(Monitor):
         check_argument("at", at, isinstance(at, str | None), "the name of a submodule, or None")
         check_int("num_draws", num_draws, 1)
         check_bool("per_output", per_output)
-        super().__init__(num_samples, seed, prefix, inputs, outputs, prog_bar)
+        super().__init__(BatchReader(inputs=inputs, outputs=outputs), num_samples, seed, prefix, prog_bar)
         self.noise = noise
         self.at = at
         self.num_draws = num_draws

@@ -11,11 +11,11 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_sensitivity.arguments import link_to
-from lightning_sensitivity.callbacks.samples import KeptSamples
 from lightning_sensitivity.functional.reference import Calibration, Reference
 from lightning_sensitivity.functional.risk import RiskTerms
 from lightning_sensitivity.model.call import device_of
 from lightning_sensitivity.model.isolation import count_writes
+from lightning_sensitivity.model.samples import KeptSamples
 from lightning_sensitivity.model.twins import copy_weights
 
 

@@ -8,7 +8,7 @@ from torch.utils.data import IterableDataset, SequentialSampler
 
 from lightning_sensitivity import compat
 from lightning_sensitivity.arguments import link_to
-from lightning_sensitivity.callbacks.samples import KeptSamples, count_labels
+from lightning_sensitivity.model.samples import KeptSamples, count_labels
 
 
 def count_training_samples(trainer: Trainer, batch_size: int) -> int | None:

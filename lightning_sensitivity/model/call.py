@@ -206,6 +206,11 @@ def select_targets(model: nn.Module, batch: Any, targets: Selector | None = None
     return selected
 
 
+def has_targets(model: nn.Module, batch: object) -> bool:
+    """Return whether it is clear where the labels in a batch are."""
+    return isinstance(_find_targets(model, batch), Tensor)
+
+
 def _find_targets(model: nn.Module, batch: object) -> object:
     """Find the labels by position or name; None if it is not clear where they are."""
     if isinstance(batch, list | tuple):

@@ -61,7 +61,7 @@ def test_a_function_says_what_it_sees() -> None:
 
 
 def test_of_a_large_batch_it_sees_evenly_spaced_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_sensitivity.callbacks.reference.NUM_TRAINING", 20)
+    monkeypatch.setattr("lightning_sensitivity.model.reference.NUM_TRAINING", 20)
     fit(Plain(), loader(50, 50), monitor := RiskMonitor())
     assert monitor.metrics[0].reference_sums[-1] == 20
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 import tests.helpers as helpers
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
-from lightning_sensitivity.callbacks import samples as S
+from lightning_sensitivity.model import samples as S
 from tests.helpers import NUM_FEATURES, Linear, Quiet, fitted, inputs, loader, unlabelled_loader
 
 SENSITIVITY = "val_output_sensitivity"

@@ -1,4 +1,4 @@
-"""The samples that a monitor measures in every validation: batches of a loader, kept once, on the CPU."""
+"""The samples that are measured again and again: batches of a loader, kept once, on the CPU."""
 
 import math
 from bisect import insort
@@ -7,13 +7,10 @@ from dataclasses import dataclass
 from operator import attrgetter
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_sensitivity import compat
-from lightning_sensitivity.arguments import Selector
 from lightning_sensitivity.functional.tasks import has_ignored_value
-from lightning_sensitivity.model import ModelCall, isolated
+from lightning_sensitivity.model.call import ModelCall
 
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 MAX_BYTES = 2**29  # of the validation samples in a process, and as much again for training samples
@@ -175,37 +172,3 @@ def spread(batches: Sequence[KeptBatch], num_samples: float) -> list[KeptBatch]:
     for batch in batches:
         chosen.add(batch)
     return sorted(chosen.batches, key=attrgetter("index"))
-
-
-def keep_validation_samples(trainer: Trainer, num_samples: int | None, num_labelled: int) -> list[KeptSamples]:
-    """Prepare to keep samples of each validation loader.
-
-    Args:
-        trainer: The Trainer, at the start of a validation.
-        num_samples: How many samples of each loader, over all processes; None for all.
-        num_labelled: How many samples with labels to keep first, over all processes.
-    """
-    num_loaders = compat.num_loaders(trainer)
-    num_wanted = math.inf if num_samples is None else num_samples / trainer.world_size
-    max_bytes = MAX_BYTES / num_loaders
-    return [KeptSamples(i, num_wanted, num_labelled / trainer.world_size, max_bytes) for i in range(num_loaders)]
-
-
-def make_call(module: nn.Module, batch: object, inputs: Selector | None, outputs: Selector | None) -> ModelCall:
-    """Make the call on a batch, in isolation if the user's function may draw random numbers."""
-    if inputs is None:
-        return ModelCall(module, batch, inputs, outputs)
-    with isolated(module) as run:
-        return run(ModelCall, module, batch, inputs, outputs)
-
-
-def copy_batch(
-    module: LightningModule, batch: object, batch_idx: int, inputs: Selector | None, outputs: Selector | None
-) -> KeptBatch:
-    """Copy a batch to the CPU; its outputs show its size if its inputs do not, as with graphs."""
-    call = make_call(module, batch, inputs, outputs)
-    size = call.size
-    if size == 0:
-        with isolated(module) as run, module.trainer.precision_plugin.val_step_context():
-            size = len(run(call))
-    return KeptBatch(batch_idx, call.copy_to_cpu(), size)

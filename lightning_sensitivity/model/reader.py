@@ -1,0 +1,133 @@
+"""How to read a batch of any kind: the call of the model on it, its labels, and what a reference sees of it."""
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+from lightning_sensitivity.arguments import Selector, check_selectors, describe, link_to
+from lightning_sensitivity.functional.tasks import Task
+from lightning_sensitivity.model.batches import clone_tensors
+from lightning_sensitivity.model.call import ModelCall, has_targets, select_targets
+from lightning_sensitivity.model.isolation import isolated
+from lightning_sensitivity.model.samples import KeptBatch
+
+
+class BatchReader:
+    """Read batches of any kind, by functions of the user or by what is usual.
+
+    The functions get copies of a batch, and may draw random numbers without a trace.
+
+    Args:
+        inputs: A function ``batch -> arguments``; by default see :class:`~lightning_sensitivity.model.ModelCall`.
+        outputs: A function ``result -> logits``; by default :func:`~lightning_sensitivity.model.select_outputs`.
+        targets: A function ``batch -> labels``; by default :func:`~lightning_sensitivity.model.select_targets`.
+        features: A function ``batch -> (N, D)``, what a reference sees; by default the inputs.
+        task: The kind of classification, which labels have to fit; None without labels.
+
+    Raises:
+        MisconfigurationException: If a selector is no function; in its methods, if a batch can't be read so.
+    """
+
+    def __init__(
+        self,
+        *,
+        inputs: Selector | None = None,
+        outputs: Selector | None = None,
+        targets: Selector | None = None,
+        features: Selector | None = None,
+        task: Task | None = None,
+    ) -> None:
+        check_selectors(inputs=inputs, outputs=outputs, targets=targets, features=features)
+        self._inputs = inputs
+        self._outputs = outputs
+        self._targets = targets
+        self._features = features
+        self._task = task
+
+    def call(self, model: nn.Module, batch: object) -> ModelCall:
+        """Make the call of a model on a batch."""
+        if self._inputs is None:
+            return ModelCall(model, batch, None, self._outputs)
+        with isolated(model) as run:
+            return run(ModelCall, model, batch, self._inputs, self._outputs)
+
+    def may_have_labels(self, model: nn.Module, batch: object) -> bool:
+        """Return whether it is clear where the labels of a batch would be."""
+        return self._targets is not None or has_targets(model, batch)
+
+    def labels(self, model: nn.Module, batch: object, output_shape: tuple[int, ...] | None = None) -> Tensor:
+        """Copy the labels of a batch to the CPU.
+
+        Args:
+            model: The model.
+            batch: The batch.
+            output_shape: The shape of the outputs for a sample; None if it is not known yet.
+
+        Raises:
+            MisconfigurationException: If it is not clear where they are, or they do not fit the task.
+        """
+        if self._targets is None:
+            labels = select_targets(model, batch)
+        else:
+            with isolated(model) as run:
+                labels = run(select_targets, model, batch, self._targets)
+        labels = labels.detach().to("cpu", copy=True)
+        if self._task is not None and output_shape is not None:
+            try:
+                self._task.check(torch.zeros(labels.shape[:1] + output_shape), labels)
+            except ValueError as error:
+                raise MisconfigurationException(f"{error}.{link_to('task')}") from error
+        return labels
+
+    def features(self, model: nn.Module, batch: object, size: int) -> Tensor | None:
+        """Call the user's function for the features of a batch, floating ``(N, D)`` on the CPU; None without one.
+
+        Args:
+            model: The model, which the function may use.
+            batch: The batch.
+            size: N, the number of its samples.
+
+        Raises:
+            MisconfigurationException: If the function fails, or returns something else.
+        """
+        if self._features is None:
+            return None
+        try:
+            with isolated(model) as run:
+                values: object = run(self._features, clone_tensors(batch))
+        except Warning:
+            raise
+        except Exception as error:
+            raise MisconfigurationException(
+                f"`features` failed on {describe(batch)}: {type(error).__name__}: {error}.{link_to('features')}"
+            ) from error
+        if not isinstance(values, Tensor) or values.ndim < 2 or len(values) != size:
+            expected = f"a function that returns a tensor ({size}, D)"
+            raise MisconfigurationException(
+                f"`features` should be {expected}, got {describe(values)}.{link_to('features')}"
+            )
+        return values.detach().cpu().float().flatten(1)
+
+    def keep(self, model: nn.Module, batch: object, index: int, labels: Tensor | None = None) -> KeptBatch:
+        """Copy a batch to the CPU, with its features.
+
+        Its outputs show its size if its inputs do not, as with graphs.
+
+        Args:
+            model: The model.
+            batch: The batch, on the model's device.
+            index: Its index in its loader.
+            labels: Its labels, if they are wanted.
+
+        Raises:
+            MisconfigurationException: If there is not one label for each sample, or it can't be read.
+        """
+        call = self.call(model, batch)
+        size = call.size
+        if size == 0:
+            with isolated(model) as run:
+                size = len(run(call))
+        if labels is not None and len(labels) != size:
+            message = f"`targets` should return a label for each of {size} samples, got {len(labels)}."
+            raise MisconfigurationException(message + link_to("task"))
+        return KeptBatch(index, call.copy_to_cpu(), size, labels, self.features(model, batch, size))
