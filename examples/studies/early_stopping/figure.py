@@ -1,37 +1,52 @@
-"""The figure of the report: what an epoch costs that was chosen with few labels, with the criterion or without."""
+"""The figure of the report: what an epoch costs that was chosen with few labels, with the criterion or without.
+
+python examples/studies/early_stopping/figure.py  # draws figure.png from results.csv
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from rules import COUNTS, CRITERION, HELD_BRIER, MORE_COUNTS, NEVER, PLAIN, TRUE, alone, beside
-from tables import POOLS, Groups, of
+import matplotlib.pyplot as plt
+import pandas as pd
 
-LEVELS = {NEVER: "0.6", HELD_BRIER: "C1", PLAIN: "C0", CRITERION: "C3", TRUE: "C2"}
+HERE = Path(__file__).parent
+POOLS = ("random", "as built", "tables", "fine-tuning")
+COUNTS, MORE_COUNTS = [20, 50, 100], [10, 20, 50, 100, 200, 400]  # of labels: beside the criterion, and by themselves
+LEVELS = {
+    "never_stop": ("never stopping", "0.6"),
+    "held_out_brier": ("10 % held out, by its Brier score", "C1"),
+    "estimate_without_reference": ("the estimate without the reference", "C0"),
+    "criterion": ("the criterion", "C3"),
+    "true_score": ("the true score (out of reach)", "C2"),
+}
 
 
-def figure(found: Groups, file: Path) -> None:
-    """Draw the accuracy lost by the number of noisy labels, on the runs with noisy labels."""
-    import matplotlib
+def draw(runs: pd.DataFrame, axis: plt.Axes) -> None:
+    """Draw the accuracy lost by the number of noisy labels."""
+    lost = runs.filter(like="_accuracy_lost").mean()
+    by_labels = [lost[f"noisy_labels_{count}_accuracy_lost"] for count in MORE_COUNTS]
+    axis.plot(MORE_COUNTS, by_labels, "o--", color="0.5", label="noisy labels, by their Brier score")
+    with_criterion = [lost[f"criterion_noisy_labels_{count}_accuracy_lost"] for count in COUNTS]
+    axis.plot(COUNTS, with_criterion, "o-", color="C3", label="noisy labels and the criterion")
+    for rule, (label, color) in LEVELS.items():
+        axis.axhline(lost[f"{rule}_accuracy_lost"], color=color, ls=":", label=f"no labels: {label}")
+    axis.set(xscale="log", xlabel="validation labels", ylim=(0, None))
+    axis.set_xticks(MORE_COUNTS, map(str, MORE_COUNTS), minor=False)
+    axis.set_xticks([], minor=True)
 
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
 
-    shown = [f"{pool}: noisy labels" for pool in POOLS if f"{pool}: noisy labels" in found]
-    if not shown:
-        return
-    fig, axes = plt.subplots(1, len(shown), figsize=(3.6 * len(shown), 4.2), layout="constrained", squeeze=False)
-    for axis, name in zip(axes[0], shown, strict=True):
-        runs = found[name]
-        lost = [of(runs, alone("noisy", count)).mean() for count in MORE_COUNTS]
-        axis.plot(MORE_COUNTS, lost, "o--", color="0.5", label="noisy labels, by their Brier score")
-        lost = [of(runs, beside("noisy", count)).mean() for count in COUNTS]
-        axis.plot(COUNTS, lost, "o-", color="C3", label="noisy labels and the criterion")
-        for rule, color in LEVELS.items():
-            axis.axhline(of(runs, rule).mean(), color=color, ls=":", label=f"no labels: {rule.strip('*')}")
-        axis.set(xscale="log", xlabel="validation labels", title=f"{name}, {len(runs)} runs", ylim=(0, None))
-        axis.set_xticks(MORE_COUNTS, map(str, MORE_COUNTS), minor=False)
-        axis.set_xticks([], minor=True)
-    axes[0, 0].set(ylabel="accuracy lost, points")
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    fig.savefig(file, dpi=80)
+def main() -> None:
+    runs = pd.read_csv(HERE / "results.csv")
+    fig, axes = plt.subplots(1, len(POOLS), figsize=(3.6 * len(POOLS), 4.2), layout="constrained")
+    for axis, pool in zip(axes, POOLS, strict=True):
+        noisy = runs[runs["is_noisy"] & (runs["pool"] == pool)]
+        draw(noisy, axis)
+        axis.set(title=f"{pool}: noisy labels, {len(noisy)} runs")
+    axes[0].set(ylabel="accuracy lost, points")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    fig.savefig(HERE / "figure.png", dpi=80)
+
+
+if __name__ == "__main__":
+    main()

@@ -57,7 +57,7 @@ def shares_by_cleanlab(labels: np.ndarray, predictions: np.ndarray) -> dict[str,
     predictions = predictions[:, classes].clip(1e-6)
     predictions = predictions / predictions.sum(1, keepdims=True)
     ways = {
-        "off-diagonal": lambda: num_label_issues(labels, predictions, estimation_method="off_diagonal"),
+        "off_diagonal": lambda: num_label_issues(labels, predictions, estimation_method="off_diagonal"),
         "calibrated": lambda: num_label_issues(labels, predictions, estimation_method="off_diagonal_calibrated"),
         "issues": lambda: int(find_label_issues(labels, predictions, n_jobs=1).sum()),
     }

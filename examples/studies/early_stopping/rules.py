@@ -67,7 +67,7 @@ class Curves:
         return "no noise" if "No noise was found" in self.closing else "nothing"
 
     @cached_property
-    def halves(self) -> str:
+    def reference_says(self) -> str:
         """Whether the reference would choose the same epoch, or nearly: "agree", "disagree" or "no reference"."""
         if not self.has_reference:
             return "no reference"
@@ -179,15 +179,14 @@ def label_wave(changed: np.ndarray) -> int:
     return first(np.append(np.diff(smooth) > 0, True)) + 3
 
 
-# %% The table of them. A rule gives epochs: several if they depend on which samples have labels.
+# %% All of them, by their names in results.csv. A rule gives epochs: several if they depend on what has labels.
 Rule = Callable[[Curves], list[int]]
-NEVER, TRUE = "never stop", "the true score (out of reach)"
-PLAIN, REFERENCE = "the estimate without the reference", "the reference by itself"
-ESTIMATE, CRITERION = "the estimate", "**the criterion**"
-HELD_BRIER, HELD_LOSS = "10 % held out, by its Brier score", "10 % held out, by its loss"
-HELD_ACCURACY, HELD_BOTH = "10 % held out, by its accuracy", "10 % held out, with `validation_labels=True`"
-PATIENCE = "`EarlyStopping` on the criterion, patience 10"
-DISPARITY, WAVE = "gradient disparity", "Label Wave"
+NEVER, TRUE = "never_stop", "true_score"
+CRITERION, ESTIMATE, REFERENCE = "criterion", "estimate", "reference"
+WITHOUT_REFERENCE, PATIENCE = "estimate_without_reference", "criterion_patience_10"
+HELD_BRIER, HELD_LOSS, HELD_ACCURACY = "held_out_brier", "held_out_loss", "held_out_accuracy"
+HELD_BOTH = "held_out_criterion"  # with `validation_labels=True`
+DISPARITY, WAVE = "gradient_disparity", "label_wave"
 
 HELD: dict[str, Rule] = {  # those that train on 90 % of the samples, and need no monitor
     HELD_BRIER: lambda c: [lowest(c.held_scores)],
@@ -198,7 +197,7 @@ RULES: dict[str, Rule] = {
     NEVER: lambda c: [len(c["loss"]) - 1],
     CRITERION: lambda c: [lowest(c["val_risk_criterion"])],
     ESTIMATE: lambda c: [lowest(c["val_risk_estimate"])],
-    PLAIN: lambda c: [lowest(c.plain_estimate)],
+    WITHOUT_REFERENCE: lambda c: [lowest(c.plain_estimate)],
     REFERENCE: lambda c: [lowest(c["val_risk_reference"] if c.has_reference else c["val_risk_estimate"])],
     PATIENCE: lambda c: [patient(c["val_risk_criterion"], 10)],
     **HELD,
@@ -210,11 +209,11 @@ RULES: dict[str, Rule] = {
 
 
 def alone(kind: str, count: int) -> str:
-    return f"{count} {kind} labels"
+    return f"{kind}_labels_{count}"
 
 
 def beside(kind: str, count: int) -> str:
-    return f"{count} {kind} labels and the criterion"
+    return f"criterion_{kind}_labels_{count}"
 
 
 def _by_labels(c: Curves, kind: str, count: int) -> list[int]:
@@ -226,12 +225,11 @@ for _kind in ("noisy", "correct"):
         RULES[alone(_kind, _count)] = lambda c, of=(_kind, _count): _by_labels(c, *of)
     for _count in COUNTS:
         RULES[beside(_kind, _count)] = lambda c, of=(_kind, _count): c.beside(*of)
-RAW, RAW_REFERENCE = "the criterion, without `features=`", "the reference by itself, without `features=`"
+RAW, RAW_REFERENCE = "criterion_without_features", "reference_without_features"
 FINE_TUNING: dict[str, Rule] = {  # where the others know the features of the frozen body
     RAW: lambda c: [lowest(c["raw_risk_criterion"])],
     RAW_REFERENCE: lambda c: [lowest(c.found.get("raw_risk_reference", c["raw_risk_estimate"]))],
 }
-MAIN = tuple(name for name in RULES if " labels" not in name)
 
 
 def rules_of(c: Curves) -> dict[str, Rule]:
@@ -246,7 +244,7 @@ def cost(c: Curves, name: str) -> dict[str, float]:
         epochs, prefix = rules_of(c)[name](c), "fewer_" if name in HELD else ""
         found = {each: float(c[prefix + each][epochs].mean()) for each in YARDSTICKS}
     return {
-        "accuracy": 100 * (float(c["accuracy"].max()) - found["accuracy"]),
-        "true_score": 100 * (found["true_score"] / float(c["true_score"].min()) - 1),
-        "loss": 100 * (found["loss"] / float(c["loss"].min()) - 1),
+        "accuracy_lost": 100 * (float(c["accuracy"].max()) - found["accuracy"]),
+        "score_regret": 100 * (found["true_score"] / float(c["true_score"].min()) - 1),
+        "loss_regret": 100 * (found["loss"] / float(c["loss"].min()) - 1),
     }

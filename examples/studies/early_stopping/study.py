@@ -1,7 +1,9 @@
 """Can early stopping trust the risk criterion, which needs no labels? On training runs that are drawn at random.
 
-    python examples/studies/early_stopping/study.py --data FOLDER  # all runs of the report
+    python examples/studies/early_stopping/study.py --data FOLDER  # all runs, and results.csv of them
     python examples/studies/early_stopping/study.py --quick        # eight short runs, without FOLDER: does it run
+
+`examples/studies/tables.py` puts the numbers of results.csv into all pages, `figure.py` draws it.
 
 Every run is trained to its end, without a monitor, and its weights of every epoch are kept. Then the callback measures
 them. Each run has a folder, and what is there is not made again, so that a study that was cut off resumes where it
@@ -26,15 +28,12 @@ import pandas as pd
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
-import numbers_of_report
-import tables
-from figure import figure
 from held_out import score_chosen
 from label_noise import predict_by_folds
 from pools import NUMBERS, plan
 from replay import measure, measure_fewer
+from results import line_of
 from rules import Curves
-from targets import targets, targets_table
 from training import train
 from truth import observe
 
@@ -110,7 +109,7 @@ STEPS: dict[str, Step] = {
 def make(steps: Iterable[str], plans: dict[str, list[tuple[int, int]]], args: argparse.Namespace, root: Path) -> None:
     """Make what is missing, one kind of step after the other."""
     for name in steps:
-        used = {pool: runs[:NUM_FOLDED] for pool, runs in plans.items() if pool in tables.POOLS}
+        used = {pool: runs[:NUM_FOLDED] for pool, runs in plans.items() if pool != "larger"}
         jobs = interleaved(used if name == "folds" else plans)
         if args.processes == 1:
             for job in jobs:
@@ -122,7 +121,7 @@ def make(steps: Iterable[str], plans: dict[str, list[tuple[int, int]]], args: ar
                 each.result()
 
 
-# %% The report.
+# %% The results.
 def measured(plans: dict[str, list[tuple[int, int]]], root: Path) -> list[Curves]:
     """Give the first runs of each pool: those after a gap would be there only because they are quick."""
     found = []
@@ -132,45 +131,25 @@ def measured(plans: dict[str, list[tuple[int, int]]], root: Path) -> list[Curves
     return found
 
 
-def report(curves: list[Curves], runs: pd.DataFrame, plans: dict[str, list[tuple[int, int]]]) -> str:
-    found = tables.groups(runs)
+def write_results(curves: list[Curves], plans: dict[str, list[tuple[int, int]]], file: Path) -> None:
+    """Write a line for each run that learned something, and tell which did not."""
     counted = {pool: sum(c.about["pool"] == pool for c in curves) for pool in plans}
-    left_out = ", ".join(f"{c.about['pool']} {c.about['seed']}" for c in curves if not c.counts) or "none"
-    told = ", ".join(f"{number} of {len(plans[pool])} {pool}" for pool, number in counted.items())
-    rules = tables.main_rules()
-    shown = (": all", ": noisy labels", ": correct labels", ": something to lose", *tables.HALVES.values())
-    ours = runs[runs["pool"].isin(tables.POOLS)]
-    parts = [
-        "# Every table of the study",
-        f"Runs that were made: {told}, the first of each list. {len(curves) - len(runs)} learned nothing or"
-        f" diverged, and are left out ({left_out}).\n\nCells with two slashes: accuracy lost in points / its median /"
-        " loss regret in percent, over runs. In brackets: 95 % bootstrap intervals. *All pools* are without the larger"
-        " runs.",
-        f"## Targets\n\n{targets_table(targets(found))}",
-        *(f"## Rules: {name} ({len(each)})\n\n{tables.rules_table(each, rules)}" for name, each in found.items()
-          if name.endswith(shown)),
-        f"## Groups\n\n{tables.groups_table(found)}",
-        f"## By what the last line says\n\n{tables.closing_table(found)}",
-        f"## Shares of wrong labels\n\n{tables.noise_table(ours)}",
-        f"## What rules without labels are worth in labels as noisy as training's\n\n{tables.worth_table(found)}",
-        f"## Labels as noisy as training's\n\n{tables.labels_table(found, 'noisy')}",
-        f"## Correct labels\n\n{tables.labels_table(found, 'correct')}",
-        f"## Size\n\nThe estimate over the true score, at its lowest epoch:\n\n{tables.sizes_table(found)}",
-        f"## Fine-tuning\n\n{tables.finetuning_table(found)}",
-        f"## Larger runs\n\n{tables.runs_table(runs[runs['pool'] == 'larger'])}",
-        f"## The worst runs\n\n{tables.worst_table(ours)}\n",
-    ]  # fmt: skip
-    return "\n\n".join(parts)
+    print("Made:", ", ".join(f"{number} of {len(plans[pool])} {pool}" for pool, number in counted.items()))
+    left_out = [f"{c.about['pool']} {c.about['seed']}" for c in curves if not c.counts]
+    print("Learned nothing or diverged, and left out:", ", ".join(left_out) or "none")
+    runs = pd.DataFrame([line_of(c) for c in curves if c.counts])
+    runs.to_csv(file, index=False, float_format="%.3g")
+    print(f"In {file}: {len(runs)} runs.")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="What early stopping on the risk criterion costs, on random runs.")
     parser.add_argument("--data", type=Path, help="folder with the data sets; --quick needs none")
     parser.add_argument("--runs", type=Path, help="folder of the runs [runs/early_stopping, or ..._quick]")
-    parser.add_argument("--out", type=Path, help="folder of the report [beside this file; --quick: that of the runs]")
+    parser.add_argument("--out", type=Path, help="folder of results.csv [beside this file; --quick: that of the runs]")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, each on one core")
-    parser.add_argument("--only", choices=STEPS, help="make this alone, and no report")
-    parser.add_argument("--tables", action="store_true", help="make nothing: report the runs that are there")
+    parser.add_argument("--only", choices=STEPS, help="make this alone, and no results")
+    parser.add_argument("--results", action="store_true", help="make nothing: results.csv of the runs that are there")
     parser.add_argument("--quick", action="store_true", help="eight short runs: does it run, not what it finds")
     args = parser.parse_args()
     root = args.runs or Path("runs/early_stopping_quick" if args.quick else "runs/early_stopping")
@@ -179,20 +158,14 @@ def main() -> None:
         each.mkdir(parents=True, exist_ok=True)
     args.processes = 1 if args.quick else args.processes
     plans = QUICK if args.quick else planned(args.data, root)
-    if not args.tables:
+    if not args.results:
         make([args.only] if args.only else list(STEPS)[:-1] if args.quick else STEPS, plans, args, root)
     if args.only:
         return
     curves = measured(plans, root)
     if not any(c.counts for c in curves):
         sys.exit("No run learned anything.")
-    runs = pd.DataFrame([tables.judged(c) for c in curves if c.counts])
-    text = report(curves, runs, plans)
-    (out / "report.md").write_text(text)
-    runs.to_csv(out / "results.csv", index=False, float_format="%.3g")
-    numbers_of_report.write(tables.groups(runs), out / "numbers.json")
-    figure(tables.groups(runs), out / "figure.png")
-    print(f"{text}\nIn {out}: report.md, numbers.json, results.csv, figure.png.")
+    write_results(curves, plans, out / "results.csv")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,174 @@
+"""What a text may say of the runs of a study: counts, means, intervals, differences by run.
+
+A study keeps its runs in one CSV, and beside it `blocks.py`, which says what pages tell of them: texts whose numbers
+are fields of `str.format`, filled by `tables.py`.
+
+    RUNS = Runs.read(Path(__file__).with_name("results.csv"))
+    NAMES = {"noisy": RUNS.where("is_noisy")}
+    BLOCKS = {"in short": "{noisy.count} runs lose {noisy.criterion_accuracy_lost:.1f} points."}
+
+A column stands for its mean. It has `median`, `worst`, `p90` (or any other percentage), `count`, `stderr`, `only` (of a
+single row), and a 95 % bootstrap interval of the mean: `low`, `high`, `bounds` ("low to high") and `interval` ("mean
+[low, high]"). `minus[COLUMN]`, its difference from another column in the same run, has all of these, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+NUM_DRAWS = 2000  # of runs, with replacement, for an interval
+
+
+class Number(float):
+    """A number with a true minus sign."""
+
+    def __format__(self, form: str) -> str:
+        return super().__format__(form).replace("-", "−")
+
+
+class Numbers:
+    """Several numbers that are told together, each in the same format."""
+
+    def __init__(self, text: str, *numbers: Number) -> None:
+        self.text = text
+        self.numbers = numbers
+
+    def __format__(self, form: str) -> str:
+        return self.text.format(*(format(number, form) for number in self.numbers))
+
+
+class Values:
+    """A column of some runs, without those that have no value."""
+
+    def __init__(self, runs: pd.DataFrame, values: pd.Series) -> None:
+        self.runs = runs
+        self.values = values.dropna()
+        if self.values.empty:
+            raise ValueError(f"no run has a value of {values.name!r}")
+
+    def __format__(self, form: str) -> str:
+        return format(self.mean, form)
+
+    @property
+    def count(self) -> int:
+        return len(self.values)
+
+    @property
+    def mean(self) -> Number:
+        return Number(self.values.mean())
+
+    @property
+    def stderr(self) -> Number:
+        return Number(self.values.sem())
+
+    @property
+    def median(self) -> Number:
+        return Number(self.values.median())
+
+    @property
+    def worst(self) -> Number:
+        return Number(self.values.max())
+
+    @property
+    def only(self) -> Number | str:
+        """The value of a single row."""
+        value = self.values.item()
+        return value if isinstance(value, str) else Number(value)
+
+    @property
+    def low(self) -> Number:
+        return self._bounds()[0]
+
+    @property
+    def high(self) -> Number:
+        return self._bounds()[1]
+
+    @property
+    def bounds(self) -> Numbers:
+        return Numbers("{} to {}", *self._bounds())
+
+    @property
+    def interval(self) -> Numbers:
+        return Numbers("{} [{}, {}]", self.mean, *self._bounds())
+
+    @property
+    def minus(self) -> Differences:
+        return Differences(self)
+
+    def __getattr__(self, name: str) -> Number:
+        """Give a quantile: `p90` is the value that nine runs of ten are below."""
+        if not name.startswith("p") or not name[1:].isdigit():
+            raise AttributeError(f"a column has no {name!r}")
+        return Number(self.values.quantile(int(name[1:]) / 100))
+
+    def _bounds(self) -> tuple[Number, Number]:
+        drawn = np.random.default_rng(0).integers(self.count, size=(NUM_DRAWS, self.count))
+        low, high = np.quantile(self.values.to_numpy(float)[drawn].mean(1), (0.025, 0.975))
+        return Number(low), Number(high)
+
+
+class Differences:
+    """The differences of one column from others: `differences["never_stop_accuracy_lost"]`."""
+
+    def __init__(self, values: Values) -> None:
+        self.values = values
+
+    def __getitem__(self, column: str) -> Values:
+        runs = self.values.runs
+        return Values(runs, (self.values.values - runs[column]).rename(f"{self.values.values.name} - {column}"))
+
+
+class Runs:
+    """Some runs of a study; each column of its CSV is an attribute."""
+
+    def __init__(self, frame: pd.DataFrame) -> None:
+        self.frame = frame
+
+    @classmethod
+    def read(cls, file: Path, measures: Sequence[str] = (), rule: str = "rule") -> Runs:
+        """Read a CSV with one row a run, or, if it has `measures`, with one row a run and rule.
+
+        In the second case the columns become `RULE_MEASURE`, and all other ones have to agree for all rules of a run.
+        """
+        frame = pd.read_csv(file)
+        if measures:
+            about = [name for name in frame if name not in (rule, *measures)]
+            frame = frame.pivot(index=about, columns=rule, values=[*measures])
+            frame.columns = [f"{each}_{measure}" for measure, each in frame.columns]
+            frame = frame.reset_index().infer_objects()
+        return cls(frame)
+
+    @property
+    def count(self) -> int:
+        return len(self.frame)
+
+    def where(self, condition: str) -> Runs:
+        """Give the runs for which a condition holds, such as `is_noisy and n < 400`."""
+        return Runs(self.frame.query(condition))
+
+    def __getattr__(self, column: str) -> Values:
+        if column.startswith("_") or column not in self.frame:
+            raise AttributeError(f"the runs have no column {column!r}")
+        return Values(self.frame, self.frame[column])
+
+
+def lines(rows: dict[str, str], columns: dict[str, str]) -> str:
+    """Give the text of the lines of a table: in each column's text, ROW stands for what the row is of."""
+    filled = [[label, *(cell.replace("ROW", row) for cell in columns.values())] for label, row in rows.items()]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in filled)
+
+
+def table(corner: str, rows: dict[str, str], columns: dict[str, str]) -> str:
+    """Give the text of a table, by what its rows and its columns are called."""
+    head = " | ".join([corner, *columns])
+    rule = "|---" * (1 + head.count(" | "))
+    return f"| {head} |\n{rule}|\n{lines(rows, columns)}"
+
+
+def across(columns: dict[str, str], cell: str) -> dict[str, str]:
+    """Give columns that have the same cell, in which COLUMN stands for what the column is of."""
+    return {label: cell.replace("COLUMN", column) for label, column in columns.items()}
