@@ -173,6 +173,16 @@ def test_the_references_of_processes_count_together() -> None:
     close(values["risk_reference"], (alone[0]["risk_reference"] + alone[1]["risk_reference"]) / 2)
 
 
+@pytest.mark.parametrize("make", [OutputSensitivity, make_risk])
+def test_it_can_be_made_without_memory_and_get_it_later(make: Callable[[], Any]) -> None:
+    with torch.device("meta"):
+        module = nn.Sequential(make()).half()
+    metric = filled(module.to_empty(device="cpu")[0])
+    close(value(metric), value(filled(make())))
+    metric.reset()
+    close(value(filled(metric, [0])), value(filled(make(), [0])))
+
+
 def test_the_noise_is_unknown_if_one_process_of_several_does_not_know_it() -> None:
     metric = filled(make_risk(reference=REFERENCE._replace(noise=math.nan)), [0])
     for score in (0.5, 0.6, 0.7):
@@ -204,22 +214,50 @@ def test_the_criterion_is_the_estimate_with_labels_or_the_score_on_training_samp
 
 
 @pytest.mark.parametrize("noise", [0.2, math.nan])
-def test_a_reference_counts_once_in_calls_and_after_a_merge(noise: float) -> None:
-    changes = {"noise": noise, "score": 0.7, "claim": 0.7}
-    metric, other = (make_risk(reference=REFERENCE._replace(**changes)) for _ in range(2))
-    expected = filled(metric, [0, 1]).compute()
-    called = filled(make_risk(reference=REFERENCE._replace(**changes)), [0, 1], called=True)
-    other, metric = filled(other, [1]), filled(make_risk(reference=REFERENCE._replace(**changes)), [0])
-    metric.merge_state(other)
-    for each in (called, metric):
-        assert each.compute().keys() == expected.keys()
+def test_a_reference_counts_once_in_calls_and_as_that_of_another_process_after_a_merge(noise: float) -> None:
+    def make(num_training: int) -> Any:
+        return RiskEstimate(reference=REFERENCE._replace(noise=noise), num_training=num_training)
+
+    expected = filled(make(400), [0, 1]).compute()
+    called, merged = filled(make(400), [0, 1], called=True), filled(make(800), [0])
+    merged.merge_state(filled(make(800), [1]))  # they know twice as many samples
+    for each in (called, merged):
         assert {name: pytest.approx(value) for name, value in expected.items()} == each.compute()
 
 
-def test_a_calibration_outlives_its_epoch_but_no_epoch_counts_twice() -> None:
+def test_a_call_gives_the_values_so_far() -> None:
+    metric, other = filled(make_risk(), [0]), filled(make_risk(), [0])
+    values = metric(CLEAN[1], NOISY[1], reference=PREDICTIONS[1])
+    other.update(CLEAN[1], NOISY[1], reference=PREDICTIONS[1])
+    assert values == other.compute() and values["risk_estimate"] < 2
+
+
+@pytest.mark.parametrize("is_clean", [False, True])
+def test_a_verdict_of_an_earlier_epoch_counts(is_clean: bool) -> None:
+    metrics = [make_risk(reference=REFERENCE._replace(**NO_NOISE), is_clean=each) for each in (None, is_clean)]
+    values = [filled(metric).compute() for metric in metrics]
+    assert [metric.findings.is_clean for metric in metrics] == [True, is_clean]
+    assert (values[1]["risk_criterion"] == values[1]["risk_estimate"]) == (not is_clean)
+
+
+def test_it_says_what_twins_and_the_reference_have_found_by_themselves() -> None:
+    plain = RiskEstimate(strength=0.5, num_training=400, num_weights=10_000)
+    for i in range(NUM_BATCHES):
+        plain.update(CLEAN[i], NOISY[i]), plain.update_training(NOISY[i], LABELS[i])
+    by_twins = float(plain.compute()["risk_estimate"])
+    found, values = (metric := filled(make_risk())).findings, metric.compute()
+    assert found is None
+    score, noise = REFERENCE.score, REFERENCE.noise
+    expected = (by_twins, float(values["risk_reference"]), noise, False, score)
+    assert tuple(metric.findings) == pytest.approx(expected, nan_ok=True)
+    assert tuple(plain.findings) == pytest.approx((by_twins, math.nan, math.nan, False, math.nan), nan_ok=True)
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_a_calibration_outlives_its_epoch_but_no_epoch_counts_twice(called: bool) -> None:
     metric, whole = filled(make_risk(), [0]), filled(make_risk())
     metric.compute()  # in the middle of an epoch
-    first = filled(metric, range(1, NUM_BATCHES)).compute()
+    first = filled(metric, range(1, NUM_BATCHES), called).compute()
     calibration = metric.calibration
     assert first == whole.compute() and calibration == whole.calibration != Calibration()
     metric.reset()

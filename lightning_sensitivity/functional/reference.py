@@ -61,6 +61,59 @@ class Reference(NamedTuple):
         return looks_clean(self.noise, self.claim, self.score)
 
 
+class ReferenceSums(NamedTuple):
+    """Hold sums over the training samples that references know, such as those of all processes.
+
+    Attributes:
+        num_samples: How many samples.
+        score: Leave-one-out scores.
+        chance: Scores of the shares.
+        claim: Scores that are claimed.
+        noise: Shares of labels that look wrong, where they are known.
+        num_unknown: Samples for which they are not.
+    """
+
+    num_samples: float
+    score: float
+    chance: float
+    claim: float
+    noise: float
+    num_unknown: float
+
+    @classmethod
+    def of(cls, reference: Reference) -> "ReferenceSums":
+        """Return the sums of one reference."""
+        is_known = not math.isnan(reference.noise)
+        noise, unknown = (reference.noise, 0.0) if is_known else (0.0, 1.0)
+        means = 1.0, reference.score, reference.chance, reference.claim, noise, unknown
+        return cls(*(reference.num_samples * mean for mean in means))
+
+    @property
+    def mean_score(self) -> float:
+        """The leave-one-out score; nan without samples."""
+        return self.score / self.num_samples if self.num_samples > 0 else math.nan
+
+    @property
+    def mean_noise(self) -> float:
+        """The share of labels that look wrong; nan if it is unknown for some samples."""
+        return self.noise / self.num_samples if self.num_samples > 0 and self.num_unknown == 0 else math.nan
+
+    @property
+    def looks_clean(self) -> bool:
+        """Whether no noise is found in the labels; see :func:`looks_clean`."""
+        return looks_clean(self.mean_noise, self.claim, self.score)
+
+    def weight(self, num_training: int | None) -> float:
+        """Compute the weight of the references; see :func:`reference_weight`.
+
+        Args:
+            num_training: n; None if the references know all training samples.
+        """
+        score, chance, claim = (each / self.num_samples for each in (self.score, self.chance, self.claim))
+        num_samples = int(self.num_samples)
+        return reference_weight(score, chance, claim, num_samples, num_training or num_samples)
+
+
 def skill(score: float, chance: float) -> float:
     """Compute 1 - score / chance; 0 if all labels are equal."""
     return 1 - score / chance if chance > _ROUNDING else 0.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_sensitivity import compat
 from lightning_sensitivity.compat import AxType, PlotType
 from lightning_sensitivity.functional import Calibration, Reference, risk, sums
-from lightning_sensitivity.functional.reference import looks_clean, reference_score, reference_weight
+from lightning_sensitivity.functional.reference import ReferenceSums, reference_score
 from lightning_sensitivity.functional.sums import AgreementSums, LabelSums, UnseenSums
 from lightning_sensitivity.functional.tasks import find_task
 from lightning_sensitivity.functional.tensors import Diagnosis, wide_dtype
@@ -24,9 +24,26 @@ _NUM_SUMS = {
     "labels_sums": len(LabelSums._fields),
     "unseen_agreement": len(AgreementSums._fields),
     "training_agreement": len(AgreementSums._fields),
+    "reference_sums": len(ReferenceSums._fields),
 }
 
-_UNKNOWN = -math.inf  # share of labels that look wrong; makes that of all processes unknown
+
+class RiskFindings(NamedTuple):
+    """Hold what :class:`RiskEstimate` has found besides its values, over all processes.
+
+    Attributes:
+        by_twins: The estimate without a reference and without validation labels.
+        by_reference: The reference's estimate; nan without one, or if it has no weight.
+        label_noise: The share of training labels that look wrong; nan if it is unknown.
+        is_clean: Whether no noise was found in the training labels; what was given counts.
+        reference_score: The leave-one-out score of the reference; nan without one.
+    """
+
+    by_twins: float
+    by_reference: float
+    label_noise: float
+    is_clean: bool
+    reference_score: float
 
 
 class RiskEstimate(WideMetric):
@@ -55,12 +72,14 @@ class RiskEstimate(WideMetric):
         num_training: n, the number of training samples.
         num_weights: The number of weights that are trained; see
             :func:`~lightning_sensitivity.functional.variance_factor`.
-        reference: The reference; ``update`` takes its predictions.
+        reference: The reference of this process; ``update`` takes its predictions.
         calibration: What earlier epochs say about c, to resume a fit.
+        is_clean: Whether no noise was found in the training labels by an earlier epoch; None to decide it anew.
         kwargs: Additional keyword arguments of :class:`torchmetrics.Metric`.
 
     Attributes:
         calibration: What the epochs so far say about c; ``reset`` keeps it.
+        findings: What else the last ``compute`` has found; None before it.
         messages: What makes the last value doubtful, by kind.
 
     Raises:
@@ -94,6 +113,7 @@ class RiskEstimate(WideMetric):
         num_weights: int | None = None,
         reference: Reference | None = None,
         calibration: Calibration | None = None,
+        is_clean: bool | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -102,22 +122,35 @@ class RiskEstimate(WideMetric):
         self.task = find_task(task)
         self.strength = strength
         self.calibration = Calibration() if calibration is None else calibration
+        self.findings: RiskFindings | None = None
         self.messages: dict[str, Diagnosis] = {}
+        self._is_clean = is_clean
         self._num_training = num_training
         self._factor = 1.0  # of the variance
         if num_training is not None and num_weights is not None:
             self._factor = risk.variance_factor(num_training, num_weights)
         self._shares = None if reference is None else reference.shares
+        self._reference_sums = None if reference is None else ReferenceSums.of(reference)
         self._earlier_calibration = self.calibration  # without this epoch
-        dtype = wide_dtype(self.device)
         for name, num_sums in _NUM_SUMS.items():
-            self.add_state(name, default=torch.zeros(num_sums, dtype=dtype), dist_reduce_fx="sum")
-        self.add_state("reference_sums", default=_sums_of(reference, dtype), dist_reduce_fx=_sum_of_different)
+            zeros = torch.zeros(num_sums, dtype=wide_dtype(self.device))
+            self.add_state(name, default=zeros, dist_reduce_fx="sum")
+        self.reset()
 
     def reset(self) -> None:
-        """Forget all samples, and begin another epoch with the calibration so far."""
+        """Forget all samples but those of the reference, and begin another epoch with the calibration so far."""
         super().reset()
         self._earlier_calibration = self.calibration
+        if self._reference_sums is not None:
+            self.reference_sums = self.reference_sums.new_tensor(self._reference_sums)
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Add a batch of unseen samples as :meth:`update` does, and compute the values so far of this process.
+
+        A batch by itself has no estimate, since it has no training samples.
+        """
+        self.update(*args, **kwargs)
+        return type(self).compute(self)  # does not wait for other processes, as `self.compute` does
 
     def update(
         self,
@@ -179,34 +212,43 @@ class RiskEstimate(WideMetric):
         labels = LabelSums(*self.labels_sums)
         terms = risk.risk_terms(unseen, training, self.strength, self._factor)
         values = {f"risk_{name}": term for name, term in terms._asdict().items()}
-        estimate, weight, is_clean = terms.estimate, 0.0, False
-        if self.reference_sums[-1] > 0:
-            found, is_clean = self._reference_values()
-            values |= found
-            weight = float(found["risk_reference_weight"])
-            if weight > 0:
-                estimate = (estimate + weight * found["risk_reference"]) / (1 + weight)
+        reference = ReferenceSums(*self.reference_sums.tolist())
+        if reference.num_samples > 0:
+            values |= self._reference_values(reference)
+        self.findings = self._find(values, reference)
+        estimate, weight = terms.estimate, float(values.get("risk_reference_weight", 0.0))
+        if weight > 0:
+            estimate = (estimate + weight * values["risk_reference"]) / (1 + weight)
         self.messages = risk.diagnostics(unseen, training, estimate, self.task)
         if labels.num_scored > 0:
             estimate = risk.combine_with_labels(estimate, labels, has_reference=weight > 0)
             values["risk_label_score"] = labels.score / labels.num_scored
             values["risk_num_labels"] = labels.num_scored
-        criterion = training.score / training.num_scored if is_clean else estimate
+        criterion = training.score / training.num_scored if self.findings.is_clean else estimate
         return {**values, "risk_criterion": criterion, "risk_estimate": estimate}
 
-    def _reference_values(self) -> tuple[dict[str, Tensor], bool]:
-        """Compute C, with a calibration that includes this epoch, v and N; and whether no noise is found."""
-        *totals, num_samples = self.reference_sums.tolist()
-        score, chance, claim, noise = (each / num_samples for each in totals)
-        weight = reference_weight(score, chance, claim, int(num_samples), self._num_training or int(num_samples))
+    def _reference_values(self, reference: ReferenceSums) -> dict[str, Tensor]:
+        """Compute C, with a calibration that includes this epoch, v and, if it is known, N."""
         unseen, training = AgreementSums(*self.unseen_agreement), AgreementSums(*self.training_agreement)
         agreement, training_agreement = (each.agreement / each.num_scored for each in (unseen, training))
         self.calibration = self._earlier_calibration.updated(float(agreement), float(training_agreement))
         value = reference_score(unseen, training, self.calibration)
-        values = {"risk_reference": value, "risk_reference_weight": torch.full_like(value, weight)}
-        if noise < 0:  # in one process, at least
-            return values, False
-        return values | {"risk_label_noise": torch.full_like(value, noise)}, looks_clean(noise, claim, score)
+        weight = torch.full_like(value, reference.weight(self._num_training))
+        values = {"risk_reference": value, "risk_reference_weight": weight}
+        if not math.isnan(reference.mean_noise):
+            values["risk_label_noise"] = torch.full_like(value, reference.mean_noise)
+        return values
+
+    def _find(self, values: Mapping[str, Tensor], reference: ReferenceSums) -> RiskFindings:
+        """Find what is no value to log, before validation labels are part of the estimate."""
+        has_weight = bool(values.get("risk_reference_weight", 0.0) > 0)
+        return RiskFindings(
+            by_twins=float(values["risk_estimate"]),
+            by_reference=float(values["risk_reference"]) if has_weight else math.nan,
+            label_noise=reference.mean_noise,
+            is_clean=reference.looks_clean if self._is_clean is None else self._is_clean,
+            reference_score=reference.mean_score,
+        )
 
     def plot(
         self, val: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]] | None = None, ax: AxType | None = None
@@ -235,21 +277,6 @@ class RiskEstimate(WideMetric):
         if isinstance(results, Mapping):
             return self._plot(results["risk_estimate"], ax)
         return self._plot([result["risk_estimate"] for result in results], ax)
-
-
-def _sums_of(reference: Reference | None, dtype: torch.dtype) -> Tensor:
-    """Return sums over the samples of a reference: score, chance, claim, noise, and the number of samples."""
-    if reference is None:
-        return torch.zeros(5, dtype=dtype)
-    noise = _UNKNOWN if math.isnan(reference.noise) else reference.noise  # nan would not equal itself
-    means = [reference.score, reference.chance, reference.claim, noise, 1.0]
-    return torch.tensor(means, dtype=dtype) * reference.num_samples
-
-
-def _sum_of_different(rows: Tensor) -> Tensor:
-    """Add up the references of all processes; `forward` repeats that of one."""
-    different: Tensor = torch.unique(rows, dim=0)
-    return different.sum(0)
 
 
 def _check_reference(outputs: Tensor, reference: Tensor | None, shares: Tensor | None) -> None:

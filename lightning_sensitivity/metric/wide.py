@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from lightning_utilities import apply_to_collection
 from torch import Tensor
 from torchmetrics import Metric
@@ -18,10 +19,18 @@ class WideMetric(Metric):
     plot_lower_bound: float = 0.0
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any) -> Metric:
-        """Move the states with the metric, without its casts."""
+        """Move the states with the metric, without its casts; those on the device "meta" begin anew."""
+        was_empty = self.device.type == "meta"
         super()._apply(fn, exclude_state=tuple(self._defaults))
-        device, dtype = self.device, wide_dtype(self.device)
         for name, default in self._defaults.items():
-            self._defaults[name] = apply_to_collection(default, Tensor, Tensor.to, device, dtype)
-            setattr(self, name, apply_to_collection(getattr(self, name), Tensor, Tensor.to, device, dtype))
+            self._defaults[name] = apply_to_collection(default, Tensor, self._move)
+            setattr(self, name, apply_to_collection(getattr(self, name), Tensor, self._move))
+        if was_empty:
+            self.reset()
         return self
+
+    def _move(self, state: Tensor) -> Tensor:
+        device, dtype = self.device, wide_dtype(self.device)
+        if state.is_meta:  # it has no values, and begins with zeros
+            return torch.zeros(state.shape, device=device, dtype=dtype)
+        return state.to(device, dtype)
