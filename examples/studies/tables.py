@@ -4,13 +4,12 @@
     python examples/studies/tables.py --check  # fails if one of them is not
 
 A page has a block of numbers between `<!-- numbers: NAME -->` and `<!-- end -->`. What is in a block is said by the
-`blocks.py` of a study (`summaries.py` shows how); a block may be on any page, on several, or on none.
+`blocks.py` of a study (`summaries.py` shows how). A block may be on any page, on several or on none, and has no links.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import runpy
 import sys
@@ -21,7 +20,6 @@ STUDIES = Path(__file__).parent
 ROOT = STUDIES.parents[1]
 WIDTH = 126
 PLACE = re.compile(r"<!-- numbers: (.+?) -->\n.*?<!-- end -->", re.DOTALL)
-LINK = re.compile(r"\]\(/([^)#]+)")  # in blocks, links begin at the root of the repository
 
 
 def pages() -> list[Path]:
@@ -49,8 +47,7 @@ def filled(page: Path, text: str, found: dict[str, str]) -> str:
         name = place[1]
         if name not in found:
             raise KeyError(f"{page.relative_to(ROOT)}: no study has a block {name!r}")
-        block = LINK.sub(lambda link: f"]({os.path.relpath(ROOT / link[1], page.parent)}", found[name])
-        return f"<!-- numbers: {name} -->\n{wrapped(block)}\n<!-- end -->"
+        return f"<!-- numbers: {name} -->\n{wrapped(found[name])}\n<!-- end -->"
 
     return PLACE.sub(put, text)
 

@@ -25,6 +25,7 @@ NAMES: dict[str, object] = {
     "tuned_whole": TUNED.where("not has_frozen_body"),
     "tuned_head": TUNED.where("has_frozen_body"),
     "small": NOISY.where("n < 400"),
+    "at_random": NOISY.where("labels == 'random'"),
     "by_class": NOISY.where("labels == 'by class'"),
     "by_people": NOISY.where("labels == 'people'"),
     "agrees": NOISY.where("reference_says == 'agree'"),
@@ -199,6 +200,12 @@ KINDS = {
     "tables and signals, noisy labels": "tables",
     "fine-tuning, noisy labels": "tuned_noisy",
 }
+KINDS_OF_NOISE = {
+    "labels redrawn at random": "at_random",
+    "one class turned into another": "by_class",
+    "labels by people": "by_people",
+    "correct": "correct",
+}
 SAID = {"labels look wrong": "said_wrong", "no noise found": "said_clean", "can't tell": "said_nothing"}
 COUNTS = {"20": "20", "50": "50", "100": "100"}
 
@@ -208,6 +215,7 @@ REGRET = "{COLUMN.ROW_loss_regret:.1f}"
 LOST_OF_ROW = "{ROW.COLUMN_accuracy_lost:.1f}"
 WITH_MEDIAN = "{ROW.COLUMN_accuracy_lost:.1f} ({ROW.COLUMN_accuracy_lost.median:.1f})"
 WITH_REGRET = "{ROW.COLUMN_accuracy_lost:.1f} ({ROW.COLUMN_accuracy_lost.median:.1f}) / {ROW.COLUMN_loss_regret:.0f}"
+LOST_AND_REGRET = "{ROW.COLUMN_accuracy_lost:.1f} / {ROW.COLUMN_loss_regret:.0f}"
 NO_LABELS = {"none": "{ROW.criterion_accuracy_lost:.1f}"}
 NOISY_LABELS = "{ROW.noisy_labels_COLUMN_accuracy_lost:.1f} / {ROW.criterion_noisy_labels_COLUMN_accuracy_lost:.1f}"
 CORRECT_LABELS = NOISY_LABELS.replace("noisy", "correct")
@@ -307,6 +315,23 @@ Seen afterwards, so no test: {{small.count}} noisy runs have under 400 samples (
 {{small.criterion_accuracy_lost:.1f}}), in {{by_class.count}} one class is turned into another
 ({{by_class.criterion_accuracy_lost:.1f}}). A new head on a frozen backbone gains nothing; why was not examined.""",
     # Other pages.
+    "by kind of noise": table(
+        "accuracy lost, points / test loss above the lowest, %",
+        KINDS_OF_NOISE,
+        {
+            "runs": "{ROW.count}",
+            **across(
+                {
+                    "last epoch": "never_stop",
+                    "a tenth held out, by its Brier score": "held_out_brier",
+                    "criterion, unlabelled samples": "criterion",
+                    "a tenth held out, `validation_labels=True`": "held_out_criterion",
+                },
+                LOST_AND_REGRET,
+            ),
+            **across({"true score": "true_score"}, LOST_OF_ROW),
+        },
+    ),
     "worth in README": table(
         "points, mean",
         {**KINDS, "correct labels": "correct"},
@@ -449,7 +474,7 @@ labels, it is {correct.criterion_accuracy_lost.minus[never_stop_accuracy_lost]:+
     "agreement in stopping": "With noisy labels, the reference agreed in {agrees.count} runs and disagreed in "
     "{disagrees.count}; {no_reference.count} had no reference:\n\n"
     + table(
-        "[accuracy lost](/docs/glossary.md), points",
+        "accuracy lost, points",
         {"it agrees": "agrees", "it disagrees": "disagrees"},
         across(
             {
@@ -476,16 +501,16 @@ of accuracy. With all samples to train on, and unlabelled ones, the criterion lo
 networks ({random.held_out_criterion_accuracy_lost:.1f}, not {random.criterion_accuracy_lost:.1f}).""",
     "held out in labelled data": """
 On the study's {noisy.count} runs with noisy labels, a tenth held out lost {noisy.held_out_criterion_accuracy_lost:.1f}
-points of [accuracy](/docs/glossary.md) with `validation_labels=True`, and {noisy.held_out_brier_accuracy_lost:.1f} by
+points of accuracy with `validation_labels=True`, and {noisy.held_out_brier_accuracy_lost:.1f} by
 its Brier score, without `RiskMonitor`.""",
     "tables in tables": """
 On tables and signals with noisy labels ({tables.count} runs) the criterion lost {tables.criterion_accuracy_lost:.1f}
-points of [accuracy](/docs/glossary.md) (median {tables.criterion_accuracy_lost.median:.1f}), never stopping
+points of accuracy (median {tables.criterion_accuracy_lost.median:.1f}), never stopping
 {tables.never_stop_accuracy_lost:.1f}, and the epoch of the reference {tables.reference_accuracy_lost:.1f}: less on
 tables, as much on signals. Runs of any kind with 4,000 to 20,000 samples lost {larger.reference_accuracy_lost:.1f} with
 it, and {larger.criterion_accuracy_lost:.1f} with the criterion.""",
     "features in finetuning": table(
-        "[accuracy lost](/docs/glossary.md), points | runs",
+        "accuracy lost, points | runs",
         {
             "all | {tuned.count} ({tuned_noisy.count} noisy)": "tuned",
             "all weights are trained | {tuned_whole.count}": "tuned_whole",
