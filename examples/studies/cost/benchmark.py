@@ -1,7 +1,7 @@
 # %% [markdown]
 # # What do the monitors cost?
 #
-# Time and memory of `SensitivityMonitor` and `RiskMonitor` with their defaults, beside the bare passes of the model
+# The time of `SensitivityMonitor` and `RiskMonitor` with their defaults, beside the bare passes of the model
 # in a plain loop, and beside a Trainer without them. README.md in this folder says what came out.
 #
 #     python examples/studies/cost/benchmark.py          # ten minutes on one core; needs torchvision
@@ -19,7 +19,6 @@ import csv
 import logging
 import time
 import warnings
-import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -30,8 +29,6 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
@@ -140,23 +137,19 @@ class Seconds:
         self.value += time.process_time()
 
 
-def second_validation(case: str, model: Net, training: Batches, data: Batches, inside: Any) -> Any:
-    """A fit of two epochs, with the second validation in a context; in the first one, monitors keep their samples."""
-    run = trainer(case, max_epochs=2)
+def seconds_of_epoch(case: str, model: Net, training: Batches, data: Batches) -> float:
+    """The second validation of a fit of two epochs; in the first one, monitors keep their samples."""
+    run, seconds = trainer(case, max_epochs=2), Seconds()
     loop = run.fit_loop.epoch_loop.val_loop
     validate = loop.run
 
     def validate_inside() -> Any:
-        with inside if run.current_epoch else nullcontext():
+        with seconds if run.current_epoch else nullcontext():
             return validate()
 
     loop.run = validate_inside  # type: ignore[method-assign]
     run.fit(model, *(DataLoader(part, batch_size=None) for part in (training, data)))  # type: ignore[arg-type]
-    return inside
-
-
-def seconds_of_epoch(case: str, *args: Any) -> float:
-    return second_validation(case, *args, Seconds()).value
+    return seconds.value
 
 
 def seconds_of_fit(
@@ -194,32 +187,6 @@ def seconds_of_passes(case: str, net: nn.Module, training: Batches, data: Batche
                     for _ in range(num_passes):
                         net(x)
     return seconds.value
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made inside and alive, without what an operation needs in itself."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive = self.peak = 0
-        self.made: weakref.WeakSet[Any] = weakref.WeakSet()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = self.storages((args, kwargs))
-        result = func(*args, **(kwargs or {}))
-        for storage in self.storages(result) - given:  # neither a view nor in place
-            if storage not in self.made:
-                self.made.add(storage)
-                self.add(storage.nbytes())
-                weakref.finalize(storage, self.add, -storage.nbytes())
-        return result
-
-    def storages(self, tree: Any) -> set[Any]:
-        return {leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)}
-
-    def add(self, num_bytes: int) -> None:
-        self.alive += num_bytes
-        self.peak = max(self.peak, self.alive)
 
 
 # %% What is compared
@@ -319,24 +286,12 @@ def microseconds_of_isolation() -> float:
     return 1000 * seconds.value
 
 
-def memory(what: str, case: str, net: nn.Module, data: Batches) -> list[Row]:
-    """The peak beside a pass of the model, in batches of outputs, after an input (of twins: after their weights)."""
-    x = data[0][0]
-    with torch.no_grad(), LiveBytes() as bare:
-        outputs = net(x).nbytes
-    peak = second_validation(case, Net(net, has_step=False), data, data, LiveBytes()).peak
-    beside = x.nbytes if case == "sensitivity" else sum(parameter.nbytes for parameter in net.parameters())
-    median = (peak - beside - (bare.peak - outputs)) / outputs
-    limit = 2.2 if case == "sensitivity" else 3.0
-    return [row(what, case, "batches of outputs at the peak", limit, {"median": median})]
-
-
 # %% All of them
 def comparisons(quick: bool) -> list[Callable[[], list[Row]]]:
     many, few, count = (1, 1, 4) if quick else (7, 3, 8)
     gray, image, size = (1, 28, 28), (8 if quick else 32, 3, 32, 32), 2 if quick else 8
     images, pixels = batches(count, image), batches(count, (size, 3, 128, 128), (128, 128), 21)
-    tokens, wide = batches(count, (size, 64, 64), (64,), 8000), batches(2, (512, 64), (), 8000)
+    tokens = batches(count, (size, 64, 64), (64,), 8000)
     deep = {"sensitivity": 1.05, "both": 1.1}
 
     def small(what: str, net: nn.Module, limit: float, shape: tuple[int, ...]) -> list[Row]:
@@ -367,9 +322,6 @@ def comparisons(quick: bool) -> list[Callable[[], list[Row]]]:
         lambda: once("isolation", "microseconds a run", 60, microseconds_of_isolation, many),
         lambda: fits("MLP 784-128-128-10", mlp, gray, (5000, 1000)),
         lambda: fits("MLP 64-64-10", tiny, (64,), (1000, 1000), batch_size=32),
-        lambda: memory("language model's head", "sensitivity", ClassesFirst(64, 8000), tokens[:1]),
-        lambda: memory("segmentation", "sensitivity", segmenter(), pixels[:1]),
-        lambda: memory("head of 8,000 classes", "risk", nn.Linear(64, 8000), wide[:1]),
         lambda: by_size("small CNN", cnn(), (50, *gray), 2000, few),
         lambda: by_size("ResNet-18", resnet(), image, 512, 1),
     ]

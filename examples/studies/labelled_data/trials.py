@@ -1,6 +1,7 @@
 """Two small trials: what to validate on if all data are labelled, and some of the labels are wrong.
 
 python examples/studies/labelled_data/trials.py  # minutes on one core; writes results.csv beside this file
+python examples/studies/tables.py                # puts its numbers into README.md
 """
 
 import logging.handlers
@@ -21,16 +22,16 @@ from lightning_sensitivity import RiskMonitor
 
 SEEDS, NUM_UNLABELLED, NUM_SPLIT_OFF, NO_LABEL = range(5), 500, 50, -100
 RULES = {  # the fit that a rule is for, and the value that is lowest at the epoch it chooses
-    "a tenth held out, with `validation_labels=True`": ("tenth", "risk_criterion"),
-    "the same tenth, without its labels": ("tenth without labels", "risk_criterion"),
-    "the same tenth, by its loss": ("tenth", "loss"),
-    "the same tenth, by its Brier score": ("tenth", "brier"),
-    "the training set": ("training set", "risk_criterion"),
-    "500 unlabelled samples": ("unlabelled", "risk_criterion"),
-    "the same and 50 noisy labels, split off": ("split off", "risk_criterion"),
-    "the last epoch, trained on all": ("training set", "epochs_left"),
-    "the best epoch, trained on nine tenths": ("tenth", "error"),
-    "the best epoch, trained on all": ("training set", "error"),
+    "tenth_with_labels": ("tenth", "risk_criterion"),
+    "tenth_without_labels": ("tenth without labels", "risk_criterion"),
+    "tenth_by_loss": ("tenth", "loss"),
+    "tenth_by_brier": ("tenth", "brier"),
+    "training_set": ("training set", "risk_criterion"),
+    "unlabelled": ("unlabelled", "risk_criterion"),
+    "split_off": ("split off", "risk_criterion"),
+    "last_epoch": ("training set", "epochs_left"),
+    "best_of_nine_tenths": ("tenth", "error"),
+    "best_of_all": ("training set", "error"),
 }
 
 
@@ -136,7 +137,7 @@ def results(make_trial: Callable[[int], Trial], seed: int) -> Iterator[dict[str,
         epoch = curves[value].argmin()
         error, lowest = curves["error"][epoch], fits["training set"][0]["error"].min()
         row = {"data": make_trial.__name__, "seed": seed, "rule": rule, "epoch": epoch, "accuracy": 1 - error}
-        yield row | {"points_lost": 100 * (error - lowest), "last_line": line if value == "risk_criterion" else ""}
+        yield row | {"accuracy_lost": 100 * (error - lowest), "last_line": line if value == "risk_criterion" else ""}
 
 
 if __name__ == "__main__":
@@ -144,7 +145,3 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     runs = DataFrame([row for make in (table, digits) for seed in SEEDS for row in results(make, seed)])
     runs.to_csv(Path(__file__).with_name("results.csv"), index=False, float_format="%.4f", lineterminator="\n")
-    means = runs.groupby(["data", "rule"], sort=False)[["accuracy", "points_lost"]].agg(["mean", "sem"])
-    print(means.round(4).to_string())
-    for row in runs[(runs["data"] == "digits") & (runs["last_line"] != "")].sort_values(["rule", "seed"]).itertuples():
-        print(f"\n{row.rule}, seed {row.seed}, epoch {row.epoch}, {row.points_lost:.1f} points lost: {row.last_line}")
