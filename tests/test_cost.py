@@ -1,21 +1,21 @@
 """What the monitors cost, counted and never timed; examples/studies/cost has the times."""
 
-import runpy
+import weakref
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 from tests.helpers import NUM_FEATURES, Quiet, Watch, fitted, labelled
 
 NUM_BATCHES, BATCH_SIZE = 60, 100  # of 6,000 validation samples, 600 are kept
-BENCHMARK = runpy.run_path(str(Path(__file__).parents[1] / "examples/studies/cost/benchmark.py"))
 
 
 def fit(model: LightningModule, *callbacks: Any, **kwargs: Any) -> None:
@@ -81,12 +81,58 @@ def test_training_steps_after_the_first_epoch_and_beyond_the_kept_samples_cost_n
     assert touched_in("on_train_batch_start") == [(0, index) for index in range(num_touched)]
 
 
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made inside and alive, without what an operation needs in itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = self.peak = 0
+        self.made: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = self.storages((args, kwargs))
+        result = func(*args, **(kwargs or {}))
+        for storage in self.storages(result) - given:  # neither a view nor in place
+            if storage not in self.made:
+                self.made.add(storage)
+                self.add(storage.nbytes())
+                weakref.finalize(storage, self.add, -storage.nbytes())
+        return result
+
+    def storages(self, tree: Any) -> set[Any]:
+        return {leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)}
+
+    def add(self, num_bytes: int) -> None:
+        self.alive += num_bytes
+        self.peak = max(self.peak, self.alive)
+
+
+class PeakOfSecondValidation(Callback):
+    """In the first validation, monitors keep their samples."""
+
+    def __init__(self) -> None:
+        self.bytes = LiveBytes()
+
+    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.current_epoch == 1:
+            self.bytes.__enter__()
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.current_epoch == 1:
+            self.bytes.__exit__(None, None, None)
+
+
 @pytest.mark.parametrize("has_batch_norm", [True, False])
-@pytest.mark.parametrize(("case", "limit"), [("sensitivity", 2.2), ("risk", 4.3)])
+@pytest.mark.parametrize(("monitor", "limit"), [(SensitivityMonitor, 2.2), (RiskMonitor, 4.3)])
 def test_at_the_peak_there_are_two_batches_of_outputs_and_four_for_the_risk(
-    case: str, limit: float, has_batch_norm: bool
+    monitor: Any, limit: float, has_batch_norm: bool
 ) -> None:
-    data = [[torch.rand(512, NUM_FEATURES), torch.randint(2**11, (512,))]]
+    x, y = torch.rand(512, NUM_FEATURES), torch.randint(2**11, (512,))
     norm = nn.BatchNorm1d(NUM_FEATURES) if has_batch_norm else nn.Identity()
-    row = BENCHMARK["memory"]("wide", case, nn.Sequential(norm, nn.Linear(NUM_FEATURES, 2**11)), data)[0]
-    assert 1.0 < row["median"] < limit
+    model, loader = Quiet(), DataLoader(TensorDataset(x, y), 512)
+    model.net = nn.Sequential(norm, nn.Linear(NUM_FEATURES, 2**11))
+    with torch.no_grad(), LiveBytes() as bare:
+        outputs = model(x).nbytes
+    fitted([monitor(), peak := PeakOfSecondValidation()], model, loader, loader, max_epochs=2, num_sanity_val_steps=0)
+    beside = x.nbytes if monitor is SensitivityMonitor else sum(weights.nbytes for weights in model.parameters())
+    assert 1.0 < (peak.bytes.peak - beside - (bare.peak - outputs)) / outputs < limit

@@ -1,10 +1,8 @@
 """Each example in its quick form, in this process: to import torch and lightning again would take most of the time."""
 
-import dataclasses
 import importlib
 import re
 import runpy
-import sys
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
@@ -13,35 +11,16 @@ from typing import Any
 import numpy as np
 import pandas
 import pytest
-import torch
-from lightning.pytorch import Trainer
 from scipy.stats import kendalltau
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_sensitivity import RiskMonitor, compare_models
+from lightning_sensitivity import compare_models
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 NOTEBOOK = EXAMPLES / "track_generalization.ipynb"
 # True of networks whose class average stays small; the pages speak of it.
 pytestmark = pytest.mark.filterwarnings("ignore:.*survives averaging over classes")
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any, caplog: Any) -> Any:
-    """Run an example, and give what it prints and its variables."""
-
-    def run(script: str, *options: str) -> tuple[str, dict[str, Any]]:
-        monkeypatch.setattr(sys, "argv", [script, *options])
-        variables = runpy.run_path(str(EXAMPLES / script), run_name="__main__")
-        return capsys.readouterr().out, variables
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # put back at the end, as the level of the logger is
-    monkeypatch.setenv("MPLBACKEND", "agg")
-    caplog.set_level("INFO", "lightning.pytorch")
-    return run
 
 
 def numbers(text: str) -> np.ndarray:
@@ -106,13 +85,6 @@ def test_the_transformers_are_measured_at_their_embeddings(run: Any, task: str) 
     assert min(variables["columns"]["val_output_sensitivity"]) > 0
 
 
-@pytest.mark.parametrize("names", ["terms", pytest.param("gap seeds robust", marks=pytest.mark.long)])
-def test_the_pictures_of_the_page_on_curves(run: Any, names: str) -> None:
-    text, variables = run("studies/reading_curves/curves.py", "--quick", "--only", *names.split())
-    assert [line for line in text.splitlines() if line in variables["PICTURES"]] == names.split()
-    assert all((Path("runs/reading_curves") / f"{name}.png").stat().st_size > 10_000 for name in names.split())
-
-
 def test_a_comparison_prints_and_draws_its_table(run: Any) -> None:
     text, variables = run("compare_models.py", "--max-epochs", "1")
     assert text.split("\n\n")[0].splitlines()[-1].startswith(variables["result"][5].name)
@@ -163,26 +135,3 @@ def test_votes_are_compared_on_handfuls_of_models(run: Any) -> None:
     assert {variables["PACKAGE"], "hard votes of the others", "100 labels"} <= set(table["ranked by"])
     assert table["tau"].between(-1, 1).all() and table["pools"].max() == 2
     assert f"| {variables['PACKAGE']} | " in text
-
-
-@pytest.mark.long
-def test_the_study_of_early_stopping_replays_what_a_fit_logs(run: Any) -> None:
-    text, _ = run("studies/early_stopping/study.py", "--quick")
-    results = pandas.read_csv("runs/early_stopping_quick/results.csv")
-    assert f"{len(results)} runs" in text and results["criterion_accuracy_lost"].ge(0).all()
-    training, replay = sys.modules["training"], sys.modules["replay"]
-    drawn = dataclasses.replace(sys.modules["pools"].DRAWS["tables"](2, None), epochs=2)
-    x, y = drawn.x_holdout[:300], torch.full((300,), replay.NO_LABEL)
-
-    class Real(training.Classifier):  # type: ignore[name-defined, misc]
-        def validation_step(self, batch: Any, batch_idx: int) -> None:
-            pass
-
-    validation = DataLoader(TensorDataset(x, y), replay.BATCH_SIZE, generator=torch.Generator())
-    callbacks = [RiskMonitor(), recorder := replay.Recorder()]
-    trainer = Trainer(max_epochs=2, accelerator="cpu", callbacks=callbacks, **training.QUIET)
-    trainer.fit(Real(drawn), training.training_loader(drawn), validation)
-    replayed = replay.replayed(drawn, training.trained(drawn)["weights"], [RiskMonitor()], x, y)
-    for row, expected in zip(replayed.rows, recorder.rows, strict=True):
-        assert row == {name: value for name, value in expected.items() if name != "train_loss"}
-        assert "val_risk_criterion" in row

@@ -1,5 +1,7 @@
-"""The numbers of the studies: every page has those of the CSVs. No study is run here."""
+"""The numbers of the studies: every page has those of the CSVs. With `-m long`, each study is run once, in small."""
 
+import dataclasses
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +10,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_sensitivity import RiskMonitor
 
 STUDIES = Path(__file__).parents[1] / "examples" / "studies"
 LONG = pd.DataFrame(
@@ -76,3 +83,40 @@ def test_a_table_is_rows_columns_and_a_cell(runs: Any) -> None:
         "| ours | 3.0 | 6.0 |",
         "| none | 2.2 | 3.0 |",
     ]
+
+
+@pytest.mark.long
+def test_the_study_of_early_stopping_replays_what_a_fit_logs(run: Any) -> None:
+    text, _ = run("studies/early_stopping/study.py", "--quick")
+    results = pd.read_csv("runs/early_stopping_quick/results.csv")
+    assert f"{len(results)} runs" in text and results["criterion_accuracy_lost"].ge(0).all()
+    training, replay = sys.modules["training"], sys.modules["replay"]
+    drawn = dataclasses.replace(sys.modules["pools"].DRAWS["tables"](2, None), epochs=2)
+    x, y = drawn.x_holdout[:300], torch.full((300,), replay.NO_LABEL)
+
+    class Real(training.Classifier):  # type: ignore[name-defined, misc]
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            pass
+
+    validation = DataLoader(TensorDataset(x, y), replay.BATCH_SIZE, generator=torch.Generator())
+    callbacks = [RiskMonitor(), recorder := replay.Recorder()]
+    trainer = Trainer(max_epochs=2, accelerator="cpu", callbacks=callbacks, **training.QUIET)
+    trainer.fit(Real(drawn), training.training_loader(drawn), validation)
+    replayed = replay.replayed(drawn, training.trained(drawn)["weights"], [RiskMonitor()], x, y)
+    for row, expected in zip(replayed.rows, recorder.rows, strict=True):
+        assert row == {name: value for name, value in expected.items() if name != "train_loss"}
+        assert "val_risk_criterion" in row
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore:.*survives averaging over classes")
+def test_the_pictures_of_the_page_on_curves(run: Any) -> None:
+    text, _ = run("studies/reading_curves/curves.py", "--quick", "--only", "terms")
+    assert "terms" in text.splitlines() and Path("runs/reading_curves/terms.png").stat().st_size > 10_000
+
+
+@pytest.mark.long
+def test_a_slice_of_the_random_attack() -> None:
+    ends = runpy.run_path(str(STUDIES / "robustness" / "attack.py"))["attack"](8)
+    assert sum(ends.values()) >= 8
+    assert ends["the same, and S that of a plain loop"] > 0

@@ -7,10 +7,8 @@ import itertools
 import math
 import pickle
 import re
-import runpy
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -162,10 +160,3 @@ def test_copies_of_monitors_measure_the_same() -> None:
     values = [run(Fault(), "later", make()).trainer.callback_metrics for make in makers]
     assert values[0] == values[1] == values[2]
     assert values[0].keys() >= {"val_output_sensitivity", "val_risk_estimate"}
-
-
-def test_a_slice_of_the_random_attack() -> None:
-    script = Path(__file__).parents[2] / "examples" / "studies" / "robustness" / "attack.py"
-    ends = runpy.run_path(str(script))["attack"](8)
-    assert sum(ends.values()) >= 8
-    assert ends["the same, and S that of a plain loop"] > 0
