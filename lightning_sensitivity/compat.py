@@ -5,6 +5,7 @@ Lightning is imported inside the functions that use it, so that the metrics do n
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -48,7 +49,8 @@ def mark_updated(metric: Metric) -> None:
 def is_compiled(module: nn.Module) -> bool:
     """Return whether calls of a module are compiled, or one of its functions, such as ``forward``."""
     is_wrapped = original_module(module) is not module or getattr(module, "_compiler_ctx", None) is not None
-    has_compiled = any(hasattr(value, "_torchdynamo_orig_callable") for value in vars(module).values())
+    functions = filter(inspect.isfunction, vars(module).values())
+    has_compiled = any("_torchdynamo_orig_callable" in vars(function) for function in functions)
     return is_wrapped or has_compiled or module._compiled_call_impl is not None
 
 

@@ -92,7 +92,8 @@ class SensitivityMonitor(Monitor):
     def measure(self, module: LightningModule, run: RunIsolated, samples: KeptSamples) -> OutputSensitivity:
         """Run the model on the kept samples of a loader, clean and with noise."""
         with module.device:  # it determines the floating type of the metric
-            metric = _QuietSensitivity(self.per_output)
+            metric = OutputSensitivity(self.per_output)
+        metric.is_quiet = True  # the reporter warns
         at = None if self.at is None else submodule(module, self.at)
         for batch in samples.batches:
             call = batch.call.to(module.device)
@@ -113,9 +114,3 @@ class SensitivityMonitor(Monitor):
                 self.reporter.warn("failed", f"has no value on dataloader {dataloader_idx}: it needs two samples.")
             return {}
         return {"output_sensitivity": estimate.value, "output_sensitivity_stderr": estimate.stderr}
-
-
-class _QuietSensitivity(OutputSensitivity):
-    """Leave warnings to the monitor."""
-
-    _warn = staticmethod(lambda message: None)

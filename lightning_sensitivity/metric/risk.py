@@ -280,9 +280,8 @@ class RiskEstimate(WideMetric):
 
 
 def _check_reference(outputs: Tensor, reference: Tensor | None, shares: Tensor | None) -> None:
-    if reference is None or shares is None:
-        if reference is not shares:
-            raise ValueError("Expected `reference` in `update` if the metric has one, and only then.")
-    elif reference.shape != (len(outputs), len(shares)):
+    if (reference is None) != (shares is None):
+        raise ValueError("Expected `reference` in `update` if the metric has one, and only then.")
+    if reference is not None and shares is not None and reference.shape != (len(outputs), len(shares)):
         got = f"{tuple(reference.shape)} for outputs {tuple(outputs.shape)}"
         raise ValueError(f"Expected `reference` to have the shape (N, {len(shares)}), but got {got}.")

@@ -1,21 +1,28 @@
 """Find, copy and count the tensors in batches of any kind."""
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import is_dataclass
-from typing import Any, Protocol, TypeGuard, runtime_checkable
+from typing import Any
 
 import torch
 from lightning_utilities import apply_to_collection
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 
-@runtime_checkable
-class _Cloneable(Protocol):
-    """A tensor, or an object that can be cloned like one, such as a graph of PyTorch Geometric."""
+class _Cloneable(ABC):
+    """A tensor, or an object whose class can clone it like one, such as a graph of PyTorch Geometric."""
 
+    @abstractmethod
     def clone(self) -> object:
         """Return a copy."""
+
+    @classmethod
+    def __subclasshook__(cls, other: type) -> bool:
+        """Look at the class alone, since attributes of an object may be items, as in an `AttrDict`."""
+        return callable(getattr(other, "clone", None))
 
 
 def clone_tensors(value: Any, clone: Callable[[Tensor], Tensor] = Tensor.clone) -> Any:
@@ -66,22 +73,29 @@ def first_of(result: object) -> object:
     return result[0] if isinstance(result, list | tuple) and result else result
 
 
-def num_samples(batch: object, arguments: Iterable[object]) -> int:
-    """Count the samples: rows of the first tensor, or items of a list that has a tensor for each sample."""
-    known = _numbers_of_rows(_items_of(batch))
-    for value in arguments:
-        rows = _numbers_of_rows(tensors_in(value))
-        if rows:
-            return len(value) if _is_list_of_samples(value, rows, known) else rows[0]
-    return 0
+def num_samples(arguments: Iterable[object]) -> int:
+    """Count the samples by the rows that all tensors have; 0 if that is unknown, as with lists and graphs."""
+    arguments = list(arguments)
+    if any(isinstance(value, list | PackedSequence) for value in arguments):  # each item may be a sample
+        return 0
+    tensors = [x for value in arguments for x in tensors_in(value) if x.ndim > 0 and not x.is_nested]
+    numbers = {len(x) for x in tensors}
+    return numbers.pop() if len(numbers) == 1 else 0
 
 
-def _is_list_of_samples(value: object, rows: list[int], known: list[int]) -> TypeGuard[list[object]]:
-    """Return whether a list has a tensor for each sample, judging by the rows of others in the batch."""
-    if not isinstance(value, list) or rows[0] in known:
-        return False
-    return len(value) in known or len(set(rows)) > 1
+def num_bytes(value: object) -> int:
+    """Count the memory of the tensors that :func:`clone_tensors` clones, such as those of a graph."""
+    seen: set[int] = set()  # graphs may refer to themselves
 
+    def count(value: object) -> int:
+        if isinstance(value, Tensor):
+            return value.numel() * value.element_size()
+        if isinstance(value, Mapping | list | tuple):
+            return sum(map(count, _items_of(value)))
+        if id(value) in seen:
+            return 0
+        seen.add(id(value))
+        attributes = getattr(value, "__dict__", {}).values()
+        return sum(count(item) for item in attributes if isinstance(value, _Cloneable) or isinstance(item, Tensor))
 
-def _numbers_of_rows(values: Iterable[object]) -> list[int]:
-    return [len(x) for x in values if isinstance(x, Tensor) and x.ndim > 0 and not x.is_nested]
+    return count(value)

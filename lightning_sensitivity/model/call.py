@@ -14,7 +14,9 @@ from torch.func import functional_call
 
 from lightning_sensitivity.arguments import Selector, describe, link_to
 from lightning_sensitivity.compat import original_module
-from lightning_sensitivity.model.batches import clone_tensors, first_of, is_floating, num_samples, tensors_in
+from lightning_sensitivity.functional.tensors import are_close
+from lightning_sensitivity.model.batches import clone_tensors, first_of, is_floating, num_bytes, num_samples, tensors_in
+from lightning_sensitivity.model.isolation import RunIsolated
 
 Perturb = Callable[[Tensor], Tensor]
 
@@ -47,7 +49,7 @@ class ModelCall:
 
     Attributes:
         arguments: The arguments of the model, by position or name.
-        size: The number of samples; 0 if it is unknown.
+        size: The number of samples by the rows of the arguments, which outputs may deny; 0 if it is unknown.
 
     Raises:
         MisconfigurationException: If it is not clear how to call the model.
@@ -66,7 +68,7 @@ class ModelCall:
             self.arguments = _named_arguments(model, batch)
         elif isinstance(batch, list | tuple) and len(batch):
             self.arguments = _positional_arguments(model, batch)
-        self.size = num_samples(batch, self.arguments.values())
+        self.size = num_samples(self.arguments.values())
 
     @property
     def args(self) -> tuple[object, ...]:
@@ -86,7 +88,7 @@ class ModelCall:
     @property
     def num_bytes(self) -> int:
         """The memory of the tensors in the arguments."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(self.arguments))
+        return num_bytes(self.arguments)
 
     def __call__(self, perturb: Perturb | None = None, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """Call the model with copies of the arguments, perturbed or not, and select its outputs.
@@ -146,14 +148,43 @@ class ModelCall:
         return [key for key in candidates if any(map(is_floating, tensors_in(self.arguments[key])))]
 
     def _check_class_dimension(self, outputs: Tensor) -> None:
-        if math.prod(outputs.shape[2:]) <= 1:
+        """Refuse dense outputs whose first dimensions, and not their last ones, are those of an input."""
+        first, last = outputs.shape[1:-1], outputs.shape[2:]
+        if math.prod(first) <= 1 or math.prod(last) <= 1:
             return
         shapes = [x.shape[1:] for x in tensors_in(self.arguments) if not x.is_nested]
-        if not any(set(outputs.shape[2:]) <= set(s) and outputs.shape[1] not in s for s in shapes):
+        are_first = any(shape[: len(first)] == first for shape in shapes)
+        if are_first and not any(shape[-len(last) :] == last for shape in shapes):
             raise MisconfigurationException(
                 f"`outputs` should move the classes to dimension 1, got {[*outputs.shape]}; if they are "
                 "last, `outputs=lambda y: y.movedim(-1, 1)`; if they are there, `outputs=lambda y: y`."
             )
+
+
+def count_samples(call: ModelCall, run: RunIsolated) -> int:
+    """Count the samples of a batch by its outputs; a call whose rows are no samples gets the size 0.
+
+    If rows are samples, outputs follow them into another order. Those of a sequence whose first dimension is time
+    do not, even if it is as long as the batch.
+
+    Args:
+        call: The call of the model on the batch, on the model's device.
+        run: Calls a function that runs the model; from :func:`~lightning_sensitivity.model.isolated`.
+    """
+    outputs: Tensor = run(call)
+    if len(outputs) != call.size or not _follow_rows(outputs, call, run):
+        call.size = 0
+    return len(outputs)
+
+
+def _follow_rows(outputs: Tensor, call: ModelCall, run: RunIsolated) -> bool:
+    """Return whether the outputs of a call have another order if its rows have."""
+    rolled = call._with(lambda value: clone_tensors(value, lambda x: x.roll(1, 0) if x.ndim > 0 else x))
+    try:
+        of_rolled = run(rolled)
+    except Exception:  # rows with an order of their own, such as offsets
+        return False
+    return of_rolled.shape == outputs.shape and are_close(outputs.roll(1, 0), of_rolled)
 
 
 def select_outputs(result: object, outputs: Selector | None = None) -> Tensor:

@@ -68,6 +68,7 @@ def isolated(model: nn.Module) -> Iterator[RunIsolated]:
         with torch.random.fork_rng(state.devices, device_type="cuda"), torch.no_grad(), _eager():
             yield run
     finally:
+        state.restore()  # a run whose own `restore` was interrupted
         random.setstate(of_python)
         np.random.set_state(of_numpy)
 
@@ -83,6 +84,7 @@ class _State:
         self.originals = [(items, dict(items)) for module in modules for items in _dicts_of(module)]
         self.places = [place for module in modules for place in _places_of(module)]
         self.large_clones: dict[int, tuple[Tensor, int]] = {}  # by id of the original; with a version
+        self.counts_writes: set[int] = set()  # ids of large tensors whose versions tell of writes
 
     def put_copies(self) -> None:
         torch.clear_autocast_cache()  # of 16-bit copies of weights, which may have changed since
@@ -101,7 +103,11 @@ class _State:
         if tensor.layout != torch.strided or tensor.nbytes <= _LARGE:  # batch norm counts no versions
             return tensor.detach().clone()
         clone, version = self.large_clones.get(id(tensor), (tensor, -1))
-        if clone is tensor or clone._version != version:
+        is_unwritten = clone is not tensor and clone._version == version
+        if is_unwritten and id(tensor) not in self.counts_writes:  # seen once: `.data` counts none
+            is_unwritten = torch.equal(clone, tensor)
+            self.counts_writes |= {id(tensor)} if is_unwritten else set()
+        if not is_unwritten:
             clone = tensor.detach().clone()
             self.large_clones[id(tensor)] = clone, clone._version
         return clone

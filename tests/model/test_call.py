@@ -1,5 +1,6 @@
 from collections import UserDict, namedtuple
 from collections.abc import Callable
+from contextlib import nullcontext
 from threading import Lock
 from types import SimpleNamespace
 from typing import Any
@@ -8,9 +9,11 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_sequence
 
-from lightning_sensitivity.model import ModelCall, select_outputs, select_targets
+from lightning_sensitivity.model import ModelCall, isolated, select_outputs, select_targets
 from lightning_sensitivity.model.batches import tensors_in
+from lightning_sensitivity.model.call import count_samples
 
 X, IDS = torch.zeros(3, 2), torch.full((3,), 20)
 Pair = namedtuple("Pair", ["x", "y"])
@@ -64,20 +67,93 @@ def test_a_call_that_is_kept_has_tensors_of_its_own_on_the_device() -> None:
 
 
 SIZES: dict[str, tuple[Any, int]] = {
-    "rows of the first tensor in a dict": (({"x": X}, IDS), 3),
-    "a list with a sequence for each label": (([torch.zeros(400, 2)] * 3, IDS), 3),
-    "a list of inputs that have a row for each label": (([X, torch.zeros(1, 3)], IDS), 3),
-    "a list of two inputs beside a pair": ({"x": [X, X], "pair": X[:2], "y": IDS}, 3),
-    "a list of sequences of different lengths": ({"x": [X, X[:2], X[:1], X]}, 4),
-    "a list of sequences of the same length, without labels": ({"x": [X, X]}, 3),
-    "unknown": ((5, "name"), 0),
+    "rows of the tensor in a dict": (({"x": X}, IDS), 3),
+    "rows that all arguments have": (({"x": X, "pair": (IDS, X), "scale": X.sum(), "name": "a"}, IDS), 3),
+    "arguments of different rows, such as words and offsets": (({"words": torch.zeros(38), "offsets": X}, IDS), 0),
+    "a list, which may have an item for each sample": (([X, X], IDS), 0),
+    "sequences that are packed": ((pack_sequence([X, X[:2]]), IDS[:2]), 0),
+    "no tensor": ((5, "name"), 0),
 }
 
 
 @pytest.mark.parametrize("what", SIZES)
-def test_samples_are_counted(what: str) -> None:
+def test_samples_are_counted_where_rows_leave_no_doubt(what: str) -> None:
     batch, size = SIZES[what]
     assert call(ONE, batch).size == size
+
+
+def by_steps(self: Any, x: Tensor) -> Tensor:
+    return x.cumsum(0)[-1] + x[0]
+
+
+def bags_of(self: Any, offsets: Tensor) -> Tensor:
+    return nn.functional.embedding_bag(IDS, torch.rand(21, 2), offsets)
+
+
+COUNTED: dict[str, tuple[Any, Any, int, int]] = {  # the samples, and what is left of the size by rows
+    "rows": (lambda self, x: x + x.mean(0), torch.rand(4, 4), 4, 4),
+    "one row": (lambda self, x: x, torch.rand(1, 4), 1, 1),
+    "time first": (by_steps, torch.rand(5, 4, 2), 4, 0),
+    "time first, as many steps as samples": (by_steps, torch.rand(4, 4, 2), 4, 0),
+    "offsets, which have an order": (bags_of, torch.arange(3), 3, 0),
+    "one output for all": (lambda self, x: x.sum(0, keepdim=True), torch.rand(4, 2), 1, 0),
+    "a list": (lambda self, x: torch.stack(x), ([X, X],), 2, 0),
+}
+
+
+@pytest.mark.parametrize("what", COUNTED)
+def test_outputs_say_how_many_samples_there_are_and_whether_rows_are_samples(what: str) -> None:
+    forward, batch, size, size_of_call = COUNTED[what]
+    model = module(forward)
+    one = call(model, batch)
+    with isolated(model) as run:
+        assert (count_samples(one, run), one.size) == (size, size_of_call)
+
+
+class Graph:
+    """As of PyTorch Geometric: tensors lie in a dict of a part, which knows the whole."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.store = SimpleNamespace(x=x)
+        self.more, self.itself, self.shared = {"edges": [IDS]}, self, Lock()
+
+    def clone(self) -> "Graph":
+        return Graph(self.store.x.clone())
+
+
+class AttrDict(dict[str, Any]):
+    __getattr__ = dict.__getitem__
+
+
+def test_the_memory_of_objects_that_are_cloned_counts_too() -> None:
+    of_graph = 6 * 4 + 3 * 8
+    assert call(ONE, Graph(X)).num_bytes == of_graph
+    assert call(ONE, [([Graph(X), SimpleNamespace(x=X, more=SimpleNamespace(x=X))],)]).num_bytes == of_graph + 6 * 4
+
+
+def test_a_dict_with_items_as_attributes_is_a_dict() -> None:
+    forward = call(module(lambda self, batch: batch.x.add_(1)), AttrDict(x=X), lambda batch: (batch,))
+    assert torch.equal(forward(), X + 1) and torch.equal(forward.copy_to_cpu()(), X + 1) and not X.any()
+
+
+IMAGE, STEPS = torch.zeros(2, 3, 8, 8), torch.zeros(2, 8, 3)
+DENSE: dict[str, tuple[Tensor, tuple[int, ...], bool]] = {  # shapes of outputs, and whether they are refused
+    "segmentation": (IMAGE, (5, 8, 8), False),
+    "segmentation of colours with as many classes": (IMAGE, (3, 8, 8), False),
+    "at a lower resolution": (IMAGE, (5, 4, 4), False),
+    "tokens with classes first": (IDS[:, None].repeat(1, 8), (5, 8), False),
+    "tokens with classes last": (IDS[:, None].repeat(1, 8), (8, 5), True),
+    "steps with classes last": (STEPS, (8, 5), True),
+    "images with channels and classes last": (IMAGE.movedim(1, -1), (8, 8, 5), True),
+}
+
+
+@pytest.mark.parametrize("what", DENSE)
+def test_dense_outputs_are_refused_if_their_positions_come_first(what: str) -> None:
+    x, shape, is_refused = DENSE[what]
+    match = r"`outputs` should move the classes to dimension 1, .*`outputs=lambda y: y`"
+    with pytest.raises(MisconfigurationException, match=match) if is_refused else nullcontext():
+        call(module(lambda self, x: torch.zeros(len(x), *shape)), x)()
 
 
 TAKEN: dict[str, tuple[Callable[[], Tensor], Tensor]] = {

@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule, seed_everything
 from torch import Tensor, nn
 
 from lightning_sensitivity.model import isolated
+from lightning_sensitivity.model.isolation import _State
 from tests.helpers import Watch
 
 X = torch.rand(4, 2, generator=torch.Generator().manual_seed(0))
@@ -25,7 +26,7 @@ class Stateful(LightningModule):
     def __init__(self, change: Callable[[Any, Tensor], Any] = lambda m, x: None) -> None:
         super().__init__()
         self.change, self.twice = change, nn.Module()
-        buffers = {"memory": torch.arange(2.0), "sparse": torch.eye(2).to_sparse()}
+        buffers = {"memory": torch.arange(2.0), "sparse": torch.eye(2).to_sparse(), "large": torch.zeros(2**15)}
         for name, buffer in (buffers | {"late": None, "expanded": torch.ones(1).expand(3)}).items():
             self.register_buffer(name, buffer)
         self.twice.register_buffer("memory", self.memory)
@@ -57,6 +58,7 @@ PUT_BACK: dict[str, Callable[[Any, Tensor], Any]] = {
     "a buffer's size": lambda m, x: m.memory.resize_(5).fill_(1).sum(),
     "names": lambda m, x: [m.register_buffer("new", x), setattr(m, "prefix", 1), delattr(m, "memory")],
     "batch norm": lambda m, x: m.bn.train()(x) + m.bn.running_mean,
+    "a large buffer, through its data": lambda m, x: m.large.data.add_(1)[0],
     "an attribute's values": lambda m, x: m.hidden.add_(1).sum(),
     "the result of a graph": lambda m, x: m.of_graph.detach().add_(1),
     "a list": lambda m, x: torch.tensor(len([*m.items, m.items.append(x)])),
@@ -114,6 +116,15 @@ def test_a_pass_finds_what_the_one_before_found_and_leaves_no_trace(change: str,
     with isolated(model) as run:  # outside, where torch lets nobody write to tensors of inference mode
         run(lambda: None)
     assert snapshot(model) == before
+
+
+def test_an_interrupt_as_a_pass_is_put_back_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, restore = Stateful(), _State.restore
+    before = snapshot(model)
+    with pytest.raises(KeyboardInterrupt), isolated(model) as run, monkeypatch.context() as patched:
+        patched.setattr(_State, "restore", lambda self: interrupt())
+        run(model, X.clone())
+    assert snapshot(model) == before and _State.restore is restore
 
 
 def test_what_two_places_share_is_shared_by_a_pass() -> None:
