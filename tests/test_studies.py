@@ -34,7 +34,7 @@ def runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     import summaries
 
     LONG.to_csv(tmp_path / "results.csv", index=False)
-    return summaries.Runs.read(tmp_path / "results.csv", measures=["lost"])
+    return summaries.Runs.read_long(tmp_path / "results.csv", measures=["lost"])
 
 
 def test_pages_have_the_numbers_of_the_studies() -> None:
@@ -58,6 +58,12 @@ def test_pages_have_the_numbers_of_the_studies() -> None:
 )
 def test_a_field_of_a_text(field: str, expected: str, runs: Any) -> None:
     assert field.format(runs=runs) == expected
+
+
+def test_a_run_of_two_pools_is_refused(runs: Any, tmp_path: Path) -> None:
+    LONG.assign(pool=["x", "y", "y", "y", "y"]).to_csv(tmp_path / "results.csv", index=False)
+    with pytest.raises(ValueError, match="'pool': 'y'"):
+        type(runs).read_long(tmp_path / "results.csv", measures=["lost"])
 
 
 def test_a_row_for_each_rule_is_read_as_a_row_for_each_run(runs: Any) -> None:

@@ -3,7 +3,8 @@
 A study keeps its runs in one CSV, and beside it `blocks.py`, which says what pages tell of them: texts whose numbers
 are fields of `str.format`, filled by `tables.py`.
 
-    RUNS = Runs.read(Path(__file__).with_name("results.csv"))
+    RUNS = Runs.read(Path(__file__).with_name("results.csv"))  # a row for each run; or, with a row for each rule:
+    RUNS = Runs.read_long(Path(__file__).with_name("results.csv"), measures=["accuracy_lost", "loss_regret"])
     NAMES = {"noisy": RUNS.where("is_noisy")}
     BLOCKS = {"in short": "{noisy.count} runs lose {noisy.criterion_accuracy_lost:.1f} points."}
 
@@ -129,18 +130,31 @@ class Runs:
         self.frame = frame
 
     @classmethod
-    def read(cls, file: Path, measures: Sequence[str] = (), rule: str = "rule") -> Runs:
-        """Read a CSV with one row a run, or, if it has `measures`, with one row a run and rule.
+    def read(cls, file: Path) -> Runs:
+        """Read a CSV with one row a run."""
+        return cls(pd.read_csv(file))
 
-        In the second case the columns become `RULE_MEASURE`, and all other ones have to agree for all rules of a run.
+    @classmethod
+    def read_long(cls, file: Path, measures: Sequence[str], run: Sequence[str] = ("run",), rule: str = "rule") -> Runs:
+        """Read a CSV with one row a run and rule: each measure becomes a column `RULE_MEASURE`.
+
+        Args:
+            file: The CSV.
+            measures: The columns that differ between rules, such as `["accuracy_lost", "loss_regret"]`.
+            run: The columns that tell one run from another.
+            rule: The column with the name of the rule.
+
+        Raises:
+            ValueError: If another column differs between the rules of a run, or a run has a rule twice.
         """
         frame = pd.read_csv(file)
-        if measures:
-            about = [name for name in frame if name not in (rule, *measures)]
-            frame = frame.pivot(index=about, columns=rule, values=[*measures])
-            frame.columns = [f"{each}_{measure}" for measure, each in frame.columns]
-            frame = frame.reset_index().infer_objects()
-        return cls(frame)
+        about = frame.drop(columns=[rule, *measures]).drop_duplicates()
+        repeated = about[about.duplicated([*run])]
+        if len(repeated):
+            raise ValueError(f"a run differs between its rules in more than {measures}: {repeated.iloc[0].to_dict()}")
+        wide = frame.pivot(index=[*run], columns=rule, values=[*measures])
+        wide.columns = [f"{each}_{measure}" for measure, each in wide.columns]
+        return cls(about.merge(wide.infer_objects().reset_index(), on=[*run]))
 
     @property
     def count(self) -> int:

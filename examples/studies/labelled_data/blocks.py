@@ -4,7 +4,8 @@ from pathlib import Path
 
 from summaries import Runs, table
 
-RUNS = Runs.read(Path(__file__).with_name("results.csv"), measures=["epoch", "accuracy", "accuracy_lost", "last_line"])
+MEASURES = ["epoch", "accuracy", "accuracy_lost", "last_line"]
+RUNS = Runs.read_long(Path(__file__).with_name("results.csv"), MEASURES, run=["data", "seed"])
 TABLE, DIGITS = RUNS.where("data == 'table'"), RUNS.where("data == 'digits'")
 ROWS = {
     "a tenth, `validation_labels=True`": "tenth_with_labels",
