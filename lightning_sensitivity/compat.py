@@ -1,4 +1,7 @@
-"""Private names of torch, Lightning and torchmetrics that have no public counterpart, all in one place.
+"""Private names of torch, Lightning and torchmetrics that may change in a release, each with a plain name.
+
+Elsewhere are only attributes of what a file is about: `_version` of a tensor and `_buffers` of a module in
+`model/isolation.py`, `_defaults` in `metric/wide.py`, `_generate_state_key` in `callbacks/risk.py`.
 
 Lightning is imported inside the functions that use it, so that the metrics do not need it.
 """
@@ -6,9 +9,12 @@ Lightning is imported inside the functions that use it, so that the metrics do n
 from __future__ import annotations
 
 import inspect
+import sys
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
@@ -57,6 +63,12 @@ def is_compiled(module: nn.Module) -> bool:
 def original_module(module: nn.Module) -> Any:
     """Return the module that ``torch.compile(module)`` has wrapped, or the module itself."""
     return getattr(module, "_orig_mod", module)
+
+
+def eager() -> AbstractContextManager[object]:
+    """Run compiled code eagerly, so that our passes compile nothing."""
+    is_compiling = "torch._dynamo" in sys.modules  # else nothing was compiled, and importing it takes seconds
+    return torch.compiler.set_stance("force_eager") if is_compiling else nullcontext()
 
 
 # Lightning

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_sensitivity import OutputSensitivity, RiskEstimate
 from lightning_sensitivity.functional import Calibration, fit_reference, output_sensitivity, variance_factor
@@ -121,6 +123,31 @@ def test_one_value_or_several_are_plotted(metric: Any) -> None:
 
 
 # Sensitivity
+
+
+COLLECTED: dict[str, tuple[Any, Any, Any]] = {
+    "class indices": (OutputSensitivity(), CLEAN[0], LABELS[0]),
+    "one-hot labels": (OutputSensitivity(), CLEAN[0], nn.functional.one_hot(LABELS[0], 5).float()),
+    "labels of two classes": (OutputSensitivity(), CLEAN[0, :, 0], (LABELS[0] > 1).float()),
+    "labels for twins": (RiskEstimate(), CLEAN[0], LABELS[0]),
+}
+
+
+@pytest.mark.parametrize("what", COLLECTED)
+def test_labels_that_a_collection_passes_are_refused_by_keywords(what: str) -> None:
+    metric, clean, labels = COLLECTED[what]
+    with pytest.raises(TypeError, match=r"got labels.*`collection.update\(preds=..., target=..., \w+=..., \w+=...\)`"):
+        MetricCollection({"S": metric})(clean, labels)
+
+
+def test_in_a_collection_it_takes_keywords() -> None:
+    collection = MetricCollection({"accuracy": MulticlassAccuracy(5), "S": OutputSensitivity(), "risk": make_risk()})
+    outputs = {"clean": CLEAN[0], "noisy": NOISY[0], "outputs": CLEAN[0], "twin_outputs": NOISY[0]}
+    collection.update(preds=CLEAN[0], target=LABELS[0], **outputs, reference=PREDICTIONS[0])
+    collection["risk"].update_training(NOISY[0], LABELS[0])
+    values = collection.compute()
+    close(values["S"], value(filled(OutputSensitivity(), [0])))
+    assert {"accuracy", "S", "risk_criterion"} <= values.keys() and values["risk_criterion"].isfinite()
 
 
 def test_what_is_left_out_is_said_once_and_updates_go_on() -> None:

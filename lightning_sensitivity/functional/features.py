@@ -14,7 +14,9 @@ def principal_components(features: Tensor, new_features: Tensor, num_components:
     """Reduce features to the principal components of training and new samples together.
 
     Columns that are no more than ``num_components`` are only scaled, to a mean of 0 and a variance of 1 on
-    training samples. More than 4,096 are first added up with random signs to 4,096, as in feature hashing
+    training samples. More columns are taken as they are, like pixels, unless one of them has most of the
+    variance: then units differ, and all are scaled first. If several have large units, scale them yourself.
+    More than 4,096 are first added up with random signs to 4,096, as in feature hashing
     (Weinberger et al., 2009), which keeps distances within some 2 %. Components come from subspace iteration
     (Halko, Martinsson and Tropp, 2011). Random numbers are the same in every call, and global streams are not
     touched.
@@ -43,13 +45,15 @@ def principal_components(features: Tensor, new_features: Tensor, num_components:
     x, new_x = _reduced("features", features), _reduced("new_features", new_features)
     mean = x.mean(0)
     x, new_x = x - mean, new_x - mean
-    if x.shape[1] > num_components:
-        scores = _top_components(torch.cat([x, new_x]), num_components)
-        return scores[: len(x)], scores[len(x) :]
-    std = x.square().mean(0).sqrt()
-    is_constant = std <= _CONSTANT * mean.abs()
-    std = std.where(~is_constant, torch.inf)
-    return x / std, new_x / std
+    variance = x.square().mean(0)
+    if x.shape[1] <= num_components or bool(variance.max() > variance.sum() / 2):
+        std = variance.sqrt()
+        std = std.where(std > _CONSTANT * mean.abs(), torch.inf)
+        x, new_x = x / std, new_x / std
+    if x.shape[1] <= num_components:
+        return x, new_x
+    scores = _top_components(torch.cat([x, new_x]), num_components)
+    return scores[: len(x)], scores[len(x) :]
 
 
 def _reduced(name: str, features: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from lightning_sensitivity.functional.reference import ReferenceSums, reference_
 from lightning_sensitivity.functional.sums import AgreementSums, LabelSums, UnseenSums
 from lightning_sensitivity.functional.tasks import find_task
 from lightning_sensitivity.functional.tensors import Diagnosis, wide_dtype
-from lightning_sensitivity.metric.wide import WideMetric
+from lightning_sensitivity.metric.wide import WideMetric, refuse_labels
 
 _NUM_SUMS = {
     "unseen_sums": len(UnseenSums._fields),
@@ -170,6 +170,7 @@ class RiskEstimate(WideMetric):
             reference: The reference's predictions for these samples, ``(N, K)``; with a reference only.
         """
         twins = [twin_outputs] if isinstance(twin_outputs, Tensor) else twin_outputs
+        refuse_labels(self, "twin_outputs", twin_outputs, "outputs=..., twin_outputs=...")
         _check_reference(outputs, reference, self._shares)
         values = sums.unseen_sums(outputs, twins, self.task, baseline_outputs)
         if reference is not None:

@@ -14,7 +14,7 @@ from torchmetrics.utilities.prints import rank_zero_warn
 from lightning_sensitivity.compat import AxType, PlotType
 from lightning_sensitivity.functional import sensitivity
 from lightning_sensitivity.functional.tensors import Diagnosis, wide_dtype
-from lightning_sensitivity.metric.wide import WideMetric
+from lightning_sensitivity.metric.wide import WideMetric, refuse_labels
 
 
 class OutputSensitivity(WideMetric):
@@ -49,7 +49,7 @@ class OutputSensitivity(WideMetric):
     Raises:
         ValueError: If ``per_output`` is not a bool; in ``update``, if shapes do not fit; in ``compute``, if K
             differs between updates.
-        TypeError: In ``update``, if an output is not a floating tensor.
+        TypeError: In ``update``, if an output is not a floating tensor, or ``noisy`` are labels.
 
     Example:
         >>> import torch
@@ -90,6 +90,7 @@ class OutputSensitivity(WideMetric):
     def update(self, clean: Tensor, noisy: Tensor | Sequence[Tensor]) -> None:
         """Add the outputs for clean and perturbed inputs of one batch."""
         assert isinstance(self.rows, list)
+        refuse_labels(self, "noisy", noisy, "clean=..., noisy=...")
         self.rows.append(sensitivity.sensitivity_rows(clean, noisy))
 
     def compute(self) -> Tensor:

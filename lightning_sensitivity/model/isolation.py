@@ -2,10 +2,9 @@
 
 import copy
 import random
-import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -14,6 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lightning_sensitivity import compat
 from lightning_sensitivity.arguments import link_to
 
 T = TypeVar("T")
@@ -65,7 +65,7 @@ def isolated(model: nn.Module) -> Iterator[RunIsolated]:
         return result
 
     try:
-        with torch.random.fork_rng(state.devices, device_type="cuda"), torch.no_grad(), _eager():
+        with torch.random.fork_rng(state.devices, device_type="cuda"), torch.no_grad(), compat.eager():
             yield run
     finally:
         state.restore()  # a run whose own `restore` was interrupted
@@ -171,9 +171,3 @@ def _is_copied(value: object) -> bool:
     if isinstance(value, Tensor):
         return not isinstance(value, nn.Parameter)
     return type(value) in _COPIED and len(value) <= _LONG  # type: ignore[arg-type]
-
-
-def _eager() -> AbstractContextManager[object]:
-    """Run compiled code eagerly, so that our passes compile nothing."""
-    is_compiling = "torch._dynamo" in sys.modules  # else nothing was compiled, and importing it takes seconds
-    return torch.compiler.set_stance("force_eager") if is_compiling else nullcontext()

@@ -31,6 +31,14 @@ def test_few_columns_get_standard_units_of_training_samples() -> None:
     torch.testing.assert_close(b[:, 2:], ((new.flatten(1) - mean) / std)[:, 2:])
 
 
+def test_of_many_columns_one_in_large_units_does_not_hide_the_others() -> None:
+    x = low_rank(60, 51, 30).double()
+    x[:, 3] *= 1000
+    scaled = (x - x[:40].mean(0)) / x[:40].std(0, correction=0)
+    found, expected = (torch.cat(principal_components(each[:40], each[40:])) for each in (x, scaled))
+    torch.testing.assert_close(distances(found), distances(expected))
+
+
 @pytest.mark.parametrize(("num_rows", "num_columns"), [(40, 200), (200, 64)])
 def test_components_keep_all_distances_that_have_room_in_them(num_rows: int, num_columns: int) -> None:
     x = low_rank(num_rows, num_columns, 30)

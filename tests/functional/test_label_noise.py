@@ -11,7 +11,13 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from lightning_sensitivity.functional import Reference, estimate_noise, fit_reference, principal_components
+from lightning_sensitivity.functional import (
+    Reference,
+    estimate_noise,
+    fit_reference,
+    label_noise,
+    principal_components,
+)
 
 SEEDS = st.integers(0, 99)
 
@@ -79,6 +85,46 @@ def reference(labels: Tensor, num_columns: int = 64, seed: int = 0) -> Reference
 def test_of_digits_it_is_about_the_share_that_was_relabelled(share: float) -> None:
     for seed in range(2):
         assert reference(relabelled(Y, share, 10, seed), seed=seed).noise == pytest.approx(share, abs=0.06)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_a_data_set_needs_its_features_and_labels_only(share: float) -> None:
+    labels, state = relabelled(Y, share, 10), torch.get_rng_state()
+    found = label_noise(X.reshape(-1, 1, 8, 8), labels)
+    assert found == pytest.approx(share, abs=0.04) and torch.equal(torch.get_rng_state(), state)
+    table = torch.cat([X, 1e5 * torch.rand(len(X), 1)], 1)  # one more column, in another unit
+    assert label_noise(table, labels) == pytest.approx(share, abs=0.06)
+
+
+def test_a_data_set_may_have_labels_of_any_kind() -> None:
+    x, y = X[Y < 3][:200], relabelled(Y[Y < 3], 0.2, 3)[:200]
+    ignored = torch.cat([y, torch.full((50,), -100)])
+    others = (7 * y + 5).to(torch.uint8), one_hot(y, 3), one_hot(y, 3).float()
+    assert [label_noise(x, each) for each in others] == [label_noise(x, y)] * 3
+    assert label_noise(torch.cat([x, x[:50]]), ignored) == pytest.approx(label_noise(x, y), abs=0.02)
+    is_zero = y == 0
+    binary = [label_noise(x, each, "binary") for each in (is_zero, is_zero[:, None].float())]
+    assert binary == [pytest.approx(label_noise(x, is_zero.long()), abs=1e-4)] * 2
+    assert math.isnan(label_noise(torch.rand(200, 3), y))  # nothing can be learned
+
+
+REFUSED: dict[str, tuple[str, Any, Any, str]] = {
+    "several labels for a sample": ("`task` to be 'multiclass' or 'binary'", X, one_hot(Y, 10), "multilabel"),
+    "another task": ("`task` to be one of", X, Y, "regression"),
+    "fewer labels": (r"`features` .* and `labels` .* got \(1797, 64\) and \(5,\)", X, Y[:5], "multiclass"),
+    "no matrix": ("`features` .* and `labels`", X[:, 0], Y, "multiclass"),
+    "ignored labels": ("`labels` of which some are not ignored", X, 0 * Y - 100, "multiclass"),
+    "nan": ("`features` to be finite", X * math.nan, Y, "multiclass"),
+    "numbers": ("`labels`", X, Y + 0.5, "multiclass"),
+    "more than 1": ("`labels` to be probabilities", X, Y, "binary"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_is_no_data_set_is_refused_by_name(what: str) -> None:
+    match, features, labels, task = REFUSED[what]
+    with pytest.raises(ValueError, match=f"Expected .*{match}"):
+        label_noise(features, labels, task)
 
 
 def test_few_labels_of_a_hard_but_correct_task_look_wrong() -> None:

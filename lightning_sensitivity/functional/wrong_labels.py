@@ -1,0 +1,83 @@
+"""How many labels are wrong, by predictions that have not seen them."""
+
+import torch
+from torch import Tensor
+
+_SHARES = torch.cat([torch.tensor([0, 0.01, 0.02, 0.03, 0.05]), torch.arange(0.075, 0.86, 0.025)]).double()  # r
+_SHARPNESS = 2.0 ** torch.arange(0, 7.01, 0.5).double()  # b
+_SMALLEST = 1e-3  # share of a class
+_UNLIKELY = 1e-12
+
+
+def estimate_noise(predictions: Tensor, labels: Tensor) -> float:
+    r"""Estimate the share of wrong labels, from predictions for samples whose own label was left out.
+
+    It takes labels as redrawn at random among K classes, with a chance r, and else from the predictions q
+    after these were sharpened by b around the shares s of the classes:
+
+    .. math::
+        L(r, b) = \prod_i \big[(1 - r)\, \operatorname{softmax}(\log s + b\,(q_i - s))_{y_i} + r / K\big], \qquad
+        N = (1 - 1/K)\, \mathbb{E}\,r
+
+    The mean is over r from 0 to 0.85, weighed by :math:`\max_b L(r, b)`. A label that is redrawn is right
+    by chance in 1 of K cases.
+
+    It can't see noise that always turns one class into the same other one, and takes classes that overlap
+    for a hard task, not for noise. On few and hard images it may claim noise where there is none. See
+    ``docs/limits.md``. To find *which* labels are wrong, use
+    `cleanlab <https://github.com/cleanlab/cleanlab>`_.
+
+    Args:
+        predictions: Probabilities of the classes, ``(N, K)``; those of class 1, ``(N,)`` or ``(N, 1)``, for
+            two classes. A :class:`Reference` has them as ``leave_one_out``.
+        labels: Class indices ``(N,)``, or probabilities, such as one-hot labels, of the shape of
+            ``predictions``.
+
+    Returns:
+        N, the expected share of wrong labels, from 0 to below 0.86.
+
+    Raises:
+        ValueError: If shapes do not fit, there is no sample, or numbers are no probabilities or class
+            indices.
+
+    Example:
+        >>> import torch
+        >>> from lightning_sensitivity.functional import estimate_noise
+        >>> labels, certainty = torch.arange(1000) % 4, torch.linspace(0, 1, 1000)[:, None]
+        >>> predictions = certainty * torch.eye(4)[labels] + (1 - certainty) / 4
+        >>> noisy = labels.where(torch.arange(1000) % 10 < 8, (labels + 1) % 4)  # 20 % are wrong
+        >>> [round(estimate_noise(predictions, each), 2) for each in (labels, noisy)]
+        [0.0, 0.2]
+    """
+    q, y = _as_classes(predictions, labels)
+    num_classes = q.shape[1]
+    shares = y.mean(0).clamp(min=_SMALLEST)
+    shares = shares / shares.sum()
+    redrawn = _SHARES[:, None]
+    log_likelihoods = []
+    for sharpness in _SHARPNESS:
+        p = ((shares.log() + sharpness * (q - shares)).softmax(1) * y).sum(1)
+        log_likelihoods.append(((1 - redrawn) * p + redrawn / num_classes).clamp(min=_UNLIKELY).log().sum(1))
+    best = torch.stack(log_likelihoods).amax(0)
+    weights = (best - best.max()).exp() * torch.gradient(_SHARES)[0]  # the grid is not even
+    return float((weights * _SHARES).sum() / weights.sum()) * (1 - 1 / num_classes)
+
+
+def _as_classes(predictions: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return predictions and labels as probabilities of classes, ``(N, K)``, in float64."""
+    got = f"{tuple(predictions.shape)} and {tuple(labels.shape)}"
+    q, y = predictions.detach().cpu().double(), labels.detach().cpu()
+    if q.ndim < 2 or q.shape[1] == 1:  # of class 1
+        q, y = (torch.stack([1 - each, each], 1) for each in (q.flatten(), y.double().flatten()))
+    elif y.ndim == 1 and bool(((y >= 0) & (y < q.shape[1])).all()):
+        y = torch.nn.functional.one_hot(y.long(), q.shape[1])
+    _check_classes(q, y, got)
+    return q / q.sum(1, keepdim=True), y.double()
+
+
+def _check_classes(q: Tensor, y: Tensor, got: str) -> None:
+    if q.shape != y.shape or not len(q):
+        expected = "`predictions` (N, K) and `labels` (N,) or (N, K), of classes 0 to K - 1"
+        raise ValueError(f"Expected {expected}, but got {got}.")
+    if not bool((torch.cat([q, y]).clamp(0, 1) == torch.cat([q, y])).all()):
+        raise ValueError("Expected `predictions` and `labels` to be probabilities, from 0 to 1.")
