@@ -2,9 +2,9 @@
 
 import importlib
 import inspect
+import os
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import tomllib
@@ -14,9 +14,6 @@ from sphinx.application import Sphinx
 from sphinx.transforms import SphinxTransform
 
 import lightning_sensitivity
-
-sys.path.insert(0, str(Path(__file__).parent))
-import inventories
 
 ROOT = Path(__file__).parents[1]
 _urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
@@ -73,14 +70,23 @@ napoleon_use_rtype = False
 plot_formats = ["svg"]
 plot_html_show_formats = False
 plot_html_show_source_link = False
-intersphinx_mapping = inventories.write(Path(__file__).parent / "_build" / "inventories")
+# Types of other packages link to their pages where the site is made; in other builds, which need no network, their names stay plain.
+_packages = {
+    "python": "https://docs.python.org/3/",
+    "torch": "https://docs.pytorch.org/docs/stable/",
+    "torchmetrics": "https://lightning.ai/docs/torchmetrics/stable/",
+    "lightning": "https://lightning.ai/docs/pytorch/stable/",
+}
+intersphinx_mapping = {name: (url, None) for name, url in _packages.items()} if "GITHUB_ACTIONS" in os.environ else {}
 
-# Names for types, which are explained where they are used; sums, which have no page; a function that has one under
-# another name; and an exception that Lightning does not document.
+# Names of other packages; names for types, which are explained where they are used.
 nitpick_ignore_regex = [
-    ("py:class", r"matplotlib\..*|numpy\.ndarray|Noise|Selector|lightning_sensitivity\.functional\.sums\.\w+"),
-    ("py:func", "variance_factor"),
-    ("py:exc", "MisconfigurationException"),
+    (
+        "py:.*",
+        r"(collections|contextlib|lightning|matplotlib|numpy|torch|torchmetrics)\..*|Tensor|MisconfigurationException",
+    ),
+    ("py:func", "variance_factor"),  # has a page under another name
+    ("py:class", r"Noise|Selector|lightning_sensitivity\.functional\.sums\.\w+"),
 ]
 
 
@@ -99,18 +105,17 @@ def linkcode_resolve(domain: str, info: dict[str, str]) -> str | None:
 
 
 class LinkNames(SphinxTransform):
-    """Link the names of classes in plain `code`, such as `Trainer`, so that the sources read well on GitHub, too."""
+    """Link the names of our classes in plain `code`, so that the sources read well on GitHub, too."""
 
     default_priority = 300
-    targets = inventories.short_names() | {
-        name: f"lightning_sensitivity.{name}" for name in lightning_sensitivity.__all__ if not name.startswith("_")
-    }
+    names = {*lightning_sensitivity.__all__} - {"__version__"}
 
     def apply(self) -> None:
         """Put a reference around each of them, except in titles and links."""
         for literal in list(self.document.findall(nodes.literal)):
-            target = self.targets.get(literal.astext().removesuffix("()"))
-            if target and not isinstance(literal.parent, nodes.title | nodes.reference | pending_xref):
+            name = literal.astext().removesuffix("()")
+            if name in self.names and not isinstance(literal.parent, nodes.title | nodes.reference | pending_xref):
+                target = f"lightning_sensitivity.{name}"
                 reference = pending_xref("", refdomain="py", reftype="obj", reftarget=target, refexplicit=True)
                 literal.replace_self(reference)
                 reference += literal
