@@ -70,7 +70,7 @@ napoleon_use_rtype = False
 plot_formats = ["svg"]
 plot_html_show_formats = False
 plot_html_show_source_link = False
-# Types of other packages link to their pages where the site is made; in other builds, which need no network, their names stay plain.
+# Types of other packages link to their pages where the site is made. Other builds need no network: names stay plain.
 _packages = {
     "python": "https://docs.python.org/3/",
     "torch": "https://docs.pytorch.org/docs/stable/",
