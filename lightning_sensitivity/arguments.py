@@ -12,6 +12,24 @@ Selector: TypeAlias = Callable[[Any], Any]  # selects a part of a batch or of a 
 _TROUBLESHOOTING = "https://lightning-sensitivity.github.io/lightning-sensitivity/troubleshooting.html"
 
 
+class Refused(MisconfigurationException):
+    """Say what is wrong, and point to what to do about it.
+
+    Args:
+        reason: What is wrong, in whole sentences.
+        entry: The entry of the page on troubleshooting that says what to do.
+    """
+
+    def __init__(self, reason: str, entry: str = "arguments") -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.entry = entry
+
+    def __str__(self) -> str:
+        """Return the reason, with a link to the entry."""
+        return self.reason + link_to(self.entry)
+
+
 def check_argument(name: str, value: object, valid: bool, expected: str) -> None:
     """Raise MisconfigurationException unless an argument is valid; the message says what it should be."""
     if not valid:

@@ -1,25 +1,28 @@
-"""The line at the end of a fit: which epoch, what is known of the labels, and whether to trust it."""
+"""The line at the end of a fit: which epoch and file, how many labels look wrong, and a second opinion."""
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
 from lightning_sensitivity.arguments import link_to
-from lightning_sensitivity.callbacks.state import FitRecord, ValidationResult
-from lightning_sensitivity.functional.reference import NOISY, Reference
+from lightning_sensitivity.callbacks.record import ValidationResult
+from lightning_sensitivity.functional.reference import NOISY
 
-MAX_DISTANCE = 1 / 20  # between the epoch and that of the reference by itself, as a share of all validations
+_NEAR = 1 / 20  # of all validations, between the epochs of the criterion and of the second opinion
 
 
-def log_closing_line(trainer: Trainer, fit: FitRecord, names: Mapping[str, tuple[str, int]]) -> None:
-    """Say in which epoch a value was lowest, what is known of the labels, and whether to trust the epoch.
+def log_closing_line(
+    trainer: Trainer, history: Mapping[int, Sequence[ValidationResult]], names: Mapping[str, tuple[str, int]]
+) -> None:
+    """Say in which epoch a value was lowest, what is known of the labels, and what a second opinion would take.
 
     Args:
         trainer: The Trainer, at the end of a fit.
-        fit: What is known of it.
+        history: What validations have shown, by loader.
         names: The criterion and the estimate of each loader: name and loader by the name that was logged. The
             line is about the first one that a callback of the run monitors.
     """
@@ -27,20 +30,32 @@ def log_closing_line(trainer: Trainer, fit: FitRecord, names: Mapping[str, tuple
     if logged_name is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
         return
     name, dataloader_idx = names[logged_name]
-    history, reference = fit.history[dataloader_idx], fit.references.get(dataloader_idx)
-    best = min(history, key=attrgetter(name))
-    lowest = _lowest(trainer, logged_name, best.epoch, getattr(best, name))
-    is_clean = reference is not None and reference.looks_clean
-    is_falling = best is history[-1] and len(history) > 1 and not trainer.should_stop
-    trust = "" if is_clean else _train_on() if is_falling else _trust(best, history, reference)
-    rank_zero_info(" ".join(filter(None, (lowest, _noise(reference), trust))))
+    results = history[dataloader_idx]
+    best, last = min(results, key=attrgetter(name)), results[-1]
+    is_falling = best is last and len(results) > 1 and not _has_stopped(trainer, logged_name)
+    sentences = [_lowest(trainer, logged_name, best.epoch, getattr(best, name)), _noise(last)]
+    if not last.is_clean:
+        sentences.append(_still_falling() if is_falling else _second_opinion(best, results))
+    rank_zero_info(" ".join(filter(None, sentences)))
 
 
-def _watched_name(trainer: Trainer, names: Collection[str]) -> str | None:
+def _watched_name(trainer: Trainer, names: Mapping[str, tuple[str, int]]) -> str | None:
     """Find the name that a callback monitors, checkpoints first; else the first one."""
     callbacks = (*trainer.checkpoint_callbacks, *trainer.callbacks)  # type: ignore[attr-defined]
     watched = [getattr(callback, "monitor", None) for callback in callbacks]
-    return next((name for name in watched if name in names), next(iter(names), None))
+    found = [name for name in watched if isinstance(name, str) and name in names]
+    return next(iter([*found, *names]), None)
+
+
+def _has_stopped(trainer: Trainer, name: str) -> bool:
+    """Return whether a callback that monitors a value has stopped the fit."""
+    watching = [each for each in trainer.callbacks if _monitors(each, name)]  # type: ignore[attr-defined]
+    return any(getattr(callback, "stopped_epoch", 0) for callback in watching)
+
+
+def _monitors(callback: object, name: str) -> bool:
+    monitor = getattr(callback, "monitor", None)
+    return isinstance(monitor, str) and monitor == name
 
 
 def _lowest(trainer: Trainer, name: str, epoch: int, value: float) -> str:
@@ -48,45 +63,34 @@ def _lowest(trainer: Trainer, name: str, epoch: int, value: float) -> str:
 
 
 def _checkpoint_of(trainer: Trainer, name: str, lowest: float) -> str:
-    """Name the checkpoint of the lowest value, or say why there is none."""
-    others = []
+    """Name the checkpoint of the lowest value, if there is one."""
     for callback in trainer.checkpoint_callbacks:
-        monitor, score = getattr(callback, "monitor", None), getattr(callback, "best_model_score", None)
-        if monitor != name:
-            others.append(f"`ModelCheckpoint` monitors {monitor!r}")
-        elif score is not None and math.isclose(float(score), lowest, rel_tol=1e-5):
-            return f", in the checkpoint {callback.best_model_path}"  # type: ignore[attr-defined]
-        elif score is not None:
-            place = callback.dirpath  # type: ignore[attr-defined]
-            others.append(f"the best checkpoint of `ModelCheckpoint`, in {place}, has {float(score):.3f}")
-    return f", but {others[0]}" if others else ""
+        path, score = getattr(callback, "best_model_path", ""), getattr(callback, "best_model_score", None)
+        if not (path and _monitors(callback, name) and isinstance(score, Tensor) and score.numel() == 1):
+            continue  # a callback of the user may have anything of these names
+        if math.isclose(float(score), lowest, rel_tol=1e-5):
+            return f", in the checkpoint {path}"
+    return ""
 
 
-def _noise(reference: Reference | None) -> str:
+def _noise(last: ValidationResult) -> str:
     """Say what is known of the labels, if anything."""
-    if reference is None:
-        return ""
-    if reference.looks_clean:
+    if last.is_clean:
         return "No noise was found in the training labels: training to the end is about as good."
-    share = f"{100 * reference.noise:.0f} %"
-    return f"About {share} of the training labels look wrong." if reference.noise >= NOISY else ""
+    share = f"{100 * last.label_noise:.0f} %"
+    return f"At least about {share} of the training labels look wrong." if last.label_noise >= NOISY else ""
 
 
-def _train_on() -> str:
+def _still_falling() -> str:
     return f"It was still falling: train for longer.{link_to('still-falling')}"
 
 
-def _trust(best: ValidationResult, history: Sequence[ValidationResult], reference: Reference | None) -> str:
-    """Say whether the reference by itself would choose the same epoch, or nearly, and what to do if not."""
-    cure = "label 50 validation samples, and set `validation_labels=True`"
-    by_reference = [result.by_reference for result in history]
-    if reference is None or any(map(math.isnan, by_reference)):
-        return f"There was no reference to check the epoch by: {cure}.{link_to('disagree')}"
-    is_better = reference.score < best.by_twins
+def _second_opinion(best: ValidationResult, results: Sequence[ValidationResult]) -> str:
+    """Say which epoch the reference by itself would choose; nothing without one."""
+    by_reference = [result.by_reference for result in results]
+    if any(map(math.isnan, by_reference)):
+        return ""
     other = by_reference.index(min(by_reference))
-    if abs(other - history.index(best)) <= MAX_DISTANCE * len(history):
-        but = f", but may be the better model itself.{link_to('reference-better')}" if is_better else "."
-        return f"The reference agrees{but}"
-    cure += ", or try kernel ridge regression" if is_better else ""
-    start = f"The reference disagrees (it would choose epoch {history[other].epoch})"
-    return f"{start}, and such runs lost 2 points of accuracy on average: {cure}.{link_to('disagree')}"
+    is_near = abs(other - results.index(best)) <= _NEAR * len(results)
+    opinion = f"A second opinion, a small model of the training labels, would take epoch {results[other].epoch}."
+    return opinion if is_near else opinion + link_to("second-opinion")

@@ -2,19 +2,23 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.memory import is_oom_error
 from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_sensitivity import compat
 from lightning_sensitivity.arguments import check_argument, check_bool, check_int
-from lightning_sensitivity.callbacks.checks import Reporter, check_repeatable, check_run
+from lightning_sensitivity.callbacks.checks import check_repeatable, check_run
 from lightning_sensitivity.callbacks.first_call import FirstCall
+from lightning_sensitivity.callbacks.reporter import Reporter
 from lightning_sensitivity.model import isolated
 from lightning_sensitivity.model import samples as kept
 from lightning_sensitivity.model.isolation import RunIsolated
@@ -31,10 +35,19 @@ class Monitor(Callback, ABC):
     validation, measures them, and the end of the epoch logs the values.
     """
 
-    names: tuple[str, ...]  # of the logged values, without the prefix; the first one is for the progress bar
-    num_labelled = 0  # how many validation samples with labels are kept first
+    names: tuple[str, ...]  # of the values that are always logged, without the prefix
+    main_name: str  # of the value for the progress bar
+    measures_only_fits = False  # and leaves `Trainer.validate` alone
 
-    def __init__(self, reader: BatchReader, num_samples: int | None, seed: int, prefix: str, prog_bar: bool) -> None:
+    def __init__(
+        self,
+        reader: BatchReader,
+        num_samples: int | None,
+        seed: int,
+        prefix: str,
+        prog_bar: bool,
+        num_labelled: int = 0,
+    ) -> None:
         check_int("num_samples", num_samples, 1, optional=True)
         check_int("seed", seed, 0)
         check_argument("prefix", prefix, isinstance(prefix, str), "a str")
@@ -44,6 +57,7 @@ class Monitor(Callback, ABC):
         self.seed = seed
         self.prefix = prefix
         self.prog_bar = prog_bar
+        self._num_labelled = num_labelled  # validation samples with labels that are kept first
         self.metrics: list[Any] = []  # of the last validation, by loader; None where it failed
         self.samples: list[KeptSamples] = []  # by loader
         self.reporter = Reporter(type(self).__name__, prefix)
@@ -64,8 +78,8 @@ class Monitor(Callback, ABC):
     def compute_values(self, trainer: Trainer, dataloader_idx: int) -> dict[str, Tensor]:
         """Compute the values of a loader over all processes, if any, and warn of doubtful ones."""
 
-    def fallback_values(self, dataloader_idx: int) -> Mapping[str, float]:
-        """Return what to log where there are no values."""
+    def fallback_values(self, dataloader_idx: int, has_failed: bool) -> Mapping[str, float]:
+        """Return what to log in a fit where there are no values: they have failed, or this is no time to measure."""
         return {}
 
     def should_measure(self, trainer: Trainer) -> bool:
@@ -93,6 +107,7 @@ class Monitor(Callback, ABC):
             is_unique = other is self or not isinstance(other, Monitor) or other.prefixed_names().isdisjoint(names)
             check_argument("prefix", self.prefix, is_unique, "different in monitors that log the same names")
         self.reporter = Reporter(type(self).__name__, self.prefix)
+        self.reader.forget_model()
         self._free()
 
     # The first training step
@@ -103,12 +118,11 @@ class Monitor(Callback, ABC):
             if trainer.global_step == 0 and trainer.num_sanity_val_steps == 0:
                 self._try_training_batch(trainer, pl_module, batch)
             self.reporter.before_first_step = False
-            self._first_call = FirstCall(is_wanted=True)
-        self._first_call.start(pl_module, batch, self.reader)
+            self._first_call.start(pl_module, batch, self.reader)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: object, *args: object) -> None:
         """Warn if the first step does not compute what is measured."""
-        problem = self._first_call.stop(pl_module, is_skipped=pl_module.automatic_optimization and not outputs)
+        problem = self._first_call.stop(is_skipped=pl_module.automatic_optimization and not outputs)
         if problem is not None:
             self.reporter.warn(
                 "step",
@@ -120,9 +134,10 @@ class Monitor(Callback, ABC):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Decide whether to measure, and prepare to keep samples in the first validation of a run."""
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+        is_fit = trainer.state.fn == TrainerFn.FITTING
+        if is_fit and not trainer.sanity_checking:
             self.reporter.before_first_step = False  # also in a resumed fit that begins with a validation
-        self._is_measuring = self.should_measure(trainer)
+        self._is_measuring = (is_fit or not self.measures_only_fits) and self.should_measure(trainer)
         if self._is_measuring:
             self.metrics = []
             self.samples = self.samples or self._keep_samples(trainer)
@@ -146,15 +161,14 @@ class Monitor(Callback, ABC):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the values, or forget the samples of the sanity check; every process comes here."""
-        if not self._is_measuring:
-            return
-        if not self.metrics:  # the loader ended before Lightning knew, or this process has no batch
+        if self._is_measuring and not self.metrics:  # the loader ended before Lightning knew, or has no batch here
             self._measure_all(trainer, pl_module)
-        self._is_measuring = False
         if trainer.sanity_checking:
             self.forget_samples()
-        for samples in self.samples:
-            self._log_values(trainer, samples.dataloader_idx)
+            return
+        for dataloader_idx in range(self.num_loaders(trainer)):
+            self._log_values(trainer, dataloader_idx)
+        self._is_measuring = False
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Free the samples."""
@@ -170,15 +184,20 @@ class Monitor(Callback, ABC):
         """Return the logged names with the prefix."""
         return {self.prefix + name for name in self.names}
 
-    def suffix(self, dataloader_idx: int) -> str:
-        """Return what Lightning adds to names if there are several loaders."""
-        return f"/dataloader_idx_{dataloader_idx}" if len(self.samples) > 1 else ""
+    def num_loaders(self, trainer: Trainer) -> int:
+        """Count the loaders whose samples are kept; before there are any, those of the validation."""
+        return len(self.samples) or compat.num_loaders(trainer)
+
+    def logged_name(self, trainer: Trainer, name: str, dataloader_idx: int) -> str:
+        """Return a name with the prefix, and with what Lightning adds if there are several loaders."""
+        suffix = f"/dataloader_idx_{dataloader_idx}" if self.num_loaders(trainer) > 1 else ""
+        return self.prefix + name + suffix
 
     def _keep_samples(self, trainer: Trainer) -> list[KeptSamples]:
         """Prepare to keep samples of each validation loader."""
         num_loaders, num_processes = compat.num_loaders(trainer), trainer.world_size
         num_wanted = math.inf if self.num_samples is None else self.num_samples / num_processes
-        num_labelled, max_bytes = self.num_labelled / num_processes, kept.MAX_BYTES / num_loaders
+        num_labelled, max_bytes = self._num_labelled / num_processes, kept.MAX_BYTES / num_loaders
         return [KeptSamples(index, num_wanted, num_labelled, max_bytes) for index in range(num_loaders)]
 
     def _measure_all(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -187,11 +206,7 @@ class Monitor(Callback, ABC):
         for samples in self.samples:
             what = f"could not measure the samples of dataloader {samples.dataloader_idx}"
             with self.reporter.report_failure(what, LEFT_OUT):
-                samples.complete()
-                with isolated(pl_module) as run, trainer.precision_plugin.val_step_context():
-                    if self.reporter.before_first_step:
-                        self._check_model(pl_module, run, samples)
-                    metric = self.measure(pl_module, run, samples)
+                metric = self._measure(trainer, pl_module, samples)
                 if trainer.state.fn != TrainerFn.FITTING or not self.reporter.before_first_step:
                     self.reporter.warn_of_probabilities()
                 compat.mark_updated(metric)  # a loader or a process may have no samples
@@ -199,6 +214,14 @@ class Monitor(Callback, ABC):
             if samples.is_truncated:
                 message = f"keeps only {samples.size} samples of a loader: more would take too much memory."
                 self.reporter.warn("samples", message)
+
+    def _measure(self, trainer: Trainer, pl_module: LightningModule, samples: KeptSamples) -> Metric:
+        """Measure the samples of a loader; before the first step, check the model, too."""
+        samples.complete()
+        with isolated(pl_module) as run, trainer.precision_plugin.val_step_context():
+            if self.reporter.before_first_step:
+                self._check_model(pl_module, run, samples)
+            return self.measure(pl_module, run, samples)
 
     def _check_model(self, module: LightningModule, run: RunIsolated, samples: KeptSamples) -> None:
         """Refuse a model that can't be measured, by two passes over a batch."""
@@ -211,32 +234,47 @@ class Monitor(Callback, ABC):
     def _log_values(self, trainer: Trainer, dataloader_idx: int) -> None:
         """Log the values of a loader, unless a process could not measure it; every process comes here."""
         values: Mapping[str, Tensor | float] = {}
-        if trainer.strategy.reduce_boolean_decision(self.metrics[dataloader_idx] is not None):
+        is_measured = self._is_measuring and self.metrics[dataloader_idx] is not None
+        if self._is_measuring and trainer.strategy.reduce_boolean_decision(is_measured):
             what = f"could not compute the values of dataloader {dataloader_idx}"
             with self.reporter.report_failure(what, LEFT_OUT):
                 values = self.compute_values(trainer, dataloader_idx)
-        for name, value in (values or self.fallback_values(dataloader_idx)).items():
-            logged_name = self.prefix + name + self.suffix(dataloader_idx)
+        if not values and trainer.state.fn == TrainerFn.FITTING:
+            values = self.fallback_values(dataloader_idx, has_failed=self._is_measuring)
+        for name, value in values.items():
+            logged_name = self.logged_name(trainer, name, dataloader_idx)
             with self.reporter.report_failure(f"could not log `{logged_name}`", LEFT_OUT):
                 trainer.lightning_module.log(
                     logged_name,
                     value,
-                    prog_bar=self.prog_bar and name == self.names[0],
+                    prog_bar=self.prog_bar and name == self.main_name,
                     sync_dist=trainer.world_size > 1,
                     add_dataloader_idx=False,
                 )
 
     def _try_training_batch(self, trainer: Trainer, pl_module: LightningModule, batch: object) -> None:
-        """Do everything once with the first training batch in place of a validation batch."""
-        self.samples = [KeptSamples(0, num_wanted=1)]
+        """Do everything once with the first training batch in place of a validation batch, if it is of that kind."""
+        samples = KeptSamples(0, num_wanted=1)
         what = "could not measure the first training batch, which stands for validation batches without a sanity check"
-        with self.reporter.report_failure(what, LEFT_OUT), trainer.precision_plugin.val_step_context():
-            self.keep(pl_module, batch, 0, self.samples[0])
-        self._measure_all(trainer, pl_module)
-        self.forget_samples()
+        with self.reporter.report_failure(what, LEFT_OUT), _leaving_other_batches_to_the_validation():
+            with trainer.precision_plugin.val_step_context():
+                self.keep(pl_module, batch, 0, samples)
+            self._measure(trainer, pl_module, samples)
 
     def _free(self) -> None:
         """Free the samples, and stop watching."""
         self.forget_samples()
         self._first_call.cancel()
         self._is_measuring = False
+
+
+@contextmanager
+def _leaving_other_batches_to_the_validation() -> Iterator[None]:
+    """Pass on what is refused, but not what fails, as on training batches of another kind."""
+    try:
+        yield
+    except (MisconfigurationException, Warning):
+        raise
+    except Exception as error:
+        if is_oom_error(error):
+            raise

@@ -9,13 +9,14 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from lightning_sensitivity.arguments import Selector, check_argument, check_bool, check_int, link_to
-from lightning_sensitivity.callbacks.checks import check_modes, check_outputs, describe_error
+from lightning_sensitivity.arguments import Refused, Selector, check_argument, check_bool, check_int
+from lightning_sensitivity.callbacks.checks import check_modes, check_outputs
 from lightning_sensitivity.callbacks.closing import log_closing_line
+from lightning_sensitivity.callbacks.counting import check_number, count_labelled_samples
 from lightning_sensitivity.callbacks.monitor import Monitor
-from lightning_sensitivity.callbacks.state import FitRecord, ValidationResult
-from lightning_sensitivity.callbacks.training import check_number, count_labelled_samples
-from lightning_sensitivity.functional.reference import Calibration, Reference
+from lightning_sensitivity.callbacks.record import CRITERION, ESTIMATE, KeptTraining, RiskRecord, ValidationResult
+from lightning_sensitivity.callbacks.reporter import describe_error
+from lightning_sensitivity.functional.reference import Reference
 from lightning_sensitivity.functional.risk import TWIN_STRENGTH, RiskTerms
 from lightning_sensitivity.functional.tasks import TASKS, has_ignored_value
 from lightning_sensitivity.metric import RiskEstimate
@@ -71,7 +72,9 @@ class RiskMonitor(Monitor):
         >>> callbacks = [RiskMonitor(), EarlyStopping("val_risk_criterion", patience=10)]
     """
 
-    names = ("risk_criterion", *(f"risk_{term}" for term in RiskTerms._fields))  # always logged
+    names = (CRITERION, *(f"risk_{term}" for term in RiskTerms._fields))
+    main_name = CRITERION
+    measures_only_fits = True
 
     def __init__(
         self,
@@ -95,12 +98,15 @@ class RiskMonitor(Monitor):
         check_argument("initial_weights", initial_weights, is_valid, "a state dict, as in a checkpoint, or None")
         check_int("num_training", num_training, 1, optional=True)
         reader = BatchReader(inputs=inputs, outputs=outputs, targets=targets, features=features, task=TASKS[task])
-        super().__init__(reader, num_samples, seed, prefix, prog_bar)
+        super().__init__(reader, num_samples, seed, prefix, prog_bar, NUM_LABELLED if validation_labels else 0)
         self.task = task
-        self.num_labelled = NUM_LABELLED if validation_labels else 0
+        self.validation_labels = validation_labels
         self.initial_weights = initial_weights
         self.num_training = num_training
-        self.fit = FitRecord()
+        self.record = RiskRecord()  # all of it is saved
+        self.kept = KeptTraining()  # none of it is
+        self._has_logged: set[int] = set()  # loaders with a value in this run
+        self._has_said_last_line = False
 
     # Before and after a fit
 
@@ -108,87 +114,99 @@ class RiskMonitor(Monitor):
         """Check what can be checked by now, and forget the last fit, unless this one continues it."""
         super().setup(trainer, pl_module, stage)
         check_modes(trainer, self.prefixed_names())
+        self._has_logged, self._has_said_last_line = set(), False
         if stage == "fit" and _is_new(trainer):
-            self.fit = FitRecord()
+            self.record = RiskRecord()
 
     @property
     def state_key(self) -> str:
         """Key of the state in a checkpoint; monitors of one Trainer differ in their prefix."""
         return self._generate_state_key(prefix=self.prefix)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the weights from before training, and what else a resumed fit needs."""
-        return self.fit.to_dict()
+    # Not `state_dict`, of which Lightning refuses two with one key before we can name the argument.
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the state."""
-        self.fit = FitRecord.from_dict(state_dict)
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Save the weights from before training, and what else a resumed fit needs."""
+        checkpoint.setdefault("callbacks", {})[self.state_key] = self.record.to_dict(pl_module)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Restore what was saved, if anything."""
+        state = checkpoint["callbacks"].get(self.state_key)
+        if state is not None:
+            self.record = RiskRecord.from_dict(state, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log which epoch to choose, and whether to trust it."""
-        loaders = [samples.dataloader_idx for samples in self.samples if samples.dataloader_idx in self.fit.history]
-        names = {self.prefix + name + self.suffix(i): (name, i) for i in loaders for name in self.names[:2]}
-        log_closing_line(trainer, self.fit, names)
+        """Say which epoch to choose, and what is known of the labels."""
+        self._say_last_line(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Do as at the end of a fit, also after Ctrl-C."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._say_last_line(trainer)
+        super().on_exception(trainer, pl_module, exception)
+
+    def _say_last_line(self, trainer: Trainer) -> None:
+        if self._has_said_last_line or not self._has_logged:
+            return
+        self._has_said_last_line = True
+        with self.reporter.report_failure("could not say which epoch to choose", "Look at the curve."):
+            loaders = [index for index in range(self.num_loaders(trainer)) if index in self.record.history]
+            names = {self.logged_name(trainer, name, i): (name, i) for i in loaders for name in (CRITERION, ESTIMATE)}
+            log_closing_line(trainer, self.record.history, names)
 
     def forget_samples(self) -> None:
         """Forget the kept validation samples, and the references fitted to them."""
         super().forget_samples()
-        self.fit.references = {}
+        self.kept.references = {}
 
     def _free(self) -> None:
         """Free all that a checkpoint does not need, such as the kept training samples."""
         super()._free()
-        self.fit = FitRecord.from_dict(self.fit.to_dict())
+        self.kept = KeptTraining()
 
     # Training samples
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         """Start with the first batch of a fit, and keep the first samples."""
-        training = self.fit.training
-        if self.fit.starts_at(batch_idx):
-            self.fit.has_started = True
+        samples = self.kept.samples
+        if self.kept.starts_at(batch_idx):
             with self.reporter.report_failure("cannot estimate the risk", "There is no estimate in this fit."):
                 self._start(trainer, pl_module, batch, batch_idx)
         elif batch_idx == 0:  # a new epoch repeats the samples
-            training.complete()
-        elif not training.is_full and training.wants(batch_idx):
+            samples.complete()
+        elif not samples.is_full and samples.wants(batch_idx):
             with self.reporter.report_failure("could not keep a training batch", "It is left out."):
-                training.add(self._keep_training_batch(pl_module, batch, batch_idx))
+                samples.add(self._keep_training_batch(pl_module, batch, batch_idx))
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     def _start(self, trainer: Trainer, module: LightningModule, batch: object, batch_idx: int) -> None:
         """Keep the initial weights and the first batch, if its outputs and labels allow an estimate."""
-        fit = self.fit
-        if fit.training.size == 0:
-            fit.start(module, self.initial_weights, _is_new(trainer))
+        is_first, self.kept.has_started = not self.kept.has_started, True
+        if is_first:
+            self.record.start(module, self.initial_weights, _is_new(trainer))
         check_number(trainer, self.num_training)
         with isolated(module) as run, trainer.precision_plugin.val_step_context():
             outputs = run(self.reader.call(module, batch))
         self.check_outputs(outputs)
-        fit.output_shape = tuple(outputs.shape[1:])
-        kept = self._keep_training_batch(module, batch, batch_idx)
-        fit.training = KeptSamples(0, num_wanted=math.ceil(NUM_TRAINING / trainer.world_size))
-        fit.training.add(kept)
-        fit.references = {}
+        self.kept.output_shape = tuple(outputs.shape[1:])
+        samples = KeptSamples(0, num_wanted=math.ceil(NUM_TRAINING / trainer.world_size))
+        samples.add(self._keep_training_batch(module, batch, batch_idx))
+        self.kept.samples, self.kept.references = samples, {}
 
     def _keep_training_batch(self, module: LightningModule, batch: object, batch_idx: int) -> KeptBatch:
-        labels = self.reader.labels(module, batch, self.fit.output_shape)
+        labels = self.reader.labels(module, batch, self.kept.output_shape)
         with module.trainer.precision_plugin.val_step_context():
             return self.reader.keep(module, batch, batch_idx, labels)
 
     # A validation
 
-    def should_measure(self, trainer: Trainer) -> bool:
-        """Decide whether to measure the current validation: only in a fit."""
-        return trainer.state.fn == TrainerFn.FITTING
-
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fix n and w in the first validation, so that only the model moves the curve."""
         super().on_validation_start(trainer, pl_module)
-        fit = self.fit
-        if self._is_measuring and fit.has_started and fit.num_training is None:
-            fit.num_training = count_labelled_samples(trainer, fit.training, self.num_training)
-            fit.num_weights = sum(weight.numel() for weight in pl_module.parameters() if weight.requires_grad)
+        record = self.record
+        if self._is_measuring and self.kept.has_started and record.num_training is None:
+            record.num_training = count_labelled_samples(trainer, self.kept.samples, self.num_training)
+            record.num_weights = sum(weight.numel() for weight in pl_module.parameters() if weight.requires_grad)
 
     def keep(self, module: LightningModule, batch: object, batch_idx: int, samples: KeptSamples) -> None:
         """Keep a validation batch if its samples are wanted, with its features, or if it has labels."""
@@ -200,10 +218,10 @@ class RiskMonitor(Monitor):
 
     def _find_labels(self, module: LightningModule, batch: object) -> Tensor | None:
         """Return the labels of a validation batch, if they are wanted; None, which is said, if they do not fit."""
-        if self.num_labelled == 0 or not self.reader.may_have_labels(module, batch):
+        if not self.validation_labels or not self.reader.may_have_labels(module, batch):
             return None
         try:
-            labels = self.reader.labels(module, batch, self.fit.output_shape)
+            labels = self.reader.labels(module, batch, self.kept.output_shape)
         except MisconfigurationException as error:
             self.reporter.warn("labels", f"takes some validation batches as unlabelled: {describe_error(error)}")
             return None
@@ -215,8 +233,8 @@ class RiskMonitor(Monitor):
 
     def measure(self, module: LightningModule, run: RunIsolated, samples: KeptSamples) -> RiskEstimate:
         """Run the model and its twins on the kept samples of a loader, and the model on training samples."""
-        if self.fit.training.size == 0 and not self.reporter.before_first_step:
-            raise MisconfigurationException(f"no training sample is kept yet.{link_to('no-estimate')}")
+        if self.kept.samples.size == 0 and not self.reporter.before_first_step:
+            raise Refused("no training sample is kept yet.", entry="no-estimate")
         reference = self._find_reference(samples)
         metric = self._make_metric(module, samples.dataloader_idx, reference)
         self._measure_training(module, run, metric)
@@ -235,23 +253,24 @@ class RiskMonitor(Monitor):
 
     def _find_reference(self, unseen: KeptSamples) -> Reference | None:
         """Fit the reference of a loader, once; None if there can be none, which is said."""
-        fit, index, size = self.fit, unseen.dataloader_idx, self.fit.training.size
-        if size != fit.num_reference_samples:  # more have come
-            fit.references, fit.num_reference_samples = {}, size
-        if index in fit.references or size == 0 or unseen.size == 0:
-            return fit.references.get(index)
-        fit.references[index] = None
+        kept, index, size = self.kept, unseen.dataloader_idx, self.kept.samples.size
+        if size != kept.num_known:  # more have come
+            kept.references, kept.num_known = {}, size
+        if index in kept.references or size == 0 or unseen.size == 0:
+            return kept.references.get(index)
+        kept.references[index] = None
+        num_outputs = math.prod(kept.output_shape or ())
         try:
-            batches = fit.training.batches, unseen.batches
-            fit.references[index] = fit_to_samples(*batches, fit.num_outputs, TASKS[self.task])
+            batches = kept.samples.batches, unseen.batches
+            kept.references[index] = fit_to_samples(*batches, num_outputs, TASKS[self.task])
         except (RuntimeError, ValueError) as error:
             advice = "Set `features=` to a function `batch -> (N, D)`. Until then, the estimate does without one."
             self.reporter.warn("features", f"has no reference: {describe_error(error)} {advice}")
-        return fit.references[index]
+        return kept.references[index]
 
     def _measure_training(self, module: LightningModule, run: RunIsolated, metric: RiskEstimate) -> None:
         """Run the model on kept training samples, and score it by their labels."""
-        for batch in spread(self.fit.training.batches, NUM_SCORED / module.trainer.world_size):
+        for batch in spread(self.kept.samples.batches, NUM_SCORED / module.trainer.world_size):
             outputs = run(batch.call.to(module.device))
             if batch.labels is not None:
                 metric.update_training(outputs, batch.labels)
@@ -261,14 +280,15 @@ class RiskMonitor(Monitor):
             return RiskEstimate(
                 self.task,
                 strength=TWIN_STRENGTH,
-                num_training=self.fit.num_training,
-                num_weights=self.fit.num_weights,
+                num_training=self.record.num_training,
+                num_weights=self.record.num_weights,
                 reference=reference,
-                calibration=self.fit.calibrations.get(dataloader_idx),
+                calibration=self.record.calibrations.get(dataloader_idx),
+                is_clean=self.record.verdicts.get(dataloader_idx),
             )
 
     def _make_twins(self, module: LightningModule, run: RunIsolated, samples: KeptSamples) -> Twins:
-        initial = self.fit.initial_weights(module)
+        initial = self.record.initial_weights(module)
         new = unknown_parameters(module, initial)
         if new:
             message = f"has no initial weights for {', '.join(new[:3])}: they count as entirely learned."
@@ -283,28 +303,40 @@ class RiskMonitor(Monitor):
 
     def compute_values(self, trainer: Trainer, dataloader_idx: int) -> dict[str, Tensor]:
         """Compute the estimate on a loader over all processes, and warn of doubtful values."""
+        has_all = trainer.strategy.reduce_boolean_decision(self.kept.samples.is_full)
         metric: RiskEstimate = self.metrics[dataloader_idx]
         values = metric.compute()
         self.reporter.warn_of(metric.messages, dataloader_idx)
-        if self.num_labelled > 0 and "risk_num_labels" not in values:
+        if self.validation_labels and "risk_num_labels" not in values:
             where = f"in the batches of dataloader {dataloader_idx}"
             message = f"found no label {where}, and does without. If they have some, set `targets=`."
             self.reporter.warn("labels", message, kind="none")
-        if not bool(values["risk_estimate"].isfinite()):
+        if not bool(values[ESTIMATE].isfinite()):
             return {}
-        self.fit.calibrations[dataloader_idx] = metric.calibration
-        result = ValidationResult.from_values(trainer.current_epoch, values)
-        self.fit.history.setdefault(dataloader_idx, []).append(result)
+        self._remember(trainer.current_epoch, dataloader_idx, metric, values, has_all)
         return values
 
-    def fallback_values(self, dataloader_idx: int) -> Mapping[str, float]:
+    def _remember(
+        self, epoch: int, dataloader_idx: int, metric: RiskEstimate, values: Mapping[str, Tensor], has_all: bool
+    ) -> None:
+        """Note what a validation has shown; the first one with all training samples decides whether noise is found."""
+        record, findings = self.record, metric.findings
+        assert findings is not None
+        if has_all and not math.isnan(findings.reference_score):
+            record.verdicts.setdefault(dataloader_idx, findings.is_clean)
+        record.calibrations[dataloader_idx] = metric.calibration
+        record.history.setdefault(dataloader_idx, []).append(ValidationResult.of(epoch, values, findings))
+        self._has_logged.add(dataloader_idx)
+
+    def fallback_values(self, dataloader_idx: int, has_failed: bool) -> Mapping[str, float]:
         """Return the worst possible score, once, if there is no first value: EarlyStopping needs one."""
-        if dataloader_idx in self.fit.calibrations:  # a value was logged
+        if dataloader_idx in self._has_logged:
             return {}
-        message = "has no first value, and logs the worst possible score in its place, so that training continues."
-        self.reporter.warn("failed", message, kind="first value")
-        self.fit.calibrations[dataloader_idx] = Calibration()
-        return dict.fromkeys(self.names[:2], TASKS[self.task].max_score)
+        self._has_logged.add(dataloader_idx)
+        if has_failed:
+            message = "has no first value, and logs the worst possible score in its place, so that training continues."
+            self.reporter.warn("failed", message, kind="first value")
+        return dict.fromkeys((CRITERION, ESTIMATE), TASKS[self.task].max_score)
 
 
 def _is_new(trainer: Trainer) -> bool:

@@ -54,6 +54,7 @@ class SensitivityMonitor(Monitor):
     """
 
     names = ("output_sensitivity", "output_sensitivity_stderr")
+    main_name = "output_sensitivity"
 
     def __init__(
         self,

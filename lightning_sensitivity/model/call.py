@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_sensitivity.arguments import Selector, describe, link_to
+from lightning_sensitivity.arguments import Refused, Selector, describe
 from lightning_sensitivity.compat import original_module
 from lightning_sensitivity.functional.tensors import are_close
 from lightning_sensitivity.model.batches import clone_tensors, first_of, is_floating, num_bytes, num_samples, tensors_in
@@ -137,9 +136,10 @@ class ModelCall:
         several = f"several: {', '.join(map(repr, floating))}," if floating else "none"
         arguments = "; ".join(f"{key!r}: {describe(value)}" for key, value in self.arguments.items())
         got = f"got {several} among the arguments of `forward` ({arguments})"
-        raise MisconfigurationException(
+        raise Refused(
             f"Expected one dense floating input to perturb, {got}. {_CHOOSE} Or perturb the output of a submodule, "
-            "such as an embedding, by `at=`."
+            "such as an embedding, by `at=`.",
+            entry="noise",
         )
 
     def _floating_inputs(self) -> list[int | str]:
@@ -155,7 +155,7 @@ class ModelCall:
         shapes = [x.shape[1:] for x in tensors_in(self.arguments) if not x.is_nested]
         are_first = any(shape[: len(first)] == first for shape in shapes)
         if are_first and not any(shape[-len(last) :] == last for shape in shapes):
-            raise MisconfigurationException(
+            raise Refused(
                 f"`outputs` should move the classes to dimension 1, got {[*outputs.shape]}; if they are "
                 "last, `outputs=lambda y: y.movedim(-1, 1)`; if they are there, `outputs=lambda y: y`."
             )
@@ -201,7 +201,7 @@ def select_outputs(result: object, outputs: Selector | None = None) -> Tensor:
     selected = outputs(result) if outputs else _find_outputs(result)
     if not isinstance(selected, Tensor) or selected.ndim == 0 or not is_floating(selected):
         example = f": `outputs=lambda result: result[{list(result)[-1]!r}]`" if isinstance(result, Mapping) else ""
-        raise MisconfigurationException(
+        raise Refused(
             f"`outputs` should select a floating tensor (N, K, ...) or (N,), got {describe(selected)}, "
             f"from {describe(result)}, which `forward` returned{example}."
         )
@@ -227,13 +227,11 @@ def select_targets(model: nn.Module, batch: Any, targets: Selector | None = None
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        raise MisconfigurationException(f"`targets` failed on {describe(batch)}: {reason}.") from error
+        raise Refused(f"`targets` failed on {describe(batch)}: {reason}.") from error
     if not isinstance(selected, Tensor):
         key = "'...'" if isinstance(batch, Mapping) else "1"
         example = f"`targets=lambda batch: batch[{key}]`"
-        raise MisconfigurationException(
-            f"`targets` should return the labels, such as {example}, from {describe(batch)}.{link_to('arguments')}"
-        )
+        raise Refused(f"`targets` should return the labels, such as {example}, from {describe(batch)}.")
     return selected
 
 
@@ -277,7 +275,7 @@ def _positional_arguments(model: nn.Module, batch: Sequence[object]) -> dict[int
     count = num_positional(model)
     if len(batch) < count:
         expected = f"`inputs` should return the {count} arguments that `forward` requires"
-        raise MisconfigurationException(f"{expected}, from {describe(batch)}. {_CHOOSE}")
+        raise Refused(f"{expected}, from {describe(batch)}. {_CHOOSE}")
     return dict(enumerate(batch[:count]))
 
 
@@ -288,5 +286,5 @@ def _named_arguments(model: nn.Module, batch: Mapping[str, object]) -> dict[int 
     names = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     if names.isdisjoint(batch.keys()):
         expected = "`inputs` should return the arguments of `forward`"
-        raise MisconfigurationException(f"{expected}, which names none of {describe(batch)}. {_CHOOSE}")
+        raise Refused(f"{expected}, which names none of {describe(batch)}. {_CHOOSE}")
     return {name: value for name, value in batch.items() if name in names}

@@ -9,12 +9,11 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_sensitivity import compat
-from lightning_sensitivity.arguments import link_to
+from lightning_sensitivity.arguments import Refused
 
 T = TypeVar("T")
 Place = tuple[dict[str, Any], str, object]
@@ -133,9 +132,10 @@ class _State:
         """Raise MisconfigurationException if a run has written to a parameter."""
         names = [name for name, parameter, writes in self.writes if count_writes(parameter) != writes]
         if names:
-            raise MisconfigurationException(
+            raise Refused(
                 f"`forward` writes to {', '.join(names[:3])} in eval mode, which is not restored: do so only "
-                f"`if self.training`, or in a hook, such as `on_train_batch_end`.{link_to('state')}"
+                f"`if self.training`, or in a hook, such as `on_train_batch_end`.",
+                entry="state",
             )
 
 
@@ -146,9 +146,9 @@ def count_writes(parameter: Tensor) -> int:
 
 def _check_modules(model: nn.Module) -> None:
     if any(map(is_lazy, model.parameters())):
-        raise MisconfigurationException("Expected a model with weights, but some are lazy: run it once.")
+        raise Refused("Expected a model with weights, but some are lazy: run it once.", "unsupported")
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-        raise MisconfigurationException("Expected no scripted parts of a model: use Python modules.")
+        raise Refused("Expected no scripted parts of a model: use Python modules.", "unsupported")
 
 
 def _dicts_of(module: nn.Module) -> list[dict[str, object]]:

@@ -9,10 +9,9 @@ from numbers import Real
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_sensitivity.arguments import check_argument, describe
+from lightning_sensitivity.arguments import Refused, check_argument, describe
 from lightning_sensitivity.compat import original_module
 from lightning_sensitivity.model.batches import first_of, is_floating
 from lightning_sensitivity.model.call import ModelCall, Perturb
@@ -118,7 +117,7 @@ def perturbation(noise: NoiseFunction, key: tuple[int, ...]) -> Perturb:
         new: object = noise(x.clone(), generator_on(x.device))  # a user's function may write to it
         if not isinstance(new, Tensor) or (new.shape, new.dtype, new.device) != (x.shape, x.dtype, x.device):
             expected = f"`noise` should return {describe(x)}, like its input"
-            raise MisconfigurationException(f"{expected}, got {describe(new)}.")
+            raise Refused(f"{expected}, got {describe(new)}.", "noise")
         return new
 
     return perturb
@@ -158,13 +157,13 @@ def _call_perturbed_at(module: nn.Module, call: Callable[[], Tensor], perturb: P
         first = first_of(result)
         if not isinstance(first, Tensor) or not is_floating(first):
             got = describe(result)
-            raise MisconfigurationException(f"`at` should name a module with floating outputs, got {got}.")
+            raise Refused(f"`at` should name a module with floating outputs, got {got}.", "noise")
         return perturb(first) if first is result else (perturb(first), *result[1:])
 
     with module.register_forward_hook(hook):
         outputs = call()
     if not has_run:
-        raise MisconfigurationException("`at` should name a submodule that `forward` calls: it did not run.")
+        raise Refused("`at` should name a submodule that `forward` calls: it did not run.", "noise")
     return outputs
 
 

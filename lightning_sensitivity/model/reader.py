@@ -1,13 +1,13 @@
 """How to read a batch of any kind: the call of the model on it, its labels, and what a reference sees of it."""
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from lightning_sensitivity.arguments import Selector, check_selectors, describe, link_to
+from lightning_sensitivity.arguments import Refused, Selector, check_selectors, describe
 from lightning_sensitivity.functional.tasks import Task
 from lightning_sensitivity.model.batches import clone_tensors
-from lightning_sensitivity.model.call import ModelCall, has_targets, select_targets
+from lightning_sensitivity.model.call import ModelCall, count_samples, has_targets, select_targets
 from lightning_sensitivity.model.isolation import isolated
 from lightning_sensitivity.model.samples import KeptBatch
 
@@ -43,6 +43,11 @@ class BatchReader:
         self._targets = targets
         self._features = features
         self._task = task
+        self._follows_rows: bool | None = None  # whether outputs of the model do; None before a batch is kept
+
+    def forget_model(self) -> None:
+        """Forget what was found of a model, before another one comes."""
+        self._follows_rows = None
 
     def call(self, model: nn.Module, batch: object) -> ModelCall:
         """Make the call of a model on a batch."""
@@ -76,7 +81,7 @@ class BatchReader:
             try:
                 self._task.check(torch.zeros(labels.shape[:1] + output_shape), labels)
             except ValueError as error:
-                raise MisconfigurationException(f"{error}.{link_to('task')}") from error
+                raise Refused(f"{error}.", entry="task") from error
         return labels
 
     def features(self, model: nn.Module, batch: object, size: int) -> Tensor | None:
@@ -98,20 +103,18 @@ class BatchReader:
         except Warning:
             raise
         except Exception as error:
-            raise MisconfigurationException(
-                f"`features` failed on {describe(batch)}: {type(error).__name__}: {error}.{link_to('features')}"
-            ) from error
+            reason = f"{type(error).__name__}: {error}"
+            raise Refused(f"`features` failed on {describe(batch)}: {reason}.", entry="features") from error
         if not isinstance(values, Tensor) or values.ndim < 2 or len(values) != size:
             expected = f"a function that returns a tensor ({size}, D)"
-            raise MisconfigurationException(
-                f"`features` should be {expected}, got {describe(values)}.{link_to('features')}"
-            )
+            raise Refused(f"`features` should be {expected}, got {describe(values)}.", entry="features")
         return values.detach().cpu().float().flatten(1)
 
     def keep(self, model: nn.Module, batch: object, index: int, labels: Tensor | None = None) -> KeptBatch:
         """Copy a batch to the CPU, with its features.
 
-        Its outputs show its size if its inputs do not, as with graphs.
+        Its outputs show its size if its inputs do not, as with graphs, or with sequences whose first dimension
+        is time. The first batch says which is the case.
 
         Args:
             model: The model.
@@ -123,11 +126,21 @@ class BatchReader:
             MisconfigurationException: If there is not one label for each sample, or it can't be read.
         """
         call = self.call(model, batch)
-        size = call.size
-        if size == 0:
-            with isolated(model) as run:
-                size = len(run(call))
+        may_have_rows = call.size > 0
+        size = self._count(model, call)
         if labels is not None and len(labels) != size:
             message = f"`targets` should return a label for each of {size} samples, got {len(labels)}."
-            raise MisconfigurationException(message + link_to("task"))
-        return KeptBatch(index, call.copy_to_cpu(), size, labels, self.features(model, batch, size))
+            raise Refused(message, entry="task")
+        has_rows = call.size > 0 or not may_have_rows
+        return KeptBatch(index, call.copy_to_cpu(), size, labels, self.features(model, batch, size), has_rows)
+
+    def _count(self, model: nn.Module, call: ModelCall) -> int:
+        """Count the samples of a batch by its rows, if outputs follow them, or by its outputs."""
+        is_lazy_yet = any(map(is_lazy, model.parameters()))  # until a step of the user runs it
+        if call.size > 0 and (self._follows_rows or is_lazy_yet):
+            return call.size
+        with isolated(model) as run:
+            size = count_samples(call, run)
+        if size > 1 and self._follows_rows is None:  # a single row has no order
+            self._follows_rows = call.size > 0
+        return size

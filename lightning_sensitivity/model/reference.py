@@ -71,7 +71,11 @@ def fit_to_samples(
 
 def _features_of(batch: KeptBatch) -> Tensor:
     """Return what the reference sees of a batch, dense ``(N, D)`` or token ids; or raise ValueError."""
-    return input_features(batch.call, batch.size) if batch.features is None else batch.features
+    if batch.features is not None:
+        return batch.features
+    if not batch.has_rows:
+        raise ValueError("rows of the inputs are no samples")
+    return input_features(batch.call, batch.size)
 
 
 def input_features(call: ModelCall, size: int) -> Tensor:

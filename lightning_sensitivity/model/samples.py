@@ -26,6 +26,7 @@ class KeptBatch:
         size: Its number of samples.
         labels: Its labels; None if it has none, or none are wanted.
         features: What the user's function returns for the reference, ``(N, D)``; None without one.
+        has_rows: Whether rows of its inputs may be samples; not so if the first dimension is time.
     """
 
     index: int
@@ -33,6 +34,7 @@ class KeptBatch:
     size: int
     labels: Tensor | None = None
     features: Tensor | None = None
+    has_rows: bool = True
 
     @property
     def num_bytes(self) -> int:

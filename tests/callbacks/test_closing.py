@@ -1,4 +1,4 @@
-"""The line at the end of a fit: which epoch, what is known of the labels, and whether to trust it."""
+"""The line at the end of a fit: which epoch and file, how many labels look wrong, and a second opinion."""
 
 import math
 import re
@@ -14,8 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sensitivity import RiskMonitor
 from lightning_sensitivity.callbacks.closing import log_closing_line
-from lightning_sensitivity.callbacks.state import FitRecord, ValidationResult
-from lightning_sensitivity.functional import fit_reference
+from lightning_sensitivity.callbacks.record import ValidationResult
 from tests.callbacks.plain_loop import Plain
 from tests.helpers import fitted, labelled, trainer, unlabelled_loader
 
@@ -85,19 +84,46 @@ def test_it_is_about_what_is_watched_also_after_a_resume(what: str, tmp_path: Pa
     assert best < 11
 
 
-@pytest.mark.parametrize("what", ["monitor", "folder"])
-@pytest.mark.filterwarnings("ignore:The dirpath has changed")
-def test_a_checkpoint_of_another_epoch_is_told_with_the_reason(what: str, tmp_path: Path, said: Any) -> None:
-    first, other = tmp_path / "first", tmp_path / "other"
-    if what == "folder":
-        fit_fast(checkpoint(first))
-        said.clear()
-        fit_fast(checkpoint(other), max_epochs=14, ckpt_path=first / "last.ckpt")
-        expected = rf", but the best checkpoint of `ModelCheckpoint`, in {other}, has [.\d]+\. "
-    else:
-        fit_fast(checkpoint(other, monitor="val_risk_claim"))
-        expected = ", but `ModelCheckpoint` monitors 'val_risk_claim'. "
-    assert re.search(rf"^`{CRITERION}` was lowest at epoch \d+ \([.\d]+\){expected}", parts(said.text)[0])
+class Several(cb.Callback):
+    monitor = (CRITERION, "val_loss"), [CRITERION]  # which has no hash
+
+
+class Scores(cb.Checkpoint):
+    """A checkpoint of one's own, with a score that is none, and without a path."""
+
+    monitor, best_model_score = CRITERION, torch.zeros(2)
+
+
+@pytest.mark.parametrize("strange", [Several, Scores, lambda: checkpoint(Path("x"), monitor="val_risk_claim")])
+def test_it_names_no_checkpoint_of_strange_callbacks_nor_of_another_value(
+    strange: Any, said: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fit_fast(strange(), enable_checkpointing=True)
+    assert re.search(rf"^`{CRITERION}` was lowest at epoch \d+ \([.\d]+\)\. ", parts(said.text)[0])
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_it_is_said_once_after_ctrl_c_and_after_an_error_too(error: type[BaseException], said: Any) -> None:
+    model = Fast()
+
+    def interrupt() -> None:
+        if model.current_epoch == 6:
+            raise error
+
+    model.on_train_epoch_start = interrupt
+    with pytest.raises((SystemExit, RuntimeError)):
+        fitted(RiskMonitor(), model, NOISY, unlabelled_loader(seed=1), max_epochs=12)
+    assert parts(said.text)[0].startswith(f"`{CRITERION}` was lowest at epoch ")
+
+
+def test_before_a_value_there_is_none(said: Any) -> None:
+    model = Fast()
+    model.on_train_epoch_end = lambda: 1 / 0
+    model.on_train_batch_end = lambda *_: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        fitted(RiskMonitor(), model, NOISY, unlabelled_loader(seed=1))
+    assert "was lowest" not in said.text
 
 
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
@@ -116,17 +142,28 @@ def test_a_debugging_run_says_nothing(said: Any) -> None:
     assert "was lowest" not in said.text
 
 
-@pytest.mark.parametrize(("threshold", "max_epochs", "is_falling"), [
-    (None, 4, True), (0.0, 4, True), (10.0, 4, False), (None, 1, False)
-])  # fmt: skip
-def test_only_a_run_that_came_to_its_last_epoch_was_still_falling(
-    threshold: float | None, max_epochs: int, is_falling: bool, said: Any
-) -> None:
-    stopping = cb.EarlyStopping(CRITERION, patience=2, stopping_threshold=threshold)
+class Stopping(cb.Callback):
+    """It stops a fit in the middle, as `Timer` does, or `EarlyStopping` on another value."""
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        trainer.should_stop = trainer.current_epoch == 2
+
+
+STOPPED: dict[str, tuple[Any, int, bool]] = {  # another callback, the number of epochs; was it still falling
+    "EarlyStopping that waits": (lambda: cb.EarlyStopping(CRITERION, patience=2), 4, True),
+    "EarlyStopping that has what it wants": (lambda: cb.EarlyStopping(CRITERION, stopping_threshold=10.0), 4, False),
+    "another callback that stops it": (Stopping, 4, True),
+    "a single epoch": (Stopping, 1, False),
+}
+
+
+@pytest.mark.parametrize("name", STOPPED)
+def test_a_run_was_still_falling_unless_it_was_stopped_by_the_value(name: str, said: Any) -> None:
+    make, max_epochs, is_falling = STOPPED[name]
     model = Fast()
     model.lr = 0.003
-    run = fitted([RiskMonitor(), stopping], model, NOISY, unlabelled_loader(seed=1), max_epochs=max_epochs)
-    assert ("It was still falling" in said.text) == (run.current_epoch == 4) == is_falling
+    fitted([RiskMonitor(), make()], model, NOISY, unlabelled_loader(seed=1), max_epochs=max_epochs)
+    assert "was lowest" in said.text and ("It was still falling" in said.text) == is_falling
 
 
 @pytest.mark.parametrize("kind", [cb.EarlyStopping, cb.ModelCheckpoint])
@@ -137,59 +174,44 @@ def test_a_callback_that_looks_for_the_highest_value_is_refused(kind: Any, monit
         fit_fast(kind(monitor=monitor, mode="max"))
 
 
-# What is known of the labels, and whether to trust the epoch
+# What is known of the labels, and a second opinion
 
-KNOWN = fit_reference(X, torch.nn.functional.one_hot(Y, 4), X[:1])._replace(
-    score=0.5, chance=0.75, claim=0.5, noise=0.02
-)
-CLEAN, WRONG = {"noise": 0.01, "claim": 0.7}, {"noise": 0.304}
-LABELS = "label 50 validation samples, and set `validation_labels=True`"
-NO_REFERENCE = f"There was no reference to check the epoch by: {LABELS}."
-DISAGREES = "The reference disagrees (it would choose epoch {}), and such runs lost 2 points of accuracy on average: "
-AGREES, CLEAN_LABELS = (
-    "The reference agrees.",
-    "No noise was found in the training labels: training to the end is about as good.",
-)
-TEXTS: dict[str, tuple[Any, float, int, str, list[str]]] = {
-    # what of the reference, which validation it would choose, which one is chosen, what is said, and links
-    "agrees": ({}, 10, 10, AGREES, []),
-    "agrees, and labels look wrong": (WRONG, 10, 10, f"About 30 % of the training labels look wrong. {AGREES}", []),
-    "agrees nearly": ({}, 11, 10, AGREES, []),
-    "no longer agrees": ({}, 12, 10, f"{DISAGREES.format(25)}{LABELS}.", ["disagree"]),
-    "disagrees, and labels look wrong": (WRONG, 3, 10,
-        f"About 30 % of the training labels look wrong. {DISAGREES.format(7)}{LABELS}.", ["disagree"]),
-    "agrees, and may be better": ({"score": 0.3, "claim": 0.3}, 10, 10,
-        "The reference agrees, but may be the better model itself.", ["reference-better"]),
-    "disagrees, and may be better": ({"score": 0.3, "claim": 0.3}, 3, 10,
-        f"{DISAGREES.format(7)}{LABELS}, or try kernel ridge regression.", ["disagree"]),
-    "none": (None, math.nan, 10, NO_REFERENCE, ["disagree"]),
-    "without skill": (
-        WRONG | {"score": 0.75, "claim": 0.75, "noise": math.nan}, math.nan, 10, NO_REFERENCE, ["disagree"]),
-    "not there in the first epoch": ({}, 10, 10, NO_REFERENCE, ["disagree"]),
-    "none, still falling": (None, math.nan, 19, "It was still falling: train for longer.", ["still-falling"]),
-    "still falling": (WRONG, 3, 19,
-        "About 30 % of the training labels look wrong. It was still falling: train for longer.", ["still-falling"]),
-    "no noise": (CLEAN, math.nan, 10, CLEAN_LABELS, []),
-    "no noise, still falling": (CLEAN, math.nan, 19, CLEAN_LABELS, []),
+WRONG = "At least about 30 % of the training labels look wrong."
+CLEAN = "No noise was found in the training labels: training to the end is about as good."
+FALLING = "It was still falling: train for longer."
+OPINION = "A second opinion, a small model of the training labels, would take epoch {}."
+TEXTS: dict[str, tuple[float, int, float, bool, str, list[str]]] = {
+    # validation of the second opinion, that of the criterion, share of wrong labels, no noise, what is said, and links
+    "the same epoch": (10, 10, 0.02, False, OPINION.format(21), []),
+    "the same epoch, and labels look wrong": (10, 10, 0.304, False, f"{WRONG} {OPINION.format(21)}", []),
+    "nearly the same": (11, 10, 0.02, False, OPINION.format(23), []),
+    "another epoch": (12, 10, 0.02, False, OPINION.format(25), ["second-opinion"]),
+    "another epoch, and labels look wrong": (
+        3, 10, 0.304, False, f"{WRONG} {OPINION.format(7)}", ["second-opinion"]),
+    "none": (math.nan, 10, math.nan, False, "", []),
+    "none, and labels look wrong": (math.nan, 10, 0.304, False, WRONG, []),
+    "none in the first epoch": (10, 10, 0.02, False, "", []),
+    "still falling": (3, 19, 0.304, False, f"{WRONG} {FALLING}", ["still-falling"]),
+    "none, still falling": (math.nan, 19, math.nan, False, FALLING, ["still-falling"]),
+    "no noise": (math.nan, 10, 0.01, True, CLEAN, []),
+    "no noise, still falling": (math.nan, 19, 0.01, True, CLEAN, []),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("what", TEXTS)
-def test_what_it_says_where_the_reference(what: str, said: Any) -> None:
-    changes, other, best, expected, links = TEXTS[what]
-    record = FitRecord()
-    record.references[0] = None if changes is None else KNOWN._replace(**changes)
+def test_what_it_says_if_the_second_opinion_is(what: str, said: Any) -> None:
+    other, best, noise, is_clean, expected, links = TEXTS[what]
+    results = []
     for place in range(20):  # in every second epoch
         by_reference = math.nan if place == 0 and "first epoch" in what else abs(place - other) / 100
         value, of_estimate = 0.4 + abs(place - best) / 100, 0.4 + abs(place - 5) / 100
-        result = ValidationResult(2 * place + 1, value, of_estimate, value, by_reference)
-        record.history.setdefault(0, []).append(result)
+        results.append(ValidationResult(2 * place + 1, value, of_estimate, by_reference, noise, is_clean))
     names = {CRITERION: ("risk_criterion", 0), ESTIMATE: ("risk_estimate", 0)}
-    log_closing_line(trainer(), record, names)
-    line = f"`{CRITERION}` was lowest at epoch {2 * best + 1} (0.400). {expected}"
+    log_closing_line(trainer(), {0: results}, names)
+    line = f"`{CRITERION}` was lowest at epoch {2 * best + 1} (0.400). {expected}".rstrip()
     assert parts(said.text) == (line, links)
     said.clear()
-    log_closing_line(trainer(cb.EarlyStopping(ESTIMATE)), record, names)
+    log_closing_line(trainer(cb.EarlyStopping(ESTIMATE)), {0: results}, names)
     assert parts(said.text)[0].startswith(f"`{ESTIMATE}` was lowest at epoch 11 (0.400).")
 
 
@@ -197,8 +219,8 @@ DIGITS, DIGIT_LABELS = (torch.tensor(each) for each in load_digits(return_X_y=Tr
 
 
 @pytest.mark.parametrize(("is_noisy", "expected"), [
-    (True, r"\. About (2\d|3\d) % of the training labels look wrong\. (It was|The reference)"),
-    (False, rf"\. {CLEAN_LABELS}( It was still falling: train for longer\.)?$"),
+    (True, r"\. At least about (2\d|3\d) % of the training labels look wrong\. (It was|A second opinion)"),
+    (False, rf"\. {CLEAN}$"),
 ])  # fmt: skip
 def test_of_digits_it_says_whether_labels_are_wrong(is_noisy: bool, expected: str, said: Any) -> None:
     model = Plain()

@@ -60,7 +60,7 @@ def test_samples_wait_in_the_memory_of_the_host() -> None:
 
     class Looking(RiskMonitor):
         def compute_values(self, trainer: Any, dataloader_idx: int) -> Any:
-            kept = [batch for samples in [*self.samples, self.fit.training] for batch in samples.batches]
+            kept = [batch for samples in [*self.samples, self.kept.samples] for batch in samples.batches]
             places.update(batch.call.args[0].device.type for batch in kept)
             return super().compute_values(trainer, dataloader_idx)
 

@@ -95,8 +95,28 @@ def risk(rank: int, folder: Path) -> Any:
     run = fitted([monitor, checkpoint], net, *data, kind=distributed, max_epochs=1, enable_checkpointing=True)
     fitted([], other, *data, kind=distributed, max_epochs=1)
     torch.testing.assert_close(net.state_dict(), other.state_dict(), rtol=0, atol=0)
-    state = monitor.fit
+    state = monitor.record
     return logged(run, "val_"), net.state_dict(), (state.num_training, state.num_weights, state.calibrations)
+
+
+class Looking(RiskMonitor):
+    """It notes what the labels of its own process look like."""
+
+    local: list[bool]
+
+    def compute_values(self, trainer: Any, dataloader_idx: int) -> Any:
+        self.local.append(self.kept.references[dataloader_idx].looks_clean)
+        return super().compute_values(trainer, dataloader_idx)
+
+
+def noise_in_one_process(rank: int, folder: Path) -> Any:
+    """Two of five labels are wrong in the second process."""
+    x, y = labelled(1000, seed=rank).tensors
+    y = y.where((torch.arange(1000) % 5 > 1) | (torch.tensor(rank) == 0), (y + 1 + torch.arange(1000) % 3) % 4)
+    monitor, train, local = Looking(), DataLoader(TensorDataset(x, y), 100), list[bool]()
+    monitor.local = local
+    fitted_with_warnings([monitor], Linear(), train, unlabelled(), max_epochs=2)
+    return {*local}, monitor.record.verdicts, [result.is_clean for result in monitor.record.history[0]]
 
 
 def stopping(rank: int, folder: Path) -> Any:
@@ -109,7 +129,7 @@ def stopping(rank: int, folder: Path) -> Any:
         options = {"kind": distributed, "max_epochs": max_epochs, "num_sanity_val_steps": 0, **kwargs}
         # With batch norm, which DDP broadcasts; without dropout, so that a resumed fit draws no other numbers.
         fit = fitted([monitor, stop], Quiet(dropout=0.0), in_turn(48, rank), val, **options)
-        return fit, [{k: v for k, v in epoch.items() if "risk" in k} for epoch in fit.epochs], monitor.fit
+        return fit, [{k: v for k, v in epoch.items() if "risk" in k} for epoch in fit.epochs], monitor.record
 
     whole, epochs, state = run(6)
     first, *_ = run(2)
@@ -171,7 +191,7 @@ def a_training_batch_that_fails(rank: int, folder: Path) -> Any:
     net = Linear()
     net.training_step = lambda batch, batch_idx: cross_entropy(net(batch[0]), batch[1].clamp(max=3))
     train, monitor = DataLoader(TensorDataset(x, y), 8), RiskMonitor()
-    return *fitted_with_warnings([monitor], net, train, unlabelled(), max_epochs=1), monitor.fit.num_training
+    return *fitted_with_warnings([monitor], net, train, unlabelled(), max_epochs=1), monitor.record.num_training
 
 
 def no_features_in_one_process(rank: int, folder: Path) -> Any:
@@ -186,7 +206,7 @@ def no_features_in_one_process(rank: int, folder: Path) -> Any:
 
 
 SCENARIOS = (even, uneven, risk, stopping, without_a_batch, a_pass_that_fails, a_training_batch_that_fails)
-SCENARIOS += (no_features_in_one_process,)
+SCENARIOS += (no_features_in_one_process, noise_in_one_process)
 
 
 def run_all(rank: int, folder: Path) -> dict[str, Any]:
@@ -243,6 +263,11 @@ def test_the_risk_estimate_is_that_of_both_and_n_and_w_are_the_same(both: Any) -
         claim = 1 - net(inputs(48, seed=1)).double().softmax(1).square().sum(1).mean()
     assert first["val_risk_claim/dataloader_idx_0"] == pytest.approx(float(claim), rel=1e-6)
     assert {f"val_{name}/dataloader_idx_1" for name in RiskMonitor.names} <= first.keys()  # which one process lacked
+
+
+def test_whether_noise_is_found_is_decided_over_both(both: Any) -> None:
+    first, second = both["noise_in_one_process"]
+    assert first == ({True}, {0: False}, [False, False]) and second == ({False}, *first[1:])
 
 
 def test_stopping_and_resuming_are_the_same_in_both(both: Any) -> None:

@@ -46,6 +46,23 @@ class TwoParts(Stepping):
         return self.head(self.net(x))
 
 
+class Nested(TwoParts):
+    def forward(self, x: Tensor) -> Tensor:
+        return (lambda h: self.head(h))(self.net(x))
+
+
+class WithProperties(TwoParts):
+    """Its properties raise, or draw random numbers, if they are asked for."""
+
+    @property
+    def noise(self) -> Tensor:
+        return torch.randn(3)
+
+    @property
+    def unset(self) -> Tensor:
+        raise ValueError("call `set_data` first")
+
+
 class Manual(TwoParts):
     automatic_optimization = False
 
@@ -82,9 +99,9 @@ def around(m: Any, x: Tensor, y: Tensor) -> Tensor:
     return cross_entropy(m.head(m.net(x)), y)
 
 
-SHAPES = "the step calls the model with other arguments: `x` is missing or has another shape"
+SHAPES = "the step calls the model with other arguments: `x` is missing, new or of another shape"
+MASK = SHAPES.replace("`x`", "`mask`")
 VALUES = "the step calls the model with other values of `x`, though it draws no random numbers"
-OTHERS = "the step calls the model with other arguments"
 CALL = "the step does not call `forward`, which is measured"
 CASES = {
     # its inputs
@@ -101,17 +118,15 @@ CASES = {
     "augmented by NumPy": Case(lambda m, x, y: plain(m, x * np.random.rand(), y)),
     "written to": Case(lambda m, x, y: plain(m, x.mul_(3), y), VALUES),
     "written to after the call": Case(lambda m, x, y: (plain(m, x.clone(), y), x.zero_())[0]),
-    "a mask that is given": Case(
-        lambda m, x, y: cross_entropy(m(x, (x > 0.5).float()), y), f"{OTHERS}: also with `mask`"
-    ),
-    "a number that is given": Case(lambda m, x, y: cross_entropy(m(x, scale=4.0), y), f"{OTHERS}: also with `scale`"),
-    "a number that is the default": Case(lambda m, x, y: cross_entropy(m(x, scale=float(1)), y)),
+    "a mask that is given": Case(lambda m, x, y: cross_entropy(m(x, (x > 0.5).float()), y), MASK),
     "labels that are given": Case(lambda m, x, y: m(x, labels=y)),
     # its call
     "a part with all parameters": Case(lambda m, x, y: cross_entropy(m.net(x), y)),
     "around forward": Case(around, CALL, TwoParts),
-    "forward itself, in a method that the step names": Case(
-        lambda m, x, y: cross_entropy(m.forward(x), y), None, TwoParts
+    "forward itself": Case(lambda m, x, y: cross_entropy(m.forward(x), y), None, TwoParts),
+    "forward itself, by a function": Case(lambda m, x, y: cross_entropy(m.forward(x), y), None, Nested),
+    "around forward, with properties that nobody asks for": Case(
+        lambda m, x, y: around(m, x, y) if x.numel() else m.noise + m.unset, CALL, WithProperties
     ),
     "around forward, in a partial": Case(functools.partial(around), CALL, TwoParts),
     "called twice": Case(lambda m, x, y: plain(m, x, y) + m(x * 2).square().mean()),
@@ -119,7 +134,7 @@ CASES = {
     # other ways to train
     "manual, normalized": Case(scaled, VALUES, Manual),
     "manual, around forward": Case(around, CALL, Manual),
-    "normalized after skipped steps": Case(scaled, VALUES, Skipping),
+    "a first step that is skipped": Case(scaled, None, Skipping),
 }
 
 

@@ -144,5 +144,5 @@ def test_binary_labels_of_minus_100_are_none() -> None:
     model.validation_step = lambda batch, batch_idx: None
     train, val = (DataLoader(TensorDataset(inputs(100), y), 20) for _ in range(2))
     run = fitted([monitor], model, train, val, max_epochs=1)
-    assert run.callback_metrics["val_risk_num_labels"] == 20 and monitor.fit.num_training == 20
+    assert run.callback_metrics["val_risk_num_labels"] == 20 and monitor.record.num_training == 20
     assert 0 < run.callback_metrics["val_risk_label_score"] < 1

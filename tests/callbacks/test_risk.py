@@ -12,7 +12,15 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SubsetRandomSampler, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+)
+from torch.utils.data.distributed import DistributedSampler
 
 import tests.helpers as helpers
 from lightning_sensitivity import RiskMonitor
@@ -182,6 +190,9 @@ COUNTED: dict[str, tuple[Any, dict[str, Any], int]] = {
     "SubsetRandomSampler": (lambda: loader(sampler=SubsetRandomSampler(range(20))), {}, 20),
     "a batch sampler": (lambda: batched(BatchSampler(RandomSampler(X), 16, False)), {"limit_train_batches": 2}, 50),
     "batches without a length": (lambda: batched(iter([[0, 1], [2, 3]])), {}, 50),
+    "token budgets, in order": (lambda: batched(Budgets()), {}, 50),
+    "DistributedSampler, in order": (lambda: loader(sampler=in_order()), {"limit_train_batches": 2}, 32),
+    "a loader of one's own, with a data set": (lambda: OwnWithData(), {}, 50),
     "with replacement": (lambda: loader(sampler=RandomSampler(X, True, 80)), {}, 50),
     "items that are batches": (lambda: DataLoader([[X[:25], Y[:25]], [X[25:], Y[25:]]], None), {}, 50),
     "a labelled share": (lambda: with_labels(Y.where(torch.arange(50) % 5 > 0, -100)), {}, 40),
@@ -189,11 +200,38 @@ COUNTED: dict[str, tuple[Any, dict[str, Any], int]] = {
 }
 
 
+class Budgets:
+    """Batches of samples in their order, without a length."""
+
+    def __init__(self) -> None:
+        self.sampler = SequentialSampler(X)
+
+    def __iter__(self) -> Any:
+        return iter([[*range(30)], [*range(30, 50)]])
+
+
+def in_order() -> DistributedSampler:
+    return DistributedSampler(X, num_replicas=1, rank=0, shuffle=False)
+
+
+class OwnWithData:
+    """It has a data set, but no batch sampler."""
+
+    def __init__(self) -> None:
+        self.dataset = labelled(50)
+
+    def __len__(self) -> int:
+        return 4
+
+    def __iter__(self) -> Any:
+        return iter(loader())
+
+
 @pytest.mark.parametrize("name", COUNTED)
 def test_different_training_samples_are_counted(name: str) -> None:
     make, options, expected = COUNTED[name]
     fit(Plain(), make(), monitor := RiskMonitor(), max_epochs=1, **options)
-    assert monitor.fit.num_training == expected
+    assert monitor.record.num_training == expected
 
 
 GIVEN: dict[str, Any] = {
@@ -220,7 +258,7 @@ def test_where_samples_cannot_be_counted_their_number_is_given(name: str) -> Non
         fit(model, GIVEN[name](), monitor, **options)
         return monitor
 
-    assert run(700).fit.num_training == 700
+    assert run(700).record.num_training == 700
     with pytest.raises(MisconfigurationException, match="the number of different training samples is unknown"):
         run(None)
 
@@ -231,7 +269,7 @@ def test_n_and_w_are_fixed_at_the_first_validation_also_if_layers_are_unfrozen_l
     model.on_train_epoch_start = lambda: model.net[0].requires_grad_(model.current_epoch > 0)
     model.configure_optimizers = lambda: torch.optim.SGD(model.net[3].parameters(), 0.0)
     monitor, seen = RiskMonitor(initial_weights={"net.3.weight": model.net[3].weight.detach() / 2}), list[Any]()
-    model.on_validation_end = lambda: seen.append((monitor.fit.num_training, monitor.fit.num_weights))
+    model.on_validation_end = lambda: seen.append((monitor.record.num_training, monitor.record.num_weights))
     options = {"limit_train_batches": 3, "val_check_interval": 1, "max_epochs": 2}
     with pytest.warns(UserWarning, match="no initial weights for"):
         fit(model, loader(shuffle=True), monitor, **options)
@@ -281,6 +319,29 @@ def test_a_first_value_that_is_missing_is_logged_as_the_worst_score_and_later_on
     assert run.current_epoch == 5 and values[:2] == [2.0, 2.0] and values[2] == values[3] != values[4] < 2
     assert "val_risk_claim" not in run.epochs[0]
     assert len(messages) == 2 and "gave nan or inf" in messages[0] and "logs the worst possible" in messages[1]
+
+
+class Always(RiskMonitor):
+    def should_measure(self, trainer: Any) -> bool:
+        return True
+
+
+class Late(RiskMonitor):
+    def should_measure(self, trainer: Any) -> bool:
+        return trainer.current_epoch > 1
+
+
+def test_early_stopping_waits_for_a_first_value_that_comes_late() -> None:
+    stopping = cb.EarlyStopping("val_risk_estimate", patience=99)
+    run, messages = fitted_and_said([Late(), stopping], Plain(), max_epochs=4)
+    values = [epoch["val_risk_estimate"] for epoch in run.epochs]
+    assert messages == [] and values[:2] == [2.0, 2.0] and max(values[2:]) < 2 and stopping.stopped_epoch == 0
+
+
+def test_nothing_is_measured_or_logged_without_a_fit() -> None:
+    with helpers.said() as texts:
+        assert helpers.validated([Always()], Classifier(), loader()).keys() == {"val_loss"}
+    assert texts == []
 
 
 def test_unlabelled_inputs_may_have_other_rows_than_outputs() -> None:

@@ -13,10 +13,12 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, default_collate
 
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 from lightning_sensitivity.callbacks.checks import check_run
-from tests.helpers import Classifier, Linear, fitted, loader, refused, trainer
+from tests.helpers import Classifier, Linear, Quiet, fitted, fitted_and_said, labelled, loader, refused, trainer
 
 MONITORS = [SensitivityMonitor, RiskMonitor]
 
@@ -59,6 +61,53 @@ def test_ctrl_c_leaves_everything_as_it_was(num_passes: int) -> None:
     assert all(monitor.samples == [] for monitor in monitors)
 
 
+# What is strange
+
+
+class AttrDict(dict[str, Any]):
+    """As in many projects; whatever is asked for and missing is a `KeyError`."""
+
+    __getattr__ = dict.__getitem__
+
+
+class Configured(Quiet):
+    """It holds and gets such dicts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cfg, self.net.cfg = AttrDict(lr=0.1), AttrDict()
+
+    def forward(self, batch: AttrDict) -> Tensor:
+        return self.net(batch.x)
+
+    def training_step(self, batch: AttrDict, batch_idx: int) -> Tensor:
+        return cross_entropy(self(batch), batch.y)
+
+
+class TwoViews(Quiet):
+    """Two views of each sample in training, one in validation."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return sum(cross_entropy(self(view), batch[1]) for view in batch[0])
+
+
+def test_a_module_and_batches_may_be_of_dicts_without_attributes() -> None:
+    data = DataLoader(labelled(50), 16, collate_fn=lambda rows: AttrDict(zip("xy", default_collate(rows), strict=True)))
+    monitors = [SensitivityMonitor(inputs=lambda batch: (batch,)), RiskMonitor(inputs=lambda batch: (batch,))]
+    run, texts = fitted_and_said(monitors, Configured(), data, data)
+    assert texts == [] and run.callback_metrics["val_risk_reference_weight"] >= 0
+
+
+@pytest.mark.parametrize("num_sanity_val_steps", [0, 2])
+def test_training_batches_may_be_of_another_kind_than_validation_batches(num_sanity_val_steps: int) -> None:
+    views = DataLoader(
+        labelled(50), 16, collate_fn=lambda rows: [[default_collate(rows)[0]] * 2, default_collate(rows)[1]]
+    )
+    options = {"num_sanity_val_steps": num_sanity_val_steps}
+    run, _ = fitted_and_said(SensitivityMonitor(), TwoViews(), views, **options)
+    assert run.callback_metrics["val_output_sensitivity"] > 0
+
+
 # What is checked before a run
 
 
@@ -97,8 +146,7 @@ def test_strategies_that_can_not_be_measured_under_are_refused() -> None:
 
 def test_monitors_that_log_the_same_names_need_two_prefixes() -> None:
     for kind in MONITORS:
-        other = type("Sub", (kind,), {})  # Lightning refuses two stateful callbacks of one type itself
-        refused([kind(), other()], Classifier(), match="`prefix` should be different in monitors")
+        refused([kind(), kind()], Classifier(), match="`prefix` should be different in monitors")
     fitted([kind(prefix=prefix) for prefix in ("val_", "b_") for kind in MONITORS], Classifier(), fast_dev_run=True)
 
 

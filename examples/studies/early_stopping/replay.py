@@ -104,8 +104,8 @@ class ClosingLines(logging.Handler):
 
 def reference_of(trainer: Trainer) -> Reference | None:
     """Find the reference of the first monitor."""
-    fit = next(callback for callback in trainer.callbacks if isinstance(callback, RiskMonitor)).fit
-    return fit.references.get(0)
+    monitor = next(callback for callback in trainer.callbacks if isinstance(callback, RiskMonitor))
+    return monitor.kept.references.get(0)
 
 
 # %% Replays.

@@ -1,13 +1,14 @@
 """How many different samples a fit trains on."""
 
+import math
+
 import torch
 from lightning.fabric.utilities.data import sized_len
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from torch.utils.data import IterableDataset, SequentialSampler
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, SequentialSampler
 
 from lightning_sensitivity import compat
-from lightning_sensitivity.arguments import link_to
+from lightning_sensitivity.arguments import Refused
 from lightning_sensitivity.model.samples import KeptSamples, count_labels
 
 
@@ -24,13 +25,20 @@ def count_training_samples(trainer: Trainer, batch_size: int) -> int | None:
     if others or size is None or isinstance(dataset, IterableDataset):
         return None
     batch_sampler = getattr(loader, "batch_sampler", None)
-    if batch_sampler is None:  # each item is a batch
-        return size * batch_size
+    if batch_sampler is None:  # of a DataLoader, each item is a batch
+        return size * batch_size if isinstance(loader, DataLoader) else size
     sampler = getattr(batch_sampler, "sampler", None)  # the loader's own may be unused
     num_drawn = sized_len(sampler)
-    if isinstance(sampler, SequentialSampler):  # each epoch has the same batches
-        num_drawn = min(size, int(trainer.num_training_batches * batch_size))
-    return size if num_drawn is None else min(size, num_drawn * trainer.world_size)
+    if num_drawn is None:
+        return size
+    if _is_in_order(sampler) and math.isfinite(trainer.num_training_batches):  # each epoch has the same batches
+        num_drawn = min(num_drawn, int(trainer.num_training_batches * batch_size))
+    return min(size, num_drawn * trainer.world_size)
+
+
+def _is_in_order(sampler: object) -> bool:
+    is_distributed = isinstance(sampler, DistributedSampler) and not sampler.shuffle
+    return is_distributed or isinstance(sampler, SequentialSampler)
 
 
 def check_number(trainer: Trainer, num_training: int | None) -> None:
@@ -40,9 +48,10 @@ def check_number(trainer: Trainer, num_training: int | None) -> None:
         MisconfigurationException: If it is not.
     """
     if num_training is None and count_training_samples(trainer, batch_size=1) is None:
-        raise MisconfigurationException(
+        raise Refused(
             "the number of different training samples is unknown, since the loader is a stream or there are several: "
-            f"set `num_training=`.{link_to('num-training')}"
+            "set `num_training=`.",
+            entry="num-training",
         )
 
 

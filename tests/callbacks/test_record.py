@@ -1,6 +1,5 @@
 """What RiskMonitor saves and restores: initial weights, sizes, calibration, and what validations have shown."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,6 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from lightning_sensitivity import RiskMonitor
-from lightning_sensitivity.callbacks.state import ValidationResult
-from lightning_sensitivity.functional.risk import RiskTerms
 from lightning_sensitivity.model.twins import copy_weights
 from tests.callbacks.plain_loop import Plain, fit
 from tests.helpers import loader, said
@@ -47,7 +44,7 @@ class Raw(Still):
 def assert_initial(monitor: RiskMonitor, weights: dict[str, Tensor]) -> None:
     """The weights from before training, of the layer that is trained, are these."""
     for name in ("net.3.weight", "net.3.bias"):
-        assert torch.equal(monitor.fit.initial[name], weights[name])
+        assert torch.equal(monitor.record.initial[name], weights[name])
 
 
 def values(kind: Any, max_epochs: int, *others: Any, **kwargs: Any) -> tuple[list[dict[str, float]], Trainer]:
@@ -103,7 +100,14 @@ class Averaging(Still):
             self.net[0].weight.lerp_(self.other, 0.1)
 
 
-@pytest.mark.parametrize("kind", [Unfreezing, Averaging])
+class AveragingData(Averaging):
+    """It writes to the data, which no version counts, as a mean teacher does."""
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.net[0].weight.data.lerp_(self.other, 0.1)
+
+
+@pytest.mark.parametrize("kind", [Unfreezing, Averaging, AveragingData])
 def test_weights_that_have_changed_are_saved_at_any_time_whether_they_are_trained_or_not(
     kind: Any, tmp_path: Path
 ) -> None:
@@ -114,16 +118,44 @@ def test_weights_that_have_changed_are_saved_at_any_time_whether_they_are_traine
 
     path, model = tmp_path / "three.ckpt", kind()
     first = model.net[0].weight.detach().clone()
-    fit(model, loader(), RiskMonitor(), Saving(), max_epochs=1)
+    fit(model, loader(), monitor := RiskMonitor(), Saving(), max_epochs=1)
     state = torch.load(path, weights_only=True)["callbacks"][KEY]
     assert torch.equal(state["initial_weights"]["net.0.weight"], first)
+    assert torch.equal(monitor.record.initial_weights(model)["net.0.weight"], first)  # which twins need
+
+
+def is_training_score(epoch: dict[str, float]) -> bool:
+    return epoch["val_risk_criterion"] != epoch["val_risk_estimate"]
+
+
+@pytest.mark.parametrize("is_clean", [True, False])
+def test_whether_noise_is_found_is_decided_by_the_first_full_set_of_samples_and_saved(
+    is_clean: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def looks(*verdicts: bool) -> None:
+        """What labels look like in one validation after the other."""
+        each = iter(verdicts)
+        monkeypatch.setattr("lightning_sensitivity.functional.reference.looks_clean", lambda *args: next(each))
+
+    looks(not is_clean, is_clean)  # the first epoch may have more samples than its first half has shown
+    options = {"max_epochs": 2, "val_check_interval": 2, "num_sanity_val_steps": 0}
+    run = fit(Still(), loader(), monitor := RiskMonitor(), **{**options, "max_epochs": 1})
+    assert [is_training_score(epoch) for epoch in run.epochs] == [not is_clean, is_clean]
+    assert monitor.record.verdicts == {}
+    looks(*[is_clean] * 3)
+    run = fit(Still(), loader(), monitor := RiskMonitor(), **options)
+    run.save_checkpoint(path := tmp_path / "two.ckpt")
+    looks()  # it is not asked again
+    resumed = fit(Still(), loader(50, seed=7), RiskMonitor(), ckpt_path=path, **{**options, "max_epochs": 3})
+    assert {is_training_score(epoch) for epoch in [*run.epochs, *resumed.epochs]} == {is_clean}
+    assert monitor.record.verdicts == {0: is_clean}
 
 
 def test_n_and_w_are_those_of_the_checkpoint_also_if_data_have_grown(tmp_path: Path) -> None:
     path, monitor, model = saved_after(8, tmp_path), RiskMonitor(), Still()
     model.net[0].requires_grad_(True)
     fit(model, loader(200), monitor, ckpt_path=path, max_epochs=3)
-    assert (monitor.fit.num_training, monitor.fit.num_weights) == (50, 68)
+    assert (monitor.record.num_training, monitor.record.num_weights) == (50, 68)
 
 
 @pytest.mark.parametrize("kind", [Still, Raw])
@@ -137,21 +169,13 @@ def test_a_fit_begins_with_the_weights_of_its_start_unless_its_trainer_resumes(k
     run.fit_loop.max_epochs = 2
     run.fit(model, loader(), loader())
     assert_initial(monitor, first)
-    assert [result.epoch for result in monitor.fit.history[0]] == [0, 1]
+    assert [result.epoch for result in monitor.record.history[0]] == [0, 1]
     for module in (model, kind(seed=1)):  # the next of k folds
         weights = copy_weights(module.state_dict())
         fit(module, loader(), monitor, max_epochs=1)
         assert_initial(monitor, weights)
     fit(kind(seed=2), loader(), monitor, max_epochs=2, ckpt_path=path)
     assert_initial(monitor, first)
-
-
-def test_a_validation_has_shown_what_was_logged_and_nothing_of_a_reference_without_weight() -> None:
-    names = "criterion", *RiskTerms._fields, "reference", "reference_weight"
-    values = {f"risk_{name}": torch.tensor(float(place)) for place, name in enumerate(names)}
-    assert ValidationResult.from_values(3, values) == (3, 0, 1, 2 + 3 + 4 + 5, 6)
-    values["risk_reference_weight"] *= 0
-    assert math.isnan(ValidationResult.from_values(3, values).by_reference)
 
 
 def test_given_weights_are_those_from_before_training() -> None:
@@ -200,6 +224,6 @@ def test_a_fit_that_was_preempted_in_a_validation_begins_with_it_and_goes_on(tmp
 
 def test_a_fit_that_is_resumed_within_an_epoch_keeps_the_training_samples_of_the_next(tmp_path: Path) -> None:
     path, sizes, model, monitor = saved_after(3, tmp_path), list[int](), Still(), RiskMonitor()
-    model.on_validation_end = lambda: sizes.append(monitor.fit.training.size)
+    model.on_validation_end = lambda: sizes.append(monitor.kept.samples.size)
     fit(model, loader(), monitor, max_epochs=3, ckpt_path=path)
     assert sizes == [16, 50, 50]  # of the rest of an epoch, and of the next

@@ -1,0 +1,127 @@
+"""What a monitor says: an error before the first training step, and warnings after it."""
+
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
+from torch import Tensor
+
+from lightning_sensitivity.arguments import Refused, link_to
+from lightning_sensitivity.functional.tensors import Diagnosis, may_be_probabilities
+
+_INPUTS = "`inputs=`, such as `inputs=lambda batch: batch['image']`"
+
+
+class Reporter:
+    """Turn a failure into an error before the first training step, and into a warning after it.
+
+    Args:
+        monitor: Name of the monitor's class.
+        prefix: Prefix of what it logs.
+
+    Attributes:
+        before_first_step: Whether a failure is an error.
+    """
+
+    def __init__(self, monitor: str, prefix: str) -> None:
+        self.before_first_step = True
+        self._monitor = monitor
+        self._prefix = prefix
+        self._said: dict[str, float] = {}  # how severe each kind was when it was last said
+        self._num_failures: dict[str, int] = {}
+        self._may_be_probabilities: bool | None = None  # all outputs so far; None if there are none
+
+    def warn(self, entry: str, message: str, severity: float = 1.0, kind: str = "") -> None:
+        """Warn, and again whenever it has become twice as severe.
+
+        Args:
+            entry: The entry of the page on troubleshooting.
+            message: What follows the name of the monitor, as whole sentences.
+            severity: How bad it is, such as a number of samples.
+            kind: What tells this warning from others of the same entry.
+        """
+        if self._is_worse(entry + kind, severity):
+            rank_zero_warn(self._text(entry, message))
+
+    def warn_of(self, diagnoses: Mapping[str, Diagnosis], dataloader_idx: int) -> None:
+        """Warn of what makes the values of a loader doubtful."""
+        for entry, (message, severity) in diagnoses.items():
+            self.warn(entry, f"on dataloader {dataloader_idx}: {message}", severity, kind=str(dataloader_idx))
+
+    def note_outputs(self, outputs: Tensor) -> None:
+        """Note whether outputs may be probabilities, until some are not."""
+        if self._may_be_probabilities is not False:
+            self._may_be_probabilities = may_be_probabilities(outputs)
+
+    def warn_of_probabilities(self) -> None:
+        """Warn if all outputs so far may be probabilities, as those of a small head may before training."""
+        if self._may_be_probabilities:
+            self.warn("arguments", "got outputs that all lie in [0, 1]. If they are not logits, set `outputs=`.")
+
+    @contextmanager
+    def report_failure(self, what: str, consequence: str) -> Iterator[None]:
+        """Turn an exception inside into an error or a warning; see :attr:`before_first_step`.
+
+        Args:
+            what: What failed, such as "could not measure the samples".
+            consequence: A sentence that says what happens to the values.
+        """
+        try:
+            yield
+        except Warning:  # the user, or a test, has made warnings errors
+            raise
+        except Exception as error:
+            if self.before_first_step:
+                raise self._as_error(what, error) from error
+            if is_oom_error(error):
+                traceback.clear_frames(error.__traceback__)  # they hold the tensors of the pass
+                garbage_collection_cuda()
+            count = self._num_failures[what] = self._num_failures.get(what, 0) + 1
+            if self._is_worse(what, count):  # in the process where it happens
+                again = f" It has failed {count} times." if count > 1 else ""  # Python drops equal warnings
+                text = f"{what}: {describe_error(error)} {consequence}{again}"
+                warnings.warn(self._text(_entry_of(error), text), stacklevel=3)
+
+    def _is_worse(self, kind: str, severity: float) -> bool:
+        """Return whether something must be said, and remember how severe it was."""
+        if severity < 2 * self._said.get(kind, 0.0):
+            return False
+        self._said[kind] = severity
+        return True
+
+    def _text(self, entry: str, message: str) -> str:
+        return f"`{self._monitor}` ({self._prefix}*) {message}{link_to(entry)}"
+
+    def _as_error(self, what: str, error: Exception) -> Exception:
+        if is_oom_error(error):
+            return error  # Lightning's batch-size finder needs it
+        reason = describe_error(error)
+        is_clear = isinstance(error, MisconfigurationException) or reason.startswith("Expected")
+        advice = "" if is_clear else f" If `forward` takes other arguments, set {_INPUTS}."
+        entry = error.entry if isinstance(error, Refused) else "arguments"
+        return Refused(f"`{self._monitor}` {what}: {reason}{advice}", entry)
+
+
+def _entry_of(error: Exception) -> str:
+    """Return the entry of the page on troubleshooting for a failure after the first step."""
+    if isinstance(error, Refused):
+        return error.entry
+    return "out-of-memory" if is_oom_error(error) else "failed"
+
+
+def describe_error(error: Exception) -> str:
+    """Describe an exception in a sentence."""
+    if isinstance(error, Refused):
+        return error.reason
+    if isinstance(error, MisconfigurationException):
+        return str(error)
+    reason = str(error).strip().rstrip(".")
+    if isinstance(error, ValueError) and reason:
+        return f"{reason}."
+    if isinstance(error, NotImplementedError) and not reason:
+        reason = "a method that the model needs, such as `forward`, is missing"
+    return f"{type(error).__name__}: {reason}".removesuffix(": ") + "."
