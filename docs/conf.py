@@ -4,7 +4,6 @@ import importlib
 import inspect
 import os
 import re
-import shutil
 from pathlib import Path
 
 import tomllib
@@ -19,7 +18,6 @@ ROOT = Path(__file__).parents[1]
 _urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
 REPOSITORY = _urls["Homepage"]
 FILES = f"{REPOSITORY}/blob/main/"
-NOTEBOOK = "examples/track_generalization.ipynb"
 
 project = "lightning-sensitivity"
 author = "The lightning-sensitivity developers"
@@ -28,7 +26,7 @@ version = release = lightning_sensitivity.__version__
 
 extensions = [
     "matplotlib.sphinxext.plot_directive",
-    "myst_nb",
+    "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.intersphinx",
     "sphinx.ext.linkcode",
@@ -39,7 +37,6 @@ exclude_patterns = ["_build"]
 templates_path = ["_templates"]
 myst_enable_extensions = ["deflist", "dollarmath"]
 myst_heading_anchors = 3
-nb_execution_mode = "off"  # the notebook has its outputs
 
 html_theme = "furo"
 html_title = f"lightning-sensitivity {version}"
@@ -124,7 +121,6 @@ class LinkNames(SphinxTransform):
 def link_to_repository(app: Sphinx, docname: str, source: list[str]) -> None:
     """Turn links to files outside of this folder into links to the repository; on GitHub they work as they are."""
     up = "../" * (docname.count("/") + 1)
-    source[0] = source[0].replace(f"({up}{NOTEBOOK})", f"({up[3:]}notebook.ipynb)")
     source[0] = re.sub(rf"(?<!!)\[([^][]*)\]\({up}(?!\.\.)", rf"[\1]({FILES}", source[0])
 
 
@@ -136,8 +132,7 @@ def move_links(app: Sphinx, path: Path, docname: str, source: list[str]) -> None
 
 
 def setup(app: Sphinx) -> None:
-    """Connect what changes the pages, and fetch the notebook."""
-    shutil.copy(ROOT / NOTEBOOK, Path(app.srcdir) / "notebook.ipynb")
+    """Connect what changes the pages."""
     app.add_transform(LinkNames)
     app.connect("source-read", link_to_repository)
     app.connect("include-read", move_links)

@@ -1,9 +1,10 @@
 """Fine-tuning on noisy labels: a network that knows the digits 0 to 4 learns 5 to 9 from 200 images, 40 % labels wrong.
 
-    python examples/finetuning.py
+    python examples/finetuning.py               # a tenth of them is held out, with its noisy labels
+    python examples/finetuning.py --unlabelled  # trained on all 200, validated on new images without labels
 
-By `features=`, the reference, which `RiskMonitor` compares the network with, sees images through the pretrained
-backbone. See docs/guide/finetuning.md.
+By `features=`, the second opinion, a small model of the training labels, sees images through the pretrained backbone.
+See docs/guide/finetuning.md.
 """
 
 import argparse
@@ -16,11 +17,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, random_split
 
 from lightning_sensitivity import RiskMonitor
 
 parser = argparse.ArgumentParser(description="Fine-tune a small network on noisy labels.")
+parser.add_argument("--unlabelled", action="store_true", help="validate on new images, without labels")
 parser.add_argument("--max-epochs", type=int, default=30)
 parser.add_argument("--seed", type=int, default=0)
 args = parser.parse_args()
@@ -37,8 +39,10 @@ old, x, y = TensorDataset(x[y < 5], y[y < 5]), x[y >= 5], y[y >= 5] - 5
 x_new, y_new = x[200:], y[200:]  # y_new is only for comparison
 is_noisy = torch.rand(200) < 0.4
 y_train = torch.where(is_noisy, y[:200] + torch.randint(1, 5, (200,)), y[:200]) % 5
-train_loader = DataLoader(TensorDataset(x[:200], y_train), batch_size=20, shuffle=True)
-val_loader = DataLoader(TensorDataset(x_new), batch_size=len(x_new))
+labelled = TensorDataset(x[:200], y_train)
+train_set, val_set = (labelled, TensorDataset(x_new)) if args.unlabelled else random_split(labelled, [0.9, 0.1])
+train_loader = DataLoader(train_set, batch_size=20, shuffle=True)
+val_loader = DataLoader(val_set, batch_size=len(x_new))
 
 
 # %% The module: a backbone and a head for five classes
@@ -56,7 +60,8 @@ class Digits(LightningModule):
         return cross_entropy(self(batch[0]), batch[1])
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        pass
+        if not args.unlabelled:
+            self.log("val/loss", cross_entropy(self(batch[0]), batch[1]))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=1e-3)
@@ -80,7 +85,7 @@ model.head = nn.Linear(64, 5)  # for the new classes
 
 # %% What to copy
 pretrained = copy.deepcopy(model.body).requires_grad_(False)
-risk = RiskMonitor(prefix="val/", features=lambda batch: pretrained(batch[0]))
+risk = RiskMonitor(prefix="val/", features=lambda batch: pretrained(batch[0]), validation_labels=not args.unlabelled)
 checkpoint = ModelCheckpoint(monitor="val/risk_criterion", dirpath="runs/finetuning", filename="{epoch}")
 criteria: list[float] = []
 accuracies: list[float] = []

@@ -33,7 +33,7 @@ if __name__ == "__main__":
     from nbclient import NotebookClient
 
     script = Path(sys.argv[1])
-    os.environ["MATPLOTLIBRC"] = str(script.resolve().parents[1])  # it has colours for light and dark pages
+    os.environ["MATPLOTLIBRC"] = str(script.resolve().parents[1] / "docs")  # it has colours for light and dark pages
     made = notebook(script.read_text())
     with tempfile.TemporaryDirectory() as folder:
         NotebookClient(made, resources={"metadata": {"path": folder}}, record_timing=False).execute()

@@ -1,10 +1,9 @@
 # %% [markdown]
-# # Keep the checkpoint from before a network memorizes
+# # Watch a network learn, and then memorize
 #
-# A network is trained on 500 small images (scikit-learn's digits) with 40 % noisy labels. It learns, and then it
-# memorizes. `RiskMonitor` logs a criterion from training labels and unlabelled images, and Lightning's
-# `ModelCheckpoint` keeps the epoch where it is lowest. `SensitivityMonitor` logs how strongly the outputs respond to
-# noise on the inputs. Neither sees a validation label: loss and accuracy are logged only to compare.
+# A network is trained on 500 small images (scikit-learn's digits) with 40 % noisy labels. `SensitivityMonitor` logs
+# output sensitivity, `RiskMonitor` the risk criterion, and Lightning's `ModelCheckpoint` keeps the epoch where the
+# criterion is lowest. Neither sees a validation label: loss and accuracy are logged only to compare.
 #
 #     python examples/track_generalization.py                  # half a minute
 #     python examples/track_generalization.py --patience 13    # stops early
@@ -28,7 +27,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 
-parser = argparse.ArgumentParser(description="Train on digits, and keep the epoch with the lowest criterion.")
+parser = argparse.ArgumentParser(description="Train on digits, and draw loss, sensitivity and criterion.")
 parser.add_argument("--max-epochs", type=int, default=40)
 parser.add_argument("--patience", type=int, default=40, help="default: never stop")
 parser.add_argument("--seed", type=int, default=0)
@@ -91,7 +90,7 @@ class Curves(Callback):
 
 
 # %% [markdown]
-# What to copy: two monitors, and what goes by the criterion. With the prefix `val/`, TensorBoard shows loss, criterion
+# What to copy: two monitors, and what goes by the criterion. TensorBoard shows loss, criterion
 # and sensitivity in one group. Without `default_hp_metric=False` it would show an empty chart, too.
 
 # %%
@@ -111,7 +110,9 @@ trainer = Trainer(
     enable_progress_bar=sys.stdout.isatty(),
     enable_model_summary=False,
 )
-trainer.fit(Digits(), train_loader, val_loader)
+model = Digits()
+(before,) = trainer.validate(model, val_loader, verbose=False)  # sensitivity before training
+trainer.fit(model, train_loader, val_loader)
 
 # %%
 accuracies, criteria = curves["val/accuracy"], curves["val/risk_criterion"]
@@ -124,24 +125,31 @@ for epoch in sorted({*range(0, last, max(1, last // 7)), chosen, best, last}):
     print(f"{epoch:5d}  {row['train/loss']:10.3f}  {row['loss']:8.3f}", end="")
     print(f"  {row['accuracy']:8.3f} | {row['risk_criterion']:9.3f}", end="")
     print(f"  {row['output_sensitivity']:11.2g} ± {row['output_sensitivity_stderr']:.1g}")
-print(f"\nThe criterion is lowest at epoch {chosen}: accuracy {accuracies[chosen]:.3f}.")
+print(f"\nBefore training, sensitivity was {before['val/output_sensitivity']:.2g}.")
+print(f"The criterion is lowest at epoch {chosen}: accuracy {accuracies[chosen]:.3f}.")
 print(f"Accuracy is highest at epoch {best}, {accuracies[best]:.3f}, ", end="")
 print(f"and {accuracies[-1]:.3f} at the last one, epoch {last}.")
 
 # %%
-figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
-left.plot(criteria, color="C1")
-left.set(title="risk criterion, without validation labels", xlabel="epoch")
-right.plot(accuracies, color="C0")
-right.set(title="accuracy on correct labels", xlabel="epoch")
-right.set(xlim=(None, last + 5), ylim=(0.5, 1))
-for axis in (left, right):
-    axis.axvline(chosen, color="C1", linestyle="--", label="lowest criterion")
-    axis.legend(loc="upper center")
-for epoch in (chosen, last):
-    accuracy = accuracies[epoch]
-    right.plot(epoch, accuracy, "o", color="C0")
-    right.annotate(f"{accuracy:.2f}", (epoch + 0.7, accuracy + 0.015))
+plt.rcParams["axes.titlesize"] = "medium"
+figure, (left, middle, right) = plt.subplots(1, 3, figsize=(10, 3), layout="constrained")
+losses, first = curves["val/loss"], before["val/output_sensitivity"]
+left.plot(losses, color="C0")
+left.set(title="validation loss: needs correct labels", ylim=(0, None))
+for epoch, x, side in ((chosen, chosen + 1, "left"), (last, last + 1, "right")):
+    left.plot(epoch, losses[epoch], "o", color="C0", markersize=4)
+    left.annotate(f"accuracy {accuracies[epoch]:.2f}", (x, 0.4), color="C0", ha=side, fontsize="small")
+middle.plot(curves["val/output_sensitivity"], color="C2")
+middle.plot(-1, first, "o", color="C2", markersize=4)
+middle.annotate("before training", (chosen + 1, first), color="C2", va="center", fontsize="small")
+middle.plot([-1, chosen + 0.7], [first, first], color="C2", linewidth=0.5)
+middle.set(title="output sensitivity: needs no labels", yscale="log")
+right.plot(criteria, color="C1")
+right.set(title="risk criterion: needs no validation labels")
+right.annotate(f"lowest at epoch {chosen}", (chosen + 1, max(criteria)), color="C1", va="top", fontsize="small")
+for axis in (left, middle, right):
+    axis.axvline(chosen, color="C7", linestyle="--", linewidth=1)
+    axis.set(xlabel="epoch", xlim=(-3, last + 2))
 if not in_notebook:
     args.figure.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.figure, dpi=150)

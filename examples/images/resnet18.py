@@ -6,7 +6,7 @@
     python examples/images/resnet18.py --data FOLDER       # CIFAR-10, 3 minutes on an idle core
 
 FOLDER holds `cifar10.npz` with x_train and y_train (images uint8, N x 3 x 32 x 32). Nothing is downloaded: with
-`--finetune` the example makes its pretrained weights itself, on the first five classes. See docs/guide/images.md.
+`--finetune` the example makes its pretrained weights itself, on the first five classes. See docs/guide/data.md.
 """
 
 import argparse
@@ -93,7 +93,7 @@ class ResNet(LightningModule):
         return cross_entropy(self(batch[0]), batch[1])  # of class indices, or of soft labels
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        self.log("val_loss", cross_entropy(self(batch[0]), batch[1]))
+        self.log("val/loss", cross_entropy(self(batch[0]), batch[1]))
 
     def configure_optimizers(self) -> Any:
         weights = [weight for weight in self.parameters() if weight.requires_grad]
@@ -110,7 +110,7 @@ class Table(Callback):
         print(f"{len(rows) - 1:5d}  " + "  ".join(f"{number:8.3g}" for number in rows[-1]), flush=True)
 
 
-COLUMNS = ("val_loss", "val_risk_estimate", "val_risk_variance", "val_output_sensitivity")
+COLUMNS = ("val/loss", "val/risk_criterion", "val/risk_variance", "val/output_sensitivity")
 rows: list[list[float]] = []
 
 
@@ -120,10 +120,17 @@ def fit(module: ResNet, data: tuple[DataLoader, DataLoader], num_epochs: int, *c
 
 
 x, y = load()
-print("epoch      loss  estimate  variance  sensitivity")
+print("epoch      loss  criterion  variance  sensitivity")
 if not args.finetune:
     module = ResNet(10, 0.05, NUM_EPOCHS * (NUM_TRAIN // BATCH_SIZE))
-    fit(module, loaders(x, y, NUM_TRAIN, 10), NUM_EPOCHS, RiskMonitor(), SensitivityMonitor(), Table())
+    fit(
+        module,
+        loaders(x, y, NUM_TRAIN, 10),
+        NUM_EPOCHS,
+        RiskMonitor(prefix="val/", validation_labels=True),
+        SensitivityMonitor(prefix="val/"),
+        Table(),
+    )
 else:
     # Pretrained weights, on the first five classes; yours come from elsewhere.
     module = ResNet(5, 0.05, NUM_EPOCHS * (NUM_TRAIN // BATCH_SIZE))
@@ -135,18 +142,26 @@ else:
     # The reference sees the images through the pretrained backbone.
     body = copy.deepcopy(module.net).eval().requires_grad_(False)
     body.fc = nn.Identity()
-    options: dict[str, Any] = {"features": lambda batch: body.to(batch[0].device)(batch[0])}
+    options: dict[str, Any] = {"validation_labels": True}
+    options["features"] = lambda batch: body.to(batch[0].device)(batch[0])
     # First only the head. The fit begins with the pretrained weights, which is what `RiskMonitor` takes by default.
     module.requires_grad_(False).net.fc.requires_grad_()
     module.lr, module.num_steps = 0.02, max(1, NUM_EPOCHS // 4) * len(data[0])
-    fit(module, data, max(1, NUM_EPOCHS // 4), RiskMonitor(**options), SensitivityMonitor(), Table())
+    fit(
+        module,
+        data,
+        max(1, NUM_EPOCHS // 4),
+        RiskMonitor(prefix="val/", **options),
+        SensitivityMonitor(prefix="val/"),
+        Table(),
+    )
     # Then all weights. This fit begins with a trained head, so the weights from before are given.
     module.requires_grad_()
     module.lr, module.num_steps = 0.01, NUM_EPOCHS * len(data[0])
     options["initial_weights"] = pretrained
-    fit(module, data, NUM_EPOCHS, RiskMonitor(**options), SensitivityMonitor(), Table())
+    fit(module, data, NUM_EPOCHS, RiskMonitor(prefix="val/", **options), SensitivityMonitor(prefix="val/"), Table())
 
-losses, estimates = np.array(rows)[:, 0], np.array(rows)[:, COLUMNS.index("val_risk_estimate")]
-chosen, best = int(np.argmin(estimates)), int(np.argmin(losses))
-print(f"The estimate is lowest at epoch {chosen}, with a loss of {losses[chosen]:.3f};")
+losses, criteria = np.array(rows)[:, 0], np.array(rows)[:, 1]
+chosen, best = int(np.argmin(criteria)), int(np.argmin(losses))
+print(f"The criterion is lowest at epoch {chosen}, with a loss of {losses[chosen]:.3f};")
 print(f"the loss is lowest at epoch {best}, {losses[best]:.3f}, and {losses[-1]:.3f} at the end.")

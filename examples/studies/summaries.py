@@ -8,9 +8,10 @@ are fields of `str.format`, filled by `tables.py`.
     NAMES = {"noisy": RUNS.where("is_noisy")}
     BLOCKS = {"in short": "{noisy.count} runs lose {noisy.criterion_accuracy_lost:.1f} points."}
 
-A column stands for its mean. It has `median`, `worst`, `p90` (or any other percentage), `count`, `stderr`, `only` (of a
-single row), and a 95 % bootstrap interval of the mean: `low`, `high`, `bounds` ("low to high") and `interval` ("mean
-[low, high]"). `minus[COLUMN]`, its difference from another column in the same run, has all of these, too.
+A column stands for its mean. It has `percent` (of shares), `median`, `worst`, `p90` (or any other percentage), `count`,
+`stderr`, `only` (of a single row), and a 95 % bootstrap interval of the mean: `low`, `high`, `bounds` ("low to high"),
+`interval` ("mean [low, high]"). `minus[COLUMN]`, its difference from another column in the same run, has all of these,
+too.
 """
 
 from __future__ import annotations
@@ -65,6 +66,11 @@ class Values:
     @property
     def stderr(self) -> Number:
         return Number(self.values.sem())
+
+    @property
+    def percent(self) -> Number:
+        """The mean of shares, in percent."""
+        return Number(100 * self.values.mean())
 
     @property
     def median(self) -> Number:

@@ -5,7 +5,7 @@
 
 The models are built from a small `BertConfig` and `GPT2Config`, and the text lies on disk: docstrings of the installed
 PyTorch, scikit-learn and SciPy. Nothing is downloaded. Token ids can take no noise, so `SensitivityMonitor` adds it to
-what the embeddings return. See docs/guide/text.md.
+what the embeddings return. See docs/guide/data.md.
 """
 
 import argparse
@@ -95,7 +95,7 @@ class Text(LightningModule):
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self.log("val_loss", self(**batch).loss, batch_size=len(batch["labels"]))
+        self.log("val/loss", self(**batch).loss, batch_size=len(batch["labels"]))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=3e-4 if args.task == "sentences" else 3e-3)
@@ -116,29 +116,37 @@ class Curves(Callback):
 # %% What to copy
 if args.task == "sentences":
     at = "model.bert.embeddings"
-    monitors: list[Callback] = [RiskMonitor(), SensitivityMonitor(at=at, per_output=True)]
-    names = ["train_loss", "val_loss", "val_risk_estimate", "val_output_sensitivity"]
-else:  # classes come last, (N, T, K); there is no risk estimate for words
+    monitors: list[Callback] = [
+        RiskMonitor(prefix="val/", validation_labels=True),
+        SensitivityMonitor(prefix="val/", at=at, per_output=True),
+    ]
+    names = ["train_loss", "val/loss", "val/risk_criterion", "val/output_sensitivity"]
+else:  # classes come last, (N, T, K); there is no criterion for words
     at = "model.transformer.wte"
-    monitors = [SensitivityMonitor(at=at, per_output=True, outputs=lambda result: result.logits.movedim(-1, 1))]
-    names = ["train_loss", "val_loss", "val_output_sensitivity"]
+    monitors = [
+        SensitivityMonitor(prefix="val/", at=at, per_output=True, outputs=lambda result: result.logits.movedim(-1, 1))
+    ]
+    names = ["train_loss", "val/loss", "val/output_sensitivity"]
 
 columns: dict[str, list[float]] = {name: [] for name in names}
 samples = [sample for label, package in enumerate(PACKAGES) for sample in sentences(package, label)]
 Random(0).shuffle(samples)
 train = DataLoader(samples[:NUM_TRAIN], 32, shuffle=True, collate_fn=collate)
 val = DataLoader(samples[NUM_TRAIN : 2 * NUM_TRAIN], 125, collate_fn=collate)
-print("epoch  " + "  ".join(f"{name.removeprefix('val_').removeprefix('output_'):>10}" for name in names))
+print(
+    "epoch  "
+    + "  ".join(f"{name.removeprefix('val/').removeprefix('output_').removeprefix('risk_'):>10}" for name in names)
+)
 quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
 Trainer(max_epochs=NUM_EPOCHS, callbacks=[*monitors, Curves()], **quiet).fit(Text(), train, val)
 
-losses = columns["val_loss"]
+losses = columns["val/loss"]
 gaps = [loss - train_loss for loss, train_loss in zip(losses, columns["train_loss"], strict=True)]
 print(
-    f"\nSpearman correlation of sensitivity with the gap: {spearmanr(columns['val_output_sensitivity'], gaps)[0]:.2f}"
+    f"\nSpearman correlation of sensitivity with the gap: {spearmanr(columns['val/output_sensitivity'], gaps)[0]:.2f}"
 )
 best = losses.index(min(losses))
 print(f"The validation loss is lowest at epoch {best}, {losses[best]:.3f}, and {losses[-1]:.3f} at the end.")
-if "val_risk_estimate" in columns:
-    chosen = columns["val_risk_estimate"].index(min(columns["val_risk_estimate"]))
-    print(f"The estimate is lowest at epoch {chosen}, where the validation loss is {losses[chosen]:.3f}.")
+if "val/risk_criterion" in columns:
+    chosen = columns["val/risk_criterion"].index(min(columns["val/risk_criterion"]))
+    print(f"The criterion is lowest at epoch {chosen}, where the validation loss is {losses[chosen]:.3f}.")

@@ -24,7 +24,7 @@ def estimate_noise(predictions: Tensor, labels: Tensor) -> float:
 
     It can't see noise that always turns one class into the same other one, and takes classes that overlap
     for a hard task, not for noise. On few and hard images it may claim noise where there is none. See
-    ``docs/limits.md``. To find *which* labels are wrong, use
+    ``docs/guide/labels.md``. To find *which* labels are wrong, use
     `cleanlab <https://github.com/cleanlab/cleanlab>`_.
 
     Args:
