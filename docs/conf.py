@@ -25,7 +25,6 @@ copyright = author
 version = release = lightning_sensitivity.__version__
 
 extensions = [
-    "matplotlib.sphinxext.plot_directive",
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.intersphinx",
@@ -64,9 +63,6 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
-plot_formats = ["svg"]
-plot_html_show_formats = False
-plot_html_show_source_link = False
 # Types of other packages link to their pages where the site is made. Other builds need no network: names stay plain.
 _packages = {
     "python": "https://docs.python.org/3/",

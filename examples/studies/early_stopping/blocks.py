@@ -332,7 +332,6 @@ such run in ten loses {noisy.criterion_accuracy_lost.p90:.1f} points or more by 
             "**criterion**, unlabelled samples": "criterion",
             "**criterion**, a tenth held out, `validation_labels=True`": "held_out_criterion",
             "a tenth held out, by its score": "held_out_brier",
-            "50 correct labels, by their score": "correct_labels_50",
             "second opinion by itself": "reference",
             "gradient disparity": "gradient_disparity",
             "Label Wave": "label_wave",
@@ -366,8 +365,6 @@ worst loses {noisy.criterion_accuracy_lost.worst:.0f}.
 {disagrees.criterion_accuracy_lost:.1f} points ({disagrees.count} runs), else {agrees.criterion_accuracy_lost:.1f}
 ({agrees.count}). The last epoch loses {disagrees.never_stop_accuracy_lost:.1f} and
 {agrees.never_stop_accuracy_lost:.1f}.
-- **Correct labels**: the criterion loses {correct.criterion_accuracy_lost:.1f} points, the last epoch
-{correct.never_stop_accuracy_lost:.1f}.
 - **A new head on a frozen backbone**: with `features=`, the criterion loses {tuned_head.criterion_accuracy_lost:.1f},
 the last epoch {tuned_head.never_stop_accuracy_lost:.1f}.
 - **Without a reference** (sparse or ragged inputs), noisy runs lose
