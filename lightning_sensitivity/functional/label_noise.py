@@ -17,9 +17,9 @@ def label_noise(features: Tensor, labels: Tensor, task: str = "multiclass") -> f
     call, and compares their labels with its predictions (:func:`estimate_noise`). Columns are prepared by
     :func:`principal_components`, which looks after those of different units.
 
-    **A low number is no proof of correct labels.** Labels that are redrawn at random are found: of 20 % wrong
-    ones about 20 %. People are wrong where a sample looks like another class, and a reference expects that: of
-    CIFAR-10's labels by people with 41 % wrong it finds 8 %. Where it can't learn the task, it knows nothing.
+    **A low number is no proof of correct labels.** Labels that are redrawn at random are found if the reference
+    can learn the task. Where one class is turned into another, it learns that, too, and people are wrong where a
+    sample looks like another class: of CIFAR-10's labels by people with 41 % wrong it finds 4 to 8 %.
 
     Args:
         features: Inputs, such as images or the rows of a table, or what a pretrained network makes of them,
