@@ -55,11 +55,6 @@ class Reference(NamedTuple):
         """Compute how much lower than chance the score is, from 1, if perfect, to 0 or less, if useless."""
         return skill(self.score, self.chance)
 
-    @property
-    def looks_clean(self) -> bool:
-        """Whether no noise is found in the labels; see :func:`looks_clean`."""
-        return looks_clean(self.noise, self.claim, self.score)
-
 
 class ReferenceSums(NamedTuple):
     """Hold sums over the training samples that references know, such as those of all processes.
@@ -100,8 +95,12 @@ class ReferenceSums(NamedTuple):
 
     @property
     def looks_clean(self) -> bool:
-        """Whether no noise is found in the labels; see :func:`looks_clean`."""
-        return looks_clean(self.mean_noise, self.claim, self.score)
+        """Whether no noise is found in the labels.
+
+        It is not enough that few labels look wrong: with correct labels that are difficult for it, a reference is
+        also too cautious, so that its claim is well above its score.
+        """
+        return self.mean_noise < NOISY and self.claim >= _CAUTIOUS * self.score
 
     def weight(self, num_training: int | None) -> float:
         """Compute the weight of the references; see :func:`reference_weight`.
@@ -295,20 +294,6 @@ def reference_weight(score: float, chance: float, claim: float, num_samples: int
     has_skill = _ramp((skill(score, chance) - least_skill(num_samples)) / _SKILL_RANGE)
     is_calibrated = _ramp((_CAUTIOUS - claim / score) / _CAUTION_RANGE) if score > _ROUNDING else 0.0
     return _WEIGHT * has_skill * is_calibrated * min(1.0, num_samples / num_training)
-
-
-def looks_clean(noise: float, claim: float, score: float) -> bool:
-    """Return whether no noise is found in the labels.
-
-    It is not enough that few labels look wrong: with correct labels that are difficult for it, a reference is
-    also too cautious, so that its claim is well above its score.
-
-    Args:
-        noise: The share of labels that look wrong.
-        claim: The score that the reference claims.
-        score: The leave-one-out score of the reference.
-    """
-    return noise < NOISY and claim >= _CAUTIOUS * score
 
 
 def _ramp(value: float) -> float:

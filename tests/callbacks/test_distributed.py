@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDatas
 
 import tests.helpers as helpers
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
+from lightning_sensitivity.functional.reference import ReferenceSums
 from tests.helpers import Linear, Quiet, Stream, brute_force, fitted, inputs, labelled, loader, logged
 from tests.helpers import unlabelled_loader as unlabelled
 
@@ -105,7 +106,7 @@ class Looking(RiskMonitor):
     local: list[bool]
 
     def compute_values(self, trainer: Any, dataloader_idx: int) -> Any:
-        self.local.append(self.kept.references[dataloader_idx].looks_clean)
+        self.local.append(ReferenceSums.of(self.kept.references[dataloader_idx]).looks_clean)
         return super().compute_values(trainer, dataloader_idx)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from lightning_sensitivity import RiskMonitor
+from lightning_sensitivity.functional.reference import ReferenceSums
 from lightning_sensitivity.model.twins import copy_weights
 from tests.callbacks.plain_loop import Plain, fit
 from tests.helpers import loader, said
@@ -135,7 +136,7 @@ def test_whether_noise_is_found_is_decided_by_the_first_full_set_of_samples_and_
     def looks(*verdicts: bool) -> None:
         """What labels look like in one validation after the other."""
         each = iter(verdicts)
-        monkeypatch.setattr("lightning_sensitivity.functional.reference.looks_clean", lambda *args: next(each))
+        monkeypatch.setattr(ReferenceSums, "looks_clean", property(lambda sums: next(each)))
 
     looks(not is_clean, is_clean)  # the first epoch may have more samples than its first half has shown
     options = {"max_epochs": 2, "val_check_interval": 2, "num_sanity_val_steps": 0}
