@@ -369,30 +369,15 @@ worst loses {noisy.criterion_accuracy_lost.worst:.0f}.
 the last epoch {tuned_head.never_stop_accuracy_lost:.1f}.
 - **Without a reference** (sparse or ragged inputs), noisy runs lose
 {noisy.estimate_without_reference_accuracy_lost:.1f} points, with one {noisy.criterion_accuracy_lost:.1f}.""",
-    "labels are noisy": table(
-        "share of wrong labels, by",
-        {
-            label: FOUND_BY[label]
-            for label in (
-                "**the monitor**",
-                "cleanlab, on the reference's predictions",
-                "**the monitor**, on fewer runs",
-                "cleanlab, five networks, best epoch",
-            )
-        },
-        {
-            "runs": "{found[ROW][runs]}",
-            "AUC, noisy or correct": "{found[ROW][auc]:.2f}",
-            "error, points": "{found[ROW][error]:.1f}",
-            "error in noisy runs": "{found[ROW][error_noisy]:.1f}",
-            "found in correct runs, %": "{found[ROW][found_in_correct]:.1f}",
-        },
-    )
-    + """
-
-The last line says that labels look wrong in {noisy_said_wrong.count} of {noisy.count} noisy runs and
-{correct_said_wrong.count} of {correct.count} correct ones, that no noise was found in {noisy_said_clean.count} and
-{correct_said_clean.count}.""",
+    "labels are noisy": """
+On {found[label_noise][runs]} runs, the share of wrong labels is off by {found[label_noise][error]:.1f} points, and
+cleanlab's count on the same predictions by {found[cleanlab_off_diagonal_reference][error]:.1f}. Where all labels are
+correct, it finds {found[label_noise][found_in_correct]:.1f} %, and cleanlab
+{found[cleanlab_off_diagonal_reference][found_in_correct]:.1f} %. On {found[label_noise_of_fewer][runs]} runs, cleanlab
+had five networks, as it should: it was off by {found[cleanlab_off_diagonal_best_epoch][error]:.1f}, and the share by
+{found[label_noise_of_fewer][error]:.1f}. The last line says that labels look wrong in {noisy_said_wrong.count} of
+{noisy.count} noisy runs and {correct_said_wrong.count} of {correct.count} correct ones, that no noise was found in
+{noisy_said_clean.count} and {correct_said_clean.count}.""",
     "labels": table(
         "labels",
         {"as noisy as those of training": "noisy"},
