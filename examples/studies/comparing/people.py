@@ -1,4 +1,4 @@
-"""A body for fine-tuning: convolutions that were trained on five classes of CIFAR-10's test images, which no task uses."""
+"""A body for fine-tuning: convolutions trained on five classes of CIFAR-10's test images, which no task uses."""
 
 from __future__ import annotations
 
