@@ -1,47 +1,55 @@
-"""Compare models on the same samples under the same noise, without labels."""
+"""Rank models without labels: by how often a jury of all of them, and of a reference, disagrees with each."""
 
 import gc
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import move_data_to_device, rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_sensitivity.arguments import Selector, check_argument, check_int, check_selectors
+from lightning_sensitivity.arguments import Selector, check_argument, check_bool
 from lightning_sensitivity.compat import original_module
-from lightning_sensitivity.functional.consensus import consensus_errors, log_probabilities
+from lightning_sensitivity.functional.consensus import as_good_as_first, jury_classes
 from lightning_sensitivity.functional.sensitivity import diagnostics, sensitivity_from_rows, sensitivity_rows
-from lightning_sensitivity.functional.tasks import TASKS
-from lightning_sensitivity.functional.tensors import may_be_probabilities
+from lightning_sensitivity.functional.tasks import TASKS, Task
+from lightning_sensitivity.functional.tensors import may_be_probabilities, num_outputs
 from lightning_sensitivity.model.batches import clone_tensors
-from lightning_sensitivity.model.call import ModelCall, device_of
+from lightning_sensitivity.model.call import device_of
 from lightning_sensitivity.model.isolation import isolated
 from lightning_sensitivity.model.perturbation import Noise, NoiseFunction, check_noise, noisy_outputs, submodule
+from lightning_sensitivity.model.reader import BatchReader
+from lightning_sensitivity.model.reference import fit_to_samples, keep_training_samples
 
 ModelSource = nn.Module | Callable[[], nn.Module]
+LABEL_WEIGHT = 100  # the number of validation labels that count as much as the jury
 
 
 class ModelScores(NamedTuple):
-    """Hold the scores of one model; nan where a score is not known.
+    """Hold the scores of one model.
 
     Attributes:
+        rank: Its place; 1 is the best.
         name: The name that the user gave it.
-        consensus_error: Expected share of wrong predictions, if labels were drawn from the joint prediction
-            of all models; see :func:`~lightning_sensitivity.functional.consensus.consensus_errors`.
-        sensitivity: S, in squared units of the outputs.
+        disagreement: The share of samples for which the jury predicts another class. It ranks models, and is no
+            error rate. With validation labels, it is combined with the error on these.
+        may_be_best: Whether the samples are too few to tell it from the first model: the 95 % interval of their
+            difference, by a paired bootstrap over samples, holds 0.
+        sensitivity: S, in squared units of the outputs; nan with ``noise=None``.
         sensitivity_stderr: Its standard error, over samples and noise.
-        note: Why it failed, that it is undecided, or why there is no consensus.
     """
 
+    rank: int
     name: str
-    consensus_error: float = math.nan
-    sensitivity: float = math.nan
-    sensitivity_stderr: float = math.nan
-    note: str = ""
+    disagreement: float
+    may_be_best: bool
+    sensitivity: float
+    sensitivity_stderr: float
 
 
 class Comparison(list[ModelScores]):
@@ -49,173 +57,223 @@ class Comparison(list[ModelScores]):
 
     def __repr__(self) -> str:
         """Lay out the table."""
-        rows = [[x if isinstance(x, str) else f"{x:.3g}" for x in model] for model in self]
+        rows = [[f"{x:.3g}" if isinstance(x, float) else str(x) for x in model] for model in self]
         lines = [ModelScores._fields, *rows]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
-Measured = tuple[ModelScores, Tensor]  # with log-probabilities (N, decisions, classes), or none of them
-
-
 @dataclass(frozen=True)
 class _Measurer:
-    """Measure models on the same batches under the same noise; see :func:`compare_models`."""
+    """Read the same batches for one model after another; see :func:`compare_models`."""
 
     batches: Sequence[object]
-    noise: NoiseFunction
+    task: Task
+    reader: BatchReader
+    noise: NoiseFunction | None
     at: str | None
-    num_draws: int
-    seed: int
-    task: str | None
-    inputs: Selector | None
-    outputs: Selector | None
 
-    def measure_all(self, models: Mapping[str, ModelSource]) -> tuple[list[Measured], list[ModelScores]]:
-        """Measure one model after another; those that fail get a note."""
-        measured: list[Measured] = []
-        failed: list[ModelScores] = []
-        for name, source in models.items():
-            try:
-                measured.append(self._measure(name, source))
-            except Exception as failure:
-                # The user's own filters make an exception of a warning.
-                if isinstance(failure, Warning) or len(failed) == len(models) - 1:
-                    raise
-                failed.append(ModelScores(name, note=f"failed: {type(failure).__name__}: {failure}"))
-            gc.collect()  # modules contain reference cycles, and the next model needs their memory
-        return measured, failed
-
-    def _measure(self, name: str, source: ModelSource) -> Measured:
-        """Measure a model on all samples, batch by batch."""
-        model = source if isinstance(source, nn.Module) else source()
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"Expected a function that makes a module, but it made {type(model).__name__}.")
-        parts = [self._measure_batch(model, index, batch) for index, batch in enumerate(self.batches)]
-        return _score(name, *map(torch.cat, zip(*parts, strict=True)))
-
-    def _measure_batch(self, model: nn.Module, batch_idx: int, batch: object) -> tuple[Tensor, Tensor]:
-        """Run a model on a batch, clean and with noise.
+    def measure_all(
+        self, models: Mapping[str, ModelSource], training: Iterable[object] | None, validation_labels: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Measure one model after another.
 
         Returns:
-            The rows of sensitivity; and the log-probabilities ``(N, decisions, classes)``, empty without a task
-            or with several positions in a sample.
+            What each loses on each sample, ``(M, N)``; and their rows of sensitivity.
         """
+        p: dict[str, Tensor] = {}
+        rows: dict[str, Tensor] = {}
+        reference, share_known, labels = None, 1.0, None
+        for name, source in models.items():
+            with _explained(f"Model {name!r} can't be compared"):
+                model = source if isinstance(source, nn.Module) else source()
+                check_argument("models", model, isinstance(model, nn.Module), "modules, or functions that return one")
+                p[name], rows[name] = self.measure(model)
+            if len(p) == 1 and training is not None:
+                with _explained("`training` gives no reference (set `features=`, or leave it out)"):
+                    reference, share_known = self.fit_reference(model, training, p[name].shape[1])
+            if len(p) == 1 and validation_labels:
+                labels = self.read_labels(model, p[name].shape[1])
+            del model
+            gc.collect()  # modules contain reference cycles, and the next model needs their memory
+        sizes = {name: each.shape[1] for name, each in p.items()}
+        check_argument("models", sizes, len({*sizes.values()}) == 1, "models with the same number of outputs")
+        decisions = self.task.decisions(torch.stack(list(p.values())))
+        jury = jury_classes(decisions, None if reference is None else self.task.decisions(reference), share_known)
+        losses = (decisions.argmax(-1) != jury).double().mean(-1)
+        return losses if labels is None else self.combine_with_labels(losses, decisions.argmax(-1), *labels), rows
+
+    def combine_with_labels(self, losses: Tensor, classes: Tensor, y: Tensor, counts: Tensor) -> Tensor:
+        """Combine what models lose on each sample, ``(M, N)``, with errors on labels; see :meth:`read_labels`."""
+        num_labels = counts.sum()
+        errors = (classes != self.task.decisions(y).argmax(-1)).double().mean(-1) * counts
+        errors *= len(counts) / num_labels  # so that their mean over all samples is that over labelled ones
+        return (num_labels * errors + LABEL_WEIGHT * losses) / (num_labels + LABEL_WEIGHT)
+
+    def measure(self, model: nn.Module) -> tuple[Tensor, Tensor]:
+        """Compute the probabilities of a model, ``(N, K)``, and its rows of sensitivity, none without noise."""
+        parts = [self._measure_batch(model, index, batch) for index, batch in enumerate(self.batches)]
+        outputs, rows = map(torch.cat, zip(*parts, strict=True))
+        _check_outputs(outputs, self.task)
+        return self.task.probabilities(outputs).flatten(1), rows
+
+    def _measure_batch(self, model: nn.Module, index: int, batch: object) -> tuple[Tensor, Tensor]:
+        """Return the outputs for a batch, and the rows of sensitivity."""
+        call = self.reader.call(model, _move_batch(model, batch))
         with isolated(model) as run:
-            call = ModelCall(model, _move_batch(model, clone_tensors(batch)), self.inputs, self.outputs)
-            clean: Tensor = run(call)
-            at = None if self.at is None else submodule(model, self.at)
-            key = (self.seed, 0, 0, batch_idx)  # rank and loader are 0
-            noisy = noisy_outputs(run, call, self.noise, key, self.num_draws, at)
-            rows = sensitivity_rows(clean, noisy).cpu()
-        if self.task is None:
-            return rows, torch.zeros(0, 1, 1)
-        log_p = log_probabilities(clean, self.task)
-        if batch_idx == 0 and may_be_probabilities(clean):
-            rank_zero_warn("All outputs of a model lie in [0, 1]. If they are not logits, set `outputs=`.")
-        num_samples = len(log_p) if log_p.shape[3] == 1 else 0
-        return rows, log_p[:num_samples, ..., 0].float().cpu()
+            outputs: Tensor = run(call)
+            rows = torch.zeros(0, 5, dtype=torch.float64)
+            if self.noise is not None:
+                at = None if self.at is None else submodule(model, self.at)
+                noisy = noisy_outputs(run, call, self.noise, (0, 0, 0, index), 1, at)  # always the same noise
+                rows = sensitivity_rows(outputs, noisy).cpu()
+        return outputs.cpu(), rows
+
+    def fit_reference(self, model: nn.Module, training: Iterable[object], num_classes: int) -> tuple[Tensor, float]:
+        """Fit a reference to training batches, which are read as for a model.
+
+        Returns:
+            Its probabilities, ``(N, K)``, and the share of the training samples that it knows.
+        """
+        moved = (_move_batch(model, batch) for batch in training)
+        kept, num_training = keep_training_samples(self.reader, model, moved, (num_classes,))
+        check_argument("training", f"{num_training} labels", num_training > 0, "batches with labels")
+        unseen = [self.reader.keep(model, _move_batch(model, batch), i) for i, batch in enumerate(self.batches)]
+        reference = fit_to_samples(kept, unseen, num_classes, self.task)
+        return reference.predictions, reference.num_samples / num_training
+
+    def read_labels(self, model: nn.Module, num_classes: int) -> tuple[Tensor, Tensor]:
+        """Read validation labels: their probabilities, ``(N, K)``, and 1 for those that count, ``(N,)``."""
+        moved = (_move_batch(model, batch) for batch in self.batches)
+        labels = torch.cat([self.reader.labels(model, batch, (num_classes,)) for batch in moved])
+        y, counts = self.task.target_probabilities(torch.zeros(len(labels), num_classes), labels)
+        check_argument("validation_labels", True, bool(counts.any()), "False, since all labels are -100")
+        return y, counts
 
 
 def compare_models(
     models: Mapping[str, ModelSource],
     dataloader: Iterable[object],
     *,
-    noise: Noise = 0.1,
+    training: Iterable[object] | None = None,
+    targets: Selector | None = None,
+    features: Selector | None = None,
+    validation_labels: bool = False,
+    noise: Noise | None = 0.1,
     at: str | None = None,
-    num_draws: int = 1,
-    seed: int = 0,
-    task: str | None = "multiclass",
+    task: str = "multiclass",
     inputs: Selector | None = None,
     outputs: Selector | None = None,
 ) -> Comparison:
-    r"""Compare how well models generalize, without labels, on the same samples.
+    r"""Rank models that learned the same task, without labels, on the same samples.
 
-    All models get the same noise on the same samples. The result is a list of
-    :class:`~lightning_sensitivity.ModelScores`, sorted by ``consensus_error``, or by ``sensitivity`` if there
-    is none: a consensus needs a ``task``, one prediction per sample, and three models or more that have
-    learned something and predict the same classes. Models that fail come last, with a note that says why. See
-    ``examples/studies/comparing`` for what the scores are worth. Output sensitivity is defined as by
-    Forouzesh, Salehi and Thiran (ICPR 2020, arXiv:2007.15378).
+    The models vote on the class of each sample. With ``training``, a reference has a seat in this jury: a small
+    model of the training labels, which may be noisy, as that of :class:`~lightning_sensitivity.RiskMonitor`. A
+    model is the better, the less often the jury disagrees with it; see
+    :func:`~lightning_sensitivity.functional.consensus.jury_classes`, and ``examples/studies/comparing`` for what
+    it is worth. Output sensitivity, as defined by Forouzesh, Salehi and Thiran (ICPR 2020, arXiv:2007.15378),
+    is listed, but does not rank.
 
     Args:
-        models: A dict of names and models. Each model is a module, which is left as it was, or a function
-            that returns one, such as ``lambda: Classifier.load_from_checkpoint(path)``. With functions, only
-            one model is in memory at a time. Each model runs on its own device.
-        dataloader: Batches, with or without labels, all kept in memory: a few thousand samples are enough.
+        models: A dict of names and models, two or more, and three or more without ``training``. Each model is a
+            module, which is left as it was, or a function that returns one, such as
+            ``partial(Classifier.load_from_checkpoint, path)``, which is called once; then only one model is in
+            memory at a time. Each runs on its own device.
+        dataloader: Batches, with or without labels, all kept in memory: about a thousand samples are enough.
+        training: The batches that the models were trained on, with labels. All are read once; up to 1,000
+            samples are kept.
+        targets: A function ``batch -> labels``; by default :func:`~lightning_sensitivity.model.select_targets`.
+        features: A function ``batch -> (N, D)`` for the reference, such as a pretrained encoder.
+        validation_labels: Combine the rank with the error on the labels of ``dataloader``, which may be noisy:
+            with m labels, it is the mean of the error, with weight m, and of the disagreement, with weight 100.
         noise: σ of Gaussian noise in the units of the models' inputs, one number or one per channel, or a
-            function ``(x, generator) -> x'``.
+            function ``(x, generator) -> x'``, the same for all models; None for no sensitivity.
         at: Name of a submodule that all models have; its output is perturbed instead of the input.
-        num_draws: Noise draws per sample.
-        seed: Seed of the noise.
-        task: The kind of classification: ``"multiclass"``, ``"binary"``, ``"multilabel"``; None for
-            sensitivity only.
-        inputs: A function ``batch -> arguments``; by default see
-            :class:`~lightning_sensitivity.model.ModelCall`.
-        outputs: A function ``result -> logits``; by default
-            :func:`~lightning_sensitivity.model.select_outputs`.
+        task: The kind of classification: ``"multiclass"``, ``"binary"`` or ``"multilabel"``.
+        inputs: A function ``batch -> arguments``; by default see :class:`~lightning_sensitivity.model.ModelCall`.
+        outputs: A function ``result -> logits``; by default :func:`~lightning_sensitivity.model.select_outputs`.
+
+    Returns:
+        A list of :class:`~lightning_sensitivity.ModelScores`, the best one first.
 
     Raises:
-        MisconfigurationException: If an argument is invalid.
-        Exception: If all models fail, what the last one raised.
+        MisconfigurationException: If an argument is invalid, or a model fails, which is named.
 
     Example:
         >>> import torch
         >>> from lightning_sensitivity import compare_models
         >>> _ = torch.manual_seed(0)
-        >>> models = {"wide": torch.nn.Linear(20, 10), "small": torch.nn.Linear(20, 10)}
-        >>> _ = torch.nn.init.normal_(models["small"].weight, std=0.01)
-        >>> loader = torch.utils.data.DataLoader(torch.rand(500, 20), batch_size=100)
-        >>> [model.name for model in compare_models(models, loader, noise=0.1)]
-        ['small', 'wide']
+        >>> x, teacher = torch.randn(300, 5), torch.nn.Linear(5, 3)
+        >>> train_loader = [(x[:200], teacher(x[:200]).argmax(1))]
+        >>> models = {"good": teacher, "random": torch.nn.Linear(5, 3)}
+        >>> [model.name for model in compare_models(models, [x[200:]], training=train_loader)]
+        ['good', 'random']
     """
-    is_dict = isinstance(models, Mapping) and len(models) > 0
-    valid = is_dict and all(isinstance(name, str) and callable(model) for name, model in models.items())
-    check_argument("models", models, valid, "a dict of names (str) and models, or functions that make them")
-    check_argument("task", task, task in (*TASKS, None), f"one of {', '.join(map(repr, TASKS))}, or None")
+    _check_models(models, training)
+    check_argument("training", training, isinstance(training, Iterable | None), "an iterable of batches, or None")
+    check_argument("dataloader", dataloader, isinstance(dataloader, Iterable), "an iterable of batches")
+    check_argument("task", task, task in TASKS, f"one of {', '.join(map(repr, TASKS))}")
     check_argument("at", at, isinstance(at, str | None), "a submodule's name or None")
-    check_int("num_draws", num_draws, 1)
-    check_int("seed", seed, 0)
-    check_selectors(inputs=inputs, outputs=outputs)
-    function, batches = check_noise(noise), list(dataloader)
-    check_argument("dataloader", dataloader, len(batches) > 0, "an iterable of batches")
-    measurer = _Measurer(batches, function, at, num_draws, seed, task, inputs, outputs)
-    measured, failed = measurer.measure_all(models)
-    return Comparison(_judge(measured) + failed)
+    check_bool("validation_labels", validation_labels)
+    reader = BatchReader(inputs=inputs, outputs=outputs, targets=targets, features=features, task=TASKS[task])
+    batches = list(dataloader)
+    check_argument("dataloader", batches, len(batches) > 0, "an iterable of batches")
+    measurer = _Measurer(batches, TASKS[task], reader, None if noise is None else check_noise(noise), at)
+    return _rank(*measurer.measure_all(models, training, validation_labels))
 
 
-def _judge(measured: Sequence[Measured]) -> list[ModelScores]:
-    """Judge models by the consensus of those that are decided, and sort them."""
-    predictions = {scores.name: log_p for scores, log_p in measured if len(log_p)}
-    voters = [scores.name for scores, log_p in measured if len(log_p) and not scores.note]
-    errors = consensus_errors(predictions, voters)
-    note = "" if errors or not predictions else "no consensus: it needs three models of the same classes"
-    judged = [
-        scores._replace(consensus_error=errors.get(scores.name, math.nan), note=scores.note or note)
-        for scores, _ in measured
-    ]
-    return sorted(judged, key=lambda scores: (errors.get(scores.name, math.inf), scores.sensitivity))
+def _rank(losses: Tensor, rows: Mapping[str, Tensor]) -> Comparison:
+    """Sort models by their mean loss."""
+    names, order = list(rows), losses.mean(1).argsort(stable=True)
+    may_be_best = as_good_as_first(losses[order])
+    found = Comparison()
+    for place, index in enumerate(order.tolist()):
+        estimate = sensitivity_from_rows(rows[names[index]])
+        for message, _ in diagnostics(estimate).values():
+            rank_zero_warn(f"Model {names[index]!r}: {message}")
+        scores = float(losses[index].mean()), bool(may_be_best[place]), float(estimate.value), float(estimate.stderr)
+        found.append(ModelScores(place + 1, names[index], *scores))
+    return found
 
 
-def _score(name: str, rows: Tensor, log_p: Tensor) -> Measured:
-    """Score a model by what its batches gave; see :meth:`_Measurer._measure_batch`."""
-    estimate = sensitivity_from_rows(rows)
-    if estimate.num_samples < max(2, len(rows)):
-        got = f"{int(estimate.num_samples)} of {len(rows)}"
-        raise ValueError(f"Expected two samples or more, all finite; got {got}.")
-    for message, _ in diagnostics(estimate).values():
-        rank_zero_warn(f"Model {name!r}: {message}")
-    entropy = torch.special.entr(log_p.exp()).sum(2).mean()
-    note = "undecided (untrained?)" if entropy > 0.95 * math.log(log_p.shape[2]) else ""
-    scores = ModelScores(name, math.nan, float(estimate.value), float(estimate.stderr), note)
-    return scores, log_p if len(log_p) == len(rows) else log_p[:0]
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Say in an exception what failed."""
+    try:
+        yield
+    except Warning:  # the user's own filters make an exception of it
+        raise
+    except Exception as error:
+        reason = str(error) if isinstance(error, MisconfigurationException) else f"{type(error).__name__}: {error}"
+        raise MisconfigurationException(f"{what}: {reason}") from error
 
 
-def _move_batch(model: nn.Module, batch: Any) -> Any:
-    """Move a batch to the device of a model; the hooks of a LightningModule may also transform it."""
-    device, module = device_of(model), original_module(model)
+def _check_models(models: Mapping[str, ModelSource], training: Iterable[object] | None) -> None:
+    """Refuse what is no dict of models, or too few of them."""
+    valid = isinstance(models, Mapping) and all(isinstance(name, str) and callable(models[name]) for name in models)
+    example = "such as `partial(Classifier.load_from_checkpoint, path)`"
+    check_argument("models", models, valid, f"a dict of names and models, or functions that return one, {example}")
+    fewest = 3 if training is None else 2
+    expected = f"{fewest} models or more" + ", or 2 with `training=`" * (training is None)
+    check_argument("models", list(models), len(models) >= fewest, expected)
+
+
+def _check_outputs(outputs: Tensor, task: Task) -> None:
+    """Refuse outputs that do not say which classes a sample has."""
+    fits = (num_outputs(outputs) == 1) == task.has_one_output and math.prod(outputs.shape[2:]) == 1
+    expected = "one logit" if task.has_one_output else "a logit of each class"
+    check_argument("outputs", tuple(outputs.shape), fits, f"{expected} for each sample (`task={task.name!r}`)")
+    check_argument("outputs", "numbers from 0 to 1", not may_be_probabilities(outputs), "logits")
+    num_failed = int((~outputs.flatten(1).isfinite().all(1)).sum())
+    check_argument("outputs", f"nan or inf for {num_failed} samples", num_failed == 0, "finite")
+
+
+def _move_batch(model: nn.Module, batch: object) -> Any:
+    """Copy a batch, and move it to the device of a model; the hooks of a LightningModule may also transform it."""
+    device, module, batch = device_of(model), original_module(model), clone_tensors(batch)
     if not isinstance(module, LightningModule):
         return move_data_to_device(batch, device)
-    batch = module.on_before_batch_transfer(batch, 0)
-    batch = module.transfer_batch_to_device(batch, device, 0)
-    return module.on_after_batch_transfer(batch, 0)
+    with isolated(model):  # a hook may draw random numbers
+        batch = module.on_before_batch_transfer(batch, 0)
+        batch = module.transfer_batch_to_device(batch, device, 0)
+        return module.on_after_batch_transfer(batch, 0)

@@ -66,7 +66,7 @@ def count_labelled_samples(trainer: Trainer, kept: KeptSamples, num_training: in
     Returns:
         The number, 1 or more; None if no process has kept any samples.
     """
-    counts = torch.tensor([count_labels(kept.batches), kept.size], dtype=torch.float32)
+    counts = torch.tensor([count_labels(batch.labels for batch in kept.batches), kept.size], dtype=torch.float32)
     counts = counts.to(trainer.strategy.root_device)
     num_labelled, num_kept = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
     if num_kept == 0:

@@ -1,92 +1,93 @@
-"""Compare the predictions of models with what all of them predict together."""
+"""A jury of models, in which a reference has a seat: what it predicts, and who differs from it."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from lightning_sensitivity.functional.tensors import are_probabilities, by_position, wide_dtype
+_SURE = 0.995  # no reference is more certain
+_NEARLY_CHANCE = 1.2  # times chance: none is less certain
+_NUM_RESAMPLES = 2000
 
 
-def log_probabilities(clean: Tensor, task: str) -> Tensor:
-    """Turn logits into log-probabilities ``(N, decisions, classes, positions)``: one decision or K."""
-    if task == "multiclass" and (are_probabilities(clean) or by_position(clean).shape[1] == 1):
-        raise ValueError("Expected logits of classes, got probabilities or one output (`task='binary'`).")
-    logits = by_position(clean).to(wide_dtype(clean.device))
-    if task == "multiclass":
-        return logits.log_softmax(1)[:, None]
-    return torch.stack([torch.zeros_like(logits), logits], 2).log_softmax(2)
+def sharpened(reference: Tensor, probabilities: Tensor) -> Tensor:
+    """Make a reference as certain as the models agree with it.
 
-
-def _expected_errors(log_p: Tensor, labels: Tensor) -> Tensor:
-    """Compute the share of wrong decisions of each sample, if labels have the given probabilities."""
-    return 1 - labels.gather(2, log_p.argmax(2, keepdim=True)).squeeze(2).mean(1)
-
-
-def consensus_errors(log_probabilities: Mapping[str, Tensor], voters: Iterable[str]) -> dict[str, float]:
-    r"""Compute the expected error of each model if labels were drawn from the joint prediction of all models.
-
-    The joint prediction is the product of the votes of :func:`calibrated_votes`:
-
-    .. math::
-        q \propto \prod_j v_j, \qquad E_i = 1 - \operatorname{mean} q(\arg\max_k p_{ik})
-
-    The errors rank models. They are usually too low, since models agree on many of their mistakes. If one
-    training set or one architecture misleads most models, the joint prediction is misled, too.
+    Its probabilities are raised to one power and normalized, such that their mean largest one is the share of
+    models that predict the same class as the reference.
 
     Args:
-        log_probabilities: For each model, for the same samples, ``(N, decisions, classes)``.
-        voters: The models that vote.
+        reference: Probabilities of the reference, ``(..., K)``.
+        probabilities: Those of M models for the same samples, ``(M, ..., K)``.
 
     Returns:
-        Shares of wrong predictions; empty if fewer than three models vote or the numbers of classes differ.
+        The new probabilities, ``(..., K)``.
+    """
+    agreement = float((probabilities.argmax(-1) == reference.argmax(-1)).double().mean())
+    wanted = min(max(agreement, _NEARLY_CHANCE / reference.shape[-1]), _SURE)
+    log_r = reference.double().clamp(min=1e-12).log()
+    low, high = 0.05, 20.0
+    for _ in range(20):
+        power = math.sqrt(low * high)
+        is_unsure = float((power * log_r).softmax(-1).amax(-1).mean()) < wanted
+        low, high = (power, high) if is_unsure else (low, power)
+    return (math.sqrt(low * high) * log_r).softmax(-1)
+
+
+def jury_classes(probabilities: Tensor, reference: Tensor | None = None, share_known: float = 1.0) -> Tensor:
+    r"""Let models and a reference vote on the class of each sample.
+
+    .. math::
+        \arg\max_k \Big[\sum_j p_{jk} + \frac{M}{2} \min\Big(1, \frac{m}{n}\Big)\, r_k\Big]
+
+    p are the probabilities of M models, and r those of the reference, :func:`sharpened`. The form was chosen
+    on random tasks; see ``examples/studies/comparing``.
+
+    Args:
+        probabilities: p, for the same samples, ``(M, ..., K)``.
+        reference: The probabilities of the reference, ``(..., K)``; None for a jury of the models alone.
+        share_known: m / n, the share of the training samples that the reference knows.
+
+    Returns:
+        Class indices, ``(...)``.
 
     Example:
         >>> import torch
-        >>> from lightning_sensitivity.functional.consensus import consensus_errors
-        >>> first = torch.tensor([[[0.9, 0.1]], [[0.3, 0.7]], [[0.6, 0.4]]]).log()
-        >>> other = torch.tensor([[[0.8, 0.2]], [[0.4, 0.6]], [[0.4, 0.6]]]).log()
-        >>> models = {"first": first, "second": first, "other": other}
-        >>> {name: round(error, 2) for name, error in consensus_errors(models, models).items()}
-        {'first': 0.09, 'second': 0.09, 'other': 0.26}
+        >>> from lightning_sensitivity.functional.consensus import jury_classes
+        >>> models = torch.tensor([[[0.9, 0.1], [0.52, 0.48]], [[0.8, 0.2], [0.52, 0.48]]])
+        >>> reference = torch.tensor([[0.9, 0.1], [0.1, 0.9]])
+        >>> jury_classes(models), jury_classes(models, reference)
+        (tensor([0, 0]), tensor([0, 1]))
     """
-    voting = [log_probabilities[name].double() for name in voters]
-    shapes = {log_p.shape for log_p in log_probabilities.values()}
-    if len(voting) < 3 or len(shapes) > 1:  # of two, each would be judged only by the other
-        return {}
-    joint = torch.stack(calibrated_votes(voting)).sum(0).softmax(2)
-    return {name: float(_expected_errors(log_p, joint).mean()) for name, log_p in log_probabilities.items()}
+    votes = probabilities.sum(0, dtype=torch.float64)
+    if reference is not None:
+        votes += len(probabilities) / 2 * min(1.0, share_known) * sharpened(reference, probabilities)
+    classes: Tensor = votes.argmax(-1)
+    return classes
 
 
-def calibrated_votes(log_probabilities: Sequence[Tensor]) -> list[Tensor]:
-    r"""Make each model as confident as the others agree with it, so that none gains by its confidence.
-
-    :math:`v_j \propto p_j^{b_j}`, with :math:`b_j` such that the mean of :math:`\max_k v_{jk}` is the share
-    of the other models that predict the same class.
+def as_good_as_first(losses: Tensor) -> Tensor:
+    """Find the models that a paired bootstrap over samples can't tell apart from the first one.
 
     Args:
-        log_probabilities: For each model, for the same samples, ``(N, decisions, classes)``.
+        losses: What each model loses on each sample, ``(M, N)``.
 
     Returns:
-        The logarithms of the votes.
+        For each model, whether the 95 % interval of its mean difference from the first one holds 0, ``(M,)``.
+        The random numbers are the same in every call.
+
+    Example:
+        >>> import torch
+        >>> from lightning_sensitivity.functional.consensus import as_good_as_first
+        >>> as_good_as_first(torch.tensor([[0.0, 1, 0, 0], [0, 0, 1, 0], [1, 2, 1, 1]]))
+        tensor([ True,  True, False])
     """
-    predicted = torch.stack([log_p.argmax(2) for log_p in log_probabilities])
-    votes = []
-    for log_p, own in zip(log_probabilities, predicted, strict=True):
-        num_agreeing = (predicted == own).sum(0) - 1
-        agreement = float(num_agreeing.double().mean()) / (len(predicted) - 1)
-        confidence = min(max(agreement, 1.2 / log_p.shape[2]), 0.995)  # above chance, below certainty
-        vote = _with_confidence(log_p, confidence)
-        votes.append(vote.clamp(min=math.log(1e-12)))  # no vote rules out a class
-    return votes
-
-
-def _with_confidence(log_p: Tensor, confidence: float) -> Tensor:
-    """Sharpen or flatten predictions, by bisection, until their mean largest probability is as given."""
-    low, high = 0.05, 20.0
-    for _ in range(20):
-        scale = math.sqrt(low * high)
-        is_unsure = float((scale * log_p).softmax(2).amax(2).mean()) < confidence
-        low, high = (scale, high) if is_unsure else (low, scale)
-    return (math.sqrt(low * high) * log_p).log_softmax(2)
+    differences = losses.double() - losses[0].double()
+    generator = torch.Generator().manual_seed(0)
+    means = []
+    for _ in range(_NUM_RESAMPLES):
+        chosen = torch.randint(losses.shape[1], losses.shape[1:], generator=generator)
+        means.append(differences[:, chosen].mean(1))
+    low, high = torch.stack(means).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
+    holds_zero: Tensor = (low <= 0) & (high >= 0)
+    return holds_zero

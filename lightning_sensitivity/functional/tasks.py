@@ -21,6 +21,7 @@ class Multiclass:
     name = "multiclass"
     max_score = 2.0  # the largest possible Brier score
     sums_to_one = True  # probabilities and labels of a sample
+    has_one_output = False
     has_label_noise = True  # a share of wrong labels that can be estimated
 
     def probabilities(self, outputs: Tensor) -> Tensor:
@@ -99,6 +100,10 @@ class Multiclass:
         """Turn probabilities ``(N, K)`` into vectors whose squared distance is the Brier score."""
         return p
 
+    def decisions(self, p: Tensor) -> Tensor:
+        """Turn probabilities ``(..., K)`` into those of one decision among K classes, ``(..., 1, K)``."""
+        return p[..., None, :]
+
     def clip(self, p: Tensor) -> Tensor:
         """Turn numbers ``(N, K)`` near probabilities into probabilities."""
         p = p.clamp(_SMALLEST, 1)
@@ -111,6 +116,7 @@ class Multilabel:
     name = "multilabel"
     max_score = 1.0
     sums_to_one = False
+    has_one_output = False
     has_label_noise = False
 
     def probabilities(self, outputs: Tensor) -> Tensor:
@@ -145,6 +151,10 @@ class Multilabel:
         """Turn probabilities ``(N, K)`` into vectors whose squared distance is the Brier score."""
         return torch.cat([p, 1 - p], dim=1) / math.sqrt(2 * p.shape[1])
 
+    def decisions(self, p: Tensor) -> Tensor:
+        """Turn probabilities ``(..., K)`` into those of K decisions between no and yes, ``(..., K, 2)``."""
+        return torch.stack([1 - p, p], -1)
+
     def clip(self, p: Tensor) -> Tensor:
         """Turn numbers ``(N, K)`` near probabilities into probabilities."""
         return p.clamp(0, 1)
@@ -154,6 +164,7 @@ class Binary(Multilabel):
     """One output is the logit of class 1."""
 
     name = "binary"
+    has_one_output = True
     has_label_noise = True
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:

@@ -12,7 +12,7 @@ from lightning_sensitivity.functional.tasks import Task
 from lightning_sensitivity.model.batches import tensors_in
 from lightning_sensitivity.model.call import TARGET_NAMES, ModelCall
 from lightning_sensitivity.model.reader import BatchReader
-from lightning_sensitivity.model.samples import KeptBatch, KeptSamples
+from lightning_sensitivity.model.samples import KeptBatch, KeptSamples, count_labels
 
 NUM_TRAINING = 1000  # samples that a reference learns from, over all processes
 _NO_TOKENS = ("position_ids", "token_type_ids")  # names in transformers, as is the next one
@@ -20,26 +20,34 @@ _MASK = "attention_mask"  # says where tokens are, not padding
 
 
 def keep_training_samples(
-    reader: BatchReader, model: nn.Module, batches: Iterable[object], num_samples: int = NUM_TRAINING
-) -> list[KeptBatch]:
-    """Keep the first batches with labels that hold enough samples for a reference.
+    reader: BatchReader,
+    model: nn.Module,
+    batches: Iterable[object],
+    output_shape: tuple[int, ...] | None = None,
+    num_samples: int = NUM_TRAINING,
+) -> tuple[list[KeptBatch], int]:
+    """Read all training batches, and keep evenly spaced ones that hold enough samples for a reference.
 
     Args:
         reader: Reads batches, and their labels.
         model: A model that can be called on them.
         batches: The batches, on the model's device.
+        output_shape: The shape of the model's outputs for a sample, which labels have to fit; None if unknown.
         num_samples: How many samples to keep, or a few more.
 
+    Returns:
+        The kept batches; and the number of all samples that have a label.
+
     Raises:
-        MisconfigurationException: If a batch can't be read, or has no labels.
+        MisconfigurationException: If a batch can't be read, or has no labels that fit.
     """
-    kept = KeptSamples(0, num_samples)
+    kept, num_labelled = KeptSamples(0, num_samples), 0
     for index, batch in enumerate(batches):
+        labels = reader.labels(model, batch, output_shape)
+        num_labelled += count_labels([labels])
         if kept.wants(index):
-            kept.add(reader.keep(model, batch, index, reader.labels(model, batch)))
-        if kept.is_full:
-            break
-    return kept.batches
+            kept.add(reader.keep(model, batch, index, labels))
+    return kept.batches, num_labelled
 
 
 def fit_to_samples(

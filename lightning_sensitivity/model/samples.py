@@ -2,7 +2,7 @@
 
 import math
 from bisect import insort
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 
@@ -162,10 +162,10 @@ class KeptSamples:
         return self._labelled if has_labels and self._labelled.num_wanted > 0 else self._others
 
 
-def count_labels(batches: Sequence[KeptBatch]) -> int:
-    """Count the samples of batches that have a label that is not ignored."""
-    labels = [batch.labels for batch in batches if batch.labels is not None]
-    return sum(int((~has_ignored_value(each)[:, None].flatten(1).any(1)).sum()) for each in labels)
+def count_labels(labels: Iterable[Tensor | None]) -> int:
+    """Count the samples that have a label that is not ignored, in the labels of several batches."""
+    found = [each for each in labels if each is not None]
+    return sum(int((~has_ignored_value(each)[:, None].flatten(1).any(1)).sum()) for each in found)
 
 
 def spread(batches: Sequence[KeptBatch], num_samples: float) -> list[KeptBatch]:

@@ -45,13 +45,14 @@ def test_labels_that_are_not_clear_or_do_not_fit_are_refused(read: Any, match: s
         read(BatchReader(task=TASKS["multiclass"]))
 
 
-@pytest.mark.parametrize(("num_samples", "num_kept"), [(1000, 60), (40, 40), (21, 40)])
-def test_a_reference_is_fitted_to_the_first_training_samples(num_samples: int, num_kept: int) -> None:
+@pytest.mark.parametrize(("num_samples", "kept"), [(1000, [0, 1, 2]), (40, [0, 2]), (21, [0, 2])])
+def test_a_reference_is_fitted_to_evenly_spaced_training_samples(num_samples: int, kept: list[int]) -> None:
     reader, new = BatchReader(**READ), inputs(30, seed=1)
-    training = keep_training_samples(reader, MODEL, BATCHES, num_samples)
-    assert sum(batch.size for batch in training) == num_kept
+    training, num_labelled = keep_training_samples(reader, MODEL, BATCHES, num_samples=num_samples)
+    assert [batch.index for batch in training] == kept and num_labelled == 60
     unseen = [reader.keep(MODEL, {"image": part}, index) for index, part in enumerate(new.split(10))]
     found = fit_to_samples(training, unseen, 4, TASKS["multiclass"])
-    features: tuple[Tensor, Tensor] = principal_components(2 * X[:num_kept], 2 * new)
-    expected = fit_reference(features[0], one_hot(Y[:num_kept], 4), features[1])
+    rows = torch.cat([torch.arange(20 * index, 20 * index + 20) for index in kept])
+    features: tuple[Tensor, Tensor] = principal_components(2 * X[rows], 2 * new)
+    expected = fit_reference(features[0], one_hot(Y[rows], 4), features[1])
     assert torch.equal(found.predictions, expected.predictions)
