@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas
 import pytest
-from scipy.stats import kendalltau
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_sensitivity import compare_models
@@ -85,26 +83,11 @@ def test_the_transformers_are_measured_at_their_embeddings(run: Any, task: str) 
     assert min(variables["columns"]["val/output_sensitivity"]) > 0
 
 
-def test_a_comparison_prints_and_draws_its_table(run: Any) -> None:
-    text, variables = run("compare_models.py", "--max-epochs", "1")
-    assert text.split("\n\n")[0].splitlines()[-1].startswith(variables["result"][5].name)
-    assert len(Path("runs/compare_models/comparison.csv").read_text().splitlines()) == 1 + 6
-    assert Path("runs/compare_models/compare_models.png").stat().st_size > 10_000
-
-
-@pytest.mark.long
-def test_what_a_comparison_is_worth_in_labels(run: Any) -> None:
-    text, variables = run("studies/comparing/worth.py", "--quick")
-    assert "| 1000 labels | 1.00 [1.00, 1.00] | " in text
-    assert len(Path("runs/worth_quick/worth.csv").read_text().splitlines()) == 1 + 2 * (4 + 7)
-    rng = np.random.default_rng(0)
-    scores, truth = rng.integers(0, 9, (5, 12)), rng.integers(0, 9, 12)
-    draws = np.stack([np.ones(12, int), np.arange(12) % 3])
-    for drawn, taus in zip(draws, variables["taus"](scores, truth, draws.astype(float)).T, strict=True):
-        kept = np.repeat(np.arange(12), drawn)
-        np.testing.assert_allclose(taus, [kendalltau(score[kept], truth[kept]).statistic for score in scores])
-    curve, tau = np.linspace(0.2, 0.8, 7)[:, None], np.array([[0.1], [0.3], [0.9]])
-    np.testing.assert_allclose([variables["worth"](t, curve)[0] for t in tau], [10, 20, 1000])
+def test_tuning_without_labels_ends_with_a_table_and_a_picture(run: Any) -> None:
+    text, variables = run("tuning.py", "--max-epochs", "2")
+    assert str(variables["result"]) in text and len(variables["result"]) == 8
+    assert f"Chosen: {variables['result'][0].name}" in text and "The mean of all eight" in text
+    assert Path("runs/tuning/tuning.png").stat().st_size > 10_000
 
 
 @pytest.mark.long
@@ -115,7 +98,7 @@ def test_networks_of_the_paper_are_measured_as_the_package_does(tmp_path: Path, 
     args = Namespace(data=None, out=tmp_path, max_epochs=120, processes=1)
     table = peers.add_consensus(measure.measure(specs, "digits", args), specs, args).set_index("network")
     models = {spec.name: zoo.checkpoints(spec, "digits", tmp_path).trained for spec in specs}
-    models["untrained"] = zoo.checkpoints(specs[0], "digits", tmp_path).untrained  # that of N(0, 1) would vote
+    models["untrained"] = zoo.checkpoints(specs[0], "digits", tmp_path).untrained
     models = {name: partial(zoo.Network.load_from_checkpoint, path) for name, path in models.items()}
     images = zoo.Images("digits")
     images.setup("validate")
@@ -123,15 +106,5 @@ def test_networks_of_the_paper_are_measured_as_the_package_does(tmp_path: Path, 
     for spec in specs:
         row, scores = table.loc[spec.name], result[spec.name]
         assert not row["converged"]
-        assert scores.consensus_error == pytest.approx(row["consensus_error"], rel=1e-5, abs=1e-6)
         assert scores.sensitivity == pytest.approx(row["sensitivity"], abs=5 * scores.sensitivity_stderr)
-    assert result["untrained"].note.startswith("undecided")
-
-
-@pytest.mark.long
-def test_votes_are_compared_on_handfuls_of_models(run: Any) -> None:
-    text, variables = run("studies/comparing/handfuls.py", "--quick")
-    table = pandas.read_csv("runs/handfuls_quick/handfuls.csv")
-    assert {variables["PACKAGE"], "hard votes of the others", "100 labels"} <= set(table["ranked by"])
-    assert table["tau"].between(-1, 1).all() and table["pools"].max() == 2
-    assert f"| {variables['PACKAGE']} | " in text
+    assert result["untrained"].rank == 4 and 0 < table["consensus_error"].max() < 0.5

@@ -45,11 +45,11 @@ SIZES["texts"] = (300, 2000)
 LABELS = {"correct": 0.25, "random": 0.4, "by class": 0.35}  # how often each is drawn, where labels are not by people
 LEAST_WRONG, MOST_WRONG = 0.2, 0.4
 NUM_UNSEEN, NUM_TEST = 600, 4000
-FEWEST_EPOCHS, MOST_EPOCHS, NUM_STEPS = 8, 30, 600
-MOST_SECONDS = {"small": 2.0, "large": 4.0}  # of a training, by a count of operations; large from 1,500 samples on
+FEWEST_EPOCHS, MOST_EPOCHS, NUM_STEPS = 6, 30, 400
+MOST_SECONDS = {"small": 1.5, "large": 3.0}  # of a training, by a count of operations; large from 1,500 samples on
 SECONDS_A_STEP, SECONDS_A_LAYER, SECONDS_A_GIGAFLOP = 1e-3, 3e-4, 0.05
-MOST_FAILED = 12  # candidates that take too long are drawn anew at most this often
-NUM_MONITORED = 700  # training samples that take as long as the monitor's passes
+MOST_FAILED = 40  # candidates that take too long are drawn anew at most this often
+NUM_MONITORED = 1100  # training samples that take as long as the monitor's passes
 
 
 @dataclass

@@ -13,6 +13,7 @@
 # %%
 import contextlib
 import io
+import math
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -26,8 +27,6 @@ from torch import Tensor
 from torch.nn.functional import nll_loss, pad
 from torch.nn.utils import parameters_to_vector
 from zoo import QUICK, ZOO, Spec, parse_arguments
-
-from lightning_sensitivity.functional.consensus import consensus_errors
 
 JACOBIAN_IMAGES = 1000
 MOVED_IMAGES = 2000
@@ -159,12 +158,32 @@ def add_consensus(table: pd.DataFrame, specs: list[Spec], args: Namespace) -> pd
     data = table["data"][0]
     logits = {spec.name: Subject(spec, data, args.data, args.out).outputs.clean for spec in specs}
     log_p = {name: values.double().log_softmax(1) for name, values in logits.items()}
-    errors = consensus_errors({name: values[:, None] for name, values in log_p.items()}, log_p)
+    errors = consensus_errors(log_p)
     losses = {name: consensus_loss(name, log_p) for name in log_p}
     return table.assign(
         consensus_loss=[losses[name] for name in table["network"]],
         consensus_error=[errors[name] for name in table["network"]],
     )
+
+
+def consensus_errors(log_p: dict[str, Tensor]) -> dict[str, float]:
+    """The expected error of each network if labels were drawn from the product of their calibrated votes.
+
+    It is what `compare_models` computed up to version 0.3.0. A vote is as sure as the other networks agree with it.
+    """
+    predicted = torch.stack([values.argmax(1) for values in log_p.values()])
+    joint = torch.zeros(())
+    for values, own in zip(log_p.values(), predicted, strict=True):
+        agreement = float(((predicted == own).sum(0) - 1).double().mean()) / (len(predicted) - 1)
+        confidence = min(max(agreement, 1.2 / values.shape[1]), 0.995)
+        low, high = 0.05, 20.0
+        for _ in range(20):
+            power = math.sqrt(low * high)
+            is_unsure = float((power * values).softmax(1).amax(1).mean()) < confidence
+            low, high = (power, high) if is_unsure else (low, power)
+        joint = joint + (math.sqrt(low * high) * values).log_softmax(1).clamp(min=math.log(1e-12))
+    p = joint.softmax(1)
+    return {name: 1 - float(p.gather(1, values.argmax(1)[:, None]).mean()) for name, values in log_p.items()}
 
 
 def consensus_loss(name: str, log_p: dict[str, Tensor]) -> float:
