@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader
 from training import QUIET, Classifier, Samples, be_quiet, training_loader
 
 from lightning_sensitivity import RiskEstimate, RiskMonitor
-from lightning_sensitivity.callbacks import reference as references
 from lightning_sensitivity.functional.features import bags_of_words, principal_components
 from lightning_sensitivity.functional.reference import Reference, fit_reference
+from lightning_sensitivity.model import reference as references
 
 BATCH_SIZE, NUM_TRAINING = 120, 1000
 SIGMA = 0.1  # of the noise for S
