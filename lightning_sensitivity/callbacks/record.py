@@ -93,6 +93,13 @@ class RiskRecord:
         initial = self.initial or copy_weights(parameters)  # nothing was trained yet
         return {name: weight.to(device) for name, weight in initial.items() if name not in unchanged}
 
+    def has_moved(self, module: nn.Module) -> bool:
+        """Return whether trained weights are more than 1 % away from where they began."""
+        pairs = [(weight, self.initial.get(name)) for name, weight in module.named_parameters() if weight.requires_grad]
+        known = [(x.detach().cpu().double(), w.double()) for x, w in pairs if w is not None and w.shape == x.shape]
+        moved = sum(float((x - before).square().sum()) for x, before in known)
+        return moved > 0.01**2 * sum(float(before.square().sum()) for _, before in known)
+
     def to_dict(self, module: nn.Module) -> dict[str, Any]:
         """Return plain values for a checkpoint, without the initial weights that its module still has."""
         parameters = dict(module.named_parameters())

@@ -13,6 +13,7 @@ from lightning_sensitivity.arguments import Refused, Selector, check_argument, c
 from lightning_sensitivity.callbacks.checks import check_modes, check_outputs
 from lightning_sensitivity.callbacks.closing import log_closing_line
 from lightning_sensitivity.callbacks.counting import check_number, count_labelled_samples
+from lightning_sensitivity.callbacks.doubts import warn_of_few_classes, warn_of_known_labels, warn_of_preparation
 from lightning_sensitivity.callbacks.monitor import Monitor
 from lightning_sensitivity.callbacks.record import CRITERION, ESTIMATE, KeptTraining, RiskRecord, ValidationResult
 from lightning_sensitivity.callbacks.reporter import describe_error
@@ -69,7 +70,7 @@ class RiskMonitor(Monitor):
     Example:
         >>> from lightning.pytorch.callbacks import EarlyStopping
         >>> from lightning_sensitivity import RiskMonitor
-        >>> callbacks = [RiskMonitor(), EarlyStopping("val_risk_criterion", patience=10)]
+        >>> callbacks = [RiskMonitor(), EarlyStopping("val/risk_criterion", patience=10)]
     """
 
     names = (CRITERION, *(f"risk_{term}" for term in RiskTerms._fields))
@@ -87,7 +88,7 @@ class RiskMonitor(Monitor):
         num_training: int | None = None,
         num_samples: int | None = 600,
         seed: int = 0,
-        prefix: str = "val_",
+        prefix: str = "val/",
         inputs: Selector | None = None,
         outputs: Selector | None = None,
         prog_bar: bool = False,
@@ -127,7 +128,8 @@ class RiskMonitor(Monitor):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save the weights from before training, and what else a resumed fit needs."""
-        checkpoint.setdefault("callbacks", {})[self.state_key] = self.record.to_dict(pl_module)
+        with self.reporter.report_failure("could not save its state", "A resumed fit needs `initial_weights=`."):
+            checkpoint["callbacks"][self.state_key] = self.record.to_dict(pl_module)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restore what was saved, if anything."""
@@ -190,8 +192,13 @@ class RiskMonitor(Monitor):
         self.check_outputs(outputs)
         self.kept.output_shape = tuple(outputs.shape[1:])
         samples = KeptSamples(0, num_wanted=math.ceil(NUM_TRAINING / trainer.world_size))
-        samples.add(self._keep_training_batch(module, batch, batch_idx))
+        samples.add(first := self._keep_training_batch(module, batch, batch_idx))
         self.kept.samples, self.kept.references = samples, {}
+        if _is_new(trainer) and self.initial_weights is None and first.labels is not None:
+            warn_of_known_labels(self.reporter, outputs, first.labels, TASKS[self.task])
+        if self.reader.trains_features:
+            message = "gets `features=` that the network computes by weights that are trained: freeze these."
+            self.reporter.warn("features", message, kind="trained")
 
     def _keep_training_batch(self, module: LightningModule, batch: object, batch_idx: int) -> KeptBatch:
         labels = self.reader.labels(module, batch, self.kept.output_shape)
@@ -203,9 +210,11 @@ class RiskMonitor(Monitor):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fix n and w in the first validation, so that only the model moves the curve."""
         super().on_validation_start(trainer, pl_module)
-        record = self.record
+        record, samples = self.record, self.kept.samples
+        if trainer.is_last_batch and not self.kept.starts_at(0):  # of an epoch that was seen from its start
+            samples.complete()
         if self._is_measuring and self.kept.has_started and record.num_training is None:
-            record.num_training = count_labelled_samples(trainer, self.kept.samples, self.num_training)
+            record.num_training = count_labelled_samples(trainer, samples, self.num_training)
             record.num_weights = sum(weight.numel() for weight in pl_module.parameters() if weight.requires_grad)
 
     def keep(self, module: LightningModule, batch: object, batch_idx: int, samples: KeptSamples) -> None:
@@ -259,6 +268,7 @@ class RiskMonitor(Monitor):
         if index in kept.references or size == 0 or unseen.size == 0:
             return kept.references.get(index)
         kept.references[index] = None
+        warn_of_preparation(self.reporter, kept.samples, unseen)
         num_outputs = math.prod(kept.output_shape or ())
         try:
             batches = kept.samples.batches, unseen.batches
@@ -307,10 +317,15 @@ class RiskMonitor(Monitor):
         metric: RiskEstimate = self.metrics[dataloader_idx]
         values = metric.compute()
         self.reporter.warn_of(metric.messages, dataloader_idx)
+        if values["risk_variance"] == 0 and self.record.has_moved(trainer.lightning_module):
+            message = "finds no variance, though weights have moved: `forward` seems to compute with copies of them."
+            self.reporter.warn("copied-weights", message)
         if self.validation_labels and "risk_num_labels" not in values:
             where = f"in the batches of dataloader {dataloader_idx}"
             message = f"found no label {where}, and does without. If they have some, set `targets=`."
             self.reporter.warn("labels", message, kind="none")
+        if has_all:
+            warn_of_few_classes(self.reporter, self.kept, TASKS[self.task])
         if not bool(values[ESTIMATE].isfinite()):
             return {}
         self._remember(trainer.current_epoch, dataloader_idx, metric, values, has_all)

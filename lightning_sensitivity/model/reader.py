@@ -1,5 +1,7 @@
 """How to read a batch of any kind: the call of the model on it, its labels, and what a reference sees of it."""
 
+from contextlib import suppress
+
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -24,6 +26,9 @@ class BatchReader:
         features: A function ``batch -> (N, D)``, what a reference sees; by default the inputs.
         task: The kind of classification, which labels have to fit; None without labels.
 
+    Attributes:
+        trains_features: Whether parameters of the model that are trained compute the features; None before a batch.
+
     Raises:
         MisconfigurationException: If a selector is no function; in its methods, if a batch can't be read so.
     """
@@ -44,10 +49,11 @@ class BatchReader:
         self._features = features
         self._task = task
         self._follows_rows: bool | None = None  # whether outputs of the model do; None before a batch is kept
+        self.trains_features: bool | None = None
 
     def forget_model(self) -> None:
         """Forget what was found of a model, before another one comes."""
-        self._follows_rows = None
+        self._follows_rows = self.trains_features = None
 
     def call(self, model: nn.Module, batch: object) -> ModelCall:
         """Make the call of a model on a batch."""
@@ -100,6 +106,8 @@ class BatchReader:
         try:
             with isolated(model) as run:
                 values: object = run(self._features, clone_tensors(batch))
+                if self.trains_features is None:
+                    self.trains_features = run(_is_trained, model, self._features, clone_tensors(batch))
         except Warning:
             raise
         except Exception as error:
@@ -144,3 +152,18 @@ class BatchReader:
         if size > 1 and self._follows_rows is None:  # a single row has no order
             self._follows_rows = call.size > 0
         return size
+
+
+def _is_trained(model: nn.Module, features: Selector, batch: object) -> bool:
+    """Return whether gradients of features reach a parameter of a model."""
+    with suppress(Exception), torch.enable_grad():  # it may write to tensors where gradients forbid it
+        nodes, seen = [getattr(features(batch), "grad_fn", None)], set[object]()
+        parameters = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+        while nodes:
+            node = nodes.pop()
+            if id(getattr(node, "variable", None)) in parameters:
+                return True
+            if node is not None and node not in seen:
+                seen.add(node)
+                nodes += [following for following, _ in node.next_functions]
+    return False

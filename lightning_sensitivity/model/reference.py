@@ -77,6 +77,34 @@ def fit_to_samples(
         return fit_reference(features[rows], y.flatten(1)[rows], new_features, task.name)
 
 
+def compare_moments(training: Sequence[KeptBatch], unseen: Sequence[KeptBatch]) -> tuple[float, float] | None:
+    """Compare what a reference sees of training and unseen samples, to find out whether they were prepared alike.
+
+    Returns:
+        The squared distance of the means, as a share of the variance of training samples, and how many times as
+        large the variance of unseen samples is; both summed over columns. None if they are not dense, or have
+        other columns, or do not vary.
+    """
+    try:
+        features, new_features = ([_features_of(batch) for batch in part] for part in (training, unseen))
+    except ValueError:
+        return None
+    shapes = {x.shape[1:] for x in (*features, *new_features)}
+    if len(shapes) > 1 or not features[0].is_floating_point():
+        return None
+    (mean, variance), (new_mean, new_variance) = map(_moments, (features, new_features))
+    if not variance > 0:
+        return None
+    return float((new_mean - mean).square().sum() / variance), float(new_variance / variance)
+
+
+def _moments(features: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the mean of rows, and their mean squared distance from it."""
+    size = sum(map(len, features))
+    mean = torch.stack([x.double().sum(0) for x in features]).sum(0) / size
+    return mean, torch.stack([(x.double() - mean).square().sum() for x in features]).sum() / size
+
+
 def _features_of(batch: KeptBatch) -> Tensor:
     """Return what the reference sees of a batch, dense ``(N, D)`` or token ids; or raise ValueError."""
     if batch.features is not None:

@@ -16,7 +16,7 @@ from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 from lightning_sensitivity.model import samples as S
 from tests.helpers import NUM_FEATURES, Linear, Quiet, fitted, inputs, loader, unlabelled_loader
 
-SENSITIVITY = "val_output_sensitivity"
+SENSITIVITY = "val/output_sensitivity"
 
 
 def sensitivity(run: Any, batches: Any) -> Any:
@@ -128,6 +128,43 @@ def test_the_work_for_a_batch_does_not_grow_with_their_number() -> None:
     assert kept.size == call.num_times == 1000
 
 
+class TimeFirst(Quiet):
+    """It takes (T, N, D)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x.mean(0))
+
+
+class Bags(Quiet):
+    """It takes rows of all samples, and says which sample each belongs to."""
+
+    def forward(self, x: Tensor, sample: Tensor) -> Tensor:
+        return self.net(torch.zeros(int(sample.max()) + 1, NUM_FEATURES).index_add(0, sample, x))
+
+
+def time_first(index: int) -> Tensor:
+    return inputs(60, seed=index).reshape(6, 10, NUM_FEATURES)  # 6 steps of 10 samples
+
+
+def bag(index: int) -> list[Tensor]:
+    return [inputs(30, seed=index), torch.arange(30) // 3]  # 3 rows of each of 10 samples
+
+
+@pytest.mark.parametrize(("model", "make"), [(TimeFirst(), time_first), (Bags(), bag)])
+def test_outputs_show_how_many_samples_are_kept(model: Any, make: Any) -> None:
+    monitors = [SensitivityMonitor(num_samples=40), RiskMonitor(num_samples=40)]
+    kept = list[int]()
+    model.on_validation_batch_end = lambda *_: kept.extend(samples.size for m in monitors for samples in m.samples)
+    labels = torch.arange(10) % 4
+    train = [[*x, labels] if isinstance(x := make(index), list) else [x, labels] for index in range(10)]
+    model.training_step = lambda batch, batch_idx: torch.nn.functional.cross_entropy(model(*batch[:-1]), batch[-1])
+    run, texts = helpers.fitted_and_said(
+        monitors, model, DataLoader(train, None), DataLoader(list(map(make, range(10))), None)
+    )
+    assert {*kept[-2:]} == {40} and all("has no reference" in text for text in texts)
+    assert helpers.logged(run).keys() >= {"val/output_sensitivity", "val/risk_estimate"}
+
+
 # For how long
 
 
@@ -205,7 +242,7 @@ def test_an_error_costs_its_epoch_and_changes_no_other_value() -> None:
     def values(model: Any) -> list[dict[str, float]]:
         monitors = [SensitivityMonitor(), RiskMonitor()]
         epochs = fitted(monitors, model, loader(20, 2), unlabelled_loader(40, 8), max_epochs=4).epochs
-        return [{name: epoch[name] for name in (SENSITIVITY, "val_risk_variance")} for epoch in epochs]
+        return [{name: epoch[name] for name in (SENSITIVITY, "val/risk_variance")} for epoch in epochs]
 
     with pytest.warns(UserWarning, match="out of luck"):
         broken = values(helpers.failing(RuntimeError("out of luck"), lambda x, epoch: epoch == 2))
