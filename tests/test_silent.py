@@ -195,7 +195,7 @@ def plain_sensitivity(case: Case, model: Model, _: Any, batches: list[Any], labe
         return torch.cat([case.step(model, *each) for each in zip(batches, noise, strict=True)])
 
     change = (outputs(0.1) - outputs(0.0)).double()
-    return {"val_output_sensitivity": (change.mean(1) if change.ndim > 1 else change).var(correction=0)}
+    return {"val/output_sensitivity": (change.mean(1) if change.ndim > 1 else change).var(correction=0)}
 
 
 @torch.no_grad()
@@ -203,7 +203,7 @@ def plain_risk(case: Case, model: Model, training: Any, batches: Any, labels: Te
     """The terms that need no twin."""
     train, unseen = (torch.cat([case.step(model, b, lambda x: x) for b in part]) for part in (training, batches))
     terms = risk_estimate(unseen, unseen, train, labels, task=case.task, strength=0.5)
-    return {f"val_risk_{name}": getattr(terms, name) for name in ("claim", "overconfidence", "memorization")}
+    return {f"val/risk_{name}": getattr(terms, name) for name in ("claim", "overconfidence", "memorization")}
 
 
 ROWS = [(name, SensitivityMonitor) for name in CASES if CASES[name].s] + [(name, RiskMonitor) for name in CASES]
@@ -228,6 +228,6 @@ def test_no_number_is_silently_wrong(name: str, kind: Any) -> None:
     if sign == "=":
         for key, value in plain(case, model, *batches, case.y(features[0])).items():
             torch.testing.assert_close(run.callback_metrics[key].double(), value, rtol=1e-4, atol=1e-9)
-        assert run.callback_metrics.get("val_risk_variance", 1) > 0
+        assert run.callback_metrics.get("val/risk_variance", 1) > 0
     if sign != "!" and kind is RiskMonitor:
-        assert ("val_risk_reference" in run.callback_metrics) == ("no reference" not in verdict)
+        assert ("val/risk_reference" in run.callback_metrics) == ("no reference" not in verdict)

@@ -59,7 +59,7 @@ def _monitors(callback: object, name: str) -> bool:
 
 
 def _lowest(trainer: Trainer, name: str, epoch: int, value: float) -> str:
-    return f"`{name}` was lowest at epoch {epoch} ({value:.3f}){_checkpoint_of(trainer, name, value)}."
+    return f"`{name}` was lowest at epoch {epoch}{_checkpoint_of(trainer, name, value)}."
 
 
 def _checkpoint_of(trainer: Trainer, name: str, lowest: float) -> str:

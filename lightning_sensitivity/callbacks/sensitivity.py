@@ -36,7 +36,7 @@ class SensitivityMonitor(Monitor):
         num_samples: Samples per loader, over all processes, in whole, evenly spaced batches; None for all.
             600 give a standard error of about 7 %.
         seed: Seed of the noise. A sample gets the same noise in every epoch.
-        prefix: Prefix of the logged names; with ``"val/"`` TensorBoard groups them with ``val/loss``.
+        prefix: Prefix of the logged names; TensorBoard groups those with ``"val/"`` with ``val/loss``.
         inputs: A function ``batch -> arguments``; by default see
             :class:`~lightning_sensitivity.model.ModelCall`, which also says what is perturbed.
         outputs: A function ``result -> logits``, ``(N, K, ...)``; by default
@@ -65,7 +65,7 @@ class SensitivityMonitor(Monitor):
         per_output: bool = False,
         num_samples: int | None = 600,
         seed: int = 0,
-        prefix: str = "val_",
+        prefix: str = "val/",
         inputs: Selector | None = None,
         outputs: Selector | None = None,
         prog_bar: bool = False,
@@ -79,6 +79,18 @@ class SensitivityMonitor(Monitor):
         self.num_draws = num_draws
         self.per_output = per_output
         self._noise = check_noise(noise)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check what can be checked by now, and warn of callbacks that would choose an epoch by the sensitivity."""
+        super().setup(trainer, pl_module, stage)
+        for callback in trainer.callbacks if stage == "fit" else ():  # type: ignore[attr-defined]
+            monitor = getattr(callback, "monitor", None)
+            if isinstance(monitor, str) and monitor.partition("/dataloader_idx_")[0] == self.prefix + self.main_name:
+                chosen = "one of the first epochs: sensitivity is lowest before training, and rises as a network learns"
+                if getattr(callback, "mode", "min") == "max":
+                    chosen = "the most sensitive epoch"
+                message = f"is monitored by `{type(callback).__name__}`, which will choose {chosen}. Use `RiskMonitor`."
+                self.reporter.warn("stop-by-sensitivity", message, kind=type(callback).__name__)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the name of the submodule."""

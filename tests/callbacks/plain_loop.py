@@ -25,8 +25,8 @@ from lightning_sensitivity.model.twins import NUM_TWINS, batch_statistics, copy_
 from tests.helpers import Classifier, History, fitted, inputs, risk_estimate
 
 HOLDOUT = inputs(50, seed=1)  # in four batches, of 16, 16, 16 and 2
-NAMES = ["val_" + name for name in RiskMonitor.names]
-REFERENCE_NAMES = ["val_risk_reference", "val_risk_reference_weight"]
+NAMES = ["val/" + name for name in RiskMonitor.names]
+REFERENCE_NAMES = ["val/risk_reference", "val/risk_reference_weight"]
 
 
 def bce(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -105,10 +105,10 @@ class Truth(History):
         clean, baseline, twins = self.passes(model)
         options = {"task": self.task.name, "strength": STRENGTH, "factor": variance_factor(*self.sizes)}
         terms = risk_estimate(clean, twins, training[is_scored], y[is_scored], baseline=baseline, **options)
-        found = {f"val_risk_{name}": float(term) for name, term in terms._asdict().items()}
+        found = {f"val/risk_{name}": float(term) for name, term in terms._asdict().items()}
         if self.features is not None:
             new_outputs = torch.cat([model(part) for part in self.parts])
-            found |= self.with_reference(torch.cat(x), y, is_scored, training, new_outputs, found["val_risk_estimate"])
+            found |= self.with_reference(torch.cat(x), y, is_scored, training, new_outputs, found["val/risk_estimate"])
         self.terms.append(found)
 
     def scores(self, place: int) -> bool:
@@ -156,14 +156,14 @@ class Truth(History):
         known = reference.score, reference.chance, reference.claim, reference.num_samples
         weight = reference_weight(*known, self.sizes[0])
         combined = (estimate + weight * score) / (1 + weight)
-        return {"val_risk_estimate": combined, **dict(zip(REFERENCE_NAMES, (score, weight), strict=True))}
+        return {"val/risk_estimate": combined, **dict(zip(REFERENCE_NAMES, (score, weight), strict=True))}
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Compare what was logged to the plain loop, and check that epochs differ."""
         assert self.epochs and len(self.epochs) == len(self.terms)
         for values, terms in zip(self.epochs, self.terms, strict=True):
             assert {name: values[name] for name in terms} == pytest.approx(terms, rel=1e-5, abs=1e-12)
-        estimates = [terms["val_risk_estimate"] for terms in self.terms]
+        estimates = [terms["val/risk_estimate"] for terms in self.terms]
         assert len(set(estimates)) == len(estimates)
 
 

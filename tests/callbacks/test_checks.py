@@ -23,7 +23,7 @@ from tests.helpers import Acting, Linear, failing, fitted, loader, logged, refus
 
 MONITORS = [SensitivityMonitor, RiskMonitor]
 BEFORE = [{}, {"num_sanity_val_steps": 0}]  # in the sanity check, and in the first training batch without one
-SENSITIVITY = "val_output_sensitivity"
+SENSITIVITY = "val/output_sensitivity"
 
 
 def said(*args: Any, **options: Any) -> list[str]:
@@ -66,12 +66,12 @@ def test_failures_are_said_at_1_2_4_and_8_of_them_and_leave_gaps_in_the_curve(tm
     monitors, options = [SensitivityMonitor(), RiskMonitor()], {"logger": logger, "log_every_n_steps": 1}
     texts = said([*monitors, stopping], model, max_epochs=12, **options)
     for name in ("SensitivityMonitor", "RiskMonitor"):
-        mine = [text for text in texts if text.startswith(f"`{name}` (val_*)")]
+        mine = [text for text in texts if text.startswith(f"`{name}` (val/*) could")]
         counts = [re.findall("It has failed (.) times", text) for text in mine]
         assert counts == [[], ["2"], ["4"], ["8"]]  # in the text, since Python drops warnings of equal text
         assert all("KeyError: 'an error of the user'. This epoch has" in text for text in mine)
     rows = helpers.csv_rows(logger.log_dir)
-    for name in (SENSITIVITY, f"{SENSITIVITY}_stderr", "val_risk_estimate", "val_risk_variance"):
+    for name in (SENSITIVITY, f"{SENSITIVITY}_stderr", "val/risk_estimate", "val/risk_variance"):
         assert [int(row["epoch"]) for row in rows if row[name]] == [0, 10, 11]  # nothing old as if it were new
     curve = [epoch[SENSITIVITY] for epoch in model.trainer.epochs]
     assert stopping.stopped_epoch == 0 and len(curve) == 12
@@ -153,7 +153,7 @@ class SameNames(Callback):
     """It logs the names of the monitors with other options."""
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        for name in (SENSITIVITY, "val_risk_estimate"):
+        for name in (SENSITIVITY, "val/risk_estimate"):
             LightningModule.log(pl_module, name, 1.0, prog_bar=True, on_step=False, on_epoch=True, batch_size=1)
 
 
@@ -163,6 +163,6 @@ def test_a_log_of_fewer_arguments_or_a_callback_with_the_same_names_costs_values
 ) -> None:
     texts = said([*others, SensitivityMonitor(), RiskMonitor()], model := kind())
     assert model.trainer.current_epoch == 2 and logged(model.trainer).get(SENSITIVITY, 1) == 1
-    assert all("could not log `val_" in text and error in text for text in texts)
-    for name in (SENSITIVITY, "val_risk_estimate"):
+    assert all("could not log `val/" in text and error in text for text in texts)
+    for name in (SENSITIVITY, "val/risk_estimate"):
         assert any(f"could not log `{name}`" in text for text in texts)

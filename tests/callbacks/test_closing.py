@@ -18,7 +18,7 @@ from lightning_sensitivity.callbacks.record import ValidationResult
 from tests.callbacks.plain_loop import Plain
 from tests.helpers import fitted, labelled, trainer, unlabelled_loader
 
-CRITERION, ESTIMATE = "val_risk_criterion", "val_risk_estimate"
+CRITERION, ESTIMATE = "val/risk_criterion", "val/risk_estimate"
 X, Y = labelled(50).tensors
 NOISY = DataLoader(TensorDataset(X, Y.where(torch.arange(50) % 3 > 0, 0)), 16)
 
@@ -80,7 +80,7 @@ def test_it_is_about_what_is_watched_also_after_a_resume(what: str, tmp_path: Pa
         best = values.index(min(values))
         if any(watched[:1]):
             options["ckpt_path"], place = tmp_path / "last.ckpt", f", in the checkpoint {tmp_path}/epoch={best}.ckpt"
-        assert parts(said.text)[0].startswith(f"`{name}` was lowest at epoch {best} ({min(values):.3f}){place}. ")
+        assert parts(said.text)[0].startswith(f"`{name}` was lowest at epoch {best}{place}. ")
     assert best < 11
 
 
@@ -94,13 +94,13 @@ class Scores(cb.Checkpoint):
     monitor, best_model_score = CRITERION, torch.zeros(2)
 
 
-@pytest.mark.parametrize("strange", [Several, Scores, lambda: checkpoint(Path("x"), monitor="val_risk_claim")])
+@pytest.mark.parametrize("strange", [Several, Scores, lambda: checkpoint(Path("x"), monitor="val/risk_claim")])
 def test_it_names_no_checkpoint_of_strange_callbacks_nor_of_another_value(
     strange: Any, said: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     fit_fast(strange(), enable_checkpointing=True)
-    assert re.search(rf"^`{CRITERION}` was lowest at epoch \d+ \([.\d]+\)\. ", parts(said.text)[0])
+    assert re.search(rf"^`{CRITERION}` was lowest at epoch \d+\. ", parts(said.text)[0])
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
@@ -134,7 +134,7 @@ def test_after_a_resume_with_fewer_loaders_it_is_about_one_that_is_left(tmp_path
     said.clear()
     values += [epoch[CRITERION] for epoch in fit_fast(max_epochs=4, ckpt_path=tmp_path / "last.ckpt")]
     best = values.index(min(values))
-    assert f"`{CRITERION}` was lowest at epoch {best} ({min(values):.3f})" in said.text
+    assert f"`{CRITERION}` was lowest at epoch {best}" in said.text
 
 
 def test_a_debugging_run_says_nothing(said: Any) -> None:
@@ -208,11 +208,11 @@ def test_what_it_says_if_the_second_opinion_is(what: str, said: Any) -> None:
         results.append(ValidationResult(2 * place + 1, value, of_estimate, by_reference, noise, is_clean))
     names = {CRITERION: ("risk_criterion", 0), ESTIMATE: ("risk_estimate", 0)}
     log_closing_line(trainer(), {0: results}, names)
-    line = f"`{CRITERION}` was lowest at epoch {2 * best + 1} (0.400). {expected}".rstrip()
+    line = f"`{CRITERION}` was lowest at epoch {2 * best + 1}. {expected}".rstrip()
     assert parts(said.text) == (line, links)
     said.clear()
     log_closing_line(trainer(cb.EarlyStopping(ESTIMATE)), {0: results}, names)
-    assert parts(said.text)[0].startswith(f"`{ESTIMATE}` was lowest at epoch 11 (0.400).")
+    assert parts(said.text)[0].startswith(f"`{ESTIMATE}` was lowest at epoch 11.")
 
 
 DIGITS, DIGIT_LABELS = (torch.tensor(each) for each in load_digits(return_X_y=True))

@@ -32,8 +32,8 @@ def test_values_agree_with_the_cpu_and_the_devices_stream_is_left_alone(precisio
     before = torch.cuda.get_rng_state()
     on_gpu = validated(monitor, model, loader(4000, 500), precision=precision, **CUDA)
     assert torch.equal(torch.cuda.get_rng_state(), before)
-    error = on_cpu["val_output_sensitivity_stderr"]
-    assert abs(on_gpu["val_output_sensitivity"] - on_cpu["val_output_sensitivity"]) < 5 * error  # of other noise
+    error = on_cpu["val/output_sensitivity_stderr"]
+    assert abs(on_gpu["val/output_sensitivity"] - on_cpu["val/output_sensitivity"]) < 5 * error  # of other noise
 
 
 def fit(kind: Any, monitors: Any, **kwargs: Any) -> tuple[Any, list[dict[str, float]]]:
@@ -50,8 +50,8 @@ def test_training_is_bit_identical_and_the_estimate_that_of_the_cpu(kind: Any) -
     without, _ = fit(kind, [], deterministic=True, **CUDA)
     torch.testing.assert_close(with_monitors.state_dict(), without.state_dict(), rtol=0, atol=0)
     # Other noise, and other rounding in training.
-    expected = on_cpu[-1]["val_risk_estimate"]
-    assert on_gpu[-1]["val_risk_estimate"] == pytest.approx(expected, rel=0.1, abs=0.02)
+    expected = on_cpu[-1]["val/risk_estimate"]
+    assert on_gpu[-1]["val/risk_estimate"] == pytest.approx(expected, rel=0.1, abs=0.02)
     assert torch.cuda.memory_allocated() - allocated < 2**20  # nothing is left on the device
 
 

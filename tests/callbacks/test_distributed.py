@@ -60,7 +60,7 @@ def rippled(kind: Any, val: Any, fits: bool = False, sampling: bool = True, **kw
     options = {"kind": kind, "max_epochs": 1, "precision": "64-true", "use_distributed_sampler": sampling}
     if not fits:
         return helpers.validated(monitors, Still(), val, **options)
-    return logged(fitted(monitors, Still(), loader(48, 8), val, **options), "val_")
+    return logged(fitted(monitors, Still(), loader(48, 8), val, **options), "val")
 
 
 EVEN: dict[str, dict[str, Any]] = {
@@ -90,14 +90,14 @@ def in_turn(num_samples: int, rank: int) -> DataLoader:
 
 
 def risk(rank: int, folder: Path) -> Any:
-    checkpoint = ModelCheckpoint(folder / "risk", monitor="val_risk_estimate/dataloader_idx_0")
+    checkpoint = ModelCheckpoint(folder / "risk", monitor="val/risk_estimate/dataloader_idx_0")
     monitor, net, other = RiskMonitor(), Linear(), Linear()
     data = in_turn(47, rank), [unlabelled(48, 8, seed=1), on_rank(1, seed=2)]
     run = fitted([monitor, checkpoint], net, *data, kind=distributed, max_epochs=1, enable_checkpointing=True)
     fitted([], other, *data, kind=distributed, max_epochs=1)
     torch.testing.assert_close(net.state_dict(), other.state_dict(), rtol=0, atol=0)
     state = monitor.record
-    return logged(run, "val_"), net.state_dict(), (state.num_training, state.num_weights, state.calibrations)
+    return logged(run, "val"), net.state_dict(), (state.num_training, state.num_weights, state.calibrations)
 
 
 class Looking(RiskMonitor):
@@ -126,7 +126,7 @@ def stopping(rank: int, folder: Path) -> Any:
     val = DataLoader(TensorDataset(x, y.where((torch.arange(48) % 4 < 2) & (torch.tensor(rank) == 1), -100)), 8)
 
     def run(max_epochs: int, **kwargs: Any) -> Any:
-        monitor, stop = RiskMonitor(validation_labels=True), EarlyStopping("val_risk_estimate", patience=2)
+        monitor, stop = RiskMonitor(validation_labels=True), EarlyStopping("val/risk_estimate", patience=2)
         options = {"kind": distributed, "max_epochs": max_epochs, "num_sanity_val_steps": 0, **kwargs}
         # With batch norm, which DDP broadcasts; without dropout, so that a resumed fit draws no other numbers.
         fit = fitted([monitor, stop], Quiet(dropout=0.0), in_turn(48, rank), val, **options)
@@ -153,7 +153,7 @@ def fitted_with_warnings(*args: Any, **kwargs: Any) -> Any:
     """What was logged last, and what monitors have warned of."""
     options = {"kind": distributed, "use_distributed_sampler": False, "num_sanity_val_steps": 0, **kwargs}
     run, texts = helpers.fitted_and_said(*args, **options)
-    return logged(run, "val_"), texts
+    return logged(run, "val"), texts
 
 
 MARK = 0.5  # in a sample of the batch that fails
@@ -178,7 +178,7 @@ def a_pass_that_fails(rank: int, folder: Path) -> Any:
     for first_epoch in (0, 1):
         net = Failing()
         net.first_epoch = first_epoch
-        callbacks = [SensitivityMonitor(), risk_monitor(), EarlyStopping("val_risk_estimate", patience=9)]
+        callbacks = [SensitivityMonitor(), risk_monitor(), EarlyStopping("val/risk_estimate", patience=9)]
         _, messages = fitted_with_warnings(callbacks, net, loader(48, 8), batches, max_epochs=3)
         results.append((net.trainer.epochs, messages))
     return results
@@ -232,7 +232,7 @@ def test_on_even_data_all_that_is_logged_is_what_one_process_logs(both: Any, nam
     first, second = (result[name] for result in both["even"])
     truth = rippled(Trainer, **EVEN[name])
     assert first == second and first.keys() == truth.keys()
-    assert ("val_risk_claim/dataloader_idx_1" in first) == ("several" in name)
+    assert ("val/risk_claim/dataloader_idx_1" in first) == ("several" in name)
     for each in [each for each in truth if re.search(OWN_TO_A_PROCESS, each)]:
         del truth[each], first[each]
     assert first == pytest.approx(truth, rel=1e-5, abs=0)
@@ -257,13 +257,13 @@ def test_on_uneven_data_samples_count_as_often_as_they_are_dealt_out(both: Any) 
 def test_the_risk_estimate_is_that_of_both_and_n_and_w_are_the_same(both: Any) -> None:
     (first, weights, sizes), other = both["risk"]
     assert (first, sizes) == other[::2] and sizes[:2] == (47, 52)
-    assert 0 < first["val_risk_label_noise/dataloader_idx_0"] < 0.5
+    assert 0 < first["val/risk_label_noise/dataloader_idx_0"] < 0.5
     net = Linear()
     net.load_state_dict(weights)
     with torch.no_grad():
         claim = 1 - net(inputs(48, seed=1)).double().softmax(1).square().sum(1).mean()
-    assert first["val_risk_claim/dataloader_idx_0"] == pytest.approx(float(claim), rel=1e-6)
-    assert {f"val_{name}/dataloader_idx_1" for name in RiskMonitor.names} <= first.keys()  # which one process lacked
+    assert first["val/risk_claim/dataloader_idx_0"] == pytest.approx(float(claim), rel=1e-6)
+    assert {f"val/{name}/dataloader_idx_1" for name in RiskMonitor.names} <= first.keys()  # which one process lacked
 
 
 def test_whether_noise_is_found_is_decided_over_both(both: Any) -> None:
@@ -276,7 +276,7 @@ def test_stopping_and_resuming_are_the_same_in_both(both: Any) -> None:
     assert first == second
     epochs, resumed, _, history = first
     assert resumed == [pytest.approx(epoch, rel=1e-5) for epoch in epochs[2:]]
-    assert {epoch["val_risk_num_labels"] for epoch in epochs} == {12.0}
+    assert {epoch["val/risk_num_labels"] for epoch in epochs} == {12.0}
     assert [result.epoch for result in history] == list(range(len(epochs)))
 
 
@@ -287,15 +287,15 @@ def test_a_process_without_a_batch_has_the_others_value(both: Any) -> None:
         batches = list(inputs(40, seed=idx).split(16))
         changes = torch.cat([brute_force(Linear(), batches, rank=rank, loader=idx) for rank in ranks])
         expected = changes.var(correction=0).item()
-        assert values[f"val_output_sensitivity/dataloader_idx_{idx}"] == pytest.approx(expected, rel=1e-5)
-    assert of_combined["val_output_sensitivity"] > 0
+        assert values[f"val/output_sensitivity/dataloader_idx_{idx}"] == pytest.approx(expected, rel=1e-5)
+    assert of_combined["val/output_sensitivity"] > 0
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_without_a_batch_has_the_others_estimate_and_says_nothing(both: Any, rank: int) -> None:
     (values, messages), (other_values, other_messages) = (each[2][rank] for each in both["without_a_batch"])
-    assert values == other_values and {f"val_{name}" for name in RiskMonitor.names} <= values.keys()
-    assert values["val_risk_variance"] > 0 and "val_risk_reference" in values
+    assert values == other_values and {f"val/{name}" for name in RiskMonitor.names} <= values.keys()
+    assert values["val/risk_variance"] > 0 and "val/risk_reference" in values
     assert messages == other_messages == []
 
 
@@ -307,15 +307,15 @@ def test_a_pass_that_fails_in_one_process_costs_the_value_of_both(both: Any) -> 
         failed = [message for message in other_messages if "out of luck" in message]
         assert failed and "This epoch has no value" in failed[0]
     # From the first epoch on, there is the worst score; from the second one on, the last value is left.
-    assert [epoch["val_risk_estimate"] for epoch in first[0][0]] == [2.0] * 3
-    assert "val_output_sensitivity" not in first[0][0][0]
-    values = [epoch["val_risk_estimate"] for epoch in first[1][0]]
+    assert [epoch["val/risk_estimate"] for epoch in first[0][0]] == [2.0] * 3
+    assert "val/output_sensitivity" not in first[0][0][0]
+    values = [epoch["val/risk_estimate"] for epoch in first[1][0]]
     assert values[0] == values[1] == values[2] < 2
 
 
 def test_a_training_batch_that_fails_in_one_process_is_left_out_and_said_by_it(both: Any) -> None:
     (values, messages, *sizes), (other_values, other_messages, *other_sizes) = both["a_training_batch_that_fails"]
-    assert values == other_values and {f"val_{name}" for name in RiskMonitor.names} <= values.keys()
+    assert values == other_values and {f"val/{name}" for name in RiskMonitor.names} <= values.keys()
     assert sizes == other_sizes == [22]  # of 24, since 36 of 40 that are kept have a label
     assert messages == [] and len(other_messages) == 1
     assert re.search("could not keep a training batch: .*Expected labels from 0 to 3", other_messages[0])
@@ -323,6 +323,6 @@ def test_a_training_batch_that_fails_in_one_process_is_left_out_and_said_by_it(b
 
 def test_a_process_without_features_does_without_a_reference_and_training_goes_on(both: Any) -> None:
     (values, messages), (other_values, other_messages) = both["no_features_in_one_process"]
-    assert values == other_values and values["val_risk_estimate"] > 0
+    assert values == other_values and values["val/risk_estimate"] > 0
     assert any("ValueError: no features" in message for message in other_messages)
     assert sum("the step calls the model with other values of `x`" in message for message in messages) == 1

@@ -147,7 +147,7 @@ def said(module: Any, monitors: Any = None, **options: Any) -> list[str]:
 
 def assert_said(texts: list[str], problem: str | None, *monitors: str) -> None:
     """Each of the monitors has one warning of the problem, in any order."""
-    starts = [f"`{name}` (val_*) may not measure what your step computes: {problem}" for name in monitors if problem]
+    starts = [f"`{name}` (val/*) may not measure what your step computes: {problem}" for name in monitors if problem]
     assert len(texts) == len(starts), texts
     for text, start in zip(sorted(texts), sorted(starts), strict=True):
         assert text.startswith(start) and ADVICE in text

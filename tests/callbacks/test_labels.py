@@ -15,7 +15,7 @@ from tests.helpers import Quiet, fitted, inputs, labelled, loader, logged, said
 
 NUM_BATCHES, BATCH_SIZE = 30, 50
 X, Y = labelled(NUM_BATCHES * BATCH_SIZE, seed=1).tensors
-TERMS = [f"val_risk_{name}" for name in ("claim", "overconfidence", "memorization", "variance", "reference")]
+TERMS = [f"val/risk_{name}" for name in ("claim", "overconfidence", "memorization", "variance", "reference")]
 
 
 def run(val: Any, num_sanity_val_steps: int = 1, **kwargs: Any) -> tuple[Any, Quiet]:
@@ -23,7 +23,7 @@ def run(val: Any, num_sanity_val_steps: int = 1, **kwargs: Any) -> tuple[Any, Qu
     model = Quiet()
     model.lr = 0.0
     run = fitted([RiskMonitor(**kwargs)], model, loader(), val, num_sanity_val_steps=num_sanity_val_steps)
-    return logged(run, "val_risk_"), model.eval()
+    return logged(run, "val/risk_"), model.eval()
 
 
 def values(val: Any, **kwargs: Any) -> dict[str, float]:
@@ -37,7 +37,7 @@ def validation(labels: Tensor) -> DataLoader:
 def without_labels(found: dict[str, float]) -> float:
     """The estimate, from its terms and the reference."""
     *terms, reference = (found[name] for name in TERMS)
-    weight = found["val_risk_reference_weight"]
+    weight = found["val/risk_reference_weight"]
     return (sum(terms) + weight * reference) / (1 + weight)
 
 
@@ -67,28 +67,28 @@ def test_they_are_kept_first_wherever_they_are_and_combined_with_the_estimate(na
     options = {} if has_reference else {"features": lambda batch: torch.ones(len(batch[0]), 1)}
     has_label = LABELLED[name]
     found, model = run(validation(labels_where(has_label)), validation_labels=True, **options)
-    assert (found["val_risk_reference_weight"] > 0) == has_reference
+    assert (found["val/risk_reference_weight"] > 0) == has_reference
     expected, m = scores(model, X[has_label], Y[has_label]), int(has_label.sum())
-    assert found["val_risk_num_labels"] == m
-    assert found["val_risk_label_score"] == pytest.approx(float(expected.mean()), rel=1e-5)
+    assert found["val/risk_num_labels"] == m
+    assert found["val/risk_label_score"] == pytest.approx(float(expected.mean()), rel=1e-5)
     weight = 200 if has_reference else 40
     combined = (expected.sum() + weight * without_labels(found)) / (m + weight)
-    assert found["val_risk_estimate"] == pytest.approx(float(combined), rel=1e-5)
+    assert found["val/risk_estimate"] == pytest.approx(float(combined), rel=1e-5)
 
 
 @pytest.mark.parametrize("num_samples", [600, 1000])
 def test_the_terms_are_those_without_the_option_where_the_same_samples_are_kept(num_samples: int) -> None:
     val, options = validation(Y[:num_samples].to(torch.int8)), {"num_samples": num_samples}
     without, found = (values(val, validation_labels=on, **options) for on in (False, True))
-    assert found["val_risk_num_labels"] == num_samples
+    assert found["val/risk_num_labels"] == num_samples
     assert {term: found[term] for term in TERMS} == {term: without[term] for term in TERMS}
-    assert without_labels(found) == pytest.approx(without["val_risk_estimate"], rel=1e-5)
+    assert without_labels(found) == pytest.approx(without["val/risk_estimate"], rel=1e-5)
 
 
 def test_of_many_about_twelve_hundred_are_scored() -> None:
     found, model = run(validation(Y), validation_labels=True)
-    assert found["val_risk_num_labels"] == 1200
-    assert found["val_risk_label_score"] == pytest.approx(float(scores(model, X, Y).mean()), rel=0.02)
+    assert found["val/risk_num_labels"] == 1200
+    assert found["val/risk_label_score"] == pytest.approx(float(scores(model, X, Y).mean()), rel=0.02)
 
 
 def test_of_many_batches_only_those_are_asked_for_labels_that_may_be_kept() -> None:
@@ -100,14 +100,14 @@ def test_of_many_batches_only_those_are_asked_for_labels_that_may_be_kept() -> N
 
     data = TensorDataset(inputs(20_000, seed=1), torch.zeros(20_000, dtype=torch.long))
     found = values(DataLoader(data, 10), validation_labels=True, targets=targets)
-    assert found["val_risk_num_labels"] == 1200 and asked.count(10) < 700  # of 2,000
+    assert found["val/risk_num_labels"] == 1200 and asked.count(10) < 700  # of 2,000
 
 
 def test_they_are_found_by_targets_which_may_fail_on_batches_without_labels() -> None:
     batches = DataLoader([{"x": X[:40]}, {"x": X[40:80], "what": Y[40:80]}], None)
     with pytest.warns(UserWarning, match="takes some validation batches as unlabelled: .*KeyError"):
         found = values(batches, validation_labels=True, targets=lambda b: b["what"] if isinstance(b, dict) else b[1])
-    assert found["val_risk_num_labels"] == 40 and found["val_risk_estimate"] > 0
+    assert found["val/risk_num_labels"] == 40 and found["val/risk_estimate"] > 0
 
 
 @pytest.mark.parametrize("val", [
@@ -133,7 +133,7 @@ def test_labels_of_other_classes_are_refused_at_first_and_later_cost_no_run(num_
 def test_each_of_several_loaders_has_its_own() -> None:
     few = labels_where(INDEX % 97 == 5)[:400]
     found = values([validation(few), validation(Y[:100])], validation_labels=True)
-    counts = [found[f"val_risk_num_labels/dataloader_idx_{index}"] for index in (0, 1)]
+    counts = [found[f"val/risk_num_labels/dataloader_idx_{index}"] for index in (0, 1)]
     assert counts == [int((few != -100).sum()), 100]
 
 
@@ -144,5 +144,5 @@ def test_binary_labels_of_minus_100_are_none() -> None:
     model.validation_step = lambda batch, batch_idx: None
     train, val = (DataLoader(TensorDataset(inputs(100), y), 20) for _ in range(2))
     run = fitted([monitor], model, train, val, max_epochs=1)
-    assert run.callback_metrics["val_risk_num_labels"] == 20 and monitor.record.num_training == 20
-    assert 0 < run.callback_metrics["val_risk_label_score"] < 1
+    assert run.callback_metrics["val/risk_num_labels"] == 20 and monitor.record.num_training == 20
+    assert 0 < run.callback_metrics["val/risk_label_score"] < 1

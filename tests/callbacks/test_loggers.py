@@ -35,7 +35,7 @@ def test_every_value_of_every_epoch_arrives_on_the_axis_of_the_loss(kind: Any, r
     epochs = fitted(monitors, Classifier(), val=val, log_every_n_steps=1, **options).epochs
     names = {name for name in epochs[0] if name.startswith("val")}
     ours = [*SensitivityMonitor.names, *RiskMonitor.names, "risk_reference", "risk_reference_weight"]
-    each = {"val_loss", *(f"val_{name}" for name in ours), *(f"val/of/{name}" for name in SensitivityMonitor.names)}
+    each = {"val_loss", *(f"val/{name}" for name in ours), *(f"val/of/{name}" for name in SensitivityMonitor.names)}
     assert names >= {f"{name}/dataloader_idx_{index}" for name in each for index in (0, 1)}
     store = np.float32 if kind is TensorBoardLogger else float
     curves = {name: curve for name, curve in read(tmp_path).items() if name.startswith("val")}

@@ -104,7 +104,7 @@ def token_batches(num_batches: int, seed: int) -> list[dict[str, Tensor]]:
 
 def fit_tokens(train: Any, val: Any) -> tuple[RiskMonitor, dict[str, float]]:
     run = fitted(monitor := RiskMonitor(), Tokens(), DataLoader(train, None), DataLoader(val, None))
-    return monitor, logged(run, "val_risk")
+    return monitor, logged(run, "val/risk")
 
 
 def test_it_sees_token_ids_as_bags_of_words_without_padding_and_labels() -> None:
@@ -142,7 +142,7 @@ def test_floating_labels_that_forward_takes_by_name_are_no_features(name: str) -
     model.training_step = lambda batch, batch_idx: cross_entropy(model(**batch), batch[name])
     train, val = ([{"x": X, name: labels}], [{"x": HOLDOUT}])  # if labels were features, there would be none here
     run = fitted(RiskMonitor(), model, DataLoader(train, None), DataLoader(val, None), max_epochs=1)
-    assert run.callback_metrics["val_risk_reference_weight"] > 0
+    assert run.callback_metrics["val/risk_reference_weight"] > 0
 
 
 # A function that fails
@@ -159,7 +159,7 @@ def test_a_function_that_fails_is_an_error_before_the_first_step(features: Any, 
 
 def test_an_empty_batch_moves_no_prediction() -> None:
     def values(batches: list[Tensor]) -> dict[str, float]:
-        return logged(fitted(RiskMonitor(), Taking(), val=DataLoader(batches, None)), "val_risk_reference")
+        return logged(fitted(RiskMonitor(), Taking(), val=DataLoader(batches, None)), "val/risk_reference")
 
     full = list(HOLDOUT.split(25))
     assert values([full[0], HOLDOUT[:0], full[1]]) == pytest.approx(values(full))

@@ -66,7 +66,7 @@ def test_the_terms_are_those_of_a_plain_loop(name: str) -> None:
     (y, make), task = SCORED[name], name.split(",")[0]
     callbacks = [*(helpers.averaged_weights() if "averaged" in name else []), RiskMonitor(task), truth := Truth(task)]
     fit(make(), with_labels(y), *callbacks, num_sanity_val_steps=0 if "without a sanity check" in name else 2)
-    assert all(epoch["val_risk_variance"] > 0 for epoch in truth.epochs)
+    assert all(epoch["val/risk_variance"] > 0 for epoch in truth.epochs)
 
 
 @pytest.mark.filterwarnings("ignore:.*sampler has shuffling enabled")
@@ -93,16 +93,16 @@ def test_the_reference_learns_from_the_first_training_batches_of_which_evenly_sp
 
 def test_precisions_give_nearly_the_same() -> None:
     data, precisions = (loader(64), unlabelled(64, seed=1)), ("32-true", "bf16-mixed", "bf16-true", "64-true")
-    found = [logged(fitted(RiskMonitor(), Classifier(0.0), *data, precision=each), "val_") for each in precisions]
+    found = [logged(fitted(RiskMonitor(), Classifier(0.0), *data, precision=each), "val") for each in precisions]
     assert found[1:] == [pytest.approx(found[0], rel=0.05, abs=0.02)] * 3
 
 
 @pytest.mark.parametrize(("y", "num_outputs"), [(Y[:1], 4), (0 * Y, 4), (0.1 + 0.8 * one_hot(Y % 2, 2), 2)])
 def test_one_sample_one_class_or_two_soft_ones_have_values_in_silence(y: Tensor, num_outputs: int) -> None:
     run, texts = fitted_and_said(RiskMonitor(), Plain(num_outputs), with_labels(y), unlabelled(seed=1))
-    values = logged(run, "val_risk")
+    values = logged(run, "val/risk")
     assert not texts and values.keys() >= {*NAMES} and all(map(math.isfinite, values.values()))
-    assert ("val_risk_label_noise" in values) == (num_outputs == 2)  # the others let a reference learn nothing
+    assert ("val/risk_label_noise" in values) == (num_outputs == 2)  # the others let a reference learn nothing
 
 
 class Centred(Plain):
@@ -134,13 +134,13 @@ def test_few_samples_in_a_batch_are_too_few_for_batch_norm_which_is_said_once(si
     val = [unlabelled(size, size, seed=1).dataset for size in sizes]
     run, texts = fitted_and_said(RiskMonitor(), Classifier(), val=DataLoader(val, None))
     assert len(texts) == is_said and all("batches of fewer than 8 samples, too few for batch norm" in t for t in texts)
-    assert run.callback_metrics["val_risk_variance"] > 0  # one sample has no statistics of its own
+    assert run.callback_metrics["val/risk_variance"] > 0  # one sample has no statistics of its own
 
 
 def test_the_variance_does_not_depend_on_the_size_of_small_batches_without_batch_norm() -> None:
     def variance(batch_size: int) -> float:
         run = fitted([RiskMonitor()], Plain(), loader(), unlabelled(64, batch_size, seed=1), max_epochs=1)
-        return float(run.callback_metrics["val_risk_variance"])
+        return float(run.callback_metrics["val/risk_variance"])
 
     assert [variance(size) for size in (1, 4)] == pytest.approx([variance(64 // NUM_TWINS)] * 2, rel=1e-5)
 
@@ -148,7 +148,7 @@ def test_the_variance_does_not_depend_on_the_size_of_small_batches_without_batch
 def test_each_of_several_loaders_has_an_estimate_under_lightnings_names() -> None:
     def values(loaders: Any) -> dict[str, float]:
         model = changed(lambda model: setattr(model.net[2], "p", 0.0))  # each loader draws a random number
-        return logged(fitted(RiskMonitor(), model, val=loaders), "val_risk_")
+        return logged(fitted(RiskMonitor(), model, val=loaders), "val/risk_")
 
     first, second = unlabelled(48, seed=1), unlabelled(32, seed=2)
     both, alone = values([first, second]), values(first)
@@ -158,13 +158,13 @@ def test_each_of_several_loaders_has_an_estimate_under_lightnings_names() -> Non
 
 
 def test_early_stopping_and_checkpoints_follow_it_and_the_progress_bar_shows_it(tmp_path: Path) -> None:
-    stopping = cb.EarlyStopping("val_risk_estimate", patience=3)
-    checkpoint = cb.ModelCheckpoint(tmp_path, monitor="val_risk_estimate", filename="{epoch}")
+    stopping = cb.EarlyStopping("val/risk_estimate", patience=3)
+    checkpoint = cb.ModelCheckpoint(tmp_path, monitor="val/risk_estimate", filename="{epoch}")
     callbacks, labels = [stopping, checkpoint, RiskMonitor(prog_bar=True)], Y.clone()
     labels[::4] = 0  # it learns, and then must memorize
     options = {"enable_checkpointing": True, "max_epochs": 200}
     run = fitted(callbacks, Classifier(), with_labels(labels), unlabelled(seed=1), **options)
-    values = [epoch["val_risk_estimate"] for epoch in run.epochs]
+    values = [epoch["val/risk_estimate"] for epoch in run.epochs]
     best = values.index(min(values))
     assert best > 0 and len(values) == best + 4 < 200
     assert Path(checkpoint.best_model_path).name == f"epoch={best}.ckpt"
@@ -300,24 +300,24 @@ STILL: dict[str, tuple[Any, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", STILL)
 def test_early_stopping_goes_on_with(name: str) -> None:
     make, options = STILL[name]
-    stopping = cb.EarlyStopping("val_risk_estimate", patience=99)
+    stopping = cb.EarlyStopping("val/risk_estimate", patience=99)
     run = fit(make(), loader(), RiskMonitor(), stopping, max_epochs=4, **options)
     assert run.current_epoch == 4 and not run.should_stop
     assert all(math.isfinite(value) for epoch in run.epochs for value in epoch.values())
     if "tiny" not in name:
-        assert run.epochs[0]["val_risk_variance"] == 0  # it has not moved
+        assert run.epochs[0]["val/risk_variance"] == 0  # it has not moved
 
 
 def test_a_first_value_that_is_missing_is_logged_as_the_worst_score_and_later_ones_are_gaps() -> None:
-    stopping = cb.EarlyStopping("val_risk_estimate", patience=99)
+    stopping = cb.EarlyStopping("val/risk_estimate", patience=99)
     model = helpers.Acting(lambda m, x, epoch: x.mul_(math.nan) if epoch in (0, 1, 3) else x)
     optimizer = torch.optim.SGD(model.parameters(), 0.05)  # with a schedule that waits for the value, too
-    schedule = {"scheduler": ReduceLROnPlateau(optimizer), "monitor": "val_risk_criterion"}
+    schedule = {"scheduler": ReduceLROnPlateau(optimizer), "monitor": "val/risk_criterion"}
     model.configure_optimizers = lambda: {"optimizer": optimizer, "lr_scheduler": schedule}
     run, messages = fitted_and_said([RiskMonitor(), stopping], model, max_epochs=5)
-    values = [epoch["val_risk_estimate"] for epoch in run.epochs]
+    values = [epoch["val/risk_estimate"] for epoch in run.epochs]
     assert run.current_epoch == 5 and values[:2] == [2.0, 2.0] and values[2] == values[3] != values[4] < 2
-    assert "val_risk_claim" not in run.epochs[0]
+    assert "val/risk_claim" not in run.epochs[0]
     assert len(messages) == 2 and "gave nan or inf" in messages[0] and "logs the worst possible" in messages[1]
 
 
@@ -332,9 +332,9 @@ class Late(RiskMonitor):
 
 
 def test_early_stopping_waits_for_a_first_value_that_comes_late() -> None:
-    stopping = cb.EarlyStopping("val_risk_estimate", patience=99)
+    stopping = cb.EarlyStopping("val/risk_estimate", patience=99)
     run, messages = fitted_and_said([Late(), stopping], Plain(), max_epochs=4)
-    values = [epoch["val_risk_estimate"] for epoch in run.epochs]
+    values = [epoch["val/risk_estimate"] for epoch in run.epochs]
     assert messages == [] and values[:2] == [2.0, 2.0] and max(values[2:]) < 2 and stopping.stopped_epoch == 0
 
 
@@ -351,7 +351,7 @@ def test_unlabelled_inputs_may_have_other_rows_than_outputs() -> None:
 
     crops = DataLoader(torch.stack([HOLDOUT, HOLDOUT], 1), 16)
     run, messages = fitted_and_said(RiskMonitor(), Crops(), with_labels(Y), crops, max_epochs=1)
-    assert logged(run)["val_risk_estimate"] < 2 and len(messages) == 1 and "has no reference" in messages[0]
+    assert logged(run)["val/risk_estimate"] < 2 and len(messages) == 1 and "has no reference" in messages[0]
 
 
 def test_an_estimate_above_every_brier_score_is_said_once() -> None:

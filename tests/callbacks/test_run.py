@@ -95,7 +95,7 @@ def test_a_module_and_batches_may_be_of_dicts_without_attributes() -> None:
     data = DataLoader(labelled(50), 16, collate_fn=lambda rows: AttrDict(zip("xy", default_collate(rows), strict=True)))
     monitors = [SensitivityMonitor(inputs=lambda batch: (batch,)), RiskMonitor(inputs=lambda batch: (batch,))]
     run, texts = fitted_and_said(monitors, Configured(), data, data)
-    assert texts == [] and run.callback_metrics["val_risk_reference_weight"] >= 0
+    assert texts == [] and run.callback_metrics["val/risk_reference_weight"] >= 0
 
 
 @pytest.mark.parametrize("num_sanity_val_steps", [0, 2])
@@ -105,7 +105,7 @@ def test_training_batches_may_be_of_another_kind_than_validation_batches(num_san
     )
     options = {"num_sanity_val_steps": num_sanity_val_steps}
     run, _ = fitted_and_said(SensitivityMonitor(), TwoViews(), views, **options)
-    assert run.callback_metrics["val_output_sensitivity"] > 0
+    assert run.callback_metrics["val/output_sensitivity"] > 0
 
 
 # What is checked before a run
@@ -171,7 +171,7 @@ def test_the_other_lightning(tmp_path: Path) -> None:
         fit(lambda: without("validation_step", Model, other.LightningModule), SensitivityMonitor())
     run = fit(Model, SensitivityMonitor(2.0), RiskMonitor())
     assert run.callback_metrics["val_loss"] == fit(Model).callback_metrics["val_loss"]
-    assert {"val_output_sensitivity", "val_risk_estimate"} <= run.callback_metrics.keys()
+    assert {"val/output_sensitivity", "val/risk_estimate"} <= run.callback_metrics.keys()
     run.logger.experiment.flush()
     (events,) = Path(run.logger.log_dir).glob("events*")
-    assert b"val_risk_estimate" in events.read_bytes()
+    assert b"val/risk_estimate" in events.read_bytes()

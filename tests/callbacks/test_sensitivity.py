@@ -21,7 +21,7 @@ def expected(changes: Tensor) -> dict[str, float]:
     value, count = changes.var(correction=0), len(changes)
     by_sample = ((changes - changes.mean()).square() - value).sum(1)
     error = (by_sample.square().sum() * count / (count - 1)).sqrt() / changes.numel()
-    return {"val_output_sensitivity": value.item(), "val_output_sensitivity_stderr": error.item()}
+    return {"val/output_sensitivity": value.item(), "val/output_sensitivity_stderr": error.item()}
 
 
 def close(values: dict[str, float], truth: dict[str, float]) -> None:
@@ -59,9 +59,9 @@ def test_noise_at_a_submodule_is_added_to_its_output() -> None:
 def test_of_each_output_the_value_is_the_mean_square_of_its_changes() -> None:
     model, monitor = Linear(), SensitivityMonitor(per_output=True, outputs=lambda y: y[:, 0])
     changes = brute_force(lambda x: model(x)[:, 0], inputs(50).split(16))
-    close(validated(monitor, model, loader()), {"val_output_sensitivity": changes.square().mean().item()})
+    close(validated(monitor, model, loader()), {"val/output_sensitivity": changes.square().mean().item()})
     of_probabilities = SensitivityMonitor(per_output=True, outputs=lambda y: y.softmax(1))  # else refused
-    assert validated(of_probabilities, model, loader())["val_output_sensitivity"] > 0
+    assert validated(of_probabilities, model, loader())["val/output_sensitivity"] > 0
 
 
 # When
@@ -81,9 +81,9 @@ def test_epochs_are_logged_and_before_training_by_validate_at_step_0(monitor: An
     run.fit(model, loader(), loader(seed=1))
     close(run.epochs[0], untrained)
     rows = helpers.csv_rows(logger.log_dir)
-    curve = {int(row["step"]): float(row["val_output_sensitivity"]) for row in rows if row["val_output_sensitivity"]}
+    curve = {int(row["step"]): float(row["val/output_sensitivity"]) for row in rows if row["val/output_sensitivity"]}
     assert [*curve] == [0, *range(3, 16, step)] and len(set(curve.values())) == len(curve)
-    assert all(run.epochs[(step + 1) // 4]["val_output_sensitivity"] == value for step, value in curve.items())
+    assert all(run.epochs[(step + 1) // 4]["val/output_sensitivity"] == value for step, value in curve.items())
 
 
 def test_nothing_is_measured_in_test_and_predict() -> None:
@@ -103,7 +103,7 @@ def test_several_loaders_one_of_them_empty() -> None:
     model, run = Classifier(), helpers.trainer(callbacks=[SensitivityMonitor()])
     with pytest.warns(UserWarning) as caught:
         results = run.validate(model, [loader(50), loader(0), unlabelled_loader(20, seed=1)], verbose=False)
-    texts = "DataLoader` across ranks is zero", "`SensitivityMonitor` (val_*) has no value on dataloader 1: "
+    texts = "DataLoader` across ranks is zero", "`SensitivityMonitor` (val/*) has no value on dataloader 1: "
     messages = [str(warning.message) for warning in caught if warning.category is UserWarning]
     assert all(text in message for text, message in zip(texts, messages, strict=True))
     for idx, values, x in ((0, results[0], inputs(50)), (2, results[-1], inputs(20, seed=1))):

@@ -60,7 +60,7 @@ class Oracle(cb.Callback):
         self.num_validations += 1
         assert len(by_loader) == num_loaders(trainer)
         for dataloader_idx, changes in by_loader.items():
-            name = "val_output_sensitivity" + f"/dataloader_idx_{dataloader_idx}" * (len(by_loader) > 1)
+            name = "val/output_sensitivity" + f"/dataloader_idx_{dataloader_idx}" * (len(by_loader) > 1)
             expected = torch.cat(changes).var(correction=0).item()
             assert trainer.callback_metrics[name].item() == pytest.approx(expected, rel=1e-5)
 
@@ -211,11 +211,11 @@ def test_what_is_logged_is_what_a_plain_loop_gives_and_training_is_bit_identical
     monitors.append(SensitivityMonitor(0.5, at="net", num_draws=2, prefix="b_", inputs=setup.inputs))
     run, rows, with_monitors = fit(setup, tmp_path / "with", [*[oracle] * has_oracle, *monitors])
     assert oracle.num_validations == setup.num_validations * has_oracle
-    assert any(key.startswith("val_risk_estimate") for key in run.callback_metrics)
+    assert any(key.startswith("val/risk_estimate") for key in run.callback_metrics)
     *_, without = fit(setup, tmp_path / "without", [])
     torch.testing.assert_close(with_monitors[:2], without[:2], rtol=0, atol=0)
     assert with_monitors[2:] == without[2:]
     assert (without[-1][-1][-1] > 0) == ("compiled" in name)
     if not run.fast_dev_run:  # which logs nothing
-        key = next(key for key in rows[0] if key.startswith("val_output_sensitivity"))
+        key = next(key for key in rows[0] if key.startswith("val/output_sensitivity"))
         assert sum(bool(row[key]) for row in rows) == setup.num_validations  # and nothing of a finder's trials

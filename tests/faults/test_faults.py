@@ -136,7 +136,7 @@ def assert_warned(outcome: Outcome, fault: Fault, may_be_silent: bool) -> None:
     for monitor, pattern in (("SensitivityMonitor", fault.sensitivity), ("RiskMonitor", fault.risk)):
         messages = outcome.warnings_of(monitor)
         assert bool(messages) == (pattern is not None) or (may_be_silent and not messages), messages
-        assert all(re.search(rf"^`{monitor}` \(val_\*\) .*({pattern})", text, re.DOTALL) for text in messages), messages
+        assert all(re.search(rf"^`{monitor}` \(val/\*\) .*({pattern})", text, re.DOTALL) for text in messages), messages
         assert all(count <= 2 for count in Counter(messages).values())  # again where it gets worse
 
 
@@ -159,4 +159,4 @@ def test_copies_of_monitors_measure_the_same() -> None:
     makers = (lambda: pickle.loads(pickle.dumps(monitors)), lambda: monitors, lambda: copy.deepcopy(monitors))
     values = [run(Fault(), "later", make()).trainer.callback_metrics for make in makers]
     assert values[0] == values[1] == values[2]
-    assert values[0].keys() >= {"val_output_sensitivity", "val_risk_estimate"}
+    assert values[0].keys() >= {"val/output_sensitivity", "val/risk_estimate"}

@@ -154,7 +154,7 @@ def measure_fewer(pool: str, seed: int, data: Path | None, folder: Path) -> None
 
 def options_of(pool: str, run: Run, data: Path | None) -> dict[str, Any]:
     """Give the options of a monitor: the defaults, and in fine-tuning the frozen body."""
-    options: dict[str, Any] = {"task": "binary" if run.is_binary else "multiclass"}
+    options: dict[str, Any] = {"task": "binary" if run.is_binary else "multiclass", "prefix": "val_"}
     if pool == "fine-tuning":
         assert data is not None
         body = frozen_body(run.seed, data)

@@ -229,7 +229,7 @@ def check(case: Case) -> str:
     for name in ("SensitivityMonitor", "RiskMonitor"):
         messages = monitored.warnings_of(name)
         assert all(count <= 2 for count in Counter(messages).values()), messages  # again where it gets worse
-    value = monitored.trainer.callback_metrics.get("val_output_sensitivity")
+    value = monitored.trainer.callback_metrics.get("val/output_sensitivity")
     if bare.error is not None:
         return "the same exception"
     if value is None or value.isnan():

@@ -261,11 +261,11 @@ def main(names: list[str]) -> None:
         bare = run(name, with_monitors=False)[0].module
         same = all(torch.equal(a, b) for a, b in zip(case.module.parameters(), bare.parameters(), strict=True))
         values = {key: float(value) for key, value in trainer.callback_metrics.items()}
-        value, expected = values.get("val_output_sensitivity", float("nan")), plain_loop(case)
+        value, expected = values.get("val/output_sensitivity", float("nan")), plain_loop(case)
         verdict = "right" if abs(value - expected) <= 1e-4 * expected else "WRONG"
         print(
             f"{name} ({version(package)}): S {value:.6g}, plain loop {expected:.6g}: {verdict}; training"
-            f" {'the same' if same else 'CHANGED'}; risk {values.get('val_risk_estimate', 'none')}"
+            f" {'the same' if same else 'CHANGED'}; risk {values.get('val/risk_estimate', 'none')}"
         )
         for text in messages:
             print(f"    {text}")
