@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import move_data_to_device, rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_sensitivity.arguments import Selector, check_argument, check_bool
+from lightning_sensitivity.arguments import Refused, Selector, check_argument, check_bool
 from lightning_sensitivity.compat import original_module
 from lightning_sensitivity.functional.consensus import as_good_as_first, jury_classes
 from lightning_sensitivity.functional.sensitivity import diagnostics, sensitivity_from_rows, sensitivity_rows
@@ -244,8 +244,9 @@ def _explained(what: str) -> Iterator[None]:
     except Warning:  # the user's own filters make an exception of it
         raise
     except Exception as error:
-        reason = str(error) if isinstance(error, MisconfigurationException) else f"{type(error).__name__}: {error}"
-        raise MisconfigurationException(f"{what}: {reason}") from error
+        is_ours = isinstance(error, MisconfigurationException)
+        reason = getattr(error, "reason", str(error)) if is_ours else f"{type(error).__name__}: {error}"
+        raise Refused(f"{what}: {reason}", "comparing-models") from error
 
 
 def _check_models(models: Mapping[str, ModelSource], training: Iterable[object] | None) -> None:

@@ -62,8 +62,7 @@ def jury_classes(probabilities: Tensor, reference: Tensor | None = None, share_k
     votes = probabilities.sum(0, dtype=torch.float64)
     if reference is not None:
         votes += len(probabilities) / 2 * min(1.0, share_known) * sharpened(reference, probabilities)
-    classes: Tensor = votes.argmax(-1)
-    return classes
+    return torch.argmax(votes, -1)
 
 
 def as_good_as_first(losses: Tensor) -> Tensor:
@@ -89,5 +88,4 @@ def as_good_as_first(losses: Tensor) -> Tensor:
         chosen = torch.randint(losses.shape[1], losses.shape[1:], generator=generator)
         means.append(differences[:, chosen].mean(1))
     low, high = torch.stack(means).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
-    holds_zero: Tensor = (low <= 0) & (high >= 0)
-    return holds_zero
+    return torch.logical_and(low <= 0, high >= 0)
