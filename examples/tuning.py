@@ -83,7 +83,7 @@ paths = {}
 for lr, width, dropout in product([3e-4, 3e-3], [16, 512], [0.0, 0.5]):
     name = f"lr {lr:g}, width {width}, dropout {dropout:g}"
     seed_everything(0, verbose=False)
-    checkpoint = ModelCheckpoint(args.out / name, monitor="val_risk_criterion")
+    checkpoint = ModelCheckpoint(args.out / name, monitor="val/risk_criterion")
     trainer = Trainer(
         max_epochs=args.max_epochs,
         accelerator="cpu",

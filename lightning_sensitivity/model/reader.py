@@ -105,9 +105,7 @@ class BatchReader:
             return None
         try:
             with isolated(model) as run:
-                values: object = run(self._features, clone_tensors(batch))
-                if self.trains_features is None:
-                    self.trains_features = run(_is_trained, model, self._features, clone_tensors(batch))
+                values: object = run(self._call_features, model, batch)
         except Warning:
             raise
         except Exception as error:
@@ -117,6 +115,17 @@ class BatchReader:
             expected = f"a function that returns a tensor ({size}, D)"
             raise Refused(f"`features` should be {expected}, got {describe(values)}.", entry="features")
         return values.detach().cpu().float().flatten(1)
+
+    def _call_features(self, model: nn.Module, batch: object) -> object:
+        """Call the user's function; the first time with gradients, to see where they lead."""
+        assert self._features is not None
+        if self.trains_features is None:
+            self.trains_features = False
+            with suppress(Exception), torch.enable_grad():  # which it may forbid, such as by `numpy()`
+                values = self._features(clone_tensors(batch))
+                self.trains_features = _is_trained(values, model)
+                return values
+        return self._features(clone_tensors(batch))
 
     def keep(self, model: nn.Module, batch: object, index: int, labels: Tensor | None = None) -> KeptBatch:
         """Copy a batch to the CPU, with its features.
@@ -154,16 +163,15 @@ class BatchReader:
         return size
 
 
-def _is_trained(model: nn.Module, features: Selector, batch: object) -> bool:
-    """Return whether gradients of features reach a parameter of a model."""
-    with suppress(Exception), torch.enable_grad():  # it may write to tensors where gradients forbid it
-        nodes, seen = [getattr(features(batch), "grad_fn", None)], set[object]()
-        parameters = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
-        while nodes:
-            node = nodes.pop()
-            if id(getattr(node, "variable", None)) in parameters:
-                return True
-            if node is not None and node not in seen:
-                seen.add(node)
-                nodes += [following for following, _ in node.next_functions]
+def _is_trained(values: Tensor, model: nn.Module) -> bool:
+    """Return whether gradients of values reach a parameter of a model."""
+    parameters = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    nodes, seen = [values.grad_fn], set[object]()
+    while nodes:
+        node = nodes.pop()
+        if id(getattr(node, "variable", None)) in parameters:
+            return True
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [following for following, _ in node.next_functions]
     return False

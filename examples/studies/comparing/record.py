@@ -79,9 +79,9 @@ class Recorder(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the reference, before the monitor forgets it."""
-        fit = self.monitor.fit
-        self.found |= {"num_weights": fit.num_weights, "num_training": fit.num_training}
-        reference = fit.references.get(0)
+        record = self.monitor.record
+        self.found |= {"num_weights": record.num_weights, "num_training": record.num_training}
+        reference = self.monitor.kept.references.get(0)
         if reference is not None:
             self.found |= {f"reference_{name}": getattr(reference, name) for name in ("score", "chance", "claim")}
             self.found |= {"reference_noise": reference.noise, "reference_shares": reference.shares.numpy()}
@@ -117,7 +117,7 @@ def record_candidate(run: Run, file: Path, features: Any) -> None:
     start = time.process_time()
     validation = Samples(run.x_holdout, torch.full((len(run.x_holdout),), -100))
     loader = DataLoader(validation, BATCH_SIZE, collate_fn=list, generator=torch.Generator())
-    monitor = RecordedMonitor(features=features)
+    monitor = RecordedMonitor(features=features, prefix="val_")
     recorder = Recorder(run, monitor)
     trainer = Trainer(max_epochs=run.epochs, accelerator="cpu", callbacks=[monitor, recorder], **QUIET)
     trainer.fit(Recorded(run), training_loader(run), loader)
