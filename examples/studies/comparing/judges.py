@@ -116,16 +116,16 @@ def scores(handful: Handful) -> dict[str, Array]:
     """Give the scores of all rules that need no label; lowest is best."""
     p, reference = handful.p, handful.reference
     found = {
-        "jury with the reference": disagreement(p, with_reference(p, reference, handful.share_known).argmax(1)),
-        "class of the mean, no reference": disagreement(p, p.mean(0).argmax(1)),
-        "reference by itself": disagreement(p, reference.argmax(1)),
+        "jury": disagreement(p, with_reference(p, reference, handful.share_known).argmax(1)),
+        "jury_without_reference": disagreement(p, p.mean(0).argmax(1)),
+        "reference": disagreement(p, reference.argmax(1)),
         "consensus_error": consensus_error(p),
-        "lowest criterion": handful.criterion,
-        "mean confidence": -p.max(2).mean(1),
-        "at random": np.zeros(len(p)),
+        "criterion": handful.criterion,
+        "confidence": -p.max(2).mean(1),
+        "random": np.zeros(len(p)),
     }
     if np.isfinite(handful.sensitivity).all():
-        found["lowest sensitivity"] = handful.sensitivity
+        found["sensitivity"] = handful.sensitivity
     return found
 
 
@@ -148,19 +148,19 @@ def judge(handful: Handful) -> Iterator[tuple[str, float, float]]:
     for name, score in found.items():
         yield name, lost(score, handful.error), tau(score, handful.error)
     r = np.random.RandomState(0)
-    jury = found["jury with the reference"]
+    jury = found["jury"]
     for labels, wrong in handful.wrong.items():
         for number in NUM_LABELS:
             places = [r.permutation(wrong.shape[1])[:number] for _ in range(NUM_DRAWS)]
             by_labels = [wrong[:, place].mean(1) for place in places]
-            yield f"{number} {labels} labels", *mean_over_draws(by_labels, handful.error)
+            yield f"labels_{number}_{labels}", *mean_over_draws(by_labels, handful.error)
             if labels == "noisy":
                 joint = [(number * each + LABEL_WEIGHT * jury) / (number + LABEL_WEIGHT) for each in by_labels]
-                yield f"jury and {number} noisy labels", *mean_over_draws(joint, handful.error)
+                yield f"jury_and_{number}_labels", *mean_over_draws(joint, handful.error)
     p, y = handful.p_test, handful.y_test
-    means = {"mean of all, in place of a choice": p.sum(0)}
-    means["mean of all and the reference"] = with_reference(p, handful.reference_test, handful.share_known)
-    means["reference, in place of a choice"] = handful.reference_test
+    means = {"mean_of_all": p.sum(0)}
+    means["mean_with_reference"] = with_reference(p, handful.reference_test, handful.share_known)
+    means["reference_deployed"] = handful.reference_test
     for name, mean in means.items():
         yield name, float(100 * ((mean.argmax(1) != y).mean() - handful.error.min())), math.nan
 

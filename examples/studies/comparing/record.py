@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from training import QUIET, Classifier, Samples, be_quiet, training_loader
 
 from lightning_sensitivity import RiskEstimate, RiskMonitor
+from lightning_sensitivity.callbacks import risk
 from lightning_sensitivity.functional.features import bags_of_words, principal_components
 from lightning_sensitivity.functional.reference import Reference, fit_reference
 from lightning_sensitivity.model import reference as references
@@ -30,11 +31,12 @@ SIGMA = 0.1  # of the noise for S
 
 
 class RecordedEstimate(RiskEstimate):
-    """Keeps the outputs that it gets."""
+    """Keeps the outputs that it gets, and the reference."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.kept: dict[str, list[Tensor]] = {}
+        self.told: dict[str, Any] = {name: kwargs[name] for name in ("num_training", "num_weights", "reference")}
 
     def keep(self, **values: Tensor) -> None:
         for name, value in values.items():
@@ -44,25 +46,17 @@ class RecordedEstimate(RiskEstimate):
         twins = [twin_outputs] if isinstance(twin_outputs, Tensor) else list(twin_outputs)
         baseline = others.get("baseline_outputs")
         self.keep(unseen=outputs, twins=torch.stack(twins, 1), baseline=outputs if baseline is None else baseline)
-        super().update(outputs, twins, **others)
+        super().update(outputs, twin_outputs, **others)
 
     def update_training(self, outputs: Tensor, targets: Tensor) -> None:
         self.keep(training=outputs, training_labels=targets)
         super().update_training(outputs, targets)
 
 
-class RecordedMonitor(RiskMonitor):
-    def _make_metric(self, *args: Any) -> RecordedEstimate:
-        made = super()._make_metric(*args)
-        options = dict(strength=made.strength, num_training=self.fit.num_training, num_weights=self.fit.num_weights)
-        options |= dict(reference=args[2], calibration=self.fit.calibrations.get(args[1]))
-        return RecordedEstimate(self.task, **options)
-
-
 class Recorder(Callback):
     """Keeps what the monitor has seen in every epoch, and the weights."""
 
-    def __init__(self, run: Run, monitor: RecordedMonitor) -> None:
+    def __init__(self, run: Run, monitor: RiskMonitor) -> None:
         self.run, self.monitor = run, monitor
         self.columns: dict[str, list[np.ndarray]] = {}
         self.rows: list[dict[str, float]] = []
@@ -71,22 +65,17 @@ class Recorder(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.rows.append({name: float(value) for name, value in trainer.callback_metrics.items()})
-        kept = {name: torch.cat(values) for name, values in self.monitor.metrics[0].kept.items()}
+        metric: Any = self.monitor.metrics[0]
+        kept = {name: torch.cat(values) for name, values in metric.kept.items()}
         for name in ("unseen", "twins", "training", *["baseline"] * self.run.has_batch_norm):
             self.columns.setdefault(name, []).append(kept[name].clamp(-6e4, 6e4).half().numpy())
-        self.found["training_labels"] = kept["training_labels"].numpy()
         self.weights.append({name: value.clone() for name, value in pl_module.net.state_dict().items()})
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the reference, before the monitor forgets it."""
-        record = self.monitor.record
-        self.found |= {"num_weights": record.num_weights, "num_training": record.num_training}
-        reference = self.monitor.kept.references.get(0)
+        self.found = {name: metric.told[name] for name in ("num_training", "num_weights")}
+        self.found |= {"training_labels": kept["training_labels"].numpy()}
+        reference = metric.told["reference"]
         if reference is not None:
-            self.found |= {f"reference_{name}": getattr(reference, name) for name in ("score", "chance", "claim")}
-            self.found |= {"reference_noise": reference.noise, "reference_shares": reference.shares.numpy()}
-            self.found["reference_predictions"] = reference.predictions.numpy()
-            self.found["reference_leave_one_out"] = reference.leave_one_out.numpy()
+            names = ("score", "chance", "claim", "noise", "shares", "predictions", "leave_one_out")
+            self.found |= {f"reference_{name}": np.array(getattr(reference, name)) for name in names}
 
 
 class Recorded(Classifier):
@@ -117,7 +106,7 @@ def record_candidate(run: Run, file: Path, features: Any) -> None:
     start = time.process_time()
     validation = Samples(run.x_holdout, torch.full((len(run.x_holdout),), -100))
     loader = DataLoader(validation, BATCH_SIZE, collate_fn=list, generator=torch.Generator())
-    monitor = RecordedMonitor(features=features, prefix="val_")
+    monitor = RiskMonitor(features=features, prefix="val_")
     recorder = Recorder(run, monitor)
     trainer = Trainer(max_epochs=run.epochs, accelerator="cpu", callbacks=[monitor, recorder], **QUIET)
     trainer.fit(Recorded(run), training_loader(run), loader)
@@ -203,6 +192,7 @@ def remember_references() -> None:
 
 if __name__ == "__main__":
     data, runs, first, last = sys.argv[1:5]
+    risk.RiskEstimate = RecordedEstimate  # type: ignore[misc, assignment]
     remember_references()
     for seed in range(int(first), int(last)):
         try:
