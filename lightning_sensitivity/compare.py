@@ -57,7 +57,7 @@ class Comparison(list[ModelScores]):
 
     def __repr__(self) -> str:
         """Lay out the table."""
-        rows = [[f"{x:.3g}" if isinstance(x, float) else str(x) for x in model] for model in self]
+        rows = ([f"{x:.3g}" if isinstance(x, float) else str(x) for x in model] for model in self)
         lines = [ModelScores._fields, *rows]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
@@ -99,16 +99,17 @@ class _Measurer:
         sizes = {name: each.shape[1] for name, each in p.items()}
         check_argument("models", sizes, len({*sizes.values()}) == 1, "models with the same number of outputs")
         decisions = self.task.decisions(torch.stack(list(p.values())))
+        expected = "different models (in a loop, `lambda: load(path)` loads the last path: take `partial(load, path)`)"
+        check_argument("models", "equal outputs of all", not bool((decisions == decisions[0]).all()), expected)
         jury = jury_classes(decisions, None if reference is None else self.task.decisions(reference), share_known)
         losses = (decisions.argmax(-1) != jury).double().mean(-1)
         return losses if labels is None else self.combine_with_labels(losses, decisions.argmax(-1), *labels), rows
 
     def combine_with_labels(self, losses: Tensor, classes: Tensor, y: Tensor, counts: Tensor) -> Tensor:
         """Combine what models lose on each sample, ``(M, N)``, with errors on labels; see :meth:`read_labels`."""
-        num_labels = counts.sum()
         errors = (classes != self.task.decisions(y).argmax(-1)).double().mean(-1) * counts
-        errors *= len(counts) / num_labels  # so that their mean over all samples is that over labelled ones
-        return (num_labels * errors + LABEL_WEIGHT * losses) / (num_labels + LABEL_WEIGHT)
+        # The mean of the first summand over all samples is the number of errors on labels.
+        return (len(counts) * errors + LABEL_WEIGHT * losses) / (counts.sum() + LABEL_WEIGHT)
 
     def measure(self, model: nn.Module) -> tuple[Tensor, Tensor]:
         """Compute the probabilities of a model, ``(N, K)``, and its rows of sensitivity, none without noise."""
@@ -253,7 +254,8 @@ def _check_models(models: Mapping[str, ModelSource], training: Iterable[object] 
     """Refuse what is no dict of models, or too few of them."""
     valid = isinstance(models, Mapping) and all(isinstance(name, str) and callable(models[name]) for name in models)
     example = "such as `partial(Classifier.load_from_checkpoint, path)`"
-    check_argument("models", models, valid, f"a dict of names and models, or functions that return one, {example}")
+    got = {name: type(models[name]) for name in models} if isinstance(models, Mapping) else type(models)
+    check_argument("models", got, valid, f"a dict of names and models, or functions that return one, {example}")
     fewest = 3 if training is None else 2
     expected = f"{fewest} models or more" + ", or 2 with `training=`" * (training is None)
     check_argument("models", list(models), len(models) >= fewest, expected)
@@ -265,8 +267,7 @@ def _check_outputs(outputs: Tensor, task: Task) -> None:
     expected = "one logit" if task.has_one_output else "a logit of each class"
     check_argument("outputs", tuple(outputs.shape), fits, f"{expected} for each sample (`task={task.name!r}`)")
     check_argument("outputs", "numbers from 0 to 1", not may_be_probabilities(outputs), "logits")
-    num_failed = int((~outputs.flatten(1).isfinite().all(1)).sum())
-    check_argument("outputs", f"nan or inf for {num_failed} samples", num_failed == 0, "finite")
+    check_argument("outputs", "nan or inf", bool(outputs.isfinite().all()), "finite")
 
 
 def _move_batch(model: nn.Module, batch: object) -> Any:

@@ -116,6 +116,8 @@ def test_other_tasks_have_a_decision_for_each_output(task: str) -> None:
         dict(zip("abc", differs.float().mean((1, 2)).tolist(), strict=True))
     )
     batches = [(x, labels)]
+    if task == "binary":  # outputs (N,)
+        options["outputs"] = lambda logits: logits[:, 0]
     rows = compare(three(), batches, training=batches, validation_labels=True, **options)
     assert all(0 <= row.disagreement < 1 for row in rows.values())
 
@@ -161,11 +163,11 @@ def test_batches_pass_through_the_hooks_of_a_module_without_a_trace() -> None:
             return 2 * batch + 0 * torch.rand(1)
 
     model, batches, options = Moved(), [inputs(50)], {"noise": lambda x, generator: 1.1 * x}
-    state = torch.get_rng_state()
-    moved = compare({"hooks": model, "again": model, "third": model}, batches, **options)
+    models, state = {"hooks": model, "again": model, "other": linear(1)}, torch.get_rng_state()
+    moved = compare(models, batches, **options)
     assert torch.equal(batches[0], inputs(50)) and torch.equal(torch.get_rng_state(), state)
-    plain = compare(dict.fromkeys("abc", model.net), [2 * (inputs(50) + 1)], **options)
-    assert moved["hooks"].sensitivity == moved["again"].sensitivity == pytest.approx(plain["a"].sensitivity)
+    plain = compare({"plain": model.net} | three(), [2 * (inputs(50) + 1)], **options)
+    assert moved["hooks"].sensitivity == moved["again"].sensitivity == pytest.approx(plain["plain"].sensitivity)
 
 
 def test_functions_load_each_model_once_and_streams_are_read_once(tmp_path: Path) -> None:
@@ -201,7 +203,7 @@ def broken(act: Callable[[Tensor], Tensor]) -> nn.Module:
 
 
 @pytest.mark.parametrize(("model", "message"), [
-    pytest.param(broken(lambda y: y / 0 * 0), "got 'nan or inf for 50 samples'", id="nan"),
+    pytest.param(broken(lambda y: y / 0 * 0), "should be finite, got 'nan or inf'", id="nan"),
     pytest.param(broken(lambda y: y.softmax(1)), "should be logits, got 'numbers from 0 to 1'", id="probabilities"),
     pytest.param(broken(lambda y: y[:, :1]), "a logit of each class for each sample", id="one output"),
     pytest.param(broken(lambda y: y[..., None].expand(-1, -1, 3)), "a logit of each class for each", id="dense"),
@@ -217,11 +219,12 @@ def test_a_model_that_fails_is_named(model: Any, message: str) -> None:
 X, Y = labelled(50).tensors
 WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("no dict", {"models": [nn.Linear(1, 1)]}, "`models` should be a dict"),
-    ("paths", {"models": {"a": "a.ckpt", "b": "b.ckpt"}}, r"`models` should be .*load_from_checkpoint, path\)"),
+    ("paths", {"models": {"a": "a.ckpt", "b": "b.ckpt"}}, r"`models` should be .*load_from_checkpoint, path\).*'str'"),
     ("names", {"models": {0: linear(), 1: linear()}}, "`models` should be a dict"),
     ("two without a reference", {"models": {"a": linear(), "b": linear()}}, "`models` should be 3 models or more"),
     ("one", {"models": {"a": linear()}, "training": [(X, Y)]}, "`models` should be 2 models or more"),
     ("other classes", {"models": three() | {"bad": nn.Linear(12, 5)}}, "same number of outputs, got .*'bad': 5"),
+    ("a loop of lambdas", {"models": dict.fromkeys("abc", linear)}, r"take `partial\(load, path\)`\), got 'equal outp"),
     ("no batches", {"dataloader": []}, "`dataloader` should be an iterable of batches"),
     ("no loader", {"dataloader": 3}, "`dataloader` should be an iterable of batches"),
     ("training is no loader", {"training": 3}, "`training` should be an iterable of batches"),
