@@ -85,7 +85,7 @@ model.head = nn.Linear(64, 5)  # for the new classes
 
 # %% What to copy
 pretrained = copy.deepcopy(model.body).requires_grad_(False)
-risk = RiskMonitor(prefix="val/", features=lambda batch: pretrained(batch[0]), validation_labels=not args.unlabelled)
+risk = RiskMonitor(features=lambda batch: pretrained(batch[0]), validation_labels=not args.unlabelled)
 checkpoint = ModelCheckpoint(monitor="val/risk_criterion", dirpath="runs/finetuning", filename="{epoch}")
 criteria: list[float] = []
 accuracies: list[float] = []

@@ -101,7 +101,7 @@ class Curves(Callback):
 
 
 # %% What to copy
-risk = RiskMonitor(prefix="val/", validation_labels=not args.unlabelled)
+risk = RiskMonitor(validation_labels=not args.unlabelled)
 checkpoint = ModelCheckpoint(monitor="val/risk_criterion", dirpath="runs/signals", filename="{epoch}")
 criteria: list[float] = []
 accuracies: list[float] = []

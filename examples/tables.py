@@ -75,7 +75,7 @@ class Curves(Callback):
 
 
 # %% What to copy
-risk = RiskMonitor(prefix="val/", task="binary", validation_labels=not args.unlabelled)
+risk = RiskMonitor(task="binary", validation_labels=not args.unlabelled)
 checkpoint = ModelCheckpoint(monitor="val/risk_criterion", dirpath="runs/tables", filename="{epoch}")
 criteria: list[float] = []
 accuracies: list[float] = []

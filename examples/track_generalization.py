@@ -94,8 +94,8 @@ class Curves(Callback):
 # and sensitivity in one group. Without `default_hp_metric=False` it would show an empty chart, too.
 
 # %%
-risk = RiskMonitor(prefix="val/", prog_bar=True)
-sensitivity = SensitivityMonitor(prefix="val/")
+risk = RiskMonitor(prog_bar=True)
+sensitivity = SensitivityMonitor()
 stopping = EarlyStopping(monitor="val/risk_criterion", patience=args.patience)
 checkpoint = ModelCheckpoint(monitor="val/risk_criterion", filename="{epoch}")
 logger = TensorBoardLogger("runs/digits", name=None, default_hp_metric=False)

@@ -127,8 +127,8 @@ if not args.finetune:
         module,
         loaders(x, y, NUM_TRAIN, 10),
         NUM_EPOCHS,
-        RiskMonitor(prefix="val/", validation_labels=True),
-        SensitivityMonitor(prefix="val/"),
+        RiskMonitor(validation_labels=True),
+        SensitivityMonitor(),
         Table(),
     )
 else:
@@ -151,15 +151,15 @@ else:
         module,
         data,
         max(1, NUM_EPOCHS // 4),
-        RiskMonitor(prefix="val/", **options),
-        SensitivityMonitor(prefix="val/"),
+        RiskMonitor(**options),
+        SensitivityMonitor(),
         Table(),
     )
     # Then all weights. This fit begins with a trained head, so the weights from before are given.
     module.requires_grad_()
     module.lr, module.num_steps = 0.01, NUM_EPOCHS * len(data[0])
     options["initial_weights"] = pretrained
-    fit(module, data, NUM_EPOCHS, RiskMonitor(prefix="val/", **options), SensitivityMonitor(prefix="val/"), Table())
+    fit(module, data, NUM_EPOCHS, RiskMonitor(**options), SensitivityMonitor(), Table())
 
 losses, criteria = np.array(rows)[:, 0], np.array(rows)[:, 1]
 chosen, best = int(np.argmin(criteria)), int(np.argmin(losses))

@@ -117,15 +117,13 @@ class Curves(Callback):
 if args.task == "sentences":
     at = "model.bert.embeddings"
     monitors: list[Callback] = [
-        RiskMonitor(prefix="val/", validation_labels=True),
-        SensitivityMonitor(prefix="val/", at=at, per_output=True),
+        RiskMonitor(validation_labels=True),
+        SensitivityMonitor(at=at, per_output=True),
     ]
     names = ["train_loss", "val/loss", "val/risk_criterion", "val/output_sensitivity"]
 else:  # classes come last, (N, T, K); there is no criterion for words
     at = "model.transformer.wte"
-    monitors = [
-        SensitivityMonitor(prefix="val/", at=at, per_output=True, outputs=lambda result: result.logits.movedim(-1, 1))
-    ]
+    monitors = [SensitivityMonitor(at=at, per_output=True, outputs=lambda result: result.logits.movedim(-1, 1))]
     names = ["train_loss", "val/loss", "val/output_sensitivity"]
 
 columns: dict[str, list[float]] = {name: [] for name in names}

@@ -29,7 +29,7 @@ class WithGroup(Classifier):
 def tensorboard_url(tmp_path: Path) -> Iterator[str]:
     """TensorBoard of a short fit, or of what $LOGDIR holds, in a process of its own."""
     if not (logs := os.environ.get("LOGDIR", "")):
-        monitors = [SensitivityMonitor(prefix="val/"), RiskMonitor(prefix="val/")]
+        monitors = [SensitivityMonitor(), RiskMonitor()]
         logger = TensorBoardLogger(logs := tmp_path, name=None)
         fitted(monitors, WithGroup(), val=loader(seed=1), logger=logger, max_epochs=5, log_every_n_steps=1)
         logger.finalize("success")
