@@ -3,6 +3,7 @@
 from lightning_sensitivity.functional.features import bags_of_words, principal_components
 from lightning_sensitivity.functional.label_noise import label_noise
 from lightning_sensitivity.functional.reference import Calibration, Reference, fit_reference, reference_weight
+from lightning_sensitivity.functional.refinement import RefinedScore, refined_score
 from lightning_sensitivity.functional.risk import RiskTerms, variance_factor
 from lightning_sensitivity.functional.sensitivity import loss_estimate, output_sensitivity
 from lightning_sensitivity.functional.wrong_labels import estimate_noise
@@ -10,6 +11,7 @@ from lightning_sensitivity.functional.wrong_labels import estimate_noise
 __all__ = [
     "Calibration",
     "Reference",
+    "RefinedScore",
     "RiskTerms",
     "bags_of_words",
     "estimate_noise",
@@ -19,5 +21,6 @@ __all__ = [
     "output_sensitivity",
     "principal_components",
     "reference_weight",
+    "refined_score",
     "variance_factor",
 ]

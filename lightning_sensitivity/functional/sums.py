@@ -90,7 +90,7 @@ def unseen_sums(
     def sums(outputs: Tensor, baseline_outputs: Tensor, twin_outputs: Tensor) -> Tensor:
         p, baseline, twin = map(task.probabilities, (outputs, baseline_outputs, twin_outputs))
         claim, distance = task.claims(p), task.distances(baseline, twin)
-        return _finite_sums(torch.ones_like(claim), claim, distance, task.claims(baseline), task.claims(twin))
+        return finite_sums(torch.ones_like(claim), claim, distance, task.claims(baseline), task.claims(twin))
 
     of_twins = []
     for twin in twin_outputs:
@@ -120,7 +120,7 @@ def label_sums(outputs: Tensor, targets: Tensor, task: Task) -> Tensor:
         p = task.probabilities(outputs)
         y, counts = task.target_probabilities(p, targets)
         scores, claims = task.distances(p, y) * counts, task.claims(p) * counts
-        return _finite_sums(counts, scores, claims)
+        return finite_sums(counts, scores, claims)
 
     return torch.stack(in_chunks(sums, outputs, targets.to(outputs.device))).sum(0)
 
@@ -145,12 +145,12 @@ def agreement_sums(outputs: Tensor, targets: Tensor, shares: Tensor, task: Task)
         y, counts = task.target_probabilities(probabilities, targets)
         p, q, n = task.as_vectors(probabilities.flatten(1)), task.as_vectors(y.flatten(1)), counts.flatten()
         values = p.square().sum(1), (p * s).sum(1), (p * (q - s)).sum(1), q.square().sum(1)
-        return _finite_sums(n, *(n * value for value in values))
+        return finite_sums(n, *(n * value for value in values))
 
     return torch.stack(in_chunks(sums, outputs, targets)).sum(0)
 
 
-def _finite_sums(*values: Tensor) -> Tensor:
+def finite_sums(*values: Tensor) -> Tensor:
     """Sum up values over samples whose values are all finite, and count the others, without a wait."""
     rows = torch.stack(values, dim=1).to(wide_dtype(values[0].device))
     rows = rows.flatten(2).sum(2) if rows.ndim > 2 else rows

@@ -10,6 +10,8 @@ class Rec:
         self.K=int(z['about_num_classes']); self.binary=bool(z['about_is_binary'])
         self.labels=str(z['about_labels']); self.n=int(z['about_n']); self.kind=str(z['about_kind'])
         self.E=len(z['test'])
+        at=np.concatenate([np.arange(b*120,(b+1)*120) for b in z['unseen_batches']]); at=at[at<len(z['unseen_given'])]
+        for k in ('unseen_given','unseen_noisy','unseen_correct'): z[k]=z[k][at]
     def logits(self,name):
         f=self.z[name].astype(np.float32)
         return np.concatenate([np.zeros_like(f),f],-1) if self.binary else f

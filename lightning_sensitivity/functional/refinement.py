@@ -1,0 +1,92 @@
+"""The score on labels after the best temperature, which is what accuracy feels, and that temperature."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_sensitivity.functional.sums import finite_sums
+from lightning_sensitivity.functional.tasks import Task, find_task
+from lightning_sensitivity.functional.tensors import in_chunks
+
+TEMPERATURES = tuple(2.0 ** (half / 2) for half in range(-2, 8))  # from 0.5 to 11.3
+
+
+class RefinedScore(NamedTuple):
+    """Hold the Brier score after the best temperature, and this temperature.
+
+    Attributes:
+        score: The Brier score of the probabilities of ``logits / temperature``.
+        temperature: The best one; above 1 if the model is too sure of itself.
+    """
+
+    score: float
+    temperature: float
+
+
+def refined_score(logits: Tensor, targets: Tensor, task: str = "multiclass") -> RefinedScore:
+    r"""Compute the Brier score after the best temperature, to choose an epoch for its accuracy.
+
+    A proper score is the sum of a *calibration* error, which a temperature repairs, and of a *refinement*
+    error, which accuracy feels. A network that memorizes becomes too sure of itself, so that its score rises
+    long before its accuracy falls. The refined score does not (Berta, Holzmüller, Jordan and Bach, *Rethinking
+    Early Stopping: Refine, Then Calibrate*, arXiv:2501.19195):
+
+    .. math::
+        \min_T \; \frac{1}{n} \sum_i \big\| \operatorname{softmax}(f(x_i) / T) - y_i \big\|^2
+
+    over T = 0.5, 0.71, 1, 1.41, ..., 11.3. The labels may be noisy. Afterwards divide the logits of the chosen
+    epoch by the temperature: then its probabilities are calibrated, too.
+
+    Args:
+        logits: Logits of samples that the model was not trained on, ``(N, K)``; ``(N,)`` or ``(N, 1)`` for
+            ``"binary"``.
+        targets: Their labels, as for :class:`~lightning_sensitivity.RiskEstimate`; those of -100 are ignored.
+        task: ``"multiclass"``, ``"binary"`` or ``"multilabel"``.
+
+    Returns:
+        The score, and the temperature that gives it.
+
+    Raises:
+        ValueError: If labels do not fit the task, or no sample has a label and finite logits.
+
+    Example:
+        >>> import torch
+        >>> from lightning_sensitivity.functional import refined_score
+        >>> logits = torch.tensor([[4.0, 0.0], [0.0, 4.0], [4.0, 0.0], [0.0, 4.0]])
+        >>> score, temperature = refined_score(logits, torch.tensor([0, 1, 0, 0]))
+        >>> round(score, 3), temperature
+        (0.376, 4.0)
+    """
+    kind = find_task(task)
+    kind.check(logits, targets)
+    num_scored, *scores, _ = refinement_sums(logits.detach(), targets, kind).tolist()
+    if num_scored == 0:
+        raise ValueError("Expected a sample with a label and finite `logits`, but got none.")
+    score, temperature = min(zip(scores, TEMPERATURES, strict=True))
+    return RefinedScore(score / num_scored, temperature)
+
+
+def refinement_sums(outputs: Tensor, targets: Tensor, task: Task) -> Tensor:
+    """Sum up scores over a batch of labelled samples, at each temperature.
+
+    Args:
+        outputs: Outputs in eval mode, ``(N, K, ...)`` or ``(N,)``.
+        targets: Their labels; those of -100 are ignored.
+        task: The kind of classification.
+
+    Returns:
+        The number of labels that count, the sum of the scores at each of :data:`TEMPERATURES`, and the number
+        of samples with nan or inf, which are left out.
+    """
+
+    def sums(outputs: Tensor, targets: Tensor) -> Tensor:
+        outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+        scores = []
+        for temperature in TEMPERATURES:
+            p = task.probabilities(outputs / temperature)
+            y, counts = task.target_probabilities(p, targets)
+            scores.append(task.distances(p, y) * counts)
+        return finite_sums(counts, *scores)
+
+    return torch.stack(in_chunks(sums, outputs, targets.to(outputs.device))).sum(0)
