@@ -19,6 +19,7 @@ def rules_full(r):
      'gate .15: est+2(1-Q) | train':low(f['est']+2*(1-q) if noisy else tr),
      'gate .15: estT+2(1-Q) | train':low(Rref+2*(1-q) if noisy else tr),
      'ramp N':low(tr+np.clip((N-.05)/.15,0,1)*(f['est']-tr)),
+     '600 Brier':low(f['noisyS'][i1]),'600 refined':low(f['noisyS'].min(0)),
      'best true T':low(f['true'].min(0)),'true':low(f['true'][i1]),'best acc':int(f['acc'].argmax())}
     return out
 def rules_few(r):
