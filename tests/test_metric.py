@@ -220,12 +220,12 @@ def test_the_noise_is_unknown_if_one_process_of_several_does_not_know_it() -> No
 NO_NOISE = {"noise": 0.01, "claim": 1.4 * REFERENCE.score}
 
 
-@pytest.mark.parametrize(("reference", "is_clean"), [
+@pytest.mark.parametrize(("reference", "gap_weight"), [
     (REFERENCE._replace(noise=0.2), False), (REFERENCE._replace(noise=0.01), False), (None, False),
     (REFERENCE._replace(noise=math.nan, claim=1.4), False), (REFERENCE._replace(**NO_NOISE), True),
 ])  # fmt: skip
 def test_the_criterion_is_the_estimate_with_labels_or_the_score_on_training_samples_if_no_noise_is_found(
-    reference: Any, is_clean: bool
+    reference: Any, gap_weight: bool
 ) -> None:
     metric = RiskEstimate(strength=0.5, num_training=400, num_weights=10_000, reference=reference)
     for i in range(NUM_BATCHES):
@@ -234,8 +234,8 @@ def test_the_criterion_is_the_estimate_with_labels_or_the_score_on_training_samp
         metric.update_labels(TWIN[i], LABELS[i])
     values, labels = metric.compute(), nn.functional.one_hot(LABELS, 5)
     score = (NOISY.double().softmax(-1) - labels).square().sum(-1).mean()
-    torch.testing.assert_close(values["risk_criterion"], score if is_clean else values["risk_estimate"])
-    assert values["risk_criterion"] != (values["risk_estimate"] if is_clean else score)
+    torch.testing.assert_close(values["risk_criterion"], score if gap_weight else values["risk_estimate"])
+    assert values["risk_criterion"] != (values["risk_estimate"] if gap_weight else score)
     noise = math.nan if reference is None else reference.noise
     assert values.get("risk_label_noise", torch.tensor(math.nan)).item() == pytest.approx(noise, nan_ok=True)
 
@@ -259,12 +259,12 @@ def test_a_call_gives_the_values_so_far() -> None:
     assert values == other.compute() and values["risk_estimate"] < 2
 
 
-@pytest.mark.parametrize("is_clean", [False, True])
-def test_a_verdict_of_an_earlier_epoch_counts(is_clean: bool) -> None:
-    metrics = [make_risk(reference=REFERENCE._replace(**NO_NOISE), is_clean=each) for each in (None, is_clean)]
+@pytest.mark.parametrize("weight", [0.0, 0.7, 1.0])
+def test_a_verdict_of_an_earlier_epoch_counts(weight: float) -> None:
+    metrics = [make_risk(reference=REFERENCE._replace(**NO_NOISE), gap_weight=each) for each in (None, weight)]
     values = [filled(metric).compute() for metric in metrics]
-    assert [metric.findings.is_clean for metric in metrics] == [True, is_clean]
-    assert (values[1]["risk_criterion"] == values[1]["risk_estimate"]) == (not is_clean)
+    assert [metric.findings.gap_weight for metric in metrics] == [0.0, weight]
+    assert (values[1]["risk_criterion"] == values[0]["risk_criterion"]) == (weight == 0)
 
 
 def test_it_says_what_twins_and_the_reference_have_found_by_themselves() -> None:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_sensitivity.functional.sums import AgreementSums
+from lightning_sensitivity.functional.sums import TEMPERATURES, AgreementSums
 from lightning_sensitivity.functional.tasks import Task, find_task
 from lightning_sensitivity.functional.wrong_labels import estimate_noise
 
@@ -17,6 +17,7 @@ _NO_SKILL, _NO_SKILL_PER_SAMPLE = 0.01, 1.5  # permuted labels reach 0.013, and 
 _SKILL_RANGE = 0.02  # from no weight to full weight
 _CAUTIOUS, _CAUTION_RANGE = 1.30, 0.15  # of claim / score: no weight here, and full weight below
 NOISY = 0.05  # share of labels that look wrong
+_UNCLEAR = 0.7  # of the gap, where noise is neither found nor excluded
 _MAX_FACTOR = 3.0  # of the agreement
 _CLEAR = 0.15  # share of the largest agreement so far
 _MIN_AGREEMENT = 1e-4  # a network that has not moved agrees with nothing
@@ -101,6 +102,18 @@ class ReferenceSums(NamedTuple):
         also too cautious, so that its claim is well above its score.
         """
         return self.mean_noise < NOISY and self.claim >= _CAUTIOUS * self.score
+
+    @property
+    def gap_weight(self) -> float:
+        """How much of the gap between training score and estimate counts in the criterion.
+
+        A network that memorizes correct labels hardly loses accuracy by it, so that the score on training samples
+        tells when to stop. With noisy labels the estimate does. It is 0 if no noise is found, 1 if 5 % of the
+        labels or more look wrong or nothing is known, and 0.7 in between.
+        """
+        if self.looks_clean:
+            return 0.0
+        return _UNCLEAR if self.mean_noise < NOISY else 1.0
 
     def weight(self, num_training: int | None) -> float:
         """Compute the weight of the references; see :func:`reference_weight`.
@@ -236,39 +249,44 @@ def _check_samples(x: Tensor, new_x: Tensor, y: Tensor, task: Task) -> None:
 
 
 class Calibration(NamedTuple):
-    """Hold what the epochs so far say about the factor of the agreement.
+    """Hold what the epochs so far say about the factor of the agreement, at each temperature.
 
     A reference that is poor agrees less with a network than unseen labels do. The labels of training samples
     agree more, since the network has learned them; least so before it memorizes. So the factor is the
     smallest ratio so far of their agreement to that of the reference.
 
     Attributes:
-        largest_agreement: The largest agreement of network and reference on unseen samples.
-        smallest_ratio: The smallest ratio of the agreement of training labels to it, where it is clear of 0.
+        largest_agreements: The largest agreement of network and reference on unseen samples.
+        smallest_ratios: The smallest ratio of the agreement of training labels to it, where it is clear of 0.
     """
 
-    largest_agreement: float = 0.0
-    smallest_ratio: float = math.inf
+    largest_agreements: tuple[float, ...] = (0.0,) * len(TEMPERATURES)
+    smallest_ratios: tuple[float, ...] = (math.inf,) * len(TEMPERATURES)
 
     @property
-    def factor(self) -> float:
-        """The factor of the agreement, from 1 to 3."""
-        return min(max(self.smallest_ratio, 1.0), _MAX_FACTOR)
+    def factors(self) -> list[float]:
+        """The factor of the agreement at each temperature, from 1 to 3."""
+        return [min(max(ratio, 1.0), _MAX_FACTOR) for ratio in self.smallest_ratios]
 
-    def updated(self, agreement: float, training_agreement: float) -> "Calibration":
+    def updated(self, agreements: Tensor, training_agreements: Tensor) -> "Calibration":
         """Include an epoch; one without samples, which gives nan, changes nothing.
 
         Args:
-            agreement: Mean of p · (q − s) over unseen samples: network p, reference q, shares s.
-            training_agreement: Mean of p · (y − s) over training samples with labels y.
+            agreements: Means of p · (q − s) over unseen samples at each temperature: network p, reference q,
+                shares s.
+            training_agreements: Means of p · (y − s) over training samples with labels y.
         """
-        if not (math.isfinite(agreement) and math.isfinite(training_agreement)):
+        if not bool((agreements + training_agreements).isfinite().all()):
             return self
-        largest = max(self.largest_agreement, agreement)
-        ratio = self.smallest_ratio
-        if agreement > max(_CLEAR * largest, _MIN_AGREEMENT):
-            ratio = min(ratio, training_agreement / agreement)
-        return Calibration(largest, ratio)
+        found = agreements.tolist()
+        largest = tuple(map(max, self.largest_agreements, found))
+        ratios = [
+            min(smallest, training / agreement) if agreement > max(_CLEAR * most, _MIN_AGREEMENT) else smallest
+            for smallest, training, agreement, most in zip(
+                self.smallest_ratios, training_agreements.tolist(), found, largest, strict=True
+            )
+        ]
+        return Calibration(largest, tuple(ratios))
 
 
 def reference_weight(score: float, chance: float, claim: float, num_samples: int, num_training: int) -> float:
@@ -313,7 +331,11 @@ def reference_score(unseen: AgreementSums, training: AgreementSums, calibration:
         unseen: Sums over unseen samples with predictions of the reference.
         training: Sums over training samples with their labels.
         calibration: What gives the factor; it includes this epoch.
+
+    Returns:
+        The score at each temperature, ``(T,)``.
     """
-    agreement = (unseen.by_shares + calibration.factor * unseen.agreement) / unseen.num_scored
+    factors = unseen.agreement.new_tensor(calibration.factors)
+    agreement = (unseen.by_shares + factors * unseen.agreement) / unseen.num_scored
     label_power = training.other_power / training.num_scored
     return label_power + unseen.power / unseen.num_scored - 2 * agreement

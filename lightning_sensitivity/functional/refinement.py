@@ -2,14 +2,10 @@
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from lightning_sensitivity.functional.sums import finite_sums
-from lightning_sensitivity.functional.tasks import Task, find_task
-from lightning_sensitivity.functional.tensors import in_chunks
-
-TEMPERATURES = tuple(2.0 ** (half / 2) for half in range(-2, 8))  # from 0.5 to 11.3
+from lightning_sensitivity.functional.sums import TEMPERATURES, LabelSums, label_sums
+from lightning_sensitivity.functional.tasks import find_task
 
 
 class RefinedScore(NamedTuple):
@@ -23,6 +19,12 @@ class RefinedScore(NamedTuple):
     score: float
     temperature: float
 
+    @classmethod
+    def lowest(cls, scores: Tensor) -> "RefinedScore":
+        """Take the lowest of the scores at each temperature, ``(T,)``."""
+        place = int(scores.argmin())
+        return cls(float(scores[place]), TEMPERATURES[place])
+
 
 def refined_score(logits: Tensor, targets: Tensor, task: str = "multiclass") -> RefinedScore:
     r"""Compute the Brier score after the best temperature, to choose an epoch for its accuracy.
@@ -35,7 +37,7 @@ def refined_score(logits: Tensor, targets: Tensor, task: str = "multiclass") -> 
     .. math::
         \min_T \; \frac{1}{n} \sum_i \big\| \operatorname{softmax}(f(x_i) / T) - y_i \big\|^2
 
-    over T = 0.5, 0.71, 1, 1.41, ..., 11.3. The labels may be noisy. Afterwards divide the logits of the chosen
+    over T = 0.5, 0.71, 1, 1.41, ..., 8. The labels may be noisy. Afterwards divide the logits of the chosen
     epoch by the temperature: then its probabilities are calibrated, too.
 
     Args:
@@ -60,33 +62,7 @@ def refined_score(logits: Tensor, targets: Tensor, task: str = "multiclass") -> 
     """
     kind = find_task(task)
     kind.check(logits, targets)
-    num_scored, *scores, _ = refinement_sums(logits.detach(), targets, kind).tolist()
-    if num_scored == 0:
+    sums = LabelSums(*label_sums(logits.detach(), targets, kind).T)
+    if not bool(sums.num_scored.any()):
         raise ValueError("Expected a sample with a label and finite `logits`, but got none.")
-    score, temperature = min(zip(scores, TEMPERATURES, strict=True))
-    return RefinedScore(score / num_scored, temperature)
-
-
-def refinement_sums(outputs: Tensor, targets: Tensor, task: Task) -> Tensor:
-    """Sum up scores over a batch of labelled samples, at each temperature.
-
-    Args:
-        outputs: Outputs in eval mode, ``(N, K, ...)`` or ``(N,)``.
-        targets: Their labels; those of -100 are ignored.
-        task: The kind of classification.
-
-    Returns:
-        The number of labels that count, the sum of the scores at each of :data:`TEMPERATURES`, and the number
-        of samples with nan or inf, which are left out.
-    """
-
-    def sums(outputs: Tensor, targets: Tensor) -> Tensor:
-        outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
-        scores = []
-        for temperature in TEMPERATURES:
-            p = task.probabilities(outputs / temperature)
-            y, counts = task.target_probabilities(p, targets)
-            scores.append(task.distances(p, y) * counts)
-        return finite_sums(counts, *scores)
-
-    return torch.stack(in_chunks(sums, outputs, targets.to(outputs.device))).sum(0)
+    return RefinedScore.lowest(sums.score / sums.num_scored)

@@ -16,7 +16,7 @@ TWIN_STRENGTH = 0.5  # λ of simulated twins; at full strength they break networ
 
 
 class RiskTerms(NamedTuple):
-    """Hold the risk estimate and the terms that add up to it, as scalar tensors.
+    """Hold the risk estimate and the terms that add up to it, at each temperature.
 
     Attributes:
         estimate: The estimated Brier score on unseen samples.
@@ -69,7 +69,7 @@ def risk_terms(
         factor: Factor of the variance for simulated twins, from :func:`variance_factor`.
 
     Returns:
-        The terms; nan without training or unseen samples.
+        The terms at each temperature, ``(T,)``; nan without training or unseen samples.
     """
     claim = unseen.claim / unseen.num_scored
     variance = unseen.variance / unseen.num_scored
@@ -85,19 +85,49 @@ def risk_terms(
     return RiskTerms(torch.stack(terms).sum(0), *terms)
 
 
-def combine_with_labels(estimate: Tensor, labels: LabelSums, has_reference: bool = False) -> Tensor:
+def combine_with_labels(estimate: Tensor, labels: LabelSums, weight: float) -> Tensor:
     """Combine the estimate with the score on validation labels.
 
-    With m labels of mean Brier score s, the result is :math:`(m s + m_0 R) / (m + m_0)`: the estimate counts
-    as much as :math:`m_0` labels, 40 without a reference, 200 with one.
+    With m labels of mean Brier score s, the result is :math:`(m s + m_0 R) / (m + m_0)`.
 
     Args:
-        estimate: The estimate R without validation labels.
+        estimate: The estimate R without validation labels, at each temperature.
         labels: Sums over labelled validation samples.
-        has_reference: Whether a reference is part of the estimate.
+        weight: m₀: as how many labels the estimate counts, such as that of :func:`label_weight`.
     """
-    label_weight = LABEL_WEIGHT_WITH_REFERENCE if has_reference else LABEL_WEIGHT
-    return (labels.score + label_weight * estimate) / (labels.num_scored + label_weight)
+    return (labels.score + weight * estimate) / (labels.num_scored + weight)
+
+
+def label_weight(has_reference: bool) -> int:
+    """Return m₀, as how many validation labels the estimate counts: 40, or 200 with a reference."""
+    return LABEL_WEIGHT_WITH_REFERENCE if has_reference else LABEL_WEIGHT
+
+
+def criterion(estimates: Tensor, training_score: Tensor, gap_weight: float) -> Tensor:
+    r"""Compute what to stop by without validation labels, :math:`B + k\,(\min_T R_T - B)`.
+
+    Accuracy does not feel how sure a network is of itself, so that the estimate counts at its best temperature
+    (see :func:`~lightning_sensitivity.functional.refined_score`).
+
+    Args:
+        estimates: R, the estimate at each temperature, ``(T,)``.
+        training_score: B, the score on training samples, scalar.
+        gap_weight: k, from :func:`~lightning_sensitivity.functional.reference.gap_weight`.
+    """
+    return training_score + gap_weight * (estimates.min() - training_score)
+
+
+def criterion_with_labels(estimates: Tensor, labels: LabelSums, weight: float) -> Tensor:
+    r"""Compute what to stop by with validation labels, :math:`(m \min_T s_T + m_0 \min_T R_T) / (m + m_0)`.
+
+    Args:
+        estimates: R, the estimate at each temperature, ``(T,)``.
+        labels: Sums over m labelled validation samples, with their scores s.
+        weight: m₀: as how many labels the estimate counts; 0 if no noise is found in the training labels.
+    """
+    num_labels = labels.num_scored[0]
+    total = labels.score.min() + (weight * estimates.min() if weight > 0 else 0.0)
+    return total / (num_labels + weight)
 
 
 def diagnostics(unseen: UnseenSums, training: LabelSums, estimate: Tensor, task: Task) -> dict[str, Diagnosis]:
@@ -106,16 +136,16 @@ def diagnostics(unseen: UnseenSums, training: LabelSums, estimate: Tensor, task:
     Args:
         unseen: Sums over unseen samples.
         training: Sums over training samples.
-        estimate: The estimate.
+        estimate: The estimate, scalar.
         task: The kind of classification.
     """
     messages = {}
-    num_non_finite = unseen.num_non_finite + training.num_non_finite
-    if num_non_finite > 0:
+    unseen_lost, training_lost = float(unseen.num_non_finite.max()), float(training.num_non_finite.max())
+    if unseen_lost + training_lost > 0:
         messages["nan"] = Diagnosis(
-            f"{math.ceil(unseen.num_non_finite)} validation and {int(training.num_non_finite)} training samples "
+            f"{math.ceil(unseen_lost)} validation and {int(training_lost)} training samples "
             "gave nan or inf, and were left out.",
-            float(num_non_finite),
+            unseen_lost + training_lost,
         )
     if not messages and estimate.isnan():
         reason = "no kept training sample has a label, or no batch could be measured"

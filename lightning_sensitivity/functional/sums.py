@@ -1,6 +1,9 @@
-"""What the risk estimate sums over samples: claims, variance, scores on labels, agreement with others."""
+"""What the risk estimate sums over samples: claims, variance, scores on labels, agreement with others.
 
-from collections.abc import Sequence
+All is summed at each temperature, of logits divided by it: a row for each of :data:`TEMPERATURES`.
+"""
+
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,9 +12,12 @@ from torch import Tensor
 from lightning_sensitivity.functional.tasks import Task
 from lightning_sensitivity.functional.tensors import in_chunks, wide_dtype
 
+TEMPERATURES = tuple(2.0 ** (half / 2) for half in range(-2, 7))  # from 0.5 to 8
+UNCHANGED = TEMPERATURES.index(1.0)  # the row of the logits as they are
+
 
 class UnseenSums(NamedTuple):
-    """Hold sums over unseen samples, as float64 scalars.
+    """Hold sums over unseen samples, as float64 tensors of one number for each temperature.
 
     Attributes:
         num_scored: Samples, times positions.
@@ -31,7 +37,7 @@ class UnseenSums(NamedTuple):
 
 
 class LabelSums(NamedTuple):
-    """Hold sums over labelled training or validation samples, as float64 scalars.
+    """Hold sums over labelled samples, as float64 tensors of one number for each temperature.
 
     Attributes:
         num_scored: Labels that count.
@@ -47,7 +53,7 @@ class LabelSums(NamedTuple):
 
 
 class AgreementSums(NamedTuple):
-    r"""Hold sums of dot products between the model's predictions p and others q, as float64 scalars.
+    r"""Hold sums of dot products between the model's predictions p and others q, for each temperature.
 
     All are vectors whose squared distance is the Brier score.
 
@@ -80,17 +86,21 @@ def unseen_sums(
         baseline_outputs: Outputs to compare the twins with, if not ``outputs``: those with batch statistics.
 
     Returns:
-        The entries of :class:`UnseenSums` as one tensor.
+        The entries of :class:`UnseenSums` as columns, ``(T, 6)``.
 
     Raises:
         ValueError: If there is no twin, or shapes differ.
     """
     baseline_outputs = outputs if baseline_outputs is None else baseline_outputs
 
-    def sums(outputs: Tensor, baseline_outputs: Tensor, twin_outputs: Tensor) -> Tensor:
-        p, baseline, twin = map(task.probabilities, (outputs, baseline_outputs, twin_outputs))
-        claim, distance = task.claims(p), task.distances(baseline, twin)
-        return finite_sums(torch.ones_like(claim), claim, distance, task.claims(baseline), task.claims(twin))
+    def sums(*outputs: Tensor) -> Tensor:
+        rows = []
+        for scaled in _at_temperatures(*outputs):
+            p, baseline, twin = map(task.probabilities, scaled)
+            claim, distance = task.claims(p), task.distances(baseline, twin)
+            values = torch.ones_like(claim), claim, distance, task.claims(baseline), task.claims(twin)
+            rows.append(_finite_sums(*values))
+        return torch.stack(rows)
 
     of_twins = []
     for twin in twin_outputs:
@@ -113,14 +123,16 @@ def label_sums(outputs: Tensor, targets: Tensor, task: Task) -> Tensor:
         task: The kind of classification.
 
     Returns:
-        The entries of :class:`LabelSums` as one tensor.
+        The entries of :class:`LabelSums` as columns, ``(T, 4)``.
     """
 
     def sums(outputs: Tensor, targets: Tensor) -> Tensor:
-        p = task.probabilities(outputs)
-        y, counts = task.target_probabilities(p, targets)
-        scores, claims = task.distances(p, y) * counts, task.claims(p) * counts
-        return finite_sums(counts, scores, claims)
+        rows = []
+        for (scaled,) in _at_temperatures(outputs):
+            p = task.probabilities(scaled)
+            y, counts = task.target_probabilities(p, targets)
+            rows.append(_finite_sums(counts, task.distances(p, y) * counts, task.claims(p) * counts))
+        return torch.stack(rows)
 
     return torch.stack(in_chunks(sums, outputs, targets.to(outputs.device))).sum(0)
 
@@ -135,22 +147,32 @@ def agreement_sums(outputs: Tensor, targets: Tensor, shares: Tensor, task: Task)
         task: The kind of classification.
 
     Returns:
-        The entries of :class:`AgreementSums` as one tensor.
+        The entries of :class:`AgreementSums` as columns, ``(T, 6)``.
     """
     dtype = wide_dtype(outputs.device)
     s = task.as_vectors(shares[None].to(dtype).to(outputs.device))
 
     def sums(outputs: Tensor, targets: Tensor) -> Tensor:
-        probabilities = task.probabilities(outputs).to(dtype)
-        y, counts = task.target_probabilities(probabilities, targets)
-        p, q, n = task.as_vectors(probabilities.flatten(1)), task.as_vectors(y.flatten(1)), counts.flatten()
-        values = p.square().sum(1), (p * s).sum(1), (p * (q - s)).sum(1), q.square().sum(1)
-        return finite_sums(n, *(n * value for value in values))
+        rows = []
+        for (scaled,) in _at_temperatures(outputs):
+            probabilities = task.probabilities(scaled).to(dtype)
+            y, counts = task.target_probabilities(probabilities, targets)
+            p, q, n = task.as_vectors(probabilities.flatten(1)), task.as_vectors(y.flatten(1)), counts.flatten()
+            values = p.square().sum(1), (p * s).sum(1), (p * (q - s)).sum(1), q.square().sum(1)
+            rows.append(_finite_sums(n, *(n * value for value in values)))
+        return torch.stack(rows)
 
     return torch.stack(in_chunks(sums, outputs, targets)).sum(0)
 
 
-def finite_sums(*values: Tensor) -> Tensor:
+def _at_temperatures(*outputs: Tensor) -> Iterator[list[Tensor]]:
+    """Yield outputs divided by each temperature, in single precision or better."""
+    wide = [each.to(torch.promote_types(each.dtype, torch.float32)) for each in outputs]
+    for temperature in TEMPERATURES:
+        yield [each / temperature for each in wide]
+
+
+def _finite_sums(*values: Tensor) -> Tensor:
     """Sum up values over samples whose values are all finite, and count the others, without a wait."""
     rows = torch.stack(values, dim=1).to(wide_dtype(values[0].device))
     rows = rows.flatten(2).sum(2) if rows.ndim > 2 else rows

@@ -13,18 +13,19 @@ from lightning_sensitivity import compat
 from lightning_sensitivity.compat import AxType, PlotType
 from lightning_sensitivity.functional import Calibration, Reference, risk, sums
 from lightning_sensitivity.functional.reference import ReferenceSums, reference_score
-from lightning_sensitivity.functional.sums import AgreementSums, LabelSums, UnseenSums
+from lightning_sensitivity.functional.refinement import RefinedScore
+from lightning_sensitivity.functional.sums import TEMPERATURES, UNCHANGED, AgreementSums, LabelSums, UnseenSums
 from lightning_sensitivity.functional.tasks import find_task
 from lightning_sensitivity.functional.tensors import Diagnosis, wide_dtype
 from lightning_sensitivity.metric.wide import WideMetric, refuse_labels
 
-_NUM_SUMS = {
-    "unseen_sums": len(UnseenSums._fields),
-    "training_sums": len(LabelSums._fields),
-    "labels_sums": len(LabelSums._fields),
-    "unseen_agreement": len(AgreementSums._fields),
-    "training_agreement": len(AgreementSums._fields),
-    "reference_sums": len(ReferenceSums._fields),
+_SHAPES: dict[str, tuple[int, ...]] = {
+    "unseen_sums": (len(TEMPERATURES), len(UnseenSums._fields)),
+    "training_sums": (len(TEMPERATURES), len(LabelSums._fields)),
+    "labels_sums": (len(TEMPERATURES), len(LabelSums._fields)),
+    "unseen_agreement": (len(TEMPERATURES), len(AgreementSums._fields)),
+    "training_agreement": (len(TEMPERATURES), len(AgreementSums._fields)),
+    "reference_sums": (len(ReferenceSums._fields),),
 }
 
 
@@ -35,14 +36,15 @@ class RiskFindings(NamedTuple):
         by_twins: The estimate without a reference and without validation labels.
         by_reference: The reference's estimate; nan without one, or if it has no weight.
         label_noise: The share of training labels that look wrong; nan if it is unknown.
-        is_clean: Whether no noise was found in the training labels; what was given counts.
+        gap_weight: How much the estimate counts in the criterion; 0 if no noise was found in the training
+            labels. What was given counts.
         reference_score: The leave-one-out score of the reference; nan without one.
     """
 
     by_twins: float
     by_reference: float
     label_noise: float
-    is_clean: bool
+    gap_weight: float
     reference_score: float
 
 
@@ -60,11 +62,22 @@ class RiskEstimate(WideMetric):
     :func:`~lightning_sensitivity.functional.reference_weight`. M validation labels of mean score S give
     :math:`(M S + M_0 R) / (M + M_0)`, with an :math:`M_0` of 200 if v is above 0, else 40.
 
+    The estimate is for the loss. The *criterion* is what to choose by, for accuracy: it takes scores at their
+    best temperature (see :func:`~lightning_sensitivity.functional.refined_score`). With R at each temperature T
+    and the score B on training samples it is
+
+    .. math::
+        B + k\,(\min_T R_T - B), \qquad
+        \text{or with labels} \quad (M \min_T S_T + k M_0 \min_T R_T) / (M + k M_0)
+
+    k is 1 if 5 % of the training labels or more look wrong, 0 if no noise is found, and else 0.7.
+
     ``compute`` returns a dict of scalar tensors: ``risk_estimate``, nan without training or unseen samples;
     its terms ``risk_claim``, ``risk_overconfidence``, ``risk_memorization``, ``risk_variance``; with a
-    reference C and v, ``risk_reference`` and ``risk_reference_weight``; with labels ``risk_label_score`` and
-    ``risk_num_labels``. ``risk_label_noise`` is N, the share of training labels that look wrong, and
-    ``risk_criterion`` is what to choose by: R, or the score on training samples if no noise is found.
+    reference C and v, ``risk_reference`` and ``risk_reference_weight``; with labels ``risk_label_score``, their
+    score at its best temperature, and ``risk_num_labels``. ``risk_label_noise`` is N, the share of training
+    labels that look wrong; ``risk_criterion`` is what to choose by. Logits divided by ``risk_temperature`` are
+    calibrated: it is the best temperature of the labels, or else of the estimate.
 
     Args:
         task: ``"multiclass"``, ``"binary"`` or ``"multilabel"``.
@@ -74,7 +87,7 @@ class RiskEstimate(WideMetric):
             :func:`~lightning_sensitivity.functional.variance_factor`.
         reference: The reference of this process; ``update`` takes its predictions.
         calibration: What earlier epochs say about c, to resume a fit.
-        is_clean: Whether no noise was found in the training labels by an earlier epoch; None to decide it anew.
+        gap_weight: k, if an earlier epoch has chosen it; None to choose it anew.
         kwargs: Additional keyword arguments of :class:`torchmetrics.Metric`.
 
     Attributes:
@@ -113,7 +126,7 @@ class RiskEstimate(WideMetric):
         num_weights: int | None = None,
         reference: Reference | None = None,
         calibration: Calibration | None = None,
-        is_clean: bool | None = None,
+        gap_weight: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -124,7 +137,7 @@ class RiskEstimate(WideMetric):
         self.calibration = Calibration() if calibration is None else calibration
         self.findings: RiskFindings | None = None
         self.messages: dict[str, Diagnosis] = {}
-        self._is_clean = is_clean
+        self._gap_weight = gap_weight
         self._num_training = num_training
         self._factor = 1.0  # of the variance
         if num_training is not None and num_weights is not None:
@@ -132,8 +145,8 @@ class RiskEstimate(WideMetric):
         self._shares = None if reference is None else reference.shares
         self._reference_sums = None if reference is None else ReferenceSums.of(reference)
         self._earlier_calibration = self.calibration  # without this epoch
-        for name, num_sums in _NUM_SUMS.items():
-            zeros = torch.zeros(num_sums, dtype=wide_dtype(self.device))
+        for name, shape in _SHAPES.items():
+            zeros = torch.zeros(shape, dtype=wide_dtype(self.device))
             self.add_state(name, default=zeros, dist_reduce_fx="sum")
         self.reset()
 
@@ -209,36 +222,45 @@ class RiskEstimate(WideMetric):
 
     def compute(self) -> dict[str, Tensor]:
         """Compute the estimate and its terms over all processes; they are nan without samples."""
-        unseen, training = UnseenSums(*self.unseen_sums), LabelSums(*self.training_sums)
-        labels = LabelSums(*self.labels_sums)
+        unseen, training = UnseenSums(*self.unseen_sums.T), LabelSums(*self.training_sums.T)
         terms = risk.risk_terms(unseen, training, self.strength, self._factor)
-        values = {f"risk_{name}": term for name, term in terms._asdict().items()}
+        values = {f"risk_{name}": term[UNCHANGED] for name, term in terms._asdict().items()}
+        estimates, weight = terms.estimate, 0.0
         reference = ReferenceSums(*self.reference_sums.tolist())
         if reference.num_samples > 0:
-            values |= self._reference_values(reference)
+            scores, weight = self._reference_scores(), reference.weight(self._num_training)
+            values |= _reference_values(scores[UNCHANGED], weight, reference)
+            estimates = (estimates + weight * scores) / (1 + weight) if weight > 0 else estimates
         self.findings = self._find(values, reference)
-        estimate, weight = terms.estimate, float(values.get("risk_reference_weight", 0.0))
-        if weight > 0:
-            estimate = (estimate + weight * values["risk_reference"]) / (1 + weight)
-        self.messages = risk.diagnostics(unseen, training, estimate, self.task)
-        if labels.num_scored > 0:
-            estimate = risk.combine_with_labels(estimate, labels, has_reference=weight > 0)
-            values["risk_label_score"] = labels.score / labels.num_scored
-            values["risk_num_labels"] = labels.num_scored
-        criterion = training.score / training.num_scored if self.findings.is_clean else estimate
-        return {**values, "risk_criterion": criterion, "risk_estimate": estimate}
+        self.messages = risk.diagnostics(unseen, training, estimates[UNCHANGED], self.task)
+        training_score = (training.score / training.num_scored)[UNCHANGED]
+        return values | self._chosen_values(estimates, training_score, self.findings.gap_weight, weight > 0)
 
-    def _reference_values(self, reference: ReferenceSums) -> dict[str, Tensor]:
-        """Compute C, with a calibration that includes this epoch, v and, if it is known, N."""
-        unseen, training = AgreementSums(*self.unseen_agreement), AgreementSums(*self.training_agreement)
-        agreement, training_agreement = (each.agreement / each.num_scored for each in (unseen, training))
-        self.calibration = self._earlier_calibration.updated(float(agreement), float(training_agreement))
-        value = reference_score(unseen, training, self.calibration)
-        weight = torch.full_like(value, reference.weight(self._num_training))
-        values = {"risk_reference": value, "risk_reference_weight": weight}
-        if not math.isnan(reference.mean_noise):
-            values["risk_label_noise"] = torch.full_like(value, reference.mean_noise)
-        return values
+    def _chosen_values(
+        self, estimates: Tensor, training_score: Tensor, gap_weight: float, has_reference: bool
+    ) -> dict[str, Tensor]:
+        """Compute criterion and estimate, combined with any validation labels, and the temperature."""
+        labels, weight = LabelSums(*self.labels_sums.T), risk.label_weight(has_reference)
+        values: dict[str, Tensor] = {}
+        if bool(labels.num_scored.any()):
+            best = RefinedScore.lowest(labels.score / labels.num_scored)
+            values["risk_label_score"] = estimates.new_tensor(best.score)
+            values["risk_num_labels"] = labels.num_scored[UNCHANGED]
+            values["risk_criterion"] = risk.criterion_with_labels(estimates, labels, gap_weight * weight)
+            estimate = risk.combine_with_labels(estimates, labels, weight)[UNCHANGED]
+        else:
+            best = RefinedScore.lowest(estimates)
+            values["risk_criterion"] = risk.criterion(estimates, training_score, gap_weight)
+            estimate = estimates[UNCHANGED]
+        values["risk_temperature"] = estimates.new_tensor(best.temperature)
+        return values | {"risk_estimate": estimate}
+
+    def _reference_scores(self) -> Tensor:
+        """Compute C at each temperature, with a calibration that includes this epoch."""
+        unseen, training = AgreementSums(*self.unseen_agreement.T), AgreementSums(*self.training_agreement.T)
+        agreements, training_agreements = (each.agreement / each.num_scored for each in (unseen, training))
+        self.calibration = self._earlier_calibration.updated(agreements, training_agreements)
+        return reference_score(unseen, training, self.calibration)
 
     def _find(self, values: Mapping[str, Tensor], reference: ReferenceSums) -> RiskFindings:
         """Find what is no value to log, before validation labels are part of the estimate."""
@@ -247,7 +269,7 @@ class RiskEstimate(WideMetric):
             by_twins=float(values["risk_estimate"]),
             by_reference=float(values["risk_reference"]) if has_weight else math.nan,
             label_noise=reference.mean_noise,
-            is_clean=reference.looks_clean if self._is_clean is None else self._is_clean,
+            gap_weight=reference.gap_weight if self._gap_weight is None else self._gap_weight,
             reference_score=reference.mean_score,
         )
 
@@ -278,6 +300,14 @@ class RiskEstimate(WideMetric):
         if isinstance(results, Mapping):
             return self._plot(results["risk_estimate"], ax)
         return self._plot([result["risk_estimate"] for result in results], ax)
+
+
+def _reference_values(score: Tensor, weight: float, reference: ReferenceSums) -> dict[str, Tensor]:
+    """Name C, v and, if it is known, N."""
+    values = {"risk_reference": score, "risk_reference_weight": torch.full_like(score, weight)}
+    if not math.isnan(reference.mean_noise):
+        values["risk_label_noise"] = torch.full_like(score, reference.mean_noise)
+    return values
 
 
 def _check_reference(outputs: Tensor, reference: Tensor | None, shares: Tensor | None) -> None:

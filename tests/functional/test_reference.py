@@ -9,7 +9,8 @@ from sklearn.kernel_ridge import KernelRidge
 from torch import Tensor
 
 from lightning_sensitivity.functional import Calibration, fit_reference
-from lightning_sensitivity.functional.reference import reference_weight
+from lightning_sensitivity.functional.reference import ReferenceSums, reference_weight
+from lightning_sensitivity.functional.sums import TEMPERATURES
 
 
 def sample(task: str = "multiclass", num_samples: int = 24, num_new: int = 7, seed: int = 0) -> tuple[Tensor, ...]:
@@ -135,14 +136,38 @@ def test_the_weight_of_a_reference_that_is(what: str) -> None:
     assert reference_weight(score, 1.0, *others) == pytest.approx(weight)
 
 
-@given(epochs=st.lists(st.tuples(st.floats(-1, 1), st.floats(-1, 1)), min_size=1, max_size=9))
-def test_the_factor_is_the_smallest_ratio_of_the_epochs_that_are_clear(epochs: list[tuple[float, float]]) -> None:
+EPOCHS = st.lists(st.tuples(st.floats(-1, 1), st.floats(-1, 1)), min_size=1, max_size=9)
+
+
+@given(epochs=EPOCHS)
+def test_the_factor_is_the_smallest_ratio_of_the_epochs_that_are_clear_at_each_temperature(
+    epochs: list[tuple[float, float]],
+) -> None:
+    def at_all(value: float) -> torch.Tensor:
+        """The value at the first temperature, another at the others."""
+        return torch.cat([torch.tensor([value]), torch.ones(len(TEMPERATURES) - 1)]).double()
+
     calibration = Calibration()
-    assert calibration.factor == 3
-    for epoch in [*epochs, (math.nan, 1.0), (1.0, math.nan)]:
-        calibration = calibration.updated(*epoch)
+    assert set(calibration.factors) == {3}
+    for agreement, training in [*epochs, (math.nan, 1.0), (1.0, math.nan)]:
+        calibration = calibration.updated(at_all(agreement), at_all(training))
     agreements = [agreement for agreement, _ in epochs]
     clear = [i for i, each in enumerate(agreements) if each > max(1e-4, 0.15 * max(agreements[: i + 1]))]
     smallest = min((epochs[i][1] / epochs[i][0] for i in clear), default=math.inf)
-    assert calibration == (max(0, *agreements), smallest)
-    assert calibration.factor == min(max(smallest, 1), 3)
+    assert (calibration.largest_agreements[0], calibration.smallest_ratios[0]) == (max(0, *agreements), smallest)
+    assert calibration.factors == [min(max(smallest, 1), 3)] + [1.0] * (len(TEMPERATURES) - 1)
+
+
+GAP_WEIGHTS = {  # noise, claim / score, weight
+    "noise is found": (0.05, 1.5, 1.0),
+    "nothing is known": (math.nan, 1.5, 1.0),
+    "no noise is found": (0.04, 1.3, 0.0),
+    "noise can't be excluded": (0.04, 1.29, 0.7),
+}
+
+
+@pytest.mark.parametrize("what", GAP_WEIGHTS)
+def test_how_much_the_estimate_counts_in_the_criterion_if(what: str) -> None:
+    noise, claim, weight = GAP_WEIGHTS[what]
+    known = {"noise": 0.0, "num_unknown": 1.0} if math.isnan(noise) else {"noise": noise, "num_unknown": 0.0}
+    assert ReferenceSums(num_samples=1, score=1.0, chance=2.0, claim=claim, **known).gap_weight == weight

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import one_hot
 
 from lightning_sensitivity.functional import refined_score
-from lightning_sensitivity.functional.refinement import TEMPERATURES
+from lightning_sensitivity.functional.sums import TEMPERATURES
 
 
 def samples(seed: int = 0, num_samples: int = 200) -> tuple[torch.Tensor, torch.Tensor]:
@@ -27,7 +27,7 @@ def test_it_is_the_lowest_brier_score_over_the_temperatures(seed: int) -> None:
     assert found.temperature == TEMPERATURES[wanted.index(min(wanted))]
 
 
-@pytest.mark.parametrize("sureness", [2.0, 4.0, 8.0])
+@pytest.mark.parametrize("sureness", [2.0, 4.0])
 def test_a_network_that_is_too_sure_has_the_same_score_and_that_temperature(sureness: float) -> None:
     logits, targets = samples(num_samples=4000)
     calm, sure = refined_score(logits, targets), refined_score(sureness * logits, targets)

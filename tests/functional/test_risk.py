@@ -11,7 +11,7 @@ from lightning_sensitivity.functional import risk as R
 from lightning_sensitivity.functional import sums as RS
 from lightning_sensitivity.functional import tensors
 from lightning_sensitivity.functional.tasks import TASKS
-from tests.helpers import risk_estimate
+from tests.helpers import at_unchanged, risk_estimate
 
 MULTICLASS = TASKS["multiclass"]
 
@@ -52,7 +52,7 @@ def test_the_terms_are_those_of_their_definitions_however_samples_are_split(seed
         for unseen, twin, train, targets in zip(*(each.tensor_split(sorted(cuts)) for each in outputs), strict=True):
             holdout = holdout + RS.unseen_sums(unseen, [twin], TASKS[task])
             training = training + RS.label_sums(train, targets, TASKS[task])
-    whole = R.risk_terms(RS.UnseenSums(*holdout), RS.LabelSums(*training))
+    whole = at_unchanged(R.risk_terms(RS.UnseenSums(*holdout.T), RS.LabelSums(*training.T)))
     for actual in (risk_estimate(*outputs, task=task), whole):
         torch.testing.assert_close(actual, R.RiskTerms(sum(terms), *terms))
 
@@ -84,12 +84,13 @@ def test_beside_simulated_twins_underconfidence_counts_half_and_certainty_on_tra
 def test_twins_count_by_their_mean_beside_outputs_computed_alike() -> None:
     unseen, *others = 3 * torch.randn(4, 30, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     compared, *twins = others
-    sums = RS.UnseenSums(*RS.unseen_sums(unseen, twins, MULTICLASS, compared))
+    sums = RS.UnseenSums(*RS.unseen_sums(unseen, twins, MULTICLASS, compared)[RS.UNCHANGED])
     p, q, *ps = (MULTICLASS.probabilities(outputs) for outputs in (unseen, compared, *twins))
     expected = [claim(p), sum(brier_score(q, each) for each in ps) / 2, claim(q), sum(map(claim, ps)) / 2]
     torch.testing.assert_close(torch.stack(sums[1:5]), 30 * torch.stack(expected))
     twins[0][3, 0] = torch.nan
-    assert RS.UnseenSums(*RS.unseen_sums(unseen, twins, MULTICLASS))[::5] == (29.5, 0.5)  # of one of two twins
+    rows = RS.unseen_sums(unseen, twins, MULTICLASS)
+    assert {tuple(row[::5].tolist()) for row in rows} == {(29.5, 0.5)}  # of one of two twins
 
 
 @pytest.mark.parametrize("shape", [(6,), (6, 3), (6, 3, 5)])
@@ -100,6 +101,31 @@ def test_a_network_that_has_not_moved_has_no_variance(shape: tuple[int, ...]) ->
     assert terms.variance == 0 and terms.estimate.isfinite()
     certain = risk_estimate(1e4 * x, 1e4 * x, x, labels, task=task, strength=0.5)  # with a claim of 0
     assert certain.variance == 0 and certain.estimate.isfinite()
+
+
+def test_sums_at_a_temperature_are_those_of_logits_divided_by_it() -> None:
+    unseen, twin, train, targets = example()
+    for place, temperature in enumerate(RS.TEMPERATURES):
+        shrunk, shrunk_twin, shrunk_train = (each / temperature for each in (unseen, twin, train))
+        for rows, others in (
+            (RS.unseen_sums(unseen, [twin], MULTICLASS), RS.unseen_sums(shrunk, [shrunk_twin], MULTICLASS)),
+            (RS.label_sums(train, targets, MULTICLASS), RS.label_sums(shrunk_train, targets, MULTICLASS)),
+        ):
+            torch.testing.assert_close(rows[place], others[RS.UNCHANGED])
+
+
+def test_the_criterion_is_the_lowest_estimate_the_training_score_or_between() -> None:
+    estimates, training = torch.tensor([0.9, 0.6, 0.8]), torch.tensor(0.2)
+    found = [float(R.criterion(estimates, training, weight)) for weight in (0.0, 0.7, 1.0)]
+    assert found == pytest.approx([0.2, 0.48, 0.6])
+
+
+def test_beside_labels_the_estimate_counts_as_a_number_of_them() -> None:
+    estimates, rows = torch.tensor([0.9, 0.6]), torch.tensor([[10.0, 3.0, 0, 0], [10.0, 2.0, 0, 0]])
+    labels = RS.LabelSums(*rows.T)
+    assert float(R.criterion_with_labels(estimates, labels, 40)) == pytest.approx((2 + 40 * 0.6) / 50)
+    assert float(R.criterion_with_labels(torch.full((2,), torch.nan), labels, 0)) == pytest.approx(0.2)
+    assert R.combine_with_labels(estimates, labels, 40).tolist() == pytest.approx([39 / 50, 26 / 50])
 
 
 def test_bad_input_is_refused() -> None:
