@@ -12,8 +12,9 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_sensitivity import OutputSensitivity, RiskEstimate
-from lightning_sensitivity.functional import Calibration, fit_reference, output_sensitivity, variance_factor
+from lightning_sensitivity.functional import Calibration, fit_reference, output_sensitivity, refined_score, variance_factor
 from lightning_sensitivity.functional.sensitivity import SensitivityEstimate, sensitivity_from_rows, sensitivity_rows
+from lightning_sensitivity.functional.sums import TEMPERATURES
 from tests.helpers import risk_estimate
 
 NUM_BATCHES, BATCH_SIZE = 6, 16
@@ -77,7 +78,7 @@ def called_as_a_function(metric: Any) -> Any:
 
 def moved_while_synced(metric: Any) -> Any:
     metric.sync(
-        dist_sync_fn=lambda x, group: [x, x[:0] if x.ndim > 1 else torch.zeros_like(x)],
+        dist_sync_fn=lambda x, group: [x, x[:0] if isinstance(metric, OutputSensitivity) else torch.zeros_like(x)],
         distributed_available=lambda: True,
     )
     synced = metric.metric_state
@@ -180,9 +181,8 @@ def test_the_risk_of_batches_is_that_of_all_samples() -> None:
 def test_the_score_on_labels_leaves_out_those_that_are_ignored() -> None:
     metric = filled(make_risk(), [0])
     metric.update_labels(CLEAN[0], torch.full_like(LABELS[0], -100))
-    score = (TWIN[0].softmax(1) - nn.functional.one_hot(LABELS[0], 5)).square().sum(1).double().mean()
     values = metric.compute()
-    torch.testing.assert_close(values["risk_label_score"], score, rtol=1e-6, atol=0)
+    assert float(values["risk_label_score"]) == pytest.approx(refined_score(TWIN[0], LABELS[0]).score)
     assert values["risk_num_labels"] == BATCH_SIZE
 
 
@@ -218,26 +218,51 @@ def test_the_noise_is_unknown_if_one_process_of_several_does_not_know_it() -> No
 
 
 NO_NOISE = {"noise": 0.01, "claim": 1.4 * REFERENCE.score}
+REFERENCES = {  # and how much the estimate counts
+    "noise is found": (REFERENCE._replace(noise=0.2), 1.0),
+    "noise can't be excluded": (REFERENCE._replace(noise=0.01), 0.7),
+    "there is no reference": (None, 1.0),
+    "nothing is known": (REFERENCE._replace(noise=math.nan, claim=1.4), 1.0),
+    "no noise is found": (REFERENCE._replace(**NO_NOISE), 0.0),
+}
 
 
-@pytest.mark.parametrize(("reference", "gap_weight"), [
-    (REFERENCE._replace(noise=0.2), False), (REFERENCE._replace(noise=0.01), False), (None, False),
-    (REFERENCE._replace(noise=math.nan, claim=1.4), False), (REFERENCE._replace(**NO_NOISE), True),
-])  # fmt: skip
-def test_the_criterion_is_the_estimate_with_labels_or_the_score_on_training_samples_if_no_noise_is_found(
-    reference: Any, gap_weight: bool
-) -> None:
+def at_temperature(temperature: float, reference: Any, has_labels: bool = False) -> dict[str, Tensor]:
+    """The values for logits divided by a temperature."""
     metric = RiskEstimate(strength=0.5, num_training=400, num_weights=10_000, reference=reference)
     for i in range(NUM_BATCHES):
-        metric.update(CLEAN[i], NOISY[i], **({} if reference is None else {"reference": PREDICTIONS[i]}))
-        metric.update_training(NOISY[i], LABELS[i])
-        metric.update_labels(TWIN[i], LABELS[i])
-    values, labels = metric.compute(), nn.functional.one_hot(LABELS, 5)
-    score = (NOISY.double().softmax(-1) - labels).square().sum(-1).mean()
-    torch.testing.assert_close(values["risk_criterion"], score if gap_weight else values["risk_estimate"])
-    assert values["risk_criterion"] != (values["risk_estimate"] if gap_weight else score)
+        clean, noisy = CLEAN[i] / temperature, NOISY[i] / temperature
+        metric.update(clean, noisy, **({} if reference is None else {"reference": PREDICTIONS[i]}))
+        metric.update_training(noisy, LABELS[i])
+        if has_labels:
+            metric.update_labels(TWIN[i], LABELS[i])
+    return metric.compute()
+
+
+@pytest.mark.parametrize("case", REFERENCES)
+def test_the_criterion_if(case: str) -> None:
+    reference, weight = REFERENCES[case]
+    values = at_temperature(1.0, reference)
+    estimates = {t: float(at_temperature(t, reference)["risk_estimate"]) for t in TEMPERATURES}
+    score = (NOISY.double().softmax(-1) - nn.functional.one_hot(LABELS, 5)).square().sum(-1).mean()
+    lowest = min(estimates, key=estimates.__getitem__)
+    expected = float(score + weight * (estimates[lowest] - score))
+    assert float(values["risk_criterion"]) == pytest.approx(expected, abs=1e-5)
+    assert float(values["risk_temperature"]) == lowest != 1
     noise = math.nan if reference is None else reference.noise
     assert values.get("risk_label_noise", torch.tensor(math.nan)).item() == pytest.approx(noise, nan_ok=True)
+
+
+@pytest.mark.parametrize("case", REFERENCES)
+def test_the_criterion_with_labels_is_their_refined_score_beside_the_lowest_estimate_if(case: str) -> None:
+    reference, weight = REFERENCES[case]
+    values = at_temperature(1.0, reference, has_labels=True)
+    score, temperature = refined_score(TWIN.flatten(0, 1), LABELS.flatten())
+    assert float(values["risk_label_score"]) == pytest.approx(score)
+    assert float(values["risk_temperature"]) == temperature
+    m, m0 = LABELS.numel(), weight * (200 if values.get("risk_reference_weight", 0) > 0 else 40)
+    lowest = min(float(at_temperature(t, reference)["risk_estimate"]) for t in TEMPERATURES)
+    assert float(values["risk_criterion"]) == pytest.approx((m * score + m0 * lowest) / (m + m0), abs=1e-5)
 
 
 @pytest.mark.parametrize("noise", [0.2, math.nan])
@@ -275,9 +300,9 @@ def test_it_says_what_twins_and_the_reference_have_found_by_themselves() -> None
     found, values = (metric := filled(make_risk())).findings, metric.compute()
     assert found is None
     score, noise = REFERENCE.score, REFERENCE.noise
-    expected = (by_twins, float(values["risk_reference"]), noise, False, score)
+    expected = (by_twins, float(values["risk_reference"]), noise, 1.0, score)
     assert tuple(metric.findings) == pytest.approx(expected, nan_ok=True)
-    assert tuple(plain.findings) == pytest.approx((by_twins, math.nan, math.nan, False, math.nan), nan_ok=True)
+    assert tuple(plain.findings) == pytest.approx((by_twins, math.nan, math.nan, 1.0, math.nan), nan_ok=True)
 
 
 @pytest.mark.parametrize("called", [False, True])

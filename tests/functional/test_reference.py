@@ -145,7 +145,7 @@ def test_the_factor_is_the_smallest_ratio_of_the_epochs_that_are_clear_at_each_t
 ) -> None:
     def at_all(value: float) -> torch.Tensor:
         """The value at the first temperature, another at the others."""
-        return torch.cat([torch.tensor([value]), torch.ones(len(TEMPERATURES) - 1)]).double()
+        return torch.tensor([value] + [1.0] * (len(TEMPERATURES) - 1), dtype=torch.float64)
 
     calibration = Calibration()
     assert set(calibration.factors) == {3}
