@@ -12,7 +12,13 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_sensitivity import OutputSensitivity, RiskEstimate
-from lightning_sensitivity.functional import Calibration, fit_reference, output_sensitivity, refined_score, variance_factor
+from lightning_sensitivity.functional import (
+    Calibration,
+    fit_reference,
+    output_sensitivity,
+    refined_score,
+    variance_factor,
+)
 from lightning_sensitivity.functional.sensitivity import SensitivityEstimate, sensitivity_from_rows, sensitivity_rows
 from lightning_sensitivity.functional.sums import TEMPERATURES
 from tests.helpers import risk_estimate

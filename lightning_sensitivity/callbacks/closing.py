@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_sensitivity.arguments import link_to
-from lightning_sensitivity.callbacks.record import ValidationResult
+from lightning_sensitivity.callbacks.record import ESTIMATE, ValidationResult
 from lightning_sensitivity.functional.reference import NOISY
 
 _NEAR = 1 / 20  # of all validations, between the epochs of the criterion and of the second opinion
@@ -33,8 +33,8 @@ def log_closing_line(
     results = history[dataloader_idx]
     best, last = min(results, key=attrgetter(name)), results[-1]
     is_falling = best is last and len(results) > 1 and not _has_stopped(trainer, logged_name)
-    sentences = [_lowest(trainer, logged_name, best.epoch, getattr(best, name)), _noise(last)]
-    if not last.is_clean:
+    sentences = [_lowest(trainer, logged_name, best, name), _noise(last)]
+    if last.gap_weight > 0:
         sentences.append(_still_falling() if is_falling else _second_opinion(best, results))
     rank_zero_info(" ".join(filter(None, sentences)))
 
@@ -58,8 +58,12 @@ def _monitors(callback: object, name: str) -> bool:
     return isinstance(monitor, str) and monitor == name
 
 
-def _lowest(trainer: Trainer, name: str, epoch: int, value: float) -> str:
-    return f"`{name}` was lowest at epoch {epoch}{_checkpoint_of(trainer, name, value)}."
+def _lowest(trainer: Trainer, logged_name: str, best: ValidationResult, name: str) -> str:
+    """Say which epoch and file, and how its probabilities become calibrated: the estimate takes them as they are."""
+    value = getattr(best, name)
+    said = f"`{logged_name}` was lowest at epoch {best.epoch}{_checkpoint_of(trainer, logged_name, value)}"
+    is_calibrated = name == ESTIMATE or best.temperature == 1
+    return f"{said}." if is_calibrated else f"{said}: divide its logits by {best.temperature:.1f} to calibrate it."
 
 
 def _checkpoint_of(trainer: Trainer, name: str, lowest: float) -> str:
@@ -75,7 +79,7 @@ def _checkpoint_of(trainer: Trainer, name: str, lowest: float) -> str:
 
 def _noise(last: ValidationResult) -> str:
     """Say what is known of the labels, if anything."""
-    if last.is_clean:
+    if last.gap_weight == 0:
         return "No noise was found in the training labels: training to the end is about as good."
     share = f"{100 * last.label_noise:.0f} %"
     return f"At least about {share} of the training labels look wrong." if last.label_noise >= NOISY else ""

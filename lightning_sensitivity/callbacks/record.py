@@ -16,7 +16,7 @@ from lightning_sensitivity.model.call import device_of
 from lightning_sensitivity.model.samples import KeptSamples
 from lightning_sensitivity.model.twins import copy_weights
 
-CRITERION, ESTIMATE = "risk_criterion", "risk_estimate"  # of the logged values
+CRITERION, ESTIMATE, TEMPERATURE = "risk_criterion", "risk_estimate", "risk_temperature"  # of the logged values
 
 
 class ValidationResult(NamedTuple):
@@ -28,7 +28,8 @@ class ValidationResult(NamedTuple):
         risk_estimate: The estimate, combined with any validation labels.
         by_reference: The reference's; nan without one, or if it has no weight.
         label_noise: The share of training labels that look wrong; nan if it is unknown.
-        is_clean: Whether no noise was found in the training labels.
+        gap_weight: How much the estimate counts in the criterion; 0 if no noise was found in the training labels.
+        temperature: By which logits are to be divided, to be calibrated.
     """
 
     epoch: int
@@ -36,13 +37,15 @@ class ValidationResult(NamedTuple):
     risk_estimate: float
     by_reference: float
     label_noise: float
-    is_clean: bool
+    gap_weight: float
+    temperature: float
 
     @classmethod
     def of(cls, epoch: int, values: Mapping[str, Tensor], findings: RiskFindings) -> ValidationResult:
         """Take what is needed from what a :class:`~lightning_sensitivity.RiskEstimate` has computed."""
-        criterion, estimate = float(values[CRITERION]), float(values[ESTIMATE])
-        return cls(epoch, criterion, estimate, findings.by_reference, findings.label_noise, findings.is_clean)
+        criterion, estimate, temperature = (float(values[name]) for name in (CRITERION, ESTIMATE, TEMPERATURE))
+        found = findings.by_reference, findings.label_noise, findings.gap_weight
+        return cls(epoch, criterion, estimate, *found, temperature)
 
 
 @dataclass
@@ -54,7 +57,7 @@ class RiskRecord:
         num_training: n, the number of labelled training samples; None before the first validation.
         num_weights: w, the number of weights that are trained; None before the first validation.
         calibrations: Calibration of the reference, by loader.
-        verdicts: Whether no noise was found in the training labels, by loader, once all of them were kept.
+        gap_weights: How much the estimate counts in the criterion, by loader, once all training samples were kept.
         history: What each validation has shown, by loader.
     """
 
@@ -62,7 +65,7 @@ class RiskRecord:
     num_training: int | None = None
     num_weights: int | None = None
     calibrations: dict[int, Calibration] = field(default_factory=dict)
-    verdicts: dict[int, bool] = field(default_factory=dict)
+    gap_weights: dict[int, float] = field(default_factory=dict)
     history: dict[int, list[ValidationResult]] = field(default_factory=dict)
 
     def start(self, module: nn.Module, given: Mapping[str, Tensor] | None, is_new: bool) -> None:
@@ -109,7 +112,7 @@ class RiskRecord:
             "num_training": self.num_training,
             "num_weights": self.num_weights,
             "calibrations": {index: tuple(calibration) for index, calibration in self.calibrations.items()},
-            "verdicts": dict(self.verdicts),
+            "gap_weights": dict(self.gap_weights),
             "history": {index: list(map(tuple, results)) for index, results in self.history.items()},
         }
 
@@ -126,7 +129,7 @@ class RiskRecord:
                 num_training=state["num_training"],
                 num_weights=state["num_weights"],
                 calibrations={index: Calibration(*values) for index, values in state["calibrations"].items()},
-                verdicts=dict(state["verdicts"]),
+                gap_weights=dict(state["gap_weights"]),
                 history={index: [ValidationResult(*r) for r in results] for index, results in state["history"].items()},
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -294,7 +294,7 @@ class RiskMonitor(Monitor):
                 num_weights=self.record.num_weights,
                 reference=reference,
                 calibration=self.record.calibrations.get(dataloader_idx),
-                is_clean=self.record.verdicts.get(dataloader_idx),
+                gap_weight=self.record.gap_weights.get(dataloader_idx),
             )
 
     def _make_twins(self, module: LightningModule, run: RunIsolated, samples: KeptSamples) -> Twins:
@@ -338,7 +338,7 @@ class RiskMonitor(Monitor):
         record, findings = self.record, metric.findings
         assert findings is not None
         if has_all and not math.isnan(findings.reference_score):
-            record.verdicts.setdefault(dataloader_idx, findings.is_clean)
+            record.gap_weights.setdefault(dataloader_idx, findings.gap_weight)
         record.calibrations[dataloader_idx] = metric.calibration
         record.history.setdefault(dataloader_idx, []).append(ValidationResult.of(epoch, values, findings))
         self._has_logged.add(dataloader_idx)

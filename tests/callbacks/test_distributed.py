@@ -117,7 +117,7 @@ def noise_in_one_process(rank: int, folder: Path) -> Any:
     monitor, train, local = Looking(), DataLoader(TensorDataset(x, y), 100), list[bool]()
     monitor.local = local
     fitted_with_warnings([monitor], Linear(), train, unlabelled(), max_epochs=2)
-    return {*local}, monitor.record.verdicts, [result.is_clean for result in monitor.record.history[0]]
+    return {*local}, monitor.record.gap_weights, [result.gap_weight for result in monitor.record.history[0]]
 
 
 def stopping(rank: int, folder: Path) -> Any:
@@ -224,7 +224,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     return {name: [first[name], second[name]] for name in first}
 
 
-OWN_TO_A_PROCESS = "risk_(variance|estimate|criterion|reference|label_noise)"  # twins, and the reference's samples
+OWN_TO_A_PROCESS = "risk_(variance|estimate|criterion|temperature|reference|label_noise)"  # twins, and the reference's samples
 
 
 @pytest.mark.parametrize("name", EVEN)
@@ -268,7 +268,7 @@ def test_the_risk_estimate_is_that_of_both_and_n_and_w_are_the_same(both: Any) -
 
 def test_whether_noise_is_found_is_decided_over_both(both: Any) -> None:
     first, second = both["noise_in_one_process"]
-    assert first == ({True}, {0: False}, [False, False]) and second == ({False}, *first[1:])
+    assert first == ({True}, {0: 1.0}, [1.0, 1.0]) and second == ({False}, *first[1:])
 
 
 def test_stopping_and_resuming_are_the_same_in_both(both: Any) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sensitivity import RiskMonitor
+from lightning_sensitivity.functional import refined_score
 from tests.callbacks.plain_loop import Plain, bce
 from tests.helpers import Quiet, fitted, inputs, labelled, loader, logged, said
 
@@ -60,6 +61,11 @@ def scores(model: Quiet, x: Tensor, labels: Tensor) -> Tensor:
     return (p - nn.functional.one_hot(labels.long(), 4)).square().sum(1)
 
 
+def refined(model: Quiet, x: Tensor, labels: Tensor) -> float:
+    with torch.no_grad():
+        return refined_score(model(x), labels.long()).score
+
+
 @pytest.mark.parametrize("name", LABELLED)
 @pytest.mark.parametrize("has_reference", [True, False])
 def test_they_are_kept_first_wherever_they_are_and_combined_with_the_estimate(name: str, has_reference: bool) -> None:
@@ -70,7 +76,7 @@ def test_they_are_kept_first_wherever_they_are_and_combined_with_the_estimate(na
     assert (found["val/risk_reference_weight"] > 0) == has_reference
     expected, m = scores(model, X[has_label], Y[has_label]), int(has_label.sum())
     assert found["val/risk_num_labels"] == m
-    assert found["val/risk_label_score"] == pytest.approx(float(expected.mean()), rel=1e-5)
+    assert found["val/risk_label_score"] == pytest.approx(refined(model, X[has_label], Y[has_label]), rel=1e-5)
     weight = 200 if has_reference else 40
     combined = (expected.sum() + weight * without_labels(found)) / (m + weight)
     assert found["val/risk_estimate"] == pytest.approx(float(combined), rel=1e-5)
@@ -88,7 +94,7 @@ def test_the_terms_are_those_without_the_option_where_the_same_samples_are_kept(
 def test_of_many_about_twelve_hundred_are_scored() -> None:
     found, model = run(validation(Y), validation_labels=True)
     assert found["val/risk_num_labels"] == 1200
-    assert found["val/risk_label_score"] == pytest.approx(float(scores(model, X, Y).mean()), rel=0.02)
+    assert found["val/risk_label_score"] == pytest.approx(refined(model, X, Y), rel=0.02)
 
 
 def test_of_many_batches_only_those_are_asked_for_labels_that_may_be_kept() -> None:

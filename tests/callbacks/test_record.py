@@ -125,8 +125,9 @@ def test_weights_that_have_changed_are_saved_at_any_time_whether_they_are_traine
     assert torch.equal(monitor.record.initial_weights(model)["net.0.weight"], first)  # which twins need
 
 
-def is_training_score(epoch: dict[str, float]) -> bool:
-    return epoch["val/risk_criterion"] != epoch["val/risk_estimate"]
+def found_clean(monitor: RiskMonitor) -> list[bool]:
+    """Whether the training score was the criterion, by validation."""
+    return [result.gap_weight == 0 for result in monitor.record.history[0]]
 
 
 @pytest.mark.parametrize("is_clean", [True, False])
@@ -140,15 +141,15 @@ def test_whether_noise_is_found_is_decided_by_the_first_full_set_of_samples_and_
 
     looks(not is_clean, is_clean)  # the first epoch may have more samples than its first half has shown
     options = {"max_epochs": 2, "val_check_interval": 2, "num_sanity_val_steps": 0}
-    run = fit(Still(), loader(), monitor := RiskMonitor(), **{**options, "max_epochs": 1})
-    assert [is_training_score(epoch) for epoch in run.epochs] == [not is_clean, is_clean]
-    assert monitor.record.verdicts == {0: is_clean}
+    fit(Still(), loader(), monitor := RiskMonitor(), **{**options, "max_epochs": 1})
+    assert found_clean(monitor) == [not is_clean, is_clean]
+    assert set(monitor.record.gap_weights) == {0} and (monitor.record.gap_weights[0] == 0) == is_clean
     looks(not is_clean, is_clean)
-    run = fit(Still(), loader(), RiskMonitor(), **options)
+    run = fit(Still(), loader(), monitor := RiskMonitor(), **options)
     run.save_checkpoint(path := tmp_path / "two.ckpt")
     looks()  # it is not asked again
-    resumed = fit(Still(), loader(50, seed=7), RiskMonitor(), ckpt_path=path, **{**options, "max_epochs": 3})
-    assert {is_training_score(epoch) for epoch in [*run.epochs[1:], *resumed.epochs]} == {is_clean}
+    fit(Still(), loader(50, seed=7), resumed := RiskMonitor(), ckpt_path=path, **{**options, "max_epochs": 3})
+    assert set(found_clean(resumed)[1:]) == {is_clean}
 
 
 def test_n_and_w_are_those_of_the_checkpoint_also_if_data_have_grown(tmp_path: Path) -> None:

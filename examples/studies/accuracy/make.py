@@ -1,6 +1,6 @@
 """Makes the recorded runs of the study, one file a run and kind of training; resumes where it stopped.
 
-    python examples/studies/accuracy/make.py DATA RUNS people 0 30     # a pool, and its seeds
+python examples/studies/accuracy/make.py DATA RUNS people 0 30     # a pool, and its seeds
 """
 
 from __future__ import annotations

@@ -125,7 +125,9 @@ def record(run: Run, file: Path, features: Any = None, held_out: bool = False) -
         labels = {"correct": torch.cat([correct, labels["correct"]]), "noisy": torch.cat([y_held, labels["noisy"]])}
         run = replace(rest, y_correct=run.y_correct[number:])
     validation = DataLoader(Samples(x, y), BATCH_SIZE, collate_fn=list, generator=torch.Generator())
-    monitor = RecordedMonitor("binary" if run.is_binary else "multiclass", validation_labels=held_out, features=features)
+    monitor = RecordedMonitor(
+        "binary" if run.is_binary else "multiclass", validation_labels=held_out, features=features
+    )
     recorder = Recorder(run, monitor)
     monitors: list[Callback] = [monitor]
     if x.is_floating_point() and not held_out:
