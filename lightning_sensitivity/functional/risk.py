@@ -112,7 +112,7 @@ def criterion(estimates: Tensor, training_score: Tensor, gap_weight: float) -> T
     Args:
         estimates: R, the estimate at each temperature, ``(T,)``.
         training_score: B, the score on training samples, scalar.
-        gap_weight: k, from :func:`~lightning_sensitivity.functional.reference.gap_weight`.
+        gap_weight: k, such as that of the reference.
     """
     return training_score + gap_weight * (estimates.min() - training_score)
 

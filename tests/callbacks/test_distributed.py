@@ -224,7 +224,9 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     return {name: [first[name], second[name]] for name in first}
 
 
-OWN_TO_A_PROCESS = "risk_(variance|estimate|criterion|temperature|reference|label_noise)"  # twins, and the reference's samples
+OWN_TO_A_PROCESS = (
+    "risk_(variance|estimate|criterion|temperature|reference|label_noise)"  # twins, and the reference's samples
+)
 
 
 @pytest.mark.parametrize("name", EVEN)
