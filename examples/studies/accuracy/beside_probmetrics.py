@@ -1,7 +1,7 @@
 """Compares the refined score with that of `probmetrics`, by Berta, Holzmüller, Jordan and Bach, on the report's tenths.
 
-    pip install probmetrics
-    python examples/studies/accuracy/beside_probmetrics.py RUNS
+pip install probmetrics
+python examples/studies/accuracy/beside_probmetrics.py RUNS
 """
 
 from __future__ import annotations
