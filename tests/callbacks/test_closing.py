@@ -81,7 +81,7 @@ def test_it_is_about_what_is_watched_also_after_a_resume(what: str, tmp_path: Pa
         if any(watched[:1]):
             options["ckpt_path"], place = tmp_path / "last.ckpt", f", in the checkpoint {tmp_path}/epoch={best}.ckpt"
         assert parts(said.text)[0].startswith(f"`{name}` was lowest at epoch {best}{place}")
-    assert best < 11
+    assert best < 11 or name in (FIRST, SECOND)
 
 
 class Several(cb.Callback):
@@ -231,6 +231,6 @@ def test_of_digits_it_says_whether_labels_are_wrong(is_noisy: bool, expected: st
     noisy = (y + 1 + torch.arange(len(y)) % 9) % 10
     y = noisy.where(is_noisy & (torch.arange(len(y)) % 10 < 3), y)
     train = DataLoader(TensorDataset(x[:500], y[:500]), 50, shuffle=True)
-    last = fitted([RiskMonitor()], model, train, DataLoader(x[500:800], 100), max_epochs=6).epochs[-1]
+    fitted([monitor := RiskMonitor()], model, train, DataLoader(x[500:800], 100), max_epochs=6)
     assert re.search(expected, parts(said.text)[0])
-    assert (last[CRITERION] <= last[ESTIMATE]) == is_noisy
+    assert monitor.record.gap_weights == {0: float(is_noisy)}
