@@ -40,7 +40,7 @@ class RiskMonitor(Monitor):
 
     **Logged values**, only in ``Trainer.fit``, after ``prefix``, as by ``compute`` of
     :class:`~lightning_sensitivity.RiskEstimate`: ``risk_criterion``, lowest where to stop, ``risk_estimate``
-    and its terms; for dense inputs, token ids or ``features``, ``risk_label_noise``, the share of training
+    and its terms, ``risk_temperature``; for dense inputs, token ids or ``features``, ``risk_label_noise``, the share of training
     labels that look wrong, ``risk_reference`` and ``risk_reference_weight``.
 
     Up to 1,000 training samples and ``num_samples`` validation samples are kept on the CPU, at most 512 MiB
@@ -51,8 +51,8 @@ class RiskMonitor(Monitor):
         task: ``"multiclass"``, ``"binary"`` or ``"multilabel"``.
         targets: A function ``batch -> labels``; by default
             :func:`~lightning_sensitivity.model.select_targets`. Labels of -100 are ignored.
-        validation_labels: Combine the estimate with the score on validation labels, of up to 1,200 samples;
-            the criterion only if noise is found. Log ``risk_label_score`` and ``risk_num_labels``, too.
+        validation_labels: Choose by the refined score of validation labels, of up to 1,200 samples, beside the
+            estimate where noise may be. Log ``risk_label_score`` and ``risk_num_labels``, too.
         features: A function ``batch -> (N, D)`` for the reference, such as a pretrained encoder.
         initial_weights: State dict from before training, if these data have been trained on before.
         num_training: Number of different training samples, for streams and several loaders.
