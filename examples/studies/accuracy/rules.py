@@ -1,4 +1,4 @@
-"""Judges every rule on the recorded runs, and leaves one row a run and rule in `results.csv`.
+"""Judges every rule on the recorded runs, and leaves one row a run in `results.csv`.
 
     python examples/studies/accuracy/rules.py RUNS
 
@@ -231,11 +231,15 @@ def rules_by_few_labels(run: Recorded) -> Iterator[tuple[str, Choice]]:
 
 
 # %% What they cost.
-def judged(folder: Path) -> list[dict[str, object]]:
-    """Give a row for each rule: accuracy lost in points, and how many percent the test loss is above the lowest."""
+def judged(folder: Path) -> dict[str, object] | None:
+    """Give the row of a run; None if it learned nothing.
+
+    It has for each rule: accuracy lost in points, and by how many percent the test loss is above its lowest, of the
+    logits as they are and divided by the temperature.
+    """
     full, fewer = Recorded(folder / "full.npz"), Recorded(folder / "fewer.npz")
     if not full.counts:
-        return []
+        return None
     chosen = [(full, rule, choice) for rule, choice in rules_without_labels(full).items()]
     chosen += [(fewer, rule, choice) for rule, choice in rules_with_labels(fewer).items()]
     chosen += [(full, rule, choice) for rule, choice in rules_by_few_labels(full)]
@@ -250,8 +254,10 @@ def judged(folder: Path) -> list[dict[str, object]]:
         }
         for run, rule, (epoch, temperature) in chosen
     ]
-    means = pd.DataFrame(rows).groupby("rule", sort=False).mean().reset_index()
-    return [about(folder, full) | row for row in means.to_dict("records")]
+    means = pd.DataFrame(rows).groupby("rule", sort=False).mean()
+    return about(folder, full) | {
+        f"{rule}_{name}": value for rule, row in means.iterrows() for name, value in row.items()
+    }
 
 
 def about(folder: Path, run: Recorded) -> dict[str, object]:
@@ -281,9 +287,9 @@ def is_of_report(folder: Path) -> bool:
 def main() -> None:
     folders = sorted(folder for folder in Path(sys.argv[1]).iterdir() if is_of_report(folder))
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        rows = [row for found in pool.map(judged, folders) for row in found]
+        rows = [row for row in pool.map(judged, folders) if row is not None]
     pd.DataFrame(rows).to_csv(HERE / "results.csv", index=False, float_format="%.4g")
-    print(f"{len(folders)} runs, {len({row['run'] for row in rows})} of which learned something: results.csv")
+    print(f"{len(folders)} runs, {len(rows)} of which learned something: results.csv")
 
 
 if __name__ == "__main__":

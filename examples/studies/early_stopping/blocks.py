@@ -302,73 +302,6 @@ Seen afterwards, so no test: {{small.count}} noisy runs have under 400 samples (
 {{small.criterion_accuracy_lost:.1f}}), in {{by_class.count}} one class is turned into another
 ({{by_class.criterion_accuracy_lost:.1f}}). A new head on a frozen backbone gains nothing; why was not examined.""",
     # Other pages.
-    "worth in README": table(
-        "training labels",
-        {
-            "wrong at random ({at_random.count} runs)": "at_random",
-            "wrong by class ({by_class.count})": "by_class",
-            "wrong by people ({by_people.count})": "by_people",
-            "correct ({correct.count})": "correct",
-        },
-        across(
-            {
-                "last epoch": "never_stop",
-                "a tenth held out, by its score": "held_out_brier",
-                "**criterion**, unlabelled samples": "criterion",
-                "**criterion**, a tenth held out with its labels": "held_out_criterion",
-            },
-            LOST_OF_ROW,
-        ),
-    )
-    + """
-
-With wrong labels, the test loss is {noisy.criterion_loss_regret:.0f} % above its lowest by the criterion,
-{noisy.held_out_brier_loss_regret:.0f} % by a tenth's score, {noisy.never_stop_loss_regret:.0f} % at the last epoch. One
-such run in ten loses {noisy.criterion_accuracy_lost.p90:.1f} points or more by the criterion.""",
-    "worth": table(
-        "accuracy lost / loss regret",
-        {
-            "last epoch": "never_stop",
-            "**criterion**, unlabelled samples": "criterion",
-            "**criterion**, a tenth held out, `validation_labels=True`": "held_out_criterion",
-            "a tenth held out, by its score": "held_out_brier",
-            "second opinion by itself": "reference",
-            "gradient disparity": "gradient_disparity",
-            "Label Wave": "label_wave",
-        },
-        across(
-            {
-                "wrong at random ({at_random.count} runs)": "at_random",
-                "wrong by class ({by_class.count})": "by_class",
-                "wrong by people ({by_people.count})": "by_people",
-                "correct ({correct.count})": "correct",
-            },
-            "{COLUMN.ROW_accuracy_lost:.1f} / {COLUMN.ROW_loss_regret:.0f}",
-        ),
-    )
-    + """
-
-With noisy labels ({noisy.count} runs), the criterion on unlabelled samples loses {noisy.criterion_accuracy_lost:.1f}
-points (median {noisy.criterion_accuracy_lost.median:.1f}). Compared with the last epoch, that is
-{noisy.criterion_accuracy_lost.minus[never_stop_accuracy_lost]:+.1f} (95 % interval
-{noisy.criterion_accuracy_lost.minus[never_stop_accuracy_lost].bounds:+.1f}); compared with the score of a tenth,
-{noisy.criterion_accuracy_lost.minus[held_out_brier_accuracy_lost]:+.1f}
-({noisy.criterion_accuracy_lost.minus[held_out_brier_accuracy_lost].bounds:+.1f}). With correct labels, it is
-{correct.criterion_accuracy_lost.minus[never_stop_accuracy_lost]:+.1f}
-({correct.criterion_accuracy_lost.minus[never_stop_accuracy_lost].bounds:+.1f}) compared with the last epoch. In
-{larger.count} larger runs, of 4,000 to 20,000 samples, it loses {larger.criterion_accuracy_lost:.1f}, the last epoch
-{larger.never_stop_accuracy_lost:.1f}, and the second opinion {larger.reference_accuracy_lost:.1f}.""",
-    "limits": """
-- **One run in ten** with noisy labels loses {noisy.criterion_accuracy_lost.p90:.1f} or more points of accuracy; the
-worst loses {noisy.criterion_accuracy_lost.worst:.0f}.
-- **Where the second opinion is far away**, more than a twentieth of all validations, runs with noisy labels lose
-{disagrees.criterion_accuracy_lost:.1f} points ({disagrees.count} runs), else {agrees.criterion_accuracy_lost:.1f}
-({agrees.count}). The last epoch loses {disagrees.never_stop_accuracy_lost:.1f} and
-{agrees.never_stop_accuracy_lost:.1f}.
-- **A new head on a frozen backbone**: with `features=`, the criterion loses {tuned_head.criterion_accuracy_lost:.1f},
-the last epoch {tuned_head.never_stop_accuracy_lost:.1f}.
-- **Without a reference** (sparse or ragged inputs), noisy runs lose
-{noisy.estimate_without_reference_accuracy_lost:.1f} points, with one {noisy.criterion_accuracy_lost:.1f}.""",
     "labels are noisy": """
 On {found[label_noise][runs]} runs, the share of wrong labels is off by {found[label_noise][error]:.1f} points, and
 cleanlab's count on the same predictions by {found[cleanlab_off_diagonal_reference][error]:.1f}. Where all labels are
@@ -378,49 +311,8 @@ had five networks, as it should: it was off by {found[cleanlab_off_diagonal_best
 {found[label_noise_of_fewer][error]:.1f}. The last line says that labels look wrong in {noisy_said_wrong.count} of
 {noisy.count} noisy runs and {correct_said_wrong.count} of {correct.count} correct ones, that no noise was found in
 {noisy_said_clean.count} and {correct_said_clean.count}.""",
-    "labels": table(
-        "labels",
-        {"as noisy as those of training": "noisy"},
-        BY_NOISY_LABELS,
-    )
-    + "\n"
-    + lines({"correct, of noisy training labels": "noisy", "correct, of correct ones": "correct"}, BY_CORRECT_LABELS),
-    "tenth in labels": """
-On the study's {noisy.count} runs with noisy labels, this lost {noisy.held_out_criterion_accuracy_lost:.1f} points of
-accuracy, the score of the same tenth {noisy.held_out_brier_accuracy_lost:.1f}, the last epoch
-{noisy.never_stop_accuracy_lost:.1f}.""",
-    "labels in labels": """
-With 50 noisy labels, the labels alone lost {noisy.noisy_labels_50_accuracy_lost:.1f} points, together
-{noisy.criterion_noisy_labels_50_accuracy_lost:.1f}; with 100 correct ones
-{noisy.correct_labels_100_accuracy_lost:.1f} and {noisy.criterion_correct_labels_100_accuracy_lost:.1f}.""",
     "share in labels": """
 On {found[label_noise][runs]} runs, it was off by {found[label_noise][error]:.1f} points. But of labels by people, where
 {people_worse.share_wrong.percent:.0f} % were wrong, it found {people_worse.label_noise.percent:.0f} %
 ({people_worse.count} runs). Where all labels are correct, it found {correct.label_noise.percent:.0f} %.""",
-    "people in labels": """
-Mistakes of annotators follow a pattern: similar classes are confused. On {by_people.count} runs with such labels
-(CIFAR-10N, simple networks), points of accuracy lost / percent of test loss above the lowest were
-{by_people.never_stop_accuracy_lost:.1f} / {by_people.never_stop_loss_regret:.0f} at the last epoch,
-{by_people.criterion_accuracy_lost:.1f} / {by_people.criterion_loss_regret:.0f} by the criterion on unlabelled samples,
-and {by_people.held_out_criterion_accuracy_lost:.1f} / {by_people.held_out_criterion_loss_regret:.0f} with a tenth held
-out. So expect better probabilities, and no gain in accuracy. They were looked at afterwards, so this is no test.""",
-    "features in finetuning": table(
-        "accuracy lost, points | runs",
-        {
-            "all weights are trained | {tuned_whole.count}": "tuned_whole",
-            "only a new head | {tuned_head.count}": "tuned_head",
-        },
-        across(
-            {
-                "last epoch": "never_stop",
-                "criterion, without `features=`": "criterion_without_features",
-                "with it": "criterion",
-                "with it, and a tenth held out": "held_out_criterion",
-            },
-            LOST_OF_ROW,
-        ),
-    ),
-    "stop by sensitivity": """
-On 119 runs drawn at random, the test loss at the epoch of the lowest sensitivity was on average 150 % above the lowest
-of the run, and 25 % at the last epoch.""",
 }
