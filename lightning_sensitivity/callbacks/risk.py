@@ -40,8 +40,8 @@ class RiskMonitor(Monitor):
 
     **Logged values**, only in ``Trainer.fit``, after ``prefix``, as by ``compute`` of
     :class:`~lightning_sensitivity.RiskEstimate`: ``risk_criterion``, lowest where to stop, ``risk_estimate``
-    and its terms, ``risk_temperature``; for dense inputs, token ids or ``features``, ``risk_label_noise``, the share of training
-    labels that look wrong, ``risk_reference`` and ``risk_reference_weight``.
+    and its terms, ``risk_temperature``; for dense inputs, token ids or ``features``, ``risk_label_noise``, the
+    share of training labels that look wrong, ``risk_reference`` and ``risk_reference_weight``.
 
     Up to 1,000 training samples and ``num_samples`` validation samples are kept on the CPU, at most 512 MiB
     of each in each process. A validation runs two passes over the latter, one more with batch norm or fewer
