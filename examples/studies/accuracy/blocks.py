@@ -92,16 +92,16 @@ BLOCKS = {
     # The report of the study.
     "accuracy in short": """
 **Missed**: with a tenth held out, runs with labels wrong at random lose
-{at_random.held_out_criterion_accuracy_lost:.1f} points (2.0 asked for), by class {by_class.held_out_criterion_accuracy_lost:.1f} (2.2), and with correct labels
+{at_random.held_out_criterion_accuracy_lost:.1f} points (2.0 asked for), by class
+{by_class.held_out_criterion_accuracy_lost:.1f} (2.2), and with correct labels
 {correct.held_out_criterion_accuracy_lost:.1f} (0.2 more than never stopping: {correct.never_stop_accuracy_lost:.1f}):
 a tenth less to train on costs {correct.held_out_never_stop_accuracy_lost.minus[never_stop_accuracy_lost]:.1f} there.
 
 **Met**, of {all.count} runs:
 
-- **labels by people** ({people.count}): the criterion loses {people.criterion_accuracy_lost:.1f} points, never
-stopping
-{people.never_stop_accuracy_lost:.1f}; a tenth with the monitor {people.held_out_criterion_accuracy_lost:.1f}, by its own
-refined score {people.held_out_refined_accuracy_lost:.1f}. The test loss is {people.criterion_loss_regret:.0f} % above
+- **labels by people** ({people.count}): the criterion loses {people.criterion_accuracy_lost:.1f} points,
+never stopping {people.never_stop_accuracy_lost:.1f}; a tenth with the monitor
+{people.held_out_criterion_accuracy_lost:.1f}, by its own refined score {people.held_out_refined_accuracy_lost:.1f}. The test loss is {people.criterion_loss_regret:.0f} % above
 its lowest, after division by the temperature {people.criterion_calibrated_loss_regret:.0f} %, never stopping
 {people.never_stop_loss_regret:.0f} %;
 - **wrong at random** ({at_random.count}) {at_random.criterion_accuracy_lost:.1f} (1.7 asked for), **by class**
@@ -166,7 +166,8 @@ points (median {noisy.criterion_accuracy_lost.median:.1f}); compared with the la
 {people.criterion_accuracy_lost.minus[never_stop_accuracy_lost].interval:+.1f}, and with a tenth held out
 {people.held_out_criterion_accuracy_lost.minus[never_stop_accuracy_lost].interval:+.1f}. With correct labels, it is
 {correct.criterion_accuracy_lost.minus[never_stop_accuracy_lost].interval:+.1f}. It is worth
-{worth[at_random]:.0f} noisy labels where labels are wrong at random, {worth[by_class]:.0f} by class, {worth[people]:.0f} by people.""",
+{worth[at_random]:.0f} noisy labels where labels are wrong at random, {worth[by_class]:.0f} by class,
+{worth[people]:.0f} by people.""",
     "limits": """
 - **One run in ten** with noisy labels loses {noisy.criterion_accuracy_lost.p90:.1f} or more points of accuracy; the
 worst loses {noisy.criterion_accuracy_lost.worst:.0f}.
