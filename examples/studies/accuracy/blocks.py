@@ -101,7 +101,8 @@ a tenth less to train on costs {correct.held_out_never_stop_accuracy_lost.minus[
 
 - **labels by people** ({people.count}): the criterion loses {people.criterion_accuracy_lost:.1f} points,
 never stopping {people.never_stop_accuracy_lost:.1f}; a tenth with the monitor
-{people.held_out_criterion_accuracy_lost:.1f}, by its own refined score {people.held_out_refined_accuracy_lost:.1f}. The test loss is {people.criterion_loss_regret:.0f} % above
+{people.held_out_criterion_accuracy_lost:.1f}, by its own refined score {people.held_out_refined_accuracy_lost:.1f}.
+The test loss is {people.criterion_loss_regret:.0f} % above
 its lowest, after division by the temperature {people.criterion_calibrated_loss_regret:.0f} %, never stopping
 {people.never_stop_loss_regret:.0f} %;
 - **wrong at random** ({at_random.count}) {at_random.criterion_accuracy_lost:.1f} (1.7 asked for), **by class**
