@@ -143,9 +143,9 @@ In noisy labels, chosen by their refined score, the criterion is worth {worth[pe
     "worth in README": table("training labels", GROUPS, across(DECIDED_BY, LOST_OF_ROW))
     + """
 
-With wrong labels, the test loss is {noisy.criterion_loss_regret:.0f} % above its lowest by the criterion,
-{noisy.criterion_calibrated_loss_regret:.0f} % after its temperature, and {noisy.never_stop_loss_regret:.0f} % at the
-last epoch. One such run in ten loses {noisy.criterion_accuracy_lost.p90:.1f} points or more by the criterion.""",
+With wrong labels, the calibrated test loss is {noisy.criterion_calibrated_loss_regret:.0f} % above the run's lowest loss
+by the criterion, and {noisy.never_stop_calibrated_loss_regret:.0f} % at the last epoch. One such run in ten loses
+{noisy.criterion_accuracy_lost.p90:.1f} points or more.""",
     "worth": table(
         "accuracy lost / loss regret",
         {
@@ -183,7 +183,9 @@ With labels by people ({people.count} runs), this lost {people.held_out_criterio
 the refined score of the same tenth {people.held_out_refined_accuracy_lost:.1f}, its Brier score
 {people.held_out_score_accuracy_lost:.1f}, the last epoch {people.never_stop_accuracy_lost:.1f}; with labels wrong at
 random {at_random.held_out_criterion_accuracy_lost:.1f}, {at_random.held_out_refined_accuracy_lost:.1f},
-{at_random.held_out_score_accuracy_lost:.1f} and {at_random.never_stop_accuracy_lost:.1f}.""",
+{at_random.held_out_score_accuracy_lost:.1f} and {at_random.never_stop_accuracy_lost:.1f}. Trained on all samples, and
+validated on unlabelled ones, it was {people.criterion_accuracy_lost:.1f} and
+{at_random.criterion_accuracy_lost:.1f}.""",
     "labels in labels": """
 200 noisy labels lose {people.noisy_labels_200_refined_accuracy_lost:.1f} points by their refined score with labels by
 people, {people.noisy_labels_200_score_accuracy_lost:.1f} by their Brier score, and
@@ -195,7 +197,14 @@ Mistakes of annotators follow a pattern: similar classes are confused. On {peopl
 (CIFAR-10N, 7 to 43 % wrong), points of accuracy lost / percent of test loss above the lowest were
 {people.never_stop_accuracy_lost:.1f} / {people.never_stop_loss_regret:.0f} at the last epoch,
 {people.criterion_accuracy_lost:.1f} / {people.criterion_loss_regret:.0f} by the criterion on unlabelled samples, and
-{people.held_out_criterion_accuracy_lost:.1f} / {people.held_out_criterion_loss_regret:.0f} with a tenth held out.""",
+{people.held_out_criterion_accuracy_lost:.1f} / {people.held_out_criterion_loss_regret:.0f} with a tenth held out. With
+augmentation and a schedule ({people_augmented.count} runs) there was nothing to gain:
+{people_augmented.never_stop_accuracy_lost:.1f} and {people_augmented.criterion_accuracy_lost:.1f}. The share of wrong
+labels was {people.share_wrong.percent:.0f} %, and {people.label_noise.percent:.0f} % were found.""",
+    "augmented in stopping": """
+On {people_augmented.count} such runs with labels by people, the last epoch lost
+{people_augmented.never_stop_accuracy_lost:.1f} points, and the criterion
+{people_augmented.criterion_accuracy_lost:.1f}.""",
     "features in finetuning": table(
         "accuracy lost, points",
         {"labels by people, a pretrained body with `features=` ({people_tuned.count} runs)": "people_tuned"},
@@ -211,7 +220,6 @@ Mistakes of annotators follow a pattern: similar classes are confused. On {peopl
     ),
     "sensitivity in README": """
 On {with_sensitivity.count} runs, the epoch of the lowest sensitivity lost
-{with_sensitivity.sensitivity_lowest_accuracy_lost:.0f} points of accuracy, the knee of its curve
-{with_sensitivity.sensitivity_knee_accuracy_lost:.0f}, the last epoch {with_sensitivity.never_stop_accuracy_lost:.0f},
-the criterion below {with_sensitivity.criterion_accuracy_lost:.0f}.""",
+{with_sensitivity.sensitivity_lowest_accuracy_lost:.0f} points of accuracy, the last epoch
+{with_sensitivity.never_stop_accuracy_lost:.1f}.""",
 }
