@@ -143,8 +143,8 @@ In noisy labels, chosen by their refined score, the criterion is worth {worth[pe
     "worth in README": table("training labels", GROUPS, across(DECIDED_BY, LOST_OF_ROW))
     + """
 
-With wrong labels, the calibrated test loss is {noisy.criterion_calibrated_loss_regret:.0f} % above the run's lowest loss
-by the criterion, and {noisy.never_stop_calibrated_loss_regret:.0f} % at the last epoch. One such run in ten loses
+With wrong labels, the calibrated test loss is {noisy.criterion_calibrated_loss_regret:.0f} % above the run's lowest
+loss by the criterion, and {noisy.never_stop_calibrated_loss_regret:.0f} % at the last epoch. One such run in ten loses
 {noisy.criterion_accuracy_lost.p90:.1f} points or more.""",
     "worth": table(
         "accuracy lost / loss regret",
