@@ -79,7 +79,7 @@ class Digits(LightningModule):
 # Eight runs: two learning rates, two widths, with and without dropout.
 
 # %%
-paths = {}
+paths, criteria = {}, {}
 for lr, width, dropout in product([3e-4, 3e-3], [16, 512], [0.0, 0.5]):
     name = f"lr {lr:g}, width {width}, dropout {dropout:g}"
     seed_everything(0, verbose=False)
@@ -94,14 +94,17 @@ for lr, width, dropout in product([3e-4, 3e-3], [16, 512], [0.0, 0.5]):
     )
     trainer.fit(Digits(lr, width, dropout), train_loader, unlabelled_loader)
     paths[name] = checkpoint.best_model_path
+    criteria[name] = float(checkpoint.best_model_score)
 
 # %% [markdown]
-# Three lines rank them.
+# Three lines rank them. The sum of both numbers, the disagreement and twice the criterion, chooses one: the jury errs
+# where most models are weak in the same way, and the criterion does not.
 
 # %%
 models = {name: partial(Digits.load_from_checkpoint, path) for name, path in paths.items()}
 result = compare_models(models, unlabelled_loader, training=train_loader)
 print(result)
+score = {model.name: model.disagreement + 2 * criteria[model.name] for model in result}
 
 # %% [markdown]
 # How well did that do? The mean of all models' probabilities is a model, too, often a better one than the best of them.
@@ -121,7 +124,7 @@ def error(p: Tensor) -> float:
 
 p = {model.name: probabilities(model.name) for model in result}
 errors = {name: error(each) for name, each in p.items()}
-chosen, best = result[0].name, min(errors, key=lambda name: errors[name])
+chosen, best = min(score, key=score.__getitem__), min(errors, key=errors.__getitem__)
 error_of_mean = error(torch.stack(list(p.values())).mean(0))
 print(f"\nChosen: {chosen}, true error {errors[chosen]:.1%}. The best is {best}: {errors[best]:.1%}.")
 print(
@@ -131,7 +134,8 @@ print(
 # %%
 figure, axes = plt.subplots(figsize=(5, 4), layout="constrained")
 axes.scatter([model.disagreement for model in result], [errors[model.name] for model in result])
-axes.scatter(result[0].disagreement, errors[chosen], s=120, facecolors="none", edgecolors="tab:red", label="chosen")
+chosen_disagreement = next(model.disagreement for model in result if model.name == chosen)
+axes.scatter(chosen_disagreement, errors[chosen], s=120, facecolors="none", edgecolors="tab:red", label="chosen")
 axes.axhline(error_of_mean, linestyle="--", color="gray", label="mean of all eight")
 axes.set(xlabel="disagreement with the jury, no label", ylabel="true error")
 axes.legend()
