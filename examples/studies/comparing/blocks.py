@@ -62,14 +62,12 @@ BLOCKS = {
             "50 noisy labels": "labels_50_noisy",
             "200 noisy labels": "labels_200_noisy",
             "*the mean of all models*": "mean_of_all",
-            "*the same with the reference*": "mean_with_reference",
         },
         across({"all tasks": "tasks", "3,000 samples or more": "large"}, "{COLUMN.ROW_accuracy_lost:.1f}"),
     )
     + """
 
-Points of test accuracy lost against the best of 6 to 8 models, {tasks.count} random tasks; below 0, a mean is better
-than the best model.""",
+Points of test accuracy lost against the best of 6 to 8 models, {tasks.count} random tasks.""",
     "tuning, optuna": """
 A trial can't be judged alone: the vote needs the others. Let a trial return its lowest `val/risk_criterion` and keep
 its checkpoint, and compare the ten best in the end. The lowest criterion by itself loses
@@ -81,12 +79,12 @@ the lowest criterion {large.criterion_accuracy_lost.interval:.1f}: a difference 
 {large.jury_accuracy_lost.minus[criterion_accuracy_lost].interval:+.1f}, and an interval below 0 was promised. Over all
 tasks, too, the criterion loses less: {tasks.criterion_accuracy_lost.interval:.2f}.
 - Its τ is {several.jury_tau.interval:.2f} where candidates are of several families, and 0.75 were promised. Labels
-reach {several.labels_100_noisy_tau:.2f} (100 noisy ones) and {several.labels_200_correct_tau:.2f} (200 correct ones) on these
-tasks.""",
+reach {several.labels_100_noisy_tau:.2f} (100 noisy ones) and {several.labels_200_correct_tau:.2f} (200
+correct ones) on these tasks.""",
     "comparing, kept": """
 - Over all {tasks.count} tasks the jury loses {tasks.jury_accuracy_lost.interval:.2f} points; at most 1.5 were promised.
-- Against mean confidence it is {large.jury_accuracy_lost.minus[confidence_accuracy_lost].interval:+.1f} at 3,000 samples
-or more; an interval below 0 was promised.
+- Against mean confidence it is {large.jury_accuracy_lost.minus[confidence_accuracy_lost].interval:+.1f} at 3,000
+samples or more; an interval below 0 was promised.
 - Against 100 noisy labels it is {tasks.jury_accuracy_lost.minus[labels_100_noisy_accuracy_lost].interval:+.2f}
 points, where 0 or less was promised; below 3,000 samples
 {small.jury_accuracy_lost.minus[labels_100_noisy_accuracy_lost].interval:+.2f}, and
