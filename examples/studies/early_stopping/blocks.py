@@ -309,8 +309,8 @@ correct, it finds {found[label_noise][found_in_correct]:.1f} %, and cleanlab
 {found[cleanlab_off_diagonal_reference][found_in_correct]:.1f} %. On {found[label_noise_of_fewer][runs]} runs, cleanlab
 had five networks, as it should: it was off by {found[cleanlab_off_diagonal_best_epoch][error]:.1f}, and the share by
 {found[label_noise_of_fewer][error]:.1f}. The last line says that labels look wrong in {noisy_said_wrong.count} of
-{noisy.count} noisy runs and {correct_said_wrong.count} of {correct.count} correct ones, that no noise was found in
-{noisy_said_clean.count} and {correct_said_clean.count}.""",
+{noisy.count} noisy runs and {correct_said_wrong.count} of {correct.count} correct ones, and that no noise was found in
+{noisy_said_clean.count} and {correct_said_clean.count} of them.""",
     "share in labels": """
 On {found[label_noise][runs]} runs, it was off by {found[label_noise][error]:.1f} points. But of labels by people, where
 {people_worse.share_wrong.percent:.0f} % were wrong, it found {people_worse.label_noise.percent:.0f} %
