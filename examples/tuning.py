@@ -97,8 +97,8 @@ for lr, width, dropout in product([3e-4, 3e-3], [16, 512], [0.0, 0.5]):
     criteria[name] = float(checkpoint.best_model_score)
 
 # %% [markdown]
-# Three lines rank them. The sum of both numbers, the disagreement and twice the criterion, chooses one: the jury errs
-# where most models are weak in the same way, and the criterion does not.
+# Three lines rank them. The sum of the disagreement and twice the criterion chooses one: the jury errs where most
+# models are weak in the same way, and the criterion judges each by itself.
 
 # %%
 models = {name: partial(Digits.load_from_checkpoint, path) for name, path in paths.items()}

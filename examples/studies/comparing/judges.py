@@ -49,9 +49,10 @@ class Handful:
 
 
 def load(folder: Path) -> Handful:
-    """Load a task, each candidate at its epoch of the lowest criterion."""
+    """Load a task, each candidate at its epoch of the lowest criterion, without those that give nan."""
     task = dict(np.load(folder / "task.npz"))
     runs = [np.load(folder / f"{index}.npz") for index in range(len(task["candidates"]))]
+    runs = [run for run in runs if np.isfinite(run["unseen"][run["epoch"]]).all()]
     p = np.stack([softmax(run["unseen"][run["epoch"]]) for run in runs])
     p_test = np.stack([softmax(run["test"]) for run in runs])
     predicted = p.argmax(2)
