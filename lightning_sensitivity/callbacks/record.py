@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -11,12 +12,11 @@ from torch import Tensor, nn
 
 from lightning_sensitivity.arguments import Refused
 from lightning_sensitivity.functional.reference import Calibration, Reference
-from lightning_sensitivity.metric.risk import RiskFindings
 from lightning_sensitivity.model.call import device_of
 from lightning_sensitivity.model.samples import KeptSamples
 from lightning_sensitivity.model.twins import copy_weights
 
-CRITERION, ESTIMATE, TEMPERATURE = "risk_criterion", "risk_estimate", "risk_temperature"  # of the logged values
+CRITERION, ESTIMATE = "risk_criterion", "risk_estimate"  # of the logged values
 
 
 class ValidationResult(NamedTuple):
@@ -41,11 +41,18 @@ class ValidationResult(NamedTuple):
     temperature: float
 
     @classmethod
-    def of(cls, epoch: int, values: Mapping[str, Tensor], findings: RiskFindings) -> ValidationResult:
+    def of(cls, epoch: int, values: Mapping[str, Tensor], gap_weight: float) -> ValidationResult:
         """Take what is needed from what a :class:`~lightning_sensitivity.RiskEstimate` has computed."""
-        criterion, estimate, temperature = (float(values[name]) for name in (CRITERION, ESTIMATE, TEMPERATURE))
-        found = findings.by_reference, findings.label_noise, findings.gap_weight
-        return cls(epoch, criterion, estimate, *found, temperature)
+        has_weight = bool(values.get("risk_reference_weight", 0.0) > 0)
+        return cls(
+            epoch=epoch,
+            risk_criterion=float(values[CRITERION]),
+            risk_estimate=float(values[ESTIMATE]),
+            by_reference=float(values["risk_reference"]) if has_weight else math.nan,
+            label_noise=float(values.get("risk_label_noise", math.nan)),
+            gap_weight=gap_weight,
+            temperature=float(values["risk_temperature"]),
+        )
 
 
 @dataclass

@@ -335,12 +335,11 @@ class RiskMonitor(Monitor):
         self, epoch: int, dataloader_idx: int, metric: RiskEstimate, values: Mapping[str, Tensor], has_all: bool
     ) -> None:
         """Note what a validation has shown; the first one with all training samples decides whether noise is found."""
-        record, findings = self.record, metric.findings
-        assert findings is not None
-        if has_all and not math.isnan(findings.reference_score):
-            record.gap_weights.setdefault(dataloader_idx, findings.gap_weight)
+        record = self.record
+        if has_all and "risk_reference" in values:
+            record.gap_weights.setdefault(dataloader_idx, metric.gap_weight)
         record.calibrations[dataloader_idx] = metric.calibration
-        record.history.setdefault(dataloader_idx, []).append(ValidationResult.of(epoch, values, findings))
+        record.history.setdefault(dataloader_idx, []).append(ValidationResult.of(epoch, values, metric.gap_weight))
         self._has_logged.add(dataloader_idx)
 
     def fallback_values(self, dataloader_idx: int, has_failed: bool) -> Mapping[str, float]:

@@ -85,11 +85,6 @@ class ReferenceSums(NamedTuple):
         return cls(*(reference.num_samples * mean for mean in means))
 
     @property
-    def mean_score(self) -> float:
-        """The leave-one-out score; nan without samples."""
-        return self.score / self.num_samples if self.num_samples > 0 else math.nan
-
-    @property
     def mean_noise(self) -> float:
         """The share of labels that look wrong; nan if it is unknown for some samples."""
         return self.noise / self.num_samples if self.num_samples > 0 and self.num_unknown == 0 else math.nan

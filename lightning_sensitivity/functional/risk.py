@@ -93,14 +93,9 @@ def combine_with_labels(estimate: Tensor, labels: LabelSums, weight: float) -> T
     Args:
         estimate: The estimate R without validation labels, at each temperature.
         labels: Sums over labelled validation samples.
-        weight: m₀: as how many labels the estimate counts, such as that of :func:`label_weight`.
+        weight: m₀: as how many labels the estimate counts.
     """
     return (labels.score + weight * estimate) / (labels.num_scored + weight)
-
-
-def label_weight(has_reference: bool) -> int:
-    """Return m₀, as how many validation labels the estimate counts: 40, or 200 with a reference."""
-    return LABEL_WEIGHT_WITH_REFERENCE if has_reference else LABEL_WEIGHT
 
 
 def criterion(estimates: Tensor, training_score: Tensor, gap_weight: float) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,25 +27,6 @@ _SHAPES: dict[str, tuple[int, ...]] = {
     "training_agreement": (len(TEMPERATURES), len(AgreementSums._fields)),
     "reference_sums": (len(ReferenceSums._fields),),
 }
-
-
-class RiskFindings(NamedTuple):
-    """Hold what :class:`RiskEstimate` has found besides its values, over all processes.
-
-    Attributes:
-        by_twins: The estimate without a reference and without validation labels.
-        by_reference: The reference's estimate; nan without one, or if it has no weight.
-        label_noise: The share of training labels that look wrong; nan if it is unknown.
-        gap_weight: How much the estimate counts in the criterion; 0 if no noise was found in the training
-            labels. What was given counts.
-        reference_score: The leave-one-out score of the reference; nan without one.
-    """
-
-    by_twins: float
-    by_reference: float
-    label_noise: float
-    gap_weight: float
-    reference_score: float
 
 
 class RiskEstimate(WideMetric):
@@ -92,7 +73,7 @@ class RiskEstimate(WideMetric):
 
     Attributes:
         calibration: What the epochs so far say about c; ``reset`` keeps it.
-        findings: What else the last ``compute`` has found; None before it.
+        gap_weight: k of the last value.
         messages: What makes the last value doubtful, by kind.
 
     Raises:
@@ -135,9 +116,9 @@ class RiskEstimate(WideMetric):
         self.task = find_task(task)
         self.strength = strength
         self.calibration = Calibration() if calibration is None else calibration
-        self.findings: RiskFindings | None = None
         self.messages: dict[str, Diagnosis] = {}
-        self._gap_weight = gap_weight
+        self.gap_weight = 1.0 if gap_weight is None else gap_weight
+        self._chooses_gap_weight = gap_weight is None
         self._num_training = num_training
         self._factor = 1.0  # of the variance
         if num_training is not None and num_weights is not None:
@@ -231,26 +212,26 @@ class RiskEstimate(WideMetric):
             scores, weight = self._reference_scores(), reference.weight(self._num_training)
             values |= _reference_values(scores[UNCHANGED], weight, reference)
             estimates = (estimates + weight * scores) / (1 + weight) if weight > 0 else estimates
-        self.findings = self._find(values, reference)
+        if self._chooses_gap_weight:
+            self.gap_weight = reference.gap_weight
         self.messages = risk.diagnostics(unseen, training, estimates[UNCHANGED], self.task)
         training_score = (training.score / training.num_scored)[UNCHANGED]
-        return values | self._chosen_values(estimates, training_score, self.findings.gap_weight, weight > 0)
+        label_weight = risk.LABEL_WEIGHT_WITH_REFERENCE if weight > 0 else risk.LABEL_WEIGHT
+        return values | self._chosen_values(estimates, training_score, label_weight)
 
-    def _chosen_values(
-        self, estimates: Tensor, training_score: Tensor, gap_weight: float, has_reference: bool
-    ) -> dict[str, Tensor]:
+    def _chosen_values(self, estimates: Tensor, training_score: Tensor, label_weight: int) -> dict[str, Tensor]:
         """Compute criterion and estimate, combined with any validation labels, and the temperature."""
-        labels, weight = LabelSums(*self.labels_sums.T), risk.label_weight(has_reference)
+        labels = LabelSums(*self.labels_sums.T)
         values: dict[str, Tensor] = {}
         if bool(labels.num_scored.any()):
             best = RefinedScore.lowest(labels.score / labels.num_scored)
             values["risk_label_score"] = estimates.new_tensor(best.score)
             values["risk_num_labels"] = labels.num_scored[UNCHANGED]
-            values["risk_criterion"] = risk.criterion_with_labels(estimates, labels, gap_weight * weight)
-            estimate = risk.combine_with_labels(estimates, labels, weight)[UNCHANGED]
+            values["risk_criterion"] = risk.criterion_with_labels(estimates, labels, self.gap_weight * label_weight)
+            estimate = risk.combine_with_labels(estimates, labels, label_weight)[UNCHANGED]
         else:
             best = RefinedScore.lowest(estimates)
-            values["risk_criterion"] = risk.criterion(estimates, training_score, gap_weight)
+            values["risk_criterion"] = risk.criterion(estimates, training_score, self.gap_weight)
             estimate = estimates[UNCHANGED]
         values["risk_temperature"] = estimates.new_tensor(best.temperature)
         return values | {"risk_estimate": estimate}
@@ -261,17 +242,6 @@ class RiskEstimate(WideMetric):
         agreements, training_agreements = (each.agreement / each.num_scored for each in (unseen, training))
         self.calibration = self._earlier_calibration.updated(agreements, training_agreements)
         return reference_score(unseen, training, self.calibration)
-
-    def _find(self, values: Mapping[str, Tensor], reference: ReferenceSums) -> RiskFindings:
-        """Find what is no value to log, before validation labels are part of the estimate."""
-        has_weight = bool(values.get("risk_reference_weight", 0.0) > 0)
-        return RiskFindings(
-            by_twins=float(values["risk_estimate"]),
-            by_reference=float(values["risk_reference"]) if has_weight else math.nan,
-            label_noise=reference.mean_noise,
-            gap_weight=reference.gap_weight if self._gap_weight is None else self._gap_weight,
-            reference_score=reference.mean_score,
-        )
 
     def plot(
         self, val: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]] | None = None, ax: AxType | None = None
