@@ -3,7 +3,7 @@
 All is summed at each temperature, of logits divided by it: a row for each of :data:`TEMPERATURES`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -93,14 +93,10 @@ def unseen_sums(
     """
     baseline_outputs = outputs if baseline_outputs is None else baseline_outputs
 
-    def sums(*outputs: Tensor) -> Tensor:
-        rows = []
-        for scaled in _at_temperatures(*outputs):
-            p, baseline, twin = map(task.probabilities, scaled)
-            claim, distance = task.claims(p), task.distances(baseline, twin)
-            values = torch.ones_like(claim), claim, distance, task.claims(baseline), task.claims(twin)
-            rows.append(_finite_sums(*values))
-        return torch.stack(rows)
+    def values_at(temperature: float, *outputs: Tensor) -> tuple[Tensor, ...]:
+        p, baseline, twin = (task.probabilities(_scaled(each, temperature)) for each in outputs)
+        claim, distance = task.claims(p), task.distances(baseline, twin)
+        return torch.ones_like(claim), claim, distance, task.claims(baseline), task.claims(twin)
 
     of_twins = []
     for twin in twin_outputs:
@@ -108,7 +104,7 @@ def unseen_sums(
             got = f"{tuple(twin.shape)} and {tuple(baseline_outputs.shape)}"
             expected = f"`twin_outputs` and `baseline_outputs` of the shape {tuple(outputs.shape)}"
             raise ValueError(f"Expected {expected}, but got {got}.")
-        of_twins.append(torch.stack(in_chunks(sums, outputs, baseline_outputs, twin)).sum(0))
+        of_twins.append(_sums_at_temperatures(values_at, outputs, baseline_outputs, twin))
     if not of_twins:
         raise ValueError("Expected `twin_outputs` of one twin or more, but got none.")
     return torch.stack(of_twins).mean(0)
@@ -126,15 +122,12 @@ def label_sums(outputs: Tensor, targets: Tensor, task: Task) -> Tensor:
         The entries of :class:`LabelSums` as columns, ``(T, 4)``.
     """
 
-    def sums(outputs: Tensor, targets: Tensor) -> Tensor:
-        rows = []
-        for (scaled,) in _at_temperatures(outputs):
-            p = task.probabilities(scaled)
-            y, counts = task.target_probabilities(p, targets)
-            rows.append(_finite_sums(counts, task.distances(p, y) * counts, task.claims(p) * counts))
-        return torch.stack(rows)
+    def values_at(temperature: float, outputs: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        p = task.probabilities(_scaled(outputs, temperature))
+        y, counts = task.target_probabilities(p, targets)
+        return counts, task.distances(p, y) * counts, task.claims(p) * counts
 
-    return torch.stack(in_chunks(sums, outputs, targets.to(outputs.device))).sum(0)
+    return _sums_at_temperatures(values_at, outputs, targets.to(outputs.device))
 
 
 def agreement_sums(outputs: Tensor, targets: Tensor, shares: Tensor, task: Task) -> Tensor:
@@ -152,24 +145,28 @@ def agreement_sums(outputs: Tensor, targets: Tensor, shares: Tensor, task: Task)
     dtype = wide_dtype(outputs.device)
     s = task.as_vectors(shares[None].to(dtype).to(outputs.device))
 
-    def sums(outputs: Tensor, targets: Tensor) -> Tensor:
-        rows = []
-        for (scaled,) in _at_temperatures(outputs):
-            probabilities = task.probabilities(scaled).to(dtype)
-            y, counts = task.target_probabilities(probabilities, targets)
-            p, q, n = task.as_vectors(probabilities.flatten(1)), task.as_vectors(y.flatten(1)), counts.flatten()
-            values = p.square().sum(1), (p * s).sum(1), (p * (q - s)).sum(1), q.square().sum(1)
-            rows.append(_finite_sums(n, *(n * value for value in values)))
-        return torch.stack(rows)
+    def values_at(temperature: float, outputs: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        probabilities = task.probabilities(_scaled(outputs, temperature)).to(dtype)
+        y, counts = task.target_probabilities(probabilities, targets)
+        p, q, n = task.as_vectors(probabilities.flatten(1)), task.as_vectors(y.flatten(1)), counts.flatten()
+        values = p.square().sum(1), (p * s).sum(1), (p * (q - s)).sum(1), q.square().sum(1)
+        return n, *(n * value for value in values)
 
-    return torch.stack(in_chunks(sums, outputs, targets)).sum(0)
+    return _sums_at_temperatures(values_at, outputs, targets)
 
 
-def _at_temperatures(*outputs: Tensor) -> Iterator[list[Tensor]]:
-    """Yield outputs divided by each temperature, in single precision or better."""
-    wide = [each.to(torch.promote_types(each.dtype, torch.float32)) for each in outputs]
-    for temperature in TEMPERATURES:
-        yield [each / temperature for each in wide]
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
+    """Divide logits by a temperature, in single precision or better."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+
+
+def _sums_at_temperatures(values_at: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> Tensor:
+    """Sum up what a function of a temperature and of some samples computes for each of them, ``(T, ...)``."""
+
+    def sums(*chunk: Tensor) -> Tensor:
+        return torch.stack([_finite_sums(*values_at(temperature, *chunk)) for temperature in TEMPERATURES])
+
+    return torch.stack(in_chunks(sums, *tensors)).sum(0)
 
 
 def _finite_sums(*values: Tensor) -> Tensor:
