@@ -5,7 +5,7 @@ from torch import Tensor
 
 from lightning_sensitivity.functional.features import principal_components
 from lightning_sensitivity.functional.reference import fit_reference
-from lightning_sensitivity.functional.tasks import find_task, has_ignored_value
+from lightning_sensitivity.functional.tasks import find_task, has_label
 
 _MAX_SAMPLES = 1000  # that a reference is fitted to
 
@@ -49,7 +49,7 @@ def label_noise(features: Tensor, labels: Tensor, task: str = "multiclass") -> f
     if features.ndim < 2 or labels.ndim < 1 or len(features) != len(labels):
         got = f"{tuple(features.shape)} and {tuple(labels.shape)}"
         raise ValueError(f"Expected `features` (N, ...) and `labels` (N,) or (N, K), but got {got}.")
-    rows = (~has_ignored_value(labels)[:, None].flatten(1).any(1)).nonzero()[:, 0]
+    rows = has_label(labels).nonzero()[:, 0]
     if len(rows) == 0:
         raise ValueError("Expected `labels` of which some are not ignored, but got none.")
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))

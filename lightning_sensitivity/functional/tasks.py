@@ -197,6 +197,11 @@ def has_ignored_value(targets: Tensor) -> Tensor:
     return (targets if targets.is_floating_point() else targets.long()) == IGNORED
 
 
+def has_label(targets: Tensor) -> Tensor:
+    """Return which samples have labels ``(N, ...)`` that are not ignored, ``(N,)``."""
+    return ~has_ignored_value(targets)[:, None].flatten(1).any(1)
+
+
 def _without_ignored(p: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     y = targets.to(p.device).to(p.dtype).reshape(p.shape)
     is_ignored = (y == IGNORED).any(1)

@@ -9,7 +9,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-from lightning_sensitivity.functional.tasks import has_ignored_value
+from lightning_sensitivity.functional.tasks import has_label
 from lightning_sensitivity.model.call import ModelCall
 
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
@@ -164,8 +164,7 @@ class KeptSamples:
 
 def count_labels(labels: Iterable[Tensor | None]) -> int:
     """Count the samples that have a label that is not ignored, in the labels of several batches."""
-    found = [each for each in labels if each is not None]
-    return sum(int((~has_ignored_value(each)[:, None].flatten(1).any(1)).sum()) for each in found)
+    return sum(int(has_label(each).sum()) for each in labels if each is not None)
 
 
 def spread(batches: Sequence[KeptBatch], num_samples: float) -> list[KeptBatch]:
