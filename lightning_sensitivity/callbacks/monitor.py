@@ -2,8 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -256,25 +255,19 @@ class Monitor(Callback, ABC):
         """Do everything once with the first training batch in place of a validation batch, if it is of that kind."""
         samples = KeptSamples(0, num_wanted=1)
         what = "could not measure the first training batch, which stands for validation batches without a sanity check"
-        with self.reporter.report_failure(what, LEFT_OUT), _leaving_other_batches_to_the_validation():
-            with trainer.precision_plugin.val_step_context():
-                self.keep(pl_module, batch, 0, samples)
-            self._measure(trainer, pl_module, samples)
+        with self.reporter.report_failure(what, LEFT_OUT):
+            try:
+                with trainer.precision_plugin.val_step_context():
+                    self.keep(pl_module, batch, 0, samples)
+                self._measure(trainer, pl_module, samples)
+            except (MisconfigurationException, Warning):
+                raise
+            except Exception as error:  # it may be of another kind, which the first validation will see
+                if is_oom_error(error):
+                    raise
 
     def _free(self) -> None:
         """Free the samples, and stop watching."""
         self.forget_samples()
         self._first_call.cancel()
         self._is_measuring = False
-
-
-@contextmanager
-def _leaving_other_batches_to_the_validation() -> Iterator[None]:
-    """Pass on what is refused, but not what fails, as on training batches of another kind."""
-    try:
-        yield
-    except (MisconfigurationException, Warning):
-        raise
-    except Exception as error:
-        if is_oom_error(error):
-            raise
