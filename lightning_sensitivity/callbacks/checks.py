@@ -63,11 +63,17 @@ def check_modes(trainer: Trainer, names: Collection[str]) -> None:
     Raises:
         MisconfigurationException: If there is one.
     """
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        monitor = str(getattr(callback, "monitor", None))
-        if monitor.partition("/dataloader_idx_")[0] in names and getattr(callback, "mode", "min") == "max":
+    for callback, monitor in callbacks_that_monitor(trainer, names):
+        if getattr(callback, "mode", "min") == "max":
             got = f"got 'max' in `{type(callback).__name__}`"
             raise Refused(f"`mode` should be 'min' for `{monitor}`, {got}.", entry="lowest")
+
+
+def callbacks_that_monitor(trainer: Trainer, names: Collection[str]) -> list[tuple[object, str]]:
+    """List the callbacks that monitor one of some values, of any loader, each with the name that it monitors."""
+    monitors = [(each, getattr(each, "monitor", None)) for each in trainer.callbacks]  # type: ignore[attr-defined]
+    named = [(callback, name) for callback, name in monitors if isinstance(name, str)]
+    return [(callback, name) for callback, name in named if name.partition("/dataloader_idx_")[0] in names]
 
 
 def check_repeatable(first: Tensor, second: Tensor) -> None:

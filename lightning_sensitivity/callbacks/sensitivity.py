@@ -4,7 +4,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_sensitivity.arguments import Selector, check_argument, check_bool, check_int
-from lightning_sensitivity.callbacks.checks import check_logits
+from lightning_sensitivity.callbacks.checks import callbacks_that_monitor, check_logits
 from lightning_sensitivity.callbacks.monitor import Monitor
 from lightning_sensitivity.metric import OutputSensitivity
 from lightning_sensitivity.model import Noise
@@ -83,14 +83,14 @@ class SensitivityMonitor(Monitor):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check what can be checked by now, and warn of callbacks that would choose an epoch by the sensitivity."""
         super().setup(trainer, pl_module, stage)
-        for callback in trainer.callbacks if stage == "fit" else ():  # type: ignore[attr-defined]
-            monitor = getattr(callback, "monitor", None)
-            if isinstance(monitor, str) and monitor.partition("/dataloader_idx_")[0] == self.prefix + self.main_name:
-                chosen = "one of the first epochs: sensitivity is lowest before training, and rises as a network learns"
-                if getattr(callback, "mode", "min") == "max":
-                    chosen = "the most sensitive epoch"
-                message = f"is monitored by `{type(callback).__name__}`, which will choose {chosen}. Use `RiskMonitor`."
-                self.reporter.warn("stop-by-sensitivity", message, kind=type(callback).__name__)
+        if stage != "fit":
+            return
+        for callback, _ in callbacks_that_monitor(trainer, [self.prefix + self.main_name]):
+            chosen = "one of the first epochs: sensitivity is lowest before training, and rises as a network learns"
+            if getattr(callback, "mode", "min") == "max":
+                chosen = "the most sensitive epoch"
+            message = f"is monitored by `{type(callback).__name__}`, which will choose {chosen}. Use `RiskMonitor`."
+            self.reporter.warn("stop-by-sensitivity", message, kind=type(callback).__name__)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the name of the submodule."""
