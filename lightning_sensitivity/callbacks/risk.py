@@ -13,8 +13,8 @@ from lightning_sensitivity.arguments import Refused, Selector, check_argument, c
 from lightning_sensitivity.callbacks.checks import check_modes, check_outputs
 from lightning_sensitivity.callbacks.closing import log_closing_line
 from lightning_sensitivity.callbacks.counting import check_number, count_labelled_samples
-from lightning_sensitivity.callbacks.doubts import warn_of_few_classes, warn_of_known_labels, warn_of_preparation
 from lightning_sensitivity.callbacks.monitor import Monitor
+from lightning_sensitivity.callbacks.pitfalls import warn_of_few_classes, warn_of_known_labels, warn_of_preparation
 from lightning_sensitivity.callbacks.record import CRITERION, ESTIMATE, KeptTraining, RiskRecord, ValidationResult
 from lightning_sensitivity.callbacks.reporter import describe_error
 from lightning_sensitivity.functional.reference import Reference
