@@ -83,7 +83,7 @@ class _Measurer:
         """
         p: dict[str, Tensor] = {}
         rows: dict[str, Tensor] = {}
-        reference, share_known, labels = None, 1.0, None
+        reference, labels = None, None
         for name, source in models.items():
             with _explained(f"Model {name!r} can't be compared"):
                 model = source if isinstance(source, nn.Module) else source()
@@ -91,19 +91,30 @@ class _Measurer:
                 p[name], rows[name] = self.measure(model)
             if len(p) == 1 and training is not None:
                 with _explained("`training` gives no reference (set `features=`, or leave it out)"):
-                    reference, share_known = self.fit_reference(model, training, p[name].shape[1])
+                    reference = self.fit_reference(model, training, p[name].shape[1])
             if len(p) == 1 and validation_labels:
                 labels = self.read_labels(model, p[name].shape[1])
             del model
             gc.collect()  # modules contain reference cycles, and the next model needs their memory
         sizes = {name: each.shape[1] for name, each in p.items()}
         check_argument("models", sizes, len({*sizes.values()}) == 1, "models with the same number of outputs")
-        decisions = self.task.decisions(torch.stack(list(p.values())))
+        return self.losses(torch.stack(list(p.values())), reference, labels), rows
+
+    def losses(self, p: Tensor, reference: tuple[Tensor, float] | None, labels: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Let the jury vote, and return what each model loses on each sample, ``(M, N)``.
+
+        Args:
+            p: The probabilities of each model, ``(M, N, K)``.
+            reference: What :meth:`fit_reference` returns.
+            labels: What :meth:`read_labels` returns.
+        """
+        decisions = self.task.decisions(p)
         expected = "different models (in a loop, `lambda: load(path)` loads the last path: take `partial(load, path)`)"
         check_argument("models", "equal outputs of all", not bool((decisions == decisions[0]).all()), expected)
-        jury = jury_classes(decisions, None if reference is None else self.task.decisions(reference), share_known)
-        losses = (decisions.argmax(-1) != jury).double().mean(-1)
-        return losses if labels is None else self.combine_with_labels(losses, decisions.argmax(-1), *labels), rows
+        seat = () if reference is None else (self.task.decisions(reference[0]), reference[1])
+        classes = decisions.argmax(-1)
+        losses = (classes != jury_classes(decisions, *seat)).double().mean(-1)
+        return losses if labels is None else self.combine_with_labels(losses, classes, *labels)
 
     def combine_with_labels(self, losses: Tensor, classes: Tensor, y: Tensor, counts: Tensor) -> Tensor:
         """Combine what models lose on each sample, ``(M, N)``, with errors on labels; see :meth:`read_labels`."""
