@@ -254,7 +254,7 @@ def test_the_criterion_if(case: str) -> None:
     lowest = min(estimates, key=estimates.__getitem__)
     expected = float(score + weight * (estimates[lowest] - score))
     assert float(values["risk_criterion"]) == pytest.approx(expected, abs=1e-5)
-    assert float(values["risk_temperature"]) == lowest != 1
+    assert lowest != 1 and float(values["risk_temperature"]) == (lowest if weight == 1 else 1)
     noise = math.nan if reference is None else reference.noise
     assert values.get("risk_label_noise", torch.tensor(math.nan)).item() == pytest.approx(noise, nan_ok=True)
 

@@ -3,7 +3,7 @@
 All is summed at each temperature, of logits divided by it: a row for each of :data:`TEMPERATURES`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from lightning_sensitivity.functional.tensors import in_chunks, wide_dtype
 
 TEMPERATURES = tuple(2.0 ** (half / 2) for half in range(-2, 7))  # from 0.5 to 8
 UNCHANGED = TEMPERATURES.index(1.0)  # the row of the logits as they are
+_NUM = len(TEMPERATURES)
 
 
 class UnseenSums(NamedTuple):
@@ -93,10 +94,10 @@ def unseen_sums(
     """
     baseline_outputs = outputs if baseline_outputs is None else baseline_outputs
 
-    def values_at(temperature: float, *outputs: Tensor) -> tuple[Tensor, ...]:
-        p, baseline, twin = (task.probabilities(_scaled(each, temperature)) for each in outputs)
+    def sums(*outputs: Tensor) -> Tensor:
+        p, baseline, twin = (task.probabilities(_at_temperatures(each)) for each in outputs)
         claim, distance = task.claims(p), task.distances(baseline, twin)
-        return torch.ones_like(claim), claim, distance, task.claims(baseline), task.claims(twin)
+        return _finite_sums(torch.ones_like(claim), claim, distance, task.claims(baseline), task.claims(twin))
 
     of_twins = []
     for twin in twin_outputs:
@@ -104,7 +105,7 @@ def unseen_sums(
             got = f"{tuple(twin.shape)} and {tuple(baseline_outputs.shape)}"
             expected = f"`twin_outputs` and `baseline_outputs` of the shape {tuple(outputs.shape)}"
             raise ValueError(f"Expected {expected}, but got {got}.")
-        of_twins.append(_sums_at_temperatures(values_at, outputs, baseline_outputs, twin))
+        of_twins.append(torch.stack(in_chunks(sums, outputs, baseline_outputs, twin, num_copies=_NUM)).sum(0))
     if not of_twins:
         raise ValueError("Expected `twin_outputs` of one twin or more, but got none.")
     return torch.stack(of_twins).mean(0)
@@ -122,12 +123,12 @@ def label_sums(outputs: Tensor, targets: Tensor, task: Task) -> Tensor:
         The entries of :class:`LabelSums` as columns, ``(T, 4)``.
     """
 
-    def values_at(temperature: float, outputs: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        p = task.probabilities(_scaled(outputs, temperature))
-        y, counts = task.target_probabilities(p, targets)
-        return counts, task.distances(p, y) * counts, task.claims(p) * counts
+    def sums(outputs: Tensor, targets: Tensor) -> Tensor:
+        p = task.probabilities(_at_temperatures(outputs))
+        y, counts = task.target_probabilities(p, _repeated(targets))
+        return _finite_sums(counts, task.distances(p, y) * counts, task.claims(p) * counts)
 
-    return _sums_at_temperatures(values_at, outputs, targets.to(outputs.device))
+    return torch.stack(in_chunks(sums, outputs, targets.to(outputs.device), num_copies=_NUM)).sum(0)
 
 
 def agreement_sums(outputs: Tensor, targets: Tensor, shares: Tensor, task: Task) -> Tensor:
@@ -145,33 +146,31 @@ def agreement_sums(outputs: Tensor, targets: Tensor, shares: Tensor, task: Task)
     dtype = wide_dtype(outputs.device)
     s = task.as_vectors(shares[None].to(dtype).to(outputs.device))
 
-    def values_at(temperature: float, outputs: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        probabilities = task.probabilities(_scaled(outputs, temperature)).to(dtype)
-        y, counts = task.target_probabilities(probabilities, targets)
+    def sums(outputs: Tensor, targets: Tensor) -> Tensor:
+        probabilities = task.probabilities(_at_temperatures(outputs)).to(dtype)
+        y, counts = task.target_probabilities(probabilities, _repeated(targets))
         p, q, n = task.as_vectors(probabilities.flatten(1)), task.as_vectors(y.flatten(1)), counts.flatten()
         values = p.square().sum(1), (p * s).sum(1), (p * (q - s)).sum(1), q.square().sum(1)
-        return n, *(n * value for value in values)
+        return _finite_sums(n, *(n * value for value in values))
 
-    return _sums_at_temperatures(values_at, outputs, targets)
-
-
-def _scaled(logits: Tensor, temperature: float) -> Tensor:
-    """Divide logits by a temperature, in single precision or better."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    return torch.stack(in_chunks(sums, outputs, targets, num_copies=_NUM)).sum(0)
 
 
-def _sums_at_temperatures(values_at: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> Tensor:
-    """Sum up what a function of a temperature and of some samples computes for each of them, ``(T, ...)``."""
+def _at_temperatures(outputs: Tensor) -> Tensor:
+    """Divide outputs by each temperature in turn, as if these were further samples, ``(T · N, K, ...)``."""
+    wide = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+    return torch.cat([wide / temperature for temperature in TEMPERATURES])
 
-    def sums(*chunk: Tensor) -> Tensor:
-        return torch.stack([_finite_sums(*values_at(temperature, *chunk)) for temperature in TEMPERATURES])
 
-    return torch.stack(in_chunks(sums, *tensors)).sum(0)
+def _repeated(targets: Tensor) -> Tensor:
+    """Repeat labels for each temperature."""
+    return torch.cat([targets] * _NUM)
 
 
 def _finite_sums(*values: Tensor) -> Tensor:
-    """Sum up values over samples whose values are all finite, and count the others, without a wait."""
+    """Sum up values ``(T · N, ...)`` over samples at each temperature, but count those that are not all finite."""
     rows = torch.stack(values, dim=1).to(wide_dtype(values[0].device))
     rows = rows.flatten(2).sum(2) if rows.ndim > 2 else rows
-    is_finite = rows.isfinite().all(1)
-    return torch.cat([rows.where(is_finite[:, None], 0.0).sum(0), (~is_finite).sum(0, keepdim=True)])
+    rows = rows.reshape(_NUM, -1, rows.shape[1])
+    is_finite = rows.isfinite().all(2, keepdim=True)
+    return torch.cat([rows.where(is_finite, 0.0).sum(1), (~is_finite).sum(1)], dim=1)

@@ -58,7 +58,7 @@ class RiskEstimate(WideMetric):
     reference C and v, ``risk_reference`` and ``risk_reference_weight``; with labels ``risk_label_score``, their
     score at its best temperature, and ``risk_num_labels``. ``risk_label_noise`` is N, the share of training
     labels that look wrong; ``risk_criterion`` is what to choose by. Logits divided by ``risk_temperature`` are
-    calibrated: it is the best temperature of the labels, or else of the estimate.
+    calibrated: it is the best temperature of the labels, or else of the estimate if noise is found, or 1.
 
     Args:
         task: ``"multiclass"``, ``"binary"`` or ``"multilabel"``.
@@ -224,16 +224,16 @@ class RiskEstimate(WideMetric):
         labels = LabelSums(*self.labels_sums.T)
         values: dict[str, Tensor] = {}
         if bool(labels.num_scored.any()):
-            best = RefinedScore.lowest(labels.score / labels.num_scored)
-            values["risk_label_score"] = estimates.new_tensor(best.score)
+            score, temperature = RefinedScore.lowest(labels.score / labels.num_scored)
+            values["risk_label_score"] = estimates.new_tensor(score)
             values["risk_num_labels"] = labels.num_scored[UNCHANGED]
             values["risk_criterion"] = risk.criterion_with_labels(estimates, labels, self.gap_weight * label_weight)
             estimate = risk.combine_with_labels(estimates, labels, label_weight)[UNCHANGED]
         else:
-            best = RefinedScore.lowest(estimates)
+            temperature = RefinedScore.lowest(estimates).temperature if self.gap_weight == 1 else 1.0
             values["risk_criterion"] = risk.criterion(estimates, training_score, self.gap_weight)
             estimate = estimates[UNCHANGED]
-        values["risk_temperature"] = estimates.new_tensor(best.temperature)
+        values["risk_temperature"] = estimates.new_tensor(temperature)
         return values | {"risk_estimate": estimate}
 
     def _reference_scores(self) -> Tensor:
