@@ -12,8 +12,8 @@ _UNLIKELY = 1e-12
 def estimate_noise(predictions: Tensor, labels: Tensor) -> float:
     r"""Estimate the share of wrong labels, from predictions for samples whose own label was left out.
 
-    It takes labels as redrawn at random among K classes, with a chance r, and else from the predictions q
-    after these were sharpened by b around the shares s of the classes:
+    It takes labels as redrawn at random among the K classes that occur, with a chance r, and else from the
+    predictions q after these were sharpened by b around the shares s of the classes:
 
     .. math::
         L(r, b) = \prod_i \big[(1 - r)\, \operatorname{softmax}(\log s + b\,(q_i - s))_{y_i} + r / K\big], \qquad
@@ -72,7 +72,9 @@ def _as_classes(predictions: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     elif y.ndim == 1 and bool(((y >= 0) & (y < q.shape[1])).all()):
         y = torch.nn.functional.one_hot(y.long(), q.shape[1])
     _check_classes(q, y, got)
-    return q / q.sum(1, keepdim=True), y.double()
+    occurs = (y > 0).any(0)  # a class without labels, such as an unused output, is none that labels are redrawn among
+    q, y = q[:, occurs], y[:, occurs]
+    return q / q.sum(1, keepdim=True).clamp(min=_UNLIKELY), y.double()
 
 
 def _check_classes(q: Tensor, y: Tensor, got: str) -> None:

@@ -99,8 +99,8 @@ def test_a_data_set_needs_its_features_and_labels_only(share: float) -> None:
 def test_a_data_set_may_have_labels_of_any_kind() -> None:
     x, y = X[Y < 3][:200], relabelled(Y[Y < 3], 0.2, 3)[:200]
     ignored = torch.cat([y, torch.full((50,), -100)])
-    others = (7 * y + 5).to(torch.uint8), one_hot(y, 3), one_hot(y, 3).float()
-    assert [label_noise(x, each) for each in others] == [label_noise(x, y)] * 3
+    others = (7 * y + 5).to(torch.uint8), one_hot(y, 3), one_hot(y, 3).float(), one_hot(y, 100)
+    assert [label_noise(x, each) for each in others] == [pytest.approx(label_noise(x, y))] * 4
     assert label_noise(torch.cat([x, x[:50]]), ignored) == pytest.approx(label_noise(x, y), abs=0.02)
     is_zero = y == 0
     binary = [label_noise(x, each, "binary") for each in (is_zero, is_zero[:, None].float())]
