@@ -7,6 +7,8 @@ _MAX_COLUMNS = 4096  # of which principal components are computed
 _MAX_WORDS = 4096
 _NUM_ITERATIONS = 4
 _NUM_EXTRA = 10  # components that only make the others more exact
+_ROUNDING = 1e-9  # relative distance of equal samples
+_FEW_VALUES = 0.2  # share of different rows, in a table of categories
 _CONSTANT = 1e-9  # relative standard deviation of a column that holds nothing but rounding
 
 
@@ -54,6 +56,28 @@ def principal_components(features: Tensor, new_features: Tensor, num_components:
         return x, new_x
     scores = _top_components(torch.cat([x, new_x]), num_components)
     return scores[: len(x)], scores[len(x) :]
+
+
+def different_samples(features: Tensor, labels: Tensor) -> Tensor:
+    """Find the places of different samples: of one that comes repeatedly, the first.
+
+    A sampler with replacement draws a sample repeatedly, with the same label. That is no second observation, and a
+    reference that leaves one of them out still knows its label. Where equal features have several labels, or only a
+    few values are possible, as in a table of categories, rows are samples of their own.
+
+    Args:
+        features: ``(N, D)``, such as :func:`principal_components`.
+        labels: Their labels as probabilities, ``(N, K)``.
+
+    Returns:
+        Indices of rows.
+    """
+    distances = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")
+    first = (distances <= _ROUNDING * distances.max()).int().argmax(1)
+    places = torch.arange(len(features))
+    chosen = places[first == places]
+    is_repeated = torch.equal(labels, labels[first]) and len(chosen) > _FEW_VALUES * len(places)
+    return chosen if is_repeated else places
 
 
 def _reduced(name: str, features: Tensor) -> Tensor:

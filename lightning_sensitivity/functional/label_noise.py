@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lightning_sensitivity.functional.features import principal_components
+from lightning_sensitivity.functional.features import different_samples, principal_components
 from lightning_sensitivity.functional.reference import fit_reference
 from lightning_sensitivity.functional.tasks import find_task, has_label
 
@@ -58,4 +58,6 @@ def label_noise(features: Tensor, labels: Tensor, task: str = "multiclass") -> f
     if y.ndim == 1 and kind.sums_to_one and not y.is_floating_point():
         y = torch.unique(y, return_inverse=True)[1]  # classes that occur
     reduced, none = principal_components(x, x[:0])
-    return fit_reference(reduced, y, none, task).noise
+    y = kind.as_matrix(y).cpu().double()
+    rows = different_samples(reduced, y)
+    return fit_reference(reduced[rows], y[rows], none, task).noise

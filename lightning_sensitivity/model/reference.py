@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from lightning_sensitivity.functional.features import bags_of_words, principal_components
+from lightning_sensitivity.functional.features import bags_of_words, different_samples, principal_components
 from lightning_sensitivity.functional.reference import Reference, fit_reference
 from lightning_sensitivity.functional.tasks import Task
 from lightning_sensitivity.model.batches import tensors_in
@@ -74,7 +74,9 @@ def fit_to_samples(
             raise ValueError("no sample has a label")
         places = torch.linspace(0, len(rows) - 1, min(len(rows), NUM_TRAINING), dtype=torch.float64)
         rows = rows[places.long()]  # of a large batch
-        return fit_reference(features[rows], y.flatten(1)[rows], new_features, task.name)
+        features, y = features[rows], y.flatten(1)[rows]
+        rows = different_samples(features, y)
+        return fit_reference(features[rows], y[rows], new_features, task.name)
 
 
 def compare_moments(training: Sequence[KeptBatch], unseen: Sequence[KeptBatch]) -> tuple[float, float] | None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_sensitivity.functional import bags_of_words, features, principal_components
+from lightning_sensitivity.functional.features import different_samples
 
 
 def low_rank(num_rows: int, num_columns: int, rank: int) -> Tensor:
@@ -83,6 +84,22 @@ def test_bags_of_words_count_the_most_frequent_tokens(
     for rows, bag in zip((ids, new_ids), bags, strict=True):
         assert bag.tolist() == [[Counter(row)[word] for word in words] for row in rows]
     assert principal_components(*bags)[0].isfinite().all()
+
+
+ROWS, EACH = torch.tensor([[0.1], [0.2], [0.1], [0.3]]), torch.eye(4)
+DIFFERENT: dict[str, tuple[Tensor, Tensor, list[int]]] = {
+    "no sample comes twice": (torch.rand(4, 2), EACH, [0, 1, 2, 3]),
+    "one is drawn twice": (ROWS, EACH[[0, 1, 0, 2]], [0, 1, 3]),
+    "equal features have several labels": (ROWS, EACH, [0, 1, 2, 3]),
+    "a table has few values": (ROWS[[0, 1]].repeat(10, 1), EACH[[0, 1]].repeat(10, 1), [*range(20)]),
+    "all features are constant": (torch.ones(6, 2), torch.ones(6, 1), [*range(6)]),
+}
+
+
+@pytest.mark.parametrize("case", DIFFERENT)
+def test_which_samples_are_different_if(case: str) -> None:
+    x, labels, expected = DIFFERENT[case]
+    assert different_samples(x, labels).tolist() == expected
 
 
 def test_bad_input_is_refused_by_name() -> None:

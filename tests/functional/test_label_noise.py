@@ -102,6 +102,8 @@ def test_a_data_set_may_have_labels_of_any_kind() -> None:
     others = (7 * y + 5).to(torch.uint8), one_hot(y, 3), one_hot(y, 3).float(), one_hot(y, 100)
     assert [label_noise(x, each) for each in others] == [pytest.approx(label_noise(x, y))] * 4
     assert label_noise(torch.cat([x, x[:50]]), ignored) == pytest.approx(label_noise(x, y), abs=0.02)
+    drawn = torch.randint(200, (400,), generator=torch.Generator().manual_seed(0))  # with replacement
+    assert label_noise(x[drawn], y[drawn]) == pytest.approx(label_noise(x, y), abs=0.02)
     is_zero = y == 0
     binary = [label_noise(x, each, "binary") for each in (is_zero, is_zero[:, None].float())]
     assert binary == [pytest.approx(label_noise(x, is_zero.long()), abs=1e-4)] * 2
