@@ -42,7 +42,7 @@ class WideMetric(Metric):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any) -> Metric:
         """Move the states with the metric, without its casts; those on the device "meta" begin anew."""
-        was_empty = self.device.type == "meta"
+        was_empty = any(isinstance(default, Tensor) and default.is_meta for default in self._defaults.values())
         super()._apply(fn, exclude_state=tuple(self._defaults))
         for name, default in self._defaults.items():
             self._defaults[name] = apply_to_collection(default, Tensor, self._move)
