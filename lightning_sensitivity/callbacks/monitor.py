@@ -34,8 +34,7 @@ class Monitor(Callback, ABC):
     validation, measures them, and the end of the epoch logs the values.
     """
 
-    names: tuple[str, ...]  # of the values that are always logged, without the prefix
-    main_name: str  # of the value for the progress bar
+    names: tuple[str, ...]  # of the values that are always logged, without the prefix; the progress bar shows the first
     measures_only_fits = False  # and leaves `Trainer.validate` alone
 
     def __init__(
@@ -246,7 +245,7 @@ class Monitor(Callback, ABC):
                 trainer.lightning_module.log(
                     logged_name,
                     value,
-                    prog_bar=self.prog_bar and name == self.main_name,
+                    prog_bar=self.prog_bar and name == self.names[0],
                     sync_dist=trainer.world_size > 1,
                     add_dataloader_idx=False,
                 )

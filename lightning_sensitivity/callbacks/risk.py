@@ -74,7 +74,6 @@ class RiskMonitor(Monitor):
     """
 
     names = (CRITERION, *(f"risk_{term}" for term in RiskTerms._fields))
-    main_name = CRITERION
     measures_only_fits = True
 
     def __init__(

@@ -54,7 +54,6 @@ class SensitivityMonitor(Monitor):
     """
 
     names = ("output_sensitivity", "output_sensitivity_stderr")
-    main_name = "output_sensitivity"
 
     def __init__(
         self,
@@ -85,7 +84,7 @@ class SensitivityMonitor(Monitor):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        for callback, _ in callbacks_that_monitor(trainer, [self.prefix + self.main_name]):
+        for callback, _ in callbacks_that_monitor(trainer, [self.prefix + self.names[0]]):
             chosen = "one of the first epochs: sensitivity is lowest before training, and rises as a network learns"
             if getattr(callback, "mode", "min") == "max":
                 chosen = "the most sensitive epoch"
