@@ -1,6 +1,7 @@
 """Check arguments: one clear exception names the argument, what was expected and what it got."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from numbers import Integral
 from typing import Any, TypeAlias
 
@@ -28,6 +29,24 @@ class Refused(MisconfigurationException):
     def __str__(self) -> str:
         """Return the reason, with a link to the entry."""
         return self.reason + link_to(self.entry)
+
+
+@contextmanager
+def explained(what: str, entry: str = "arguments") -> Iterator[None]:
+    """Turn an exception inside into one that says what failed; warnings that are errors pass.
+
+    Args:
+        what: What failed.
+        entry: The entry of the page on troubleshooting.
+    """
+    try:
+        yield
+    except Warning:  # the user's own filters make an exception of it
+        raise
+    except Exception as error:
+        is_ours = isinstance(error, MisconfigurationException)
+        reason = getattr(error, "reason", str(error)) if is_ours else f"{type(error).__name__}: {error}."
+        raise Refused(f"{what}: {reason}", entry) from error
 
 
 def check_argument(name: str, value: object, valid: bool, expected: str) -> None:

@@ -2,18 +2,16 @@
 
 import gc
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import move_data_to_device, rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_sensitivity.arguments import Refused, Selector, check_argument, check_bool
+from lightning_sensitivity.arguments import Selector, check_argument, check_bool, explained
 from lightning_sensitivity.compat import original_module
 from lightning_sensitivity.functional.consensus import as_good_as_first, jury_classes
 from lightning_sensitivity.functional.sensitivity import diagnostics, sensitivity_from_rows, sensitivity_rows
@@ -84,13 +82,14 @@ class _Measurer:
         p: dict[str, Tensor] = {}
         rows: dict[str, Tensor] = {}
         reference, labels = None, None
+        no_reference = "`training` gives no reference (set `features=`, or leave it out)"
         for name, source in models.items():
-            with _explained(f"Model {name!r} can't be compared"):
+            with explained(f"Model {name!r} can't be compared", entry="comparing-models"):
                 model = source if isinstance(source, nn.Module) else source()
                 check_argument("models", model, isinstance(model, nn.Module), "modules, or functions that return one")
                 p[name], rows[name] = self.measure(model)
             if len(p) == 1 and training is not None:
-                with _explained("`training` gives no reference (set `features=`, or leave it out)"):
+                with explained(no_reference, entry="comparing-models"):
                     reference = self.fit_reference(model, training, p[name].shape[1])
             if len(p) == 1 and validation_labels:
                 labels = self.read_labels(model, p[name].shape[1])
@@ -246,19 +245,6 @@ def _rank(losses: Tensor, rows: Mapping[str, Tensor]) -> Comparison:
         scores = float(losses[index].mean()), bool(may_be_best[place]), float(estimate.value), float(estimate.stderr)
         found.append(ModelScores(place + 1, names[index], *scores))
     return found
-
-
-@contextmanager
-def _explained(what: str) -> Iterator[None]:
-    """Say in an exception what failed."""
-    try:
-        yield
-    except Warning:  # the user's own filters make an exception of it
-        raise
-    except Exception as error:
-        is_ours = isinstance(error, MisconfigurationException)
-        reason = getattr(error, "reason", str(error)) if is_ours else f"{type(error).__name__}: {error}"
-        raise Refused(f"{what}: {reason}", "comparing-models") from error
 
 
 def _check_models(models: Mapping[str, ModelSource], training: Iterable[object] | None) -> None:

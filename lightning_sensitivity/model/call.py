@@ -11,7 +11,7 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_sensitivity.arguments import Refused, Selector, describe
+from lightning_sensitivity.arguments import Refused, Selector, describe, explained
 from lightning_sensitivity.compat import original_module
 from lightning_sensitivity.functional.tensors import are_close
 from lightning_sensitivity.model.batches import clone_tensors, first_of, is_floating, num_bytes, num_samples, tensors_in
@@ -221,13 +221,8 @@ def select_targets(model: nn.Module, batch: Any, targets: Selector | None = None
     Raises:
         MisconfigurationException: If it is not clear where the labels are, or they are not a tensor.
     """
-    try:
+    with explained(f"`targets` failed on {describe(batch)}"):
         selected = _find_targets(model, batch) if targets is None else targets(clone_tensors(batch))
-    except Warning:
-        raise
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise Refused(f"`targets` failed on {describe(batch)}: {reason}.") from error
     if not isinstance(selected, Tensor):
         key = "'...'" if isinstance(batch, Mapping) else "1"
         example = f"`targets=lambda batch: batch[{key}]`"

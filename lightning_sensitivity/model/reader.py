@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_sensitivity.arguments import Refused, Selector, check_selectors, describe
+from lightning_sensitivity.arguments import Refused, Selector, check_selectors, describe, explained
 from lightning_sensitivity.functional.tasks import Task
 from lightning_sensitivity.model.batches import clone_tensors
 from lightning_sensitivity.model.call import ModelCall, count_samples, has_targets, select_targets
@@ -103,14 +103,8 @@ class BatchReader:
         """
         if self._features is None:
             return None
-        try:
-            with isolated(model) as run:
-                values: object = run(self._call_features, model, batch)
-        except Warning:
-            raise
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise Refused(f"`features` failed on {describe(batch)}: {reason}.", entry="features") from error
+        with explained(f"`features` failed on {describe(batch)}", entry="features"), isolated(model) as run:
+            values: object = run(self._call_features, model, batch)
         if not isinstance(values, Tensor) or values.ndim < 2 or len(values) != size:
             expected = f"a function that returns a tensor ({size}, D)"
             raise Refused(f"`features` should be {expected}, got {describe(values)}.", entry="features")
