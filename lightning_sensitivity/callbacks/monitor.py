@@ -204,7 +204,7 @@ class Monitor(Callback, ABC):
         for samples in self.samples:
             what = f"could not measure the samples of dataloader {samples.dataloader_idx}"
             with self.reporter.report_failure(what, LEFT_OUT):
-                metric = self._measure(trainer, pl_module, samples)
+                metric = self._measure_isolated(trainer, pl_module, samples)
                 if trainer.state.fn != TrainerFn.FITTING or not self.reporter.before_first_step:
                     self.reporter.warn_of_probabilities()
                 compat.mark_updated(metric)  # a loader or a process may have no samples
@@ -213,8 +213,8 @@ class Monitor(Callback, ABC):
                 message = f"keeps only {samples.size} samples of a loader: more would take too much memory."
                 self.reporter.warn("samples", message)
 
-    def _measure(self, trainer: Trainer, pl_module: LightningModule, samples: KeptSamples) -> Metric:
-        """Measure the samples of a loader; before the first step, check the model, too."""
+    def _measure_isolated(self, trainer: Trainer, pl_module: LightningModule, samples: KeptSamples) -> Metric:
+        """Measure the samples of a loader without a trace; before the first step, check the model, too."""
         samples.complete()
         with isolated(pl_module) as run, trainer.precision_plugin.val_step_context():
             if self.reporter.before_first_step:
@@ -258,7 +258,7 @@ class Monitor(Callback, ABC):
             try:
                 with trainer.precision_plugin.val_step_context():
                     self.keep(pl_module, batch, 0, samples)
-                self._measure(trainer, pl_module, samples)
+                self._measure_isolated(trainer, pl_module, samples)
             except (MisconfigurationException, Warning):
                 raise
             except Exception as error:  # it may be of another kind, which the first validation will see
