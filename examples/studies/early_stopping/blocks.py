@@ -311,8 +311,14 @@ had five networks, as it should: it was off by {found[cleanlab_off_diagonal_best
 {found[label_noise_of_fewer][error]:.1f}. The last line says that labels look wrong in {noisy_said_wrong.count} of
 {noisy.count} noisy runs and {correct_said_wrong.count} of {correct.count} correct ones, and that no noise was found in
 {noisy_said_clean.count} and {correct_said_clean.count} of them.""",
+    "correct labels in labels": table(
+        "{noisy.count} noisy runs: accuracy lost",
+        {"correct labels by themselves": "correct_labels", "with the criterion": "criterion_correct_labels"},
+        across(COUNTS, "{noisy.ROW_COLUMN_accuracy_lost:.1f}"),
+    ),
     "share in labels": """
-On {found[label_noise][runs]} runs, it was off by {found[label_noise][error]:.1f} points. But of labels by people, where
+On {found[label_noise][runs]} runs, it was off by {found[label_noise][error]:.1f} points, so
+below about 10 % it can't tell. Of labels by people, where
 {people_worse.share_wrong.percent:.0f} % were wrong, it found {people_worse.label_noise.percent:.0f} %
 ({people_worse.count} runs). Where all labels are correct, it found {correct.label_noise.percent:.0f} %.""",
 }
