@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lightning_sensitivity.functional.sums import TEMPERATURES, LabelSums, label_sums
 from lightning_sensitivity.functional.tasks import find_task
+from lightning_sensitivity.functional.tensors import are_probabilities
 
 
 class RefinedScore(NamedTuple):
@@ -50,7 +51,8 @@ def refined_score(logits: Tensor, targets: Tensor, task: str = "multiclass") -> 
         The score, and the temperature that gives it.
 
     Raises:
-        ValueError: If labels do not fit the task, or no sample has a label and finite logits.
+        ValueError: If labels do not fit the task, no sample has a label and finite logits, or there are probabilities
+            in place of logits.
 
     Example:
         >>> import torch
@@ -62,6 +64,8 @@ def refined_score(logits: Tensor, targets: Tensor, task: str = "multiclass") -> 
     """
     kind = find_task(task)
     kind.check(logits, targets)
+    if kind.sums_to_one and are_probabilities(logits):
+        raise ValueError("Expected `logits`, but got probabilities: take what comes before the softmax.")
     sums = LabelSums(*label_sums(logits.detach(), targets, kind).T)
     if not bool(sums.num_scored.any()):
         raise ValueError("Expected a sample with a label and finite `logits`, but got none.")

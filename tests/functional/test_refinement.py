@@ -68,8 +68,9 @@ def test_16_bits_do_not_overflow() -> None:
         (torch.randn(3, 4), torch.full((3,), -100), "with a label"),
         (torch.randn(3, 4), torch.tensor([0, 1, 4]), "from 0 to 3"),
         (torch.randn(3), torch.tensor([0, 1, 1]), "binary"),
+        (torch.randn(3, 4).softmax(1), torch.tensor([0, 1, 1]), "but got probabilities"),
     ],
-    ids=["no label", "class out of range", "one output"],
+    ids=["no label", "class out of range", "one output", "probabilities"],
 )
 def test_what_has_no_score_is_refused(logits: torch.Tensor, targets: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
