@@ -108,6 +108,8 @@ class ModelCall:
             result = self._model(*call.args, **call.kwargs)
         else:
             result = functional_call(self._model, dict(weights), call.args, call.kwargs)
+        if self.size == 1 and isinstance(result, Tensor) and result.ndim < 2 and result.shape != (1,):
+            result = result[None]  # `squeeze()` has dropped the dimension of a single sample
         outputs = select_outputs(result, self._outputs)
         if self._outputs is None:
             self._check_class_dimension(outputs)

@@ -93,6 +93,8 @@ def bags_of(self: Any, offsets: Tensor) -> Tensor:
 COUNTED: dict[str, tuple[Any, Any, int, int]] = {  # the samples, and what is left of the size by rows
     "rows": (lambda self, x: x + x.mean(0), torch.rand(4, 4), 4, 4),
     "one row": (lambda self, x: x, torch.rand(1, 4), 1, 1),
+    "one row, squeezed": (lambda self, x: x.squeeze(), torch.rand(1, 4), 1, 1),
+    "one row and output, squeezed": (lambda self, x: x.sum(1).squeeze(), torch.rand(1, 4), 1, 1),
     "time first": (by_steps, torch.rand(5, 4, 2), 4, 0),
     "time first, as many steps as samples": (by_steps, torch.rand(4, 4, 2), 4, 0),
     "offsets, which have an order": (bags_of, torch.arange(3), 3, 0),
