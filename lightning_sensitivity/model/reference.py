@@ -83,9 +83,9 @@ def compare_moments(training: Sequence[KeptBatch], unseen: Sequence[KeptBatch]) 
     """Compare what a reference sees of training and unseen samples, to find out whether they were prepared alike.
 
     Returns:
-        The squared distance of the means, as a share of the variance of training samples, and how many times as
-        large the variance of unseen samples is; both summed over columns. None if they are not dense, or have
-        other columns, or do not vary.
+        The squared distance of the means, as a share of the variance of training samples, both summed over columns;
+        and how many times as large the variance of unseen samples is, summed or in the median column, whichever
+        differs less. None if they are not dense, have other columns, are not finite, or do not vary.
     """
     try:
         features, new_features = ([_features_of(batch) for batch in part] for part in (training, unseen))
@@ -94,17 +94,20 @@ def compare_moments(training: Sequence[KeptBatch], unseen: Sequence[KeptBatch]) 
     shapes = {x.shape[1:] for x in (*features, *new_features)}
     if len(shapes) > 1 or not features[0].is_floating_point():
         return None
-    (mean, variance), (new_mean, new_variance) = map(_moments, (features, new_features))
-    if not variance > 0:
+    (mean, variances), (new_mean, new_variances) = map(_moments, (features, new_features))
+    varies, variance = variances > 0, variances.sum()
+    if not (varies.any() and bool(torch.stack([variance, new_variances.sum()]).isfinite().all())):
         return None
-    return float((new_mean - mean).square().sum() / variance), float(new_variance / variance)
+    median = (new_variances[varies] / variances[varies]).median()  # a column with heavy tails changes the sum
+    ratios = torch.stack([new_variances.sum() / variance, median])
+    return float((new_mean - mean).square().sum() / variance), float(ratios[ratios.log().abs().argmin()])
 
 
 def _moments(features: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the mean of rows, and their mean squared distance from it."""
+    """Return the mean and the variance of each column."""
     size = sum(map(len, features))
     mean = torch.stack([x.double().sum(0) for x in features]).sum(0) / size
-    return mean, torch.stack([(x.double() - mean).square().sum() for x in features]).sum() / size
+    return mean, torch.stack([(x.double() - mean).square().sum(0) for x in features]).sum(0) / size
 
 
 def _features_of(batch: KeptBatch) -> Tensor:

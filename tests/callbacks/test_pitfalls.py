@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
-from tests.helpers import Classifier, Quiet, fitted, fitted_and_said, inputs, labelled, loader
+from tests.helpers import Acting, Classifier, Quiet, fitted, fitted_and_said, inputs, labelled, loader
 
 X, Y = labelled(200).tensors
 Change = Callable[[Tensor], Tensor]
@@ -39,6 +39,11 @@ def mixed(x: Tensor) -> Tensor:
     return torch.lerp(x, x.flip(0), torch.rand(len(x), 1))
 
 
+def tailed(x: Tensor) -> Tensor:
+    income = 100 * x[:, -1:]
+    return torch.cat([x[:, :-1], income.where(torch.arange(len(x))[:, None] != 150, 1000)], 1)
+
+
 PREPARED: dict[str, tuple[Change, Change, bool]] = {  # of training and validation samples; is it said?
     "alike": (lambda x: x, lambda x: x, False),
     "normalized, not in training": (lambda x: x, lambda x: (x - 0.5) / 0.29, True),
@@ -49,6 +54,7 @@ PREPARED: dict[str, tuple[Change, Change, bool]] = {  # of training and validati
     "jitter in training": (jitter, lambda x: x, False),
     "erasing in training": (erased, lambda x: x, False),
     "mixup in training": (mixed, lambda x: x, False),
+    "heavy tails of a column": (tailed, tailed, False),
     "of integers": (lambda x: (9 * x).long(), lambda x: (200 * x).long(), False),  # as token ids are
 }
 
@@ -72,6 +78,13 @@ def test_samples_that_are_prepared_in_another_way(name: str, is_of_features: boo
     for text in texts:
         assert "prepared in another way" in text and text.endswith("#preparation")
         assert "times as large" in text and "squared distance of the means is" in text
+
+
+def test_a_missing_number_is_no_other_preparation() -> None:
+    x = inputs(100, seed=1)
+    x[5, 2] = torch.nan
+    model = Acting(lambda module, x, epoch: x.nan_to_num_())
+    assert ["has no reference" in text for text in said(RiskMonitor(), model, val=DataLoader(x, 20))] == [True]
 
 
 # Outputs that are features
