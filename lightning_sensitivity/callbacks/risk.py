@@ -183,10 +183,10 @@ class RiskMonitor(Monitor):
     def _start(self, trainer: Trainer, module: LightningModule, batch: object, batch_idx: int) -> None:
         """Keep the initial weights and the first batch, if its outputs and labels allow an estimate."""
         is_first, self.kept.has_started = not self.kept.has_started, True
-        if is_first:
-            self.record.start(module, self.initial_weights, _is_new(trainer))
         check_number(trainer, self.num_training)
         with isolated(module) as run, trainer.precision_plugin.val_step_context():
+            if is_first:
+                self.record.start(module, self.initial_weights, _is_new(trainer))
             outputs = run(self.reader.call(module, batch))
         self.check_outputs(outputs)
         self.kept.output_shape = tuple(outputs.shape[1:])

@@ -15,7 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
-from torch import Tensor
+from torch import Tensor, nn
 
 import tests.helpers as helpers
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
@@ -51,6 +51,14 @@ def test_a_failure_before_the_first_step_is_an_error_that_says_what_to_do(
     text = refused(kind(), failing(error), **options)
     what = "cannot estimate the risk" if "RiskMonitor" in text and options else "could not .*"
     assert re.match(rf"`{kind.__name__}` {what}: {match}", text)
+
+
+@pytest.mark.parametrize("kind", MONITORS)
+def test_lazy_weights_are_refused_by_name_without_a_sanity_check(kind: Any) -> None:
+    model = Linear()
+    model.net = nn.LazyLinear(4)
+    model.configure_optimizers = lambda: torch.optim.SGD(model.parameters(), 0.1)
+    assert "some are lazy: run it once" in refused(kind(), model, num_sanity_val_steps=0)
 
 
 def test_running_out_of_memory_before_the_first_step_stays_the_error_that_it_is() -> None:
