@@ -25,7 +25,7 @@ from training import QUIET, Classifier, Samples, be_quiet, split, training_loade
 
 from lightning_sensitivity import RiskEstimate, RiskMonitor, SensitivityMonitor
 from lightning_sensitivity.callbacks.risk import NUM_SCORED
-from lightning_sensitivity.callbacks.samples import KeptBatch, spread
+from lightning_sensitivity.model.samples import KeptBatch, spread
 
 BATCH_SIZE, NUM_UNSEEN, NUM_TEST, NO_LABEL = 120, 600, 2000, -100
 SIGMA = 0.1
@@ -56,9 +56,10 @@ class RecordedEstimate(RiskEstimate):
 class RecordedMonitor(RiskMonitor):
     def _make_metric(self, *args: Any) -> RecordedEstimate:
         made = super()._make_metric(*args)
-        options = dict(strength=made.strength, num_training=self.fit.num_training, num_weights=self.fit.num_weights)
-        options |= dict(reference=args[2], calibration=self.fit.calibrations.get(args[1]))
-        return RecordedEstimate(self.task, **options)
+        numbers = {name: getattr(self.record, name) for name in ("num_training", "num_weights")}
+        return RecordedEstimate(
+            self.task, strength=made.strength, reference=args[2], calibration=made.calibration, **numbers
+        )
 
 
 class Recorder(Callback):
@@ -96,7 +97,7 @@ class Recorder(Callback):
 
 
 def scored(monitor: RiskMonitor) -> list[KeptBatch]:
-    return spread(monitor.fit.training.batches, NUM_SCORED)
+    return spread(monitor.kept.samples.batches, NUM_SCORED)
 
 
 def in_parts(network: Any, x: Tensor) -> Tensor:
@@ -126,12 +127,12 @@ def record(run: Run, file: Path, features: Any = None, held_out: bool = False) -
         run = replace(rest, y_correct=run.y_correct[number:])
     validation = DataLoader(Samples(x, y), BATCH_SIZE, collate_fn=list, generator=torch.Generator())
     monitor = RecordedMonitor(
-        "binary" if run.is_binary else "multiclass", validation_labels=held_out, features=features
+        "binary" if run.is_binary else "multiclass", validation_labels=held_out, features=features, prefix="val_"
     )
     recorder = Recorder(run, monitor)
     monitors: list[Callback] = [monitor]
     if x.is_floating_point() and not held_out:
-        monitors.append(SensitivityMonitor(SIGMA, per_output=run.is_binary))
+        monitors.append(SensitivityMonitor(SIGMA, per_output=run.is_binary, prefix="val_"))
     trainer = Trainer(max_epochs=run.epochs, accelerator="cpu", callbacks=[*monitors, recorder], **QUIET)
     keeper = Finder(recorder)
     trainer.callbacks.append(keeper)
@@ -157,14 +158,14 @@ class Finder(Callback):
         monitor, recorder = self.recorder.monitor, self.recorder
         metric = monitor.metrics[0]
         self.found = {
-            "kept_indices": recorder.indices(monitor.fit.training.batches).numpy(),
+            "kept_indices": recorder.indices(monitor.kept.samples.batches).numpy(),
             "scored_indices": recorder.indices(scored(monitor)).numpy(),
             "scored_labels": torch.cat(metric.kept["training_labels"]).numpy(),
             "unseen_batches": np.array([batch.index for batch in monitor.samples[0].batches]),
-            "num_weights": np.array(monitor.fit.num_weights),
-            "num_training": np.array(monitor.fit.num_training),
+            "num_weights": np.array(monitor.record.num_weights),
+            "num_training": np.array(monitor.record.num_training),
         }
-        reference = monitor.fit.references.get(0)
+        reference = monitor.kept.references.get(0)
         if reference is not None:
             numbers = {name: getattr(reference, name) for name in ("score", "chance", "claim", "noise", "shares")}
             self.found |= {f"reference_{name}": np.array(value) for name, value in numbers.items()}
