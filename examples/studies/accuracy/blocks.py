@@ -207,7 +207,8 @@ A tenth with the monitor loses no more accuracy than its refined score by itself
 {by_class.held_out_criterion_accuracy_lost:.1f} and {by_class.held_out_refined_accuracy_lost:.1f}, correct
 {correct.held_out_criterion_accuracy_lost:.1f} and {correct.held_out_refined_accuracy_lost:.1f}. On unlabelled samples,
 trained on all others, the criterion loses {people.criterion_accuracy_lost:.1f},
-{at_random.criterion_accuracy_lost:.1f}, {by_class.criterion_accuracy_lost:.1f} and {correct.criterion_accuracy_lost:.1f}.""",
+{at_random.criterion_accuracy_lost:.1f}, {by_class.criterion_accuracy_lost:.1f} and
+{correct.criterion_accuracy_lost:.1f}.""",
     "labels in labels": """
 200 extra noisy labels lose, by their refined score, {people.noisy_labels_200_refined_accuracy_lost:.1f} points (by
 people), {at_random.noisy_labels_200_refined_accuracy_lost:.1f} (at random) and
