@@ -6,7 +6,7 @@ from lightning_sensitivity.functional.reference import Calibration, Reference, f
 from lightning_sensitivity.functional.refinement import RefinedScore, refined_score
 from lightning_sensitivity.functional.risk import RiskTerms, variance_factor
 from lightning_sensitivity.functional.sensitivity import loss_estimate, output_sensitivity
-from lightning_sensitivity.functional.wrong_labels import estimate_noise
+from lightning_sensitivity.functional.share_of_wrong_labels import estimate_noise
 
 __all__ = [
     "Calibration",

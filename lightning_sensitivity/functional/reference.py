@@ -6,9 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_sensitivity.functional.share_of_wrong_labels import estimate_noise
 from lightning_sensitivity.functional.sums import TEMPERATURES, AgreementSums
 from lightning_sensitivity.functional.tasks import Task, find_task
-from lightning_sensitivity.functional.wrong_labels import estimate_noise
 
 _WIDTHS = (0.1, 0.4, 1.6)  # of the kernel, times the median squared distance
 _RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
