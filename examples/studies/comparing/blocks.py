@@ -87,9 +87,9 @@ the lowest criterion {large.criterion_accuracy_lost.interval:.1f}: a difference 
 - Over all {tasks.count} tasks the jury loses {tasks.jury_accuracy_lost.interval:.2f} points, and at most 1.5 were
 promised (with the criterion of 71489a3 it was {first.jury_accuracy_lost:.2f}); the lowest criterion loses
 {tasks.criterion_accuracy_lost.interval:.2f}.
-- Against mean confidence it is {large.jury_accuracy_lost.minus[confidence_accuracy_lost].interval:+.1f} at 3,000 samples
-or more ({large_first.jury_accuracy_lost.minus[confidence_accuracy_lost].interval:+.1f} with the criterion of 71489a3);
-an interval below 0 was promised.
+- Against mean confidence it is {large.jury_accuracy_lost.minus[confidence_accuracy_lost].interval:+.1f} at 3,000
+samples or more ({large_first.jury_accuracy_lost.minus[confidence_accuracy_lost].interval:+.1f} with the criterion
+of 71489a3); an interval below 0 was promised.
 - Its τ is {several.jury_tau.interval:.2f} where candidates are of several families, and 0.75 were promised. Labels
 reach {several.labels_100_noisy_tau:.2f} (100 noisy ones) and {several.labels_200_correct_tau:.2f} (200
 correct ones) on these tasks.""",
