@@ -197,31 +197,17 @@ worst loses {noisy.criterion_accuracy_lost.worst:.0f}.
 - **A tenth held out** costs training samples: at the last epoch
 {noisy.held_out_never_stop_accuracy_lost.minus[never_stop_accuracy_lost]:.1f} points with noisy labels,
 {correct.held_out_never_stop_accuracy_lost.minus[never_stop_accuracy_lost]:.1f} with correct ones. Unlabelled samples
-cost nothing.
-- **The second opinion by itself** loses {people.reference_accuracy_lost:.1f} points on photos labelled by people.""",
-    "labels": table("Brier score / refined score / error", GROUPS, across(COUNTS, BY_LABELS)),
+cost nothing.""",
     "tenth in labels": """
 A tenth with the monitor loses no more accuracy than its refined score by itself: with labels by people
 {people.held_out_criterion_accuracy_lost:.1f} and {people.held_out_refined_accuracy_lost:.1f} points, wrong at random
 {at_random.held_out_criterion_accuracy_lost:.1f} and {at_random.held_out_refined_accuracy_lost:.1f}, by class
 {by_class.held_out_criterion_accuracy_lost:.1f} and {by_class.held_out_refined_accuracy_lost:.1f}, correct
-{correct.held_out_criterion_accuracy_lost:.1f} and {correct.held_out_refined_accuracy_lost:.1f}. On unlabelled samples,
-trained on all others, the criterion loses {people.criterion_accuracy_lost:.1f},
-{at_random.criterion_accuracy_lost:.1f}, {by_class.criterion_accuracy_lost:.1f} and
-{correct.criterion_accuracy_lost:.1f}.""",
+{correct.held_out_criterion_accuracy_lost:.1f} and {correct.held_out_refined_accuracy_lost:.1f}.""",
     "labels in labels": """
 200 extra noisy labels lose, by their refined score, {people.noisy_labels_200_refined_accuracy_lost:.1f} points (by
 people), {at_random.noisy_labels_200_refined_accuracy_lost:.1f} (at random) and
 {by_class.noisy_labels_200_refined_accuracy_lost:.1f} (by class).""",
-    "people in labels": """
-Mistakes of annotators follow a pattern: similar classes are confused. On {people.count} runs with such labels
-(CIFAR-10N, 7 to 43 % wrong), points of accuracy lost / percent of test loss above the lowest were
-{people.never_stop_accuracy_lost:.1f} / {people.never_stop_loss_regret:.0f} at the last epoch,
-{people.criterion_accuracy_lost:.1f} / {people.criterion_loss_regret:.0f} by the criterion on unlabelled samples, and
-{people.held_out_criterion_accuracy_lost:.1f} / {people.held_out_criterion_loss_regret:.0f} with a tenth held out. With
-augmentation and a schedule ({people_augmented.count} runs) there was nothing to gain:
-{people_augmented.never_stop_accuracy_lost:.1f} and {people_augmented.criterion_accuracy_lost:.1f}. The share of wrong
-labels was {people.share_wrong.percent:.0f} %, and {people.label_noise.percent:.0f} % were found.""",
     "augmented in stopping": """
 On {people_augmented.count} such runs with labels by people, the last epoch lost
 {people_augmented.never_stop_accuracy_lost:.1f} points, and the criterion

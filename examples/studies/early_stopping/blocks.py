@@ -302,15 +302,6 @@ Seen afterwards, so no test: {{small.count}} noisy runs have under 400 samples (
 {{small.criterion_accuracy_lost:.1f}}), in {{by_class.count}} one class is turned into another
 ({{by_class.criterion_accuracy_lost:.1f}}). A new head on a frozen backbone gains nothing; why was not examined.""",
     # Other pages.
-    "labels are noisy": """
-On {found[label_noise][runs]} runs, the share of wrong labels is off by {found[label_noise][error]:.1f} points, and
-cleanlab's count on the same predictions by {found[cleanlab_off_diagonal_reference][error]:.1f}. Where all labels are
-correct, it finds {found[label_noise][found_in_correct]:.1f} %, and cleanlab
-{found[cleanlab_off_diagonal_reference][found_in_correct]:.1f} %. On {found[label_noise_of_fewer][runs]} runs, cleanlab
-had five networks, as it should: it was off by {found[cleanlab_off_diagonal_best_epoch][error]:.1f}, and the share by
-{found[label_noise_of_fewer][error]:.1f}. The last line says that labels look wrong in {noisy_said_wrong.count} of
-{noisy.count} noisy runs and {correct_said_wrong.count} of {correct.count} correct ones, and that no noise was found in
-{noisy_said_clean.count} and {correct_said_clean.count} of them.""",
     "correct labels in labels": table(
         "{noisy.count} noisy runs: accuracy lost",
         {"correct labels by themselves": "correct_labels", "with the criterion": "criterion_correct_labels"},
