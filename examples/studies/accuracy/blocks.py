@@ -209,7 +209,7 @@ A tenth with the monitor loses no more accuracy than its refined score by itself
 people), {at_random.noisy_labels_200_refined_accuracy_lost:.1f} (at random) and
 {by_class.noisy_labels_200_refined_accuracy_lost:.1f} (by class).""",
     "augmented in stopping": """
-On {people_augmented.count} such runs with labels by people, the last epoch lost
+On {people_augmented.count} such runs with labels by people (at most 10,000 images), the last epoch lost
 {people_augmented.never_stop_accuracy_lost:.1f} points, and the criterion
 {people_augmented.criterion_accuracy_lost:.1f}.""",
     "features in finetuning": table(
