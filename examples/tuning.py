@@ -2,7 +2,7 @@
 # # Tune without labels
 #
 # Which of eight settings is best, if 30 % of the training labels are wrong, and there are no others? Each run keeps
-# its checkpoint of the lowest criterion. `compare_models` then lets all eight and a reference vote on 600 unlabelled
+# its checkpoint of the lowest estimate. `compare_models` then lets all eight and a reference vote on 600 unlabelled
 # images, and ranks the runs by how often the vote is against them. Correct labels of other images show how well that
 # did.
 #
@@ -79,11 +79,11 @@ class Digits(LightningModule):
 # Eight runs: two learning rates, two widths, with and without dropout.
 
 # %%
-paths, criteria = {}, {}
+paths, estimates = {}, {}
 for lr, width, dropout in product([3e-4, 3e-3], [16, 512], [0.0, 0.5]):
     name = f"lr {lr:g}, width {width}, dropout {dropout:g}"
     seed_everything(0, verbose=False)
-    checkpoint = ModelCheckpoint(args.out / name, monitor="val/risk_criterion")
+    checkpoint = ModelCheckpoint(args.out / name, monitor="val/risk_estimate")
     trainer = Trainer(
         max_epochs=args.max_epochs,
         accelerator="cpu",
@@ -94,17 +94,17 @@ for lr, width, dropout in product([3e-4, 3e-3], [16, 512], [0.0, 0.5]):
     )
     trainer.fit(Digits(lr, width, dropout), train_loader, unlabelled_loader)
     paths[name] = checkpoint.best_model_path
-    criteria[name] = float(checkpoint.best_model_score)
+    estimates[name] = float(checkpoint.best_model_score)
 
 # %% [markdown]
-# Three lines rank them. The sum of the disagreement and twice the criterion chooses one: the jury errs where most
-# models are weak in the same way, and the criterion judges each by itself.
+# Three lines rank them. The sum of the disagreement and twice the estimate chooses one: the jury errs where most
+# models are weak in the same way, and the estimate judges each by itself.
 
 # %%
 models = {name: partial(Digits.load_from_checkpoint, path) for name, path in paths.items()}
 result = compare_models(models, unlabelled_loader, training=train_loader)
 print(result)
-score = {model.name: model.disagreement + 2 * criteria[model.name] for model in result}
+score = {model.name: model.disagreement + 2 * estimates[model.name] for model in result}
 
 # %% [markdown]
 # How well did that do? The mean of all models' probabilities is a model, too, often a better one than the best of them.

@@ -62,24 +62,24 @@ BLOCKS = {
         {
             "`compare_models` with `training=`": "jury",
             "without": "jury_without_reference",
-            "lowest criterion": "criterion",
+            "lowest estimate": "criterion",
             "the sum of both, chosen on part of these tasks": "jury_and_criterion",
             "mean confidence": "confidence",
             "50 noisy labels": "labels_50_noisy",
             "200 noisy labels": "labels_200_noisy",
             "*the mean of all models*": "mean_of_all",
         },
-        across({"all tasks": "tasks", "3,000 samples or more": "large"}, "{COLUMN.ROW_accuracy_lost:.1f}")
-        | {"worst task": "{tasks.ROW_accuracy_lost.worst:.0f}"},
+        across({"all tasks": "estimate", "3,000 samples or more": "large_estimate"}, "{COLUMN.ROW_accuracy_lost:.1f}")
+        | {"worst task": "{estimate.ROW_accuracy_lost.worst:.0f}"},
     )
     + """
 
 Points of test accuracy lost against the best of 6 to 8 models, {tasks.count} random tasks.""",
     "tuning, optuna": """
-A trial can't be judged alone: the vote needs the others. Let a trial return its lowest `val/risk_criterion` and keep
-its checkpoint, and compare the ten best in the end. The lowest criterion by itself is not
-it: it loses {tasks.criterion_accuracy_lost:.1f} points, as the jury does, and the sum
-{tasks.jury_and_criterion_accuracy_lost:.1f}.""",
+Let a trial return its lowest `val/risk_estimate` and keep that checkpoint, and compare the ten best in the end. Don't
+return `val/risk_criterion`: it is for the epochs of one run, and across runs the lowest one loses
+{tasks.criterion_accuracy_lost:.1f} points, the lowest estimate {estimate.criterion_accuracy_lost:.1f}, and the sum
+{estimate.jury_and_criterion_accuracy_lost:.1f}.""",
     "comparing, missed": """
 - At {large.count} tasks with 3,000 samples or more, the jury loses {large.jury_accuracy_lost.interval:.1f} points, and
 the lowest criterion {large.criterion_accuracy_lost.interval:.1f}: a difference of
