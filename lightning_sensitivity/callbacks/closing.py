@@ -80,7 +80,7 @@ def _checkpoint_of(trainer: Trainer, name: str, lowest: float) -> str:
 def _noise(last: ValidationResult) -> str:
     """Say what is known of the labels, if anything."""
     if last.gap_weight == 0:
-        return "No noise was found in the training labels: training to the end is about as good."
+        return "No noise was found in the training labels: if they are right, training to the end is about as good."
     share = f"{100 * last.label_noise:.0f} %"
     return f"At least about {share} of the training labels look wrong." if last.label_noise >= NOISY else ""
 

@@ -176,7 +176,7 @@ def test_a_callback_that_looks_for_the_highest_value_is_refused(kind: Any, monit
 # What is known of the labels, and a second opinion
 
 WRONG = "At least about 30 % of the training labels look wrong."
-CLEAN = "No noise was found in the training labels: training to the end is about as good."
+CLEAN = "No noise was found in the training labels: if they are right, training to the end is about as good."
 FALLING = "It was still falling: train for longer."
 OPINION = "A second opinion, a small model of the training labels, would take epoch {}."
 TEXTS: dict[str, tuple[float, int, float, bool, str, list[str]]] = {
