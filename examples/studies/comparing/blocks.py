@@ -5,7 +5,7 @@ from pathlib import Path
 from summaries import Runs, across, table
 
 FIRST_OF_CHECK = 72  # as in `judges.py`
-ALL_RUNS = Runs.read_long(Path(__file__).with_name("results.csv"), ["accuracy_lost", "tau"], run=["task", "criterion"])
+ALL_RUNS = Runs.read(Path(__file__).with_name("results.csv"))
 RUNS = ALL_RUNS.where("criterion == 'today'")
 NAMES = {
     "tasks": RUNS,

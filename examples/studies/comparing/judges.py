@@ -183,7 +183,7 @@ def judge(handful: Handful) -> Iterator[tuple[str, float, float]]:
 
 
 def table(runs: Path) -> pd.DataFrame:
-    """Judge all tasks; a row for each task, criterion and rule."""
+    """Judge all tasks; a row for each task and criterion."""
     rows = []
     for folder, criterion in product(sorted(runs.glob("task_*")), CRITERIA):
         if not (folder / "task.npz").exists():
@@ -193,7 +193,8 @@ def table(runs: Path) -> pd.DataFrame:
         families = "several" if "several families" in str(task["candidates"][0]) else "one"
         about = {name: task[name].item() for name in ("seed", "kind", "labels", "n")}
         about |= {"families": families, "criterion": criterion}
-        rows += [about | dict(zip(("rule", "accuracy_lost", "tau"), each, strict=True)) for each in judge(handful)]
+        measured = {rule: {"accuracy_lost": lost, "tau": tau} for rule, lost, tau in judge(handful)}
+        rows.append(about | {f"{rule}_{name}": x for rule, found in measured.items() for name, x in found.items()})
     return pd.DataFrame(rows).rename(columns={"seed": "task"})
 
 
