@@ -19,11 +19,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "early_stopping"))
+from recorded import record_estimates
 from runs import Run
 from training import QUIET, Classifier, Samples, be_quiet, split, training_loader
 
-from lightning_sensitivity import RiskEstimate, RiskMonitor, SensitivityMonitor
+from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 from lightning_sensitivity.callbacks.risk import NUM_SCORED
 from lightning_sensitivity.model.samples import KeptBatch, spread
 
@@ -31,41 +33,10 @@ BATCH_SIZE, NUM_UNSEEN, NUM_TEST, NO_LABEL = 120, 600, 2000, -100
 SIGMA = 0.1
 
 
-class RecordedEstimate(RiskEstimate):
-    """Keeps the outputs that it gets."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.kept: dict[str, list[Tensor]] = {}
-
-    def keep(self, **values: Tensor) -> None:
-        for name, value in values.items():
-            self.kept.setdefault(name, []).append(value.detach().clone())
-
-    def update(self, outputs: Tensor, twin_outputs: Any, **others: Any) -> None:
-        twins = [twin_outputs] if isinstance(twin_outputs, Tensor) else list(twin_outputs)
-        baseline = others.get("baseline_outputs")
-        self.keep(unseen=outputs, twins=torch.stack(twins, 1), baseline=outputs if baseline is None else baseline)
-        super().update(outputs, twins, **others)
-
-    def update_training(self, outputs: Tensor, targets: Tensor) -> None:
-        self.keep(training=outputs, training_labels=targets)
-        super().update_training(outputs, targets)
-
-
-class RecordedMonitor(RiskMonitor):
-    def _make_metric(self, *args: Any) -> RecordedEstimate:
-        made = super()._make_metric(*args)
-        numbers = {name: getattr(self.record, name) for name in ("num_training", "num_weights")}
-        return RecordedEstimate(
-            self.task, strength=made.strength, reference=args[2], calibration=made.calibration, **numbers
-        )
-
-
 class Recorder(Callback):
     """Keeps outputs of every epoch: what the monitor has seen, and those for the test samples."""
 
-    def __init__(self, run: Run, monitor: RecordedMonitor) -> None:
+    def __init__(self, run: Run, monitor: RiskMonitor) -> None:
         self.run, self.monitor = run, monitor
         self.columns: dict[str, list[np.ndarray]] = {}
         self.rows: list[dict[str, float]] = []
@@ -114,6 +85,7 @@ def record(run: Run, file: Path, features: Any = None, held_out: bool = False) -
     if file.exists():
         return
     be_quiet()
+    record_estimates()
     start = time.process_time()
     x = run.x_holdout[:NUM_UNSEEN]
     y = torch.full((len(x),), NO_LABEL)
@@ -126,7 +98,7 @@ def record(run: Run, file: Path, features: Any = None, held_out: bool = False) -
         labels = {"correct": torch.cat([correct, labels["correct"]]), "noisy": torch.cat([y_held, labels["noisy"]])}
         run = replace(rest, y_correct=run.y_correct[number:])
     validation = DataLoader(Samples(x, y), BATCH_SIZE, collate_fn=list, generator=torch.Generator())
-    monitor = RecordedMonitor(
+    monitor = RiskMonitor(
         "binary" if run.is_binary else "multiclass", validation_labels=held_out, features=features, prefix="val_"
     )
     recorder = Recorder(run, monitor)

@@ -15,42 +15,19 @@ import numpy as np
 import torch
 from draw import Task, draw_candidates, draw_task
 from lightning.pytorch import Callback, LightningModule, Trainer
+from recorded import record_estimates
 from runs import Run
 from torch import Tensor
 from torch.utils.data import DataLoader
 from training import QUIET, Classifier, Samples, be_quiet, training_loader
 
-from lightning_sensitivity import RiskEstimate, RiskMonitor
-from lightning_sensitivity.callbacks import risk
+from lightning_sensitivity import RiskMonitor
 from lightning_sensitivity.functional.features import bags_of_words, principal_components
 from lightning_sensitivity.functional.reference import Reference, fit_reference
 from lightning_sensitivity.model import reference as references
 
 BATCH_SIZE, NUM_TRAINING = 120, 1000
 SIGMA = 0.1  # of the noise for S
-
-
-class RecordedEstimate(RiskEstimate):
-    """Keeps the outputs that it gets, and the reference."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.kept: dict[str, list[Tensor]] = {}
-        self.told: dict[str, Any] = {name: kwargs[name] for name in ("num_training", "num_weights", "reference")}
-
-    def keep(self, **values: Tensor) -> None:
-        for name, value in values.items():
-            self.kept.setdefault(name, []).append(value.detach().clone())
-
-    def update(self, outputs: Tensor, twin_outputs: Any, **others: Any) -> None:
-        twins = [twin_outputs] if isinstance(twin_outputs, Tensor) else list(twin_outputs)
-        baseline = others.get("baseline_outputs")
-        self.keep(unseen=outputs, twins=torch.stack(twins, 1), baseline=outputs if baseline is None else baseline)
-        super().update(outputs, twin_outputs, **others)
-
-    def update_training(self, outputs: Tensor, targets: Tensor) -> None:
-        self.keep(training=outputs, training_labels=targets)
-        super().update_training(outputs, targets)
 
 
 class Recorder(Callback):
@@ -192,7 +169,7 @@ def remember_references() -> None:
 
 if __name__ == "__main__":
     data, runs, first, last = sys.argv[1:5]
-    risk.RiskEstimate = RecordedEstimate  # type: ignore[misc, assignment]
+    record_estimates()
     remember_references()
     for seed in range(int(first), int(last)):
         try:
