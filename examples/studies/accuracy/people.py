@@ -7,26 +7,23 @@ weights or a new head. Seeds 0 to 29 are for design, seeds from 1000 on for the 
 from __future__ import annotations
 
 import copy
-import os
 import sys
 from collections import OrderedDict
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "early_stopping"))
 import tasks
 from as_built import draw_optimizer, draw_recipe
-from bodies import RECIPE, Frozen
+from bodies import RECIPE, Frozen, trained_on_test_images
 from networks import compose
-from runs import Run, augmented, scaled
+from runs import Run, scaled
 
 FEWEST, MOST = 500, 10_000  # training samples
 NUM_UNSEEN, NUM_TEST = 600, 2000
@@ -58,7 +55,7 @@ def draw_people(seed: int, data: Path) -> Run:
         torch.manual_seed(seed)
         if not is_finetuned:
             return compose(recipe, SHAPE, 10)
-        body = copy.deepcopy(pretrained_body(source, data))
+        body = copy.deepcopy(trained_on_test_images("people", source, data))
         head = nn.Linear(body.size, 10)
         return nn.Sequential(OrderedDict(body=body if is_full else Frozen(body), head=head))
 
@@ -119,7 +116,7 @@ def features_of(seed: int, data: Path) -> Any:
     if bool(r.rand() < 0.5):
         r.choice(["cosine", "one-cycle", "plateau", "steps"])
     r.rand(), r.choice([0, 0, 0, 0, 0, 0.1])
-    body = pretrained_body(int(r.randint(2)), data)
+    body = trained_on_test_images("people", int(r.randint(2)), data)
 
     def features(batch: list[Tensor]) -> Tensor:
         with torch.no_grad():
@@ -127,35 +124,3 @@ def features_of(seed: int, data: Path) -> Any:
         return found
 
     return features
-
-
-@cache
-def pretrained_body(source: int, data: Path) -> Any:
-    """Give a body that was trained on five classes of CIFAR-10's test images, which no run uses; do not change it."""
-    file = data / "bodies" / f"people_{source}.pt"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(source)
-        network: Any = compose(RECIPE, SHAPE, 5)
-        if not file.exists():
-            file.parent.mkdir(exist_ok=True)
-            _pretrain(network, source, data)
-            part = file.with_suffix(f".{os.getpid()}")
-            torch.save(network.body.state_dict(), part)
-            part.rename(file)
-        network.body.load_state_dict(torch.load(file))
-    body = network.body.eval()
-    body.size = network.head.in_features
-    return body
-
-
-def _pretrain(network: nn.Module, source: int, data: Path) -> None:
-    with np.load(data / "cifar10.npz") as found:
-        x, y = torch.tensor(found["x_test"]), torch.tensor(found["y_test"]).long()
-    is_used = (y % 2 == source).nonzero()[:, 0]
-    x, y = scaled(x[is_used]), y[is_used] // 2
-    optimizer, generator = torch.optim.Adam(network.parameters(), 2e-3), torch.Generator().manual_seed(source)
-    for _ in range(8):
-        for batch in torch.randperm(len(x), generator=generator).split(64):
-            optimizer.zero_grad()
-            cross_entropy(network(augmented(x[batch], generator)), y[batch]).backward()
-            optimizer.step()

