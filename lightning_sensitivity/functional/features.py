@@ -1,152 +1,248 @@
-"""Features for the reference, from inputs as they are: principal components, and bags of words."""
+"""Features for the reference, by kind of input: columns, random patches of images and signals, bags of words.
+
+Each kind has one or more makers. A maker looks at the inputs of training samples, and returns a function that turns
+inputs of any samples into rows of numbers, float32, on their device.
+"""
+
+import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-_MAX_COLUMNS = 4096  # of which principal components are computed
-_MAX_WORDS = 4096
-_NUM_ITERATIONS = 4
-_NUM_EXTRA = 10  # components that only make the others more exact
-_ROUNDING = 1e-9  # relative distance of equal samples
-_FEW_VALUES = 0.2  # share of different rows, in a table of categories
+Transform = Callable[[Tensor], Tensor]
+Maker = Callable[[Tensor], Transform]
+
+_MAX_SIDE = 32  # pixels of an image
+_MAX_LENGTH = 512  # steps of a signal
+_MAX_COLUMNS = 4096  # of which distances are computed
 _CONSTANT = 1e-9  # relative standard deviation of a column that holds nothing but rounding
+_CHUNK = 100  # samples of which features are made at a time
+
+_NUM_PATCHES, _NUM_FILTERS = 20_000, 256
+_MIN_PATCH, _MAX_PATCH = 3, 6  # pixels a side
+_MIN_STEPS, _MAX_STEPS = 3, 24  # of a signal
+_MAX_NUMBERS = 1024  # in a patch
+_MIN_SIDE = 6  # of images that have patches
+_THRESHOLD = 0.25  # of responses
+_CONTRAST, _WHITENING, _RARE = 0.1, 0.1, 0.01  # what keeps flat patches, weak directions and rare responses small
+
+_MAX_WORDS = 4096
+_MAX_PAIRS = 8192
 
 
-def principal_components(features: Tensor, new_features: Tensor, num_components: int = 50) -> tuple[Tensor, Tensor]:
-    """Reduce features to the principal components of training and new samples together.
-
-    Columns that are no more than ``num_components`` are only scaled, to a mean of 0 and a variance of 1 on
-    training samples. More columns are taken as they are, like pixels, unless one of them has most of the
-    variance: then units differ, and all are scaled first. If several have large units, scale them yourself.
-    More than 4,096 are first added up with random signs to 4,096, as in feature hashing
-    (Weinberger et al., 2009), which keeps distances within some 2 %. Components come from subspace iteration
-    (Halko, Martinsson and Tropp, 2011). Random numbers are the same in every call, and global streams are not
-    touched.
+def kind_of(inputs: Tensor) -> str:
+    """Return ``"vectors"``, ``"images"``, ``"signals"`` or ``"tokens"``.
 
     Args:
-        features: Inputs or features of training samples, ``(N, ...)``; they are flattened.
-        new_features: Those of new samples, ``(M, ...)``.
-        num_components: How many components at most.
-
-    Returns:
-        Both, reduced, ``(N, D)`` and ``(M, D)``, float64, on the CPU.
-
-    Raises:
-        ValueError: If shapes do not fit, there is no training sample, or a feature is nan or inf.
-
-    Example:
-        >>> import torch
-        >>> from lightning_sensitivity.functional import principal_components
-        >>> features, new_features = torch.tensor([[0.0, 5.0], [2.0, 5.0]]), torch.tensor([[4.0, 5.0]])
-        >>> principal_components(features, new_features)[1]
-        tensor([[3., 0.]], dtype=torch.float64)
+        inputs: Floating or boolean ``(N, D)``, ``(N, C, L)``, ``(N, C, H, W)`` or with more dimensions, which count
+            as images; or integers, of which ``(N, L)`` are token ids.
     """
-    if features.ndim < 1 or features.shape[1:] != new_features.shape[1:] or not len(features):
-        got = f"{tuple(features.shape)} and {tuple(new_features.shape)}"
-        raise ValueError(f"Expected `features` and `new_features` of the same columns, but got {got}.")
-    x, new_x = _reduced("features", features), _reduced("new_features", new_features)
+    is_floating = inputs.is_floating_point() or inputs.dtype == torch.bool
+    if inputs.ndim == 2 and not is_floating:
+        return "tokens"
+    if inputs.ndim <= 2:
+        return "vectors"
+    return "signals" if inputs.ndim == 3 else "images"
+
+
+def shrunk(inputs: Tensor) -> Tensor:
+    """Return images of at most 32 pixels a side, and signals of at most 512 steps, by averaging; all else as it is.
+
+    Args:
+        inputs: Of any kind, ``(N, ...)``.
+    """
+    limit = {3: _MAX_LENGTH, 4: _MAX_SIDE}.get(inputs.ndim)
+    largest = max(inputs.shape[2:], default=0)
+    if limit is None or largest <= limit:
+        return inputs
+    sizes = [max(1, round(size * limit / largest)) for size in inputs.shape[2:]]
+    parts = [F.interpolate(part.float(), sizes, mode="area") for part in inputs.split(_CHUNK)]
+    return torch.cat(parts) if parts else inputs.new_zeros(0, inputs.shape[1], *sizes, dtype=torch.float32)
+
+
+def feature_makers(inputs: Tensor) -> dict[str, Maker]:
+    """Return what may be made of inputs, by name.
+
+    Args:
+        inputs: Those of training samples, after :func:`shrunk`.
+    """
+    kind = kind_of(inputs)
+    if kind == "tokens":
+        return {"words": words, "words and pairs": words_and_pairs, "columns": columns}
+    if kind in ("images", "signals") and _patch_size(inputs):
+        return {"patches": patches, "columns": columns}
+    return {"columns": columns, "units": units} if inputs[0].numel() > 1 else {"columns": columns}
+
+
+def make_features(transform: Transform, inputs: Tensor) -> Tensor:
+    """Turn inputs into features, a few samples at a time."""
+    return torch.cat([transform(part) for part in inputs.split(_CHUNK)])
+
+
+def columns(inputs: Tensor) -> Transform:
+    """Take all numbers of a sample as columns, each with a mean of 0 and a variance of 1."""
+    return _standardized(_flat, _flat(inputs), floor=0.0)
+
+
+def units(inputs: Tensor) -> Transform:
+    """Take all numbers of a sample as columns in the units that they have."""
+    x = _flat(inputs)
     mean = x.mean(0)
-    x, new_x = x - mean, new_x - mean
-    variance = x.square().mean(0)
-    if x.shape[1] <= num_components or bool(variance.max() > variance.sum() / 2):
-        std = variance.sqrt()
-        std = std.where(std > _CONSTANT * mean.abs(), torch.inf)
-        x, new_x = x / std, new_x / std
-    if x.shape[1] <= num_components:
-        return x, new_x
-    scores = _top_components(torch.cat([x, new_x]), num_components)
-    return scores[: len(x)], scores[len(x) :]
+    return lambda new: _flat(new) - mean
 
 
-def different_samples(features: Tensor, labels: Tensor) -> Tensor:
-    """Find the places of different samples: of one that comes repeatedly, the first.
+def _flat(inputs: Tensor) -> Tensor:
+    """Flatten samples; more than 4,096 numbers are added up with random signs (Weinberger et al., 2009)."""
+    x = inputs[:, None].flatten(1)
+    if x.dtype != torch.float64:
+        x = x.float()
+    if x.shape[1] <= _MAX_COLUMNS:
+        return x
+    signs = torch.randint(0, 2, (x.shape[1],), generator=_generator()).to(x.device, x.dtype) * 2 - 1
+    x = F.pad(x * signs, (0, -x.shape[1] % _MAX_COLUMNS))
+    return x.unflatten(1, (-1, _MAX_COLUMNS)).sum(1)
 
-    A sampler with replacement draws a sample repeatedly, with the same label. That is no second observation, and a
-    reference that leaves one of them out still knows its label. Where equal features have several labels, or only a
-    few values are possible, as in a table of categories, rows are samples of their own.
 
-    Args:
-        features: ``(N, D)``, such as :func:`principal_components`.
-        labels: Their labels as probabilities, ``(N, K)``.
+def _standardized(transform: Transform, features: Tensor, floor: float) -> Transform:
+    """Scale what a transform gives by means and standard deviations of features that it gave."""
+    mean, std = features.mean(0), features.std(0, correction=0)
+    scale = (std + floor * features.std(correction=0)).where(std > _CONSTANT * mean.abs(), torch.inf)
+    return lambda inputs: (transform(inputs) - mean) / scale
 
-    Returns:
-        Indices of rows.
+
+def patches(inputs: Tensor) -> Transform:
+    """Compare images or signals with random patches of themselves (Coates and Ng, 2011).
+
+    Patches are normalized and whitened, and are used as filters; responses are rectified on both sides, and
+    averaged over quadrants of an image, or quarters of a signal.
     """
-    distances = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")
-    first = (distances <= _ROUNDING * distances.max()).int().argmax(1)
-    places = torch.arange(len(features))
-    chosen = places[first == places]
-    is_repeated = torch.equal(labels, labels[first]) and len(chosen) > _FEW_VALUES * len(places)
-    return chosen if is_repeated else places
+    images = _as_images(inputs)
+    scale = images.std(correction=0).clamp(min=1e-12)
+    mean = images.mean()
+    height, width = _patch_size(inputs)
+    chosen = _random_patches((images - mean) / scale, height, width)
+    kernels, offsets = (each.to(images.device) for each in _filters(chosen))
+    totals, size = kernels.flatten(1).sum(1), kernels[0].numel()
+    strides = [2 if side >= 24 else 1 for side in images.shape[2:]]
+    cells = (1, 4) if inputs.ndim == 3 else (2, 2)
+
+    def responses(new: Tensor) -> Tensor:
+        batch = (_as_images(new) - mean) / scale
+        average = F.avg_pool2d(batch.mean(1, keepdim=True), (height, width), strides)
+        power = F.avg_pool2d(batch.square().mean(1, keepdim=True), (height, width), strides)
+        variance = (power - average.square()).clamp(min=0) * size / (size - 1)
+        response = F.conv2d(batch, kernels, stride=strides) - average * totals[:, None, None]
+        response = response / (variance + _CONTRAST**2).sqrt() - offsets[:, None, None]
+        both = torch.cat([(response - _THRESHOLD).clamp(min=0), (-response - _THRESHOLD).clamp(min=0)], 1)
+        return F.adaptive_avg_pool2d(both, cells).flatten(1)
+
+    return _standardized(responses, make_features(responses, inputs), floor=_RARE)
 
 
-def _reduced(name: str, features: Tensor) -> Tensor:
-    """Return features ``(N, D)`` in float64 on the CPU, with at most 4,096 columns."""
-    features = features.detach().cpu()[:, None].flatten(1)
-    num_columns = features.shape[1]
-    if num_columns > _MAX_COLUMNS:
-        generator = torch.Generator().manual_seed(0)
-        signs = torch.randint(0, 2, (num_columns,), generator=generator).float() * 2 - 1
-        reduced = torch.zeros(len(features), _MAX_COLUMNS, dtype=torch.float32)
-        for columns in torch.split(torch.arange(num_columns), _MAX_COLUMNS):
-            reduced[:, : len(columns)] += features[:, columns] * signs[columns]
-        features = reduced
-    if not bool(features.isfinite().all()):
-        raise ValueError(f"Expected `{name}` to be finite, but got nan or inf.")
-    return features.double()
+def _as_images(inputs: Tensor) -> Tensor:
+    """Return images as they are, and signals as images of a height of 1, in single precision."""
+    return (inputs[:, :, None] if inputs.ndim == 3 else inputs).float()
 
 
-def _top_components(rows: Tensor, num_components: int) -> Tensor:
-    """Compute the coordinates of rows on their first principal axes (about 0), by subspace iteration."""
-    generator = torch.Generator().manual_seed(0)
-    size = min(rows.shape[1], num_components + _NUM_EXTRA)
-    basis = torch.randn(rows.shape[1], size, generator=generator, dtype=rows.dtype)
-    for _ in range(_NUM_ITERATIONS):
-        basis = torch.linalg.qr(rows.T @ (rows @ basis)).Q
-    coordinates = rows @ basis
-    axes: Tensor = torch.linalg.eigh(coordinates.T @ coordinates).eigenvectors
-    return coordinates @ axes[:, -num_components:]
+def _patch_size(inputs: Tensor) -> tuple[int, int] | None:
+    """Return height and width of a patch; None if patches do not fit."""
+    if inputs.ndim == 3:
+        length = inputs.shape[2]
+        size = (1, max(_MIN_STEPS, min(_MAX_STEPS, length // 4)))
+        fits = length >= _MIN_SIDE
+    else:
+        side = min(inputs.shape[2:])
+        size = (max(_MIN_PATCH, min(_MAX_PATCH, side // 4)),) * 2
+        fits = inputs.ndim == 4 and side >= _MIN_SIDE
+    return size if fits and inputs.shape[1] * math.prod(size) <= _MAX_NUMBERS else None
 
 
-def bags_of_words(ids: Tensor, new_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Count how often each token occurs in each sample.
+def _random_patches(images: Tensor, height: int, width: int) -> Tensor:
+    """Cut patches ``(P, C, height, width)`` from random places."""
+    ends = len(images), images.shape[2] - height + 1, images.shape[3] - width + 1
+    generator = _generator()
+    samples, tops, lefts = (
+        torch.randint(end, (_NUM_PATCHES, 1, 1), generator=generator).to(images.device) for end in ends
+    )
+    rows = tops + torch.arange(height, device=images.device)[:, None]
+    columns = lefts + torch.arange(width, device=images.device)
+    return images[samples, :, rows, columns].movedim(3, 1)
 
-    Args:
-        ids: Token ids of training samples, integers ``(N, L)``, negative ones for padding.
-        new_ids: Token ids of new samples, ``(M, L')``.
 
-    Returns:
-        Counts of the 4,096 ids at most that occur most often in both, in the order of the ids, ``(N, V)`` and
-        ``(M, V)``, float64, on the CPU.
+def _filters(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn patches ``(P, C, h, w)`` into filters ``(F, C, h, w)`` of normalized patches, and their offsets ``(F,)``."""
+    x = patches.flatten(1).cpu()
+    x = (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True) + _CONTRAST**2).sqrt()
+    mean = x.mean(0)
+    values, vectors = torch.linalg.eigh(torch.cov((x - mean).T))
+    whitening = vectors * (values.clamp(min=0) + _WHITENING).rsqrt() @ vectors.T
+    filters = (x[:_NUM_FILTERS] - mean) @ whitening
+    filters = filters / filters.norm(dim=1, keepdim=True).clamp(min=1e-12) @ whitening
+    return filters.reshape(-1, *patches.shape[1:]), filters @ mean
 
-    Raises:
-        ValueError: If ids are no integers.
 
-    Example:
-        >>> import torch
-        >>> from lightning_sensitivity.functional import bags_of_words
-        >>> bags_of_words(torch.tensor([[7, 7, 3, -1]]), torch.tensor([[3, 9]]))
-        (tensor([[1., 2., 0.]], dtype=torch.float64), tensor([[1., 0., 1.]], dtype=torch.float64))
+def words(ids: Tensor) -> Transform:
+    """Count the words of texts, and weigh rare ones more (tf-idf)."""
+    return _weighed_counts(ids, with_pairs=False)
+
+
+def words_and_pairs(ids: Tensor) -> Transform:
+    """Count words and pairs of neighbours, and weigh rare ones more."""
+    return _weighed_counts(ids, with_pairs=True)
+
+
+def _weighed_counts(ids: Tensor, with_pairs: bool) -> Transform:
+    """Count the most frequent words (and pairs) of training samples, ``(N, V)``.
+
+    Counts w become :math:`(1 + \\log w)\\log(N / N_w)` for a word in :math:`N_w` of N texts, with rows of length 1.
     """
-    ids, new_ids = _checked_ids("ids", ids), _checked_ids("new_ids", new_ids)
-    words = torch.cat([ids[ids >= 0], new_ids[new_ids >= 0]])
-    vocabulary, counts = torch.unique(words, return_counts=True)
-    most_frequent = counts.argsort(descending=True, stable=True)[:_MAX_WORDS]
-    vocabulary = vocabulary[most_frequent.sort().values]
-    return _counts(ids, vocabulary), _counts(new_ids, vocabulary)
+    vocabularies = [_vocabulary(_words(ids), _MAX_WORDS)]
+    if with_pairs:
+        vocabularies.append(_vocabulary(_pairs(ids), _MAX_PAIRS))
+
+    def counts(new: Tensor) -> Tensor:
+        parts = [_counts(_words(new), vocabularies[0])]
+        if with_pairs:
+            parts.append(_counts(_pairs(new), vocabularies[1]))
+        return torch.cat(parts, 1)
+
+    texts = sum(((counts(part) > 0).sum(0) for part in ids.split(_CHUNK)), torch.zeros((), device=ids.device))
+    weights = ((1 + len(ids)) / (1 + texts)).log()
+
+    def weighed(new: Tensor) -> Tensor:
+        found = counts(new)
+        x = (1 + found.clamp(min=1).log()) * (found > 0) * weights
+        return x / x.norm(dim=1, keepdim=True).clamp(min=1e-12)
+
+    return weighed
 
 
-def _checked_ids(name: str, ids: Tensor) -> Tensor:
-    """Return token ids ``(N, L)`` on the CPU."""
-    if ids.is_floating_point() or ids.ndim < 1:
-        raise ValueError(f"Expected `{name}` to be integers (N, L), but got {ids.dtype} of shape {tuple(ids.shape)}.")
-    return ids.cpu().long()[:, None].flatten(1)
+def _words(ids: Tensor) -> Tensor:
+    return ids.long()
 
 
-def _counts(ids: Tensor, vocabulary: Tensor) -> Tensor:
-    """Count the words of a sorted vocabulary in each sample."""
-    is_known = torch.isin(ids, vocabulary)
-    columns = torch.searchsorted(vocabulary, ids[is_known])
-    cells = is_known.nonzero()[:, 0] * len(vocabulary) + columns
-    counts = torch.bincount(cells, minlength=len(ids) * len(vocabulary))
-    return counts.reshape(len(ids), len(vocabulary)).double()
+def _pairs(ids: Tensor) -> Tensor:
+    """Return a number for each pair of neighbours, -1 where one of them is padding."""
+    first, second = ids[:, :-1].long(), ids[:, 1:].long()
+    return (first * 2**31 + second).where((first >= 0) & (second >= 0), -1)
+
+
+def _vocabulary(tokens: Tensor, size: int) -> Tensor:
+    """Return the tokens that occur most often, sorted."""
+    found, counts = torch.unique(tokens[tokens >= 0], return_counts=True)
+    return found[counts.argsort(descending=True, stable=True)[:size]].sort().values
+
+
+def _counts(tokens: Tensor, vocabulary: Tensor) -> Tensor:
+    """Count the tokens of a sorted vocabulary in each sample."""
+    is_known = torch.isin(tokens, vocabulary)
+    places = torch.searchsorted(vocabulary, tokens[is_known])
+    cells = is_known.nonzero()[:, 0] * len(vocabulary) + places
+    counts = torch.bincount(cells, minlength=len(tokens) * len(vocabulary))
+    return counts.reshape(len(tokens), len(vocabulary)).float()
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""A reference for the estimate: kernel ridge regression of training labels, which never sees the network."""
+"""A reference: kernel ridge regression of training labels, which never sees the network."""
 
 import math
 from typing import NamedTuple
@@ -6,21 +6,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_sensitivity.functional.share_of_wrong_labels import estimate_noise
-from lightning_sensitivity.functional.sums import TEMPERATURES, AgreementSums
-from lightning_sensitivity.functional.tasks import Task, find_task
+from lightning_sensitivity.functional.features import (
+    Transform,
+    feature_makers,
+    kind_of,
+    make_features,
+    shrunk,
+)
+from lightning_sensitivity.functional.tasks import Task, find_task, has_label
+from lightning_sensitivity.functional.tensors import as_tensor
+from lightning_sensitivity.functional.unexplained import unexplained_share
 
+MAX_SAMPLES = 3000  # that a reference knows
+_PART = 1000  # samples by which features, width and ridge are chosen
+_CHUNK = 200  # new samples that are predicted at a time
 _WIDTHS = (0.1, 0.4, 1.6)  # of the kernel, times the median squared distance
 _RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
-_WEIGHT = 2.0  # of a good reference that knows all training samples
+_CLEAN = 1.3  # claim / score
+_LEAST_SKILL = {"vectors": 0.0, "images": 0.05, "signals": 0.05, "tokens": math.inf}  # below, it is blind
 _NO_SKILL, _NO_SKILL_PER_SAMPLE = 0.01, 1.5  # permuted labels reach 0.013, and more below 150 samples
-_SKILL_RANGE = 0.02  # from no weight to full weight
-_CAUTIOUS, _CAUTION_RANGE = 1.30, 0.15  # of claim / score: no weight here, and full weight below
-NOISY = 0.05  # share of labels that look wrong
-_UNCLEAR = 0.7  # of the gap, where noise is neither found nor excluded
-_MAX_FACTOR = 3.0  # of the agreement
-_CLEAR = 0.15  # share of the largest agreement so far
-_MIN_AGREEMENT = 1e-4  # a network that has not moved agrees with nothing
+_FEW_VALUES = 0.2  # share of different rows, in a table of categories
 _ROUNDING = 1e-12  # of scores that are 0
 
 
@@ -28,14 +33,17 @@ class Reference(NamedTuple):
     """Hold what a reference predicts, and how good it is.
 
     Attributes:
-        predictions: Probabilities for the new samples, ``(M, K)``, float64, on the CPU.
+        predictions: Probabilities (or targets, in a regression) of the new samples, ``(M, K)``, float64, on the CPU.
         shares: The mean label of the training samples, ``(K,)``.
-        score: The leave-one-out Brier score of the reference on its training samples.
+        score: The leave-one-out score on training samples: Brier score, or squared error.
         chance: The score of ``shares`` as the prediction for each of them.
-        claim: The score that it would have if its leave-one-out predictions were right.
-        noise: The share of labels that look wrong, by :func:`estimate_noise`; nan for ``"multilabel"``, and if
-            the reference has learned nothing.
-        leave_one_out: Probabilities for each training sample by a fit without it, ``(N, K)``.
+        claim: The score that leave-one-out predictions would have if they were right; nan for a regression.
+        unexplained: The share of labels that can't be explained, by :func:`unexplained_share`; nan for a
+            regression, and if the reference has learned nothing.
+        leave_one_out: Predictions for each training sample by a fit without it, ``(N, K)``.
+        labels: The labels of the same samples, ``(N, K)``.
+        kind: The kind of the inputs: ``"vectors"``, ``"images"``, ``"signals"`` or ``"tokens"``.
+        features: The features that were chosen, such as ``"patches"``.
     """
 
     predictions: Tensor
@@ -43,95 +51,54 @@ class Reference(NamedTuple):
     score: float
     chance: float
     claim: float
-    noise: float
+    unexplained: float
     leave_one_out: Tensor
+    labels: Tensor
+    kind: str
+    features: str
 
     @property
     def num_samples(self) -> int:
         """The number of training samples that it knows."""
-        return len(self.leave_one_out)
+        return len(self.labels)
 
     @property
     def skill(self) -> float:
-        """Compute how much lower than chance the score is, from 1, if perfect, to 0 or less, if useless."""
-        return skill(self.score, self.chance)
-
-
-class ReferenceSums(NamedTuple):
-    """Hold sums over the training samples that references know, such as those of all processes.
-
-    Attributes:
-        num_samples: How many samples.
-        score: Leave-one-out scores.
-        chance: Scores of the shares.
-        claim: Scores that are claimed.
-        noise: Shares of labels that look wrong, where they are known.
-        num_unknown: Samples for which they are not.
-    """
-
-    num_samples: float
-    score: float
-    chance: float
-    claim: float
-    noise: float
-    num_unknown: float
-
-    @classmethod
-    def of(cls, reference: Reference) -> "ReferenceSums":
-        """Return the sums of one reference."""
-        is_known = not math.isnan(reference.noise)
-        noise, unknown = (reference.noise, 0.0) if is_known else (0.0, 1.0)
-        means = 1.0, reference.score, reference.chance, reference.claim, noise, unknown
-        return cls(*(reference.num_samples * mean for mean in means))
-
-    @property
-    def mean_noise(self) -> float:
-        """The share of labels that look wrong; nan if it is unknown for some samples."""
-        return self.noise / self.num_samples if self.num_samples > 0 and self.num_unknown == 0 else math.nan
+        """How much lower than chance the score is, from 1, if perfect, to 0 or less, if useless."""
+        return 1 - self.score / self.chance if self.chance > _ROUNDING else 0.0
 
     @property
     def looks_clean(self) -> bool:
-        """Whether no noise is found in the labels.
-
-        It is not enough that few labels look wrong: with correct labels that are difficult for it, a reference is
-        also too cautious, so that its claim is well above its score.
-        """
-        return self.mean_noise < NOISY and self.claim >= _CAUTIOUS * self.score
+        """Whether it claims far more doubt than it has: so labels are right, and the task is hard for it."""
+        return self.claim >= _CLEAN * self.score
 
     @property
-    def gap_weight(self) -> float:
-        """How much of the gap between training score and estimate counts in the criterion.
+    def is_trusted(self) -> bool:
+        """Whether it sees enough to choose by; else the inputs may say more than it knows.
 
-        A network that memorizes correct labels hardly loses accuracy by it, so that the score on training samples
-        tells when to stop. With noisy labels the estimate does. It is 0 if no noise is found, 1 if 5 % of the
-        labels or more look wrong or nothing is known, and 0.7 in between.
+        Of a table it sees all there is, so that any skill will do. Of images and signals it has to reach 0.05.
+        Bags of words see too little.
         """
-        if self.looks_clean:
-            return 0.0
-        return _UNCLEAR if self.mean_noise < NOISY else 1.0
-
-    def weight(self, num_training: int | None) -> float:
-        """Compute the weight of the references; see :func:`reference_weight`.
-
-        Args:
-            num_training: n; None if the references know all training samples.
-        """
-        score, chance, claim = (each / self.num_samples for each in (self.score, self.chance, self.claim))
-        num_samples = int(self.num_samples)
-        return reference_weight(score, chance, claim, num_samples, num_training or num_samples)
+        return self.skill > _LEAST_SKILL[self.kind]
 
 
-def skill(score: float, chance: float) -> float:
-    """Compute 1 - score / chance; 0 if all labels are equal."""
-    return 1 - score / chance if chance > _ROUNDING else 0.0
+class _Choice(NamedTuple):
+    """Hold a leave-one-out score, and by what it was reached."""
+
+    score: float
+    features: str
+    ridge: float
+    width: float
 
 
-def least_skill(num_samples: int) -> float:
-    """Return the skill that permuted labels reach."""
-    return max(_NO_SKILL, _NO_SKILL_PER_SAMPLE / num_samples)
+class _Solution(NamedTuple):
+    """Hold the weights of training samples, ``(N, K)``, and the errors if each is left out, ``(N, K)``."""
+
+    weights: Tensor
+    errors: Tensor
 
 
-def fit_reference(features: Tensor, labels: Tensor, new_features: Tensor, task: str = "multiclass") -> Reference:
+def fit_reference(inputs: object, labels: object, new_inputs: object, task: str = "multiclass") -> Reference:
     r"""Fit a reference to labels, and predict those of new samples.
 
     The reference is kernel ridge regression (Saunders, Gammerman and Vovk, 1998) with a Gaussian kernel. With
@@ -142,34 +109,36 @@ def fit_reference(features: Tensor, labels: Tensor, new_features: Tensor, task: 
         \alpha = (K + \lambda I)^{-1} (y - \bar y), \qquad
         k(x, x') = \exp\Big(-\frac{\|x - x'\|^2}{w\, d}\Big)
 
-    where :math:`K_{ij} = k(x_i, x_j)`, and d is the median squared distance between samples. Of the widths w
-    of 0.1, 0.4 and 1.6 and the ridges λ from 0.03 to 30, it takes those with the lowest leave-one-out Brier
-    score. The prediction for a sample that was left out has the error
-    :math:`\alpha_i / [(K + \lambda I)^{-1}]_{ii}`, the identity behind PRESS (Allen, 1974), so that one
-    eigendecomposition for each width gives all scores, in single precision; only :math:`\bar y` includes the
-    sample. The chosen width and ridge are solved in double precision. In the end, predictions are clipped to
-    probabilities.
+    where :math:`K_{ij} = k(x_i, x_j)`, and d is the median squared distance between samples. The features, the
+    width w of 0.1, 0.4 and 1.6 and the ridge λ from 0.03 to 30 are those with the lowest leave-one-out score. The
+    prediction for a sample that was left out has the error :math:`\alpha_i / [(K + \lambda I)^{-1}]_{ii}`, the
+    identity behind PRESS (Allen, 1974); only :math:`\bar y` includes the sample.
 
     Args:
-        features: Features of training samples, such as :func:`principal_components`, floating, ``(N, D)``.
+        inputs: Inputs of training samples, as tensor, array, table or list. Floating ``(N, D)`` are columns, which
+            get units of their own. Images ``(N, C, H, W)`` and signals ``(N, C, L)`` are compared with random
+            patches (Coates and Ng, 2011), large ones after averaging. Integers ``(N, L)`` are token ids, negative
+            ones padding, and become bags of words.
         labels: Their labels, which may be noisy: for ``"multiclass"`` class indices ``(N,)``, or one-hot or soft
-            labels ``(N, K)``; else from 0 to 1, ``(N, K)``, for ``"binary"`` also ``(N,)``.
-        new_features: Features of the samples to predict, ``(M, D)``.
-        task: ``"multiclass"``, ``"binary"`` or ``"multilabel"``, which says how labels are scored.
+            labels ``(N, K)``; for ``"binary"`` from 0 to 1, ``(N,)`` or ``(N, 1)``; for ``"regression"`` any
+            numbers, ``(N,)`` or ``(N, D)``. Samples with labels of -100 are left out, except in a regression.
+        new_inputs: Inputs of the samples to predict, ``(M, ...)``.
+        task: ``"multiclass"``, ``"binary"`` or ``"regression"``, which says how labels are scored.
 
     Returns:
-        The reference, computed on the CPU in float64.
+        The reference. It does not depend on the order of the samples, knows at most 3,000 of them, and counts
+        one that comes repeatedly once.
 
     Raises:
-        ValueError: If shapes do not fit, there is no training sample, features are nan or inf, or labels are
-            no probabilities.
+        ValueError: If shapes do not fit, there is no training sample, inputs are nan or inf, or labels do not fit
+            the task.
 
     Example:
         >>> import torch
         >>> from lightning_sensitivity.functional import fit_reference
-        >>> features = torch.tensor([[0.0], [0.1], [0.2], [0.3], [1.0], [1.1], [1.2], [1.3]])
-        >>> labels = torch.eye(2)[[0, 0, 0, 0, 1, 1, 1, 0]]  # the last one is noisy
-        >>> reference = fit_reference(features, labels, torch.tensor([[0.15], [1.15]]))
+        >>> inputs = torch.tensor([[0.0], [0.1], [0.2], [0.3], [1.0], [1.1], [1.2], [1.3]])
+        >>> labels = torch.tensor([0, 0, 0, 0, 1, 1, 1, 0])  # the last one is noisy
+        >>> reference = fit_reference(inputs, labels, torch.tensor([[0.15], [1.15]]))
         >>> reference.predictions.round(decimals=3)
         tensor([[0.9940, 0.0060],
                 [0.1390, 0.8610]], dtype=torch.float64)
@@ -177,160 +146,161 @@ def fit_reference(features: Tensor, labels: Tensor, new_features: Tensor, task: 
         0.528
     """
     kind = find_task(task)
-    x, new_x, y = (each.detach().cpu().double() for each in (features, new_features, kind.as_matrix(labels)))
-    _check_samples(x, new_x, y, kind)
+    x, new_x = as_tensor("inputs", inputs), as_tensor("new_inputs", new_inputs)
+    y = _checked_labels(as_tensor("labels", labels), kind)
+    _check_inputs(x, y, new_x)
+    has_label = kind.has_label(y).to(x.device)
+    x, y = x[has_label], kind.as_matrix(y)[has_label.to(y.device)].double()
+    rows = _known_samples(x, y.cpu())
+    x, y = shrunk(x[rows.to(x.device)]), y[rows.to(y.device)]
+    return _fitted(x, y.to(_home(x)), new_x, kind)
+
+
+def _fitted(x: Tensor, y: Tensor, new_x: Tensor, task: Task) -> Reference:
+    """Fit a reference to samples in a fixed order, with labels ``(N, K)``."""
     shares = y.mean(0)
     residuals = y - shares
-    distances = _squared_distances(x, x)
-    positive = distances[distances > 0]
-    median = positive.median() if len(positive) else torch.ones(())
-    width, ridge = _choose_width_and_ridge(distances / median, residuals, kind)
-    kernel = (-distances / (width * median)).exp()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(kernel + ridge * torch.eye(len(x), dtype=torch.float64)))
-    weights = inverse @ residuals
-    errors = weights / inverse.diagonal()[:, None]
-    new_kernel = (-_squared_distances(new_x, x) / (width * median)).exp()
-    leave_one_out = kind.clip(y - errors)
-    score = float(kind.distances(y, y - errors).mean())
-    chance = float(kind.distances(y, shares.expand_as(y)).mean())
-    has_noise = kind.has_label_noise and skill(score, chance) > least_skill(len(x))
-    return Reference(
-        predictions=kind.clip(shares + new_kernel @ weights),
-        shares=shares,
-        score=score,
-        chance=chance,
-        claim=float(kind.claims(leave_one_out).mean()),
-        noise=estimate_noise(leave_one_out, y) if has_noise else math.nan,
-        leave_one_out=leave_one_out,
+    part = slice(None, None, math.ceil(len(x) / _PART))
+    transforms = {name: make(x) for name, make in feature_makers(x).items()}
+    rows = {name: make_features(transform, x).to(_home(x)) for name, transform in transforms.items()}
+    choice = min(each for name in rows for each in _choices(name, rows[name][part], residuals[part], task))
+    known, transform = rows[choice.features].double(), transforms[choice.features]
+    kernel = _kernel(known, known, choice.width)
+    ridges = [choice.ridge] if len(x) <= _PART else _ridges_near(choice.ridge)
+    solutions = [_solved(kernel, residuals, ridge) for ridge in ridges]
+    best = min(solutions, key=lambda solution: _score(solution.errors, task))
+
+    def predicted(inputs: Tensor) -> Tensor:
+        features = transform(shrunk(inputs).to(x.device)).to(known)
+        return task.clip(shares + _kernel(features, known, choice.width) @ best.weights).cpu()
+
+    leave_one_out = task.clip(y - best.errors)
+    reference = Reference(
+        predictions=torch.cat([predicted(part) for part in new_x.split(_CHUNK)]),
+        shares=shares.cpu(),
+        score=_score(best.errors, task),
+        chance=_score(residuals, task),
+        claim=float(task.claims(leave_one_out).mean()),
+        unexplained=math.nan,
+        leave_one_out=leave_one_out.cpu(),
+        labels=y.cpu(),
+        kind=kind_of(x),
+        features=choice.features,
     )
+    if not task.has_classes or reference.skill <= max(_NO_SKILL, _NO_SKILL_PER_SAMPLE / len(x)):
+        return reference
+    return reference._replace(unexplained=unexplained_share(reference.leave_one_out, reference.labels))
 
 
-def _choose_width_and_ridge(distances: Tensor, residuals: Tensor, task: Task) -> tuple[float, float]:
-    """Choose the kernel's width and the ridge that have the lowest leave-one-out score."""
-    choices: list[tuple[float, float, float]] = []
+def _choices(name: str, features: Tensor, residuals: Tensor, task: Task) -> list[_Choice]:
+    """Compute the leave-one-out score for each width and ridge, from one decomposition a width, single precision."""
+    distances = _squared_distances(features, features)
+    positive = distances[distances > 0]
+    median = float(positive.median()) if len(positive) else 1.0
+    scale = residuals.square().mean().sqrt().clamp(min=_ROUNDING)
+    y = (residuals[:, residuals.any(0)] / scale).float()  # classes that no sample has add nothing
+    choices = []
     for width in _WIDTHS:
-        scores = _leave_one_out_scores((-distances / width).exp(), residuals, task)
-        choices += [(score, width, ridge) for score, ridge in zip(scores, _RIDGES, strict=True)]
-    return min(choices)[1:]
+        kernel = (-distances / (width * median)).exp()
+        eigenvalues, vectors = torch.linalg.eigh(kernel.float())
+        projected = vectors.T @ y
+        for ridge in _RIDGES:
+            inverse = 1 / (eigenvalues.clamp(min=0) + ridge)
+            errors = vectors @ (inverse[:, None] * projected) / (vectors.square() @ inverse)[:, None]
+            choices.append(_Choice(_score(errors, task), name, ridge, width * median))
+    return choices
 
 
-def _leave_one_out_scores(kernel: Tensor, residuals: Tensor, task: Task) -> list[float]:
-    """Compute the leave-one-out score for each ridge, in single precision to be fast."""
-    eigenvalues, vectors = torch.linalg.eigh(kernel.float())
-    projected = vectors.T @ residuals[:, residuals.any(0)].float()  # classes that no sample has add nothing
-    inverses = 1 / (eigenvalues.clamp(min=0)[:, None] + torch.tensor(_RIDGES, dtype=torch.float32))
-    diagonals = vectors.square() @ inverses
-    scores = []
-    for inverse, diagonal in zip(inverses.T, diagonals.T, strict=True):
-        errors = vectors @ (inverse[:, None] * projected) / diagonal[:, None]
-        scores.append(float(task.distances(errors, torch.zeros_like(errors)).mean()))
-    return scores
+def _ridges_near(ridge: float) -> tuple[float, ...]:
+    place = _RIDGES.index(ridge)
+    return _RIDGES[max(0, place - 1) : place + 2]
+
+
+def _solved(kernel: Tensor, residuals: Tensor, ridge: float) -> _Solution:
+    identity = torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(kernel + ridge * identity))
+    weights = inverse @ residuals
+    return _Solution(weights, weights / inverse.diagonal()[:, None])
+
+
+def _score(errors: Tensor, task: Task) -> float:
+    return float(task.distances(errors, torch.zeros_like(errors)).mean())
+
+
+def _kernel(first: Tensor, second: Tensor, width: float) -> Tensor:
+    return (_squared_distances(first, second) / -width).exp()
 
 
 def _squared_distances(first: Tensor, second: Tensor) -> Tensor:
-    """Compute the distances of all pairs, exactly 0 for equal samples."""
-    return torch.cdist(first, second, compute_mode="donot_use_mm_for_euclid_dist").square()
+    """Compute the squared distances of all pairs."""
+    first, second = first.double(), second.double()
+    powers = first.square().sum(1)[:, None] + second.square().sum(1)
+    return (powers - 2 * first @ second.T).clamp(min=0)
 
 
-def _check_samples(x: Tensor, new_x: Tensor, y: Tensor, task: Task) -> None:
-    if not (x.ndim == y.ndim == 2 and 0 < len(x) == len(y) and new_x.shape[1:] == x.shape[1:]):
-        got = f"{tuple(x.shape)}, {tuple(new_x.shape)} and {tuple(y.shape)}"
-        raise ValueError(f"Expected `features` (N, D), `new_features` (M, D) and `labels` (N, K), but got {got}.")
-    if not bool(torch.cat([x, new_x]).isfinite().all()):
-        raise ValueError("Expected `features` and `new_features` to be finite, but got nan or inf.")
-    sums = y.sum(1) if task.sums_to_one else torch.ones(1)
-    if not bool((y.clamp(0, 1) == y).all() and ((sums - 1).abs() < 1e-3).all()):
-        raise ValueError("Expected `labels` to be probabilities, which sum to 1 for 'multiclass'.")
+def _home(x: Tensor) -> torch.device:
+    """Return where to solve: an Apple GPU has neither float64 nor decompositions."""
+    return torch.device("cpu") if x.device.type == "mps" else x.device
 
 
-class Calibration(NamedTuple):
-    """Hold what the epochs so far say about the factor of the agreement, at each temperature.
+def _known_samples(x: Tensor, y: Tensor) -> Tensor:
+    """Choose at most 3,000 different samples, in an order that depends on the samples alone.
 
-    A reference that is poor agrees less with a network than unseen labels do. The labels of training samples
-    agree more, since the network has learned them; least so before it memorizes. So the factor is the
-    smallest ratio so far of their agreement to that of the reference.
-
-    Attributes:
-        largest_agreements: The largest agreement of network and reference on unseen samples.
-        smallest_ratios: The smallest ratio of the agreement of training labels to it, where it is clear of 0.
+    Samples are sorted by a random projection, which equal ones share, and by labels. A sampler with replacement
+    draws a sample repeatedly, with the same label: that is no second observation, and a reference that leaves one
+    of them out still knows its label. Where equal inputs have several labels, or only a few values are possible, as
+    in a table of categories, rows are samples of their own.
     """
-
-    largest_agreements: tuple[float, ...] = (0.0,) * len(TEMPERATURES)
-    smallest_ratios: tuple[float, ...] = (math.inf,) * len(TEMPERATURES)
-
-    @property
-    def factors(self) -> list[float]:
-        """The factor of the agreement at each temperature, from 1 to 3."""
-        return [min(max(ratio, 1.0), _MAX_FACTOR) for ratio in self.smallest_ratios]
-
-    def updated(self, agreements: Tensor, training_agreements: Tensor) -> "Calibration":
-        """Include an epoch; one without samples, which gives nan, changes nothing.
-
-        Args:
-            agreements: Means of p · (q − s) over unseen samples at each temperature: network p, reference q,
-                shares s.
-            training_agreements: Means of p · (y − s) over training samples with labels y.
-        """
-        if not bool((agreements + training_agreements).isfinite().all()):
-            return self
-        found = agreements.tolist()
-        largest = tuple(map(max, self.largest_agreements, found))
-        ratios = [
-            min(smallest, training / agreement) if agreement > max(_CLEAR * most, _MIN_AGREEMENT) else smallest
-            for smallest, training, agreement, most in zip(
-                self.smallest_ratios, training_agreements.tolist(), found, largest, strict=True
-            )
-        ]
-        return Calibration(largest, tuple(ratios))
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(x[0].numel(), generator=generator, dtype=torch.float64)
+    place = torch.cat([(part.cpu().double().flatten(1) * direction).sum(1) for part in x[:, None].split(_CHUNK)])
+    label = y @ torch.randn(y.shape[1], generator=generator, dtype=torch.float64)
+    order = label.argsort(stable=True)
+    order = order[place[order].argsort(stable=True)]
+    is_new = place[order].diff(prepend=place.new_tensor([-math.inf])) != 0
+    first = order[is_new][is_new.cumsum(0) - 1]
+    if int(is_new.sum()) > _FEW_VALUES * len(x) and torch.equal(y[order], y[first]):
+        order = order[is_new]
+    chosen = torch.linspace(0, len(order) - 1, min(len(order), MAX_SAMPLES)).round().long()
+    return order[chosen]
 
 
-def reference_weight(score: float, chance: float, claim: float, num_samples: int, num_training: int) -> float:
-    r"""Compute the weight of a reference beside the estimate, :math:`2\,g\,h \min(1, m / n)`.
-
-    g rises from 0 to 1 over 0.02 of skill, from 0.01 on, or from 1.5 / m below 150 samples: permuted labels
-    reach that. h tells noisy labels from a difficult task. With noisy labels the reference is calibrated: its
-    claim is near its score. Where labels are right and the task is too difficult for it, it is too cautious,
-    and claims more. So h falls from 1 to 0 as claim / score rises from 1.15 to 1.30.
-
-    Args:
-        score: The leave-one-out score of the reference.
-        chance: The score of the shares of the classes.
-        claim: The score that the reference claims.
-        num_samples: m, how many training samples the reference knows.
-        num_training: n, how many the network is trained on.
-
-    Example:
-        >>> from lightning_sensitivity.functional import reference_weight
-        >>> reference_weight(score=0.7, chance=0.9, claim=0.7, num_samples=1000, num_training=4000)
-        0.5
-    """
-    has_skill = _ramp((skill(score, chance) - least_skill(num_samples)) / _SKILL_RANGE)
-    is_calibrated = _ramp((_CAUTIOUS - claim / score) / _CAUTION_RANGE) if score > _ROUNDING else 0.0
-    return _WEIGHT * has_skill * is_calibrated * min(1.0, num_samples / num_training)
+def _checked_labels(labels: Tensor, task: Task) -> Tensor:
+    """Return labels that fit a task, or raise ValueError that says what to do."""
+    got = f"but got {labels.dtype} of shape {tuple(labels.shape)}"
+    if task.name == "multiclass":
+        _check_classes(labels, got)
+        return labels if labels.ndim == 1 else labels.float()
+    if labels.ndim not in (1, 2) or (task.name == "binary" and labels[:1].numel() > 1):
+        raise ValueError(f"Expected `labels` (N,) or (N, 1) for task={task.name!r}, {got}.")
+    counts = labels[task.has_label(labels)]
+    if not bool(counts.isfinite().all()):
+        raise ValueError("Expected `labels` to be finite, but got nan or inf. Leave such samples out.")
+    if task.name == "binary" and bool(((counts < 0) | (counts > 1)).any()):
+        advice = "Map -1 and 1 by `(labels + 1) / 2`" if float(counts.min()) == -1 else "Leave `task` out for classes"
+        raise ValueError(f"Expected `labels` from 0 to 1 for task='binary', but got others. {advice}.")
+    return labels
 
 
-def _ramp(value: float) -> float:
-    return min(max(value, 0.0), 1.0)
+def _check_classes(labels: Tensor, got: str) -> None:
+    """Check labels of a multiclass task: class indices ``(N,)``, or probabilities ``(N, K)``."""
+    if labels.ndim == 2 and labels.shape[1] > 1:
+        counts = labels[has_label(labels)]
+        if not bool((counts.clamp(0, 1) == counts).all() and ((counts.double().sum(1) - 1).abs() < 1e-3).all()):
+            raise ValueError("Expected `labels` (N, K) to be probabilities that sum to 1, but got others.")
+    elif labels.ndim != 1 or labels.is_floating_point():
+        advice = "Set task='binary' if they are from 0 to 1, make class numbers integers (N,) if not"
+        raise ValueError(f"Expected `labels` to be class indices (N,) or probabilities (N, K), {got}. {advice}.")
+    elif bool((labels[has_label(labels)] < 0).any()):
+        advice = "Map -1 and 1 by `(labels + 1) // 2`"
+        raise ValueError(f"Expected `labels` to be class indices from 0 on, but got negative ones. {advice}.")
 
 
-def reference_score(unseen: AgreementSums, training: AgreementSums, calibration: Calibration) -> Tensor:
-    r"""Estimate the Brier score on unseen samples by the agreement with the reference.
-
-    .. math::
-        \mathbb{E}\|y\|^2 + \mathbb{E}\|p\|^2 - 2\,\big[\mathbb{E}\,p \cdot s + c\,\mathbb{E}\,p \cdot (q - s)\big]
-
-    p are predictions of the network, q those of the reference, y training labels, s their mean, and c the
-    factor of the calibration.
-
-    Args:
-        unseen: Sums over unseen samples with predictions of the reference.
-        training: Sums over training samples with their labels.
-        calibration: What gives the factor; it includes this epoch.
-
-    Returns:
-        The score at each temperature, ``(T,)``.
-    """
-    factors = unseen.agreement.new_tensor(calibration.factors)
-    agreement = (unseen.by_shares + factors * unseen.agreement) / unseen.num_scored
-    label_power = training.other_power / training.num_scored
-    return label_power + unseen.power / unseen.num_scored - 2 * agreement
+def _check_inputs(x: Tensor, y: Tensor, new_x: Tensor) -> None:
+    fits = x.ndim == new_x.ndim and (x.shape[1:] == new_x.shape[1:] or kind_of(x) == "tokens")
+    if not (fits and 0 < len(x) == len(y)):
+        got = f"{tuple(x.shape)}, {tuple(y.shape)} and {tuple(new_x.shape)}"
+        raise ValueError(f"Expected `inputs` (N, ...), `labels` (N, ...) and `new_inputs` (M, ...), but got {got}.")
+    for name, each in (("inputs", x), ("new_inputs", new_x)):
+        if not all(bool(part.isfinite().all()) for part in each.split(_CHUNK)):
+            raise ValueError(f"Expected `{name}` to be finite, but got nan or inf.")

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -21,6 +22,7 @@ class Diagnosis(NamedTuple):
 
 _CHUNK = 2**15  # elements that are converted to double precision at a time
 _MIN_NUMBERS = 10  # fewer outputs may look like probabilities by chance
+_MANY = 50  # so many samples of a trained network have logits outside of [0, 1]
 _ROUNDING = 1e-2  # error of sums of 16-bit probabilities, which autocast may have converted to 32 bits since
 
 
@@ -67,12 +69,12 @@ def are_log_probabilities(outputs: Tensor) -> bool:
 
 
 def may_be_probabilities(outputs: Tensor) -> bool:
-    """Check whether all outputs lie in [0, 1], not just since the head is untrained; waits for the device."""
+    """Check whether all outputs of a trained network lie in [0, 1]; waits for the device."""
     if not outputs.numel() or not bool(((outputs >= 0) & (outputs <= 1)).all()):
         return False
-    # One or two outputs of an untrained head may lie there, but then all are on the same side of ½.
+    # A few logits of a small head may lie there, but then all are on the same side of ½.
     is_high = outputs > 0.5
-    return num_outputs(outputs) > 2 or bool(is_high.any() and not is_high.all())
+    return num_outputs(outputs) > 2 or len(outputs) >= _MANY or bool(is_high.any() and not is_high.all())
 
 
 def are_close(first: Tensor, second: Tensor) -> bool:
@@ -80,3 +82,26 @@ def are_close(first: Tensor, second: Tensor) -> bool:
     first, second = first.to(wide_dtype(first.device)), second.to(wide_dtype(second.device))
     scale = float(first[first.isfinite()].abs().mean().nan_to_num(0.0))
     return torch.allclose(first, second, rtol=1e-2, atol=1e-2 * scale, equal_nan=True)
+
+
+def as_tensor(name: str, values: object) -> Tensor:
+    """Turn numbers from NumPy, pandas or lists into a tensor, and booleans into integers.
+
+    Args:
+        name: The argument that they come from, for the message.
+        values: A tensor, which may stay as it is, or what ``numpy.asarray`` understands.
+
+    Raises:
+        ValueError: If values are no numbers, or rows have several lengths.
+    """
+    if isinstance(values, Tensor):
+        return values.detach().long() if values.dtype == torch.bool else values.detach()
+    try:
+        array = numpy.asarray(values)
+    except ValueError as error:
+        raise ValueError(f"Expected `{name}` to be numbers in rows of one length, but got others.") from error
+    if array.dtype.kind not in "biuf":
+        advice = "Turn names into numbers first, such as by `pandas.factorize` or `pandas.get_dummies`"
+        raise ValueError(f"Expected `{name}` to be numbers, but got values of type {array.dtype}. {advice}.")
+    dtype = array.dtype if array.dtype.kind == "f" or array.dtype == numpy.uint8 else numpy.dtype(numpy.int64)
+    return torch.tensor(array.astype(dtype))

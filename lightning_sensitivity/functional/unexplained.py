@@ -1,4 +1,4 @@
-"""How many labels are wrong, by predictions that have not seen them."""
+"""How many labels can't be explained, by predictions that have not seen them."""
 
 import torch
 from torch import Tensor
@@ -9,10 +9,10 @@ _SMALLEST = 1e-3  # share of a class
 _UNLIKELY = 1e-12
 
 
-def estimate_noise(predictions: Tensor, labels: Tensor) -> float:
-    r"""Estimate the share of wrong labels, from predictions for samples whose own label was left out.
+def unexplained_share(predictions: Tensor, labels: Tensor) -> float:
+    r"""Estimate the share of labels that predictions can't explain, made without the label of each sample.
 
-    It takes labels as redrawn at random among the K classes that occur, with a chance r, and else from the
+    Such labels are wrong, or the inputs do not determine them. It takes labels as redrawn at random among the K classes that occur, with a chance r, and else from the
     predictions q after these were sharpened by b around the shares s of the classes:
 
     .. math::
@@ -22,9 +22,8 @@ def estimate_noise(predictions: Tensor, labels: Tensor) -> float:
     The mean is over r from 0 to 0.85, weighed by :math:`\max_b L(r, b)`. A label that is redrawn is right
     by chance in 1 of K cases.
 
-    It can't see noise that always turns one class into the same other one, and takes classes that overlap
-    for a hard task, not for noise. On few and hard images it may claim noise where there is none. See
-    ``docs/guide/labels.md``. To find *which* labels are wrong, use
+    It can't see noise that always turns one class into the same other one. Correct labels count, too, where
+    classes overlap so much that inputs do not tell them. To find *which* labels are wrong, use
     `cleanlab <https://github.com/cleanlab/cleanlab>`_.
 
     Args:
@@ -34,7 +33,7 @@ def estimate_noise(predictions: Tensor, labels: Tensor) -> float:
             ``predictions``.
 
     Returns:
-        N, the expected share of wrong labels, from 0 to below 0.86.
+        N, the expected share, from 0 to below 0.86.
 
     Raises:
         ValueError: If shapes do not fit, there is no sample, or numbers are no probabilities or class
@@ -42,11 +41,11 @@ def estimate_noise(predictions: Tensor, labels: Tensor) -> float:
 
     Example:
         >>> import torch
-        >>> from lightning_sensitivity.functional import estimate_noise
+        >>> from lightning_sensitivity.functional import unexplained_share
         >>> labels, certainty = torch.arange(1000) % 4, torch.linspace(0, 1, 1000)[:, None]
         >>> predictions = certainty * torch.eye(4)[labels] + (1 - certainty) / 4
         >>> noisy = labels.where(torch.arange(1000) % 10 < 8, (labels + 1) % 4)  # 20 % are wrong
-        >>> [round(estimate_noise(predictions, each), 2) for each in (labels, noisy)]
+        >>> [round(unexplained_share(predictions, each), 2) for each in (labels, noisy)]
         [0.0, 0.2]
     """
     q, y = _as_classes(predictions, labels)
