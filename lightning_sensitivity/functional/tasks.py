@@ -1,9 +1,7 @@
-"""The kinds of classification: how labels and outputs fit together in each, and how predictions are scored.
+"""The kinds of tasks: how outputs and labels fit together in each, and how predictions are scored.
 
-Predictions are probabilities ``(N, K, ...)``, and so are labels. There is one score per sample and position.
+Outputs are ``(N, K)`` or ``(N,)``. Predictions and labels are matrices ``(N, K)``, and a sample has one score.
 """
-
-import math
 
 import torch
 from torch import Tensor
@@ -11,27 +9,27 @@ from torch import Tensor
 from lightning_sensitivity.functional.tensors import num_outputs
 
 IGNORED = -100  # the `ignore_index` of torch's cross-entropy
-_SEVERAL = "Set `task='multilabel'` if a sample can have several classes"
 _SMALLEST = 1e-4  # probability of a class from a reference
+_BY_CLASS = "Leave `task` out if labels are class indices"
+_MULTILABEL = "Several classes for one sample (multilabel) are not supported"
 
 
 class Multiclass:
-    """One of K classes is correct: softmax, the sum over classes of squared differences."""
+    """One of K classes is correct: softmax, and the sum over classes of squared differences."""
 
     name = "multiclass"
     max_score = 2.0  # the largest possible Brier score
-    sums_to_one = True  # probabilities and labels of a sample
     has_one_output = False
-    has_label_noise = True  # a share of wrong labels that can be estimated
+    has_classes = True
 
-    def probabilities(self, outputs: Tensor) -> Tensor:
-        """Turn logits ``(N, K, ...)`` into probabilities, in single precision or better."""
+    def predictions(self, outputs: Tensor) -> Tensor:
+        """Turn logits ``(N, K)`` into probabilities, in single precision or better."""
         return _at_least_single(outputs).softmax(1)
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         """Raise ValueError, saying what was expected, if outputs and labels do not fit the task."""
         if num_outputs(outputs) == 1:
-            advice = "Set `task='binary'` if they are from 0 to 1"
+            advice = "Set `task='binary'` if they are from 0 to 1, `task='regression'` if they are measurements"
             raise ValueError(f"Labels are {targets.dtype} for one output. {advice}")
         if targets.is_floating_point():
             self._check_soft_labels(outputs, targets)
@@ -40,20 +38,19 @@ class Multiclass:
             self._check_indices(num_outputs(outputs), targets.long())  # comparisons in 8 bits wrap around
 
     def _check_soft_labels(self, outputs: Tensor, targets: Tensor) -> None:
-        advice = "Make class indices integers: `targets=lambda batch: batch[1].long()`. A regression has no estimate"
-        _check_probabilities(outputs, targets, advice)
+        _check_probabilities(outputs, targets, "Make class indices integers: `targets=lambda batch: batch[1].long()`")
         sums_to_one = (targets.float().sum(1) - 1).abs() < 1e-3
-        if not bool((sums_to_one | has_ignored_value(targets).any(1)).all()):
-            raise ValueError(f"Expected soft labels that sum to 1, but got other sums. {_SEVERAL}")
+        if not bool((sums_to_one | ~has_label(targets)).all()):
+            raise ValueError(f"Expected soft labels that sum to 1, but got other sums. {_MULTILABEL}")
 
     def _check_shape_of_indices(self, outputs: Tensor, targets: Tensor) -> None:
         if targets.shape == outputs.shape:
-            advice = "if it can't, make one-hot labels floating: `targets=lambda batch: batch[1].float()`"
-            raise ValueError(f"Labels are {targets.dtype} for each output. {_SEVERAL}; {advice}")
-        if targets.shape != (*outputs.shape[:1], *outputs.shape[2:]) or targets.dtype == torch.bool:
+            advice = "Make one-hot labels floating: `targets=lambda batch: batch[1].float()`"
+            raise ValueError(f"Labels are {targets.dtype} for each output. {advice}. {_MULTILABEL}")
+        if targets.shape != outputs.shape[:1] or targets.dtype == torch.bool:
             is_column = targets.shape == (len(outputs), 1) and targets.dtype != torch.bool
             advice = " Remove the extra dimension: `targets=lambda batch: batch[1].squeeze(1)`" if is_column else ""
-            expected = "Expected class indices (N, ...) for outputs (N, K, ...)"
+            expected = "Expected class indices (N,) for outputs (N, K)"
             raise ValueError(f"{expected}, but got {_describe(outputs, targets)}.{advice}")
 
     def _check_indices(self, num_classes: int, targets: Tensor) -> None:
@@ -65,44 +62,39 @@ class Multiclass:
                 f"map another `ignore_index` to {IGNORED}"
             )
 
-    def target_probabilities(self, p: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Convert labels to probabilities.
+    def has_label(self, targets: Tensor) -> Tensor:
+        """Return which samples have a label that counts, ``(N,)``."""
+        return has_label(targets)
+
+    def as_matrix(self, labels: Tensor, num_outputs: int | None = None) -> Tensor:
+        """Turn labels into probabilities ``(N, K)``; an ignored label gives zeros.
 
         Args:
-            p: The probabilities of the same samples.
-            targets: Labels that fit the task.
-
-        Returns:
-            The labels, ``(N, K, ...)``; and ``(N, ...)`` with 1 for labels that count, 0 for ignored ones.
+            labels: Class indices ``(N,)``, or probabilities ``(N, K)``.
+            num_outputs: K; by default one more than the highest class index.
         """
-        if targets.is_floating_point():
-            return _without_ignored(p, targets)
-        targets = targets.to(p.device).long()
-        counts = targets != IGNORED
-        index = targets.where(counts, 0).reshape(p[:, :1].shape)
-        return torch.zeros_like(p).scatter_(1, index, 1.0), counts.to(p.dtype)
-
-    def as_matrix(self, labels: Tensor) -> Tensor:
-        """Turn labels into probabilities ``(N, K)``; of class indices, all from 0 on, K comes from the highest."""
-        if labels.ndim != 1 or labels.is_floating_point() or len(labels) == 0 or bool((labels < 0).any()):
-            return labels
-        return torch.nn.functional.one_hot(labels.long())
+        if labels.is_floating_point():
+            return labels.where(has_label(labels)[:, None], 0.0) if labels.ndim == 2 else labels
+        counts = has_label(labels)
+        indices = labels.long().where(counts, 0)
+        num_outputs = num_outputs or (int(indices.max()) + 1 if len(indices) else 1)
+        return torch.nn.functional.one_hot(indices, num_outputs).float() * counts[:, None]
 
     def distances(self, p: Tensor, other: Tensor) -> Tensor:
-        """Score predictions by the Brier score: squared differences to labels, or to other predictions."""
-        return (p - other).square_().sum(1)
+        """Score predictions by the Brier score: squared differences from labels, or from other predictions."""
+        return (p - other).square().sum(1)
+
+    def agreements(self, p: Tensor, other: Tensor, shares: Tensor) -> Tensor:
+        """Compute by how much predictions agree with labels, or with others, beyond the shares of the classes."""
+        return (p * (other - shares)).sum(1)
 
     def claims(self, p: Tensor) -> Tensor:
         """Compute the Brier score that predictions claim: its expectation if labels were drawn from them."""
         return 1 - p.square().sum(1)
 
-    def as_vectors(self, p: Tensor) -> Tensor:
-        """Turn probabilities ``(N, K)`` into vectors whose squared distance is the Brier score."""
-        return p
-
-    def decisions(self, p: Tensor) -> Tensor:
-        """Turn probabilities ``(..., K)`` into those of one decision among K classes, ``(..., 1, K)``."""
-        return p[..., None, :]
+    def classes(self, p: Tensor) -> Tensor:
+        """Return the class that predictions or labels ``(..., N, K)`` choose for each sample, ``(..., N)``."""
+        return p.argmax(-1)
 
     def clip(self, p: Tensor) -> Tensor:
         """Turn numbers ``(N, K)`` near probabilities into probabilities."""
@@ -110,84 +102,106 @@ class Multiclass:
         return p / p.sum(1, keepdim=True)
 
 
-class Multilabel:
-    """Each of K labels is 0 or 1: sigmoid, the mean over labels of squared differences."""
-
-    name = "multilabel"
-    max_score = 1.0
-    sums_to_one = False
-    has_one_output = False
-    has_label_noise = False
-
-    def probabilities(self, outputs: Tensor) -> Tensor:
-        """Turn logits ``(N, K, ...)`` or ``(N,)`` into probabilities."""
-        outputs = _at_least_single(outputs)
-        return (outputs[:, None] if outputs.ndim < 2 else outputs).sigmoid()
-
-    def check(self, outputs: Tensor, targets: Tensor) -> None:
-        """Raise ValueError if outputs and labels do not fit the task."""
-        if num_outputs(outputs) == 1:
-            got = _describe(outputs, targets)
-            raise ValueError(f"Expected outputs (N, K, ...) with K > 1, but got {got}. Set `task='binary'`")
-        _check_probabilities(outputs, targets, "Leave `task` out if labels are class indices")
-
-    def target_probabilities(self, p: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Convert labels to probabilities, and return which of them count."""
-        return _without_ignored(p, targets)
-
-    def as_matrix(self, labels: Tensor) -> Tensor:
-        """Turn labels into probabilities ``(N, K)``, which they are for several labels."""
-        return labels
-
-    def distances(self, p: Tensor, other: Tensor) -> Tensor:
-        """Score predictions by the Brier score."""
-        return (p - other).square_().mean(1)
-
-    def claims(self, p: Tensor) -> Tensor:
-        """Compute the Brier score that predictions claim."""
-        return (p * (1 - p)).mean(1)
-
-    def as_vectors(self, p: Tensor) -> Tensor:
-        """Turn probabilities ``(N, K)`` into vectors whose squared distance is the Brier score."""
-        return torch.cat([p, 1 - p], dim=1) / math.sqrt(2 * p.shape[1])
-
-    def decisions(self, p: Tensor) -> Tensor:
-        """Turn probabilities ``(..., K)`` into those of K decisions between no and yes, ``(..., K, 2)``."""
-        return torch.stack([1 - p, p], -1)
-
-    def clip(self, p: Tensor) -> Tensor:
-        """Turn numbers ``(N, K)`` near probabilities into probabilities."""
-        return p.clamp(0, 1)
-
-
-class Binary(Multilabel):
-    """One output is the logit of class 1."""
+class Binary(Multiclass):
+    """One output is the logit of class 1: sigmoid, and the squared difference."""
 
     name = "binary"
+    max_score = 1.0
     has_one_output = True
-    has_label_noise = True
+
+    def predictions(self, outputs: Tensor) -> Tensor:
+        """Turn logits ``(N,)`` or ``(N, 1)`` into probabilities of class 1, ``(N, 1)``."""
+        return _at_least_single(outputs).reshape(-1, 1).sigmoid()
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         """Raise ValueError if outputs and labels do not fit the task."""
         if num_outputs(outputs) != 1:
             advice = "With an output for each class, leave `task` out: `targets=lambda batch: batch[1].long()`"
             got = _describe(outputs, targets)
-            raise ValueError(f"Expected one output, (N,) or (N, 1, ...), but got {got}. {advice}")
-        _check_probabilities(outputs, targets, "Leave `task` out if labels are class indices")
+            raise ValueError(f"Expected one output, (N,) or (N, 1), but got {got}. {advice}")
+        _check_probabilities(outputs, targets, _BY_CLASS)
 
-    def as_matrix(self, labels: Tensor) -> Tensor:
-        """Turn labels ``(N,)`` or ``(N, 1)`` into probabilities ``(N, 1)``."""
-        return labels.reshape(-1, 1)
+    def as_matrix(self, labels: Tensor, num_outputs: int | None = None) -> Tensor:
+        """Turn labels ``(N,)`` or ``(N, 1)`` into probabilities of class 1, ``(N, 1)``; an ignored label gives 0."""
+        column = labels.reshape(-1, 1)
+        column = column if column.is_floating_point() else column.float()
+        return column.where(column != IGNORED, 0.0)
+
+    def agreements(self, p: Tensor, other: Tensor, shares: Tensor) -> Tensor:
+        """Compute by how much predictions agree with labels, or with others, beyond the share of class 1."""
+        return ((p - 0.5) * (other - shares)).sum(1)
+
+    def claims(self, p: Tensor) -> Tensor:
+        """Compute the squared difference that predictions claim."""
+        return (p * (1 - p)).sum(1)
+
+    def classes(self, p: Tensor) -> Tensor:
+        """Return the class that predictions or labels ``(..., N, 1)`` choose for each sample, ``(..., N)``."""
+        return (p[..., 0] > 0.5).long()
+
+    def clip(self, p: Tensor) -> Tensor:
+        """Turn numbers near probabilities into probabilities."""
+        return p.clamp(0, 1)
 
 
-Task = Multiclass | Multilabel
-TASKS: dict[str, Task] = {task.name: task for task in (Multiclass(), Binary(), Multilabel())}
+class Regression:
+    """Outputs are measurements: no temperature, and the mean over columns of squared differences."""
+
+    name = "regression"
+    max_score = float(torch.finfo(torch.float32).max)
+    has_one_output = False
+    has_classes = False
+
+    def predictions(self, outputs: Tensor) -> Tensor:
+        """Return outputs ``(N,)`` or ``(N, D)`` as a matrix ``(N, D)``."""
+        outputs = _at_least_single(outputs)
+        return outputs[:, None] if outputs.ndim == 1 else outputs
+
+    def check(self, outputs: Tensor, targets: Tensor) -> None:
+        """Raise ValueError if outputs and targets do not fit, or are no finite numbers."""
+        if _without_single_output(outputs).shape != _without_single_output(targets).shape:
+            raise ValueError(f"Expected one target per output, but got {_describe(outputs, targets)}")
+        if not bool(targets.isfinite().all()):
+            raise ValueError("Expected finite targets, but got nan or inf. Leave such samples out")
+
+    def has_label(self, targets: Tensor) -> Tensor:
+        """Return which samples have a target: all."""
+        return torch.ones(len(targets), dtype=torch.bool, device=targets.device)
+
+    def as_matrix(self, labels: Tensor, num_outputs: int | None = None) -> Tensor:
+        """Turn targets ``(N,)`` or ``(N, D)`` into a matrix ``(N, D)``."""
+        return self.predictions(labels if labels.is_floating_point() else labels.float())
+
+    def distances(self, p: Tensor, other: Tensor) -> Tensor:
+        """Score predictions by their squared differences from targets, or from other predictions."""
+        return (p - other).square().mean(1)
+
+    def agreements(self, p: Tensor, other: Tensor, shares: Tensor) -> Tensor:
+        """Return zeros: a regression needs no calibration."""
+        return torch.zeros_like(p[:, 0])
+
+    def claims(self, p: Tensor) -> Tensor:
+        """Return nan: predictions of a regression do not say how sure they are."""
+        return torch.full_like(p[:, 0], torch.nan)
+
+    def classes(self, p: Tensor) -> Tensor:
+        """Return nan: a regression has no classes, and none are equal."""
+        return torch.full_like(p[..., 0], torch.nan)
+
+    def clip(self, p: Tensor) -> Tensor:
+        """Return the predictions."""
+        return p
+
+
+Task = Multiclass | Regression
+TASKS: dict[str, Task] = {task.name: task for task in (Multiclass(), Binary(), Regression())}
+TASK_NAMES = ", ".join(map(repr, TASKS))
 
 
 def find_task(name: str) -> Task:
     """Return the task of a name, or raise ValueError."""
     if name not in TASKS:
-        raise ValueError(f"Expected `task` to be one of {', '.join(map(repr, TASKS))}, but got {name!r}.")
+        raise ValueError(f"Expected `task` to be one of {TASK_NAMES}, but got {name!r}.")
     return TASKS[name]
 
 
@@ -198,14 +212,8 @@ def has_ignored_value(targets: Tensor) -> Tensor:
 
 
 def has_label(targets: Tensor) -> Tensor:
-    """Return which samples have labels ``(N, ...)`` that are not ignored, ``(N,)``."""
+    """Return which samples have labels ``(N,)`` or ``(N, K)`` that are not ignored, ``(N,)``."""
     return ~has_ignored_value(targets)[:, None].flatten(1).any(1)
-
-
-def _without_ignored(p: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    y = targets.to(p.device).to(p.dtype).reshape(p.shape)
-    is_ignored = (y == IGNORED).any(1)
-    return y.where(~is_ignored[:, None], 0.0), (~is_ignored).to(p.dtype)
 
 
 def _check_probabilities(outputs: Tensor, targets: Tensor, advice: str) -> None:

@@ -1,0 +1,183 @@
+"""The refined score as a torchmetric, and how far predictions are from those of a reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics.utilities import dim_zero_cat
+from torchmetrics.utilities.prints import rank_zero_warn
+
+from lightning_sensitivity import compat
+from lightning_sensitivity.compat import AxType, PlotType
+from lightning_sensitivity.functional.criterion import rank_disagreement
+from lightning_sensitivity.functional.refined_score import (
+    TEMPERATURES,
+    Refined,
+    ScoreSums,
+    check_scored,
+    score_sums,
+)
+from lightning_sensitivity.functional.tasks import find_task
+from lightning_sensitivity.functional.tensors import may_be_probabilities, wide_dtype
+from lightning_sensitivity.metric.wide import WideMetric
+
+
+class RefinedScore(WideMetric):
+    r"""Compute the Brier score after the best temperature: what to choose an epoch by, with labels.
+
+    .. math::
+        \min_T \; \frac{1}{n} \sum_i \big\| \operatorname{softmax}(f(x_i) / T) - y_i \big\|^2
+
+    It follows accuracy, and does not rise only because a network becomes too sure of itself. See
+    :func:`~lightning_sensitivity.functional.refined_score` for the source. The state is one row of sums for
+    each of nine temperatures, so the value depends on neither the batch size nor the number of processes.
+
+    ``forward`` and ``update`` accept:
+
+    - ``logits`` (:class:`~torch.Tensor`): outputs before softmax or sigmoid, ``(N, K)``; ``(N,)`` or ``(N, 1)``
+      for ``"binary"``.
+    - ``targets`` (:class:`~torch.Tensor`): class indices ``(N,)``; or probabilities ``(N, K)``, such as soft
+      labels or the predictions of another model. Those of -100 are ignored.
+
+    ``forward`` and ``compute`` return a scalar tensor; lower is better. Samples with nan or inf are left out,
+    with a warning.
+
+    Args:
+        task: ``"multiclass"``, ``"binary"`` or ``"regression"``, whose score is the mean squared error.
+        shares: The mean label in training, ``(K,)``, from which ``sums.agreement`` is counted; by default zeros.
+        kwargs: Additional keyword arguments of :class:`torchmetrics.Metric`.
+
+    Raises:
+        ValueError: If the task is unknown; in ``update``, if targets do not fit the task, or logits are dense.
+
+    Example:
+        >>> import torch
+        >>> from lightning_sensitivity import RefinedScore
+        >>> metric = RefinedScore("multiclass")
+        >>> metric.update(torch.tensor([[4.0, 0.0], [0.0, 4.0]]), torch.tensor([0, 1]))
+        >>> metric.update(torch.tensor([[4.0, 0.0], [0.0, 4.0]]), torch.tensor([0, 0]))
+        >>> metric.compute()
+        tensor(0.3763, dtype=torch.float64)
+        >>> metric.temperature
+        4.0
+    """
+
+    higher_is_better: bool = False
+
+    packed_sums: Tensor
+
+    def __init__(self, task: str = "multiclass", *, shares: Tensor | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.task = find_task(task)
+        self.shares = shares
+        self.is_quiet = False
+        self._may_be_probabilities = True  # so far
+        zeros = torch.zeros(len(TEMPERATURES), len(ScoreSums._fields), dtype=wide_dtype(self.device))
+        self.add_state("packed_sums", default=zeros, dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, targets: Tensor) -> None:
+        """Add a batch."""
+        check_scored(logits, targets, self.task)
+        # not in place: the state may belong to inference mode
+        self.packed_sums = self.packed_sums + score_sums(logits, targets, self.task, self.shares)
+        if self.task.has_one_output and not self.is_quiet:
+            self._may_be_probabilities = self._may_be_probabilities and may_be_probabilities(logits)
+
+    def compute(self) -> Tensor:
+        """Compute the score of all samples so far, over all processes; nan without any."""
+        sums = self.sums
+        if not self.is_quiet:
+            self._warn(int(sums.num_non_finite[0]))
+        return self.packed_sums.new_tensor(Refined.lowest(sums.scores).score)
+
+    def _warn(self, num_non_finite: int) -> None:
+        if num_non_finite > 0:
+            rank_zero_warn(f"{num_non_finite} samples gave nan or inf, and were left out.", stacklevel=6)
+        if self.task.has_one_output and self._may_be_probabilities and self.sums.num_scored[0] > 0:
+            rank_zero_warn("All `logits` lie in [0, 1]. If they are probabilities, take what comes before the sigmoid.")
+
+    @property
+    def sums(self) -> ScoreSums:
+        """The sums at each temperature; over all processes in ``compute`` alone."""
+        return ScoreSums(*self.packed_sums.T)
+
+    @property
+    def temperature(self) -> float:
+        """The best temperature over all processes: logits divided by it are calibrated.
+
+        Like ``compute``, reading it is a collective operation.
+        """
+        with self.sync_context():
+            return Refined.lowest(self.sums.scores).temperature
+
+    def reset(self) -> None:
+        """Forget all samples."""
+        super().reset()
+        self._may_be_probabilities = True
+
+    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: AxType | None = None) -> PlotType:
+        """Plot one or several values of the metric.
+
+        Args:
+            val: A result of ``metric.forward`` or ``metric.compute``, or a list of results; by default the
+                result of ``metric.compute``.
+            ax: The matplotlib axes to plot on; by default new ones.
+
+        Returns:
+            Figure and axes object.
+
+        Raises:
+            ModuleNotFoundError: If ``matplotlib`` is not installed.
+
+        Example:
+            >>> import torch
+            >>> from lightning_sensitivity import RefinedScore
+            >>> metric = RefinedScore("binary")
+            >>> values = [metric(torch.randn(8), torch.randint(2, (8,)).float()) for _ in range(10)]
+            >>> figure, axes = metric.plot(values)
+        """
+        return self._plot(val, ax)
+
+
+class Agreement(WideMetric):
+    """Compare a network's predictions with a reference's: how alike they rank samples, and choose classes.
+
+    ``compute`` returns two scalars: :func:`~lightning_sensitivity.functional.criterion.rank_disagreement`, and the
+    share of samples for which both choose different classes.
+
+    Args:
+        task: ``"multiclass"`` or ``"binary"``.
+        num_outputs: K.
+    """
+
+    def __init__(self, task: str, num_outputs: int) -> None:
+        super().__init__()
+        self.task = find_task(task)
+        self.rows: list[Tensor] | Tensor = []  # one tensor while it is synchronized
+        self.add_state("rows", default=[], dist_reduce_fx="cat")
+        # A process without samples must also take part when rows are gathered.
+        self.rows = [torch.zeros(0, 2, num_outputs, dtype=wide_dtype(self.device), device=self.device)]
+
+    def update(self, logits: Tensor, predictions: Tensor) -> None:
+        """Add a batch: logits of the network, and predictions ``(N, K)`` of the reference, or labels."""
+        assert isinstance(self.rows, list)
+        p = self.task.predictions(logits.detach())
+        q = self.task.as_matrix(predictions, p.shape[1]).to(p.dtype).to(p.device)
+        has_both = p.isfinite().all(1) & self.task.has_label(predictions).to(p.device)
+        self.rows.append(torch.stack([p, q], dim=1)[has_both].to(wide_dtype(p.device)))
+
+    def compute(self) -> tuple[float, float]:
+        """Compute both, over all processes; nan without samples."""
+        rows = dim_zero_cat(self.rows)
+        p, q = rows[:, 0], rows[:, 1]
+        return rank_disagreement(p, q), float((self.task.classes(p) != self.task.classes(q)).double().mean())
+
+
+def computed_sums(metric: RefinedScore) -> ScoreSums:
+    """Return the sums of a metric over all processes; every process must call it."""
+    compat.mark_updated(metric)  # a process may have no samples
+    with metric.sync_context():
+        return metric.sums
