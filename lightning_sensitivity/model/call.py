@@ -9,13 +9,10 @@ from typing import Any
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from lightning_sensitivity.arguments import Refused, Selector, describe, explained
 from lightning_sensitivity.compat import original_module
-from lightning_sensitivity.functional.tensors import are_close
 from lightning_sensitivity.model.batches import clone_tensors, first_of, is_floating, num_bytes, num_samples, tensors_in
-from lightning_sensitivity.model.isolation import RunIsolated
 
 Perturb = Callable[[Tensor], Tensor]
 
@@ -48,7 +45,7 @@ class ModelCall:
 
     Attributes:
         arguments: The arguments of the model, by position or name.
-        size: The number of samples by the rows of the arguments, which outputs may deny; 0 if it is unknown.
+        size: The number of samples by the rows of the arguments; 0 if it is unknown, as with graphs.
 
     Raises:
         MisconfigurationException: If it is not clear how to call the model.
@@ -89,12 +86,11 @@ class ModelCall:
         """The memory of the tensors in the arguments."""
         return num_bytes(self.arguments)
 
-    def __call__(self, perturb: Perturb | None = None, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+    def __call__(self, perturb: Perturb | None = None) -> Tensor:
         """Call the model with copies of the arguments, perturbed or not, and select its outputs.
 
         Args:
             perturb: Function that returns the perturbed tensor; None for the batch as it is.
-            weights: Parameters by name that take the place of the model's own; None for its own.
 
         Raises:
             MisconfigurationException: If it is not clear what to perturb, or where outputs and classes are.
@@ -104,10 +100,7 @@ class ModelCall:
             key = self._argument_to_perturb()
             inputs = call.arguments[key]
             call.arguments[key] = clone_tensors(inputs, lambda x: perturb(x) if is_floating(x) else x)
-        if weights is None:
-            result = self._model(*call.args, **call.kwargs)
-        else:
-            result = functional_call(self._model, dict(weights), call.args, call.kwargs)
+        result = self._model(*call.args, **call.kwargs)
         if self.size == 1 and isinstance(result, Tensor) and result.ndim < 2 and result.shape != (1,):
             result = result[None]  # `squeeze()` has dropped the dimension of a single sample
         outputs = select_outputs(result, self._outputs)
@@ -163,43 +156,20 @@ class ModelCall:
             )
 
 
-def count_samples(call: ModelCall, run: RunIsolated) -> int:
-    """Count the samples of a batch by its outputs; a call whose rows are no samples gets the size 0.
-
-    If rows are samples, outputs follow them into another order. Those of a sequence whose first dimension is time
-    do not, even if it is as long as the batch.
-
-    Args:
-        call: The call of the model on the batch, on the model's device.
-        run: Calls a function that runs the model; from :func:`~lightning_sensitivity.model.isolated`.
-    """
-    outputs: Tensor = run(call)
-    if len(outputs) != call.size or not _follow_rows(outputs, call, run):
-        call.size = 0
-    return len(outputs)
-
-
-def _follow_rows(outputs: Tensor, call: ModelCall, run: RunIsolated) -> bool:
-    """Return whether the outputs of a call have another order if its rows have."""
-    rolled = call._with(lambda value: clone_tensors(value, lambda x: x.roll(1, 0) if x.ndim > 0 else x))
-    try:
-        of_rolled = run(rolled)
-    except Exception:  # rows with an order of their own, such as offsets
-        return False
-    return of_rolled.shape == outputs.shape and are_close(outputs.roll(1, 0), of_rolled)
-
-
 def select_outputs(result: object, outputs: Selector | None = None) -> Tensor:
     """Select the outputs from the result of a model.
 
     Args:
-        result: A tensor; a tuple or list, whose first element is taken; or a mapping or object with
-            ``logits``.
+        result: A tensor; a tuple or list, whose first element is taken, unless there is a choice; or a mapping
+            or object with ``logits``.
         outputs: A function ``result -> tensor``; None to select them as described for ``result``.
 
     Raises:
-        MisconfigurationException: If the selection is not a floating tensor, or is a scalar.
+        MisconfigurationException: If the selection is not a floating tensor, or is a scalar; if several
+            elements of a tuple may be the outputs.
     """
+    if outputs is None:
+        _check_no_choice(result)
     selected = outputs(result) if outputs else _find_outputs(result)
     if not isinstance(selected, Tensor) or selected.ndim == 0 or not is_floating(selected):
         example = f": `outputs=lambda result: result[{list(result)[-1]!r}]`" if isinstance(result, Mapping) else ""
@@ -244,6 +214,17 @@ def _find_targets(model: nn.Module, batch: object) -> object:
     read = batch.get if isinstance(batch, Mapping) else lambda name: getattr(batch, name, None)
     tensors = [value for value in map(read, TARGET_NAMES) if isinstance(value, Tensor)]
     return tensors[0] if len(tensors) == 1 else None
+
+
+def _check_no_choice(result: object) -> None:
+    """Refuse a tuple such as (features, logits), of which any element may be the outputs."""
+    items = list(result) if isinstance(result, tuple | list) else []
+    matrices = [item for item in items if isinstance(item, Tensor) and item.ndim == 2 and is_floating(item)]
+    if len({item.shape[1] for item in matrices}) > 1:
+        raise Refused(
+            f"`outputs` should say which of several outputs are the logits, such as `outputs=lambda out: out[1]`, "
+            f"of {describe(result)}, which `forward` returned."
+        )
 
 
 def _find_outputs(result: object) -> object:

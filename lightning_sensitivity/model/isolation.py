@@ -18,7 +18,6 @@ from lightning_sensitivity.arguments import Refused
 T = TypeVar("T")
 Place = tuple[dict[str, Any], str, object]
 
-_LARGE = 2**16  # bytes of a tensor whose clone serves several passes until one writes to it
 _LONG = 10_000  # items of a container that is not copied
 _OWN = frozenset(vars(nn.Module()))  # what each module has: parameters, buffers, hooks, the mode
 _COPIED = {list, dict, set, deque, OrderedDict, defaultdict, Counter}
@@ -36,8 +35,8 @@ def isolated(model: nn.Module) -> Iterator[RunIsolated]:
     """Yield ``run(function, *args)``, which calls a function that runs the model, and leaves no trace.
 
     Inside, the model is in eval mode, without gradients, and its ``self.log`` does nothing. Every run starts
-    from the same buffers, attributes and random state of torch: tensors are cloned, and lists, dicts, sets
-    and deques of up to 10,000 items are copied one level deep. After it, the originals are put back; hooks,
+    from the same buffers, attributes and random state of torch: tensors and generators are cloned, and lists,
+    dicts, sets and deques of up to 10,000 items are copied one level deep. After it, the originals are put back; hooks,
     gradients and ``requires_grad``, too. The random streams of Python and NumPy are put back at the end.
     Compiled code runs eagerly, so that our passes compile nothing.
 
@@ -82,34 +81,17 @@ class _State:
         self.devices = sorted({parameter.get_device() for _, parameter in named if parameter.is_cuda})
         self.originals = [(items, dict(items)) for module in modules for items in _dicts_of(module)]
         self.places = [place for module in modules for place in _places_of(module)]
-        self.large_clones: dict[int, tuple[Tensor, int]] = {}  # by id of the original; with a version
-        self.counts_writes: set[int] = set()  # ids of large tensors whose versions tell of writes
 
     def put_copies(self) -> None:
         torch.clear_autocast_cache()  # of 16-bit copies of weights, which may have changed since
         copies: dict[int, object] = {}  # what several places share stays shared
-        with torch.inference_mode(False):  # tensors of inference mode have no version
-            for items, name, value in self.places:
-                if id(value) not in copies:
-                    copies[id(value)] = self._clone(value) if isinstance(value, Tensor) else copy.copy(value)
-                items[name] = copies[id(value)]
+        for items, name, value in self.places:
+            if id(value) not in copies:
+                copies[id(value)] = _copy(value)
+            items[name] = copies[id(value)]
         for parameter, _, grad in self.parameters:
             if grad is not None:
                 parameter.grad = None  # which a `backward()` inside would add to
-
-    def _clone(self, tensor: Tensor) -> Tensor:
-        """Clone a tensor; a large one only if the last run has written to its clone."""
-        if tensor.layout != torch.strided or tensor.nbytes <= _LARGE:  # batch norm counts no versions
-            return tensor.detach().clone()
-        clone, version = self.large_clones.get(id(tensor), (tensor, -1))
-        is_unwritten = clone is not tensor and clone._version == version
-        if is_unwritten and id(tensor) not in self.counts_writes:  # seen once: `.data` counts none
-            is_unwritten = torch.equal(clone, tensor)
-            self.counts_writes |= {id(tensor)} if is_unwritten else set()
-        if not is_unwritten:
-            clone = tensor.detach().clone()
-            self.large_clones[id(tensor)] = clone, clone._version
-        return clone
 
     def restore(self) -> None:
         for items, originals in self.originals:
@@ -162,12 +144,18 @@ def _places_of(module: nn.Module) -> list[Place]:
     attributes = vars(module)
     own = [(attributes, name, value) for name, value in attributes.items() if name not in _OWN and _is_copied(value)]
     buffers = [(module._buffers, name, value) for name, value in module._buffers.items() if _is_copied(value)]
-    names = ("log", "log_dict") if callable(getattr(module, "log_dict", None)) else ()  # of a LightningModule
+    names = ("log", "log_dict") if callable(getattr(type(module), "log_dict", None)) else ()  # of a LightningModule
     silent = [(attributes, name, lambda *args, **kwargs: None) for name in names]
     return [*own, *buffers, *silent, (attributes, "training", False)]  # modules may override `eval()`
 
 
 def _is_copied(value: object) -> bool:
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor | torch.Generator):
         return not isinstance(value, nn.Parameter)
     return type(value) in _COPIED and len(value) <= _LONG  # type: ignore[arg-type]
+
+
+def _copy(value: object) -> object:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    return value.clone_state() if isinstance(value, torch.Generator) else copy.copy(value)

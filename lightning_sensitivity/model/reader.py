@@ -1,17 +1,21 @@
 """How to read a batch of any kind: the call of the model on it, its labels, and what a reference sees of it."""
 
-from contextlib import suppress
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch.nn.functional import pad
 
 from lightning_sensitivity.arguments import Refused, Selector, check_selectors, describe, explained
+from lightning_sensitivity.functional.features import shrunk
 from lightning_sensitivity.functional.tasks import Task
-from lightning_sensitivity.model.batches import clone_tensors
-from lightning_sensitivity.model.call import ModelCall, count_samples, has_targets, select_targets
+from lightning_sensitivity.model.batches import clone_tensors, tensors_in
+from lightning_sensitivity.model.call import TARGET_NAMES, ModelCall, has_targets, select_targets
 from lightning_sensitivity.model.isolation import isolated
-from lightning_sensitivity.model.samples import KeptBatch
+from lightning_sensitivity.model.samples import KeptBatch, KeptSamples
+
+_NO_TOKENS = ("position_ids", "token_type_ids")  # names in transformers, as is the next one
+_MASK = "attention_mask"  # says where tokens are, not padding
 
 
 class BatchReader:
@@ -24,10 +28,7 @@ class BatchReader:
         outputs: A function ``result -> logits``; by default :func:`~lightning_sensitivity.model.select_outputs`.
         targets: A function ``batch -> labels``; by default :func:`~lightning_sensitivity.model.select_targets`.
         features: A function ``batch -> (N, D)``, what a reference sees; by default the inputs.
-        task: The kind of classification, which labels have to fit; None without labels.
-
-    Attributes:
-        trains_features: Whether parameters of the model that are trained compute the features; None before a batch.
+        task: The task, which labels have to fit; None without labels.
 
     Raises:
         MisconfigurationException: If a selector is no function; in its methods, if a batch can't be read so.
@@ -48,12 +49,11 @@ class BatchReader:
         self._targets = targets
         self._features = features
         self._task = task
-        self._follows_rows: bool | None = None  # whether outputs of the model do; None before a batch is kept
-        self.trains_features: bool | None = None
 
-    def forget_model(self) -> None:
-        """Forget what was found of a model, before another one comes."""
-        self._follows_rows = self.trains_features = None
+    @property
+    def has_features(self) -> bool:
+        """Whether the user says what a reference sees."""
+        return self._features is not None
 
     def call(self, model: nn.Module, batch: object) -> ModelCall:
         """Make the call of a model on a batch."""
@@ -90,82 +90,118 @@ class BatchReader:
                 raise Refused(f"{error}.", entry="task") from error
         return labels
 
-    def features(self, model: nn.Module, batch: object, size: int) -> Tensor | None:
-        """Call the user's function for the features of a batch, floating ``(N, D)`` on the CPU; None without one.
+    def size(self, model: nn.Module, call: ModelCall) -> int:
+        """Count the samples of a batch by the rows of its arguments, or by its outputs if that is unknown."""
+        if call.size > 0:
+            return call.size
+        with isolated(model) as run:
+            return len(run(call))
+
+    def seen(self, model: nn.Module, batch: object, call: ModelCall, size: int) -> Tensor | None:
+        """Find what a reference sees of a batch, on the CPU; None if there is nothing.
 
         Args:
-            model: The model, which the function may use.
+            model: The model, which the function ``features`` may use.
             batch: The batch.
+            call: The call of the model on it.
             size: N, the number of its samples.
 
         Raises:
-            MisconfigurationException: If the function fails, or returns something else.
+            MisconfigurationException: If ``features`` fails, or does not return a floating ``(N, D)``.
         """
         if self._features is None:
-            return None
+            found = seen_inputs(call, size)
+            return None if found is None else shrunk(found.detach().cpu())
         with explained(f"`features` failed on {describe(batch)}", entry="features"), isolated(model) as run:
-            values: object = run(self._call_features, model, batch)
-        if not isinstance(values, Tensor) or values.ndim < 2 or len(values) != size:
+            values: object = run(self._features, clone_tensors(batch))
+        if not isinstance(values, Tensor) or values.ndim < 2 or len(values) != size or not size:
             expected = f"a function that returns a tensor ({size}, D)"
             raise Refused(f"`features` should be {expected}, got {describe(values)}.", entry="features")
         return values.detach().cpu().float().flatten(1)
 
-    def _call_features(self, model: nn.Module, batch: object) -> object:
-        """Call the user's function; the first time with gradients, to see where they lead."""
-        assert self._features is not None
-        if self.trains_features is None:
-            self.trains_features = False
-            with suppress(Exception), torch.enable_grad():  # which it may forbid, such as by `numpy()`
-                values = self._features(clone_tensors(batch))
-                self.trains_features = _is_trained(values, model)
-                return values
-        return self._features(clone_tensors(batch))
-
-    def keep(self, model: nn.Module, batch: object, index: int, labels: Tensor | None = None) -> KeptBatch:
-        """Copy a batch to the CPU, with its features.
-
-        Its outputs show its size if its inputs do not, as with graphs, or with sequences whose first dimension
-        is time. The first batch says which is the case.
+    def keep(self, model: nn.Module, batch: object, index: int, with_seen: bool = False) -> KeptBatch:
+        """Copy a batch to the CPU, so that it can be run again.
 
         Args:
             model: The model.
             batch: The batch, on the model's device.
             index: Its index in its loader.
-            labels: Its labels, if they are wanted.
+            with_seen: Whether to keep what a reference sees of it.
 
         Raises:
-            MisconfigurationException: If there is not one label for each sample, or it can't be read.
+            MisconfigurationException: If it can't be read.
         """
         call = self.call(model, batch)
-        may_have_rows = call.size > 0
-        size = self._count(model, call)
-        if labels is not None and len(labels) != size:
-            message = f"`targets` should return a label for each of {size} samples, got {len(labels)}."
-            raise Refused(message, entry="task")
-        has_rows = call.size > 0 or not may_have_rows
-        return KeptBatch(index, call.copy_to_cpu(), size, labels, self.features(model, batch, size), has_rows)
-
-    def _count(self, model: nn.Module, call: ModelCall) -> int:
-        """Count the samples of a batch by its rows, if outputs follow them, or by its outputs."""
-        is_lazy_yet = any(map(is_lazy, model.parameters()))  # until a step of the user runs it
-        if call.size > 0 and (self._follows_rows or is_lazy_yet):
-            return call.size
-        with isolated(model) as run:
-            size = count_samples(call, run)
-        if size > 1 and self._follows_rows is None:  # a single row has no order
-            self._follows_rows = call.size > 0
-        return size
+        size = self.size(model, call)
+        seen = self.seen(model, batch, call, size) if with_seen and size > 0 else None
+        return KeptBatch(index, size, call.copy_to_cpu(), seen=seen)
 
 
-def _is_trained(values: Tensor, model: nn.Module) -> bool:
-    """Return whether gradients of values reach a parameter of a model."""
-    parameters = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
-    nodes, seen = [values.grad_fn], set[object]()
-    while nodes:
-        node = nodes.pop()
-        if id(getattr(node, "variable", None)) in parameters:
-            return True
-        if node is not None and node not in seen:
-            seen.add(node)
-            nodes += [following for following, _ in node.next_functions]
-    return False
+def seen_inputs(call: ModelCall, size: int) -> Tensor | None:
+    """Find what a reference can see in the inputs of a model.
+
+    Args:
+        call: A call of the model on a batch.
+        size: The number of its samples.
+
+    Returns:
+        The dense input, ``(N, ...)``; of several, their columns ``(N, D)``; or token ids ``(N, L)``, -1 for
+        padding. None if there are none of these, or rows are no samples.
+    """
+    arguments = {name: value for name, value in call.named().items() if name not in (*TARGET_NAMES, *_NO_TOKENS)}
+    mask = arguments.pop(_MASK, None)
+    tensors = [x for x in tensors_in(arguments) if not x.is_nested and x.ndim > 0 and len(x) == size]
+    dense = [x for x in tensors if x.is_floating_point() or (x.ndim > 2 and not x.is_complex())]
+    dense = [x[:, None] if x.ndim == 1 else x for x in dense]
+    if len(dense) == 1:
+        return dense[0].float()
+    return torch.cat([x.float().flatten(1) for x in dense], 1) if dense else _token_ids(tensors, mask)
+
+
+def _token_ids(tensors: Iterable[Tensor], mask: object) -> Tensor | None:
+    """Find token ids, and set those that a mask leaves out to -1."""
+    tokens = next((x.long() for x in tensors if _may_be_tokens(x)), None)  # 8 bits have no -1
+    if tokens is not None and isinstance(mask, Tensor) and mask.shape == tokens.shape:
+        return tokens.where(mask > 0, -1)
+    return tokens
+
+
+def _may_be_tokens(tensor: Tensor) -> bool:
+    return tensor.ndim == 2 and not tensor.is_complex() and tensor.dtype != torch.bool
+
+
+def join_kept(samples: KeptSamples) -> Tensor:
+    """Return what a reference sees of kept samples.
+
+    Raises:
+        ValueError: If it sees nothing of some, or inputs have different sizes.
+    """
+    seen = [batch.seen for batch in samples.batches if batch.seen is not None]
+    if not seen or len(seen) < len(samples.batches):
+        raise ValueError("Inputs are neither dense numbers nor token ids, with a row for each sample")
+    return join_seen(seen)
+
+
+def join_labelled(samples: KeptSamples, task: Task, num_outputs: int) -> tuple[Tensor, Tensor]:
+    """Return what a reference sees of the kept samples that have a label, and these labels, ``(N, K)``.
+
+    Raises:
+        ValueError: As by :func:`join_kept`.
+    """
+    labels = torch.cat([task.as_matrix(x, num_outputs).float() for x in samples.labels])
+    rows = torch.cat([task.has_label(x) for x in samples.labels])
+    return join_kept(samples)[rows], labels[rows]
+
+
+def join_seen(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenate what a reference sees of several batches; token ids are padded to the longest.
+
+    Raises:
+        ValueError: If inputs have different sizes.
+    """
+    if not parts[0].is_floating_point() and all(x.ndim == 2 for x in parts):
+        length = max(x.shape[1] for x in parts)
+        return torch.cat([pad(ids, (0, length - ids.shape[1]), value=-1) for ids in parts])
+    if len({x.shape[1:] for x in parts}) > 1:
+        raise ValueError("Inputs have different sizes")
+    return torch.cat(list(parts))
