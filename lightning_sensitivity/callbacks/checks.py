@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
@@ -12,6 +12,7 @@ from lightning_sensitivity.functional.tasks import Task
 from lightning_sensitivity.functional.tensors import are_close, are_log_probabilities, are_probabilities, num_outputs
 
 _LIGHTNING_MODULES = ("lightning.pytorch.core.module", "pytorch_lightning.core.module")
+_MIN_TARGETS = 8  # of a batch, to find that all are equal
 _SHARDED = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")
 
 
@@ -63,17 +64,22 @@ def check_modes(trainer: Trainer, names: Collection[str]) -> None:
     Raises:
         MisconfigurationException: If there is one.
     """
-    for callback, monitor in callbacks_that_monitor(trainer, names):
+    for callback, monitor in callbacks_that_monitor(trainer, names.__contains__):
         if getattr(callback, "mode", "min") == "max":
             got = f"got 'max' in `{type(callback).__name__}`"
             raise Refused(f"`mode` should be 'min' for `{monitor}`, {got}.", entry="lowest")
 
 
-def callbacks_that_monitor(trainer: Trainer, names: Collection[str]) -> list[tuple[object, str]]:
-    """List the callbacks that monitor one of some values, of any loader, each with the name that it monitors."""
+def callbacks_that_monitor(trainer: Trainer, is_meant: Callable[[str], bool]) -> list[tuple[object, str]]:
+    """List the callbacks that monitor certain values, of any loader, each with the name that it monitors.
+
+    Args:
+        trainer: The Trainer.
+        is_meant: Whether a value is meant, by its name without the loader.
+    """
     monitors = [(each, getattr(each, "monitor", None)) for each in trainer.callbacks]  # type: ignore[attr-defined]
     named = [(callback, name) for callback, name in monitors if isinstance(name, str)]
-    return [(callback, name) for callback, name in named if name.partition("/dataloader_idx_")[0] in names]
+    return [(callback, name) for callback, name in named if is_meant(name.partition("/dataloader_idx_")[0])]
 
 
 def check_repeatable(first: Tensor, second: Tensor) -> None:
@@ -104,24 +110,58 @@ def check_logits(outputs: Tensor) -> None:
 
 
 def check_outputs(outputs: Tensor, task: Task) -> None:
-    """Refuse outputs that have no risk estimate.
+    """Refuse outputs that have no criterion.
 
     Raises:
         MisconfigurationException: If they are dense, probabilities, or a single one for several classes.
     """
-    if task.sums_to_one and num_outputs(outputs) == 1:
+    shape = tuple(outputs.shape)
+    if task.name == "multiclass" and num_outputs(outputs) == 1:
         raise Refused(
-            f"outputs of shape {tuple(outputs.shape)} are one for each sample: set `task='binary'` if labels are 0 and "
-            "1. A regression has no estimate.",
+            f"outputs of shape {shape} are one for each sample: set `task='binary'` if labels are 0 and 1, or "
+            "`task='regression'` if they are measurements.",
             entry="task",
         )
+    if task.has_one_output and num_outputs(outputs) > 1:
+        raise Refused(f"outputs of shape {shape} are several for each sample: leave `task='binary'` out.", entry="task")
     if math.prod(outputs.shape[2:]) > 1:
         raise Refused(
-            f"outputs are dense, {tuple(outputs.shape)}: there is no estimate for pixels and tokens. Remove "
-            "`RiskMonitor`; `SensitivityMonitor` works.",
-            entry="no-estimate",
+            f"outputs are dense, {shape}: there is no criterion for pixels and tokens. Remove `RiskMonitor`; "
+            "`SensitivityMonitor` works.",
+            entry="no-criterion",
         )
-    if are_probabilities(outputs):
+    if task.has_classes and are_probabilities(outputs):
         raise Refused(
-            "outputs are probabilities, and logits are needed: select them with `outputs=`.", entry="no-estimate"
+            "outputs are probabilities, and logits are needed: select them with `outputs=`.", entry="no-criterion"
+        )
+
+
+def check_targets(labels: Tensor, num_samples: int, seen: Tensor | None, task: Task) -> None:
+    """Refuse labels that are not one for each sample, and what can't be the targets of a regression.
+
+    Args:
+        labels: Labels of a training batch, which fit the outputs.
+        num_samples: How many outputs there are.
+        seen: What a reference sees of the batch.
+        task: The task.
+
+    Raises:
+        MisconfigurationException: If there is a problem.
+    """
+    if len(labels) != num_samples:
+        raise Refused(f"`targets` should return a label for each of {num_samples} samples, got {len(labels)}.", "task")
+    if task.has_classes:
+        return
+    if not labels.is_floating_point():
+        advice = "leave `task='regression'` out if they are classes, make them floating if not"
+        raise Refused(f"the targets of a regression are integers, {labels.dtype}: {advice}.", entry="task")
+    if len(labels) >= _MIN_TARGETS and bool((labels == labels[0]).all()):
+        raise Refused(
+            f"all targets of a training batch are {labels.flatten()[0]:g}: there is nothing to learn.", "task"
+        )
+    if seen is not None and (seen.ndim > 2 or not seen.is_floating_point()):
+        raise Refused(
+            "a regression is measured for vectors alone, such as the columns of a table: set `features=` to a function "
+            "`batch -> (N, D)`.",
+            entry="features",
         )

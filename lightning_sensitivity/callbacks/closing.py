@@ -1,50 +1,54 @@
-"""The line at the end of a fit: which epoch and file, how many labels look wrong, and a second opinion."""
+"""The line at the end of a fit: which epoch and file, what chose them, and what is known of the labels."""
 
 import math
 from collections.abc import Mapping, Sequence
 from operator import attrgetter
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_sensitivity.arguments import link_to
-from lightning_sensitivity.callbacks.record import ESTIMATE, ValidationResult
-from lightning_sensitivity.functional.reference import NOISY
+from lightning_sensitivity.callbacks.record import ValidationResult, Verdict
+from lightning_sensitivity.functional.refined_score import TEMPERATURES
 
-_NEAR = 1 / 20  # of all validations, between the epochs of the criterion and of the second opinion
+_SAID = 0.05  # share of labels that is worth a sentence
+
+Curve = tuple[str, Sequence[ValidationResult]]  # the value, and what validations have shown
 
 
-def log_closing_line(
-    trainer: Trainer, history: Mapping[int, Sequence[ValidationResult]], names: Mapping[str, tuple[str, int]]
-) -> None:
-    """Say in which epoch a value was lowest, what is known of the labels, and what a second opinion would take.
+def closing_line(trainer: Trainer, curves: Mapping[str, Curve], verdict: Verdict) -> str:
+    """Say in which epoch a value was lowest, what chose it, and what is known of the labels.
 
     Args:
         trainer: The Trainer, at the end of a fit.
-        history: What validations have shown, by loader.
-        names: The criterion and the estimate of each loader: name and loader by the name that was logged. The
-            line is about the first one that a callback of the run monitors.
+        curves: The criterion and the ranking of each loader, by the name that was logged. The line is about the
+            first one that a callback of the run monitors.
+        verdict: What was decided on the reference.
+
+    Returns:
+        The line; empty without a curve.
     """
-    logged_name = _watched_name(trainer, names)
-    if logged_name is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
-        return
-    name, dataloader_idx = names[logged_name]
-    results = history[dataloader_idx]
-    best, last = min(results, key=attrgetter(name)), results[-1]
-    is_falling = best is last and len(results) > 1 and not _has_stopped(trainer, logged_name)
-    sentences = [_lowest(trainer, logged_name, best, name), _noise(last)]
-    if last.gap_weight > 0:
-        sentences.append(_still_falling() if is_falling else _second_opinion(best, results))
-    rank_zero_info(" ".join(filter(None, sentences)))
+    name = _watched_name(trainer, curves)
+    if name is None:
+        return ""
+    value, results = curves[name]
+    best, last = min(results, key=attrgetter(value)), results[-1]
+    is_falling = best is last and len(results) > 1 and not _has_stopped(trainer, name)
+    sentences = [_lowest(trainer, name, value, best), _what_chose(verdict, last, value), _unexplained(verdict)]
+    has_chosen = verdict.is_trusted or best.num_labels > 0
+    if is_falling and has_chosen:
+        sentences.append(f"It was still falling: train for longer.{link_to('still-falling')}")
+    return " ".join(filter(None, sentences))
 
 
-def _watched_name(trainer: Trainer, names: Mapping[str, tuple[str, int]]) -> str | None:
+def _watched_name(trainer: Trainer, names: Mapping[str, object]) -> str | None:
     """Find the name that a callback monitors, checkpoints first; else the first one."""
     callbacks = (*trainer.checkpoint_callbacks, *trainer.callbacks)  # type: ignore[attr-defined]
-    watched = [getattr(callback, "monitor", None) for callback in callbacks]
-    found = [name for name in watched if isinstance(name, str) and name in names]
-    return next(iter([*found, *names]), None)
+    for callback in callbacks:
+        monitor = getattr(callback, "monitor", None)
+        if isinstance(monitor, str) and monitor in names:
+            return monitor
+    return next(iter(names), None)
 
 
 def _has_stopped(trainer: Trainer, name: str) -> bool:
@@ -58,12 +62,14 @@ def _monitors(callback: object, name: str) -> bool:
     return isinstance(monitor, str) and monitor == name
 
 
-def _lowest(trainer: Trainer, logged_name: str, best: ValidationResult, name: str) -> str:
-    """Say which epoch and file, and how its probabilities become calibrated: the estimate takes them as they are."""
-    value = getattr(best, name)
-    said = f"`{logged_name}` was lowest at epoch {best.epoch}{_checkpoint_of(trainer, logged_name, value)}"
-    is_calibrated = name == ESTIMATE or best.temperature == 1
-    return f"{said}." if is_calibrated else f"{said}: divide its logits by {best.temperature:.1f} to calibrate it."
+def _lowest(trainer: Trainer, name: str, value: str, best: ValidationResult) -> str:
+    """Say which epoch and file, and how its probabilities become calibrated."""
+    lowest = getattr(best, value)
+    said = f"`{name}` was lowest at epoch {best.epoch}{_checkpoint_of(trainer, name, lowest)}"
+    is_known = TEMPERATURES[0] < best.temperature < TEMPERATURES[-1]  # not at an end of the grid
+    if value == "risk_criterion" and best.temperature != 1 and is_known:
+        return f"{said}: divide its logits by {best.temperature:.1f} to calibrate it."
+    return f"{said}."
 
 
 def _checkpoint_of(trainer: Trainer, name: str, lowest: float) -> str:
@@ -72,29 +78,46 @@ def _checkpoint_of(trainer: Trainer, name: str, lowest: float) -> str:
         path, score = getattr(callback, "best_model_path", ""), getattr(callback, "best_model_score", None)
         if not (path and _monitors(callback, name) and isinstance(score, Tensor) and score.numel() == 1):
             continue  # a callback of the user may have anything of these names
-        if math.isclose(float(score), lowest, rel_tol=1e-5):
+        if math.isclose(float(score), lowest, rel_tol=1e-5, abs_tol=1e-9):
             return f", in the checkpoint {path}"
     return ""
 
 
-def _noise(last: ValidationResult) -> str:
-    """Say what is known of the labels, if anything."""
-    if last.gap_weight == 0:
-        return "No noise was found in the training labels: if they are right, training to the end is about as good."
-    share = f"{100 * last.label_noise:.0f} %"
-    return f"At least about {share} of the training labels look wrong." if last.label_noise >= NOISY else ""
+def _what_chose(verdict: Verdict, last: ValidationResult, value: str) -> str:
+    """Say what chose, and how good it is."""
+    if last.num_labels > 0 and value == "risk_criterion":
+        others = " and the reference" if verdict.is_trusted else ""
+        return f"{last.num_labels} validation labels{others} chose."
+    if verdict.is_trusted:
+        return f"The reference chose: {_skill(verdict, last)}."
+    if verdict.looks_clean:
+        return (
+            f"The training labels look clean ({_skill(verdict, last)}), so the score on training samples chose: if "
+            "they are right, training to the end is about as good."
+        )
+    blind = f"sees too little of the inputs ({_skill(verdict, last)})" if verdict.has_reference else "is missing"
+    return (
+        f"The reference {blind}, so the score on training samples chose, which can't say when to stop: "
+        f"label some validation samples, or set `features=`.{link_to('blind')}"
+    )
 
 
-def _still_falling() -> str:
-    return f"It was still falling: train for longer.{link_to('still-falling')}"
+def _skill(verdict: Verdict, last: ValidationResult) -> str:
+    """Say how well the reference predicts labels that it has not seen, beside the network on labels that it has."""
+    number = f"{verdict.num_samples:,} training labels"
+    if math.isnan(verdict.accuracy):
+        return f"it explains {max(0.0, verdict.skill):.0%} of the variance of {number}, each without having seen it"
+    return (
+        f"it predicts {verdict.accuracy:.0%} of {number}, each without having seen it; the network now predicts "
+        f"{last.training_accuracy:.0%}, which it has seen"
+    )
 
 
-def _second_opinion(best: ValidationResult, results: Sequence[ValidationResult]) -> str:
-    """Say which epoch the reference by itself would choose; nothing without one."""
-    by_reference = [result.by_reference for result in results]
-    if any(map(math.isnan, by_reference)):
+def _unexplained(verdict: Verdict) -> str:
+    """Say how many labels can't be explained, if that is worth a sentence."""
+    if verdict.looks_clean or not verdict.unexplained >= _SAID:
         return ""
-    other = by_reference.index(min(by_reference))
-    is_near = abs(other - results.index(best)) <= _NEAR * len(results)
-    opinion = f"A second opinion, a small model of the training labels, would take epoch {results[other].epoch}."
-    return opinion if is_near else opinion + link_to("second-opinion")
+    return (
+        f"About {verdict.unexplained:.0%} of the training labels can't be explained: they are wrong, or not to be "
+        "known from the inputs."
+    )

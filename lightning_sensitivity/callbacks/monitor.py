@@ -5,24 +5,20 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.memory import is_oom_error
 from torch import Tensor
-from torchmetrics import Metric
 
 from lightning_sensitivity import compat
 from lightning_sensitivity.arguments import check_argument, check_bool, check_int
-from lightning_sensitivity.callbacks.checks import check_repeatable, check_run
-from lightning_sensitivity.callbacks.first_call import FirstCall
+from lightning_sensitivity.callbacks.checks import callbacks_that_monitor, check_repeatable, check_run
+from lightning_sensitivity.callbacks.first_step import FirstStep
 from lightning_sensitivity.callbacks.reporter import Reporter
 from lightning_sensitivity.model import isolated
-from lightning_sensitivity.model import samples as kept
 from lightning_sensitivity.model.isolation import RunIsolated
 from lightning_sensitivity.model.reader import BatchReader
-from lightning_sensitivity.model.samples import KeptSamples
+from lightning_sensitivity.model.samples import MAX_BYTES, KeptSamples
 
 LEFT_OUT = "This epoch has no value."
 
@@ -37,61 +33,52 @@ class Monitor(Callback, ABC):
     names: tuple[str, ...]  # of the values that are always logged, without the prefix; the progress bar shows the first
     measures_only_fits = False  # and leaves `Trainer.validate` alone
 
-    def __init__(
-        self,
-        reader: BatchReader,
-        num_samples: int | None,
-        seed: int,
-        prefix: str,
-        prog_bar: bool,
-        num_labelled: int = 0,
-    ) -> None:
+    def __init__(self, reader: BatchReader, num_samples: int | None, prefix: str, prog_bar: bool) -> None:
         check_int("num_samples", num_samples, 1, optional=True)
-        check_int("seed", seed, 0)
         check_argument("prefix", prefix, isinstance(prefix, str), "a str")
         check_bool("prog_bar", prog_bar)
         self.reader = reader
         self.num_samples = num_samples
-        self.seed = seed
         self.prefix = prefix
         self.prog_bar = prog_bar
-        self._num_labelled = num_labelled  # validation samples with labels that are kept first
         self.metrics: list[Any] = []  # of the last validation, by loader; None where it failed
         self.samples: list[KeptSamples] = []  # by loader
         self.reporter = Reporter(type(self).__name__, prefix)
         self._is_measuring = False  # the current validation
-        self._first_call = FirstCall()
+        self._first_step = FirstStep()
 
     # For subclasses to implement or override
-
-    @abstractmethod
-    def measure(self, module: LightningModule, run: RunIsolated, samples: KeptSamples) -> Metric:
-        """Run the model on the kept samples of a loader, and return a metric of them."""
 
     @abstractmethod
     def check_outputs(self, outputs: Tensor) -> None:
         """Refuse outputs that can't be measured, before the first step."""
 
     @abstractmethod
-    def compute_values(self, trainer: Trainer, dataloader_idx: int) -> dict[str, Tensor]:
+    def measure(self, module: LightningModule, run: RunIsolated, samples: KeptSamples) -> object:
+        """Run the model on the kept samples of a loader, and return a metric of them."""
+
+    @abstractmethod
+    def compute_values(self, trainer: Trainer, dataloader_idx: int) -> dict[str, Tensor | float]:
         """Compute the values of a loader over all processes, if any, and warn of doubtful ones."""
 
-    def fallback_values(self, dataloader_idx: int, has_failed: bool) -> Mapping[str, float]:
-        """Return what to log in a fit where there are no values: they have failed, or this is no time to measure."""
-        return {}
+    @abstractmethod
+    def fallback_values(self, dataloader_idx: int) -> Mapping[str, float]:
+        """Return what other callbacks get where a validation of a fit has no values; it is not logged."""
 
     def should_measure(self, trainer: Trainer) -> bool:
         """Decide whether to measure the current validation. Override it to measure at other times."""
         return True
 
-    def keep(self, module: LightningModule, batch: object, batch_idx: int, samples: KeptSamples) -> None:
-        """Keep a validation batch if its samples are wanted."""
-        if samples.wants(batch_idx):
-            samples.add(self.reader.keep(module, batch, batch_idx))
+    def is_ready(self, trainer: Trainer) -> bool:
+        """Return whether all is there that a validation of a fit needs; every process comes here."""
+        return True
 
-    def forget_samples(self) -> None:
-        """Forget the kept validation samples."""
-        self.samples = []
+    def prepare(self, trainer: Trainer, module: LightningModule) -> None:
+        """Do what is to be done once, before the samples of all loaders are measured."""
+
+    def keep(self, module: LightningModule, batch: object, batch_idx: int, samples: KeptSamples) -> None:
+        """Keep a validation batch."""
+        samples.add(self.reader.keep(module, batch, batch_idx))
 
     # Before a run
 
@@ -105,22 +92,19 @@ class Monitor(Callback, ABC):
             is_unique = other is self or not isinstance(other, Monitor) or other.prefixed_names().isdisjoint(names)
             check_argument("prefix", self.prefix, is_unique, "different in monitors that log the same names")
         self.reporter = Reporter(type(self).__name__, self.prefix)
-        self.reader.forget_model()
         self._free()
 
     # The first training step
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
-        """Before the first step, try the model if the sanity check has not, and watch the step."""
+        """Watch the first step. From now on, a failure costs a value, and no run."""
         if self.reporter.before_first_step:
-            if trainer.global_step == 0 and trainer.num_sanity_val_steps == 0:
-                self._try_training_batch(trainer, pl_module, batch)
             self.reporter.before_first_step = False
-            self._first_call.start(pl_module, batch, self.reader)
+            self._first_step.start(pl_module, batch, self.reader)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: object, *args: object) -> None:
         """Warn if the first step does not compute what is measured."""
-        problem = self._first_call.stop(is_skipped=pl_module.automatic_optimization and not outputs)
+        problem = self._first_step.stop(is_skipped=pl_module.automatic_optimization and not outputs)
         if problem is not None:
             self.reporter.warn(
                 "step",
@@ -135,10 +119,13 @@ class Monitor(Callback, ABC):
         is_fit = trainer.state.fn == TrainerFn.FITTING
         if is_fit and not trainer.sanity_checking:
             self.reporter.before_first_step = False  # also in a resumed fit that begins with a validation
-        self._is_measuring = (is_fit or not self.measures_only_fits) and self.should_measure(trainer)
+        is_ready = not self.measures_only_fits
+        if is_fit:
+            is_ready = trainer.sanity_checking or self.is_ready(trainer)
+        self._is_measuring = is_ready and self.should_measure(trainer)
         if self._is_measuring:
             self.metrics = []
-            self.samples = self.samples or self._keep_samples(trainer)
+            self.samples = self.samples or self._make_samples(trainer)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int, dataloader_idx: int = 0
@@ -146,11 +133,14 @@ class Monitor(Callback, ABC):
         """Keep a batch before the step can change it."""
         if not self._is_measuring or batch is None or dataloader_idx >= len(self.samples):
             return
+        samples = self.samples[dataloader_idx]
+        if not samples.wants(batch_idx):
+            return
         with (
             self.reporter.report_failure("could not keep a validation batch", "It is left out."),
             trainer.precision_plugin.val_step_context(),
         ):
-            self.keep(pl_module, batch, batch_idx, self.samples[dataloader_idx])
+            self.keep(pl_module, batch, batch_idx, samples)
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: object) -> None:
         """Measure the samples after the last batch: in this hook averaged weights are still in place."""
@@ -162,7 +152,7 @@ class Monitor(Callback, ABC):
         if self._is_measuring and not self.metrics:  # the loader ended before Lightning knew, or has no batch here
             self._measure_all(trainer, pl_module)
         if trainer.sanity_checking:
-            self.forget_samples()
+            self.samples = []
             return
         for dataloader_idx in range(self.num_loaders(trainer)):
             self._log_values(trainer, dataloader_idx)
@@ -191,43 +181,44 @@ class Monitor(Callback, ABC):
         suffix = f"/dataloader_idx_{dataloader_idx}" if self.num_loaders(trainer) > 1 else ""
         return self.prefix + name + suffix
 
-    def _keep_samples(self, trainer: Trainer) -> list[KeptSamples]:
+    def _make_samples(self, trainer: Trainer) -> list[KeptSamples]:
         """Prepare to keep samples of each validation loader."""
-        num_loaders, num_processes = compat.num_loaders(trainer), trainer.world_size
-        num_wanted = math.inf if self.num_samples is None else self.num_samples / num_processes
-        num_labelled, max_bytes = self._num_labelled / num_processes, kept.MAX_BYTES / num_loaders
-        return [KeptSamples(index, num_wanted, num_labelled, max_bytes) for index in range(num_loaders)]
+        num_loaders = compat.num_loaders(trainer)
+        num_wanted = math.inf if self.num_samples is None else self.num_samples / trainer.world_size
+        return [KeptSamples(num_wanted, index, MAX_BYTES / num_loaders) for index in range(num_loaders)]
 
     def _measure_all(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the samples of every loader."""
         self.metrics = [None] * len(self.samples)
         for samples in self.samples:
-            what = f"could not measure the samples of dataloader {samples.dataloader_idx}"
-            with self.reporter.report_failure(what, LEFT_OUT):
-                metric = self._measure_isolated(trainer, pl_module, samples)
-                if trainer.state.fn != TrainerFn.FITTING or not self.reporter.before_first_step:
-                    self.reporter.warn_of_probabilities()
-                compat.mark_updated(metric)  # a loader or a process may have no samples
-                self.metrics[samples.dataloader_idx] = metric
+            samples.complete()
             if samples.is_truncated:
                 message = f"keeps only {samples.size} samples of a loader: more would take too much memory."
                 self.reporter.warn("samples", message)
+        with self.reporter.report_failure("could not prepare to measure", LEFT_OUT):
+            self.prepare(trainer, pl_module)
+        for samples in self.samples:
+            what = f"could not measure the samples of dataloader {samples.dataloader_idx}"
+            with self.reporter.report_failure(what, LEFT_OUT):
+                self.metrics[samples.dataloader_idx] = self._measure_isolated(trainer, pl_module, samples)
+                if trainer.state.fn != TrainerFn.FITTING or not self.reporter.before_first_step:
+                    self.reporter.warn_of_probabilities()
 
-    def _measure_isolated(self, trainer: Trainer, pl_module: LightningModule, samples: KeptSamples) -> Metric:
+    def _measure_isolated(self, trainer: Trainer, pl_module: LightningModule, samples: KeptSamples) -> object:
         """Measure the samples of a loader without a trace; before the first step, check the model, too."""
-        samples.complete()
         with isolated(pl_module) as run, trainer.precision_plugin.val_step_context():
-            if self.reporter.before_first_step:
-                self._check_model(pl_module, run, samples)
+            if self.reporter.before_first_step and samples.size > 0:
+                call = samples.batches[0].call
+                assert call is not None
+                self.check_model(run, call.to(pl_module.device))
             return self.measure(pl_module, run, samples)
 
-    def _check_model(self, module: LightningModule, run: RunIsolated, samples: KeptSamples) -> None:
-        """Refuse a model that can't be measured, by two passes over a batch."""
-        for batch in samples.batches[:1]:
-            call = batch.call.to(module.device)
-            outputs = run(call)
-            check_repeatable(outputs, run(call))
-            self.check_outputs(outputs)
+    def check_model(self, run: RunIsolated, call: Any) -> Tensor:
+        """Refuse a model that can't be measured, by two passes over a batch, and return the outputs."""
+        outputs: Tensor = run(call)
+        check_repeatable(outputs, run(call))
+        self.check_outputs(outputs)
+        return outputs
 
     def _log_values(self, trainer: Trainer, dataloader_idx: int) -> None:
         """Log the values of a loader, unless a process could not measure it; every process comes here."""
@@ -237,36 +228,30 @@ class Monitor(Callback, ABC):
             what = f"could not compute the values of dataloader {dataloader_idx}"
             with self.reporter.report_failure(what, LEFT_OUT):
                 values = self.compute_values(trainer, dataloader_idx)
-        if not values and trainer.state.fn == TrainerFn.FITTING:
-            values = self.fallback_values(dataloader_idx, has_failed=self._is_measuring)
+        is_missing = not values
+        if is_missing and trainer.state.fn == TrainerFn.FITTING:
+            values = self.fallback_values(dataloader_idx)
+            self._hold_early_stopping(trainer, {self.prefix + name for name in values})
         for name, value in values.items():
             logged_name = self.logged_name(trainer, name, dataloader_idx)
             with self.reporter.report_failure(f"could not log `{logged_name}`", LEFT_OUT):
                 trainer.lightning_module.log(
                     logged_name,
                     value,
-                    prog_bar=self.prog_bar and name == self.names[0],
+                    logger=not is_missing,
+                    prog_bar=self.prog_bar and name == self.names[0] and not is_missing,
                     sync_dist=trainer.world_size > 1,
                     add_dataloader_idx=False,
                 )
 
-    def _try_training_batch(self, trainer: Trainer, pl_module: LightningModule, batch: object) -> None:
-        """Do everything once with the first training batch in place of a validation batch, if it is of that kind."""
-        samples = KeptSamples(0, num_wanted=1)
-        what = "could not measure the first training batch, which stands for validation batches without a sanity check"
-        with self.reporter.report_failure(what, LEFT_OUT):
-            try:
-                with trainer.precision_plugin.val_step_context():
-                    self.keep(pl_module, batch, 0, samples)
-                self._measure_isolated(trainer, pl_module, samples)
-            except (MisconfigurationException, Warning):
-                raise
-            except Exception as error:  # it may be of another kind, which the first validation will see
-                if is_oom_error(error):
-                    raise
+    def _hold_early_stopping(self, trainer: Trainer, names: set[str]) -> None:
+        """Let an epoch without a value not count for the patience of callbacks that monitor it."""
+        for callback, _ in callbacks_that_monitor(trainer, names.__contains__):
+            if isinstance(getattr(callback, "wait_count", None), int):
+                callback.wait_count -= 1  # type: ignore[attr-defined]
 
     def _free(self) -> None:
         """Free the samples, and stop watching."""
-        self.forget_samples()
-        self._first_call.cancel()
+        self.samples = []
+        self._first_step.cancel()
         self._is_measuring = False

@@ -1,180 +1,155 @@
-"""What a RiskMonitor has to remember of a fit: all of a record is saved, and nothing of what is kept beside it."""
+"""What a RiskMonitor has to remember of a fit: all of it is saved in checkpoints."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_sensitivity.arguments import Refused
-from lightning_sensitivity.functional.reference import Calibration, Reference
-from lightning_sensitivity.model.call import device_of
-from lightning_sensitivity.model.samples import KeptSamples
-from lightning_sensitivity.model.twins import copy_weights
+from lightning_sensitivity.functional.criterion import Calibration
+from lightning_sensitivity.functional.reference import Reference
+from lightning_sensitivity.functional.tasks import Task
 
-CRITERION, ESTIMATE = "risk_criterion", "risk_estimate"  # of the logged values
+_TOLERANCE = 1e-6  # of fingerprints, relative
 
 
-class ValidationResult(NamedTuple):
+@dataclass
+class Verdict:
+    """Hold what is decided, once, when all processes have their training samples.
+
+    Attributes:
+        has_reference: Whether there is a reference.
+        is_trusted: Whether it chooses; else the training score does.
+        looks_clean: Whether it does not choose since labels look clean.
+        num_samples: How many training samples it knows.
+        accuracy: The share of labels that it predicts, each without having seen it; nan for a regression.
+        skill: How far its leave-one-out score is below chance, from 1, if perfect, to 0, if useless.
+        unexplained: The share of training labels that can't be explained; nan if it is unknown.
+        shares: The mean label of these samples.
+    """
+
+    has_reference: bool = False
+    is_trusted: bool = False
+    looks_clean: bool = False
+    num_samples: int = 0
+    accuracy: float = math.nan
+    skill: float = math.nan
+    unexplained: float = math.nan
+    shares: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, reference: Reference, task: Task) -> Verdict:
+        """Decide whether a reference chooses."""
+        is_right = task.classes(reference.leave_one_out) == task.classes(reference.labels)
+        return cls(
+            has_reference=True,
+            is_trusted=reference.is_trusted and not reference.looks_clean,
+            looks_clean=reference.is_trusted and reference.looks_clean,
+            num_samples=reference.num_samples,
+            accuracy=float(is_right.double().mean()) if task.has_classes else math.nan,
+            skill=reference.skill,
+            unexplained=reference.unexplained,
+            shares=tuple(reference.shares.tolist()),
+        )
+
+
+@dataclass
+class ValidationResult:
     """Hold what a validation has shown, over all processes.
 
     Attributes:
         epoch: The epoch.
         risk_criterion: The criterion.
-        risk_estimate: The estimate, combined with any validation labels.
-        by_reference: The reference's; nan without one, or if it has no weight.
-        label_noise: The share of training labels that look wrong; nan if it is unknown.
-        gap_weight: How much the estimate counts in the criterion; 0 if no noise was found in the training labels.
+        risk_ranking: The ranking; nan for a regression.
         temperature: By which logits are to be divided, to be calibrated.
+        num_labels: The number of validation labels.
+        training_accuracy: The share of training labels that the network predicts; 0 for a regression.
     """
 
     epoch: int
     risk_criterion: float
-    risk_estimate: float
-    by_reference: float
-    label_noise: float
-    gap_weight: float
+    risk_ranking: float
     temperature: float
+    num_labels: int
+    training_accuracy: float
+
+
+@dataclass
+class LoaderRecord:
+    """Hold what belongs to a validation loader.
+
+    Attributes:
+        fingerprints: A number for each kept sample of all processes, sorted, by which it is known again, ``(N,)``.
+        predictions: What the reference predicts for it, ``(N, K)``.
+        calibration: How much more the network knows than the reference, by the epochs so far.
+        history: What each validation has shown.
+    """
+
+    fingerprints: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    predictions: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
+    calibration: Calibration = field(default_factory=Calibration)
+    history: list[ValidationResult] = field(default_factory=list)
+
+    def remember(self, fingerprints: Tensor, predictions: Tensor) -> None:
+        """Take the predictions for samples of all processes."""
+        self.fingerprints, order = fingerprints.cpu().sort()
+        self.predictions = predictions.cpu().float()[order]
+
+    def find(self, fingerprints: Tensor) -> Tensor | None:
+        """Return the predictions for samples; None if one of them is not known."""
+        if not len(self.fingerprints):
+            return None
+        middle = (self.fingerprints[1:] + self.fingerprints[:-1]) / 2
+        places = torch.searchsorted(middle, fingerprints)
+        distances = (self.fingerprints[places] - fingerprints).abs()
+        is_known = distances <= _TOLERANCE * (1 + fingerprints.abs())
+        return self.predictions[places] if bool(is_known.all()) else None
 
     @classmethod
-    def of(cls, epoch: int, values: Mapping[str, Tensor], gap_weight: float) -> ValidationResult:
-        """Take what is needed from what a :class:`~lightning_sensitivity.RiskEstimate` has computed."""
-        has_weight = bool(values.get("risk_reference_weight", 0.0) > 0)
-        return cls(
-            epoch=epoch,
-            risk_criterion=float(values[CRITERION]),
-            risk_estimate=float(values[ESTIMATE]),
-            by_reference=float(values["risk_reference"]) if has_weight else math.nan,
-            label_noise=float(values.get("risk_label_noise", math.nan)),
-            gap_weight=gap_weight,
-            temperature=float(values["risk_temperature"]),
-        )
+    def from_dict(cls, saved: Mapping[str, Any]) -> LoaderRecord:
+        """Read what ``asdict`` has written."""
+        history = [ValidationResult(**result) for result in saved["history"]]
+        return cls(saved["fingerprints"], saved["predictions"], Calibration(**saved["calibration"]), history)
 
 
 @dataclass
 class RiskRecord:
-    """Hold what is fixed at the start of a fit, and what its validations have shown.
+    """Hold what a resumed fit continues.
 
     Attributes:
-        initial: The parameters from before training, on the CPU; empty before the first step.
-        num_training: n, the number of labelled training samples; None before the first validation.
-        num_weights: w, the number of weights that are trained; None before the first validation.
-        calibrations: Calibration of the reference, by loader.
-        gap_weights: How much the estimate counts in the criterion, by loader, once all training samples were kept.
-        history: What each validation has shown, by loader.
+        verdict: What was decided on the reference; None before that.
+        loaders: What belongs to each validation loader.
     """
 
-    initial: dict[str, Tensor] = field(default_factory=dict)
-    num_training: int | None = None
-    num_weights: int | None = None
-    calibrations: dict[int, Calibration] = field(default_factory=dict)
-    gap_weights: dict[int, float] = field(default_factory=dict)
-    history: dict[int, list[ValidationResult]] = field(default_factory=dict)
+    verdict: Verdict | None = None
+    loaders: dict[int, LoaderRecord] = field(default_factory=dict)
 
-    def start(self, module: nn.Module, given: Mapping[str, Tensor] | None, is_new: bool) -> None:
-        """Take the parameters from before training, at the first step of a run.
+    def loader(self, dataloader_idx: int) -> LoaderRecord:
+        """Return the record of a loader, a new one at first."""
+        return self.loaders.setdefault(dataloader_idx, LoaderRecord())
 
-        Args:
-            module: The module.
-            given: Those that the user gives.
-            is_new: Whether nothing was trained before this run.
-
-        Raises:
-            MisconfigurationException: If they are unknown, or the given ones are not those of the module.
-        """
-        parameters = dict(module.named_parameters())
-        if given is not None and parameters.keys().isdisjoint(given):
-            message = "`initial_weights` should name parameters of the module, as a `['state_dict']` does"
-            raise Refused(f"{message}, but names none.", entry="initial-weights")
-        if given is None and not self.initial and not is_new:
-            message = "the weights from before training are unknown, since the checkpoint has none"
-            raise Refused(f"{message}: pass `initial_weights=`.", entry="initial-weights")
-        self.initial = copy_weights(parameters) | self.initial if given is None else copy_weights(given)
-
-    def initial_weights(self, module: nn.Module) -> dict[str, Tensor]:
-        """Return the initial parameters on the device of a module, but those that are frozen and unchanged."""
-        parameters, device = dict(module.named_parameters()), device_of(module)
-        frozen = {name: weight for name, weight in parameters.items() if not weight.requires_grad}
-        unchanged = {name for name, weight in frozen.items() if _is_equal(self.initial.get(name), weight)}
-        initial = self.initial or copy_weights(parameters)  # nothing was trained yet
-        return {name: weight.to(device) for name, weight in initial.items() if name not in unchanged}
-
-    def has_moved(self, module: nn.Module) -> bool:
-        """Return whether trained weights are more than 1 % away from where they began."""
-        pairs = [(weight, self.initial.get(name)) for name, weight in module.named_parameters() if weight.requires_grad]
-        known = [(x.detach().cpu().double(), w.double()) for x, w in pairs if w is not None and w.shape == x.shape]
-        moved = sum(float((x - before).square().sum()) for x, before in known)
-        return moved > 0.01**2 * sum(float(before.square().sum()) for _, before in known)
-
-    def to_dict(self, module: nn.Module) -> dict[str, Any]:
-        """Return plain values for a checkpoint, without the initial weights that its module still has."""
-        parameters = dict(module.named_parameters())
-        changed = {name: x for name, x in self.initial.items() if not _is_equal(x, parameters.get(name))}
-        return {
-            "initial_weights": changed,
-            "num_training": self.num_training,
-            "num_weights": self.num_weights,
-            "calibrations": {index: tuple(calibration) for index, calibration in self.calibrations.items()},
-            "gap_weights": dict(self.gap_weights),
-            "history": {index: list(map(tuple, results)) for index, results in self.history.items()},
-        }
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values and tensors for a checkpoint."""
+        return asdict(self)
 
     @classmethod
-    def from_dict(cls, state: Mapping[str, Any], module: nn.Module) -> RiskRecord:
-        """Read what :meth:`to_dict` has written, with the module of the same checkpoint.
+    def from_dict(cls, state: Mapping[str, Any]) -> RiskRecord:
+        """Read what :meth:`to_dict` has written.
 
         Raises:
             MisconfigurationException: If something else is there.
         """
         try:
-            return cls(
-                initial=copy_weights(dict(module.named_parameters())) | dict(state["initial_weights"]),
-                num_training=state["num_training"],
-                num_weights=state["num_weights"],
-                calibrations={index: Calibration(*values) for index, values in state["calibrations"].items()},
-                gap_weights=dict(state["gap_weights"]),
-                history={index: [ValidationResult(*r) for r in results] for index, results in state["history"].items()},
-            )
+            verdict = None if state["verdict"] is None else Verdict(**state["verdict"])
+            return cls(verdict, {index: LoaderRecord.from_dict(saved) for index, saved in state["loaders"].items()})
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise Refused(
                 "`RiskMonitor` cannot read its state in the checkpoint, which another version may have saved: "
-                f"{type(error).__name__}: {error}. Remove it from `checkpoint['callbacks']`, and pass "
-                "`initial_weights=`.",
-                entry="initial-weights",
+                f"{type(error).__name__}: {error}. Remove it from `checkpoint['callbacks']`.",
+                entry="checkpoint",
             ) from error
-
-
-def _is_equal(initial: Tensor | None, weight: Tensor | None) -> bool:
-    """Compare values, since a write through `data` leaves no other trace."""
-    if initial is None or weight is None or initial.shape != weight.shape:
-        return False
-    return torch.equal(initial.to(weight), weight.detach())
-
-
-@dataclass
-class KeptTraining:
-    """Hold what a run keeps of its training samples, and what was made of them.
-
-    Attributes:
-        has_started: Whether the run has had a training batch.
-        output_shape: The shape of the outputs for a sample; None before the first training batch.
-        samples: Training samples with labels; it wants none at first.
-        references: References, by loader; None if there can be none.
-        num_known: How many training samples were kept when they were fitted.
-    """
-
-    has_started: bool = False
-    output_shape: tuple[int, ...] | None = None
-    samples: KeptSamples = field(default_factory=lambda: KeptSamples(0, num_wanted=0))
-    references: dict[int, Reference | None] = field(default_factory=dict)
-    num_known: int = 0
-
-    def starts_at(self, batch_idx: int) -> bool:
-        """Return whether to keep samples from a batch on: the first one, and again that of the next epoch, if late."""
-        if not self.has_started or batch_idx > 0:
-            return not self.has_started
-        return self.samples.size > 0 and self.samples.batches[0].index > 0  # resumed within an epoch

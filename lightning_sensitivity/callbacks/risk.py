@@ -1,63 +1,83 @@
-"""The callback that logs the risk estimate, which decides when to stop."""
+"""The callback that logs what to stop by."""
 
 import math
-from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_sensitivity.arguments import Refused, Selector, check_argument, check_bool, check_int
-from lightning_sensitivity.callbacks.checks import check_modes, check_outputs
-from lightning_sensitivity.callbacks.closing import log_closing_line
-from lightning_sensitivity.callbacks.counting import check_number, count_labelled_samples
+from lightning_sensitivity.arguments import Selector, check_argument, check_bool
+from lightning_sensitivity.callbacks.checks import check_modes, check_outputs, check_targets
+from lightning_sensitivity.callbacks.closing import closing_line
 from lightning_sensitivity.callbacks.monitor import Monitor
-from lightning_sensitivity.callbacks.pitfalls import warn_of_few_classes, warn_of_known_labels, warn_of_preparation
-from lightning_sensitivity.callbacks.record import CRITERION, ESTIMATE, KeptTraining, RiskRecord, ValidationResult
+from lightning_sensitivity.callbacks.record import RiskRecord, ValidationResult
+from lightning_sensitivity.callbacks.reference import RunReference
 from lightning_sensitivity.callbacks.reporter import describe_error
-from lightning_sensitivity.functional.reference import Reference
-from lightning_sensitivity.functional.risk import TWIN_STRENGTH, RiskTerms
-from lightning_sensitivity.functional.tasks import TASKS, has_ignored_value
-from lightning_sensitivity.metric import RiskEstimate
-from lightning_sensitivity.model import isolated
-from lightning_sensitivity.model.isolation import RunIsolated
+from lightning_sensitivity.callbacks.training import TrainingSamples
+from lightning_sensitivity.functional.criterion import combine_with_labels, distance_from_reference
+from lightning_sensitivity.functional.refined_score import UNCHANGED, Refined, ScoreSums
+from lightning_sensitivity.functional.tasks import TASK_NAMES, TASKS, has_label
+from lightning_sensitivity.metric.refined_score import Agreement, RefinedScore, computed_sums
+from lightning_sensitivity.model.isolation import RunIsolated, isolated
 from lightning_sensitivity.model.reader import BatchReader
-from lightning_sensitivity.model.reference import NUM_TRAINING, fit_to_samples
-from lightning_sensitivity.model.samples import KeptBatch, KeptSamples, spread
-from lightning_sensitivity.model.twins import Twins, has_batch_norm, unknown_parameters
+from lightning_sensitivity.model.samples import KeptSamples
 
-NUM_LABELLED = 1200  # validation samples with labels that are kept, over all processes
-NUM_SCORED = 500  # training samples that are run in each validation, over all processes
-_FEW_SAMPLES = 8  # in a batch, for batch norm
+CRITERION, RANKING, DISAGREEMENT = "risk_criterion", "risk_ranking", "risk_disagreement"
+NUM_LABELLED = 2000  # validation samples that are kept if they have labels, over all processes
+_WORST_RANKING = 2.0
+
+
+@dataclass
+class RiskMetrics:
+    """Hold what a validation measures on a loader.
+
+    Attributes:
+        unseen: Scores of unseen samples against the reference.
+        labels: Scores of validation samples against their labels.
+        training: Scores of training samples against their labels.
+        agreement: How alike network and reference rank unseen samples; None for a regression.
+    """
+
+    unseen: RefinedScore
+    labels: RefinedScore
+    training: RefinedScore
+    agreement: Agreement | None
 
 
 class RiskMonitor(Monitor):
-    r"""Log what to stop by, and an estimate of the Brier score on unseen samples, in every validation epoch.
+    r"""Log what to stop by, and to choose a checkpoint by, in every validation epoch, without validation labels.
 
-    Noisy training labels are enough. Regressions and dense outputs have no estimate.
+    A small model of the training labels, the *reference*, stands in for validation labels. It is kernel ridge
+    regression (see :func:`~lightning_sensitivity.functional.fit_reference`), it is checked by leaving each label
+    out, and it never sees the network. The network is the better, the nearer its predictions for unseen samples
+    are to those of the reference, see :func:`~lightning_sensitivity.functional.criterion.distance_from_reference`.
+    Where training labels look clean, or the reference sees too little of the inputs, the score on training
+    samples takes its place; the line at the end of a fit says so.
 
-    **Logged values**, only in ``Trainer.fit``, after ``prefix``, as by ``compute`` of
-    :class:`~lightning_sensitivity.RiskEstimate`: ``risk_criterion``, lowest where to stop, ``risk_estimate``
-    and its terms, ``risk_temperature``; for dense inputs, token ids or ``features``, ``risk_label_noise``, the
-    share of training labels that look wrong, ``risk_reference`` and ``risk_reference_weight``.
+    **Logged values**, only in ``Trainer.fit``, after ``prefix``, all best where they are lowest:
 
-    Up to 1,000 training samples and ``num_samples`` validation samples are kept on the CPU, at most 512 MiB
-    of each in each process. A validation runs two passes over the latter, one more with batch norm or fewer
-    than four batches, and one over 500 of the former.
+    - ``risk_criterion``: what to stop by, for accuracy and, in a regression, for the squared error;
+    - ``risk_ranking``: what to stop by for AUC, few positives, class weights or resampling: 1 - rank correlation
+      of the network's predictions with the reference's, class by class;
+    - ``risk_disagreement``: the share of unseen samples whose class is not the reference's, to compare runs.
+
+    Up to 3,000 training samples (what the reference sees of them) and ``num_samples`` validation samples are
+    kept on the CPU. A validation runs one pass over the latter, and one over 600 training samples.
 
     Args:
-        task: ``"multiclass"``, ``"binary"`` or ``"multilabel"``.
+        task: ``"multiclass"``, ``"binary"`` or ``"regression"``.
         targets: A function ``batch -> labels``; by default
             :func:`~lightning_sensitivity.model.select_targets`. Labels of -100 are ignored.
-        validation_labels: Choose by the refined score of validation labels, of up to 1,200 samples, beside the
-            estimate where noise may be. Log ``risk_label_score`` and ``risk_num_labels``, too.
-        features: A function ``batch -> (N, D)`` for the reference, such as a pretrained encoder.
-        initial_weights: State dict from before training, if these data have been trained on before.
-        num_training: Number of different training samples, for streams and several loaders.
+        validation_labels: Choose by the refined score of validation labels, which may be noisy, and by the
+            reference. Up to 2,000 samples are then kept.
+        features: A function ``batch -> (N, D)``, what the reference sees, such as a pretrained encoder; by
+            default the inputs.
         num_samples: Validation samples per loader, over all processes; None for all.
-        seed: Seed of the simulated twins.
         prefix: Prefix of the logged names.
         inputs: A function ``batch -> arguments``; see :class:`~lightning_sensitivity.model.ModelCall`.
         outputs: A function ``result -> logits``, ``(N, K)`` or ``(N,)``.
@@ -73,7 +93,7 @@ class RiskMonitor(Monitor):
         >>> callbacks = [RiskMonitor(), EarlyStopping("val/risk_criterion", patience=10)]
     """
 
-    names = (CRITERION, *(f"risk_{term}" for term in RiskTerms._fields))
+    names = (CRITERION, RANKING, DISAGREEMENT)
     measures_only_fits = True
 
     def __init__(
@@ -83,29 +103,23 @@ class RiskMonitor(Monitor):
         targets: Selector | None = None,
         validation_labels: bool = False,
         features: Selector | None = None,
-        initial_weights: Mapping[str, Tensor] | None = None,
-        num_training: int | None = None,
         num_samples: int | None = 600,
-        seed: int = 0,
         prefix: str = "val/",
         inputs: Selector | None = None,
         outputs: Selector | None = None,
         prog_bar: bool = False,
     ) -> None:
-        check_argument("task", task, task in TASKS, f"one of {', '.join(map(repr, TASKS))} (a regression has none)")
+        check_argument("task", task, task in TASKS, f"one of {TASK_NAMES}")
         check_bool("validation_labels", validation_labels)
-        is_valid = isinstance(initial_weights, Mapping | None)
-        check_argument("initial_weights", initial_weights, is_valid, "a state dict, as in a checkpoint, or None")
-        check_int("num_training", num_training, 1, optional=True)
         reader = BatchReader(inputs=inputs, outputs=outputs, targets=targets, features=features, task=TASKS[task])
-        super().__init__(reader, num_samples, seed, prefix, prog_bar, NUM_LABELLED if validation_labels else 0)
+        super().__init__(reader, num_samples, prefix, prog_bar)
+        if validation_labels and num_samples is not None:
+            self.num_samples = max(num_samples, NUM_LABELLED)
         self.task = task
         self.validation_labels = validation_labels
-        self.initial_weights = initial_weights
-        self.num_training = num_training
-        self.record = RiskRecord()  # all of it is saved
-        self.kept = KeptTraining()  # none of it is
-        self._has_logged: set[int] = set()  # loaders with a value in this run
+        self.record = RiskRecord()  # all of it is saved; nothing of what follows is
+        self.training: TrainingSamples | None = None  # of this run; None before its first batch
+        self.reference = RunReference(TASKS[task], self.record, self.reporter)
         self._has_said_last_line = False
 
     # Before and after a fit
@@ -114,9 +128,10 @@ class RiskMonitor(Monitor):
         """Check what can be checked by now, and forget the last fit, unless this one continues it."""
         super().setup(trainer, pl_module, stage)
         check_modes(trainer, self.prefixed_names())
-        self._has_logged, self._has_said_last_line = set(), False
-        if stage == "fit" and _is_new(trainer):
+        self._has_said_last_line = False
+        if stage == "fit" and trainer.global_step == 0 and trainer.current_epoch == 0:  # raw optimizers count no steps
             self.record = RiskRecord()
+        self._free()
 
     @property
     def state_key(self) -> str:
@@ -126,15 +141,15 @@ class RiskMonitor(Monitor):
     # Not `state_dict`, of which Lightning refuses two with one key before we can name the argument.
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Save the weights from before training, and what else a resumed fit needs."""
-        with self.reporter.report_failure("could not save its state", "A resumed fit needs `initial_weights=`."):
-            checkpoint["callbacks"][self.state_key] = self.record.to_dict(pl_module)
+        """Save what a resumed fit continues."""
+        checkpoint["callbacks"][self.state_key] = self.record.to_dict()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restore what was saved, if anything."""
         state = checkpoint["callbacks"].get(self.state_key)
         if state is not None:
-            self.record = RiskRecord.from_dict(state, pl_module)
+            self.record = RiskRecord.from_dict(state)
+            self._free()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say which epoch to choose, and what is known of the labels."""
@@ -147,211 +162,174 @@ class RiskMonitor(Monitor):
         super().on_exception(trainer, pl_module, exception)
 
     def _say_last_line(self, trainer: Trainer) -> None:
-        if self._has_said_last_line or not self._has_logged:
+        is_silent = self._has_said_last_line or trainer.fast_dev_run  # type: ignore[attr-defined]
+        if is_silent or self.record.verdict is None:
             return
         self._has_said_last_line = True
         with self.reporter.report_failure("could not say which epoch to choose", "Look at the curve."):
-            loaders = [index for index in range(self.num_loaders(trainer)) if index in self.record.history]
-            names = {self.logged_name(trainer, name, i): (name, i) for i in loaders for name in (CRITERION, ESTIMATE)}
-            log_closing_line(trainer, self.record.history, names)
-
-    def forget_samples(self) -> None:
-        """Forget the kept validation samples, and the references fitted to them."""
-        super().forget_samples()
-        self.kept.references = {}
+            curves = {
+                self.logged_name(trainer, name, index): (name, record.history)
+                for name in (CRITERION, RANKING)
+                for index, record in sorted(self.record.loaders.items())
+                if record.history
+            }
+            line = closing_line(trainer, curves, self.record.verdict)
+            if line:
+                rank_zero_info(line)
 
     def _free(self) -> None:
-        """Free all that a checkpoint does not need, such as the kept training samples."""
+        """Free all that a checkpoint does not need."""
         super()._free()
-        self.kept = KeptTraining()
+        self.training = None
+        self.reference = RunReference(TASKS[self.task], self.record, self.reporter)
 
     # Training samples
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
-        """Start with the first batch of a fit, and keep the first samples."""
-        samples = self.kept.samples
-        if self.kept.starts_at(batch_idx):
-            with self.reporter.report_failure("cannot estimate the risk", "There is no estimate in this fit."):
-                self._start(trainer, pl_module, batch, batch_idx)
+        """Check the first batch of a run, and keep samples of its first epoch."""
+        if self.training is None:
+            with self.reporter.report_failure("cannot measure the risk", "There is no criterion in this fit."):
+                self.training = self._start(trainer, pl_module, batch)
         elif batch_idx == 0:  # a new epoch repeats the samples
-            samples.complete()
-        elif not samples.is_full and samples.wants(batch_idx):
-            with self.reporter.report_failure("could not keep a training batch", "It is left out."):
-                samples.add(self._keep_training_batch(pl_module, batch, batch_idx))
+            self.training.complete()
+        if self.training is not None and not self.reference.is_made:
+            with (
+                self.reporter.report_failure("could not keep a training batch", "It is left out."),
+                trainer.precision_plugin.val_step_context(),
+            ):
+                self.training.keep(pl_module, batch, batch_idx)
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
-    def _start(self, trainer: Trainer, module: LightningModule, batch: object, batch_idx: int) -> None:
-        """Keep the initial weights and the first batch, if its outputs and labels allow an estimate."""
-        is_first, self.kept.has_started = not self.kept.has_started, True
-        check_number(trainer, self.num_training)
+    def _start(self, trainer: Trainer, module: LightningModule, batch: object) -> TrainingSamples:
+        """Check that the model can be measured on a batch, and that its labels fit."""
+        call = self.reader.call(module, batch)
         with isolated(module) as run, trainer.precision_plugin.val_step_context():
-            if is_first:
-                self.record.start(module, self.initial_weights, _is_new(trainer))
-            outputs = run(self.reader.call(module, batch))
-        self.check_outputs(outputs)
-        self.kept.output_shape = tuple(outputs.shape[1:])
-        samples = KeptSamples(0, num_wanted=math.ceil(NUM_TRAINING / trainer.world_size))
-        samples.add(first := self._keep_training_batch(module, batch, batch_idx))
-        self.kept.samples, self.kept.references = samples, {}
-        if _is_new(trainer) and self.initial_weights is None and first.labels is not None:
-            warn_of_known_labels(self.reporter, outputs, first.labels, TASKS[self.task])
-        if self.reader.trains_features:
-            message = "gets `features=` that the network computes by weights that are trained: freeze these."
-            self.reporter.warn("features", message, kind="trained")
+            outputs = self.check_model(run, call)
+        output_shape = tuple(outputs.shape[1:])
+        labels = self.reader.labels(module, batch, output_shape)
+        seen = self.reader.seen(module, batch, call, len(outputs))
+        check_targets(labels, len(outputs), seen, TASKS[self.task])
+        return TrainingSamples(self.reader, output_shape, trainer.world_size)
 
-    def _keep_training_batch(self, module: LightningModule, batch: object, batch_idx: int) -> KeptBatch:
-        labels = self.reader.labels(module, batch, self.kept.output_shape)
-        with module.trainer.precision_plugin.val_step_context():
-            return self.reader.keep(module, batch, batch_idx, labels)
+    def check_outputs(self, outputs: Tensor) -> None:
+        """Refuse outputs that have no criterion."""
+        check_outputs(outputs, TASKS[self.task])
 
     # A validation
 
+    def is_ready(self, trainer: Trainer) -> bool:
+        """Return whether every process has its training samples: as many as are wanted, or those of an epoch."""
+        training = self.training
+        has_all = training is not None and training.scored.size > 0
+        if has_all and not self.reference.is_made and self.record.verdict is None:
+            assert training is not None
+            has_all = training.is_full or trainer.is_last_batch
+        return bool(trainer.strategy.reduce_boolean_decision(has_all))
+
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Fix n and w in the first validation, so that only the model moves the curve."""
+        """Gather the training samples of all processes before the first validation that is measured."""
         super().on_validation_start(trainer, pl_module)
-        record, samples = self.record, self.kept.samples
-        if trainer.is_last_batch and not self.kept.starts_at(0):  # of an epoch that was seen from its start
-            samples.complete()
-        if self._is_measuring and self.kept.has_started and record.num_training is None:
-            record.num_training = count_labelled_samples(trainer, samples, self.num_training)
-            record.num_weights = sum(weight.numel() for weight in pl_module.parameters() if weight.requires_grad)
+        if self._is_measuring and self.training is not None and not self.reference.is_made:
+            self.training.complete()
+            self.reference.gather(trainer, self.training)
 
     def keep(self, module: LightningModule, batch: object, batch_idx: int, samples: KeptSamples) -> None:
-        """Keep a validation batch if its samples are wanted, with its features, or if it has labels."""
-        if not (samples.wants(batch_idx, has_labels=True) or samples.wants(batch_idx)):
-            return
-        labels = self._find_labels(module, batch)
-        if samples.wants(batch_idx, labels is not None):
-            samples.add(self.reader.keep(module, batch, batch_idx, labels))
+        """Keep a validation batch, with its labels if they are wanted."""
+        kept = self.reader.keep(module, batch, batch_idx, with_seen=True)
+        if self.validation_labels and self.reader.may_have_labels(module, batch):
+            try:
+                kept.labels = self._find_labels(module, batch)
+            except MisconfigurationException as error:
+                self.reporter.warn("labels", f"takes some validation batches as unlabelled: {describe_error(error)}")
+        samples.add(kept)
 
     def _find_labels(self, module: LightningModule, batch: object) -> Tensor | None:
-        """Return the labels of a validation batch, if they are wanted; None, which is said, if they do not fit."""
-        if not self.validation_labels or not self.reader.may_have_labels(module, batch):
-            return None
-        try:
-            labels = self.reader.labels(module, batch, self.kept.output_shape)
-        except MisconfigurationException as error:
-            self.reporter.warn("labels", f"takes some validation batches as unlabelled: {describe_error(error)}")
-            return None
-        return None if bool(has_ignored_value(labels).all()) else labels
+        """Return the labels of a validation batch; None if all are ignored."""
+        shape = None if self.training is None else self.training.output_shape
+        labels = self.reader.labels(module, batch, shape)
+        return labels if TASKS[self.task] is TASKS["regression"] or bool(has_label(labels).any()) else None
 
-    def check_outputs(self, outputs: Tensor) -> None:
-        """Refuse outputs that have no estimate."""
-        check_outputs(outputs, TASKS[self.task])
+    def prepare(self, trainer: Trainer, module: LightningModule) -> None:
+        """Make the reference, once."""
+        if not self.reference.is_made and not trainer.sanity_checking:
+            self.reference.make(self.samples, module.device)
 
-    def measure(self, module: LightningModule, run: RunIsolated, samples: KeptSamples) -> RiskEstimate:
-        """Run the model and its twins on the kept samples of a loader, and the model on training samples."""
-        if self.kept.samples.size == 0 and not self.reporter.before_first_step:
-            raise Refused("no training sample is kept yet.", entry="no-estimate")
-        reference = self._find_reference(samples)
-        metric = self._make_metric(module, samples.dataloader_idx, reference)
-        self._measure_training(module, run, metric)
-        predictions = samples.split(None if reference is None else reference.predictions)
-        twins = self._make_twins(module, run, samples)
-        batches = samples.batches
-        for place, (batch, predicted) in enumerate(zip(batches, predictions, strict=True)):
-            call = batch.call.to(module.device)
-            outputs = run(call)
-            self.reporter.note_outputs(outputs)
-            twin_outputs = twins.outputs(call, place, len(batches))
-            metric.update(outputs, twin_outputs, baseline_outputs=twins.baseline_outputs(call), reference=predicted)
-            if batch.labels is not None:
-                metric.update_labels(outputs, batch.labels)
-        return metric
-
-    def _find_reference(self, unseen: KeptSamples) -> Reference | None:
-        """Fit the reference of a loader, once; None if there can be none, which is said."""
-        kept, index, size = self.kept, unseen.dataloader_idx, self.kept.samples.size
-        if size != kept.num_known:  # more have come
-            kept.references, kept.num_known = {}, size
-        if index in kept.references or size == 0 or unseen.size == 0:
-            return kept.references.get(index)
-        kept.references[index] = None
-        warn_of_preparation(self.reporter, kept.samples, unseen)
-        num_outputs = math.prod(kept.output_shape or ())
-        try:
-            batches = kept.samples.batches, unseen.batches
-            kept.references[index] = fit_to_samples(*batches, num_outputs, TASKS[self.task])
-        except (RuntimeError, ValueError) as error:
-            advice = "Set `features=` to a function `batch -> (N, D)`. Until then, the estimate does without one."
-            self.reporter.warn("features", f"has no reference: {describe_error(error)} {advice}")
-        return kept.references[index]
-
-    def _measure_training(self, module: LightningModule, run: RunIsolated, metric: RiskEstimate) -> None:
-        """Run the model on kept training samples, and score it by their labels."""
-        for batch in spread(self.kept.samples.batches, NUM_SCORED / module.trainer.world_size):
+    def measure(self, module: LightningModule, run: RunIsolated, samples: KeptSamples) -> RiskMetrics:
+        """Run the model on the kept samples of a loader, and on training samples."""
+        metrics = self._make_metrics(module)
+        predictions = self.reference.predictions.get(samples.dataloader_idx)
+        place = 0
+        for batch in samples.batches:
+            assert batch.call is not None
             outputs = run(batch.call.to(module.device))
+            self.reporter.note_outputs(outputs)
+            if predictions is not None:
+                q = predictions[place : place + batch.size]
+                metrics.unseen.update(outputs, q)
+                if metrics.agreement is not None:
+                    metrics.agreement.update(outputs, q)
             if batch.labels is not None:
-                metric.update_training(outputs, batch.labels)
+                metrics.labels.update(outputs, batch.labels)
+            place += batch.size
+        for batch in () if self.training is None else self.training.scored.batches:
+            assert batch.call is not None and batch.labels is not None
+            metrics.training.update(run(batch.call.to(module.device)), batch.labels)
+        return metrics
 
-    def _make_metric(self, module: LightningModule, dataloader_idx: int, reference: Reference | None) -> RiskEstimate:
-        with module.device:  # it determines the floating type of the metric
-            return RiskEstimate(
-                self.task,
-                strength=TWIN_STRENGTH,
-                num_training=self.record.num_training,
-                num_weights=self.record.num_weights,
-                reference=reference,
-                calibration=self.record.calibrations.get(dataloader_idx),
-                gap_weight=self.record.gap_weights.get(dataloader_idx),
-            )
+    def _make_metrics(self, module: LightningModule) -> RiskMetrics:
+        shares = torch.tensor(self.reference.shares) if self.reference.shares else None
+        with module.device:  # it determines the floating type of a metric
+            unseen, labels, training = (RefinedScore(self.task, shares=shares) for _ in range(3))
+            agreement = Agreement(self.task, self._num_outputs) if TASKS[self.task].has_classes else None
+        for score in (unseen, labels, training):
+            score.is_quiet = True  # the reporter warns
+        return RiskMetrics(unseen, labels, training, agreement)
 
-    def _make_twins(self, module: LightningModule, run: RunIsolated, samples: KeptSamples) -> Twins:
-        initial = self.record.initial_weights(module)
-        new = unknown_parameters(module, initial)
-        if new:
-            message = f"has no initial weights for {', '.join(new[:3])}: they count as entirely learned."
-            self.reporter.warn("initial-weights", message)
-        largest = max((batch.size for batch in samples.batches), default=_FEW_SAMPLES)
-        if largest < _FEW_SAMPLES and has_batch_norm(module):
-            message = f"gets validation batches of fewer than {_FEW_SAMPLES} samples, too few for batch norm: take 32."
-            self.reporter.warn("batch-size", message)
-        return Twins(module, initial, TWIN_STRENGTH, (self.seed, module.global_rank, samples.dataloader_idx), run)
+    @property
+    def _num_outputs(self) -> int:
+        return 1 if self.training is None else self.training.num_outputs
 
     # Values
 
-    def compute_values(self, trainer: Trainer, dataloader_idx: int) -> dict[str, Tensor]:
-        """Compute the estimate on a loader over all processes, and warn of doubtful values."""
-        has_all = trainer.strategy.reduce_boolean_decision(self.kept.samples.is_full)
-        metric: RiskEstimate = self.metrics[dataloader_idx]
-        values = metric.compute()
-        self.reporter.warn_of(metric.messages, dataloader_idx)
-        if values["risk_variance"] == 0 and self.record.has_moved(trainer.lightning_module):
-            message = "finds no variance, though weights have moved: `forward` seems to compute with copies of them."
-            self.reporter.warn("copied-weights", message)
-        if self.validation_labels and "risk_num_labels" not in values:
-            where = f"in the batches of dataloader {dataloader_idx}"
-            message = f"found no label {where}, and does without. If they have some, set `targets=`."
+    def compute_values(self, trainer: Trainer, dataloader_idx: int) -> dict[str, Tensor | float]:
+        """Compute the criterion on a loader over all processes, and remember it."""
+        verdict, record = self.reference.decide(trainer), self.record.loader(dataloader_idx)
+        self.reference.share(trainer, self.samples[dataloader_idx], self._num_outputs)
+        metrics: RiskMetrics = self.metrics[dataloader_idx]
+        unseen, labels, training = map(computed_sums, (metrics.unseen, metrics.labels, metrics.training))
+        ranking, disagreement = (math.nan, math.nan) if metrics.agreement is None else metrics.agreement.compute()
+        self._warn_of_samples(dataloader_idx, unseen, labels, training)
+        calibration = record.calibration.updated(unseen, training)
+        training_score = Refined(float(training.scores[UNCHANGED]), 1.0)
+        chosen = distance_from_reference(unseen, calibration) if verdict.is_trusted else training_score
+        num_labels = int(labels.num_scored[0])
+        if num_labels > 0:
+            chosen = combine_with_labels(chosen if verdict.is_trusted else None, labels)
+        if not verdict.is_trusted or math.isnan(ranking):
+            ranking = training_score.score
+        if not math.isfinite(chosen.score + ranking):
+            return {}
+        record.calibration = calibration
+        accuracy = float(training.num_correct[UNCHANGED] / training.num_scored[UNCHANGED])
+        epoch = trainer.current_epoch
+        result = ValidationResult(epoch, chosen.score, ranking, chosen.temperature, num_labels, accuracy)
+        record.history.append(result)
+        values: dict[str, Tensor | float] = {CRITERION: chosen.score}
+        if metrics.agreement is not None:
+            values[RANKING] = ranking
+        return values if math.isnan(disagreement) else values | {DISAGREEMENT: disagreement}
+
+    def _warn_of_samples(self, dataloader_idx: int, unseen: ScoreSums, labels: ScoreSums, training: ScoreSums) -> None:
+        where = f"dataloader {dataloader_idx}"
+        num_non_finite = int(max(sums.num_non_finite.max() for sums in (unseen, labels, training)))
+        if num_non_finite > 0:
+            message = f"on {where}: {num_non_finite} samples gave nan or inf, and were left out."
+            self.reporter.warn("nan", message, num_non_finite, kind=str(dataloader_idx))
+        if self.validation_labels and not bool(labels.num_scored.any()):
+            message = f"found no label in the batches of {where}, and does without. If they have some, set `targets=`."
             self.reporter.warn("labels", message, kind="none")
-        if has_all:
-            warn_of_few_classes(self.reporter, self.kept, TASKS[self.task])
-        if not bool(values[ESTIMATE].isfinite()):
-            return {}
-        self._remember(trainer.current_epoch, dataloader_idx, metric, values, has_all)
-        return values
 
-    def _remember(
-        self, epoch: int, dataloader_idx: int, metric: RiskEstimate, values: Mapping[str, Tensor], has_all: bool
-    ) -> None:
-        """Note what a validation has shown; the first one with all training samples decides whether noise is found."""
-        record = self.record
-        if has_all and "risk_reference" in values:
-            record.gap_weights.setdefault(dataloader_idx, metric.gap_weight)
-        record.calibrations[dataloader_idx] = metric.calibration
-        record.history.setdefault(dataloader_idx, []).append(ValidationResult.of(epoch, values, metric.gap_weight))
-        self._has_logged.add(dataloader_idx)
-
-    def fallback_values(self, dataloader_idx: int, has_failed: bool) -> Mapping[str, float]:
-        """Return the worst possible score, once, if there is no first value: EarlyStopping needs one."""
-        if dataloader_idx in self._has_logged:
-            return {}
-        self._has_logged.add(dataloader_idx)
-        if has_failed:
-            message = "has no first value, and logs the worst possible score in its place, so that training continues."
-            self.reporter.warn("failed", message, kind="first value")
-        return dict.fromkeys((CRITERION, ESTIMATE), TASKS[self.task].max_score)
-
-
-def _is_new(trainer: Trainer) -> bool:
-    """Return whether nothing was trained yet; raw optimizers do not count steps."""
-    return trainer.global_step == 0 and trainer.current_epoch == 0
+    def fallback_values(self, dataloader_idx: int) -> dict[str, float]:
+        """Return the worst possible values."""
+        worst = {CRITERION: TASKS[self.task].max_score}
+        return worst | ({RANKING: _WORST_RANKING} if TASKS[self.task].has_classes else {})

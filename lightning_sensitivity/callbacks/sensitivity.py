@@ -1,15 +1,18 @@
 """The callback that logs output sensitivity, a curve to watch."""
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
+from torchmetrics import MeanMetric
 
+from lightning_sensitivity import compat
 from lightning_sensitivity.arguments import Selector, check_argument, check_bool, check_int
 from lightning_sensitivity.callbacks.checks import callbacks_that_monitor, check_logits
 from lightning_sensitivity.callbacks.monitor import Monitor
+from lightning_sensitivity.functional.sensitivity import loss_estimate
 from lightning_sensitivity.metric import OutputSensitivity
-from lightning_sensitivity.model import Noise
 from lightning_sensitivity.model.isolation import RunIsolated
-from lightning_sensitivity.model.perturbation import check_noise, noisy_outputs, submodule
+from lightning_sensitivity.model.perturbation import GaussianNoise, Noise, check_noise, noisy_outputs, submodule
 from lightning_sensitivity.model.reader import BatchReader
 from lightning_sensitivity.model.samples import KeptSamples
 
@@ -22,7 +25,8 @@ class SensitivityMonitor(Monitor):
     before training. To choose when to stop, use :class:`~lightning_sensitivity.RiskMonitor`.
 
     **Logged values**, after ``prefix``: ``output_sensitivity``, in squared units of the outputs, and its
-    standard error ``output_sensitivity_stderr``. ``metrics`` has the metric of each loader.
+    standard error ``output_sensitivity_stderr``. ``metrics`` has the metric of each loader. With
+    ``loss_estimate=True`` also ``loss_estimate``, the cross-entropy that the paper's Equation 9 makes of it.
 
     The first validation keeps samples on the CPU, at most 512 MiB of them in each process. Every validation
     measures these samples, by 1 + ``num_draws`` passes.
@@ -33,6 +37,8 @@ class SensitivityMonitor(Monitor):
         at: Name of a submodule; its output is perturbed instead of the input.
         num_draws: Noise draws per sample.
         per_output: Log the mean squared change of single outputs, also for probabilities and two-class heads.
+        loss_estimate: Log Equation 9, too; see :func:`~lightning_sensitivity.functional.loss_estimate`. Only for
+            Gaussian noise of one σ at the inputs, and two outputs or more.
         num_samples: Samples per loader, over all processes, in whole, evenly spaced batches; None for all.
             600 give a standard error of about 7 %.
         seed: Seed of the noise. A sample gets the same noise in every epoch.
@@ -62,6 +68,7 @@ class SensitivityMonitor(Monitor):
         at: str | None = None,
         num_draws: int = 1,
         per_output: bool = False,
+        loss_estimate: bool = False,
         num_samples: int | None = 600,
         seed: int = 0,
         prefix: str = "val/",
@@ -72,24 +79,39 @@ class SensitivityMonitor(Monitor):
         check_argument("at", at, isinstance(at, str | None), "the name of a submodule, or None")
         check_int("num_draws", num_draws, 1)
         check_bool("per_output", per_output)
-        super().__init__(BatchReader(inputs=inputs, outputs=outputs), num_samples, seed, prefix, prog_bar)
+        check_bool("loss_estimate", loss_estimate)
+        check_int("seed", seed, 0)
+        super().__init__(BatchReader(inputs=inputs, outputs=outputs), num_samples, prefix, prog_bar)
         self.noise = noise
         self.at = at
         self.num_draws = num_draws
         self.per_output = per_output
+        self.loss_estimate = loss_estimate
+        self.seed = seed
         self._noise = check_noise(noise)
+        self._last: dict[int, float] = {}  # value of each loader
+        self._powers: dict[int, MeanMetric] = {}  # mean square of the perturbed elements of each loader
+        has_std = isinstance(self._noise, GaussianNoise) and isinstance(self._noise.std, float)
+        is_possible = not loss_estimate or (has_std and at is None and not per_output)
+        expected = "False, unless `noise` is one number, `at` is None and `per_output` is False"
+        check_argument("loss_estimate", loss_estimate, is_possible, expected)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check what can be checked by now, and warn of callbacks that would choose an epoch by the sensitivity."""
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        for callback, _ in callbacks_that_monitor(trainer, [self.prefix + self.names[0]]):
-            chosen = "one of the first epochs: sensitivity is lowest before training, and rises as a network learns"
-            if getattr(callback, "mode", "min") == "max":
-                chosen = "the most sensitive epoch"
-            message = f"is monitored by `{type(callback).__name__}`, which will choose {chosen}. Use `RiskMonitor`."
-            self.reporter.warn("stop-by-sensitivity", message, kind=type(callback).__name__)
+        self._last = {}
+        for callback, name in callbacks_that_monitor(trainer, lambda name: "sensitivity" in name):
+            if getattr(callback, "divergence_threshold", None) is not None:
+                continue  # it stops at a bound, which is sensible
+            kind = type(callback).__name__
+            message = (
+                f"finds that `{kind}` monitors `{name}`. Sensitivity is lowest before training, and rises as a network "
+                f"learns, so that `{kind}` will choose one of the first epochs. Choose by `RiskMonitor`, or stop at a "
+                "bound: `EarlyStopping(..., divergence_threshold=)`."
+            )
+            self.reporter.warn("stop-by-sensitivity", message, kind=kind)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the name of the submodule."""
@@ -103,26 +125,48 @@ class SensitivityMonitor(Monitor):
 
     def measure(self, module: LightningModule, run: RunIsolated, samples: KeptSamples) -> OutputSensitivity:
         """Run the model on the kept samples of a loader, clean and with noise."""
-        with module.device:  # it determines the floating type of the metric
-            metric = OutputSensitivity(self.per_output)
+        with module.device:  # it determines the floating type of a metric
+            metric, power = OutputSensitivity(self.per_output), MeanMetric()
         metric.is_quiet = True  # the reporter warns
         at = None if self.at is None else submodule(module, self.at)
+
+        def noise(x: Tensor, generator: torch.Generator) -> Tensor:
+            power.update(x.float().square().mean(), x.numel())
+            return self._noise(x, generator)
+
         for batch in samples.batches:
+            assert batch.call is not None
             call = batch.call.to(module.device)
             clean = run(call)
             if not self.per_output:
                 self.reporter.note_outputs(clean)
             key = self.seed, module.global_rank, samples.dataloader_idx, batch.index
-            metric.update(clean, noisy_outputs(run, call, self._noise, key, self.num_draws, at))
+            metric.update(clean, noisy_outputs(run, call, noise, key, self.num_draws, at))
+        compat.mark_updated(metric)  # a loader or a process may have no samples
+        compat.mark_updated(power)
+        self._powers[samples.dataloader_idx] = power
         return metric
 
-    def compute_values(self, trainer: Trainer, dataloader_idx: int) -> dict[str, Tensor]:
+    def compute_values(self, trainer: Trainer, dataloader_idx: int) -> dict[str, Tensor | float]:
         """Compute the sensitivity of a loader over all processes."""
         metric: OutputSensitivity = self.metrics[dataloader_idx]
         estimate = metric.estimate
+        power = self._powers[dataloader_idx].compute()
         self.reporter.warn_of(metric.messages, dataloader_idx)
         if estimate.num_samples < 2:
             if not metric.messages:
                 self.reporter.warn("failed", f"has no value on dataloader {dataloader_idx}: it needs two samples.")
             return {}
-        return {"output_sensitivity": estimate.value, "output_sensitivity_stderr": estimate.stderr}
+        self._last[dataloader_idx] = float(estimate.value)
+        values: dict[str, Tensor | float] = {
+            "output_sensitivity": estimate.value,
+            "output_sensitivity_stderr": estimate.stderr,
+        }
+        if self.loss_estimate and estimate.num_outputs > 1:
+            assert isinstance(self._noise, GaussianNoise) and isinstance(self._noise.std, float)
+            values["loss_estimate"] = loss_estimate(estimate.value, power, self._noise.std, estimate.num_outputs)
+        return values
+
+    def fallback_values(self, dataloader_idx: int) -> dict[str, float]:
+        """Return the last value, or 0 before the first one: a bound is not exceeded."""
+        return {self.names[0]: self._last.get(dataloader_idx, 0.0)}

@@ -1,0 +1,104 @@
+"""Watch the first training step: does the network get what we send it?"""
+
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_sensitivity import compat
+from lightning_sensitivity.functional.tensors import are_close
+from lightning_sensitivity.model.batches import is_floating, tensors_in
+from lightning_sensitivity.model.call import ModelCall
+from lightning_sensitivity.model.isolation import isolated
+from lightning_sensitivity.model.reader import BatchReader
+
+
+class Received(NamedTuple):
+    """Hold the first floating input of a part, and the states of the random streams when it came."""
+
+    inputs: Tensor
+    streams: object
+
+
+Calls = dict[str, Received]  # the first call of the module and of each direct part, in their order
+
+
+class FirstStep:
+    """Compare what the module and its direct parts get in the first training step with what they get from us."""
+
+    def __init__(self) -> None:
+        self._ours: Calls = {}
+        self._theirs: Calls = {}
+        self._hooks = ExitStack()
+
+    def __reduce__(self) -> tuple[type["FirstStep"], tuple[()]]:
+        """Copy nothing: a step may copy or pickle the module with the hooks."""
+        return FirstStep, ()
+
+    def start(self, module: nn.Module, batch: object, reader: BatchReader) -> None:
+        """Run our call on a training batch, and watch the step, unless a part is compiled."""
+        with suppress(Exception):  # training batches may be of another kind than validation batches
+            if not any(map(compat.is_compiled, module.modules())):
+                call = reader.call(module, batch)
+                with isolated(module) as run:
+                    self._ours = run(_calls_of, module, call)
+                _watch(module, self._theirs, self._hooks, torch.is_grad_enabled)
+
+    def stop(self, is_skipped: bool) -> str | None:
+        """Stop watching, and say how the step differs from what is measured; a skipped step says nothing."""
+        ours, theirs = self._ours, self._theirs
+        self.cancel()
+        if not ours or is_skipped:
+            return None
+        called = [name for name in theirs if name in ours]
+        if not called:
+            return "the step does not call `forward`, which is measured"
+        others = [name for name in theirs if name not in ours]
+        if others:
+            return f"the step calls `{others[0]}`, which `forward` does not call"
+        first = called[:2] if called[0] == "forward" else called[:1]  # later ones get what dropout and the like make
+        return next(filter(None, (_compare(name, ours[name], theirs[name]) for name in first)), None)
+
+    def cancel(self) -> None:
+        """Stop watching, at any time."""
+        self._hooks.close()
+        self._ours, self._theirs = {}, {}
+
+
+def _compare(name: str, ours: Received, theirs: Received) -> str | None:
+    """Say how the inputs of a part differ; their values may, if the step has drawn random numbers."""
+    shapes = tuple(theirs.inputs.shape), tuple(ours.inputs.shape)
+    if shapes[0] != shapes[1]:
+        return f"`{name}` gets an input of shape {shapes[0]} in the step, and {shapes[1]} from us"
+    if theirs.streams == ours.streams and not are_close(ours.inputs, theirs.inputs):
+        return f"`{name}` gets other values in the step, though it draws no random numbers"
+    return None
+
+
+def _calls_of(module: nn.Module, call: ModelCall) -> Calls:
+    """Run a call, and return what the module and its direct parts get."""
+    found: Calls = {}
+    with ExitStack() as hooks:
+        _watch(module, found, hooks, lambda: True)
+        call()
+    return found
+
+
+def _watch(module: nn.Module, found: Calls, hooks: ExitStack, is_meant: Callable[[], bool]) -> None:
+    """Note the first call of the module, and of each direct part that learns."""
+    parts = {"forward": compat.original_module(module), **dict(module.named_children())}
+    for name, part in parts.items():
+        is_fast = isinstance(part, nn.TransformerEncoder | nn.TransformerEncoderLayer) and not part.training
+        if is_fast or not any(weight.requires_grad for weight in part.parameters()):
+            continue  # torch runs an encoder in eval mode in another way if it has hooks
+
+        def note(part: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+            with suppress(Exception):  # a step must not fail because of a hint
+                inputs = [x for x in tensors_in([*args, *kwargs.values()]) if is_floating(x)]
+                is_ours = is_meant() and not compat.is_redirected(part) and not compat.is_tracing()
+                if inputs and is_ours and name not in found:
+                    found[name] = Received(inputs[0].detach().clone(), compat.random_streams())
+
+        hooks.enter_context(part.register_forward_pre_hook(note, with_kwargs=True))
