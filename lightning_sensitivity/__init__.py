@@ -1,20 +1,20 @@
-"""Stop PyTorch Lightning classifiers before they memorize noisy labels; log how outputs respond to noise."""
+"""Watch output sensitivity, and stop PyTorch Lightning models without validation labels."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lightning_sensitivity.metric import OutputSensitivity, RiskEstimate
+from lightning_sensitivity.metric import OutputSensitivity, RefinedScore
 
 if TYPE_CHECKING:
     from lightning_sensitivity.callbacks import RiskMonitor, SensitivityMonitor
     from lightning_sensitivity.compare import ModelScores, compare_models
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 __all__ = [
     "ModelScores",
     "OutputSensitivity",
-    "RiskEstimate",
+    "RefinedScore",
     "RiskMonitor",
     "SensitivityMonitor",
     "__version__",
