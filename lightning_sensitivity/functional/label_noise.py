@@ -1,7 +1,5 @@
 """How many labels of a data set can't be explained? Asked before training, of inputs and labels alone."""
 
-import torch
-
 from lightning_sensitivity.functional.reference import fit_reference
 from lightning_sensitivity.functional.tasks import find_task
 from lightning_sensitivity.functional.tensors import as_tensor

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from lightning_sensitivity.functional.features import (
-    Transform,
     feature_makers,
     kind_of,
     make_features,
@@ -19,7 +18,7 @@ from lightning_sensitivity.functional.unexplained import unexplained_share
 
 MAX_SAMPLES = 3000  # that a reference knows
 _PART = 1000  # samples by which features, width and ridge are chosen
-_CHUNK = 200  # new samples that are predicted at a time
+_CHUNK = 500  # samples that are predicted at a time
 _WIDTHS = (0.1, 0.4, 1.6)  # of the kernel, times the median squared distance
 _RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 _CLEAN = 1.3  # claim / score
@@ -92,10 +91,11 @@ class _Choice(NamedTuple):
 
 
 class _Solution(NamedTuple):
-    """Hold the weights of training samples, ``(N, K)``, and the errors if each is left out, ``(N, K)``."""
+    """Hold the weights of training samples, ``(N, K)``, the errors if each is left out, ``(N, K)``, and their score."""
 
     weights: Tensor
     errors: Tensor
+    score: float
 
 
 def fit_reference(inputs: object, labels: object, new_inputs: object, task: str = "multiclass") -> Reference:
@@ -148,37 +148,33 @@ def fit_reference(inputs: object, labels: object, new_inputs: object, task: str 
     kind = find_task(task)
     x, new_x = as_tensor("inputs", inputs), as_tensor("new_inputs", new_inputs)
     y = _checked_labels(as_tensor("labels", labels), kind)
-    _check_inputs(x, y, new_x)
-    has_label = kind.has_label(y).to(x.device)
-    x, y = x[has_label], kind.as_matrix(y)[has_label.to(y.device)].double()
-    rows = _known_samples(x, y.cpu())
-    x, y = shrunk(x[rows.to(x.device)]), y[rows.to(y.device)]
-    return _fitted(x, y.to(_home(x)), new_x, kind)
+    _check_inputs(x, y, new_x, kind)
+    rows = _known_samples(x, y, kind)
+    known = shrunk(x[rows.to(x.device)])
+    return _fitted(known, kind.as_matrix(y)[rows.to(y.device)].to(_home(x)).double(), new_x, kind)
 
 
 def _fitted(x: Tensor, y: Tensor, new_x: Tensor, task: Task) -> Reference:
     """Fit a reference to samples in a fixed order, with labels ``(N, K)``."""
     shares = y.mean(0)
     residuals = y - shares
-    part = slice(None, None, math.ceil(len(x) / _PART))
     transforms = {name: make(x) for name, make in feature_makers(x).items()}
-    rows = {name: make_features(transform, x).to(_home(x)) for name, transform in transforms.items()}
-    choice = min(each for name in rows for each in _choices(name, rows[name][part], residuals[part], task))
-    known, transform = rows[choice.features].double(), transforms[choice.features]
+    features = {name: make_features(transform, x).to(y.device) for name, transform in transforms.items()}
+    part = slice(None, None, math.ceil(len(x) / _PART))
+    choice = min(each for name in features for each in _choices(name, features[name][part], residuals[part], task))
+    known, transform = features[choice.features].double(), transforms[choice.features]
     kernel = _kernel(known, known, choice.width)
-    ridges = [choice.ridge] if len(x) <= _PART else _ridges_near(choice.ridge)
-    solutions = [_solved(kernel, residuals, ridge) for ridge in ridges]
-    best = min(solutions, key=lambda solution: _score(solution.errors, task))
-
-    def predicted(inputs: Tensor) -> Tensor:
-        features = transform(shrunk(inputs).to(x.device)).to(known)
-        return task.clip(shares + _kernel(features, known, choice.width) @ best.weights).cpu()
-
+    ridges = (choice.ridge,) if len(x) <= _PART else _ridges_near(choice.ridge)
+    best = min((_solved(kernel, residuals, ridge, task) for ridge in ridges), key=lambda each: each.score)
+    predictions = [y[:0].cpu()]
+    for inputs in new_x.split(_CHUNK) if len(new_x) else ():
+        new = make_features(transform, shrunk(inputs).to(x.device)).to(known)
+        predictions.append(task.clip(shares + _kernel(new, known, choice.width) @ best.weights).cpu())
     leave_one_out = task.clip(y - best.errors)
     reference = Reference(
-        predictions=torch.cat([predicted(part) for part in new_x.split(_CHUNK)]),
+        predictions=torch.cat(predictions),
         shares=shares.cpu(),
-        score=_score(best.errors, task),
+        score=best.score,
         chance=_score(residuals, task),
         claim=float(task.claims(leave_one_out).mean()),
         unexplained=math.nan,
@@ -216,11 +212,12 @@ def _ridges_near(ridge: float) -> tuple[float, ...]:
     return _RIDGES[max(0, place - 1) : place + 2]
 
 
-def _solved(kernel: Tensor, residuals: Tensor, ridge: float) -> _Solution:
+def _solved(kernel: Tensor, residuals: Tensor, ridge: float, task: Task) -> _Solution:
     identity = torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(kernel + ridge * identity))
     weights = inverse @ residuals
-    return _Solution(weights, weights / inverse.diagonal()[:, None])
+    errors = weights / inverse.diagonal()[:, None]
+    return _Solution(weights, errors, _score(errors, task))
 
 
 def _score(errors: Tensor, task: Task) -> float:
@@ -243,26 +240,31 @@ def _home(x: Tensor) -> torch.device:
     return torch.device("cpu") if x.device.type == "mps" else x.device
 
 
-def _known_samples(x: Tensor, y: Tensor) -> Tensor:
-    """Choose at most 3,000 different samples, in an order that depends on the samples alone.
+def _known_samples(x: Tensor, y: Tensor, task: Task) -> Tensor:
+    """Choose at most 3,000 different samples with labels, in an order that depends on the samples alone.
 
     Samples are sorted by a random projection, which equal ones share, and by labels. A sampler with replacement
     draws a sample repeatedly, with the same label: that is no second observation, and a reference that leaves one
     of them out still knows its label. Where equal inputs have several labels, or only a few values are possible, as
     in a table of categories, rows are samples of their own.
     """
-    generator = torch.Generator().manual_seed(0)
-    direction = torch.randn(x[0].numel(), generator=generator, dtype=torch.float64)
-    place = torch.cat([(part.cpu().double().flatten(1) * direction).sum(1) for part in x[:, None].split(_CHUNK)])
-    label = y @ torch.randn(y.shape[1], generator=generator, dtype=torch.float64)
+    place, label = _projected(x), _projected(y)
     order = label.argsort(stable=True)
     order = order[place[order].argsort(stable=True)]
+    order = order[task.has_label(y).cpu()[order]]
     is_new = place[order].diff(prepend=place.new_tensor([-math.inf])) != 0
     first = order[is_new][is_new.cumsum(0) - 1]
-    if int(is_new.sum()) > _FEW_VALUES * len(x) and torch.equal(y[order], y[first]):
+    if int(is_new.sum()) > _FEW_VALUES * len(order) and torch.equal(label[order], label[first]):
         order = order[is_new]
-    chosen = torch.linspace(0, len(order) - 1, min(len(order), MAX_SAMPLES)).round().long()
-    return order[chosen]
+    chosen = torch.linspace(0, len(order) - 1, min(len(order), MAX_SAMPLES), dtype=torch.float64)
+    return order[chosen.round().long()]
+
+
+def _projected(x: Tensor) -> Tensor:
+    """Return a random projection of samples ``(N, ...)``, on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(x[0].numel(), generator=generator, dtype=torch.float64)
+    return torch.cat([(part.flatten(1).cpu().double() * direction).sum(1) for part in x[:, None].split(_CHUNK)])
 
 
 def _checked_labels(labels: Tensor, task: Task) -> Tensor:
@@ -296,11 +298,13 @@ def _check_classes(labels: Tensor, got: str) -> None:
         raise ValueError(f"Expected `labels` to be class indices from 0 on, but got negative ones. {advice}.")
 
 
-def _check_inputs(x: Tensor, y: Tensor, new_x: Tensor) -> None:
-    fits = x.ndim == new_x.ndim and (x.shape[1:] == new_x.shape[1:] or kind_of(x) == "tokens")
+def _check_inputs(x: Tensor, y: Tensor, new_x: Tensor, task: Task) -> None:
+    fits = x.ndim == new_x.ndim > 0 and (x.shape[1:] == new_x.shape[1:] or kind_of(x) == "tokens")
     if not (fits and 0 < len(x) == len(y)):
         got = f"{tuple(x.shape)}, {tuple(y.shape)} and {tuple(new_x.shape)}"
         raise ValueError(f"Expected `inputs` (N, ...), `labels` (N, ...) and `new_inputs` (M, ...), but got {got}.")
+    if not bool(task.has_label(y).any()):
+        raise ValueError("Expected `labels` of which some are not ignored, but got none.")
     for name, each in (("inputs", x), ("new_inputs", new_x)):
         if not all(bool(part.isfinite().all()) for part in each.split(_CHUNK)):
             raise ValueError(f"Expected `{name}` to be finite, but got nan or inf.")
