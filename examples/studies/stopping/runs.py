@@ -1,0 +1,330 @@
+"""Runs, drawn by pool and index: data, labels as people have them, and a network as people build them.
+
+A third of each pool is for design: every third table, run or number; of texts, films and shops. The rest is the check half.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import data
+import networks
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, pad
+
+POOLS = ("tables", "few", "numbers", "photos", "texts", "redrawn", "tuned", "alike")
+SIZES = {"tables": 240, "numbers": 40, "photos": 36, "texts": 36, "redrawn": 45, "tuned": 15, "alike": 240}
+NUM_ALIKE = 6  # networks on the same data
+WAYS = ("plain", "weights", "sampler")
+FEWEST, MOST = 0.03, 0.3  # positives
+NUM_UNSEEN, NUM_TEST = 600, 2000
+PASSES = {"cnn": 36_000, "words": 40_000}  # of samples through a network, in all epochs, for the time that it takes
+NUM_BEFORE = 12_000  # samples on which a body is trained
+
+
+@dataclass
+class Run:
+    """What is trained, and on what it is judged; `kind` is told in tables."""
+
+    pool: str
+    index: int
+    is_design: bool
+    kind: str
+    task: str  # "multiclass", "binary" (one logit) or "regression"
+    num_classes: int
+    x: Tensor
+    y: Tensor  # as noisy as people's
+    x_unseen: Tensor
+    y_unseen: Tensor  # as noisy as those of training
+    correct_unseen: Tensor
+    x_test: Tensor
+    y_test: Tensor
+    make_network: networks.Make
+    make_optimizer: Callable[[Any], torch.optim.Optimizer]
+    epochs: int
+    batch_size: int = 64
+    way: str = "plain"  # or class weights, or a weighted sampler
+    has_schedule: bool = False
+    is_augmented: bool = False
+    features: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.pool}-{self.index:03d}"
+
+    @property
+    def num_outputs(self) -> int:
+        return self.num_classes if self.task == "multiclass" else 1
+
+    @property
+    def x_kept(self) -> Tensor:
+        """Training samples as a monitor gets them from the loader, augmented if they are."""
+        generator = torch.Generator().manual_seed(self.index)
+        return augmented(self.x, generator) if self.is_augmented else self.x
+
+
+def draw(pool: str, index: int, folder: Path) -> Run:
+    """Draw a run; the same pool and index give the same run."""
+    r = np.random.RandomState((POOLS.index(pool), index, 51))
+    run: Run = {
+        "tables": _table, "few": _few, "numbers": _numbers, "photos": _photos,
+        "texts": _texts, "redrawn": _redrawn, "tuned": _tuned, "alike": _alike,
+    }[pool](r, index, folder)  # fmt: skip
+    return run
+
+
+def size(pool: str, folder: Path) -> int:
+    """Return the number of runs of a pool."""
+    return len(WAYS) * len(few_positives(folder)) if pool == "few" else SIZES[pool]
+
+
+# %% Parts that pools share.
+def _split(r: np.random.RandomState, number: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    order = torch.tensor(r.permutation(number))
+    n = min(n, int(0.6 * number))
+    num_unseen = min(NUM_UNSEEN, (number - n) // 2)
+    num_test = min(NUM_TEST, number - n - num_unseen)
+    training, unseen, test = order[: n + num_unseen + num_test].split([n, num_unseen, num_test])
+    return training, unseen, test
+
+
+def _run(r: np.random.RandomState, pool: str, index: int, x: Tensor, noisy: Tensor, y: Tensor, n: int, **more: Any) -> Run:
+    training, unseen, test = _split(r, len(x), n)
+    parts = {"x": x[training], "y": noisy[training], "x_unseen": x[unseen], "y_unseen": noisy[unseen]}
+    parts |= {"correct_unseen": y[unseen], "x_test": x[test], "y_test": y[test]}
+    found = {"is_design": index % 3 == 0} | more
+    return Run(pool=pool, index=index, has_schedule=bool(r.rand() < 0.25), **parts, **found)
+
+
+def redrawn(r: np.random.RandomState, y: Tensor, share: float) -> Tensor:
+    """Draw a share of the labels anew, from all classes."""
+    is_drawn = torch.tensor(r.rand(len(y)) < share)
+    return torch.where(is_drawn, torch.tensor(r.randint(0, int(y.max()) + 1, len(y))), y)
+
+
+def augmented(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Shift images by up to 4 pixels, and turn half of them."""
+    places = torch.randint(9, (2, len(x)), generator=generator)
+    is_turned = torch.rand(len(x), generator=generator) < 0.5
+    rows, columns = (places[:, :, None] + torch.arange(x.shape[-1])).unbind(0)
+    columns = torch.where(is_turned[:, None], columns.flip(1), columns)
+    wide = pad(x, (4, 4, 4, 4))
+    samples = torch.arange(len(x))[:, None, None]
+    return wide.permute(0, 2, 3, 1)[samples, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2).contiguous()
+
+
+def _seeded(make: networks.Make, seed: int) -> networks.Make:
+    def make_network() -> nn.Module:
+        torch.manual_seed(seed)
+        return make()
+
+    return make_network
+
+
+# %% Tables.
+def _mlp_run(
+    r: np.random.RandomState, pool: str, index: int, line: int, x: Tensor, noisy: Tensor, y: Tensor, task: str, told: str,
+    n: int | None = None, of_data: np.random.RandomState | None = None, **more: Any,
+) -> Run:  # fmt: skip
+    """Draw an MLP for samples that are given; `of_data` draws which of them."""
+    n = n or int(r.choice([600, 1000, 2000, 2000, 3000]))
+    num_classes = 1 if task == "regression" else int(y.max()) + 1
+    make, network = networks.draw_mlp(r, x[0].numel(), num_classes if task == "multiclass" else 1)
+    make_optimizer, optimizer = networks.draw_optimizer(r)
+    more |= {"make_network": _seeded(make, index), "make_optimizer": make_optimizer, "epochs": int(r.randint(30, 41))}
+    more |= {"batch_size": int(r.choice([32, 64, 64, 128])), "is_design": line % 3 == 0}
+    kind = f"{told}, {network}, {optimizer}"
+    return _run(of_data or r, pool, index, x, noisy, y, n, task=task, kind=kind, num_classes=num_classes, **more)
+
+
+def _table(r: np.random.RandomState, index: int, folder: Path) -> Run:
+    line, share = index // 2 % 60, 0.2 * (index % 2)
+    x, y = data.table(data.table_lines()[0][line], folder)
+    is_binary = int(y.max()) == 1 and (line + index // 120) % 2 == 0
+    told = data.table_lines()[0][line].split()[1] + (", a fifth redrawn" if share else "")
+    task = "binary" if is_binary else "multiclass"
+    return _mlp_run(r, "tables", index, line, x, redrawn(r, y, share), y, task, told)
+
+
+def _alike(r: np.random.RandomState, index: int, folder: Path) -> Run:
+    """Draw one of several networks for the same samples of a table, to compare runs."""
+    line = index // NUM_ALIKE
+    of_data = np.random.RandomState((line, 52))
+    x, y = data.table(data.table_lines()[0][line], folder)
+    share, n = float(of_data.choice([0, 0.2])), int(of_data.choice([600, 1000, 2000]))
+    noisy = redrawn(of_data, y, share)
+    told = data.table_lines()[0][line].split()[1] + f", {100 * share:.0f} % redrawn"
+    return _mlp_run(r, "alike", index, line, x, noisy, y, "multiclass", told, n, of_data)
+
+
+def few_positives(folder: Path) -> list[int]:
+    """Return the tables of two classes, one of which is rare."""
+    found = []
+    for line, text in enumerate(data.table_lines()[0]):
+        y = data.table(text, folder)[1]
+        if int(y.max()) == 1 and FEWEST <= float((y == 1).float().mean()) <= MOST:
+            found.append(line)
+    return found
+
+
+def _few(r: np.random.RandomState, index: int, folder: Path) -> Run:
+    line, way = few_positives(folder)[index // 3], WAYS[index % 3]
+    x, y = data.table(data.table_lines()[0][line], folder)
+    task = "binary" if r.rand() < 0.5 else "multiclass"
+    told = f"{data.table_lines()[0][line].split()[1]}, {way}"
+    return _mlp_run(r, "few", index, line, x, y, y, task, told, way=way)
+
+
+def _numbers(r: np.random.RandomState, index: int, folder: Path) -> Run:
+    line, noise = index // 2, index % 2
+    x, y = data.table(data.table_lines()[1][line], folder)
+    noisy = y + noise * torch.tensor(r.randn(len(y))).float()
+    told = data.table_lines()[1][line].split()[1] + ", noisy" * noise
+    return _mlp_run(r, "numbers", index, line, x, noisy, y, "regression", told)
+
+
+# %% Photos and texts.
+def _cnn_run(
+    r: np.random.RandomState, pool: str, index: int, x: Tensor, noisy: Tensor, y: Tensor, told: str, n: int, augments: bool
+) -> Run:
+    """Draw a CNN for images that are given."""
+    num_classes = int(y.max()) + 1
+    make, network = networks.draw_cnn(r, x.shape[1], num_classes)
+    make_optimizer, optimizer = networks.draw_optimizer(r)
+    epochs, is_augmented = int(np.clip(PASSES["cnn"] / n, 12, 25)), augments and bool(r.rand() < 0.35)
+    kind = f"{told}, {network}, {optimizer}" + ", augmented" * is_augmented
+    return _run(
+        r, pool, index, x, noisy, y, n, task="multiclass", kind=kind, num_classes=num_classes, epochs=epochs,
+        make_network=_seeded(make, index), make_optimizer=make_optimizer, is_augmented=is_augmented,
+        batch_size=int(r.choice([32, 64])),
+    )  # fmt: skip
+
+
+def _images(r: np.random.RandomState, name: str, folder: Path, number: int) -> tuple[Tensor, Tensor, Tensor]:
+    x, y = data.images(name, folder)
+    chosen = torch.tensor(r.permutation(len(x))[:number])
+    return x[chosen].float() / 255, y[chosen], chosen
+
+
+def _photos(r: np.random.RandomState, index: int, folder: Path) -> Run:
+    n = int(600 * 5 ** r.rand())
+    labels = ("worse_label", "aggre_label")[index // 3 % 2]
+    x, y, chosen = _images(r, "cifar10", folder, n + NUM_UNSEEN + NUM_TEST)
+    said = data.labels_by_people(labels, folder)[chosen]
+    told = f"photos by people, {100 * float((said != y).float().mean()):.0f} % wrong, {n}"
+    return _cnn_run(r, "photos", index, x, said, y, told, n, augments=True)
+
+
+def _texts(r: np.random.RandomState, index: int, folder: Path) -> Run:
+    """Draw sentences of films and shops for design; of newspapers and tweets for the check half."""
+    is_design = index % 3 == 0
+    source = (("films", "shops") if is_design else ("newspapers", "tweets"))[index // 3 % 2]
+    by_rules = index // 6 % 3 == 2
+    words, ratings, lexicon = data.sentences(source, folder)
+    found = []
+    for place in r.permutation(len(words)):
+        votes = [each for each in ratings[place] if each]
+        score = sum(lexicon.get(word, 0.0) for word in words[place])
+        if votes and sum(votes) and (score or not by_rules):
+            label = score > 0 if by_rules else r.choice(votes) > 0
+            found.append((words[place], int(label), int(sum(votes) > 0)))
+    chosen, noisy, correct = zip(*found, strict=True)
+    n = min(int(r.randint(800, 2001)), len(found) // 2)
+    ids = data.token_ids(list(chosen), n)
+    make, network = networks.draw_words(r, 2)
+    make_optimizer, optimizer = networks.draw_optimizer(r, has_sgd=False)
+    wrong = float(np.mean(np.array(noisy) != np.array(correct)))
+    told = f"{source} by {'rules' if by_rules else 'people'}, {100 * wrong:.0f} % wrong, {n}"
+    return _run(
+        r, "texts", index, ids, torch.tensor(noisy), torch.tensor(correct), n, task="multiclass", num_classes=2,
+        kind=f"{told}, {network}, {optimizer}", make_network=_seeded(make, index), make_optimizer=make_optimizer,
+        epochs=int(np.clip(PASSES["words"] / n, 15, 25)), batch_size=int(r.choice([32, 64])), is_design=is_design,
+    )  # fmt: skip
+
+
+# %% Labels redrawn at random, and fine-tuning.
+def _redrawn(r: np.random.RandomState, index: int, folder: Path) -> Run:
+    source = ("cifar10", "made", "fashion", "made", "mnist")[index % 5]
+    share, n = (0.0, 0.2, 0.4)[index // 3 % 3], int(300 * 10 ** r.rand())
+    if source != "made":
+        x, y, _ = _images(r, source, folder, n + NUM_UNSEEN + NUM_TEST)
+        told = f"{source}, {100 * share:.0f} % redrawn, {n}"
+        return _cnn_run(r, "redrawn", index, x, redrawn(r, y, share), y, told, n, augments=source == "cifar10")
+    from sklearn.datasets import make_classification
+
+    num_informative, num_classes = int(r.choice([5, 10, 20])), int(r.choice([2, 3, 5, 10]))
+    num_features = num_informative + int(r.choice([0, 10, 30]))
+    made = make_classification(
+        n + NUM_UNSEEN + NUM_TEST, num_features, n_informative=num_informative, n_redundant=0, n_classes=num_classes,
+        n_clusters_per_class=1, class_sep=float(r.choice([0.7, 1.0, 1.5])), flip_y=0, random_state=int(r.randint(2**31)),
+    )  # fmt: skip
+    x, y = torch.tensor(made[0]).float(), torch.tensor(made[1])
+    told = f"made table, {num_classes} classes, {100 * share:.0f} % redrawn, {n}"
+    return _mlp_run(r, "redrawn", index, index, x, redrawn(r, y, share), y, "multiclass", told, n)
+
+
+def _tuned(r: np.random.RandomState, index: int, folder: Path) -> Run:
+    """Fine-tune a network that has learned five classes of CIFAR-10 on the other five: all weights, or a new head."""
+    share, n, is_full, half = (0.0, 0.2, 0.4)[index // 3 % 3], int(200 * 10 ** r.rand()), bool(r.rand() < 0.6), index % 2
+    body = trained_body(half, folder)
+    x, y, _ = _images(r, "cifar10", folder, 2 * (n + NUM_UNSEEN + NUM_TEST) + 500)
+    x, y = x[y % 2 != half], y[y % 2 != half] // 2
+    make_optimizer, optimizer = networks.draw_optimizer(r)
+
+    def make_network() -> nn.Module:
+        torch.manual_seed(index)
+        own = copy.deepcopy(body)
+        return nn.Sequential(own if is_full else Frozen(own), networks.Head(FEATURES, 5))
+
+    told = f"fine-tuned, {'all weights' if is_full else 'head'}, {100 * share:.0f} % redrawn, {n}, {optimizer}"
+    number = n + NUM_UNSEEN + NUM_TEST
+    return _run(
+        r, "tuned", index, x[:number], redrawn(r, y, share)[:number], y[:number], n, task="multiclass", num_classes=5,
+        kind=told, make_network=make_network, make_optimizer=make_optimizer,
+        epochs=int(np.clip(PASSES["cnn"] / 2 / n, 12, 25)), batch_size=32, features=Frozen(copy.deepcopy(body)).eval(),
+    )  # fmt: skip
+
+
+class Frozen(nn.Module):
+    """Is not trained, and stays in eval mode."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Frozen:
+        super().train(mode)
+        self.body.eval()
+        return self
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.body(part) for part in x.split(250)])
+
+
+FEATURES = 4 * 96
+
+
+def trained_body(half: int, folder: Path) -> nn.Module:
+    """Train a body on the even or the odd classes, once."""
+    file = folder / f"stopping_body_{half}.pt"
+    torch.manual_seed(half)
+    network: Any = networks.make_cnn(3, 5, 3, 24, True, True, 0.0)()
+    if not file.exists():
+        x, y = data.images("cifar10", folder)
+        chosen = (y % 2 == half).nonzero()[:NUM_BEFORE, 0]
+        x, y = x[chosen].float() / 255, y[chosen] // 2
+        optimizer = torch.optim.Adam(network.parameters(), 1e-3)
+        for batch in torch.cat([torch.randperm(len(x)) for _ in range(4)]).split(64):
+            optimizer.zero_grad()
+            cross_entropy(network(x[batch]), y[batch]).backward()
+            optimizer.step()
+        torch.save(network[0].state_dict(), file)
+    network[0].load_state_dict(torch.load(file))
+    return network[0].eval()
