@@ -158,8 +158,9 @@ class _Measurer:
                 known.add(self._keep(model, batch, index, num_outputs))
         for index, batch in enumerate(self.batches):
             unseen.add(self._keep(model, batch, index))
+        has_labels = any(bool(self.task.has_label(labels).any()) for labels in known.labels)
+        check_argument("training", "none", has_labels, "batches with labels")
         inputs, labels = join_labelled(known, self.task, num_outputs)
-        check_argument("training", "none", len(labels) > 0, "batches with labels")
         reference = fit_reference(inputs, labels, join_kept(unseen), self.task.name)
         if reference.is_trusted:
             return reference.predictions

@@ -19,9 +19,6 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_sensitivity.functional.risk import RiskTerms, risk_terms
-from lightning_sensitivity.functional.sums import UNCHANGED, LabelSums, UnseenSums, label_sums, unseen_sums
-from lightning_sensitivity.functional.tasks import TASKS
 from lightning_sensitivity.model import noise_generator
 
 NUM_FEATURES, NUM_CLASSES = 12, 4
@@ -231,18 +228,6 @@ def brute_force(run: Any, batches: Any, num_draws: int = 1, seed: int = 0, rank:
             draws.append((noisy - clean).reshape(len(clean), clean.shape[1] if clean.ndim > 1 else 1, -1).mean(1))
         rows.append(torch.cat(draws, 1))
     return torch.cat(rows)
-
-
-def risk_estimate(*tensors: Any, task: str = "multiclass", baseline: Any = None, **options: Any) -> RiskTerms:
-    """The terms for outputs of a network and of a twin on unseen samples, outputs and labels of training samples."""
-    (unseen, twin, train, targets), kind = tensors, TASKS[task]
-    of_unseen = UnseenSums(*unseen_sums(unseen, [twin], kind, baseline).T)
-    return at_unchanged(risk_terms(of_unseen, LabelSums(*label_sums(train, targets, kind).T), **options))
-
-
-def at_unchanged(terms: RiskTerms) -> RiskTerms:
-    """The terms of the logits as they are, of those at each temperature."""
-    return RiskTerms(*(term[UNCHANGED] for term in terms))
 
 
 def run_processes(function: Callable[[int, Path], dict[str, Any]], folder: Path) -> list[dict[str, Any]]:

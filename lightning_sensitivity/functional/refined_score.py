@@ -11,10 +11,12 @@ from lightning_sensitivity.functional.tensors import (
     as_tensor,
     in_chunks,
     may_be_probabilities,
+    num_outputs,
     wide_dtype,
 )
 
 TEMPERATURES = tuple(2.0 ** (half / 2) for half in range(-2, 7))  # from 0.5 to 8
+_ROUNDING = 1e-2  # error of sums of 16-bit probabilities
 UNCHANGED = TEMPERATURES.index(1.0)  # the place of the logits as they are
 
 
@@ -27,6 +29,7 @@ class ScoreSums(NamedTuple):
         agreement: By how much predictions agree with labels beyond the shares of the classes.
         num_correct: Samples whose class is that of the label.
         num_non_finite: Samples with nan or inf, left out.
+        num_logits: Samples whose outputs can't be probabilities.
     """
 
     num_scored: Tensor
@@ -34,6 +37,7 @@ class ScoreSums(NamedTuple):
     agreement: Tensor
     num_correct: Tensor
     num_non_finite: Tensor
+    num_logits: Tensor
 
     @property
     def scores(self) -> Tensor:
@@ -59,8 +63,9 @@ class Refined(NamedTuple):
 
     @classmethod
     def lowest(cls, scores: Tensor) -> "Refined":
-        """Take the lowest of the scores at each temperature, ``(T,)``."""
+        """Take the lowest of the scores at each temperature, ``(T,)``; none is better than 1 if all are equal."""
         place = int(scores.argmin())
+        place = place if bool(scores[place] < scores[UNCHANGED]) else UNCHANGED
         return cls(float(scores[place]), TEMPERATURES[place])
 
 
@@ -74,16 +79,18 @@ def score_sums(outputs: Tensor, targets: Tensor, task: Task, shares: Tensor | No
         shares: The mean label in training, ``(K,)``, from which agreement is counted; zeros if None.
 
     Returns:
-        The entries of :class:`ScoreSums` as columns, ``(T, 5)``, float64 (float32 on MPS).
+        The entries of :class:`ScoreSums` as columns, ``(T, 6)``, float64 (float32 on MPS).
     """
     outputs, dtype = outputs.detach(), wide_dtype(outputs.device)
     counts = task.has_label(targets).to(outputs.device)
-    y = task.as_matrix(targets, outputs[:, None].flatten(1).shape[1] if outputs.ndim > 1 else 1)
-    y = y.to(dtype).to(outputs.device)  # in this order: some devices have no float64
+    # The type before the device: some have no float64.
+    y = task.as_matrix(targets, num_outputs(outputs)).to(dtype).to(outputs.device)
     shares = torch.zeros(y.shape[1]) if shares is None else shares
     shares = shares.to(dtype).to(outputs.device)
 
     def sums(outputs: Tensor, y: Tensor, counts: Tensor) -> Tensor:
+        outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))  # 16 bits round, and overflow
+        is_logit = (_can_not_be_probabilities(outputs) & counts).sum()
         rows = []
         for temperature in TEMPERATURES:
             p = task.predictions(outputs / temperature if task.has_classes else outputs).to(dtype)
@@ -91,12 +98,17 @@ def score_sums(outputs: Tensor, targets: Tensor, task: Task, shares: Tensor | No
             is_correct = (task.classes(p) == task.classes(y)).to(dtype)
             values = [torch.ones_like(is_correct), task.distances(p, y), task.agreements(p, y, shares), is_correct]
             kept = [value.where(is_finite & counts, 0.0).sum() for value in values]
-            rows.append(torch.stack([*kept, (~is_finite & counts).sum()]))
+            rows.append(torch.stack([*kept, (~is_finite & counts).sum(), is_logit]))
         return torch.stack(rows)
 
-    return torch.stack(
-        [torch.zeros(len(TEMPERATURES), 5, dtype=dtype, device=outputs.device), *in_chunks(sums, outputs, y, counts)]
-    ).sum(0)
+    return torch.stack(in_chunks(sums, outputs, y, counts)).sum(0)
+
+
+def _can_not_be_probabilities(outputs: Tensor) -> Tensor:
+    """Return which samples have an output outside of [0, 1], or several that do not sum to 1, ``(N,)``."""
+    outputs = outputs.reshape(len(outputs), num_outputs(outputs))
+    is_outside = ((outputs < 0) | (outputs > 1)).any(1)
+    return is_outside if outputs.shape[1] == 1 else is_outside | ((outputs.sum(1) - 1).abs() > _ROUNDING)
 
 
 def refined_score(logits: Any, targets: Any, task: str = "multiclass") -> Refined:

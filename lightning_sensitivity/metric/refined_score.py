@@ -21,8 +21,10 @@ from lightning_sensitivity.functional.refined_score import (
     score_sums,
 )
 from lightning_sensitivity.functional.tasks import find_task
-from lightning_sensitivity.functional.tensors import may_be_probabilities, wide_dtype
+from lightning_sensitivity.functional.tensors import wide_dtype
 from lightning_sensitivity.metric.wide import WideMetric
+
+_MANY = 50  # so many samples of a trained network have a logit that is no probability
 
 
 class RefinedScore(WideMetric):
@@ -60,7 +62,7 @@ class RefinedScore(WideMetric):
         >>> metric.update(torch.tensor([[4.0, 0.0], [0.0, 4.0]]), torch.tensor([0, 1]))
         >>> metric.update(torch.tensor([[4.0, 0.0], [0.0, 4.0]]), torch.tensor([0, 0]))
         >>> metric.compute()
-        tensor(0.3763, dtype=torch.float64)
+        tensor(0.3757, dtype=torch.float64)
         >>> metric.temperature
         4.0
     """
@@ -74,7 +76,6 @@ class RefinedScore(WideMetric):
         self.task = find_task(task)
         self.shares = shares
         self.is_quiet = False
-        self._may_be_probabilities = True  # so far
         zeros = torch.zeros(len(TEMPERATURES), len(ScoreSums._fields), dtype=wide_dtype(self.device))
         self.add_state("packed_sums", default=zeros, dist_reduce_fx="sum")
 
@@ -83,21 +84,21 @@ class RefinedScore(WideMetric):
         check_scored(logits, targets, self.task)
         # not in place: the state may belong to inference mode
         self.packed_sums = self.packed_sums + score_sums(logits, targets, self.task, self.shares)
-        if self.task.has_one_output and not self.is_quiet:
-            self._may_be_probabilities = self._may_be_probabilities and may_be_probabilities(logits)
 
     def compute(self) -> Tensor:
         """Compute the score of all samples so far, over all processes; nan without any."""
         sums = self.sums
         if not self.is_quiet:
-            self._warn(int(sums.num_non_finite[0]))
+            self._warn(sums)
         return self.packed_sums.new_tensor(Refined.lowest(sums.scores).score)
 
-    def _warn(self, num_non_finite: int) -> None:
+    def _warn(self, sums: ScoreSums) -> None:
+        num_non_finite = int(sums.num_non_finite[0])
         if num_non_finite > 0:
             rank_zero_warn(f"{num_non_finite} samples gave nan or inf, and were left out.", stacklevel=6)
-        if self.task.has_one_output and self._may_be_probabilities and self.sums.num_scored[0] > 0:
-            rank_zero_warn("All `logits` lie in [0, 1]. If they are probabilities, take what comes before the sigmoid.")
+        if self.task.has_classes and sums.num_scored[0] >= _MANY and sums.num_logits[0] == 0:
+            expected = "take what comes before softmax or sigmoid"
+            rank_zero_warn(f"All `logits` look like probabilities. If they are, {expected}.", stacklevel=6)
 
     @property
     def sums(self) -> ScoreSums:
@@ -112,11 +113,6 @@ class RefinedScore(WideMetric):
         """
         with self.sync_context():
             return Refined.lowest(self.sums.scores).temperature
-
-    def reset(self) -> None:
-        """Forget all samples."""
-        super().reset()
-        self._may_be_probabilities = True
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: AxType | None = None) -> PlotType:
         """Plot one or several values of the metric.

@@ -1,4 +1,4 @@
-"""Run any model on any batch: its arguments and outputs, noise, twins, and passes that leave no trace."""
+"""Run any model on any batch: its arguments and outputs, noise, and passes that leave no trace."""
 
 from lightning_sensitivity.model.call import ModelCall, select_outputs, select_targets
 from lightning_sensitivity.model.isolation import isolated

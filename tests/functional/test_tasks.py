@@ -1,3 +1,5 @@
+"""Tasks: which labels fit which outputs, what is said of others, and what both become."""
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,22 +9,27 @@ from lightning_sensitivity.functional import tensors
 
 LOGITS, SINGLE = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).split(3, dim=1)
 CLASSES, BITS = torch.tensor([0, 1, 2, 0, 1, 2]), torch.tensor([0, 1, 0, 0, 1, 1])
-DENSE = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(0))
 MULTI_HOT = torch.tensor([[1, 1, 0], [0, 0, 0], [1, 1, 1], [0, 1, 0], [0, 0, 1], [1, 0, 1]])
+SOFT = torch.tensor([[0.2, 0.3, 0.5]] * 5 + [[-100.0] * 3])
 
-
-# Those of one path are in test_silent.py, with what a monitor does.
 REFUSED: dict[str, tuple[str, Tensor, Tensor, str]] = {
     "-100 in 8 bits": ("multiclass", LOGITS, CLASSES.byte().where(CLASSES < 2, 156), "got 0 to 156"),
     "another `ignore_index`": ("multiclass", LOGITS, CLASSES - 1, "-100.* got -1 to 1.*`targets=`.*`ignore_index`"),
-    "a label for some positions": ("multiclass", DENSE, torch.zeros(2, 7).long(), r"\(N, ...\).*shape \(2, 7\)"),
+    "a label for some": ("multiclass", LOGITS, CLASSES[:4], r"class indices \(N,\).*shape \(4,\)"),
     "a column of labels": ("multiclass", LOGITS, CLASSES[:, None], r"`targets=lambda batch: batch\[1\].squeeze\(1\)`"),
-    "one output": ("multiclass", SINGLE, BITS.float(), "float32 for one output. Set `task='binary'`"),
-    "several classes, floats": ("multiclass", LOGITS, MULTI_HOT.float(), "sum to 1.*`task='multilabel'`"),
-    "one output for several labels": ("multilabel", SINGLE, BITS[:, None], "K > 1.*`task='binary'`"),
-    "class indices for several labels": ("multilabel", LOGITS, CLASSES, "Leave `task` out if labels are class indices"),
+    "one output": ("multiclass", SINGLE, BITS.float(), "one output. Set `task='binary'`.*`task='regression'`"),
+    "class indices as floats": ("multiclass", LOGITS, CLASSES.float(), r"Make class indices .*batch\[1\].long\(\)"),
+    "one-hot integers": ("multiclass", LOGITS, MULTI_HOT, r"Make one-hot labels floating: .*batch\[1\].float\(\)"),
+    "several classes": ("multiclass", LOGITS, MULTI_HOT.float(), r"sum to 1.*\(multilabel\) are not supported"),
+    "bools": ("multiclass", LOGITS, BITS.bool(), "Expected class indices .* torch.bool"),
     "a label above 1": ("binary", SINGLE, CLASSES, "labels from 0 to 1, .* got 0 to 2$"),
     "labels -1 and 1": ("binary", SINGLE, 2 * BITS - 1, r"`targets=lambda batch: \(batch\[1\] \+ 1\) / 2`"),
+    "nan for a bit": ("binary", SINGLE, BITS * torch.nan, "from 0 to 1"),
+    "several outputs": ("binary", LOGITS, BITS, r"Expected one output.*shape \(6, 3\).*leave `task` out"),
+    "two columns of bits": ("binary", SINGLE, MULTI_HOT[:, :2], "one label per output.*Leave `task` out"),
+    "a target for some outputs": ("regression", LOGITS, SINGLE, r"one target per output.*\(6, 3\).*\(6, 1\)"),
+    "nan for a target": ("regression", LOGITS, LOGITS * torch.nan, "finite targets.*Leave such samples out"),
+    "an infinite target": ("regression", SINGLE, SINGLE / 0, "finite targets"),
 }
 
 
@@ -33,52 +40,73 @@ def test_labels_of_another_task_are_refused(what: str) -> None:
         T.TASKS[task].check(outputs, targets)
 
 
+EXPECTED = torch.eye(3)[CLASSES]
+COLUMN = BITS[:, None].float()
+ACCEPTED: dict[str, tuple[str, Tensor, Tensor, Tensor]] = {  # and the matrix that labels become
+    "class indices": ("multiclass", LOGITS, CLASSES, EXPECTED),
+    "indices in 8 bits": ("multiclass", LOGITS, CLASSES.to(torch.int8), EXPECTED),
+    "some ignored": ("multiclass", LOGITS, CLASSES.where(CLASSES < 2, -100), EXPECTED * (CLASSES < 2)[:, None]),
+    "soft labels, one ignored": ("multiclass", LOGITS, SOFT, SOFT.clamp(min=0)),
+    "soft labels in 16 bits": ("multiclass", LOGITS, SOFT.bfloat16(), SOFT.bfloat16().clamp(min=0).float()),
+    "bools for a vector": ("binary", SINGLE[:, 0], BITS.bool(), COLUMN),
+    "bits for a column": ("binary", SINGLE, BITS, COLUMN),
+    "a column of floats, some ignored": ("binary", SINGLE, COLUMN.where(COLUMN == 1, -100.0), COLUMN),
+    "probabilities": ("binary", SINGLE, COLUMN / 3, COLUMN / 3),
+    "numbers": ("regression", SINGLE, CLASSES, CLASSES[:, None].float()),
+    "several numbers": ("regression", LOGITS, -LOGITS, -LOGITS),
+    "-100, which is a number like others": ("regression", SINGLE[:, 0], SINGLE - 100, SINGLE - 100),
+}
+
+
+@pytest.mark.parametrize("what", ACCEPTED)
+def test_labels_of_the_task_become_a_matrix_like_predictions(what: str) -> None:
+    task, outputs, targets, expected = ACCEPTED[what]
+    kind = T.TASKS[task]
+    kind.check(outputs, targets)
+    p, y = kind.predictions(outputs), kind.as_matrix(targets, tensors.num_outputs(outputs))
+    assert p.shape == y.shape and torch.equal(y.float(), expected)
+    is_ignored = (targets.double().reshape(6, -1) == -100).any(1) & (task != "regression")
+    assert torch.equal(kind.has_label(targets), ~is_ignored)
+
+
+def test_without_a_number_of_outputs_there_are_as_many_classes_as_the_labels_say() -> None:
+    kind = T.TASKS["multiclass"]
+    assert torch.equal(kind.as_matrix(CLASSES), EXPECTED) and kind.as_matrix(CLASSES[:0]).shape == (0, 1)
+
+
+def test_predictions_choose_classes_and_claim_the_score_that_labels_drawn_from_them_would_have() -> None:
+    multiclass, binary, regression = (T.TASKS[name] for name in ("multiclass", "binary", "regression"))
+    p, q = LOGITS.double().softmax(1), SINGLE.double().sigmoid()
+    claims = sum(p[:, k] * (p - torch.eye(3)[k]).square().sum(1) for k in range(3))
+    torch.testing.assert_close(multiclass.claims(p), claims)
+    torch.testing.assert_close(binary.claims(q), (q * (1 - q).square() + (1 - q) * q.square())[:, 0])
+    assert torch.equal(multiclass.classes(p), LOGITS.argmax(1))
+    assert torch.equal(binary.classes(q), (SINGLE[:, 0] > 0).long())
+    assert regression.claims(LOGITS).isnan().all() and regression.classes(LOGITS).isnan().all()
+
+
+def test_numbers_near_probabilities_become_probabilities_and_measurements_stay() -> None:
+    near = torch.tensor([[-1.0, 0.5, 2.0]])
+    clipped = T.TASKS["multiclass"].clip(near)
+    assert clipped.min() > 0 and clipped.sum() == pytest.approx(1)
+    assert T.TASKS["binary"].clip(near).tolist() == [[0.0, 0.5, 1.0]]
+    assert torch.equal(T.TASKS["regression"].clip(near), near)
+
+
+def test_an_unknown_task_is_refused_with_those_that_are_known() -> None:
+    with pytest.raises(ValueError, match="`task` to be one of 'multiclass', 'binary', 'regression', but got 'multi"):
+        T.find_task("multilabel")
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_probabilities_are_told_from_logits(dtype: torch.dtype) -> None:
-    logits = (5 * DENSE).to(dtype)
+    logits = (5 * torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(0))).to(dtype)
     p, log_p = logits.softmax(1), logits.log_softmax(1)
     wide = logits.to(torch.promote_types(dtype, torch.float32))
-    assert torch.equal(T.TASKS["multiclass"].probabilities(logits), wide.softmax(1))
+    assert torch.equal(T.TASKS["multiclass"].predictions(logits), wide.softmax(1))
     assert tensors.are_log_probabilities(log_p) and tensors.are_probabilities(p)
     assert tensors.are_probabilities(logits.bfloat16().softmax(1).float())  # as autocast widens them after rounding
     for others in (logits, logits[:, :1], logits[:0], -logits.abs(), log_p - 0.5, p):
         assert not tensors.are_log_probabilities(others)
     for others in (logits, logits[:, :1] * 0 + 1, logits[:0], logits.abs(), logits.sigmoid(), log_p, p[:1, :, 0]):
         assert not tensors.are_probabilities(others)
-
-
-ACCEPTED: dict[str, tuple[str, Tensor, Tensor]] = {
-    "class indices": ("multiclass", LOGITS, CLASSES),
-    "class indices in 8 bits": ("multiclass", LOGITS, CLASSES.to(torch.int8).where(CLASSES < 2, -100)),
-    "soft labels, one ignored": ("multiclass", LOGITS, torch.tensor([[0.2, 0.3, 0.5]] * 5 + [[-100.0] * 3])),
-    "dense": ("multiclass", DENSE, torch.zeros(2, 5).long()),
-    "bools for a vector": ("binary", SINGLE[:, 0], BITS.bool()),
-    "a column of floats": ("binary", SINGLE, BITS[:, None].float()),
-    "several labels": ("multilabel", LOGITS, MULTI_HOT),
-}
-
-
-@pytest.mark.parametrize("what", ACCEPTED)
-def test_labels_of_the_task_become_probabilities(what: str) -> None:
-    task, outputs, targets = ACCEPTED[what]
-    kind = T.TASKS[task]
-    kind.check(outputs, targets)
-    p = kind.probabilities(outputs)
-    y, counts = kind.target_probabilities(p, targets)
-    assert y.shape == p.shape and y.min() >= 0 and y.max() <= 1
-    has_label = (targets.long() != -100).reshape(len(targets), -1).all(1)
-    assert torch.equal(counts.reshape(len(targets), -1).all(1), has_label)
-    if targets.shape == outputs.shape[:1] and task == "multiclass":
-        assert torch.equal(y.argmax(1)[has_label], targets.long()[has_label])
-    if p.ndim == 2 and bool(has_label.all()):
-        assert torch.equal(kind.as_matrix(targets).to(y), y)
-
-
-@pytest.mark.parametrize("task", T.TASKS)
-def test_vectors_are_as_far_apart_as_the_brier_score_says(task: str) -> None:
-    kind, g = T.TASKS[task], torch.Generator().manual_seed(0)
-    p, q = (kind.clip(torch.rand(6, 4, generator=g, dtype=torch.float64)) for _ in range(2))
-    distances = (kind.as_vectors(p) - kind.as_vectors(q)).square().sum(1)
-    torch.testing.assert_close(distances, kind.distances(p, q))
-    clipped = kind.clip(torch.tensor([[-1.0, 0.5, 2.0]]))
-    assert clipped.min() >= 0 and clipped.max() <= 1 and (task != "multiclass" or clipped.sum() == 1)

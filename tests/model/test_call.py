@@ -11,9 +11,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
-from lightning_sensitivity.model import ModelCall, isolated, select_outputs, select_targets
+from lightning_sensitivity.model import ModelCall, select_outputs, select_targets
 from lightning_sensitivity.model.batches import tensors_in
-from lightning_sensitivity.model.call import count_samples
+from lightning_sensitivity.model.call import device_of, has_targets
 
 X, IDS = torch.zeros(3, 2), torch.full((3,), 20)
 Pair = namedtuple("Pair", ["x", "y"])
@@ -82,34 +82,38 @@ def test_samples_are_counted_where_rows_leave_no_doubt(what: str) -> None:
     assert call(ONE, batch).size == size
 
 
-def by_steps(self: Any, x: Tensor) -> Tensor:
-    return x.cumsum(0)[-1] + x[0]
-
-
-def bags_of(self: Any, offsets: Tensor) -> Tensor:
-    return nn.functional.embedding_bag(IDS, torch.rand(21, 2), offsets)
-
-
-COUNTED: dict[str, tuple[Any, Any, int, int]] = {  # the samples, and what is left of the size by rows
-    "rows": (lambda self, x: x + x.mean(0), torch.rand(4, 4), 4, 4),
-    "one row": (lambda self, x: x, torch.rand(1, 4), 1, 1),
-    "one row, squeezed": (lambda self, x: x.squeeze(), torch.rand(1, 4), 1, 1),
-    "one row and output, squeezed": (lambda self, x: x.sum(1).squeeze(), torch.rand(1, 4), 1, 1),
-    "time first": (by_steps, torch.rand(5, 4, 2), 4, 0),
-    "time first, as many steps as samples": (by_steps, torch.rand(4, 4, 2), 4, 0),
-    "offsets, which have an order": (bags_of, torch.arange(3), 3, 0),
-    "one output for all": (lambda self, x: x.sum(0, keepdim=True), torch.rand(4, 2), 1, 0),
-    "a list": (lambda self, x: torch.stack(x), ([X, X],), 2, 0),
+SQUEEZED: dict[str, tuple[Any, tuple[int, ...]]] = {  # what `forward` makes of one row, and the outputs
+    "one row, squeezed": (lambda self, x: x.squeeze(), (1, 4)),
+    "one row and output, squeezed": (lambda self, x: x.sum(1).squeeze(), (1,)),
+    "one output": (lambda self, x: x.sum(1), (1,)),
+    "nothing is squeezed": (lambda self, x: x, (1, 4)),
 }
 
 
-@pytest.mark.parametrize("what", COUNTED)
-def test_outputs_say_how_many_samples_there_are_and_whether_rows_are_samples(what: str) -> None:
-    forward, batch, size, size_of_call = COUNTED[what]
-    model = module(forward)
-    one = call(model, batch)
-    with isolated(model) as run:
-        assert (count_samples(one, run), one.size) == (size, size_of_call)
+@pytest.mark.parametrize("what", SQUEEZED)
+def test_a_single_sample_keeps_its_dimension(what: str) -> None:
+    forward, shape = SQUEEZED[what]
+    assert call(module(forward), torch.rand(1, 4))().shape == shape
+
+
+class Bundle(nn.Module):
+    """Its attributes are items, and others raise KeyError."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 3)
+
+    def __getattr__(self, name: str) -> Any:
+        return self.__dict__["_modules"][name]
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.layer(x) + mask.sum()
+
+
+def test_a_model_whose_attributes_raise_a_key_error_is_called_as_others_are() -> None:
+    model = Bundle()
+    assert torch.equal(call(model, {"x": X, "mask": X, "y": IDS})(), model(X, X))
+    assert call(model, (X, IDS)).named().keys() == {"x", "mask"} and device_of(model) == X.device
 
 
 class Graph:
@@ -162,6 +166,9 @@ TAKEN: dict[str, tuple[Callable[[], Tensor], Tensor]] = {
     "a tensor": (lambda: select_outputs(X), X),
     "the first of a tuple": (lambda: select_outputs((X, "attention")), X),
     "the first of a named tuple": (lambda: select_outputs(Pair(X, 0)), X),
+    "the first of outputs with the same width": (lambda: select_outputs((X, X + 1, X[:, 0], IDS)), X),
+    "the first of images and codes": (lambda: select_outputs((X[:, :, None], X)), X[:, :, None]),
+    "what `outputs` says of features and logits": (lambda: select_outputs((X[:, :1], X), lambda out: out[1]), X),
     "logits of an object": (lambda: select_outputs(SimpleNamespace(logits=X)), X),
     "logits of a mapping": (lambda: select_outputs(UserDict(loss=IDS, logits=X)), X),
     "arguments by name": (lambda: call(TWO, {"x": X, "mask": IDS, "z": X}).kwargs["x"], X),
@@ -180,13 +187,18 @@ def test_which_inputs_outputs_and_labels_are_taken(what: str) -> None:
     assert torch.equal(select(), expected)
 
 
-# More of them, with what the monitors do, are in test_silent.py.
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "noise on sparse inputs": (lambda: call(ONE, X.to_sparse())(torch.clone), "dense floating.*got none"),
     "noise where only labels float": (lambda: call(DENOISER, {"y": X, "t": IDS})(torch.clone), "got none.*`inputs="),
     "noise on one of two": (lambda: call(TWO, {"x": X, "mask": X})(torch.clone), "got several: 'x', 'mask'"),
     "integer outputs": (lambda: select_outputs(IDS), "int64"),
     "a loss that comes first": (lambda: select_outputs((X.sum(), X)), r"shape \(\)"),
+    "features and logits in a tuple": (lambda: select_outputs((X[:, :1], X)), r"which of several.*out: out\[1\]"),
+    "a mapping without logits": (lambda: select_outputs({"a": X, "b": X}), r"got NoneType.*result\['b'\]"),
+    "fewer elements than arguments": (lambda: call(TWO, (X,)), "the 2 arguments that `forward` requires"),
+    "a mapping of other names": (lambda: call(TWO, {"image": X}), "names none of dict of 'image'"),
+    "labels that `targets` fails on": (lambda: select_targets(ONE, X, lambda batch: batch["y"]), "`targets` failed on"),
+    "labels of two names": (lambda: select_targets(ONE, {"x": X, "label": IDS, "y": IDS}), "`targets` should return"),
     "several elements for labels": (lambda: select_targets(TWO, (X,) * 4), "`targets.*from tuple of 4"),
 }
 
@@ -196,3 +208,8 @@ def test_what_leaves_doubt_is_refused(what: str) -> None:
     select, match = REFUSED[what]
     with pytest.raises(MisconfigurationException, match=match):
         select()
+
+
+def test_labels_are_expected_where_they_are_usual() -> None:
+    assert has_targets(ONE, (X, IDS)) and has_targets(ONE, {"x": X, "y": IDS}) and has_targets(TWO, [X, X, IDS])
+    assert not any(has_targets(ONE, batch) for batch in (X, [X], {"x": X}, (X, X, IDS)))

@@ -1,58 +1,159 @@
-"""A reader of batches needs no Trainer, and what it keeps is enough to fit a reference."""
+"""A reader of batches needs no Trainer, and what it keeps is what a reference needs."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torch.nn.functional import one_hot
 
-from lightning_sensitivity.functional import fit_reference, principal_components
 from lightning_sensitivity.functional.tasks import TASKS
-from lightning_sensitivity.model.reader import BatchReader
-from lightning_sensitivity.model.reference import fit_to_samples, keep_training_samples
-from tests.helpers import inputs, labelled
+from lightning_sensitivity.model import ModelCall
+from lightning_sensitivity.model.reader import BatchReader, join_kept, join_labelled, join_seen, seen_inputs
+from lightning_sensitivity.model.samples import KeptBatch, KeptSamples
+from tests.helpers import labelled
 
 MODEL = nn.Linear(12, 4)
 X, Y = labelled(60).tensors
-BATCHES = [{"image": X[start : start + 20], "class": Y[start : start + 20]} for start in (0, 20, 40)]
 READ = {"inputs": lambda batch: batch["image"].mul_(2), "targets": lambda batch: batch["class"]}
 
 
 def test_functions_say_where_everything_is_and_get_copies() -> None:
-    reader, batch = BatchReader(**READ, features=lambda batch: batch["image"].mul_(3)[:, :2]), BATCHES[0]
-    kept = reader.keep(MODEL, batch, 5, reader.labels(MODEL, batch))
-    assert (kept.index, kept.size) == (5, 20) and torch.equal(kept.labels, Y[:20])
-    assert torch.equal(kept.call(), MODEL(2 * X[:20])) and torch.equal(kept.features, 3 * X[:20, :2])
-    assert torch.equal(batch["image"], X[:20])
+    reader, batch = BatchReader(**READ, features=lambda batch: batch["image"].mul_(3)[:, :2]), {"image": X, "class": Y}
+    kept = reader.keep(MODEL, batch, 5, with_seen=True)
+    assert (kept.index, kept.size) == (5, 60) and kept.labels is None
+    assert torch.equal(kept.call(), MODEL(2 * X)) and torch.equal(kept.seen, 3 * X[:, :2])
+    labels = reader.labels(MODEL, batch)
+    assert torch.equal(labels, Y) and labels.data_ptr() != Y.data_ptr() and reader.may_have_labels(MODEL, X)
+    assert torch.equal(batch["image"], X)
 
 
 def test_without_functions_it_takes_what_is_usual() -> None:
     reader = BatchReader()
-    kept = reader.keep(MODEL, (X, Y), 0, reader.labels(MODEL, (X, Y)))
-    assert torch.equal(kept.call(), MODEL(X)) and torch.equal(kept.labels, Y) and kept.features is None
+    kept = reader.keep(MODEL, (X, Y), 0)
+    assert torch.equal(kept.call(), MODEL(X)) and kept.seen is None and torch.equal(reader.labels(MODEL, (X, Y)), Y)
+    assert torch.equal(reader.keep(MODEL, (X, Y), 0, with_seen=True).seen, X)
     assert reader.may_have_labels(MODEL, (X, Y)) and not reader.may_have_labels(MODEL, X)
 
 
-@pytest.mark.parametrize(("read", "match"), [
-    (lambda reader: reader.labels(MODEL, (X, Y + 1), (4,)), "Expected labels from 0 to 3"),
-    (lambda reader: reader.labels(MODEL, X), "`targets` should return the labels"),
-    (lambda reader: reader.keep(MODEL, X, 0, Y[:5]), "should return a label for each of 60 samples, got 5"),
+def test_functions_may_draw_random_numbers_and_change_the_model_without_a_trace() -> None:
+    model, state = nn.Sequential(nn.BatchNorm1d(12), nn.Linear(12, 4)), torch.get_rng_state()
+
+    def select(batch: Any) -> Tensor:
+        return model.train()(batch[0]) + torch.rand(1)
+
+    reader = BatchReader(inputs=lambda batch: batch[0] + torch.rand(1), targets=select, features=select)
+    call = reader.call(model, (X, Y))
+    reader.labels(model, (X, Y)), reader.seen(model, (X, Y), call, 60)
+    assert torch.equal(torch.get_rng_state(), state) and model[0].num_batches_tracked == 0
+
+
+@pytest.mark.parametrize(("batch", "size"), [
+    pytest.param(X, 60, id="by rows"),
+    pytest.param([list(X[:7])], 7, id="by outputs, of a list"),
 ])  # fmt: skip
-def test_labels_that_are_not_clear_or_do_not_fit_are_refused(read: Any, match: str) -> None:
+def test_samples_are_counted(batch: Any, size: int) -> None:
+    model = type("Lists", (nn.Module,), {"forward": lambda self, x: torch.stack(x) if isinstance(x, list) else x})()
+    reader = BatchReader()
+    assert reader.size(model, reader.call(model, batch)) == size
+
+
+def features(result: Any) -> Any:
+    reader = BatchReader(features=lambda batch: result)
+    return reader.seen(MODEL, X, reader.call(MODEL, X), 60)
+
+
+@pytest.mark.parametrize(("read", "match"), [
+    (lambda reader: reader.labels(MODEL, (X, Y + 1), (4,)), r"Expected labels from 0 to 3.*\. See docs/"),
+    (lambda reader: reader.labels(MODEL, (X, Y[:, None]), (4,)), r"Remove the extra dimension"),
+    (lambda reader: reader.labels(MODEL, X), "`targets` should return the labels"),
+    (lambda reader: features(X[:5]), r"`features` should be a function .*\(60, D\), got .*\(5, 12\)"),
+    (lambda reader: features(X[:, 0]), r"`features` should be .*\(60,\)"),
+    (lambda reader: features([X]), "`features` should be .*list of 1"),
+    (lambda reader: BatchReader(features=lambda batch: 1 / 0).keep(MODEL, X, 0, True), "`features` failed on a tensor"),
+    (lambda reader: BatchReader(inputs=3), "`inputs` should be a function"),
+])  # fmt: skip
+def test_what_is_not_clear_or_does_not_fit_is_refused(read: Any, match: str) -> None:
     with pytest.raises(MisconfigurationException, match=match):
         read(BatchReader(task=TASKS["multiclass"]))
 
 
-@pytest.mark.parametrize(("num_samples", "kept"), [(1000, [0, 1, 2]), (40, [0, 2]), (21, [0, 2])])
-def test_a_reference_is_fitted_to_evenly_spaced_training_samples(num_samples: int, kept: list[int]) -> None:
-    reader, new = BatchReader(**READ), inputs(30, seed=1)
-    training, num_labelled = keep_training_samples(reader, MODEL, BATCHES, num_samples=num_samples)
-    assert [batch.index for batch in training] == kept and num_labelled == 60
-    unseen = [reader.keep(MODEL, {"image": part}, index) for index, part in enumerate(new.split(10))]
-    found = fit_to_samples(training, unseen, 4, TASKS["multiclass"])
-    rows = torch.cat([torch.arange(20 * index, 20 * index + 20) for index in kept])
-    features: tuple[Tensor, Tensor] = principal_components(2 * X[rows], 2 * new)
-    expected = fit_reference(features[0], one_hot(Y[rows], 4), features[1])
-    assert torch.equal(found.predictions, expected.predictions)
+# What a reference sees
+
+IDS, IMAGES = torch.arange(12).reshape(3, 4), torch.rand(3, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]])
+ROWS, OTHER = X[:3], X[3:6, :5]
+ANY = type("Any", (nn.Module,), {"forward": lambda self, **kwargs: kwargs})()
+SEEN: dict[str, tuple[dict[str, Any], Tensor | None]] = {
+    "columns of a table": ({"x": ROWS}, ROWS),
+    "one column": ({"x": ROWS[:, 0]}, ROWS[:, :1]),
+    "columns in 64 and 16 bits": ({"x": ROWS.double(), "z": OTHER.half()}, torch.cat([ROWS, OTHER.half().float()], 1)),
+    "images": ({"x": IMAGES}, IMAGES),
+    "images in 8 bits": ({"x": (9 * IMAGES).byte()}, (9 * IMAGES).byte().float()),
+    "signals": ({"x": IMAGES[:, :, 0]}, IMAGES[:, :, 0]),
+    "an image and columns beside it": ({"x": IMAGES, "z": OTHER}, torch.cat([IMAGES.flatten(1), OTHER], 1)),
+    "token ids": ({"input_ids": IDS}, IDS),
+    "token ids with padding": ({"input_ids": IDS, "attention_mask": MASK}, IDS.where(MASK > 0, -1)),
+    "token ids in 8 bits": ({"input_ids": IDS.byte(), "attention_mask": MASK}, IDS.where(MASK > 0, -1)),
+    "token ids beside what is none": ({"token_type_ids": IDS * 0, "position_ids": IDS, "input_ids": IDS}, IDS),
+    "embeddings, without their mask": ({"inputs_embeds": IMAGES[:, 0], "attention_mask": MASK}, IMAGES[:, 0]),
+    "inputs, and not the labels": ({"x": ROWS, "labels": OTHER, "y": OTHER}, ROWS),
+    "inputs in a part": ({"x": {"deep": [ROWS]}}, ROWS),
+    "numbers of other rows": ({"x": ROWS[:2], "length": IDS[:, 0]}, None),
+    "complex numbers": ({"x": ROWS.to(torch.complex64)}, None),
+    "no tensor": ({"x": "name"}, None),
+}
+
+
+@pytest.mark.parametrize("what", SEEN)
+def test_a_reference_sees(what: str) -> None:
+    batch, expected = SEEN[what]
+    seen = seen_inputs(ModelCall(ANY, batch), 3)
+    assert seen is expected is None or (torch.equal(seen, expected) and seen.dtype == expected.dtype)
+
+
+def test_large_images_are_kept_small_but_not_the_features_of_the_user() -> None:
+    large = torch.rand(3, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    flat = type("Flat", (nn.Module,), {"forward": lambda self, x: x.flatten(1)[:, :4]})()
+    assert BatchReader().keep(flat, large, 0, with_seen=True).seen.shape == (3, 1, 32, 32)
+    assert BatchReader(features=lambda batch: batch).keep(flat, large, 0, True).seen.shape == (3, 64 * 64)
+
+
+def test_a_graph_is_seen_by_features_alone() -> None:
+    graph, model = SimpleNamespace(x=X, y=Y), type("Net", (nn.Module,), {"forward": lambda self, data: data.x[:, :4]})()
+    assert BatchReader().keep(model, graph, 0, with_seen=True).seen is None
+    kept = BatchReader(features=lambda batch: batch.x).keep(model, graph, 0, with_seen=True)
+    assert kept.size == 60 and torch.equal(kept.seen, X)
+
+
+def test_token_ids_are_padded_to_the_longest_and_inputs_of_different_sizes_are_refused() -> None:
+    assert join_seen([IDS, IDS[:2, :3]])[3:].tolist() == [[0, 1, 2, -1], [4, 5, 6, -1]]
+    assert torch.equal(join_seen([X[:7], X[7:]]), X)
+    with pytest.raises(ValueError, match="different sizes"):
+        join_seen([X, X[:, :3]])
+
+
+def kept(*sizes: int, **values: Any) -> KeptSamples:
+    samples = KeptSamples(100)
+    for index, parts in enumerate(zip(*(torch.split(each, sizes) for each in values.values()), strict=True)):
+        samples.add(KeptBatch(index, sizes[index], **dict(zip(values, parts, strict=True))))
+    return samples
+
+
+def test_what_is_seen_of_labelled_samples_is_joined_with_their_labels() -> None:
+    labels = Y.where(torch.arange(60) % 7 > 0, -100)
+    x, y = join_labelled(kept(20, 7, 33, seen=X, labels=labels), TASKS["multiclass"], 4)
+    has_label = labels >= 0
+    assert torch.equal(x, X[has_label]) and torch.equal(y, torch.eye(4)[Y[has_label]])
+    x, y = join_labelled(kept(20, 40, seen=X, labels=X[:, 0].double()), TASKS["regression"], 1)
+    assert torch.equal(x, X) and torch.equal(y, X[:, :1])
+
+
+def test_samples_of_which_some_are_not_seen_have_no_reference() -> None:
+    samples = kept(20, 40, seen=X)
+    assert torch.equal(join_kept(samples), X)
+    samples.batches[1].seen = None
+    for each in (samples, KeptSamples(5)):
+        with pytest.raises(ValueError, match="neither dense numbers nor token ids, with a row for each sample"):
+            join_kept(each)

@@ -1,0 +1,81 @@
+"""Kept samples: whole batches, evenly spaced, as few as hold what is wanted, and within a number of bytes."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from lightning_sensitivity.model import ModelCall
+from lightning_sensitivity.model.samples import KeptBatch, KeptSamples
+
+SIZES = st.lists(st.integers(0, 9), min_size=1, max_size=60)
+
+
+def kept(sizes: list[int], num_wanted: float, max_bytes: float = math.inf) -> KeptSamples:
+    """Samples of batches of these sizes, each of 4 bytes."""
+    samples = KeptSamples(num_wanted, max_bytes=max_bytes)
+    for index, size in enumerate(sizes):
+        if samples.wants(index):
+            samples.add(KeptBatch(index, size, seen=torch.full((size,), float(index))))
+    return samples
+
+
+def indices(samples: KeptSamples) -> list[int]:
+    return [batch.index for batch in samples.batches]
+
+
+@given(sizes=SIZES, num_wanted=st.integers(1, 60))
+@settings(max_examples=60, deadline=None)
+def test_as_few_whole_batches_as_hold_what_is_wanted_are_kept(sizes: list[int], num_wanted: int) -> None:
+    samples = kept(sizes, num_wanted)
+    assert samples.size == sum(sizes[index] for index in indices(samples)) >= min(num_wanted, sum(sizes))
+    assert indices(samples) == sorted(indices(samples)) and all(sizes[index] for index in indices(samples))
+    assert samples.size - num_wanted < max(sizes) and not samples.is_truncated  # less than one batch too many
+    assert samples.is_full == (sum(sizes) >= num_wanted)
+
+
+@pytest.mark.parametrize(("num_batches", "num_wanted"), [(100, 100), (1000, 80), (37, 50)])
+def test_they_are_evenly_spaced_whatever_the_length_of_a_stream(num_batches: int, num_wanted: int) -> None:
+    samples = kept([7] * num_batches, num_wanted)
+    places = indices(samples)
+    gaps = [after - before for before, after in pairwise([*places, num_batches + places[0]])]
+    assert len(places) == math.ceil(num_wanted / 7) and max(gaps) < 3 * num_batches / len(places)
+    for num_workers in (2, 3, 4):  # which take turns
+        assert {place % num_workers for place in places} == {*range(num_workers)}
+
+
+def test_the_same_batches_are_kept_however_often_they_come() -> None:
+    sizes = [5, 3, 8, 1, 4] * 8
+    samples = kept(sizes, 30)
+    again = [index for index in range(len(sizes)) if samples.wants(index)]
+    assert set(again) <= set(indices(samples))
+
+
+@given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=40), max_bytes=st.integers(4, 200))
+@settings(max_examples=30, deadline=None)
+def test_batches_go_as_soon_as_they_take_too_many_bytes_but_the_last_one(sizes: list[int], max_bytes: int) -> None:
+    samples = kept(sizes, math.inf, max_bytes)
+    num_bytes = sum(batch.num_bytes for batch in samples.batches)
+    assert num_bytes == 4 * samples.size and (num_bytes <= max_bytes or len(samples.batches) == 1)
+    assert samples.is_truncated == (samples.size < sum(sizes))
+
+
+def test_all_that_is_kept_of_a_batch_counts_as_bytes() -> None:
+    x = torch.zeros(3, 2)
+    batch = KeptBatch(0, 3, ModelCall(nn.Linear(2, 2), x), torch.zeros(3).long(), x.double())
+    assert batch.num_bytes == 6 * 4 + 3 * 8 + 6 * 8 and KeptBatch(0, 3).num_bytes == 0
+
+
+def test_after_its_end_it_wants_no_more_unless_nothing_has_come() -> None:
+    samples = KeptSamples(20)
+    samples.complete()
+    assert samples.wants(0) and not samples.is_full
+    samples.add(KeptBatch(0, 5, labels=torch.arange(5)))
+    samples.add(KeptBatch(1, 0))
+    samples.complete()
+    assert not samples.wants(1) and samples.is_full and samples.size == 5
+    assert [each.tolist() for each in samples.labels] == [[0, 1, 2, 3, 4]]
