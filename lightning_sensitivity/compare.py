@@ -160,8 +160,9 @@ class _Measurer:
             unseen.add(self._keep(model, batch, index))
         has_labels = any(bool(self.task.has_label(labels).any()) for labels in known.labels)
         check_argument("training", "none", has_labels, "batches with labels")
-        inputs, labels = join_labelled(known, self.task, num_outputs)
-        reference = fit_reference(inputs, labels, join_kept(unseen), self.task.name)
+        with explained("set `features=` to a function `batch -> (N, D)`, since its inputs fail"):
+            inputs, labels = join_labelled(known, self.task, num_outputs)
+            reference = fit_reference(inputs, labels, join_kept(unseen), self.task.name)
         if reference.is_trusted:
             return reference.predictions
         if not self.validation_labels:

@@ -17,9 +17,6 @@ import numpy as np
 import torch
 from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
-from torch.nn.modules.conv import _ConvNd as Convolution
-from torch.nn.modules.conv import _ConvTransposeNd as TransposedConvolution
 from torchmetrics import Metric
 from torchmetrics.utilities.plot import _AX_TYPE as AxType
 from torchmetrics.utilities.plot import _PLOT_OUT_TYPE as PlotType
@@ -27,7 +24,7 @@ from torchmetrics.utilities.plot import _PLOT_OUT_TYPE as PlotType
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-__all__ = ["AxType", "BatchNorm", "Convolution", "PlotType", "TransposedConvolution"]
+__all__ = ["AxType", "PlotType"]
 
 # Random states
 
@@ -54,7 +51,7 @@ def mark_updated(metric: Metric) -> None:
 
 def is_compiled(module: nn.Module) -> bool:
     """Return whether calls of a module are compiled, or one of its functions, such as ``forward``."""
-    is_wrapped = original_module(module) is not module or getattr(module, "_compiler_ctx", None) is not None
+    is_wrapped = original_module(module) is not module or vars(module).get("_compiler_ctx") is not None
     functions = filter(inspect.isfunction, vars(module).values())
     has_compiled = any("_torchdynamo_orig_callable" in vars(function) for function in functions)
     return is_wrapped or has_compiled or module._compiled_call_impl is not None
@@ -62,7 +59,7 @@ def is_compiled(module: nn.Module) -> bool:
 
 def original_module(module: nn.Module) -> Any:
     """Return the module that ``torch.compile(module)`` has wrapped, or the module itself."""
-    return getattr(module, "_orig_mod", module)
+    return module._modules.get("_orig_mod", module)  # `__getattr__` may be the user's
 
 
 def eager() -> AbstractContextManager[object]:
@@ -93,9 +90,3 @@ def is_last_batch(trainer: Trainer) -> bool:
 def is_redirected(module: nn.Module) -> bool:
     """Return whether the `forward` of a module stands for a step, which Lightning runs so under DDP."""
     return "_ForwardRedirection" in getattr(vars(module).get("forward"), "__qualname__", "")
-
-
-def training_loaders(trainer: Trainer) -> list[Any]:
-    """Return the training loaders, however they are combined."""
-    combined: Any = trainer.fit_loop._combined_loader
-    return list(combined.flattened)

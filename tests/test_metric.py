@@ -163,36 +163,28 @@ def test_it_does_without_lightning() -> None:  # what processes share is tested 
 # In a collection
 
 
-COLLECTED: dict[str, tuple[Any, Any, Any]] = {
-    "class indices": (OutputSensitivity(), CLEAN[0], LABELS[0]),
-    "one-hot labels": (OutputSensitivity(), CLEAN[0], nn.functional.one_hot(LABELS[0], 5).float()),
-    "labels of two classes": (OutputSensitivity(), CLEAN[0][:, 0], (LABELS[0] > 1).float()),
-}
-
-
-@pytest.mark.parametrize("what", COLLECTED)
-def test_labels_that_a_collection_passes_are_refused_by_keywords(what: str) -> None:
-    metric, clean, labels = COLLECTED[what]
+@pytest.mark.parametrize(("clean", "labels"), [
+    pytest.param(CLEAN[0], LABELS[0], id="class indices"),
+    pytest.param(CLEAN[0], nn.functional.one_hot(LABELS[0], 5).float(), id="one-hot labels"),
+    pytest.param(CLEAN[0][:, 0], (LABELS[0] > 1).float(), id="labels of two classes"),
+])  # fmt: skip
+def test_labels_that_a_collection_passes_are_refused_by_keywords(clean: Tensor, labels: Tensor) -> None:
     with pytest.raises(TypeError, match=r"got labels.*`collection.update\(preds=..., target=..., \w+=..., \w+=...\)`"):
-        MetricCollection({"S": metric})(clean, labels)
+        MetricCollection({"S": OutputSensitivity()})(clean, labels)
 
 
-def test_in_a_collection_it_takes_keywords() -> None:
+def test_in_a_collection_it_takes_keywords_and_the_score_alone_positions() -> None:
     metrics = {"accuracy": MulticlassAccuracy(5), "S": OutputSensitivity(), "score": RefinedScore()}
-    collection = MetricCollection(metrics)
+    collection = MetricCollection(metrics, prefix="val/")
     for i in range(NUM_BATCHES):
         outputs = {"clean": CLEAN[i], "noisy": NOISY[i], "logits": CLEAN[i], "targets": LABELS[i]}
         collection.update(preds=CLEAN[i], target=LABELS[i], **outputs)
     values = collection.compute()
-    close(values["S"], filled(OutputSensitivity()).compute())
-    close(values["score"], filled(RefinedScore()).compute())
-
-
-def test_a_collection_of_logits_and_labels_takes_the_score_by_position_and_names() -> None:
-    collection = MetricCollection({"accuracy": MulticlassAccuracy(5), "score": RefinedScore()}, prefix="val/")
-    collection(CLEAN[0], LABELS[0])
-    assert set(collection.compute()) == {"val/accuracy", "val/score"}
-    close(collection.clone(prefix="test/").compute()["test/score"], filled(RefinedScore(), [0]).compute())
+    assert set(values) == {"val/accuracy", "val/S", "val/score"}
+    close(values["val/S"], filled(OutputSensitivity()).compute())
+    close(values["val/score"], filled(RefinedScore()).compute())
+    collection = MetricCollection({"accuracy": MulticlassAccuracy(5), "score": RefinedScore()})
+    close(collection(CLEAN[0], LABELS[0])["score"], filled(RefinedScore(), [0]).compute())
 
 
 # Sensitivity
@@ -256,16 +248,11 @@ def test_predictions_of_another_model_are_targets_and_shares_move_the_agreement_
     torch.testing.assert_close(found.float(), wanted, atol=1e-6, rtol=1e-5)
 
 
-def test_without_a_label_the_score_is_unknown() -> None:
+def test_samples_without_a_label_are_left_out_and_those_with_nan_are_said() -> None:
     metric = RefinedScore()
     metric.update(CLEAN[0], torch.full_like(LABELS[0], -100))
-    assert metric.compute().isnan() and metric.temperature == 1
-    close(filled(metric).compute(), filled(RefinedScore()).compute())
-
-
-def test_samples_with_nan_are_left_out_and_said() -> None:
-    metric = filled(RefinedScore())
-    metric.update(CLEAN[0] * torch.nan, LABELS[0])
+    assert metric.compute().isnan() and metric.temperature == 1  # without a label, it is unknown
+    filled(metric).update(CLEAN[0] * torch.nan, LABELS[0])
     with pytest.warns(UserWarning, match="^16 samples gave nan or inf") as warnings:
         close(metric.compute(), filled(RefinedScore()).compute())
     assert [warning.filename for warning in warnings] == [__file__]
@@ -295,20 +282,15 @@ def test_probabilities_in_small_batches_are_warned_of_unless_one_is_a_logit_or_t
     metric.compute()
 
 
-BAD: dict[str, Callable[[], Any]] = {
-    "an unknown task": lambda: RefinedScore("multilabel"),
-    "labels out of range": lambda: RefinedScore().update(CLEAN[0], LABELS[0] + 5),
-    "a column of labels": lambda: RefinedScore().update(CLEAN[0], LABELS[0][:, None]),
-    "dense logits": lambda: RefinedScore().update(CLEAN[0][:, :, None], LABELS[0]),
-    "labels in place of logits": lambda: RefinedScore("binary").update(LABELS[0], LABELS[0]),
-    "nan for a target": lambda: RefinedScore("regression").update(CLEAN[0], CLEAN[0] * torch.nan),
-}
-
-
-@pytest.mark.parametrize("what", BAD)
-def test_it_refuses(what: str) -> None:
+@pytest.mark.parametrize(("task", "outputs", "targets"), [
+    pytest.param("multilabel", CLEAN[0], LABELS[0], id="an unknown task"),
+    pytest.param("multiclass", CLEAN[0], LABELS[0][:, None], id="a column of labels"),
+    pytest.param("multiclass", CLEAN[0][:, :, None], LABELS[0], id="dense logits"),
+    pytest.param("regression", CLEAN[0], CLEAN[0] * torch.nan, id="nan for a target"),
+])  # fmt: skip
+def test_it_refuses(task: str, outputs: Tensor, targets: Tensor) -> None:
     with pytest.raises(ValueError, match="Expected "):
-        BAD[what]()
+        RefinedScore(task).update(outputs, targets)
 
 
 # The agreement

@@ -205,22 +205,21 @@ def find_task(name: str) -> Task:
     return TASKS[name]
 
 
-def has_ignored_value(targets: Tensor) -> Tensor:
-    """Return where labels are -100."""
+def _is_ignored(targets: Tensor) -> Tensor:
     # As an 8-bit integer, 156 would equal -100.
     return (targets if targets.is_floating_point() else targets.long()) == IGNORED
 
 
 def has_label(targets: Tensor) -> Tensor:
     """Return which samples have labels ``(N,)`` or ``(N, K)`` that are not ignored, ``(N,)``."""
-    return ~has_ignored_value(targets)[:, None].flatten(1).any(1)
+    return ~_is_ignored(targets)[:, None].flatten(1).any(1)
 
 
 def _check_probabilities(outputs: Tensor, targets: Tensor, advice: str) -> None:
     if _without_single_output(outputs).shape != _without_single_output(targets).shape:
         raise ValueError(f"Expected one label per output, but got {_describe(outputs, targets)}. {advice}")
     is_valid = (targets >= 0) & (targets <= 1)
-    if not bool((is_valid | has_ignored_value(targets)).all()):
+    if not bool((is_valid | _is_ignored(targets)).all()):
         lowest, highest = float(targets.min()), float(targets.max())
         mapping = ". Map -1 to 0: `targets=lambda batch: (batch[1] + 1) / 2`" if lowest == -1 else ""
         expected = f"Expected labels from 0 to 1, or {IGNORED} to be ignored"

@@ -14,7 +14,7 @@ from torchmetrics.utilities.prints import rank_zero_warn
 from lightning_sensitivity.compat import AxType, PlotType
 from lightning_sensitivity.functional import sensitivity
 from lightning_sensitivity.functional.tensors import Diagnosis, wide_dtype
-from lightning_sensitivity.metric.wide import WideMetric, refuse_labels
+from lightning_sensitivity.metric.wide import WideMetric
 
 
 class OutputSensitivity(WideMetric):
@@ -90,8 +90,19 @@ class OutputSensitivity(WideMetric):
     def update(self, clean: Tensor, noisy: Tensor | Sequence[Tensor]) -> None:
         """Add the outputs for clean and perturbed inputs of one batch."""
         assert isinstance(self.rows, list)
-        refuse_labels(self, "noisy", noisy, "clean=..., noisy=...")
+        self._refuse_labels(noisy)
         self.rows.append(sensitivity.sensitivity_rows(clean, noisy))
+
+    def _refuse_labels(self, noisy: object) -> None:
+        """Raise TypeError for labels in place of outputs, which a `MetricCollection` passes by position."""
+        if not isinstance(noisy, Tensor) or noisy.numel() == 0:
+            return
+        is_first = self.update_count == 1  # looking at numbers waits for the device
+        if not noisy.is_floating_point() or (is_first and bool((noisy == noisy.square()).all() and noisy.any())):
+            raise TypeError(
+                f"Expected `noisy` to be a floating tensor of outputs (logits), but got labels, {noisy.dtype}. Update "
+                "a `MetricCollection` by keywords: `collection.update(preds=..., target=..., clean=..., noisy=...)`."
+            )
 
     def compute(self) -> Tensor:
         """Compute the sensitivity of all samples so far, over all processes."""

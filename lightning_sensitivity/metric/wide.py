@@ -11,28 +11,6 @@ from torchmetrics import Metric
 from lightning_sensitivity.functional.tensors import wide_dtype
 
 
-def refuse_labels(metric: Metric, name: str, value: object, keywords: str) -> None:
-    """Refuse labels in place of outputs, which a `MetricCollection` passes by position.
-
-    Args:
-        metric: The metric that is updated.
-        name: The argument.
-        value: What came; numbers are looked at in the first update alone, since that waits for the device.
-        keywords: How to call the metric's ``update``.
-
-    Raises:
-        TypeError: If they are labels.
-    """
-    if not isinstance(value, Tensor) or value.numel() == 0:
-        return
-    is_first = value.is_floating_point() and metric.update_count == 1
-    if not value.is_floating_point() or (is_first and bool((value == value.square()).all() and value.any())):
-        raise TypeError(
-            f"Expected `{name}` to be a floating tensor of outputs (logits), but got labels, {value.dtype}. "
-            f"Update a `MetricCollection` by keywords: `collection.update(preds=..., target=..., {keywords})`."
-        )
-
-
 class WideMetric(Metric):
     """Keep the states of a metric in double precision, even if the model that holds it is cast to 16 bits."""
 

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from lightning_sensitivity.compat import is_compiled
 from lightning_sensitivity.model import isolated
 from lightning_sensitivity.model.isolation import _State
-from tests.helpers import Watch
 
 X = torch.rand(4, 2, generator=torch.Generator().manual_seed(0))
 
@@ -159,21 +158,6 @@ def test_a_part_whose_attributes_raise_a_key_error_leaves_no_trace() -> None:
     with isolated(model) as run:
         assert torch.equal(run(model, X), run(model, X))
     assert not model[0].count.any() and model[0].training and not any(map(is_compiled, model.modules()))
-
-
-def count_clones(model: nn.Module, function: Callable[..., Any]) -> int:
-    """In three passes."""
-    seen = list[str]()
-    with isolated(model) as run, Watch(lambda function, args, kwargs, result: seen.append(str(function))):
-        for _ in range(3):
-            run(function)
-    return sum("clone" in name or "copy_" in name for name in seen)
-
-
-def test_outputs_that_a_validation_collects_are_not_cloned() -> None:
-    model = nn.Linear(2, 2)
-    model.outputs = [torch.zeros(100) for _ in range(20)]
-    assert count_clones(model, lambda: model.outputs.append(X)) == 0 and len(model.outputs) == 20
 
 
 def test_containers_are_copied_one_level_deep_unless_they_are_very_long() -> None:

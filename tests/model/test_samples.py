@@ -48,13 +48,6 @@ def test_they_are_evenly_spaced_whatever_the_length_of_a_stream(num_batches: int
         assert {place % num_workers for place in places} == {*range(num_workers)}
 
 
-def test_the_same_batches_are_kept_however_often_they_come() -> None:
-    sizes = [5, 3, 8, 1, 4] * 8
-    samples = kept(sizes, 30)
-    again = [index for index in range(len(sizes)) if samples.wants(index)]
-    assert set(again) <= set(indices(samples))
-
-
 @given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=40), max_bytes=st.integers(4, 200))
 @settings(max_examples=30, deadline=None)
 def test_batches_go_as_soon_as_they_take_too_many_bytes_but_the_last_one(sizes: list[int], max_bytes: int) -> None:
