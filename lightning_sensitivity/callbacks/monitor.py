@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
@@ -228,25 +229,26 @@ class Monitor(Callback, ABC):
             what = f"could not compute the values of dataloader {dataloader_idx}"
             with self.reporter.report_failure(what, LEFT_OUT):
                 values = self.compute_values(trainer, dataloader_idx)
-        is_missing = not values
-        if is_missing and trainer.state.fn == TrainerFn.FITTING:
-            values = self.fallback_values(dataloader_idx)
-            self._hold_early_stopping(trainer, {self.prefix + name for name in values})
+        if not values and trainer.state.fn == TrainerFn.FITTING:
+            self._log_fallback(trainer, dataloader_idx)
         for name, value in values.items():
             logged_name = self.logged_name(trainer, name, dataloader_idx)
             with self.reporter.report_failure(f"could not log `{logged_name}`", LEFT_OUT):
                 trainer.lightning_module.log(
                     logged_name,
                     value,
-                    logger=not is_missing,
-                    prog_bar=self.prog_bar and name == self.names[0] and not is_missing,
+                    prog_bar=self.prog_bar and name == self.names[0],
                     sync_dist=trainer.world_size > 1,
                     add_dataloader_idx=False,
                 )
 
-    def _hold_early_stopping(self, trainer: Trainer, names: set[str]) -> None:
-        """Let an epoch without a value not count for the patience of callbacks that monitor it."""
-        for callback, _ in callbacks_that_monitor(trainer, names.__contains__):
+    def _log_fallback(self, trainer: Trainer, dataloader_idx: int) -> None:
+        """Give other callbacks a value that is in no curve, and that does not count for their patience."""
+        values = self.fallback_values(dataloader_idx)
+        for name, value in values.items():
+            trainer.callback_metrics[self.logged_name(trainer, name, dataloader_idx)] = torch.tensor(value)
+        logged = {self.prefix + name for name in values}
+        for callback, _ in callbacks_that_monitor(trainer, logged.__contains__):
             if isinstance(getattr(callback, "wait_count", None), int):
                 callback.wait_count -= 1  # type: ignore[attr-defined]
 

@@ -253,6 +253,8 @@ class RiskMonitor(Monitor):
         """Make the reference, once."""
         if not self.reference.is_made and not trainer.sanity_checking:
             self.reference.make(self.samples, module.device)
+            if self.training is not None:
+                self.training.forget_known()
 
     def measure(self, module: LightningModule, run: RunIsolated, samples: KeptSamples) -> RiskMetrics:
         """Run the model on the kept samples of a loader, and on training samples."""
@@ -332,4 +334,4 @@ class RiskMonitor(Monitor):
     def fallback_values(self, dataloader_idx: int) -> dict[str, float]:
         """Return the worst possible values."""
         worst = {CRITERION: TASKS[self.task].max_score}
-        return worst | ({RANKING: _WORST_RANKING} if TASKS[self.task].has_classes else {})
+        return worst | ({RANKING: _WORST_RANKING, DISAGREEMENT: 1.0} if TASKS[self.task].has_classes else {})

@@ -59,6 +59,10 @@ class TrainingSamples:
             seen = self._reader.seen(module, batch, call, size)
             self.known.add(KeptBatch(batch_idx, size, labels=labels, seen=seen))
 
+    def forget_known(self) -> None:
+        """Free what a reference has learned from."""
+        self.known = KeptSamples(0)
+
     def complete(self) -> None:
         """Keep no more: a new epoch repeats the samples."""
         self.scored.complete()

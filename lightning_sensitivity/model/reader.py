@@ -50,11 +50,6 @@ class BatchReader:
         self._features = features
         self._task = task
 
-    @property
-    def has_features(self) -> bool:
-        """Whether the user says what a reference sees."""
-        return self._features is not None
-
     def call(self, model: nn.Module, batch: object) -> ModelCall:
         """Make the call of a model on a batch."""
         if self._inputs is None:
@@ -111,7 +106,7 @@ class BatchReader:
         """
         if self._features is None:
             found = seen_inputs(call, size)
-            return None if found is None else shrunk(found.detach().cpu())
+            return None if found is None else shrunk(found.detach().to("cpu", copy=True))  # the step may write to it
         with explained(f"`features` failed on {describe(batch)}", entry="features"), isolated(model) as run:
             values: object = run(self._features, clone_tensors(batch))
         if not isinstance(values, Tensor) or values.ndim < 2 or len(values) != size or not size:
