@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_sensitivity.functional.tensors import Diagnosis, by_position, in_chunks, wide_dtype
+from lightning_sensitivity.functional.tensors import Diagnosis, as_tensor, by_position, in_chunks, wide_dtype
 
 # Columns of a row: the number of changes of a sample (draws times positions); the sum of its class-averaged
 # changes; the sum of their squares; the sum of the mean squared changes of its single outputs; K times the
@@ -152,7 +152,7 @@ def diagnostics(estimate: SensitivityEstimate, per_output: bool = False) -> dict
     return messages
 
 
-def output_sensitivity(clean: Tensor, noisy: Tensor | Sequence[Tensor], per_output: bool = False) -> Tensor:
+def output_sensitivity(clean: Any, noisy: Any, per_output: bool = False) -> Tensor:
     r"""Compute the output sensitivity of a batch (Forouzesh, Salehi and Thiran, arXiv:2007.15378, Section 3).
 
     .. math::
@@ -162,8 +162,8 @@ def output_sensitivity(clean: Tensor, noisy: Tensor | Sequence[Tensor], per_outp
     inf are left out.
 
     Args:
-        clean: Outputs f(x) before the softmax (logits), floating, shape ``(N, K, ...)``. Dimensions after K
-            (pixels, tokens) count as further changes of a sample; ``(N,)`` means K = 1.
+        clean: Outputs f(x) before the softmax (logits), floating, shape ``(N, K, ...)``; a tensor or an array.
+            Dimensions after K (pixels, tokens) count as further changes of a sample; ``(N,)`` means K = 1.
         noisy: Outputs f(x + ε) of the same shape, or a list with one such tensor per noise draw.
         per_output: Return the mean squared change of the single outputs instead, which also has a meaning for
             probabilities and for heads of two classes.
@@ -183,7 +183,9 @@ def output_sensitivity(clean: Tensor, noisy: Tensor | Sequence[Tensor], per_outp
         >>> output_sensitivity(clean, noisy)
         tensor(0.2500, dtype=torch.float64)
     """
-    rows = sensitivity_rows(clean, noisy)
+    clean = as_tensor("clean", clean)
+    draws = noisy if isinstance(noisy, list | tuple) else [noisy]
+    rows = sensitivity_rows(clean, [as_tensor("noisy", draw) for draw in draws])
     if clean.numel() == 0:
         raise ValueError(f"Expected `clean` to hold a sample, but got the shape {tuple(clean.shape)}.")
     return sensitivity_from_rows(rows, per_output).value
@@ -226,7 +228,7 @@ def loss_estimate(
     """
     if num_outputs < 2:
         raise ValueError(f"Expected `num_outputs` to be 2 or more, but got {num_outputs}.")
-    if not isinstance(sensitivity, Tensor):
+    if not isinstance(sensitivity, Tensor) or not sensitivity.is_floating_point():
         sensitivity = torch.as_tensor(sensitivity, dtype=torch.float64)
     dtype, device = sensitivity.dtype, sensitivity.device
     power, std = (torch.as_tensor(each, dtype=dtype, device=device) for each in (input_power, noise_std))
