@@ -54,13 +54,13 @@ def shrunk(inputs: Tensor) -> Tensor:
     if limit is None or largest <= limit or len(inputs) == 0:
         return inputs
     sizes = [max(1, round(size * limit / largest)) for size in inputs.shape[2:]]
-    return torch.cat([F.interpolate(part.float(), sizes, mode="area") for part in inputs.split(_CHUNK)])
+    return torch.cat([F.interpolate(part.float(), sizes, mode="area") for part in torch.split(inputs, _CHUNK)])
 
 
 def feature_makers(inputs: Tensor) -> dict[str, Maker]:
     """Return the features that fit inputs, which come from :func:`shrunk`, by name."""
     if kind_of(inputs) == "tokens":
-        return {"words": words, "columns": columns}
+        return {"words": words, "columns": places}
     if _patch_size(inputs):
         return {"patches": patches, "values": values}
     return {"columns": columns, "values": values}
@@ -68,12 +68,18 @@ def feature_makers(inputs: Tensor) -> dict[str, Maker]:
 
 def make_features(transform: Transform, inputs: Tensor) -> Tensor:
     """Turn inputs into features, a few samples at a time."""
-    return torch.cat([transform(part) for part in inputs.split(_CHUNK)])
+    return torch.cat([transform(part) for part in torch.split(inputs, _CHUNK)])
 
 
 def columns(inputs: Tensor) -> Transform:
     """Take all numbers of a sample, each column with a mean of 0 and a variance of 1."""
     return _standardized(_flat, _flat(inputs), floor=0.0)
+
+
+def places(ids: Tensor) -> Transform:
+    """Take integers as columns of a table, for those who have one; other samples may be shorter or longer."""
+    transform, length = columns(ids), ids.shape[1]
+    return lambda new: transform(F.pad(new, (0, length - new.shape[1]), value=-1))
 
 
 def values(inputs: Tensor) -> Transform:
@@ -86,10 +92,12 @@ def _flat(inputs: Tensor) -> Tensor:
     """Flatten samples; more than 4,096 numbers are added up with random signs (Weinberger et al., 2009)."""
     x = inputs[:, None].flatten(1)
     x = x if x.dtype == torch.float64 else x.float()
-    if x.shape[1] <= _MAX_COLUMNS:
+    num_columns = x.shape[1]
+    if num_columns <= _MAX_COLUMNS:
         return x
-    signs = torch.randint(2, (x.shape[1],), generator=_generator()).to(x) * 2 - 1
-    return F.pad(x * signs, (0, -x.shape[1] % _MAX_COLUMNS)).unflatten(1, (-1, _MAX_COLUMNS)).sum(1)
+    signs = torch.randint(2, (num_columns,), generator=_generator()).to(x) * 2 - 1
+    padded = F.pad(x * signs, (0, -num_columns % _MAX_COLUMNS))
+    return padded.reshape(len(x), -1, _MAX_COLUMNS).sum(1)
 
 
 def _standardized(transform: Transform, features: Tensor, floor: float) -> Transform:
@@ -189,7 +197,7 @@ def words(ids: Tensor) -> Transform:
     def counts(new: Tensor) -> Tensor:
         return torch.cat([_counts(_words(new), known_words), _counts(_pairs(new), known_pairs)], 1)
 
-    texts = torch.stack([(counts(part) > 0).sum(0) for part in ids.split(_CHUNK)]).sum(0)
+    texts = torch.stack([(counts(part) > 0).sum(0) for part in torch.split(ids, _CHUNK)]).sum(0)
     weights = ((1 + len(ids)) / (1 + texts)).log()
     weights[len(known_words) :] *= _PAIR_WEIGHT
 
@@ -216,7 +224,8 @@ def _most_frequent(tokens: Tensor, size: int, at_least: int) -> Tensor:
     """Return the tokens that occur most often, sorted."""
     found, counts = torch.unique(tokens[tokens >= 0], return_counts=True)
     order = counts.argsort(descending=True, stable=True)[:size]
-    return found[order[counts[order] >= at_least]].sort().values
+    chosen: Tensor = found[order[counts[order] >= at_least]].sort().values
+    return chosen
 
 
 def _counts(tokens: Tensor, vocabulary: Tensor) -> Tensor:

@@ -6,12 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_sensitivity.functional.features import (
-    feature_makers,
-    kind_of,
-    make_features,
-    shrunk,
-)
+from lightning_sensitivity.functional.features import Transform, feature_makers, kind_of, make_features, shrunk
 from lightning_sensitivity.functional.tasks import Task, find_task, has_label
 from lightning_sensitivity.functional.tensors import as_tensor
 from lightning_sensitivity.functional.unexplained import unexplained_share
@@ -22,10 +17,11 @@ _CHUNK = 500  # samples that are predicted at a time
 _WIDTHS = (0.1, 0.4, 1.6)  # of the kernel, times the median squared distance
 _RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 _CLEAN = 1.3  # claim / score
-_LEAST_SKILL = {"vectors": 0.0, "images": 0.05, "signals": 0.05, "tokens": math.inf}  # below, it is blind
+_LEAST_SKILL = {"vectors": 0.0, "images": 0.05, "signals": 0.05, "tokens": math.inf}  # up to it, it is blind
 _NO_SKILL, _NO_SKILL_PER_SAMPLE = 0.01, 1.5  # permuted labels reach 0.013, and more below 150 samples
 _FEW_VALUES = 0.2  # share of different rows, in a table of categories
 _ROUNDING = 1e-12  # of scores that are 0
+_EQUAL = 1e-12  # relative squared distance of equal samples
 
 
 class Reference(NamedTuple):
@@ -68,7 +64,7 @@ class Reference(NamedTuple):
 
     @property
     def looks_clean(self) -> bool:
-        """Whether it claims far more doubt than it has: so labels are right, and the task is hard for it."""
+        """Whether it claims far more doubt than it has, so that labels are right, and the task is hard for it."""
         return self.claim >= _CLEAN * self.score
 
     @property
@@ -91,11 +87,25 @@ class _Choice(NamedTuple):
 
 
 class _Solution(NamedTuple):
-    """Hold the weights of training samples, ``(N, K)``, the errors if each is left out, ``(N, K)``, and their score."""
+    """Hold weights of training samples, ``(N, K)``, the errors if each is left out, ``(N, K)``, and their score."""
 
     weights: Tensor
     errors: Tensor
     score: float
+
+
+class _Machine(NamedTuple):
+    """Hold what predicts: a function from inputs to features, those of known samples, and the solution."""
+
+    transform: Transform
+    known: Tensor
+    choice: _Choice
+    solution: _Solution
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """Predict labels less their mean."""
+        features = make_features(self.transform, shrunk(inputs)).to(self.known)
+        return _kernel(features, self.known, self.choice.width) @ self.solution.weights
 
 
 def fit_reference(inputs: object, labels: object, new_inputs: object, task: str = "multiclass") -> Reference:
@@ -151,47 +161,51 @@ def fit_reference(inputs: object, labels: object, new_inputs: object, task: str 
     _check_inputs(x, y, new_x, kind)
     rows = _known_samples(x, y, kind)
     known = shrunk(x[rows.to(x.device)])
-    return _fitted(known, kind.as_matrix(y)[rows.to(y.device)].to(_home(x)).double(), new_x, kind)
-
-
-def _fitted(x: Tensor, y: Tensor, new_x: Tensor, task: Task) -> Reference:
-    """Fit a reference to samples in a fixed order, with labels ``(N, K)``."""
-    shares = y.mean(0)
-    residuals = y - shares
-    transforms = {name: make(x) for name, make in feature_makers(x).items()}
-    features = {name: make_features(transform, x).to(y.device) for name, transform in transforms.items()}
-    part = slice(None, None, math.ceil(len(x) / _PART))
-    choice = min(each for name in features for each in _choices(name, features[name][part], residuals[part], task))
-    known, transform = features[choice.features].double(), transforms[choice.features]
-    kernel = _kernel(known, known, choice.width)
-    ridges = (choice.ridge,) if len(x) <= _PART else _ridges_near(choice.ridge)
-    best = min((_solved(kernel, residuals, ridge, task) for ridge in ridges), key=lambda each: each.score)
-    predictions = [y[:0].cpu()]
-    for inputs in new_x.split(_CHUNK) if len(new_x) else ():
-        new = make_features(transform, shrunk(inputs).to(x.device)).to(known)
-        predictions.append(task.clip(shares + _kernel(new, known, choice.width) @ best.weights).cpu())
-    leave_one_out = task.clip(y - best.errors)
+    y = kind.as_matrix(y)[rows.to(y.device)].to(_home(x)).double()
+    machine = _fitted(known, y - y.mean(0), kind)
+    leave_one_out = kind.clip(y - machine.solution.errors).cpu()
     reference = Reference(
-        predictions=torch.cat(predictions),
-        shares=shares.cpu(),
-        score=best.score,
-        chance=_score(residuals, task),
-        claim=float(task.claims(leave_one_out).mean()),
+        predictions=_predictions(machine, new_x.to(x.device), y.mean(0), kind),
+        shares=y.mean(0).cpu(),
+        score=machine.solution.score,
+        chance=_score(y - y.mean(0), kind),
+        claim=float(kind.claims(leave_one_out).mean()),
         unexplained=math.nan,
-        leave_one_out=leave_one_out.cpu(),
+        leave_one_out=leave_one_out,
         labels=y.cpu(),
         kind=kind_of(x),
-        features=choice.features,
+        features=machine.choice.features,
     )
-    if not task.has_classes or reference.skill <= max(_NO_SKILL, _NO_SKILL_PER_SAMPLE / len(x)):
-        return reference
-    return reference._replace(unexplained=unexplained_share(reference.leave_one_out, reference.labels))
+    has_learned = reference.skill > max(_NO_SKILL, _NO_SKILL_PER_SAMPLE / len(y))
+    if kind.has_classes and has_learned:
+        reference = reference._replace(unexplained=unexplained_share(leave_one_out, reference.labels))
+    return reference
+
+
+def _fitted(x: Tensor, residuals: Tensor, task: Task) -> _Machine:
+    """Choose features, width and ridge on at most 1,000 samples, and fit all; the ridge may move by a step."""
+    transforms = {name: make(x) for name, make in feature_makers(x).items()}
+    features = {name: make_features(each, x).to(residuals.device) for name, each in transforms.items()}
+    part = slice(None, None, math.ceil(len(x) / _PART))
+    choice = min(each for name in features for each in _choices(name, features[name][part], residuals[part], task))
+    known = features[choice.features].double()
+    kernel = _kernel(known, known, choice.width)
+    ridges = (choice.ridge,) if len(x) <= _PART else _ridges_near(choice.ridge)
+    solutions = [_solved(kernel, residuals, ridge, task) for ridge in ridges]
+    return _Machine(transforms[choice.features], known, choice, min(solutions, key=lambda each: each.score))
+
+
+def _predictions(machine: _Machine, inputs: Tensor, shares: Tensor, task: Task) -> Tensor:
+    """Predict new samples, a few at a time."""
+    if len(inputs) == 0:
+        return shares.new_zeros(0, len(shares)).cpu()
+    return torch.cat([task.clip(shares + machine(part)).cpu() for part in torch.split(inputs, _CHUNK)])
 
 
 def _choices(name: str, features: Tensor, residuals: Tensor, task: Task) -> list[_Choice]:
     """Compute the leave-one-out score for each width and ridge, from one decomposition a width, single precision."""
     distances = _squared_distances(features, features)
-    positive = distances[distances > 0]
+    positive = distances[distances > _EQUAL * distances.max()]
     median = float(positive.median()) if len(positive) else 1.0
     scale = residuals.square().mean().sqrt().clamp(min=_ROUNDING)
     y = (residuals[:, residuals.any(0)] / scale).float()  # classes that no sample has add nothing
@@ -264,20 +278,20 @@ def _projected(x: Tensor) -> Tensor:
     """Return a random projection of samples ``(N, ...)``, on the CPU."""
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(x[0].numel(), generator=generator, dtype=torch.float64)
-    return torch.cat([(part.flatten(1).cpu().double() * direction).sum(1) for part in x[:, None].split(_CHUNK)])
+    return torch.cat([(part.flatten(1).cpu().double() * direction).sum(1) for part in torch.split(x[:, None], _CHUNK)])
 
 
 def _checked_labels(labels: Tensor, task: Task) -> Tensor:
     """Return labels that fit a task, or raise ValueError that says what to do."""
     got = f"but got {labels.dtype} of shape {tuple(labels.shape)}"
+    if not bool(labels.isfinite().all()):
+        raise ValueError("Expected `labels` to be finite, but got nan or inf. Leave such samples out.")
     if task.name == "multiclass":
         _check_classes(labels, got)
         return labels if labels.ndim == 1 else labels.float()
     if labels.ndim not in (1, 2) or (task.name == "binary" and labels[:1].numel() > 1):
         raise ValueError(f"Expected `labels` (N,) or (N, 1) for task={task.name!r}, {got}.")
     counts = labels[task.has_label(labels)]
-    if not bool(counts.isfinite().all()):
-        raise ValueError("Expected `labels` to be finite, but got nan or inf. Leave such samples out.")
     if task.name == "binary" and bool(((counts < 0) | (counts > 1)).any()):
         advice = "Map -1 and 1 by `(labels + 1) / 2`" if float(counts.min()) == -1 else "Leave `task` out for classes"
         raise ValueError(f"Expected `labels` from 0 to 1 for task='binary', but got others. {advice}.")
@@ -306,5 +320,5 @@ def _check_inputs(x: Tensor, y: Tensor, new_x: Tensor, task: Task) -> None:
     if not bool(task.has_label(y).any()):
         raise ValueError("Expected `labels` of which some are not ignored, but got none.")
     for name, each in (("inputs", x), ("new_inputs", new_x)):
-        if not all(bool(part.isfinite().all()) for part in each.split(_CHUNK)):
+        if not all(bool(part.isfinite().all()) for part in torch.split(each, _CHUNK)):
             raise ValueError(f"Expected `{name}` to be finite, but got nan or inf.")

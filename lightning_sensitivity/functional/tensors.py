@@ -94,14 +94,15 @@ def as_tensor(name: str, values: object) -> Tensor:
     Raises:
         ValueError: If values are no numbers, or rows have several lengths.
     """
-    if isinstance(values, Tensor):
-        return values.detach().long() if values.dtype == torch.bool else values.detach()
+    if isinstance(values, Tensor) and not values.is_complex():
+        tensor = values.detach().to_dense() if values.layout != torch.strided else values.detach()
+        return tensor.long() if tensor.dtype == torch.bool else tensor
     try:
         array = numpy.asarray(values)
     except ValueError as error:
         raise ValueError(f"Expected `{name}` to be numbers in rows of one length, but got others.") from error
     if array.dtype.kind not in "biuf":
         advice = "Turn names into numbers first, such as by `pandas.factorize` or `pandas.get_dummies`"
-        raise ValueError(f"Expected `{name}` to be numbers, but got values of type {array.dtype}. {advice}.")
+        raise ValueError(f"Expected `{name}` to be real numbers, but got values of type {array.dtype}. {advice}.")
     dtype = array.dtype if array.dtype.kind == "f" or array.dtype == numpy.uint8 else numpy.dtype(numpy.int64)
     return torch.tensor(array.astype(dtype))

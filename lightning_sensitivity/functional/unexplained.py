@@ -12,8 +12,9 @@ _UNLIKELY = 1e-12
 def unexplained_share(predictions: Tensor, labels: Tensor) -> float:
     r"""Estimate the share of labels that predictions can't explain, made without the label of each sample.
 
-    Such labels are wrong, or the inputs do not determine them. It takes labels as redrawn at random among the K classes that occur, with a chance r, and else from the
-    predictions q after these were sharpened by b around the shares s of the classes:
+    Such labels are wrong, or the inputs do not determine them. It takes labels as redrawn at random among the K
+    classes that occur, with a chance r, and else from the predictions q after these were sharpened by b around
+    the shares s of the classes:
 
     .. math::
         L(r, b) = \prod_i \big[(1 - r)\, \operatorname{softmax}(\log s + b\,(q_i - s))_{y_i} + r / K\big], \qquad

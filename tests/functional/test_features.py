@@ -1,117 +1,121 @@
+"""What becomes of inputs, by their kind."""
+
 import math
 from collections import Counter
-from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_sensitivity.functional import bags_of_words, features, principal_components
-from lightning_sensitivity.functional.features import different_samples
+from lightning_sensitivity.functional import features
+from lightning_sensitivity.functional.features import (
+    columns,
+    feature_makers,
+    kind_of,
+    make_features,
+    patches,
+    shrunk,
+    values,
+    words,
+)
 
 
-def low_rank(num_rows: int, num_columns: int, rank: int) -> Tensor:
-    g = torch.Generator().manual_seed(0)
-    factors = torch.randn(num_rows, rank, generator=g) * torch.arange(1, rank + 1) ** -0.5
-    return 3 + factors @ torch.randn(rank, num_columns, generator=g)
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def distances(features: Tensor) -> Tensor:
-    return torch.cdist(features.double(), features.double(), compute_mode="donot_use_mm_for_euclid_dist")
+def distances(rows: Tensor) -> Tensor:
+    return torch.cdist(rows.double(), rows.double(), compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def test_few_columns_get_standard_units_of_training_samples() -> None:
-    x, new = 5 * torch.rand(2, 30, 2, 25, generator=torch.Generator().manual_seed(0)).double() + 2
-    x[:, 0, :2] = torch.tensor([7.0, 0.1])  # constant: nothing to learn, whatever new samples have there
-    a, b = principal_components(x, new)
-    assert a.shape == b.shape == (30, 50) and not a[:, :2].any() and not b[:, :2].any()
-    mean, std = x.flatten(1).mean(0), x.flatten(1).std(0, correction=0)
-    torch.testing.assert_close(a[:, 2:], ((x.flatten(1) - mean) / std)[:, 2:])
-    torch.testing.assert_close(b[:, 2:], ((new.flatten(1) - mean) / std)[:, 2:])
-
-
-def test_of_many_columns_one_in_large_units_does_not_hide_the_others() -> None:
-    x = low_rank(60, 51, 30).double()
-    x[:, 3] *= 1000
-    scaled = (x - x[:40].mean(0)) / x[:40].std(0, correction=0)
-    found, expected = (torch.cat(principal_components(each[:40], each[40:])) for each in (x, scaled))
-    torch.testing.assert_close(distances(found), distances(expected))
-
-
-@pytest.mark.parametrize(("num_rows", "num_columns"), [(40, 200), (200, 64)])
-def test_components_keep_all_distances_that_have_room_in_them(num_rows: int, num_columns: int) -> None:
-    x = low_rank(num_rows, num_columns, 30)
-    kept = torch.cat(principal_components(x[: num_rows // 2], x[num_rows // 2 :]))
-    assert kept.shape == (num_rows, 50)
-    torch.testing.assert_close(distances(kept), distances(x), rtol=1e-5, atol=1e-4)
-
-
-def test_components_hold_as_much_variance_as_the_exact_ones() -> None:
-    x = low_rank(300, 500, 200).double()
-    kept = torch.cat(principal_components(x[:200], x[200:]))
-    exact = torch.linalg.svdvals(x - x[:200].mean(0))[:50]
-    assert float(kept.square().sum() / exact.square().sum()) == pytest.approx(1, abs=2e-3)
-
-
-def test_many_columns_keep_their_distances_within_a_few_percent() -> None:
-    x = low_rank(40, 3 * 64 * 64, 30).reshape(40, 3, 64, 64)
-    state = torch.get_rng_state()
-    first, second = (torch.cat(principal_components(x[:30], x[30:])) for _ in range(2))
-    assert torch.equal(first, second) and torch.equal(torch.get_rng_state(), state)
-    pairs = ~torch.eye(40, dtype=torch.bool)
-    ratio = distances(first)[pairs] / distances(x.flatten(1))[pairs]
-    assert 0.9 < float(ratio.min()) <= float(ratio.max()) < 1.1
-    for few in (1, 2):  # fewer samples than components
-        assert principal_components(x[:few], x[:0])[0].isfinite().all()
-
-
-IDS = st.lists(st.lists(st.integers(0, 9), min_size=4, max_size=4), min_size=1, max_size=5)
-
-
-@given(ids=IDS, new_ids=IDS, padding=st.integers(0, 9), max_words=st.integers(1, 10))
-@settings(max_examples=40, deadline=None)
-def test_bags_of_words_count_the_most_frequent_tokens(
-    ids: list[list[int]], new_ids: list[list[int]], padding: int, max_words: int
-) -> None:
-    samples = [torch.tensor(ids), torch.tensor(new_ids)]
-    total = Counter(word for row in [*ids, *new_ids] for word in row if word != padding)
-    words = sorted(sorted(total, key=lambda word: (-total[word], word))[:max_words])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(features, "_MAX_WORDS", max_words)
-        bags = bags_of_words(*(each.where(each != padding, -1) for each in samples))
-    for rows, bag in zip((ids, new_ids), bags, strict=True):
-        assert bag.tolist() == [[Counter(row)[word] for word in words] for row in rows]
-    assert principal_components(*bags)[0].isfinite().all()
-
-
-ROWS, EACH = torch.tensor([[0.1], [0.2], [0.1], [0.3]]), torch.eye(4)
-DIFFERENT: dict[str, tuple[Tensor, Tensor, list[int]]] = {
-    "no sample comes twice": (torch.rand(4, 2), EACH, [0, 1, 2, 3]),
-    "one is drawn twice": (ROWS, EACH[[0, 1, 0, 2]], [0, 1, 3]),
-    "equal features have several labels": (ROWS, EACH, [0, 1, 2, 3]),
-    "a table has few values": (ROWS[[0, 1]].repeat(10, 1), EACH[[0, 1]].repeat(10, 1), [*range(20)]),
-    "all features are constant": (torch.ones(6, 2), torch.ones(6, 1), [*range(6)]),
+KINDS: dict[str, tuple[Tensor, str, set[str]]] = {
+    "a column": (random(9), "vectors", {"columns", "values"}),
+    "classes": (torch.arange(9), "vectors", {"columns", "values"}),
+    "a table": (random(9, 5), "vectors", {"columns", "values"}),
+    "token ids": (torch.ones(9, 5).long(), "tokens", {"words", "columns"}),
+    "signals": (random(9, 2, 50), "signals", {"patches", "values"}),
+    "short signals": (random(9, 2, 5), "signals", {"columns", "values"}),
+    "images": (random(9, 3, 16, 16), "images", {"patches", "values"}),
+    "images of bytes": ((255 * random(9, 1, 16, 16)).byte(), "images", {"patches", "values"}),
+    "images of many channels": (random(9, 200, 16, 16), "images", {"columns", "values"}),
+    "tiny images": (random(9, 3, 5, 16), "images", {"columns", "values"}),
+    "films": (random(9, 3, 4, 8, 8), "images", {"columns", "values"}),
 }
 
 
-@pytest.mark.parametrize("case", DIFFERENT)
-def test_which_samples_are_different_if(case: str) -> None:
-    x, labels, expected = DIFFERENT[case]
-    assert different_samples(x, labels).tolist() == expected
+@pytest.mark.parametrize("what", KINDS)
+def test_each_kind_of_inputs_has_features_of_finite_numbers(what: str) -> None:
+    inputs, kind, names = KINDS[what]
+    makers = feature_makers(inputs)
+    assert (kind_of(inputs), set(makers)) == (kind, names)
+    state = torch.get_rng_state()
+    for make in makers.values():
+        rows = make_features(make(inputs), inputs)
+        assert rows.ndim == 2 and len(rows) == 9 and rows.isfinite().all()
+    assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_bad_input_is_refused_by_name() -> None:
-    x, ids = torch.rand(6, 3), torch.ones(2, 3).long()
-    bad: list[tuple[str, Any]] = [
-        ("`features` and `new_features`.*same columns", lambda: principal_components(x, x[:, :2])),
-        ("`features` and `new_features`.*same columns", lambda: principal_components(x[:0], x)),
-        ("`features` to be finite", lambda: principal_components(x * math.nan, x)),
-        ("`new_features` to be finite", lambda: principal_components(x.repeat(1, 2000), (x / 0).repeat(1, 2000))),
-        ("`ids` to be integers", lambda: bags_of_words(x, ids)),
-        ("`new_ids` to be integers", lambda: bags_of_words(ids, x)),
-    ]
-    for message, refused in bad:
-        with pytest.raises(ValueError, match=f"Expected .*{message}"):
-            refused()
+def test_large_images_and_signals_are_averaged_and_all_else_stays_as_it_is() -> None:
+    images = (255 * random(60, 3, 64, 128)).byte()
+    assert shrunk(images).shape == (60, 3, 16, 32)
+    torch.testing.assert_close(shrunk(images), torch.nn.functional.avg_pool2d(images.float(), 4))
+    torch.testing.assert_close(shrunk(random(5, 2, 1024)), random(5, 2, 512, 2).mean(3))
+    for small in (images[..., :32, :32], random(5, 2, 512), random(5, 9999), images[:0]):
+        assert shrunk(small) is small
+
+
+def test_columns_get_standard_units_of_training_samples_and_values_keep_theirs() -> None:
+    x, new = (5 * random(30, 2, 25, seed=seed).double() + 2 for seed in (0, 1))
+    x[:, 0, :2] = torch.tensor([7.0, 0.1])  # constant: nothing to learn, whatever new samples have there
+    expected = (new.flatten(1) - x.flatten(1).mean(0)) / x.flatten(1).std(0, correction=0)
+    found = columns(x)(new)
+    torch.testing.assert_close(found[:, 2:], expected[:, 2:])
+    assert not found[:, :2].any()
+    torch.testing.assert_close(distances(values(x)(new)), distances(new.flatten(1)))
+
+
+def test_very_many_columns_keep_their_distances_within_a_few_percent() -> None:
+    x = random(40, 3, 64, 65)
+    ratio = (distances(values(x)(x)) / distances(x.flatten(1)))[~torch.eye(40, dtype=torch.bool)]
+    assert values(x)(x).shape == (40, 4096) and 0.93 < float(ratio.min()) <= float(ratio.max()) < 1.07
+
+
+@pytest.mark.parametrize("shape", [(3, 24, 20), (2, 60)])
+def test_patches_do_not_see_units_of_channels_nor_the_order_of_new_samples(shape: tuple[int, ...]) -> None:
+    x, new = random(40, *shape), random(130, *shape, seed=1)
+    units = 10.0 ** torch.arange(shape[0]).reshape(-1, *(1,) * (len(shape) - 1))
+    expected = make_features(patches(x), new)
+    torch.testing.assert_close(make_features(patches(units * x + 5), units * new + 5), expected, rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(patches(x)(new.flip(0)).flip(0), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_patches_of_constant_channels_or_images_are_finite() -> None:
+    x = random(20, 3, 12, 12)
+    x[:, 0], x[0] = 0.3, 0.3
+    assert patches(x)(x).isfinite().all() and not patches(x[:1])(x[:1]).any()
+
+
+def test_words_and_pairs_are_weighed_by_how_few_texts_have_them() -> None:
+    texts = [[5, 7, 7, -1], [7, 5, 7, 9], [5, 7, 9, -1]]
+    new = [5, 7, 4, 9, 9]  # 4 is unknown
+    pairs = [list(zip(text, text[1:], strict=False)) for text in texts]
+    weights = []
+    for known, of_texts, mine, half in (
+        ([5, 7, 9], texts, new, 1.0),
+        ([(5, 7), (7, 9)], pairs, list(zip(new, new[1:], strict=False)), 0.5),  # others come once
+    ):
+        counts = Counter(mine)
+        for word in known:
+            rarity = math.log(4 / (1 + sum(word in text for text in of_texts)))
+            weights.append(half * rarity * (1 + math.log(counts[word])) if counts[word] else 0.0)
+    expected = torch.tensor(weights) / torch.tensor(weights).norm()
+    transform = words(torch.tensor(texts))
+    torch.testing.assert_close(transform(torch.tensor([new]))[0], expected)
+    assert not transform(torch.tensor([[-1, -1], [4, -1]])).any()
+
+
+def test_the_most_frequent_words_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "_MAX_WORDS", 2)
+    monkeypatch.setattr(features, "_MAX_PAIRS", 0)
+    found = words(torch.tensor([[1, 2, 3], [3, 2, 4], [5, 5, 6]]))(torch.tensor([[1, 2, 3, 4, 5, 6]]))
+    assert found.shape == (1, 2) and found.all()
