@@ -78,8 +78,7 @@ nitpick_ignore_regex = [
         "py:.*",
         r"(collections|contextlib|lightning|matplotlib|numpy|torch|torchmetrics)\..*|Tensor|MisconfigurationException",
     ),
-    ("py:func", "variance_factor"),  # has a page under another name
-    ("py:class", r"Noise|Selector|lightning_sensitivity\.functional\.sums\.\w+"),
+    ("py:class", r"Noise|Selector|.*\.ScoreSums"),
 ]
 
 
