@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+pytest.register_assert_rewrite("tests.helpers", "tests.callbacks.plain_loop", "tests.faults.subject")  # to say why
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 # Two threads on tensors of this size only wait for each other; processes that the tests start inherit it.

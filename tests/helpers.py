@@ -1,6 +1,7 @@
 """Models and data that the tests share."""
 
 import csv
+import multiprocessing
 import os
 import socket
 import warnings
@@ -230,17 +231,21 @@ def brute_force(run: Any, batches: Any, num_draws: int = 1, seed: int = 0, rank:
     return torch.cat(rows)
 
 
-def run_processes(function: Callable[[int, Path], dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
-    """Run ``function(rank, folder)`` in two processes that Lightning takes as they are; what each left in a file."""
+def run_processes(function: Callable[[int, Path], Any], folder: Path, count: int = 2) -> list[Any]:
+    """Run ``function(rank, folder)`` in processes that Lightning takes as they are; what each left in a file."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_run_process, args=(function, folder, port), nprocs=2)
-    return [torch.load(folder / f"rank_{rank}.pt", weights_only=False) for rank in (0, 1)]
+    # Packages are imported once, by a process from which those that run are forked.
+    multiprocessing.get_context("forkserver").set_forkserver_preload([function.__module__])
+    options = {"nprocs": count, "start_method": "forkserver"}
+    torch.multiprocessing.start_processes(_run_process, args=(function, folder, port, count), **options)
+    return [torch.load(folder / f"rank_{rank}.pt", weights_only=False) for rank in range(count)]
 
 
-def _run_process(rank: int, function: Callable[[int, Path], dict[str, Any]], folder: Path, port: int) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank))
-    os.environ.update(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", NODE_RANK="0", GROUP_RANK="0", TORCHELASTIC_RUN_ID="tests")
+def _run_process(rank: int, function: Callable[[int, Path], Any], folder: Path, port: int, count: int) -> None:
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    os.environ.update({name: str(place) for name, place in places.items()}, NODE_RANK="0", GROUP_RANK="0")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="tests")
     torch.save(function(rank, folder), folder / f"rank_{rank}.pt")
     os._exit(0)  # at an ordinary end, gloo's threads now and then abort a process, or wait for another for ever

@@ -30,13 +30,13 @@ def read_csv(folder: Path) -> Curves:
 
 @pytest.mark.parametrize(("kind", "read"), [(TensorBoardLogger, read_tensorboard), (CSVLogger, read_csv)])
 def test_every_value_of_every_epoch_arrives_on_the_axis_of_the_loss(kind: Any, read: Any, tmp_path: Path) -> None:
-    monitors = [SensitivityMonitor(), SensitivityMonitor(at="net.0", prefix="val/of/"), RiskMonitor()]
+    monitors = [SensitivityMonitor(loss_estimate=True), SensitivityMonitor(at="net.0", prefix="val/of/"), RiskMonitor()]
     val, options = [loader(seed=1), loader(20, seed=2)], {"logger": kind(tmp_path, name="", version="")}
     epochs = fitted(monitors, Classifier(), val=val, log_every_n_steps=1, **options).epochs
     names = {name for name in epochs[0] if name.startswith("val")}
-    ours = [*SensitivityMonitor.names, *RiskMonitor.names, "risk_reference", "risk_reference_weight"]
+    ours = [*SensitivityMonitor.names, *RiskMonitor.names, "loss_estimate"]
     each = {"val_loss", *(f"val/{name}" for name in ours), *(f"val/of/{name}" for name in SensitivityMonitor.names)}
-    assert names >= {f"{name}/dataloader_idx_{index}" for name in each for index in (0, 1)}
+    assert names == {f"{name}/dataloader_idx_{index}" for name in each for index in (0, 1)}
     store = np.float32 if kind is TensorBoardLogger else float
     curves = {name: curve for name, curve in read(tmp_path).items() if name.startswith("val")}
     steps = [(step, values) for step, values in zip((3, 7), epochs, strict=True)]

@@ -66,7 +66,7 @@ class Oracle(cb.Callback):
 
 
 class Setup(NamedTuple):
-    """What is trained, with what, and how often validation must then run."""
+    """What is trained, with what, and how often it is validated."""
 
     num_validations: int
     kwargs: Any = None
@@ -75,7 +75,6 @@ class Setup(NamedTuple):
     train: Callable[[], Any] = lambda: loader(16 * NUM_TRAIN_BATCHES, seed=1)
     more: Callable[[], list[cb.Callback]] = list
     inputs: Any = None
-    num_training: int | None = None
 
 
 class Manual(Classifier):
@@ -154,7 +153,7 @@ SETUPS = {
     "fast_dev_run": Setup(1, {"fast_dev_run": 3}),
     "overfit_batches": Setup(2, {"overfit_batches": 2}),
     "max_steps in the middle of an epoch": Setup(1, {"max_steps": 6, "num_sanity_val_steps": -1}),
-    "iterable data": Setup(2, val=stream, train=stream, num_training=50),
+    "iterable data": Setup(2, val=stream, train=stream),
     "several loaders": Setup(2, val=lambda: [loader(50), unlabelled(20, seed=3)]),
     "CombinedLoader, max_size_cycle": Setup(2, val=combined("max_size_cycle"), module=Quiet, inputs=first_tensor),
     "functions of the user that draw": Setup(2, inputs=drawing),
@@ -207,11 +206,11 @@ def test_what_is_logged_is_what_a_plain_loop_gives_and_training_is_bit_identical
     setup, oracle = SETUPS[name], Oracle()
     has_oracle = setup.module is not Intrusive and "compiled" not in name  # it isolates nothing, and would compile
     monitors = [SensitivityMonitor(inputs=setup.inputs)]
-    monitors.append(RiskMonitor(inputs=setup.inputs, features=setup.inputs, num_training=setup.num_training))
+    monitors.append(RiskMonitor(inputs=setup.inputs, features=setup.inputs))
     monitors.append(SensitivityMonitor(0.5, at="net", num_draws=2, prefix="b_", inputs=setup.inputs))
     run, rows, with_monitors = fit(setup, tmp_path / "with", [*[oracle] * has_oracle, *monitors])
     assert oracle.num_validations == setup.num_validations * has_oracle
-    assert any(key.startswith("val/risk_estimate") for key in run.callback_metrics)
+    assert any(key.startswith("val/risk_criterion") for key in run.callback_metrics)
     *_, without = fit(setup, tmp_path / "without", [])
     torch.testing.assert_close(with_monitors[:2], without[:2], rtol=0, atol=0)
     assert with_monitors[2:] == without[2:]
