@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_sensitivity.functional.tensors import wide_dtype
+
 Transform = Callable[[Tensor], Tensor]
 Maker = Callable[[Tensor], Transform]
 
@@ -48,7 +50,17 @@ def kind_of(inputs: Tensor) -> str:
 
 
 def shrunk(inputs: Tensor) -> Tensor:
-    """Average images to at most 32 pixels a side, and signals to at most 512 steps; all else stays as it is."""
+    """Average images to at most 32 pixels a side, and signals to at most 512 steps; all else stays as it is.
+
+    Args:
+        inputs: Of any kind, ``(N, ...)``. A reference sees no more of them than what this returns.
+
+    Example:
+        >>> import torch
+        >>> from lightning_sensitivity.functional.features import shrunk
+        >>> shrunk(torch.rand(2, 3, 320, 640)).shape
+        torch.Size([2, 3, 16, 32])
+    """
     limit = {3: _MAX_LENGTH, 4: _MAX_SIDE}.get(inputs.ndim)
     largest = max(inputs.shape[2:], default=0)
     if limit is None or largest <= limit or len(inputs) == 0:
@@ -91,7 +103,7 @@ def values(inputs: Tensor) -> Transform:
 def _flat(inputs: Tensor) -> Tensor:
     """Flatten samples; more than 4,096 numbers are added up with random signs (Weinberger et al., 2009)."""
     x = inputs[:, None].flatten(1)
-    x = x if x.dtype == torch.float64 else x.float()
+    x = x.to(wide_dtype(x.device))
     num_columns = x.shape[1]
     if num_columns <= _MAX_COLUMNS:
         return x
@@ -110,7 +122,8 @@ def _standardized(transform: Transform, features: Tensor, floor: float) -> Trans
 def _scale(x: Tensor, dims: int | tuple[int, ...]) -> Tensor:
     """Return standard deviations, inf where there is nothing but rounding."""
     std = x.std(dims, correction=0)
-    return std.where(std > _CONSTANT * x.mean(dims).abs(), torch.inf)
+    constant = max(_CONSTANT, 10 * torch.finfo(x.dtype).eps)
+    return std.where(std > constant * x.mean(dims).abs(), torch.inf)
 
 
 def patches(inputs: Tensor) -> Transform:
@@ -204,7 +217,7 @@ def words(ids: Tensor) -> Transform:
     def weighed(new: Tensor) -> Tensor:
         found = counts(new)
         x = (1 + found.clamp(min=1).log()) * (found > 0) * weights
-        return x / x.norm(dim=1, keepdim=True).clamp(min=_TINY)
+        return F.normalize(x, dim=1)
 
     return weighed
 

@@ -95,8 +95,9 @@ class _Solution(NamedTuple):
 
 
 class _Machine(NamedTuple):
-    """Hold what predicts: a function from inputs to features, those of known samples, and the solution."""
+    """Hold what predicts: a function from inputs (on a device) to features, those of known samples, a solution."""
 
+    device: torch.device
     transform: Transform
     known: Tensor
     choice: _Choice
@@ -104,7 +105,7 @@ class _Machine(NamedTuple):
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """Predict labels less their mean."""
-        features = make_features(self.transform, shrunk(inputs)).to(self.known)
+        features = make_features(self.transform, shrunk(inputs).to(self.device)).to(self.known)
         return _kernel(features, self.known, self.choice.width) @ self.solution.weights
 
 
@@ -165,7 +166,7 @@ def fit_reference(inputs: object, labels: object, new_inputs: object, task: str 
     machine = _fitted(known, y - y.mean(0), kind)
     leave_one_out = kind.clip(y - machine.solution.errors).cpu()
     reference = Reference(
-        predictions=_predictions(machine, new_x.to(x.device), y.mean(0), kind),
+        predictions=_predictions(machine, new_x, y.mean(0), kind),
         shares=y.mean(0).cpu(),
         score=machine.solution.score,
         chance=_score(y - y.mean(0), kind),
@@ -192,7 +193,8 @@ def _fitted(x: Tensor, residuals: Tensor, task: Task) -> _Machine:
     kernel = _kernel(known, known, choice.width)
     ridges = (choice.ridge,) if len(x) <= _PART else _ridges_near(choice.ridge)
     solutions = [_solved(kernel, residuals, ridge, task) for ridge in ridges]
-    return _Machine(transforms[choice.features], known, choice, min(solutions, key=lambda each: each.score))
+    solution = min(solutions, key=lambda each: each.score)
+    return _Machine(x.device, transforms[choice.features], known, choice, solution)
 
 
 def _predictions(machine: _Machine, inputs: Tensor, shares: Tensor, task: Task) -> Tensor:
@@ -313,8 +315,9 @@ def _check_classes(labels: Tensor, got: str) -> None:
 
 
 def _check_inputs(x: Tensor, y: Tensor, new_x: Tensor, task: Task) -> None:
-    fits = x.ndim == new_x.ndim > 0 and (x.shape[1:] == new_x.shape[1:] or kind_of(x) == "tokens")
-    if not (fits and 0 < len(x) == len(y)):
+    kind = kind_of(x)
+    fits = x.ndim == new_x.ndim > 0 and (x.shape[1:] == new_x.shape[1:] or kind == "tokens")
+    if not (fits and kind_of(new_x) == kind and 0 < len(x) == len(y)):
         got = f"{tuple(x.shape)}, {tuple(y.shape)} and {tuple(new_x.shape)}"
         raise ValueError(f"Expected `inputs` (N, ...), `labels` (N, ...) and `new_inputs` (M, ...), but got {got}.")
     if not bool(task.has_label(y).any()):

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
@@ -98,11 +99,11 @@ def test_patches_of_constant_channels_or_images_are_finite() -> None:
 def test_words_and_pairs_are_weighed_by_how_few_texts_have_them() -> None:
     texts = [[5, 7, 7, -1], [7, 5, 7, 9], [5, 7, 9, -1]]
     new = [5, 7, 4, 9, 9]  # 4 is unknown
-    pairs = [list(zip(text, text[1:], strict=False)) for text in texts]
+    pairs = [list(pairwise(text)) for text in texts]
     weights = []
     for known, of_texts, mine, half in (
         ([5, 7, 9], texts, new, 1.0),
-        ([(5, 7), (7, 9)], pairs, list(zip(new, new[1:], strict=False)), 0.5),  # others come once
+        ([(5, 7), (7, 9)], pairs, list(pairwise(new)), 0.5),  # others come once
     ):
         counts = Counter(mine)
         for word in known:

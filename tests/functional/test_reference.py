@@ -151,7 +151,7 @@ DEGENERATE: dict[str, tuple[Tensor, Tensor, Tensor]] = {
     "constant features": (torch.full((6, 3), 0.1), ONE_HOT, torch.full((4, 3), 0.1)),
     "constant features, others of new samples": (torch.zeros(6, 3), ONE_HOT, torch.rand(4, 3)),
     "no new samples": (torch.rand(6, 3), ONE_HOT, torch.rand(0, 3)),
-    "a new sample far away": (torch.rand(6, 3), ONE_HOT, torch.full((1, 3), 1e15)),
+    "a new sample far away": (torch.rand(6, 3), ONE_HOT, torch.full((1, 3), 1e30)),
     "images of one color": (torch.ones(6, 3, 8, 8), ONE_HOT, torch.rand(4, 3, 8, 8)),
     "texts of padding": (torch.full((6, 3), -1), ONE_HOT, torch.ones(4, 5).long()),
 }
@@ -225,6 +225,7 @@ BAD: dict[str, tuple[str, tuple[Any, ...]]] = {
     "new inputs of inf": ("`new_inputs` to be finite", (X, Y, 1 / torch.zeros(6, 3))),
     "no samples": (SHAPES + r" \(0, 3\), \(0,\)", (X[:0], Y[:0], X)),
     "other new inputs": (SHAPES + r" \(6, 3\), \(6,\) and \(2, 2\)", (X, Y, X[:2, :2])),
+    "new inputs of another kind": (SHAPES, (torch.ones(6, 3).long(), Y, X)),
     "fewer labels": (SHAPES + r" .*\(5,\)", (X, Y[:5], X)),
     "classes as floats": (r"`labels` to be class indices .*task='binary'", (X, Y.float(), X)),
     "a column of classes": (r"`labels` to be class indices .*\(6, 1\)", (X, Y[:, None], X)),
