@@ -69,7 +69,7 @@ def test_models_are_ranked_by_the_share_of_samples_whose_class_is_not_the_refere
 
 
 def test_differences_to_the_first_are_paired_by_sample() -> None:
-    models = three() | {"same": linear(0), "reversed": linear(0, scale=-9.0)}
+    models = {"reversed": linear(0, scale=-9.0)} | three() | {"same": linear(0)}
     rows, q = compare(models), fit_reference(X, Y, inputs(NEW)).predictions.argmax(1)
     losses = dict(zip(models, (classes(models) != q).double(), strict=True))
     first = next(iter(rows))

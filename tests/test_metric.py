@@ -79,7 +79,7 @@ WAYS: dict[str, Callable[[Any], Any]] = {
     "called as a function": called_as_a_function,
     "merged into another": merged,
     "pickled": lambda metric: pickle.loads(pickle.dumps(metric)),
-    "cast with a model": lambda metric: nn.Sequential(metric).bfloat16()[0],
+    "cast with a model": lambda metric: nn.Sequential(metric).to(torch.bfloat16)[0],
     "cast, and filled anew": cast_and_reset,
     "in eval mode with a model": lambda metric: nn.Sequential(metric).train().eval()[0],
     "moved while it is synced": moved_while_synced,
@@ -277,6 +277,7 @@ def test_probabilities_in_small_batches_are_warned_of_unless_one_is_a_logit_or_t
     with pytest.warns(UserWarning, match="^All `logits` look like probabilities.*before softmax") as warnings:
         metric.compute()
     assert [warning.filename for warning in warnings] == [__file__]
+    RefinedScore()(ALL_CLEAN.sigmoid(), ALL_LABELS)  # of several classes, which do not sum to 1
     metric(outputs[:30], targets[:30])  # too few of them to tell
     metric.update(-outputs[:1], targets[:1])
     metric.compute()

@@ -20,13 +20,10 @@ class WideMetric(Metric):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any) -> Metric:
         """Move the states with the metric, without its casts; those on the device "meta" begin anew."""
-        was_empty = any(isinstance(default, Tensor) and default.is_meta for default in self._defaults.values())
         super()._apply(fn, exclude_state=tuple(self._defaults))
         for name, default in self._defaults.items():
             self._defaults[name] = apply_to_collection(default, Tensor, self._move)
             setattr(self, name, apply_to_collection(getattr(self, name), Tensor, self._move))
-        if was_empty:
-            self.reset()
         return self
 
     def _move(self, state: Tensor) -> Tensor:

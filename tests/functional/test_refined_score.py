@@ -101,6 +101,7 @@ def test_one_output_of_two_classes_has_half_the_score_of_two() -> None:
 
 
 def test_of_equal_scores_that_of_unchanged_logits_is_taken() -> None:
+    assert pytest.approx([0.5 * 2 ** (place / 2) for place in range(9)]) == TEMPERATURES  # from 0.5 to 8
     assert refined_score(torch.zeros(4, 3), torch.tensor([0, 1, 2, 0])).temperature == 1
     assert Refined.lowest(torch.full((len(TEMPERATURES),), torch.nan)).temperature == TEMPERATURES[UNCHANGED] == 1
 

@@ -71,6 +71,7 @@ def test_labels_of_the_task_become_a_matrix_like_predictions(what: str) -> None:
 
 def test_without_a_number_of_outputs_there_are_as_many_classes_as_the_labels_say() -> None:
     kind = T.TASKS["multiclass"]
+    assert T.has_label(torch.tensor([156, 1]).byte()).all()  # in 8 bits, which hold no -100
     assert torch.equal(kind.as_matrix(CLASSES), EXPECTED) and kind.as_matrix(CLASSES[:0]).shape == (0, 1)
 
 

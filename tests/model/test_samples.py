@@ -42,6 +42,7 @@ def test_as_few_whole_batches_as_hold_what_is_wanted_are_kept(sizes: list[int], 
 def test_they_are_evenly_spaced_whatever_the_length_of_a_stream(num_batches: int, num_wanted: int) -> None:
     samples = kept([7] * num_batches, num_wanted)
     places = indices(samples)
+    assert sum(map(samples.wants, range(num_batches))) <= len(places)  # no batch is copied in vain
     gaps = [after - before for before, after in pairwise([*places, num_batches + places[0]])]
     assert len(places) == math.ceil(num_wanted / 7) and max(gaps) < 3 * num_batches / len(places)
     for num_workers in (2, 3, 4):  # which take turns
