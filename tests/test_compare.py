@@ -173,6 +173,7 @@ def test_linear_models_have_the_sensitivity_of_their_weights() -> None:
 
 
 def test_two_class_heads_are_warned_of_by_name() -> None:
+    torch.manual_seed(0)
     head = nn.Linear(12, 2)
     head.weight.data[1] = -head.weight.data[0]
     with pytest.warns(UserWarning, match="Model 'centred': Only"):
@@ -232,7 +233,8 @@ def test_texts_of_any_length_are_read() -> None:
         def forward(self, input_ids: Tensor) -> Tensor:
             return super().forward(input_ids)
 
-    ids = torch.randint(5, (100, 6), generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    ids = torch.randint(5, (100, 6))
     y = (ids == 1).sum(1).clamp(max=3)
     batches, models = [(ids[:30, :4], y[:30]), (ids[30:50], y[30:50])], {"a": Words(5, 4), "b": Words(5, 4)}
     rows = compare(models, batches, training=[(ids[50:], y[50:])], noise=None, validation_labels=True)

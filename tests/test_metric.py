@@ -155,7 +155,8 @@ def test_two_processes_compute_what_one_computes_even_if_one_has_no_sample(tmp_p
         close(found["sums"], score.sums)
 
 
-def test_it_does_without_lightning() -> None:  # what processes share is tested with the callbacks
+@pytest.mark.long
+def test_it_does_without_lightning() -> None:  # importing torch anew takes seconds
     code = "import sys, lightning_sensitivity as ls; ls.RefinedScore(); sys.exit('lightning' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -96,7 +96,7 @@ SEEN: dict[str, tuple[dict[str, Any], Tensor | None]] = {
     "inputs, and not the labels": ({"x": ROWS, "labels": OTHER, "y": OTHER}, ROWS),
     "inputs in a part": ({"x": {"deep": [ROWS]}}, ROWS),
     "numbers of other rows": ({"x": ROWS[:2], "length": IDS[:, 0]}, None),
-    "complex numbers": ({"x": ROWS.to(torch.complex64)}, None),
+    "complex numbers": ({"x": ROWS.to(torch.complex64), "z": IMAGES.to(torch.complex64)}, None),
     "no tensor": ({"x": "name"}, None),
 }
 
