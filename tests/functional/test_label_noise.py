@@ -68,12 +68,12 @@ def test_two_classes_may_be_the_probability_of_one(seed: int) -> None:
 X, Y = (torch.tensor(each) for each in load_digits(return_X_y=True))
 
 
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 0.5])
+@pytest.mark.parametrize("share", [0.0, 0.3])
 def test_of_digits_it_is_about_the_share_that_was_relabelled(share: float) -> None:
     state = torch.get_rng_state()
     assert label_noise(X.reshape(-1, 1, 8, 8)[:500], relabelled(Y, share, 10)[:500]) == pytest.approx(share, abs=0.06)
-    table = torch.cat([X, 1e5 * torch.rand(len(X), 1, generator=torch.Generator().manual_seed(0))], 1)[:900]
-    assert label_noise(table, relabelled(Y, share, 10)[:900]) == pytest.approx(share, abs=0.06)  # one more unit
+    table = torch.cat([X, 1e5 * torch.rand(len(X), 1, generator=torch.Generator().manual_seed(0))], 1)[:600]
+    assert label_noise(table, relabelled(Y, share, 10)[:600]) == pytest.approx(share, abs=0.06)  # one more unit
     assert torch.equal(torch.get_rng_state(), state)
 
 
