@@ -244,12 +244,11 @@ class Monitor(Callback, ABC):
 
     def _log_fallback(self, trainer: Trainer, dataloader_idx: int) -> None:
         """Give other callbacks a value that is in no curve, and that does not count for their patience."""
-        values = self.fallback_values(dataloader_idx)
-        for name, value in values.items():
-            trainer.callback_metrics[self.logged_name(trainer, name, dataloader_idx)] = torch.tensor(value)
-        logged = {self.prefix + name for name in values}
-        for callback, _ in callbacks_that_monitor(trainer, logged.__contains__):
-            if isinstance(getattr(callback, "wait_count", None), int):
+        fallbacks = self.fallback_values(dataloader_idx)
+        values = {self.logged_name(trainer, name, dataloader_idx): value for name, value in fallbacks.items()}
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+        for callback, name in callbacks_that_monitor(trainer, lambda name: True):
+            if name in values and isinstance(getattr(callback, "wait_count", None), int):
                 callback.wait_count -= 1  # type: ignore[attr-defined]
 
     def _free(self) -> None:

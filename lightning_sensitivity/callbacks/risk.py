@@ -310,6 +310,7 @@ class RiskMonitor(Monitor):
         if not verdict.is_trusted or math.isnan(ranking):
             ranking = training_score.score
         if not math.isfinite(chosen.score + ranking):
+            self.reporter.warn("failed", f"has no value on dataloader {dataloader_idx}: no sample counts.")
             return {}
         record.calibration = calibration
         accuracy = float(training.num_correct[UNCHANGED] / training.num_scored[UNCHANGED])

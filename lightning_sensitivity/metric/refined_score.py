@@ -107,7 +107,7 @@ class RefinedScore(WideMetric):
 
     @property
     def temperature(self) -> float:
-        """The best temperature over all processes: logits divided by it are calibrated.
+        """The best temperature over all processes. Logits divided by it are calibrated.
 
         Like ``compute``, reading it is a collective operation.
         """
@@ -156,6 +156,7 @@ class Agreement(WideMetric):
         self.add_state("rows", default=[], dist_reduce_fx="cat")
         # A process without samples must also take part when rows are gathered.
         self.rows = [torch.zeros(0, 2, num_outputs, dtype=wide_dtype(self.device), device=self.device)]
+        compat.mark_updated(self)
 
     def update(self, logits: Tensor, predictions: Tensor) -> None:
         """Add a batch: logits of the network, and predictions ``(N, K)`` of the reference, or labels."""

@@ -29,6 +29,7 @@ from tests.helpers import fitted, fitted_and_said
 
 SENSITIVITY = "val/output_sensitivity"
 NUM_STEPS = 6  # of an epoch
+WORST = {CRITERION: 2.0, RANKING: 2.0, DISAGREEMENT: 1.0}
 
 
 def curve(logger: CSVLogger, name: str) -> list[int]:
@@ -55,7 +56,7 @@ def test_nothing_is_logged_before_there_are_as_many_samples_as_are_wanted_or_an_
     options = {"enable_checkpointing": True, "logger": logger, "log_every_n_steps": 1, "val_check_interval": 1}
     run = fit(Plain(), RiskMonitor(), stopping, checkpoint, max_epochs=1, **options)
     before, after = run.epochs[: first - 1], run.epochs[first - 1 :]
-    assert all(epoch == {CRITERION: 2.0, RANKING: 2.0} for epoch in before)
+    assert all(epoch == WORST for epoch in before)
     assert all(epoch[CRITERION] < 2 and epoch.keys() >= {RANKING, DISAGREEMENT} for epoch in after)
     assert len(run.epochs) == NUM_STEPS and stopping.stopped_epoch == 0
     assert checkpoint.best_model_score < 2
@@ -92,7 +93,7 @@ class Late(Truth):
         if model.trainer.is_last_batch:
             return super().values(model)
         self.holdout.clear()
-        return {CRITERION: 2.0, RANKING: 2.0}
+        return WORST
 
 
 @pytest.mark.parametrize("name", WAYS)
@@ -144,6 +145,15 @@ def test_epochs_that_fail_are_gaps_and_count_for_no_other_callback(epochs: Any, 
     assert Path(checkpoint.best_model_path).name.startswith(f"epoch={best}-")
     # Sensitivity has no worst value; a bound is not exceeded.
     assert run.epochs[epochs[0]][SENSITIVITY] == pytest.approx(run.epochs[1][SENSITIVITY] if epochs[0] else 0)
+
+
+def test_a_loader_without_a_value_does_not_keep_the_patience_of_a_callback_on_another() -> None:
+    name = f"{CRITERION}/dataloader_idx_0"
+    stopping, model = cb.EarlyStopping(name, patience=2, min_delta=9.0), Plain()
+    vals = [DataLoader(HOLDOUT, 16), DataLoader(HOLDOUT[:0], 16)]
+    with pytest.warns(UserWarning, match="Total length of `DataLoader` across ranks is zero"):
+        run = fit(model, RiskMonitor(), stopping, val=vals, max_epochs=6)
+    assert run.current_epoch == 3 and run.callback_metrics[f"{CRITERION}/dataloader_idx_1"] == 2
 
 
 class Warm(Plain):

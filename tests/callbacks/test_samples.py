@@ -1,9 +1,7 @@
 """The samples that monitors keep: which ones, and for how long."""
 
 import gc
-import itertools
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +11,7 @@ from torch.utils.data import DataLoader
 
 import tests.helpers as helpers
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
-from lightning_sensitivity.model import samples as S
-from tests.helpers import NUM_FEATURES, Linear, Quiet, fitted, inputs, loader, unlabelled_loader
+from tests.helpers import NUM_FEATURES, Linear, Quiet, first_tensor, fitted, inputs, loader, unlabelled_loader
 
 SENSITIVITY = "val/output_sensitivity"
 
@@ -63,69 +60,13 @@ def test_whole_batches_are_kept_that_are_evenly_spaced_also_of_a_stream(
 def test_the_memory_is_bounded_in_bytes(
     max_batches: float, sizes: list[int], chosen: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(S, "MAX_BYTES", 2 * max_batches * 10 * NUM_FEATURES * 4)  # for two loaders
+    monkeypatch.setattr("lightning_sensitivity.callbacks.monitor.MAX_BYTES", 2 * max_batches * 10 * NUM_FEATURES * 4)  # for two loaders
     model, (batches, val) = Linear(), batches_of(sizes, is_stream=False)
     vals, monitor = [val, unlabelled_loader(2, 2)], SensitivityMonitor(num_samples=None)
     run, texts = helpers.fitted_and_said(monitor, model, val=vals, max_epochs=3)
     assert len(texts) == 1 and f"keeps only {sum(sizes[i] for i in chosen)} samples of a loader: " in texts[0]
     found = helpers.logged(run)[f"{SENSITIVITY}/dataloader_idx_0"]
     assert found == sensitivity(model, {index: batches[index] for index in chosen})
-
-
-def test_features_count_as_memory() -> None:
-    kept, call = S.KeptSamples(0, num_wanted=math.inf, max_bytes=100), SimpleNamespace(num_bytes=4)
-    for index in range(10):
-        kept.add(S.KeptBatch(index, call, 1, features=torch.zeros(1, 10)))
-    kept.complete()
-    assert [batch.index for batch in kept.batches] == [0, 5] and kept.is_truncated
-
-
-@pytest.mark.parametrize("num_batches", [24, 30, 100, 400, 2000])
-@pytest.mark.parametrize("max_kept", [24, 12])
-def test_of_many_batches_with_labels_evenly_spaced_ones_are_kept_for_which_there_is_memory(
-    num_batches: int, max_kept: int
-) -> None:
-    call, max_bytes = SimpleNamespace(num_bytes=4), 4 * (200 if max_kept == 24 else 24)
-    kept = S.KeptSamples(0, num_wanted=600, num_labelled=1200, max_bytes=max_bytes)
-    for index in range(num_batches):
-        if kept.wants(index, has_labels=True):
-            kept.add(S.KeptBatch(index, call, 50, labels=torch.zeros(50)))
-    kept.complete()
-    indices = [*(batch.index for batch in kept.batches), num_batches]
-    gaps = [after - before for before, after in itertools.pairwise(indices)]
-    assert kept.size == 1200 or max_kept < 24
-    assert 6 <= len(kept.batches) <= max_kept and max(gaps) <= 3 * num_batches / len(kept.batches)
-
-
-@pytest.mark.parametrize("period", [2, 3, 4, 5, 8])
-def test_they_follow_no_period_of_a_loader_such_as_that_of_its_workers(period: int) -> None:
-    kept, call = S.KeptSamples(0, num_wanted=960), SimpleNamespace(num_bytes=4)
-    for index in range(4000):
-        if kept.wants(index):
-            kept.add(S.KeptBatch(index, call, 10))
-    kept.complete()
-    for batches in (kept.batches, S.spread(kept.batches, 480)):
-        counts = [sum(batch.index % period == worker for batch in batches) for worker in range(period)]
-        assert sum(counts) in (96, 48) and max(counts) <= 2 * min(counts)
-
-
-class Weighed:
-    """A call of the model that counts how often it is asked for its size."""
-
-    num_times = 0
-
-    @property
-    def num_bytes(self) -> int:
-        self.num_times += 1
-        return 4
-
-
-def test_the_work_for_a_batch_does_not_grow_with_their_number() -> None:
-    kept, call = S.KeptSamples(0, num_wanted=math.inf), Weighed()
-    for index in range(1000):
-        kept.add(S.KeptBatch(index, call, 1))
-    kept.complete()
-    assert kept.size == call.num_times == 1000
 
 
 class TimeFirst(Quiet):
@@ -151,18 +92,15 @@ def bag(index: int) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(("model", "make"), [(TimeFirst(), time_first), (Bags(), bag)])
-def test_outputs_show_how_many_samples_are_kept(model: Any, make: Any) -> None:
-    monitors = [SensitivityMonitor(num_samples=40), RiskMonitor(num_samples=40)]
-    kept = list[int]()
-    model.on_validation_batch_end = lambda *_: kept.extend(samples.size for m in monitors for samples in m.samples)
-    labels = torch.arange(10) % 4
-    train = [[*x, labels] if isinstance(x := make(index), list) else [x, labels] for index in range(10)]
+def test_where_rows_are_no_samples_outputs_are_counted_and_there_is_no_reference(model: Any, make: Any) -> None:
+    labels, batches = torch.arange(10) % 4, list(map(make, range(10)))
+    train = [[*x, labels] if isinstance(x, list) else [x, labels] for x in batches]
     model.training_step = lambda batch, batch_idx: torch.nn.functional.cross_entropy(model(*batch[:-1]), batch[-1])
-    run, texts = helpers.fitted_and_said(
-        monitors, model, DataLoader(train, None), DataLoader(list(map(make, range(10))), None)
-    )
-    assert {*kept[-2:]} == {40} and all("has no reference" in text for text in texts)
-    assert helpers.logged(run).keys() >= {"val/output_sensitivity", "val/risk_estimate"}
+    monitors = [SensitivityMonitor(), RiskMonitor()]
+    run, texts = helpers.fitted_and_said(monitors, model, DataLoader(train, None), DataLoader(batches, None))
+    assert len(texts) == 1 and "`RiskMonitor` (val/*) has no reference" in texts[0]
+    assert monitors[0].metrics[0].estimate.num_samples == 100
+    assert helpers.logged(run).keys() >= {"val/output_sensitivity", "val/risk_criterion"}
 
 
 # For how long
@@ -233,18 +171,80 @@ def test_loaders_that_come_and_go_never_end_training(sizes: tuple[list[int], ...
     run = helpers.trainer([SensitivityMonitor(), RiskMonitor()], max_epochs=3, reload_dataloaders_every_n_epochs=1)
     run.fit(Reloaded(), loader())
     suffixes = [f"/dataloader_idx_{index}" for index in range(len(sizes[0]))] if len(sizes[0]) > 1 else [""]
-    found = [{name for name in epoch if SENSITIVITY in name} for epoch in run.epochs]
-    assert found[-1] == {f"{SENSITIVITY}{error}{suffix}" for suffix in suffixes for error in ("", "_stderr")}
-    assert found[0] == {name for name in found[-1] if min(sizes[0]) or name.endswith("0")} and found[1] == found[2]
+    for epoch in run.epochs:
+        found = {name for name in epoch if SENSITIVITY in name or "risk_criterion" in name}
+        assert found >= {f"{name}{suffix}" for suffix in suffixes for name in (SENSITIVITY, "val/risk_criterion")}
+        assert epoch[SENSITIVITY + suffixes[0]] > 0 and all(map(math.isfinite, epoch.values()))
 
 
 def test_an_error_costs_its_epoch_and_changes_no_other_value() -> None:
     def values(model: Any) -> list[dict[str, float]]:
         monitors = [SensitivityMonitor(), RiskMonitor()]
         epochs = fitted(monitors, model, loader(20, 2), unlabelled_loader(40, 8), max_epochs=4).epochs
-        return [{name: epoch[name] for name in (SENSITIVITY, "val/risk_variance")} for epoch in epochs]
+        return [{name: epoch[name] for name in (SENSITIVITY, "val/risk_criterion")} for epoch in epochs]
 
     with pytest.warns(UserWarning, match="out of luck"):
         broken = values(helpers.failing(RuntimeError("out of luck"), lambda x, epoch: epoch == 2))
     whole = values(Linear())
-    assert broken[:2] == whole[:2] and broken[2] == whole[1] and broken[3] == whole[3]
+    assert broken[:2] == whole[:2] and broken[3] == whole[3]
+    assert broken[2] == pytest.approx({SENSITIVITY: whole[1][SENSITIVITY], "val/risk_criterion": 2.0})
+
+
+# Training samples
+
+
+def test_of_a_training_loader_in_the_order_of_classes_all_classes_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_sensitivity.callbacks.training.MAX_SAMPLES", 100)
+    monkeypatch.setattr("lightning_sensitivity.callbacks.training.NUM_SCORED", 60)
+    x, y = helpers.labelled(400).tensors
+    order = y.argsort(stable=True)
+    monitor, model = RiskMonitor(), Quiet()
+    train = DataLoader(torch.utils.data.TensorDataset(x[order], y[order]), 9)
+    seen = list[Any]()
+
+    def note(outputs: Any, batch: Any, batch_idx: int) -> None:
+        seen[:] = map(kept_labels, (monitor.training.known, monitor.training.scored))
+
+    model.on_train_batch_end = note
+    fitted(monitor, model, train, unlabelled_loader(seed=1), max_epochs=1, num_sanity_val_steps=0)
+    shares = y.bincount() / len(y)
+    for labels, most in zip(seen, (109, 69), strict=True):
+        assert most - 9 <= len(labels) <= most
+        assert (labels.bincount(minlength=4) / len(labels) - shares).abs().max() < 0.12
+
+
+def kept_labels(samples: Any) -> Tensor:
+    return torch.cat(samples.labels)
+
+
+def test_training_batches_may_be_of_two_views_and_validation_batches_of_one() -> None:
+    class TwoViews(Quiet):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return sum(torch.nn.functional.cross_entropy(self(view), batch[1]) for view in batch[0])
+
+    x, y = helpers.labelled(50).tensors
+    views = DataLoader([[[one, two], label] for one, two, label in zip(x, x.flip(1), y, strict=True)], 16)
+    for num_sanity_val_steps in (0, 2):
+        monitors: list[Any] = [SensitivityMonitor(), RiskMonitor(inputs=first_tensor, targets=lambda batch: batch[1])]
+        options = {"num_sanity_val_steps": num_sanity_val_steps}
+        run, texts = helpers.fitted_and_said(monitors, TwoViews(), views, unlabelled_loader(seed=1), **options)
+        assert not texts and run.callback_metrics[SENSITIVITY] > 0 and run.callback_metrics["val/risk_criterion"] < 2
+
+
+def test_a_validation_in_one_batch_of_6000_rows_needs_memory_for_a_part_at_a_time() -> None:
+    largest = 0
+
+    def note(function: Any, args: Any, kwargs: Any, result: Any) -> None:
+        nonlocal largest
+        sizes = [each.numel() for each in result] if isinstance(result, tuple) else [getattr(result, "numel", int)()]
+        largest = max(largest, *sizes)
+
+    class Watching(RiskMonitor):
+        def prepare(self, *args: Any) -> None:
+            with helpers.Watch(note):
+                super().prepare(*args)
+
+    val = unlabelled_loader(6_000, 6_000)
+    run = fitted(Watching(), Quiet(), loader(300, 70), val, max_epochs=1, num_sanity_val_steps=0)
+    assert run.callback_metrics["val/risk_criterion"] < 2
+    assert 6_000 * NUM_FEATURES <= largest < 6_000 * 60  # no distances of all pairs, 6,000 times 300

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 import tests.helpers as helpers
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
+from lightning_sensitivity.functional import loss_estimate
 from tests.helpers import Classifier, Linear, brute_force, inputs, loader, unlabelled_loader, validated
 
 
@@ -62,6 +63,18 @@ def test_of_each_output_the_value_is_the_mean_square_of_its_changes() -> None:
     close(validated(monitor, model, loader()), {"val/output_sensitivity": changes.square().mean().item()})
     of_probabilities = SensitivityMonitor(per_output=True, outputs=lambda y: y.softmax(1))  # else refused
     assert validated(of_probabilities, model, loader())["val/output_sensitivity"] > 0
+
+
+def test_of_a_linear_model_it_is_the_variance_in_closed_form_and_the_loss_estimate_that_of_the_measured_power() -> None:
+    model, monitor = Linear(), SensitivityMonitor(0.5, num_draws=20, num_samples=None, loss_estimate=True)
+    values = validated(monitor, model, loader(1000, 70))
+    truth = 0.25 * model.net.weight.detach().double().mean(0).square().sum()
+    error = values["val/output_sensitivity_stderr"]
+    assert abs(values["val/output_sensitivity"] - truth) < 4 * error and error < 0.05 * truth
+    power = inputs(1000).double().square().mean()
+    expected = loss_estimate(values["val/output_sensitivity"], power, 0.5, 4)
+    assert values["val/loss_estimate"] == pytest.approx(float(expected), rel=1e-5)
+    assert "val/loss_estimate" not in validated(SensitivityMonitor(), model, loader())
 
 
 # When
@@ -131,10 +144,12 @@ def test_the_prefix_begins_every_name_and_the_progress_bar_shows_the_value() -> 
     ({"prefix": None}, "`prefix` should be a str"),
     ({"inputs": "x"}, "`inputs` should be a function"),
     *(({name: 1.5}, f"`{name}` should be .*, got 1.5") for name in (
-        "task", "targets", "features", "initial_weights", "num_training", "num_samples")),
+        "task", "targets", "features", "validation_labels", "num_samples")),
+    *(({"loss_estimate": True, **each}, "`loss_estimate` should be False, unless") for each in (
+        {"noise": [0.1] * 12}, {"at": "net"}, {"per_output": True}, {"noise": lambda x, generator: x})),
 ])  # fmt: skip
 def test_arguments_are_checked_at_once(options: dict[str, Any], match: str) -> None:
-    kind = RiskMonitor if match.endswith("got 1.5") else SensitivityMonitor
+    kind = RiskMonitor if 1.5 in options.values() else SensitivityMonitor
     with pytest.raises(MisconfigurationException, match=match):
         kind(**options)
 
@@ -150,7 +165,10 @@ def test_a_submodule_that_does_not_exist_or_does_not_run_is_refused_before_the_f
 
 
 def test_doubtful_values_are_said_once_each_and_again_when_twice_as_many_samples_are_nan() -> None:
-    broken = helpers.Acting(lambda m, x, epoch: x[: (1, 1, 2, 3, 4)[max(epoch, 0)]].fill_(torch.nan))
+    def break_some(m: Any, x: Tensor, epoch: int) -> None:
+        x[: (1, 1, 2, 3, 4)[max(epoch, 0)] * m.trainer.validating].fill_(torch.nan)
+
+    broken = helpers.Acting(break_some)
     _, texts = helpers.fitted_and_said(SensitivityMonitor(), broken, val=loader(16), max_epochs=5)
     found = [text.split(" samples gave nan")[0].rpartition(" ")[2] for text in texts]
     assert found == ["1", "2", "4"]

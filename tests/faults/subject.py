@@ -1,9 +1,8 @@
-"""A model in which a fault can be put at a chosen moment, and runs with and without the monitors."""
+"""A model in which a fault is put at a chosen moment, and runs with and without the monitors."""
 
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,32 +16,61 @@ from torch.utils.data import DataLoader
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 from tests.helpers import Classifier, labelled, said, trainer
 
-MARK = 50.0  # is added to the first feature of training samples, so that a fault can tell them
+MARK = 50.0  # is added to the first feature of training samples, by which the model tells them from the others
+Change = Callable[[Any], Any]
+
+
+def as_it_is(value: Any) -> Any:
+    return value
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What breaks, and what is expected: warnings of each monitor that match, or an error; None for silence."""
+    """What breaks at which moment, and what is expected of each monitor.
+
+    Attributes:
+        sensitivity: What SensitivityMonitor warns of, a regular expression; None for silence.
+        risk: What RiskMonitor warns of.
+        error: What is an error instead: in the sanity check, and before the first step if no warning is expected.
+        moments: When it breaks: in the ``"sanity"`` check, in the ``"first"`` epoch without one, or ``"later"``.
+        validation_input: What becomes of validation samples in the model, in eval mode.
+        validation_output: What becomes of its outputs for them.
+        training_output: What becomes of its outputs for training samples, in eval mode.
+        validation_batch: What becomes of a validation batch.
+        training_batch: What becomes of a training batch, at all moments.
+        before_epoch: What is done to the model before the epoch of the fault.
+        before_fit: What is done to the model before the fit.
+        step: How a step calls the model.
+        loss: The loss.
+        options: Options of both monitors.
+        sensitivity_options: Options of SensitivityMonitor.
+        risk_options: Options of RiskMonitor.
+    """
 
     sensitivity: str | None = None
     risk: str | None = None
-    error: str | None = None  # in the sanity check; also before the first step, unless a warning is expected there
+    error: str | None = None
     moments: tuple[str, ...] = ("later",)
-    x: Callable[[Subject, Tensor], Any] = lambda m, x: x  # in eval mode, of validation samples
-    y: Callable[[Subject, Tensor, Any], Any] = lambda m, x, y: y  # the same, after the model
-    kept: Callable[[Subject, Any], Any] = lambda m, y: y  # in eval mode, after the model, of training samples
-    batch: Callable[[Subject, Any], Any] = lambda m, b: b  # what becomes of a validation batch
-    train: Callable[[Subject, Any], Any] = lambda m, b: b  # what becomes of a training batch, at all moments
-    epoch: Callable[[Subject], Any] = lambda m: None  # before the epoch
-    init: Callable[[Subject], Any] = lambda m: None
-    step: Callable[[Subject, Any], Tensor] = lambda m, b: m(b[0])  # gives the outputs, in a step
+    validation_input: Change = as_it_is
+    validation_output: Change = as_it_is
+    training_output: Change = as_it_is
+    validation_batch: Change = as_it_is
+    training_batch: Change = as_it_is
+    before_epoch: Callable[[Any], object] = as_it_is
+    before_fit: Callable[[Any], object] = as_it_is
+    step: Callable[[Any, Any], Tensor] = lambda model, batch: model(batch[0])
     loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy
-    options: dict[str, Any] = field(default_factory=dict)  # of both monitors
-    s_options: dict[str, Any] = field(default_factory=dict)
-    r_options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    sensitivity_options: dict[str, Any] = field(default_factory=dict)
+    risk_options: dict[str, Any] = field(default_factory=dict)
 
     def monitors(self) -> list[Any]:
-        return [SensitivityMonitor(**self.options, **self.s_options), RiskMonitor(**self.options, **self.r_options)]
+        of_sensitivity = SensitivityMonitor(**self.options, **self.sensitivity_options)
+        return [of_sensitivity, RiskMonitor(**self.options, **self.risk_options)]
+
+
+def is_of_training(x: Tensor) -> bool:
+    return x.numel() > 0 and float(x.flatten(1)[:, 0].float().mean()) > MARK / 2
 
 
 class Subject(Classifier):
@@ -51,8 +79,7 @@ class Subject(Classifier):
     def __init__(self, fault: Fault, moment: str) -> None:
         super().__init__()
         self.fault, self.moment, self.losses = fault, moment, []
-        type(self).calls = itertools.count()  # of the class, so that our passes count, too
-        fault.init(self)
+        fault.before_fit(self)
 
     @property
     def is_now(self) -> bool:
@@ -64,20 +91,20 @@ class Subject(Classifier):
     def forward(self, x: Tensor) -> Any:
         if self.training or not self.is_now:
             return self.net(x.float())
-        if x.numel() and x.flatten(1)[:, 0].float().mean() > MARK / 2:
-            return self.fault.kept(self, self.net(x.float()))
-        x = self.fault.x(self, x)
-        return self.fault.y(self, x, self.net(x.float()))
+        if is_of_training(x):
+            return self.fault.training_output(self.net(x.float()))
+        x = self.fault.validation_input(x)
+        return self.fault.validation_output(self.net(x.float()))
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         if self.trainer.training:
-            return self.fault.train(self, batch)
-        return self.fault.batch(self, batch) if self.is_now else batch
+            return self.fault.training_batch(batch)
+        return self.fault.validation_batch(batch) if self.is_now else batch
 
     def on_train_epoch_start(self) -> None:
         if self.is_now:
             with torch.random.fork_rng():
-                self.fault.epoch(self)
+                self.fault.before_epoch(self)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         if len(batch) < 2:
@@ -109,7 +136,7 @@ class Outcome:
 
 
 def run(fault: Any, moment: str, callbacks: Any = (), make: Any = Subject, data: Any = None, **kwargs: Any) -> Outcome:
-    """A fit of three epochs."""
+    """A fit of three epochs, of batches of 9, 9 and 6 training samples, and of 8, 8 and 4 validation samples."""
     seed_everything(0, verbose=False)
     model, error = make(fault, moment), None
     training, validation = labelled(24), labelled(20, seed=1)
@@ -118,7 +145,7 @@ def run(fault: Any, moment: str, callbacks: Any = (), make: Any = Subject, data:
     with said() as messages:
         fit = trainer(callbacks=list(callbacks), **options)
         try:
-            fit.fit(model, *(data or [DataLoader(each, 8) for each in (training, validation)]))
+            fit.fit(model, *(data or [DataLoader(training, 9), DataLoader(validation, 8)]))
         except Exception as raised:
             error = raised
     # Weights, buffers, losses of each step, and where the random stream has come to.

@@ -1,4 +1,10 @@
-"""Faults at moments: no run is lost, none is changed by a bit, and each monitor that is hit says so."""
+"""Faults at moments: no run is lost, none is changed by a bit, and each monitor that is hit says so.
+
+To add a fault, say what is warned of, or which error is raised before the first step, and what breaks:
+
+    "outputs that are all nan": Fault("20 samples gave nan", "20 samples gave nan",
+        validation_output=lambda y: y * math.nan),
+"""
 
 from __future__ import annotations
 
@@ -18,15 +24,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parametrizations
 
-from tests.faults.subject import MARK, Fault, Outcome, Subject, assert_same_run, run
+from tests.faults.subject import Fault, Outcome, assert_same_run, is_of_training, run
 from tests.helpers import first_tensor
 
 SANITY, FIRST, BEFORE, ALL = ("sanity",), ("first",), ("sanity", "first"), ("sanity", "first", "later")
-FLOATING, DENSE, LEARNED = "floating tensor", "dense floating", "count as entirely learned"
-NO_VALUE, NAN = "could not measure the samples of dataloader 0: .*", math.nan
-NO_FIRST, NO_REFERENCE, NONE = "|has no first value", "|has no reference", "|has no value"
+NO_VALUE = "could not measure the samples of dataloader 0: .*"
 BROKEN, NO_MEMORY = NO_VALUE + "broken", NO_VALUE + "OutOfMemoryError.*out of memory.*#out-of-memory$"
-LEFT_OUT = "could not keep a training batch: .*"
+KEPT_LESS, TRAINED_LESS = "could not keep a validation batch: .*", "could not keep a training batch: .*"
+NAN, FLOATING = "[13] samples gave nan", "should select a floating tensor"
 
 
 def fail(message: str = "broken", error: type[Exception] = ValueError) -> Any:
@@ -37,98 +42,86 @@ def no_memory() -> Any:
     return fail("CUDA out of memory. Tried to allocate 1 GiB", torch.cuda.OutOfMemoryError)
 
 
-def fill(y: Tensor, value: float, where: Any = 0) -> Tensor:
-    y = y.clone()
-    y[where] = value
-    return y
+def with_nan(y: Tensor) -> Tensor:
+    return y.index_fill(0, torch.tensor([0]), math.nan)
 
 
 def is_noisy(x: Tensor) -> bool:  # samples are in [0, 1], and noise brings one of a batch out of it
     return bool(x.min() < 0) or bool(x.max() > 1)
 
 
-def note_weights(m: Subject) -> None:
-    m.pointer = m.net[0].weight.data_ptr()
-
-
-def is_twin(m: Subject) -> bool:
-    return m.net[0].weight.data_ptr() != m.pointer
-
-
-def one_of_three(m: Subject) -> bool:
-    return next(m.calls) % 3 == 1
-
-
-def to_ids(m: Subject, batch: Any) -> Any:
-    return [(9 * batch[0]).long(), batch[1]]
-
-
-def plain(m: Subject, batch: Any) -> Tensor:
+def plain(model: Any, batch: Any) -> Tensor:
     """A step that does not call the module in validation, and so never meets the fault."""
-    return m(batch[0]) if m.training else m.net(batch[0])
+    return model(batch[0]) if model.training else model.net(batch[0])
 
 
-def replace_head(m: Subject, num_classes: int = 4) -> None:
-    m.net[4] = nn.Linear(16, num_classes)
+def every_third(change: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    calls = itertools.count()
+    return lambda batch: change(batch) if next(calls) % 3 == 1 else batch
 
 
-def failing(kind: str, after: int) -> Callable[..., Any]:
-    """A function of the user that fails after some calls, on samples for validation, or for training."""
-    calls, is_of_training = itertools.count(1), kind in ("targets", "features")
+def failing(after: int, of_training: bool, result: Callable[[Any], Any]) -> Callable[..., Any]:
+    """A function of the user that fails after some calls, on training samples or on validation samples."""
+    calls = itertools.count(1)
 
     def function(value: Any, *rest: Any) -> Any:
-        x = value[0] if isinstance(value, list) else value
-        if (float(x[:, 0].mean()) > MARK / 2) == is_of_training and next(calls) > after:
-            fail(f"in {kind}")
-        return value[1] if kind == "targets" else value[0] if kind in ("inputs", "features") else 1.1 * value
+        if is_of_training(first_tensor(value)) == of_training and next(calls) > after:
+            fail("in a function of the user")
+        return result(value)
 
     return function
 
 
 FAULTS = {
     # samples that are not finite, and outputs that say nothing
-    "nan sample": Fault("[13] samples gave nan", "[13] validation and 0 training .* nan", moments=ALL,
-        y=lambda m, x, y: fill(y, NAN)),
-    "all nan": Fault("20 samples gave nan" + NONE, "20 validation .* nan" + NO_FIRST, moments=ALL,
-        y=lambda m, x, y: y * NAN),
-    "nan kept sample": Fault(None, "0 validation and [13] training .* nan", kept=lambda m, y: fill(y, NAN)),
-    "nan weights": Fault("20 .* gave nan" + NONE, "20 validation and 24 .*nan" + NO_FIRST, moments=("first", "later"),
-        epoch=lambda m: m.net[4].bias.data.fill_(NAN)),
+    "nan for some samples": Fault(NAN, NAN, moments=ALL, validation_output=with_nan),
+    "nan for all samples": Fault("20 samples gave nan", "20 samples gave nan|has no value|has no value", moments=ALL,
+        validation_output=lambda y: y * math.nan),
+    "nan for some training samples": Fault(None, NAN, training_output=with_nan),
+    "weights of nan": Fault("20 samples gave nan", "24 samples gave nan|has no value", moments=("first", "later"),
+        before_epoch=lambda m: m.net[4].bias.data.fill_(math.nan)),
     # outputs that are none, or others
-    "fewer classes with noise": Fault("the shape", y=lambda m, x, y: y[:, :3] if is_noisy(x) else y, step=plain),
-    "complex outputs": Fault(FLOATING, FLOATING + NO_FIRST, "`outputs", step=plain, moments=ALL,
-        y=lambda m, x, y: y + 0j),
+    "fewer classes with noise": Fault("the shape", step=plain,
+        validation_input=lambda x: fail("the shape") if is_noisy(x) else x),
+    "complex outputs": Fault(FLOATING, FLOATING, "`outputs`", moments=ALL, step=plain,
+        validation_output=lambda y: y + 0j),
     # batches
-    "ids in a first validation": Fault(DENSE, batch=to_ids, moments=FIRST),
-    "empty batches": Fault("no value", "could not keep|no value" + NO_REFERENCE + NO_FIRST, moments=FIRST,
-        batch=lambda m, b: [part[:0] for part in b]),
-    "single samples": Fault(None, "fewer than 8 samples", moments=FIRST, batch=lambda m, b: [part[:1] for part in b]),
-    "without labels": Fault(batch=lambda m, b: b[:1], moments=ALL),
-    "unlabelled training": Fault(None, LEFT_OUT + "`targets", train=lambda m, b: b[: 2 - one_of_three(m)]),
-    "no label counts": Fault(None, "no kept training sample has a label" + NO_REFERENCE + NO_FIRST,
-        train=lambda m, b: [b[0], b[1] * 0 - 100], loss=lambda y, t: cross_entropy(y, t.clamp_min(0))),
-    "other batches in training": Fault(error="`inputs=`", train=lambda m, b: [b[:1], b[1]], moments=BEFORE,
-        step=lambda m, b: m(first_tensor(b))),
-    "uncopied batches": Fault(error="cannot estimate.*targets=", train=lambda m, b: [*b, (name for name in "ab")]),
-    "a hook that raises": Fault(train=lambda m, b: fail() if m.is_now else b, batch=lambda m, b: fail(), moments=ALL),
+    "ids in a first validation": Fault("dense floating", "has no reference", moments=FIRST,
+        validation_batch=lambda batch: [(9 * batch[0]).long(), batch[1]]),
+    "a validation of no samples": Fault("has no value", "has no value", moments=FIRST,
+        validation_batch=lambda batch: [part[:0] for part in batch]),
+    "a validation of single samples": Fault(moments=FIRST, validation_batch=lambda batch: [part[:1] for part in batch]),
+    "validation without labels": Fault(moments=ALL, validation_batch=lambda batch: batch[:1]),
+    "training batches without labels": Fault(None, TRAINED_LESS + "`targets`",
+        training_batch=every_third(lambda batch: batch[:1])),
+    "no label that counts": Fault(None, "has no reference|has no value",
+        training_batch=lambda batch: [batch[0], batch[1] * 0 - 100],
+        loss=lambda y, t: cross_entropy(y, t.clamp_min(0))),
+    "training batches of another kind": Fault(error="`inputs=`", moments=BEFORE,
+        training_batch=lambda batch: [batch[:1], batch[1]], step=lambda m, batch: m(first_tensor(batch))),
+    "a third element of a batch": Fault(error="cannot measure the risk.*targets=",
+        training_batch=lambda batch: [*batch, (name for name in "ab")]),
+    "a hook that raises": Fault(moments=ALL, validation_batch=lambda batch: fail()),
     # a model that fails in some passes alone
-    "no memory, noisy": Fault(NO_MEMORY, None, "out of memory", x=lambda m, x: no_memory() if is_noisy(x) else x,
-        moments=("sanity", "later")),
-    "no memory, twin": Fault(None, NO_MEMORY, init=note_weights, x=lambda m, x: no_memory() if is_twin(m) else x),
-    "no pass": Fault(BROKEN, BROKEN + NO_FIRST, "broken", x=lambda m, x: fail(), step=plain, moments=ALL),
+    "no memory for noisy samples": Fault(NO_MEMORY, None, "out of memory", moments=("sanity", "later"),
+        validation_input=lambda x: no_memory() if is_noisy(x) else x),
+    "no memory for training samples": Fault(None, NO_MEMORY, training_output=lambda y: no_memory()),
+    "no pass": Fault(BROKEN, BROKEN, "broken", moments=ALL, validation_input=lambda x: fail(), step=plain),
     # functions of the user
-    "inputs=": Fault("could not keep.*in inputs", "could not keep.*in inputs" + NO_REFERENCE,
-        options={"inputs": failing("inputs", 6)}),
-    "outputs=": Fault("in outputs", "in outputs|no first value",
-        options={"outputs": failing("outputs", 40)}),
-    "targets=": Fault(None, LEFT_OUT + "in targets", r_options={"targets": failing("targets", 2)}),
-    "features=": Fault(None, LEFT_OUT + "in features", r_options={"features": failing("features", 2)}),
-    "noise=": Fault("in noise", s_options={"noise": failing("noise", 5)}),
+    "inputs=": Fault(KEPT_LESS + "of the user", KEPT_LESS + "of the user",
+        options={"inputs": failing(5, False, lambda batch: batch[0])}),
+    "outputs=": Fault(NO_VALUE + "of the user", NO_VALUE + "of the user",
+        options={"outputs": failing(40, False, lambda y: y)}),
+    "targets=": Fault(None, TRAINED_LESS + "of the user",
+        risk_options={"targets": failing(2, True, lambda batch: batch[1])}),
+    "features=": Fault(None, TRAINED_LESS + "of the user|has no reference",
+        risk_options={"features": failing(2, True, lambda batch: batch[0])}),
+    "noise=": Fault(NO_VALUE + "of the user",
+        sensitivity_options={"noise": lambda x, generator, noisy=failing(5, False, lambda x: 1.1 * x): noisy(x)}),
     # modules that change
-    "more classes": Fault(None, LEARNED + "|reference", epoch=lambda m: replace_head(m, 5)),
-    "parametrized later": Fault(None, LEARNED, epoch=lambda m: parametrizations.weight_norm(m.net[4])),
-    "lazy layers that a sanity check makes": Fault(init=lambda m: m.net.append(nn.LazyLinear(4)), moments=SANITY),
-    "weights of another": Fault(error="`initial_weights`", r_options={"initial_weights": {"other": torch.zeros(1)}}),
+    "more classes": Fault(None, NO_VALUE + "Expected", before_epoch=lambda m: m.net.append(nn.Linear(4, 5))),
+    "parametrized later": Fault(before_epoch=lambda m: parametrizations.weight_norm(m.net[4])),
+    "lazy layers that a sanity check makes": Fault(moments=SANITY, before_fit=lambda m: m.net.append(nn.LazyLinear(4))),
 }  # fmt: skip
 
 
@@ -159,4 +152,4 @@ def test_copies_of_monitors_measure_the_same() -> None:
     makers = (lambda: pickle.loads(pickle.dumps(monitors)), lambda: monitors, lambda: copy.deepcopy(monitors))
     values = [run(Fault(), "later", make()).trainer.callback_metrics for make in makers]
     assert values[0] == values[1] == values[2]
-    assert values[0].keys() >= {"val/output_sensitivity", "val/risk_estimate"}
+    assert values[0].keys() >= {"val/output_sensitivity", "val/risk_criterion"}

@@ -1,0 +1,166 @@
+"""The first training step is watched: the network should get in it what we send."""
+
+import io
+import random
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.modules import module as torch_module
+
+from lightning_sensitivity import RiskMonitor, SensitivityMonitor
+from tests.helpers import NUM_FEATURES, Linear, fitted_and_said, loader
+
+Step = Callable[[Any, Tensor, Tensor], Any]
+ADVICE = "Do what the step does with inputs and outputs in `forward`, or in `inputs=` and `outputs=`."
+
+
+class Stepping(Linear):
+    """Its training step is a function of module, inputs and labels; some steps have a second head."""
+
+    def __init__(self, step: Step) -> None:
+        super().__init__()
+        self.step, self.head = step, nn.Linear(4, 4)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+        return self.step(self, *batch)
+
+
+class Manual(Stepping):
+    automatic_optimization = False
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.manual_backward(self.step(self, *batch))
+        self.optimizers().step()
+
+
+class Skipping(Stepping):
+    """It skips the first steps."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+        return self.step(self, *batch) if batch_idx > 1 else None
+
+
+class Case(NamedTuple):
+    """A step, what is said of it (None: nothing), the module, and the options of the monitor."""
+
+    step: Step
+    said: str | None = None
+    module: Any = Stepping
+    options: Any = None
+
+
+def plain(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    return cross_entropy(m(x), y)
+
+
+def scaled(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    return cross_entropy(m((x - 0.5) / 0.1), y)
+
+
+VALUES = "`forward` gets other values in the step, though it draws no random numbers"
+OF_PART = VALUES.replace("forward", "net")
+CALL = "the step does not call `forward`, which is measured"
+CASES = {
+    "plain": Case(plain),
+    "recomputed": Case(lambda m, x, y: torch.utils.checkpoint.checkpoint(m, x, use_reentrant=False).sum()),
+    "repeated": Case(lambda m, x, y: cross_entropy(m(x.repeat(2, 1)), y.repeat(2)),
+        "`forward` gets an input of shape (32, 12) in the step, and (16, 12) from us"),
+    "normalized": Case(scaled, VALUES),
+    "normalized, said by inputs=": Case(scaled, None, options={"inputs": lambda batch: (batch[0] - 0.5) / 0.1}),
+    "normalized, by a part of forward": Case(lambda m, x, y: cross_entropy(m.net((x - 0.5) / 0.1), y), OF_PART),
+    "in another order": Case(lambda m, x, y: cross_entropy(m(x.flip(0)), y.flip(0)), VALUES),
+    "rounded": Case(lambda m, x, y: plain(m, x.bfloat16().float(), y)),
+    "augmented": Case(lambda m, x, y: plain(m, x + torch.randn_like(x), y)),
+    "augmented by Python": Case(lambda m, x, y: plain(m, x * random.random(), y)),
+    "augmented by NumPy": Case(lambda m, x, y: plain(m, x * np.random.rand(), y)),
+    "written to": Case(lambda m, x, y: plain(m, x.mul_(3), y), VALUES),
+    "forward itself": Case(lambda m, x, y: cross_entropy(m.forward(x), y)),
+    "without forward": Case(lambda m, x, y: cross_entropy(x @ m.net.weight.T, y), CALL),
+    "a head of its own": Case(lambda m, x, y: cross_entropy(m.head(m(x)), y),
+        "the step calls `head`, which `forward` does not call"),
+    "manual, normalized": Case(scaled, VALUES, Manual),
+    "a first step that is skipped": Case(scaled, None, Skipping),
+}  # fmt: skip
+
+
+def said(module: Any, monitors: Any, **options: Any) -> list[str]:
+    """What monitors say in a short fit."""
+    kwargs = {"max_epochs": 1, "limit_train_batches": 4, "limit_val_batches": 1, **options}
+    return fitted_and_said(monitors, module, loader(64, seed=1), **kwargs)[1]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_that_does_not_compute_what_is_measured_is_said_once(name: str) -> None:
+    case = CASES[name]
+    texts = said(case.module(case.step), SensitivityMonitor(**(case.options or {})))
+    starts = [f"`SensitivityMonitor` (val/*) may not measure what your step computes: {case.said}."] * bool(case.said)
+    assert len(texts) == len(starts), texts
+    assert all(text.startswith(start) and ADVICE in text for text, start in zip(texts, starts, strict=True))
+
+
+@pytest.mark.parametrize("kinds", [(SensitivityMonitor, RiskMonitor), (RiskMonitor, SensitivityMonitor)])
+def test_passes_of_another_monitor_are_not_the_steps_and_each_says_it(kinds: Any) -> None:
+    for num_sanity_val_steps in (0, 2):
+        options = {"num_sanity_val_steps": num_sanity_val_steps}
+        assert said(Stepping(plain), [kind() for kind in kinds], **options) == []
+        texts = said(Stepping(scaled), [kind() for kind in kinds], **options)
+        assert len(texts) == 2 and all(VALUES in text for text in texts)
+
+
+def saving(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    torch.save(m, io.BytesIO())
+    torch.jit.trace(m, x)
+    return plain(m, x, y)
+
+
+def test_a_step_may_save_and_trace_the_module() -> None:
+    assert said(Stepping(saving), [SensitivityMonitor(outputs=lambda y: y), RiskMonitor()], limit_train_batches=1) == []
+
+
+def num_hooks(model: nn.Module) -> int:
+    names = ["_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"]
+    everywhere = [getattr(torch_module, f"_global{name}", ()) for name in names]
+    return sum(map(len, [*everywhere, *(getattr(module, name) for module in model.modules() for name in names)]))
+
+
+def test_only_the_first_step_is_watched_and_nothing_stays_also_when_it_raises() -> None:
+    watched = list[bool]()
+    model = Stepping(lambda m, x, y: (watched.append(num_hooks(m) > 0), plain(m, x, y))[1])
+    assert said(model, [SensitivityMonitor(), RiskMonitor()]) == []
+    assert watched == [True, False, False, False] and num_hooks(model) == 0
+    model = Stepping(lambda m, x, y: plain(m, x[:, :1], y))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        said(model, [SensitivityMonitor(), RiskMonitor()])
+    assert num_hooks(model) == 0
+
+
+class Encoding(Stepping):
+    """It has an encoder in eval mode, which torch runs in another way if it has hooks."""
+
+    def __init__(self, step: Step) -> None:
+        super().__init__(step)
+        layer = nn.TransformerEncoderLayer(NUM_FEATURES, 2, 8, batch_first=True)
+        self.encoder, self.layer = nn.TransformerEncoder(layer, 1), nn.Sequential(layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(self.encoder(x[:, None])[:, 0])
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensor", "ignore:.*modules? in eval mode")
+@pytest.mark.parametrize("is_training", [True, False])
+def test_an_encoder_in_eval_mode_gets_no_hook(is_training: bool) -> None:
+    counts = list[int]()
+
+    def step(m: Any, x: Tensor, y: Tensor) -> Tensor:
+        counts.append(num_hooks(m.encoder))
+        return plain(m, x, y)
+
+    model = Encoding(step)
+    model.on_train_start = lambda: model.encoder.train(is_training)
+    said(model, SensitivityMonitor())
+    assert (counts[0] > 0) == is_training and not any(counts[1:])
