@@ -1,20 +1,18 @@
-"""The numbers of the studies: every page has those of the CSVs. With `-m long`, each study is run once, in small."""
+"""The numbers of the studies: every page has those of the CSVs. With `-m long`, what studies share is run in small."""
 
-import dataclasses
-import runpy
+import importlib
 import subprocess
 import sys
+from argparse import Namespace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-import torch
-from lightning.pytorch import Trainer
-from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_sensitivity import RiskMonitor
+from lightning_sensitivity import compare_models
 
 STUDIES = Path(__file__).parents[1] / "examples" / "studies"
 LONG = pd.DataFrame(
@@ -66,12 +64,6 @@ def test_a_run_of_two_pools_is_refused(runs: Any, tmp_path: Path) -> None:
         type(runs).read_long(tmp_path / "results.csv", measures=["lost"])
 
 
-def test_a_row_for_each_rule_is_read_as_a_row_for_each_run(runs: Any) -> None:
-    assert list(runs.frame) == ["run", "pool", "criterion_lost", "never_lost"]
-    assert runs.where("pool == 'y'").count == 2
-    np.testing.assert_array_equal(runs.frame["never_lost"], [3, 1.5, np.nan])
-
-
 @pytest.mark.parametrize("field", ["{runs.another_lost:.1f}", "{runs.criterion_lost.mode:.1f}"])
 def test_a_number_that_is_not_there_is_refused(field: str, runs: Any) -> None:
     with pytest.raises(AttributeError, match="another_lost|mode"):
@@ -92,37 +84,34 @@ def test_a_table_is_rows_columns_and_a_cell(runs: Any) -> None:
 
 
 @pytest.mark.long
-def test_the_study_of_early_stopping_replays_what_a_fit_logs(run: Any) -> None:
-    text, _ = run("studies/early_stopping/study.py", "--quick")
-    results = pd.read_csv("runs/early_stopping_quick/results.csv")
-    assert f"{len(results)} runs" in text and results["criterion_accuracy_lost"].ge(0).all()
-    training, replay = sys.modules["training"], sys.modules["replay"]
-    drawn = dataclasses.replace(sys.modules["pools"].DRAWS["tables"](2, None), epochs=2)
-    x, y = drawn.x_holdout[:300], torch.full((300,), replay.NO_LABEL)
-
-    class Real(training.Classifier):  # type: ignore[name-defined, misc]
-        def validation_step(self, batch: Any, batch_idx: int) -> None:
-            pass
-
-    validation = DataLoader(TensorDataset(x, y), replay.BATCH_SIZE, generator=torch.Generator())
-    callbacks = [RiskMonitor(), recorder := replay.Recorder()]
-    trainer = Trainer(max_epochs=2, accelerator="cpu", callbacks=callbacks, **training.QUIET)
-    trainer.fit(Real(drawn), training.training_loader(drawn), validation)
-    replayed = replay.replayed(drawn, training.trained(drawn)["weights"], [RiskMonitor()], x, y)
-    for row, expected in zip(replayed.rows, recorder.rows, strict=True):
-        assert row == {name: value for name, value in expected.items() if name != "train_loss"}
-        assert "val/risk_criterion" in row
+def test_the_study_of_costs_counts_what_a_validation_runs(run: Any) -> None:
+    _, variables = run("studies/cost/benchmark.py", "--quick")
+    found = variables["results"].set_index(["what", "case"])["passes"]
+    assert found["small CNN", "sensitivity"] == 2 * 600 and found["small CNN", "risk"] == 600 + 600
 
 
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.*survives averaging over classes")
 def test_the_pictures_of_the_page_on_curves(run: Any) -> None:
-    text, _ = run("studies/reading_curves/curves.py", "--quick", "--only", "terms")
-    assert "terms" in text.splitlines() and Path("runs/reading_curves/terms.png").stat().st_size > 10_000
+    text, _ = run("studies/reading_curves/curves.py", "--quick", "--only", "gap")
+    assert "gap" in text.splitlines() and Path("runs/reading_curves/gap.png").stat().st_size > 10_000
 
 
 @pytest.mark.long
-def test_a_slice_of_the_random_attack() -> None:
-    ends = runpy.run_path(str(STUDIES / "robustness" / "attack.py"))["attack"](8)
-    assert sum(ends.values()) >= 8
-    assert ends["the same, and S that of a plain loop"] > 0
+def test_networks_of_the_paper_are_measured_as_the_package_does(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.syspath_prepend(STUDIES / "paper")  # whose modules import each other as scripts do
+    zoo, measure = map(importlib.import_module, ("zoo", "measure"))
+    specs = [zoo.Spec(1, 16), zoo.Spec(1, 32, init="normal"), zoo.Spec(2, 16)]
+    args = Namespace(data=None, out=tmp_path, max_epochs=120, processes=1)
+    table = measure.measure(specs, "digits", args).set_index("network")
+    models = {spec.name: zoo.checkpoints(spec, "digits", tmp_path).trained for spec in specs}
+    models["untrained"] = zoo.checkpoints(specs[0], "digits", tmp_path).untrained
+    models = {name: partial(zoo.Network.load_from_checkpoint, path) for name, path in models.items()}
+    images = zoo.Images("digits")
+    images.setup("fit")
+    result = compare_models(models, images.val_dataloader(), training=images.train_dataloader())
+    scores = {row.name: row for row in result}
+    for spec in specs:
+        expected = pytest.approx(table.loc[spec.name, "sensitivity"], abs=5 * scores[spec.name].sensitivity_stderr)
+        assert scores[spec.name].sensitivity == expected
+    assert scores["untrained"].rank == 4 and np.isfinite(table["loss"]).all()

@@ -1,4 +1,4 @@
-"""Small runs on scikit-learn's digits, and what sensitivity and the risk estimate say about them.
+"""Small runs on scikit-learn's digits, and what sensitivity says about them.
 
 python examples/studies/reading_curves/curves.py --out examples/studies/reading_curves  # all pictures of the page
 python examples/studies/reading_curves/curves.py --only robust                          # one of them
@@ -19,10 +19,10 @@ from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, one_hot, pad
+from torch.nn.functional import cross_entropy, pad
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_sensitivity import RiskMonitor, SensitivityMonitor
+from lightning_sensitivity import SensitivityMonitor
 
 NETWORKS: dict[str, dict[str, Any]] = {
     "two layers of 256": {},
@@ -31,17 +31,11 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "with batch norm": {"batch_norm": True},
 }
 SENSITIVITIES = {"output_sensitivity": "S", "single_output_sensitivity": "per output"}
-TERMS = ("claim", "overconfidence", "memorization", "variance", "reference")
 TECHNIQUES: dict[str, dict[str, Any]] = {
     "nothing": {},
     "weight decay of 1": {"weight_decay": 1.0},
     "augmentation": {"shift": True},
     "noise, σ = 0.3": {"noise": 0.3},
-}
-RISKS: dict[str, dict[str, Any]] = {
-    "40 % noisy labels": {"noisy": 0.4},
-    "correct labels, dropout": {"noisy": 0.0, "dropout": 0.5},
-    "20 % noisy, batch norm": {"noisy": 0.2, "batch_norm": True},
 }
 
 
@@ -52,7 +46,6 @@ class Classifier(LightningModule):
         widths: tuple[int, ...] = (256, 256),
         activation: type[nn.Module] = nn.ReLU,
         batch_norm: bool = False,
-        dropout: float = 0.0,
         weight_decay: float = 0.0,
         shift: bool = False,  # each training image by up to one pixel
         noise: float = 0.0,  # σ of the noise on training images
@@ -62,7 +55,6 @@ class Classifier(LightningModule):
         layers: list[nn.Module] = [nn.Flatten()]
         for fan_in, fan_out in zip((64, *widths), widths, strict=False):
             layers += [nn.Linear(fan_in, fan_out), *[nn.BatchNorm1d(fan_out)] * batch_norm, activation()]
-            layers += [nn.Dropout(dropout)]
         self.net = nn.Sequential(*layers, nn.Linear(widths[-1], 10))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -83,7 +75,6 @@ class Classifier(LightningModule):
         loss, train_loss = cross_entropy(logits, y), cross_entropy(self(x_train), y_train)
         self.log_dict({"loss": loss, "train_loss": train_loss, "gap": loss - train_loss})
         self.log("error_under_noise", (noisy.argmax(1) != y).float().mean())
-        self.log("true_score", (logits.softmax(1) - one_hot(y, 10)).square().sum(1).mean())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=1e-3, weight_decay=self.weight_decay)
@@ -109,8 +100,8 @@ def fit(seed: int = 0, noisy: float = 0.2, num_epochs: int = 30, **options: Any)
     recorder = Recorder()
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     monitors = [SensitivityMonitor(prefix=""), SensitivityMonitor(prefix="single_", per_output=True)]
-    callbacks = [*monitors, RiskMonitor(prefix=""), recorder]
-    trainer = Trainer(max_epochs=2 if args.quick else num_epochs, accelerator="cpu", callbacks=callbacks, **quiet)
+    epochs = 2 if args.quick else num_epochs
+    trainer = Trainer(max_epochs=epochs, accelerator="cpu", callbacks=[*monitors, recorder], **quiet)
     loaders = DataLoader(train_set, batch_size=50, shuffle=True), DataLoader(val_set, batch_size=1297)
     trainer.fit(Classifier(train_set, **options), *loaders)
     return {name: np.array([row[name] for row in recorder.rows]) for name in recorder.rows[0]}
@@ -122,8 +113,8 @@ def gap() -> Figure:
     axes[0].plot(curves["loss"], label="validation loss")
     axes[0].plot(curves["train_loss"], "C7", label="training loss")
     axes[0].legend(fontsize="small")
-    axes[1].plot(curves["gap"], "C2")
-    axes[2].plot(curves["output_sensitivity"], "C1")
+    axes[1].plot(curves["gap"], "C1")
+    axes[2].plot(curves["output_sensitivity"], "C2")
     axes[2].set_yscale("log")
     for axis, title in zip(axes, ("loss", "gap: validation minus training loss", "sensitivity S"), strict=True):
         axis.set(title=title, xlabel="epoch")
@@ -166,30 +157,7 @@ def robust() -> Figure:
     return figure
 
 
-def terms() -> Figure:
-    figure, axes = plt.subplots(1, 3, figsize=(10, 3.2), sharey=True, layout="constrained")
-    print("                        lowest estimate          lowest loss   last epoch")
-    print("run                     epoch   loss  est./true  epoch   loss        loss")
-    for axis, (title, options) in zip(axes, RISKS.items(), strict=True):
-        curves = fit(num_epochs=40, **options)
-        axis.plot(curves["risk_estimate"], "C1", linewidth=2, label="estimate")
-        axis.plot(curves["true_score"], "C7", label="true score")
-        for name, color in zip(TERMS, ("C2", "C3", "C5", "C4", "C0"), strict=True):
-            if f"risk_{name}" in curves:
-                axis.plot(curves[f"risk_{name}"], color, linewidth=1, label=name)
-        loss, chosen, best = curves["loss"], curves["risk_estimate"].argmin(), curves["loss"].argmin()
-        axis.axvline(chosen, color="C1", linestyle="--", linewidth=1)
-        axis.axvline(best, color="C9", linestyle=":", linewidth=1)
-        axis.set(title=title, xlabel="epoch")
-        size = curves["risk_estimate"][chosen] / curves["true_score"][chosen]
-        print(
-            f"{title:23}  {chosen:5}  {loss[chosen]:5.3f}  {size:9.2f}  {best:5}  {loss[best]:5.3f}  {loss[-1]:10.3f}"
-        )
-    axes[0].legend(fontsize="x-small")
-    return figure
-
-
-PICTURES = {picture.__name__: picture for picture in (gap, seeds, robust, terms)}
+PICTURES = {picture.__name__: picture for picture in (gap, seeds, robust)}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Draw the pictures of the page on reading curves.")
