@@ -17,7 +17,7 @@ _CHUNK = 500  # samples that are predicted at a time
 _WIDTHS = (0.1, 0.4, 1.6)  # of the kernel, times the median squared distance
 _RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 _CLEAN = 1.3  # claim / score
-_LEAST_SKILL = {"vectors": 0.0, "images": 0.05, "signals": 0.05, "tokens": math.inf}  # up to it, it is blind
+_LEAST_SKILL = {"vectors": 0.0, "images": 0.05, "signals": 0.05, "tokens": 0.05}  # up to it, it is blind
 _NO_SKILL, _NO_SKILL_PER_SAMPLE = 0.01, 1.5  # permuted labels reach 0.013, and more below 150 samples
 _FEW_VALUES = 0.2  # share of different rows, in a table of categories
 _ROUNDING = 1e-12  # of scores that are 0
@@ -69,10 +69,9 @@ class Reference(NamedTuple):
 
     @property
     def is_trusted(self) -> bool:
-        """Whether it sees enough to choose by; else the inputs may say more than it knows.
+        """Whether it sees enough to choose by; else the network may know more of the inputs.
 
-        Of a table it sees all there is, so that any skill will do. Of images and signals it has to reach 0.05.
-        Bags of words see too little.
+        Of a table it sees all there is, so that any skill will do. Of images, signals and texts it needs 0.05.
         """
         return self.skill > _LEAST_SKILL[self.kind]
 
@@ -304,7 +303,7 @@ def _check_classes(labels: Tensor, got: str) -> None:
     """Check labels of a multiclass task: class indices ``(N,)``, or probabilities ``(N, K)``."""
     if labels.ndim == 2 and labels.shape[1] > 1:
         counts = labels[has_label(labels)]
-        if not bool((counts.clamp(0, 1) == counts).all() and ((counts.double().sum(1) - 1).abs() < 1e-3).all()):
+        if not bool((counts.clamp(0, 1) == counts).all() and ((counts.double().sum(1) - 1).abs() < 1e-2).all()):
             raise ValueError("Expected `labels` (N, K) to be probabilities that sum to 1, but got others.")
     elif labels.ndim != 1 or labels.is_floating_point():
         advice = "Set task='binary' if they are from 0 to 1, make class numbers integers (N,) if not"
