@@ -109,15 +109,19 @@ def fit(seed: int = 0, noisy: float = 0.2, num_epochs: int = 30, **options: Any)
 
 def gap() -> Figure:
     curves = fit()
-    figure, axes = plt.subplots(1, 3, figsize=(10, 3), layout="constrained")
-    axes[0].plot(curves["loss"], label="validation loss")
-    axes[0].plot(curves["train_loss"], "C7", label="training loss")
-    axes[0].legend(fontsize="small")
-    axes[1].plot(curves["gap"], "C1")
-    axes[2].plot(curves["output_sensitivity"], "C2")
-    axes[2].set_yscale("log")
-    for axis, title in zip(axes, ("loss", "gap: validation minus training loss", "sensitivity S"), strict=True):
-        axis.set(title=title, xlabel="epoch")
+    with plt.rc_context({"font.size": 15, "lines.linewidth": 2.5}):  # to be read on a phone
+        figure, (left, right) = plt.subplots(1, 2, figsize=(8, 4), layout="constrained")
+        loss, train_loss = curves["loss"], curves["train_loss"]
+        left.plot(loss, "C0")
+        left.plot(train_loss, "C7")
+        left.fill_between(range(len(loss)), train_loss, loss, color="C1", alpha=0.4, linewidth=0)
+        left.annotate("validation", (len(loss) // 2, loss.max() * 0.7), color="C0", ha="center")
+        left.annotate("gap", (0.8 * len(loss), (loss[-1] + train_loss[-1]) / 2), color="C1", ha="center", va="center")
+        left.annotate("training", (len(loss) // 3, train_loss.min()), color="C7", ha="center")
+        right.plot(curves["output_sensitivity"], "C2")
+        right.set_yscale("log")
+        for axis, title in ((left, "Loss"), (right, "Output sensitivity")):
+            axis.set(title=title, xlabel="epoch")
     taus = {name: spearmanr(curves["output_sensitivity"], curves[name])[0] for name in ("gap", "loss")}
     print("Spearman correlation of S over epochs, with the gap {gap:.2f}, with the loss {loss:.2f}".format(**taus))
     return figure
