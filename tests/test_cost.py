@@ -1,7 +1,7 @@
 """What the monitors cost, counted and never timed; examples/studies/cost has the times."""
 
 import weakref
-from collections import defaultdict
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -15,39 +15,36 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 from tests.helpers import NUM_FEATURES, Quiet, Watch, fitted, labelled
 
-NUM_BATCHES, BATCH_SIZE = 60, 100  # of 6,000 validation samples, 600 are kept
+NUM_TRAINING, NUM_VALIDATION = 850, 5930  # samples, in batches of 90, and of fewer at the end
+NUM_KEPT, NUM_SCORED, BATCH_SIZE = 600, 600, 90
 
 
 def fit(model: LightningModule, *callbacks: Any, **kwargs: Any) -> None:
-    train, val = (DataLoader(labelled(n * BATCH_SIZE), BATCH_SIZE) for n in (5, NUM_BATCHES))
-    fitted([*callbacks], model, train, val, **{"num_sanity_val_steps": 0, "limit_train_batches": 5, **kwargs})
+    train, val = (DataLoader(labelled(size), BATCH_SIZE) for size in (NUM_TRAINING, NUM_VALIDATION))
+    fitted([*callbacks], model, train, val, **{"num_sanity_val_steps": 0, **kwargs})
 
 
-NUM_KEPT, NUM_TRAINING = 6, 5  # batches
-PASSES: dict[str, tuple[list[Any], int]] = {  # of a batch
-    "clean and noisy": ([SensitivityMonitor()], NUM_KEPT * 2),
-    "clean and three draws": ([SensitivityMonitor(num_draws=3)], NUM_KEPT * 4),
-    "half of the samples": ([SensitivityMonitor(num_samples=300)], NUM_KEPT // 2 * 2),
-    "clean, twin, batch statistics, training samples": ([RiskMonitor()], NUM_KEPT * 3 + NUM_TRAINING),
-    "clean, twin, training samples, without batch norm": ([RiskMonitor()], NUM_KEPT * 2 + NUM_TRAINING),
-    "two twins for each of three": ([RiskMonitor(num_samples=300)], NUM_KEPT // 2 * 4 + NUM_TRAINING),
-    "both": ([SensitivityMonitor(), RiskMonitor()], NUM_KEPT * 5 + NUM_TRAINING),
+PASSES: dict[str, tuple[list[Any], int]] = {  # over how many samples a validation runs the model, but for a last batch
+    "kept samples, clean and noisy": ([SensitivityMonitor()], 2 * NUM_KEPT),
+    "kept samples, clean and with three draws": ([SensitivityMonitor(num_draws=3)], 4 * NUM_KEPT),
+    "half of the samples": ([SensitivityMonitor(num_samples=300)], NUM_KEPT),
+    "kept samples, training samples": ([RiskMonitor()], NUM_KEPT + NUM_SCORED),
+    "both": ([SensitivityMonitor(), RiskMonitor()], 3 * NUM_KEPT + NUM_SCORED),
 }
 
 
 @pytest.mark.parametrize("name", PASSES)
-def test_a_validation_makes_a_pass_of_a_kept_batch_for(name: str) -> None:
-    (monitors, expected), model, sizes = PASSES[name], Quiet(), defaultdict[int, list[int]](list)
+def test_a_validation_runs_the_model_on(name: str) -> None:
+    (monitors, num_samples), model, counts = PASSES[name], Quiet(), Counter[int]()
 
     def note(model: Any, args: Any) -> None:
         if model.trainer.validating:
-            sizes[model.current_epoch].append(len(args[0]))
+            counts[model.current_epoch] += len(args[0])
 
     model.register_forward_pre_hook(note)
-    if "without batch norm" in name:
-        model.net[1] = nn.Identity()
-    fit(model, *monitors, max_epochs=3)
-    assert sizes == dict.fromkeys(range(3), [BATCH_SIZE] * expected)
+    fit(model, *monitors, max_epochs=2)
+    most = num_samples * (1 + 2 * BATCH_SIZE / 600)  # whole batches
+    assert len(counts) == 2 and all(num_samples <= count <= most for count in counts.values())
 
 
 def touched_in(hook: str) -> list[tuple[int, int]]:
@@ -69,16 +66,17 @@ def touched_in(hook: str) -> list[tuple[int, int]]:
 
 
 def test_ever_fewer_validation_batches_are_copied_and_only_in_the_first_validation() -> None:
-    copied = [*range(8), 9, 10, 12, 13, 15, 18, 23, 26, 31, 34, 39, 47]
-    assert touched_in("on_validation_batch_start") == [(0, index) for index in copied]
+    touched = touched_in("on_validation_batch_start")
+    assert {epoch for epoch, _ in touched} == {0} and len(touched) < 30  # of 66
+    assert sum(index >= 33 for _, index in touched) < 6
 
 
-@pytest.mark.parametrize(("num_samples", "num_touched"), [(1000, 5), (250, 3)])
-def test_training_steps_after_the_first_epoch_and_beyond_the_kept_samples_cost_nothing(
-    num_samples: int, num_touched: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("lightning_sensitivity.callbacks.risk.NUM_TRAINING", num_samples)
-    assert touched_in("on_train_batch_start") == [(0, index) for index in range(num_touched)]
+@pytest.mark.parametrize(("num_samples", "most"), [(3000, 10), (250, 7)])
+def test_training_steps_after_the_first_epoch_cost_nothing(num_samples: int, most: int, monkeypatch: Any) -> None:
+    for name in ("NUM_SCORED", "MAX_SAMPLES"):
+        monkeypatch.setattr(f"lightning_sensitivity.callbacks.training.{name}", num_samples)
+    touched = touched_in("on_train_batch_start")
+    assert {epoch for epoch, _ in touched} == {0} and len(touched) <= most
 
 
 class LiveBytes(TorchDispatchMode):
@@ -122,17 +120,13 @@ class PeakOfSecondValidation(Callback):
             self.bytes.__exit__(None, None, None)
 
 
-@pytest.mark.parametrize("has_batch_norm", [True, False])
-@pytest.mark.parametrize(("monitor", "limit"), [(SensitivityMonitor, 2.2), (RiskMonitor, 4.3)])
-def test_at_the_peak_there_are_two_batches_of_outputs_and_four_for_the_risk(
-    monitor: Any, limit: float, has_batch_norm: bool
-) -> None:
-    x, y = torch.rand(512, NUM_FEATURES), torch.randint(2**11, (512,))
-    norm = nn.BatchNorm1d(NUM_FEATURES) if has_batch_norm else nn.Identity()
+@pytest.mark.parametrize(("monitor", "limit"), [(SensitivityMonitor, 2.2), (RiskMonitor, 9.5)])
+def test_at_the_peak_there_are_two_batches_of_outputs_and_nine_for_the_risk(monitor: Any, limit: float) -> None:
+    # For the ranking, predictions of network and reference are kept in 64 bits, twice as they are joined.
+    x, y = torch.rand(512, NUM_FEATURES), torch.randint(2**10, (512,))
     model, loader = Quiet(), DataLoader(TensorDataset(x, y), 512)
-    model.net = nn.Sequential(norm, nn.Linear(NUM_FEATURES, 2**11))
+    model.net = nn.Sequential(nn.BatchNorm1d(NUM_FEATURES), nn.Linear(NUM_FEATURES, 2**10))
     with torch.no_grad(), LiveBytes() as bare:
         outputs = model(x).nbytes
     fitted([monitor(), peak := PeakOfSecondValidation()], model, loader, loader, max_epochs=2, num_sanity_val_steps=0)
-    beside = x.nbytes if monitor is SensitivityMonitor else sum(weights.nbytes for weights in model.parameters())
-    assert 1.0 < (peak.bytes.peak - beside - (bare.peak - outputs)) / outputs < limit
+    assert 1.0 < (peak.bytes.peak - x.nbytes - (bare.peak - outputs)) / outputs < limit

@@ -1,7 +1,6 @@
 """What is refused, or said, before the first training step."""
 
 import inspect
-import math
 from collections.abc import Callable, Collection
 
 from lightning.pytorch import LightningModule, Trainer
@@ -124,10 +123,10 @@ def check_outputs(outputs: Tensor, task: Task) -> None:
         )
     if task.has_one_output and num_outputs(outputs) > 1:
         raise Refused(f"outputs of shape {shape} are several for each sample: leave `task='binary'` out.", entry="task")
-    if math.prod(outputs.shape[2:]) > 1:
+    if outputs.ndim > 2:
         raise Refused(
-            f"outputs are dense, {shape}: there is no criterion for pixels and tokens. Remove `RiskMonitor`; "
-            "`SensitivityMonitor` works.",
+            f"outputs are dense, {shape}, and (N, K) is needed: there is no criterion for pixels and tokens. Remove "
+            "`RiskMonitor`; `SensitivityMonitor` works.",
             entry="no-criterion",
         )
     if task.has_classes and are_probabilities(outputs):

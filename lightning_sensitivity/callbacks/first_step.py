@@ -86,6 +86,25 @@ def _calls_of(module: nn.Module, call: ModelCall) -> Calls:
     return found
 
 
+class _Note:
+    """A hook that notes the first call of a part."""
+
+    def __init__(self, name: str, found: Calls, is_meant: Callable[[], bool]) -> None:
+        self._name, self._found, self._is_meant = name, found, is_meant
+
+    def __reduce__(self) -> tuple[type["_Note"], tuple[str, Calls, Callable[[], bool]]]:
+        """Note nothing in a copy of the module, which a step may make."""
+        return _Note, ("", {}, bool)
+
+    def __call__(self, part: nn.Module, args: Any, kwargs: Any) -> None:
+        """Note the first floating input."""
+        with suppress(Exception):  # a step must not fail because of a hint
+            inputs = [x for x in tensors_in([*args, *kwargs.values()]) if is_floating(x)]
+            is_ours = self._is_meant() and not compat.is_redirected(part) and not compat.is_tracing()
+            if inputs and is_ours and self._name not in self._found:
+                self._found[self._name] = Received(inputs[0].detach().clone(), compat.random_streams())
+
+
 def _watch(module: nn.Module, found: Calls, hooks: ExitStack, is_meant: Callable[[], bool]) -> None:
     """Note the first call of the module, and of each direct part that learns."""
     parts = {"forward": compat.original_module(module), **dict(module.named_children())}
@@ -93,12 +112,5 @@ def _watch(module: nn.Module, found: Calls, hooks: ExitStack, is_meant: Callable
         is_fast = isinstance(part, nn.TransformerEncoder | nn.TransformerEncoderLayer) and not part.training
         if is_fast or not any(weight.requires_grad for weight in part.parameters()):
             continue  # torch runs an encoder in eval mode in another way if it has hooks
-
-        def note(part: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-            with suppress(Exception):  # a step must not fail because of a hint
-                inputs = [x for x in tensors_in([*args, *kwargs.values()]) if is_floating(x)]
-                is_ours = is_meant() and not compat.is_redirected(part) and not compat.is_tracing()
-                if inputs and is_ours and name not in found:
-                    found[name] = Received(inputs[0].detach().clone(), compat.random_streams())
-
+        note = _Note(name, found, is_meant)
         hooks.enter_context(part.register_forward_pre_hook(note, with_kwargs=True))

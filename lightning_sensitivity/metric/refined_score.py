@@ -168,7 +168,7 @@ class Agreement(WideMetric):
 
     def compute(self) -> tuple[float, float]:
         """Compute both, over all processes; nan without samples."""
-        rows = dim_zero_cat(self.rows)
+        rows = dim_zero_cat(self.rows).cpu()  # an Apple GPU has no float64
         p, q = rows[:, 0], rows[:, 1]
         return rank_disagreement(p, q), float((self.task.classes(p) != self.task.classes(q)).double().mean())
 

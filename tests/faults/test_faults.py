@@ -75,7 +75,7 @@ def failing(after: int, of_training: bool, result: Callable[[Any], Any]) -> Call
 FAULTS = {
     # samples that are not finite, and outputs that say nothing
     "nan for some samples": Fault(NAN, NAN, moments=ALL, validation_output=with_nan),
-    "nan for all samples": Fault("20 samples gave nan", "20 samples gave nan|has no value|has no value", moments=ALL,
+    "nan for all samples": Fault("20 samples gave nan", "20 samples gave nan|has no value", moments=ALL,
         validation_output=lambda y: y * math.nan),
     "nan for some training samples": Fault(None, NAN, training_output=with_nan),
     "weights of nan": Fault("20 samples gave nan", "24 samples gave nan|has no value", moments=("first", "later"),
@@ -108,7 +108,7 @@ FAULTS = {
     "no memory for training samples": Fault(None, NO_MEMORY, training_output=lambda y: no_memory()),
     "no pass": Fault(BROKEN, BROKEN, "broken", moments=ALL, validation_input=lambda x: fail(), step=plain),
     # functions of the user
-    "inputs=": Fault(KEPT_LESS + "of the user", KEPT_LESS + "of the user",
+    "inputs=": Fault(KEPT_LESS + "of the user", KEPT_LESS + "of the user|has no value",
         options={"inputs": failing(5, False, lambda batch: batch[0])}),
     "outputs=": Fault(NO_VALUE + "of the user", NO_VALUE + "of the user",
         options={"outputs": failing(40, False, lambda y: y)}),
