@@ -52,7 +52,7 @@ train_loader = DataLoader(TensorDataset(x[:500], y_train), batch_size=50, shuffl
 val_loader = DataLoader(TensorDataset(x[500:], y[500:]), batch_size=500)
 
 # %% [markdown]
-# The module knows nothing of the callbacks. `forward` returns logits. Logging `step` puts all curves on an axis of epochs.
+# The module knows nothing of the callbacks. `forward` returns logits. `step` puts all curves on an axis of epochs.
 
 
 # %%

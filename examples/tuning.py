@@ -2,9 +2,9 @@
 # # Tune without labels
 #
 # Which of eight settings is best, if 30 % of the training labels are wrong, and there are no others? Each run keeps
-# its checkpoint of the lowest criterion. `compare_models` then ranks the runs by how often their class, on 600 unlabelled
-# images, is not that of a reference, a small model of the training labels. Correct labels of other images show how well
-# that did.
+# its checkpoint of the lowest criterion. `compare_models` then ranks the runs by how often their class, on 600
+# unlabelled images, is not that of a reference, a small model of the training labels. Correct labels of other images
+# show how well that did.
 #
 #     python examples/tuning.py          # a minute
 

@@ -5,8 +5,9 @@
     python examples/images/resnet18.py --quick --finetune  # weights of other classes first
     python examples/images/resnet18.py --data FOLDER       # CIFAR-10, 3 minutes on an idle core
 
-FOLDER holds `cifar10.npz` with x_train and y_train (images uint8, N x 3 x 32 x 32). Nothing is downloaded: with
-`--finetune` the example makes its pretrained weights itself, on the first five classes. See docs/guide/data.md.
+It needs `pip install -e ".[images]"`. FOLDER holds `cifar10.npz` with x_train and y_train (uint8, N x 3 x 32 x 32).
+Nothing is downloaded: with `--finetune` the example makes its pretrained weights itself, on the first five classes. See
+docs/guide/data.md.
 """
 
 import argparse
@@ -110,7 +111,7 @@ class Table(Callback):
         print(f"{len(rows) - 1:5d}  " + "  ".join(f"{number:8.3g}" for number in rows[-1]), flush=True)
 
 
-COLUMNS = ("val/loss", "val/risk_criterion", "val/risk_variance", "val/output_sensitivity")
+COLUMNS = ("val/loss", "val/risk_criterion", "val/output_sensitivity")
 rows: list[list[float]] = []
 
 
@@ -120,17 +121,11 @@ def fit(module: ResNet, data: tuple[DataLoader, DataLoader], num_epochs: int, *c
 
 
 x, y = load()
-print("epoch      loss  criterion  variance  sensitivity")
+print("epoch      loss  criterion  sensitivity")
 if not args.finetune:
     module = ResNet(10, 0.05, NUM_EPOCHS * (NUM_TRAIN // BATCH_SIZE))
-    fit(
-        module,
-        loaders(x, y, NUM_TRAIN, 10),
-        NUM_EPOCHS,
-        RiskMonitor(validation_labels=True),
-        SensitivityMonitor(),
-        Table(),
-    )
+    monitors = [RiskMonitor(validation_labels=True), SensitivityMonitor()]
+    fit(module, loaders(x, y, NUM_TRAIN, 10), NUM_EPOCHS, *monitors, Table())
 else:
     # Pretrained weights, on the first five classes; yours come from elsewhere.
     module = ResNet(5, 0.05, NUM_EPOCHS * (NUM_TRAIN // BATCH_SIZE))
@@ -138,28 +133,20 @@ else:
     # The task: the other classes, with fewer images, and a new head.
     data = loaders(x[y >= 5], y[y >= 5] - 5, NUM_TRAIN // 4, 5)
     module.net.fc = nn.Linear(512, 5)
-    pretrained = copy.deepcopy(module.state_dict())
     # The reference sees the images through the pretrained backbone.
     body = copy.deepcopy(module.net).eval().requires_grad_(False)
     body.fc = nn.Identity()
-    options: dict[str, Any] = {"validation_labels": True}
-    options["features"] = lambda batch: body.to(batch[0].device)(batch[0])
-    # First only the head. The fit begins with the pretrained weights, which is what `RiskMonitor` takes by default.
+
+    def features(batch: list[Tensor]) -> Tensor:
+        return body.to(batch[0].device)(batch[0])
+
+    # First only the head, then all weights.
     module.requires_grad_(False).net.fc.requires_grad_()
-    module.lr, module.num_steps = 0.02, max(1, NUM_EPOCHS // 4) * len(data[0])
-    fit(
-        module,
-        data,
-        max(1, NUM_EPOCHS // 4),
-        RiskMonitor(**options),
-        SensitivityMonitor(),
-        Table(),
-    )
-    # Then all weights. This fit begins with a trained head, so the weights from before are given.
-    module.requires_grad_()
-    module.lr, module.num_steps = 0.01, NUM_EPOCHS * len(data[0])
-    options["initial_weights"] = pretrained
-    fit(module, data, NUM_EPOCHS, RiskMonitor(**options), SensitivityMonitor(), Table())
+    for lr, num_epochs in ((0.02, max(1, NUM_EPOCHS // 4)), (0.01, NUM_EPOCHS)):
+        module.lr, module.num_steps = lr, num_epochs * len(data[0])
+        monitors = [RiskMonitor(validation_labels=True, features=features), SensitivityMonitor()]
+        fit(module, data, num_epochs, *monitors, Table())
+        module.requires_grad_()
 
 losses, criteria = np.array(rows)[:, 0], np.array(rows)[:, 1]
 chosen, best = int(np.argmin(criteria)), int(np.argmin(losses))

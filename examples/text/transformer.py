@@ -3,9 +3,9 @@
     python examples/text/transformer.py                # which package does a sentence document?
     python examples/text/transformer.py --task words   # the next word of such sentences
 
-The models are built from a small `BertConfig` and `GPT2Config`, and the text lies on disk: docstrings of the installed
-PyTorch, scikit-learn and SciPy. Nothing is downloaded. Token ids can take no noise, so `SensitivityMonitor` adds it to
-what the embeddings return. See docs/guide/data.md.
+It needs `pip install -e ".[text]"`. The models are built from a small `BertConfig` and `GPT2Config`, and the text lies
+on disk: docstrings of the installed PyTorch, scikit-learn and SciPy. Nothing is downloaded. Token ids can take no
+noise, so `SensitivityMonitor` adds it to what the embeddings return. See docs/guide/data.md.
 """
 
 import argparse
