@@ -25,18 +25,15 @@ LABELS_OF_REFERENCE = 200  # as in `compare_models`
 def scores_of(run: dict[str, Any], r: np.random.RandomState) -> dict[str, list[Tensor]]:
     """Return a score of each model, the lower the better, by each rule, and for each draw of labels."""
     logits, reference = run["unseen"], run["reference"]
-    differs = (logits.argmax(2) != reference.argmax(1)).double().mean(1)
     is_refused = isinstance(run["compared"], str)
-    if not is_refused:
-        compared = torch.tensor([run["compared"][name]["disagreement"] for name in run["names"]])
-        torch.testing.assert_close(compared.double(), differs, atol=1e-6, rtol=0)
-    nothing = torch.zeros(len(logits))
+    found = [0.0 if is_refused else run["compared"][name]["disagreement"] for name in run["names"]]
+    disagreements = torch.tensor(found, dtype=torch.float64)
     entropy = torch.distributions.Categorical(logits=logits).entropy().mean(1)
     scores = {
-        "compare": [nothing if is_refused else differs],
+        "compare": [disagreements],
         "distance": [torch.tensor([refined_score(each, reference).score for each in logits])],
         "confidence": [entropy],
-        "random": [nothing],
+        "random": [torch.zeros(len(logits))],
     }
     is_wrong = (logits.argmax(2) != run["y_unseen"]).double()
     for number in NUM_LABELS:
@@ -44,7 +41,7 @@ def scores_of(run: dict[str, Any], r: np.random.RandomState) -> dict[str, list[T
         errors = [is_wrong[:, each].sum(1) for each in drawn]
         weight = 0 if is_refused else LABELS_OF_REFERENCE
         scores[f"labels_{number}"] = [each / number for each in errors]
-        scores[f"both_{number}"] = [(each + weight * differs) / (number + weight) for each in errors]
+        scores[f"both_{number}"] = [(each + weight * disagreements) / (number + weight) for each in errors]
         if number == 100:
             scores["refined_100"] = [refined_of(logits[:, each], run["y_unseen"][each]) for each in drawn]
     return scores
