@@ -1,0 +1,147 @@
+"""What README and the guide tell of the study of stopping, in short; the study's own report tells all of it."""
+
+from pathlib import Path
+from typing import Any
+
+from summaries import Runs, across, table
+
+CHECK = Runs.read(Path(__file__).parents[1] / "stopping" / "results.csv").where("not is_design")
+PARTS = {
+    "tables": "pool == 'tables'",
+    "as_they_are": "pool == 'tables' and not is_redrawn",
+    "fifth": "pool == 'tables' and is_redrawn",
+    "few": "pool == 'few'",
+    "few_plain": "pool == 'few' and way == 'plain'",
+    "few_weights": "pool == 'few' and way == 'weights'",
+    "few_sampler": "pool == 'few' and way == 'sampler'",
+    "numbers": "pool == 'numbers'",
+    "clear": "pool == 'numbers' and not kind.str.contains('noisy')",
+    "noisy": "pool == 'numbers' and kind.str.contains('noisy')",
+    "photos": "pool == 'photos'",
+    "texts": "pool == 'texts' and kind.str.contains('by people')",
+    "rules": "pool == 'texts' and kind.str.contains('by rules')",
+    "correct": "pool == 'redrawn' and not is_redrawn",
+    "redrawn": "pool == 'redrawn' and is_redrawn",
+    "tuned": "pool == 'tuned' and not given_features",
+    "tuned_features": "pool == 'tuned' and given_features",
+}
+NAMES: dict[str, Any] = {name: CHECK.where(condition) for name, condition in PARTS.items()}
+ALL = {
+    "tables ({as_they_are.count})": "as_they_are",
+    "tables, a fifth of the labels redrawn ({fifth.count})": "fifth",
+    "few positives ({few.count})": "few",
+    "photos, human labels ({photos.count})": "photos",
+    "texts, human labels ({texts.count})": "texts",
+    "texts, rule-generated labels ({rules.count})": "rules",
+    "fine-tuning with `features=` ({tuned_features.count})": "tuned_features",
+    "redrawn labels, 20 or 40 % ({redrawn.count})": "redrawn",
+    "the same data, correct labels ({correct.count})": "correct",
+}
+MAIN = {label: name for label, name in ALL.items() if name not in ("fifth", "rules", "redrawn", "correct")}
+RULES = {"last epoch": "never_stop", "**criterion**": "criterion", "a tenth held out, refined score": "tenth"}
+FEW = {
+    "as they come ({few_plain.count})": "few_plain",
+    "class weights ({few_weights.count})": "few_weights",
+    "weighted sampler ({few_sampler.count})": "few_sampler",
+}
+RANKED = {
+    "last epoch": "never_stop",
+    "`val/risk_criterion`": "criterion",
+    "**`val/risk_ranking`**": "ranking",
+    "a tenth held out, its AUC": "tenth_by_auc",
+}
+TARGETS = {
+    "last epoch": "never_stop",
+    "**criterion**": "criterion",
+    "50 targets held out": "labels_50",
+    "**50 and the criterion**": "labels_50_combined",
+    "200 targets held out": "labels_200",
+    "**200 and the criterion**": "labels_200_combined",
+}
+LABELS = {f"{count} labels": f"labels_{count}" for count in (20, 50, 100, 200)} | {"a tenth": "tenth"}
+
+
+def lost(measure: str, form: str = ".1f") -> str:
+    return f"{{ROW.COLUMN_{measure}_lost:{form}}}"
+
+
+BLOCKS = {
+    "your case in README": """
+| you have | do this | what it was worth |
+|---|---|---|
+| a table, such as customers | [`RiskMonitor()`](docs/guide/data.md#tables) |
+  {as_they_are.criterion_accuracy_lost:.1f} points lost instead of {as_they_are.never_stop_accuracy_lost:.1f} |
+| few positives, class weights, AUC | [stop by `val/risk_ranking`](docs/guide/few_positives.md) |
+  AUC: {few.ranking_auc_lost:.1f} instead of {few.never_stop_auc_lost:.1f} |
+| targets that are numbers | [`RiskMonitor("regression")`](docs/guide/regression.md) |
+  squared error: {numbers.criterion_loss_lost:.0f} % above the lowest instead of {numbers.never_stop_loss_lost:.0f} % |
+| photos with human labels | [`RiskMonitor()`](docs/guide/data.md#images) |
+  {photos.criterion_accuracy_lost:.1f} instead of {photos.never_stop_accuracy_lost:.1f} |
+| texts with human labels | [`RiskMonitor()`](docs/guide/data.md#texts) |
+  {texts.criterion_accuracy_lost:.1f} instead of {texts.never_stop_accuracy_lost:.1f} |
+| a pretrained network | [set `features=`](docs/guide/finetuning.md) |
+  {tuned_features.criterion_accuracy_lost:.1f} instead of {tuned_features.never_stop_accuracy_lost:.1f} |
+| 100 or more labels to spare | [`validation_labels=True`](docs/guide/labels.md) |
+  tables: {tables.labels_100_combined_accuracy_lost:.1f} instead of {tables.labels_100_accuracy_lost:.1f} by labels alone |
+| more than 20,000 samples | [hold some out, use `RefinedScore`](docs/guide/hold_out.md) | not measured |
+| two annotators | [-100 where they disagree](docs/guide/annotators.md) | not measured |
+| several models, no labels | [`compare_models`](docs/guide/comparing.md) | [see there](docs/guide/comparing.md#what-it-is-worth) |
+| labels that you don't trust | [`label_noise(x, y)`](docs/guide/labels.md#how-noisy-are-my-labels) | how many can't be explained |
+| rule-generated labels | **No**: it can't see their errors. [Label 100 by hand](docs/guide/labels.md#rule-generated-labels) |
+  {rules.criterion_accuracy_lost:.1f} instead of {rules.never_stop_accuracy_lost:.1f} |
+| augmentation and a schedule that ends at 0 | **No**: [train to the end](docs/guide/stopping.md#schedules) | |
+| segmentation, token labels | **No**: [`SensitivityMonitor`](docs/guide/sensitivity.md) alone | |
+""".replace(" |\n  ", " | "),
+    "worth": table(
+        "accuracy lost, points",
+        ALL,
+        across(RULES | {"**a tenth and the criterion**": "tenth_combined"}, lost("accuracy"))
+        | {"criterion − last epoch": "{ROW.criterion_accuracy_lost.minus[never_stop_accuracy_lost].interval:+.1f}"},
+    ),
+    "worth, AUC": table("AUC lost, points", MAIN, across(RANKED, lost("auc"))),
+    "worth, loss": table("log-loss above the lowest, %", MAIN, across(RULES, lost("loss", ".0f"))),
+    "limits": """
+- **One run in ten** loses {tables.criterion_accuracy_lost.p90:.1f} points or more on tables,
+  {photos.criterion_accuracy_lost.p90:.1f} on photos and {texts.criterion_accuracy_lost.p90:.1f} on texts. The worst run
+  loses {tables.criterion_accuracy_lost.worst:.0f}, {photos.criterion_accuracy_lost.worst:.0f} and
+  {texts.criterion_accuracy_lost.worst:.0f}.""",
+    "few positives": table("AUC lost, points", FEW, across(RANKED, lost("auc"))),
+    "few positives, balanced": table("balanced accuracy lost, points", FEW, across(RANKED, lost("balanced"))),
+    "regression": table(
+        "squared error above the lowest, %",
+        {label: rule for label, rule in TARGETS.items()},
+        {
+            "targets as they are ({clear.count})": "{clear.ROW_loss_lost:.1f}",
+            "with noise ({noisy.count})": "{noisy.ROW_loss_lost:.1f}",
+        },
+    ),
+    "photos": "Points of accuracy lost on photos with human labels ({photos.count} runs): last epoch "
+    "{photos.never_stop_accuracy_lost:.1f}, criterion {photos.criterion_accuracy_lost:.1f}.",
+    "texts": "Points of accuracy lost on texts with human labels ({texts.count} runs): last epoch "
+    "{texts.never_stop_accuracy_lost:.1f}, criterion {texts.criterion_accuracy_lost:.1f}, 100 labels and the criterion "
+    "{texts.labels_100_combined_accuracy_lost:.1f}, 100 labels alone {texts.labels_100_accuracy_lost:.1f}.",
+    "finetuning": table(
+        "accuracy lost, points",
+        {
+            "without `features=` ({tuned.count})": "tuned",
+            "with `features=` ({tuned_features.count})": "tuned_features",
+        },
+        across(RULES, lost("accuracy")),
+    ),
+    "labels": table(
+        "accuracy lost, points",
+        LABELS,
+        {
+            "tables: labels alone": "{tables.ROW_accuracy_lost:.1f}",
+            "with the criterion": "{tables.ROW_combined_accuracy_lost:.1f}",
+            "photos: alone": "{photos.ROW_accuracy_lost:.1f}",
+            " with it": "{photos.ROW_combined_accuracy_lost:.1f}",
+            "texts: alone": "{texts.ROW_accuracy_lost:.1f}",
+            "  with it": "{texts.ROW_combined_accuracy_lost:.1f}",
+        },
+    )
+    + """
+
+Without labels, the criterion loses {tables.criterion_accuracy_lost:.1f}, {photos.criterion_accuracy_lost:.1f} and
+{texts.criterion_accuracy_lost:.1f}.""",
+}
