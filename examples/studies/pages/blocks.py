@@ -5,7 +5,9 @@ from typing import Any
 
 from summaries import Runs, across, table
 
-CHECK = Runs.read(Path(__file__).parents[1] / "stopping" / "results.csv").where("not is_design")
+FOUND = Runs.read(Path(__file__).parents[1] / "stopping" / "results.csv").where("not is_design").frame
+SHARES = FOUND["kind"].str.extract(r"(\d+) % (?:wrong|redrawn)")[0].astype(float)  # percent of the labels
+CHECK = Runs(FOUND.assign(share=SHARES))
 PARTS = {
     "tables": "pool == 'tables'",
     "as_they_are": "pool == 'tables' and not is_redrawn",
@@ -22,6 +24,10 @@ PARTS = {
     "rules": "pool == 'texts' and kind.str.contains('by rules')",
     "correct": "pool == 'redrawn' and not is_redrawn",
     "redrawn": "pool == 'redrawn' and is_redrawn",
+    "redrawn_20": "pool == 'redrawn' and share == 20",
+    "redrawn_40": "pool == 'redrawn' and share == 40",
+    "photos_9": "pool == 'photos' and share < 25",
+    "photos_40": "pool == 'photos' and share > 25",
     "tuned": "pool == 'tuned' and not given_features",
     "tuned_features": "pool == 'tuned' and given_features",
 }
@@ -82,16 +88,20 @@ BLOCKS = {
 | a pretrained network | [set `features=`](docs/guide/finetuning.md) |
   {tuned_features.criterion_accuracy_lost:.1f} instead of {tuned_features.never_stop_accuracy_lost:.1f} |
 | 100 or more labels to spare | [`validation_labels=True`](docs/guide/labels.md) |
-  tables: {tables.labels_100_combined_accuracy_lost:.1f} instead of {tables.labels_100_accuracy_lost:.1f} by labels alone |
+  tables: {tables.labels_100_combined_accuracy_lost:.1f} instead of {tables.labels_100_accuracy_lost:.1f}
+  by labels alone |
 | more than 20,000 samples | [hold some out, use `RefinedScore`](docs/guide/hold_out.md) | not measured |
 | two annotators | [-100 where they disagree](docs/guide/annotators.md) | not measured |
-| several models, no labels | [`compare_models`](docs/guide/comparing.md) | [see there](docs/guide/comparing.md#what-it-is-worth) |
-| labels that you don't trust | [`label_noise(x, y)`](docs/guide/labels.md#how-noisy-are-my-labels) | how many can't be explained |
-| rule-generated labels | **No**: it can't see their errors. [Label 100 by hand](docs/guide/labels.md#rule-generated-labels) |
+| several models, no labels | [`compare_models`](docs/guide/comparing.md) |
+  [see there](docs/guide/comparing.md#what-it-is-worth) |
+| labels that you don't trust | [`label_noise(x, y)`](docs/guide/labels.md#how-noisy-are-my-labels) |
+  how many can't be explained |
+| rule-generated labels | **No**: it can't see their errors.
+  [Label 100 by hand](docs/guide/labels.md#rule-generated-labels) |
   {rules.criterion_accuracy_lost:.1f} instead of {rules.never_stop_accuracy_lost:.1f} |
 | augmentation and a schedule that ends at 0 | **No**: [train to the end](docs/guide/stopping.md#schedules) | |
 | segmentation, token labels | **No**: [`SensitivityMonitor`](docs/guide/sensitivity.md) alone | |
-""".replace(" |\n  ", " | "),
+""".replace("\n  ", " "),
     "worth": table(
         "accuracy lost, points",
         ALL,
@@ -120,6 +130,12 @@ BLOCKS = {
     "texts": "Points of accuracy lost on texts with human labels ({texts.count} runs): last epoch "
     "{texts.never_stop_accuracy_lost:.1f}, criterion {texts.criterion_accuracy_lost:.1f}, 100 labels and the criterion "
     "{texts.labels_100_combined_accuracy_lost:.1f}, 100 labels alone {texts.labels_100_accuracy_lost:.1f}.",
+    "unexplained": """
+In the study, {redrawn_40.unexplained.percent:.0f} % of the labels could not be explained where 40 % had been redrawn at
+random, {redrawn_20.unexplained.percent:.0f} % where 20 % had been, and {correct.unexplained.percent:.0f} % where none
+had. Of human labels of photos, it was {photos_40.unexplained.percent:.0f} % where {photos_40.share:.0f} % were wrong, and
+{photos_9.unexplained.percent:.0f} % where {photos_9.share:.0f} % were; of real tables,
+{as_they_are.unexplained.percent:.0f} %.""",
     "finetuning": table(
         "accuracy lost, points",
         {
