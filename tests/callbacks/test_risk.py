@@ -1,8 +1,9 @@
 """What RiskMonitor logs is what a plain loop gives, over batches of unequal sizes."""
 
 import math
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -33,9 +34,8 @@ def mse(outputs: Tensor, targets: Tensor) -> Tensor:
 
 def images(x: Tensor) -> Tensor:
     """The first feature is in one corner, and so on."""
-    return torch.nn.functional.interpolate(x[:, :4].reshape(-1, 1, 2, 2), size=8) + 0.1 * x.repeat(1, 6)[:, :64].reshape(
-        -1, 1, 8, 8
-    )
+    squares = torch.nn.functional.interpolate(x[:, :4].reshape(-1, 1, 2, 2), size=8)
+    return squares + 0.1 * x.repeat(1, 6)[:, :64].reshape(-1, 1, 8, 8)
 
 
 def tokens(x: Tensor) -> Tensor:
@@ -61,7 +61,8 @@ class Centred(Plain):
         return outputs - outputs.mean(0)
 
 
-class Case(NamedTuple):
+@dataclass(frozen=True)
+class Case:
     """The labels, the model, what becomes of the features, and whether the reference must choose."""
 
     labels: Tensor = NOISY
@@ -69,8 +70,12 @@ class Case(NamedTuple):
     x: Any = lambda x: x
     chooses: bool = True
     holdout_labels: Tensor | None = None
-    options: dict[str, Any] = {}  # of the monitor
-    truth: dict[str, Any] = {}
+    options: dict[str, Any] = field(default_factory=dict)  # of the monitor
+    truth: dict[str, Any] = field(default_factory=dict)
+
+
+def blind(batch: Any) -> Tensor:
+    return torch.ones(len(first_tensor(batch)), 1)
 
 
 HALF = {"features": lambda batch: first_tensor(batch)[:, :6].sin_()}  # it gets a copy
@@ -83,12 +88,13 @@ CASES = {
     "multiclass, samples that interact": Case(make=Centred),
     "multiclass, features=": Case(options=HALF, truth={"seen": lambda batch: first_tensor(batch)[:, :6].sin()}),
     "multiclass, features= that are blind": Case(
-        NOISY.where(INDEX % 6 > 0, 0), chooses=False, options={"features": lambda batch: torch.ones(len(first_tensor(batch)), 1)},
-        truth={"seen": lambda batch: torch.ones(len(first_tensor(batch)), 1)}),
+        NOISY.where(INDEX % 6 > 0, 0), chooses=False, options={"features": blind}, truth={"seen": blind}),
     "multiclass, images": Case(CORRECT.where(INDEX % 4 > 0, NOISY), lambda: Plain(width=64), images),
-    "multiclass, tokens": Case(make=Reads, x=tokens, chooses=False),
+    "multiclass, tokens": Case(make=Reads, x=tokens),
     "multiclass, labels": Case(holdout_labels=FEW),
-    "multiclass, labels, blind": Case(make=Reads, x=tokens, chooses=False, holdout_labels=FEW),
+    "multiclass, labels, features= that are blind": Case(
+        NOISY.where(INDEX % 6 > 0, 0), chooses=False, holdout_labels=FEW, options={"features": blind},
+        truth={"seen": blind}),
     "binary": Case(UPPER.float(), lambda: Plain(1, bce)),
     "binary, integers in a column": Case(UPPER[:, None], lambda: Plain(1, bce)),
     "binary, labels": Case(UPPER, lambda: Plain(1, bce), holdout_labels=FEW.clamp(max=1).float()),
@@ -163,9 +169,7 @@ def test_early_stopping_and_checkpoints_follow_it_and_the_progress_bar_shows_it(
     checkpoint = cb.ModelCheckpoint(tmp_path, monitor=CRITERION, filename="{epoch}")
     model = Plain()
     model.lr = 0.05
-    run = fit(
-        model, stopping, checkpoint, RiskMonitor(prog_bar=True), enable_checkpointing=True, max_epochs=60
-    )
+    run = fit(model, stopping, checkpoint, RiskMonitor(prog_bar=True), enable_checkpointing=True, max_epochs=60)
     values = [epoch[CRITERION] for epoch in run.epochs]
     best = values.index(min(values))
     assert len(values) == best + 4 < 60

@@ -14,14 +14,12 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.overrides import TorchFunctionMode
-from torch.utils.data import DataLoader, default_collate
 
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 from lightning_sensitivity.callbacks.checks import check_run
 from lightning_sensitivity.metric.refined_score import Agreement, RefinedScore
-from tests.helpers import Classifier, Linear, Quiet, fitted, fitted_and_said, labelled, loader, refused, trainer
+from tests.helpers import Classifier, Linear, fitted, loader, refused, trainer
 
 MONITORS = [SensitivityMonitor, RiskMonitor]
 
@@ -62,36 +60,6 @@ def test_ctrl_c_leaves_everything_as_it_was(num_passes: int) -> None:
     assert "log" not in vars(model) and "predict_step" not in vars(model)
     assert not torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
     assert all(monitor.samples == [] for monitor in monitors)
-
-
-# What is strange
-
-
-class AttrDict(dict[str, Any]):
-    """As in many projects; whatever is asked for and missing is a `KeyError`."""
-
-    __getattr__ = dict.__getitem__
-
-
-class Configured(Quiet):
-    """It holds and gets such dicts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.cfg, self.net.cfg = AttrDict(lr=0.1), AttrDict()
-
-    def forward(self, batch: AttrDict) -> Tensor:
-        return self.net(batch.x)
-
-    def training_step(self, batch: AttrDict, batch_idx: int) -> Tensor:
-        return cross_entropy(self(batch), batch.y)
-
-
-def test_a_module_and_batches_may_be_of_dicts_without_attributes() -> None:
-    data = DataLoader(labelled(50), 16, collate_fn=lambda rows: AttrDict(zip("xy", default_collate(rows), strict=True)))
-    monitors = [SensitivityMonitor(inputs=lambda batch: (batch,)), RiskMonitor(inputs=lambda batch: (batch,))]
-    run, texts = fitted_and_said(monitors, Configured(), data, data)
-    assert texts == [] and run.callback_metrics["val/risk_disagreement"] < 1
 
 
 # What is checked before a run

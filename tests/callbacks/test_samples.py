@@ -60,7 +60,8 @@ def test_whole_batches_are_kept_that_are_evenly_spaced_also_of_a_stream(
 def test_the_memory_is_bounded_in_bytes(
     max_batches: float, sizes: list[int], chosen: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lightning_sensitivity.callbacks.monitor.MAX_BYTES", 2 * max_batches * 10 * NUM_FEATURES * 4)  # for two loaders
+    max_bytes = 2 * max_batches * 10 * NUM_FEATURES * 4  # for two loaders
+    monkeypatch.setattr("lightning_sensitivity.callbacks.monitor.MAX_BYTES", max_bytes)
     model, (batches, val) = Linear(), batches_of(sizes, is_stream=False)
     vals, monitor = [val, unlabelled_loader(2, 2)], SensitivityMonitor(num_samples=None)
     run, texts = helpers.fitted_and_said(monitor, model, val=vals, max_epochs=3)

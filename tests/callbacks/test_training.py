@@ -173,6 +173,9 @@ SETUPS = {
 }
 
 
+LONG = ("torch.compile of the module", "a compiled forward", "stochastic weight averaging", "batch size finder")
+
+
 def observed(module: Any) -> Any:
     """What training draws, whether its modules are in training mode, and what was compiled."""
     num_compiled = module.counter.frame_count if hasattr(module, "counter") else 0
@@ -201,7 +204,7 @@ def fit(setup: Setup, tmp_path: Path, ours: list[cb.Callback]) -> tuple[Trainer,
 
 
 @pytest.mark.filterwarnings("ignore:.*Swapping scheduler")
-@pytest.mark.parametrize("name", SETUPS)
+@pytest.mark.parametrize("name", [pytest.param(each, marks=[pytest.mark.long] * (each in LONG)) for each in SETUPS])
 def test_what_is_logged_is_what_a_plain_loop_gives_and_training_is_bit_identical(name: str, tmp_path: Path) -> None:
     setup, oracle = SETUPS[name], Oracle()
     has_oracle = setup.module is not Intrusive and "compiled" not in name  # it isolates nothing, and would compile

@@ -1,7 +1,6 @@
 """What many people do, and nothing else would say: it is said, once, or refused, and not where it must not be."""
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -67,7 +66,7 @@ def test_a_missing_number_costs_the_reference_and_is_said() -> None:
 
 
 class Embedding(Quiet):
-    """A head in the step makes classes of the outputs; as torch's step is compiled, nobody can watch it."""
+    """A head in the step makes classes of the outputs."""
 
     def __init__(self, num_outputs: int) -> None:
         super().__init__()
@@ -205,7 +204,7 @@ def test_random_layers_in_eval_mode_keep_the_reference() -> None:
 SENSITIVITY = "val/output_sensitivity"
 WATCHING: dict[str, tuple[Any, bool]] = {
     "EarlyStopping": (lambda path: cb.EarlyStopping(SENSITIVITY, patience=9), True),
-    "EarlyStopping at a bound": (lambda path: cb.EarlyStopping(SENSITIVITY, patience=9, divergence_threshold=9.0), False),
+    "EarlyStopping at a bound": (lambda path: cb.EarlyStopping(SENSITIVITY, divergence_threshold=9.0), False),
     "ModelCheckpoint": (lambda path: cb.ModelCheckpoint(path, monitor=SENSITIVITY), True),
     "another value": (lambda path: cb.ModelCheckpoint(path, monitor="train_loss"), False),
 }
@@ -224,6 +223,5 @@ def test_a_callback_that_chooses_by_sensitivity_is_told_of_the_bound_that_is_sen
 
 def test_a_bound_of_sensitivity_ends_a_fit() -> None:
     stopping = cb.EarlyStopping(SENSITIVITY, patience=99, divergence_threshold=1e-9)
-    with warnings.catch_warnings():
-        run, texts = fitted_and_said([SensitivityMonitor(), stopping], Quiet(), loader(), VAL, max_epochs=4)
+    run, texts = fitted_and_said([SensitivityMonitor(), stopping], Quiet(), loader(), VAL, max_epochs=4)
     assert run.current_epoch == 1 and not texts
