@@ -133,8 +133,8 @@ BLOCKS = {
     "unexplained": """
 In the study, {redrawn_40.unexplained.percent:.0f} % of the labels could not be explained where 40 % had been redrawn at
 random, {redrawn_20.unexplained.percent:.0f} % where 20 % had been, and {correct.unexplained.percent:.0f} % where none
-had. Of human labels of photos, it was {photos_40.unexplained.percent:.0f} % where {photos_40.share:.0f} % were wrong, and
-{photos_9.unexplained.percent:.0f} % where {photos_9.share:.0f} % were; of real tables,
+had. Of human labels of photos, it was {photos_40.unexplained.percent:.0f} % where {photos_40.share:.0f} % were wrong,
+and {photos_9.unexplained.percent:.0f} % where {photos_9.share:.0f} % were; of real tables,
 {as_they_are.unexplained.percent:.0f} %.""",
     "finetuning": table(
         "accuracy lost, points",
