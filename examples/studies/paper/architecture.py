@@ -2,16 +2,21 @@
 # # Depth against width, regularization, initialization
 #
 # The paper: depth rather than width, batch norm, dropout and max-pooling, and initialization techniques lower the
-# sensitivity, and with it the loss. Everything is drawn in the plane of the two; what was switched on is an arrow from
-# the network without it to the one with it.
+# sensitivity, and with it the loss. Everything is drawn in the plane of the two; what was switched on is a point for
+# each pair of networks with and without it, at the ratios of their sensitivities and losses.
 #
 #     python examples/studies/paper/architecture.py --data FOLDER
 #     python examples/studies/paper/architecture.py --quick
+#     python examples/studies/paper/architecture.py --draw         # the figure alone, from results/architecture.csv
 
 # %%
+import sys
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
-from figures import LOSS, SENSITIVITY, TITLES, Report, legend_below, log_log, panels
+from figures import LOSS, SENSITIVITY, TITLES, Report, legend_below, log_log, panels, save
+from matplotlib.figure import Figure
 from measure import measure, shrunk
 from zoo import DEPTH_WIDTH, INITS, REGULARIZED, Spec, parse_arguments
 
@@ -46,8 +51,49 @@ def exponents(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def pairs_of_all(table: pd.DataFrame) -> pd.DataFrame:
+    """The pairs of each data set."""
+    return pd.concat([pairs(part) for _, part in table[table["experiment"] == "regularization"].groupby("data")])
+
+
+def draw(table: pd.DataFrame) -> Figure:
+    """A row of panels for each data set."""
+    switched, names = pairs_of_all(table), list(table["data"].unique())
+    figure, axes = panels(len(names), 3, 4.4, 3.6)
+    for data, (grid, ratios, starts) in zip(names, axes, strict=True):
+        parts = dict(list(table[table["data"] == data].groupby("experiment")))
+        for (width, part), marker in zip(parts["depth and width"].groupby("fc_width"), "osD", strict=False):
+            grid.plot(part["sensitivity"], part["loss"], f"{marker}-", label=f"width {width}", ms=5)
+            for network in part.itertuples():
+                offset = {"xytext": (4, 3), "textcoords": "offset points"}
+                grid.annotate(str(network.fc_depth), (network.sensitivity, network.loss), fontsize=8, **offset)
+        for technique, style in zip(TECHNIQUES.values(), ("C3o", "C2s", "C4^"), strict=True):
+            of_it = switched[(switched["data"] == data) & (switched["technique"] == technique)]
+            ratios.plot(of_it["sensitivity_ratio"], of_it["loss_ratio"], style, label=f"{technique} switched on")
+        ratios.axvline(1, color="C7", linewidth=1)
+        ratios.axhline(1, color="C7", linewidth=1)
+        for network in parts["initialization"].itertuples():
+            layers, color = ("convolutional", "C1") if network.conv_depth else ("fully connected", "C0")
+            marker = {"default": "o", "kaiming": "s", "normal": "^"}[network.init]
+            label = f"{layers}, {network.init}"
+            starts.plot(network.sensitivity, network.loss, marker, color=color, label=label, ls="", alpha=0.8)
+        for panel, title in zip(
+            (grid, ratios, starts), ("number: depth", "with / without", "initialization"), strict=True
+        ):
+            names_of_axes = ("ratio of S", "ratio of the losses") if panel is ratios else (SENSITIVITY, LOSS)
+            log_log(panel, *names_of_axes)
+            panel.set_title(f"{TITLES[data]}, {title}")
+            panel.margins(0.15)
+    legend_below(figure, axes[0])
+    return figure
+
+
 # %%
 if __name__ == "__main__":
+    if "--draw" in sys.argv:
+        file = Path(__file__).parent / "results" / "architecture.csv"
+        save(draw(pd.read_csv(file)), file.with_suffix(".png"))
+        sys.exit()
     args = parse_arguments("Depth and width, regularization, initialization.")
     report = Report(args, "architecture")
     groups = {"depth and width": DEPTH_WIDTH, "regularization": REGULARIZED, "initialization": INITS}
@@ -57,38 +103,9 @@ if __name__ == "__main__":
         for experiment, specs in groups.items()
     ]
     table = pd.concat(tables, ignore_index=True)
-    switched = pd.concat([pairs(part) for _, part in table[table["experiment"] == "regularization"].groupby("data")])
+    report.figure(draw(table), table)
 
-    figure, axes = panels(len(args.names), 3, 4.4, 3.6)
-    for data, (grid, arrows, starts) in zip(args.names, axes, strict=True):
-        parts = dict(list(table[table["data"] == data].groupby("experiment")))
-        for (width, part), marker in zip(parts["depth and width"].groupby("fc_width"), "osD", strict=False):
-            grid.plot(part["sensitivity"], part["loss"], f"{marker}-", label=f"width {width}", ms=5)
-            for network in part.itertuples():
-                offset = {"xytext": (4, 3), "textcoords": "offset points"}
-                grid.annotate(str(network.fc_depth), (network.sensitivity, network.loss), fontsize=8, **offset)
-        for technique, color in zip(TECHNIQUES.values(), ("tab:red", "tab:green", "tab:purple"), strict=True):
-            arrows.plot([], [], color=color, label=f"{technique} switched on")
-            for pair in switched[(switched["data"] == data) & (switched["technique"] == technique)].itertuples():
-                arrows.annotate(
-                    "",
-                    (pair.sensitivity_on, pair.loss_on),
-                    (pair.sensitivity_off, pair.loss_off),
-                    arrowprops={"arrowstyle": "->", "color": color, "shrinkA": 0, "shrinkB": 0},
-                )
-        arrows.plot(parts["regularization"]["sensitivity"], parts["regularization"]["loss"], "k.", ms=5)
-        for network in parts["initialization"].itertuples():
-            layers, color = ("convolutional", "C1") if network.conv_depth else ("fully connected", "C0")
-            marker = {"default": "o", "kaiming": "s", "normal": "^"}[network.init]
-            label = f"{layers}, {network.init}"
-            starts.plot(network.sensitivity, network.loss, marker, color=color, label=label, ls="", alpha=0.8)
-        for panel, title in zip((grid, arrows, starts), ("number: depth", "technique", "initialization"), strict=True):
-            log_log(panel, SENSITIVITY, LOSS)
-            panel.set_title(f"{TITLES[data]}, {title}")
-            panel.margins(0.15)
-    legend_below(figure, axes[0])
-    report.figure(figure, table)
-
+    switched = pairs_of_all(table)
     report.table("Switched on / off", switched[["data", "technique", "network", *[f"{q}_ratio" for q in QUANTITIES]]])
     lower = []
     for (data, technique), part in switched.groupby(["data", "technique"]):

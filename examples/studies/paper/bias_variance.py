@@ -93,7 +93,7 @@ if __name__ == "__main__":
                         lw=1,
                     )
             line = np.array([part[["s_c", "variance"]].min().min() / 2, part[["s_c", "variance"]].max().max() * 2])
-            panel.plot(line, line, "k-", lw=1, label="variance = S · C")
+            panel.plot(line, line, "C7-", lw=1, label="variance = S · C")
             panel.plot([], [], "o", color="gray", mfc="none", label="same initial weights")
             panel.plot([], [], "o", color="gray", label="different initial weights")
             xlim, ylim = ((part[column].min() / 2, part[column].max() * 2) for column in ("s_c", "variance"))

@@ -31,7 +31,7 @@ if __name__ == "__main__":
             table[f"{column}_root"] = np.sqrt(table[column] / 2)
             points(panel, table, f"{column}_root", "loss")
             line = [table["loss"].min() / 2, table["loss"].max() * 2]
-            panel.plot(line, line, "k-", lw=1, label="L = sqrt(L_MSE / 2)")
+            panel.plot(line, line, "C7-", lw=1, label="L = sqrt(L_MSE / 2)")
             roots = table[f"{column}_root"]
             panel.set(xlim=(roots.min() / 2, roots.max() * 2), ylim=line)
             log_log(panel, f"sqrt(L_MSE / 2), {label}", LOSS)

@@ -48,13 +48,13 @@ if __name__ == "__main__":
                 textcoords="offset points",
             )
         line = np.geomspace(table["sensitivity"].min() / 2, table["sensitivity"].max() * 2)
-        panel.plot(line, [loss_estimate(s, factor, 1.0, 10) for s in line], "k-", lw=1, label="Equation 9")
+        panel.plot(line, [loss_estimate(s, factor, 1.0, 10) for s in line], "C7-", lw=1, label="Equation 9")
         if data == "cifar10":
             panel.errorbar(
                 *PUBLISHED[["sensitivity", "loss"]].to_numpy().T,
                 xerr=PUBLISHED["sensitivity_std"],
                 yerr=PUBLISHED["loss_std"],
-                fmt="ko",
+                fmt="C7o",
                 mfc="none",
                 ms=11,
                 lw=1,

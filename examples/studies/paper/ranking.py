@@ -66,7 +66,7 @@ def intervals(axes: Axes, ranked: pd.DataFrame, truths: Iterable[str]) -> None:
         position = np.arange(len(ranked)) + (index - (len(truths) - 1) / 2) * 0.22
         spans = np.abs(ranked[[f"{truth}_low", f"{truth}_high"]].to_numpy().T - ranked[truth].to_numpy())
         axes.errorbar(ranked[truth], position, xerr=spans, fmt="oD^"[index], ms=4, lw=1, label=f"with the {truth}")
-    axes.axvline(0, color="k", lw=0.8)
+    axes.axvline(0, color="C7", lw=0.8)
     axes.set(yticks=range(len(ranked)), yticklabels=ranked["score"], xlabel="Kendall's τ with 95 % interval")
     axes.set(xlim=(-1.05, 1.05), xticks=(-1, -0.5, 0, 0.5, 1))
     axes.invert_yaxis()
