@@ -263,7 +263,7 @@ def _known_samples(x: Tensor, y: Tensor, task: Task) -> Tensor:
     of them out still knows its label. Where equal inputs have several labels, or only a few values are possible, as
     in a table of categories, rows are samples of their own.
     """
-    place, label = _projected(x), _projected(y)
+    place, label = _projected(x), _projected(task.as_matrix(y))
     order = label.argsort(stable=True)
     order = order[place[order].argsort(stable=True)]
     order = order[task.has_label(y).cpu()[order]]

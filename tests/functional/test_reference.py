@@ -249,3 +249,10 @@ def test_what_it_can_not_learn_from_is_refused_by_name(what: str) -> None:
     message, arguments = BAD[what]
     with pytest.raises(ValueError, match=f"Expected {message}"):
         fit_reference(*arguments)
+
+
+def test_indices_and_one_hot_labels_give_the_same_of_repeated_rows() -> None:
+    x = torch.randint(3, (90, 2), generator=torch.Generator().manual_seed(0)).float()
+    y = torch.arange(90) % 3
+    first, second = (fit_reference(x, labels, x[:9]) for labels in (y, torch.nn.functional.one_hot(y).float()))
+    torch.testing.assert_close(first.predictions, second.predictions, rtol=1e-5, atol=1e-5)
