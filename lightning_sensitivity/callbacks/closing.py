@@ -33,7 +33,8 @@ def closing_line(trainer: Trainer, curves: Mapping[str, Curve], verdict: Verdict
         return ""
     value, results = curves[name]
     best, last = min(results, key=attrgetter(value)), results[-1]
-    is_falling = best is last and len(results) > 1 and not _has_stopped(trainer, name)
+    has_stopped = any(getattr(each, "stopped_epoch", 0) for each in _watching(trainer, name))
+    is_falling = best is last and len(results) > 1 and not has_stopped
     sentences = [_lowest(trainer, name, value, best), _what_chose(verdict, last, value), _unexplained(verdict)]
     has_chosen = verdict.is_trusted or best.num_labels > 0
     if is_falling and has_chosen:
@@ -51,15 +52,10 @@ def _watched_name(trainer: Trainer, names: Mapping[str, object]) -> str | None:
     return next(iter(names), None)
 
 
-def _has_stopped(trainer: Trainer, name: str) -> bool:
-    """Return whether a callback that monitors a value has stopped the fit."""
-    watching = [each for each in trainer.callbacks if _monitors(each, name)]  # type: ignore[attr-defined]
-    return any(getattr(callback, "stopped_epoch", 0) for callback in watching)
-
-
-def _monitors(callback: object, name: str) -> bool:
-    monitor = getattr(callback, "monitor", None)
-    return isinstance(monitor, str) and monitor == name
+def _watching(trainer: Trainer, name: str) -> list[object]:
+    """List the callbacks that monitor a value; one of the user may have anything of that name."""
+    monitors = [(each, getattr(each, "monitor", None)) for each in trainer.callbacks]  # type: ignore[attr-defined]
+    return [callback for callback, monitor in monitors if isinstance(monitor, str) and monitor == name]
 
 
 def _lowest(trainer: Trainer, name: str, value: str, best: ValidationResult) -> str:
@@ -74,10 +70,10 @@ def _lowest(trainer: Trainer, name: str, value: str, best: ValidationResult) -> 
 
 def _checkpoint_of(trainer: Trainer, name: str, lowest: float) -> str:
     """Name the checkpoint of the lowest value, if there is one."""
-    for callback in trainer.checkpoint_callbacks:
+    for callback in _watching(trainer, name):
         path, score = getattr(callback, "best_model_path", ""), getattr(callback, "best_model_score", None)
-        if not (path and _monitors(callback, name) and isinstance(score, Tensor) and score.numel() == 1):
-            continue  # a callback of the user may have anything of these names
+        if not (path and isinstance(score, Tensor) and score.numel() == 1):
+            continue
         if math.isclose(float(score), lowest, rel_tol=1e-5, abs_tol=1e-9):
             return f", in the checkpoint {path}"
     return ""

@@ -1,6 +1,5 @@
 """Two and four gloo processes say what one says; each number of them is started once, and runs every scenario."""
 
-import logging
 import os
 from dataclasses import asdict
 from datetime import timedelta
@@ -18,7 +17,7 @@ from torch.utils.data import DataLoader
 
 import tests.helpers as helpers
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
-from lightning_sensitivity.callbacks import reference
+from lightning_sensitivity.callbacks import reference, risk
 from tests.callbacks.plain_loop import CRITERION, DISAGREEMENT, RANKING, Plain, batches_of
 from tests.helpers import Stream, inputs, labelled
 
@@ -69,17 +68,6 @@ class Still(Plain):
         self.log("val_mine", torch.ones(()), sync_dist=True)
 
 
-class Lines(logging.Handler):
-    """What Lightning says."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.texts: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.texts.append(record.getMessage())
-
-
 def fitted(monitors: Any, model: Any, train: Any, val: Any, **kwargs: Any) -> tuple[Any, list[str]]:
     """The Trainer, and what monitors have warned of in this process."""
     options = {"kind": distributed, "num_sanity_val_steps": 0, "max_epochs": 2, **kwargs}
@@ -90,14 +78,13 @@ def fitted(monitors: Any, model: Any, train: Any, val: Any, **kwargs: Any) -> tu
 
 
 def all_that_is_said(sizes: list[int]) -> Any:
-    logger, lines = logging.getLogger("lightning.pytorch.utilities.rank_zero"), Lines()
-    logger.addHandler(lines)
-    logger.setLevel("INFO")
     monitors = [monitor := RiskMonitor(), SensitivityMonitor(loss_estimate=True)]
     train = batches_of(X, NOISY, batch_size=40 // world_size())  # of 20 and 10, and of the rest
+    lines = list[str]()
+    original, risk.rank_zero_info = risk.rank_zero_info, lines.append
     run, texts = fitted(monitors, Still(), train, dealt(sizes))
-    last = [text for text in lines.texts if "was lowest" in text]
-    return helpers.logged(run, "val/"), asdict(monitor.record), last, texts
+    risk.rank_zero_info = original
+    return helpers.logged(run, "val/"), asdict(monitor.record), lines, texts
 
 
 SIZES = {2: [50, 75], 4: [50, 0, 20, 55]}  # of validation samples; in one process there is no batch
@@ -115,6 +102,7 @@ def four(rank: int, folder: Path) -> Any:
 def assert_same_as_one(found: list[Any], alone: Any) -> None:
     for each in found[1:]:
         torch.testing.assert_close(each[:2], found[0][:2], rtol=0, atol=0, equal_nan=True)
+        assert each[2:] == found[0][2:]
     values, record, lines, texts = found[0]
     truth, one, one_line, _ = alone
     assert texts == [] and lines == one_line and len(lines) == 1 and "The reference chose" in lines[0]
