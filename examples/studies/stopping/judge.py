@@ -126,7 +126,7 @@ def main() -> None:
         measure_all(Path(runs), Path(data), rest or list(POOLS))
     else:
         half, file = rest or ["all", str(Path(__file__).with_name("results.csv"))]
-        table(Path(runs), half).to_csv(file, index=False, float_format="%.2f")
+        table(Path(runs), half).to_csv(file, index=False, float_format="%.3f")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 ACTIVATIONS = (nn.ReLU, nn.ReLU, nn.GELU, nn.SiLU)
 Make = Callable[[], nn.Module]
+MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
 
 
 def draw_mlp(r: np.random.RandomState, num_inputs: int, num_outputs: int) -> tuple[Make, str]:
@@ -71,7 +73,7 @@ def make_cnn(
 ) -> Make:
     def make() -> nn.Module:
         sizes = [channels] + [width * 2**i for i in range(depth)]
-        blocks = [Block(a, b, has_norm, is_residual) for a, b in zip(sizes, sizes[1:], strict=False)]
+        blocks = [Block(a, b, has_norm, is_residual) for a, b in pairwise(sizes)]
         body = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(2), nn.Flatten())
         return nn.Sequential(body, nn.Dropout(dropout), Head(4 * sizes[-1], num_outputs))
 
@@ -87,7 +89,8 @@ class Words(nn.Module):
         self.places = nn.Parameter(0.1 * torch.randn(1, 100, width))
         layer = nn.TransformerEncoderLayer(width, 4, 2 * width, dropout, "gelu", batch_first=True, norm_first=True)
         self.layers = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False) if depth else None
-        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, num_outputs))
+        layers = nn.Dropout(dropout), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, num_outputs)
+        self.head = nn.Sequential(*layers)
 
     def forward(self, ids: Tensor) -> Tensor:
         is_padding = (ids < 0) & (ids >= 0).any(1, keepdim=True)  # of a sentence without words, padding is read
@@ -105,12 +108,12 @@ def draw_words(r: np.random.RandomState, num_outputs: int) -> tuple[Make, str]:
     return lambda: Words(width, depth, dropout, num_outputs), f"{name}, dropout {dropout:g}"
 
 
-def draw_optimizer(r: np.random.RandomState, has_sgd: bool = True) -> tuple[Callable[[Any], torch.optim.Optimizer], str]:
+def draw_optimizer(r: np.random.RandomState, has_sgd: bool = True) -> tuple[MakeOptimizer, str]:
     """Draw Adam, AdamW or SGD, learning rate and weight decay."""
     kind = str(r.choice(["adam", "adamw", "adamw", "sgd"][: 4 if has_sgd else 3]))
     rate = 10 ** r.uniform(0, 1) * (1e-2 if kind == "sgd" else 3e-4)
     decay = float(r.choice([0, 1e-4, 1e-3])) if kind == "sgd" else float(r.choice([0.01, 0.1]))
-    make: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    make: dict[str, MakeOptimizer] = {
         "adam": lambda parameters: torch.optim.Adam(parameters, rate),
         "adamw": lambda parameters: torch.optim.AdamW(parameters, rate, weight_decay=decay),
         "sgd": lambda parameters: torch.optim.SGD(parameters, rate, momentum=0.9, weight_decay=decay),

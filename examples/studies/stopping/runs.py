@@ -1,6 +1,6 @@
 """Runs, drawn by pool and index: data, labels as people have them, and a network as people build them.
 
-A third of each pool is for design: every third table, run or number; of texts, films and shops. The rest is the check half.
+A third of each pool is for design: every third table or run; of texts, films and shops. The rest is the check half.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Run:
     x_test: Tensor
     y_test: Tensor
     make_network: networks.Make
-    make_optimizer: Callable[[Any], torch.optim.Optimizer]
+    make_optimizer: networks.MakeOptimizer
     epochs: int
     batch_size: int = 64
     way: str = "plain"  # or class weights, or a weighted sampler
@@ -94,7 +94,9 @@ def _split(r: np.random.RandomState, number: int, n: int) -> tuple[Tensor, Tenso
     return training, unseen, test
 
 
-def _run(r: np.random.RandomState, pool: str, index: int, x: Tensor, noisy: Tensor, y: Tensor, n: int, **more: Any) -> Run:
+def _run(
+    r: np.random.RandomState, pool: str, index: int, x: Tensor, noisy: Tensor, y: Tensor, n: int, **more: Any
+) -> Run:
     training, unseen, test = _split(r, len(x), n)
     parts = {"x": x[training], "y": noisy[training], "x_unseen": x[unseen], "y_unseen": noisy[unseen]}
     parts |= {"correct_unseen": y[unseen], "x_test": x[test], "y_test": y[test]}
@@ -129,8 +131,8 @@ def _seeded(make: networks.Make, seed: int) -> networks.Make:
 
 # %% Tables.
 def _mlp_run(
-    r: np.random.RandomState, pool: str, index: int, line: int, x: Tensor, noisy: Tensor, y: Tensor, task: str, told: str,
-    n: int | None = None, of_data: np.random.RandomState | None = None, **more: Any,
+    r: np.random.RandomState, pool: str, index: int, line: int, x: Tensor, noisy: Tensor, y: Tensor, task: str,
+    told: str, n: int | None = None, of_data: np.random.RandomState | None = None, **more: Any,
 ) -> Run:  # fmt: skip
     """Draw an MLP for samples that are given; `of_data` draws which of them."""
     n = n or int(r.choice([600, 1000, 2000, 2000, 3000]))
@@ -191,8 +193,9 @@ def _numbers(r: np.random.RandomState, index: int, folder: Path) -> Run:
 
 # %% Photos and texts.
 def _cnn_run(
-    r: np.random.RandomState, pool: str, index: int, x: Tensor, noisy: Tensor, y: Tensor, told: str, n: int, augments: bool
-) -> Run:
+    r: np.random.RandomState, pool: str, index: int, x: Tensor, noisy: Tensor, y: Tensor, told: str, n: int,
+    augments: bool,
+) -> Run:  # fmt: skip
     """Draw a CNN for images that are given."""
     num_classes = int(y.max()) + 1
     make, network = networks.draw_cnn(r, x.shape[1], num_classes)
@@ -262,7 +265,8 @@ def _redrawn(r: np.random.RandomState, index: int, folder: Path) -> Run:
     num_features = num_informative + int(r.choice([0, 10, 30]))
     made = make_classification(
         n + NUM_UNSEEN + NUM_TEST, num_features, n_informative=num_informative, n_redundant=0, n_classes=num_classes,
-        n_clusters_per_class=1, class_sep=float(r.choice([0.7, 1.0, 1.5])), flip_y=0, random_state=int(r.randint(2**31)),
+        n_clusters_per_class=1, class_sep=float(r.choice([0.7, 1.0, 1.5])), flip_y=0,
+        random_state=int(r.randint(2**31)),
     )  # fmt: skip
     x, y = torch.tensor(made[0]).float(), torch.tensor(made[1])
     told = f"made table, {num_classes} classes, {100 * share:.0f} % redrawn, {n}"
@@ -271,7 +275,8 @@ def _redrawn(r: np.random.RandomState, index: int, folder: Path) -> Run:
 
 def _tuned(r: np.random.RandomState, index: int, folder: Path) -> Run:
     """Fine-tune a network that has learned five classes of CIFAR-10 on the other five: all weights, or a new head."""
-    share, n, is_full, half = (0.0, 0.2, 0.4)[index // 3 % 3], int(200 * 10 ** r.rand()), bool(r.rand() < 0.6), index % 2
+    share, half = (0.0, 0.2, 0.4)[index // 3 % 3], index % 2
+    n, is_full = int(200 * 10 ** r.rand()), bool(r.rand() < 0.6)
     body = trained_body(half, folder)
     x, y, _ = _images(r, "cifar10", folder, 2 * (n + NUM_UNSEEN + NUM_TEST) + 500)
     x, y = x[y % 2 != half], y[y % 2 != half] // 2
