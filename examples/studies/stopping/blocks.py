@@ -128,6 +128,24 @@ BLOCKS = {
         "**ranking**, AUC": "{ROW.ranking_auc_lost:.2f}",
     }),
     "stopping: asked for": table("asked for", ASKED, {"came": "ROW"}),
+    "stopping: what means do not say": """
+- **Against never stopping, not all gains are beyond chance**: in accuracy those on tables as they are
+({as_they_are.criterion_accuracy_lost.minus[never_stop_accuracy_lost].interval:+.1f}), on photos
+({photos.criterion_accuracy_lost.minus[never_stop_accuracy_lost].interval:+.1f}) and in fine-tuning without `features=`
+({tuned.criterion_accuracy_lost.minus[never_stop_accuracy_lost].interval:+.1f}) are not, and of redrawn labels
+({correct.count} and {redrawn.count} runs) there are few.
+- **Balanced accuracy is no gain**: the criterion loses {as_they_are.criterion_balanced_lost:.1f} on tables as they are,
+{few.criterion_balanced_lost:.1f} with few positives and {texts.criterion_balanced_lost:.1f} on texts, never stopping
+{as_they_are.never_stop_balanced_lost:.1f}, {few.never_stop_balanced_lost:.1f} and {texts.never_stop_balanced_lost:.1f},
+the ranking {as_they_are.ranking_balanced_lost:.1f}, {few.ranking_balanced_lost:.1f} and
+{texts.ranking_balanced_lost:.1f}.
+- **With class weights** the ranking loses {few_weights.ranking_accuracy_lost:.1f} points of accuracy, in fine-tuning
+{tuned.ranking_accuracy_lost:.1f}.
+- **Photos**: the training score by itself loses {photos.training_score_accuracy_lost:.1f}, the criterion
+{photos.criterion_accuracy_lost:.1f}; {photos.count} runs don't tell them apart.
+- **Labels and the criterion lose more than the labels by themselves** in one place: 200 labels where all are correct
+({correct.labels_200_combined_accuracy_lost.minus[labels_200_accuracy_lost].interval:+.2f}).
+""",
     "stopping: differences": table("points of accuracy lost", ROWS, {
         "criterion − never stopping": difference("criterion", "never_stop"),
         "criterion − 100 labels": difference("criterion", "labels_100"),
