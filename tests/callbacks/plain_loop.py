@@ -187,7 +187,7 @@ class Truth(History):
             self.largest[place] = max(self.largest[place], agreement)
             if agreement > max(0.15 * self.largest[place], 1e-4):
                 self.factors[place] = min(self.factors[place], known / agreement)
-            factor = min(max(self.factors[place], 1.0), 3.0)
+            factor = min(max(self.factors[place], 1.0), 1.5)
             distances.append(self.kind.score(p, q) - 2 * (factor - 1) * agreement)
         return min(distances)
 

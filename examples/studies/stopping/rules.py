@@ -18,7 +18,6 @@ from lightning_sensitivity.functional.refined_score import TEMPERATURES, UNCHANG
 from lightning_sensitivity.functional.tasks import find_task
 
 LEAST_SKILL, CLEAN = 0.05, 1.3  # of images, signals and texts; of claim / score
-MAX_FACTOR = 1.5  # of the calibration
 WEIGHT = 200  # of the reference, in labels
 COUNTS, NUM_DRAWS = (20, 50, 100, 200), 20  # of noisy labels that choose an epoch, and draws of them
 
@@ -81,8 +80,7 @@ class Epochs:
         found, calibration = [], Calibration()
         for unseen, training in zip(self.unseen, self.training, strict=True):
             calibration = calibration.updated(unseen, training)
-            factors = unseen.score.new_tensor(calibration.factors).clamp(max=MAX_FACTOR)
-            found.append(float((unseen.scores - 2 * (factors - 1) * unseen.agreements).min()))
+            found.append(distance_from_reference(unseen, calibration).score)
         return np.array(found)
 
 
@@ -159,7 +157,7 @@ def rules(with_reference: bool) -> dict[str, str]:
     same = {name: name for name in ("never_stop", "training_score", "tenth_by_auc", *labels)}
     return same | {
         "criterion": "distance" if with_reference else "training_score",
-        "ranking": "ranking_by_reference" if with_reference else "ranking_by_labels",
+        "ranking": "ranking_by_reference" if with_reference else "training_score",
         **{f"{name}_combined": f"{name}_and_distance" if with_reference else name for name in labels},
     }
 
