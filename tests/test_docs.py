@@ -43,7 +43,7 @@ def anchors(page: Path) -> list[str]:
 
 
 def num_words(text: str) -> int:
-    return len(re.findall(r"\S*\w\S*", text))
+    return len(re.findall(r"\S*[A-Za-z]\S*", text))
 
 
 def public_objects() -> list[tuple[str, Any]]:

@@ -67,6 +67,15 @@ TARGETS = {
 LABELS = {f"{count} labels": f"labels_{count}" for count in (20, 50, 100, 200)} | {"a tenth": "tenth"}
 
 
+def may_be_chance(runs: Runs) -> str:
+    """Say whether the criterion may be no better than the last epoch in truth."""
+    difference = runs.criterion_accuracy_lost.minus["never_stop_accuracy_lost"]
+    return " (may be chance)" if difference.high > 0 else ""
+
+
+NAMES["chance"] = {name: may_be_chance(NAMES[name]) for name in ("as_they_are", "photos", "texts", "tuned_features")}
+
+
 def lost(measure: str, form: str = ".1f") -> str:
     return f"{{ROW.COLUMN_{measure}_lost:{form}}}"
 
@@ -76,17 +85,20 @@ BLOCKS = {
 | you have | do this | what it was worth |
 |---|---|---|
 | a table, such as customers | [`RiskMonitor()`](docs/guide/data.md#tables) |
-  {as_they_are.criterion_accuracy_lost:.1f} points lost instead of {as_they_are.never_stop_accuracy_lost:.1f} |
+  {as_they_are.criterion_accuracy_lost:.1f} points lost instead of
+  {as_they_are.never_stop_accuracy_lost:.1f}{chance[as_they_are]};
+  with a fifth of the labels wrong {fifth.criterion_accuracy_lost:.1f} instead of {fifth.never_stop_accuracy_lost:.1f} |
 | few positives, class weights, AUC | [stop by `val/risk_ranking`](docs/guide/few_positives.md) |
   AUC: {few.ranking_auc_lost:.1f} instead of {few.never_stop_auc_lost:.1f} |
 | targets that are numbers | [`RiskMonitor("regression")`](docs/guide/regression.md) |
   squared error: {numbers.criterion_loss_lost:.0f} % above the lowest instead of {numbers.never_stop_loss_lost:.0f} % |
 | photos with human labels | [`RiskMonitor()`](docs/guide/data.md#images) |
-  {photos.criterion_accuracy_lost:.1f} instead of {photos.never_stop_accuracy_lost:.1f} |
+  {photos.criterion_accuracy_lost:.1f} instead of {photos.never_stop_accuracy_lost:.1f}{chance[photos]} |
 | texts with human labels | [`RiskMonitor()`](docs/guide/data.md#texts) |
-  {texts.criterion_accuracy_lost:.1f} instead of {texts.never_stop_accuracy_lost:.1f} |
+  {texts.criterion_accuracy_lost:.1f} instead of {texts.never_stop_accuracy_lost:.1f}{chance[texts]} |
 | a pretrained network | [set `features=`](docs/guide/finetuning.md) |
-  {tuned_features.criterion_accuracy_lost:.1f} instead of {tuned_features.never_stop_accuracy_lost:.1f} |
+  {tuned_features.criterion_accuracy_lost:.1f} instead of
+  {tuned_features.never_stop_accuracy_lost:.1f}{chance[tuned_features]} |
 | 100 or more labels to spare | [`validation_labels=True`](docs/guide/labels.md) |
   tables: {tables.labels_100_combined_accuracy_lost:.1f} instead of {tables.labels_100_accuracy_lost:.1f}
   by labels alone |
@@ -98,7 +110,7 @@ BLOCKS = {
   how many can't be explained |
 | rule-generated labels | **No**: it can't see their errors.
   [Label 100 by hand](docs/guide/labels.md#rule-generated-labels) |
-  {rules.criterion_accuracy_lost:.1f} instead of {rules.never_stop_accuracy_lost:.1f} |
+  {rules.count} runs tell nothing |
 | augmentation and a schedule that ends at 0 | **No**: [train to the end](docs/guide/stopping.md#schedules) | |
 | segmentation, token labels | **No**: [`SensitivityMonitor`](docs/guide/sensitivity.md) alone | |
 """.replace("\n  ", " "),
@@ -112,11 +124,17 @@ BLOCKS = {
     "worth, loss": table("log-loss above the lowest, %", MAIN, across(RULES, lost("loss", ".0f"))),
     "limits": """
 - **One run in ten** loses {tables.criterion_accuracy_lost.p90:.1f} points or more on tables,
-  {photos.criterion_accuracy_lost.p90:.1f} on photos and {texts.criterion_accuracy_lost.p90:.1f} on texts. The worst run
-  loses {tables.criterion_accuracy_lost.worst:.0f}, {photos.criterion_accuracy_lost.worst:.0f} and
-  {texts.criterion_accuracy_lost.worst:.0f}.""",
+{photos.criterion_accuracy_lost.p90:.1f} on photos and {texts.criterion_accuracy_lost.p90:.1f} on texts. The worst run
+loses {tables.criterion_accuracy_lost.worst:.0f}, {photos.criterion_accuracy_lost.worst:.0f} and
+{texts.criterion_accuracy_lost.worst:.0f}.
+- **Balanced accuracy** does not gain by the criterion: on tables it loses {tables.criterion_balanced_lost:.1f} points,
+the last epoch {tables.never_stop_balanced_lost:.1f}, the ranking {tables.ranking_balanced_lost:.1f}.
+- **The ranking is not for accuracy**: with class weights, it loses {few_weights.ranking_accuracy_lost:.0f} points.""",
     "few positives": table("AUC lost, points", FEW, across(RANKED, lost("auc"))),
-    "few positives, balanced": table("balanced accuracy lost, points", FEW, across(RANKED, lost("balanced"))),
+    "few positives, balanced": """
+Of balanced accuracy, the ranking loses {few.ranking_balanced_lost:.1f} points, the last epoch
+{few.never_stop_balanced_lost:.1f}, the criterion {few.criterion_balanced_lost:.1f}, and a tenth by its AUC
+{few.tenth_by_auc_balanced_lost:.1f}.""",
     "regression": table(
         "squared error above the lowest, %",
         {label: rule for label, rule in TARGETS.items()},
@@ -125,11 +143,12 @@ BLOCKS = {
             "with noise ({noisy.count})": "{noisy.ROW_loss_lost:.1f}",
         },
     ),
-    "photos": "Points of accuracy lost on photos with human labels ({photos.count} runs): last epoch "
-    "{photos.never_stop_accuracy_lost:.1f}, criterion {photos.criterion_accuracy_lost:.1f}.",
-    "texts": "Points of accuracy lost on texts with human labels ({texts.count} runs): last epoch "
-    "{texts.never_stop_accuracy_lost:.1f}, criterion {texts.criterion_accuracy_lost:.1f}, 100 labels and the criterion "
-    "{texts.labels_100_combined_accuracy_lost:.1f}, 100 labels alone {texts.labels_100_accuracy_lost:.1f}.",
+    "photos": """
+On photos with human labels ({photos.count} runs), the criterion lost {photos.criterion_accuracy_lost:.1f} points of
+accuracy, the last epoch {photos.never_stop_accuracy_lost:.1f}.""",
+    "texts": """
+On texts with human labels ({texts.count} runs), the criterion lost {texts.criterion_accuracy_lost:.1f} points of
+accuracy, the last epoch {texts.never_stop_accuracy_lost:.1f}.""",
     "unexplained": """
 In the study, {redrawn_40.unexplained.percent:.0f} % of the labels could not be explained where 40 % had been redrawn at
 random, {redrawn_20.unexplained.percent:.0f} % where 20 % had been, and {correct.unexplained.percent:.0f} % where none
@@ -149,15 +168,15 @@ and {photos_9.unexplained.percent:.0f} % where {photos_9.share:.0f} % were; of r
         LABELS,
         {
             "tables: labels alone": "{tables.ROW_accuracy_lost:.1f}",
-            "with the criterion": "{tables.ROW_combined_accuracy_lost:.1f}",
+            "and the criterion": "{tables.ROW_combined_accuracy_lost:.1f}",
             "photos: alone": "{photos.ROW_accuracy_lost:.1f}",
-            " with it": "{photos.ROW_combined_accuracy_lost:.1f}",
+            "and it": "{photos.ROW_combined_accuracy_lost:.1f}",
             "texts: alone": "{texts.ROW_accuracy_lost:.1f}",
-            "  with it": "{texts.ROW_combined_accuracy_lost:.1f}",
+            "and it ": "{texts.ROW_combined_accuracy_lost:.1f}",
         },
     )
     + """
 
-Without labels, the criterion loses {tables.criterion_accuracy_lost:.1f}, {photos.criterion_accuracy_lost:.1f} and
-{texts.criterion_accuracy_lost:.1f}.""",
+Without labels, the criterion loses {tables.criterion_accuracy_lost:.1f} on tables,
+{photos.criterion_accuracy_lost:.1f} on photos and {texts.criterion_accuracy_lost:.1f} on texts.""",
 }
