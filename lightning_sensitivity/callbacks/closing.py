@@ -102,10 +102,10 @@ def _skill(verdict: Verdict, last: ValidationResult) -> str:
     """Say how well the reference predicts labels that it has not seen, beside the network on labels that it has."""
     number = f"{verdict.num_samples:,} training labels"
     if math.isnan(verdict.accuracy):
-        return f"it explains {max(0.0, verdict.skill):.0%} of the variance of {number}, each without having seen it"
+        return f"without having seen them, it explains {max(0.0, verdict.skill):.0%} of the variance of {number}"
     return (
-        f"it predicts {verdict.accuracy:.0%} of {number}, each without having seen it; the network now predicts "
-        f"{last.training_accuracy:.0%}, which it has seen"
+        f"without having seen them, it predicts {verdict.accuracy:.0%} of {number}; the network, which has seen them, "
+        f"predicts {last.training_accuracy:.0%}"
     )
 
 

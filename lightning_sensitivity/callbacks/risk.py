@@ -283,8 +283,6 @@ class RiskMonitor(Monitor):
         with module.device:  # it determines the floating type of a metric
             unseen, labels, training = (RefinedScore(self.task, shares=shares) for _ in range(3))
             agreement = Agreement(self.task, self._num_outputs) if TASKS[self.task].has_classes else None
-        for score in (unseen, labels, training):
-            score.is_quiet = True  # the reporter warns
         return RiskMetrics(unseen, labels, training, agreement)
 
     @property

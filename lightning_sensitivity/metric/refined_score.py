@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 from torchmetrics.utilities.prints import rank_zero_warn
 
@@ -75,7 +76,6 @@ class RefinedScore(WideMetric):
         super().__init__(**kwargs)
         self.task = find_task(task)
         self.shares = shares
-        self.is_quiet = False
         zeros = torch.zeros(len(TEMPERATURES), len(ScoreSums._fields), dtype=wide_dtype(self.device))
         self.add_state("packed_sums", default=zeros, dist_reduce_fx="sum")
 
@@ -88,8 +88,7 @@ class RefinedScore(WideMetric):
     def compute(self) -> Tensor:
         """Compute the score of all samples so far, over all processes; nan without any."""
         sums = self.sums
-        if not self.is_quiet:
-            self._warn(sums)
+        self._warn(sums)
         return self.packed_sums.new_tensor(Refined.lowest(sums.scores).score)
 
     def _warn(self, sums: ScoreSums) -> None:
@@ -138,7 +137,7 @@ class RefinedScore(WideMetric):
         return self._plot(val, ax)
 
 
-class Agreement(WideMetric):
+class Agreement(Metric):
     """Compare a network's predictions with a reference's: how alike they rank samples, and choose classes.
 
     ``compute`` returns two scalars: :func:`~lightning_sensitivity.functional.criterion.rank_disagreement`, and the
@@ -155,7 +154,7 @@ class Agreement(WideMetric):
         self.rows: list[Tensor] | Tensor = []  # one tensor while it is synchronized
         self.add_state("rows", default=[], dist_reduce_fx="cat")
         # A process without samples must also take part when rows are gathered.
-        self.rows = [torch.zeros(0, 2, num_outputs, dtype=wide_dtype(self.device), device=self.device)]
+        self.rows = [torch.zeros(0, 2, num_outputs, device=self.device)]
         compat.mark_updated(self)
 
     def update(self, logits: Tensor, predictions: Tensor) -> None:
@@ -164,7 +163,7 @@ class Agreement(WideMetric):
         p = self.task.predictions(logits.detach())
         q = self.task.as_matrix(predictions, p.shape[1]).to(p.dtype).to(p.device)
         has_both = p.isfinite().all(1) & self.task.has_label(predictions).to(p.device)
-        self.rows.append(torch.stack([p, q], dim=1)[has_both].to(wide_dtype(p.device)))
+        self.rows.append(torch.stack([p, q], dim=1)[has_both].float())
 
     def compute(self) -> tuple[float, float]:
         """Compute both, over all processes; nan without samples."""

@@ -156,9 +156,9 @@ class Truth(History):
         if self.reference is None:
             seen = torch.cat([self.seen(batch) for batch in self.holdout])
             self.reference = fit_reference(known, known_y, seen, self.task)
-        q, shares = self.reference.predictions, self.reference.shares
+        q, shares = self.reference.predictions.float().double(), self.reference.shares
         chosen, ranking = self.distance(outputs, q, training, y, shares), math.nan
-        p = self.kind.predictions(outputs, 1)
+        p = self.kind.predictions(outputs.float(), 1)
         if self.task != "regression":
             correlations = [spearmanr(p[:, k], q[:, k]).statistic for k in range(p.shape[1])]
             ranking = 1 - sum(correlations) / len(correlations)

@@ -17,8 +17,8 @@ from tests.callbacks.plain_loop import CRITERION, HOLDOUT, NOISY, RANKING, Plain
 from tests.helpers import fitted, inputs, trainer, unlabelled_loader
 
 FIRST, SECOND = (f"{CRITERION}/dataloader_idx_{index}" for index in (0, 1))
-KNOWN = "it predicts 43% of 90 training labels, each without having seen it"
-KNOWN += "; the network now predicts 80%, which it has seen"
+KNOWN = "without having seen them, it predicts 43% of 90 training labels"
+KNOWN += "; the network, which has seen them, predicts 80%"
 NOISE = "About 24% of the training labels can't be explained: they are wrong, or not to be known from the inputs."
 FALLING = "It was still falling: train for longer."
 
@@ -72,8 +72,8 @@ SAYS: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {  # a verdic
     "still falling": ({"unexplained": 0.0}, {"best": 4},
         f"`{CRITERION}` was lowest at epoch 4{CALIBRATE} The reference chose: {KNOWN}. {FALLING}", "still-falling"),
     "a regression": ({"accuracy": math.nan, "skill": 0.62, "unexplained": math.nan}, {"temperature": 1.0},
-        f"{LOWEST}. The reference chose: it explains 62% of the variance of 90 training labels, each without having "
-        "seen it.", ""),
+        f"{LOWEST}. The reference chose: without having seen them, it explains 62% of the variance of 90 training "
+        "labels.", ""),
 }  # fmt: skip
 
 
@@ -145,7 +145,7 @@ def test_of_a_fit_it_names_the_epoch_and_the_file_also_after_a_resume_with_fewer
     best = values.index(min(values))
     place = f"`{SECOND}` was lowest at epoch {best}, in the checkpoint {tmp_path}/epoch={best}.ckpt"
     (line,) = lines(said.text)
-    assert line.startswith(place) and "The reference chose: it predicts 43% of 90 training labels" in line
+    assert line.startswith(place) and "it predicts 43% of 90 training labels" in line
     values = run(1, CRITERION, max_epochs=6, ckpt_path=tmp_path / "last.ckpt")
     (line,) = lines(said.text)
     assert line.startswith(f"`{CRITERION}` was lowest at epoch ")
@@ -212,7 +212,7 @@ def test_of_correct_labels_it_says_that_training_to_the_end_is_about_as_good(sai
     x = inputs(300)
     fitted(RiskMonitor(), Plain(), batches_of(x, x[:, :4].argmax(1), batch_size=70), unlabelled_loader(seed=1))
     (line,) = lines(said.text)
-    assert re.search(r"The training labels look clean \(it predicts [78]\d% of 300 training labels", line)
+    assert re.search(r"The training labels look clean \(without having seen them, it predicts [78]\d% of 300 ", line)
 
 
 @pytest.mark.parametrize("kind", [cb.EarlyStopping, cb.ModelCheckpoint])

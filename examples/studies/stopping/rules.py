@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_sensitivity.functional.criterion import Calibration, rank_disagreement
+from lightning_sensitivity.functional.criterion import Calibration, distance_from_reference, rank_disagreement
 from lightning_sensitivity.functional.reference import Reference
 from lightning_sensitivity.functional.refined_score import TEMPERATURES, UNCHANGED, ScoreSums, score_sums
 from lightning_sensitivity.functional.tasks import find_task
