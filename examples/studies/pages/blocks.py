@@ -1,4 +1,4 @@
-"""What README and the guide tell of the study of stopping, in short; the study's own report tells all of it."""
+"""What README and the guide tell of the studies of stopping and comparing; their own reports tell all of it."""
 
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,7 @@ def may_be_chance(runs: Runs) -> str:
     return " (may be chance)" if difference.high > 0 else ""
 
 
+NAMES["compared"] = Runs.read(Path(__file__).parents[1] / "comparing" / "results.csv")
 NAMES["chance"] = {name: may_be_chance(NAMES[name]) for name in ("as_they_are", "photos", "texts", "tuned_features")}
 
 
@@ -105,12 +106,12 @@ BLOCKS = {
 | more than 20,000 samples | [hold some out, use `RefinedScore`](docs/guide/hold_out.md) | not measured |
 | two annotators | [-100 where they disagree](docs/guide/annotators.md) | not measured |
 | several models, no labels | [`compare_models`](docs/guide/comparing.md) |
-  [see there](docs/guide/comparing.md#what-it-is-worth) |
+  {compared.compare_lost:.1f} points lost instead of {compared.random_lost:.1f} at random |
 | labels that you don't trust | [`label_noise(x, y)`](docs/guide/labels.md#how-noisy-are-my-labels) |
   how many can't be explained |
 | rule-generated labels | **No**: it can't see their errors.
   [Label 100 by hand](docs/guide/labels.md#rule-generated-labels) |
-  {rules.count} runs: too few to tell |
+  too few runs to tell |
 | augmentation and a schedule that ends at 0 | **No**: [train to the end](docs/guide/stopping.md#schedules) | |
 | segmentation, token labels | **No**: [`SensitivityMonitor`](docs/guide/sensitivity.md) alone | |
 """.replace("\n  ", " "),
