@@ -68,11 +68,6 @@ def eager() -> AbstractContextManager[object]:
     return torch.compiler.set_stance("force_eager") if is_compiling else nullcontext()
 
 
-def is_tracing() -> bool:
-    """Return whether a call is traced by ``torch.jit.trace``."""
-    return bool(torch._C._get_tracing_state())
-
-
 # Lightning
 
 

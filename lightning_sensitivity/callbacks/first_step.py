@@ -1,7 +1,7 @@
 """Watch the first training step: does the network get what we send it?"""
 
-from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from lightning_sensitivity import compat
 from lightning_sensitivity.functional.tensors import are_close
 from lightning_sensitivity.model.batches import is_floating, tensors_in
-from lightning_sensitivity.model.call import ModelCall
 from lightning_sensitivity.model.isolation import isolated
 from lightning_sensitivity.model.reader import BatchReader
 
@@ -31,6 +30,7 @@ class FirstStep:
     def __init__(self) -> None:
         self._ours: Calls = {}
         self._theirs: Calls = {}
+        self._in_step = False  # where gradients are on; in our pass they are off
         self._hooks = ExitStack()
 
     def __reduce__(self) -> tuple[type["FirstStep"], tuple[()]]:
@@ -40,11 +40,31 @@ class FirstStep:
     def start(self, module: nn.Module, batch: object, reader: BatchReader) -> None:
         """Run our call on a training batch, and watch the step, unless a part is compiled."""
         with suppress(Exception):  # training batches may be of another kind than validation batches
-            if not any(map(compat.is_compiled, module.modules())):
-                call = reader.call(module, batch)
-                with isolated(module) as run:
-                    self._ours = run(_calls_of, module, call)
-                _watch(module, self._theirs, self._hooks, torch.is_grad_enabled)
+            if any(map(compat.is_compiled, module.modules())):
+                return
+            call = reader.call(module, batch)
+            self._watch(module)
+            with isolated(module) as run:
+                run(call)
+            self._ours, self._theirs = self._theirs, {}
+            self._in_step = True
+
+    def _watch(self, module: nn.Module) -> None:
+        """Note the first call of the module, and of each direct part that learns."""
+        parts = {"forward": compat.original_module(module), **dict(module.named_children())}
+        for name, part in parts.items():
+            is_fast = isinstance(part, nn.TransformerEncoder | nn.TransformerEncoderLayer) and not part.training
+            if is_fast or not any(weight.requires_grad for weight in part.parameters()):
+                continue  # torch runs an encoder in eval mode in another way if it has hooks
+            self._hooks.enter_context(part.register_forward_pre_hook(partial(self._note, name), with_kwargs=True))
+
+    def _note(self, name: str, part: nn.Module, args: Any, kwargs: Any) -> None:
+        """Note the first floating input of a part."""
+        with suppress(Exception):  # a step must not fail because of a hint
+            inputs = [x for x in tensors_in([*args, *kwargs.values()]) if is_floating(x)]
+            is_meant = torch.is_grad_enabled() == self._in_step and not compat.is_redirected(part)
+            if inputs and is_meant and name not in self._theirs:
+                self._theirs[name] = Received(inputs[0].detach().clone(), compat.random_streams())
 
     def stop(self, is_skipped: bool) -> str | None:
         """Stop watching, and say how the step differs from what is measured; a skipped step says nothing."""
@@ -64,7 +84,7 @@ class FirstStep:
     def cancel(self) -> None:
         """Stop watching, at any time."""
         self._hooks.close()
-        self._ours, self._theirs = {}, {}
+        self._ours, self._theirs, self._in_step = {}, {}, False
 
 
 def _compare(name: str, ours: Received, theirs: Received) -> str | None:
@@ -75,42 +95,3 @@ def _compare(name: str, ours: Received, theirs: Received) -> str | None:
     if theirs.streams == ours.streams and not are_close(ours.inputs, theirs.inputs):
         return f"`{name}` gets other values in the step, though it draws no random numbers"
     return None
-
-
-def _calls_of(module: nn.Module, call: ModelCall) -> Calls:
-    """Run a call, and return what the module and its direct parts get."""
-    found: Calls = {}
-    with ExitStack() as hooks:
-        _watch(module, found, hooks, lambda: True)
-        call()
-    return found
-
-
-class _Note:
-    """A hook that notes the first call of a part."""
-
-    def __init__(self, name: str, found: Calls, is_meant: Callable[[], bool]) -> None:
-        self._name, self._found, self._is_meant = name, found, is_meant
-
-    def __reduce__(self) -> tuple[type["_Note"], tuple[str, Calls, Callable[[], bool]]]:
-        """Note nothing in a copy of the module, which a step may make."""
-        return _Note, ("", {}, bool)
-
-    def __call__(self, part: nn.Module, args: Any, kwargs: Any) -> None:
-        """Note the first floating input."""
-        with suppress(Exception):  # a step must not fail because of a hint
-            inputs = [x for x in tensors_in([*args, *kwargs.values()]) if is_floating(x)]
-            is_ours = self._is_meant() and not compat.is_redirected(part) and not compat.is_tracing()
-            if inputs and is_ours and self._name not in self._found:
-                self._found[self._name] = Received(inputs[0].detach().clone(), compat.random_streams())
-
-
-def _watch(module: nn.Module, found: Calls, hooks: ExitStack, is_meant: Callable[[], bool]) -> None:
-    """Note the first call of the module, and of each direct part that learns."""
-    parts = {"forward": compat.original_module(module), **dict(module.named_children())}
-    for name, part in parts.items():
-        is_fast = isinstance(part, nn.TransformerEncoder | nn.TransformerEncoderLayer) and not part.training
-        if is_fast or not any(weight.requires_grad for weight in part.parameters()):
-            continue  # torch runs an encoder in eval mode in another way if it has hooks
-        note = _Note(name, found, is_meant)
-        hooks.enter_context(part.register_forward_pre_hook(note, with_kwargs=True))

@@ -114,12 +114,11 @@ def test_passes_of_another_monitor_are_not_the_steps_and_each_says_it(kinds: Any
 
 def saving(m: Any, x: Tensor, y: Tensor) -> Tensor:
     torch.save(m, io.BytesIO())
-    torch.jit.trace(m, x)
     return plain(m, x, y)
 
 
-def test_a_step_may_save_and_trace_the_module() -> None:
-    assert said(Stepping(saving), [SensitivityMonitor(outputs=lambda y: y), RiskMonitor()], limit_train_batches=1) == []
+def test_a_step_may_save_the_module() -> None:
+    assert said(Stepping(saving), [SensitivityMonitor(), RiskMonitor()]) == []
 
 
 def num_hooks(model: nn.Module) -> int:
@@ -162,5 +161,5 @@ def test_an_encoder_in_eval_mode_gets_no_hook(is_training: bool) -> None:
 
     model = Encoding(step)
     model.on_train_start = lambda: model.encoder.train(is_training)
-    said(model, SensitivityMonitor())
+    assert said(model, SensitivityMonitor()) == []
     assert (counts[0] > 0) == is_training and not any(counts[1:])
