@@ -1,6 +1,5 @@
 """What is refused, or said, before the first training step."""
 
-import inspect
 from collections.abc import Callable, Collection
 
 from lightning.pytorch import LightningModule, Trainer
@@ -39,9 +38,6 @@ def _problem_of_steps(trainer: Trainer, pl_module: LightningModule, stage: str) 
     """Explain what the module lacks, or how its step hides batches; None if nothing is wrong."""
     if not _is_overridden("forward", pl_module):
         return "needs a `forward` that returns the logits, and your module has none"
-    training, validation = map(inspect.signature, (pl_module.training_step, pl_module.validation_step))
-    if "dataloader_iter" in {*training.parameters, *validation.parameters}:
-        return "needs to see each batch before the step, but the step takes `dataloader_iter`"
     if stage != "fit":
         return None
     if not _is_overridden("validation_step", pl_module):

@@ -58,14 +58,9 @@ def tensors_in(value: object) -> list[Tensor]:
     """List the tensors in a value and its tuples, lists and mappings."""
     if isinstance(value, Tensor):
         return [value]
-    return [tensor for item in _items_of(value) for tensor in tensors_in(item)]
-
-
-def _items_of(value: object) -> Iterable[object]:
-    """Return the items of a mapping, tuple or list; nothing of another object."""
     if isinstance(value, Mapping):
-        return value.values()
-    return value if isinstance(value, list | tuple) else ()
+        return tensors_in([*value.values()])
+    return [tensor for item in value for tensor in tensors_in(item)] if isinstance(value, list | tuple) else []
 
 
 def first_of(result: object) -> object:
@@ -81,21 +76,3 @@ def num_samples(arguments: Iterable[object]) -> int:
     tensors = [x for value in arguments for x in tensors_in(value) if x.ndim > 0 and not x.is_nested]
     numbers = {len(x) for x in tensors}
     return numbers.pop() if len(numbers) == 1 else 0
-
-
-def num_bytes(value: object) -> int:
-    """Count the memory of the tensors that :func:`clone_tensors` clones, such as those of a graph."""
-    seen: set[int] = set()  # graphs may refer to themselves
-
-    def count(value: object) -> int:
-        if isinstance(value, Tensor):
-            return value.numel() * value.element_size()
-        if isinstance(value, Mapping | list | tuple):
-            return sum(map(count, _items_of(value)))
-        if id(value) in seen:
-            return 0
-        seen.add(id(value))
-        attributes = getattr(value, "__dict__", {}).values()
-        return sum(count(item) for item in attributes if isinstance(value, _Cloneable) or isinstance(item, Tensor))
-
-    return count(value)

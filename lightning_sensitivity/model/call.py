@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_sensitivity.arguments import Refused, Selector, describe, explained
 from lightning_sensitivity.compat import original_module
-from lightning_sensitivity.model.batches import clone_tensors, first_of, is_floating, num_bytes, num_samples, tensors_in
+from lightning_sensitivity.model.batches import clone_tensors, first_of, is_floating, num_samples, tensors_in
 
 Perturb = Callable[[Tensor], Tensor]
 
@@ -80,11 +80,6 @@ class ModelCall:
         """Return the arguments by their names in ``forward``, and further ones by their position."""
         names: dict[int | str, str] = dict(enumerate(p.name for p in parameters_of(self._model)))
         return {names.get(key, str(key)): value for key, value in self.arguments.items()}
-
-    @property
-    def num_bytes(self) -> int:
-        """The memory of the tensors in the arguments."""
-        return num_bytes(self.arguments)
 
     def __call__(self, perturb: Perturb | None = None) -> Tensor:
         """Call the model with copies of the arguments, perturbed or not, and select its outputs.

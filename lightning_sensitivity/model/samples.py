@@ -7,6 +7,7 @@ from operator import attrgetter
 
 from torch import Tensor
 
+from lightning_sensitivity.model.batches import tensors_in
 from lightning_sensitivity.model.call import ModelCall
 
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
@@ -34,8 +35,9 @@ class KeptBatch:
     @property
     def num_bytes(self) -> int:
         """The memory of its tensors."""
-        tensors = [each for each in (self.labels, self.seen) if each is not None]
-        return sum(each.nbytes for each in tensors) + (0 if self.call is None else self.call.num_bytes)
+        arguments = None if self.call is None else self.call.arguments
+        tensors = tensors_in([self.labels, self.seen, arguments])
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _turn(batch_idx: int) -> float:

@@ -69,21 +69,15 @@ def without(name: str, kind: Any = Classifier, base: Any = LightningModule) -> A
     return type("Lacking", (kind,), {name: getattr(base, name)})()
 
 
-def drawing(step: str) -> Any:
-    return type("Drawing", (Classifier,), {step: lambda self, dataloader_iter: None})()
-
-
 REFUSED: dict[str, tuple[Any, Any, str]] = {
     "no forward": (without("forward"), loader(), "needs a `forward` that returns the logits"),
     "no step": (without("validation_step"), loader(), "`def validation_step.*pass` is enough"),
     "no loader": (Classifier(), None, "needs a validation loop: pass `val_dataloaders`"),
-    "an iterator": (drawing("validation_step"), loader(), "takes `dataloader_iter`"),
-    "an iterator in training": (drawing("training_step"), loader(), "takes `dataloader_iter`"),
 }
 
 
 @pytest.mark.parametrize("monitor", MONITORS)
-@pytest.mark.filterwarnings("ignore:.*(Skipping val loop|`dataloader_iter` step flavor)")
+@pytest.mark.filterwarnings("ignore:.*Skipping val loop")
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_can_not_run_is_refused_before_the_first_step(name: str, monitor: Any) -> None:
     model, val, match = REFUSED[name]
