@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_sensitivity.functional.features import Transform, feature_makers, kind_of, make_features, shrunk
-from lightning_sensitivity.functional.tasks import Task, find_task, has_label
+from lightning_sensitivity.functional.tasks import Task, find_task
 from lightning_sensitivity.functional.tensors import as_tensor
 from lightning_sensitivity.functional.unexplained import unexplained_share
 
@@ -157,8 +157,9 @@ def fit_reference(inputs: object, labels: object, new_inputs: object, task: str 
     """
     kind = find_task(task)
     x, new_x = as_tensor("inputs", inputs), as_tensor("new_inputs", new_inputs)
-    y = _checked_labels(as_tensor("labels", labels), kind)
+    y = as_tensor("labels", labels)
     _check_inputs(x, y, new_x, kind)
+    y = _checked_labels(y, kind)
     rows = _known_samples(x, y, kind)
     known = shrunk(x[rows.to(x.device)])
     y = kind.as_matrix(y)[rows.to(y.device)].to(_home(x)).double()
@@ -284,33 +285,24 @@ def _projected(x: Tensor) -> Tensor:
 
 def _checked_labels(labels: Tensor, task: Task) -> Tensor:
     """Return labels that fit a task, or raise ValueError that says what to do."""
-    got = f"but got {labels.dtype} of shape {tuple(labels.shape)}"
     if not bool(labels.isfinite().all()):
         raise ValueError("Expected `labels` to be finite, but got nan or inf. Leave such samples out.")
-    if task.name == "multiclass":
-        _check_classes(labels, got)
-        return labels if labels.ndim == 1 else labels.float()
-    if labels.ndim not in (1, 2) or (task.name == "binary" and labels[:1].numel() > 1):
-        raise ValueError(f"Expected `labels` (N,) or (N, 1) for task={task.name!r}, {got}.")
-    counts = labels[task.has_label(labels)]
-    if task.name == "binary" and bool(((counts < 0) | (counts > 1)).any()):
-        advice = "Map -1 and 1 by `(labels + 1) / 2`" if float(counts.min()) == -1 else "Leave `task` out for classes"
-        raise ValueError(f"Expected `labels` from 0 to 1 for task='binary', but got others. {advice}.")
+    num_outputs = labels[0].numel()
+    if task.name == "multiclass" and num_outputs == 1:
+        num_outputs = _num_classes(labels)
+    elif task.name == "multiclass":
+        labels = labels.float()  # one-hot labels may be integers
+    task.check(torch.zeros(len(labels), 1 if task.has_one_output else num_outputs), labels)
     return labels
 
 
-def _check_classes(labels: Tensor, got: str) -> None:
-    """Check labels of a multiclass task: class indices ``(N,)``, or probabilities ``(N, K)``."""
-    if labels.ndim == 2 and labels.shape[1] > 1:
-        counts = labels[has_label(labels)]
-        if not bool((counts.clamp(0, 1) == counts).all() and ((counts.double().sum(1) - 1).abs() < 1e-2).all()):
-            raise ValueError("Expected `labels` (N, K) to be probabilities that sum to 1, but got others.")
-    elif labels.ndim != 1 or labels.is_floating_point():
+def _num_classes(labels: Tensor) -> int:
+    """Return one more than the highest class index, two at least, or raise ValueError."""
+    if labels.ndim > 1 or labels.is_floating_point():
+        got = f"but got {labels.dtype} of shape {tuple(labels.shape)}"
         advice = "Set task='binary' if they are from 0 to 1, make class numbers integers (N,) if not"
         raise ValueError(f"Expected `labels` to be class indices (N,) or probabilities (N, K), {got}. {advice}.")
-    elif bool((labels[has_label(labels)] < 0).any()):
-        advice = "Map -1 and 1 by `(labels + 1) // 2`"
-        raise ValueError(f"Expected `labels` to be class indices from 0 on, but got negative ones. {advice}.")
+    return max(2, int(labels.max()) + 1)
 
 
 def _check_inputs(x: Tensor, y: Tensor, new_x: Tensor, task: Task) -> None:

@@ -58,8 +58,8 @@ class Multiclass:
         if not bool(is_valid.all()):
             raise ValueError(
                 f"Expected labels from 0 to {num_classes - 1}, or {IGNORED} to be ignored, but got "
-                f"{int(targets.min())} to {int(targets.max())}. Map them with `targets=`; "
-                f"map another `ignore_index` to {IGNORED}"
+                f"{int(targets.min())} to {int(targets.max())}. Map them, in a monitor by `targets=`, and another "
+                f"`ignore_index` to {IGNORED}"
             )
 
     def has_label(self, targets: Tensor) -> Tensor:

@@ -116,8 +116,8 @@ REFUSED: dict[str, tuple[str, Any, Any, str]] = {
     "nan": ("`inputs` to be finite", X * math.nan, Y, "multiclass"),
     "numbers": ("`labels` .* Set task='binary'", X, (Y > 4).float(), "multiclass"),
     "a column": (r"`labels` to be class indices \(N,\)", X, Y[:, None], "multiclass"),
-    "unlabelled": ("`labels` to be class indices from 0", X, Y - 1, "multiclass"),
-    "more than 1": ("`labels` from 0 to 1", X, Y, "binary"),
+    "unlabelled": ("labels from 0 to 8, ", X, Y - 1, "multiclass"),
+    "more than 1": ("labels from 0 to 1", X, Y, "binary"),
     "names": ("`labels` to be real numbers", X, ["zero"] * len(X), "multiclass"),
 }
 
