@@ -1,8 +1,9 @@
 """What is refused, or said, before the first training step."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
 from lightning_sensitivity.arguments import Refused
@@ -59,22 +60,17 @@ def check_modes(trainer: Trainer, names: Collection[str]) -> None:
     Raises:
         MisconfigurationException: If there is one.
     """
-    for callback, monitor in callbacks_that_monitor(trainer, names.__contains__):
-        if getattr(callback, "mode", "min") == "max":
+    for callback, monitor in callbacks_that_monitor(trainer):
+        if monitor.partition("/dataloader_idx_")[0] in names and getattr(callback, "mode", "min") == "max":
             got = f"got 'max' in `{type(callback).__name__}`"
             raise Refused(f"`mode` should be 'min' for `{monitor}`, {got}.", entry="lowest")
 
 
-def callbacks_that_monitor(trainer: Trainer, is_meant: Callable[[str], bool]) -> list[tuple[object, str]]:
-    """List the callbacks that monitor certain values, of any loader, each with the name that it monitors.
-
-    Args:
-        trainer: The Trainer.
-        is_meant: Whether a value is meant, by its name without the loader.
-    """
-    monitors = [(each, getattr(each, "monitor", None)) for each in trainer.callbacks]  # type: ignore[attr-defined]
-    named = [(callback, name) for callback, name in monitors if isinstance(name, str)]
-    return [(callback, name) for callback, name in named if is_meant(name.partition("/dataloader_idx_")[0])]
+def callbacks_that_monitor(trainer: Trainer) -> list[tuple[object, str]]:
+    """List the callbacks that monitor a value, each with its name, checkpoints first."""
+    callbacks = sorted(trainer.callbacks, key=lambda each: not isinstance(each, Checkpoint))  # type: ignore[attr-defined]
+    monitors = [(callback, getattr(callback, "monitor", None)) for callback in callbacks]
+    return [(callback, name) for callback, name in monitors if isinstance(name, str)]
 
 
 def check_repeatable(first: Tensor, second: Tensor) -> None:

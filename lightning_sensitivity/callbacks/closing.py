@@ -8,6 +8,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lightning_sensitivity.arguments import link_to
+from lightning_sensitivity.callbacks.checks import callbacks_that_monitor
 from lightning_sensitivity.callbacks.record import ValidationResult, Verdict
 from lightning_sensitivity.functional.refined_score import TEMPERATURES
 
@@ -28,9 +29,10 @@ def closing_line(trainer: Trainer, curves: Mapping[str, Curve], verdict: Verdict
     Returns:
         The line; empty without a curve.
     """
-    name = _watched_name(trainer, curves)
-    if name is None:
+    if not curves:
         return ""
+    monitored = [name for _, name in callbacks_that_monitor(trainer) if name in curves]
+    name = (monitored or list(curves))[0]
     value, results = curves[name]
     best, last = min(results, key=attrgetter(value)), results[-1]
     has_stopped = any(getattr(each, "stopped_epoch", 0) for each in _watching(trainer, name))
@@ -42,20 +44,9 @@ def closing_line(trainer: Trainer, curves: Mapping[str, Curve], verdict: Verdict
     return " ".join(filter(None, sentences))
 
 
-def _watched_name(trainer: Trainer, names: Mapping[str, object]) -> str | None:
-    """Find the name that a callback monitors, checkpoints first; else the first one."""
-    callbacks = (*trainer.checkpoint_callbacks, *trainer.callbacks)  # type: ignore[attr-defined]
-    for callback in callbacks:
-        monitor = getattr(callback, "monitor", None)
-        if isinstance(monitor, str) and monitor in names:
-            return monitor
-    return next(iter(names), None)
-
-
 def _watching(trainer: Trainer, name: str) -> list[object]:
-    """List the callbacks that monitor a value; one of the user may have anything of that name."""
-    monitors = [(each, getattr(each, "monitor", None)) for each in trainer.callbacks]  # type: ignore[attr-defined]
-    return [callback for callback, monitor in monitors if isinstance(monitor, str) and monitor == name]
+    """List the callbacks that monitor a value."""
+    return [callback for callback, monitor in callbacks_that_monitor(trainer) if monitor == name]
 
 
 def _lowest(trainer: Trainer, name: str, value: str, best: ValidationResult) -> str:

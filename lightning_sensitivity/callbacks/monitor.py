@@ -247,7 +247,7 @@ class Monitor(Callback, ABC):
         fallbacks = self.fallback_values(dataloader_idx)
         values = {self.logged_name(trainer, name, dataloader_idx): value for name, value in fallbacks.items()}
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
-        for callback, name in callbacks_that_monitor(trainer, lambda name: True):
+        for callback, name in callbacks_that_monitor(trainer):
             if name in values and isinstance(getattr(callback, "wait_count", None), int):
                 callback.wait_count -= 1  # type: ignore[attr-defined]
 

@@ -102,9 +102,10 @@ class SensitivityMonitor(Monitor):
         if stage != "fit":
             return
         self._last = {}
-        for callback, name in callbacks_that_monitor(trainer, lambda name: "sensitivity" in name):
-            if getattr(callback, "divergence_threshold", None) is not None:
-                continue  # it stops at a bound, which is sensible
+        for callback, name in callbacks_that_monitor(trainer):
+            has_bound = getattr(callback, "divergence_threshold", None) is not None  # which is sensible
+            if "sensitivity" not in name or has_bound:
+                continue
             kind = type(callback).__name__
             message = (
                 f"finds that `{kind}` monitors `{name}`. Sensitivity is lowest before training, and rises as a network "

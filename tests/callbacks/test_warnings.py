@@ -151,7 +151,7 @@ IMAGES = DataLoader(torch.rand(30, 1, 8, 8), 10)
 LABELS: dict[str, tuple[str, int, Tensor, str]] = {  # the task, the number of outputs, labels, and what is said
     "0.0 and 1.0": ("multiclass", 1, (Y > 1).float(), "set `task='binary'` if labels are 0 and 1"),
     "measurements": ("multiclass", 4, X[:, 0], "Make class indices integers: `targets="),
-    "classes from 1": ("multiclass", 4, Y + 1, "Expected labels from 0 to 3.*Map them with `targets=`"),
+    "classes from 1": ("multiclass", 4, Y + 1, "Expected labels from 0 to 3.*Map them, in a monitor by `targets=`"),
     "a column": ("multiclass", 4, Y[:, None], r"Remove the extra dimension: `targets=lambda batch: batch\[1\].squeeze"),
     "several classes": ("multiclass", 4, one_hot(Y, 4), r"multilabel\) are not supported"),
     "-1 and 1": ("binary", 1, (Y > 1).float() * 2 - 1, r"Map -1 to 0: `targets="),
