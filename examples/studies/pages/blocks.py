@@ -110,9 +110,9 @@ BLOCKS = {
 | labels that you don't trust | [`label_noise(x, y)`](docs/guide/labels.md#how-noisy-are-my-labels) |
   how many can't be explained |
 | rule-generated labels | **No**: it can't see their errors.
-  [Label 100 by hand](docs/guide/labels.md#rule-generated-labels) |
+  [Label some by hand](docs/guide/labels.md#rule-generated-labels) |
   too few runs to tell |
-| augmentation and a schedule that ends at 0 | **No**: [train to the end](docs/guide/stopping.md#schedules) | |
+| augmentation and a schedule that ends at zero | **No**: [train to the end](docs/guide/stopping.md#schedules) | |
 | segmentation, token labels | **No**: [`SensitivityMonitor`](docs/guide/sensitivity.md) alone | |
 """.replace("\n  ", " "),
     "worth": table(
