@@ -64,14 +64,14 @@ def test_the_code_of_a_page_runs_in_order(page: Path, tmp_path: Path, monkeypatc
     names["unlabelled_val_loader"] = unlabelled_loader()
     names["x"], names["y"] = torch.rand(200, 12), torch.arange(200) % 4
     fitted([], Classifier(), max_epochs=1).save_checkpoint(tmp_path / "runs" / "resnet.ckpt")
-    max_epochs = 15 if page.stem == "getting_started" else 2
+    max_epochs = 8 if page.stem == "getting_started" else 2
     for block in blocks(page, "python"):
         exec(compile(re.sub(r"max_epochs=\d+", f"max_epochs={max_epochs}", block), name_of(page), "exec"), names)
     if page == README:
         assert {"val/risk_criterion", "val/output_sensitivity"} <= names["trainer"].callback_metrics.keys()
         assert Path(names["checkpoint"].best_model_path).is_file()
     if page.stem == "getting_started":
-        assert names["accuracy"](names["best"]) > names["accuracy"](names["model"]) + 0.05
+        assert names["accuracy"](names["best"]) > 0.8
 
 
 def test_the_configuration_file_of_the_guide_makes_its_callbacks(tmp_path: Path, monkeypatch: Any) -> None:
