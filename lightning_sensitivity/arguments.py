@@ -44,9 +44,17 @@ def explained(what: str, entry: str = "arguments") -> Iterator[None]:
     except Warning:  # the user's own filters make an exception of it
         raise
     except Exception as error:
-        is_ours = isinstance(error, MisconfigurationException)
-        reason = getattr(error, "reason", str(error)) if is_ours else f"{type(error).__name__}: {error}."
-        raise Refused(f"{what}: {reason}", entry) from error
+        raise Refused(f"{what}: {describe_error(error)}", entry) from error
+
+
+def describe_error(error: Exception) -> str:
+    """Describe an exception in a sentence."""
+    if isinstance(error, MisconfigurationException):
+        return getattr(error, "reason", str(error))
+    reason = str(error).strip().rstrip(".")
+    if isinstance(error, ValueError) and reason:
+        return f"{reason}."
+    return f"{type(error).__name__}: {reason}".removesuffix(": ") + "."
 
 
 def check_argument(name: str, value: object, valid: bool, expected: str) -> None:

@@ -7,8 +7,9 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from lightning_sensitivity.arguments import describe_error
 from lightning_sensitivity.callbacks.record import RiskRecord, Verdict
-from lightning_sensitivity.callbacks.reporter import Reporter, describe_error
+from lightning_sensitivity.callbacks.reporter import Reporter
 from lightning_sensitivity.callbacks.training import TrainingSamples, gather
 from lightning_sensitivity.functional.reference import fit_reference
 from lightning_sensitivity.functional.tasks import Task
@@ -55,8 +56,12 @@ class RunReference:
             known = join_labelled(training.known, self._task, training.num_outputs)
         except (RuntimeError, ValueError) as error:
             self._warn(error)
-        if trainer.strategy.reduce_boolean_decision(known is not None) and known is not None:
+        if not trainer.strategy.reduce_boolean_decision(known is not None) or known is None:
+            return
+        try:
             self._known = gather(trainer, known[0], padding=-1), gather(trainer, known[1])
+        except RuntimeError as error:  # the processes have inputs of different sizes, and each raises it
+            self._warn(error)
 
     def make(self, kept: Sequence[KeptSamples], device: torch.device) -> None:
         """Fit the reference, and predict the kept samples; or find their predictions in a checkpoint."""

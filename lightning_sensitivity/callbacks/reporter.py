@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
 from torch import Tensor
 
-from lightning_sensitivity.arguments import Refused, link_to
+from lightning_sensitivity.arguments import Refused, describe_error, link_to
 from lightning_sensitivity.functional.tensors import Diagnosis, may_be_probabilities
 
 _MANY = 50  # so many samples of a trained network, in small batches, have a logit outside of [0, 1]
@@ -115,17 +115,3 @@ def _entry_of(error: Exception) -> str:
     if isinstance(error, Refused):
         return error.entry
     return "out-of-memory" if is_oom_error(error) else "failed"
-
-
-def describe_error(error: Exception) -> str:
-    """Describe an exception in a sentence."""
-    if isinstance(error, Refused):
-        return error.reason
-    if isinstance(error, MisconfigurationException):
-        return str(error)
-    reason = str(error).strip().rstrip(".")
-    if isinstance(error, ValueError) and reason:
-        return f"{reason}."
-    if isinstance(error, NotImplementedError) and not reason:
-        reason = "a method that the model needs, such as `forward`, is missing"
-    return f"{type(error).__name__}: {reason}".removesuffix(": ") + "."

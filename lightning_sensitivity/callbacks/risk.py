@@ -11,13 +11,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_sensitivity.arguments import Selector, check_argument, check_bool
+from lightning_sensitivity.arguments import Selector, check_argument, check_bool, describe_error
 from lightning_sensitivity.callbacks.checks import check_modes, check_outputs, check_targets
 from lightning_sensitivity.callbacks.closing import closing_line
 from lightning_sensitivity.callbacks.monitor import Monitor
 from lightning_sensitivity.callbacks.record import RiskRecord, ValidationResult
 from lightning_sensitivity.callbacks.reference import RunReference
-from lightning_sensitivity.callbacks.reporter import describe_error
 from lightning_sensitivity.callbacks.training import TrainingSamples
 from lightning_sensitivity.functional.criterion import combine_with_labels, distance_from_reference
 from lightning_sensitivity.functional.refined_score import UNCHANGED, Refined, ScoreSums
@@ -264,7 +263,8 @@ class RiskMonitor(Monitor):
         for batch in samples.batches:
             assert batch.call is not None
             outputs = run(batch.call.to(module.device))
-            self.reporter.note_outputs(outputs)
+            if TASKS[self.task].has_classes:
+                self.reporter.note_outputs(outputs)
             if predictions is not None:
                 q = predictions[place : place + batch.size]
                 metrics.unseen.update(outputs, q)

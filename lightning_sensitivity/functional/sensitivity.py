@@ -25,7 +25,6 @@ class SensitivityEstimate(NamedTuple):
         class_mean_share: Share of the class mean in the change, from 0 to 1; 1/K for independent outputs; nan
             without any change.
         num_samples: Number of samples.
-        num_changes: Number of changes, over samples, draws and positions.
         num_non_finite: Number of samples that were left out because an output was nan or inf.
         num_outputs: K; 0 without samples.
     """
@@ -34,7 +33,6 @@ class SensitivityEstimate(NamedTuple):
     stderr: Tensor
     class_mean_share: Tensor
     num_samples: Tensor
-    num_changes: Tensor
     num_non_finite: Tensor
     num_outputs: int
 
@@ -107,7 +105,6 @@ def sensitivity_from_rows(rows: Tensor, per_output: bool = False) -> Sensitivity
         stderr=correction * (sums - value * count).square().sum().sqrt() / count.sum(),
         class_mean_share=kept[:, 2].sum() / squares.sum(),
         num_samples=is_finite.sum(),
-        num_changes=count.sum(),
         num_non_finite=(~is_finite).sum(),
         num_outputs=int(sizes[0]) if sizes else 0,
     )

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from lightning_utilities import apply_to_collection
 from torch import Tensor
 from torchmetrics import Metric
@@ -19,7 +18,7 @@ class WideMetric(Metric):
     plot_lower_bound: float = 0.0
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any) -> Metric:
-        """Move the states with the metric, without its casts; those on the device "meta" begin anew."""
+        """Move the states with the metric, without its casts."""
         super()._apply(fn, exclude_state=tuple(self._defaults))
         for name, default in self._defaults.items():
             self._defaults[name] = apply_to_collection(default, Tensor, self._move)
@@ -27,7 +26,4 @@ class WideMetric(Metric):
         return self
 
     def _move(self, state: Tensor) -> Tensor:
-        device, dtype = self.device, wide_dtype(self.device)
-        if state.is_meta:  # it has no values, and begins with zeros
-            return torch.zeros(state.shape, device=device, dtype=dtype)
-        return state.to(device, dtype)
+        return state.to(self.device, wide_dtype(self.device))

@@ -40,7 +40,6 @@ def said(*args: Any, **options: Any) -> list[str]:
     (TypeError("of the user"), "TypeError: of the user. If `forward` takes other arguments, set `inputs="),
     (TypeError("perturb a label"), "TypeError: perturb a label. If .* See docs/troubleshooting.md#arguments"),
     (ValueError("of the user"), "of the user.( If| See docs)"),
-    (NotImplementedError(), "NotImplementedError: a method that the model needs, .* is missing"),
     (MisconfigurationException("Do this."), "Do this. See docs"),
 ])  # fmt: skip
 def test_a_failure_before_the_first_step_is_an_error_that_says_what_to_do(
