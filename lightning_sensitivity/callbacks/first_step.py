@@ -15,10 +15,11 @@ from lightning_sensitivity.model.reader import BatchReader
 
 
 class Received(NamedTuple):
-    """Hold the first floating input of a part, and the states of the random streams when it came."""
+    """Hold the first floating input of a part, the states of the random streams then, and whether the part learns."""
 
     inputs: Tensor
     streams: object
+    learns: bool
 
 
 Calls = dict[str, Received]  # the first call of the module and of each direct part, in their order
@@ -50,11 +51,11 @@ class FirstStep:
             self._in_step = True
 
     def _watch(self, module: nn.Module) -> None:
-        """Note the first call of the module, and of each direct part that learns."""
+        """Note the first call of the module, and of each direct part with weights, also of a frozen one."""
         parts = {"forward": compat.original_module(module), **dict(module.named_children())}
         for name, part in parts.items():
             is_fast = isinstance(part, nn.TransformerEncoder | nn.TransformerEncoderLayer) and not part.training
-            if is_fast or not any(weight.requires_grad for weight in part.parameters()):
+            if is_fast or next(part.parameters(), None) is None:
                 continue  # torch runs an encoder in eval mode in another way if it has hooks
             self._hooks.enter_context(part.register_forward_pre_hook(partial(self._note, name), with_kwargs=True))
 
@@ -64,7 +65,8 @@ class FirstStep:
             inputs = [x for x in tensors_in([*args, *kwargs.values()]) if is_floating(x)]
             is_meant = torch.is_grad_enabled() == self._in_step and not compat.is_redirected(part)
             if inputs and is_meant and name not in self._theirs:
-                self._theirs[name] = Received(inputs[0].detach().clone(), compat.random_streams())
+                learns = any(weight.requires_grad for weight in part.parameters())
+                self._theirs[name] = Received(inputs[0].detach().clone(), compat.random_streams(), learns)
 
     def stop(self, is_skipped: bool) -> str | None:
         """Stop watching, and say how the step differs from what is measured; a skipped step says nothing."""
@@ -72,14 +74,15 @@ class FirstStep:
         self.cancel()
         if not ours or is_skipped:
             return None
-        called = [name for name in theirs if name in ours]
-        if not called:
+        if ours.keys().isdisjoint(theirs):
             return "the step does not call `forward`, which is measured"
-        others = [name for name in theirs if name not in ours]
+        others = [name for name in theirs if name not in ours and theirs[name].learns]
         if others:
             return f"the step calls `{others[0]}`, which `forward` does not call"
-        first = called[:2] if called[0] == "forward" else called[:1]  # later ones get what dropout and the like make
-        return next(filter(None, (_compare(name, ours[name], theirs[name]) for name in first)), None)
+        names = list(ours)
+        first = names[:2] if names[0] == "forward" else names[:1]  # later ones get what dropout and the like make
+        found = (_compare(name, ours[name], theirs[name]) for name in first if name in theirs)
+        return next(filter(None, found), None)
 
     def cancel(self) -> None:
         """Stop watching, at any time."""

@@ -45,6 +45,24 @@ class Skipping(Stepping):
         return self.step(self, *batch) if batch_idx > 1 else None
 
 
+class Frozen(Stepping):
+    """Its body is frozen, with batch norm in training mode."""
+
+    def __init__(self, step: Step) -> None:
+        super().__init__(step)
+        self.net = nn.Sequential(self.net, nn.BatchNorm1d(4)).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.net(x))
+
+
+class Closed(Frozen):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            features = self.net(x)
+        return self.head(features)
+
+
 class Case(NamedTuple):
     """A step, what is said of it (None: nothing), the module, and the options of the monitor."""
 
@@ -83,6 +101,9 @@ CASES = {
     "without forward": Case(lambda m, x, y: cross_entropy(x @ m.net.weight.T, y), CALL),
     "a head of its own": Case(lambda m, x, y: cross_entropy(m.head(m(x)), y),
         "the step calls `head`, which `forward` does not call"),
+    "a frozen body": Case(plain, None, Frozen),
+    "a frozen body without gradients": Case(plain, None, Closed),
+    "a frozen body, normalized": Case(scaled, VALUES, Frozen),
     "manual, normalized": Case(scaled, VALUES, Manual),
     "a first step that is skipped": Case(scaled, None, Skipping),
 }  # fmt: skip
