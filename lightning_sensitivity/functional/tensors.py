@@ -1,6 +1,7 @@
 """The layout of outputs, and how to sum them in double precision without a copy of all of them."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy
@@ -101,6 +102,9 @@ def as_tensor(name: str, values: object) -> Tensor:
         array = numpy.asarray(values)
     except ValueError as error:
         raise ValueError(f"Expected `{name}` to be numbers in rows of one length, but got others.") from error
+    if array.dtype == object:
+        with suppress(TypeError, ValueError):
+            array = array.astype(float)  # a table with columns of booleans, as `pandas.get_dummies` makes them
     if array.dtype.kind not in "biuf":
         advice = "Turn names into numbers first, such as by `pandas.factorize` or `pandas.get_dummies`"
         raise ValueError(f"Expected `{name}` to be real numbers, but got values of type {array.dtype}. {advice}.")

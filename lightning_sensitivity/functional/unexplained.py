@@ -3,13 +3,15 @@
 import torch
 from torch import Tensor
 
+from lightning_sensitivity.functional.tensors import as_tensor
+
 _SHARES = torch.cat([torch.tensor([0, 0.01, 0.02, 0.03, 0.05]), torch.arange(0.075, 0.86, 0.025)]).double()  # r
 _SHARPNESS = 2.0 ** torch.arange(0, 7.01, 0.5).double()  # b
 _SMALLEST = 1e-3  # share of a class
 _UNLIKELY = 1e-12
 
 
-def unexplained_share(predictions: Tensor, labels: Tensor) -> float:
+def unexplained_share(predictions: object, labels: object) -> float:
     r"""Estimate the share of labels that predictions can't explain, made without the label of each sample.
 
     Such labels are wrong, or the inputs do not determine them. It takes labels as redrawn at random among the K
@@ -49,7 +51,7 @@ def unexplained_share(predictions: Tensor, labels: Tensor) -> float:
         >>> [round(unexplained_share(predictions, each), 2) for each in (labels, noisy)]
         [0.0, 0.2]
     """
-    q, y = _as_classes(predictions, labels)
+    q, y = _as_classes(as_tensor("predictions", predictions), as_tensor("labels", labels))
     num_classes = q.shape[1]
     shares = y.mean(0).clamp(min=_SMALLEST)
     shares = shares / shares.sum()
@@ -66,7 +68,7 @@ def unexplained_share(predictions: Tensor, labels: Tensor) -> float:
 def _as_classes(predictions: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return predictions and labels as probabilities of classes, ``(N, K)``, in float64."""
     got = f"{tuple(predictions.shape)} and {tuple(labels.shape)}"
-    q, y = predictions.detach().cpu().double(), labels.detach().cpu()
+    q, y = predictions.cpu().double(), labels.cpu()
     if q.ndim < 2 or q.shape[1] == 1:  # of class 1
         q, y = (torch.stack([1 - each, each], 1) for each in (q.flatten(), y.double().flatten()))
     elif y.ndim == 1 and bool(((y >= 0) & (y < q.shape[1])).all()):

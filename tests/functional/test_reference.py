@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from lightning_sensitivity.functional import Reference, fit_reference, reference
+from lightning_sensitivity.functional.tensors import as_tensor
 
 DIGITS, DIGIT = (torch.tensor(each) for each in load_digits(return_X_y=True))
 
