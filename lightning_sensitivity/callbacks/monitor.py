@@ -246,10 +246,12 @@ class Monitor(Callback, ABC):
         """Give other callbacks a value that is in no curve, and that does not count for their patience."""
         fallbacks = self.fallback_values(dataloader_idx)
         values = {self.logged_name(trainer, name, dataloader_idx): value for name, value in fallbacks.items()}
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
         for callback, name in callbacks_that_monitor(trainer):
             if name in values and isinstance(getattr(callback, "wait_count", None), int):
                 callback.wait_count -= 1  # type: ignore[attr-defined]
+                bound = getattr(callback, "divergence_threshold", None)
+                values[name] = values[name] if bound is None else min(values[name], bound)  # which is not exceeded
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
 
     def _free(self) -> None:
         """Free the samples, and stop watching."""

@@ -155,6 +155,12 @@ def test_a_loader_without_a_value_does_not_keep_the_patience_of_a_callback_on_an
     assert run.current_epoch == 3 and run.callback_metrics[f"{CRITERION}/dataloader_idx_1"] == 2
 
 
+def test_epochs_without_a_value_do_not_exceed_the_bound_of_a_callback() -> None:
+    stopping = cb.EarlyStopping(CRITERION, patience=9, divergence_threshold=1.9)
+    run = fit(Plain(), RiskMonitor(), stopping, val_check_interval=1, max_epochs=1)
+    assert len(run.epochs) == NUM_STEPS and run.epochs[0][CRITERION] == pytest.approx(1.9)
+
+
 def test_a_regression_has_a_worst_value_too() -> None:
     train = batches_of(HOLDOUT, HOLDOUT[:, 0])
     model = Plain(1, lambda y, t: (y[:, 0] - t).square().mean())

@@ -62,6 +62,15 @@ def test_a_missing_number_costs_the_reference_and_is_said() -> None:
     assert "has no reference: Expected `new_inputs` to be finite" in text and "Set `features=`" in text
 
 
+def test_processes_with_images_of_different_sizes_have_no_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gather(trainer: Any, values: Tensor, padding: float = 0.0) -> Tensor:
+        return torch.cat([values, values[:, :5]])
+
+    monkeypatch.setattr("lightning_sensitivity.callbacks.reference.gather", gather)
+    (text,) = said(RiskMonitor())
+    assert "has no reference: RuntimeError: Sizes of tensors must match" in text
+
+
 # Outputs that are no logits
 
 
@@ -113,6 +122,12 @@ def test_a_sigmoid_in_forward_is_said_for_classes_of_any_share(kind: Any, share:
     texts = said(kind(), Sigmoid(), of(X, y))
     assert len(texts) == 1 and "got outputs that all lie in [0, 1]. If they are not logits, set `outputs=`" in texts[0]
     assert said(kind(), Sigmoid(), of(X, y), max_epochs=0) == []
+
+
+def test_targets_from_0_to_1_in_a_regression_are_no_probabilities() -> None:
+    model = Sigmoid()
+    model.training_step = lambda batch, batch_idx: mse_loss(model(batch[0])[:, 0], batch[1])
+    assert said(RiskMonitor("regression"), model, of(X, X[:, 0])) == []
 
 
 def test_features_and_logits_in_a_tuple_are_refused_before_the_first_step() -> None:
