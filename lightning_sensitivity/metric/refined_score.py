@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from torchmetrics.utilities import dim_zero_cat
 from torchmetrics.utilities.prints import rank_zero_warn
 
 from lightning_sensitivity import compat
-from lightning_sensitivity.compat import AxType, PlotType
 from lightning_sensitivity.functional.criterion import rank_disagreement
 from lightning_sensitivity.functional.refined_score import (
     TEMPERATURES,
@@ -112,29 +110,6 @@ class RefinedScore(WideMetric):
         """
         with self.sync_context():
             return Refined.lowest(self.sums.scores).temperature
-
-    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: AxType | None = None) -> PlotType:
-        """Plot one or several values of the metric.
-
-        Args:
-            val: A result of ``metric.forward`` or ``metric.compute``, or a list of results; by default the
-                result of ``metric.compute``.
-            ax: The matplotlib axes to plot on; by default new ones.
-
-        Returns:
-            Figure and axes object.
-
-        Raises:
-            ModuleNotFoundError: If ``matplotlib`` is not installed.
-
-        Example:
-            >>> import torch
-            >>> from lightning_sensitivity import RefinedScore
-            >>> metric = RefinedScore("binary")
-            >>> values = [metric(torch.randn(8), torch.randint(2, (8,)).float()) for _ in range(10)]
-            >>> figure, axes = metric.plot(values)
-        """
-        return self._plot(val, ax)
 
 
 class Agreement(Metric):

@@ -11,7 +11,6 @@ from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 from torchmetrics.utilities.prints import rank_zero_warn
 
-from lightning_sensitivity.compat import AxType, PlotType
 from lightning_sensitivity.functional import sensitivity
 from lightning_sensitivity.functional.tensors import Diagnosis, wide_dtype
 from lightning_sensitivity.metric.wide import WideMetric
@@ -128,26 +127,3 @@ class OutputSensitivity(WideMetric):
         rows = self._all_rows
         squares = rows[:, 3].where(rows.isfinite().all(1), math.nan)
         return (squares if self.per_output else sensitivity.squared_deviations(rows)) / rows[:, 0]
-
-    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: AxType | None = None) -> PlotType:
-        """Plot one or several values of the metric.
-
-        Args:
-            val: A result of ``metric.forward`` or ``metric.compute``, or a list of results; by default the
-                result of ``metric.compute``.
-            ax: The matplotlib axes to plot on; by default new ones.
-
-        Returns:
-            Figure and axes object.
-
-        Raises:
-            ModuleNotFoundError: If ``matplotlib`` is not installed.
-
-        Example:
-            >>> import torch
-            >>> from lightning_sensitivity import OutputSensitivity
-            >>> metric = OutputSensitivity()
-            >>> values = [metric(torch.rand(8, 3), torch.rand(8, 3)) for _ in range(10)]
-            >>> figure, axes = metric.plot(values)
-        """
-        return self._plot(val, ax)

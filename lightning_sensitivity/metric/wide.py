@@ -1,12 +1,15 @@
 """What both metrics share."""
 
-from collections.abc import Callable
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lightning_utilities import apply_to_collection
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_sensitivity.compat import AxType, PlotType
 from lightning_sensitivity.functional.tensors import wide_dtype
 
 
@@ -27,3 +30,26 @@ class WideMetric(Metric):
 
     def _move(self, state: Tensor) -> Tensor:
         return state.to(self.device, wide_dtype(self.device))
+
+    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: AxType | None = None) -> PlotType:
+        """Plot one or several values of the metric.
+
+        Args:
+            val: A result of ``metric.forward`` or ``metric.compute``, or a list of results; by default the
+                result of ``metric.compute``.
+            ax: The matplotlib axes to plot on; by default new ones.
+
+        Returns:
+            Figure and axes object.
+
+        Raises:
+            ModuleNotFoundError: If ``matplotlib`` is not installed.
+
+        Example:
+            >>> import torch
+            >>> from lightning_sensitivity import RefinedScore
+            >>> metric = RefinedScore("binary")
+            >>> values = [metric(torch.randn(8), torch.randint(2, (8,)).float()) for _ in range(10)]
+            >>> figure, axes = metric.plot(values)
+        """
+        return self._plot(val, ax)
