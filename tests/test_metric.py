@@ -95,25 +95,6 @@ def test_it_resumes_as_if_nothing_had_happened(make: Callable[[], Any], way: str
     assert {x.dtype for name in metric._defaults for x in getattr(metric, name)} == {torch.float64}
 
 
-@pytest.mark.parametrize("make", [OutputSensitivity, RefinedScore])
-def test_a_call_gives_the_value_of_its_batch_and_keeps_no_graph(make: Callable[[], Any]) -> None:
-    metric, weight = filled(make()), torch.ones(5, requires_grad=True)
-    close(metric(CLEAN[0] * weight, (NOISY if make is OutputSensitivity else LABELS)[0]), filled(make(), [0]).compute())
-    assert not any(x.requires_grad for name in metric._defaults for x in getattr(metric, name))
-    close(metric.compute(), filled(make(), [*range(NUM_BATCHES), 0]).compute())
-
-
-@pytest.mark.parametrize("metric", [OutputSensitivity(), RefinedScore()])
-def test_one_value_or_several_are_plotted(metric: Any) -> None:
-    pyplot = pytest.importorskip("matplotlib.pyplot")
-    results = [filled(metric, [i]).compute() for i in range(3)]
-    values = [float(result) for result in results]
-    for given, shown in ((None, values[-1:]), (results[0], values[:1]), (results, values)):
-        figure, axes = metric.plot(given)
-        assert [float(y) for line in axes.get_lines()[:1] for y in line.get_ydata()] == pytest.approx(shown)
-        pyplot.close(figure)
-
-
 def measure_in_process(rank: int, folder: Path) -> dict[str, Any]:
     """The first process has no sample, the other all."""
     torch.distributed.init_process_group("gloo", world_size=2, rank=rank)

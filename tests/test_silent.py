@@ -133,11 +133,6 @@ CASES = {
     "labels first": Case(r="!class indices integers", batch=lambda x, y: (y, x), step=part(1),
         options={"inputs": lambda b: b[1]}),
     "dict of other names": Case("!`inputs", "!`inputs", batch=lambda x, y: {"z": x, "label": y}, step=part("z")),
-    "dict of anything": Case(r="!`targets", batch=lambda x, y: {"x": x, "mask": x > 0.5},
-        forward=lambda m, **inputs: masked(m, **inputs), step=lambda m, b, noise: m(x=noise(b["x"]), mask=b["mask"])),
-    "dict of two inputs": Case("!`inputs", batch=lambda x, y: {"x": x, "z": 2 * x, "y": y},
-        forward=lambda m, x, z: m.net(x + z), step=lambda m, b, noise: m(noise(b["x"]), b["z"]),
-        seen=lambda b: torch.cat([b["x"], b["z"]], 1)),
     "mapping with a mask": Case(batch=lambda x, y: UserDict(x=x, mask=x > 0.5, y=y, weight=x[:, 0]), forward=masked,
         step=lambda m, b, noise: m(noise(b["x"]), b["mask"]), seen=lambda b: b["x"]),
     "object": Case("!`inputs", "?has no reference", batch=lambda x, y: SimpleNamespace(x=x, y=y),
@@ -168,7 +163,6 @@ CASES = {
     "(N, T, K), outputs=": Case(r=DENSE, x=sequence, options={"outputs": lambda y: y.mT},
         step=lambda m, b, noise: m(noise(b[0])).mT),
     "(N, K, T), T == K": Case(LAST, LAST, x=lambda f: sequence(f)[:, :4], forward=lambda m, x: m.net(x).mT),
-    "(N, K, 1, 1)": Case(r=DENSE, forward=lambda m, x: m.net(x)[..., None, None]),
     "(N, K, H, W)": Case(r=DENSE, x=image, forward=lambda m, x: m.net(x.movedim(1, -1)).movedim(-1, 1)),
     # outputs
     "softmax": Case("!`outputs", "!`outputs", forward=lambda m, x: m.net(x).softmax(1)),
@@ -183,8 +177,6 @@ CASES = {
     "dict with logits": Case(forward=lambda m, x=None: {"z": x, "logits": m.net(x)}, step=output("logits")),
     "dict of heads": Case(HEAD, HEAD, forward=lambda m, x: {"loss": None, "a": m.net(x)}, step=output("a")),
     "features and logits": Case("!which of several", "!which of several", forward=lambda m, x: (x, m.net(x)),
-        step=output(1)),
-    "features and logits, outputs=": Case(forward=lambda m, x: (x, m.net(x)), options={"outputs": lambda y: y[1]},
         step=output(1)),
     # what a pass would change and leave so
     "forward that reads a nested list that it fills": Case("!gives other outputs", "!gives other outputs",

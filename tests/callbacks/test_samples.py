@@ -70,40 +70,6 @@ def test_the_memory_is_bounded_in_bytes(
     assert found == sensitivity(model, {index: batches[index] for index in chosen})
 
 
-class TimeFirst(Quiet):
-    """It takes (T, N, D)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x.mean(0))
-
-
-class Bags(Quiet):
-    """It takes rows of all samples, and says which sample each belongs to."""
-
-    def forward(self, x: Tensor, sample: Tensor) -> Tensor:
-        return self.net(torch.zeros(int(sample.max()) + 1, NUM_FEATURES).index_add(0, sample, x))
-
-
-def time_first(index: int) -> Tensor:
-    return inputs(60, seed=index).reshape(6, 10, NUM_FEATURES)  # 6 steps of 10 samples
-
-
-def bag(index: int) -> list[Tensor]:
-    return [inputs(30, seed=index), torch.arange(30) // 3]  # 3 rows of each of 10 samples
-
-
-@pytest.mark.parametrize(("model", "make"), [(TimeFirst(), time_first), (Bags(), bag)])
-def test_where_rows_are_no_samples_outputs_are_counted_and_there_is_no_reference(model: Any, make: Any) -> None:
-    labels, batches = torch.arange(10) % 4, list(map(make, range(10)))
-    train = [[*x, labels] if isinstance(x, list) else [x, labels] for x in batches]
-    model.training_step = lambda batch, batch_idx: torch.nn.functional.cross_entropy(model(*batch[:-1]), batch[-1])
-    monitors = [SensitivityMonitor(), RiskMonitor()]
-    run, texts = helpers.fitted_and_said(monitors, model, DataLoader(train, None), DataLoader(batches, None))
-    assert len(texts) == 1 and "`RiskMonitor` (val/*) has no reference" in texts[0]
-    assert monitors[0].metrics[0].estimate.num_samples == 100
-    assert helpers.logged(run).keys() >= {"val/output_sensitivity", "val/risk_criterion"}
-
-
 # For how long
 
 

@@ -22,7 +22,6 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.nn.utils import parametrizations
 
 from tests.faults.subject import Fault, Outcome, assert_same_run, is_of_training, run
 from tests.helpers import first_tensor
@@ -78,29 +77,20 @@ FAULTS = {
     "nan for all samples": Fault("20 samples gave nan", "20 samples gave nan|has no value", moments=ALL,
         validation_output=lambda y: y * math.nan),
     "nan for some training samples": Fault(None, NAN, training_output=with_nan),
-    "weights of nan": Fault("20 samples gave nan", "24 samples gave nan|has no value", moments=("first", "later"),
-        before_epoch=lambda m: m.net[4].bias.data.fill_(math.nan)),
     # outputs that are none, or others
     "fewer classes with noise": Fault("the shape", step=plain,
         validation_input=lambda x: fail("the shape") if is_noisy(x) else x),
-    "complex outputs": Fault(FLOATING, FLOATING, "`outputs`", moments=ALL, step=plain,
-        validation_output=lambda y: y + 0j),
     # batches
     "ids in a first validation": Fault("dense floating", "has no reference", moments=FIRST,
         validation_batch=lambda batch: [(9 * batch[0]).long(), batch[1]]),
     "a validation of no samples": Fault("has no value", "has no value", moments=FIRST,
         validation_batch=lambda batch: [part[:0] for part in batch]),
-    "a validation of single samples": Fault(moments=FIRST, validation_batch=lambda batch: [part[:1] for part in batch]),
     "validation without labels": Fault(moments=ALL, validation_batch=lambda batch: batch[:1]),
     "training batches without labels": Fault(None, TRAINED_LESS + "`targets`",
         training_batch=every_third(lambda batch: batch[:1])),
     "no label that counts": Fault(None, "has no reference|has no value",
         training_batch=lambda batch: [batch[0], batch[1] * 0 - 100],
         loss=lambda y, t: cross_entropy(y, t.clamp_min(0))),
-    "training batches of another kind": Fault(error="`inputs=`", moments=BEFORE,
-        training_batch=lambda batch: [batch[:1], batch[1]], step=lambda m, batch: m(first_tensor(batch))),
-    "a third element of a batch": Fault(error="cannot measure the risk.*targets=",
-        training_batch=lambda batch: [*batch, (name for name in "ab")]),
     "a hook that raises": Fault(moments=ALL, validation_batch=lambda batch: fail()),
     # a model that fails in some passes alone
     "no memory for noisy samples": Fault(NO_MEMORY, None, "out of memory", moments=("sanity", "later"),
@@ -120,7 +110,6 @@ FAULTS = {
         sensitivity_options={"noise": failing(5, False, lambda x: 1.1 * x)}),
     # modules that change
     "more classes": Fault(None, NO_VALUE + "Expected", before_epoch=lambda m: m.net.append(nn.Linear(4, 5))),
-    "parametrized later": Fault(before_epoch=lambda m: parametrizations.weight_norm(m.net[4])),
     "lazy layers that a sanity check makes": Fault(moments=SANITY, before_fit=lambda m: m.net.append(nn.LazyLinear(4))),
 }  # fmt: skip
 

@@ -14,7 +14,6 @@ from lightning.pytorch import LightningModule, seed_everything
 from torch import Tensor, nn
 
 from lightning_sensitivity.model import isolated
-from lightning_sensitivity.model.isolation import _State
 
 X = torch.rand(4, 2, generator=torch.Generator().manual_seed(0))
 
@@ -115,15 +114,6 @@ def test_a_pass_finds_what_the_one_before_found_and_leaves_no_trace(change: str,
     with isolated(model) as run:  # outside, where torch lets nobody write to tensors of inference mode
         run(lambda: None)
     assert snapshot(model) == before
-
-
-def test_an_interrupt_as_a_pass_is_put_back_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, restore = Stateful(), _State.restore
-    before = snapshot(model)
-    with pytest.raises(KeyboardInterrupt), isolated(model) as run, monkeypatch.context() as patched:
-        patched.setattr(_State, "restore", lambda self: interrupt())
-        run(model, X.clone())
-    assert snapshot(model) == before and _State.restore is restore
 
 
 def test_what_two_places_share_is_shared_by_a_pass() -> None:
