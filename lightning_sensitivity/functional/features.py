@@ -17,7 +17,7 @@ Transform = Callable[[Tensor], Tensor]
 Maker = Callable[[Tensor], Transform]
 
 _CHUNK = 50  # samples of which features are made at a time
-_MAX_SIDE = 32  # pixels of an image
+_MAX_SIDE, _MAX_VOXELS = 32, 16  # a side, of an image and of a volume
 _MAX_LENGTH = 512  # steps of a signal
 _MAX_COLUMNS = 4096  # of which distances are computed
 _CONSTANT = 1e-9  # relative standard deviation of a column that holds nothing but rounding
@@ -50,7 +50,7 @@ def kind_of(inputs: Tensor) -> str:
 
 
 def shrunk(inputs: Tensor) -> Tensor:
-    """Average images to at most 32 pixels a side, and signals to at most 512 steps; all else stays as it is.
+    """Average images to at most 32 pixels a side, volumes to 16, and signals to 512 steps; all else stays as it is.
 
     Args:
         inputs: Of any kind, ``(N, ...)``. A reference sees no more of them than what this returns.
@@ -61,7 +61,7 @@ def shrunk(inputs: Tensor) -> Tensor:
         >>> shrunk(torch.rand(2, 3, 320, 640)).shape
         torch.Size([2, 3, 16, 32])
     """
-    limit = {3: _MAX_LENGTH, 4: _MAX_SIDE}.get(inputs.ndim)
+    limit = {3: _MAX_LENGTH, 4: _MAX_SIDE, 5: _MAX_VOXELS}.get(inputs.ndim)
     largest = max(inputs.shape[2:], default=0)
     if limit is None or largest <= limit or len(inputs) == 0:
         return inputs
@@ -85,7 +85,7 @@ def make_features(transform: Transform, inputs: Tensor) -> Tensor:
 
 def columns(inputs: Tensor) -> Transform:
     """Take all numbers of a sample, each column with a mean of 0 and a variance of 1."""
-    return _standardized(_flat, _flat(inputs), floor=0.0)
+    return _standardized(_flat, make_features(_flat, inputs), floor=0.0)
 
 
 def places(ids: Tensor) -> Transform:
@@ -96,7 +96,7 @@ def places(ids: Tensor) -> Transform:
 
 def values(inputs: Tensor) -> Transform:
     """Take all numbers of a sample in the units that they have."""
-    mean = _flat(inputs).mean(0)
+    mean = make_features(_flat, inputs).mean(0)
     return lambda new: _flat(new) - mean
 
 

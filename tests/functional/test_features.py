@@ -56,11 +56,13 @@ def test_each_kind_of_inputs_has_features_of_finite_numbers(what: str) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_large_images_and_signals_are_averaged_and_all_else_stays_as_it_is() -> None:
+def test_large_images_signals_and_volumes_are_averaged_and_all_else_stays_as_it_is() -> None:
     images = (255 * random(60, 3, 64, 128)).byte()
     assert shrunk(images).shape == (60, 3, 16, 32)
     torch.testing.assert_close(shrunk(images), torch.nn.functional.avg_pool2d(images.float(), 4))
     torch.testing.assert_close(shrunk(random(5, 2, 1024)), random(5, 2, 512, 2).mean(3))
+    volumes = random(5, 2, 32, 16, 32)
+    torch.testing.assert_close(shrunk(volumes), torch.nn.functional.avg_pool3d(volumes, 2))
     for small in (images[..., :32, :32], random(5, 2, 512), random(5, 9999), images[:0]):
         assert shrunk(small) is small
 
