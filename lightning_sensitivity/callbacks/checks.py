@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_sensitivity.arguments import Refused
 from lightning_sensitivity.functional.tasks import Task
-from lightning_sensitivity.functional.tensors import are_close, are_log_probabilities, are_probabilities, num_outputs
+from lightning_sensitivity.functional.tensors import are_close, are_log_probabilities, are_probabilities
 
 _LIGHTNING_MODULES = ("lightning.pytorch.core.module", "pytorch_lightning.core.module")
 _MIN_TARGETS = 8  # of a batch, to find that all are equal
@@ -104,21 +104,12 @@ def check_outputs(outputs: Tensor, task: Task) -> None:
     """Refuse outputs that have no criterion.
 
     Raises:
-        MisconfigurationException: If they are dense, probabilities, or a single one for several classes.
+        MisconfigurationException: If they are dense, or probabilities.
     """
-    shape = tuple(outputs.shape)
-    if task.name == "multiclass" and num_outputs(outputs) == 1:
-        raise Refused(
-            f"outputs of shape {shape} are one for each sample: set `task='binary'` if labels are 0 and 1, or "
-            "`task='regression'` if they are measurements.",
-            entry="task",
-        )
-    if task.has_one_output and num_outputs(outputs) > 1:
-        raise Refused(f"outputs of shape {shape} are several for each sample: leave `task='binary'` out.", entry="task")
     if outputs.ndim > 2:
         raise Refused(
-            f"outputs are dense, {shape}, and (N, K) is needed: there is no criterion for pixels and tokens. Remove "
-            "`RiskMonitor`; `SensitivityMonitor` works.",
+            f"outputs are dense, {tuple(outputs.shape)}, and (N, K) is needed: there is no criterion for pixels and "
+            "tokens. Remove `RiskMonitor`; `SensitivityMonitor` works.",
             entry="no-criterion",
         )
     if task.has_classes and are_probabilities(outputs):
