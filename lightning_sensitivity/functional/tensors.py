@@ -43,15 +43,14 @@ def wide_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def in_chunks(function: Callable[..., Tensor], *tensors: Tensor, num_copies: int = 1) -> list[Tensor]:
+def in_chunks(function: Callable[..., Tensor], *tensors: Tensor) -> list[Tensor]:
     """Call a function on a few samples at a time, so that no double-precision copy holds all outputs.
 
     Args:
         function: Function of a chunk of each tensor.
         tensors: Tensors of the same samples, ``(N, ...)``; the first one determines the size of a chunk.
-        num_copies: How many copies of a chunk the function makes.
     """
-    samples_per_chunk = max(1, _CHUNK * len(tensors[0]) // max(1, num_copies * tensors[0].numel()))
+    samples_per_chunk = max(1, _CHUNK * len(tensors[0]) // max(1, tensors[0].numel()))
     parts = [torch.split(tensor, samples_per_chunk) for tensor in tensors]
     return [function(*chunk) for chunk in zip(*parts, strict=True)]
 
