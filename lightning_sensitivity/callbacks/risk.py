@@ -19,6 +19,7 @@ from lightning_sensitivity.callbacks.record import RiskRecord, ValidationResult
 from lightning_sensitivity.callbacks.reference import RunReference
 from lightning_sensitivity.callbacks.training import TrainingSamples
 from lightning_sensitivity.functional.criterion import combine_with_labels, distance_from_reference
+from lightning_sensitivity.functional.reference import MAX_SAMPLES
 from lightning_sensitivity.functional.refined_score import UNCHANGED, Refined, ScoreSums
 from lightning_sensitivity.functional.tasks import TASK_NAMES, TASKS, has_label
 from lightning_sensitivity.metric.refined_score import Agreement, RefinedScore, computed_sums
@@ -153,6 +154,10 @@ class RiskMonitor(Monitor):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say which epoch to choose, and what is known of the labels."""
         self._say_last_line(trainer)
+        is_waiting = self.training is not None and not self.reference.is_made and self.record.verdict is None
+        if is_waiting and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            message = f"has no value: no validation came after {MAX_SAMPLES:,} training samples, or after an epoch."
+            self.reporter.warn("samples", message)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Do as at the end of a fit, also after Ctrl-C."""

@@ -155,6 +155,11 @@ def test_a_loader_without_a_value_does_not_keep_the_patience_of_a_callback_on_an
     assert run.current_epoch == 3 and run.callback_metrics[f"{CRITERION}/dataloader_idx_1"] == 2
 
 
+def test_a_fit_that_ends_before_there_are_enough_samples_says_so() -> None:
+    texts = [fitted_and_said(RiskMonitor(), Plain(), val_check_interval=1, max_steps=steps)[1] for steps in (2, 4)]
+    assert [len(each) for each in texts] == [1, 0] and "has no value: no validation came after 3,000" in texts[0][0]
+
+
 def test_epochs_without_a_value_do_not_exceed_the_bound_of_a_callback() -> None:
     stopping = cb.EarlyStopping(CRITERION, patience=9, divergence_threshold=1.9)
     run = fit(Plain(), RiskMonitor(), stopping, val_check_interval=1, max_epochs=1)
