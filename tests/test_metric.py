@@ -147,8 +147,15 @@ def test_in_a_collection_it_takes_keywords_and_the_score_alone_positions() -> No
     close(values["val/score"], filled(RefinedScore()).compute())
     collection = MetricCollection({"accuracy": MulticlassAccuracy(5), "score": RefinedScore()})
     close(collection(CLEAN[0], LABELS[0])["score"], filled(RefinedScore(), [0]).compute())
-    with pytest.raises(TypeError, match="Expected `noisy` to be a floating tensor of outputs"):
-        MetricCollection({"S": OutputSensitivity()})(CLEAN[0], LABELS[0])
+
+
+@pytest.mark.parametrize("labels", [
+    pytest.param(LABELS[0], id="class indices"),
+    pytest.param(nn.functional.one_hot(LABELS[0], 5).float(), id="one-hot labels"),
+])  # fmt: skip
+def test_labels_that_a_collection_passes_are_refused_by_keywords(labels: Tensor) -> None:
+    with pytest.raises(TypeError, match=r"got labels.*`collection.update\(preds=..., target=..., \w+=..., \w+=...\)`"):
+        MetricCollection({"S": OutputSensitivity()})(CLEAN[0], labels)
 
 
 # Sensitivity

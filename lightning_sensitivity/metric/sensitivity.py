@@ -48,8 +48,7 @@ class OutputSensitivity(WideMetric):
     Raises:
         ValueError: If ``per_output`` is not a bool; in ``update``, if shapes do not fit; in ``compute``, if K
             differs between updates.
-        TypeError: In ``update``, if an output is not a floating tensor, as labels, which a
-            ``MetricCollection`` passes by position: update it by keywords, ``clean=`` and ``noisy=``.
+        TypeError: In ``update``, if an output is not a floating tensor, or ``noisy`` are labels.
 
     Example:
         >>> import torch
@@ -90,7 +89,19 @@ class OutputSensitivity(WideMetric):
     def update(self, clean: Tensor, noisy: Tensor | Sequence[Tensor]) -> None:
         """Add the outputs for clean and perturbed inputs of one batch."""
         assert isinstance(self.rows, list)
+        self._refuse_labels(noisy)
         self.rows.append(sensitivity.sensitivity_rows(clean, noisy))
+
+    def _refuse_labels(self, noisy: object) -> None:
+        """Raise TypeError for labels in place of outputs, which a `MetricCollection` passes by position."""
+        if not isinstance(noisy, Tensor) or noisy.numel() == 0:
+            return
+        is_first = self.update_count == 1  # looking at numbers waits for the device
+        if not noisy.is_floating_point() or (is_first and bool((noisy == noisy.square()).all() and noisy.any())):
+            raise TypeError(
+                f"Expected `noisy` to be a floating tensor of outputs (logits), but got labels, {noisy.dtype}. Update "
+                "a `MetricCollection` by keywords: `collection.update(preds=..., target=..., clean=..., noisy=...)`."
+            )
 
     def compute(self) -> Tensor:
         """Compute the sensitivity of all samples so far, over all processes."""
