@@ -213,7 +213,7 @@ class RiskMonitor(Monitor):
         labels = self.reader.labels(module, batch, output_shape)
         seen = self.reader.seen(module, batch, call, len(outputs))
         check_targets(labels, len(outputs), seen, TASKS[self.task])
-        return TrainingSamples(self.reader, output_shape, trainer.world_size)
+        return TrainingSamples(self.reader, TASKS[self.task], output_shape, trainer.world_size)
 
     def check_outputs(self, outputs: Tensor) -> None:
         """Refuse outputs that have no criterion."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_sensitivity.functional.reference import MAX_SAMPLES
+from lightning_sensitivity.functional.tasks import Task
 from lightning_sensitivity.model.reader import BatchReader
 from lightning_sensitivity.model.samples import KeptBatch, KeptSamples
 
@@ -21,6 +22,7 @@ class TrainingSamples:
 
     Args:
         reader: Reads batches, and their labels.
+        task: The task, which says which labels count.
         output_shape: The shape of the outputs for a sample.
         num_processes: How many processes keep samples.
 
@@ -29,11 +31,12 @@ class TrainingSamples:
         known: Those that a reference learns from: what it sees of them, and their labels.
     """
 
-    def __init__(self, reader: BatchReader, output_shape: tuple[int, ...], num_processes: int = 1) -> None:
+    def __init__(self, reader: BatchReader, task: Task, output_shape: tuple[int, ...], num_processes: int = 1) -> None:
         self.output_shape = output_shape
         self.scored = KeptSamples(NUM_SCORED / num_processes)
         self.known = KeptSamples(math.ceil(MAX_SAMPLES / num_processes))
         self._reader = reader
+        self._task = task
 
     @property
     def num_outputs(self) -> int:
@@ -52,11 +55,11 @@ class TrainingSamples:
             return
         labels = self._reader.labels(module, batch, self.output_shape)
         call = self._reader.call(module, batch)
-        size = len(labels)
+        size = max(1, int(self._task.has_label(labels).sum()))  # most of a batch may be unlabelled, but it has come
         if is_scored:
             self.scored.add(KeptBatch(batch_idx, size, call.copy_to_cpu(), labels))
         if is_known:
-            seen = self._reader.seen(module, batch, call, size)
+            seen = self._reader.seen(module, batch, call, len(labels))
             self.known.add(KeptBatch(batch_idx, size, labels=labels, seen=seen))
 
     def forget_known(self) -> None:

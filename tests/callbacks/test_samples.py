@@ -180,6 +180,17 @@ def test_of_a_training_loader_in_the_order_of_classes_all_classes_are_kept(monke
         assert (labels.bincount(minlength=4) / len(labels) - shares).abs().max() < 0.12
 
 
+def test_of_labels_most_of_which_are_ignored_a_reference_knows_as_many_as_of_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lightning_sensitivity.callbacks.training.MAX_SAMPLES", 30)
+    x, y = helpers.labelled(400).tensors
+    y = torch.where(torch.arange(400) % 5 == 0, y, -100)
+    monitor = RiskMonitor()
+    fitted(monitor, Quiet(), DataLoader(torch.utils.data.TensorDataset(x, y), 20), max_epochs=1)
+    assert monitor.record.verdict.num_samples >= 30
+
+
 def kept_labels(samples: Any) -> Tensor:
     return torch.cat(samples.labels)
 
