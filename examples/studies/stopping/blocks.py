@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from summaries import Number, Runs, table
 
 RUNS = Runs.read(Path(__file__).with_name("results.csv"))
@@ -92,6 +93,23 @@ def comparison(runs: Runs) -> dict[str, Number]:
     return {name: Number(value) for name, value in found.items()}
 
 
+def with_before(runs: Runs) -> Runs:
+    """Add what the criterion of before the redesign loses (`before.py`), and leave runs on which it was not run."""
+    before = pd.read_csv(Path(__file__).with_name("before.csv"))
+    frame = runs.frame.merge(before, on="run")
+    frame["before"] = frame.before_features.where(frame.given_features, frame.before)
+    return Runs(frame)
+
+
+BEFORE = with_before(CHECK)
+PARTS_BEFORE = {
+    "redrawn: none": "pool == 'redrawn' and not is_redrawn",
+    "redrawn: 20 or 40 %": "pool == 'redrawn' and is_redrawn",
+    "photos by people": "pool == 'photos'",
+    "fine-tuning": "pool == 'tuned' and not given_features",
+    "fine-tuning, `features=`": "pool == 'tuned' and given_features",
+}
+NAMES |= {f"before{number}": BEFORE.where(rows) for number, rows in enumerate(PARTS_BEFORE.values())}
 NAMES["alike"] = comparison(CHECK.where("pool == 'alike'"))
 ROWS = {f"{label} ({{{pool}.count}})": pool for label, pool in POOLS.items()}
 ASKED = {
@@ -127,6 +145,16 @@ BLOCKS = {
         "**criterion**, AUC": "{ROW.criterion_auc_lost:.2f}",
         "**ranking**, AUC": "{ROW.ranking_auc_lost:.2f}",
     }),
+    "stopping: before": table(
+        "points of accuracy lost",
+        {f"{label} ({{before{number}.count}})": f"before{number}" for number, label in enumerate(PARTS_BEFORE)},
+        {
+            "never stopping": "{ROW.never_stop_accuracy_lost:.2f}",
+            "criterion of before": "{ROW.before:.2f}",
+            "**criterion**": "{ROW.criterion_accuracy_lost:.2f}",
+            "difference": "{ROW.criterion_accuracy_lost.minus[before].interval:+.2f}",
+        },
+    ),
     "stopping: asked for": table("asked for", ASKED, {"came": "ROW"}),
     "stopping: what means do not say": """
 - **Against never stopping, not all gains are beyond chance**: in accuracy those on tables as they are
