@@ -21,7 +21,7 @@ from lightning_sensitivity.callbacks.training import TrainingSamples
 from lightning_sensitivity.functional.criterion import combine_with_labels, distance_from_reference
 from lightning_sensitivity.functional.reference import MAX_SAMPLES
 from lightning_sensitivity.functional.refined_score import UNCHANGED, Refined, ScoreSums
-from lightning_sensitivity.functional.tasks import TASK_NAMES, TASKS, has_label
+from lightning_sensitivity.functional.tasks import TASK_NAMES, TASKS
 from lightning_sensitivity.metric.refined_score import Agreement, RefinedScore, computed_sums
 from lightning_sensitivity.model.isolation import RunIsolated, isolated
 from lightning_sensitivity.model.reader import BatchReader
@@ -251,7 +251,7 @@ class RiskMonitor(Monitor):
         """Return the labels of a validation batch; None if all are ignored."""
         shape = None if self.training is None else self.training.output_shape
         labels = self.reader.labels(module, batch, shape)
-        return labels if TASKS[self.task] is TASKS["regression"] or bool(has_label(labels).any()) else None
+        return labels if bool(TASKS[self.task].has_label(labels).any()) else None
 
     def prepare(self, trainer: Trainer, module: LightningModule) -> None:
         """Make the reference, once."""
