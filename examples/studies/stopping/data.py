@@ -26,10 +26,20 @@ NUM_WORDS, LENGTH = 3000, 40
 FILES = {"films": "movieReview", "shops": "amazonReview", "newspapers": "nytEditorial", "tweets": "tweets"}
 
 
+def _lines_of_tables() -> list[list[str]]:
+    parts = re.split("^#.*\n", (Path(__file__).parent / "tables.txt").read_text(), flags=re.MULTILINE)
+    return [part.strip().splitlines() for part in parts[1:]]
+
+
 def table_lines() -> tuple[list[str], list[str]]:
     """Return one line a classification, and one a regression."""
-    first, second = (Path(__file__).parent / "tables.txt").read_text().split("# regression\n")
-    return first.strip().splitlines()[1:], second.strip().splitlines()
+    small, _, regressions = _lines_of_tables()
+    return small, regressions
+
+
+def large_table_lines() -> list[str]:
+    """Return one line a classification of 12,000 to 60,000 rows."""
+    return _lines_of_tables()[1]
 
 
 def _download(package: str, folder: Path, *options: str) -> Path:

@@ -18,8 +18,6 @@ from runs import Run, augmented, draw, size
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 
-NUM_SCORED = 600  # training samples whose outputs are kept
-
 
 def loss(run: Run, outputs: Tensor, y: Tensor) -> Tensor:
     """Compute the loss, with class weights if the run has them."""
@@ -68,8 +66,7 @@ def train(run: Run) -> dict[str, np.ndarray]:
     optimizer = run.make_optimizer([p for p in network.parameters() if p.requires_grad])
     generator = torch.Generator().manual_seed(run.index)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, run.epochs) if run.has_schedule else None
-    scored = run.x_kept[:NUM_SCORED]
-    kept: dict[str, list[np.ndarray]] = {"unseen": [], "training": [], "test": []}
+    kept: dict[str, list[np.ndarray]] = {"unseen": [], "test": []}
     for _ in range(run.epochs):
         network.train()
         for batch in order(run, generator).split(run.batch_size):
@@ -82,7 +79,7 @@ def train(run: Run) -> dict[str, np.ndarray]:
         if schedule is not None:
             schedule.step()
         network.eval()
-        for name, x in (("unseen", run.x_unseen), ("training", scored), ("test", run.x_test)):
+        for name, x in (("unseen", run.x_unseen), ("test", run.x_test)):
             kept[name].append(outputs_of(network, x))
     return {name: np.stack(values) for name, values in kept.items()}
 
@@ -107,6 +104,7 @@ def main() -> None:
     parser.add_argument("pools", nargs="+")
     parser.add_argument("--part", default="0/1")
     parser.add_argument("--until", type=int, default=10**6)
+    parser.add_argument("--check", action="store_true", help="leave the design half out")
     arguments = parser.parse_args()
     part, number = map(int, arguments.part.split("/"))
     torch.set_num_threads(1)
@@ -115,7 +113,9 @@ def main() -> None:
         for index in range(min(arguments.until, size(pool, arguments.data))):
             file = arguments.runs / f"{pool}-{index:03d}.npz"
             if index % number == part and not file.exists():
-                record(draw(pool, index, arguments.data), file)
+                run = draw(pool, index, arguments.data)
+                if not (arguments.check and run.is_design):
+                    record(run, file)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
-POOLS = ("tables", "few", "numbers", "photos", "texts", "redrawn", "tuned", "alike")
-SIZES = {"tables": 240, "numbers": 40, "photos": 36, "texts": 36, "redrawn": 45, "tuned": 15, "alike": 240}
+POOLS = ("tables", "few", "numbers", "photos", "texts", "redrawn", "tuned", "alike", "large")
+SIZES = {"tables": 240, "numbers": 40, "photos": 36, "texts": 36, "redrawn": 45, "tuned": 15, "alike": 240, "large": 28}
 NUM_ALIKE = 6  # networks on the same data
 WAYS = ("plain", "weights", "sampler")
 FEWEST, MOST = 0.03, 0.3  # positives
@@ -71,10 +71,10 @@ class Run:
 
 def draw(pool: str, index: int, folder: Path) -> Run:
     """Draw a run; the same pool and index give the same run."""
-    r = np.random.RandomState((POOLS.index(pool), index, 51))
+    r = np.random.RandomState((POOLS.index(pool), index, 53))
     run: Run = {
         "tables": _table, "few": _few, "numbers": _numbers, "photos": _photos,
-        "texts": _texts, "redrawn": _redrawn, "tuned": _tuned, "alike": _alike,
+        "texts": _texts, "redrawn": _redrawn, "tuned": _tuned, "alike": _alike, "large": _large,
     }[pool](r, index, folder)  # fmt: skip
     return run
 
@@ -139,8 +139,9 @@ def _mlp_run(
     num_classes = 1 if task == "regression" else int(y.max()) + 1
     make, network = networks.draw_mlp(r, x[0].numel(), num_classes if task == "multiclass" else 1)
     make_optimizer, optimizer = networks.draw_optimizer(r)
-    more |= {"make_network": _seeded(make, index), "make_optimizer": make_optimizer, "epochs": int(r.randint(30, 41))}
-    more |= {"batch_size": int(r.choice([32, 64, 64, 128])), "is_design": line % 3 == 0}
+    epochs, batch_size = int(r.randint(30, 41)), int(r.choice([32, 64, 64, 128]))
+    more = {"epochs": epochs, "batch_size": batch_size, "is_design": line % 3 == 0} | more
+    more |= {"make_network": _seeded(make, index), "make_optimizer": make_optimizer}
     kind = f"{told}, {network}, {optimizer}"
     return _run(of_data or r, pool, index, x, noisy, y, n, task=task, kind=kind, num_classes=num_classes, **more)
 
@@ -163,6 +164,17 @@ def _alike(r: np.random.RandomState, index: int, folder: Path) -> Run:
     noisy = redrawn(of_data, y, share)
     told = data.table_lines()[0][line].split()[1] + f", {100 * share:.0f} % redrawn"
     return _mlp_run(r, "alike", index, line, x, noisy, y, "multiclass", told, n, of_data)
+
+
+def _large(r: np.random.RandomState, index: int, folder: Path) -> Run:
+    """Draw a table of which 5,000 to 20,000 rows are for training: labels as they are, then a fifth redrawn."""
+    lines = data.large_table_lines()
+    line, share = index % len(lines), 0.2 * (index // len(lines))
+    x, y = data.table(lines[line], folder)
+    told = lines[line].split()[1] + (", a fifth redrawn" if share else "")
+    n, batch_size = int(r.choice([5000, 10000, 20000])), int(r.choice([64, 128, 256]))
+    more = {"n": n, "batch_size": batch_size, "is_design": False}
+    return _mlp_run(r, "large", index, line, x, redrawn(r, y, share), y, "multiclass", told, **more)
 
 
 def few_positives(folder: Path) -> list[int]:
