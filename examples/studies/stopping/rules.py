@@ -1,30 +1,69 @@
-"""The rules, as they were frozen: each gives a number an epoch from what it may see, and takes the epoch of the lowest.
+"""The rules, as they were frozen: each gives a number an epoch from what it may see, and takes the epoch of the best.
 
-Scores, reference, calibration and ranks are the package's own.
+References, expected values and temperatures are the package's own; metrics of labels are those of scikit-learn.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.stats import spearmanr
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, log_loss, roc_auc_score
 from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, MulticlassF1Score
 
-from lightning_sensitivity.functional.criterion import Calibration, distance_from_reference, rank_disagreement
-from lightning_sensitivity.functional.reference import Reference
-from lightning_sensitivity.functional.refined_score import TEMPERATURES, UNCHANGED, ScoreSums, score_sums
-from lightning_sensitivity.functional.tasks import find_task
+from lightning_sensitivity.functional import Reference, expected_metric, expected_score
+from lightning_sensitivity.functional.refined_score import TEMPERATURES
 
-LEAST_SKILL, CLEAN = 0.05, 1.3  # of images, signals and texts; of claim / score
-WEIGHT = 200  # of the reference, in labels
-COUNTS, NUM_DRAWS = (20, 50, 100, 200), 20  # of noisy labels that choose an epoch, and draws of them
+WORTH = {"vectors": 1000, "images": 200, "signals": 200, "tokens": 200}  # labels that a reference is worth, by input
+WORTHS = (200, 1000)  # that were compared on the design half
+COUNTS, NUM_DRAWS = (50, 100, 200, 600), 20  # of noisy labels that choose an epoch, and draws of them
+NUM_METRIC_DRAWS = 5  # of labels that choose by a metric of their own: a tenth, or all 600
 
 
+# %% Metrics: of labels, and as they are expected.
+def auc(p: np.ndarray, y: np.ndarray) -> float:
+    """Compute the area under the ROC curve, mean over the classes that occur; nan if only one does."""
+    classes = np.unique(y)
+    if len(classes) == 1:
+        return float("nan")
+    return float(np.mean([roc_auc_score(y == each, p[:, each]) for each in classes]))
+
+
+GAINS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
+    "accuracy": lambda p, y: accuracy_score(y, p.argmax(1)),
+    "auc": auc,
+    "balanced": lambda p, y: balanced_accuracy_score(y, p.argmax(1)),
+    "f1": lambda p, y: f1_score(y, p.argmax(1), average="macro", zero_division=0),
+}
+
+
+def loss(p: np.ndarray, y: np.ndarray) -> float:
+    """Compute the log-loss, or the squared error of a regression."""
+    if p.shape[1] == 1:
+        return float(np.square(p[:, 0] - y).mean())
+    return float(log_loss(y, p.clip(1e-12), labels=range(p.shape[1])))
+
+
+def metrics(num_classes: int) -> dict[str, Metric]:
+    """Return what is expected of a classification."""
+    return {
+        "accuracy": MulticlassAccuracy(num_classes, average="micro"),
+        "auc": MulticlassAUROC(num_classes),
+        "balanced": MulticlassAccuracy(num_classes, average="macro"),
+        "f1": MulticlassF1Score(num_classes, average="macro"),
+    }
+
+
+# %% What was recorded.
 @dataclass
 class Recorded:
-    """A recorded training: outputs (E, N, K) by epoch, and labels."""
+    """A recorded training: outputs by epoch, and labels. One logit counts as two classes."""
 
     found: dict[str, np.ndarray]
 
@@ -35,133 +74,160 @@ class Recorded:
 
     @property
     def task(self) -> str:
-        return str(self.found["task"])
+        """``"multiclass"`` or ``"regression"``."""
+        return "regression" if str(self.found["task"]) == "regression" else "multiclass"
 
     def outputs(self, name: str) -> Tensor:
-        return torch.tensor(self.found[name].astype(np.float32))
+        """Return logits (E, N, C), or numbers (E, N, 1)."""
+        outputs = torch.tensor(self.found[name].astype(np.float32))
+        is_binary = str(self.found["task"]) == "binary"
+        return torch.cat([torch.zeros_like(outputs), outputs], 2) if is_binary else outputs
 
-    def labels(self, name: str) -> Tensor:
-        return torch.tensor(self.found[name])
+    def predictions(self, name: str) -> np.ndarray:
+        """Return probabilities (E, N, C), or numbers (E, N, 1)."""
+        outputs = self.outputs(name).double()
+        return (outputs if self.task == "regression" else outputs.softmax(2)).numpy()
 
-    @property
-    def y_scored(self) -> Tensor:
-        """The labels of the training samples whose outputs were kept."""
-        return self.labels("y")[: self.found["training"].shape[1]]
-
-    def predictions(self, name: str) -> Tensor:
-        """Return probabilities of all classes, two for one logit; or numbers, in a regression."""
-        outputs = self.outputs(name)
-        if self.task == "regression":
-            return outputs
-        both = torch.cat([torch.zeros_like(outputs), outputs], 2) if self.task == "binary" else outputs
-        return both.softmax(2)
+    def labels(self, name: str, num_outputs: int) -> Tensor:
+        """Return labels as a matrix (N, C)."""
+        y = torch.tensor(self.found[name])
+        return y[:, None] if self.task == "regression" else torch.nn.functional.one_hot(y, num_outputs)
 
 
-# %% Without labels of unseen samples.
-@dataclass
-class Epochs:
-    """What the criterion is made of, by epoch: sums of scores on unseen and on training samples."""
-
-    unseen: list[ScoreSums]
-    training: list[ScoreSums]
-
-    @classmethod
-    def of(cls, run: Recorded, reference: Reference) -> Epochs:
-        task, shares = find_task(run.task), reference.shares
-        unseen = [score_sums(each, reference.predictions, task, shares) for each in run.outputs("unseen")]
-        training = [score_sums(each, run.y_scored, task, shares) for each in run.outputs("training")]
-        return cls([ScoreSums(*each.T) for each in unseen], [ScoreSums(*each.T) for each in training])
-
-    def training_score(self) -> np.ndarray:
-        return np.array([float(sums.scores[UNCHANGED]) for sums in self.training])
-
-    def distance(self) -> np.ndarray:
-        """Compute D of each epoch, with the calibration of the epochs so far."""
-        found, calibration = [], Calibration()
-        for unseen, training in zip(self.unseen, self.training, strict=True):
-            calibration = calibration.updated(unseen, training)
-            found.append(distance_from_reference(unseen, calibration).score)
-        return np.array(found)
+def reference_says(reference: Reference, x: Tensor) -> Tensor:
+    """Return the reference's probabilities of all classes (N, C), or its numbers (N, 1)."""
+    return reference.predictions(x) if reference.task == "regression" else reference.predict_proba(x)
 
 
-def ranking(run: Recorded, reference: Reference) -> tuple[np.ndarray, np.ndarray]:
-    """Compute how far the order of the samples is from the reference's, and from that of training labels."""
-    task = find_task(run.task)
-    labels = task.as_matrix(run.y_scored, run.found["training"].shape[2])
-    by_reference = [rank_disagreement(task.predictions(each), reference.predictions) for each in run.outputs("unseen")]
-    by_labels = [rank_disagreement(task.predictions(each), labels) for each in run.outputs("training")]
-    return np.array(by_reference), np.array(by_labels)
+# %% Curves: a number an epoch.
+def expected_curves(run: Recorded, reference: Reference, q: Tensor) -> dict[str, np.ndarray]:
+    """Compute what is expected of unseen samples without their labels."""
+    outputs = run.outputs("unseen")
+    if run.task == "regression":
+        return {"score": np.array([expected_score(each, q, run.task, reference.score).score for each in outputs])}
+    curves = {"score": np.array([expected_score(each, q).score for each in outputs])}
+    for name, metric in metrics(q.shape[1]).items():
+        curves[name] = np.array([float(expected_metric(metric, each, q)) for each in outputs])
+    return curves
 
 
-# %% With labels of unseen samples, as noisy as those of training.
-def label_scores(run: Recorded) -> Tensor:
-    """Compute the score of each label of unseen samples, by temperature and epoch, (T, E, N)."""
-    task, outputs = find_task(run.task), run.outputs("unseen")
-    num_epochs, num_unseen, num_outputs = outputs.shape
-    outputs = outputs.reshape(-1, num_outputs)
-    labels = task.as_matrix(run.labels("y_unseen"), num_outputs).repeat(num_epochs, 1)
-    temperatures = TEMPERATURES if task.has_classes else (1.0,)
-    scores = [task.distances(task.predictions(outputs / temperature), labels) for temperature in temperatures]
-    return torch.stack(scores).reshape(-1, num_epochs, num_unseen)
+def sample_scores(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Compute the score of each sample against labels or predictions (N, C), by temperature and epoch, (T, E, N)."""
+    if outputs.shape[2] == 1:
+        return (outputs - labels).square().mean(2)[None]
+    scores = [((outputs / temperature).softmax(2) - labels).square().sum(2) for temperature in TEMPERATURES]
+    return torch.stack(scores)
 
 
-def refined_score(scores: Tensor, rows: Tensor) -> np.ndarray:
-    """Compute the refined score of some labels, by epoch."""
+def refined(scores: Tensor, rows: Tensor) -> np.ndarray:
+    """Compute the refined score of some samples, by epoch."""
     return scores[:, :, rows].double().mean(2).amin(0).numpy()
 
 
-def auc(p: np.ndarray, y: np.ndarray) -> float:
-    """Compute the area under the ROC curve, mean over classes; nan if only one occurs."""
-    found = []
-    for number in range(p.shape[1]):
-        is_class = y == number
-        if 0 < is_class.sum() < len(y):
-            _, places, counts = np.unique(p[:, number], return_inverse=True, return_counts=True)
-            ranks = (np.cumsum(counts) - (counts - 1) / 2)[places]
-            num_pairs = is_class.sum() * (~is_class).sum()
-            found.append((ranks[is_class].sum() - is_class.sum() * (is_class.sum() + 1) / 2) / num_pairs)
-    return float(np.mean(found)) if found else float("nan")
+def gain_curve(name: str, p: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.array([GAINS[name](each, y) for each in p])
 
 
-def candidates(run: Recorded, reference: Reference) -> dict[str, list[int]]:
-    """Return the epochs that are taken by each number by itself: one, or one for each draw of labels."""
-    epochs = Epochs.of(run, reference)
-    distance = epochs.distance()
-    curves = {"distance": distance, "training_score": epochs.training_score()}
-    if run.task != "regression":
-        curves["ranking_by_reference"], curves["ranking_by_labels"] = ranking(run, reference)
-    chosen = {"never_stop": [len(distance) - 1]} | {name: [lowest(curve)] for name, curve in curves.items()}
-    generator = torch.Generator().manual_seed(0)
-    y, p, scores = run.found["y_unseen"], run.predictions("unseen").numpy(), label_scores(run)
-    orders = [torch.randperm(len(y), generator=generator) for _ in range(NUM_DRAWS)]
-    numbers = {"tenth": len(run.found["y"]) // 10, **{f"labels_{count}": count for count in COUNTS}}
-    for name, number in numbers.items():
-        parts = [order[:number] for order in orders]
-        refined = [refined_score(scores, rows) for rows in parts]
-        both = [(number * s + WEIGHT * distance) / (number + WEIGHT) for s in refined]
-        if number <= len(y):
-            chosen |= {name: list(map(lowest, refined)), f"{name}_and_distance": list(map(lowest, both))}
-        if name == "tenth" and run.task != "regression":
-            chosen["tenth_by_auc"] = [lowest(np.array([-auc(each[rows], y[rows]) for each in p])) for rows in parts]
-    return chosen
-
-
-def is_used(kind: str, skill: float, claim_by_score: float) -> bool:
-    """Whether the reference decides: it sees (of images and texts it has to see more), and labels do not look clean."""
-    return skill > (0.0 if kind == "vectors" else LEAST_SKILL) and not claim_by_score >= CLEAN
-
-
-def rules(with_reference: bool) -> dict[str, str]:
-    """Say which candidate each rule takes."""
-    labels = ["tenth", *(f"labels_{count}" for count in COUNTS)]
-    same = {name: name for name in ("never_stop", "training_score", "tenth_by_auc", *labels)}
-    return same | {
-        "criterion": "distance" if with_reference else "training_score",
-        "ranking": "ranking_by_reference" if with_reference else "training_score",
-        **{f"{name}_combined": f"{name}_and_distance" if with_reference else name for name in labels},
-    }
-
-
+# %% The epochs that are chosen.
 def lowest(curve: np.ndarray) -> int:
     """Return the epoch of the lowest value, the last one if there is none."""
     return int(np.nanargmin(curve)) if np.isfinite(curve).any() else len(curve) - 1
+
+
+def candidates(run: Recorded, curves: dict[str, np.ndarray], q: Tensor) -> dict[str, list[int]]:
+    """Return the epochs that are taken by each number by itself: one, or one for each draw of labels."""
+    chosen = {"never_stop": [len(curves["score"]) - 1], "expected_score": [lowest(curves["score"])]}
+    chosen |= {f"expected_{name}": [lowest(-curve)] for name, curve in curves.items() if name != "score"}
+    if run.task != "regression":
+        chosen["cbpe"] = [lowest(-run.predictions("unseen").max(2).mean(1))]
+        chosen |= by_metrics_of_labels(run)
+    return chosen | by_labels(run, curves["score"], q)
+
+
+def draws_of(run: Recorded, number: int) -> list[Tensor]:
+    """Draw unseen samples, the same ones for all runs of as many; one draw if all are taken."""
+    size = len(run.found["y_unseen"])
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randperm(size, generator=generator)[:number] for _ in range(NUM_DRAWS if number < size else 1)]
+
+
+def counts(run: Recorded) -> dict[str, int]:
+    """Say how many labels there are: a tenth of the training samples, and fixed numbers; 600 are all that there are."""
+    size = len(run.found["y_unseen"])
+    found = {f"labels_{count}": count for count in COUNTS if count < size} | {"labels_600": size}
+    return found | {"tenth": min(len(run.found["y"]) // 10, size)}
+
+
+def by_labels(run: Recorded, expected: np.ndarray, q: Tensor) -> dict[str, list[int]]:
+    """Choose by the refined score of noisy labels, beside the expected score, and by that of a tenth of the samples."""
+    outputs, chosen = run.outputs("unseen"), {}
+    scores = sample_scores(outputs, run.labels("y_unseen", outputs.shape[2]))
+    distances = sample_scores(outputs, q)
+    for name, number in counts(run).items():
+        curves = [refined(scores, rows) for rows in draws_of(run, number)]
+        chosen[name] = list(map(lowest, curves))
+        for worth in WORTHS:
+            both = [number * curve + worth * expected for curve in curves]
+            chosen[f"{name}_and_{worth}"] = list(map(lowest, both))
+    number = counts(run)["tenth"]
+    pairs = [(refined(scores, rows), refined(distances, rows)) for rows in draws_of(run, number)]
+    chosen["tenth_unlabelled"] = [lowest(distance) for _, distance in pairs]
+    for worth in WORTHS:
+        chosen[f"tenth_alone_and_{worth}"] = [lowest(number * score + worth * distance) for score, distance in pairs]
+    return chosen
+
+
+def by_metrics_of_labels(run: Recorded) -> dict[str, list[int]]:
+    """Choose by a metric of noisy labels."""
+    p, y, chosen = run.predictions("unseen"), run.found["y_unseen"], {}
+    for label, number in counts(run).items():
+        if label in ("tenth", "labels_600"):
+            draws = draws_of(run, number)[:NUM_METRIC_DRAWS]
+            for name in GAINS:
+                chosen[f"{label}_by_{name}"] = [lowest(-gain_curve(name, p[:, rows], y[rows])) for rows in draws]
+    return chosen
+
+
+def rules(with_reference: bool, kind: str) -> dict[str, str]:
+    """Say which candidate each rule takes: without a reference that sees, labels alone or the last epoch.
+
+    Args:
+        with_reference: Whether the reference is trusted.
+        kind: The kind of its inputs.
+    """
+    labels = ["tenth", *(f"labels_{count}" for count in COUNTS)]
+    by_metric = [f"{name}_by_{gain}" for name in ("tenth", "labels_600") for gain in GAINS]
+    found = {name: name for name in ("never_stop", "cbpe", *labels, *by_metric)}
+    for name in ("score", *GAINS):
+        found[f"expected_{name}"] = f"expected_{name}" if with_reference else "never_stop"
+    worth = f"and_{WORTH[kind]}"
+    found |= {f"{name}_combined": f"{name}_{worth}" if with_reference else name for name in labels}
+    found["tenth_unlabelled"] = "tenth_unlabelled" if with_reference else "never_stop"
+    return found | {"tenth_alone_combined": f"tenth_alone_{worth}" if with_reference else "tenth"}
+
+
+# %% The level, and what is compared.
+def correlation(curve: np.ndarray, truth: np.ndarray) -> float:
+    """Return Spearman's rank correlation; nan if a curve is constant."""
+    is_constant = len(set(curve)) == 1 or len(set(truth)) == 1
+    return float("nan") if is_constant else float(spearmanr(curve, truth).statistic)
+
+
+def level(run: Recorded, curves: dict[str, np.ndarray], truth: np.ndarray) -> dict[str, float]:
+    """Say how far expected values are from those of unseen labels, and how they follow the truth by epoch.
+
+    In points of accuracy; in percent of the squared error of a regression. `truth` is of the test.
+    """
+    p, y = run.predictions("unseen"), run.found["y_unseen"]
+    if run.task == "regression":
+        errors = np.array([loss(each, y) for each in p])
+        off = 100 * (curves["score"] / errors - 1)
+        about = {"expected": correlation(curves["score"], truth), "labels": correlation(errors, truth)}
+        found = {"level_error": float(np.abs(off).mean()), "level_bias": float(off.mean())}
+        return found | {f"spearman_{name}": value for name, value in about.items()}
+    accuracy, found = gain_curve("accuracy", p, y), {}
+    for name, curve in {"level": curves["accuracy"], "cbpe_level": p.max(2).mean(1)}.items():
+        off = 100 * (curve - accuracy)
+        found |= {f"{name}_error": float(np.abs(off).mean()), f"{name}_bias": float(off.mean())}
+    about = {"expected": curves["accuracy"], "score": -curves["score"], "labels": accuracy, "cbpe": p.max(2).mean(1)}
+    return found | {f"spearman_{name}": correlation(curve, truth) for name, curve in about.items()}

@@ -18,9 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
-POOLS = ("tables", "few", "numbers", "photos", "texts", "redrawn", "tuned", "alike", "large")
+OLD_POOLS = ("tables", "few", "numbers", "photos", "texts", "redrawn", "tuned", "alike", "large")
+POOLS = (*OLD_POOLS, "pretrained", "signals", "series", "annotators", "photos_alike")  # new ones at the end
 SIZES = {"tables": 240, "numbers": 40, "photos": 36, "texts": 36, "redrawn": 45, "tuned": 15, "alike": 240, "large": 28}
-NUM_ALIKE = 6  # networks on the same data
+SIZES |= {"pretrained": 16, "signals": 18, "series": 12, "annotators": 24, "photos_alike": 30}
+ALIKE, NUM_ALIKE = ("alike", "photos_alike"), 6  # networks on the same data
 WAYS = ("plain", "weights", "sampler")
 FEWEST, MOST = 0.03, 0.3  # positives
 NUM_UNSEEN, NUM_TEST = 600, 2000
@@ -75,6 +77,8 @@ def draw(pool: str, index: int, folder: Path) -> Run:
     run: Run = {
         "tables": _table, "few": _few, "numbers": _numbers, "photos": _photos,
         "texts": _texts, "redrawn": _redrawn, "tuned": _tuned, "alike": _alike, "large": _large,
+        "pretrained": _pretrained, "signals": _signals, "series": _series, "annotators": _annotators,
+        "photos_alike": _photos_alike,
     }[pool](r, index, folder)  # fmt: skip
     return run
 
@@ -345,3 +349,117 @@ def trained_body(half: int, folder: Path) -> nn.Module:
         torch.save(network[0].state_dict(), file)
     network[0].load_state_dict(torch.load(file))
     return network[0].eval()
+
+
+# %% Pools that were added with the best small model; all of their runs are for the check.
+NUM_OF_PRETRAINED, NUM_OF_PHOTOS_ALIKE = (400, 600), 1500
+RATERS = ("first", "agree", "both")
+
+
+def _pretrained(r: np.random.RandomState, index: int, folder: Path) -> Run:
+    """Fine-tune a network of ImageNet on human labels: all weights, or a new head."""
+    is_full, labels = index % 2 == 0, ("worse_label", "aggre_label")[index // 2 % 2]
+    n, (num_unseen, num_test) = int(r.randint(300, 801)), NUM_OF_PRETRAINED
+    x, y, chosen = _images(r, "cifar10", folder, n + num_unseen + num_test)
+    said = data.labels_by_people(labels, folder)[chosen]
+    rate = 10 ** (r.uniform(-4, -3) if is_full else r.uniform(-3, -2))
+    wrong = 100 * float((said != y).float().mean())
+    told = f"pretrained, {'all weights' if is_full else 'head'}, {wrong:.0f} % wrong, {n}, adamw {rate:.1g}"
+    training, unseen, test = torch.arange(len(x)).split([n, num_unseen, num_test])
+    return Run(
+        "pretrained", index, False, told, "multiclass", 10, x[training], said[training], x[unseen], said[unseen],
+        y[unseen], x[test], y[test], epochs=8 if is_full else 10, batch_size=32, has_schedule=bool(r.rand() < 0.25),
+        make_network=_seeded(lambda: networks.Pretrained(10, not is_full), index),
+        make_optimizer=lambda parameters: torch.optim.AdamW(parameters, rate), features=pretrained_features,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def pretrained_features(x: Tensor) -> Tensor:
+    """Return what the network of ImageNet says of images, before it is trained on them."""
+    network = networks.Pretrained().eval()
+    return torch.cat([network(part) for part in x.split(100)])
+
+
+def _signals(r: np.random.RandomState, index: int, folder: Path) -> Run:
+    """Draw a set of signals, none, a fifth or two fifths of whose labels are redrawn."""
+    name, share = data.SIGNALS[index % 3], (0.0, 0.2, 0.4)[index // 3 % 3]
+    x, y = data.signals(name, folder)
+    n, num_classes = int(0.6 * len(x)), int(y.max()) + 1
+    make, network = networks.draw_signal_network(r, x.shape[1], x.shape[2], num_classes)
+    make_optimizer, optimizer = networks.draw_optimizer(r)
+    return _run(
+        r, "signals", index, x, redrawn(r, y, share), y, n, task="multiclass", num_classes=num_classes, epochs=40,
+        kind=f"{name}, {100 * share:.0f} % redrawn, {n}, {network}, {optimizer}", make_network=_seeded(make, index),
+        make_optimizer=make_optimizer, batch_size=int(r.choice([16, 32, 64])), is_design=False,
+    )  # fmt: skip
+
+
+def _series(r: np.random.RandomState, index: int, folder: Path) -> Run:
+    """Draw a series whose values some hours later are targets, as they are or noisy; its weeks are divided."""
+    name, ahead, noise = data.SERIES[index % 3], (12, 24)[index // 3 % 2], index // 6 % 2
+    x, y, periods = data.series(name, ahead, folder)
+    noisy = y + 0.5 * noise * torch.tensor(r.randn(len(y))).float()
+    order = torch.tensor(r.permutation(int(periods.max()) + 1))
+    parts = order.tensor_split([int(0.6 * len(order)), int(0.8 * len(order))])
+    training, unseen, test = (torch.isin(periods, part).nonzero()[:, 0] for part in parts)
+    training = training[torch.tensor(r.permutation(len(training))[:2000])]
+    unseen = unseen[torch.tensor(r.permutation(len(unseen))[:NUM_UNSEEN])]
+    make, network = networks.draw_signal_network(r, 1, x.shape[2], 1)
+    make_optimizer, optimizer = networks.draw_optimizer(r)
+    return Run(
+        "series", index, False, f"{name}, {ahead} steps later{', noisy' * noise}, {network}, {optimizer}",
+        "regression", 1, x[training], noisy[training], x[unseen], noisy[unseen], y[unseen], x[test], y[test],
+        make_network=_seeded(make, index), make_optimizer=make_optimizer, epochs=30,
+        batch_size=int(r.choice([32, 64])), has_schedule=bool(r.rand() < 0.25),
+    )  # fmt: skip
+
+
+def _annotators(r: np.random.RandomState, index: int, folder: Path) -> Run:
+    """Draw sentences with two ratings each: the first counts, those that agree, or both as two samples."""
+    group, way = index // len(RATERS), RATERS[index % len(RATERS)]
+    of_data = np.random.RandomState((group, 54))
+    source = list(data.FILES)[group % 4]
+    words, ratings, _ = data.sentences(source, folder)
+    found = []
+    for place in of_data.permutation(len(words)):
+        votes = [each > 0 for each in ratings[place] if each]
+        if len(votes) > 1 and sum(ratings[place]):
+            found.append((words[place], *of_data.choice(votes, 2, replace=False), sum(ratings[place]) > 0))
+    chosen, first, second, correct = zip(*found, strict=True)
+    n = min(int(of_data.randint(800, 2001)), len(found) // 2)
+    x = data.token_ids(list(chosen), n)
+    y1, y2, y = (torch.tensor(each).long() for each in (first, second, correct))
+    make, network = networks.draw_words(of_data, 2)
+    make_optimizer, optimizer = networks.draw_optimizer(of_data, has_sgd=False)
+    told = f"{source} by {way}, {100 * float((y1 != y).float().mean()):.0f} % wrong, {n}, {network}, {optimizer}"
+    run = _run(
+        of_data, "annotators", index, x, torch.stack([y1, y2], 1), y, n, task="multiclass", num_classes=2, kind=told,
+        make_network=_seeded(make, group), make_optimizer=make_optimizer, is_design=False,
+        epochs=int(np.clip(PASSES["words"] / n, 15, 25)), batch_size=int(of_data.choice([32, 64])),
+    )  # fmt: skip
+    run.y_unseen = run.y_unseen[:, 0]
+    agree = run.y[:, 0] == run.y[:, 1]
+    rows = {"first": slice(None), "agree": agree, "both": torch.arange(len(run.x)).repeat(2)}[way]
+    run.y = run.y.T.flatten() if way == "both" else run.y[rows, 0]
+    run.x = run.x[rows]
+    return run
+
+
+def _photos_alike(r: np.random.RandomState, index: int, folder: Path) -> Run:
+    """Draw one of several CNNs for the same photos with human labels."""
+    group = index // NUM_ALIKE
+    of_data = np.random.RandomState((group, 55))
+    n = NUM_OF_PHOTOS_ALIKE
+    labels = ("worse_label", "aggre_label")[group % 2]
+    x, y, chosen = _images(of_data, "cifar10", folder, n + NUM_UNSEEN + NUM_TEST)
+    said = data.labels_by_people(labels, folder)[chosen]
+    training, unseen, test = torch.arange(len(x)).split([n, NUM_UNSEEN, NUM_TEST])
+    make, network = networks.draw_cnn(r, 3, 10)
+    make_optimizer, optimizer = networks.draw_optimizer(r)
+    told = f"photos by people, {100 * float((said != y).float().mean()):.0f} % wrong, {n}, {network}, {optimizer}"
+    return Run(
+        "photos_alike", index, False, told, "multiclass", 10, x[training], said[training], x[unseen], said[unseen],
+        y[unseen], x[test], y[test], epochs=20, batch_size=int(r.choice([32, 64])), is_augmented=bool(r.rand() < 0.35),
+        make_network=_seeded(make, index), make_optimizer=make_optimizer, has_schedule=bool(r.rand() < 0.25),
+    )  # fmt: skip
