@@ -23,11 +23,11 @@ import torch
 from compare import compare, numbers
 from record import order
 from rules import GAINS, Recorded, candidates, expected_curves, gain_curve, level, loss, lowest, reference_says, rules
-from runs import ALIKE, NUM_ALIKE, POOLS, Run, draw
+from runs import ALIKE, NUM_ALIKE, POOLS, RATERS, Run, draw
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from lightning_sensitivity.functional import Reference, fit_reference
+from lightning_sensitivity.functional import Reference, expected_score, fit_reference
 
 OF_LABELS = {"accuracy", "auc", "loss"}  # what labels are judged by
 
@@ -89,10 +89,18 @@ def measure(run: Run, recorded: Recorded, reference: Reference, unseen: Tensor, 
         found |= {f"best_{name}": float(best), f"last_{name}": float(curve[-1]), f"chosen_{name}": float(curve[chosen])}
     found |= with_the_reference(recorded, reference_says(reference, test), chosen)
     found |= level(recorded, curves, values["loss" if run.task == "regression" else "accuracy"])
-    if run.pool in ALIKE:
-        found["compared"] = numbers(recorded, q, reference.kind, reference.is_trusted, chosen % len(curves["score"]))
     names = ("learner", "features", "kind", "skill", "unexplained", "is_trusted", "accuracy", "auroc", "majority")
     return found | {f"its_{name}": getattr(reference, name) for name in names}
+
+
+def measure_alike(recorded: Recorded, reference: Reference, unseen: Tensor) -> dict[str, Any]:
+    """Return what ranks a network, at the epoch that its expected score chose, and its accuracy there."""
+    q, outputs = reference_says(reference, unseen).float(), recorded.outputs("unseen")
+    scores = np.array([expected_score(each, q).score for each in outputs])
+    epoch = lowest(scores) if reference.is_trusted else len(scores) - 1
+    accuracy = 100 * GAINS["accuracy"](recorded.predictions("test")[epoch], recorded.found["y_test"])
+    compared = numbers(recorded, q, reference.is_trusted, epoch)
+    return {"chosen_accuracy": accuracy, "compared": compared}
 
 
 def measure_file(file: Path, data: Path) -> None:
@@ -104,9 +112,9 @@ def measure_file(file: Path, data: Path) -> None:
     row |= {"way": run.way, "n": len(run.y), "kind": run.kind, "group": run.index // NUM_ALIKE}
     if pool in ALIKE:
         reference = reference_of_alike(pool, run.index // NUM_ALIKE, data)
+        found = {"": measure_alike(recorded, reference, run.x_unseen)}
     else:
-        reference = fit(run, *training_rows(run))
-    found = {"": measure(run, recorded, reference, run.x_unseen, run.x_test)}
+        found = {"": measure(run, recorded, fit(run, *training_rows(run)), run.x_unseen, run.x_test)}
     if run.features is not None:
         x, y = training_rows(run)
         reference = fit(run, run.features(x), y)
@@ -136,8 +144,11 @@ def row_of(about: dict[str, Any], found: dict[str, Any], given_features: bool) -
     row["is_redrawn"] = "redrawn" in row["kind"] and " 0 % redrawn" not in row["kind"]
     if row["pool"] in ("photos", "texts", "redrawn", "tuned", "pretrained"):
         row["table"] = row["run"]  # nothing is there twice
+    if row["pool"] == "annotators":
+        row["group"] = int(row["run"].split("-")[1]) // len(RATERS)
+        row["table"] = f"annotators {row['group']}"
     row |= {name: value for name, value in found.items() if not name.endswith("_lost")}
-    for rule, candidate in rules(found["its_is_trusted"], found["its_kind"]).items():
+    for rule, candidate in rules(found["its_is_trusted"]).items():
         for measure in ("loss", *GAINS):
             name = f"{candidate}_{measure}_lost"
             is_shown = measure in OF_LABELS or rule.startswith(("never", "expected"))
@@ -155,8 +166,9 @@ def tables(runs: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
         read = json.loads(file.read_text())
         for name, found in read["found"].items():
             if "compared" in found:
-                alike.append(read["about"] | {"numbers": found.pop("compared"), "accuracy": found["chosen_accuracy"]})
-            rows.append(row_of(read["about"], found, name == "features"))
+                alike.append(read["about"] | {"numbers": found["compared"], "accuracy": found["chosen_accuracy"]})
+            else:
+                rows.append(row_of(read["about"], found, name == "features"))
     return pd.DataFrame(rows), compare(alike)
 
 
