@@ -10,8 +10,6 @@ from torch import Tensor
 
 Selector: TypeAlias = Callable[[Any], Any]  # selects a part of a batch or of a model's outputs
 
-_TROUBLESHOOTING = "https://lightning-sensitivity.github.io/lightning-sensitivity/troubleshooting.html"
-
 
 class Refused(MisconfigurationException):
     """Say what is wrong, and point to what to do about it.
@@ -27,12 +25,12 @@ class Refused(MisconfigurationException):
         self.entry = entry
 
     def __str__(self) -> str:
-        """Return the reason, with a link to the entry."""
+        """Return the reason, and where there is more."""
         return self.reason + link_to(self.entry)
 
 
 @contextmanager
-def explained(what: str, entry: str = "arguments") -> Iterator[None]:
+def refuse_on_error(what: str, entry: str = "arguments") -> Iterator[None]:
     """Turn an exception inside into one that says what failed; warnings that are errors pass.
 
     Args:
@@ -97,5 +95,5 @@ def describe(value: object) -> str:
 
 
 def link_to(entry: str) -> str:
-    """Point to the entry that says what to do about a message, in the repository and on the site."""
-    return f" See docs/troubleshooting.md#{entry} or {_TROUBLESHOOTING}#{entry}"
+    """Name the entry that says more about a message; what to do is in the message itself."""
+    return f" (More: docs/troubleshooting.md#{entry}, in the source distribution.)"

@@ -1,7 +1,7 @@
 """Private names of torch, Lightning and torchmetrics that may change in a release, each with a plain name.
 
 Elsewhere are only attributes of what a file is about: `_version` of a tensor and `_buffers` of a module in
-`model/isolation.py`, `_defaults` in `metric/wide.py`, `_generate_state_key` in `callbacks/risk.py`.
+`model/isolation.py`, `_defaults` in `metric/double_precision.py`, `_generate_state_key` in `callbacks/risk.py`.
 
 Lightning is imported inside the functions that use it, so that the metrics do not need it.
 """
@@ -46,6 +46,13 @@ def mark_updated(metric: Metric) -> None:
     metric._update_count = max(1, metric._update_count)
 
 
+def stay_alone(metric: Metric) -> None:
+    """Let a metric, and those that it is made of, compute in this process alone."""
+    for each in metric.modules():
+        if isinstance(each, Metric):
+            each._to_sync = False  # `sync_on_compute` is read when a metric is made
+
+
 # torch
 
 
@@ -80,6 +87,13 @@ def num_loaders(trainer: Trainer) -> int:
 def is_last_batch(trainer: Trainer) -> bool:
     """Return whether the current batch is the last one of all loaders in the running evaluation."""
     return bool(trainer._evaluation_loop.batch_progress.is_last_batch)
+
+
+def logged_names(trainer: Trainer) -> set[str]:
+    """Return the names under which values were logged in the running evaluation."""
+    results: Any = trainer._results
+    current = [each for each in results.values() if not each.has_reset]
+    return {name for each in current for name in results._forked_name(each, on_step=False)}
 
 
 def is_redirected(module: nn.Module) -> bool:

@@ -15,9 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_sensitivity import OutputSensitivity, RefinedScore
 from lightning_sensitivity.functional import output_sensitivity, refined_score
-from lightning_sensitivity.functional.criterion import rank_disagreement
 from lightning_sensitivity.functional.sensitivity import SensitivityEstimate, sensitivity_from_rows, sensitivity_rows
-from lightning_sensitivity.metric.refined_score import Agreement, computed_sums
 from tests.helpers import run_processes
 
 SIZES = 16, 9, 1, 20, 13
@@ -106,24 +104,18 @@ def measure_in_process(rank: int, folder: Path) -> dict[str, Any]:
         metric._update_count = max(1, metric._update_count)  # else it warns that nothing came
         found[make.__name__] = metric.compute()
         if isinstance(metric, RefinedScore):
-            found["temperature"], found["sums"] = metric.temperature, computed_sums(metric)
+            found["temperature"] = metric.temperature
             assert metric.sums.num_scored[0] == rank * NUM_SAMPLES  # again those of its own
-    agreement = Agreement("multiclass", 5)
-    if rank == 1:
-        agreement.update(ALL_CLEAN, ALL_LABELS)
-    agreement._update_count = max(1, agreement._update_count)
-    return found | {"agreement": agreement.compute()}
+    return found
 
 
 def test_two_processes_compute_what_one_computes_even_if_one_has_no_sample(tmp_path: Path) -> None:
     of_processes = run_processes(measure_in_process, tmp_path)
-    score, agreement = filled(RefinedScore()), Agreement("multiclass", 5)
-    agreement.update(ALL_CLEAN, ALL_LABELS)
+    score = filled(RefinedScore())
     for found in of_processes:
         close(found["OutputSensitivity"], filled(OutputSensitivity()).compute())
         close(found["RefinedScore"], score.compute())
-        assert found["temperature"] == score.temperature and found["agreement"] == agreement.compute()
-        close(found["sums"], score.sums)
+        assert found["temperature"] == score.temperature
 
 
 @pytest.mark.long
@@ -206,19 +198,6 @@ def test_the_score_and_the_temperature_of_batches_are_those_of_all_samples(task:
     assert metric.compute().dtype == torch.float64 and metric.compute().ndim == 0
 
 
-def test_predictions_of_another_model_are_targets_and_shares_move_the_agreement_alone() -> None:
-    q, shares = OTHERS.softmax(1), torch.linspace(0.1, 0.3, 5)
-    plain, shifted = RefinedScore(), RefinedScore(shares=shares)
-    for metric in (plain, shifted):
-        for rows in ROWS:
-            metric.update(ALL_CLEAN[rows], q[rows])
-    assert float(plain.compute()) == float(shifted.compute()) == pytest.approx(refined_score(ALL_CLEAN, q).score)
-    p = ALL_CLEAN.softmax(1)
-    wanted = torch.stack([(p * (q - each)).sum(1).mean() for each in (torch.zeros(5), shares)])
-    found = torch.stack([metric.sums.agreements[2] for metric in (plain, shifted)])
-    torch.testing.assert_close(found.float(), wanted, atol=1e-6, rtol=1e-5)
-
-
 def test_samples_without_a_label_are_left_out_and_those_with_nan_are_said() -> None:
     metric = RefinedScore()
     metric.update(CLEAN[0], torch.full_like(LABELS[0], -100))
@@ -250,18 +229,3 @@ def test_probabilities_in_small_batches_are_warned_of_unless_one_is_a_logit_or_t
     metric(outputs[:30], targets[:30])  # too few of them to tell
     metric.update(-outputs[:1], targets[:1])
     metric.compute()
-
-
-# The agreement
-
-
-@pytest.mark.parametrize("task", ["multiclass", "binary"])
-def test_agreement_is_the_order_of_all_samples_and_the_share_of_other_classes(task: str) -> None:
-    outputs, others = (x if task == "multiclass" else x[:, :1] for x in (ALL_CLEAN, OTHERS))
-    metric = Agreement(task, outputs.shape[1])
-    p, q = metric.task.predictions(outputs), metric.task.predictions(others)
-    for rows in ROWS:
-        metric.update(outputs[rows], q[rows])
-    metric.update(outputs[:3] * torch.nan, q[:3])  # left out
-    differ = (outputs.argmax(1) != others.argmax(1)) if task == "multiclass" else ((outputs > 0) != (others > 0))
-    assert metric.compute() == pytest.approx((rank_disagreement(p, q), float(differ.float().mean())))

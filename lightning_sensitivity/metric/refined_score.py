@@ -1,4 +1,4 @@
-"""The refined score as a torchmetric, and how far predictions are from those of a reference."""
+"""The refined score as a torchmetric."""
 
 from __future__ import annotations
 
@@ -6,12 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
 from torchmetrics.utilities.prints import rank_zero_warn
 
-from lightning_sensitivity import compat
-from lightning_sensitivity.functional.criterion import rank_disagreement
 from lightning_sensitivity.functional.refined_score import (
     TEMPERATURES,
     Refined,
@@ -21,12 +17,12 @@ from lightning_sensitivity.functional.refined_score import (
 )
 from lightning_sensitivity.functional.tasks import find_task
 from lightning_sensitivity.functional.tensors import wide_dtype
-from lightning_sensitivity.metric.wide import WideMetric
+from lightning_sensitivity.metric.double_precision import DoublePrecisionMetric
 
 _MANY = 50  # so many samples of a trained network have a logit that is no probability
 
 
-class RefinedScore(WideMetric):
+class RefinedScore(DoublePrecisionMetric):
     r"""Compute the Brier score after the best temperature: what to choose an epoch by, with labels.
 
     .. math::
@@ -48,7 +44,6 @@ class RefinedScore(WideMetric):
 
     Args:
         task: ``"multiclass"``, ``"binary"`` or ``"regression"``, whose score is the mean squared error.
-        shares: The mean label in training, ``(K,)``, from which ``sums.agreement`` is counted; by default zeros.
         kwargs: Additional keyword arguments of :class:`torchmetrics.Metric`.
 
     Raises:
@@ -70,10 +65,9 @@ class RefinedScore(WideMetric):
 
     packed_sums: Tensor
 
-    def __init__(self, task: str = "multiclass", *, shares: Tensor | None = None, **kwargs: Any) -> None:
+    def __init__(self, task: str = "multiclass", **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.task = find_task(task)
-        self.shares = shares
         zeros = torch.zeros(len(TEMPERATURES), len(ScoreSums._fields), dtype=wide_dtype(self.device))
         self.add_state("packed_sums", default=zeros, dist_reduce_fx="sum")
 
@@ -81,7 +75,7 @@ class RefinedScore(WideMetric):
         """Add a batch."""
         check_scored(logits, targets, self.task)
         # not in place: the state may belong to inference mode
-        self.packed_sums = self.packed_sums + score_sums(logits, targets, self.task, self.shares)
+        self.packed_sums = self.packed_sums + score_sums(logits, targets, self.task)
 
     def compute(self) -> Tensor:
         """Compute the score of all samples so far, over all processes; nan without any."""
@@ -110,45 +104,3 @@ class RefinedScore(WideMetric):
         """
         with self.sync_context():
             return Refined.lowest(self.sums.scores).temperature
-
-
-class Agreement(Metric):
-    """Compare a network's predictions with a reference's: how alike they rank samples, and choose classes.
-
-    ``compute`` returns two scalars: :func:`~lightning_sensitivity.functional.criterion.rank_disagreement`, and the
-    share of samples for which both choose different classes.
-
-    Args:
-        task: ``"multiclass"`` or ``"binary"``.
-        num_outputs: K.
-    """
-
-    def __init__(self, task: str, num_outputs: int) -> None:
-        super().__init__()
-        self.task = find_task(task)
-        self.rows: list[Tensor] | Tensor = []  # one tensor while it is synchronized
-        self.add_state("rows", default=[], dist_reduce_fx="cat")
-        # A process without samples must also take part when rows are gathered.
-        self.rows = [torch.zeros(0, 2, num_outputs, device=self.device)]
-        compat.mark_updated(self)
-
-    def update(self, logits: Tensor, predictions: Tensor) -> None:
-        """Add a batch: logits of the network, and predictions ``(N, K)`` of the reference, or labels."""
-        assert isinstance(self.rows, list)
-        p = self.task.predictions(logits.detach())
-        q = self.task.as_matrix(predictions, p.shape[1]).to(p.dtype).to(p.device)
-        has_both = p.isfinite().all(1) & self.task.has_label(predictions).to(p.device)
-        self.rows.append(torch.stack([p, q], dim=1)[has_both].float())
-
-    def compute(self) -> tuple[float, float]:
-        """Compute both, over all processes; nan without samples."""
-        rows = dim_zero_cat(self.rows).cpu()  # an Apple GPU has no float64
-        p, q = rows[:, 0], rows[:, 1]
-        return rank_disagreement(p, q), float((self.task.classes(p) != self.task.classes(q)).double().mean())
-
-
-def computed_sums(metric: RefinedScore) -> ScoreSums:
-    """Return the sums of a metric over all processes; every process must call it."""
-    compat.mark_updated(metric)  # a process may have no samples
-    with metric.sync_context():
-        return metric.sums

@@ -13,10 +13,10 @@ from torchmetrics.utilities.prints import rank_zero_warn
 
 from lightning_sensitivity.functional import sensitivity
 from lightning_sensitivity.functional.tensors import Diagnosis, wide_dtype
-from lightning_sensitivity.metric.wide import WideMetric
+from lightning_sensitivity.metric.double_precision import DoublePrecisionMetric
 
 
-class OutputSensitivity(WideMetric):
+class OutputSensitivity(DoublePrecisionMetric):
     r"""Compute output sensitivity: the variance of the class-averaged output change under input noise.
 
     .. math::

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
+from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
 
-from lightning_sensitivity.arguments import Refused, Selector, describe, explained
+from lightning_sensitivity.arguments import Refused, Selector, describe, refuse_on_error
 from lightning_sensitivity.compat import original_module
 from lightning_sensitivity.model.batches import clone_tensors, first_of, is_floating, num_samples, tensors_in
 
@@ -31,7 +32,8 @@ class ModelCall:
 
     - with a function ``inputs``, what it returns: one argument, or a tuple of them;
     - of a mapping, the entries that ``forward`` names, or all if it takes only ``**kwargs``;
-    - of a tuple or list, as many elements as ``forward`` requires arguments, at least one;
+    - of a tuple or list, as many elements as ``forward`` requires arguments, at least one: by their names if a
+      named tuple has all of these, else the first ones;
     - otherwise the batch.
 
     Perturbed are all floating tensors in the first argument; of a mapping, those in the only entry that has
@@ -103,6 +105,28 @@ class ModelCall:
             self._check_class_dimension(outputs)
         return outputs
 
+    def sliced(self, max_samples: float) -> tuple["ModelCall", Tensor | None]:
+        """Choose evenly spaced samples of a large batch.
+
+        Args:
+            max_samples: How many samples are wanted.
+
+        Returns:
+            The call on the chosen rows, and which they are; the call itself and None if there are no more than
+            wanted, or if rows may not be samples.
+        """
+        count = min(self.size, math.ceil(min(max_samples, self.size)))
+        if count in (0, self.size) or not all(map(_has_rows, self.arguments.values())):
+            return self, None
+        rows = torch.arange(count) * self.size // count
+
+        def choose(tensor: Tensor) -> Tensor:
+            return tensor[rows.to(tensor.device)] if tensor.ndim > 0 else tensor
+
+        new = self._with(lambda value: apply_to_collection(value, Tensor, choose))
+        new.size = count
+        return new, rows
+
     def to(self, device: torch.device) -> "ModelCall":
         """Return a call on the CPU as a call on a device."""
         return self if device.type == "cpu" else self._with(lambda value: move_data_to_device(value, device))
@@ -151,6 +175,17 @@ class ModelCall:
             )
 
 
+def _has_rows(value: object) -> bool:
+    """Check whether a part of a call is made of tensors, whose rows are samples, and of what belongs to all samples."""
+    if isinstance(value, Tensor):
+        return value.layout == torch.strided and not value.is_nested
+    if isinstance(value, Mapping):
+        return all(map(_has_rows, value.values()))
+    if isinstance(value, tuple):
+        return all(map(_has_rows, value))
+    return value is None or isinstance(value, bool | int | float | str)
+
+
 def select_outputs(result: object, outputs: Selector | None = None) -> Tensor:
     """Select the outputs from the result of a model.
 
@@ -181,14 +216,14 @@ def select_targets(model: nn.Module, batch: Any, targets: Selector | None = None
     Args:
         model: The module, whose ``forward`` says how many elements of a batch are inputs.
         batch: What the loader gave. A function ``targets`` gets a copy of its tensors.
-        targets: A function ``batch -> tensor``. By default, the labels are the last element of a tuple or
-            list, if all other elements are inputs of ``forward``; otherwise the only entry or attribute that
-            is called ``label``, ``labels``, ``target``, ``targets`` or ``y``.
+        targets: A function ``batch -> tensor``. By default, the labels are the only entry, field or attribute
+            that is called ``label``, ``labels``, ``target``, ``targets`` or ``y``; otherwise the last element of a
+            tuple or list, if all other elements are inputs of ``forward``.
 
     Raises:
         MisconfigurationException: If it is not clear where the labels are, or they are not a tensor.
     """
-    with explained(f"`targets` failed on {describe(batch)}"):
+    with refuse_on_error(f"`targets` failed on {describe(batch)}"):
         selected = _find_targets(model, batch) if targets is None else targets(clone_tensors(batch))
     if not isinstance(selected, Tensor):
         key = "'...'" if isinstance(batch, Mapping) else "1"
@@ -203,12 +238,20 @@ def has_targets(model: nn.Module, batch: object) -> bool:
 
 
 def _find_targets(model: nn.Module, batch: object) -> object:
-    """Find the labels by position or name; None if it is not clear where they are."""
-    if isinstance(batch, list | tuple):
-        return batch[-1] if len(batch) == num_positional(model) + 1 else None
+    """Find the labels by name or position; None if it is not clear where they are."""
+    if isinstance(batch, list | tuple) and not hasattr(batch, "_fields"):
+        return _last_element(model, batch)
+    names = set(TARGET_NAMES).difference(required_names(model) if isinstance(batch, tuple) else ())
     read = batch.get if isinstance(batch, Mapping) else lambda name: getattr(batch, name, None)
-    tensors = [value for value in map(read, TARGET_NAMES) if isinstance(value, Tensor)]
+    tensors = [value for value in map(read, names) if isinstance(value, Tensor)]
+    if not tensors and isinstance(batch, tuple):
+        return _last_element(model, batch)
     return tensors[0] if len(tensors) == 1 else None
+
+
+def _last_element(model: nn.Module, batch: Sequence[object]) -> object:
+    """Return the last element of a tuple or list if all others are inputs."""
+    return batch[-1] if len(batch) == num_positional(model) + 1 else None
 
 
 def _check_no_choice(result: object) -> None:
@@ -238,14 +281,21 @@ def parameters_of(model: nn.Module) -> list[inspect.Parameter]:
     return list(inspect.signature(original_module(model).forward).parameters.values())
 
 
+def required_names(model: nn.Module) -> list[str]:
+    """List the names of the positional arguments that ``forward`` requires."""
+    kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return [p.name for p in parameters_of(model) if p.default is p.empty and p.kind in kinds]
+
+
 def num_positional(model: nn.Module) -> int:
     """Count the positional arguments that ``forward`` requires; at least one is taken from a batch."""
-    kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
-    return max(1, sum(p.default is p.empty and p.kind in kinds for p in parameters_of(model)))
+    return max(1, len(required_names(model)))
 
 
 def _positional_arguments(model: nn.Module, batch: Sequence[object]) -> dict[int | str, object]:
-    count = num_positional(model)
+    count, names = num_positional(model), required_names(model)
+    if names and set(names) <= {*getattr(batch, "_fields", ())}:
+        return {place: getattr(batch, name) for place, name in enumerate(names)}
     if len(batch) < count:
         expected = f"`inputs` should return the {count} arguments that `forward` requires"
         raise Refused(f"{expected}, from {describe(batch)}. {_CHOOSE}")

@@ -1,13 +1,14 @@
 """How to read a batch of any kind: the call of the model on it, its labels, and what a reference sees of it."""
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from lightning_sensitivity.arguments import Refused, Selector, check_selectors, describe, explained
-from lightning_sensitivity.functional.features import shrunk
+from lightning_sensitivity.arguments import Refused, Selector, check_selectors, describe, refuse_on_error
+from lightning_sensitivity.functional.features import fit_size, shrunk
 from lightning_sensitivity.functional.tasks import Task
 from lightning_sensitivity.model.batches import clone_tensors, tensors_in
 from lightning_sensitivity.model.call import TARGET_NAMES, ModelCall, has_targets, select_targets
@@ -16,6 +17,7 @@ from lightning_sensitivity.model.samples import KeptBatch, KeptSamples
 
 _NO_TOKENS = ("position_ids", "token_type_ids")  # names in transformers, as is the next one
 _MASK = "attention_mask"  # says where tokens are, not padding
+_MAX_CATEGORY = 1000  # integers beside columns that stay below are categories
 
 
 class BatchReader:
@@ -49,6 +51,7 @@ class BatchReader:
         self._targets = targets
         self._features = features
         self._task = task
+        self._has_categories: bool | None = None  # beside columns of numbers; None before a batch has shown it
 
     def call(self, model: nn.Module, batch: object) -> ModelCall:
         """Make the call of a model on a batch."""
@@ -92,7 +95,7 @@ class BatchReader:
         with isolated(model) as run:
             return len(run(call))
 
-    def seen(self, model: nn.Module, batch: object, call: ModelCall, size: int) -> Tensor | None:
+    def features(self, model: nn.Module, batch: object, call: ModelCall, size: int) -> Tensor | None:
         """Find what a reference sees of a batch, on the CPU; None if there is nothing.
 
         Args:
@@ -101,56 +104,80 @@ class BatchReader:
             call: The call of the model on it.
             size: N, the number of its samples.
 
+        Returns:
+            Images, signals, columns or token ids, ``(N, ...)``, which may share memory with the batch or the call.
+
         Raises:
             MisconfigurationException: If ``features`` fails, or does not return a floating ``(N, D)``.
         """
         if self._features is None:
-            found = seen_inputs(call, size)
-            return None if found is None else shrunk(found.detach().to("cpu", copy=True))  # the step may write to it
-        with explained(f"`features` failed on {describe(batch)}", entry="features"), isolated(model) as run:
+            found = self._find_features(call, size)
+            return None if found is None else shrunk(found.detach().cpu())
+        what = f"`features` failed on {describe(batch)}"
+        with refuse_on_error(what, entry="features"), isolated(model) as run:
             values: object = run(self._features, clone_tensors(batch))
         if not isinstance(values, Tensor) or values.ndim < 2 or len(values) != size or not size:
             expected = f"a function that returns a tensor ({size}, D)"
             raise Refused(f"`features` should be {expected}, got {describe(values)}.", entry="features")
         return values.detach().cpu().float().flatten(1)
 
-    def keep(self, model: nn.Module, batch: object, index: int, with_seen: bool = False) -> KeptBatch:
+    def keep(
+        self,
+        model: nn.Module,
+        batch: object,
+        index: int,
+        with_features: bool = False,
+        max_samples: float = math.inf,
+    ) -> KeptBatch:
         """Copy a batch to the CPU, so that it can be run again.
 
         Args:
             model: The model.
             batch: The batch, on the model's device.
             index: Its index in its loader.
-            with_seen: Whether to keep what a reference sees of it.
+            with_features: Whether to keep what a reference sees of it.
+            max_samples: How many samples to keep, evenly spaced, if its rows are samples.
 
         Raises:
             MisconfigurationException: If it can't be read.
         """
-        call = self.call(model, batch)
-        size = self.size(model, call)
-        seen = self.seen(model, batch, call, size) if with_seen and size > 0 else None
-        return KeptBatch(index, size, call.copy_to_cpu(), seen=seen)
+        whole = self.call(model, batch)
+        call, rows = whole.sliced(max_samples)
+        call = call.copy_to_cpu()
+        size = self.size(model, whole) if rows is None else len(rows)
+        kept = KeptBatch(index, size, call, rows=rows)
+        if with_features and size > 0 and self._features is None:
+            kept.features = self.features(model, batch, call, size)
+        elif with_features and size > 0:
+            features = self.features(model, batch, whole, size if rows is None else whole.size)
+            kept.features = features if features is None or rows is None else features[rows]
+        return kept
 
+    def _find_features(self, call: ModelCall, size: int) -> Tensor | None:
+        """Find what a reference can see in the inputs of a model.
 
-def seen_inputs(call: ModelCall, size: int) -> Tensor | None:
-    """Find what a reference can see in the inputs of a model.
+        Returns:
+            The dense input, ``(N, ...)``; of several, their columns ``(N, D)``; or token ids ``(N, L)``, -1 for
+            padding. None if there are none of these, or rows are no samples.
+        """
+        arguments = {name: x for name, x in call.named().items() if name not in (*TARGET_NAMES, *_NO_TOKENS)}
+        mask = arguments.pop(_MASK, None)
+        tensors = [x for x in tensors_in(arguments) if not x.is_nested and x.ndim > 0 and len(x) == size]
+        dense = [x for x in tensors if x.is_floating_point() or (x.ndim > 2 and not x.is_complex())]
+        if not dense:
+            return _token_ids(tensors, mask)
+        dense = [x[:, None] if x.ndim == 1 else x for x in dense]
+        dense += self._categories(dense, tensors)
+        return dense[0].float() if len(dense) == 1 else torch.cat([x.float().flatten(1) for x in dense], 1)
 
-    Args:
-        call: A call of the model on a batch.
-        size: The number of its samples.
-
-    Returns:
-        The dense input, ``(N, ...)``; of several, their columns ``(N, D)``; or token ids ``(N, L)``, -1 for
-        padding. None if there are none of these, or rows are no samples.
-    """
-    arguments = {name: value for name, value in call.named().items() if name not in (*TARGET_NAMES, *_NO_TOKENS)}
-    mask = arguments.pop(_MASK, None)
-    tensors = [x for x in tensors_in(arguments) if not x.is_nested and x.ndim > 0 and len(x) == size]
-    dense = [x for x in tensors if x.is_floating_point() or (x.ndim > 2 and not x.is_complex())]
-    dense = [x[:, None] if x.ndim == 1 else x for x in dense]
-    if len(dense) == 1:
-        return dense[0].float()
-    return torch.cat([x.float().flatten(1) for x in dense], 1) if dense else _token_ids(tensors, mask)
+    def _categories(self, dense: Sequence[Tensor], tensors: Iterable[Tensor]) -> list[Tensor]:
+        """Find matrices of categories beside columns of numbers; the first batch decides for all."""
+        integers = [x for x in tensors if _may_be_tokens(x) and not x.is_floating_point()]
+        if not integers or any(x.ndim > 2 for x in dense):
+            return []
+        if self._has_categories is None:
+            self._has_categories = all(bool((x < _MAX_CATEGORY).all()) for x in integers)
+        return integers if self._has_categories else []
 
 
 def _token_ids(tensors: Iterable[Tensor], mask: object) -> Tensor | None:
@@ -171,32 +198,29 @@ def join_kept(samples: KeptSamples) -> Tensor:
     Raises:
         ValueError: If it sees nothing of some, or inputs have different sizes.
     """
-    seen = [batch.seen for batch in samples.batches if batch.seen is not None]
-    if not seen or len(seen) < len(samples.batches):
+    features = [batch.features for batch in samples.batches if batch.features is not None]
+    if not features or len(features) < len(samples.batches):
         raise ValueError("Inputs are neither dense numbers nor token ids, with a row for each sample")
-    return join_seen(seen)
+    return join_features(features)
 
 
-def join_labelled(samples: KeptSamples, task: Task, num_outputs: int) -> tuple[Tensor, Tensor]:
-    """Return what a reference sees of the kept samples that have a label, and these labels, ``(N, K)``.
+def join_features(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenate what a reference sees of several batches.
 
-    Raises:
-        ValueError: As by :func:`join_kept`.
-    """
-    labels = torch.cat([task.as_matrix(x, num_outputs).float() for x in samples.labels])
-    rows = torch.cat([task.has_label(x) for x in samples.labels])
-    return join_kept(samples)[rows], labels[rows]
-
-
-def join_seen(parts: Sequence[Tensor]) -> Tensor:
-    """Concatenate what a reference sees of several batches; token ids are padded to the longest.
+    Token ids are padded to the longest by -1, and signals by 0; images get the size of those of the first part.
 
     Raises:
-        ValueError: If inputs have different sizes.
+        ValueError: If inputs have different numbers of columns or channels, or are of several kinds.
     """
-    if not parts[0].is_floating_point() and all(x.ndim == 2 for x in parts):
-        length = max(x.shape[1] for x in parts)
-        return torch.cat([pad(ids, (0, length - ids.shape[1]), value=-1) for ids in parts])
-    if len({x.shape[1:] for x in parts}) > 1:
+    kinds = {(x.ndim, x.is_floating_point()) for x in parts}
+    first, (ndim, is_floating) = parts[0], next(iter(kinds))
+    is_sequence = ndim == 3 or (ndim == 2 and not is_floating)
+    num_fixed = 1 if is_sequence and not is_floating else 2  # dimensions that can't be changed
+    if len(kinds) > 1 or len({x.shape[1:num_fixed] for x in parts}) > 1:
         raise ValueError("Inputs have different sizes")
+    if is_sequence:
+        length = max(x.shape[-1] for x in parts)
+        parts = [pad(x, (0, length - x.shape[-1]), value=0 if is_floating else -1) for x in parts]
+    elif ndim > 3:
+        parts = [fit_size(x, first.shape) for x in parts]
     return torch.cat(list(parts))

@@ -16,7 +16,7 @@ from lightning_sensitivity.model.batches import tensors_in
 from lightning_sensitivity.model.call import has_targets
 
 X, IDS = torch.zeros(3, 2), torch.full((3,), 20)
-Pair = namedtuple("Pair", ["x", "y"])
+Pair, Weighted = namedtuple("Pair", ["x", "y"]), namedtuple("Weighted", ["y", "weight", "x"])
 
 
 def module(forward: Any) -> nn.Module:
@@ -82,6 +82,17 @@ def test_samples_are_counted_where_rows_leave_no_doubt(what: str) -> None:
     assert call(ONE, batch).size == size
 
 
+def test_of_a_large_batch_evenly_spaced_rows_are_taken_where_rows_are_samples() -> None:
+    rows, x = torch.tensor([0, 2, 5, 7]), torch.arange(10.0)
+    kept, found = call(TWO, {"x": x, "mask": (Pair(x, x.sum()), "name", None)}).sliced(3.2)
+    assert torch.equal(found, rows) and kept.size == 4 and torch.equal(kept.kwargs["x"], x[rows])
+    assert torch.equal(kept.kwargs["mask"][0].x, x[rows]) and kept.kwargs["mask"][0].y == x.sum()
+    assert call(ONE, x).sliced(10)[1] is None
+    for other in ({"names": ["a"] * 10}, SimpleNamespace(x=x), x.to_sparse(), [x]):
+        whole = call(TWO, {"x": x, "mask": other})
+        assert whole.sliced(3) == (whole, None)
+
+
 SQUEEZED: dict[str, tuple[Any, tuple[int, ...]]] = {  # what `forward` makes of one row, and the outputs
     "one row, squeezed": (lambda self, x: x.squeeze(), (1, 4)),
     "one output": (lambda self, x: x.sum(1), (1,)),
@@ -131,8 +142,12 @@ TAKEN: dict[str, tuple[Callable[[], Tensor], Tensor]] = {
     "arguments by name": (lambda: call(TWO, {"x": X, "mask": IDS, "z": X}).kwargs["x"], X),
     "arguments of compiled code": (lambda: call(torch.compile(TWO, backend="eager"), {"x": X, "mask": IDS})(), X),
     "as many elements as arguments": (lambda: call(TWO, (X, IDS, X)).args[1], IDS),
+    "a field of a named tuple": (lambda: call(ONE, Weighted(IDS, IDS, X))(), X),
+    "the first fields of a named tuple of other names": (lambda: call(DENOISER, Pair(X, IDS))(), X),
     "what `inputs` returns": (lambda: call(ONE, {"image": X}, lambda batch: batch["image"])(), X),
     "the last element as labels": (lambda: select_targets(TWO, (X, X, IDS)), IDS),
+    "labels of a named tuple": (lambda: select_targets(ONE, Weighted(IDS, X, X)), IDS),
+    "labels of a named tuple that has inputs called so": (lambda: select_targets(DENOISER, Weighted(X, X, IDS)), IDS),
     "labels of a mapping": (lambda: select_targets(TWO, UserDict(x=X, labels=IDS)), IDS),
     "labels of an object": (lambda: select_targets(ONE, SimpleNamespace(target=IDS)), IDS),
 }

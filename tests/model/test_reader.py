@@ -7,10 +7,11 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d, pad
 
 from lightning_sensitivity.functional.tasks import TASKS
 from lightning_sensitivity.model import ModelCall
-from lightning_sensitivity.model.reader import BatchReader, join_kept, join_labelled, join_seen, seen_inputs
+from lightning_sensitivity.model.reader import BatchReader, join_features, join_kept
 from lightning_sensitivity.model.samples import KeptBatch, KeptSamples
 from tests.helpers import labelled
 
@@ -21,9 +22,9 @@ READ = {"inputs": lambda batch: batch["image"].mul_(2), "targets": lambda batch:
 
 def test_functions_say_where_everything_is_and_get_copies() -> None:
     reader, batch = BatchReader(**READ, features=lambda batch: batch["image"].mul_(3)[:, :2]), {"image": X, "class": Y}
-    kept = reader.keep(MODEL, batch, 5, with_seen=True)
+    kept = reader.keep(MODEL, batch, 5, with_features=True)
     assert (kept.index, kept.size) == (5, 60) and kept.labels is None
-    assert torch.equal(kept.call(), MODEL(2 * X)) and torch.equal(kept.seen, 3 * X[:, :2])
+    assert torch.equal(kept.call(), MODEL(2 * X)) and torch.equal(kept.features, 3 * X[:, :2])
     labels = reader.labels(MODEL, batch)
     assert torch.equal(labels, Y) and labels.data_ptr() != Y.data_ptr() and reader.may_have_labels(MODEL, X)
     assert torch.equal(batch["image"], X)
@@ -32,8 +33,8 @@ def test_functions_say_where_everything_is_and_get_copies() -> None:
 def test_without_functions_it_takes_what_is_usual() -> None:
     reader = BatchReader()
     kept = reader.keep(MODEL, (X, Y), 0)
-    assert torch.equal(kept.call(), MODEL(X)) and kept.seen is None and torch.equal(reader.labels(MODEL, (X, Y)), Y)
-    assert torch.equal(reader.keep(MODEL, (X, Y), 0, with_seen=True).seen, X)
+    assert torch.equal(kept.call(), MODEL(X)) and kept.features is None and torch.equal(reader.labels(MODEL, (X, Y)), Y)
+    assert torch.equal(reader.keep(MODEL, (X, Y), 0, with_features=True).features, X)
     assert reader.may_have_labels(MODEL, (X, Y)) and not reader.may_have_labels(MODEL, X)
 
 
@@ -45,7 +46,7 @@ def test_functions_may_draw_random_numbers_and_change_the_model_without_a_trace(
 
     reader = BatchReader(inputs=lambda batch: batch[0] + torch.rand(1), targets=select, features=select)
     call = reader.call(model, (X, Y))
-    reader.labels(model, (X, Y)), reader.seen(model, (X, Y), call, 60)
+    reader.labels(model, (X, Y)), reader.features(model, (X, Y), call, 60)
     assert torch.equal(torch.get_rng_state(), state) and model[0].num_batches_tracked == 0
 
 
@@ -54,18 +55,18 @@ def test_samples_of_a_list_are_counted_by_outputs() -> None:
     assert BatchReader().keep(model, [list(X[:7])], 0).size == 7
 
 
-def features(result: Any) -> Any:
+def of_user(result: Any) -> Any:
     reader = BatchReader(features=lambda batch: result)
-    return reader.seen(MODEL, X, reader.call(MODEL, X), 60)
+    return reader.features(MODEL, X, reader.call(MODEL, X), 60)
 
 
 @pytest.mark.parametrize(("read", "match"), [
-    (lambda reader: reader.labels(MODEL, (X, Y + 1), (4,)), r"Expected labels from 0 to 3.*\. See docs/"),
+    (lambda reader: reader.labels(MODEL, (X, Y + 1), (4,)), r"Expected labels from 0 to 3.*\. \(More: docs/"),
     (lambda reader: reader.labels(MODEL, (X, Y[:, None]), (4,)), r"Remove the extra dimension"),
     (lambda reader: reader.labels(MODEL, X), "`targets` should return the labels"),
-    (lambda reader: features(X[:5]), r"`features` should be a function .*\(60, D\), got .*\(5, 12\)"),
-    (lambda reader: features(X[:, 0]), r"`features` should be .*\(60,\)"),
-    (lambda reader: features([X]), "`features` should be .*list of 1"),
+    (lambda reader: of_user(X[:5]), r"`features` should be a function .*\(60, D\), got .*\(5, 12\)"),
+    (lambda reader: of_user(X[:, 0]), r"`features` should be .*\(60,\)"),
+    (lambda reader: of_user([X]), "`features` should be .*list of 1"),
     (lambda reader: BatchReader(features=lambda batch: 1 / 0).keep(MODEL, X, 0, True), "`features` failed on a tensor"),
     (lambda reader: BatchReader(inputs=3), "`inputs` should be a function"),
 ])  # fmt: skip
@@ -88,6 +89,9 @@ SEEN: dict[str, tuple[dict[str, Any], Tensor | None]] = {
     "images in 8 bits": ({"x": (9 * IMAGES).byte()}, (9 * IMAGES).byte().float()),
     "signals": ({"x": IMAGES[:, :, 0]}, IMAGES[:, :, 0]),
     "an image and columns beside it": ({"x": IMAGES, "z": OTHER}, torch.cat([IMAGES.flatten(1), OTHER], 1)),
+    "categories beside columns": ({"x": ROWS, "z": IDS.byte()}, torch.cat([ROWS, IDS.float()], 1)),
+    "columns, and not large integers beside them": ({"x": ROWS, "z": 100 * IDS}, ROWS),
+    "columns, and not a mask of them": ({"x": ROWS, "mask": ROWS > 0.5}, ROWS),
     "token ids": ({"input_ids": IDS}, IDS),
     "token ids with padding": ({"input_ids": IDS, "attention_mask": MASK}, IDS.where(MASK > 0, -1)),
     "token ids in 8 bits": ({"input_ids": IDS.byte(), "attention_mask": MASK}, IDS.where(MASK > 0, -1)),
@@ -104,29 +108,57 @@ SEEN: dict[str, tuple[dict[str, Any], Tensor | None]] = {
 @pytest.mark.parametrize("what", SEEN)
 def test_a_reference_sees(what: str) -> None:
     batch, expected = SEEN[what]
-    seen = seen_inputs(ModelCall(ANY, batch), 3)
+    seen = BatchReader().features(ANY, batch, ModelCall(ANY, batch), 3)
     assert seen is expected is None or (torch.equal(seen, expected) and seen.dtype == expected.dtype)
 
 
 def test_large_images_are_kept_small_but_not_the_features_of_the_user() -> None:
     large = torch.rand(3, 1, 64, 64, generator=torch.Generator().manual_seed(0))
     flat = type("Flat", (nn.Module,), {"forward": lambda self, x: x.flatten(1)[:, :4]})()
-    assert BatchReader().keep(flat, large, 0, with_seen=True).seen.shape == (3, 1, 32, 32)
-    assert BatchReader(features=lambda batch: batch).keep(flat, large, 0, True).seen.shape == (3, 64 * 64)
+    assert BatchReader().keep(flat, large, 0, with_features=True).features.shape == (3, 1, 32, 32)
+    assert BatchReader(features=lambda batch: batch).keep(flat, large, 0, True).features.shape == (3, 64 * 64)
 
 
 def test_a_graph_is_seen_by_features_alone() -> None:
     graph, model = SimpleNamespace(x=X, y=Y), type("Net", (nn.Module,), {"forward": lambda self, data: data.x[:, :4]})()
-    assert BatchReader().keep(model, graph, 0, with_seen=True).seen is None
-    kept = BatchReader(features=lambda batch: batch.x).keep(model, graph, 0, with_seen=True)
-    assert kept.size == 60 and torch.equal(kept.seen, X)
+    assert BatchReader().keep(model, graph, 0, with_features=True).features is None
+    kept = BatchReader(features=lambda batch: batch.x).keep(model, graph, 0, with_features=True)
+    assert kept.size == 60 and torch.equal(kept.features, X)
 
 
-def test_token_ids_are_padded_to_the_longest_and_inputs_of_different_sizes_are_refused() -> None:
-    assert join_seen([IDS, IDS[:2, :3]])[3:].tolist() == [[0, 1, 2, -1], [4, 5, 6, -1]]
-    assert torch.equal(join_seen([X[:7], X[7:]]), X)
+def test_the_first_batch_decides_for_all_whether_integers_are_categories() -> None:
+    for factors, width in (((1, 1000), 16), ((1000, 1), 12)):
+        reader, batches = BatchReader(), [{"x": ROWS, "z": factor * IDS} for factor in factors]
+        assert [reader.features(ANY, b, ModelCall(ANY, b), 3).shape[1] for b in batches] == [width, width]
+
+
+def test_of_a_large_batch_some_rows_are_kept_with_their_features() -> None:
+    expected = X[torch.arange(7) * 60 // 7]
+    for reader in (BatchReader(), BatchReader(features=lambda batch: batch[0])):
+        kept = reader.keep(MODEL, (X, Y), 0, with_features=True, max_samples=7)
+        assert kept.size == 7 and torch.equal(kept.features, expected) and torch.equal(kept.call(), MODEL(expected))
+        assert torch.equal(X[kept.rows], expected) and reader.keep(MODEL, (X, Y), 0, max_samples=60).rows is None
+
+
+LARGE, IMAGE = torch.rand(2, 2, 8, 6), torch.rand(3, 2, 4, 3)
+JOINED: dict[str, tuple[list[Tensor], Tensor]] = {
+    "rows": ([X[:7], X[7:]], X),
+    "token ids": ([IDS, IDS[:2, :3]], torch.cat([IDS, pad(IDS[:2, :3], (0, 1), value=-1)])),
+    "signals": ([LARGE[0], LARGE[1, :, :, :4]], torch.cat([LARGE[0], pad(LARGE[1, :, :, :4], (0, 2))])),
+    "images": ([IMAGE, LARGE], torch.cat([IMAGE, avg_pool2d(LARGE, 2)])),
+}
+
+
+@pytest.mark.parametrize("what", JOINED)
+def test_batches_of_several_sizes_are_joined(what: str) -> None:
+    parts, expected = JOINED[what]
+    torch.testing.assert_close(join_features(parts), expected)
+
+
+@pytest.mark.parametrize("parts", [(X, X[:, :3]), (LARGE, LARGE[:, :1]), (X, LARGE), (X, IDS)])
+def test_batches_that_can_not_be_joined_are_refused(parts: tuple[Tensor, Tensor]) -> None:
     with pytest.raises(ValueError, match="different sizes"):
-        join_seen([X, X[:, :3]])
+        join_features(parts)
 
 
 def kept(*sizes: int, **values: Any) -> KeptSamples:
@@ -136,19 +168,10 @@ def kept(*sizes: int, **values: Any) -> KeptSamples:
     return samples
 
 
-def test_what_is_seen_of_labelled_samples_is_joined_with_their_labels() -> None:
-    labels = Y.where(torch.arange(60) % 7 > 0, -100)
-    x, y = join_labelled(kept(20, 7, 33, seen=X, labels=labels), TASKS["multiclass"], 4)
-    has_label = labels >= 0
-    assert torch.equal(x, X[has_label]) and torch.equal(y, torch.eye(4)[Y[has_label]])
-    x, y = join_labelled(kept(20, 40, seen=X, labels=X[:, 0].double()), TASKS["regression"], 1)
-    assert torch.equal(x, X) and torch.equal(y, X[:, :1])
-
-
 def test_samples_of_which_some_are_not_seen_have_no_reference() -> None:
-    samples = kept(20, 40, seen=X)
+    samples = kept(20, 40, features=X)
     assert torch.equal(join_kept(samples), X)
-    samples.batches[1].seen = None
+    samples.batches[1].features = None
     for each in (samples, KeptSamples(5)):
         with pytest.raises(ValueError, match="neither dense numbers nor token ids, with a row for each sample"):
             join_kept(each)

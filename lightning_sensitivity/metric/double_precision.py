@@ -1,4 +1,4 @@
-"""What both metrics share."""
+"""Metrics whose states are in double precision, and their plots."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from lightning_sensitivity.compat import AxType, PlotType
 from lightning_sensitivity.functional.tensors import wide_dtype
 
 
-class WideMetric(Metric):
-    """Keep the states of a metric in double precision, even if the model that holds it is cast to 16 bits."""
+class DoublePrecisionMetric(Metric):
+    """A metric with states in double precision, even if the model that holds it is cast to 16 bits."""
 
     is_differentiable: bool = False
     full_state_update: bool = False
