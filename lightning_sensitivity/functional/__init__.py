@@ -1,5 +1,6 @@
 """Pure functions on tensors: no model, no state, no Lightning."""
 
+from lightning_sensitivity.functional.expected import draw_labels, expected_metric, expected_score
 from lightning_sensitivity.functional.label_noise import label_noise
 from lightning_sensitivity.functional.reference import Reference, fit_reference
 from lightning_sensitivity.functional.refined_score import refined_score
@@ -8,6 +9,9 @@ from lightning_sensitivity.functional.unexplained import unexplained_share
 
 __all__ = [
     "Reference",
+    "draw_labels",
+    "expected_metric",
+    "expected_score",
     "fit_reference",
     "label_noise",
     "loss_estimate",

@@ -6,14 +6,17 @@ of numbers. Random numbers are the same in every call, and global streams are no
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_sensitivity.functional.tensors import wide_dtype
 
-Transform = Callable[[Tensor], Tensor]
+Transform = Callable[[Tensor], Any]  # inputs to rows: a tensor, or a sparse matrix
 Maker = Callable[[Tensor], Transform]
 
 _CHUNK = 50  # samples of which features are made at a time
@@ -33,8 +36,9 @@ _THRESHOLD = 0.5  # of responses
 _SOME = 500  # samples that give responses their scale
 _RARE = 0.1  # of the scale of all responses, added to that of each
 
-_MAX_WORDS, _MAX_PAIRS = 4096, 4096
+_MAX_WORDS = 8192  # and pairs of words
 _PAIR_WEIGHT = 0.5
+_FEW_TEXTS = 50  # below, words that occur once are kept, too
 
 
 def kind_of(inputs: Tensor) -> str:
@@ -78,14 +82,34 @@ def feature_makers(inputs: Tensor) -> dict[str, Maker]:
     return {"columns": columns, "values": values}
 
 
-def make_features(transform: Transform, inputs: Tensor) -> Tensor:
+def make_rows(transform: Transform, inputs: Tensor) -> Any:
+    """Turn inputs into rows for scikit-learn: an array in double precision, or a sparse matrix of words."""
+    rows = transform(inputs) if kind_of(inputs) == "tokens" else _in_parts(transform, inputs)
+    return rows.cpu().double().numpy() if isinstance(rows, Tensor) else rows
+
+
+def _in_parts(transform: Transform, inputs: Tensor) -> Tensor:
     """Turn inputs into features, a few samples at a time."""
     return torch.cat([transform(part) for part in torch.split(inputs, _CHUNK)])
 
 
+def fit_size(inputs: Tensor, shape: torch.Size) -> Tensor:
+    """Resize images to the size of others, and cut or pad signals; all else stays as it is.
+
+    Args:
+        inputs: Of any kind, ``(N, ...)``.
+        shape: The shape of the others.
+    """
+    if inputs.shape[2:] == shape[2:] or inputs.ndim != len(shape) or len(inputs) == 0:
+        return inputs
+    if kind_of(inputs) == "signals":
+        return F.pad(inputs.float(), (0, shape[2] - inputs.shape[2]))
+    return torch.cat([F.interpolate(part.float(), shape[2:], mode="area") for part in torch.split(inputs, _CHUNK)])
+
+
 def columns(inputs: Tensor) -> Transform:
     """Take all numbers of a sample, each column with a mean of 0 and a variance of 1."""
-    return _standardized(_flat, make_features(_flat, inputs), floor=0.0)
+    return _standardized(flat, _in_parts(flat, inputs), floor=0.0)
 
 
 def places(ids: Tensor) -> Transform:
@@ -96,11 +120,11 @@ def places(ids: Tensor) -> Transform:
 
 def values(inputs: Tensor) -> Transform:
     """Take all numbers of a sample in the units that they have."""
-    mean = make_features(_flat, inputs).mean(0)
-    return lambda new: _flat(new) - mean
+    mean = _in_parts(flat, inputs).mean(0)
+    return lambda new: flat(new) - mean
 
 
-def _flat(inputs: Tensor) -> Tensor:
+def flat(inputs: Tensor) -> Tensor:
     """Flatten samples; more than 4,096 numbers are added up with random signs (Weinberger et al., 2009)."""
     x = inputs[:, None].flatten(1)
     x = x.to(wide_dtype(x.device))
@@ -149,7 +173,7 @@ def patches(inputs: Tensor) -> Transform:
         pooled = [F.adaptive_avg_pool2d(each.clamp(min=0), cells).flatten(1) for each in (response, -response)]
         return torch.cat(pooled, 1)
 
-    return _standardized(responses, make_features(responses, _some(inputs)), floor=_RARE)
+    return _standardized(responses, _in_parts(responses, _some(inputs)), floor=_RARE)
 
 
 def _some(inputs: Tensor) -> Tensor:
@@ -199,55 +223,24 @@ def _filters(patches: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def words(ids: Tensor) -> Transform:
-    r"""Count the words of texts, and pairs of neighbours with half the weight, and weigh rare ones more (tf-idf).
+    """Weigh the words of texts, and pairs of neighbours by half, by tf-idf, as sparse rows."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
 
-    A count w of a word that is in :math:`N_w` of N texts becomes
-    :math:`(1 + \log w) \log \frac{N + 1}{N_w + 1}`, and rows get a length of 1.
-    """
-    known_words = _most_frequent(_words(ids), _MAX_WORDS, at_least=1)
-    known_pairs = _most_frequent(_pairs(ids), _MAX_PAIRS, at_least=2)
-
-    def counts(new: Tensor) -> Tensor:
-        return torch.cat([_counts(_words(new), known_words), _counts(_pairs(new), known_pairs)], 1)
-
-    texts = torch.stack([(counts(part) > 0).sum(0) for part in torch.split(ids, _CHUNK)]).sum(0)
-    weights = ((1 + len(ids)) / (1 + texts)).log()
-    weights[len(known_words) :] *= _PAIR_WEIGHT
-
-    def weighed(new: Tensor) -> Tensor:
-        found = counts(new)
-        x = (1 + found.clamp(min=1).log()) * (found > 0) * weights
-        return F.normalize(x, dim=1)
-
-    return weighed
+    rarest = 1 if len(ids) < _FEW_TEXTS else 2
+    vectorizer = TfidfVectorizer(analyzer=_words, sublinear_tf=True, min_df=rarest, max_features=_MAX_WORDS)
+    try:
+        vectorizer.fit(ids.tolist())
+    except ValueError:  # no word is in two texts
+        return lambda new: torch.zeros(len(new), 1)
+    is_pair = [len(each) > 1 for each in vectorizer.get_feature_names_out()]
+    vectorizer.idf_ = np.where(is_pair, _PAIR_WEIGHT, 1.0) * vectorizer.idf_
+    return lambda new: vectorizer.transform(new.tolist())
 
 
-def _words(ids: Tensor) -> Tensor:
-    return ids.cpu().long()
-
-
-def _pairs(ids: Tensor) -> Tensor:
-    """Return a number for each pair of neighbours, -1 where one of them is padding."""
-    ids = _words(ids)
-    first, second = ids[:, :-1], ids[:, 1:]
-    return (first * 2**31 + second).where((first >= 0) & (second >= 0), -1)
-
-
-def _most_frequent(tokens: Tensor, size: int, at_least: int) -> Tensor:
-    """Return the tokens that occur most often, sorted."""
-    found, counts = torch.unique(tokens[tokens >= 0], return_counts=True)
-    order = counts.argsort(descending=True, stable=True)[:size]
-    chosen: Tensor = found[order[counts[order] >= at_least]].sort().values
-    return chosen
-
-
-def _counts(tokens: Tensor, vocabulary: Tensor) -> Tensor:
-    """Count the tokens of a sorted vocabulary in each sample."""
-    is_known = torch.isin(tokens, vocabulary)
-    places = torch.searchsorted(vocabulary, tokens[is_known])
-    cells = is_known.nonzero()[:, 0] * len(vocabulary) + places
-    counts = torch.bincount(cells, minlength=len(tokens) * len(vocabulary))
-    return counts.reshape(len(tokens), len(vocabulary)).float()
+def _words(ids: list[int]) -> list[tuple[int, ...]]:
+    """List the words of a text, and pairs of neighbours; negative ids are padding."""
+    known = [each for each in ids if each >= 0]
+    return [*zip(known, strict=True), *pairwise(known)]
 
 
 def _generator() -> torch.Generator:

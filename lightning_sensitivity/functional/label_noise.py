@@ -10,8 +10,8 @@ from lightning_sensitivity.functional.tensors import as_tensor
 def label_noise(inputs: object, labels: object, task: str = "multiclass") -> float:
     """Estimate the share of labels that can't be explained: wrong, or not to be known from the inputs.
 
-    It fits a reference (:func:`fit_reference`) to at most 3,000 samples, and compares their labels with its
-    predictions (:func:`unexplained_share`).
+    It fits a reference (:func:`fit_reference`), and compares labels with its left-out predictions
+    (:func:`unexplained_share`).
 
     **A low number is no proof of correct labels, and a high one no proof of wrong ones.** Labels that are redrawn
     at random are found if the reference can learn the task. Where one class is turned into another, it learns that,
@@ -26,7 +26,7 @@ def label_noise(inputs: object, labels: object, task: str = "multiclass") -> flo
         task: ``"multiclass"`` or ``"binary"``.
 
     Returns:
-        The share, from 0 to below 0.86; nan if the reference has learned nothing, so that nobody knows.
+        The share, up to 0.85; nan if it can't be estimated, since the reference has learned nothing.
 
     Raises:
         ValueError: If the task is another, shapes do not fit, there is no label, or numbers are not finite.
@@ -46,4 +46,4 @@ def label_noise(inputs: object, labels: object, task: str = "multiclass") -> flo
     if y.ndim == 1 and not y.is_floating_point() and task == "multiclass":
         y, is_class = y.long(), y >= 0
         y = y.masked_scatter(is_class, torch.unique(y[is_class], return_inverse=True)[1])  # classes that occur
-    return fit_reference(x, y, x[:0], task).unexplained
+    return fit_reference(x, y, task).unexplained

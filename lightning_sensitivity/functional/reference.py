@@ -1,56 +1,78 @@
-"""A reference: kernel ridge regression of training labels, which never sees the network."""
+"""A reference: the best small model of the training labels, which never sees the network."""
 
 import math
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_sensitivity.functional.features import Transform, feature_makers, kind_of, make_features, shrunk
+from lightning_sensitivity.functional.expected import NUM_DRAWS, default_metrics, metric_value
+from lightning_sensitivity.functional.features import fit_size, kind_of, shrunk
+from lightning_sensitivity.functional.learners import Learner, fit_estimator, fit_learners, spread
 from lightning_sensitivity.functional.tasks import Task, find_task
 from lightning_sensitivity.functional.tensors import as_tensor
 from lightning_sensitivity.functional.unexplained import unexplained_share
 
-MAX_SAMPLES = 3000  # that a reference knows
-_PART = 1000  # samples by which features, width and ridge are chosen
-_CHUNK = 500  # samples that are predicted at a time
-_WIDTHS = (0.1, 0.4, 1.6)  # of the kernel, times the median squared distance
-_RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
-_CLEAN = 1.3  # claim / score
-_LEAST_SKILL = {"vectors": 0.0, "images": 0.05, "signals": 0.05, "tokens": 0.05}  # up to it, it is blind
+MAX_SAMPLES = {"vectors": 50_000}  # that a reference knows
+_MAX_SAMPLES = 10_000  # of images, signals and texts
+_CHUNK = 500  # samples that are looked at, at a time
+_LEAST_SKILL = {"vectors": 0.0}  # up to it, a reference is blind
+_LEAST_SKILL_OF_OTHERS = 0.05
 _NO_SKILL, _NO_SKILL_PER_SAMPLE = 0.01, 1.5  # permuted labels reach 0.013, and more below 150 samples
-_FEW_VALUES = 0.2  # share of different rows, in a table of categories
+_FEW_VALUES = 100  # in each column of a table of categories
+_FEW_COMBINATIONS = 10  # of them, for each sample
+_CONTRADICTORY = 0.05  # share of the variance of labels that is among equal inputs
 _ROUNDING = 1e-12  # of scores that are 0
-_EQUAL = 1e-12  # relative squared distance of equal samples
+_MANY = 10_000  # errors, of which quantiles are taken
 
 
-class Reference(NamedTuple):
-    """Hold what a reference predicts, and how good it is.
+def max_samples(kind: str) -> int:
+    """Return how many samples a reference knows at most; see :func:`kind_of`."""
+    return MAX_SAMPLES.get(kind, _MAX_SAMPLES)
+
+
+class Reference:
+    """A small model that was fitted to training labels, and what it predicts of each label that it has not seen.
+
+    Made by :func:`fit_reference`.
 
     Attributes:
-        predictions: Probabilities (or targets, in a regression) of the new samples, ``(M, K)``, float64, on the CPU.
-        shares: The mean label of the training samples, ``(K,)``.
-        score: The leave-one-out score on training samples: Brier score, or squared error.
-        chance: The score of ``shares`` as the prediction for each of them.
-        claim: The score that leave-one-out predictions would have if they were right; nan for a regression.
+        task: The name of the task.
+        kind: The kind of the inputs: ``"vectors"``, ``"images"``, ``"signals"`` or ``"tokens"``.
+        learner: ``"forest"``, ``"ridge"``, ``"mean"`` (of too few samples), or the class of your estimator.
+        features: What it sees of the inputs, such as ``"columns"`` or ``"patches"``.
+        left_out: Predictions for each training sample without it, ``(N, K)``, float64, on the CPU.
+        labels: The labels of the same samples, ``(N, K)``.
+        shares: The mean label, ``(K,)``.
+        score: The mean Brier score of the left-out predictions, or their mean squared error.
+        chance: The score of ``shares`` as the prediction for each sample.
         unexplained: The share of labels that can't be explained, by :func:`unexplained_share`; nan for a
             regression, and if the reference has learned nothing.
-        leave_one_out: Predictions for each training sample by a fit without it, ``(N, K)``.
-        labels: The labels of the same samples, ``(N, K)``.
-        kind: The kind of the inputs: ``"vectors"``, ``"images"``, ``"signals"`` or ``"tokens"``.
-        features: The features that were chosen, such as ``"patches"``.
     """
 
-    predictions: Tensor
-    shares: Tensor
-    score: float
-    chance: float
-    claim: float
-    unexplained: float
-    leave_one_out: Tensor
-    labels: Tensor
-    kind: str
-    features: str
+    def __init__(self, task: str, kind: str, shape: torch.Size, learner: Learner) -> None:
+        self.task = task
+        self.kind = kind
+        self.learner = learner.name
+        self.features = learner.features
+        self.left_out = learner.left_out
+        self.labels = learner.labels
+        self.shares = learner.labels.mean(0)
+        self.score = learner.score
+        self.chance = float(self._task.distances(self.shares.expand_as(self.labels), self.labels).mean())
+        self.unexplained = math.nan
+        self._shape = shape
+        self._predict = learner.predict
+        if self._task.has_classes and self.skill > max(_NO_SKILL, _NO_SKILL_PER_SAMPLE / self.num_samples):
+            self.unexplained = unexplained_share(self.left_out, self.labels)
+
+    def __repr__(self) -> str:
+        """Say what it is, and how good."""
+        return f"Reference({self.learner} on {self.features}, {self.num_samples} samples, skill {self.skill:.2f})"
+
+    @property
+    def _task(self) -> Task:
+        return find_task(self.task)
 
     @property
     def num_samples(self) -> int:
@@ -63,81 +85,127 @@ class Reference(NamedTuple):
         return 1 - self.score / self.chance if self.chance > _ROUNDING else 0.0
 
     @property
-    def looks_clean(self) -> bool:
-        """Whether it claims far more doubt than it has, so that labels are right, and the task is hard for it."""
-        return self.claim >= _CLEAN * self.score
-
-    @property
     def is_trusted(self) -> bool:
         """Whether it sees enough to choose by; else the network may know more of the inputs.
 
         Of a table it sees all there is, so that any skill will do. Of images, signals and texts it needs 0.05.
         """
-        return self.skill > _LEAST_SKILL[self.kind]
+        return self.skill > _LEAST_SKILL.get(self.kind, _LEAST_SKILL_OF_OTHERS)
+
+    @property
+    def accuracy(self) -> float:
+        """The share of training labels that it predicts without having seen them; nan for a regression."""
+        is_right = self._task.classes(self.left_out) == self._task.classes(self.labels)
+        return float(is_right.double().mean()) if self._task.has_classes else math.nan
+
+    @property
+    def majority(self) -> float:
+        """The share of the most frequent class: the accuracy of always predicting it; nan for a regression."""
+        classes = self._task.classes(self.labels)
+        return (
+            float(torch.unique(classes, return_counts=True)[1].max()) / len(classes)
+            if self._task.has_classes
+            else math.nan
+        )
+
+    @property
+    def auroc(self) -> float:
+        """The area under the ROC curve of left-out predictions, mean over classes; nan for a regression."""
+        metric = default_metrics(self._task, self.labels.shape[1]).get("auroc")
+        classes = self._task.classes(self.labels)[None]
+        return math.nan if metric is None else float(metric_value(metric, self.left_out, classes, self._task))
+
+    @property
+    def residuals(self) -> Tensor:
+        """Quantiles of the left-out errors, with their mean square, ``(20, K)``; see :func:`draw_labels`."""
+        errors = self.labels - self.left_out
+        places = (torch.arange(NUM_DRAWS, dtype=errors.dtype) + 0.5) / NUM_DRAWS
+        found = torch.quantile(errors[:: math.ceil(len(errors) / _MANY)], places, dim=0)
+        found = found - found.mean(0)
+        scale = errors.square().mean(0).sqrt() / found.square().mean(0).sqrt()
+        return found * scale.nan_to_num(0.0, 0.0, 0.0)
+
+    def predictions(self, inputs: object) -> Tensor:
+        """Predict inputs as a network does after softmax or sigmoid: ``(M, K)``, with K = 1 for ``"binary"``.
+
+        Args:
+            inputs: Inputs as those that it was fitted to, ``(M, ...)``; images may have any size.
+
+        Raises:
+            ValueError: If inputs are of another kind, or nan or inf.
+        """
+        x = as_tensor("inputs", inputs)
+        same = kind_of(x) == self.kind and (self.kind != "vectors" or x.shape[1:] == self._shape[1:])
+        if not same:
+            got = f"{kind_of(x)} of shape {tuple(x.shape)}"
+            raise ValueError(
+                f"Expected `inputs` to be {self.kind} (M, {', '.join(map(str, self._shape[1:]))}), but got {got}."
+            )
+        _check_finite("inputs", x)
+        if len(x) == 0:
+            return self.left_out[:0]
+        parts = [self._predict(fit_size(shrunk(part), self._shape)).cpu() for part in torch.split(x, _CHUNK)]
+        return torch.cat(parts).reshape(-1, self.labels.shape[1])
+
+    def predict_proba(self, inputs: object) -> Tensor:
+        """Predict the probabilities of all classes, ``(M, C)``, with two columns for ``"binary"``.
+
+        Args:
+            inputs: As for :meth:`predictions`.
+
+        Raises:
+            AttributeError: In a regression.
+            ValueError: As by :meth:`predictions`.
+        """
+        if not self._task.has_classes:
+            raise AttributeError("A regression has no probabilities: use `predict`.")
+        p = self.predictions(inputs)
+        return torch.cat([1 - p, p], 1) if self._task.has_one_output else p
+
+    def predict(self, inputs: object) -> Tensor:
+        """Predict classes, ``(M,)``, or the targets of a regression, ``(M,)`` or ``(M, D)``.
+
+        Args:
+            inputs: As for :meth:`predictions`.
+
+        Raises:
+            ValueError: As by :meth:`predictions`.
+        """
+        p = self.predictions(inputs)
+        if self._task.has_classes:
+            return self._task.classes(p)
+        return p[:, 0] if p.shape[1] == 1 else p
 
 
-class _Choice(NamedTuple):
-    """Hold a leave-one-out score, and by what it was reached."""
+def fit_reference(inputs: object, labels: object, task: str = "multiclass", *, estimator: Any = None) -> Reference:
+    r"""Fit a small model to training labels, and predict each of them without it.
 
-    score: float
-    features: str
-    ridge: float
-    width: float
+    Two learners of scikit-learn are fitted, and the one with the lower left-out score is the reference:
 
+    - for columns of a table a **random forest** (Breiman, 2001), which predicts a training sample by the trees that
+      did not draw it (*out of bag*); the share of columns and the size of leaves are chosen by this score;
+    - **ridge regression on Nyström features** of a Gaussian kernel (Williams and Seeger, 2001) of columns, random
+      patches (Coates and Ng, 2011) or words (tf-idf), for which leaving one sample out has a closed form; features,
+      width of the kernel and ridge are chosen by this score.
 
-class _Solution(NamedTuple):
-    """Hold weights of training samples, ``(N, K)``, the errors if each is left out, ``(N, K)``, and their score."""
-
-    weights: Tensor
-    errors: Tensor
-    score: float
-
-
-class _Machine(NamedTuple):
-    """Hold what predicts: a function from inputs (on a device) to features, those of known samples, a solution."""
-
-    device: torch.device
-    transform: Transform
-    known: Tensor
-    choice: _Choice
-    solution: _Solution
-
-    def __call__(self, inputs: Tensor) -> Tensor:
-        """Predict labels less their mean."""
-        features = make_features(self.transform, shrunk(inputs).to(self.device)).to(self.known)
-        return _kernel(features, self.known, self.choice.width) @ self.solution.weights
-
-
-def fit_reference(inputs: object, labels: object, new_inputs: object, task: str = "multiclass") -> Reference:
-    r"""Fit a reference to labels, and predict those of new samples.
-
-    The reference is kernel ridge regression (Saunders, Gammerman and Vovk, 1998) with a Gaussian kernel. With
-    features x, labels y and their mean :math:`\bar y`, it predicts
-
-    .. math::
-        q(x) = \bar y + \sum_i k(x, x_i)\, \alpha_i, \qquad
-        \alpha = (K + \lambda I)^{-1} (y - \bar y), \qquad
-        k(x, x') = \exp\Big(-\frac{\|x - x'\|^2}{w\, d}\Big)
-
-    where :math:`K_{ij} = k(x_i, x_j)`, and d is the median squared distance between samples. The features, the
-    width w of 0.1, 0.4 and 1.6 and the ridge λ from 0.03 to 30 are those with the lowest leave-one-out score. The
-    prediction for a sample that was left out has the error :math:`\alpha_i / [(K + \lambda I)^{-1}]_{ii}`, the
-    identity behind PRESS (Allen, 1974); only :math:`\bar y` includes the sample.
+    A forest is not fitted where it would take too much: above 500,000 samples times classes, or 2.5 million samples
+    times columns, it takes fewer samples, at least 2,000.
 
     Args:
-        inputs: Inputs of training samples, as tensor, array, table or list. Floating ``(N, D)`` are columns, which
-            get units of their own. Images ``(N, C, H, W)`` and signals ``(N, C, L)`` are compared with random
-            patches (Coates and Ng, 2011), large ones after averaging. Integers ``(N, L)`` are token ids, negative
-            ones padding, and become bags of words.
+        inputs: Inputs of training samples, as tensor, array, table or list. Floating ``(N, D)`` are columns; images
+            ``(N, C, H, W)`` and signals ``(N, C, L)`` are averaged if large; integers ``(N, L)`` are token ids,
+            negative ones padding.
         labels: Their labels, which may be noisy: for ``"multiclass"`` class indices ``(N,)``, or one-hot or soft
             labels ``(N, K)``; for ``"binary"`` from 0 to 1, ``(N,)`` or ``(N, 1)``; for ``"regression"`` any
             numbers, ``(N,)`` or ``(N, D)``. Samples with labels of -100 are left out, except in a regression.
-        new_inputs: Inputs of the samples to predict, ``(M, ...)``.
         task: ``"multiclass"``, ``"binary"`` or ``"regression"``, which says how labels are scored.
+        estimator: An estimator of scikit-learn to fit in place of both: a classifier with ``predict_proba``, or a
+            regressor. It sees columns, patches or words; left-out predictions are those of five folds.
 
     Returns:
-        The reference. It does not depend on the order of the samples, knows at most 3,000 of them, and counts
-        one that comes repeatedly once.
+        The reference. It does not depend on the order of the samples, and knows at most 50,000 rows of a table, and
+        10,000 other samples. A sample that comes repeatedly counts once, with the mean of its labels, except in a
+        table of few categories, where different people have the same columns.
 
     Raises:
         ValueError: If shapes do not fit, there is no training sample, inputs are nan or inf, or labels do not fit
@@ -146,134 +214,58 @@ def fit_reference(inputs: object, labels: object, new_inputs: object, task: str 
     Example:
         >>> import torch
         >>> from lightning_sensitivity.functional import fit_reference
-        >>> inputs = torch.tensor([[0.0], [0.1], [0.2], [0.3], [1.0], [1.1], [1.2], [1.3]])
-        >>> labels = torch.tensor([0, 0, 0, 0, 1, 1, 1, 0])  # the last one is noisy
-        >>> reference = fit_reference(inputs, labels, torch.tensor([[0.15], [1.15]]))
-        >>> reference.predictions.round(decimals=3)
-        tensor([[0.9940, 0.0060],
-                [0.1390, 0.8610]], dtype=torch.float64)
-        >>> round(reference.skill, 3)
-        0.528
+        >>> x = torch.rand(400, 2, generator=torch.Generator().manual_seed(0))
+        >>> reference = fit_reference(x[:300], (x[:300, 0] > 0.5).long())
+        >>> reference.predict(x[300:304])
+        tensor([0, 0, 1, 1])
+        >>> x[300:304, 0] > 0.5
+        tensor([False, False,  True,  True])
+        >>> reference.accuracy > 0.95
+        True
     """
     kind = find_task(task)
-    x, new_x = as_tensor("inputs", inputs), as_tensor("new_inputs", new_inputs)
-    y = as_tensor("labels", labels)
-    _check_inputs(x, y, new_x, kind)
-    y = _checked_labels(y, kind)
-    rows = _known_samples(x, y, kind)
+    x, y = as_tensor("inputs", inputs), as_tensor("labels", labels)
+    _check_inputs(x, y, kind)
+    y = kind.as_matrix(_checked_labels(y, kind)).cpu().double()
+    has_label = kind.has_label(as_tensor("labels", labels)).cpu()
+    rows, y = _observations(x, y, has_label)
     known = shrunk(x[rows.to(x.device)])
-    y = kind.as_matrix(y)[rows.to(y.device)].to(_home(x)).double()
-    machine = _fitted(known, y - y.mean(0), kind)
-    leave_one_out = kind.clip(y - machine.solution.errors).cpu()
-    reference = Reference(
-        predictions=_predictions(machine, new_x, y.mean(0), kind),
-        shares=y.mean(0).cpu(),
-        score=machine.solution.score,
-        chance=_score(y - y.mean(0), kind),
-        claim=float(kind.claims(leave_one_out).mean()),
-        unexplained=math.nan,
-        leave_one_out=leave_one_out,
-        labels=y.cpu(),
-        kind=kind_of(x),
-        features=machine.choice.features,
-    )
-    has_learned = reference.skill > max(_NO_SKILL, _NO_SKILL_PER_SAMPLE / len(y))
-    if kind.has_classes and has_learned:
-        reference = reference._replace(unexplained=unexplained_share(leave_one_out, reference.labels))
-    return reference
+    learner = fit_learners(known, y, kind) if estimator is None else fit_estimator(estimator, known, y, kind)
+    return Reference(task, kind_of(x), known.shape, learner)
 
 
-def _fitted(x: Tensor, residuals: Tensor, task: Task) -> _Machine:
-    """Choose features, width and ridge on at most 1,000 samples, and fit all; the ridge may move by a step."""
-    transforms = {name: make(x) for name, make in feature_makers(x).items()}
-    features = {name: make_features(each, x).to(residuals.device) for name, each in transforms.items()}
-    part = slice(None, None, math.ceil(len(x) / _PART))
-    choice = min(each for name in features for each in _choices(name, features[name][part], residuals[part], task))
-    known = features[choice.features].double()
-    kernel = _kernel(known, known, choice.width)
-    ridges = (choice.ridge,) if len(x) <= _PART else _ridges_near(choice.ridge)
-    solutions = [_solved(kernel, residuals, ridge, task) for ridge in ridges]
-    solution = min(solutions, key=lambda each: each.score)
-    return _Machine(x.device, transforms[choice.features], known, choice, solution)
+def _observations(x: Tensor, y: Tensor, has_label: Tensor) -> tuple[Tensor, Tensor]:
+    """Choose different samples with labels, in an order that depends on the samples alone, with their mean labels.
 
-
-def _predictions(machine: _Machine, inputs: Tensor, shares: Tensor, task: Task) -> Tensor:
-    """Predict new samples, a few at a time."""
-    if len(inputs) == 0:
-        return shares.new_zeros(0, len(shares)).cpu()
-    return torch.cat([task.clip(shares + machine(part)).cpu() for part in torch.split(inputs, _CHUNK)])
-
-
-def _choices(name: str, features: Tensor, residuals: Tensor, task: Task) -> list[_Choice]:
-    """Compute the leave-one-out score for each width and ridge, from one decomposition a width, single precision."""
-    distances = _squared_distances(features, features)
-    positive = distances[distances > _EQUAL * distances.max()]
-    median = float(positive.median()) if len(positive) else 1.0
-    scale = residuals.square().mean().sqrt().clamp(min=_ROUNDING)
-    y = (residuals[:, residuals.any(0)] / scale).float()  # classes that no sample has add nothing
-    choices = []
-    for width in _WIDTHS:
-        kernel = (-distances / (width * median)).exp()
-        eigenvalues, vectors = torch.linalg.eigh(kernel.float())
-        projected = vectors.T @ y
-        for ridge in _RIDGES:
-            inverse = 1 / (eigenvalues.clamp(min=0) + ridge)
-            errors = vectors @ (inverse[:, None] * projected) / (vectors.square() @ inverse)[:, None]
-            choices.append(_Choice(_score(errors, task), name, ridge, width * median))
-    return choices
-
-
-def _ridges_near(ridge: float) -> tuple[float, ...]:
-    place = _RIDGES.index(ridge)
-    return _RIDGES[max(0, place - 1) : place + 2]
-
-
-def _solved(kernel: Tensor, residuals: Tensor, ridge: float, task: Task) -> _Solution:
-    identity = torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(kernel + ridge * identity))
-    weights = inverse @ residuals
-    errors = weights / inverse.diagonal()[:, None]
-    return _Solution(weights, errors, _score(errors, task))
-
-
-def _score(errors: Tensor, task: Task) -> float:
-    return float(task.distances(errors, torch.zeros_like(errors)).mean())
-
-
-def _kernel(first: Tensor, second: Tensor, width: float) -> Tensor:
-    return (_squared_distances(first, second) / -width).exp()
-
-
-def _squared_distances(first: Tensor, second: Tensor) -> Tensor:
-    """Compute the squared distances of all pairs."""
-    first, second = first.double(), second.double()
-    powers = first.square().sum(1)[:, None] + second.square().sum(1)
-    return (powers - 2 * first @ second.T).clamp(min=0)
-
-
-def _home(x: Tensor) -> torch.device:
-    """Return where to solve: an Apple GPU has neither float64 nor decompositions."""
-    return torch.device("cpu") if x.device.type == "mps" else x.device
-
-
-def _known_samples(x: Tensor, y: Tensor, task: Task) -> Tensor:
-    """Choose at most 3,000 different samples with labels, in an order that depends on the samples alone.
-
-    Samples are sorted by a random projection, which equal ones share, and by labels. A sampler with replacement
-    draws a sample repeatedly, with the same label: that is no second observation, and a reference that leaves one
-    of them out still knows its label. Where equal inputs have several labels, or only a few values are possible, as
-    in a table of categories, rows are samples of their own.
+    Samples are sorted by a random projection, which equal ones share. A sampler with replacement draws a sample
+    repeatedly: that is no second observation, and a reference that leaves one of them out would still know its label.
     """
-    place, label = _projected(x), _projected(task.as_matrix(y))
+    place, label = _projected(x), _projected(y)
     order = label.argsort(stable=True)
     order = order[place[order].argsort(stable=True)]
-    order = order[task.has_label(y).cpu()[order]]
-    is_new = place[order].diff(prepend=place.new_tensor([-math.inf])) != 0
-    first = order[is_new][is_new.cumsum(0) - 1]
-    if int(is_new.sum()) > _FEW_VALUES * len(order) and torch.equal(label[order], label[first]):
-        order = order[is_new]
-    chosen = torch.linspace(0, len(order) - 1, min(len(order), MAX_SAMPLES), dtype=torch.float64)
-    return order[chosen.round().long()]
+    order = order[has_label[order]]
+    groups = torch.unique_consecutive(place[order], return_inverse=True)[1]
+    first = torch.cat([groups.new_ones(1), groups.diff()]).bool()
+    means = torch.zeros(int(first.sum()), y.shape[1], dtype=y.dtype).index_add_(0, groups, y[order])
+    means /= groups.bincount()[:, None]
+    labels = y[order]
+    within, total = (means[groups] - labels).square().sum(), (labels - labels.mean(0)).square().sum()
+    if not has_few_values(x, are_contradictory=x.is_floating_point() and bool(within > _CONTRADICTORY * total)):
+        order, labels = order[first], means
+    chosen = spread(len(order), max_samples(kind_of(x)))
+    return order[chosen], labels[chosen]
+
+
+def has_few_values(x: Tensor, are_contradictory: bool = False) -> bool:
+    """Return whether inputs are a table of categories, in which different samples may be equal.
+
+    Args:
+        x: The inputs, ``(N, ...)``.
+        are_contradictory: Whether equal inputs have different labels, so that they are hardly the same sample.
+    """
+    num_values = [len(torch.unique(column)) for column in x.T] if x.ndim == 2 else [_FEW_VALUES + 1]
+    are_few = sum(map(math.log, num_values)) <= math.log(_FEW_COMBINATIONS * len(x))
+    return max(num_values) <= _FEW_VALUES and (are_few or are_contradictory)
 
 
 def _projected(x: Tensor) -> Tensor:
@@ -305,14 +297,15 @@ def _num_classes(labels: Tensor) -> int:
     return max(2, int(labels.max()) + 1)
 
 
-def _check_inputs(x: Tensor, y: Tensor, new_x: Tensor, task: Task) -> None:
-    kind = kind_of(x)
-    fits = x.ndim == new_x.ndim > 0 and (x.shape[1:] == new_x.shape[1:] or kind == "tokens")
-    if not (fits and kind_of(new_x) == kind and 0 < len(x) == len(y)):
-        got = f"{tuple(x.shape)}, {tuple(y.shape)} and {tuple(new_x.shape)}"
-        raise ValueError(f"Expected `inputs` (N, ...), `labels` (N, ...) and `new_inputs` (M, ...), but got {got}.")
+def _check_inputs(x: Tensor, y: Tensor, task: Task) -> None:
+    if x.ndim == 0 or not 0 < len(x) == len(y):
+        got = f"{tuple(x.shape)} and {tuple(y.shape)}"
+        raise ValueError(f"Expected `inputs` (N, ...) and `labels` (N, ...), but got {got}.")
     if not bool(task.has_label(y).any()):
-        raise ValueError("Expected `labels` of which some are not ignored, but got none.")
-    for name, each in (("inputs", x), ("new_inputs", new_x)):
-        if not all(bool(part.isfinite().all()) for part in torch.split(each, _CHUNK)):
-            raise ValueError(f"Expected `{name}` to be finite, but got nan or inf.")
+        raise ValueError("Expected at least one label in `labels` that is not -100, but got none.")
+    _check_finite("inputs", x)
+
+
+def _check_finite(name: str, x: Tensor) -> None:
+    if not all(bool(part.isfinite().all()) for part in torch.split(x, _CHUNK)):
+        raise ValueError(f"Expected `{name}` to be finite, but got nan or inf.")

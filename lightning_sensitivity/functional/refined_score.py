@@ -1,5 +1,6 @@
 """The refined score: how well outputs fit labels, or other predictions, after the best temperature."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -17,25 +18,21 @@ from lightning_sensitivity.functional.tensors import (
 
 TEMPERATURES = tuple(2.0 ** (half / 2) for half in range(-2, 7))  # from 0.5 to 8
 _ROUNDING = 1e-2  # error of sums of 16-bit probabilities
-UNCHANGED = TEMPERATURES.index(1.0)  # the place of the logits as they are
+_UNCHANGED = TEMPERATURES.index(1.0)  # the place of the logits as they are
 
 
 class ScoreSums(NamedTuple):
-    """Hold sums over samples, each ``(T,)``: one number for each of :data:`TEMPERATURES`.
+    """Sums over samples, each ``(T,)``: one number for each of :data:`TEMPERATURES`.
 
     Attributes:
         num_scored: Samples with a label and finite outputs.
         score: Squared differences between predictions and labels.
-        agreement: By how much predictions agree with labels beyond the shares of the classes.
-        num_correct: Samples whose class is that of the label.
         num_non_finite: Samples with nan or inf, left out.
         num_logits: Samples whose outputs can't be probabilities.
     """
 
     num_scored: Tensor
     score: Tensor
-    agreement: Tensor
-    num_correct: Tensor
     num_non_finite: Tensor
     num_logits: Tensor
 
@@ -44,14 +41,9 @@ class ScoreSums(NamedTuple):
         """The mean score at each temperature; nan without samples."""
         return self.score / self.num_scored
 
-    @property
-    def agreements(self) -> Tensor:
-        """The mean agreement at each temperature; nan without samples."""
-        return self.agreement / self.num_scored
-
 
 class Refined(NamedTuple):
-    """Hold the score after the best temperature, and this temperature.
+    """The score after the best temperature, and this temperature.
 
     Attributes:
         score: The score of the predictions from ``logits / temperature``.
@@ -65,28 +57,25 @@ class Refined(NamedTuple):
     def lowest(cls, scores: Tensor) -> "Refined":
         """Take the lowest of the scores at each temperature, ``(T,)``; none is better than 1 if all are equal."""
         place = int(scores.argmin())
-        place = place if bool(scores[place] < scores[UNCHANGED]) else UNCHANGED
+        place = place if bool(scores[place] < scores[_UNCHANGED]) else _UNCHANGED
         return cls(float(scores[place]), TEMPERATURES[place])
 
 
-def score_sums(outputs: Tensor, targets: Tensor, task: Task, shares: Tensor | None = None) -> Tensor:
+def score_sums(outputs: Tensor, targets: Tensor, task: Task) -> Tensor:
     """Sum up scores over a batch, at each temperature.
 
     Args:
         outputs: Logits ``(N, K)`` or ``(N,)``; for a regression, its outputs.
         targets: Labels that fit the task, or predictions ``(N, K)``, as probabilities.
         task: The task.
-        shares: The mean label in training, ``(K,)``, from which agreement is counted; zeros if None.
 
     Returns:
-        The entries of :class:`ScoreSums` as columns, ``(T, 6)``, float64 (float32 on MPS).
+        The entries of :class:`ScoreSums` as columns, ``(T, 4)``, float64 (float32 on MPS).
     """
     outputs, dtype = outputs.detach(), wide_dtype(outputs.device)
     counts = task.has_label(targets).to(outputs.device)
     # The type before the device: some have no float64.
     y = task.as_matrix(targets, num_outputs(outputs)).to(dtype).to(outputs.device)
-    shares = torch.zeros(y.shape[1]) if shares is None else shares
-    shares = shares.to(dtype).to(outputs.device)
 
     def sums(outputs: Tensor, y: Tensor, counts: Tensor) -> Tensor:
         outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))  # 16 bits round, and overflow
@@ -95,10 +84,9 @@ def score_sums(outputs: Tensor, targets: Tensor, task: Task, shares: Tensor | No
         for temperature in TEMPERATURES:
             p = task.predictions(outputs / temperature if task.has_classes else outputs).to(dtype)
             is_finite = p.isfinite().all(1)
-            is_correct = (task.classes(p) == task.classes(y)).to(dtype)
-            values = [torch.ones_like(is_correct), task.distances(p, y), task.agreements(p, y, shares), is_correct]
-            kept = [value.where(is_finite & counts, 0.0).sum() for value in values]
-            rows.append(torch.stack([*kept, (~is_finite & counts).sum(), is_logit]))
+            is_scored = is_finite & counts
+            score = task.distances(p, y).where(is_scored, 0.0).sum()
+            rows.append(torch.stack([is_scored.sum(), score, (~is_finite & counts).sum(), is_logit]))
         return torch.stack(rows)
 
     return torch.stack(in_chunks(sums, outputs, y, counts)).sum(0)
@@ -152,10 +140,15 @@ def refined_score(logits: Any, targets: Any, task: str = "multiclass") -> Refine
     check_scored(logits, targets, kind)
     if kind.has_classes and (are_probabilities(logits) or (kind.has_one_output and may_be_probabilities(logits))):
         raise ValueError("Expected `logits`, but got probabilities: take what comes before softmax or sigmoid.")
-    sums = ScoreSums(*score_sums(logits, targets, kind).T)
-    if not bool(sums.num_scored.any()):
+    found = lowest_score(logits, targets, kind)
+    if math.isnan(found.score):
         raise ValueError("Expected a sample with a label and finite `logits`, but got none.")
-    return Refined.lowest(sums.scores)
+    return found
+
+
+def lowest_score(outputs: Tensor, targets: Tensor, task: Task) -> Refined:
+    """Compute the score after the best temperature; nan if no sample counts."""
+    return Refined.lowest(ScoreSums(*score_sums(outputs, targets, task).T).scores)
 
 
 def check_scored(logits: Tensor, targets: Tensor, task: Task) -> None:

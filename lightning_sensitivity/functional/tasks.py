@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_sensitivity.functional.tensors import num_outputs
 
 IGNORED = -100  # the `ignore_index` of torch's cross-entropy
-_SMALLEST = 1e-4  # probability of a class from a reference
+_TINY = 1e-12  # sum of probabilities
 _BY_CLASS = "Leave `task` out if labels are class indices"
 _MULTILABEL = "Several classes for one sample (multilabel) are not supported"
 
@@ -18,7 +18,6 @@ class Multiclass:
     """One of K classes is correct: softmax, and the sum over classes of squared differences."""
 
     name = "multiclass"
-    max_score = 2.0  # the largest possible Brier score
     has_one_output = False
     has_classes = True
 
@@ -84,12 +83,8 @@ class Multiclass:
         """Score predictions by the Brier score: squared differences from labels, or from other predictions."""
         return (p - other).square().sum(1)
 
-    def agreements(self, p: Tensor, other: Tensor, shares: Tensor) -> Tensor:
-        """Compute by how much predictions agree with labels, or with others, beyond the shares of the classes."""
-        return (p * (other - shares)).sum(1)
-
-    def claims(self, p: Tensor) -> Tensor:
-        """Compute the Brier score that predictions claim: its expectation if labels were drawn from them."""
+    def uncertainties(self, p: Tensor) -> Tensor:
+        """Compute the Brier score that predictions have if labels are drawn from them."""
         return 1 - p.square().sum(1)
 
     def classes(self, p: Tensor) -> Tensor:
@@ -98,15 +93,14 @@ class Multiclass:
 
     def clip(self, p: Tensor) -> Tensor:
         """Turn numbers ``(N, K)`` near probabilities into probabilities."""
-        p = p.clamp(_SMALLEST, 1)
-        return p / p.sum(1, keepdim=True)
+        p = p.clamp(0, 1)
+        return p / p.sum(1, keepdim=True).clamp(min=_TINY)
 
 
 class Binary(Multiclass):
     """One output is the logit of class 1: sigmoid, and the squared difference."""
 
     name = "binary"
-    max_score = 1.0
     has_one_output = True
 
     def predictions(self, outputs: Tensor) -> Tensor:
@@ -127,12 +121,8 @@ class Binary(Multiclass):
         column = column if column.is_floating_point() else column.float()
         return column.where(column != IGNORED, 0.0)
 
-    def agreements(self, p: Tensor, other: Tensor, shares: Tensor) -> Tensor:
-        """Compute by how much predictions agree with labels, or with others, beyond the share of class 1."""
-        return ((p - 0.5) * (other - shares)).sum(1)
-
-    def claims(self, p: Tensor) -> Tensor:
-        """Compute the squared difference that predictions claim."""
+    def uncertainties(self, p: Tensor) -> Tensor:
+        """Compute the squared difference that predictions have if labels are drawn from them."""
         return (p * (1 - p)).sum(1)
 
     def classes(self, p: Tensor) -> Tensor:
@@ -148,7 +138,6 @@ class Regression:
     """Outputs are measurements: no temperature, and the mean over columns of squared differences."""
 
     name = "regression"
-    max_score = float(torch.finfo(torch.float32).max)
     has_one_output = False
     has_classes = False
 
@@ -176,13 +165,9 @@ class Regression:
         """Score predictions by their squared differences from targets, or from other predictions."""
         return (p - other).square().mean(1)
 
-    def agreements(self, p: Tensor, other: Tensor, shares: Tensor) -> Tensor:
-        """Return zeros: a regression needs no calibration."""
+    def uncertainties(self, p: Tensor) -> Tensor:
+        """Return zeros: predictions of a regression do not say how sure they are."""
         return torch.zeros_like(p[:, 0])
-
-    def claims(self, p: Tensor) -> Tensor:
-        """Return nan: predictions of a regression do not say how sure they are."""
-        return torch.full_like(p[:, 0], torch.nan)
 
     def classes(self, p: Tensor) -> Tensor:
         """Return nan: a regression has no classes, and none are equal."""

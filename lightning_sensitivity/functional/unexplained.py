@@ -31,12 +31,12 @@ def unexplained_share(predictions: object, labels: object) -> float:
 
     Args:
         predictions: Probabilities of the classes, ``(N, K)``; those of class 1, ``(N,)`` or ``(N, 1)``, for
-            two classes. A :class:`Reference` has them as ``leave_one_out``.
+            two classes. A :class:`Reference` has them as ``left_out``.
         labels: Class indices ``(N,)``, or probabilities, such as one-hot labels, of the shape of
             ``predictions``.
 
     Returns:
-        N, the expected share, from 0 to below 0.86.
+        N, the expected share, up to 0.85.
 
     Raises:
         ValueError: If shapes do not fit, there is no sample, or numbers are no probabilities or class

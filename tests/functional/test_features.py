@@ -3,7 +3,9 @@
 import math
 from collections import Counter
 from itertools import pairwise
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -12,9 +14,11 @@ from lightning_sensitivity.functional import features
 from lightning_sensitivity.functional.features import (
     columns,
     feature_makers,
+    fit_size,
     kind_of,
-    make_features,
+    make_rows,
     patches,
+    places,
     shrunk,
     values,
     words,
@@ -51,8 +55,9 @@ def test_each_kind_of_inputs_has_features_of_finite_numbers(what: str) -> None:
     assert (kind_of(inputs), set(makers)) == (kind, names)
     state = torch.get_rng_state()
     for make in makers.values():
-        rows = make_features(make(inputs), inputs)
-        assert rows.ndim == 2 and len(rows) == 9 and rows.isfinite().all()
+        rows = make_rows(make(inputs), inputs)
+        rows = rows if isinstance(rows, np.ndarray) else rows.toarray()
+        assert rows.ndim == 2 and len(rows) == 9 and rows.dtype == np.float64 and np.isfinite(rows).all()
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -87,9 +92,19 @@ def test_very_many_columns_keep_their_distances_within_a_few_percent() -> None:
 def test_patches_do_not_see_units_of_channels_nor_the_order_of_new_samples(shape: tuple[int, ...]) -> None:
     x, new = random(40, *shape), random(130, *shape, seed=1)
     units = 10.0 ** torch.arange(shape[0]).reshape(-1, *(1,) * (len(shape) - 1))
-    expected = make_features(patches(x), new)
-    torch.testing.assert_close(make_features(patches(units * x + 5), units * new + 5), expected, rtol=1e-3, atol=1e-2)
+    expected = patches(x)(new)
+    torch.testing.assert_close(patches(units * x + 5)(units * new + 5), expected, rtol=1e-3, atol=1e-2)
     torch.testing.assert_close(patches(x)(new.flip(0)).flip(0), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(make_rows(patches(x), new), expected, rtol=1e-4, atol=1e-4)  # a few at a time
+
+
+def test_patches_that_are_rare_count_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = random(40, 1, 12, 12)
+    found = patches(x)(x)
+    monkeypatch.setattr(features, "_standardized", lambda transform, rows, floor: transform)
+    raw = patches(x)(x)
+    scale = raw.std(0, correction=0) + 0.1 * raw.std(correction=0)
+    torch.testing.assert_close(found, (raw - raw.mean(0)) / scale, rtol=1e-4, atol=1e-4)
 
 
 def test_patches_of_constant_channels_or_images_are_finite() -> None:
@@ -98,27 +113,54 @@ def test_patches_of_constant_channels_or_images_are_finite() -> None:
     assert patches(x)(x).isfinite().all() and not patches(x[:1])(x[:1]).any()
 
 
-def test_words_and_pairs_are_weighed_by_how_few_texts_have_them() -> None:
-    texts = [[5, 7, 7, -1], [7, 5, 7, 9], [5, 7, 9, -1]]
-    new = [5, 7, 4, 9, 9]  # 4 is unknown
-    pairs = [list(pairwise(text)) for text in texts]
-    weights = []
-    for known, of_texts, mine, half in (
-        ([5, 7, 9], texts, new, 1.0),
-        ([(5, 7), (7, 9)], pairs, list(pairwise(new)), 0.5),  # others come once
-    ):
-        counts = Counter(mine)
-        for word in known:
-            rarity = math.log(4 / (1 + sum(word in text for text in of_texts)))
-            weights.append(half * rarity * (1 + math.log(counts[word])) if counts[word] else 0.0)
-    expected = torch.tensor(weights) / torch.tensor(weights).norm()
-    transform = words(torch.tensor(texts))
-    torch.testing.assert_close(transform(torch.tensor([new]))[0], expected)
-    assert not transform(torch.tensor([[-1, -1], [4, -1]])).any()
+def weighed(text: list[int], known: list[list[int]]) -> dict[Any, float]:
+    """Words of a text, and pairs of neighbours by half, by tf-idf, with a length of 1."""
+    documents = [Counter([*text, *pairwise(text)]) for text in known]
+    of_texts = Counter(each for document in documents for each in document)
+    rarest = 1 if len(known) < 50 else 2
+    found = {}
+    for word, count in Counter([*text, *pairwise(text)]).items():
+        if of_texts[word] >= rarest:
+            rarity = 1 + math.log((1 + len(known)) / (1 + of_texts[word]))
+            found[word] = (0.5 if isinstance(word, tuple) else 1) * (1 + math.log(count)) * rarity
+    length = math.sqrt(sum(each**2 for each in found.values()))
+    return {word: each / length for word, each in found.items()}
+
+
+@pytest.mark.parametrize("num_texts", [20, 60])
+def test_words_and_pairs_are_weighed_by_how_few_texts_have_them(num_texts: int) -> None:
+    lengths = torch.arange(num_texts) % 5 + 2
+    ids = torch.randint(25, (num_texts, 6), generator=torch.Generator().manual_seed(0))
+    ids = ids.where(torch.arange(6) < lengths[:, None], -1)
+    texts = [[each for each in text if each >= 0] for text in ids.tolist()]
+    new = torch.tensor([[3, 3, 4, 99, 3, 4, 7], [4, 3, -1, -1, -1, -1, -1], [5, 3, 4, 3, 4, 3, -1]])
+    rows = make_rows(words(ids), new)
+    expected = [weighed([each for each in text if each >= 0], texts) for text in new.tolist()]
+    products = [[sum(a[word] * b.get(word, 0) for word in a) for b in expected] for a in expected]
+    np.testing.assert_allclose((rows @ rows.T).toarray(), products, atol=1e-6)
+    assert not make_rows(words(ids), torch.tensor([[-1, -1], [99, -1]])).toarray().any()
 
 
 def test_the_most_frequent_words_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(features, "_MAX_WORDS", 2)
-    monkeypatch.setattr(features, "_MAX_PAIRS", 0)
-    found = words(torch.tensor([[1, 2, 3], [3, 2, 4], [5, 5, 6]]))(torch.tensor([[1, 2, 3, 4, 5, 6]]))
-    assert found.shape == (1, 2) and found.all()
+    rows = make_rows(words(torch.tensor([[1, 2, 3], [3, 2, 4], [5, 3, 6], [7, 2, 3]])), torch.arange(1, 8)[None])
+    assert rows.shape == (1, 2) and rows.toarray().all()
+
+
+def test_other_sizes_are_fitted() -> None:
+    images = random(60, 2, 8, 8)
+    large = images.repeat_interleave(3, 2).repeat_interleave(3, 3)
+    torch.testing.assert_close(fit_size(large, images.shape), images)
+    signals = random(5, 2, 30)
+    torch.testing.assert_close(fit_size(signals, torch.Size([9, 2, 20])), signals[..., :20])
+    longer = fit_size(signals, torch.Size([9, 2, 40]))
+    assert torch.equal(longer[..., :30], signals) and not longer[..., 30:].any()
+    assert fit_size(signals, signals.shape) is signals
+
+
+def test_integers_of_another_length_are_cut_or_padded() -> None:
+    ids = torch.randint(9, (30, 4), generator=torch.Generator().manual_seed(0))
+    transform = places(ids)
+    padded = torch.cat([ids[:, :2], torch.full((30, 2), -1)], 1)
+    torch.testing.assert_close(transform(ids[:, :2]), transform(padded))
+    torch.testing.assert_close(transform(torch.cat([ids, ids], 1)), transform(ids))

@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from lightning_sensitivity.functional import label_noise, unexplained_share
+from lightning_sensitivity.functional import label_noise, learners, unexplained_share
 
 SEEDS = st.integers(0, 99)
 
@@ -71,31 +71,22 @@ X, Y = (torch.tensor(each) for each in load_digits(return_X_y=True))
 
 @pytest.mark.parametrize("share", [0.0, 0.3])
 def test_of_digits_it_is_about_the_share_that_was_relabelled(share: float) -> None:
-    state = torch.get_rng_state()
-    assert label_noise(X.reshape(-1, 1, 8, 8)[:500], relabelled(Y, share, 10)[:500]) == pytest.approx(share, abs=0.06)
+    assert label_noise(X.reshape(-1, 1, 8, 8)[:400], relabelled(Y, share, 10)[:400]) == pytest.approx(share, abs=0.06)
     table = torch.cat([X, 1e5 * torch.rand(len(X), 1, generator=torch.Generator().manual_seed(0))], 1)[:600]
     assert label_noise(table, relabelled(Y, share, 10)[:600]) == pytest.approx(share, abs=0.06)  # one more unit
-    assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_data_set_may_have_labels_of_any_kind() -> None:
-    x, y = X[Y < 3][:200], relabelled(Y[Y < 3], 0.2, 3)[:200]
+def test_a_data_set_may_have_labels_of_any_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learners, "_MAX_CELLS", 0)  # no forest, which takes longer
+    x, y = X[Y < 3][:200, 16:48], relabelled(Y[Y < 3], 0.2, 3)[:200]
     expected = pytest.approx(label_noise(x, y))
-    integers = (7 * y + 5).to(torch.uint8), y * 10**12, one_hot(y, 3), one_hot(y, 100)
-    others = one_hot(y, 3).float(), y.tolist(), y.numpy(), pd.Series(y.numpy(), index=range(200, 400))
-    assert [label_noise(x, each) for each in (*integers, *others)] == [expected] * 8
-    assert [label_noise(each, y) for each in (x.numpy(), x.tolist(), pd.DataFrame(x.numpy()))] == [expected] * 3
-    assert label_noise(pd.DataFrame(x.long().numpy()), y) == pytest.approx(label_noise(x, y), abs=0.02)
+    others = (7 * y + 5).to(torch.uint8), y * 10**12, one_hot(y, 100), pd.Series(y.numpy(), index=range(200, 400))
+    assert [label_noise(x, each) for each in others] == [expected] * 4
     drawn = torch.randint(200, (400,), generator=torch.Generator().manual_seed(0))  # with replacement
-    assert label_noise(x[drawn], y[drawn]) == pytest.approx(label_noise(x, y), abs=0.02)
+    assert label_noise(x[drawn], y[drawn]) == pytest.approx(label_noise(x, y), abs=0.05)
     ignored = torch.cat([y, torch.full((50,), -100)])
-    assert label_noise(torch.cat([x, X[:50]]), ignored) == expected
-
-
-def test_two_classes_may_be_binary() -> None:
-    x, is_zero = X[Y < 3][:200], relabelled(Y[Y < 3], 0.2, 3)[:200] == 0
-    found = [label_noise(x, each, "binary") for each in (is_zero, is_zero[:, None].float(), is_zero.tolist())]
-    assert found == [pytest.approx(label_noise(x, is_zero), abs=1e-3)] * 3
+    assert label_noise(torch.cat([x, x[:50]]), ignored) == expected
+    assert label_noise(x, y == 0, "binary") == pytest.approx(label_noise(x, (y == 0).long()), abs=1e-3)
 
 
 def test_nobody_knows_where_nothing_can_be_learned() -> None:
@@ -109,18 +100,10 @@ def test_correct_labels_that_inputs_do_not_determine_can_not_be_explained() -> N
     assert 0.05 < label_noise(x, labels) < 0.35
 
 
-REFUSED: dict[str, tuple[str, Any, Any, str]] = {
-    "another task": ("`task` to be 'multiclass' or 'binary'", X, Y, "regression"),
-    "no task": ("`task` to be one of", X, Y, "multilabel"),
-    "unlabelled": ("labels from 0 to 8, ", X, Y - 1, "multiclass"),
-}
-
-
-@pytest.mark.parametrize("what", REFUSED)
-def test_what_is_no_data_set_is_refused_by_name(what: str) -> None:
-    match, inputs, labels, task = REFUSED[what]
-    with pytest.raises(ValueError, match=f"Expected .*{match}"):
-        label_noise(inputs, labels, task)
+def test_a_regression_and_unlabelled_samples_are_refused_by_name() -> None:
+    for labels, task, match in ((Y, "regression", "`task` to be 'multiclass' or"), (Y - 1, "multiclass", "from 0 to")):
+        with pytest.raises(ValueError, match=f"Expected .*{match}"):
+            label_noise(X, labels, task)
 
 
 # Of predictions that are bad

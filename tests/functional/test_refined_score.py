@@ -1,5 +1,6 @@
 """The refined score: it is the lowest score over temperatures, and ignores how sure a network is."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from lightning_sensitivity.functional import refined_score, tensors
-from lightning_sensitivity.functional.refined_score import TEMPERATURES, UNCHANGED, Refined, ScoreSums, score_sums
+from lightning_sensitivity.functional.refined_score import TEMPERATURES, Refined, ScoreSums, score_sums
 from lightning_sensitivity.functional.tasks import TASKS
 
 WIDTH = {"multiclass": 4, "binary": 1, "regression": 3}
@@ -30,39 +31,30 @@ def samples(seed: int = 0, num_samples: int = 200, task: str = "multiclass") -> 
     return outputs, outputs + torch.randn(outputs.shape, generator=generator)
 
 
-def oracle(outputs: Tensor, y: Any, task: str, shares: Any = 0.0) -> np.ndarray:
-    """Score, agreement and number of correct samples at each temperature, by NumPy in double precision."""
-    rows = []
-    for temperature in TEMPERATURES:
-        x, y = outputs.double().numpy() / temperature, np.asarray(y, dtype=np.float64)
-        if task == "multiclass":
-            p = softmax(x, axis=1)
-            row = ((p - y) ** 2).sum(1), (p * (y - shares)).sum(1), p.argmax(1) == y.argmax(1)
-        elif task == "binary":
-            p = expit(x)[:, 0]
-            row = (p - y[:, 0]) ** 2, (p - 0.5) * (y[:, 0] - shares), (p > 0.5) == (y[:, 0] > 0.5)
-        else:
-            row = ((outputs.double().numpy() - y) ** 2).mean(1), np.zeros(len(x)), np.zeros(len(x))
-        rows.append([each.sum() for each in row])
-    return np.array(rows)
+def oracle(outputs: Tensor, y: Any, task: str) -> np.ndarray:
+    """The sum of the score at each temperature, by NumPy in double precision."""
+    x, y = outputs.double().numpy(), np.asarray(y, dtype=np.float64)
+    if task == "regression":
+        return np.full(len(TEMPERATURES), ((x - y) ** 2).mean(1).sum())
+    predict = expit if task == "binary" else partial(softmax, axis=1)
+    return np.array([((predict(x / temperature) - y) ** 2).sum() for temperature in TEMPERATURES])
 
 
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 99), cuts=st.lists(st.integers(0, 30), max_size=3), task=st.sampled_from(sorted(WIDTH)))
 def test_sums_are_those_of_their_definitions_however_samples_are_split(seed: int, cuts: Any, task: str) -> None:
     outputs, targets = samples(seed, 30, task)
-    shares = torch.linspace(0.1, 0.4, WIDTH[task])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tensors, "_CHUNK", 40)  # elements that are widened at a time
         parts = zip(*(each.tensor_split(sorted(cuts)) for each in (outputs, targets)), strict=True)
-        rows = sum(score_sums(x, y, TASKS[task], shares) for x, y in parts)
+        rows = sum(score_sums(x, y, TASKS[task]) for x, y in parts)
     sums, y = ScoreSums(*rows.T), one_hot(targets, 4) if task == "multiclass" else targets
-    expected = oracle(outputs, y, task, shares.numpy() if task == "multiclass" else 0.1)
-    np.testing.assert_allclose(torch.stack([sums.score, sums.agreement, sums.num_correct], 1), expected, atol=1e-4)
+    expected = oracle(outputs, y, task)
+    np.testing.assert_allclose(sums.score, expected, atol=1e-4)
     assert sums.num_scored.tolist() == [30] * len(TEMPERATURES) and not sums.num_non_finite.any()
     found = refined_score(outputs, targets, task)
-    assert found.score == pytest.approx(expected[:, 0].min() / 30, abs=1e-6)
-    wanted = 1.0 if task == "regression" else TEMPERATURES[expected[:, 0].argmin()]
+    assert found.score == pytest.approx(expected.min() / 30, abs=1e-6)
+    wanted = 1.0 if task == "regression" else TEMPERATURES[expected.argmin()]
     assert found.temperature == wanted
 
 
@@ -70,7 +62,7 @@ def test_sums_are_those_of_their_definitions_however_samples_are_split(seed: int
 def test_predictions_and_soft_labels_are_targets_as_labels_are(task: str) -> None:
     outputs, targets = samples(task=task)
     q = TASKS[task].predictions(samples(1, task=task)[0])
-    assert refined_score(outputs, q, task).score == pytest.approx(oracle(outputs, q, task)[:, 0].min() / 200)
+    assert refined_score(outputs, q, task).score == pytest.approx(oracle(outputs, q, task).min() / 200)
     certain = one_hot(targets, 4).float() if task == "multiclass" else targets[:, 0].bool()
     assert refined_score(outputs, certain, task) == refined_score(outputs, targets, task)
     p = TASKS[task].predictions(outputs)
@@ -103,7 +95,7 @@ def test_one_output_of_two_classes_has_half_the_score_of_two() -> None:
 def test_of_equal_scores_that_of_unchanged_logits_is_taken() -> None:
     assert pytest.approx([0.5 * 2 ** (place / 2) for place in range(9)]) == TEMPERATURES  # from 0.5 to 8
     assert refined_score(torch.zeros(4, 3), torch.tensor([0, 1, 2, 0])).temperature == 1
-    assert Refined.lowest(torch.full((len(TEMPERATURES),), torch.nan)).temperature == TEMPERATURES[UNCHANGED] == 1
+    assert Refined.lowest(torch.full((len(TEMPERATURES),), torch.nan)).temperature == 1
 
 
 # What counts

@@ -1,0 +1,240 @@
+"""What metrics to expect on samples without labels, if labels are drawn from the predictions of a reference."""
+
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import MeanSquaredError, Metric
+from torchmetrics.classification import BinaryAccuracy, BinaryAUROC, MulticlassAccuracy, MulticlassAUROC
+from torchmetrics.utilities import dim_zero_cat
+
+from lightning_sensitivity.compat import stay_alone
+from lightning_sensitivity.functional.refined_score import Refined, lowest_score, refined_score
+from lightning_sensitivity.functional.tasks import Task, find_task
+from lightning_sensitivity.functional.tensors import as_tensor
+
+NUM_DRAWS = 20  # of labels for each sample
+MAX_AUROC_CLASSES = 100
+_SURE = 0.5  # how far predictions spread, beside those of the reference: below, a network has learned little yet
+_UNRELATED = 0.1  # correlation with the reference
+_GOLDEN_RATIO = (5**0.5 - 1) / 2
+LABELS_WORTH = 1000  # validation labels that count as much as a reference
+
+
+def expected_score(logits: Any, q: Any, task: str = "multiclass", error: float = 0.0) -> Refined:
+    r"""Compute the refined score to expect, if labels are drawn from the predictions of a reference.
+
+    .. math::
+        \min_T \; \mathbb{E}\,\|p_T - q\|^2 + \mathbb{E}\, q \cdot (1 - q)
+
+    for predictions :math:`p_T` of the network at temperature T, and q of the reference. It is in the units of
+    :func:`refined_score`, and lowest where the network is closest to the reference.
+
+    Args:
+        logits: Logits of unseen samples, ``(N, K)``; ``(N,)`` or ``(N, 1)`` for ``"binary"``; the outputs of a
+            regression.
+        q: Probabilities of the same samples by a reference, ``(N, K)``; see :meth:`Reference.predictions`.
+        task: ``"multiclass"``, ``"binary"`` or ``"regression"``.
+        error: In a regression, the left-out squared error of the reference, :attr:`Reference.score`, which is added.
+
+    Returns:
+        The score, and the temperature that gives it.
+
+    Raises:
+        ValueError: As by :func:`refined_score`.
+
+    Example:
+        >>> import torch
+        >>> from lightning_sensitivity.functional import expected_score
+        >>> q = torch.tensor([[0.9, 0.1], [0.2, 0.8]])
+        >>> round(expected_score(q.log(), q).score, 3)  # E q(1 - q) alone: the network says what the reference says
+        0.25
+    """
+    kind, q = find_task(task), as_tensor("q", q)
+    score, temperature = refined_score(logits, q, task)
+    rest = kind.uncertainties(kind.as_matrix(q).double()).mean()
+    return Refined(score + float(rest) + (0.0 if kind.has_classes else error), temperature)
+
+
+def draw_labels(q: Tensor, task: str = "multiclass", residuals: Tensor | None = None) -> Tensor:
+    """Draw labels from the predictions of a reference: 20 a sample, at evenly spaced quantiles.
+
+    The quantiles of a sample begin at an offset of its own, so that rare classes get their share. There are no random
+    numbers: the same predictions give the same labels.
+
+    Args:
+        q: Predictions ``(N, K)``.
+        task: The task.
+        residuals: In a regression, quantiles of the left-out errors, which are added, ``(20, K)``; see
+            :attr:`Reference.residuals`.
+
+    Returns:
+        Class indices ``(20, N)``; for a regression targets ``(20, N, K)``, or ``(1, N, K)`` without residuals.
+
+    Example:
+        >>> import torch
+        >>> from lightning_sensitivity.functional import draw_labels
+        >>> int((draw_labels(torch.tensor([[0.75, 0.25]])) == 0).sum())
+        15
+    """
+    kind = find_task(task)
+    if not kind.has_classes:
+        return q[None] if residuals is None else q + residuals.to(q)[:, None]
+    offsets = torch.arange(1, len(q) + 1, dtype=torch.float64) * _GOLDEN_RATIO % 1
+    quantiles = (torch.arange(NUM_DRAWS)[:, None] + offsets) / NUM_DRAWS  # (20, N)
+    p = q.double().cpu()
+    p = torch.cat([1 - p, p], 1) if kind.has_one_output else p
+    ends = p.cumsum(1)
+    return torch.searchsorted(ends / ends[:, -1:], quantiles.T.contiguous(), right=True).clamp(max=p.shape[1] - 1).T
+
+
+def expected_metric(metric: Metric, logits: Any, q: Any, task: str = "multiclass") -> Tensor:
+    """Compute the value of a metric to expect, if labels are drawn from the predictions of a reference.
+
+    Args:
+        metric: A torchmetrics metric with ``update(preds, target)``; it stays as it is.
+        logits: Logits of unseen samples, ``(N, K)``; ``(N,)`` or ``(N, 1)`` for ``"binary"``.
+        q: Probabilities of the same samples by a reference, ``(N, K)``.
+        task: ``"multiclass"`` or ``"binary"``.
+
+    Returns:
+        The value, a scalar tensor.
+
+    Raises:
+        ValueError: If shapes do not fit.
+
+    Example:
+        >>> import torch
+        >>> from torchmetrics.classification import MulticlassAccuracy
+        >>> from lightning_sensitivity.functional import expected_metric
+        >>> q = torch.tensor([[0.9, 0.1], [0.2, 0.8]])
+        >>> expected_metric(MulticlassAccuracy(2, average="micro"), q.log(), q)
+        tensor(0.8500)
+    """
+    kind, outputs, q = find_task(task), as_tensor("logits", logits), as_tensor("q", q)
+    if len(outputs) != len(q):
+        raise ValueError(f"Expected `logits` and `q` of the same samples, but got {len(outputs)} and {len(q)}.")
+    return metric_value(metric, kind.predictions(outputs).reshape(len(q), -1), draw_labels(q, task), kind)
+
+
+def metric_value(metric: Metric, predictions: Tensor, labels: Tensor, task: Task) -> Tensor:
+    """Compute a metric of predictions and labels, in this process alone.
+
+    Args:
+        metric: The metric, which stays as it is.
+        predictions: Probabilities of the classes, or numbers in a regression, ``(N, K)``.
+        labels: Several labels for each sample, ``(R, N)``; in a regression ``(R, N, K)``.
+        task: The task.
+    """
+    copied = metric.clone()
+    copied.reset()
+    stay_alone(copied)
+    preds = predictions[:, 0] if predictions.shape[1] == 1 else predictions
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of classes that no draw has
+        for draw in labels:
+            copied.update(preds, draw if task.has_classes else draw.reshape(preds.shape).to(preds).contiguous())
+        value: Tensor = copied.compute()
+    return value
+
+
+def values_by_labels(outputs: Tensor, labels: Tensor, metrics: Mapping[str, Metric], task: Task) -> dict[str, float]:
+    """Compute the refined score, its temperature, and metrics by labels.
+
+    Args:
+        outputs: Outputs ``(N, K)``, finite.
+        labels: Labels as a matrix ``(N, K)``. Metrics of a single class, or of no label, are nan.
+        metrics: Metrics by name.
+        task: The task.
+    """
+    score, temperature = lowest_score(outputs, labels, task)
+    classes = task.classes(labels)
+    is_enough = len(labels) > 0 and (not task.has_classes or bool((classes != classes[0]).any()))
+    p, y = task.predictions(outputs), (classes if task.has_classes else labels)[None]
+    found = {
+        name: float(metric_value(metric, p, y, task)) if is_enough else math.nan for name, metric in metrics.items()
+    }
+    return {"score": score, "temperature": temperature} | found
+
+
+def expected_values(
+    outputs: Tensor, q: Tensor, draws: Tensor, metrics: Mapping[str, Metric], task: Task, error: float
+) -> dict[str, float]:
+    """Compute the same, as it is to be expected if labels are drawn from the predictions of a reference.
+
+    Args:
+        outputs: Outputs ``(N, K)``, finite.
+        q: The predictions ``(N, K)``.
+        draws: Labels that were drawn from them, by :func:`draw_labels`.
+        metrics: Metrics by name.
+        task: The task.
+        error: The left-out squared error of the reference, which counts in a regression.
+    """
+    score, temperature = lowest_score(outputs, q, task)
+    rest = float(task.uncertainties(q).mean()) if task.has_classes else error
+    p = task.predictions(outputs)
+    found = {name: float(metric_value(metric, p, draws, task)) for name, metric in metrics.items()}
+    return {"score": score + rest, "temperature": temperature} | found
+
+
+def join_values(expected: Mapping[str, float], labels: Mapping[str, float], num_labels: int) -> dict[str, float]:
+    """Join expected values with those by m labels: (m s + 1,000 E) / (m + 1,000); the labels give the temperature.
+
+    Args:
+        expected: What is expected.
+        labels: What labels say; where it is nan, what is expected counts.
+        num_labels: m.
+    """
+    found = dict(labels)
+    for name, value in expected.items():
+        of_labels = value if math.isnan(labels[name]) else labels[name]
+        found[name] = (num_labels * of_labels + LABELS_WORTH * value) / (num_labels + LABELS_WORTH)
+    return found | {"temperature": labels["temperature"] if num_labels > 0 else expected["temperature"]}
+
+
+def is_unrelated(outputs: Tensor, q: Tensor, task: Task) -> bool:
+    """Return whether a network is worse than a constant prediction, as if it had learned other targets.
+
+    Args:
+        outputs: Outputs ``(N, K)``, finite.
+        q: The predictions of a reference, ``(N, K)``.
+        task: The task. Of classes, it must be sure of itself, and not correlated with the reference.
+    """
+    mean = q.mean(0)
+    if lowest_score(outputs, q, task).score <= float(task.distances(mean.expand_as(q), q).mean()):
+        return False
+    if not task.has_classes:
+        return True
+    p = task.predictions(outputs).double()
+    p, q = p - p.mean(0), q - mean
+    is_sure = float(p.norm()) > _SURE * float(q.norm())
+    return is_sure and float(torch.cosine_similarity(p.flatten(), q.flatten(), 0)) <= _UNRELATED
+
+
+class _MeanAUROC(MulticlassAUROC):
+    """The mean AUROC of the classes that occur; others would count as 0."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes, average="none")
+
+    def compute(self) -> Tensor:  # type: ignore[override]
+        """Compute it."""
+        return super().compute()[torch.unique(dim_zero_cat(self.target))].mean()
+
+
+def default_metrics(task: Task, num_outputs: int) -> dict[str, Metric]:
+    """Make the metrics that are expected by default, by name: accuracy and AUROC, or the mean squared error.
+
+    Args:
+        task: The task.
+        num_outputs: K. There is no AUROC of more than 100 classes, which would take long.
+    """
+    if not task.has_classes:
+        return {"mse": MeanSquaredError()}
+    if task.has_one_output:
+        return {"accuracy": BinaryAccuracy(), "auroc": BinaryAUROC()}
+    found: dict[str, Metric] = {"accuracy": MulticlassAccuracy(num_outputs, average="micro")}
+    return found | ({"auroc": _MeanAUROC(num_outputs)} if num_outputs <= MAX_AUROC_CLASSES else {})

@@ -1,0 +1,286 @@
+"""Two learners that know what they would have predicted of a sample without it, and any other of scikit-learn's."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lightning_sensitivity.functional.features import feature_makers, flat, kind_of, make_rows
+from lightning_sensitivity.functional.tasks import Task
+
+Array: TypeAlias = Any  # of NumPy, or a sparse matrix of SciPy
+Predict = Callable[[Tensor], Tensor]  # inputs to predictions (M, K)
+
+_PART = 1000  # samples on which the numbers of a learner are chosen
+_FEWEST = 4  # samples
+
+_SHARES, _LEAVES = ("sqrt", 0.5, 1.0), (2, 5, 15, 40)  # of columns tried at a split; samples in a leaf
+_TREES_OF_PART, _TREES = 80, 150
+_MAX_TARGETS, _MAX_CELLS = 500_000, 2_500_000  # rows times classes, and times columns, of a forest
+_FEWEST_ROWS = 2000  # of a forest, unless there are no more
+
+_WIDTHS = (0.1, 0.4, 1.6, 6.4)  # of the kernel, times the median squared distance
+_ALPHAS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+_MAX_RIDGE_ROWS = 10_000
+_CENTRES_OF_PART, _CENTRES = 500, {"vectors": 1000}  # of Nystroem features; 2,000 of all else
+_MANY_CENTRES = 2000
+_PAIRS = 500  # samples whose distances give the median
+_EQUAL = 1e-12  # relative squared distance of equal samples
+_FOLDS = 5
+
+
+@dataclass
+class Learner:
+    """A small model, fitted to training samples.
+
+    Attributes:
+        name: ``"forest"``, ``"ridge"``, ``"mean"``, or the class of an estimator.
+        features: What it sees of the inputs, such as ``"patches"``.
+        left_out: What it would have predicted of each sample without it, ``(N, K)``.
+        labels: The labels of the same samples, ``(N, K)``.
+        predict: Predicts new inputs, ``(M, K)``.
+        score: The mean squared difference of the two, as the task has it.
+    """
+
+    name: str
+    features: str
+    left_out: Tensor
+    labels: Tensor
+    predict: Predict
+    score: float
+
+
+def fit_learners(inputs: Tensor, labels: Tensor, task: Task) -> Learner:
+    """Fit what suits the inputs, and return the one whose left-out predictions are best.
+
+    Args:
+        inputs: Inputs ``(N, ...)`` of different samples, no larger than ``shrunk`` makes them.
+        labels: Their labels as a matrix ``(N, K)``.
+        task: The task, which says how predictions are scored.
+    """
+    if len(inputs) < _FEWEST:
+        return _mean(labels, task)
+    with _quiet():
+        learners = [_fit_ridge(inputs, labels, task)]
+        rows = _rows_for_forest(inputs, labels)
+        if len(rows):
+            learners.append(_fit_forest(inputs[rows], labels[rows], task))
+    return min(learners, key=lambda learner: learner.score)
+
+
+def _make(name: str, features: str, left_out: Array, labels: Tensor, predict: Predict, task: Task) -> Learner:
+    found = task.clip(torch.from_numpy(np.asarray(left_out, dtype=np.float64)).reshape(len(labels), -1))
+    score = float(task.distances(found, labels).mean())
+    return Learner(name, features, found, labels, lambda new: task.clip(predict(new)), score)
+
+
+def _mean(labels: Tensor, task: Task) -> Learner:
+    """Predict the mean label: there are too few samples to learn from."""
+    mean = labels.mean(0)
+    return _make("mean", "none", mean.repeat(len(labels), 1), labels, lambda new: mean.repeat(len(new), 1), task)
+
+
+def spread(number: int, most: int) -> Tensor:
+    """Return the indices of at most so many evenly spaced samples."""
+    return torch.linspace(0, number - 1, min(number, most), dtype=torch.float64).round().long()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep scikit-learn from warning of what we know, and from more threads than torch has: they would wait in vain."""
+    from threadpoolctl import threadpool_limits
+
+    with warnings.catch_warnings(), threadpool_limits(torch.get_num_threads()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+# A random forest
+
+
+def _rows_for_forest(inputs: Tensor, labels: Tensor) -> Tensor:
+    """Choose the rows that a forest takes; none where it would take too much memory or time, or sees no columns."""
+    number, num_columns = len(inputs), inputs[0].numel()
+    is_table = kind_of(inputs) == "vectors" or (kind_of(inputs) == "tokens" and int(inputs.max()) < _PART)
+    most = min(number, _MAX_TARGETS // labels.shape[1], _MAX_CELLS // num_columns)
+    return spread(number, most) if is_table and most >= min(number, _FEWEST_ROWS) else torch.arange(0)
+
+
+def _fit_forest(inputs: Tensor, labels: Tensor, task: Task) -> Learner:
+    """Fit a random forest, whose left-out predictions are those of the trees that did not draw a sample.
+
+    The regression of one-hot labels is a classification: its squared error is the Gini impurity. The smallest leaf,
+    then the share of columns, are chosen by this score on a part.
+    """
+    x, y = flat(inputs).cpu().double().numpy(), labels.numpy()
+    part = spread(len(x), _PART)
+
+    def score(share: Any, leaf: int) -> float:
+        return float(np.square(_forest(x[part], y[part], _TREES_OF_PART, share, leaf)[1] - y[part]).mean())
+
+    leaf = min(_LEAVES, key=lambda leaf: score(_SHARES[1], leaf))
+    share = min(_SHARES, key=lambda share: score(share, leaf))
+    forest, left_out = _forest(x, y, _TREES, share, leaf)
+
+    def predict(new: Tensor) -> Tensor:
+        columns = flat(new).cpu().double()
+        columns = pad(columns, (0, x.shape[1] - columns.shape[1]), value=-1)  # rows of integers may have any length
+        found = forest.predict(columns.numpy())
+        return torch.from_numpy(found).reshape(len(new), -1)
+
+    return _make("forest", "columns", left_out, labels, predict, task)
+
+
+def _forest(x: Array, y: Array, trees: int, share: Any, leaf: int) -> tuple[Any, Array]:
+    """Fit a forest, and return it with its left-out predictions ``(N, K)``."""
+    from sklearn.ensemble import RandomForestRegressor
+
+    forest = RandomForestRegressor(
+        trees,
+        max_features=share,
+        min_samples_leaf=leaf,
+        oob_score=True,
+        random_state=0,
+        n_jobs=torch.get_num_threads(),
+    )
+    forest.fit(x, y if y.shape[1] > 1 else y[:, 0])
+    return forest, forest.oob_prediction_.reshape(y.shape)
+
+
+# Ridge regression on features of a kernel
+
+
+@dataclass
+class _Kernel:
+    """What was chosen on a part: features, the width of the kernel, the ridge, and its left-out score."""
+
+    features: str
+    gamma: float
+    alpha: float
+    score: float
+
+
+def _fit_ridge(inputs: Tensor, labels: Tensor, task: Task) -> Learner:
+    """Fit ridge regression on Nystroem features; left-out predictions have a closed form."""
+    rows = spread(len(inputs), _MAX_RIDGE_ROWS)
+    inputs, labels = inputs[rows], labels[rows]
+    transforms = {name: make(inputs) for name, make in feature_makers(inputs).items()}
+    part = spread(len(inputs), _PART)
+    found = [_choose(name, make_rows(each, inputs[part]), labels[part]) for name, each in transforms.items()]
+    best = min(found, key=lambda each: each.score)
+    transform = transforms[best.features]
+    centres = _CENTRES.get(kind_of(inputs), _MANY_CENTRES)
+    model = _KernelRidge(make_rows(transform, inputs), labels.numpy(), best.gamma, _near(best.alpha), centres)
+    return _make("ridge", best.features, model.left_out, labels, lambda new: model(make_rows(transform, new)), task)
+
+
+def _near(alpha: float) -> tuple[float, ...]:
+    place = _ALPHAS.index(alpha)
+    return _ALPHAS[max(0, place - 1) : place + 2]
+
+
+def _choose(features: str, rows: Array, labels: Tensor) -> _Kernel:
+    """Choose width and ridge by the left-out score on a part."""
+    from sklearn.metrics import pairwise
+
+    distances = pairwise.euclidean_distances(rows[:_PAIRS], squared=True)
+    positive = distances[distances > _EQUAL * distances.max()]
+    median = float(np.median(positive)) if len(positive) else 1.0
+    found = []
+    for width in _WIDTHS:
+        model = _KernelRidge(rows, labels.numpy(), 1 / (width * median), _ALPHAS, _CENTRES_OF_PART)
+        found.append(_Kernel(features, 1 / (width * median), model.alpha, model.score))
+    return min(found, key=lambda each: each.score)
+
+
+class _KernelRidge:
+    """Ridge regression on the Nystroem features of rows, with its left-out predictions ``(N, K)``."""
+
+    def __init__(self, rows: Array, y: Array, gamma: float, alphas: tuple[float, ...], num_centres: int) -> None:
+        from sklearn.kernel_approximation import Nystroem
+        from sklearn.linear_model import RidgeCV
+
+        num_centres = min(num_centres, rows.shape[0])
+        self._features = Nystroem(gamma=gamma, n_components=num_centres, random_state=0)
+        # With a scorer, it keeps predictions in place of errors.
+        self._ridge = RidgeCV(alphas, scoring="neg_mean_squared_error", store_cv_results=True)
+        self._occurs = y.any(0)  # classes that no sample has add nothing
+        self._mean = y[:, self._occurs].mean(0)
+        self.left_out = np.zeros(y.shape)
+        self.alpha = alphas[0]
+        if self._occurs.any():
+            self._fit(self._features.fit_transform(rows), y[:, self._occurs] - self._mean)
+        self.score = float(np.square(self.left_out - y).mean())
+
+    def _fit(self, features: Array, y: Array) -> None:
+        self._ridge.fit(features, y)
+        self.alpha = float(self._ridge.alpha_)
+        place = list(self._ridge.alphas).index(self._ridge.alpha_)
+        found = self._ridge.cv_results_[..., place].reshape(y.shape)
+        self.left_out[:, self._occurs] = found + self._mean
+
+    def __call__(self, rows: Array) -> Tensor:
+        """Predict rows, ``(M, K)``."""
+        found = np.zeros((rows.shape[0], len(self._occurs)))
+        if self._occurs.any() and rows.shape[0]:
+            residuals = self._ridge.predict(self._features.transform(rows)).reshape(len(found), -1)
+            found[:, self._occurs] = residuals + self._mean
+        return torch.from_numpy(found)
+
+
+# Any estimator of scikit-learn
+
+
+@contextmanager
+def _own_random_numbers() -> Iterator[None]:
+    """Give an estimator whose `random_state` is None the same numbers in every call, and none of the global stream."""
+    state = np.random.get_state()
+    np.random.seed(0)
+    try:
+        yield
+    finally:
+        np.random.set_state(state)
+
+
+def fit_estimator(estimator: Any, inputs: Tensor, labels: Tensor, task: Task) -> Learner:
+    """Fit a copy of an estimator; left-out predictions are those of five folds.
+
+    Args:
+        estimator: A classifier with ``predict_proba``, or a regressor.
+        inputs: As for :func:`fit_learners`; it sees columns, patches or words.
+        labels: As for :func:`fit_learners`; a classifier gets the class of the highest probability.
+        task: The task.
+    """
+    from sklearn.base import clone
+    from sklearn.model_selection import cross_val_predict
+
+    features, make = next(iter(feature_makers(inputs).items()))
+    transform = make(inputs)
+    x, y, method = make_rows(transform, inputs), labels.numpy(), "predict"
+    if task.has_classes:
+        y, method = task.classes(labels).numpy(), "predict_proba"
+    elif labels.shape[1] == 1:
+        y = y[:, 0]
+    model = clone(estimator)
+    with _quiet(), _own_random_numbers():
+        left_out = cross_val_predict(model, x, y, cv=min(_FOLDS, x.shape[0]), method=method)
+        model.fit(x, y)
+    classes = getattr(model, "classes_", None)
+
+    def as_outputs(found: Array) -> Array:
+        if not task.has_classes:
+            return found.reshape(len(found), -1)
+        p = np.zeros((len(found), max(2, labels.shape[1])))
+        p[:, classes] = found
+        return p[:, 1:] if task.has_one_output else p
+
+    def predict(new: Tensor) -> Tensor:
+        return torch.from_numpy(as_outputs(getattr(model, method)(make_rows(transform, new)))).double()
+
+    return _make(type(model).__name__, features, as_outputs(left_out), labels, predict, task)

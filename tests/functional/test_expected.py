@@ -1,0 +1,179 @@
+"""What metrics to expect, if labels are drawn from the predictions of a reference."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.linear_model import LinearRegression
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+from torchmetrics import MeanSquaredError
+from torchmetrics.classification import (
+    BinaryAccuracy,
+    BinaryAUROC,
+    MulticlassAccuracy,
+    MulticlassAUROC,
+    MulticlassCalibrationError,
+)
+
+from lightning_sensitivity.functional import draw_labels, expected_metric, expected_score, fit_reference, refined_score
+from lightning_sensitivity.functional.expected import default_metrics
+from lightning_sensitivity.functional.refined_score import TEMPERATURES
+from lightning_sensitivity.functional.tasks import TASKS
+
+SIZES = {"multiclass": 4, "binary": 1, "regression": 2}
+
+
+def sample(task: str = "multiclass", num_samples: int = 60, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Outputs of a network, and predictions of a reference, which is another one."""
+    generator = torch.Generator().manual_seed(seed)
+    outputs, others = 2 * torch.randn(2, num_samples, SIZES[task], generator=generator, dtype=torch.float64)
+    others = outputs + others
+    return outputs, {"multiclass": others.softmax(1), "binary": others.sigmoid(), "regression": others}[task]
+
+
+def chances(q: Tensor) -> Tensor:
+    """Probabilities of all classes."""
+    return torch.cat([1 - q, q], 1) if q.shape[1] == 1 else q
+
+
+# The score
+
+
+@given(seed=st.integers(0, 99), task=st.sampled_from(["multiclass", "binary"]))
+@settings(max_examples=15, deadline=None)
+def test_the_score_is_the_mean_refined_score_over_all_labels_by_their_probability(seed: int, task: str) -> None:
+    logits, q = sample(task, 12, seed)
+    found = expected_score(logits, q, task)
+    scores = []
+    for temperature in TEMPERATURES:
+        p = chances((logits / temperature).sigmoid()) if task == "binary" else (logits / temperature).softmax(1)
+        squares = (p[:, None] - torch.eye(p.shape[1])).square().sum(2)  # (N, class)
+        scores.append(float((chances(q) * squares).sum(1).mean()) / (2 if task == "binary" else 1))
+    assert found.score == pytest.approx(min(scores), abs=1e-6)
+    assert scores[TEMPERATURES.index(found.temperature)] == pytest.approx(min(scores), abs=1e-9)
+
+
+@pytest.mark.parametrize("task", ["multiclass", "binary"])
+def test_of_certain_predictions_it_is_the_refined_score_and_of_their_own_logits_their_uncertainty(task: str) -> None:
+    logits, q = sample(task)
+    certain = (q > 0.5).double() if task == "binary" else torch.eye(4).double()[q.argmax(1)]
+    assert expected_score(logits, certain, task) == pytest.approx(refined_score(logits, certain, task))
+    own = expected_score(q.logit() if task == "binary" else q.log(), q, task)
+    assert own == pytest.approx((float((q * (1 - q)).sum(1).mean()), 1.0), abs=1e-6)
+    assert expected_score(logits, q, task).score > own.score
+
+
+def test_in_a_regression_it_is_the_mean_squared_difference_and_the_error_of_the_reference() -> None:
+    outputs, q = sample("regression")
+    difference = float((outputs - q).square().mean())
+    assert expected_score(outputs, q, "regression", error=0.7) == pytest.approx((difference + 0.7, 1.0))
+
+
+# The labels
+
+
+@given(seed=st.integers(0, 999), num_classes=st.integers(2, 12), num_samples=st.integers(300, 600))
+@settings(max_examples=15, deadline=None)
+def test_labels_are_drawn_by_their_probabilities(seed: int, num_classes: int, num_samples: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    q = (3 * torch.randn(num_samples, num_classes, generator=generator)).softmax(1).double()
+    labels = draw_labels(q)
+    assert labels.shape == (20, num_samples) and 0 <= int(labels.min()) <= int(labels.max()) < num_classes
+    counts = torch.nn.functional.one_hot(labels, num_classes).sum(0)
+    assert ((counts - 20 * q).abs() < 1 + 1e-9).all()  # in each sample, to a label
+    assert ((counts.double().mean(0) / 20 - q.mean(0)).abs() < 0.003).all()  # and in all of them
+    assert torch.equal(draw_labels(q), labels)
+
+
+def test_rare_classes_get_their_share_and_impossible_ones_none() -> None:
+    rare = torch.tensor([[0.99, 0.01, 0.0]]).repeat(1000, 1)
+    assert torch.bincount(draw_labels(rare).flatten(), minlength=3).tolist() == pytest.approx([19800, 200, 0], abs=2)
+    last = torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    assert torch.equal(draw_labels(last), torch.tensor([[2, 0, 1]]).expand(20, 3))
+    halves = draw_labels(torch.full((400, 1), 0.25), "binary")
+    assert halves.shape == (20, 400) and halves.double().mean() == pytest.approx(0.25, abs=0.001)
+
+
+def test_targets_are_drawn_with_the_errors_of_the_reference() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, noise = torch.rand(200, 3, generator=generator), torch.randn(200, 2, generator=generator).exp()
+    reference = fit_reference(x, 5 * x[:, :2] + noise, "regression", estimator=LinearRegression())
+    q = reference.predictions(x[:40])
+    targets = draw_labels(q, "regression", reference.residuals)
+    assert targets.shape == (20, 40, 2) and torch.equal(draw_labels(q, "regression"), q[None])
+    torch.testing.assert_close(targets.mean(0), q)
+    errors = (reference.left_out - reference.labels).square().mean(0)
+    torch.testing.assert_close((targets - q).square().mean((0, 1)), errors)
+    skewed = (targets - q).mean(1).sort(0).values
+    assert (skewed[-1] > -2 * skewed[0]).all()  # as the noise is
+
+
+# The metrics
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_accuracy_is_the_mean_probability_of_the_class_that_the_network_chooses(seed: int) -> None:
+    logits, q = sample("multiclass", 600, seed)
+    expected = q[torch.arange(600), logits.argmax(1)].mean()
+    metric = MulticlassAccuracy(4, average="micro")
+    assert expected_metric(metric, logits, q) == pytest.approx(float(expected), abs=0.001)
+    logits, q = sample("binary", 600, seed)
+    expected = q.where(logits > 0, 1 - q).mean()
+    for outputs in (logits, logits[:, 0]):
+        assert expected_metric(BinaryAccuracy(), outputs, q, "binary") == pytest.approx(float(expected), abs=0.002)
+
+
+def test_the_area_under_the_curve_is_that_of_pairs_by_their_probabilities() -> None:
+    logits, q = sample("binary", 600)
+    weights = np.concatenate([1 - q[:, 0], q[:, 0]])  # each sample as both classes
+    both, scores = np.repeat([0, 1], 600), np.tile(logits[:, 0], 2)
+    expected = roc_auc_score(both, scores, sample_weight=weights)
+    assert expected_metric(BinaryAUROC(), logits, q, "binary") == pytest.approx(expected, abs=0.002)
+    logits, q = sample("multiclass", 600)
+    areas = [
+        roc_auc_score(both, np.tile(logits.softmax(1)[:, each], 2), sample_weight=torch.cat([1 - q, q])[:, each])
+        for each in range(4)
+    ]
+    assert expected_metric(MulticlassAUROC(4), logits, q) == pytest.approx(np.mean(areas), abs=0.002)
+
+
+def test_a_metric_gets_probabilities_and_in_a_regression_outputs() -> None:
+    logits, _ = sample("multiclass", 600)
+    calibrated = expected_metric(MulticlassCalibrationError(4), logits, logits.softmax(1))
+    assert calibrated < 0.01 < expected_metric(MulticlassCalibrationError(4), 3 * logits, logits.softmax(1))
+    outputs, q = sample("regression", 60)
+    found = expected_metric(MeanSquaredError(), outputs, q, "regression")
+    assert found == pytest.approx(float((outputs - q).square().mean()), rel=1e-5)
+    single = expected_metric(MeanSquaredError(), outputs[:, 0], q[:, :1], "regression")
+    assert single == pytest.approx(float((outputs - q)[:, 0].square().mean()), rel=1e-5)
+
+
+def test_a_metric_stays_as_it_is() -> None:
+    logits, q = sample()
+    metric = MulticlassAccuracy(4, average="micro")
+    metric.update(logits, torch.zeros(60).long())
+    before = metric.compute()
+    fresh = expected_metric(MulticlassAccuracy(4, average="micro"), logits, q)
+    assert expected_metric(metric, logits, q) == fresh and metric.compute() == before
+
+
+@pytest.mark.parametrize(("task", "num_outputs", "names"), [
+    ("multiclass", 100, ["accuracy", "auroc"]),
+    ("multiclass", 101, ["accuracy"]),
+    ("binary", 1, ["accuracy", "auroc"]),
+    ("regression", 2, ["mse"]),
+])  # fmt: skip
+def test_metrics_by_default(task: str, num_outputs: int, names: list[str]) -> None:
+    metrics = default_metrics(TASKS[task], num_outputs)
+    assert [*metrics] == names
+    assert {each.higher_is_better for each in metrics.values()} == {task != "regression"}
+
+
+def test_other_samples_or_classes_are_refused() -> None:
+    logits, q = sample()
+    with pytest.raises(ValueError, match="of the same samples, but got 60 and 59"):
+        expected_metric(MulticlassAccuracy(4), logits, q[:59])
+    with pytest.raises(ValueError, match="Expected one label per output"):
+        expected_score(logits, q[:, :3])
