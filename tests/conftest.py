@@ -1,6 +1,10 @@
 """What all tests share: threads, and a way to run an example."""
 
 import os
+
+# Two threads on tensors of this size only wait for each other; processes that the tests start inherit it.
+os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
 import runpy
 import sys
 from pathlib import Path
@@ -13,8 +17,6 @@ pytest.register_assert_rewrite("tests.helpers", "tests.callbacks.plain_loop", "t
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
-# Two threads on tensors of this size only wait for each other; processes that the tests start inherit it.
-os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 

@@ -15,13 +15,18 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
+from sklearn.linear_model import LinearRegression, LogisticRegression
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+from lightning_sensitivity import RiskMonitor
+from lightning_sensitivity.callbacks import monitor as monitor_module
+from lightning_sensitivity.functional import learners
 from lightning_sensitivity.model import noise_generator
 
+monitor_module.FEW_SAMPLES = 0  # tests validate on few
 NUM_FEATURES, NUM_CLASSES = 12, 4
 
 
@@ -52,8 +57,8 @@ def first_tensor(batch: Any) -> Tensor:
 class Stream(IterableDataset):
     """Samples without a length."""
 
-    def __init__(self, num_samples: int = 50, has_labels: bool = False) -> None:
-        self.samples = labelled(num_samples) if has_labels else inputs(num_samples)
+    def __init__(self, num_samples: int = 50, has_labels: bool = False, seed: int = 0) -> None:
+        self.samples = labelled(num_samples, seed) if has_labels else inputs(num_samples, seed)
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.samples)
@@ -131,6 +136,25 @@ def averaged_weights(**options: Any) -> list[Callback]:
     return [module.EMAWeightAveraging(decay=0.5, **options)]
 
 
+@contextmanager
+def small_forests() -> Iterator[pytest.MonkeyPatch]:
+    """Learners that are fitted in a tenth of a second, inside."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"_TREES": 20, "_TREES_OF_PART": 5, "_LEAVES": (5,), "_SHARES": ("sqrt", 1.0)}.items():
+            patch.setattr(learners, name, value)
+        yield patch
+
+
+def quick_estimator(task: str = "multiclass") -> Any:
+    """A reference that is fitted in no time."""
+    return LinearRegression() if task == "regression" else LogisticRegression(max_iter=1000)
+
+
+def quick_risk(task: str = "multiclass", **options: Any) -> RiskMonitor:
+    """A RiskMonitor with such a reference."""
+    return RiskMonitor(task, **{"reference": quick_estimator(task), **options})
+
+
 def trainer(callbacks: Any = (), kind: Any = Trainer, **kwargs: Any) -> Any:
     """A Trainer that is quiet and writes nothing, unless it is told to; its ``epochs`` are those of a history."""
     extras = "logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"
@@ -154,10 +178,10 @@ def validated(callbacks: Any, model: LightningModule, loaders: Any, **kwargs: An
 
 
 def fitted(callbacks: Any, model: Any, train: Any = None, val: Any = None, **kwargs: Any) -> Trainer:
-    """A Trainer after a fit, of ``loader()`` if nothing else is said."""
-    ckpt_path, loaders = kwargs.pop("ckpt_path", None), [loader() if each is None else each for each in (train, val)]
-    run = trainer(callbacks, **kwargs)
-    run.fit(model, *loaders, ckpt_path=ckpt_path)
+    """A Trainer after a fit, of ``loader()`` and other samples to validate on, if nothing else is said."""
+    ckpt_path, run = kwargs.pop("ckpt_path", None), trainer(callbacks, **kwargs)
+    train, val = loader() if train is None else train, loader(seed=1) if val is None else val
+    run.fit(model, train, val, ckpt_path=ckpt_path)
     return run
 
 

@@ -10,17 +10,17 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
-from tests.helpers import NUM_FEATURES, Quiet, Watch, fitted, labelled
+from tests.helpers import NUM_FEATURES, Quiet, Watch, fitted, labelled, quick_risk
 
 NUM_TRAINING, NUM_VALIDATION = 850, 5930  # samples, in batches of 90, and of fewer at the end
-NUM_KEPT, NUM_SCORED, BATCH_SIZE = 600, 600, 90
+NUM_KEPT, BATCH_SIZE = 600, 90
 
 
 def fit(model: LightningModule, *callbacks: Any, **kwargs: Any) -> None:
-    train, val = (DataLoader(labelled(size), BATCH_SIZE) for size in (NUM_TRAINING, NUM_VALIDATION))
+    train, val = DataLoader(labelled(NUM_TRAINING), BATCH_SIZE), DataLoader(labelled(NUM_VALIDATION, 1), BATCH_SIZE)
     fitted([*callbacks], model, train, val, **{"num_sanity_val_steps": 0, **kwargs})
 
 
@@ -28,8 +28,8 @@ PASSES: dict[str, tuple[list[Any], int]] = {  # over how many samples a validati
     "kept samples, clean and noisy": ([SensitivityMonitor()], 2 * NUM_KEPT),
     "kept samples, clean and with three draws": ([SensitivityMonitor(num_draws=3)], 4 * NUM_KEPT),
     "half of the samples": ([SensitivityMonitor(num_samples=300)], NUM_KEPT),
-    "kept samples, training samples": ([RiskMonitor()], NUM_KEPT + NUM_SCORED),
-    "both": ([SensitivityMonitor(), RiskMonitor()], 3 * NUM_KEPT + NUM_SCORED),
+    "kept samples": ([quick_risk()], NUM_KEPT),
+    "both": ([SensitivityMonitor(), quick_risk()], 3 * NUM_KEPT),
 }
 
 
@@ -61,7 +61,7 @@ def touched_in(hook: str) -> list[tuple[int, int]]:
         setattr(monitor, hook, watched)
         return monitor
 
-    fit(Quiet(), watch(SensitivityMonitor()), watch(RiskMonitor()))
+    fit(Quiet(), watch(SensitivityMonitor()), watch(quick_risk()))
     return sorted(touched)
 
 
@@ -71,12 +71,16 @@ def test_ever_fewer_validation_batches_are_copied_and_only_in_the_first_validati
     assert sum(index >= 33 for _, index in touched) < 6
 
 
-@pytest.mark.parametrize(("num_samples", "most"), [(3000, 10), (250, 7)])
-def test_training_steps_after_the_first_epoch_cost_nothing(num_samples: int, most: int, monkeypatch: Any) -> None:
-    for name in ("NUM_SCORED", "MAX_SAMPLES"):
-        monkeypatch.setattr(f"lightning_sensitivity.callbacks.training.{name}", num_samples)
-    touched = touched_in("on_train_batch_start")
-    assert {epoch for epoch, _ in touched} == {0} and len(touched) <= most
+def test_training_steps_after_the_first_epoch_cost_nothing() -> None:
+    assert {epoch for epoch, _ in touched_in("on_train_batch_start")} == {0}
+
+
+def test_a_validation_in_one_batch_of_6000_rows_costs_what_its_kept_samples_cost() -> None:
+    sizes, model = Counter[int](), Quiet()
+    model.register_forward_pre_hook(lambda model, args: sizes.update([len(args[0])] * model.trainer.validating))
+    val = DataLoader(labelled(6_000, seed=1), 6_000)
+    fitted([SensitivityMonitor(), quick_risk()], model, DataLoader(labelled(300), 70), val, num_sanity_val_steps=0)
+    assert sizes == {NUM_KEPT: 6}  # in each of two validations two passes for sensitivity, and one
 
 
 class LiveBytes(TorchDispatchMode):
@@ -120,13 +124,14 @@ class PeakOfSecondValidation(Callback):
             self.bytes.__exit__(None, None, None)
 
 
-@pytest.mark.parametrize(("monitor", "limit"), [(SensitivityMonitor, 2.2), (RiskMonitor, 9.5)])
-def test_at_the_peak_there_are_two_batches_of_outputs_and_nine_for_the_risk(monitor: Any, limit: float) -> None:
-    # For the ranking, predictions of network and reference are kept in 64 bits, twice as they are joined.
-    x, y = torch.rand(512, NUM_FEATURES), torch.randint(2**10, (512,))
-    model, loader = Quiet(), DataLoader(TensorDataset(x, y), 512)
+@pytest.mark.parametrize(("monitor", "limit"), [(SensitivityMonitor, 2.2), (RiskMonitor, 17)])
+def test_at_the_peak_there_are_two_batches_of_outputs_and_sixteen_for_the_risk(monitor: Any, limit: float) -> None:
+    # Predictions of network and reference, and their differences, are in 64 bits.
+    x = torch.rand(512, NUM_FEATURES)
+    model, loader = Quiet(), DataLoader(labelled(512), 512)
     model.net = nn.Sequential(nn.BatchNorm1d(NUM_FEATURES), nn.Linear(NUM_FEATURES, 2**10))
     with torch.no_grad(), LiveBytes() as bare:
         outputs = model(x).nbytes
-    fitted([monitor(), peak := PeakOfSecondValidation()], model, loader, loader, max_epochs=2, num_sanity_val_steps=0)
+    val, options = DataLoader(x, 512), {"max_epochs": 2, "num_sanity_val_steps": 0}
+    fitted([monitor(), peak := PeakOfSecondValidation()], model, loader, val, **options)
     assert 1.0 < (peak.bytes.peak - x.nbytes - (bare.peak - outputs)) / outputs < limit

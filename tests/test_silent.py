@@ -24,16 +24,16 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 from torch.utils.data import DataLoader
 
-from lightning_sensitivity import RiskMonitor, SensitivityMonitor
+from lightning_sensitivity import SensitivityMonitor
 from lightning_sensitivity.functional import fit_reference
 from lightning_sensitivity.model import noise_generator
-from tests.callbacks.plain_loop import Truth, as_matrix
-from tests.helpers import Linear, inputs, said, trainer
+from tests.callbacks.plain_loop import as_matrix, expected_by
+from tests.helpers import Linear, inputs, quick_estimator, quick_risk, said, trainer
 
-RIGHT = "=plain loop"  # else "!", an error before the first step, or "?", exactly one warning, and what it says
+RIGHT = "=plain loop"  # else "!", an error before the first step, or a "?" for each warning, and what the first says
 HEAD = r"!`outputs` should .*dict of 'loss', 'a'.*: `outputs=lambda result: result\['a'\]`\."
 DENSE, LAST, UNIT = "!are dense", "!`outputs` should move the classes", r"?\[0, 1\]"
-Pair = namedtuple("Pair", "x y")
+Pair, Weighted = namedtuple("Pair", "x y"), namedtuple("Weighted", "y weight x")
 Noise = Callable[[Tensor], Tensor]
 
 
@@ -127,6 +127,7 @@ class Case:
 
 BINARY: dict[str, Any] = {"num_outputs": 1, "r_options": {"task": "binary"}}
 REGRESSION: dict[str, Any] = {"num_outputs": 2, "r_options": {"task": "regression"}}
+DEFAULT: dict[str, Any] = {"reference": None}  # its own learners, where a quick one is blind
 CASES = {
     # forms of batches
     "tuple": Case(),
@@ -135,7 +136,7 @@ CASES = {
     "dict of other names": Case("!`inputs", "!`inputs", batch=lambda x, y: {"z": x, "label": y}, step=part("z")),
     "mapping with a mask": Case(batch=lambda x, y: UserDict(x=x, mask=x > 0.5, y=y, weight=x[:, 0]), forward=masked,
         step=lambda m, b, noise: m(noise(b["x"]), b["mask"]), seen=lambda b: b["x"]),
-    "object": Case("!`inputs", "?has no reference", batch=lambda x, y: SimpleNamespace(x=x, y=y),
+    "object": Case("!`inputs", "??has no reference", batch=lambda x, y: SimpleNamespace(x=x, y=y),
         forward=lambda m, b: m.net(b.x), step=lambda m, b, noise: m(SimpleNamespace(x=noise(b.x), y=b.y))),
     "object that forward writes into": Case(None, batch=lambda x, y: SimpleNamespace(x=x, y=y),
         forward=lambda m, b: m.net(b.x.mul_(0.5)), step=lambda m, b, noise: m(SimpleNamespace(x=b.x.clone(), y=b.y)),
@@ -143,7 +144,11 @@ CASES = {
     "nested, inputs=": Case(batch=lambda x, y: Pair(Pair(x, ({"b": [2 * x]}, (9 * x).long(), "name")), y),
         options={"inputs": lambda b: b.x}, forward=lambda m, pair: m.net(pair.x + pair.y[0]["b"][0] + pair.y[1]),
         step=lambda m, b, noise: m(Pair(noise(b.x.x), ({"b": [noise(b.x.y[0]["b"][0])]}, *b.x.y[1:]))),
-        seen=lambda b: torch.cat([b.x.x, b.x.y[0]["b"][0]], 1)),
+        seen=lambda b: torch.cat([b.x.x, b.x.y[0]["b"][0], b.x.y[1]], 1)),
+    "named tuple with weights": Case(batch=lambda x, y: Weighted(y, x[:, 0], x), step=lambda m, b, noise: m(noise(b.x)),
+        seen=lambda b: b.x),
+    "numbers and categories": Case(batch=lambda x, y: (x, ids(x), y), forward=lambda m, x, ids: m.net(x) + ids[:, :4],
+        step=lambda m, b, noise: m(noise(b[0]), b[1]), seen=lambda b: torch.cat(b[:2], 1)),
     "no labels": Case(r="!`targets", batch=lambda x, y: x, step=lambda m, b, noise: m(noise(b))),
     "targets= that fails": Case(None, r"!`targets` failed on tuple of 2: .*IndexError",
         r_options={"targets": lambda b: b[2]}),
@@ -154,10 +159,10 @@ CASES = {
     "optional mask, inputs=": Case(batch=lambda x, y: (x, y, (x > 0.5).float()), forward=masked,
         step=lambda m, b, noise: m(noise(b[0]), b[2]), options={"inputs": lambda b: (b[0], b[2])},
         r_options={"targets": lambda b: b[1], "features": lambda b: b[0]}),
-    "token ids": Case("!`at=", x=ids, forward=lambda m, x: m.net(m.embedding(x)).mean(1)),
+    "token ids": Case("!`at=", x=ids, r_options=DEFAULT, forward=lambda m, x: m.net(m.embedding(x)).mean(1)),
     "transformers": Case(batch=lambda x, y: {"input_ids": x, "attention_mask": x > 2, "labels": y}, x=ids,
         forward=text_classifier, s_options={"at": "embedding"}, step=at_embedding(lambda m, b: m(**b).logits),
-        seen=lambda b: b["input_ids"].where(b["attention_mask"], -1)),
+        seen=lambda b: b["input_ids"].where(b["attention_mask"], -1), r_options=DEFAULT),
     # positions: S counts each of them, and there is no risk
     "(N, T, K)": Case(LAST, LAST, x=sequence),
     "(N, T, K), outputs=": Case(r=DENSE, x=sequence, options={"outputs": lambda y: y.mT},
@@ -220,28 +225,25 @@ def plain_sensitivity(case: Case, model: Model, _: Any, batches: list[Any], labe
 
 @torch.no_grad()
 def plain_risk(case: Case, model: Model, training: Any, batches: Any, labels: Tensor) -> dict[str, Any]:
-    """The distance from the reference, where it chooses; else the score of training samples."""
-    train, unseen = (torch.cat([case.step(model, b, lambda x: x) for b in part]) for part in (training, batches))
-    truth = Truth(task := case.r_options.get("task", "multiclass"))
+    """What the reference expects."""
+    unseen = torch.cat([case.step(model, b, lambda x: x) for b in batches]).double()
+    task, num_outputs = case.r_options.get("task", "multiclass"), unseen.shape[-1]
     counts = labels.reshape(len(labels), -1)[:, 0] != -100
-    y = as_matrix(labels[counts], task, train.shape[-1])
     seen, new = (torch.cat([case.seen(b) for b in part]) for part in (training, batches))  # type: ignore[misc]
-    reference = fit_reference(seen[counts], y, new, task)
-    if reference.is_trusted and not reference.looks_clean:
-        chosen = truth.distance(unseen.double(), reference.predictions, train[counts].double(), y, reference.shares)
-    else:
-        chosen = truth.kind.score(truth.kind.predictions(train[counts], 1), y)
-    return {"val/risk_criterion": chosen}
+    y = as_matrix(labels[counts], task, num_outputs)
+    estimator = case.r_options.get("reference", quick_estimator(task))
+    reference = fit_reference(seen[counts], y, task, estimator=estimator)
+    return expected_by(reference, unseen, new)
 
 
-ROWS = [(name, SensitivityMonitor) for name in CASES if CASES[name].s] + [(name, RiskMonitor) for name in CASES]
+ROWS = [(name, SensitivityMonitor) for name in CASES if CASES[name].s] + [(name, quick_risk) for name in CASES]
 SIZES = (20, 17, 3), (11, 8)  # of training batches, and of validation batches
 
 
 @pytest.mark.parametrize(("name", "kind"), ROWS)
 def test_no_number_is_silently_wrong(name: str, kind: Any) -> None:
-    case, plain = CASES[name], plain_risk if kind is RiskMonitor else plain_sensitivity
-    verdict, options = (case.r, case.r_options) if kind is RiskMonitor else (case.s, case.s_options)
+    case, plain = CASES[name], plain_risk if kind is quick_risk else plain_sensitivity
+    verdict, options = (case.r, case.r_options) if kind is quick_risk else (case.s, case.s_options)
     model = type("CaseModel", (Model,), {"forward": case.forward})(case)
     features = [inputs(sum(sizes), seed=len(sizes)) for sizes in SIZES]
     parts = [part.split(sizes) for part, sizes in zip(features, SIZES, strict=True)]
@@ -252,8 +254,9 @@ def test_no_number_is_silently_wrong(name: str, kind: Any) -> None:
     refused = pytest.raises(MisconfigurationException) if sign == "!" else nullcontext()
     with said() as messages, refused as error:
         run.fit(model, *loaders)
-    assert len(messages) == (sign == "?"), messages
-    assert sign == "=" or re.search(verdict[1:], str(error.value) if error else messages[0])
+    says = verdict.lstrip("?!")
+    assert len(messages) == (len(verdict) - len(says)) * (sign == "?"), messages
+    assert sign == "=" or re.search(says, str(error.value) if error else messages[0])
     assert run.global_step == (0 if sign == "!" else 3)
     if sign == "=":
         for key, value in plain(case, model.eval(), *batches, case.y(features[0])).items():

@@ -1,6 +1,6 @@
 """What is refused, or said, before the first training step."""
 
-from collections.abc import Collection
+from collections.abc import Mapping, Sequence
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
@@ -10,6 +10,7 @@ from lightning_sensitivity.arguments import Refused
 from lightning_sensitivity.functional.tasks import Task
 from lightning_sensitivity.functional.tensors import are_close, are_log_probabilities, are_probabilities
 
+EXPECTED = "expected_"  # begins the names of what a RiskMonitor logs
 _LIGHTNING_MODULES = ("lightning.pytorch.core.module", "pytorch_lightning.core.module")
 _MIN_TARGETS = 8  # of a batch, to find that all are equal
 _SHARDED = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")
@@ -54,23 +55,54 @@ def _is_overridden(name: str, pl_module: LightningModule) -> bool:
     return getattr(getattr(pl_module, name), "__module__", "") not in _LIGHTNING_MODULES
 
 
-def check_modes(trainer: Trainer, names: Collection[str]) -> None:
-    """Refuse callbacks that look for the highest of values that are best when they are low.
+def check_monitored(trainer: Trainer, prefix: str, directions: Mapping[str, bool]) -> None:
+    """Refuse callbacks and schedulers that monitor a name that will not be logged, or look for the worst value.
+
+    Args:
+        trainer: The Trainer.
+        prefix: The prefix of the monitor.
+        directions: Whether the highest value is the best, by logged name.
 
     Raises:
         MisconfigurationException: If there is one.
     """
-    for callback, monitor in callbacks_that_monitor(trainer):
-        if monitor.partition("/dataloader_idx_")[0] in names and getattr(callback, "mode", "min") == "max":
-            got = f"got 'max' in `{type(callback).__name__}`"
-            raise Refused(f"`mode` should be 'min' for `{monitor}`, {got}.", entry="lowest")
+    for owner, monitor in callbacks_that_monitor(trainer):
+        name = monitor.partition("/dataloader_idx_")[0]
+        who = type(owner).__name__
+        if name.startswith(f"{prefix}{EXPECTED}") and name not in directions:
+            known = ", ".join(f"`{each}`" for each in directions)
+            raise Refused(f"`{who}` monitors `{monitor}`, which is not logged. There are {known}.", entry="names")
+        mode = getattr(owner, "mode", None)
+        best = "max" if directions.get(name) else "min"
+        if name in directions and mode in ("min", "max") and mode != best:
+            raise Refused(f"`mode` should be {best!r} for `{monitor}`, got {mode!r} in `{who}`.", entry="names")
+
+
+def check_loaders(trainer: Trainer, prefix: str, names: Sequence[str]) -> None:
+    """Refuse callbacks that monitor a value of a loader that is not there, or of none of several.
+
+    Args:
+        trainer: The Trainer, whose loaders are known.
+        prefix: The prefix of the monitor.
+        names: All names that will be logged.
+
+    Raises:
+        MisconfigurationException: If there is one.
+    """
+    for owner, monitor in callbacks_that_monitor(trainer):
+        if monitor.startswith(f"{prefix}{EXPECTED}") and monitor not in names:
+            known = ", ".join(f"`{each}`" for each in names)
+            raise Refused(
+                f"`{type(owner).__name__}` monitors `{monitor}`, which is not logged. There are {known}.", "names"
+            )
 
 
 def callbacks_that_monitor(trainer: Trainer) -> list[tuple[object, str]]:
-    """List the callbacks that monitor a value, each with its name, checkpoints first."""
+    """List the callbacks, and the schedulers, that monitor a value, each with its name, checkpoints first."""
     callbacks = sorted(trainer.callbacks, key=lambda each: not isinstance(each, Checkpoint))  # type: ignore[attr-defined]
     monitors = [(callback, getattr(callback, "monitor", None)) for callback in callbacks]
-    return [(callback, name) for callback, name in monitors if isinstance(name, str)]
+    schedulers = [(each.scheduler, each.monitor) for each in trainer.lr_scheduler_configs if each.reduce_on_plateau]
+    return [(owner, name) for owner, name in [*monitors, *schedulers] if isinstance(name, str)]
 
 
 def check_repeatable(first: Tensor, second: Tensor) -> None:
@@ -101,30 +133,27 @@ def check_logits(outputs: Tensor) -> None:
 
 
 def check_outputs(outputs: Tensor, task: Task) -> None:
-    """Refuse outputs that have no criterion.
+    """Refuse outputs for which there is nothing to expect.
 
     Raises:
         MisconfigurationException: If they are dense, or probabilities.
     """
     if outputs.ndim > 2:
         raise Refused(
-            f"outputs are dense, {tuple(outputs.shape)}, and (N, K) is needed: there is no criterion for pixels and "
+            f"outputs are dense, {tuple(outputs.shape)}, and (N, K) is needed: nothing can be expected of pixels and "
             "tokens. Remove `RiskMonitor`; `SensitivityMonitor` works.",
-            entry="no-criterion",
+            entry="outputs",
         )
     if task.has_classes and are_probabilities(outputs):
-        raise Refused(
-            "outputs are probabilities, and logits are needed: select them with `outputs=`.", entry="no-criterion"
-        )
+        raise Refused("outputs are probabilities, and logits are needed: select them with `outputs=`.", entry="outputs")
 
 
-def check_targets(labels: Tensor, num_samples: int, seen: Tensor | None, task: Task) -> None:
+def check_targets(labels: Tensor, num_samples: int, task: Task) -> None:
     """Refuse labels that are not one for each sample, and what can't be the targets of a regression.
 
     Args:
         labels: Labels of a training batch, which fit the outputs.
         num_samples: How many outputs there are.
-        seen: What a reference sees of the batch.
         task: The task.
 
     Raises:
@@ -140,10 +169,4 @@ def check_targets(labels: Tensor, num_samples: int, seen: Tensor | None, task: T
     if len(labels) >= _MIN_TARGETS and bool((labels == labels[0]).all()):
         raise Refused(
             f"all targets of a training batch are {labels.flatten()[0]:g}: there is nothing to learn.", "task"
-        )
-    if seen is not None and (seen.ndim > 2 or not seen.is_floating_point()):
-        raise Refused(
-            "a regression is measured for vectors alone, such as the columns of a table: set `features=` to a function "
-            "`batch -> (N, D)`.",
-            entry="features",
         )

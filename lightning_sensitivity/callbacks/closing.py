@@ -1,110 +1,169 @@
-"""The line at the end of a fit: which epoch and file, what chose them, and what is known of the labels."""
+"""The end of a fit: a summary for machines, and the last line for people, which says the same."""
 
 import math
-from collections.abc import Mapping, Sequence
-from operator import attrgetter
+from collections.abc import Mapping
+from typing import Any
 
 from lightning.pytorch import Trainer
-from torch import Tensor
 
-from lightning_sensitivity.arguments import link_to
 from lightning_sensitivity.callbacks.checks import callbacks_that_monitor
-from lightning_sensitivity.callbacks.record import ValidationResult, Verdict
+from lightning_sensitivity.callbacks.record import RiskRecord, Verdict
 from lightning_sensitivity.functional.refined_score import TEMPERATURES
 
 _SAID = 0.05  # share of labels that is worth a sentence
+_ENDED = 0.01  # of the first learning rate
+_LEARNERS = {"forest": "random forest", "ridge": "ridge regression on {}", "mean": "mean label"}
 
-Curve = tuple[str, Sequence[ValidationResult]]  # the value, and what validations have shown
+Curve = tuple[str, int, bool]  # a value, its loader, and whether the highest is the best
 
 
-def closing_line(trainer: Trainer, curves: Mapping[str, Curve], verdict: Verdict) -> str:
-    """Say in which epoch a value was lowest, what chose it, and what is known of the labels.
+def summarize(trainer: Trainer, curves: Mapping[str, Curve], record: RiskRecord) -> dict[str, Any]:
+    """Say which epoch is best by the value that is monitored, what chose it, and what is known of the labels.
 
     Args:
         trainer: The Trainer, at the end of a fit.
-        curves: The criterion and the ranking of each loader, by the name that was logged. The line is about the
-            first one that a callback of the run monitors.
-        verdict: What was decided on the reference.
-
-    Returns:
-        The line; empty without a curve.
+        curves: The value, the loader and the direction of each name that can be monitored; the first is the default.
+        record: What is known of the fit.
     """
-    if not curves:
-        return ""
     monitored = [name for _, name in callbacks_that_monitor(trainer) if name in curves]
     name = (monitored or list(curves))[0]
-    value, results = curves[name]
-    best, last = min(results, key=attrgetter(value)), results[-1]
-    has_stopped = any(getattr(each, "stopped_epoch", 0) for each in _watching(trainer, name))
-    is_falling = best is last and len(results) > 1 and not has_stopped
-    sentences = [_lowest(trainer, name, value, best), _what_chose(verdict, last, value), _unexplained(verdict)]
-    has_chosen = verdict.is_trusted or best.num_labels > 0
-    if is_falling and has_chosen:
-        sentences.append(f"It was still falling: train for longer.{link_to('still-falling')}")
-    return " ".join(filter(None, sentences))
+    value, dataloader_idx, is_highest = curves[name]
+    verdict = record.verdict or Verdict()
+    found = [each for each in record.history if each["dataloader_idx"] == dataloader_idx]
+    found = [each for each in found if each["reference"] == found[-1]["reference"]]  # of the last reference
+    found = [each for each in found if math.isfinite(each[value])]
+    best = max(found, key=lambda each: each[value] if is_highest else -each[value]) if found else {}
+    return {
+        "monitored": name,
+        "direction": "highest" if is_highest else "lowest",
+        "epoch": best.get("epoch"),
+        "checkpoint": _checkpoint_of(trainer, name, best.get(value), best.get("step") in record.saved_steps),
+        "chosen_by": _chosen_by(verdict, best),
+        "temperature": best.get("temperature", math.nan),
+        "num_labels": best.get("num_labels", 0),
+        "is_improving": len(found) > 1 and best is found[-1] and not record.ends_in_gap,
+        "num_training": verdict.num_samples,
+        "learner": verdict.learner,
+        "features": verdict.features,
+        "is_trusted": verdict.is_trusted,
+        "skill": verdict.skill,
+        "left_out_accuracy": verdict.accuracy,
+        "left_out_auroc": verdict.auroc,
+        "left_out_r2": verdict.skill if math.isnan(verdict.accuracy) else math.nan,
+        "majority": verdict.majority,
+        "unexplained": verdict.unexplained,
+        "num_validations": record.num_validations,
+        "num_gaps": record.num_gaps,
+    }
 
 
-def _watching(trainer: Trainer, name: str) -> list[object]:
-    """List the callbacks that monitor a value."""
-    return [callback for callback, monitor in callbacks_that_monitor(trainer) if monitor == name]
+def _chosen_by(verdict: Verdict, best: Mapping[str, Any]) -> str:
+    if not best:
+        return "nothing"
+    names = ["reference"] * verdict.is_trusted + ["labels"] * (best["num_labels"] > 0)
+    return " and ".join(names)
 
 
-def _lowest(trainer: Trainer, name: str, value: str, best: ValidationResult) -> str:
-    """Say which epoch and file, and how its probabilities become calibrated."""
-    lowest = getattr(best, value)
-    said = f"`{name}` was lowest at epoch {best.epoch}{_checkpoint_of(trainer, name, lowest)}"
-    is_known = TEMPERATURES[0] < best.temperature < TEMPERATURES[-1]  # not at an end of the grid
-    if value == "risk_criterion" and best.temperature != 1 and is_known:
-        return f"{said}: divide its logits by {best.temperature:.1f} to calibrate it."
-    return f"{said}."
-
-
-def _checkpoint_of(trainer: Trainer, name: str, lowest: float) -> str:
-    """Name the checkpoint of the lowest value, if there is one."""
-    for callback in _watching(trainer, name):
+def _checkpoint_of(trainer: Trainer, name: str, value: float | None, is_saved: bool) -> str:
+    """Name the checkpoint of the best value, if one was saved at its step."""
+    for callback, monitor in callbacks_that_monitor(trainer):
         path, score = getattr(callback, "best_model_path", ""), getattr(callback, "best_model_score", None)
-        if not (path and isinstance(score, Tensor) and score.numel() == 1):
+        if monitor != name or not is_saved or not path or value is None or score is None:
             continue
-        if math.isclose(float(score), lowest, rel_tol=1e-5, abs_tol=1e-9):
-            return f", in the checkpoint {path}"
+        if math.isclose(float(score), value, rel_tol=1e-5, abs_tol=1e-9):
+            return str(path)
     return ""
 
 
-def _what_chose(verdict: Verdict, last: ValidationResult, value: str) -> str:
-    """Say what chose, and how good it is."""
-    if last.num_labels > 0 and value == "risk_criterion":
-        others = " and the reference" if verdict.is_trusted else ""
-        return f"{last.num_labels} validation labels{others} chose."
-    if verdict.is_trusted:
-        return f"The reference chose: {_skill(verdict, last)}."
-    if verdict.looks_clean:
+def closing_line(trainer: Trainer, summary: Mapping[str, Any]) -> str:
+    """Say what a summary says, in sentences."""
+    sentences = [_best(summary), _what_chose(summary), _unexplained(summary), _gaps(summary)]
+    if summary["is_improving"] and not _has_ended(trainer, summary["monitored"]):
+        sentences.append("It was still improving: train for longer.")
+    return " ".join(filter(None, sentences))
+
+
+def _best(summary: Mapping[str, Any]) -> str:
+    """Say which epoch and file, and how its probabilities become calibrated."""
+    if summary["epoch"] is None:
+        return f"`{summary['monitored']}` has no value."
+    file = f", in the checkpoint {summary['checkpoint']}" if summary["checkpoint"] else ""
+    said = f"`{summary['monitored']}` was {summary['direction']} at epoch {summary['epoch']}{file}"
+    is_known = TEMPERATURES[0] < summary["temperature"] < TEMPERATURES[-1]  # not at an end of the grid
+    if (
+        summary["monitored"].partition("/dataloader_idx_")[0].endswith("score")
+        and is_known
+        and summary["temperature"] != 1
+    ):
+        return f"{said}: divide its logits by {summary['temperature']:.1f} to calibrate it."
+    return f"{said}."
+
+
+def _what_chose(summary: Mapping[str, Any]) -> str:
+    """Say what chose, and how good the reference is."""
+    labels = f"{summary['num_labels']} validation labels"
+    if summary["chosen_by"] == "labels":
+        return f"{labels} chose."
+    if summary["is_trusted"] and summary["epoch"] is None:
+        return "No validation gave finite outputs."
+    if summary["chosen_by"] == "nothing" and summary["is_trusted"]:
+        return "The network gave nan or inf for all samples."
+    if summary["chosen_by"] == "nothing":
+        is_blind = f"sees too little of the inputs ({_skill(summary)})" if summary["learner"] else "is missing"
         return (
-            f"The training labels look clean ({_skill(verdict, last)}), so the score on training samples chose: if "
-            "they are right, training to the end is about as good."
+            f"The reference {is_blind}, so nothing says when to stop. Callbacks that monitor it took the last epoch: "
+            "label some validation samples (`validation_labels=True`), or set `features=`."
         )
-    blind = f"sees too little of the inputs ({_skill(verdict, last)})" if verdict.has_reference else "is missing"
+    name = _LEARNERS.get(summary["learner"], summary["learner"]).format(summary["features"])
+    both = f"{labels} and the" if summary["num_labels"] else "The"
+    return f"{both} reference ({name}, {summary['num_training']:,} training labels) chose: {_skill(summary)}."
+
+
+def _skill(summary: Mapping[str, Any]) -> str:
+    """Say how well the reference predicts labels that it has not seen, beside always the most frequent class."""
+    if math.isnan(summary["left_out_accuracy"]):
+        return f"without having seen them, it explains {max(0.0, summary['skill']):.0%} of the variance of these labels"
+    auroc = "" if math.isnan(summary["left_out_auroc"]) else f"; AUROC {summary['left_out_auroc']:.2f}"
     return (
-        f"The reference {blind}, so the score on training samples chose, which can't say when to stop: "
-        f"label some validation samples, or set `features=`.{link_to('blind')}"
+        f"without having seen them, it predicts {summary['left_out_accuracy']:.0%} of these labels (always the most "
+        f"frequent class: {summary['majority']:.0%}{auroc})"
     )
 
 
-def _skill(verdict: Verdict, last: ValidationResult) -> str:
-    """Say how well the reference predicts labels that it has not seen, beside the network on labels that it has."""
-    number = f"{verdict.num_samples:,} training labels"
-    if math.isnan(verdict.accuracy):
-        return f"without having seen them, it explains {max(0.0, verdict.skill):.0%} of the variance of {number}"
-    return (
-        f"without having seen them, it predicts {verdict.accuracy:.0%} of {number}; the network, which has seen them, "
-        f"predicts {last.training_accuracy:.0%}"
-    )
-
-
-def _unexplained(verdict: Verdict) -> str:
+def _unexplained(summary: Mapping[str, Any]) -> str:
     """Say how many labels can't be explained, if that is worth a sentence."""
-    if verdict.looks_clean or not verdict.unexplained >= _SAID:
+    if not summary["unexplained"] >= _SAID:
         return ""
     return (
-        f"About {verdict.unexplained:.0%} of the training labels can't be explained: they are wrong, or not to be "
+        f"About {summary['unexplained']:.0%} of the training labels can't be explained: they are wrong, or not to be "
         "known from the inputs."
     )
+
+
+def _gaps(summary: Mapping[str, Any]) -> str:
+    """Say how many validations have no value."""
+    if not summary["num_gaps"] or summary["epoch"] is None:
+        return ""
+    return f"{summary['num_gaps']} of {summary['num_validations']} validations have no value."
+
+
+def _has_ended(trainer: Trainer, name: str) -> bool:
+    """Return whether a callback has stopped the run, or a schedule has ended, so that more epochs are of no use."""
+    callbacks = [callback for callback, monitor in callbacks_that_monitor(trainer) if monitor == name]
+    has_stopped = any(getattr(each, "stopped_epoch", 0) for each in callbacks)
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    return has_stopped or any(group["lr"] <= _ENDED * group.get("initial_lr", 0.0) for group in groups)
+
+
+def log_summary(trainer: Trainer, prefix: str, summary: Mapping[str, Any]) -> None:
+    """Write a summary to the loggers: to that of a run where they have one, as text, or to the hyperparameters."""
+    values = {f"{prefix}{name}": value for name, value in summary.items()}
+    for logger in trainer.loggers if trainer.is_global_zero else ():
+        experiment: Any = getattr(logger, "experiment", None)
+        if type(logger).__name__ == "WandbLogger":
+            experiment.summary.update(values)
+        elif hasattr(experiment, "add_text"):  # TensorBoard, which takes the hyperparameters of a run only once
+            rows = [f"| {name} | {value} |" for name, value in summary.items()]
+            experiment.add_text(f"{prefix}summary", "\n".join(["| | |", "|---|---|", *rows]))
+        else:
+            logger.log_hyperparams(values)

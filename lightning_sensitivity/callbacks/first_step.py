@@ -13,10 +13,13 @@ from lightning_sensitivity.model.batches import is_floating, tensors_in
 from lightning_sensitivity.model.isolation import isolated
 from lightning_sensitivity.model.reader import BatchReader
 
+_ROWS = 100  # of an input that are compared
+
 
 class Received(NamedTuple):
-    """Hold the first floating input of a part, the states of the random streams then, and whether the part learns."""
+    """The first floating input of a part, its first rows, the random streams then, and whether the part learns."""
 
+    shape: tuple[int, ...]
     inputs: Tensor
     streams: object
     learns: bool
@@ -66,7 +69,8 @@ class FirstStep:
             is_meant = torch.is_grad_enabled() == self._in_step and not compat.is_redirected(part)
             if inputs and is_meant and name not in self._theirs:
                 learns = any(weight.requires_grad for weight in part.parameters())
-                self._theirs[name] = Received(inputs[0].detach().clone(), compat.random_streams(), learns)
+                rows = inputs[0].detach()[:_ROWS].clone()
+                self._theirs[name] = Received(tuple(inputs[0].shape), rows, compat.random_streams(), learns)
 
     def stop(self, is_skipped: bool) -> str | None:
         """Stop watching, and say how the step differs from what is measured; a skipped step says nothing."""
@@ -92,9 +96,8 @@ class FirstStep:
 
 def _compare(name: str, ours: Received, theirs: Received) -> str | None:
     """Say how the inputs of a part differ; their values may, if the step has drawn random numbers."""
-    shapes = tuple(theirs.inputs.shape), tuple(ours.inputs.shape)
-    if shapes[0] != shapes[1]:
-        return f"`{name}` gets an input of shape {shapes[0]} in the step, and {shapes[1]} from us"
+    if theirs.shape != ours.shape:
+        return f"`{name}` gets an input of shape {theirs.shape} in the step, and {ours.shape} from us"
     if theirs.streams == ours.streams and not are_close(ours.inputs, theirs.inputs):
         return f"`{name}` gets other values in the step, though it draws no random numbers"
     return None

@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from lightning_sensitivity import compat
 from lightning_sensitivity.arguments import check_argument, check_bool, check_int
-from lightning_sensitivity.callbacks.checks import callbacks_that_monitor, check_repeatable, check_run
+from lightning_sensitivity.callbacks.checks import check_repeatable, check_run
 from lightning_sensitivity.callbacks.first_step import FirstStep
+from lightning_sensitivity.callbacks.patience import Patience
 from lightning_sensitivity.callbacks.reporter import Reporter
 from lightning_sensitivity.model import isolated
 from lightning_sensitivity.model.isolation import RunIsolated
@@ -22,6 +24,7 @@ from lightning_sensitivity.model.reader import BatchReader
 from lightning_sensitivity.model.samples import MAX_BYTES, KeptSamples
 
 LEFT_OUT = "This epoch has no value."
+FEW_SAMPLES = 50  # of which a value is mostly chance
 
 
 class Monitor(Callback, ABC):
@@ -31,7 +34,6 @@ class Monitor(Callback, ABC):
     validation, measures them, and the end of the epoch logs the values.
     """
 
-    names: tuple[str, ...]  # of the values that are always logged, without the prefix; the progress bar shows the first
     measures_only_fits = False  # and leaves `Trainer.validate` alone
 
     def __init__(self, reader: BatchReader, num_samples: int | None, prefix: str, prog_bar: bool) -> None:
@@ -42,13 +44,21 @@ class Monitor(Callback, ABC):
         self.num_samples = num_samples
         self.prefix = prefix
         self.prog_bar = prog_bar
-        self.metrics: list[Any] = []  # of the last validation, by loader; None where it failed
+        self.measured: list[Any] = []  # in the last validation, by loader; None where that failed
         self.samples: list[KeptSamples] = []  # by loader
         self.reporter = Reporter(type(self).__name__, prefix)
+        self.is_checked = False  # whether a validation of the sanity check has measured the model
         self._is_measuring = False  # the current validation
         self._first_step = FirstStep()
+        self._patience = Patience()
+        self._counted: set[int] = set()  # loaders whose samples were counted
 
     # For subclasses to implement or override
+
+    @property
+    @abstractmethod
+    def names(self) -> tuple[str, ...]:
+        """The names of all values that may be logged, without the prefix; the progress bar shows the first."""
 
     @abstractmethod
     def check_outputs(self, outputs: Tensor) -> None:
@@ -56,15 +66,18 @@ class Monitor(Callback, ABC):
 
     @abstractmethod
     def measure(self, module: LightningModule, run: RunIsolated, samples: KeptSamples) -> object:
-        """Run the model on the kept samples of a loader, and return a metric of them."""
+        """Run the model on the kept samples of a loader, and return what :meth:`compute_values` needs."""
 
     @abstractmethod
     def compute_values(self, trainer: Trainer, dataloader_idx: int) -> dict[str, Tensor | float]:
-        """Compute the values of a loader over all processes, if any, and warn of doubtful ones."""
+        """Compute the values of a loader over all processes, if any, and warn of doubtful ones.
+
+        Every process comes here. Values are nan if all outputs are; what could not be measured is left out.
+        """
 
     @abstractmethod
-    def fallback_values(self, dataloader_idx: int) -> Mapping[str, float]:
-        """Return what other callbacks get where a validation of a fit has no values; it is not logged."""
+    def worst_values(self, dataloader_idx: int) -> Mapping[str, float]:
+        """Return, for all names, what other callbacks get where a validation of a fit has no value."""
 
     def should_measure(self, trainer: Trainer) -> bool:
         """Decide whether to measure the current validation. Override it to measure at other times."""
@@ -74,12 +87,9 @@ class Monitor(Callback, ABC):
         """Return whether all is there that a validation of a fit needs; every process comes here."""
         return True
 
-    def prepare(self, trainer: Trainer, module: LightningModule) -> None:
-        """Do what is to be done once, before the samples of all loaders are measured."""
-
     def keep(self, module: LightningModule, batch: object, batch_idx: int, samples: KeptSamples) -> None:
         """Keep a validation batch."""
-        samples.add(self.reader.keep(module, batch, batch_idx))
+        samples.add(self.reader.keep(module, batch, batch_idx, max_samples=samples.num_wanted))
 
     # Before a run
 
@@ -93,6 +103,9 @@ class Monitor(Callback, ABC):
             is_unique = other is self or not isinstance(other, Monitor) or other.prefixed_names().isdisjoint(names)
             check_argument("prefix", self.prefix, is_unique, "different in monitors that log the same names")
         self.reporter = Reporter(type(self).__name__, self.prefix)
+        self._patience = Patience()
+        self.is_checked = False
+        self._counted = set()
         self._free()
 
     # The first training step
@@ -104,7 +117,8 @@ class Monitor(Callback, ABC):
             self._first_step.start(pl_module, batch, self.reader)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: object, *args: object) -> None:
-        """Warn if the first step does not compute what is measured."""
+        """Warn if the first step does not compute what is measured, and spare the patience of others meanwhile."""
+        self._patience.spare(trainer)
         problem = self._first_step.stop(is_skipped=pl_module.automatic_optimization and not outputs)
         if problem is not None:
             self.reporter.warn(
@@ -125,7 +139,7 @@ class Monitor(Callback, ABC):
             is_ready = trainer.sanity_checking or self.is_ready(trainer)
         self._is_measuring = is_ready and self.should_measure(trainer)
         if self._is_measuring:
-            self.metrics = []
+            self.measured = []
             self.samples = self.samples or self._make_samples(trainer)
 
     def on_validation_batch_start(
@@ -150,13 +164,16 @@ class Monitor(Callback, ABC):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the values, or forget the samples of the sanity check; every process comes here."""
-        if self._is_measuring and not self.metrics:  # the loader ended before Lightning knew, or has no batch here
+        if self._is_measuring and not self.measured:  # the loader ended before Lightning knew, or has no batch here
             self._measure_all(trainer, pl_module)
         if trainer.sanity_checking:
             self.samples = []
             return
+        missing: dict[str, float] = {}
         for dataloader_idx in range(self.num_loaders(trainer)):
-            self._log_values(trainer, dataloader_idx)
+            missing |= self._log_values(trainer, dataloader_idx)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._patience.set_worst(trainer, missing)
         self._is_measuring = False
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -189,30 +206,32 @@ class Monitor(Callback, ABC):
         return [KeptSamples(num_wanted, index, MAX_BYTES / num_loaders) for index in range(num_loaders)]
 
     def _measure_all(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the samples of every loader."""
-        self.metrics = [None] * len(self.samples)
+        """Measure the samples of every loader without a trace."""
+        self.measured = [None] * len(self.samples)
         for samples in self.samples:
             samples.complete()
             if samples.is_truncated:
                 message = f"keeps only {samples.size} samples of a loader: more would take too much memory."
                 self.reporter.warn("samples", message)
-        with self.reporter.report_failure("could not prepare to measure", LEFT_OUT):
-            self.prepare(trainer, pl_module)
-        for samples in self.samples:
-            what = f"could not measure the samples of dataloader {samples.dataloader_idx}"
-            with self.reporter.report_failure(what, LEFT_OUT):
-                self.metrics[samples.dataloader_idx] = self._measure_isolated(trainer, pl_module, samples)
-                if trainer.state.fn != TrainerFn.FITTING or not self.reporter.before_first_step:
-                    self.reporter.warn_of_probabilities()
+        with ExitStack() as passes, trainer.precision_plugin.val_step_context():
+            run: RunIsolated | None = None
+            with self.reporter.report_failure("could not measure", LEFT_OUT):
+                run = passes.enter_context(isolated(pl_module))
+            for samples in self.samples if run is not None else ():
+                what = f"could not measure the samples of dataloader {samples.dataloader_idx}"
+                with self.reporter.report_failure(what, LEFT_OUT):
+                    self.measured[samples.dataloader_idx] = self._measure_loader(pl_module, run, samples)
+        if trainer.state.fn != TrainerFn.FITTING or not self.reporter.before_first_step:
+            self.reporter.warn_of_probabilities()
 
-    def _measure_isolated(self, trainer: Trainer, pl_module: LightningModule, samples: KeptSamples) -> object:
-        """Measure the samples of a loader without a trace; before the first step, check the model, too."""
-        with isolated(pl_module) as run, trainer.precision_plugin.val_step_context():
-            if self.reporter.before_first_step and samples.size > 0:
-                call = samples.batches[0].call
-                assert call is not None
-                self.check_model(run, call.to(pl_module.device))
-            return self.measure(pl_module, run, samples)
+    def _measure_loader(self, pl_module: LightningModule, run: RunIsolated, samples: KeptSamples) -> object:
+        """Measure the samples of a loader; before the first step, check the model, too."""
+        if self.reporter.before_first_step and samples.size > 0:
+            call = samples.batches[0].call
+            assert call is not None
+            self.check_model(run, call.to(pl_module.device))
+            self.is_checked = True
+        return self.measure(pl_module, run, samples)
 
     def check_model(self, run: RunIsolated, call: Any) -> Tensor:
         """Refuse a model that can't be measured, by two passes over a batch, and return the outputs."""
@@ -221,18 +240,24 @@ class Monitor(Callback, ABC):
         self.check_outputs(outputs)
         return outputs
 
-    def _log_values(self, trainer: Trainer, dataloader_idx: int) -> None:
-        """Log the values of a loader, unless a process could not measure it; every process comes here."""
+    def _log_values(self, trainer: Trainer, dataloader_idx: int) -> Mapping[str, float]:
+        """Log the values of a loader, unless a process could not measure it; every process comes here.
+
+        Returns:
+            The worst value for each logged name that has none.
+        """
         values: Mapping[str, Tensor | float] = {}
-        is_measured = self._is_measuring and self.metrics[dataloader_idx] is not None
+        is_measured = self._is_measuring and self.measured[dataloader_idx] is not None
         if self._is_measuring and trainer.strategy.reduce_boolean_decision(is_measured):
+            self._warn_of_few_samples(trainer, dataloader_idx)
             what = f"could not compute the values of dataloader {dataloader_idx}"
             with self.reporter.report_failure(what, LEFT_OUT):
                 values = self.compute_values(trainer, dataloader_idx)
-        if not values and trainer.state.fn == TrainerFn.FITTING:
-            self._log_fallback(trainer, dataloader_idx)
+        of_others = self._names_of_others(trainer, dataloader_idx)
         for name, value in values.items():
             logged_name = self.logged_name(trainer, name, dataloader_idx)
+            if logged_name in of_others:
+                continue
             with self.reporter.report_failure(f"could not log `{logged_name}`", LEFT_OUT):
                 trainer.lightning_module.log(
                     logged_name,
@@ -241,17 +266,30 @@ class Monitor(Callback, ABC):
                     sync_dist=trainer.world_size > 1,
                     add_dataloader_idx=False,
                 )
+        worst = {name: value for name, value in self.worst_values(dataloader_idx).items() if name not in values}
+        missing = {self.logged_name(trainer, name, dataloader_idx): value for name, value in worst.items()}
+        return {name: value for name, value in missing.items() if name not in of_others}
 
-    def _log_fallback(self, trainer: Trainer, dataloader_idx: int) -> None:
-        """Give other callbacks a value that is in no curve, and that does not count for their patience."""
-        fallbacks = self.fallback_values(dataloader_idx)
-        values = {self.logged_name(trainer, name, dataloader_idx): value for name, value in fallbacks.items()}
-        for callback, name in callbacks_that_monitor(trainer):
-            if name in values and isinstance(getattr(callback, "wait_count", None), int):
-                callback.wait_count -= 1  # type: ignore[attr-defined]
-                bound = getattr(callback, "divergence_threshold", None)
-                values[name] = values[name] if bound is None else min(values[name], bound)  # which is not exceeded
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+    def _names_of_others(self, trainer: Trainer, dataloader_idx: int) -> set[str]:
+        """Return our names under which the user's own code has logged a value in this validation, and say so."""
+        ours = {self.logged_name(trainer, name, dataloader_idx) for name in self.names}
+        of_others = ours & compat.logged_names(trainer)
+        for name in sorted(of_others):
+            message = f"does not log `{name}`, since your own code does. Choose another `prefix=`."
+            self.reporter.warn("names", message, kind=name)
+        return of_others
+
+    def _warn_of_few_samples(self, trainer: Trainer, dataloader_idx: int) -> None:
+        """Warn of a loader that has few samples in all processes, once; every process comes here."""
+        if dataloader_idx in self._counted:
+            return
+        self._counted.add(dataloader_idx)
+        own = torch.tensor(float(self.samples[dataloader_idx].size), device=trainer.strategy.root_device)
+        size = int(trainer.strategy.reduce(own, reduce_op="sum"))
+        is_meant = trainer.fast_dev_run or (self.num_samples or FEW_SAMPLES) < FEW_SAMPLES  # type: ignore[attr-defined]
+        if 0 < size < FEW_SAMPLES and not is_meant:
+            message = f"has only {size} samples of dataloader {dataloader_idx}: values are mostly chance. Use 600."
+            self.reporter.warn("few-samples", message, kind=str(dataloader_idx))
 
     def _free(self) -> None:
         """Free the samples, and stop watching."""

@@ -10,128 +10,95 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_sensitivity.arguments import Refused
-from lightning_sensitivity.functional.criterion import Calibration
 from lightning_sensitivity.functional.reference import Reference
-from lightning_sensitivity.functional.tasks import Task
 
 _TOLERANCE = 1e-6  # of fingerprints, relative
 
 
+def _no_fingerprints() -> Tensor:
+    return torch.zeros(0, dtype=torch.float64)
+
+
 @dataclass
 class Verdict:
-    """Hold what is decided, once, when all processes have their training samples.
+    """What is known of the reference, in all processes.
 
     Attributes:
-        has_reference: Whether there is a reference.
-        is_trusted: Whether it chooses; else the training score does.
-        looks_clean: Whether it does not choose since labels look clean.
+        is_trusted: Whether it may choose.
+        learner: Its learner, such as ``"forest"``; empty without a reference.
+        features: What it sees, such as ``"columns"``.
+        kind: The kind of its inputs, such as ``"vectors"``.
         num_samples: How many training samples it knows.
+        score: Its left-out score.
+        chance: The score of the mean label.
+        skill: How far its left-out score is below chance, from 1, if perfect, to 0, if useless.
         accuracy: The share of labels that it predicts, each without having seen it; nan for a regression.
-        skill: How far its leave-one-out score is below chance, from 1, if perfect, to 0, if useless.
+        auroc: The area under the ROC curve of these predictions; nan for a regression.
+        majority: The share of the most frequent class; nan for a regression.
         unexplained: The share of training labels that can't be explained; nan if it is unknown.
-        shares: The mean label of these samples.
+        residuals: Quantiles of its left-out errors in a regression, ``(20, K)``.
     """
 
-    has_reference: bool = False
     is_trusted: bool = False
-    looks_clean: bool = False
+    learner: str = ""
+    features: str = ""
+    kind: str = ""
     num_samples: int = 0
-    accuracy: float = math.nan
+    score: float = math.nan
+    chance: float = math.nan
     skill: float = math.nan
+    accuracy: float = math.nan
+    auroc: float = math.nan
+    majority: float = math.nan
     unexplained: float = math.nan
-    shares: tuple[float, ...] = ()
+    residuals: Tensor = field(default_factory=lambda: torch.zeros(1, 1))
 
     @classmethod
-    def of(cls, reference: Reference, task: Task) -> Verdict:
-        """Decide whether a reference chooses."""
-        is_right = task.classes(reference.leave_one_out) == task.classes(reference.labels)
-        return cls(
-            has_reference=True,
-            is_trusted=reference.is_trusted and not reference.looks_clean,
-            looks_clean=reference.is_trusted and reference.looks_clean,
-            num_samples=reference.num_samples,
-            accuracy=float(is_right.double().mean()) if task.has_classes else math.nan,
-            skill=reference.skill,
-            unexplained=reference.unexplained,
-            shares=tuple(reference.shares.tolist()),
-        )
+    def of(cls, reference: Reference) -> Verdict:
+        """Take what all processes have to know."""
+        return cls(**{name: getattr(reference, name) for name in cls.__dataclass_fields__})
 
 
 @dataclass
-class ValidationResult:
-    """Hold what a validation has shown, over all processes.
+class Predictions:
+    """What the reference predicts for the kept samples of a loader, in all processes.
 
     Attributes:
-        epoch: The epoch.
-        risk_criterion: The criterion.
-        risk_ranking: The ranking; nan for a regression.
-        temperature: By which logits are to be divided, to be calibrated.
-        num_labels: The number of validation labels.
-        training_accuracy: The share of training labels that the network predicts; 0 for a regression.
+        fingerprints: A number for each sample, by which it is known again, sorted, ``(N,)``.
+        q: The predictions, ``(N, K)``, in the same order.
     """
 
-    epoch: int
-    risk_criterion: float
-    risk_ranking: float
-    temperature: float
-    num_labels: int
-    training_accuracy: float
-
-
-@dataclass
-class LoaderRecord:
-    """Hold what belongs to a validation loader.
-
-    Attributes:
-        fingerprints: A number for each kept sample of all processes, sorted, by which it is known again, ``(N,)``.
-        predictions: What the reference predicts for it, ``(N, K)``.
-        calibration: How much more the network knows than the reference, by the epochs so far.
-        history: What each validation has shown.
-    """
-
-    fingerprints: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
-    predictions: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
-    calibration: Calibration = field(default_factory=Calibration)
-    history: list[ValidationResult] = field(default_factory=list)
-
-    def remember(self, fingerprints: Tensor, predictions: Tensor) -> None:
-        """Take the predictions for samples of all processes."""
-        self.fingerprints, order = fingerprints.cpu().sort()
-        self.predictions = predictions.cpu().float()[order]
-
-    def find(self, fingerprints: Tensor) -> Tensor | None:
-        """Return the predictions for samples; None if one of them is not known."""
-        if not len(self.fingerprints):
-            return None
-        middle = (self.fingerprints[1:] + self.fingerprints[:-1]) / 2
-        places = torch.searchsorted(middle, fingerprints)
-        distances = (self.fingerprints[places] - fingerprints).abs()
-        is_known = distances <= _TOLERANCE * (1 + fingerprints.abs())
-        return self.predictions[places] if bool(is_known.all()) else None
-
-    @classmethod
-    def from_dict(cls, saved: Mapping[str, Any]) -> LoaderRecord:
-        """Read what ``asdict`` has written."""
-        history = [ValidationResult(**result) for result in saved["history"]]
-        return cls(saved["fingerprints"], saved["predictions"], Calibration(**saved["calibration"]), history)
+    fingerprints: Tensor = field(default_factory=_no_fingerprints)
+    q: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
 
 
 @dataclass
 class RiskRecord:
-    """Hold what a resumed fit continues.
+    """What a resumed fit continues.
 
     Attributes:
-        verdict: What was decided on the reference; None before that.
-        loaders: What belongs to each validation loader.
+        verdict: What is known of the reference; None without one.
+        training: A number for each training sample and label that the reference knows, sorted, ``(N,)``.
+        predictions: What it predicts, by loader.
+        num_references: How many references there were, each with more samples, or others.
+        is_final: Whether the last one knows all that it will know.
+        history: What validations have shown, one dict for each and each loader.
+        num_validations: How many validations there were.
+        num_gaps: How many of them have no value.
+        ends_in_gap: Whether the last one has none.
+        saved_steps: Steps at which a checkpoint was saved after a validation.
     """
 
     verdict: Verdict | None = None
-    loaders: dict[int, LoaderRecord] = field(default_factory=dict)
-
-    def loader(self, dataloader_idx: int) -> LoaderRecord:
-        """Return the record of a loader, a new one at first."""
-        return self.loaders.setdefault(dataloader_idx, LoaderRecord())
+    training: Tensor = field(default_factory=_no_fingerprints)
+    predictions: dict[int, Predictions] = field(default_factory=dict)
+    num_references: int = 0
+    is_final: bool = False
+    history: list[dict[str, Any]] = field(default_factory=list)
+    num_validations: int = 0
+    num_gaps: int = 0
+    ends_in_gap: bool = False
+    saved_steps: list[int] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values and tensors for a checkpoint."""
@@ -142,14 +109,35 @@ class RiskRecord:
         """Read what :meth:`to_dict` has written.
 
         Raises:
-            MisconfigurationException: If something else is there.
+            Exception: If something else is there.
         """
-        try:
-            verdict = None if state["verdict"] is None else Verdict(**state["verdict"])
-            return cls(verdict, {index: LoaderRecord.from_dict(saved) for index, saved in state["loaders"].items()})
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise Refused(
-                "`RiskMonitor` cannot read its state in the checkpoint, which another version may have saved: "
-                f"{type(error).__name__}: {error}. Remove it from `checkpoint['callbacks']`.",
-                entry="checkpoint",
-            ) from error
+        record = cls(**state)
+        record.verdict = None if state["verdict"] is None else Verdict(**state["verdict"])
+        record.predictions = {index: Predictions(**saved) for index, saved in state["predictions"].items()}
+        return record
+
+
+def fingerprints_of(features: Tensor, labels: Tensor | None = None) -> Tensor:
+    """Return a number for each sample, which others hardly have, ``(N,)``; padding of token ids adds nothing.
+
+    Args:
+        features: What a reference sees of the samples, ``(N, ...)``.
+        labels: Their labels, which count, too, ``(N, K)``.
+    """
+    shift = 0 if features.is_floating_point() else 1  # of the padding, -1
+    weights = _weights(features.shape[1:].numel())
+    parts = [(part.flatten(1).double() + shift) @ weights for part in torch.split(features, 500)]
+    found = torch.cat([_no_fingerprints(), *parts])
+    return found if labels is None else found + labels.double() @ _weights(labels.shape[1]).exp()
+
+
+def _weights(size: int) -> Tensor:
+    return (torch.arange(1, size + 1, dtype=torch.float64) * math.sqrt(2)).frac()
+
+
+def are_known(fingerprints: Tensor, known: Tensor, tolerance: float = _TOLERANCE) -> Tensor:
+    """Return which fingerprints are among known ones, which are sorted, ``(N,)``, up to a relative tolerance."""
+    if not len(known):
+        return torch.zeros(len(fingerprints), dtype=torch.bool)
+    places = torch.searchsorted((known[1:] + known[:-1]) / 2, fingerprints)
+    return (known[places] - fingerprints).abs() <= tolerance * (1 + fingerprints.abs())

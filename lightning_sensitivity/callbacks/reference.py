@@ -1,155 +1,259 @@
-"""The reference of a run: fitted once, to the training samples of all processes, and continued by a resumed fit."""
+"""The reference of a run: found in a checkpoint, or made of the training samples of all processes, by one call."""
 
-import math
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_sensitivity.arguments import describe_error
-from lightning_sensitivity.callbacks.record import RiskRecord, Verdict
+from lightning_sensitivity.callbacks.record import Predictions, RiskRecord, Verdict, are_known, fingerprints_of
 from lightning_sensitivity.callbacks.reporter import Reporter
-from lightning_sensitivity.callbacks.training import TrainingSamples, gather
-from lightning_sensitivity.functional.reference import fit_reference
+from lightning_sensitivity.functional.features import kind_of
+from lightning_sensitivity.functional.reference import Reference, fit_reference, has_few_values, max_samples
 from lightning_sensitivity.functional.tasks import Task
-from lightning_sensitivity.model.reader import join_kept, join_labelled, join_seen
-from lightning_sensitivity.model.samples import KeptSamples
+from lightning_sensitivity.model.reader import BatchReader, join_features, join_kept
+from lightning_sensitivity.model.samples import KeptRows, KeptSamples
 
-_MIN_SAMPLES = 50  # on both sides, to compare how they were prepared
-_MAX_DISTANCE = 0.6  # augmentation, and half of the classes missing, stay below
-_MIN_VARIANCE, _MAX_VARIANCE = 0.4, 2.5
+T = TypeVar("T")
+
+FIRST_VALUE = 600  # training samples, in all processes, from which on there is a reference
+_SECONDS = 5.0  # after which a line says what is going on
+_REPEATED = 0.1  # share of validation samples that are training samples
+_SAME = 1e-10  # tolerance of their fingerprints: among 50,000 samples, others are as near as 1e-6
+
+
+@dataclass
+class _Unseen:
+    """What a reference sees of the kept samples of a loader, of all processes, sorted by their fingerprints."""
+
+    features: Tensor
+    fingerprints: Tensor
+    order: Tensor
 
 
 class RunReference:
     """Stand in for the labels of the kept samples of a run.
 
+    It is made as soon as 600 training samples have come, and again when an epoch is complete, or no more samples fit.
+    The first process fits it, and sends what it predicts.
+
     Args:
         task: The task.
+        reader: Reads batches, and their labels.
+        estimator: What is fitted; None for the two learners of :func:`fit_reference`.
         record: Remembers what a resumed fit continues.
         reporter: Says why there is none.
 
     Attributes:
-        predictions: What it predicts for the kept samples of this process, ``(N, K)``, by loader.
-        is_made: Whether it was tried to make one.
+        fitted: The reference, in the first process; None before, and if it is continued from a checkpoint.
+        is_final: Whether it will not change any more.
     """
 
-    def __init__(self, task: Task, record: RiskRecord, reporter: Reporter) -> None:
-        self.predictions: dict[int, Tensor] = {}
-        self.is_made = False
+    def __init__(self, task: Task, reader: BatchReader, estimator: Any, record: RiskRecord, reporter: Reporter) -> None:
+        self.fitted: Reference | None = None
+        self.is_final = False
         self._task = task
+        self._reader = reader
+        self._estimator = estimator
         self._record = record
         self._reporter = reporter
-        self._known: tuple[Tensor, Tensor] | None = None  # what it learns from
-        self._verdict = Verdict()  # of this process
-        self._shared: set[int] = set()  # loaders whose predictions are in the record
+        self._rows: KeptRows | None = None  # training samples of this process; None before the first
+        self._is_whole = False  # whether they began with an epoch
+        self._is_made = False  # whether there is one of this fit
+        self._empty = torch.zeros(0, 1)  # features of no sample
+        self._unseen: dict[int, _Unseen] | None = None  # by loader
 
-    @property
-    def shares(self) -> tuple[float, ...]:
-        """The mean label of its training samples; nothing without a reference."""
-        return (self._record.verdict or self._verdict).shares
+    # Training samples
 
-    def gather(self, trainer: Trainer, training: TrainingSamples) -> None:
-        """Gather the training samples of all processes; each of them must call it."""
-        known = None
-        try:
-            known = join_labelled(training.known, self._task, training.num_outputs)
-        except (RuntimeError, ValueError) as error:
-            self._warn(error)
-        if not trainer.strategy.reduce_boolean_decision(known is not None) or known is None:
+    def add(self, trainer: Trainer, module: LightningModule, batch: object, batch_idx: int, num_outputs: int) -> None:
+        """Keep the labelled samples of a training batch, in the first whole epoch."""
+        if batch_idx == 0 and self._rows is not None:
+            self._begin_epoch(self._rows)
+        if self.is_final or (self._rows is not None and self._rows.is_complete):
             return
-        try:
-            self._known = gather(trainer, known[0], padding=-1), gather(trainer, known[1])
-        except RuntimeError as error:  # the processes have inputs of different sizes, and each raises it
-            self._warn(error)
+        call = self._reader.call(module, batch)
+        labels = self._reader.labels(module, batch, () if self._task.has_one_output else (num_outputs,))
+        features = self._reader.features(module, batch, call, len(labels))
+        if self._rows is None:
+            kind = "vectors" if features is None else kind_of(features)
+            self._rows = KeptRows(max(1, max_samples(kind) // trainer.world_size))
+            self._is_whole = batch_idx == 0
+        if features is not None:
+            self._empty = features[:0].clone()  # a view would keep the batch
+        counts = self._task.has_label(labels)
+        if not bool(counts.all()):
+            features, labels = None if features is None else features[counts], labels[counts]
+        self._rows.add(features, labels)
 
-    def make(self, kept: Sequence[KeptSamples], device: torch.device) -> None:
-        """Fit the reference, and predict the kept samples; or find their predictions in a checkpoint."""
-        self.is_made = True
-        try:
-            seen = {samples.dataloader_idx: join_kept(samples) for samples in kept if samples.size > 0}
-            if not self._find_saved(seen) and self._known is not None:
-                self._fit(*self._known, seen, device)
-        except (RuntimeError, ValueError) as error:
-            self._warn(error)
-        finally:
-            self._known = None
+    def _begin_epoch(self, rows: KeptRows) -> None:
+        """Want no more rows, since an epoch repeats them; or all, if a resumed fit began within an epoch."""
+        if self._is_whole:
+            rows.complete()
+        else:
+            self._rows = None
 
-    def _find_saved(self, seen: Mapping[int, Tensor]) -> bool:
-        """Take the predictions of the run that is continued, if the kept samples are the same."""
-        found = {index: self._record.loader(index).find(_fingerprints(x)) for index, x in seen.items()}
-        self.predictions = {index: q for index, q in found.items() if q is not None}
-        return self._record.verdict is not None and len(self.predictions) == len(seen)
+    def is_ready(self, trainer: Trainer) -> bool:
+        """Return whether a validation can have values; every process must call it."""
+        if self.is_final or self._is_made:
+            return True
+        rows = self._rows
+        has_rows = rows is not None and rows.size > 0
+        if has_rows and self._record.verdict is None:
+            assert rows is not None
+            is_enough = rows.num_seen * trainer.world_size >= FIRST_VALUE
+            has_rows = self._is_whole and (is_enough or self._has_all(trainer, rows))
+        return bool(trainer.strategy.reduce_boolean_decision(has_rows))
 
-    def _fit(self, inputs: Tensor, labels: Tensor, seen: Mapping[int, Tensor], device: torch.device) -> None:
-        unseen = join_seen([*seen.values()]) if seen else inputs[:0]
-        reference = fit_reference(inputs.to(device), labels, unseen, self._task.name)
-        sizes = [len(x) for x in seen.values()]
-        self.predictions = (
-            dict(zip(seen, torch.split(reference.predictions.float(), sizes), strict=True)) if seen else {}
+    def _has_all(self, trainer: Trainer, rows: KeptRows) -> bool:
+        """Return whether no more training samples will come, or fit."""
+        return rows.is_complete or rows.is_full or bool(trainer.is_last_batch)
+
+    # The reference
+
+    def update(self, trainer: Trainer, kept: Sequence[KeptSamples], num_outputs: int) -> None:
+        """Find the reference in a checkpoint, or make it of the samples so far; every process must call it."""
+        rows = self._rows
+        if self.is_final or rows is None:
+            return
+        is_final = bool(trainer.strategy.reduce_boolean_decision(self._has_all(trainer, rows)))
+        if self._is_made and not is_final:
+            return
+        if self._unseen is None:
+            self._unseen = {samples.dataloader_idx: self._gather_unseen(trainer, samples) for samples in kept}
+        known = self._gather_known(trainer, rows, num_outputs)
+        if self._is_made or not self._is_continued(known, self._unseen):
+            if not self._is_made:
+                self._record.verdict = None  # of other samples
+            if not self.is_ready(trainer):
+                return
+            self._fit(trainer, known, self._unseen)
+            self._is_made, self._record.is_final = True, is_final
+        if self._record.is_final:
+            self.is_final = True
+            rows.clear()
+
+    def predictions(self, dataloader_idx: int) -> tuple[Tensor, Tensor] | None:
+        """Return what the reference predicts for the kept samples of a loader, of all processes.
+
+        Returns:
+            An order of the samples that does not depend on the number of processes, ``(N,)``, and predictions in this
+            order, ``(N, K)``; None without a reference.
+        """
+        saved = self._record.predictions.get(dataloader_idx)
+        if self._record.verdict is None or self._unseen is None or saved is None:
+            return None
+        return self._unseen[dataloader_idx].order, saved.q
+
+    def free(self) -> None:
+        """Free the samples at the end of a run."""
+        self._rows = self._unseen = None
+
+    def _gather_unseen(self, trainer: Trainer, samples: KeptSamples) -> _Unseen:
+        """Gather what the reference sees of the kept samples of a loader; of none if it can't."""
+        own = self._attempt(lambda: join_kept(samples)) if samples.size > 0 else self._empty
+        if not trainer.strategy.reduce_boolean_decision(own is not None) or own is None:
+            own = self._empty
+        joined = self._attempt(lambda: gather(trainer, own))
+        features = self._empty if joined is None else joined
+        fingerprints, order = fingerprints_of(features).sort()
+        return _Unseen(features[order], fingerprints, order)
+
+    def _gather_known(self, trainer: Trainer, rows: KeptRows, num_outputs: int) -> tuple[Tensor, Tensor] | None:
+        """Gather what the reference sees of the training samples of all processes, and their labels ``(N, K)``."""
+        features, labels = rows.parts()
+        joined = self._attempt(lambda: join_features(features)) if features else None
+        if not rows.has_features:
+            self._warn("Inputs are neither dense numbers nor token ids, with a row for each sample.")
+        if not trainer.strategy.reduce_boolean_decision(joined is not None) or joined is None:
+            return None
+        y = torch.cat([self._task.as_matrix(each, num_outputs).float() for each in labels])
+        return self._attempt(lambda: (gather(trainer, joined), gather(trainer, y)))
+
+    def _is_continued(self, known: tuple[Tensor, Tensor] | None, unseen: dict[int, _Unseen]) -> bool:
+        """Return whether training and validation samples are those of the run that is continued."""
+        saved, is_final = self._record.predictions, self._record.is_final
+        if known is None or not is_final or not bool(are_known(fingerprints_of(*known), self._record.training).all()):
+            return False
+        return saved.keys() == unseen.keys() and all(
+            saved[index].fingerprints.shape == each.fingerprints.shape
+            and bool(are_known(each.fingerprints, saved[index].fingerprints).all())
+            for index, each in unseen.items()
         )
-        self._verdict = Verdict.of(reference, self._task)
-        self._warn_of_few_classes(labels)
-        self._warn_of_preparation(inputs, unseen)
 
-    def decide(self, trainer: Trainer) -> Verdict:
-        """Return what is decided for all processes, once in a run; each of them must call it."""
-        if self._record.verdict is None:
-            self._record.verdict = trainer.strategy.broadcast(self._verdict)
-        return self._record.verdict
+    def _fit(self, trainer: Trainer, known: tuple[Tensor, Tensor] | None, unseen: dict[int, _Unseen]) -> None:
+        """Fit the reference in the first process, and tell all others what is known of it, and what it predicts."""
+        made: tuple[Verdict, dict[int, Tensor]] | None = None
+        if known is not None and trainer.is_global_zero:
+            with _announced(f"Fitting a reference to {len(known[0]):,} training samples."):
+                made = self._attempt(lambda: self._make(*known, unseen))
+        verdict, found = trainer.strategy.broadcast(made) or (Verdict(), {})
+        self._record.verdict = verdict
+        self._record.num_references += 1
+        self._record.predictions = {index: Predictions(unseen[index].fingerprints, q) for index, q in found.items()}
+        if known is not None:
+            self._record.training = fingerprints_of(*known).sort().values
+            self._warn_of_repeated(known[0], unseen)
 
-    def share(self, trainer: Trainer, samples: KeptSamples, num_outputs: int) -> None:
-        """Remember the predictions of all processes for a loader, once in a run; each of them must call it."""
-        index = samples.dataloader_idx
-        if index in self._shared or self._record.verdict is None or not self._record.verdict.has_reference:
+    def _make(self, features: Tensor, labels: Tensor, unseen: dict[int, _Unseen]) -> tuple[Verdict, dict[int, Tensor]]:
+        """Fit the reference, and predict the samples of each loader."""
+        self.fitted = fit_reference(features, labels, self._task.name, estimator=self._estimator)
+        found = {index: self.fitted.predictions(each.features) for index, each in unseen.items() if len(each.order)}
+        return Verdict.of(self.fitted), found
+
+    def _warn_of_repeated(self, features: Tensor, unseen: dict[int, _Unseen]) -> None:
+        """Warn if validation samples are training samples."""
+        if has_few_values(features):  # different samples may be equal
             return
-        self._shared.add(index)
-        fingerprints, q = torch.zeros(0, dtype=torch.float64), torch.zeros(0, num_outputs)
-        if index in self.predictions:
-            fingerprints, q = _fingerprints(join_kept(samples)), self.predictions[index]
-        self._record.loader(index).remember(gather(trainer, fingerprints), gather(trainer, q))
+        known = fingerprints_of(features).sort().values
+        for index, each in unseen.items():
+            is_known = are_known(each.fingerprints, known, _SAME)
+            share = float(is_known.double().mean()) if len(each.order) else 0.0
+            if share > _REPEATED:
+                self._reporter.warn(
+                    "repeated",
+                    f"finds that {share:.0%} of the samples of dataloader {index} are training samples: a network "
+                    "knows their labels, and the values say nothing of others. Validate on other samples.",
+                    kind=str(index),
+                )
 
-    def _warn(self, error: Exception) -> None:
-        advice = "Set `features=` to a function `batch -> (N, D)`. Until then, the training score chooses."
-        self._reporter.warn("features", f"has no reference: {describe_error(error)} {advice}")
+    def _attempt(self, function: Callable[[], T]) -> T | None:
+        """Return what a function returns, or None with a warning."""
+        try:
+            return function()
+        except Exception as error:  # an error in one process would leave the others waiting
+            self._warn(describe_error(error))
+            return None
 
-    def _warn_of_few_classes(self, labels: Tensor) -> None:
-        """Warn if there are more outputs than classes among the labels, as if outputs were features."""
-        num_classes, num_outputs = int(labels.any(0).sum()), labels.shape[1]
-        expected = num_outputs * (1 - math.exp(-len(labels) / num_outputs))  # if all are equally frequent
-        if self._task.has_classes and num_outputs > 1 and num_classes < expected / 2:
-            self._reporter.warn(
-                "few-classes",
-                f"finds only {num_classes} classes among the labels, but {num_outputs} outputs. If they are features, "
-                "and the step makes logits of them, let `forward` return these.",
-            )
-
-    def _warn_of_preparation(self, inputs: Tensor, unseen: Tensor) -> None:
-        """Warn if validation samples were prepared in another way than training samples, such as not normalized."""
-        if min(len(inputs), len(unseen)) < _MIN_SAMPLES or not inputs.is_floating_point():
-            return
-        x, new_x = inputs.double().flatten(1), unseen.double().flatten(1)
-        variances, new_variances = x.var(0), new_x.var(0)
-        varies = variances > 0
-        if not bool(varies.any()):
-            return
-        distance = float((x.mean(0) - new_x.mean(0)).square().sum() / variances.sum())
-        median = (new_variances[varies] / variances[varies]).median()  # a column with heavy tails changes the sum
-        ratios = torch.stack([new_variances.sum() / variances.sum(), median])
-        ratio = float(ratios[ratios.log().abs().argmin()])
-        if distance > _MAX_DISTANCE or not _MIN_VARIANCE <= ratio <= _MAX_VARIANCE:
-            self._reporter.warn(
-                "preparation",
-                "sees validation samples that seem to be prepared in another way than training samples: their variance "
-                f"is {ratio:.2g} times as large, and the squared distance of the means is {distance:.2g} of the "
-                "variance. Normalize both in the same way.",
-            )
+    def _warn(self, reason: str) -> None:
+        self._reporter.warn("features", f"has no reference: {reason} Set `features=` to a function `batch -> (N, D)`.")
 
 
-def _fingerprints(seen: Tensor) -> Tensor:
-    """Return a number for each sample, which other samples hardly have; padding of token ids adds nothing."""
-    rows = seen.flatten(1)
-    places = torch.arange(1, rows.shape[1] + 1, dtype=torch.float64)
-    weights = (places * math.sqrt(2)).frac()
-    shift = 0 if seen.is_floating_point() else 1  # of the padding, -1
-    return torch.stack([((row + shift) * weights).sum() for row in rows.double()]) if len(rows) else weights[:0]
+def gather(trainer: Trainer, values: Tensor) -> Tensor:
+    """Concatenate the rows of all processes; every process must call it.
+
+    Args:
+        trainer: The Trainer.
+        values: Rows on the CPU, ``(N, ...)``, of any N; token ids are padded to the longest.
+    """
+    if trainer.world_size == 1:
+        return values
+    return join_features([part.cpu() for part in gather_all_tensors(values.to(trainer.strategy.root_device))])
+
+
+@contextmanager
+def _announced(message: str) -> Iterator[None]:
+    """Say what is going on if it takes more than five seconds."""
+    timer = threading.Timer(_SECONDS, rank_zero_info, [message])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

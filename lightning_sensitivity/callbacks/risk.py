@@ -1,108 +1,115 @@
-"""The callback that logs what to stop by."""
+"""The callback that logs what to expect of unseen samples, and so what to stop by."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
+from torchmetrics import Metric, MetricCollection
 
-from lightning_sensitivity.arguments import Selector, check_argument, check_bool, describe_error
-from lightning_sensitivity.callbacks.checks import check_modes, check_outputs, check_targets
-from lightning_sensitivity.callbacks.closing import closing_line
+from lightning_sensitivity.arguments import (
+    Selector,
+    check_argument,
+    check_bool,
+    describe_error,
+    refuse_on_error,
+)
+from lightning_sensitivity.callbacks import closing
+from lightning_sensitivity.callbacks.checks import (
+    EXPECTED,
+    check_loaders,
+    check_monitored,
+    check_outputs,
+    check_targets,
+)
 from lightning_sensitivity.callbacks.monitor import Monitor
-from lightning_sensitivity.callbacks.record import RiskRecord, ValidationResult
-from lightning_sensitivity.callbacks.reference import RunReference
-from lightning_sensitivity.callbacks.training import TrainingSamples
-from lightning_sensitivity.functional.criterion import combine_with_labels, distance_from_reference
-from lightning_sensitivity.functional.reference import MAX_SAMPLES
-from lightning_sensitivity.functional.refined_score import UNCHANGED, Refined, ScoreSums
+from lightning_sensitivity.callbacks.record import RiskRecord, Verdict
+from lightning_sensitivity.callbacks.reference import FIRST_VALUE, RunReference, gather
+from lightning_sensitivity.compat import PlotType
+from lightning_sensitivity.functional.expected import (
+    default_metrics,
+    draw_labels,
+    expected_values,
+    is_unrelated,
+    join_values,
+    metric_value,
+    values_by_labels,
+)
+from lightning_sensitivity.functional.reference import Reference
 from lightning_sensitivity.functional.tasks import TASK_NAMES, TASKS
-from lightning_sensitivity.metric.refined_score import Agreement, RefinedScore, computed_sums
 from lightning_sensitivity.model.isolation import RunIsolated, isolated
 from lightning_sensitivity.model.reader import BatchReader
 from lightning_sensitivity.model.samples import KeptSamples
 
-CRITERION, RANKING, DISAGREEMENT = "risk_criterion", "risk_ranking", "risk_disagreement"
+SCORE = f"{EXPECTED}score"
 NUM_LABELLED = 2000  # validation samples that are kept if they have labels, over all processes
-_WORST_RANKING = 2.0
-
-
-@dataclass
-class RiskMetrics:
-    """Hold what a validation measures on a loader.
-
-    Attributes:
-        unseen: Scores of unseen samples against the reference.
-        labels: Scores of validation samples against their labels.
-        training: Scores of training samples against their labels.
-        agreement: How alike network and reference rank unseen samples; None for a regression.
-    """
-
-    unseen: RefinedScore
-    labels: RefinedScore
-    training: RefinedScore
-    agreement: Agreement | None
+_WORST = float(torch.finfo(torch.float32).max)
+_SOME_VALIDATIONS = 3  # after which a network is better than a constant prediction
+_FALLING = 0.9  # of the distance in the last validation: below, a network is still learning
 
 
 class RiskMonitor(Monitor):
-    r"""Log what to stop by, and to choose a checkpoint by, in every validation epoch, without validation labels.
+    r"""A callback that logs what to expect of unseen samples in every validation, without their labels.
 
-    A small model of the training labels, the *reference*, stands in for validation labels. It is kernel ridge
-    regression (see :func:`~lightning_sensitivity.functional.fit_reference`), it is checked by leaving each label
-    out, and it never sees the network. The network is the better, the nearer its predictions for unseen samples
-    are to those of the reference, see :func:`~lightning_sensitivity.functional.criterion.distance_from_reference`.
-    Where training labels look clean, or the reference sees too little of the inputs, the score on training
-    samples takes its place; the line at the end of a fit says so.
+    A small model of the training labels, the *reference*
+    (:func:`~lightning_sensitivity.functional.fit_reference`), stands in for validation labels. It is checked by
+    leaving each label out, and never sees the network. Labels are drawn once from its predictions for validation
+    samples, and metrics of the network against these labels are logged, only in ``Trainer.fit``, after ``prefix``:
 
-    **Logged values**, only in ``Trainer.fit``, after ``prefix``, all best where they are lowest:
+    - ``expected_score``, lowest is best: the refined score to expect
+      (:func:`~lightning_sensitivity.functional.expected_score`); in a regression the mean squared error. Stop by it.
+    - ``expected_accuracy`` and ``expected_auroc``, in a regression ``expected_mse``; or ``expected_<name>`` for each
+      of ``metrics``. On tables their level is right; on images it is too low, and only the curve says something.
 
-    - ``risk_criterion``: what to stop by, for accuracy and, in a regression, for the squared error;
-    - ``risk_ranking``: what to stop by for AUC, few positives, class weights or resampling: 1 - rank correlation
-      of the network's predictions with the reference's, class by class;
-    - ``risk_disagreement``: the share of unseen samples whose class is not the reference's, to compare runs.
-
-    Up to 3,000 training samples (what the reference sees of them) and ``num_samples`` validation samples are
-    kept on the CPU. A validation runs one pass over the latter, and one over 600 training samples.
+    The first value comes after 600 training samples; at the end of the first epoch the reference is fitted again, to
+    all that fit (50,000 rows of a table, 10,000 other samples, 512 MiB). If it sees too little of the inputs, nothing
+    is logged, and callbacks that monitor these values take the last epoch.
 
     Args:
         task: ``"multiclass"``, ``"binary"`` or ``"regression"``.
+        metrics: Torchmetrics by name, or a ``MetricCollection``, each with ``higher_is_better``. They get probabilities
+            ``(N, K)``, or ``(N,)`` for ``"binary"``, and classes; in a regression outputs and targets.
         targets: A function ``batch -> labels``; by default
             :func:`~lightning_sensitivity.model.select_targets`. Labels of -100 are ignored.
-        validation_labels: Choose by the refined score of validation labels, which may be noisy, and by the
-            reference. Up to 2,000 samples are then kept.
-        features: A function ``batch -> (N, D)``, what the reference sees, such as a pretrained encoder; by
-            default the inputs.
+        validation_labels: Use validation labels, which may be noisy, beside the reference, which counts as much as
+            1,000 of them. Up to 2,000 samples are kept.
+        features: A function ``batch -> (N, D)``, what the reference sees; by default the inputs.
+        reference: A classifier of scikit-learn with ``predict_proba``, or a regressor, to be the reference.
         num_samples: Validation samples per loader, over all processes; None for all.
         prefix: Prefix of the logged names.
         inputs: A function ``batch -> arguments``; see :class:`~lightning_sensitivity.model.ModelCall`.
         outputs: A function ``result -> logits``, ``(N, K)`` or ``(N,)``.
-        prog_bar: Show the criterion on the progress bar.
+        prog_bar: Show the score on the progress bar.
+
+    Attributes:
+        summary: What the line at the end of a fit says, as a dict; empty before.
 
     Raises:
         MisconfigurationException: If an argument is invalid; before the first step, if the Trainer or the
-            model is not supported, or labels do not fit the task.
+            model is not supported, labels do not fit the task, or a callback monitors a name that is not logged.
 
     Example:
         >>> from lightning.pytorch.callbacks import EarlyStopping
         >>> from lightning_sensitivity import RiskMonitor
-        >>> callbacks = [RiskMonitor(), EarlyStopping("val/risk_criterion", patience=10)]
+        >>> callbacks = [RiskMonitor(), EarlyStopping("val/expected_score", patience=10)]
     """
 
-    names = (CRITERION, RANKING, DISAGREEMENT)
     measures_only_fits = True
 
     def __init__(
         self,
         task: str = "multiclass",
         *,
+        metrics: Mapping[str, Metric] | MetricCollection | None = None,
         targets: Selector | None = None,
         validation_labels: bool = False,
         features: Selector | None = None,
+        reference: Any = None,
         num_samples: int | None = 600,
         prefix: str = "val/",
         inputs: Selector | None = None,
@@ -111,27 +118,97 @@ class RiskMonitor(Monitor):
     ) -> None:
         check_argument("task", task, task in TASKS, f"one of {TASK_NAMES}")
         check_bool("validation_labels", validation_labels)
-        reader = BatchReader(inputs=inputs, outputs=outputs, targets=targets, features=features, task=TASKS[task])
-        super().__init__(reader, num_samples, prefix, prog_bar)
+        needs = "predict_proba" if TASKS[task].has_classes else "predict"
+        is_complete = all(hasattr(reference, each) for each in ("fit", "get_params", needs))
+        can_fit = reference is None or (is_complete and not isinstance(reference, type))
+        check_argument("reference", reference, can_fit, f"an estimator of scikit-learn with `{needs}`, or None")
+        self.reader = BatchReader(inputs=inputs, outputs=outputs, targets=targets, features=features, task=TASKS[task])
+        super().__init__(self.reader, num_samples, prefix, prog_bar)
         if validation_labels and num_samples is not None:
             self.num_samples = max(num_samples, NUM_LABELLED)
-        self.task = task
+        self.task = TASKS[task]
+        self.metrics = default_metrics(self.task, 2) if metrics is None else checked_metrics(metrics)
         self.validation_labels = validation_labels
-        self.record = RiskRecord()  # all of it is saved; nothing of what follows is
-        self.training: TrainingSamples | None = None  # of this run; None before its first batch
-        self.reference = RunReference(TASKS[task], self.record, self.reporter)
-        self._has_said_last_line = False
+        self.summary: dict[str, Any] = {}
+        self.record = RiskRecord()  # all of it is saved
+        self._has_default = metrics is None
+        self._estimator = reference
+        self._output_shape: tuple[int, ...] | None = None  # of a sample; None before the first training batch
+        self._draws: dict[tuple[int, int], Tensor] = {}  # labels, by loader and reference
+        self._num_bad = 0  # validations in which the network was worse than a constant prediction
+        self._last_score = 0.0  # that was expected
+        self._reference = self._new_reference()
+
+    def _new_reference(self) -> RunReference:
+        return RunReference(self.task, self.reader, self._estimator, self.record, self.reporter)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all values."""
+        return (SCORE, *(EXPECTED + name for name in self.metrics))
+
+    @property
+    def reference(self) -> Reference | None:
+        """The fitted reference, in the first process; None before, and in a resumed fit that continues with its own."""
+        return self._reference.fitted
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """What validations have shown: a dict for each, and each loader, which ``pandas.DataFrame`` takes."""
+        return self.record.history
+
+    def plot(self) -> PlotType:
+        """Plot the logged values by epoch.
+
+        Returns:
+            Figure and axes.
+
+        Raises:
+            ModuleNotFoundError: If ``matplotlib`` is not installed.
+            ValueError: If there is no value.
+        """
+        from matplotlib import pyplot
+
+        if not self.history:
+            raise ValueError("Expected a fit with values before `plot`, but there is none.")
+        figure, axes = pyplot.subplots(1, len(self.names), figsize=(4 * len(self.names), 3), squeeze=False)
+        for ax, name in zip(axes[0], self.names, strict=True):
+            for index in sorted({row["dataloader_idx"] for row in self.history}):
+                rows = [row for row in self.history if row["dataloader_idx"] == index]
+                ax.plot([row["epoch"] for row in rows], [row[name] for row in rows], label=f"dataloader {index}")
+            ax.set(title=self.prefix + name, xlabel="epoch")
+        return figure, axes[0]
 
     # Before and after a fit
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check what can be checked by now, and forget the last fit, unless this one continues it."""
         super().setup(trainer, pl_module, stage)
-        check_modes(trainer, self.prefixed_names())
-        self._has_said_last_line = False
+        if self._has_default:
+            self.metrics = default_metrics(self.task, 2)
+        check_monitored(trainer, self.prefix, self._directions())
         if stage == "fit" and trainer.global_step == 0 and trainer.current_epoch == 0:  # raw optimizers count no steps
             self.record = RiskRecord()
-        self._free()
+        if stage == "fit":
+            self.summary = {}
+            self._output_shape = None
+            self._num_bad, self._last_score = 0, 0.0
+            self._draws = {}
+            self._reference = self._new_reference()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check schedulers, too, and names of several loaders, which are known by now."""
+        check_monitored(trainer, self.prefix, self._directions())
+        if trainer.val_dataloaders is None:  # the first epochs are not validated
+            return
+        loaders = range(self.num_loaders(trainer))
+        names = [self.logged_name(trainer, name, index) for name in self.names for index in loaders]
+        check_loaders(trainer, self.prefix, names)
+
+    def _directions(self) -> dict[str, bool]:
+        """Return whether the highest value is the best, by logged name."""
+        best = [False, *(bool(metric.higher_is_better) for metric in self.metrics.values())]
+        return {self.prefix + name: each for name, each in zip(self.names, best, strict=True)}
 
     @property
     def state_key(self) -> str:
@@ -142,200 +219,249 @@ class RiskMonitor(Monitor):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save what a resumed fit continues."""
+        if self.history and self.history[-1]["step"] == trainer.global_step:
+            self.record.saved_steps.append(trainer.global_step)
         checkpoint["callbacks"][self.state_key] = self.record.to_dict()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restore what was saved, if anything."""
         state = checkpoint["callbacks"].get(self.state_key)
-        if state is not None:
+        if state is None:
+            return
+        try:
             self.record = RiskRecord.from_dict(state)
-            self._free()
+        except Exception as error:
+            message = (
+                f"leaves its state in the checkpoint alone, which another version has saved: {describe_error(error)}"
+            )
+            self.reporter.warn("checkpoint", message)
+        self._reference = self._new_reference()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say which epoch to choose, and what is known of the labels."""
-        self._say_last_line(trainer)
-        is_waiting = self.training is not None and not self.reference.is_made and self.record.verdict is None
-        if is_waiting and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            message = f"has no value: no validation came after {MAX_SAMPLES:,} training samples, or after an epoch."
-            self.reporter.warn("samples", message)
+        self._end(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Do as at the end of a fit, also after Ctrl-C."""
-        if trainer.state.fn == TrainerFn.FITTING:
-            self._say_last_line(trainer)
+        """Do as at the end of a fit, also after Ctrl-C, if there is a value."""
+        if trainer.state.fn == TrainerFn.FITTING and self.history:
+            self._end(trainer)
         super().on_exception(trainer, pl_module, exception)
 
-    def _say_last_line(self, trainer: Trainer) -> None:
-        is_silent = self._has_said_last_line or trainer.fast_dev_run  # type: ignore[attr-defined]
-        if is_silent or self.record.verdict is None:
+    def _free(self) -> None:
+        super()._free()
+        self._reference.free()
+
+    def _end(self, trainer: Trainer) -> None:
+        """Summarize the fit, once."""
+        if self.summary or self._output_shape is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        self._has_said_last_line = True
+        if self.record.num_validations == 0 or (self.record.verdict is None and not self.history):
+            enough = f"{FIRST_VALUE} training samples or a full epoch"
+            self.reporter.warn("samples", f"logged nothing: the run ended before a validation with {enough}.")
+            return
         with self.reporter.report_failure("could not say which epoch to choose", "Look at the curve."):
             curves = {
-                self.logged_name(trainer, name, index): (name, record.history)
-                for name in (CRITERION, RANKING)
-                for index, record in sorted(self.record.loaders.items())
-                if record.history
+                self.logged_name(trainer, name, index): (name, index, self._directions()[self.prefix + name])
+                for name in self.names
+                for index in range(self.num_loaders(trainer))
             }
-            line = closing_line(trainer, curves, self.record.verdict)
-            if line:
-                rank_zero_info(line)
-
-    def _free(self) -> None:
-        """Free all that a checkpoint does not need."""
-        super()._free()
-        self.training = None
-        self.reference = RunReference(TASKS[self.task], self.record, self.reporter)
+            self.summary = closing.summarize(trainer, curves, self.record)
+            line = closing.closing_line(trainer, self.summary)
+            say = rank_zero_warn if self.summary["chosen_by"] == "nothing" else rank_zero_info
+            say(line)
+            closing.log_summary(trainer, self.prefix, self.summary)
 
     # Training samples
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         """Check the first batch of a run, and keep samples of its first epoch."""
-        if self.training is None:
-            with self.reporter.report_failure("cannot measure the risk", "There is no criterion in this fit."):
-                self.training = self._start(trainer, pl_module, batch)
-        elif batch_idx == 0:  # a new epoch repeats the samples
-            self.training.complete()
-        if self.training is not None and not self.reference.is_made:
+        if self._output_shape is None:
+            with self.reporter.report_failure("cannot measure the risk", "Nothing is expected in this fit."):
+                self._start(trainer, pl_module, batch)
+        if self._output_shape is not None:
             with (
                 self.reporter.report_failure("could not keep a training batch", "It is left out."),
                 trainer.precision_plugin.val_step_context(),
             ):
-                self.training.keep(pl_module, batch, batch_idx)
+                self._reference.add(trainer, pl_module, batch, batch_idx, self._num_outputs)
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
-    def _start(self, trainer: Trainer, module: LightningModule, batch: object) -> TrainingSamples:
-        """Check that the model can be measured on a batch, and that its labels fit."""
+    def _start(self, trainer: Trainer, module: LightningModule, batch: object) -> None:
+        """Check that the model can be measured on a batch, and that its labels and the metrics fit."""
         call = self.reader.call(module, batch)
         with isolated(module) as run, trainer.precision_plugin.val_step_context():
             outputs = self.check_model(run, call)
         output_shape = tuple(outputs.shape[1:])
         labels = self.reader.labels(module, batch, output_shape)
-        seen = self.reader.seen(module, batch, call, len(outputs))
-        check_targets(labels, len(outputs), seen, TASKS[self.task])
-        return TrainingSamples(self.reader, TASKS[self.task], output_shape, trainer.world_size)
+        check_targets(labels, len(outputs), TASKS[self.task.name])
+        if self._has_default:
+            self.metrics = default_metrics(self.task, math.prod(output_shape))
+            check_monitored(trainer, self.prefix, self._directions())
+        counts = self.task.has_label(labels)
+        if bool(counts.any()):
+            y = self.task.as_matrix(labels, math.prod(output_shape))
+            self._try_metrics(outputs.float().cpu()[counts], y[counts])
+        self._output_shape = output_shape
+
+    def _try_metrics(self, outputs: Tensor, labels: Tensor) -> None:
+        """Refuse a metric that fails on a training batch, or does not return one number."""
+        for name, metric in self.metrics.items():
+            with refuse_on_error(f"`metrics[{name!r}]` fails on outputs {tuple(outputs.shape)}", entry="metrics"):
+                y = self.task.classes(labels) if self.task.has_classes else labels
+                twice = torch.stack([y, y])  # a few need two samples
+                value = metric_value(metric, self.task.predictions(outputs), twice, self.task)
+                check_argument(
+                    f"metrics[{name!r}]", value, isinstance(value, Tensor) and value.numel() == 1, "one number"
+                )
+
+    @property
+    def _num_outputs(self) -> int:
+        return math.prod(self._output_shape or ())
 
     def check_outputs(self, outputs: Tensor) -> None:
-        """Refuse outputs that have no criterion."""
-        check_outputs(outputs, TASKS[self.task])
+        """Refuse outputs of which nothing can be expected."""
+        check_outputs(outputs, self.task)
 
     # A validation
 
     def is_ready(self, trainer: Trainer) -> bool:
-        """Return whether every process has its training samples: as many as are wanted, or those of an epoch."""
-        training = self.training
-        has_all = training is not None and training.scored.size > 0
-        if has_all and not self.reference.is_made and self.record.verdict is None:
-            assert training is not None
-            has_all = training.is_full or trainer.is_last_batch
-        return bool(trainer.strategy.reduce_boolean_decision(has_all))
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Gather the training samples of all processes before the first validation that is measured."""
-        super().on_validation_start(trainer, pl_module)
-        if self._is_measuring and self.training is not None and not self.reference.is_made:
-            self.training.complete()
-            self.reference.gather(trainer, self.training)
+        """Return whether every process has its training samples."""
+        return self._reference.is_ready(trainer)
 
     def keep(self, module: LightningModule, batch: object, batch_idx: int, samples: KeptSamples) -> None:
         """Keep a validation batch, with its labels if they are wanted."""
-        kept = self.reader.keep(module, batch, batch_idx, with_seen=True)
+        kept = self.reader.keep(module, batch, batch_idx, with_features=True, max_samples=samples.num_wanted)
         if self.validation_labels and self.reader.may_have_labels(module, batch):
             try:
-                kept.labels = self._find_labels(module, batch)
+                labels = self.reader.labels(module, batch, self._output_shape)
+                kept.labels = labels if kept.rows is None else labels[kept.rows]
             except MisconfigurationException as error:
-                self.reporter.warn("labels", f"takes some validation batches as unlabelled: {describe_error(error)}")
+                self.reporter.warn("labels", f"treats some validation batches as unlabelled: {describe_error(error)}")
         samples.add(kept)
 
-    def _find_labels(self, module: LightningModule, batch: object) -> Tensor | None:
-        """Return the labels of a validation batch; None if all are ignored."""
-        shape = None if self.training is None else self.training.output_shape
-        labels = self.reader.labels(module, batch, shape)
-        return labels if bool(TASKS[self.task].has_label(labels).any()) else None
-
-    def prepare(self, trainer: Trainer, module: LightningModule) -> None:
-        """Make the reference, once."""
-        if not self.reference.is_made and not trainer.sanity_checking:
-            self.reference.make(self.samples, module.device)
-            if self.training is not None:
-                self.training.forget_known()
-
-    def measure(self, module: LightningModule, run: RunIsolated, samples: KeptSamples) -> RiskMetrics:
-        """Run the model on the kept samples of a loader, and on training samples."""
-        metrics = self._make_metrics(module)
-        predictions = self.reference.predictions.get(samples.dataloader_idx)
-        place = 0
+    def measure(self, module: LightningModule, run: RunIsolated, samples: KeptSamples) -> Tensor:
+        """Run the model on the kept samples of a loader, and return its outputs, ``(N, K)``, on the CPU."""
+        found = []
         for batch in samples.batches:
             assert batch.call is not None
             outputs = run(batch.call.to(module.device))
-            if TASKS[self.task].has_classes:
+            if self.task.has_classes:
                 self.reporter.note_outputs(outputs)
-            if predictions is not None:
-                q = predictions[place : place + batch.size]
-                metrics.unseen.update(outputs, q)
-                if metrics.agreement is not None:
-                    metrics.agreement.update(outputs, q)
-            if batch.labels is not None:
-                metrics.labels.update(outputs, batch.labels)
-            place += batch.size
-        for batch in () if self.training is None else self.training.scored.batches:
-            assert batch.call is not None and batch.labels is not None
-            metrics.training.update(run(batch.call.to(module.device)), batch.labels)
-        return metrics
+            found.append(outputs.float().cpu().reshape(len(outputs), -1))
+        return torch.cat(found) if found else torch.zeros(0, self._num_outputs)
 
-    def _make_metrics(self, module: LightningModule) -> RiskMetrics:
-        shares = torch.tensor(self.reference.shares) if self.reference.shares else None
-        with module.device:  # it determines the floating type of a metric
-            unseen, labels, training = (RefinedScore(self.task, shares=shares) for _ in range(3))
-            agreement = Agreement(self.task, self._num_outputs) if TASKS[self.task].has_classes else None
-        return RiskMetrics(unseen, labels, training, agreement)
-
-    @property
-    def _num_outputs(self) -> int:
-        return 1 if self.training is None else self.training.num_outputs
-
-    # Values
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find or make the reference, and log the values; every process comes here."""
+        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
+            super().on_validation_epoch_end(trainer, pl_module)
+            return
+        if self._is_measuring:
+            with self.reporter.report_failure("could not make a reference", "Nothing is expected."):
+                self._reference.update(trainer, self.samples, self._num_outputs)
+        num_values = len(self.history)
+        super().on_validation_epoch_end(trainer, pl_module)
+        self.record.num_validations += 1
+        self.record.ends_in_gap = len(self.history) == num_values
+        self.record.num_gaps += self.record.ends_in_gap
 
     def compute_values(self, trainer: Trainer, dataloader_idx: int) -> dict[str, Tensor | float]:
-        """Compute the criterion on a loader over all processes, and remember it."""
-        verdict, record = self.reference.decide(trainer), self.record.loader(dataloader_idx)
-        self.reference.share(trainer, self.samples[dataloader_idx], self._num_outputs)
-        metrics: RiskMetrics = self.metrics[dataloader_idx]
-        unseen, labels, training = map(computed_sums, (metrics.unseen, metrics.labels, metrics.training))
-        ranking, disagreement = (math.nan, math.nan) if metrics.agreement is None else metrics.agreement.compute()
-        self._warn_of_samples(dataloader_idx, unseen, labels, training)
-        calibration = record.calibration.updated(unseen, training)
-        training_score = Refined(float(training.scores[UNCHANGED]), 1.0)
-        chosen = distance_from_reference(unseen, calibration) if verdict.is_trusted else training_score
-        num_labels = int(labels.num_scored[0])
-        if num_labels > 0:
-            chosen = combine_with_labels(chosen if verdict.is_trusted else None, labels)
-        if not verdict.is_trusted or math.isnan(ranking):
-            ranking = training_score.score
-        if not math.isfinite(chosen.score + ranking):
-            self.reporter.warn("failed", f"has no value on dataloader {dataloader_idx}: no sample counts.")
-            return {}
-        record.calibration = calibration
-        accuracy = float(training.num_correct[UNCHANGED] / training.num_scored[UNCHANGED])
-        epoch = trainer.current_epoch
-        result = ValidationResult(epoch, chosen.score, ranking, chosen.temperature, num_labels, accuracy)
-        record.history.append(result)
-        values: dict[str, Tensor | float] = {CRITERION: chosen.score}
-        if metrics.agreement is not None:
-            values[RANKING] = ranking
-        return values if math.isnan(disagreement) else values | {DISAGREEMENT: disagreement}
+        """Compute what to expect on a loader, over all processes, and remember it."""
+        outputs = gather(trainer, self.measured[dataloader_idx])
+        labels = self._gather_labels(trainer, self.samples[dataloader_idx])
+        has_label = ~labels.isnan().any(1)
+        found = self._reference.predictions(dataloader_idx) if self._verdict.is_trusted else None
+        is_finite = outputs.isfinite().all(1)
+        self._warn_of_samples(dataloader_idx, is_finite, has_label)
+        if not trainer.fast_dev_run and not bool(has_label.any()):  # type: ignore[attr-defined]
+            self._warn_if_blind()
+        if not bool(is_finite.any()) or (found is None and not bool((has_label & is_finite).any())):
+            return {} if bool(is_finite.any()) or not len(outputs) else dict.fromkeys(self.names, math.nan)
+        counts = has_label & is_finite
+        chosen = values_by_labels(outputs[counts], labels[counts], self.metrics, self.task)
+        if found is not None:
+            order, q = found
+            expected = self._expect(dataloader_idx, outputs[order], q, is_finite[order])
+            chosen = join_values(expected, chosen, int(counts.sum()))
+        values = {EXPECTED + name: chosen[name] for name in ("score", *self.metrics)}
+        row = {"epoch": trainer.current_epoch, "step": trainer.global_step, "dataloader_idx": dataloader_idx} | values
+        about = {"num_labels": int(counts.sum()), "reference": self.record.num_references}
+        self.history.append(row | {"temperature": chosen["temperature"]} | about)
+        return {name: value for name, value in values.items() if not math.isnan(value)}
 
-    def _warn_of_samples(self, dataloader_idx: int, unseen: ScoreSums, labels: ScoreSums, training: ScoreSums) -> None:
+    @property
+    def _verdict(self) -> Verdict:
+        return self.record.verdict or Verdict()
+
+    def _gather_labels(self, trainer: Trainer, samples: KeptSamples) -> Tensor:
+        """Gather the labels of kept samples as a matrix ``(N, K)``, nan where a sample has none."""
+        parts = [torch.zeros(0, self._num_outputs)]
+        for batch in samples.batches:
+            y = torch.full((batch.size, self._num_outputs), math.nan)
+            if batch.labels is not None:
+                counts = self.task.has_label(batch.labels)
+                y[counts] = self.task.as_matrix(batch.labels, self._num_outputs).float()[counts]
+            parts.append(y)
+        return gather(trainer, torch.cat(parts))
+
+    def _expect(self, dataloader_idx: int, outputs: Tensor, q: Tensor, is_finite: Tensor) -> dict[str, float]:
+        """Compute what to expect by labels that are drawn once from the predictions of the reference."""
+        key = dataloader_idx, self.record.num_references
+        if key not in self._draws:
+            self._draws[key] = draw_labels(q, self.task.name, self._verdict.residuals)
+        outputs, q, draws = outputs[is_finite], q[is_finite], self._draws[key][:, is_finite]
+        expected = expected_values(outputs, q, draws, self.metrics, self.task, self._verdict.score)
+        if dataloader_idx == 0:
+            self._check_network(expected["score"], is_unrelated(outputs, q, self.task))
+        return expected
+
+    def _check_network(self, score: float, is_bad: bool) -> None:
+        """Warn if the network is worse than a constant prediction after some validations, and does not improve."""
+        is_falling = score < _FALLING * self._last_score
+        self._last_score = score
+        self._num_bad = self._num_bad + 1 if is_bad and not is_falling else 0
+        if self._num_bad >= _SOME_VALIDATIONS:
+            self.reporter.warn(
+                "targets",
+                f"finds the network worse than a constant prediction in {self._num_bad} validations. If your step "
+                "changes targets (scales them, takes logarithms, maps classes), do the same in `targets=`; if it makes "
+                "logits of what `forward` returns, do so in `outputs=`.",
+            )
+
+    def _warn_of_samples(self, dataloader_idx: int, is_finite: Tensor, has_label: Tensor) -> None:
         where = f"dataloader {dataloader_idx}"
-        num_non_finite = int(max(sums.num_non_finite.max() for sums in (unseen, labels, training)))
+        num_non_finite = int((~is_finite).sum())
         if num_non_finite > 0:
             message = f"on {where}: {num_non_finite} samples gave nan or inf, and were left out."
             self.reporter.warn("nan", message, num_non_finite, kind=str(dataloader_idx))
-        if self.validation_labels and not bool(labels.num_scored.any()):
+        if self.validation_labels and not bool(has_label.any()):
             message = f"found no label in the batches of {where}, and does without. If they have some, set `targets=`."
             self.reporter.warn("labels", message, kind="none")
 
-    def fallback_values(self, dataloader_idx: int) -> dict[str, float]:
-        """Return the worst possible values."""
-        worst = {CRITERION: TASKS[self.task].max_score}
-        return worst | ({RANKING: _WORST_RANKING, DISAGREEMENT: 1.0} if TASKS[self.task].has_classes else {})
+    def _warn_if_blind(self) -> None:
+        if self._reference.is_final and not self._verdict.is_trusted:
+            message = (
+                "logs nothing: the reference sees too little of the inputs to say when to stop. Callbacks that monitor "
+                "it take the last epoch. Set `features=`, or label some validation samples (`validation_labels=True`)."
+            )
+            self.reporter.warn("blind", message)
+
+    def worst_values(self, dataloader_idx: int) -> dict[str, float]:
+        """Return the worst value of each name; if the reference may not choose, one that is better than all so far."""
+        rows = [row for row in self.history if row["dataloader_idx"] == dataloader_idx]
+        has_labels = any(row["num_labels"] > 0 for row in rows)
+        is_blind = self._reference.is_final and not self._verdict.is_trusted and not has_labels
+        size = 2.0 + self.record.num_validations if is_blind else -_WORST
+        return {name: size if self._directions()[self.prefix + name] else -size for name in self.names}
+
+
+def checked_metrics(metrics: Mapping[str, Metric] | MetricCollection) -> dict[str, Metric]:
+    """Return names and metrics, or raise MisconfigurationException."""
+    expected = "a dict of names and torchmetrics metrics, or a `MetricCollection`"
+    check_argument("metrics", metrics, isinstance(metrics, Mapping | MetricCollection), expected)
+    found = dict(metrics.items())
+    for name, metric in found.items():
+        check_argument("metrics", metric, isinstance(name, str) and isinstance(metric, Metric), expected)
+        has_direction = isinstance(metric.higher_is_better, bool)
+        check_argument(f"metrics[{name!r}].higher_is_better", metric.higher_is_better, has_direction, "True or False")
+        check_argument("metrics", name, name != "score", "named otherwise, since `expected_score` is ours")
+    return found

@@ -1,5 +1,7 @@
 """The callback that logs output sensitivity, a curve to watch."""
 
+import math
+
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
@@ -11,10 +13,13 @@ from lightning_sensitivity.callbacks.checks import callbacks_that_monitor, check
 from lightning_sensitivity.callbacks.monitor import Monitor
 from lightning_sensitivity.functional.sensitivity import loss_estimate
 from lightning_sensitivity.metric import OutputSensitivity
-from lightning_sensitivity.model.isolation import RunIsolated
+from lightning_sensitivity.model.isolation import RunIsolated, isolated
 from lightning_sensitivity.model.perturbation import GaussianNoise, Noise, check_noise, noisy_outputs, submodule
 from lightning_sensitivity.model.reader import BatchReader
 from lightning_sensitivity.model.samples import KeptSamples
+
+_NUM_TRIED = 8  # samples on which noise is tried
+_WORST = torch.finfo(torch.float32).max
 
 
 class SensitivityMonitor(Monitor):
@@ -25,7 +30,7 @@ class SensitivityMonitor(Monitor):
     before training. To choose when to stop, use :class:`~lightning_sensitivity.RiskMonitor`.
 
     **Logged values**, after ``prefix``: ``output_sensitivity``, in squared units of the outputs, and its
-    standard error ``output_sensitivity_stderr``. ``metrics`` has the metric of each loader. With
+    standard error ``output_sensitivity_stderr``. ``measured`` has the metric of each loader. With
     ``loss_estimate=True`` also ``loss_estimate``, the cross-entropy that the paper's Equation 9 makes of it.
 
     The first validation keeps samples on the CPU, at most 512 MiB of them in each process. Every validation
@@ -37,8 +42,10 @@ class SensitivityMonitor(Monitor):
         at: Name of a submodule; its output is perturbed instead of the input.
         num_draws: Noise draws per sample.
         per_output: Log the mean squared change of single outputs, also for probabilities and two-class heads.
-        loss_estimate: Log Equation 9, too; see :func:`~lightning_sensitivity.functional.loss_estimate`. Only for
-            Gaussian noise of one σ at the inputs, and two outputs or more.
+        loss_estimate: Log Equation 9, too; see :func:`~lightning_sensitivity.functional.loss_estimate`. It holds
+            for networks that are initialized with N(0, 1) and trained to convergence; with PyTorch's default
+            initialization it is about ten times too low. Only for Gaussian noise of one σ at the inputs, and two
+            outputs or more.
         num_samples: Samples per loader, over all processes, in whole, evenly spaced batches; None for all.
             600 give a standard error of about 7 %.
         seed: Seed of the noise. A sample gets the same noise in every epoch.
@@ -58,8 +65,6 @@ class SensitivityMonitor(Monitor):
         >>> from lightning_sensitivity import SensitivityMonitor
         >>> trainer = Trainer(callbacks=[SensitivityMonitor(noise=0.1)], logger=False)
     """
-
-    names = ("output_sensitivity", "output_sensitivity_stderr")
 
     def __init__(
         self,
@@ -89,19 +94,22 @@ class SensitivityMonitor(Monitor):
         self.loss_estimate = loss_estimate
         self.seed = seed
         self._noise = check_noise(noise)
-        self._last: dict[int, float] = {}  # value of each loader
         self._powers: dict[int, MeanMetric] = {}  # mean square of the perturbed elements of each loader
         has_std = isinstance(self._noise, GaussianNoise) and isinstance(self._noise.std, float)
         is_possible = not loss_estimate or (has_std and at is None and not per_output)
         expected = "False, unless `noise` is one number, `at` is None and `per_output` is False"
         check_argument("loss_estimate", loss_estimate, is_possible, expected)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all values that may be logged, without the prefix."""
+        return "output_sensitivity", "output_sensitivity_stderr", *["loss_estimate"] * self.loss_estimate
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check what can be checked by now, and warn of callbacks that would choose an epoch by the sensitivity."""
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        self._last = {}
         for callback, name in callbacks_that_monitor(trainer):
             has_bound = getattr(callback, "divergence_threshold", None) is not None  # which is sensible
             if "sensitivity" not in name or has_bound:
@@ -118,6 +126,25 @@ class SensitivityMonitor(Monitor):
         """Check the name of the submodule."""
         if self.at is not None:
             submodule(pl_module, self.at)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
+        """Try the noise on the first training batch, unless a sanity check has done it, and watch the first step."""
+        if self.reporter.before_first_step and not self.is_checked:
+            with trainer.precision_plugin.val_step_context():
+                self._try_noise(pl_module, batch)
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+    def _try_noise(self, module: LightningModule, batch: object) -> None:
+        """Refuse noise that can't be added to a batch that the model understands."""
+        try:
+            call, _ = self.reader.call(module, batch).sliced(_NUM_TRIED)
+            with isolated(module) as run:
+                run(call)
+        except Exception:  # training batches may be of another kind than validation batches
+            return
+        with self.reporter.report_failure("could not add noise to a training batch", ""), isolated(module) as run:
+            at = None if self.at is None else submodule(module, self.at)
+            noisy_outputs(run, call, self._noise, (self.seed, 0, 0, 0), 1, at)
 
     def check_outputs(self, outputs: Tensor) -> None:
         """Refuse probabilities, whose sensitivity means something else."""
@@ -150,15 +177,16 @@ class SensitivityMonitor(Monitor):
 
     def compute_values(self, trainer: Trainer, dataloader_idx: int) -> dict[str, Tensor | float]:
         """Compute the sensitivity of a loader over all processes."""
-        metric: OutputSensitivity = self.metrics[dataloader_idx]
+        metric: OutputSensitivity = self.measured[dataloader_idx]
         estimate = metric.estimate
         power = self._powers[dataloader_idx].compute()
         self.reporter.warn_of(metric.messages, dataloader_idx)
+        if estimate.num_samples == 0 and estimate.num_non_finite > 0:
+            return dict.fromkeys(self.names, math.nan)  # training has failed, and others may end it
         if estimate.num_samples < 2:
             if not metric.messages:
                 self.reporter.warn("failed", f"has no value on dataloader {dataloader_idx}: it needs two samples.")
             return {}
-        self._last[dataloader_idx] = float(estimate.value)
         values: dict[str, Tensor | float] = {
             "output_sensitivity": estimate.value,
             "output_sensitivity_stderr": estimate.stderr,
@@ -168,6 +196,6 @@ class SensitivityMonitor(Monitor):
             values["loss_estimate"] = loss_estimate(estimate.value, power, self._noise.std, estimate.num_outputs)
         return values
 
-    def fallback_values(self, dataloader_idx: int) -> dict[str, float]:
-        """Return the last value, or 0 before the first one: a bound is not exceeded."""
-        return {self.names[0]: self._last.get(dataloader_idx, 0.0)}
+    def worst_values(self, dataloader_idx: int) -> dict[str, float]:
+        """Return the largest numbers, so that no validation without a value is the best; a bound is not exceeded."""
+        return dict.fromkeys(self.names, _WORST)

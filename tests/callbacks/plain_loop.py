@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from scipy.stats import spearmanr
+from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_sensitivity.callbacks.record import fingerprints_of
 from lightning_sensitivity.functional import fit_reference
 from tests.helpers import NUM_FEATURES, Classifier, History, first_tensor, fitted, inputs, labelled
 
-CRITERION, RANKING, DISAGREEMENT = "val/risk_criterion", "val/risk_ranking", "val/risk_disagreement"
+SCORE, ACCURACY, AUROC, MSE = (f"val/expected_{name}" for name in ("score", "accuracy", "auroc", "mse"))
 TEMPERATURES = [2 ** (half / 2) for half in range(-2, 7)]
 X, CORRECT = labelled(90).tensors  # in batches of 16 and one of 10
 NOISY = CORRECT.where(torch.arange(90) % 3 > 0, (CORRECT + 1 + torch.arange(90) % 2) % 4)  # a third is wrong
@@ -58,10 +59,6 @@ class Multiclass:
         return float((p - y).square().sum(1).mean())
 
     @staticmethod
-    def agreement(p: Tensor, y: Tensor, shares: Tensor) -> float:
-        return float((p * (y - shares)).sum(1).mean())
-
-    @staticmethod
     def classes(p: Tensor) -> Tensor:
         return p.argmax(1)
 
@@ -70,10 +67,6 @@ class Binary(Multiclass):
     @staticmethod
     def predictions(outputs: Tensor, temperature: float) -> Tensor:
         return (outputs.reshape(-1, 1) / temperature).sigmoid()
-
-    @staticmethod
-    def agreement(p: Tensor, y: Tensor, shares: Tensor) -> float:
-        return float(((p - 0.5) * (y - shares)).sum(1).mean())
 
     @staticmethod
     def classes(p: Tensor) -> Tensor:
@@ -89,10 +82,6 @@ class Regression(Multiclass):
     def score(p: Tensor, y: Tensor) -> float:
         return float((p - y).square().mean())
 
-    @staticmethod
-    def agreement(p: Tensor, y: Tensor, shares: Tensor) -> float:
-        return 0.0
-
 
 TASKS: dict[str, Any] = {"multiclass": Multiclass, "binary": Binary, "regression": Regression}
 
@@ -103,6 +92,34 @@ def as_matrix(labels: Tensor, task: str, num_outputs: int) -> Tensor:
     return labels.double().reshape(len(labels), -1)
 
 
+def expected_by(reference: Any, outputs: Tensor, seen: Tensor) -> dict[str, float]:
+    """What RiskMonitor logs, from outputs of the network, and what a reference sees of the same samples."""
+    order = fingerprints_of(seen).argsort()  # of the samples, by which labels are drawn
+    task, outputs, q = reference.task, outputs[order], reference.predictions(seen[order])
+    kind = TASKS[task]
+    score = min(kind.score(kind.predictions(outputs, t), q) for t in TEMPERATURES)
+    if task == "regression":
+        return dict.fromkeys((SCORE, MSE), score + reference.score)
+    p, rest = kind.predictions(outputs, 1), (q * (1 - q)).sum(1).mean()
+    labels, classes = drawn(q), kind.classes(p).int()
+    found = {SCORE: score + float(rest), ACCURACY: float((labels == classes).double().mean())}
+    columns = range(p.shape[1]) if task == "multiclass" else [0]
+    wanted = [labels == (k if task == "multiclass" else 1) for k in columns]
+    areas = [
+        roc_auc_score(y.flatten(), p[:, k].repeat(len(y))) for k, y in zip(columns, wanted, strict=True) if y.any()
+    ]
+    return {**found, AUROC: sum(areas) / len(areas)}
+
+
+def drawn(q: Tensor) -> Tensor:
+    """20 labels a sample, ``(20, N)``, at evenly spaced quantiles, which begin at the multiples of the golden ratio."""
+    q = torch.cat([1 - q, q], 1) if q.shape[1] == 1 else q
+    offsets = [(place + 1) * (math.sqrt(5) - 1) / 2 % 1 for place in range(len(q))]
+    rows = [[int((row.cumsum(0) <= (k + offset) / 20).sum()) for row, offset in zip(q, offsets, strict=True)]
+            for k in range(20)]  # fmt: skip
+    return torch.tensor(rows)
+
+
 class Truth(History):
     """Goes over all samples at each validation, and compares what was logged when the fit ends.
 
@@ -111,104 +128,87 @@ class Truth(History):
     Args:
         task: The task.
         seen: What the reference sees of a batch.
-        scored: The indices of the training batches that are run; None for all.
-        has_labels: Whether labels of the validation samples count.
+        worth: How many validation labels count as much as the reference; None if labels do not count.
+        estimator: What is fitted as the reference; by default its own learners.
     """
 
     def __init__(
         self,
         task: str = "multiclass",
         seen: Callable[[Any], Tensor] = first_tensor,
-        scored: Collection[int] | None = None,
-        has_labels: bool = False,
+        worth: int | None = None,
+        estimator: Any = None,
     ) -> None:
         super().__init__()
-        self.task, self.kind, self.seen, self.has_labels = task, TASKS[task], seen, has_labels
-        self.scored = scored
+        self.estimator = estimator
+        self.task, self.kind, self.seen, self.worth = task, TASKS[task], seen, worth
         self.training: list[Any] = []
         self.holdout: list[Any] = []
         self.reference: Any = None
-        self.expected: list[dict[str, float]] = []
-        self.largest, self.factors = [0.0] * 9, [math.inf] * 9
+        self.is_final = False  # whether the reference knows a whole epoch
+        self.expected: list[dict[str, float] | None] = []  # None where it is too early
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if self.reference is None and trainer.current_epoch == 0:
+        if trainer.current_epoch == 0:
             self.training.append([part.clone() for part in batch])
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if not trainer.sanity_checking and self.reference is None:
+        if not trainer.sanity_checking and not self.expected:
             self.holdout.append(batch if isinstance(batch, Tensor) else [part.clone() for part in batch])
 
     @torch.no_grad()
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if not trainer.sanity_checking and batch_idx == trainer.num_val_batches[0] - 1:
-            self.expected.append(self.values(pl_module))
+        if trainer.sanity_checking or batch_idx < trainer.num_val_batches[0] - 1:
+            return
+        is_whole = trainer.is_last_batch or trainer.current_epoch > 0
+        is_early = not is_whole and sum(len(batch[1]) for batch in self.training) < 600
+        self.expected.append(None if is_early else self.values(pl_module, is_whole))
 
-    def values(self, model: Any) -> dict[str, float]:
+    def values(self, model: Any, is_whole: bool) -> dict[str, float]:
         outputs = torch.cat([model(first_tensor(batch)) for batch in self.holdout]).double()
-        scored = [batch for index, batch in enumerate(self.training) if self.scored is None or index in self.scored]
-        known, known_y = self.labelled([self.seen(batch) for batch in self.training], self.training, outputs)
-        training, y = self.labelled([model(batch[0]).double() for batch in scored], scored, outputs)
-        if self.reference is None:
-            seen = torch.cat([self.seen(batch) for batch in self.holdout])
-            self.reference = fit_reference(known, known_y, seen, self.task)
-        q, shares = self.reference.predictions.float().double(), self.reference.shares
-        chosen, ranking = self.distance(outputs, q, training, y, shares), math.nan
-        p = self.kind.predictions(outputs.float(), 1)
-        if self.task != "regression":
-            correlations = [spearmanr(p[:, k], q[:, k]).statistic for k in range(p.shape[1])]
-            ranking = 1 - sum(correlations) / len(correlations)
-        if not (self.reference.is_trusted and not self.reference.looks_clean):
-            chosen = ranking = self.kind.score(self.kind.predictions(training, 1), y)
-        found = {CRITERION: self.with_labels(outputs, chosen) if self.has_labels else chosen}
-        if self.task == "regression":
+        num_outputs = outputs.shape[1] if outputs.ndim > 1 else 1
+        if self.reference is None or (is_whole and not self.is_final):
+            seen = torch.cat([self.seen(batch) for batch in self.training])
+            known, y = self.labelled(seen, self.training, num_outputs)
+            self.reference, self.is_final = fit_reference(known, y, self.task, estimator=self.estimator), is_whole
+        if not self.reference.is_trusted:
+            return self.of_labels(outputs, num_outputs) if self.worth else {}
+        found = expected_by(self.reference, outputs, torch.cat([self.seen(batch) for batch in self.holdout]))
+        if self.worth is None:
             return found
-        disagreement = float((self.kind.classes(p) != self.kind.classes(q)).double().mean())
-        return {**found, RANKING: ranking, DISAGREEMENT: disagreement}
+        of_labels = self.of_labels(outputs, num_outputs)
+        m = len(self.labelled(outputs, self.holdout, num_outputs)[1])
+        return {name: (m * of_labels[name] + self.worth * value) / (m + self.worth) for name, value in found.items()}
 
-    def labelled(self, parts: list[Tensor], batches: list[Any], outputs: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows of parts, and the labels, of samples that have one."""
+    def labelled(self, rows: Tensor, batches: list[Any], num_outputs: int) -> tuple[Tensor, Tensor]:
+        """The rows and labels of samples that have one."""
         labels = torch.cat([batch[1] for batch in batches])
         counts = labels.reshape(len(labels), -1)[:, 0].long() != -100
-        num_outputs = outputs.shape[1] if outputs.ndim > 1 else 1
-        return torch.cat(parts)[counts], as_matrix(labels[counts], self.task, num_outputs)
+        return rows[counts], as_matrix(labels[counts], self.task, num_outputs)
 
-    def distance(self, outputs: Tensor, q: Tensor, training: Tensor, y: Tensor, shares: Tensor) -> float:
-        """D: the score against the reference, of which the agreement counts c times."""
-        distances = []
-        for place, temperature in enumerate(TEMPERATURES):
-            p = self.kind.predictions(outputs, temperature)
-            agreement = self.kind.agreement(p, q, shares)
-            known = self.kind.agreement(self.kind.predictions(training, temperature), y, shares)
-            self.largest[place] = max(self.largest[place], agreement)
-            if agreement > max(0.15 * self.largest[place], 1e-4):
-                self.factors[place] = min(self.factors[place], known / agreement)
-            factor = min(max(self.factors[place], 1.0), 1.5)
-            distances.append(self.kind.score(p, q) - 2 * (factor - 1) * agreement)
-        return min(distances)
-
-    def with_labels(self, outputs: Tensor, chosen: float) -> float:
-        labels = torch.cat([batch[1] for batch in self.holdout])
-        counts = labels.reshape(len(labels), -1)[:, 0].long() != -100
-        y = as_matrix(labels[counts], self.task, outputs.shape[1] if outputs.ndim > 1 else 1)
-        score = min(self.kind.score(self.kind.predictions(outputs[counts], t), y) for t in TEMPERATURES)
-        is_trusted = self.reference.is_trusted and not self.reference.looks_clean
-        return (len(y) * score + 200 * chosen) / (len(y) + 200) if is_trusted else score
+    def of_labels(self, outputs: Tensor, num_outputs: int) -> dict[str, float]:
+        """The same values, of labels."""
+        outputs, y = self.labelled(outputs, self.holdout, num_outputs)
+        score = min(self.kind.score(self.kind.predictions(outputs, t), y) for t in TEMPERATURES)
+        if self.task == "regression":
+            return {SCORE: score, MSE: score}
+        p = self.kind.predictions(outputs, 1)
+        areas = [roc_auc_score(y[:, k], p[:, k]) for k in range(p.shape[1])]
+        accuracy = (self.kind.classes(p) == self.kind.classes(y)).double().mean()
+        return {SCORE: score, ACCURACY: float(accuracy), AUROC: sum(areas) / len(areas)}
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         assert self.epochs and len(self.epochs) == len(self.expected)
-        for values, expected in zip(self.epochs, self.expected, strict=True):
-            found = {name: value for name, value in values.items() if name.startswith("val/risk")}
-            # Rounding, which differs between processors, decides on the order of numbers that are nearly equal.
-            ranking = expected.pop(RANKING, None)
-            assert found.pop(RANKING, None) == (None if ranking is None else pytest.approx(ranking, abs=2e-3))
+        pairs = [pair for pair in zip(self.epochs, self.expected, strict=True) if pair[1]]
+        for values, expected in pairs:
+            found = {name: value for name, value in values.items() if name.startswith("val/expected_")}
             assert found == pytest.approx(expected, rel=1e-5, abs=1e-7)
-        criteria = [each[CRITERION] for each in self.expected]
-        assert len(set(criteria)) == len(criteria)  # it moves
+        scores = [expected[SCORE] for _, expected in pairs if expected]
+        assert len(set(scores)) == len(scores)  # it moves
 
 
 def fit(model: Any, *callbacks: Any, train: Any = None, val: Any = None, **kwargs: Any) -> Trainer:

@@ -13,13 +13,18 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
+from lightning.pytorch import callbacks as cb
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
-from torch import Tensor, nn
+from sklearn.linear_model import Ridge
+from sklearn.svm import LinearSVC
+from torch import Tensor
+from torchmetrics import SumMetric
+from torchmetrics.classification import MulticlassAccuracy
 
 import tests.helpers as helpers
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
-from tests.helpers import Acting, Linear, failing, fitted, loader, logged, refused, trainer
+from tests.helpers import Acting, Linear, failing, fitted, loader, quick_risk, refused, trainer, unlabelled_loader
 
 MONITORS = [SensitivityMonitor, RiskMonitor]
 BEFORE = [{}, {"num_sanity_val_steps": 0}]  # in the sanity check, and in the first training batch without one
@@ -38,9 +43,9 @@ def said(*args: Any, **options: Any) -> list[str]:
 @pytest.mark.parametrize("kind", MONITORS)
 @pytest.mark.parametrize(("error", "match"), [
     (TypeError("of the user"), "TypeError: of the user. If `forward` takes other arguments, set `inputs="),
-    (TypeError("perturb a label"), "TypeError: perturb a label. If .* See docs/troubleshooting.md#arguments"),
-    (ValueError("of the user"), "of the user.( If| See docs)"),
-    (MisconfigurationException("Do this."), "Do this. See docs"),
+    (TypeError("perturb a label"), "TypeError: perturb a label. If .*More: docs/troubleshooting.md#arguments"),
+    (ValueError("of the user"), "of the user.( If| .More: docs)"),
+    (MisconfigurationException("Do this."), "Do this. .More: docs"),
 ])  # fmt: skip
 def test_a_failure_before_the_first_step_is_an_error_that_says_what_to_do(
     options: Any, kind: Any, error: Exception, match: str
@@ -50,13 +55,6 @@ def test_a_failure_before_the_first_step_is_an_error_that_says_what_to_do(
     text = refused(kind(), failing(error), **options)
     what = "cannot measure the risk" if "RiskMonitor" in text and options else "could not .*"
     assert re.match(rf"`{kind.__name__}` {what}: {match}", text)
-
-
-def test_lazy_weights_are_refused_by_name_without_a_sanity_check() -> None:
-    model = Linear()
-    model.net = nn.LazyLinear(4)
-    model.configure_optimizers = lambda: torch.optim.SGD(model.parameters(), 0.1)
-    assert "some are lazy: run it once" in refused(RiskMonitor(), model, num_sanity_val_steps=0)
 
 
 def test_running_out_of_memory_before_the_first_step_stays_the_error_that_it_is() -> None:
@@ -69,19 +67,18 @@ def test_failures_are_said_at_1_2_4_and_8_of_them_and_leave_gaps_in_the_curve(tm
     model = failing(KeyError("an error of the user"), lambda x, epoch: epoch in range(1, 10))
     logger = CSVLogger(tmp_path, name=None)
     stopping = EarlyStopping(SENSITIVITY, patience=20, mode="max")
-    monitors, options = [SensitivityMonitor(), RiskMonitor()], {"logger": logger, "log_every_n_steps": 1}
-    texts = said([*monitors, stopping], model, max_epochs=12, **options)
+    monitors, options = [SensitivityMonitor(), quick_risk()], {"logger": logger, "log_every_n_steps": 1}
+    data = loader(), unlabelled_loader(seed=1)
+    texts = said([*monitors, stopping], model, *data, max_epochs=12, **options)
     for name in ("SensitivityMonitor", "RiskMonitor"):
         mine = [text for text in texts if text.startswith(f"`{name}` (val/*) could")]
         counts = [re.findall("It has failed (.) times", text) for text in mine]
         assert counts == [[], ["2"], ["4"], ["8"]]  # in the text, since Python drops warnings of equal text
         assert all("KeyError: 'an error of the user'. This epoch has" in text for text in mine)
     rows = helpers.csv_rows(logger.log_dir)
-    for name in (SENSITIVITY, f"{SENSITIVITY}_stderr", "val/risk_criterion", "val/risk_ranking"):
+    for name in (SENSITIVITY, f"{SENSITIVITY}_stderr", "val/expected_score", "val/expected_accuracy"):
         assert [int(row["epoch"]) for row in rows if row[name]] == [0, 10, 11]  # nothing old as if it were new
-    curve = [epoch[SENSITIVITY] for epoch in model.trainer.epochs]
-    assert stopping.stopped_epoch == 0 and len(curve) == 12
-    assert curve[:10] == pytest.approx(curve[:1] * 10) and len({*curve[9:]}) == 3
+    assert stopping.stopped_epoch == 0 and model.trainer.current_epoch == 12
 
 
 def warning(model: Any, x: Tensor, epoch: int) -> None:
@@ -95,7 +92,7 @@ def warning_batch(batch: Any) -> Any:
 
 
 @pytest.mark.parametrize("monitor", [
-    SensitivityMonitor(), RiskMonitor(), SensitivityMonitor(inputs=warning_batch), RiskMonitor(features=warning_batch)
+    SensitivityMonitor(), quick_risk(), SensitivityMonitor(inputs=warning_batch), quick_risk(features=warning_batch)
 ])  # fmt: skip
 def test_warnings_that_are_errors_pass_through(monitor: Any) -> None:
     with pytest.raises(UserWarning, match="a warning of the user"):
@@ -128,7 +125,7 @@ def test_a_forward_whose_outputs_depend_on_what_is_not_put_back_is_refused(name:
     model.helper, model.nested = SimpleNamespace(count=0), {"a": {"b": [1]}}
     text = refused(kind(), model, **options)
     assert "`forward` gives other outputs when it is called again on the same batch" in text
-    assert "only `if self.training`" in text and text.endswith("#state")
+    assert "only `if self.training`" in text and "#state" in text
 
 
 @pytest.mark.parametrize("options", BEFORE)
@@ -144,7 +141,8 @@ def test_a_forward_that_writes_to_a_parameter_is_refused_at_first_and_later_cost
         if kind is RiskMonitor or not options:
             assert problem in refused(kind(), model, **options)
         model.first_epoch = 1
-        texts = said([kind()], model, max_epochs=3, **options)
+        monitor = quick_risk() if kind is RiskMonitor else kind()
+        texts = said(monitor, model, loader(), unlabelled_loader(seed=1), max_epochs=3, **options)
         assert len(texts) == 2 and all(problem in text for text in texts)
 
 
@@ -162,16 +160,97 @@ class SameNames(Callback):
     """It logs the names of the monitors with other options."""
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        for name in (SENSITIVITY, "val/risk_criterion"):
+        for name in (SENSITIVITY, "val/expected_score"):
             LightningModule.log(pl_module, name, 1.0, prog_bar=True, on_step=False, on_epoch=True, batch_size=1)
 
 
-@pytest.mark.parametrize(("kind", "others", "error"), [(OwnLog, [], "TypeError"), (Linear, [SameNames()], "")])
-def test_a_log_of_fewer_arguments_or_a_callback_with_the_same_names_costs_values_and_no_run(
-    kind: Any, others: list[Callback], error: str
+@pytest.mark.parametrize(("kind", "others", "match"), [
+    (OwnLog, [], "could not log `{}`: TypeError"),
+    (Linear, [SameNames()], "does not log `{}`, since your own code does. Choose another `prefix=`"),
+])  # fmt: skip
+def test_a_log_of_fewer_arguments_costs_values_and_values_of_the_user_under_our_names_are_left_alone(
+    kind: Any, others: list[Callback], match: str
 ) -> None:
-    texts = said([*others, SensitivityMonitor(), RiskMonitor()], model := kind())
-    assert model.trainer.current_epoch == 2 and logged(model.trainer).get(SENSITIVITY, 1) == 1
-    assert all("could not log `val/" in text and error in text for text in texts)
-    for name in (SENSITIVITY, "val/risk_criterion"):
-        assert any(f"could not log `{name}`" in text for text in texts)
+    monitors = [*others, SensitivityMonitor(), quick_risk()]
+    texts = said(monitors, model := kind(), loader(), unlabelled_loader(seed=1))
+    assert model.trainer.current_epoch == 2
+    for name in (SENSITIVITY, "val/expected_score"):
+        assert sum(match.format(name) in text for text in texts) >= 1
+        assert not others or [epoch[name] for epoch in model.trainer.epochs] == [1, 1]
+
+
+# Who monitors a value
+
+
+class Plateau(Linear):
+    """Its rate falls by a schedule."""
+
+    def __init__(self, monitor: str, mode: str) -> None:
+        super().__init__()
+        self.monitor, self.mode = monitor, mode
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), 0.1)
+        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, self.mode, patience=1)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": self.monitor}}
+
+
+def watching(kind: str, monitor: str, mode: str) -> tuple[list[Callback], Any]:
+    if kind == "ReduceLROnPlateau":
+        return [], Plateau(monitor, mode)
+    return [getattr(cb, kind)(monitor=monitor, mode=mode)], Linear()
+
+
+TWO = "/dataloader_idx_1"
+NAMES: dict[str, tuple[str, str, int, str]] = {  # a name, a mode, the number of loaders, and what is said
+    "the highest score": ("expected_score", "max", 1, "`mode` should be 'min' for `{}`, got 'max' in `{}`"),
+    "the lowest accuracy": ("expected_accuracy", "min", 1, "`mode` should be 'max' for `{}`, got 'min' in `{}`"),
+    "the lowest of a loader": ("expected_auroc" + TWO, "min", 2, "`mode` should be 'max' for `{}`, got 'min' in `{}`"),
+    "a metric that is not there": ("expected_f1", "max", 1, "`{1}` monitors `{0}`, which is not logged. There are "),
+    "of a regression": ("expected_mse", "min", 1, "`{1}` monitors `{0}`, which is not logged. There are "),
+    "a loader that is not there": ("expected_score" + TWO, "min", 1, "`{1}` monitors `{0}`, which is not logged"),
+    "none of two loaders": ("expected_score", "min", 2, "`{1}` monitors `{0}`, which is not logged. .*_idx_0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["EarlyStopping", "ModelCheckpoint", "ReduceLROnPlateau"])
+@pytest.mark.parametrize("name", NAMES)
+def test_who_monitors_what_is_not_logged_or_looks_for_the_worst_is_refused(name: str, kind: str) -> None:
+    monitor, mode, num_loaders, match = NAMES[name]
+    callbacks, model = watching(kind, f"val/{monitor}", mode)
+    options = {"enable_checkpointing": True, "num_sanity_val_steps": 0}
+    match = match.format(f"val/{monitor}", kind)
+    refused([RiskMonitor(), *callbacks], model, loader(), [loader()] * num_loaders, match=match, **options)
+
+
+def test_other_names_and_those_of_another_prefix_are_no_concern_of_a_monitor() -> None:
+    others = [EarlyStopping("val/expected_other", strict=False), EarlyStopping("b/expected_score", mode="min")]
+    others[0].monitor = "expected_other"
+    fitted([quick_risk(prefix="b/"), quick_risk(), *others], Linear(), loader(), unlabelled_loader(seed=1))
+
+
+# Metrics and references that can't be taken
+
+
+METRICS: dict[str, tuple[Any, str]] = {
+    "a metric alone": (MulticlassAccuracy(4), "`metrics` should be a dict of names and torchmetrics metrics"),
+    "a function": ({"f": len}, "`metrics` should be a dict of names and torchmetrics metrics"),
+    "no direction": ({"sum": SumMetric()}, r"`metrics\['sum'\].higher_is_better` should be True or False, got None"),
+    "our name": ({"score": MulticlassAccuracy(4)}, "`metrics` should be named otherwise"),
+    "a vector": ({"a": MulticlassAccuracy(4, average=None)}, r"`metrics\['a'\]` should be one number"),
+    "other classes": ({"a": MulticlassAccuracy(3)}, r"`metrics\['a'\]` fails on outputs \(16, 4\)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_a_metric_that_can_not_be_expected_is_refused_before_the_first_step(name: str) -> None:
+    metrics, match = METRICS[name]
+    with pytest.raises(MisconfigurationException, match=match):
+        fitted([RiskMonitor(metrics=metrics)], model := Linear())
+    assert name not in ("a vector", "other classes") or model.global_step == 0
+
+
+@pytest.mark.parametrize(("task", "estimator"), [("multiclass", Ridge()), ("binary", LinearSVC()), ("regression", 3)])
+def test_a_reference_without_what_is_needed_of_it_is_refused(task: str, estimator: Any) -> None:
+    with pytest.raises(MisconfigurationException, match=r"`reference` should be an estimator of scikit-learn with `p"):
+        RiskMonitor(task, reference=estimator)

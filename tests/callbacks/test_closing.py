@@ -1,110 +1,111 @@
-"""The line at the end of a fit says what is true of this fit: the epoch and file, what chose, and what labels are."""
+"""The summary and the line at the end of a fit say what is true of it: the epoch and file, what chose, and why."""
 
 import math
-import re
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import pytest
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import callbacks as cb
+from torch import Tensor
 
 from lightning_sensitivity import RiskMonitor
-from lightning_sensitivity.callbacks.closing import closing_line
-from lightning_sensitivity.callbacks.record import ValidationResult, Verdict
-from tests.callbacks.plain_loop import CRITERION, HOLDOUT, NOISY, RANKING, Plain, X, batches_of, fit
-from tests.helpers import fitted, inputs, trainer, unlabelled_loader
+from lightning_sensitivity.callbacks.closing import closing_line, summarize
+from lightning_sensitivity.callbacks.record import RiskRecord, Verdict
+from tests.callbacks.plain_loop import ACCURACY, AUROC, NOISY, SCORE, Plain, X, batches_of, fit
+from tests.callbacks.test_checks import Plateau
+from tests.helpers import fitted, fitted_and_said, labelled, quick_estimator, quick_risk, trainer, unlabelled_loader
 
-FIRST, SECOND = (f"{CRITERION}/dataloader_idx_{index}" for index in (0, 1))
-KNOWN = "without having seen them, it predicts 43% of 90 training labels"
-KNOWN += "; the network, which has seen them, predicts 80%"
-NOISE = "About 24% of the training labels can't be explained: they are wrong, or not to be known from the inputs."
-FALLING = "It was still falling: train for longer."
+FIRST, SECOND = (f"{SCORE}/dataloader_idx_{index}" for index in (0, 1))
+SKILL = "without having seen them, it predicts 84% of these labels (always the most frequent class: 60%; AUROC 0.91)"
+NOISE = "About 12% of the training labels can't be explained: they are wrong, or not to be known from the inputs."
+DATA = batches_of(X, NOISY), unlabelled_loader(seed=1)
+LONGER = "It was still improving: train for longer."
 
 
 @pytest.fixture
-def said(caplog: Any) -> Any:
+def log(caplog: Any) -> Any:
     caplog.set_level("INFO", "lightning.pytorch")
     return caplog
 
 
-def lines(text: str) -> list[str]:
-    return [each[each.index("`") :] for each in text.splitlines() if "was lowest at epoch" in each]
+def lines(log: Any) -> list[str]:
+    return [each for each in log.text.splitlines() if "was lowest at epoch" in each or "was highest at" in each]
 
 
 # What it says of what is known
 
 
 def verdict(**changes: Any) -> Verdict:
-    known = {"has_reference": True, "is_trusted": True, "num_samples": 90, "accuracy": 0.43, "skill": 0.1}
-    return Verdict(**{**known, "unexplained": 0.24, **changes})
+    known = {"is_trusted": True, "learner": "forest", "features": "columns", "kind": "vectors", "num_samples": 2000}
+    shares = {"skill": 0.5, "accuracy": 0.84, "auroc": 0.91, "majority": 0.6, "unexplained": 0.12}
+    return Verdict(**{**known, **shares, **changes})
 
 
-def results(best: int = 3, temperature: float = 2.0, num_labels: int = 0) -> list[ValidationResult]:
-    """Five epochs; the ranking is lowest one epoch after the criterion."""
-    rows = [(epoch, 0.4 + abs(epoch - best) / 10, 0.4 + abs(epoch - best - 1) / 10) for epoch in range(5)]
-    return [ValidationResult(*row, temperature, num_labels, 0.8) for row in rows]
+def record(known: Verdict | None, best: int = 3, temperature: float = 2.0, num_labels: int = 0, **more: Any) -> Any:
+    """Of five epochs, four by a second reference; accuracy is highest one epoch after the lowest score."""
+    rows = [
+        {"epoch": epoch, "step": 10 * epoch, "dataloader_idx": 0, "expected_score": 0.4 + abs(epoch - best) / 10,
+         "expected_accuracy": 0.9 - abs(epoch - best - 1) / 10, "temperature": temperature, "num_labels": num_labels,
+         "reference": 1 + (epoch > 0)} for epoch in range(5)]  # fmt: skip
+    rows[0]["expected_score"] = 0.1  # by a reference of few samples
+    return RiskRecord(known, history=rows, num_validations=5, **more)
 
 
-CHOSE = {"is_trusted": False, "unexplained": math.nan}
-LOWEST, CALIBRATE = f"`{CRITERION}` was lowest at epoch 3", ": divide its logits by 2.0 to calibrate it."
-SAYS: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {  # a verdict, results, what is said, and a link
-    "the reference chose": ({}, {}, f"{LOWEST}{CALIBRATE} The reference chose: {KNOWN}. {NOISE}", ""),
-    "few labels are left": ({"unexplained": 0.04}, {}, f"{LOWEST}{CALIBRATE} The reference chose: {KNOWN}.", ""),
-    "calibrated": ({}, {"temperature": 1.0}, f"{LOWEST}. The reference chose: {KNOWN}. {NOISE}", ""),
-    "the low end of the grid": ({}, {"temperature": 0.5}, f"{LOWEST}. The reference chose: {KNOWN}. {NOISE}", ""),
-    "labels and the reference chose": ({}, {"num_labels": 70},
-        f"{LOWEST}{CALIBRATE} 70 validation labels and the reference chose. {NOISE}", ""),
-    "labels chose": ({**CHOSE, "looks_clean": True}, {"num_labels": 70},
-        f"{LOWEST}{CALIBRATE} 70 validation labels chose.", ""),
-    "labels look clean": ({**CHOSE, "looks_clean": True}, {"temperature": 1.0},
-        f"{LOWEST}. The training labels look clean ({KNOWN}), so the score on training samples chose: if they are "
-        "right, training to the end is about as good.", ""),
-    "blind": (CHOSE, {"temperature": 1.0},
-        f"{LOWEST}. The reference sees too little of the inputs ({KNOWN}), so the score on training samples chose, "
-        "which can't say when to stop: label some validation samples, or set `features=`.", "blind"),
-    "no reference": ({**CHOSE, "has_reference": False}, {"temperature": 1.0},
-        f"{LOWEST}. The reference is missing, so the score on training samples chose, which can't say when to stop: "
-        "label some validation samples, or set `features=`.", "blind"),
-    "still falling": ({"unexplained": 0.0}, {"best": 4},
-        f"`{CRITERION}` was lowest at epoch 4{CALIBRATE} The reference chose: {KNOWN}. {FALLING}", "still-falling"),
-    "a regression": ({"accuracy": math.nan, "skill": 0.62, "unexplained": math.nan}, {"temperature": 1.0},
-        f"{LOWEST}. The reference chose: without having seen them, it explains 62% of the variance of 90 training "
-        "labels.", ""),
+CURVES = {SCORE: ("expected_score", 0, False), ACCURACY: ("expected_accuracy", 0, True)}
+BEST, CALIBRATE = f"`{SCORE}` was lowest at epoch 3", ": divide its logits by 2.0 to calibrate it."
+CHOSE = f"The reference (random forest, 2,000 training labels) chose: {SKILL}."
+BLIND = {"is_trusted": False, "unexplained": math.nan}
+NUMBERS = {"accuracy": math.nan, "auroc": math.nan, "majority": math.nan, "unexplained": math.nan, "skill": 0.62}
+SAYS: dict[str, tuple[Verdict | None, dict[str, Any], str]] = {  # a verdict, a record, and what is said
+    "the reference chose": (verdict(), {}, f"{BEST}{CALIBRATE} {CHOSE} {NOISE}"),
+    "few labels are left": (verdict(unexplained=0.04), {}, f"{BEST}{CALIBRATE} {CHOSE}"),
+    "calibrated": (verdict(), {"temperature": 1.0}, f"{BEST}. {CHOSE} {NOISE}"),
+    "the low end of the grid": (verdict(), {"temperature": 0.5}, f"{BEST}. {CHOSE} {NOISE}"),
+    "gaps": (verdict(), {"num_gaps": 1}, f"{BEST}{CALIBRATE} {CHOSE} {NOISE} 1 of 5 validations have no value."),
+    "labels and the reference chose": (verdict(unexplained=0.0), {"num_labels": 70},
+        f"{BEST}{CALIBRATE} 70 validation labels and the{CHOSE[3:]}"),
+    "labels chose": (verdict(**BLIND), {"num_labels": 70}, f"{BEST}{CALIBRATE} 70 validation labels chose."),
+    "labels chose, without a reference": (None, {"num_labels": 70}, f"{BEST}{CALIBRATE} 70 validation labels chose."),
+    "ridge regression": (verdict(learner="ridge", features="patches", unexplained=0.0), {},
+        f"{BEST}{CALIBRATE} {CHOSE.replace('random forest', 'ridge regression on patches')}"),
+    "another estimator, many classes": (verdict(learner="GaussianNB", auroc=math.nan, unexplained=0.0), {},
+        f"{BEST}{CALIBRATE} {CHOSE.replace('random forest', 'GaussianNB').replace('; AUROC 0.91', '')}"),
+    "still improving": (verdict(unexplained=0.0), {"best": 4},
+        f"{BEST[:-1]}4{CALIBRATE} {CHOSE} {LONGER}"),
+    "a gap at the end": (verdict(unexplained=0.0), {"best": 4, "ends_in_gap": True},
+        f"{BEST[:-1]}4{CALIBRATE} {CHOSE}"),
+    "a regression": (verdict(**NUMBERS), {"temperature": 1.0},
+        f"{BEST}. {CHOSE.replace(SKILL, 'without having seen them, it explains 62% of the variance of these labels')}"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("what", SAYS)
 def test_it_says_if(what: str) -> None:
-    known, shown, expected, link = SAYS[what]
-    line = closing_line(trainer(), {CRITERION: ("risk_criterion", results(**shown))}, verdict(**known))
-    assert re.sub(r" See docs/\S+ or \S+$", "", line) == expected
-    assert re.findall(r"troubleshooting.md#(\S+)", line) == [link] * bool(link)
+    known, shown, expected = SAYS[what]
+    run = trainer()
+    assert closing_line(run, summarize(run, CURVES, record(known, **shown))) == expected
 
 
-WATCHING: dict[str, tuple[list[Any], int]] = {  # callbacks, and the epoch that is named
-    "nothing": ([], 2),
-    "the ranking": ([cb.EarlyStopping(RANKING)], 3),
-    "another value": ([cb.EarlyStopping("val_loss")], 2),
-    "the ranking by a checkpoint, the criterion by EarlyStopping": (
-        [cb.EarlyStopping(CRITERION), cb.ModelCheckpoint("x", monitor=RANKING)], 3),
+WATCHING: dict[str, tuple[list[Any], str, int]] = {  # callbacks, the value, and the epoch that is named
+    "nothing": ([], SCORE, 2),
+    "accuracy": ([cb.EarlyStopping(ACCURACY, mode="max")], ACCURACY, 3),
+    "another value": ([cb.EarlyStopping("val_loss")], SCORE, 2),
+    "accuracy by a checkpoint, the score by EarlyStopping": (
+        [cb.EarlyStopping(SCORE), cb.ModelCheckpoint("x", monitor=ACCURACY, mode="max")], ACCURACY, 3),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("what", WATCHING)
 def test_it_is_about_the_value_that_is_watched_by(what: str) -> None:
-    callbacks, epoch = WATCHING[what]
+    callbacks, name, epoch = WATCHING[what]
     run = trainer(callbacks, enable_checkpointing=len(callbacks) > 1)
-    curves = {CRITERION: ("risk_criterion", results(2)), RANKING: ("risk_ranking", results(2))}
-    name = RANKING if epoch == 3 else CRITERION
-    line = closing_line(run, curves, verdict())
-    assert line.startswith(f"`{name}` was lowest at epoch {epoch}")
-    assert ("divide its logits" in line) == (name == CRITERION)  # of the epoch of the lowest criterion
-
-
-def test_without_a_value_there_is_none() -> None:
-    assert closing_line(trainer(), {}, verdict()) == ""
+    summary = summarize(run, CURVES, record(verdict(), 2))
+    assert (summary["monitored"], summary["epoch"]) == (name, epoch)
+    line = closing_line(run, summary)
+    assert f"`{name}` was {'lowest' if name == SCORE else 'highest'} at epoch {epoch}" in line
+    assert ("divide its logits" in line) == (name == SCORE)
 
 
 # In a fit
@@ -112,48 +113,52 @@ def test_without_a_value_there_is_none() -> None:
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:.*callbacks used to create the checkpoint")
 def test_of_a_fit_it_names_the_epoch_and_the_file_also_after_a_resume_with_fewer_loaders(
-    tmp_path: Path, said: Any
+    tmp_path: Path, log: Any
 ) -> None:
-    def run(num_loaders: int, name: str, **kwargs: Any) -> list[float]:
-        said.clear()
+    def run(num_loaders: int, name: str, **kwargs: Any) -> tuple[list[float], dict[str, Any]]:
+        log.clear()
         checkpoint = cb.ModelCheckpoint(tmp_path, filename="{epoch}", monitor=name, save_last=True)
         vals = [unlabelled_loader(seed=seed) for seed in range(1, 1 + num_loaders)]
         model = Plain()
         model.lr = 0.05
         options = {"val": vals, "enable_checkpointing": True, **kwargs}
-        return [epoch[name] for epoch in fit(model, RiskMonitor(), checkpoint, **options).epochs]
+        epochs = fit(model, monitor := quick_risk(), checkpoint, **options).epochs
+        return [epoch[name] for epoch in epochs], monitor.summary
 
-    values = run(2, SECOND, max_epochs=4)
+    values, summary = run(2, SECOND, max_epochs=4)
     best = values.index(min(values))
-    place = f"`{SECOND}` was lowest at epoch {best}, in the checkpoint {tmp_path}/epoch={best}.ckpt"
-    (line,) = lines(said.text)
-    assert line.startswith(place) and "it predicts 43% of 90 training labels" in line
-    values = run(1, CRITERION, max_epochs=6, ckpt_path=tmp_path / "last.ckpt")
-    (line,) = lines(said.text)
-    assert line.startswith(f"`{CRITERION}` was lowest at epoch ")
+    assert (summary["epoch"], summary["checkpoint"]) == (best, f"{tmp_path}/epoch={best}.ckpt")
+    (line,) = lines(log)
+    assert f"`{SECOND}` was lowest at epoch {best}, in the checkpoint {tmp_path}/epoch={best}.ckpt" in line
+    values, summary = run(1, SCORE, max_epochs=6, ckpt_path=tmp_path / "last.ckpt")
+    assert summary["monitored"] == SCORE and len(lines(log)) == 1
+
+
+def test_a_file_of_another_step_is_not_named(tmp_path: Path) -> None:
+    """It was saved some steps after the validation whose value it has."""
+    options = {"monitor": SCORE, "filename": "{step}", "every_n_train_steps": 5}
+    monitor, checkpoint = quick_risk(), cb.ModelCheckpoint(tmp_path, **options)
+    fit(Plain(), monitor, checkpoint, enable_checkpointing=True, max_epochs=3)
+    assert checkpoint.best_model_path and monitor.summary["checkpoint"] == ""
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_it_is_said_once_after_ctrl_c_and_after_an_error_too(error: type[BaseException], said: Any) -> None:
+def test_it_is_said_once_after_ctrl_c_and_after_an_error_too(error: type[BaseException], log: Any) -> None:
     class Ending(Plain):
         def on_train_epoch_start(self) -> None:
             if self.current_epoch == 2:
                 raise error
 
     with pytest.raises((SystemExit, RuntimeError)):
-        fit(Ending(), RiskMonitor(), max_epochs=4)
-    assert len(lines(said.text)) == 1
+        fit(Ending(), monitor := quick_risk(), max_epochs=4)
+    assert len(lines(log)) == 1 and monitor.summary["num_validations"] == 2
 
 
-def test_before_a_value_and_in_a_debugging_run_there_is_none(said: Any) -> None:
-    class Ending(Plain):
-        def on_train_batch_end(self, *args: Any) -> None:
-            raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        fit(Ending(), RiskMonitor())
-    fit(Plain(), RiskMonitor(), fast_dev_run=True)
-    assert lines(said.text) == []
+def test_in_a_debugging_run_there_is_none_and_before_a_value_a_warning(log: Any) -> None:
+    _, texts = fitted_and_said(quick_risk(), Plain(), *DATA, max_steps=2, max_epochs=-1)
+    assert len(texts) == 1 and "logged nothing: the run ended before a validation with 600 training" in texts[0]
+    fit(Plain(), monitor := quick_risk(), fast_dev_run=True)
+    assert lines(log) == [] and monitor.summary == {} and len(monitor.history) == 1
 
 
 class Stopping(cb.Callback):
@@ -163,43 +168,128 @@ class Stopping(cb.Callback):
         trainer.should_stop = trainer.current_epoch == 2
 
 
-STOPPED: dict[str, tuple[Any, int, bool]] = {  # another callback, the number of epochs; was it still falling?
-    "EarlyStopping that waits": (lambda: cb.EarlyStopping(CRITERION, patience=2), 3, True),
-    "EarlyStopping that has what it wants": (lambda: cb.EarlyStopping(CRITERION, stopping_threshold=10.0), 3, False),
-    "another callback that stops it": (Stopping, 4, True),
-    "a single epoch": (Stopping, 1, False),
+class Scheduled(Plain):
+    """Its rate ends at zero."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.trainer.max_epochs)]
+
+
+STOPPED: dict[str, tuple[Any, Any, int, bool]] = {  # a model, another callback, epochs; was it still improving?
+    "EarlyStopping that waits": (Plain, lambda: cb.EarlyStopping(SCORE, patience=2), 3, True),
+    "EarlyStopping that has what it wants": (Plain, lambda: cb.EarlyStopping(SCORE, stopping_threshold=10.0), 3, False),
+    "another callback that stops it": (Plain, Stopping, 4, True),
+    "a single epoch": (Plain, Stopping, 1, False),
+    "a schedule that has ended": (Scheduled, Stopping, 3, False),
 }
 
 
 @pytest.mark.parametrize("name", STOPPED)
-def test_a_run_was_still_falling_unless_it_was_stopped_by_the_value(name: str, said: Any) -> None:
-    make, max_epochs, is_falling = STOPPED[name]
-    model = Plain()
+def test_it_advises_to_train_for_longer_unless_that_is_of_no_use(name: str, log: Any) -> None:
+    make, other, max_epochs, is_improving = STOPPED[name]
+    model = make()
     model.lr = 0.003
-    fit(model, RiskMonitor(), make(), max_epochs=max_epochs)
-    (line,) = lines(said.text)
-    assert (FALLING in line) == is_falling
+    fit(model, quick_risk(), other(), max_epochs=max_epochs)
+    (line,) = lines(log)
+    assert (LONGER in line) == is_improving
 
 
-def test_where_labels_chose_it_says_how_many_and_speaks_of_nothing_that_it_does_not_know(said: Any) -> None:
-    val = batches_of(HOLDOUT, NOISY[:50].where(torch.arange(50) % 2 > 0, -100))
-    blind = RiskMonitor(validation_labels=True, features=lambda batch: torch.ones(len(batch[0]), 1))
-    fitted(blind, Plain(), batches_of(X, NOISY), val)
-    (line,) = lines(said.text)
-    assert "25 validation labels chose." in line
-    assert "look clean" not in line and "sees too little" not in line and "explained" not in line
+# Where there is no value
 
 
-def test_of_correct_labels_it_says_that_training_to_the_end_is_about_as_good(said: Any) -> None:
-    x = inputs(300)
-    fitted(RiskMonitor(), Plain(), batches_of(x, x[:, :4].argmax(1), batch_size=70), unlabelled_loader(seed=1))
-    (line,) = lines(said.text)
-    assert re.search(r"The training labels look clean \(without having seen them, it predicts [78]\d% of 300 ", line)
+class Diverging(Plain):
+    """Its outputs are nan from an epoch on."""
+
+    first = 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (math.nan if self.current_epoch >= self.first else 1)
 
 
-@pytest.mark.parametrize("kind", [cb.EarlyStopping, cb.ModelCheckpoint])
-@pytest.mark.parametrize("monitor", [CRITERION, SECOND, RANKING])
-def test_a_callback_that_looks_for_the_highest_value_is_refused(kind: Any, monitor: str) -> None:
-    message = f"`mode` should be 'min' for `{monitor}`, got 'max' in `{kind.__name__}`"
-    with pytest.raises(MisconfigurationException, match=message):
-        fit(Plain(), RiskMonitor(), kind(monitor=monitor, mode="max"), enable_checkpointing=True)
+def test_outputs_that_are_all_nan_end_a_run_by_lightning_and_are_no_reason_to_train_for_longer(log: Any) -> None:
+    for patient in (False, True):
+        log.clear()
+        monitor, stopping = quick_risk(), cb.EarlyStopping(SCORE, patience=3)
+        run, _ = fitted_and_said([monitor] + [stopping] * (not patient), Diverging(), *DATA, max_epochs=5)
+        assert len(run.epochs) == (5 if patient else 3) and math.isnan(run.epochs[2][SCORE])
+        (line,) = lines(log)
+        assert LONGER not in line and f"{len(run.epochs) - 2} of {len(run.epochs)} validations have no value" in line
+        assert monitor.summary["epoch"] in (0, 1)
+
+
+def test_of_a_network_that_was_never_finite_it_does_not_say_that_the_reference_is_blind() -> None:
+    model = Diverging()
+    model.first = 0
+    _, texts = fitted_and_said(monitor := quick_risk(), model, *DATA)
+    assert monitor.summary["epoch"] is None and monitor.summary["num_gaps"] == 2
+    assert not any("sees too little" in text for text in texts)
+
+
+def blind(batch: Any) -> Tensor:
+    return torch.ones(len(batch if isinstance(batch, Tensor) else batch[0]), 1)
+
+
+@pytest.mark.parametrize(("name", "mode"), [(SCORE, "min"), (AUROC, "max")])
+def test_where_the_reference_is_blind_callbacks_take_the_last_epoch(name: str, mode: str, tmp_path: Path) -> None:
+    stopping = cb.EarlyStopping(name, mode=mode, patience=1)
+    checkpoint = cb.ModelCheckpoint(tmp_path, monitor=name, mode=mode, filename="{epoch}")
+    monitor = RiskMonitor(features=blind)
+    with pytest.warns(UserWarning) as caught:
+        run = fitted([monitor, stopping, checkpoint], Plain(), *DATA, enable_checkpointing=True, max_epochs=4)
+    first, last = (str(each.message) for each in caught if "reference sees too little" in str(each.message))
+    assert Path(checkpoint.best_model_path).name == "epoch=3.ckpt" and stopping.stopped_epoch == 0
+    assert "logs nothing: the reference sees too little of the inputs" in first
+    assert "The reference sees too little of the inputs (without having" in last and "took the last epoch" in last
+    assert monitor.history == [] and name not in run.logged_metrics
+    assert monitor.summary["chosen_by"] == "nothing" and monitor.summary["epoch"] is None
+
+
+def test_a_goal_is_not_reached_by_what_was_not_measured() -> None:
+    callbacks = [RiskMonitor(features=blind), cb.EarlyStopping(SCORE, stopping_threshold=0.1)]
+    run, _ = fitted_and_said(callbacks, Plain(), *DATA)
+    assert run.current_epoch == 2
+
+
+class EverySecond(RiskMonitor):
+    def should_measure(self, trainer: Any) -> bool:
+        return trainer.current_epoch % 2 == 1
+
+
+def test_epochs_that_are_left_out_cost_no_patience_and_no_rate(log: Any) -> None:
+    stopping = cb.EarlyStopping(ACCURACY, mode="max", patience=2, min_delta=-9.0)
+    model = Plateau(SCORE, "min")
+    run = fit(model, monitor := EverySecond(reference=quick_estimator()), stopping, max_epochs=6)
+    assert run.current_epoch == 6 and model.optimizers().param_groups[0]["lr"] == 0.1
+    assert [epoch[ACCURACY] < -1e38 and epoch[SCORE] > 1e38 for epoch in run.epochs] == [True, False] * 3
+    assert "3 of 6 validations have no value" in lines(log)[0] and monitor.summary["num_gaps"] == 3
+
+
+# What machines read
+
+
+def test_the_summary_the_history_and_the_plot_of_a_fit(tmp_path: Path) -> None:
+    matplotlib.use("agg")
+    monitor = quick_risk(validation_labels=True)
+    with pytest.raises(ValueError, match="Expected a fit with values before `plot`"):
+        monitor.plot()
+    val = batches_of(*labelled(50, seed=1).tensors)
+    vals = [val, unlabelled_loader(20, seed=2)]
+    run, texts = fitted_and_said(monitor, Plain(), batches_of(X, NOISY), vals, max_epochs=3)
+    assert len(texts) == 1 and "found no label in the batches of dataloader 1, and does without" in texts[0]
+    summary, reference = monitor.summary, monitor.reference
+    assert summary["chosen_by"] == "reference and labels" and summary["num_labels"] == 50
+    known = {"left_out_accuracy": "accuracy", "left_out_auroc": "auroc", "num_training": "num_samples"}
+    for name in ("learner", "features", "skill", "unexplained", "majority", *known):
+        assert str(summary[name]) == str(getattr(reference, known.get(name, name)))
+    assert math.isnan(summary["left_out_r2"])
+    keys = {"epoch", "step", "dataloader_idx", "num_labels", "temperature"}
+    assert len(monitor.history) == 6 and all(row.keys() >= keys for row in monitor.history)
+    for index in (0, 1):
+        rows = [row for row in monitor.history if row["dataloader_idx"] == index]
+        for name in ("expected_score", "expected_accuracy", "expected_auroc"):
+            curve = [epoch[f"val/{name}/dataloader_idx_{index}"] for epoch in run.epochs]
+            assert [row[name] for row in rows] == pytest.approx(curve, rel=1e-6)
+    figure, axes = monitor.plot()
+    assert [ax.get_title() for ax in axes] == [SCORE, ACCURACY, AUROC] and len(axes[0].lines) == 2
+    figure.savefig(tmp_path / "curves.png")

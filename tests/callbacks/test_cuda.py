@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
-from tests.helpers import NUM_CLASSES, NUM_FEATURES, Classifier, fitted, loader, validated
+from tests.helpers import NUM_CLASSES, NUM_FEATURES, Classifier, fitted, loader, quick_risk, validated
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -42,16 +42,16 @@ def fit(kind: Any, monitors: Any, **kwargs: Any) -> tuple[Any, list[dict[str, fl
 
 
 @pytest.mark.parametrize("kind", [Classifier, Recurrent])
-def test_training_is_bit_identical_and_the_criterion_that_of_the_cpu(kind: Any) -> None:
-    monitors = [SensitivityMonitor(), RiskMonitor()]
+def test_training_is_bit_identical_and_the_expected_score_that_of_the_cpu(kind: Any) -> None:
+    monitors = [SensitivityMonitor(), quick_risk()]
     _, on_cpu = fit(kind, monitors)
     allocated = torch.cuda.memory_allocated()
     with_monitors, on_gpu = fit(kind, monitors, deterministic=True, **CUDA)
     without, _ = fit(kind, [], deterministic=True, **CUDA)
     torch.testing.assert_close(with_monitors.state_dict(), without.state_dict(), rtol=0, atol=0)
     # Other noise, and other rounding in training.
-    expected = on_cpu[-1]["val/risk_criterion"]
-    assert on_gpu[-1]["val/risk_criterion"] == pytest.approx(expected, rel=0.1, abs=0.02)
+    expected = on_cpu[-1]["val/expected_score"]
+    assert on_gpu[-1]["val/expected_score"] == pytest.approx(expected, rel=0.1, abs=0.02)
     assert torch.cuda.memory_allocated() - allocated < 2**20  # nothing is left on the device
 
 
@@ -60,8 +60,8 @@ def test_samples_wait_in_the_memory_of_the_host() -> None:
 
     class Looking(RiskMonitor):
         def compute_values(self, trainer: Any, dataloader_idx: int) -> Any:
-            kept = [batch for samples in [*self.samples, self.training.scored] for batch in samples.batches]
-            places.update(batch.call.args[0].device.type for batch in kept)
+            kept = [batch for samples in self.samples for batch in samples.batches]
+            places.update(each.device.type for batch in kept for each in (batch.call.args[0], batch.features))
             return super().compute_values(trainer, dataloader_idx)
 
     fit(Classifier, [Looking()], **CUDA)

@@ -11,13 +11,14 @@ import pytest
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.nn.functional import cross_entropy
 
-from lightning_sensitivity import RiskMonitor, SensitivityMonitor
-from tests.helpers import Classifier, fitted, loader
+from lightning_sensitivity import SensitivityMonitor
+from tests.helpers import Classifier, fitted, loader, quick_risk
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 README = Path(__file__).parents[2] / "README.md"
-ADDRESS = "?smoothing=0&tagFilter=val%2F(loss%7Coutput_sensitivity%7Crisk_criterion)%24#timeseries"
-SIDE_BY_SIDE = ["val/loss", "val/output_sensitivity", "val/risk_criterion"]
+ADDRESS = "?smoothing=0&tagFilter=val%2F(loss%7Coutput_sensitivity%7Cexpected)#timeseries"
+EXPECTED = [f"val/expected_{name}" for name in ("accuracy", "auroc", "score")]
+CARDS = [*EXPECTED, "val/loss", "val/output_sensitivity", "val/output_sensitivity_stderr"]
 
 
 class WithGroup(Classifier):
@@ -31,7 +32,7 @@ class WithGroup(Classifier):
 def tensorboard_url(tmp_path: Path) -> Iterator[str]:
     """TensorBoard of a short fit, or of what $LOGDIR holds, in a process of its own."""
     if not (logs := os.environ.get("LOGDIR", "")):
-        monitors = [SensitivityMonitor(), RiskMonitor()]
+        monitors = [SensitivityMonitor(), quick_risk()]
         logger = TensorBoardLogger(logs := tmp_path, name=None)
         fitted(monitors, WithGroup(), val=loader(seed=1), logger=logger, max_epochs=5, log_every_n_steps=1)
         logger.finalize("success")
@@ -67,7 +68,7 @@ def show_all_of_the_curves(page: Any) -> None:
     for name in ("Ignore outliers", "Enable step selection"):
         settings.locator("mat-checkbox").filter(has_text=name).locator("input").click()
     page.get_by_label("Toggle settings side pane").click()
-    card = page.locator("metrics-filtered-view card-view").filter(has=page.get_by_title(SIDE_BY_SIDE[1], exact=True))
+    card = page.locator("metrics-filtered-view card-view").filter(has=page.get_by_title(CARDS[4], exact=True))
     card.get_by_label("More line chart options").click()
     page.get_by_role("menuitem", name="Toggle Y-axis log scale").click()
 
@@ -80,10 +81,9 @@ def test_the_values_stand_beside_the_loss_at_the_address_of_readme(
     assert f"http://localhost:6006/{ADDRESS}" in README.read_text()
     page.goto(tensorboard_url + ADDRESS, wait_until="commit")
     cards = page.locator("metrics-filtered-view card-view")
-    cards.nth(2).wait_for()
+    cards.nth(5).wait_for()
     show_all_of_the_curves(page)
-    assert [card.locator("tb-truncated-path").get_attribute("title") for card in cards.all()] == SIDE_BY_SIDE
-    assert len({card.bounding_box()["y"] for card in cards.all()}) == 1
+    assert [card.locator("tb-truncated-path").get_attribute("title") for card in cards.all()] == CARDS
     page.mouse.move(0, 0)
     page.wait_for_timeout(1000)  # until the curves are drawn
     # This is the picture of docs/guide, with $LOGDIR and --basetemp.

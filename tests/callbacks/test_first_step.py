@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.modules import module as torch_module
 
-from lightning_sensitivity import RiskMonitor, SensitivityMonitor
-from tests.helpers import NUM_FEATURES, Linear, fitted_and_said, loader
+from lightning_sensitivity import SensitivityMonitor
+from tests.helpers import NUM_FEATURES, Linear, fitted_and_said, loader, quick_risk
 
 Step = Callable[[Any, Tensor, Tensor], Any]
 ADVICE = "Do what the step does with inputs and outputs in `forward`, or in `inputs=` and `outputs=`."
@@ -112,7 +112,7 @@ CASES = {
 def said(module: Any, monitors: Any, **options: Any) -> list[str]:
     """What monitors say in a short fit."""
     kwargs = {"max_epochs": 1, "limit_train_batches": 4, "limit_val_batches": 1, **options}
-    return fitted_and_said(monitors, module, loader(64, seed=1), **kwargs)[1]
+    return fitted_and_said(monitors, module, loader(64, seed=2), **kwargs)[1]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -124,7 +124,7 @@ def test_a_step_that_does_not_compute_what_is_measured_is_said_once(name: str) -
     assert all(text.startswith(start) and ADVICE in text for text, start in zip(texts, starts, strict=True))
 
 
-@pytest.mark.parametrize("kinds", [(SensitivityMonitor, RiskMonitor), (RiskMonitor, SensitivityMonitor)])
+@pytest.mark.parametrize("kinds", [(SensitivityMonitor, quick_risk), (quick_risk, SensitivityMonitor)])
 def test_passes_of_another_monitor_are_not_the_steps_and_each_says_it(kinds: Any) -> None:
     for num_sanity_val_steps in (0, 2):
         options = {"num_sanity_val_steps": num_sanity_val_steps}
@@ -139,7 +139,7 @@ def saving(m: Any, x: Tensor, y: Tensor) -> Tensor:
 
 
 def test_a_step_may_save_the_module() -> None:
-    assert said(Stepping(saving), [SensitivityMonitor(), RiskMonitor()]) == []
+    assert said(Stepping(saving), [SensitivityMonitor(), quick_risk()]) == []
 
 
 def num_hooks(model: nn.Module) -> int:
@@ -151,11 +151,11 @@ def num_hooks(model: nn.Module) -> int:
 def test_only_the_first_step_is_watched_and_nothing_stays_also_when_it_raises() -> None:
     watched = list[bool]()
     model = Stepping(lambda m, x, y: (watched.append(num_hooks(m) > 0), plain(m, x, y))[1])
-    assert said(model, [SensitivityMonitor(), RiskMonitor()]) == []
+    assert said(model, [SensitivityMonitor(), quick_risk()]) == []
     assert watched == [True, False, False, False] and num_hooks(model) == 0
     model = Stepping(lambda m, x, y: plain(m, x[:, :1], y))
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        said(model, [SensitivityMonitor(), RiskMonitor()])
+        said(model, [SensitivityMonitor(), quick_risk()])
     assert num_hooks(model) == 0
 
 

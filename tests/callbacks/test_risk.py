@@ -1,4 +1,4 @@
-"""What RiskMonitor logs is what a plain loop gives, over batches of unequal sizes."""
+"""What RiskMonitor logs is what a plain loop gives, over batches of unequal sizes, of whatever kind."""
 
 import math
 from dataclasses import dataclass, field
@@ -8,20 +8,33 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import callbacks as cb
+from sklearn.ensemble import RandomForestClassifier
+from sklearn.linear_model import LogisticRegression, Ridge
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss, one_hot
+from torchmetrics import MeanAbsoluteError, MetricCollection, R2Score
+from torchmetrics.classification import MulticlassF1Score, MulticlassRecall
 
 import tests.helpers as helpers
 from lightning_sensitivity import RiskMonitor
-from tests.callbacks.plain_loop import CORRECT, CRITERION, HOLDOUT, NOISY, RANKING, Plain, Truth, X, batches_of, fit
-from tests.helpers import Classifier, first_tensor, fitted, fitted_and_said, loader, logged
+from lightning_sensitivity.callbacks.record import fingerprints_of
+from lightning_sensitivity.functional import expected_metric
+from tests.callbacks.plain_loop import ACCURACY, AUROC, CORRECT, HOLDOUT, NOISY, SCORE, Plain, Truth, X, batches_of, fit
+from tests.helpers import (
+    Classifier,
+    first_tensor,
+    fitted,
+    fitted_and_said,
+    loader,
+    logged,
+    quick_estimator,
+    quick_risk,
+)
 from tests.helpers import unlabelled_loader as unlabelled
 
 INDEX = torch.arange(90)
-UPPER = (NOISY > 1).long()
 SOFT = 0.9 * one_hot(NOISY, 4) + 0.025
-FEW = 0 * CORRECT[:50] - 100
-FEW[::7] = helpers.labelled(50, seed=1).tensors[1][::7]
+SOME = helpers.labelled(50, seed=1).tensors[1].where(torch.arange(50) % 2 > 0, -100)
 
 
 def bce(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -61,42 +74,54 @@ class Centred(Plain):
         return outputs - outputs.mean(0)
 
 
+class Squeezed(Plain):
+    """Its outputs are (N,)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[:, 0]
+
+
+# By a plain loop
+
+
 @dataclass(frozen=True)
 class Case:
-    """The labels, the model, what becomes of the features, and whether the reference must choose."""
+    """The labels, the model, what becomes of the features, labels of validation samples, and options."""
 
     labels: Tensor = NOISY
     make: Any = Plain
     x: Any = lambda x: x
-    chooses: bool = True
     holdout_labels: Tensor | None = None
     options: dict[str, Any] = field(default_factory=dict)  # of the monitor
-    truth: dict[str, Any] = field(default_factory=dict)
+    seen: Any = first_tensor
+    is_blind: bool = False
 
 
 def blind(batch: Any) -> Tensor:
     return torch.ones(len(first_tensor(batch)), 1)
 
 
-HALF = {"features": lambda batch: first_tensor(batch)[:, :6].sin_()}  # it gets a copy
+def half(batch: Any) -> Tensor:
+    return first_tensor(batch)[:, :6].sin()
+
+
 CASES = {
     "multiclass": Case(),
     "multiclass, some without a label": Case(NOISY.where(INDEX % 5 > 0, -100)),
     "multiclass, soft": Case(SOFT),
-    "multiclass, correct": Case(CORRECT, chooses=False),
     "multiclass, samples that interact": Case(make=Centred),
-    "multiclass, features=": Case(options=HALF, truth={"seen": lambda batch: first_tensor(batch)[:, :6].sin()}),
-    "multiclass, features= that are blind": Case(
-        NOISY.where(INDEX % 6 > 0, 0), chooses=False, options={"features": blind}, truth={"seen": blind}),
+    "multiclass, features=": Case(options={"features": lambda batch: first_tensor(batch)[:, :6].sin_()}, seen=half),
+    "multiclass, blind": Case(options={"features": blind}, seen=blind, is_blind=True),
     "multiclass, images": Case(CORRECT.where(INDEX % 4 > 0, NOISY), lambda: Plain(width=64), images),
+    "multiclass, images, labels": Case(CORRECT, lambda: Plain(width=64), images, SOME),
     "multiclass, tokens": Case(make=Reads, x=tokens),
-    "multiclass, labels": Case(holdout_labels=FEW),
-    "multiclass, labels, features= that are blind": Case(
-        NOISY.where(INDEX % 6 > 0, 0), chooses=False, holdout_labels=FEW, options={"features": blind},
-        truth={"seen": blind}),
-    "binary": Case(UPPER.float(), lambda: Plain(1, bce)),
-    "binary, labels": Case(UPPER, lambda: Plain(1, bce), holdout_labels=FEW.clamp(max=1).float()),
+    "multiclass, labels": Case(holdout_labels=SOME),
+    "multiclass, labels, blind": Case(
+        holdout_labels=SOME, options={"features": blind}, seen=blind, is_blind=True),
+    "binary": Case((NOISY > 1).float(), lambda: Plain(1, bce)),
+    "binary, labels": Case((NOISY > 1).long(), lambda: Squeezed(1, bce), holdout_labels=SOME.clamp(max=1).float()),
     "regression": Case(X[:, :1] + X[:, 1:2].sin(), lambda: Plain(1, mse)),
+    "regression, (N,)": Case(X[:, 0] + X[:, 1].sin(), lambda: Squeezed(1, mse)),
     "regression, two targets": Case(X[:, :2] + 0.1 * X[:, 2:4], lambda: Plain(2, mse)),
     "regression, labels": Case(X[:, 0], lambda: Plain(1, mse), holdout_labels=HOLDOUT[:, 0]),
 }  # fmt: skip
@@ -106,21 +131,33 @@ CASES = {
 def test_values_are_those_of_a_plain_loop(name: str) -> None:
     case, task, has_labels = CASES[name], name.partition(",")[0], CASES[name].holdout_labels is not None
     monitor = RiskMonitor(task, validation_labels=has_labels, **case.options)
-    truth = Truth(task, has_labels=has_labels, **case.truth)
-    holdout = [case.x(HOLDOUT), *([case.holdout_labels] if has_labels else [])]
-    train, val = batches_of(case.x(X), case.labels), batches_of(*holdout)
-    _, texts = fitted_and_said([monitor, truth], case.make(), train, val, max_epochs=3)
-    assert not texts
-    assert monitor.record.verdict is not None and monitor.record.verdict.is_trusted == case.chooses
-    assert truth.reference.kind == name.rpartition(", ")[2] or truth.reference.kind in ("vectors", "tokens")
+    truth = Truth(task, case.seen, worth=1000 if has_labels else None)
+    val = batches_of(case.x(HOLDOUT), *([case.holdout_labels] if has_labels else []))
+    _, texts = fitted_and_said([monitor, truth], case.make(), batches_of(case.x(X), case.labels), val, max_epochs=3)
+    assert len(texts) == (case.is_blind and not has_labels)
+    assert monitor.record.verdict.is_trusted != case.is_blind
+    assert len(monitor.history) == (3 if has_labels or not case.is_blind else 0)
 
 
-def test_of_many_training_samples_evenly_spaced_batches_are_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_sensitivity.callbacks.training.NUM_SCORED", 30)
-    fit(Plain(), RiskMonitor(), Truth(scored=[0, 2]), max_epochs=2)
+def test_a_first_value_comes_after_600_training_samples_and_the_reference_is_fitted_once_more() -> None:
+    x, y = helpers.labelled(1200, seed=2).tensors
+    monitor, options = quick_risk(), {"val_check_interval": 0.25, "num_sanity_val_steps": 0}
+    run = fit(Plain(), monitor, Truth(estimator=quick_estimator()), train=batches_of(x, y, batch_size=100), **options)
+    assert [row["step"] for row in monitor.history] == [6, 9, 12, 15, 18, 21, 24]
+    assert [row["reference"] for row in monitor.history] == [1, 1, 2, 2, 2, 2, 2]
+    assert run.epochs[0][SCORE] > 1e38 and run.epochs[0][ACCURACY] < -1e38  # the worst values
+    assert monitor.summary["num_training"] == 1200
 
 
-def test_a_step_that_writes_to_its_batch_changes_nothing() -> None:
+def test_a_validation_within_a_single_epoch_of_few_samples_has_a_value_at_its_end() -> None:
+    monitor, stopping = quick_risk(), cb.EarlyStopping(SCORE, patience=1)
+    run = fit(Plain(), monitor, stopping, val_check_interval=0.34, max_epochs=1)  # 6 batches
+    assert len(run.epochs) == 3 and [row["step"] for row in monitor.history] == [6]
+    assert stopping.stopped_epoch == 0 and monitor.summary["num_gaps"] == 2
+
+
+@pytest.mark.parametrize("batch_size", [16, 90])
+def test_a_step_that_writes_to_its_batch_changes_nothing_also_to_all_of_the_data(batch_size: int) -> None:
     class Writer(Plain):
         def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
             loss = super().training_step([part.clone() for part in batch], batch_idx)
@@ -129,60 +166,137 @@ def test_a_step_that_writes_to_its_batch_changes_nothing() -> None:
 
     monitor, model = RiskMonitor(), Writer()
     for _ in range(2):  # a second fit has samples and a reference of its own
-        fit(model, monitor, Truth(), max_epochs=2)
+        fit(model, monitor, Truth(), train=batches_of(X.clone(), NOISY.clone(), batch_size=batch_size))
 
 
 def test_precisions_give_nearly_the_same() -> None:
     data, precisions = (loader(50), unlabelled(50, seed=1)), ("32-true", "bf16-mixed", "bf16-true", "64-true")
-    found = [logged(fitted(RiskMonitor(), Classifier(0.0), *data, precision=each), "val/") for each in precisions]
-    assert found[1:] == [pytest.approx(found[0], rel=0.05, abs=0.02)] * 3
-
-
-@pytest.mark.parametrize(("y", "is_said"), [(NOISY[:1], False), (0 * NOISY, True)])
-def test_a_single_sample_and_a_single_class_have_a_criterion(y: Tensor, is_said: bool) -> None:
-    run, texts = fitted_and_said(RiskMonitor(), Plain(), batches_of(X[: len(y)], y), unlabelled(seed=1))
-    assert ["finds only 1 classes" in text for text in texts] == [True] * is_said
-    assert math.isfinite(run.callback_metrics[CRITERION])
+    found = [logged(fitted(quick_risk(), Classifier(0.0), *data, precision=each), SCORE) for each in precisions]
+    assert found[1:] == [pytest.approx(found[0], rel=0.05)] * 3
 
 
 def test_each_of_several_loaders_has_values_under_lightnings_names() -> None:
     def values(loaders: Any) -> dict[str, float]:
         model = Plain()
         model.net[2].p = 0.0  # each loader draws a random number
-        return logged(fit(model, RiskMonitor(), val=loaders), "val/risk_")
+        return logged(fit(model, quick_risk(), val=loaders), "val/expected_")
 
     first, second = unlabelled(50, seed=1), unlabelled(20, seed=2)
     both, alone, other = values([first, second]), values(first), values(second)
     expected = {f"{name}/dataloader_idx_0": value for name, value in alone.items()}
     expected |= {f"{name}/dataloader_idx_1": value for name, value in other.items()}
-    assert both == pytest.approx(expected, rel=1e-5)
+    assert both == pytest.approx(expected, rel=1e-5) and len(both) == 6
 
 
 def test_early_stopping_and_checkpoints_follow_it_and_the_progress_bar_shows_it(tmp_path: Path) -> None:
-    stopping = cb.EarlyStopping(CRITERION, patience=3)
-    checkpoint = cb.ModelCheckpoint(tmp_path, monitor=CRITERION, filename="{epoch}")
+    stopping = cb.EarlyStopping(SCORE, patience=3)
+    checkpoint = cb.ModelCheckpoint(tmp_path, monitor=SCORE, filename="{epoch}")
     model = Plain()
     model.lr = 0.05
-    run = fit(model, stopping, checkpoint, RiskMonitor(prog_bar=True), enable_checkpointing=True, max_epochs=60)
-    values = [epoch[CRITERION] for epoch in run.epochs]
+    run = fit(model, stopping, checkpoint, quick_risk(prog_bar=True), enable_checkpointing=True, max_epochs=60)
+    values = [epoch[SCORE] for epoch in run.epochs]
     best = values.index(min(values))
     assert len(values) == best + 4 < 60
     assert Path(checkpoint.best_model_path).name == f"epoch={best}.ckpt"
-    assert run.progress_bar_metrics.keys() & {CRITERION, RANKING} == {CRITERION}
+    assert run.progress_bar_metrics.keys() & {SCORE, ACCURACY} == {SCORE}
+
+
+def test_it_runs_the_kept_samples_once_in_a_validation_whatever_the_labels_and_loaders() -> None:
+    """Also where one label in 10 counts."""
+    x, y = helpers.labelled(700, seed=2).tensors
+    sizes = list[int]()
+    model = helpers.Acting(lambda module, x, epoch: sizes.append(len(x)) if epoch == 1 else None)
+    train = batches_of(x, y.where(torch.arange(700) % 10 < 1, -100), batch_size=100)
+    run = fitted(monitor := quick_risk(), model, train, [unlabelled(700, 70), unlabelled(50, seed=3)])
+    assert sum(sizes) == 630 + 50 and monitor.summary["num_training"] == 70
+    assert math.isfinite(run.callback_metrics[f"{SCORE}/dataloader_idx_0"])
+
+
+# Metrics
+
+
+def of_functions(monitor: RiskMonitor, model: Any, metrics: dict[str, Any]) -> dict[str, float]:
+    order = fingerprints_of(HOLDOUT).argsort()
+    with torch.no_grad():
+        outputs = model.eval()(HOLDOUT[order])
+    q = monitor.reference.predictions(HOLDOUT[order])
+    return {f"val/expected_{name}": float(expected_metric(each, outputs, q)) for name, each in metrics.items()}
+
+
+@pytest.mark.parametrize("kind", [dict, MetricCollection])
+def test_any_metric_of_torchmetrics_has_an_expected_value_in_its_own_direction(kind: Any) -> None:
+    metrics = {"f1": MulticlassF1Score(4), "recall": MulticlassRecall(4, average="macro")}
+    monitor, stopping = quick_risk(metrics=kind(metrics)), cb.EarlyStopping("val/expected_f1", mode="max", patience=9)
+    model = Plain()
+    run = fit(model, monitor, stopping)
+    expected = of_functions(monitor, model, metrics)
+    assert {name: run.callback_metrics[name].item() for name in expected} == pytest.approx(expected, rel=1e-5)
+    assert logged(run, "val/").keys() == {SCORE, *expected}
+    assert float(stopping.best_score) == max(epoch["val/expected_f1"] for epoch in run.epochs)
+
+
+def test_without_metrics_there_is_the_score_and_metrics_of_a_regression_get_outputs_and_targets() -> None:
+    assert logged(fit(Plain(), quick_risk(metrics={})), "val/").keys() == {SCORE}
+    metrics = {"mae": MeanAbsoluteError(), "r2": R2Score()}
+    train = batches_of(X, X[:, :1], batch_size=89)  # R² of a batch of one sample is none
+    model, val = Plain(1, mse), batches_of(HOLDOUT, HOLDOUT[:, :1])
+    run = fit(model, quick_risk("regression", metrics=metrics), train=train, val=val)
+    found = logged(run, "val/expected_")
+    true = mse_loss(model.eval()(HOLDOUT), HOLDOUT[:, :1].double()).sqrt().item()
+    assert found["val/expected_mae"] < 1.1 * true and found["val/expected_r2"] < 1  # it is linear
+
+
+# Other references and classes
+
+
+def test_of_a_thousand_classes_there_is_no_auroc() -> None:
+    train, model = batches_of(X, 300 * NOISY), Plain(1000)
+    assert logged(fit(model, quick_risk(), train=train), "val/").keys() == {SCORE, ACCURACY}
+    stopping = cb.EarlyStopping(AUROC, mode="max")
+    helpers.refused([quick_risk(), stopping], Plain(1000), train, match=f"monitors `{AUROC}`, which is not logged")
+
+
+ESTIMATORS: dict[str, tuple[str, Any, Tensor, Any]] = {
+    "LogisticRegression": ("multiclass", LogisticRegression(), NOISY, Plain),
+    "RandomForestClassifier": ("binary", RandomForestClassifier(9), (NOISY > 1).float(), lambda: Plain(1, bce)),
+    "Ridge": ("regression", Ridge(), X[:, :2], lambda: Plain(2, mse)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_any_estimator_may_be_the_reference_and_knows_inputs_as_they_come(name: str) -> None:
+    task, estimator, labels, make = ESTIMATORS[name]
+    monitor = RiskMonitor(task, reference=estimator)
+    assert monitor.reference is None
+    _, texts = fitted_and_said(monitor, make(), batches_of(X, labels), unlabelled(seed=1))
+    assert not texts and monitor.summary["learner"] == monitor.reference.learner == name
+    assert monitor.reference.skill > 0.01 and not hasattr(estimator, "n_features_in_")  # a copy was fitted
+    found = monitor.reference.predict(HOLDOUT)
+    assert found.shape == ((50, 2) if task == "regression" else (50,))
+    if task != "regression":
+        assert monitor.reference.predict_proba(HOLDOUT).sum(1) == pytest.approx(torch.ones(50), rel=1e-6)
 
 
 # Where labels are
 
 
 def test_labels_that_do_not_fit_and_batches_without_any_are_said_and_cost_no_run() -> None:
-    for labels, match in ((CORRECT[:50] + 7, "Expected labels from 0 to 3"), (FEW * 0 - 100, "found no label")):
-        options = {"max_epochs": 2, "num_sanity_val_steps": 0}
-        monitor, val = RiskMonitor(validation_labels=True), batches_of(HOLDOUT, labels)
-        run, texts = fitted_and_said(monitor, Plain(), batches_of(X, NOISY), val, **options)
-        assert any(match in text for text in texts) and math.isfinite(run.callback_metrics[CRITERION])
-        assert run.current_epoch == 2 and monitor.record.loaders[0].history[-1].num_labels == 0
+    for labels, match in ((CORRECT[:50] + 7, "Expected labels from 0 to 3"), (SOME * 0 - 100, "found no label")):
+        monitor, val = quick_risk(validation_labels=True), batches_of(HOLDOUT, labels)
+        run, texts = fitted_and_said(monitor, Plain(), batches_of(X, NOISY), val, num_sanity_val_steps=0)
+        assert any(match in text for text in texts) and run.callback_metrics[SCORE] < 2
+        assert run.current_epoch == 2 and [row["num_labels"] for row in monitor.history] == [0, 0]
 
 
 def test_labels_in_a_validation_batch_do_not_count_unless_they_are_wanted() -> None:
-    found = [logged(fit(Plain(), RiskMonitor(), val=batches_of(HOLDOUT, y)), "val/risk") for y in (FEW, CORRECT[:50])]
+    found = [logged(fit(Plain(), quick_risk(), val=batches_of(HOLDOUT, y)), SCORE) for y in (SOME, CORRECT[:50])]
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("sees", [True, False])
+def test_labels_of_a_single_class_have_a_score_and_count_in_no_metric_that_needs_two(sees: bool) -> None:
+    monitor, alone = (quick_risk(validation_labels=each) for each in (True, False))
+    monitor = monitor if sees else RiskMonitor(validation_labels=True, features=blind)
+    both, other = (logged(fit(Plain(), each, val=batches_of(HOLDOUT, 0 * SOME))) for each in (monitor, alone))
+    assert both[AUROC] == other[AUROC] if sees else both[AUROC] < -1e38  # the worst value
+    assert both[SCORE] < 2 and math.isnan(monitor.history[-1]["expected_auroc"]) != sees

@@ -11,7 +11,17 @@ from torch.utils.data import DataLoader
 
 import tests.helpers as helpers
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
-from tests.helpers import NUM_FEATURES, Linear, Quiet, first_tensor, fitted, inputs, loader, unlabelled_loader
+from tests.helpers import (
+    NUM_FEATURES,
+    Linear,
+    Quiet,
+    first_tensor,
+    fitted,
+    inputs,
+    loader,
+    quick_risk,
+    unlabelled_loader,
+)
 
 SENSITIVITY = "val/output_sensitivity"
 
@@ -39,7 +49,7 @@ def batches_of(sizes: list[int], is_stream: bool) -> tuple[list[Tensor], DataLoa
     (31, [10] * 10, [0, 2, 5, 7]),  # a part of a batch is a batch
     (10, [10] * 10, [0]),
     (31, [30] + [1] * 9, [0, 5]),
-    (31, [2, 90], [0, 1]),  # never fewer than are wanted, if there are more
+    (31, [2, 31], [0, 1]),  # never fewer than are wanted, if there are more
     (None, [0, 10, 0, 10], [1, 3]),  # none that are empty
 ])  # fmt: skip
 def test_whole_batches_are_kept_that_are_evenly_spaced_also_of_a_stream(
@@ -49,6 +59,12 @@ def test_whole_batches_are_kept_that_are_evenly_spaced_also_of_a_stream(
     values = helpers.validated(SensitivityMonitor(num_samples=num_samples), model, val)
     # They have the noise of their place in the loader.
     assert values[SENSITIVITY] == sensitivity(model, {index: batches[index] for index in chosen})
+
+
+def test_of_a_large_batch_evenly_spaced_samples_are_kept() -> None:
+    model, (batches, val) = Quiet(), batches_of([500, 3], is_stream=False)
+    values = helpers.validated(SensitivityMonitor(num_samples=60), model, val)
+    assert values[SENSITIVITY] == sensitivity(model, [batches[0][torch.arange(60) * 500 // 60]])
 
 
 @pytest.mark.parametrize(("max_batches", "sizes", "chosen"), [
@@ -95,9 +111,9 @@ def test_shuffled_samples_and_random_transforms_do_not_move_the_curve(shuffles: 
 
 def test_a_step_that_writes_to_its_batch_does_not_change_what_is_kept() -> None:
     for batch_size in (16, 50):
-        model, val, batches = Quiet(), unlabelled_loader(50, batch_size), inputs(50).split(batch_size)
+        model, val, batches = Quiet(), unlabelled_loader(50, batch_size, seed=1), inputs(50, seed=1).split(batch_size)
         model.validation_step = lambda batch, batch_idx: batch.mul_(3).sum()
-        run = fitted([SensitivityMonitor(), RiskMonitor()], model, val=val)
+        run = fitted([SensitivityMonitor(), quick_risk()], model, val=val)
         assert helpers.logged(run)[SENSITIVITY] == sensitivity(model, batches)
 
 
@@ -119,7 +135,7 @@ def test_samples_are_freed_at_the_end_of_a_run_and_after_an_error(raises: bool) 
     monitors, seen = [SensitivityMonitor(), RiskMonitor()], list[int]()
     try:
         options = {"limit_train_batches": 1, "limit_val_batches": 1}
-        fitted(monitors, Failing(), loader(50, 17), unlabelled_loader(50, 17), **options)
+        fitted(monitors, Failing(), loader(50, 17), unlabelled_loader(50, 17, seed=1), **options)
     except RuntimeError:
         assert raises
     assert min(seen) >= 2 and num_kept() == 0
@@ -133,66 +149,53 @@ TWO, ONE = [20, 20], [20]
 def test_loaders_that_come_and_go_never_end_training(sizes: tuple[list[int], ...]) -> None:
     class Reloaded(Quiet):
         def val_dataloader(self) -> Any:
-            return [loader(size, seed=seed) for seed, size in enumerate(sizes[self.current_epoch])]
+            return [loader(size, seed=1 + place) for place, size in enumerate(sizes[self.current_epoch])]
 
-    run = helpers.trainer([SensitivityMonitor(), RiskMonitor()], max_epochs=3, reload_dataloaders_every_n_epochs=1)
+    run = helpers.trainer([SensitivityMonitor(), quick_risk()], max_epochs=3, reload_dataloaders_every_n_epochs=1)
     run.fit(Reloaded(), loader())
     suffixes = [f"/dataloader_idx_{index}" for index in range(len(sizes[0]))] if len(sizes[0]) > 1 else [""]
     for epoch in run.epochs:
-        found = {name for name in epoch if SENSITIVITY in name or "risk_criterion" in name}
-        assert found >= {f"{name}{suffix}" for suffix in suffixes for name in (SENSITIVITY, "val/risk_criterion")}
+        found = {name for name in epoch if SENSITIVITY in name or "expected_score" in name}
+        assert found >= {f"{name}{suffix}" for suffix in suffixes for name in (SENSITIVITY, "val/expected_score")}
         assert epoch[SENSITIVITY + suffixes[0]] > 0 and all(map(math.isfinite, epoch.values()))
 
 
 def test_an_error_costs_its_epoch_and_changes_no_other_value() -> None:
     def values(model: Any) -> list[dict[str, float]]:
         monitors = [SensitivityMonitor(), RiskMonitor()]
-        epochs = fitted(monitors, model, loader(20, 2), unlabelled_loader(40, 8), max_epochs=4).epochs
-        return [{name: epoch[name] for name in (SENSITIVITY, "val/risk_criterion")} for epoch in epochs]
+        epochs = fitted(monitors, model, loader(20, 2), unlabelled_loader(40, 8, seed=1), max_epochs=4).epochs
+        return [{name: epoch[name] for name in (SENSITIVITY, "val/expected_score")} for epoch in epochs]
 
     with pytest.warns(UserWarning, match="out of luck"):
         broken = values(helpers.failing(RuntimeError("out of luck"), lambda x, epoch: epoch == 2))
     whole = values(Linear())
     assert broken[:2] == whole[:2] and broken[3] == whole[3]
-    assert broken[2] == pytest.approx({SENSITIVITY: whole[1][SENSITIVITY], "val/risk_criterion": 2.0})
+    assert min(broken[2].values()) > 1e38 > max(whole[2].values())
 
 
 # Training samples
 
 
 def test_of_a_training_loader_in_the_order_of_classes_all_classes_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_sensitivity.callbacks.training.MAX_SAMPLES", 100)
-    monkeypatch.setattr("lightning_sensitivity.callbacks.training.NUM_SCORED", 60)
+    monkeypatch.setattr("lightning_sensitivity.functional.reference.MAX_SAMPLES", {"vectors": 100})
     x, y = helpers.labelled(400).tensors
     order = y.argsort(stable=True)
-    monitor, model = RiskMonitor(), Quiet()
+    monitor = quick_risk()
     train = DataLoader(torch.utils.data.TensorDataset(x[order], y[order]), 9)
-    seen = list[Any]()
-
-    def note(outputs: Any, batch: Any, batch_idx: int) -> None:
-        seen[:] = map(kept_labels, (monitor.training.known, monitor.training.scored))
-
-    model.on_train_batch_end = note
-    fitted(monitor, model, train, unlabelled_loader(seed=1), max_epochs=1, num_sanity_val_steps=0)
-    shares = y.bincount() / len(y)
-    for labels, most in zip(seen, (109, 69), strict=True):
-        assert most - 9 <= len(labels) <= most
-        assert (labels.bincount(minlength=4) / len(labels) - shares).abs().max() < 0.12
+    fitted(monitor, Quiet(), train, unlabelled_loader(seed=1), max_epochs=1)
+    assert monitor.summary["num_training"] == 100
+    assert (monitor.reference.shares - y.bincount() / len(y)).abs().max() < 0.02
 
 
 def test_of_labels_most_of_which_are_ignored_a_reference_knows_as_many_as_of_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("lightning_sensitivity.callbacks.training.MAX_SAMPLES", 30)
+    monkeypatch.setattr("lightning_sensitivity.functional.reference.MAX_SAMPLES", {"vectors": 30})
     x, y = helpers.labelled(400).tensors
     y = torch.where(torch.arange(400) % 5 == 0, y, -100)
     monitor = RiskMonitor()
     fitted(monitor, Quiet(), DataLoader(torch.utils.data.TensorDataset(x, y), 20), max_epochs=1)
-    assert monitor.record.verdict.num_samples >= 30
-
-
-def kept_labels(samples: Any) -> Tensor:
-    return torch.cat(samples.labels)
+    assert monitor.summary["num_training"] == 30
 
 
 def test_training_batches_may_be_of_two_views_and_validation_batches_of_one() -> None:
@@ -203,26 +206,7 @@ def test_training_batches_may_be_of_two_views_and_validation_batches_of_one() ->
     x, y = helpers.labelled(50).tensors
     views = DataLoader([[[one, two], label] for one, two, label in zip(x, x.flip(1), y, strict=True)], 16)
     for num_sanity_val_steps in (0, 2):
-        monitors: list[Any] = [SensitivityMonitor(), RiskMonitor(inputs=first_tensor, targets=lambda batch: batch[1])]
+        monitors: list[Any] = [SensitivityMonitor(), quick_risk(inputs=first_tensor, targets=lambda batch: batch[1])]
         options = {"num_sanity_val_steps": num_sanity_val_steps}
         run, texts = helpers.fitted_and_said(monitors, TwoViews(), views, unlabelled_loader(seed=1), **options)
-        assert not texts and run.callback_metrics[SENSITIVITY] > 0 and run.callback_metrics["val/risk_criterion"] < 2
-
-
-def test_a_validation_in_one_batch_of_6000_rows_needs_memory_for_a_part_at_a_time() -> None:
-    largest = 0
-
-    def note(function: Any, args: Any, kwargs: Any, result: Any) -> None:
-        nonlocal largest
-        sizes = [each.numel() for each in result] if isinstance(result, tuple) else [getattr(result, "numel", int)()]
-        largest = max(largest, *sizes)
-
-    class Watching(RiskMonitor):
-        def prepare(self, *args: Any) -> None:
-            with helpers.Watch(note):
-                super().prepare(*args)
-
-    val = unlabelled_loader(6_000, 6_000)
-    run = fitted(Watching(), Quiet(), loader(300, 70), val, max_epochs=1, num_sanity_val_steps=0)
-    assert run.callback_metrics["val/risk_criterion"] < 2
-    assert 6_000 * NUM_FEATURES <= largest < 6_000 * 60  # no distances of all pairs, 6,000 times 300
+        assert not texts and run.callback_metrics[SENSITIVITY] > 0 and run.callback_metrics["val/expected_score"] < 2

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 import tests.helpers as helpers
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 from lightning_sensitivity.functional import loss_estimate
-from tests.helpers import Classifier, Linear, brute_force, inputs, loader, unlabelled_loader, validated
+from tests.helpers import Classifier, Linear, Quiet, brute_force, inputs, loader, unlabelled_loader, validated
 
 
 def expected(changes: Tensor) -> dict[str, float]:
@@ -46,7 +46,7 @@ def test_the_values_are_those_of_a_plain_loop_over_batches_as_they_came(kind: An
     changes = brute_force(model.eval(), batches, num_draws, seed=3)
     close(values, expected(changes))
     per_sample = (changes - changes.mean()).square().mean(1)
-    torch.testing.assert_close(monitor.metrics[0].per_sample, per_sample, rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(monitor.measured[0].per_sample, per_sample, rtol=1e-4, atol=1e-9)
 
 
 def test_noise_at_a_submodule_is_added_to_its_output() -> None:
@@ -154,11 +154,29 @@ def test_arguments_are_checked_at_once(options: dict[str, Any], match: str) -> N
         kind(**options)
 
 
-def test_a_submodule_that_does_not_exist_or_does_not_run_is_refused_before_the_first_step() -> None:
-    model = Classifier()
+def to_ids(batch: Any) -> Any:
+    return [(9 * batch[0]).long(), batch[1]]
+
+
+class OfIds(Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float())
+
+
+@pytest.mark.parametrize(("options", "change", "match"), [
+    ({}, to_ids, "dense floating input to perturb, got none"),
+    ({"noise": [0.1, 0.2]}, None, "`noise` should be one number, or one per channel"),
+    ({"noise": lambda x, generator: x[:1]}, None, "`noise` should return a tensor"),
+    ({"at": "unused"}, None, "did not run"),
+    ({"at": "nett"}, None, "`at` should be the name of a submodule, such as 'net'"),
+])  # fmt: skip
+def test_noise_is_tried_before_the_first_step_without_a_sanity_check_too(options: Any, change: Any, match: str) -> None:
+    model = OfIds()
     model.unused = torch.nn.Linear(2, 2)
-    helpers.refused(SensitivityMonitor(at="nett"), model, match="`at` should be the name of a submodule, such as 'net'")
-    helpers.refused(SensitivityMonitor(at="unused"), model, match="did not run")
+    if change is not None:
+        model.on_after_batch_transfer = lambda batch, dataloader_idx: change(batch)
+    for num_sanity_val_steps in (0, 2):
+        helpers.refused(SensitivityMonitor(**options), model, match=match, num_sanity_val_steps=num_sanity_val_steps)
 
 
 # What is doubtful
@@ -177,3 +195,16 @@ def test_doubtful_values_are_said_once_each_and_again_when_twice_as_many_samples
         # Only in the last batch of two samples do all outputs lie in [0, 1].
         validated(SensitivityMonitor(outputs=lambda y: y.sigmoid() + (len(y) > 2)), Linear(), loader())
     assert [text.partition(": No output changed")[0][-12:] for text in texts] == ["dataloader 0", "dataloader 1"]
+
+
+@pytest.mark.parametrize("kind", [SensitivityMonitor, helpers.quick_risk])
+@pytest.mark.parametrize(("num_samples", "options", "said"), [
+    (600, {}, ["has only 49 samples of dataloader 0"]), (20, {}, []), (600, {"fast_dev_run": True}, []),
+])  # fmt: skip
+def test_a_loader_of_few_samples_is_said_once(
+    kind: Any, num_samples: int, options: Any, said: list[str], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("lightning_sensitivity.callbacks.monitor.FEW_SAMPLES", 50)
+    val = [unlabelled_loader(size, seed=1) for size in (49, 60)]
+    _, texts = helpers.fitted_and_said(kind(num_samples=num_samples), Quiet(), val=val, **options)
+    assert len(texts) == len(said) and all(each in text for each, text in zip(said, texts, strict=True))

@@ -17,7 +17,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
-from lightning_sensitivity import RiskMonitor, SensitivityMonitor
+from lightning_sensitivity import SensitivityMonitor
 from lightning_sensitivity.compat import num_loaders
 from tests.helpers import (
     Classifier,
@@ -28,6 +28,7 @@ from tests.helpers import (
     csv_rows,
     first_tensor,
     loader,
+    quick_risk,
     trainer,
 )
 from tests.helpers import unlabelled_loader as unlabelled
@@ -140,8 +141,8 @@ def drawing(batch: Any) -> Tensor:
     return first_tensor(batch)
 
 
-def stream() -> DataLoader:
-    return DataLoader(Stream(has_labels=True), 16)
+def stream(seed: int = 0) -> DataLoader:
+    return DataLoader(Stream(has_labels=True, seed=seed), 16)
 
 
 SETUPS = {
@@ -149,11 +150,11 @@ SETUPS = {
     "accumulate_grad_batches, gradient_clip_val": Setup(2, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.01}),
     "val_check_interval in batches": Setup(2, {"val_check_interval": 3, "check_val_every_n_epoch": None}),
     "check_val_every_n_epoch": Setup(1, {"check_val_every_n_epoch": 2}),
-    "limit_val_batches, a share": Setup(2, {"limit_val_batches": 0.5, "limit_train_batches": 1}),
+    "limit_val_batches, a share": Setup(2, {"limit_val_batches": 0.5, "limit_train_batches": 3}),
     "fast_dev_run": Setup(1, {"fast_dev_run": 3}),
     "overfit_batches": Setup(2, {"overfit_batches": 2}),
     "max_steps in the middle of an epoch": Setup(1, {"max_steps": 6, "num_sanity_val_steps": -1}),
-    "iterable data": Setup(2, val=stream, train=stream),
+    "iterable data": Setup(2, val=stream, train=lambda: stream(seed=1)),
     "several loaders": Setup(2, val=lambda: [loader(50), unlabelled(20, seed=3)]),
     "CombinedLoader, max_size_cycle": Setup(2, val=combined("max_size_cycle"), module=Quiet, inputs=first_tensor),
     "functions of the user that draw": Setup(2, inputs=drawing),
@@ -184,7 +185,7 @@ def observed(module: Any) -> Any:
 
 
 def is_ours(name: str) -> bool:
-    return "sensitivity" in name or "risk_" in name
+    return "sensitivity" in name or "expected_" in name
 
 
 def fit(setup: Setup, tmp_path: Path, ours: list[cb.Callback]) -> tuple[Trainer, list[Any], list[Any]]:
@@ -209,11 +210,11 @@ def test_what_is_logged_is_what_a_plain_loop_gives_and_training_is_bit_identical
     setup, oracle = SETUPS[name], Oracle()
     has_oracle = setup.module is not Intrusive and "compiled" not in name  # it isolates nothing, and would compile
     monitors = [SensitivityMonitor(inputs=setup.inputs)]
-    monitors.append(RiskMonitor(inputs=setup.inputs, features=setup.inputs))
+    monitors.append(quick_risk(inputs=setup.inputs, features=setup.inputs))
     monitors.append(SensitivityMonitor(0.5, at="net", num_draws=2, prefix="b_", inputs=setup.inputs))
     run, rows, with_monitors = fit(setup, tmp_path / "with", [*[oracle] * has_oracle, *monitors])
     assert oracle.num_validations == setup.num_validations * has_oracle
-    assert any(key.startswith("val/risk_criterion") for key in run.callback_metrics)
+    assert any(key.startswith("val/expected_score") for key in run.callback_metrics)
     *_, without = fit(setup, tmp_path / "without", [])
     torch.testing.assert_close(with_monitors[:2], without[:2], rtol=0, atol=0)
     assert with_monitors[2:] == without[2:]

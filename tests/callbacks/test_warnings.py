@@ -1,6 +1,5 @@
 """What many people do, and nothing else would say: it is said, once, or refused, and not where it must not be."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,96 +7,129 @@ import torch
 from lightning.pytorch import callbacks as cb
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy, cross_entropy, mse_loss, one_hot
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
-from tests.helpers import Acting, Quiet, fitted_and_said, inputs, labelled, loader, refused
+from lightning_sensitivity.callbacks.record import are_known, fingerprints_of
+from lightning_sensitivity.callbacks.reference import _SAME
+from tests.helpers import Quiet, fitted_and_said, inputs, labelled, loader, quick_risk, refused
 
 X, Y = labelled(200).tensors
 VAL = DataLoader(inputs(90, seed=1), 20)
-Change = Callable[[Tensor], Tensor]
 
 
-def of(*tensors: Tensor) -> DataLoader:
-    return DataLoader(TensorDataset(*tensors), 30)
+def of(*tensors: Tensor, **options: Any) -> DataLoader:
+    return DataLoader(TensorDataset(*tensors), 30, **options)
 
 
 def said(monitor: Any, model: Any = None, train: Any = None, val: Any = VAL, **kwargs: Any) -> list[str]:
     return fitted_and_said(monitor, model or Quiet(), train or of(X, Y), val, **kwargs)[1]
 
 
-# Samples that are prepared in another way
-
-
-def tailed(x: Tensor) -> Tensor:
-    income = 100 * x[:, -1:]
-    return torch.cat([x[:, :-1], income.where(torch.arange(len(x))[:, None] != 150, 1000)], 1)
-
-
-PREPARED: dict[str, tuple[Change, Change, bool]] = {  # of training and validation samples; is it said?
-    "alike": (lambda x: x, lambda x: x, False),
-    "normalized, not in training": (lambda x: x, lambda x: (x - 0.5) / 0.29, True),
-    "normalized, in training alone": (lambda x: (x - 0.5) / 0.29, lambda x: x, True),
-    "0 to 255": (lambda x: x, lambda x: (255 * x).round(), True),
-    "erasing in training": (lambda x: x * (torch.rand(x.shape) > 0.25), lambda x: x, False),
-    "mixup in training": (lambda x: torch.lerp(x, x.flip(0), torch.rand(len(x), 1)), lambda x: x, False),
-    "heavy tails of a column": (tailed, tailed, False),
-}
-
-
-@pytest.mark.parametrize("name", PREPARED)
-def test_samples_that_are_prepared_in_another_way(name: str) -> None:
-    of_training, of_validation, is_said = PREPARED[name]
-    torch.manual_seed(0)
-    texts = said(RiskMonitor(), None, of(of_training(X), Y), DataLoader(of_validation(inputs(90, seed=1)), 20))
-    assert ["prepared in another way" in text and text.endswith("#preparation") for text in texts] == [True] * is_said
+# Samples
 
 
 def test_a_missing_number_costs_the_reference_and_is_said() -> None:
-    x = inputs(90, seed=1)
+    x = X.clone()
     x[5, 2] = torch.nan
-    model = Acting(lambda module, x, epoch: x.nan_to_num_())
-    (text,) = said(RiskMonitor(), model, val=DataLoader(x, 20))
-    assert "has no reference: Expected `new_inputs` to be finite" in text and "Set `features=`" in text
+
+    class Filling(Quiet):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.nan_to_num())
+
+    texts = said(RiskMonitor(), Filling(), of(x, Y))
+    assert "has no reference: Expected `inputs` to be finite" in texts[0] and "Set `features=`" in texts[0]
+    assert len(texts) == 2 and "logs nothing: the reference sees too little of the inputs" in texts[1]
 
 
-def test_processes_with_images_of_different_sizes_have_no_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    def gather(trainer: Any, values: Tensor, padding: float = 0.0) -> Tensor:
-        return torch.cat([values, values[:, :5]])
+def test_processes_with_inputs_of_different_sizes_have_no_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gather(trainer: Any, values: Tensor) -> Tensor:
+        return torch.cat([values, values[:, :5]]) if values.shape[1:] == (12,) else values
 
     monkeypatch.setattr("lightning_sensitivity.callbacks.reference.gather", gather)
-    (text,) = said(RiskMonitor())
-    assert "has no reference: RuntimeError: Sizes of tensors must match" in text
+    assert "has no reference: RuntimeError: Sizes of tensors must match" in said(quick_risk())[0]
+
+
+FEW_VALUES = torch.cat([(3 * X[:, :2]).long().float(), 0 * X[:, 2:]], 1)
+REPEATED: dict[str, tuple[Any, Any, bool]] = {  # training samples, validation samples, and is it said?
+    "others": (X, inputs(90, seed=1), False),
+    "the same": (X, X[50:], True),
+    "a few": (X, torch.cat([X[:5], inputs(90, seed=1)]), False),
+    "a fifth": (X, torch.cat([X[:20], inputs(80, seed=1)]), True),
+    "categories": (FEW_VALUES, FEW_VALUES[:90], False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REPEATED)
+def test_validation_samples_that_are_training_samples_are_said(name: str) -> None:
+    x, val, is_said = REPEATED[name]
+    texts = said(quick_risk(), None, of(x, Y), DataLoader(val, 20))
+    assert ["of the samples of dataloader 0 are training samples" in text for text in texts] == [True] * is_said
+
+
+def test_other_samples_are_not_taken_for_training_samples_among_many() -> None:
+    known, new = (fingerprints_of(torch.rand(size, 5)) for size in (50_000, 5000))
+    assert are_known(new, known.sort().values, _SAME).sum() < 25
+
+
+def test_a_sampler_that_draws_samples_again_and_again_gives_no_skill_to_chance_labels() -> None:
+    """Nor do some that contradict themselves."""
+    labels = torch.randint(2, (200,), generator=torch.Generator().manual_seed(0))
+    x, y = torch.cat([X, X[:2]]), torch.cat([labels, 1 - labels[:2]])
+    for times in (2000, 400):
+        sampler = WeightedRandomSampler(torch.ones(202), times, generator=torch.Generator().manual_seed(1))
+        monitor = RiskMonitor("binary")
+        model = Sigmoid()
+        fitted_and_said(monitor, model, of(x, y, sampler=sampler), VAL, max_epochs=1)
+        assert monitor.reference.skill < 0.1 and monitor.reference.num_samples <= 202
+
+
+# The step does something else
+
+
+class Changed(Quiet):
+    """Its step changes targets."""
+
+    def __init__(self, change: Any, num_outputs: int) -> None:
+        super().__init__()
+        self.net, self.change = nn.Linear(12, num_outputs), change
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = mse_loss if self.net.out_features == 1 else cross_entropy
+        return loss(self(batch[0]), self.change(batch[1]))
+
+
+PRICES = 2e5 + 1e5 * X[:, :1]
+WEIGHTS = torch.tensor([9.0, 1.0, 1.0, 1.0])
+CHANGED: dict[str, tuple[Tensor, Any, bool]] = {  # labels, what the step makes of them, and is it said?
+    "standardized": (PRICES, lambda y: (y - 2.5e5) / 1e5, True),
+    "logarithms": (PRICES, torch.log, True),
+    "as they are": (X[:, :1], lambda y: y, False),
+    "mapped": (Y, lambda y: (y + 1) % 4, True),
+    "class indices": (Y, lambda y: y, False),
+    "soft": (Y, lambda y: 0.8 * one_hot(y, 4) + 0.05, False),
+    "weighed": (Y, lambda y: one_hot(y, 4) * WEIGHTS, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_targets_that_the_step_changes_are_said_after_three_validations(name: str) -> None:
+    labels, change, is_said = CHANGED[name]
+    task = "regression" if labels.is_floating_point() else "multiclass"
+    model = Changed(change, 1 if task == "regression" else 4)
+    model.lr = 0.1
+    for max_epochs in (2, 5):
+        texts = said(quick_risk(task), model, of(X, labels), max_epochs=max_epochs)
+        found = [f"worse than a constant prediction in {3} validations" in text for text in texts]
+        assert found == [True] * (is_said and max_epochs == 5)
+
+
+def test_of_several_loaders_the_first_is_counted() -> None:
+    model = Changed(CHANGED["mapped"][1], 4)
+    assert said(quick_risk(), model, val=[VAL, VAL, VAL]) == []
 
 
 # Outputs that are no logits
-
-
-class Embedding(Quiet):
-    """A head in the step makes classes of the outputs."""
-
-    def __init__(self, num_outputs: int) -> None:
-        super().__init__()
-        self.net, self.head = nn.Linear(12, num_outputs), nn.Linear(num_outputs, 200)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return cross_entropy(self.head(self(batch[0])), batch[1])
-
-
-@pytest.mark.parametrize(("num_outputs", "labels", "is_said"), [
-    (32, Y, True),
-    (10, Y, True),
-    (6, Y, False),  # two of which have no sample: a rare class, or a label that is not used
-    (400, torch.arange(200) % 150, False),  # of few samples
-    (300, torch.arange(200), False),
-])  # fmt: skip
-def test_an_embedding_whose_head_the_step_calls_is_said_also_by_far_fewer_classes_than_outputs(
-    num_outputs: int, labels: Tensor, is_said: bool
-) -> None:
-    texts = said(RiskMonitor(), Embedding(num_outputs), of(X, labels))
-    assert sum("the step calls `head`, which `forward` does not call" in text for text in texts) == 1
-    found = [f"classes among the labels, but {num_outputs} outputs" in text for text in texts]
-    assert sum(found) == is_said and len(texts) == 1 + is_said
 
 
 class Sigmoid(Quiet):
@@ -111,11 +143,11 @@ class Sigmoid(Quiet):
         return self.net(x).sigmoid()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return binary_cross_entropy(self(batch[0])[:, 0], batch[1])
+        return binary_cross_entropy(self(batch[0])[:, 0], batch[1].float())
 
 
 @pytest.mark.parametrize("share", [0.5, 0.2, 0.05])
-@pytest.mark.parametrize("kind", [SensitivityMonitor, lambda: RiskMonitor("binary")])
+@pytest.mark.parametrize("kind", [SensitivityMonitor, lambda: quick_risk("binary")])
 def test_a_sigmoid_in_forward_is_said_for_classes_of_any_share(kind: Any, share: float) -> None:
     y = (X[:, 0] < share).float()
     texts = said(kind(), Sigmoid(), of(X, y))
@@ -126,50 +158,22 @@ def test_a_sigmoid_in_forward_is_said_for_classes_of_any_share(kind: Any, share:
 def test_targets_from_0_to_1_in_a_regression_are_no_probabilities() -> None:
     model = Sigmoid()
     model.training_step = lambda batch, batch_idx: mse_loss(model(batch[0])[:, 0], batch[1])
-    assert said(RiskMonitor("regression"), model, of(X, X[:, 0])) == []
+    assert said(quick_risk("regression"), model, of(X, X[:, 0])) == []
 
 
 # Labels of the wrong kind
 
 
-class Output(Quiet):
-    """It has one output; its loss takes any labels."""
-
-    def __init__(self, num_outputs: int = 1) -> None:
-        super().__init__()
-        self.net = nn.Linear(12, num_outputs)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return mse_loss(self(batch[0]), batch[1].float().reshape(len(batch[1]), -1)[:, :1].expand(-1, 4))
-
-
-IMAGES = DataLoader(torch.rand(30, 1, 8, 8), 10)
-LABELS: dict[str, tuple[str, int, Tensor, str]] = {  # the task, the number of outputs, labels, and what is said
-    "0.0 and 1.0": ("multiclass", 1, (Y > 1).float(), "Set `task='binary'` if they are from 0 to 1"),
-    "measurements": ("multiclass", 4, X[:, 0], "Make class indices integers: `targets="),
-    "a column": ("multiclass", 4, Y[:, None], r"Remove the extra dimension: `targets=lambda batch: batch\[1\].squeeze"),
-    "-1 and 1": ("binary", 1, (Y > 1).float() * 2 - 1, r"Map -1 to 0: `targets="),
-    "two outputs": ("binary", 2, (Y > 1).float(), "Expected one output, .* leave `task` out"),
-    "a constant": ("regression", 1, 0 * X[:, 0], "all targets of a training batch are 0: there is nothing to learn"),
-    "integers": ("regression", 1, Y, "leave `task='regression'` out if they are classes, make them floating if not"),
+LABELS: dict[str, tuple[Tensor, str]] = {  # of a regression, and what is said
+    "a constant": (0 * X[:, 0], "all targets of a training batch are 0: there is nothing to learn"),
+    "integers": (Y, "leave `task='regression'` out if they are classes, make them floating if not"),
 }
 
 
 @pytest.mark.parametrize("name", LABELS)
 def test_labels_of_the_wrong_kind_name_what_to_do(name: str) -> None:
-    task, num_outputs, labels, match = LABELS[name]
-    refused(RiskMonitor(task), Output(num_outputs), of(X, labels), VAL, match=match)
-
-
-def test_a_regression_of_images_needs_features() -> None:
-    class Flat(Output):
-        def forward(self, x: Tensor) -> Tensor:
-            return self.net(x.flatten(1)[:, :12])
-
-    x, y = torch.rand(50, 1, 8, 8), torch.rand(50, 1)
-    refused(RiskMonitor("regression"), Flat(), of(x, y), IMAGES, match="a regression is measured for vectors alone")
-    features = {"features": lambda batch: (batch if isinstance(batch, Tensor) else batch[0]).mean(3)}
-    assert said(RiskMonitor("regression", **features), Flat(), of(x, y), IMAGES) == []
+    labels, match = LABELS[name]
+    refused(RiskMonitor("regression"), Sigmoid(), of(X, labels), VAL, match=match)
 
 
 def test_mixup_for_some_batches_and_class_indices_for_others_make_one_reference() -> None:
@@ -178,8 +182,8 @@ def test_mixup_for_some_batches_and_class_indices_for_others_make_one_reference(
             is_mixed = isinstance(batch, list) and float(batch[0][0, 0]) > 0.5
             return [batch[0], one_hot(batch[1], 4).float()] if is_mixed else batch
 
-    monitor = RiskMonitor()
-    assert said(monitor, Mixed()) == [] and monitor.record.verdict.num_samples == 200
+    monitor = quick_risk()
+    assert said(monitor, Mixed()) == [] and monitor.summary["num_training"] == 200
 
 
 def test_random_layers_in_eval_mode_keep_the_reference() -> None:
@@ -187,9 +191,8 @@ def test_random_layers_in_eval_mode_keep_the_reference() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.net(torch.nn.functional.dropout(x, 0.2, training=True))
 
-    monitor = RiskMonitor()
-    assert said([monitor, SensitivityMonitor()], Dropping()) == []
-    assert monitor.record.verdict.has_reference and len(monitor.record.loader(0).predictions) == 90
+    monitor = quick_risk()
+    assert said([monitor, SensitivityMonitor()], Dropping()) == [] and len(monitor.history) == 2
 
 
 # Callbacks that choose by sensitivity
@@ -210,7 +213,7 @@ def test_a_callback_that_chooses_by_sensitivity_is_told_of_the_bound_that_is_sen
     texts = said([SensitivityMonitor(), make(tmp_path)], **options)
     assert len(texts) == is_said
     for text in texts:
-        assert f"finds that `{name}` monitors `{SENSITIVITY}`" in text and text.endswith("#stop-by-sensitivity")
+        assert f"finds that `{name}` monitors `{SENSITIVITY}`" in text and "#stop-by-sensitivity" in text
         assert "`EarlyStopping(..., divergence_threshold=)`" in text
 
 

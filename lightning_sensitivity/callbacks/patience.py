@@ -1,0 +1,57 @@
+"""What other callbacks and schedulers get where a validation has no value: the worst one, which costs no patience."""
+
+from collections.abc import Mapping
+
+import torch
+from lightning.pytorch import Trainer
+
+from lightning_sensitivity.callbacks.checks import callbacks_that_monitor
+
+_COUNTERS = ("wait_count", "num_bad_epochs")  # of EarlyStopping and ReduceLROnPlateau: checks without an improvement
+
+
+class Patience:
+    """The patience of those that monitor values: a check of a value that was not measured uses up none of it."""
+
+    def __init__(self) -> None:
+        self._missing: frozenset[str] = frozenset()
+        self._spared: dict[int, int] = {}  # by the identity of a callback or scheduler: what its counter was set to
+
+    def set_worst(self, trainer: Trainer, worst: Mapping[str, float]) -> None:
+        """Give the worst values to others, but none that exceeds a bound, or reaches a goal.
+
+        A value that is there now stays as it is.
+
+        Args:
+            trainer: The Trainer.
+            worst: A value for each name that was not measured in the last validation.
+        """
+        values = dict(worst)
+        for callback, name in callbacks_that_monitor(trainer):
+            bound = getattr(callback, "divergence_threshold", None)
+            if name in values and bound is not None:
+                closest = max if getattr(callback, "mode", "min") == "max" else min
+                values[name] = closest(values[name], bound)
+            goal = getattr(callback, "stopping_threshold", None)
+            if name in values and goal is not None:
+                farthest = min if getattr(callback, "mode", "min") == "max" else max
+                values[name] = farthest(values[name], goal)
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+        self._missing = frozenset(values)
+        self.spare(trainer)
+
+    def spare(self, trainer: Trainer) -> None:
+        """Lower the counter of each that will check a value that is missing; call it before each check."""
+        if not self._missing and not self._spared:
+            return
+        for owner, name in callbacks_that_monitor(trainer):
+            counter = next((each for each in _COUNTERS if isinstance(getattr(owner, each, None), int)), None)
+            if counter is None:
+                continue
+            count = getattr(owner, counter)
+            if self._spared.pop(id(owner), None) == count:  # there was no check since, which changes it
+                count += 1
+            if name in self._missing:
+                count -= 1
+                self._spared[id(owner)] = count
+            setattr(owner, counter, count)
