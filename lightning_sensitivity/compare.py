@@ -1,4 +1,4 @@
-"""Rank models without validation labels: by how often a reference disagrees with each."""
+"""Rank models without validation labels: by the accuracy that a reference expects of each."""
 
 import gc
 import math
@@ -8,56 +8,50 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities import move_data_to_device, rank_zero_warn
+from lightning.pytorch.utilities import move_data_to_device
 from torch import Tensor, nn
 
-from lightning_sensitivity.arguments import Refused, Selector, check_argument, check_bool, explained
+from lightning_sensitivity.arguments import Refused, Selector, check_argument, check_bool, refuse_on_error
 from lightning_sensitivity.compat import original_module
-from lightning_sensitivity.functional.criterion import LABELS_OF_REFERENCE
-from lightning_sensitivity.functional.reference import MAX_SAMPLES, fit_reference
-from lightning_sensitivity.functional.sensitivity import diagnostics, sensitivity_from_rows, sensitivity_rows
+from lightning_sensitivity.functional.expected import LABELS_WORTH
+from lightning_sensitivity.functional.features import kind_of
+from lightning_sensitivity.functional.reference import Reference, fit_reference, max_samples
 from lightning_sensitivity.functional.tasks import TASK_NAMES, TASKS, Task
-from lightning_sensitivity.functional.tensors import may_be_probabilities, num_outputs
+from lightning_sensitivity.functional.tensors import may_be_probabilities
 from lightning_sensitivity.model.batches import clone_tensors
 from lightning_sensitivity.model.call import device_of
 from lightning_sensitivity.model.isolation import isolated
-from lightning_sensitivity.model.perturbation import Noise, NoiseFunction, check_noise, noisy_outputs, submodule
-from lightning_sensitivity.model.reader import BatchReader, join_kept, join_labelled
-from lightning_sensitivity.model.samples import KeptBatch, KeptSamples
+from lightning_sensitivity.model.reader import BatchReader, join_features
+from lightning_sensitivity.model.samples import KeptRows
 
 ModelSource = nn.Module | Callable[[], nn.Module]
 _QUANTILE = 1.96  # of the normal distribution, for 95 %
 
 
 class ModelScores(NamedTuple):
-    """Hold the scores of one model.
+    """The scores of one model.
 
     Attributes:
         rank: Its place; 1 is the best.
         name: The name that the user gave it.
-        disagreement: The share of samples whose class is not the reference's; in a regression, the mean squared
-            difference. It ranks models, and is no error rate. With validation labels, it is combined with the
-            error on these.
-        difference: By how much it is above that of the first model.
+        expected: The accuracy to expect, a share: the higher, the better. In a regression, the mean squared error
+            to expect: the lower, the better. With validation labels, it is combined with the value on these.
+        difference: By how much it is worse than that of the first model.
         difference_stderr: The standard error of that, paired by sample.
         may_be_best: Whether the samples are too few to tell it from the first model: the 95 % interval of
             ``difference`` holds 0.
-        sensitivity: S, in squared units of the outputs; nan with ``noise=None``.
-        sensitivity_stderr: Its standard error, over samples and noise.
     """
 
     rank: int
     name: str
-    disagreement: float
+    expected: float
     difference: float
     difference_stderr: float
     may_be_best: bool
-    sensitivity: float
-    sensitivity_stderr: float
 
 
 class Comparison(list[ModelScores]):
-    """List the scores of models. ``print`` shows a table; ``pandas.DataFrame`` takes the list as it is."""
+    """The scores of models, the best first. ``print`` shows a table; ``pandas.DataFrame`` takes the list as it is."""
 
     def __repr__(self) -> str:
         """Lay out the table."""
@@ -67,128 +61,127 @@ class Comparison(list[ModelScores]):
         return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
+class _Evidence(NamedTuple):
+    """What predictions are judged by: labels, or what a reference predicts in their place.
+
+    Attributes:
+        targets: Probabilities of the classes, or numbers in a regression, ``(N, K)``.
+        weights: How many labels each sample counts as, ``(N,)``.
+        error: The mean squared error of these targets, which counts in a regression; 0 of labels.
+    """
+
+    targets: Tensor
+    weights: Tensor
+    error: float = 0.0
+
+    def values(self, p: Tensor, task: Task) -> Tensor:
+        """Return what predictions ``(N, K)`` are worth on each sample: the chance to be right, or a squared error."""
+        if not task.has_classes:
+            return task.distances(p, self.targets) + self.error
+        q = torch.cat([1 - self.targets, self.targets], 1) if task.has_one_output else self.targets
+        return q.gather(1, task.classes(p)[:, None])[:, 0]
+
+
 @dataclass(frozen=True)
-class _Measurer:
-    """Read the same batches for one model after another; see :func:`compare_models`."""
+class _Comparer:
+    """What reads the same batches for one model after another; see :func:`compare_models`."""
 
     batches: Sequence[object]
     training: Iterable[object]
     task: Task
     reader: BatchReader
-    noise: NoiseFunction | None
-    at: str | None
+    estimator: object
     validation_labels: bool
 
-    def measure_all(self, models: Mapping[str, ModelSource]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Measure one model after another.
-
-        Returns:
-            What each loses on each sample, ``(M, N)``; and their rows of sensitivity.
-        """
-        p: dict[str, Tensor] = {}
-        rows: dict[str, Tensor] = {}
-        q, labels = torch.zeros(0), None
+    def compare(self, models: Mapping[str, ModelSource]) -> Tensor:
+        """Return what each model is worth on each sample, ``(M, N)``."""
+        outputs: dict[str, Tensor] = {}
+        evidence: list[_Evidence] = []
         for name, source in models.items():
-            with explained(f"Model {name!r} can't be compared", entry="comparing-models"):
+            with refuse_on_error(f"Model {name!r} can't be compared", entry="comparing-models"):
                 model = source if isinstance(source, nn.Module) else source()
                 check_argument("models", model, isinstance(model, nn.Module), "modules, or functions that return one")
-                p[name], rows[name] = self.measure(model)
-            if len(p) == 1:
-                with explained("`training` gives no reference", entry="comparing-models"):
-                    q = self.predict_by_reference(model, p[name].shape[1])
-                labels = self.read_labels(model, p[name].shape[1]) if self.validation_labels else None
+                outputs[name] = self.run(model)
+            evidence = evidence or self.find_evidence(model, outputs[name].shape[1:])
             del model
             gc.collect()  # modules contain reference cycles, and the next model needs their memory
-        sizes = {name: each.shape[1] for name, each in p.items()}
-        check_argument("models", sizes, len({*sizes.values()}) == 1, "models with the same number of outputs")
-        return self.losses(torch.stack(list(p.values())), q, labels), rows
+        shapes = {name: tuple(each.shape) for name, each in outputs.items()}
+        check_argument("models", shapes, len({*shapes.values()}) == 1, "models with outputs of the same shape")
+        first, *others = outputs.values()
+        if all(torch.equal(first, each) for each in others):
+            advice = "in a loop, `lambda: load(path)` loads the last path: take `partial(load, path)`"
+            raise Refused(f"`models` should be different models, but all have equal outputs ({advice}).")
+        p = [self.task.predictions(each).double() for each in outputs.values()]
+        parts = [each.weights * torch.stack([each.values(x, self.task) for x in p]) for each in evidence]
+        return torch.stack(parts).sum(0) * len(first) / sum(each.weights.sum() for each in evidence)
 
-    def losses(self, p: Tensor, q: Tensor, labels: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Return what each model loses on each sample, ``(M, N)``.
+    def run(self, model: nn.Module) -> Tensor:
+        """Compute the outputs of a model for all batches, on the CPU."""
+        parts = []
+        for batch in self.batches:
+            call = self.reader.call(model, _move_batch(model, batch))
+            with isolated(model) as run:
+                parts.append(run(call).cpu())
+        outputs = torch.cat(parts)
+        check_argument("outputs", tuple(outputs.shape), outputs.ndim <= 2, "one row for each sample, (N,) or (N, K)")
+        if self.task.has_classes and may_be_probabilities(outputs):
+            raise Refused("outputs should be logits, but all are from 0 to 1: take what comes before softmax.")
+        if not bool(outputs.isfinite().all()):
+            raise Refused("outputs should be finite, but some are nan or inf.")
+        return outputs
+
+    def find_evidence(self, model: nn.Module, shape: torch.Size) -> list[_Evidence]:
+        """Find what to judge by: the reference, unless it can't be trusted, and validation labels, if wanted.
 
         Args:
-            p: The predictions of each model, ``(M, N, K)``.
-            q: The predictions of the reference, ``(N, K)``; nan if it can't be trusted.
-            labels: What :meth:`read_labels` returns.
+            model: A model; batches are read as for it.
+            shape: The shape of its outputs for a sample.
         """
-        expected = "different models (in a loop, `lambda: load(path)` loads the last path: take `partial(load, path)`)"
-        check_argument("models", "equal outputs of all", not bool((p == p[0]).all()), expected)
-        losses = self._losses_of(p, q)
-        if labels is None:
-            return losses
-        y, counts = labels
-        errors = self._losses_of(p, y) * counts
-        weight = 0 if bool(q.isnan().any()) else LABELS_OF_REFERENCE
-        # The mean of the first summand over all samples is the number of errors on labels.
-        return (len(counts) * errors + (weight * losses if weight else 0)) / (counts.sum() + weight)
+        found = []
+        with refuse_on_error("`training` gives no reference (`features=` says what it sees)", entry="comparing-models"):
+            reference = self.fit_reference(model, shape)
+            if reference.is_trusted:
+                q = reference.predictions(join_features([self.read_features(model, x) for x in self.batches]))
+                weights = torch.full((len(q),), LABELS_WORTH / len(q), dtype=torch.float64)
+                found.append(_Evidence(q, weights, reference.score))
+            elif not self.validation_labels:
+                skill = f"it is only {reference.skill:.0%} better than chance on labels that were left out"
+                raise Refused(f"{skill}. Set `features=`, or `validation_labels=True`.")
+        if self.validation_labels:
+            with refuse_on_error("`validation_labels` can't be read", entry="comparing-models"):
+                labels = [self.read_labels(model, batch, shape) for batch in self.batches]
+                y, has_label = map(torch.cat, zip(*labels, strict=True))
+                if not bool(has_label.any()):
+                    raise Refused("all are -100. Set it to False.")
+                found.append(_Evidence(y.double(), has_label.double()))
+        return found
 
-    def _losses_of(self, p: Tensor, y: Tensor) -> Tensor:
-        if self.task.has_classes:
-            return (self.task.classes(p) != self.task.classes(y)).double()
-        return torch.stack([self.task.distances(each, y) for each in p])
+    def fit_reference(self, model: nn.Module, shape: torch.Size) -> Reference:
+        """Fit a reference to training batches, which are read as for a model with outputs of a shape."""
+        kept: KeptRows | None = None
+        for batch in self.training:
+            labels, has_label = self.read_labels(model, batch, shape)
+            features = self.read_features(model, batch)
+            kept = kept or KeptRows(max_samples(kind_of(features)))
+            kept.add(features[has_label], labels[has_label])
+        if kept is None or kept.size == 0:
+            raise Refused("no batch has a label.")
+        x, y = kept.parts()
+        return fit_reference(join_features(x), torch.cat(y), self.task.name, estimator=self.estimator)
 
-    def measure(self, model: nn.Module) -> tuple[Tensor, Tensor]:
-        """Compute the predictions of a model, ``(N, K)``, and its rows of sensitivity, none without noise."""
-        parts = [self._measure_batch(model, index, batch) for index, batch in enumerate(self.batches)]
-        outputs, rows = map(torch.cat, zip(*parts, strict=True))
-        _check_outputs(outputs, self.task)
-        return self.task.predictions(outputs).double(), rows
-
-    def _measure_batch(self, model: nn.Module, index: int, batch: object) -> tuple[Tensor, Tensor]:
-        """Return the outputs for a batch, and the rows of sensitivity."""
-        call = self.reader.call(model, _move_batch(model, batch))
-        with isolated(model) as run:
-            outputs: Tensor = run(call)
-            rows = torch.zeros(0, 5, dtype=torch.float64)
-            if self.noise is not None:
-                at = None if self.at is None else submodule(model, self.at)
-                noisy = noisy_outputs(run, call, self.noise, (0, 0, 0, index), 1, at)  # always the same noise
-                rows = sensitivity_rows(outputs, noisy).cpu()
-        return outputs.cpu(), rows
-
-    def predict_by_reference(self, model: nn.Module, num_outputs: int) -> Tensor:
-        """Fit a reference to training batches, which are read as for a model, and predict: ``(N, K)``.
-
-        Returns:
-            Its predictions; nan if it can't be trusted, and there are validation labels.
-        """
-        known, unseen = KeptSamples(MAX_SAMPLES), KeptSamples(math.inf, max_bytes=math.inf)
-        for index, batch in enumerate(self.training):
-            if known.wants(index):
-                known.add(self._keep(model, batch, index, num_outputs))
-        for index, batch in enumerate(self.batches):
-            unseen.add(self._keep(model, batch, index))
-        has_labels = any(bool(self.task.has_label(labels).any()) for labels in known.labels)
-        check_argument("training", "none", has_labels, "batches with labels")
-        with explained("set `features=` to a function `batch -> (N, D)`, since its inputs fail"):
-            inputs, labels = join_labelled(known, self.task, num_outputs)
-            reference = fit_reference(inputs, labels, join_kept(unseen), self.task.name)
-        if reference.is_trusted:
-            return reference.predictions
-        if not self.validation_labels:
-            skill = f"it is {reference.skill:.0%} better than chance"
-            raise Refused(f"it sees too little of the inputs ({skill}): set `features=`, or `validation_labels=True`.")
-        return torch.full_like(reference.predictions, torch.nan)
-
-    def _keep(self, model: nn.Module, batch: object, index: int, num_outputs: int | None = None) -> KeptBatch:
-        """Keep what a reference sees of a batch, and its labels, if there is a number of outputs that they fit."""
+    def read_features(self, model: nn.Module, batch: object) -> Tensor:
+        """Return what a reference sees of a batch."""
         batch = _move_batch(model, batch)
         call = self.reader.call(model, batch)
-        labels = None if num_outputs is None else self.reader.labels(model, batch, self._shape(num_outputs))
-        size = self.reader.size(model, call) if labels is None else len(labels)
-        return KeptBatch(index, size, labels=labels, seen=self.reader.seen(model, batch, call, size))
+        features = self.reader.features(model, batch, call, self.reader.size(model, call))
+        if features is None:
+            raise Refused("inputs are neither numbers nor token ids, with a row for each sample.")
+        return features
 
-    def _shape(self, num_outputs: int) -> tuple[int, ...]:
-        return () if self.task.has_one_output else (num_outputs,)
-
-    def read_labels(self, model: nn.Module, num_outputs: int) -> tuple[Tensor, Tensor]:
-        """Read validation labels: as a matrix, ``(N, K)``, and 1 for those that count, ``(N,)``."""
-        with explained("`validation_labels` can't be read", entry="comparing-models"):
-            moved = (_move_batch(model, batch) for batch in self.batches)
-            labels = torch.cat([self.reader.labels(model, batch, self._shape(num_outputs)) for batch in moved])
-        counts = self.task.has_label(labels)
-        check_argument("validation_labels", True, bool(counts.any()), "False, since all labels are -100")
-        return self.task.as_matrix(labels, num_outputs).double(), counts.double()
+    def read_labels(self, model: nn.Module, batch: object, shape: torch.Size) -> tuple[Tensor, Tensor]:
+        """Return the labels of a batch as a matrix, ``(N, K)``, and which samples have one, ``(N,)``."""
+        labels = self.reader.labels(model, _move_batch(model, batch), shape)
+        return self.task.as_matrix(labels, shape.numel()), self.task.has_label(labels)
 
 
 def compare_models(
@@ -198,19 +191,17 @@ def compare_models(
     training: Iterable[object],
     targets: Selector | None = None,
     features: Selector | None = None,
+    reference: object = None,
     validation_labels: bool = False,
-    noise: Noise | None = 0.1,
-    at: str | None = None,
     task: str = "multiclass",
     inputs: Selector | None = None,
     outputs: Selector | None = None,
 ) -> Comparison:
     r"""Rank models that learned the same task, without validation labels, on the same samples.
 
-    A reference, a small model of the training labels, which may be noisy, stands in for validation labels, as for
-    :class:`~lightning_sensitivity.RiskMonitor`. A model is the better, the less often its class is not the
-    reference's; see ``examples/studies/comparing`` for what it is worth. Output sensitivity, as defined by
-    Forouzesh, Salehi and Thiran (ICPR 2020, arXiv:2007.15378), is listed, but does not rank.
+    A reference, the best small model of the training labels, which may be noisy, stands in for validation labels,
+    as for :class:`~lightning_sensitivity.RiskMonitor`. It predicts probabilities of the classes; the accuracy to
+    expect is the mean probability of the class that a model chooses. See ``examples/studies`` for what it is worth.
 
     Args:
         models: A dict of names and models, two or more. Each model is a module, which is left as it was, or a
@@ -219,14 +210,13 @@ def compare_models(
         dataloader: Batches that no model was trained on, with or without labels, all kept in memory: about a
             thousand samples are enough.
         training: The batches that the models were trained on, with labels. All are read once; what the reference
-            sees of up to 3,000 samples is kept.
+            sees of up to 50,000 rows of a table, or 10,000 images, signals or texts, is kept.
         targets: A function ``batch -> labels``; by default :func:`~lightning_sensitivity.model.select_targets`.
         features: A function ``batch -> (N, D)``, what the reference sees, such as a pretrained encoder.
-        validation_labels: Combine the rank with the error on the labels of ``dataloader``, which may be noisy:
-            with m labels, it is the mean of the error, with weight m, and of the disagreement, with weight 200.
-        noise: σ of Gaussian noise in the units of the models' inputs, one number or one per channel, or a
-            function ``(x, generator) -> x'``, the same for all models; None for no sensitivity.
-        at: Name of a submodule that all models have; its output is perturbed instead of the input.
+        reference: An estimator of scikit-learn that takes the place of the reference's own learners: a classifier
+            with ``predict_proba``, or a regressor.
+        validation_labels: Combine what is expected with the value on the labels of ``dataloader``, which may be
+            noisy: it is the mean of both, with a weight of m for m labels, and of 1,000 for the reference.
         task: ``"multiclass"``, ``"binary"`` or ``"regression"``.
         inputs: A function ``batch -> arguments``; by default see :class:`~lightning_sensitivity.model.ModelCall`.
         outputs: A function ``result -> logits``; by default :func:`~lightning_sensitivity.model.select_outputs`.
@@ -250,39 +240,30 @@ def compare_models(
     """
     _check_models(models)
     check_argument("training", training, isinstance(training, Iterable), "an iterable of batches")
-    check_argument("dataloader", dataloader, isinstance(dataloader, Iterable), "an iterable of batches")
+    batches = list(dataloader) if isinstance(dataloader, Iterable) else []
+    check_argument("dataloader", dataloader, len(batches) > 0, "an iterable of batches")
     check_argument("task", task, task in TASKS, f"one of {TASK_NAMES}")
-    check_argument("at", at, isinstance(at, str | None), "a submodule's name or None")
     check_bool("validation_labels", validation_labels)
-    reader = BatchReader(inputs=inputs, outputs=outputs, targets=targets, features=features, task=TASKS[task])
-    batches = list(dataloader)
-    check_argument("dataloader", batches, len(batches) > 0, "an iterable of batches")
-    noise = None if noise is None else check_noise(noise)
-    return _rank(*_Measurer(batches, training, TASKS[task], reader, noise, at, validation_labels).measure_all(models))
+    kind = TASKS[task]
+    method = "predict_proba" if kind.has_classes else "predict"
+    is_estimator = reference is None or hasattr(reference, method)
+    check_argument("reference", reference, is_estimator, f"an estimator of scikit-learn with `{method}`, or None")
+    reader = BatchReader(inputs=inputs, outputs=outputs, targets=targets, features=features, task=kind)
+    values = _Comparer(batches, training, kind, reader, reference, validation_labels).compare(models)
+    return _rank(dict(zip(models, values, strict=True)), highest_first=kind.has_classes)
 
 
-def _rank(losses: Tensor, rows: Mapping[str, Tensor]) -> Comparison:
-    """Sort models by their mean loss."""
-    names, order = list(rows), losses.mean(1).argsort(stable=True)
+def _rank(values: Mapping[str, Tensor], highest_first: bool) -> Comparison:
+    """Sort models by their mean value over samples."""
+    sign = -1 if highest_first else 1
+    order = sorted(values, key=lambda name: sign * float(values[name].mean()))
     found = Comparison()
-    for place, index in enumerate(order.tolist()):
-        estimate = sensitivity_from_rows(rows[names[index]])
-        for message, _ in diagnostics(estimate).values():
-            rank_zero_warn(f"Model {names[index]!r}: {message}")
-        differences = losses[index] - losses[order[0]]
-        stderr = float(differences.std() / math.sqrt(len(differences))) if len(differences) > 1 else math.nan
-        found.append(
-            ModelScores(
-                rank=place + 1,
-                name=names[index],
-                disagreement=float(losses[index].mean()),
-                difference=float(differences.mean()),
-                difference_stderr=stderr,
-                may_be_best=not float(differences.mean()) > _QUANTILE * stderr,
-                sensitivity=float(estimate.value),
-                sensitivity_stderr=float(estimate.stderr),
-            )
-        )
+    for rank, name in enumerate(order, start=1):
+        worse_by = sign * (values[name] - values[order[0]])
+        difference = float(worse_by.mean())
+        stderr = float(worse_by.std() / math.sqrt(len(worse_by))) if len(worse_by) > 1 else math.nan
+        may_be_best = not difference > _QUANTILE * stderr
+        found.append(ModelScores(rank, name, float(values[name].mean()), difference, stderr, may_be_best))
     return found
 
 
@@ -293,17 +274,6 @@ def _check_models(models: Mapping[str, ModelSource]) -> None:
     got = {name: type(models[name]) for name in models} if isinstance(models, Mapping) else type(models)
     check_argument("models", got, valid, f"a dict of names and models, or functions that return one, {example}")
     check_argument("models", list(models), len(models) >= 2, "2 models or more")
-
-
-def _check_outputs(outputs: Tensor, task: Task) -> None:
-    """Refuse outputs that do not fit the task, or are no logits."""
-    is_single = num_outputs(outputs) == 1
-    fits = math.prod(outputs.shape[2:]) == 1 and (not task.has_classes or is_single == task.has_one_output)
-    expected = "one logit" if task.has_one_output else "a logit of each class"
-    check_argument("outputs", tuple(outputs.shape), fits, f"{expected} for each sample (`task={task.name!r}`)")
-    is_logit = not task.has_classes or not may_be_probabilities(outputs)
-    check_argument("outputs", "numbers from 0 to 1", is_logit, "logits")
-    check_argument("outputs", "nan or inf", bool(outputs.isfinite().all()), "finite")
 
 
 def _move_batch(model: nn.Module, batch: object) -> Any:
