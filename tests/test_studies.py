@@ -4,15 +4,15 @@ import importlib
 import subprocess
 import sys
 from argparse import Namespace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
-from lightning_sensitivity import compare_models
+from lightning_sensitivity import OutputSensitivity
 
 STUDIES = Path(__file__).parents[1] / "examples" / "studies"
 LONG = pd.DataFrame(
@@ -50,12 +50,23 @@ def test_pages_have_the_numbers_of_the_studies() -> None:
         ("{runs.criterion_lost.p90:.1f}", "5.2"),
         ("{runs.never_lost.count}", "2"),
         ("{runs.criterion_lost.minus[never_lost]:+.2f}", "−0.75"),
-        ("{runs.criterion_lost.minus[never_lost].interval:.1f}", "−0.8 [−2.0, 0.5]"),
-        ("{runs.criterion_lost.bounds:.1f}", "1.0 to 6.0"),
+        ("{runs.criterion_lost.minus[never_lost].interval:.1f}", "−0.8 [−16.6, 15.1]"),  # Student's
+        ("{runs.criterion_lost.bounds:.1f}", "−3.6 to 9.6"),
+        ("{runs.criterion_lost.minus[never_lost].chance}", " (may be chance)"),
     ],
 )
 def test_a_field_of_a_text(field: str, expected: str, runs: Any) -> None:
     assert field.format(runs=runs) == expected
+
+
+def test_runs_of_the_same_table_count_as_one(runs: Any) -> None:
+    of_tables = type(runs)(runs.frame.assign(table=["a", "b", "b"])).criterion_lost
+    assert (of_tables.count, of_tables.tables) == (3, 2) and f"{of_tables:.2f}" == "2.50"
+
+
+def test_an_interval_of_many_tables_is_a_bootstrap(runs: Any) -> None:
+    values = type(runs)(pd.DataFrame({"lost": np.arange(30.0) + 1})).lost
+    assert 12 < values.low < 13 and 18 < values.high < 19 and values.chance == ""
 
 
 def test_a_run_of_two_pools_is_refused(runs: Any, tmp_path: Path) -> None:
@@ -87,7 +98,7 @@ def test_a_table_is_rows_columns_and_a_cell(runs: Any) -> None:
 def test_the_study_of_costs_counts_what_a_validation_runs(run: Any) -> None:
     _, variables = run("studies/cost/benchmark.py", "--quick")
     found = variables["results"].set_index(["what", "case"])["passes"]
-    assert found["small CNN", "sensitivity"] == 2 * 600 and found["small CNN", "risk"] == 600 + 600
+    assert found["small CNN", "sensitivity"] == 2 * 600 and found["small CNN", "risk"] == 600
 
 
 @pytest.mark.long
@@ -104,14 +115,15 @@ def test_networks_of_the_paper_are_measured_as_the_package_does(tmp_path: Path, 
     specs = [zoo.Spec(1, 16), zoo.Spec(1, 32, init="normal"), zoo.Spec(2, 16)]
     args = Namespace(data=None, out=tmp_path, max_epochs=120, processes=1)
     table = measure.measure(specs, "digits", args).set_index("network")
-    models = {spec.name: zoo.checkpoints(spec, "digits", tmp_path).trained for spec in specs}
-    models["untrained"] = zoo.checkpoints(specs[0], "digits", tmp_path).untrained
-    models = {name: partial(zoo.Network.load_from_checkpoint, path) for name, path in models.items()}
     images = zoo.Images("digits")
     images.setup("fit")
-    result = compare_models(models, images.val_dataloader(), training=images.train_dataloader())
-    scores = {row.name: row for row in result}
+    (x, _), generator = images.test_set.tensors, torch.Generator().manual_seed(1)
+    noise = [0.1 * torch.randn(x.shape, generator=generator) for _ in range(5)]
     for spec in specs:
-        expected = pytest.approx(table.loc[spec.name, "sensitivity"], abs=5 * scores[spec.name].sensitivity_stderr)
-        assert scores[spec.name].sensitivity == expected
-    assert scores["untrained"].rank == 4 and np.isfinite(table["loss"]).all()
+        network = zoo.Network.load_from_checkpoint(zoo.checkpoints(spec, "digits", tmp_path).trained).eval()
+        metric = OutputSensitivity()
+        with torch.no_grad():
+            metric.update(network(x), [network(x + each) for each in noise])
+        row = table.loc[spec.name]
+        assert float(metric.compute()) == pytest.approx(row["sensitivity"], abs=5 * row["sensitivity_stderr"])
+    assert np.isfinite(table["loss"]).all()

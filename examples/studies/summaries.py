@@ -9,9 +9,12 @@ are fields of `str.format`, filled by `tables.py`.
     BLOCKS = {"in short": "{noisy.count} runs lose {noisy.criterion_accuracy_lost:.1f} points."}
 
 A column stands for its mean. It has `percent` (of shares), `median`, `worst`, `p90` (or any other percentage), `count`,
-`stderr`, `only` (of a single row), and a 95 % bootstrap interval of the mean: `low`, `high`, `bounds` ("low to high"),
-`interval` ("mean [low, high]"). `minus[COLUMN]`, its difference from another column in the same run, has all of these,
-too.
+`stderr`, `only` (of a single row), and a 95 % interval of the mean: `low`, `high`, `bounds` ("low to high"), `interval`
+("mean [low, high]"), and `chance`: " (may be chance)" if 0 is inside. `minus[COLUMN]`, its difference from another
+column in the same run, has all of these, too.
+
+Runs of the same table are not independent: if there is a column `table`, the mean is that of the means of tables, and
+the interval is one over tables. It is Student's up to 20 of them, and a bootstrap's (BCa) above.
 """
 
 from __future__ import annotations
@@ -21,8 +24,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
-NUM_DRAWS = 2000  # of runs, with replacement, for an interval
+MOST_FOR_STUDENT = 20  # tables
 
 
 class Number(float):
@@ -51,6 +55,8 @@ class Values:
         self.values = values.dropna()
         if self.values.empty:
             raise ValueError(f"no run has a value of {values.name!r}")
+        has_tables = "table" in runs and pd.api.types.is_numeric_dtype(values)
+        self.means = self.values.groupby(runs["table"]).mean() if has_tables else self.values
 
     def __format__(self, form: str) -> str:
         return format(self.mean, form)
@@ -60,17 +66,22 @@ class Values:
         return len(self.values)
 
     @property
+    def tables(self) -> int:
+        """The number of tables, or of runs where nothing repeats."""
+        return len(self.means)
+
+    @property
     def mean(self) -> Number:
-        return Number(self.values.mean())
+        return Number(self.means.mean())
 
     @property
     def stderr(self) -> Number:
-        return Number(self.values.sem())
+        return Number(self.means.sem())
 
     @property
     def percent(self) -> Number:
         """The mean of shares, in percent."""
-        return Number(100 * self.values.mean())
+        return Number(100 * self.mean)
 
     @property
     def median(self) -> Number:
@@ -103,6 +114,11 @@ class Values:
         return Numbers("{} [{}, {}]", self.mean, *self._bounds())
 
     @property
+    def chance(self) -> str:
+        low, high = self._bounds()
+        return "" if low > 0 or high < 0 else " (may be chance)"
+
+    @property
     def minus(self) -> Differences:
         return Differences(self)
 
@@ -113,8 +129,13 @@ class Values:
         return Number(self.values.quantile(int(name[1:]) / 100))
 
     def _bounds(self) -> tuple[Number, Number]:
-        drawn = np.random.default_rng(0).integers(self.count, size=(NUM_DRAWS, self.count))
-        low, high = np.quantile(self.values.to_numpy(float)[drawn].mean(1), (0.025, 0.975))
+        means = self.means.to_numpy(float)
+        if len(means) < 2 or np.ptp(means) == 0:
+            return (self.mean, self.mean) if len(means) > 1 else (Number("nan"), Number("nan"))
+        if len(means) <= MOST_FOR_STUDENT:
+            low, high = stats.t.interval(0.95, len(means) - 1, means.mean(), stats.sem(means))
+        else:
+            low, high = stats.bootstrap([means], np.mean, rng=np.random.default_rng(0)).confidence_interval
         return Number(low), Number(high)
 
 

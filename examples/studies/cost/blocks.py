@@ -50,5 +50,5 @@ A validation of `SensitivityMonitor` costs as much as training on {between("sens
 as training on {between("risk")}.""",
     "cost in README": f"""
 A validation with both monitors adds {both(2_000)} % to an epoch of training on 2,000 samples (ResNet-18 to a small
-CNN), and {both(10_000)} % to one on 10,000. Each of the two is about half of it.""",
+CNN), and {both(10_000)} % to one on 10,000.""",
 }

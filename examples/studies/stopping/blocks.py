@@ -1,191 +1,193 @@
-"""What pages tell of this study: which epoch to take, and which run, on data of those who may use it."""
+"""What the report tells of this study: which epoch to take, which network, and at what level, without labels."""
 
-from pathlib import Path
-from typing import Any
+from stopping.parts import CLASSES, NAMES, counted, difference, lost
+from summaries import Number, Runs, Values, table
 
-import numpy as np
-import pandas as pd
-from summaries import Number, Runs, table
-
-RUNS = Runs.read(Path(__file__).with_name("results.csv"))
-CHECK = RUNS.where("not is_design")
-NAMES: dict[str, Any] = {
-    "all": RUNS,
-    "check": CHECK,
-    "tables": CHECK.where("pool == 'tables'"),
-    "as_they_are": CHECK.where("pool == 'tables' and not is_redrawn"),
-    "fifth": CHECK.where("pool == 'tables' and is_redrawn"),
-    "few": CHECK.where("pool == 'few'"),
-    "few_plain": CHECK.where("pool == 'few' and way == 'plain'"),
-    "few_weights": CHECK.where("pool == 'few' and way == 'weights'"),
-    "few_sampler": CHECK.where("pool == 'few' and way == 'sampler'"),
-    "numbers": CHECK.where("pool == 'numbers'"),
-    "numbers200": CHECK.where("pool == 'numbers' and labels_200_loss_lost.notna()"),
-    "clear": CHECK.where("pool == 'numbers' and not kind.str.contains('noisy')"),
-    "noisy": CHECK.where("pool == 'numbers' and kind.str.contains('noisy')"),
-    "photos": CHECK.where("pool == 'photos'"),
-    "texts": CHECK.where("pool == 'texts'"),
-    "correct": CHECK.where("pool == 'redrawn' and not is_redrawn"),
-    "redrawn": CHECK.where("pool == 'redrawn' and is_redrawn"),
-    "tuned": CHECK.where("pool == 'tuned' and not given_features"),
-    "tuned_features": CHECK.where("pool == 'tuned' and given_features"),
-}
-POOLS = {
-    "tables, labels as they are": "as_they_are",
-    "tables, a fifth redrawn": "fifth",
-    "few positives": "few",
-    "photos by people": "photos",
-    "texts by people and rules": "texts",
-    "redrawn: none": "correct",
-    "redrawn: 20 or 40 %": "redrawn",
-    "fine-tuning": "tuned",
-    "fine-tuning, `features=`": "tuned_features",
-}
-COUNTS = (20, 50, 100, 200)
-RULES = {
+__all__ = ["BLOCKS", "NAMES"]
+COUNTS = (50, 100, 200, 600)
+EXPECTED = {
     "never stopping": "never_stop",
-    "**criterion**": "criterion",
-    "**ranking**": "ranking",
-    "training score": "training_score",
-    "a tenth, refined score": "tenth",
-    "a tenth, its AUC": "tenth_by_auc",
-    "**the tenth and the criterion**": "tenth_combined",
-    **{f"{count} labels": f"labels_{count}" for count in COUNTS},
-    **{f"**{count} labels and the criterion**": f"labels_{count}_combined" for count in COUNTS},
+    "**expected score**": "expected_score",
+    "**expected accuracy**": "expected_accuracy",
+    "**expected AUROC**": "expected_auc",
 }
-OF_NUMBERS = {label: rule for label, rule in RULES.items() if rule not in ("ranking", "tenth_by_auc")}
-
-
-def cell(pool: str, measure: str) -> str:
-    """Say mean, standard error, what nine runs of ten stay below, and the worst run; ROW is the rule."""
-    column = f"{pool}.ROW_{measure}_lost"
-    return f"{{{column}:.2f}} ± {{{column}.stderr:.2f}} ({{{column}.p90:.1f}}, {{{column}.worst:.1f}})"
-
-
-def report(pool: str) -> str:
-    """Give the table of a pool."""
-    measures = {"accuracy": "accuracy", "AUC": "auc", "balanced accuracy": "balanced", "loss, %": "loss"}
-    corner = f"{{{pool}.count}} runs"
-    return table(corner, RULES, {label: cell(pool, measure) for label, measure in measures.items()})
-
-
-def difference(first: str, second: str, measure: str = "accuracy") -> str:
-    return f"{{ROW.{first}_{measure}_lost.minus[{second}_{measure}_lost].interval:+.2f}}"
-
-
-def tau(first: np.ndarray, second: np.ndarray) -> float:
-    """Compute Kendall's tau."""
-    signs = [np.sign(np.subtract.outer(each, each))[np.triu_indices(len(each), 1)] for each in (first, second)]
-    return float((signs[0] * signs[1]).sum() / np.sqrt((signs[0] != 0).sum() * (signs[1] != 0).sum()))
-
-
-def comparison(runs: Runs) -> dict[str, Number]:
-    """Say how well the disagreement with the reference ranks runs on the same data."""
-    taus, lost, by_chance = [], [], []
-    for _, group in runs.frame.groupby("group"):
-        disagreement, accuracy = group.criterion_disagreement.to_numpy(), group.criterion_accuracy.to_numpy()
-        if len(group) > 1 and len(set(disagreement)) > 1 and len(set(accuracy)) > 1:
-            taus.append(tau(disagreement, -accuracy))
-        lost.append(accuracy.max() - accuracy[disagreement == disagreement.min()].mean())
-        by_chance.append(accuracy.max() - accuracy.mean())
-    found = {"tau": np.mean(taus), "stderr": np.std(taus, ddof=1) / len(taus) ** 0.5, "lost": np.mean(lost)}
-    found |= {"by_chance": np.mean(by_chance), "groups": len(lost)}
-    return {name: Number(value) for name, value in found.items()}
-
-
-def with_before(runs: Runs) -> Runs:
-    """Add what the criterion of before the redesign loses (`before.py`), and leave runs on which it was not run."""
-    before = pd.read_csv(Path(__file__).with_name("before.csv"))
-    frame = runs.frame.merge(before, on="run")
-    frame["before"] = frame.before_features.where(frame.given_features, frame.before)
-    return Runs(frame)
-
-
-BEFORE = with_before(CHECK)
-PARTS_BEFORE = {
-    "redrawn: none": "pool == 'redrawn' and not is_redrawn",
-    "redrawn: 20 or 40 %": "pool == 'redrawn' and is_redrawn",
-    "photos by people": "pool == 'photos'",
-    "fine-tuning": "pool == 'tuned' and not given_features",
-    "fine-tuning, `features=`": "pool == 'tuned' and given_features",
+LABELS = {f"{count} labels": f"labels_{count}" for count in COUNTS} | {"a tenth": "tenth"}
+TENTH = {
+    "a tenth of the labels": "tenth",
+    "the tenth, unlabelled": "tenth_unlabelled",
+    "the tenth, both": "tenth_alone_combined",
 }
-NAMES |= {f"before{number}": BEFORE.where(rows) for number, rows in enumerate(PARTS_BEFORE.values())}
-NAMES["alike"] = comparison(CHECK.where("pool == 'alike'"))
-ROWS = {f"{label} ({{{pool}.count}})": pool for label, pool in POOLS.items()}
+ROWS = counted(CLASSES)
+NUMBERS = counted({"as they are": "clear", "with noise": "noisy", "series, weeks apart": "series"})
+MANY = counted({"tables": "as_they_are", "a fifth redrawn": "fifth", "large": "large", "few positives": "few"})
+
+
+# %% What was asked for.
+def met(ours: float, limit: float, form: str = ".2f") -> str:
+    """Say what came, what was asked for, and whether it is met."""
+    return f"{Number(ours):{form}} | {Number(limit):{form}} | {'yes' if ours <= limit else '**no**'}"
+
+
+def mean(part: str, column: str) -> float:
+    value: Values = getattr(NAMES[part], column)
+    return float(value.mean)
+
+
+def asked(part: str, rule: str, measure: str, limit: str, factor: float = 1, plus: float = 0) -> str:
+    """Compare the means of two rules."""
+    return met(mean(part, f"{rule}_{measure}_lost"), factor * mean(part, f"{limit}_{measure}_lost") + plus)
+
+
+def own(part: str, rule: str, limit: str, measure: str) -> str:
+    """Compare the means of two rules, in the metric by which they choose."""
+    return met(mean(part, f"{rule}_{measure}_lost"), mean(part, f"{limit}_{measure}_lost"))
+
+
+def before(part: str, limit: float) -> str:
+    """Compare with what the criterion of version 0.4 lost, on other runs of the pool (commit 3174514)."""
+    return met(mean(part, "expected_score_accuracy_lost"), limit)
+
+
+def worst_with_labels() -> str:
+    """Say by how much labels and the reference lose more than the labels alone, in the worst pool."""
+    found = []
+    for part in filter(lambda name: NAMES[name].count, CLASSES.values()):
+        for rule in LABELS.values():
+            runs: Runs = NAMES[part]
+            if f"{rule}_combined_accuracy_lost" in runs.frame and runs.frame[f"{rule}_accuracy_lost"].notna().any():
+                found.append(mean(part, f"{rule}_combined_accuracy_lost") - mean(part, f"{rule}_accuracy_lost"))
+    return met(max(found), 0)
+
+
 ASKED = {
-    "tables: at most as 100 labels": "{tables.criterion_accuracy_lost:.2f}, {tables.labels_100_accuracy_lost:.2f}",
-    "tables, AUC: at most half of never stopping": (
-        "{tables.criterion_auc_lost:.2f} (ranking {tables.ranking_auc_lost:.2f}), {tables.never_stop_auc_lost:.2f}"
-    ),
-    "few positives, AUC: the ranking at most as a tenth by its AUC": (
-        "{few.ranking_auc_lost:.2f}, {few.tenth_by_auc_auc_lost:.2f}"
-    ),
-    "photos: at most never stopping − 0.3": (
-        "{photos.criterion_accuracy_lost:.2f}, {photos.never_stop_accuracy_lost:.2f}"
-    ),
-    "texts: at most never stopping": "{texts.criterion_accuracy_lost:.2f}, {texts.never_stop_accuracy_lost:.2f}",
-    "regression, squared error: at most as 200 targets": (
-        "{numbers200.criterion_loss_lost:.1f} %, {numbers200.labels_200_loss_lost:.1f} %"
-    ),
-    "correct labels: at most never stopping + 0.2": (
-        "{correct.criterion_accuracy_lost:.2f}, {correct.never_stop_accuracy_lost:.2f}"
-    ),
-}
-PARTS = ("few_plain", "few_weights", "few_sampler")
+    "tables, as 100 labels": ("tables", lambda: asked("tables", "expected_score", "accuracy", "labels_100")),
+    "tables, AUC by its expectation, a quarter of never stopping": (
+        "tables", lambda: asked("tables", "expected_auc", "auc", "never_stop", 0.25)),
+    "tables, level of the accuracy, within 2 points": ("tables", lambda: met(mean("tables", "level_error"), 2)),
+    "tables, balanced accuracy by its expectation, as by that of 600 labels": (
+        "tables", lambda: own("tables", "expected_balanced", "labels_600_by_balanced", "balanced")),
+    "tables, macro F1 likewise": ("tables", lambda: own("tables", "expected_f1", "labels_600_by_f1", "f1")),
+    "large tables, as 600 labels + 0.1": (
+        "large", lambda: asked("large", "expected_score", "accuracy", "labels_600", 1, 0.1)),
+    "large tables, the worst run, 2 points": (
+        "large", lambda: met(NAMES["large"].expected_score_accuracy_lost.worst, 2)),
+    "few positives, AUC by its expectation, as a tenth's": (
+        "few", lambda: own("few", "expected_auc", "tenth_by_auc", "auc")),
+    "regression, as 200 targets, %": ("numbers", lambda: asked("numbers", "expected_score", "loss", "labels_200")),
+    "photos, as before": ("photos", lambda: before("photos", 0.77)),
+    "texts, human labels, as before": ("texts", lambda: before("texts", 0.44)),
+    "fine-tuning, as before": ("tuned", lambda: before("tuned", 1.10)),
+    "fine-tuning, `features=`, as before": ("tuned_features", lambda: before("tuned_features", 0.92)),
+    "redrawn labels, as before": ("redrawn", lambda: before("redrawn", 0.28)),
+    "correct labels, as before": ("correct", lambda: before("correct", 0.38)),
+    "labels and the reference − labels alone, the worst pool": ("tables", worst_with_labels),
+    "choosing a network on tables, as 100 labels": (
+        "alike", lambda: met(mean("alike", "expected_lost"), mean("alike", "labels_100_lost"))),
+}  # fmt: skip
+
+
+def asked_for() -> str:
+    head = "| asked for: at most | came | limit | met |\n|---|---|---|---|\n"
+    rows = [(label, cells()) for label, (part, cells) in ASKED.items() if NAMES[part].count]
+    return head + "\n".join(f"| {label} | {cells} |" for label, cells in rows)
+
+
+# %% Two annotators: three ways to use the same two labels.
+def ways() -> str:
+    """Compare the ways by the same sentences and networks."""
+    frame = NAMES["check"].frame.query("pool == 'annotators'").copy()
+    if frame.empty:
+        return "Not measured yet."
+    frame["way"] = frame["kind"].str.extract(r"by (\w+),")[0]
+    rows = []
+    epochs = {"chosen": "the epoch by the expected score", "best": "the best epoch", "last": "the last"}
+    for column, label in epochs.items():
+        wide = Runs(frame.pivot(index="group", columns="way", values=f"{column}_accuracy").reset_index())
+        others = [getattr(wide, way).minus["first"].interval for way in ("agree", "both")]
+        rows.append(f"| {label} | {wide.first:.1f} | {others[0]:+.1f} | {others[1]:+.1f} |")
+    count = frame["group"].nunique()
+    head = f"| accuracy, {count} sets of sentences | the first label | those that agree − the first |"
+    return head + " both as two samples − the first |\n|---|---|---|---|\n" + "\n".join(rows)
+
+
+COMPARED = {
+    "**expected accuracy**": "expected",
+    "disagreement with the same reference": "disagreement",
+    "the networks' own confidence": "confidence",
+    "at random": "random",
+    **{f"{count} labels" + text: f"labels_{count}{rule}"
+       for count in COUNTS for text, rule in (("", ""), (" and the reference", "_combined"))},
+}  # fmt: skip
+GROUPS = {name: label for name, label in {"alike": "tables", "photos_alike": "photos"}.items() if NAMES[name].count}
+RANKED = {f"{label} ({{{name}.count}})": f"{{{name}.ROW_lost:.2f}}" for name, label in GROUPS.items()}
+RANKED |= {f"τ, {label}": f"{{{name}.ROW_tau:.2f}}" for name, label in GROUPS.items()}
+RANKED["expected accuracy − this, tables"] = "{alike.expected_lost.minus[ROW_lost].interval:+.2f}"
 BLOCKS = {
-    **{f"stopping: {pool}": report(pool) for pool in (*POOLS.values(), *PARTS)},
-    **{f"stopping: {pool}": table(f"{{{pool}.count}} runs", OF_NUMBERS, {"squared error, %": cell(pool, "loss")})
-       for pool in ("numbers", "clear", "noisy")},
+    "stopping: asked for": asked_for(),
     "stopping: in short": table("points of accuracy lost", ROWS, {
-        "never stopping": "{ROW.never_stop_accuracy_lost:.2f}",
-        "**criterion**": "{ROW.criterion_accuracy_lost:.2f}",
-        "100 labels": "{ROW.labels_100_accuracy_lost:.2f}",
-        "**100 labels and the criterion**": "{ROW.labels_100_combined_accuracy_lost:.2f}",
-        "AUC: never stopping": "{ROW.never_stop_auc_lost:.2f}",
-        "**criterion**, AUC": "{ROW.criterion_auc_lost:.2f}",
-        "**ranking**, AUC": "{ROW.ranking_auc_lost:.2f}",
+        label: lost(rule, "accuracy", ".2f")
+        for label, rule in (EXPECTED | {"100 labels": "labels_100", "600 labels": "labels_600"}).items()
+        if rule != "expected_auc"
+    } | {"100 labels and the reference": lost("labels_100_combined", "accuracy", ".2f")}),
+    "stopping: AUC": table("points of AUC lost", ROWS, {
+        "never stopping": lost("never_stop", "auc", ".2f"),
+        "expected score": lost("expected_score", "auc", ".2f"),
+        "**expected AUROC**": lost("expected_auc", "auc", ".2f"),
+        "600 labels": lost("labels_600", "auc", ".2f"),
+        "AUC of 600 labels": lost("labels_600_by_auc", "auc", ".2f"),
+        "AUC of a tenth": lost("tenth_by_auc", "auc", ".2f"),
     }),
-    "stopping: before": table(
-        "points of accuracy lost",
-        {f"{label} ({{before{number}.count}})": f"before{number}" for number, label in enumerate(PARTS_BEFORE)},
-        {
-            "never stopping": "{ROW.never_stop_accuracy_lost:.2f}",
-            "criterion of before": "{ROW.before:.2f}",
-            "**criterion**": "{ROW.criterion_accuracy_lost:.2f}",
-            "difference": "{ROW.criterion_accuracy_lost.minus[before].interval:+.2f}",
-        },
-    ),
-    "stopping: asked for": table("asked for", ASKED, {"came": "ROW"}),
-    "stopping: what means do not say": """
-- **Against never stopping, not all gains are beyond chance**: in accuracy those on tables as they are
-({as_they_are.criterion_accuracy_lost.minus[never_stop_accuracy_lost].interval:+.1f}), on photos
-({photos.criterion_accuracy_lost.minus[never_stop_accuracy_lost].interval:+.1f}) and in fine-tuning without `features=`
-({tuned.criterion_accuracy_lost.minus[never_stop_accuracy_lost].interval:+.1f}) are not, and of redrawn labels
-({correct.count} and {redrawn.count} runs) there are few.
-- **Balanced accuracy is no gain**: the criterion loses {as_they_are.criterion_balanced_lost:.1f} on tables as they are,
-{few.criterion_balanced_lost:.1f} with few positives and {texts.criterion_balanced_lost:.1f} on texts, never stopping
-{as_they_are.never_stop_balanced_lost:.1f}, {few.never_stop_balanced_lost:.1f} and {texts.never_stop_balanced_lost:.1f},
-the ranking {as_they_are.ranking_balanced_lost:.1f}, {few.ranking_balanced_lost:.1f} and
-{texts.ranking_balanced_lost:.1f}.
-- **With class weights** the ranking loses {few_weights.ranking_accuracy_lost:.1f} points of accuracy, in fine-tuning
-{tuned.ranking_accuracy_lost:.1f}.
-- **Photos**: the training score by itself loses {photos.training_score_accuracy_lost:.1f}, the criterion
-{photos.criterion_accuracy_lost:.1f}; {photos.count} runs don't tell them apart.
-- **Labels and the criterion lose more than the labels by themselves** in one place: 200 labels where all are correct
-({correct.labels_200_combined_accuracy_lost.minus[labels_200_accuracy_lost].interval:+.2f}).
-""",
+    "stopping: own metric": table("points lost", MANY, {
+        f"{of}: {label}": lost(rule.replace("OWN", gain), gain, ".2f")
+        for of, gain in (("balanced accuracy", "balanced"), ("macro F1", "f1"))
+        for label, rule in (("never stopping", "never_stop"), ("expected score", "expected_score"),
+                            ("**its expectation**", "expected_OWN"), ("that of 600 labels", "labels_600_by_OWN"))
+    }),
     "stopping: differences": table("points of accuracy lost", ROWS, {
-        "criterion − never stopping": difference("criterion", "never_stop"),
-        "criterion − 100 labels": difference("criterion", "labels_100"),
-        "AUC: criterion − never stopping": difference("criterion", "never_stop", "auc"),
-        "AUC: ranking − a tenth by its AUC": difference("ranking", "tenth_by_auc", "auc"),
+        "expected score − never stopping": difference("expected_score", "never_stop", "accuracy", "+.2f"),
+        "− 100 labels": difference("expected_score", "labels_100", "accuracy", "+.2f"),
+        "AUC: expected AUROC − never stopping": difference("expected_auc", "never_stop", "auc", "+.2f"),
+        "AUC: − AUC of a tenth": difference("expected_auc", "tenth_by_auc", "auc", "+.2f"),
     }),
-    "stopping: with labels": table("with the criterion − by themselves", ROWS, {
-        f"{count} labels": difference(f"labels_{count}_combined", f"labels_{count}") for count in COUNTS
-    } | {"a tenth": difference("tenth_combined", "tenth")}),
-    "stopping: alike": (
-        "Of 6 networks on the same table, at the epoch of the criterion, the one that disagrees least with the "
-        "reference loses {alike[lost]:.2f} points to the best, one by chance {alike[by_chance]:.2f}; Kendall's τ is "
-        "{alike[tau]:.2f} ± {alike[stderr]:.2f} ({alike[groups]:.0f} tables)."
-    ),
+    "stopping: with labels": table("points of accuracy lost", ROWS, {
+        label: f"{{ROW.{rule}_accuracy_lost:.2f}} → {{ROW.{rule}_combined_accuracy_lost:.2f}}"
+        for label, rule in LABELS.items()
+    }),
+    "stopping: tenth": table("points of accuracy lost", ROWS, {
+        label: lost(rule, "accuracy", ".2f") for label, rule in ({"600 unlabelled": "expected_score"} | TENTH).items()
+    }),
+    "stopping: spread": table("accuracy: nine runs of ten stay below; the worst", ROWS, {
+        label: f"{{ROW.{rule}_accuracy_lost.p90:.1f}}; {{ROW.{rule}_accuracy_lost.worst:.1f}}"
+        for label, rule in (EXPECTED | {"100 labels": "labels_100", "600 labels": "labels_600"}).items()
+    }),
+    "stopping: loss": table("log-loss above the lowest, %", ROWS, {
+        label: lost(rule, "loss", ".0f")
+        for label, rule in (EXPECTED | {"100 labels": "labels_100", "600 labels": "labels_600"}).items()
+    }),
+    "stopping: regression": table("squared error above the lowest, %", NUMBERS, {
+        label: lost(rule, "loss") for label, rule in ({
+            "never stopping": "never_stop", "**expected score**": "expected_score", "a tenth": "tenth",
+            **{f"{count} targets": f"labels_{count}" for count in COUNTS},
+            "200 and the reference": "labels_200_combined"}).items()
+    }),
+    "stopping: level": table("all epochs; points of accuracy", ROWS, {
+        "off": "{ROW.level_error:.1f}", "bias": "{ROW.level_bias:+.1f}",
+        "CBPE: off": "{ROW.cbpe_level_error:.1f}", "bias of CBPE": "{ROW.cbpe_level_bias:+.1f}",
+        "ρ of the expected accuracy": "{ROW.spearman_expected:.2f}", "ρ of −expected score": "{ROW.spearman_score:.2f}",
+        "ρ of 600 labels": "{ROW.spearman_labels:.2f}", "ρ of CBPE": "{ROW.spearman_cbpe:.2f}",
+        "CBPE's epoch loses": lost("cbpe", "accuracy", ".2f"),
+    }),
+    "stopping: rival": table("accuracy", ROWS, {
+        "the best epoch": "{ROW.best_accuracy:.1f}", "the last": "{ROW.last_accuracy:.1f}",
+        "the chosen one": "{ROW.chosen_accuracy:.1f}", "**the reference**": "{ROW.reference_accuracy:.1f}",
+        "**mean of both**": "{ROW.mean_accuracy:.1f}",
+        "mean of both − chosen": "{ROW.mean_accuracy.minus[chosen_accuracy].interval:+.1f}",
+    }),
+    "stopping: reference": table("the reference", ROWS, {
+        "skill": "{ROW.its_skill:.2f}", "accuracy, left out": "{ROW.its_accuracy.percent:.0f} %",
+        "majority": "{ROW.its_majority.percent:.0f} %", "unexplained": "{ROW.its_unexplained.percent:.0f} %",
+    }),
+    "stopping: annotators": ways(),
+    "worth: annotators": ways(),
+    "stopping: compare": table("chosen by", COMPARED, RANKED),
 }  # fmt: skip

@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy, pad
 OLD_POOLS = ("tables", "few", "numbers", "photos", "texts", "redrawn", "tuned", "alike", "large")
 POOLS = (*OLD_POOLS, "pretrained", "signals", "series", "annotators", "photos_alike")  # new ones at the end
 SIZES = {"tables": 240, "numbers": 40, "photos": 36, "texts": 36, "redrawn": 45, "tuned": 15, "alike": 240, "large": 28}
-SIZES |= {"pretrained": 16, "signals": 18, "series": 12, "annotators": 24, "photos_alike": 30}
+SIZES |= {"pretrained": 8, "signals": 18, "series": 12, "annotators": 24, "photos_alike": 24}
 ALIKE, NUM_ALIKE = ("alike", "photos_alike"), 6  # networks on the same data
 WAYS = ("plain", "weights", "sampler")
 FEWEST, MOST = 0.03, 0.3  # positives
