@@ -89,12 +89,9 @@ def _best(summary: Mapping[str, Any]) -> str:
         return f"`{summary['monitored']}` has no value."
     file = f", in the checkpoint {summary['checkpoint']}" if summary["checkpoint"] else ""
     said = f"`{summary['monitored']}` was {summary['direction']} at epoch {summary['epoch']}{file}"
+    is_score = summary["monitored"].partition("/dataloader_idx_")[0].endswith("score")
     is_known = TEMPERATURES[0] < summary["temperature"] < TEMPERATURES[-1]  # not at an end of the grid
-    if (
-        summary["monitored"].partition("/dataloader_idx_")[0].endswith("score")
-        and is_known
-        and summary["temperature"] != 1
-    ):
+    if is_score and is_known and summary["temperature"] != 1:
         return f"{said}: divide its logits by {summary['temperature']:.1f} to calibrate it."
     return f"{said}."
 
@@ -106,8 +103,6 @@ def _what_chose(summary: Mapping[str, Any]) -> str:
         return f"{labels} chose."
     if summary["is_trusted"] and summary["epoch"] is None:
         return "No validation gave finite outputs."
-    if summary["chosen_by"] == "nothing" and summary["is_trusted"]:
-        return "The network gave nan or inf for all samples."
     if summary["chosen_by"] == "nothing":
         is_blind = f"sees too little of the inputs ({_skill(summary)})" if summary["learner"] else "is missing"
         return (
@@ -149,8 +144,9 @@ def _gaps(summary: Mapping[str, Any]) -> str:
 
 def _has_ended(trainer: Trainer, name: str) -> bool:
     """Return whether a callback has stopped the run, or a schedule has ended, so that more epochs are of no use."""
-    callbacks = [callback for callback, monitor in callbacks_that_monitor(trainer) if monitor == name]
-    has_stopped = any(getattr(each, "stopped_epoch", 0) for each in callbacks)
+    has_stopped = any(
+        getattr(owner, "stopped_epoch", 0) for owner, each in callbacks_that_monitor(trainer) if each == name
+    )
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     return has_stopped or any(group["lr"] <= _ENDED * group.get("initial_lr", 0.0) for group in groups)
 

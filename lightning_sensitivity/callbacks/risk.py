@@ -154,7 +154,7 @@ class RiskMonitor(Monitor):
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """What validations have shown: a dict for each, and each loader, which ``pandas.DataFrame`` takes."""
+        """What validations have shown, a dict for each, and each loader, which ``pandas.DataFrame`` takes."""
         return self.record.history
 
     def plot(self) -> PlotType:
@@ -256,7 +256,7 @@ class RiskMonitor(Monitor):
         if self.summary or self._output_shape is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if self.record.num_validations == 0 or (self.record.verdict is None and not self.history):
-            enough = f"{FIRST_VALUE} training samples or a full epoch"
+            enough = f"{FIRST_VALUE} training samples that have labels, or a full epoch of them"
             self.reporter.warn("samples", f"logged nothing: the run ended before a validation with {enough}.")
             return
         with self.reporter.report_failure("could not say which epoch to choose", "Look at the curve."):

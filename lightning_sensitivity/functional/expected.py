@@ -36,9 +36,9 @@ def expected_score(logits: Any, q: Any, task: str = "multiclass", error: float =
     Args:
         logits: Logits of unseen samples, ``(N, K)``; ``(N,)`` or ``(N, 1)`` for ``"binary"``; the outputs of a
             regression.
-        q: Probabilities of the same samples by a reference, ``(N, K)``; see :meth:`Reference.predictions`.
+        q: Probabilities of the same samples by a reference, ``(N, K)``; see ``Reference.predictions``.
         task: ``"multiclass"``, ``"binary"`` or ``"regression"``.
-        error: In a regression, the left-out squared error of the reference, :attr:`Reference.score`, which is added.
+        error: In a regression, the left-out squared error of the reference, ``Reference.score``, which is added.
 
     Returns:
         The score, and the temperature that gives it.
@@ -69,7 +69,7 @@ def draw_labels(q: Tensor, task: str = "multiclass", residuals: Tensor | None = 
         q: Predictions ``(N, K)``.
         task: The task.
         residuals: In a regression, quantiles of the left-out errors, which are added, ``(20, K)``; see
-            :attr:`Reference.residuals`.
+            ``Reference.residuals``.
 
     Returns:
         Class indices ``(20, N)``; for a regression targets ``(20, N, K)``, or ``(1, N, K)`` without residuals.

@@ -56,22 +56,23 @@ class Learner:
     score: float
 
 
-def fit_learners(inputs: Tensor, labels: Tensor, task: Task) -> Learner:
-    """Fit what suits the inputs, and return the one whose left-out predictions are best.
+def fit_learners(inputs: Tensor, labels: Tensor, task: Task) -> tuple[Learner, Tensor]:
+    """Fit what suits the inputs, and return the one whose left-out predictions are best, and the samples that it knows.
 
     Args:
         inputs: Inputs ``(N, ...)`` of different samples, no larger than ``shrunk`` makes them.
         labels: Their labels as a matrix ``(N, K)``.
         task: The task, which says how predictions are scored.
     """
+    rows = spread(len(inputs), _MAX_RIDGE_ROWS)
     if len(inputs) < _FEWEST:
-        return _mean(labels, task)
+        return _mean(labels, task), rows
     with _quiet():
-        learners = [_fit_ridge(inputs, labels, task)]
+        found = [(_fit_ridge(inputs[rows], labels[rows], task), rows)]
         rows = _rows_for_forest(inputs, labels)
         if len(rows):
-            learners.append(_fit_forest(inputs[rows], labels[rows], task))
-    return min(learners, key=lambda learner: learner.score)
+            found.append((_fit_forest(inputs[rows], labels[rows], task), rows))
+    return min(found, key=lambda each: each[0].score)
 
 
 def _make(name: str, features: str, left_out: Array, labels: Tensor, predict: Predict, task: Task) -> Learner:
@@ -168,8 +169,6 @@ class _Kernel:
 
 def _fit_ridge(inputs: Tensor, labels: Tensor, task: Task) -> Learner:
     """Fit ridge regression on Nystroem features; left-out predictions have a closed form."""
-    rows = spread(len(inputs), _MAX_RIDGE_ROWS)
-    inputs, labels = inputs[rows], labels[rows]
     transforms = {name: make(inputs) for name, make in feature_makers(inputs).items()}
     part = spread(len(inputs), _PART)
     found = [_choose(name, make_rows(each, inputs[part]), labels[part]) for name, each in transforms.items()]

@@ -43,6 +43,7 @@ class Reference:
         features: What it sees of the inputs, such as ``"columns"`` or ``"patches"``.
         left_out: Predictions for each training sample without it, ``(N, K)``, float64, on the CPU.
         labels: The labels of the same samples, ``(N, K)``.
+        rows: Which of the inputs they are, ``(N,)``; of a sample that comes repeatedly, one.
         shares: The mean label, ``(K,)``.
         score: The mean Brier score of the left-out predictions, or their mean squared error.
         chance: The score of ``shares`` as the prediction for each sample.
@@ -50,13 +51,14 @@ class Reference:
             regression, and if the reference has learned nothing.
     """
 
-    def __init__(self, task: str, kind: str, shape: torch.Size, learner: Learner) -> None:
+    def __init__(self, task: str, kind: str, shape: torch.Size, learner: Learner, rows: Tensor) -> None:
         self.task = task
         self.kind = kind
         self.learner = learner.name
         self.features = learner.features
         self.left_out = learner.left_out
         self.labels = learner.labels
+        self.rows = rows
         self.shares = learner.labels.mean(0)
         self.score = learner.score
         self.chance = float(self._task.distances(self.shares.expand_as(self.labels), self.labels).mean())
@@ -100,13 +102,11 @@ class Reference:
 
     @property
     def majority(self) -> float:
-        """The share of the most frequent class: the accuracy of always predicting it; nan for a regression."""
-        classes = self._task.classes(self.labels)
-        return (
-            float(torch.unique(classes, return_counts=True)[1].max()) / len(classes)
-            if self._task.has_classes
-            else math.nan
-        )
+        """The share of the most frequent class, which is the accuracy of always predicting it; nan for a regression."""
+        if not self._task.has_classes:
+            return math.nan
+        counts = torch.unique(self._task.classes(self.labels), return_counts=True)[1]
+        return float(counts.max()) / self.num_samples
 
     @property
     def auroc(self) -> float:
@@ -230,8 +230,10 @@ def fit_reference(inputs: object, labels: object, task: str = "multiclass", *, e
     has_label = kind.has_label(as_tensor("labels", labels)).cpu()
     rows, y = _observations(x, y, has_label)
     known = shrunk(x[rows.to(x.device)])
-    learner = fit_learners(known, y, kind) if estimator is None else fit_estimator(estimator, known, y, kind)
-    return Reference(task, kind_of(x), known.shape, learner)
+    if estimator is None:
+        learner, chosen = fit_learners(known, y, kind)
+        return Reference(task, kind_of(x), known.shape, learner, rows[chosen])
+    return Reference(task, kind_of(x), known.shape, fit_estimator(estimator, known, y, kind), rows)
 
 
 def _observations(x: Tensor, y: Tensor, has_label: Tensor) -> tuple[Tensor, Tensor]:

@@ -385,7 +385,8 @@ def test_each_learner_takes_as_many_samples_as_it_can(monkeypatch: pytest.Monkey
     monkeypatch.setattr(learners, "_MAX_TARGETS", 2 * 49)
     assert len(learners._rows_for_forest(x, one_hot(y))) == 0 and fit_reference(x, y).learner == "ridge"
     monkeypatch.setattr(learners, "_MAX_RIDGE_ROWS", 30)
-    assert fit_reference(x, y).num_samples == 30
+    known = fit_reference(x, y)
+    assert known.num_samples == 30 and torch.equal(known.labels, one_hot(y[known.rows]).double())
 
 
 # Nothing to learn
@@ -396,7 +397,7 @@ def made(kind: str, skill: float, num_samples: int = 4000, task: str = "binary")
     labels = (torch.arange(num_samples) % 2)[:, None].double()
     left_out = labels + (1 - 2 * labels) * 0.5 * math.sqrt(1 - skill)
     learner = Learner("ridge", "columns", left_out, labels, lambda new: new, float((left_out - labels).square().mean()))
-    return Reference(task, kind, torch.Size([num_samples, 3]), learner)
+    return Reference(task, kind, torch.Size([num_samples, 3]), learner, torch.arange(num_samples))
 
 
 @pytest.mark.parametrize("kind", INPUTS)
