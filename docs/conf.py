@@ -1,23 +1,17 @@
 """Settings of the documentation; `.ci/docs` builds it, and takes warnings as errors."""
 
-import importlib
-import inspect
 import os
 import re
 from pathlib import Path
 
-import tomllib
 from docutils import nodes
+from latex2mathml.converter import convert
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.transforms import SphinxTransform
+from sphinx.writers.html5 import HTML5Translator
 
 import lightning_sensitivity
-
-ROOT = Path(__file__).parents[1]
-_urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
-REPOSITORY = _urls["Homepage"]
-FILES = f"{REPOSITORY}/blob/main/"
 
 project = "lightning-sensitivity"
 author = "The lightning-sensitivity developers"
@@ -28,33 +22,20 @@ extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.intersphinx",
-    "sphinx.ext.linkcode",
     "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
     "sphinx_copybutton",
 ]
 exclude_patterns = ["_build"]
-templates_path = ["_templates"]
 myst_enable_extensions = ["deflist", "dollarmath"]
 myst_heading_anchors = 3
 
 html_theme = "furo"
 html_title = f"lightning-sensitivity {version}"
-html_baseurl = _urls["Documentation"]
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_copyright = False
-html_context = {"repository": REPOSITORY}
-html_theme_options = {"source_repository": REPOSITORY, "source_branch": "main", "source_directory": "docs/"}
-html_sidebars = {
-    "**": [
-        "sidebar/brand.html",
-        "sidebar/repository.html",
-        "sidebar/search.html",
-        "sidebar/scroll-start.html",
-        "sidebar/navigation.html",
-        "sidebar/scroll-end.html",
-    ]
-}
+html_math_renderer = "mathml"
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
@@ -76,24 +57,10 @@ intersphinx_mapping = {name: (url, None) for name, url in _packages.items()} if 
 nitpick_ignore_regex = [
     (
         "py:.*",
-        r"(collections|contextlib|lightning|matplotlib|numpy|torch|torchmetrics)\..*|Tensor|MisconfigurationException",
+        r"(collections|contextlib|lightning|matplotlib|numpy|sklearn|torch|torchmetrics)\..*|Tensor|MisconfigurationException",
     ),
     ("py:class", r"Noise|Selector|.*\.ScoreSums"),
 ]
-
-
-def linkcode_resolve(domain: str, info: dict[str, str]) -> str | None:
-    """Return where the source of an object is, for its [source] link."""
-    thing: object = importlib.import_module(info["module"])
-    for name in info["fullname"].split("."):
-        thing = getattr(thing, name, None)
-    thing = inspect.unwrap(getattr(thing, "fget", thing))  # of a property
-    try:
-        lines, start = inspect.getsourcelines(thing)
-        path = Path(inspect.getsourcefile(thing)).relative_to(Path(lightning_sensitivity.__file__).parents[1])
-    except (TypeError, OSError, ValueError):  # an attribute, or an object of another package
-        return None
-    return f"{FILES}{path}#L{start}-L{start + len(lines) - 1}"
 
 
 class LinkNames(SphinxTransform):
@@ -113,21 +80,30 @@ class LinkNames(SphinxTransform):
                 reference += literal
 
 
-def link_to_repository(app: Sphinx, docname: str, source: list[str]) -> None:
-    """Turn links to files outside of this folder into links to the repository; on GitHub they work as they are."""
+def link_to_files(app: Sphinx, docname: str, source: list[str]) -> None:
+    """Let links to files outside of this folder download them; in the repository they work as they are."""
     up = "../" * (docname.count("/") + 1)
-    source[0] = re.sub(rf"(?<!!)\[([^][]*)\]\({up}(?!\.\.)", rf"[\1]({FILES}", source[0])
+    source[0] = re.sub(rf"(?<!!)\[([^][]*)\]\(({up}(?!\.\.)[^)#]*)[^)]*\)", r"{download}`\1 <\2>`", source[0])
 
 
 def move_links(app: Sphinx, path: Path, docname: str, source: list[str]) -> None:
     """Change the links of README and others, which this folder includes from the folder above."""
     source[0] = re.sub(r"(!\[[^][]*\])\((?!https:)", r"\1(../", source[0])
     source[0] = re.sub(r"(?<!!)(\[[^][]*\])\(docs/", r"\1(", source[0])
-    source[0] = re.sub(r"(?<!!)(\[[^][]*\])\((?=examples/|tests/|[A-Z])", rf"\1({FILES}", source[0])
+    outside = r"(?<!!)\[([^][]*)\]\(((?:examples/|tests/|[A-Z])[^)#]*)[^)]*\)"
+    source[0] = re.sub(outside, r"{download}`\1 <../\2>`", source[0])
+
+
+def show_formula(translator: HTML5Translator, node: nodes.math | nodes.math_block) -> None:
+    """Write a formula as MathML, which browsers show by themselves."""
+    is_block = isinstance(node, nodes.math_block)
+    translator.body.append(convert(node.astext(), display="block" if is_block else "inline"))
+    raise nodes.SkipNode
 
 
 def setup(app: Sphinx) -> None:
     """Connect what changes the pages."""
     app.add_transform(LinkNames)
-    app.connect("source-read", link_to_repository)
+    app.add_html_math_renderer("mathml", (show_formula, None), (show_formula, None))
+    app.connect("source-read", link_to_files)
     app.connect("include-read", move_links)
