@@ -1,10 +1,10 @@
 """Fine-tuning on noisy labels: a network that knows the digits 0 to 4 learns 5 to 9 from 200 images, 40 % labels wrong.
 
     python examples/finetuning.py           # trained on all 200, validated on new images without labels
-    python examples/finetuning.py --labels  # a tenth of them is held out, with its noisy labels
+    python examples/finetuning.py --labels  # a quarter of them is held out, with its noisy labels
 
-With `features=`, the reference, a small model of the training labels, sees images through the pretrained backbone.
-See docs/guide/finetuning.md.
+With `features=`, the reference, the best small model of the training labels, sees images through the pretrained
+backbone. See docs/guide/finetuning.md.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset, random_split
 from lightning_sensitivity import RiskMonitor
 
 parser = argparse.ArgumentParser(description="Fine-tune a small network on noisy labels.")
-parser.add_argument("--labels", action="store_true", help="hold out a tenth of the images, with its noisy labels")
+parser.add_argument("--labels", action="store_true", help="hold out a quarter of the images, with its noisy labels")
 parser.add_argument("--max-epochs", type=int, default=30)
 parser.add_argument("--seed", type=int, default=0)
 args = parser.parse_args()
@@ -40,7 +40,7 @@ x_new, y_new = x[200:], y[200:]  # y_new is only for comparison
 is_noisy = torch.rand(200) < 0.4
 y_train = torch.where(is_noisy, y[:200] + torch.randint(1, 5, (200,)), y[:200]) % 5
 labelled = TensorDataset(x[:200], y_train)
-train_set, val_set = random_split(labelled, [0.9, 0.1]) if args.labels else (labelled, TensorDataset(x_new))
+train_set, val_set = random_split(labelled, [0.75, 0.25]) if args.labels else (labelled, TensorDataset(x_new))
 train_loader = DataLoader(train_set, batch_size=20, shuffle=True)
 val_loader = DataLoader(val_set, batch_size=len(x_new))
 
@@ -67,12 +67,12 @@ class Digits(LightningModule):
 
 
 class Curves(Callback):
-    """Keeps the criterion and, for comparison, the accuracy on correct labels."""
+    """Keeps the expected score and, for comparison, the accuracy on correct labels."""
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with torch.no_grad():
             correct = pl_module(x_new).argmax(1) == y_new
-        criteria.append(float(trainer.callback_metrics["val/risk_criterion"]))
+        expected.append(float(trainer.callback_metrics["val/expected_score"]))
         accuracies.append(float(correct.float().mean()))
 
 
@@ -85,16 +85,16 @@ model.head = nn.Linear(64, 5)  # for the new classes
 # %% What to copy
 pretrained = copy.deepcopy(model.body).requires_grad_(False)
 risk = RiskMonitor(features=lambda batch: pretrained(batch[0]), validation_labels=args.labels)
-checkpoint = ModelCheckpoint(monitor="val/risk_criterion", dirpath="runs/finetuning", filename="{epoch}")
-criteria: list[float] = []
+checkpoint = ModelCheckpoint(monitor="val/expected_score", dirpath="runs/finetuning", filename="{epoch}")
+expected: list[float] = []
 accuracies: list[float] = []
 quiet["enable_checkpointing"] = True
 trainer = Trainer(max_epochs=args.max_epochs, accelerator="cpu", callbacks=[risk, Curves(), checkpoint], **quiet)
 trainer.fit(model, train_loader, val_loader)
 
-chosen, best, last = criteria.index(min(criteria)), accuracies.index(max(accuracies)), len(accuracies) - 1
-print("\nepoch  criterion  accuracy on correct labels")
+chosen, best, last = expected.index(min(expected)), accuracies.index(max(accuracies)), len(accuracies) - 1
+print("\nepoch  expected score  accuracy on correct labels")
 for epoch in sorted({*range(0, last, max(1, last // 7)), chosen, best, last}):
-    print(f"{epoch:5d}  {criteria[epoch]:9.3f}  {accuracies[epoch]:8.3f}")
-print(f"\nThe criterion is lowest at epoch {chosen}: accuracy on correct labels {accuracies[chosen]:.3f}.")
+    print(f"{epoch:5d}  {expected[epoch]:14.4f}  {accuracies[epoch]:8.3f}")
+print(f"\nThe expected score is lowest at epoch {chosen}: accuracy on correct labels {accuracies[chosen]:.3f}.")
 print(f"At the last one, epoch {last}, it is {accuracies[last]:.3f}; the best is epoch {best}, {accuracies[best]:.3f}.")

@@ -14,10 +14,12 @@ from pathlib import Path
 import nbformat
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+INSTALL = '# Once; the package lies in the folder above.\n%pip install -q "..[examples]"'
+
 
 def notebook(script: str) -> nbformat.NotebookNode:
     """The cells of a script, without outputs."""
-    cells = []
+    cells = [new_code_cell(INSTALL)]
     for part in re.split(r"^# %%", script, flags=re.MULTILINE)[1:]:
         kind, source = part.split("\n", 1)
         if "[markdown]" in kind:
@@ -35,8 +37,10 @@ if __name__ == "__main__":
     script = Path(sys.argv[1])
     os.environ["MATPLOTLIBRC"] = str(script.resolve().parents[1] / "docs")  # it has colours for light and dark pages
     made = notebook(script.read_text())
+    install = made.cells.pop(0)  # it is installed here
     with tempfile.TemporaryDirectory() as folder:
         NotebookClient(made, resources={"metadata": {"path": folder}}, record_timing=False).execute()
+    made.cells.insert(0, install)
     for cell in made.cells:  # what went to stderr is Lightning's advice about this machine
         if cell.cell_type == "code":
             cell.outputs = [each for each in cell.outputs if each.get("name") != "stderr"]

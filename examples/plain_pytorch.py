@@ -1,66 +1,71 @@
-"""Output sensitivity, and when to stop, in a plain PyTorch loop, without Lightning.
+"""What to expect on unlabelled samples, and output sensitivity, in a plain PyTorch loop, without Lightning.
 
-    python examples/plain_pytorch.py
+    python examples/plain_pytorch.py  # a quarter of a minute
 
-The data are scikit-learn's digits, with 40 % noisy training labels. Copy the loop below the model.
+The data are scikit-learn's breast cancer table; a fifth of the labels is wrong. Copy the loop below the model.
 """
 
 import argparse
 
 import torch
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_breast_cancer
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_sensitivity import OutputSensitivity, RefinedScore
-from lightning_sensitivity.functional import fit_reference
+from lightning_sensitivity import OutputSensitivity
+from lightning_sensitivity.functional import expected_metric, expected_score, fit_reference
 
-parser = argparse.ArgumentParser(description="Watch sensitivity and the score against a reference without Lightning.")
+parser = argparse.ArgumentParser(description="Watch the expected score and sensitivity without Lightning.")
 parser.add_argument("--max-epochs", type=int, default=25)
 parser.add_argument("--seed", type=int, default=0)
 args = parser.parse_args()
 torch.manual_seed(args.seed)
 torch.set_num_threads(1)
 
-digits = load_digits()
-order = torch.randperm(len(digits.images))
-x = torch.tensor(digits.images / 16, dtype=torch.float32)[order, None]
-y = torch.tensor(digits.target)[order]
-x_train, x_new, y_new = x[:500], x[500:], y[500:]  # y_new is only for comparison
-y_train = torch.where(torch.rand(500) < 0.4, y[:500] + torch.randint(1, 10, (500,)), y[:500]) % 10
+table = load_breast_cancer()
+order = torch.randperm(len(table.data))
+x = torch.tensor(table.data, dtype=torch.float32)[order]
+x = (x - x[:300].mean(0)) / x[:300].std(0)
+correct = torch.tensor(table.target)[order]
+y = torch.where(torch.rand(len(x)) < 0.2, 1 - correct, correct)
+x_train, y_train, x_new, y_new = x[:300], y[:300], x[300:], y[300:]  # y_new is only for comparison
 
-hidden = [nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU()]
-model = nn.Sequential(nn.Flatten(), *hidden, nn.Linear(256, 10))
-optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+model = nn.Sequential(nn.Linear(30, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 2))
+optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
 
-# The reference, a small model of the training labels, stands in for labels of the new images. It is fitted once.
-reference = fit_reference(x_train, y_train, x_new)
-assert reference.is_trusted, "it sees too little of the inputs: fit it to features, (N, D), of a pretrained network"
-print(f"About {reference.unexplained:.0%} of the training labels can't be explained.\n")
+# The reference, the best small model of the training labels, stands in for labels of the new rows. It is fitted once.
+reference = fit_reference(x_train, y_train)
+assert reference.is_trusted, "it has learned nothing: fit it to features, (N, D), of a pretrained network"
+print(f"{reference}: left out, it predicts {reference.accuracy:.0%} of the training labels.")
+print(f"About {reference.unexplained:.0%} of them can't be explained.\n")
+q = reference.predictions(x_new)
+accuracy = MulticlassAccuracy(2, average="micro")  # or any other metric of torchmetrics
 
 history = []
-print("epoch  score against the reference  sensitivity ± its error  true accuracy")
+print("epoch  expected score  expected accuracy  accuracy  sensitivity ± its error")
 for epoch in range(args.max_epochs):
-    for batch in torch.randperm(len(x_train)).split(50):
+    for batch in torch.randperm(len(x_train)).split(30):
         optimizer.zero_grad()
         cross_entropy(model(x_train[batch]), y_train[batch]).backward()
         optimizer.step()
 
     model.eval()
     generator = torch.Generator().manual_seed(0)  # the same noise in every epoch
-    score, sensitivity = RefinedScore(), OutputSensitivity()
+    sensitivity = OutputSensitivity(per_output=True)
     with torch.no_grad():
-        outputs = model(x_new)
-        score.update(outputs, reference.predictions)  # or labels, if there are some
-        sensitivity.update(outputs, model(x_new + 0.1 * torch.randn(x_new.shape, generator=generator)))
+        logits = model(x_new)
+        sensitivity.update(logits, model(x_new + 0.1 * torch.randn(x_new.shape, generator=generator)))
     model.train()
-    accuracy = float((outputs.argmax(1) == y_new).float().mean())
-    history.append((float(score.compute()), epoch, accuracy))
-    print(f"{epoch:5d}  {score.compute():27.3f}  {sensitivity.compute():11.2g} ± {sensitivity.stderr:.1g}", end="")
-    print(f"  {accuracy:18.3f}")
+    score = expected_score(logits, q).score  # with labels of new rows: `refined_score(logits, y_new)`
+    expected = float(expected_metric(accuracy, logits, q))
+    true = float((logits.argmax(1) == y_new).float().mean())
+    history.append((score, epoch, true))
+    print(f"{epoch:5d}  {score:14.4f}  {expected:17.3f}  {true:8.3f}", end="")
+    print(f"  {sensitivity.compute():11.2g} ± {sensitivity.stderr:.1g}")
 
-_, epoch, accuracy = min(history)
+_, epoch, true = min(history)
 best, last = max(each[2] for each in history), history[-1][2]
-print(f"Lowest score in epoch {epoch}: accuracy {accuracy:.3f}; last epoch {last:.3f}, best epoch {best:.3f}.")
-by_reference = float((reference.predictions.argmax(1) == y_new).float().mean())
+print(f"\nLowest expected score in epoch {epoch}: accuracy {true:.3f}; last epoch {last:.3f}, best epoch {best:.3f}.")
+by_reference = float((reference.predict(x_new) == y_new).float().mean())
 print(f"The reference by itself: {by_reference:.3f}. Where it is better than the network, use it instead.")

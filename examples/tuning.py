@@ -2,15 +2,14 @@
 # # Tune without labels
 #
 # Which of eight settings is best, if 30 % of the training labels are wrong, and there are no others? Each run keeps
-# its checkpoint of the lowest criterion. `compare_models` then ranks the runs by how often their class, on 600
-# unlabelled images, is not that of a reference, a small model of the training labels. Correct labels of other images
-# show how well that did.
+# its checkpoint of the lowest expected score. `compare_models` then ranks the runs by the accuracy to expect on 600
+# unlabelled images, whose labels a reference stands in for, the best small model of the training labels. Correct labels
+# of other images show how well that did.
 #
 #     python examples/tuning.py          # a minute
 
 # %%
 import argparse
-import logging
 import warnings
 from functools import partial
 from itertools import product
@@ -32,7 +31,6 @@ parser.add_argument("--out", type=Path, default=Path("runs/tuning"))
 args = parser.parse_args()
 
 warnings.filterwarnings("ignore", ".*(does not have many workers|logging interval|Checkpoint directory|LeafSpec).*")
-logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
 torch.set_num_threads(1)  # the networks are small: a second thread would only wait
 
 # %% [markdown]
@@ -74,15 +72,15 @@ class Digits(LightningModule):
 
 
 # %% [markdown]
-# Eight runs: two learning rates, two widths, with and without dropout. A tool that tunes, such as Optuna, can minimize
-# `trainer.callback_metrics["val/risk_disagreement"]`, which is what `compare_models` ranks by.
+# Eight runs: two learning rates, two widths, with and without dropout. A tool that tunes, such as Optuna, can maximize
+# `trainer.callback_metrics["val/expected_accuracy"]`, which is what `compare_models` ranks by.
 
 # %%
 paths = {}
 for lr, width, dropout in product([3e-4, 3e-3], [16, 512], [0.0, 0.5]):
     name = f"lr {lr:g}, width {width}, dropout {dropout:g}"
     seed_everything(0, verbose=False)
-    checkpoint = ModelCheckpoint(args.out / name, monitor="val/risk_criterion")
+    checkpoint = ModelCheckpoint(args.out / name, monitor="val/expected_score")
     trainer = Trainer(
         max_epochs=args.max_epochs,
         accelerator="cpu",

@@ -11,7 +11,6 @@ noise, so `SensitivityMonitor` adds it to what the embeddings return. See docs/g
 import argparse
 import ast
 import importlib
-import logging
 import re
 import warnings
 import zlib
@@ -33,7 +32,6 @@ parser = argparse.ArgumentParser(description="Sentence classification and next-w
 parser.add_argument("--task", choices=("sentences", "words"), default="sentences")
 parser.add_argument("--quick", action="store_true", help="few samples and epochs")
 args = parser.parse_args()
-logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", ".*(does not have many workers|LeafSpec|smaller than the logging).*")
 seed_everything(0, verbose=False)
 torch.set_num_threads(1)
@@ -120,8 +118,8 @@ if args.task == "sentences":
         RiskMonitor(validation_labels=True),
         SensitivityMonitor(at=at, per_output=True),
     ]
-    names = ["train_loss", "val/loss", "val/risk_criterion", "val/output_sensitivity"]
-else:  # classes come last, (N, T, K); there is no criterion for words
+    names = ["train_loss", "val/loss", "val/expected_score", "val/output_sensitivity"]
+else:  # classes come last, (N, T, K); nothing can be expected of words
     at = "model.transformer.wte"
     monitors = [SensitivityMonitor(at=at, per_output=True, outputs=lambda result: result.logits.movedim(-1, 1))]
     names = ["train_loss", "val/loss", "val/output_sensitivity"]
@@ -131,10 +129,7 @@ samples = [sample for label, package in enumerate(PACKAGES) for sample in senten
 Random(0).shuffle(samples)
 train = DataLoader(samples[:NUM_TRAIN], 32, shuffle=True, collate_fn=collate)
 val = DataLoader(samples[NUM_TRAIN : 2 * NUM_TRAIN], 125, collate_fn=collate)
-print(
-    "epoch  "
-    + "  ".join(f"{name.removeprefix('val/').removeprefix('output_').removeprefix('risk_'):>10}" for name in names)
-)
+print("epoch  " + "  ".join(f"{name.removeprefix('val/').removeprefix('output_'):>10}" for name in names))
 quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
 Trainer(max_epochs=NUM_EPOCHS, callbacks=[*monitors, Curves()], **quiet).fit(Text(), train, val)
 
@@ -145,6 +140,6 @@ print(
 )
 best = losses.index(min(losses))
 print(f"The validation loss is lowest at epoch {best}, {losses[best]:.3f}, and {losses[-1]:.3f} at the end.")
-if "val/risk_criterion" in columns:
-    chosen = columns["val/risk_criterion"].index(min(columns["val/risk_criterion"]))
-    print(f"The criterion is lowest at epoch {chosen}, where the validation loss is {losses[chosen]:.3f}.")
+if "val/expected_score" in columns:
+    chosen = columns["val/expected_score"].index(min(columns["val/expected_score"]))
+    print(f"The expected score is lowest at epoch {chosen}, where the validation loss is {losses[chosen]:.3f}.")
