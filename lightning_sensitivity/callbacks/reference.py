@@ -25,6 +25,7 @@ T = TypeVar("T")
 
 FIRST_VALUE = 600  # training samples, in all processes, from which on there is a reference
 _SECONDS = 5.0  # after which a line says what is going on
+_SORTED = 5.0  # standard errors between the labels of two halves
 _REPEATED = 0.1  # share of validation samples that are training samples
 _SAME = 1e-10  # tolerance of their fingerprints: among 50,000 samples, others are as near as 1e-6
 
@@ -135,7 +136,8 @@ class RunReference:
         if self._is_made or not self._is_continued(known, self._unseen):
             if not self._is_made:
                 self._record.verdict = None  # of other samples
-            if not self.is_ready(trainer):
+            is_early = not is_final and known is not None and _drift(known[1])
+            if is_early or not self.is_ready(trainer):
                 return
             self._fit(trainer, known, self._unseen)
             self._is_made, self._record.is_final = True, is_final
@@ -208,7 +210,9 @@ class RunReference:
     def _make(self, features: Tensor, labels: Tensor, unseen: dict[int, _Unseen]) -> tuple[Verdict, dict[int, Tensor]]:
         """Fit the reference, and predict the samples of each loader."""
         self.fitted = fit_reference(features, labels, self._task.name, estimator=self._estimator)
-        found = {index: self.fitted.predictions(each.features) for index, each in unseen.items() if len(each.order)}
+        found = {
+            index: self.fitted.predictions(each.features).float() for index, each in unseen.items() if len(each.order)
+        }
         return Verdict.of(self.fitted), found
 
     def _warn_of_repeated(self, features: Tensor, unseen: dict[int, _Unseen]) -> None:
@@ -249,6 +253,13 @@ def gather(trainer: Trainer, values: Tensor) -> Tensor:
     if trainer.world_size == 1:
         return values
     return join_features([part.cpu() for part in gather_all_tensors(values.to(trainer.strategy.root_device))])
+
+
+def _drift(labels: Tensor) -> bool:
+    """Return whether labels ``(N, K)`` change from the first half to the second, as those of sorted samples do."""
+    first, second = labels.double().chunk(2)
+    variances = labels.double().var(0) * (1 / len(first) + 1 / max(1, len(second)))
+    return bool(((first.mean(0) - second.mean(0)).square() > _SORTED**2 * variances).any())
 
 
 @contextmanager

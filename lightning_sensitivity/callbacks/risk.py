@@ -48,6 +48,7 @@ from lightning_sensitivity.model.samples import KeptSamples
 
 SCORE = f"{EXPECTED}score"
 NUM_LABELLED = 2000  # validation samples that are kept if they have labels, over all processes
+_BETTER = 1e6  # than any value; it grows by 1 in each validation
 _WORST = float(torch.finfo(torch.float32).max)
 _SOME_VALIDATIONS = 3  # after which a network is better than a constant prediction
 _FALLING = 0.9  # of the distance in the last validation: below, a network is still learning
@@ -450,7 +451,7 @@ class RiskMonitor(Monitor):
         rows = [row for row in self.history if row["dataloader_idx"] == dataloader_idx]
         has_labels = any(row["num_labels"] > 0 for row in rows)
         is_blind = self._reference.is_final and not self._verdict.is_trusted and not has_labels
-        size = 2.0 + self.record.num_validations if is_blind else -_WORST
+        size = _BETTER + self.record.num_validations if is_blind else -_WORST
         return {name: size if self._directions()[self.prefix + name] else -size for name in self.names}
 
 
