@@ -174,13 +174,17 @@ class RunReference:
     def _gather_known(self, trainer: Trainer, rows: KeptRows, num_outputs: int) -> tuple[Tensor, Tensor] | None:
         """Gather what the reference sees of the training samples of all processes, and their labels ``(N, K)``."""
         features, labels = rows.parts()
-        joined = self._attempt(lambda: join_features(features)) if features else None
+
+        def join() -> tuple[Tensor, Tensor]:
+            y = [self._task.as_matrix(each, num_outputs).float() for each in labels]
+            return join_features(features), torch.cat(y)
+
+        own = self._attempt(join) if features else None
         if not rows.has_features:
             self._warn("Inputs are neither dense numbers nor token ids, with a row for each sample.")
-        if not trainer.strategy.reduce_boolean_decision(joined is not None) or joined is None:
+        if not trainer.strategy.reduce_boolean_decision(own is not None) or own is None:
             return None
-        y = torch.cat([self._task.as_matrix(each, num_outputs).float() for each in labels])
-        return self._attempt(lambda: (gather(trainer, joined), gather(trainer, y)))
+        return self._attempt(lambda: (gather(trainer, own[0]), gather(trainer, own[1])))
 
     def _is_continued(self, known: tuple[Tensor, Tensor] | None, unseen: dict[int, _Unseen]) -> bool:
         """Return whether training and validation samples are those of the run that is continued."""
