@@ -19,7 +19,6 @@ from lightning_sensitivity.arguments import (
     describe_error,
     refuse_on_error,
 )
-from lightning_sensitivity.callbacks import closing
 from lightning_sensitivity.callbacks.checks import (
     EXPECTED,
     check_loaders,
@@ -27,6 +26,7 @@ from lightning_sensitivity.callbacks.checks import (
     check_outputs,
     check_targets,
 )
+from lightning_sensitivity.callbacks.closing import closing_line, log_summary, summarize
 from lightning_sensitivity.callbacks.monitor import Monitor
 from lightning_sensitivity.callbacks.record import RiskRecord, Verdict
 from lightning_sensitivity.callbacks.reference import FIRST_VALUE, RunReference, gather
@@ -266,11 +266,11 @@ class RiskMonitor(Monitor):
                 for name in self.names
                 for index in range(self.num_loaders(trainer))
             }
-            self.summary = closing.summarize(trainer, curves, self.record)
-            line = closing.closing_line(trainer, self.summary)
+            self.summary = summarize(trainer, curves, self.record)
+            line = closing_line(trainer, self.summary)
             say = rank_zero_warn if self.summary["chosen_by"] == "nothing" else rank_zero_info
             say(line)
-            closing.log_summary(trainer, self.prefix, self.summary)
+            log_summary(trainer, self.prefix, self.summary)
 
     # Training samples
 

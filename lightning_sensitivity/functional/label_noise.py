@@ -37,8 +37,8 @@ def label_noise(inputs: object, labels: object, task: str = "multiclass") -> flo
         >>> x = torch.rand(1000, 2, generator=torch.Generator().manual_seed(0))
         >>> correct = (x[:, 0] > 0.5).long()
         >>> noisy = correct.where(torch.arange(1000) % 5 > 0, 1 - correct)  # 20 % are wrong
-        >>> [round(label_noise(x, labels), 2) for labels in (correct, noisy)]
-        [0.0, 0.18]
+        >>> [round(label_noise(x, labels), 1) for labels in (correct, noisy)]
+        [0.0, 0.2]
     """
     if not find_task(task).has_classes:
         raise ValueError(f"Expected `task` to be 'multiclass' or 'binary', but got {task!r}.")
