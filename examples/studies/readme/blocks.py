@@ -15,6 +15,8 @@ QUESTIONS = """
   [`SensitivityMonitor`](docs/guide/sensitivity.md) alone | |
 | Do you augment, and does the learning rate end at zero? | **No**:
   [train to the end](docs/guide/stopping.md#schedules) | |
+| Is the network pretrained? | **No**: stop [by labels](docs/guide/hold_out.md), and compare it with
+  [a probe of its features](docs/guide/finetuning.md) | it gained nothing: @pretrained@ |
 | Can you spare 100 labels? | [`RiskMonitor(validation_labels=True)`](docs/guide/labels.md); thousands:
   [`RefinedScore` alone](docs/guide/hold_out.md) | @labels@ |
 | Are positives few, or does AUC or F1 count? |
@@ -23,7 +25,6 @@ QUESTIONS = """
 | What are your data? A table | [`RiskMonitor()`](docs/guide/data.md#tables) | @tables@; large ones: @large tables@ |
 | a table with numbers as targets | [`RiskMonitor("regression")`](docs/guide/regression.md) | @regression@ |
 | photos, texts | [`RiskMonitor()`](docs/guide/data.md#images) | @photos@; texts: @texts@ |
-| a pretrained network | [set `features=`](docs/guide/finetuning.md) | @pretrained@ |
 """.replace("\n  ", " ")
 SENTENCES = """
 **Read the level on tables, not on images.** Over all epochs, expected accuracy is @level@. What is
