@@ -23,7 +23,7 @@ def row(network: str) -> str:
 
 def fit(case: str) -> str:
     found = FIGURES.loc[("a fit", case)]
-    return f"| {case} | {found['seconds']:.1f} s | {found['megabytes']:.0f} MB |"
+    return f"| {case} | {found['seconds']:.1f} s |"
 
 
 def between(case: str) -> str:
@@ -43,7 +43,7 @@ BLOCKS = {
         ["| | 2,000 training samples | 10,000 | 50,000 |", "|---|---|---|---|", *map(row, NETWORKS)]
     ),
     "cost of a fit": "\n".join(
-        ["| | time | memory |", "|---|---|---|", *map(fit, FIGURES.loc["a fit"].index)],
+        ["| | time |", "|---|---|", *map(fit, FIGURES.loc["a fit"].index)],
     ),
     "cost as samples": f"""
 A validation of `SensitivityMonitor` costs as much as training on {between("sensitivity")} samples, one of `RiskMonitor`
