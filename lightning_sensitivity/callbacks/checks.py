@@ -1,6 +1,6 @@
 """What is refused, or said, before the first training step."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
@@ -68,14 +68,14 @@ def check_monitored(trainer: Trainer, prefix: str, directions: Mapping[str, bool
     """
     for owner, monitor in callbacks_that_monitor(trainer):
         name = monitor.partition("/dataloader_idx_")[0]
-        who = type(owner).__name__
         if name.startswith(f"{prefix}{EXPECTED}") and name not in directions:
-            known = ", ".join(f"`{each}`" for each in directions)
-            raise Refused(f"`{who}` monitors `{monitor}`, which is not logged. There are {known}.", entry="names")
+            raise _not_logged(owner, monitor, directions)
         mode = getattr(owner, "mode", None)
         best = "max" if directions.get(name) else "min"
         if name in directions and mode in ("min", "max") and mode != best:
-            raise Refused(f"`mode` should be {best!r} for `{monitor}`, got {mode!r} in `{who}`.", entry="names")
+            raise Refused(
+                f"`mode` should be {best!r} for `{monitor}`, got {mode!r} in `{type(owner).__name__}`.", entry="names"
+            )
 
 
 def check_loaders(trainer: Trainer, prefix: str, names: Sequence[str]) -> None:
@@ -91,10 +91,13 @@ def check_loaders(trainer: Trainer, prefix: str, names: Sequence[str]) -> None:
     """
     for owner, monitor in callbacks_that_monitor(trainer):
         if monitor.startswith(f"{prefix}{EXPECTED}") and monitor not in names:
-            known = ", ".join(f"`{each}`" for each in names)
-            raise Refused(
-                f"`{type(owner).__name__}` monitors `{monitor}`, which is not logged. There are {known}.", "names"
-            )
+            raise _not_logged(owner, monitor, names)
+
+
+def _not_logged(owner: object, monitor: str, names: Iterable[str]) -> Refused:
+    """Make the error for who monitors a name that is not among those that are logged."""
+    known = ", ".join(f"`{each}`" for each in names)
+    return Refused(f"`{type(owner).__name__}` monitors `{monitor}`, which is not logged. There are {known}.", "names")
 
 
 def callbacks_that_monitor(trainer: Trainer) -> list[tuple[object, str]]:

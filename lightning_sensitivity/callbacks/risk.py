@@ -123,8 +123,8 @@ class RiskMonitor(Monitor):
         is_complete = all(hasattr(reference, each) for each in ("fit", "get_params", needs))
         can_fit = reference is None or (is_complete and not isinstance(reference, type))
         check_argument("reference", reference, can_fit, f"an estimator of scikit-learn with `{needs}`, or None")
-        self.reader = BatchReader(inputs=inputs, outputs=outputs, targets=targets, features=features, task=TASKS[task])
-        super().__init__(self.reader, num_samples, prefix, prog_bar)
+        reader = BatchReader(inputs=inputs, outputs=outputs, targets=targets, features=features, task=TASKS[task])
+        super().__init__(reader, num_samples, prefix, prog_bar)
         if validation_labels and num_samples is not None:
             self.num_samples = max(num_samples, NUM_LABELLED)
         self.task = TASKS[task]
@@ -294,7 +294,7 @@ class RiskMonitor(Monitor):
             outputs = self.check_model(run, call)
         output_shape = tuple(outputs.shape[1:])
         labels = self.reader.labels(module, batch, output_shape)
-        check_targets(labels, len(outputs), TASKS[self.task.name])
+        check_targets(labels, len(outputs), self.task)
         if self._has_default:
             self.metrics = default_metrics(self.task, math.prod(output_shape))
             check_monitored(trainer, self.prefix, self._directions())

@@ -117,7 +117,9 @@ class Reference:
 
     @property
     def residuals(self) -> Tensor:
-        """Quantiles of the left-out errors, with their mean square, ``(20, K)``; see :func:`draw_labels`."""
+        """Quantiles of the left-out errors, with their mean square, ``(20, K)``, in a regression; else none."""
+        if self._task.has_classes:
+            return self.labels[:0]
         errors = self.labels - self.left_out
         places = (torch.arange(NUM_DRAWS, dtype=errors.dtype) + 0.5) / NUM_DRAWS
         found = torch.quantile(errors[:: math.ceil(len(errors) / _MANY)], places, dim=0)
