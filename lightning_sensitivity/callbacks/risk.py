@@ -412,7 +412,9 @@ class RiskMonitor(Monitor):
         outputs, q, draws = outputs[is_finite], q[is_finite], self._draws[key][:, is_finite]
         expected = expected_values(outputs, q, draws, self.metrics, self.task, self._verdict.score)
         if dataloader_idx == 0:
-            self._check_network(expected["score"], is_unrelated(outputs, q, self.task))
+            self._check_network(
+                expected["score"], is_unrelated(outputs, q, self.task, expected["score"], self._verdict.score)
+            )
         return expected
 
     def _check_network(self, score: float, is_bad: bool) -> None:

@@ -55,8 +55,12 @@ def expected_score(logits: Any, q: Any, task: str = "multiclass", error: float =
     """
     kind, q = find_task(task), as_tensor("q", q)
     score, temperature = refined_score(logits, q, task)
-    rest = kind.uncertainties(kind.as_matrix(q).double()).mean()
-    return Refined(score + float(rest) + (0.0 if kind.has_classes else error), temperature)
+    return Refined(score + _uncertainty(kind.as_matrix(q), kind, error), temperature)
+
+
+def _uncertainty(q: Tensor, task: Task, error: float) -> float:
+    """Return the score of the predictions themselves: E q(1 - q), or the left-out error in a regression."""
+    return float(task.uncertainties(q.double()).mean()) if task.has_classes else error
 
 
 def draw_labels(q: Tensor, task: str = "multiclass", residuals: Tensor | None = None) -> Tensor:
@@ -174,10 +178,9 @@ def expected_values(
         error: The left-out squared error of the reference, which counts in a regression.
     """
     score, temperature = lowest_score(outputs, q, task)
-    rest = float(task.uncertainties(q).mean()) if task.has_classes else error
     p = task.predictions(outputs)
     found = {name: float(metric_value(metric, p, draws, task)) for name, metric in metrics.items()}
-    return {"score": score + rest, "temperature": temperature} | found
+    return {"score": score + _uncertainty(q, task, error), "temperature": temperature} | found
 
 
 def join_values(expected: Mapping[str, float], labels: Mapping[str, float], num_labels: int) -> dict[str, float]:
@@ -195,16 +198,18 @@ def join_values(expected: Mapping[str, float], labels: Mapping[str, float], num_
     return found | {"temperature": labels["temperature"] if num_labels > 0 else expected["temperature"]}
 
 
-def is_unrelated(outputs: Tensor, q: Tensor, task: Task) -> bool:
+def is_unrelated(outputs: Tensor, q: Tensor, task: Task, score: float, error: float) -> bool:
     """Return whether a network is worse than a constant prediction, as if it had learned other targets.
 
     Args:
         outputs: Outputs ``(N, K)``, finite.
         q: The predictions of a reference, ``(N, K)``.
         task: The task. Of classes, it must be sure of itself, and not correlated with the reference.
+        score: The score to expect of the outputs.
+        error: As for :func:`expected_values`.
     """
     mean = q.mean(0)
-    if lowest_score(outputs, q, task).score <= float(task.distances(mean.expand_as(q), q).mean()):
+    if score <= float(task.distances(mean.expand_as(q), q).mean()) + _uncertainty(q, task, error):
         return False
     if not task.has_classes:
         return True

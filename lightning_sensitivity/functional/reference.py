@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -121,8 +122,8 @@ class Reference:
         if self._task.has_classes:
             return self.labels[:0]
         errors = self.labels - self.left_out
-        places = (torch.arange(NUM_DRAWS, dtype=errors.dtype) + 0.5) / NUM_DRAWS
-        found = torch.quantile(errors[:: math.ceil(len(errors) / _MANY)], places, dim=0)
+        places = (np.arange(NUM_DRAWS) + 0.5) / NUM_DRAWS
+        found = torch.from_numpy(np.quantile(errors[:: math.ceil(len(errors) / _MANY)].numpy(), places, axis=0))
         found = found - found.mean(0)
         scale = errors.square().mean(0).sqrt() / found.square().mean(0).sqrt()
         return found * scale.nan_to_num(0.0, 0.0, 0.0)

@@ -17,8 +17,16 @@ from torchmetrics.classification import (
     MulticlassCalibrationError,
 )
 
-from lightning_sensitivity.functional import draw_labels, expected_metric, expected_score, fit_reference, refined_score
+from lightning_sensitivity.functional import (
+    Reference,
+    draw_labels,
+    expected_metric,
+    expected_score,
+    fit_reference,
+    refined_score,
+)
 from lightning_sensitivity.functional.expected import default_metrics
+from lightning_sensitivity.functional.learners import Learner
 from lightning_sensitivity.functional.refined_score import TEMPERATURES
 from lightning_sensitivity.functional.tasks import TASKS
 
@@ -108,6 +116,13 @@ def test_targets_are_drawn_with_the_errors_of_the_reference() -> None:
     torch.testing.assert_close((targets - q).square().mean((0, 1)), errors)
     skewed = (targets - q).mean(1).sort(0).values
     assert (skewed[-1] > -2 * skewed[0]).all()  # as the noise is
+
+
+def test_the_errors_of_thousands_of_targets_have_quantiles() -> None:
+    y = torch.randn(10_000, 1, generator=torch.Generator().manual_seed(0)).expand(-1, 1700)
+    learner = Learner("mean", "none", torch.zeros_like(y), y, lambda new: new, 1.0)
+    residuals = Reference("regression", "vectors", y.shape, learner, torch.arange(10_000)).residuals
+    assert residuals.shape == (20, 1700) and residuals[-1, 0] == pytest.approx(2, abs=0.1)
 
 
 # The metrics
