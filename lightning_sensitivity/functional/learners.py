@@ -21,7 +21,8 @@ _PART = 1000  # samples on which the numbers of a learner are chosen
 _FEWEST = 4  # samples
 
 _SHARES, _LEAVES = ("sqrt", 0.5, 1.0), (2, 5, 15, 40)  # of columns tried at a split; samples in a leaf
-_TREES_OF_PART, _TREES = 80, 150
+_TREES_OF_PART, _TREES, _FEWEST_TREES = 80, 150, 75
+_TARGETS_OF_TREES = 15_000_000  # rows times classes times trees, above which there are fewer trees
 _MAX_TARGETS, _MAX_CELLS = 500_000, 2_500_000  # rows times classes, and times columns, of a forest
 _FEWEST_ROWS = 2000  # of a forest, unless there are no more
 
@@ -127,7 +128,8 @@ def _fit_forest(inputs: Tensor, labels: Tensor, task: Task) -> Learner:
 
     leaf = min(_LEAVES, key=lambda leaf: score(_SHARES[1], leaf))
     share = min(_SHARES, key=lambda share: score(share, leaf))
-    forest, left_out = _forest(x, y, _TREES, share, leaf)
+    trees = min(_TREES, max(_FEWEST_TREES, _TARGETS_OF_TREES // y.size))
+    forest, left_out = _forest(x, y, trees, share, leaf)
 
     def predict(new: Tensor) -> Tensor:
         columns = flat(new).cpu().double()
