@@ -71,10 +71,6 @@ class RunReference:
         self._empty = torch.zeros(0, 1)  # features of no sample
         self._unseen: dict[int, _Unseen] | None = None  # by loader
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave the fitted reference out of a pickle, or a copy: it has functions that can't be pickled."""
-        return self.__dict__ | {"fitted": None}
-
     # Training samples
 
     def add(self, trainer: Trainer, module: LightningModule, batch: object, batch_idx: int, num_outputs: int) -> None:

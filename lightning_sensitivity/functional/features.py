@@ -1,11 +1,12 @@
 """Features for the reference, by kind of input: columns, random patches of images and signals, bags of words.
 
 A maker looks at the inputs of training samples, and returns a function that turns inputs of any samples into rows
-of numbers. Random numbers are the same in every call, and global streams are not touched.
+of numbers, and can be pickled. Random numbers are the same in every call, and global streams are not touched.
 """
 
 import math
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -114,14 +115,17 @@ def columns(inputs: Tensor) -> Transform:
 
 def places(ids: Tensor) -> Transform:
     """Take integers as columns of a table, for those who have one; other samples may be shorter or longer."""
-    transform, length = columns(ids), ids.shape[1]
-    return lambda new: transform(F.pad(new, (0, length - new.shape[1]), value=-1))
+    return partial(_fit_length, transform=columns(ids), length=ids.shape[1])
+
+
+def _fit_length(ids: Tensor, transform: Transform, length: int) -> Tensor:
+    found: Tensor = transform(F.pad(ids, (0, length - ids.shape[1]), value=-1))
+    return found
 
 
 def values(inputs: Tensor) -> Transform:
     """Take all numbers of a sample in the units that they have."""
-    mean = _in_parts(flat, inputs).mean(0)
-    return lambda new: flat(new) - mean
+    return partial(_scaled, transform=flat, mean=_in_parts(flat, inputs).mean(0), scale=1.0)
 
 
 def flat(inputs: Tensor) -> Tensor:
@@ -140,7 +144,12 @@ def _standardized(transform: Transform, features: Tensor, floor: float) -> Trans
     """Scale what a transform gives by means and standard deviations of some of its features."""
     mean = features.mean(0)
     scale = _scale(features, 0) + floor * features.std(correction=0)
-    return lambda inputs: (transform(inputs) - mean) / scale
+    return partial(_scaled, transform=transform, mean=mean, scale=scale)
+
+
+def _scaled(inputs: Tensor, transform: Transform, mean: Tensor, scale: Tensor | float) -> Tensor:
+    found: Tensor = (transform(inputs) - mean) / scale
+    return found
 
 
 def _scale(x: Tensor, dims: int | tuple[int, ...]) -> Tensor:
@@ -158,22 +167,22 @@ def patches(inputs: Tensor) -> Transform:
     """
     images = _as_images(inputs)
     mean, scale = (each[:, None, None] for each in (images.mean((0, 2, 3)), _scale(images, (0, 2, 3))))
-    size = _patch_size(inputs)
-    filters, offsets = _filters(_random_patches((images - mean) / scale, *size))
+    filters, offsets = _filters(_random_patches((images - mean) / scale, *_patch_size(inputs)))
     filters, offsets = filters.to(images.device), offsets.to(images.device)[:, None, None]
-    strides = [2 if side >= _COARSE else 1 for side in images.shape[2:]]
-    cells = (1, 4) if inputs.ndim == 3 else (2, 2)
-
-    def responses(new: Tensor) -> Tensor:
-        batch = (_as_images(new) - mean) / scale
-        average = F.avg_pool2d(batch.mean(1, keepdim=True), size, strides)
-        power = F.avg_pool2d(batch.square().mean(1, keepdim=True), size, strides)
-        contrast = ((power - average.square()).clamp(min=0) + _CONTRAST**2).sqrt()
-        response = F.softshrink(F.conv2d(batch, filters, stride=strides) / contrast - offsets, _THRESHOLD)
-        pooled = [F.adaptive_avg_pool2d(each.clamp(min=0), cells).flatten(1) for each in (response, -response)]
-        return torch.cat(pooled, 1)
-
+    responses = partial(_responses, mean=mean, scale=scale, filters=filters, offsets=offsets)
     return _standardized(responses, _in_parts(responses, _some(inputs)), floor=_RARE)
+
+
+def _responses(inputs: Tensor, mean: Tensor, scale: Tensor, filters: Tensor, offsets: Tensor) -> Tensor:
+    batch, size = (_as_images(inputs) - mean) / scale, filters.shape[2:]
+    strides = [2 if side >= _COARSE else 1 for side in batch.shape[2:]]
+    average = F.avg_pool2d(batch.mean(1, keepdim=True), size, strides)
+    power = F.avg_pool2d(batch.square().mean(1, keepdim=True), size, strides)
+    contrast = ((power - average.square()).clamp(min=0) + _CONTRAST**2).sqrt()
+    response = F.softshrink(F.conv2d(batch, filters, stride=strides) / contrast - offsets, _THRESHOLD)
+    cells = (1, 4) if inputs.ndim == 3 else (2, 2)
+    pooled = [F.adaptive_avg_pool2d(each.clamp(min=0), cells).flatten(1) for each in (response, -response)]
+    return torch.cat(pooled, 1)
 
 
 def _some(inputs: Tensor) -> Tensor:
@@ -231,10 +240,18 @@ def words(ids: Tensor) -> Transform:
     try:
         vectorizer.fit(ids.tolist())
     except ValueError:  # no word is in two texts
-        return lambda new: torch.zeros(len(new), 1)
+        return _no_words
     is_pair = [len(each) > 1 for each in vectorizer.get_feature_names_out()]
     vectorizer.idf_ = np.where(is_pair, _PAIR_WEIGHT, 1.0) * vectorizer.idf_
-    return lambda new: vectorizer.transform(new.tolist())
+    return partial(_counts, vectorizer=vectorizer)
+
+
+def _no_words(ids: Tensor) -> Tensor:
+    return torch.zeros(len(ids), 1)
+
+
+def _counts(ids: Tensor, vectorizer: Any) -> Any:
+    return vectorizer.transform(ids.tolist())
 
 
 def _words(ids: list[int]) -> list[tuple[int, ...]]:

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lightning_sensitivity.functional.features import feature_makers, flat, kind_of, make_rows
+from lightning_sensitivity.functional.features import Transform, feature_makers, flat, kind_of, make_rows
 from lightning_sensitivity.functional.tasks import Task
 
 Array: TypeAlias = Any  # of NumPy, or a sparse matrix of SciPy
@@ -45,7 +46,7 @@ class Learner:
         features: What it sees of the inputs, such as ``"patches"``.
         left_out: What it would have predicted of each sample without it, ``(N, K)``.
         labels: The labels of the same samples, ``(N, K)``.
-        predict: Predicts new inputs, ``(M, K)``.
+        predict: Predicts new inputs, ``(M, K)``, as they may be: probabilities from 0 to 1.
         score: The mean squared difference of the two, as the task has it.
     """
 
@@ -79,13 +80,21 @@ def fit_learners(inputs: Tensor, labels: Tensor, task: Task) -> tuple[Learner, T
 def _make(name: str, features: str, left_out: Array, labels: Tensor, predict: Predict, task: Task) -> Learner:
     found = task.clip(torch.from_numpy(np.asarray(left_out, dtype=np.float64)).reshape(len(labels), -1))
     score = float(task.distances(found, labels).mean())
-    return Learner(name, features, found, labels, lambda new: task.clip(predict(new)), score)
+    return Learner(name, features, found, labels, partial(_clipped, predict=predict, task=task), score)
+
+
+def _clipped(inputs: Tensor, predict: Predict, task: Task) -> Tensor:
+    return task.clip(predict(inputs))
 
 
 def _mean(labels: Tensor, task: Task) -> Learner:
     """Predict the mean label: there are too few samples to learn from."""
-    mean = labels.mean(0)
-    return _make("mean", "none", mean.repeat(len(labels), 1), labels, lambda new: mean.repeat(len(new), 1), task)
+    predict = partial(_repeat, row=labels.mean(0))
+    return _make("mean", "none", predict(labels), labels, predict, task)
+
+
+def _repeat(inputs: Tensor, row: Tensor) -> Tensor:
+    return row.repeat(len(inputs), 1)
 
 
 def spread(number: int, most: int) -> Tensor:
@@ -130,14 +139,13 @@ def _fit_forest(inputs: Tensor, labels: Tensor, task: Task) -> Learner:
     share = min(_SHARES, key=lambda share: score(share, leaf))
     trees = min(_TREES, max(_FEWEST_TREES, _TARGETS_OF_TREES // y.size))
     forest, left_out = _forest(x, y, trees, share, leaf)
+    return _make("forest", "columns", left_out, labels, partial(_predict_columns, forest=forest), task)
 
-    def predict(new: Tensor) -> Tensor:
-        columns = flat(new).cpu().double()
-        columns = pad(columns, (0, x.shape[1] - columns.shape[1]), value=-1)  # rows of integers may have any length
-        found = forest.predict(columns.numpy())
-        return torch.from_numpy(found).reshape(len(new), -1)
 
-    return _make("forest", "columns", left_out, labels, predict, task)
+def _predict_columns(inputs: Tensor, forest: Any) -> Tensor:
+    columns = flat(inputs).cpu().double()
+    columns = pad(columns, (0, forest.n_features_in_ - columns.shape[1]), value=-1)  # integers may have any length
+    return torch.from_numpy(forest.predict(columns.numpy())).reshape(len(inputs), -1)
 
 
 def _forest(x: Array, y: Array, trees: int, share: Any, leaf: int) -> tuple[Any, Array]:
@@ -178,7 +186,12 @@ def _fit_ridge(inputs: Tensor, labels: Tensor, task: Task) -> Learner:
     transform = transforms[best.features]
     centres = _CENTRES.get(kind_of(inputs), _MANY_CENTRES)
     model = _KernelRidge(make_rows(transform, inputs), labels.numpy(), best.gamma, _near(best.alpha), centres)
-    return _make("ridge", best.features, model.left_out, labels, lambda new: model(make_rows(transform, new)), task)
+    predict = partial(_predict_rows, model=model, transform=transform)
+    return _make("ridge", best.features, model.left_out, labels, predict, task)
+
+
+def _predict_rows(inputs: Tensor, model: Callable[[Array], Array], transform: Transform) -> Tensor:
+    return torch.from_numpy(model(make_rows(transform, inputs)))
 
 
 def _near(alpha: float) -> tuple[float, ...]:
@@ -226,13 +239,13 @@ class _KernelRidge:
         found = self._ridge.cv_results_[..., place].reshape(y.shape)
         self.left_out[:, self._occurs] = found + self._mean
 
-    def __call__(self, rows: Array) -> Tensor:
+    def __call__(self, rows: Array) -> Array:
         """Predict rows, ``(M, K)``."""
         found = np.zeros((rows.shape[0], len(self._occurs)))
         if self._occurs.any() and rows.shape[0]:
             residuals = self._ridge.predict(self._features.transform(rows)).reshape(len(found), -1)
             found[:, self._occurs] = residuals + self._mean
-        return torch.from_numpy(found)
+        return found
 
 
 # Any estimator of scikit-learn
@@ -268,20 +281,31 @@ def fit_estimator(estimator: Any, inputs: Tensor, labels: Tensor, task: Task) ->
         y, method = task.classes(labels).numpy(), "predict_proba"
     elif labels.shape[1] == 1:
         y = y[:, 0]
-    model = clone(estimator)
+    fitted = _Estimator(clone(estimator), method, labels.shape[1], task)
     with _quiet(), _own_random_numbers():
-        left_out = cross_val_predict(model, x, y, cv=min(_FOLDS, x.shape[0]), method=method)
-        model.fit(x, y)
-    classes = getattr(model, "classes_", None)
+        left_out = cross_val_predict(fitted.model, x, y, cv=min(_FOLDS, x.shape[0]), method=method)
+        fitted.model.fit(x, y)
+    predict = partial(_predict_rows, model=fitted, transform=transform)
+    return _make(type(estimator).__name__, features, fitted.as_outputs(left_out), labels, predict, task)
 
-    def as_outputs(found: Array) -> Array:
-        if not task.has_classes:
+
+@dataclass
+class _Estimator:
+    """An estimator, and how to ask it for predictions ``(N, K)``."""
+
+    model: Any
+    method: str
+    num_outputs: int
+    task: Task
+
+    def as_outputs(self, found: Array) -> Array:
+        """Give classes their columns, also those that no sample has."""
+        if not self.task.has_classes:
             return found.reshape(len(found), -1)
-        p = np.zeros((len(found), max(2, labels.shape[1])))
-        p[:, classes] = found
-        return p[:, 1:] if task.has_one_output else p
+        p = np.zeros((len(found), max(2, self.num_outputs)))
+        p[:, self.model.classes_] = found
+        return p[:, 1:] if self.task.has_one_output else p
 
-    def predict(new: Tensor) -> Tensor:
-        return torch.from_numpy(as_outputs(getattr(model, method)(make_rows(transform, new)))).double()
-
-    return _make(type(model).__name__, features, as_outputs(left_out), labels, predict, task)
+    def __call__(self, rows: Array) -> Array:
+        """Predict rows, ``(M, K)``."""
+        return self.as_outputs(getattr(self.model, self.method)(rows)).astype(np.float64)

@@ -1,6 +1,7 @@
 """What a reference predicts, and what it knows of itself."""
 
 import math
+import pickle
 from typing import Any
 
 import numpy as np
@@ -303,6 +304,14 @@ def test_inputs_of_other_sizes_are_fitted_to_those_that_it_knows(what: str) -> N
     found = fit_reference(known, labels)
     torch.testing.assert_close(found.predictions(other), found.predictions(known), rtol=1e-4, atol=1e-4)
     assert found.predictions(known[..., :5]).isfinite().all()
+
+
+@pytest.mark.parametrize("what", [*INPUTS, "words", "an estimator", "three samples"])
+def test_it_can_be_saved(what: str) -> None:
+    x = INPUTS.get("tokens" if what == "words" else what, INPUTS["vectors"])[: 3 if what == "three samples" else 60]
+    x = x + 1000 if what == "words" else x  # too many for columns
+    found = fit_reference(x, DIGIT[: len(x)] % 2, estimator=GaussianNB() if what == "an estimator" else None)
+    assert torch.equal(pickle.loads(pickle.dumps(found)).predictions(x), found.predictions(x))
 
 
 def test_new_samples_are_predicted_a_few_at_a_time_and_there_may_be_none(monkeypatch: pytest.MonkeyPatch) -> None:
