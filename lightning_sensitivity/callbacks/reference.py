@@ -123,20 +123,19 @@ class RunReference:
         rows = self._rows
         if self.is_final or rows is None:
             return
-        is_final = bool(trainer.strategy.reduce_boolean_decision(self._has_all(trainer, rows)))
-        if self._is_made and not is_final:
+        has_all = bool(trainer.strategy.reduce_boolean_decision(self._has_all(trainer, rows)))
+        if self._is_made and not has_all:
             return
         if self._unseen is None:
             self._unseen = {samples.dataloader_idx: self._gather_unseen(trainer, samples) for samples in kept}
-        known = self._gather_known(trainer, rows, num_outputs)
+        own = self._join(rows, num_outputs)
+        known = self._gather_known(trainer, own)
         if self._is_made or not self._is_continued(known, self._unseen):
             if not self._is_made:
                 self._record.verdict = None  # of other samples
-            is_early = not is_final and known is not None and _drift(known[1])
-            if is_early or not self.is_ready(trainer):
-                return
-            self._fit(trainer, known, self._unseen)
-            self._is_made, self._record.is_final = True, is_final
+            if self._can_fit(trainer, own, has_all):
+                self._fit(trainer, known, self._unseen)
+                self._is_made, self._record.is_final = True, has_all
         if self._record.is_final:
             self.is_final = True
             rows.clear()
@@ -167,17 +166,20 @@ class RunReference:
         fingerprints, order = fingerprints_of(features).sort()
         return _Unseen(features[order], fingerprints, order)
 
-    def _gather_known(self, trainer: Trainer, rows: KeptRows, num_outputs: int) -> tuple[Tensor, Tensor] | None:
-        """Gather what the reference sees of the training samples of all processes, and their labels ``(N, K)``."""
+    def _join(self, rows: KeptRows, num_outputs: int) -> tuple[Tensor, Tensor] | None:
+        """Join what the reference sees of the training samples of this process, and their labels ``(N, K)``."""
         features, labels = rows.parts()
 
         def join() -> tuple[Tensor, Tensor]:
             y = [self._task.as_matrix(each, num_outputs).float() for each in labels]
             return join_features(features), torch.cat(y)
 
-        own = self._attempt(join) if features else None
         if not rows.has_features:
             self._warn("Inputs are neither dense numbers nor token ids, with a row for each sample.")
+        return self._attempt(join) if features else None
+
+    def _gather_known(self, trainer: Trainer, own: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+        """Gather the same of all processes."""
         if not trainer.strategy.reduce_boolean_decision(own is not None) or own is None:
             return None
         return self._attempt(lambda: (gather(trainer, own[0]), gather(trainer, own[1])))
@@ -192,6 +194,11 @@ class RunReference:
             and bool(are_known(each.fingerprints, saved[index].fingerprints).all())
             for index, each in unseen.items()
         )
+
+    def _can_fit(self, trainer: Trainer, own: tuple[Tensor, Tensor] | None, has_all: bool) -> bool:
+        """Return whether the samples so far are enough; those that any process gets sorted are not."""
+        is_sorted = not has_all and own is not None and _drift(own[1])
+        return not trainer.strategy.reduce_boolean_decision(is_sorted, all=False) and self.is_ready(trainer)
 
     def _fit(self, trainer: Trainer, known: tuple[Tensor, Tensor] | None, unseen: dict[int, _Unseen]) -> None:
         """Fit the reference in the first process, and tell all others what is known of it, and what it predicts."""
@@ -257,8 +264,9 @@ def gather(trainer: Trainer, values: Tensor) -> Tensor:
 
 def _drift(labels: Tensor) -> bool:
     """Return whether labels ``(N, K)`` change from the first half to the second, as those of sorted samples do."""
-    first, second = labels.double().chunk(2)
-    variances = labels.double().var(0) * (1 / len(first) + 1 / max(1, len(second)))
+    y, half = labels.double(), len(labels) // 2
+    first, second = y[:half], y[half:]
+    variances = y.var(0) * (1 / max(1, half) + 1 / max(1, len(second)))
     return bool(((first.mean(0) - second.mean(0)).square() > _SORTED**2 * variances).any())
 
 

@@ -211,7 +211,16 @@ def resuming(folder: Path) -> Any:
     return known_of(whole)[0], known_of(resumed)[0], texts
 
 
-SCENARIOS = (unequal, identical, failing, failing_training, failing_features, resuming)
+def sorted_samples(folder: Path) -> Any:
+    """Each process gets its samples in the order of their classes, half of them before the first validation."""
+    x, y = labelled(800, seed=5 + rank()).tensors
+    order, monitor = y.argsort(stable=True), quick_risk()
+    train, options = batches_of(x[order], y[order], batch_size=100), {"val_check_interval": 0.5, "max_epochs": 1}
+    _, texts = fitted([monitor], Moving(), train, dealt([20, 40]), use_distributed_sampler=False, **options)
+    return monitor.record.num_references, len(monitor.history), texts
+
+
+SCENARIOS = (unequal, identical, failing, failing_training, failing_features, resuming, sorted_samples)
 
 
 def run_all(rank: int, folder: Path) -> dict[str, Any]:
@@ -254,6 +263,10 @@ def test_a_process_whose_validation_samples_have_no_features_costs_no_run(both: 
     (epochs, _, verdict), (other_epochs, texts, other_verdict) = both["failing_features"]
     assert epochs == other_epochs and len(epochs) == 2 and verdict == other_verdict
     assert any("failed on a tensor" in text and "no features" in text for text in texts)
+
+
+def test_there_is_no_early_reference_of_samples_that_each_process_gets_in_the_order_of_classes(both: Any) -> None:
+    assert both["sorted_samples"] == [(1, 1, []), (1, 1, [])]
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint")
