@@ -281,7 +281,11 @@ def _move_batch(model: nn.Module, batch: object) -> Any:
     device, module, batch = device_of(model), original_module(model), clone_tensors(batch)
     if not isinstance(module, LightningModule):
         return move_data_to_device(batch, device)
-    with isolated(model):  # a hook may draw random numbers
+
+    def transfer(batch: object) -> object:
         batch = module.on_before_batch_transfer(batch, 0)
         batch = module.transfer_batch_to_device(batch, device, 0)
         return module.on_after_batch_transfer(batch, 0)
+
+    with isolated(model) as run:
+        return run(transfer, batch)

@@ -203,18 +203,20 @@ def test_models_run_in_eval_mode_and_are_left_as_they_were(is_compiled: bool) ->
     assert [rows[name].expected for name in ("model", "other")] == pytest.approx(expected.tolist())
 
 
-def test_batches_pass_through_the_hooks_of_a_module_without_a_trace() -> None:
+def test_batches_pass_through_the_hooks_of_a_module_in_eval_mode_without_a_trace() -> None:
     class Moved(Linear):
         def on_before_batch_transfer(self, batch: list[Tensor], dataloader_idx: int) -> list[Tensor]:
             return [batch[0].add_(1), *batch[1:]]
 
         def on_after_batch_transfer(self, batch: list[Tensor], dataloader_idx: int) -> list[Tensor]:
-            return [2 * batch[0] + 0 * torch.rand(1), *batch[1:]]
+            self.num_batches.add_(1)
+            return [2 * batch[0] + self.training * torch.rand(1), *batch[1:]]
 
     model, batches = Moved(), [[inputs(NEW)]]
+    model.register_buffer("num_batches", torch.zeros(1))
     models, state = {"hooks": model, "again": model, "other": linear(1)}, torch.get_rng_state()
     moved = compare(models, batches, training=[(X, Y)])
-    assert torch.equal(batches[0][0], V) and torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(batches[0][0], V) and torch.equal(torch.get_rng_state(), state) and not model.num_batches
     plain = compare({"plain": model.net} | three(), [2 * (V + 1)], training=[(2 * (X + 1), Y)])
     assert moved["hooks"].expected == moved["again"].expected == pytest.approx(plain["plain"].expected)
 
