@@ -8,6 +8,8 @@ from typing import Any, TypeAlias
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_sensitivity.functional.tasks import Task
+
 Selector: TypeAlias = Callable[[Any], Any]  # selects a part of a batch or of a model's outputs
 
 
@@ -78,6 +80,15 @@ def check_selectors(**selectors: object) -> None:
     for name, value in selectors.items():
         is_selector = value is None or callable(value)
         check_argument(name, value, is_selector, "a function, such as `lambda x: x[0]`, or None")
+
+
+def check_estimator(name: str, estimator: object, task: Task) -> None:
+    """Require an estimator of scikit-learn, not its class, that can do a task, or None."""
+    method = "predict_proba" if task.has_classes else "predict"
+    needed = ("get_params", "fit", "predict", method)  # `cross_val_predict` wants `predict` in any case
+    is_estimator = all(hasattr(estimator, each) for each in needed) and not isinstance(estimator, type)
+    expected = f"an estimator of scikit-learn with `{method}`, or None"
+    check_argument(name, estimator, estimator is None or is_estimator, expected)
 
 
 def describe(value: object) -> str:

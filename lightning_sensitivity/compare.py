@@ -11,7 +11,14 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import move_data_to_device
 from torch import Tensor, nn
 
-from lightning_sensitivity.arguments import Refused, Selector, check_argument, check_bool, refuse_on_error
+from lightning_sensitivity.arguments import (
+    Refused,
+    Selector,
+    check_argument,
+    check_bool,
+    check_estimator,
+    refuse_on_error,
+)
 from lightning_sensitivity.compat import original_module
 from lightning_sensitivity.functional.expected import LABELS_WORTH
 from lightning_sensitivity.functional.features import kind_of
@@ -245,9 +252,7 @@ def compare_models(
     check_argument("task", task, task in TASKS, f"one of {TASK_NAMES}")
     check_bool("validation_labels", validation_labels)
     kind = TASKS[task]
-    method = "predict_proba" if kind.has_classes else "predict"
-    is_estimator = reference is None or hasattr(reference, method)
-    check_argument("reference", reference, is_estimator, f"an estimator of scikit-learn with `{method}`, or None")
+    check_estimator("reference", reference, kind)
     reader = BatchReader(inputs=inputs, outputs=outputs, targets=targets, features=features, task=kind)
     values = _Comparer(batches, training, kind, reader, reference, validation_labels).compare(models)
     return _rank(dict(zip(models, values, strict=True)), highest_first=kind.has_classes)

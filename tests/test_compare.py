@@ -305,6 +305,9 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("ignored labels", {"dataloader": [(V, 0 * L - 100)], "validation_labels": True}, "all are -100. Set it to False"),
     ("logits of another task", {"task": "binary"}, "Expected one output"),
     ("no estimator", {"reference": "forest"}, "`reference` should be"),
+    ("no predict", {"reference": Mock(["get_params", "fit", "predict_proba"])}, "`reference` should be"),
+    ("the class of an estimator", {"reference": GaussianNB}, "`reference` should be an estimator.*`predict_proba`, or"),
+    ("no probabilities", {"reference": LinearRegression()}, "`reference` should be an estimator.*`predict_proba`, or"),
     *((name, {name: []}, f"`{name}` should be ") for name in ("inputs", "validation_labels", "features", "outputs")),
 ]
 
