@@ -109,12 +109,12 @@ class RunReference:
         if has_rows and self._record.verdict is None:
             assert rows is not None
             is_enough = rows.num_seen * trainer.world_size >= FIRST_VALUE
-            has_rows = self._is_whole and (is_enough or self._has_all(trainer, rows))
+            has_rows = self._is_whole and (is_enough or self._is_over(trainer, rows) or rows.is_full)
         return bool(trainer.strategy.reduce_boolean_decision(has_rows))
 
-    def _has_all(self, trainer: Trainer, rows: KeptRows) -> bool:
-        """Return whether no more training samples will come, or fit."""
-        return rows.is_complete or rows.is_full or bool(trainer.is_last_batch)
+    def _is_over(self, trainer: Trainer, rows: KeptRows) -> bool:
+        """Return whether no more training samples will come."""
+        return rows.is_complete or bool(trainer.is_last_batch)
 
     # The reference
 
@@ -123,22 +123,31 @@ class RunReference:
         rows = self._rows
         if self.is_final or rows is None:
             return
-        has_all = bool(trainer.strategy.reduce_boolean_decision(self._has_all(trainer, rows)))
-        if self._is_made and not has_all:
+        own = self._join(rows, num_outputs)
+        is_over = trainer.strategy.reduce_boolean_decision(self._is_over(trainer, rows))
+        is_sorted = own is not None and _drift(own[1])
+        is_sorted = not is_over and trainer.strategy.reduce_boolean_decision(is_sorted, all=False)
+        is_final = is_over or (not is_sorted and trainer.strategy.reduce_boolean_decision(rows.is_full))
+        if self._is_made and not is_final:
             return
         if self._unseen is None:
             self._unseen = {samples.dataloader_idx: self._gather_unseen(trainer, samples) for samples in kept}
-        own = self._join(rows, num_outputs)
         known = self._gather_known(trainer, own)
         if self._is_made or not self._is_continued(known, self._unseen):
             if not self._is_made:
                 self._record.verdict = None  # of other samples
-            if self._can_fit(trainer, own, has_all):
+            if not is_sorted and self.is_ready(trainer):
                 self._fit(trainer, known, self._unseen)
-                self._is_made, self._record.is_final = True, has_all
+                self._is_made, self._record.is_final = True, is_final
         if self._record.is_final:
-            self.is_final = True
-            rows.clear()
+            self._finish(rows)
+
+    def _finish(self, rows: KeptRows) -> None:
+        """Free what is not needed any more."""
+        self.is_final = True
+        rows.clear()
+        for each in (self._unseen or {}).values():
+            each.features = self._empty
 
     def predictions(self, dataloader_idx: int) -> tuple[Tensor, Tensor] | None:
         """Return what the reference predicts for the kept samples of a loader, of all processes.
@@ -194,11 +203,6 @@ class RunReference:
             and bool(are_known(each.fingerprints, saved[index].fingerprints).all())
             for index, each in unseen.items()
         )
-
-    def _can_fit(self, trainer: Trainer, own: tuple[Tensor, Tensor] | None, has_all: bool) -> bool:
-        """Return whether the samples so far are enough; those that any process gets sorted are not."""
-        is_sorted = not has_all and own is not None and _drift(own[1])
-        return not trainer.strategy.reduce_boolean_decision(is_sorted, all=False) and self.is_ready(trainer)
 
     def _fit(self, trainer: Trainer, known: tuple[Tensor, Tensor] | None, unseen: dict[int, _Unseen]) -> None:
         """Fit the reference in the first process, and tell all others what is known of it, and what it predicts."""

@@ -32,13 +32,13 @@ from lightning_sensitivity.callbacks.record import RiskRecord, Verdict
 from lightning_sensitivity.callbacks.reference import FIRST_VALUE, RunReference, gather
 from lightning_sensitivity.compat import PlotType
 from lightning_sensitivity.functional.expected import (
+    all_values,
     default_metrics,
     draw_labels,
-    expected_values,
     is_unrelated,
     join_values,
     metric_value,
-    values_by_labels,
+    uncertainty,
 )
 from lightning_sensitivity.functional.reference import Reference
 from lightning_sensitivity.functional.tasks import TASK_NAMES, TASKS
@@ -51,7 +51,7 @@ NUM_LABELLED = 2000  # validation samples that are kept if they have labels, ove
 _BETTER = 1e6  # than any value; it grows by 1 in each validation
 _WORST = float(torch.finfo(torch.float32).max)
 _SOME_VALIDATIONS = 3  # after which a network is better than a constant prediction
-_FALLING = 0.9  # of the distance in the last validation: below, a network is still learning
+_FALLING = 0.9  # of the last score: below, a network is still learning
 
 
 class RiskMonitor(Monitor):
@@ -78,10 +78,11 @@ class RiskMonitor(Monitor):
         targets: A function ``batch -> labels``; by default
             :func:`~lightning_sensitivity.model.select_targets`. Labels of -100 are ignored.
         validation_labels: Use validation labels, which may be noisy, beside the reference, which counts as much as
-            1,000 of them. Up to 2,000 samples are kept.
+            1,000 of them.
         features: A function ``batch -> (N, D)``, what the reference sees; by default the inputs.
         reference: A classifier of scikit-learn with ``predict_proba``, or a regressor, to be the reference.
-        num_samples: Validation samples per loader, over all processes; None for all.
+        num_samples: Validation samples per loader, over all processes; with validation labels at least 2,000; None for
+            all.
         prefix: Prefix of the logged names.
         inputs: A function ``batch -> arguments``; see :class:`~lightning_sensitivity.model.ModelCall`.
         outputs: A function ``result -> logits``, ``(N, K)`` or ``(N,)``.
@@ -100,7 +101,7 @@ class RiskMonitor(Monitor):
         >>> callbacks = [RiskMonitor(), EarlyStopping("val/expected_score", patience=10)]
     """
 
-    measures_only_fits = True
+    only_in_fit = True
 
     def __init__(
         self,
@@ -134,7 +135,8 @@ class RiskMonitor(Monitor):
         self.record = RiskRecord()  # all of it is saved
         self._has_default = metrics is None
         self._estimator = reference
-        self._output_shape: tuple[int, ...] | None = None  # of a sample; None before the first training batch
+        self._is_started = False  # whether the first training batch was read
+        self._output_shape: tuple[int, ...] | None = None  # of a sample; None before, or if that failed
         self._draws: dict[tuple[int, int], Tensor] = {}  # labels, by loader and reference
         self._num_bad = 0  # validations in which the network was worse than a constant prediction
         self._last_score = 0.0  # that was expected
@@ -176,7 +178,8 @@ class RiskMonitor(Monitor):
         for ax, name in zip(axes[0], self.names, strict=True):
             for index in sorted({row["dataloader_idx"] for row in self.history}):
                 rows = [row for row in self.history if row["dataloader_idx"] == index]
-                ax.plot([row["epoch"] for row in rows], [row[name] for row in rows], label=f"dataloader {index}")
+                values = [row.get(name, math.nan) for row in rows]  # a resumed fit may have new metrics
+                ax.plot([row["epoch"] for row in rows], values, label=f"dataloader {index}")
             ax.set(title=self.prefix + name, xlabel="epoch")
         return figure, axes[0]
 
@@ -185,17 +188,18 @@ class RiskMonitor(Monitor):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check what can be checked by now, and forget the last fit, unless this one continues it."""
         super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
         if self._has_default:
             self.metrics = default_metrics(self.task, 2)
         check_monitored(trainer, self.prefix, self._directions())
-        if stage == "fit" and trainer.global_step == 0 and trainer.current_epoch == 0:  # raw optimizers count no steps
+        if trainer.global_step == 0 and trainer.current_epoch == 0:  # raw optimizers count no steps
             self.record = RiskRecord()
-        if stage == "fit":
-            self.summary = {}
-            self._output_shape = None
-            self._num_bad, self._last_score = 0, 0.0
-            self._draws = {}
-            self._reference = self._new_reference()
+        self.summary = {}
+        self._is_started, self._output_shape = False, None
+        self._num_bad, self._last_score = 0, 0.0
+        self._draws = {}
+        self._reference = self._new_reference()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check schedulers, too, and names of several loaders, which are known by now."""
@@ -204,7 +208,7 @@ class RiskMonitor(Monitor):
             return
         loaders = range(self.num_loaders(trainer))
         names = [self.logged_name(trainer, name, index) for name in self.names for index in loaders]
-        check_loaders(trainer, self.prefix, names)
+        check_loaders(trainer, names)
 
     def _directions(self) -> dict[str, bool]:
         """Return whether the highest value is the best, by logged name."""
@@ -270,14 +274,16 @@ class RiskMonitor(Monitor):
             line = closing_line(trainer, self.summary)
             say = rank_zero_warn if self.summary["chosen_by"] == "nothing" else rank_zero_info
             say(line)
+        with self.reporter.report_failure("could not write the summary to a logger", "It is in `summary`."):
             log_summary(trainer, self.prefix, self.summary)
 
     # Training samples
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         """Check the first batch of a run, and keep samples of its first epoch."""
-        if self._output_shape is None:
-            with self.reporter.report_failure("cannot measure the risk", "Nothing is expected in this fit."):
+        if not self._is_started:
+            self._is_started = True
+            with self.reporter.report_failure("can't read the first training batch", "Nothing is expected in this fit."):
                 self._start(trainer, pl_module, batch)
         if self._output_shape is not None:
             with (
@@ -378,7 +384,9 @@ class RiskMonitor(Monitor):
         if not bool(is_finite.any()) or (found is None and not bool((has_label & is_finite).any())):
             return {} if bool(is_finite.any()) or not len(outputs) else dict.fromkeys(self.names, math.nan)
         counts = has_label & is_finite
-        chosen = values_by_labels(outputs[counts], labels[counts], self.metrics, self.task)
+        y = labels[counts]
+        drawn = self.task.classes(y) if self.task.has_classes else y
+        chosen = all_values(outputs[counts], y, drawn[None], self.metrics, self.task)
         if found is not None:
             order, q = found
             expected = self._expect(dataloader_idx, outputs[order], q, is_finite[order])
@@ -410,11 +418,11 @@ class RiskMonitor(Monitor):
         if key not in self._draws:
             self._draws[key] = draw_labels(q, self.task.name, self._verdict.residuals)
         outputs, q, draws = outputs[is_finite], q[is_finite], self._draws[key][:, is_finite]
-        expected = expected_values(outputs, q, draws, self.metrics, self.task, self._verdict.score)
+        expected = all_values(outputs, q, draws, self.metrics, self.task)
+        is_bad = is_unrelated(outputs, q, self.task, expected["score"])
+        expected["score"] += uncertainty(q, self.task, self._verdict.score)
         if dataloader_idx == 0:
-            self._check_network(
-                expected["score"], is_unrelated(outputs, q, self.task, expected["score"], self._verdict.score)
-            )
+            self._check_network(expected["score"], is_bad)
         return expected
 
     def _check_network(self, score: float, is_bad: bool) -> None:
@@ -437,7 +445,9 @@ class RiskMonitor(Monitor):
             message = f"on {where}: {num_non_finite} samples gave nan or inf, and were left out."
             self.reporter.warn("nan", message, num_non_finite, kind=str(dataloader_idx))
         if self.validation_labels and not bool(has_label.any()):
-            message = f"found no label in the batches of {where}, and does without. If they have some, set `targets=`."
+            message = (
+                f"found no label in the batches of {where}, so labels are not used. If they have some, set `targets=`."
+            )
             self.reporter.warn("labels", message, kind="none")
 
     def _warn_if_blind(self) -> None:

@@ -55,15 +55,16 @@ def expected_score(logits: Any, q: Any, task: str = "multiclass", error: float =
     """
     kind, q = find_task(task), as_tensor("q", q)
     score, temperature = refined_score(logits, q, task)
-    return Refined(score + _uncertainty(kind.as_matrix(q), kind, error), temperature)
+    is_finite = as_tensor("logits", logits).reshape(len(q), -1).isfinite().all(1)
+    return Refined(score + uncertainty(kind.as_matrix(q)[is_finite.to(q.device)], kind, error), temperature)
 
 
-def _uncertainty(q: Tensor, task: Task, error: float) -> float:
-    """Return the score of the predictions themselves: E q(1 - q), or the left-out error in a regression."""
-    return float(task.uncertainties(q.double()).mean()) if task.has_classes else error
+def uncertainty(q: Tensor, task: Task, error: float) -> float:
+    """Return the score of a reference's predictions: E q(1 - q), or the left-out squared error in a regression."""
+    return float(task.uncertainties(q.double()).mean()) + (0.0 if task.has_classes else error)
 
 
-def draw_labels(q: Tensor, task: str = "multiclass", residuals: Tensor | None = None) -> Tensor:
+def draw_labels(q: Any, task: str = "multiclass", residuals: Tensor | None = None) -> Tensor:
     """Draw labels from the predictions of a reference: 20 a sample, at evenly spaced quantiles.
 
     The quantiles of a sample begin at an offset of its own, so that rare classes get their share. There are no random
@@ -85,12 +86,13 @@ def draw_labels(q: Tensor, task: str = "multiclass", residuals: Tensor | None = 
         15
     """
     kind = find_task(task)
+    p = kind.as_matrix(as_tensor("q", q))
     if not kind.has_classes:
-        return q[None] if residuals is None else q + residuals.to(q)[:, None]
+        return p[None] if residuals is None else p + residuals.to(p)[:, None]
+    p = p.double().cpu()
+    p = torch.cat([1 - p, p], 1) if kind.has_one_output else p
     offsets = torch.arange(1, len(q) + 1, dtype=torch.float64) * _GOLDEN_RATIO % 1
     quantiles = (torch.arange(NUM_DRAWS)[:, None] + offsets) / NUM_DRAWS  # (20, N)
-    p = q.double().cpu()
-    p = torch.cat([1 - p, p], 1) if kind.has_one_output else p
     ends = p.cumsum(1)
     return torch.searchsorted(ends / ends[:, -1:], quantiles.T.contiguous(), right=True).clamp(max=p.shape[1] - 1).T
 
@@ -145,42 +147,26 @@ def metric_value(metric: Metric, predictions: Tensor, labels: Tensor, task: Task
     return value
 
 
-def values_by_labels(outputs: Tensor, labels: Tensor, metrics: Mapping[str, Metric], task: Task) -> dict[str, float]:
-    """Compute the refined score, its temperature, and metrics by labels.
+def all_values(
+    outputs: Tensor, y: Tensor, draws: Tensor, metrics: Mapping[str, Metric], task: Task
+) -> dict[str, float]:
+    """Compute the refined score, its temperature, and metrics, by labels or by what a reference predicts.
 
     Args:
         outputs: Outputs ``(N, K)``, finite.
-        labels: Labels as a matrix ``(N, K)``. Metrics of a single class, or of no label, are nan.
+        y: Labels as a matrix, or predictions, ``(N, K)``.
+        draws: The same as one or more labels for each sample, ``(R, N)``; in a regression ``(R, N, K)``. Metrics of
+            no label, or of a single class, are nan.
         metrics: Metrics by name.
         task: The task.
     """
-    score, temperature = lowest_score(outputs, labels, task)
-    classes = task.classes(labels)
-    is_enough = len(labels) > 0 and (not task.has_classes or bool((classes != classes[0]).any()))
-    p, y = task.predictions(outputs), (classes if task.has_classes else labels)[None]
+    score, temperature = lowest_score(outputs, y, task)
+    is_enough = draws.numel() > 0 and (not task.has_classes or bool((draws != draws[0, 0]).any()))
+    p = task.predictions(outputs)
     found = {
-        name: float(metric_value(metric, p, y, task)) if is_enough else math.nan for name, metric in metrics.items()
+        name: float(metric_value(metric, p, draws, task)) if is_enough else math.nan for name, metric in metrics.items()
     }
     return {"score": score, "temperature": temperature} | found
-
-
-def expected_values(
-    outputs: Tensor, q: Tensor, draws: Tensor, metrics: Mapping[str, Metric], task: Task, error: float
-) -> dict[str, float]:
-    """Compute the same, as it is to be expected if labels are drawn from the predictions of a reference.
-
-    Args:
-        outputs: Outputs ``(N, K)``, finite.
-        q: The predictions ``(N, K)``.
-        draws: Labels that were drawn from them, by :func:`draw_labels`.
-        metrics: Metrics by name.
-        task: The task.
-        error: The left-out squared error of the reference, which counts in a regression.
-    """
-    score, temperature = lowest_score(outputs, q, task)
-    p = task.predictions(outputs)
-    found = {name: float(metric_value(metric, p, draws, task)) for name, metric in metrics.items()}
-    return {"score": score + _uncertainty(q, task, error), "temperature": temperature} | found
 
 
 def join_values(expected: Mapping[str, float], labels: Mapping[str, float], num_labels: int) -> dict[str, float]:
@@ -198,18 +184,17 @@ def join_values(expected: Mapping[str, float], labels: Mapping[str, float], num_
     return found | {"temperature": labels["temperature"] if num_labels > 0 else expected["temperature"]}
 
 
-def is_unrelated(outputs: Tensor, q: Tensor, task: Task, score: float, error: float) -> bool:
+def is_unrelated(outputs: Tensor, q: Tensor, task: Task, score: float) -> bool:
     """Return whether a network is worse than a constant prediction, as if it had learned other targets.
 
     Args:
         outputs: Outputs ``(N, K)``, finite.
         q: The predictions of a reference, ``(N, K)``.
         task: The task. Of classes, it must be sure of itself, and not correlated with the reference.
-        score: The score to expect of the outputs.
-        error: As for :func:`expected_values`.
+        score: The refined score of the outputs against q.
     """
     mean = q.mean(0)
-    if score <= float(task.distances(mean.expand_as(q), q).mean()) + _uncertainty(q, task, error):
+    if score <= float(task.distances(mean.expand_as(q), q).mean()):
         return False
     if not task.has_classes:
         return True

@@ -1,5 +1,7 @@
 """Two learners that know what they would have predicted of a sample without it, and any other of scikit-learn's."""
 
+import math
+import random
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,8 +32,7 @@ _FEWEST_ROWS = 2000  # of a forest, unless there are no more
 _WIDTHS = (0.1, 0.4, 1.6, 6.4)  # of the kernel, times the median squared distance
 _ALPHAS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 _MAX_RIDGE_ROWS = 10_000
-_CENTRES_OF_PART, _CENTRES = 500, {"vectors": 1000}  # of Nystroem features; 2,000 of all else
-_MANY_CENTRES = 2000
+_CENTRES_OF_PART, _CENTRES, _MANY_CENTRES = 500, 1000, 2000  # of Nystroem features: of vectors, and of all else
 _PAIRS = 500  # samples whose distances give the median
 _EQUAL = 1e-12  # relative squared distance of equal samples
 _FOLDS = 5
@@ -167,49 +168,33 @@ def _forest(x: Array, y: Array, trees: int, share: Any, leaf: int) -> tuple[Any,
 # Ridge regression on features of a kernel
 
 
-@dataclass
-class _Kernel:
-    """What was chosen on a part: features, the width of the kernel, the ridge, and its left-out score."""
-
-    features: str
-    gamma: float
-    alpha: float
-    score: float
-
-
 def _fit_ridge(inputs: Tensor, labels: Tensor, task: Task) -> Learner:
     """Fit ridge regression on Nystroem features; left-out predictions have a closed form."""
     transforms = {name: make(inputs) for name, make in feature_makers(inputs).items()}
     part = spread(len(inputs), _PART)
-    found = [_choose(name, make_rows(each, inputs[part]), labels[part]) for name, each in transforms.items()]
-    best = min(found, key=lambda each: each.score)
-    transform = transforms[best.features]
-    centres = _CENTRES.get(kind_of(inputs), _MANY_CENTRES)
-    model = _KernelRidge(make_rows(transform, inputs), labels.numpy(), best.gamma, _near(best.alpha), centres)
+    found = {name: _choose(make_rows(each, inputs[part]), labels[part]) for name, each in transforms.items()}
+    features = min(found, key=lambda name: found[name].score)
+    best, transform = found[features], transforms[features]
+    place = _ALPHAS.index(best.alpha)
+    alphas = _ALPHAS[max(0, place - 1) : place + 2]
+    centres = _CENTRES if kind_of(inputs) == "vectors" else _MANY_CENTRES
+    model = _KernelRidge(make_rows(transform, inputs), labels.numpy(), best.gamma, alphas, centres)
     predict = partial(_predict_rows, model=model, transform=transform)
-    return _make("ridge", best.features, model.left_out, labels, predict, task)
+    return _make("ridge", features, model.left_out, labels, predict, task)
 
 
 def _predict_rows(inputs: Tensor, model: Callable[[Array], Array], transform: Transform) -> Tensor:
     return torch.from_numpy(model(make_rows(transform, inputs)))
 
 
-def _near(alpha: float) -> tuple[float, ...]:
-    place = _ALPHAS.index(alpha)
-    return _ALPHAS[max(0, place - 1) : place + 2]
-
-
-def _choose(features: str, rows: Array, labels: Tensor) -> _Kernel:
-    """Choose width and ridge by the left-out score on a part."""
+def _choose(rows: Array, labels: Tensor) -> "_KernelRidge":
+    """Choose the width of the kernel and the ridge by the left-out score on a part."""
     from sklearn.metrics import pairwise
 
-    distances = pairwise.euclidean_distances(rows[:_PAIRS], squared=True)
+    distances = pairwise.euclidean_distances(rows[:: math.ceil(rows.shape[0] / _PAIRS)], squared=True)
     positive = distances[distances > _EQUAL * distances.max()]
     median = float(np.median(positive)) if len(positive) else 1.0
-    found = []
-    for width in _WIDTHS:
-        model = _KernelRidge(rows, labels.numpy(), 1 / (width * median), _ALPHAS, _CENTRES_OF_PART)
-        found.append(_Kernel(features, 1 / (width * median), model.alpha, model.score))
+    found = (_KernelRidge(rows, labels.numpy(), 1 / (width * median), _ALPHAS, _CENTRES_OF_PART) for width in _WIDTHS)
     return min(found, key=lambda each: each.score)
 
 
@@ -221,6 +206,7 @@ class _KernelRidge:
         from sklearn.linear_model import RidgeCV
 
         num_centres = min(num_centres, rows.shape[0])
+        self.gamma = gamma
         self._features = Nystroem(gamma=gamma, n_components=num_centres, random_state=0)
         # With a scorer, it keeps predictions in place of errors.
         self._ridge = RidgeCV(alphas, scoring="neg_mean_squared_error", store_cv_results=True)
@@ -253,13 +239,17 @@ class _KernelRidge:
 
 @contextmanager
 def _own_random_numbers() -> Iterator[None]:
-    """Give an estimator whose `random_state` is None the same numbers in every call, and none of the global stream."""
-    state = np.random.get_state()
+    """Give an estimator that draws from global streams the same numbers in every call, and leave the streams alone."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    random.seed(0)
     np.random.seed(0)
     try:
-        yield
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            yield
     finally:
-        np.random.set_state(state)
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
 
 
 def fit_estimator(estimator: Any, inputs: Tensor, labels: Tensor, task: Task) -> Learner:
@@ -272,7 +262,7 @@ def fit_estimator(estimator: Any, inputs: Tensor, labels: Tensor, task: Task) ->
         task: The task.
     """
     from sklearn.base import clone
-    from sklearn.model_selection import cross_val_predict
+    from sklearn.model_selection import KFold, StratifiedKFold, cross_val_predict
 
     features, make = next(iter(feature_makers(inputs).items()))
     transform = make(inputs)
@@ -282,8 +272,10 @@ def fit_estimator(estimator: Any, inputs: Tensor, labels: Tensor, task: Task) ->
     elif labels.shape[1] == 1:
         y = y[:, 0]
     fitted = _Estimator(clone(estimator), method, labels.shape[1], task)
+    # Shuffled: samples come in an order that depends on their inputs.
+    folds = (StratifiedKFold if task.has_classes else KFold)(min(_FOLDS, len(y)), shuffle=True, random_state=0)
     with _quiet(), _own_random_numbers():
-        left_out = cross_val_predict(fitted.model, x, y, cv=min(_FOLDS, x.shape[0]), method=method)
+        left_out = cross_val_predict(fitted.model, x, y, cv=folds, method=method)
         fitted.model.fit(x, y)
     predict = partial(_predict_rows, model=fitted, transform=transform)
     return _make(type(estimator).__name__, features, fitted.as_outputs(left_out), labels, predict, task)

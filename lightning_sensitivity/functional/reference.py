@@ -111,10 +111,14 @@ class Reference:
 
     @property
     def auroc(self) -> float:
-        """The area under the ROC curve of left-out predictions, mean over classes; nan for a regression."""
+        """The area under the ROC curve of left-out predictions, mean over classes; nan for a regression or one class."""
         metric = default_metrics(self._task, self.labels.shape[1]).get("auroc")
         classes = self._task.classes(self.labels)[None]
-        return math.nan if metric is None else float(metric_value(metric, self.left_out, classes, self._task))
+        return (
+            math.nan
+            if metric is None or self.majority == 1
+            else float(metric_value(metric, self.left_out, classes, self._task))
+        )
 
     @property
     def residuals(self) -> Tensor:
@@ -137,9 +141,9 @@ class Reference:
         Raises:
             ValueError: If inputs are of another kind, or nan or inf.
         """
-        x = as_tensor("inputs", inputs)
-        same = kind_of(x) == self.kind and (self.kind != "vectors" or x.shape[1:] == self._shape[1:])
-        if not same:
+        x = _as_inputs(inputs)
+        has_shape = self.kind == "tokens" or (x.ndim == len(self._shape) and x.shape[1:2] == self._shape[1:2])
+        if kind_of(x) != self.kind or not has_shape:
             got = f"{kind_of(x)} of shape {tuple(x.shape)}"
             raise ValueError(
                 f"Expected `inputs` to be {self.kind} (M, {', '.join(map(str, self._shape[1:]))}), but got {got}."
@@ -195,9 +199,9 @@ def fit_reference(inputs: object, labels: object, task: str = "multiclass", *, e
     times columns, it takes fewer samples, at least 2,000.
 
     Args:
-        inputs: Inputs of training samples, as tensor, array, table or list. Floating ``(N, D)`` are columns; images
-            ``(N, C, H, W)`` and signals ``(N, C, L)`` are averaged if large; integers ``(N, L)`` are token ids,
-            negative ones padding.
+        inputs: Inputs of training samples, as tensor, array, table or list. Floating ``(N, D)`` and data frames are
+            columns; images ``(N, C, H, W)`` and signals ``(N, C, L)`` are averaged if large; integers ``(N, L)`` are
+            token ids, negative ones padding.
         labels: Their labels, which may be noisy: for ``"multiclass"`` class indices ``(N,)``, or one-hot or soft
             labels ``(N, K)``; for ``"binary"`` from 0 to 1, ``(N,)`` or ``(N, 1)``; for ``"regression"`` any
             numbers, ``(N,)`` or ``(N, D)``. Samples with labels of -100 are left out, except in a regression.
@@ -226,9 +230,9 @@ def fit_reference(inputs: object, labels: object, task: str = "multiclass", *, e
         True
     """
     kind = find_task(task)
-    x, y = as_tensor("inputs", inputs), as_tensor("labels", labels)
+    x, y = _as_inputs(inputs), as_tensor("labels", labels)
     _check_inputs(x, y, kind)
-    y = kind.as_matrix(_checked_labels(y, kind)).cpu().double()
+    y = _checked_labels(y, kind).cpu().double()
     has_label = kind.has_label(as_tensor("labels", labels)).cpu()
     rows, y = _observations(x, y, has_label)
     known = shrunk(x[rows.to(x.device)])
@@ -236,6 +240,12 @@ def fit_reference(inputs: object, labels: object, task: str = "multiclass", *, e
         learner, chosen = fit_learners(known, y, kind)
         return Reference(task, kind_of(x), known.shape, learner, rows[chosen])
     return Reference(task, kind_of(x), known.shape, fit_estimator(estimator, known, y, kind), rows)
+
+
+def _as_inputs(inputs: object) -> Tensor:
+    """Return inputs as a tensor; the columns of a data frame are numbers, also where they are integers."""
+    x = as_tensor("inputs", inputs)
+    return x.double() if hasattr(inputs, "columns") and not x.is_floating_point() else x
 
 
 def _observations(x: Tensor, y: Tensor, has_label: Tensor) -> tuple[Tensor, Tensor]:
@@ -280,7 +290,7 @@ def _projected(x: Tensor) -> Tensor:
 
 
 def _checked_labels(labels: Tensor, task: Task) -> Tensor:
-    """Return labels that fit a task, or raise ValueError that says what to do."""
+    """Return labels that fit a task as a matrix, or raise ValueError that says what to do."""
     if not bool(labels.isfinite().all()):
         raise ValueError("Expected `labels` to be finite, but got nan or inf. Leave such samples out.")
     num_outputs = labels[0].numel()
@@ -289,7 +299,7 @@ def _checked_labels(labels: Tensor, task: Task) -> Tensor:
     elif task.name == "multiclass":
         labels = labels.float()  # one-hot labels may be integers
     task.check(torch.zeros(len(labels), 1 if task.has_one_output else num_outputs), labels)
-    return labels
+    return task.as_matrix(labels, num_outputs)
 
 
 def _num_classes(labels: Tensor) -> int:

@@ -1,5 +1,7 @@
 """What metrics to expect, if labels are drawn from the predictions of a reference."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -25,7 +27,7 @@ from lightning_sensitivity.functional import (
     fit_reference,
     refined_score,
 )
-from lightning_sensitivity.functional.expected import default_metrics
+from lightning_sensitivity.functional.expected import all_values, default_metrics
 from lightning_sensitivity.functional.learners import Learner
 from lightning_sensitivity.functional.refined_score import TEMPERATURES
 from lightning_sensitivity.functional.tasks import TASKS
@@ -73,6 +75,12 @@ def test_of_certain_predictions_it_is_the_refined_score_and_of_their_own_logits_
     assert expected_score(logits, q, task).score > own.score
 
 
+def test_samples_without_finite_logits_do_not_count() -> None:
+    logits, q = sample()
+    some = torch.cat([logits, torch.full((3, 4), math.nan)]), torch.cat([q, torch.full((3, 4), 0.25)])
+    assert expected_score(*some) == pytest.approx(expected_score(logits, q))
+
+
 def test_in_a_regression_it_is_the_mean_squared_difference_and_the_error_of_the_reference() -> None:
     outputs, q = sample("regression")
     difference = float((outputs - q).square().mean())
@@ -101,6 +109,7 @@ def test_rare_classes_get_their_share_and_impossible_ones_none() -> None:
     last = torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
     assert torch.equal(draw_labels(last), torch.tensor([[2, 0, 1]]).expand(20, 3))
     halves = draw_labels(torch.full((400, 1), 0.25), "binary")
+    assert torch.equal(draw_labels(np.full(400, 0.25), "binary"), halves)
     assert halves.shape == (20, 400) and halves.double().mean() == pytest.approx(0.25, abs=0.001)
 
 
@@ -163,6 +172,14 @@ def test_a_metric_gets_probabilities_and_in_a_regression_outputs() -> None:
     assert found == pytest.approx(float((outputs - q).square().mean()), rel=1e-5)
     single = expected_metric(MeanSquaredError(), outputs[:, 0], q[:, :1], "regression")
     assert single == pytest.approx(float((outputs - q)[:, 0].square().mean()), rel=1e-5)
+
+
+def test_what_a_metric_can_not_say_of_one_class_is_nan() -> None:
+    logits, certain = torch.randn(30, 2), torch.tensor([[1.0, 0.0]]).repeat(30, 1)
+    found = all_values(
+        logits, certain, draw_labels(certain), default_metrics(TASKS["multiclass"], 2), TASKS["multiclass"]
+    )
+    assert math.isnan(found["auroc"]) and found["score"] == pytest.approx(expected_score(logits, certain).score)
 
 
 def test_a_metric_stays_as_it_is() -> None:

@@ -2,6 +2,7 @@
 
 import math
 import pickle
+import random
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
 from sklearn.metrics import accuracy_score, mean_squared_error, pairwise, roc_auc_score
 from sklearn.naive_bayes import GaussianNB
+from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
@@ -165,6 +167,12 @@ def test_an_estimator_takes_the_place_of_both_learners_and_stays_as_it_is() -> N
     assert found.score > np.square(in_sample - y.numpy()).sum(1).mean() and found.is_trusted
 
 
+def test_the_folds_of_an_estimator_have_samples_from_everywhere() -> None:
+    x = torch.rand(500, 1, generator=generator())
+    assert fit_reference(x, (8 * x[:, 0]).long() % 2, estimator=KNeighborsClassifier()).accuracy > 0.95
+    assert fit_reference(x, 8 * x[:, 0], "regression", estimator=KNeighborsRegressor()).skill > 0.99
+
+
 @pytest.mark.parametrize("num_targets", [1, 2])
 def test_a_regressor_is_fitted_to_targets(num_targets: int) -> None:
     x, y, new = sample("regression", num_samples=40)
@@ -227,6 +235,9 @@ def test_arrays_tables_and_lists_are_as_good_as_tensors() -> None:
         torch.testing.assert_close(found, expected)
     mixed = pd.DataFrame({"a": [0.5, 1.5] * 6, "b": [True, False, False] * 4})  # as by `get_dummies`
     assert torch.equal(as_tensor("inputs", mixed), torch.tensor(mixed.to_numpy(float)))
+    integers = pd.DataFrame({"a": range(12), "b": [5, 7] * 6})
+    found = fit_reference(integers, y[:, 0], "regression")
+    assert torch.equal(found.predict(integers), found.predict(integers.to_numpy(float)))
     classes = fit_reference(x, [True, False] * 6).predictions(new)
     torch.testing.assert_close(classes, fit_reference(x, torch.tensor([1, 0] * 6)).predictions(new))
 
@@ -252,11 +263,26 @@ def test_classes_may_be_one_hot_and_soft_labels_are_targets() -> None:
     assert not q[:, 3:].any()
 
 
-def test_global_random_numbers_are_left_alone() -> None:
-    states = torch.get_rng_state(), np.random.get_state()[1].copy()
+class Drawing(LinearRegression):
+    """Its predictions have noise from all global streams."""
+
+    def fit(self, x: Any, y: Any) -> Any:
+        self.noise_ = float(torch.rand(()) + np.random.rand() + random.random())
+        return super().fit(x, y)
+
+    def predict(self, x: Any) -> Any:
+        return super().predict(x) + self.noise_
+
+
+def test_global_random_numbers_are_left_alone_and_the_same_in_every_call() -> None:
+    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     fit_reference(DIGITS.reshape(-1, 1, 8, 8)[:60], DIGIT[:60])
-    fit_reference(*steps(60))
+    x, y = steps(60)
+    fit_reference(x, y)
+    found = [fit_reference(x, y.float(), "regression", estimator=Drawing()) for _ in range(2)]
+    assert torch.equal(found[0].left_out, found[1].left_out) and torch.equal(found[0].predict(x), found[1].predict(x))
     assert torch.equal(torch.get_rng_state(), states[0]) and (np.random.get_state()[1] == states[1]).all()
+    assert random.getstate() == states[2]
 
 
 # What it sees
@@ -450,6 +476,9 @@ def test_what_holds_nothing_to_learn_gives_the_shares(what: str) -> None:
     found = fit_reference(x, y)
     torch.testing.assert_close(found.predictions(new), y.double().mean(0).expand(4, 3), atol=0.02, rtol=0)
     assert found.skill <= 1e-9 and not found.is_trusted and math.isnan(found.unexplained)
+    assert math.isnan(found.auroc) == (found.majority == 1)
+    alike = fit_reference(x, torch.zeros(len(x)).long())
+    assert (alike.accuracy, alike.majority) == (1, 1) and alike.predict_proba(new).shape == (4, 2)
 
 
 def test_texts_of_other_words_each_and_a_sample_far_away_have_finite_predictions() -> None:
@@ -493,6 +522,13 @@ OTHERS: dict[str, tuple[str, Any]] = {
     "another kind": ("to be vectors .* but got images", torch.rand(2, 1, 8, 8)),
     "token ids": ("to be vectors .* but got tokens", Y.reshape(2, 3)),
 }
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (3, 8, 8, 8), (3, 24)])
+def test_images_and_signals_of_other_channels_are_not_predicted(shape: tuple[int, ...]) -> None:
+    found = fit_reference(torch.rand(12, *shape), Y.repeat(2))
+    with pytest.raises(ValueError, match=r"Expected `inputs` to be .* \(M, 3, "):
+        found.predict(torch.rand(2, 1, *shape[1:]))
 
 
 @pytest.mark.parametrize("what", OTHERS)
