@@ -105,7 +105,7 @@ def measure_in_process(rank: int, folder: Path) -> dict[str, Any]:
         found[make.__name__] = metric.compute()
         if isinstance(metric, RefinedScore):
             found["temperature"] = metric.temperature
-            assert metric.sums.num_scored[0] == rank * NUM_SAMPLES  # again those of its own
+            assert metric.packed_sums[0, 0] == rank * NUM_SAMPLES  # again those of its own
     return found
 
 
@@ -196,6 +196,21 @@ def test_the_score_and_the_temperature_of_batches_are_those_of_all_samples(task:
     score, temperature = refined_score(outputs, targets, task)
     assert float(metric.compute()) == pytest.approx(score) and metric.temperature == temperature
     assert metric.compute().dtype == torch.float64 and metric.compute().ndim == 0
+
+
+@pytest.mark.parametrize("is_synced", [True, False])
+def test_the_temperature_is_that_of_the_score_and_no_further_exchange(is_synced: bool) -> None:
+    exchanges: list[Tensor] = []
+
+    def gather(x: Tensor, group: Any) -> list[Tensor]:
+        exchanges.append(x)
+        return [x, x]
+
+    options = {"dist_sync_fn": gather, "distributed_available_fn": lambda: True, "sync_on_compute": is_synced}
+    metric = filled(RefinedScore(**options), called=True)
+    temperature = refined_score(ALL_CLEAN, ALL_LABELS).temperature
+    assert metric.temperature == temperature and metric.compute() and metric.temperature == temperature
+    assert len(exchanges) == is_synced
 
 
 def test_samples_without_a_label_are_left_out_and_those_with_nan_are_said() -> None:

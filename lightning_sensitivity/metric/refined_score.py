@@ -68,6 +68,7 @@ class RefinedScore(DoublePrecisionMetric):
     def __init__(self, task: str = "multiclass", **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.task = find_task(task)
+        self._temperature = 1.0  # as of the last `compute`
         zeros = torch.zeros(len(TEMPERATURES), len(ScoreSums._fields), dtype=wide_dtype(self.device))
         self.add_state("packed_sums", default=zeros, dist_reduce_fx="sum")
 
@@ -79,9 +80,10 @@ class RefinedScore(DoublePrecisionMetric):
 
     def compute(self) -> Tensor:
         """Compute the score of all samples so far, over all processes; nan without any."""
-        sums = self.sums
+        sums = ScoreSums(*self.packed_sums.T)
         self._warn(sums)
-        return self.packed_sums.new_tensor(Refined.lowest(sums.scores).score)
+        score, self._temperature = Refined.lowest(sums.scores)
+        return self.packed_sums.new_tensor(score)
 
     def _warn(self, sums: ScoreSums) -> None:
         num_non_finite = int(sums.num_non_finite[0])
@@ -92,15 +94,10 @@ class RefinedScore(DoublePrecisionMetric):
             rank_zero_warn(f"All `logits` look like probabilities. If they are, {expected}.", stacklevel=6)
 
     @property
-    def sums(self) -> ScoreSums:
-        """The sums at each temperature; over all processes in ``compute`` alone."""
-        return ScoreSums(*self.packed_sums.T)
-
-    @property
     def temperature(self) -> float:
         """The best temperature over all processes. Logits divided by it are calibrated.
 
-        Like ``compute``, reading it is a collective operation.
+        Like ``compute``, reading it is a collective operation unless a value is cached.
         """
-        with self.sync_context():
-            return Refined.lowest(self.sums.scores).temperature
+        self.compute()  # this is cached, and sets the temperature
+        return self._temperature
