@@ -11,8 +11,8 @@ from lightning_sensitivity.functional.tasks import Task
 from lightning_sensitivity.functional.tensors import are_close, are_log_probabilities, are_probabilities
 
 EXPECTED = "expected_"  # begins the names of what a RiskMonitor logs
+_DEFAULTS = ("score", "accuracy", "auroc", "mse")  # by default; a task has not all of them
 _LIGHTNING_MODULES = ("lightning.pytorch.core.module", "pytorch_lightning.core.module")
-_MIN_TARGETS = 8  # of a batch, to find that all are equal
 _SHARDED = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")
 
 
@@ -66,9 +66,10 @@ def check_monitored(trainer: Trainer, prefix: str, directions: Mapping[str, bool
     Raises:
         MisconfigurationException: If there is one.
     """
+    defaults = [prefix + EXPECTED + each for each in _DEFAULTS]
     for owner, monitor in callbacks_that_monitor(trainer):
-        name = monitor.partition("/dataloader_idx_")[0]
-        if name.startswith(f"{prefix}{EXPECTED}") and name not in directions:
+        name = _without_loader(monitor)
+        if name in defaults and name not in directions:
             raise _not_logged(owner, monitor, directions)
         mode = getattr(owner, "mode", None)
         best = "max" if directions.get(name) else "min"
@@ -78,20 +79,24 @@ def check_monitored(trainer: Trainer, prefix: str, directions: Mapping[str, bool
             )
 
 
-def check_loaders(trainer: Trainer, prefix: str, names: Sequence[str]) -> None:
+def check_loaders(trainer: Trainer, names: Sequence[str]) -> None:
     """Refuse callbacks that monitor a value of a loader that is not there, or of none of several.
 
     Args:
         trainer: The Trainer, whose loaders are known.
-        prefix: The prefix of the monitor.
         names: All names that will be logged.
 
     Raises:
         MisconfigurationException: If there is one.
     """
+    known = {_without_loader(name) for name in names}
     for owner, monitor in callbacks_that_monitor(trainer):
-        if monitor.startswith(f"{prefix}{EXPECTED}") and monitor not in names:
+        if _without_loader(monitor) in known and monitor not in names:
             raise _not_logged(owner, monitor, names)
+
+
+def _without_loader(name: str) -> str:
+    return name.partition("/dataloader_idx_")[0]
 
 
 def _not_logged(owner: object, monitor: str, names: Iterable[str]) -> Refused:
@@ -169,7 +174,3 @@ def check_targets(labels: Tensor, num_samples: int, task: Task) -> None:
     if not labels.is_floating_point():
         advice = "leave `task='regression'` out if they are classes, make them floating if not"
         raise Refused(f"the targets of a regression are integers, {labels.dtype}: {advice}.", entry="task")
-    if len(labels) >= _MIN_TARGETS and bool((labels == labels[0]).all()):
-        raise Refused(
-            f"all targets of a training batch are {labels.flatten()[0]:g}: there is nothing to learn.", "task"
-        )

@@ -30,8 +30,8 @@ def summarize(trainer: Trainer, curves: Mapping[str, Curve], record: RiskRecord)
     value, dataloader_idx, is_highest = curves[name]
     verdict = record.verdict or Verdict()
     found = [each for each in record.history if each["dataloader_idx"] == dataloader_idx]
-    found = [each for each in found if each["reference"] == found[-1]["reference"]]  # of the last reference
-    found = [each for each in found if math.isfinite(each[value])]
+    found = [each for each in found if each["reference"] == record.num_references]  # others judged otherwise
+    found = [each for each in found if math.isfinite(each.get(value, math.nan))]  # a resumed fit may have new metrics
     best = max(found, key=lambda each: each[value] if is_highest else -each[value]) if found else {}
     return {
         "monitored": name,
@@ -86,7 +86,7 @@ def closing_line(trainer: Trainer, summary: Mapping[str, Any]) -> str:
 def _best(summary: Mapping[str, Any]) -> str:
     """Say which epoch and file, and how its probabilities become calibrated."""
     if summary["epoch"] is None:
-        return f"`{summary['monitored']}` has no value."
+        return f"`{summary['monitored']}` has no value to choose by."
     file = f", in the checkpoint {summary['checkpoint']}" if summary["checkpoint"] else ""
     said = f"`{summary['monitored']}` was {summary['direction']} at epoch {summary['epoch']}{file}"
     is_score = summary["monitored"].partition("/dataloader_idx_")[0].endswith("score")
@@ -102,7 +102,7 @@ def _what_chose(summary: Mapping[str, Any]) -> str:
     if summary["chosen_by"] == "labels":
         return f"{labels} chose."
     if summary["is_trusted"] and summary["epoch"] is None:
-        return "No validation gave finite outputs."
+        return "No validation since the reference was fitted gave one."
     if summary["chosen_by"] == "nothing":
         is_blind = f"sees too little of the inputs ({_skill(summary)})" if summary["learner"] else "is missing"
         return (
@@ -117,7 +117,7 @@ def _what_chose(summary: Mapping[str, Any]) -> str:
 def _skill(summary: Mapping[str, Any]) -> str:
     """Say how well the reference predicts labels that it has not seen, beside always the most frequent class."""
     if math.isnan(summary["left_out_accuracy"]):
-        return f"without having seen them, it explains {max(0.0, summary['skill']):.0%} of the variance of these labels"
+        return f"its R² on left-out labels is {max(0.0, summary['skill']):.2f}"
     auroc = "" if math.isnan(summary["left_out_auroc"]) else f"; AUROC {summary['left_out_auroc']:.2f}"
     return (
         f"without having seen them, it predicts {summary['left_out_accuracy']:.0%} of these labels (always the most "

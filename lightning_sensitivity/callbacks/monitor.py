@@ -23,7 +23,7 @@ from lightning_sensitivity.model.isolation import RunIsolated
 from lightning_sensitivity.model.reader import BatchReader
 from lightning_sensitivity.model.samples import MAX_BYTES, KeptSamples
 
-LEFT_OUT = "This epoch has no value."
+NO_VALUE = "This epoch has no value."
 FEW_SAMPLES = 50  # of which a value is mostly chance
 
 
@@ -34,7 +34,7 @@ class Monitor(Callback, ABC):
     validation, measures them, and the end of the epoch logs the values.
     """
 
-    measures_only_fits = False  # and leaves `Trainer.validate` alone
+    only_in_fit = False  # and not in `Trainer.validate`
 
     def __init__(self, reader: BatchReader, num_samples: int | None, prefix: str, prog_bar: bool) -> None:
         check_int("num_samples", num_samples, 1, optional=True)
@@ -118,7 +118,7 @@ class Monitor(Callback, ABC):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: object, *args: object) -> None:
         """Warn if the first step does not compute what is measured, and spare the patience of others meanwhile."""
-        self._patience.spare(trainer)
+        self._patience.offset_counters(trainer)
         problem = self._first_step.stop(is_skipped=pl_module.automatic_optimization and not outputs)
         if problem is not None:
             self.reporter.warn(
@@ -134,7 +134,7 @@ class Monitor(Callback, ABC):
         is_fit = trainer.state.fn == TrainerFn.FITTING
         if is_fit and not trainer.sanity_checking:
             self.reporter.before_first_step = False  # also in a resumed fit that begins with a validation
-        is_ready = not self.measures_only_fits
+        is_ready = not self.only_in_fit
         if is_fit:
             is_ready = trainer.sanity_checking or self.is_ready(trainer)
         self._is_measuring = is_ready and self.should_measure(trainer)
@@ -215,11 +215,11 @@ class Monitor(Callback, ABC):
                 self.reporter.warn("samples", message)
         with ExitStack() as passes, trainer.precision_plugin.val_step_context():
             run: RunIsolated | None = None
-            with self.reporter.report_failure("could not measure", LEFT_OUT):
+            with self.reporter.report_failure("could not measure", NO_VALUE):
                 run = passes.enter_context(isolated(pl_module))
             for samples in self.samples if run is not None else ():
                 what = f"could not measure the samples of dataloader {samples.dataloader_idx}"
-                with self.reporter.report_failure(what, LEFT_OUT):
+                with self.reporter.report_failure(what, NO_VALUE):
                     self.measured[samples.dataloader_idx] = self._measure_loader(pl_module, run, samples)
         if trainer.state.fn != TrainerFn.FITTING or not self.reporter.before_first_step:
             self.reporter.warn_of_probabilities()
@@ -251,14 +251,14 @@ class Monitor(Callback, ABC):
         if self._is_measuring and trainer.strategy.reduce_boolean_decision(is_measured):
             self._warn_of_few_samples(trainer, dataloader_idx)
             what = f"could not compute the values of dataloader {dataloader_idx}"
-            with self.reporter.report_failure(what, LEFT_OUT):
+            with self.reporter.report_failure(what, NO_VALUE):
                 values = self.compute_values(trainer, dataloader_idx)
         of_others = self._names_of_others(trainer, dataloader_idx)
         for name, value in values.items():
             logged_name = self.logged_name(trainer, name, dataloader_idx)
             if logged_name in of_others:
                 continue
-            with self.reporter.report_failure(f"could not log `{logged_name}`", LEFT_OUT):
+            with self.reporter.report_failure(f"could not log `{logged_name}`", NO_VALUE):
                 trainer.lightning_module.log(
                     logged_name,
                     value,

@@ -20,27 +20,29 @@ class Patience:
     def set_worst(self, trainer: Trainer, worst: Mapping[str, float]) -> None:
         """Give the worst values to others, but none that exceeds a bound, or reaches a goal.
 
-        A value that is there now stays as it is.
-
         Args:
             trainer: The Trainer.
             worst: A value for each name that was not measured in the last validation.
         """
-        values = dict(worst)
+        values = {name: torch.tensor(value) for name, value in worst.items()}
         for callback, name in callbacks_that_monitor(trainer):
+            if name not in values:
+                continue
+            value, is_max = float(values[name]), getattr(callback, "mode", "min") == "max"
             bound = getattr(callback, "divergence_threshold", None)
-            if name in values and bound is not None:
-                closest = max if getattr(callback, "mode", "min") == "max" else min
-                values[name] = closest(values[name], bound)
+            if bound is not None:
+                values[name] = torch.tensor(max(value, bound) if is_max else min(value, bound))
             goal = getattr(callback, "stopping_threshold", None)
-            if name in values and goal is not None:
-                farthest = min if getattr(callback, "mode", "min") == "max" else max
-                values[name] = farthest(values[name], goal)
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+            if goal is not None and (value > goal if is_max else value < goal):
+                # Better values come closer, so that a checkpoint still takes the last one; single precision is too low.
+                distance = max(1.0, abs(goal)) / (1 + abs(value))
+                closest = goal - distance if is_max else goal + distance
+                values[name] = torch.tensor(closest, dtype=torch.float64)
+        trainer.callback_metrics.update(values)
         self._missing = frozenset(values)
-        self.spare(trainer)
+        self.offset_counters(trainer)
 
-    def spare(self, trainer: Trainer) -> None:
+    def offset_counters(self, trainer: Trainer) -> None:
         """Lower the counter of each that will check a value that is missing; call it before each check."""
         if not self._missing and not self._spared:
             return

@@ -27,10 +27,8 @@ class Verdict:
         is_trusted: Whether it may choose.
         learner: Its learner, such as ``"forest"``; empty without a reference.
         features: What it sees, such as ``"columns"``.
-        kind: The kind of its inputs, such as ``"vectors"``.
         num_samples: How many training samples it knows.
         score: Its left-out score.
-        chance: The score of the mean label.
         skill: How far its left-out score is below chance, from 1, if perfect, to 0, if useless.
         accuracy: The share of labels that it predicts, each without having seen it; nan for a regression.
         auroc: The area under the ROC curve of these predictions; nan for a regression.
@@ -42,10 +40,8 @@ class Verdict:
     is_trusted: bool = False
     learner: str = ""
     features: str = ""
-    kind: str = ""
     num_samples: int = 0
     score: float = math.nan
-    chance: float = math.nan
     skill: float = math.nan
     accuracy: float = math.nan
     auroc: float = math.nan

@@ -283,7 +283,7 @@ class RiskMonitor(Monitor):
         """Check the first batch of a run, and keep samples of its first epoch."""
         if not self._is_started:
             self._is_started = True
-            with self.reporter.report_failure("can't read the first training batch", "Nothing is expected in this fit."):
+            with self.reporter.report_failure("can't read the first training batch", "Nothing is expected."):
                 self._start(trainer, pl_module, batch)
         if self._output_shape is not None:
             with (

@@ -53,7 +53,7 @@ def test_a_failure_before_the_first_step_is_an_error_that_says_what_to_do(
     if kind is SensitivityMonitor and options:
         return  # without a sanity check it has no pass before the first step
     text = refused(kind(), failing(error), **options)
-    what = "cannot measure the risk" if "RiskMonitor" in text and options else "could not .*"
+    what = "can't read the first training batch" if "RiskMonitor" in text and options else "could not .*"
     assert re.match(rf"`{kind.__name__}` {what}: {match}", text)
 
 
@@ -146,6 +146,20 @@ def test_a_forward_that_writes_to_a_parameter_is_refused_at_first_and_later_cost
         assert len(texts) == 2 and all(problem in text for text in texts)
 
 
+class Resumed(Callback):
+    """A fit that begins with a validation, as a resumed one may."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        trainer.callbacks[0].reporter.before_first_step = False
+
+
+def test_a_first_training_batch_that_can_not_be_read_is_tried_once() -> None:
+    calls = list[Any]()
+    monitor = RiskMonitor(targets=lambda batch: calls.append(batch) or batch[9])
+    texts = said([monitor, Resumed()], Linear(), loader(), unlabelled_loader(seed=1))
+    assert len(calls) == len(texts) == 1 and "can't read the first training batch: `targets` failed" in texts[0]
+
+
 # What is logged
 
 
@@ -206,7 +220,6 @@ NAMES: dict[str, tuple[str, str, int, str]] = {  # a name, a mode, the number of
     "the highest score": ("expected_score", "max", 1, "`mode` should be 'min' for `{}`, got 'max' in `{}`"),
     "the lowest accuracy": ("expected_accuracy", "min", 1, "`mode` should be 'max' for `{}`, got 'min' in `{}`"),
     "the lowest of a loader": ("expected_auroc" + TWO, "min", 2, "`mode` should be 'max' for `{}`, got 'min' in `{}`"),
-    "a metric that is not there": ("expected_f1", "max", 1, "`{1}` monitors `{0}`, which is not logged. There are "),
     "of a regression": ("expected_mse", "min", 1, "`{1}` monitors `{0}`, which is not logged. There are "),
     "a loader that is not there": ("expected_score" + TWO, "min", 1, "`{1}` monitors `{0}`, which is not logged"),
     "none of two loaders": ("expected_score", "min", 2, "`{1}` monitors `{0}`, which is not logged. .*_idx_0"),
@@ -224,9 +237,12 @@ def test_who_monitors_what_is_not_logged_or_looks_for_the_worst_is_refused(name:
 
 
 def test_other_names_and_those_of_another_prefix_are_no_concern_of_a_monitor() -> None:
-    others = [EarlyStopping("val/expected_other", strict=False), EarlyStopping("b/expected_score", mode="min")]
-    others[0].monitor = "expected_other"
-    fitted([quick_risk(prefix="b/"), quick_risk(), *others], Linear(), loader(), unlabelled_loader(seed=1))
+    class Own(Linear):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("val/expected_calibration_error", 0.1)
+
+    others = [EarlyStopping("val/expected_calibration_error"), EarlyStopping("b/expected_score", mode="min")]
+    fitted([quick_risk(prefix="b/"), quick_risk(), *others], Own(), loader(), unlabelled_loader(seed=1))
 
 
 # Metrics and references that can't be taken

@@ -8,6 +8,7 @@ import matplotlib
 import pytest
 import torch
 from lightning.pytorch import callbacks as cb
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 from lightning_sensitivity import RiskMonitor
@@ -38,7 +39,7 @@ def lines(log: Any) -> list[str]:
 
 
 def verdict(**changes: Any) -> Verdict:
-    known = {"is_trusted": True, "learner": "forest", "features": "columns", "kind": "vectors", "num_samples": 2000}
+    known = {"is_trusted": True, "learner": "forest", "features": "columns", "num_samples": 2000}
     shares = {"skill": 0.5, "accuracy": 0.84, "auroc": 0.91, "majority": 0.6, "unexplained": 0.12}
     return Verdict(**{**known, **shares, **changes})
 
@@ -50,7 +51,7 @@ def record(known: Verdict | None, best: int = 3, temperature: float = 2.0, num_l
          "expected_accuracy": 0.9 - abs(epoch - best - 1) / 10, "temperature": temperature, "num_labels": num_labels,
          "reference": 1 + (epoch > 0)} for epoch in range(5)]  # fmt: skip
     rows[0]["expected_score"] = 0.1  # by a reference of few samples
-    return RiskRecord(known, history=rows, num_validations=5, **more)
+    return RiskRecord(known, history=rows, num_validations=5, **{"num_references": 2, **more})
 
 
 CURVES = {SCORE: ("expected_score", 0, False), ACCURACY: ("expected_accuracy", 0, True)}
@@ -77,7 +78,13 @@ SAYS: dict[str, tuple[Verdict | None, dict[str, Any], str]] = {  # a verdict, a 
     "a gap at the end": (verdict(unexplained=0.0), {"best": 4, "ends_in_gap": True},
         f"{BEST[:-1]}4{CALIBRATE} {CHOSE}"),
     "a regression": (verdict(**NUMBERS), {"temperature": 1.0},
-        f"{BEST}. {CHOSE.replace(SKILL, 'without having seen them, it explains 62% of the variance of these labels')}"),
+        f"{BEST}. {CHOSE.replace(SKILL, 'its R² on left-out labels is 0.62')}"),
+    "only a former reference was trusted": (verdict(**BLIND), {"num_references": 3},
+        f"`{SCORE}` has no value to choose by. The reference sees too little of the inputs ({SKILL}), so nothing says "
+        "when to stop. Callbacks that monitor it took the last epoch: label some validation samples "
+        "(`validation_labels=True`), or set `features=`."),
+    "no finite value since a trusted reference": (verdict(unexplained=0.0), {"num_references": 3},
+        f"`{SCORE}` has no value to choose by. No validation since the reference was fitted gave one."),
 }  # fmt: skip
 
 
@@ -231,9 +238,12 @@ def blind(batch: Any) -> Tensor:
     return torch.ones(len(batch if isinstance(batch, Tensor) else batch[0]), 1)
 
 
+@pytest.mark.parametrize("goal", [None, 0.1])  # which is not reached by what was not measured
 @pytest.mark.parametrize(("name", "mode"), [(SCORE, "min"), (AUROC, "max")])
-def test_where_the_reference_is_blind_callbacks_take_the_last_epoch(name: str, mode: str, tmp_path: Path) -> None:
-    stopping = cb.EarlyStopping(name, mode=mode, patience=1)
+def test_where_the_reference_is_blind_callbacks_take_the_last_epoch(
+    name: str, mode: str, goal: float | None, tmp_path: Path
+) -> None:
+    stopping = cb.EarlyStopping(name, mode=mode, patience=1, stopping_threshold=goal)
     checkpoint = cb.ModelCheckpoint(tmp_path, monitor=name, mode=mode, filename="{epoch}")
     monitor = RiskMonitor(features=blind)
     with pytest.warns(UserWarning) as caught:
@@ -244,12 +254,6 @@ def test_where_the_reference_is_blind_callbacks_take_the_last_epoch(name: str, m
     assert "The reference sees too little of the inputs (without having" in last and "took the last epoch" in last
     assert monitor.history == [] and name not in run.logged_metrics
     assert monitor.summary["chosen_by"] == "nothing" and monitor.summary["epoch"] is None
-
-
-def test_a_goal_is_not_reached_by_what_was_not_measured() -> None:
-    callbacks = [RiskMonitor(features=blind), cb.EarlyStopping(SCORE, stopping_threshold=0.1)]
-    run, _ = fitted_and_said(callbacks, Plain(), *DATA)
-    assert run.current_epoch == 2
 
 
 class EverySecond(RiskMonitor):
@@ -277,7 +281,7 @@ def test_the_summary_the_history_and_the_plot_of_a_fit(tmp_path: Path) -> None:
     val = batches_of(*labelled(50, seed=1).tensors)
     vals = [val, unlabelled_loader(20, seed=2)]
     run, texts = fitted_and_said(monitor, Plain(), batches_of(X, NOISY), vals, max_epochs=3)
-    assert len(texts) == 1 and "found no label in the batches of dataloader 1, and does without" in texts[0]
+    assert len(texts) == 1 and "found no label in the batches of dataloader 1, so labels are not used" in texts[0]
     summary, reference = monitor.summary, monitor.reference
     assert summary["chosen_by"] == "reference and labels" and summary["num_labels"] == 50
     known = {"left_out_accuracy": "accuracy", "left_out_auroc": "auroc", "num_training": "num_samples"}
@@ -294,3 +298,24 @@ def test_the_summary_the_history_and_the_plot_of_a_fit(tmp_path: Path) -> None:
     figure, axes = monitor.plot()
     assert [ax.get_title() for ax in axes] == [SCORE, ACCURACY, AUROC] and len(axes[0].lines) == 2
     figure.savefig(tmp_path / "curves.png")
+
+
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
+def test_a_metric_that_a_resumed_fit_has_and_the_one_before_had_not_has_a_summary_and_a_plot(tmp_path: Path) -> None:
+    matplotlib.use("agg")
+    fit(Plain(), quick_risk(metrics={})).save_checkpoint(tmp_path / "last.ckpt")
+    monitor, stopping = quick_risk(), cb.EarlyStopping(ACCURACY, mode="max")
+    fit(Plain(), monitor, stopping, max_epochs=3, ckpt_path=tmp_path / "last.ckpt")
+    assert (monitor.summary["monitored"], monitor.summary["epoch"]) == (ACCURACY, 2)
+    assert len(monitor.plot()[1][1].lines[0].get_ydata()) == 3
+
+
+class Immutable(CSVLogger):
+    def log_hyperparams(self, params: Any) -> None:
+        raise RuntimeError("hyperparameters are immutable")
+
+
+def test_a_logger_that_refuses_the_summary_costs_no_last_line(tmp_path: Path, log: Any) -> None:
+    _, texts = fitted_and_said(monitor := quick_risk(), Plain(), *DATA, logger=Immutable(tmp_path))
+    assert len(texts) == len(lines(log)) == 1 and monitor.summary["epoch"] is not None
+    assert "could not write the summary to a logger: RuntimeError: hyperparameters are immutable" in texts[0]

@@ -86,7 +86,7 @@ def known_of(monitor: RiskMonitor) -> tuple[dict[str, Any], list[str]]:
     """What a monitor remembers: numbers, and words."""
     record: dict[str, Any] = asdict(monitor.record)
     del record["saved_steps"]
-    return record, [record["verdict"].pop(name) for name in ("learner", "features", "kind")]
+    return record, [record["verdict"].pop(name) for name in ("learner", "features")]
 
 
 SIZES = {2: [50, 75], 4: [50, 0, 20, 55]}  # of validation samples; in one process there is no batch

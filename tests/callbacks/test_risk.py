@@ -246,12 +246,19 @@ def test_without_metrics_there_is_the_score_and_metrics_of_a_regression_get_outp
     assert found["val/expected_mae"] < 1.1 * true and found["val/expected_r2"] < 1  # it is linear
 
 
+def test_a_wrong_mode_is_no_concern_of_a_run_that_is_no_fit() -> None:
+    helpers.validated([quick_risk(), cb.EarlyStopping(ACCURACY, mode="min")], Plain(), unlabelled(seed=1))
+
+
 # Other references and classes
 
 
 def test_of_a_thousand_classes_there_is_no_auroc() -> None:
     train, model = batches_of(X, 300 * NOISY), Plain(1000)
-    assert logged(fit(model, quick_risk(), train=train), "val/").keys() == {SCORE, ACCURACY}
+    run = fit(model, monitor := quick_risk(), train=train)
+    assert logged(run, "val/").keys() == {SCORE, ACCURACY}
+    run.validate(model, unlabelled(seed=1), verbose=False)
+    assert monitor.names == ("expected_score", "expected_accuracy")
     stopping = cb.EarlyStopping(AUROC, mode="max")
     helpers.refused([quick_risk(), stopping], Plain(1000), train, match=f"monitors `{AUROC}`, which is not logged")
 

@@ -165,7 +165,6 @@ def test_targets_from_0_to_1_in_a_regression_are_no_probabilities() -> None:
 
 
 LABELS: dict[str, tuple[Tensor, str]] = {  # of a regression, and what is said
-    "a constant": (0 * X[:, 0], "all targets of a training batch are 0: there is nothing to learn"),
     "integers": (Y, "leave `task='regression'` out if they are classes, make them floating if not"),
 }
 
@@ -174,6 +173,11 @@ LABELS: dict[str, tuple[Tensor, str]] = {  # of a regression, and what is said
 def test_labels_of_the_wrong_kind_name_what_to_do(name: str) -> None:
     labels, match = LABELS[name]
     refused(RiskMonitor("regression"), Sigmoid(), of(X, labels), VAL, match=match)
+
+
+def test_targets_that_are_equal_in_a_first_batch_are_no_reason_to_refuse() -> None:
+    y = X[:, :1].where(torch.arange(200)[:, None] >= 30, 0.0)
+    assert said(quick_risk("regression"), Changed(CHANGED["as they are"][1], 1), of(X, y)) == []
 
 
 def test_mixup_for_some_batches_and_class_indices_for_others_make_one_reference() -> None:
