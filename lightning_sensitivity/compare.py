@@ -24,7 +24,7 @@ from lightning_sensitivity.functional.expected import LABELS_WORTH
 from lightning_sensitivity.functional.features import kind_of
 from lightning_sensitivity.functional.reference import Reference, fit_reference, max_samples
 from lightning_sensitivity.functional.tasks import TASK_NAMES, TASKS, Task
-from lightning_sensitivity.functional.tensors import may_be_probabilities
+from lightning_sensitivity.functional.tensors import look_like_probabilities
 from lightning_sensitivity.model.batches import clone_tensors
 from lightning_sensitivity.model.call import device_of
 from lightning_sensitivity.model.isolation import isolated
@@ -124,14 +124,11 @@ class _Comparer:
 
     def run(self, model: nn.Module) -> Tensor:
         """Compute the outputs of a model for all batches, on the CPU."""
-        parts = []
-        for batch in self.batches:
-            call = self.reader.call(model, _move_batch(model, batch))
-            with isolated(model) as run:
-                parts.append(run(call).cpu())
+        with isolated(model) as run:
+            parts = [run(self.reader.call(model, _move_batch(model, batch))).cpu() for batch in self.batches]
         outputs = torch.cat(parts)
         check_argument("outputs", tuple(outputs.shape), outputs.ndim <= 2, "one row for each sample, (N,) or (N, K)")
-        if self.task.has_classes and may_be_probabilities(outputs):
+        if self.task.has_classes and look_like_probabilities(outputs):
             raise Refused("outputs should be logits, but all are from 0 to 1: take what comes before softmax.")
         if not bool(outputs.isfinite().all()):
             raise Refused("outputs should be finite, but some are nan or inf.")
@@ -148,15 +145,16 @@ class _Comparer:
         with refuse_on_error("`training` gives no reference (`features=` says what it sees)", entry="comparing-models"):
             reference = self.fit_reference(model, shape)
             if reference.is_trusted:
-                q = reference.predictions(join_features([self.read_features(model, x) for x in self.batches]))
+                seen = [self.features(model, _move_batch(model, batch)) for batch in self.batches]
+                q = reference.predictions(join_features(seen))
                 weights = torch.full((len(q),), LABELS_WORTH / len(q), dtype=torch.float64)
                 found.append(_Evidence(q, weights, reference.score))
             elif not self.validation_labels:
-                skill = f"it is only {reference.skill:.0%} better than chance on labels that were left out"
+                skill = f"it is only {max(0.0, reference.skill):.0%} better than chance on labels that were left out"
                 raise Refused(f"{skill}. Set `features=`, or `validation_labels=True`.")
         if self.validation_labels:
             with refuse_on_error("`validation_labels` can't be read", entry="comparing-models"):
-                labels = [self.read_labels(model, batch, shape) for batch in self.batches]
+                labels = [self.labels(model, _move_batch(model, batch), shape) for batch in self.batches]
                 y, has_label = map(torch.cat, zip(*labels, strict=True))
                 if not bool(has_label.any()):
                     raise Refused("all are -100. Set it to False.")
@@ -167,8 +165,9 @@ class _Comparer:
         """Fit a reference to training batches, which are read as for a model with outputs of a shape."""
         kept: KeptRows | None = None
         for batch in self.training:
-            labels, has_label = self.read_labels(model, batch, shape)
-            features = self.read_features(model, batch)
+            moved = _move_batch(model, batch)
+            labels, has_label = self.labels(model, moved, shape)
+            features = self.features(model, moved)
             kept = kept or KeptRows(max_samples(kind_of(features)))
             kept.add(features[has_label], labels[has_label])
         if kept is None or kept.size == 0:
@@ -176,18 +175,17 @@ class _Comparer:
         x, y = kept.parts()
         return fit_reference(join_features(x), torch.cat(y), self.task.name, estimator=self.estimator)
 
-    def read_features(self, model: nn.Module, batch: object) -> Tensor:
-        """Return what a reference sees of a batch."""
-        batch = _move_batch(model, batch)
+    def features(self, model: nn.Module, batch: object) -> Tensor:
+        """Return what a reference sees of a batch on the model's device."""
         call = self.reader.call(model, batch)
         features = self.reader.features(model, batch, call, self.reader.size(model, call))
         if features is None:
             raise Refused("inputs are neither numbers nor token ids, with a row for each sample.")
         return features
 
-    def read_labels(self, model: nn.Module, batch: object, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    def labels(self, model: nn.Module, batch: object, shape: torch.Size) -> tuple[Tensor, Tensor]:
         """Return the labels of a batch as a matrix, ``(N, K)``, and which samples have one, ``(N,)``."""
-        labels = self.reader.labels(model, _move_batch(model, batch), shape)
+        labels = self.reader.labels(model, batch, shape)
         return self.task.as_matrix(labels, shape.numel()), self.task.has_label(labels)
 
 
