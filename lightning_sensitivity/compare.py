@@ -20,7 +20,7 @@ from lightning_sensitivity.arguments import (
     refuse_on_error,
 )
 from lightning_sensitivity.compat import original_module
-from lightning_sensitivity.functional.expected import LABELS_WORTH
+from lightning_sensitivity.functional.expected import METRIC_WORTH
 from lightning_sensitivity.functional.features import kind_of
 from lightning_sensitivity.functional.reference import Reference, fit_reference, max_samples
 from lightning_sensitivity.functional.tasks import TASK_NAMES, TASKS, Task
@@ -147,7 +147,7 @@ class _Comparer:
             if reference.is_trusted:
                 seen = [self.features(model, _move_batch(model, batch)) for batch in self.batches]
                 q = reference.predictions(join_features(seen))
-                weights = torch.full((len(q),), LABELS_WORTH / len(q), dtype=torch.float64)
+                weights = torch.full((len(q),), METRIC_WORTH / len(q), dtype=torch.float64)
                 found.append(_Evidence(q, weights, reference.score))
             elif not self.validation_labels:
                 skill = f"it is only {max(0.0, reference.skill):.0%} better than chance on labels that were left out"

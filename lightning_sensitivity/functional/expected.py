@@ -21,7 +21,7 @@ MAX_AUROC_CLASSES = 100
 _SURE = 0.5  # how far predictions spread, beside those of the reference: below, a network has learned little yet
 _UNRELATED = 0.1  # correlation with the reference
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
-LABELS_WORTH = 1000  # validation labels that count as much as a reference
+SCORE_WORTH, METRIC_WORTH = 200, 1000  # labels that count as much as a reference: for the score, and for other metrics
 
 
 def expected_score(logits: Any, q: Any, task: str = "multiclass", error: float = 0.0) -> Refined:
@@ -170,7 +170,9 @@ def all_values(
 
 
 def join_values(expected: Mapping[str, float], labels: Mapping[str, float], num_labels: int) -> dict[str, float]:
-    """Join expected values with those by m labels: (m s + 1,000 E) / (m + 1,000); the labels give the temperature.
+    """Join expected values with those by m labels: (m s + w E) / (m + w); the labels give the temperature.
+
+    The reference counts as w = 200 labels for the score, and as 1,000 for metrics, of which a label says less.
 
     Args:
         expected: What is expected.
@@ -180,7 +182,8 @@ def join_values(expected: Mapping[str, float], labels: Mapping[str, float], num_
     found = dict(labels)
     for name, value in expected.items():
         of_labels = value if math.isnan(labels[name]) else labels[name]
-        found[name] = (num_labels * of_labels + LABELS_WORTH * value) / (num_labels + LABELS_WORTH)
+        worth = SCORE_WORTH if name == "score" else METRIC_WORTH
+        found[name] = (num_labels * of_labels + worth * value) / (num_labels + worth)
     return found | {"temperature": labels["temperature"] if num_labels > 0 else expected["temperature"]}
 
 

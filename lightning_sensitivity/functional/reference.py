@@ -111,7 +111,7 @@ class Reference:
 
     @property
     def auroc(self) -> float:
-        """The area under the ROC curve of left-out predictions, mean over classes; nan for a regression or one class."""
+        """The area under the ROC curve of left-out predictions, mean over classes; nan without two classes."""
         metric = default_metrics(self._task, self.labels.shape[1]).get("auroc")
         classes = self._task.classes(self.labels)[None]
         return (

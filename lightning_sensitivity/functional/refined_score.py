@@ -8,16 +8,14 @@ from torch import Tensor
 
 from lightning_sensitivity.functional.tasks import Task, find_task
 from lightning_sensitivity.functional.tensors import (
-    are_probabilities,
     as_tensor,
     in_chunks,
-    may_be_probabilities,
+    look_like_probabilities,
     num_outputs,
     wide_dtype,
 )
 
 TEMPERATURES = tuple(2.0 ** (half / 2) for half in range(-2, 7))  # from 0.5 to 8
-_ROUNDING = 1e-2  # error of sums of 16-bit probabilities
 _UNCHANGED = TEMPERATURES.index(1.0)  # the place of the logits as they are
 
 
@@ -28,13 +26,11 @@ class ScoreSums(NamedTuple):
         num_scored: Samples with a label and finite outputs.
         score: Squared differences between predictions and labels.
         num_non_finite: Samples with nan or inf, left out.
-        num_logits: Samples whose outputs can't be probabilities.
     """
 
     num_scored: Tensor
     score: Tensor
     num_non_finite: Tensor
-    num_logits: Tensor
 
     @property
     def scores(self) -> Tensor:
@@ -70,7 +66,7 @@ def score_sums(outputs: Tensor, targets: Tensor, task: Task) -> Tensor:
         task: The task.
 
     Returns:
-        The entries of :class:`ScoreSums` as columns, ``(T, 4)``, float64 (float32 on MPS).
+        The entries of :class:`ScoreSums` as columns, ``(T, 3)``, float64 (float32 on MPS).
     """
     outputs, dtype = outputs.detach(), wide_dtype(outputs.device)
     counts = task.has_label(targets).to(outputs.device)
@@ -79,24 +75,16 @@ def score_sums(outputs: Tensor, targets: Tensor, task: Task) -> Tensor:
 
     def sums(outputs: Tensor, y: Tensor, counts: Tensor) -> Tensor:
         outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))  # 16 bits round, and overflow
-        is_logit = (_can_not_be_probabilities(outputs) & counts).sum()
         rows = []
         for temperature in TEMPERATURES:
             p = task.predictions(outputs / temperature if task.has_classes else outputs).to(dtype)
             is_finite = p.isfinite().all(1)
             is_scored = is_finite & counts
             score = task.distances(p, y).where(is_scored, 0.0).sum()
-            rows.append(torch.stack([is_scored.sum(), score, (~is_finite & counts).sum(), is_logit]))
+            rows.append(torch.stack([is_scored.sum(), score, (~is_finite & counts).sum()]))
         return torch.stack(rows)
 
     return torch.stack(in_chunks(sums, outputs, y, counts)).sum(0)
-
-
-def _can_not_be_probabilities(outputs: Tensor) -> Tensor:
-    """Return which samples have an output outside of [0, 1], or several that do not sum to 1, ``(N,)``."""
-    outputs = outputs.reshape(len(outputs), num_outputs(outputs))
-    is_outside = ((outputs < 0) | (outputs > 1)).any(1)
-    return is_outside if outputs.shape[1] == 1 else is_outside | ((outputs.sum(1) - 1).abs() > _ROUNDING)
 
 
 def refined_score(logits: Any, targets: Any, task: str = "multiclass") -> Refined:
@@ -138,7 +126,7 @@ def refined_score(logits: Any, targets: Any, task: str = "multiclass") -> Refine
     """
     kind, logits, targets = find_task(task), as_tensor("logits", logits), as_tensor("targets", targets)
     check_scored(logits, targets, kind)
-    if kind.has_classes and (are_probabilities(logits) or (kind.has_one_output and may_be_probabilities(logits))):
+    if kind.has_classes and look_like_probabilities(logits):
         raise ValueError("Expected `logits`, but got probabilities: take what comes before softmax or sigmoid.")
     found = lowest_score(logits, targets, kind)
     if math.isnan(found.score):

@@ -23,7 +23,7 @@ class Diagnosis(NamedTuple):
 
 _CHUNK = 2**15  # elements that are converted to double precision at a time
 _MIN_NUMBERS = 10  # fewer outputs may look like probabilities by chance
-_MANY = 50  # so many samples of a trained network have logits outside of [0, 1]
+_MANY = 50  # fewer samples may lie in [0, 1] by chance
 _ROUNDING = 1e-2  # error of sums of 16-bit probabilities, which autocast may have converted to 32 bits since
 
 
@@ -69,12 +69,16 @@ def are_log_probabilities(outputs: Tensor) -> bool:
 
 
 def may_be_probabilities(outputs: Tensor) -> bool:
-    """Check whether all outputs of a trained network lie in [0, 1]; waits for the device."""
-    if not outputs.numel() or not bool(((outputs >= 0) & (outputs <= 1)).all()):
+    """Check whether all outputs of a trained network lie in [0, 1], and are not all equal; waits for the device."""
+    if len(outputs) < _MANY:
         return False
-    # A few logits of a small head may lie there, but then all are on the same side of ½.
-    is_high = outputs > 0.5
-    return num_outputs(outputs) > 2 or len(outputs) >= _MANY or bool(is_high.any() and not is_high.all())
+    lowest, highest = outputs.aminmax()
+    return bool((lowest >= 0) & (lowest < highest) & (highest <= 1))
+
+
+def look_like_probabilities(outputs: Tensor) -> bool:
+    """Check whether outputs of a trained network are those of a softmax, or of one sigmoid; waits for the device."""
+    return are_probabilities(outputs) or (num_outputs(outputs) == 1 and may_be_probabilities(outputs))
 
 
 def are_close(first: Tensor, second: Tensor) -> bool:

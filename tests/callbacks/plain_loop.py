@@ -128,7 +128,7 @@ class Truth(History):
     Args:
         task: The task.
         seen: What the reference sees of a batch.
-        worth: How many validation labels count as much as the reference; None if labels do not count.
+        has_labels: Whether validation labels count beside the reference.
         estimator: What is fitted as the reference; by default its own learners.
     """
 
@@ -136,12 +136,12 @@ class Truth(History):
         self,
         task: str = "multiclass",
         seen: Callable[[Any], Tensor] = first_tensor,
-        worth: int | None = None,
+        has_labels: bool = False,
         estimator: Any = None,
     ) -> None:
         super().__init__()
         self.estimator = estimator
-        self.task, self.kind, self.seen, self.worth = task, TASKS[task], seen, worth
+        self.task, self.kind, self.seen, self.has_labels = task, TASKS[task], seen, has_labels
         self.training: list[Any] = []
         self.holdout: list[Any] = []
         self.reference: Any = None
@@ -176,13 +176,14 @@ class Truth(History):
             known, y = self.labelled(seen, self.training, num_outputs)
             self.reference, self.is_final = fit_reference(known, y, self.task, estimator=self.estimator), is_whole
         if not self.reference.is_trusted:
-            return self.of_labels(outputs, num_outputs) if self.worth else {}
+            return self.of_labels(outputs, num_outputs) if self.has_labels else {}
         found = expected_by(self.reference, outputs, torch.cat([self.seen(batch) for batch in self.holdout]))
-        if self.worth is None:
+        if not self.has_labels:
             return found
         of_labels = self.of_labels(outputs, num_outputs)
         m = len(self.labelled(outputs, self.holdout, num_outputs)[1])
-        return {name: (m * of_labels[name] + self.worth * value) / (m + self.worth) for name, value in found.items()}
+        worth = {name: 200 if name == SCORE else 1000 for name in found}
+        return {name: (m * of_labels[name] + worth[name] * found[name]) / (m + worth[name]) for name in found}
 
     def labelled(self, rows: Tensor, batches: list[Any], num_outputs: int) -> tuple[Tensor, Tensor]:
         """The rows and labels of samples that have one."""

@@ -131,7 +131,7 @@ CASES = {
 def test_values_are_those_of_a_plain_loop(name: str) -> None:
     case, task, has_labels = CASES[name], name.partition(",")[0], CASES[name].holdout_labels is not None
     monitor = RiskMonitor(task, validation_labels=has_labels, **case.options)
-    truth = Truth(task, case.seen, worth=1000 if has_labels else None)
+    truth = Truth(task, case.seen, has_labels=has_labels)
     val = batches_of(case.x(HOLDOUT), *([case.holdout_labels] if has_labels else []))
     _, texts = fitted_and_said([monitor, truth], case.make(), batches_of(case.x(X), case.labels), val, max_epochs=3)
     assert len(texts) == (case.is_blind and not has_labels)

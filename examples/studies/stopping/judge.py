@@ -23,7 +23,7 @@ import torch
 from compare import compare, numbers
 from record import order
 from rules import GAINS, Recorded, candidates, expected_curves, gain_curve, level, loss, lowest, reference_says, rules
-from runs import ALIKE, NUM_ALIKE, POOLS, RATERS, Run, draw
+from runs import ALIKE, JUDGED_BEFORE, NUM_ALIKE, POOLS, RATERS, Run, draw
 from torch import Tensor
 from torch.nn.functional import one_hot
 
@@ -141,6 +141,7 @@ def measure_all(runs: Path, data: Path, pools: list[str], part: str) -> None:
 def row_of(about: dict[str, Any], found: dict[str, Any], given_features: bool) -> dict[str, Any]:
     """Return the row of a run: what is known of it, and what each rule loses."""
     row = about | {"given_features": given_features, "table": about["kind"].split(",")[0]}
+    row["is_new"] = int(row["run"].split("-")[1]) >= JUDGED_BEFORE.get(row["pool"], 10**6)
     row["is_redrawn"] = "redrawn" in row["kind"] and " 0 % redrawn" not in row["kind"]
     if row["pool"] in ("photos", "texts", "redrawn", "tuned", "pretrained"):
         row["table"] = row["run"]  # nothing is there twice

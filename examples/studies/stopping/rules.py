@@ -20,8 +20,8 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, Mul
 from lightning_sensitivity.functional import Reference, expected_metric, expected_score
 from lightning_sensitivity.functional.refined_score import TEMPERATURES
 
-WORTH = 1000  # labels that a reference is worth
-WORTHS = (200, 1000)  # that were compared on the design half
+WORTH, METRIC_WORTH = 200, 1000  # labels that a reference is worth, for the refined score and for accuracy
+WORTHS = (200, 1000)  # that were compared
 COUNTS, NUM_DRAWS = (50, 100, 200, 600), 20  # of noisy labels that choose an epoch, and draws of them
 NUM_METRIC_DRAWS = 5  # of labels that choose by a metric of their own: a tenth, or all 600
 
