@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from lightning_sensitivity.arguments import Refused, Selector, check_selectors, describe, refuse_on_error
-from lightning_sensitivity.functional.features import fit_size, shrunk
+from lightning_sensitivity.functional.features import fit_size, kind_of, shrunk
 from lightning_sensitivity.functional.tasks import Task
 from lightning_sensitivity.model.batches import clone_tensors, tensors_in
 from lightning_sensitivity.model.call import TARGET_NAMES, ModelCall, has_targets, select_targets
@@ -143,13 +143,12 @@ class BatchReader:
         """
         whole = self.call(model, batch)
         call, rows = whole.sliced(max_samples)
-        call = call.copy_to_cpu()
-        size = self.size(model, whole) if rows is None else len(rows)
-        kept = KeptBatch(index, size, call, rows=rows)
+        size = self.size(model, call)
+        kept = KeptBatch(index, size, call.copy_to_cpu(), rows=rows)
         if with_features and size > 0 and self._features is None:
-            kept.features = self.features(model, batch, call, size)
+            kept.features = self.features(model, batch, kept.call, size)
         elif with_features and size > 0:
-            features = self.features(model, batch, whole, size if rows is None else whole.size)
+            features = self.features(model, batch, whole, whole.size or size)
             kept.features = features if features is None or rows is None else features[rows]
         return kept
 
@@ -199,7 +198,7 @@ def join_kept(samples: KeptSamples) -> Tensor:
         ValueError: If it sees nothing of some, or inputs have different sizes.
     """
     features = [batch.features for batch in samples.batches if batch.features is not None]
-    if not features or len(features) < len(samples.batches):
+    if len(features) < len(samples.batches):
         raise ValueError("Inputs are neither dense numbers nor token ids, with a row for each sample")
     return join_features(features)
 
@@ -212,15 +211,13 @@ def join_features(parts: Sequence[Tensor]) -> Tensor:
     Raises:
         ValueError: If inputs have different numbers of columns or channels, or are of several kinds.
     """
-    kinds = {(x.ndim, x.is_floating_point()) for x in parts}
-    first, (ndim, is_floating) = parts[0], next(iter(kinds))
-    is_sequence = ndim == 3 or (ndim == 2 and not is_floating)
-    num_fixed = 1 if is_sequence and not is_floating else 2  # dimensions that can't be changed
-    if len(kinds) > 1 or len({x.shape[1:num_fixed] for x in parts}) > 1:
+    kind, is_text = kind_of(parts[0]), kind_of(parts[0]) == "tokens"
+    fixed = {(kind_of(x), x.ndim, None if is_text else x.shape[1:2]) for x in parts}  # what can't be changed
+    if len(fixed) > 1:
         raise ValueError("Inputs have different sizes")
-    if is_sequence:
+    if kind in ("signals", "tokens"):
         length = max(x.shape[-1] for x in parts)
-        parts = [pad(x, (0, length - x.shape[-1]), value=0 if is_floating else -1) for x in parts]
-    elif ndim > 3:
-        parts = [fit_size(x, first.shape) for x in parts]
+        parts = [pad(x, (0, length - x.shape[-1]), value=-1 if is_text else 0) for x in parts]
+    elif kind == "images":
+        parts = [fit_size(x, parts[0].shape) for x in parts]
     return torch.cat(list(parts))

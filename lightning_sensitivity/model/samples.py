@@ -23,7 +23,7 @@ class KeptBatch:
     Attributes:
         index: Its index in its loader.
         size: Its number of samples.
-        call: The call of the model on it; None if it is not run.
+        call: The call of the model on it.
         labels: Its labels; None if it has none, or none are wanted.
         features: What a reference sees of it; None if that is not wanted, or there is nothing.
         rows: Which of its samples are kept; None for all.
@@ -31,7 +31,7 @@ class KeptBatch:
 
     index: int
     size: int
-    call: ModelCall | None = None
+    call: ModelCall
     labels: Tensor | None = None
     features: Tensor | None = None
     rows: Tensor | None = None
@@ -39,8 +39,7 @@ class KeptBatch:
     @property
     def num_bytes(self) -> int:
         """The memory of its tensors."""
-        arguments = None if self.call is None else self.call.arguments
-        tensors = tensors_in([self.labels, self.features, arguments])
+        tensors = tensors_in([self.labels, self.features, self.call.arguments])
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
@@ -86,11 +85,6 @@ class KeptSamples:
     def batches(self) -> list[KeptBatch]:
         """The batches, in the order of the loader."""
         return sorted(self._by_priority, key=attrgetter("index"))
-
-    @property
-    def is_full(self) -> bool:
-        """Whether there are as many samples as are wanted or fit into memory, or no more are wanted."""
-        return self.is_complete or self.is_truncated or self.size >= self.num_wanted
 
     def wants(self, batch_idx: int) -> bool:
         """Return whether to keep a batch."""

@@ -161,17 +161,11 @@ def test_batches_that_can_not_be_joined_are_refused(parts: tuple[Tensor, Tensor]
         join_features(parts)
 
 
-def kept(*sizes: int, **values: Any) -> KeptSamples:
-    samples = KeptSamples(100)
-    for index, parts in enumerate(zip(*(torch.split(each, sizes) for each in values.values()), strict=True)):
-        samples.add(KeptBatch(index, sizes[index], **dict(zip(values, parts, strict=True))))
-    return samples
-
-
 def test_samples_of_which_some_are_not_seen_have_no_reference() -> None:
-    samples = kept(20, 40, features=X)
+    samples = KeptSamples(100)
+    for index, x in enumerate(X.split(20)):
+        samples.add(KeptBatch(index, 20, ModelCall(MODEL, x), features=x))
     assert torch.equal(join_kept(samples), X)
     samples.batches[1].features = None
-    for each in (samples, KeptSamples(5)):
-        with pytest.raises(ValueError, match="neither dense numbers nor token ids, with a row for each sample"):
-            join_kept(each)
+    with pytest.raises(ValueError, match="neither dense numbers nor token ids, with a row for each sample"):
+        join_kept(samples)

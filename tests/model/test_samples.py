@@ -13,6 +13,7 @@ from lightning_sensitivity.model import ModelCall
 from lightning_sensitivity.model.samples import KeptBatch, KeptRows, KeptSamples
 from tests.helpers import Watch
 
+CALL = ModelCall(nn.Identity(), torch.zeros(0))  # of no bytes
 SIZES = st.lists(st.integers(0, 9), min_size=1, max_size=60)
 
 
@@ -21,7 +22,7 @@ def kept(sizes: list[int], num_wanted: float, max_bytes: float = math.inf) -> Ke
     samples = KeptSamples(num_wanted, max_bytes=max_bytes)
     for index, size in enumerate(sizes):
         if samples.wants(index):
-            samples.add(KeptBatch(index, size, features=torch.full((size,), float(index))))
+            samples.add(KeptBatch(index, size, CALL, features=torch.full((size,), float(index))))
     return samples
 
 
@@ -36,7 +37,6 @@ def test_as_few_whole_batches_as_hold_what_is_wanted_are_kept(sizes: list[int], 
     assert samples.size == sum(sizes[index] for index in indices(samples)) >= min(num_wanted, sum(sizes))
     assert indices(samples) == sorted(indices(samples)) and all(sizes[index] for index in indices(samples))
     assert samples.size - num_wanted < max(sizes) and not samples.is_truncated  # less than one batch too many
-    assert samples.is_full == (sum(sizes) >= num_wanted)
 
 
 @pytest.mark.parametrize(("num_batches", "num_wanted"), [(100, 100), (1000, 80), (37, 50)])
@@ -56,23 +56,23 @@ def test_batches_go_as_soon_as_they_take_too_many_bytes_but_the_last_one(sizes: 
     samples = kept(sizes, math.inf, max_bytes)
     num_bytes = sum(batch.num_bytes for batch in samples.batches)
     assert num_bytes == 4 * samples.size and (num_bytes <= max_bytes or len(samples.batches) == 1)
-    assert samples.is_truncated == samples.is_full == (samples.size < sum(sizes))
+    assert samples.is_truncated == (samples.size < sum(sizes))
 
 
 def test_all_that_is_kept_of_a_batch_counts_as_bytes() -> None:
     x = torch.zeros(3, 2)
     batch = KeptBatch(0, 3, ModelCall(nn.Linear(2, 2), x), torch.zeros(3).long(), x.double())
-    assert batch.num_bytes == 6 * 4 + 3 * 8 + 6 * 8 and KeptBatch(0, 3).num_bytes == 0
+    assert batch.num_bytes == 6 * 4 + 3 * 8 + 6 * 8 and KeptBatch(0, 3, CALL).num_bytes == 0
 
 
 def test_after_its_end_it_wants_no_more_unless_nothing_has_come() -> None:
     samples = KeptSamples(20)
     samples.complete()
-    assert samples.wants(0) and not samples.is_full
-    samples.add(KeptBatch(0, 5, labels=torch.arange(5)))
-    samples.add(KeptBatch(1, 0))
+    assert samples.wants(0)
+    samples.add(KeptBatch(0, 5, CALL))
+    samples.add(KeptBatch(1, 0, CALL))
     samples.complete()
-    assert not samples.wants(1) and samples.is_full and samples.size == 5
+    assert not samples.wants(1) and samples.size == 5
     assert [batch.index for batch in samples.batches] == [0]
 
 
