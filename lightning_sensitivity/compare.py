@@ -26,7 +26,6 @@ from lightning_sensitivity.functional.reference import Reference, fit_reference,
 from lightning_sensitivity.functional.tasks import TASK_NAMES, TASKS, Task
 from lightning_sensitivity.functional.tensors import look_like_probabilities
 from lightning_sensitivity.model.batches import clone_tensors
-from lightning_sensitivity.model.call import device_of
 from lightning_sensitivity.model.isolation import isolated
 from lightning_sensitivity.model.reader import BatchReader, join_features
 from lightning_sensitivity.model.samples import KeptRows
@@ -281,7 +280,8 @@ def _check_models(models: Mapping[str, ModelSource]) -> None:
 
 def _move_batch(model: nn.Module, batch: object) -> Any:
     """Copy a batch, and move it to the device of a model; the hooks of a LightningModule may also transform it."""
-    device, module, batch = device_of(model), original_module(model), clone_tensors(batch)
+    module, batch = original_module(model), clone_tensors(batch)
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     if not isinstance(module, LightningModule):
         return move_data_to_device(batch, device)
 

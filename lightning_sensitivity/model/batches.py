@@ -2,7 +2,7 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import is_dataclass
 from typing import Any
 
@@ -34,8 +34,6 @@ def clone_tensors(value: Any, clone: Callable[[Tensor], Tensor] = Tensor.clone) 
         value: A batch, or a part of one.
         clone: Function that clones a tensor.
     """
-    if isinstance(value, Tensor):  # the usual case
-        return clone(value)
     attributes = {} if isinstance(value, _Cloneable) or is_dataclass(value) else getattr(value, "__dict__", {})
     tensors = {name: clone(item) for name, item in attributes.items() if isinstance(item, Tensor)}
     if tensors:
@@ -68,9 +66,8 @@ def first_of(result: object) -> object:
     return result[0] if isinstance(result, list | tuple) and result else result
 
 
-def num_samples(arguments: Iterable[object]) -> int:
+def num_samples(arguments: Collection[object]) -> int:
     """Count the samples by the rows that all tensors have; 0 if that is unknown, as with lists and graphs."""
-    arguments = list(arguments)
     if any(isinstance(value, list | PackedSequence) for value in arguments):  # each item may be a sample
         return 0
     tensors = [x for value in arguments for x in tensors_in(value) if x.ndim > 0 and not x.is_nested]

@@ -132,7 +132,7 @@ class ModelCall:
         return self if device.type == "cpu" else self._with(lambda value: move_data_to_device(value, device))
 
     def copy_to_cpu(self) -> "ModelCall":
-        """Copy the call to the CPU; what is no tensor and can't be cloned is shared."""
+        """Copy the call to the CPU; non-tensors that can't be cloned are shared."""
         cloned = self._with(lambda value: clone_tensors(value, lambda tensor: tensor.detach().clone()))
         return cloned._with(lambda value: move_data_to_device(value, torch.device("cpu")))
 
@@ -144,7 +144,9 @@ class ModelCall:
 
     def _argument_to_perturb(self) -> int | str:
         """Find the argument to perturb: 0, the first positional one, or its name."""
-        floating = self._floating_inputs()
+        candidates = [key for key in self.arguments if key == 0 or isinstance(key, str)]
+        inputs = [key for key in candidates if key not in TARGET_NAMES]
+        floating = [key for key in inputs if any(map(is_floating, tensors_in(self.arguments[key])))]
         if len(floating) == 1:
             return floating[0]
         several = f"several: {', '.join(map(repr, floating))}," if floating else "none"
@@ -155,11 +157,6 @@ class ModelCall:
             "such as an embedding, by `at=`.",
             entry="noise",
         )
-
-    def _floating_inputs(self) -> list[int | str]:
-        named = [name for name in self.kwargs if name not in TARGET_NAMES]
-        candidates: list[int | str] = [*range(len(self.args[:1])), *named]
-        return [key for key in candidates if any(map(is_floating, tensors_in(self.arguments[key])))]
 
     def _check_class_dimension(self, outputs: Tensor) -> None:
         """Refuse dense outputs whose first dimensions, and not their last ones, are those of an input."""
@@ -198,8 +195,6 @@ def select_outputs(result: object, outputs: Selector | None = None) -> Tensor:
         MisconfigurationException: If the selection is not a floating tensor, or is a scalar; if several
             elements of a tuple may be the outputs.
     """
-    if outputs is None:
-        _check_no_choice(result)
     selected = outputs(result) if outputs else _find_outputs(result)
     if not isinstance(selected, Tensor) or selected.ndim == 0 or not is_floating(selected):
         example = f": `outputs=lambda result: result[{list(result)[-1]!r}]`" if isinstance(result, Mapping) else ""
@@ -254,26 +249,20 @@ def _last_element(model: nn.Module, batch: Sequence[object]) -> object:
     return batch[-1] if len(batch) == num_positional(model) + 1 else None
 
 
-def _check_no_choice(result: object) -> None:
-    """Refuse a tuple such as (features, logits), of which any element may be the outputs."""
-    items = list(result) if isinstance(result, tuple | list) else []
+def _find_outputs(result: object) -> object:
+    """Find the logits by name, else the first item; refuse (features, logits), of which any may be the outputs."""
+    if isinstance(result, Mapping):
+        return result.get("logits")
+    if hasattr(result, "logits"):
+        return result.logits
+    items = result if isinstance(result, tuple | list) else ()
     matrices = [item for item in items if isinstance(item, Tensor) and item.ndim == 2 and is_floating(item)]
     if len({item.shape[1] for item in matrices}) > 1:
         raise Refused(
             f"`outputs` should say which of several outputs are the logits, such as `outputs=lambda out: out[1]`, "
             f"of {describe(result)}, which `forward` returned."
         )
-
-
-def _find_outputs(result: object) -> object:
-    if isinstance(result, Mapping):
-        return result.get("logits")
-    return getattr(result, "logits", first_of(result))
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Return the device of the first parameter of a module; the CPU without one."""
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    return first_of(result)
 
 
 def parameters_of(model: nn.Module) -> list[inspect.Parameter]:

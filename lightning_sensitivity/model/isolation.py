@@ -111,15 +111,12 @@ class _State:
             if list(items) != list(originals):  # new names, or another order of parameters and buffers
                 items.clear()
             items.update(originals)
-        self._restore_parameters()
-        torch.clear_autocast_cache()  # else torch 2.6 goes on with our copies, which have no gradients
-
-    def _restore_parameters(self) -> None:
         for parameter, requires_grad, grad in self.parameters:
             if parameter.requires_grad != requires_grad:
                 parameter.requires_grad_(requires_grad)
             if parameter.grad is not grad:
                 parameter.grad = grad
+        torch.clear_autocast_cache()  # else torch 2.6 goes on with our copies, which have no gradients
 
     def check_parameters(self) -> None:
         """Raise MisconfigurationException if a run has written to a parameter."""

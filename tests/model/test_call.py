@@ -17,6 +17,7 @@ from lightning_sensitivity.model.call import has_targets
 
 X, IDS = torch.zeros(3, 2), torch.full((3,), 20)
 Pair, Weighted = namedtuple("Pair", ["x", "y"]), namedtuple("Weighted", ["y", "weight", "x"])
+Output = namedtuple("Output", ["features", "logits"])
 
 
 def module(forward: Any) -> nn.Module:
@@ -138,6 +139,7 @@ TAKEN: dict[str, tuple[Callable[[], Tensor], Tensor]] = {
     "the first of images and codes": (lambda: select_outputs((X[:, :, None], X)), X[:, :, None]),
     "what `outputs` says of features and logits": (lambda: select_outputs((X[:, :1], X), lambda out: out[1]), X),
     "logits of an object": (lambda: select_outputs(SimpleNamespace(logits=X)), X),
+    "logits of a named tuple, beside features": (lambda: select_outputs(Output(X[:, :1], X)), X),
     "logits of a mapping": (lambda: select_outputs(UserDict(loss=IDS, logits=X)), X),
     "arguments by name": (lambda: call(TWO, {"x": X, "mask": IDS, "z": X}).kwargs["x"], X),
     "arguments of compiled code": (lambda: call(torch.compile(TWO, backend="eager"), {"x": X, "mask": IDS})(), X),
