@@ -234,19 +234,12 @@ def has_targets(model: nn.Module, batch: object) -> bool:
 
 def _find_targets(model: nn.Module, batch: object) -> object:
     """Find the labels by name or position; None if it is not clear where they are."""
-    if isinstance(batch, list | tuple) and not hasattr(batch, "_fields"):
-        return _last_element(model, batch)
     names = set(TARGET_NAMES).difference(required_names(model) if isinstance(batch, tuple) else ())
     read = batch.get if isinstance(batch, Mapping) else lambda name: getattr(batch, name, None)
     tensors = [value for value in map(read, names) if isinstance(value, Tensor)]
-    if not tensors and isinstance(batch, tuple):
-        return _last_element(model, batch)
+    if not tensors and isinstance(batch, list | tuple):
+        return batch[-1] if len(batch) == num_positional(model) + 1 else None
     return tensors[0] if len(tensors) == 1 else None
-
-
-def _last_element(model: nn.Module, batch: Sequence[object]) -> object:
-    """Return the last element of a tuple or list if all others are inputs."""
-    return batch[-1] if len(batch) == num_positional(model) + 1 else None
 
 
 def _find_outputs(result: object) -> object:
