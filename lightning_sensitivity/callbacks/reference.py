@@ -66,7 +66,7 @@ class RunReference:
         self._record = record
         self._reporter = reporter
         self._rows: KeptRows | None = None  # training samples of this process; None before the first
-        self._is_whole = False  # whether they began with an epoch
+        self._has_start = False  # whether they began with an epoch
         self._is_made = False  # whether there is one of this fit
         self._empty = torch.zeros(0, 1)  # features of no sample
         self._unseen: dict[int, _Unseen] | None = None  # by loader
@@ -85,7 +85,7 @@ class RunReference:
         if self._rows is None:
             kind = "vectors" if features is None else kind_of(features)
             self._rows = KeptRows(max(1, max_samples(kind) // trainer.world_size))
-            self._is_whole = batch_idx == 0
+            self._has_start = batch_idx == 0
         if features is not None:
             self._empty = features[:0].clone()  # a view would keep the batch
         counts = self._task.has_label(labels)
@@ -95,7 +95,7 @@ class RunReference:
 
     def _begin_epoch(self, rows: KeptRows) -> None:
         """Want no more rows, since an epoch repeats them; or all, if a resumed fit began within an epoch."""
-        if self._is_whole:
+        if self._has_start:
             rows.complete()
         else:
             self._rows = None
@@ -109,7 +109,7 @@ class RunReference:
         if has_rows and self._record.verdict is None:
             assert rows is not None
             is_enough = rows.num_seen * trainer.world_size >= FIRST_VALUE
-            has_rows = self._is_whole and (is_enough or self._is_over(trainer, rows) or rows.is_full)
+            has_rows = self._has_start and (is_enough or self._is_over(trainer, rows) or rows.is_full)
         return bool(trainer.strategy.reduce_boolean_decision(has_rows))
 
     def _is_over(self, trainer: Trainer, rows: KeptRows) -> bool:

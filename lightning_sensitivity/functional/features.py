@@ -77,7 +77,7 @@ def shrunk(inputs: Tensor) -> Tensor:
 def feature_makers(inputs: Tensor) -> dict[str, Maker]:
     """Return the features that fit inputs, which come from :func:`shrunk`, by name."""
     if kind_of(inputs) == "tokens":
-        return {"words": words, "columns": places}
+        return {"words": words, "columns": token_columns}
     if _patch_size(inputs):
         return {"patches": patches, "values": values}
     return {"columns": columns, "values": values}
@@ -113,7 +113,7 @@ def columns(inputs: Tensor) -> Transform:
     return _standardized(flat, _in_parts(flat, inputs), floor=0.0)
 
 
-def places(ids: Tensor) -> Transform:
+def token_columns(ids: Tensor) -> Transform:
     """Take integers as columns of a table, for those who have one; other samples may be shorter or longer."""
     return partial(_fit_length, transform=columns(ids), length=ids.shape[1])
 

@@ -21,13 +21,13 @@ Array: TypeAlias = Any  # of NumPy, or a sparse matrix of SciPy
 Predict = Callable[[Tensor], Tensor]  # inputs to predictions (M, K)
 
 _PART = 1000  # samples on which the numbers of a learner are chosen
-_FEWEST = 4  # samples
+_MIN_SAMPLES = 4  # samples
 
 _SHARES, _LEAVES = ("sqrt", 0.5, 1.0), (2, 5, 15, 40)  # of columns tried at a split; samples in a leaf
-_TREES_OF_PART, _TREES, _FEWEST_TREES = 80, 150, 75
+_TREES_OF_PART, _TREES, _MIN_TREES = 80, 150, 75
 _TARGETS_OF_TREES = 15_000_000  # rows times classes times trees, above which there are fewer trees
 _MAX_TARGETS, _MAX_CELLS = 500_000, 2_500_000  # rows times classes, and times columns, of a forest
-_FEWEST_ROWS = 2000  # of a forest, unless there are no more
+_MIN_ROWS = 2000  # of a forest, unless there are no more
 
 _WIDTHS = (0.1, 0.4, 1.6, 6.4)  # of the kernel, times the median squared distance
 _ALPHAS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
@@ -68,7 +68,7 @@ def fit_learners(inputs: Tensor, labels: Tensor, task: Task) -> tuple[Learner, T
         task: The task, which says how predictions are scored.
     """
     rows = spread(len(inputs), _MAX_RIDGE_ROWS)
-    if len(inputs) < _FEWEST:
+    if len(inputs) < _MIN_SAMPLES:
         return _mean(labels, task), rows
     with _quiet():
         found = [(_fit_ridge(inputs[rows], labels[rows], task), rows)]
@@ -121,7 +121,7 @@ def _rows_for_forest(inputs: Tensor, labels: Tensor) -> Tensor:
     number, num_columns = len(inputs), inputs[0].numel()
     is_table = kind_of(inputs) == "vectors" or (kind_of(inputs) == "tokens" and int(inputs.max()) < _PART)
     most = min(number, _MAX_TARGETS // labels.shape[1], _MAX_CELLS // num_columns)
-    return spread(number, most) if is_table and most >= min(number, _FEWEST_ROWS) else torch.arange(0)
+    return spread(number, most) if is_table and most >= min(number, _MIN_ROWS) else torch.arange(0)
 
 
 def _fit_forest(inputs: Tensor, labels: Tensor, task: Task) -> Learner:
@@ -138,7 +138,7 @@ def _fit_forest(inputs: Tensor, labels: Tensor, task: Task) -> Learner:
 
     leaf = min(_LEAVES, key=lambda leaf: score(_SHARES[1], leaf))
     share = min(_SHARES, key=lambda share: score(share, leaf))
-    trees = min(_TREES, max(_FEWEST_TREES, _TARGETS_OF_TREES // y.size))
+    trees = min(_TREES, max(_MIN_TREES, _TARGETS_OF_TREES // y.size))
     forest, left_out = _forest(x, y, trees, share, leaf)
     return _make("forest", "columns", left_out, labels, partial(_predict_columns, forest=forest), task)
 

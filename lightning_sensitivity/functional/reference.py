@@ -24,7 +24,7 @@ _FEW_VALUES = 100  # in each column of a table of categories
 _FEW_COMBINATIONS = 10  # of them, for each sample
 _CONTRADICTORY = 0.05  # share of the variance of labels that is among equal inputs
 _ROUNDING = 1e-12  # of scores that are 0
-_MANY = 10_000  # errors, of which quantiles are taken
+_MAX_ERRORS = 10_000  # errors, of which quantiles are taken
 
 
 def max_samples(kind: str) -> int:
@@ -127,7 +127,7 @@ class Reference:
             return self.labels[:0]
         errors = self.labels - self.left_out
         places = (np.arange(NUM_DRAWS) + 0.5) / NUM_DRAWS
-        found = torch.from_numpy(np.quantile(errors[:: math.ceil(len(errors) / _MANY)].numpy(), places, axis=0))
+        found = torch.from_numpy(np.quantile(errors[:: math.ceil(len(errors) / _MAX_ERRORS)].numpy(), places, axis=0))
         found = found - found.mean(0)
         scale = errors.square().mean(0).sqrt() / found.square().mean(0).sqrt()
         return found * scale.nan_to_num(0.0, 0.0, 0.0)
@@ -264,22 +264,22 @@ def _observations(x: Tensor, y: Tensor, has_label: Tensor) -> tuple[Tensor, Tens
     means /= groups.bincount()[:, None]
     labels = y[order]
     within, total = (means[groups] - labels).square().sum(), (labels - labels.mean(0)).square().sum()
-    if not has_few_values(x, are_contradictory=x.is_floating_point() and bool(within > _CONTRADICTORY * total)):
+    if not has_few_values(x, labels_differ=x.is_floating_point() and bool(within > _CONTRADICTORY * total)):
         order, labels = order[first], means
     chosen = spread(len(order), max_samples(kind_of(x)))
     return order[chosen], labels[chosen]
 
 
-def has_few_values(x: Tensor, are_contradictory: bool = False) -> bool:
+def has_few_values(x: Tensor, labels_differ: bool = False) -> bool:
     """Return whether inputs are a table of categories, in which different samples may be equal.
 
     Args:
         x: The inputs, ``(N, ...)``.
-        are_contradictory: Whether equal inputs have different labels, so that they are hardly the same sample.
+        labels_differ: Whether equal inputs have different labels, so that they are hardly the same sample.
     """
     num_values = [len(torch.unique(column)) for column in x.T] if x.ndim == 2 else [_FEW_VALUES + 1]
     are_few = sum(map(math.log, num_values)) <= math.log(_FEW_COMBINATIONS * len(x))
-    return max(num_values) <= _FEW_VALUES and (are_few or are_contradictory)
+    return max(num_values) <= _FEW_VALUES and (are_few or labels_differ)
 
 
 def _projected(x: Tensor) -> Tensor:

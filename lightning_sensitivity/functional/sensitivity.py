@@ -17,7 +17,7 @@ _SMALL_SHARE = 0.01  # of the class mean that independent outputs would have
 
 
 class SensitivityEstimate(NamedTuple):
-    """Hold the estimates from rows, as scalar tensors except ``num_outputs``.
+    """Estimates from rows, scalar tensors except ``num_outputs``.
 
     Attributes:
         value: S, or the mean squared change of the single outputs, in squared units of the outputs.

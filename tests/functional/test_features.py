@@ -18,8 +18,8 @@ from lightning_sensitivity.functional.features import (
     kind_of,
     make_rows,
     patches,
-    places,
     shrunk,
+    token_columns,
     values,
     words,
 )
@@ -160,7 +160,7 @@ def test_other_sizes_are_fitted() -> None:
 
 def test_integers_of_another_length_are_cut_or_padded() -> None:
     ids = torch.randint(9, (30, 4), generator=torch.Generator().manual_seed(0))
-    transform = places(ids)
+    transform = token_columns(ids)
     padded = torch.cat([ids[:, :2], torch.full((30, 2), -1)], 1)
     torch.testing.assert_close(transform(ids[:, :2]), transform(padded))
     torch.testing.assert_close(transform(torch.cat([ids, ids], 1)), transform(ids))

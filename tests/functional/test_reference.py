@@ -412,7 +412,7 @@ def test_equal_images_and_texts_with_other_labels_count_once() -> None:
 
 def test_each_learner_takes_as_many_samples_as_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = steps(200, num_columns=4)
-    monkeypatch.setattr(learners, "_FEWEST_ROWS", 50)
+    monkeypatch.setattr(learners, "_MIN_ROWS", 50)
     monkeypatch.setattr(learners, "_MAX_CELLS", 4 * 80)  # rows times columns of a forest
     assert len(learners._rows_for_forest(x, one_hot(y))) == 80
     monkeypatch.setattr(learners, "_MAX_TARGETS", 2 * 60)  # rows times classes
