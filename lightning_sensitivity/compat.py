@@ -40,12 +40,6 @@ def random_streams() -> object:
 # torchmetrics
 
 
-def mark_updated(metric: Metric) -> None:
-    """Count a metric as updated, so that ``compute`` runs again, and does not warn that nothing came."""
-    metric._computed = None
-    metric._update_count = max(1, metric._update_count)
-
-
 def stay_alone(metric: Metric) -> None:
     """Let a metric, and those that it is made of, compute in this process alone."""
     for each in metric.modules():

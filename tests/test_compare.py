@@ -263,6 +263,16 @@ def test_half_precision_and_a_single_sample_are_compared() -> None:
     assert all(math.isnan(row.difference_stderr) and row.may_be_best for row in single.values())
 
 
+@pytest.mark.parametrize(("task", "num_outputs"), [("multiclass", 4), ("binary", 1)])
+def test_a_head_of_zeros_is_no_probability(task: str, num_outputs: int) -> None:
+    models = {"zeros": nn.Linear(12, num_outputs), "other": nn.Linear(12, num_outputs)}
+    for weights in models["zeros"].parameters():
+        nn.init.zeros_(weights)
+    y = Y if task == "multiclass" else (Y > 1).float()
+    found = compare_models(models, inputs(60, seed=1).split(20), training=[(X, y)], task=task)
+    assert {row.name for row in found} == models.keys()
+
+
 # What is refused
 
 

@@ -221,15 +221,11 @@ class Monitor(Callback, ABC):
                 what = f"could not measure the samples of dataloader {samples.dataloader_idx}"
                 with self.reporter.report_failure(what, NO_VALUE):
                     self.measured[samples.dataloader_idx] = self._measure_loader(pl_module, run, samples)
-        if trainer.state.fn != TrainerFn.FITTING or not self.reporter.before_first_step:
-            self.reporter.warn_of_probabilities()
 
     def _measure_loader(self, pl_module: LightningModule, run: RunIsolated, samples: KeptSamples) -> object:
         """Measure the samples of a loader; before the first step, check the model, too."""
         if self.reporter.before_first_step and samples.size > 0:
-            call = samples.batches[0].call
-            assert call is not None
-            self.check_model(run, call.to(pl_module.device))
+            self.check_model(run, samples.batches[0].call.to(pl_module.device))
             self.is_checked = True
         return self.measure(pl_module, run, samples)
 
@@ -239,6 +235,10 @@ class Monitor(Callback, ABC):
         check_repeatable(outputs, run(call))
         self.check_outputs(outputs)
         return outputs
+
+    def warn_of_probabilities(self) -> None:
+        """Warn of outputs that may be probabilities."""
+        self.reporter.warn("arguments", "got outputs that all lie in [0, 1]. If they are not logits, set `outputs=`.")
 
     def _log_values(self, trainer: Trainer, dataloader_idx: int) -> Mapping[str, float]:
         """Log the values of a loader, unless a process could not measure it; every process comes here.

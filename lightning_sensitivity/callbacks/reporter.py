@@ -8,12 +8,10 @@ from contextlib import contextmanager
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
-from torch import Tensor
 
 from lightning_sensitivity.arguments import Refused, describe_error, link_to
-from lightning_sensitivity.functional.tensors import Diagnosis, may_be_probabilities
+from lightning_sensitivity.functional.tensors import Diagnosis
 
-_MANY = 50  # so many samples of a trained network, in small batches, have a logit outside of [0, 1]
 _INPUTS = "`inputs=`, such as `inputs=lambda batch: batch['image']`"
 
 
@@ -34,8 +32,6 @@ class Reporter:
         self._prefix = prefix
         self._said: dict[str, float] = {}  # how severe each kind was when it was last said
         self._num_failures: dict[str, int] = {}
-        self._num_in_unit = 0  # samples so far whose outputs lie in [0, 1]; -1 if one has others
-        self._may_be_probabilities = False
 
     def warn(self, entry: str, message: str, severity: float = 1.0, kind: str = "") -> None:
         """Warn, and again whenever it has become twice as severe.
@@ -53,18 +49,6 @@ class Reporter:
         """Warn of what makes the values of a loader doubtful."""
         for entry, (message, severity) in diagnoses.items():
             self.warn(entry, f"on dataloader {dataloader_idx}: {message}", severity, kind=str(dataloader_idx))
-
-    def note_outputs(self, outputs: Tensor) -> None:
-        """Note whether outputs may be probabilities, until some are not."""
-        if self._num_in_unit >= 0:
-            is_in_unit = bool(((outputs >= 0) & (outputs <= 1)).all())
-            self._num_in_unit = self._num_in_unit + len(outputs) if is_in_unit else -1
-            self._may_be_probabilities = is_in_unit and (self._may_be_probabilities or may_be_probabilities(outputs))
-
-    def warn_of_probabilities(self) -> None:
-        """Warn if all outputs so far may be probabilities, as those of a small head may before training."""
-        if self._may_be_probabilities or self._num_in_unit >= _MANY:
-            self.warn("arguments", "got outputs that all lie in [0, 1]. If they are not logits, set `outputs=`.")
 
     @contextmanager
     def report_failure(self, what: str, consequence: str) -> Iterator[None]:

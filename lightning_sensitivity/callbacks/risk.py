@@ -16,6 +16,7 @@ from lightning_sensitivity.arguments import (
     Selector,
     check_argument,
     check_bool,
+    check_estimator,
     describe_error,
     refuse_on_error,
 )
@@ -42,6 +43,7 @@ from lightning_sensitivity.functional.expected import (
 )
 from lightning_sensitivity.functional.reference import Reference
 from lightning_sensitivity.functional.tasks import TASK_NAMES, TASKS
+from lightning_sensitivity.functional.tensors import may_be_probabilities
 from lightning_sensitivity.model.isolation import RunIsolated, isolated
 from lightning_sensitivity.model.reader import BatchReader
 from lightning_sensitivity.model.samples import KeptSamples
@@ -120,10 +122,7 @@ class RiskMonitor(Monitor):
     ) -> None:
         check_argument("task", task, task in TASKS, f"one of {TASK_NAMES}")
         check_bool("validation_labels", validation_labels)
-        needs = "predict_proba" if TASKS[task].has_classes else "predict"
-        is_complete = all(hasattr(reference, each) for each in ("fit", "get_params", needs))
-        can_fit = reference is None or (is_complete and not isinstance(reference, type))
-        check_argument("reference", reference, can_fit, f"an estimator of scikit-learn with `{needs}`, or None")
+        check_estimator("reference", reference, TASKS[task])
         reader = BatchReader(inputs=inputs, outputs=outputs, targets=targets, features=features, task=TASKS[task])
         super().__init__(reader, num_samples, prefix, prog_bar)
         if validation_labels and num_samples is not None:
@@ -350,10 +349,7 @@ class RiskMonitor(Monitor):
         """Run the model on the kept samples of a loader, and return its outputs, ``(N, K)``, on the CPU."""
         found = []
         for batch in samples.batches:
-            assert batch.call is not None
             outputs = run(batch.call.to(module.device))
-            if self.task.has_classes:
-                self.reporter.note_outputs(outputs)
             found.append(outputs.float().cpu().reshape(len(outputs), -1))
         return torch.cat(found) if found else torch.zeros(0, self._num_outputs)
 
@@ -379,6 +375,8 @@ class RiskMonitor(Monitor):
         found = self._reference.predictions(dataloader_idx) if self._verdict.is_trusted else None
         is_finite = outputs.isfinite().all(1)
         self._warn_of_samples(dataloader_idx, is_finite, has_label)
+        if self.task.has_classes and may_be_probabilities(outputs[is_finite]):
+            self.warn_of_probabilities()
         if not trainer.fast_dev_run and not bool(has_label.any()):  # type: ignore[attr-defined]
             self._warn_if_blind()
         if not bool(is_finite.any()) or (found is None and not bool((has_label & is_finite).any())):

@@ -1,18 +1,24 @@
 """The callback that logs output sensitivity, a curve to watch."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
-from torchmetrics import MeanMetric
 
-from lightning_sensitivity import compat
 from lightning_sensitivity.arguments import Selector, check_argument, check_bool, check_int
 from lightning_sensitivity.callbacks.checks import callbacks_that_monitor, check_logits
 from lightning_sensitivity.callbacks.monitor import Monitor
-from lightning_sensitivity.functional.sensitivity import loss_estimate
-from lightning_sensitivity.metric import OutputSensitivity
+from lightning_sensitivity.callbacks.reference import gather
+from lightning_sensitivity.functional.sensitivity import (
+    NUM_COLUMNS,
+    diagnostics,
+    loss_estimate,
+    sensitivity_from_rows,
+    sensitivity_rows,
+)
+from lightning_sensitivity.functional.tensors import by_position, may_be_probabilities, wide_dtype
 from lightning_sensitivity.model.isolation import RunIsolated, isolated
 from lightning_sensitivity.model.perturbation import GaussianNoise, Noise, check_noise, noisy_outputs, submodule
 from lightning_sensitivity.model.reader import BatchReader
@@ -20,6 +26,18 @@ from lightning_sensitivity.model.samples import KeptSamples
 
 _NUM_TRIED = 8  # samples on which noise is tried
 _WORST = torch.finfo(torch.float32).max
+
+
+class _Measured(NamedTuple):
+    """What a process has measured of a loader.
+
+    Attributes:
+        rows: A row for each sample, by :func:`sensitivity_rows`, and its lowest and highest output, ``(N, 7)``.
+        power: The sum of squares of the perturbed elements, and their number, ``(1, 2)``; 0 if nobody needs it.
+    """
+
+    rows: Tensor
+    power: Tensor
 
 
 class SensitivityMonitor(Monitor):
@@ -30,7 +48,7 @@ class SensitivityMonitor(Monitor):
     before training. To choose when to stop, use :class:`~lightning_sensitivity.RiskMonitor`.
 
     **Logged values**, after ``prefix``: ``output_sensitivity``, in squared units of the outputs, and its
-    standard error ``output_sensitivity_stderr``. ``measured`` has the metric of each loader. With
+    standard error ``output_sensitivity_stderr``. With
     ``loss_estimate=True`` also ``loss_estimate``, the cross-entropy that the paper's Equation 9 makes of it.
 
     The first validation keeps samples on the CPU, at most 512 MiB of them in each process. Every validation
@@ -94,7 +112,6 @@ class SensitivityMonitor(Monitor):
         self.loss_estimate = loss_estimate
         self.seed = seed
         self._noise = check_noise(noise)
-        self._powers: dict[int, MeanMetric] = {}  # mean square of the perturbed elements of each loader
         has_std = isinstance(self._noise, GaussianNoise) and isinstance(self._noise.std, float)
         is_possible = not loss_estimate or (has_std and at is None and not per_output)
         expected = "False, unless `noise` is one number, `at` is None and `per_output` is False"
@@ -151,40 +168,39 @@ class SensitivityMonitor(Monitor):
         if not self.per_output:
             check_logits(outputs)
 
-    def measure(self, module: LightningModule, run: RunIsolated, samples: KeptSamples) -> OutputSensitivity:
+    def measure(self, module: LightningModule, run: RunIsolated, samples: KeptSamples) -> _Measured:
         """Run the model on the kept samples of a loader, clean and with noise."""
-        with module.device:  # it determines the floating type of a metric
-            metric, power = OutputSensitivity(self.per_output), MeanMetric()
-        metric.is_quiet = True  # the reporter warns
+        rows = [torch.zeros(0, NUM_COLUMNS + 2, dtype=wide_dtype(module.device))]
+        power = torch.zeros(1, 2)
         at = None if self.at is None else submodule(module, self.at)
 
         def noise(x: Tensor, generator: torch.Generator) -> Tensor:
-            power.update(x.float().square().mean(), x.numel())
+            square = float(x.float().square().mean())
+            if not math.isnan(square):
+                power.add_(torch.tensor([[square * x.numel(), x.numel()]]))
             return self._noise(x, generator)
 
         for batch in samples.batches:
-            assert batch.call is not None
             call = batch.call.to(module.device)
             clean = run(call)
-            if not self.per_output:
-                self.reporter.note_outputs(clean)
             key = self.seed, module.global_rank, samples.dataloader_idx, batch.index
-            metric.update(clean, noisy_outputs(run, call, noise, key, self.num_draws, at))
-        compat.mark_updated(metric)  # a loader or a process may have no samples
-        compat.mark_updated(power)
-        self._powers[samples.dataloader_idx] = power
-        return metric
+            noisy = noisy_outputs(run, call, noise if self.loss_estimate else self._noise, key, self.num_draws, at)
+            sums, extremes = sensitivity_rows(clean, noisy), by_position(clean).flatten(1).aminmax(dim=1)
+            rows.append(torch.cat([sums, torch.stack(extremes, 1)], 1).cpu())
+        return _Measured(torch.cat(rows), power)
 
     def compute_values(self, trainer: Trainer, dataloader_idx: int) -> dict[str, Tensor | float]:
         """Compute the sensitivity of a loader over all processes."""
-        metric: OutputSensitivity = self.measured[dataloader_idx]
-        estimate = metric.estimate
-        power = self._powers[dataloader_idx].compute()
-        self.reporter.warn_of(metric.messages, dataloader_idx)
+        rows, power = (gather(trainer, each) for each in self.measured[dataloader_idx])
+        estimate = sensitivity_from_rows(rows[:, :NUM_COLUMNS], self.per_output)
+        messages = diagnostics(estimate, self.per_output)
+        self.reporter.warn_of(messages, dataloader_idx)
+        if not self.per_output and may_be_probabilities(rows[:, NUM_COLUMNS:]):
+            self.warn_of_probabilities()
         if estimate.num_samples == 0 and estimate.num_non_finite > 0:
             return dict.fromkeys(self.names, math.nan)  # training has failed, and others may end it
         if estimate.num_samples < 2:
-            if not metric.messages:
+            if not messages:
                 self.reporter.warn("failed", f"has no value on dataloader {dataloader_idx}: it needs two samples.")
             return {}
         values: dict[str, Tensor | float] = {
@@ -193,7 +209,10 @@ class SensitivityMonitor(Monitor):
         }
         if self.loss_estimate and estimate.num_outputs > 1:
             assert isinstance(self._noise, GaussianNoise) and isinstance(self._noise.std, float)
-            values["loss_estimate"] = loss_estimate(estimate.value, power, self._noise.std, estimate.num_outputs)
+            square, count = power.sum(0)
+            values["loss_estimate"] = loss_estimate(
+                estimate.value, square / count, self._noise.std, estimate.num_outputs
+            )
         return values
 
     def worst_values(self, dataloader_idx: int) -> dict[str, float]:

@@ -23,7 +23,7 @@ class Diagnosis(NamedTuple):
 
 _CHUNK = 2**15  # elements that are converted to double precision at a time
 _MIN_NUMBERS = 10  # fewer outputs may look like probabilities by chance
-_MANY = 50  # fewer samples may lie in [0, 1] by chance
+_MANY = 50  # samples; fewer may lie on one side of ½ by chance
 _ROUNDING = 1e-2  # error of sums of 16-bit probabilities, which autocast may have converted to 32 bits since
 
 
@@ -70,10 +70,11 @@ def are_log_probabilities(outputs: Tensor) -> bool:
 
 def may_be_probabilities(outputs: Tensor) -> bool:
     """Check whether all outputs of a trained network lie in [0, 1], and are not all equal; waits for the device."""
-    if len(outputs) < _MANY:
+    if outputs.numel() < _MIN_NUMBERS:
         return False
-    lowest, highest = outputs.aminmax()
-    return bool((lowest >= 0) & (lowest < highest) & (highest <= 1))
+    lowest, highest = map(float, outputs.aminmax())
+    # A few logits of a small head may lie there, but then all are on the same side of ½.
+    return 0 <= lowest < highest <= 1 and (len(outputs) >= _MANY or lowest < 0.5 < highest)
 
 
 def look_like_probabilities(outputs: Tensor) -> bool:

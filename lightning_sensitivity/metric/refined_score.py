@@ -16,10 +16,8 @@ from lightning_sensitivity.functional.refined_score import (
     score_sums,
 )
 from lightning_sensitivity.functional.tasks import find_task
-from lightning_sensitivity.functional.tensors import wide_dtype
+from lightning_sensitivity.functional.tensors import look_like_probabilities, wide_dtype
 from lightning_sensitivity.metric.double_precision import DoublePrecisionMetric
-
-_MANY = 50  # so many samples of a trained network have a logit that is no probability
 
 
 class RefinedScore(DoublePrecisionMetric):
@@ -40,7 +38,7 @@ class RefinedScore(DoublePrecisionMetric):
       labels or the predictions of another model. Those of -100 are ignored.
 
     ``forward`` and ``compute`` return a scalar tensor; lower is better. Samples with nan or inf are left out,
-    with a warning.
+    with a warning; probabilities give one, too.
 
     Args:
         task: ``"multiclass"``, ``"binary"`` or ``"regression"``, whose score is the mean squared error.
@@ -75,23 +73,19 @@ class RefinedScore(DoublePrecisionMetric):
     def update(self, logits: Tensor, targets: Tensor) -> None:
         """Add a batch."""
         check_scored(logits, targets, self.task)
+        if self.task.has_classes and look_like_probabilities(logits):
+            rank_zero_warn("`logits` look like probabilities: take what comes before softmax or sigmoid.", stacklevel=5)
         # not in place: the state may belong to inference mode
         self.packed_sums = self.packed_sums + score_sums(logits, targets, self.task)
 
     def compute(self) -> Tensor:
         """Compute the score of all samples so far, over all processes; nan without any."""
         sums = ScoreSums(*self.packed_sums.T)
-        self._warn(sums)
-        score, self._temperature = Refined.lowest(sums.scores)
-        return self.packed_sums.new_tensor(score)
-
-    def _warn(self, sums: ScoreSums) -> None:
         num_non_finite = int(sums.num_non_finite[0])
         if num_non_finite > 0:
-            rank_zero_warn(f"{num_non_finite} samples gave nan or inf, and were left out.", stacklevel=6)
-        if self.task.has_classes and sums.num_scored[0] >= _MANY and sums.num_logits[0] == 0:
-            expected = "take what comes before softmax or sigmoid"
-            rank_zero_warn(f"All `logits` look like probabilities. If they are, {expected}.", stacklevel=6)
+            rank_zero_warn(f"{num_non_finite} samples gave nan or inf, and were left out.", stacklevel=5)
+        score, self._temperature = Refined.lowest(sums.scores)
+        return self.packed_sums.new_tensor(score)
 
     @property
     def temperature(self) -> float:

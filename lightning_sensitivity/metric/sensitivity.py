@@ -43,7 +43,6 @@ class OutputSensitivity(DoublePrecisionMetric):
 
     Attributes:
         messages: What makes the last value doubtful, by kind.
-        is_quiet: Whether ``compute`` only keeps them, without a warning.
 
     Raises:
         ValueError: If ``per_output`` is not a bool; in ``update``, if shapes do not fit; in ``compute``, if K
@@ -73,7 +72,6 @@ class OutputSensitivity(DoublePrecisionMetric):
             raise ValueError(f"Expected argument `per_output` to be a bool, but got {per_output!r}.")
         self.per_output = per_output
         self.messages: dict[str, Diagnosis] = {}
-        self.is_quiet = False
         self._all_rows = torch.empty(0)  # over all processes, as of the last `compute`
         self.rows: list[Tensor] | Tensor = []  # one tensor while it is synchronized
         self.add_state("rows", default=[], dist_reduce_fx="cat")
@@ -108,7 +106,7 @@ class OutputSensitivity(DoublePrecisionMetric):
         self._all_rows = dim_zero_cat(self.rows)
         estimate = sensitivity.sensitivity_from_rows(self._all_rows, self.per_output)
         self.messages = sensitivity.diagnostics(estimate, self.per_output)
-        for message, _ in () if self.is_quiet else self.messages.values():
+        for message, _ in self.messages.values():
             rank_zero_warn(message, stacklevel=5)  # at the line that calls `compute`
         return estimate.value
 

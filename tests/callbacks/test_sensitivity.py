@@ -45,8 +45,6 @@ def test_the_values_are_those_of_a_plain_loop_over_batches_as_they_came(kind: An
     values = validated(monitor, model, DataLoader(batches, None))
     changes = brute_force(model.eval(), batches, num_draws, seed=3)
     close(values, expected(changes))
-    per_sample = (changes - changes.mean()).square().mean(1)
-    torch.testing.assert_close(monitor.measured[0].per_sample, per_sample, rtol=1e-4, atol=1e-9)
 
 
 def test_noise_at_a_submodule_is_added_to_its_output() -> None:
