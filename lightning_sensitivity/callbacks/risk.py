@@ -259,7 +259,8 @@ class RiskMonitor(Monitor):
         """Summarize the fit, once."""
         if self.summary or self._output_shape is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        if self.record.num_validations == 0 or (self.record.verdict is None and not self.history):
+        has_labels = any(row["num_labels"] > 0 for row in self.history)
+        if self.record.num_validations == 0 or (self.record.verdict is None and not has_labels):
             enough = f"{FIRST_VALUE} training samples that have labels, or a full epoch of them"
             self.reporter.warn("samples", f"logged nothing: the run ended before a validation with {enough}.")
             return

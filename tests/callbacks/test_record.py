@@ -102,6 +102,13 @@ def test_a_fit_that_is_resumed_within_an_epoch_has_no_reference_of_a_part_of_it(
     assert monitor.summary["num_training"] == 1300 and run.current_epoch == 4
 
 
+def test_a_resumed_fit_that_ends_before_it_has_a_reference_says_so_and_chooses_nothing(tmp_path: Path) -> None:
+    path, val = saved_after(17, tmp_path, quick_risk()), DataLoader(inputs(50, seed=9), 16)
+    options = {"max_steps": 20, "max_epochs": 4, "ckpt_path": path, "val_check_interval": 3}
+    _, texts = fitted_and_said(monitor := quick_risk(), Still(), MANY, val, **options)
+    assert "logged nothing: the run ended before" in texts[-1] and monitor.summary == {}
+
+
 # With others
 
 
