@@ -140,7 +140,13 @@ def averaged_weights(**options: Any) -> list[Callback]:
 def small_forests() -> Iterator[pytest.MonkeyPatch]:
     """Learners that are fitted in a tenth of a second, inside."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"_TREES": 20, "_TREES_OF_PART": 5, "_LEAVES": (5,), "_SHARES": ("sqrt", 1.0)}.items():
+        for name, value in {
+            "_TREES": 20,
+            "_TREES_OF_PART": 5,
+            "_LEAVES": (5,),
+            "_SHARE": 1.0,
+            "_OTHER_SHARES": ("sqrt",),
+        }.items():
             patch.setattr(learners, name, value)
         yield patch
 

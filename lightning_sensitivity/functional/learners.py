@@ -23,7 +23,7 @@ Predict = Callable[[Tensor], Tensor]  # inputs to predictions (M, K)
 _PART = 1000  # samples on which the numbers of a learner are chosen
 _MIN_SAMPLES = 4  # samples
 
-_SHARES, _LEAVES = ("sqrt", 0.5, 1.0), (2, 5, 15, 40)  # of columns tried at a split; samples in a leaf
+_SHARE, _OTHER_SHARES, _LEAVES = 0.5, ("sqrt", 1.0), (2, 5, 15, 40)  # of columns tried at a split; samples in a leaf
 _TREES_OF_PART, _TREES, _MIN_TREES = 80, 150, 75
 _TARGETS_OF_TREES = 15_000_000  # rows times classes times trees, above which there are fewer trees
 _MAX_TARGETS, _MAX_CELLS = 500_000, 2_500_000  # rows times classes, and times columns, of a forest
@@ -136,8 +136,10 @@ def _fit_forest(inputs: Tensor, labels: Tensor, task: Task) -> Learner:
     def score(share: Any, leaf: int) -> float:
         return float(np.square(_forest(x[part], y[part], _TREES_OF_PART, share, leaf)[1] - y[part]).mean())
 
-    leaf = min(_LEAVES, key=lambda leaf: score(_SHARES[1], leaf))
-    share = min(_SHARES, key=lambda share: score(share, leaf))
+    of_leaves = {leaf: score(_SHARE, leaf) for leaf in _LEAVES}
+    leaf = min(of_leaves, key=lambda each: of_leaves[each])
+    of_shares = {share: score(share, leaf) for share in _OTHER_SHARES} | {_SHARE: of_leaves[leaf]}
+    share = min(of_shares, key=lambda each: of_shares[each])
     trees = min(_TREES, max(_MIN_TREES, _TARGETS_OF_TREES // y.size))
     forest, left_out = _forest(x, y, trees, share, leaf)
     return _make("forest", "columns", left_out, labels, partial(_predict_columns, forest=forest), task)
