@@ -29,7 +29,7 @@ Calls = dict[str, Received]  # the first call of the module and of each direct p
 
 
 class FirstStep:
-    """Compare what the module and its direct parts get in the first training step with what they get from us."""
+    """A comparison of what the module and its direct parts get in the first step with what they get from us."""
 
     def __init__(self) -> None:
         self._ours: Calls = {}

@@ -28,7 +28,7 @@ FEW_SAMPLES = 50  # of which a value is mostly chance
 
 
 class Monitor(Callback, ABC):
-    """Measure the same few validation samples in every validation, and log the values; see the subclasses.
+    """The base of callbacks that measure the same few validation samples in every validation, and log the values.
 
     The first validation of a run keeps samples as they come. Its last batch, and that of every later
     validation, measures them, and the end of the epoch logs the values.

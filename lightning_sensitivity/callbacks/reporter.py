@@ -16,7 +16,7 @@ _INPUTS = "`inputs=`, such as `inputs=lambda batch: batch['image']`"
 
 
 class Reporter:
-    """Turn a failure into an error before the first training step, and into a warning after it.
+    """A voice that makes a failure an error before the first training step, and a warning after it.
 
     Args:
         monitor: Name of the monitor's class.

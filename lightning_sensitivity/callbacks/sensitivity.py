@@ -41,15 +41,15 @@ class _Measured(NamedTuple):
 
 
 class SensitivityMonitor(Monitor):
-    r"""Log the output sensitivity of the model in every validation epoch, without labels.
+    r"""A callback that logs the output sensitivity of the model in every validation epoch, without labels.
 
     Sensitivity is the variance of the class-averaged output change under input noise (Forouzesh, Salehi and
     Thiran, arXiv:2007.15378). It grows with the gap between validation and training loss; it is lowest
     before training. To choose when to stop, use :class:`~lightning_sensitivity.RiskMonitor`.
 
     **Logged values**, after ``prefix``: ``output_sensitivity``, in squared units of the outputs, and its
-    standard error ``output_sensitivity_stderr``. With
-    ``loss_estimate=True`` also ``loss_estimate``, the cross-entropy that the paper's Equation 9 makes of it.
+    standard error ``output_sensitivity_stderr``. With ``loss_estimate=True`` also ``loss_estimate``, the
+    cross-entropy that the paper's Equation 9 makes of it.
 
     The first validation keeps samples on the CPU, at most 512 MiB of them in each process. Every validation
     measures these samples, by 1 + ``num_draws`` passes.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Diagnosis(NamedTuple):
-    """Hold what makes a value doubtful.
+    """What makes a value doubtful.
 
     Attributes:
         message: Whole sentences.
