@@ -191,7 +191,8 @@ class SensitivityMonitor(Monitor):
 
     def compute_values(self, trainer: Trainer, dataloader_idx: int) -> dict[str, Tensor | float]:
         """Compute the sensitivity of a loader over all processes."""
-        rows, power = (gather(trainer, each) for each in self.measured[dataloader_idx])
+        device = trainer.strategy.root_device  # a process group may take logged values of no other
+        rows, power = (gather(trainer, each).to(device) for each in self.measured[dataloader_idx])
         estimate = sensitivity_from_rows(rows[:, :NUM_COLUMNS], self.per_output)
         messages = diagnostics(estimate, self.per_output)
         self.reporter.warn_of(messages, dataloader_idx)
