@@ -135,7 +135,7 @@ class RunReference:
         known = self._gather_known(trainer, own)
         if self._is_made or not self._is_continued(known, self._unseen):
             if not self._is_made:
-                self._record.verdict = None  # of other samples
+                self._record.verdict, self._record.is_final = None, False  # of other samples
             if not is_sorted and self.is_ready(trainer):
                 self._fit(trainer, known, self._unseen)
                 self._is_made, self._record.is_final = True, is_final

@@ -63,8 +63,8 @@ BLOCKS = {
     "README: signals": worth("signals"),
     "README: pretrained": worth("pretrained_features"),
     "README: labels": (
-        "on tables {tables.labels_100_combined_accuracy_lost:.1f} points lost with 100 labels and the reference, "
-        "{tables.labels_100_accuracy_lost:.1f} by the labels alone"
+        "on tables {tables_new.labels_100_combined_accuracy_lost:.1f} points lost with 100 labels and the reference, "
+        "{tables_new.labels_100_accuracy_lost:.1f} by the labels alone"
     ),
     "README: compare": "{alike.expected_lost:.1f} points lost instead of {alike.random_lost:.1f} at random",
     "README: level": (
@@ -173,15 +173,15 @@ was {photos_40.its_unexplained.percent:.0f} % where {photos_40.share:.0f} % were
         "accuracy lost, points",
         LABELS,
         {
-            name: f"{{{name}.ROW_accuracy_lost:.1f}} → {{{name}.ROW_combined_accuracy_lost:.1f}}"
+            name: f"{{{name}_new.ROW_accuracy_lost:.1f}} → {{{name}_new.ROW_combined_accuracy_lost:.1f}}"
             for name in ("tables", "photos", "texts")
         },
     )
     + """
 
 Before the arrow stand labels alone, behind it the same labels with the reference. Without labels, the expected score
-loses {tables.expected_score_accuracy_lost:.1f} on tables, {photos.expected_score_accuracy_lost:.1f} on photos and
-{texts.expected_score_accuracy_lost:.1f} on texts.""",
+loses {tables_new.expected_score_accuracy_lost:.1f} on tables, {photos_new.expected_score_accuracy_lost:.1f} on photos
+and {texts_new.expected_score_accuracy_lost:.1f} on texts.""",
     "worth: compare": table(
         "chosen by",
         NETWORKS,

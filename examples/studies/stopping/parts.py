@@ -42,6 +42,7 @@ CONDITIONS = {
     "pretrained_head": "pool == 'pretrained' and given_features and kind.str.contains('head')",
 }
 NAMES: dict[str, Any] = {name: CHECK.where(condition) for name, condition in CONDITIONS.items()}
+NAMES |= {f"{name}_new": runs.where("is_new") for name, runs in NAMES.items()}  # judged after the labels' worth was set
 NAMES |= {"all": ALL, "check": CHECK, "design": ALL.where("is_design")}
 COMPARED = Runs.read(Path(__file__).with_name("compared.csv"))
 NAMES["alike"] = COMPARED.where("pool == 'alike'")

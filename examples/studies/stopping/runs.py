@@ -23,7 +23,7 @@ POOLS = (*OLD_POOLS, "pretrained", "signals", "series", "annotators", "photos_al
 SIZES = {"tables": 240, "numbers": 40, "photos": 36, "texts": 36, "redrawn": 45, "tuned": 15, "alike": 240, "large": 28}
 SIZES |= {"pretrained": 8, "signals": 18, "series": 12, "annotators": 24, "photos_alike": 24}
 # Runs with a lower index were judged before it was decided how many labels a reference is worth.
-JUDGED_BEFORE = {"tables": 80, "photos": 18, "texts": 24, "redrawn": 18, "tuned": 9, "pretrained": 6, "annotators": 12}
+JUDGED_BEFORE = {"tables": 120, "photos": 18, "texts": 24, "redrawn": 18, "tuned": 9, "pretrained": 6, "annotators": 12}
 ALIKE, NUM_ALIKE = ("alike", "photos_alike"), 6  # networks on the same data
 WAYS = ("plain", "weights", "sampler")
 FEWEST, MOST = 0.03, 0.3  # positives
