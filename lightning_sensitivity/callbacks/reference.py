@@ -124,30 +124,31 @@ class RunReference:
         if self.is_final or rows is None:
             return
         own = self._join(rows, num_outputs)
-        is_over = trainer.strategy.reduce_boolean_decision(self._is_over(trainer, rows))
-        is_sorted = own is not None and _drift(own[1])
-        is_sorted = not is_over and trainer.strategy.reduce_boolean_decision(is_sorted, all=False)
-        is_final = is_over or (not is_sorted and trainer.strategy.reduce_boolean_decision(rows.is_full))
+        is_sorted, is_final = self._progress(trainer, rows, own)
         if self._is_made and not is_final:
             return
         if self._unseen is None:
             self._unseen = {samples.dataloader_idx: self._gather_unseen(trainer, samples) for samples in kept}
         known = self._gather_known(trainer, own)
-        if self._is_made or not self._is_continued(known, self._unseen):
-            if not self._is_made:
-                self._record.verdict, self._record.is_final = None, False  # of other samples
-            if not is_sorted and self.is_ready(trainer):
-                self._fit(trainer, known, self._unseen)
-                self._is_made, self._record.is_final = True, is_final
+        is_found = not self._is_made and self._find(known, self._unseen)
+        if not is_found and not is_sorted and self.is_ready(trainer):
+            self._fit(trainer, known, self._unseen)
+            self._is_made, self._record.is_final = True, is_final
         if self._record.is_final:
-            self._finish(rows)
+            self.is_final = True
+            rows.clear()
+            for each in self._unseen.values():
+                each.features = self._empty
 
-    def _finish(self, rows: KeptRows) -> None:
-        """Free what is not needed any more."""
-        self.is_final = True
-        rows.clear()
-        for each in (self._unseen or {}).values():
-            each.features = self._empty
+    def _progress(self, trainer: Trainer, rows: KeptRows, own: tuple[Tensor, Tensor] | None) -> tuple[bool, bool]:
+        """Return whether any process gets its samples sorted, and whether those so far are all that a reference takes.
+
+        Of sorted samples, the last ones may be of other classes.
+        """
+        decide = trainer.strategy.reduce_boolean_decision
+        is_over, is_full = decide(self._is_over(trainer, rows)), decide(rows.is_full)
+        is_sorted = decide(not is_over and own is not None and _drift(own[1]), all=False)
+        return is_sorted, is_over or (is_full and not is_sorted)
 
     def predictions(self, dataloader_idx: int) -> tuple[Tensor, Tensor] | None:
         """Return what the reference predicts for the kept samples of a loader, of all processes.
@@ -193,16 +194,20 @@ class RunReference:
             return None
         return self._attempt(lambda: (gather(trainer, own[0]), gather(trainer, own[1])))
 
-    def _is_continued(self, known: tuple[Tensor, Tensor] | None, unseen: dict[int, _Unseen]) -> bool:
-        """Return whether training and validation samples are those of the run that is continued."""
-        saved, is_final = self._record.predictions, self._record.is_final
-        if known is None or not is_final or not bool(are_known(fingerprints_of(*known), self._record.training).all()):
-            return False
-        return saved.keys() == unseen.keys() and all(
-            saved[index].fingerprints.shape == each.fingerprints.shape
-            and bool(are_known(each.fingerprints, saved[index].fingerprints).all())
-            for index, each in unseen.items()
+    def _find(self, known: tuple[Tensor, Tensor] | None, unseen: dict[int, _Unseen]) -> bool:
+        """Return whether the record has a reference of the same samples; forget one of others."""
+        saved = {index: each.fingerprints for index, each in self._record.predictions.items()}
+        is_found = (
+            known is not None
+            and self._record.is_final
+            and bool(are_known(fingerprints_of(*known), self._record.training).all())
+            and saved.keys() == unseen.keys()
+            and all(len(saved[index]) == len(each.order) for index, each in unseen.items())
+            and all(bool(are_known(each.fingerprints, saved[index]).all()) for index, each in unseen.items())
         )
+        if not is_found:
+            self._record.verdict, self._record.is_final = None, False
+        return is_found
 
     def _fit(self, trainer: Trainer, known: tuple[Tensor, Tensor] | None, unseen: dict[int, _Unseen]) -> None:
         """Fit the reference in the first process, and tell all others what is known of it, and what it predicts."""
