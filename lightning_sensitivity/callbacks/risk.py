@@ -372,29 +372,37 @@ class RiskMonitor(Monitor):
         """Compute what to expect on a loader, over all processes, and remember it."""
         outputs = gather(trainer, self.measured[dataloader_idx])
         labels = self._gather_labels(trainer, self.samples[dataloader_idx])
-        has_label = ~labels.isnan().any(1)
-        found = self._reference.predictions(dataloader_idx) if self._verdict.is_trusted else None
-        is_finite = outputs.isfinite().all(1)
+        has_label, is_finite = ~labels.isnan().any(1), outputs.isfinite().all(1)
         self._warn_of_samples(dataloader_idx, is_finite, has_label)
         if self.task.has_classes and may_be_probabilities(outputs[is_finite]):
             self.warn_of_probabilities()
         if not trainer.fast_dev_run and not bool(has_label.any()):  # type: ignore[attr-defined]
             self._warn_if_blind()
-        if not bool(is_finite.any()) or (found is None and not bool((has_label & is_finite).any())):
-            return {} if bool(is_finite.any()) or not len(outputs) else dict.fromkeys(self.names, math.nan)
+        if not bool(is_finite.any()):
+            return dict.fromkeys(self.names, math.nan) if len(outputs) else {}
         counts = has_label & is_finite
+        num_labels = int(counts.sum())
+        found = self._reference.predictions(dataloader_idx) if self._verdict.is_trusted else None
+        if found is None and num_labels == 0:
+            return {}
         y = labels[counts]
         drawn = self.task.classes(y) if self.task.has_classes else y
-        chosen = all_values(outputs[counts], y, drawn[None], self.metrics, self.task)
+        values = all_values(outputs[counts], y, drawn[None], self.metrics, self.task)
         if found is not None:
             order, q = found
             expected = self._expect(dataloader_idx, outputs[order], q, is_finite[order])
-            chosen = join_values(expected, chosen, int(counts.sum()))
-        values = {EXPECTED + name: chosen[name] for name in ("score", *self.metrics)}
-        row = {"epoch": trainer.current_epoch, "step": trainer.global_step, "dataloader_idx": dataloader_idx} | values
-        about = {"num_labels": int(counts.sum()), "reference": self.record.num_references}
-        self.history.append(row | {"temperature": chosen["temperature"]} | about)
-        return {name: value for name, value in values.items() if not math.isnan(value)}
+            values = join_values(expected, values, num_labels)
+        return self._remember(trainer, dataloader_idx, values, num_labels)
+
+    def _remember(
+        self, trainer: Trainer, dataloader_idx: int, values: dict[str, float], num_labels: int
+    ) -> dict[str, Tensor | float]:
+        """Add a row to the history, and return its values by their names, without those that are nan."""
+        row = {"epoch": trainer.current_epoch, "step": trainer.global_step, "dataloader_idx": dataloader_idx}
+        named = {EXPECTED + name: values[name] for name in ("score", *self.metrics)}
+        about = {"temperature": values["temperature"], "num_labels": num_labels}
+        self.history.append(row | named | about | {"reference": self.record.num_references})
+        return {name: value for name, value in named.items() if not math.isnan(value)}
 
     @property
     def _verdict(self) -> Verdict:
