@@ -167,7 +167,7 @@ class _Comparer:
             moved = _move_batch(model, batch)
             labels, has_label = self.labels(model, moved, shape)
             features = self.features(model, moved)
-            kept = kept or KeptRows(max_samples(kind_of(features)))
+            kept = kept or KeptRows(max_samples(kind_of(features), math.prod(shape)))
             kept.add(features[has_label], labels[has_label])
         if kept is None or kept.size == 0:
             raise Refused("no batch has a label.")

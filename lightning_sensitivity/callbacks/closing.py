@@ -104,9 +104,10 @@ def _what_chose(summary: Mapping[str, Any]) -> str:
     if summary["is_trusted"] and summary["epoch"] is None:
         return "No validation since the reference was fitted gave one."
     if summary["chosen_by"] == "nothing":
-        is_blind = f"sees too little of the inputs ({_skill(summary)})" if summary["learner"] else "is missing"
+        reason = f"sees too little of the inputs ({_skill(summary)})" if summary["learner"] else "is missing"
+        reason = "has seen labels of one class alone" if summary["majority"] == 1 else reason
         return (
-            f"The reference {is_blind}, so nothing says when to stop. Callbacks that monitor it took the last epoch: "
+            f"The reference {reason}, so nothing says when to stop. Callbacks that monitor it took the last epoch: "
             "label some validation samples (`validation_labels=True`), or set `features=`."
         )
     name = _LEARNERS.get(summary["learner"], summary["learner"]).format(summary["features"])

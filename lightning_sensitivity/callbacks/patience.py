@@ -15,7 +15,8 @@ class Patience:
 
     def __init__(self) -> None:
         self._missing: frozenset[str] = frozenset()
-        self._spared: dict[int, int] = {}  # by the identity of a callback or scheduler: what its counter was set to
+        # By the identity of a callback or scheduler: what its counter was set to, and what it was.
+        self._spared: dict[int, tuple[int, int]] = {}
 
     def set_worst(self, trainer: Trainer, worst: Mapping[str, float]) -> None:
         """Give the worst values to others, but none that exceeds a bound, or reaches a goal.
@@ -25,19 +26,23 @@ class Patience:
             worst: A value for each name that was not measured in the last validation.
         """
         values = {name: torch.tensor(value) for name, value in worst.items()}
+        goals = dict[str, float]()
         for callback, name in callbacks_that_monitor(trainer):
             if name not in values:
                 continue
-            value, is_max = float(values[name]), getattr(callback, "mode", "min") == "max"
+            is_max = getattr(callback, "mode", "min") == "max"
+            best, other = (max, min) if is_max else (min, max)
             bound = getattr(callback, "divergence_threshold", None)
             if bound is not None:
-                values[name] = torch.tensor(max(value, bound) if is_max else min(value, bound))
+                values[name] = torch.tensor(best(float(values[name]), bound))
             goal = getattr(callback, "stopping_threshold", None)
-            if goal is not None and (value > goal if is_max else value < goal):
-                # Better values come closer, so that a checkpoint still takes the last one; single precision is too low.
-                distance = max(1.0, abs(goal)) / (1 + abs(value))
-                closest = goal - distance if is_max else goal + distance
-                values[name] = torch.tensor(closest, dtype=torch.float64)
+            if goal is not None and goal != worst[name] == best(goal, worst[name]):
+                goals[name] = other(goal, goals.get(name, goal))
+        for name, goal in goals.items():
+            # Better values come closer, so that a checkpoint still takes the last one; single precision is too low.
+            distance = max(1.0, abs(goal)) / (1 + abs(worst[name]))
+            closest = goal - distance if worst[name] > goal else goal + distance
+            values[name] = torch.tensor(closest, dtype=torch.float64)
         trainer.callback_metrics.update(values)
         self._missing = frozenset(values)
         self.offset_counters(trainer)
@@ -51,9 +56,12 @@ class Patience:
             if counter is None:
                 continue
             count = getattr(owner, counter)
-            if self._spared.pop(id(owner), None) == count:  # there was no check since, which changes it
-                count += 1
+            spared, former = self._spared.pop(id(owner), (None, count))
+            if spared is not None and count in (spared, spared + 1):  # no check since, or one without an improvement
+                count = former
             if name in self._missing:
-                count -= 1
-                self._spared[id(owner)] = count
+                # A patience of 0 ends a run by a check that leaves its counter at 0.
+                spared = count - 2 if getattr(owner, "patience", None) == 0 else count - 1
+                self._spared[id(owner)] = spared, count
+                count = spared
             setattr(owner, counter, count)

@@ -84,7 +84,7 @@ class RunReference:
         features = self._reader.features(module, batch, call, len(labels))
         if self._rows is None:
             kind = "vectors" if features is None else kind_of(features)
-            self._rows = KeptRows(max(1, max_samples(kind) // trainer.world_size))
+            self._rows = KeptRows(max(1, max_samples(kind, num_outputs) // trainer.world_size))
             self._has_start = batch_idx == 0
         if features is not None:
             self._empty = features[:0].clone()  # a view would keep the batch
@@ -158,7 +158,7 @@ class RunReference:
             order, ``(N, K)``; None without a reference.
         """
         saved = self._record.predictions.get(dataloader_idx)
-        if self._record.verdict is None or self._unseen is None or saved is None:
+        if self._record.verdict is None or self._unseen is None or saved is None or bool(saved.q.isnan().all()):
             return None
         return self._unseen[dataloader_idx].order, saved.q
 
@@ -181,8 +181,14 @@ class RunReference:
         features, labels = rows.parts()
 
         def join() -> tuple[Tensor, Tensor]:
-            y = [self._task.as_matrix(each, num_outputs).float() for each in labels]
-            return join_features(features), torch.cat(y)
+            x = join_features(features)
+            y = torch.cat([self._task.as_matrix(each, num_outputs).float() for each in labels])
+            is_finite = _are_finite(x)
+            if bool(is_finite.all()):
+                return x, y
+            message = f"leaves out {int((~is_finite).sum())} training samples with nan or inf as inputs."
+            self._reporter.warn("nan", message, kind="training inputs")
+            return x[is_finite], y[is_finite]
 
         if not rows.has_features:
             self._warn("Inputs are neither dense numbers nor token ids, with a row for each sample.")
@@ -226,10 +232,24 @@ class RunReference:
     def _make(self, features: Tensor, labels: Tensor, unseen: dict[int, _Unseen]) -> tuple[Verdict, dict[int, Tensor]]:
         """Fit the reference, and predict the samples of each loader."""
         self.fitted = fit_reference(features, labels, self._task.name, estimator=self._estimator)
-        found = {
-            index: self.fitted.predictions(each.features).float() for index, each in unseen.items() if len(each.order)
-        }
-        return Verdict.of(self.fitted), found
+        return Verdict.of(self.fitted), {index: self._predict(index, each.features) for index, each in unseen.items()}
+
+    def _predict(self, dataloader_idx: int, features: Tensor) -> Tensor:
+        """Predict the samples of a loader; nan if it has another kind of samples, or one has nan or inf."""
+        assert self.fitted is not None
+        is_finite = _are_finite(features)
+        found = torch.full((len(features), self.fitted.labels.shape[1]), torch.nan)
+        try:
+            found[is_finite] = self.fitted.predictions(features[is_finite]).float()
+        except Exception as error:
+            self._reporter.warn("features", f"expects nothing of dataloader {dataloader_idx}: {describe_error(error)}")
+        if not bool(is_finite.all()):
+            number = int((~is_finite).sum())
+            message = (
+                f"leaves out {number} validation samples of dataloader {dataloader_idx}, with nan or inf as inputs."
+            )
+            self._reporter.warn("nan", message, kind=f"inputs of {dataloader_idx}")
+        return found
 
     def _warn_of_repeated(self, features: Tensor, unseen: dict[int, _Unseen]) -> None:
         """Warn if validation samples are training samples."""
@@ -269,6 +289,11 @@ def gather(trainer: Trainer, values: Tensor) -> Tensor:
     if trainer.world_size == 1:
         return values
     return join_features([part.cpu() for part in gather_all_tensors(values.to(trainer.strategy.root_device))])
+
+
+def _are_finite(features: Tensor) -> Tensor:
+    """Return which samples have finite features, ``(N,)``."""
+    return features[:, None].flatten(1).isfinite().all(1)
 
 
 def _drift(labels: Tensor) -> bool:

@@ -390,7 +390,7 @@ class RiskMonitor(Monitor):
         values = all_values(outputs[counts], y, drawn[None], self.metrics, self.task)
         if found is not None:
             order, q = found
-            expected = self._expect(dataloader_idx, outputs[order], q, is_finite[order])
+            expected = self._expect(dataloader_idx, outputs[order], q, is_finite[order] & q.isfinite().all(1))
             values = join_values(expected, values, num_labels)
         return self._remember(trainer, dataloader_idx, values, num_labels)
 
@@ -458,9 +458,12 @@ class RiskMonitor(Monitor):
             self.reporter.warn("labels", message, kind="none")
 
     def _warn_if_blind(self) -> None:
-        if self._reference.is_final and not self._verdict.is_trusted:
+        if self._reference.is_final and not self._verdict.is_trusted and self._verdict.learner:
+            sees = (
+                "has seen labels of one class alone" if self._verdict.majority == 1 else "sees too little of the inputs"
+            )
             message = (
-                "logs nothing: the reference sees too little of the inputs to say when to stop. Callbacks that monitor "
+                f"logs nothing: the reference {sees} to say when to stop. Callbacks that monitor "
                 "it take the last epoch. Set `features=`, or label some validation samples (`validation_labels=True`)."
             )
             self.reporter.warn("blind", message)

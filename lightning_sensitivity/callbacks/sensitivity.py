@@ -18,7 +18,7 @@ from lightning_sensitivity.functional.sensitivity import (
     sensitivity_from_rows,
     sensitivity_rows,
 )
-from lightning_sensitivity.functional.tensors import by_position, may_be_probabilities, wide_dtype
+from lightning_sensitivity.functional.tensors import by_position, may_be_probabilities, num_outputs, wide_dtype
 from lightning_sensitivity.model.isolation import RunIsolated, isolated
 from lightning_sensitivity.model.perturbation import GaussianNoise, Noise, check_noise, noisy_outputs, submodule
 from lightning_sensitivity.model.reader import BatchReader
@@ -164,7 +164,9 @@ class SensitivityMonitor(Monitor):
             noisy_outputs(run, call, self._noise, (self.seed, 0, 0, 0), 1, at)
 
     def check_outputs(self, outputs: Tensor) -> None:
-        """Refuse probabilities, whose sensitivity means something else."""
+        """Refuse probabilities, whose sensitivity means something else, and a single output for Equation 9."""
+        if self.loss_estimate:
+            check_argument("loss_estimate", True, num_outputs(outputs) > 1, "False for a single output")
         if not self.per_output:
             check_logits(outputs)
 
@@ -208,9 +210,9 @@ class SensitivityMonitor(Monitor):
             "output_sensitivity": estimate.value,
             "output_sensitivity_stderr": estimate.stderr,
         }
-        if self.loss_estimate and estimate.num_outputs > 1:
+        square, count = power.sum(0)
+        if self.loss_estimate and count > 0:
             assert isinstance(self._noise, GaussianNoise) and isinstance(self._noise.std, float)
-            square, count = power.sum(0)
             values["loss_estimate"] = loss_estimate(
                 estimate.value, square / count, self._noise.std, estimate.num_outputs
             )

@@ -273,9 +273,13 @@ def fit_estimator(estimator: Any, inputs: Tensor, labels: Tensor, task: Task) ->
         y, method = task.classes(labels).numpy(), "predict_proba"
     elif labels.shape[1] == 1:
         y = y[:, 0]
+    largest = int(np.bincount(y).max()) if task.has_classes else 1
+    if largest == len(y):  # one sample, or one class
+        return _mean(labels, task)
     fitted = _Estimator(clone(estimator), method, labels.shape[1], task)
     # Shuffled: samples come in an order that depends on their inputs.
-    folds = (StratifiedKFold if task.has_classes else KFold)(min(_FOLDS, len(y)), shuffle=True, random_state=0)
+    kind, most = (StratifiedKFold, largest) if largest > 1 else (KFold, len(y))
+    folds = kind(min(_FOLDS, most), shuffle=True, random_state=0)
     with _quiet(), _own_random_numbers():
         left_out = cross_val_predict(fitted.model, x, y, cv=folds, method=method)
         fitted.model.fit(x, y)

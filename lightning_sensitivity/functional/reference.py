@@ -16,6 +16,7 @@ from lightning_sensitivity.functional.unexplained import unexplained_share
 
 MAX_SAMPLES = {"vectors": 50_000}  # that a reference knows
 _MAX_SAMPLES = 10_000  # of images, signals and texts
+_MAX_LABELS = 20_000_000  # samples times classes
 _CHUNK = 500  # samples that are looked at, at a time
 _LEAST_SKILL = {"vectors": 0.0}  # up to it, a reference is blind
 _LEAST_SKILL_OF_OTHERS = 0.05
@@ -27,9 +28,9 @@ _ROUNDING = 1e-12  # of scores that are 0
 _MAX_ERRORS = 10_000  # errors, of which quantiles are taken
 
 
-def max_samples(kind: str) -> int:
+def max_samples(kind: str, num_outputs: int) -> int:
     """Return how many samples a reference knows at most; see :func:`kind_of`."""
-    return MAX_SAMPLES.get(kind, _MAX_SAMPLES)
+    return min(MAX_SAMPLES.get(kind, _MAX_SAMPLES), max(1, _MAX_LABELS // num_outputs))
 
 
 class Reference:
@@ -266,7 +267,7 @@ def _observations(x: Tensor, y: Tensor, has_label: Tensor) -> tuple[Tensor, Tens
     within, total = (means[groups] - labels).square().sum(), (labels - labels.mean(0)).square().sum()
     if not has_few_values(x, labels_differ=x.is_floating_point() and bool(within > _CONTRADICTORY * total)):
         order, labels = order[first], means
-    chosen = spread(len(order), max_samples(kind_of(x)))
+    chosen = spread(len(order), max_samples(kind_of(x), y.shape[1]))
     return order[chosen], labels[chosen]
 
 

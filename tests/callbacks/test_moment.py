@@ -8,7 +8,9 @@ import pytest
 import torch
 from lightning.pytorch import callbacks as cb
 from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils.data import DataLoader
 
 import tests.helpers as helpers
 from lightning_sensitivity import SensitivityMonitor
@@ -110,6 +112,12 @@ def test_a_check_of_a_value_that_was_not_measured_uses_up_no_patience(way: str, 
         assert [count for _, count in checks] == counts_without_gaps(checks, direction, worst)
 
 
+def test_a_patience_of_0_is_not_used_up_either() -> None:
+    stopping = cb.EarlyStopping("val/low", patience=0)
+    run = fitted([Scripted("- 3 - - 2 - 4 1 1"), stopping], Quiet(), max_epochs=9, num_sanity_val_steps=0)
+    assert len(run.epochs) == 7 and stopping.stopped_epoch == 6
+
+
 def test_every_name_without_a_value_has_its_worst_one_and_is_in_no_curve(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path, name=None)
     checkpoint = cb.ModelCheckpoint(tmp_path / "checkpoints", monitor="val/high", mode="max", filename="{epoch}")
@@ -177,11 +185,18 @@ def test_epochs_that_fail_are_gaps_and_outputs_that_are_all_nan_end_a_run_by_lig
         assert math.isnan(values[2]) if is_nan else values[2:5] == [pytest.approx(torch.finfo(torch.float32).max)] * 3
 
 
-def test_an_estimate_of_the_loss_that_can_not_be_made_ends_no_run() -> None:
-    stopping = cb.EarlyStopping("val/loss_estimate", patience=1)
+def test_an_estimate_of_the_loss_that_can_not_be_made_is_refused_or_left_out() -> None:
     monitor = SensitivityMonitor(loss_estimate=True, outputs=lambda y: y[:, 0])
-    run = fitted([monitor, stopping], Quiet(), max_epochs=3)
-    assert len(run.epochs) == 3 and run.epochs[0]["val/loss_estimate"] > 1e38 > run.epochs[0][SENSITIVITY]
+    helpers.refused([monitor], Quiet(), loader(40), match="`loss_estimate` should be False for a single output")
+
+    class Filling(Quiet):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.nan_to_num())
+
+    x = torch.rand(40, 12)
+    x[::20, 3] = torch.nan  # in each batch
+    run = fitted([SensitivityMonitor(loss_estimate=True)], Filling(), val=DataLoader(x, 20), max_epochs=1)
+    assert run.callback_metrics["val/loss_estimate"] > 1e38 > run.callback_metrics[SENSITIVITY]  # the worst value
 
 
 @pytest.mark.filterwarnings("ignore:Total length of `DataLoader`", "ignore:.*(has no value|monitors)")

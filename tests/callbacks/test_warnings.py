@@ -29,17 +29,26 @@ def said(monitor: Any, model: Any = None, train: Any = None, val: Any = VAL, **k
 # Samples
 
 
-def test_a_missing_number_costs_the_reference_and_is_said() -> None:
-    x = X.clone()
-    x[5, 2] = torch.nan
-
+def test_a_missing_number_costs_its_sample_and_is_said() -> None:
     class Filling(Quiet):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x.nan_to_num())
 
-    texts = said(RiskMonitor(), Filling(), of(x, Y))
-    assert "has no reference: Expected `inputs` to be finite" in texts[0] and "Set `features=`" in texts[0]
-    assert len(texts) == 2 and "logs nothing: the reference sees too little of the inputs" in texts[1]
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    x, new = X.clone(), inputs(90, seed=1)
+    x[5, 2] = new[7, 1] = torch.nan
+    found = []
+    for rows, others in ((torch.arange(200), torch.arange(90)), (torch.arange(200) != 5, torch.arange(90) != 7)):
+        monitor, val = quick_risk(), [DataLoader(each[others], 20) for each in (new, inputs(90, seed=2))]
+        texts = said(monitor, Filling(), of(x[rows], Y[rows]), val)
+        found.append(monitor.history)
+        assert monitor.summary["num_training"] == 199
+        assert texts == [] or all("leaves out 1 " in text and "with nan or inf as inputs" in text for text in texts)
+    assert len(texts) == 0 and len(found[0]) == len(found[1]) == 4  # two epochs of two loaders
+    for row, other in zip(*found, strict=True):
+        assert row == pytest.approx(other, rel=1e-3)  # labels are drawn by the place of a sample
 
 
 def test_processes_with_inputs_of_different_sizes_have_no_reference(monkeypatch: pytest.MonkeyPatch) -> None:

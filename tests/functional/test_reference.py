@@ -173,6 +173,19 @@ def test_the_folds_of_an_estimator_have_samples_from_everywhere() -> None:
     assert fit_reference(x, 8 * x[:, 0], "regression", estimator=KNeighborsRegressor()).skill > 0.99
 
 
+@pytest.mark.parametrize("num_classes", [1, 30, 60])
+def test_of_few_samples_of_each_class_an_estimator_has_fewer_folds(num_classes: int) -> None:
+    x, y = torch.rand(60, 2, generator=generator()), torch.arange(60) % num_classes
+    found = fit_reference(x, y, estimator=GaussianNB())
+    assert found.left_out.shape == (60, max(2, num_classes)) and found.predict_proba(x).isfinite().all()
+
+
+def test_of_many_classes_fewer_samples_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "_MAX_LABELS", 600)
+    x, y = torch.rand(90, 2, generator=generator()), torch.arange(90) % 20
+    assert fit_reference(x, y).num_samples == 30 and fit_reference(x, y % 2).num_samples == 90
+
+
 @pytest.mark.parametrize("num_targets", [1, 2])
 def test_a_regressor_is_fitted_to_targets(num_targets: int) -> None:
     x, y, new = sample("regression", num_samples=40)
