@@ -81,7 +81,7 @@ FAULTS = {
     "fewer classes with noise": Fault("the shape", step=plain,
         validation_input=lambda x: fail("the shape") if is_noisy(x) else x),
     # batches
-    "ids in a first validation": Fault("dense floating", "has no reference" + BLIND, moments=FIRST,
+    "ids in a first validation": Fault("dense floating", "expects nothing of dataloader 0", moments=FIRST,
         validation_batch=lambda batch: [(9 * batch[0]).long(), batch[1]]),
     "a validation of no samples": Fault("has no value", None, moments=FIRST,
         validation_batch=lambda batch: [part[:0] for part in batch]),
