@@ -107,4 +107,4 @@ def describe(value: object) -> str:
 
 def link_to(entry: str) -> str:
     """Name the entry that says more about a message; what to do is in the message itself."""
-    return f" (More: docs/troubleshooting.md#{entry}, in the source distribution.)"
+    return f" (More: docs/troubleshooting.md#{entry}, in the source folder.)"

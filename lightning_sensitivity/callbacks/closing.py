@@ -78,7 +78,7 @@ def _checkpoint_of(trainer: Trainer, name: str, value: float | None, is_saved: b
 def closing_line(trainer: Trainer, summary: Mapping[str, Any]) -> str:
     """Say what a summary says, in sentences."""
     sentences = [_best(summary), _what_chose(summary), _unexplained(summary), _gaps(summary)]
-    if summary["is_improving"] and not _has_ended(trainer, summary["monitored"]):
+    if summary["is_improving"] and not _has_ended(trainer):
         sentences.append("It was still improving: train for longer.")
     return " ".join(filter(None, sentences))
 
@@ -143,11 +143,9 @@ def _gaps(summary: Mapping[str, Any]) -> str:
     return f"{summary['num_gaps']} of {summary['num_validations']} validations have no value."
 
 
-def _has_ended(trainer: Trainer, name: str) -> bool:
+def _has_ended(trainer: Trainer) -> bool:
     """Return whether a callback has stopped the run, or a schedule has ended, so that more epochs are of no use."""
-    has_stopped = any(
-        getattr(owner, "stopped_epoch", 0) for owner, each in callbacks_that_monitor(trainer) if each == name
-    )
+    has_stopped = any(getattr(owner, "stopped_epoch", 0) for owner, _ in callbacks_that_monitor(trainer))
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     return has_stopped or any(group["lr"] <= _ENDED * group.get("initial_lr", 0.0) for group in groups)
 

@@ -79,8 +79,8 @@ class RiskMonitor(Monitor):
             ``(N, K)``, or ``(N,)`` for ``"binary"``, and classes; in a regression outputs and targets.
         targets: A function ``batch -> labels``; by default
             :func:`~lightning_sensitivity.model.select_targets`. Labels of -100 are ignored.
-        validation_labels: Use validation labels, which may be noisy, beside the reference, which counts as much as
-            1,000 of them.
+        validation_labels: Use validation labels, which may be noisy, beside the reference, which counts as 200
+            of them, and as 1,000 for ``metrics`` and in a regression.
         features: A function ``batch -> (N, D)``, what the reference sees; by default the inputs.
         reference: A classifier of scikit-learn with ``predict_proba``, or a regressor, to be the reference.
         num_samples: Validation samples per loader, over all processes; with validation labels at least 2,000; None for
@@ -391,7 +391,7 @@ class RiskMonitor(Monitor):
         if found is not None:
             order, q = found
             expected = self._expect(dataloader_idx, outputs[order], q, is_finite[order] & q.isfinite().all(1))
-            values = join_values(expected, values, num_labels)
+            values = join_values(expected, values, num_labels, self.task)
         return self._remember(trainer, dataloader_idx, values, num_labels)
 
     def _remember(

@@ -21,7 +21,10 @@ MAX_AUROC_CLASSES = 100
 _SURE = 0.5  # how far predictions spread, beside those of the reference: below, a network has learned little yet
 _UNRELATED = 0.1  # correlation with the reference
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
-SCORE_WORTH, METRIC_WORTH = 200, 1000  # labels that count as much as a reference: for the score, and for other metrics
+SCORE_WORTH, METRIC_WORTH = (
+    200,
+    1000,
+)  # labels that count as much as a reference: for the score of classes, and for all else
 
 
 def expected_score(logits: Any, q: Any, task: str = "multiclass", error: float = 0.0) -> Refined:
@@ -169,20 +172,24 @@ def all_values(
     return {"score": score, "temperature": temperature} | found
 
 
-def join_values(expected: Mapping[str, float], labels: Mapping[str, float], num_labels: int) -> dict[str, float]:
+def join_values(
+    expected: Mapping[str, float], labels: Mapping[str, float], num_labels: int, task: Task
+) -> dict[str, float]:
     """Join expected values with those by m labels: (m s + w E) / (m + w); the labels give the temperature.
 
-    The reference counts as w = 200 labels for the score, and as 1,000 for metrics, of which a label says less.
+    The reference counts as w = 200 labels for the score of classes, and as 1,000 for metrics, of which a label says
+    less, and in a regression.
 
     Args:
         expected: What is expected.
         labels: What labels say; where it is nan, what is expected counts.
         num_labels: m.
+        task: The task.
     """
     found = dict(labels)
     for name, value in expected.items():
         of_labels = value if math.isnan(labels[name]) else labels[name]
-        worth = SCORE_WORTH if name == "score" else METRIC_WORTH
+        worth = SCORE_WORTH if name == "score" and task.has_classes else METRIC_WORTH
         found[name] = (num_labels * of_labels + worth * value) / (num_labels + worth)
     return found | {"temperature": labels["temperature"] if num_labels > 0 else expected["temperature"]}
 

@@ -182,7 +182,7 @@ class Truth(History):
             return found
         of_labels = self.of_labels(outputs, num_outputs)
         m = len(self.labelled(outputs, self.holdout, num_outputs)[1])
-        worth = {name: 200 if name == SCORE else 1000 for name in found}
+        worth = {name: 200 if name == SCORE and self.task != "regression" else 1000 for name in found}
         return {name: (m * of_labels[name] + worth[name] * found[name]) / (m + worth[name]) for name in found}
 
     def labelled(self, rows: Tensor, batches: list[Any], num_outputs: int) -> tuple[Tensor, Tensor]:

@@ -15,16 +15,16 @@ QUESTIONS = """
   [`SensitivityMonitor`](docs/guide/sensitivity.md) alone | |
 | Do you augment, and does the learning rate end at zero? | **No**:
   [train to the end](docs/guide/stopping.md#schedules) | |
-| Is the network pretrained? | **No**: stop [by labels](docs/guide/hold_out.md), and compare it with
-  [a probe of its features](docs/guide/finetuning.md) | it gained nothing: @pretrained@ |
-| Can you spare 100 labels? | [`RiskMonitor(validation_labels=True)`](docs/guide/labels.md); thousands:
-  [`RefinedScore` alone](docs/guide/hold_out.md) | @labels@ |
+| Is the network pretrained? | **No**: train to the end, or stop by [hundreds of labels](docs/guide/hold_out.md); and
+  compare it with [a probe of its features](docs/guide/finetuning.md) | nothing: @pretrained@ |
 | Are positives few, or does AUC or F1 count? |
   [stop by `val/expected_auroc`, `mode="max"`](docs/guide/few_positives.md) |
   @few positives@ |
-| What are your data? A table | [`RiskMonitor()`](docs/guide/data.md#tables) | @tables@; large ones: @large tables@ |
+| Can you spare hundreds of labels? | [`RiskMonitor(validation_labels=True)`](docs/guide/labels.md); thousands:
+  [`RefinedScore` alone](docs/guide/hold_out.md) | @labels@ |
+| What are your data? A table | [`RiskMonitor()`](docs/guide/data.md#tables) | @tables@; on large ones @large tables@ |
 | a table with numbers as targets | [`RiskMonitor("regression")`](docs/guide/regression.md) | @regression@ |
-| photos, texts | [`RiskMonitor()`](docs/guide/data.md#images) | @photos@; texts: @texts@ |
+| everything else | [`RiskMonitor()`](docs/guide/data.md) | photos: @photos@; texts @texts@; signals @signals@ |
 """.replace("\n  ", " ")
 SENTENCES = """
 **Read the level on tables, not on images.** Over all epochs, expected accuracy is @level@. What is

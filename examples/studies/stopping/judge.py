@@ -149,7 +149,7 @@ def row_of(about: dict[str, Any], found: dict[str, Any], given_features: bool) -
         row["group"] = int(row["run"].split("-")[1]) // len(RATERS)
         row["table"] = f"annotators {row['group']}"
     row |= {name: value for name, value in found.items() if not name.endswith("_lost")}
-    for rule, candidate in rules(found["its_is_trusted"]).items():
+    for rule, candidate in rules(found["its_is_trusted"], row["task"] == "regression").items():
         for measure in ("loss", *GAINS):
             name = f"{candidate}_{measure}_lost"
             is_shown = measure in OF_LABELS or rule.startswith(("never", "expected"))

@@ -20,7 +20,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, Mul
 from lightning_sensitivity.functional import Reference, expected_metric, expected_score
 from lightning_sensitivity.functional.refined_score import TEMPERATURES
 
-WORTH, METRIC_WORTH = 200, 1000  # labels that a reference is worth, for the refined score and for accuracy
+WORTH, METRIC_WORTH = 200, 1000  # labels that a reference is worth: for the refined score; accuracy, and regression
 WORTHS = (200, 1000)  # that were compared
 COUNTS, NUM_DRAWS = (50, 100, 200, 600), 20  # of noisy labels that choose an epoch, and draws of them
 NUM_METRIC_DRAWS = 5  # of labels that choose by a metric of their own: a tenth, or all 600
@@ -188,14 +188,14 @@ def by_metrics_of_labels(run: Recorded) -> dict[str, list[int]]:
     return chosen
 
 
-def rules(with_reference: bool) -> dict[str, str]:
+def rules(with_reference: bool, is_regression: bool) -> dict[str, str]:
     """Say which candidate each rule takes: without a reference that sees, labels alone or the last epoch."""
     labels = ["tenth", *(f"labels_{count}" for count in COUNTS)]
     by_metric = [f"{name}_by_{gain}" for name in ("tenth", "labels_600") for gain in GAINS]
     found = {name: name for name in ("never_stop", "cbpe", *labels, *by_metric)}
     for name in ("score", *GAINS):
         found[f"expected_{name}"] = f"expected_{name}" if with_reference else "never_stop"
-    worth = f"and_{WORTH}"
+    worth = f"and_{METRIC_WORTH if is_regression else WORTH}"
     found |= {f"{name}_combined": f"{name}_{worth}" if with_reference else name for name in labels}
     found["tenth_unlabelled"] = "tenth_unlabelled" if with_reference else "never_stop"
     return found | {"tenth_alone_combined": f"tenth_alone_{worth}" if with_reference else "tenth"}
