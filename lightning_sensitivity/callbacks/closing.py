@@ -29,10 +29,12 @@ def summarize(trainer: Trainer, curves: Mapping[str, Curve], record: RiskRecord)
     name = (monitored or list(curves))[0]
     value, dataloader_idx, is_highest = curves[name]
     verdict = record.verdict or Verdict()
-    found = [each for each in record.history if each["dataloader_idx"] == dataloader_idx]
-    found = [each for each in found if each["reference"] == record.num_references]  # others judged otherwise
-    found = [each for each in found if math.isfinite(each.get(value, math.nan))]  # a resumed fit may have new metrics
-    best = max(found, key=lambda each: each[value] if is_highest else -each[value]) if found else {}
+    rows = [each for each in record.history if each["dataloader_idx"] == dataloader_idx]
+    rows = [each for each in rows if math.isfinite(each.get(value, math.nan))]  # a resumed fit may have new metrics
+    found = [each for each in rows if each["reference"] == record.num_references]
+    earlier = [each for each in rows if each["reference"] != record.num_references]  # which judged otherwise
+    sign = 1 if is_highest else -1
+    best = max(found, key=lambda each: sign * each[value]) if found else {}
     return {
         "monitored": name,
         "direction": "highest" if is_highest else "lowest",
@@ -54,6 +56,7 @@ def summarize(trainer: Trainer, curves: Mapping[str, Curve], record: RiskRecord)
         "unexplained": verdict.unexplained,
         "num_validations": record.num_validations,
         "num_gaps": record.num_gaps,
+        "num_earlier": sum(sign * each[value] > sign * best[value] for each in earlier) if found else 0,
     }
 
 
@@ -77,7 +80,7 @@ def _checkpoint_of(trainer: Trainer, name: str, value: float | None, is_saved: b
 
 def closing_line(trainer: Trainer, summary: Mapping[str, Any]) -> str:
     """Say what a summary says, in sentences."""
-    sentences = [_best(summary), _what_chose(summary), _unexplained(summary), _gaps(summary)]
+    sentences = [_best(summary), _what_chose(summary), _unexplained(summary), _gaps(summary), _earlier(summary)]
     if summary["is_improving"] and not _has_ended(trainer):
         sentences.append("It was still improving: train for longer.")
     return " ".join(filter(None, sentences))
@@ -141,6 +144,16 @@ def _gaps(summary: Mapping[str, Any]) -> str:
     if not summary["num_gaps"] or summary["epoch"] is None:
         return ""
     return f"{summary['num_gaps']} of {summary['num_validations']} validations have no value."
+
+
+def _earlier(summary: Mapping[str, Any]) -> str:
+    """Say if callbacks may have chosen by a reference that was replaced in the first epoch."""
+    if not summary["num_earlier"]:
+        return ""
+    return (
+        f"An earlier reference, which knew fewer samples, gave {summary['num_earlier']} better: callbacks may have "
+        "stopped the run or saved by that."
+    )
 
 
 def _has_ended(trainer: Trainer) -> bool:

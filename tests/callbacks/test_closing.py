@@ -44,13 +44,20 @@ def verdict(**changes: Any) -> Verdict:
     return Verdict(**{**known, **shares, **changes})
 
 
-def record(known: Verdict | None, best: int = 3, temperature: float = 2.0, num_labels: int = 0, **more: Any) -> Any:
+def record(
+    known: Verdict | None,
+    best: int = 3,
+    temperature: float = 2.0,
+    num_labels: int = 0,
+    earlier: float = 0.9,
+    **more: Any,
+) -> Any:
     """Of five epochs, four by a second reference; accuracy is highest one epoch after the lowest score."""
     rows = [
         {"epoch": epoch, "step": 10 * epoch, "dataloader_idx": 0, "expected_score": 0.4 + abs(epoch - best) / 10,
          "expected_accuracy": 0.9 - abs(epoch - best - 1) / 10, "temperature": temperature, "num_labels": num_labels,
          "reference": 1 + (epoch > 0)} for epoch in range(5)]  # fmt: skip
-    rows[0]["expected_score"] = 0.1  # by a reference of few samples
+    rows[0]["expected_score"] = earlier  # by a reference of few samples
     return RiskRecord(known, history=rows, num_validations=5, **{"num_references": 2, **more})
 
 
@@ -65,6 +72,9 @@ SAYS: dict[str, tuple[Verdict | None, dict[str, Any], str]] = {  # a verdict, a 
     "calibrated": (verdict(), {"temperature": 1.0}, f"{BEST}. {CHOSE} {NOISE}"),
     "the low end of the grid": (verdict(), {"temperature": 0.5}, f"{BEST}. {CHOSE} {NOISE}"),
     "gaps": (verdict(), {"num_gaps": 1}, f"{BEST}{CALIBRATE} {CHOSE} {NOISE} 1 of 5 validations have no value."),
+    "a better value of an earlier reference": (verdict(unexplained=0.0), {"earlier": 0.1},
+        f"{BEST}{CALIBRATE} {CHOSE} An earlier reference, which knew fewer samples, gave 1 better: callbacks may have "
+        "stopped the run or saved by that."),
     "labels and the reference chose": (verdict(unexplained=0.0), {"num_labels": 70},
         f"{BEST}{CALIBRATE} 70 validation labels and the{CHOSE[3:]}"),
     "labels chose": (verdict(**BLIND), {"num_labels": 70}, f"{BEST}{CALIBRATE} 70 validation labels chose."),
