@@ -472,7 +472,8 @@ class RiskMonitor(Monitor):
         """Return the worst value of each name; if the reference may not choose, one that is better than all so far."""
         rows = [row for row in self.history if row["dataloader_idx"] == dataloader_idx]
         has_labels = any(row["num_labels"] > 0 for row in rows)
-        is_blind = self._reference.is_final and not self._verdict.is_trusted and not has_labels
+        says_something = self._verdict.is_trusted and self._reference.predictions(dataloader_idx) is not None
+        is_blind = self._reference.is_final and not says_something and not has_labels
         size = _BETTER + self.record.num_validations if is_blind else -_WORST
         return {name: size if self._directions()[self.prefix + name] else -size for name in self.names}
 

@@ -1,5 +1,6 @@
 """What many people do, and nothing else would say: it is said, once, or refused, and not where it must not be."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,6 +50,17 @@ def test_a_missing_number_costs_its_sample_and_is_said() -> None:
     assert len(texts) == 0 and len(found[0]) == len(found[1]) == 4  # two epochs of two loaders
     for row, other in zip(*found, strict=True):
         assert row == pytest.approx(other, abs=0.01)  # labels are drawn by the place of a sample
+
+
+def test_where_nothing_is_expected_of_a_loader_callbacks_take_the_last_epoch(tmp_path: Path) -> None:
+    def features(batch: Any) -> Tensor:
+        return batch[0] if isinstance(batch, list) else batch[:, :5]
+
+    checkpoint = cb.ModelCheckpoint(tmp_path, monitor="val/expected_score", filename="{epoch}")
+    monitors = [monitor := quick_risk(features=features), checkpoint]
+    texts = fitted_and_said(monitors, Quiet(), of(X, Y), VAL, enable_checkpointing=True, max_epochs=3)[1]
+    assert "expects nothing of dataloader 0: Expected `inputs` to be vectors (M, 12)" in texts[0]
+    assert checkpoint.best_model_path.endswith("epoch=2.ckpt") and monitor.summary["chosen_by"] == "nothing"
 
 
 def test_processes_with_inputs_of_different_sizes_have_no_reference(monkeypatch: pytest.MonkeyPatch) -> None:
