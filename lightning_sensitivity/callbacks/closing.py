@@ -14,6 +14,7 @@ _SAID = 0.05  # share of labels that is worth a sentence
 _ENDED = 0.01  # of the first learning rate
 _LEARNERS = {"forest": "random forest", "ridge": "ridge regression on {}", "mean": "mean label"}
 
+Row = dict[str, Any]  # of the history
 Curve = tuple[str, int, bool]  # a value, its loader, and whether the highest is the best
 
 
@@ -29,10 +30,7 @@ def summarize(trainer: Trainer, curves: Mapping[str, Curve], record: RiskRecord)
     name = (monitored or list(curves))[0]
     value, dataloader_idx, is_highest = curves[name]
     verdict = record.verdict or Verdict()
-    rows = [each for each in record.history if each["dataloader_idx"] == dataloader_idx]
-    rows = [each for each in rows if math.isfinite(each.get(value, math.nan))]  # a resumed fit may have new metrics
-    found = [each for each in rows if each["reference"] == record.num_references]
-    earlier = [each for each in rows if each["reference"] != record.num_references]  # which judged otherwise
+    found, earlier = _rows_of(record, dataloader_idx, value)
     sign = 1 if is_highest else -1
     best = max(found, key=lambda each: sign * each[value]) if found else {}
     return {
@@ -58,6 +56,14 @@ def summarize(trainer: Trainer, curves: Mapping[str, Curve], record: RiskRecord)
         "num_gaps": record.num_gaps,
         "num_earlier": sum(sign * each[value] > sign * best[value] for each in earlier) if found else 0,
     }
+
+
+def _rows_of(record: RiskRecord, dataloader_idx: int, value: str) -> tuple[list[Row], list[Row]]:
+    """Return the rows that have a value, by the last reference, and by earlier ones, which judge otherwise."""
+    rows = [each for each in record.history if each["dataloader_idx"] == dataloader_idx]
+    rows = [each for each in rows if math.isfinite(each.get(value, math.nan))]  # a resumed fit may have new metrics
+    found = [each for each in rows if each["reference"] == record.num_references]
+    return found, [each for each in rows if each["reference"] != record.num_references]
 
 
 def _chosen_by(verdict: Verdict, best: Mapping[str, Any]) -> str:
