@@ -193,5 +193,6 @@ and {texts_new.expected_score_accuracy_lost:.1f} on texts.""",
     )
     + """
 
-Points of test accuracy lost against the best of 6 networks, each at its chosen epoch, on {alike.count} tables.""",
+Points of test accuracy lost against the best of 6 networks, each at its chosen epoch, on {alike.count} tables; on
+{photos_alike.count} sets of photos {photos_alike.expected_lost:.1f}, at random {photos_alike.random_lost:.1f}.""",
 }
