@@ -123,9 +123,14 @@ class RunReference:
         rows = self._rows
         if self.is_final or rows is None:
             return
+        decide = trainer.strategy.reduce_boolean_decision
+        is_over, is_full = decide(self._is_over(trainer, rows)), decide(rows.is_full)
+        if self._is_made and not (is_over or is_full):
+            return
         own = self._join(rows, num_outputs)
-        is_sorted, is_final = self._progress(trainer, rows, own)
-        if self._is_made and not is_final:
+        # Of sorted samples, the last ones may be of other classes.
+        is_sorted = decide(not is_over and own is not None and _drift(own[1]), all=False)
+        if self._is_made and is_sorted:
             return
         if self._unseen is None:
             self._unseen = {samples.dataloader_idx: self._gather_unseen(trainer, samples) for samples in kept}
@@ -133,22 +138,12 @@ class RunReference:
         is_found = not self._is_made and self._find(known, self._unseen)
         if not is_found and not is_sorted and self.is_ready(trainer):
             self._fit(trainer, known, self._unseen)
-            self._is_made, self._record.is_final = True, is_final
+            self._is_made, self._record.is_final = True, is_over or is_full
         if self._record.is_final:
             self.is_final = True
             rows.clear()
             for each in self._unseen.values():
                 each.features = self._empty
-
-    def _progress(self, trainer: Trainer, rows: KeptRows, own: tuple[Tensor, Tensor] | None) -> tuple[bool, bool]:
-        """Return whether any process gets its samples sorted, and whether those so far are all that a reference takes.
-
-        Of sorted samples, the last ones may be of other classes.
-        """
-        decide = trainer.strategy.reduce_boolean_decision
-        is_over, is_full = decide(self._is_over(trainer, rows)), decide(rows.is_full)
-        is_sorted = decide(not is_over and own is not None and _drift(own[1]), all=False)
-        return is_sorted, is_over or (is_full and not is_sorted)
 
     def predictions(self, dataloader_idx: int) -> tuple[Tensor, Tensor] | None:
         """Return what the reference predicts for the kept samples of a loader, of all processes.
