@@ -23,7 +23,7 @@ from lightning_sensitivity.compat import original_module
 from lightning_sensitivity.functional.expected import METRIC_WORTH
 from lightning_sensitivity.functional.features import kind_of
 from lightning_sensitivity.functional.reference import Reference, fit_reference, max_samples
-from lightning_sensitivity.functional.tasks import TASK_NAMES, TASKS, Task
+from lightning_sensitivity.functional.tasks import TASK_NAMES, TASKS, Task, of_all_classes
 from lightning_sensitivity.functional.tensors import look_like_probabilities
 from lightning_sensitivity.model.batches import clone_tensors
 from lightning_sensitivity.model.isolation import isolated
@@ -84,8 +84,7 @@ class _Evidence(NamedTuple):
         """Return what predictions ``(N, K)`` are worth on each sample: the chance to be right, or a squared error."""
         if not task.has_classes:
             return task.distances(p, self.targets) + self.error
-        q = torch.cat([1 - self.targets, self.targets], 1) if task.has_one_output else self.targets
-        return q.gather(1, task.classes(p)[:, None])[:, 0]
+        return of_all_classes(self.targets, task).gather(1, task.classes(p)[:, None])[:, 0]
 
 
 @dataclass(frozen=True)

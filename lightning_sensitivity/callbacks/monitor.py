@@ -24,6 +24,7 @@ from lightning_sensitivity.model.reader import BatchReader
 from lightning_sensitivity.model.samples import MAX_BYTES, KeptSamples
 
 NO_VALUE = "This epoch has no value."
+WORST = float(torch.finfo(torch.float32).max)  # of values that are best where low
 FEW_SAMPLES = 50  # of which a value is mostly chance
 
 

@@ -28,7 +28,7 @@ from lightning_sensitivity.callbacks.checks import (
     check_targets,
 )
 from lightning_sensitivity.callbacks.closing import closing_line, log_summary, summarize
-from lightning_sensitivity.callbacks.monitor import Monitor
+from lightning_sensitivity.callbacks.monitor import WORST, Monitor
 from lightning_sensitivity.callbacks.record import RiskRecord, Verdict
 from lightning_sensitivity.callbacks.reference import FIRST_VALUE, RunReference, gather
 from lightning_sensitivity.compat import PlotType
@@ -51,7 +51,6 @@ from lightning_sensitivity.model.samples import KeptSamples
 SCORE = f"{EXPECTED}score"
 NUM_LABELLED = 2000  # validation samples that are kept if they have labels, over all processes
 _BETTER = 1e6  # than any value; it grows by 1 in each validation
-_WORST = float(torch.finfo(torch.float32).max)
 _SOME_VALIDATIONS = 3  # after which a network is better than a constant prediction
 _FALLING = 0.9  # of the last score: below, a network is still learning
 
@@ -459,11 +458,10 @@ class RiskMonitor(Monitor):
 
     def _warn_if_blind(self) -> None:
         if self._reference.is_final and not self._verdict.is_trusted and self._verdict.learner:
-            sees = (
-                "has seen labels of one class alone" if self._verdict.majority == 1 else "sees too little of the inputs"
-            )
+            is_one_class = self._verdict.majority == 1
+            sees = "has seen labels of one class alone" if is_one_class else "sees too little of the inputs"
             message = (
-                f"logs nothing: the reference {sees} to say when to stop. Callbacks that monitor "
+                f"logs nothing: the reference {sees}, so nothing says when to stop. Callbacks that monitor "
                 "it take the last epoch. Set `features=`, or label some validation samples (`validation_labels=True`)."
             )
             self.reporter.warn("blind", message)
@@ -474,7 +472,7 @@ class RiskMonitor(Monitor):
         has_labels = any(row["num_labels"] > 0 for row in rows)
         says_something = self._verdict.is_trusted and self._reference.predictions(dataloader_idx) is not None
         is_blind = self._reference.is_final and not says_something and not has_labels
-        size = _BETTER + self.record.num_validations if is_blind else -_WORST
+        size = _BETTER + self.record.num_validations if is_blind else -WORST
         return {name: size if self._directions()[self.prefix + name] else -size for name in self.names}
 
 

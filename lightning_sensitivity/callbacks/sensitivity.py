@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_sensitivity.arguments import Selector, check_argument, check_bool, check_int
 from lightning_sensitivity.callbacks.checks import callbacks_that_monitor, check_logits
-from lightning_sensitivity.callbacks.monitor import Monitor
+from lightning_sensitivity.callbacks.monitor import WORST, Monitor
 from lightning_sensitivity.callbacks.reference import gather
 from lightning_sensitivity.functional.sensitivity import (
     NUM_COLUMNS,
@@ -25,7 +25,6 @@ from lightning_sensitivity.model.reader import BatchReader
 from lightning_sensitivity.model.samples import KeptSamples
 
 _NUM_TRIED = 8  # samples on which noise is tried
-_WORST = torch.finfo(torch.float32).max
 
 
 class _Measured(NamedTuple):
@@ -220,4 +219,4 @@ class SensitivityMonitor(Monitor):
 
     def worst_values(self, dataloader_idx: int) -> dict[str, float]:
         """Return the largest numbers, so that no validation without a value is the best; a bound is not exceeded."""
-        return dict.fromkeys(self.names, _WORST)
+        return dict.fromkeys(self.names, WORST)

@@ -13,7 +13,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 from lightning_sensitivity.compat import stay_alone
 from lightning_sensitivity.functional.refined_score import Refined, lowest_score, refined_score
-from lightning_sensitivity.functional.tasks import Task, find_task
+from lightning_sensitivity.functional.tasks import Task, find_task, of_all_classes
 from lightning_sensitivity.functional.tensors import as_tensor
 
 NUM_DRAWS = 20  # of labels for each sample
@@ -21,10 +21,8 @@ MAX_AUROC_CLASSES = 100
 _SURE = 0.5  # how far predictions spread, beside those of the reference: below, a network has learned little yet
 _UNRELATED = 0.1  # correlation with the reference
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
-SCORE_WORTH, METRIC_WORTH = (
-    200,
-    1000,
-)  # labels that count as much as a reference: for the score of classes, and for all else
+# Labels that count as much as a reference: for the score of classes, and for all else.
+SCORE_WORTH, METRIC_WORTH = 200, 1000
 
 
 def expected_score(logits: Any, q: Any, task: str = "multiclass", error: float = 0.0) -> Refined:
@@ -92,8 +90,7 @@ def draw_labels(q: Any, task: str = "multiclass", residuals: Tensor | None = Non
     p = kind.as_matrix(as_tensor("q", q))
     if not kind.has_classes:
         return p[None] if residuals is None else p + residuals.to(p)[:, None]
-    p = p.double().cpu()
-    p = torch.cat([1 - p, p], 1) if kind.has_one_output else p
+    p = of_all_classes(p.double().cpu(), kind)
     offsets = torch.arange(1, len(q) + 1, dtype=torch.float64) * _GOLDEN_RATIO % 1
     quantiles = (torch.arange(NUM_DRAWS)[:, None] + offsets) / NUM_DRAWS  # (20, N)
     ends = p.cumsum(1)

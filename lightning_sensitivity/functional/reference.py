@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_sensitivity.functional.expected import NUM_DRAWS, default_metrics, metric_value
 from lightning_sensitivity.functional.features import fit_size, kind_of, shrunk
 from lightning_sensitivity.functional.learners import Learner, fit_estimator, fit_learners, spread
-from lightning_sensitivity.functional.tasks import Task, find_task
+from lightning_sensitivity.functional.tasks import Task, find_task, of_all_classes
 from lightning_sensitivity.functional.tensors import as_tensor
 from lightning_sensitivity.functional.unexplained import unexplained_share
 
@@ -114,12 +114,9 @@ class Reference:
     def auroc(self) -> float:
         """The area under the ROC curve of left-out predictions, mean over classes; nan without two classes."""
         metric = default_metrics(self._task, self.labels.shape[1]).get("auroc")
-        classes = self._task.classes(self.labels)[None]
-        return (
-            math.nan
-            if metric is None or self.majority == 1
-            else float(metric_value(metric, self.left_out, classes, self._task))
-        )
+        if metric is None or self.majority == 1:
+            return math.nan
+        return float(metric_value(metric, self.left_out, self._task.classes(self.labels)[None], self._task))
 
     @property
     def residuals(self) -> Tensor:
@@ -167,8 +164,7 @@ class Reference:
         """
         if not self._task.has_classes:
             raise AttributeError("A regression has no probabilities: use `predict`.")
-        p = self.predictions(inputs)
-        return torch.cat([1 - p, p], 1) if self._task.has_one_output else p
+        return of_all_classes(self.predictions(inputs), self._task)
 
     def predict(self, inputs: object) -> Tensor:
         """Predict classes, ``(M,)``, or the targets of a regression, ``(M,)`` or ``(M, D)``.
@@ -233,9 +229,8 @@ def fit_reference(inputs: object, labels: object, task: str = "multiclass", *, e
     kind = find_task(task)
     x, y = _as_inputs(inputs), as_tensor("labels", labels)
     _check_inputs(x, y, kind)
-    y = _checked_labels(y, kind).cpu().double()
-    has_label = kind.has_label(as_tensor("labels", labels)).cpu()
-    rows, y = _observations(x, y, has_label)
+    has_label = kind.has_label(y).cpu()
+    rows, y = _observations(x, _checked_labels(y, kind).cpu().double(), has_label)
     known = shrunk(x[rows.to(x.device)])
     if estimator is None:
         learner, chosen = fit_learners(known, y, kind)

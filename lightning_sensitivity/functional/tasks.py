@@ -190,6 +190,11 @@ def find_task(name: str) -> Task:
     return TASKS[name]
 
 
+def of_all_classes(p: Tensor, task: Task) -> Tensor:
+    """Return the probabilities of all classes, ``(N, C)``; of one output, that of the other class comes first."""
+    return torch.cat([1 - p, p], 1) if task.has_one_output else p
+
+
 def _is_ignored(targets: Tensor) -> Tensor:
     # As an 8-bit integer, 156 would equal -100.
     return (targets if targets.is_floating_point() else targets.long()) == IGNORED
