@@ -113,7 +113,7 @@ def closing_line(trainer: Trainer, summary: Summary) -> str:
     else:
         said = [_best(summary), _what_chose(summary), _rival(summary)]
         if summary["num_gaps"]:
-            said.append(f"{summary['num_gaps']} of {summary['num_validations']} validations have no value.")
+            said.append(f"There is no value for {summary['num_gaps']} of {summary['num_validations']} validations.")
     said.append(_unexplained(summary))
     if summary["is_improving"] and not _has_ended(trainer):
         said.append("It was still improving: train for longer.")
@@ -178,7 +178,7 @@ def _rival(summary: Summary) -> str:
     measure = value if value in pairs else "mse" if f"{EXPECTED}mse" in summary else "accuracy"
     what, name, of_reference, form, sign = pairs[measure]
     network, reference = summary.get(EXPECTED + name), summary.get(of_reference)
-    if network is None or reference is None or not summary["is_trusted"]:
+    if network is None or reference is None or "reference" not in summary["chosen_by"]:
         return ""
     advice = ": consider it, or the mean of both" if sign * reference >= sign * network else ""
     return (

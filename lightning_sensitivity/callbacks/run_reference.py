@@ -11,7 +11,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_sensitivity.arguments import describe_error
 from lightning_sensitivity.callbacks.processes import agree, gather_objects
 from lightning_sensitivity.callbacks.reporter import Reporter
 from lightning_sensitivity.functional.expected import draw_labels
@@ -143,8 +142,10 @@ class RunReference:
             self._rows.complete()  # a second epoch repeats them
         elif batch_idx == 0:
             self._num_columns = self._task.num_columns(output_shape)
+            # Where no validation comes earlier, rows are spread over the whole epoch, and none is read in vain.
             num_batches = trainer.num_training_batches
-            self._rows = KeptRows(self._num_columns, trainer.world_size, self._reader.max_read, num_batches)
+            num_expected = num_batches if trainer.val_check_batch >= num_batches else 0
+            self._rows = KeptRows(self._num_columns, trainer.world_size, self._reader.max_read, num_expected)
         if self._rows is not None and not self._rows.is_complete:
             self._reader.keep_rows(self._rows, module, batch, output_shape)
 
@@ -297,13 +298,10 @@ class RunReference:
 
     def _attempt(self, function: Callable[[], T]) -> T | None:
         """Return what a function returns, or None with a warning: an error would leave other processes waiting."""
-        try:
+        advice = "Set `features=` to a module, or a function `batch -> (N, D)`."
+        with self._reporter.report_failure("has no reference", advice):
             return function()
-        except Exception as error:
-            reason = describe_error(error)
-            message = f"has no reference: {reason} Set `features=` to a module, or a function `batch -> (N, D)`."
-            self._reporter.warn("features", message)
-            return None
+        return None
 
 
 @contextmanager
