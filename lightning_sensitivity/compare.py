@@ -195,7 +195,7 @@ class _Judge(NamedTuple):
         with refuse_on_error("`training` gives no reference (`features=` says what it sees)", "comparing-models"):
             known, labels = self._read(training)
             fitted = Reference(self.task.name, estimator).fit(known, self.task.as_matrix(labels, p.shape[2]))
-            is_blind = not fitted.is_trusted_ or (self.reader.unseen and fitted.skill_ < LEAST_SKILL)
+            is_blind = not fitted.is_trusted_ or (self.reader.unread and fitted.skill_ < LEAST_SKILL)
             if is_blind and not is_optional:
                 skill = f"it is only {max(0.0, fitted.skill_):.0%} better than chance on labels that were left out"
                 raise Refused(f"{skill}. Set `features=`, or `validation_labels=True`.")

@@ -137,7 +137,8 @@ def _what_chose(summary: Summary) -> str:
         return f"{labels} chose."
     if summary["learner"] is None:
         return "The reference of an earlier part of this fit chose."
-    name = _LEARNERS.get(summary["learner"], summary["learner"]).format(summary["features"])
+    learner = str(summary["learner"])
+    name = _LEARNERS.get(learner, learner).format(summary["features"])
     both = f"{labels} and the" if summary["num_labels"] else "The"
     return f"{both} reference ({name}, {summary['num_training']:,} training labels) chose: {_skill(summary)}."
 

@@ -2,7 +2,6 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -231,7 +230,8 @@ class Monitor(Callback, ABC):
         """Prepare to keep samples of each validation loader."""
         num_loaders = compat.num_loaders(trainer)
         num_wanted = math.inf if self.num_samples is None else self.num_samples / trainer.world_size
-        return [KeptSamples(num_wanted, index, MAX_BYTES / num_loaders) for index in range(num_loaders)]
+        max_bytes = MAX_BYTES / num_loaders / trainer.world_size
+        return [KeptSamples(num_wanted, index, max_bytes) for index in range(num_loaders)]
 
     def _measure_all(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the samples of every loader without a trace."""

@@ -42,6 +42,8 @@ from lightning_sensitivity.model.samples import KeptSamples
 _NUM_LABELLED = 2000  # validation samples that are kept if they have labels, over all processes
 _SOME_VALIDATIONS = 3  # after which a network is better than a constant prediction
 _KEYS = {"epoch", "step", "dataloader_idx", "reference", "num_labels"}  # of each row of the history
+
+
 class RiskMonitor(Monitor):
     r"""A callback that logs what to expect of unseen samples in every validation, without their labels.
 
@@ -171,6 +173,7 @@ class RiskMonitor(Monitor):
         if trainer.global_step == 0 and trainer.current_epoch == 0:  # raw optimizers count no steps
             self.history = []
         self.summary = {}
+        self.reader.reset()
         self._is_started, self._output_shape, self._num_bad = False, None, 0
         self._reference = self._new_reference()
 
@@ -227,7 +230,7 @@ class RiskMonitor(Monitor):
             return
         has_values = any(name in row for row in self.history for name in self.names)
         if not has_values and not self._reference.is_made:
-            message = "logged nothing: the run ended before a validation that follows a whole epoch of training samples."
+            message = "logged nothing: the run ended before a validation that follows a whole training epoch."
             self.reporter.warn("samples", message)
             return
         with self.reporter.report_failure("could not say which epoch to choose", "Look at the curve."):
@@ -351,7 +354,7 @@ class RiskMonitor(Monitor):
         """Add a row to the history, with the left-out score of the reference that judged, by which it is known."""
         verdict = self._reference.verdict
         has_reference = bool(values) and verdict is not None and dataloader_idx in self._reference.unseen
-        row = {"epoch": trainer.current_epoch, "step": trainer.global_step, "dataloader_idx": dataloader_idx}
+        row: Values = {"epoch": trainer.current_epoch, "step": trainer.global_step, "dataloader_idx": dataloader_idx}
         row |= {"reference": verdict.score if verdict is not None and has_reference else None, "num_labels": 0}
         self.history.append(row | values)
 

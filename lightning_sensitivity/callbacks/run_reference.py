@@ -1,5 +1,6 @@
 """The reference of a run: training samples are kept in the first whole epoch, of which it is made once."""
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from lightning_sensitivity.callbacks.processes import agree, gather_objects
 from lightning_sensitivity.callbacks.reporter import Reporter
 from lightning_sensitivity.functional.expected import draw_labels
 from lightning_sensitivity.functional.tasks import Task
-from lightning_sensitivity.model.inputs import are_finite, join_seen, of_rows
+from lightning_sensitivity.model.inputs import LEAST_SKILL, are_finite, join_seen, of_rows
 from lightning_sensitivity.model.reader import BatchReader
 from lightning_sensitivity.model.samples import KeptRows, KeptSamples
 from lightning_sensitivity.reference.calibration import estimate_class_shares, reweigh, shares_differ
@@ -29,7 +30,6 @@ _SORTED = 5.0  # standard errors between the labels of two halves
 _REPEATED = 0.1  # share of validation samples that are training samples
 _SHARES_DIFFER = 3.5  # standard errors between mean predictions: none of 88 runs without a shift reached it
 _COLUMNS_DIFFER = 8.0  # standard errors between means of a column: 3.9 is the most in 222 random splits of 74 tables
-_SKILL_OF_THE_HALF_BLIND = 0.05
 
 
 @dataclass
@@ -143,9 +143,9 @@ class RunReference:
         elif batch_idx == 0:
             self._num_columns = self._task.num_columns(output_shape)
             # Where no validation comes earlier, rows are spread over the whole epoch, and none is read in vain.
-            num_batches = trainer.num_training_batches
-            num_expected = num_batches if trainer.val_check_batch >= num_batches else 0
-            self._rows = KeptRows(self._num_columns, trainer.world_size, self._reader.max_read, num_expected)
+            is_last = (trainer.val_check_batch or math.inf) >= trainer.num_training_batches
+            num_batches = trainer.num_training_batches if is_last else 0
+            self._rows = KeptRows(self._num_columns, trainer.world_size, self._reader.max_read, num_batches)
         if self._rows is not None and not self._rows.is_complete:
             self._reader.keep_rows(self._rows, module, batch, output_shape)
 
@@ -159,7 +159,7 @@ class RunReference:
         return agree(trainer, is_enough)
 
     def _are_sorted(self, labels: Tensor) -> bool:
-        """Return whether labels change from the first half to the second: then the last ones may be of other classes."""
+        """Return whether labels differ between halves: then those to come may be of other classes."""
         y = self._task.as_matrix(labels, self._num_columns).double()
         first, second = y.tensor_split(2)
         variances = y.var(0) * (1 / max(1, len(first)) + 1 / max(1, len(second)))
@@ -206,7 +206,7 @@ class RunReference:
         with _announced(f"Fitting a reference to {len(labels):,} training samples."):
             self.fitted = Reference(self._task.name, self._estimator).fit(known, labels.numpy())
         verdict = Verdict.of(self.fitted)
-        verdict.is_trusted &= not self._reader.unread or verdict.skill > _SKILL_OF_THE_HALF_BLIND
+        verdict.is_trusted &= not self._reader.unread or verdict.skill > LEAST_SKILL
         self._warn_of_unread()
         unseen: dict[int, Unseen] = {}
         for index in sorted({index for part in parts for index in part.unseen}) if verdict.is_trusted else ():

@@ -140,7 +140,9 @@ class SensitivityMonitor(Monitor):
     def _try_noise(self, module: LightningModule, batch: object) -> None:
         """Refuse noise that can't be added to a batch that the model understands."""
         try:
-            call, _ = self.reader.call(module, batch).sliced(_NUM_TRIED)
+            call = self.reader.call(module, batch)
+            rows = call.spread(_NUM_TRIED)
+            call = call if rows is None else call.of_rows(rows)
             with isolated(module) as run:
                 run(call)
         except Exception:  # training batches may be of another kind than validation batches

@@ -83,7 +83,9 @@ def _find_features(result: object, mask: object) -> object:
     read = result.get if isinstance(result, Mapping) else lambda name: getattr(result, name, None)
     hidden = read("last_hidden_state")
     if isinstance(hidden, Tensor) and hidden.ndim == 3:
-        weights = mask if isinstance(mask, Tensor) and mask.shape == hidden.shape[:2] else torch.ones_like(hidden[..., 0])
+        weights = (
+            mask if isinstance(mask, Tensor) and mask.shape == hidden.shape[:2] else torch.ones_like(hidden[..., 0])
+        )
         weights = weights[..., None].float()
         return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
     named = [read(name) for name in ("pooler_output", "logits") if read(name) is not None]

@@ -26,11 +26,11 @@ class InputReader:
     it has a mask; else it holds categories, and columns that reach 1,000 are left out. The first batch decides.
 
     Attributes:
-        unseen: Names of the arguments of which something can't be read.
+        unread: Names of the arguments of which something can't be read.
     """
 
     def __init__(self) -> None:
-        self.unseen: list[str] = []
+        self.unread: list[str] = []
         self._texts: dict[int, bool] = {}  # whether integers beside numbers are a text, by their place
         self._names: dict[tuple[int, int], Tensor] = {}  # which columns are left out, by their place and number
 
@@ -69,8 +69,8 @@ class InputReader:
             yield from ((name, x) for x in readable)
 
     def _remember(self, name: str) -> None:
-        if name not in self.unseen:
-            self.unseen.append(name)
+        if name not in self.unread:
+            self.unread.append(name)
 
     def _is_text(self, place: int, ids: Tensor, mask: Tensor | None) -> bool:
         """Return whether integers beside numbers are a text."""
@@ -138,3 +138,13 @@ def _join(kind: str, parts: list[Tensor]) -> Tensor:
         length, padding = max(x.shape[-1] for x in parts), -1 if kind == "tokens" else 0
         parts = [pad(x, (0, length - x.shape[-1]), value=padding) for x in parts]
     return torch.cat([fit_size(x, parts[0].shape) for x in parts])
+
+
+def of_rows(seen: Seen, rows: Tensor) -> Seen:
+    """Return what a reference sees of some of the samples."""
+    return {kind: x[rows] for kind, x in seen.items()}
+
+
+def are_finite(seen: Seen) -> Tensor:
+    """Return which samples have neither nan nor inf, ``(N,)``."""
+    return torch.stack([x[:, None].flatten(1).isfinite().all(1) for x in seen.values()]).all(0)

@@ -57,9 +57,14 @@ class BatchReader:
         return math.inf if self._encoder is None else MAX_ENCODED
 
     @property
-    def unseen(self) -> tuple[str, ...]:
+    def unread(self) -> tuple[str, ...]:
         """Names of the arguments of which something can't be read, in the batches so far."""
-        return tuple(self._input_reader.unseen)
+        return tuple(self._input_reader.unread)
+
+    @property
+    def has_features(self) -> bool:
+        """Whether the user says what a reference sees."""
+        return self._encoder is not None or self._features is not None
 
     def reset(self) -> None:
         """Forget what other batches have shown, before those of another run."""
@@ -165,6 +170,29 @@ class BatchReader:
         if with_seen and size > 0 and self._features is not None:  # all else can be seen later, in the call
             kept.seen = self.see(model, batch, whole, whole.size or size, rows)
         return kept
+
+    def kept_labels(
+        self, model: nn.Module, batch: object, kept: KeptBatch, output_shape: tuple[int, ...] | None = None
+    ) -> Tensor:
+        """Copy the labels of those samples of a batch that are kept.
+
+        Args:
+            model: The model.
+            batch: The batch.
+            kept: What is kept of it.
+            output_shape: As for :meth:`labels`.
+
+        Raises:
+            MisconfigurationException: As by :meth:`labels`, or if there is not one label for each sample.
+        """
+        labels = self.labels(model, batch, output_shape)
+        if kept.rows is not None and len(labels) > int(kept.rows.max()):
+            labels = labels[kept.rows]
+        if len(labels) != kept.size:
+            raise Refused(
+                f"`targets` should return a label for each sample, got {len(labels)} for {kept.size}.", "task"
+            )
+        return labels
 
     def keep_rows(
         self, rows: KeptRows, model: nn.Module, batch: object, output_shape: tuple[int, ...] | None = None

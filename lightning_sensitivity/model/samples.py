@@ -224,6 +224,11 @@ class KeptRows:
         self._parts = [rows for rows in parts if len(rows.labels)]
         self.size = sum(len(rows.labels) for rows in self._parts)
 
+    @property
+    def labels(self) -> Tensor:
+        """The labels of the rows, in the order in which they came."""
+        return torch.cat([rows.labels for rows in self._parts])
+
     def complete(self) -> None:
         """Want no more rows, unless none has come."""
         self.is_complete = self.num_seen > 0
