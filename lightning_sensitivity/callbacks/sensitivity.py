@@ -200,8 +200,9 @@ class SensitivityMonitor(Monitor):
         values: Values = {"output_sensitivity": estimate.value, "output_sensitivity_stderr": estimate.stderr}
         square, count = power.sum(0)
         if count > 0:
-            mean_square, std = square / count, float(self._noise.std)  # type: ignore[union-attr, arg-type]
-            values["loss_estimate"] = loss_estimate(estimate.value, mean_square, std, estimate.num_outputs)
+            assert isinstance(self._noise, GaussianNoise)
+            power, std = square / count, torch.as_tensor(self._noise.std)
+            values["loss_estimate"] = loss_estimate(estimate.value, power, std, estimate.num_outputs)
         return values
 
     def _warn_of_doubts(self, dataloader_idx: int, estimate: SensitivityEstimate) -> None:
