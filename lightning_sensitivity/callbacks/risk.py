@@ -302,7 +302,9 @@ class RiskMonitor(Monitor):
         Returns:
             Its outputs ``(N, C)``, and labels ``(N, C)``, nan where a sample has none, on the CPU.
         """
-        num_columns = self.task.num_columns(self._output_shape or ())
+        if self._output_shape is None:  # a sanity check, which logs nothing
+            return tuple(run(batch.call.to(module.device)) for batch in samples.batches)
+        num_columns = self.task.num_columns(self._output_shape)
         outputs, labels = [torch.zeros(0, num_columns)], [torch.zeros(0, num_columns)]
         for batch in samples.batches:
             outputs.append(self.task.as_outputs(run(batch.call.to(module.device)).float().cpu()))
