@@ -1,6 +1,6 @@
 """What is refused, or said, before the first training step."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -69,27 +69,15 @@ def check_monitored(trainer: Trainer, directions: Mapping[str, bool]) -> None:
         MisconfigurationException: If there is one.
     """
     prefix = next(iter(directions)).removesuffix("score")
-    defaults = [prefix + each for each in _DEFAULTS]
+    defaults = {prefix + each for each in _DEFAULTS}
     for owner, monitor in callbacks_that_monitor(trainer):
-        name = _without_loader(monitor)
-        if name in defaults and name not in directions:
-            raise _not_logged(owner, monitor, directions)
-        mode = getattr(owner, "mode", None)
-        best = "max" if directions.get(name) else "min"
-        if name in directions and mode in ("min", "max") and mode != best:
-            raise Refused(
-                f"`mode` should be {best!r} for `{monitor}`, got {mode!r} in `{type(owner).__name__}`.", entry="names"
-            )
-
-
-def _without_loader(name: str) -> str:
-    return name.partition("/dataloader_idx_")[0]
-
-
-def _not_logged(owner: object, monitor: str, names: Iterable[str]) -> Refused:
-    """Make the error for who monitors a name that is not among those that are logged."""
-    known = ", ".join(f"`{each}`" for each in names)
-    return Refused(f"`{type(owner).__name__}` monitors `{monitor}`, which is not logged. There are {known}.", "names")
+        name, kind = monitor.partition("/dataloader_idx_")[0], type(owner).__name__
+        if name in defaults - directions.keys():
+            known = ", ".join(f"`{each}`" for each in directions)
+            raise Refused(f"`{kind}` monitors `{monitor}`, which is not logged. There are {known}.", "names")
+        best, worst = ("max", "min") if directions.get(name) else ("min", "max")
+        if name in directions and getattr(owner, "mode", best) == worst:
+            raise Refused(f"`mode` should be {best!r} for `{monitor}`, got {worst!r} in `{kind}`.", entry="names")
 
 
 def callbacks_that_monitor(trainer: Trainer) -> list[tuple[object, str]]:
@@ -196,11 +184,12 @@ def try_metrics(metrics: Mapping[str, Metric], outputs: Tensor, labels: Tensor, 
 
 def check_class_shares(class_shares: object, task: Task) -> None:
     """Require shares of classes that sum to 1, ``"estimate"``, or None."""
-    if class_shares is None:
-        return
-    is_known = isinstance(class_shares, str) and class_shares == "estimate"
-    if not is_known and isinstance(class_shares, Iterable) and not isinstance(class_shares, str):
-        shares = torch.as_tensor(list(class_shares), dtype=torch.float64)
-        is_known = len(shares) > 1 and bool((shares > 0).all()) and abs(float(shares.sum()) - 1) < _ROUNDING
     expected = "positive shares of all classes that sum to 1, 'estimate', or None"
-    check_argument("class_shares", class_shares, is_known and task.has_classes, expected)
+    if class_shares is None or isinstance(class_shares, str):
+        check_argument("class_shares", class_shares, class_shares in (None, "estimate"), expected)
+    else:
+        with refuse_on_error("`class_shares` can't be read"):
+            shares = torch.as_tensor(class_shares, dtype=torch.float64)
+        are_shares = shares.ndim == 1 and bool((shares > 0).all()) and abs(float(shares.sum()) - 1) < _ROUNDING
+        check_argument("class_shares", class_shares, are_shares, expected)
+    check_argument("class_shares", class_shares, class_shares is None or task.has_classes, "None in a regression")

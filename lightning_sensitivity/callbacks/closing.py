@@ -13,6 +13,12 @@ from lightning_sensitivity.compat import PlotType
 _SAID = 0.05  # share of labels that is worth a sentence
 _ENDED = 0.01  # of the first learning rate
 _LEARNERS = {"forest": "random forest", "ridge": "ridge regression on {}", "mean": "mean label"}
+# Its words, the reference's own value, its form, and whether higher is better, by what is expected.
+_RIVALS = {
+    "accuracy": ("an accuracy of", "left_out_accuracy", ".0%", 1),
+    "auroc": ("an AUROC of", "left_out_auroc", ".2f", 1),
+    "mse": ("a squared error of", "left_out_score", ".3g", -1),
+}
 
 Row = dict[str, Any]  # of the history
 Summary = dict[str, Any]
@@ -33,21 +39,18 @@ def summarize(
     Returns:
         Numbers, names and flags; None where something is unknown, as ``json`` has it.
     """
-    monitored = [name for _, name in callbacks_that_monitor(trainer) if name in curves]
-    name = (monitored or list(curves))[0]
+    name = next((name for _, name in callbacks_that_monitor(trainer) if name in curves), next(iter(curves)))
     value, dataloader_idx, is_highest = curves[name]
     rows = [row for row in history if row["dataloader_idx"] == dataloader_idx]
     found = _comparable([row for row in rows if math.isfinite(row.get(value, math.nan))])
-    is_tied = len(found) > 1 and len({row[value] for row in found}) == 1
-    sign = 1 if is_highest else -1
-    best = max(found, key=lambda row: sign * row[value]) if found and not is_tied else {}
+    best = _best_row(found, value, is_highest)
     summary = {
         "monitored": name,
         "direction": "highest" if is_highest else "lowest",
         "epoch": best.get("epoch"),
-        "checkpoint": _checkpoint_of(trainer, name, best[value]) if best else "",
+        "checkpoint": _checkpoint_of(trainer, name, best.get(value)),
         "chosen_by": _chosen_by(best),
-        "is_tied": is_tied,
+        "is_tied": bool(found) and not best,
         "is_improving": len(found) > 1 and best is rows[-1],
         "num_labels": best.get("num_labels", 0),
         "temperature": best.get("temperature"),
@@ -61,6 +64,14 @@ def summarize(
 def _comparable(rows: list[Row]) -> list[Row]:
     """Return the rows by the same reference as the last one; another one, before a resume, has judged otherwise."""
     return [row for row in rows if _is_same(row["reference"], rows[-1]["reference"])]
+
+
+def _best_row(rows: list[Row], value: str, is_highest: bool) -> Row:
+    """Return the row of the best value; an empty one if there is none, or several are all equal."""
+    if not rows or (len(rows) > 1 and len({row[value] for row in rows}) == 1):
+        return {}
+    best: Row = (max if is_highest else min)(rows, key=lambda row: row[value])
+    return best
 
 
 def _is_same(first: float | None, second: float | None) -> bool:
@@ -95,12 +106,14 @@ def _chosen_by(best: Row) -> str:
     return " and ".join(names)
 
 
-def _checkpoint_of(trainer: Trainer, name: str, value: float) -> str:
+def _checkpoint_of(trainer: Trainer, name: str, value: float | None) -> str:
     """Name the checkpoint that was saved for a value, if there is one."""
     for callback, monitor in callbacks_that_monitor(trainer):
-        path, score = getattr(callback, "best_model_path", ""), getattr(callback, "best_model_score", None)
-        if monitor == name and path and score is not None and math.isclose(score, value, rel_tol=1e-5, abs_tol=1e-9):
-            return str(path)
+        score = getattr(callback, "best_model_score", None)
+        if monitor != name or score is None or value is None:
+            continue
+        if math.isclose(score, value, rel_tol=1e-5, abs_tol=1e-9):
+            return str(getattr(callback, "best_model_path", ""))
     return ""
 
 
@@ -170,16 +183,13 @@ def _skill(summary: Summary) -> str:
 
 def _rival(summary: Summary) -> str:
     """Compare what is expected of the network with the reference by itself, in the units of what is monitored."""
+    if "reference" not in summary["chosen_by"]:
+        return ""
     value = summary["monitored"].partition("/dataloader_idx_")[0].rpartition(EXPECTED)[2]
-    pairs = {
-        "auroc": ("an AUROC of", "auroc", "left_out_auroc", ".2f", 1),
-        "mse": ("a squared error of", "mse", "left_out_score", ".3g", -1),
-        "accuracy": ("an accuracy of", "accuracy", "left_out_accuracy", ".0%", 1),
-    }
-    measure = value if value in pairs else "mse" if f"{EXPECTED}mse" in summary else "accuracy"
-    what, name, of_reference, form, sign = pairs[measure]
-    network, reference = summary.get(EXPECTED + name), summary.get(of_reference)
-    if network is None or reference is None or "reference" not in summary["chosen_by"]:
+    measure = value if value in _RIVALS else "mse" if f"{EXPECTED}mse" in summary else "accuracy"
+    what, of_reference, form, sign = _RIVALS[measure]
+    network, reference = summary.get(EXPECTED + measure), summary.get(of_reference)
+    if network is None or reference is None:
         return ""
     advice = ": consider it, or the mean of both" if sign * reference >= sign * network else ""
     return (
@@ -217,9 +227,13 @@ def plot_history(history: Sequence[Row], names: Sequence[str], prefix: str) -> P
         raise ValueError("Expected a fit with values before `plot`, but there is none.")
     figure, axes = pyplot.subplots(1, len(names), figsize=(4 * len(names), 3), squeeze=False)
     for ax, name in zip(axes[0], names, strict=True):
-        for index in sorted({row["dataloader_idx"] for row in history}):
-            rows = [row for row in history if row["dataloader_idx"] == index]
-            values = [row.get(name, math.nan) for row in rows]  # a validation may have none
-            ax.plot([row["epoch"] for row in rows], values, label=f"dataloader {index}")
+        _plot_curves(ax, history, name)
         ax.set(title=prefix + name, xlabel="epoch")
     return figure, axes[0]
+
+
+def _plot_curves(ax: Any, history: Sequence[Row], name: str) -> None:
+    """Draw a value of each loader; a validation may have none."""
+    for index in sorted({row["dataloader_idx"] for row in history}):
+        rows = [row for row in history if row["dataloader_idx"] == index]
+        ax.plot([row["epoch"] for row in rows], [row.get(name, math.nan) for row in rows], label=f"dataloader {index}")

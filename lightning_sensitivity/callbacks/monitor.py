@@ -138,12 +138,12 @@ class Monitor(Callback, ABC):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Decide whether to measure, and prepare to keep samples in the first validation of a run."""
-        is_fit = trainer.state.fn == TrainerFn.FITTING
-        if is_fit and not trainer.sanity_checking:
-            self.reporter.before_first_step = False  # also in a resumed fit that begins with a validation
-        is_ready = not self.only_in_fit
+        is_fit = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
         if is_fit:
-            is_ready = trainer.sanity_checking or self.is_ready(trainer)
+            self.reporter.before_first_step = False  # also in a resumed fit that begins with a validation
+            is_ready = self.is_ready(trainer)
+        else:
+            is_ready = trainer.sanity_checking or not self.only_in_fit
         self._is_measuring = is_ready and self.should_measure(trainer)
         if self._is_measuring:
             self.measured = []
@@ -176,18 +176,10 @@ class Monitor(Callback, ABC):
         if trainer.sanity_checking:
             self.samples = []
             return
-        is_fit = trainer.state.fn == TrainerFn.FITTING
-        if is_fit and self._is_measuring:
-            self.prepare(trainer)
-        self._missing = {}
-        for dataloader_idx in range(self.num_loaders(trainer)):
-            values = self._compute_loader(trainer, dataloader_idx) if self._is_measuring else {}
-            self._log_values(trainer, dataloader_idx, values)
-            if is_fit:
-                self.remember(trainer, dataloader_idx, values)
-        self._num_incomplete += bool(self._missing)
-        if is_fit:
-            trainer.callback_metrics.update(self._missing)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._end_validation_of_fit(trainer)
+        else:
+            self._log_all(trainer)
         self._is_measuring = False
 
     # After a run
@@ -267,6 +259,23 @@ class Monitor(Callback, ABC):
     def warn_of_probabilities(self) -> None:
         """Warn of outputs that may be probabilities."""
         self.reporter.warn("arguments", "got outputs that all lie in [0, 1]. If they are not logits, set `outputs=`.")
+
+    def _end_validation_of_fit(self, trainer: Trainer) -> None:
+        """Log and remember the values, and give others what they need where one is missing."""
+        if self._is_measuring:
+            self.prepare(trainer)
+        for dataloader_idx, values in enumerate(self._log_all(trainer)):
+            self.remember(trainer, dataloader_idx, values)
+        trainer.callback_metrics.update(self._missing)
+        self._num_incomplete += bool(self._missing)
+
+    def _log_all(self, trainer: Trainer) -> list[Values]:
+        """Compute and log the values of each loader."""
+        self._missing, found = {}, []
+        for dataloader_idx in range(self.num_loaders(trainer)):
+            found.append(self._compute_loader(trainer, dataloader_idx) if self._is_measuring else {})
+            self._log_values(trainer, dataloader_idx, found[-1])
+        return found
 
     def _compute_loader(self, trainer: Trainer, dataloader_idx: int) -> Values:
         """Gather what all processes have measured of a loader, and compute its values; none if one process fails.

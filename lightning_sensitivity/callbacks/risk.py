@@ -22,7 +22,7 @@ from lightning_sensitivity.callbacks.checks import (
     check_targets,
     try_metrics,
 )
-from lightning_sensitivity.callbacks.closing import Summary, closing_line, plot_history, summarize
+from lightning_sensitivity.callbacks.closing import Curve, Summary, closing_line, plot_history, summarize
 from lightning_sensitivity.callbacks.monitor import Monitor, Values
 from lightning_sensitivity.callbacks.run_reference import RunReference, Unseen
 from lightning_sensitivity.compat import PlotType
@@ -231,20 +231,26 @@ class RiskMonitor(Monitor):
         """Summarize the fit, once."""
         if self.summary or self._output_shape is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        has_values = any(name in row for row in self.history for name in self.names)
-        if not has_values and not self._reference.is_made:
+        if not self._has_values and not self._reference.is_made:
             message = "logged nothing: the run ended before a validation that follows a whole training epoch."
             self.reporter.warn("samples", message)
             return
         with self.reporter.report_failure("could not say which epoch to choose", "Look at the curve."):
-            curves = {
-                self.logged_name(trainer, name, index): (name, index, is_highest)
-                for name, is_highest in self.directions.items()
-                for index in range(self.num_loaders(trainer))
-            }
-            self.summary = summarize(trainer, curves, self.history, self._reference.verdict)
+            self.summary = summarize(trainer, self._curves(trainer), self.history, self._reference.verdict)
             say = rank_zero_warn if self.summary["chosen_by"] == "nothing" else rank_zero_info
             say(closing_line(trainer, self.summary))
+
+    @property
+    def _has_values(self) -> bool:
+        return any(name in row for row in self.history for name in self.names)
+
+    def _curves(self, trainer: Trainer) -> dict[str, Curve]:
+        """Return the value, the loader and the direction of each logged name."""
+        return {
+            self.logged_name(trainer, name, index): (name, index, is_highest)
+            for name, is_highest in self.directions.items()
+            for index in range(self.num_loaders(trainer))
+        }
 
     # Training samples
 

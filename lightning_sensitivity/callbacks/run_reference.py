@@ -1,15 +1,12 @@
 """The reference of a run: training samples are kept in the first whole epoch, of which it is made once."""
 
 import math
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_sensitivity.callbacks.processes import agree, gather_objects
@@ -25,7 +22,6 @@ from lightning_sensitivity.reference.observations import has_few_values, largest
 
 T = TypeVar("T")
 
-_SECONDS = 5.0  # after which a line says what is going on
 _SORTED = 5.0  # standard errors between the labels of two halves
 _REPEATED = 0.1  # share of validation samples that are training samples
 _SHARES_DIFFER = 3.5  # standard errors between mean predictions: none of 88 runs without a shift reached it
@@ -138,16 +134,21 @@ class RunReference:
             batch_idx: Its index in the epoch.
             output_shape: The shape of the module's outputs for a sample.
         """
-        if batch_idx == 0 and self._rows is not None:
-            self._rows.complete()  # a second epoch repeats them
-        elif batch_idx == 0:
-            self._num_columns = self._task.num_columns(output_shape)
-            # Where no validation comes earlier, rows are spread over the whole epoch, and none is read in vain.
-            is_last = (trainer.val_check_batch or math.inf) >= trainer.num_training_batches
-            num_batches = trainer.num_training_batches if is_last else 0
-            self._rows = KeptRows(self._num_columns, trainer.world_size, self._reader.max_read, num_batches)
+        if batch_idx == 0:
+            self._begin_epoch(trainer, output_shape)
         if self._rows is not None and not self._rows.is_complete:
             self._reader.keep_rows(self._rows, module, batch, output_shape)
+
+    def _begin_epoch(self, trainer: Trainer, output_shape: tuple[int, ...]) -> None:
+        """Keep the rows of the first whole epoch; those of a second one are the same."""
+        if self._rows is not None:
+            self._rows.complete()
+            return
+        # Where no validation comes earlier, rows are spread over the whole epoch, and none is read in vain.
+        is_last = (trainer.val_check_batch or math.inf) >= trainer.num_training_batches
+        num_batches = trainer.num_training_batches if is_last else 0
+        self._num_columns = self._task.num_columns(output_shape)
+        self._rows = KeptRows(self._num_columns, trainer.world_size, self._reader.max_read, num_batches)
 
     def is_ready(self, trainer: Trainer) -> bool:
         """Return whether a validation can have values; every process must call it."""
@@ -203,17 +204,20 @@ class RunReference:
         known = join_seen([part.known for part in parts if part.known])
         rows = self._finite_rows(known, "training samples")
         known, labels = of_rows(known, rows), labels[rows]
-        with _announced(f"Fitting a reference to {len(labels):,} training samples."):
-            self.fitted = Reference(self._task.name, self._estimator).fit(known, labels.numpy())
+        self.fitted = Reference(self._task.name, self._estimator).fit(known, labels.numpy())
         verdict = Verdict.of(self.fitted)
         verdict.is_trusted &= not self._reader.unread or verdict.skill > LEAST_SKILL
         self._warn_of_unread()
-        unseen: dict[int, Unseen] = {}
-        for index in sorted({index for part in parts for index in part.unseen}) if verdict.is_trusted else ():
-            with self._reporter.report_failure(f"expects nothing of dataloader {index}", ""):
+        return verdict, self._predict_all(parts, known) if verdict.is_trusted else {}
+
+    def _predict_all(self, parts: Sequence[_Part], known: Seen) -> dict[int, Unseen]:
+        """Predict the kept samples of each loader; of those that can't be read, nothing is expected."""
+        found: dict[int, Unseen] = {}
+        for index in sorted({index for part in parts for index in part.unseen}):
+            with self._reporter.report_failure(f"expects nothing of dataloader {index}", "Set `features=`."):
                 seen = join_seen([part.unseen[index] for part in parts if index in part.unseen])
-                unseen[index] = self._predict(index, known, seen)
-        return verdict, unseen
+                found[index] = self._predict(index, known, seen)
+        return found
 
     def _finite_rows(self, seen: Seen, what: str) -> Tensor:
         """Return the samples without nan and inf, ``(N,)``."""
@@ -302,15 +306,3 @@ class RunReference:
         with self._reporter.report_failure("has no reference", advice):
             return function()
         return None
-
-
-@contextmanager
-def _announced(message: str) -> Iterator[None]:
-    """Say what is going on if it takes more than five seconds."""
-    timer = threading.Timer(_SECONDS, rank_zero_info, [message])
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()

@@ -11,6 +11,7 @@ from lightning_sensitivity.callbacks.checks import callbacks_that_monitor, check
 from lightning_sensitivity.callbacks.monitor import Monitor, Values
 from lightning_sensitivity.functional.sensitivity import (
     NUM_COLUMNS,
+    SensitivityEstimate,
     diagnostics,
     loss_estimate,
     sensitivity_from_rows,
@@ -189,22 +190,25 @@ class SensitivityMonitor(Monitor):
         device = trainer.strategy.root_device  # a process group may take logged values of no other
         of_samples, power = (each.to(device) for each in rows)
         estimate = sensitivity_from_rows(of_samples[:, :NUM_COLUMNS], self.per_output)
-        messages = diagnostics(estimate, self.per_output)
-        for entry, message in messages.items():
-            self.reporter.warn(entry, f"on dataloader {dataloader_idx}: {message}", kind=str(dataloader_idx))
+        self._warn_of_doubts(dataloader_idx, estimate)
         if not self.per_output and may_be_probabilities(of_samples[:, NUM_COLUMNS:]):
             self.warn_of_probabilities()
         if estimate.num_samples == 0 and estimate.num_non_finite > 0:
             return dict.fromkeys(self.names, math.nan)  # training has failed, and others may end it
         if estimate.num_samples < 2:
-            if not messages:
-                message = f"has no value on dataloader {dataloader_idx}: it needs at least two samples."
-                self.reporter.warn("failed", message)
             return {}
         values: Values = {"output_sensitivity": estimate.value, "output_sensitivity_stderr": estimate.stderr}
         square, count = power.sum(0)
-        if self.loss_estimate and count > 0:
-            assert isinstance(self._noise, GaussianNoise) and isinstance(self._noise.std, float)
-            mean_square = square / count
-            values["loss_estimate"] = loss_estimate(estimate.value, mean_square, self._noise.std, estimate.num_outputs)
+        if count > 0:
+            assert isinstance(self._noise, GaussianNoise)
+            power, std = square / count, torch.as_tensor(self._noise.std)
+            values["loss_estimate"] = loss_estimate(estimate.value, power, std, estimate.num_outputs)
         return values
+
+    def _warn_of_doubts(self, dataloader_idx: int, estimate: SensitivityEstimate) -> None:
+        """Warn of what makes a value doubtful, or why there is none."""
+        messages = diagnostics(estimate, self.per_output)
+        if estimate.num_samples < 2 and not messages:
+            messages = {"failed": "there is no value, which needs at least two samples."}
+        for entry, message in messages.items():
+            self.reporter.warn(entry, f"on dataloader {dataloader_idx}: {message}", kind=str(dataloader_idx))
