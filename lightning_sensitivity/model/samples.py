@@ -4,8 +4,9 @@ import math
 import sys
 from bisect import insort
 from dataclasses import dataclass
+from functools import cached_property
 from operator import attrgetter
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -125,16 +126,26 @@ class KeptSamples:
         self._threshold = _priority(batch.index)
 
 
-class _Rows(NamedTuple):
+@dataclass(eq=False)
+class _Rows:
     """Rows of a batch: their priorities, their labels, and what a reference sees of them."""
 
     priorities: Tensor
     labels: Tensor
     seen: Seen
 
-    def of(self, chosen: Tensor) -> "_Rows":
-        """Return some of the rows."""
-        return _Rows(self.priorities[chosen], self.labels[chosen], {kind: x[chosen] for kind, x in self.seen.items()})
+    @cached_property
+    def highest(self) -> float:
+        """The highest priority, which is looked up each time that rows are thinned out."""
+        return float(self.priorities.max())
+
+    def below(self, limit: float) -> list["_Rows"]:
+        """Return the rows with priorities below a limit, if there are any."""
+        if self.highest < limit:
+            return [self]
+        chosen = self.priorities < limit
+        seen = {kind: x[chosen] for kind, x in self.seen.items()}
+        return [_Rows(self.priorities[chosen], self.labels[chosen], seen)] if bool(chosen.any()) else []
 
 
 class KeptRows:
@@ -150,7 +161,7 @@ class KeptRows:
             none is read in vain. 0 or inf if it is not known.
 
     Attributes:
-        num_seen: How many samples have come.
+        num_seen: How many samples have come, until no more may be read.
         size: How many rows there are, which may be a quarter more than are wanted.
         is_complete: Whether no more rows are wanted.
     """
@@ -173,7 +184,7 @@ class KeptRows:
     @property
     def is_full(self) -> bool:
         """Whether there are as many rows as are wanted, or fit into memory."""
-        return self.num_seen >= max(self._max_rows, self._num_expected)
+        return self._num_to_read == 0 or self.num_seen >= max(self._max_rows, self._num_expected)
 
     @property
     def _limit(self) -> float:
@@ -182,8 +193,8 @@ class KeptRows:
 
     def wanted(self, num_samples: int) -> Tensor:
         """Return which of the next samples to read, ``(R,)``; :meth:`add` takes them, unless there are none."""
-        if self.is_complete:
-            return torch.arange(0)
+        if self.is_complete or self._num_to_read == 0:
+            num_samples = 0
         priorities = _priority(torch.arange(self.num_seen, self.num_seen + num_samples, dtype=torch.float64))
         self._num_expected = self._num_expected or num_samples * self._num_batches
         self.num_seen += num_samples
@@ -216,8 +227,7 @@ class KeptRows:
 
     def _thin_out(self) -> None:
         """Keep no more rows than are wanted."""
-        chosen = [rows.priorities < self._limit for rows in self._parts]
-        self._parts = [rows.of(each) for rows, each in zip(self._parts, chosen, strict=True) if bool(each.any())]
+        self._parts = [each for rows in self._parts for each in rows.below(self._limit)]
         self.size = sum(len(rows.labels) for rows in self._parts)
 
     def complete(self) -> None:
