@@ -57,17 +57,17 @@ def tensors_in(value: object) -> list[Tensor]:
     return [tensor for item in value for tensor in tensors_in(item)] if isinstance(value, list | tuple) else []
 
 
-def first_of(result: object) -> object:
-    """Return the first item of a tuple or list, or another object as it is."""
-    return result[0] if isinstance(result, list | tuple) and result else result
-
-
 def num_samples(arguments: Collection[object]) -> int:
     """Count the samples by the rows that all tensors have; 0 if that is unknown, as with lists and graphs."""
     if any(isinstance(value, list | PackedSequence) for value in arguments):  # each item may be a sample
         return 0
     numbers = {len(x) for x in tensors_in([*arguments]) if x.ndim > 0 and not x.is_nested}
     return numbers.pop() if len(numbers) == 1 else 0
+
+
+def choose_rows(tensor: Tensor, rows: Tensor | None) -> Tensor:
+    """Return some rows of a tensor; all if they are None, or there are no rows."""
+    return tensor if rows is None or tensor.ndim == 0 else tensor[rows.to(tensor.device)]
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -13,16 +13,13 @@ from torch import Tensor, nn
 
 from lightning_sensitivity.arguments import Refused, Selector, describe, refuse_on_error
 from lightning_sensitivity.compat import original_module
-from lightning_sensitivity.model.batches import clone_tensors, first_of, is_floating, num_samples, tensors_in
+from lightning_sensitivity.model.batches import choose_rows, clone_tensors, is_floating, num_samples, tensors_in
 
 Perturb = Callable[[Tensor], Tensor]
 
 # Names of labels in batches of torch, transformers and Lightning's examples.
 TARGET_NAMES = ("label", "labels", "target", "targets", "y")
-_CHOOSE = (
-    "Select the model's arguments: `inputs=lambda batch: batch['image']`; "
-    "for `forward(batch)`, `inputs=lambda batch: (batch,)`."
-)
+_CHOOSE = "Select them: `inputs=lambda batch: batch['image']`; for `forward(batch)`, `inputs=lambda batch: (batch,)`."
 
 
 class ModelCall:
@@ -107,7 +104,7 @@ class ModelCall:
             key = self._argument_to_perturb()
             call.arguments[key] = clone_tensors(call.arguments[key], lambda x: perturb(x) if is_floating(x) else x)
         result = self._model(*call.args, **call.kwargs)
-        if self.size == 1 and isinstance(result, Tensor) and result.ndim < 2 and result.shape != (1,):
+        if self.size == 1 and isinstance(result, Tensor) and result.shape[:1] != (1,) and result.ndim < 2:
             result = result[None]  # `squeeze()` has dropped the dimension of a single sample
         return select_outputs(result, self._outputs)
 
@@ -118,11 +115,7 @@ class ModelCall:
 
     def of_rows(self, rows: Tensor) -> "ModelCall":
         """Return the call on some of its rows."""
-
-        def choose(tensor: Tensor) -> Tensor:
-            return tensor[rows.to(tensor.device)] if tensor.ndim > 0 else tensor
-
-        new = self._with(lambda value: apply_to_collection(value, Tensor, choose))
+        new = self._with(lambda value: apply_to_collection(value, Tensor, choose_rows, rows))
         new.size = len(rows)
         return new
 
@@ -217,28 +210,28 @@ def _find_targets(model: nn.Module, batch: object) -> object:
     """Find the labels by name or position; None if it is not clear where they are."""
     required = _required_names(model)
     names = set(TARGET_NAMES).difference(required if isinstance(batch, tuple) else ())
-    read = batch.get if isinstance(batch, Mapping) else lambda name: getattr(batch, name, None)
-    tensors = [value for value in map(read, names) if isinstance(value, Tensor)]
-    if len(tensors) == 1:
-        return tensors[0]
-    if not tensors and isinstance(batch, list | tuple) and len(batch) == max(1, len(required)) + 1:
+    found = [value for value in (_entry(batch, name) for name in names) if isinstance(value, Tensor)]
+    if not found and isinstance(batch, list | tuple) and len(batch) == max(1, len(required)) + 1:
         return batch[-1]
-    return None
+    return found[0] if len(found) == 1 else None
 
 
 def _find_outputs(result: object) -> object:
     """Find the logits by name, else the first item; refuse (features, logits), of which any may be the outputs."""
-    if isinstance(result, Mapping):
-        return result.get("logits")
-    if hasattr(result, "logits"):
-        return result.logits
-    widths = {x.shape[1] for x in tensors_in(result) if x.ndim == 2 and is_floating(x)}
-    if len(widths) > 1:
+    logits = _entry(result, "logits")
+    if logits is not None or not isinstance(result, list | tuple) or len(result) == 0:
+        return result if logits is None and isinstance(result, Tensor) else logits
+    if len({x.shape[1] for x in tensors_in(result) if x.ndim == 2 and is_floating(x)}) > 1:
         raise Refused(
             f"`outputs` should say which of several outputs are the logits, such as `outputs=lambda out: out[1]`, "
             f"of {describe(result)}, which `forward` returned."
         )
-    return first_of(result)
+    return result[0]
+
+
+def _entry(value: object, name: str) -> object:
+    """Return an entry of a mapping or an attribute of another object; None if it is not there."""
+    return value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
 
 
 def parameters_of(model: nn.Module) -> dict[str, inspect.Parameter]:

@@ -99,8 +99,8 @@ class _State:
 
     def _clone(self, value: Any) -> Tensor:
         """Return the clone of a large tensor of an earlier run, unless that has written to it."""
-        clone, state = self.clones.get(id(value), (value, None))
-        if state is None or _state_of(clone) != state:
+        clone, state = self.clones.get(id(value), (None, None))
+        if clone is None or state is None or _state_of(clone) != state:
             clone = value.detach().clone()
             self.clones[id(value)] = clone, _state_of(clone)
         return clone

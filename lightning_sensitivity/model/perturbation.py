@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_sensitivity.arguments import Refused, check_argument, describe
 from lightning_sensitivity.compat import original_module
-from lightning_sensitivity.model.batches import first_of, is_floating
+from lightning_sensitivity.model.batches import is_floating
 from lightning_sensitivity.model.call import ModelCall, Perturb
 from lightning_sensitivity.model.isolation import RunIsolated
 
@@ -66,10 +66,13 @@ def check_noise(noise: Noise) -> NoiseFunction:
         return noise
     value: Any = noise.tolist() if hasattr(noise, "tolist") else noise  # of numpy or torch
     stds = list(value) if isinstance(value, list | tuple) else [value]
-    are_numbers = all(isinstance(std, Real) and not isinstance(std, bool) and 0 < float(std) < math.inf for std in stds)
     expected = "a positive number, a list of one per channel, or a function (x, generator) -> x'"
-    check_argument("noise", noise, len(stds) > 0 and are_numbers, expected)
+    check_argument("noise", noise, len(stds) > 0 and all(map(_is_std, stds)), expected)
     return GaussianNoise(float(value) if stds == [value] else tuple(map(float, stds)))
+
+
+def _is_std(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < math.inf
 
 
 def noise_generator(
@@ -139,7 +142,7 @@ def _call_perturbed_at(module: nn.Module, call: Callable[[], Tensor], perturb: P
     def hook(module: nn.Module, args: object, result: Any) -> object:
         nonlocal has_run
         has_run = True
-        first = first_of(result)
+        first = result[0] if isinstance(result, list | tuple) and result else result
         if not isinstance(first, Tensor) or not is_floating(first):
             raise Refused(f"`at` should name a module with floating outputs, got {describe(result)}.", "noise")
         return perturb(first) if first is result else (perturb(first), *result[1:])

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lightning_sensitivity.arguments import Refused, Selector, check_selectors, describe, refuse_on_error
 from lightning_sensitivity.functional.tasks import Task
-from lightning_sensitivity.model.batches import clone_tensors, device_of
+from lightning_sensitivity.model.batches import choose_rows, clone_tensors, device_of
 from lightning_sensitivity.model.call import ModelCall, has_targets, select_targets
 from lightning_sensitivity.model.encoder import MAX_ENCODED, Encoder
 from lightning_sensitivity.model.inputs import InputReader, join_seen
@@ -124,13 +124,17 @@ class BatchReader:
             return {"columns": self._encoder.encode(call, size, rows, device_of(model))}
         if self._features is None:
             return self._input_reader.see(call.inputs(), size, rows)
+        return {"columns": choose_rows(self._run_features(model, batch, size), rows).detach().float().flatten(1).cpu()}
+
+    def _run_features(self, model: nn.Module, batch: object, size: int) -> Tensor:
+        """Run the function of the user."""
+        assert self._features is not None
         with refuse_on_error(f"`features` failed on {describe(batch)}", "features"), isolated(model) as run:
             values: object = run(self._features, clone_tensors(batch))
-        if not isinstance(values, Tensor) or values.ndim < 2 or len(values) != size or not size:
+        if not isinstance(values, Tensor) or values.ndim < 2 or len(values) != size:
             expected = f"a module, or a function that returns a tensor ({size}, D)"
             raise Refused(f"`features` should be {expected}, got {describe(values)}.", "features")
-        chosen = values if rows is None else values[rows.to(values.device)]
-        return {"columns": chosen.detach().float().flatten(1).cpu()}
+        return values
 
     # Validation samples
 

@@ -4,9 +4,8 @@ import math
 import sys
 from bisect import insort
 from dataclasses import dataclass
-from functools import cached_property
 from operator import attrgetter
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -126,26 +125,19 @@ class KeptSamples:
         self._threshold = _priority(batch.index)
 
 
-@dataclass(eq=False)
-class _Rows:
+class _Rows(NamedTuple):
     """Rows of a batch: their priorities, their labels, and what a reference sees of them."""
 
     priorities: Tensor
     labels: Tensor
     seen: Seen
 
-    @cached_property
-    def highest(self) -> float:
-        """The highest priority, which is looked up each time that rows are thinned out."""
-        return float(self.priorities.max())
-
-    def below(self, limit: float) -> list["_Rows"]:
-        """Return the rows with priorities below a limit, if there are any."""
-        if self.highest < limit:
-            return [self]
+    def below(self, limit: float) -> "_Rows":
+        """Return the rows with priorities below a limit."""
         chosen = self.priorities < limit
-        seen = {kind: x[chosen] for kind, x in self.seen.items()}
-        return [_Rows(self.priorities[chosen], self.labels[chosen], seen)] if bool(chosen.any()) else []
+        if bool(chosen.all()):
+            return self
+        return _Rows(self.priorities[chosen], self.labels[chosen], {kind: x[chosen] for kind, x in self.seen.items()})
 
 
 class KeptRows:
@@ -227,7 +219,7 @@ class KeptRows:
 
     def _thin_out(self) -> None:
         """Keep no more rows than are wanted."""
-        self._parts = [each for rows in self._parts for each in rows.below(self._limit)]
+        self._parts = [rows for rows in (rows.below(self._limit) for rows in self._parts) if len(rows.labels)]
         self.size = sum(len(rows.labels) for rows in self._parts)
 
     def complete(self) -> None:
