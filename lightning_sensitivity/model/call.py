@@ -3,17 +3,19 @@
 import copy
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from lightning_sensitivity.arguments import Refused, Selector, describe, refuse_on_error
 from lightning_sensitivity.compat import original_module
-from lightning_sensitivity.model.batches import choose_rows, clone_tensors, is_floating, num_samples, tensors_in
+from lightning_sensitivity.model.batches import choose_rows, clone_tensors, first_of, is_floating, tensors_in
 
 Perturb = Callable[[Tensor], Tensor]
 
@@ -63,7 +65,7 @@ class ModelCall:
             self.arguments = _named_arguments(model, batch)
         elif isinstance(batch, list | tuple) and len(batch):
             self.arguments = _positional_arguments(model, batch)
-        self.size = num_samples(self.arguments.values())
+        self.size = _num_samples(self.arguments.values())
 
     @property
     def args(self) -> tuple[object, ...]:
@@ -104,7 +106,7 @@ class ModelCall:
             key = self._argument_to_perturb()
             call.arguments[key] = clone_tensors(call.arguments[key], lambda x: perturb(x) if is_floating(x) else x)
         result = self._model(*call.args, **call.kwargs)
-        if self.size == 1 and isinstance(result, Tensor) and result.shape[:1] != (1,) and result.ndim < 2:
+        if self.size == 1 and isinstance(result, Tensor) and result.shape[:1] != (1,):
             result = result[None]  # `squeeze()` has dropped the dimension of a single sample
         return select_outputs(result, self._outputs)
 
@@ -146,6 +148,14 @@ class ModelCall:
                 entry="noise",
             )
         return floating[0]
+
+
+def _num_samples(arguments: Collection[object]) -> int:
+    """Count the samples by the rows that all tensors have; 0 if that is unknown, as with lists and graphs."""
+    if any(isinstance(value, list | PackedSequence) for value in arguments):  # each item may be a sample
+        return 0
+    numbers = {len(x) for x in tensors_in([*arguments]) if x.ndim > 0 and not x.is_nested}
+    return numbers.pop() if len(numbers) == 1 else 0
 
 
 def _has_rows(value: object) -> bool:
@@ -210,7 +220,7 @@ def _find_targets(model: nn.Module, batch: object) -> object:
     """Find the labels by name or position; None if it is not clear where they are."""
     required = _required_names(model)
     names = set(TARGET_NAMES).difference(required if isinstance(batch, tuple) else ())
-    found = [value for value in (_entry(batch, name) for name in names) if isinstance(value, Tensor)]
+    found = [value for value in map(partial(_entry, batch), names) if isinstance(value, Tensor)]
     if not found and isinstance(batch, list | tuple) and len(batch) == max(1, len(required)) + 1:
         return batch[-1]
     return found[0] if len(found) == 1 else None
@@ -218,15 +228,14 @@ def _find_targets(model: nn.Module, batch: object) -> object:
 
 def _find_outputs(result: object) -> object:
     """Find the logits by name, else the first item; refuse (features, logits), of which any may be the outputs."""
-    logits = _entry(result, "logits")
-    if logits is not None or not isinstance(result, list | tuple) or len(result) == 0:
-        return result if logits is None and isinstance(result, Tensor) else logits
+    if isinstance(result, Mapping) or hasattr(result, "logits"):
+        return _entry(result, "logits")
     if len({x.shape[1] for x in tensors_in(result) if x.ndim == 2 and is_floating(x)}) > 1:
         raise Refused(
             f"`outputs` should say which of several outputs are the logits, such as `outputs=lambda out: out[1]`, "
             f"of {describe(result)}, which `forward` returned."
         )
-    return result[0]
+    return first_of(result)
 
 
 def _entry(value: object, name: str) -> object:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -44,12 +45,12 @@ class InputReader:
             rows: Which of them to look at; None for all.
         """
         tensors = [(name, choose_rows(x, rows)) for name, x in self._tensors(named, size)]
-        mask = dict(tensors).get(_MASK)
+        masks = {x.shape: x for name, x in tensors if name == _MASK}
         inputs = [(name, x) for name, x in tensors if not _NO_INPUTS.search(name)]
         has_numbers = not all(_are_integers(x) for _, x in inputs)
         found: dict[str, list[Tensor]] = {}
         for place, (name, x) in enumerate(inputs):
-            kind, values = self._read(place, name, x, mask, has_numbers)
+            kind, values = self._read(place, name, x, masks.get(x.shape), has_numbers)
             found.setdefault(kind, []).append(values.cpu())
         return {kind: _side_by_side(kind, parts) for kind, parts in found.items()}
 
@@ -58,7 +59,8 @@ class InputReader:
         for name, value in named.items():
             tensors = [x for x in tensors_in(value) if x.ndim > 0]
             readable = [x for x in tensors if _has_rows(x, size)]
-            if len(readable) < len(tensors) or not (tensors or isinstance(value, _CONSTANTS)):
+            is_seen = len(readable) == len(tensors) if tensors else isinstance(value, _CONSTANTS)
+            if not is_seen:
                 self.unseen[name] = None
             yield from ((name, x) for x in readable)
 
@@ -66,15 +68,16 @@ class InputReader:
         """Return the kind of an input, and what is seen of it."""
         if x.ndim > 2 or x.is_floating_point():
             return _KINDS[x.ndim], shrunk(x).detach().float()
-        mask = mask if mask is not None and mask.shape == x.shape else None
-        if _are_integers(x) and (not has_numbers or self._is_text(place, x, mask)):
+        if _are_integers(x) and self._is_text(place, x, mask, has_numbers):
             return "tokens", x.long() if mask is None else x.long().where(mask > 0, -1)  # 8 bits have no -1
         return "columns", self._categories(place, name, x[:, None].flatten(1).cpu().long())
 
-    def _is_text(self, place: int, ids: Tensor, mask: Tensor | None) -> bool:
-        """Return whether integers beside numbers are a text."""
-        share = float((ids >= _MANY).any(0).float().mean())
-        return self._texts.setdefault(place, mask is not None or (ids.shape[1] >= _MIN_WORDS and share > 0.5))
+    def _is_text(self, place: int, ids: Tensor, mask: Tensor | None, has_numbers: bool) -> bool:
+        """Return whether a matrix of integers is a text."""
+        if has_numbers and mask is None:
+            share = float((ids >= _MANY).any(0).float().mean())
+            return self._texts.setdefault(place, ids.shape[1] >= _MIN_WORDS and share > 0.5)
+        return True
 
     def _categories(self, place: int, name: str, x: Tensor) -> Tensor:
         """Return columns of integers or flags as numbers, and those that are left out as zeros."""
@@ -119,7 +122,7 @@ def join_seen(parts: Sequence[Seen]) -> Seen:
 
 def _join(kind: str, parts: Sequence[Tensor]) -> Tensor:
     if kind == "tokens":
-        return pad_sequence([row for ids in parts for row in ids], batch_first=True, padding_value=-1)
+        return pad_sequence([*chain(*parts)], batch_first=True, padding_value=-1)
     if len({x.shape[1] for x in parts}) > 1:
         raise ValueError("Inputs of several batches have different sizes")
     largest = max((x.shape for x in parts), key=lambda shape: shape[2:])

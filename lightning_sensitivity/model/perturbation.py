@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_sensitivity.arguments import Refused, check_argument, describe
 from lightning_sensitivity.compat import original_module
-from lightning_sensitivity.model.batches import is_floating
+from lightning_sensitivity.model.batches import first_of, is_floating
 from lightning_sensitivity.model.call import ModelCall, Perturb
 from lightning_sensitivity.model.isolation import RunIsolated
 
@@ -67,7 +67,7 @@ def check_noise(noise: Noise) -> NoiseFunction:
     value: Any = noise.tolist() if hasattr(noise, "tolist") else noise  # of numpy or torch
     stds = list(value) if isinstance(value, list | tuple) else [value]
     expected = "a positive number, a list of one per channel, or a function (x, generator) -> x'"
-    check_argument("noise", noise, len(stds) > 0 and all(map(_is_std, stds)), expected)
+    check_argument("noise", noise, min(map(_is_std, stds), default=False), expected)
     return GaussianNoise(float(value) if stds == [value] else tuple(map(float, stds)))
 
 
@@ -142,7 +142,7 @@ def _call_perturbed_at(module: nn.Module, call: Callable[[], Tensor], perturb: P
     def hook(module: nn.Module, args: object, result: Any) -> object:
         nonlocal has_run
         has_run = True
-        first = result[0] if isinstance(result, list | tuple) and result else result
+        first = first_of(result)
         if not isinstance(first, Tensor) or not is_floating(first):
             raise Refused(f"`at` should name a module with floating outputs, got {describe(result)}.", "noise")
         return perturb(first) if first is result else (perturb(first), *result[1:])
