@@ -28,11 +28,11 @@ class InputReader:
     it has a mask; else it holds categories, and columns that reach 1,000 are left out. The first batch decides.
 
     Attributes:
-        unseen: Names of the arguments of which something can't be read, as keys.
+        unread: Names of the arguments of which something can't be read, as keys.
     """
 
     def __init__(self) -> None:
-        self.unseen: dict[str, None] = {}
+        self.unread: dict[str, None] = {}
         self._texts: dict[int, bool] = {}  # whether integers beside numbers are a text, by their place
         self._names: dict[tuple[int, int], Tensor] = {}  # which columns are left out, by their place and number
 
@@ -61,7 +61,7 @@ class InputReader:
             readable = [x for x in tensors if _has_rows(x, size)]
             is_seen = len(readable) == len(tensors) if tensors else isinstance(value, _CONSTANTS)
             if not is_seen:
-                self.unseen[name] = None
+                self.unread[name] = None
             yield from ((name, x) for x in readable)
 
     def _read(self, place: int, name: str, x: Tensor, mask: Tensor | None, has_numbers: bool) -> tuple[str, Tensor]:
@@ -83,7 +83,7 @@ class InputReader:
         """Return columns of integers or flags as numbers, and those that are left out as zeros."""
         are_names = self._names.setdefault((place, x.shape[1]), (x >= _MANY).any(0))
         if bool(are_names.any()):
-            self.unseen[name] = None
+            self.unread[name] = None
         return x.clamp(max=_MANY).where(~are_names, 0).float()
 
 
@@ -127,3 +127,13 @@ def _join(kind: str, parts: Sequence[Tensor]) -> Tensor:
         raise ValueError("Inputs of several batches have different sizes")
     largest = max((x.shape for x in parts), key=lambda shape: shape[2:])
     return torch.cat([fit_size(x, largest) for x in parts])
+
+
+def of_rows(seen: Seen, rows: Tensor) -> Seen:
+    """Return what a reference sees of some of the samples."""
+    return {kind: x[rows] for kind, x in seen.items()}
+
+
+def are_finite(seen: Seen) -> Tensor:
+    """Return which samples have neither nan nor inf, ``(N,)``."""
+    return torch.stack([x[:, None].flatten(1).isfinite().all(1) for x in seen.values()]).all(0)

@@ -1,6 +1,7 @@
 """How to read a batch of any kind: the call of the model on it, its labels, and what a reference sees of it."""
 
 import math
+import sys
 
 import torch
 from torch import Tensor, nn
@@ -52,9 +53,14 @@ class BatchReader:
         self._input_reader = InputReader()
 
     @property
-    def unseen(self) -> tuple[str, ...]:
+    def unread(self) -> tuple[str, ...]:
         """Names of the arguments of which something can't be read, in the batches so far."""
-        return tuple(self._input_reader.unseen)
+        return tuple(self._input_reader.unread)
+
+    @property
+    def has_features(self) -> bool:
+        """Whether the user says what a reference sees."""
+        return self._encoder is not None or self._features is not None
 
     def reset(self) -> None:
         """Forget what other batches have shown, before those of another run."""
@@ -91,6 +97,20 @@ class BatchReader:
         if self.task is not None and output_shape is not None:
             with refuse_on_error("`targets` should fit the outputs", "task"):
                 self.task.check(torch.zeros(labels.shape[:1] + output_shape), labels)
+        return labels
+
+    def kept_labels(
+        self, model: nn.Module, batch: object, kept: KeptBatch, output_shape: tuple[int, ...] | None = None
+    ) -> Tensor:
+        """Copy the labels of those samples of a batch that are kept.
+
+        Raises:
+            MisconfigurationException: As by :meth:`labels`, or if there is not one label for each sample.
+        """
+        labels = self.labels(model, batch, output_shape)
+        if kept.rows is not None and len(labels) > int(kept.rows.max()):
+            labels = labels[kept.rows]
+        check_count(labels, kept.size)
         return labels
 
     def size(self, model: nn.Module, call: ModelCall) -> int:
@@ -178,11 +198,10 @@ class BatchReader:
         Args:
             num_columns: How many columns labels have as a matrix.
             num_processes: How many processes share the samples.
-            num_batches: How many batches will come to this process, if that is known.
+            num_batches: How many batches will come to this process; 0 or inf if that is not known.
         """
-        if self._encoder is None:
-            return KeptRows(num_columns, num_processes)
-        return KeptRows(num_columns, num_processes, MAX_ENCODED, num_batches)
+        max_read = sys.maxsize if self._encoder is None else MAX_ENCODED
+        return KeptRows(num_columns, num_processes, max_read, num_batches)
 
     def keep_rows(
         self, rows: KeptRows, model: nn.Module, batch: object, output_shape: tuple[int, ...] | None = None
@@ -196,15 +215,19 @@ class BatchReader:
             output_shape: As for :meth:`labels`.
 
         Raises:
-            MisconfigurationException: If it can't be read.
-            ValueError: If there is not one label for each sample.
+            MisconfigurationException: If it can't be read, or there is not one label for each sample.
         """
         call = self.call(model, batch)
         labels = self.labels(model, batch, output_shape)
-        if call.size not in (0, len(labels)):
-            raise ValueError(f"Expected one label for each of {call.size} samples, but got {len(labels)}")
+        check_count(labels, call.size or len(labels))
         assert self.task is not None
         labelled = self.task.has_label(labels).nonzero()[:, 0]
         wanted = labelled[rows.wanted(len(labelled))]
         if len(wanted) > 0:
             rows.add(self.see(model, batch, call, len(labels), wanted), labels[wanted])
+
+
+def check_count(labels: Tensor, size: int) -> None:
+    """Refuse labels that are not one for each sample."""
+    if len(labels) != size:
+        raise Refused(f"`targets` should return a label for each of {size} samples, got {len(labels)}.", "task")

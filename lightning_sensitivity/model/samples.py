@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_sensitivity.model.batches import tensors_in
 from lightning_sensitivity.model.call import ModelCall
-from lightning_sensitivity.model.inputs import join_seen
+from lightning_sensitivity.model.inputs import join_seen, of_rows
 from lightning_sensitivity.reference.features import Seen
 from lightning_sensitivity.reference.observations import max_samples
 
@@ -137,7 +137,7 @@ class _Rows(NamedTuple):
         chosen = self.priorities < limit
         if bool(chosen.all()):
             return self
-        return _Rows(self.priorities[chosen], self.labels[chosen], {kind: x[chosen] for kind, x in self.seen.items()})
+        return _Rows(self.priorities[chosen], self.labels[chosen], of_rows(self.seen, chosen))
 
 
 class KeptRows:
@@ -222,6 +222,11 @@ class KeptRows:
         self._parts = [rows for rows in (rows.below(self._limit) for rows in self._parts) if len(rows.labels)]
         self.size = sum(len(rows.labels) for rows in self._parts)
 
+    @property
+    def labels(self) -> Tensor:
+        """The labels of the rows, in the order in which they came."""
+        return torch.cat([rows.labels for rows in self._parts])
+
     def complete(self) -> None:
         """Want no more rows, unless none has come."""
         self.is_complete = self.num_seen > 0
@@ -235,7 +240,7 @@ class KeptRows:
         self._thin_out()
         if not self._parts:
             raise ValueError("No sample has a label")
-        return join_seen([rows.seen for rows in self._parts]), torch.cat([rows.labels for rows in self._parts])
+        return join_seen([rows.seen for rows in self._parts]), self.labels
 
     def clear(self) -> None:
         """Free the rows, and want no more."""

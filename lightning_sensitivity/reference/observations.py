@@ -97,3 +97,17 @@ def recurrence(new: Tensor, known: Tensor) -> tuple[float, float]:
     """
     counts = torch.unique(known, return_counts=True)[1]
     return float(torch.isin(new, known).double().mean()), float(counts[counts > 1].sum()) / max(1, len(known))
+
+
+def largest_difference(known: Tensor, new: Tensor) -> tuple[int, float]:
+    """Return the column whose mean differs most between known and new samples, and by how many standard errors.
+
+    Args:
+        known: Columns of some samples, ``(N, D)``.
+        new: The same columns of others, ``(M, D)``.
+    """
+    variances = torch.cat([known, new]).double().var(0) * (1 / len(known) + 1 / len(new))
+    gaps = (known.double().mean(0) - new.double().mean(0)).abs() / variances.sqrt()
+    sizes = gaps.where(variances > 0, 0.0)
+    column = int(sizes.argmax())
+    return column, float(sizes[column])

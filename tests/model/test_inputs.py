@@ -60,7 +60,7 @@ def test_a_reference_sees(what: str) -> None:
     reader, rows = InputReader(), torch.tensor([2, 0])
     for seen, wanted in ((reader.see(named, 3), expected), (reader.see(named, 3, rows), of_rows(expected, rows))):
         torch.testing.assert_close(seen, wanted, rtol=0, atol=0)
-    assert not reader.unseen
+    assert not reader.unread
 
 
 def of_rows(seen: Seen, rows: Tensor) -> Seen:
@@ -84,7 +84,7 @@ def test_what_can_not_be_read_is_named_once(what: str) -> None:
     reader = InputReader()
     for _ in range(2):
         assert torch.equal(reader.see({"x": X} | more, 3)["columns"][:, :12], X)
-    assert [*reader.unseen] == unseen
+    assert [*reader.unread] == unseen
 
 
 def test_nothing_is_seen_of_what_can_not_be_read() -> None:
@@ -95,7 +95,7 @@ def test_a_column_that_reaches_1000_is_left_out_by_itself_and_the_width_stays() 
     reader, large = InputReader(), IDS.clone()
     large[1, 2] = 1000
     first, second = (reader.see({"x": X, "z": z}, 3) for z in (large, IDS))
-    assert torch.equal(first["columns"][:, 12:], torch.tensor([1, 1, 0, 1]) * IDS) and [*reader.unseen] == ["z"]
+    assert torch.equal(first["columns"][:, 12:], torch.tensor([1, 1, 0, 1]) * IDS) and [*reader.unread] == ["z"]
     assert torch.equal(second["columns"], first["columns"])
 
 
@@ -104,7 +104,7 @@ def test_a_category_that_reaches_1000_later_is_one_more_category() -> None:
     later[:2, 1] = torch.tensor([5000, 1000])
     reader.see({"x": X, "z": IDS}, 3)
     assert torch.equal(reader.see({"x": X, "z": later}, 3)["columns"][:, 12:], later.clamp(max=1000).float())
-    assert not reader.unseen
+    assert not reader.unread
 
 
 def test_the_first_batch_decides_whether_integers_are_a_text() -> None:

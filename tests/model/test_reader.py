@@ -87,9 +87,9 @@ def test_large_images_are_seen_small_but_not_the_features_of_the_user() -> None:
 def test_a_graph_is_seen_by_features_alone() -> None:
     graph, model = SimpleNamespace(x=X, y=Y), type("Net", (nn.Module,), {"forward": lambda self, data: data.x[:, :4]})()
     reader = BatchReader()
-    assert reader.see(model, graph) == {} and reader.unseen == ("data",)
+    assert reader.see(model, graph) == {} and reader.unread == ("data",)
     reader.reset()
-    assert reader.unseen == ()
+    assert reader.unread == ()
     kept = BatchReader(features=lambda batch: batch.x).keep(model, graph, 0, with_seen=True)
     assert kept.size == 60 and torch.equal(kept.seen["columns"], X)
 
@@ -134,21 +134,28 @@ def test_training_samples_with_labels_are_kept() -> None:
     assert rows.num_seen == rows.size == 40
 
 
-def test_rows_are_chosen_before_they_are_averaged(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first batch is averaged, and of each other one no more than what is wanted of so many samples."""
+@pytest.mark.parametrize(("num_batches", "most"), [(40, 66), (0, 64 * 5)])  # 64 + 64 / 2 + 64 / 3 ... are 274
+def test_rows_are_chosen_before_they_are_averaged(num_batches: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     averaged = list[int]()
     shrunk = inputs_module.shrunk
     monkeypatch.setattr(inputs_module, "shrunk", lambda x: (averaged.append(len(x)), shrunk(x))[1])
     monkeypatch.setattr("lightning_sensitivity.model.samples.max_samples", lambda kinds, num_columns: 64)
     model = type("Mean", (nn.Module,), {"forward": lambda self, x: x.mean((2, 3))})()
     reader, images = BatchReader(task=TASKS["multiclass"]), torch.rand(50, 3, 40, 40)
-    rows = reader.make_rows(3)
+    rows = reader.make_rows(3, num_batches=num_batches)
     for _ in range(40):
         reader.keep_rows(rows, model, (images, torch.zeros(50).long()), (3,))
-    assert 62 <= len(rows.joined()[1]) <= 66 and sum(averaged) < 64 * 5  # 64 + 64 / 2 + 64 / 3 ... would be 274
+    assert 62 <= len(rows.joined()[1]) <= 66 and sum(averaged) <= most
 
 
 def test_there_is_one_label_for_each_training_sample() -> None:
     reader = BatchReader(task=TASKS["multiclass"], targets=lambda batch: batch[1][:50])
-    with pytest.raises(ValueError, match="Expected one label for each of 60 samples, but got 50"):
+    match = "`targets` should return a label for each of 60 samples, got 50"
+    with pytest.raises(MisconfigurationException, match=match):
         reader.keep_rows(reader.make_rows(4), MODEL, (X, Y), (4,))
+    for max_samples in (55, 60):
+        kept = reader.keep(MODEL, (X, Y), 0, max_samples=max_samples)
+        with pytest.raises(MisconfigurationException, match="got 50"):
+            reader.kept_labels(MODEL, (X, Y), kept, (4,))
+    kept = BatchReader().keep(MODEL, (X, Y), 0, max_samples=7)
+    assert torch.equal(BatchReader().kept_labels(MODEL, (X, Y), kept, (4,)), Y[torch.arange(7) * 60 // 7])
