@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 _SORTED = 5.0  # standard errors between the labels of two halves
 _REPEATED = 0.1  # share of validation samples that are training samples
-_SHARES_DIFFER = 3.5  # standard errors between mean predictions: none of 88 runs without a shift reached it
+_SHARES_DIFFER = 4.0  # standard errors between mean predictions; no false alarm in 79 runs of the design half
 _COLUMNS_DIFFER = 8.0  # standard errors between means of a column: 3.9 is the most in 222 random splits of 74 tables
 
 
