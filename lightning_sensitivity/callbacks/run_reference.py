@@ -148,7 +148,7 @@ class RunReference:
         is_last = (trainer.val_check_batch or math.inf) >= trainer.num_training_batches
         num_batches = trainer.num_training_batches if is_last else 0
         self._num_columns = self._task.num_columns(output_shape)
-        self._rows = KeptRows(self._num_columns, trainer.world_size, self._reader.max_read, num_batches)
+        self._rows = self._reader.make_rows(self._num_columns, trainer.world_size, num_batches)
 
     def is_ready(self, trainer: Trainer) -> bool:
         """Return whether a validation can have values; every process must call it."""
@@ -187,7 +187,7 @@ class RunReference:
 
     def _own_part(self, module: LightningModule, kept: Sequence[KeptSamples]) -> _Part:
         """Join what this process has kept."""
-        labels, known = torch.zeros(0, self._num_columns), Seen()
+        known, labels = Seen(), torch.zeros(0, self._num_columns)
         if self._rows is not None and self._rows.size > 0:
             known, y = self._rows.joined()
             labels = self._task.as_matrix(y, self._num_columns).float()

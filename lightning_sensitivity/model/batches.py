@@ -1,7 +1,7 @@
 """Find, copy and count the tensors in batches of any kind."""
 
 import copy
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import is_dataclass
 from typing import Any
@@ -12,12 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 
-class _Cloneable(ABC):
+class _Cloneable(ABC):  # noqa: B024
     """A tensor, or an object whose class can clone it like one, such as a graph of PyTorch Geometric."""
-
-    @abstractmethod
-    def clone(self) -> object:
-        """Return a copy."""
 
     @classmethod
     def __subclasshook__(cls, other: type) -> bool:
@@ -41,7 +37,7 @@ def clone_tensors(value: Any, clone: Callable[[Tensor], Tensor] = Tensor.clone) 
         vars(value).update(tensors)
         return value
 
-    def copy_item(item: _Cloneable) -> object:
+    def copy_item(item: Any) -> object:
         return clone(item) if isinstance(item, Tensor) else item.clone()
 
     return apply_to_collection(value, _Cloneable, copy_item, allow_frozen=True)
@@ -70,8 +66,7 @@ def num_samples(arguments: Collection[object]) -> int:
     """Count the samples by the rows that all tensors have; 0 if that is unknown, as with lists and graphs."""
     if any(isinstance(value, list | PackedSequence) for value in arguments):  # each item may be a sample
         return 0
-    tensors = [x for value in arguments for x in tensors_in(value) if x.ndim > 0 and not x.is_nested]
-    numbers = {len(x) for x in tensors}
+    numbers = {len(x) for x in tensors_in([*arguments]) if x.ndim > 0 and not x.is_nested}
     return numbers.pop() if len(numbers) == 1 else 0
 
 
