@@ -302,7 +302,7 @@ class RunReference:
 
     def _attempt(self, function: Callable[[], T]) -> T | None:
         """Return what a function returns, or None with a warning: an error would leave other processes waiting."""
-        advice = "Set `features=` to a module, or a function `batch -> (N, D)`."
+        advice = "If it can't read inputs, set `features=`; if it finds no labels, set `targets=`."
         with self._reporter.report_failure("has no reference", advice):
             return function()
         return None
