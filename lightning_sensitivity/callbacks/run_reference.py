@@ -240,8 +240,9 @@ class RunReference:
             q = torch.from_numpy(self.fitted.predict(seen)).reshape(len(rows), -1)
         else:
             q = torch.from_numpy(self.fitted.predict_proba(seen))
-            self._warn_of_differences(dataloader_idx, known, seen, q)
+            self._warn_of_shares(dataloader_idx, q)
             q = self._with_class_shares(q)
+        self._warn_of_columns(dataloader_idx, known, seen)
         self._warn_of_repeated(dataloader_idx, known, seen)
         return Unseen(rows, q.float(), draw_labels(q, self._task.name, self.fitted.residuals_))
 
@@ -265,8 +266,8 @@ class RunReference:
             message = f"can't show the reference all of {names}. Set `features=` if it matters."
             self._reporter.warn("features", message, kind="unread")
 
-    def _warn_of_differences(self, dataloader_idx: int, known: Seen, seen: Seen, q: Tensor) -> None:
-        """Warn if validation samples differ from training samples: by their classes, or by a column."""
+    def _warn_of_shares(self, dataloader_idx: int, q: Tensor) -> None:
+        """Warn if classes seem to have other shares among validation samples than among training samples."""
         left_out = torch.from_numpy(self.fitted.left_out_)
         if self._class_shares is None and shares_differ(left_out, q) > _SHARES_DIFFER:
             gap = (left_out.mean(0) - q.mean(0)).abs().argmax()
@@ -276,6 +277,9 @@ class RunReference:
                 "shares of classes, set `class_shares=`."
             )
             self._reporter.warn("class-shares", message, kind=str(dataloader_idx))
+
+    def _warn_of_columns(self, dataloader_idx: int, known: Seen, seen: Seen) -> None:
+        """Warn if a column has another mean among validation samples than among training samples."""
         if self._reader.has_features or "columns" not in known:
             return
         column, size = largest_difference(known["columns"], seen["columns"])
