@@ -113,8 +113,7 @@ def compare_models(
         ['good', 'random']
     """
     is_valid = isinstance(models, Mapping) and all(isinstance(each, nn.Module) for each in models.values())
-    got = {name: type(each) for name, each in models.items()} if isinstance(models, Mapping) else type(models)
-    check_argument("models", got, is_valid and len(models) > 1, "a dict of names and modules, two or more")
+    check_argument("models", models, is_valid and len(models) > 1, "a dict of names and modules, two or more")
     batches = list(dataloader) if isinstance(dataloader, Iterable) else []
     check_argument("dataloader", dataloader, len(batches) > 0, "an iterable of batches")
     check_argument("task", task, task in TASKS, f"one of {TASK_NAMES}")
@@ -162,13 +161,17 @@ class _Judge(NamedTuple):
         weights = torch.full(p.shape[1:2], 0.0 if is_blind else METRIC_WORTH / p.shape[1], dtype=torch.float64)
         values = weights * (self._values(p, q) + (0.0 if self.task.has_classes else fitted.score_))
         if with_labels:
-            with refuse_on_error("`validation_labels` can't be read", "comparing-models"):
-                moved = (_move_batch(self.model, batch) for batch in self.batches)
-                labels = torch.cat([self.reader.labels(self.model, batch, self.shape) for batch in moved])
+            labels = self._labels()
             has_label = self.task.has_label(labels).double()
             values += has_label * self._values(p, self.task.as_matrix(labels, p.shape[2]))
             weights += has_label
         return values / weights.mean()
+
+    def _labels(self) -> Tensor:
+        """Return the validation labels, ``(N,)`` or ``(N, K)``."""
+        with refuse_on_error("`validation_labels` can't be read", "comparing-models"):
+            moved = (_move_batch(self.model, batch) for batch in self.batches)
+            return torch.cat([self.reader.labels(self.model, batch, self.shape) for batch in moved])
 
     def _values(self, p: Tensor, targets: Tensor) -> Tensor:
         """Return the chance of each prediction to be right, or in a regression its squared error."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_sensitivity.model.batches import tensors_in
 from lightning_sensitivity.model.call import ModelCall
-from lightning_sensitivity.model.inputs import join_seen
+from lightning_sensitivity.model.inputs import join_seen, of_rows
 from lightning_sensitivity.reference.features import Seen
 from lightning_sensitivity.reference.observations import max_samples
 
@@ -132,9 +132,12 @@ class _Rows(NamedTuple):
     labels: Tensor
     seen: Seen
 
-    def of(self, chosen: Tensor) -> "_Rows":
-        """Return some of the rows."""
-        return _Rows(self.priorities[chosen], self.labels[chosen], {kind: x[chosen] for kind, x in self.seen.items()})
+    def below(self, limit: float) -> "_Rows":
+        """Return the rows with priorities below a limit."""
+        chosen = self.priorities < limit
+        if bool(chosen.all()):
+            return self
+        return _Rows(self.priorities[chosen], self.labels[chosen], of_rows(self.seen, chosen))
 
 
 class KeptRows:
@@ -150,7 +153,7 @@ class KeptRows:
             none is read in vain. 0 or inf if it is not known.
 
     Attributes:
-        num_seen: How many samples have come.
+        num_seen: How many samples have come, until no more may be read.
         size: How many rows there are, which may be a quarter more than are wanted.
         is_complete: Whether no more rows are wanted.
     """
@@ -173,7 +176,7 @@ class KeptRows:
     @property
     def is_full(self) -> bool:
         """Whether there are as many rows as are wanted, or fit into memory."""
-        return self.num_seen >= max(self._max_rows, self._num_expected)
+        return self._num_to_read == 0 or self.num_seen >= max(self._max_rows, self._num_expected)
 
     @property
     def _limit(self) -> float:
@@ -182,8 +185,8 @@ class KeptRows:
 
     def wanted(self, num_samples: int) -> Tensor:
         """Return which of the next samples to read, ``(R,)``; :meth:`add` takes them, unless there are none."""
-        if self.is_complete:
-            return torch.arange(0)
+        if self.is_complete or self._num_to_read == 0:
+            num_samples = 0
         priorities = _priority(torch.arange(self.num_seen, self.num_seen + num_samples, dtype=torch.float64))
         self._num_expected = self._num_expected or num_samples * self._num_batches
         self.num_seen += num_samples
@@ -216,8 +219,7 @@ class KeptRows:
 
     def _thin_out(self) -> None:
         """Keep no more rows than are wanted."""
-        chosen = [rows.priorities < self._limit for rows in self._parts]
-        self._parts = [rows.of(each) for rows, each in zip(self._parts, chosen, strict=True) if bool(each.any())]
+        self._parts = [rows for rows in (rows.below(self._limit) for rows in self._parts) if len(rows.labels)]
         self.size = sum(len(rows.labels) for rows in self._parts)
 
     @property
@@ -238,7 +240,7 @@ class KeptRows:
         self._thin_out()
         if not self._parts:
             raise ValueError("No sample has a label")
-        return join_seen([rows.seen for rows in self._parts]), torch.cat([rows.labels for rows in self._parts])
+        return join_seen([rows.seen for rows in self._parts]), self.labels
 
     def clear(self) -> None:
         """Free the rows, and want no more."""

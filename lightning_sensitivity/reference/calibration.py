@@ -1,5 +1,7 @@
 """What is fitted to left-out predictions: one temperature, and how many labels they can't explain; and class shares."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -17,8 +19,22 @@ _MAX_ROUNDS = 1000  # of expectation maximization
 _STILL = 1e-8  # change of a share in a round, at which it ends
 
 
-def best_power(p: Tensor, y: Tensor, task: Task) -> float:
-    """Find the inverse temperature of the lowest score (Guo et al., 2017, who take the likelihood).
+class Calibrated(NamedTuple):
+    """Left-out predictions after the best temperature.
+
+    Attributes:
+        predictions: The predictions, ``(N, C)``.
+        power: The inverse temperature.
+        score: Their score.
+    """
+
+    predictions: Tensor
+    power: float
+    score: float
+
+
+def calibrated(p: Tensor, y: Tensor, task: Task) -> Calibrated:
+    """Find the temperature of the lowest score (Guo et al., 2017, who take the likelihood).
 
     A ridge regression of labels is right more often than it says. By likelihood, a few redrawn labels would keep it
     so.
@@ -26,11 +42,14 @@ def best_power(p: Tensor, y: Tensor, task: Task) -> float:
     Args:
         p: Left-out predictions ``(N, C)``, as ``task.clip`` gives them.
         y: Labels ``(N, C)``.
-        task: The task; the power is 1 in a regression.
+        task: The task; in a regression there is no temperature.
     """
-    if not task.has_classes:
-        return 1.0
-    return min(_POWERS, key=lambda power: float(task.distances(task.sharpen(p, power), y).mean()))
+    scores = {
+        power: float(task.distances(task.sharpen(p, power), y).mean())
+        for power in (_POWERS if task.has_classes else (1.0,))
+    }
+    power = min(scores, key=lambda each: scores[each])
+    return Calibrated(task.sharpen(p, power), power, scores[power])
 
 
 def estimate_class_shares(q: Tensor, training_shares: Tensor) -> Tensor:

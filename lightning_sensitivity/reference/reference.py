@@ -4,7 +4,6 @@ import math
 from typing import Any, TypeAlias
 
 import numpy as np
-import torch
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
