@@ -18,12 +18,12 @@ from lightning_sensitivity.model.reader import BatchReader
 from lightning_sensitivity.model.samples import KeptRows, KeptSamples
 from lightning_sensitivity.reference.calibration import estimate_class_shares, reweigh, shares_differ
 from lightning_sensitivity.reference.features import Seen
-from lightning_sensitivity.reference.observations import has_few_values, largest_difference, projection, recurrence
+from lightning_sensitivity.reference.observations import largest_difference, projection, recurrence
 
 T = TypeVar("T")
 
 _SORTED = 5.0  # standard errors between the labels of two halves
-_REPEATED = 0.1  # share of validation samples that are training samples
+_REPEATED = 0.1  # share of validation samples that are training samples, beyond that by chance
 _SHARES_DIFFER = 4.0  # standard errors between mean predictions; no false alarm in 79 runs of the design half
 _COLUMNS_DIFFER = 8.0  # standard errors between means of a column: 3.9 is the most in 222 random splits of 74 tables
 
@@ -240,8 +240,9 @@ class RunReference:
             q = torch.from_numpy(self.fitted.predict(seen)).reshape(len(rows), -1)
         else:
             q = torch.from_numpy(self.fitted.predict_proba(seen))
-            self._warn_of_differences(dataloader_idx, known, seen, q)
+            self._warn_of_shares(dataloader_idx, q)
             q = self._with_class_shares(q)
+        self._warn_of_columns(dataloader_idx, known, seen)
         self._warn_of_repeated(dataloader_idx, known, seen)
         return Unseen(rows, q.float(), draw_labels(q, self._task.name, self.fitted.residuals_))
 
@@ -265,8 +266,8 @@ class RunReference:
             message = f"can't show the reference all of {names}. Set `features=` if it matters."
             self._reporter.warn("features", message, kind="unread")
 
-    def _warn_of_differences(self, dataloader_idx: int, known: Seen, seen: Seen, q: Tensor) -> None:
-        """Warn if validation samples differ from training samples: by their classes, or by a column."""
+    def _warn_of_shares(self, dataloader_idx: int, q: Tensor) -> None:
+        """Warn if classes seem to have other shares among validation samples than among training samples."""
         left_out = torch.from_numpy(self.fitted.left_out_)
         if self._class_shares is None and shares_differ(left_out, q) > _SHARES_DIFFER:
             gap = (left_out.mean(0) - q.mean(0)).abs().argmax()
@@ -276,6 +277,9 @@ class RunReference:
                 "shares of classes, set `class_shares=`."
             )
             self._reporter.warn("class-shares", message, kind=str(dataloader_idx))
+
+    def _warn_of_columns(self, dataloader_idx: int, known: Seen, seen: Seen) -> None:
+        """Warn if a column has another mean among validation samples than among training samples."""
         if self._reader.has_features or "columns" not in known:
             return
         column, size = largest_difference(known["columns"], seen["columns"])
@@ -289,10 +293,8 @@ class RunReference:
 
     def _warn_of_repeated(self, dataloader_idx: int, known: Seen, seen: Seen) -> None:
         """Warn if validation samples are training samples, unless different samples are often equal."""
-        if has_few_values(known):
-            return
         share, among_training = recurrence(projection(seen), projection(known))
-        if share > max(_REPEATED, among_training):
+        if share > _REPEATED + among_training:
             self._reporter.warn(
                 "repeated",
                 f"finds that {share:.0%} of the samples of dataloader {dataloader_idx} are training samples: a network "
@@ -302,7 +304,7 @@ class RunReference:
 
     def _attempt(self, function: Callable[[], T]) -> T | None:
         """Return what a function returns, or None with a warning: an error would leave other processes waiting."""
-        advice = "Set `features=` to a module, or a function `batch -> (N, D)`."
+        advice = "If it can't read inputs, set `features=`; if it finds no labels, set `targets=`."
         with self._reporter.report_failure("has no reference", advice):
             return function()
         return None
