@@ -156,15 +156,8 @@ class RunReference:
             return True
         rows = self._rows
         is_over = rows is not None and (rows.is_complete or bool(trainer.is_last_batch))
-        is_enough = is_over or (rows is not None and rows.is_full and not self._are_sorted(rows.labels))
-        return agree(trainer, is_enough)
-
-    def _are_sorted(self, labels: Tensor) -> bool:
-        """Return whether labels differ between halves: then those to come may be of other classes."""
-        y = self._task.as_matrix(labels, self._num_columns).double()
-        first, second = y.tensor_split(2)
-        variances = y.var(0) * (1 / max(1, len(first)) + 1 / max(1, len(second)))
-        return bool(((first.mean(0) - second.mean(0)).square() > _SORTED**2 * variances).any())
+        is_full = rows is not None and rows.size > 0 and rows.is_full and not _are_sorted(rows.labels.double())
+        return agree(trainer, is_over or is_full)
 
     # The reference
 
@@ -189,8 +182,7 @@ class RunReference:
         """Join what this process has kept."""
         known, labels = Seen(), torch.zeros(0, self._num_columns)
         if self._rows is not None and self._rows.size > 0:
-            known, y = self._rows.joined()
-            labels = self._task.as_matrix(y, self._num_columns).float()
+            known, labels = self._rows.joined()
         unseen = {samples.dataloader_idx: self._reader.join(module, samples) for samples in kept if samples.size > 0}
         return _Part(known, labels, unseen)
 
@@ -308,3 +300,10 @@ class RunReference:
         with self._reporter.report_failure("has no reference", advice):
             return function()
         return None
+
+
+def _are_sorted(y: Tensor) -> bool:
+    """Return whether labels ``(N, C)`` differ between halves: then those to come may be of other classes."""
+    first, second = y.tensor_split(2)
+    variances = y.var(0) * (1 / max(1, len(first)) + 1 / max(1, len(second)))
+    return bool(((first.mean(0) - second.mean(0)).square() > _SORTED**2 * variances).any())
