@@ -253,7 +253,7 @@ def _choose_ridge(part: Seen, labels: Tensor, task: Task) -> "_Ridge":
 
 @dataclass
 class _Ridge:
-    """Ridge regression on Nystroem features: what is seen, the width of the kernel, the ridge, and a score on the part."""
+    """Ridge regression on Nystroem features: what it sees, the width of the kernel, the ridge, a score on the part."""
 
     features: str
     gamma: float

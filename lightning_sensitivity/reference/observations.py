@@ -75,7 +75,7 @@ def has_few_values(seen: Seen, labels_differ: bool = False) -> bool:
 def projection(seen: Seen) -> Tensor:
     """Return a number for each sample, ``(N,)``, float64, which equal ones share, and different ones hardly ever.
 
-    It is a random projection of the bits of numbers in single precision, which is exact; padding of tokens adds nothing.
+    It is a random projection of the bits of numbers in single precision, and exact; padding of tokens adds nothing.
     """
     return torch.stack([_projected(values, seed) for seed, values in enumerate(seen.values())]).sum(0).double()
 
