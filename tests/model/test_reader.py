@@ -68,6 +68,7 @@ def of_user(result: Any) -> Any:
     (lambda reader: of_user([X]), "`features` should be .*list of 1"),
     (lambda reader: BatchReader(features=lambda batch: 1 / 0).keep(MODEL, X, 0, True), "`features` failed on a tensor"),
     (lambda reader: BatchReader(inputs=3), "`inputs` should be a function"),
+    (lambda reader: BatchReader(features=[]), "`features` should be a module, a function, such as"),
 ])  # fmt: skip
 def test_what_is_not_clear_or_does_not_fit_is_refused(read: Any, match: str) -> None:
     with pytest.raises(MisconfigurationException, match=match):
