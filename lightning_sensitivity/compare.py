@@ -188,7 +188,7 @@ class _Judge(NamedTuple):
         for batch in training:
             self.reader.keep_rows(rows, self.model, _move_batch(self.model, batch), self.shape)
         known, labels = rows.joined()
-        fitted = Reference(self.task.name, estimator).fit(known, self.task.as_matrix(labels, num_columns))
+        fitted = Reference(self.task.name, estimator).fit(known, labels)
         moved = (_move_batch(self.model, batch) for batch in self.batches)
         new = join_seen([self.reader.see(self.model, batch) for batch in moved])
         share, by_chance = recurrence(projection(new), projection(known))

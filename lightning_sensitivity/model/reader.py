@@ -206,7 +206,7 @@ class BatchReader:
     def keep_rows(
         self, rows: KeptRows, model: nn.Module, batch: object, output_shape: tuple[int, ...] | None = None
     ) -> None:
-        """Keep those samples of a training batch that have labels and are wanted.
+        """Keep those samples of a training batch that have labels and are wanted, with their labels as a matrix.
 
         Args:
             rows: What is kept.
@@ -224,7 +224,8 @@ class BatchReader:
         labelled = self.task.has_label(labels).nonzero()[:, 0]
         wanted = labelled[rows.wanted(len(labelled))]
         if len(wanted) > 0:
-            rows.add(self.see(model, batch, call, len(labels), wanted), labels[wanted])
+            y = self.task.as_matrix(labels[wanted], rows.num_columns).float()  # also where only some batches are mixed
+            rows.add(self.see(model, batch, call, len(labels), wanted), y)
 
 
 def check_count(labels: Tensor, size: int) -> None:

@@ -153,6 +153,7 @@ class KeptRows:
             none is read in vain. 0 or inf if it is not known.
 
     Attributes:
+        num_columns: How many columns labels have as a matrix.
         num_seen: How many samples have come, until no more may be read.
         size: How many rows there are, which may be a quarter more than are wanted.
         is_complete: Whether no more rows are wanted.
@@ -164,7 +165,7 @@ class KeptRows:
         self.num_seen = 0
         self.size = 0
         self.is_complete = False
-        self._num_columns = num_columns
+        self.num_columns = num_columns
         self._num_processes = num_processes
         self._num_to_read = max_read // num_processes
         self._num_batches = num_batches if math.isfinite(num_batches) else 0
@@ -210,7 +211,7 @@ class KeptRows:
         if len(labels) == 0:
             return
         num_bytes = sum(_num_bytes(x[0]) for x in (labels, *seen.values()))
-        known = min(max_samples(seen, self._num_columns), int(MAX_BYTES / _SLACK / num_bytes))
+        known = min(max_samples(seen, self.num_columns), int(MAX_BYTES / _SLACK / num_bytes))
         self._max_rows = max(1, min(self._max_rows, known // self._num_processes))
         self._parts.append(_Rows(self._chosen, labels, seen))
         self.size += len(labels)
