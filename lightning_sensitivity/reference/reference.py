@@ -219,7 +219,6 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         check_is_fitted(self)
         seen = read_samples(x, getattr(self, "feature_names_in_", None))
         self._check_kinds(seen)
-        number = len(next(iter(seen.values())))
         found = []
         for start in range(0, len(next(iter(seen.values()))), _CHUNK):
             part = {kind: shrunk(values[start : start + _CHUNK]) for kind, values in seen.items()}

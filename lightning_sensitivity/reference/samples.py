@@ -96,8 +96,8 @@ def _indexed(labels: Array) -> tuple[Tensor, Tensor, Array]:
     """Return the same for integers and names, ``(N,)``."""
     if labels.dtype.kind not in "biuOUS":
         raise ValueError(
-            f"Expected `y` to be integers or names of classes (N,), or probabilities (N, K), but got {labels.dtype}. Set "
-            "task='binary' if they are from 0 to 1, task='regression' if they are measurements."
+            f"Expected `y` to be integers or names of classes (N,), or probabilities (N, K), but got {labels.dtype}. "
+            "Set task='binary' if they are from 0 to 1, task='regression' if they are measurements."
         )
     counts = labels != IGNORED
     classes, codes = np.unique(labels[counts], return_inverse=True)
