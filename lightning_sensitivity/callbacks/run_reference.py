@@ -228,10 +228,8 @@ class RunReference:
         rows = self._finite_rows(seen, f"validation samples of dataloader {dataloader_idx}")
         rows = rows[projection(of_rows(seen, rows)).argsort()]
         seen = of_rows(seen, rows)
-        if not self._task.has_classes:
-            q = torch.from_numpy(self.fitted.predict(seen)).reshape(len(rows), -1)
-        else:
-            q = torch.from_numpy(self.fitted.predict_proba(seen))
+        q = torch.from_numpy(self.fitted.predict_matrix(seen))
+        if self._task.has_classes:
             self._warn_of_shares(dataloader_idx, q)
             q = self._with_class_shares(q)
         self._warn_of_columns(dataloader_idx, known, seen)
