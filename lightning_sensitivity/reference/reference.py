@@ -39,8 +39,9 @@ class Reference(BaseEstimator):  # type: ignore[misc]
       width of the kernel and ridge are chosen by this score.
 
     Its probabilities are then calibrated by one temperature (Guo et al., 2017), that of the lowest left-out Brier
-    score; what that leaves too sure by more than two standard errors, as redrawn labels do, is smoothed. A sample that comes repeatedly counts once, with the mean of its labels, except in a table of few categories,
-    where different people have the same columns. Nothing depends on the order of the samples.
+    score; what that leaves too sure by more than two standard errors, as redrawn labels do, is smoothed. A sample that
+    comes repeatedly counts once, with the mean of its labels, except in a table of few categories, where different
+    people have the same columns. Nothing depends on the order of the samples.
 
     Args:
         task: ``"multiclass"``, ``"binary"`` or ``"regression"``, which says how labels are scored.
@@ -126,6 +127,7 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         self._learner, self._shapes = learner, {kind: values.shape for kind, values in seen.items()}
         self.n_features_in_ = sum(math.prod(shape[1:]) for shape in self._shapes.values())
         names = list(getattr(x, "columns", ()))
+        self.__dict__.pop("feature_names_in_", None)
         if names and all(isinstance(name, str) for name in names):
             self.feature_names_in_ = np.array(names, dtype=object)
         self._describe(learner, rows, task)
@@ -165,7 +167,7 @@ class Reference(BaseEstimator):  # type: ignore[misc]
     def __str__(self) -> str:
         """Say what it is, and how good."""
         if not self.__sklearn_is_fitted__():
-            return super().__str__()
+            return repr(self)
         return f"Reference({self.learner_} on {self.features_}, {self.num_samples_} samples, skill {self.skill_:.2f})"
 
     def predict_proba(self, x: Any) -> Array:
@@ -211,7 +213,6 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         check_is_fitted(self)
         seen = read_samples(x, getattr(self, "feature_names_in_", None))
         self._check_kinds(seen)
-        number = len(next(iter(seen.values())))
         found = []
         for start in range(0, len(next(iter(seen.values()))), _CHUNK):
             part = {kind: shrunk(values[start : start + _CHUNK]) for kind, values in seen.items()}

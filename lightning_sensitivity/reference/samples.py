@@ -1,6 +1,7 @@
 """Samples and labels in any form, as a reference takes them."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -80,27 +81,32 @@ def read_labels(y: Any, task: Task) -> tuple[Tensor, Tensor, Array]:
     """
     array = np.asarray(y.detach().cpu().double() if isinstance(y, Tensor) and y.is_floating_point() else y)
     array = array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
-    if task.name == "multiclass" and array.ndim == 1:
-        matrix, counts, classes = _indexed(array)
-    else:
-        labels = _as_tensor("y", array.astype(float))
-        task.check(torch.zeros(len(labels), *(() if task.has_one_output else labels.shape[1:])), labels)
-        matrix, counts = task.as_matrix(labels), task.has_label(labels)
-        classes = np.arange(matrix.shape[1])
+    of_kind = _of_names if task.name == "multiclass" and array.ndim == 1 else partial(_of_numbers, task=task)
+    matrix, counts, classes = of_kind(array)
     if not bool(counts.any()):
         raise ValueError(f"Expected a label in `y` that is not {IGNORED}, but got none.")
     return matrix, counts, classes
 
 
-def _indexed(labels: Array) -> tuple[Tensor, Tensor, Array]:
+def _of_names(labels: Array) -> tuple[Tensor, Tensor, Array]:
     """Return the same for integers and names, ``(N,)``."""
     if labels.dtype.kind not in "biuOUS":
         raise ValueError(
-            f"Expected `y` to be integers or names of classes (N,), or probabilities (N, K), but got {labels.dtype}. Set "
-            "task='binary' if they are from 0 to 1, task='regression' if they are measurements."
+            f"Expected `y` to be integers or names of classes (N,), or probabilities (N, K), but got {labels.dtype}. "
+            "Set task='binary' if they are from 0 to 1, task='regression' if they are measurements."
         )
     counts = labels != IGNORED
     classes, codes = np.unique(labels[counts], return_inverse=True)
     matrix = torch.zeros(len(labels), len(classes), dtype=torch.float64)
     matrix[np.flatnonzero(counts), codes] = 1.0
     return matrix, torch.from_numpy(np.asarray(counts)), classes
+
+
+def _of_numbers(labels: Array, task: Task) -> tuple[Tensor, Tensor, Array]:
+    """Return the same for probabilities and measurements, ``(N,)`` or ``(N, C)``."""
+    y = _as_tensor("y", labels.astype(float))
+    task.check(torch.zeros(len(y), *(() if task.has_one_output else y.shape[1:])), y)
+    if not task.has_classes and len(y) > 1 and bool((y == y[0]).all()):
+        raise ValueError(f"All targets in `y` are {y[0].tolist()}: there is nothing to learn.")
+    matrix = task.as_matrix(y)
+    return matrix, task.has_label(y), np.arange(matrix.shape[1])
