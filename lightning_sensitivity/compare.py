@@ -7,19 +7,16 @@ from operator import length_hint
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities import move_data_to_device
 from torch import Tensor, nn
 
 from lightning_sensitivity.arguments import Refused, Selector, check_argument, check_estimator, link_to, refuse_on_error
-from lightning_sensitivity.compat import original_module
 from lightning_sensitivity.functional.expected import METRIC_WORTH
 from lightning_sensitivity.functional.tasks import TASK_NAMES, TASKS, Task
 from lightning_sensitivity.functional.tensors import look_like_probabilities
-from lightning_sensitivity.model.batches import clone_tensors, device_of
 from lightning_sensitivity.model.inputs import LEAST_SKILL, join_seen
 from lightning_sensitivity.model.isolation import isolated
 from lightning_sensitivity.model.reader import BatchReader
+from lightning_sensitivity.model.transfer import move_batch
 from lightning_sensitivity.reference.observations import projection, recurrence
 
 _QUANTILE = 1.96  # of the normal distribution, for 95 %
@@ -113,8 +110,7 @@ def compare_models(
         ['good', 'random']
     """
     is_valid = isinstance(models, Mapping) and all(isinstance(each, nn.Module) for each in models.values())
-    got = {name: type(each) for name, each in models.items()} if isinstance(models, Mapping) else type(models)
-    check_argument("models", got, is_valid and len(models) > 1, "a dict of names and modules, two or more")
+    check_argument("models", models, is_valid and len(models) > 1, "a dict of names and modules, two or more")
     batches = list(dataloader) if isinstance(dataloader, Iterable) else []
     check_argument("dataloader", dataloader, len(batches) > 0, "an iterable of batches")
     check_argument("task", task, task in TASKS, f"one of {TASK_NAMES}")
@@ -133,7 +129,7 @@ def _run(name: str, model: nn.Module, batches: Sequence[object], reader: BatchRe
     """Compute the outputs of a model for all batches, on the CPU."""
     with refuse_on_error(f"Model {name!r} can't be compared", "comparing-models"):
         with isolated(model) as run:
-            outputs = torch.cat([run(reader.call(model, _move_batch(model, batch))).cpu() for batch in batches])
+            outputs = torch.cat([run(reader.call(model, move_batch(model, batch))).cpu() for batch in batches])
         check_argument("outputs", tuple(outputs.shape), outputs.ndim <= 2, "one row for each sample, (N,) or (N, K)")
         if task.has_classes and look_like_probabilities(outputs):
             raise Refused("outputs should be logits, but all are from 0 to 1: take what comes before softmax.")
@@ -162,13 +158,17 @@ class _Judge(NamedTuple):
         weights = torch.full(p.shape[1:2], 0.0 if is_blind else METRIC_WORTH / p.shape[1], dtype=torch.float64)
         values = weights * (self._values(p, q) + (0.0 if self.task.has_classes else fitted.score_))
         if with_labels:
-            with refuse_on_error("`validation_labels` can't be read", "comparing-models"):
-                moved = (_move_batch(self.model, batch) for batch in self.batches)
-                labels = torch.cat([self.reader.labels(self.model, batch, self.shape) for batch in moved])
+            labels = self._labels()
             has_label = self.task.has_label(labels).double()
             values += has_label * self._values(p, self.task.as_matrix(labels, p.shape[2]))
             weights += has_label
         return values / weights.mean()
+
+    def _labels(self) -> Tensor:
+        """Return the validation labels, ``(N,)`` or ``(N, K)``."""
+        with refuse_on_error("`validation_labels` can't be read", "comparing-models"):
+            moved = (move_batch(self.model, batch) for batch in self.batches)
+            return torch.cat([self.reader.labels(self.model, batch, self.shape) for batch in moved])
 
     def _values(self, p: Tensor, targets: Tensor) -> Tensor:
         """Return the chance of each prediction to be right, or in a regression its squared error."""
@@ -183,10 +183,10 @@ class _Judge(NamedTuple):
         num_columns = self.task.num_columns(self.shape)
         rows = self.reader.make_rows(num_columns, num_batches=length_hint(training))
         for batch in training:
-            self.reader.keep_rows(rows, self.model, _move_batch(self.model, batch), self.shape)
+            self.reader.keep_rows(rows, self.model, move_batch(self.model, batch), self.shape)
         known, labels = rows.joined()
-        fitted = Reference(self.task.name, estimator).fit(known, self.task.as_matrix(labels, num_columns))
-        moved = (_move_batch(self.model, batch) for batch in self.batches)
+        fitted = Reference(self.task.name, estimator).fit(known, labels)
+        moved = (move_batch(self.model, batch) for batch in self.batches)
         new = join_seen([self.reader.see(self.model, batch) for batch in moved])
         share, by_chance = recurrence(projection(new), projection(known))
         if share > by_chance + _REPEATED:
@@ -195,8 +195,7 @@ class _Judge(NamedTuple):
                 f"labels the models know: take others.{link_to('repeated')}",
                 stacklevel=4,
             )
-        predict = fitted.predict_proba if self.task.has_classes else fitted.predict
-        return fitted, torch.as_tensor(predict(new)).reshape(-1, num_columns)
+        return fitted, torch.from_numpy(fitted.predict_matrix(new))
 
 
 def _rank(values: Mapping[str, Tensor], highest_first: bool) -> Comparison:
@@ -211,18 +210,3 @@ def _rank(values: Mapping[str, Tensor], highest_first: bool) -> Comparison:
         may_be_best = not difference > _QUANTILE * stderr
         found.append(ModelScores(rank, name, float(values[name].mean()), difference, stderr, may_be_best))
     return found
-
-
-def _move_batch(model: nn.Module, batch: object) -> Any:
-    """Copy a batch, and move it to the device of a model; the hooks of a LightningModule may also transform it."""
-    module, batch, device = original_module(model), clone_tensors(batch), device_of(model)
-    if not isinstance(module, LightningModule):
-        return move_data_to_device(batch, device)
-
-    def transfer(batch: object) -> object:
-        batch = module.on_before_batch_transfer(batch, 0)
-        batch = module.transfer_batch_to_device(batch, device, 0)
-        return module.on_after_batch_transfer(batch, 0)
-
-    with isolated(model) as run:
-        return run(transfer, batch)

@@ -1,15 +1,14 @@
-"""Find, copy and count the tensors in batches of any kind."""
+"""Find, copy and choose the tensors in batches of any kind."""
 
 import copy
 from abc import ABC
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass
 from typing import Any
 
 import torch
 from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
 
 class _Cloneable(ABC):  # noqa: B024
@@ -62,12 +61,9 @@ def first_of(result: object) -> object:
     return result[0] if isinstance(result, list | tuple) and result else result
 
 
-def num_samples(arguments: Collection[object]) -> int:
-    """Count the samples by the rows that all tensors have; 0 if that is unknown, as with lists and graphs."""
-    if any(isinstance(value, list | PackedSequence) for value in arguments):  # each item may be a sample
-        return 0
-    numbers = {len(x) for x in tensors_in([*arguments]) if x.ndim > 0 and not x.is_nested}
-    return numbers.pop() if len(numbers) == 1 else 0
+def choose_rows(tensor: Tensor, rows: Tensor | None) -> Tensor:
+    """Return some rows of a tensor; all if they are None, or there are no rows."""
+    return tensor if rows is None or tensor.ndim == 0 else tensor[rows.to(tensor.device)]
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -3,26 +3,25 @@
 import copy
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from lightning_sensitivity.arguments import Refused, Selector, describe, refuse_on_error
 from lightning_sensitivity.compat import original_module
-from lightning_sensitivity.model.batches import clone_tensors, first_of, is_floating, num_samples, tensors_in
+from lightning_sensitivity.model.batches import choose_rows, clone_tensors, first_of, is_floating, tensors_in
 
 Perturb = Callable[[Tensor], Tensor]
 
 # Names of labels in batches of torch, transformers and Lightning's examples.
 TARGET_NAMES = ("label", "labels", "target", "targets", "y")
-_CHOOSE = (
-    "Select the model's arguments: `inputs=lambda batch: batch['image']`; "
-    "for `forward(batch)`, `inputs=lambda batch: (batch,)`."
-)
+_CHOOSE = "Select them: `inputs=lambda batch: batch['image']`; for `forward(batch)`, `inputs=lambda batch: (batch,)`."
 
 
 class ModelCall:
@@ -66,7 +65,7 @@ class ModelCall:
             self.arguments = _named_arguments(model, batch)
         elif isinstance(batch, list | tuple) and len(batch):
             self.arguments = _positional_arguments(model, batch)
-        self.size = num_samples(self.arguments.values())
+        self.size = _num_samples(self.arguments.values())
 
     @property
     def args(self) -> tuple[object, ...]:
@@ -107,7 +106,7 @@ class ModelCall:
             key = self._argument_to_perturb()
             call.arguments[key] = clone_tensors(call.arguments[key], lambda x: perturb(x) if is_floating(x) else x)
         result = self._model(*call.args, **call.kwargs)
-        if self.size == 1 and isinstance(result, Tensor) and result.ndim < 2 and result.shape != (1,):
+        if self.size == 1 and isinstance(result, Tensor) and result.shape[:1] != (1,):
             result = result[None]  # `squeeze()` has dropped the dimension of a single sample
         return select_outputs(result, self._outputs)
 
@@ -118,11 +117,7 @@ class ModelCall:
 
     def of_rows(self, rows: Tensor) -> "ModelCall":
         """Return the call on some of its rows."""
-
-        def choose(tensor: Tensor) -> Tensor:
-            return tensor[rows.to(tensor.device)] if tensor.ndim > 0 else tensor
-
-        new = self._with(lambda value: apply_to_collection(value, Tensor, choose))
+        new = self._with(lambda value: apply_to_collection(value, Tensor, choose_rows, rows))
         new.size = len(rows)
         return new
 
@@ -153,6 +148,14 @@ class ModelCall:
                 entry="noise",
             )
         return floating[0]
+
+
+def _num_samples(arguments: Collection[object]) -> int:
+    """Count the samples by the rows that all tensors have; 0 if that is unknown, as with lists and graphs."""
+    if any(isinstance(value, list | PackedSequence) for value in arguments):  # each item may be a sample
+        return 0
+    numbers = {len(x) for x in tensors_in([*arguments]) if x.ndim > 0 and not x.is_nested}
+    return numbers.pop() if len(numbers) == 1 else 0
 
 
 def _has_rows(value: object) -> bool:
@@ -202,8 +205,7 @@ def select_targets(model: nn.Module, batch: Any, targets: Selector | None = None
     with refuse_on_error(f"`targets` failed on {describe(batch)}"):
         selected = _find_targets(model, batch) if targets is None else targets(clone_tensors(batch))
     if not isinstance(selected, Tensor):
-        key = "'...'" if isinstance(batch, Mapping) else "1"
-        example = f"`targets=lambda batch: batch[{key}]`"
+        example = "`targets=lambda batch: batch[...]`"
         raise Refused(f"`targets` should return the labels, such as {example}, from {describe(batch)}.")
     return selected
 
@@ -217,28 +219,27 @@ def _find_targets(model: nn.Module, batch: object) -> object:
     """Find the labels by name or position; None if it is not clear where they are."""
     required = _required_names(model)
     names = set(TARGET_NAMES).difference(required if isinstance(batch, tuple) else ())
-    read = batch.get if isinstance(batch, Mapping) else lambda name: getattr(batch, name, None)
-    tensors = [value for value in map(read, names) if isinstance(value, Tensor)]
-    if len(tensors) == 1:
-        return tensors[0]
-    if not tensors and isinstance(batch, list | tuple) and len(batch) == max(1, len(required)) + 1:
+    found = [value for value in map(partial(_entry, batch), names) if isinstance(value, Tensor)]
+    if not found and isinstance(batch, list | tuple) and len(batch) == max(1, len(required)) + 1:
         return batch[-1]
-    return None
+    return found[0] if len(found) == 1 else None
 
 
 def _find_outputs(result: object) -> object:
     """Find the logits by name, else the first item; refuse (features, logits), of which any may be the outputs."""
-    if isinstance(result, Mapping):
-        return result.get("logits")
-    if hasattr(result, "logits"):
-        return result.logits
-    widths = {x.shape[1] for x in tensors_in(result) if x.ndim == 2 and is_floating(x)}
-    if len(widths) > 1:
+    if isinstance(result, Mapping) or hasattr(result, "logits"):
+        return _entry(result, "logits")
+    if len({x.shape[1] for x in tensors_in(result) if x.ndim == 2 and is_floating(x)}) > 1:
         raise Refused(
             f"`outputs` should say which of several outputs are the logits, such as `outputs=lambda out: out[1]`, "
             f"of {describe(result)}, which `forward` returned."
         )
     return first_of(result)
+
+
+def _entry(value: object, name: str) -> object:
+    """Return an entry of a mapping or an attribute of another object; None if it is not there."""
+    return value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
 
 
 def parameters_of(model: nn.Module) -> dict[str, inspect.Parameter]:

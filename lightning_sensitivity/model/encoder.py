@@ -1,6 +1,7 @@
 """An encoder: a network of the user that makes features of the inputs of a model."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from lightning_utilities import apply_to_collection
@@ -57,10 +58,11 @@ class Encoder:
             result = self._module(*inputs.values())
         else:
             result = self._module(**{name: value for name, value in inputs.items() if name in names})
-        found = _find_features(result, inputs.get("attention_mask"))
-        if not isinstance(found, Tensor) or found.shape[:1] != (size,):
+        found: Any = _find_features(result, inputs.get("attention_mask"))
+        if getattr(found, "shape", ())[:1] != (size,):
             raise Refused(f"it should return a tensor ({size}, D), got {describe(result)}.")
-        return found.float()[:, None].flatten(1).cpu()
+        features: Tensor = found.float()[:, None].flatten(1).cpu()
+        return features
 
     def _cast(self, x: Tensor) -> Tensor:
         """Give numbers the precision of the network, since half precision of a Trainer changes that of the batch."""
@@ -77,8 +79,12 @@ def _find_features(result: object, mask: object) -> object:
         return result
     hidden = result.get("last_hidden_state")
     if isinstance(hidden, Tensor) and hidden.ndim == 3:
-        if isinstance(mask, Tensor) and mask.shape == hidden.shape[:2]:
-            return (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
-        return hidden.mean(1)
+        return _mean_of_tokens(hidden, mask)
     names = _NAMES if len(result) > 1 else tuple(result)
     return next((result[name] for name in names if name in result), None)
+
+
+def _mean_of_tokens(hidden: Tensor, mask: object) -> Tensor:
+    if isinstance(mask, Tensor) and mask.shape == hidden.shape[:2]:
+        return (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+    return hidden.mean(1)

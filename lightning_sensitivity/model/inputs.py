@@ -1,18 +1,21 @@
 """What a reference sees of the inputs of a model: columns, images, signals and texts, side by side."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
-from lightning_sensitivity.model.batches import tensors_in
+from lightning_sensitivity.model.batches import choose_rows, tensors_in
 from lightning_sensitivity.reference.features import Seen, fit_size, shrunk
 
 LEAST_SKILL = 0.05  # of a reference that does not see all inputs, to be trusted
 _KINDS = {1: "columns", 2: "columns", 3: "signals", 4: "images"}  # by the number of dimensions
 _MASK = "attention_mask"  # in transformers, where tokens are, and not padding
-_NO_INPUTS = ("position_ids", "token_type_ids")  # in transformers
+_NO_INPUTS = re.compile("mask|position_ids|token_type_ids")
+_CONSTANTS = (Tensor, bool, int, float, str, type(None))  # tensors without rows among them; others hold something
 _MANY = 1000  # values of a column of integers, from which on they are names, and no categories
 _MIN_WORDS = 4  # of a text beside numbers
 _SHIFT = 10**6  # from the words of a text to those of the next one
@@ -25,11 +28,11 @@ class InputReader:
     it has a mask; else it holds categories, and columns that reach 1,000 are left out. The first batch decides.
 
     Attributes:
-        unread: Names of the arguments of which something can't be read.
+        unread: Names of the arguments of which something can't be read, as keys.
     """
 
     def __init__(self) -> None:
-        self.unread: list[str] = []
+        self.unread: dict[str, None] = {}
         self._texts: dict[int, bool] = {}  # whether integers beside numbers are a text, by their place
         self._names: dict[tuple[int, int], Tensor] = {}  # which columns are left out, by their place and number
 
@@ -41,47 +44,46 @@ class InputReader:
             size: N, the number of samples.
             rows: Which of them to look at; None for all.
         """
-        tensors = [(name, x if rows is None else x[rows.to(x.device)]) for name, x in self._tensors(named, size)]
-        mask = dict(tensors).get(_MASK)
-        inputs = [(name, x) for name, x in tensors if "mask" not in name]
+        tensors = [(name, choose_rows(x, rows)) for name, x in self._tensors(named, size)]
+        masks = {x.shape: x for name, x in tensors if name == _MASK}
+        inputs = [(name, x) for name, x in tensors if not _NO_INPUTS.search(name)]
         has_numbers = not all(_are_integers(x) for _, x in inputs)
         found: dict[str, list[Tensor]] = {}
         for place, (name, x) in enumerate(inputs):
-            if _are_integers(x) and (not has_numbers or self._is_text(place, x, mask)):
-                found.setdefault("tokens", []).append(_words(x, mask))
-            elif x.ndim > 2 or x.is_floating_point():
-                found.setdefault(_KINDS[x.ndim], []).append(shrunk(x).detach().float().cpu())
-            else:
-                found.setdefault("columns", []).append(self._categories(place, name, x))
+            kind, values = self._read(place, name, x, masks.get(x.shape), has_numbers)
+            found.setdefault(kind, []).append(values.cpu())
         return {kind: _side_by_side(kind, parts) for kind, parts in found.items()}
 
     def _tensors(self, named: Mapping[str, object], size: int) -> Iterator[tuple[str, Tensor]]:
         """List the tensors that can be read, each with its name, and remember the names of other inputs."""
         for name, value in named.items():
-            tensors = tensors_in(value)
-            is_seen = bool(tensors) and all(x.ndim == 0 or _has_rows(x, size) for x in tensors)
-            if not is_seen and not isinstance(value, bool | int | float | str | None):
-                self._remember(name)
-            yield from ((name, x) for x in tensors if _has_rows(x, size) and name not in _NO_INPUTS)
+            tensors = [x for x in tensors_in(value) if x.ndim > 0]
+            readable = [x for x in tensors if _has_rows(x, size)]
+            is_seen = len(readable) == len(tensors) if tensors else isinstance(value, _CONSTANTS)
+            if not is_seen:
+                self.unread[name] = None
+            yield from ((name, x) for x in readable)
 
-    def _remember(self, name: str) -> None:
-        if name not in self.unread:
-            self.unread.append(name)
+    def _read(self, place: int, name: str, x: Tensor, mask: Tensor | None, has_numbers: bool) -> tuple[str, Tensor]:
+        """Return the kind of an input, and what is seen of it."""
+        if x.ndim > 2 or x.is_floating_point():
+            return _KINDS[x.ndim], shrunk(x).detach().float()
+        if _are_integers(x) and self._is_text(place, x, mask, has_numbers):
+            return "tokens", x.long() if mask is None else x.long().where(mask > 0, -1)  # 8 bits have no -1
+        return "columns", self._categories(place, name, x[:, None].flatten(1).cpu().long())
 
-    def _is_text(self, place: int, ids: Tensor, mask: Tensor | None) -> bool:
-        """Return whether integers beside numbers are a text."""
-        if place not in self._texts:
-            is_masked = mask is not None and mask.shape == ids.shape
+    def _is_text(self, place: int, ids: Tensor, mask: Tensor | None, has_numbers: bool) -> bool:
+        """Return whether a matrix of integers is a text."""
+        if has_numbers and mask is None:
             share = float((ids >= _MANY).any(0).float().mean())
-            self._texts[place] = is_masked or (ids.shape[1] >= _MIN_WORDS and share > 0.5)
-        return self._texts[place]
+            return self._texts.setdefault(place, ids.shape[1] >= _MIN_WORDS and share > 0.5)
+        return True
 
     def _categories(self, place: int, name: str, x: Tensor) -> Tensor:
         """Return columns of integers or flags as numbers, and those that are left out as zeros."""
-        x = x[:, None].flatten(1).cpu().long()
         are_names = self._names.setdefault((place, x.shape[1]), (x >= _MANY).any(0))
         if bool(are_names.any()):
-            self._remember(name)
+            self.unread[name] = None
         return x.clamp(max=_MANY).where(~are_names, 0).float()
 
 
@@ -94,12 +96,6 @@ def _has_rows(x: Tensor, size: int) -> bool:
 def _are_integers(x: Tensor) -> bool:
     """Return whether a tensor is a matrix of integers."""
     return x.ndim == 2 and not x.is_floating_point() and x.dtype != torch.bool
-
-
-def _words(ids: Tensor, mask: Tensor | None) -> Tensor:
-    """Return token ids, and -1 where a mask leaves them out."""
-    ids = ids.long()  # 8 bits have no -1
-    return (ids.where(mask > 0, -1) if mask is not None and mask.shape == ids.shape else ids).cpu()
 
 
 def _side_by_side(kind: str, parts: list[Tensor]) -> Tensor:
@@ -119,16 +115,16 @@ def join_seen(parts: Sequence[Seen]) -> Seen:
     """
     if not all(parts):
         raise ValueError("Inputs are neither dense numbers nor token ids, with a row for each sample")
-    widths = {tuple((kind, 0 if kind == "tokens" else x.shape[1]) for kind, x in part.items()) for part in parts}
-    if len(widths) > 1:
-        raise ValueError("Inputs of several batches have different sizes")
+    if len({tuple(part) for part in parts}) > 1:
+        raise ValueError("Inputs of several batches are of different kinds")
     return {kind: _join(kind, [part[kind] for part in parts]) for kind in parts[0]}
 
 
 def _join(kind: str, parts: Sequence[Tensor]) -> Tensor:
     if kind == "tokens":
-        length = max(ids.shape[1] for ids in parts)
-        return torch.cat([pad(ids, (0, length - ids.shape[1]), value=-1) for ids in parts])
+        return pad_sequence([*chain(*parts)], batch_first=True, padding_value=-1)
+    if len({x.shape[1] for x in parts}) > 1:
+        raise ValueError("Inputs of several batches have different sizes")
     largest = max((x.shape for x in parts), key=lambda shape: shape[2:])
     return torch.cat([fit_size(x, largest) for x in parts])
 

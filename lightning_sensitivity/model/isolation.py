@@ -19,6 +19,7 @@ T = TypeVar("T")
 Place = tuple[dict[str, Any], str, object]
 
 _LONG = 10_000  # items of a container that is not copied
+_LARGE = 2**16  # elements of a tensor that is cloned again only where it has changed
 _OWN = frozenset(vars(nn.Module()))  # what each module has: parameters, buffers, hooks, the mode
 _COPIED = {list, dict, set, deque, OrderedDict}
 
@@ -35,11 +36,11 @@ def isolated(model: nn.Module) -> Iterator[RunIsolated]:
     """Yield ``run(function, *args)``, which calls a function that runs the model, and leaves no trace.
 
     Inside, the model is in eval mode, without gradients, and its ``self.log`` does nothing. Every run starts
-    from the same buffers, attributes and random state of torch: generators are cloned, and lists, dicts, sets and
-    deques of up to 10,000 items are copied one level deep. Tensors are cloned once for all runs, and again only after
-    a run that has written to a clone, but not through its ``data``. After a run, the originals are put back; hooks,
-    too. The random streams of Python and NumPy are put back at the end. Compiled code runs eagerly, so that our passes
-    compile nothing.
+    from the same buffers, attributes and random state of torch: tensors and generators are cloned, and lists,
+    dicts, sets and deques of up to 10,000 items are copied one level deep. A large tensor is cloned once for all
+    runs, and again only after a run that has written to the clone. After a run, the originals are put back; hooks,
+    too. The random streams of Python and NumPy are put back at the end. Compiled code runs eagerly, so that our
+    passes compile nothing.
 
     What lies deeper, and what closures and globals hold, is neither copied nor put back. Nor are parameters,
     but ``run`` raises MisconfigurationException if one was written to.
@@ -48,10 +49,12 @@ def isolated(model: nn.Module) -> Iterator[RunIsolated]:
         model: The module.
 
     Raises:
-        MisconfigurationException: If it has lazy weights.
+        MisconfigurationException: If it has lazy weights or scripted parts.
     """
     if any(map(is_lazy, model.parameters())):
         raise Refused("Expected a model with weights, but some are lazy: run it once.", "unsupported")
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise Refused("Expected no scripted parts of a model: use Python modules.", "unsupported")
     state, of_python, of_numpy = _State(model), random.getstate(), np.random.get_state()
 
     def run(function: Callable[..., T], *args: object) -> T:
@@ -82,7 +85,7 @@ class _State:
         self.devices = sorted({parameter.get_device() for _, parameter in named if parameter.is_cuda})
         self.originals = [(items, dict(items)) for module in modules for items in _dicts_of(module)]
         self.places = [place for module in modules for place in _places_of(module)]
-        self.clones: dict[int, tuple[Tensor, object]] = {}  # of tensors, and the state in which each was made
+        self.clones: dict[int, tuple[Tensor, object]] = {}  # of large tensors, and the state in which each was made
 
     def put_copies(self) -> None:
         """Put copies in the place of what a run may change."""
@@ -90,13 +93,14 @@ class _State:
         copies: dict[int, object] = {}  # what several places share stays shared
         for items, name, value in self.places:
             if id(value) not in copies:
-                copies[id(value)] = self._clone(value) if isinstance(value, Tensor) else _copy(value)
+                is_large = isinstance(value, Tensor) and value.numel() > _LARGE
+                copies[id(value)] = self._clone(value) if is_large else _copy(value)
             items[name] = copies[id(value)]
 
-    def _clone(self, value: Tensor) -> Tensor:
-        """Return the clone of a tensor of an earlier run, unless that has written to it."""
-        clone, state = self.clones.get(id(value), (value, None))
-        if state is None or _state_of(clone) != state:
+    def _clone(self, value: Any) -> Tensor:
+        """Return the clone of a large tensor of an earlier run, unless that has written to it."""
+        clone, state = self.clones.get(id(value), (None, None))
+        if clone is None or state is None or _state_of(clone) != state:
             clone = value.detach().clone()
             self.clones[id(value)] = clone, _state_of(clone)
         return clone
@@ -158,4 +162,6 @@ def _state_of(clone: Tensor) -> object:
 
 
 def _copy(value: object) -> object:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
     return value.clone_state() if isinstance(value, torch.Generator) else copy.copy(value)

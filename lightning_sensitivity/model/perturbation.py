@@ -66,10 +66,13 @@ def check_noise(noise: Noise) -> NoiseFunction:
         return noise
     value: Any = noise.tolist() if hasattr(noise, "tolist") else noise  # of numpy or torch
     stds = list(value) if isinstance(value, list | tuple) else [value]
-    are_numbers = all(isinstance(std, Real) and not isinstance(std, bool) and 0 < float(std) < math.inf for std in stds)
     expected = "a positive number, a list of one per channel, or a function (x, generator) -> x'"
-    check_argument("noise", noise, len(stds) > 0 and are_numbers, expected)
+    check_argument("noise", noise, min(map(_is_std, stds), default=False), expected)
     return GaussianNoise(float(value) if stds == [value] else tuple(map(float, stds)))
+
+
+def _is_std(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < math.inf
 
 
 def noise_generator(

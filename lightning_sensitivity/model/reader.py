@@ -1,13 +1,14 @@
 """How to read a batch of any kind: the call of the model on it, its labels, and what a reference sees of it."""
 
 import math
+import sys
 
 import torch
 from torch import Tensor, nn
 
 from lightning_sensitivity.arguments import Refused, Selector, check_selectors, describe, refuse_on_error
 from lightning_sensitivity.functional.tasks import Task
-from lightning_sensitivity.model.batches import clone_tensors, device_of
+from lightning_sensitivity.model.batches import choose_rows, clone_tensors, device_of
 from lightning_sensitivity.model.call import ModelCall, has_targets, select_targets
 from lightning_sensitivity.model.encoder import MAX_ENCODED, Encoder
 from lightning_sensitivity.model.inputs import InputReader, join_seen
@@ -109,10 +110,7 @@ class BatchReader:
         labels = self.labels(model, batch, output_shape)
         if kept.rows is not None and len(labels) > int(kept.rows.max()):
             labels = labels[kept.rows]
-        if len(labels) != kept.size:
-            raise Refused(
-                f"`targets` should return a label for each of {kept.size} samples, got {len(labels)}.", "task"
-            )
+        check_count(labels, kept.size)
         return labels
 
     def size(self, model: nn.Module, call: ModelCall) -> int:
@@ -146,13 +144,17 @@ class BatchReader:
             return {"columns": self._encoder.encode(call, size, rows, device_of(model))}
         if self._features is None:
             return self._input_reader.see(call.inputs(), size, rows)
+        return {"columns": choose_rows(self._run_features(model, batch, size), rows).detach().float().flatten(1).cpu()}
+
+    def _run_features(self, model: nn.Module, batch: object, size: int) -> Tensor:
+        """Run the function of the user."""
+        assert self._features is not None
         with refuse_on_error(f"`features` failed on {describe(batch)}", "features"), isolated(model) as run:
             values: object = run(self._features, clone_tensors(batch))
-        if not isinstance(values, Tensor) or values.ndim < 2 or len(values) != size or not size:
+        if not isinstance(values, Tensor) or values.ndim < 2 or len(values) != size:
             expected = f"a module, or a function that returns a tensor ({size}, D)"
             raise Refused(f"`features` should be {expected}, got {describe(values)}.", "features")
-        chosen = values if rows is None else values[rows.to(values.device)]
-        return {"columns": chosen.detach().float().flatten(1).cpu()}
+        return values
 
     # Validation samples
 
@@ -196,16 +198,15 @@ class BatchReader:
         Args:
             num_columns: How many columns labels have as a matrix.
             num_processes: How many processes share the samples.
-            num_batches: How many batches will come to this process, if that is known.
+            num_batches: How many batches will come to this process; 0 or inf if that is not known.
         """
-        if self._encoder is None:
-            return KeptRows(num_columns, num_processes)
-        return KeptRows(num_columns, num_processes, MAX_ENCODED, num_batches)
+        max_read = sys.maxsize if self._encoder is None else MAX_ENCODED
+        return KeptRows(num_columns, num_processes, max_read, num_batches)
 
     def keep_rows(
         self, rows: KeptRows, model: nn.Module, batch: object, output_shape: tuple[int, ...] | None = None
     ) -> None:
-        """Keep those samples of a training batch that have labels and are wanted.
+        """Keep those samples of a training batch that have labels and are wanted, with their labels as a matrix.
 
         Args:
             rows: What is kept.
@@ -214,15 +215,20 @@ class BatchReader:
             output_shape: As for :meth:`labels`.
 
         Raises:
-            MisconfigurationException: If it can't be read.
-            ValueError: If there is not one label for each sample.
+            MisconfigurationException: If it can't be read, or there is not one label for each sample.
         """
         call = self.call(model, batch)
         labels = self.labels(model, batch, output_shape)
-        if call.size not in (0, len(labels)):
-            raise ValueError(f"Expected one label for each of {call.size} samples, but got {len(labels)}")
+        check_count(labels, call.size or len(labels))
         assert self.task is not None
         labelled = self.task.has_label(labels).nonzero()[:, 0]
         wanted = labelled[rows.wanted(len(labelled))]
         if len(wanted) > 0:
-            rows.add(self.see(model, batch, call, len(labels), wanted), labels[wanted])
+            y = self.task.as_matrix(labels[wanted], rows.num_columns).float()  # also where only some batches are mixed
+            rows.add(self.see(model, batch, call, len(labels), wanted), y)
+
+
+def check_count(labels: Tensor, size: int) -> None:
+    """Refuse labels that are not one for each sample."""
+    if len(labels) != size:
+        raise Refused(f"`targets` should return a label for each of {size} samples, got {len(labels)}.", "task")

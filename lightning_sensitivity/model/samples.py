@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_sensitivity.model.batches import tensors_in
 from lightning_sensitivity.model.call import ModelCall
-from lightning_sensitivity.model.inputs import join_seen
+from lightning_sensitivity.model.inputs import join_seen, of_rows
 from lightning_sensitivity.reference.features import Seen
 from lightning_sensitivity.reference.observations import max_samples
 
@@ -132,9 +132,12 @@ class _Rows(NamedTuple):
     labels: Tensor
     seen: Seen
 
-    def of(self, chosen: Tensor) -> "_Rows":
-        """Return some of the rows."""
-        return _Rows(self.priorities[chosen], self.labels[chosen], {kind: x[chosen] for kind, x in self.seen.items()})
+    def below(self, limit: float) -> "_Rows":
+        """Return the rows with priorities below a limit."""
+        chosen = self.priorities < limit
+        if bool(chosen.all()):
+            return self
+        return _Rows(self.priorities[chosen], self.labels[chosen], of_rows(self.seen, chosen))
 
 
 class KeptRows:
@@ -150,7 +153,8 @@ class KeptRows:
             none is read in vain. 0 or inf if it is not known.
 
     Attributes:
-        num_seen: How many samples have come.
+        num_columns: How many columns labels have as a matrix.
+        num_seen: How many samples have come, until no more may be read.
         size: How many rows there are, which may be a quarter more than are wanted.
         is_complete: Whether no more rows are wanted.
     """
@@ -161,7 +165,7 @@ class KeptRows:
         self.num_seen = 0
         self.size = 0
         self.is_complete = False
-        self._num_columns = num_columns
+        self.num_columns = num_columns
         self._num_processes = num_processes
         self._num_to_read = max_read // num_processes
         self._num_batches = num_batches if math.isfinite(num_batches) else 0
@@ -173,7 +177,7 @@ class KeptRows:
     @property
     def is_full(self) -> bool:
         """Whether there are as many rows as are wanted, or fit into memory."""
-        return self.num_seen >= max(self._max_rows, self._num_expected)
+        return self._num_to_read == 0 or self.num_seen >= max(self._max_rows, self._num_expected)
 
     @property
     def _limit(self) -> float:
@@ -182,8 +186,8 @@ class KeptRows:
 
     def wanted(self, num_samples: int) -> Tensor:
         """Return which of the next samples to read, ``(R,)``; :meth:`add` takes them, unless there are none."""
-        if self.is_complete:
-            return torch.arange(0)
+        if self.is_complete or self._num_to_read == 0:
+            num_samples = 0
         priorities = _priority(torch.arange(self.num_seen, self.num_seen + num_samples, dtype=torch.float64))
         self._num_expected = self._num_expected or num_samples * self._num_batches
         self.num_seen += num_samples
@@ -207,7 +211,7 @@ class KeptRows:
         if len(labels) == 0:
             return
         num_bytes = sum(_num_bytes(x[0]) for x in (labels, *seen.values()))
-        known = min(max_samples(seen, self._num_columns), int(MAX_BYTES / _SLACK / num_bytes))
+        known = min(max_samples(seen, self.num_columns), int(MAX_BYTES / _SLACK / num_bytes))
         self._max_rows = max(1, min(self._max_rows, known // self._num_processes))
         self._parts.append(_Rows(self._chosen, labels, seen))
         self.size += len(labels)
@@ -216,8 +220,7 @@ class KeptRows:
 
     def _thin_out(self) -> None:
         """Keep no more rows than are wanted."""
-        chosen = [rows.priorities < self._limit for rows in self._parts]
-        self._parts = [rows.of(each) for rows, each in zip(self._parts, chosen, strict=True) if bool(each.any())]
+        self._parts = [rows for rows in (rows.below(self._limit) for rows in self._parts) if len(rows.labels)]
         self.size = sum(len(rows.labels) for rows in self._parts)
 
     @property
@@ -238,10 +241,4 @@ class KeptRows:
         self._thin_out()
         if not self._parts:
             raise ValueError("No sample has a label")
-        return join_seen([rows.seen for rows in self._parts]), torch.cat([rows.labels for rows in self._parts])
-
-    def clear(self) -> None:
-        """Free the rows, and want no more."""
-        self.is_complete = True
-        self.size = 0
-        self._parts = []
+        return join_seen([rows.seen for rows in self._parts]), self.labels

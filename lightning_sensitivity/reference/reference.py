@@ -111,13 +111,13 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         """
         task = find_task(self.task)
         seen = read_samples(x)
-        labels, counts, self.classes_ = read_labels(y, task)
+        labels, self.classes_ = read_labels(y, task)
         sizes = {len(labels), *map(len, seen.values())}
         if len(sizes) > 1:
             raise ValueError(
                 f"Expected `x` and `y` of the same samples, but got {' and '.join(map(str, sorted(sizes)))}."
             )
-        rows, labels = observations(seen, labels, counts)
+        rows, labels = observations(seen, labels, len(self.classes_), task)
         seen = {kind: shrunk(values[rows]) for kind, values in seen.items()}
         if self.estimator is None:
             learner, chosen = fit_learners(seen, labels, task)
@@ -167,7 +167,7 @@ class Reference(BaseEstimator):  # type: ignore[misc]
     def __str__(self) -> str:
         """Say what it is, and how good."""
         if not self.__sklearn_is_fitted__():
-            return repr(self)
+            return str(super().__str__())
         return f"Reference({self.learner_} on {self.features_}, {self.num_samples_} samples, skill {self.skill_:.2f})"
 
     def predict_proba(self, x: Any) -> Array:
@@ -182,7 +182,7 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         """
         if not find_task(self.task).has_classes:
             raise AttributeError("A regression has no probabilities: use `predict`.")
-        return self._predict(x)
+        return self.predict_matrix(x)
 
     def predict(self, x: Any) -> Array:
         """Predict classes, ``(M,)``, or the targets of a regression, ``(M,)`` or ``(M, D)``.
@@ -193,7 +193,7 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         Raises:
             ValueError: As by :meth:`predict_proba`.
         """
-        found = self._predict(x)
+        found = self.predict_matrix(x)
         if find_task(self.task).has_classes:
             return self.classes_[found.argmax(1)]
         return found[:, 0] if found.shape[1] == 1 else found
@@ -208,8 +208,15 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         measure = accuracy_score if find_task(self.task).has_classes else r2_score
         return float(measure(np.asarray(y), self.predict(x)))
 
-    def _predict(self, x: Any) -> Array:
-        """Predict what a network does after softmax or sigmoid, or the targets of a regression, ``(M, C)``."""
+    def predict_matrix(self, x: Any) -> Array:
+        """Predict what a network does after softmax or sigmoid, or the targets of a regression, ``(M, C)``.
+
+        Args:
+            x: As for :meth:`predict_proba`.
+
+        Raises:
+            ValueError: As by :meth:`predict_proba`.
+        """
         check_is_fitted(self)
         seen = read_samples(x, getattr(self, "feature_names_in_", None))
         self._check_kinds(seen)

@@ -94,8 +94,13 @@ def as_matrix(labels: Tensor, task: str, num_outputs: int) -> Tensor:
     return labels.double().reshape(len(labels), -1)
 
 
-def fit_reference(x: Tensor, y: Tensor, task: str, estimator: Any) -> Any:
-    return Reference(task, estimator).fit({kind_of(x): x}, y)
+def by_kind(x: Any) -> dict[str, Tensor]:
+    """What a reference sees, of which most have one kind."""
+    return x if isinstance(x, dict) else {kind_of(x): x}
+
+
+def fit_reference(x: Any, y: Tensor, task: str, estimator: Any) -> Any:
+    return Reference(task, estimator).fit(by_kind(x), y)
 
 
 def reweighed(q: Tensor, known: Tensor, shares: Any) -> Tensor:
@@ -108,14 +113,14 @@ def reweighed(q: Tensor, known: Tensor, shares: Any) -> Tensor:
     return q / q.sum(1, keepdim=True)
 
 
-def expected_by(reference: Any, outputs: Tensor, x: Tensor, shares: Any = None) -> dict[str, float]:
+def expected_by(reference: Any, outputs: Tensor, x: Any, shares: Any = None) -> dict[str, float]:
     """What RiskMonitor logs, from outputs of the network, and what a reference sees of the same samples."""
-    order = projection({kind_of(x): x}).argsort()  # of the samples, by which labels are drawn
-    task, outputs, x = reference.task, outputs[order], x[order]
+    order = projection(by_kind(x)).argsort()  # of the samples, by which labels are drawn
+    task, outputs, x = reference.task, outputs[order], {name: part[order] for name, part in by_kind(x).items()}
     kind = TASKS[task]
     q = torch.from_numpy(reference.predict(x) if task == "regression" else reference.predict_proba(x))
     q = q if shares is None else reweighed(q, torch.from_numpy(reference.shares_), shares)
-    q = q[:, 1:] if task == "binary" else q.reshape(len(x), -1)
+    q = q[:, 1:] if task == "binary" else q.reshape(len(q), -1)
     score = min(kind.score(kind.predictions(outputs, t), q) for t in TEMPERATURES)
     if task == "regression":
         return dict.fromkeys((SCORE, MSE), score + reference.score_)

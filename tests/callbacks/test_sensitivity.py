@@ -114,7 +114,7 @@ def test_several_loaders_one_of_them_empty() -> None:
     model, run = Classifier(), helpers.trainer(callbacks=[SensitivityMonitor()])
     with pytest.warns(UserWarning) as caught:
         results = run.validate(model, [loader(50), loader(0), unlabelled_loader(20, seed=1)], verbose=False)
-    texts = "DataLoader` across ranks is zero", "`SensitivityMonitor` (val/*) has no value on dataloader 1: "
+    texts = "DataLoader` across ranks is zero", "`SensitivityMonitor` (val/*) on dataloader 1: there is no value"
     messages = [str(warning.message) for warning in caught if warning.category is UserWarning]
     assert all(text in message for text, message in zip(texts, messages, strict=True))
     for idx, values, x in ((0, results[0], inputs(50)), (2, results[-1], inputs(20, seed=1))):
