@@ -1,7 +1,7 @@
 """The callback that logs what to expect of unseen samples, and so what to stop by."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from lightning_sensitivity.arguments import Selector, check_argument, check_bool, check_estimator, describe_error
+from lightning_sensitivity.callbacks.both import Predictions, predict_both
 from lightning_sensitivity.callbacks.checks import (
     EXPECTED,
     check_class_shares,
@@ -149,6 +150,29 @@ class RiskMonitor(Monitor):
     def reference(self) -> Any:
         """The fitted :class:`~lightning_sensitivity.Reference`, in the first process; None before it is made."""
         return self._reference.fitted
+
+    def predict(self, model: nn.Module, dataloader: Iterable[object]) -> Predictions:
+        """Predict samples by the network, and by the reference, for their mean, which is often better than either.
+
+        Args:
+            model: The network, such as that of the chosen checkpoint; it is left as it was.
+            dataloader: Batches as those of the validation, with or without labels.
+
+        Returns:
+            ``network``, ``reference`` and ``mean``, probabilities ``(N, C)`` of all classes, two for ``"binary"``; or
+            the numbers of a regression.
+
+        Raises:
+            ValueError: If there is no reference, or it can't read the batches.
+
+        Example:
+            >>> from lightning_sensitivity import RiskMonitor
+            >>> risk = RiskMonitor()
+            >>> # after trainer.fit(model, train_loader, val_loader): risk.predict(model, new_loader).mean
+        """
+        if self.reference is None:
+            raise ValueError("Expected a fit that has made a reference, in the first process, but there is none.")
+        return predict_both(model, self.reference, dataloader, self.reader, self.task)
 
     def plot(self) -> PlotType:
         """Plot the logged values by epoch.

@@ -24,7 +24,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from lightning_sensitivity.functional.tasks import Task
-from lightning_sensitivity.reference.calibration import calibrated
+from lightning_sensitivity.reference.calibration import Calibration, calibrate
 from lightning_sensitivity.reference.features import Rows, Seen, SeenTransform, make_transforms, raw_columns, spread
 
 Array: TypeAlias = Any  # of NumPy
@@ -62,7 +62,7 @@ class Learner:
         left_out: What it would have predicted of each sample without it, ``(N, C)``.
         labels: The labels of the same samples, ``(N, C)``.
         task: The task, which says how predictions are scored.
-        power: The inverse temperature.
+        calibration: What makes its predictions right as often as they say.
         score: The score of the left-out predictions.
     """
 
@@ -73,19 +73,22 @@ class Learner:
     left_out: Tensor
     labels: Tensor
     task: Task
-    power: float = 1.0
+    calibration: Calibration = Calibration()  # noqa: RUF009
     score: float = math.nan
 
     def __post_init__(self) -> None:
         """Calibrate the left-out predictions."""
-        self.left_out, self.power, self.score = calibrated(self._as_matrix(self.left_out), self.labels, self.task)
+        left_out = self._as_matrix(self.left_out)
+        self.calibration = calibrate(left_out, self.labels, self.task)
+        self.left_out = self.calibration.apply(left_out, self.task)
+        self.score = float(self.task.distances(self.left_out, self.labels).mean())
 
     def predict(self, seen: Seen) -> Tensor:
         """Predict new samples, ``(M, C)``."""
         rows = self.transform(seen)
         is_classifier = hasattr(self.model, "classes_")
         found = self._as_matrix(self.model.predict_proba(rows) if is_classifier else self.model.predict(rows))
-        return self.task.sharpen(found, self.power)
+        return self.calibration.apply(found, self.task)
 
     def _as_matrix(self, found: Array) -> Tensor:
         """Give classes their columns, also those that no sample has."""
@@ -105,7 +108,8 @@ def _as_matrix(found: Array, num_columns: int, task: Task) -> Tensor:
 
 
 def _score(left_out: Array, labels: Tensor, task: Task) -> float:
-    return calibrated(_as_matrix(left_out, labels.shape[1], task), labels, task).score
+    p = _as_matrix(left_out, labels.shape[1], task)
+    return float(task.distances(calibrate(p, labels, task).apply(p, task), labels).mean())
 
 
 def fit_learners(seen: Seen, labels: Tensor, task: Task) -> tuple[Learner, Tensor]:
@@ -249,7 +253,7 @@ def _choose_ridge(part: Seen, labels: Tensor, task: Task) -> "_Ridge":
 
 @dataclass
 class _Ridge:
-    """Ridge regression on Nystroem features: what is seen, the width of the kernel, the ridge, and a score on the part."""
+    """Ridge regression on Nystroem features: what it sees, the width of the kernel, the ridge, a score on the part."""
 
     features: str
     gamma: float

@@ -38,8 +38,9 @@ class Reference(BaseEstimator):  # type: ignore[misc]
       width of the kernel and ridge are chosen by this score.
 
     Its probabilities are then calibrated by one temperature (Guo et al., 2017), that of the lowest left-out Brier
-    score. A sample that comes repeatedly counts once, with the mean of its labels, except in a table of few categories,
-    where different people have the same columns. Nothing depends on the order of the samples.
+    score, and by a uniform share if they are still surer than they are right, beyond chance. A sample that comes
+    repeatedly counts once, with the mean of its labels, except in a table of few categories, where different people
+    have the same columns. Nothing depends on the order of the samples.
 
     Args:
         task: ``"multiclass"``, ``"binary"`` or ``"regression"``, which says how labels are scored.
@@ -133,7 +134,7 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         self.left_out_, self.labels_, self.rows_, self.shares_ = p.numpy(), y.numpy(), rows.numpy(), shares.numpy()
         self.learner_, self.features_, self.kind_ = learner.name, learner.features, ", ".join(self._shapes)
         self.num_samples_ = len(y)
-        self.temperature_ = 1 / learner.power
+        self.temperature_ = 1 / learner.calibration.power
         self.score_ = learner.score
         self.chance_ = float(task.distances(shares.expand_as(y), y).mean())
         self.skill_ = 1 - self.score_ / self.chance_ if self.chance_ > _ROUNDING else 0.0
@@ -159,7 +160,7 @@ class Reference(BaseEstimator):  # type: ignore[misc]
     def __str__(self) -> str:
         """Say what it is, and how good."""
         if not self.__sklearn_is_fitted__():
-            return super().__str__()
+            return str(super().__str__())
         return f"Reference({self.learner_} on {self.features_}, {self.num_samples_} samples, skill {self.skill_:.2f})"
 
     def predict_proba(self, x: Any) -> Array:
@@ -174,7 +175,7 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         """
         if not find_task(self.task).has_classes:
             raise AttributeError("A regression has no probabilities: use `predict`.")
-        return self._predict(x)
+        return self.predict_matrix(x)
 
     def predict(self, x: Any) -> Array:
         """Predict classes, ``(M,)``, or the targets of a regression, ``(M,)`` or ``(M, D)``.
@@ -185,7 +186,7 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         Raises:
             ValueError: As by :meth:`predict_proba`.
         """
-        found = self._predict(x)
+        found = self.predict_matrix(x)
         if find_task(self.task).has_classes:
             return self.classes_[found.argmax(1)]
         return found[:, 0] if found.shape[1] == 1 else found
@@ -202,8 +203,15 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         measure = accuracy_score if find_task(self.task).has_classes else r2_score
         return float(measure(np.asarray(y), self.predict(x)))
 
-    def _predict(self, x: Any) -> Array:
-        """Predict what a network does after softmax or sigmoid, or the targets of a regression, ``(M, C)``."""
+    def predict_matrix(self, x: Any) -> Array:
+        """Predict what a network does after softmax or sigmoid, or the targets of a regression, ``(M, C)``.
+
+        Args:
+            x: As for :meth:`predict_proba`.
+
+        Raises:
+            ValueError: As by :meth:`predict_proba`.
+        """
         check_is_fitted(self)
         seen = read_samples(x, getattr(self, "feature_names_in_", None))
         self._check_kinds(seen)
