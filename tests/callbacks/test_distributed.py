@@ -19,7 +19,7 @@ import tests.helpers as helpers
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 from lightning_sensitivity.callbacks import risk
 from tests.callbacks.plain_loop import ACCURACY, AUROC, SCORE, Plain, batches_of
-from tests.helpers import Stream, inputs, labelled, quick_risk, small_forests
+from tests.helpers import Stream, labelled, quick_risk, small_forests
 
 SENSITIVITY = "val/output_sensitivity"
 X, CORRECT = labelled(96).tensors  # a number that two and four divide
