@@ -69,11 +69,7 @@ LAST = (
     "(`validation_labels=True`), or set `features=`."
 )
 BLIND: dict[str, Any] = {"is_trusted": False, "unexplained": math.nan}
-NUMBERS = {
-    **dict.fromkeys(("accuracy", "auroc", "majority", "unexplained"), math.nan),
-    "skill": 0.62,
-    "score": 0.123456,
-}
+NUMBERS = dict.fromkeys(("accuracy", "auroc", "majority", "unexplained"), math.nan) | {"skill": 0.62, "score": 0.12345}
 LABELS: dict[str, Any] = {"num_labels": 70, "reference": None}
 SAYS: dict[str, tuple[Verdict | None, Rows, str]] = {  # a verdict, a history, and what is said
     "the reference chose": (verdict(), validations(), f"{BEST}. {CHOSE} {RIVAL}"),
