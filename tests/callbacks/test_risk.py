@@ -132,7 +132,7 @@ CASES = {
     "multiclass, samples that interact": Case(make=Centred),
     "multiclass, features=": Case(options={"features": lambda batch: first_tensor(batch)[:, :6].exp_()}, seen=half),
     "multiclass, an encoder": Case(options={"features": ENCODER}, seen=encoded),
-    "multiclass, class_shares=": Case(options={"class_shares": (0.1, 0.2, 0.3, 0.4)}),
+    "multiclass, class_shares=": Case(options={"class_shares": torch.tensor([0.1, 0.2, 0.3, 0.4])}),
     "multiclass, blind": Case(options={"features": blind}, seen=blind, is_blind=True),
     "multiclass, images": Case(CORRECT.where(INDEX % 4 > 0, NOISY), lambda: Plain(width=64), images),
     "multiclass, images, labels": Case(CORRECT, lambda: Plain(width=64), images, SOME),
