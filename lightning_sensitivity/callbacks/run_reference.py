@@ -243,10 +243,7 @@ class RunReference:
         of_training = torch.from_numpy(self.fitted.shares_)
         if isinstance(self._class_shares, str):
             return reweigh(q, of_training, estimate_class_shares(q, of_training))
-        shares = torch.tensor(self._class_shares, dtype=q.dtype)
-        if len(shares) != q.shape[1]:
-            raise ValueError(f"Expected `class_shares` of {q.shape[1]} classes, but got {len(shares)}")
-        return reweigh(q, of_training, shares)
+        return reweigh(q, of_training, torch.as_tensor(self._class_shares))
 
     # Warnings
 
