@@ -11,7 +11,6 @@
 # %%
 import argparse
 import warnings
-from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -96,7 +95,7 @@ for lr, width, dropout in product([3e-4, 3e-3], [16, 512], [0.0, 0.5]):
 # Two lines rank them. All that `may_be_best` are as good as the samples can tell.
 
 # %%
-models = {name: partial(Digits.load_from_checkpoint, path) for name, path in paths.items()}
+models = {name: Digits.load_from_checkpoint(path) for name, path in paths.items()}
 result = compare_models(models, unlabelled_loader, training=train_loader)
 print(result)
 
@@ -107,7 +106,7 @@ print(result)
 # %%
 @torch.no_grad()
 def probabilities(name: str) -> Tensor:
-    model = models[name]().eval()
+    model = models[name].eval()
     p: Tensor = model(x_test).softmax(1)
     return p
 

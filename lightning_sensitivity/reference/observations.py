@@ -84,7 +84,9 @@ def _projected(values: Tensor, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     direction = torch.randint(-(2**62), 2**62, (values[0].numel(),), generator=generator)
     shift = 0 if values.is_floating_point() else 1  # of the padding, -1
-    bits = (part.flatten(1).float().add(shift).view(torch.int32).long() for part in values[:, None].split(_CHUNK))
+    bits = (
+        part.flatten(1).float().add(shift).view(torch.int32).long() for part in torch.split(values[:, None], _CHUNK)
+    )
     return torch.cat([(part * direction).sum(1) for part in bits])
 
 

@@ -160,7 +160,7 @@ class Reference(BaseEstimator):  # type: ignore[misc]
     def __str__(self) -> str:
         """Say what it is, and how good."""
         if not self.__sklearn_is_fitted__():
-            return super().__str__()
+            return str(super().__str__())
         return f"Reference({self.learner_} on {self.features_}, {self.num_samples_} samples, skill {self.skill_:.2f})"
 
     def predict_proba(self, x: Any) -> Array:

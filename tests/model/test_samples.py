@@ -168,5 +168,3 @@ def test_rows_are_joined_only_if_all_were_seen_and_nothing_comes_after_the_end()
     rows.complete()
     rows.add({}, torch.arange(len(rows.wanted(5))))
     assert rows.is_complete and rows.num_seen == rows.size == 3
-    rows.clear()
-    assert rows.size == 0 and rows.is_complete
