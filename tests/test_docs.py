@@ -17,7 +17,7 @@ import yaml
 from torch.utils.data import Dataset
 
 import lightning_sensitivity
-from tests.helpers import Classifier, loader, unlabelled_loader
+from tests.helpers import Classifier, labelled, loader, unlabelled_loader
 
 ROOT = Path(__file__).parents[1]
 DOCS, README, TESTS = ROOT / "docs", ROOT / "README.md", ROOT / "tests" / "README.md"
@@ -81,8 +81,9 @@ class Images(Dataset):
 def what_pages_have(folder: Path) -> dict[str, Any]:
     """The names and files that pages take for granted: those of the reader's own project."""
     torch.save({"worse_label": np.arange(2100) % 10}, folder / "CIFAR-10_human.pt")
-    names: dict[str, Any] = {"__name__": "page", "model": Classifier(), "x": torch.rand(200, 12)}
-    names |= {"y": torch.arange(200) % 4, "train_loader": loader(), "val_loader": loader(seed=1)}
+    x, y = labelled(200).tensors
+    names: dict[str, Any] = {"__name__": "page", "model": Classifier(), "x": x, "y": y}
+    names |= {"train_loader": loader(), "val_loader": loader(seed=1)}
     names |= {"other_val_loader": loader(seed=2), "unlabelled_val_loader": unlabelled_loader(seed=1)}
     names["self"] = MagicMock(side_effect=Classifier())  # a module, of which a page shows single lines
     return names
@@ -93,7 +94,8 @@ def what_pages_have(folder: Path) -> dict[str, Any]:
 def test_the_code_of_a_page_runs_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "agg")
-    monkeypatch.setattr("torchvision.datasets.CIFAR10", Images)
+    if page.stem == "annotators":
+        monkeypatch.setattr(pytest.importorskip("torchvision.datasets"), "CIFAR10", Images)
     torch.manual_seed(0)
     names = what_pages_have(tmp_path)
     many = 8 if page.stem == "getting_started" else 3
