@@ -15,7 +15,7 @@ import nbformat
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 INSTALL = '# Once; the package lies in the folder above.\n%pip install -q "..[examples]"'
-SWITCH = "args.noise = 0.0  # the share of all labels that are made wrong: try 0.2"
+SWITCH = "args.noise = 0.2  # the share of all labels that are made wrong; 0: as they are"
 
 
 def notebook(script: str) -> nbformat.NotebookNode:
