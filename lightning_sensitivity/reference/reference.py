@@ -111,13 +111,13 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         """
         task = find_task(self.task)
         seen = read_samples(x)
-        labels, counts, self.classes_ = read_labels(y, task)
+        labels, self.classes_ = read_labels(y, task)
         sizes = {len(labels), *map(len, seen.values())}
         if len(sizes) > 1:
             raise ValueError(
                 f"Expected `x` and `y` of the same samples, but got {' and '.join(map(str, sorted(sizes)))}."
             )
-        rows, labels = observations(seen, labels, counts)
+        rows, labels = observations(seen, labels, len(self.classes_), task)
         seen = {kind: shrunk(values[rows]) for kind, values in seen.items()}
         if self.estimator is None:
             learner, chosen = fit_learners(seen, labels, task)
@@ -127,6 +127,7 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         self._learner, self._shapes = learner, {kind: values.shape for kind, values in seen.items()}
         self.n_features_in_ = sum(math.prod(shape[1:]) for shape in self._shapes.values())
         names = list(getattr(x, "columns", ()))
+        self.__dict__.pop("feature_names_in_", None)
         if names and all(isinstance(name, str) for name in names):
             self.feature_names_in_ = np.array(names, dtype=object)
         self._describe(learner, rows, task)
