@@ -5,16 +5,13 @@ import inspect
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
-import numpy as np
 import pytest
 import torch
 import yaml
-from torch.utils.data import Dataset
 
 import lightning_sensitivity
 from tests.helpers import Classifier, labelled, loader, unlabelled_loader
@@ -64,23 +61,8 @@ def public_objects() -> list[tuple[str, Any]]:
     return sorted((name, thing) for name, thing in found.items() if name != "__version__")
 
 
-class Images(Dataset):
-    """Images as those of CIFAR-10, but smaller, and few."""
-
-    def __init__(self, root: str, download: bool, transform: Callable[[Any], Any]) -> None:
-        self.transform = transform
-        self.targets = [0] * 2100
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        return self.transform(np.full((8, 8, 3), index % 256, dtype=np.uint8)), self.targets[index]
-
-
-def what_pages_have(folder: Path) -> dict[str, Any]:
-    """The names and files that pages take for granted: those of the reader's own project."""
-    torch.save({"worse_label": np.arange(2100) % 10}, folder / "CIFAR-10_human.pt")
+def what_pages_have() -> dict[str, Any]:
+    """The names that pages take for granted: those of the reader's own project."""
     x, y = labelled(200).tensors
     names: dict[str, Any] = {"__name__": "page", "model": Classifier(), "x": x, "y": y}
     names |= {"train_loader": loader(), "val_loader": loader(seed=1)}
@@ -94,10 +76,8 @@ def what_pages_have(folder: Path) -> dict[str, Any]:
 def test_the_code_of_a_page_runs_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "agg")
-    if page.stem == "annotators":
-        monkeypatch.setattr(pytest.importorskip("torchvision.datasets"), "CIFAR10", Images)
     torch.manual_seed(0)
-    names = what_pages_have(tmp_path)
+    names = what_pages_have()
     many = 8 if page.stem == "getting_started" else 3
     for block in blocks(page, "python"):
         exec(compile(re.sub(r"max_epochs=\d\d", f"max_epochs={many}", block), name_of(page), "exec"), names)
