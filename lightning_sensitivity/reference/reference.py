@@ -66,8 +66,9 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         accuracy_: The share of training labels that it predicts without having seen them; nan in a regression.
         auroc_: The area under the ROC curve of left-out predictions, mean over classes; nan without two classes.
         majority_: The share of the most frequent class; nan in a regression.
-        unexplained_: The share of labels that can't be explained, by :func:`unexplained_share`; nan in a regression,
-            and if the reference has learned nothing.
+        unexplained_: The share of labels that can't be explained, by
+            :func:`~lightning_sensitivity.reference.unexplained_share`; nan in a regression, and if the reference has
+            learned nothing.
         residuals_: Quantiles of the left-out errors in a regression, with their mean square, ``(20, C)``; else none.
         learner_: ``"forest"``, ``"ridge"``, ``"mean"`` (of too few samples), or the class of your estimator.
         features_: What it sees of samples, such as ``"columns"`` or ``"columns and words"``.
@@ -111,13 +112,13 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         """
         task = find_task(self.task)
         seen = read_samples(x)
-        labels, counts, self.classes_ = read_labels(y, task)
+        labels, self.classes_ = read_labels(y, task)
         sizes = {len(labels), *map(len, seen.values())}
         if len(sizes) > 1:
             raise ValueError(
                 f"Expected `x` and `y` of the same samples, but got {' and '.join(map(str, sorted(sizes)))}."
             )
-        rows, labels = observations(seen, labels, counts)
+        rows, labels = observations(seen, labels, len(self.classes_), task)
         seen = {kind: shrunk(values[rows]) for kind, values in seen.items()}
         if self.estimator is None:
             learner, chosen = fit_learners(seen, labels, task)
@@ -127,6 +128,7 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         self._learner, self._shapes = learner, {kind: values.shape for kind, values in seen.items()}
         self.n_features_in_ = sum(math.prod(shape[1:]) for shape in self._shapes.values())
         names = list(getattr(x, "columns", ()))
+        self.__dict__.pop("feature_names_in_", None)
         if names and all(isinstance(name, str) for name in names):
             self.feature_names_in_ = np.array(names, dtype=object)
         self._describe(learner, rows, task)
@@ -248,7 +250,8 @@ def _quantiles(errors: Array) -> Array:
 def label_noise(x: Any, y: Any, task: str = "multiclass") -> float:
     """Estimate the share of labels that can't be explained: wrong, or not to be known from the inputs.
 
-    It fits a :class:`Reference`, and compares labels with its left-out predictions (:func:`unexplained_share`).
+    It fits a :class:`~lightning_sensitivity.Reference`, and compares labels with its left-out predictions
+    (:func:`~lightning_sensitivity.reference.unexplained_share`).
 
     **A low number is no proof of correct labels, and a high one no proof of wrong ones.** Labels that are redrawn
     at random are found if the reference can learn the task. Where one class is turned into another, it learns that,

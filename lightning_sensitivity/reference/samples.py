@@ -65,42 +65,44 @@ def _refuse(problem: str, columns: list[Any]) -> None:
         raise ValueError(f"Columns of `x` {problem}: {', '.join(map(repr, columns))}.")
 
 
-def read_labels(y: Any, task: Task) -> tuple[Tensor, Tensor, Array]:
-    """Return labels as a matrix, which of them count, and the classes.
+def read_labels(y: Any, task: Task) -> tuple[Tensor, Array]:
+    """Return labels that fit the task, and what the columns of their matrix stand for, ``(C,)``.
 
     Args:
         y: Labels of any kind that :meth:`Reference.fit` takes.
         task: The task.
-
-    Returns:
-        The matrix ``(N, C)``, float64; which samples have a label, ``(N,)``; and what columns stand for, ``(C,)``.
 
     Raises:
         ValueError: If labels do not fit the task, or none counts.
     """
     array = np.asarray(y.detach().cpu().double() if isinstance(y, Tensor) and y.is_floating_point() else y)
     array = array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
-    if task.name == "multiclass" and array.ndim == 1:
-        matrix, counts, classes = _indexed(array)
-    else:
-        labels = _as_tensor("y", array.astype(float))
-        task.check(torch.zeros(len(labels), *(() if task.has_one_output else labels.shape[1:])), labels)
-        matrix, counts = task.as_matrix(labels), task.has_label(labels)
-        classes = np.arange(matrix.shape[1])
-    if not bool(counts.any()):
+    has_names = task.name == "multiclass" and array.ndim == 1
+    labels, classes = _of_names(array) if has_names else _of_numbers(array, task)
+    if not bool(task.has_label(labels).any()):
         raise ValueError(f"Expected a label in `y` that is not {IGNORED}, but got none.")
-    return matrix, counts, classes
+    return labels, classes
 
 
-def _indexed(labels: Array) -> tuple[Tensor, Tensor, Array]:
-    """Return the same for integers and names, ``(N,)``."""
-    if labels.dtype.kind not in "biuOUS":
+def _of_names(names: Array) -> tuple[Tensor, Array]:
+    """Return class indices of integers and names, ``(N,)``."""
+    if names.dtype.kind not in "biuOUS":
         raise ValueError(
-            f"Expected `y` to be integers or names of classes (N,), or probabilities (N, K), but got {labels.dtype}. "
+            f"Expected `y` to be integers or names of classes (N,), or probabilities (N, K), but got {names.dtype}. "
             "Set task='binary' if they are from 0 to 1, task='regression' if they are measurements."
         )
-    counts = labels != IGNORED
-    classes, codes = np.unique(labels[counts], return_inverse=True)
-    matrix = torch.zeros(len(labels), len(classes), dtype=torch.float64)
-    matrix[np.flatnonzero(counts), codes] = 1.0
-    return matrix, torch.from_numpy(np.asarray(counts)), classes
+    counts = np.asarray(names != IGNORED)
+    classes, indices = np.unique(names[counts], return_inverse=True)
+    labels = torch.full((len(names),), IGNORED)
+    labels[torch.from_numpy(counts)] = torch.from_numpy(indices)
+    return labels, classes
+
+
+def _of_numbers(numbers: Array, task: Task) -> tuple[Tensor, Array]:
+    """Return probabilities and measurements, ``(N,)`` or ``(N, C)``, as they are."""
+    labels = _as_tensor("y", numbers.astype(float))
+    shape = tuple(labels.shape[1:])
+    task.check(torch.zeros(len(labels), *(() if task.has_one_output else shape)), labels)
+    if not task.has_classes and len(labels) > 1 and bool((labels == labels[0]).all()):
+        raise ValueError(f"All targets in `y` are {labels[0].tolist()}: there is nothing to learn.")
+    return labels, np.arange(task.num_columns(shape))
