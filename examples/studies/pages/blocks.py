@@ -53,6 +53,9 @@ def by_own_metric(name: str, measure: str) -> dict[str, str]:
     return {f"{name}: {label}": lost(rule, measure) for label, rule in columns.items()}
 
 
+BODY = "pretrained_body" if "pretrained_body" in NAMES else "pretrained_features"  # fine-tuned; judged by its own body
+
+
 BLOCKS = {
     "README: tables": worth("as_they_are") + "; with a fifth of the labels wrong " + worth("fifth", text=""),
     "README: large tables": worth("large", text=""),
@@ -160,6 +163,9 @@ In the study, {fifth.its_unexplained.percent:.0f} % of the labels of tables coul
 been redrawn at random, and {as_they_are.its_unexplained.percent:.0f} % where none had. Of human labels of photos, it
 was {photos_40.its_unexplained.percent:.0f} % where {photos_40.share:.0f} % were wrong, and
 {photos_9.its_unexplained.percent:.0f} % where {photos_9.share:.0f} % were.""",
+    "worth: own body": f"""
+By its own body, frozen before the fit, a fine-tuned network lost {{{BODY}.expected_score_accuracy_lost:.1f}} points of
+accuracy, where never stopping lost {{{BODY}.never_stop_accuracy_lost:.1f}} ({{{BODY}.count}} runs).""",
     "worth: pretrained": table(
         "accuracy lost, points",
         counted(
