@@ -140,22 +140,21 @@ lines = {"on training customers": (training, "C7", "-"), "on new ones, with thei
 lines |= {"expected of new ones, without labels": (expected, "C1", ":")}
 for place, (label, (values, color, style)) in enumerate(lines.items()):
     left.plot(values, color, linestyle=style)
-    left.text(0.97, 0.62 - 0.07 * place, label, transform=left.transAxes, color=color, ha="right")
+    left.text(0.97, 0.57 - 0.07 * place, label, transform=left.transAxes, color=color, ha="right")
 left.set(title="Accuracy of the network", xlabel="epoch")
 left.axvline(chosen, color="C1", linestyle="--", linewidth=1)
-left.text(chosen + 0.6, 0.985, f"RiskMonitor takes epoch {chosen}", transform=left.get_xaxis_transform(), color="C1", va="top")
-gain = 100 * (measured[chosen] - measured[last])
+left.text(chosen + 0.6, 0.93, f"RiskMonitor takes epoch {chosen}", transform=left.get_xaxis_transform(), color="C1")
+gain = f"{100 * (measured[chosen] - measured[last]):.0f} points better than the last epoch"
 left.annotate("", (last, measured[chosen]), (last, measured[last]), arrowprops={"arrowstyle": "->", "color": "C0"})
-middle = (measured[chosen] + measured[last]) / 2
-left.text(last - 0.6, middle, f"{gain:+.0f} points", color="C0", ha="right", va="center")
+left.text(last, measured[chosen] + 0.01, gain, color="C0", ha="right")
 right.plot([a - b for a, b in zip(training, measured, strict=True)], "C7")
 right.set(title="Output sensitivity follows the gap", xlabel="epoch")
-right.text(0.97, 0.10, "training − new customers", transform=right.transAxes, color="C7", ha="right")
+right.text(0.2, 0.93, "training − new", transform=right.transAxes, color="C7")
 right.tick_params(axis="y", labelcolor="C7")
 beside = right.twinx()
 beside.plot(sensitivity, "C2")
 beside.tick_params(axis="y", labelcolor="C2")
-beside.text(0.97, 0.03, "output sensitivity", transform=right.transAxes, color="C2", ha="right")
+right.text(0.2, 0.86, "sensitivity", transform=right.transAxes, color="C2")
 right.axvline(chosen, color="C1", linestyle="--", linewidth=1)
 if not in_notebook:
     figure.savefig("runs/track_generalization.png", dpi=150)

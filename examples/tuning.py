@@ -3,8 +3,8 @@
 #
 # Which of eight settings is best, if 30 % of the training labels are wrong, and there are no others? Each run keeps
 # its checkpoint of the lowest expected score. `compare_models` then ranks the runs by the accuracy to expect on 600
-# unlabelled images, whose labels a reference stands in for, the best small model of the training labels. Correct labels
-# of other images show how well that did.
+# unlabelled images, by a reference, a small model of the training labels. Correct labels of other images show how well
+# that did.
 #
 #     python examples/tuning.py          # a minute
 
@@ -72,7 +72,7 @@ class Digits(LightningModule):
 
 # %% [markdown]
 # Eight runs: two learning rates, two widths, with and without dropout. A tool that tunes, such as Optuna, can maximize
-# `trainer.callback_metrics["val/expected_accuracy"]`, which is what `compare_models` ranks by.
+# `risk.summary["expected_accuracy"]`, that of the chosen epoch, which is what `compare_models` ranks by.
 
 # %%
 paths = {}

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import length_hint
 from typing import Any, NamedTuple
 
@@ -164,11 +164,14 @@ class _Judge(NamedTuple):
             weights += has_label
         return values / weights.mean()
 
+    def _moved(self) -> Iterator[Any]:
+        """Move one batch after the other to the device of the model."""
+        return (move_batch(self.model, batch) for batch in self.batches)
+
     def _labels(self) -> Tensor:
         """Return the validation labels, ``(N,)`` or ``(N, K)``."""
         with refuse_on_error("`validation_labels` can't be read", "comparing-models"):
-            moved = (move_batch(self.model, batch) for batch in self.batches)
-            return torch.cat([self.reader.labels(self.model, batch, self.shape) for batch in moved])
+            return torch.cat([self.reader.labels(self.model, batch, self.shape) for batch in self._moved()])
 
     def _values(self, p: Tensor, targets: Tensor) -> Tensor:
         """Return the chance of each prediction to be right, or in a regression its squared error."""
@@ -180,14 +183,12 @@ class _Judge(NamedTuple):
         """Fit a reference, and predict validation samples, ``(N, C)``; warn if these are training samples."""
         from lightning_sensitivity.reference import Reference
 
-        num_columns = self.task.num_columns(self.shape)
-        rows = self.reader.make_rows(num_columns, num_batches=length_hint(training))
+        rows = self.reader.make_rows(self.task.num_columns(self.shape), num_batches=length_hint(training))
         for batch in training:
             self.reader.keep_rows(rows, self.model, move_batch(self.model, batch), self.shape)
         known, labels = rows.joined()
         fitted = Reference(self.task.name, estimator).fit(known, labels)
-        moved = (move_batch(self.model, batch) for batch in self.batches)
-        new = join_seen([self.reader.see(self.model, batch) for batch in moved])
+        new = join_seen([self.reader.see(self.model, batch) for batch in self._moved()])
         share, by_chance = recurrence(projection(new), projection(known))
         if share > by_chance + _REPEATED:
             warnings.warn(

@@ -300,12 +300,14 @@ class RiskMonitor(Monitor):
         shape = tuple(outputs.shape[1:])
         labels = self.reader.labels(module, batch, shape)
         check_targets(labels, len(outputs), self.task)
+        num_columns = self.task.num_columns(shape)
+        check_class_shares(self._class_shares, self.task, num_columns)
         if self._has_default:
-            self.metrics = default_metrics(self.task, self.task.num_columns(shape))
+            self.metrics = default_metrics(self.task, num_columns)
             check_monitored(trainer, self._prefixed_directions())
         counts = self.task.has_label(labels)
         if bool(counts.any()):
-            y = self.task.as_matrix(labels, self.task.num_columns(shape))
+            y = self.task.as_matrix(labels, num_columns)
             try_metrics(self.metrics, self.task.as_outputs(outputs.cpu())[counts], y[counts], self.task)
         self._output_shape = shape
 
