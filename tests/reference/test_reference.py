@@ -384,6 +384,8 @@ BAD: dict[str, tuple[str, tuple[Any, ...]]] = {
     "no samples": (r"Found array with 0 sample\(s\)", (X[:0], Y[:0])),
     "fewer labels": ("`x` and `y` of the same samples, but got 5 and 6", (X, Y[:5])),
     "kinds of several numbers of samples": ("of the same samples", ({"columns": X, "tokens": Y[:5, None]}, Y)),
+    "a mapping of columns": ("`x` to have columns, images, signals, tokens, but got a, b", ({"a": X, "b": X}, Y)),
+    "nothing": ("`x` to have columns, images", ({}, Y)),
     "a number": ("Singleton array|scalar|0 dim", (X[0, 0], Y)),
     "rows of several lengths": ("inhomogeneous", ([[1, 2], [3]], Y)),
     "texts": ("convert your data|Convert your data", (["a b", "c"] * 3, Y)),
