@@ -294,6 +294,7 @@ class RiskMonitor(Monitor):
 
     def _start(self, trainer: Trainer, module: LightningModule, batch: object) -> None:
         """Check that the model can be measured on a batch, and that its labels and the metrics fit."""
+        self.reader.check_encoder(module)
         call = self.reader.call(module, batch)
         with isolated(module) as run, trainer.precision_plugin.val_step_context():
             outputs = self.check_model(run, call)
