@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from operator import itemgetter
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -239,34 +238,31 @@ def _choose_ridge(part: Seen, labels: Tensor, task: Task) -> _Choice:
         distance = median_distance(rows)
         for width in _WIDTHS:
             fit = partial(_fit_ridge, gamma=1 / (width * distance), centres=centres)
-            left_out = fit(rows, y, centres=_CENTRES_OF_PART)[1]
-            found.append((_error(left_out, y), left_out, blocks, fit))
-    _, left_out, blocks, fit = min(found, key=itemgetter(0))
-    return _Choice(_score(left_out, labels, task), "ridge", blocks, fit)
-
-
-def _error(left_out: Array, y: Array) -> float:
-    return float(np.square(left_out - y).mean())
+            score = _score(fit(rows, y, centres=_CENTRES_OF_PART)[1], labels, task)
+            found.append(_Choice(score, "ridge", blocks, fit))
+    return min(found, key=lambda each: each.score)
 
 
 def _fit_ridge(rows: Rows, y: Array, gamma: float, centres: int) -> tuple[Any, Array]:
     """Fit a pipeline of Nystroem features and ridge regression; the ridge is chosen by left-out predictions."""
     kernel = Nystroem(gamma=gamma, n_components=min(centres, len(y)), random_state=0)
     features = kernel.fit_transform(rows)
-    alpha, left_out = min(_leave_one_out(features, y), key=lambda each: _error(each[1], y))
+    alpha, left_out = min(_leave_one_out(features, y), key=lambda each: float(np.square(each[1] - y).mean()))
     return make_pipeline(kernel, Ridge(alpha).fit(features, y)), left_out
 
 
-def _leave_one_out(features: Array, y: Array) -> Iterator[tuple[float, Array]]:
-    """Yield each ridge, and what ridge regression would predict of each sample without it, ``(N, C)``."""
+def _leave_one_out(features: Array, y: Array) -> list[tuple[float, Array]]:
+    """Return each ridge, and what ridge regression would predict of each sample without it, ``(N, C)``."""
     x, targets = features - features.mean(0), y - y.mean(0)
     values, vectors = np.linalg.eigh(x.T @ x)
     basis = x @ vectors
     products, squares = basis.T @ targets, basis**2
+    found = []
     for alpha in _ALPHAS:
         weights = 1 / (values.clip(0) + alpha)
         residuals = targets - basis @ (weights[:, None] * products)
-        yield alpha, y - residuals / (1 - 1 / len(y) - squares @ weights)[:, None]
+        found.append((alpha, y - residuals / (1 - 1 / len(y) - squares @ weights)[:, None]))
+    return found
 
 
 # Any estimator of scikit-learn
