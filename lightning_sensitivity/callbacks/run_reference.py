@@ -198,7 +198,7 @@ class RunReference:
         known, labels = of_rows(known, rows), labels[rows]
         self.fitted = Reference(self._task.name, self._estimator).fit(known, labels.numpy())
         verdict = Verdict.of(self.fitted)
-        verdict.is_trusted &= not self._reader.unread or verdict.skill > LEAST_SKILL
+        verdict.is_trusted &= self._reader.sees_all or verdict.skill > LEAST_SKILL
         if self._reader.has_features:
             verdict.features = "features"
         self._warn_of_unread()

@@ -129,7 +129,7 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         self.n_features_in_ = sum(math.prod(shape[1:]) for shape in self._shapes.values())
         names = list(getattr(x, "columns", ()))
         self.__dict__.pop("feature_names_in_", None)
-        if names and all(isinstance(name, str) for name in names):
+        if names:
             self.feature_names_in_ = np.array(names, dtype=object)
         self._describe(learner, rows, task)
         return self

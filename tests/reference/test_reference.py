@@ -122,16 +122,17 @@ def test_classes_may_have_any_names(what: str) -> None:
     np.testing.assert_allclose(found.left_out_[:, :3], expected.left_out_, atol=1e-4)
 
 
-def test_a_data_frame_is_put_in_order_and_names_are_remembered() -> None:
-    frame = pd.DataFrame(IRIS, columns=list("abcd")).assign(flag=IRIS[:, 0] > 5)
+@pytest.mark.parametrize("names", [list("abcd"), ["a", "b", "c", 3]])
+def test_a_data_frame_is_put_in_order_and_names_are_remembered(names: list[Any]) -> None:
+    frame = pd.DataFrame(IRIS, columns=names).assign(flag=IRIS[:, 0] > 5)
     found = Reference().fit(frame, NAMES)
-    assert found.feature_names_in_.tolist() == [*"abcd", "flag"]
+    assert found.feature_names_in_.tolist() == [*names, "flag"]
     np.testing.assert_array_equal(
         found.predict_proba(frame[frame.columns[::-1]].assign(more="x")), found.predict_proba(frame)
     )
     np.testing.assert_array_equal(found.predict_proba(frame.to_numpy(float)), found.predict_proba(frame))
     with pytest.raises(ValueError, match="Columns of `x` are missing: 'b', 'flag'"):
-        found.predict(frame[["a", "c", "d"]])
+        found.predict(frame[["a", "c", names[-1]]])
     assert not hasattr(found.fit(frame.to_numpy(float), NAMES), "feature_names_in_")
 
 
@@ -383,6 +384,8 @@ BAD: dict[str, tuple[str, tuple[Any, ...]]] = {
     "no samples": (r"Found array with 0 sample\(s\)", (X[:0], Y[:0])),
     "fewer labels": ("`x` and `y` of the same samples, but got 5 and 6", (X, Y[:5])),
     "kinds of several numbers of samples": ("of the same samples", ({"columns": X, "tokens": Y[:5, None]}, Y)),
+    "a mapping of columns": ("`x` to have columns, images, signals, tokens, but got a, b", ({"a": X, "b": X}, Y)),
+    "nothing": ("`x` to have columns, images", ({}, Y)),
     "a number": ("Singleton array|scalar|0 dim", (X[0, 0], Y)),
     "rows of several lengths": ("inhomogeneous", ([[1, 2], [3]], Y)),
     "texts": ("convert your data|Convert your data", (["a b", "c"] * 3, Y)),
