@@ -35,9 +35,9 @@ class FirstStep:
         return FirstStep, ()
 
     def start(self, module: nn.Module, batch: object, reader: BatchReader) -> None:
-        """Note what we send of a training batch, and watch the step, unless a part is compiled."""
+        """Note what we send of a training batch, and watch the step, unless the module is compiled."""
         with suppress(Exception):  # training batches may be of another kind than validation batches
-            if not any(map(compat.is_compiled, module.modules())):
+            if not compat.is_compiled(module):  # a hook would have it compiled anew
                 self._ours = _first_input(reader.call(module, batch).arguments)
                 self._hook.enter_context(module.register_forward_pre_hook(self._compare, with_kwargs=True))
 
