@@ -43,10 +43,9 @@ class FirstStep:
 
     def _compare(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Compare the first call of the step; in passes of monitors, gradients are off."""
-        ours = self._ours
-        if ours is None or not torch.is_grad_enabled() or compat.is_redirected(module):
+        if self._ours is None or not torch.is_grad_enabled() or compat.is_redirected(module):
             return
-        self._ours = None
+        ours, self._ours = self._ours, None
         with suppress(Exception):  # a step must not fail because of a hint
             theirs = _first_input((args, kwargs))
             if theirs.shape != ours.shape:
