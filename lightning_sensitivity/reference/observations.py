@@ -109,7 +109,7 @@ def recurrence(new: Tensor, known: Tensor) -> tuple[float, float]:
         known: That of known ones, ``(N,)``.
     """
     counts = torch.unique(known, return_counts=True)[1]
-    return float(torch.isin(new, known).double().mean()), float(counts[counts > 1].sum()) / max(1, len(known))
+    return int(torch.isin(new, known).sum()) / max(1, len(new)), int(counts[counts > 1].sum()) / max(1, len(known))
 
 
 def largest_difference(known: Tensor, new: Tensor) -> tuple[int, float]:
