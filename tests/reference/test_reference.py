@@ -380,7 +380,7 @@ BAD: dict[str, tuple[str, tuple[Any, ...]]] = {
     "inputs of inf": ("Input x contains infinity", (1 / torch.zeros(6, 3), Y)),
     "no samples": (r"Found array with 0 sample\(s\)", (X[:0], Y[:0])),
     "fewer labels": (r"`x` and `y` of the same samples, but got \[5, 6\]", (X, Y[:5])),
-    "three samples, one twice": ("4 different samples with labels or more, but got 3", (X[[0, 0, 1, 2]], Y[:4])),
+    "images of one color": ("4 different samples with labels or more, but got 1", (torch.ones(6, 3, 8, 8), Y)),
     "kinds of several numbers of samples": ("of the same samples", ({"columns": X, "tokens": Y[:5, None]}, Y)),
     "a number": ("Singleton array|scalar|0 dim", (X[0, 0], Y)),
     "rows of several lengths": ("inhomogeneous", ([[1, 2], [3]], Y)),
