@@ -165,7 +165,8 @@ class RunReference:
         """Make the reference, unless that was tried; every process must call it."""
         if self.is_made:
             return
-        own = self._attempt(lambda: self._own_part(trainer.lightning_module, kept))
+        with trainer.precision_plugin.val_step_context():  # for an encoder
+            own = self._attempt(lambda: self._own_part(trainer.lightning_module, kept))
         parts = gather_objects(trainer, own)
         made: tuple[Verdict, dict[int, Unseen]] | None = None
         if trainer.is_global_zero and None not in parts:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_sensitivity.functional.tasks import TASKS, Task
+from lightning_sensitivity.functional.tasks import FLOOR, TASKS, Task
 from lightning_sensitivity.functional.tensors import as_tensor, num_outputs
 from lightning_sensitivity.reference.features import spread
 
@@ -57,7 +57,8 @@ def calibrate(p: Tensor, y: Tensor, task: Task) -> Calibration:
         return Calibration(task)
     some = spread(len(p), max(_MIN_ROWS, _MAX_NUMBERS // p.shape[1]))
     p, y = p[some], y[some]
-    power = min(_POWERS, key=lambda each: float(task.distances(Calibration(task, each)(p), y).mean()))
+    logarithms = task.clip(p).clamp(min=FLOOR).log()
+    power = min(_POWERS, key=lambda each: float((each * logarithms).softmax(1).sub_(y).square_().sum()))
     certainty, classes = Calibration(task, power)(p).max(1)
     accuracy = y.gather(1, classes[:, None]).mean()
     excess = certainty.mean() - accuracy

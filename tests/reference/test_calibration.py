@@ -155,7 +155,7 @@ def test_of_digits_it_is_about_the_share_that_was_relabelled(share: float) -> No
 def test_a_data_set_may_have_labels_of_any_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(learners, "_MAX_CELLS", 0)  # no forest, which takes longer
     x, y = X[Y < 3][:200, 16:48], relabelled(Y[Y < 3], 0.2, 3)[:200]
-    expected = pytest.approx(label_noise(x, y))
+    expected = pytest.approx(label_noise(x, y), abs=1e-3)  # of 100 classes, another ridge may be chosen
     others = (7 * y + 5).to(torch.uint8), y * 10**12, one_hot(y, 100), pd.Series(y.numpy(), index=range(200, 400))
     assert [label_noise(x, each) for each in others] == [expected] * 4
     drawn = torch.randint(200, (400,), generator=torch.Generator().manual_seed(0))  # with replacement
