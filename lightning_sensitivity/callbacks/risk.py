@@ -123,7 +123,7 @@ class RiskMonitor(ExpectationMonitor):
 
         Returns:
             ``network``, ``reference`` and ``mean``, probabilities ``(N, C)`` of all classes, two for ``"binary"``; or
-            the numbers of a regression.
+            the numbers of a regression. Those of the reference hold for the class shares of training.
 
         Raises:
             ValueError: If there is no reference, or it can't read the batches.
