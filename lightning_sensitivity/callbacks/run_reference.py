@@ -16,7 +16,7 @@ from lightning_sensitivity.functional.tasks import Task
 from lightning_sensitivity.model.inputs import LEAST_SKILL, are_finite, join_seen, of_rows
 from lightning_sensitivity.model.reader import BatchReader
 from lightning_sensitivity.model.samples import KeptRows, KeptSamples
-from lightning_sensitivity.reference.calibration import estimate_class_shares, reweigh, shares_differ
+from lightning_sensitivity.reference.calibration import estimate_class_shares, reweigh
 from lightning_sensitivity.reference.features import Seen
 from lightning_sensitivity.reference.observations import largest_difference, projection, recurrence
 
@@ -165,7 +165,8 @@ class RunReference:
         """Make the reference, unless that was tried; every process must call it."""
         if self.is_made:
             return
-        own = self._attempt(lambda: self._own_part(trainer.lightning_module, kept))
+        with trainer.precision_plugin.val_step_context():  # for an encoder
+            own = self._attempt(lambda: self._own_part(trainer.lightning_module, kept))
         parts = gather_objects(trainer, own)
         made: tuple[Verdict, dict[int, Unseen]] | None = None
         if trainer.is_global_zero and None not in parts:
@@ -198,7 +199,7 @@ class RunReference:
         known, labels = of_rows(known, rows), labels[rows]
         self.fitted = Reference(self._task.name, self._estimator).fit(known, labels.numpy())
         verdict = Verdict.of(self.fitted)
-        verdict.is_trusted &= not self._reader.unread or verdict.skill > LEAST_SKILL
+        verdict.is_trusted &= self._reader.sees_all or verdict.skill > LEAST_SKILL
         if self._reader.has_features:
             verdict.features = "features"
         self._warn_of_unread()
@@ -260,10 +261,10 @@ class RunReference:
     def _warn_of_shares(self, dataloader_idx: int, q: Tensor) -> None:
         """Warn if classes seem to have other shares among validation samples than among training samples."""
         left_out = torch.from_numpy(self.fitted.left_out_)
-        if self._class_shares is None and shares_differ(left_out, q) > _SHARES_DIFFER:
-            gap = (left_out.mean(0) - q.mean(0)).abs().argmax()
+        gap, size = largest_difference(left_out, q)
+        if self._class_shares is None and size > _SHARES_DIFFER:
             message = (
-                f"predicts class {int(gap)} for {left_out[:, gap].mean():.0%} of the training samples and "
+                f"predicts class {gap} for {left_out[:, gap].mean():.0%} of the training samples and "
                 f"{q[:, gap].mean():.0%} of dataloader {dataloader_idx}. If a sampler or undersampling changes the "
                 "shares of classes, set `class_shares=`."
             )

@@ -62,9 +62,23 @@ class BatchReader:
         """Whether the user says what a reference sees."""
         return self._encoder is not None or self._features is not None
 
+    @property
+    def sees_all(self) -> bool:
+        """Whether nothing of the inputs was left out, as far as is known."""
+        return not self.unread and not self.has_features
+
     def reset(self) -> None:
         """Forget what other batches have shown, before those of another run."""
         self._input_reader = InputReader()
+
+    def check_encoder(self, model: nn.Module) -> None:
+        """Refuse an encoder that is trained with the model, since what it returned for earlier samples would not hold.
+
+        Raises:
+            MisconfigurationException: If they share weights that are not frozen.
+        """
+        if self._encoder is not None and self._encoder.is_trained_with(model):
+            raise Refused("`features` is trained with the network: pass a copy, `copy.deepcopy(body)`.", "features")
 
     def call(self, model: nn.Module, batch: object) -> ModelCall:
         """Make the call of a model on a batch."""

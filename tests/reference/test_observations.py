@@ -11,7 +11,13 @@ from torch.nn.functional import pad
 
 from lightning_sensitivity import Reference
 from lightning_sensitivity.reference import observations
-from lightning_sensitivity.reference.observations import has_few_values, max_samples, projection, recurrence
+from lightning_sensitivity.reference.observations import (
+    has_few_values,
+    largest_difference,
+    max_samples,
+    projection,
+    recurrence,
+)
 from tests.reference.conftest import INPUTS, generator
 
 
@@ -137,6 +143,20 @@ def test_recurrence_counts_new_samples_that_are_known_and_known_ones_that_recur(
     known, new = torch.tensor([1.0, 1, 2, 3, 3, 3, 4, 5, 6, 7]), torch.tensor([1.0, 3, 8, 9])
     assert recurrence(new, known) == (0.5, 0.5)
     assert recurrence(new[:0], known[:0]) == (0, 0) and recurrence(new, new[:0]) == (0, 0)
+
+
+CONSTANT, ONE_FLAG = torch.zeros(50_000, 1), (torch.arange(600)[:, None] == 0).float()
+COLUMNS = {  # of new samples, and whether they differ from a constant one
+    "a rare flag": (ONE_FLAG, False),
+    "a heavy tail": (1e6 * ONE_FLAG, False),
+    "another constant": (CONSTANT[:600] + 1, True),
+}
+
+
+@pytest.mark.parametrize("what", COLUMNS)
+def test_a_column_differs_if_more_than_a_few_samples_do(what: str) -> None:
+    new, is_different = COLUMNS[what]
+    assert (largest_difference(CONSTANT, new)[1] > 8) == is_different
 
 
 # Of many samples

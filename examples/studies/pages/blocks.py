@@ -56,8 +56,8 @@ def by_own_metric(name: str, measure: str) -> dict[str, str]:
 def judged() -> str:
     """Say what a fine-tuned network lost, judged by its own body and by encoders, in the same runs."""
     body = "pretrained_body" if "pretrained_body" in NAMES else "pretrained_features"  # of an older study
-    judges = {body: "its own body, frozen before the fit", "pretrained_lite0": "the same network at twice the resolution"}
-    judges |= {"pretrained_lite2": "a larger network"}
+    judges = {body: "its own body, frozen before the fit"}
+    judges |= {"pretrained_lite0": "the same network at a higher resolution", "pretrained_lite2": "a larger network"}
     known = {name: label for name, label in judges.items() if name in NAMES and NAMES[name].count}
     found = [f"{{{name}.expected_score_accuracy_lost:.1f}} by {label}" for name, label in known.items()]
     return (
