@@ -229,6 +229,8 @@ class RunReference:
     def _predict(self, dataloader_idx: int, known: Seen, seen: Seen) -> Unseen:
         """Predict the kept samples of a loader, and draw labels for them."""
         rows = self._finite_rows(seen, f"validation samples of dataloader {dataloader_idx}")
+        if len(rows) == 0:
+            raise ValueError("No sample has finite inputs")
         rows = rows[projection(of_rows(seen, rows)).argsort()]
         seen = of_rows(seen, rows)
         q = torch.from_numpy(self.fitted.predict_matrix(seen))
