@@ -17,8 +17,9 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, MulticlassF1Score
 
-from lightning_sensitivity.functional import Reference, expected_metric, expected_score
+from lightning_sensitivity.functional import expected_metric, expected_score
 from lightning_sensitivity.functional.refined_score import TEMPERATURES
+from lightning_sensitivity.reference import Reference
 
 WORTH, METRIC_WORTH = 200, 1000  # labels that a reference is worth: for the refined score; accuracy, and regression
 WORTHS = (200, 1000)  # that were compared
@@ -96,7 +97,31 @@ class Recorded:
 
 def reference_says(reference: Reference, x: Tensor) -> Tensor:
     """Return the reference's probabilities of all classes (N, C), or its numbers (N, 1)."""
-    return reference.predictions(x) if reference.task == "regression" else reference.predict_proba(x)
+    if reference.task != "regression":
+        return torch.tensor(reference.predict_proba(x)).float()
+    return torch.tensor(reference.predict(x)).float().reshape(len(x), -1)
+
+
+# %% Class shares: of training samples s, of unseen ones π.
+def with_shares(q: Tensor, s: Tensor, shares: Tensor) -> Tensor:
+    """Return predictions (N, C), if classes are as frequent as said: q π / s."""
+    found = q * (shares / s.clamp(min=1e-6))
+    return (found / found.sum(1, keepdim=True)).float()
+
+
+def estimated_shares(q: Tensor, s: Tensor, steps: int = 100) -> Tensor:
+    """Estimate the shares of unseen samples by expectation maximization (Saerens et al., 2002)."""
+    shares = s
+    for _ in range(steps):
+        shares = with_shares(q, s, shares).double().mean(0)
+    return shares
+
+
+def shares_z(left_out: Tensor, unseen: Tensor) -> float:
+    """Compare the mean predictions of two samples: the largest z of all classes. Above 3.5, shares differ."""
+    parts = [each.double() for each in (left_out, unseen)]
+    variance = sum(each.var(0) / len(each) for each in parts)
+    return float(((parts[0].mean(0) - parts[1].mean(0)).abs() / (variance + 1e-12) ** 0.5).max())
 
 
 # %% Curves: a number an epoch.
@@ -104,7 +129,7 @@ def expected_curves(run: Recorded, reference: Reference, q: Tensor) -> dict[str,
     """Compute what is expected of unseen samples without their labels."""
     outputs = run.outputs("unseen")
     if run.task == "regression":
-        return {"score": np.array([expected_score(each, q, run.task, reference.score).score for each in outputs])}
+        return {"score": np.array([expected_score(each, q, run.task, reference.score_).score for each in outputs])}
     curves = {"score": np.array([expected_score(each, q).score for each in outputs])}
     for name, metric in metrics(q.shape[1]).items():
         curves[name] = np.array([float(expected_metric(metric, each, q)) for each in outputs])
@@ -188,11 +213,25 @@ def by_metrics_of_labels(run: Recorded) -> dict[str, list[int]]:
     return chosen
 
 
+def epochs_of_tenth(run: Recorded) -> dict[str, int]:
+    """Return the epochs that people take, who hold a tenth out: of the lowest loss, or the highest accuracy or AUC."""
+    p, y = run.predictions("unseen"), run.found["y_unseen"]
+    chosen = {"loss": lowest(np.array([loss(each, y) for each in p])), "nothing": len(p) - 1}
+    if run.task != "regression":
+        scores = sample_scores(run.outputs("unseen"), run.labels("y_unseen", p.shape[2]))
+        chosen["score"] = lowest(refined(scores, torch.arange(len(y))))
+        chosen |= {name: lowest(-gain_curve(name, p, y)) for name in ("accuracy", "auc")}
+    return chosen
+
+
+HELD_OUT = [*(f"held_out_by_{each}" for each in ("loss", "accuracy", "auc", "score", "nothing")), "retrained"]
+
+
 def rules(with_reference: bool, is_regression: bool) -> dict[str, str]:
     """Say which candidate each rule takes: without a reference that sees, labels alone or the last epoch."""
     labels = ["tenth", *(f"labels_{count}" for count in COUNTS)]
     by_metric = [f"{name}_by_{gain}" for name in ("tenth", "labels_600") for gain in GAINS]
-    found = {name: name for name in ("never_stop", "cbpe", *labels, *by_metric)}
+    found = {name: name for name in ("never_stop", "cbpe", *labels, *by_metric, *HELD_OUT)}
     for name in ("score", *GAINS):
         found[f"expected_{name}"] = f"expected_{name}" if with_reference else "never_stop"
     worth = f"and_{METRIC_WORTH if is_regression else WORTH}"

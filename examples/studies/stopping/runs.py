@@ -21,6 +21,7 @@ from torch.nn.functional import pad
 
 ALIKE, NUM_ALIKE = ("alike", "photos_alike"), 6  # networks on the same data
 WAYS = ("plain", "weights", "sampler", "undersampled")
+SHIFTED = ("sampler", "undersampled")  # show the reference other shares of classes than unseen samples have
 FEWEST, MOST = 0.03, 0.3  # positives
 NUM_UNSEEN, NUM_TEST = 600, 2000
 PASSES = {"cnn": 36_000, "words": 40_000}  # of samples through a network, in all epochs, for the time that it takes
@@ -220,9 +221,7 @@ def _cnn_run(
 def photo_judges(folder: Path, names: Iterable[str] = ("lite0", "lite2")) -> dict[str, Callable[[Tensor], Tensor]]:
     """Return encoders of photos: EfficientNet-Lite0 at 96 pixels, and Lite2 at 128."""
     sides = {"lite0": (0, 96), "lite2": (2, 128)}
-    return {
-        name: partial(image_features, size=sides[name][0], side=sides[name][1], folder=folder) for name in names
-    }
+    return {name: partial(image_features, size=sides[name][0], side=sides[name][1], folder=folder) for name in names}
 
 
 def draw_images(r: np.random.RandomState, name: str, folder: Path, number: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Runs that go on from a network that has seen other data: photos, and texts. Each has judges that see with encoders."""
+"""Runs that go on from a network that has seen other data, of photos and texts; their judges see with encoders."""
 
 from __future__ import annotations
 
