@@ -70,7 +70,7 @@ def than(part: str, other: str, plus: float, measure: str = "accuracy") -> str:
 
 
 def as_before(part: str, rule: str = "expected_score", measure: str = "accuracy") -> str:
-    """Compare with what references lost in the same runs before they were calibrated (commit 57b7d4e)."""
+    """Compare with what the same reference would have lost without its temperature."""
     return at_most(part, mean(part, f"before_{rule}_{measure}_lost"), rule, measure)
 
 
@@ -93,7 +93,8 @@ ASKED = {
     "large tables, AUC, no worse": ("large", lambda: as_before("large", "expected_auc", "auc")),
     "few positives, AUC, no worse": ("few", lambda: as_before("few", "expected_auc", "auc")),
     "texts, human labels, no worse": ("texts", lambda: as_before("texts")),
-    "regression, no worse, %": ("numbers", lambda: as_before("numbers", measure="loss")),
+    "regression, as they are, as 200 targets, %": ("clear", lambda: than("clear", "labels_200", 0, "loss")),
+    "regression, with noise, as 200 targets, %": ("noisy", lambda: than("noisy", "labels_200", 0, "loss")),
     "redrawn labels, no worse": ("redrawn", lambda: as_before("redrawn")),
     "correct labels, no worse": ("correct", lambda: as_before("correct")),
     "texts, rule-generated labels: never stopping + 0.3": ("rules", lambda: than("rules", "never_stop", 0.3)),

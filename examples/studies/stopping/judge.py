@@ -27,6 +27,7 @@ from record import order
 from rules import (
     GAINS,
     Recorded,
+    as_fitted,
     candidates,
     epochs_of_tenth,
     estimated_shares,
@@ -110,9 +111,25 @@ def measure(recorded: Recorded, reference: Reference, q: Tensor, q_test: Tensor)
         best = curve.min() if name == "loss" else curve.max()
         found |= {f"best_{name}": float(best), f"last_{name}": float(curve[-1]), f"chosen_{name}": float(curve[chosen])}
     found |= with_the_reference(recorded, q_test, chosen)
-    found |= level(recorded, curves, values["loss" if recorded.task == "regression" else "accuracy"])
+    truth = values["loss" if recorded.task == "regression" else "accuracy"]
+    found |= level(recorded, curves, truth) | without_temperature(recorded, reference, q, lost, truth)
     names = ("learner", "features", "kind", "skill", "unexplained", "is_trusted", "accuracy", "auroc", "majority")
     return found | {f"its_{name}": getattr(reference, f"{name}_") for name in (*names, "temperature")}
+
+
+def without_temperature(
+    recorded: Recorded, reference: Reference, q: Tensor, lost: dict[str, np.ndarray], truth: np.ndarray
+) -> dict[str, float]:
+    """Return what the same reference would lose as it was fitted, before it was calibrated."""
+    if recorded.task == "regression":
+        return {}
+    curves = expected_curves(recorded, reference, as_fitted(q, reference.temperature_))
+    found = {f"before_{name}": value for name, value in level(recorded, curves, truth).items() if "level" in name}
+    for rule in ("score", "accuracy", "auc"):
+        epoch = lowest(curves[rule] if rule == "score" else -curves[rule])
+        for what in ("loss", "accuracy", "auc"):
+            found[f"before_expected_{rule}_{what}_lost"] = float(lost[what][epoch])
+    return found
 
 
 def held_out(whole: Recorded, tenth: Recorded) -> dict[str, float]:
@@ -200,7 +217,7 @@ def row_of(about: dict[str, Any], found: dict[str, Any], judge: str) -> dict[str
     if row["pool"] == "annotators":
         row["group"] = int(row["run"].split("-")[1]) // len(RATERS)
         row["table"] = f"annotators {row['group']}"
-    row |= {name: value for name, value in found.items() if not name.endswith("_lost")}
+    row |= {name: value for name, value in found.items() if not name.endswith("_lost") or name.startswith("before")}
     for rule, candidate in rules(found["its_is_trusted"], row["task"] == "regression").items():
         for measure in ("loss", *GAINS):
             name = f"{candidate}_{measure}_lost"

@@ -6,10 +6,10 @@ from typing import Any
 import pandas as pd
 from summaries import Runs
 
-MOST_Z = 3.5  # of two mean predictions, above which shares of classes differ
+MOST_Z = 4.0  # of two mean predictions, above which shares of classes differ
 
 HERE = Path(__file__).parent
-FOUND = Runs.read(HERE / "results.csv").frame.merge(Runs.read(HERE / "before.csv").frame, "left", ["run", "judge"])
+FOUND = Runs.read(HERE / "results.csv").frame
 MORE = pd.DataFrame(
     {
         "share": FOUND["kind"].str.extract(r"(\d+) % (?:wrong|redrawn)")[0].astype(float),  # percent of the labels

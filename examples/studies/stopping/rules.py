@@ -98,8 +98,14 @@ class Recorded:
 def reference_says(reference: Reference, x: Tensor) -> Tensor:
     """Return the reference's probabilities of all classes (N, C), or its numbers (N, 1)."""
     if reference.task != "regression":
-        return torch.tensor(reference.predict_proba(x)).float()
+        return torch.tensor(reference.predict_proba(x))
     return torch.tensor(reference.predict(x)).float().reshape(len(x), -1)
+
+
+def as_fitted(q: Tensor, temperature: float) -> Tensor:
+    """Return predictions as they were before a temperature was fitted to them."""
+    found = q.clamp(min=1e-200) ** temperature
+    return found / found.sum(1, keepdim=True)
 
 
 # %% Class shares: of training samples s, of unseen ones π.
@@ -118,7 +124,7 @@ def estimated_shares(q: Tensor, s: Tensor, steps: int = 100) -> Tensor:
 
 
 def shares_z(left_out: Tensor, unseen: Tensor) -> float:
-    """Compare the mean predictions of two samples: the largest z of all classes. Above 3.5, shares differ."""
+    """Compare the mean predictions of two samples: the largest z of all classes. Above 4, shares differ."""
     parts = [each.double() for each in (left_out, unseen)]
     variance = sum(each.var(0) / len(each) for each in parts)
     return float(((parts[0].mean(0) - parts[1].mean(0)).abs() / (variance + 1e-12) ** 0.5).max())
