@@ -1,9 +1,9 @@
 """Rank models without validation labels: by the accuracy that a reference expects of each."""
 
-import gc
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from operator import length_hint
 from typing import Any, NamedTuple
 
 import torch
@@ -17,21 +17,23 @@ from lightning_sensitivity.arguments import (
     check_argument,
     check_bool,
     check_estimator,
+    link_to,
     refuse_on_error,
 )
 from lightning_sensitivity.compat import original_module
 from lightning_sensitivity.functional.expected import METRIC_WORTH
-from lightning_sensitivity.functional.features import kind_of
-from lightning_sensitivity.functional.reference import Reference, fit_reference, max_samples
-from lightning_sensitivity.functional.tasks import TASK_NAMES, TASKS, Task, of_all_classes
+from lightning_sensitivity.functional.tasks import TASK_NAMES, TASKS, Task
 from lightning_sensitivity.functional.tensors import look_like_probabilities
-from lightning_sensitivity.model.batches import clone_tensors
+from lightning_sensitivity.model.batches import clone_tensors, device_of
+from lightning_sensitivity.model.inputs import LEAST_SKILL, NOTHING_SEEN, join_seen
 from lightning_sensitivity.model.isolation import isolated
-from lightning_sensitivity.model.reader import BatchReader, join_features
+from lightning_sensitivity.model.reader import BatchReader
 from lightning_sensitivity.model.samples import KeptRows
+from lightning_sensitivity.reference.features import Seen
+from lightning_sensitivity.reference.observations import projection, recurrence
 
-ModelSource = nn.Module | Callable[[], nn.Module]
 _QUANTILE = 1.96  # of the normal distribution, for 95 %
+_REPEATED = 0.1  # share of samples that are training samples, beyond that of samples that are equal by chance
 
 
 class ModelScores(NamedTuple):
@@ -67,133 +69,13 @@ class Comparison(list[ModelScores]):
         return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
-class _Evidence(NamedTuple):
-    """What predictions are judged by: labels, or what a reference predicts in their place.
-
-    Attributes:
-        targets: Probabilities of the classes, or numbers in a regression, ``(N, K)``.
-        weights: How many labels each sample counts as, ``(N,)``.
-        error: The mean squared error of these targets, which counts in a regression; 0 of labels.
-    """
-
-    targets: Tensor
-    weights: Tensor
-    error: float = 0.0
-
-    def values(self, p: Tensor, task: Task) -> Tensor:
-        """Return what predictions ``(N, K)`` are worth on each sample: the chance to be right, or a squared error."""
-        if not task.has_classes:
-            return task.distances(p, self.targets) + self.error
-        return of_all_classes(self.targets, task).gather(1, task.classes(p)[:, None])[:, 0]
-
-
-@dataclass(frozen=True)
-class _Comparer:
-    """What reads the same batches for one model after another; see :func:`compare_models`."""
-
-    batches: Sequence[object]
-    training: Iterable[object]
-    task: Task
-    reader: BatchReader
-    estimator: object
-    validation_labels: bool
-
-    def compare(self, models: Mapping[str, ModelSource]) -> Tensor:
-        """Return what each model is worth on each sample, ``(M, N)``."""
-        outputs: dict[str, Tensor] = {}
-        evidence: list[_Evidence] = []
-        for name, source in models.items():
-            with refuse_on_error(f"Model {name!r} can't be compared", entry="comparing-models"):
-                model = source if isinstance(source, nn.Module) else source()
-                check_argument("models", model, isinstance(model, nn.Module), "modules, or functions that return one")
-                outputs[name] = self.run(model)
-            evidence = evidence or self.find_evidence(model, outputs[name].shape[1:])
-            del model
-            gc.collect()  # modules contain reference cycles, and the next model needs their memory
-        shapes = {name: tuple(each.shape) for name, each in outputs.items()}
-        check_argument("models", shapes, len({*shapes.values()}) == 1, "models with outputs of the same shape")
-        first, *others = outputs.values()
-        if all(torch.equal(first, each) for each in others):
-            advice = "in a loop, `lambda: load(path)` loads the last path: take `partial(load, path)`"
-            raise Refused(f"`models` should be different models, but all have equal outputs ({advice}).")
-        p = [self.task.predictions(each).double() for each in outputs.values()]
-        parts = [each.weights * torch.stack([each.values(x, self.task) for x in p]) for each in evidence]
-        return torch.stack(parts).sum(0) * len(first) / sum(each.weights.sum() for each in evidence)
-
-    def run(self, model: nn.Module) -> Tensor:
-        """Compute the outputs of a model for all batches, on the CPU."""
-        with isolated(model) as run:
-            parts = [run(self.reader.call(model, _move_batch(model, batch))).cpu() for batch in self.batches]
-        outputs = torch.cat(parts)
-        check_argument("outputs", tuple(outputs.shape), outputs.ndim <= 2, "one row for each sample, (N,) or (N, K)")
-        if self.task.has_classes and look_like_probabilities(outputs):
-            raise Refused("outputs should be logits, but all are from 0 to 1: take what comes before softmax.")
-        if not bool(outputs.isfinite().all()):
-            raise Refused("outputs should be finite, but some are nan or inf.")
-        return outputs
-
-    def find_evidence(self, model: nn.Module, shape: torch.Size) -> list[_Evidence]:
-        """Find what to judge by: the reference, unless it can't be trusted, and validation labels, if wanted.
-
-        Args:
-            model: A model; batches are read as for it.
-            shape: The shape of its outputs for a sample.
-        """
-        found = []
-        with refuse_on_error("`training` gives no reference (`features=` says what it sees)", entry="comparing-models"):
-            reference = self.fit_reference(model, shape)
-            if reference.is_trusted:
-                seen = [self.features(model, _move_batch(model, batch)) for batch in self.batches]
-                q = reference.predictions(join_features(seen))
-                weights = torch.full((len(q),), METRIC_WORTH / len(q), dtype=torch.float64)
-                found.append(_Evidence(q, weights, reference.score))
-            elif not self.validation_labels:
-                skill = f"it is only {max(0.0, reference.skill):.0%} better than chance on labels that were left out"
-                raise Refused(f"{skill}. Set `features=`, or `validation_labels=True`.")
-        if self.validation_labels:
-            with refuse_on_error("`validation_labels` can't be read", entry="comparing-models"):
-                labels = [self.labels(model, _move_batch(model, batch), shape) for batch in self.batches]
-                y, has_label = map(torch.cat, zip(*labels, strict=True))
-                if not bool(has_label.any()):
-                    raise Refused("all are -100. Set it to False.")
-                found.append(_Evidence(y.double(), has_label.double()))
-        return found
-
-    def fit_reference(self, model: nn.Module, shape: torch.Size) -> Reference:
-        """Fit a reference to training batches, which are read as for a model with outputs of a shape."""
-        kept: KeptRows | None = None
-        for batch in self.training:
-            moved = _move_batch(model, batch)
-            labels, has_label = self.labels(model, moved, shape)
-            features = self.features(model, moved)
-            kept = kept or KeptRows(max_samples(kind_of(features), math.prod(shape)))
-            kept.add(features[has_label], labels[has_label])
-        if kept is None or kept.size == 0:
-            raise Refused("no batch has a label.")
-        x, y = kept.parts()
-        return fit_reference(join_features(x), torch.cat(y), self.task.name, estimator=self.estimator)
-
-    def features(self, model: nn.Module, batch: object) -> Tensor:
-        """Return what a reference sees of a batch on the model's device."""
-        call = self.reader.call(model, batch)
-        features = self.reader.features(model, batch, call, self.reader.size(model, call))
-        if features is None:
-            raise Refused("inputs are neither numbers nor token ids, with a row for each sample.")
-        return features
-
-    def labels(self, model: nn.Module, batch: object, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        """Return the labels of a batch as a matrix, ``(N, K)``, and which samples have one, ``(N,)``."""
-        labels = self.reader.labels(model, batch, shape)
-        return self.task.as_matrix(labels, shape.numel()), self.task.has_label(labels)
-
-
 def compare_models(
-    models: Mapping[str, ModelSource],
+    models: Mapping[str, nn.Module],
     dataloader: Iterable[object],
     *,
     training: Iterable[object],
     targets: Selector | None = None,
-    features: Selector | None = None,
+    features: Selector | nn.Module | None = None,
     reference: object = None,
     validation_labels: bool = False,
     task: str = "multiclass",
@@ -207,15 +89,14 @@ def compare_models(
     expect is the mean probability of the class that a model chooses. See ``examples/studies`` for what it is worth.
 
     Args:
-        models: A dict of names and models, two or more. Each model is a module, which is left as it was, or a
-            function that returns one, such as ``partial(Classifier.load_from_checkpoint, path)``, which is called
-            once; then only one model is in memory at a time. Each runs on its own device.
+        models: A dict of names and modules, two or more. Each runs on its own device, and is left as it was.
         dataloader: Batches that no model was trained on, with or without labels, all kept in memory: about a
             thousand samples are enough.
-        training: The batches that the models were trained on, with labels. All are read once; what the reference
-            sees of up to 50,000 rows of a table, or 10,000 images, signals or texts, is kept.
+        training: The batches that the models were trained on, with labels. All are read once, and evenly spaced
+            samples are kept: up to 50,000 rows of a table, or 10,000 images, signals or texts, within 512 MiB.
         targets: A function ``batch -> labels``; by default :func:`~lightning_sensitivity.model.select_targets`.
-        features: A function ``batch -> (N, D)``, what the reference sees, such as a pretrained encoder.
+        features: What the reference sees, by default the inputs: an encoder, a module that gets the inputs of the
+            models and runs on up to 3,000 training samples, or a function ``batch -> (N, D)``.
         reference: An estimator of scikit-learn that takes the place of the reference's own learners: a classifier
             with ``predict_proba``, or a regressor.
         validation_labels: Combine what is expected with the value on the labels of ``dataloader``, which may be
@@ -241,17 +122,117 @@ def compare_models(
         >>> [model.name for model in compare_models(models, [x[200:]], training=train_loader)]
         ['good', 'random']
     """
-    _check_models(models)
+    is_valid = isinstance(models, Mapping) and all(isinstance(each, nn.Module) for each in models.values())
+    got = {name: type(each) for name, each in models.items()} if isinstance(models, Mapping) else type(models)
+    check_argument("models", got, is_valid and len(models) > 1, "a dict of names and modules, two or more")
     check_argument("training", training, isinstance(training, Iterable), "an iterable of batches")
     batches = list(dataloader) if isinstance(dataloader, Iterable) else []
     check_argument("dataloader", dataloader, len(batches) > 0, "an iterable of batches")
     check_argument("task", task, task in TASKS, f"one of {TASK_NAMES}")
     check_bool("validation_labels", validation_labels)
-    kind = TASKS[task]
-    check_estimator("reference", reference, kind)
-    reader = BatchReader(inputs=inputs, outputs=outputs, targets=targets, features=features, task=kind)
-    values = _Comparer(batches, training, kind, reader, reference, validation_labels).compare(models)
-    return _rank(dict(zip(models, values, strict=True)), highest_first=kind.has_classes)
+    check_estimator("reference", reference, TASKS[task])
+    reader = BatchReader(inputs=inputs, outputs=outputs, targets=targets, features=features, task=TASKS[task])
+    found = {name: _run(name, model, batches, reader, TASKS[task]) for name, model in models.items()}
+    shapes = {name: tuple(each.shape) for name, each in found.items()}
+    check_argument("models", shapes, len({*shapes.values()}) == 1, "models with outputs of the same shape")
+    p = torch.stack([TASKS[task].predictions(each).double() for each in found.values()])
+    judge = _Judge(reader, TASKS[task], *next((model, found[name].shape[1:]) for name, model in models.items()))
+    weighted = judge.by_reference(p, batches, training, reference, is_optional=validation_labels)
+    if validation_labels:
+        weighted += judge.by_labels(p, batches)
+    values = weighted[:-1] / weighted[-1].mean()
+    return _rank(dict(zip(models, values, strict=True)), highest_first=TASKS[task].has_classes)
+
+
+def _run(name: str, model: nn.Module, batches: Sequence[object], reader: BatchReader, task: Task) -> Tensor:
+    """Compute the outputs of a model for all batches, on the CPU."""
+    with refuse_on_error(f"Model {name!r} can't be compared", "comparing-models"):
+        with isolated(model) as run:
+            outputs = torch.cat([run(reader.call(model, _move_batch(model, batch))).cpu() for batch in batches])
+        check_argument("outputs", tuple(outputs.shape), outputs.ndim <= 2, "one row for each sample, (N,) or (N, K)")
+        if task.has_classes and look_like_probabilities(outputs):
+            raise Refused("outputs should be logits, but all are from 0 to 1: take what comes before softmax.")
+        if not bool(outputs.isfinite().all()):
+            raise Refused("outputs should be finite, but some are nan or inf.")
+    return outputs
+
+
+class _Judge(NamedTuple):
+    """What reads batches as for a model with outputs of a shape, to find what predictions are worth."""
+
+    reader: BatchReader
+    task: Task
+    model: nn.Module
+    shape: torch.Size
+
+    def weigh(self, p: Tensor, targets: Tensor, weights: Tensor, error: float = 0.0) -> Tensor:
+        """Return what predictions ``(M, N, C)`` are worth, times the weights, and these, ``(M + 1, N)``.
+
+        A prediction is worth the chance to be right; in a regression, it is a squared error.
+        """
+        if self.task.has_classes:
+            values = targets.double().expand_as(p).gather(2, self.task.classes(p)[..., None])[..., 0]
+        else:
+            values = self.task.distances(p, targets.double()) + error
+        return torch.cat([values, torch.ones_like(values[:1])]) * weights.double()
+
+    def by_labels(self, p: Tensor, batches: Sequence[object]) -> Tensor:
+        """Weigh predictions by validation labels, each of which counts as 1."""
+        with refuse_on_error("`validation_labels` can't be read", "comparing-models"):
+            moved = (_move_batch(self.model, batch) for batch in batches)
+            labels = torch.cat([self.reader.labels(self.model, batch, self.shape) for batch in moved])
+            has_label = self.task.has_label(labels)
+            if not bool(has_label.any()):
+                raise Refused("all are -100. Set it to False.")
+            return self.weigh(p, self.task.as_matrix(labels, p.shape[2]), has_label)
+
+    def by_reference(
+        self, p: Tensor, batches: Sequence[object], training: Iterable[object], estimator: object, is_optional: bool
+    ) -> Tensor:
+        """Weigh predictions by those of a reference, which counts as 1,000 labels; by 0 if it can't be trusted."""
+        from lightning_sensitivity.reference.reference import Reference
+
+        with refuse_on_error("`training` gives no reference (`features=` says what it sees)", "comparing-models"):
+            known, labels = self._read(training)
+            fitted = Reference(self.task.name, estimator).fit(known, self.task.as_matrix(labels, p.shape[2]))
+            is_blind = not fitted.is_trusted_ or (self.reader.unread and fitted.skill_ < LEAST_SKILL)
+            if is_blind and not is_optional:
+                skill = f"it is only {max(0.0, fitted.skill_):.0%} better than chance on labels that were left out"
+                raise Refused(f"{skill}. Set `features=`, or `validation_labels=True`.")
+            new = self._see(batches)
+            _warn_of_repeated(new, known)
+            q = torch.from_numpy(fitted.predict_proba(new) if self.task.has_classes else fitted.predict(new))
+            weights = torch.full((len(q),), 0.0 if is_blind else METRIC_WORTH / len(q))
+            return self.weigh(p, q.reshape(p.shape[1:]), weights, fitted.score_)
+
+    def _read(self, training: Iterable[object]) -> tuple[Seen, Tensor]:
+        """Return what a reference sees of labelled training samples, and their labels."""
+        rows = KeptRows(self.task.num_columns(self.shape), 1, self.reader.max_read, length_hint(training))
+        for batch in training:
+            self.reader.keep_rows(rows, self.model, _move_batch(self.model, batch), self.shape)
+        if rows.size == 0:
+            raise Refused("no batch has a label.")
+        return rows.joined()
+
+    def _see(self, batches: Sequence[object]) -> Seen:
+        """Return what a reference sees of validation samples."""
+        parts = []
+        for batch in batches:
+            moved = _move_batch(self.model, batch)
+            call = self.reader.call(self.model, moved)
+            parts.append(self.reader.see(self.model, moved, call, self.reader.size(self.model, call)))
+        return join_seen(parts)
+
+
+def _warn_of_repeated(new: Seen, known: Seen) -> None:
+    """Warn if validation samples are training samples more often than training samples are equal by chance."""
+    share, among_themselves = recurrence(projection(new), projection(known))
+    if share > among_themselves + _REPEATED:
+        warnings.warn(
+            f"`compare_models` finds that {share:.0%} of the samples of `dataloader` are training samples, whose labels "
+            f"the models know: take others{link_to('repeated')}",
+            stacklevel=4,
+        )
 
 
 def _rank(values: Mapping[str, Tensor], highest_first: bool) -> Comparison:
@@ -268,19 +249,9 @@ def _rank(values: Mapping[str, Tensor], highest_first: bool) -> Comparison:
     return found
 
 
-def _check_models(models: Mapping[str, ModelSource]) -> None:
-    """Refuse what is no dict of models, or too few of them."""
-    valid = isinstance(models, Mapping) and all(isinstance(name, str) and callable(models[name]) for name in models)
-    example = "such as `partial(Classifier.load_from_checkpoint, path)`"
-    got = {name: type(models[name]) for name in models} if isinstance(models, Mapping) else type(models)
-    check_argument("models", got, valid, f"a dict of names and models, or functions that return one, {example}")
-    check_argument("models", list(models), len(models) >= 2, "2 models or more")
-
-
 def _move_batch(model: nn.Module, batch: object) -> Any:
     """Copy a batch, and move it to the device of a model; the hooks of a LightningModule may also transform it."""
-    module, batch = original_module(model), clone_tensors(batch)
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    module, batch, device = original_module(model), clone_tensors(batch), device_of(model)
     if not isinstance(module, LightningModule):
         return move_data_to_device(batch, device)
 

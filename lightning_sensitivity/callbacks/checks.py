@@ -1,18 +1,22 @@
 """What is refused, or said, before the first training step."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
+from torchmetrics import Metric, MetricCollection
 
-from lightning_sensitivity.arguments import Refused
+from lightning_sensitivity.arguments import Refused, check_argument, refuse_on_error
+from lightning_sensitivity.functional.expected import metric_value
 from lightning_sensitivity.functional.tasks import Task
 from lightning_sensitivity.functional.tensors import are_close, are_log_probabilities, are_probabilities
 
 EXPECTED = "expected_"  # begins the names of what a RiskMonitor logs
 _DEFAULTS = ("score", "accuracy", "auroc", "mse")  # by default; a task has not all of them
 _LIGHTNING_MODULES = ("lightning.pytorch.core.module", "pytorch_lightning.core.module")
+_ROUNDING = 1e-3  # of shares that sum to 1
 _SHARDED = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")
 
 
@@ -50,59 +54,30 @@ def _problem_of_steps(trainer: Trainer, pl_module: LightningModule, stage: str) 
 
 
 def _is_overridden(name: str, pl_module: LightningModule) -> bool:
-    # Lightning's own check fails if the module comes from the other package (`lightning` or
-    # `pytorch_lightning`).
+    # Lightning's own check fails if the module comes from the other package (`lightning`, `pytorch_lightning`).
     return getattr(getattr(pl_module, name), "__module__", "") not in _LIGHTNING_MODULES
 
 
-def check_monitored(trainer: Trainer, prefix: str, directions: Mapping[str, bool]) -> None:
+def check_monitored(trainer: Trainer, directions: Mapping[str, bool]) -> None:
     """Refuse callbacks and schedulers that monitor a name that will not be logged, or look for the worst value.
 
     Args:
         trainer: The Trainer.
-        prefix: The prefix of the monitor.
-        directions: Whether the highest value is the best, by logged name.
+        directions: Whether the highest value is the best, by logged name; the first one is the expected score.
 
     Raises:
         MisconfigurationException: If there is one.
     """
-    defaults = [prefix + EXPECTED + each for each in _DEFAULTS]
+    prefix = next(iter(directions)).removesuffix("score")
+    defaults = {prefix + each for each in _DEFAULTS}
     for owner, monitor in callbacks_that_monitor(trainer):
-        name = _without_loader(monitor)
-        if name in defaults and name not in directions:
-            raise _not_logged(owner, monitor, directions)
-        mode = getattr(owner, "mode", None)
-        best = "max" if directions.get(name) else "min"
-        if name in directions and mode in ("min", "max") and mode != best:
-            raise Refused(
-                f"`mode` should be {best!r} for `{monitor}`, got {mode!r} in `{type(owner).__name__}`.", entry="names"
-            )
-
-
-def check_loaders(trainer: Trainer, names: Sequence[str]) -> None:
-    """Refuse callbacks that monitor a value of a loader that is not there, or of none of several.
-
-    Args:
-        trainer: The Trainer, whose loaders are known.
-        names: All names that will be logged.
-
-    Raises:
-        MisconfigurationException: If there is one.
-    """
-    known = {_without_loader(name) for name in names}
-    for owner, monitor in callbacks_that_monitor(trainer):
-        if _without_loader(monitor) in known and monitor not in names:
-            raise _not_logged(owner, monitor, names)
-
-
-def _without_loader(name: str) -> str:
-    return name.partition("/dataloader_idx_")[0]
-
-
-def _not_logged(owner: object, monitor: str, names: Iterable[str]) -> Refused:
-    """Make the error for who monitors a name that is not among those that are logged."""
-    known = ", ".join(f"`{each}`" for each in names)
-    return Refused(f"`{type(owner).__name__}` monitors `{monitor}`, which is not logged. There are {known}.", "names")
+        name, kind = monitor.partition("/dataloader_idx_")[0], type(owner).__name__
+        if name in defaults - directions.keys():
+            known = ", ".join(f"`{each}`" for each in directions)
+            raise Refused(f"`{kind}` monitors `{monitor}`, which is not logged. There are {known}.", "names")
+        best, worst = ("max", "min") if directions.get(name) else ("min", "max")
+        if name in directions and getattr(owner, "mode", best) == worst:
+            raise Refused(f"`mode` should be {best!r} for `{monitor}`, got {worst!r} in `{kind}`.", entry="names")
 
 
 def callbacks_that_monitor(trainer: Trainer) -> list[tuple[object, str]]:
@@ -174,3 +149,47 @@ def check_targets(labels: Tensor, num_samples: int, task: Task) -> None:
     if not labels.is_floating_point():
         advice = "leave `task='regression'` out if they are classes, make them floating if not"
         raise Refused(f"the targets of a regression are integers, {labels.dtype}: {advice}.", entry="task")
+
+
+def check_metrics(metrics: Mapping[str, Metric] | MetricCollection) -> dict[str, Metric]:
+    """Return metrics by name, or raise MisconfigurationException."""
+    expected = "a dict of names and torchmetrics metrics, or a `MetricCollection`"
+    check_argument("metrics", metrics, isinstance(metrics, Mapping | MetricCollection), expected)
+    found = dict(metrics.items())
+    for name, metric in found.items():
+        check_argument("metrics", metric, isinstance(name, str) and isinstance(metric, Metric), expected)
+        has_direction = isinstance(metric.higher_is_better, bool)
+        check_argument(f"metrics[{name!r}].higher_is_better", metric.higher_is_better, has_direction, "True or False")
+        check_argument("metrics", name, name != "score", "named otherwise, since `expected_score` is ours")
+    return found
+
+
+def try_metrics(metrics: Mapping[str, Metric], outputs: Tensor, labels: Tensor, task: Task) -> None:
+    """Refuse a metric that fails on a training batch, or does not return one number.
+
+    Args:
+        metrics: The metrics by name.
+        outputs: Outputs ``(N, C)``.
+        labels: Their labels ``(N, C)``.
+        task: The task.
+    """
+    y = task.classes(labels) if task.has_classes else labels
+    twice = torch.stack([y, y])  # a few need two samples
+    for name, metric in metrics.items():
+        with refuse_on_error(f"`metrics[{name!r}]` fails on outputs {tuple(outputs.shape)}", entry="metrics"):
+            value = metric_value(metric, task.predictions(outputs), twice, task)
+            is_number = isinstance(value, Tensor) and value.numel() == 1
+            check_argument(f"metrics[{name!r}]", value, is_number, "one number")
+
+
+def check_class_shares(class_shares: object, task: Task) -> None:
+    """Require shares of classes that sum to 1, ``"estimate"``, or None."""
+    expected = "positive shares of all classes that sum to 1, 'estimate', or None"
+    if class_shares is None or isinstance(class_shares, str):
+        check_argument("class_shares", class_shares, class_shares in (None, "estimate"), expected)
+    else:
+        with refuse_on_error("`class_shares` can't be read"):
+            shares = torch.as_tensor(class_shares, dtype=torch.float64)
+        are_shares = shares.ndim == 1 and bool((shares > 0).all()) and abs(float(shares.sum()) - 1) < _ROUNDING
+        check_argument("class_shares", class_shares, are_shares, expected)
+    check_argument("class_shares", class_shares, class_shares is None or task.has_classes, "None in a regression")

@@ -1,164 +1,210 @@
-"""The end of a fit: a summary for machines, and the last line for people, which says the same."""
+"""The end of a fit: a summary for programs, and the last line for people, which says the same."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Trainer
 
-from lightning_sensitivity.callbacks.checks import callbacks_that_monitor
-from lightning_sensitivity.callbacks.record import RiskRecord, Verdict
-from lightning_sensitivity.functional.refined_score import TEMPERATURES
+from lightning_sensitivity.callbacks.checks import EXPECTED, callbacks_that_monitor
+from lightning_sensitivity.callbacks.run_reference import Verdict
+from lightning_sensitivity.compat import PlotType
 
 _SAID = 0.05  # share of labels that is worth a sentence
 _ENDED = 0.01  # of the first learning rate
 _LEARNERS = {"forest": "random forest", "ridge": "ridge regression on {}", "mean": "mean label"}
+# Its words, the reference's own value, its form, and whether higher is better, by what is expected.
+_RIVALS = {
+    "accuracy": ("an accuracy of", "left_out_accuracy", ".0%", 1),
+    "auroc": ("an AUROC of", "left_out_auroc", ".2f", 1),
+    "mse": ("a squared error of", "left_out_score", ".3g", -1),
+}
 
 Row = dict[str, Any]  # of the history
+Summary = dict[str, Any]
 Curve = tuple[str, int, bool]  # a value, its loader, and whether the highest is the best
 
 
-def summarize(trainer: Trainer, curves: Mapping[str, Curve], record: RiskRecord) -> dict[str, Any]:
+def summarize(
+    trainer: Trainer, curves: Mapping[str, Curve], history: Sequence[Row], verdict: Verdict | None
+) -> Summary:
     """Say which epoch is best by the value that is monitored, what chose it, and what is known of the labels.
 
     Args:
         trainer: The Trainer, at the end of a fit.
         curves: The value, the loader and the direction of each name that can be monitored; the first is the default.
-        record: What is known of the fit.
+        history: A row for each validation and loader.
+        verdict: What is known of the reference of this fit; None without one.
+
+    Returns:
+        Numbers, names and flags; None where something is unknown, as ``json`` has it.
     """
-    monitored = [name for _, name in callbacks_that_monitor(trainer) if name in curves]
-    name = (monitored or list(curves))[0]
+    name = next((name for _, name in callbacks_that_monitor(trainer) if name in curves), next(iter(curves)))
     value, dataloader_idx, is_highest = curves[name]
-    verdict = record.verdict or Verdict()
-    found, earlier = _rows_of(record, dataloader_idx, value)
-    sign = 1 if is_highest else -1
-    best = max(found, key=lambda each: sign * each[value]) if found else {}
-    return {
+    rows = [row for row in history if row["dataloader_idx"] == dataloader_idx]
+    found = _comparable([row for row in rows if math.isfinite(row.get(value, math.nan))])
+    best = _best_row(found, value, is_highest)
+    summary = {
         "monitored": name,
         "direction": "highest" if is_highest else "lowest",
         "epoch": best.get("epoch"),
-        "checkpoint": _checkpoint_of(trainer, name, best.get(value), best.get("step") in record.saved_steps),
-        "chosen_by": _chosen_by(verdict, best),
-        "temperature": best.get("temperature", math.nan),
+        "checkpoint": _checkpoint_of(trainer, name, best.get(value)),
+        "chosen_by": _chosen_by(best),
+        "is_tied": bool(found) and not best,
+        "is_improving": len(found) > 1 and best is rows[-1],
         "num_labels": best.get("num_labels", 0),
-        "is_improving": len(found) > 1 and best is found[-1] and not record.ends_in_gap,
-        "num_training": verdict.num_samples,
-        "learner": verdict.learner,
-        "features": verdict.features,
-        "is_trusted": verdict.is_trusted,
+        "temperature": best.get("temperature"),
+        "num_validations": len(rows),
+        "num_gaps": sum(value not in row for row in rows),
+    }
+    expected = {name: number for name, number in best.items() if name.startswith(EXPECTED)}
+    return summary | expected | _of_reference(verdict)
+
+
+def _comparable(rows: list[Row]) -> list[Row]:
+    """Return the rows by the same reference as the last one; another one, before a resume, has judged otherwise."""
+    return [row for row in rows if _is_same(row["reference"], rows[-1]["reference"])]
+
+
+def _best_row(rows: list[Row], value: str, is_highest: bool) -> Row:
+    """Return the row of the best value; an empty one if there is none, or several are all equal."""
+    if not rows or (len(rows) > 1 and len({row[value] for row in rows}) == 1):
+        return {}
+    best: Row = (max if is_highest else min)(rows, key=lambda row: row[value])
+    return best
+
+
+def _is_same(first: float | None, second: float | None) -> bool:
+    """Return whether two left-out scores are those of one reference."""
+    if first is None or second is None:
+        return first is second
+    return math.isclose(first, second, rel_tol=1e-6)
+
+
+def _of_reference(verdict: Verdict | None) -> Summary:
+    """Return what is known of the reference, with None for nan."""
+    if verdict is None:
+        return {"learner": None, "is_trusted": False}
+    numbers = {
         "skill": verdict.skill,
+        "left_out_score": verdict.score,
         "left_out_accuracy": verdict.accuracy,
         "left_out_auroc": verdict.auroc,
-        "left_out_r2": verdict.skill if math.isnan(verdict.accuracy) else math.nan,
         "majority": verdict.majority,
         "unexplained": verdict.unexplained,
-        "num_validations": record.num_validations,
-        "num_gaps": record.num_gaps,
-        "num_earlier": sum(sign * each[value] > sign * best[value] for each in earlier) if found else 0,
     }
+    known = {name: None if math.isnan(number) else number for name, number in numbers.items()}
+    about = {"learner": verdict.learner, "features": verdict.features, "num_training": verdict.num_samples}
+    return {"is_trusted": verdict.is_trusted} | about | known
 
 
-def _rows_of(record: RiskRecord, dataloader_idx: int, value: str) -> tuple[list[Row], list[Row]]:
-    """Return the rows that have a value, by the last reference, and by earlier ones, which judge otherwise."""
-    rows = [each for each in record.history if each["dataloader_idx"] == dataloader_idx]
-    rows = [each for each in rows if math.isfinite(each.get(value, math.nan))]  # a resumed fit may have new metrics
-    found = [each for each in rows if each["reference"] == record.num_references]
-    return found, [each for each in rows if each["reference"] != record.num_references]
-
-
-def _chosen_by(verdict: Verdict, best: Mapping[str, Any]) -> str:
+def _chosen_by(best: Row) -> str:
+    """Say what a row was judged by."""
     if not best:
         return "nothing"
-    names = ["reference"] * verdict.is_trusted + ["labels"] * (best["num_labels"] > 0)
+    names = ["reference"] * (best["reference"] is not None) + ["labels"] * (best["num_labels"] > 0)
     return " and ".join(names)
 
 
-def _checkpoint_of(trainer: Trainer, name: str, value: float | None, is_saved: bool) -> str:
-    """Name the checkpoint of the best value, if one was saved at its step."""
+def _checkpoint_of(trainer: Trainer, name: str, value: float | None) -> str:
+    """Name the checkpoint that was saved for a value, if there is one."""
     for callback, monitor in callbacks_that_monitor(trainer):
-        path, score = getattr(callback, "best_model_path", ""), getattr(callback, "best_model_score", None)
-        if monitor != name or not is_saved or not path or value is None or score is None:
+        score = getattr(callback, "best_model_score", None)
+        if monitor != name or score is None or value is None:
             continue
-        if math.isclose(float(score), value, rel_tol=1e-5, abs_tol=1e-9):
-            return str(path)
+        if math.isclose(score, value, rel_tol=1e-5, abs_tol=1e-9):
+            return str(getattr(callback, "best_model_path", ""))
     return ""
 
 
-def closing_line(trainer: Trainer, summary: Mapping[str, Any]) -> str:
+def closing_line(trainer: Trainer, summary: Summary) -> str:
     """Say what a summary says, in sentences."""
-    sentences = [_best(summary), _what_chose(summary), _unexplained(summary), _gaps(summary), _earlier(summary)]
+    if summary["is_tied"]:
+        said = [f"All values of `{summary['monitored']}` are equal, so that no epoch was chosen."]
+    elif summary["epoch"] is None:
+        said = [_why_nothing(summary)]
+    else:
+        said = [_best(summary), _what_chose(summary), _rival(summary)]
+        if summary["num_gaps"]:
+            said.append(f"There is no value for {summary['num_gaps']} of {summary['num_validations']} validations.")
+    said.append(_unexplained(summary))
     if summary["is_improving"] and not _has_ended(trainer):
-        sentences.append("It was still improving: train for longer.")
-    return " ".join(filter(None, sentences))
+        said.append("It was still improving: train for longer.")
+    return " ".join(filter(None, said))
 
 
-def _best(summary: Mapping[str, Any]) -> str:
-    """Say which epoch and file, and how its probabilities become calibrated."""
-    if summary["epoch"] is None:
-        return f"`{summary['monitored']}` has no value to choose by."
+def _best(summary: Summary) -> str:
+    """Say which epoch and file, and, if labels know it, how its probabilities become calibrated."""
     file = f", in the checkpoint {summary['checkpoint']}" if summary["checkpoint"] else ""
     said = f"`{summary['monitored']}` was {summary['direction']} at epoch {summary['epoch']}{file}"
     is_score = summary["monitored"].partition("/dataloader_idx_")[0].endswith("score")
-    is_known = TEMPERATURES[0] < summary["temperature"] < TEMPERATURES[-1]  # not at an end of the grid
-    if is_score and is_known and summary["temperature"] != 1:
-        return f"{said}: divide its logits by {summary['temperature']:.1f} to calibrate it."
+    if is_score and summary["num_labels"] and summary["temperature"] not in (None, 1):
+        return f"{said}: divide its logits by {summary['temperature']:.1f} to calibrate its probabilities."
     return f"{said}."
 
 
-def _what_chose(summary: Mapping[str, Any]) -> str:
+def _what_chose(summary: Summary) -> str:
     """Say what chose, and how good the reference is."""
     labels = f"{summary['num_labels']} validation labels"
     if summary["chosen_by"] == "labels":
         return f"{labels} chose."
-    if summary["is_trusted"] and summary["epoch"] is None:
-        return "No validation since the reference was fitted gave one."
-    if summary["chosen_by"] == "nothing":
-        reason = f"sees too little of the inputs ({_skill(summary)})" if summary["learner"] else "is missing"
-        reason = "has seen labels of one class alone" if summary["majority"] == 1 else reason
-        return (
-            f"The reference {reason}, so nothing says when to stop. Callbacks that monitor it took the last epoch: "
-            "label some validation samples (`validation_labels=True`), or set `features=`."
-        )
-    name = _LEARNERS.get(summary["learner"], summary["learner"]).format(summary["features"])
+    if summary["learner"] is None:
+        return "The reference of an earlier part of this fit chose."
+    learner = str(summary["learner"])
+    name = _LEARNERS.get(learner, learner).format(summary["features"])
     both = f"{labels} and the" if summary["num_labels"] else "The"
     return f"{both} reference ({name}, {summary['num_training']:,} training labels) chose: {_skill(summary)}."
 
 
-def _skill(summary: Mapping[str, Any]) -> str:
+def _why_nothing(summary: Summary) -> str:
+    """Say why nothing was expected."""
+    if summary["is_trusted"]:
+        return f"`{summary['monitored']}` has no value to choose by: no validation came after the reference."
+    reason = f"sees too little of the inputs ({_skill(summary)})" if summary["learner"] else "is missing"
+    if summary.get("majority") == 1:
+        reason = "has seen labels of only one class"
+    return (
+        f"`{summary['monitored']}` has no value to choose by: the reference {reason}, so nothing says when to stop. "
+        "Callbacks that monitor it took the last epoch: label some validation samples (`validation_labels=True`), or "
+        "set `features=`."
+    )
+
+
+def _skill(summary: Summary) -> str:
     """Say how well the reference predicts labels that it has not seen, beside always the most frequent class."""
-    if math.isnan(summary["left_out_accuracy"]):
+    if summary["left_out_accuracy"] is None:
         return f"its R² on left-out labels is {max(0.0, summary['skill']):.2f}"
-    auroc = "" if math.isnan(summary["left_out_auroc"]) else f"; AUROC {summary['left_out_auroc']:.2f}"
+    auroc = "" if summary["left_out_auroc"] is None else f"; AUROC {summary['left_out_auroc']:.2f}"
     return (
         f"without having seen them, it predicts {summary['left_out_accuracy']:.0%} of these labels (always the most "
         f"frequent class: {summary['majority']:.0%}{auroc})"
     )
 
 
-def _unexplained(summary: Mapping[str, Any]) -> str:
+def _rival(summary: Summary) -> str:
+    """Compare what is expected of the network with the reference by itself, in the units of what is monitored."""
+    if "reference" not in summary["chosen_by"]:
+        return ""
+    value = summary["monitored"].partition("/dataloader_idx_")[0].rpartition(EXPECTED)[2]
+    measure = value if value in _RIVALS else "mse" if f"{EXPECTED}mse" in summary else "accuracy"
+    what, of_reference, form, sign = _RIVALS[measure]
+    network, reference = summary.get(EXPECTED + measure), summary.get(of_reference)
+    if network is None or reference is None:
+        return ""
+    advice = ": consider it, or the mean of both" if sign * reference >= sign * network else ""
+    return (
+        f"There the network is expected to reach {what} {network:{form}}; the reference by itself reaches "
+        f"{reference:{form}}{advice}."
+    )
+
+
+def _unexplained(summary: Summary) -> str:
     """Say how many labels can't be explained, if that is worth a sentence."""
-    if not summary["unexplained"] >= _SAID:
+    if (summary.get("unexplained") or 0.0) < _SAID:
         return ""
     return (
         f"About {summary['unexplained']:.0%} of the training labels can't be explained: they are wrong, or not to be "
         "known from the inputs."
-    )
-
-
-def _gaps(summary: Mapping[str, Any]) -> str:
-    """Say how many validations have no value."""
-    if not summary["num_gaps"] or summary["epoch"] is None:
-        return ""
-    return f"{summary['num_gaps']} of {summary['num_validations']} validations have no value."
-
-
-def _earlier(summary: Mapping[str, Any]) -> str:
-    """Say if callbacks may have chosen by a reference that was replaced in the first epoch."""
-    if not summary["num_earlier"]:
-        return ""
-    return (
-        f"An earlier reference, which knew fewer samples, gave {summary['num_earlier']} better: callbacks may have "
-        "stopped the run or saved by that."
     )
 
 
@@ -169,15 +215,25 @@ def _has_ended(trainer: Trainer) -> bool:
     return has_stopped or any(group["lr"] <= _ENDED * group.get("initial_lr", 0.0) for group in groups)
 
 
-def log_summary(trainer: Trainer, prefix: str, summary: Mapping[str, Any]) -> None:
-    """Write a summary to the loggers: to that of a run where they have one, as text, or to the hyperparameters."""
-    values = {f"{prefix}{name}": value for name, value in summary.items()}
-    for logger in trainer.loggers if trainer.is_global_zero else ():
-        experiment: Any = getattr(logger, "experiment", None)
-        if type(logger).__name__ == "WandbLogger":
-            experiment.summary.update(values)
-        elif hasattr(experiment, "add_text"):  # TensorBoard, which takes the hyperparameters of a run only once
-            rows = [f"| {name} | {value} |" for name, value in summary.items()]
-            experiment.add_text(f"{prefix}summary", "\n".join(["| | |", "|---|---|", *rows]))
-        else:
-            logger.log_hyperparams(values)
+def plot_history(history: Sequence[Row], names: Sequence[str], prefix: str) -> PlotType:
+    """Plot values by epoch, each name in axes of its own and each loader as a line.
+
+    Raises:
+        ValueError: If there is no value.
+    """
+    from matplotlib import pyplot
+
+    if not any(name in row for row in history for name in names):
+        raise ValueError("Expected a fit with values before `plot`, but there is none.")
+    figure, axes = pyplot.subplots(1, len(names), figsize=(4 * len(names), 3), squeeze=False)
+    for ax, name in zip(axes[0], names, strict=True):
+        _plot_curves(ax, history, name)
+        ax.set(title=prefix + name, xlabel="epoch")
+    return figure, axes[0]
+
+
+def _plot_curves(ax: Any, history: Sequence[Row], name: str) -> None:
+    """Draw a value of each loader; a validation may have none."""
+    for index in sorted({row["dataloader_idx"] for row in history}):
+        rows = [row for row in history if row["dataloader_idx"] == index]
+        ax.plot([row["epoch"] for row in rows], [row.get(name, math.nan) for row in rows], label=f"dataloader {index}")

@@ -1,7 +1,6 @@
 """Watch the first training step: does the network get what we send it?"""
 
 from contextlib import ExitStack, suppress
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -10,94 +9,64 @@ from torch import Tensor, nn
 from lightning_sensitivity import compat
 from lightning_sensitivity.functional.tensors import are_close
 from lightning_sensitivity.model.batches import is_floating, tensors_in
-from lightning_sensitivity.model.isolation import isolated
 from lightning_sensitivity.model.reader import BatchReader
 
 _ROWS = 100  # of an input that are compared
 
 
-class Received(NamedTuple):
-    """The first floating input of a part, its first rows, the random streams then, and whether the part learns."""
+class _Received(NamedTuple):
+    """The first floating input of a call: its shape, its first rows, and the random streams then."""
 
     shape: tuple[int, ...]
-    inputs: Tensor
+    rows: Tensor
     streams: object
-    learns: bool
-
-
-Calls = dict[str, Received]  # the first call of the module and of each direct part, in their order
 
 
 class FirstStep:
-    """A comparison of what the module and its direct parts get in the first step with what they get from us."""
+    """A comparison of what ``forward`` gets in the first step with what we send it."""
 
     def __init__(self) -> None:
-        self._ours: Calls = {}
-        self._theirs: Calls = {}
-        self._in_step = False  # where gradients are on; in our pass they are off
-        self._hooks = ExitStack()
+        self._ours: _Received | None = None  # None before, and as soon as it was compared
+        self._problem: str | None = None
+        self._hook = ExitStack()
 
     def __reduce__(self) -> tuple[type["FirstStep"], tuple[()]]:
-        """Copy nothing: a step may copy or pickle the module with the hooks."""
+        """Copy nothing: a step may copy or pickle the module with the hook."""
         return FirstStep, ()
 
     def start(self, module: nn.Module, batch: object, reader: BatchReader) -> None:
-        """Run our call on a training batch, and watch the step, unless a part is compiled."""
+        """Note what we send of a training batch, and watch the step, unless a part is compiled."""
         with suppress(Exception):  # training batches may be of another kind than validation batches
-            if any(map(compat.is_compiled, module.modules())):
-                return
-            call = reader.call(module, batch)
-            self._watch(module)
-            with isolated(module) as run:
-                run(call)
-            self._ours, self._theirs = self._theirs, {}
-            self._in_step = True
+            if not any(map(compat.is_compiled, module.modules())):
+                self._ours = _first_input([*reader.call(module, batch).arguments.values()])
+                self._hook.enter_context(module.register_forward_pre_hook(self._compare, with_kwargs=True))
 
-    def _watch(self, module: nn.Module) -> None:
-        """Note the first call of the module, and of each direct part with weights, also of a frozen one."""
-        parts = {"forward": compat.original_module(module), **dict(module.named_children())}
-        for name, part in parts.items():
-            is_fast = isinstance(part, nn.TransformerEncoder | nn.TransformerEncoderLayer) and not part.training
-            if is_fast or next(part.parameters(), None) is None:
-                continue  # torch runs an encoder in eval mode in another way if it has hooks
-            self._hooks.enter_context(part.register_forward_pre_hook(partial(self._note, name), with_kwargs=True))
-
-    def _note(self, name: str, part: nn.Module, args: Any, kwargs: Any) -> None:
-        """Note the first floating input of a part."""
+    def _compare(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Compare the first call of the step; in passes of monitors, gradients are off."""
+        ours = self._ours
+        if ours is None or not torch.is_grad_enabled() or compat.is_redirected(module):
+            return
+        self._ours = None
         with suppress(Exception):  # a step must not fail because of a hint
-            inputs = [x for x in tensors_in([*args, *kwargs.values()]) if is_floating(x)]
-            is_meant = torch.is_grad_enabled() == self._in_step and not compat.is_redirected(part)
-            if inputs and is_meant and name not in self._theirs:
-                learns = any(weight.requires_grad for weight in part.parameters())
-                rows = inputs[0].detach()[:_ROWS].clone()
-                self._theirs[name] = Received(tuple(inputs[0].shape), rows, compat.random_streams(), learns)
+            theirs = _first_input([*args, *kwargs.values()])
+            if theirs.shape != ours.shape:
+                self._problem = f"`forward` gets an input of shape {theirs.shape} in the step, and {ours.shape} from us"
+            elif theirs.streams == ours.streams and not are_close(ours.rows, theirs.rows):
+                self._problem = "`forward` gets other values in the step, though it draws no random numbers"
 
     def stop(self, is_skipped: bool) -> str | None:
-        """Stop watching, and say how the step differs from what is measured; a skipped step says nothing."""
-        ours, theirs = self._ours, self._theirs
+        """Stop watching, and say how the step changes inputs; a skipped step says nothing."""
+        problem = None if is_skipped else self._problem
         self.cancel()
-        if not ours or is_skipped:
-            return None
-        if ours.keys().isdisjoint(theirs):
-            return "the step does not call `forward`, which is measured"
-        others = [name for name in theirs if name not in ours and theirs[name].learns]
-        if others:
-            return f"the step calls `{others[0]}`, which `forward` does not call"
-        names = list(ours)
-        first = names[:2] if names[0] == "forward" else names[:1]  # later ones get what dropout and the like make
-        found = (_compare(name, ours[name], theirs[name]) for name in first if name in theirs)
-        return next(filter(None, found), None)
+        return problem
 
     def cancel(self) -> None:
         """Stop watching, at any time."""
-        self._hooks.close()
-        self._ours, self._theirs, self._in_step = {}, {}, False
+        self._hook.close()
+        self._ours = self._problem = None
 
 
-def _compare(name: str, ours: Received, theirs: Received) -> str | None:
-    """Say how the inputs of a part differ; their values may, if the step has drawn random numbers."""
-    if theirs.shape != ours.shape:
-        return f"`{name}` gets an input of shape {theirs.shape} in the step, and {ours.shape} from us"
-    if theirs.streams == ours.streams and not are_close(ours.inputs, theirs.inputs):
-        return f"`{name}` gets other values in the step, though it draws no random numbers"
-    return None
+def _first_input(values: list[object]) -> _Received:
+    """Copy the first rows of the first floating tensor."""
+    first = next(x for x in tensors_in(values) if is_floating(x))
+    return _Received(tuple(first.shape), first.detach()[:_ROWS].clone(), compat.random_streams())

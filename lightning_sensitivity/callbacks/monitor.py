@@ -2,7 +2,6 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -14,18 +13,21 @@ from torch import Tensor
 
 from lightning_sensitivity import compat
 from lightning_sensitivity.arguments import check_argument, check_bool, check_int
-from lightning_sensitivity.callbacks.checks import check_repeatable, check_run
+from lightning_sensitivity.callbacks.checks import callbacks_that_monitor, check_repeatable, check_run
 from lightning_sensitivity.callbacks.first_step import FirstStep
-from lightning_sensitivity.callbacks.patience import Patience
+from lightning_sensitivity.callbacks.processes import agree, gather_rows
 from lightning_sensitivity.callbacks.reporter import Reporter
 from lightning_sensitivity.model import isolated
 from lightning_sensitivity.model.isolation import RunIsolated
 from lightning_sensitivity.model.reader import BatchReader
 from lightning_sensitivity.model.samples import MAX_BYTES, KeptSamples
 
+Values = dict[str, Any]  # of a loader in a validation: those that are logged, and what is remembered with them
+
 NO_VALUE = "This epoch has no value."
-WORST = float(torch.finfo(torch.float32).max)  # of values that are best where low
-FEW_SAMPLES = 50  # of which a value is mostly chance
+_WORST = float(torch.finfo(torch.float32).max)  # of values that are best where low
+_BETTER = 0.999  # factor in each further validation without a value; a scheduler needs an improvement of 1e-4
+_FEW_SAMPLES = 50  # of which a value is mostly chance
 
 
 class Monitor(Callback, ABC):
@@ -45,40 +47,40 @@ class Monitor(Callback, ABC):
         self.num_samples = num_samples
         self.prefix = prefix
         self.prog_bar = prog_bar
-        self.measured: list[Any] = []  # in the last validation, by loader; None where that failed
+        self.measured: list[tuple[Tensor, ...] | None] = []  # in the last validation, by loader; None where that failed
         self.samples: list[KeptSamples] = []  # by loader
         self.reporter = Reporter(type(self).__name__, prefix)
         self.is_checked = False  # whether a validation of the sanity check has measured the model
         self._is_measuring = False  # the current validation
         self._first_step = FirstStep()
-        self._patience = Patience()
-        self._counted: set[int] = set()  # loaders whose samples were counted
+        self._missing: dict[str, Tensor] = {}  # what other callbacks got in place of values in the last validation
+        self._num_incomplete = 0  # validations that lacked a value
 
     # For subclasses to implement or override
 
     @property
     @abstractmethod
-    def names(self) -> tuple[str, ...]:
-        """The names of all values that may be logged, without the prefix; the progress bar shows the first."""
+    def directions(self) -> dict[str, bool]:
+        """Whether the highest value is the best, by name without the prefix; the progress bar shows the first."""
 
     @abstractmethod
     def check_outputs(self, outputs: Tensor) -> None:
         """Refuse outputs that can't be measured, before the first step."""
 
     @abstractmethod
-    def measure(self, module: LightningModule, run: RunIsolated, samples: KeptSamples) -> object:
-        """Run the model on the kept samples of a loader, and return what :meth:`compute_values` needs."""
+    def measure(self, module: LightningModule, run: RunIsolated, samples: KeptSamples) -> tuple[Tensor, ...]:
+        """Run the model on the kept samples of a loader in this process.
 
-    @abstractmethod
-    def compute_values(self, trainer: Trainer, dataloader_idx: int) -> dict[str, Tensor | float]:
-        """Compute the values of a loader over all processes, if any, and warn of doubtful ones.
-
-        Every process comes here. Values are nan if all outputs are; what could not be measured is left out.
+        Returns:
+            What :meth:`compute_values` needs, as tensors of rows; the first has a row for each sample.
         """
 
     @abstractmethod
-    def worst_values(self, dataloader_idx: int) -> Mapping[str, float]:
-        """Return, for all names, what other callbacks get where a validation of a fit has no value."""
+    def compute_values(self, trainer: Trainer, dataloader_idx: int, *rows: Tensor) -> Values:
+        """Compute the values of a loader from the rows of all processes, and warn of doubtful ones.
+
+        Values are nan if all outputs are; what could not be measured is left out.
+        """
 
     def should_measure(self, trainer: Trainer) -> bool:
         """Decide whether to measure the current validation. Override it to measure at other times."""
@@ -87,6 +89,12 @@ class Monitor(Callback, ABC):
     def is_ready(self, trainer: Trainer) -> bool:
         """Return whether all is there that a validation of a fit needs; every process comes here."""
         return True
+
+    def prepare(self, trainer: Trainer) -> None:
+        """Prepare to compute values, after the samples of a fit were measured; every process comes here."""
+
+    def remember(self, trainer: Trainer, dataloader_idx: int, values: Values) -> None:
+        """Remember the values of a loader, if any, at the end of a validation."""
 
     def keep(self, module: LightningModule, batch: object, batch_idx: int, samples: KeptSamples) -> None:
         """Keep a validation batch."""
@@ -104,9 +112,8 @@ class Monitor(Callback, ABC):
             is_unique = other is self or not isinstance(other, Monitor) or other.prefixed_names().isdisjoint(names)
             check_argument("prefix", self.prefix, is_unique, "different in monitors that log the same names")
         self.reporter = Reporter(type(self).__name__, self.prefix)
-        self._patience = Patience()
         self.is_checked = False
-        self._counted = set()
+        self._missing, self._num_incomplete = {}, 0
         self._free()
 
     # The first training step
@@ -118,8 +125,7 @@ class Monitor(Callback, ABC):
             self._first_step.start(pl_module, batch, self.reader)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: object, *args: object) -> None:
-        """Warn if the first step does not compute what is measured, and spare the patience of others meanwhile."""
-        self._patience.offset_counters(trainer)
+        """Warn if the first step changes the inputs that are measured."""
         problem = self._first_step.stop(is_skipped=pl_module.automatic_optimization and not outputs)
         if problem is not None:
             self.reporter.warn(
@@ -132,12 +138,12 @@ class Monitor(Callback, ABC):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Decide whether to measure, and prepare to keep samples in the first validation of a run."""
-        is_fit = trainer.state.fn == TrainerFn.FITTING
-        if is_fit and not trainer.sanity_checking:
-            self.reporter.before_first_step = False  # also in a resumed fit that begins with a validation
-        is_ready = not self.only_in_fit
+        is_fit = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
         if is_fit:
-            is_ready = trainer.sanity_checking or self.is_ready(trainer)
+            self.reporter.before_first_step = False  # also in a resumed fit that begins with a validation
+            is_ready = self.is_ready(trainer)
+        else:
+            is_ready = trainer.sanity_checking or not self.only_in_fit
         self._is_measuring = is_ready and self.should_measure(trainer)
         if self._is_measuring:
             self.measured = []
@@ -170,22 +176,34 @@ class Monitor(Callback, ABC):
         if trainer.sanity_checking:
             self.samples = []
             return
-        missing: dict[str, float] = {}
-        for dataloader_idx in range(self.num_loaders(trainer)):
-            missing |= self._log_values(trainer, dataloader_idx)
         if trainer.state.fn == TrainerFn.FITTING:
-            self._patience.set_worst(trainer, missing)
+            self._end_validation_of_fit(trainer)
+        else:
+            self._log_all(trainer)
         self._is_measuring = False
+
+    # After a run
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take back what was not measured, so that nobody who reads the metrics of a fit takes it for a value."""
+        for name in self._missing:
+            trainer.callback_metrics.pop(name, None)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Do as at the end, for which Lightning does not call us after an exception."""
+        Monitor.on_train_end(self, trainer, pl_module)
+        self._free()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Free the samples."""
         self._free()
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Do as in ``teardown``, which Lightning does not call after an exception."""
-        self._free()
-
     # Helpers
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all values that may be logged, without the prefix."""
+        return tuple(self.directions)
 
     def prefixed_names(self) -> set[str]:
         """Return the logged names with the prefix."""
@@ -204,7 +222,8 @@ class Monitor(Callback, ABC):
         """Prepare to keep samples of each validation loader."""
         num_loaders = compat.num_loaders(trainer)
         num_wanted = math.inf if self.num_samples is None else self.num_samples / trainer.world_size
-        return [KeptSamples(num_wanted, index, MAX_BYTES / num_loaders) for index in range(num_loaders)]
+        max_bytes = MAX_BYTES / num_loaders / trainer.world_size
+        return [KeptSamples(num_wanted, index, max_bytes) for index in range(num_loaders)]
 
     def _measure_all(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the samples of every loader without a trace."""
@@ -223,7 +242,7 @@ class Monitor(Callback, ABC):
                 with self.reporter.report_failure(what, NO_VALUE):
                     self.measured[samples.dataloader_idx] = self._measure_loader(pl_module, run, samples)
 
-    def _measure_loader(self, pl_module: LightningModule, run: RunIsolated, samples: KeptSamples) -> object:
+    def _measure_loader(self, pl_module: LightningModule, run: RunIsolated, samples: KeptSamples) -> tuple[Tensor, ...]:
         """Measure the samples of a loader; before the first step, check the model, too."""
         if self.reporter.before_first_step and samples.size > 0:
             self.check_model(run, samples.batches[0].call.to(pl_module.device))
@@ -241,35 +260,70 @@ class Monitor(Callback, ABC):
         """Warn of outputs that may be probabilities."""
         self.reporter.warn("arguments", "got outputs that all lie in [0, 1]. If they are not logits, set `outputs=`.")
 
-    def _log_values(self, trainer: Trainer, dataloader_idx: int) -> Mapping[str, float]:
-        """Log the values of a loader, unless a process could not measure it; every process comes here.
+    def _end_validation_of_fit(self, trainer: Trainer) -> None:
+        """Log and remember the values, and give others what they need where one is missing."""
+        if self._is_measuring:
+            self.prepare(trainer)
+        for dataloader_idx, values in enumerate(self._log_all(trainer)):
+            self.remember(trainer, dataloader_idx, values)
+        trainer.callback_metrics.update(self._missing)
+        self._num_incomplete += bool(self._missing)
 
-        Returns:
-            The worst value for each logged name that has none.
+    def _log_all(self, trainer: Trainer) -> list[Values]:
+        """Compute and log the values of each loader."""
+        self._missing, found = {}, []
+        for dataloader_idx in range(self.num_loaders(trainer)):
+            found.append(self._compute_loader(trainer, dataloader_idx) if self._is_measuring else {})
+            self._log_values(trainer, dataloader_idx, found[-1])
+        return found
+
+    def _compute_loader(self, trainer: Trainer, dataloader_idx: int) -> Values:
+        """Gather what all processes have measured of a loader, and compute its values; none if one process fails.
+
+        A process may fail before it agrees, never between two steps that need all of them.
         """
-        values: Mapping[str, Tensor | float] = {}
-        is_measured = self._is_measuring and self.measured[dataloader_idx] is not None
-        if self._is_measuring and trainer.strategy.reduce_boolean_decision(is_measured):
-            self._warn_of_few_samples(trainer, dataloader_idx)
-            what = f"could not compute the values of dataloader {dataloader_idx}"
-            with self.reporter.report_failure(what, NO_VALUE):
-                values = self.compute_values(trainer, dataloader_idx)
+        own = self.measured[dataloader_idx]
+        if not agree(trainer, own is not None) or own is None:
+            return {}
+        rows = [gather_rows(trainer, each) for each in own]
+        self._warn_of_few_samples(trainer, dataloader_idx, len(rows[0]))
+        values: Values | None = None
+        with self.reporter.report_failure(f"could not compute the values of dataloader {dataloader_idx}", NO_VALUE):
+            values = self.compute_values(trainer, dataloader_idx, *rows)
+        return values or {} if agree(trainer, values is not None) else {}
+
+    def _log_values(self, trainer: Trainer, dataloader_idx: int, values: Values) -> None:
+        """Log the values of a loader, and note what other callbacks get for those that are missing."""
         of_others = self._names_of_others(trainer, dataloader_idx)
-        for name, value in values.items():
+        for name, is_highest in self.directions.items():
             logged_name = self.logged_name(trainer, name, dataloader_idx)
             if logged_name in of_others:
+                continue
+            if name not in values:
+                self._missing[logged_name] = self._worst_value(trainer, logged_name, is_highest)
                 continue
             with self.reporter.report_failure(f"could not log `{logged_name}`", NO_VALUE):
                 trainer.lightning_module.log(
                     logged_name,
-                    value,
+                    values[name],
                     prog_bar=self.prog_bar and name == self.names[0],
                     sync_dist=trainer.world_size > 1,
                     add_dataloader_idx=False,
                 )
-        worst = {name: value for name, value in self.worst_values(dataloader_idx).items() if name not in values}
-        missing = {self.logged_name(trainer, name, dataloader_idx): value for name, value in worst.items()}
-        return {name: value for name, value in missing.items() if name not in of_others}
+
+    def _worst_value(self, trainer: Trainer, logged_name: str, is_highest: bool) -> Tensor:
+        """Return what other callbacks get for a value that is missing: the worst one, which stops no run by a bound.
+
+        It is a little better in each further validation, so that waiting for a first value uses up no patience, and
+        the last one is the best if there is none.
+        """
+        size = _WORST * _BETTER**self._num_incomplete
+        value, nearer = (-size, max) if is_highest else (size, min)
+        for callback, name in callbacks_that_monitor(trainer):
+            bound = getattr(callback, "divergence_threshold", None)
+            if name == logged_name and bound is not None:
+                value = nearer(value, bound)
+        return torch.tensor(value)
 
     def _names_of_others(self, trainer: Trainer, dataloader_idx: int) -> set[str]:
         """Return our names under which the user's own code has logged a value in this validation, and say so."""
@@ -280,15 +334,10 @@ class Monitor(Callback, ABC):
             self.reporter.warn("names", message, kind=name)
         return of_others
 
-    def _warn_of_few_samples(self, trainer: Trainer, dataloader_idx: int) -> None:
-        """Warn of a loader that has few samples in all processes, once; every process comes here."""
-        if dataloader_idx in self._counted:
-            return
-        self._counted.add(dataloader_idx)
-        own = torch.tensor(float(self.samples[dataloader_idx].size), device=trainer.strategy.root_device)
-        size = int(trainer.strategy.reduce(own, reduce_op="sum"))
-        is_meant = trainer.fast_dev_run or (self.num_samples or FEW_SAMPLES) < FEW_SAMPLES  # type: ignore[attr-defined]
-        if 0 < size < FEW_SAMPLES and not is_meant:
+    def _warn_of_few_samples(self, trainer: Trainer, dataloader_idx: int, size: int) -> None:
+        """Warn of a loader that has few samples in all processes."""
+        is_meant = trainer.fast_dev_run or (self.num_samples or _FEW_SAMPLES) < _FEW_SAMPLES  # type: ignore[attr-defined]
+        if 0 < size < _FEW_SAMPLES and not is_meant:
             message = f"has only {size} samples of dataloader {dataloader_idx}: values are mostly chance. Use 600."
             self.reporter.warn("few-samples", message, kind=str(dataloader_idx))
 

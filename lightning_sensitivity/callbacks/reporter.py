@@ -1,8 +1,8 @@
-"""What a monitor says: an error before the first training step, and warnings after it."""
+"""What a monitor says: an error before the first training step, and warnings after it, each once."""
 
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -10,7 +10,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
 
 from lightning_sensitivity.arguments import Refused, describe_error, link_to
-from lightning_sensitivity.functional.tensors import Diagnosis
 
 _INPUTS = "`inputs=`, such as `inputs=lambda batch: batch['image']`"
 
@@ -30,25 +29,18 @@ class Reporter:
         self.before_first_step = True
         self._monitor = monitor
         self._prefix = prefix
-        self._said: dict[str, float] = {}  # how severe each kind was when it was last said
-        self._num_failures: dict[str, int] = {}
+        self._said: set[str] = set()
 
-    def warn(self, entry: str, message: str, severity: float = 1.0, kind: str = "") -> None:
-        """Warn, and again whenever it has become twice as severe.
+    def warn(self, entry: str, message: str, kind: str = "") -> None:
+        """Warn in the first process, once.
 
         Args:
             entry: The entry of the page on troubleshooting.
             message: What follows the name of the monitor, as whole sentences.
-            severity: How bad it is, such as a number of samples.
             kind: What tells this warning from others of the same entry.
         """
-        if self._is_worse(entry + kind, severity):
+        if self._is_new(entry + kind):
             rank_zero_warn(self._text(entry, message))
-
-    def warn_of(self, diagnoses: Mapping[str, Diagnosis], dataloader_idx: int) -> None:
-        """Warn of what makes the values of a loader doubtful."""
-        for entry, (message, severity) in diagnoses.items():
-            self.warn(entry, f"on dataloader {dataloader_idx}: {message}", severity, kind=str(dataloader_idx))
 
     @contextmanager
     def report_failure(self, what: str, consequence: str) -> Iterator[None]:
@@ -68,18 +60,15 @@ class Reporter:
             if is_oom_error(error):
                 traceback.clear_frames(error.__traceback__)  # they hold the tensors of the pass
                 garbage_collection_cuda()
-            count = self._num_failures[what] = self._num_failures.get(what, 0) + 1
-            if self._is_worse(what, count):  # in the process where it happens
-                again = f" It has failed {count} times." if count > 1 else ""  # Python drops equal warnings
-                text = f"{what}: {describe_error(error)} {consequence}{again}"
+            if self._is_new(what):  # in the process where it happens
+                text = f"{what}: {describe_error(error)} {consequence}"
                 warnings.warn(self._text(_entry_of(error), text), stacklevel=3)
 
-    def _is_worse(self, kind: str, severity: float) -> bool:
-        """Return whether something must be said, and remember how severe it was."""
-        if severity < 2 * self._said.get(kind, 0.0):
-            return False
-        self._said[kind] = severity
-        return True
+    def _is_new(self, kind: str) -> bool:
+        """Return whether something has not been said yet, and remember it."""
+        is_new = kind not in self._said
+        self._said.add(kind)
+        return is_new
 
     def _text(self, entry: str, message: str) -> str:
         return f"`{self._monitor}` ({self._prefix}*) {message}{link_to(entry)}"

@@ -1,7 +1,6 @@
 """The callback that logs output sensitivity, a curve to watch."""
 
 import math
-from typing import NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -9,10 +8,10 @@ from torch import Tensor
 
 from lightning_sensitivity.arguments import Selector, check_argument, check_bool, check_int
 from lightning_sensitivity.callbacks.checks import callbacks_that_monitor, check_logits
-from lightning_sensitivity.callbacks.monitor import WORST, Monitor
-from lightning_sensitivity.callbacks.reference import gather
+from lightning_sensitivity.callbacks.monitor import Monitor, Values
 from lightning_sensitivity.functional.sensitivity import (
     NUM_COLUMNS,
+    SensitivityEstimate,
     diagnostics,
     loss_estimate,
     sensitivity_from_rows,
@@ -25,18 +24,6 @@ from lightning_sensitivity.model.reader import BatchReader
 from lightning_sensitivity.model.samples import KeptSamples
 
 _NUM_TRIED = 8  # samples on which noise is tried
-
-
-class _Measured(NamedTuple):
-    """What a process has measured of a loader.
-
-    Attributes:
-        rows: A row for each sample, by :func:`sensitivity_rows`, and its lowest and highest output, ``(N, 7)``.
-        power: The sum of squares of the perturbed elements, and their number, ``(1, 2)``; 0 if nobody needs it.
-    """
-
-    rows: Tensor
-    power: Tensor
 
 
 class SensitivityMonitor(Monitor):
@@ -117,9 +104,10 @@ class SensitivityMonitor(Monitor):
         check_argument("loss_estimate", loss_estimate, is_possible, expected)
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """The names of all values that may be logged, without the prefix."""
-        return "output_sensitivity", "output_sensitivity_stderr", *["loss_estimate"] * self.loss_estimate
+    def directions(self) -> dict[str, bool]:
+        """The names of all values, without the prefix; none is best where it is highest."""
+        names = ["output_sensitivity", "output_sensitivity_stderr", *["loss_estimate"] * self.loss_estimate]
+        return dict.fromkeys(names, False)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check what can be checked by now, and warn of callbacks that would choose an epoch by the sensitivity."""
@@ -153,7 +141,9 @@ class SensitivityMonitor(Monitor):
     def _try_noise(self, module: LightningModule, batch: object) -> None:
         """Refuse noise that can't be added to a batch that the model understands."""
         try:
-            call, _ = self.reader.call(module, batch).sliced(_NUM_TRIED)
+            call = self.reader.call(module, batch)
+            rows = call.spread(_NUM_TRIED)
+            call = call if rows is None else call.of_rows(rows)
             with isolated(module) as run:
                 run(call)
         except Exception:  # training batches may be of another kind than validation batches
@@ -169,8 +159,13 @@ class SensitivityMonitor(Monitor):
         if not self.per_output:
             check_logits(outputs)
 
-    def measure(self, module: LightningModule, run: RunIsolated, samples: KeptSamples) -> _Measured:
-        """Run the model on the kept samples of a loader, clean and with noise."""
+    def measure(self, module: LightningModule, run: RunIsolated, samples: KeptSamples) -> tuple[Tensor, Tensor]:
+        """Run the model on the kept samples of a loader, clean and with noise.
+
+        Returns:
+            A row for each sample, by ``sensitivity_rows``, and its lowest and highest output, ``(N, 7)``; the sum of
+            squares of the perturbed elements, and their number, ``(1, 2)``, which is 0 if nobody needs it.
+        """
         rows = [torch.zeros(0, NUM_COLUMNS + 2, dtype=wide_dtype(module.device))]
         power = torch.zeros(1, 2)
         at = None if self.at is None else submodule(module, self.at)
@@ -188,35 +183,32 @@ class SensitivityMonitor(Monitor):
             noisy = noisy_outputs(run, call, noise if self.loss_estimate else self._noise, key, self.num_draws, at)
             sums, extremes = sensitivity_rows(clean, noisy), by_position(clean).flatten(1).aminmax(dim=1)
             rows.append(torch.cat([sums, torch.stack(extremes, 1)], 1).cpu())
-        return _Measured(torch.cat(rows), power)
+        return torch.cat(rows), power
 
-    def compute_values(self, trainer: Trainer, dataloader_idx: int) -> dict[str, Tensor | float]:
+    def compute_values(self, trainer: Trainer, dataloader_idx: int, *rows: Tensor) -> Values:
         """Compute the sensitivity of a loader over all processes."""
         device = trainer.strategy.root_device  # a process group may take logged values of no other
-        rows, power = (gather(trainer, each).to(device) for each in self.measured[dataloader_idx])
-        estimate = sensitivity_from_rows(rows[:, :NUM_COLUMNS], self.per_output)
-        messages = diagnostics(estimate, self.per_output)
-        self.reporter.warn_of(messages, dataloader_idx)
-        if not self.per_output and may_be_probabilities(rows[:, NUM_COLUMNS:]):
+        of_samples, power = (each.to(device) for each in rows)
+        estimate = sensitivity_from_rows(of_samples[:, :NUM_COLUMNS], self.per_output)
+        self._warn_of_doubts(dataloader_idx, estimate)
+        if not self.per_output and may_be_probabilities(of_samples[:, NUM_COLUMNS:]):
             self.warn_of_probabilities()
         if estimate.num_samples == 0 and estimate.num_non_finite > 0:
             return dict.fromkeys(self.names, math.nan)  # training has failed, and others may end it
         if estimate.num_samples < 2:
-            if not messages:
-                self.reporter.warn("failed", f"has no value on dataloader {dataloader_idx}: it needs two samples.")
             return {}
-        values: dict[str, Tensor | float] = {
-            "output_sensitivity": estimate.value,
-            "output_sensitivity_stderr": estimate.stderr,
-        }
+        values: Values = {"output_sensitivity": estimate.value, "output_sensitivity_stderr": estimate.stderr}
         square, count = power.sum(0)
-        if self.loss_estimate and count > 0:
-            assert isinstance(self._noise, GaussianNoise) and isinstance(self._noise.std, float)
-            values["loss_estimate"] = loss_estimate(
-                estimate.value, square / count, self._noise.std, estimate.num_outputs
-            )
+        if count > 0:
+            assert isinstance(self._noise, GaussianNoise)
+            power, std = square / count, torch.as_tensor(self._noise.std)
+            values["loss_estimate"] = loss_estimate(estimate.value, power, std, estimate.num_outputs)
         return values
 
-    def worst_values(self, dataloader_idx: int) -> dict[str, float]:
-        """Return the largest numbers, so that no validation without a value is the best; a bound is not exceeded."""
-        return dict.fromkeys(self.names, WORST)
+    def _warn_of_doubts(self, dataloader_idx: int, estimate: SensitivityEstimate) -> None:
+        """Warn of what makes a value doubtful, or why there is none."""
+        messages = diagnostics(estimate, self.per_output)
+        if estimate.num_samples < 2 and not messages:
+            messages = {"failed": "there is no value, which needs at least two samples."}
+        for entry, message in messages.items():
+            self.reporter.warn(entry, f"on dataloader {dataloader_idx}: {message}", kind=str(dataloader_idx))

@@ -13,7 +13,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 from lightning_sensitivity.compat import stay_alone
 from lightning_sensitivity.functional.refined_score import Refined, lowest_score, refined_score
-from lightning_sensitivity.functional.tasks import Task, find_task, of_all_classes
+from lightning_sensitivity.functional.tasks import Task, find_task
 from lightning_sensitivity.functional.tensors import as_tensor
 
 NUM_DRAWS = 20  # of labels for each sample
@@ -37,9 +37,10 @@ def expected_score(logits: Any, q: Any, task: str = "multiclass", error: float =
     Args:
         logits: Logits of unseen samples, ``(N, K)``; ``(N,)`` or ``(N, 1)`` for ``"binary"``; the outputs of a
             regression.
-        q: Probabilities of the same samples by a reference, ``(N, K)``; see ``Reference.predictions``.
+        q: Predictions of the same samples by a reference: probabilities ``(N, C)``, also those of class 1, ``(N,)``
+            or ``(N, 1)``, for ``"binary"``; see ``Reference.predict_proba``.
         task: ``"multiclass"``, ``"binary"`` or ``"regression"``.
-        error: In a regression, the left-out squared error of the reference, ``Reference.score``, which is added.
+        error: In a regression, the left-out squared error of the reference, ``Reference.score_``, which is added.
 
     Returns:
         The score, and the temperature that gives it.
@@ -54,10 +55,10 @@ def expected_score(logits: Any, q: Any, task: str = "multiclass", error: float =
         >>> round(expected_score(q.log(), q).score, 3)  # E q(1 - q) alone: the network says what the reference says
         0.25
     """
-    kind, q = find_task(task), as_tensor("q", q)
+    rules, logits, q = find_task(task), as_tensor(logits), as_tensor(q)
     score, temperature = refined_score(logits, q, task)
-    is_finite = as_tensor("logits", logits).reshape(len(q), -1).isfinite().all(1)
-    return Refined(score + uncertainty(kind.as_matrix(q)[is_finite.to(q.device)], kind, error), temperature)
+    is_finite = rules.as_outputs(logits).isfinite().all(1)
+    return Refined(score + uncertainty(rules.as_matrix(q)[is_finite.to(q.device)], rules, error), temperature)
 
 
 def uncertainty(q: Tensor, task: Task, error: float) -> float:
@@ -65,20 +66,20 @@ def uncertainty(q: Tensor, task: Task, error: float) -> float:
     return float(task.uncertainties(q.double()).mean()) + (0.0 if task.has_classes else error)
 
 
-def draw_labels(q: Any, task: str = "multiclass", residuals: Tensor | None = None) -> Tensor:
+def draw_labels(q: Any, task: str = "multiclass", residuals: Any = None) -> Tensor:
     """Draw labels from the predictions of a reference: 20 a sample, at evenly spaced quantiles.
 
     The quantiles of a sample begin at an offset of its own, so that rare classes get their share. There are no random
     numbers: the same predictions give the same labels.
 
     Args:
-        q: Predictions ``(N, K)``.
+        q: Predictions ``(N, C)``; for ``"binary"`` also probabilities of class 1, ``(N,)`` or ``(N, 1)``.
         task: The task.
-        residuals: In a regression, quantiles of the left-out errors, which are added, ``(20, K)``; see
-            ``Reference.residuals``.
+        residuals: In a regression, quantiles of the left-out errors, which are added, ``(20, C)``; see
+            ``Reference.residuals_``.
 
     Returns:
-        Class indices ``(20, N)``; for a regression targets ``(20, N, K)``, or ``(1, N, K)`` without residuals.
+        Class indices ``(20, N)``; for a regression targets ``(20, N, C)``, or ``(1, N, C)`` without residuals.
 
     Example:
         >>> import torch
@@ -86,12 +87,12 @@ def draw_labels(q: Any, task: str = "multiclass", residuals: Tensor | None = Non
         >>> int((draw_labels(torch.tensor([[0.75, 0.25]])) == 0).sum())
         15
     """
-    kind = find_task(task)
-    p = kind.as_matrix(as_tensor("q", q))
-    if not kind.has_classes:
-        return p[None] if residuals is None else p + residuals.to(p)[:, None]
-    p = of_all_classes(p.double().cpu(), kind)
-    offsets = torch.arange(1, len(q) + 1, dtype=torch.float64) * _GOLDEN_RATIO % 1
+    rules = find_task(task)
+    p = rules.as_matrix(as_tensor(q))
+    if not rules.has_classes:
+        return p[None] if residuals is None else p + as_tensor(residuals).to(p)[:, None]
+    p = p.double().cpu()
+    offsets = torch.arange(1, len(p) + 1, dtype=torch.float64) * _GOLDEN_RATIO % 1
     quantiles = (torch.arange(NUM_DRAWS)[:, None] + offsets) / NUM_DRAWS  # (20, N)
     ends = p.cumsum(1)
     return torch.searchsorted(ends / ends[:, -1:], quantiles.T.contiguous(), right=True).clamp(max=p.shape[1] - 1).T
@@ -103,7 +104,7 @@ def expected_metric(metric: Metric, logits: Any, q: Any, task: str = "multiclass
     Args:
         metric: A torchmetrics metric with ``update(preds, target)``; it stays as it is.
         logits: Logits of unseen samples, ``(N, K)``; ``(N,)`` or ``(N, 1)`` for ``"binary"``.
-        q: Probabilities of the same samples by a reference, ``(N, K)``.
+        q: Predictions of the same samples by a reference, as for :func:`expected_score`.
         task: ``"multiclass"`` or ``"binary"``.
 
     Returns:
@@ -120,10 +121,10 @@ def expected_metric(metric: Metric, logits: Any, q: Any, task: str = "multiclass
         >>> expected_metric(MulticlassAccuracy(2, average="micro"), q.log(), q)
         tensor(0.8500)
     """
-    kind, outputs, q = find_task(task), as_tensor("logits", logits), as_tensor("q", q)
-    if len(outputs) != len(q):
-        raise ValueError(f"Expected `logits` and `q` of the same samples, but got {len(outputs)} and {len(q)}.")
-    return metric_value(metric, kind.predictions(outputs).reshape(len(q), -1), draw_labels(q, task), kind)
+    rules, logits, q = find_task(task), as_tensor(logits), as_tensor(q)
+    if len(logits) != len(q):
+        raise ValueError(f"Expected `logits` and `q` of the same samples, but got {len(logits)} and {len(q)}.")
+    return metric_value(metric, rules.predictions(logits), draw_labels(q, task), rules)
 
 
 def metric_value(metric: Metric, predictions: Tensor, labels: Tensor, task: Task) -> Tensor:
@@ -131,14 +132,14 @@ def metric_value(metric: Metric, predictions: Tensor, labels: Tensor, task: Task
 
     Args:
         metric: The metric, which stays as it is.
-        predictions: Probabilities of the classes, or numbers in a regression, ``(N, K)``.
-        labels: Several labels for each sample, ``(R, N)``; in a regression ``(R, N, K)``.
+        predictions: Probabilities of the classes, or numbers in a regression, ``(N, C)``.
+        labels: Several labels for each sample, ``(R, N)``; in a regression ``(R, N, C)``.
         task: The task.
     """
     copied = metric.clone()
     copied.reset()
     stay_alone(copied)
-    preds = predictions[:, 0] if predictions.shape[1] == 1 else predictions
+    preds = task.metric_inputs(predictions)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of classes that no draw has
         for draw in labels:
@@ -153,9 +154,9 @@ def all_values(
     """Compute the refined score, its temperature, and metrics, by labels or by what a reference predicts.
 
     Args:
-        outputs: Outputs ``(N, K)``, finite.
-        y: Labels as a matrix, or predictions, ``(N, K)``.
-        draws: The same as one or more labels for each sample, ``(R, N)``; in a regression ``(R, N, K)``. Metrics of
+        outputs: Outputs ``(N, C)``, finite.
+        y: Labels as a matrix, or predictions, ``(N, C)``.
+        draws: The same as one or more labels for each sample, ``(R, N)``; in a regression ``(R, N, C)``. Metrics of
             no label, or of a single class, are nan.
         metrics: Metrics by name.
         task: The task.
@@ -195,8 +196,8 @@ def is_unrelated(outputs: Tensor, q: Tensor, task: Task, score: float) -> bool:
     """Return whether a network is worse than a constant prediction, as if it had learned other targets.
 
     Args:
-        outputs: Outputs ``(N, K)``, finite.
-        q: The predictions of a reference, ``(N, K)``.
+        outputs: Outputs ``(N, C)``, finite.
+        q: The predictions of a reference, ``(N, C)``.
         task: The task. Of classes, it must be sure of itself, and not correlated with the reference.
         score: The refined score of the outputs against q.
     """
@@ -222,16 +223,16 @@ class _MeanAUROC(MulticlassAUROC):
         return super().compute()[torch.unique(dim_zero_cat(self.target))].mean()
 
 
-def default_metrics(task: Task, num_outputs: int) -> dict[str, Metric]:
+def default_metrics(task: Task, num_columns: int) -> dict[str, Metric]:
     """Make the metrics that are expected by default, by name: accuracy and AUROC, or the mean squared error.
 
     Args:
         task: The task.
-        num_outputs: K. There is no AUROC of more than 100 classes, which would take long.
+        num_columns: C. There is no AUROC of more than 100 classes, which would take long.
     """
     if not task.has_classes:
         return {"mse": MeanSquaredError()}
     if task.has_one_output:
         return {"accuracy": BinaryAccuracy(), "auroc": BinaryAUROC()}
-    found: dict[str, Metric] = {"accuracy": MulticlassAccuracy(num_outputs, average="micro")}
-    return found | ({"auroc": _MeanAUROC(num_outputs)} if num_outputs <= MAX_AUROC_CLASSES else {})
+    found: dict[str, Metric] = {"accuracy": MulticlassAccuracy(num_columns, average="micro")}
+    return found | ({"auroc": _MeanAUROC(num_columns)} if num_columns <= MAX_AUROC_CLASSES else {})

@@ -7,13 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_sensitivity.functional.tasks import Task, find_task
-from lightning_sensitivity.functional.tensors import (
-    as_tensor,
-    in_chunks,
-    look_like_probabilities,
-    num_outputs,
-    wide_dtype,
-)
+from lightning_sensitivity.functional.tensors import as_tensor, in_chunks, look_like_probabilities, wide_dtype
 
 TEMPERATURES = tuple(2.0 ** (half / 2) for half in range(-2, 7))  # from 0.5 to 8
 _UNCHANGED = TEMPERATURES.index(1.0)  # the place of the logits as they are
@@ -61,28 +55,26 @@ def score_sums(outputs: Tensor, targets: Tensor, task: Task) -> Tensor:
     """Sum up scores over a batch, at each temperature.
 
     Args:
-        outputs: Logits ``(N, K)`` or ``(N,)``; for a regression, its outputs.
-        targets: Labels that fit the task, or predictions ``(N, K)``, as probabilities.
+        outputs: Logits ``(N, K)`` or ``(N,)``, or their matrix; for a regression, its outputs.
+        targets: Labels that fit the task, or predictions, as probabilities ``(N, C)``.
         task: The task.
 
     Returns:
         The entries of :class:`ScoreSums` as columns, ``(T, 3)``, float64 (float32 on MPS).
     """
-    outputs, dtype = outputs.detach(), wide_dtype(outputs.device)
+    outputs, dtype = task.as_outputs(outputs.detach()), wide_dtype(outputs.device)
     counts = task.has_label(targets).to(outputs.device)
     # The type before the device: some have no float64.
-    y = task.as_matrix(targets, num_outputs(outputs)).to(dtype).to(outputs.device)
+    y = task.as_matrix(targets, outputs.shape[1]).to(dtype).to(outputs.device)
+    divisors = outputs.new_tensor(TEMPERATURES if task.has_classes else (1.0,) * len(TEMPERATURES))
 
     def sums(outputs: Tensor, y: Tensor, counts: Tensor) -> Tensor:
-        outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))  # 16 bits round, and overflow
-        rows = []
-        for temperature in TEMPERATURES:
-            p = task.predictions(outputs / temperature if task.has_classes else outputs).to(dtype)
-            is_finite = p.isfinite().all(1)
-            is_scored = is_finite & counts
-            score = task.distances(p, y).where(is_scored, 0.0).sum()
-            rows.append(torch.stack([is_scored.sum(), score, (~is_finite & counts).sum()]))
-        return torch.stack(rows)
+        divided = outputs / divisors[:, None, None]
+        p = task.predictions(divided.flatten(0, 1)).reshape(divided.shape).to(dtype)
+        is_finite = p.isfinite().all(2)
+        is_scored = is_finite & counts
+        score = task.distances(p, y).where(is_scored, 0.0)
+        return torch.stack([is_scored.sum(1), score.sum(1), (~is_finite & counts).sum(1)], 1)
 
     return torch.stack(in_chunks(sums, outputs, y, counts)).sum(0)
 
@@ -124,7 +116,7 @@ def refined_score(logits: Any, targets: Any, task: str = "multiclass") -> Refine
         >>> round(score, 3), temperature
         (0.376, 4.0)
     """
-    kind, logits, targets = find_task(task), as_tensor("logits", logits), as_tensor("targets", targets)
+    kind, logits, targets = find_task(task), as_tensor(logits), as_tensor(targets)
     check_scored(logits, targets, kind)
     if kind.has_classes and look_like_probabilities(logits):
         raise ValueError("Expected `logits`, but got probabilities: take what comes before softmax or sigmoid.")

@@ -180,9 +180,9 @@ def output_sensitivity(clean: Any, noisy: Any, per_output: bool = False) -> Tens
         >>> output_sensitivity(clean, noisy)
         tensor(0.2500, dtype=torch.float64)
     """
-    clean = as_tensor("clean", clean)
+    clean = as_tensor(clean)
     draws = noisy if isinstance(noisy, list | tuple) else [noisy]
-    rows = sensitivity_rows(clean, [as_tensor("noisy", draw) for draw in draws])
+    rows = sensitivity_rows(clean, [as_tensor(draw) for draw in draws])
     if clean.numel() == 0:
         raise ValueError(f"Expected `clean` to hold a sample, but got the shape {tuple(clean.shape)}.")
     return sensitivity_from_rows(rows, per_output).value

@@ -1,7 +1,10 @@
-"""The kinds of tasks: how outputs and labels fit together in each, and how predictions are scored.
+"""The tasks: how outputs and labels fit together in each, and how predictions are scored.
 
-Outputs are ``(N, K)`` or ``(N,)``. Predictions and labels are matrices ``(N, K)``, and a sample has one score.
+Outputs of a network are ``(N, K)`` or ``(N,)``. All else is matrices ``(N, C)``: a column for each class, also where one
+output tells two classes apart, or for each number of a regression.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -9,21 +12,31 @@ from torch import Tensor
 from lightning_sensitivity.functional.tensors import num_outputs
 
 IGNORED = -100  # the `ignore_index` of torch's cross-entropy
+_FLOOR = 1e-6  # of probabilities that are raised to a power
 _TINY = 1e-12  # sum of probabilities
 _BY_CLASS = "Leave `task` out if labels are class indices"
 _MULTILABEL = "Several classes for one sample (multilabel) are not supported"
 
 
 class Multiclass:
-    """One of K classes is correct: softmax, and the sum over classes of squared differences."""
+    """One of C classes is correct: softmax, and the sum over classes of squared differences."""
 
     name = "multiclass"
-    has_one_output = False
     has_classes = True
+    has_one_output = False
+    scale = 1.0  # of the sum of squared differences
+
+    def num_columns(self, output_shape: tuple[int, ...]) -> int:
+        """Count the columns C of matrices, for the shape of the outputs of a sample."""
+        return math.prod(output_shape)
+
+    def as_outputs(self, outputs: Tensor) -> Tensor:
+        """Turn outputs of a network into a matrix ``(N, C)``, in single precision or better; a matrix stays."""
+        return _at_least_single(outputs)[:, None].flatten(1)
 
     def predictions(self, outputs: Tensor) -> Tensor:
-        """Turn logits ``(N, K)`` into probabilities, in single precision or better."""
-        return _at_least_single(outputs).softmax(1)
+        """Turn outputs of a network, or their matrix, into probabilities ``(N, C)``."""
+        return self.as_outputs(outputs).softmax(1)
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         """Raise ValueError, saying what was expected, if outputs and labels do not fit the task."""
@@ -65,47 +78,61 @@ class Multiclass:
         """Return which samples have a label that counts, ``(N,)``."""
         return has_label(targets)
 
-    def as_matrix(self, labels: Tensor, num_outputs: int | None = None) -> Tensor:
-        """Turn labels into probabilities ``(N, K)``; an ignored label gives zeros.
+    def as_matrix(self, labels: Tensor, num_columns: int | None = None) -> Tensor:
+        """Turn labels into probabilities ``(N, C)``; an ignored label gives zeros, and a matrix stays.
 
         Args:
-            labels: Class indices ``(N,)``, or probabilities ``(N, K)``.
-            num_outputs: K; by default one more than the highest class index.
+            labels: Class indices ``(N,)``, or probabilities ``(N, C)``.
+            num_columns: C; by default one more than the highest class index.
         """
-        if labels.is_floating_point():
-            return labels.where(has_label(labels)[:, None], 0.0) if labels.ndim == 2 else labels
         counts = has_label(labels)
+        if labels.is_floating_point():
+            return labels.where(counts[:, None], 0.0)
         indices = labels.long().where(counts, 0)
-        num_outputs = num_outputs or (int(indices.max()) + 1 if len(indices) else 1)
-        return torch.nn.functional.one_hot(indices, num_outputs).float() * counts[:, None]
+        num_columns = num_columns or (int(indices.max()) + 1 if len(indices) else 1)
+        return torch.nn.functional.one_hot(indices, num_columns).float() * counts[:, None]
 
     def distances(self, p: Tensor, other: Tensor) -> Tensor:
         """Score predictions by the Brier score: squared differences from labels, or from other predictions."""
-        return (p - other).square().sum(1)
+        return self.scale * (p - other).square().sum(-1)
 
     def uncertainties(self, p: Tensor) -> Tensor:
         """Compute the Brier score that predictions have if labels are drawn from them."""
-        return 1 - p.square().sum(1)
+        return self.scale * (1 - p.square().sum(-1))
 
     def classes(self, p: Tensor) -> Tensor:
-        """Return the class that predictions or labels ``(..., N, K)`` choose for each sample, ``(..., N)``."""
+        """Return the class that predictions or labels ``(..., N, C)`` choose for each sample, ``(..., N)``."""
         return p.argmax(-1)
 
     def clip(self, p: Tensor) -> Tensor:
-        """Turn numbers ``(N, K)`` near probabilities into probabilities."""
+        """Turn numbers near probabilities into probabilities."""
         p = p.clamp(0, 1)
         return p / p.sum(1, keepdim=True).clamp(min=_TINY)
 
+    def sharpen(self, p: Tensor, power: float) -> Tensor:
+        """Raise probabilities to a power, which divides their logarithms by a temperature of 1 / power."""
+        return (power * p.clamp(min=_FLOOR).log()).softmax(1)
+
+    def metric_inputs(self, p: Tensor) -> Tensor:
+        """Return predictions as torchmetrics takes them: probabilities ``(N, C)``."""
+        return p
+
 
 class Binary(Multiclass):
-    """One output is the logit of class 1: sigmoid, and the squared difference."""
+    """One output z is the logit of class 1, which is two logits, 0 and z; its score is (p - y)^2, half of the sum."""
 
     name = "binary"
     has_one_output = True
+    scale = 0.5
 
-    def predictions(self, outputs: Tensor) -> Tensor:
-        """Turn logits ``(N,)`` or ``(N, 1)`` into probabilities of class 1, ``(N, 1)``."""
-        return _at_least_single(outputs).reshape(-1, 1).sigmoid()
+    def num_columns(self, output_shape: tuple[int, ...]) -> int:
+        """Return 2."""
+        return 2
+
+    def as_outputs(self, outputs: Tensor) -> Tensor:
+        """Turn outputs ``(N,)`` or ``(N, 1)`` into two logits; a matrix ``(N, 2)`` stays."""
+        z = super().as_outputs(outputs)
+        return torch.cat([torch.zeros_like(z), z], 1) if z.shape[1] == 1 else z
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         """Raise ValueError if outputs and labels do not fit the task."""
@@ -113,38 +140,42 @@ class Binary(Multiclass):
             advice = "With an output for each class, leave `task` out: `targets=lambda batch: batch[1].long()`"
             got = _describe(outputs, targets)
             raise ValueError(f"Expected one output, (N,) or (N, 1), but got {got}. {advice}")
-        _check_probabilities(outputs, targets, _BY_CLASS)
+        if targets.is_floating_point() and targets.shape == (len(outputs), 2):
+            self._check_soft_labels(self.as_outputs(outputs), targets)
+        else:
+            _check_probabilities(outputs, targets, _BY_CLASS)
 
-    def as_matrix(self, labels: Tensor, num_outputs: int | None = None) -> Tensor:
-        """Turn labels ``(N,)`` or ``(N, 1)`` into probabilities of class 1, ``(N, 1)``; an ignored label gives 0."""
-        column = labels.reshape(-1, 1)
-        column = column if column.is_floating_point() else column.float()
-        return column.where(column != IGNORED, 0.0)
+    def as_matrix(self, labels: Tensor, num_columns: int | None = None) -> Tensor:
+        """Turn labels ``(N,)`` or ``(N, 1)`` into probabilities ``(N, 2)``; a matrix stays."""
+        y = labels if labels.is_floating_point() else labels.float()
+        y = y[:, None].flatten(1)
+        if y.shape[1] == 1:
+            y = torch.cat([1 - y, y], 1).where(y != IGNORED, float(IGNORED))
+        return super().as_matrix(y)
 
-    def uncertainties(self, p: Tensor) -> Tensor:
-        """Compute the squared difference that predictions have if labels are drawn from them."""
-        return (p * (1 - p)).sum(1)
-
-    def classes(self, p: Tensor) -> Tensor:
-        """Return the class that predictions or labels ``(..., N, 1)`` choose for each sample, ``(..., N)``."""
-        return (p[..., 0] > 0.5).long()
-
-    def clip(self, p: Tensor) -> Tensor:
-        """Turn numbers near probabilities into probabilities."""
-        return p.clamp(0, 1)
+    def metric_inputs(self, p: Tensor) -> Tensor:
+        """Return the probabilities of class 1, ``(N,)``."""
+        return p[:, 1]
 
 
 class Regression:
     """Outputs are measurements: no temperature, and the mean over columns of squared differences."""
 
     name = "regression"
-    has_one_output = False
     has_classes = False
+    has_one_output = False
+
+    def num_columns(self, output_shape: tuple[int, ...]) -> int:
+        """Count the columns of matrices, for the shape of the outputs of a sample."""
+        return math.prod(output_shape)
+
+    def as_outputs(self, outputs: Tensor) -> Tensor:
+        """Turn outputs ``(N,)`` or ``(N, D)`` into a matrix ``(N, D)``, in single precision or better."""
+        return _at_least_single(outputs)[:, None].flatten(1)
 
     def predictions(self, outputs: Tensor) -> Tensor:
-        """Return outputs ``(N,)`` or ``(N, D)`` as a matrix ``(N, D)``."""
-        outputs = _at_least_single(outputs)
-        return outputs[:, None] if outputs.ndim == 1 else outputs
+        """Return outputs as a matrix."""
+        return self.as_outputs(outputs)
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         """Raise ValueError if outputs and targets do not fit, or are no finite numbers."""
@@ -157,13 +188,13 @@ class Regression:
         """Return which samples have a target: all."""
         return torch.ones(len(targets), dtype=torch.bool, device=targets.device)
 
-    def as_matrix(self, labels: Tensor, num_outputs: int | None = None) -> Tensor:
+    def as_matrix(self, labels: Tensor, num_columns: int | None = None) -> Tensor:
         """Turn targets ``(N,)`` or ``(N, D)`` into a matrix ``(N, D)``."""
-        return self.predictions(labels if labels.is_floating_point() else labels.float())
+        return self.as_outputs(labels)
 
     def distances(self, p: Tensor, other: Tensor) -> Tensor:
         """Score predictions by their squared differences from targets, or from other predictions."""
-        return (p - other).square().mean(1)
+        return (p - other).square().mean(-1)
 
     def uncertainties(self, p: Tensor) -> Tensor:
         """Return zeros: predictions of a regression do not say how sure they are."""
@@ -177,6 +208,14 @@ class Regression:
         """Return the predictions."""
         return p
 
+    def sharpen(self, p: Tensor, power: float) -> Tensor:
+        """Return the predictions."""
+        return p
+
+    def metric_inputs(self, p: Tensor) -> Tensor:
+        """Return predictions as torchmetrics takes them: ``(N,)`` or ``(N, D)``."""
+        return _without_single_output(p)
+
 
 Task = Multiclass | Regression
 TASKS: dict[str, Task] = {task.name: task for task in (Multiclass(), Binary(), Regression())}
@@ -188,11 +227,6 @@ def find_task(name: str) -> Task:
     if name not in TASKS:
         raise ValueError(f"Expected `task` to be one of {TASK_NAMES}, but got {name!r}.")
     return TASKS[name]
-
-
-def of_all_classes(p: Tensor, task: Task) -> Tensor:
-    """Return the probabilities of all classes, ``(N, C)``; of one output, that of the other class comes first."""
-    return torch.cat([1 - p, p], 1) if task.has_one_output else p
 
 
 def _is_ignored(targets: Tensor) -> Tensor:

@@ -1,8 +1,7 @@
 """The layout of outputs, and how to sum them in double precision without a copy of all of them."""
 
 from collections.abc import Callable
-from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy
 import torch
@@ -89,28 +88,6 @@ def are_close(first: Tensor, second: Tensor) -> bool:
     return torch.allclose(first, second, rtol=1e-2, atol=1e-2 * scale, equal_nan=True)
 
 
-def as_tensor(name: str, values: object) -> Tensor:
-    """Turn numbers from NumPy, pandas or lists into a tensor, and booleans into integers.
-
-    Args:
-        name: The argument that they come from, for the message.
-        values: A tensor, which may stay as it is, or what ``numpy.asarray`` understands.
-
-    Raises:
-        ValueError: If values are no numbers, or rows have several lengths.
-    """
-    if isinstance(values, Tensor) and not values.is_complex():
-        tensor = values.detach().to_dense() if values.layout != torch.strided else values.detach()
-        return tensor.long() if tensor.dtype == torch.bool else tensor
-    try:
-        array = numpy.asarray(values)
-    except ValueError as error:
-        raise ValueError(f"Expected `{name}` to be numbers in rows of one length, but got others.") from error
-    if array.dtype == object:
-        with suppress(TypeError, ValueError):
-            array = array.astype(float)  # a table with columns of booleans, as `pandas.get_dummies` makes them
-    if array.dtype.kind not in "biuf":
-        advice = "Turn names into numbers first, such as by `pandas.factorize` or `pandas.get_dummies`"
-        raise ValueError(f"Expected `{name}` to be real numbers, but got values of type {array.dtype}. {advice}.")
-    dtype = array.dtype if array.dtype.kind == "f" or array.dtype == numpy.uint8 else numpy.dtype(numpy.int64)
-    return torch.tensor(array.astype(dtype))
+def as_tensor(values: Any) -> Tensor:
+    """Turn numbers from NumPy, pandas or lists into a tensor; a tensor is detached."""
+    return values.detach() if isinstance(values, Tensor) else torch.tensor(numpy.asarray(values))

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning_utilities import apply_to_collection
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 
@@ -73,3 +73,8 @@ def num_samples(arguments: Collection[object]) -> int:
     tensors = [x for value in arguments for x in tensors_in(value) if x.ndim > 0 and not x.is_nested]
     numbers = {len(x) for x in tensors}
     return numbers.pop() if len(numbers) == 1 else 0
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of the weights of a model."""
+    return next((weight.device for weight in model.parameters()), torch.device("cpu"))

@@ -78,10 +78,15 @@ class ModelCall:
         """The keyword arguments of the model."""
         return {key: value for key, value in self.arguments.items() if isinstance(key, str)}
 
-    def named(self) -> dict[str, object]:
-        """Return the arguments by their names in ``forward``, and further ones by their position."""
+    def inputs(self) -> dict[str, object]:
+        """Return the arguments but labels by their names in ``forward``, and further ones by their position."""
         names: dict[int | str, str] = dict(enumerate(p.name for p in parameters_of(self._model)))
-        return {names.get(key, str(key)): value for key, value in self.arguments.items()}
+        named = {names.get(key, str(key)): value for key, value in self.arguments.items()}
+        return {name: value for name, value in named.items() if name not in TARGET_NAMES}
+
+    def __str__(self) -> str:
+        """Describe the arguments for an error message."""
+        return "; ".join(f"{key!r}: {describe(value)}" for key, value in self.arguments.items())
 
     def __call__(self, perturb: Perturb | None = None) -> Tensor:
         """Call the model with copies of the arguments, perturbed or not, and select its outputs.
@@ -100,32 +105,29 @@ class ModelCall:
         result = self._model(*call.args, **call.kwargs)
         if self.size == 1 and isinstance(result, Tensor) and result.ndim < 2 and result.shape != (1,):
             result = result[None]  # `squeeze()` has dropped the dimension of a single sample
-        outputs = select_outputs(result, self._outputs)
-        if self._outputs is None:
-            self._check_class_dimension(outputs)
-        return outputs
+        return select_outputs(result, self._outputs)
 
-    def sliced(self, max_samples: float) -> tuple["ModelCall", Tensor | None]:
-        """Choose evenly spaced samples of a large batch.
+    @property
+    def has_rows(self) -> bool:
+        """Whether its tensors have a row for each sample, and all else belongs to all samples."""
+        return self.size > 0 and all(map(_has_rows, self.arguments.values()))
 
-        Args:
-            max_samples: How many samples are wanted.
-
-        Returns:
-            The call on the chosen rows, and which they are; the call itself and None if there are no more than
-            wanted, or if rows may not be samples.
-        """
-        count = min(self.size, math.ceil(min(max_samples, self.size)))
-        if count in (0, self.size) or not all(map(_has_rows, self.arguments.values())):
-            return self, None
-        rows = torch.arange(count) * self.size // count
+    def of_rows(self, rows: Tensor) -> "ModelCall":
+        """Return the call on some of its rows."""
 
         def choose(tensor: Tensor) -> Tensor:
             return tensor[rows.to(tensor.device)] if tensor.ndim > 0 else tensor
 
         new = self._with(lambda value: apply_to_collection(value, Tensor, choose))
-        new.size = count
-        return new, rows
+        new.size = len(rows)
+        return new
+
+    def spread(self, max_samples: float) -> Tensor | None:
+        """Choose evenly spaced rows; None for all, if there are no more than wanted, or rows may not be samples."""
+        count = math.ceil(min(max_samples, self.size))
+        if count == self.size or not self.has_rows:
+            return None
+        return torch.arange(count) * self.size // count
 
     def to(self, device: torch.device) -> "ModelCall":
         """Return a call on the CPU as a call on a device."""
@@ -150,26 +152,12 @@ class ModelCall:
         if len(floating) == 1:
             return floating[0]
         several = f"several: {', '.join(map(repr, floating))}," if floating else "none"
-        arguments = "; ".join(f"{key!r}: {describe(value)}" for key, value in self.arguments.items())
-        got = f"got {several} among the arguments of `forward` ({arguments})"
+        got = f"got {several} among the arguments of `forward` ({self})"
         raise Refused(
             f"Expected one dense floating input to perturb, {got}. {_CHOOSE} Or perturb the output of a submodule, "
             "such as an embedding, by `at=`.",
             entry="noise",
         )
-
-    def _check_class_dimension(self, outputs: Tensor) -> None:
-        """Refuse dense outputs whose first dimensions, and not their last ones, are those of an input."""
-        first, last = outputs.shape[1:-1], outputs.shape[2:]
-        if math.prod(first) <= 1 or math.prod(last) <= 1:
-            return
-        shapes = [x.shape[1:] for x in tensors_in(self.arguments) if not x.is_nested]
-        are_first = any(shape[: len(first)] == first for shape in shapes)
-        if are_first and not any(shape[-len(last) :] == last for shape in shapes):
-            raise Refused(
-                f"`outputs` should move the classes to dimension 1, got {[*outputs.shape]}; if they are "
-                "last, `outputs=lambda y: y.movedim(-1, 1)`; if they are there, `outputs=lambda y: y`."
-            )
 
 
 def _has_rows(value: object) -> bool:

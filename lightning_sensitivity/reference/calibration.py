@@ -1,14 +1,91 @@
-"""How many labels can't be explained, by predictions that have not seen them."""
+"""What is fitted to left-out predictions: one temperature, and how many labels they can't explain; and class shares."""
 
 import torch
 from torch import Tensor
 
+from lightning_sensitivity.functional.tasks import Task
 from lightning_sensitivity.functional.tensors import as_tensor
+
+_POWERS = tuple(2 ** (quarter / 4) for quarter in range(-3, 15))  # inverse temperatures, 0.6 to 11
 
 _SHARES = torch.cat([torch.tensor([0, 0.01, 0.02, 0.03, 0.05]), torch.arange(0.075, 0.86, 0.025)]).double()  # r
 _SHARPNESS = 2.0 ** torch.arange(0, 7.01, 0.5).double()  # b
 _SMALLEST = 1e-3  # share of a class
 _UNLIKELY = 1e-12
+
+_MAX_ROUNDS = 1000  # of expectation maximization
+_STILL = 1e-8  # change of a share in a round, at which it ends
+
+
+def best_power(p: Tensor, y: Tensor, task: Task) -> float:
+    """Find the inverse temperature of the lowest score (Guo et al., 2017, who take the likelihood).
+
+    A ridge regression of labels is right more often than it says. By likelihood, a few redrawn labels would keep it
+    so.
+
+    Args:
+        p: Left-out predictions ``(N, C)``, as ``task.clip`` gives them.
+        y: Labels ``(N, C)``.
+        task: The task; the power is 1 in a regression.
+    """
+    if not task.has_classes:
+        return 1.0
+    return min(_POWERS, key=lambda power: float(task.distances(task.sharpen(p, power), y).mean()))
+
+
+def estimate_class_shares(q: Tensor, training_shares: Tensor) -> Tensor:
+    """Estimate the class shares of unseen samples, by expectation maximization (Saerens, Latinne, Decaestecker, 2002).
+
+    Args:
+        q: Calibrated probabilities of the unseen samples, by a model that has learned from others, ``(N, C)``.
+        training_shares: The class shares of those others, ``(C,)``.
+
+    Returns:
+        The shares, ``(C,)``. They are sure only if classes can be told apart: see :func:`shares_differ`.
+
+    Example:
+        >>> import torch
+        >>> from lightning_sensitivity.reference.calibration import estimate_class_shares
+        >>> q = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.9, 0.1], [0.1, 0.9]])
+        >>> estimate_class_shares(q, torch.tensor([0.5, 0.5]))
+        tensor([0.8125, 0.1875], dtype=torch.float64)
+    """
+    q = q.double()
+    shares = training_shares.double()
+    for _ in range(_MAX_ROUNDS):
+        before, shares = shares, reweigh(q, training_shares, shares).mean(0)
+        if bool((shares - before).abs().max() < _STILL):
+            break
+    return shares
+
+
+def reweigh(q: Tensor, training_shares: Tensor, shares: Tensor) -> Tensor:
+    """Turn probabilities that hold for some class shares into those that hold for others, ``(N, C)``.
+
+    Args:
+        q: Probabilities, by a model that has learned from samples of other shares, ``(N, C)``.
+        training_shares: The class shares of those samples, ``(C,)``.
+        shares: The class shares of the samples that are predicted, ``(C,)``.
+    """
+    weights = shares.double() / training_shares.double().clamp(min=_UNLIKELY)
+    p = q.double() * weights
+    return p / p.sum(1, keepdim=True).clamp(min=_UNLIKELY)
+
+
+def shares_differ(left_out: Tensor, q: Tensor) -> float:
+    """Test whether class shares of unseen samples differ from those of training samples.
+
+    Args:
+        left_out: Left-out predictions of the training samples, ``(N, C)``.
+        q: Predictions of the unseen samples, by the same model, ``(M, C)``.
+
+    Returns:
+        The largest difference of mean predictions, in standard errors. Above 3.5, shares differ, or inputs do.
+    """
+    first, second = left_out.double(), q.double()
+    variance = first.var(0) / len(first) + second.var(0) / len(second)
+    z = (first.mean(0) - second.mean(0)).abs() / variance.sqrt()
+    return float(z.nan_to_num(0.0, 0.0).max())
 
 
 def unexplained_share(predictions: object, labels: object) -> float:
@@ -31,7 +108,7 @@ def unexplained_share(predictions: object, labels: object) -> float:
 
     Args:
         predictions: Probabilities of the classes, ``(N, K)``; those of class 1, ``(N,)`` or ``(N, 1)``, for
-            two classes. A :class:`Reference` has them as ``left_out``.
+            two classes. A :class:`Reference` has them as ``left_out_``.
         labels: Class indices ``(N,)``, or probabilities, such as one-hot labels, of the shape of
             ``predictions``.
 
@@ -44,14 +121,14 @@ def unexplained_share(predictions: object, labels: object) -> float:
 
     Example:
         >>> import torch
-        >>> from lightning_sensitivity.functional import unexplained_share
+        >>> from lightning_sensitivity.reference import unexplained_share
         >>> labels, certainty = torch.arange(1000) % 4, torch.linspace(0, 1, 1000)[:, None]
         >>> predictions = certainty * torch.eye(4)[labels] + (1 - certainty) / 4
         >>> noisy = labels.where(torch.arange(1000) % 10 < 8, (labels + 1) % 4)  # 20 % are wrong
         >>> [round(unexplained_share(predictions, each), 2) for each in (labels, noisy)]
         [0.0, 0.2]
     """
-    q, y = _as_classes(as_tensor("predictions", predictions), as_tensor("labels", labels))
+    q, y = _as_classes(as_tensor(predictions), as_tensor(labels))
     num_classes = q.shape[1]
     shares = y.mean(0).clamp(min=_SMALLEST)
     shares = shares / shares.sum()

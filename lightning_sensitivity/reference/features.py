@@ -1,29 +1,30 @@
-"""Features for the reference, by kind of input: columns, random patches of images and signals, bags of words.
+"""What a reference sees of samples, and the rows of numbers that scikit-learn gets of it.
 
-A maker looks at the inputs of training samples, and returns a function that turns inputs of any samples into rows
-of numbers, and can be pickled. Random numbers are the same in every call, and global streams are not touched.
+Random numbers are the same in every call, and global streams are not touched.
 """
 
 import math
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_sensitivity.functional.tensors import wide_dtype
-
-Transform = Callable[[Tensor], Any]  # inputs to rows: a tensor, or a sparse matrix
-Maker = Callable[[Tensor], Transform]
+# Of N samples, by kind: "columns" (N, D), "images" (N, C, H, W) and "signals" (N, C, L), floating or bytes; "tokens"
+# (N, L), integers, of which negative ones are padding.
+Seen: TypeAlias = dict[str, Tensor]
+Rows: TypeAlias = Any  # an array of NumPy in double precision, or a sparse matrix of words
+Transform: TypeAlias = Callable[[Tensor], Rows]  # of what is seen of one kind
+SeenTransform: TypeAlias = Callable[[Seen], Rows]
+Maker: TypeAlias = Callable[[Tensor], Transform]
 
 _CHUNK = 50  # samples of which features are made at a time
-_MAX_SIDE, _MAX_VOXELS = 32, 16  # a side, of an image and of a volume
-_MAX_LENGTH = 512  # steps of a signal
-_MAX_COLUMNS = 4096  # of which distances are computed
+_MAX_SIDE, _MAX_LENGTH = 32, 512  # pixels of an image, and steps of a signal
+_MAX_COLUMNS = 4096  # of more, evenly spaced ones are seen
 _CONSTANT = 1e-9  # relative standard deviation of a column that holds nothing but rounding
 _TINY = 1e-12  # length of a row of zeros
 
@@ -43,55 +44,35 @@ _FEW_TEXTS = 50  # below, words that occur once are kept, too
 
 
 def kind_of(inputs: Tensor) -> str:
-    """Return ``"vectors"``, ``"images"``, ``"signals"`` or ``"tokens"``.
+    """Return ``"columns"``, ``"images"``, ``"signals"`` or ``"tokens"``, by the number of dimensions and the type.
 
     Args:
         inputs: ``(N, D)``, which are token ids if they are integers; signals ``(N, C, L)``; images ``(N, C, H, W)``.
-            With more dimensions they count as images, though they have no patches.
+            All others are columns, if they are flattened.
     """
-    if inputs.ndim <= 2:
-        return "vectors" if inputs.is_floating_point() or inputs.ndim < 2 else "tokens"
-    return "signals" if inputs.ndim == 3 else "images"
+    if inputs.ndim == 2 and not inputs.is_floating_point():
+        return "tokens"
+    return {3: "signals", 4: "images"}.get(inputs.ndim, "columns")
 
 
 def shrunk(inputs: Tensor) -> Tensor:
-    """Average images to at most 32 pixels a side, volumes to 16, and signals to 512 steps; all else stays as it is.
+    """Average images to at most 32 pixels a side, and signals to 512 steps; all else stays as it is.
 
     Args:
         inputs: Of any kind, ``(N, ...)``. A reference sees no more of them than what this returns.
 
     Example:
         >>> import torch
-        >>> from lightning_sensitivity.functional.features import shrunk
+        >>> from lightning_sensitivity.reference.features import shrunk
         >>> shrunk(torch.rand(2, 3, 320, 640)).shape
         torch.Size([2, 3, 16, 32])
     """
-    limit = {3: _MAX_LENGTH, 4: _MAX_SIDE, 5: _MAX_VOXELS}.get(inputs.ndim)
+    limit = {3: _MAX_LENGTH, 4: _MAX_SIDE}.get(inputs.ndim)
     largest = max(inputs.shape[2:], default=0)
     if limit is None or largest <= limit or len(inputs) == 0:
         return inputs
     sizes = [max(1, round(size * limit / largest)) for size in inputs.shape[2:]]
     return torch.cat([F.interpolate(part.float(), sizes, mode="area") for part in torch.split(inputs, _CHUNK)])
-
-
-def feature_makers(inputs: Tensor) -> dict[str, Maker]:
-    """Return the features that fit inputs, which come from :func:`shrunk`, by name."""
-    if kind_of(inputs) == "tokens":
-        return {"words": words, "columns": token_columns}
-    if _patch_size(inputs):
-        return {"patches": patches, "values": values}
-    return {"columns": columns, "values": values}
-
-
-def make_rows(transform: Transform, inputs: Tensor) -> Any:
-    """Turn inputs into rows for scikit-learn: an array in double precision, or a sparse matrix of words."""
-    rows = transform(inputs) if kind_of(inputs) == "tokens" else _in_parts(transform, inputs)
-    return rows.cpu().double().numpy() if isinstance(rows, Tensor) else rows
-
-
-def _in_parts(transform: Transform, inputs: Tensor) -> Tensor:
-    """Turn inputs into features, a few samples at a time."""
-    return torch.cat([transform(part) for part in torch.split(inputs, _CHUNK)])
 
 
 def fit_size(inputs: Tensor, shape: torch.Size) -> Tensor:
@@ -101,55 +82,104 @@ def fit_size(inputs: Tensor, shape: torch.Size) -> Tensor:
         inputs: Of any kind, ``(N, ...)``.
         shape: The shape of the others.
     """
-    if inputs.shape[2:] == shape[2:] or inputs.ndim != len(shape) or len(inputs) == 0:
+    if inputs.shape[2:] == shape[2:] or len(inputs) == 0:
         return inputs
-    if kind_of(inputs) == "signals":
+    if inputs.ndim == 3:
         return F.pad(inputs.float(), (0, shape[2] - inputs.shape[2]))
     return torch.cat([F.interpolate(part.float(), shape[2:], mode="area") for part in torch.split(inputs, _CHUNK)])
 
 
+def make_transforms(seen: Seen) -> dict[str, SeenTransform]:
+    """Return the features that fit what is seen, which comes from :func:`shrunk`: by name, what makes rows of it.
+
+    Several kinds are seen side by side, each scaled to a variance of 1, so that none drowns the others.
+    """
+    makers = {kind: _makers(kind, inputs) for kind, inputs in seen.items()}
+    if len(seen) == 1:
+        kind, inputs = next(iter(seen.items()))
+        return {name: partial(_rows, transforms={kind: make(inputs)}) for name, make in makers[kind].items()}
+    names = {kind: next(iter(each)) for kind, each in makers.items()}
+    transforms = {kind: _balanced(makers[kind][name], seen[kind]) for kind, name in names.items()}
+    return {" and ".join(names.values()): partial(_rows, transforms=transforms)}
+
+
+def raw_columns(kind: str, seen: Seen) -> SeenTransform:
+    """Return what makes rows of the numbers of a kind as they are."""
+    transform = partial(_scaled, function=partial(flat, length=seen[kind].shape[1]), mean=0.0, scale=1.0)
+    return partial(_rows, transforms={kind: transform})
+
+
+def _makers(kind: str, inputs: Tensor) -> dict[str, Maker]:
+    if kind == "tokens":
+        return {"words": words, "columns": columns}
+    if kind != "columns" and _patch_size(inputs):
+        return {"patches": patches, "values": values}
+    return {"columns": columns, "values": values}
+
+
+def _rows(seen: Seen, transforms: dict[str, Transform]) -> Rows:
+    parts = [transform(seen[kind]) for kind, transform in transforms.items()]
+    if len(parts) == 1:
+        return parts[0]
+    if all(isinstance(part, np.ndarray) for part in parts):
+        return np.concatenate(parts, axis=1)
+    from scipy.sparse import hstack
+
+    return hstack(parts, format="csr")
+
+
+def _balanced(make: Maker, inputs: Tensor) -> Transform:
+    """Scale the rows of a transform to a variance of 1, the sum over columns."""
+    transform = make(inputs)
+    rows = transform(_some(inputs))
+    mean = rows.mean(axis=0)
+    variance = float(rows.multiply(rows).sum() if hasattr(rows, "multiply") else (rows * rows).sum()) / rows.shape[0]
+    scale = math.sqrt(max(variance - float(np.square(mean).sum()), 0.0)) or 1.0
+    return partial(_divided, transform=transform, scale=scale)
+
+
+def _divided(inputs: Tensor, transform: Transform, scale: float) -> Rows:
+    return transform(inputs) / scale
+
+
+def _in_parts(function: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+    """Turn inputs into features, a few samples at a time."""
+    return torch.cat([function(part) for part in torch.split(inputs, _CHUNK)])
+
+
 def columns(inputs: Tensor) -> Transform:
     """Take all numbers of a sample, each column with a mean of 0 and a variance of 1."""
-    return _standardized(flat, _in_parts(flat, inputs), floor=0.0)
-
-
-def token_columns(ids: Tensor) -> Transform:
-    """Take integers as columns of a table, for those who have one; other samples may be shorter or longer."""
-    return partial(_fit_length, transform=columns(ids), length=ids.shape[1])
-
-
-def _fit_length(ids: Tensor, transform: Transform, length: int) -> Tensor:
-    found: Tensor = transform(F.pad(ids, (0, length - ids.shape[1]), value=-1))
-    return found
+    return _standardized(partial(flat, length=inputs.shape[1]), flat(inputs), floor=0.0)
 
 
 def values(inputs: Tensor) -> Transform:
     """Take all numbers of a sample in the units that they have."""
-    return partial(_scaled, transform=flat, mean=_in_parts(flat, inputs).mean(0), scale=1.0)
+    return partial(_scaled, function=flat, mean=flat(inputs).mean(0), scale=1.0)
 
 
-def flat(inputs: Tensor) -> Tensor:
-    """Flatten samples; more than 4,096 numbers are added up with random signs (Weinberger et al., 2009)."""
+def flat(inputs: Tensor, length: int = 0) -> Tensor:
+    """Flatten samples to at most 4,096 numbers, in double precision; token ids get a length."""
     x = inputs[:, None].flatten(1)
-    x = x.to(wide_dtype(x.device))
-    num_columns = x.shape[1]
-    if num_columns <= _MAX_COLUMNS:
-        return x
-    signs = torch.randint(2, (num_columns,), generator=_generator()).to(x) * 2 - 1
-    padded = F.pad(x * signs, (0, -num_columns % _MAX_COLUMNS))
-    return padded.reshape(len(x), -1, _MAX_COLUMNS).sum(1)
+    if inputs.ndim == 2 and length:
+        x = F.pad(x, (0, length - x.shape[1]), value=-1)
+    if x.shape[1] > _MAX_COLUMNS:
+        x = x[:, spread(x.shape[1], _MAX_COLUMNS)]
+    return x.double()
 
 
-def _standardized(transform: Transform, features: Tensor, floor: float) -> Transform:
-    """Scale what a transform gives by means and standard deviations of some of its features."""
-    mean = features.mean(0)
+def spread(number: int, most: int) -> Tensor:
+    """Return the indices of at most so many evenly spaced samples."""
+    return torch.linspace(0, number - 1, min(number, most), dtype=torch.float64).round().long()
+
+
+def _standardized(function: Callable[[Tensor], Tensor], features: Tensor, floor: float) -> Transform:
+    """Scale what a function gives by means and standard deviations of some of its features."""
     scale = _scale(features, 0) + floor * features.std(correction=0)
-    return partial(_scaled, transform=transform, mean=mean, scale=scale)
+    return partial(_scaled, function=function, mean=features.mean(0), scale=scale)
 
 
-def _scaled(inputs: Tensor, transform: Transform, mean: Tensor, scale: Tensor | float) -> Tensor:
-    found: Tensor = (transform(inputs) - mean) / scale
-    return found
+def _scaled(inputs: Tensor, function: Callable[[Tensor], Tensor], mean: Tensor | float, scale: Tensor | float) -> Rows:
+    return ((_in_parts(function, inputs) - mean) / scale).double().numpy()
 
 
 def _scale(x: Tensor, dims: int | tuple[int, ...]) -> Tensor:
@@ -168,8 +198,7 @@ def patches(inputs: Tensor) -> Transform:
     images = _as_images(inputs)
     mean, scale = (each[:, None, None] for each in (images.mean((0, 2, 3)), _scale(images, (0, 2, 3))))
     filters, offsets = _filters(_random_patches((images - mean) / scale, *_patch_size(inputs)))
-    filters, offsets = filters.to(images.device), offsets.to(images.device)[:, None, None]
-    responses = partial(_responses, mean=mean, scale=scale, filters=filters, offsets=offsets)
+    responses = partial(_responses, mean=mean, scale=scale, filters=filters, offsets=offsets[:, None, None])
     return _standardized(responses, _in_parts(responses, _some(inputs)), floor=_RARE)
 
 
@@ -187,7 +216,7 @@ def _responses(inputs: Tensor, mean: Tensor, scale: Tensor, filters: Tensor, off
 
 def _some(inputs: Tensor) -> Tensor:
     """Return at most 500 evenly spaced samples."""
-    return inputs[:: math.ceil(len(inputs) / _SOME)]
+    return inputs[spread(len(inputs), _SOME)]
 
 
 def _as_images(inputs: Tensor) -> Tensor:
@@ -197,8 +226,6 @@ def _as_images(inputs: Tensor) -> Tensor:
 
 def _patch_size(inputs: Tensor) -> tuple[int, ...]:
     """Return height and width of a patch; () if there are no patches."""
-    if inputs.ndim not in (3, 4):
-        return ()
     side = min(inputs.shape[2:])
     largest = _MAX_STEPS if inputs.ndim == 3 else _MAX_PATCH
     patch = max(_MIN_PATCH, min(largest, side // 4))
@@ -209,18 +236,15 @@ def _patch_size(inputs: Tensor) -> tuple[int, ...]:
 def _random_patches(images: Tensor, height: int, width: int) -> Tensor:
     """Cut patches ``(P, C, height, width)`` from random places."""
     ends = len(images), images.shape[2] - height + 1, images.shape[3] - width + 1
-    generator = _generator()
-    samples, tops, lefts = (
-        torch.randint(end, (_NUM_PATCHES, 1, 1), generator=generator).to(images.device) for end in ends
-    )
-    rows = tops + torch.arange(height, device=images.device)[:, None]
-    columns = lefts + torch.arange(width, device=images.device)
+    generator = torch.Generator().manual_seed(0)
+    samples, tops, lefts = (torch.randint(end, (_NUM_PATCHES, 1, 1), generator=generator) for end in ends)
+    rows, columns = tops + torch.arange(height)[:, None], lefts + torch.arange(width)
     return images[samples, :, rows, columns].movedim(3, 1)
 
 
 def _filters(patches: Tensor) -> tuple[Tensor, Tensor]:
     """Turn patches ``(P, C, h, w)`` into filters ``(F, C, h, w)`` of normalized patches, and their offsets ``(F,)``."""
-    x = patches.flatten(1).cpu()
+    x = patches.flatten(1)
     x = (x - x.mean(1, keepdim=True)) / (x.var(1, correction=0, keepdim=True) + _CONTRAST**2).sqrt()
     mean = x.mean(0)
     values, vectors = torch.linalg.eigh(torch.cov((x - mean).T))
@@ -246,11 +270,11 @@ def words(ids: Tensor) -> Transform:
     return partial(_counts, vectorizer=vectorizer)
 
 
-def _no_words(ids: Tensor) -> Tensor:
-    return torch.zeros(len(ids), 1)
+def _no_words(ids: Tensor) -> Rows:
+    return np.zeros((len(ids), 1))
 
 
-def _counts(ids: Tensor, vectorizer: Any) -> Any:
+def _counts(ids: Tensor, vectorizer: Any) -> Rows:
     return vectorizer.transform(ids.tolist())
 
 
@@ -258,7 +282,3 @@ def _words(ids: list[int]) -> list[tuple[int, ...]]:
     """List the words of a text, and pairs of neighbours; negative ids are padding."""
     known = [each for each in ids if each >= 0]
     return [*zip(known, strict=True), *pairwise(known)]
-
-
-def _generator() -> torch.Generator:
-    return torch.Generator().manual_seed(0)

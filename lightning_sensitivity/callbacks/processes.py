@@ -1,0 +1,29 @@
+"""What the processes of a run decide and share; every process must call these functions, in the same order."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+from torchmetrics.utilities.distributed import gather_all_tensors
+
+
+def agree(trainer: Trainer, condition: bool) -> bool:
+    """Return whether a condition holds in all processes."""
+    return bool(trainer.strategy.reduce_boolean_decision(condition))
+
+
+def gather_rows(trainer: Trainer, rows: Tensor) -> Tensor:
+    """Concatenate the rows of all processes, ``(N, ...)``, on the CPU; each may have another number of them."""
+    if trainer.world_size == 1:
+        return rows
+    return torch.cat([part.cpu() for part in gather_all_tensors(rows.to(trainer.strategy.root_device))])
+
+
+def gather_objects(trainer: Trainer, value: object) -> list[Any]:
+    """Collect an object of each process in the first process; the others get none."""
+    if trainer.world_size == 1:
+        return [value]
+    found = [None] * trainer.world_size if trainer.is_global_zero else None
+    torch.distributed.gather_object(value, found)
+    return found or []

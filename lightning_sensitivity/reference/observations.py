@@ -1,0 +1,113 @@
+"""Which samples are the same one, and which of many a reference knows."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from lightning_sensitivity.reference.features import Seen, spread
+
+_MAX_SAMPLES = {True: 50_000, False: 10_000}  # that a reference knows: with columns, and without
+_MAX_LABELS = 20_000_000  # samples times classes
+_CHUNK = 500  # samples that are projected at a time
+_FEW_VALUES = 100  # in each column of a table of categories
+_FEW_COMBINATIONS = 10  # of them, for each sample
+_CONTRADICTORY = 0.05  # share of the variance of labels that is among equal samples
+
+
+def max_samples(kinds: Iterable[str], num_columns: int) -> int:
+    """Return how many samples are worth keeping for a reference.
+
+    Of tables a forest learns from as many as this, but from at most 2.5 million numbers, and 500,000 times classes;
+    ridge regression takes 10,000 of any kind. ``Reference.num_samples_`` tells how many were taken.
+
+    Args:
+        kinds: What is seen of samples: ``"columns"``, ``"images"``, ``"signals"`` or ``"tokens"``.
+        num_columns: The number of classes, or of targets.
+    """
+    return min(_MAX_SAMPLES["columns" in set(kinds)], max(1, _MAX_LABELS // num_columns))
+
+
+def observations(seen: Seen, y: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Choose different samples with labels, in an order that depends on the samples alone, with their mean labels.
+
+    Samples are sorted by a random projection, which equal ones share. A sampler with replacement draws a sample
+    repeatedly: that is no second observation, and a reference that leaves one of them out would still know its label.
+    """
+    place, label = projection(seen), _projected(y)
+    order = label.argsort(stable=True)
+    order = order[place[order].argsort(stable=True)]
+    order = order[counts[order]]
+    groups = torch.unique_consecutive(place[order], return_inverse=True)[1]
+    first = torch.cat([groups.new_ones(1), groups.diff()]).bool()
+    means = torch.zeros(int(first.sum()), y.shape[1], dtype=y.dtype).index_add_(0, groups, y[order])
+    means /= groups.bincount()[:, None]
+    labels = y[order]
+    within, total = (means[groups] - labels).square().sum(), (labels - labels.mean(0)).square().sum()
+    differ = [*seen] == ["columns"] and bool(within > _CONTRADICTORY * total)
+    if not has_few_values(seen, labels_differ=differ):
+        order, labels = order[first], means
+    chosen = spread(len(order), max_samples(seen, y.shape[1]))
+    return order[chosen], labels[chosen]
+
+
+def has_few_values(seen: Seen, labels_differ: bool = False) -> bool:
+    """Return whether samples are rows of categories, of which different ones may be equal.
+
+    Args:
+        seen: What is seen of the samples.
+        labels_differ: Whether equal samples have different labels, so that they are hardly the same one.
+    """
+    combinations = 0.0  # their logarithm
+    for values in seen.values():
+        if values.ndim > 2:
+            return False
+        for column in values.T:
+            num_values = len(torch.unique(column))
+            combinations += math.log(num_values)
+            is_many = combinations > math.log(_FEW_COMBINATIONS * len(values)) and not labels_differ
+            if num_values > _FEW_VALUES or is_many:
+                return False
+    return True
+
+
+def projection(seen: Seen) -> Tensor:
+    """Return a number for each sample, ``(N,)``, float64, which equal ones share, and different ones hardly ever.
+
+    It is a random projection of the bits of numbers in single precision, which is exact; padding of tokens adds nothing.
+    """
+    return torch.stack([_projected(values, seed) for seed, values in enumerate(seen.values())]).sum(0).double()
+
+
+def _projected(values: Tensor, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    direction = torch.randint(-(2**62), 2**62, (values[0].numel(),), generator=generator)
+    shift = 0 if values.is_floating_point() else 1  # of the padding, -1
+    bits = (part.flatten(1).float().add(shift).view(torch.int32).long() for part in values[:, None].split(_CHUNK))
+    return torch.cat([(part * direction).sum(1) for part in bits])
+
+
+def recurrence(new: Tensor, known: Tensor) -> tuple[float, float]:
+    """Return which share of new samples are known ones, and which share of known ones recur among themselves.
+
+    Args:
+        new: The projection of new samples, ``(M,)``.
+        known: That of known ones, ``(N,)``.
+    """
+    counts = torch.unique(known, return_counts=True)[1]
+    return float(torch.isin(new, known).double().mean()), float(counts[counts > 1].sum()) / max(1, len(known))
+
+
+def largest_difference(known: Tensor, new: Tensor) -> tuple[int, float]:
+    """Return the column whose mean differs most between known and new samples, and by how many standard errors.
+
+    Args:
+        known: Columns of some samples, ``(N, D)``.
+        new: The same columns of others, ``(M, D)``.
+    """
+    variances = torch.cat([known, new]).double().var(0) * (1 / len(known) + 1 / len(new))
+    gaps = (known.double().mean(0) - new.double().mean(0)).abs() / variances.sqrt()
+    sizes = gaps.where(variances > 0, 0.0)
+    column = int(sizes.argmax())
+    return column, float(sizes[column])

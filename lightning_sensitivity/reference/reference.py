@@ -1,0 +1,271 @@
+"""A reference: the best small model of the training labels, which never sees the network."""
+
+import math
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator
+from sklearn.utils.validation import check_is_fitted
+from torch import Tensor
+
+from lightning_sensitivity.functional.expected import NUM_DRAWS, default_metrics, metric_value
+from lightning_sensitivity.functional.tasks import Task, find_task
+from lightning_sensitivity.reference.calibration import unexplained_share
+from lightning_sensitivity.reference.features import Seen, fit_size, shrunk
+from lightning_sensitivity.reference.learners import Learner, fit_estimator, fit_learners
+from lightning_sensitivity.reference.observations import observations
+from lightning_sensitivity.reference.samples import names_of, read_labels, read_samples
+
+Array: TypeAlias = Any  # of NumPy
+
+_CHUNK = 10_000  # samples that are predicted at a time
+_LEAST_SKILL = {"columns": 0.0}  # up to it, a reference is blind
+_LEAST_SKILL_OF_OTHERS = 0.05
+_NO_SKILL, _NO_SKILL_PER_SAMPLE = 0.01, 1.5  # permuted labels reach 0.013, and more below 150 samples
+_ROUNDING = 1e-12  # of scores that are 0
+_MAX_ERRORS = 10_000  # errors, of which quantiles are taken
+
+
+class Reference(BaseEstimator):  # type: ignore[misc]
+    r"""The best small model of training labels, and what it predicts of each label that it has not seen.
+
+    Two learners of scikit-learn are tried on up to 1,000 samples, and the one with the lower left-out score is fitted:
+
+    - for columns of a table a **random forest** (Breiman, 2001), which predicts a training sample by the trees that
+      did not draw it (*out of bag*); the share of columns and the size of leaves are chosen by this score;
+    - **ridge regression on Nyström features** of a Gaussian kernel (Williams and Seeger, 2001) of columns, random
+      patches (Coates and Ng, 2011) or words (tf-idf), for which leaving one sample out has a closed form; features,
+      width of the kernel and ridge are chosen by this score.
+
+    Its probabilities are then calibrated by one temperature (Guo et al., 2017), that of the lowest left-out Brier
+    score. A sample that comes repeatedly counts once, with the mean of its labels, except in a table of few categories,
+    where different people have the same columns. Nothing depends on the order of the samples.
+
+    Args:
+        task: ``"multiclass"``, ``"binary"`` or ``"regression"``, which says how labels are scored.
+        estimator: An estimator of scikit-learn to fit in place of both: a classifier with ``predict_proba``, or a
+            regressor. It sees columns, patches or words; left-out predictions are those of five folds.
+
+    Attributes:
+        classes_: What the columns of predictions stand for, ``(C,)``.
+        n_features_in_: How many numbers a sample has.
+        feature_names_in_: The columns of a data frame, ``(D,)``, if that was fitted.
+        left_out_: Predictions for each training sample without it, ``(N, C)``, calibrated.
+        labels_: The labels of the same samples, ``(N, C)``.
+        rows_: Which of the samples they are, ``(N,)``; of a sample that comes repeatedly, one.
+        shares_: The mean label, ``(C,)``.
+        score_: The mean Brier score of the left-out predictions, or their mean squared error.
+        chance_: The score of ``shares_`` as the prediction for each sample.
+        skill_: How much lower than chance the score is, from 1, if perfect, to 0 or less, if useless.
+        is_trusted_: Whether it sees enough to choose by; else a network may know more. Of columns it sees all there
+            is, so that any skill will do; else it needs 0.05.
+        temperature_: What logarithms of the learner's probabilities were divided by; 1 in a regression.
+        accuracy_: The share of training labels that it predicts without having seen them; nan in a regression.
+        auroc_: The area under the ROC curve of left-out predictions, mean over classes; nan without two classes.
+        majority_: The share of the most frequent class; nan in a regression.
+        unexplained_: The share of labels that can't be explained, by :func:`unexplained_share`; nan in a regression,
+            and if the reference has learned nothing.
+        residuals_: Quantiles of the left-out errors in a regression, with their mean square, ``(20, C)``; else none.
+        learner_: ``"forest"``, ``"ridge"``, ``"mean"`` (of too few samples), or the class of your estimator.
+        features_: What it sees of samples, such as ``"columns"`` or ``"columns and words"``.
+        kind_: The kinds of its inputs: ``"columns"``, ``"images"``, ``"signals"``, ``"tokens"``, or several.
+        num_samples_: How many samples it knows.
+
+    Example:
+        >>> import torch
+        >>> from lightning_sensitivity import Reference
+        >>> x = torch.rand(400, 2, generator=torch.Generator().manual_seed(0))
+        >>> labels = (x[:, 0] > 0.5).long()
+        >>> reference = Reference().fit(x[:300], labels[:300])
+        >>> bool((reference.predict(x[300:]) == labels[300:].numpy()).mean() > 0.95)
+        True
+        >>> reference.accuracy_ > 0.95
+        True
+    """
+
+    def __init__(self, task: str = "multiclass", estimator: Any = None) -> None:
+        self.task = task
+        self.estimator = estimator
+
+    def fit(self, x: Any, y: Any) -> "Reference":
+        """Fit a small model to training labels, and predict each of them without it.
+
+        Args:
+            x: Training samples, as tensor, array, data frame or list. Floating ``(N, D)`` and data frames are columns,
+                of which 4,096 evenly spaced ones are seen; images ``(N, C, H, W)`` and signals ``(N, C, L)`` are
+                averaged if large; integers ``(N, L)`` are token ids, negative ones padding. A mapping of kinds
+                (``"columns"``, ``"images"``, ``"signals"``, ``"tokens"``) to these is seen side by side.
+            y: Their labels, which may be noisy: for ``"multiclass"`` integers or names of classes ``(N,)``, or one-hot
+                or soft labels ``(N, K)``; for ``"binary"`` from 0 to 1, ``(N,)`` or ``(N, 1)``; for ``"regression"``
+                any numbers, ``(N,)`` or ``(N, D)``. Samples with labels of -100 are left out, except in a regression.
+
+        Returns:
+            The reference itself.
+
+        Raises:
+            ValueError: If shapes do not fit, there is no training sample, inputs are nan or inf, or labels do not fit
+                the task.
+        """
+        task = find_task(self.task)
+        seen = read_samples(x)
+        labels, counts, self.classes_ = read_labels(y, task)
+        for kind, values in seen.items():
+            if len(values) != len(labels):
+                raise ValueError(f"Expected a label for each sample, but got {len(labels)} for {len(values)} {kind}.")
+        rows, labels = observations(seen, labels, counts)
+        seen = {kind: shrunk(values[rows]) for kind, values in seen.items()}
+        if self.estimator is None:
+            learner, chosen = fit_learners(seen, labels, task)
+            rows = rows[chosen]
+        else:
+            learner = fit_estimator(self.estimator, seen, labels, task)
+        self._learner, self._shapes = learner, {kind: values.shape for kind, values in seen.items()}
+        self.n_features_in_ = sum(math.prod(shape[1:]) for shape in self._shapes.values())
+        if names_of(x) is not None:
+            self.feature_names_in_ = names_of(x)
+        self._describe(learner, rows, task)
+        return self
+
+    def _describe(self, learner: Learner, rows: Tensor, task: Task) -> None:
+        """Set what is known of the learner."""
+        p, y = learner.left_out, learner.labels
+        shares = y.mean(0)
+        self.left_out_, self.labels_, self.rows_, self.shares_ = p.numpy(), y.numpy(), rows.numpy(), shares.numpy()
+        self.learner_, self.features_, self.kind_ = learner.name, learner.features, ", ".join(self._shapes)
+        self.num_samples_ = len(y)
+        self.temperature_ = 1 / learner.power
+        self.score_ = learner.score
+        self.chance_ = float(task.distances(shares.expand_as(y), y).mean())
+        self.skill_ = 1 - self.score_ / self.chance_ if self.chance_ > _ROUNDING else 0.0
+        self.is_trusted_ = self.skill_ > _LEAST_SKILL.get(self.kind_, _LEAST_SKILL_OF_OTHERS)
+        self.accuracy_ = self.majority_ = self.auroc_ = self.unexplained_ = math.nan
+        self.residuals_ = self.labels_[:0]
+        if not task.has_classes:
+            self.residuals_ = _quantiles(self.labels_ - self.left_out_)
+            return
+        found, classes = task.classes(p), task.classes(y)
+        self.accuracy_ = float((found == classes).double().mean())
+        self.majority_ = float(classes.bincount().max()) / len(y)
+        metric = default_metrics(task, y.shape[1]).get("auroc")
+        if metric is not None and self.majority_ < 1:
+            self.auroc_ = float(metric_value(metric, p, classes[None], task))
+        if self.skill_ > max(_NO_SKILL, _NO_SKILL_PER_SAMPLE / len(y)):
+            self.unexplained_ = unexplained_share(p, y)
+
+    def __sklearn_is_fitted__(self) -> bool:
+        """Return whether it was fitted."""
+        return hasattr(self, "_learner")
+
+    def __str__(self) -> str:
+        """Say what it is, and how good."""
+        if not self.__sklearn_is_fitted__():
+            return super().__str__()
+        return f"Reference({self.learner_} on {self.features_}, {self.num_samples_} samples, skill {self.skill_:.2f})"
+
+    def predict_proba(self, x: Any) -> Array:
+        """Predict the probabilities of all classes, ``(M, C)``, with two columns for ``"binary"``.
+
+        Args:
+            x: Samples as those that it was fitted to, ``(M, ...)``; images may have any size.
+
+        Raises:
+            AttributeError: In a regression.
+            ValueError: If samples are of another kind, or nan or inf.
+        """
+        if not find_task(self.task).has_classes:
+            raise AttributeError("A regression has no probabilities: use `predict`.")
+        return self._predict(x)
+
+    def predict(self, x: Any) -> Array:
+        """Predict classes, ``(M,)``, or the targets of a regression, ``(M,)`` or ``(M, D)``.
+
+        Args:
+            x: As for :meth:`predict_proba`.
+
+        Raises:
+            ValueError: As by :meth:`predict_proba`.
+        """
+        found = self._predict(x)
+        if find_task(self.task).has_classes:
+            return self.classes_[found.argmax(1)]
+        return found[:, 0] if found.shape[1] == 1 else found
+
+    def score(self, x: Any, y: Any) -> float:
+        """Return the accuracy on labelled samples, or R2 in a regression.
+
+        Args:
+            x: As for :meth:`predict_proba`.
+            y: Classes ``(M,)``, or targets.
+        """
+        from sklearn.metrics import accuracy_score, r2_score
+
+        measure = accuracy_score if find_task(self.task).has_classes else r2_score
+        return float(measure(np.asarray(y), self.predict(x)))
+
+    def _predict(self, x: Any) -> Array:
+        """Predict what a network does after softmax or sigmoid, or the targets of a regression, ``(M, C)``."""
+        check_is_fitted(self)
+        seen = read_samples(x, getattr(self, "feature_names_in_", None))
+        self._check_kinds(seen)
+        number = len(next(iter(seen.values())))
+        found = [self.left_out_[:0]]
+        for start in range(0, number, _CHUNK):
+            part = {kind: shrunk(values[start : start + _CHUNK]) for kind, values in seen.items()}
+            fitted = {kind: fit_size(values, self._shapes[kind]) for kind, values in part.items()}
+            found.append(self._learner.predict(fitted).numpy())
+        return np.concatenate(found)
+
+    def _check_kinds(self, seen: Seen) -> None:
+        for kind, shape in self._shapes.items():
+            values = seen.get(kind)
+            is_text = kind == "tokens"
+            if values is None or values.ndim != len(shape) or not (is_text or values.shape[1] == shape[1]):
+                got = ", ".join(f"{kind} of shape {tuple(each.shape)}" for kind, each in seen.items())
+                wanted = ", ".join(map(str, shape[1:]))
+                raise ValueError(f"Expected `x` to have {kind} (M, {wanted}), but got {got}.")
+
+
+def _quantiles(errors: Array) -> Array:
+    """Return 20 quantiles of errors ``(N, C)``, which have their mean square."""
+    places = (np.arange(NUM_DRAWS) + 0.5) / NUM_DRAWS
+    found = np.quantile(errors[:: math.ceil(len(errors) / _MAX_ERRORS)], places, axis=0)
+    found = found - found.mean(0)
+    size = np.sqrt(np.square(found).mean(0))
+    return found * np.divide(np.sqrt(np.square(errors).mean(0)), size, out=np.zeros_like(size), where=size > 0)
+
+
+def label_noise(x: Any, y: Any, task: str = "multiclass") -> float:
+    """Estimate the share of labels that can't be explained: wrong, or not to be known from the inputs.
+
+    It fits a :class:`Reference`, and compares labels with its left-out predictions (:func:`unexplained_share`).
+
+    **A low number is no proof of correct labels, and a high one no proof of wrong ones.** Labels that are redrawn
+    at random are found if the reference can learn the task. Where one class is turned into another, it learns that,
+    too, and people are wrong where a sample looks like another class. On the other hand, inputs may not tell what
+    the label is: of correct labels of two classes that overlap (AUC 0.68) it can't explain 7 to 28 %.
+
+    Args:
+        x: Samples, such as images or the rows of a table, or what a pretrained network makes of them; see
+            :meth:`Reference.fit`.
+        y: Their labels; see :meth:`Reference.fit`. Those of -100 are left out.
+        task: ``"multiclass"`` or ``"binary"``.
+
+    Returns:
+        The share, up to 0.85; nan if it can't be estimated, since the reference has learned nothing.
+
+    Raises:
+        ValueError: If the task is another, shapes do not fit, there is no label, or numbers are not finite.
+
+    Example:
+        >>> import torch
+        >>> from lightning_sensitivity import label_noise
+        >>> x = torch.rand(1000, 2, generator=torch.Generator().manual_seed(0))
+        >>> correct = (x[:, 0] > 0.5).long()
+        >>> noisy = correct.where(torch.arange(1000) % 5 > 0, 1 - correct)  # 20 % are wrong
+        >>> [round(label_noise(x, y), 1) for y in (correct, noisy)]
+        [0.0, 0.2]
+    """
+    if not find_task(task).has_classes:
+        raise ValueError(f"Expected `task` to be 'multiclass' or 'binary', but got {task!r}.")
+    return Reference(task).fit(x, y).unexplained_
