@@ -14,7 +14,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,6 @@ from rules import (
     as_fitted,
     candidates,
     epochs_of_tenth,
-    estimated_shares,
     expected_curves,
     gain_curve,
     level,
@@ -38,8 +37,6 @@ from rules import (
     lowest,
     reference_says,
     rules,
-    shares_z,
-    with_shares,
 )
 from runs import ALIKE, NUM_ALIKE, RATERS, SHIFTED, Run
 from torch import Tensor
@@ -47,6 +44,7 @@ from torch.nn.functional import one_hot
 
 from lightning_sensitivity.functional import expected_score
 from lightning_sensitivity.reference import Reference
+from lightning_sensitivity.reference.calibration import estimate_class_shares, reweigh, shares_differ
 
 OF_LABELS = {"accuracy", "auc", "loss"}  # what labels are judged by
 
@@ -76,6 +74,7 @@ def fit(run: Run, x: Tensor, y: Tensor) -> Reference:
     return Reference(run.task).fit(x, one_hot(y, run.num_classes).float() if run.task == "multiclass" else y)
 
 
+@cache
 def measures(run: Recorded) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Compute what is lost by each epoch, against the best one; and how good each epoch is."""
     p, y = run.predictions("test"), run.found["y_test"]
@@ -162,8 +161,8 @@ def of_shares(run: Run, reference: Reference, *predictions: Tensor) -> dict[str,
     if run.way not in SHIFTED:
         return {}
     s, known = torch.tensor(reference.labels_.mean(0)), one_hot(run.y_test, 2).double().mean(0)
-    shares = {"known shares": known, "estimated shares": estimated_shares(predictions[0], s)}
-    return {name: [with_shares(q, s, each) for q in predictions] for name, each in shares.items()}
+    shares = {"known shares": known, "estimated shares": estimate_class_shares(predictions[0], s)}
+    return {name: [reweigh(q, s, each) for q in predictions] for name, each in shares.items()}
 
 
 def measure_file(file: Path, data: Path) -> None:
@@ -184,7 +183,7 @@ def measure_file(file: Path, data: Path) -> None:
         q = [reference_says(reference, see(each)) for each in (run.x_unseen, run.x_test)]
         found[judge] = measure(recorded, reference, *q)
         if run.task != "regression":
-            found[judge]["shares_z"] = shares_z(torch.tensor(reference.left_out_), q[0])
+            found[judge]["shares_z"] = shares_differ(torch.tensor(reference.left_out_), q[0])
         found |= {name: measure(recorded, reference, *each) for name, each in of_shares(run, reference, *q).items()}
     tenth = file.with_stem(f"{file.stem}-tenth")
     if tenth.exists():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +63,7 @@ def metrics(num_classes: int) -> dict[str, Metric]:
 
 
 # %% What was recorded.
-@dataclass
+@dataclass(eq=False)
 class Recorded:
     """A recorded training: outputs by epoch, and labels. One logit counts as two classes."""
 
@@ -106,28 +107,6 @@ def as_fitted(q: Tensor, temperature: float) -> Tensor:
     """Return predictions as they were before a temperature was fitted to them."""
     found = q.clamp(min=1e-200) ** temperature
     return found / found.sum(1, keepdim=True)
-
-
-# %% Class shares: of training samples s, of unseen ones π.
-def with_shares(q: Tensor, s: Tensor, shares: Tensor) -> Tensor:
-    """Return predictions (N, C), if classes are as frequent as said: q π / s."""
-    found = q * (shares / s.clamp(min=1e-6))
-    return (found / found.sum(1, keepdim=True)).float()
-
-
-def estimated_shares(q: Tensor, s: Tensor, steps: int = 100) -> Tensor:
-    """Estimate the shares of unseen samples by expectation maximization (Saerens et al., 2002)."""
-    shares = s
-    for _ in range(steps):
-        shares = with_shares(q, s, shares).double().mean(0)
-    return shares
-
-
-def shares_z(left_out: Tensor, unseen: Tensor) -> float:
-    """Compare the mean predictions of two samples: the largest z of all classes. Above 4, shares differ."""
-    parts = [each.double() for each in (left_out, unseen)]
-    variance = sum(each.var(0) / len(each) for each in parts)
-    return float(((parts[0].mean(0) - parts[1].mean(0)).abs() / (variance + 1e-12) ** 0.5).max())
 
 
 # %% Curves: a number an epoch.
@@ -208,6 +187,7 @@ def by_labels(run: Recorded, expected: np.ndarray, q: Tensor) -> dict[str, list[
     return chosen
 
 
+@cache  # further judges see the same labels
 def by_metrics_of_labels(run: Recorded) -> dict[str, list[int]]:
     """Choose by a metric of noisy labels."""
     p, y, chosen = run.predictions("unseen"), run.found["y_unseen"], {}
