@@ -122,7 +122,7 @@ def without_temperature(
     """Return what the same reference would lose as it was fitted, before it was calibrated."""
     if recorded.task == "regression":
         return {}
-    curves = expected_curves(recorded, reference, as_fitted(q, reference.temperature_))
+    curves = expected_curves(recorded, reference, as_fitted(q, reference.temperature_), ("accuracy", "auc"))
     found = {f"before_{name}": value for name, value in level(recorded, curves, truth).items() if "level" in name}
     for rule in ("score", "accuracy", "auc"):
         epoch = lowest(curves[rule] if rule == "score" else -curves[rule])
@@ -195,14 +195,14 @@ def measure_file(file: Path, data: Path) -> None:
 
 
 def measure_all(runs: Path, data: Path, pools: list[str], part: str) -> None:
-    """Measure what is not there yet; of several processes, each takes its part of the groups."""
+    """Measure what is not there yet of the check half; of several processes, each takes its part of the groups."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     number, of = map(int, part.split("/"))
     for pool in pools:
         for file in sorted(runs.glob(f"{pool}-???.npz")):
             place = int(file.stem.split("-")[1]) // (NUM_ALIKE if pool in ALIKE else 1)
-            if place % of == number and not file.with_suffix(".json").exists():
+            if place % of == number and not file.with_suffix(".json").exists() and not np.load(file)["is_design"]:
                 measure_file(file, data)
 
 

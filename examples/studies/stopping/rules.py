@@ -1,19 +1,18 @@
 """The rules, as they were frozen: each gives a number an epoch from what it may see, and takes the epoch of the best.
 
-References, expected values and temperatures are the package's own; metrics of labels are those of scikit-learn.
+References, expected values and temperatures are the package's own; metrics of labels are as scikit-learn's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, log_loss, roc_auc_score
+from scipy.stats import rankdata, spearmanr
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, MulticlassF1Score
@@ -29,27 +28,39 @@ NUM_METRIC_DRAWS = 5  # of labels that choose by a metric of their own: a tenth,
 
 
 # %% Metrics: of labels, and as they are expected.
+def accuracy(p: np.ndarray, y: np.ndarray) -> float:
+    return float((p.argmax(1) == y).mean())
+
+
 def auc(p: np.ndarray, y: np.ndarray) -> float:
     """Compute the area under the ROC curve, mean over the classes that occur; nan if only one does."""
-    classes = np.unique(y)
+    classes, counts = np.unique(y, return_counts=True)
     if len(classes) == 1:
         return float("nan")
-    return float(np.mean([roc_auc_score(y == each, p[:, each]) for each in classes]))
+    sums = np.array([rankdata(p[:, each])[y == each].sum() for each in classes])
+    return float(((sums - counts * (counts + 1) / 2) / counts / (len(y) - counts)).mean())
 
 
-GAINS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
-    "accuracy": lambda p, y: accuracy_score(y, p.argmax(1)),
-    "auc": auc,
-    "balanced": lambda p, y: balanced_accuracy_score(y, p.argmax(1)),
-    "f1": lambda p, y: f1_score(y, p.argmax(1), average="macro", zero_division=0),
-}
+def balanced(p: np.ndarray, y: np.ndarray) -> float:
+    is_right = p.argmax(1) == y
+    return float(np.mean([is_right[y == each].mean() for each in np.unique(y)]))
+
+
+def f1(p: np.ndarray, y: np.ndarray) -> float:
+    """Compute the mean F1 of the classes that occur or are predicted."""
+    said = p.argmax(1)
+    classes = np.union1d(said, y)
+    return float(np.mean([2 * ((said == k) & (y == k)).sum() / ((said == k).sum() + (y == k).sum()) for k in classes]))
+
+
+GAINS = {"accuracy": accuracy, "auc": auc, "balanced": balanced, "f1": f1}
 
 
 def loss(p: np.ndarray, y: np.ndarray) -> float:
     """Compute the log-loss, or the squared error of a regression."""
     if p.shape[1] == 1:
         return float(np.square(p[:, 0] - y).mean())
-    return float(log_loss(y, p.clip(1e-12), labels=range(p.shape[1])))
+    return float(-np.log(p[np.arange(len(y)), y].clip(1e-12)).mean())
 
 
 def metrics(num_classes: int) -> dict[str, Metric]:
@@ -110,13 +121,16 @@ def as_fitted(q: Tensor, temperature: float) -> Tensor:
 
 
 # %% Curves: a number an epoch.
-def expected_curves(run: Recorded, reference: Reference, q: Tensor) -> dict[str, np.ndarray]:
+def expected_curves(
+    run: Recorded, reference: Reference, q: Tensor, names: Iterable[str] = ("accuracy", "auc", "balanced", "f1")
+) -> dict[str, np.ndarray]:
     """Compute what is expected of unseen samples without their labels."""
     outputs = run.outputs("unseen")
     if run.task == "regression":
         return {"score": np.array([expected_score(each, q, run.task, reference.score_).score for each in outputs])}
     curves = {"score": np.array([expected_score(each, q).score for each in outputs])}
-    for name, metric in metrics(q.shape[1]).items():
+    for name in names:
+        metric = metrics(q.shape[1])[name]
         curves[name] = np.array([float(expected_metric(metric, each, q)) for each in outputs])
     return curves
 
