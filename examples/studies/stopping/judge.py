@@ -185,13 +185,15 @@ def measure_file(file: Path, data: Path) -> None:
         if run.task != "regression":
             found[judge]["shares_z"] = shares_differ(torch.tensor(reference.left_out_), q[0])
         found |= {name: measure(recorded, reference, *each) for name, each in of_shares(run, reference, *q).items()}
-    tenth = file.with_stem(f"{file.stem}-tenth")
-    if tenth.exists():
-        found["inputs"] |= held_out(recorded, Recorded.read(tenth))
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps({"about": row, "found": found}))
-    part.rename(file.with_suffix(".json"))
+    keep({"about": row, "found": found}, file)
     print(f"{time.strftime('%H:%M:%S')} {run.name} {time.process_time() - start:.0f} s", flush=True)
+
+
+def keep(found: dict[str, Any], file: Path) -> None:
+    """Leave a .json beside a recorded run."""
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(found))
+    part.rename(file.with_suffix(".json"))
 
 
 def measure_all(runs: Path, data: Path, pools: list[str], part: str) -> None:
@@ -204,6 +206,10 @@ def measure_all(runs: Path, data: Path, pools: list[str], part: str) -> None:
             place = int(file.stem.split("-")[1]) // (NUM_ALIKE if pool in ALIKE else 1)
             if place % of == number and not file.with_suffix(".json").exists() and not np.load(file)["is_design"]:
                 measure_file(file, data)
+        for file in sorted(runs.glob(f"{pool}-???-tenth.npz")):
+            if number == 0 and not file.with_suffix(".json").exists():
+                whole = file.with_stem(file.stem.removesuffix("-tenth"))
+                keep(held_out(Recorded.read(whole), Recorded.read(file)), file)
 
 
 def row_of(about: dict[str, Any], found: dict[str, Any], judge: str) -> dict[str, Any]:
@@ -233,6 +239,9 @@ def tables(runs: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     rows, alike = [], []
     for file in sorted(runs.glob("*-???.json")):
         read = json.loads(file.read_text())
+        tenth = file.with_stem(f"{file.stem}-tenth")
+        if tenth.exists():
+            read["found"]["inputs"] |= json.loads(tenth.read_text())
         for judge, found in read["found"].items():
             if "compared" in found:
                 more = {"judge": judge, "numbers": found["compared"], "accuracy": found["chosen_accuracy"]}
