@@ -196,15 +196,16 @@ def keep(found: dict[str, Any], file: Path) -> None:
     part.rename(file.with_suffix(".json"))
 
 
-def measure_all(runs: Path, data: Path, pools: list[str], part: str) -> None:
+def measure_all(runs: Path, data: Path, pools: list[str], part: str, until: int) -> None:
     """Measure what is not there yet of the check half; of several processes, each takes its part of the groups."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     number, of = map(int, part.split("/"))
     for pool in pools:
         for file in sorted(runs.glob(f"{pool}-???.npz")):
-            place = int(file.stem.split("-")[1]) // (NUM_ALIKE if pool in ALIKE else 1)
-            if place % of == number and not file.with_suffix(".json").exists() and not np.load(file)["is_design"]:
+            index = int(file.stem.split("-")[1])
+            is_ours = index < until and index // (NUM_ALIKE if pool in ALIKE else 1) % of == number
+            if is_ours and not file.with_suffix(".json").exists() and not np.load(file)["is_design"]:
                 measure_file(file, data)
         for file in sorted(runs.glob(f"{pool}-???-tenth.npz")):
             if number == 0 and not file.with_suffix(".json").exists():
@@ -258,9 +259,10 @@ def main() -> None:
     parser.add_argument("step", choices=["measure", "table"])
     parser.add_argument("pools", nargs="*", default=list(POOLS))
     parser.add_argument("--part", default="0/1")
+    parser.add_argument("--until", type=int, default=10**6)
     arguments = parser.parse_args()
     if arguments.step == "measure":
-        measure_all(arguments.runs, arguments.data, arguments.pools, arguments.part)
+        measure_all(arguments.runs, arguments.data, arguments.pools, arguments.part, arguments.until)
         return
     for name, found in zip(("results", "compared"), tables(arguments.runs), strict=True):
         found.to_csv(Path(__file__).with_name(f"{name}.csv"), index=False, float_format="%.4g")
