@@ -10,11 +10,16 @@ MOST_Z = 4.0  # of two mean predictions, above which shares of classes differ
 
 HERE = Path(__file__).parent
 FOUND = Runs.read(HERE / "results.csv").frame
+IS_NUMBER = FOUND["task"] == "regression"
 MORE = pd.DataFrame(
     {
         "share": FOUND["kind"].str.extract(r"(\d+) % (?:wrong|redrawn)")[0].astype(float),  # percent of the labels
         "reference_leads": (FOUND["reference_accuracy"] > FOUND["chosen_accuracy"]).astype(float),
-        "gained": FOUND["held_out_by_loss_accuracy_lost"] - FOUND["expected_score_accuracy_lost"],
+        "gained": (FOUND["held_out_by_loss_accuracy_lost"] - FOUND["expected_score_accuracy_lost"]).fillna(
+            (FOUND["held_out_by_loss_loss_lost"] - FOUND["expected_score_loss_lost"]).where(
+                FOUND["task"] == "regression"
+            )
+        ),  # points of accuracy, or % of squared error, against the tenth
         "alarm": (FOUND["shares_z"] > MOST_Z).astype(float).where(FOUND["shares_z"].notna()),
     }
 )
@@ -52,12 +57,13 @@ for way in ("sampler", "undersampled"):
     }
 NAMES: dict[str, Any] = {name: CHECK.where(condition) for name, condition in CONDITIONS.items()}
 NAMES |= {f"{name}_new": runs.where("is_new") for name, runs in NAMES.items()}  # judged after the labels' worth was set
+NAMES |= {f"{name}_held": NAMES[name].where("gained.notna()") for name in CONDITIONS}  # without a tenth, too
 NAMES |= {"all": ALL, "check": CHECK.where("judge == 'inputs'"), "design": ALL.where("is_design")}
 NAMES["same_shares"] = NAMES["check"].where("way in ['plain', 'weights'] and shares_z.notna()")
-COMPARED = Runs.read(HERE / "compared.csv")
-NAMES["alike"] = COMPARED.where("pool == 'alike'")
-NAMES |= {f"photos_alike{end}": COMPARED.where(f"pool == 'photos_alike' and judge == '{judge}'")
-          for end, judge in SEEN.items()}  # fmt: skip
+COMPARED = pd.read_csv(HERE / "compared.csv")
+NAMES["alike"] = Runs(COMPARED.query("pool == 'alike'"))
+for end, judge in SEEN.items():
+    NAMES[f"photos_alike{end}"] = Runs(COMPARED.query(f"pool == 'photos_alike' and judge == '{judge}'"))
 CLASSES = {
     "tables": "as_they_are",
     "tables, a fifth of the labels redrawn": "fifth",
