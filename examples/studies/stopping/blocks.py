@@ -207,6 +207,10 @@ BLOCKS = {
         "AUC by its expectation": lost("expected_auc", "auc", ".2f"),
         "never stopping": lost("never_stop", "accuracy", ".2f"),
     }),
+    "stopping: alarms": """
+The two-sample test of mean predictions (z above 4) says so in {few_sampler.alarm.percent:.0f} % of the runs with a
+sampler and {few_undersampled.alarm.percent:.0f} % of those undersampled, and in {same_shares.alarm.percent:.1f} % of
+{same_shares.count} runs whose shares are the same.""",
     "stopping: tenth": table("points of accuracy lost", ROWS, {
         label: lost(rule, "accuracy", ".2f") for label, rule in ({"600 unlabelled": "expected_score"} | TENTH).items()
     }),
