@@ -11,25 +11,15 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import move_data_to_device
 from torch import Tensor, nn
 
-from lightning_sensitivity.arguments import (
-    Refused,
-    Selector,
-    check_argument,
-    check_bool,
-    check_estimator,
-    link_to,
-    refuse_on_error,
-)
+from lightning_sensitivity.arguments import Refused, Selector, check_argument, check_estimator, link_to, refuse_on_error
 from lightning_sensitivity.compat import original_module
 from lightning_sensitivity.functional.expected import METRIC_WORTH
 from lightning_sensitivity.functional.tasks import TASK_NAMES, TASKS, Task
 from lightning_sensitivity.functional.tensors import look_like_probabilities
 from lightning_sensitivity.model.batches import clone_tensors, device_of
-from lightning_sensitivity.model.inputs import LEAST_SKILL, NOTHING_SEEN, join_seen
+from lightning_sensitivity.model.inputs import LEAST_SKILL, join_seen
 from lightning_sensitivity.model.isolation import isolated
 from lightning_sensitivity.model.reader import BatchReader
-from lightning_sensitivity.model.samples import KeptRows
-from lightning_sensitivity.reference.features import Seen
 from lightning_sensitivity.reference.observations import projection, recurrence
 
 _QUANTILE = 1.96  # of the normal distribution, for 95 %
@@ -123,25 +113,19 @@ def compare_models(
         ['good', 'random']
     """
     is_valid = isinstance(models, Mapping) and all(isinstance(each, nn.Module) for each in models.values())
-    got = {name: type(each) for name, each in models.items()} if isinstance(models, Mapping) else type(models)
-    check_argument("models", got, is_valid and len(models) > 1, "a dict of names and modules, two or more")
-    check_argument("training", training, isinstance(training, Iterable), "an iterable of batches")
+    check_argument("models", models, is_valid and len(models) > 1, "a dict of names and modules, two or more")
     batches = list(dataloader) if isinstance(dataloader, Iterable) else []
     check_argument("dataloader", dataloader, len(batches) > 0, "an iterable of batches")
     check_argument("task", task, task in TASKS, f"one of {TASK_NAMES}")
-    check_bool("validation_labels", validation_labels)
-    check_estimator("reference", reference, TASKS[task])
-    reader = BatchReader(inputs=inputs, outputs=outputs, targets=targets, features=features, task=TASKS[task])
-    found = {name: _run(name, model, batches, reader, TASKS[task]) for name, model in models.items()}
+    check_estimator("reference", reference, rules := TASKS[task])
+    reader = BatchReader(inputs=inputs, outputs=outputs, targets=targets, features=features, task=rules)
+    found = {name: _run(name, model, batches, reader, rules) for name, model in models.items()}
     shapes = {name: tuple(each.shape) for name, each in found.items()}
     check_argument("models", shapes, len({*shapes.values()}) == 1, "models with outputs of the same shape")
-    p = torch.stack([TASKS[task].predictions(each).double() for each in found.values()])
-    judge = _Judge(reader, TASKS[task], *next((model, found[name].shape[1:]) for name, model in models.items()))
-    weighted = judge.by_reference(p, batches, training, reference, is_optional=validation_labels)
-    if validation_labels:
-        weighted += judge.by_labels(p, batches)
-    values = weighted[:-1] / weighted[-1].mean()
-    return _rank(dict(zip(models, values, strict=True)), highest_first=TASKS[task].has_classes)
+    p = torch.stack([rules.predictions(each).double() for each in found.values()])
+    judge = _Judge(next(iter(models.values())), next(iter(shapes.values()))[1:], batches, reader, rules)
+    values = judge.values(p, training, reference, validation_labels)
+    return _rank(dict(zip(models, values, strict=True)), highest_first=rules.has_classes)
 
 
 def _run(name: str, model: nn.Module, batches: Sequence[object], reader: BatchReader, task: Task) -> Tensor:
@@ -158,81 +142,64 @@ def _run(name: str, model: nn.Module, batches: Sequence[object], reader: BatchRe
 
 
 class _Judge(NamedTuple):
-    """What reads batches as for a model with outputs of a shape, to find what predictions are worth."""
+    """What tells the worth of predictions for batches, which are read as for a model with outputs of a shape."""
 
+    model: nn.Module
+    shape: tuple[int, ...]
+    batches: Sequence[object]
     reader: BatchReader
     task: Task
-    model: nn.Module
-    shape: torch.Size
 
-    def weigh(self, p: Tensor, targets: Tensor, weights: Tensor, error: float = 0.0) -> Tensor:
-        """Return what predictions ``(M, N, C)`` are worth, times the weights, and these, ``(M + 1, N)``.
-
-        A prediction is worth the chance to be right; in a regression, it is a squared error.
-        """
-        if self.task.has_classes:
-            values = targets.double().expand_as(p).gather(2, self.task.classes(p)[..., None])[..., 0]
-        else:
-            values = self.task.distances(p, targets.double()) + error
-        return torch.cat([values, torch.ones_like(values[:1])]) * weights.double()
-
-    def by_labels(self, p: Tensor, batches: Sequence[object]) -> Tensor:
-        """Weigh predictions by validation labels, each of which counts as 1."""
-        with refuse_on_error("`validation_labels` can't be read", "comparing-models"):
-            moved = (_move_batch(self.model, batch) for batch in batches)
-            labels = torch.cat([self.reader.labels(self.model, batch, self.shape) for batch in moved])
-            has_label = self.task.has_label(labels)
-            if not bool(has_label.any()):
-                raise Refused("all are -100. Set it to False.")
-            return self.weigh(p, self.task.as_matrix(labels, p.shape[2]), has_label)
-
-    def by_reference(
-        self, p: Tensor, batches: Sequence[object], training: Iterable[object], estimator: object, is_optional: bool
-    ) -> Tensor:
-        """Weigh predictions by those of a reference, which counts as 1,000 labels; by 0 if it can't be trusted."""
-        from lightning_sensitivity.reference.reference import Reference
-
+    def values(self, p: Tensor, training: Iterable[object], estimator: object, with_labels: bool) -> Tensor:
+        """Return what predictions ``(M, N, C)`` are worth, ``(M, N)``, by a reference, and by validation labels."""
         with refuse_on_error("`training` gives no reference (`features=` says what it sees)", "comparing-models"):
-            known, labels = self._read(training)
-            fitted = Reference(self.task.name, estimator).fit(known, self.task.as_matrix(labels, p.shape[2]))
+            fitted, q = self._fit(training, estimator)
             is_blind = not fitted.is_trusted_ or (self.reader.unread and fitted.skill_ < LEAST_SKILL)
-            if is_blind and not is_optional:
+            if is_blind and not with_labels:
                 skill = f"it is only {max(0.0, fitted.skill_):.0%} better than chance on labels that were left out"
                 raise Refused(f"{skill}. Set `features=`, or `validation_labels=True`.")
-            new = self._see(batches)
-            _warn_of_repeated(new, known)
-            q = torch.from_numpy(fitted.predict_proba(new) if self.task.has_classes else fitted.predict(new))
-            weights = torch.full((len(q),), 0.0 if is_blind else METRIC_WORTH / len(q))
-            return self.weigh(p, q.reshape(p.shape[1:]), weights, fitted.score_)
+        weights = torch.full(p.shape[1:2], 0.0 if is_blind else METRIC_WORTH / p.shape[1], dtype=torch.float64)
+        values = weights * (self._values(p, q) + (0.0 if self.task.has_classes else fitted.score_))
+        if with_labels:
+            labels = self._labels()
+            has_label = self.task.has_label(labels).double()
+            values += has_label * self._values(p, self.task.as_matrix(labels, p.shape[2]))
+            weights += has_label
+        return values / weights.mean()
 
-    def _read(self, training: Iterable[object]) -> tuple[Seen, Tensor]:
-        """Return what a reference sees of labelled training samples, and their labels."""
-        rows = KeptRows(self.task.num_columns(self.shape), 1, self.reader.max_read, length_hint(training))
+    def _labels(self) -> Tensor:
+        """Return the validation labels, ``(N,)`` or ``(N, K)``."""
+        with refuse_on_error("`validation_labels` can't be read", "comparing-models"):
+            moved = (_move_batch(self.model, batch) for batch in self.batches)
+            return torch.cat([self.reader.labels(self.model, batch, self.shape) for batch in moved])
+
+    def _values(self, p: Tensor, targets: Tensor) -> Tensor:
+        """Return the chance of each prediction to be right, or in a regression its squared error."""
+        if not self.task.has_classes:
+            return self.task.distances(p, targets)
+        return targets.double().expand_as(p).gather(2, self.task.classes(p)[..., None])[..., 0]
+
+    def _fit(self, training: Iterable[object], estimator: object) -> tuple[Any, Tensor]:
+        """Fit a reference, and predict validation samples, ``(N, C)``; warn if these are training samples."""
+        from lightning_sensitivity.reference import Reference
+
+        num_columns = self.task.num_columns(self.shape)
+        rows = self.reader.make_rows(num_columns, num_batches=length_hint(training))
         for batch in training:
             self.reader.keep_rows(rows, self.model, _move_batch(self.model, batch), self.shape)
-        if rows.size == 0:
-            raise Refused("no batch has a label.")
-        return rows.joined()
-
-    def _see(self, batches: Sequence[object]) -> Seen:
-        """Return what a reference sees of validation samples."""
-        parts = []
-        for batch in batches:
-            moved = _move_batch(self.model, batch)
-            call = self.reader.call(self.model, moved)
-            parts.append(self.reader.see(self.model, moved, call, self.reader.size(self.model, call)))
-        return join_seen(parts)
-
-
-def _warn_of_repeated(new: Seen, known: Seen) -> None:
-    """Warn if validation samples are training samples more often than training samples are equal by chance."""
-    share, among_themselves = recurrence(projection(new), projection(known))
-    if share > among_themselves + _REPEATED:
-        warnings.warn(
-            f"`compare_models` finds that {share:.0%} of the samples of `dataloader` are training samples, whose labels "
-            f"the models know: take others{link_to('repeated')}",
-            stacklevel=4,
-        )
+        known, labels = rows.joined()
+        fitted = Reference(self.task.name, estimator).fit(known, labels)
+        moved = (_move_batch(self.model, batch) for batch in self.batches)
+        new = join_seen([self.reader.see(self.model, batch) for batch in moved])
+        share, by_chance = recurrence(projection(new), projection(known))
+        if share > by_chance + _REPEATED:
+            warnings.warn(
+                f"`compare_models` finds that {share:.0%} of the samples of `dataloader` are training samples, whose "
+                f"labels the models know: take others.{link_to('repeated')}",
+                stacklevel=4,
+            )
+        predict = fitted.predict_proba if self.task.has_classes else fitted.predict
+        return fitted, torch.as_tensor(predict(new)).reshape(-1, num_columns)
 
 
 def _rank(values: Mapping[str, Tensor], highest_first: bool) -> Comparison:

@@ -23,10 +23,10 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_sensitivity import RiskMonitor
 from lightning_sensitivity.callbacks import monitor as monitor_module
-from lightning_sensitivity.functional import learners
 from lightning_sensitivity.model import noise_generator
+from lightning_sensitivity.reference import learners
 
-monitor_module.FEW_SAMPLES = 0  # tests validate on few
+monitor_module._FEW_SAMPLES = 0  # tests validate on few
 NUM_FEATURES, NUM_CLASSES = 12, 4
 
 
@@ -139,14 +139,9 @@ def averaged_weights(**options: Any) -> list[Callback]:
 @contextmanager
 def small_forests() -> Iterator[pytest.MonkeyPatch]:
     """Learners that are fitted in a tenth of a second, inside."""
+    sizes = {"_TREES": 20, "_TREES_OF_PART": 5, "_OTHER_LEAVES": (), "_SHARE": 1.0, "_OTHER_SHARES": ()}
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "_TREES": 20,
-            "_TREES_OF_PART": 5,
-            "_LEAVES": (5,),
-            "_SHARE": 1.0,
-            "_OTHER_SHARES": ("sqrt",),
-        }.items():
+        for name, value in sizes.items():
             patch.setattr(learners, name, value)
         yield patch
 

@@ -4,12 +4,10 @@ import copy
 import gc
 import math
 from collections.abc import Callable
-from functools import partial
-from pathlib import Path
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 from unittest.mock import Mock
 
-import lightning
 import numpy as np
 import pandas
 import pytest
@@ -20,9 +18,9 @@ from sklearn.naive_bayes import GaussianNB
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_sensitivity import compare_models
+from lightning_sensitivity import Reference, compare_models
 from lightning_sensitivity.compare import Comparison, ModelScores, _rank
-from lightning_sensitivity.functional import fit_reference, reference
+from lightning_sensitivity.model import samples
 from tests.helpers import Classifier, Linear, Stream, inputs, labelled, small_forests, unlabelled_loader
 
 NEW = 50  # unseen samples, in batches of 16, 16, 16 and 2
@@ -60,7 +58,7 @@ def classes(models: dict[str, Any]) -> Tensor:
 
 def chances(models: dict[str, Any], x: Any = X, y: Tensor = Y, new: Tensor = V, estimator: Any = GaussianNB) -> Tensor:
     """The probability that the class of each model is right, of a reference by itself, ``(M, N)``."""
-    q = fit_reference(x, y, estimator=estimator and estimator()).predict_proba(new)
+    q = torch.from_numpy(Reference("multiclass", estimator and estimator()).fit(x, y).predict_proba(new))
     return torch.stack([q[torch.arange(NEW), chosen] for chosen in classes(models)])
 
 
@@ -108,11 +106,11 @@ def test_a_model_may_be_the_best_if_the_interval_of_its_difference_holds_0(sign:
 
 
 def test_the_reference_knows_as_many_training_samples_as_fit_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(reference.MAX_SAMPLES, "vectors", 70)
-    fit = Mock(wraps=fit_reference)
-    monkeypatch.setattr("lightning_sensitivity.compare.fit_reference", fit)
+    monkeypatch.setattr(samples, "max_samples", lambda kinds, num_columns: 70)
+    fit = Mock(wraps=Reference.fit)
+    monkeypatch.setattr(Reference, "fit", lambda *args: fit(*args))
     compare(training=[(X, Y)])
-    assert len(fit.call_args.args[0]) == 70
+    assert 68 <= len(fit.call_args.args[2]) <= 72
 
 
 def test_features_are_what_the_reference_sees_and_ignored_labels_teach_it_nothing() -> None:
@@ -138,7 +136,8 @@ def test_validation_labels_count_as_many_as_they_are(num_labels: int, shape: tup
     expected = chances(three(), x, Y, new).mean(1)
     wanted = accuracy if is_blind else (num_labels * accuracy + 1000 * expected) / (num_labels + 1000)
     batches = DataLoader(TensorDataset(new, L.where(torch.arange(NEW) < num_labels, -100)), 16)
-    options: dict[str, Any] = {"features": lambda batch: NOISE_X[: len(batch[0])]} if is_blind else {}
+    noise = {150: NOISE_X, 16: NOISE_X[:16] - 1, 2: NOISE_X[:2] - 1}  # by the size of a batch
+    options: dict[str, Any] = {"features": lambda batch: noise[len(batch[0])]} if is_blind else {}
     assert found(compare(models, batches, training=[(x, Y)], validation_labels=True, **options)) == named(wanted)
 
 
@@ -151,7 +150,7 @@ def test_a_blind_reference_is_refused_with_advice() -> None:
 @pytest.mark.parametrize("select", [lambda y: y[:, 0], lambda y: y[:, :1]])
 def test_one_output_decides_between_two_classes(select: Any) -> None:
     is_first = (Y == 0).float()
-    q = fit_reference(X, is_first, "binary", estimator=GaussianNB()).predict_proba(V)
+    q = torch.from_numpy(Reference("binary", GaussianNB()).fit(X, is_first).predict_proba(V))
     is_high = torch.stack([model(V).detach()[:, 0] > 0 for model in three().values()])
     rows = compare(training=[(X, is_first)], task="binary", outputs=select)
     assert found(rows) == named(q[:, 1].where(is_high, q[:, 0]).mean(1))
@@ -166,15 +165,15 @@ def test_in_a_regression_the_squared_error_to_expect_ranks(num_outputs: int) -> 
     models, g = three(), torch.Generator().manual_seed(0)
     targets, y = (x[:, :num_outputs] - x[:, 3:4] + torch.randn(len(x), 1, generator=g) / 9 for x in (X, V))
     options = {"outputs": lambda y: y[:, :num_outputs], "task": "regression", "reference": LinearRegression()}
-    known = fit_reference(X, targets, "regression", estimator=LinearRegression())
-    q = known.predict(V).reshape(NEW, num_outputs)
+    known = Reference("regression", LinearRegression()).fit(X, targets)
+    q = torch.from_numpy(known.predict(V)).reshape(NEW, num_outputs)
     p = torch.stack([model(V).detach()[:, :num_outputs] for model in models.values()]).double()
     by_q, by_y = ((p - each).square().mean((1, 2)) for each in (q, y))
     rows = compare(models, training=[(X, targets.squeeze(1))], **options)
-    assert found(rows) == named(by_q + known.score) and known.score > 0.005
+    assert found(rows) == named(by_q + known.score_) and known.score_ > 0.005
     assert list(found(rows).values()) == sorted(found(rows).values())
     assert all(row.difference >= 0 for row in rows.values())
-    both = (50 * by_y + 1000 * (by_q + known.score)) / 1050
+    both = (50 * by_y + 1000 * (by_q + known.score_)) / 1050
     batches, training = [(V, y.squeeze(1))], [(X, targets.squeeze(1))]
     assert found(compare(models, batches, training=training, validation_labels=True, **options)) == named(both)
 
@@ -221,18 +220,9 @@ def test_batches_pass_through_the_hooks_of_a_module_in_eval_mode_without_a_trace
     assert moved["hooks"].expected == moved["again"].expected == pytest.approx(plain["plain"].expected)
 
 
-def test_functions_load_each_model_once_and_streams_are_read_once(tmp_path: Path) -> None:
-    checkpoint = {"pytorch-lightning_version": lightning.__version__, "state_dict": linear().state_dict()}
-    torch.save(checkpoint, path := tmp_path / "linear.ckpt")
-    made = []
-
-    def make(seed: int) -> Linear:
-        made.append(seed)
-        return linear(seed, 1.0)
-
-    models = {"checkpoint": partial(Linear.load_from_checkpoint, path), "a": partial(make, 0), "b": partial(make, 1)}
-    rows = compare(models, (batch for batch in unlabelled_loader()), training=DataLoader(Stream(has_labels=True), 16))
-    assert made == [0, 1] and rows["checkpoint"][2:] == rows["a"][2:]
+def test_streams_are_read_once() -> None:
+    rows = compare(batches=(batch for batch in unlabelled_loader()), training=DataLoader(Stream(150, True, 1), 40))
+    assert found(rows) == found(compare())
 
 
 class Named(Linear):
@@ -269,8 +259,21 @@ def test_a_head_of_zeros_is_no_probability(task: str, num_outputs: int) -> None:
     for weights in models["zeros"].parameters():
         nn.init.zeros_(weights)
     y = Y if task == "multiclass" else (Y > 1).float()
-    found = compare_models(models, inputs(60, seed=1).split(20), training=[(X, y)], task=task)
+    found = compare_models(models, inputs(60, seed=2).split(20), training=[(X, y)], task=task)
     assert {row.name for row in found} == models.keys()
+
+
+@pytest.mark.parametrize(("num_known", "is_said"), [(5, False), (7, True), (50, True)])
+def test_training_samples_among_the_others_give_a_warning(num_known: int, is_said: bool) -> None:
+    share = num_known / (num_known + NEW)
+    match = f"finds that {share:.0%} of the samples of `dataloader` are training samples, .*: take others"
+    with pytest.warns(UserWarning, match=match) if is_said else nullcontext():
+        compare(batches=[torch.cat([X[:num_known], V])])
+
+
+def test_rows_that_recur_by_chance_give_no_warning() -> None:
+    with nullcontext():
+        compare(batches=[(V > 0.7).float()], training=[((X > 0.7).float().repeat(4, 1), Y.repeat(4))])
 
 
 # What is refused
@@ -291,34 +294,31 @@ def broken(act: Callable[[Tensor], Any]) -> nn.Module:
     pytest.param(broken(lambda y: y[..., None].expand(-1, -1, 3)), r"one row for each sample", id="dense"),
     pytest.param(broken(lambda y: (y[:, :2], y)), r"which of several.*`outputs=lambda out: out\[1\]`", id="features"),
     pytest.param(nn.Linear(3, 3), "RuntimeError: mat1", id="another input"),
-    pytest.param(partial(Linear.load_from_checkpoint, "nowhere.ckpt"), "FileNotFoundError", id="no file"),
-    pytest.param(dict, "`models` should be modules, or functions that return one", id="no model"),
 ])  # fmt: skip
 def test_a_model_that_fails_is_named(model: Any, message: str) -> None:
     with pytest.raises(MisconfigurationException, match=f"Model 'bad' can't be compared.*{message}"):
         compare(three() | {"bad": model})
 
 
-ALL_EQUAL = r"different models, but all have equal outputs.*take `partial\(load, path\)`"
 WRONG: list[tuple[str, dict[str, Any], str]] = [
-    ("no dict", {"models": [nn.Linear(1, 1)]}, "`models` should be a dict"),
-    ("one", {"models": {"a": linear()}}, "`models` should be 2 models or more"),
+    ("no dict", {"models": [nn.Linear(1, 1)]}, "`models` should be a dict of names and modules, two or more, got "),
+    ("one", {"models": {"a": linear()}}, "`models` should be a dict of names and modules, two or more"),
+    ("functions", {"models": dict.fromkeys("ab", linear)}, "`models` should be .*, got {'a': <function"),
     ("other classes", {"models": three() | {"bad": nn.Linear(12, 5)}}, r"of the same shape, got .*'bad': \(50, 5\)"),
-    ("a loop of lambdas", {"models": dict.fromkeys("abc", linear)}, ALL_EQUAL),
     ("no batches", {"dataloader": []}, "`dataloader` should be an iterable of batches"),
-    ("training is empty", {"training": []}, "`training` gives no reference.* no batch has a label"),
-    ("training of ignored labels", {"training": [(X, 0 * Y - 100)]}, "gives no reference.* no batch has a label"),
+    ("training is empty", {"training": []}, "`training` gives no reference.* No sample has a label"),
+    ("training of ignored labels", {"training": [(X, 0 * Y - 100)]}, "gives no reference.* No sample has a label"),
     ("training without labels", {"training": [X]}, "`training` gives no reference.*`targets` should return the labels"),
-    ("inputs of another size", {"training": [(X[:, :7], Y)]}, r"no reference \(`features=` .* to be vectors \(M, 7\)"),
-    ("inputs that can't be seen", {"features": lambda batch: None}, "`features` should be a function"),
+    ("inputs of another size", {"training": [(X[:, :7], Y)]}, r"no reference \(`features=.* to have columns \(M, 7\)"),
+    ("inputs that can't be seen", {"features": lambda batch: None}, "`features` should be a module, or a function"),
     ("labels only in training", {"validation_labels": True}, "`validation_labels` can't be read.*`targets` should ret"),
-    ("ignored labels", {"dataloader": [(V, 0 * L - 100)], "validation_labels": True}, "all are -100. Set it to False"),
     ("logits of another task", {"task": "binary"}, "Expected one output"),
     ("no estimator", {"reference": "forest"}, "`reference` should be"),
     ("no predict", {"reference": Mock(["get_params", "fit", "predict_proba"])}, "`reference` should be"),
     ("the class of an estimator", {"reference": GaussianNB}, "`reference` should be an estimator.*`predict_proba`, or"),
     ("no probabilities", {"reference": LinearRegression()}, "`reference` should be an estimator.*`predict_proba`, or"),
-    *((name, {name: []}, f"`{name}` should be ") for name in ("inputs", "validation_labels", "features", "outputs")),
+    ("no batches to learn from", {"training": 3}, "gives no reference.*not iterable"),
+    *((name, {name: []}, f"`{name}` should be ") for name in ("inputs", "features", "outputs")),
 ]
 
 

@@ -25,14 +25,13 @@ from torch.nn.functional import one_hot
 from torch.utils.data import DataLoader
 
 from lightning_sensitivity import SensitivityMonitor
-from lightning_sensitivity.functional import fit_reference
 from lightning_sensitivity.model import noise_generator
-from tests.callbacks.plain_loop import as_matrix, expected_by
+from tests.callbacks.plain_loop import as_matrix, by_kind, expected_by, fit_reference
 from tests.helpers import Linear, inputs, quick_estimator, quick_risk, said, trainer
 
 RIGHT = "=plain loop"  # else "!", an error before the first step, or a "?" for each warning, and what the first says
 HEAD = r"!`outputs` should .*dict of 'loss', 'a'.*: `outputs=lambda result: result\['a'\]`\."
-DENSE, LAST, UNIT = "!are dense", "!`outputs` should move the classes", r"?\[0, 1\]"
+DENSE, UNIT = "!are dense", r"?\[0, 1\]"
 Pair, Weighted = namedtuple("Pair", "x y"), namedtuple("Weighted", "y weight x")
 Noise = Callable[[Tensor], Tensor]
 
@@ -122,7 +121,7 @@ class Case:
     s_options: dict[str, Any] = field(default_factory=dict)
     r_options: dict[str, Any] = field(default_factory=dict)
     num_outputs: int = 4
-    seen: Callable[[Any], Tensor] | None = lambda batch: batch[0]
+    seen: Callable[[Any], Any] | None = lambda batch: batch[0]
 
 
 BINARY: dict[str, Any] = {"num_outputs": 1, "r_options": {"task": "binary"}}
@@ -149,6 +148,17 @@ CASES = {
         seen=lambda b: b.x),
     "numbers and categories": Case(batch=lambda x, y: (x, ids(x), y), forward=lambda m, x, ids: m.net(x) + ids[:, :4],
         step=lambda m, b, noise: m(noise(b[0]), b[1]), seen=lambda b: torch.cat(b[:2], 1)),
+    "flags and categories, each by itself": Case(batch=lambda x, y: {"x": x, "flag": x[:, 0] > 0.5, "n": ids(x)[:, 1],
+        "y": y}, forward=lambda m, x, flag, n: m.net(x) * (1 + flag[:, None]) + n[:, None],
+        step=lambda m, b, noise: m(noise(b["x"]), b["flag"], b["n"]),
+        seen=lambda b: torch.cat([b["x"], b["flag"][:, None], b["n"][:, None]], 1)),
+    "numbers beside a text": Case(batch=lambda x, y: {"x": x, "words": 200 * ids(x), "y": y},
+        forward=lambda m, x, words: m.net(x + m.embedding(words // 200).mean(1)),
+        step=lambda m, b, noise: m(noise(b["x"]), b["words"]),
+        seen=lambda b: {"columns": b["x"], "tokens": b["words"]}, r_options=DEFAULT),
+    "a column of names": Case(r="?can't show the reference all of `n`", batch=lambda x, y: {"x": x, "y": y,
+        "n": torch.stack([(9999 * x[:, 0]).long(), ids(x)[:, 1]], 1)}, forward=lambda m, x, n: m.net(x) + n[:, 1:],
+        step=lambda m, b, noise: m(noise(b["x"]), b["n"])),
     "no labels": Case(r="!`targets", batch=lambda x, y: x, step=lambda m, b, noise: m(noise(b))),
     "targets= that fails": Case(None, r"!`targets` failed on tuple of 2: .*IndexError",
         r_options={"targets": lambda b: b[2]}),
@@ -164,10 +174,10 @@ CASES = {
         forward=text_classifier, s_options={"at": "embedding"}, step=at_embedding(lambda m, b: m(**b).logits),
         seen=lambda b: b["input_ids"].where(b["attention_mask"], -1), r_options=DEFAULT),
     # positions: S counts each of them, and there is no risk
-    "(N, T, K)": Case(LAST, LAST, x=sequence),
+    "(N, T, K)": Case(None, DENSE, x=sequence),
     "(N, T, K), outputs=": Case(r=DENSE, x=sequence, options={"outputs": lambda y: y.mT},
         step=lambda m, b, noise: m(noise(b[0])).mT),
-    "(N, K, T), T == K": Case(LAST, LAST, x=lambda f: sequence(f)[:, :4], forward=lambda m, x: m.net(x).mT),
+    "(N, K, T), T == K": Case(r=DENSE, x=lambda f: sequence(f)[:, :4], forward=lambda m, x: m.net(x).mT),
     "(N, K, H, W)": Case(r=DENSE, x=image, forward=lambda m, x: m.net(x.movedim(1, -1)).movedim(-1, 1)),
     # outputs
     "softmax": Case("!`outputs", "!`outputs", forward=lambda m, x: m.net(x).softmax(1)),
@@ -223,16 +233,20 @@ def plain_sensitivity(case: Case, model: Model, _: Any, batches: list[Any], labe
     return {"val/output_sensitivity": (change.mean(1) if change.ndim > 1 else change).var(correction=0)}
 
 
+def join(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {kind: torch.cat([part[kind] for part in parts]) for kind in parts[0]}
+
+
 @torch.no_grad()
 def plain_risk(case: Case, model: Model, training: Any, batches: Any, labels: Tensor) -> dict[str, Any]:
     """What the reference expects."""
     unseen = torch.cat([case.step(model, b, lambda x: x) for b in batches]).double()
     task, num_outputs = case.r_options.get("task", "multiclass"), unseen.shape[-1]
     counts = labels.reshape(len(labels), -1)[:, 0] != -100
-    seen, new = (torch.cat([case.seen(b) for b in part]) for part in (training, batches))  # type: ignore[misc]
+    seen, new = (join([by_kind(case.seen(b)) for b in part]) for part in (training, batches))  # type: ignore[misc]
     y = as_matrix(labels[counts], task, num_outputs)
-    estimator = case.r_options.get("reference", quick_estimator(task))
-    reference = fit_reference(seen[counts], y, task, estimator=estimator)
+    known = {kind: x[counts] for kind, x in seen.items()}
+    reference = fit_reference(known, y, task, case.r_options.get("reference", quick_estimator(task)))
     return expected_by(reference, unseen, new)
 
 

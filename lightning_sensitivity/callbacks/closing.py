@@ -42,7 +42,8 @@ def summarize(
     name = next((name for _, name in callbacks_that_monitor(trainer) if name in curves), next(iter(curves)))
     value, dataloader_idx, is_highest = curves[name]
     rows = [row for row in history if row["dataloader_idx"] == dataloader_idx]
-    found = _comparable([row for row in rows if math.isfinite(row.get(value, math.nan))])
+    finite = [row for row in rows if math.isfinite(row.get(value, math.nan))]
+    found = _comparable(finite)
     best = _best_row(found, value, is_highest)
     summary = {
         "monitored": name,
@@ -55,7 +56,7 @@ def summarize(
         "num_labels": best.get("num_labels", 0),
         "temperature": best.get("temperature"),
         "num_validations": len(rows),
-        "num_gaps": sum(value not in row for row in rows),
+        "num_gaps": len(rows) - len(finite),
     }
     expected = {name: number for name, number in best.items() if name.startswith(EXPECTED)}
     return summary | expected | _of_reference(verdict)
@@ -159,7 +160,7 @@ def _what_chose(summary: Summary) -> str:
 def _why_nothing(summary: Summary) -> str:
     """Say why nothing was expected."""
     if summary["is_trusted"]:
-        return f"`{summary['monitored']}` has no value to choose by: no validation came after the reference."
+        return f"`{summary['monitored']}` has no value to choose by: no validation after the reference gave one."
     reason = f"sees too little of the inputs ({_skill(summary)})" if summary["learner"] else "is missing"
     if summary.get("majority") == 1:
         reason = "has seen labels of only one class"

@@ -38,7 +38,7 @@ class FirstStep:
         """Note what we send of a training batch, and watch the step, unless a part is compiled."""
         with suppress(Exception):  # training batches may be of another kind than validation batches
             if not any(map(compat.is_compiled, module.modules())):
-                self._ours = _first_input([*reader.call(module, batch).arguments.values()])
+                self._ours = _first_input(reader.call(module, batch).arguments)
                 self._hook.enter_context(module.register_forward_pre_hook(self._compare, with_kwargs=True))
 
     def _compare(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -48,7 +48,7 @@ class FirstStep:
             return
         self._ours = None
         with suppress(Exception):  # a step must not fail because of a hint
-            theirs = _first_input([*args, *kwargs.values()])
+            theirs = _first_input((args, kwargs))
             if theirs.shape != ours.shape:
                 self._problem = f"`forward` gets an input of shape {theirs.shape} in the step, and {ours.shape} from us"
             elif theirs.streams == ours.streams and not are_close(ours.rows, theirs.rows):
@@ -66,7 +66,7 @@ class FirstStep:
         self._ours = self._problem = None
 
 
-def _first_input(values: list[object]) -> _Received:
+def _first_input(arguments: object) -> _Received:
     """Copy the first rows of the first floating tensor."""
-    first = next(x for x in tensors_in(values) if is_floating(x))
+    first = next(filter(is_floating, tensors_in(arguments)))
     return _Received(tuple(first.shape), first.detach()[:_ROWS].clone(), compat.random_streams())

@@ -41,6 +41,7 @@ from lightning_sensitivity.model.samples import KeptSamples
 
 _NUM_LABELLED = 2000  # validation samples that are kept if they have labels, over all processes
 _SOME_VALIDATIONS = 3  # after which a network is better than a constant prediction
+_FALLING = 0.9  # of the last score: below, a network is still learning
 _KEYS = {"epoch", "step", "dataloader_idx", "reference", "num_labels"}  # of each row of the history
 
 
@@ -133,6 +134,7 @@ class RiskMonitor(Monitor):
         self._is_started = False  # whether the first training batch was read
         self._output_shape: tuple[int, ...] | None = None  # of a sample; None before, or if that failed
         self._num_bad = 0  # validations in which a regression was worse than a constant prediction
+        self._last_score = 0.0  # of it
 
     def _new_reference(self) -> RunReference:
         return RunReference(self.task, self.reader, self._estimator, self._class_shares, self.reporter)
@@ -174,7 +176,8 @@ class RiskMonitor(Monitor):
             self.history = []
         self.summary = {}
         self.reader.reset()
-        self._is_started, self._output_shape, self._num_bad = False, None, 0
+        self._is_started, self._output_shape = False, None
+        self._num_bad, self._last_score = 0, 0.0
         self._reference = self._new_reference()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -343,18 +346,19 @@ class RiskMonitor(Monitor):
         drawn = self.task.classes(y) if self.task.has_classes else y
         found = all_values(outputs[counts], y, drawn[None], self.metrics, self.task)
         if unseen is not None:
-            found = join_values(self._expect(outputs, unseen), found, num_labels, self.task)
+            found = join_values(self._expect(dataloader_idx, outputs, unseen), found, num_labels, self.task)
         named = {EXPECTED + name: found[name] for name in ("score", *self.metrics) if not math.isnan(found[name])}
         return named | {"temperature": found["temperature"], "num_labels": num_labels}
 
-    def _expect(self, outputs: Tensor, unseen: Unseen) -> dict[str, float]:
+    def _expect(self, dataloader_idx: int, outputs: Tensor, unseen: Unseen) -> dict[str, float]:
         """Compute what to expect by labels that were drawn once from the predictions of the reference."""
         assert self._reference.verdict is not None
         outputs = outputs[unseen.rows]
         is_finite = outputs.isfinite().all(1)
         outputs, q, draws = outputs[is_finite], unseen.q[is_finite], unseen.draws[:, is_finite]
         expected = all_values(outputs, q, draws, self.metrics, self.task)
-        self._warn_of_targets(is_unrelated(outputs, q, self.task, expected["score"]))
+        if dataloader_idx == 0 and not self.task.has_classes:
+            self._warn_of_targets(expected["score"], is_unrelated(outputs, q, self.task, expected["score"]))
         expected["score"] += uncertainty(q, self.task, self._reference.verdict.score)
         return expected
 
@@ -368,9 +372,11 @@ class RiskMonitor(Monitor):
 
     # Warnings
 
-    def _warn_of_targets(self, is_bad: bool) -> None:
-        """Warn if a regression is worse than a constant prediction in several validations."""
-        self._num_bad = self._num_bad + 1 if is_bad else 0
+    def _warn_of_targets(self, score: float, is_bad: bool) -> None:
+        """Warn if a regression is worse than a constant prediction in several validations, and does not improve."""
+        is_falling = score < _FALLING * self._last_score
+        self._last_score = score
+        self._num_bad = self._num_bad + 1 if is_bad and not is_falling else 0
         if self._num_bad == _SOME_VALIDATIONS:
             self.reporter.warn(
                 "targets",

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_sensitivity.functional.tensors import Diagnosis, as_tensor, by_position, in_chunks, wide_dtype
+from lightning_sensitivity.functional.tensors import as_tensor, by_position, in_chunks, wide_dtype
 
 # Columns of a row: the number of changes of a sample (draws times positions); the sum of its class-averaged
 # changes; the sum of their squares; the sum of the mean squared changes of its single outputs; K times the
@@ -125,7 +125,7 @@ def squared_deviations(rows: Tensor) -> Tensor:
     return deviations.clamp(min=0).where(is_finite, math.nan)
 
 
-def diagnostics(estimate: SensitivityEstimate, per_output: bool = False) -> dict[str, Diagnosis]:
+def diagnostics(estimate: SensitivityEstimate, per_output: bool = False) -> dict[str, str]:
     """Explain what makes a finite value doubtful, by its entry on the page on troubleshooting.
 
     Args:
@@ -135,14 +135,14 @@ def diagnostics(estimate: SensitivityEstimate, per_output: bool = False) -> dict
     messages = {}
     if estimate.num_non_finite > 0:
         count = int(estimate.num_non_finite)
-        messages["nan"] = Diagnosis(f"{count} samples gave nan or inf, and were left out.", count)
+        messages["nan"] = f"{count} samples gave nan or inf, and were left out."
     share, num_outputs = float(estimate.class_mean_share), estimate.num_outputs
     if estimate.num_samples > 0 and math.isnan(share):
-        messages["no-change"] = Diagnosis(
+        messages["no-change"] = (
             "No output changed: the noise does not reach the outputs (see `inputs=` and `at=`), or weights are 0."
         )
     elif not per_output and num_outputs > 1 and share * num_outputs < _SMALL_SHARE:
-        messages["class-mean"] = Diagnosis(
+        messages["class-mean"] = (
             f"Only {share:.1e} of the change in the outputs survives averaging over classes, as with two-class heads, "
             "probabilities and centred logits. `per_output=True` measures all of it."
         )

@@ -1,24 +1,11 @@
 """The layout of outputs, and how to sum them in double precision without a copy of all of them."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy
 import torch
 from torch import Tensor
-
-
-class Diagnosis(NamedTuple):
-    """What makes a value doubtful.
-
-    Attributes:
-        message: Whole sentences.
-        severity: How bad it is, such as a number of samples.
-    """
-
-    message: str
-    severity: float = 1.0
-
 
 _CHUNK = 2**15  # elements that are converted to double precision at a time
 _MIN_NUMBERS = 10  # fewer outputs may look like probabilities by chance

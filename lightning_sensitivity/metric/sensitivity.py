@@ -12,7 +12,7 @@ from torchmetrics.utilities import dim_zero_cat
 from torchmetrics.utilities.prints import rank_zero_warn
 
 from lightning_sensitivity.functional import sensitivity
-from lightning_sensitivity.functional.tensors import Diagnosis, wide_dtype
+from lightning_sensitivity.functional.tensors import wide_dtype
 from lightning_sensitivity.metric.double_precision import DoublePrecisionMetric
 
 
@@ -71,7 +71,7 @@ class OutputSensitivity(DoublePrecisionMetric):
         if not isinstance(per_output, bool):
             raise ValueError(f"Expected argument `per_output` to be a bool, but got {per_output!r}.")
         self.per_output = per_output
-        self.messages: dict[str, Diagnosis] = {}
+        self.messages: dict[str, str] = {}
         self._all_rows = torch.empty(0)  # over all processes, as of the last `compute`
         self.rows: list[Tensor] | Tensor = []  # one tensor while it is synchronized
         self.add_state("rows", default=[], dist_reduce_fx="cat")
@@ -106,7 +106,7 @@ class OutputSensitivity(DoublePrecisionMetric):
         self._all_rows = dim_zero_cat(self.rows)
         estimate = sensitivity.sensitivity_from_rows(self._all_rows, self.per_output)
         self.messages = sensitivity.diagnostics(estimate, self.per_output)
-        for message, _ in self.messages.values():
+        for message in self.messages.values():
             rank_zero_warn(message, stacklevel=5)  # at the line that calls `compute`
         return estimate.value
 

@@ -1,23 +1,18 @@
-"""Find, copy and count the tensors in batches of any kind."""
+"""Find, copy and choose the tensors in batches of any kind."""
 
 import copy
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from abc import ABC
+from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass
 from typing import Any
 
 import torch
 from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
 
-class _Cloneable(ABC):
+class _Cloneable(ABC):  # noqa: B024
     """A tensor, or an object whose class can clone it like one, such as a graph of PyTorch Geometric."""
-
-    @abstractmethod
-    def clone(self) -> object:
-        """Return a copy."""
 
     @classmethod
     def __subclasshook__(cls, other: type) -> bool:
@@ -41,7 +36,7 @@ def clone_tensors(value: Any, clone: Callable[[Tensor], Tensor] = Tensor.clone) 
         vars(value).update(tensors)
         return value
 
-    def copy_item(item: _Cloneable) -> object:
+    def copy_item(item: Any) -> object:
         return clone(item) if isinstance(item, Tensor) else item.clone()
 
     return apply_to_collection(value, _Cloneable, copy_item, allow_frozen=True)
@@ -66,13 +61,9 @@ def first_of(result: object) -> object:
     return result[0] if isinstance(result, list | tuple) and result else result
 
 
-def num_samples(arguments: Collection[object]) -> int:
-    """Count the samples by the rows that all tensors have; 0 if that is unknown, as with lists and graphs."""
-    if any(isinstance(value, list | PackedSequence) for value in arguments):  # each item may be a sample
-        return 0
-    tensors = [x for value in arguments for x in tensors_in(value) if x.ndim > 0 and not x.is_nested]
-    numbers = {len(x) for x in tensors}
-    return numbers.pop() if len(numbers) == 1 else 0
+def choose_rows(tensor: Tensor, rows: Tensor | None) -> Tensor:
+    """Return some rows of a tensor; all if they are None, or there are no rows."""
+    return tensor if rows is None or tensor.ndim == 0 else tensor[rows.to(tensor.device)]
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -3,26 +3,25 @@
 import copy
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from lightning_sensitivity.arguments import Refused, Selector, describe, refuse_on_error
 from lightning_sensitivity.compat import original_module
-from lightning_sensitivity.model.batches import clone_tensors, first_of, is_floating, num_samples, tensors_in
+from lightning_sensitivity.model.batches import choose_rows, clone_tensors, first_of, is_floating, tensors_in
 
 Perturb = Callable[[Tensor], Tensor]
 
 # Names of labels in batches of torch, transformers and Lightning's examples.
 TARGET_NAMES = ("label", "labels", "target", "targets", "y")
-_CHOOSE = (
-    "Select the model's arguments: `inputs=lambda batch: batch['image']`; "
-    "for `forward(batch)`, `inputs=lambda batch: (batch,)`."
-)
+_CHOOSE = "Select them: `inputs=lambda batch: batch['image']`; for `forward(batch)`, `inputs=lambda batch: (batch,)`."
 
 
 class ModelCall:
@@ -66,7 +65,7 @@ class ModelCall:
             self.arguments = _named_arguments(model, batch)
         elif isinstance(batch, list | tuple) and len(batch):
             self.arguments = _positional_arguments(model, batch)
-        self.size = num_samples(self.arguments.values())
+        self.size = _num_samples(self.arguments.values())
 
     @property
     def args(self) -> tuple[object, ...]:
@@ -78,9 +77,14 @@ class ModelCall:
         """The keyword arguments of the model."""
         return {key: value for key, value in self.arguments.items() if isinstance(key, str)}
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether its tensors have a row for each sample, and all else belongs to all samples."""
+        return self.size > 0 and all(map(_has_rows, self.arguments.values()))
+
     def inputs(self) -> dict[str, object]:
-        """Return the arguments but labels by their names in ``forward``, and further ones by their position."""
-        names: dict[int | str, str] = dict(enumerate(p.name for p in parameters_of(self._model)))
+        """Return the arguments, but for labels, by their names in ``forward``, and further ones by their position."""
+        names: dict[int | str, str] = dict(enumerate(parameters_of(self._model)))
         named = {names.get(key, str(key)): value for key, value in self.arguments.items()}
         return {name: value for name, value in named.items() if name not in TARGET_NAMES}
 
@@ -95,39 +99,27 @@ class ModelCall:
             perturb: Function that returns the perturbed tensor; None for the batch as it is.
 
         Raises:
-            MisconfigurationException: If it is not clear what to perturb, or where outputs and classes are.
+            MisconfigurationException: If it is not clear what to perturb, or where outputs are.
         """
         call = self._with(clone_tensors)
         if perturb is not None:
             key = self._argument_to_perturb()
-            inputs = call.arguments[key]
-            call.arguments[key] = clone_tensors(inputs, lambda x: perturb(x) if is_floating(x) else x)
+            call.arguments[key] = clone_tensors(call.arguments[key], lambda x: perturb(x) if is_floating(x) else x)
         result = self._model(*call.args, **call.kwargs)
-        if self.size == 1 and isinstance(result, Tensor) and result.ndim < 2 and result.shape != (1,):
+        if self.size == 1 and isinstance(result, Tensor) and result.shape[:1] != (1,):
             result = result[None]  # `squeeze()` has dropped the dimension of a single sample
         return select_outputs(result, self._outputs)
-
-    @property
-    def has_rows(self) -> bool:
-        """Whether its tensors have a row for each sample, and all else belongs to all samples."""
-        return self.size > 0 and all(map(_has_rows, self.arguments.values()))
-
-    def of_rows(self, rows: Tensor) -> "ModelCall":
-        """Return the call on some of its rows."""
-
-        def choose(tensor: Tensor) -> Tensor:
-            return tensor[rows.to(tensor.device)] if tensor.ndim > 0 else tensor
-
-        new = self._with(lambda value: apply_to_collection(value, Tensor, choose))
-        new.size = len(rows)
-        return new
 
     def spread(self, max_samples: float) -> Tensor | None:
         """Choose evenly spaced rows; None for all, if there are no more than wanted, or rows may not be samples."""
         count = math.ceil(min(max_samples, self.size))
-        if count == self.size or not self.has_rows:
-            return None
-        return torch.arange(count) * self.size // count
+        return torch.arange(count) * self.size // count if count < self.size and self.has_rows else None
+
+    def of_rows(self, rows: Tensor) -> "ModelCall":
+        """Return the call on some of its rows."""
+        new = self._with(lambda value: apply_to_collection(value, Tensor, choose_rows, rows))
+        new.size = len(rows)
+        return new
 
     def to(self, device: torch.device) -> "ModelCall":
         """Return a call on the CPU as a call on a device."""
@@ -146,29 +138,33 @@ class ModelCall:
 
     def _argument_to_perturb(self) -> int | str:
         """Find the argument to perturb: 0, the first positional one, or its name."""
-        candidates = [key for key in self.arguments if key == 0 or isinstance(key, str)]
-        inputs = [key for key in candidates if key not in TARGET_NAMES]
+        inputs = [key for key in self.arguments if key == 0 or key in self.kwargs.keys() - {*TARGET_NAMES}]
         floating = [key for key in inputs if any(map(is_floating, tensors_in(self.arguments[key])))]
-        if len(floating) == 1:
-            return floating[0]
-        several = f"several: {', '.join(map(repr, floating))}," if floating else "none"
-        got = f"got {several} among the arguments of `forward` ({self})"
-        raise Refused(
-            f"Expected one dense floating input to perturb, {got}. {_CHOOSE} Or perturb the output of a submodule, "
-            "such as an embedding, by `at=`.",
-            entry="noise",
-        )
+        if len(floating) != 1:
+            names = ", ".join(map(repr, floating)) or "none"
+            raise Refused(
+                f"Expected one dense floating input to perturb, got {names} among the arguments of `forward` ({self}). "
+                f"{_CHOOSE} Or perturb the output of a submodule, such as an embedding, by `at=`.",
+                entry="noise",
+            )
+        return floating[0]
+
+
+def _num_samples(arguments: Collection[object]) -> int:
+    """Count the samples by the rows that all tensors have; 0 if that is unknown, as with lists and graphs."""
+    if any(isinstance(value, list | PackedSequence) for value in arguments):  # each item may be a sample
+        return 0
+    numbers = {len(x) for x in tensors_in([*arguments]) if x.ndim > 0 and not x.is_nested}
+    return numbers.pop() if len(numbers) == 1 else 0
 
 
 def _has_rows(value: object) -> bool:
     """Check whether a part of a call is made of tensors, whose rows are samples, and of what belongs to all samples."""
     if isinstance(value, Tensor):
         return value.layout == torch.strided and not value.is_nested
-    if isinstance(value, Mapping):
-        return all(map(_has_rows, value.values()))
-    if isinstance(value, tuple):
-        return all(map(_has_rows, value))
-    return value is None or isinstance(value, bool | int | float | str)
+    if isinstance(value, Mapping | tuple):
+        return all(map(_has_rows, value.values() if isinstance(value, Mapping) else value))
+    return isinstance(value, bool | int | float | str | None)
 
 
 def select_outputs(result: object, outputs: Selector | None = None) -> Tensor:
@@ -222,23 +218,19 @@ def has_targets(model: nn.Module, batch: object) -> bool:
 
 def _find_targets(model: nn.Module, batch: object) -> object:
     """Find the labels by name or position; None if it is not clear where they are."""
-    names = set(TARGET_NAMES).difference(required_names(model) if isinstance(batch, tuple) else ())
-    read = batch.get if isinstance(batch, Mapping) else lambda name: getattr(batch, name, None)
-    tensors = [value for value in map(read, names) if isinstance(value, Tensor)]
-    if not tensors and isinstance(batch, list | tuple):
-        return batch[-1] if len(batch) == num_positional(model) + 1 else None
-    return tensors[0] if len(tensors) == 1 else None
+    required = _required_names(model)
+    names = set(TARGET_NAMES).difference(required if isinstance(batch, tuple) else ())
+    found = [value for value in map(partial(_entry, batch), names) if isinstance(value, Tensor)]
+    if not found and isinstance(batch, list | tuple) and len(batch) == max(1, len(required)) + 1:
+        return batch[-1]
+    return found[0] if len(found) == 1 else None
 
 
 def _find_outputs(result: object) -> object:
     """Find the logits by name, else the first item; refuse (features, logits), of which any may be the outputs."""
-    if isinstance(result, Mapping):
-        return result.get("logits")
-    if hasattr(result, "logits"):
-        return result.logits
-    items = result if isinstance(result, tuple | list) else ()
-    matrices = [item for item in items if isinstance(item, Tensor) and item.ndim == 2 and is_floating(item)]
-    if len({item.shape[1] for item in matrices}) > 1:
+    if isinstance(result, Mapping) or hasattr(result, "logits"):
+        return _entry(result, "logits")
+    if len({x.shape[1] for x in tensors_in(result) if x.ndim == 2 and is_floating(x)}) > 1:
         raise Refused(
             f"`outputs` should say which of several outputs are the logits, such as `outputs=lambda out: out[1]`, "
             f"of {describe(result)}, which `forward` returned."
@@ -246,38 +238,34 @@ def _find_outputs(result: object) -> object:
     return first_of(result)
 
 
-def parameters_of(model: nn.Module) -> list[inspect.Parameter]:
-    """List the parameters of the ``forward`` of a module, compiled or not."""
-    return list(inspect.signature(original_module(model).forward).parameters.values())
+def _entry(value: object, name: str) -> object:
+    """Return an entry of a mapping or an attribute of another object; None if it is not there."""
+    return value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
 
 
-def required_names(model: nn.Module) -> list[str]:
+def parameters_of(model: nn.Module) -> dict[str, inspect.Parameter]:
+    """Return the parameters of the ``forward`` of a module, compiled or not, by name."""
+    return dict(inspect.signature(original_module(model).forward).parameters)
+
+
+def _required_names(model: nn.Module) -> list[str]:
     """List the names of the positional arguments that ``forward`` requires."""
     kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
-    return [p.name for p in parameters_of(model) if p.default is p.empty and p.kind in kinds]
-
-
-def num_positional(model: nn.Module) -> int:
-    """Count the positional arguments that ``forward`` requires; at least one is taken from a batch."""
-    return max(1, len(required_names(model)))
+    return [name for name, p in parameters_of(model).items() if p.default is p.empty and p.kind in kinds]
 
 
 def _positional_arguments(model: nn.Module, batch: Sequence[object]) -> dict[int | str, object]:
-    count, names = num_positional(model), required_names(model)
+    names = _required_names(model)
     if names and set(names) <= {*getattr(batch, "_fields", ())}:
         return {place: getattr(batch, name) for place, name in enumerate(names)}
-    if len(batch) < count:
-        expected = f"`inputs` should return the {count} arguments that `forward` requires"
-        raise Refused(f"{expected}, from {describe(batch)}. {_CHOOSE}")
-    return dict(enumerate(batch[:count]))
+    return dict(enumerate(batch[: max(1, len(names))]))
 
 
 def _named_arguments(model: nn.Module, batch: Mapping[str, object]) -> dict[int | str, object]:
     parameters = parameters_of(model)
-    if all(p.kind is p.VAR_KEYWORD for p in parameters):
-        return dict(batch.items())
-    names = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    if names.isdisjoint(batch.keys()):
-        expected = "`inputs` should return the arguments of `forward`"
-        raise Refused(f"{expected}, which names none of {describe(batch)}. {_CHOOSE}")
-    return {name: value for name, value in batch.items() if name in names}
+    takes_all = all(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if not takes_all and parameters.keys().isdisjoint(batch):
+        raise Refused(
+            f"`inputs` should return the arguments of `forward`, which names none of {describe(batch)}. {_CHOOSE}"
+        )
+    return {name: value for name, value in batch.items() if takes_all or name in parameters}

@@ -2,7 +2,7 @@
 
 import copy
 import random
-from collections import Counter, OrderedDict, defaultdict, deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
@@ -21,7 +21,7 @@ Place = tuple[dict[str, Any], str, object]
 _LONG = 10_000  # items of a container that is not copied
 _LARGE = 2**16  # elements of a tensor that is cloned again only where it has changed
 _OWN = frozenset(vars(nn.Module()))  # what each module has: parameters, buffers, hooks, the mode
-_COPIED = {list, dict, set, deque, OrderedDict, defaultdict, Counter}
+_COPIED = {list, dict, set, deque, OrderedDict}
 
 
 class RunIsolated(Protocol):
@@ -39,8 +39,8 @@ def isolated(model: nn.Module) -> Iterator[RunIsolated]:
     from the same buffers, attributes and random state of torch: tensors and generators are cloned, and lists,
     dicts, sets and deques of up to 10,000 items are copied one level deep. A large tensor is cloned once for all
     runs, and again only after a run that has written to the clone. After a run, the originals are put back; hooks,
-    gradients and ``requires_grad``, too. The random streams of Python and NumPy are put back at the end.
-    Compiled code runs eagerly, so that our passes compile nothing.
+    too. The random streams of Python and NumPy are put back at the end. Compiled code runs eagerly, so that our
+    passes compile nothing.
 
     What lies deeper, and what closures and globals hold, is neither copied nor put back. Nor are parameters,
     but ``run`` raises MisconfigurationException if one was written to.
@@ -51,7 +51,10 @@ def isolated(model: nn.Module) -> Iterator[RunIsolated]:
     Raises:
         MisconfigurationException: If it has lazy weights or scripted parts.
     """
-    _check_modules(model)
+    if any(map(is_lazy, model.parameters())):
+        raise Refused("Expected a model with weights, but some are lazy: run it once.", "unsupported")
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise Refused("Expected no scripted parts of a model: use Python modules.", "unsupported")
     state, of_python, of_numpy = _State(model), random.getstate(), np.random.get_state()
 
     def run(function: Callable[..., T], *args: object) -> T:
@@ -78,49 +81,43 @@ class _State:
 
     def __init__(self, model: nn.Module) -> None:
         modules, named = list(model.modules()), list(model.named_parameters())
-        self.parameters = [(parameter, parameter.requires_grad, parameter.grad) for _, parameter in named]
-        self.writes = [(name, parameter, count_writes(parameter)) for name, parameter in named]
+        self.writes = [(name, parameter, _count_writes(parameter)) for name, parameter in named]
         self.devices = sorted({parameter.get_device() for _, parameter in named if parameter.is_cuda})
         self.originals = [(items, dict(items)) for module in modules for items in _dicts_of(module)]
         self.places = [place for module in modules for place in _places_of(module)]
         self.clones: dict[int, tuple[Tensor, object]] = {}  # of large tensors, and the state in which each was made
 
     def put_copies(self) -> None:
+        """Put copies in the place of what a run may change."""
         torch.clear_autocast_cache()  # of 16-bit copies of weights, which may have changed since
         copies: dict[int, object] = {}  # what several places share stays shared
         for items, name, value in self.places:
             if id(value) not in copies:
-                copies[id(value)] = self._clone(value) if _is_large(value) else _copy(value)
+                is_large = isinstance(value, Tensor) and value.numel() > _LARGE
+                copies[id(value)] = self._clone(value) if is_large else _copy(value)
             items[name] = copies[id(value)]
-        for parameter, _, grad in self.parameters:
-            if grad is not None:
-                parameter.grad = None  # which a `backward()` inside would add to
 
     def _clone(self, value: Any) -> Tensor:
         """Return the clone of a large tensor of an earlier run, unless that has written to it."""
         clone, state = self.clones.get(id(value), (None, None))
-        if clone is None or _state_of(clone) != state:
+        if clone is None or state is None or _state_of(clone) != state:
             clone = value.detach().clone()
             self.clones[id(value)] = clone, _state_of(clone)
         return clone
 
     def restore(self) -> None:
+        """Put the originals back."""
         for items, originals in self.originals:
             if not items and not originals:  # as most are, such as those of hooks
                 continue
             if list(items) != list(originals):  # new names, or another order of parameters and buffers
                 items.clear()
             items.update(originals)
-        for parameter, requires_grad, grad in self.parameters:
-            if parameter.requires_grad != requires_grad:
-                parameter.requires_grad_(requires_grad)
-            if parameter.grad is not grad:
-                parameter.grad = grad
         torch.clear_autocast_cache()  # else torch 2.6 goes on with our copies, which have no gradients
 
     def check_parameters(self) -> None:
         """Raise MisconfigurationException if a run has written to a parameter."""
-        names = [name for name, parameter, writes in self.writes if count_writes(parameter) != writes]
+        names = [name for name, parameter, writes in self.writes if _count_writes(parameter) != writes]
         if names:
             raise Refused(
                 f"`forward` writes to {', '.join(names[:3])} in eval mode, which is not restored: do so only "
@@ -129,16 +126,9 @@ class _State:
             )
 
 
-def count_writes(parameter: Tensor) -> int:
-    """Count the writes to a parameter; those of inference mode, and to its ``data``, do not count."""
-    return -1 if parameter.is_inference() else parameter._version
-
-
-def _check_modules(model: nn.Module) -> None:
-    if any(map(is_lazy, model.parameters())):
-        raise Refused("Expected a model with weights, but some are lazy: run it once.", "unsupported")
-    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-        raise Refused("Expected no scripted parts of a model: use Python modules.", "unsupported")
+def _count_writes(tensor: Tensor) -> int | None:
+    """Count the writes to a tensor; None in inference mode, where nobody counts. Those to its ``data`` do not count."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def _dicts_of(module: nn.Module) -> list[dict[str, object]]:
@@ -163,12 +153,10 @@ def _is_copied(value: object) -> bool:
     return type(value) in _COPIED and len(value) <= _LONG  # type: ignore[arg-type]
 
 
-def _is_large(value: object) -> bool:
-    return isinstance(value, Tensor) and value.numel() > _LARGE and not torch.is_inference_mode_enabled()
-
-
 def _state_of(clone: Tensor) -> object:
     """Return what differs after a tensor was written to, also by its views, or was given other data."""
+    if clone.is_inference():
+        return None  # nobody counts
     places = (clone.data_ptr(), clone.stride()) if clone.layout == torch.strided else ()
     return clone._version, clone.shape, clone.dtype, clone.requires_grad, *places
 

@@ -19,6 +19,8 @@ from lightning_sensitivity.model.isolation import RunIsolated
 
 NoiseFunction = Callable[[Tensor, torch.Generator], Tensor]
 Noise = float | Sequence[float] | NoiseFunction
+Device = torch.device | str
+Key = tuple[int, ...]  # what a noise draw depends on
 
 
 @dataclass(frozen=True)
@@ -63,12 +65,10 @@ def check_noise(noise: Noise) -> NoiseFunction:
     if callable(noise) and not isinstance(noise, type):
         return noise
     value: Any = noise.tolist() if hasattr(noise, "tolist") else noise  # of numpy or torch
-    is_list = isinstance(value, list | tuple)
-    stds = list(value) if is_list else [value]
-    valid = len(stds) > 0 and all(map(_is_std, stds))
+    stds = list(value) if isinstance(value, list | tuple) else [value]
     expected = "a positive number, a list of one per channel, or a function (x, generator) -> x'"
-    check_argument("noise", noise, valid, expected)
-    return GaussianNoise(tuple(map(float, value)) if is_list else float(value))
+    check_argument("noise", noise, min(map(_is_std, stds), default=False), expected)
+    return GaussianNoise(float(value) if stds == [value] else tuple(map(float, stds)))
 
 
 def _is_std(value: object) -> bool:
@@ -76,13 +76,7 @@ def _is_std(value: object) -> bool:
 
 
 def noise_generator(
-    seed: int,
-    rank: int = 0,
-    dataloader_idx: int = 0,
-    batch_idx: int = 0,
-    draw: int = 0,
-    *,
-    device: torch.device | str = "cpu",
+    seed: int, rank: int = 0, dataloader_idx: int = 0, batch_idx: int = 0, draw: int = 0, *, device: Device = "cpu"
 ) -> torch.Generator:
     """Make the generator of one noise draw on one batch.
 
@@ -104,7 +98,7 @@ def noise_generator(
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
-def perturbation(noise: NoiseFunction, key: tuple[int, ...]) -> Perturb:
+def perturbation(noise: NoiseFunction, key: Key) -> Perturb:
     """Return a function that adds one noise draw to each tensor that it gets.
 
     Args:
@@ -116,20 +110,14 @@ def perturbation(noise: NoiseFunction, key: tuple[int, ...]) -> Perturb:
     def perturb(x: Tensor) -> Tensor:
         new: object = noise(x.clone(), generator_on(x.device))  # a user's function may write to it
         if not isinstance(new, Tensor) or (new.shape, new.dtype, new.device) != (x.shape, x.dtype, x.device):
-            expected = f"`noise` should return {describe(x)}, like its input"
-            raise Refused(f"{expected}, got {describe(new)}.", "noise")
+            raise Refused(f"`noise` should return {describe(x)}, like its input, got {describe(new)}.", "noise")
         return new
 
     return perturb
 
 
 def noisy_outputs(
-    run: RunIsolated,
-    call: ModelCall,
-    noise: NoiseFunction,
-    key: tuple[int, ...],
-    num_draws: int,
-    at: nn.Module | None = None,
+    run: RunIsolated, call: ModelCall, noise: NoiseFunction, key: Key, num_draws: int, at: nn.Module | None = None
 ) -> list[Tensor]:
     """Run a model on a batch with each noise draw, and list the outputs.
 
@@ -156,8 +144,7 @@ def _call_perturbed_at(module: nn.Module, call: Callable[[], Tensor], perturb: P
         has_run = True
         first = first_of(result)
         if not isinstance(first, Tensor) or not is_floating(first):
-            got = describe(result)
-            raise Refused(f"`at` should name a module with floating outputs, got {got}.", "noise")
+            raise Refused(f"`at` should name a module with floating outputs, got {describe(result)}.", "noise")
         return perturb(first) if first is result else (perturb(first), *result[1:])
 
     with module.register_forward_hook(hook):

@@ -1,16 +1,17 @@
 """How to read a batch of any kind: the call of the model on it, its labels, and what a reference sees of it."""
 
 import math
+import sys
 
 import torch
 from torch import Tensor, nn
 
 from lightning_sensitivity.arguments import Refused, Selector, check_selectors, describe, refuse_on_error
 from lightning_sensitivity.functional.tasks import Task
-from lightning_sensitivity.model.batches import clone_tensors, device_of
+from lightning_sensitivity.model.batches import choose_rows, clone_tensors, device_of
 from lightning_sensitivity.model.call import ModelCall, has_targets, select_targets
 from lightning_sensitivity.model.encoder import MAX_ENCODED, Encoder
-from lightning_sensitivity.model.inputs import NOTHING_SEEN, InputReader, join_seen
+from lightning_sensitivity.model.inputs import InputReader, join_seen
 from lightning_sensitivity.model.isolation import isolated
 from lightning_sensitivity.model.samples import KeptBatch, KeptRows, KeptSamples
 from lightning_sensitivity.reference.features import Seen
@@ -48,13 +49,8 @@ class BatchReader:
         self._targets = targets
         self._encoder = Encoder(features) if isinstance(features, nn.Module) else None
         self._features = None if self._encoder else features
-        self._task = task
+        self.task = task
         self._input_reader = InputReader()
-
-    @property
-    def max_read(self) -> float:
-        """How many training samples a reference should see at most, in all processes."""
-        return math.inf if self._encoder is None else MAX_ENCODED
 
     @property
     def unread(self) -> tuple[str, ...]:
@@ -98,11 +94,23 @@ class BatchReader:
             with isolated(model) as run:
                 labels = run(select_targets, model, batch, self._targets)
         labels = labels.detach().to("cpu", copy=True)
-        if self._task is not None and output_shape is not None:
-            try:
-                self._task.check(torch.zeros(labels.shape[:1] + output_shape), labels)
-            except ValueError as error:
-                raise Refused(f"{error}.", entry="task") from error
+        if self.task is not None and output_shape is not None:
+            with refuse_on_error("`targets` should fit the outputs", "task"):
+                self.task.check(torch.zeros(labels.shape[:1] + output_shape), labels)
+        return labels
+
+    def kept_labels(
+        self, model: nn.Module, batch: object, kept: KeptBatch, output_shape: tuple[int, ...] | None = None
+    ) -> Tensor:
+        """Copy the labels of those samples of a batch that are kept.
+
+        Raises:
+            MisconfigurationException: As by :meth:`labels`, or if there is not one label for each sample.
+        """
+        labels = self.labels(model, batch, output_shape)
+        if kept.rows is not None and len(labels) > int(kept.rows.max()):
+            labels = labels[kept.rows]
+        check_count(labels, kept.size)
         return labels
 
     def size(self, model: nn.Module, call: ModelCall) -> int:
@@ -113,42 +121,45 @@ class BatchReader:
             return len(run(call))
 
     def see(
-        self, model: nn.Module, batch: object, call: ModelCall, size: int, rows: Tensor | None = None
-    ) -> Seen | None:
-        """Find what a reference sees of some samples of a batch, on the CPU; None if there is nothing.
+        self, model: nn.Module, batch: object, call: ModelCall | None = None, size: int = 0, rows: Tensor | None = None
+    ) -> Seen:
+        """Find what a reference sees of some samples of a batch, on the CPU.
 
         Args:
             model: The model, which the function ``features`` may use.
-            batch: The batch; only that function needs it.
-            call: The call of the model on it.
-            size: N, the number of its samples.
+            batch: The batch; only that function needs it, if there is a call.
+            call: The call of the model on it; by default it is made.
+            size: N, the number of its samples; 0 to count them.
             rows: Which of them are wanted; None for all.
 
         Returns:
-            What it sees by its kind, which may share memory with the call if all samples are wanted.
+            What it sees by kind, empty if that is nothing; it may share memory with the call if all are wanted.
 
         Raises:
-            MisconfigurationException: If ``features`` fails, or does not return a floating ``(N, D)``.
+            MisconfigurationException: If ``features`` fails, or does not return ``(N, D)``.
         """
+        call = call or self.call(model, batch)
+        size = size or self.size(model, call)
         if self._encoder is not None:
             return {"columns": self._encoder.encode(call, size, rows, device_of(model))}
         if self._features is None:
             return self._input_reader.see(call.inputs(), size, rows)
+        return {"columns": choose_rows(self._run_features(model, batch, size), rows).detach().float().flatten(1).cpu()}
+
+    def _run_features(self, model: nn.Module, batch: object, size: int) -> Tensor:
+        """Run the function of the user."""
+        assert self._features is not None
         with refuse_on_error(f"`features` failed on {describe(batch)}", "features"), isolated(model) as run:
             values: object = run(self._features, clone_tensors(batch))
-        if not isinstance(values, Tensor) or values.ndim < 2 or len(values) != size or not size:
+        if not isinstance(values, Tensor) or values.ndim < 2 or len(values) != size:
             expected = f"a module, or a function that returns a tensor ({size}, D)"
-            raise Refused(f"`features` should be {expected}, got {describe(values)}.", entry="features")
-        chosen = values if rows is None else values[rows.to(values.device)]
-        return {"columns": chosen.detach().float().flatten(1).cpu()}
+            raise Refused(f"`features` should be {expected}, got {describe(values)}.", "features")
+        return values
+
+    # Validation samples
 
     def keep(
-        self,
-        model: nn.Module,
-        batch: object,
-        index: int,
-        with_seen: bool = False,
-        max_samples: float = math.inf,
+        self, model: nn.Module, batch: object, index: int, with_seen: bool = False, max_samples: float = math.inf
     ) -> KeptBatch:
         """Copy a batch to the CPU, so that it can be run again.
 
@@ -165,39 +176,37 @@ class BatchReader:
         whole = self.call(model, batch)
         rows = whole.spread(max_samples)
         call = whole if rows is None else whole.of_rows(rows)
-        size = self.size(model, call)
-        kept = KeptBatch(index, size, call.copy_to_cpu(), rows=rows)
-        if with_seen and size > 0 and self._features is not None:  # all else can be seen later, in the call
-            kept.seen = self.see(model, batch, whole, whole.size or size, rows)
+        kept = KeptBatch(index, self.size(model, call), call.copy_to_cpu(), rows=rows)
+        if with_seen and kept.size > 0 and self._features is not None:  # all else can be found in the call
+            kept.seen = self.see(model, batch, whole, whole.size or kept.size, rows)
         return kept
 
-    def kept_labels(
-        self, model: nn.Module, batch: object, kept: KeptBatch, output_shape: tuple[int, ...] | None = None
-    ) -> Tensor:
-        """Copy the labels of those samples of a batch that are kept.
-
-        Args:
-            model: The model.
-            batch: The batch.
-            kept: What is kept of it.
-            output_shape: As for :meth:`labels`.
+    def join(self, model: nn.Module, samples: KeptSamples) -> Seen:
+        """Return what a reference sees of kept samples.
 
         Raises:
-            MisconfigurationException: As by :meth:`labels`, or if there is not one label for each sample.
+            MisconfigurationException: If ``features`` fails.
+            ValueError: As by :func:`~lightning_sensitivity.model.inputs.join_seen`.
         """
-        labels = self.labels(model, batch, output_shape)
-        if kept.rows is not None and len(labels) > int(kept.rows.max()):
-            labels = labels[kept.rows]
-        if len(labels) != kept.size:
-            raise Refused(
-                f"`targets` should return a label for each sample, got {len(labels)} for {kept.size}.", "task"
-            )
-        return labels
+        return join_seen([each.seen or self.see(model, None, each.call, each.size) for each in samples.batches])
+
+    # Training samples
+
+    def make_rows(self, num_columns: int, num_processes: int = 1, num_batches: float = 0) -> KeptRows:
+        """Make what keeps training samples for :meth:`keep_rows`; an encoder runs on at most 3,000 of them.
+
+        Args:
+            num_columns: How many columns labels have as a matrix.
+            num_processes: How many processes share the samples.
+            num_batches: How many batches will come to this process; 0 or inf if that is not known.
+        """
+        max_read = sys.maxsize if self._encoder is None else MAX_ENCODED
+        return KeptRows(num_columns, num_processes, max_read, num_batches)
 
     def keep_rows(
         self, rows: KeptRows, model: nn.Module, batch: object, output_shape: tuple[int, ...] | None = None
     ) -> None:
-        """Keep those samples of a training batch that have labels and are wanted.
+        """Keep those samples of a training batch that have labels and are wanted, with their labels as a matrix.
 
         Args:
             rows: What is kept.
@@ -206,26 +215,20 @@ class BatchReader:
             output_shape: As for :meth:`labels`.
 
         Raises:
-            MisconfigurationException: If it can't be read.
-            ValueError: If there is not one label for each sample.
+            MisconfigurationException: If it can't be read, or there is not one label for each sample.
         """
         call = self.call(model, batch)
         labels = self.labels(model, batch, output_shape)
-        if call.size not in (0, len(labels)):
-            raise ValueError(f"Expected one label for each of {call.size} samples, but got {len(labels)}")
-        labelled = torch.arange(len(labels)) if self._task is None else self._task.has_label(labels).nonzero()[:, 0]
+        check_count(labels, call.size or len(labels))
+        assert self.task is not None
+        labelled = self.task.has_label(labels).nonzero()[:, 0]
         wanted = labelled[rows.wanted(len(labelled))]
-        if len(wanted):
-            rows.add(self.see(model, batch, call, len(labels), wanted), labels[wanted])
+        if len(wanted) > 0:
+            y = self.task.as_matrix(labels[wanted], rows.num_columns).float()  # also where only some batches are mixed
+            rows.add(self.see(model, batch, call, len(labels), wanted), y)
 
-    def join(self, model: nn.Module, samples: KeptSamples) -> Seen:
-        """Return what a reference sees of kept samples.
 
-        Raises:
-            MisconfigurationException: If ``features`` fails.
-            ValueError: If it sees nothing of some, or inputs have different sizes.
-        """
-        parts = [batch.seen or self.see(model, None, batch.call, batch.size) for batch in samples.batches]
-        if None in parts:
-            raise ValueError(NOTHING_SEEN)
-        return join_seen(parts)
+def check_count(labels: Tensor, size: int) -> None:
+    """Refuse labels that are not one for each sample."""
+    if len(labels) != size:
+        raise Refused(f"`targets` should return a label for each of {size} samples, got {len(labels)}.", "task")

@@ -1,26 +1,27 @@
 """What is kept on the CPU: batches of a loader, to be measured again and again, and rows to learn from."""
 
 import math
+import sys
 from bisect import insort
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from lightning_sensitivity.model.batches import tensors_in
 from lightning_sensitivity.model.call import ModelCall
-from lightning_sensitivity.model.inputs import NOTHING_SEEN, join_seen
+from lightning_sensitivity.model.inputs import join_seen, of_rows
 from lightning_sensitivity.reference.features import Seen
 from lightning_sensitivity.reference.observations import max_samples
 
 Place = TypeVar("Place", float, Tensor)
 
-_GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
-_SLACK = 1.25  # by how much rows may exceed what is wanted, so that they are seldom sorted out
 # Of the validation samples of all loaders, in all processes together, and as much again of the training samples.
 MAX_BYTES = 2**29
+_GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
+_SLACK = 1.25  # by how much rows may exceed what is wanted, so that they are seldom sorted out
 
 
 @dataclass(eq=False)
@@ -32,7 +33,7 @@ class KeptBatch:
         size: Its number of samples.
         call: The call of the model on it.
         labels: Its labels; None if it has none, or none are wanted.
-        seen: What a reference sees of it, if the call alone does not say that.
+        seen: What a reference sees of it, if that can't be found in the call.
         rows: Which of its samples are kept; None for all.
     """
 
@@ -46,8 +47,11 @@ class KeptBatch:
     @property
     def num_bytes(self) -> int:
         """The memory of its tensors."""
-        tensors = tensors_in([self.labels, self.seen, self.call.arguments])
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return sum(map(_num_bytes, tensors_in([self.labels, self.seen, self.call.arguments])))
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _priority(place: Place) -> Place:
@@ -67,7 +71,7 @@ class KeptSamples:
     Args:
         num_wanted: How many samples to keep in this process; inf for all.
         dataloader_idx: The index of the loader.
-        max_bytes: How many bytes they may take, in this process.
+        max_bytes: How many bytes they may take in this process.
 
     Attributes:
         dataloader_idx: The index of the loader.
@@ -121,9 +125,8 @@ class KeptSamples:
         self._threshold = _priority(batch.index)
 
 
-@dataclass(eq=False)
-class _Rows:
-    """Rows of one batch: their priorities, their labels, and what a reference sees of them."""
+class _Rows(NamedTuple):
+    """Rows of a batch: their priorities, their labels, and what a reference sees of them."""
 
     priorities: Tensor
     labels: Tensor
@@ -134,7 +137,7 @@ class _Rows:
         chosen = self.priorities < limit
         if bool(chosen.all()):
             return self
-        return _Rows(self.priorities[chosen], self.labels[chosen], {kind: x[chosen] for kind, x in self.seen.items()})
+        return _Rows(self.priorities[chosen], self.labels[chosen], of_rows(self.seen, chosen))
 
 
 class KeptRows:
@@ -145,83 +148,79 @@ class KeptRows:
     Args:
         num_columns: How many columns labels have as a matrix.
         num_processes: How many processes share what a reference may know, and the memory.
-        max_read: How many rows may be read in all processes, where that is expensive; inf for any number.
-        num_batches: How many batches will come to this process, if that is known: then none is read in vain.
+        max_read: How many rows may be read in all processes, where that is expensive.
+        num_batches: How many batches will come to this process; by this number the rows to read are evenly spaced, and
+            none is read in vain. 0 or inf if it is not known.
 
     Attributes:
-        num_seen: How many samples have come.
+        num_columns: How many columns labels have as a matrix.
+        num_seen: How many samples have come, until no more may be read.
         size: How many rows there are, which may be a quarter more than are wanted.
-        is_seen: Whether a reference sees something of each.
         is_complete: Whether no more rows are wanted.
     """
 
     def __init__(
-        self, num_columns: int, num_processes: int = 1, max_read: float = math.inf, num_batches: float = 0
+        self, num_columns: int, num_processes: int = 1, max_read: int = sys.maxsize, num_batches: float = 0
     ) -> None:
         self.num_seen = 0
         self.size = 0
-        self.is_seen = True
         self.is_complete = False
-        self._num_columns = num_columns
+        self.num_columns = num_columns
         self._num_processes = num_processes
+        self._num_to_read = max_read // num_processes
         self._num_batches = num_batches if math.isfinite(num_batches) else 0
         self._num_expected = 0.0  # samples, by the size of the first batch
-        self._num_to_read = max_read / num_processes
-        self._max_rows = min(self._num_to_read, max_samples(("columns",), num_columns) / num_processes)
+        self._max_rows = min(self._num_to_read, max_samples(["columns"], num_columns) // num_processes)
         self._chosen = torch.zeros(0, dtype=torch.float64)  # priorities of rows that are being read
         self._parts: list[_Rows] = []
 
     @property
     def is_full(self) -> bool:
         """Whether there are as many rows as are wanted, or fit into memory."""
-        return self.num_seen >= max(self._max_rows, self._num_expected)
+        return self._num_to_read == 0 or self.num_seen >= max(self._max_rows, self._num_expected)
 
     @property
     def _limit(self) -> float:
-        """Below it are the priorities of rows that are wanted."""
+        """What the priorities of rows must be below."""
         return self._max_rows / max(1, self.num_seen, self._num_expected)
 
     def wanted(self, num_samples: int) -> Tensor:
         """Return which of the next samples to read, ``(R,)``; :meth:`add` takes them, unless there are none."""
-        if self.is_complete:
-            return torch.arange(0)
+        if self.is_complete or self._num_to_read == 0:
+            num_samples = 0
         priorities = _priority(torch.arange(self.num_seen, self.num_seen + num_samples, dtype=torch.float64))
         self._num_expected = self._num_expected or num_samples * self._num_batches
         self.num_seen += num_samples
-        rows = (priorities < self._limit).nonzero()[:, 0]
-        rows = rows[: int(min(len(rows), self._num_to_read))]
+        rows = (priorities < self._limit).nonzero()[: self._num_to_read, 0]
         self._num_to_read -= len(rows)
         self._chosen = priorities[rows]
         return rows
 
-    def add(self, seen: Seen | None, labels: Tensor) -> None:
+    def add(self, seen: Seen, labels: Tensor) -> None:
         """Keep the rows that were wanted last.
 
         Args:
-            seen: What a reference sees of them, on the CPU; None if there is nothing.
+            seen: What a reference sees of them, on the CPU; empty if there is nothing.
             labels: The label of each.
 
         Raises:
             ValueError: If there is not one label for each.
         """
-        priorities, self._chosen = self._chosen, self._chosen[:0]
-        seen_or_not = seen or {}
-        if {len(labels), *map(len, seen_or_not.values())} != {len(priorities)}:
-            raise ValueError(f"Expected one label for each of {len(priorities)} samples, but got {len(labels)}")
+        if {len(self._chosen)} != {len(x) for x in (labels, *seen.values())}:
+            raise ValueError(f"Expected one label for each of {len(self._chosen)} samples, but got {len(labels)}")
         if len(labels) == 0:
             return
-        self.is_seen = self.is_seen and seen is not None
-        num_bytes = sum(x[0].numel() * x.element_size() for x in (labels, *seen_or_not.values()))
-        known = max_samples(tuple(seen_or_not) or ("columns",), self._num_columns)
-        self._max_rows = max(1, min(self._max_rows, min(known, MAX_BYTES / _SLACK / num_bytes) // self._num_processes))
-        self._parts.append(_Rows(priorities, labels, seen_or_not))
+        num_bytes = sum(_num_bytes(x[0]) for x in (labels, *seen.values()))
+        known = min(max_samples(seen, self.num_columns), int(MAX_BYTES / _SLACK / num_bytes))
+        self._max_rows = max(1, min(self._max_rows, known // self._num_processes))
+        self._parts.append(_Rows(self._chosen, labels, seen))
         self.size += len(labels)
         if self.size > _SLACK * self._max_rows:
             self._thin_out()
 
     def _thin_out(self) -> None:
-        parts = [rows.below(self._limit) for rows in self._parts]
-        self._parts = [rows for rows in parts if len(rows.labels)]
+        """Keep no more rows than are wanted."""
+        self._parts = [rows for rows in (rows.below(self._limit) for rows in self._parts) if len(rows.labels)]
         self.size = sum(len(rows.labels) for rows in self._parts)
 
     @property
@@ -237,12 +236,12 @@ class KeptRows:
         """Return what a reference sees of the rows, and their labels, in the order in which they came.
 
         Raises:
-            ValueError: If there is no row, a reference sees nothing of some, or they can't be joined.
+            ValueError: If there is none, or as by :func:`join_seen`.
         """
         self._thin_out()
-        if not self.is_seen or not self._parts:
-            raise ValueError(NOTHING_SEEN)
-        return join_seen([rows.seen for rows in self._parts]), torch.cat([rows.labels for rows in self._parts])
+        if not self._parts:
+            raise ValueError("No sample has a label")
+        return join_seen([rows.seen for rows in self._parts]), self.labels
 
     def clear(self) -> None:
         """Free the rows, and want no more."""

@@ -1,5 +1,8 @@
 """What is fitted to left-out predictions: one temperature, and how many labels they can't explain; and class shares."""
 
+import math
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -7,6 +10,8 @@ from lightning_sensitivity.functional.tasks import Task
 from lightning_sensitivity.functional.tensors import as_tensor
 
 _POWERS = tuple(2 ** (quarter / 4) for quarter in range(-3, 15))  # inverse temperatures, 0.6 to 11
+
+_CHANCE = 2.0  # standard errors
 
 _SHARES = torch.cat([torch.tensor([0, 0.01, 0.02, 0.03, 0.05]), torch.arange(0.075, 0.86, 0.025)]).double()  # r
 _SHARPNESS = 2.0 ** torch.arange(0, 7.01, 0.5).double()  # b
@@ -17,20 +22,41 @@ _MAX_ROUNDS = 1000  # of expectation maximization
 _STILL = 1e-8  # change of a share in a round, at which it ends
 
 
-def best_power(p: Tensor, y: Tensor, task: Task) -> float:
-    """Find the inverse temperature of the lowest score (Guo et al., 2017, who take the likelihood).
+class Calibration(NamedTuple):
+    """What left-out predictions need to be right as often as they say.
+
+    Attributes:
+        power: The inverse of a temperature.
+        uniform: The share r of a uniform distribution among the classes, as if labels were redrawn.
+    """
+
+    power: float = 1.0
+    uniform: float = 0.0
+
+    def apply(self, p: Tensor, task: Task) -> Tensor:
+        """Calibrate predictions ``(N, C)``."""
+        return (1 - self.uniform) * task.sharpen(p, self.power) + self.uniform / p.shape[1]
+
+
+def calibrate(p: Tensor, y: Tensor, task: Task) -> Calibration:
+    """Find the temperature of the lowest score (Guo et al., 2017, who take the likelihood).
 
     A ridge regression of labels is right more often than it says. By likelihood, a few redrawn labels would keep it
-    so.
+    so. Where many are redrawn, the temperature leaves it too sure; if that is beyond chance, a uniform share mends it.
 
     Args:
         p: Left-out predictions ``(N, C)``, as ``task.clip`` gives them.
         y: Labels ``(N, C)``.
-        task: The task; the power is 1 in a regression.
+        task: The task; predictions of a regression stay as they are.
     """
     if not task.has_classes:
-        return 1.0
-    return min(_POWERS, key=lambda power: float(task.distances(task.sharpen(p, power), y).mean()))
+        return Calibration()
+    power = min(_POWERS, key=lambda each: float(task.distances(task.sharpen(p, each), y).mean()))
+    largest, classes = task.sharpen(p, power).max(1)
+    certainty, accuracy = float(largest.mean()), float(y.gather(1, classes[:, None]).mean())
+    stderr = math.sqrt(accuracy * (1 - accuracy) / len(y))
+    is_too_sure = certainty - accuracy > _CHANCE * stderr
+    return Calibration(power, (certainty - accuracy) / (certainty - 1 / p.shape[1]) if is_too_sure else 0.0)
 
 
 def estimate_class_shares(q: Tensor, training_shares: Tensor) -> Tensor:

@@ -6,15 +6,17 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from scipy.linalg import eigh
 from sklearn.base import clone
 from sklearn.dummy import DummyRegressor
 from sklearn.ensemble import RandomForestRegressor
 from sklearn.kernel_approximation import Nystroem
-from sklearn.linear_model import RidgeCV
+from sklearn.linear_model import Ridge
 from sklearn.metrics import pairwise
 from sklearn.model_selection import KFold, StratifiedKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
@@ -22,7 +24,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from lightning_sensitivity.functional.tasks import Task
-from lightning_sensitivity.reference.calibration import best_power
+from lightning_sensitivity.reference.calibration import Calibration, calibrate
 from lightning_sensitivity.reference.features import Rows, Seen, SeenTransform, make_transforms, raw_columns, spread
 
 Array: TypeAlias = Any  # of NumPy
@@ -30,8 +32,8 @@ Array: TypeAlias = Any  # of NumPy
 _PART = 1000  # samples on which the learner and its numbers are chosen
 _MIN_SAMPLES = 4  # samples
 
-_SHARE, _OTHER_SHARES = 0.5, ("sqrt", 1.0)  # of columns tried at a split
 _LEAF, _OTHER_LEAVES = 5, (2, 15, 40)  # samples in a leaf
+_FIRST_COLUMNS, _MAX_COLUMNS = 30, 100  # tried at a split, of half of them and of all
 _TREES_OF_PART, _TREES, _MIN_TREES = 80, 150, 75
 _TARGETS_OF_TREES = 15_000_000  # rows times classes times trees, above which there are fewer trees
 _MAX_TARGETS, _MAX_CELLS = 500_000, 2_500_000  # rows times classes, and times columns, of a forest
@@ -60,7 +62,7 @@ class Learner:
         left_out: What it would have predicted of each sample without it, ``(N, C)``.
         labels: The labels of the same samples, ``(N, C)``.
         task: The task, which says how predictions are scored.
-        power: The inverse temperature.
+        calibration: What makes its predictions right as often as they say.
         score: The score of the left-out predictions.
     """
 
@@ -71,14 +73,14 @@ class Learner:
     left_out: Tensor
     labels: Tensor
     task: Task
-    power: float = 1.0
+    calibration: Calibration = Calibration()  # noqa: RUF009
     score: float = math.nan
 
     def __post_init__(self) -> None:
         """Calibrate the left-out predictions."""
-        self.left_out = self._as_matrix(self.left_out)
-        self.power = best_power(self.left_out, self.labels, self.task)
-        self.left_out = self.task.sharpen(self.left_out, self.power)
+        left_out = self._as_matrix(self.left_out)
+        self.calibration = calibrate(left_out, self.labels, self.task)
+        self.left_out = self.calibration.apply(left_out, self.task)
         self.score = float(self.task.distances(self.left_out, self.labels).mean())
 
     def predict(self, seen: Seen) -> Tensor:
@@ -86,36 +88,59 @@ class Learner:
         rows = self.transform(seen)
         is_classifier = hasattr(self.model, "classes_")
         found = self._as_matrix(self.model.predict_proba(rows) if is_classifier else self.model.predict(rows))
-        return self.task.sharpen(found, self.power)
+        return self.calibration.apply(found, self.task)
 
     def _as_matrix(self, found: Array) -> Tensor:
         """Give classes their columns, also those that no sample has."""
-        num_columns = self.labels.shape[1]
         if hasattr(self.model, "classes_"):
-            p = np.zeros((len(found), num_columns))
+            p = np.zeros((len(found), self.labels.shape[1]))
             p[:, self.model.classes_] = found
             found = p
-        return self.task.clip(torch.from_numpy(np.asarray(found, dtype=np.float64)).reshape(-1, num_columns))
+        return _as_matrix(found, self.labels.shape[1], self.task)
+
+
+def _as_matrix(found: Array, num_columns: int, task: Task) -> Tensor:
+    """Turn what a learner predicts into a matrix ``(N, C)``, of probabilities if there are classes."""
+    p = np.asarray(found, dtype=np.float64).reshape(len(found), -1)
+    if p.shape[1] < num_columns:  # see `_targets`
+        p = np.concatenate([1 - p, p], axis=1)
+    return task.clip(torch.from_numpy(p))
+
+
+def _score(left_out: Array, labels: Tensor, task: Task) -> float:
+    p = _as_matrix(left_out, labels.shape[1], task)
+    return float(task.distances(calibrate(p, labels, task).apply(p, task), labels).mean())
 
 
 def fit_learners(seen: Seen, labels: Tensor, task: Task) -> tuple[Learner, Tensor]:
-    """Fit what suits the samples, and return the learner whose left-out predictions are best, and what it knows.
+    """Choose what suits the samples on a part of them, and fit it to all that it can take.
 
     Args:
         seen: What is seen of different samples, no larger than ``shrunk`` makes it.
         labels: Their labels as a matrix ``(N, C)``.
         task: The task, which says how predictions are scored.
+
+    Returns:
+        The learner, and which of the samples it knows.
     """
     number = len(labels)
-    rows = spread(number, _MAX_RIDGE_ROWS)
     if number < _MIN_SAMPLES:
-        return _fit_mean(seen, labels, task), rows
+        return _fit_mean(seen, labels, task), torch.arange(number)
     with _quiet():
-        found = [(_fit_ridge(_at(seen, rows), labels[rows], task), rows)]
+        chosen = spread(number, _PART)
+        part = _at(seen, chosen), labels[chosen], task
+        ridge = _choose_ridge(*part)
         rows = _rows_for_forest(seen, labels)
-        if len(rows):
-            found.append((_fit_forest(_at(seen, rows), labels[rows], task), rows))
-    return min(found, key=lambda each: each[0].score)
+        forest = _choose_forest(*part, limit=_NEAR * ridge.score) if len(rows) else None
+        if forest is not None and forest.score < ridge.score:
+            return forest.fit(_at(seen, rows), labels[rows], task), rows
+        rows = spread(number, _MAX_RIDGE_ROWS)
+        return ridge.fit(_at(seen, rows), labels[rows], task), rows
+
+
+def _targets(labels: Tensor, task: Task) -> Array:
+    """Return what learners are fitted to, ``(N, C)``; of two classes, the second one says all."""
+    return (labels[:, 1:] if task.has_classes and labels.shape[1] == 2 else labels).numpy()
 
 
 def _at(seen: Seen, rows: Tensor) -> Seen:
@@ -131,10 +156,16 @@ def _fit_mean(seen: Seen, labels: Tensor, task: Task) -> Learner:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep scikit-learn from warning of what we know, and from more threads than torch has: they would wait in vain."""
-    with warnings.catch_warnings(), threadpool_limits(torch.get_num_threads()):
+    """Keep scikit-learn from warning of what we know, and from more threads than torch has: they would wait in vain.
+
+    Threads of a decomposition wait for each other: with other processes on the same cores it takes 30 times as long.
+    """
+    with warnings.catch_warnings(), threadpool_limits({"openmp": torch.get_num_threads(), "blas": 1}):
         warnings.simplefilter("ignore")
         yield
+
+
+_score_of = attrgetter("score")
 
 
 # A random forest
@@ -142,63 +173,107 @@ def _quiet() -> Iterator[None]:
 
 def _rows_for_forest(seen: Seen, labels: Tensor) -> Tensor:
     """Choose the rows that a forest takes; none where it would take too much memory or time, or sees no columns."""
-    number, kind = len(labels), "columns" if "columns" in seen else "tokens"
-    is_table = kind in seen and (kind == "columns" or (len(seen) == 1 and int(seen[kind].max()) < _MAX_ID))
-    if not is_table:
+    number, kind = len(labels), _kind_of_columns(seen)
+    if kind is None:
         return torch.arange(0)
     most = min(number, _MAX_TARGETS // labels.shape[1], _MAX_CELLS // max(1, seen[kind].shape[1]))
     return spread(number, most) if most >= min(number, _MIN_ROWS) else torch.arange(0)
 
 
-def _fit_forest(seen: Seen, labels: Tensor, task: Task) -> Learner:
-    """Fit a random forest, whose left-out predictions are those of the trees that did not draw a sample.
+def _kind_of_columns(seen: Seen) -> str | None:
+    """Return the kind that a forest sees: columns, or token ids that may be categories; None without them."""
+    if "columns" in seen:
+        return "columns"
+    return "tokens" if [*seen] == ["tokens"] and int(seen["tokens"].max()) < _MAX_ID else None
 
-    The regression of one-hot labels is a classification: its squared error is the Gini impurity. The smallest leaf,
-    then the share of columns, are chosen by this score on a part.
+
+def _choose_forest(part: Seen, labels: Tensor, task: Task, limit: float) -> "_Forest | None":
+    """Choose the smallest leaf, then the columns of a split, by left-out predictions; None if the first try is bad."""
+    x, y = _raw(part)(part), _targets(labels, task)
+
+    def tried(num_columns: int, leaf: int) -> _Forest:
+        forest = _forest(x, y, _TREES_OF_PART, num_columns, leaf)
+        return _Forest(num_columns, leaf, _score(forest.oob_prediction_, labels, task))
+
+    total = x.shape[1]
+    half = max(1, total // 2)
+    first = tried(min(half, _FIRST_COLUMNS), _LEAF)
+    if first.score > limit:
+        return None
+    best = min([first, *(tried(first.num_columns, leaf) for leaf in _OTHER_LEAVES)], key=_score_of)
+    sizes = {min(size, _MAX_COLUMNS) for size in (int(math.sqrt(total)), half, total)} - {first.num_columns}
+    return min([best, *(tried(size, best.leaf) for size in sorted(sizes))], key=_score_of)
+
+
+@dataclass
+class _Forest:
+    """A random forest: the columns that are tried at a split, the samples of a leaf, and its score on the part.
+
+    Left-out predictions are those of the trees that did not draw a sample. The regression of one-hot labels is a
+    classification: its squared error is the Gini impurity.
     """
-    transform = raw_columns("columns" if "columns" in seen else "tokens", seen)
-    x, y = transform(seen), labels.numpy()
-    part = spread(len(x), _PART)
 
-    def score(share: Any, leaf: int) -> float:
-        forest = _forest(x[part], y[part], _TREES_OF_PART, share, leaf)
-        return float(np.square(forest.oob_prediction_.reshape(y[part].shape) - y[part]).mean())
+    num_columns: int
+    leaf: int
+    score: float
 
-    of_leaves = {leaf: score(_SHARE, leaf) for leaf in (_LEAF, *_OTHER_LEAVES)}
-    leaf = min(of_leaves, key=lambda each: of_leaves[each])
-    of_shares = {share: score(share, leaf) for share in _OTHER_SHARES} | {_SHARE: of_leaves[leaf]}
-    share = min(of_shares, key=lambda each: of_shares[each])
-    trees = min(_TREES, max(_MIN_TREES, _TARGETS_OF_TREES // y.size))
-    forest = _forest(x, y, trees, share, leaf)
-    return Learner("forest", "columns", transform, forest, forest.oob_prediction_, labels, task)
+    def fit(self, seen: Seen, labels: Tensor, task: Task) -> Learner:
+        """Fit it to all."""
+        transform, y = _raw(seen), _targets(labels, task)
+        trees = min(_TREES, max(_MIN_TREES, _TARGETS_OF_TREES // y.size))
+        forest = _forest(transform(seen), y, trees, self.num_columns, self.leaf)
+        return Learner("forest", "columns", transform, forest, forest.oob_prediction_, labels, task)
 
 
-def _forest(x: Array, y: Array, trees: int, share: Any, leaf: int) -> Any:
-    """Fit a forest, which knows its left-out predictions."""
+def _raw(seen: Seen) -> SeenTransform:
+    return raw_columns(_kind_of_columns(seen) or "columns", seen)
+
+
+def _forest(x: Array, y: Array, trees: int, num_columns: int, leaf: int) -> Any:
     options = {"min_samples_leaf": leaf, "oob_score": True, "random_state": 0, "n_jobs": torch.get_num_threads()}
-    return RandomForestRegressor(trees, max_features=share, **options).fit(x, y if y.shape[1] > 1 else y[:, 0])
+    return RandomForestRegressor(trees, max_features=num_columns, **options).fit(x, y if y.shape[1] > 1 else y[:, 0])
 
 
 # Ridge regression on features of a kernel
 
 
-def _fit_ridge(seen: Seen, labels: Tensor, task: Task) -> Learner:
-    """Fit ridge regression on Nystroem features; the features, then the ridge, are chosen by left-out predictions."""
-    transforms = make_transforms(seen)
-    part, y = spread(len(labels), _PART), labels.numpy()
-    found = []
-    for name, transform in transforms.items():
-        rows = transform(_at(seen, part))
+def _choose_ridge(part: Seen, labels: Tensor, task: Task) -> "_Ridge":
+    """Choose features, the width of the kernel and the ridge by left-out predictions."""
+    y, found = _targets(labels, task), []
+    for name, transform in make_transforms(part).items():
+        rows = transform(part)
         for width in _WIDTHS:
             gamma = 1 / (width * _median_distance(rows))
-            model = _ridge(rows, y[part], gamma, _ALPHAS, _CENTRES_OF_PART)
-            error = np.square(_left_out(model, y[part]) - y[part]).mean()
-            found.append((error, name, gamma, _ALPHAS.index(model[-1].alpha_)))
-    _, features, gamma, place = min(found)
-    centres = _CENTRES if [*seen] == ["columns"] else _MANY_CENTRES
-    rows = transforms[features](seen)
-    model = _ridge(rows, y, gamma, _ALPHAS[max(0, place - 1) : place + 2], centres)
-    return Learner("ridge", features, transforms[features], model, _left_out(model, y), labels, task)
+            features = _nystroem(gamma, min(_CENTRES_OF_PART, len(y))).fit_transform(rows)
+            for place, left_out in enumerate(_leave_one_out(features, y, _ALPHAS)):
+                found.append((np.square(left_out - y).mean(), name, gamma, place, left_out))
+    _, name, gamma, place, left_out = min(found, key=lambda each: each[0])
+    return _Ridge(name, gamma, place, _score(left_out, labels, task))
+
+
+@dataclass
+class _Ridge:
+    """Ridge regression on Nystroem features: what is seen, the width of the kernel, the ridge, and a score on the part."""
+
+    features: str
+    gamma: float
+    place: int
+    score: float
+
+    def fit(self, seen: Seen, labels: Tensor, task: Task) -> Learner:
+        """Fit it to all; a ridge beside the chosen one may then be better."""
+        transform, y = make_transforms(seen)[self.features], _targets(labels, task)
+        kernel = _nystroem(self.gamma, min(_CENTRES if [*seen] == ["columns"] else _MANY_CENTRES, len(y)))
+        features = kernel.fit_transform(transform(seen))
+        alphas = _ALPHAS[max(0, self.place - 1) : self.place + 2]
+        found = zip(_leave_one_out(features, y, alphas), alphas, strict=True)
+        left_out, alpha = min(found, key=lambda each: float(np.square(each[0] - y).mean()))
+        model = make_pipeline(kernel, Ridge(alpha).fit(features, y))
+        return Learner("ridge", self.features, transform, model, left_out, labels, task)
+
+
+def _nystroem(gamma: float, num_centres: int) -> Any:
+    return Nystroem(gamma=gamma, n_components=num_centres, random_state=0)
 
 
 def _median_distance(rows: Rows) -> float:
@@ -208,18 +283,16 @@ def _median_distance(rows: Rows) -> float:
     return float(np.median(positive)) if len(positive) else 1.0
 
 
-def _ridge(rows: Rows, y: Array, gamma: float, alphas: tuple[float, ...], num_centres: int) -> Any:
-    """Fit a pipeline of Nystroem features and ridge regression."""
-    features = Nystroem(gamma=gamma, n_components=min(num_centres, rows.shape[0]), random_state=0)
-    # With a scorer, it keeps predictions in place of errors.
-    return make_pipeline(features, RidgeCV(alphas, scoring="neg_mean_squared_error", store_cv_results=True)).fit(
-        rows, y
-    )
-
-
-def _left_out(model: Any, y: Array) -> Array:
-    """Return what the pipeline would have predicted of each sample without it, which has a closed form."""
-    return model[-1].cv_results_[..., list(model[-1].alphas).index(model[-1].alpha_)].reshape(y.shape)
+def _leave_one_out(features: Array, y: Array, alphas: tuple[float, ...]) -> Iterator[Array]:
+    """Yield what ridge regression would predict of each sample without it, ``(N, C)``, for each ridge."""
+    x, targets = features - features.mean(0), y - y.mean(0)
+    values, vectors = eigh(x.T @ x)
+    basis = x @ vectors
+    products, squares = basis.T @ targets, basis**2
+    for alpha in alphas:
+        weights = 1 / (values.clip(0) + alpha)
+        residuals = targets - basis @ (weights[:, None] * products)
+        yield y - residuals / (1 - 1 / len(y) - squares @ weights)[:, None]
 
 
 # Any estimator of scikit-learn

@@ -4,7 +4,6 @@ import math
 from typing import Any, TypeAlias
 
 import numpy as np
-import torch
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
@@ -39,7 +38,7 @@ class Reference(BaseEstimator):  # type: ignore[misc]
       width of the kernel and ridge are chosen by this score.
 
     Its probabilities are then calibrated by one temperature (Guo et al., 2017), that of the lowest left-out Brier
-    score. A sample that comes repeatedly counts once, with the mean of its labels, except in a table of few categories,
+    score, and by a uniform share if they are still surer than they are right, beyond chance. A sample that comes repeatedly counts once, with the mean of its labels, except in a table of few categories,
     where different people have the same columns. Nothing depends on the order of the samples.
 
     Args:
@@ -134,7 +133,7 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         self.left_out_, self.labels_, self.rows_, self.shares_ = p.numpy(), y.numpy(), rows.numpy(), shares.numpy()
         self.learner_, self.features_, self.kind_ = learner.name, learner.features, ", ".join(self._shapes)
         self.num_samples_ = len(y)
-        self.temperature_ = 1 / learner.power
+        self.temperature_ = 1 / learner.calibration.power
         self.score_ = learner.score
         self.chance_ = float(task.distances(shares.expand_as(y), y).mean())
         self.skill_ = 1 - self.score_ / self.chance_ if self.chance_ > _ROUNDING else 0.0

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_sensitivity.callbacks.record import fingerprints_of
-from lightning_sensitivity.functional import fit_reference
+from lightning_sensitivity import Reference
+from lightning_sensitivity.reference.features import kind_of
+from lightning_sensitivity.reference.observations import projection
 from tests.helpers import NUM_FEATURES, Classifier, History, first_tensor, fitted, inputs, labelled
 
 SCORE, ACCURACY, AUROC, MSE = (f"val/expected_{name}" for name in ("score", "accuracy", "auroc", "mse"))
@@ -87,19 +88,42 @@ TASKS: dict[str, Any] = {"multiclass": Multiclass, "binary": Binary, "regression
 
 
 def as_matrix(labels: Tensor, task: str, num_outputs: int) -> Tensor:
+    """Labels as a plain loop has them: in one column for two classes."""
     if task == "multiclass" and labels.ndim == 1:
         return one_hot(labels.long(), num_outputs).double()
     return labels.double().reshape(len(labels), -1)
 
 
-def expected_by(reference: Any, outputs: Tensor, seen: Tensor) -> dict[str, float]:
+def by_kind(x: Any) -> dict[str, Tensor]:
+    """What a reference sees, of which most have one kind."""
+    return x if isinstance(x, dict) else {kind_of(x): x}
+
+
+def fit_reference(x: Any, y: Tensor, task: str, estimator: Any) -> Any:
+    return Reference(task, estimator).fit(by_kind(x), y)
+
+
+def reweighed(q: Tensor, known: Tensor, shares: Any) -> Tensor:
+    """Predictions by a reference of training samples with known shares of classes, for samples with others."""
+    if shares == "estimate":
+        shares = known
+        for _ in range(1000):
+            shares = reweighed(q, known, shares).mean(0)
+    q = q * torch.as_tensor(shares) / known
+    return q / q.sum(1, keepdim=True)
+
+
+def expected_by(reference: Any, outputs: Tensor, x: Any, shares: Any = None) -> dict[str, float]:
     """What RiskMonitor logs, from outputs of the network, and what a reference sees of the same samples."""
-    order = fingerprints_of(seen).argsort()  # of the samples, by which labels are drawn
-    task, outputs, q = reference.task, outputs[order], reference.predictions(seen[order])
+    order = projection(by_kind(x)).argsort()  # of the samples, by which labels are drawn
+    task, outputs, x = reference.task, outputs[order], {name: part[order] for name, part in by_kind(x).items()}
     kind = TASKS[task]
+    q = torch.from_numpy(reference.predict(x) if task == "regression" else reference.predict_proba(x))
+    q = q if shares is None else reweighed(q, torch.from_numpy(reference.shares_), shares)
+    q = q[:, 1:] if task == "binary" else q.reshape(len(q), -1)
     score = min(kind.score(kind.predictions(outputs, t), q) for t in TEMPERATURES)
     if task == "regression":
-        return dict.fromkeys((SCORE, MSE), score + reference.score)
+        return dict.fromkeys((SCORE, MSE), score + reference.score_)
     p, rest = kind.predictions(outputs, 1), (q * (1 - q)).sum(1).mean()
     labels, classes = drawn(q), kind.classes(p).int()
     found = {SCORE: score + float(rest), ACCURACY: float((labels == classes).double().mean())}
@@ -130,6 +154,7 @@ class Truth(History):
         seen: What the reference sees of a batch.
         has_labels: Whether validation labels count beside the reference.
         estimator: What is fitted as the reference; by default its own learners.
+        shares: The shares of the classes among unseen samples.
     """
 
     def __init__(
@@ -138,14 +163,14 @@ class Truth(History):
         seen: Callable[[Any], Tensor] = first_tensor,
         has_labels: bool = False,
         estimator: Any = None,
+        shares: Any = None,
     ) -> None:
         super().__init__()
-        self.estimator = estimator
+        self.estimator, self.shares = estimator, shares
         self.task, self.kind, self.seen, self.has_labels = task, TASKS[task], seen, has_labels
         self.training: list[Any] = []
         self.holdout: list[Any] = []
         self.reference: Any = None
-        self.is_final = False  # whether the reference knows a whole epoch
         self.expected: list[dict[str, float] | None] = []  # None where it is too early
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -162,22 +187,21 @@ class Truth(History):
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if trainer.sanity_checking or batch_idx < trainer.num_val_batches[0] - 1:
-            return
-        is_whole = trainer.is_last_batch or trainer.current_epoch > 0
-        is_early = not is_whole and sum(len(batch[1]) for batch in self.training) < 600
-        self.expected.append(None if is_early else self.values(pl_module, is_whole))
+        if not trainer.sanity_checking and batch_idx == trainer.num_val_batches[0] - 1:
+            is_whole = trainer.is_last_batch or trainer.current_epoch > 0
+            self.expected.append(self.values(pl_module) if is_whole else None)
 
-    def values(self, model: Any, is_whole: bool) -> dict[str, float]:
+    def values(self, model: Any) -> dict[str, float]:
         outputs = torch.cat([model(first_tensor(batch)) for batch in self.holdout]).double()
         num_outputs = outputs.shape[1] if outputs.ndim > 1 else 1
-        if self.reference is None or (is_whole and not self.is_final):
+        if self.reference is None:
             seen = torch.cat([self.seen(batch) for batch in self.training])
             known, y = self.labelled(seen, self.training, num_outputs)
-            self.reference, self.is_final = fit_reference(known, y, self.task, estimator=self.estimator), is_whole
-        if not self.reference.is_trusted:
+            self.reference = fit_reference(known, y, self.task, self.estimator)
+        if not self.reference.is_trusted_:
             return self.of_labels(outputs, num_outputs) if self.has_labels else {}
-        found = expected_by(self.reference, outputs, torch.cat([self.seen(batch) for batch in self.holdout]))
+        seen = torch.cat([self.seen(batch) for batch in self.holdout])
+        found = expected_by(self.reference, outputs, seen, self.shares)
         if not self.has_labels:
             return found
         of_labels = self.of_labels(outputs, num_outputs)

@@ -1,18 +1,15 @@
 """What the monitors log is read back from what each logger wrote."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_sensitivity import SensitivityMonitor
-from lightning_sensitivity.callbacks.closing import log_summary
-from tests.helpers import Classifier, csv_rows, fitted, loader, quick_risk, unlabelled_loader
+from tests.helpers import Classifier, csv_rows, fitted, loader, quick_risk
 
 Curves = dict[str, dict[int, float]]  # by name, and then by step
 
@@ -44,39 +41,3 @@ def test_every_value_of_every_epoch_arrives_on_the_axis_of_the_loss(kind: Any, r
     curves = {name: curve for name, curve in read(tmp_path).items() if name.startswith("val")}
     steps = [(step, values) for step, values in zip((3, 7), epochs, strict=True)]
     assert curves == {name: {step: float(store(values[name])) for step, values in steps} for name in names}
-
-
-class WithHyperparameters(Classifier):
-    """A module that has logged its hyperparameters before a fit begins."""
-
-    def __init__(self, width: int = 16) -> None:
-        super().__init__()
-        self.save_hyperparameters()
-
-
-class WandbLogger(CSVLogger):
-    """What of the logger of this name is used."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self.summary: dict[str, Any] = {}
-
-    @property
-    def experiment(self) -> Any:
-        return self
-
-
-def test_every_logger_gets_the_summary_in_the_first_process(tmp_path: Path) -> None:
-    loggers: list[Any] = [CSVLogger(tmp_path, name="csv"), TensorBoardLogger(tmp_path, name="events")]
-    monitor, val = quick_risk(prefix="b/"), unlabelled_loader(seed=1)
-    fitted(monitor, WithHyperparameters(), val=val, logger=loggers, log_every_n_steps=1)
-    written = yaml.safe_load(Path(loggers[0].log_dir, "hparams.yaml").read_text())
-    assert written.pop("width") == 16 and str(written) == str({f"b/{k}": v for k, v in sorted(monitor.summary.items())})
-    loggers[1].finalize("success")
-    (event,) = EventAccumulator(loggers[1].log_dir).Reload().Tensors("b/summary/text_summary")
-    assert f"| skill | {monitor.summary['skill']} |" in event.tensor_proto.string_val[0].decode()
-    wandb = WandbLogger(tmp_path)
-    for is_global_zero in (False, True):
-        assert wandb.summary == {}
-        log_summary(SimpleNamespace(loggers=[wandb], is_global_zero=is_global_zero), "b/", monitor.summary)
-    assert wandb.summary["b/epoch"] == monitor.summary["epoch"]

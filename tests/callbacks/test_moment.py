@@ -9,7 +9,6 @@ import torch
 from lightning.pytorch import callbacks as cb
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 import tests.helpers as helpers
@@ -18,116 +17,93 @@ from tests.callbacks.plain_loop import Plain, Truth
 from tests.helpers import Linear, Quiet, fitted, fitted_and_said, loader, quick_estimator, quick_risk, unlabelled_loader
 
 SENSITIVITY = "val/output_sensitivity"
-WORST = {"val/low": 9.0, "val/high": -9.0}
+WORST = float(torch.finfo(torch.float32).max)
 
 
 class Scripted(SensitivityMonitor):
-    """It logs what a script says for each validation: the same number as the negative of ``high``, or nothing."""
+    """It logs what a script says for each validation, and the negative of it unless it is above 5; or nothing."""
 
-    names = ("low", "high")
+    directions = {"low": False, "high": True}  # noqa: RUF012
 
     def __init__(self, script: str) -> None:
         super().__init__()
         self.script = [None if each == "-" else float(each) for each in script.split()]
 
-    def compute_values(self, trainer: Any, dataloader_idx: int) -> Any:
+    def compute_values(self, trainer: Any, dataloader_idx: int, *rows: Tensor) -> Any:
         value = self.script.pop(0)
         if value is None:
             return {}
         return {"low": value} if value > 5 else {"low": value, "high": -value}
 
-    def worst_values(self, dataloader_idx: int) -> dict[str, float]:
-        return {"low": 9.0, "high": -9.0}
+
+# Where there is no value
 
 
-# Patience
+class Ending(Quiet):
+    """It ends a fit in the fifth epoch by an error, if there is one."""
+
+    error: Any = None
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 4 and self.error:
+            raise self.error
 
 
-class Stopping(cb.EarlyStopping):
-    """It notes each check: the value, and the count after it."""
-
-    def _evaluate_stopping_criteria(self, current: Any) -> Any:
-        found = super()._evaluate_stopping_criteria(current)
-        self.checks = [*getattr(self, "checks", []), (float(current), self.wait_count)]
-        return found
-
-
-class Plateau(ReduceLROnPlateau):
-    """It notes each check, too."""
-
-    checks: Any = ()
-
-    def step(self, metrics: Any, epoch: Any = None) -> None:
-        super().step(metrics)
-        self.checks = [*self.checks, (float(metrics), self.num_bad_epochs)]
+@pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
+def test_what_is_missing_is_the_worst_and_ever_a_little_better_and_is_in_no_curve_and_no_metric_of_a_fit(
+    error: Any, tmp_path: Path
+) -> None:
+    logger = CSVLogger(tmp_path, name=None)
+    checkpoint = cb.ModelCheckpoint(tmp_path / "checkpoints", monitor="val/high", mode="max", filename="{epoch}")
+    options = {"enable_checkpointing": True, "logger": logger, "max_epochs": 4 + bool(error)}
+    model = Ending()
+    model.error = error
+    run = helpers.trainer([Scripted("- - 3 7"), checkpoint], num_sanity_val_steps=0, **options)
+    try:
+        run.fit(model, loader(), loader())
+    except (RuntimeError, SystemExit):
+        assert error
+    expected = [(WORST, -WORST), (0.999 * WORST, -0.999 * WORST), (3, -3), (7, -(0.999**2) * WORST)]
+    assert [(each["val/low"], each["val/high"]) for each in run.epochs] == [pytest.approx(each) for each in expected]
+    curves = [(row.get("val/low"), row.get("val/high")) for row in helpers.csv_rows(logger.log_dir)]
+    assert [row for row in curves if any(row)] == [("3.0", "-3.0"), ("7.0", "")]
+    assert Path(checkpoint.best_model_path).name == "epoch=2.ckpt" and checkpoint.best_model_score == -3
+    assert helpers.logged(run, "val/") == {"val/low": 7}  # of which a tuner reads the last
 
 
 class Scheduled(Linear):
     """Its rate falls by a schedule that monitors a value."""
 
-    def __init__(self, options: dict[str, Any]) -> None:
+    def __init__(self, mode: str, options: dict[str, Any]) -> None:
         super().__init__()
-        self.options = options
+        self.mode, self.options = mode, options
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
-        self.plateau = Plateau(optimizer, "min", patience=99)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.plateau, **self.options}}
-
-
-def counts_without_gaps(checks: list[tuple[float, int]], mode: str, worst: float) -> list[int]:
-    """What the counts should be: a value that was not measured changes none."""
-    best, count, counts = math.inf, 0, []
-    for value, _ in checks:
-        if value != worst:
-            low = value if mode == "min" else -value
-            best, count = (low, 0) if low < best else (best, count + 1)
-        counts.append(count)
-    return counts
+        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, self.mode, patience=0)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "strict": False, **self.options}}
 
 
 WAYS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {  # of Trainer, EarlyStopping and scheduler
     "an epoch": ({}, {}, {}),
-    "at the end of a validation": ({}, {"check_on_train_epoch_end": False}, {"frequency": 2}),
-    "several validations in an epoch": ({"val_check_interval": 2}, {}, {"interval": "step"}),
-    "several, checked once": ({"val_check_interval": 2}, {"check_on_train_epoch_end": True}, {}),
-    "a validation in two epochs": ({"check_val_every_n_epoch": 2}, {"check_on_train_epoch_end": True}, {}),
-    "more checks than validations": ({"val_check_interval": 4}, {}, {"interval": "step", "frequency": 3}),
+    "at the end of a validation": ({}, {"check_on_train_epoch_end": False}, {}),
+    "several validations in an epoch": ({"val_check_interval": 2}, {}, {"interval": "step", "frequency": 2}),
 }
-SCRIPT = "3 - 4 - - 2 2 - 3 4 - 1 1 - - 2 - 3 - 4"
 
 
 @pytest.mark.filterwarnings("ignore:ReduceLROnPlateau conditioned on metric")  # before the first validation
 @pytest.mark.parametrize("mode", ["min", "max"])
 @pytest.mark.parametrize("way", WAYS)
-def test_a_check_of_a_value_that_was_not_measured_uses_up_no_patience(way: str, mode: str) -> None:
+def test_waiting_for_a_first_value_uses_up_no_patience_and_a_gap_after_it_does(way: str, mode: str) -> None:
     options, of_stopping, of_scheduler = WAYS[way]
     name = {"min": "val/low", "max": "val/high"}[mode]
-    stopping = Stopping(name, patience=99, mode=mode, strict=False, **of_stopping)
-    model = Scheduled({"monitor": "val/low", "strict": False, **of_scheduler})
-    monitors = [stopping, Scripted(SCRIPT)] if mode == "min" else [Scripted(SCRIPT), stopping]
-    fitted(monitors, model, max_epochs=8, num_sanity_val_steps=0, **options)
-    for checks, direction, worst in ((stopping.checks, mode, WORST[name]), (model.plateau.checks, "min", 9.0)):
-        assert len(checks) >= 4 and worst in [value for value, _ in checks[1:]]
-        assert [count for _, count in checks] == counts_without_gaps(checks, direction, worst)
-
-
-def test_a_patience_of_0_is_not_used_up_either() -> None:
-    stopping = cb.EarlyStopping("val/low", patience=0)
-    run = fitted([Scripted("- 3 - - 2 - 4 1 1"), stopping], Quiet(), max_epochs=9, num_sanity_val_steps=0)
-    assert len(run.epochs) == 7 and stopping.stopped_epoch == 6
-
-
-def test_every_name_without_a_value_has_its_worst_one_and_is_in_no_curve(tmp_path: Path) -> None:
-    logger = CSVLogger(tmp_path, name=None)
-    checkpoint = cb.ModelCheckpoint(tmp_path / "checkpoints", monitor="val/high", mode="max", filename="{epoch}")
-    options = {"enable_checkpointing": True, "logger": logger, "max_epochs": 4, "num_sanity_val_steps": 0}
-    run = fitted([Scripted("- 3 7 -"), checkpoint], Quiet(), **options)
-    found = [(epoch["val/low"], epoch["val/high"]) for epoch in run.epochs]
-    assert found == [(9, -9), (3, -3), (7, -9), (9, -9)]
-    curves = [(row.get("val/low"), row.get("val/high")) for row in helpers.csv_rows(logger.log_dir)]
-    assert [row for row in curves if any(row)] == [("3.0", "-3.0"), ("7.0", "")]
-    assert Path(checkpoint.best_model_path).name == "epoch=1.ckpt" and checkpoint.best_model_score == -3
+    for script, num_validations in (("- - - - - - - 1", 8), ("- - - - 3 2 - -", 7)):
+        model = Scheduled(mode, {"monitor": name, **of_scheduler})
+        stopping = cb.EarlyStopping(name, patience=1, mode=mode, **of_stopping)
+        epochs = {"max_epochs": 4 if "several" in way else 8, "num_sanity_val_steps": 0}
+        run = fitted([stopping, Scripted(script)], model, **epochs, **options)
+        assert len(run.epochs) == num_validations
+        assert (model.optimizers().param_groups[0]["lr"] == 0.1) == (num_validations == 8)
 
 
 @pytest.mark.parametrize(("name", "mode", "bound"), [("val/low", "min", 4.0), ("val/high", "max", -4.0)])
@@ -176,13 +152,12 @@ class Failing(Linear):
 
 
 def test_epochs_that_fail_are_gaps_and_outputs_that_are_all_nan_end_a_run_by_lightning() -> None:
-    for is_nan, last in ((False, 6), (True, 2)):
-        stopping = cb.EarlyStopping(SENSITIVITY, patience=2, min_delta=-9.0)
-        run, texts = fitted_and_said([SensitivityMonitor(), stopping], Failing((2, 3, 4), is_nan), max_epochs=6)
-        assert len(run.epochs) == last + is_nan and texts
-        assert stopping.stopped_epoch == (2 if is_nan else 0)
+    for is_nan, last in ((False, 6), (True, 3)):
+        stopping = cb.EarlyStopping(SENSITIVITY, patience=3, min_delta=-9.0)
+        run, texts = fitted_and_said([SensitivityMonitor(), stopping], Failing((2, 3), is_nan), max_epochs=6)
+        assert len(run.epochs) == last and texts and stopping.stopped_epoch == (2 if is_nan else 0)
         values = [epoch[SENSITIVITY] for epoch in run.epochs]
-        assert math.isnan(values[2]) if is_nan else values[2:5] == [pytest.approx(torch.finfo(torch.float32).max)] * 3
+        assert math.isnan(values[2]) if is_nan else min(values[2:4]) > 1e38 > values[4]
 
 
 def test_an_estimate_of_the_loss_that_can_not_be_made_is_refused_or_left_out() -> None:
@@ -196,12 +171,12 @@ def test_an_estimate_of_the_loss_that_can_not_be_made_is_refused_or_left_out() -
     x = torch.rand(40, 12)
     x[::20, 3] = torch.nan  # in each batch
     run = fitted([SensitivityMonitor(loss_estimate=True)], Filling(), val=DataLoader(x, 20), max_epochs=1)
-    assert run.callback_metrics["val/loss_estimate"] > 1e38 > run.callback_metrics[SENSITIVITY]  # the worst value
+    assert run.epochs[0]["val/loss_estimate"] > 1e38 > run.callback_metrics[SENSITIVITY]  # the worst value
 
 
-@pytest.mark.filterwarnings("ignore:Total length of `DataLoader`", "ignore:.*(has no value|monitors)")
+@pytest.mark.filterwarnings("ignore:Total length of `DataLoader`", "ignore:.*(no value|monitors)")
 def test_a_loader_without_a_value_does_not_keep_the_patience_of_a_callback_on_another() -> None:
     name = f"{SENSITIVITY}/dataloader_idx_0"
     stopping = cb.EarlyStopping(name, patience=2, min_delta=1e9)
     run = fitted([SensitivityMonitor(), stopping], Quiet(), val=[loader(50), loader(0)], max_epochs=6)
-    assert len(run.epochs) == 3 and run.callback_metrics[f"{SENSITIVITY}/dataloader_idx_1"] > 1e38
+    assert len(run.epochs) == 3 and run.epochs[-1][f"{SENSITIVITY}/dataloader_idx_1"] > 1e38

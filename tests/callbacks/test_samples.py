@@ -176,37 +176,45 @@ def test_an_error_costs_its_epoch_and_changes_no_other_value() -> None:
 # Training samples
 
 
-def test_of_a_training_loader_in_the_order_of_classes_all_classes_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_sensitivity.functional.reference.MAX_SAMPLES", {"vectors": 100})
-    x, y = helpers.labelled(400).tensors
-    order = y.argsort(stable=True)
-    monitor = quick_risk()
-    train = DataLoader(torch.utils.data.TensorDataset(x[order], y[order]), 9)
-    fitted(monitor, Quiet(), train, unlabelled_loader(seed=1), max_epochs=1)
-    assert monitor.summary["num_training"] == 100
-    assert (monitor.reference.shares - y.bincount() / len(y)).abs().max() < 0.02
-
-
-@pytest.mark.parametrize("limit", [700, 50_000])
-@pytest.mark.parametrize(("is_sorted", "num_references"), [(False, 2), (True, 1)])
-def test_there_is_no_early_reference_of_samples_in_the_order_of_classes(
-    is_sorted: bool, num_references: int, limit: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("lightning_sensitivity.functional.reference.MAX_SAMPLES", {"vectors": limit})
+def labelled(order: Any = None) -> DataLoader:
+    """1600 training samples in the order of some numbers, in batches of 100."""
     x, y = helpers.labelled(1600).tensors
-    order = y.argsort(stable=True) if is_sorted else torch.arange(1600)
-    train = DataLoader(torch.utils.data.TensorDataset(x[order], y[order]), 100)
-    monitor = quick_risk()
-    fitted(monitor, Quiet(), train, unlabelled_loader(seed=1), max_epochs=1, val_check_interval=0.5)
-    num_references = min(num_references, 1 if limit == 700 else 2)  # what is full is final
-    assert monitor.record.num_references == num_references
-    assert (monitor.reference.shares - y.bincount() / len(y)).abs().max() < 0.05
+    rows = torch.arange(1600) if order is None else order(y).argsort(stable=True)
+    return DataLoader(torch.utils.data.TensorDataset(x[rows], y[rows]), 100)
+
+
+def chance(y: Tensor) -> Tensor:
+    return torch.rand(len(y), generator=torch.Generator().manual_seed(0))
+
+
+ORDERS: dict[str, tuple[Any, int, int]] = {  # an order, how many samples fit, and the step of the first value
+    "by chance": (None, 700, 8),  # in the first validation, if no more fit
+    "by chance, more fit": (None, 50_000, 16),
+    "by class": (lambda y: y, 700, 16),
+    "one class comes late": (lambda y: chance(y) + 0.5 * (y > 2), 700, 16),
+    "by chance, in halves that differ by four standard errors": (lambda y: chance(y) + 0.17 * (y > 2), 700, 8),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_the_reference_is_made_of_a_whole_epoch_or_of_as_many_samples_as_fit_unless_these_are_sorted(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order, limit, step = ORDERS[name]
+    monkeypatch.setattr("lightning_sensitivity.reference.observations._MAX_SAMPLES", {True: limit})
+    options = {"max_epochs": 2, "val_check_interval": 0.5}
+    fitted(monitor := quick_risk(), Quiet(), labelled(order), unlabelled_loader(seed=1), **options)
+    assert [row["step"] for row in monitor.history if "expected_score" in row] == [*range(step, 33, 8)]
+    assert monitor.summary["num_training"] == min(limit, 1600)
+    if step == 16:
+        shares = torch.from_numpy(monitor.reference.shares_)
+        assert (shares - helpers.labelled(1600).tensors[1].bincount() / 1600).abs().max() < 0.02
 
 
 def test_of_labels_most_of_which_are_ignored_a_reference_knows_as_many_as_of_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("lightning_sensitivity.functional.reference.MAX_SAMPLES", {"vectors": 30})
+    monkeypatch.setattr("lightning_sensitivity.reference.observations._MAX_SAMPLES", {True: 30})
     x, y = helpers.labelled(400).tensors
     y = torch.where(torch.arange(400) % 5 == 0, y, -100)
     monitor = RiskMonitor()

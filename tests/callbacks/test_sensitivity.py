@@ -114,7 +114,7 @@ def test_several_loaders_one_of_them_empty() -> None:
     model, run = Classifier(), helpers.trainer(callbacks=[SensitivityMonitor()])
     with pytest.warns(UserWarning) as caught:
         results = run.validate(model, [loader(50), loader(0), unlabelled_loader(20, seed=1)], verbose=False)
-    texts = "DataLoader` across ranks is zero", "`SensitivityMonitor` (val/*) has no value on dataloader 1: "
+    texts = "DataLoader` across ranks is zero", "`SensitivityMonitor` (val/*) on dataloader 1: there is no value"
     messages = [str(warning.message) for warning in caught if warning.category is UserWarning]
     assert all(text in message for text, message in zip(texts, messages, strict=True))
     for idx, values, x in ((0, results[0], inputs(50)), (2, results[-1], inputs(20, seed=1))):
@@ -180,14 +180,13 @@ def test_noise_is_tried_before_the_first_step_without_a_sanity_check_too(options
 # What is doubtful
 
 
-def test_doubtful_values_are_said_once_each_and_again_when_twice_as_many_samples_are_nan() -> None:
+def test_doubtful_values_are_said_once_for_each_loader() -> None:
     def break_some(m: Any, x: Tensor, epoch: int) -> None:
-        x[: (1, 1, 2, 3, 4)[max(epoch, 0)] * m.trainer.validating].fill_(torch.nan)
+        x[: max(epoch, 0) * m.trainer.validating].fill_(torch.nan)
 
     broken = helpers.Acting(break_some)
     _, texts = helpers.fitted_and_said(SensitivityMonitor(), broken, val=loader(16), max_epochs=5)
-    found = [text.split(" samples gave nan")[0].rpartition(" ")[2] for text in texts]
-    assert found == ["1", "2", "4"]
+    assert len(texts) == 1 and "on dataloader 0: 1 samples gave nan or inf" in texts[0]
     with helpers.said() as texts:
         validated(SensitivityMonitor(noise=lambda x, generator: x), Linear(), [loader(), loader(seed=1)])
         # Only in the last batch of two samples do all outputs lie in [0, 1].
@@ -202,7 +201,7 @@ def test_doubtful_values_are_said_once_each_and_again_when_twice_as_many_samples
 def test_a_loader_of_few_samples_is_said_once(
     kind: Any, num_samples: int, options: Any, said: list[str], monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("lightning_sensitivity.callbacks.monitor.FEW_SAMPLES", 50)
+    monkeypatch.setattr("lightning_sensitivity.callbacks.monitor._FEW_SAMPLES", 50)
     val = [unlabelled_loader(size, seed=1) for size in (49, 60)]
     _, texts = helpers.fitted_and_said(kind(num_samples=num_samples), Quiet(), val=val, **options)
     assert len(texts) == len(said) and all(each in text for each, text in zip(said, texts, strict=True))

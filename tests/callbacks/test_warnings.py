@@ -1,5 +1,7 @@
 """What many people do, and nothing else would say: it is said, once, or refused, and not where it must not be."""
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,6 @@ from torch.nn.functional import binary_cross_entropy, cross_entropy, mse_loss, o
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
-from lightning_sensitivity.callbacks.record import are_known, fingerprints_of
-from lightning_sensitivity.callbacks.reference import _SAME
 from tests.helpers import Quiet, fitted_and_said, inputs, labelled, loader, quick_risk, refused
 
 X, Y = labelled(200).tensors
@@ -52,45 +52,55 @@ def test_a_missing_number_costs_its_sample_and_is_said() -> None:
         assert row == pytest.approx(other, abs=0.01)  # labels are drawn by the place of a sample
 
 
-def test_where_nothing_is_expected_of_a_loader_callbacks_take_the_last_epoch(tmp_path: Path) -> None:
-    def features(batch: Any) -> Tensor:
-        return batch[0] if isinstance(batch, list) else batch[:, :5]
+def fewer_columns(batch: Any) -> Tensor:
+    return batch[0] if len(batch[0]) == 30 else batch[0][:, :5]
 
+
+@pytest.mark.parametrize("has_labels", [True, False])
+def test_where_nothing_is_expected_of_a_loader_labels_choose_or_callbacks_take_the_last_epoch(
+    has_labels: bool, tmp_path: Path
+) -> None:
     checkpoint = cb.ModelCheckpoint(tmp_path, monitor="val/expected_score", filename="{epoch}")
-    monitors = [monitor := quick_risk(features=features), checkpoint]
-    texts = fitted_and_said(monitors, Quiet(), of(X, Y), VAL, enable_checkpointing=True, max_epochs=3)[1]
-    assert "expects nothing of dataloader 0: Expected `inputs` to be vectors (M, 12)" in texts[0]
-    assert checkpoint.best_model_path.endswith("epoch=2.ckpt") and monitor.summary["chosen_by"] == "nothing"
+    monitor, options = quick_risk(features=fewer_columns, validation_labels=has_labels), {"enable_checkpointing": True}
+    val = DataLoader(labelled(80, seed=1), 20)
+    texts = fitted_and_said([monitor, checkpoint], Quiet(), of(X[:180], Y[:180]), val, max_epochs=3, **options)[1]
+    assert "expects nothing of dataloader 0: Expected `x` to have columns (M, 12)" in texts[0]
+    assert monitor.summary["chosen_by"] == ("labels" if has_labels else "nothing")
+    assert has_labels or checkpoint.best_model_path.endswith("epoch=2.ckpt")
+    assert [row["reference"] for row in monitor.history] == [None] * 3
 
 
 def test_processes_with_inputs_of_different_sizes_have_no_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    def gather(trainer: Any, values: Tensor) -> Tensor:
-        return torch.cat([values, values[:, :5]]) if values.shape[1:] == (12,) else values
+    def gather(trainer: Any, part: Any) -> Any:
+        return [part, replace(part, known={"columns": part.known["columns"][:, :5]})]
 
-    monkeypatch.setattr("lightning_sensitivity.callbacks.reference.gather", gather)
-    assert "has no reference: RuntimeError: Sizes of tensors must match" in said(quick_risk())[0]
+    monkeypatch.setattr("lightning_sensitivity.callbacks.run_reference.gather_objects", gather)
+    assert "has no reference: Inputs have different sizes" in said(quick_risk())[0]
 
 
-FEW_VALUES = torch.cat([(3 * X[:, :2]).long().float(), 0 * X[:, 2:]], 1)
+ONE_HOT = one_hot((3.999 * inputs(500, seed=4)[:, :4]).long(), 4).float().flatten(1)[:, :12]
+SEQUENCE = inputs(200)[:, :, None].repeat(1, 1, 3)
 REPEATED: dict[str, tuple[Any, Any, bool]] = {  # training samples, validation samples, and is it said?
     "others": (X, inputs(90, seed=1), False),
     "the same": (X, X[50:], True),
     "a few": (X, torch.cat([X[:5], inputs(90, seed=1)]), False),
     "a fifth": (X, torch.cat([X[:20], inputs(80, seed=1)]), True),
-    "categories": (FEW_VALUES, FEW_VALUES[:90], False),
+    "some of some that a sampler repeats": (X[:40].repeat(5, 1), torch.cat([X[:40], inputs(40, seed=1)]), False),
+    "one-hot categories": (ONE_HOT[:200], ONE_HOT[200:400], False),
+    "integer categories": ((3 * X).long().clamp(max=1), (3 * inputs(90, seed=1)).long().clamp(max=1), False),
 }  # fmt: skip
+
+
+class Numbers(Quiet):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x.float())
 
 
 @pytest.mark.parametrize("name", REPEATED)
 def test_validation_samples_that_are_training_samples_are_said(name: str) -> None:
     x, val, is_said = REPEATED[name]
-    texts = said(quick_risk(), None, of(x, Y), DataLoader(val, 20))
+    texts = said(quick_risk(), Numbers(), of(x, Y), DataLoader(val, 20))
     assert ["of the samples of dataloader 0 are training samples" in text for text in texts] == [True] * is_said
-
-
-def test_other_samples_are_not_taken_for_training_samples_among_many() -> None:
-    known, new = (fingerprints_of(torch.rand(size, 5)) for size in (50_000, 5000))
-    assert are_known(new, known.sort().values, _SAME).sum() < 25
 
 
 def test_a_sampler_that_draws_samples_again_and_again_gives_no_skill_to_chance_labels() -> None:
@@ -102,7 +112,65 @@ def test_a_sampler_that_draws_samples_again_and_again_gives_no_skill_to_chance_l
         monitor = RiskMonitor("binary")
         model = Sigmoid()
         fitted_and_said(monitor, model, of(x, y, sampler=sampler), VAL, max_epochs=1)
-        assert monitor.reference.skill < 0.1 and monitor.reference.num_samples <= 202
+        assert monitor.reference.skill_ < 0.1 and monitor.reference.num_samples_ <= 202
+
+
+# Training and validation differ
+
+
+UNDERSAMPLED = torch.cat([(Y == 0).nonzero()[:, 0], (Y > 0).nonzero()[:25, 0]])
+SHIFTED = inputs(90, seed=1) + torch.tensor([0.0] * 7 + [0.3] + [0.0] * 4)
+DIFFERENT: dict[str, tuple[Any, Any, dict[str, Any], str | None]] = {  # data, options, and what is said
+    "a sampler": (of(X[UNDERSAMPLED], Y[UNDERSAMPLED]), VAL, {}, "predicts class 0 for .* set `class_shares=`"),
+    "a sampler, and class_shares=": (
+        of(X[UNDERSAMPLED], Y[UNDERSAMPLED]), VAL, {"class_shares": [0.25] * 4}, None),
+    "a column": (of(X, Y), DataLoader(SHIFTED, 20), {}, "finds that column 7 of the inputs has another mean"),
+    "a column of features=": (of(X, Y), DataLoader(SHIFTED, 20),
+        {"features": lambda batch: batch[0] if isinstance(batch, list) else batch}, None),
+    "a column of a regression": (of(X, X[:, :1]), DataLoader(SHIFTED, 20), {"task": "regression"}, "that column 7 of "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_classes_and_columns_that_differ_between_training_and_validation_are_said(name: str) -> None:
+    train, val, options, match = DIFFERENT[name]
+    model = Changed(CHANGED["as they are"][1], 1) if "task" in options else Quiet()
+    texts = said(quick_risk(**options), model, train, [val, val], max_epochs=3)
+    assert len(texts) == 2 * (match is not None)  # one for each loader, once
+    assert all(re.search(match or "", text) and f"dataloader {index}" in text for index, text in enumerate(texts))
+
+
+# What can't be read
+
+
+class Beside(Quiet):
+    """It gets more than its numbers."""
+
+    def forward(self, x: Tensor, more: Any = None) -> Tensor:
+        return self.net(x)
+
+
+UNREAD: dict[str, Any] = {  # what is beside the numbers, and can't be read
+    "names": lambda rows: rows + 2000,
+    "volumes": lambda rows: torch.zeros(len(rows), 1, 2, 2, 2),
+    "numbers that are complex": lambda rows: torch.zeros(len(rows), 2, dtype=torch.complex64),
+}
+
+
+@pytest.mark.parametrize("name", UNREAD)
+@pytest.mark.parametrize("is_chance", [True, False])
+def test_an_input_that_can_not_be_read_is_named_once_and_then_the_reference_needs_more_skill(
+    name: str, is_chance: bool
+) -> None:
+    y = X[torch.randperm(200, generator=torch.Generator().manual_seed(1)), :4].argmax(1) if is_chance else Y
+    y = y.where(torch.arange(200) % 5 > 0, Y)  # a little skill
+    train = of(X, UNREAD[name](torch.arange(200)), y)
+    val = DataLoader(TensorDataset(inputs(90, seed=1), UNREAD[name](torch.arange(90)), Y[:90]), 20)
+    monitor = quick_risk()
+    texts = said(monitor, Beside(), train, val, max_epochs=3)
+    assert "can't show the reference all of `more`. Set `features=` if it matters" in texts[0]
+    assert sum("can't show" in text for text in texts) == 1
+    assert monitor.reference.is_trusted_ and monitor.summary["is_trusted"] == (not is_chance)
 
 
 # The step does something else
@@ -121,15 +189,11 @@ class Changed(Quiet):
 
 
 PRICES = 2e5 + 1e5 * X[:, :1]
-WEIGHTS = torch.tensor([9.0, 1.0, 1.0, 1.0])
 CHANGED: dict[str, tuple[Tensor, Any, bool]] = {  # labels, what the step makes of them, and is it said?
     "standardized": (PRICES, lambda y: (y - 2.5e5) / 1e5, True),
     "logarithms": (PRICES, torch.log, True),
     "as they are": (X[:, :1], lambda y: y, False),
-    "mapped": (Y, lambda y: (y + 1) % 4, True),
-    "class indices": (Y, lambda y: y, False),
-    "soft": (Y, lambda y: 0.8 * one_hot(y, 4) + 0.05, False),
-    "weighed": (Y, lambda y: one_hot(y, 4) * WEIGHTS, False),
+    "classes, mapped": (Y, lambda y: (y + 1) % 4, False),
 }  # fmt: skip
 
 
@@ -146,8 +210,8 @@ def test_targets_that_the_step_changes_are_said_after_three_validations(name: st
 
 
 def test_of_several_loaders_the_first_is_counted() -> None:
-    model = Changed(CHANGED["mapped"][1], 4)
-    assert said(quick_risk(), model, val=[VAL, VAL, VAL]) == []
+    model = Changed(CHANGED["standardized"][1], 1)
+    assert said(quick_risk("regression"), model, of(X, PRICES), val=[VAL, VAL, VAL]) == []
 
 
 # Outputs that are no logits

@@ -1,6 +1,5 @@
 from collections import UserDict, namedtuple
 from collections.abc import Callable
-from contextlib import nullcontext
 from threading import Lock
 from types import SimpleNamespace
 from typing import Any
@@ -85,13 +84,13 @@ def test_samples_are_counted_where_rows_leave_no_doubt(what: str) -> None:
 
 def test_of_a_large_batch_evenly_spaced_rows_are_taken_where_rows_are_samples() -> None:
     rows, x = torch.tensor([0, 2, 5, 7]), torch.arange(10.0)
-    kept, found = call(TWO, {"x": x, "mask": (Pair(x, x.sum()), "name", None)}).sliced(3.2)
-    assert torch.equal(found, rows) and kept.size == 4 and torch.equal(kept.kwargs["x"], x[rows])
+    whole = call(TWO, {"x": x, "mask": (Pair(x, x.sum()), "name", None)})
+    kept = whole.of_rows(rows)
+    assert torch.equal(whole.spread(3.2), rows) and kept.size == 4 and torch.equal(kept.kwargs["x"], x[rows])
     assert torch.equal(kept.kwargs["mask"][0].x, x[rows]) and kept.kwargs["mask"][0].y == x.sum()
-    assert call(ONE, x).sliced(10)[1] is None
+    assert call(ONE, x).spread(10) is None
     for other in ({"names": ["a"] * 10}, SimpleNamespace(x=x), x.to_sparse(), [x]):
-        whole = call(TWO, {"x": x, "mask": other})
-        assert whole.sliced(3) == (whole, None)
+        assert call(TWO, {"x": x, "mask": other}).spread(3) is None
 
 
 SQUEEZED: dict[str, tuple[Any, tuple[int, ...]]] = {  # what `forward` makes of one row, and the outputs
@@ -113,24 +112,6 @@ class AttrDict(dict[str, Any]):
 def test_a_dict_with_items_as_attributes_is_a_dict() -> None:
     forward = call(module(lambda self, batch: batch.x.add_(1)), AttrDict(x=X), lambda batch: (batch,))
     assert torch.equal(forward(), X + 1) and torch.equal(forward.copy_to_cpu()(), X + 1) and not X.any()
-
-
-IMAGE, STEPS = torch.zeros(2, 3, 8, 8), torch.zeros(2, 8, 3)
-DENSE: dict[str, tuple[Tensor, tuple[int, ...], bool]] = {  # shapes of outputs, and whether they are refused
-    "segmentation": (IMAGE, (5, 8, 8), False),
-    "tokens with classes first": (IDS[:, None].repeat(1, 8), (5, 8), False),
-    "tokens with classes last": (IDS[:, None].repeat(1, 8), (8, 5), True),
-    "steps with classes last": (STEPS, (8, 5), True),
-    "images with channels and classes last": (IMAGE.movedim(1, -1), (8, 8, 5), True),
-}
-
-
-@pytest.mark.parametrize("what", DENSE)
-def test_dense_outputs_are_refused_if_their_positions_come_first(what: str) -> None:
-    x, shape, is_refused = DENSE[what]
-    match = r"`outputs` should move the classes to dimension 1, .*`outputs=lambda y: y`"
-    with pytest.raises(MisconfigurationException, match=match) if is_refused else nullcontext():
-        call(module(lambda self, x: torch.zeros(len(x), *shape)), x)()
 
 
 TAKEN: dict[str, tuple[Callable[[], Tensor], Tensor]] = {
@@ -164,12 +145,11 @@ def test_which_inputs_outputs_and_labels_are_taken(what: str) -> None:
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "noise on sparse inputs": (lambda: call(ONE, X.to_sparse())(torch.clone), "dense floating.*got none"),
     "noise where only labels float": (lambda: call(DENOISER, {"y": X, "t": IDS})(torch.clone), "got none.*`inputs="),
-    "noise on one of two": (lambda: call(TWO, {"x": X, "mask": X})(torch.clone), "got several: 'x', 'mask'"),
+    "noise on one of two": (lambda: call(TWO, {"x": X, "mask": X})(torch.clone), "got 'x', 'mask' among the arguments"),
     "integer outputs": (lambda: select_outputs(IDS), "int64"),
     "a loss that comes first": (lambda: select_outputs((X.sum(), X)), r"shape \(\)"),
     "features and logits in a tuple": (lambda: select_outputs((X[:, :1], X)), r"which of several.*out: out\[1\]"),
     "a mapping without logits": (lambda: select_outputs({"a": X, "b": X}), r"got NoneType.*result\['b'\]"),
-    "fewer elements than arguments": (lambda: call(TWO, (X,)), "the 2 arguments that `forward` requires"),
     "a mapping of other names": (lambda: call(TWO, {"image": X}), "names none of dict of 'image'"),
     "labels that `targets` fails on": (lambda: select_targets(ONE, X, lambda batch: batch["y"]), "`targets` failed on"),
     "labels of two names": (lambda: select_targets(ONE, {"x": X, "label": IDS, "y": IDS}), "`targets` should return"),

@@ -7,11 +7,11 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, pad
 
 from lightning_sensitivity.functional.tasks import TASKS
 from lightning_sensitivity.model import ModelCall
-from lightning_sensitivity.model.reader import BatchReader, join_features, join_kept
+from lightning_sensitivity.model import inputs as inputs_module
+from lightning_sensitivity.model.reader import BatchReader
 from lightning_sensitivity.model.samples import KeptBatch, KeptSamples
 from tests.helpers import labelled
 
@@ -22,9 +22,9 @@ READ = {"inputs": lambda batch: batch["image"].mul_(2), "targets": lambda batch:
 
 def test_functions_say_where_everything_is_and_get_copies() -> None:
     reader, batch = BatchReader(**READ, features=lambda batch: batch["image"].mul_(3)[:, :2]), {"image": X, "class": Y}
-    kept = reader.keep(MODEL, batch, 5, with_features=True)
+    kept = reader.keep(MODEL, batch, 5, with_seen=True)
     assert (kept.index, kept.size) == (5, 60) and kept.labels is None
-    assert torch.equal(kept.call(), MODEL(2 * X)) and torch.equal(kept.features, 3 * X[:, :2])
+    assert torch.equal(kept.call(), MODEL(2 * X)) and torch.equal(kept.seen["columns"], 3 * X[:, :2])
     labels = reader.labels(MODEL, batch)
     assert torch.equal(labels, Y) and labels.data_ptr() != Y.data_ptr() and reader.may_have_labels(MODEL, X)
     assert torch.equal(batch["image"], X)
@@ -32,9 +32,9 @@ def test_functions_say_where_everything_is_and_get_copies() -> None:
 
 def test_without_functions_it_takes_what_is_usual() -> None:
     reader = BatchReader()
-    kept = reader.keep(MODEL, (X, Y), 0)
-    assert torch.equal(kept.call(), MODEL(X)) and kept.features is None and torch.equal(reader.labels(MODEL, (X, Y)), Y)
-    assert torch.equal(reader.keep(MODEL, (X, Y), 0, with_features=True).features, X)
+    kept = reader.keep(MODEL, (X, Y), 0, with_seen=True)
+    assert torch.equal(kept.call(), MODEL(X)) and torch.equal(reader.labels(MODEL, (X, Y)), Y)
+    assert kept.seen is None and torch.equal(reader.see(MODEL, (X, Y))["columns"], X)
     assert reader.may_have_labels(MODEL, (X, Y)) and not reader.may_have_labels(MODEL, X)
 
 
@@ -45,8 +45,7 @@ def test_functions_may_draw_random_numbers_and_change_the_model_without_a_trace(
         return model.train()(batch[0]) + torch.rand(1)
 
     reader = BatchReader(inputs=lambda batch: batch[0] + torch.rand(1), targets=select, features=select)
-    call = reader.call(model, (X, Y))
-    reader.labels(model, (X, Y)), reader.features(model, (X, Y), call, 60)
+    reader.labels(model, (X, Y)), reader.see(model, (X, Y))
     assert torch.equal(torch.get_rng_state(), state) and model[0].num_batches_tracked == 0
 
 
@@ -56,15 +55,15 @@ def test_samples_of_a_list_are_counted_by_outputs() -> None:
 
 
 def of_user(result: Any) -> Any:
-    reader = BatchReader(features=lambda batch: result)
-    return reader.features(MODEL, X, reader.call(MODEL, X), 60)
+    return BatchReader(features=lambda batch: result).see(MODEL, X)
 
 
 @pytest.mark.parametrize(("read", "match"), [
-    (lambda reader: reader.labels(MODEL, (X, Y + 1), (4,)), r"Expected labels from 0 to 3.*\. \(More: docs/"),
+    (lambda reader: reader.labels(MODEL, (X, Y + 1), (4,)),
+        r"`targets` should fit the outputs: Expected labels from 0 to 3.*\. \(More: docs/"),
     (lambda reader: reader.labels(MODEL, (X, Y[:, None]), (4,)), r"Remove the extra dimension"),
     (lambda reader: reader.labels(MODEL, X), "`targets` should return the labels"),
-    (lambda reader: of_user(X[:5]), r"`features` should be a function .*\(60, D\), got .*\(5, 12\)"),
+    (lambda reader: of_user(X[:5]), r"`features` should be a module, or a function .*\(60, D\), got .*\(5, 12\)"),
     (lambda reader: of_user(X[:, 0]), r"`features` should be .*\(60,\)"),
     (lambda reader: of_user([X]), "`features` should be .*list of 1"),
     (lambda reader: BatchReader(features=lambda batch: 1 / 0).keep(MODEL, X, 0, True), "`features` failed on a tensor"),
@@ -77,95 +76,86 @@ def test_what_is_not_clear_or_does_not_fit_is_refused(read: Any, match: str) -> 
 
 # What a reference sees
 
-IDS, IMAGES = torch.arange(12).reshape(3, 4), torch.rand(3, 2, 8, 8, generator=torch.Generator().manual_seed(0))
-MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]])
-ROWS, OTHER = X[:3], X[3:6, :5]
-ANY = type("Any", (nn.Module,), {"forward": lambda self, **kwargs: kwargs})()
-SEEN: dict[str, tuple[dict[str, Any], Tensor | None]] = {
-    "columns of a table": ({"x": ROWS}, ROWS),
-    "one column": ({"x": ROWS[:, 0]}, ROWS[:, :1]),
-    "columns in 64 and 16 bits": ({"x": ROWS.double(), "z": OTHER.half()}, torch.cat([ROWS, OTHER.half().float()], 1)),
-    "images": ({"x": IMAGES}, IMAGES),
-    "images in 8 bits": ({"x": (9 * IMAGES).byte()}, (9 * IMAGES).byte().float()),
-    "signals": ({"x": IMAGES[:, :, 0]}, IMAGES[:, :, 0]),
-    "an image and columns beside it": ({"x": IMAGES, "z": OTHER}, torch.cat([IMAGES.flatten(1), OTHER], 1)),
-    "categories beside columns": ({"x": ROWS, "z": IDS.byte()}, torch.cat([ROWS, IDS.float()], 1)),
-    "columns, and not large integers beside them": ({"x": ROWS, "z": 100 * IDS}, ROWS),
-    "columns, and not a mask of them": ({"x": ROWS, "mask": ROWS > 0.5}, ROWS),
-    "token ids": ({"input_ids": IDS}, IDS),
-    "token ids with padding": ({"input_ids": IDS, "attention_mask": MASK}, IDS.where(MASK > 0, -1)),
-    "token ids in 8 bits": ({"input_ids": IDS.byte(), "attention_mask": MASK}, IDS.where(MASK > 0, -1)),
-    "token ids beside what is none": ({"token_type_ids": IDS * 0, "position_ids": IDS, "input_ids": IDS}, IDS),
-    "embeddings, without their mask": ({"inputs_embeds": IMAGES[:, 0], "attention_mask": MASK}, IMAGES[:, 0]),
-    "inputs, and not the labels": ({"x": ROWS, "labels": OTHER, "y": OTHER}, ROWS),
-    "inputs in a part": ({"x": {"deep": [ROWS]}}, ROWS),
-    "numbers of other rows": ({"x": ROWS[:2], "length": IDS[:, 0]}, None),
-    "complex numbers": ({"x": ROWS.to(torch.complex64), "z": IMAGES.to(torch.complex64)}, None),
-    "no tensor": ({"x": "name"}, None),
-}
 
-
-@pytest.mark.parametrize("what", SEEN)
-def test_a_reference_sees(what: str) -> None:
-    batch, expected = SEEN[what]
-    seen = BatchReader().features(ANY, batch, ModelCall(ANY, batch), 3)
-    assert seen is expected is None or (torch.equal(seen, expected) and seen.dtype == expected.dtype)
-
-
-def test_large_images_are_kept_small_but_not_the_features_of_the_user() -> None:
+def test_large_images_are_seen_small_but_not_the_features_of_the_user() -> None:
     large = torch.rand(3, 1, 64, 64, generator=torch.Generator().manual_seed(0))
     flat = type("Flat", (nn.Module,), {"forward": lambda self, x: x.flatten(1)[:, :4]})()
-    assert BatchReader().keep(flat, large, 0, with_features=True).features.shape == (3, 1, 32, 32)
-    assert BatchReader(features=lambda batch: batch).keep(flat, large, 0, True).features.shape == (3, 64 * 64)
+    assert BatchReader().see(flat, large)["images"].shape == (3, 1, 32, 32)
+    assert BatchReader(features=lambda batch: batch).see(flat, large)["columns"].shape == (3, 64 * 64)
 
 
 def test_a_graph_is_seen_by_features_alone() -> None:
     graph, model = SimpleNamespace(x=X, y=Y), type("Net", (nn.Module,), {"forward": lambda self, data: data.x[:, :4]})()
-    assert BatchReader().keep(model, graph, 0, with_features=True).features is None
-    kept = BatchReader(features=lambda batch: batch.x).keep(model, graph, 0, with_features=True)
-    assert kept.size == 60 and torch.equal(kept.features, X)
+    reader = BatchReader()
+    assert reader.see(model, graph) == {} and reader.unread == ("data",)
+    reader.reset()
+    assert reader.unread == ()
+    kept = BatchReader(features=lambda batch: batch.x).keep(model, graph, 0, with_seen=True)
+    assert kept.size == 60 and torch.equal(kept.seen["columns"], X)
 
 
-def test_the_first_batch_decides_for_all_whether_integers_are_categories() -> None:
-    for factors, width in (((1, 1000), 16), ((1000, 1), 12)):
-        reader, batches = BatchReader(), [{"x": ROWS, "z": factor * IDS} for factor in factors]
-        assert [reader.features(ANY, b, ModelCall(ANY, b), 3).shape[1] for b in batches] == [width, width]
+def kept_of(reader: BatchReader, batches: Any, num_wanted: int = 100) -> KeptSamples:
+    samples = KeptSamples(num_wanted)
+    for index, batch in enumerate(batches):
+        samples.add(reader.keep(MODEL, batch, index, with_seen=True, max_samples=num_wanted))
+    return samples
 
 
 def test_of_a_large_batch_some_rows_are_kept_with_their_features() -> None:
     expected = X[torch.arange(7) * 60 // 7]
     for reader in (BatchReader(), BatchReader(features=lambda batch: batch[0])):
-        kept = reader.keep(MODEL, (X, Y), 0, with_features=True, max_samples=7)
-        assert kept.size == 7 and torch.equal(kept.features, expected) and torch.equal(kept.call(), MODEL(expected))
-        assert torch.equal(X[kept.rows], expected) and reader.keep(MODEL, (X, Y), 0, max_samples=60).rows is None
+        samples = kept_of(reader, [(X, Y)], 7)
+        kept = samples.batches[0]
+        assert torch.equal(reader.join(MODEL, samples)["columns"], expected) and kept.size == 7
+        assert torch.equal(kept.call(), MODEL(expected)) and torch.equal(X[kept.rows], expected)
+        assert reader.keep(MODEL, (X, Y), 0, max_samples=60).rows is None
 
 
-LARGE, IMAGE = torch.rand(2, 2, 8, 6), torch.rand(3, 2, 4, 3)
-JOINED: dict[str, tuple[list[Tensor], Tensor]] = {
-    "rows": ([X[:7], X[7:]], X),
-    "token ids": ([IDS, IDS[:2, :3]], torch.cat([IDS, pad(IDS[:2, :3], (0, 1), value=-1)])),
-    "signals": ([LARGE[0], LARGE[1, :, :, :4]], torch.cat([LARGE[0], pad(LARGE[1, :, :, :4], (0, 2))])),
-    "images": ([IMAGE, LARGE], torch.cat([IMAGE, avg_pool2d(LARGE, 2)])),
-}
-
-
-@pytest.mark.parametrize("what", JOINED)
-def test_batches_of_several_sizes_are_joined(what: str) -> None:
-    parts, expected = JOINED[what]
-    torch.testing.assert_close(join_features(parts), expected)
-
-
-@pytest.mark.parametrize("parts", [(X, X[:, :3]), (LARGE, LARGE[:, :1]), (X, LARGE), (X, IDS)])
-def test_batches_that_can_not_be_joined_are_refused(parts: tuple[Tensor, Tensor]) -> None:
-    with pytest.raises(ValueError, match="different sizes"):
-        join_features(parts)
-
-
-def test_samples_of_which_some_are_not_seen_have_no_reference() -> None:
-    samples = KeptSamples(100)
+def test_samples_of_which_some_are_not_seen_are_not_joined() -> None:
+    reader, samples = BatchReader(), KeptSamples(100)
     for index, x in enumerate(X.split(20)):
-        samples.add(KeptBatch(index, 20, ModelCall(MODEL, x), features=x))
-    assert torch.equal(join_kept(samples), X)
-    samples.batches[1].features = None
+        samples.add(KeptBatch(index, 20, ModelCall(MODEL, x)))
+    assert torch.equal(reader.join(MODEL, samples)["columns"], X)
+    samples.batches[1].call = ModelCall(MODEL, SimpleNamespace(x=X))
     with pytest.raises(ValueError, match="neither dense numbers nor token ids, with a row for each sample"):
-        join_kept(samples)
+        reader.join(MODEL, samples)
+
+
+# Training samples
+
+
+def test_training_samples_with_labels_are_kept() -> None:
+    reader, labels = BatchReader(task=TASKS["multiclass"]), Y.where(torch.arange(60) % 3 > 0, -100)
+    rows = reader.make_rows(4)
+    for batch in zip(X.split(16), labels.split(16), strict=True):
+        reader.keep_rows(rows, MODEL, batch, (4,))
+    seen, kept = rows.joined()
+    assert torch.equal(seen["columns"], X[labels >= 0]) and torch.equal(kept, labels[labels >= 0])
+    assert rows.num_seen == rows.size == 40
+
+
+@pytest.mark.parametrize(("num_batches", "most"), [(40, 66), (0, 64 * 5)])  # 64 + 64 / 2 + 64 / 3 ... are 274
+def test_rows_are_chosen_before_they_are_averaged(num_batches: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    averaged = list[int]()
+    shrunk = inputs_module.shrunk
+    monkeypatch.setattr(inputs_module, "shrunk", lambda x: (averaged.append(len(x)), shrunk(x))[1])
+    monkeypatch.setattr("lightning_sensitivity.model.samples.max_samples", lambda kinds, num_columns: 64)
+    model = type("Mean", (nn.Module,), {"forward": lambda self, x: x.mean((2, 3))})()
+    reader, images = BatchReader(task=TASKS["multiclass"]), torch.rand(50, 3, 40, 40)
+    rows = reader.make_rows(3, num_batches=num_batches)
+    for _ in range(40):
+        reader.keep_rows(rows, model, (images, torch.zeros(50).long()), (3,))
+    assert 62 <= len(rows.joined()[1]) <= 66 and sum(averaged) <= most
+
+
+def test_there_is_one_label_for_each_training_sample() -> None:
+    reader = BatchReader(task=TASKS["multiclass"], targets=lambda batch: batch[1][:50])
+    match = "`targets` should return a label for each of 60 samples, got 50"
+    with pytest.raises(MisconfigurationException, match=match):
+        reader.keep_rows(reader.make_rows(4), MODEL, (X, Y), (4,))
+    for max_samples in (55, 60):
+        kept = reader.keep(MODEL, (X, Y), 0, max_samples=max_samples)
+        with pytest.raises(MisconfigurationException, match="got 50"):
+            reader.kept_labels(MODEL, (X, Y), kept, (4,))
+    kept = BatchReader().keep(MODEL, (X, Y), 0, max_samples=7)
+    assert torch.equal(BatchReader().kept_labels(MODEL, (X, Y), kept, (4,)), Y[torch.arange(7) * 60 // 7])

@@ -1,7 +1,10 @@
 """Kept samples: whole batches, evenly spaced, as few as hold what is wanted, and within a number of bytes."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_sensitivity.model import ModelCall
+from lightning_sensitivity.model import ModelCall, samples
 from lightning_sensitivity.model.samples import KeptBatch, KeptRows, KeptSamples
 from tests.helpers import Watch
 
@@ -22,7 +25,7 @@ def kept(sizes: list[int], num_wanted: float, max_bytes: float = math.inf) -> Ke
     samples = KeptSamples(num_wanted, max_bytes=max_bytes)
     for index, size in enumerate(sizes):
         if samples.wants(index):
-            samples.add(KeptBatch(index, size, CALL, features=torch.full((size,), float(index))))
+            samples.add(KeptBatch(index, size, CALL, seen={"columns": torch.full((size, 1), float(index))}))
     return samples
 
 
@@ -61,7 +64,7 @@ def test_batches_go_as_soon_as_they_take_too_many_bytes_but_the_last_one(sizes: 
 
 def test_all_that_is_kept_of_a_batch_counts_as_bytes() -> None:
     x = torch.zeros(3, 2)
-    batch = KeptBatch(0, 3, ModelCall(nn.Linear(2, 2), x), torch.zeros(3).long(), x.double())
+    batch = KeptBatch(0, 3, ModelCall(nn.Linear(2, 2), x), torch.zeros(3).long(), {"columns": x.double()})
     assert batch.num_bytes == 6 * 4 + 3 * 8 + 6 * 8 and KeptBatch(0, 3, CALL).num_bytes == 0
 
 
@@ -79,44 +82,91 @@ def test_after_its_end_it_wants_no_more_unless_nothing_has_come() -> None:
 # Rows
 
 
-def added(sizes: list[int], max_rows: int, max_bytes: float = math.inf) -> KeptRows:
-    """Rows of batches of these sizes, each of two floats and a label of 8 bytes, which are its number."""
-    rows, numbers = KeptRows(max_rows, max_bytes), torch.arange(sum(sizes))
-    for labels in numbers.split(sizes):
-        rows.add(labels[:, None].float().repeat(1, 2), labels)
-    return rows
+@contextmanager
+def limits(max_rows: int, max_bytes: float = 2**40) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(samples, "max_samples", lambda kinds, num_columns: max_rows)
+        patch.setattr(samples, "MAX_BYTES", max_bytes)
+        yield
 
 
-@given(sizes=SIZES, max_rows=st.integers(1, 90), max_bytes=st.integers(16, 4000))
+def add(rows: KeptRows, numbers: torch.Tensor) -> None:
+    """Add those rows of a batch that are wanted, each of two floats and a label of 8 bytes, which are its number."""
+    wanted = numbers[rows.wanted(len(numbers))]
+    rows.add({"columns": wanted[:, None].float().repeat(1, 2)}, wanted)
+
+
+@given(sizes=SIZES, max_rows=st.integers(1, 90), max_bytes=st.integers(20, 4000))
 @settings(max_examples=60, deadline=None)
 def test_evenly_spaced_rows_are_kept_whatever_the_batches(sizes: list[int], max_rows: int, max_bytes: int) -> None:
-    total, limit = sum(sizes), min(max_rows, max_bytes // 16)
-    rows = added(sizes, max_rows, max_bytes)
-    assert rows.num_seen == total and rows.size <= 1.25 * limit + 2 and rows.is_full == (total >= limit)
-    features, labels = (torch.cat([torch.zeros(0), *parts]) for parts in rows.parts())
-    assert abs(len(labels) - min(limit, total)) <= 2 and torch.equal(features.reshape(-1, 2)[:, 0], labels.float())
-    share = limit / max(total, 1)
-    assert labels.tolist() == [number for number in range(total) if number * (math.sqrt(5) - 1) / 2 % 1 < share]
+    total, limit, rows = sum(sizes), min(max_rows, int(max_bytes / 1.25 / 16)), KeptRows(2)
+    with limits(max_rows, max_bytes):
+        rows = KeptRows(2)
+        for numbers in torch.arange(total).split(sizes):
+            add(rows, numbers)
+            assert 16 * rows.size <= max_bytes + 2 * 16 and rows.size <= 1.25 * limit + 2
+    assert rows.num_seen == total and rows.is_full == (total >= limit)
+    if total == 0:
+        return
+    seen, labels = rows.joined()
+    assert abs(len(labels) - min(limit, total)) <= 2 and torch.equal(seen["columns"][:, 0], labels.float())
+    assert labels.tolist() == [number for number in range(total) if number * (math.sqrt(5) - 1) / 2 % 1 < limit / total]
+
+
+@pytest.mark.parametrize(("max_rows", "max_bytes"), [(60, 2**40), (2000, 16 * 1.25 * 60)])
+def test_processes_share_what_a_reference_knows_and_the_memory(max_rows: int, max_bytes: float) -> None:
+    with limits(max_rows, max_bytes):
+        rows = KeptRows(2, num_processes=3)
+        add(rows, torch.arange(200))
+        assert len(rows.joined()[1]) in (19, 20, 21)
 
 
 def test_of_a_table_in_one_batch_a_copy_of_the_wanted_rows_is_all_that_is_made() -> None:
     table, made = torch.zeros(10_000, 50), list[int]()
-    rows = KeptRows(2_000)
-    with Watch(lambda function, args, kwargs, result: made.append(getattr(result, "nbytes", 0))):
-        rows.add(table, torch.zeros(10_000))
-        rows.parts()
-    assert max(made) == pytest.approx(table.nbytes / 5, rel=1e-2) and sum(size > 2**18 for size in made) == 1
+    with limits(2_000), Watch(lambda function, args, kwargs, result: made.append(getattr(result, "nbytes", 0))):
+        rows = KeptRows(2)
+        wanted = rows.wanted(10_000)
+        rows.add({"columns": table[wanted]}, torch.zeros(len(wanted)))
+        rows.joined()
+    assert max(made) == pytest.approx(table.nbytes / 5, rel=1e-2) and sum(size > 2**18 for size in made) <= 2
 
 
-def test_rows_without_features_have_labels_alone_and_nothing_comes_after_the_end() -> None:
-    rows = added([4, 3], 50)
-    rows.add(None, torch.arange(2))
-    assert not rows.has_features and rows.parts()[0] == [] and torch.cat(rows.parts()[1]).tolist()[-2:] == [0, 1]
+def num_operations(num_batches: int) -> int:
+    """How many operations of torch it takes to keep 1,000 rows of batches of two."""
+    operations = list[Any]()
+    with limits(1000), Watch(lambda function, args, kwargs, result: operations.append(function)):
+        rows = KeptRows(2)
+        for numbers in torch.arange(2 * num_batches).split(2):
+            wanted = rows.wanted(2)
+            if len(wanted):
+                rows.add({"columns": numbers[wanted][:, None].float()}, numbers[wanted])
+    return len(operations)
+
+
+def test_keeping_is_linear_in_batches() -> None:
+    counts = [num_operations(num_batches) for num_batches in (2500, 5000, 10_000)]
+    assert counts[2] < 2 * counts[1] < 4 * counts[0] and counts[2] < 25 * 10_000
+
+
+@pytest.mark.parametrize(("num_rows", "num_labels"), [(5, 4), (4, 5), (4, 4)])
+def test_each_row_that_was_wanted_has_one_label(num_rows: int, num_labels: int) -> None:
+    rows = KeptRows(2)
+    assert rows.wanted(5).tolist() == [*range(5)]
+    with pytest.raises(ValueError, match=f"Expected one label for each of 5 samples, but got {num_labels}"):
+        rows.add({"columns": torch.zeros(num_rows, 2)}, torch.zeros(num_labels))
+
+
+def test_rows_are_joined_only_if_all_were_seen_and_nothing_comes_after_the_end() -> None:
+    rows = KeptRows(2)
     rows.complete()
-    rows.add(None, torch.arange(5))
-    assert rows.num_seen == rows.size == 9
+    assert not rows.is_complete
+    with pytest.raises(ValueError, match="No sample has a label"):
+        rows.joined()
+    rows.add({}, torch.arange(len(rows.wanted(3))))
+    with pytest.raises(ValueError, match="neither dense numbers nor token ids"):
+        rows.joined()
+    rows.complete()
+    rows.add({}, torch.arange(len(rows.wanted(5))))
+    assert rows.is_complete and rows.num_seen == rows.size == 3
     rows.clear()
     assert rows.size == 0 and rows.is_complete
-    empty = KeptRows(5)
-    empty.complete()
-    assert not empty.is_complete and empty.parts() == ([], [])

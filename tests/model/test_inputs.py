@@ -1,0 +1,147 @@
+"""What a reference sees of the inputs of a model: every column, texts and images side by side, and what is missing."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lightning_sensitivity.model.inputs import InputReader, join_seen
+
+G = torch.Generator().manual_seed(0)
+X, Z = torch.rand(3, 12, generator=G), torch.rand(3, 5, generator=G)
+IMAGES, IDS = torch.rand(3, 2, 8, 8, generator=G), torch.arange(12).reshape(3, 4)
+TEXT = torch.randint(1000, 3000, (3, 6), generator=G)
+MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]])
+FLAGS, CITY = X > 0.5, torch.tensor([2, 0, 999])
+Seen = dict[str, Tensor]
+
+
+def beside(*columns: Tensor) -> Seen:
+    return {"columns": torch.cat([x[:, None].float().flatten(1) for x in columns], 1)}
+
+
+SEEN: dict[str, tuple[dict[str, Any], Seen]] = {  # inputs by name, and what a reference sees
+    "columns of a table": ({"x": X}, {"columns": X}),
+    "one column": ({"x": X[:, 0]}, {"columns": X[:, :1]}),
+    "columns in 64 and 16 bits": ({"x": X.double(), "z": Z.half()}, beside(X, Z.half())),
+    "images": ({"x": IMAGES}, {"images": IMAGES}),
+    "images in 8 bits": ({"x": (9 * IMAGES).byte()}, {"images": (9 * IMAGES).byte().float()}),
+    "signals": ({"x": IMAGES[:, :, 0]}, {"signals": IMAGES[:, :, 0]}),
+    "an image and columns": ({"x": IMAGES, "z": Z}, {"images": IMAGES, "columns": Z}),
+    "two images, of two sizes": ({"x": IMAGES, "z": IMAGES.repeat_interleave(2, 2).repeat_interleave(2, 3)},
+        {"images": IMAGES.repeat(1, 2, 1, 1)}),
+    "categories beside columns": ({"x": X, "z": IDS.byte()}, beside(X, IDS)),
+    "a column of integers": ({"x": CITY}, beside(CITY)),
+    "columns of integers in a dict": ({"x": X, "city": CITY, "day": IDS[:, 1]}, beside(X, CITY, IDS[:, 1])),
+    "user and item": ({"user": CITY, "item": IDS[:, 1]}, beside(CITY, IDS[:, 1])),
+    "flags": ({"x": X, "flags": FLAGS, "flag": FLAGS[:, 0]}, beside(X, FLAGS, FLAGS[:, 0])),
+    "flags alone": ({"flags": FLAGS}, beside(FLAGS)),
+    "columns, and not a mask of them": ({"x": X, "mask": FLAGS}, {"columns": X}),
+    "token ids": ({"ids": IDS}, {"tokens": IDS}),
+    "token ids with padding": ({"ids": IDS, "attention_mask": MASK}, {"tokens": IDS.where(MASK > 0, -1)}),
+    "token ids in 8 bits": ({"ids": IDS.byte(), "attention_mask": MASK}, {"tokens": IDS.where(MASK > 0, -1)}),
+    "token ids beside what is none": ({"token_type_ids": IDS * 0, "position_ids": IDS, "ids": IDS}, {"tokens": IDS}),
+    "two texts, whose words do not mix": ({"title": IDS, "body": IDS, "attention_mask": MASK},
+        {"tokens": torch.cat([IDS.where(MASK > 0, -1), (IDS + 10**6).where(MASK > 0, -1)], 1)}),
+    "a text beside numbers": ({"x": X, "text": TEXT}, {"columns": X, "tokens": TEXT}),
+    "a text of few words beside a column, by its mask": ({"x": CITY, "ids": IDS, "attention_mask": MASK},
+        {"columns": CITY[:, None].float(), "tokens": IDS.where(MASK > 0, -1)}),
+    "embeddings, without their mask": ({"x": IMAGES[:, 0], "attention_mask": MASK}, {"signals": IMAGES[:, 0]}),
+    "inputs in a part": ({"x": {"deep": [X, (Z, "name")]}, "scale": X.sum(), "deep": True}, beside(X, Z)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", SEEN)
+def test_a_reference_sees(what: str) -> None:
+    named, expected = SEEN[what]
+    reader, rows = InputReader(), torch.tensor([2, 0])
+    for seen, wanted in ((reader.see(named, 3), expected), (reader.see(named, 3, rows), of_rows(expected, rows))):
+        torch.testing.assert_close(seen, wanted, rtol=0, atol=0)
+    assert not reader.unread
+
+
+def of_rows(seen: Seen, rows: Tensor) -> Seen:
+    return {kind: x[rows] for kind, x in seen.items()}
+
+
+UNSEEN: dict[str, tuple[dict[str, Any], list[str]]] = {  # inputs beside columns, and which of them are named
+    "a column that names things": ({"zip": 100 * CITY}, ["zip"]),
+    "two columns of integers that do": ({"ids": 1000 * IDS[:, :2]}, ["ids"]),
+    "other rows": ({"edges": X[:2]}, ["edges"]),
+    "a list, a graph, complex and sparse numbers, a volume": ({"list": ["a"], "graph": SimpleNamespace(x=X),
+        "wave": X.to(torch.complex64), "sparse": X.to_sparse(), "volume": IMAGES[:, None]},
+        ["list", "graph", "wave", "sparse", "volume"]),
+    "a part of one": ({"parts": [X, torch.nested.nested_tensor([X[0], X[1, :2]], layout=torch.jagged)]}, ["parts"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", UNSEEN)
+def test_what_can_not_be_read_is_named_once(what: str) -> None:
+    more, unseen = UNSEEN[what]
+    reader = InputReader()
+    for _ in range(2):
+        assert torch.equal(reader.see({"x": X} | more, 3)["columns"][:, :12], X)
+    assert [*reader.unread] == unseen
+
+
+def test_nothing_is_seen_of_what_can_not_be_read() -> None:
+    assert InputReader().see({"x": "name", "z": X[:2], "wave": X.to(torch.complex64)}, 3) == {}
+
+
+def test_a_column_that_reaches_1000_is_left_out_by_itself_and_the_width_stays() -> None:
+    reader, large = InputReader(), IDS.clone()
+    large[1, 2] = 1000
+    first, second = (reader.see({"x": X, "z": z}, 3) for z in (large, IDS))
+    assert torch.equal(first["columns"][:, 12:], torch.tensor([1, 1, 0, 1]) * IDS) and [*reader.unread] == ["z"]
+    assert torch.equal(second["columns"], first["columns"])
+
+
+def test_a_category_that_reaches_1000_later_is_one_more_category() -> None:
+    reader, later = InputReader(), IDS.clone()
+    later[:2, 1] = torch.tensor([5000, 1000])
+    reader.see({"x": X, "z": IDS}, 3)
+    assert torch.equal(reader.see({"x": X, "z": later}, 3)["columns"][:, 12:], later.clamp(max=1000).float())
+    assert not reader.unread
+
+
+def test_the_first_batch_decides_whether_integers_are_a_text() -> None:
+    reader = InputReader()
+    assert [*reader.see({"x": X, "z": TEXT}, 3)] == [*reader.see({"x": X, "z": IDS}, 3)] == ["columns", "tokens"]
+
+
+def test_large_images_and_long_signals_are_averaged() -> None:
+    seen = InputReader().see({"x": IMAGES.repeat(1, 1, 8, 8), "z": torch.rand(3, 1, 1024)}, 3)
+    assert seen["images"].shape == (3, 2, 32, 32) and seen["signals"].shape == (3, 1, 512)
+
+
+SMALL, SIGNAL = torch.rand(3, 2, 4, 3, generator=G), torch.rand(2, 3, 9, generator=G)
+JOINED: dict[str, tuple[list[Tensor], Tensor]] = {
+    "columns": ([X[:1], X[1:]], X),
+    "tokens": ([IDS, IDS[:2, :3]], torch.cat([IDS, pad(IDS[:2, :3], (0, 1), value=-1)])),
+    "signals": ([SIGNAL[:, :, :4], SIGNAL], torch.cat([pad(SIGNAL[:, :, :4], (0, 5)), SIGNAL])),
+    "images": ([SMALL, IMAGES[:, :, :, :6]], torch.cat([SMALL.repeat_interleave(2, 2).repeat_interleave(2, 3),
+        IMAGES[:, :, :, :6]])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", JOINED)
+def test_batches_of_several_sizes_are_joined(kind: str) -> None:
+    parts, expected = JOINED[kind]
+    torch.testing.assert_close(join_seen([{kind: part} for part in parts]), {kind: expected})
+    joined = join_seen([{"z": Z[: len(part)], kind: part} for part in parts])
+    assert torch.equal(joined["z"], torch.cat([Z[: len(part)] for part in parts])) and [*joined] == ["z", kind]
+
+
+@pytest.mark.parametrize(("parts", "match"), [
+    ([{"columns": X}, {"columns": Z}], "different sizes"),
+    ([{"images": IMAGES}, {"images": IMAGES[:, :1]}], "different sizes"),
+    ([{"columns": X}, {"tokens": IDS}], "different kinds"),
+    ([{"columns": X}, {"columns": X, "tokens": IDS}], "different kinds"),
+    ([{"columns": X}, {}], "neither dense numbers nor token ids, with a row for each sample"),
+])  # fmt: skip
+def test_batches_that_can_not_be_joined_are_refused(parts: list[Seen], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        join_seen(parts)
