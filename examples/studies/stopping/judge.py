@@ -111,18 +111,19 @@ def measure(recorded: Recorded, reference: Reference, q: Tensor, q_test: Tensor)
         found |= {f"best_{name}": float(best), f"last_{name}": float(curve[-1]), f"chosen_{name}": float(curve[chosen])}
     found |= with_the_reference(recorded, q_test, chosen)
     truth = values["loss" if recorded.task == "regression" else "accuracy"]
-    found |= level(recorded, curves, truth) | without_temperature(recorded, reference, q, lost, truth)
+    found |= level(recorded, curves, truth) | as_built(recorded, reference, q, lost, truth)
     names = ("learner", "features", "kind", "skill", "unexplained", "is_trusted", "accuracy", "auroc", "majority")
-    return found | {f"its_{name}": getattr(reference, f"{name}_") for name in (*names, "temperature")}
+    found |= {f"its_{name}": getattr(reference, f"{name}_") for name in (*names, "temperature")}
+    return found | {"its_uniform": reference._learner.calibration.uniform}
 
 
-def without_temperature(
+def as_built(
     recorded: Recorded, reference: Reference, q: Tensor, lost: dict[str, np.ndarray], truth: np.ndarray
 ) -> dict[str, float]:
     """Return what the same reference would lose as it was fitted, before it was calibrated."""
     if recorded.task == "regression":
         return {}
-    curves = expected_curves(recorded, reference, as_fitted(q, reference.temperature_), ("accuracy", "auc"))
+    curves = expected_curves(recorded, reference, as_fitted(q, reference._learner.calibration), ("accuracy", "auc"))
     found = {f"before_{name}": value for name, value in level(recorded, curves, truth).items() if "level" in name}
     for rule in ("score", "accuracy", "auc"):
         epoch = lowest(curves[rule] if rule == "score" else -curves[rule])

@@ -20,6 +20,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, Mul
 from lightning_sensitivity.functional import expected_metric, expected_score
 from lightning_sensitivity.functional.refined_score import TEMPERATURES
 from lightning_sensitivity.reference import Reference
+from lightning_sensitivity.reference.calibration import Calibration
 
 WORTH, METRIC_WORTH = 200, 1000  # labels that a reference is worth: for the refined score; accuracy, and regression
 WORTHS = (200, 1000)  # that were compared
@@ -114,9 +115,10 @@ def reference_says(reference: Reference, x: Tensor) -> Tensor:
     return torch.tensor(reference.predict(x)).float().reshape(len(x), -1)
 
 
-def as_fitted(q: Tensor, temperature: float) -> Tensor:
-    """Return predictions as they were before a temperature was fitted to them."""
-    found = q.clamp(min=1e-200) ** temperature
+def as_fitted(q: Tensor, calibration: Calibration) -> Tensor:
+    """Return a reference's predictions as they were before they were calibrated."""
+    share = calibration.uniform
+    found = ((q - share / q.shape[1]) / (1 - share)).clamp(min=1e-200) ** (1 / calibration.power)
     return found / found.sum(1, keepdim=True)
 
 
