@@ -15,6 +15,7 @@ import nbformat
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 INSTALL = '# Once; the package lies in the folder above.\n%pip install -q "..[examples]"'
+SWITCH = "args.noise = 0.2  # the share of all labels that are made wrong; 0: as they are"
 
 
 def notebook(script: str) -> nbformat.NotebookNode:
@@ -25,6 +26,8 @@ def notebook(script: str) -> nbformat.NotebookNode:
         if "[markdown]" in kind:
             source = "\n".join(line.removeprefix("#").removeprefix(" ") for line in source.strip().splitlines())
         cells.append((new_markdown_cell if "[markdown]" in kind else new_code_cell)(source.strip()))
+        if "parse_args(" in source:  # in a notebook there are no options
+            cells.append(new_code_cell(SWITCH))
     for index, cell in enumerate(cells):
         cell.id = f"cell-{index}"
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}

@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_sensitivity import OutputSensitivity
-from lightning_sensitivity.functional import expected_metric, expected_score, fit_reference
+from lightning_sensitivity import OutputSensitivity, Reference
+from lightning_sensitivity.functional import expected_metric, expected_score
 
 parser = argparse.ArgumentParser(description="Watch the expected score and sensitivity without Lightning.")
 parser.add_argument("--max-epochs", type=int, default=25)
@@ -34,12 +34,12 @@ x_train, y_train, x_new, y_new = x[:300], y[:300], x[300:], y[300:]  # y_new is 
 model = nn.Sequential(nn.Linear(30, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 2))
 optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
 
-# The reference, the best small model of the training labels, stands in for labels of the new rows. It is fitted once.
-reference = fit_reference(x_train, y_train)
-assert reference.is_trusted, "it has learned nothing: fit it to features, (N, D), of a pretrained network"
-print(f"{reference}: left out, it predicts {reference.accuracy:.0%} of the training labels.")
-print(f"About {reference.unexplained:.0%} of them can't be explained.\n")
-q = reference.predictions(x_new)
+# The reference, a small model of the training labels, stands in for labels of the new rows. It is fitted once.
+reference = Reference().fit(x_train, y_train)
+assert reference.is_trusted_, "it has learned nothing: fit it to features, (N, D), of a pretrained network"
+print(f"{reference}: left out, it predicts {reference.accuracy_:.0%} of the training labels.")
+print(f"About {reference.unexplained_:.0%} of them can't be explained.\n")
+q = torch.tensor(reference.predict_proba(x_new))
 accuracy = MulticlassAccuracy(2, average="micro")  # or any other metric of torchmetrics
 
 history = []
@@ -67,5 +67,6 @@ for epoch in range(args.max_epochs):
 _, epoch, true = min(history)
 best, last = max(each[2] for each in history), history[-1][2]
 print(f"\nLowest expected score in epoch {epoch}: accuracy {true:.3f}; last epoch {last:.3f}, best epoch {best:.3f}.")
-by_reference = float((reference.predict(x_new) == y_new).float().mean())
-print(f"The reference by itself: {by_reference:.3f}. Where it is better than the network, use it instead.")
+both = (logits.softmax(1) + q) / 2
+by_both = float((both.argmax(1) == y_new).float().mean())
+print(f"The reference by itself: {reference.score(x_new, y_new):.3f}. The mean of both, at the last epoch: {by_both:.3f}.")

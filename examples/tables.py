@@ -106,9 +106,10 @@ print(f"\nThe expected score is lowest at epoch {chosen}: {name} {scores[chosen]
 print(f"At the last one, epoch {last}, it is {scores[last]:.3f}; the best is epoch {best}, {scores[best]:.3f}.")
 
 # The reference is a model, too: a rival, and a partner
-if not args.regression:
-    with torch.no_grad():
-        p = Table.load_from_checkpoint(checkpoint.best_model_path).eval()(x_new).sigmoid()
-    p_reference = risk.reference.predict_proba(x_new)[:, 1]
-    for who, each in (("The reference", p_reference), ("The mean of both", (p + p_reference) / 2)):
-        print(f"{who}: {float(((each > 0.5) == (y_new > 0)).float().mean()):.3f}.")
+both = risk.predict(Table.load_from_checkpoint(checkpoint.best_model_path), DataLoader(x_new, batch_size=300))
+for who, found in (("The reference", both.reference), ("The mean of both", both.mean)):
+    if args.regression:
+        score = 1 - mse_loss(found[:, 0], y_new) / y_new.var()
+    else:
+        score = (found.argmax(1) == y_new).float().mean()
+    print(f"{who}: {float(score):.3f}.")

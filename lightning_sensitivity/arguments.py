@@ -76,10 +76,11 @@ def check_bool(name: str, value: object) -> None:
 
 
 def check_selectors(**selectors: object) -> None:
-    """Require functions that select a part of a batch or of an output, or None."""
+    """Require functions that select a part of a batch or of an output, or None; ``features`` may be a module."""
     for name, value in selectors.items():
         is_selector = value is None or callable(value)
-        check_argument(name, value, is_selector, "a function, such as `lambda x: x[0]`, or None")
+        kind = "a module, a function" if name == "features" else "a function"
+        check_argument(name, value, is_selector, f"{kind}, such as `lambda x: x[0]`, or None")
 
 
 def check_estimator(name: str, estimator: object, task: Task) -> None:

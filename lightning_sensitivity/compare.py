@@ -2,24 +2,21 @@
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import length_hint
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities import move_data_to_device
 from torch import Tensor, nn
 
 from lightning_sensitivity.arguments import Refused, Selector, check_argument, check_estimator, link_to, refuse_on_error
-from lightning_sensitivity.compat import original_module
 from lightning_sensitivity.functional.expected import METRIC_WORTH
 from lightning_sensitivity.functional.tasks import TASK_NAMES, TASKS, Task
 from lightning_sensitivity.functional.tensors import look_like_probabilities
-from lightning_sensitivity.model.batches import clone_tensors, device_of
 from lightning_sensitivity.model.inputs import LEAST_SKILL, join_seen
 from lightning_sensitivity.model.isolation import isolated
 from lightning_sensitivity.model.reader import BatchReader
+from lightning_sensitivity.model.transfer import move_batch
 from lightning_sensitivity.reference.observations import projection, recurrence
 
 _QUANTILE = 1.96  # of the normal distribution, for 95 %
@@ -132,7 +129,7 @@ def _run(name: str, model: nn.Module, batches: Sequence[object], reader: BatchRe
     """Compute the outputs of a model for all batches, on the CPU."""
     with refuse_on_error(f"Model {name!r} can't be compared", "comparing-models"):
         with isolated(model) as run:
-            outputs = torch.cat([run(reader.call(model, _move_batch(model, batch))).cpu() for batch in batches])
+            outputs = torch.cat([run(reader.call(model, move_batch(model, batch))).cpu() for batch in batches])
         check_argument("outputs", tuple(outputs.shape), outputs.ndim <= 2, "one row for each sample, (N,) or (N, K)")
         if task.has_classes and look_like_probabilities(outputs):
             raise Refused("outputs should be logits, but all are from 0 to 1: take what comes before softmax.")
@@ -167,11 +164,14 @@ class _Judge(NamedTuple):
             weights += has_label
         return values / weights.mean()
 
+    def _moved(self) -> Iterator[Any]:
+        """Move one batch after the other to the device of the model."""
+        return (move_batch(self.model, batch) for batch in self.batches)
+
     def _labels(self) -> Tensor:
         """Return the validation labels, ``(N,)`` or ``(N, K)``."""
         with refuse_on_error("`validation_labels` can't be read", "comparing-models"):
-            moved = (_move_batch(self.model, batch) for batch in self.batches)
-            return torch.cat([self.reader.labels(self.model, batch, self.shape) for batch in moved])
+            return torch.cat([self.reader.labels(self.model, batch, self.shape) for batch in self._moved()])
 
     def _values(self, p: Tensor, targets: Tensor) -> Tensor:
         """Return the chance of each prediction to be right, or in a regression its squared error."""
@@ -183,14 +183,12 @@ class _Judge(NamedTuple):
         """Fit a reference, and predict validation samples, ``(N, C)``; warn if these are training samples."""
         from lightning_sensitivity.reference import Reference
 
-        num_columns = self.task.num_columns(self.shape)
-        rows = self.reader.make_rows(num_columns, num_batches=length_hint(training))
+        rows = self.reader.make_rows(self.task.num_columns(self.shape), num_batches=length_hint(training))
         for batch in training:
-            self.reader.keep_rows(rows, self.model, _move_batch(self.model, batch), self.shape)
+            self.reader.keep_rows(rows, self.model, move_batch(self.model, batch), self.shape)
         known, labels = rows.joined()
         fitted = Reference(self.task.name, estimator).fit(known, labels)
-        moved = (_move_batch(self.model, batch) for batch in self.batches)
-        new = join_seen([self.reader.see(self.model, batch) for batch in moved])
+        new = join_seen([self.reader.see(self.model, batch) for batch in self._moved()])
         share, by_chance = recurrence(projection(new), projection(known))
         if share > by_chance + _REPEATED:
             warnings.warn(
@@ -198,8 +196,7 @@ class _Judge(NamedTuple):
                 f"labels the models know: take others.{link_to('repeated')}",
                 stacklevel=4,
             )
-        predict = fitted.predict_proba if self.task.has_classes else fitted.predict
-        return fitted, torch.as_tensor(predict(new)).reshape(-1, num_columns)
+        return fitted, torch.from_numpy(fitted.predict_matrix(new))
 
 
 def _rank(values: Mapping[str, Tensor], highest_first: bool) -> Comparison:
@@ -214,18 +211,3 @@ def _rank(values: Mapping[str, Tensor], highest_first: bool) -> Comparison:
         may_be_best = not difference > _QUANTILE * stderr
         found.append(ModelScores(rank, name, float(values[name].mean()), difference, stderr, may_be_best))
     return found
-
-
-def _move_batch(model: nn.Module, batch: object) -> Any:
-    """Copy a batch, and move it to the device of a model; the hooks of a LightningModule may also transform it."""
-    module, batch, device = original_module(model), clone_tensors(batch), device_of(model)
-    if not isinstance(module, LightningModule):
-        return move_data_to_device(batch, device)
-
-    def transfer(batch: object) -> object:
-        batch = module.on_before_batch_transfer(batch, 0)
-        batch = module.transfer_batch_to_device(batch, device, 0)
-        return module.on_after_batch_transfer(batch, 0)
-
-    with isolated(model) as run:
-        return run(transfer, batch)

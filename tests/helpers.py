@@ -139,7 +139,7 @@ def averaged_weights(**options: Any) -> list[Callback]:
 @contextmanager
 def small_forests() -> Iterator[pytest.MonkeyPatch]:
     """Learners that are fitted in a tenth of a second, inside."""
-    sizes = {"_TREES": 20, "_TREES_OF_PART": 5, "_OTHER_LEAVES": (), "_SHARE": 1.0, "_OTHER_SHARES": ()}
+    sizes = {"_TREES": 20, "_MIN_TREES": 20, "_TREES_OF_PART": 5, "_OTHER_LEAVES": ()}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in sizes.items():
             patch.setattr(learners, name, value)

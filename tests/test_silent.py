@@ -134,7 +134,7 @@ CASES = {
         options={"inputs": lambda b: b[1]}),
     "dict of other names": Case("!`inputs", "!`inputs", batch=lambda x, y: {"z": x, "label": y}, step=part("z")),
     "mapping with a mask": Case(batch=lambda x, y: UserDict(x=x, mask=x > 0.5, y=y, weight=x[:, 0]), forward=masked,
-        step=lambda m, b, noise: m(noise(b["x"]), b["mask"]), seen=lambda b: b["x"]),
+        step=lambda m, b, noise: m(noise(b["x"]), b["mask"]), seen=lambda b: torch.cat([b["x"], b["mask"]], 1)),
     "object": Case("!`inputs", "?has no reference", batch=lambda x, y: SimpleNamespace(x=x, y=y),
         forward=lambda m, b: m.net(b.x), step=lambda m, b, noise: m(SimpleNamespace(x=noise(b.x), y=b.y))),
     "object that forward writes into": Case(None, batch=lambda x, y: SimpleNamespace(x=x, y=y),

@@ -13,7 +13,6 @@ docs/guide/data.md.
 """
 
 import argparse
-import copy
 import warnings
 from pathlib import Path
 
@@ -126,18 +125,13 @@ else:
     # The task: the other classes, with fewer images, and a new head.
     data = loaders(x[y >= 5], y[y >= 5] - 5, NUM_TRAIN // 4, 5)
     module.net.fc = nn.Linear(512, 5)
-    # The reference sees the images through the pretrained backbone.
-    body = copy.deepcopy(module.net).eval().requires_grad_(False)
-    body.fc = nn.Identity()
-
-    def features(batch: list[Tensor]) -> Tensor:
-        return body.to(batch[0].device)(batch[0])
-
+    # The reference sees patches. Give it `features=` of a larger network, if you have one; the backbone that you tune
+    # knows less than the network will, and so does harm (docs/guide/encoders.md).
     # First only the head, then all weights.
     module.requires_grad_(False).net.fc.requires_grad_()
     for lr, num_epochs in ((1e-2, max(1, NUM_EPOCHS // 4)), (1e-4, NUM_EPOCHS)):
         module.lr = lr
-        monitors = [RiskMonitor(validation_labels=True, features=features), SensitivityMonitor()]
+        monitors = [RiskMonitor(validation_labels=True), SensitivityMonitor()]
         fit(module, data, num_epochs, *monitors, Table())
         module.requires_grad_()
 

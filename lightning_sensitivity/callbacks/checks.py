@@ -182,8 +182,8 @@ def try_metrics(metrics: Mapping[str, Metric], outputs: Tensor, labels: Tensor, 
             check_argument(f"metrics[{name!r}]", value, is_number, "one number")
 
 
-def check_class_shares(class_shares: object, task: Task) -> None:
-    """Require shares of classes that sum to 1, ``"estimate"``, or None."""
+def check_class_shares(class_shares: object, task: Task, num_classes: int | None = None) -> None:
+    """Require shares of classes that sum to 1, ``"estimate"``, or None; one for each class, if these are known."""
     expected = "positive shares of all classes that sum to 1, 'estimate', or None"
     if class_shares is None or isinstance(class_shares, str):
         check_argument("class_shares", class_shares, class_shares in (None, "estimate"), expected)
@@ -192,4 +192,6 @@ def check_class_shares(class_shares: object, task: Task) -> None:
             shares = torch.as_tensor(class_shares, dtype=torch.float64)
         are_shares = shares.ndim == 1 and bool((shares > 0).all()) and abs(float(shares.sum()) - 1) < _ROUNDING
         check_argument("class_shares", class_shares, are_shares, expected)
+        is_complete = num_classes in (None, len(shares))
+        check_argument("class_shares", class_shares, is_complete, f"shares of {num_classes} classes")
     check_argument("class_shares", class_shares, class_shares is None or task.has_classes, "None in a regression")

@@ -1,7 +1,7 @@
 """The callback that logs what to expect of unseen samples, and so what to stop by."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from lightning_sensitivity.arguments import Selector, check_argument, check_bool, check_estimator, describe_error
+from lightning_sensitivity.callbacks.both import Predictions, predict_both
 from lightning_sensitivity.callbacks.checks import (
     EXPECTED,
     check_class_shares,
@@ -150,6 +151,29 @@ class RiskMonitor(Monitor):
         """The fitted :class:`~lightning_sensitivity.Reference`, in the first process; None before it is made."""
         return self._reference.fitted
 
+    def predict(self, model: nn.Module, dataloader: Iterable[object]) -> Predictions:
+        """Predict samples by the network, and by the reference, for their mean, which is often better than either.
+
+        Args:
+            model: The network, such as that of the chosen checkpoint; it is left as it was.
+            dataloader: Batches as those of the validation, with or without labels.
+
+        Returns:
+            ``network``, ``reference`` and ``mean``, probabilities ``(N, C)`` of all classes, two for ``"binary"``; or
+            the numbers of a regression.
+
+        Raises:
+            ValueError: If there is no reference, or it can't read the batches.
+
+        Example:
+            >>> from lightning_sensitivity import RiskMonitor
+            >>> risk = RiskMonitor()
+            >>> # after trainer.fit(model, train_loader, val_loader): risk.predict(model, new_loader).mean
+        """
+        if self.reference is None:
+            raise ValueError("Expected a fit that has made a reference, in the first process, but there is none.")
+        return predict_both(model, self.reference, dataloader, self.reader, self.task)
+
     def plot(self) -> PlotType:
         """Plot the logged values by epoch.
 
@@ -276,12 +300,14 @@ class RiskMonitor(Monitor):
         shape = tuple(outputs.shape[1:])
         labels = self.reader.labels(module, batch, shape)
         check_targets(labels, len(outputs), self.task)
+        num_columns = self.task.num_columns(shape)
+        check_class_shares(self._class_shares, self.task, num_columns)
         if self._has_default:
-            self.metrics = default_metrics(self.task, self.task.num_columns(shape))
+            self.metrics = default_metrics(self.task, num_columns)
             check_monitored(trainer, self._prefixed_directions())
         counts = self.task.has_label(labels)
         if bool(counts.any()):
-            y = self.task.as_matrix(labels, self.task.num_columns(shape))
+            y = self.task.as_matrix(labels, num_columns)
             try_metrics(self.metrics, self.task.as_outputs(outputs.cpu())[counts], y[counts], self.task)
         self._output_shape = shape
 

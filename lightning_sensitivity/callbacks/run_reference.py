@@ -34,7 +34,7 @@ class Verdict:
 
     Attributes:
         learner: Its learner, such as ``"forest"``.
-        features: What it sees, such as ``"columns"``.
+        features: What it sees, such as ``"columns"``; ``"features"`` if the user says what.
         num_samples: How many training samples it knows.
         score: Its left-out score.
         skill: How far its left-out score is below chance, from 1, if perfect, to 0, if useless.
@@ -199,6 +199,8 @@ class RunReference:
         self.fitted = Reference(self._task.name, self._estimator).fit(known, labels.numpy())
         verdict = Verdict.of(self.fitted)
         verdict.is_trusted &= not self._reader.unread or verdict.skill > LEAST_SKILL
+        if self._reader.has_features:
+            verdict.features = "features"
         self._warn_of_unread()
         return verdict, self._predict_all(parts, known) if verdict.is_trusted else {}
 
@@ -228,10 +230,8 @@ class RunReference:
         rows = self._finite_rows(seen, f"validation samples of dataloader {dataloader_idx}")
         rows = rows[projection(of_rows(seen, rows)).argsort()]
         seen = of_rows(seen, rows)
-        if not self._task.has_classes:
-            q = torch.from_numpy(self.fitted.predict(seen)).reshape(len(rows), -1)
-        else:
-            q = torch.from_numpy(self.fitted.predict_proba(seen))
+        q = torch.from_numpy(self.fitted.predict_matrix(seen))
+        if self._task.has_classes:
             self._warn_of_shares(dataloader_idx, q)
             q = self._with_class_shares(q)
         self._warn_of_columns(dataloader_idx, known, seen)
@@ -245,10 +245,7 @@ class RunReference:
         of_training = torch.from_numpy(self.fitted.shares_)
         if isinstance(self._class_shares, str):
             return reweigh(q, of_training, estimate_class_shares(q, of_training))
-        shares = torch.tensor(self._class_shares, dtype=q.dtype)
-        if len(shares) != q.shape[1]:
-            raise ValueError(f"Expected `class_shares` of {q.shape[1]} classes, but got {len(shares)}")
-        return reweigh(q, of_training, shares)
+        return reweigh(q, of_training, torch.as_tensor(self._class_shares))
 
     # Warnings
 

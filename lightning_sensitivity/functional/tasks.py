@@ -1,7 +1,7 @@
 """The tasks: how outputs and labels fit together in each, and how predictions are scored.
 
-Outputs of a network are ``(N, K)`` or ``(N,)``. All else is matrices ``(N, C)``: a column for each class, also where one
-output tells two classes apart, or for each number of a regression.
+Outputs of a network are ``(N, K)`` or ``(N,)``. All else is matrices ``(N, C)``: a column for each class, also where
+one output tells two classes apart, or for each number of a regression.
 """
 
 import math

@@ -205,8 +205,7 @@ def select_targets(model: nn.Module, batch: Any, targets: Selector | None = None
     with refuse_on_error(f"`targets` failed on {describe(batch)}"):
         selected = _find_targets(model, batch) if targets is None else targets(clone_tensors(batch))
     if not isinstance(selected, Tensor):
-        key = "'...'" if isinstance(batch, Mapping) else "1"
-        example = f"`targets=lambda batch: batch[{key}]`"
+        example = "`targets=lambda batch: batch[...]`"
         raise Refused(f"`targets` should return the labels, such as {example}, from {describe(batch)}.")
     return selected
 

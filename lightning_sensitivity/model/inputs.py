@@ -44,9 +44,10 @@ class InputReader:
             size: N, the number of samples.
             rows: Which of them to look at; None for all.
         """
-        tensors = [(name, choose_rows(x, rows)) for name, x in self._tensors(named, size)]
-        masks = {x.shape: x for name, x in tensors if name == _MASK}
-        inputs = [(name, x) for name, x in tensors if not _NO_INPUTS.search(name)]
+        chosen = [(name, choose_rows(x, rows)) for name, x in self._tensors(named, size)]
+        masks = {x.shape: x for name, x in chosen if name == _MASK}
+        numbers = {x.shape for _, x in chosen if x.is_floating_point()}
+        inputs = [(name, x) for name, x in chosen if _is_data(name, x.shape in numbers)]
         has_numbers = not all(_are_integers(x) for _, x in inputs)
         found: dict[str, list[Tensor]] = {}
         for place, (name, x) in enumerate(inputs):
@@ -85,6 +86,11 @@ class InputReader:
         if bool(are_names.any()):
             self.unread[name] = None
         return x.clamp(max=_MANY).where(~are_names, 0).float()
+
+
+def _is_data(name: str, is_like_numbers: bool) -> bool:
+    """Return whether an argument is an input; a mask is one only if it may say which numbers are missing."""
+    return name != _MASK and (is_like_numbers or not _NO_INPUTS.search(name))
 
 
 def _has_rows(x: Tensor, size: int) -> bool:

@@ -242,9 +242,3 @@ class KeptRows:
         if not self._parts:
             raise ValueError("No sample has a label")
         return join_seen([rows.seen for rows in self._parts]), self.labels
-
-    def clear(self) -> None:
-        """Free the rows, and want no more."""
-        self.is_complete = True
-        self.size = 0
-        self._parts = []

@@ -1,62 +1,65 @@
 """What is fitted to left-out predictions: one temperature, and how many labels they can't explain; and class shares."""
 
-import math
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_sensitivity.functional.tasks import Task
-from lightning_sensitivity.functional.tensors import as_tensor
+from lightning_sensitivity.functional.tasks import TASKS, Task
+from lightning_sensitivity.functional.tensors import as_tensor, num_outputs
 
 _POWERS = tuple(2 ** (quarter / 4) for quarter in range(-3, 15))  # inverse temperatures, 0.6 to 11
-
-_CHANCE = 2.0  # standard errors
+_ERRORS, _MAX_SMOOTHING = 2.0, 0.9  # standard errors of the accuracy, from which on there is smoothing
 
 _SHARES = torch.cat([torch.tensor([0, 0.01, 0.02, 0.03, 0.05]), torch.arange(0.075, 0.86, 0.025)]).double()  # r
 _SHARPNESS = 2.0 ** torch.arange(0, 7.01, 0.5).double()  # b
 _SMALLEST = 1e-3  # share of a class
 _UNLIKELY = 1e-12
 
-_MAX_ROUNDS = 1000  # of expectation maximization
-_STILL = 1e-8  # change of a share in a round, at which it ends
+_ROUNDS = 100  # of expectation maximization
 
 
-class Calibration(NamedTuple):
-    """What left-out predictions need to be right as often as they say.
+@dataclass
+class Calibration:
+    """What makes probabilities of predictions.
 
     Attributes:
-        power: The inverse of a temperature.
-        uniform: The share r of a uniform distribution among the classes, as if labels were redrawn.
+        task: The task; in a regression, predictions stay.
+        power: The inverse temperature.
+        smoothing: The share of it that is spread evenly over classes.
     """
 
+    task: Task
     power: float = 1.0
-    uniform: float = 0.0
+    smoothing: float = 0.0
 
-    def apply(self, p: Tensor, task: Task) -> Tensor:
+    def __call__(self, p: Tensor) -> Tensor:
         """Calibrate predictions ``(N, C)``."""
-        return (1 - self.uniform) * task.sharpen(p, self.power) + self.uniform / p.shape[1]
+        q = self.task.sharpen(self.task.clip(p), self.power)
+        return (1 - self.smoothing) * q + self.smoothing / q.shape[1]
 
 
 def calibrate(p: Tensor, y: Tensor, task: Task) -> Calibration:
-    """Find the temperature of the lowest score (Guo et al., 2017, who take the likelihood).
+    """Find the temperature of the lowest Brier score, and how much certainty that leaves too much.
 
-    A ridge regression of labels is right more often than it says. By likelihood, a few redrawn labels would keep it
-    so. Where many are redrawn, the temperature leaves it too sure; if that is beyond chance, a uniform share mends it.
+    A ridge regression of labels is right more often than it says, which a temperature cures (Guo et al., 2017, who take
+    the likelihood: a few redrawn labels would then hide it). Where labels are redrawn at random, the rest is surer than
+    it is right.
 
     Args:
-        p: Left-out predictions ``(N, C)``, as ``task.clip`` gives them.
-        y: Labels ``(N, C)``.
-        task: The task; predictions of a regression stay as they are.
+        p: Left-out predictions, ``(N, C)``.
+        y: Labels, ``(N, C)``.
+        task: The task.
     """
     if not task.has_classes:
-        return Calibration()
-    power = min(_POWERS, key=lambda each: float(task.distances(task.sharpen(p, each), y).mean()))
-    largest, classes = task.sharpen(p, power).max(1)
-    certainty, accuracy = float(largest.mean()), float(y.gather(1, classes[:, None]).mean())
-    stderr = math.sqrt(accuracy * (1 - accuracy) / len(y))
-    is_too_sure = certainty - accuracy > _CHANCE * stderr
-    return Calibration(power, (certainty - accuracy) / (certainty - 1 / p.shape[1]) if is_too_sure else 0.0)
+        return Calibration(task)
+    power = min(_POWERS, key=lambda each: float(task.distances(Calibration(task, each)(p), y).mean()))
+    certainty, classes = Calibration(task, power)(p).max(1)
+    accuracy = y.gather(1, classes[:, None]).mean()
+    excess = certainty.mean() - accuracy
+    if excess <= _ERRORS * (accuracy * (1 - accuracy) / len(y)).sqrt():
+        return Calibration(task, power)
+    return Calibration(task, power, min(float(excess / (certainty.mean() - 1 / y.shape[1])), _MAX_SMOOTHING))
 
 
 def estimate_class_shares(q: Tensor, training_shares: Tensor) -> Tensor:
@@ -76,12 +79,9 @@ def estimate_class_shares(q: Tensor, training_shares: Tensor) -> Tensor:
         >>> estimate_class_shares(q, torch.tensor([0.5, 0.5]))
         tensor([0.8125, 0.1875], dtype=torch.float64)
     """
-    q = q.double()
-    shares = training_shares.double()
-    for _ in range(_MAX_ROUNDS):
-        before, shares = shares, reweigh(q, training_shares, shares).mean(0)
-        if bool((shares - before).abs().max() < _STILL):
-            break
+    shares = training_shares
+    for _ in range(_ROUNDS):
+        shares = reweigh(q, training_shares, shares).mean(0)
     return shares
 
 
@@ -106,7 +106,7 @@ def shares_differ(left_out: Tensor, q: Tensor) -> float:
         q: Predictions of the unseen samples, by the same model, ``(M, C)``.
 
     Returns:
-        The largest difference of mean predictions, in standard errors. Above 3.5, shares differ, or inputs do.
+        The largest difference of mean predictions, in standard errors. Above 4, shares differ, or inputs do.
     """
     first, second = left_out.double(), q.double()
     variance = first.var(0) / len(first) + second.var(0) / len(second)
@@ -154,37 +154,22 @@ def unexplained_share(predictions: object, labels: object) -> float:
         >>> [round(unexplained_share(predictions, each), 2) for each in (labels, noisy)]
         [0.0, 0.2]
     """
-    q, y = _as_classes(as_tensor(predictions), as_tensor(labels))
-    num_classes = q.shape[1]
+    q, y = as_tensor(predictions).cpu(), as_tensor(labels).cpu()
+    task = TASKS["binary" if num_outputs(q) == 1 else "multiclass"]
+    task.check(q, y.long() if y.dtype == torch.bool else y)
+    q, y = task.as_matrix(q).double(), task.as_matrix(y, task.num_columns(tuple(q.shape[1:]))).double()
+    if not len(q) or not bool(((q >= 0) & (q <= 1)).all()) or not bool(y.any(1).all()):
+        raise ValueError("Expected `predictions` to be probabilities from 0 to 1, and a label of each, but got others.")
+    occurs = (y > 0).any(0)  # a class without labels, such as an unused output, is none that labels are redrawn among
+    q, y = q[:, occurs], y[:, occurs]
+    q = q / q.sum(1, keepdim=True).clamp(min=_UNLIKELY)
     shares = y.mean(0).clamp(min=_SMALLEST)
     shares = shares / shares.sum()
     redrawn = _SHARES[:, None]
     log_likelihoods = []
     for sharpness in _SHARPNESS:
         p = ((shares.log() + sharpness * (q - shares)).softmax(1) * y).sum(1)
-        log_likelihoods.append(((1 - redrawn) * p + redrawn / num_classes).clamp(min=_UNLIKELY).log().sum(1))
+        log_likelihoods.append(((1 - redrawn) * p + redrawn / len(shares)).clamp(min=_UNLIKELY).log().sum(1))
     best = torch.stack(log_likelihoods).amax(0)
     weights = (best - best.max()).exp() * torch.gradient(_SHARES)[0]  # the grid is not even
-    return float((weights * _SHARES).sum() / weights.sum()) * (1 - 1 / num_classes)
-
-
-def _as_classes(predictions: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return predictions and labels as probabilities of classes, ``(N, K)``, in float64."""
-    got = f"{tuple(predictions.shape)} and {tuple(labels.shape)}"
-    q, y = predictions.cpu().double(), labels.cpu()
-    if q.ndim < 2 or q.shape[1] == 1:  # of class 1
-        q, y = (torch.stack([1 - each, each], 1) for each in (q.flatten(), y.double().flatten()))
-    elif y.ndim == 1 and bool(((y >= 0) & (y < q.shape[1])).all()):
-        y = torch.nn.functional.one_hot(y.long(), q.shape[1])
-    _check_classes(q, y, got)
-    occurs = (y > 0).any(0)  # a class without labels, such as an unused output, is none that labels are redrawn among
-    q, y = q[:, occurs], y[:, occurs]
-    return q / q.sum(1, keepdim=True).clamp(min=_UNLIKELY), y.double()
-
-
-def _check_classes(q: Tensor, y: Tensor, got: str) -> None:
-    if q.shape != y.shape or not len(q):
-        expected = "`predictions` (N, K) and `labels` (N,) or (N, K), of classes 0 to K - 1"
-        raise ValueError(f"Expected {expected}, but got {got}.")
-    if not bool((torch.cat([q, y]).clamp(0, 1) == torch.cat([q, y])).all()):
-        raise ValueError("Expected `predictions` and `labels` to be probabilities, from 0 to 1.")
+    return float((weights * _SHARES).sum() / weights.sum()) * (1 - 1 / len(shares))

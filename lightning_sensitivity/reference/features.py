@@ -18,15 +18,15 @@ from torch.nn import functional as F
 # (N, L), integers, of which negative ones are padding.
 Seen: TypeAlias = dict[str, Tensor]
 Rows: TypeAlias = Any  # an array of NumPy in double precision, or a sparse matrix of words
-Transform: TypeAlias = Callable[[Tensor], Rows]  # of what is seen of one kind
-SeenTransform: TypeAlias = Callable[[Seen], Rows]
-Maker: TypeAlias = Callable[[Tensor], Transform]
+Transform: TypeAlias = Callable[[Tensor], Rows]
 
 _CHUNK = 50  # samples of which features are made at a time
 _MAX_SIDE, _MAX_LENGTH = 32, 512  # pixels of an image, and steps of a signal
+_SOME = 500  # samples that give features their scale
 _MAX_COLUMNS = 4096  # of more, evenly spaced ones are seen
 _CONSTANT = 1e-9  # relative standard deviation of a column that holds nothing but rounding
 _TINY = 1e-12  # length of a row of zeros
+_EQUAL = 1e-12  # relative squared distance of equal rows
 
 _NUM_PATCHES, _NUM_FILTERS = 20_000, 256
 _MIN_PATCH, _MAX_PATCH, _MAX_STEPS = 3, 6, 16  # pixels a side, and steps of a signal
@@ -35,7 +35,6 @@ _MIN_SIDE = 6  # of images that have patches
 _COARSE = 24  # pixels a side from which every second place is taken
 _CONTRAST, _WHITENING = 0.1, 0.1  # what keeps flat patches and weak directions small
 _THRESHOLD = 0.5  # of responses
-_SOME = 500  # samples that give responses their scale
 _RARE = 0.1  # of the scale of all responses, added to that of each
 
 _MAX_WORDS = 8192  # and pairs of words
@@ -89,57 +88,54 @@ def fit_size(inputs: Tensor, shape: torch.Size) -> Tensor:
     return torch.cat([F.interpolate(part.float(), shape[2:], mode="area") for part in torch.split(inputs, _CHUNK)])
 
 
-def make_transforms(seen: Seen) -> dict[str, SeenTransform]:
-    """Return the features that fit what is seen, which comes from :func:`shrunk`: by name, what makes rows of it.
-
-    Several kinds are seen side by side, each scaled to a variance of 1, so that none drowns the others.
-    """
-    makers = {kind: _makers(kind, inputs) for kind, inputs in seen.items()}
-    if len(seen) == 1:
-        kind, inputs = next(iter(seen.items()))
-        return {name: partial(_rows, transforms={kind: make(inputs)}) for name, make in makers[kind].items()}
-    names = {kind: next(iter(each)) for kind, each in makers.items()}
-    transforms = {kind: _balanced(makers[kind][name], seen[kind]) for kind, name in names.items()}
-    return {" and ".join(names.values()): partial(_rows, transforms=transforms)}
+def possible_blocks(seen: Seen) -> list[dict[str, str]]:
+    """Return what may be seen of samples: each time the name of a block of features for each kind."""
+    found = {kind: _blocks_of(kind, inputs) for kind, inputs in seen.items()}
+    if len(found) > 1:
+        return [{kind: blocks[0] for kind, blocks in found.items()}]
+    return [{kind: block} for kind, blocks in found.items() for block in blocks]
 
 
-def raw_columns(kind: str, seen: Seen) -> SeenTransform:
-    """Return what makes rows of the numbers of a kind as they are."""
-    transform = partial(_scaled, function=partial(flat, length=seen[kind].shape[1]), mean=0.0, scale=1.0)
-    return partial(_rows, transforms={kind: transform})
-
-
-def _makers(kind: str, inputs: Tensor) -> dict[str, Maker]:
+def _blocks_of(kind: str, inputs: Tensor) -> tuple[str, ...]:
     if kind == "tokens":
-        return {"words": words, "columns": columns}
-    if kind != "columns" and _patch_size(inputs):
-        return {"patches": patches, "values": values}
-    return {"columns": columns, "values": values}
+        return "words", "columns"
+    has_patches = kind != "columns" and _patch_size(inputs)
+    return ("patches", "values") if has_patches else ("columns", "values")
 
 
-def _rows(seen: Seen, transforms: dict[str, Transform]) -> Rows:
-    parts = [transform(seen[kind]) for kind, transform in transforms.items()]
-    if len(parts) == 1:
-        return parts[0]
-    if all(isinstance(part, np.ndarray) for part in parts):
-        return np.concatenate(parts, axis=1)
-    from scipy.sparse import hstack
+class Features:
+    """What makes rows of samples, a block for each kind, side by side; each is scaled, so that none drowns the others.
 
-    return hstack(parts, format="csr")
+    Args:
+        blocks: The name of a block for each kind: ``"columns"``, ``"values"``, ``"patches"`` or ``"words"``.
+        seen: Training samples, no larger than ``shrunk`` makes them.
+    """
+
+    def __init__(self, blocks: dict[str, str], seen: Seen) -> None:
+        self.name = " and ".join(blocks.values())
+        self._transforms = {kind: _MAKERS[block](seen[kind]) for kind, block in blocks.items()}
+        self._scales = dict.fromkeys(blocks, 1.0)
+        if len(blocks) > 1:
+            rows = {kind: transform(_some(seen[kind])) for kind, transform in self._transforms.items()}
+            self._scales = {kind: math.sqrt(median_distance(each)) for kind, each in rows.items()}
+
+    def __call__(self, seen: Seen) -> Rows:
+        """Return the rows of samples."""
+        from scipy.sparse import hstack, issparse
+
+        rows = [transform(seen[kind]) / self._scales[kind] for kind, transform in self._transforms.items()]
+        if len(rows) == 1:
+            return rows[0]
+        return hstack(rows, format="csr") if any(map(issparse, rows)) else np.hstack(rows)
 
 
-def _balanced(make: Maker, inputs: Tensor) -> Transform:
-    """Scale the rows of a transform to a variance of 1, the sum over columns."""
-    transform = make(inputs)
-    rows = transform(_some(inputs))
-    mean = rows.mean(axis=0)
-    variance = float(rows.multiply(rows).sum() if hasattr(rows, "multiply") else (rows * rows).sum()) / rows.shape[0]
-    scale = math.sqrt(max(variance - float(np.square(mean).sum()), 0.0)) or 1.0
-    return partial(_divided, transform=transform, scale=scale)
+def median_distance(rows: Rows) -> float:
+    """Return the median of squared distances of different rows, of at most 500."""
+    from sklearn.metrics import pairwise
 
-
-def _divided(inputs: Tensor, transform: Transform, scale: float) -> Rows:
-    return transform(inputs) / scale
+    distances = pairwise.euclidean_distances(rows[spread(rows.shape[0], _SOME).numpy()], squared=True)
+    positive = distances[distances > _EQUAL * distances.max()]
+    return float(np.median(positive)) if len(positive) else 1.0
 
 
 def _in_parts(function: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
@@ -282,3 +278,11 @@ def _words(ids: list[int]) -> list[tuple[int, ...]]:
     """List the words of a text, and pairs of neighbours; negative ids are padding."""
     known = [each for each in ids if each >= 0]
     return [*zip(known, strict=True), *pairwise(known)]
+
+
+_MAKERS: dict[str, Callable[[Tensor], Transform]] = {
+    "columns": columns,
+    "values": values,
+    "patches": patches,
+    "words": words,
+}

@@ -6,10 +6,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from lightning_sensitivity.functional.tasks import Task
 from lightning_sensitivity.reference.features import Seen, spread
 
 _MAX_SAMPLES = {True: 50_000, False: 10_000}  # that a reference knows: with columns, and without
-_MAX_LABELS = 20_000_000  # samples times classes
+_MAX_LABELS = 10_000_000  # samples times classes
 _CHUNK = 500  # samples that are projected at a time
 _FEW_VALUES = 100  # in each column of a table of categories
 _FEW_COMBINATIONS = 10  # of them, for each sample
@@ -29,27 +30,37 @@ def max_samples(kinds: Iterable[str], num_columns: int) -> int:
     return min(_MAX_SAMPLES["columns" in set(kinds)], max(1, _MAX_LABELS // num_columns))
 
 
-def observations(seen: Seen, y: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+def observations(seen: Seen, labels: Tensor, num_columns: int, task: Task) -> tuple[Tensor, Tensor]:
     """Choose different samples with labels, in an order that depends on the samples alone, with their mean labels.
 
     Samples are sorted by a random projection, which equal ones share. A sampler with replacement draws a sample
     repeatedly: that is no second observation, and a reference that leaves one of them out would still know its label.
+
+    Args:
+        seen: What is seen of the samples.
+        labels: Their labels.
+        num_columns: C, the number of columns of the labels' matrix.
+        task: The task.
+
+    Returns:
+        Which samples they are, ``(M,)``, and the matrix of labels, ``(M, C)``.
     """
-    place, label = projection(seen), _projected(y)
-    order = label.argsort(stable=True)
+    place = projection(seen)
+    order = _projected(labels).argsort(stable=True)
     order = order[place[order].argsort(stable=True)]
-    order = order[counts[order]]
+    order = order[task.has_label(labels[order])]
+    order = order[spread(len(order), max(1, _MAX_LABELS // num_columns))]
+    y = task.as_matrix(labels[order], num_columns).double()
     groups = torch.unique_consecutive(place[order], return_inverse=True)[1]
     first = torch.cat([groups.new_ones(1), groups.diff()]).bool()
-    means = torch.zeros(int(first.sum()), y.shape[1], dtype=y.dtype).index_add_(0, groups, y[order])
+    means = torch.zeros(int(first.sum()), num_columns, dtype=y.dtype).index_add_(0, groups, y)
     means /= groups.bincount()[:, None]
-    labels = y[order]
-    within, total = (means[groups] - labels).square().sum(), (labels - labels.mean(0)).square().sum()
+    within, total = (means[groups] - y).square().sum(), (y - y.mean(0)).square().sum()
     differ = [*seen] == ["columns"] and bool(within > _CONTRADICTORY * total)
     if not has_few_values(seen, labels_differ=differ):
-        order, labels = order[first], means
-    chosen = spread(len(order), max_samples(seen, y.shape[1]))
-    return order[chosen], labels[chosen]
+        order, y = order[first], means
+    chosen = spread(len(order), max_samples(seen, num_columns))
+    return order[chosen], y[chosen]
 
 
 def has_few_values(seen: Seen, labels_differ: bool = False) -> bool:
@@ -75,7 +86,7 @@ def has_few_values(seen: Seen, labels_differ: bool = False) -> bool:
 def projection(seen: Seen) -> Tensor:
     """Return a number for each sample, ``(N,)``, float64, which equal ones share, and different ones hardly ever.
 
-    It is a random projection of the bits of numbers in single precision, which is exact; padding of tokens adds nothing.
+    It is a random projection of the bits of numbers in single precision, and exact; padding of tokens adds nothing.
     """
     return torch.stack([_projected(values, seed) for seed, values in enumerate(seen.values())]).sum(0).double()
 
@@ -84,7 +95,9 @@ def _projected(values: Tensor, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     direction = torch.randint(-(2**62), 2**62, (values[0].numel(),), generator=generator)
     shift = 0 if values.is_floating_point() else 1  # of the padding, -1
-    bits = (part.flatten(1).float().add(shift).view(torch.int32).long() for part in values[:, None].split(_CHUNK))
+    bits = (
+        part.flatten(1).float().add(shift).view(torch.int32).long() for part in torch.split(values[:, None], _CHUNK)
+    )
     return torch.cat([(part * direction).sum(1) for part in bits])
 
 

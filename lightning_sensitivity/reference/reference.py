@@ -5,6 +5,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from sklearn.base import BaseEstimator
+from sklearn.metrics import accuracy_score, r2_score
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from lightning_sensitivity.reference.calibration import unexplained_share
 from lightning_sensitivity.reference.features import Seen, fit_size, shrunk
 from lightning_sensitivity.reference.learners import Learner, fit_estimator, fit_learners
 from lightning_sensitivity.reference.observations import observations
-from lightning_sensitivity.reference.samples import names_of, read_labels, read_samples
+from lightning_sensitivity.reference.samples import read_labels, read_samples
 
 Array: TypeAlias = Any  # of NumPy
 
@@ -38,8 +39,9 @@ class Reference(BaseEstimator):  # type: ignore[misc]
       width of the kernel and ridge are chosen by this score.
 
     Its probabilities are then calibrated by one temperature (Guo et al., 2017), that of the lowest left-out Brier
-    score, and by a uniform share if they are still surer than they are right, beyond chance. A sample that comes repeatedly counts once, with the mean of its labels, except in a table of few categories,
-    where different people have the same columns. Nothing depends on the order of the samples.
+    score; what that leaves too sure by more than two standard errors, as redrawn labels do, is smoothed. A sample that
+    comes repeatedly counts once, with the mean of its labels, except in a table of few categories, where different
+    people have the same columns. Nothing depends on the order of the samples.
 
     Args:
         task: ``"multiclass"``, ``"binary"`` or ``"regression"``, which says how labels are scored.
@@ -60,6 +62,7 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         is_trusted_: Whether it sees enough to choose by; else a network may know more. Of columns it sees all there
             is, so that any skill will do; else it needs 0.05.
         temperature_: What logarithms of the learner's probabilities were divided by; 1 in a regression.
+        smoothing_: The share of a prediction that was then spread evenly over all classes, mostly 0.
         accuracy_: The share of training labels that it predicts without having seen them; nan in a regression.
         auroc_: The area under the ROC curve of left-out predictions, mean over classes; nan without two classes.
         majority_: The share of the most frequent class; nan in a regression.
@@ -108,11 +111,13 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         """
         task = find_task(self.task)
         seen = read_samples(x)
-        labels, counts, self.classes_ = read_labels(y, task)
-        for kind, values in seen.items():
-            if len(values) != len(labels):
-                raise ValueError(f"Expected a label for each sample, but got {len(labels)} for {len(values)} {kind}.")
-        rows, labels = observations(seen, labels, counts)
+        labels, self.classes_ = read_labels(y, task)
+        sizes = {len(labels), *map(len, seen.values())}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"Expected `x` and `y` of the same samples, but got {' and '.join(map(str, sorted(sizes)))}."
+            )
+        rows, labels = observations(seen, labels, len(self.classes_), task)
         seen = {kind: shrunk(values[rows]) for kind, values in seen.items()}
         if self.estimator is None:
             learner, chosen = fit_learners(seen, labels, task)
@@ -121,8 +126,10 @@ class Reference(BaseEstimator):  # type: ignore[misc]
             learner = fit_estimator(self.estimator, seen, labels, task)
         self._learner, self._shapes = learner, {kind: values.shape for kind, values in seen.items()}
         self.n_features_in_ = sum(math.prod(shape[1:]) for shape in self._shapes.values())
-        if names_of(x) is not None:
-            self.feature_names_in_ = names_of(x)
+        names = list(getattr(x, "columns", ()))
+        self.__dict__.pop("feature_names_in_", None)
+        if names and all(isinstance(name, str) for name in names):
+            self.feature_names_in_ = np.array(names, dtype=object)
         self._describe(learner, rows, task)
         return self
 
@@ -131,20 +138,21 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         p, y = learner.left_out, learner.labels
         shares = y.mean(0)
         self.left_out_, self.labels_, self.rows_, self.shares_ = p.numpy(), y.numpy(), rows.numpy(), shares.numpy()
-        self.learner_, self.features_, self.kind_ = learner.name, learner.features, ", ".join(self._shapes)
+        self.learner_, self.features_, self.kind_ = learner.name, learner.features.name, ", ".join(self._shapes)
         self.num_samples_ = len(y)
-        self.temperature_ = 1 / learner.calibration.power
-        self.score_ = learner.score
+        self.temperature_, self.smoothing_ = 1 / learner.calibration.power, learner.calibration.smoothing
+        self.score_ = float(task.distances(p, y).mean())
         self.chance_ = float(task.distances(shares.expand_as(y), y).mean())
         self.skill_ = 1 - self.score_ / self.chance_ if self.chance_ > _ROUNDING else 0.0
         self.is_trusted_ = self.skill_ > _LEAST_SKILL.get(self.kind_, _LEAST_SKILL_OF_OTHERS)
         self.accuracy_ = self.majority_ = self.auroc_ = self.unexplained_ = math.nan
-        self.residuals_ = self.labels_[:0]
-        if not task.has_classes:
-            self.residuals_ = _quantiles(self.labels_ - self.left_out_)
-            return
-        found, classes = task.classes(p), task.classes(y)
-        self.accuracy_ = float((found == classes).double().mean())
+        self.residuals_ = self.labels_[:0] if task.has_classes else _quantiles(self.labels_ - self.left_out_)
+        if task.has_classes:
+            self._describe_classes(p, y, task)
+
+    def _describe_classes(self, p: Tensor, y: Tensor, task: Task) -> None:
+        classes = task.classes(y)
+        self.accuracy_ = float((task.classes(p) == classes).double().mean())
         self.majority_ = float(classes.bincount().max()) / len(y)
         metric = default_metrics(task, y.shape[1]).get("auroc")
         if metric is not None and self.majority_ < 1:
@@ -159,7 +167,7 @@ class Reference(BaseEstimator):  # type: ignore[misc]
     def __str__(self) -> str:
         """Say what it is, and how good."""
         if not self.__sklearn_is_fitted__():
-            return super().__str__()
+            return str(super().__str__())
         return f"Reference({self.learner_} on {self.features_}, {self.num_samples_} samples, skill {self.skill_:.2f})"
 
     def predict_proba(self, x: Any) -> Array:
@@ -174,7 +182,7 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         """
         if not find_task(self.task).has_classes:
             raise AttributeError("A regression has no probabilities: use `predict`.")
-        return self._predict(x)
+        return self.predict_matrix(x)
 
     def predict(self, x: Any) -> Array:
         """Predict classes, ``(M,)``, or the targets of a regression, ``(M,)`` or ``(M, D)``.
@@ -185,7 +193,7 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         Raises:
             ValueError: As by :meth:`predict_proba`.
         """
-        found = self._predict(x)
+        found = self.predict_matrix(x)
         if find_task(self.task).has_classes:
             return self.classes_[found.argmax(1)]
         return found[:, 0] if found.shape[1] == 1 else found
@@ -197,19 +205,23 @@ class Reference(BaseEstimator):  # type: ignore[misc]
             x: As for :meth:`predict_proba`.
             y: Classes ``(M,)``, or targets.
         """
-        from sklearn.metrics import accuracy_score, r2_score
-
         measure = accuracy_score if find_task(self.task).has_classes else r2_score
         return float(measure(np.asarray(y), self.predict(x)))
 
-    def _predict(self, x: Any) -> Array:
-        """Predict what a network does after softmax or sigmoid, or the targets of a regression, ``(M, C)``."""
+    def predict_matrix(self, x: Any) -> Array:
+        """Predict what a network does after softmax or sigmoid, or the targets of a regression, ``(M, C)``.
+
+        Args:
+            x: As for :meth:`predict_proba`.
+
+        Raises:
+            ValueError: As by :meth:`predict_proba`.
+        """
         check_is_fitted(self)
         seen = read_samples(x, getattr(self, "feature_names_in_", None))
         self._check_kinds(seen)
-        number = len(next(iter(seen.values())))
-        found = [self.left_out_[:0]]
-        for start in range(0, number, _CHUNK):
+        found = []
+        for start in range(0, len(next(iter(seen.values()))), _CHUNK):
             part = {kind: shrunk(values[start : start + _CHUNK]) for kind, values in seen.items()}
             fitted = {kind: fit_size(values, self._shapes[kind]) for kind, values in part.items()}
             found.append(self._learner.predict(fitted).numpy())

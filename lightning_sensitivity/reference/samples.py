@@ -9,7 +9,6 @@ from sklearn.utils import check_array
 from torch import Tensor
 
 from lightning_sensitivity.functional.tasks import IGNORED, Task
-from lightning_sensitivity.functional.tensors import as_tensor
 from lightning_sensitivity.reference.features import Seen, kind_of
 
 Array: TypeAlias = Any  # of NumPy
@@ -28,49 +27,17 @@ def read_samples(x: Any, names: Any = None) -> Seen:
         TypeError: If it is sparse.
     """
     if isinstance(x, Mapping):
-        return {str(kind): _numbers(kind, values) for kind, values in x.items()}
+        return {str(kind): _as_tensor("x", values) for kind, values in x.items()}
     if hasattr(x, "columns"):
-        return {"columns": _columns_of(x, names)}
-    values = _numbers("x", x)
-    values = values[:, None].double() if values.ndim == 1 else values
-    kind = kind_of(values)
-    return {kind: values.flatten(1) if kind == "columns" else values}
+        return {"columns": _as_tensor("x", _columns_of(x, names))}
+    values = _as_tensor("x", x)
+    if values.ndim == 1 or values.ndim > 4:
+        return {"columns": values[:, None].flatten(1).double()}
+    return {kind_of(values): values}
 
 
-def names_of(x: Any) -> Array | None:
-    """Return the names of a data frame's columns, if all are strings."""
-    names = list(getattr(x, "columns", ()))
-    return np.array(names, dtype=object) if names and all(isinstance(name, str) for name in names) else None
-
-
-def _columns_of(frame: Any, names: Any) -> Tensor:
-    missing = [] if names is None else [name for name in names if name not in frame.columns]
-    if missing:
-        raise ValueError(f"Expected `x` to have the columns that were fitted, but got none named {_list(missing)}.")
-    columns = {name: np.asarray(frame[name]) for name in (frame.columns if names is None else names)}
-    kinds = {name: column.dtype.kind for name, column in columns.items()}
-    for problem, bad in (
-        ("are dates: take numbers of them, such as days", [name for name in kinds if kinds[name] in "Mm"]),
-        (
-            "are no numbers: `pandas.get_dummies` makes columns of names",
-            [name for name in kinds if kinds[name] not in "biufMm"],
-        ),
-        (
-            "have missing values: impute them, with a flag column for each",
-            [name for name in kinds if kinds[name] == "f" and np.isnan(columns[name]).any()],
-        ),
-    ):
-        if bad:
-            raise ValueError(f"Columns of `x` {problem}: {_list(bad)}.")
-    return _numbers("x", np.column_stack([column.astype(float) for column in columns.values()]))
-
-
-def _list(names: list[Any]) -> str:
-    return ", ".join(map(repr, names[:10])) + (", ..." if len(names) > 10 else "")
-
-
-def _numbers(name: str, values: Any) -> Tensor:
-    """Return finite real numbers on the CPU, ``(N, ...)``."""
+def _as_tensor(name: str, values: Any) -> Tensor:
+    """Return finite real numbers, ``(N, ...)``, on the CPU."""
     if isinstance(values, Tensor):
         if values.layout != torch.strided:
             raise TypeError(f"Expected `{name}` to be dense, but got {values.layout}: use `to_dense()`.")
@@ -80,52 +47,62 @@ def _numbers(name: str, values: Any) -> Tensor:
     return torch.from_numpy(found if found.flags.writeable else found.copy())
 
 
-def read_labels(y: Any, task: Task) -> tuple[Tensor, Tensor, Array]:
-    """Return labels as a matrix, which of them count, and the classes.
+def _columns_of(frame: Any, names: Any) -> Array:
+    """Return the columns of a data frame as floats, ``(N, D)``."""
+    names = list(frame.columns) if names is None else list(names)
+    _refuse("are missing", [name for name in names if name not in frame.columns])
+    columns = {name: np.asarray(frame[name]) for name in names}
+    kinds = {name: column.dtype.kind for name, column in columns.items()}
+    _refuse("are dates: take numbers of them, such as days", [name for name in names if kinds[name] in "Mm"])
+    _refuse("are no numbers: use `pandas.get_dummies`", [name for name in names if kinds[name] not in "biuf"])
+    missing = [name for name in names if np.isnan(columns[name]).any()]
+    _refuse("have missing values: impute them, with a flag column for each", missing)
+    return np.column_stack([column.astype(float) for column in columns.values()])
+
+
+def _refuse(problem: str, columns: list[Any]) -> None:
+    if columns:
+        raise ValueError(f"Columns of `x` {problem}: {', '.join(map(repr, columns))}.")
+
+
+def read_labels(y: Any, task: Task) -> tuple[Tensor, Array]:
+    """Return labels that fit the task, and what the columns of their matrix stand for, ``(C,)``.
 
     Args:
         y: Labels of any kind that :meth:`Reference.fit` takes.
         task: The task.
 
-    Returns:
-        The matrix ``(N, C)``, float64; which samples have a label, ``(N,)``; and the names of the columns, ``(C,)``.
-
     Raises:
         ValueError: If labels do not fit the task, or none counts.
     """
-    values = y.detach().cpu() if isinstance(y, Tensor) else y
-    array = np.asarray(values.float() if getattr(values, "dtype", None) == torch.bfloat16 else values)
-    if array.ndim == 2 and array.shape[1] == 1:
-        array = array[:, 0]
-    if array.dtype.kind in "fO" and any(each != each for each in array.flat):
-        raise ValueError("Expected `y` without nan. Leave such samples out.")
-    if task.name == "multiclass" and array.ndim == 1:
-        return _indexed(array)
-    labels = as_tensor(array.astype(float))
-    if not bool(labels.isfinite().all()):
-        raise ValueError("Expected `y` to be finite, but got inf. Leave such samples out.")
-    shape = labels.shape[1:]
-    task.check(torch.zeros(len(labels), *(() if task.has_one_output else shape)), labels)
-    matrix = task.as_matrix(labels)
-    return matrix, _some(task.has_label(labels)), np.arange(matrix.shape[1])
-
-
-def _indexed(labels: Array) -> tuple[Tensor, Tensor, Array]:
-    """Return the same for names of classes, ``(N,)``."""
-    if labels.dtype.kind == "f":
-        raise ValueError(
-            f"Expected `y` to be class indices or names (N,), or probabilities (N, K), but got {labels.dtype}. Set "
-            "task='binary' if they are from 0 to 1, task='regression' if they are measurements; make classes integers."
-        )
-    counts = labels != IGNORED
-    _some(counts)
-    classes, codes = np.unique(labels[counts], return_inverse=True)
-    matrix = torch.zeros(len(labels), len(classes), dtype=torch.float64)
-    matrix[np.flatnonzero(counts), codes] = 1.0
-    return matrix, torch.from_numpy(counts), classes
-
-
-def _some(counts: Any) -> Any:
-    if not counts.any():
+    array = np.asarray(y.detach().cpu().double() if isinstance(y, Tensor) and y.is_floating_point() else y)
+    array = array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
+    has_names = task.name == "multiclass" and array.ndim == 1
+    labels, classes = _of_names(array) if has_names else _of_numbers(array, task)
+    if not bool(task.has_label(labels).any()):
         raise ValueError(f"Expected a label in `y` that is not {IGNORED}, but got none.")
-    return counts
+    return labels, classes
+
+
+def _of_names(names: Array) -> tuple[Tensor, Array]:
+    """Return class indices of integers and names, ``(N,)``."""
+    if names.dtype.kind not in "biuOUS":
+        raise ValueError(
+            f"Expected `y` to be integers or names of classes (N,), or probabilities (N, K), but got {names.dtype}. "
+            "Set task='binary' if they are from 0 to 1, task='regression' if they are measurements."
+        )
+    counts = np.asarray(names != IGNORED)
+    classes, indices = np.unique(names[counts], return_inverse=True)
+    labels = torch.full((len(names),), IGNORED)
+    labels[torch.from_numpy(counts)] = torch.from_numpy(indices)
+    return labels, classes
+
+
+def _of_numbers(numbers: Array, task: Task) -> tuple[Tensor, Array]:
+    """Return probabilities and measurements, ``(N,)`` or ``(N, C)``, as they are."""
+    labels = _as_tensor("y", numbers.astype(float))
+    shape = tuple(labels.shape[1:])
+    task.check(torch.zeros(len(labels), *(() if task.has_one_output else shape)), labels)
+    if not task.has_classes and len(labels) > 1 and bool((labels == labels[0]).all()):
+        raise ValueError(f"All targets in `y` are {labels[0].tolist()}: there is nothing to learn.")
+    return labels, np.arange(task.num_columns(shape))

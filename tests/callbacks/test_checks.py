@@ -275,6 +275,11 @@ def test_class_shares_that_are_none_are_refused(name: str) -> None:
         RiskMonitor(task, class_shares=shares)
 
 
+@pytest.mark.parametrize("options", BEFORE)
+def test_class_shares_of_other_classes_are_refused_before_the_first_step(options: Any) -> None:
+    refused(RiskMonitor(class_shares=[0.5, 0.5]), Linear(), match="`class_shares` should be shares of 4 ", **options)
+
+
 @pytest.mark.parametrize(("task", "estimator"), [("multiclass", Ridge()), ("binary", LinearSVC()), ("regression", 3)])
 def test_a_reference_without_what_is_needed_of_it_is_refused(task: str, estimator: Any) -> None:
     with pytest.raises(MisconfigurationException, match=r"`reference` should be an estimator of scikit-learn with `p"):

@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_sensitivity import RiskMonitor
 from lightning_sensitivity.callbacks.closing import closing_line, summarize
 from lightning_sensitivity.callbacks.run_reference import Verdict
-from tests.callbacks.plain_loop import ACCURACY, AUROC, HOLDOUT, NOISY, SCORE, Plain, X, batches_of, fit
+from tests.callbacks.plain_loop import ACCURACY, AUROC, NOISY, SCORE, Plain, X, batches_of, fit
 from tests.helpers import fitted, fitted_and_said, labelled, quick_risk, trainer, unlabelled_loader
 
 FIRST, SECOND = (f"{SCORE}/dataloader_idx_{index}" for index in (0, 1))
@@ -69,7 +69,7 @@ LAST = (
     "(`validation_labels=True`), or set `features=`."
 )
 BLIND: dict[str, Any] = {"is_trusted": False, "unexplained": math.nan}
-NUMBERS = {**dict.fromkeys(("accuracy", "auroc", "majority", "unexplained"), math.nan), "skill": 0.62, "score": 0.123456}
+NUMBERS = dict.fromkeys(("accuracy", "auroc", "majority", "unexplained"), math.nan) | {"skill": 0.62, "score": 0.12345}
 LABELS: dict[str, Any] = {"num_labels": 70, "reference": None}
 SAYS: dict[str, tuple[Verdict | None, Rows, str]] = {  # a verdict, a history, and what is said
     "the reference chose": (verdict(), validations(), f"{BEST}. {CHOSE} {RIVAL}"),

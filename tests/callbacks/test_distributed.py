@@ -1,7 +1,6 @@
 """Two and four gloo processes say what one says; each number of them is started once, and runs every scenario."""
 
 import os
-from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,13 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
+from torchmetrics.classification import MulticlassAccuracy
 
 import tests.helpers as helpers
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
-from lightning_sensitivity.callbacks import reference, risk
+from lightning_sensitivity.callbacks import risk
 from tests.callbacks.plain_loop import ACCURACY, AUROC, SCORE, Plain, batches_of
-from tests.helpers import Stream, inputs, labelled, quick_risk, small_forests
+from tests.helpers import Stream, labelled, quick_risk, small_forests
 
 SENSITIVITY = "val/output_sensitivity"
 X, CORRECT = labelled(96).tensors  # a number that two and four divide
@@ -41,23 +41,25 @@ def distributed(**kwargs: Any) -> Trainer:
     return Trainer(strategy=DDPStrategy(timeout=timedelta(seconds=120)), devices=world_size(), **kwargs)
 
 
-def dealt(sizes: list[int]) -> DataLoader:
+def dealt(sizes: list[int], has_labels: bool = False) -> DataLoader:
     """Validation samples of which each process has another number, and so another number of batches."""
-    samples = inputs(sum(sizes), seed=1)
-    stream = Stream()
-    stream.samples = samples if world_size() == 1 else samples.split(sizes)[rank()]
+    stream = Stream(sum(sizes), has_labels, seed=1)
+    rows = torch.arange(sum(sizes))
+    rows = rows if world_size() == 1 else rows.split(sizes)[rank()]
+    stream.samples = [stream.samples[row] for row in rows.tolist()]  # type: ignore[assignment]
     return DataLoader(stream, 16)
 
 
-class Still(Plain):
-    """Training does not move it, and its own collectives come between ours."""
-
-    lr = 0.0
+class Moving(Plain):
+    """It has no dropout, so that it is trained alike in any number of processes."""
 
     def __init__(self) -> None:
         super().__init__()
-        for weight in self.parameters():
-            weight.data.mul_(3)
+        self.net[2].p = 0.0
+
+
+class Busy(Moving):
+    """Its own collectives come between ours."""
 
     def on_validation_epoch_end(self) -> None:
         self.log("val_mine", torch.ones(()), sync_dist=True)
@@ -74,19 +76,20 @@ def fitted(monitors: Any, model: Any, train: Any, val: Any, **kwargs: Any) -> tu
 
 def all_that_is_said(sizes: list[int]) -> Any:
     monitors = [monitor := RiskMonitor(), SensitivityMonitor(loss_estimate=True)]
-    train = batches_of(X, NOISY, batch_size=40 // world_size())  # of 20 and 10, and of the rest
+    mine = slice(rank(), None, world_size())  # Lightning's sampler would shuffle
+    train = batches_of(X[mine], NOISY[mine], batch_size=40 // world_size())
     lines = list[str]()
     with small_forests() as patch:
         patch.setattr(risk, "rank_zero_info", lines.append)
-        run, texts = fitted(monitors, Still(), train, dealt(sizes))
+        run, texts = fitted(monitors, Busy(), train, dealt(sizes), use_distributed_sampler=False)
     return helpers.logged(run, "val/"), *known_of(monitor), lines, texts
 
 
-def known_of(monitor: RiskMonitor) -> tuple[dict[str, Any], list[str]]:
-    """What a monitor remembers: numbers, and words."""
-    record: dict[str, Any] = asdict(monitor.record)
-    del record["saved_steps"]
-    return record, [record["verdict"].pop(name) for name in ("learner", "features")]
+def known_of(monitor: RiskMonitor) -> tuple[list[Any], list[Any]]:
+    """What a monitor remembers: numbers, and words and flags."""
+    rows = [*monitor.history, monitor.summary]
+    values = [(name, each) for row in rows for name, each in row.items()]
+    return [pair for pair in values if type(pair[1]) is float], [pair for pair in values if type(pair[1]) is not float]
 
 
 SIZES = {2: [50, 75], 4: [50, 0, 20, 55]}  # of validation samples; in one process there is no batch
@@ -103,9 +106,8 @@ def four(rank: int, folder: Path) -> Any:
 
 def assert_same_as_one(found: list[Any], alone: Any) -> None:
     for each in found[1:]:
-        torch.testing.assert_close(each[:2], found[0][:2], rtol=0, atol=0, equal_nan=True)
-        assert each[2:] == found[0][2:]
-    values, record, words, lines, texts = found[0]
+        assert each == found[0]
+    values, numbers, words, lines, texts = found[0]
     truth, one, one_words, one_line, _ = alone
     assert texts == [] and lines == one_line and words == one_words
     assert len(lines) == 1 and "The reference (" in lines[0]
@@ -115,8 +117,8 @@ def assert_same_as_one(found: list[Any], alone: Any) -> None:
         {name: truth[name] for name in values.keys() - noisy}, rel=1e-5
     )
     assert values[SENSITIVITY] == pytest.approx(truth[SENSITIVITY], abs=4 * truth[SENSITIVITY + "_stderr"])
-    torch.testing.assert_close(record, one, rtol=1e-5, atol=1e-7, equal_nan=True)
-    assert record["verdict"]["is_trusted"] and record["verdict"]["num_samples"] == 96
+    assert numbers == [(name, pytest.approx(number, rel=1e-5)) for name, number in one]
+    assert ("is_trusted", True) in words and ("num_training", 96) in words
 
 
 @pytest.mark.filterwarnings("ignore:Total length of `DataLoader`")
@@ -136,12 +138,6 @@ def unequal(folder: Path) -> Any:
     return all_that_is_said(SIZES[2])
 
 
-class Moving(Plain):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net[2].p = 0.0
-
-
 def identical(folder: Path) -> Any:
     """Training with and without monitors, and a process without a validation batch."""
     model, other = Moving(), Moving()
@@ -151,9 +147,6 @@ def identical(folder: Path) -> Any:
     fitted([], other, train, val)
     torch.testing.assert_close(model.state_dict(), other.state_dict(), rtol=0, atol=0)
     return run.epochs, texts
-
-
-MARK = 0.5  # in a sample of the batch that fails
 
 
 class Failing(Moving):
@@ -166,9 +159,27 @@ class Failing(Moving):
 
 
 def failing(folder: Path) -> Any:
-    stopping = EarlyStopping(SCORE, patience=1)
+    stopping = EarlyStopping(SCORE, patience=2)
     monitors = [SensitivityMonitor(), quick_risk(), stopping]
     run, texts = fitted(monitors, Failing(), batches_of(X, CORRECT, batch_size=20), dealt([20, 40]), max_epochs=3)
+    return run.epochs, texts
+
+
+class LateMetric(MulticlassAccuracy):
+    """It fails in one process, in the second validation; its first value is that of the first training batch."""
+
+    calls = 0
+
+    def compute(self) -> Tensor:
+        LateMetric.calls += 1
+        if rank() == 1 and LateMetric.calls == 3:
+            raise ValueError("out of metrics")
+        return super().compute()
+
+
+def failing_metric(folder: Path) -> Any:
+    monitors = [SensitivityMonitor(), quick_risk(metrics={"accuracy": LateMetric(4)})]
+    run, texts = fitted(monitors, Moving(), batches_of(X, CORRECT, batch_size=20), dealt([20, 40]), max_epochs=3)
     return run.epochs, texts
 
 
@@ -176,7 +187,7 @@ def failing_training(folder: Path) -> Any:
     model, monitor = Moving(), quick_risk()
     model.loss = lambda outputs, y: cross_entropy(outputs, y.clamp(max=3))
     run, texts = fitted([monitor], model, batches(rank()), dealt([20, 40]), use_distributed_sampler=False)
-    return run.epochs, texts, (monitor.record.verdict.num_samples, monitor.record.verdict.score)
+    return run.epochs, texts, known_of(monitor)
 
 
 def batches(place: int) -> DataLoader:
@@ -194,7 +205,27 @@ def failing_features(folder: Path) -> Any:
 
     monitor = quick_risk(features=features)
     run, texts = fitted([monitor], Moving(), batches_of(X, CORRECT, batch_size=20), dealt([20, 40]))
-    return run.epochs, texts, (monitor.record.verdict.num_samples, monitor.record.verdict.score)
+    return run.epochs, texts, known_of(monitor)
+
+
+def labels(folder: Path) -> Any:
+    """Of which some, all, or those of training are missing in one process."""
+
+    def targets(change: Any, in_training: bool) -> Any:
+        is_now = lambda batch: rank() == 1 and (len(batch[1]) == 24) == in_training  # noqa: E731
+        return lambda batch: change(batch[1]) if is_now(batch) else batch[1]
+
+    def none(y: Tensor) -> Tensor:
+        return y * 0 - 100
+
+    ways = {"part/": (lambda y: y[:2] if len(y) == 8 else y, False), "none/": (none, False), "training/": (none, True)}
+    monitors = [
+        quick_risk(prefix=prefix, validation_labels=prefix != "training/", targets=targets(*way))
+        for prefix, way in ways.items()
+    ]
+    train, val = batches_of(X, CORRECT, batch_size=24), dealt([20, 40], has_labels=True)
+    _, texts = fitted(monitors, Moving(), train, val)
+    return texts, [known_of(each) for each in monitors]
 
 
 def resuming(folder: Path) -> Any:
@@ -204,23 +235,28 @@ def resuming(folder: Path) -> Any:
     first, _ = fitted([quick_risk()], Moving(), train, dealt([20, 40]), **options)
     first.save_checkpoint(folder / "two.ckpt")
     torch.distributed.barrier()
-    original, reference.fit_reference = reference.fit_reference, None  # type: ignore[assignment]
-    options |= {"ckpt_path": folder / "two.ckpt"}
-    _, texts = fitted([resumed := quick_risk()], Moving(), train, dealt([20, 40]), max_epochs=3, **options)
-    reference.fit_reference = original
-    return known_of(whole)[0], known_of(resumed)[0], texts
+    options |= {"ckpt_path": folder / "two.ckpt", "max_epochs": 3}
+    _, texts = fitted([resumed := quick_risk()], Moving(), train, dealt([20, 40]), **options)
+    return known_of(whole), known_of(resumed), texts
 
 
-def sorted_samples(folder: Path) -> Any:
-    """Each process gets its samples in the order of their classes, half of them before the first validation."""
+def half_an_epoch(folder: Path) -> Any:
+    """Of as many samples as fit in both processes together, in any order, and in that of the classes."""
     x, y = labelled(800, seed=5 + rank()).tensors
-    order, monitor = y.argsort(stable=True), quick_risk()
-    train, options = batches_of(x[order], y[order], batch_size=100), {"val_check_interval": 0.5, "max_epochs": 1}
-    _, texts = fitted([monitor], Moving(), train, dealt([20, 40]), use_distributed_sampler=False, **options)
-    return monitor.record.num_references, len(monitor.history), texts
+    steps = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning_sensitivity.reference.observations._MAX_SAMPLES", {True: 700})
+        for order in (torch.arange(800), y.argsort(stable=True)):
+            train = batches_of(x[order], y[order], batch_size=100)
+            options = {"val_check_interval": 0.5, "max_epochs": 1, "use_distributed_sampler": False}
+            _, texts = fitted([monitor := quick_risk()], Moving(), train, dealt([20, 40]), **options)
+            steps.append([row["step"] for row in monitor.history if "expected_score" in row])
+    return steps, monitor.summary["num_training"], texts
 
 
-SCENARIOS = (unequal, identical, failing, failing_training, failing_features, resuming, sorted_samples)
+SCENARIOS = (
+    unequal, identical, failing, failing_metric, failing_training, failing_features, labels, resuming, half_an_epoch
+)  # fmt: skip
 
 
 def run_all(rank: int, folder: Path) -> dict[str, Any]:
@@ -252,32 +288,45 @@ def test_a_pass_that_fails_in_one_process_costs_the_value_of_both_and_stops_nobo
     assert len(other_texts) == 2
 
 
+def test_a_metric_that_fails_in_one_process_costs_a_value_in_both(both: Any) -> None:
+    (epochs, texts), (other_epochs, other_texts) = both["failing_metric"]
+    assert epochs == other_epochs and [epoch[SCORE] > 2 for epoch in epochs] == [False, True, False]
+    assert texts == [] and len(other_texts) == 1 and "out of metrics" in other_texts[0]
+    assert all(epoch[SENSITIVITY] < 1e38 for epoch in epochs)
+
+
 def test_a_training_batch_that_fails_in_one_process_is_left_out_and_said_by_it(both: Any) -> None:
-    (epochs, texts, verdict), (other_epochs, other_texts, other_verdict) = both["failing_training"]
-    assert epochs == other_epochs and verdict == other_verdict and verdict[0] == 40 + 24
+    (epochs, texts, known), (other_epochs, other_texts, other_known) = both["failing_training"]
+    assert epochs == other_epochs and known == other_known and ("num_training", 40 + 24) in known[1]
     assert texts == [] and len(other_texts) == 1
     assert "could not keep a training batch" in other_texts[0] and "Expected labels from 0 to 3" in other_texts[0]
 
 
 def test_a_process_whose_validation_samples_have_no_features_costs_no_run(both: Any) -> None:
-    (epochs, _, verdict), (other_epochs, texts, other_verdict) = both["failing_features"]
-    assert epochs == other_epochs and len(epochs) == 2 and verdict == other_verdict
+    (epochs, _, known), (other_epochs, texts, other_known) = both["failing_features"]
+    assert epochs == other_epochs and len(epochs) == 2 and known == other_known and epochs[0][SCORE] < 2
     assert any("failed on a tensor" in text and "no features" in text for text in texts)
 
 
-def test_there_is_no_early_reference_of_samples_that_each_process_gets_in_the_order_of_classes(both: Any) -> None:
-    assert both["sorted_samples"] == [(1, 1, []), (1, 1, [])]
+@pytest.mark.parametrize(("place", "num_labels", "num_training"), [(0, 20 + 32, 96), (1, 20, 96), (2, 0, 48)])
+def test_labels_that_are_missing_in_one_process_are_missing_in_all(
+    both: Any, place: int, num_labels: int, num_training: int
+) -> None:
+    (_, known), (_, other_known) = both["labels"]
+    assert known[place] == other_known[place]
+    assert known[place][1].count(("num_labels", num_labels)) == 3 and ("num_training", num_training) in known[place][1]
+
+
+def test_the_reference_is_made_of_as_many_samples_as_fit_in_all_processes_unless_they_are_sorted(both: Any) -> None:
+    assert both["half_an_epoch"] == [([[4, 8], [8]], 700, [])] * 2
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint")
-def test_a_resumed_fit_goes_on_with_the_same_reference_also_in_one_process(both: Any, monkeypatch: Any) -> None:
+def test_a_resumed_fit_says_what_one_in_one_part_says_also_in_one_process(both: Any) -> None:
     (whole, resumed, texts), (_, other, other_texts) = both["resuming"]
-    assert texts == other_texts == []
-    for one, another in ((resumed, other), (resumed, whole)):
-        torch.testing.assert_close(one, another, rtol=1e-5, atol=1e-7, equal_nan=True)
-    monkeypatch.setattr(reference, "fit_reference", None)
+    assert texts == other_texts == [] and resumed == other
     monitor, options = quick_risk(), {"ckpt_path": both["folder"][0] / "two.ckpt", "max_epochs": 3}
-    helpers.fitted(monitor, Moving(), batches_of(X, CORRECT, batch_size=20), dealt([60]), **options)
-    record, _ = known_of(monitor)
-    for name in ("verdict", "predictions"):
-        torch.testing.assert_close(record[name], whole[name], equal_nan=True)
+    helpers.fitted(monitor, Moving(), batches_of(X, CORRECT, batch_size=40), dealt([60]), **options)
+    alone = known_of(monitor)
+    for numbers, words in (resumed, alone):
+        assert words == whole[1] and numbers == [(name, pytest.approx(each, rel=1e-4)) for name, each in whole[0]]

@@ -17,8 +17,8 @@ from torchmetrics.classification import MulticlassF1Score, MulticlassRecall
 
 import tests.helpers as helpers
 from lightning_sensitivity import Reference, RiskMonitor
-from lightning_sensitivity.reference.observations import projection
 from lightning_sensitivity.functional import expected_metric
+from lightning_sensitivity.reference.observations import projection
 from tests.callbacks.plain_loop import ACCURACY, AUROC, CORRECT, HOLDOUT, NOISY, SCORE, Plain, Truth, X, batches_of, fit
 from tests.helpers import (
     Classifier,
@@ -132,7 +132,7 @@ CASES = {
     "multiclass, samples that interact": Case(make=Centred),
     "multiclass, features=": Case(options={"features": lambda batch: first_tensor(batch)[:, :6].exp_()}, seen=half),
     "multiclass, an encoder": Case(options={"features": ENCODER}, seen=encoded),
-    "multiclass, class_shares=": Case(options={"class_shares": (0.1, 0.2, 0.3, 0.4)}),
+    "multiclass, class_shares=": Case(options={"class_shares": torch.tensor([0.1, 0.2, 0.3, 0.4])}),
     "multiclass, blind": Case(options={"features": blind}, seen=blind, is_blind=True),
     "multiclass, images": Case(CORRECT.where(INDEX % 4 > 0, NOISY), lambda: Plain(width=64), images),
     "multiclass, images, labels": Case(CORRECT, lambda: Plain(width=64), images, SOME),
@@ -163,7 +163,9 @@ def test_values_are_those_of_a_plain_loop(name: str) -> None:
     assert sum("expected_score" in row for row in monitor.history) == (3 if has_labels or not case.is_blind else 0)
 
 
-def test_the_reference_is_made_once_in_the_first_validation_after_a_whole_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reference_is_made_once_in_the_first_validation_after_a_whole_epoch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     x, y = helpers.labelled(1200, seed=2).tensors
     fits, fit_it = list[Any](), Reference.fit
     monkeypatch.setattr(Reference, "fit", lambda *args: fits.append(args) or fit_it(*args))

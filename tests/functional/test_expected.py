@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.linear_model import LinearRegression
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torchmetrics import MeanSquaredError
@@ -19,16 +18,8 @@ from torchmetrics.classification import (
     MulticlassCalibrationError,
 )
 
-from lightning_sensitivity.functional import (
-    Reference,
-    draw_labels,
-    expected_metric,
-    expected_score,
-    fit_reference,
-    refined_score,
-)
+from lightning_sensitivity.functional import draw_labels, expected_metric, expected_score, refined_score
 from lightning_sensitivity.functional.expected import all_values, default_metrics
-from lightning_sensitivity.functional.learners import Learner
 from lightning_sensitivity.functional.refined_score import TEMPERATURES
 from lightning_sensitivity.functional.tasks import TASKS
 
@@ -114,24 +105,11 @@ def test_rare_classes_get_their_share_and_impossible_ones_none() -> None:
 
 
 def test_targets_are_drawn_with_the_errors_of_the_reference() -> None:
-    generator = torch.Generator().manual_seed(0)
-    x, noise = torch.rand(200, 3, generator=generator), torch.randn(200, 2, generator=generator).exp()
-    reference = fit_reference(x, 5 * x[:, :2] + noise, "regression", estimator=LinearRegression())
-    q = reference.predictions(x[:40])
-    targets = draw_labels(q, "regression", reference.residuals)
-    assert targets.shape == (20, 40, 2) and torch.equal(draw_labels(q, "regression"), q[None])
-    torch.testing.assert_close(targets.mean(0), q)
-    errors = (reference.left_out - reference.labels).square().mean(0)
-    torch.testing.assert_close((targets - q).square().mean((0, 1)), errors)
-    skewed = (targets - q).mean(1).sort(0).values
-    assert (skewed[-1] > -2 * skewed[0]).all()  # as the noise is
-
-
-def test_the_errors_of_thousands_of_targets_have_quantiles() -> None:
-    y = torch.randn(10_000, 1, generator=torch.Generator().manual_seed(0)).expand(-1, 1700)
-    learner = Learner("mean", "none", torch.zeros_like(y), y, lambda new: new, 1.0)
-    residuals = Reference("regression", "vectors", y.shape, learner, torch.arange(10_000)).residuals
-    assert residuals.shape == (20, 1700) and residuals[-1, 0] == pytest.approx(2, abs=0.1)
+    _, q = sample("regression")
+    errors = np.linspace(-1, 2, 20)[:, None] * np.array([1.0, 3.0])
+    targets = draw_labels(q, "regression", errors)
+    assert targets.shape == (20, 60, 2) and torch.equal(draw_labels(q, "regression"), q[None])
+    torch.testing.assert_close(targets - q, torch.tensor(errors)[:, None].expand(20, 60, 2))
 
 
 # The metrics
@@ -191,14 +169,14 @@ def test_a_metric_stays_as_it_is() -> None:
     assert expected_metric(metric, logits, q) == fresh and metric.compute() == before
 
 
-@pytest.mark.parametrize(("task", "num_outputs", "names"), [
+@pytest.mark.parametrize(("task", "num_columns", "names"), [
     ("multiclass", 100, ["accuracy", "auroc"]),
     ("multiclass", 101, ["accuracy"]),
-    ("binary", 1, ["accuracy", "auroc"]),
+    ("binary", 2, ["accuracy", "auroc"]),
     ("regression", 2, ["mse"]),
 ])  # fmt: skip
-def test_metrics_by_default(task: str, num_outputs: int, names: list[str]) -> None:
-    metrics = default_metrics(TASKS[task], num_outputs)
+def test_metrics_by_default(task: str, num_columns: int, names: list[str]) -> None:
+    metrics = default_metrics(TASKS[task], num_columns)
     assert [*metrics] == names
     assert {each.higher_is_better for each in metrics.values()} == {task != "regression"}
 

@@ -33,7 +33,7 @@ def samples(seed: int = 0, num_samples: int = 200, task: str = "multiclass") -> 
 
 def oracle(outputs: Tensor, y: Any, task: str) -> np.ndarray:
     """The sum of the score at each temperature, by NumPy in double precision."""
-    x, y = outputs.double().numpy(), np.asarray(y, dtype=np.float64)
+    x, y = outputs.double().numpy(), np.asarray(y, dtype=np.float64).reshape(len(outputs), -1)
     if task == "regression":
         return np.full(len(TEMPERATURES), ((x - y) ** 2).mean(1).sum())
     predict = expit if task == "binary" else partial(softmax, axis=1)
@@ -62,7 +62,8 @@ def test_sums_are_those_of_their_definitions_however_samples_are_split(seed: int
 def test_predictions_and_soft_labels_are_targets_as_labels_are(task: str) -> None:
     outputs, targets = samples(task=task)
     q = TASKS[task].predictions(samples(1, task=task)[0])
-    assert refined_score(outputs, q, task).score == pytest.approx(oracle(outputs, q, task).min() / 200)
+    expected = pytest.approx(oracle(outputs, q[:, -WIDTH[task] :], task).min() / 200)
+    assert refined_score(outputs, q, task).score == expected == refined_score(outputs, q[:, -WIDTH[task] :], task).score
     certain = one_hot(targets, 4).float() if task == "multiclass" else targets[:, 0].bool()
     assert refined_score(outputs, certain, task) == refined_score(outputs, targets, task)
     p = TASKS[task].predictions(outputs)

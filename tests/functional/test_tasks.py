@@ -27,6 +27,7 @@ REFUSED: dict[str, tuple[str, Tensor, Tensor, str]] = {
     "nan for a bit": ("binary", SINGLE, BITS * torch.nan, "from 0 to 1"),
     "several outputs": ("binary", LOGITS, BITS, r"Expected one output.*shape \(6, 3\).*leave `task` out"),
     "two columns of bits": ("binary", SINGLE, MULTI_HOT[:, :2], "one label per output.*Leave `task` out"),
+    "two classes at once": ("binary", SINGLE, MULTI_HOT[:, :2].float(), "sum to 1"),
     "a target for some outputs": ("regression", LOGITS, SINGLE, r"one target per output.*\(6, 3\).*\(6, 1\)"),
     "nan for a target": ("regression", LOGITS, LOGITS * torch.nan, "finite targets.*Leave such samples out"),
     "an infinite target": ("regression", SINGLE, SINGLE / 0, "finite targets"),
@@ -42,16 +43,18 @@ def test_labels_of_another_task_are_refused(what: str) -> None:
 
 EXPECTED = torch.eye(3)[CLASSES]
 COLUMN = BITS[:, None].float()
+BOTH = torch.cat([1 - COLUMN, COLUMN], 1)  # probabilities of both classes
 ACCEPTED: dict[str, tuple[str, Tensor, Tensor, Tensor]] = {  # and the matrix that labels become
     "class indices": ("multiclass", LOGITS, CLASSES, EXPECTED),
     "indices in 8 bits": ("multiclass", LOGITS, CLASSES.to(torch.int8), EXPECTED),
     "some ignored": ("multiclass", LOGITS, CLASSES.where(CLASSES < 2, -100), EXPECTED * (CLASSES < 2)[:, None]),
     "soft labels, one ignored": ("multiclass", LOGITS, SOFT, SOFT.clamp(min=0)),
     "soft labels in 16 bits": ("multiclass", LOGITS, SOFT.bfloat16(), SOFT.bfloat16().clamp(min=0).float()),
-    "bools for a vector": ("binary", SINGLE[:, 0], BITS.bool(), COLUMN),
-    "bits for a column": ("binary", SINGLE, BITS, COLUMN),
-    "a column of floats, some ignored": ("binary", SINGLE, COLUMN.where(COLUMN == 1, -100.0), COLUMN),
-    "probabilities": ("binary", SINGLE, COLUMN / 3, COLUMN / 3),
+    "bools for a vector": ("binary", SINGLE[:, 0], BITS.bool(), BOTH),
+    "bits for a column": ("binary", SINGLE, BITS, BOTH),
+    "a column of floats, some ignored": ("binary", SINGLE, COLUMN.where(COLUMN == 1, -100.0), BOTH * COLUMN),
+    "probabilities": ("binary", SINGLE, COLUMN / 3, torch.cat([1 - COLUMN / 3, COLUMN / 3], 1)),
+    "probabilities of both classes": ("binary", SINGLE, 0.5 * BOTH + 0.25, 0.5 * BOTH + 0.25),
     "numbers": ("regression", SINGLE, CLASSES, CLASSES[:, None].float()),
     "several numbers": ("regression", LOGITS, -LOGITS, -LOGITS),
     "-100, which is a number like others": ("regression", SINGLE[:, 0], SINGLE - 100, SINGLE - 100),
@@ -59,39 +62,54 @@ ACCEPTED: dict[str, tuple[str, Tensor, Tensor, Tensor]] = {  # and the matrix th
 
 
 @pytest.mark.parametrize("what", ACCEPTED)
-def test_labels_of_the_task_become_a_matrix_like_predictions(what: str) -> None:
-    task, outputs, targets, expected = ACCEPTED[what]
-    kind = T.TASKS[task]
-    kind.check(outputs, targets)
-    p, y = kind.predictions(outputs), kind.as_matrix(targets, tensors.num_outputs(outputs))
-    assert p.shape == y.shape and torch.equal(y.float(), expected)
-    is_ignored = (targets.double().reshape(6, -1) == -100).any(1) & (task != "regression")
-    assert torch.equal(kind.has_label(targets), ~is_ignored)
+def test_labels_of_the_task_become_a_matrix_like_predictions_and_a_matrix_stays(what: str) -> None:
+    name, outputs, targets, expected = ACCEPTED[what]
+    task = T.TASKS[name]
+    task.check(outputs, targets)
+    num_columns = task.num_columns(tuple(outputs.shape[1:]))
+    p, y = task.predictions(outputs), task.as_matrix(targets, num_columns)
+    assert p.shape == y.shape == (6, num_columns) and torch.equal(y.float(), expected)
+    torch.testing.assert_close(task.as_matrix(y), y)
+    logits = task.as_outputs(outputs)
+    assert torch.equal(task.as_outputs(logits), logits) and torch.equal(task.predictions(logits), p)
+    is_ignored = (targets.double().reshape(6, -1) == -100).any(1) & (name != "regression")
+    assert torch.equal(task.has_label(targets), ~is_ignored)
 
 
-def test_without_a_number_of_outputs_there_are_as_many_classes_as_the_labels_say() -> None:
-    kind = T.TASKS["multiclass"]
+def test_without_a_number_of_columns_there_are_as_many_classes_as_the_labels_say() -> None:
+    task = T.TASKS["multiclass"]
     assert T.has_label(torch.tensor([156, 1]).byte()).all()  # in 8 bits, which hold no -100
-    assert torch.equal(kind.as_matrix(CLASSES), EXPECTED) and kind.as_matrix(CLASSES[:0]).shape == (0, 1)
+    assert torch.equal(task.as_matrix(CLASSES), EXPECTED) and task.as_matrix(CLASSES[:0]).shape == (0, 1)
 
 
 def test_predictions_choose_classes_and_have_the_score_that_labels_drawn_from_them_would_have() -> None:
     multiclass, binary, regression = (T.TASKS[name] for name in ("multiclass", "binary", "regression"))
-    p, q = LOGITS.double().softmax(1), SINGLE.double().sigmoid()
+    p, q = multiclass.predictions(LOGITS.double()), binary.predictions(SINGLE.double())
     uncertain = sum(p[:, k] * (p - torch.eye(3)[k]).square().sum(1) for k in range(3))
     torch.testing.assert_close(multiclass.uncertainties(p), uncertain)
-    torch.testing.assert_close(binary.uncertainties(q), (q * (1 - q).square() + (1 - q) * q.square())[:, 0])
+    single = SINGLE.double().sigmoid()[:, 0]
+    torch.testing.assert_close(q, torch.stack([1 - single, single], 1))
+    torch.testing.assert_close(binary.distances(q, BOTH), (single - BITS).square())  # half the sum, as everywhere
+    torch.testing.assert_close(binary.uncertainties(q), single * (1 - single).square() + (1 - single) * single.square())
     assert torch.equal(multiclass.classes(p), LOGITS.argmax(1))
     assert torch.equal(binary.classes(q), (SINGLE[:, 0] > 0).long())
     assert not regression.uncertainties(LOGITS).any() and regression.classes(LOGITS).isnan().all()
 
 
-def test_numbers_near_probabilities_become_probabilities_and_measurements_stay() -> None:
-    near = torch.tensor([[-1.0, 0.5, 2.0]])
-    clipped = T.TASKS["multiclass"].clip(near)
-    torch.testing.assert_close(clipped, torch.tensor([[0.0, 1 / 3, 2 / 3]]))
-    assert T.TASKS["binary"].clip(near).tolist() == [[0.0, 0.5, 1.0]]
-    assert torch.equal(T.TASKS["regression"].clip(near), near)
+def test_a_metric_gets_what_torchmetrics_takes() -> None:
+    found = {name: T.TASKS[name].metric_inputs(T.TASKS[name].as_outputs(SINGLE)) for name in ("binary", "regression")}
+    assert torch.equal(found["binary"], SINGLE[:, 0]) and torch.equal(found["regression"], SINGLE[:, 0])
+    for name in ("multiclass", "regression"):
+        assert torch.equal(T.TASKS[name].metric_inputs(LOGITS), LOGITS)
+
+
+def test_numbers_near_probabilities_become_probabilities_and_a_temperature_divides_their_logarithms() -> None:
+    near, task = torch.tensor([[-1.0, 0.5, 2.0]]), T.TASKS["multiclass"]
+    torch.testing.assert_close(task.clip(near), torch.tensor([[0.0, 1 / 3, 2 / 3]]))
+    p = LOGITS.softmax(1)
+    torch.testing.assert_close(task.sharpen(p, 0.5), (p.log() / 2).softmax(1))
+    torch.testing.assert_close(task.sharpen(torch.zeros(1, 4), 2.0), torch.full((1, 4), 0.25))
+    assert torch.equal(T.TASKS["regression"].clip(near), near) and torch.equal(T.TASKS["regression"].sharpen(near, 2), near)
 
 
 def test_an_unknown_task_is_refused_with_those_that_are_known() -> None:
@@ -104,7 +122,7 @@ def test_probabilities_are_told_from_logits(dtype: torch.dtype) -> None:
     logits = (5 * torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(0))).to(dtype)
     p, log_p = logits.softmax(1), logits.log_softmax(1)
     wide = logits.to(torch.promote_types(dtype, torch.float32))
-    assert torch.equal(T.TASKS["multiclass"].predictions(logits), wide.softmax(1))
+    assert torch.equal(T.TASKS["multiclass"].predictions(logits[..., 0]), wide[..., 0].softmax(1))
     assert tensors.are_log_probabilities(log_p) and tensors.are_probabilities(p)
     assert tensors.are_probabilities(logits.bfloat16().softmax(1).float())  # as autocast widens them after rounding
     for others in (logits, logits[:, :1], logits[:0], -logits.abs(), log_p - 0.5, p):

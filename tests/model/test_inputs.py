@@ -13,6 +13,7 @@ from lightning_sensitivity.model.inputs import InputReader, join_seen
 G = torch.Generator().manual_seed(0)
 X, Z = torch.rand(3, 12, generator=G), torch.rand(3, 5, generator=G)
 IMAGES, IDS = torch.rand(3, 2, 8, 8, generator=G), torch.arange(12).reshape(3, 4)
+SOUND = IMAGES[:, :, 0]
 TEXT = torch.randint(1000, 3000, (3, 6), generator=G)
 MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]])
 FLAGS, CITY = X > 0.5, torch.tensor([2, 0, 999])
@@ -29,7 +30,7 @@ SEEN: dict[str, tuple[dict[str, Any], Seen]] = {  # inputs by name, and what a r
     "columns in 64 and 16 bits": ({"x": X.double(), "z": Z.half()}, beside(X, Z.half())),
     "images": ({"x": IMAGES}, {"images": IMAGES}),
     "images in 8 bits": ({"x": (9 * IMAGES).byte()}, {"images": (9 * IMAGES).byte().float()}),
-    "signals": ({"x": IMAGES[:, :, 0]}, {"signals": IMAGES[:, :, 0]}),
+    "signals": ({"x": SOUND}, {"signals": SOUND}),
     "an image and columns": ({"x": IMAGES, "z": Z}, {"images": IMAGES, "columns": Z}),
     "two images, of two sizes": ({"x": IMAGES, "z": IMAGES.repeat_interleave(2, 2).repeat_interleave(2, 3)},
         {"images": IMAGES.repeat(1, 2, 1, 1)}),
@@ -39,7 +40,10 @@ SEEN: dict[str, tuple[dict[str, Any], Seen]] = {  # inputs by name, and what a r
     "user and item": ({"user": CITY, "item": IDS[:, 1]}, beside(CITY, IDS[:, 1])),
     "flags": ({"x": X, "flags": FLAGS, "flag": FLAGS[:, 0]}, beside(X, FLAGS, FLAGS[:, 0])),
     "flags alone": ({"flags": FLAGS}, beside(FLAGS)),
-    "columns, and not a mask of them": ({"x": X, "mask": FLAGS}, {"columns": X}),
+    "columns, and which of them are missing": ({"x": X, "mask": FLAGS}, beside(X, FLAGS)),
+    "a signal, and not a mask of its steps": ({"x": SOUND, "mask": FLAGS[:, :8]}, {"signals": SOUND}),
+    "a sound, and not its mask": ({"x": X, "attention_mask": FLAGS}, {"columns": X}),
+    "a floating mask": ({"x": X, "mask": Z}, beside(X, Z)),
     "token ids": ({"ids": IDS}, {"tokens": IDS}),
     "token ids with padding": ({"ids": IDS, "attention_mask": MASK}, {"tokens": IDS.where(MASK > 0, -1)}),
     "token ids in 8 bits": ({"ids": IDS.byte(), "attention_mask": MASK}, {"tokens": IDS.where(MASK > 0, -1)}),
@@ -49,7 +53,7 @@ SEEN: dict[str, tuple[dict[str, Any], Seen]] = {  # inputs by name, and what a r
     "a text beside numbers": ({"x": X, "text": TEXT}, {"columns": X, "tokens": TEXT}),
     "a text of few words beside a column, by its mask": ({"x": CITY, "ids": IDS, "attention_mask": MASK},
         {"columns": CITY[:, None].float(), "tokens": IDS.where(MASK > 0, -1)}),
-    "embeddings, without their mask": ({"x": IMAGES[:, 0], "attention_mask": MASK}, {"signals": IMAGES[:, 0]}),
+    "embeddings, without their mask": ({"x": SOUND, "attention_mask": MASK}, {"signals": SOUND}),
     "inputs in a part": ({"x": {"deep": [X, (Z, "name")]}, "scale": X.sum(), "deep": True}, beside(X, Z)),
 }  # fmt: skip
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 
 from lightning_sensitivity.functional.tasks import TASKS
 from lightning_sensitivity.model import ModelCall
@@ -68,6 +69,7 @@ def of_user(result: Any) -> Any:
     (lambda reader: of_user([X]), "`features` should be .*list of 1"),
     (lambda reader: BatchReader(features=lambda batch: 1 / 0).keep(MODEL, X, 0, True), "`features` failed on a tensor"),
     (lambda reader: BatchReader(inputs=3), "`inputs` should be a function"),
+    (lambda reader: BatchReader(features=[]), "`features` should be a module, a function, such as"),
 ])  # fmt: skip
 def test_what_is_not_clear_or_does_not_fit_is_refused(read: Any, match: str) -> None:
     with pytest.raises(MisconfigurationException, match=match):
@@ -124,13 +126,13 @@ def test_samples_of_which_some_are_not_seen_are_not_joined() -> None:
 # Training samples
 
 
-def test_training_samples_with_labels_are_kept() -> None:
+def test_training_samples_with_labels_are_kept_also_where_only_some_batches_are_mixed() -> None:
     reader, labels = BatchReader(task=TASKS["multiclass"]), Y.where(torch.arange(60) % 3 > 0, -100)
-    rows = reader.make_rows(4)
-    for batch in zip(X.split(16), labels.split(16), strict=True):
-        reader.keep_rows(rows, MODEL, batch, (4,))
+    rows, mixed = reader.make_rows(4), one_hot(Y, 4).float().where(labels[:, None] >= 0, -100)
+    for x, y, soft in zip(X.split(15), labels.split(15), mixed.split(15), strict=True):
+        reader.keep_rows(rows, MODEL, (x, soft if rows.size else y), (4,))
     seen, kept = rows.joined()
-    assert torch.equal(seen["columns"], X[labels >= 0]) and torch.equal(kept, labels[labels >= 0])
+    assert torch.equal(seen["columns"], X[labels >= 0]) and torch.equal(kept, one_hot(Y, 4).float()[labels >= 0])
     assert rows.num_seen == rows.size == 40
 
 

@@ -116,6 +116,7 @@ def test_evenly_spaced_rows_are_kept_whatever_the_batches(sizes: list[int], max_
 @pytest.mark.parametrize(("max_rows", "max_bytes"), [(60, 2**40), (2000, 16 * 1.25 * 60)])
 def test_processes_share_what_a_reference_knows_and_the_memory(max_rows: int, max_bytes: float) -> None:
     with limits(max_rows, max_bytes):
+        assert len(KeptRows(2, num_processes=3).wanted(200)) in (19, 20, 21, 200)
         rows = KeptRows(2, num_processes=3)
         add(rows, torch.arange(200))
         assert len(rows.joined()[1]) in (19, 20, 21)
@@ -168,5 +169,3 @@ def test_rows_are_joined_only_if_all_were_seen_and_nothing_comes_after_the_end()
     rows.complete()
     rows.add({}, torch.arange(len(rows.wanted(5))))
     assert rows.is_complete and rows.num_seen == rows.size == 3
-    rows.clear()
-    assert rows.size == 0 and rows.is_complete

@@ -7,6 +7,10 @@ PAGES = runpy.run_path(str(Path(__file__).parents[1] / "pages" / "blocks.py"))
 COST = runpy.run_path(str(Path(__file__).parents[1] / "cost" / "blocks.py"))
 NAMES = PAGES["NAMES"]
 WORTH = {name.removeprefix("README: "): text.strip() for name, text in PAGES["BLOCKS"].items()}
+TENTH = """
+Taken without labels, from training on all samples, the epoch reaches more test accuracy than that of the lowest loss on
+a tenth held out: @tenth@.
+"""
 QUESTIONS = """
 | ask, in this order | then | it was worth |
 |---|---|---|
@@ -15,25 +19,24 @@ QUESTIONS = """
   [`SensitivityMonitor`](docs/guide/sensitivity.md) alone | |
 | Do you augment, and does the learning rate end at zero? | **No**:
   [train to the end](docs/guide/stopping.md#schedules) | |
-| Is the network pretrained? | **No**: train to the end, or stop by [hundreds of labels](docs/guide/hold_out.md); and
-  compare it with [a probe of its features](docs/guide/finetuning.md) | nothing: @pretrained@ |
+| Is the network pretrained? | with a stronger network as [`features=`](docs/guide/encoders.md); else **no** |
+  @pretrained@ |
 | Are positives few, or does AUC or F1 count? |
   [stop by `val/expected_auroc`, `mode="max"`](docs/guide/few_positives.md) |
   @few positives@ |
-| Can you spare hundreds of labels? | [`RiskMonitor(validation_labels=True)`](docs/guide/labels.md); thousands:
-  [`RefinedScore` alone](docs/guide/hold_out.md) | @labels@ |
-| What are your data? A table | [`RiskMonitor()`](docs/guide/data.md#tables) | @tables@; on large ones @large tables@ |
-| a table with numbers as targets | [`RiskMonitor("regression")`](docs/guide/regression.md) | @regression@ |
-| everything else | [`RiskMonitor()`](docs/guide/data.md) | photos: @photos@; texts @texts@; signals @signals@ |
+| Can you spare hundreds of labels? | [`RiskMonitor(validation_labels=True)`](docs/guide/labels.md) | @labels@ |
+| Are targets numbers, of any kind of data? | [`RiskMonitor("regression")`](docs/guide/regression.md) | @regression@ |
+| Is it a table? | [`RiskMonitor()`](docs/guide/data.md#tables) | @tables@; on large ones @large tables@ |
+| Images, texts, signals? | [`RiskMonitor(features=encoder)`](docs/guide/encoders.md); without one,
+  [`RiskMonitor()`](docs/guide/data.md) | photos: with an encoder @encoder@; without @photos@; texts @texts@; signals
+  @signals@ |
 """.replace("\n  ", " ")
 SENTENCES = """
-**Read the level on tables, not on images.** Over all epochs, expected accuracy is @level@. What is
-expected is the value on labels as noisy as yours.
+**The level**: over all epochs, expected accuracy is @level@. It is that on labels as noisy as yours.
 
-**Your network may lose to the reference**, a random forest or ridge regression: on the study's tables it mostly did.
-Then use that, or [the mean of both](docs/guide/stopping.md#the-mean-of-both).
+**Your network may lose to the reference**: @rival@. Then use [either](docs/guide/stopping.md#the-mean-of-both).
 """
 SLOWER = f"With both monitors, an epoch of 10,000 training samples takes {COST['both'](10_000)} % longer."
-BLOCKS = {"five questions": QUESTIONS, "level and rival": SENTENCES, "slower": SLOWER}
+BLOCKS = {"tenth": TENTH, "five questions": QUESTIONS, "level and rival": SENTENCES, "slower": SLOWER}
 for name, text in WORTH.items():
     BLOCKS = {block: whole.replace(f"@{name}@", text) for block, whole in BLOCKS.items()}

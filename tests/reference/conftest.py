@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from lightning_sensitivity.functional import learners
+from lightning_sensitivity.reference import learners
 
 
 @pytest.fixture(autouse=True, scope="package")
