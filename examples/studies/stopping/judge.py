@@ -113,8 +113,7 @@ def measure(recorded: Recorded, reference: Reference, q: Tensor, q_test: Tensor)
     truth = values["loss" if recorded.task == "regression" else "accuracy"]
     found |= level(recorded, curves, truth) | as_built(recorded, reference, q, lost, truth)
     names = ("learner", "features", "kind", "skill", "unexplained", "is_trusted", "accuracy", "auroc", "majority")
-    found |= {f"its_{name}": getattr(reference, f"{name}_") for name in (*names, "temperature")}
-    return found | {"its_uniform": reference._learner.calibration.uniform}
+    return found | {f"its_{name}": getattr(reference, f"{name}_") for name in (*names, "temperature", "smoothing")}
 
 
 def as_built(
@@ -123,7 +122,7 @@ def as_built(
     """Return what the same reference would lose as it was fitted, before it was calibrated."""
     if recorded.task == "regression":
         return {}
-    curves = expected_curves(recorded, reference, as_fitted(q, reference._learner.calibration), ("accuracy", "auc"))
+    curves = expected_curves(recorded, reference, as_fitted(q, reference), ("accuracy", "auc"))
     found = {f"before_{name}": value for name, value in level(recorded, curves, truth).items() if "level" in name}
     for rule in ("score", "accuracy", "auc"):
         epoch = lowest(curves[rule] if rule == "score" else -curves[rule])

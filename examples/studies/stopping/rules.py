@@ -20,7 +20,6 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, Mul
 from lightning_sensitivity.functional import expected_metric, expected_score
 from lightning_sensitivity.functional.refined_score import TEMPERATURES
 from lightning_sensitivity.reference import Reference
-from lightning_sensitivity.reference.calibration import Calibration
 
 WORTH, METRIC_WORTH = 200, 1000  # labels that a reference is worth: for the refined score; accuracy, and regression
 WORTHS = (200, 1000)  # that were compared
@@ -115,10 +114,10 @@ def reference_says(reference: Reference, x: Tensor) -> Tensor:
     return torch.tensor(reference.predict(x)).float().reshape(len(x), -1)
 
 
-def as_fitted(q: Tensor, calibration: Calibration) -> Tensor:
+def as_fitted(q: Tensor, reference: Reference) -> Tensor:
     """Return a reference's predictions as they were before they were calibrated."""
-    share = calibration.uniform
-    found = ((q - share / q.shape[1]) / (1 - share)).clamp(min=1e-200) ** (1 / calibration.power)
+    share = reference.smoothing_
+    found = ((q - share / q.shape[1]) / (1 - share)).clamp(min=1e-200) ** reference.temperature_
     return found / found.sum(1, keepdim=True)
 
 
