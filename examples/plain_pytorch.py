@@ -69,4 +69,4 @@ best, last = max(each[2] for each in history), history[-1][2]
 print(f"\nLowest expected score in epoch {epoch}: accuracy {true:.3f}; last epoch {last:.3f}, best epoch {best:.3f}.")
 both = (logits.softmax(1) + q) / 2
 by_both = float((both.argmax(1) == y_new).float().mean())
-print(f"The reference by itself: {reference.score(x_new, y_new):.3f}. The mean of both, at the last epoch: {by_both:.3f}.")
+print(f"The reference by itself: {reference.score(x_new, y_new):.3f}; the mean of both, last epoch: {by_both:.3f}.")

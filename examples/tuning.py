@@ -3,8 +3,8 @@
 #
 # Which of eight settings is best, if 30 % of the training labels are wrong, and there are no others? Each run keeps
 # its checkpoint of the lowest expected score. `compare_models` then ranks the runs by the accuracy to expect on 600
-# unlabelled images, scored by a reference, a small model of the training labels. Correct labels of other images show how
-# well that did.
+# unlabelled images, by a reference, a small model of the training labels. Correct labels of other images show how well
+# that did.
 #
 #     python examples/tuning.py          # a minute
 

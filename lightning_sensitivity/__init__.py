@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from lightning_sensitivity.compare import ModelScores, compare_models
     from lightning_sensitivity.reference import Reference, label_noise
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 
 __all__ = [
     "ModelScores",

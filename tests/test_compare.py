@@ -147,6 +147,21 @@ def test_a_blind_reference_is_refused_with_advice() -> None:
         compare(training=[(NOISE_X, Y)])
 
 
+class Noted(Linear):
+    def forward(self, x: Tensor, note: Any = None) -> Tensor:
+        return self.net(x)
+
+
+@pytest.mark.parametrize("least", [0.0, 1.0])
+def test_a_reference_that_does_not_see_all_inputs_needs_more_skill(least: float, monkeypatch: Any) -> None:
+    monkeypatch.setattr("lightning_sensitivity.compare.LEAST_SKILL", least)
+    models = {name: Noted(seed=seed) for seed, name in enumerate("abc")}
+    training, notes = [{"x": X, "label": Y, "note": ["a"] * 150}], [{"x": V, "note": ["b"] * NEW}]
+    compare(models, [{"x": V}], training=[{"x": X, "label": Y}])
+    with pytest.raises(MisconfigurationException, match="better than chance") if least else nullcontext():
+        compare(models, notes, training=training)
+
+
 @pytest.mark.parametrize("select", [lambda y: y[:, 0], lambda y: y[:, :1]])
 def test_one_output_decides_between_two_classes(select: Any) -> None:
     is_first = (Y == 0).float()

@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer
 from lightning_sensitivity.callbacks.checks import EXPECTED, callbacks_that_monitor
 from lightning_sensitivity.callbacks.run_reference import Verdict
 from lightning_sensitivity.compat import PlotType
+from lightning_sensitivity.functional.refined_score import TEMPERATURES
 
 _SAID = 0.05  # share of labels that is worth a sentence
 _ENDED = 0.01  # of the first learning rate
@@ -139,7 +140,8 @@ def _best(summary: Summary) -> str:
     file = f", in the checkpoint {summary['checkpoint']}" if summary["checkpoint"] else ""
     said = f"`{summary['monitored']}` was {summary['direction']} at epoch {summary['epoch']}{file}"
     is_score = summary["monitored"].partition("/dataloader_idx_")[0].endswith("score")
-    if is_score and summary["num_labels"] and summary["temperature"] not in (None, 1):
+    is_known = summary["temperature"] in set(TEMPERATURES[1:-1]) - {1.0}  # not at an end of the grid
+    if is_score and summary["num_labels"] and is_known:
         return f"{said}: divide its logits by {summary['temperature']:.1f} to calibrate its probabilities."
     return f"{said}."
 

@@ -317,13 +317,13 @@ class Monitor(Callback, ABC):
         It is a little better in each further validation, so that waiting for a first value uses up no patience, and
         the last one is the best if there is none.
         """
-        size = _WORST * _BETTER**self._num_incomplete
-        value, nearer = (-size, max) if is_highest else (size, min)
+        value, nearer = (-_WORST, max) if is_highest else (_WORST, min)
         for callback, name in callbacks_that_monitor(trainer):
             bound = getattr(callback, "divergence_threshold", None)
             if name == logged_name and bound is not None:
                 value = nearer(value, bound)
-        return torch.tensor(value)
+        gain = (1 - _BETTER**self._num_incomplete) * abs(value)
+        return torch.tensor(value + gain if is_highest else value - gain)
 
     def _names_of_others(self, trainer: Trainer, dataloader_idx: int) -> set[str]:
         """Return our names under which the user's own code has logged a value in this validation, and say so."""

@@ -134,7 +134,7 @@ def unexplained_share(predictions: object, labels: object) -> float:
 
     Args:
         predictions: Probabilities of the classes, ``(N, K)``; those of class 1, ``(N,)`` or ``(N, 1)``, for
-            two classes. A :class:`Reference` has them as ``left_out_``.
+            two classes. A :class:`~lightning_sensitivity.Reference` has them as ``left_out_``.
         labels: Class indices ``(N,)``, or probabilities, such as one-hot labels, of the shape of
             ``predictions``.
 

@@ -66,8 +66,9 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         accuracy_: The share of training labels that it predicts without having seen them; nan in a regression.
         auroc_: The area under the ROC curve of left-out predictions, mean over classes; nan without two classes.
         majority_: The share of the most frequent class; nan in a regression.
-        unexplained_: The share of labels that can't be explained, by :func:`unexplained_share`; nan in a regression,
-            and if the reference has learned nothing.
+        unexplained_: The share of labels that can't be explained, by
+            :func:`~lightning_sensitivity.reference.unexplained_share`; nan in a regression, and if the reference has
+            learned nothing.
         residuals_: Quantiles of the left-out errors in a regression, with their mean square, ``(20, C)``; else none.
         learner_: ``"forest"``, ``"ridge"``, ``"mean"`` (of too few samples), or the class of your estimator.
         features_: What it sees of samples, such as ``"columns"`` or ``"columns and words"``.
@@ -249,7 +250,8 @@ def _quantiles(errors: Array) -> Array:
 def label_noise(x: Any, y: Any, task: str = "multiclass") -> float:
     """Estimate the share of labels that can't be explained: wrong, or not to be known from the inputs.
 
-    It fits a :class:`Reference`, and compares labels with its left-out predictions (:func:`unexplained_share`).
+    It fits a :class:`~lightning_sensitivity.Reference`, and compares labels with its left-out predictions
+    (:func:`~lightning_sensitivity.reference.unexplained_share`).
 
     **A low number is no proof of correct labels, and a high one no proof of wrong ones.** Labels that are redrawn
     at random are found if the reference can learn the task. Where one class is turned into another, it learns that,

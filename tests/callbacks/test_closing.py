@@ -81,8 +81,8 @@ SAYS: dict[str, tuple[Verdict | None, Rows, str]] = {  # a verdict, a history, a
         "training labels can't be explained: they are wrong, or not to be known from the inputs."),
     "labels and the reference chose": (verdict(), validations(num_labels=70),
         f"{BEST}{CALIBRATE} 70 validation labels and the{CHOSE[3:]} {RIVAL}"),
-    "labels that are calibrated": (verdict(), validations(num_labels=70, temperature=1.0),
-        f"{BEST}. 70 validation labels and the{CHOSE[3:]} {RIVAL}"),
+    **{f"labels, and a temperature of {each}": (verdict(), validations(num_labels=70, temperature=each),
+        f"{BEST}. 70 validation labels and the{CHOSE[3:]} {RIVAL}") for each in (0.5, 1.0, 8.0)},  # at an end, or none
     "labels chose": (verdict(**BLIND), validations(**LABELS)[1:], f"{BEST}{CALIBRATE} 70 validation labels chose."),
     "labels chose, without a reference": (None, validations(**LABELS)[1:],
         f"{BEST}{CALIBRATE} 70 validation labels chose."),
