@@ -25,7 +25,6 @@ HELD_OUT = {
     "then trained again on all": "retrained",
 }
 ROWS = counted(CLASSES)
-NEW = counted({label: f"{name}_new" for label, name in CLASSES.items()})
 NUMBERS = counted({"as they are": "clear", "with noise": "noisy", "series, weeks apart": "series"})
 MANY = counted({"tables": "as_they_are", "a fifth redrawn": "fifth", "large": "large", "few positives": "few"})
 HELD = counted({label: f"{name}_held" for label, name in CLASSES.items()})
@@ -111,7 +110,7 @@ def recorded() -> str:
     runs, told = NAMES["check"].frame, []
     for pool, part in runs.groupby("pool", sort=False):
         tenths = part["gained"].notna().sum()
-        told.append(f"{pool} {len(part)}" + f" ({tenths} without a tenth)" * (tenths > 0))
+        told.append(f"{pool} {len(part)}" + f" ({tenths} without a tenth)" * bool(tenths))
     alike = COMPARED.query("judge == 'inputs'").groupby("pool")["num_models"].agg(["count", "sum"])
     return "; ".join([*told, *(f"{pool} {row['sum']}" for pool, row in alike.iterrows())]) + "."
 
@@ -175,7 +174,7 @@ BLOCKS = {
         "AUC: expected AUROC − never stopping": difference("expected_auc", "never_stop", "auc", "+.2f"),
         "AUC: − AUC of a tenth": difference("expected_auc", "tenth_by_auc", "auc", "+.2f"),
     }),
-    "stopping: with labels": table("points of accuracy lost", NEW, {
+    "stopping: with labels": table("points of accuracy lost", ROWS, {
         label: f"{{ROW.{rule}_accuracy_lost:.2f}} → {{ROW.{rule}_combined_accuracy_lost:.2f}}"
         for label, rule in LABELS.items()
     }),

@@ -1,6 +1,6 @@
 """How much do columns differ between training and validation by chance? The bound of RiskMonitor's warning is above that.
 
-    python columns.py DATA  # 222 random splits of the 74 tables: the largest difference of means, in standard errors
+python columns.py DATA  # 222 random splits of the 74 tables: the largest difference of means, in standard errors
 """
 
 from __future__ import annotations

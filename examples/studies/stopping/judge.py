@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 import torch
 from compare import compare, numbers
-from pools import JUDGED_BEFORE, POOLS, draw
+from pools import POOLS, draw
 from record import order
 from rules import (
     GAINS,
@@ -216,7 +216,6 @@ def measure_all(runs: Path, data: Path, pools: list[str], part: str, until: int)
 def row_of(about: dict[str, Any], found: dict[str, Any], judge: str) -> dict[str, Any]:
     """Return the row of a run: what is known of it, and what each rule loses."""
     row = about | {"judge": judge, "table": about["kind"].split(",")[0]}
-    row["is_new"] = int(row["run"].split("-")[1]) >= JUDGED_BEFORE.get(row["pool"], 0)
     row["is_redrawn"] = "redrawn" in row["kind"] and " 0 % redrawn" not in row["kind"]
     if row["pool"] in ("photos", "texts", "redrawn", "tuned", "pretrained", "minilm", "made"):
         row["table"] = row["run"]  # nothing is there twice

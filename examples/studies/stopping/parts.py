@@ -56,7 +56,6 @@ for way in ("sampler", "undersampled"):
         f"few_{way}{end}": f"pool == 'few' and way == '{way}' and judge == '{judge}'" for end, judge in SHARES.items()
     }
 NAMES: dict[str, Any] = {name: CHECK.where(condition) for name, condition in CONDITIONS.items()}
-NAMES |= {f"{name}_new": runs.where("is_new") for name, runs in NAMES.items()}  # judged after the labels' worth was set
 NAMES |= {f"{name}_held": NAMES[name].where("gained.notna()") for name in CONDITIONS}  # without a tenth, too
 NAMES |= {"all": ALL, "check": CHECK.where("judge == 'inputs'"), "design": ALL.where("is_design")}
 NAMES["same_shares"] = NAMES["check"].where("way in ['plain', 'weights'] and shares_z.notna()")

@@ -43,8 +43,6 @@ POOLS = {
     "minilm": (minilm, 24),
     "made": (made, 8),
 }
-# Runs with a lower index were judged before it was decided how many labels a reference is worth.
-JUDGED_BEFORE = {"tables": 120, "photos": 18, "texts": 24, "redrawn": 18, "annotators": 12}
 
 
 def draw(pool: str, index: int, folder: Path) -> Run:
