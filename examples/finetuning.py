@@ -3,12 +3,11 @@
     python examples/finetuning.py           # trained on all 200, validated on new images without labels
     python examples/finetuning.py --labels  # a quarter of them is held out, with its noisy labels
 
-With `features=`, the reference, the best small model of the training labels, sees images through the pretrained
-backbone. See docs/guide/finetuning.md.
+The reference sees images through an encoder that knows more than the network: a larger one, which has learned all ten
+digits from other images. It stands for the one that you download. See docs/guide/encoders.md.
 """
 
 import argparse
-import copy
 import warnings
 
 import torch
@@ -30,12 +29,17 @@ warnings.filterwarnings("ignore", ".*(does not have many workers|LeafSpec|smalle
 seed_everything(args.seed, verbose=False)
 torch.set_num_threads(1)
 
-# %% Data: digits 0 to 4 with correct labels, and 200 images of 5 to 9 with noisy ones; the others are new images
+# %% Data: 200 images of the digits 5 to 9 with noisy labels, 300 new ones, and all others for what is pretrained
 digits = load_digits()
 order = torch.randperm(len(digits.images))
 x = torch.tensor(digits.images / 16, dtype=torch.float32)[order, None]
 y = torch.tensor(digits.target)[order]
-old, x, y = TensorDataset(x[y < 5], y[y < 5]), x[y >= 5], y[y >= 5] - 5
+is_small = y < 5
+ours = (~is_small).nonzero()[:500, 0]
+is_other = torch.ones(len(y), dtype=torch.bool).index_fill(0, ours, False)
+small = TensorDataset(x[is_small], y[is_small])  # the network has seen these
+others = TensorDataset(x[is_other], y[is_other])  # the encoder has seen these
+x, y = x[ours], y[ours] - 5
 x_new, y_new = x[200:], y[200:]  # y_new is only for comparison
 is_noisy = torch.rand(200) < 0.4
 y_train = torch.where(is_noisy, y[:200] + torch.randint(1, 5, (200,)), y[:200]) % 5
@@ -45,13 +49,14 @@ train_loader = DataLoader(train_set, batch_size=20, shuffle=True)
 val_loader = DataLoader(val_set, batch_size=len(x_new))
 
 
-# %% The module: a backbone and a head for five classes
+# %% The module: a body and a head
 class Digits(LightningModule):
-    def __init__(self) -> None:
+    def __init__(self, width: int, num_classes: int) -> None:
         super().__init__()
-        layers = [nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU()]
-        self.body = nn.Sequential(*layers, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(512, 64), nn.ReLU())
-        self.head = nn.Linear(64, 5)
+        layers = [nn.Conv2d(1, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, 2 * width, 3, padding=1), nn.ReLU()]
+        pooled = [nn.MaxPool2d(2), nn.Flatten(), nn.Linear(32 * width, 4 * width), nn.ReLU()]
+        self.body = nn.Sequential(*layers, *pooled)
+        self.head = nn.Linear(4 * width, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.body(x))
@@ -78,13 +83,20 @@ class Curves(Callback):
 
 # %% Pretrained weights; yours come from elsewhere
 quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-model = Digits()
-Trainer(max_epochs=10, accelerator="cpu", **quiet).fit(model, DataLoader(old, batch_size=50, shuffle=True))
+
+
+def pretrained(width: int, data: TensorDataset, num_classes: int) -> Digits:
+    model = Digits(width, num_classes)
+    Trainer(max_epochs=10, accelerator="cpu", **quiet).fit(model, DataLoader(data, batch_size=50, shuffle=True))
+    return model
+
+
+model = pretrained(16, small, 5)
 model.head = nn.Linear(64, 5)  # for the new classes
+encoder = pretrained(64, others, 10).body
 
 # %% What to copy
-pretrained = copy.deepcopy(model.body).requires_grad_(False)
-risk = RiskMonitor(features=lambda batch: pretrained(batch[0]), validation_labels=args.labels)
+risk = RiskMonitor(features=encoder, validation_labels=args.labels)
 checkpoint = ModelCheckpoint(monitor="val/expected_score", dirpath="runs/finetuning", filename="{epoch}")
 expected: list[float] = []
 accuracies: list[float] = []

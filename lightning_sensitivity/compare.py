@@ -151,7 +151,7 @@ class _Judge(NamedTuple):
         """Return what predictions ``(M, N, C)`` are worth, ``(M, N)``, by a reference, and by validation labels."""
         with refuse_on_error("`training` gives no reference (`features=` says what it sees)", "comparing-models"):
             fitted, q = self._fit(training, estimator)
-            is_blind = not fitted.is_trusted_ or (self.reader.unread and fitted.skill_ < LEAST_SKILL)
+            is_blind = not fitted.is_trusted_ or (not self.reader.sees_all and fitted.skill_ < LEAST_SKILL)
             if is_blind and not with_labels:
                 skill = f"it is only {max(0.0, fitted.skill_):.0%} better than chance on labels that were left out"
                 raise Refused(f"{skill}. Set `features=`, or `validation_labels=True`.")

@@ -35,18 +35,17 @@ class FirstStep:
         return FirstStep, ()
 
     def start(self, module: nn.Module, batch: object, reader: BatchReader) -> None:
-        """Note what we send of a training batch, and watch the step, unless a part is compiled."""
+        """Note what we send of a training batch, and watch the step, unless the module is compiled."""
         with suppress(Exception):  # training batches may be of another kind than validation batches
-            if not any(map(compat.is_compiled, module.modules())):
+            if not compat.is_compiled(module):  # a hook would have it compiled anew
                 self._ours = _first_input(reader.call(module, batch).arguments)
                 self._hook.enter_context(module.register_forward_pre_hook(self._compare, with_kwargs=True))
 
     def _compare(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Compare the first call of the step; in passes of monitors, gradients are off."""
-        ours = self._ours
-        if ours is None or not torch.is_grad_enabled() or compat.is_redirected(module):
+        if self._ours is None or not torch.is_grad_enabled() or compat.is_redirected(module):
             return
-        self._ours = None
+        ours, self._ours = self._ours, None
         with suppress(Exception):  # a step must not fail because of a hint
             theirs = _first_input((args, kwargs))
             if theirs.shape != ours.shape:

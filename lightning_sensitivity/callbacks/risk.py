@@ -30,7 +30,6 @@ from lightning_sensitivity.compat import PlotType
 from lightning_sensitivity.functional.expected import (
     all_values,
     default_metrics,
-    is_unrelated,
     join_values,
     uncertainty,
 )
@@ -384,7 +383,7 @@ class RiskMonitor(Monitor):
         outputs, q, draws = outputs[is_finite], unseen.q[is_finite], unseen.draws[:, is_finite]
         expected = all_values(outputs, q, draws, self.metrics, self.task)
         if dataloader_idx == 0 and not self.task.has_classes:
-            self._warn_of_targets(expected["score"], is_unrelated(outputs, q, self.task, expected["score"]))
+            self._warn_of_targets(expected["score"], by_mean=float(q.var(0, correction=0).mean()))
         expected["score"] += uncertainty(q, self.task, self._reference.verdict.score)
         return expected
 
@@ -398,11 +397,11 @@ class RiskMonitor(Monitor):
 
     # Warnings
 
-    def _warn_of_targets(self, score: float, is_bad: bool) -> None:
-        """Warn if a regression is worse than a constant prediction in several validations, and does not improve."""
-        is_falling = score < _FALLING * self._last_score
+    def _warn_of_targets(self, score: float, by_mean: float) -> None:
+        """Warn if a regression is worse than its mean prediction in several validations, and does not improve."""
+        is_bad = score > max(by_mean, _FALLING * self._last_score)
         self._last_score = score
-        self._num_bad = self._num_bad + 1 if is_bad and not is_falling else 0
+        self._num_bad = self._num_bad + 1 if is_bad else 0
         if self._num_bad == _SOME_VALIDATIONS:
             self.reporter.warn(
                 "targets",

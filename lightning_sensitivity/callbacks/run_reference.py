@@ -165,7 +165,8 @@ class RunReference:
         """Make the reference, unless that was tried; every process must call it."""
         if self.is_made:
             return
-        own = self._attempt(lambda: self._own_part(trainer.lightning_module, kept))
+        with trainer.precision_plugin.val_step_context():  # for an encoder
+            own = self._attempt(lambda: self._own_part(trainer.lightning_module, kept))
         parts = gather_objects(trainer, own)
         made: tuple[Verdict, dict[int, Unseen]] | None = None
         if trainer.is_global_zero and None not in parts:
@@ -198,7 +199,7 @@ class RunReference:
         known, labels = of_rows(known, rows), labels[rows]
         self.fitted = Reference(self._task.name, self._estimator).fit(known, labels.numpy())
         verdict = Verdict.of(self.fitted)
-        verdict.is_trusted &= not self._reader.unread or verdict.skill > LEAST_SKILL
+        verdict.is_trusted &= self._reader.sees_all or verdict.skill > LEAST_SKILL
         if self._reader.has_features:
             verdict.features = "features"
         self._warn_of_unread()

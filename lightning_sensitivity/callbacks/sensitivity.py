@@ -37,7 +37,7 @@ class SensitivityMonitor(Monitor):
     standard error ``output_sensitivity_stderr``. With ``loss_estimate=True`` also ``loss_estimate``, the
     cross-entropy that the paper's Equation 9 makes of it.
 
-    The first validation keeps samples on the CPU, at most 512 MiB of them in each process. Every validation
+    The first validation keeps samples on the CPU, at most 512 MiB of them over all processes. Every validation
     measures these samples, by 1 + ``num_draws`` passes.
 
     Args:

@@ -18,8 +18,6 @@ from lightning_sensitivity.functional.tensors import as_tensor
 
 NUM_DRAWS = 20  # of labels for each sample
 MAX_AUROC_CLASSES = 100
-_SURE = 0.5  # how far predictions spread, beside those of the reference: below, a network has learned little yet
-_UNRELATED = 0.1  # correlation with the reference
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
 # Labels that count as much as a reference: for the score of classes, and for all else.
 SCORE_WORTH, METRIC_WORTH = 200, 1000
@@ -190,26 +188,6 @@ def join_values(
         worth = SCORE_WORTH if name == "score" and task.has_classes else METRIC_WORTH
         found[name] = (num_labels * of_labels + worth * value) / (num_labels + worth)
     return found | {"temperature": labels["temperature"] if num_labels > 0 else expected["temperature"]}
-
-
-def is_unrelated(outputs: Tensor, q: Tensor, task: Task, score: float) -> bool:
-    """Return whether a network is worse than a constant prediction, as if it had learned other targets.
-
-    Args:
-        outputs: Outputs ``(N, C)``, finite.
-        q: The predictions of a reference, ``(N, C)``.
-        task: The task. Of classes, it must be sure of itself, and not correlated with the reference.
-        score: The refined score of the outputs against q.
-    """
-    mean = q.mean(0)
-    if score <= float(task.distances(mean.expand_as(q), q).mean()):
-        return False
-    if not task.has_classes:
-        return True
-    p = task.predictions(outputs).double()
-    p, q = p - p.mean(0), q - mean
-    is_sure = float(p.norm()) > _SURE * float(q.norm())
-    return is_sure and float(torch.cosine_similarity(p.flatten(), q.flatten(), 0)) <= _UNRELATED
 
 
 class _MeanAUROC(MulticlassAUROC):

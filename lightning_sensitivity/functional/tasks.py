@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_sensitivity.functional.tensors import num_outputs
 
 IGNORED = -100  # the `ignore_index` of torch's cross-entropy
-_FLOOR = 1e-6  # of probabilities that are raised to a power
+FLOOR = 1e-6  # of probabilities that are raised to a power
 _TINY = 1e-12  # sum of probabilities
 _BY_CLASS = "Leave `task` out if labels are class indices"
 _MULTILABEL = "Several classes for one sample (multilabel) are not supported"
@@ -111,7 +111,7 @@ class Multiclass:
 
     def sharpen(self, p: Tensor, power: float) -> Tensor:
         """Raise probabilities to a power, which divides their logarithms by a temperature of 1 / power."""
-        return (power * p.clamp(min=_FLOOR).log()).softmax(1)
+        return (power * p.clamp(min=FLOOR).log()).softmax(1)
 
     def metric_inputs(self, p: Tensor) -> Tensor:
         """Return predictions as torchmetrics takes them: probabilities ``(N, C)``."""

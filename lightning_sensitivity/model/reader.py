@@ -62,6 +62,11 @@ class BatchReader:
         """Whether the user says what a reference sees."""
         return self._encoder is not None or self._features is not None
 
+    @property
+    def sees_all(self) -> bool:
+        """Whether nothing of the inputs was left out, as far as is known."""
+        return not self.unread and not self.has_features
+
     def reset(self) -> None:
         """Forget what other batches have shown, before those of another run."""
         self._input_reader = InputReader()

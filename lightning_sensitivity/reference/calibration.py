@@ -5,10 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_sensitivity.functional.tasks import TASKS, Task
+from lightning_sensitivity.functional.tasks import FLOOR, TASKS, Task
 from lightning_sensitivity.functional.tensors import as_tensor, num_outputs
+from lightning_sensitivity.reference.features import spread
 
 _POWERS = tuple(2 ** (quarter / 4) for quarter in range(-3, 15))  # inverse temperatures, 0.6 to 11
+_MIN_ROWS, _MAX_NUMBERS = 1000, 2_000_000  # of left-out predictions that it is fitted to
 _ERRORS, _MAX_SMOOTHING = 2.0, 0.9  # standard errors of the accuracy, from which on there is smoothing
 
 _SHARES = torch.cat([torch.tensor([0, 0.01, 0.02, 0.03, 0.05]), torch.arange(0.075, 0.86, 0.025)]).double()  # r
@@ -53,7 +55,10 @@ def calibrate(p: Tensor, y: Tensor, task: Task) -> Calibration:
     """
     if not task.has_classes:
         return Calibration(task)
-    power = min(_POWERS, key=lambda each: float(task.distances(Calibration(task, each)(p), y).mean()))
+    some = spread(len(p), max(_MIN_ROWS, _MAX_NUMBERS // p.shape[1]))
+    p, y = p[some], y[some]
+    logarithms = task.clip(p).clamp(min=FLOOR).log()
+    power = min(_POWERS, key=lambda each: float((each * logarithms).softmax(1).sub_(y).square_().sum()))
     certainty, classes = Calibration(task, power)(p).max(1)
     accuracy = y.gather(1, classes[:, None]).mean()
     excess = certainty.mean() - accuracy
@@ -109,7 +114,7 @@ def shares_differ(left_out: Tensor, q: Tensor) -> float:
         The largest difference of mean predictions, in standard errors. Above 4, shares differ, or inputs do.
     """
     first, second = left_out.double(), q.double()
-    variance = first.var(0) / len(first) + second.var(0) / len(second)
+    variance = first.var(0, correction=0) / len(first) + second.var(0, correction=0) / len(second)
     z = (first.mean(0) - second.mean(0)).abs() / variance.sqrt()
     return float(z.nan_to_num(0.0, 0.0).max())
 
@@ -155,8 +160,9 @@ def unexplained_share(predictions: object, labels: object) -> float:
         [0.0, 0.2]
     """
     q, y = as_tensor(predictions).cpu(), as_tensor(labels).cpu()
+    y = y.double() if y.ndim > 1 else y.to(torch.promote_types(y.dtype, torch.uint8))  # no bools
     task = TASKS["binary" if num_outputs(q) == 1 else "multiclass"]
-    task.check(q, y.long() if y.dtype == torch.bool else y)
+    task.check(q, y)
     q, y = task.as_matrix(q).double(), task.as_matrix(y, task.num_columns(tuple(q.shape[1:]))).double()
     if not len(q) or not bool(((q >= 0) & (q <= 1)).all()) or not bool(y.any(1).all()):
         raise ValueError("Expected `predictions` to be probabilities from 0 to 1, and a label of each, but got others.")

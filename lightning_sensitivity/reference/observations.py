@@ -109,7 +109,7 @@ def recurrence(new: Tensor, known: Tensor) -> tuple[float, float]:
         known: That of known ones, ``(N,)``.
     """
     counts = torch.unique(known, return_counts=True)[1]
-    return float(torch.isin(new, known).double().mean()), float(counts[counts > 1].sum()) / max(1, len(known))
+    return int(torch.isin(new, known).sum()) / max(1, len(new)), int(counts[counts > 1].sum()) / max(1, len(known))
 
 
 def largest_difference(known: Tensor, new: Tensor) -> tuple[int, float]:
@@ -119,8 +119,11 @@ def largest_difference(known: Tensor, new: Tensor) -> tuple[int, float]:
         known: Columns of some samples, ``(N, D)``.
         new: The same columns of others, ``(M, D)``.
     """
-    variances = torch.cat([known, new]).double().var(0) * (1 / len(known) + 1 / len(new))
-    gaps = (known.double().mean(0) - new.double().mean(0)).abs() / variances.sqrt()
+    known, new = known.double(), new.double()
+    of_all = torch.cat([known, new]).var(0) * (1 / len(known) + 1 / len(new))
+    of_each = known.var(0, correction=0) / len(known) + new.var(0, correction=0) / len(new)
+    variances = of_all.maximum(of_each)  # that of each is larger where few samples make a mean
+    gaps = (known.mean(0) - new.mean(0)).abs() / variances.sqrt()
     sizes = gaps.where(variances > 0, 0.0)
     column = int(sizes.argmax())
     return column, float(sizes[column])

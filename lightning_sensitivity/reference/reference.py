@@ -129,7 +129,7 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         self.n_features_in_ = sum(math.prod(shape[1:]) for shape in self._shapes.values())
         names = list(getattr(x, "columns", ()))
         self.__dict__.pop("feature_names_in_", None)
-        if names and all(isinstance(name, str) for name in names):
+        if names:
             self.feature_names_in_ = np.array(names, dtype=object)
         self._describe(learner, rows, task)
         return self
@@ -155,9 +155,9 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         classes = task.classes(y)
         self.accuracy_ = float((task.classes(p) == classes).double().mean())
         self.majority_ = float(classes.bincount().max()) / len(y)
-        metric = default_metrics(task, y.shape[1]).get("auroc")
-        if metric is not None and self.majority_ < 1:
-            self.auroc_ = float(metric_value(metric, p, classes[None], task))
+        metrics = default_metrics(task, y.shape[1]) if self.majority_ < 1 else {}
+        if "auroc" in metrics:
+            self.auroc_ = float(metric_value(metrics["auroc"], p, classes[None], task))
         if self.skill_ > max(_NO_SKILL, _NO_SKILL_PER_SAMPLE / len(y)):
             self.unexplained_ = unexplained_share(p, y)
 

@@ -13,6 +13,8 @@ from lightning_sensitivity.reference.features import Seen, kind_of
 
 Array: TypeAlias = Any  # of NumPy
 
+_KINDS = {"columns", "images", "signals", "tokens"}
+
 
 def read_samples(x: Any, names: Any = None) -> Seen:
     """Return what is seen of samples, checked.
@@ -27,6 +29,8 @@ def read_samples(x: Any, names: Any = None) -> Seen:
         TypeError: If it is sparse.
     """
     if isinstance(x, Mapping):
+        if not x or not x.keys() <= _KINDS:
+            raise ValueError(f"Expected `x` to have {', '.join(sorted(_KINDS))}, but got {', '.join(map(str, x))}.")
         return {str(kind): _as_tensor("x", values) for kind, values in x.items()}
     if hasattr(x, "columns"):
         return {"columns": _as_tensor("x", _columns_of(x, names))}

@@ -8,11 +8,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.strategies.strategy import _ForwardRedirection
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.modules import module as torch_module
 
 from lightning_sensitivity import SensitivityMonitor
+from lightning_sensitivity.callbacks.first_step import FirstStep
+from lightning_sensitivity.model.reader import BatchReader
 from tests.helpers import Linear, fitted_and_said, loader, quick_risk
 
 Step = Callable[[Any, Tensor, Tensor], Any]
@@ -42,7 +45,8 @@ class Skipping(Stepping):
     """It skips the first steps."""
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
-        return self.step(self, *batch) if batch_idx > 1 else None
+        loss = self.step(self, *batch)
+        return loss if batch_idx > 1 else None
 
 
 class Frozen(Stepping):
@@ -145,3 +149,45 @@ def test_only_the_first_step_is_watched_and_nothing_stays_also_when_it_raises() 
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         said(model, [SensitivityMonitor(), quick_risk()])
     assert num_hooks(model) == 0
+
+
+class Wrapper(nn.Module):
+    """Calls a module as DDP does."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any) -> Any:
+        return self.module(*args)
+
+
+def test_a_call_by_which_lightning_runs_a_step_is_not_one_of_the_network() -> None:
+    model, (x, y), watch = Stepping(scaled), next(iter(loader(16))), FirstStep()
+    watch.start(model, (x, y), BatchReader())
+    _ForwardRedirection()(Wrapper(model), model, "training_step", (x, y), 0)
+    assert watch.stop(is_skipped=False) == VALUES
+
+
+class Part(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1
+
+
+@pytest.mark.parametrize("name", ["whole", "part"])
+def test_compiled_code_is_compiled_as_often_as_without_a_monitor(name: str) -> None:
+    graphs, numbers = list[int](), list[int]()
+
+    def backend(graph: Any, example: Any) -> Any:
+        graphs.append(len(example))
+        return graph
+
+    for monitors in ([], SensitivityMonitor()):
+        torch.compiler.reset()
+        model: Any = Stepping(plain)
+        model.part = Part(4, 4)
+        model.forward = lambda x, model=model: model.part(model.net(x))
+        (model if name == "whole" else model.part).compile(backend=backend)
+        assert said(model, monitors, num_sanity_val_steps=0) == []
+        numbers.append(len(graphs))
+    assert numbers[1] == 2 * numbers[0] > 0

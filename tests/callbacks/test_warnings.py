@@ -175,6 +175,13 @@ def test_an_input_that_can_not_be_read_is_named_once_and_then_the_reference_need
     assert monitor.reference.is_trusted_ and monitor.summary["is_trusted"] == (not is_chance)
 
 
+def test_features_of_the_user_need_more_skill_too() -> None:
+    y = Y.where(torch.arange(200) % 4 == 0, Y[torch.randperm(200, generator=torch.Generator().manual_seed(1))])
+    monitor = quick_risk(features=torch.nn.Identity())
+    said(monitor, Quiet(), of(X, y), VAL)
+    assert monitor.reference.is_trusted_ and not monitor.summary["is_trusted"]
+
+
 # The step does something else
 
 

@@ -73,7 +73,7 @@ def test_a_class_average_that_holds_nothing_of_the_change_is_said() -> None:
     logits = 3 * randn(2, 64, 10)
     for outputs in (logits.softmax(2).bfloat16(), logits - logits.mean(2, keepdim=True)):
         estimate = S.sensitivity_from_rows(S.sensitivity_rows(*outputs))
-        message = S.diagnostics(estimate)["class-mean"].message
+        message = S.diagnostics(estimate)["class-mean"]
         assert re.match("Only .* survives averaging over classes.*`per_output=True`", message)
         assert S.diagnostics(estimate, per_output=True) == {} and output_sensitivity(*outputs, per_output=True) > 0
     assert S.diagnostics(S.sensitivity_from_rows(S.sensitivity_rows(*logits[..., :1]))) == {}

@@ -109,7 +109,9 @@ def test_numbers_near_probabilities_become_probabilities_and_a_temperature_divid
     p = LOGITS.softmax(1)
     torch.testing.assert_close(task.sharpen(p, 0.5), (p.log() / 2).softmax(1))
     torch.testing.assert_close(task.sharpen(torch.zeros(1, 4), 2.0), torch.full((1, 4), 0.25))
-    assert torch.equal(T.TASKS["regression"].clip(near), near) and torch.equal(T.TASKS["regression"].sharpen(near, 2), near)
+    assert torch.equal(T.TASKS["regression"].clip(near), near) and torch.equal(
+        T.TASKS["regression"].sharpen(near, 2), near
+    )
 
 
 def test_an_unknown_task_is_refused_with_those_that_are_known() -> None:

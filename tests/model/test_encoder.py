@@ -21,6 +21,7 @@ from tests.helpers import labelled
 
 X, Y = labelled(300).tensors
 MASK = (torch.arange(12) < torch.arange(300)[:, None] % 12 + 1).long()
+TENTHS = [*zip(X.split(30), Y.split(30), strict=True)]
 MODEL = nn.Linear(12, 4)
 Forward = Callable[..., Any]
 
@@ -235,3 +236,12 @@ def test_models_are_compared_by_what_an_encoder_sees() -> None:
     encoder = net(lambda self, x: x[:, :3].prod(1))
     rows = compare_models(models, [x[300:]], features=encoder, **options)
     assert [row.name for row in rows] == ["right", "wrong"] and rows[0].expected > 0.9
+
+
+def test_models_are_compared_by_evenly_spaced_samples_that_are_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader_module, "MAX_ENCODED", 60)
+    encoder, encoded = counting()
+    training = [(x + torch.tensor([1.0] + 11 * [0]) * 10 * number, y) for number, (x, y) in enumerate(TENTHS)]
+    options = {"features": encoder, "reference": LogisticRegression(), "validation_labels": True}
+    compare_models({"a": MODEL, "b": nn.Linear(12, 4)}, [(X[:50] + 0.5, Y[:50])], training=training, **options)
+    assert 58 + 50 <= len(encoded) <= 60 + 50 and {int(number / 10) for number in encoded} == {*range(10)}

@@ -25,6 +25,7 @@ class Stateful(LightningModule):
         super().__init__()
         self.change, self.twice = change, nn.Module()
         buffers = {"memory": torch.arange(2.0), "sparse": torch.eye(2).to_sparse(), "large": torch.zeros(2**15)}
+        buffers["table"] = torch.zeros(2**17)
         for name, buffer in (buffers | {"late": None, "expanded": torch.ones(1).expand(3)}).items():
             self.register_buffer(name, buffer)
         self.twice.register_buffer("memory", self.memory)
@@ -50,6 +51,10 @@ PUT_BACK: dict[str, Callable[[Any, Tensor], Any]] = {
     "names": lambda m, x: [m.register_buffer("new", x), setattr(m, "prefix", 1), delattr(m, "memory")],
     "batch norm": lambda m, x: m.bn.train()(x) + m.bn.running_mean,
     "a large buffer, through its data": lambda m, x: m.large.data.add_(1)[0],
+    "a very large buffer": lambda m, x: m.table.add_(1)[0],
+    "a view of a very large buffer": lambda m, x: m.table[:2].add_(1)[0],
+    "the size of a very large buffer": lambda m, x: m.table.t_().resize_(3).sum(),
+    "the data of a very large buffer": lambda m, x: setattr(m.table, "data", m.table + 1) or m.table[0],
     "an attribute's values": lambda m, x: m.hidden.add_(1).sum(),
     "the result of a graph": lambda m, x: m.of_graph.detach().add_(1),
     "a list": lambda m, x: torch.tensor(len([*m.items, m.items.append(x)])),
@@ -116,6 +121,15 @@ def test_containers_are_copied_one_level_deep_unless_they_are_very_long() -> Non
         lookup = run(lambda: model.lookup)
         assert lookup == model.lookup and lookup is not model.lookup and lookup[0] is deep
         assert run(lambda: model.very_long) is model.very_long
+
+
+def test_a_large_tensor_is_cloned_once_for_all_passes_and_again_after_a_write() -> None:
+    model = Stateful()
+    with isolated(model) as run:
+        places = [run(lambda: model.table.data_ptr()) for _ in range(3)]
+        assert len(set(places)) == 1 and places[0] != model.table.data_ptr()
+        run(lambda: model.table.add_(1))
+        assert run(lambda: float(model.table.sum())) == 0
 
 
 def draws() -> tuple[float, ...]:

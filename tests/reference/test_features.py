@@ -10,19 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_sensitivity.functional import features
-from lightning_sensitivity.functional.features import (
-    columns,
-    feature_makers,
-    fit_size,
-    kind_of,
-    make_rows,
-    patches,
-    shrunk,
-    token_columns,
-    values,
-    words,
-)
+from lightning_sensitivity.reference import features
+from lightning_sensitivity.reference.features import Features, fit_size, kind_of, possible_blocks, shrunk
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -33,10 +22,14 @@ def distances(rows: Tensor) -> Tensor:
     return torch.cdist(rows.double(), rows.double(), compute_mode="donot_use_mm_for_euclid_dist")
 
 
+def rows_of(block: str, known: Tensor, new: Tensor, kind: str | None = None) -> Any:
+    """What a block of features that has seen some samples makes of new ones."""
+    kind = kind or kind_of(known)
+    return Features({kind: block}, {kind: known})({kind: new})
+
+
 KINDS: dict[str, tuple[Tensor, str, set[str]]] = {
-    "a column": (random(9), "vectors", {"columns", "values"}),
-    "classes": (torch.arange(9), "vectors", {"columns", "values"}),
-    "a table": (random(9, 5), "vectors", {"columns", "values"}),
+    "a table": (random(9, 5), "columns", {"columns", "values"}),
     "token ids": (torch.ones(9, 5).long(), "tokens", {"words", "columns"}),
     "signals": (random(9, 2, 50), "signals", {"patches", "values"}),
     "short signals": (random(9, 2, 5), "signals", {"columns", "values"}),
@@ -44,30 +37,39 @@ KINDS: dict[str, tuple[Tensor, str, set[str]]] = {
     "images of bytes": ((255 * random(9, 1, 16, 16)).byte(), "images", {"patches", "values"}),
     "images of many channels": (random(9, 200, 16, 16), "images", {"columns", "values"}),
     "tiny images": (random(9, 3, 5, 16), "images", {"columns", "values"}),
-    "films": (random(9, 3, 4, 8, 8), "images", {"columns", "values"}),
 }
 
 
 @pytest.mark.parametrize("what", KINDS)
-def test_each_kind_of_inputs_has_features_of_finite_numbers(what: str) -> None:
+def test_each_kind_of_samples_has_features_of_finite_numbers(what: str) -> None:
     inputs, kind, names = KINDS[what]
-    makers = feature_makers(inputs)
-    assert (kind_of(inputs), set(makers)) == (kind, names)
     state = torch.get_rng_state()
-    for make in makers.values():
-        rows = make_rows(make(inputs), inputs)
+    assert kind_of(inputs) == kind and {each[kind] for each in possible_blocks({kind: inputs})} == names
+    for name in names:
+        rows = rows_of(name, inputs, inputs)
         rows = rows if isinstance(rows, np.ndarray) else rows.toarray()
         assert rows.ndim == 2 and len(rows) == 9 and rows.dtype == np.float64 and np.isfinite(rows).all()
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_large_images_signals_and_volumes_are_averaged_and_all_else_stays_as_it_is() -> None:
+@pytest.mark.parametrize("others", ["tokens", "images"])
+def test_several_kinds_are_seen_side_by_side_and_none_drowns_the_other(others: str) -> None:
+    ids = torch.randint(40, (60, 8), generator=torch.Generator().manual_seed(0))
+    seen = {"columns": 1e6 * random(60, 300), others: ids if others == "tokens" else random(60, 3, 12, 12)}
+    (blocks,) = possible_blocks(seen)
+    made = Features(blocks, seen)
+    assert made.name == f"columns and {'words' if others == 'tokens' else 'patches'}"
+    rows = made(seen)
+    rows = rows if isinstance(rows, np.ndarray) else rows.toarray()
+    for part in (rows[:, :300], rows[:, 300:]):
+        assert np.median(distances(torch.tensor(part))[np.triu_indices(60, 1)]) == pytest.approx(1, abs=0.05)
+
+
+def test_large_images_and_signals_are_averaged_and_all_else_stays_as_it_is() -> None:
     images = (255 * random(60, 3, 64, 128)).byte()
     assert shrunk(images).shape == (60, 3, 16, 32)
     torch.testing.assert_close(shrunk(images), torch.nn.functional.avg_pool2d(images.float(), 4))
     torch.testing.assert_close(shrunk(random(5, 2, 1024)), random(5, 2, 512, 2).mean(3))
-    volumes = random(5, 2, 32, 16, 32)
-    torch.testing.assert_close(shrunk(volumes), torch.nn.functional.avg_pool3d(volumes, 2))
     for small in (images[..., :32, :32], random(5, 2, 512), random(5, 9999), images[:0]):
         assert shrunk(small) is small
 
@@ -76,41 +78,40 @@ def test_columns_get_standard_units_of_training_samples_and_values_keep_theirs()
     x, new = (5 * random(30, 2, 25, seed=seed).double() + 2 for seed in (0, 1))
     x[:, 0, :2] = torch.tensor([7.0, 0.1])  # constant: nothing to learn, whatever new samples have there
     expected = (new.flatten(1) - x.flatten(1).mean(0)) / x.flatten(1).std(0, correction=0)
-    found = columns(x)(new)
-    torch.testing.assert_close(found[:, 2:], expected[:, 2:])
+    found = rows_of("columns", x, new)
+    np.testing.assert_allclose(found[:, 2:], expected[:, 2:])
     assert not found[:, :2].any()
-    torch.testing.assert_close(distances(values(x)(new)), distances(new.flatten(1)))
+    torch.testing.assert_close(distances(torch.tensor(rows_of("values", x, new))), distances(new.flatten(1)))
 
 
-def test_very_many_columns_keep_their_distances_within_a_few_percent() -> None:
-    x = random(40, 3, 64, 65)
-    ratio = (distances(values(x)(x)) / distances(x.flatten(1)))[~torch.eye(40, dtype=torch.bool)]
-    assert values(x)(x).shape == (40, 4096) and 0.93 < float(ratio.min()) <= float(ratio.max()) < 1.07
+def test_of_very_many_columns_evenly_spaced_ones_are_seen() -> None:
+    x = torch.arange(3.0)[:, None] * torch.arange(10_000)
+    found = rows_of("values", x, x)
+    assert found.shape == (3, 4096) and {*np.diff(found[2] - found[1])} == {2, 3}
 
 
 @pytest.mark.parametrize("shape", [(3, 24, 20), (2, 60)])
 def test_patches_do_not_see_units_of_channels_nor_the_order_of_new_samples(shape: tuple[int, ...]) -> None:
     x, new = random(40, *shape), random(130, *shape, seed=1)
     units = 10.0 ** torch.arange(shape[0]).reshape(-1, *(1,) * (len(shape) - 1))
-    expected = patches(x)(new)
-    torch.testing.assert_close(patches(units * x + 5)(units * new + 5), expected, rtol=1e-3, atol=1e-2)
-    torch.testing.assert_close(patches(x)(new.flip(0)).flip(0), expected, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(make_rows(patches(x), new), expected, rtol=1e-4, atol=1e-4)  # a few at a time
+    expected = rows_of("patches", x, new)
+    np.testing.assert_allclose(rows_of("patches", units * x + 5, units * new + 5), expected, rtol=1e-3, atol=1e-2)
+    np.testing.assert_allclose(rows_of("patches", x, new.flip(0))[::-1], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_patches_that_are_rare_count_less(monkeypatch: pytest.MonkeyPatch) -> None:
     x = random(40, 1, 12, 12)
-    found = patches(x)(x)
-    monkeypatch.setattr(features, "_standardized", lambda transform, rows, floor: transform)
-    raw = patches(x)(x)
+    found = rows_of("patches", x, x)
+    monkeypatch.setattr(features, "_RARE", 1e9)  # all are divided by the same number
+    raw = torch.tensor(rows_of("patches", x, x))
     scale = raw.std(0, correction=0) + 0.1 * raw.std(correction=0)
-    torch.testing.assert_close(found, (raw - raw.mean(0)) / scale, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found, raw / scale, rtol=5e-3, atol=5e-3)  # but for the means of all
 
 
 def test_patches_of_constant_channels_or_images_are_finite() -> None:
     x = random(20, 3, 12, 12)
     x[:, 0], x[0] = 0.3, 0.3
-    assert patches(x)(x).isfinite().all() and not patches(x[:1])(x[:1]).any()
+    assert np.isfinite(rows_of("patches", x, x)).all() and not rows_of("patches", x[:1], x[:1]).any()
 
 
 def weighed(text: list[int], known: list[list[int]]) -> dict[Any, float]:
@@ -134,16 +135,17 @@ def test_words_and_pairs_are_weighed_by_how_few_texts_have_them(num_texts: int) 
     ids = ids.where(torch.arange(6) < lengths[:, None], -1)
     texts = [[each for each in text if each >= 0] for text in ids.tolist()]
     new = torch.tensor([[3, 3, 4, 99, 3, 4, 7], [4, 3, -1, -1, -1, -1, -1], [5, 3, 4, 3, 4, 3, -1]])
-    rows = make_rows(words(ids), new)
+    rows = rows_of("words", ids, new)
     expected = [weighed([each for each in text if each >= 0], texts) for text in new.tolist()]
     products = [[sum(a[word] * b.get(word, 0) for word in a) for b in expected] for a in expected]
     np.testing.assert_allclose((rows @ rows.T).toarray(), products, atol=1e-6)
-    assert not make_rows(words(ids), torch.tensor([[-1, -1], [99, -1]])).toarray().any()
+    assert not rows_of("words", ids, torch.tensor([[-1, -1], [99, -1]])).toarray().any()
 
 
 def test_the_most_frequent_words_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(features, "_MAX_WORDS", 2)
-    rows = make_rows(words(torch.tensor([[1, 2, 3], [3, 2, 4], [5, 3, 6], [7, 2, 3]])), torch.arange(1, 8)[None])
+    ids = torch.tensor([[1, 2, 3], [3, 2, 4], [5, 3, 6], [7, 2, 3]])
+    rows = rows_of("words", ids, torch.arange(1, 8)[None])
     assert rows.shape == (1, 2) and rows.toarray().all()
 
 
@@ -160,7 +162,6 @@ def test_other_sizes_are_fitted() -> None:
 
 def test_integers_of_another_length_are_cut_or_padded() -> None:
     ids = torch.randint(9, (30, 4), generator=torch.Generator().manual_seed(0))
-    transform = token_columns(ids)
     padded = torch.cat([ids[:, :2], torch.full((30, 2), -1)], 1)
-    torch.testing.assert_close(transform(ids[:, :2]), transform(padded))
-    torch.testing.assert_close(transform(torch.cat([ids, ids], 1)), transform(ids))
+    np.testing.assert_allclose(rows_of("columns", ids, ids[:, :2]), rows_of("columns", ids, padded))
+    np.testing.assert_allclose(rows_of("columns", ids, torch.cat([ids, ids], 1)), rows_of("columns", ids, ids))

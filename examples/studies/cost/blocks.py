@@ -5,6 +5,8 @@ from pathlib import Path
 import pandas as pd
 
 FIGURES = pd.read_csv(Path(__file__).with_name("results.csv")).set_index(["what", "case"])
+ENCODERS = pd.read_csv(Path(__file__).with_name("encoders.csv")).set_index(["encoder", "size", "threads"])
+ENCODED = 3_000  # training samples, as many as a monitor encodes
 NETWORKS = {"MLP on a table": "MLP, 20 columns", "small CNN": "small CNN, 28 × 28", "ResNet-18": "ResNet-18, 32 × 32"}
 CASES = ("sensitivity", "risk", "both")
 SAMPLES = (2_000, 10_000, 50_000)
@@ -37,6 +39,11 @@ def both(samples: int) -> str:
     return " to ".join(f"{value:.0f}" if value >= 1.5 else f"{value:.1f}" for value in values)
 
 
+def encoder(name: str, size: str) -> str:
+    found = ENCODERS.loc[(name, size), "seconds"] * ENCODED
+    return f"| {name} | {size} | {found[1]:.0f} | {found[2]:.0f} |"
+
+
 NAMES: dict[str, object] = {}
 BLOCKS = {
     "cost of an epoch": "\n".join(
@@ -44,6 +51,15 @@ BLOCKS = {
     ),
     "cost of a fit": "\n".join(
         ["| | time |", "|---|---|", *map(fit, FIGURES.loc["a fit"].index)],
+    ),
+    "cost of encoders": "\n".join(
+        [
+            f"| seconds for {ENCODED:,} samples | of | one thread | two |",
+            "|---|---|---|---|",
+            *(encoder(*case) for case in dict.fromkeys(ENCODERS.index.droplevel("threads"))),
+            "",
+            "Measured by `python examples/studies/cost/encoders.py`, on a server's processor.",
+        ]
     ),
     "cost as samples": f"""
 A validation of `SensitivityMonitor` costs as much as training on {between("sensitivity")} samples, one of `RiskMonitor`

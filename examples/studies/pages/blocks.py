@@ -65,6 +65,22 @@ def by_own_metric(name: str, measure: str) -> dict[str, str]:
     return {f"{name}: {label}": lost(rule, measure) for label, rule in columns.items()}
 
 
+def judged() -> str:
+    """Say what a fine-tuned network lost, judged by its own body and by encoders, in the same runs."""
+    body = "pretrained_body" if "pretrained_body" in NAMES else "pretrained_features"  # of an older study
+    judges = {
+        body: "its own body, frozen before the fit",
+        "pretrained_lite0": "the same network at twice the resolution",
+    }
+    judges |= {"pretrained_lite2": "a larger network"}
+    known = {name: label for name, label in judges.items() if name in NAMES and NAMES[name].count}
+    found = [f"{{{name}.expected_score_accuracy_lost:.1f}} by {label}" for name, label in known.items()]
+    return (
+        f"Judged so, a fine-tuned network lost, in points of accuracy, {', '.join(found)}; by never stopping "
+        f"{{{body}.never_stop_accuracy_lost:.1f}} ({{{body}.count}} runs)."
+    )
+
+
 BLOCKS = {
     "README: tables": worth("as_they_are") + "; with a fifth of the labels wrong " + worth("fifth", text=""),
     "README: large tables": worth("large", text=""),
@@ -199,6 +215,7 @@ In the study, {fifth.its_unexplained.percent:.0f} % of the labels of tables coul
 been redrawn at random, and {as_they_are.its_unexplained.percent:.0f} % where none had. Of human labels of photos, it
 was {photos_40.its_unexplained.percent:.0f} % where {photos_40.share:.0f} % were wrong, and
 {photos_9.its_unexplained.percent:.0f} % where {photos_9.share:.0f} % were.""",
+    "worth: own body": judged(),
     "worth: pretrained": table(
         "accuracy lost, points",
         counted(

@@ -1,4 +1,4 @@
-"""How much do columns differ between training and validation by chance? The bound of RiskMonitor's warning is above that.
+"""How much do columns differ between training and validation by chance? RiskMonitor warns well above that.
 
 python columns.py DATA  # 222 random splits of the 74 tables: the largest difference of means, in standard errors
 """

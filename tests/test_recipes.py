@@ -1,0 +1,330 @@
+"""The recipes of the guide, section by section, on small networks without weights: nothing is downloaded."""
+
+import re
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, seed_everything
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from lightning_sensitivity import RiskMonitor
+from tests.helpers import fitted, small_forests
+from tests.test_docs import DOCS, RECIPES
+
+NUM_TRAINING, NUM_UNSEEN, NUM_CLASSES = 150, 60, 3
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+NEUTRAL, BAD, GOOD = ["film", "plot", "cast", "was", "is", "very"], ["bad", "poor", "dull"], ["good", "great", "fine"]
+WORDS = [*SPECIAL, *NEUTRAL, *BAD, *GOOD]
+
+
+class Network(LightningModule):
+    """The base of what recipes judge."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def loss(self, batch: Any) -> Tensor:
+        return cross_entropy(self(batch[0]), batch[1])
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.loss(batch)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        pass
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=1e-2)
+
+
+class Binary(Network):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x).squeeze(1)
+
+    def loss(self, batch: Any) -> Tensor:
+        return binary_cross_entropy_with_logits(self(batch[0]), batch[1].float())
+
+
+class Spectrograms(Network):
+    def forward(self, spectrogram: Tensor) -> Tensor:
+        return self.net(spectrogram)
+
+    def loss(self, batch: Any) -> Tensor:
+        return cross_entropy(self(batch["spectrogram"]), batch["label"])
+
+
+class Named(Network):
+    """A batch and a result with names of the user's own."""
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        return {"features": image.flatten(1), "logits": self.net(image)}
+
+    def loss(self, batch: Any) -> Tensor:
+        return cross_entropy(self(batch["image"])["logits"], batch["class_id"])
+
+
+class Texts(LightningModule):
+    def __init__(self) -> None:
+        transformers = pytest.importorskip("transformers")
+        super().__init__()
+        self.model = transformers.BertForSequenceClassification(small_bert(num_labels=2))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        return self.model(input_ids=input_ids, attention_mask=attention_mask)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return cross_entropy(self(batch["input_ids"], batch["attention_mask"]).logits, batch["labels"])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        pass
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=1e-2)
+
+
+class Rows(Dataset):
+    """A dict for each row of tensors by name."""
+
+    def __init__(self, **tensors: Tensor) -> None:
+        self.tensors = tensors
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        return {name: values[row] for name, values in self.tensors.items()}
+
+
+def small_bert(**options: Any) -> Any:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    return transformers.BertConfig(vocab_size=len(WORDS), **sizes, **options)
+
+
+def loaders(rows: Dataset, **options: Any) -> dict[str, Any]:
+    """A loader for training, and one of other samples."""
+    parts = [
+        torch.utils.data.Subset(rows, range(NUM_TRAINING)),
+        torch.utils.data.Subset(rows, range(NUM_TRAINING, 210)),
+    ]
+    train_loader, val_loader = (DataLoader(part, 30, **options) for part in parts)
+    return {"train_loader": train_loader, "val_loader": val_loader}
+
+
+def pictures(size: int = 32) -> tuple[Tensor, Tensor]:
+    """Noise, brighter in one of three colors."""
+    labels = torch.arange(NUM_TRAINING + NUM_UNSEEN) % NUM_CLASSES
+    colors = torch.eye(3)[labels][:, :, None, None]
+    return 0.5 * torch.rand(len(labels), 3, size, size) + 0.5 * colors * torch.rand(len(labels), 1, 1, 1), labels
+
+
+def cnn(num_outputs: int = NUM_CLASSES) -> nn.Module:
+    last = nn.Linear(8, num_outputs)
+    nn.init.constant_(last.bias, -1.0)  # so that no outputs look like probabilities
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), last)
+
+
+def of_images() -> dict[str, Any]:
+    return {"model": Network(cnn()), **loaders(TensorDataset(*pictures()))}
+
+
+def of_named_images() -> dict[str, Any]:
+    x, labels = pictures(8)
+    return {"model": Named(cnn()), **loaders(Rows(image=x, class_id=labels))}
+
+
+def of_waves() -> dict[str, Any]:
+    labels = torch.arange(NUM_TRAINING + NUM_UNSEEN) % 2
+    waves = torch.sin((1 + labels[:, None]) * torch.arange(800) / 8) + 0.1 * torch.randn(len(labels), 800)
+    spectrogram = waves.unfold(1, 80, 80).abs()
+    model = Spectrograms(nn.Sequential(nn.Flatten(), nn.Linear(800, 2)))
+    return {"model": model, **loaders(Rows(spectrogram=spectrogram, waves=waves, label=labels))}
+
+
+def of_few_positives() -> dict[str, Any]:
+    x, net = torch.randn(NUM_TRAINING + NUM_UNSEEN, 5), nn.Linear(5, 1)
+    nn.init.constant_(net.bias, -2.0)
+    return {"model": Binary(net), **loaders(TensorDataset(x, (x[:, 0] > 1).long()))}
+
+
+def drawn(words: list[str], least: int, most: int) -> list[str]:
+    number = int(torch.randint(least, most, ()))
+    return [words[int(place)] for place in torch.randint(len(words), (number,))]
+
+
+def of_texts() -> dict[str, Any]:
+    """Sentences with good or bad words, in token ids of a small tokenizer."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.models.WordLevel({word: place for place, word in enumerate(WORDS)}, unk_token="[UNK]")
+    whole = tokenizers.Tokenizer(words)
+    whole.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep")}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=whole, **special)
+    labels = torch.arange(NUM_TRAINING + NUM_UNSEEN) % 2
+    texts = [" ".join([*drawn(NEUTRAL, 2, 7), *drawn(GOOD if label else BAD, 1, 2)]) for label in labels]
+    encoded = tokenizer(texts, padding=True, return_tensors="pt")
+    rows = Rows(input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"], labels=labels)
+    return {"model": Texts(), "tokenizer": tokenizer, **loaders(rows)}
+
+
+def of_files() -> dict[str, Any]:
+    augmented, plain = (TensorDataset(*pictures()) for _ in range(2))
+    return {"augmented": augmented, "plain": plain, "model": Network(cnn())}
+
+
+# What takes the place of networks with weights
+def torchvision(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    models = pytest.importorskip("torchvision.models")
+    block = models.resnet.BasicBlock
+    patch.setattr(models, "resnet50", lambda weights: models.ResNet(block, [1, 1, 1, 1]))
+
+
+def timm(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    timm, create = pytest.importorskip("timm"), pytest.importorskip("timm").create_model
+    sizes = {"depth": 1, "embed_dim": 32, "num_heads": 2}
+    patch.setattr(timm, "create_model", lambda name, pretrained, **options: create(name, **sizes, **options))
+
+
+def transformers(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    transformers = pytest.importorskip("transformers")
+    bert = transformers.BertModel(small_bert())
+    patch.setattr(transformers.AutoModel, "from_pretrained", lambda name: bert)
+
+
+def sentence_transformers(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    sentences = pytest.importorskip("sentence_transformers")
+    pytest.importorskip("transformers").BertModel(small_bert()).save_pretrained(folder)
+    of_texts()["tokenizer"].save_pretrained(folder)
+    made = sentences.SentenceTransformer(str(folder))
+    patch.setattr(sentences, "SentenceTransformer", lambda name: made)
+
+
+def wave_encoder(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    transformers = pytest.importorskip("transformers")
+    convolutions = {"conv_dim": (16, 16), "conv_stride": (5, 4), "conv_kernel": (10, 8)}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.Wav2Vec2Config(**convolutions, **sizes, num_conv_pos_embeddings=16)
+    encoder = transformers.Wav2Vec2Model(config)
+    patch.setattr(transformers.AutoModel, "from_pretrained", lambda name: encoder)
+
+
+Prepare = Callable[[Path, pytest.MonkeyPatch], None]
+SECTIONS: dict[str, tuple[Callable[[], dict[str, Any]], Prepare | None]] = {
+    "A judge with eyes": (lambda: of_images() | {"encoder": cnn(16)}, None),
+    "torchvision": (of_images, torchvision),
+    "timm": (of_images, timm),
+    "transformers": (of_texts, transformers),
+    "sentence-transformers": (of_texts, sentence_transformers),
+    "Sound": (of_waves, wave_encoder),
+    "Tables": (dict, None),
+    "Images": (of_files, None),
+    "Texts": (of_texts, None),
+    "Other batches": (of_named_images, None),
+    "Few positives, AUC and F1": (of_few_positives, None),
+    "F1 and others": (of_few_positives, None),
+    "Thresholds": (dict, None),
+}
+IN_OTHER_WORDS = {"timm": (r"name, side = .*", 'name, side = "vit_base_patch32_clip_224.openai", 224')}
+
+
+def sections() -> dict[str, str]:
+    """The code of each section of the pages that has some, and what the sections above it import."""
+    found = {}
+    for page in RECIPES:
+        imports: list[str] = []
+        parts = re.split(r"^#+ (.*)$", (DOCS / "guide" / f"{page}.md").read_text(), flags=re.MULTILINE)
+        for name, text in zip(parts[1::2], parts[2::2], strict=True):
+            code = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+            if code:
+                found[name] = "\n".join([*imports, *code])
+            imports += re.findall(r"^(?:from|import) .*$", found.get(name, ""), re.MULTILINE)
+    return found
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> None:
+        raise OSError("a test has no network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.fixture(autouse=True)
+def quick_learners() -> Iterator[None]:
+    with small_forests():
+        yield
+
+
+def test_every_recipe_is_tried() -> None:
+    assert sections().keys() == SECTIONS.keys()
+
+
+def run(code: str, names: dict[str, Any]) -> RiskMonitor | None:
+    """Run a recipe, and fit, if it does not; the monitor that it makes, if any."""
+    exec(compile(re.sub(r"max_epochs=\d+", "max_epochs=3", code), "recipe", "exec"), names)
+    if "trainer" in names:
+        return next(each for each in names["trainer"].callbacks if isinstance(each, RiskMonitor))
+    if "model" not in names:
+        return None
+    risk = names.get("risk") or RiskMonitor()
+    monitors = [risk, names["sensitivity"]] if "sensitivity" in names else [risk]
+    fitted(monitors, names["model"], names["train_loader"], names["val_loader"])
+    return risk
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists")
+@pytest.mark.parametrize("name", SECTIONS)
+def test_a_recipe_runs_as_it_stands(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level("INFO", "lightning.pytorch")
+    seed_everything(0, verbose=False)
+    make, prepare = SECTIONS[name]
+    if prepare is not None:
+        prepare(tmp_path / "network", monkeypatch)
+    code = sections()[name]
+    versions = [code, re.sub(*IN_OTHER_WORDS[name], code)] if name in IN_OTHER_WORDS else [code]
+    for version in versions:
+        risk = run(version, {"__name__": "recipe", **make()})
+        if risk is not None:
+            assert risk.summary["is_trusted"] and risk.summary["skill"] > 0.1
+            assert risk.summary["left_out_accuracy"] > risk.summary["majority"] + 0.05
+            assert (risk.summary["features"] == "features") == ("features=" in version)
+    if risk is not None:
+        assert "without having seen them, it predicts" in caplog.text
+
+
+@pytest.mark.usefixtures("offline")
+def test_an_encoder_runs_once_on_kept_samples_and_is_in_no_checkpoint(tmp_path: Path) -> None:
+    seen = []
+
+    class Counted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = cnn(16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append((len(x), self.training, torch.is_grad_enabled()))
+            return self.net(x)
+
+    names = of_images()
+    trainer = fitted(
+        RiskMonitor(features=Counted()), names["model"], names["train_loader"], names["val_loader"], max_epochs=3
+    )
+    assert sum(number for number, _, _ in seen) == NUM_TRAINING + NUM_UNSEEN
+    assert {(is_training, has_gradients) for _, is_training, has_gradients in seen} == {(False, False)}
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    saved = torch.load(tmp_path / "run.ckpt", weights_only=True)
+    assert saved["state_dict"].keys() == names["model"].state_dict().keys()
