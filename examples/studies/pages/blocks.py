@@ -67,17 +67,15 @@ def by_own_metric(name: str, measure: str) -> dict[str, str]:
 
 def judged() -> str:
     """Say what a fine-tuned network lost, judged by its own body and by encoders, in the same runs."""
-    body = "pretrained_body" if "pretrained_body" in NAMES else "pretrained_features"  # of an older study
     judges = {
-        body: "its own body, frozen before the fit",
-        "pretrained_lite0": "the same network at twice the resolution",
+        "body": "its own body, frozen before the fit",
+        "lite0": "the same network at a higher resolution",
+        "lite2": "a larger network",
     }
-    judges |= {"pretrained_lite2": "a larger network"}
-    known = {name: label for name, label in judges.items() if name in NAMES and NAMES[name].count}
-    found = [f"{{{name}.expected_score_accuracy_lost:.1f}} by {label}" for name, label in known.items()]
+    found = [f"{{pretrained_{end}.expected_score_accuracy_lost:.1f}} by {label}" for end, label in judges.items()]
     return (
         f"Judged so, a fine-tuned network lost, in points of accuracy, {', '.join(found)}; by never stopping "
-        f"{{{body}.never_stop_accuracy_lost:.1f}} ({{{body}.count}} runs)."
+        "{pretrained.never_stop_accuracy_lost:.1f} ({pretrained.count} runs)."
     )
 
 
@@ -169,15 +167,6 @@ worst run loses {tables.expected_score_accuracy_lost.worst:.0f}, {photos.expecte
 - **The score is for accuracy.** Where balanced accuracy or F1 counts, choose by their own expectation: on tables the
 score loses {tables.expected_score_balanced_lost:.1f} points of balanced accuracy, its expectation
 {tables.expected_balanced_balanced_lost:.1f}.""",
-    "worth: own body": told(
-        "pretrained_body",
-        """
-Where EfficientNet-Lite0 was fine-tuned at 48 or 64 pixels ({pretrained_body.count} runs), its own frozen body as judge
-lost {pretrained_body.expected_score_accuracy_lost:.1f} points of accuracy, where never stopping lost
-{pretrained_body.never_stop_accuracy_lost:.1f}; the same network at 96 pixels lost
-{pretrained_lite0.expected_score_accuracy_lost:.1f}, and EfficientNet-Lite2 at 128
-{pretrained_lite2.expected_score_accuracy_lost:.1f}.""",
-    ),
     "worth: few positives": table("AUROC lost, points", counted(FEW), across(AUC, lost("COLUMN", "auc"))),
     "worth: balanced": """
 Of balanced accuracy, its own expectation loses {few.expected_balanced_balanced_lost:.1f} points, the last epoch
@@ -254,7 +243,10 @@ and {texts.expected_score_accuracy_lost:.1f} on texts.""",
     + """
 
 Points of test accuracy lost against the best of 6 networks, each at its chosen epoch, on {alike.count} tables"""
-    + "; on {photos_alike.count} sets of photos {photos_alike.expected_lost:.1f}, at random {photos_alike.random_lost:.1f}"
+    + (
+        "; on {photos_alike.count} sets of photos {photos_alike.expected_lost:.1f}, at random "
+        "{photos_alike.random_lost:.1f}"
+    )
     * bool(NAMES["photos_alike"].count)
     + ".",
 }
