@@ -1,7 +1,7 @@
 """A torchvision ResNet-18 on small images: from scratch, with mixup, or fine-tuned in two stages.
 
     python examples/images/resnet18.py --quick             # embedded digits, under a minute
-    python examples/images/resnet18.py --quick --mixup     # soft labels
+    python examples/images/resnet18.py --quick --mixup     # images are mixed in the step
     python examples/images/resnet18.py --quick --finetune  # weights of other classes first
     python examples/images/resnet18.py --data FOLDER       # CIFAR-10, 3 minutes on an idle core
 
@@ -22,7 +22,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 from torchvision.models import resnet18
 from torchvision.transforms import v2
 
@@ -65,13 +65,11 @@ def load() -> tuple[Tensor, Tensor]:
     return x[order], y[order].long()
 
 
-def loaders(x: Tensor, y: Tensor, num_train: int, num_classes: int) -> tuple[DataLoader, DataLoader]:
-    """Training images, mixed if that is wanted, and validation images."""
-    mixup = v2.MixUp(num_classes=num_classes)
-    collate = (lambda samples: mixup(*default_collate(samples))) if args.mixup else None
+def loaders(x: Tensor, y: Tensor, num_train: int) -> tuple[DataLoader, DataLoader]:
+    """Training images, and validation images."""
     train = Images(x[:num_train], y[:num_train])
     val = Images(x[num_train : num_train + NUM_VAL], y[num_train : num_train + NUM_VAL])
-    return DataLoader(train, BATCH_SIZE, shuffle=True, drop_last=True, collate_fn=collate), DataLoader(val, 64)
+    return DataLoader(train, BATCH_SIZE, shuffle=True, drop_last=True), DataLoader(val, 64)
 
 
 class ResNet(LightningModule):
@@ -79,13 +77,15 @@ class ResNet(LightningModule):
         super().__init__()
         self.net = resnet18(num_classes=num_classes)
         self.net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)  # images are small: no stride here
+        self.mixup = v2.MixUp(num_classes=num_classes) if args.mixup else nn.Identity()
         self.lr = 1e-3
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return cross_entropy(self(batch[0]), batch[1])  # of class indices, or of soft labels
+        x, y = self.mixup(batch)  # not in the loader: the reference has to see images as they are
+        return cross_entropy(self(x), y)
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         self.log("val/loss", cross_entropy(self(batch[0]), batch[1]))
@@ -117,13 +117,13 @@ print("epoch      loss   expected  sensitivity")
 if not args.finetune:
     module = ResNet(10)
     monitors = [RiskMonitor(validation_labels=True), SensitivityMonitor()]
-    fit(module, loaders(x, y, NUM_TRAIN, 10), NUM_EPOCHS, *monitors, Table())
+    fit(module, loaders(x, y, NUM_TRAIN), NUM_EPOCHS, *monitors, Table())
 else:
     # Pretrained weights, on the first five classes; yours come from elsewhere.
     module = ResNet(5)
-    fit(module, loaders(x[y < 5], y[y < 5], NUM_TRAIN, 5), NUM_EPOCHS)
+    fit(module, loaders(x[y < 5], y[y < 5], NUM_TRAIN), NUM_EPOCHS)
     # The task: the other classes, with fewer images, and a new head.
-    data = loaders(x[y >= 5], y[y >= 5] - 5, NUM_TRAIN // 4, 5)
+    data = loaders(x[y >= 5], y[y >= 5] - 5, NUM_TRAIN // 4)
     module.net.fc = nn.Linear(512, 5)
     # The reference sees patches. Give it `features=` of a larger network, if you have one; the backbone that you tune
     # knows less than the network will, and so does harm (docs/guide/encoders.md).

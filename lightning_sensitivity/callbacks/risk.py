@@ -1,51 +1,35 @@
 """The callback that logs what to expect of unseen samples, and so what to stop by."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 from torchmetrics import Metric, MetricCollection
 
-from lightning_sensitivity.arguments import Selector, check_argument, check_bool, check_estimator, describe_error
+from lightning_sensitivity.arguments import Selector, check_argument, check_bool, check_estimator
 from lightning_sensitivity.callbacks.both import Predictions, predict_both
 from lightning_sensitivity.callbacks.checks import (
-    EXPECTED,
     check_class_shares,
     check_metrics,
     check_monitored,
-    check_outputs,
     check_targets,
     try_metrics,
 )
 from lightning_sensitivity.callbacks.closing import Curve, Summary, closing_line, plot_history, summarize
-from lightning_sensitivity.callbacks.monitor import Monitor, Values
-from lightning_sensitivity.callbacks.run_reference import RunReference, Unseen
+from lightning_sensitivity.callbacks.expectation import ExpectationMonitor
 from lightning_sensitivity.compat import PlotType
-from lightning_sensitivity.functional.expected import (
-    all_values,
-    default_metrics,
-    join_values,
-    uncertainty,
-)
+from lightning_sensitivity.functional.expected import default_metrics
 from lightning_sensitivity.functional.tasks import TASK_NAMES, TASKS
-from lightning_sensitivity.functional.tensors import may_be_probabilities
-from lightning_sensitivity.model.isolation import RunIsolated, isolated
+from lightning_sensitivity.model.isolation import isolated
 from lightning_sensitivity.model.reader import BatchReader
-from lightning_sensitivity.model.samples import KeptSamples
 
-_NUM_LABELLED = 2000  # validation samples that are kept if they have labels, over all processes
-_SOME_VALIDATIONS = 3  # after which a network is better than a constant prediction
-_FALLING = 0.9  # of the last score: below, a network is still learning
 _KEYS = {"epoch", "step", "dataloader_idx", "reference", "num_labels"}  # of each row of the history
 
 
-class RiskMonitor(Monitor):
+class RiskMonitor(ExpectationMonitor):
     r"""A callback that logs what to expect of unseen samples in every validation, without their labels.
 
     A small model of the training labels, the *reference* (:class:`~lightning_sensitivity.Reference`), stands in for
@@ -96,8 +80,6 @@ class RiskMonitor(Monitor):
         >>> callbacks = [RiskMonitor(), EarlyStopping("val/expected_score", patience=10)]
     """
 
-    only_in_fit = True
-
     def __init__(
         self,
         task: str = "multiclass",
@@ -116,34 +98,16 @@ class RiskMonitor(Monitor):
     ) -> None:
         check_argument("task", task, task in TASKS, f"one of {TASK_NAMES}")
         check_bool("validation_labels", validation_labels)
-        self.task = TASKS[task]
-        check_estimator("reference", reference, self.task)
-        check_class_shares(class_shares, self.task)
-        reader = BatchReader(inputs=inputs, outputs=outputs, targets=targets, features=features, task=self.task)
-        super().__init__(reader, num_samples, prefix, prog_bar)
-        if validation_labels and num_samples is not None:
-            self.num_samples = max(num_samples, _NUM_LABELLED)
-        self.metrics = default_metrics(self.task, 2) if metrics is None else check_metrics(metrics)
-        self.validation_labels = validation_labels
-        self.history: list[dict[str, Any]] = []
+        rules = TASKS[task]
+        check_estimator("reference", reference, rules)
+        check_class_shares(class_shares, rules)
+        reader = BatchReader(inputs=inputs, outputs=outputs, targets=targets, features=features, task=rules)
+        found = default_metrics(rules, 2) if metrics is None else check_metrics(metrics)
+        judged_by = {"estimator": reference, "class_shares": class_shares, "validation_labels": validation_labels}
+        super().__init__(reader, rules, found, num_samples=num_samples, prefix=prefix, prog_bar=prog_bar, **judged_by)
         self.summary: Summary = {}
         self._has_default = metrics is None
-        self._estimator = reference
-        self._class_shares = class_shares
-        self._reference = self._new_reference()
         self._is_started = False  # whether the first training batch was read
-        self._output_shape: tuple[int, ...] | None = None  # of a sample; None before, or if that failed
-        self._num_bad = 0  # validations in which a regression was worse than a constant prediction
-        self._last_score = 0.0  # of it
-
-    def _new_reference(self) -> RunReference:
-        return RunReference(self.task, self.reader, self._estimator, self._class_shares, self.reporter)
-
-    @property
-    def directions(self) -> dict[str, bool]:
-        """Whether the highest value is the best, by name without the prefix."""
-        of_metrics = {EXPECTED + name: bool(metric.higher_is_better) for name, metric in self.metrics.items()}
-        return {f"{EXPECTED}score": False} | of_metrics
 
     @property
     def reference(self) -> Any:
@@ -246,10 +210,6 @@ class RiskMonitor(Monitor):
             self._summarize(trainer)
         super().on_exception(trainer, pl_module, exception)
 
-    def _free(self) -> None:
-        super()._free()
-        self._reference.free()
-
     def _summarize(self, trainer: Trainer) -> None:
         """Summarize the fit, once."""
         if self.summary or self._output_shape is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -309,125 +269,3 @@ class RiskMonitor(Monitor):
             y = self.task.as_matrix(labels, num_columns)
             try_metrics(self.metrics, self.task.as_outputs(outputs.cpu())[counts], y[counts], self.task)
         self._output_shape = shape
-
-    def check_outputs(self, outputs: Tensor) -> None:
-        """Refuse outputs of which nothing can be expected."""
-        check_outputs(outputs, self.task)
-
-    # A validation
-
-    def is_ready(self, trainer: Trainer) -> bool:
-        """Return whether every process has its training samples."""
-        return self._reference.is_ready(trainer)
-
-    def keep(self, module: LightningModule, batch: object, batch_idx: int, samples: KeptSamples) -> None:
-        """Keep a validation batch, with its labels if they are wanted."""
-        kept = self.reader.keep(module, batch, batch_idx, with_seen=True, max_samples=samples.num_wanted)
-        if self.validation_labels and self.reader.may_have_labels(module, batch):
-            try:
-                kept.labels = self.reader.kept_labels(module, batch, kept, self._output_shape)
-            except MisconfigurationException as error:
-                self.reporter.warn("labels", f"treats some validation batches as unlabelled: {describe_error(error)}")
-        samples.add(kept)
-
-    def measure(self, module: LightningModule, run: RunIsolated, samples: KeptSamples) -> tuple[Tensor, ...]:
-        """Run the model on the kept samples of a loader.
-
-        Returns:
-            Its outputs ``(N, C)``, and labels ``(N, C)``, nan where a sample has none, on the CPU.
-        """
-        if self._output_shape is None:  # a sanity check, which logs nothing
-            return tuple(run(batch.call.to(module.device)) for batch in samples.batches)
-        num_columns = self.task.num_columns(self._output_shape)
-        outputs, labels = [torch.zeros(0, num_columns)], [torch.zeros(0, num_columns)]
-        for batch in samples.batches:
-            outputs.append(self.task.as_outputs(run(batch.call.to(module.device)).float().cpu()))
-            y = torch.full((batch.size, num_columns), math.nan)
-            if batch.labels is not None:
-                counts = self.task.has_label(batch.labels)
-                y[counts] = self.task.as_matrix(batch.labels, num_columns).float()[counts]
-            labels.append(y)
-        return torch.cat(outputs), torch.cat(labels)
-
-    def prepare(self, trainer: Trainer) -> None:
-        """Make the reference in the first validation that can have values; every process comes here."""
-        self._reference.make(trainer, self.samples)
-
-    def compute_values(self, trainer: Trainer, dataloader_idx: int, *rows: Tensor) -> Values:
-        """Compute what to expect on a loader, over all processes."""
-        outputs, labels = rows
-        has_label, is_finite = ~labels.isnan().any(1), outputs.isfinite().all(1)
-        self._warn_of_samples(dataloader_idx, is_finite, has_label)
-        if self.task.has_classes and may_be_probabilities(outputs[is_finite]):
-            self.warn_of_probabilities()
-        if len(outputs) > 0 and not bool(is_finite.any()):
-            return dict.fromkeys(self.names, math.nan)
-        counts = has_label & is_finite
-        y, num_labels = labels[counts], int(counts.sum())
-        unseen = self._reference.unseen.get(dataloader_idx)
-        if unseen is None and num_labels == 0:
-            self._warn_if_blind(trainer)
-            return {}
-        drawn = self.task.classes(y) if self.task.has_classes else y
-        found = all_values(outputs[counts], y, drawn[None], self.metrics, self.task)
-        if unseen is not None:
-            found = join_values(self._expect(dataloader_idx, outputs, unseen), found, num_labels, self.task)
-        named = {EXPECTED + name: found[name] for name in ("score", *self.metrics) if not math.isnan(found[name])}
-        return named | {"temperature": found["temperature"], "num_labels": num_labels}
-
-    def _expect(self, dataloader_idx: int, outputs: Tensor, unseen: Unseen) -> dict[str, float]:
-        """Compute what to expect by labels that were drawn once from the predictions of the reference."""
-        assert self._reference.verdict is not None
-        outputs = outputs[unseen.rows]
-        is_finite = outputs.isfinite().all(1)
-        outputs, q, draws = outputs[is_finite], unseen.q[is_finite], unseen.draws[:, is_finite]
-        expected = all_values(outputs, q, draws, self.metrics, self.task)
-        if dataloader_idx == 0 and not self.task.has_classes:
-            self._warn_of_targets(expected["score"], by_mean=float(q.var(0, correction=0).mean()))
-        expected["score"] += uncertainty(q, self.task, self._reference.verdict.score)
-        return expected
-
-    def remember(self, trainer: Trainer, dataloader_idx: int, values: Values) -> None:
-        """Add a row to the history, with the left-out score of the reference that judged, by which it is known."""
-        verdict = self._reference.verdict
-        has_reference = bool(values) and verdict is not None and dataloader_idx in self._reference.unseen
-        row: Values = {"epoch": trainer.current_epoch, "step": trainer.global_step, "dataloader_idx": dataloader_idx}
-        row |= {"reference": verdict.score if verdict is not None and has_reference else None, "num_labels": 0}
-        self.history.append(row | values)
-
-    # Warnings
-
-    def _warn_of_targets(self, score: float, by_mean: float) -> None:
-        """Warn if a regression is worse than its mean prediction in several validations, and does not improve."""
-        is_bad = score > max(by_mean, _FALLING * self._last_score)
-        self._last_score = score
-        self._num_bad = self._num_bad + 1 if is_bad else 0
-        if self._num_bad == _SOME_VALIDATIONS:
-            self.reporter.warn(
-                "targets",
-                f"finds the network worse than a constant prediction in {self._num_bad} validations. If your step "
-                "scales targets or takes logarithms, do the same in `targets=`.",
-            )
-
-    def _warn_of_samples(self, dataloader_idx: int, is_finite: Tensor, has_label: Tensor) -> None:
-        where = f"dataloader {dataloader_idx}"
-        num_non_finite = int((~is_finite).sum())
-        if num_non_finite > 0:
-            message = f"on {where}: {num_non_finite} samples gave nan or inf, and were left out."
-            self.reporter.warn("nan", message, kind=str(dataloader_idx))
-        if self.validation_labels and not bool(has_label.any()):
-            message = (
-                f"found no label in the batches of {where}, so labels are not used. If they have some, set `targets=`."
-            )
-            self.reporter.warn("labels", message, kind="none")
-
-    def _warn_if_blind(self, trainer: Trainer) -> None:
-        verdict = self._reference.verdict
-        if verdict is None or verdict.is_trusted or trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
-        sees = "has seen labels of only one class" if verdict.majority == 1 else "sees too little of the inputs"
-        self.reporter.warn(
-            "blind",
-            f"logs nothing: the reference {sees}, so nothing says when to stop. Callbacks that monitor it take the "
-            "last epoch. Set `features=`, or label some validation samples (`validation_labels=True`).",
-        )

@@ -31,14 +31,13 @@ _EQUAL = 1e-12  # relative squared distance of equal rows
 _NUM_PATCHES, _NUM_FILTERS = 20_000, 256
 _MIN_PATCH, _MAX_PATCH, _MAX_STEPS = 3, 6, 16  # pixels a side, and steps of a signal
 _MAX_NUMBERS = 1024  # in a patch, of all channels
-_MIN_SIDE = 6  # of images that have patches
 _COARSE = 24  # pixels a side from which every second place is taken
 _CONTRAST, _WHITENING = 0.1, 0.1  # what keeps flat patches and weak directions small
 _THRESHOLD = 0.5  # of responses
 _RARE = 0.1  # of the scale of all responses, added to that of each
 
 _MAX_WORDS = 8192  # and pairs of words
-_PAIR_WEIGHT = 0.5
+_WEIGHTS = (0.0, 1.0, 0.5)  # of nothing, of a word and of a pair
 _FEW_TEXTS = 50  # below, words that occur once are kept, too
 
 
@@ -90,17 +89,9 @@ def fit_size(inputs: Tensor, shape: torch.Size) -> Tensor:
 
 def possible_blocks(seen: Seen) -> list[dict[str, str]]:
     """Return what may be seen of samples: each time the name of a block of features for each kind."""
-    found = {kind: _blocks_of(kind, inputs) for kind, inputs in seen.items()}
-    if len(found) > 1:
-        return [{kind: blocks[0] for kind, blocks in found.items()}]
-    return [{kind: block} for kind, blocks in found.items() for block in blocks]
-
-
-def _blocks_of(kind: str, inputs: Tensor) -> tuple[str, ...]:
-    if kind == "tokens":
-        return "words", "columns"
-    has_patches = kind != "columns" and _patch_size(inputs)
-    return ("patches", "values") if has_patches else ("columns", "values")
+    if len(seen) > 1:
+        return [{kind: _BLOCKS[kind][0] for kind in seen}]
+    return [{kind: block} for kind in seen for block in _BLOCKS[kind]]
 
 
 class Features:
@@ -193,7 +184,7 @@ def patches(inputs: Tensor) -> Transform:
     """
     images = _as_images(inputs)
     mean, scale = (each[:, None, None] for each in (images.mean((0, 2, 3)), _scale(images, (0, 2, 3))))
-    filters, offsets = _filters(_random_patches((images - mean) / scale, *_patch_size(inputs)))
+    filters, offsets = _filters(_random_patches((images - mean) / scale, *_patch_size(images)))
     responses = partial(_responses, mean=mean, scale=scale, filters=filters, offsets=offsets[:, None, None])
     return _standardized(responses, _in_parts(responses, _some(inputs)), floor=_RARE)
 
@@ -220,13 +211,14 @@ def _as_images(inputs: Tensor) -> Tensor:
     return (inputs[:, :, None] if inputs.ndim == 3 else inputs).float()
 
 
-def _patch_size(inputs: Tensor) -> tuple[int, ...]:
-    """Return height and width of a patch; () if there are no patches."""
-    side = min(inputs.shape[2:])
-    largest = _MAX_STEPS if inputs.ndim == 3 else _MAX_PATCH
-    patch = max(_MIN_PATCH, min(largest, side // 4))
-    size = (1, patch) if inputs.ndim == 3 else (patch, patch)
-    return size if side >= _MIN_SIDE and inputs.shape[1] * math.prod(size) <= _MAX_NUMBERS else ()
+def _patch_size(images: Tensor) -> tuple[int, int]:
+    """Return height and width of a patch, of images or of signals as images."""
+    _, channels, height, width = images.shape
+    if height == 1:
+        return 1, min(width, max(_MIN_PATCH, min(_MAX_STEPS, width // 4)), max(1, _MAX_NUMBERS // channels))
+    side = min(height, width)
+    side = min(side, max(_MIN_PATCH, min(_MAX_PATCH, side // 4)), max(1, math.isqrt(_MAX_NUMBERS // channels)))
+    return side, side
 
 
 def _random_patches(images: Tensor, height: int, width: int) -> Tensor:
@@ -256,18 +248,10 @@ def words(ids: Tensor) -> Transform:
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     rarest = 1 if len(ids) < _FEW_TEXTS else 2
-    vectorizer = TfidfVectorizer(analyzer=_words, sublinear_tf=True, min_df=rarest, max_features=_MAX_WORDS)
-    try:
-        vectorizer.fit(ids.tolist())
-    except ValueError:  # no word is in two texts
-        return _no_words
-    is_pair = [len(each) > 1 for each in vectorizer.get_feature_names_out()]
-    vectorizer.idf_ = np.where(is_pair, _PAIR_WEIGHT, 1.0) * vectorizer.idf_
+    vectorizer = TfidfVectorizer(analyzer=_words, sublinear_tf=True, min_df=rarest, max_features=_MAX_WORDS + 1)
+    vectorizer.fit(ids.tolist())
+    vectorizer.idf_ = [_WEIGHTS[len(each)] for each in vectorizer.get_feature_names_out()] * vectorizer.idf_
     return partial(_counts, vectorizer=vectorizer)
-
-
-def _no_words(ids: Tensor) -> Rows:
-    return np.zeros((len(ids), 1))
 
 
 def _counts(ids: Tensor, vectorizer: Any) -> Rows:
@@ -275,11 +259,17 @@ def _counts(ids: Tensor, vectorizer: Any) -> Rows:
 
 
 def _words(ids: list[int]) -> list[tuple[int, ...]]:
-    """List the words of a text, and pairs of neighbours; negative ids are padding."""
+    """List the words of a text, and pairs of neighbours, and nothing, which each has; negative ids are padding."""
     known = [each for each in ids if each >= 0]
-    return [*zip(known, strict=True), *pairwise(known)]
+    return [(), *zip(known, strict=True), *pairwise(known)]
 
 
+_BLOCKS = {
+    "columns": ("columns", "values"),
+    "images": ("patches", "values"),
+    "signals": ("patches", "values"),
+    "tokens": ("words", "columns"),
+}
 _MAKERS: dict[str, Callable[[Tensor], Transform]] = {
     "columns": columns,
     "values": values,

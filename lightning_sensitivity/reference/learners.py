@@ -4,14 +4,12 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from sklearn.base import clone
-from sklearn.dummy import DummyRegressor
 from sklearn.ensemble import RandomForestRegressor
 from sklearn.kernel_approximation import Nystroem
 from sklearn.linear_model import Ridge
@@ -21,13 +19,12 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from lightning_sensitivity.functional.tasks import Task
-from lightning_sensitivity.reference.calibration import Calibration, calibrate
+from lightning_sensitivity.reference.calibration import calibrate
 from lightning_sensitivity.reference.features import Features, Rows, Seen, median_distance, possible_blocks, spread
 
 Array: TypeAlias = Any  # of NumPy
 
 _PART = 1000  # samples on which a learner is chosen
-_MIN_SAMPLES = 4  # samples
 
 _MAX_ID = 1000  # below, token ids may be the categories of a table
 _LEAF, _OTHER_LEAVES = 5, (2, 15, 40)  # samples in a leaf
@@ -48,53 +45,43 @@ _CENTRES_OF_PART, _CENTRES, _MANY_CENTRES = 500, 1000, 1500  # of Nystroem featu
 _FOLDS = 5
 
 
-@dataclass
 class Learner:
     """A small model, fitted to training samples, and calibrated.
 
-    Attributes:
-        name: ``"forest"``, ``"ridge"``, ``"mean"``, or the class of an estimator.
+    Args:
+        name: ``"forest"``, ``"ridge"``, or the class of an estimator.
         features: What it sees of the samples.
         model: An estimator of scikit-learn, fitted to rows.
-        calibration: What its predictions need.
-        left_out: What it would have predicted of each sample without it, ``(N, C)``.
+        left_out: What it would have predicted of each sample without it.
         labels: The labels of the same samples, ``(N, C)``.
+        task: The task.
+
+    Attributes:
+        calibration: What its predictions need.
+        left_out: The left-out predictions, calibrated, ``(N, C)``.
     """
 
-    name: str
-    features: Features
-    model: Any
-    calibration: Calibration
-    left_out: Tensor
-    labels: Tensor
+    def __init__(self, name: str, features: Features, model: Any, left_out: Array, labels: Tensor, task: Task) -> None:
+        self.name = name
+        self.features = features
+        self.labels = labels
+        self._model = model
+        p = self._as_matrix(left_out)
+        self.calibration = calibrate(p, labels, task)
+        self.left_out = self.calibration(p)
 
     def predict(self, seen: Seen) -> Tensor:
         """Predict new samples, ``(M, C)``."""
         rows = self.features(seen)
-        is_classifier = hasattr(self.model, "classes_")
-        found = self.model.predict_proba(rows) if is_classifier else self.model.predict(rows)
-        return self.calibration(_as_matrix(found, self.labels.shape[1], getattr(self.model, "classes_", None)))
+        is_classifier = hasattr(self._model, "classes_")
+        found = self._model.predict_proba(rows) if is_classifier else self._model.predict(rows)
+        return self.calibration(self._as_matrix(found))
 
-
-def _learner(name: str, features: Features, model: Any, left_out: Array, labels: Tensor, task: Task) -> Learner:
-    p = _as_matrix(left_out, labels.shape[1], getattr(model, "classes_", None))
-    calibration = calibrate(p, labels, task)
-    return Learner(name, features, model, calibration, calibration(p), labels)
-
-
-def _as_matrix(found: Array, num_columns: int, classes: Array | None = None) -> Tensor:
-    """Return what a model predicts as a matrix ``(N, C)``; classes that no sample has get a column, too."""
-    p = np.asarray(found, dtype=np.float64).reshape(len(found), -1)
-    if classes is not None:
-        columns = np.zeros((len(p), num_columns))
-        columns[:, classes] = p
-        p = columns
-    return torch.from_numpy(p if p.shape[1] == num_columns else np.hstack([1 - p, p]))  # see `_targets`
-
-
-def _targets(labels: Tensor, task: Task) -> Array:
-    """Return what a learner is fitted to; of two classes, the second one says all."""
-    return (labels[:, 1:] if task.has_classes and labels.shape[1] == 2 else labels).numpy()
+    def _as_matrix(self, found: Array) -> Tensor:
+        """Give classes that no sample has a column, too."""
+        p = np.zeros((len(found), self.labels.shape[1]))
+        p[:, getattr(self._model, "classes_", slice(None))] = found.reshape(len(found), -1)
+        return torch.from_numpy(p)
 
 
 @contextmanager
@@ -139,8 +126,6 @@ def fit_learners(seen: Seen, labels: Tensor, task: Task) -> tuple[Learner, Tenso
         The learner, and which of the samples it knows.
     """
     number = len(labels)
-    if number < _MIN_SAMPLES:
-        return _fit_mean(seen, labels, task), torch.arange(number)
     rows = spread(number, _PART)
     part = _at(seen, rows), labels[rows], task
     with _quiet():
@@ -152,8 +137,8 @@ def fit_learners(seen: Seen, labels: Tensor, task: Task) -> tuple[Learner, Tenso
         rows = spread(number, most)
         seen, labels = _at(seen, rows), labels[rows]
         features = Features(best.blocks, seen)
-        model, left_out = best.fit(features(seen), _targets(labels, task))
-    return _learner(best.name, features, model, left_out, labels, task), rows
+        model, left_out = best.fit(features(seen), labels.numpy())
+    return Learner(best.name, features, model, left_out, labels, task), rows
 
 
 def _at(seen: Seen, rows: Tensor) -> Seen:
@@ -161,15 +146,8 @@ def _at(seen: Seen, rows: Tensor) -> Seen:
 
 
 def _score(left_out: Array, labels: Tensor, task: Task) -> float:
-    p = _as_matrix(left_out, labels.shape[1])
+    p = torch.from_numpy(left_out).reshape(labels.shape)
     return float(task.distances(calibrate(p, labels, task)(p), labels).mean())
-
-
-def _fit_mean(seen: Seen, labels: Tensor, task: Task) -> Learner:
-    """Predict the mean label: there are too few samples to learn from."""
-    features, model = Features(possible_blocks(seen)[0], seen), DummyRegressor()
-    rows = features(seen)
-    return _learner("mean", features, model, model.fit(rows, labels.numpy()).predict(rows), labels, task)
 
 
 # A random forest
@@ -195,7 +173,7 @@ def _choose_forest(part: Seen, labels: Tensor, task: Task, limit: float) -> _Cho
 
     Of many columns, which take long, there is no more than a first try if that is above the limit.
     """
-    blocks, y = _blocks_of_forest(part), _targets(labels, task)
+    blocks, y = _blocks_of_forest(part), labels.numpy()
     rows = Features(blocks, part)(part)
 
     def score(num_columns: int, leaf: int) -> float:
@@ -222,8 +200,7 @@ def _fit_forest(rows: Rows, y: Array, num_columns: int, leaf: int, trees: int = 
     trees = min(trees or _TREES, max(_MIN_TREES, _MAX_WORK // (y.size * num_columns)))
     options = {"min_samples_leaf": leaf, "oob_score": True, "random_state": 0, "n_jobs": torch.get_num_threads()}
     forest = RandomForestRegressor(trees, max_features=num_columns, **options)
-    forest.fit(rows, y if y.shape[1] > 1 else y[:, 0])
-    return forest, forest.oob_prediction_
+    return forest.fit(rows, y.squeeze()), forest.oob_prediction_
 
 
 # Ridge regression on features of a kernel
@@ -231,7 +208,7 @@ def _fit_forest(rows: Rows, y: Array, num_columns: int, leaf: int, trees: int = 
 
 def _choose_ridge(part: Seen, labels: Tensor, task: Task) -> _Choice:
     """Try all features, with several widths of the kernel."""
-    y, found = _targets(labels, task), []
+    y, found = labels.numpy(), []
     centres = _CENTRES if [*part] == ["columns"] else _MANY_CENTRES
     for blocks in possible_blocks(part):
         rows = Features(blocks, part)(part)
@@ -268,7 +245,7 @@ def _leave_one_out(features: Array, y: Array) -> list[tuple[float, Array]]:
 # Any estimator of scikit-learn
 
 
-def fit_estimator(estimator: Any, seen: Seen, labels: Tensor, task: Task) -> Learner:
+def fit_estimator(estimator: Any, seen: Seen, labels: Tensor, task: Task) -> tuple[Learner, Tensor]:
     """Fit a copy of an estimator; left-out predictions are those of five folds.
 
     Args:
@@ -278,21 +255,16 @@ def fit_estimator(estimator: Any, seen: Seen, labels: Tensor, task: Task) -> Lea
         task: The task.
     """
     features = Features(possible_blocks(seen)[0], seen)
-    rows, y, method = features(seen), _targets(labels, task), "predict"
-    y = y[:, 0] if y.shape[1] == 1 else y
+    rows, y, method, folds = features(seen), labels.numpy().squeeze(), "predict", KFold
     if task.has_classes:
         y, method = task.classes(labels).numpy(), "predict_proba"
-    largest = int(np.bincount(y).max()) if task.has_classes else 1
-    if largest == len(y):  # one sample, or one class
-        return _fit_mean(seen, labels, task)
-    states = {
-        name: 0 for name, value in estimator.get_params().items() if name.endswith("random_state") and value is None
-    }
-    model = clone(estimator).set_params(**states)
+        folds = StratifiedKFold if max(np.bincount(y)) >= _FOLDS else KFold
+    model = clone(estimator)
+    parameters = model.get_params().items()
+    model.set_params(**{name: 0 for name, value in parameters if name.endswith("random_state") and value is None})
     # Shuffled: samples come in an order that depends on their inputs.
-    kind, most = (StratifiedKFold, largest) if largest > 1 else (KFold, len(y))
-    folds = kind(min(_FOLDS, most), shuffle=True, random_state=0)
+    cv = folds(min(_FOLDS, len(y)), shuffle=True, random_state=0)
     with _quiet():
-        left_out = cross_val_predict(model, rows, y, cv=folds, method=method)
+        left_out = cross_val_predict(model, rows, y, cv=cv, method=method)
         model.fit(rows, y)
-    return _learner(type(estimator).__name__, features, model, left_out, labels, task)
+    return Learner(type(estimator).__name__, features, model, left_out, labels, task), torch.arange(len(labels))

@@ -1,6 +1,7 @@
 """A reference: the best small model of the training labels, which never sees the network."""
 
 import math
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -19,6 +20,7 @@ from lightning_sensitivity.reference.samples import read_labels, read_samples
 
 Array: TypeAlias = Any  # of NumPy
 
+_MIN_SAMPLES = 4
 _CHUNK = 10_000  # samples that are predicted at a time
 _LEAST_SKILL = {"columns": 0.0}  # up to it, a reference is blind
 _LEAST_SKILL_OF_OTHERS = 0.05
@@ -70,7 +72,7 @@ class Reference(BaseEstimator):  # type: ignore[misc]
             :func:`~lightning_sensitivity.reference.unexplained_share`; nan in a regression, and if the reference has
             learned nothing.
         residuals_: Quantiles of the left-out errors in a regression, with their mean square, ``(20, C)``; else none.
-        learner_: ``"forest"``, ``"ridge"``, ``"mean"`` (of too few samples), or the class of your estimator.
+        learner_: ``"forest"``, ``"ridge"``, or the class of your estimator.
         features_: What it sees of samples, such as ``"columns"`` or ``"columns and words"``.
         kind_: The kinds of its inputs: ``"columns"``, ``"images"``, ``"signals"``, ``"tokens"``, or several.
         num_samples_: How many samples it knows.
@@ -107,31 +109,28 @@ class Reference(BaseEstimator):  # type: ignore[misc]
             The reference itself.
 
         Raises:
-            ValueError: If shapes do not fit, there is no training sample, inputs are nan or inf, or labels do not fit
-                the task.
+            ValueError: If shapes do not fit, there are fewer than four different samples, inputs are nan or inf, or
+                labels do not fit the task.
         """
         task = find_task(self.task)
         seen = read_samples(x)
         labels, self.classes_ = read_labels(y, task)
         sizes = {len(labels), *map(len, seen.values())}
         if len(sizes) > 1:
-            raise ValueError(
-                f"Expected `x` and `y` of the same samples, but got {' and '.join(map(str, sorted(sizes)))}."
-            )
+            raise ValueError(f"Expected `x` and `y` of the same samples, but got {sorted(sizes)} of them.")
         rows, labels = observations(seen, labels, len(self.classes_), task)
+        if len(rows) < _MIN_SAMPLES:
+            raise ValueError(f"Expected {_MIN_SAMPLES} different samples with labels or more, but got {len(rows)}.")
         seen = {kind: shrunk(values[rows]) for kind, values in seen.items()}
-        if self.estimator is None:
-            learner, chosen = fit_learners(seen, labels, task)
-            rows = rows[chosen]
-        else:
-            learner = fit_estimator(self.estimator, seen, labels, task)
+        fit = fit_learners if self.estimator is None else partial(fit_estimator, self.estimator)
+        learner, chosen = fit(seen, labels, task)
         self._learner, self._shapes = learner, {kind: values.shape for kind, values in seen.items()}
         self.n_features_in_ = sum(math.prod(shape[1:]) for shape in self._shapes.values())
         names = list(getattr(x, "columns", ()))
         self.__dict__.pop("feature_names_in_", None)
         if names:
             self.feature_names_in_ = np.array(names, dtype=object)
-        self._describe(learner, rows, task)
+        self._describe(learner, rows[chosen], task)
         return self
 
     def _describe(self, learner: Learner, rows: Tensor, task: Task) -> None:
@@ -161,14 +160,10 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         if self.skill_ > max(_NO_SKILL, _NO_SKILL_PER_SAMPLE / len(y)):
             self.unexplained_ = unexplained_share(p, y)
 
-    def __sklearn_is_fitted__(self) -> bool:
-        """Return whether it was fitted."""
-        return hasattr(self, "_learner")
-
     def __str__(self) -> str:
         """Say what it is, and how good."""
-        if not self.__sklearn_is_fitted__():
-            return str(super().__str__())
+        if not hasattr(self, "skill_"):
+            return repr(self)
         return f"Reference({self.learner_} on {self.features_}, {self.num_samples_} samples, skill {self.skill_:.2f})"
 
     def predict_proba(self, x: Any) -> Array:

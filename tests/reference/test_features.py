@@ -32,11 +32,11 @@ KINDS: dict[str, tuple[Tensor, str, set[str]]] = {
     "a table": (random(9, 5), "columns", {"columns", "values"}),
     "token ids": (torch.ones(9, 5).long(), "tokens", {"words", "columns"}),
     "signals": (random(9, 2, 50), "signals", {"patches", "values"}),
-    "short signals": (random(9, 2, 5), "signals", {"columns", "values"}),
+    "short signals": (random(9, 2, 1), "signals", {"patches", "values"}),
     "images": (random(9, 3, 16, 16), "images", {"patches", "values"}),
     "images of bytes": ((255 * random(9, 1, 16, 16)).byte(), "images", {"patches", "values"}),
-    "images of many channels": (random(9, 200, 16, 16), "images", {"columns", "values"}),
-    "tiny images": (random(9, 3, 5, 16), "images", {"columns", "values"}),
+    "images of many channels": (random(9, 200, 16, 16), "images", {"patches", "values"}),
+    "tiny images": (random(9, 3, 1, 2), "images", {"patches", "values"}),
 }
 
 
@@ -146,7 +146,7 @@ def test_the_most_frequent_words_are_known(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(features, "_MAX_WORDS", 2)
     ids = torch.tensor([[1, 2, 3], [3, 2, 4], [5, 3, 6], [7, 2, 3]])
     rows = rows_of("words", ids, torch.arange(1, 8)[None])
-    assert rows.shape == (1, 2) and rows.toarray().all()
+    assert np.count_nonzero(rows.toarray()) == 2
 
 
 def test_other_sizes_are_fitted() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 
 FIGURES = pd.read_csv(Path(__file__).with_name("results.csv")).set_index(["what", "case"])
-ENCODERS = pd.read_csv(Path(__file__).with_name("encoders.csv")).set_index(["encoder", "size", "threads"])
+ENCODERS = pd.read_csv(Path(__file__).with_name("encoders.csv")).set_index(["encoder", "size", "threads"]).sort_index()
 ENCODED = 3_000  # training samples, as many as a monitor encodes
 NETWORKS = {"MLP on a table": "MLP, 20 columns", "small CNN": "small CNN, 28 × 28", "ResNet-18": "ResNet-18, 32 × 32"}
 CASES = ("sensitivity", "risk", "both")
@@ -41,7 +41,7 @@ def both(samples: int) -> str:
 
 def encoder(name: str, size: str) -> str:
     found = ENCODERS.loc[(name, size), "seconds"] * ENCODED
-    return f"| {name} | {size} | {found[1]:.0f} | {found[2]:.0f} |"
+    return f"| {name}, {size} | {found[1]:.0f} s | {found[2]:.0f} s |"
 
 
 NAMES: dict[str, object] = {}
@@ -54,11 +54,11 @@ BLOCKS = {
     ),
     "cost of encoders": "\n".join(
         [
-            f"| seconds for {ENCODED:,} samples | of | one thread | two |",
-            "|---|---|---|---|",
-            *(encoder(*case) for case in dict.fromkeys(ENCODERS.index.droplevel("threads"))),
+            f"| {ENCODED:,} samples | one thread | two |",
+            "|---|---|---|",
+            *(encoder(*case) for case in ENCODERS.xs(1, level="threads").sort_values("seconds").index),
             "",
-            "Measured by `python examples/studies/cost/encoders.py`, on a server's processor.",
+            "By `python examples/studies/cost/encoders.py`, on a server's processor.",
         ]
     ),
     "cost as samples": f"""

@@ -26,10 +26,10 @@ from lightning_sensitivity.model.encoder import Encoder
 IMAGES = {
     "EfficientNet-Lite0": ("tf_efficientnet_lite0", (96, 224)),
     "ResNet-50": ("resnet50", (96, 224)),
-    "DINOv2, small": ("vit_small_patch14_dinov2", (98, 224)),
-    "CLIP, ViT-B/32": ("vit_base_patch32_clip_224", (224,)),
+    "DINOv2 small": ("vit_small_patch14_dinov2", (98, 224)),
+    "CLIP ViT-B/32": ("vit_base_patch32_clip_224", (224,)),
 }
-TEXTS = {"MiniLM, 6 layers": (6, 384, 12), "BERT, base": (12, 768, 12)}  # layers, width, heads
+TEXTS = {"MiniLM-L6": (6, 384, 12), "BERT base": (12, 768, 12)}  # layers, width, heads
 WORDS = 64  # tokens of a text
 PART = 16  # samples of a pass
 

@@ -4,36 +4,43 @@ from pathlib import Path
 
 import pandas as pd
 
-FOUND = pd.read_csv(Path(__file__).with_name("results.csv"))
-MEANS = FOUND.groupby(["part", "case"]).mean()
-SEEDS = FOUND["seed"].nunique()
+FOUND = pd.read_csv(Path(__file__).with_name("results.csv")).set_index(["part", "case"]).sort_index()
+SPLITS = FOUND["seed"].nunique()
+COPIES = {
+    "as they are": "as they are",
+    "with SMOTE": "SMOTE",
+    "each row three times, jittered": "jitter",
+    "with mixup": "mixup",
+}
+THRESHOLDS = {"0.5": "half", "their share": "share"}
 
 
-def copies(case: str) -> str:
-    left_out, new = 100 * MEANS.loc[("copies", case), ["left_out", "new"]]
-    return f"{left_out:.0f} % of the labels that it has not seen, and {new:.0f} % of those of new customers"
+def copies(label: str, case: str) -> str:
+    left_out, new = 100 * FOUND.loc[("copies", case), ["left_out", "new"]].mean()
+    return f"| {label} | {left_out:.0f} % | {new:.0f} % |"
 
 
-def epochs(part: str, case: str) -> str:
-    found = FOUND.query("part == @part and case == @case")["epoch"]
-    return f"{found.min():.0f} to {found.max():.0f}"
+def chosen(part: str, label: str, case: str) -> str:
+    rows = FOUND.loc[(part, case)]
+    share = 100 * FOUND.loc[(part, "share"), "threshold"].mean()
+    epochs = f"{rows['epoch'].min():.0f} to {rows['epoch'].max():.0f}"
+    return f"| {share:.0f} % | {label} | {epochs} | {rows['f1'].mean():.2f} | {rows['last_f1'].mean():.2f} |"
 
 
-def f1(part: str, case: str, column: str = "f1") -> str:
-    return f"{MEANS.loc[(part, case), column]:.2f}"
-
-
-FEW = FOUND.query("part == 'few positives' and case == 'half'")
 NAMES: dict[str, object] = {}
 BLOCKS = {
-    "customers: copies": f"""
-Of the front page's customers, a reference predicts {copies("as they are")} ({SEEDS} splits); with SMOTE
-{copies("SMOTE")}; with two jittered copies of each row {copies("jitter")}; with mixup {copies("mixup")}.""",
-    "customers: F1": f"""
-Of the front page's customers with 8 % positives ({SEEDS} splits), expected F1 at a threshold of 0.5 is 0 after the first
-epoch in {(FEW["first_expected"] == 0).sum()}, and chooses epochs {epochs("few positives", "half")} of 40, of F1
-{f1("few positives", "half")}. At the share of positives it chooses epochs {epochs("few positives", "share")}, of F1
-{f1("few positives", "share")}; the last epoch has {f1("few positives", "share", "last_f1")} there. With the
-{100 * MEANS.loc[("as they are", "share"), "threshold"]:.0f} % that there are, it is {f1("as they are", "half")} and
-{f1("as they are", "share")}.""",
+    "customers: copies": "\n".join(
+        [
+            f"| 1,000 of the front page's customers ({SPLITS} splits) | left-out labels predicted | new ones |",
+            "|---|---|---|",
+            *(copies(*case) for case in COPIES.items()),
+        ]
+    ),
+    "customers: F1": "\n".join(
+        [
+            f"| positives ({SPLITS} splits) | threshold | expected F1 is highest in epoch | F1 then | in the last |",
+            "|---|---|---|---|---|",
+            *(chosen(part, *case) for part in ("few positives", "as they are") for case in THRESHOLDS.items()),
+        ]
+    ),
 }
