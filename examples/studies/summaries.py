@@ -9,9 +9,9 @@ are fields of `str.format`, filled by `tables.py`.
     BLOCKS = {"in short": "{noisy.count} runs lose {noisy.criterion_accuracy_lost:.1f} points."}
 
 A column stands for its mean. It has `percent` (of shares), `median`, `worst`, `p90` (or any other percentage), `count`,
-`stderr`, `only` (of a single row), and a 95 % interval of the mean: `low`, `high`, `bounds` ("low to high"), `interval`
-("mean [low, high]"), and `chance`: " (may be chance)" if 0 is inside. `minus[COLUMN]`, its difference from another
-column in the same run, has all of these, too.
+`stderr`, `only` (of a single row), `above` and `below` (how many are above and below 0), and a 95 % interval of the
+mean: `low`, `high`, `bounds` ("low to high"), `interval` ("mean [low, high]"), and `chance`: " (may be chance)" if 0 is
+inside. `minus[COLUMN]`, its difference from another column in the same run, has all of these, too.
 
 Runs of the same table are not independent: if there is a column `table`, the mean is that of the means of tables, and
 the interval is one over tables. It is Student's up to 20 of them, and a bootstrap's (BCa) above.
@@ -90,6 +90,16 @@ class Values:
     @property
     def worst(self) -> Number:
         return Number(self.values.max())
+
+    @property
+    def above(self) -> Number:
+        """The number of values above 0."""
+        return Number((self.values > 0).sum())
+
+    @property
+    def below(self) -> Number:
+        """The number of values below 0."""
+        return Number((self.values < 0).sum())
 
     @property
     def only(self) -> Number | str:

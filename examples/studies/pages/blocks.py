@@ -13,6 +13,9 @@ AUC = {
     "a tenth, its AUROC": "tenth_by_auc",
 }
 FEW = {"as they come": "few_plain", "class weights": "few_weights", "weighted sampler": "few_sampler"}
+FEW |= {"undersampled": "few_undersampled", "undersampled, `class_shares=`": "few_undersampled_known"}
+HELD_OUT = {"tables": "tables", "large tables": "large", "few positives": "few", "photos": "photos", "texts": "texts"}
+HELD_OUT = {label: f"{name}_held" for label, name in HELD_OUT.items() if NAMES[f"{name}_held"].count}
 NUMBERS = {"targets as they are": "clear", "with noise": "noisy", "series": "series"}
 TARGETS = {
     "last epoch": "never_stop",
@@ -23,7 +26,11 @@ TARGETS = {
 }
 LABELS = {f"{count} labels": f"labels_{count}" for count in (50, 100, 200, 600)} | {"a tenth": "tenth"}
 LEVELS = {"tables": "tables", "large tables": "large", "few positives": "few"}
-LEVELS |= {"texts": "texts", "signals": "signals", "pretrained, `features=`": "pretrained_features", "photos": "photos"}
+LEVELS |= {"texts": "texts", "signals": "signals", "photos, by patches": "photos"}
+LEVELS |= {
+    "photos, by a pretrained network": "photos_lite0",
+    "a pretrained network, by a larger one": "pretrained_lite2",
+}
 NETWORKS = {
     "**`compare_models`**": "expected",
     "100 labels": "labels_100",
@@ -46,6 +53,11 @@ def worth(part: str, rule: str = "expected_score", measure: str = "accuracy", te
     return f"{{{ours}:.1f}} {text}instead of {{{part}.{last}:.1f}}{chance}"
 
 
+def told(part: str, text: str) -> str:
+    """Say something of runs, if there are any."""
+    return text if NAMES[part].count else "Not measured in this version."
+
+
 def by_own_metric(name: str, measure: str) -> dict[str, str]:
     """Give columns for a metric that is chosen by its own expectation."""
     columns = {"last epoch": "never_stop", "expected score": "expected_score"}
@@ -55,14 +67,15 @@ def by_own_metric(name: str, measure: str) -> dict[str, str]:
 
 def judged() -> str:
     """Say what a fine-tuned network lost, judged by its own body and by encoders, in the same runs."""
-    body = "pretrained_body" if "pretrained_body" in NAMES else "pretrained_features"  # of an older study
-    judges = {body: "its own body, frozen before the fit"}
-    judges |= {"pretrained_lite0": "the same network at a higher resolution", "pretrained_lite2": "a larger network"}
-    known = {name: label for name, label in judges.items() if name in NAMES and NAMES[name].count}
-    found = [f"{{{name}.expected_score_accuracy_lost:.1f}} by {label}" for name, label in known.items()]
+    judges = {
+        "body": "its own body, frozen before the fit",
+        "lite0": "the same network at a higher resolution",
+        "lite2": "a larger network",
+    }
+    found = [f"{{pretrained_{end}.expected_score_accuracy_lost:.1f}} by {label}" for end, label in judges.items()]
     return (
         f"Judged so, a fine-tuned network lost, in points of accuracy, {', '.join(found)}; by never stopping "
-        f"{{{body}.never_stop_accuracy_lost:.1f}} ({{{body}.count}} runs)."
+        "{pretrained.never_stop_accuracy_lost:.1f} ({pretrained.count} runs)."
     )
 
 
@@ -70,22 +83,29 @@ BLOCKS = {
     "README: tables": worth("as_they_are") + "; with a fifth of the labels wrong " + worth("fifth", text=""),
     "README: large tables": worth("large", text=""),
     "README: few positives": "AUROC: " + worth("few", "expected_auc", "auc"),
-    "README: regression": (
+    "README: regression": told(
+        "numbers",
         "squared error {numbers.expected_score_loss_lost:.0f} % above the lowest instead of "
-        "{numbers.never_stop_loss_lost:.0f} %{numbers.expected_score_loss_lost.minus[never_stop_loss_lost].chance}"
+        "{numbers.never_stop_loss_lost:.0f} %{numbers.expected_score_loss_lost.minus[never_stop_loss_lost].chance}",
     ),
     "README: photos": worth("photos"),
     "README: texts": worth("texts", text=""),
     "README: signals": worth("signals", text=""),
-    "README: pretrained": worth("pretrained_features"),
+    "README: pretrained": worth("pretrained_lite2"),
+    "README: encoder": worth("photos_lite0"),
+    "README: tenth": "; ".join(
+        f"on {label} {{{name}.gained.interval:+.1f}} points ({{{name}.gained.count}} runs)"
+        for label, name in HELD_OUT.items()
+    ),
     "README: labels": (
-        "on photos {photos_new.labels_600_combined_accuracy_lost:.1f} points lost instead of "
-        "{photos_new.expected_score_accuracy_lost:.1f} without labels; on tables "
-        "{tables_new.labels_600_combined_accuracy_lost:.1f} instead of {tables_new.expected_score_accuracy_lost:.1f}"
+        "on photos {photos.labels_600_combined_accuracy_lost:.1f} points lost instead of "
+        "{photos.expected_score_accuracy_lost:.1f} without labels; on tables "
+        "{tables.labels_600_combined_accuracy_lost:.1f} instead of {tables.expected_score_accuracy_lost:.1f}"
     ),
     "README: compare": "{alike.expected_lost:.1f} points lost instead of {alike.random_lost:.1f} at random",
     "README: level": (
-        "on tables {tables.level_error:.1f} points off; on photos {photos.level_error:.0f} points, mostly too low"
+        "on tables {tables.level_error:.1f} points off; on photos {photos.level_error:.1f} points by patches, "
+        "{photos_lite0.level_error:.1f} by a pretrained network as `features=`"
     ),
     "README: rival": (
         "on tables, the reference alone reaches {tables.reference_accuracy:.1f} %, the chosen epoch "
@@ -129,12 +149,14 @@ BLOCKS = {
     ),
     "worth: tenth": table(
         "accuracy lost, points",
-        counted(MAIN),
+        counted(HELD_OUT),
         {
-            "600 unlabelled samples": lost("expected_score", "accuracy"),
-            "a tenth, unlabelled": lost("tenth_unlabelled", "accuracy"),
-            "a tenth, labelled": lost("tenth", "accuracy"),
-            "the same, and the reference": lost("tenth_alone_combined", "accuracy"),
+            "trained on all, **expected score**": lost("expected_score", "accuracy"),
+            "trained on 90 %, by the loss on 10 %": lost("held_out_by_loss", "accuracy"),
+            "by their accuracy": lost("held_out_by_accuracy", "accuracy"),
+            "by their loss, then trained again on all": lost("retrained", "accuracy"),
+            "by their loss − expected score [95 %]": "{ROW.gained.interval:+.1f}",
+            "runs that gain, lose": "{ROW.gained.above:.0f}, {ROW.gained.below:.0f}",
         },
     ),
     "worth: limits": """
@@ -154,20 +176,29 @@ a tenth {few.tenth_by_balanced_balanced_lost:.1f}; of macro F1 {few.expected_f1_
     "worth: regression": table(
         "squared error above the lowest, %", counted(NUMBERS), across(TARGETS, lost("COLUMN", "loss"))
     ),
-    "worth: photos": """
+    "worth: photos": told(
+        "photos",
+        """
 On photos with human labels ({photos.count} runs), the expected score lost {photos.expected_score_accuracy_lost:.1f}
 points of accuracy, the last epoch
 {photos.never_stop_accuracy_lost:.1f}{photos.expected_score_accuracy_lost.minus[never_stop_accuracy_lost].chance}. The
 expected accuracy is {photos.level_error:.0f} points off, and its maximum loses
 {photos.expected_accuracy_accuracy_lost:.1f}.""",
-    "worth: texts": """
+    ),
+    "worth: texts": told(
+        "texts",
+        """
 On texts with human labels ({texts.count} runs), the expected score lost {texts.expected_score_accuracy_lost:.1f}
 points of accuracy, the last epoch
 {texts.never_stop_accuracy_lost:.1f}{texts.expected_score_accuracy_lost.minus[never_stop_accuracy_lost].chance}.""",
-    "worth: signals": """
+    ),
+    "worth: signals": told(
+        "signals",
+        """
 On signals ({signals.count} runs on three sets, with up to 40 % of the labels redrawn), the expected score lost
 {signals.expected_score_accuracy_lost:.1f} points of accuracy, the last epoch
 {signals.never_stop_accuracy_lost:.1f}{signals.expected_score_accuracy_lost.minus[never_stop_accuracy_lost].chance}.""",
+    ),
     "worth: unexplained": """
 In the study, {fifth.its_unexplained.percent:.0f} % of the labels of tables could not be explained where a fifth had
 been redrawn at random, and {as_they_are.its_unexplained.percent:.0f} % where none had. Of human labels of photos, it
@@ -178,28 +209,32 @@ was {photos_40.its_unexplained.percent:.0f} % where {photos_40.share:.0f} % were
         "accuracy lost, points",
         counted(
             {
-                "ImageNet's network, without `features=`": "pretrained",
-                "ImageNet's network, with `features=`": "pretrained_features",
-                "a small network, without `features=`": "tuned",
-                "a small network, with `features=`": "tuned_features",
+                label: name
+                for label, name in CLASSES.items()
+                if name.startswith(("photos", "pretrained", "tuned", "minilm"))
             }
         ),
         across(SCORE, lost("COLUMN", "accuracy"))
-        | {"difference [95 %]": difference("expected_score", "never_stop", "accuracy")},
+        | {
+            "difference [95 %]": difference("expected_score", "never_stop", "accuracy"),
+            "level, points off": "{ROW.level_error:.1f}",
+            "the network, the judge": "{ROW.chosen_accuracy:.0f} %, {ROW.reference_accuracy:.0f} %",
+            "mean of both": "{ROW.mean_accuracy:.0f} %",
+        },
     ),
     "worth: labels": table(
         "accuracy lost, points",
         LABELS,
         {
-            name: f"{{{name}_new.ROW_accuracy_lost:.1f}} → {{{name}_new.ROW_combined_accuracy_lost:.1f}}"
+            name: f"{{{name}.ROW_accuracy_lost:.1f}} → {{{name}.ROW_combined_accuracy_lost:.1f}}"
             for name in ("tables", "photos", "texts")
         },
     )
     + """
 
 Before the arrow stand labels alone, behind it the same labels with the reference. Without labels, the expected score
-loses {tables_new.expected_score_accuracy_lost:.1f} on tables, {photos_new.expected_score_accuracy_lost:.1f} on photos
-and {texts_new.expected_score_accuracy_lost:.1f} on texts.""",
+loses {tables.expected_score_accuracy_lost:.1f} on tables, {photos.expected_score_accuracy_lost:.1f} on photos
+and {texts.expected_score_accuracy_lost:.1f} on texts.""",
     "worth: compare": table(
         "chosen by",
         NETWORKS,
@@ -207,6 +242,11 @@ and {texts_new.expected_score_accuracy_lost:.1f} on texts.""",
     )
     + """
 
-Points of test accuracy lost against the best of 6 networks, each at its chosen epoch, on {alike.count} tables; on
-{photos_alike.count} sets of photos {photos_alike.expected_lost:.1f}, at random {photos_alike.random_lost:.1f}.""",
+Points of test accuracy lost against the best of 6 networks, each at its chosen epoch, on {alike.count} tables"""
+    + (
+        "; on {photos_alike.count} sets of photos {photos_alike.expected_lost:.1f}, at random "
+        "{photos_alike.random_lost:.1f}"
+    )
+    * bool(NAMES["photos_alike"].count)
+    + ".",
 }

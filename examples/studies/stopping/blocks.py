@@ -1,6 +1,6 @@
 """What the report tells of this study: which epoch to take, which network, and at what level, without labels."""
 
-from stopping.parts import CLASSES, NAMES, counted, difference, lost
+from stopping.parts import CLASSES, COMPARED, NAMES, counted, difference, lost
 from summaries import Number, Runs, Values, table
 
 __all__ = ["BLOCKS", "NAMES"]
@@ -17,10 +17,23 @@ TENTH = {
     "the tenth, unlabelled": "tenth_unlabelled",
     "the tenth, both": "tenth_alone_combined",
 }
+HELD_OUT = {
+    "by its loss": "held_out_by_loss",
+    "by its accuracy": "held_out_by_accuracy",
+    "by its refined score": "held_out_by_score",
+    "by nothing": "held_out_by_nothing",
+    "then trained again on all": "retrained",
+}
 ROWS = counted(CLASSES)
-NEW = counted({label: f"{name}_new" for label, name in CLASSES.items()})
 NUMBERS = counted({"as they are": "clear", "with noise": "noisy", "series, weeks apart": "series"})
 MANY = counted({"tables": "as_they_are", "a fifth redrawn": "fifth", "large": "large", "few positives": "few"})
+HELD = counted({label: f"{name}_held" for label, name in CLASSES.items()})
+NUMBERS_HELD = counted({"as they are": "clear_held", "with noise": "noisy_held"})
+SHIFTED = counted({
+    f"{label}, {shares}": f"few_{way}{end}"
+    for label, way in (("weighted sampler", "sampler"), ("undersampled", "undersampled"))
+    for shares, end in (("as they seem", ""), ("known", "_known"), ("estimated", "_estimated"))
+})  # fmt: skip
 
 
 # %% What was asked for.
@@ -34,56 +47,55 @@ def mean(part: str, column: str) -> float:
     return float(value.mean)
 
 
-def asked(part: str, rule: str, measure: str, limit: str, factor: float = 1, plus: float = 0) -> str:
-    """Compare the means of two rules."""
-    return met(mean(part, f"{rule}_{measure}_lost"), factor * mean(part, f"{limit}_{measure}_lost") + plus)
+def level(part: str, limit: float) -> str:
+    return met(mean(part, "level_error"), limit)
 
 
-def own(part: str, rule: str, limit: str, measure: str) -> str:
-    """Compare the means of two rules, in the metric by which they choose."""
-    return met(mean(part, f"{rule}_{measure}_lost"), mean(part, f"{limit}_{measure}_lost"))
+def at_most(part: str, limit: float, rule: str = "expected_score", measure: str = "accuracy") -> str:
+    return met(mean(part, f"{rule}_{measure}_lost"), limit)
 
 
-def before(part: str, limit: float) -> str:
-    """Compare with what the criterion of version 0.4 lost, on other runs of the pool (commit 3174514)."""
-    return met(mean(part, "expected_score_accuracy_lost"), limit)
+def than(part: str, other: str, plus: float, measure: str = "accuracy") -> str:
+    """Compare the expected score with another rule in the same runs."""
+    return at_most(part, mean(part, f"{other}_{measure}_lost") + plus, measure=measure)
 
 
-def worst_with_labels() -> str:
-    """Say by how much labels and the reference lose more than the labels alone, in the worst pool."""
-    found = []
-    for part in filter(lambda name: NAMES[name].count, (f"{name}_new" for name in CLASSES.values())):
-        for rule in LABELS.values():
-            runs: Runs = NAMES[part]
-            if f"{rule}_combined_accuracy_lost" in runs.frame and runs.frame[f"{rule}_accuracy_lost"].notna().any():
-                found.append(mean(part, f"{rule}_combined_accuracy_lost") - mean(part, f"{rule}_accuracy_lost"))
-    return met(max(found), 0)
+def as_before(part: str, rule: str = "expected_score", measure: str = "accuracy") -> str:
+    """Compare with what the same reference would have lost without its temperature."""
+    return at_most(part, mean(part, f"before_{rule}_{measure}_lost"), rule, measure)
 
 
+ENCODED = {"Lite0 at 96": "_lite0", "Lite2 at 128": "_lite2"}
 ASKED = {
-    "tables, as 100 labels": ("tables", lambda: asked("tables", "expected_score", "accuracy", "labels_100")),
-    "tables, AUC by its expectation, a quarter of never stopping": (
-        "tables", lambda: asked("tables", "expected_auc", "auc", "never_stop", 0.25)),
-    "tables, level of the accuracy, within 2 points": ("tables", lambda: met(mean("tables", "level_error"), 2)),
-    "tables, balanced accuracy by its expectation, as by that of 600 labels": (
-        "tables", lambda: own("tables", "expected_balanced", "labels_600_by_balanced", "balanced")),
-    "tables, macro F1 likewise": ("tables", lambda: own("tables", "expected_f1", "labels_600_by_f1", "f1")),
-    "large tables, as 600 labels + 0.1": (
-        "large", lambda: asked("large", "expected_score", "accuracy", "labels_600", 1, 0.1)),
-    "large tables, the worst run, 2 points": (
-        "large", lambda: met(NAMES["large"].expected_score_accuracy_lost.worst, 2)),
-    "few positives, AUC by its expectation, as a tenth's": (
-        "few", lambda: own("few", "expected_auc", "tenth_by_auc", "auc")),
-    "regression, as 200 targets, %": ("numbers", lambda: asked("numbers", "expected_score", "loss", "labels_200")),
-    "photos, as before": ("photos", lambda: before("photos", 0.77)),
-    "texts, human labels, as before": ("texts", lambda: before("texts", 0.44)),
-    "fine-tuning, as before": ("tuned", lambda: before("tuned", 1.10)),
-    "fine-tuning, `features=`, as before": ("tuned_features", lambda: before("tuned_features", 0.92)),
-    "redrawn labels, as before": ("redrawn", lambda: before("redrawn", 0.28)),
-    "correct labels, as before": ("correct", lambda: before("correct", 0.38)),
-    "labels and the reference − labels alone, the worst pool": ("tables", worst_with_labels),
-    "choosing a network on tables, as 100 labels": (
-        "alike", lambda: met(mean("alike", "expected_lost"), mean("alike", "labels_100_lost"))),
+    "level: tables": ("tables", lambda: level("tables", 2)),
+    "level: photos, by patches": ("photos", lambda: level("photos", 4)),
+    **{f"level: photos, by {label}": (f"photos{end}", lambda end=end: level(f"photos{end}", 2))
+       for label, end in ENCODED.items()},
+    **{f"level: Lite0 fine-tuned, by {label}": (f"pretrained{end}", lambda end=end: level(f"pretrained{end}", 3))
+       for label, end in ENCODED.items()},
+    **{f"photos, by {label}: as 600 labels + 0.1": (
+        f"photos{end}", lambda end=end: than(f"photos{end}", "labels_600", 0.1)) for label, end in ENCODED.items()},
+    **{f"Lite0 fine-tuned, by {label}: as 400 labels + 0.3": (
+        f"pretrained{end}", lambda end=end: than(f"pretrained{end}", "labels_600", 0.3))
+       for label, end in ENCODED.items()},
+    "tables": ("tables", lambda: at_most("tables", 0.85)),
+    "tables, AUC by its expectation": ("tables", lambda: at_most("tables", 0.6, "expected_auc", "auc")),
+    "large tables, no worse": ("large", lambda: as_before("large")),
+    "large tables, AUC, no worse": ("large", lambda: as_before("large", "expected_auc", "auc")),
+    "few positives, AUC, no worse": ("few", lambda: as_before("few", "expected_auc", "auc")),
+    "texts, human labels, no worse": ("texts", lambda: as_before("texts")),
+    "regression, as they are, as 200 targets, %": ("clear", lambda: than("clear", "labels_200", 0, "loss")),
+    "regression, with noise, as 200 targets, %": ("noisy", lambda: than("noisy", "labels_200", 0, "loss")),
+    "redrawn labels, no worse": ("redrawn", lambda: as_before("redrawn")),
+    "correct labels, no worse": ("correct", lambda: as_before("correct")),
+    "texts, rule-generated labels: never stopping + 0.3": ("rules", lambda: than("rules", "never_stop", 0.3)),
+    "tables that a network made: log-loss of never stopping + 5 %": (
+        "made", lambda: than("made", "never_stop", 5, "loss")),
+    "1 − τ of models of photos, by patches": (
+        "photos_alike", lambda: met(1 - mean("photos_alike", "expected_tau"), 0.15)),
+    "1 − τ of models of photos, by Lite0 at 96: better than by patches": (
+        "photos_alike_lite0",
+        lambda: met(1 - mean("photos_alike_lite0", "expected_tau"), 1 - mean("photos_alike", "expected_tau"))),
 }  # fmt: skip
 
 
@@ -91,6 +103,16 @@ def asked_for() -> str:
     head = "| asked for: at most | came | limit | met |\n|---|---|---|---|\n"
     rows = [(label, cells()) for label, (part, cells) in ASKED.items() if NAMES[part].count]
     return head + "\n".join(f"| {label} | {cells} |" for label, cells in rows)
+
+
+def recorded() -> str:
+    """Say how many runs of the check half were judged, and how many were trained again without a tenth."""
+    runs, told = NAMES["check"].frame, []
+    for pool, part in runs.groupby("pool", sort=False):
+        tenths = part["gained"].notna().sum()
+        told.append(f"{pool} {len(part)}" + f" ({tenths} without a tenth)" * bool(tenths))
+    alike = COMPARED.query("judge == 'inputs'").groupby("pool")["num_models"].agg(["count", "sum"])
+    return "; ".join([*told, *(f"{pool} {row['sum']}" for pool, row in alike.iterrows())]) + "."
 
 
 # %% Two annotators: three ways to use the same two labels.
@@ -111,7 +133,7 @@ def ways() -> str:
     return head + " both as two samples − the first |\n|---|---|---|---|\n" + "\n".join(rows)
 
 
-COMPARED = {
+RANKINGS = {
     "**expected accuracy**": "expected",
     "disagreement with the same reference": "disagreement",
     "the networks' own confidence": "confidence",
@@ -119,12 +141,14 @@ COMPARED = {
     **{f"{count} labels" + text: f"labels_{count}{rule}"
        for count in COUNTS for text, rule in (("", ""), (" and the reference", "_combined"))},
 }  # fmt: skip
-GROUPS = {name: label for name, label in {"alike": "tables", "photos_alike": "photos"}.items() if NAMES[name].count}
+GROUPS = {"alike": "tables", "photos_alike": "photos", "photos_alike_lite0": "photos, by Lite0 at 96"}
+GROUPS = {name: label for name, label in GROUPS.items() if NAMES[name].count}
 RANKED = {f"{label} ({{{name}.count}})": f"{{{name}.ROW_lost:.2f}}" for name, label in GROUPS.items()}
 RANKED |= {f"τ, {label}": f"{{{name}.ROW_tau:.2f}}" for name, label in GROUPS.items()}
 RANKED["expected accuracy − this, tables"] = "{alike.expected_lost.minus[ROW_lost].interval:+.2f}"
 BLOCKS = {
     "stopping: asked for": asked_for(),
+    "stopping: recorded": recorded(),
     "stopping: in short": table("points of accuracy lost", ROWS, {
         label: lost(rule, "accuracy", ".2f")
         for label, rule in (EXPECTED | {"100 labels": "labels_100", "600 labels": "labels_600"}).items()
@@ -150,10 +174,42 @@ BLOCKS = {
         "AUC: expected AUROC − never stopping": difference("expected_auc", "never_stop", "auc", "+.2f"),
         "AUC: − AUC of a tenth": difference("expected_auc", "tenth_by_auc", "auc", "+.2f"),
     }),
-    "stopping: with labels": table("points of accuracy lost", NEW, {
+    "stopping: with labels": table("points of accuracy lost", ROWS, {
         label: f"{{ROW.{rule}_accuracy_lost:.2f}} → {{ROW.{rule}_combined_accuracy_lost:.2f}}"
         for label, rule in LABELS.items()
     }),
+    "stopping: held out": table("accuracy lost against the best epoch of training on all", HELD, {
+        "**expected score**": lost("expected_score", "accuracy", ".2f"),
+        **{label: lost(rule, "accuracy", ".2f") for label, rule in HELD_OUT.items()},
+        "by its loss − expected score [95 %]": "{ROW.gained.interval:+.2f}",
+        "better, worse": "{ROW.gained.above:.0f}, {ROW.gained.below:.0f}",
+    }),
+    "stopping: held out, regression": table("squared error above the lowest of training on all, %", NUMBERS_HELD, {
+        "**expected score**": lost("expected_score", "loss"),
+        "by its loss": lost("held_out_by_loss", "loss"),
+        "then trained again on all": lost("retrained", "loss"),
+        "by its loss − expected score [95 %]": "{ROW.gained.interval:+.1f}",
+    }),
+    "stopping: before": table("as built → calibrated", ROWS, {
+        "level, points off": "{ROW.before_level_error:.1f} → {ROW.level_error:.1f}",
+        "accuracy lost": "{ROW.before_expected_score_accuracy_lost:.2f} → {ROW.expected_score_accuracy_lost:.2f}",
+        "difference [95 %]":
+            "{ROW.expected_score_accuracy_lost.minus[before_expected_score_accuracy_lost].interval:+.2f}",
+        "AUC lost, by expected AUROC": "{ROW.before_expected_auc_auc_lost:.2f} → {ROW.expected_auc_auc_lost:.2f}",
+        "log-loss, %": "{ROW.before_expected_score_loss_lost:.0f} → {ROW.expected_score_loss_lost:.0f}",
+        "temperature": "{ROW.its_temperature.median:.2f}",
+    }),
+    "stopping: shares": table("few positives, class shares", SHIFTED, {
+        "level, points off": "{ROW.level_error:.1f}",
+        "accuracy lost": lost("expected_score", "accuracy", ".2f"),
+        "macro F1 by its expectation": lost("expected_f1", "f1", ".2f"),
+        "AUC by its expectation": lost("expected_auc", "auc", ".2f"),
+        "never stopping": lost("never_stop", "accuracy", ".2f"),
+    }),
+    "stopping: alarms": """
+The two-sample test of mean predictions (z above 4) says so in {few_sampler.alarm.percent:.0f} % of the runs with a
+sampler and {few_undersampled.alarm.percent:.0f} % of those undersampled, and in {same_shares.alarm.percent:.1f} % of
+{same_shares.count} runs whose shares are the same.""",
     "stopping: tenth": table("points of accuracy lost", ROWS, {
         label: lost(rule, "accuracy", ".2f") for label, rule in ({"600 unlabelled": "expected_score"} | TENTH).items()
     }),
@@ -190,5 +246,5 @@ BLOCKS = {
     }),
     "stopping: annotators": ways(),
     "worth: annotators": ways(),
-    "stopping: compare": table("chosen by", COMPARED, RANKED),
+    "stopping: compare": table("chosen by", RANKINGS, RANKED),
 }  # fmt: skip

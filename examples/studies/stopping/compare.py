@@ -42,10 +42,17 @@ def lost(scores: np.ndarray, accuracy: np.ndarray) -> float:
 def compare(measured: list[dict[str, Any]]) -> pd.DataFrame:
     """Return a row for each group of networks of the same data, from what `judge.py` measured of each."""
     frame, rows = pd.DataFrame(measured), []
-    for (pool, group), part in frame.groupby(["pool", "group"]):
+    for (pool, judge, group), part in frame.groupby(["pool", "judge", "group"]):
         accuracy = part["accuracy"].to_numpy()
         table = part["kind"].iloc[0].split(",")[0] if pool == "alike" else f"{pool}-{group}"
-        row = {"pool": pool, "group": group, "table": table, "num_models": len(part), "best": accuracy.max()}
+        row = {
+            "pool": pool,
+            "judge": judge,
+            "group": group,
+            "table": table,
+            "num_models": len(part),
+            "best": accuracy.max(),
+        }
         for rule in part["numbers"].iloc[0]:
             draws = np.array([each[rule] for each in part["numbers"]]).T
             row[f"{rule}_lost"] = np.mean([lost(scores, accuracy) for scores in draws])

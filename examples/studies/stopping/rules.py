@@ -1,24 +1,25 @@
 """The rules, as they were frozen: each gives a number an epoch from what it may see, and takes the epoch of the best.
 
-References, expected values and temperatures are the package's own; metrics of labels are those of scikit-learn.
+References, expected values and temperatures are the package's own; metrics of labels are as scikit-learn's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, log_loss, roc_auc_score
+from scipy.stats import rankdata, spearmanr
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, MulticlassF1Score
 
-from lightning_sensitivity.functional import Reference, expected_metric, expected_score
+from lightning_sensitivity.functional import expected_metric, expected_score
 from lightning_sensitivity.functional.refined_score import TEMPERATURES
+from lightning_sensitivity.reference import Reference
 
 WORTH, METRIC_WORTH = 200, 1000  # labels that a reference is worth: for the refined score; accuracy, and regression
 WORTHS = (200, 1000)  # that were compared
@@ -27,27 +28,39 @@ NUM_METRIC_DRAWS = 5  # of labels that choose by a metric of their own: a tenth,
 
 
 # %% Metrics: of labels, and as they are expected.
+def accuracy(p: np.ndarray, y: np.ndarray) -> float:
+    return float((p.argmax(1) == y).mean())
+
+
 def auc(p: np.ndarray, y: np.ndarray) -> float:
     """Compute the area under the ROC curve, mean over the classes that occur; nan if only one does."""
-    classes = np.unique(y)
+    classes, counts = np.unique(y, return_counts=True)
     if len(classes) == 1:
         return float("nan")
-    return float(np.mean([roc_auc_score(y == each, p[:, each]) for each in classes]))
+    sums = np.array([rankdata(p[:, each])[y == each].sum() for each in classes])
+    return float(((sums - counts * (counts + 1) / 2) / counts / (len(y) - counts)).mean())
 
 
-GAINS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
-    "accuracy": lambda p, y: accuracy_score(y, p.argmax(1)),
-    "auc": auc,
-    "balanced": lambda p, y: balanced_accuracy_score(y, p.argmax(1)),
-    "f1": lambda p, y: f1_score(y, p.argmax(1), average="macro", zero_division=0),
-}
+def balanced(p: np.ndarray, y: np.ndarray) -> float:
+    is_right = p.argmax(1) == y
+    return float(np.mean([is_right[y == each].mean() for each in np.unique(y)]))
+
+
+def f1(p: np.ndarray, y: np.ndarray) -> float:
+    """Compute the mean F1 of the classes that occur or are predicted."""
+    said = p.argmax(1)
+    classes = np.union1d(said, y)
+    return float(np.mean([2 * ((said == k) & (y == k)).sum() / ((said == k).sum() + (y == k).sum()) for k in classes]))
+
+
+GAINS = {"accuracy": accuracy, "auc": auc, "balanced": balanced, "f1": f1}
 
 
 def loss(p: np.ndarray, y: np.ndarray) -> float:
     """Compute the log-loss, or the squared error of a regression."""
     if p.shape[1] == 1:
         return float(np.square(p[:, 0] - y).mean())
-    return float(log_loss(y, p.clip(1e-12), labels=range(p.shape[1])))
+    return float(-np.log(p[np.arange(len(y)), y].clip(1e-12)).mean())
 
 
 def metrics(num_classes: int) -> dict[str, Metric]:
@@ -61,7 +74,7 @@ def metrics(num_classes: int) -> dict[str, Metric]:
 
 
 # %% What was recorded.
-@dataclass
+@dataclass(eq=False)
 class Recorded:
     """A recorded training: outputs by epoch, and labels. One logit counts as two classes."""
 
@@ -96,17 +109,29 @@ class Recorded:
 
 def reference_says(reference: Reference, x: Tensor) -> Tensor:
     """Return the reference's probabilities of all classes (N, C), or its numbers (N, 1)."""
-    return reference.predictions(x) if reference.task == "regression" else reference.predict_proba(x)
+    if reference.task != "regression":
+        return torch.tensor(reference.predict_proba(x))
+    return torch.tensor(reference.predict(x)).float().reshape(len(x), -1)
+
+
+def as_fitted(q: Tensor, reference: Reference) -> Tensor:
+    """Return a reference's predictions as they were before they were calibrated."""
+    share = reference.smoothing_
+    found = ((q - share / q.shape[1]) / (1 - share)).clamp(min=1e-200) ** reference.temperature_
+    return found / found.sum(1, keepdim=True)
 
 
 # %% Curves: a number an epoch.
-def expected_curves(run: Recorded, reference: Reference, q: Tensor) -> dict[str, np.ndarray]:
+def expected_curves(
+    run: Recorded, reference: Reference, q: Tensor, names: Iterable[str] = ("accuracy", "auc", "balanced", "f1")
+) -> dict[str, np.ndarray]:
     """Compute what is expected of unseen samples without their labels."""
     outputs = run.outputs("unseen")
     if run.task == "regression":
-        return {"score": np.array([expected_score(each, q, run.task, reference.score).score for each in outputs])}
+        return {"score": np.array([expected_score(each, q, run.task, reference.score_).score for each in outputs])}
     curves = {"score": np.array([expected_score(each, q).score for each in outputs])}
-    for name, metric in metrics(q.shape[1]).items():
+    for name in names:
+        metric = metrics(q.shape[1])[name]
         curves[name] = np.array([float(expected_metric(metric, each, q)) for each in outputs])
     return curves
 
@@ -177,6 +202,7 @@ def by_labels(run: Recorded, expected: np.ndarray, q: Tensor) -> dict[str, list[
     return chosen
 
 
+@cache  # further judges see the same labels
 def by_metrics_of_labels(run: Recorded) -> dict[str, list[int]]:
     """Choose by a metric of noisy labels."""
     p, y, chosen = run.predictions("unseen"), run.found["y_unseen"], {}
@@ -188,11 +214,25 @@ def by_metrics_of_labels(run: Recorded) -> dict[str, list[int]]:
     return chosen
 
 
+def epochs_of_tenth(run: Recorded) -> dict[str, int]:
+    """Return the epochs that people take, who hold a tenth out: of the lowest loss, or the highest accuracy or AUC."""
+    p, y = run.predictions("unseen"), run.found["y_unseen"]
+    chosen = {"loss": lowest(np.array([loss(each, y) for each in p])), "nothing": len(p) - 1}
+    if run.task != "regression":
+        scores = sample_scores(run.outputs("unseen"), run.labels("y_unseen", p.shape[2]))
+        chosen["score"] = lowest(refined(scores, torch.arange(len(y))))
+        chosen |= {name: lowest(-gain_curve(name, p, y)) for name in ("accuracy", "auc")}
+    return chosen
+
+
+HELD_OUT = [*(f"held_out_by_{each}" for each in ("loss", "accuracy", "auc", "score", "nothing")), "retrained"]
+
+
 def rules(with_reference: bool, is_regression: bool) -> dict[str, str]:
     """Say which candidate each rule takes: without a reference that sees, labels alone or the last epoch."""
     labels = ["tenth", *(f"labels_{count}" for count in COUNTS)]
     by_metric = [f"{name}_by_{gain}" for name in ("tenth", "labels_600") for gain in GAINS]
-    found = {name: name for name in ("never_stop", "cbpe", *labels, *by_metric)}
+    found = {name: name for name in ("never_stop", "cbpe", *labels, *by_metric, *HELD_OUT)}
     for name in ("score", *GAINS):
         found[f"expected_{name}"] = f"expected_{name}" if with_reference else "never_stop"
     worth = f"and_{METRIC_WORTH if is_regression else WORTH}"

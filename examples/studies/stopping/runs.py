@@ -5,9 +5,9 @@ A third of each pool is for design: every third table or run; of texts, films an
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +15,16 @@ import data
 import networks
 import numpy as np
 import torch
+from encoders import image_features
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import pad
 
-OLD_POOLS = ("tables", "few", "numbers", "photos", "texts", "redrawn", "tuned", "alike", "large")
-POOLS = (*OLD_POOLS, "pretrained", "signals", "series", "annotators", "photos_alike")  # new ones at the end
-SIZES = {"tables": 240, "numbers": 40, "photos": 36, "texts": 36, "redrawn": 45, "tuned": 15, "alike": 240, "large": 28}
-SIZES |= {"pretrained": 8, "signals": 18, "series": 12, "annotators": 24, "photos_alike": 24}
-# Runs with a lower index were judged before it was decided how many labels a reference is worth.
-JUDGED_BEFORE = {"tables": 120, "photos": 18, "texts": 24, "redrawn": 18, "tuned": 9, "pretrained": 6, "annotators": 12}
 ALIKE, NUM_ALIKE = ("alike", "photos_alike"), 6  # networks on the same data
-WAYS = ("plain", "weights", "sampler")
+WAYS = ("plain", "weights", "sampler", "undersampled")
+SHIFTED = ("sampler", "undersampled")  # show the reference other shares of classes than unseen samples have
 FEWEST, MOST = 0.03, 0.3  # positives
 NUM_UNSEEN, NUM_TEST = 600, 2000
 PASSES = {"cnn": 36_000, "words": 40_000}  # of samples through a network, in all epochs, for the time that it takes
-NUM_BEFORE = 12_000  # samples on which a body is trained
 
 
 @dataclass
@@ -53,10 +48,10 @@ class Run:
     make_optimizer: networks.MakeOptimizer
     epochs: int
     batch_size: int = 64
-    way: str = "plain"  # or class weights, or a weighted sampler
+    way: str = "plain"  # or class weights, a weighted sampler, or the frequent class undersampled
     has_schedule: bool = False
     is_augmented: bool = False
-    features: Callable[[Tensor], Tensor] | None = None
+    judges: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)  # features for further references
 
     @property
     def name(self) -> str:
@@ -71,23 +66,6 @@ class Run:
         """Training samples as a monitor gets them from the loader, augmented if they are."""
         generator = torch.Generator().manual_seed(self.index)
         return augmented(self.x, generator) if self.is_augmented else self.x
-
-
-def draw(pool: str, index: int, folder: Path) -> Run:
-    """Draw a run; the same pool and index give the same run."""
-    r = np.random.RandomState((POOLS.index(pool), index, 53))
-    run: Run = {
-        "tables": _table, "few": _few, "numbers": _numbers, "photos": _photos,
-        "texts": _texts, "redrawn": _redrawn, "tuned": _tuned, "alike": _alike, "large": _large,
-        "pretrained": _pretrained, "signals": _signals, "series": _series, "annotators": _annotators,
-        "photos_alike": _photos_alike,
-    }[pool](r, index, folder)  # fmt: skip
-    return run
-
-
-def size(pool: str, folder: Path) -> int:
-    """Return the number of runs of a pool."""
-    return len(WAYS) * len(few_positives(folder)) if pool == "few" else SIZES[pool]
 
 
 # %% Parts that pools share.
@@ -127,12 +105,20 @@ def augmented(x: Tensor, generator: torch.Generator) -> Tensor:
     return wide.permute(0, 2, 3, 1)[samples, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2).contiguous()
 
 
-def _seeded(make: networks.Make, seed: int) -> networks.Make:
+def seeded(make: networks.Make, seed: int) -> networks.Make:
     def make_network() -> nn.Module:
         torch.manual_seed(seed)
         return make()
 
     return make_network
+
+
+def without_tenth(run: Run) -> Run:
+    """Return the same training without a random tenth of its samples, which stands where the unseen ones do."""
+    order = torch.randperm(len(run.y), generator=torch.Generator().manual_seed(run.index))
+    held, rest = order.split([len(order) // 10, len(order) - len(order) // 10])
+    x, y = run.x[held], run.y[held]
+    return replace(run, x=run.x[rest], y=run.y[rest], x_unseen=x, y_unseen=y, correct_unseen=y)
 
 
 # %% Tables.
@@ -147,12 +133,12 @@ def _mlp_run(
     make_optimizer, optimizer = networks.draw_optimizer(r)
     epochs, batch_size = int(r.randint(30, 41)), int(r.choice([32, 64, 64, 128]))
     more = {"epochs": epochs, "batch_size": batch_size, "is_design": line % 3 == 0} | more
-    more |= {"make_network": _seeded(make, index), "make_optimizer": make_optimizer}
+    more |= {"make_network": seeded(make, index), "make_optimizer": make_optimizer}
     kind = f"{told}, {network}, {optimizer}"
     return _run(of_data or r, pool, index, x, noisy, y, n, task=task, kind=kind, num_classes=num_classes, **more)
 
 
-def _table(r: np.random.RandomState, index: int, folder: Path) -> Run:
+def table(r: np.random.RandomState, index: int, folder: Path) -> Run:
     line, share = index // 2 % 60, 0.2 * (index % 2)
     x, y = data.table(data.table_lines()[0][line], folder)
     is_binary = int(y.max()) == 1 and (line + index // 120) % 2 == 0
@@ -161,7 +147,7 @@ def _table(r: np.random.RandomState, index: int, folder: Path) -> Run:
     return _mlp_run(r, "tables", index, line, x, redrawn(r, y, share), y, task, told)
 
 
-def _alike(r: np.random.RandomState, index: int, folder: Path) -> Run:
+def alike(r: np.random.RandomState, index: int, folder: Path) -> Run:
     """Draw one of several networks for the same samples of a table, to compare runs."""
     line = index // NUM_ALIKE
     of_data = np.random.RandomState((line, 52))
@@ -172,7 +158,7 @@ def _alike(r: np.random.RandomState, index: int, folder: Path) -> Run:
     return _mlp_run(r, "alike", index, line, x, noisy, y, "multiclass", told, n, of_data)
 
 
-def _large(r: np.random.RandomState, index: int, folder: Path) -> Run:
+def large(r: np.random.RandomState, index: int, folder: Path) -> Run:
     """Draw a table of which 5,000 to 20,000 rows are for training: labels as they are, then a fifth redrawn."""
     lines = data.large_table_lines()
     line, share = index % len(lines), 0.2 * (index // len(lines))
@@ -193,15 +179,20 @@ def few_positives(folder: Path) -> list[int]:
     return found
 
 
-def _few(r: np.random.RandomState, index: int, folder: Path) -> Run:
-    line, way = few_positives(folder)[index // 3], WAYS[index % 3]
+def few(r: np.random.RandomState, index: int, folder: Path) -> Run:
+    line, way = few_positives(folder)[index // len(WAYS)], WAYS[index % len(WAYS)]
     x, y = data.table(data.table_lines()[0][line], folder)
     task = "binary" if r.rand() < 0.5 else "multiclass"
     told = f"{data.table_lines()[0][line].split()[1]}, {way}"
-    return _mlp_run(r, "few", index, line, x, y, y, task, told, way=way)
+    run = _mlp_run(r, "few", index, line, x, y, y, task, told, 3000 if way == "undersampled" else None, way=way)
+    if way == "undersampled":
+        positives = (run.y == 1).nonzero()[:, 0]
+        rows = torch.cat([positives, (run.y == 0).nonzero()[: len(positives), 0]])
+        run.x, run.y = run.x[rows], run.y[rows]
+    return run
 
 
-def _numbers(r: np.random.RandomState, index: int, folder: Path) -> Run:
+def numbers(r: np.random.RandomState, index: int, folder: Path) -> Run:
     line, noise = index // 2, index % 2
     x, y = data.table(data.table_lines()[1][line], folder)
     noisy = y + noise * torch.tensor(r.randn(len(y))).float()
@@ -222,27 +213,35 @@ def _cnn_run(
     kind = f"{told}, {network}, {optimizer}" + ", augmented" * is_augmented
     return _run(
         r, pool, index, x, noisy, y, n, task="multiclass", kind=kind, num_classes=num_classes, epochs=epochs,
-        make_network=_seeded(make, index), make_optimizer=make_optimizer, is_augmented=is_augmented,
+        make_network=seeded(make, index), make_optimizer=make_optimizer, is_augmented=is_augmented,
         batch_size=int(r.choice([32, 64])),
     )  # fmt: skip
 
 
-def _images(r: np.random.RandomState, name: str, folder: Path, number: int) -> tuple[Tensor, Tensor, Tensor]:
+def photo_judges(folder: Path, names: Iterable[str] = ("lite0", "lite2")) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Return encoders of photos: EfficientNet-Lite0 at 96 pixels, and Lite2 at 128."""
+    sides = {"lite0": (0, 96), "lite2": (2, 128)}
+    return {name: partial(image_features, size=sides[name][0], side=sides[name][1], folder=folder) for name in names}
+
+
+def draw_images(r: np.random.RandomState, name: str, folder: Path, number: int) -> tuple[Tensor, Tensor, Tensor]:
     x, y = data.images(name, folder)
     chosen = torch.tensor(r.permutation(len(x))[:number])
     return x[chosen].float() / 255, y[chosen], chosen
 
 
-def _photos(r: np.random.RandomState, index: int, folder: Path) -> Run:
+def photos(r: np.random.RandomState, index: int, folder: Path) -> Run:
     n = int(600 * 5 ** r.rand())
     labels = ("worse_label", "aggre_label")[index // 3 % 2]
-    x, y, chosen = _images(r, "cifar10", folder, n + NUM_UNSEEN + NUM_TEST)
+    x, y, chosen = draw_images(r, "cifar10", folder, n + NUM_UNSEEN + NUM_TEST)
     said = data.labels_by_people(labels, folder)[chosen]
     told = f"photos by people, {100 * float((said != y).float().mean()):.0f} % wrong, {n}"
-    return _cnn_run(r, "photos", index, x, said, y, told, n, augments=True)
+    run = _cnn_run(r, "photos", index, x, said, y, told, n, augments=True)
+    run.judges = photo_judges(folder)
+    return run
 
 
-def _texts(r: np.random.RandomState, index: int, folder: Path) -> Run:
+def texts(r: np.random.RandomState, index: int, folder: Path) -> Run:
     """Draw sentences of films and shops for design; of newspapers and tweets for the check half."""
     is_design = index % 3 == 0
     source = (("films", "shops") if is_design else ("newspapers", "tweets"))[index // 3 % 2]
@@ -264,17 +263,17 @@ def _texts(r: np.random.RandomState, index: int, folder: Path) -> Run:
     told = f"{source} by {'rules' if by_rules else 'people'}, {100 * wrong:.0f} % wrong, {n}"
     return _run(
         r, "texts", index, ids, torch.tensor(noisy), torch.tensor(correct), n, task="multiclass", num_classes=2,
-        kind=f"{told}, {network}, {optimizer}", make_network=_seeded(make, index), make_optimizer=make_optimizer,
+        kind=f"{told}, {network}, {optimizer}", make_network=seeded(make, index), make_optimizer=make_optimizer,
         epochs=int(np.clip(PASSES["words"] / n, 15, 25)), batch_size=int(r.choice([32, 64])), is_design=is_design,
     )  # fmt: skip
 
 
-# %% Labels redrawn at random, and fine-tuning.
-def _redrawn(r: np.random.RandomState, index: int, folder: Path) -> Run:
+# %% Labels redrawn at random.
+def redrawn_labels(r: np.random.RandomState, index: int, folder: Path) -> Run:
     source = ("cifar10", "made", "fashion", "made", "mnist")[index % 5]
     share, n = (0.0, 0.2, 0.4)[index // 3 % 3], int(300 * 10 ** r.rand())
     if source != "made":
-        x, y, _ = _images(r, source, folder, n + NUM_UNSEEN + NUM_TEST)
+        x, y, _ = draw_images(r, source, folder, n + NUM_UNSEEN + NUM_TEST)
         told = f"{source}, {100 * share:.0f} % redrawn, {n}"
         return _cnn_run(r, "redrawn", index, x, redrawn(r, y, share), y, told, n, augments=source == "cifar10")
     from sklearn.datasets import make_classification
@@ -291,99 +290,12 @@ def _redrawn(r: np.random.RandomState, index: int, folder: Path) -> Run:
     return _mlp_run(r, "redrawn", index, index, x, redrawn(r, y, share), y, "multiclass", told, n)
 
 
-def _tuned(r: np.random.RandomState, index: int, folder: Path) -> Run:
-    """Fine-tune a network that has learned five classes of CIFAR-10 on the other five: all weights, or a new head."""
-    share, half = (0.0, 0.2, 0.4)[index // 3 % 3], index % 2
-    n, is_full = int(200 * 10 ** r.rand()), bool(r.rand() < 0.6)
-    body = trained_body(half, folder)
-    x, y, _ = _images(r, "cifar10", folder, 2 * (n + NUM_UNSEEN + NUM_TEST) + 500)
-    x, y = x[y % 2 != half], y[y % 2 != half] // 2
-    make_optimizer, optimizer = networks.draw_optimizer(r)
-
-    def make_network() -> nn.Module:
-        torch.manual_seed(index)
-        own = copy.deepcopy(body)
-        return nn.Sequential(own if is_full else Frozen(own), networks.Head(FEATURES, 5))
-
-    told = f"fine-tuned, {'all weights' if is_full else 'head'}, {100 * share:.0f} % redrawn, {n}, {optimizer}"
-    number = n + NUM_UNSEEN + NUM_TEST
-    return _run(
-        r, "tuned", index, x[:number], redrawn(r, y, share)[:number], y[:number], n, task="multiclass", num_classes=5,
-        kind=told, make_network=make_network, make_optimizer=make_optimizer,
-        epochs=int(np.clip(PASSES["cnn"] / 2 / n, 12, 25)), batch_size=32, features=Frozen(copy.deepcopy(body)).eval(),
-    )  # fmt: skip
-
-
-class Frozen(nn.Module):
-    """Is not trained, and stays in eval mode."""
-
-    def __init__(self, body: nn.Module) -> None:
-        super().__init__()
-        self.body = body.requires_grad_(False)
-
-    def train(self, mode: bool = True) -> Frozen:
-        super().train(mode)
-        self.body.eval()
-        return self
-
-    @torch.no_grad()
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([self.body(part) for part in x.split(250)])
-
-
-FEATURES = 4 * 96
-
-
-def trained_body(half: int, folder: Path) -> nn.Module:
-    """Train a body on the even or the odd classes, once."""
-    file = folder / f"stopping_body_{half}.pt"
-    torch.manual_seed(half)
-    network: Any = networks.make_cnn(3, 5, 3, 24, True, True, 0.0)()
-    if not file.exists():
-        x, y = data.images("cifar10", folder)
-        chosen = (y % 2 == half).nonzero()[:NUM_BEFORE, 0]
-        x, y = x[chosen].float() / 255, y[chosen] // 2
-        optimizer = torch.optim.Adam(network.parameters(), 1e-3)
-        for batch in torch.cat([torch.randperm(len(x)) for _ in range(4)]).split(64):
-            optimizer.zero_grad()
-            cross_entropy(network(x[batch]), y[batch]).backward()
-            optimizer.step()
-        torch.save(network[0].state_dict(), file)
-    network[0].load_state_dict(torch.load(file))
-    return network[0].eval()
-
-
 # %% Pools that were added with the best small model; all of their runs are for the check.
-NUM_OF_PRETRAINED, NUM_OF_PHOTOS_ALIKE = (400, 600), 1500
+NUM_OF_PHOTOS_ALIKE = 1500
 RATERS = ("first", "agree", "both")
 
 
-def _pretrained(r: np.random.RandomState, index: int, folder: Path) -> Run:
-    """Fine-tune a network of ImageNet on human labels: all weights, or a new head."""
-    is_full, labels = index % 2 == 0, ("worse_label", "aggre_label")[index // 2 % 2]
-    n, (num_unseen, num_test) = int(r.randint(300, 801)), NUM_OF_PRETRAINED
-    x, y, chosen = _images(r, "cifar10", folder, n + num_unseen + num_test)
-    said = data.labels_by_people(labels, folder)[chosen]
-    rate = 10 ** (r.uniform(-4, -3) if is_full else r.uniform(-3, -2))
-    wrong = 100 * float((said != y).float().mean())
-    told = f"pretrained, {'all weights' if is_full else 'head'}, {wrong:.0f} % wrong, {n}, adamw {rate:.1g}"
-    training, unseen, test = torch.arange(len(x)).split([n, num_unseen, num_test])
-    return Run(
-        "pretrained", index, False, told, "multiclass", 10, x[training], said[training], x[unseen], said[unseen],
-        y[unseen], x[test], y[test], epochs=8 if is_full else 10, batch_size=32, has_schedule=bool(r.rand() < 0.25),
-        make_network=_seeded(lambda: networks.Pretrained(10, not is_full), index),
-        make_optimizer=lambda parameters: torch.optim.AdamW(parameters, rate), features=pretrained_features,
-    )  # fmt: skip
-
-
-@torch.no_grad()
-def pretrained_features(x: Tensor) -> Tensor:
-    """Return what the network of ImageNet says of images, before it is trained on them."""
-    network = networks.Pretrained().eval()
-    return torch.cat([network(part) for part in x.split(100)])
-
-
-def _signals(r: np.random.RandomState, index: int, folder: Path) -> Run:
+def signals(r: np.random.RandomState, index: int, folder: Path) -> Run:
     """Draw a set of signals, none, a fifth or two fifths of whose labels are redrawn."""
     name, share = data.SIGNALS[index % 3], (0.0, 0.2, 0.4)[index // 3 % 3]
     x, y = data.signals(name, folder)
@@ -392,12 +304,12 @@ def _signals(r: np.random.RandomState, index: int, folder: Path) -> Run:
     make_optimizer, optimizer = networks.draw_optimizer(r)
     return _run(
         r, "signals", index, x, redrawn(r, y, share), y, n, task="multiclass", num_classes=num_classes, epochs=40,
-        kind=f"{name}, {100 * share:.0f} % redrawn, {n}, {network}, {optimizer}", make_network=_seeded(make, index),
+        kind=f"{name}, {100 * share:.0f} % redrawn, {n}, {network}, {optimizer}", make_network=seeded(make, index),
         make_optimizer=make_optimizer, batch_size=int(r.choice([16, 32, 64])), is_design=False,
     )  # fmt: skip
 
 
-def _series(r: np.random.RandomState, index: int, folder: Path) -> Run:
+def series(r: np.random.RandomState, index: int, folder: Path) -> Run:
     """Draw a series whose values some hours later are targets, as they are or noisy; its weeks are divided."""
     name, ahead, noise = data.SERIES[index % 3], (12, 24)[index // 3 % 2], index // 6 % 2
     x, y, periods = data.series(name, ahead, folder)
@@ -412,12 +324,12 @@ def _series(r: np.random.RandomState, index: int, folder: Path) -> Run:
     return Run(
         "series", index, False, f"{name}, {ahead} steps later{', noisy' * noise}, {network}, {optimizer}",
         "regression", 1, x[training], noisy[training], x[unseen], noisy[unseen], y[unseen], x[test], y[test],
-        make_network=_seeded(make, index), make_optimizer=make_optimizer, epochs=30,
+        make_network=seeded(make, index), make_optimizer=make_optimizer, epochs=30,
         batch_size=int(r.choice([32, 64])), has_schedule=bool(r.rand() < 0.25),
     )  # fmt: skip
 
 
-def _annotators(r: np.random.RandomState, index: int, folder: Path) -> Run:
+def annotators(r: np.random.RandomState, index: int, folder: Path) -> Run:
     """Draw sentences with two ratings each: the first counts, those that agree, or both as two samples."""
     group, way = index // len(RATERS), RATERS[index % len(RATERS)]
     of_data = np.random.RandomState((group, 54))
@@ -437,7 +349,7 @@ def _annotators(r: np.random.RandomState, index: int, folder: Path) -> Run:
     told = f"{source} by {way}, {100 * float((y1 != y).float().mean()):.0f} % wrong, {n}, {network}, {optimizer}"
     run = _run(
         of_data, "annotators", index, x, torch.stack([y1, y2], 1), y, n, task="multiclass", num_classes=2, kind=told,
-        make_network=_seeded(make, group), make_optimizer=make_optimizer, is_design=False,
+        make_network=seeded(make, group), make_optimizer=make_optimizer, is_design=False,
         epochs=int(np.clip(PASSES["words"] / n, 15, 25)), batch_size=int(of_data.choice([32, 64])),
     )  # fmt: skip
     run.y_unseen = run.y_unseen[:, 0]
@@ -448,13 +360,13 @@ def _annotators(r: np.random.RandomState, index: int, folder: Path) -> Run:
     return run
 
 
-def _photos_alike(r: np.random.RandomState, index: int, folder: Path) -> Run:
+def photos_alike(r: np.random.RandomState, index: int, folder: Path) -> Run:
     """Draw one of several CNNs for the same photos with human labels."""
     group = index // NUM_ALIKE
     of_data = np.random.RandomState((group, 55))
     n = NUM_OF_PHOTOS_ALIKE
     labels = ("worse_label", "aggre_label")[group % 2]
-    x, y, chosen = _images(of_data, "cifar10", folder, n + NUM_UNSEEN + NUM_TEST)
+    x, y, chosen = draw_images(of_data, "cifar10", folder, n + NUM_UNSEEN + NUM_TEST)
     said = data.labels_by_people(labels, folder)[chosen]
     training, unseen, test = torch.arange(len(x)).split([n, NUM_UNSEEN, NUM_TEST])
     make, network = networks.draw_cnn(r, 3, 10)
@@ -463,5 +375,16 @@ def _photos_alike(r: np.random.RandomState, index: int, folder: Path) -> Run:
     return Run(
         "photos_alike", index, False, told, "multiclass", 10, x[training], said[training], x[unseen], said[unseen],
         y[unseen], x[test], y[test], epochs=20, batch_size=int(r.choice([32, 64])), is_augmented=bool(r.rand() < 0.35),
-        make_network=_seeded(make, index), make_optimizer=make_optimizer, has_schedule=bool(r.rand() < 0.25),
+        make_network=seeded(make, index), make_optimizer=make_optimizer, has_schedule=bool(r.rand() < 0.25),
+        judges=photo_judges(folder),
     )  # fmt: skip
+
+
+def made(r: np.random.RandomState, index: int, folder: Path) -> Run:
+    """Draw a table of numbers whose classes, all of them correct, a network made; nobody should stop there."""
+    num_columns, num_classes, n = int(r.choice([10, 20, 40])), int(r.choice([2, 3, 5])), 5000
+    x = torch.tensor(r.randn(9000, num_columns)).float()
+    first, second = r.randn(num_columns, 64) / num_columns**0.5, r.randn(64, num_classes)
+    y = torch.tensor((np.tanh(2 * x.numpy() @ first) @ second).argmax(1))
+    told = f"made by a network, {num_columns} columns, {num_classes} classes"
+    return _mlp_run(r, "made", index, 1, x, y, y, "multiclass", told, n)
