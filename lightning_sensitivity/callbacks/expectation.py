@@ -8,6 +8,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.classification import BinaryFBetaScore
 
 from lightning_sensitivity.arguments import describe_error
 from lightning_sensitivity.callbacks.checks import EXPECTED, check_outputs
@@ -109,7 +110,9 @@ class ExpectationMonitor(Monitor):
 
     def prepare(self, trainer: Trainer) -> None:
         """Make the reference in the first validation that can have values; every process comes here."""
-        self._reference.make(trainer, self.samples)
+        if not self._reference.is_made:
+            self._reference.make(trainer, self.samples)
+            self._warn_of_thresholds()
 
     def compute_values(self, trainer: Trainer, dataloader_idx: int, *rows: Tensor) -> Values:
         """Compute what to expect on a loader, over all processes."""
@@ -154,6 +157,17 @@ class ExpectationMonitor(Monitor):
         self.history.append(row | values)
 
     # Warnings
+
+    def _warn_of_thresholds(self) -> None:
+        """Warn of an F score whose threshold hardly any sample reaches, since positives are few."""
+        shares = [] if self._reference.fitted is None else self._reference.fitted.shares_
+        for name, metric in self.metrics.items():
+            if isinstance(metric, BinaryFBetaScore) and len(shares) == 2 and metric.threshold > 2 * shares[1]:
+                self.reporter.warn(
+                    "metrics",
+                    f"expects `{name}` at a threshold of {metric.threshold:g}, though only {shares[1]:.0%} of the "
+                    f"labels are positive, so that few samples reach it. Set `threshold={shares[1]:.2f}`.",
+                )
 
     def _warn_of_targets(self, score: float, by_mean: float) -> None:
         """Warn if a regression is worse than its mean prediction in several validations, and does not improve."""

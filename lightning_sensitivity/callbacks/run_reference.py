@@ -162,9 +162,7 @@ class RunReference:
     # The reference
 
     def make(self, trainer: Trainer, kept: Sequence[KeptSamples]) -> None:
-        """Make the reference, unless that was tried; every process must call it."""
-        if self.is_made:
-            return
+        """Make the reference, once; every process must call it."""
         with trainer.precision_plugin.val_step_context():  # for an encoder
             own = self._attempt(lambda: self._own_part(trainer.lightning_module, kept))
         parts = gather_objects(trainer, own)

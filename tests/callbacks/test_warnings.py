@@ -9,11 +9,12 @@ import pytest
 import torch
 from lightning.pytorch import callbacks as cb
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy, cross_entropy, mse_loss, one_hot
+from torch.nn.functional import binary_cross_entropy, binary_cross_entropy_with_logits, cross_entropy, mse_loss, one_hot
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
+from torchmetrics.classification import BinaryF1Score
 
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
-from tests.helpers import Quiet, fitted_and_said, inputs, labelled, loader, quick_risk, refused
+from tests.helpers import Quiet, fitted_and_said, inputs, labelled, loader, quick_risk, refused, unlabelled_loader
 
 X, Y = labelled(200).tensors
 VAL = DataLoader(inputs(90, seed=1), 20)
@@ -306,3 +307,20 @@ def test_a_bound_of_sensitivity_ends_a_fit() -> None:
     stopping = cb.EarlyStopping(SENSITIVITY, patience=99, divergence_threshold=1e-9)
     run, texts = fitted_and_said([SensitivityMonitor(), stopping], Quiet(), loader(), VAL, max_epochs=4)
     assert run.current_epoch == 1 and not texts
+
+
+class OneLogit(Quiet):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[:, 0]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return binary_cross_entropy_with_logits(self(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize(("threshold", "is_said"), [(0.5, True), (0.1, False)])
+def test_a_threshold_that_few_positives_hardly_reach_is_said(threshold: float, is_said: bool) -> None:
+    x = inputs(300)
+    y = (x[:, 0] > 0.92).float()
+    monitor = quick_risk("binary", metrics={"f1": BinaryF1Score(threshold=threshold)})
+    _, texts = fitted_and_said(monitor, OneLogit(), DataLoader(TensorDataset(x, y), 50), unlabelled_loader(seed=1))
+    assert [f"a threshold of {threshold}, though only" in text for text in texts] == [True] * is_said
