@@ -8,8 +8,8 @@ COST = runpy.run_path(str(Path(__file__).parents[1] / "cost" / "blocks.py"))
 NAMES = PAGES["NAMES"]
 WORTH = {name.removeprefix("README: "): text.strip() for name, text in PAGES["BLOCKS"].items()}
 TENTH = """
-Taken without labels, from training on all samples, the epoch reaches more test accuracy than that of the lowest loss on
-a tenth held out: @tenth@.
+Test accuracy of the epoch that was taken without labels, in a training on all samples, minus that of the epoch of the
+lowest loss on a tenth, in a training on the rest: @tenth@. What has 0 inside may be chance.
 """
 QUESTIONS = """
 | ask, in this order | then | it was worth |
