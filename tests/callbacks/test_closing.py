@@ -254,11 +254,7 @@ def blind(batch: Any) -> Tensor:
     return torch.ones(len(batch if isinstance(batch, Tensor) else batch[0]), 1)
 
 
-class OtherStopping(cb.EarlyStopping):
-    pass
-
-
-@pytest.mark.parametrize("goal", [None, 0.1, 0.3])  # which is not reached by what was not measured
+@pytest.mark.parametrize("goal", [None, 0.3])  # which is not reached by what was not measured
 @pytest.mark.parametrize(("name", "mode"), [(SCORE, "min"), (AUROC, "max")])
 def test_where_the_reference_is_blind_callbacks_take_the_last_epoch(
     name: str, mode: str, goal: float | None, tmp_path: Path
@@ -267,9 +263,7 @@ def test_where_the_reference_is_blind_callbacks_take_the_last_epoch(
     checkpoint = cb.ModelCheckpoint(tmp_path, monitor=name, mode=mode, filename="{epoch}")
     monitor = RiskMonitor(features=blind)
     with pytest.warns(UserWarning) as caught:
-        other = OtherStopping(name, mode=mode, stopping_threshold=0.2 if goal else None)
-        monitors = [monitor, stopping, other, checkpoint]
-        run = fitted(monitors, Plain(), *DATA, enable_checkpointing=True, max_epochs=4)
+        run = fitted([monitor, stopping, checkpoint], Plain(), *DATA, enable_checkpointing=True, max_epochs=4)
     first, last = (str(each.message) for each in caught if "reference sees too little" in str(each.message))
     assert Path(checkpoint.best_model_path).name == "epoch=3.ckpt" and stopping.stopped_epoch == 0
     assert "logs nothing: the reference sees too little of the inputs" in first

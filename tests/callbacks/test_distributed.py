@@ -240,18 +240,26 @@ def resuming(folder: Path) -> Any:
     return known_of(whole), known_of(resumed), texts
 
 
+class Counting(SensitivityMonitor):
+    """It notes how many samples all processes measure."""
+
+    def compute_values(self, trainer: Any, dataloader_idx: int, *rows: Tensor) -> Any:
+        self.size = len(rows[0])
+        return super().compute_values(trainer, dataloader_idx, *rows)
+
+
 def half_an_epoch(folder: Path) -> Any:
     """Of as many samples as fit in both processes together, in any order, and in that of the classes."""
     x, y = labelled(800, seed=5 + rank()).tensors
-    steps = []
+    steps, counting = [], Counting(num_samples=16)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lightning_sensitivity.reference.observations._MAX_SAMPLES", {True: 700})
         for order in (torch.arange(800), y.argsort(stable=True)):
             train = batches_of(x[order], y[order], batch_size=100)
             options = {"val_check_interval": 0.5, "max_epochs": 1, "use_distributed_sampler": False}
-            _, texts = fitted([monitor := quick_risk()], Moving(), train, dealt([20, 40]), **options)
+            _, texts = fitted([monitor := quick_risk(), counting], Moving(), train, dealt([20, 40]), **options)
             steps.append([row["step"] for row in monitor.history if "expected_score" in row])
-    return steps, monitor.summary["num_training"], texts
+    return steps, monitor.summary["num_training"], counting.size, texts
 
 
 SCENARIOS = (
@@ -317,8 +325,8 @@ def test_labels_that_are_missing_in_one_process_are_missing_in_all(
     assert known[place][1].count(("num_labels", num_labels)) == 3 and ("num_training", num_training) in known[place][1]
 
 
-def test_the_reference_is_made_of_as_many_samples_as_fit_in_all_processes_unless_they_are_sorted(both: Any) -> None:
-    assert both["half_an_epoch"] == [([[4, 8], [8]], 700, [])] * 2
+def test_all_processes_share_what_is_kept_and_the_reference_waits_for_an_epoch_if_they_are_sorted(both: Any) -> None:
+    assert both["half_an_epoch"] == [([[4, 8], [8]], 700, 16, [])] * 2
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint")
