@@ -15,7 +15,8 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
-from sklearn.linear_model import LinearRegression, LogisticRegression
+from sklearn.linear_model import LinearRegression
+from sklearn.naive_bayes import GaussianNB
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -139,7 +140,7 @@ def averaged_weights(**options: Any) -> list[Callback]:
 @contextmanager
 def small_forests() -> Iterator[pytest.MonkeyPatch]:
     """Learners that are fitted in a tenth of a second, inside."""
-    sizes = {"_TREES": 20, "_MIN_TREES": 20, "_TREES_OF_PART": 5, "_OTHER_LEAVES": ()}
+    sizes = {"_TREES": 20, "_MIN_TREES": 20, "_TREES_OF_PART": 5, "_OTHER_LEAVES": (), "_WIDTHS": (0.4,)}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in sizes.items():
             patch.setattr(learners, name, value)
@@ -148,7 +149,7 @@ def small_forests() -> Iterator[pytest.MonkeyPatch]:
 
 def quick_estimator(task: str = "multiclass") -> Any:
     """A reference that is fitted in no time."""
-    return LinearRegression() if task == "regression" else LogisticRegression(max_iter=1000)
+    return LinearRegression() if task == "regression" else GaussianNB()
 
 
 def quick_risk(task: str = "multiclass", **options: Any) -> RiskMonitor:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -241,3 +242,31 @@ def test_probabilities_in_small_batches_are_warned_of_unless_they_are_few(what: 
     assert {warning.filename for warning in warnings} == {__file__}
     RefinedScore()(ALL_CLEAN.sigmoid(), ALL_LABELS)  # of several classes, which do not sum to 1
     metric.update(outputs[:1], targets[:1])  # too few of them to tell
+
+
+# An Apple GPU
+
+
+class AppleGPU(TorchFunctionMode):
+    """Refuses to move float64 to a device, as MPS does; the CPU stands in for it."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [*args[1:], *(kwargs or {}).values()]
+        moves, casts = (any(isinstance(each, kind) for each in given) for kind in (torch.device, torch.dtype))
+        if function is Tensor.to and args[0].dtype == torch.float64 and moves and not casts:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("task", ["multiclass", "binary", "regression"])
+def test_no_float64_is_moved_to_an_apple_gpu(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for room in ("functional.refined_score", "metric.refined_score", "metric.double_precision"):
+        module = sys.modules[f"lightning_sensitivity.{room}"]
+        monkeypatch.setattr(module, "wide_dtype", lambda device: torch.float32)
+    x = torch.randn(20, 1)
+    predictions = torch.rand(20, 3 if task == "multiclass" else 1, dtype=torch.float64)
+    predictions = predictions.softmax(1) if task == "multiclass" else predictions
+    with AppleGPU():
+        metric = RefinedScore(task)
+        metric.update(x.repeat(1, predictions.shape[1]), predictions)
+        assert metric.packed_sums.dtype == torch.float32 and float(metric.compute()) >= 0

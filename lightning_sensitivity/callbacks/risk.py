@@ -123,7 +123,7 @@ class RiskMonitor(ExpectationMonitor):
 
         Returns:
             ``network``, ``reference`` and ``mean``, probabilities ``(N, C)`` of all classes, two for ``"binary"``; or
-            the numbers of a regression.
+            the numbers of a regression. Those of the reference hold for the class shares of training.
 
         Raises:
             ValueError: If there is no reference, or it can't read the batches.
@@ -253,6 +253,7 @@ class RiskMonitor(ExpectationMonitor):
 
     def _start(self, trainer: Trainer, module: LightningModule, batch: object) -> None:
         """Check that the model can be measured on a batch, and that its labels and the metrics fit."""
+        self.reader.check_encoder(module)
         call = self.reader.call(module, batch)
         with isolated(module) as run, trainer.precision_plugin.val_step_context():
             outputs = self.check_model(run, call)

@@ -16,7 +16,7 @@ from lightning_sensitivity.functional.tasks import Task
 from lightning_sensitivity.model.inputs import LEAST_SKILL, are_finite, join_seen, of_rows
 from lightning_sensitivity.model.reader import BatchReader
 from lightning_sensitivity.model.samples import KeptRows, KeptSamples
-from lightning_sensitivity.reference.calibration import estimate_class_shares, reweigh, shares_differ
+from lightning_sensitivity.reference.calibration import estimate_class_shares, reweigh
 from lightning_sensitivity.reference.features import Seen
 from lightning_sensitivity.reference.observations import largest_difference, projection, recurrence
 
@@ -229,6 +229,8 @@ class RunReference:
     def _predict(self, dataloader_idx: int, known: Seen, seen: Seen) -> Unseen:
         """Predict the kept samples of a loader, and draw labels for them."""
         rows = self._finite_rows(seen, f"validation samples of dataloader {dataloader_idx}")
+        if len(rows) == 0:
+            raise ValueError("No sample has finite inputs")
         rows = rows[projection(of_rows(seen, rows)).argsort()]
         seen = of_rows(seen, rows)
         q = torch.from_numpy(self.fitted.predict_matrix(seen))
@@ -259,10 +261,10 @@ class RunReference:
     def _warn_of_shares(self, dataloader_idx: int, q: Tensor) -> None:
         """Warn if classes seem to have other shares among validation samples than among training samples."""
         left_out = torch.from_numpy(self.fitted.left_out_)
-        if self._class_shares is None and shares_differ(left_out, q) > _SHARES_DIFFER:
-            gap = (left_out.mean(0) - q.mean(0)).abs().argmax()
+        gap, size = largest_difference(left_out, q)
+        if self._class_shares is None and size > _SHARES_DIFFER:
             message = (
-                f"predicts class {int(gap)} for {left_out[:, gap].mean():.0%} of the training samples and "
+                f"predicts class {gap} for {left_out[:, gap].mean():.0%} of the training samples and "
                 f"{q[:, gap].mean():.0%} of dataloader {dataloader_idx}. If a sampler or undersampling changes the "
                 "shares of classes, set `class_shares=`."
             )

@@ -30,6 +30,11 @@ class Encoder:
     def __init__(self, module: nn.Module) -> None:
         self._module = module
 
+    def is_trained_with(self, model: nn.Module) -> bool:
+        """Return whether both share weights that are not frozen."""
+        trained = {weight for weight in model.parameters() if weight.requires_grad}
+        return not trained.isdisjoint(self._module.parameters())
+
     def encode(self, call: ModelCall, size: int, rows: Tensor | None, device: torch.device) -> Tensor:
         """Return the features of some samples, ``(R, D)``, in single precision, on the CPU.
 

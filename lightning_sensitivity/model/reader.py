@@ -71,6 +71,15 @@ class BatchReader:
         """Forget what other batches have shown, before those of another run."""
         self._input_reader = InputReader()
 
+    def check_encoder(self, model: nn.Module) -> None:
+        """Refuse an encoder that is trained with the model, since what it returned for earlier samples would not hold.
+
+        Raises:
+            MisconfigurationException: If they share weights that are not frozen.
+        """
+        if self._encoder is not None and self._encoder.is_trained_with(model):
+            raise Refused("`features` is trained with the network: pass a copy, `copy.deepcopy(body)`.", "features")
+
     def call(self, model: nn.Module, batch: object) -> ModelCall:
         """Make the call of a model on a batch."""
         if self._inputs is None:

@@ -75,7 +75,7 @@ def estimate_class_shares(q: Tensor, training_shares: Tensor) -> Tensor:
         training_shares: The class shares of those others, ``(C,)``.
 
     Returns:
-        The shares, ``(C,)``. They are sure only if classes can be told apart: see :func:`shares_differ`.
+        The shares, ``(C,)``. They are sure only if classes can be told apart.
 
     Example:
         >>> import torch
@@ -101,22 +101,6 @@ def reweigh(q: Tensor, training_shares: Tensor, shares: Tensor) -> Tensor:
     weights = shares.double() / training_shares.double().clamp(min=_UNLIKELY)
     p = q.double() * weights
     return p / p.sum(1, keepdim=True).clamp(min=_UNLIKELY)
-
-
-def shares_differ(left_out: Tensor, q: Tensor) -> float:
-    """Test whether class shares of unseen samples differ from those of training samples.
-
-    Args:
-        left_out: Left-out predictions of the training samples, ``(N, C)``.
-        q: Predictions of the unseen samples, by the same model, ``(M, C)``.
-
-    Returns:
-        The largest difference of mean predictions, in standard errors. Above 4, shares differ, or inputs do.
-    """
-    first, second = left_out.double(), q.double()
-    variance = first.var(0, correction=0) / len(first) + second.var(0, correction=0) / len(second)
-    z = (first.mean(0) - second.mean(0)).abs() / variance.sqrt()
-    return float(z.nan_to_num(0.0, 0.0).max())
 
 
 def unexplained_share(predictions: object, labels: object) -> float:

@@ -214,7 +214,7 @@ class Reference(BaseEstimator):  # type: ignore[misc]
             ValueError: As by :meth:`predict_proba`.
         """
         check_is_fitted(self)
-        seen = read_samples(x, getattr(self, "feature_names_in_", None))
+        seen = read_samples(x, getattr(self, "feature_names_in_", None), self.kind_ if len(self._shapes) == 1 else "")
         self._check_kinds(seen)
         found = []
         for start in range(0, len(next(iter(seen.values()))), _CHUNK):

@@ -16,13 +16,14 @@ Array: TypeAlias = Any  # of NumPy
 _KINDS = {"columns", "images", "signals", "tokens"}
 
 
-def read_samples(x: Any, names: Any = None) -> Seen:
+def read_samples(x: Any, names: Any = None, kind: str = "") -> Seen:
     """Return what is seen of samples, checked.
 
     Args:
         x: A mapping by kind, a data frame, whose columns are numbers and flags, or a tensor, array or list, whose kind
             follows from its dimensions and type.
         names: The columns of a data frame that are wanted, in this order; None for all.
+        kind: The kind of a tensor, array or list, if it is known.
 
     Raises:
         ValueError: If there is no sample, or what is there are no finite numbers.
@@ -35,9 +36,8 @@ def read_samples(x: Any, names: Any = None) -> Seen:
     if hasattr(x, "columns"):
         return {"columns": _as_tensor("x", _columns_of(x, names))}
     values = _as_tensor("x", x)
-    if values.ndim == 1 or values.ndim > 4:
-        return {"columns": values[:, None].flatten(1).double()}
-    return {kind_of(values): values}
+    kind = kind or kind_of(values)
+    return {kind: values[:, None].flatten(1).double() if kind == "columns" else values}
 
 
 def _as_tensor(name: str, values: Any) -> Tensor:
@@ -48,7 +48,7 @@ def _as_tensor(name: str, values: Any) -> Tensor:
         values = values.detach().cpu()
         values = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
     found = check_array(values, dtype="numeric", ensure_2d=False, allow_nd=True, input_name=name)
-    return torch.from_numpy(found if found.flags.writeable else found.copy())
+    return torch.from_numpy(np.require(found, requirements=["C", "W"]))
 
 
 def _columns_of(frame: Any, names: Any) -> Array:
@@ -93,7 +93,8 @@ def _of_names(names: Array) -> tuple[Tensor, Array]:
     if names.dtype.kind not in "biuOUS":
         raise ValueError(
             f"Expected `y` to be integers or names of classes (N,), or probabilities (N, K), but got {names.dtype}. "
-            "Set task='binary' if they are from 0 to 1, task='regression' if they are measurements."
+            "Set task='binary' if they are from 0 to 1, task='regression' if they are measurements. Leave samples "
+            "without a label out."
         )
     counts = np.asarray(names != IGNORED)
     classes, indices = np.unique(names[counts], return_inverse=True)

@@ -63,17 +63,19 @@ def test_running_out_of_memory_before_the_first_step_stays_the_error_that_it_is(
         run.fit(failing(torch.cuda.OutOfMemoryError("CUDA out of memory.")), loader(), loader())
 
 
-def test_a_failure_is_said_once_and_leaves_gaps_in_the_curve(tmp_path: Path) -> None:
+def test_a_failure_is_said_once_and_leaves_gaps_in_the_curve_and_changes_no_other_value(tmp_path: Path) -> None:
+    logger, options = CSVLogger(tmp_path, name=None), {"log_every_n_steps": 1, "max_epochs": 6}
+    monitors, data = [SensitivityMonitor(), risk := quick_risk()], (loader(), unlabelled_loader(seed=1))
     model = failing(KeyError("an error of the user"), lambda x, epoch: epoch in range(1, 4))
-    logger = CSVLogger(tmp_path, name=None)
-    monitors, options = [SensitivityMonitor(), risk := quick_risk()], {"logger": logger, "log_every_n_steps": 1}
-    texts = said(monitors, model, loader(), unlabelled_loader(seed=1), max_epochs=6, **options)
+    run, texts = helpers.fitted_and_said(monitors, model, *data, logger=logger, **options)
     assert [text.split("`")[1] for text in texts] == ["SensitivityMonitor", "RiskMonitor"]
     assert all("KeyError: 'an error of the user'. This epoch has no value." in text for text in texts)
     rows = helpers.csv_rows(logger.log_dir)
     for name in (SENSITIVITY, f"{SENSITIVITY}_stderr", "val/expected_score", "val/expected_accuracy"):
         assert [int(row["epoch"]) for row in rows if row[name]] == [0, 4, 5]  # nothing old as if it were new
     assert ["expected_score" in row for row in risk.history] == [True, False, False, False, True, True]
+    whole = fitted([SensitivityMonitor(), quick_risk()], Linear(), *data, **options)
+    assert [run.epochs[index] for index in (0, 4, 5)] == [whole.epochs[index] for index in (0, 4, 5)]
 
 
 def warning(model: Any, x: Tensor, epoch: int) -> None:
@@ -139,20 +141,6 @@ def test_a_forward_that_writes_to_a_parameter_is_refused_at_first_and_later_cost
         monitor = quick_risk() if kind is RiskMonitor else kind()
         texts = said(monitor, model, loader(), unlabelled_loader(seed=1), max_epochs=3, **options)
         assert len(texts) == 1 and problem in texts[0]
-
-
-class Resumed(Callback):
-    """A fit that begins with a validation, as a resumed one may."""
-
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        trainer.callbacks[0].reporter.before_first_step = False
-
-
-def test_a_first_training_batch_that_can_not_be_read_is_tried_once() -> None:
-    calls = list[Any]()
-    monitor = RiskMonitor(targets=lambda batch: calls.append(batch) or batch[9])
-    texts = said([monitor, Resumed()], Linear(), loader(), unlabelled_loader(seed=1))
-    assert len(calls) == len(texts) == 1 and "can't read the first training batch: `targets` failed" in texts[0]
 
 
 # What is logged

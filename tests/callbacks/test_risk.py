@@ -1,12 +1,14 @@
 """What RiskMonitor logs is what a plain loop gives, over batches of unequal sizes, of whatever kind."""
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import callbacks as cb
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression, Ridge
@@ -35,6 +37,12 @@ from tests.helpers import unlabelled_loader as unlabelled
 INDEX = torch.arange(90)
 SOFT = 0.9 * one_hot(NOISY, 4) + 0.025
 SOME = helpers.labelled(50, seed=1).tensors[1].where(torch.arange(50) % 2 > 0, -100)
+
+
+@pytest.fixture(autouse=True)
+def little_skill(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 90 samples, also an encoder with random weights is trusted."""
+    monkeypatch.setattr("lightning_sensitivity.callbacks.run_reference.LEAST_SKILL", 0)
 
 
 def bce(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -192,6 +200,14 @@ def test_an_encoder_runs_once_on_kept_samples_and_is_left_alone_and_not_saved(tm
     assert encoder.training and all(weight.requires_grad for weight in encoder.parameters())
     torch.testing.assert_close(dict(encoder.state_dict()), before, rtol=0, atol=0)
     assert torch.load(path, weights_only=True)["state_dict"].keys() == Plain().state_dict().keys()
+
+
+@pytest.mark.parametrize("is_frozen", [True, False])
+def test_an_encoder_may_be_a_part_of_the_network_if_that_is_frozen(is_frozen: bool) -> None:
+    model, refused = Plain(), pytest.raises(MisconfigurationException, match="is trained with the network: pass a copy")
+    body = nn.Sequential(nn.Flatten(), model.net[0].requires_grad_(not is_frozen))
+    with nullcontext() if is_frozen else refused:
+        fit(model, quick_risk(features=body))
 
 
 @pytest.mark.parametrize("batch_size", [16, 90])

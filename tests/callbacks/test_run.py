@@ -1,7 +1,6 @@
 """What happens around a run: Ctrl-C, what is checked before it, and what Lightning hands in."""
 
 import itertools
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,11 +13,9 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 from lightning_sensitivity.callbacks.checks import check_run
-from lightning_sensitivity.metric.refined_score import RefinedScore
 from tests.helpers import Classifier, Linear, fitted, loader, quick_risk, refused, trainer
 
 MONITORS = [SensitivityMonitor, RiskMonitor]
@@ -123,31 +120,3 @@ def test_the_other_lightning(tmp_path: Path) -> None:
     run.logger.experiment.flush()
     (events,) = Path(run.logger.log_dir).glob("events*")
     assert b"val/expected_score" in events.read_bytes()
-
-
-# An Apple GPU
-
-
-class AppleGPU(TorchFunctionMode):
-    """Refuses to move float64 to a device, as MPS does; the CPU stands in for it."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = [*args[1:], *(kwargs or {}).values()]
-        moves, casts = (any(isinstance(each, kind) for each in given) for kind in (torch.device, torch.dtype))
-        if function is Tensor.to and args[0].dtype == torch.float64 and moves and not casts:
-            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("task", ["multiclass", "binary", "regression"])
-def test_no_float64_is_moved_to_an_apple_gpu(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for room in ("functional.refined_score", "metric.refined_score", "metric.double_precision"):
-        module = sys.modules[f"lightning_sensitivity.{room}"]
-        monkeypatch.setattr(module, "wide_dtype", lambda device: torch.float32)
-    x = torch.randn(20, 1)
-    predictions = torch.rand(20, 3 if task == "multiclass" else 1, dtype=torch.float64)
-    predictions = predictions.softmax(1) if task == "multiclass" else predictions
-    with AppleGPU():
-        metric = RefinedScore(task)
-        metric.update(x.repeat(1, predictions.shape[1]), predictions)
-        assert metric.packed_sums.dtype == torch.float32 and float(metric.compute()) >= 0

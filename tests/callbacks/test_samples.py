@@ -160,19 +160,6 @@ def test_loaders_that_come_and_go_never_end_training(sizes: tuple[list[int], ...
         assert epoch[SENSITIVITY + suffixes[0]] > 0 and all(map(math.isfinite, epoch.values()))
 
 
-def test_an_error_costs_its_epoch_and_changes_no_other_value() -> None:
-    def values(model: Any) -> list[dict[str, float]]:
-        monitors = [SensitivityMonitor(), RiskMonitor()]
-        epochs = fitted(monitors, model, loader(20, 2), unlabelled_loader(40, 8, seed=1), max_epochs=4).epochs
-        return [{name: epoch[name] for name in (SENSITIVITY, "val/expected_score")} for epoch in epochs]
-
-    with pytest.warns(UserWarning, match="out of luck"):
-        broken = values(helpers.failing(RuntimeError("out of luck"), lambda x, epoch: epoch == 2))
-    whole = values(Linear())
-    assert broken[:2] == whole[:2] and broken[3] == whole[3]
-    assert min(broken[2].values()) > 1e38 > max(whole[2].values())
-
-
 # Training samples
 
 

@@ -209,6 +209,8 @@ def test_arrays_tables_and_lists_are_as_good_as_tensors() -> None:
     integers = pd.DataFrame({"a": range(12), "b": [5, 7] * 6})  # columns, where an array would be token ids
     assert Reference("regression").fit(integers, y[:, 0]).kind_ == "columns"
     assert Reference("regression").fit(x[:, 0], y[:, 0]).n_features_in_ == 1
+    found = Reference("regression").fit(10 * x.numpy()[::-1], y[:, 0].numpy()[::-1])  # of negative strides
+    np.testing.assert_allclose(found.predict(new.round().long()), found.predict(new.round()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -422,8 +424,9 @@ def test_sparse_inputs_are_refused_with_advice(x: Any) -> None:
 OTHERS: dict[str, tuple[Tensor, str, Any]] = {
     "nan": (X, "contains NaN", NAN),
     "other columns": (X, r"to have columns \(M, 3\), but got columns of shape \(2, 2\)", X[:2, :2]),
-    "another kind": (X, "to have columns .* but got images", torch.rand(2, 1, 8, 8)),
-    "token ids": (X, "to have columns .* but got tokens", Y.reshape(2, 3)),
+    "images for columns": (X, r"to have columns \(M, 3\), but got columns of shape \(2, 64\)", torch.rand(2, 1, 8, 8)),
+    "token ids by name": (X, "to have columns .* but got tokens", {"tokens": Y.reshape(2, 3)}),
+    "columns for images": (torch.rand(6, 1, 2, 3), "to have images .* of shape", X),
     "images of other channels": (torch.rand(6, 3, 8, 8), r"images \(M, 3, 8, 8\), but got", torch.rand(2, 1, 8, 8)),
     "signals of other channels": (torch.rand(6, 3, 24), r"signals \(M, 3, 24\), but got", torch.rand(2, 1, 24)),
 }
