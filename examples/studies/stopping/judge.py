@@ -44,7 +44,8 @@ from torch.nn.functional import one_hot
 
 from lightning_sensitivity.functional import expected_score
 from lightning_sensitivity.reference import Reference
-from lightning_sensitivity.reference.calibration import estimate_class_shares, reweigh, shares_differ
+from lightning_sensitivity.reference.calibration import estimate_class_shares, reweigh
+from lightning_sensitivity.reference.observations import largest_difference
 
 OF_LABELS = {"accuracy", "auc", "loss"}  # what labels are judged by
 
@@ -183,7 +184,7 @@ def measure_file(file: Path, data: Path) -> None:
         q = [reference_says(reference, see(each)) for each in (run.x_unseen, run.x_test)]
         found[judge] = measure(recorded, reference, *q)
         if run.task != "regression":
-            found[judge]["shares_z"] = shares_differ(torch.tensor(reference.left_out_), q[0])
+            found[judge]["shares_z"] = largest_difference(torch.tensor(reference.left_out_), q[0])[1]
         found |= {name: measure(recorded, reference, *each) for name, each in of_shares(run, reference, *q).items()}
     keep({"about": row, "found": found}, file)
     print(f"{time.strftime('%H:%M:%S')} {run.name} {time.process_time() - start:.0f} s", flush=True)
