@@ -4,12 +4,12 @@ import runpy
 from pathlib import Path
 
 PAGES = runpy.run_path(str(Path(__file__).parents[1] / "pages" / "blocks.py"))
-COST = runpy.run_path(str(Path(__file__).parents[1] / "cost" / "blocks.py"))
 NAMES = PAGES["NAMES"]
 WORTH = {name.removeprefix("README: "): text.strip() for name, text in PAGES["BLOCKS"].items()}
 TENTH = """
-Test accuracy of the epoch that was taken without labels, in a training on all samples, minus that of the epoch of the
-lowest loss on a tenth, in a training on the rest: @tenth@. What has 0 inside may be chance.
+Taken without labels, from a training on all samples, the epoch reaches @tenth of tables@ than that of the lowest loss on
+a tenth, from a training on the rest; on large ones @tenth of large@. On photos, texts and few positives the difference
+may be [chance](docs/guide/hold_out.md).
 """
 QUESTIONS = """
 | ask, in this order | then | it was worth |
@@ -19,8 +19,8 @@ QUESTIONS = """
   [`SensitivityMonitor`](docs/guide/sensitivity.md) alone | |
 | Do you augment, and does the learning rate end at zero? | **No**:
   [train to the end](docs/guide/stopping.md#schedules) | |
-| Is the network pretrained? | with a stronger network as [`features=`](docs/guide/encoders.md); else **no** |
-  @pretrained@ |
+| Is the network pretrained? | **No**: train to the end. For the level, take a stronger network as
+  [`features=`](docs/guide/encoders.md) | nothing |
 | Are positives few, or does AUC or F1 count? |
   [stop by `val/expected_auroc`, `mode="max"`](docs/guide/few_positives.md) |
   @few positives@ |
@@ -28,7 +28,7 @@ QUESTIONS = """
 | Are targets numbers, of any kind of data? | [`RiskMonitor("regression")`](docs/guide/regression.md) | @regression@ |
 | Is it a table? | [`RiskMonitor()`](docs/guide/data.md#tables) | @tables@; on large ones @large tables@ |
 | Images, texts, signals? | [`RiskMonitor(features=encoder)`](docs/guide/encoders.md); without one,
-  [`RiskMonitor()`](docs/guide/data.md) | photos: with an encoder @encoder@; without @photos@; texts @texts@; signals
+  [`RiskMonitor()`](docs/guide/data.md) | photos: with an encoder @encoder@; without, nothing; texts @texts@; signals
   @signals@ |
 """.replace("\n  ", " ")
 SENTENCES = """
@@ -36,7 +36,6 @@ SENTENCES = """
 
 **Your network may lose to the reference**: @rival@. Then use [either](docs/guide/stopping.md#the-mean-of-both).
 """
-SLOWER = f"With both monitors, an epoch of 10,000 training samples takes {COST['both'](10_000)} % longer."
-BLOCKS = {"tenth": TENTH, "five questions": QUESTIONS, "level and rival": SENTENCES, "slower": SLOWER}
+BLOCKS = {"tenth": TENTH, "five questions": QUESTIONS, "level and rival": SENTENCES}
 for name, text in WORTH.items():
     BLOCKS = {block: whole.replace(f"@{name}@", text) for block, whole in BLOCKS.items()}
