@@ -8,8 +8,8 @@ NAMES = PAGES["NAMES"]
 WORTH = {name.removeprefix("README: "): text.strip() for name, text in PAGES["BLOCKS"].items()}
 TENTH = """
 Taken without labels, from a training on all samples, the epoch reaches @tenth of tables@ than that of the lowest loss
-on a tenth, from a training on the rest; on large ones @tenth of large@. On photos, texts and few positives the difference
-may be [chance](docs/guide/hold_out.md).
+on a tenth, from a training on the rest; on large ones @tenth of large@. On photos, texts and few positives the
+difference may be [chance](docs/guide/hold_out.md).
 """
 QUESTIONS = """
 | ask, in this order | then | it was worth |
