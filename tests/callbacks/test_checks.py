@@ -247,6 +247,12 @@ def test_a_metric_that_can_not_be_expected_is_refused_before_the_first_step(name
     assert name not in ("a vector", "other classes") or model.global_step == 0
 
 
+@pytest.mark.parametrize("options", BEFORE)
+def test_another_number_of_labels_than_of_samples_is_refused_before_the_first_step(options: Any) -> None:
+    monitor = RiskMonitor(targets=lambda batch: batch[1][:2])
+    assert "a label for each of 16 samples, got 2" in refused(monitor, Linear(), **options)
+
+
 SHARES: dict[str, tuple[str, Any, str]] = {
     "another word": ("multiclass", "estimated", "positive shares of all classes that sum to 1"),
     "other sums": ("multiclass", [0.5, 0.4], "positive shares of all classes that sum to 1"),

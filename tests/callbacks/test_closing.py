@@ -202,7 +202,7 @@ class Scheduled(Plain):
 
 STOPPED: dict[str, tuple[Any, Any, int, bool]] = {  # a model, another callback, epochs; was it still improving?
     "EarlyStopping that waits": (Plain, lambda: cb.EarlyStopping(SCORE, patience=2), 3, True),
-    "EarlyStopping that has what it wants": (Plain, lambda: cb.EarlyStopping(SCORE, stopping_threshold=10.0), 3, False),
+    "EarlyStopping at its goal": (Plain, lambda: cb.EarlyStopping(SCORE, stopping_threshold=0.7505), 9, False),
     "another callback that stops it": (Plain, Stopping, 4, True),
     "a single epoch": (Plain, Stopping, 1, False),
     "a schedule that has ended": (Scheduled, Stopping, 3, False),

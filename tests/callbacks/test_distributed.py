@@ -44,7 +44,7 @@ def distributed(**kwargs: Any) -> Trainer:
 def dealt(sizes: list[int], has_labels: bool = False) -> DataLoader:
     """Validation samples of which each process has another number, and so another number of batches."""
     stream = Stream(sum(sizes), has_labels, seed=1)
-    rows = torch.arange(sum(sizes))
+    rows = torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(world_size()))
     rows = rows if world_size() == 1 else rows.split(sizes)[rank()]
     stream.samples = [stream.samples[row] for row in rows.tolist()]  # type: ignore[assignment]
     return DataLoader(stream, 16)

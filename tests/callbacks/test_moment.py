@@ -125,6 +125,7 @@ WAYS_OF_RISK: dict[str, dict[str, Any]] = {
     "a part of the validation": {"limit_val_batches": 2},
     "a validation in two epochs": {"check_val_every_n_epoch": 2, "max_epochs": 4, "num_sanity_val_steps": 0},
     "two validations in an epoch, the first too early": {"val_check_interval": 3, "max_epochs": 1},
+    "four batches to a validation, the first too early": {"val_check_interval": 4, "check_val_every_n_epoch": None},
 }
 
 

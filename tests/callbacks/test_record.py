@@ -124,15 +124,16 @@ def test_a_fit_that_is_resumed_on_corrected_labels_has_a_reference_of_these(tmp_
     assert second.summary["epoch"] == 2  # values by the old labels do not compare
 
 
-def test_a_fit_forgets_the_one_before_unless_its_trainer_goes_on() -> None:
-    monitor, model = quick_risk(), Still()
+@pytest.mark.parametrize("kind", [Still, Raw])
+def test_a_fit_forgets_the_one_before_unless_its_trainer_goes_on(kind: Any) -> None:
+    monitor, model = quick_risk(), kind()
     run = fit(model, monitor, max_epochs=1)
     first = monitor.summary
     run.fit_loop.max_epochs = 2
     run.fit(model, batches_of(X, NOISY), DataLoader(HOLDOUT, 16))
     assert [row["epoch"] for row in monitor.history] == [0, 1]
     assert monitor.summary["num_validations"] == 2 == first["num_validations"] + 1
-    fit(Still(), monitor, train=batches_of(X, CORRECT), max_epochs=1)  # also one Trainer on other data
+    fit(kind(), monitor, train=batches_of(X, CORRECT), max_epochs=1)  # also one Trainer on other data
     assert [row["epoch"] for row in monitor.history] == [0] and monitor.summary["skill"] > first["skill"]
 
 
