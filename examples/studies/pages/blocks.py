@@ -99,9 +99,7 @@ BLOCKS = {
     "README: tenth of tables": (
         "{tables_held.gained.interval:.1f} points more test accuracy on tables ({tables_held.gained.count} runs)"
     ),
-    "README: tenth, trained again": (
-        "{tables_held.retrained_accuracy_lost.minus[expected_score_accuracy_lost].interval:.1f}"
-    ),
+    "README: tenth, trained again": ("{tables_held.retrained_accuracy_lost.minus[expected_score_accuracy_lost]:.1f}"),
     "README: tenth of large": "{large_held.gained:.1f} ({large_held.gained.count} runs)",
     "README: labels": (
         "on photos {photos.labels_600_combined_accuracy_lost:.1f} points lost instead of "
