@@ -85,7 +85,7 @@ BLOCKS = {
     "README: few positives": "AUROC: " + worth("few", "expected_auc", "auc"),
     "README: regression": told(
         "numbers",
-        "squared error {numbers.expected_score_loss_lost:.0f} % above the lowest instead of "
+        "tables: squared error {numbers.expected_score_loss_lost:.0f} % above the lowest instead of "
         "{numbers.never_stop_loss_lost:.0f} %{numbers.expected_score_loss_lost.minus[never_stop_loss_lost].chance}",
     ),
     "README: photos": worth("photos"),
@@ -99,6 +99,7 @@ BLOCKS = {
     "README: tenth of tables": (
         "{tables_held.gained.interval:.1f} points more test accuracy on tables ({tables_held.gained.count} runs)"
     ),
+    "README: tenth, trained again": ("{tables_held.retrained_accuracy_lost.minus[expected_score_accuracy_lost]:.1f}"),
     "README: tenth of large": "{large_held.gained:.1f} ({large_held.gained.count} runs)",
     "README: labels": (
         "on photos {photos.labels_600_combined_accuracy_lost:.1f} points lost instead of "

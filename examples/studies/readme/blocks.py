@@ -8,13 +8,13 @@ NAMES = PAGES["NAMES"]
 WORTH = {name.removeprefix("README: "): text.strip() for name, text in PAGES["BLOCKS"].items()}
 TENTH = """
 Taken without labels, from a training on all samples, the epoch reaches @tenth of tables@ than that of the lowest loss
-on a tenth, from a training on the rest; on large ones @tenth of large@. On photos, texts and few positives the
-difference may be [chance](docs/guide/hold_out.md).
+on a tenth, from a training on the rest (if that is trained again on all, @tenth, trained again@); on large ones
+@tenth of large@. On photos, texts and few positives the difference may be [chance](docs/guide/hold_out.md).
 """
 QUESTIONS = """
 | ask, in this order | then | it was worth |
 |---|---|---|
-| Did rules or a model make the labels? Does each pixel or token have one? | **No**: it can't see their errors.
+| Did rules or a model make the labels? Is each pixel or token labelled? | **No**: it can't see their errors.
   [Label some by hand](docs/guide/labels.md#rule-generated-labels), or take
   [`SensitivityMonitor`](docs/guide/sensitivity.md) alone | |
 | Do you augment, and does the learning rate end at zero? | **No**:
@@ -22,7 +22,7 @@ QUESTIONS = """
 | Is the network pretrained? | **No**: train to the end. For the level, take a stronger network as
   [`features=`](docs/guide/encoders.md) | nothing |
 | Are positives few, or does AUC or F1 count? |
-  [stop by `val/expected_auroc`, `mode="max"`](docs/guide/few_positives.md) |
+  [stop by the AUROC or F1 to expect](docs/guide/few_positives.md), `mode="max"` |
   @few positives@ |
 | Can you spare hundreds of labels? | [`RiskMonitor(validation_labels=True)`](docs/guide/labels.md) | @labels@ |
 | Are targets numbers, of any kind of data? | [`RiskMonitor("regression")`](docs/guide/regression.md) | @regression@ |
