@@ -327,17 +327,24 @@ ESTIMATORS: dict[str, tuple[str, Any, Tensor, Any]] = {
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
-def test_any_estimator_may_be_the_reference_and_knows_inputs_as_they_come(name: str) -> None:
+def test_any_estimator_may_be_the_reference_and_predicts_beside_the_network(name: str) -> None:
     task, estimator, labels, make = ESTIMATORS[name]
-    monitor = RiskMonitor(task, reference=estimator)
-    assert monitor.reference is None
-    _, texts = fitted_and_said(monitor, make(), batches_of(X, labels), unlabelled(seed=1))
+    monitor, model, val = RiskMonitor(task, reference=estimator), make(), unlabelled(seed=1)
+    with pytest.raises(ValueError, match="Expected a fit that has made a reference"):
+        monitor.predict(model, val)
+    _, texts = fitted_and_said(monitor, model, batches_of(X, labels), val)
     assert not texts and monitor.summary["learner"] == monitor.reference.learner_ == name
     assert monitor.reference.skill_ > 0.01 and not hasattr(estimator, "n_features_in_")  # a copy was fitted
-    found = monitor.reference.predict(HOLDOUT)
-    assert found.shape == ((50, 2) if task == "regression" else (50,))
-    if task != "regression":
-        assert monitor.reference.predict_proba(HOLDOUT).sum(1) == pytest.approx(1, rel=1e-6)
+    before = {key: each.clone() for key, each in model.state_dict().items()}
+    both = monitor.predict(model.train(), val)
+    assert model.training
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+    with torch.no_grad():
+        z = model.eval()(HOLDOUT)
+    p = {"multiclass": z.softmax(1), "binary": torch.cat([-z, z], 1).sigmoid(), "regression": z}[task]
+    known = monitor.reference.predict if task == "regression" else monitor.reference.predict_proba
+    q = torch.from_numpy(known(HOLDOUT))
+    torch.testing.assert_close([both.network, both.reference, both.mean], [p, q, (p + q) / 2], check_dtype=False)
 
 
 # Where labels are
