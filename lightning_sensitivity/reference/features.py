@@ -20,6 +20,13 @@ Seen: TypeAlias = dict[str, Tensor]
 Rows: TypeAlias = Any  # an array of NumPy in double precision, or a sparse matrix of words
 Transform: TypeAlias = Callable[[Tensor], Rows]
 
+KINDS = {  # of inputs, and what blocks of features may be made of each
+    "columns": ("columns", "values"),
+    "images": ("patches", "values"),
+    "signals": ("patches", "values"),
+    "tokens": ("words", "columns"),
+}
+
 _CHUNK = 50  # samples of which features are made at a time
 _MAX_SIDE, _MAX_LENGTH = 32, 512  # pixels of an image, and steps of a signal
 _SOME = 500  # samples that give features their scale
@@ -90,8 +97,8 @@ def fit_size(inputs: Tensor, shape: torch.Size) -> Tensor:
 def possible_blocks(seen: Seen) -> list[dict[str, str]]:
     """Return what may be seen of samples: each time the name of a block of features for each kind."""
     if len(seen) > 1:
-        return [{kind: _BLOCKS[kind][0] for kind in seen}]
-    return [{kind: block} for kind in seen for block in _BLOCKS[kind]]
+        return [{kind: KINDS[kind][0] for kind in seen}]
+    return [{kind: block} for kind in seen for block in KINDS[kind]]
 
 
 class Features:
@@ -264,12 +271,6 @@ def _words(ids: list[int]) -> list[tuple[int, ...]]:
     return [(), *zip(known, strict=True), *pairwise(known)]
 
 
-_BLOCKS = {
-    "columns": ("columns", "values"),
-    "images": ("patches", "values"),
-    "signals": ("patches", "values"),
-    "tokens": ("words", "columns"),
-}
 _MAKERS: dict[str, Callable[[Tensor], Transform]] = {
     "columns": columns,
     "values": values,

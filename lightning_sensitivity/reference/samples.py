@@ -9,11 +9,9 @@ from sklearn.utils import check_array
 from torch import Tensor
 
 from lightning_sensitivity.functional.tasks import IGNORED, Task
-from lightning_sensitivity.reference.features import Seen, kind_of
+from lightning_sensitivity.reference.features import KINDS, Seen, kind_of
 
 Array: TypeAlias = Any  # of NumPy
-
-_KINDS = {"columns", "images", "signals", "tokens"}
 
 
 def read_samples(x: Any, names: Any = None, kind: str = "") -> Seen:
@@ -30,14 +28,14 @@ def read_samples(x: Any, names: Any = None, kind: str = "") -> Seen:
         TypeError: If it is sparse.
     """
     if isinstance(x, Mapping):
-        if not x or not x.keys() <= _KINDS:
-            raise ValueError(f"Expected `x` to have {', '.join(sorted(_KINDS))}, but got {', '.join(map(str, x))}.")
-        return {str(kind): _as_tensor("x", values) for kind, values in x.items()}
-    if hasattr(x, "columns"):
-        return {"columns": _as_tensor("x", _columns_of(x, names))}
-    values = _as_tensor("x", x)
-    kind = kind or kind_of(values)
-    return {kind: values[:, None].flatten(1).double() if kind == "columns" else values}
+        if not x or not x.keys() <= KINDS.keys():
+            raise ValueError(f"Expected `x` to have {', '.join(KINDS)}, but got {', '.join(map(str, x))}.")
+        return {kind: read_samples(values, kind=kind)[kind] for kind, values in x.items()}
+    values = _as_tensor("x", _columns_of(x, names) if hasattr(x, "columns") else x)
+    kind = kind or ("columns" if hasattr(x, "columns") else kind_of(values))
+    if kind == "columns":
+        values = (values if values.is_floating_point() else values.double())[:, None].flatten(1)
+    return {kind: values}
 
 
 def _as_tensor(name: str, values: Any) -> Tensor:

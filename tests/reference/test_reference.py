@@ -283,7 +283,8 @@ def test_numbers_beside_texts_or_images_are_seen_together() -> None:
         assert found.kind_ == ", ".join(["columns", *other]) and found.predict_proba(
             {"columns": numbers, **other}
         ).shape == (400, 2)
-    by_columns = Reference().fit({"columns": numbers, "tokens": ids}, (numbers[:, 0] > 0.3).long())
+    frame = {"columns": pd.DataFrame(numbers.numpy()), "tokens": ids.numpy()}
+    by_columns = Reference().fit(frame, (numbers[:, 0] > 0.3).long())
     assert (by_columns.learner_, by_columns.features_) == ("forest", "columns") and by_columns.skill_ > 0.9
 
 
