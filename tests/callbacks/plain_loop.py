@@ -121,11 +121,13 @@ def expected_by(reference: Any, outputs: Tensor, x: Any, shares: Any = None) -> 
     q = torch.from_numpy(reference.predict(x) if task == "regression" else reference.predict_proba(x))
     q = q if shares is None else reweighed(q, torch.from_numpy(reference.shares_), shares)
     q = q[:, 1:] if task == "binary" else q.reshape(len(q), -1)
+    labels, is_finite = drawn(q) if task != "regression" else q, outputs.reshape(len(q), -1).isfinite().all(1)
+    outputs, q = outputs[is_finite], q[is_finite]
     score = min(kind.score(kind.predictions(outputs, t), q) for t in TEMPERATURES)
     if task == "regression":
         return dict.fromkeys((SCORE, MSE), score + reference.score_)
     p, rest = kind.predictions(outputs, 1), (q * (1 - q)).sum(1).mean()
-    labels, classes = drawn(q), kind.classes(p).int()
+    labels, classes = labels[:, is_finite], kind.classes(p).int()
     found = {SCORE: score + float(rest), ACCURACY: float((labels == classes).double().mean())}
     columns = range(p.shape[1]) if task == "multiclass" else [0]
     wanted = [labels == (k if task == "multiclass" else 1) for k in columns]
@@ -210,9 +212,9 @@ class Truth(History):
         return {name: (m * of_labels[name] + worth[name] * found[name]) / (m + worth[name]) for name in found}
 
     def labelled(self, rows: Tensor, batches: list[Any], num_outputs: int) -> tuple[Tensor, Tensor]:
-        """The rows and labels of samples that have one."""
+        """The rows and labels of samples that have one, and are finite."""
         labels = torch.cat([batch[1] for batch in batches])
-        counts = labels.reshape(len(labels), -1)[:, 0].long() != -100
+        counts = (labels.reshape(len(labels), -1)[:, 0].long() != -100) & rows.reshape(len(rows), -1).isfinite().all(1)
         return rows[counts], as_matrix(labels[counts], self.task, num_outputs)
 
     def of_labels(self, outputs: Tensor, num_outputs: int) -> dict[str, float]:

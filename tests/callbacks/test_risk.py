@@ -89,6 +89,14 @@ class Squeezed(Plain):
         return super().forward(x)[:, 0]
 
 
+class Overflowing(Plain):
+    """Its outputs are nan for a sample that has a label, and one that has none."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        is_lost = torch.isin(x[:, 0], HOLDOUT[3:5, 0])
+        return super().forward(x).masked_fill(is_lost[:, None] & (not self.training), math.nan)
+
+
 # By a plain loop
 
 
@@ -103,6 +111,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)  # of the monitor
     seen: Any = first_tensor  # by the reference, of a batch
     is_blind: bool = False
+    num_said: int = 0
 
 
 def blind(batch: Any) -> Tensor:
@@ -149,6 +158,7 @@ CASES = {
     "multiclass, labels": Case(holdout_labels=SOME),
     "multiclass, labels, blind": Case(
         holdout_labels=SOME, options={"features": blind}, seen=blind, is_blind=True),
+    "multiclass, labels, some outputs are nan": Case(make=Overflowing, holdout_labels=SOME, num_said=1),
     "binary": Case((NOISY > 1).float(), lambda: Plain(1, bce)),
     "binary, class_shares='estimate'": Case((NOISY > 1).float(), lambda: Plain(1, bce),
         options={"class_shares": "estimate"}),
@@ -167,7 +177,7 @@ def test_values_are_those_of_a_plain_loop(name: str) -> None:
     truth = Truth(task, case.seen, has_labels=has_labels, shares=case.options.get("class_shares"))
     val = batches_of(case.x(HOLDOUT), *([case.holdout_labels] if has_labels else []))
     _, texts = fitted_and_said([monitor, truth], case.make(), batches_of(case.x(X), case.labels), val, max_epochs=3)
-    assert len(texts) == (case.is_blind and not has_labels)
+    assert len(texts) == case.num_said + (case.is_blind and not has_labels)
     assert monitor.reference.is_trusted_ != case.is_blind
     assert sum("expected_score" in row for row in monitor.history) == (3 if has_labels or not case.is_blind else 0)
 
@@ -356,6 +366,11 @@ def test_labels_that_do_not_fit_and_batches_without_any_are_said_and_cost_no_run
         run, texts = fitted_and_said(monitor, Plain(), batches_of(X, NOISY), val, num_sanity_val_steps=0)
         assert any(match in text for text in texts) and run.callback_metrics[SCORE] < 2
         assert run.current_epoch == 2 and [row["num_labels"] for row in monitor.history] == [0, 0]
+
+
+def test_of_samples_that_may_have_labels_more_are_kept() -> None:
+    sizes = [(100, 2000), (3000, 3000), (None, None)]
+    assert [(each, quick_risk(validation_labels=True, num_samples=each).num_samples) for each, _ in sizes] == sizes
 
 
 def test_labels_in_a_validation_batch_do_not_count_unless_they_are_wanted() -> None:

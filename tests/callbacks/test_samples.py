@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 import tests.helpers as helpers
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
+from lightning_sensitivity.model.samples import KeptRows
 from tests.helpers import (
     NUM_FEATURES,
     Linear,
@@ -128,6 +129,7 @@ def test_samples_are_freed_at_the_end_of_a_run_and_after_an_error(raises: bool) 
     class Failing(Quiet):
         def on_train_epoch_end(self) -> None:
             seen.append(num_kept())
+            assert not any(type(each) is KeptRows for each in gc.get_objects())  # the reference was made of them
             if raises and self.current_epoch == 1:
                 raise RuntimeError("an error of the user")
 

@@ -172,6 +172,13 @@ def test_an_input_that_can_not_be_read_is_named_once_and_then_the_reference_need
     assert "can't show the reference all of `more`. Set `features=` if it matters" in texts[0]
     assert sum("can't show" in text for text in texts) == 1
     assert monitor.reference.is_trusted_ and monitor.summary["is_trusted"] == (not is_chance)
+    assert said(monitor) == []  # a second fit forgets it
+
+
+def test_a_reference_that_has_seen_one_class_says_so_but_in_a_debugging_run() -> None:
+    texts = said(RiskMonitor(), None, of(X, 0 * Y))
+    assert len(texts) == 1 and "logs nothing: the reference has seen labels of only one class" in texts[0]
+    assert said(RiskMonitor(), None, of(X, 0 * Y), fast_dev_run=True) == []
 
 
 def test_features_of_the_user_need_more_skill_too() -> None:
@@ -211,10 +218,10 @@ def test_targets_that_the_step_changes_are_said_after_three_validations(name: st
     task = "regression" if labels.is_floating_point() else "multiclass"
     model = Changed(change, 1 if task == "regression" else 4)
     model.lr = 0.1
-    for max_epochs in (2, 5):
+    for max_epochs in (2, 12):
         texts = said(quick_risk(task), model, of(X, labels), max_epochs=max_epochs)
         found = [f"worse than a constant prediction in {3} validations" in text for text in texts]
-        assert found == [True] * (is_said and max_epochs == 5)
+        assert found == [True] * (is_said and max_epochs == 12)
 
 
 def test_of_several_loaders_the_first_is_counted() -> None:
