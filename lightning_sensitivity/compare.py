@@ -17,10 +17,9 @@ from lightning_sensitivity.model.inputs import LEAST_SKILL, join_seen
 from lightning_sensitivity.model.isolation import isolated
 from lightning_sensitivity.model.reader import BatchReader
 from lightning_sensitivity.model.transfer import move_batch
-from lightning_sensitivity.reference.observations import projection, recurrence
+from lightning_sensitivity.reference.observations import projection, repeated_share
 
 _QUANTILE = 1.96  # of the normal distribution, for 95 %
-_REPEATED = 0.1  # share of samples that are training samples, beyond that of samples that are equal by chance
 
 
 class ModelScores(NamedTuple):
@@ -189,8 +188,7 @@ class _Judge(NamedTuple):
         known, labels = rows.joined()
         fitted = Reference(self.task.name, estimator).fit(known, labels)
         new = join_seen([self.reader.see(self.model, batch) for batch in self._moved()])
-        share, by_chance = recurrence(projection(new), projection(known))
-        if share > by_chance + _REPEATED:
+        if share := repeated_share(projection(new), projection(known)):
             warnings.warn(
                 f"`compare_models` finds that {share:.0%} of the samples of `dataloader` are training samples, whose "
                 f"labels the models know: take others.{link_to('repeated')}",

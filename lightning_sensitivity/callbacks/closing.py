@@ -13,7 +13,7 @@ from lightning_sensitivity.functional.refined_score import TEMPERATURES
 
 _SAID = 0.05  # share of labels that is worth a sentence
 _ENDED = 0.01  # of the first learning rate
-_LEARNERS = {"forest": "random forest", "ridge": "ridge regression on {}", "mean": "mean label"}
+_LEARNERS = {"forest": "random forest", "ridge": "ridge regression on {}"}
 # Its words, the reference's own value, its form, and whether higher is better, by what is expected.
 _RIVALS = {
     "accuracy": ("an accuracy of", "left_out_accuracy", ".0%", 1),

@@ -13,17 +13,16 @@ from lightning_sensitivity.callbacks.processes import agree, gather_objects
 from lightning_sensitivity.callbacks.reporter import Reporter
 from lightning_sensitivity.functional.expected import draw_labels
 from lightning_sensitivity.functional.tasks import Task
-from lightning_sensitivity.model.inputs import LEAST_SKILL, are_finite, join_seen, of_rows
+from lightning_sensitivity.model.inputs import LEAST_SKILL, are_finite, join_seen
 from lightning_sensitivity.model.reader import BatchReader
 from lightning_sensitivity.model.samples import KeptRows, KeptSamples
 from lightning_sensitivity.reference.calibration import estimate_class_shares, reweigh
-from lightning_sensitivity.reference.features import Seen
-from lightning_sensitivity.reference.observations import largest_difference, projection, recurrence
+from lightning_sensitivity.reference.features import Seen, of_rows
+from lightning_sensitivity.reference.observations import largest_difference, projection, repeated_share
 
 T = TypeVar("T")
 
 _SORTED = 5.0  # standard errors between the labels of two halves
-_REPEATED = 0.1  # share of validation samples that are training samples, beyond that by chance
 _SHARES_DIFFER = 4.0  # standard errors between mean predictions; no false alarm in 79 runs of the design half
 _COLUMNS_DIFFER = 8.0  # standard errors between means of a column: 3.9 is the most in 222 random splits of 74 tables
 
@@ -206,10 +205,11 @@ class RunReference:
     def _predict_all(self, parts: Sequence[_Part], known: Seen) -> dict[int, Unseen]:
         """Predict the kept samples of each loader; of those that can't be read, nothing is expected."""
         found: dict[int, Unseen] = {}
+        places = projection(known)
         for index in sorted({index for part in parts for index in part.unseen}):
             with self._reporter.report_failure(f"expects nothing of dataloader {index}", "Set `features=`."):
                 seen = join_seen([part.unseen[index] for part in parts if index in part.unseen])
-                found[index] = self._predict(index, known, seen)
+                found[index] = self._predict(index, known, places, seen)
         return found
 
     def _finite_rows(self, seen: Seen, what: str) -> Tensor:
@@ -224,19 +224,20 @@ class RunReference:
             self._reporter.warn("nan", message, kind=what)
         return is_finite.nonzero()[:, 0]
 
-    def _predict(self, dataloader_idx: int, known: Seen, seen: Seen) -> Unseen:
-        """Predict the kept samples of a loader, and draw labels for them."""
+    def _predict(self, dataloader_idx: int, known: Seen, known_places: Tensor, seen: Seen) -> Unseen:
+        """Predict the kept samples of a loader, and draw labels for them; places are projections."""
         rows = self._finite_rows(seen, f"validation samples of dataloader {dataloader_idx}")
         if len(rows) == 0:
             raise ValueError("No sample has finite inputs")
-        rows = rows[projection(of_rows(seen, rows)).argsort()]
+        places, order = projection(of_rows(seen, rows)).sort()
+        rows = rows[order]
         seen = of_rows(seen, rows)
         q = torch.from_numpy(self.fitted.predict_matrix(seen))
         if self._task.has_classes:
             self._warn_of_shares(dataloader_idx, q)
             q = self._with_class_shares(q)
         self._warn_of_columns(dataloader_idx, known, seen)
-        self._warn_of_repeated(dataloader_idx, known, seen)
+        self._warn_of_repeated(dataloader_idx, repeated_share(places, known_places))
         return Unseen(rows, q.float(), draw_labels(q, self._task.name, self.fitted.residuals_))
 
     def _with_class_shares(self, q: Tensor) -> Tensor:
@@ -281,10 +282,9 @@ class RunReference:
             )
             self._reporter.warn("columns", message, kind=str(dataloader_idx))
 
-    def _warn_of_repeated(self, dataloader_idx: int, known: Seen, seen: Seen) -> None:
+    def _warn_of_repeated(self, dataloader_idx: int, share: float) -> None:
         """Warn if validation samples are training samples, unless different samples are often equal."""
-        share, among_training = recurrence(projection(seen), projection(known))
-        if share > _REPEATED + among_training:
+        if share > 0:
             self._reporter.warn(
                 "repeated",
                 f"finds that {share:.0%} of the samples of dataloader {dataloader_idx} are training samples: a network "

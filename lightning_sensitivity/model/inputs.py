@@ -135,11 +135,6 @@ def _join(kind: str, parts: Sequence[Tensor]) -> Tensor:
     return torch.cat([fit_size(x, largest) for x in parts])
 
 
-def of_rows(seen: Seen, rows: Tensor) -> Seen:
-    """Return what a reference sees of some of the samples."""
-    return {kind: x[rows] for kind, x in seen.items()}
-
-
 def are_finite(seen: Seen) -> Tensor:
     """Return which samples have neither nan nor inf, ``(N,)``."""
     return torch.stack([x[:, None].flatten(1).isfinite().all(1) for x in seen.values()]).all(0)

@@ -94,6 +94,11 @@ def fit_size(inputs: Tensor, shape: torch.Size) -> Tensor:
     return torch.cat([F.interpolate(part.float(), shape[2:], mode="area") for part in torch.split(inputs, _CHUNK)])
 
 
+def of_rows(seen: Seen, rows: Tensor) -> Seen:
+    """Return what a reference sees of some of the samples."""
+    return {kind: x[rows] for kind, x in seen.items()}
+
+
 def possible_blocks(seen: Seen) -> list[dict[str, str]]:
     """Return what may be seen of samples: each time the name of a block of features for each kind."""
     if len(seen) > 1:

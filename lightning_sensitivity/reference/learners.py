@@ -20,7 +20,15 @@ from torch import Tensor
 
 from lightning_sensitivity.functional.tasks import Task
 from lightning_sensitivity.reference.calibration import calibrate
-from lightning_sensitivity.reference.features import Features, Rows, Seen, median_distance, possible_blocks, spread
+from lightning_sensitivity.reference.features import (
+    Features,
+    Rows,
+    Seen,
+    median_distance,
+    of_rows,
+    possible_blocks,
+    spread,
+)
 
 Array: TypeAlias = Any  # of NumPy
 
@@ -127,7 +135,7 @@ def fit_learners(seen: Seen, labels: Tensor, task: Task) -> tuple[Learner, Tenso
     """
     number = len(labels)
     rows = spread(number, _PART)
-    part = _at(seen, rows), labels[rows], task
+    part = of_rows(seen, rows), labels[rows], task
     with _quiet():
         best, most, of_forest = _choose_ridge(*part), _MAX_RIDGE_ROWS, _most_of_forest(seen, labels)
         if of_forest:
@@ -135,14 +143,10 @@ def fit_learners(seen: Seen, labels: Tensor, task: Task) -> tuple[Learner, Tenso
             limit = best.score * (_GAIN if number > _PART else 1)
             best, most = (forest, of_forest) if forest.score < limit else (best, most)
         rows = spread(number, most)
-        seen, labels = _at(seen, rows), labels[rows]
+        seen, labels = of_rows(seen, rows), labels[rows]
         features = Features(best.blocks, seen)
         model, left_out = best.fit(features(seen), labels.numpy())
     return Learner(best.name, features, model, left_out, labels, task), rows
-
-
-def _at(seen: Seen, rows: Tensor) -> Seen:
-    return {kind: values[rows] for kind, values in seen.items()}
 
 
 def _score(left_out: Array, labels: Tensor, task: Task) -> float:

@@ -14,6 +14,7 @@ _MAX_LABELS = 10_000_000  # samples times classes
 _CHUNK = 500  # samples that are projected at a time
 _FEW_VALUES = 100  # in each column of a table of categories
 _FEW_COMBINATIONS = 10  # of them, for each sample
+_REPEATED = 0.1  # share of new samples that are known ones, beyond that of samples that are equal by chance
 _CONTRADICTORY = 0.05  # share of the variance of labels that is among equal samples
 
 
@@ -99,6 +100,17 @@ def _projected(values: Tensor, seed: int = 0) -> Tensor:
         part.flatten(1).float().add(shift).view(torch.int32).long() for part in torch.split(values[:, None], _CHUNK)
     )
     return torch.cat([(part * direction).sum(1) for part in bits])
+
+
+def repeated_share(new: Tensor, known: Tensor) -> float:
+    """Return which share of new samples are known ones; 0 unless it is far above that of equal samples by chance.
+
+    Args:
+        new: As for :func:`recurrence`.
+        known: As for :func:`recurrence`.
+    """
+    share, by_chance = recurrence(new, known)
+    return share if share > by_chance + _REPEATED else 0.0
 
 
 def recurrence(new: Tensor, known: Tensor) -> tuple[float, float]:
