@@ -26,8 +26,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import resnet18
 
-from lightning_sensitivity import RiskMonitor, SensitivityMonitor
-from lightning_sensitivity.functional import fit_reference
+from lightning_sensitivity import Reference, RiskMonitor, SensitivityMonitor
 
 MONITORS: dict[str, Callable[[], list[Callback]]] = {
     "none": list,
@@ -134,9 +133,9 @@ def fit(shape: tuple[int, ...]) -> tuple[float, float, float]:
     torch.set_num_threads(FIT_THREADS)
     x, new_x = torch.rand(*shape), torch.rand(600, *shape[1:])
     y = (x.flatten(1)[:, :10] + 0.5 * torch.rand(len(x), 10)).argmax(1)
-    fit_reference(torch.rand(100, 5), y[:100]).predict(torch.rand(10, 5))  # what is done once in a process
+    Reference("multiclass").fit(torch.rand(100, 5), y[:100]).predict_proba(torch.rand(10, 5))  # what is done once in a process
     before, start, cpu = megabytes(), time.perf_counter(), time.process_time()
-    fit_reference(x, y).predict(new_x)
+    Reference("multiclass").fit(x, y).predict_proba(new_x)
     return time.perf_counter() - start, time.process_time() - cpu, megabytes() - before
 
 

@@ -9,6 +9,7 @@
 
 import argparse
 import logging
+import warnings
 from pathlib import Path
 
 import pandas as pd
@@ -149,6 +150,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one seed, two epochs")
     args = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", ".*at a threshold of 0.5")  # what it does is measured here
     torch.set_num_threads(1)
     seeds, max_epochs = ([0], 2) if args.quick else (range(8), 40)
     rows: list[Row] = []
