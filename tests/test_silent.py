@@ -31,7 +31,7 @@ from tests.helpers import Linear, inputs, quick_estimator, quick_risk, said, tra
 
 RIGHT = "=plain loop"  # else "!", an error before the first step, or a "?" for each warning, and what the first says
 HEAD = r"!`outputs` should .*dict of 'loss', 'a'.*: `outputs=lambda result: result\['a'\]`\."
-DENSE, UNIT = "!are dense", r"?\[0, 1\]"
+DENSE, LAST, UNIT = "!are dense", "!`outputs` should move the classes", r"?\[0, 1\]"
 Pair, Weighted = namedtuple("Pair", "x y"), namedtuple("Weighted", "y weight x")
 Noise = Callable[[Tensor], Tensor]
 
@@ -174,10 +174,10 @@ CASES = {
         forward=text_classifier, s_options={"at": "embedding"}, step=at_embedding(lambda m, b: m(**b).logits),
         seen=lambda b: b["input_ids"].where(b["attention_mask"], -1), r_options=DEFAULT),
     # positions: S counts each of them, and there is no risk
-    "(N, T, K)": Case(None, DENSE, x=sequence),
+    "(N, T, K)": Case(LAST, LAST, x=sequence),
     "(N, T, K), outputs=": Case(r=DENSE, x=sequence, options={"outputs": lambda y: y.mT},
         step=lambda m, b, noise: m(noise(b[0])).mT),
-    "(N, K, T), T == K": Case(r=DENSE, x=lambda f: sequence(f)[:, :4], forward=lambda m, x: m.net(x).mT),
+    "(N, K, T), T == K": Case(LAST, LAST, x=lambda f: sequence(f)[:, :4], forward=lambda m, x: m.net(x).mT),
     "(N, K, H, W)": Case(r=DENSE, x=image, forward=lambda m, x: m.net(x.movedim(1, -1)).movedim(-1, 1)),
     # outputs
     "softmax": Case("!`outputs", "!`outputs", forward=lambda m, x: m.net(x).softmax(1)),

@@ -1,7 +1,7 @@
 """Predictions of the network and of the reference, side by side."""
 
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from lightning_sensitivity.model.inputs import join_seen
 from lightning_sensitivity.model.isolation import isolated
 from lightning_sensitivity.model.reader import BatchReader
 from lightning_sensitivity.model.transfer import move_batch
+from lightning_sensitivity.reference.features import Seen
 
 
 class Predictions(NamedTuple):
@@ -31,9 +32,13 @@ class Predictions(NamedTuple):
 
 
 def predict_both(
-    model: nn.Module, reference: Any, dataloader: Iterable[object], reader: BatchReader, task: Task
+    model: nn.Module,
+    predict: Callable[[Seen], Tensor],
+    dataloader: Iterable[object],
+    reader: BatchReader,
+    task: Task,
 ) -> Predictions:
-    """Predict all samples of a loader, which may have labels or not, by a network and a reference."""
+    """Predict all samples of a loader, which may have labels or not, by a network, and by how a reference predicts."""
     outputs, seen = [], []
     for batch in dataloader:
         moved = move_batch(model, batch)
@@ -41,5 +46,4 @@ def predict_both(
         with isolated(model) as run:
             outputs.append(task.predictions(run(call).cpu()))
         seen.append(reader.see(model, moved, call, len(outputs[-1])))
-    q = torch.from_numpy(reference.predict_matrix(join_seen(seen)))
-    return Predictions(torch.cat(outputs), q.to(outputs[0].dtype))
+    return Predictions(torch.cat(outputs), predict(join_seen(seen)).to(outputs[0].dtype))

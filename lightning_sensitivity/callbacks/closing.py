@@ -27,7 +27,11 @@ Curve = tuple[str, int, bool]  # a value, its loader, and whether the highest is
 
 
 def summarize(
-    trainer: Trainer, curves: Mapping[str, Curve], history: Sequence[Row], verdict: Verdict | None
+    trainer: Trainer,
+    curves: Mapping[str, Curve],
+    history: Sequence[Row],
+    verdict: Verdict | None,
+    has_class_shares: bool = False,
 ) -> Summary:
     """Say which epoch is best by the value that is monitored, what chose it, and what is known of the labels.
 
@@ -36,6 +40,7 @@ def summarize(
         curves: The value, the loader and the direction of each name that can be monitored; the first is the default.
         history: A row for each validation and loader.
         verdict: What is known of the reference of this fit; None without one.
+        has_class_shares: Whether values are for other class shares than those of training.
 
     Returns:
         Numbers, names and flags; None where something is unknown, as ``json`` has it.
@@ -58,6 +63,7 @@ def summarize(
         "temperature": best.get("temperature"),
         "num_validations": len(rows),
         "num_gaps": len(rows) - len(finite),
+        "has_class_shares": has_class_shares,
     }
     expected = {name: number for name, number in best.items() if name.startswith(EXPECTED)}
     return summary | expected | _of_reference(verdict)
@@ -185,8 +191,11 @@ def _skill(summary: Summary) -> str:
 
 
 def _rival(summary: Summary) -> str:
-    """Compare what is expected of the network with the reference by itself, in the units of what is monitored."""
-    if "reference" not in summary["chosen_by"]:
+    """Compare what is expected of the network with the reference by itself, in the units of what is monitored.
+
+    What it reaches on left-out labels holds for the class shares of training alone.
+    """
+    if "reference" not in summary["chosen_by"] or summary["has_class_shares"]:
         return ""
     value = summary["monitored"].partition("/dataloader_idx_")[0].rpartition(EXPECTED)[2]
     measure = value if value in _RIVALS else "mse" if f"{EXPECTED}mse" in summary else "accuracy"

@@ -123,7 +123,7 @@ class RiskMonitor(ExpectationMonitor):
 
         Returns:
             ``network``, ``reference`` and ``mean``, probabilities ``(N, C)`` of all classes, two for ``"binary"``; or
-            the numbers of a regression. Those of the reference hold for the class shares of training.
+            the numbers of a regression. Those of the reference are for ``class_shares``, if these are set.
 
         Raises:
             ValueError: If there is no reference, or it can't read the batches.
@@ -135,7 +135,7 @@ class RiskMonitor(ExpectationMonitor):
         """
         if self.reference is None:
             raise ValueError("Expected a fit that has made a reference, in the first process, but there is none.")
-        return predict_both(model, self.reference, dataloader, self.reader, self.task)
+        return predict_both(model, self._reference.predict, dataloader, self.reader, self.task)
 
     def plot(self) -> PlotType:
         """Plot the logged values by epoch.
@@ -219,7 +219,8 @@ class RiskMonitor(ExpectationMonitor):
             self.reporter.warn("samples", message)
             return
         with self.reporter.report_failure("could not say which epoch to choose", "Look at the curve."):
-            self.summary = summarize(trainer, self._curves(trainer), self.history, self._reference.verdict)
+            has_shares, verdict = self._class_shares is not None, self._reference.verdict
+            self.summary = summarize(trainer, self._curves(trainer), self.history, verdict, has_shares)
             say = rank_zero_warn if self.summary["chosen_by"] == "nothing" else rank_zero_info
             say(closing_line(trainer, self.summary))
 

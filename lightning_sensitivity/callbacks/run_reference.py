@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lightning_sensitivity.callbacks.processes import agree, gather_objects
@@ -167,7 +168,8 @@ class RunReference:
         parts = gather_objects(trainer, own)
         made: tuple[Verdict, dict[int, Unseen]] | None = None
         if trainer.is_global_zero and None not in parts:
-            made = self._attempt(lambda: self._fit(parts))
+            with isolate_rng(include_cuda=False):  # an estimator may draw from the global streams of random numbers
+                made = self._attempt(lambda: self._fit(parts))
         self.is_made = True
         self.verdict, self.unseen = trainer.strategy.broadcast(made) or (None, {})
         self._rows = None
@@ -232,16 +234,16 @@ class RunReference:
         places, order = projection(of_rows(seen, rows)).sort()
         rows = rows[order]
         seen = of_rows(seen, rows)
-        q = torch.from_numpy(self.fitted.predict_matrix(seen))
-        if self._task.has_classes:
+        q = self.predict(seen)
+        if self._task.has_classes and self._class_shares is None:
             self._warn_of_shares(dataloader_idx, q)
-            q = self._with_class_shares(q)
         self._warn_of_columns(dataloader_idx, known, seen)
         self._warn_of_repeated(dataloader_idx, repeated_share(places, known_places))
         return Unseen(rows, q.float(), draw_labels(q, self._task.name, self.fitted.residuals_))
 
-    def _with_class_shares(self, q: Tensor) -> Tensor:
-        """Give predictions the shares of the classes that unseen samples have, if these are known or estimated."""
+    def predict(self, seen: Seen) -> Tensor:
+        """Predict samples, ``(N, C)``, for the class shares that they have, if these are known or estimated."""
+        q = torch.from_numpy(self.fitted.predict_matrix(seen))
         if self._class_shares is None:
             return q
         of_training = torch.from_numpy(self.fitted.shares_)
@@ -261,7 +263,7 @@ class RunReference:
         """Warn if classes seem to have other shares among validation samples than among training samples."""
         left_out = torch.from_numpy(self.fitted.left_out_)
         gap, size = largest_difference(left_out, q)
-        if self._class_shares is None and size > _SHARES_DIFFER:
+        if size > _SHARES_DIFFER:
             message = (
                 f"predicts class {gap} for {left_out[:, gap].mean():.0%} of the training samples and "
                 f"{q[:, gap].mean():.0%} of dataloader {dataloader_idx}. If a sampler or undersampling changes the "

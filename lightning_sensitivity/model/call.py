@@ -108,7 +108,10 @@ class ModelCall:
         result = self._model(*call.args, **call.kwargs)
         if self.size == 1 and isinstance(result, Tensor) and result.shape[:1] != (1,):
             result = result[None]  # `squeeze()` has dropped the dimension of a single sample
-        return select_outputs(result, self._outputs)
+        outputs = select_outputs(result, self._outputs)
+        if self._outputs is None:
+            self._check_class_dimension(outputs)
+        return outputs
 
     def spread(self, max_samples: float) -> Tensor | None:
         """Choose evenly spaced rows; None for all, if there are no more than wanted, or rows may not be samples."""
@@ -135,6 +138,18 @@ class ModelCall:
         new = copy.copy(self)
         new.arguments = {key: change(value) for key, value in self.arguments.items()}
         return new
+
+    def _check_class_dimension(self, outputs: Tensor) -> None:
+        """Refuse dense outputs whose first dimensions, and not their last ones, are those of an input."""
+        first, last = outputs.shape[1:-1], outputs.shape[2:]
+        shapes = [x.shape[1:] for x in tensors_in(self.arguments) if not x.is_nested]
+        are_first = any(shape[: len(first)] == first for shape in shapes)
+        are_last = any(shape[-len(last) :] == last for shape in shapes)
+        if first.numel() > 1 and last.numel() > 1 and are_first and not are_last:
+            raise Refused(
+                f"`outputs` should move the classes to dimension 1, got {[*outputs.shape]}; if they are last, "
+                "`outputs=lambda y: y.movedim(-1, 1)`; if they are there, `outputs=lambda y: y`."
+            )
 
     def _argument_to_perturb(self) -> int | str:
         """Find the argument to perturb: 0, the first positional one, or its name."""

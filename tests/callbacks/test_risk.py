@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -19,7 +20,9 @@ from torchmetrics.classification import MulticlassF1Score, MulticlassRecall
 
 import tests.helpers as helpers
 from lightning_sensitivity import Reference, RiskMonitor
+from lightning_sensitivity.callbacks.closing import closing_line
 from lightning_sensitivity.functional import expected_metric
+from lightning_sensitivity.reference.calibration import reweigh
 from lightning_sensitivity.reference.observations import projection
 from tests.callbacks.plain_loop import ACCURACY, AUROC, CORRECT, HOLDOUT, NOISY, SCORE, Plain, Truth, X, batches_of, fit
 from tests.helpers import (
@@ -329,8 +332,17 @@ def test_of_a_thousand_classes_there_is_no_auroc() -> None:
     helpers.refused([quick_risk(), stopping], Plain(1000), train, match=f"monitors `{AUROC}`, which is not logged")
 
 
+class Drawing(LogisticRegression):
+    """Draws from the global stream of random numbers, which is its right."""
+
+    def fit(self, *args: Any, **kwargs: Any) -> Any:
+        np.random.rand(999)
+        return super().fit(*args, **kwargs)
+
+
 ESTIMATORS: dict[str, tuple[str, Any, Tensor, Any]] = {
     "LogisticRegression": ("multiclass", LogisticRegression(), NOISY, Plain),
+    "Drawing": ("binary", Drawing(), (NOISY > 1).float(), lambda: Plain(1, bce)),
     "RandomForestClassifier": ("binary", RandomForestClassifier(9), (NOISY > 1).float(), lambda: Plain(1, bce)),
     "Ridge": ("regression", Ridge(), X[:, :2], lambda: Plain(2, mse)),
 }  # fmt: skip
@@ -342,7 +354,9 @@ def test_any_estimator_may_be_the_reference_and_predicts_beside_the_network(name
     monitor, model, val = RiskMonitor(task, reference=estimator), make(), unlabelled(seed=1)
     with pytest.raises(ValueError, match="Expected a fit that has made a reference"):
         monitor.predict(model, val)
+    stream: Any = np.random.get_state()
     _, texts = fitted_and_said(monitor, model, batches_of(X, labels), val)
+    assert repr(np.random.get_state()) == repr(stream)
     assert not texts and monitor.summary["learner"] == monitor.reference.learner_ == name
     assert monitor.reference.skill_ > 0.01 and not hasattr(estimator, "n_features_in_")  # a copy was fitted
     before = {key: each.clone() for key, each in model.state_dict().items()}
@@ -355,6 +369,17 @@ def test_any_estimator_may_be_the_reference_and_predicts_beside_the_network(name
     known = monitor.reference.predict if task == "regression" else monitor.reference.predict_proba
     q = torch.from_numpy(known(HOLDOUT))
     torch.testing.assert_close([both.network, both.reference, both.mean], [p, q, (p + q) / 2], check_dtype=False)
+
+
+def test_class_shares_hold_for_all_predictions_and_no_other_accuracy_is_compared() -> None:
+    monitor, model, val = quick_risk(class_shares=[0.1, 0.2, 0.3, 0.4]), Plain(), unlabelled(seed=1)
+    run = fitted(monitor, model, batches_of(X, CORRECT), val, max_epochs=2)
+    q = torch.from_numpy(monitor.reference.predict_proba(HOLDOUT))
+    of_training = torch.from_numpy(monitor.reference.shares_)
+    expected = reweigh(q, of_training, torch.tensor([0.1, 0.2, 0.3, 0.4]))
+    torch.testing.assert_close(monitor.predict(model, val).reference, expected, check_dtype=False)
+    assert monitor.summary["has_class_shares"] and "by itself" not in closing_line(run, monitor.summary)
+    assert "by itself" in closing_line(run, monitor.summary | {"has_class_shares": False})
 
 
 # Where labels are

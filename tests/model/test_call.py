@@ -25,6 +25,7 @@ def module(forward: Any) -> nn.Module:
 
 call = ModelCall
 ONE, TWO = module(lambda self, x: x), module(lambda self, x, mask: x)
+THREE_LAST, IMAGES = module(lambda self, x: x.sum(-1, keepdim=True).expand(-1, -1, -1, 3)), torch.zeros(2, 5, 4, 1)
 DENOISER, ANYTHING = module(lambda self, y, t: y), module(lambda self, *args, **kwargs: args)
 
 
@@ -119,6 +120,8 @@ TAKEN: dict[str, tuple[Callable[[], Tensor], Tensor]] = {
     "the first of a tuple": (lambda: select_outputs((X, "attention")), X),
     "the first of images and codes": (lambda: select_outputs((X[:, :, None], X)), X[:, :, None]),
     "what `outputs` says of features and logits": (lambda: select_outputs((X[:, :1], X), lambda out: out[1]), X),
+    "classes that `outputs` leaves": (lambda: call(THREE_LAST, IMAGES, None, lambda y: y)(), torch.zeros(2, 5, 4, 3)),
+    "classes that come first": (lambda: call(ONE, IMAGES)(), IMAGES),
     "logits of an object": (lambda: select_outputs(SimpleNamespace(logits=X)), X),
     "logits of a named tuple, beside features": (lambda: select_outputs(Output(X[:, :1], X)), X),
     "logits of a mapping": (lambda: select_outputs(UserDict(loss=IDS, logits=X)), X),
@@ -149,6 +152,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "integer outputs": (lambda: select_outputs(IDS), "int64"),
     "a loss that comes first": (lambda: select_outputs((X.sum(), X)), r"shape \(\)"),
     "features and logits in a tuple": (lambda: select_outputs((X[:, :1], X)), r"which of several.*out: out\[1\]"),
+    "classes last": (lambda: call(THREE_LAST, IMAGES)(), r"move the classes to dimension 1, got \[2, 5, 4, 3\]; if"),
     "a mapping without logits": (lambda: select_outputs({"a": X, "b": X}), r"got NoneType.*result\['b'\]"),
     "a mapping of other names": (lambda: call(TWO, {"image": X}), "names none of dict of 'image'"),
     "labels that `targets` fails on": (lambda: select_targets(ONE, X, lambda batch: batch["y"]), "`targets` failed on"),

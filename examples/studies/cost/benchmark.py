@@ -133,7 +133,8 @@ def fit(shape: tuple[int, ...]) -> tuple[float, float, float]:
     torch.set_num_threads(FIT_THREADS)
     x, new_x = torch.rand(*shape), torch.rand(600, *shape[1:])
     y = (x.flatten(1)[:, :10] + 0.5 * torch.rand(len(x), 10)).argmax(1)
-    Reference("multiclass").fit(torch.rand(100, 5), y[:100]).predict_proba(torch.rand(10, 5))  # what is done once in a process
+    # what is done once in a process
+    Reference("multiclass").fit(torch.rand(100, 5), y[:100]).predict_proba(torch.rand(10, 5))
     before, start, cpu = megabytes(), time.perf_counter(), time.process_time()
     Reference("multiclass").fit(x, y).predict_proba(new_x)
     return time.perf_counter() - start, time.process_time() - cpu, megabytes() - before
