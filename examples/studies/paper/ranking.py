@@ -59,6 +59,9 @@ def written(ranked: pd.DataFrame, truths: Iterable[str]) -> pd.DataFrame:
     return ranked.drop(columns=[column for column in ranked if column.startswith(tuple(truths))]).assign(**columns)
 
 
+WEIGHTWATCHER = {"alpha": "α of WeightWatcher", "alpha_hat": "α̂ of WeightWatcher"}
+
+
 def intervals(axes: Axes, ranked: pd.DataFrame, truths: Iterable[str]) -> None:
     """One line a score, with τ and its interval for every truth."""
     truths = list(truths)
@@ -67,7 +70,8 @@ def intervals(axes: Axes, ranked: pd.DataFrame, truths: Iterable[str]) -> None:
         spans = np.abs(ranked[[f"{truth}_low", f"{truth}_high"]].to_numpy().T - ranked[truth].to_numpy())
         axes.errorbar(ranked[truth], position, xerr=spans, fmt="oD^"[index], ms=4, lw=1, label=f"with the {truth}")
     axes.axvline(0, color="C7", lw=0.8)
-    axes.set(yticks=range(len(ranked)), yticklabels=ranked["score"], xlabel="Kendall's τ with 95 % interval")
+    names = [WEIGHTWATCHER.get(score, score.replace("_", " ")) for score in ranked["score"]]
+    axes.set(yticks=range(len(ranked)), yticklabels=names, xlabel="Kendall's τ with 95 % interval")
     axes.set(xlim=(-1.05, 1.05), xticks=(-1, -0.5, 0, 0.5, 1))
     axes.invert_yaxis()
     axes.grid(alpha=0.25, axis="x")
