@@ -147,10 +147,10 @@ left.text(chosen + 0.6, 0.93, f"RiskMonitor takes epoch {chosen}", transform=lef
 gain = f"{100 * (measured[chosen] - measured[last]):.0f} points better than the last epoch"
 left.annotate("", (last, measured[chosen]), (last, measured[last]), arrowprops={"arrowstyle": "->", "color": "C0"})
 left.text(last, measured[chosen] + 0.01, gain, color="C0", ha="right")
-right.plot([a - b for a, b in zip(training, measured, strict=True)], "C7")
+right.plot([a - b for a, b in zip(training, measured, strict=True)], "C4")
 right.set(title="Output sensitivity follows the gap", xlabel="epoch")
-right.text(0.2, 0.93, "training − new", transform=right.transAxes, color="C7")
-right.tick_params(axis="y", labelcolor="C7")
+right.text(0.2, 0.93, "gap: training − new", transform=right.transAxes, color="C4")
+right.tick_params(axis="y", labelcolor="C4")
 beside = right.twinx()
 beside.plot(sensitivity, "C2")
 beside.tick_params(axis="y", labelcolor="C2")

@@ -88,10 +88,9 @@ BLOCKS = {
         "tables: squared error {numbers.expected_score_loss_lost:.0f} % above the lowest instead of "
         "{numbers.never_stop_loss_lost:.0f} %{numbers.expected_score_loss_lost.minus[never_stop_loss_lost].chance}",
     ),
-    "README: photos": worth("photos"),
+    "README: photos": worth("photos", text=""),
     "README: texts": worth("texts", text=""),
     "README: signals": worth("signals", text=""),
-    "README: pretrained": worth("pretrained_lite2") + " ({pretrained_lite2.count} runs)",
     "README: encoder": (
         "{photos_lite0.expected_score_accuracy_lost:.1f} (smaller) or {photos_lite2.expected_score_accuracy_lost:.1f} "
         "(larger) instead of {photos.never_stop_accuracy_lost:.1f} (may be chance)"
@@ -102,16 +101,18 @@ BLOCKS = {
     "README: tenth, trained again": ("{tables_held.retrained_accuracy_lost.minus[expected_score_accuracy_lost]:.1f}"),
     "README: tenth of large": "{large_held.gained:.1f} ({large_held.gained.count} runs)",
     "README: labels": (
-        "on photos {photos.labels_600_combined_accuracy_lost:.1f} points lost instead of "
-        "{photos.expected_score_accuracy_lost:.1f} without labels"
+        "photos: {photos.labels_600_combined_accuracy_lost:.1f} points lost instead of "
+        "{photos.never_stop_accuracy_lost:.1f}"
+        "{photos.labels_600_combined_accuracy_lost.minus[never_stop_accuracy_lost].chance}"
     ),
     "README: compare": "{alike.expected_lost:.1f} points lost instead of {alike.random_lost:.1f} at random",
     "README: level": (
-        "on tables {tables.level_error:.1f} points off; on photos {photos.level_error:.1f} points by patches, "
-        "{photos_lite0.level_error:.1f} by a pretrained network as `features=`"
+        "on tables {tables.level_error:.1f} points off; on photos {photos_lite0.level_error:.1f}, by a pretrained "
+        "network as `features=`"
     ),
     "README: rival": (
-        "on tables, it is better in {tables.reference_leads:.0%} of runs, and the mean of both by "
+        "on tables, the reference is better in {tables.reference_leads:.0%} of runs, and the mean of both beats the "
+        "network by "
         "{tables.mean_accuracy.minus[chosen_accuracy].interval:.1f} points"
     ),
     "worth: accuracy": table(

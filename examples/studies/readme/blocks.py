@@ -14,25 +14,25 @@ on a tenth, from a training on the rest (if that is trained again on all, @tenth
 QUESTIONS = """
 | ask, in this order | then | it was worth |
 |---|---|---|
-| Did rules or a model make the labels? Is each pixel or token labelled? | **No**: it can't see their errors.
+| Did rules or a model make the labels? Is each pixel or token labelled? | **Not for you**: it can't see their errors.
   [Label some by hand](docs/guide/labels.md#rule-generated-labels), or take
   [`SensitivityMonitor`](docs/guide/sensitivity.md) alone | |
-| Do you augment, and does the learning rate end at zero? | **No**:
-  [train to the end](docs/guide/stopping.md#schedules) | |
-| Is the network pretrained? | **No**: train to the end. For the level, take a stronger network as
+| Do you augment, and does the learning rate end at zero? |
+  [Train to the end](docs/guide/stopping.md#schedules) | |
+| Is the network pretrained? | Train to the end; for the level, a stronger network as
   [`features=`](docs/guide/encoders.md) | nothing |
-| Are positives few, or does AUC or F1 count? |
-  [stop by the AUROC or F1 to expect](docs/guide/few_positives.md), `mode="max"` |
-  @few positives@ |
-| Can you spare hundreds of labels? | [`RiskMonitor(validation_labels=True)`](docs/guide/labels.md) | @labels@ |
+| Are positives few, or does AUROC or F1 count? | [Monitor](docs/guide/few_positives.md)
+  `"val/expected_auroc"` or `"val/expected_f1"`, `mode="max"` | @few positives@ |
+| Can you spare hundreds of labels, of no large table? |
+  [`RiskMonitor(validation_labels=True)`](docs/guide/labels.md) | @labels@ |
 | Are targets numbers, of any kind of data? | [`RiskMonitor("regression")`](docs/guide/regression.md) | @regression@ |
 | Is it a table? | [`RiskMonitor()`](docs/guide/data.md#tables) | @tables@; on large ones @large tables@ |
-| Images, texts, signals? | [`RiskMonitor(features=encoder)`](docs/guide/encoders.md); without one,
-  [`RiskMonitor()`](docs/guide/data.md) | photos: with an encoder @encoder@; without, nothing; texts @texts@; signals
-  @signals@ |
+| Is it images? | [`RiskMonitor(features=encoder)`](docs/guide/encoders.md); without one, train to the end |
+  photos @encoder@ |
+| Texts, signals? | [`RiskMonitor()`](docs/guide/data.md), or with an encoder | texts @texts@; signals @signals@ |
 """.replace("\n  ", " ")
 SENTENCES = """
-**The level**: over all epochs, expected accuracy is @level@. It is that on labels as noisy as yours.
+**The level**: over all epochs, expected accuracy is @level@, on labels as noisy as yours.
 
 **Your network may lose to the reference**: @rival@. Then use [either](docs/guide/stopping.md#the-mean-of-both).
 """
