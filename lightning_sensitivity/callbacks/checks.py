@@ -32,25 +32,19 @@ def check_run(monitor: str, trainer: Trainer, pl_module: LightningModule, stage:
     Raises:
         MisconfigurationException: If something is missing; the message says what to change.
     """
+    is_fit = stage == "fit"
     names = {base.__name__ for base in type(trainer.strategy).__mro__}
-    problem = _problem_of_steps(trainer, pl_module, stage)
     if not names.isdisjoint(_SHARDED):
         problem = "does not support sharded weights (FSDP, DeepSpeed, ModelParallelStrategy); use DDP"
-    if problem is not None:
-        raise Refused(f"`{monitor}` {problem}.", entry="unsupported")
-
-
-def _problem_of_steps(trainer: Trainer, pl_module: LightningModule, stage: str) -> str | None:
-    """Explain what the module lacks, or how its step hides batches; None if nothing is wrong."""
-    if not _is_overridden("forward", pl_module):
-        return "needs a `forward` that returns the logits, and your module has none"
-    if stage != "fit":
-        return None
-    if not _is_overridden("validation_step", pl_module):
-        return "needs a `validation_step`: `def validation_step(self, batch, batch_idx): pass` is enough"
-    if not trainer.enable_validation:
-        return "needs a validation loop: pass `val_dataloaders`, and leave `limit_val_batches` above 0"
-    return None
+    elif not _is_overridden("forward", pl_module):
+        problem = "needs a `forward` that returns the logits, and your module has none"
+    elif is_fit and not _is_overridden("validation_step", pl_module):
+        problem = "needs a `validation_step`: `def validation_step(self, batch, batch_idx): pass` is enough"
+    elif is_fit and not trainer.enable_validation:
+        problem = "needs a validation loop: pass `val_dataloaders`, and leave `limit_val_batches` above 0"
+    else:
+        return
+    raise Refused(f"`{monitor}` {problem}.", entry="unsupported")
 
 
 def _is_overridden(name: str, pl_module: LightningModule) -> bool:
@@ -131,22 +125,13 @@ def check_outputs(outputs: Tensor, task: Task) -> None:
         raise Refused("outputs are probabilities, and logits are needed: select them with `outputs=`.", entry="outputs")
 
 
-def check_targets(labels: Tensor, num_samples: int, task: Task) -> None:
-    """Refuse labels that are not one for each sample, and what can't be the targets of a regression.
-
-    Args:
-        labels: Labels of a training batch, which fit the outputs.
-        num_samples: How many outputs there are.
-        task: The task.
+def check_targets(labels: Tensor, task: Task) -> None:
+    """Refuse integers as targets of a regression.
 
     Raises:
-        MisconfigurationException: If there is a problem.
+        MisconfigurationException: If they are.
     """
-    if len(labels) != num_samples:
-        raise Refused(f"`targets` should return a label for each of {num_samples} samples, got {len(labels)}.", "task")
-    if task.has_classes:
-        return
-    if not labels.is_floating_point():
+    if not task.has_classes and not labels.is_floating_point():
         advice = "leave `task='regression'` out if they are classes, make them floating if not"
         raise Refused(f"the targets of a regression are integers, {labels.dtype}: {advice}.", entry="task")
 

@@ -1,5 +1,6 @@
 """The end of a fit: a summary for programs, and the last line for people, which says the same."""
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +13,6 @@ from lightning_sensitivity.compat import PlotType
 from lightning_sensitivity.functional.refined_score import TEMPERATURES
 
 _SAID = 0.05  # share of labels that is worth a sentence
-_ENDED = 0.01  # of the first learning rate
 _LEARNERS = {"forest": "random forest", "ridge": "ridge regression on {}"}
 # Its words, the reference's own value, its form, and whether higher is better, by what is expected.
 _RIVALS = {
@@ -49,7 +49,7 @@ def summarize(
     value, dataloader_idx, is_highest = curves[name]
     rows = [row for row in history if row["dataloader_idx"] == dataloader_idx]
     finite = [row for row in rows if math.isfinite(row.get(value, math.nan))]
-    found = _comparable(finite)
+    found = [row for row in finite if _is_same(row["reference"], finite[-1]["reference"])]  # another judged otherwise
     best = _best_row(found, value, is_highest)
     summary = {
         "monitored": name,
@@ -67,11 +67,6 @@ def summarize(
     }
     expected = {name: number for name, number in best.items() if name.startswith(EXPECTED)}
     return summary | expected | _of_reference(verdict)
-
-
-def _comparable(rows: list[Row]) -> list[Row]:
-    """Return the rows by the same reference as the last one; another one, before a resume, has judged otherwise."""
-    return [row for row in rows if _is_same(row["reference"], rows[-1]["reference"])]
 
 
 def _best_row(rows: list[Row], value: str, is_highest: bool) -> Row:
@@ -93,17 +88,8 @@ def _of_reference(verdict: Verdict | None) -> Summary:
     """Return what is known of the reference, with None for nan."""
     if verdict is None:
         return {"learner": None, "is_trusted": False}
-    numbers = {
-        "skill": verdict.skill,
-        "left_out_score": verdict.score,
-        "left_out_accuracy": verdict.accuracy,
-        "left_out_auroc": verdict.auroc,
-        "majority": verdict.majority,
-        "unexplained": verdict.unexplained,
-    }
-    known = {name: None if math.isnan(number) else number for name, number in numbers.items()}
-    about = {"learner": verdict.learner, "features": verdict.features, "num_training": verdict.num_samples}
-    return {"is_trusted": verdict.is_trusted} | about | known
+    known = dataclasses.asdict(verdict)
+    return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in known.items()}
 
 
 def _chosen_by(best: Row) -> str:
@@ -125,7 +111,7 @@ def _checkpoint_of(trainer: Trainer, name: str, value: float | None) -> str:
     return ""
 
 
-def closing_line(trainer: Trainer, summary: Summary) -> str:
+def closing_line(summary: Summary) -> str:
     """Say what a summary says, in sentences."""
     if summary["is_tied"]:
         said = [f"All values of `{summary['monitored']}` are equal, so that no epoch was chosen."]
@@ -136,7 +122,7 @@ def closing_line(trainer: Trainer, summary: Summary) -> str:
         if summary["num_gaps"]:
             said.append(f"There is no value for {summary['num_gaps']} of {summary['num_validations']} validations.")
     said.append(_unexplained(summary))
-    if summary["is_improving"] and not _has_ended(trainer):
+    if summary["is_improving"]:
         said.append("It was still improving: train for longer.")
     return " ".join(filter(None, said))
 
@@ -218,13 +204,6 @@ def _unexplained(summary: Summary) -> str:
         f"About {summary['unexplained']:.0%} of the training labels can't be explained: they are wrong, or not to be "
         "known from the inputs."
     )
-
-
-def _has_ended(trainer: Trainer) -> bool:
-    """Return whether a callback has stopped the run, or a schedule has ended, so that more epochs are of no use."""
-    has_stopped = any(getattr(owner, "stopped_epoch", 0) for owner, _ in callbacks_that_monitor(trainer))
-    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-    return has_stopped or any(group["lr"] <= _ENDED * group.get("initial_lr", 0.0) for group in groups)
 
 
 def plot_history(history: Sequence[Row], names: Sequence[str], prefix: str) -> PlotType:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.classification import BinaryFBetaScore
@@ -29,17 +30,14 @@ _FALLING = 0.9  # of the last score: below, a network is still learning
 class ExpectationMonitor(Monitor):
     """The base of RiskMonitor: it measures the network in each validation of a fit, and remembers the values."""
 
-    only_in_fit = True
-
     def __init__(
         self,
         reader: BatchReader,
         task: Task,
         metrics: dict[str, Metric],
-        *,
+        validation_labels: bool,
         estimator: Any,
         class_shares: Any,
-        validation_labels: bool,
         **options: Any,
     ) -> None:
         super().__init__(reader, **options)
@@ -52,7 +50,6 @@ class ExpectationMonitor(Monitor):
         self._estimator = estimator
         self._class_shares = class_shares
         self._reference = self._new_reference()
-        self._output_shape: tuple[int, ...] | None = None  # of a sample; None before, or if that failed
         self._num_bad = 0  # validations in which a regression was worse than a constant prediction
         self._last_score = 0.0  # of it
 
@@ -76,15 +73,15 @@ class ExpectationMonitor(Monitor):
     # A validation
 
     def is_ready(self, trainer: Trainer) -> bool:
-        """Return whether every process has its training samples."""
-        return self._reference.is_ready(trainer)
+        """Return whether every process has its training samples; a sanity check needs none, and logs nothing."""
+        return trainer.sanity_checking or (trainer.state.fn == TrainerFn.FITTING and self._reference.is_ready(trainer))
 
     def keep(self, module: LightningModule, batch: object, batch_idx: int, samples: KeptSamples) -> None:
         """Keep a validation batch, with its labels if they are wanted."""
         kept = self.reader.keep(module, batch, batch_idx, with_seen=True, max_samples=samples.num_wanted)
         if self.validation_labels and self.reader.may_have_labels(module, batch):
             try:
-                kept.labels = self.reader.kept_labels(module, batch, kept, self._output_shape)
+                kept.labels = self.reader.kept_labels(module, batch, kept, self._reference.output_shape)
             except MisconfigurationException as error:
                 self.reporter.warn("labels", f"treats some validation batches as unlabelled: {describe_error(error)}")
         samples.add(kept)
@@ -95,9 +92,9 @@ class ExpectationMonitor(Monitor):
         Returns:
             Its outputs ``(N, C)``, and labels ``(N, C)``, nan where a sample has none, on the CPU.
         """
-        if self._output_shape is None:  # a sanity check, which logs nothing
+        if self._reference.output_shape is None:  # a sanity check, which logs nothing
             return tuple(run(batch.call.to(module.device)) for batch in samples.batches)
-        num_columns = self.task.num_columns(self._output_shape)
+        num_columns = self.task.num_columns(self._reference.output_shape)
         outputs, labels = [torch.zeros(0, num_columns)], [torch.zeros(0, num_columns)]
         for batch in samples.batches:
             outputs.append(self.task.as_outputs(run(batch.call.to(module.device)).float().cpu()))
@@ -145,7 +142,7 @@ class ExpectationMonitor(Monitor):
         expected = all_values(outputs, q, draws, self.metrics, self.task)
         if dataloader_idx == 0 and not self.task.has_classes:
             self._warn_of_targets(expected["score"], by_mean=float(q.var(0, correction=0).mean()))
-        expected["score"] += uncertainty(q, self.task, self._reference.verdict.score)
+        expected["score"] += uncertainty(q, self.task, self._reference.verdict.left_out_score)
         return expected
 
     def remember(self, trainer: Trainer, dataloader_idx: int, values: Values) -> None:
@@ -153,7 +150,7 @@ class ExpectationMonitor(Monitor):
         verdict = self._reference.verdict
         has_reference = bool(values) and verdict is not None and dataloader_idx in self._reference.unseen
         row: Values = {"epoch": trainer.current_epoch, "step": trainer.global_step, "dataloader_idx": dataloader_idx}
-        row |= {"reference": verdict.score if verdict is not None and has_reference else None, "num_labels": 0}
+        row |= {"reference": verdict.left_out_score if verdict is not None and has_reference else None, "num_labels": 0}
         self.history.append(row | values)
 
     # Warnings
@@ -163,11 +160,11 @@ class ExpectationMonitor(Monitor):
         shares = [] if self._reference.fitted is None else self._reference.fitted.shares_
         for name, metric in self.metrics.items():
             if isinstance(metric, BinaryFBetaScore) and len(shares) == 2 and metric.threshold > 2 * shares[1]:
-                self.reporter.warn(
-                    "metrics",
+                message = (
                     f"expects `{name}` at a threshold of {metric.threshold:g}, though only {shares[1]:.0%} of the "
-                    f"labels are positive, so that few samples reach it. Set `threshold={shares[1]:.2f}`.",
+                    f"labels are positive, so that few samples reach it. Set `threshold={shares[1]:.2f}`."
                 )
+                self.reporter.warn("metrics", message)
 
     def _warn_of_targets(self, score: float, by_mean: float) -> None:
         """Warn if a regression is worse than its mean prediction in several validations, and does not improve."""
@@ -175,11 +172,11 @@ class ExpectationMonitor(Monitor):
         self._last_score = score
         self._num_bad = self._num_bad + 1 if is_bad else 0
         if self._num_bad == _SOME_VALIDATIONS:
-            self.reporter.warn(
-                "targets",
+            message = (
                 f"finds the network worse than a constant prediction in {self._num_bad} validations. If your step "
-                "scales targets or takes logarithms, do the same in `targets=`.",
+                "scales targets or takes logarithms, do the same in `targets=`."
             )
+            self.reporter.warn("targets", message)
 
     def _warn_of_samples(self, dataloader_idx: int, is_finite: Tensor, has_label: Tensor) -> None:
         where = f"dataloader {dataloader_idx}"

@@ -2,7 +2,6 @@
 
 import math
 from abc import ABC, abstractmethod
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -37,8 +36,6 @@ class Monitor(Callback, ABC):
     validation, measures them, and the end of the epoch logs the values.
     """
 
-    only_in_fit = False  # and not in `Trainer.validate`
-
     def __init__(self, reader: BatchReader, num_samples: int | None, prefix: str, prog_bar: bool) -> None:
         check_int("num_samples", num_samples, 1, optional=True)
         check_argument("prefix", prefix, isinstance(prefix, str), "a str")
@@ -50,7 +47,6 @@ class Monitor(Callback, ABC):
         self.measured: list[tuple[Tensor, ...] | None] = []  # in the last validation, by loader; None where that failed
         self.samples: list[KeptSamples] = []  # by loader
         self.reporter = Reporter(type(self).__name__, prefix)
-        self.is_checked = False  # whether a validation of the sanity check has measured the model
         self._is_measuring = False  # the current validation
         self._first_step = FirstStep()
         self._missing: dict[str, Tensor] = {}  # what other callbacks got in place of values in the last validation
@@ -87,7 +83,7 @@ class Monitor(Callback, ABC):
         return True
 
     def is_ready(self, trainer: Trainer) -> bool:
-        """Return whether all is there that a validation of a fit needs; every process comes here."""
+        """Return whether all is there that a validation needs; every process comes here."""
         return True
 
     def prepare(self, trainer: Trainer) -> None:
@@ -112,7 +108,6 @@ class Monitor(Callback, ABC):
             is_unique = other is self or not isinstance(other, Monitor) or other.prefixed_names().isdisjoint(names)
             check_argument("prefix", self.prefix, is_unique, "different in monitors that log the same names")
         self.reporter = Reporter(type(self).__name__, self.prefix)
-        self.is_checked = False
         self._missing, self._num_incomplete = {}, 0
         self._free()
 
@@ -126,7 +121,7 @@ class Monitor(Callback, ABC):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: object, *args: object) -> None:
         """Warn if the first step changes the inputs that are measured."""
-        problem = self._first_step.stop(is_skipped=pl_module.automatic_optimization and not outputs)
+        problem = self._first_step.stop()
         if problem is not None:
             self.reporter.warn(
                 "step",
@@ -138,13 +133,9 @@ class Monitor(Callback, ABC):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Decide whether to measure, and prepare to keep samples in the first validation of a run."""
-        is_fit = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
-        if is_fit:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self.reporter.before_first_step = False  # also in a resumed fit that begins with a validation
-            is_ready = self.is_ready(trainer)
-        else:
-            is_ready = trainer.sanity_checking or not self.only_in_fit
-        self._is_measuring = is_ready and self.should_measure(trainer)
+        self._is_measuring = self.is_ready(trainer) and self.should_measure(trainer)
         if self._is_measuring:
             self.measured = []
             self.samples = self.samples or self._make_samples(trainer)
@@ -233,21 +224,16 @@ class Monitor(Callback, ABC):
             if samples.is_truncated:
                 message = f"keeps only {samples.size} samples of a loader: more would take too much memory."
                 self.reporter.warn("samples", message)
-        with ExitStack() as passes, trainer.precision_plugin.val_step_context():
-            run: RunIsolated | None = None
-            with self.reporter.report_failure("could not measure", NO_VALUE):
-                run = passes.enter_context(isolated(pl_module))
-            for samples in self.samples if run is not None else ():
-                what = f"could not measure the samples of dataloader {samples.dataloader_idx}"
-                with self.reporter.report_failure(what, NO_VALUE):
-                    self.measured[samples.dataloader_idx] = self._measure_loader(pl_module, run, samples)
+            what = f"could not measure the samples of dataloader {samples.dataloader_idx}"
+            with self.reporter.report_failure(what, NO_VALUE), trainer.precision_plugin.val_step_context():
+                self.measured[samples.dataloader_idx] = self._measure_loader(pl_module, samples)
 
-    def _measure_loader(self, pl_module: LightningModule, run: RunIsolated, samples: KeptSamples) -> tuple[Tensor, ...]:
+    def _measure_loader(self, pl_module: LightningModule, samples: KeptSamples) -> tuple[Tensor, ...]:
         """Measure the samples of a loader; before the first step, check the model, too."""
-        if self.reporter.before_first_step and samples.size > 0:
-            self.check_model(run, samples.batches[0].call.to(pl_module.device))
-            self.is_checked = True
-        return self.measure(pl_module, run, samples)
+        with isolated(pl_module) as run:
+            if self.reporter.before_first_step and samples.size > 0:
+                self.check_model(run, samples.batches[0].call.to(pl_module.device))
+            return self.measure(pl_module, run, samples)
 
     def check_model(self, run: RunIsolated, call: Any) -> Tensor:
         """Refuse a model that can't be measured, by two passes over a batch, and return the outputs."""
@@ -294,11 +280,8 @@ class Monitor(Callback, ABC):
 
     def _log_values(self, trainer: Trainer, dataloader_idx: int, values: Values) -> None:
         """Log the values of a loader, and note what other callbacks get for those that are missing."""
-        of_others = self._names_of_others(trainer, dataloader_idx)
         for name, is_highest in self.directions.items():
             logged_name = self.logged_name(trainer, name, dataloader_idx)
-            if logged_name in of_others:
-                continue
             if name not in values:
                 self._missing[logged_name] = self._worst_value(trainer, logged_name, is_highest)
                 continue
@@ -325,15 +308,6 @@ class Monitor(Callback, ABC):
         gain = (1 - _BETTER**self._num_incomplete) * abs(value)
         return torch.tensor(value + gain if is_highest else value - gain)
 
-    def _names_of_others(self, trainer: Trainer, dataloader_idx: int) -> set[str]:
-        """Return our names under which the user's own code has logged a value in this validation, and say so."""
-        ours = {self.logged_name(trainer, name, dataloader_idx) for name in self.names}
-        of_others = ours & compat.logged_names(trainer)
-        for name in sorted(of_others):
-            message = f"does not log `{name}`, since your own code does. Choose another `prefix=`."
-            self.reporter.warn("names", message, kind=name)
-        return of_others
-
     def _warn_of_few_samples(self, trainer: Trainer, dataloader_idx: int, size: int) -> None:
         """Warn of a loader that has few samples in all processes."""
         is_meant = trainer.fast_dev_run or (self.num_samples or _FEW_SAMPLES) < _FEW_SAMPLES  # type: ignore[attr-defined]
@@ -344,5 +318,5 @@ class Monitor(Callback, ABC):
     def _free(self) -> None:
         """Free the samples, and stop watching."""
         self.samples = []
-        self._first_step.cancel()
+        self._first_step.stop()
         self._is_measuring = False

@@ -24,7 +24,7 @@ from lightning_sensitivity.compat import PlotType
 from lightning_sensitivity.functional.expected import default_metrics
 from lightning_sensitivity.functional.tasks import TASK_NAMES, TASKS
 from lightning_sensitivity.model.isolation import isolated
-from lightning_sensitivity.model.reader import BatchReader
+from lightning_sensitivity.model.reader import BatchReader, check_count
 
 _KEYS = {"epoch", "step", "dataloader_idx", "reference", "num_labels"}  # of each row of the history
 
@@ -163,7 +163,7 @@ class RiskMonitor(ExpectationMonitor):
             self.history = []
         self.summary = {}
         self.reader.reset()
-        self._is_started, self._output_shape = False, None
+        self._is_started = False
         self._num_bad, self._last_score = 0, 0.0
         self._reference = self._new_reference()
 
@@ -187,16 +187,10 @@ class RiskMonitor(ExpectationMonitor):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restore what was saved, if anything."""
-        state = checkpoint["callbacks"].get(self.state_key)
-        if state is None:
-            return
-        try:
+        state = checkpoint["callbacks"].get(self.state_key, {"history": []})
+        if "history" in state and all(row.keys() >= _KEYS for row in state["history"]):
             self.history = [dict(row) for row in state["history"]]
-            is_ours = all(row.keys() >= _KEYS for row in self.history)
-        except (TypeError, KeyError, ValueError):
-            is_ours = False
-        if not is_ours:
-            self.history = []
+        else:
             self.reporter.warn("checkpoint", "leaves its state in the checkpoint alone: another version has saved it.")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -212,7 +206,7 @@ class RiskMonitor(ExpectationMonitor):
 
     def _summarize(self, trainer: Trainer) -> None:
         """Summarize the fit, once."""
-        if self.summary or self._output_shape is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if self.summary or self._reference.output_shape is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if not self._has_values and not self._reference.is_made:
             message = "logged nothing: the run ended before a validation that follows a whole training epoch."
@@ -222,7 +216,7 @@ class RiskMonitor(ExpectationMonitor):
             has_shares, verdict = self._class_shares is not None, self._reference.verdict
             self.summary = summarize(trainer, self._curves(trainer), self.history, verdict, has_shares)
             say = rank_zero_warn if self.summary["chosen_by"] == "nothing" else rank_zero_info
-            say(closing_line(trainer, self.summary))
+            say(closing_line(self.summary))
 
     @property
     def _has_values(self) -> bool:
@@ -244,12 +238,11 @@ class RiskMonitor(ExpectationMonitor):
             self._is_started = True
             with self.reporter.report_failure("can't read the first training batch", "Nothing is expected."):
                 self._start(trainer, pl_module, batch)
-        if self._output_shape is not None and not self._reference.is_made:
-            with (
-                self.reporter.report_failure("could not keep a training batch", "It is left out."),
-                trainer.precision_plugin.val_step_context(),
-            ):
-                self._reference.add(trainer, pl_module, batch, batch_idx, self._output_shape)
+        with (
+            self.reporter.report_failure("could not keep a training batch", "It is left out."),
+            trainer.precision_plugin.val_step_context(),
+        ):
+            self._reference.add(trainer, pl_module, batch, batch_idx)
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     def _start(self, trainer: Trainer, module: LightningModule, batch: object) -> None:
@@ -260,7 +253,8 @@ class RiskMonitor(ExpectationMonitor):
             outputs = self.check_model(run, call)
         shape = tuple(outputs.shape[1:])
         labels = self.reader.labels(module, batch, shape)
-        check_targets(labels, len(outputs), self.task)
+        check_count(labels, len(outputs))
+        check_targets(labels, self.task)
         num_columns = self.task.num_columns(shape)
         check_class_shares(self._class_shares, self.task, num_columns)
         if self._has_default:
@@ -270,4 +264,4 @@ class RiskMonitor(ExpectationMonitor):
         if bool(counts.any()):
             y = self.task.as_matrix(labels, num_columns)
             try_metrics(self.metrics, self.task.as_outputs(outputs.cpu())[counts], y[counts], self.task)
-        self._output_shape = shape
+        self._reference.output_shape = shape

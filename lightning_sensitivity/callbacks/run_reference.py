@@ -1,9 +1,9 @@
 """The reference of a run: training samples are kept in the first whole epoch, of which it is made once."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -21,8 +21,6 @@ from lightning_sensitivity.reference.calibration import estimate_class_shares, r
 from lightning_sensitivity.reference.features import Seen, of_rows
 from lightning_sensitivity.reference.observations import largest_difference, projection, repeated_share
 
-T = TypeVar("T")
-
 _SORTED = 5.0  # standard errors between the labels of two halves
 _SHARES_DIFFER = 4.0  # standard errors between mean predictions; no false alarm in 79 runs of the design half
 _COLUMNS_DIFFER = 8.0  # standard errors between means of a column: 3.9 is the most in 222 random splits of 74 tables
@@ -30,16 +28,16 @@ _COLUMNS_DIFFER = 8.0  # standard errors between means of a column: 3.9 is the m
 
 @dataclass
 class Verdict:
-    """What all processes know of the reference.
+    """What all processes know of the reference, as a summary has it.
 
     Attributes:
         learner: Its learner, such as ``"forest"``.
         features: What it sees, such as ``"columns"``; ``"features"`` if the user says what.
-        num_samples: How many training samples it knows.
-        score: Its left-out score.
+        num_training: How many training samples it knows.
+        left_out_score: Its left-out score.
         skill: How far its left-out score is below chance, from 1, if perfect, to 0, if useless.
-        accuracy: The share of labels that it predicts, each without having seen it; nan for a regression.
-        auroc: The area under the ROC curve of these predictions; nan for a regression.
+        left_out_accuracy: The share of labels that it predicts, each without having seen it; nan for a regression.
+        left_out_auroc: The area under the ROC curve of these predictions; nan for a regression.
         majority: The share of the most frequent class; nan for a regression.
         unexplained: The share of training labels that can't be explained; nan if it is unknown.
         is_trusted: Whether it may choose.
@@ -47,11 +45,11 @@ class Verdict:
 
     learner: str
     features: str
-    num_samples: int
-    score: float
+    num_training: int
+    left_out_score: float
     skill: float
-    accuracy: float
-    auroc: float
+    left_out_accuracy: float
+    left_out_auroc: float
     majority: float
     unexplained: float
     is_trusted: bool
@@ -59,7 +57,9 @@ class Verdict:
     @classmethod
     def of(cls, reference: Any) -> "Verdict":
         """Take what all processes have to know from a fitted reference."""
-        return cls(**{name: getattr(reference, f"{name}_") for name in cls.__dataclass_fields__})
+        attributes = {name: name.removeprefix("left_out_") + "_" for name in cls.__dataclass_fields__}
+        attributes["num_training"] = "num_samples_"
+        return cls(**{name: getattr(reference, attribute) for name, attribute in attributes.items()})
 
 
 @dataclass
@@ -101,6 +101,7 @@ class RunReference:
         reporter: Says what is doubtful.
 
     Attributes:
+        output_shape: The shape of the network's outputs for a sample; None before it is known, or if that failed.
         is_made: Whether it was tried to make one.
         fitted: The reference, in the first process; None before.
         verdict: What is known of it; None without one.
@@ -108,6 +109,7 @@ class RunReference:
     """
 
     def __init__(self, task: Task, reader: BatchReader, estimator: Any, class_shares: Any, reporter: Reporter) -> None:
+        self.output_shape: tuple[int, ...] | None = None
         self.is_made = False
         self.fitted: Any = None
         self.verdict: Verdict | None = None
@@ -118,28 +120,19 @@ class RunReference:
         self._class_shares = class_shares
         self._reporter = reporter
         self._rows: KeptRows | None = None  # training samples of this process; None before an epoch has begun
-        self._num_columns = 0
 
     # Training samples
 
-    def add(
-        self, trainer: Trainer, module: LightningModule, batch: object, batch_idx: int, output_shape: tuple[int, ...]
-    ) -> None:
-        """Keep the labelled samples of a training batch, in the first whole epoch.
-
-        Args:
-            trainer: The Trainer.
-            module: The module.
-            batch: The batch.
-            batch_idx: Its index in the epoch.
-            output_shape: The shape of the module's outputs for a sample.
-        """
+    def add(self, trainer: Trainer, module: LightningModule, batch: object, batch_idx: int) -> None:
+        """Keep the labelled samples of a training batch, in the first whole epoch."""
+        if self.is_made or self.output_shape is None:
+            return
         if batch_idx == 0:
-            self._begin_epoch(trainer, output_shape)
+            self._begin_epoch(trainer, self._task.num_columns(self.output_shape))
         if self._rows is not None and not self._rows.is_complete:
-            self._reader.keep_rows(self._rows, module, batch, output_shape)
+            self._reader.keep_rows(self._rows, module, batch, self.output_shape)
 
-    def _begin_epoch(self, trainer: Trainer, output_shape: tuple[int, ...]) -> None:
+    def _begin_epoch(self, trainer: Trainer, num_columns: int) -> None:
         """Keep the rows of the first whole epoch; those of a second one are the same."""
         if self._rows is not None:
             self._rows.complete()
@@ -147,31 +140,30 @@ class RunReference:
         # Where no validation comes earlier, rows are spread over the whole epoch, and none is read in vain.
         is_last = (trainer.val_check_batch or math.inf) >= trainer.num_training_batches
         num_batches = trainer.num_training_batches if is_last else 0
-        self._num_columns = self._task.num_columns(output_shape)
-        self._rows = self._reader.make_rows(self._num_columns, trainer.world_size, num_batches)
+        self._rows = self._reader.make_rows(num_columns, trainer.world_size, num_batches)
 
     def is_ready(self, trainer: Trainer) -> bool:
         """Return whether a validation can have values; every process must call it."""
         if self.is_made:
             return True
         rows = self._rows
-        is_over = rows is not None and (rows.is_complete or bool(trainer.is_last_batch))
-        is_full = rows is not None and rows.size > 0 and rows.is_full and not _are_sorted(rows.labels.double())
-        return agree(trainer, is_over or is_full)
+        return agree(trainer, rows is not None and (rows.is_complete or trainer.is_last_batch or _are_enough(rows)))
 
     # The reference
 
     def make(self, trainer: Trainer, kept: Sequence[KeptSamples]) -> None:
         """Make the reference, once; every process must call it."""
-        with trainer.precision_plugin.val_step_context():  # for an encoder
-            own = self._attempt(lambda: self._own_part(trainer.lightning_module, kept))
+        failure = "has no reference", "If it can't read inputs, set `features=`; if it finds no labels, set `targets=`."
+        own: _Part | None = None
+        with self._reporter.report_failure(*failure), trainer.precision_plugin.val_step_context():  # for an encoder
+            own = self._own_part(trainer.lightning_module, kept)
         parts = gather_objects(trainer, own)
-        made: tuple[Verdict, dict[int, Unseen]] | None = None
         if trainer.is_global_zero and None not in parts:
-            with isolate_rng(include_cuda=False):  # an estimator may draw from the global streams of random numbers
-                made = self._attempt(lambda: self._fit(parts))
+            # An estimator may draw from the global streams of random numbers.
+            with self._reporter.report_failure(*failure), isolate_rng(include_cuda=False):
+                self._fit(parts)
         self.is_made = True
-        self.verdict, self.unseen = trainer.strategy.broadcast(made) or (None, {})
+        self.verdict, self.unseen = trainer.strategy.broadcast((self.verdict, self.unseen))
         self._rows = None
 
     def free(self) -> None:
@@ -180,13 +172,14 @@ class RunReference:
 
     def _own_part(self, module: LightningModule, kept: Sequence[KeptSamples]) -> _Part:
         """Join what this process has kept."""
-        known, labels = Seen(), torch.zeros(0, self._num_columns)
-        if self._rows is not None and self._rows.size > 0:
+        assert self._rows is not None
+        known, labels = Seen(), torch.zeros(0, self._rows.num_columns)
+        if self._rows.size > 0:
             known, labels = self._rows.joined()
         unseen = {samples.dataloader_idx: self._reader.join(module, samples) for samples in kept if samples.size > 0}
         return _Part(known, labels, unseen)
 
-    def _fit(self, parts: Sequence[_Part]) -> tuple[Verdict, dict[int, Unseen]]:
+    def _fit(self, parts: Sequence[_Part]) -> None:
         """Fit the reference to the training samples of all processes, and predict the kept samples of each loader."""
         from lightning_sensitivity.reference import Reference
 
@@ -202,7 +195,8 @@ class RunReference:
         if self._reader.has_features:
             verdict.features = "features"
         self._warn_of_unread()
-        return verdict, self._predict_all(parts, known) if verdict.is_trusted else {}
+        self.unseen = self._predict_all(parts, known) if verdict.is_trusted else {}
+        self.verdict = verdict
 
     def _predict_all(self, parts: Sequence[_Part], known: Seen) -> dict[int, Unseen]:
         """Predict the kept samples of each loader; of those that can't be read, nothing is expected."""
@@ -287,23 +281,18 @@ class RunReference:
     def _warn_of_repeated(self, dataloader_idx: int, share: float) -> None:
         """Warn if validation samples are training samples, unless different samples are often equal."""
         if share > 0:
-            self._reporter.warn(
-                "repeated",
+            message = (
                 f"finds that {share:.0%} of the samples of dataloader {dataloader_idx} are training samples: a network "
-                "knows their labels, and the values say nothing of others. Validate on other samples.",
-                kind=str(dataloader_idx),
+                "knows their labels, and the values say nothing of others. Validate on other samples."
             )
-
-    def _attempt(self, function: Callable[[], T]) -> T | None:
-        """Return what a function returns, or None with a warning: an error would leave other processes waiting."""
-        advice = "If it can't read inputs, set `features=`; if it finds no labels, set `targets=`."
-        with self._reporter.report_failure("has no reference", advice):
-            return function()
-        return None
+            self._reporter.warn("repeated", message, kind=str(dataloader_idx))
 
 
-def _are_sorted(y: Tensor) -> bool:
-    """Return whether labels ``(N, C)`` differ between halves: then those to come may be of other classes."""
+def _are_enough(rows: KeptRows) -> bool:
+    """Return whether no more rows fit, and labels do not differ between halves, so that those to come are alike."""
+    if rows.size == 0 or not rows.is_full:
+        return False
+    y = rows.labels.double()
     first, second = y.tensor_split(2)
     variances = y.var(0) * (1 / max(1, len(first)) + 1 / max(1, len(second)))
-    return bool(((first.mean(0) - second.mean(0)).square() > _SORTED**2 * variances).any())
+    return not bool(((first.mean(0) - second.mean(0)).square() > _SORTED**2 * variances).any())

@@ -132,8 +132,8 @@ class SensitivityMonitor(Monitor):
             submodule(pl_module, self.at)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
-        """Try the noise on the first training batch, unless a sanity check has done it, and watch the first step."""
-        if self.reporter.before_first_step and not self.is_checked:
+        """Try the noise on the first training batch, and watch the first step."""
+        if self.reporter.before_first_step:
             with trainer.precision_plugin.val_step_context():
                 self._try_noise(pl_module, batch)
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)

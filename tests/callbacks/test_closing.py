@@ -38,9 +38,9 @@ Rows = list[dict[str, Any]]
 
 
 def verdict(**changes: Any) -> Verdict:
-    known = {"learner": "forest", "features": "columns", "num_samples": 2000, "score": 0.3, "skill": 0.5}
-    shares = {"accuracy": 0.84, "auroc": 0.91, "majority": 0.6, "unexplained": 0.04, "is_trusted": True}
-    return Verdict(**{**known, **shares, **changes})
+    known = {"learner": "forest", "features": "columns", "num_training": 2000, "left_out_score": 0.3, "skill": 0.5}
+    shares = {"left_out_accuracy": 0.84, "left_out_auroc": 0.91, "majority": 0.6, "unexplained": 0.04}
+    return Verdict(**{**known, **shares, "is_trusted": True, **changes})
 
 
 def validations(best: int = 3, **changes: Any) -> Rows:
@@ -69,7 +69,8 @@ LAST = (
     "(`validation_labels=True`), or set `features=`."
 )
 BLIND: dict[str, Any] = {"is_trusted": False, "unexplained": math.nan}
-NUMBERS = dict.fromkeys(("accuracy", "auroc", "majority", "unexplained"), math.nan) | {"skill": 0.62, "score": 0.12345}
+NUMBERS = dict.fromkeys(("left_out_accuracy", "left_out_auroc", "majority", "unexplained"), math.nan) | {
+    "skill": 0.62, "left_out_score": 0.12345}  # fmt: skip
 LABELS: dict[str, Any] = {"num_labels": 70, "reference": None}
 SAYS: dict[str, tuple[Verdict | None, Rows, str]] = {  # a verdict, a history, and what is said
     "the reference chose": (verdict(), validations(), f"{BEST}. {CHOSE} {RIVAL}"),
@@ -89,12 +90,13 @@ SAYS: dict[str, tuple[Verdict | None, Rows, str]] = {  # a verdict, a history, a
     "before a resume": (None, validations(), f"{BEST}. The reference of an earlier part of this fit chose."),
     "ridge regression": (verdict(learner="ridge", features="patches"), validations(),
         f"{BEST}. {CHOSE.replace('random forest', 'ridge regression on patches')} {RIVAL}"),
-    "another estimator, many classes": (verdict(learner="GaussianNB", auroc=math.nan), validations(),
+    "another estimator, many classes": (verdict(learner="GaussianNB", left_out_auroc=math.nan), validations(),
         f"{BEST}. {CHOSE.replace('random forest', 'GaussianNB').replace('; AUROC 0.91', '')} {RIVAL}"),
     "a regression": (verdict(**NUMBERS), [row | {"expected_mse": 0.2} for row in validations()],
         f"{BEST}. {CHOSE.replace(SKILL, 'its R² on left-out labels is 0.62')} There the network is expected to reach a "
         "squared error of 0.2; the reference by itself reaches 0.123: consider it, or the mean of both."),
     "still improving": (verdict(), validations(4), f"{BEST[:-1]}4. {CHOSE} {RIVAL} {LONGER}"),
+    "a single epoch": (verdict(), validations(4)[4:], f"{BEST[:-1]}4. {CHOSE} {RIVAL}"),
     "gaps, one at the end": (verdict(), without(validations()[:1]) + validations(4) + [{**validations()[0], **{
         "expected_score": math.nan}}],
         f"{BEST[:-1]}4. {CHOSE} {RIVAL} There is no value for 2 of 7 validations."),
@@ -113,8 +115,8 @@ SAYS: dict[str, tuple[Verdict | None, Rows, str]] = {  # a verdict, a history, a
 @pytest.mark.parametrize("what", SAYS)
 def test_it_says_if(what: str) -> None:
     known, history, expected = SAYS[what]
-    summary = summarize(run := trainer(), CURVES, history, known)
-    assert closing_line(run, summary) == expected
+    summary = summarize(trainer(), CURVES, history, known)
+    assert closing_line(summary) == expected
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
     assert summary["is_tied"] == (what == "ties") and summary["num_validations"] == len(history)
 
@@ -134,7 +136,7 @@ def test_it_is_about_the_value_that_is_watched_by(what: str) -> None:
     run = trainer(callbacks, enable_checkpointing=len(callbacks) > 1)
     summary = summarize(run, CURVES, validations(2, num_labels=9), verdict())
     assert (summary["monitored"], summary["epoch"]) == (name, epoch)
-    line = closing_line(run, summary)
+    line = closing_line(summary)
     assert f"`{name}` was {'lowest' if name == SCORE else 'highest'} at epoch {epoch}" in line
     assert ("divide its logits" in line) == (name == SCORE)
 
@@ -183,40 +185,6 @@ def test_in_a_debugging_run_there_is_none_and_before_a_value_a_warning(log: Any)
     assert len(texts) == 1 and "logged nothing: the run ended before a validation that follows a whole" in texts[0]
     fit(Plain(), monitor := quick_risk(), fast_dev_run=True)
     assert lines(log) == [] and monitor.summary == {} and len(monitor.history) == 1
-
-
-class Stopping(cb.Callback):
-    """It stops a fit in the middle, as `Timer` does, or `EarlyStopping` on another value."""
-
-    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        trainer.should_stop = trainer.current_epoch == 2
-
-
-class Scheduled(Plain):
-    """Its rate ends at zero."""
-
-    def configure_optimizers(self) -> Any:
-        optimizer = super().configure_optimizers()
-        return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.trainer.max_epochs)]
-
-
-STOPPED: dict[str, tuple[Any, Any, int, bool]] = {  # a model, another callback, epochs; was it still improving?
-    "EarlyStopping that waits": (Plain, lambda: cb.EarlyStopping(SCORE, patience=2), 3, True),
-    "EarlyStopping at its goal": (Plain, lambda: cb.EarlyStopping(SCORE, stopping_threshold=0.7505), 9, False),
-    "another callback that stops it": (Plain, Stopping, 4, True),
-    "a single epoch": (Plain, Stopping, 1, False),
-    "a schedule that has ended": (Scheduled, Stopping, 3, False),
-}
-
-
-@pytest.mark.parametrize("name", STOPPED)
-def test_it_advises_to_train_for_longer_unless_that_is_of_no_use(name: str, log: Any) -> None:
-    make, other, max_epochs, is_improving = STOPPED[name]
-    model = make()
-    model.lr = 0.003
-    fit(model, quick_risk(), other(), max_epochs=max_epochs)
-    (line,) = lines(log)
-    assert (LONGER in line) == is_improving
 
 
 # Where there is no value

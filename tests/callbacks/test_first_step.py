@@ -41,14 +41,6 @@ class Manual(Stepping):
         self.optimizers().step()
 
 
-class Skipping(Stepping):
-    """It skips the first steps."""
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
-        loss = self.step(self, *batch)
-        return loss if batch_idx > 1 else None
-
-
 class Frozen(Stepping):
     """Its body is frozen, with batch norm in training mode."""
 
@@ -97,7 +89,6 @@ CASES = {
     "a frozen body": Case(plain, None, Frozen),
     "a frozen body, normalized": Case(scaled, VALUES, Frozen),
     "manual, normalized": Case(scaled, VALUES, Manual),
-    "a first step that is skipped": Case(scaled, None, Skipping),
 }  # fmt: skip
 
 
@@ -166,7 +157,7 @@ def test_a_call_by_which_lightning_runs_a_step_is_not_one_of_the_network() -> No
     model, (x, y), watch = Stepping(scaled), next(iter(loader(16))), FirstStep()
     watch.start(model, (x, y), BatchReader())
     _ForwardRedirection()(Wrapper(model), model, "training_step", (x, y), 0)
-    assert watch.stop(is_skipped=False) == VALUES
+    assert watch.stop() == VALUES
 
 
 class Part(nn.Linear):

@@ -373,13 +373,13 @@ def test_any_estimator_may_be_the_reference_and_predicts_beside_the_network(name
 
 def test_class_shares_hold_for_all_predictions_and_no_other_accuracy_is_compared() -> None:
     monitor, model, val = quick_risk(class_shares=[0.1, 0.2, 0.3, 0.4]), Plain(), unlabelled(seed=1)
-    run = fitted(monitor, model, batches_of(X, CORRECT), val, max_epochs=2)
+    fitted(monitor, model, batches_of(X, CORRECT), val, max_epochs=2)
     q = torch.from_numpy(monitor.reference.predict_proba(HOLDOUT))
     of_training = torch.from_numpy(monitor.reference.shares_)
     expected = reweigh(q, of_training, torch.tensor([0.1, 0.2, 0.3, 0.4]))
     torch.testing.assert_close(monitor.predict(model, val).reference, expected, check_dtype=False)
-    assert monitor.summary["has_class_shares"] and "by itself" not in closing_line(run, monitor.summary)
-    assert "by itself" in closing_line(run, monitor.summary | {"has_class_shares": False})
+    assert monitor.summary["has_class_shares"] and "by itself" not in closing_line(monitor.summary)
+    assert "by itself" in closing_line(monitor.summary | {"has_class_shares": False})
 
 
 # Where labels are
