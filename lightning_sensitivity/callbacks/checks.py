@@ -14,6 +14,10 @@ from lightning_sensitivity.functional.tasks import Task
 from lightning_sensitivity.functional.tensors import are_close, are_log_probabilities, are_probabilities
 
 EXPECTED = "expected_"  # begins the names of what a RiskMonitor logs
+BLIND = (  # ends what is said of a reference
+    ", so nothing says when to stop. Callbacks that monitor this take the last epoch: label some validation samples "
+    "(`validation_labels=True`), or set `features=`."
+)
 _DEFAULTS = ("score", "accuracy", "auroc", "mse")  # by default; a task has not all of them
 _LIGHTNING_MODULES = ("lightning.pytorch.core.module", "pytorch_lightning.core.module")
 _ROUNDING = 1e-3  # of shares that sum to 1

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from lightning_sensitivity.callbacks.checks import EXPECTED, callbacks_that_monitor
+from lightning_sensitivity.callbacks.checks import BLIND, EXPECTED, callbacks_that_monitor
 from lightning_sensitivity.callbacks.run_reference import Verdict
 from lightning_sensitivity.compat import PlotType
 from lightning_sensitivity.functional.refined_score import TEMPERATURES
@@ -158,11 +158,7 @@ def _why_nothing(summary: Summary) -> str:
     reason = f"sees too little of the inputs ({_skill(summary)})" if summary["learner"] else "is missing"
     if summary.get("majority") == 1:
         reason = "has seen labels of only one class"
-    return (
-        f"`{summary['monitored']}` has no value to choose by: the reference {reason}, so nothing says when to stop. "
-        "Callbacks that monitor it took the last epoch: label some validation samples (`validation_labels=True`), or "
-        "set `features=`."
-    )
+    return f"`{summary['monitored']}` has no value to choose by: the reference {reason}{BLIND}"
 
 
 def _skill(summary: Summary) -> str:

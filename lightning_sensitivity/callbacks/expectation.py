@@ -12,7 +12,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import BinaryFBetaScore
 
 from lightning_sensitivity.arguments import describe_error
-from lightning_sensitivity.callbacks.checks import EXPECTED, check_outputs
+from lightning_sensitivity.callbacks.checks import BLIND, EXPECTED, check_outputs
 from lightning_sensitivity.callbacks.monitor import Monitor, Values
 from lightning_sensitivity.callbacks.run_reference import RunReference, Unseen
 from lightning_sensitivity.functional.expected import all_values, join_values, uncertainty
@@ -195,8 +195,4 @@ class ExpectationMonitor(Monitor):
         if verdict is None or verdict.is_trusted or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         sees = "has seen labels of only one class" if verdict.majority == 1 else "sees too little of the inputs"
-        self.reporter.warn(
-            "blind",
-            f"logs nothing: the reference {sees}, so nothing says when to stop. Callbacks that monitor it take the "
-            "last epoch. Set `features=`, or label some validation samples (`validation_labels=True`).",
-        )
+        self.reporter.warn("blind", f"logs nothing: the reference {sees}{BLIND}")

@@ -167,10 +167,7 @@ class Monitor(Callback, ABC):
         if trainer.sanity_checking:
             self.samples = []
             return
-        if trainer.state.fn == TrainerFn.FITTING:
-            self._end_validation_of_fit(trainer)
-        else:
-            self._log_all(trainer)
+        self._log_all(trainer, is_fit=trainer.state.fn == TrainerFn.FITTING)
         self._is_measuring = False
 
     # After a run
@@ -246,22 +243,19 @@ class Monitor(Callback, ABC):
         """Warn of outputs that may be probabilities."""
         self.reporter.warn("arguments", "got outputs that all lie in [0, 1]. If they are not logits, set `outputs=`.")
 
-    def _end_validation_of_fit(self, trainer: Trainer) -> None:
-        """Log and remember the values, and give others what they need where one is missing."""
-        if self._is_measuring:
+    def _log_all(self, trainer: Trainer, is_fit: bool) -> None:
+        """Compute and log the values of each loader; in a fit, give others what they need where one is missing."""
+        if is_fit and self._is_measuring:
             self.prepare(trainer)
-        for dataloader_idx, values in enumerate(self._log_all(trainer)):
-            self.remember(trainer, dataloader_idx, values)
-        trainer.callback_metrics.update(self._missing)
-        self._num_incomplete += bool(self._missing)
-
-    def _log_all(self, trainer: Trainer) -> list[Values]:
-        """Compute and log the values of each loader."""
-        self._missing, found = {}, []
+        self._missing = {}
         for dataloader_idx in range(self.num_loaders(trainer)):
-            found.append(self._compute_loader(trainer, dataloader_idx) if self._is_measuring else {})
-            self._log_values(trainer, dataloader_idx, found[-1])
-        return found
+            values = self._compute_loader(trainer, dataloader_idx) if self._is_measuring else {}
+            self._log_values(trainer, dataloader_idx, values)
+            if is_fit:
+                self.remember(trainer, dataloader_idx, values)
+        if is_fit:
+            trainer.callback_metrics.update(self._missing)
+            self._num_incomplete += bool(self._missing)
 
     def _compute_loader(self, trainer: Trainer, dataloader_idx: int) -> Values:
         """Gather what all processes have measured of a loader, and compute its values; none if one process fails.

@@ -57,12 +57,14 @@ class Reporter:
         except Exception as error:
             if self.before_first_step:
                 raise self._as_error(what, error) from error
+            entry = getattr(error, "entry", "failed")
             if is_oom_error(error):
+                entry = "out-of-memory"
                 traceback.clear_frames(error.__traceback__)  # they hold the tensors of the pass
                 garbage_collection_cuda()
             if self._is_new(what):  # in the process where it happens
                 text = f"{what}: {describe_error(error)} {consequence}"
-                warnings.warn(self._text(_entry_of(error), text), stacklevel=3)
+                warnings.warn(self._text(entry, text), stacklevel=3)
 
     def _is_new(self, kind: str) -> bool:
         """Return whether something has not been said yet, and remember it."""
@@ -79,12 +81,4 @@ class Reporter:
         reason = describe_error(error)
         is_clear = isinstance(error, MisconfigurationException) or reason.startswith("Expected")
         advice = "" if is_clear else f" If `forward` takes other arguments, set {_INPUTS}."
-        entry = error.entry if isinstance(error, Refused) else "arguments"
-        return Refused(f"`{self._monitor}` {what}: {reason}{advice}", entry)
-
-
-def _entry_of(error: Exception) -> str:
-    """Return the entry of the page on troubleshooting for a failure after the first step."""
-    if isinstance(error, Refused):
-        return error.entry
-    return "out-of-memory" if is_oom_error(error) else "failed"
+        return Refused(f"`{self._monitor}` {what}: {reason}{advice}", getattr(error, "entry", "arguments"))

@@ -1,16 +1,16 @@
 """The callback that logs what to expect of unseen samples, and so what to stop by."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from lightning_sensitivity.arguments import Selector, check_argument, check_bool, check_estimator
-from lightning_sensitivity.callbacks.both import Predictions, predict_both
 from lightning_sensitivity.callbacks.checks import (
     check_class_shares,
     check_metrics,
@@ -23,10 +23,29 @@ from lightning_sensitivity.callbacks.expectation import ExpectationMonitor
 from lightning_sensitivity.compat import PlotType
 from lightning_sensitivity.functional.expected import default_metrics
 from lightning_sensitivity.functional.tasks import TASK_NAMES, TASKS
+from lightning_sensitivity.model.inputs import join_seen
 from lightning_sensitivity.model.isolation import isolated
 from lightning_sensitivity.model.reader import BatchReader, check_count
+from lightning_sensitivity.model.transfer import move_batch
 
 _KEYS = {"epoch", "step", "dataloader_idx", "reference", "num_labels"}  # of each row of the history
+
+
+class Predictions(NamedTuple):
+    """What two models predict for the same samples: probabilities ``(N, C)``, or the numbers of a regression.
+
+    Attributes:
+        network: Those of the network.
+        reference: Those of the reference.
+    """
+
+    network: Tensor
+    reference: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean of both, which is often better than either."""
+        return (self.network + self.reference) / 2
 
 
 class RiskMonitor(ExpectationMonitor):
@@ -135,7 +154,14 @@ class RiskMonitor(ExpectationMonitor):
         """
         if self.reference is None:
             raise ValueError("Expected a fit that has made a reference, in the first process, but there is none.")
-        return predict_both(model, self._reference.predict, dataloader, self.reader, self.task)
+        outputs, seen = [], []
+        for batch in dataloader:
+            moved = move_batch(model, batch)
+            call = self.reader.call(model, moved)
+            with isolated(model) as run:
+                outputs.append(self.task.predictions(run(call).cpu()))
+            seen.append(self.reader.see(model, moved, call, len(outputs[-1])))
+        return Predictions(torch.cat(outputs), self._reference.predict(join_seen(seen)).to(outputs[0].dtype))
 
     def plot(self) -> PlotType:
         """Plot the logged values by epoch.

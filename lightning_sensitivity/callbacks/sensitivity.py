@@ -112,19 +112,16 @@ class SensitivityMonitor(Monitor):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check what can be checked by now, and warn of callbacks that would choose an epoch by the sensitivity."""
         super().setup(trainer, pl_module, stage)
-        if stage != "fit":
-            return
         for callback, name in callbacks_that_monitor(trainer):
             has_bound = getattr(callback, "divergence_threshold", None) is not None  # which is sensible
-            if "sensitivity" not in name or has_bound:
-                continue
-            kind = type(callback).__name__
-            message = (
-                f"finds that `{kind}` monitors `{name}`. Sensitivity is lowest before training, and rises as a network "
-                f"learns, so that `{kind}` will choose one of the first epochs. Choose by `RiskMonitor`, or stop at a "
-                "bound: `EarlyStopping(..., divergence_threshold=)`."
-            )
-            self.reporter.warn("stop-by-sensitivity", message, kind=kind)
+            if stage == "fit" and "sensitivity" in name and not has_bound:
+                kind = type(callback).__name__
+                message = (
+                    f"finds that `{kind}` monitors `{name}`. Sensitivity is lowest before training, and rises as a "
+                    f"network learns, so that `{kind}` will choose one of the first epochs. Choose by `RiskMonitor`, "
+                    "or stop at a bound: `EarlyStopping(..., divergence_threshold=)`."
+                )
+                self.reporter.warn("stop-by-sensitivity", message, kind=kind)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the name of the submodule."""
@@ -190,7 +187,11 @@ class SensitivityMonitor(Monitor):
         device = trainer.strategy.root_device  # a process group may take logged values of no other
         of_samples, power = (each.to(device) for each in rows)
         estimate = sensitivity_from_rows(of_samples[:, :NUM_COLUMNS], self.per_output)
-        self._warn_of_doubts(dataloader_idx, estimate)
+        messages = diagnostics(estimate, self.per_output)
+        if estimate.num_samples < 2 and not messages:
+            messages = {"failed": "there is no value, which needs at least two samples."}
+        for entry, message in messages.items():
+            self.reporter.warn(entry, f"on dataloader {dataloader_idx}: {message}", kind=str(dataloader_idx))
         if not self.per_output and may_be_probabilities(of_samples[:, NUM_COLUMNS:]):
             self.warn_of_probabilities()
         if estimate.num_samples == 0 and estimate.num_non_finite > 0:
@@ -199,16 +200,12 @@ class SensitivityMonitor(Monitor):
             return {}
         values: Values = {"output_sensitivity": estimate.value, "output_sensitivity_stderr": estimate.stderr}
         square, count = power.sum(0)
-        if count > 0:
-            assert isinstance(self._noise, GaussianNoise)
-            power, std = square / count, torch.as_tensor(self._noise.std)
-            values["loss_estimate"] = loss_estimate(estimate.value, power, std, estimate.num_outputs)
-        return values
+        return values | self._loss_estimate(estimate, square / count)
 
-    def _warn_of_doubts(self, dataloader_idx: int, estimate: SensitivityEstimate) -> None:
-        """Warn of what makes a value doubtful, or why there is none."""
-        messages = diagnostics(estimate, self.per_output)
-        if estimate.num_samples < 2 and not messages:
-            messages = {"failed": "there is no value, which needs at least two samples."}
-        for entry, message in messages.items():
-            self.reporter.warn(entry, f"on dataloader {dataloader_idx}: {message}", kind=str(dataloader_idx))
+    def _loss_estimate(self, estimate: SensitivityEstimate, power: Tensor) -> Values:
+        """Compute Equation 9 of the measured power, which is nan if nothing was perturbed or nobody asks for it."""
+        if bool(power.isnan()):
+            return {}
+        assert isinstance(self._noise, GaussianNoise)
+        std = torch.as_tensor(self._noise.std)
+        return {"loss_estimate": loss_estimate(estimate.value, power, std, estimate.num_outputs)}

@@ -65,7 +65,7 @@ REACH = "There the network is expected to reach an accuracy of 80%; the referenc
 RIVAL = f"{REACH}: consider it, or the mean of both."
 NONE = f"`{SCORE}` has no value to choose by: "
 LAST = (
-    ", so nothing says when to stop. Callbacks that monitor it took the last epoch: label some validation samples "
+    ", so nothing says when to stop. Callbacks that monitor this take the last epoch: label some validation samples "
     "(`validation_labels=True`), or set `features=`."
 )
 BLIND: dict[str, Any] = {"is_trusted": False, "unexplained": math.nan}
@@ -235,7 +235,7 @@ def test_where_the_reference_is_blind_callbacks_take_the_last_epoch(
     first, last = (str(each.message) for each in caught if "reference sees too little" in str(each.message))
     assert Path(checkpoint.best_model_path).name == "epoch=3.ckpt" and stopping.stopped_epoch == 0
     assert "logs nothing: the reference sees too little of the inputs" in first
-    assert "the reference sees too little of the inputs (without having" in last and "took the last epoch" in last
+    assert "the reference sees too little of the inputs (without having" in last and "take the last epoch" in last
     assert len(monitor.history) == 4 and not any("expected_score" in row for row in monitor.history)
     assert name not in run.logged_metrics and name not in run.callback_metrics  # of which a tuner reads
     assert monitor.summary["chosen_by"] == "nothing" and monitor.summary["epoch"] is None
