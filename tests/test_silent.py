@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -196,6 +197,8 @@ CASES = {
     # what a pass would change and leave so
     "forward that reads a nested list that it fills": Case("!gives other outputs", "!gives other outputs",
         forward=counting),
+    "forward that draws from NumPy": Case("!gives other outputs", "!gives other outputs",
+        forward=lambda m, x: np.random.rand() * m.net(x)),
     "forward that writes to a weight": Case("!writes to net.0.bias", "!writes to net.0.bias", forward=writing),
     # labels, which say nothing to S
     "-100": Case(None, y=lambda f: classes(f).masked_fill(is_upper(f), -100)),

@@ -197,17 +197,6 @@ def batches(place: int) -> DataLoader:
     return DataLoader(parts, None)
 
 
-def failing_features(folder: Path) -> Any:
-    def features(batch: Any) -> Tensor:
-        if rank() == 1 and isinstance(batch, Tensor):
-            raise ValueError("no features")
-        return batch[0] if isinstance(batch, list) else batch
-
-    monitor = quick_risk(features=features)
-    run, texts = fitted([monitor], Moving(), batches_of(X, CORRECT, batch_size=20), dealt([20, 40]))
-    return run.epochs, texts, known_of(monitor)
-
-
 def labels(folder: Path) -> Any:
     """Of which some, all, or those of training are missing in one process."""
 
@@ -263,7 +252,7 @@ def half_an_epoch(folder: Path) -> Any:
 
 
 SCENARIOS = (
-    unequal, identical, failing, failing_metric, failing_training, failing_features, labels, resuming, half_an_epoch
+    unequal, identical, failing, failing_metric, failing_training, labels, resuming, half_an_epoch
 )  # fmt: skip
 
 
@@ -308,12 +297,6 @@ def test_a_training_batch_that_fails_in_one_process_is_left_out_and_said_by_it(b
     assert epochs == other_epochs and known == other_known and ("num_training", 40 + 24) in known[1]
     assert texts == [] and len(other_texts) == 1
     assert "could not keep a training batch" in other_texts[0] and "Expected labels from 0 to 3" in other_texts[0]
-
-
-def test_a_process_whose_validation_samples_have_no_features_costs_no_run(both: Any) -> None:
-    (epochs, _, known), (other_epochs, texts, other_known) = both["failing_features"]
-    assert epochs == other_epochs and len(epochs) == 2 and known == other_known and epochs[0][SCORE] < 2
-    assert any("failed on a tensor" in text and "no features" in text for text in texts)
 
 
 @pytest.mark.parametrize(("place", "num_labels", "num_training"), [(0, 20 + 32, 96), (1, 20, 96), (2, 0, 48)])

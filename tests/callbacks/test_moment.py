@@ -176,11 +176,3 @@ def test_an_estimate_of_the_loss_that_can_not_be_made_is_refused_or_left_out() -
     x[::20, 3] = torch.nan  # in each batch
     run = fitted([SensitivityMonitor(loss_estimate=True)], Filling(), val=DataLoader(x, 20), max_epochs=1)
     assert run.epochs[0]["val/loss_estimate"] > 1e38 > run.callback_metrics[SENSITIVITY]  # the worst value
-
-
-@pytest.mark.filterwarnings("ignore:Total length of `DataLoader`", "ignore:.*(no value|monitors)")
-def test_a_loader_without_a_value_does_not_keep_the_patience_of_a_callback_on_another() -> None:
-    name = f"{SENSITIVITY}/dataloader_idx_0"
-    stopping = cb.EarlyStopping(name, patience=2, min_delta=1e9)
-    run = fitted([SensitivityMonitor(), stopping], Quiet(), val=[loader(50), loader(0)], max_epochs=6)
-    assert len(run.epochs) == 3 and run.epochs[-1][f"{SENSITIVITY}/dataloader_idx_1"] > 1e38

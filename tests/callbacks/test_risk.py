@@ -256,30 +256,6 @@ def test_each_of_several_loaders_has_values_under_lightnings_names() -> None:
     assert both == pytest.approx(expected, rel=1e-5) and len(both) == 6
 
 
-def test_early_stopping_and_checkpoints_follow_it_and_the_progress_bar_shows_it(tmp_path: Path) -> None:
-    stopping = cb.EarlyStopping(SCORE, patience=3)
-    checkpoint = cb.ModelCheckpoint(tmp_path, monitor=SCORE, filename="{epoch}")
-    model = Plain()
-    model.lr = 0.05
-    run = fit(model, stopping, checkpoint, quick_risk(prog_bar=True), enable_checkpointing=True, max_epochs=60)
-    values = [epoch[SCORE] for epoch in run.epochs]
-    best = values.index(min(values))
-    assert len(values) == best + 4 < 60
-    assert Path(checkpoint.best_model_path).name == f"epoch={best}.ckpt"
-    assert run.progress_bar_metrics.keys() & {SCORE, ACCURACY} == {SCORE}
-
-
-def test_it_runs_the_kept_samples_once_in_a_validation_whatever_the_labels_and_loaders() -> None:
-    """Also where one label in 10 counts."""
-    x, y = helpers.labelled(700, seed=2).tensors
-    sizes = list[int]()
-    model = helpers.Acting(lambda module, x, epoch: sizes.append(len(x)) if epoch == 1 else None)
-    train = batches_of(x, y.where(torch.arange(700) % 10 < 1, -100), batch_size=100)
-    run = fitted(monitor := quick_risk(), model, train, [unlabelled(700, 70), unlabelled(50, seed=3)])
-    assert sum(sizes) == 630 + 50 and monitor.summary["num_training"] == 70
-    assert math.isfinite(run.callback_metrics[f"{SCORE}/dataloader_idx_0"])
-
-
 # Metrics
 
 
@@ -313,10 +289,6 @@ def test_without_metrics_there_is_the_score_and_metrics_of_a_regression_get_outp
     found = logged(run, "val/expected_")
     true = mse_loss(model.eval()(HOLDOUT), HOLDOUT[:, :1].double()).sqrt().item()
     assert found["val/expected_mae"] < 1.1 * true and found["val/expected_r2"] < 1  # it is linear
-
-
-def test_a_wrong_mode_is_no_concern_of_a_run_that_is_no_fit() -> None:
-    helpers.validated([quick_risk(), cb.EarlyStopping(ACCURACY, mode="min")], Plain(), unlabelled(seed=1))
 
 
 # Other references and classes

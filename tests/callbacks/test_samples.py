@@ -200,17 +200,6 @@ def test_the_reference_is_made_of_a_whole_epoch_or_of_as_many_samples_as_fit_unl
         assert (shares - helpers.labelled(1600).tensors[1].bincount() / 1600).abs().max() < 0.02
 
 
-def test_of_labels_most_of_which_are_ignored_a_reference_knows_as_many_as_of_others(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("lightning_sensitivity.reference.observations._MAX_SAMPLES", {True: 30})
-    x, y = helpers.labelled(400).tensors
-    y = torch.where(torch.arange(400) % 5 == 0, y, -100)
-    monitor = RiskMonitor()
-    fitted(monitor, Quiet(), DataLoader(torch.utils.data.TensorDataset(x, y), 20), max_epochs=1)
-    assert monitor.summary["num_training"] == 30
-
-
 def test_training_batches_may_be_of_two_views_and_validation_batches_of_one() -> None:
     class TwoViews(Quiet):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
