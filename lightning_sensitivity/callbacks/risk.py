@@ -184,7 +184,6 @@ class RiskMonitor(ExpectationMonitor):
             return
         if self._has_default:
             self.metrics = default_metrics(self.task, 2)
-        check_monitored(trainer, self._prefixed_directions())
         if trainer.global_step == 0 and trainer.current_epoch == 0:  # raw optimizers count no steps
             self.history = []
         self.summary = {}
@@ -192,13 +191,6 @@ class RiskMonitor(ExpectationMonitor):
         self._is_started = False
         self._num_bad, self._last_score = 0, 0.0
         self._reference = self._new_reference()
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check schedulers, too, which are known by now."""
-        check_monitored(trainer, self._prefixed_directions())
-
-    def _prefixed_directions(self) -> dict[str, bool]:
-        return {self.prefix + name: is_highest for name, is_highest in self.directions.items()}
 
     @property
     def state_key(self) -> str:
@@ -264,6 +256,7 @@ class RiskMonitor(ExpectationMonitor):
             self._is_started = True
             with self.reporter.report_failure("can't read the first training batch", "Nothing is expected."):
                 self._start(trainer, pl_module, batch)
+            check_monitored(trainer, {self.prefix + name: each for name, each in self.directions.items()})
         with (
             self.reporter.report_failure("could not keep a training batch", "It is left out."),
             trainer.precision_plugin.val_step_context(),
@@ -285,7 +278,6 @@ class RiskMonitor(ExpectationMonitor):
         check_class_shares(self._class_shares, self.task, num_columns)
         if self._has_default:
             self.metrics = default_metrics(self.task, num_columns)
-            check_monitored(trainer, self._prefixed_directions())
         counts = self.task.has_label(labels)
         if bool(counts.any()):
             y = self.task.as_matrix(labels, num_columns)
