@@ -1,4 +1,4 @@
-"""Two and four gloo processes say what one says; each number of them is started once, and runs every scenario."""
+"""Two gloo processes say what one says; they are started once, and run every scenario."""
 
 import os
 from datetime import timedelta
@@ -92,16 +92,9 @@ def known_of(monitor: RiskMonitor) -> tuple[list[Any], list[Any]]:
     return [pair for pair in values if type(pair[1]) is float], [pair for pair in values if type(pair[1]) is not float]
 
 
-SIZES = {2: [50, 75], 4: [50, 0, 20, 55]}  # of validation samples; in one process there is no batch
-
-
 @pytest.fixture(scope="module")
 def alone() -> Any:
     return all_that_is_said([125])
-
-
-def four(rank: int, folder: Path) -> Any:
-    return all_that_is_said(SIZES[4])
 
 
 def assert_same_as_one(found: list[Any], alone: Any) -> None:
@@ -121,12 +114,6 @@ def assert_same_as_one(found: list[Any], alone: Any) -> None:
     assert ("is_trusted", True) in words and ("num_training", 96) in words
 
 
-@pytest.mark.filterwarnings("ignore:Total length of `DataLoader`")
-def test_four_processes_one_without_a_batch_say_what_one_says(alone: Any, tmp_path: Path) -> None:
-    found = helpers.run_processes(four, tmp_path, 4)
-    assert_same_as_one(found, alone)
-
-
 def test_two_processes_with_unequal_numbers_of_batches_say_what_one_says(both: Any, alone: Any) -> None:
     assert_same_as_one(both["unequal"], alone)
 
@@ -135,7 +122,7 @@ def test_two_processes_with_unequal_numbers_of_batches_say_what_one_says(both: A
 
 
 def unequal(folder: Path) -> Any:
-    return all_that_is_said(SIZES[2])
+    return all_that_is_said([50, 75])
 
 
 def identical(folder: Path) -> Any:
