@@ -20,6 +20,7 @@ BLIND = (  # ends what is said of a reference
 )
 _DEFAULTS = ("score", "accuracy", "auroc", "mse")  # by default; a task has not all of them
 _LIGHTNING_MODULES = ("lightning.pytorch.core.module", "pytorch_lightning.core.module")
+_MODES: dict[bool | None, str] = {True: "max", False: "min"}  # by whether the highest is the best
 _ROUNDING = 1e-3  # of shares that sum to 1
 _SHARDED = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")
 
@@ -36,19 +37,18 @@ def check_run(monitor: str, trainer: Trainer, pl_module: LightningModule, stage:
     Raises:
         MisconfigurationException: If something is missing; the message says what to change.
     """
-    is_fit = stage == "fit"
     names = {base.__name__ for base in type(trainer.strategy).__mro__}
-    if not names.isdisjoint(_SHARDED):
-        problem = "does not support sharded weights (FSDP, DeepSpeed, ModelParallelStrategy); use DDP"
-    elif not _is_overridden("forward", pl_module):
-        problem = "needs a `forward` that returns the logits, and your module has none"
-    elif is_fit and not _is_overridden("validation_step", pl_module):
-        problem = "needs a `validation_step`: `def validation_step(self, batch, batch_idx): pass` is enough"
-    elif is_fit and not trainer.enable_validation:
-        problem = "needs a validation loop: pass `val_dataloaders`, and leave `limit_val_batches` above 0"
-    else:
-        return
-    raise Refused(f"`{monitor}` {problem}.", entry="unsupported")
+    has_step = stage != "fit" or _is_overridden("validation_step", pl_module)
+    has_loop = stage != "fit" or trainer.enable_validation
+    is_met = {
+        "does not support sharded weights (FSDP, DeepSpeed); use DDP": names.isdisjoint(_SHARDED),
+        "needs a `forward` that returns the logits, and your module has none": _is_overridden("forward", pl_module),
+        "needs a `validation_step`: `def validation_step(self, batch, batch_idx): pass` is enough": has_step,
+        "needs a validation loop: pass `val_dataloaders`, and leave `limit_val_batches` above 0": has_loop,
+    }
+    for problem, is_solved in is_met.items():
+        if not is_solved:
+            raise Refused(f"`{monitor}` {problem}.", entry="unsupported")
 
 
 def _is_overridden(name: str, pl_module: LightningModule) -> bool:
@@ -71,11 +71,11 @@ def check_monitored(trainer: Trainer, directions: Mapping[str, bool]) -> None:
     for owner, monitor in callbacks_that_monitor(trainer):
         name, kind = monitor.partition("/dataloader_idx_")[0], type(owner).__name__
         if name in defaults - directions.keys():
-            known = ", ".join(f"`{each}`" for each in directions)
-            raise Refused(f"`{kind}` monitors `{monitor}`, which is not logged. There are {known}.", "names")
-        best, worst = ("max", "min") if directions.get(name) else ("min", "max")
-        if name in directions and getattr(owner, "mode", best) == worst:
-            raise Refused(f"`mode` should be {best!r} for `{monitor}`, got {worst!r} in `{kind}`.", entry="names")
+            known = "`, `".join(directions)
+            raise Refused(f"`{kind}` monitors `{monitor}`, which is not logged. There are `{known}`.", "names")
+        best, mode = _MODES.get(directions.get(name)), getattr(owner, "mode", None)
+        if {best, mode} == {"min", "max"}:
+            raise Refused(f"`mode` should be {best!r} for `{monitor}`, got {mode!r} in `{kind}`.", entry="names")
 
 
 def callbacks_that_monitor(trainer: Trainer) -> list[tuple[object, str]]:

@@ -49,7 +49,7 @@ def summarize(
     value, dataloader_idx, is_highest = curves[name]
     rows = [row for row in history if row["dataloader_idx"] == dataloader_idx]
     finite = [row for row in rows if math.isfinite(row.get(value, math.nan))]
-    found = [row for row in finite if _is_same(row["reference"], finite[-1]["reference"])]  # another judged otherwise
+    found = _comparable(finite)
     best = _best_row(found, value, is_highest)
     summary = {
         "monitored": name,
@@ -67,6 +67,11 @@ def summarize(
     }
     expected = {name: number for name, number in best.items() if name.startswith(EXPECTED)}
     return summary | expected | _of_reference(verdict)
+
+
+def _comparable(rows: list[Row]) -> list[Row]:
+    """Return the rows by the same reference as the last one; another one, before a resume, has judged otherwise."""
+    return [row for row in rows if _is_same(row["reference"], rows[-1]["reference"])]
 
 
 def _best_row(rows: list[Row], value: str, is_highest: bool) -> Row:

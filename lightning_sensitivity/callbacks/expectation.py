@@ -115,43 +115,42 @@ class ExpectationMonitor(Monitor):
         """Compute what to expect on a loader, over all processes."""
         outputs, labels = rows
         has_label, is_finite = ~labels.isnan().any(1), outputs.isfinite().all(1)
-        self._warn_of_samples(dataloader_idx, is_finite, has_label)
-        if self.task.has_classes and may_be_probabilities(outputs[is_finite]):
-            self.warn_of_probabilities()
+        self._warn_of_samples(dataloader_idx, outputs, has_label)
         if len(outputs) > 0 and not bool(is_finite.any()):
             return dict.fromkeys(self.names, math.nan)
         counts = has_label & is_finite
-        y, num_labels = labels[counts], int(counts.sum())
+        num_labels = int(counts.sum())
         unseen = self._reference.unseen.get(dataloader_idx)
         if unseen is None and num_labels == 0:
             self._warn_if_blind(trainer)
             return {}
-        drawn = self.task.classes(y) if self.task.has_classes else y
-        found = all_values(outputs[counts], y, drawn[None], self.metrics, self.task)
+        found = self._by_labels(outputs[counts], labels[counts])
         if unseen is not None:
             found = join_values(self._expect(dataloader_idx, outputs, unseen), found, num_labels, self.task)
         named = {EXPECTED + name: found[name] for name in ("score", *self.metrics) if not math.isnan(found[name])}
-        return named | {"temperature": found["temperature"], "num_labels": num_labels}
+        reference = None if unseen is None else unseen.score
+        return named | {"temperature": found["temperature"], "num_labels": num_labels, "reference": reference}
+
+    def _by_labels(self, outputs: Tensor, y: Tensor) -> dict[str, float]:
+        """Compute the values by labels, of which there may be none."""
+        drawn = self.task.classes(y) if self.task.has_classes else y
+        return all_values(outputs, y, drawn[None], self.metrics, self.task)
 
     def _expect(self, dataloader_idx: int, outputs: Tensor, unseen: Unseen) -> dict[str, float]:
         """Compute what to expect by labels that were drawn once from the predictions of the reference."""
-        assert self._reference.verdict is not None
         outputs = outputs[unseen.rows]
         is_finite = outputs.isfinite().all(1)
         outputs, q, draws = outputs[is_finite], unseen.q[is_finite], unseen.draws[:, is_finite]
         expected = all_values(outputs, q, draws, self.metrics, self.task)
         if dataloader_idx == 0 and not self.task.has_classes:
             self._warn_of_targets(expected["score"], by_mean=float(q.var(0, correction=0).mean()))
-        expected["score"] += uncertainty(q, self.task, self._reference.verdict.left_out_score)
+        expected["score"] += uncertainty(q, self.task, unseen.score)
         return expected
 
     def remember(self, trainer: Trainer, dataloader_idx: int, values: Values) -> None:
         """Add a row to the history, with the left-out score of the reference that judged, by which it is known."""
-        verdict = self._reference.verdict
-        has_reference = bool(values) and verdict is not None and dataloader_idx in self._reference.unseen
         row: Values = {"epoch": trainer.current_epoch, "step": trainer.global_step, "dataloader_idx": dataloader_idx}
-        row |= {"reference": verdict.left_out_score if verdict is not None and has_reference else None, "num_labels": 0}
-        self.history.append(row | values)
+        self.history.append({**row, "reference": None, "num_labels": 0, **values})
 
     # Warnings
 
@@ -178,8 +177,10 @@ class ExpectationMonitor(Monitor):
             )
             self.reporter.warn("targets", message)
 
-    def _warn_of_samples(self, dataloader_idx: int, is_finite: Tensor, has_label: Tensor) -> None:
-        where = f"dataloader {dataloader_idx}"
+    def _warn_of_samples(self, dataloader_idx: int, outputs: Tensor, has_label: Tensor) -> None:
+        where, is_finite = f"dataloader {dataloader_idx}", outputs.isfinite().all(1)
+        if self.task.has_classes and may_be_probabilities(outputs[is_finite]):
+            self.warn_of_probabilities()
         num_non_finite = int((~is_finite).sum())
         if num_non_finite > 0:
             message = f"on {where}: {num_non_finite} samples gave nan or inf, and were left out."

@@ -245,7 +245,7 @@ class Monitor(Callback, ABC):
 
     def _log_all(self, trainer: Trainer, is_fit: bool) -> None:
         """Compute and log the values of each loader; in a fit, give others what they need where one is missing."""
-        if is_fit and self._is_measuring:
+        if self._is_measuring:
             self.prepare(trainer)
         self._missing = {}
         for dataloader_idx in range(self.num_loaders(trainer)):

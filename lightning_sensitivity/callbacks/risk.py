@@ -226,7 +226,8 @@ class RiskMonitor(ExpectationMonitor):
         """Summarize the fit, once."""
         if self.summary or self._reference.output_shape is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        if not self._has_values and not self._reference.is_made:
+        has_values = any(self.names[0] in row for row in self.history)
+        if not has_values and not self._reference.is_made:
             message = "logged nothing: the run ended before a validation that follows a whole training epoch."
             self.reporter.warn("samples", message)
             return
@@ -235,10 +236,6 @@ class RiskMonitor(ExpectationMonitor):
             self.summary = summarize(trainer, self._curves(trainer), self.history, verdict, has_shares)
             say = rank_zero_warn if self.summary["chosen_by"] == "nothing" else rank_zero_info
             say(closing_line(self.summary))
-
-    @property
-    def _has_values(self) -> bool:
-        return any(name in row for row in self.history for name in self.names)
 
     def _curves(self, trainer: Trainer) -> dict[str, Curve]:
         """Return the value, the loader and the direction of each logged name."""

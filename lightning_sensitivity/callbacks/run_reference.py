@@ -70,11 +70,13 @@ class Unseen:
         rows: Which samples it can read, in an order that does not depend on the number of processes, ``(N,)``.
         q: Its predictions for them, ``(N, C)``.
         draws: Labels that were drawn from these, ``(R, N)``; in a regression ``(R, N, C)``.
+        score: The reference's left-out score.
     """
 
     rows: Tensor
     q: Tensor
     draws: Tensor
+    score: float
 
 
 @dataclass
@@ -233,7 +235,7 @@ class RunReference:
             self._warn_of_shares(dataloader_idx, q)
         self._warn_of_columns(dataloader_idx, known, seen)
         self._warn_of_repeated(dataloader_idx, repeated_share(places, known_places))
-        return Unseen(rows, q.float(), draw_labels(q, self._task.name, self.fitted.residuals_))
+        return Unseen(rows, q.float(), draw_labels(q, self._task.name, self.fitted.residuals_), self.fitted.score_)
 
     def predict(self, seen: Seen) -> Tensor:
         """Predict samples, ``(N, C)``, for the class shares that they have, if these are known or estimated."""

@@ -187,25 +187,25 @@ class SensitivityMonitor(Monitor):
         device = trainer.strategy.root_device  # a process group may take logged values of no other
         of_samples, power = (each.to(device) for each in rows)
         estimate = sensitivity_from_rows(of_samples[:, :NUM_COLUMNS], self.per_output)
-        messages = diagnostics(estimate, self.per_output)
-        if estimate.num_samples < 2 and not messages:
-            messages = {"failed": "there is no value, which needs at least two samples."}
-        for entry, message in messages.items():
-            self.reporter.warn(entry, f"on dataloader {dataloader_idx}: {message}", kind=str(dataloader_idx))
-        if not self.per_output and may_be_probabilities(of_samples[:, NUM_COLUMNS:]):
-            self.warn_of_probabilities()
+        self._warn_of_doubts(dataloader_idx, estimate, of_samples[:, NUM_COLUMNS:])
         if estimate.num_samples == 0 and estimate.num_non_finite > 0:
             return dict.fromkeys(self.names, math.nan)  # training has failed, and others may end it
         if estimate.num_samples < 2:
             return {}
         values: Values = {"output_sensitivity": estimate.value, "output_sensitivity_stderr": estimate.stderr}
         square, count = power.sum(0)
-        return values | self._loss_estimate(estimate, square / count)
+        if count > 0:
+            assert isinstance(self._noise, GaussianNoise)
+            power, std = square / count, torch.as_tensor(self._noise.std)
+            values["loss_estimate"] = loss_estimate(estimate.value, power, std, estimate.num_outputs)
+        return values
 
-    def _loss_estimate(self, estimate: SensitivityEstimate, power: Tensor) -> Values:
-        """Compute Equation 9 of the measured power, which is nan if nothing was perturbed or nobody asks for it."""
-        if bool(power.isnan()):
-            return {}
-        assert isinstance(self._noise, GaussianNoise)
-        std = torch.as_tensor(self._noise.std)
-        return {"loss_estimate": loss_estimate(estimate.value, power, std, estimate.num_outputs)}
+    def _warn_of_doubts(self, dataloader_idx: int, estimate: SensitivityEstimate, extremes: Tensor) -> None:
+        """Warn of what makes a value doubtful, or why there is none."""
+        messages = diagnostics(estimate, self.per_output)
+        if estimate.num_samples < 2 and not messages:
+            messages = {"failed": "there is no value, which needs at least two samples."}
+        for entry, message in messages.items():
+            self.reporter.warn(entry, f"on dataloader {dataloader_idx}: {message}", kind=str(dataloader_idx))
+        if not self.per_output and may_be_probabilities(extremes):
+            self.warn_of_probabilities()
