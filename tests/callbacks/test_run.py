@@ -107,15 +107,10 @@ def test_the_other_lightning(tmp_path: Path) -> None:
         forward, configure_optimizers = Linear.forward, Linear.configure_optimizers
         training_step, validation_step = Linear.training_step, Classifier.validation_step
 
-    def fit(make: Any, *monitors: Any) -> Any:
-        torch.manual_seed(0)
-        logger = other.loggers.TensorBoardLogger(tmp_path, name=None)
-        return fitted([*monitors], make(), kind=other.Trainer, logger=logger, max_epochs=1)
-
-    with pytest.raises(MisconfigurationException, match="needs a `validation_step`"):
-        fit(lambda: without("validation_step", Model, other.LightningModule), SensitivityMonitor())
-    run = fit(Model, SensitivityMonitor(2.0), quick_risk())
-    assert run.callback_metrics["val_loss"] == fit(Model).callback_metrics["val_loss"]
+    lacking = without("validation_step", Model, other.LightningModule)
+    refused(SensitivityMonitor(), lacking, match="needs a `validation_step`", kind=other.Trainer)
+    logger = other.loggers.TensorBoardLogger(tmp_path, name=None)
+    run = fitted([SensitivityMonitor(2.0), quick_risk()], Model(), kind=other.Trainer, logger=logger)
     assert {"val/output_sensitivity", "val/expected_score"} <= run.callback_metrics.keys()
     run.logger.experiment.flush()
     (events,) = Path(run.logger.log_dir).glob("events*")

@@ -47,8 +47,6 @@ def batches_of(sizes: list[int], is_stream: bool) -> tuple[list[Tensor], DataLoa
 @pytest.mark.parametrize(("num_samples", "sizes", "chosen"), [
     (None, [10] * 10, range(10)),
     (40, [10] * 10, [0, 2, 5, 7]),
-    (31, [10] * 10, [0, 2, 5, 7]),  # a part of a batch is a batch
-    (10, [10] * 10, [0]),
     (31, [30] + [1] * 9, [0, 5]),
     (31, [2, 31], [0, 1]),  # never fewer than are wanted, if there are more
     (None, [0, 10, 0, 10], [1, 3]),  # none that are empty
