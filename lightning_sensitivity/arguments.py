@@ -76,7 +76,7 @@ def check_bool(name: str, value: object) -> None:
 
 
 def check_selectors(**selectors: object) -> None:
-    """Require functions that select a part of a batch or of an output, or None; ``features`` may be a module."""
+    """Require functions that select a part of a batch or output, or None; ``features`` may be a module."""
     for name, value in selectors.items():
         is_selector = value is None or callable(value)
         kind = "a module, a function" if name == "features" else "a function"

@@ -52,16 +52,17 @@ def check_run(monitor: str, trainer: Trainer, pl_module: LightningModule, stage:
 
 
 def _is_overridden(name: str, pl_module: LightningModule) -> bool:
-    # Lightning's own check fails if the module comes from the other package (`lightning`, `pytorch_lightning`).
+    # Lightning's own check fails if the module comes from the other package, such as `pytorch_lightning`.
     return getattr(getattr(pl_module, name), "__module__", "") not in _LIGHTNING_MODULES
 
 
 def check_monitored(trainer: Trainer, directions: Mapping[str, bool]) -> None:
-    """Refuse callbacks and schedulers that monitor a name that will not be logged, or look for the worst value.
+    """Refuse who monitors a name that will not be logged, or looks for the worst value.
 
     Args:
         trainer: The Trainer.
-        directions: Whether the highest value is the best, by logged name; the first one is the expected score.
+        directions: Whether the highest value is the best, by logged name; the first one is the expected
+            score.
 
     Raises:
         MisconfigurationException: If there is one.
@@ -172,7 +173,7 @@ def try_metrics(metrics: Mapping[str, Metric], outputs: Tensor, labels: Tensor, 
 
 
 def check_class_shares(class_shares: object, task: Task, num_classes: int | None = None) -> None:
-    """Require shares of classes that sum to 1, ``"estimate"``, or None; one for each class, if these are known."""
+    """Require shares that sum to 1, one for each class if these are known, ``"estimate"`` or None."""
     expected = "positive shares of all classes that sum to 1, 'estimate', or None"
     if class_shares is None or isinstance(class_shares, str):
         check_argument("class_shares", class_shares, class_shares in (None, "estimate"), expected)

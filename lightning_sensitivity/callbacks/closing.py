@@ -37,7 +37,8 @@ def summarize(
 
     Args:
         trainer: The Trainer, at the end of a fit.
-        curves: The value, the loader and the direction of each name that can be monitored; the first is the default.
+        curves: The value, the loader and the direction of each name that can be monitored; the first is the
+            default.
         history: A row for each validation and loader.
         verdict: What is known of the reference of this fit; None without one.
         has_class_shares: Whether values are for other class shares than those of training.
@@ -70,7 +71,7 @@ def summarize(
 
 
 def _comparable(rows: list[Row]) -> list[Row]:
-    """Return the rows by the same reference as the last one; another one, before a resume, has judged otherwise."""
+    """Return the rows by the same reference as the last one; before a resume, it may have been another."""
     return [row for row in rows if _is_same(row["reference"], rows[-1]["reference"])]
 
 
@@ -167,7 +168,7 @@ def _why_nothing(summary: Summary) -> str:
 
 
 def _skill(summary: Summary) -> str:
-    """Say how well the reference predicts labels that it has not seen, beside always the most frequent class."""
+    """Say how well the reference predicts labels that it has not seen, beside the most frequent class."""
     if summary["left_out_accuracy"] is None:
         return f"its R² on left-out labels is {max(0.0, summary['skill']):.2f}"
     auroc = "" if summary["left_out_auroc"] is None else f"; AUROC {summary['left_out_auroc']:.2f}"
@@ -178,7 +179,7 @@ def _skill(summary: Summary) -> str:
 
 
 def _rival(summary: Summary) -> str:
-    """Compare what is expected of the network with the reference by itself, in the units of what is monitored.
+    """Compare what is expected of the network with the reference, in the units of what is monitored.
 
     What it reaches on left-out labels holds for the class shares of training alone.
     """

@@ -1,4 +1,4 @@
-"""What a validation of a RiskMonitor does: run the network on kept samples, and compute what to expect of them."""
+"""What a validation of a RiskMonitor does: run the network on kept samples, and say what to expect."""
 
 import math
 from typing import Any
@@ -28,7 +28,7 @@ _FALLING = 0.9  # of the last score: below, a network is still learning
 
 
 class ExpectationMonitor(Monitor):
-    """The base of RiskMonitor: it measures the network in each validation of a fit, and remembers the values."""
+    """The base of RiskMonitor, which measures the network in each validation, and remembers the values."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class ExpectationMonitor(Monitor):
     # A validation
 
     def is_ready(self, trainer: Trainer) -> bool:
-        """Return whether every process has its training samples; a sanity check needs none, and logs nothing."""
+        """Return whether every process has its training samples; a sanity check needs none."""
         return trainer.sanity_checking or (trainer.state.fn == TrainerFn.FITTING and self._reference.is_ready(trainer))
 
     def keep(self, module: LightningModule, batch: object, batch_idx: int, samples: KeptSamples) -> None:
@@ -148,7 +148,7 @@ class ExpectationMonitor(Monitor):
         return expected
 
     def remember(self, trainer: Trainer, dataloader_idx: int, values: Values) -> None:
-        """Add a row to the history, with the left-out score of the reference that judged, by which it is known."""
+        """Add a row to the history, with the left-out score of the reference, by which it is known."""
         row: Values = {"epoch": trainer.current_epoch, "step": trainer.global_step, "dataloader_idx": dataloader_idx}
         self.history.append({**row, "reference": None, "num_labels": 0, **values})
 
@@ -166,7 +166,7 @@ class ExpectationMonitor(Monitor):
                 self.reporter.warn("metrics", message)
 
     def _warn_of_targets(self, score: float, by_mean: float) -> None:
-        """Warn if a regression is worse than its mean prediction in several validations, and does not improve."""
+        """Warn if a regression is worse than its mean in several validations, and does not improve."""
         is_bad = score > max(by_mean, _FALLING * self._last_score)
         self._last_score = score
         self._num_bad = self._num_bad + 1 if is_bad else 0

@@ -21,7 +21,7 @@ from lightning_sensitivity.model.isolation import RunIsolated
 from lightning_sensitivity.model.reader import BatchReader
 from lightning_sensitivity.model.samples import MAX_BYTES, KeptSamples
 
-Values = dict[str, Any]  # of a loader in a validation: those that are logged, and what is remembered with them
+Values = dict[str, Any]  # of a loader in a validation, and what is remembered with them
 
 NO_VALUE = "This epoch has no value."
 _WORST = float(torch.finfo(torch.float32).max)  # of values that are best where low
@@ -30,7 +30,7 @@ _FEW_SAMPLES = 50  # of which a value is mostly chance
 
 
 class Monitor(Callback, ABC):
-    """The base of callbacks that measure the same few validation samples in every validation, and log the values.
+    """The base of callbacks that measure the same few samples in every validation, and log the values.
 
     The first validation of a run keeps samples as they come. Its last batch, and that of every later
     validation, measures them, and the end of the epoch logs the values.
@@ -44,12 +44,12 @@ class Monitor(Callback, ABC):
         self.num_samples = num_samples
         self.prefix = prefix
         self.prog_bar = prog_bar
-        self.measured: list[tuple[Tensor, ...] | None] = []  # in the last validation, by loader; None where that failed
+        self.measured: list[tuple[Tensor, ...] | None] = []  # by loader; None where that failed
         self.samples: list[KeptSamples] = []  # by loader
         self.reporter = Reporter(type(self).__name__, prefix)
         self._is_measuring = False  # the current validation
         self._first_step = FirstStep()
-        self._missing: dict[str, Tensor] = {}  # what other callbacks got in place of values in the last validation
+        self._missing: dict[str, Tensor] = {}  # what other callbacks got in place of values
         self._num_incomplete = 0  # validations that lacked a value
 
     # For subclasses to implement or override
@@ -57,7 +57,7 @@ class Monitor(Callback, ABC):
     @property
     @abstractmethod
     def directions(self) -> dict[str, bool]:
-        """Whether the highest value is the best, by name without the prefix; the progress bar shows the first."""
+        """Whether the highest value is the best, by name without the prefix; the first is on the progress bar."""
 
     @abstractmethod
     def check_outputs(self, outputs: Tensor) -> None:
@@ -162,7 +162,7 @@ class Monitor(Callback, ABC):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the values, or forget the samples of the sanity check; every process comes here."""
-        if self._is_measuring and not self.measured:  # the loader ended before Lightning knew, or has no batch here
+        if self._is_measuring and not self.measured:  # the loader ended early, or has no batch here
             self._measure_all(trainer, pl_module)
         if trainer.sanity_checking:
             self.samples = []
@@ -173,7 +173,7 @@ class Monitor(Callback, ABC):
     # After a run
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take back what was not measured, so that nobody who reads the metrics of a fit takes it for a value."""
+        """Take back what was not measured, so that nobody takes it for a value of the fit."""
         for name in self._missing:
             trainer.callback_metrics.pop(name, None)
 
@@ -244,7 +244,7 @@ class Monitor(Callback, ABC):
         self.reporter.warn("arguments", "got outputs that all lie in [0, 1]. If they are not logits, set `outputs=`.")
 
     def _log_all(self, trainer: Trainer, is_fit: bool) -> None:
-        """Compute and log the values of each loader; in a fit, give others what they need where one is missing."""
+        """Compute and log the values of each loader; in a fit, others get something for those that are missing."""
         if self._is_measuring:
             self.prepare(trainer)
         self._missing = {}
@@ -258,7 +258,7 @@ class Monitor(Callback, ABC):
             self._num_incomplete += bool(self._missing)
 
     def _compute_loader(self, trainer: Trainer, dataloader_idx: int) -> Values:
-        """Gather what all processes have measured of a loader, and compute its values; none if one process fails.
+        """Gather what all processes have measured of a loader, and compute its values; none if one fails.
 
         A process may fail before it agrees, never between two steps that need all of them.
         """
@@ -289,10 +289,10 @@ class Monitor(Callback, ABC):
                 )
 
     def _worst_value(self, trainer: Trainer, logged_name: str, is_highest: bool) -> Tensor:
-        """Return what other callbacks get for a value that is missing: the worst one, which stops no run by a bound.
+        """Return what other callbacks get for a missing value: the worst one, which stops no run by a bound.
 
-        It is a little better in each further validation, so that waiting for a first value uses up no patience, and
-        the last one is the best if there is none.
+        It is a little better in each further validation, so that waiting for a first value uses up no
+        patience, and the last one is the best if there is none.
         """
         value, nearer = (-_WORST, max) if is_highest else (_WORST, min)
         for callback, name in callbacks_that_monitor(trainer):

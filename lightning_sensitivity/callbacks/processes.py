@@ -1,4 +1,4 @@
-"""What the processes of a run decide and share; every process must call these functions, in the same order."""
+"""What the processes of a run decide and share; every process must call these, in the same order."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ def agree(trainer: Trainer, condition: bool) -> bool:
 
 
 def gather_rows(trainer: Trainer, rows: Tensor) -> Tensor:
-    """Concatenate the rows of all processes, ``(N, ...)``, on the CPU; each may have another number of them."""
+    """Concatenate the rows of all processes, ``(N, ...)``, on the CPU; their numbers may differ."""
     if trainer.world_size == 1:
         return rows
     return torch.cat([part.cpu() for part in gather_all_tensors(rows.to(trainer.strategy.root_device))])

@@ -51,35 +51,40 @@ class Predictions(NamedTuple):
 class RiskMonitor(ExpectationMonitor):
     r"""A callback that logs what to expect of unseen samples in every validation, without their labels.
 
-    A small model of the training labels, the *reference* (:class:`~lightning_sensitivity.Reference`), stands in for
-    validation labels. It is checked and calibrated on labels that it has not seen, and never sees the network. Labels
-    are drawn once from its predictions for validation samples, and metrics of the network against these labels are
-    logged, only in ``Trainer.fit``, after ``prefix``:
+    A small model of the training labels, the *reference* (:class:`~lightning_sensitivity.Reference`), stands
+    in for validation labels. It is checked and calibrated on labels that it has not seen, and never sees the
+    network. Labels are drawn once from its predictions for validation samples, and metrics of the network
+    against these labels are logged, only in ``Trainer.fit``, after ``prefix``:
 
     - ``expected_score``, lowest is best: the refined score to expect
-      (:func:`~lightning_sensitivity.functional.expected_score`); in a regression the mean squared error. Stop by it.
-    - ``expected_accuracy`` and ``expected_auroc``, in a regression ``expected_mse``; or ``expected_<name>`` for each
-      of ``metrics``.
+      (:func:`~lightning_sensitivity.functional.expected_score`); in a regression the mean squared error. Stop
+      by it.
+    - ``expected_accuracy`` and ``expected_auroc``, in a regression ``expected_mse``; or ``expected_<name>``
+      for each of ``metrics``.
 
-    Training samples are kept in the first whole epoch, of which the reference is made: 50,000 rows of a table, 10,000
-    images, signals or texts, 3,000 samples that an encoder sees, 512 MiB over all processes. If it sees too little of
-    the inputs, nothing is logged, and callbacks that monitor these values take the last epoch.
+    Training samples are kept in the first whole epoch, of which the reference is made: 50,000 rows of a
+    table, 10,000 images, signals or texts, 3,000 samples that an encoder sees, 512 MiB over all processes. If
+    it sees too little of the inputs, nothing is logged, and callbacks that monitor these values take the last
+    epoch.
 
     Args:
         task: ``"multiclass"``, ``"binary"`` or ``"regression"``.
-        metrics: Torchmetrics by name, or a ``MetricCollection``, each with ``higher_is_better``. They get probabilities
-            ``(N, K)``, or ``(N,)`` for ``"binary"``, and classes; in a regression outputs and targets.
+        metrics: Torchmetrics by name, or a ``MetricCollection``, each with ``higher_is_better``. They get
+            probabilities ``(N, K)``, or ``(N,)`` for ``"binary"``, and classes; in a regression outputs and
+            targets.
         targets: A function ``batch -> labels``; by default
             :func:`~lightning_sensitivity.model.select_targets`. Labels of -100 are ignored.
-        validation_labels: Use validation labels, which may be noisy, beside the reference, which counts as 200
-            of them, and as 1,000 for ``metrics`` and in a regression.
-        features: What the reference sees, by default the inputs: an ``nn.Module``, such as a pretrained encoder, that
-            gets the inputs of the network, or a function ``batch -> (N, D)``. It must know as much as the network.
+        validation_labels: Use validation labels, which may be noisy, beside the reference, which counts as
+            200 of them, and as 1,000 for ``metrics`` and in a regression.
+        features: What the reference sees, by default the inputs: an ``nn.Module``, such as a pretrained
+            encoder, that gets the inputs of the network, or a function ``batch -> (N, D)``. It must know as
+            much as the network.
         reference: A classifier of scikit-learn with ``predict_proba``, or a regressor, to be the reference.
-        class_shares: The shares of the classes among unseen samples, if a sampler or undersampling shows the training
-            others: numbers that sum to 1, or ``"estimate"`` (expectation maximization; Saerens et al., 2002).
-        num_samples: Validation samples per loader, over all processes; with validation labels at least 2,000; None for
-            all.
+        class_shares: The shares of the classes among unseen samples, if a sampler or undersampling shows the
+            training others: numbers that sum to 1, or ``"estimate"`` (expectation maximization; Saerens et
+            al., 2002).
+        num_samples: Validation samples per loader, over all processes; with validation labels at least 2,000;
+            None for all.
         prefix: Prefix of the logged names.
         inputs: A function ``batch -> arguments``; see :class:`~lightning_sensitivity.model.ModelCall`.
         outputs: A function ``result -> logits``, ``(N, K)`` or ``(N,)``.
@@ -91,7 +96,8 @@ class RiskMonitor(ExpectationMonitor):
 
     Raises:
         MisconfigurationException: If an argument is invalid; before the first step, if the Trainer or the
-            model is not supported, labels do not fit the task, or a callback monitors a name that is not logged.
+            model is not supported, labels do not fit the task, or a callback monitors a name that is not
+            logged.
 
     Example:
         >>> from lightning.pytorch.callbacks import EarlyStopping
@@ -130,19 +136,20 @@ class RiskMonitor(ExpectationMonitor):
 
     @property
     def reference(self) -> Any:
-        """The fitted :class:`~lightning_sensitivity.Reference`, in the first process; None before it is made."""
+        """The fitted :class:`~lightning_sensitivity.Reference`, in the first process; None before."""
         return self._reference.fitted
 
     def predict(self, model: nn.Module, dataloader: Iterable[object]) -> Predictions:
-        """Predict samples by the network, and by the reference, for their mean, which is often better than either.
+        """Predict samples by the network, and by the reference, for their mean, which is often better.
 
         Args:
             model: The network, such as that of the chosen checkpoint; it is left as it was.
             dataloader: Batches as those of the validation, with or without labels.
 
         Returns:
-            ``network``, ``reference`` and ``mean``, probabilities ``(N, C)`` of all classes, two for ``"binary"``; or
-            the numbers of a regression. Those of the reference are for ``class_shares``, if these are set.
+            ``network``, ``reference`` and ``mean``, probabilities ``(N, C)`` of all classes, two for
+            ``"binary"``; or the numbers of a regression. Those of the reference are for ``class_shares``, if
+            these are set.
 
         Raises:
             ValueError: If there is no reference, or it can't read the batches.

@@ -23,7 +23,7 @@ from lightning_sensitivity.reference.observations import largest_difference, pro
 
 _SORTED = 5.0  # standard errors between the labels of two halves
 _SHARES_DIFFER = 4.0  # standard errors between mean predictions; no false alarm in 79 runs of the design half
-_COLUMNS_DIFFER = 8.0  # standard errors between means of a column: 3.9 is the most in 222 random splits of 74 tables
+_COLUMNS_DIFFER = 8.0  # standard errors between means of a column: at most 3.9 in 222 random splits
 
 
 @dataclass
@@ -36,7 +36,8 @@ class Verdict:
         num_training: How many training samples it knows.
         left_out_score: Its left-out score.
         skill: How far its left-out score is below chance, from 1, if perfect, to 0, if useless.
-        left_out_accuracy: The share of labels that it predicts, each without having seen it; nan for a regression.
+        left_out_accuracy: The share of labels that it predicts, each without having seen it; nan for a
+            regression.
         left_out_auroc: The area under the ROC curve of these predictions; nan for a regression.
         majority: The share of the most frequent class; nan for a regression.
         unexplained: The share of training labels that can't be explained; nan if it is unknown.
@@ -67,7 +68,8 @@ class Unseen:
     """What the reference predicts for the kept samples of a loader, of all processes.
 
     Attributes:
-        rows: Which samples it can read, in an order that does not depend on the number of processes, ``(N,)``.
+        rows: Which samples it can read, in an order that does not depend on the number of processes,
+            ``(N,)``.
         q: Its predictions for them, ``(N, C)``.
         draws: Labels that were drawn from these, ``(R, N)``; in a regression ``(R, N, C)``.
         score: The reference's left-out score.
@@ -81,7 +83,7 @@ class Unseen:
 
 @dataclass
 class _Part:
-    """What a process has kept: training samples, their labels ``(N, C)``, and validation samples by loader."""
+    """What a process has kept: training samples, their labels ``(N, C)``, and validation samples."""
 
     known: Seen
     labels: Tensor
@@ -91,19 +93,21 @@ class _Part:
 class RunReference:
     """Stand in for the labels of the kept samples of a run.
 
-    Training samples are kept in the first whole epoch. The reference is made once: when that epoch is over, or no more
-    samples fit. It depends on the samples alone, so that a resumed fit makes the same one again. The first process
-    fits it, and sends what it predicts.
+    Training samples are kept in the first whole epoch. The reference is made once: when that epoch is over,
+    or no more samples fit. It depends on the samples alone, so that a resumed fit makes the same one again.
+    The first process fits it, and sends what it predicts.
 
     Args:
         task: The task.
         reader: Reads batches, and their labels.
         estimator: What is fitted; None for the reference's own learners.
-        class_shares: The shares of the classes among unseen samples, ``"estimate"``, or None for those of training.
+        class_shares: The shares of the classes among unseen samples, ``"estimate"``, or None for those of
+            training.
         reporter: Says what is doubtful.
 
     Attributes:
-        output_shape: The shape of the network's outputs for a sample; None before it is known, or if that failed.
+        output_shape: The shape of the network's outputs for a sample; None before it is known, or if that
+            failed.
         is_made: Whether it was tried to make one.
         fitted: The reference, in the first process; None before.
         verdict: What is known of it; None without one.
@@ -182,7 +186,7 @@ class RunReference:
         return _Part(known, labels, unseen)
 
     def _fit(self, parts: Sequence[_Part]) -> None:
-        """Fit the reference to the training samples of all processes, and predict the kept samples of each loader."""
+        """Fit the reference to the training samples of all processes, and predict the kept samples."""
         from lightning_sensitivity.reference import Reference
 
         labels = torch.cat([part.labels for part in parts])
@@ -238,7 +242,7 @@ class RunReference:
         return Unseen(rows, q.float(), draw_labels(q, self._task.name, self.fitted.residuals_), self.fitted.score_)
 
     def predict(self, seen: Seen) -> Tensor:
-        """Predict samples, ``(N, C)``, for the class shares that they have, if these are known or estimated."""
+        """Predict samples, ``(N, C)``, for the class shares that they have, if known or estimated."""
         q = torch.from_numpy(self.fitted.predict_matrix(seen))
         if self._class_shares is None:
             return q
@@ -291,7 +295,7 @@ class RunReference:
 
 
 def _are_enough(rows: KeptRows) -> bool:
-    """Return whether no more rows fit, and labels do not differ between halves, so that those to come are alike."""
+    """Return whether no more rows fit, and labels are alike in both halves, as those to come will be."""
     if rows.size == 0 or not rows.is_full:
         return False
     y = rows.labels.double()

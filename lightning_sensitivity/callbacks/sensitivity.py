@@ -37,8 +37,8 @@ class SensitivityMonitor(Monitor):
     standard error ``output_sensitivity_stderr``. With ``loss_estimate=True`` also ``loss_estimate``, the
     cross-entropy that the paper's Equation 9 makes of it.
 
-    The first validation keeps samples on the CPU, at most 512 MiB of them over all processes. Every validation
-    measures these samples, by 1 + ``num_draws`` passes.
+    The first validation keeps samples on the CPU, at most 512 MiB of them over all processes. Every
+    validation measures these samples, by 1 + ``num_draws`` passes.
 
     Args:
         noise: σ of Gaussian noise in the units of the model's inputs, one number or one per channel, or a
@@ -46,10 +46,10 @@ class SensitivityMonitor(Monitor):
         at: Name of a submodule; its output is perturbed instead of the input.
         num_draws: Noise draws per sample.
         per_output: Log the mean squared change of single outputs, also for probabilities and two-class heads.
-        loss_estimate: Log Equation 9, too; see :func:`~lightning_sensitivity.functional.loss_estimate`. It holds
-            for networks that are initialized with N(0, 1) and trained to convergence; with PyTorch's default
-            initialization it is about ten times too low. Only for Gaussian noise of one σ at the inputs, and two
-            outputs or more.
+        loss_estimate: Log Equation 9, too; see :func:`~lightning_sensitivity.functional.loss_estimate`. It
+            holds for networks that are initialized with N(0, 1) and trained to convergence; with PyTorch's
+            default initialization it is about ten times too low. Only for Gaussian noise of one σ at the
+            inputs, and two outputs or more.
         num_samples: Samples per loader, over all processes, in whole, evenly spaced batches; None for all.
             600 give a standard error of about 7 %.
         seed: Seed of the noise. A sample gets the same noise in every epoch.
@@ -110,7 +110,7 @@ class SensitivityMonitor(Monitor):
         return dict.fromkeys(names, False)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check what can be checked by now, and warn of callbacks that would choose an epoch by the sensitivity."""
+        """Check what can be checked by now, and warn of callbacks that would choose by sensitivity."""
         super().setup(trainer, pl_module, stage)
         for callback, name in callbacks_that_monitor(trainer):
             has_bound = getattr(callback, "divergence_threshold", None) is not None  # which is sensible
@@ -150,7 +150,7 @@ class SensitivityMonitor(Monitor):
             noisy_outputs(run, call, self._noise, (self.seed, 0, 0, 0), 1, at)
 
     def check_outputs(self, outputs: Tensor) -> None:
-        """Refuse probabilities, whose sensitivity means something else, and a single output for Equation 9."""
+        """Refuse probabilities, whose sensitivity means something else, and one output for Equation 9."""
         if self.loss_estimate:
             check_argument("loss_estimate", True, num_outputs(outputs) > 1, "False for a single output")
         if not self.per_output:
@@ -160,8 +160,9 @@ class SensitivityMonitor(Monitor):
         """Run the model on the kept samples of a loader, clean and with noise.
 
         Returns:
-            A row for each sample, by ``sensitivity_rows``, and its lowest and highest output, ``(N, 7)``; the sum of
-            squares of the perturbed elements, and their number, ``(1, 2)``, which is 0 if nobody needs it.
+            A row for each sample, by ``sensitivity_rows``, and its lowest and highest output, ``(N, 7)``; the
+            sum of squares of the perturbed elements, and their number, ``(1, 2)``, which is 0 if nobody needs
+            it.
         """
         rows = [torch.zeros(0, NUM_COLUMNS + 2, dtype=wide_dtype(module.device))]
         power = torch.zeros(1, 2)
