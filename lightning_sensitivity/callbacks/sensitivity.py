@@ -169,9 +169,7 @@ class SensitivityMonitor(Monitor):
         at = None if self.at is None else submodule(module, self.at)
 
         def noise(x: Tensor, generator: torch.Generator) -> Tensor:
-            square = float(x.float().square().mean())
-            if not math.isnan(square):
-                power.add_(torch.tensor([[square * x.numel(), x.numel()]]))
+            power.add_(torch.tensor([[float(x.float().square().mean()) * x.numel(), x.numel()]]))
             return self._noise(x, generator)
 
         for batch in samples.batches:
