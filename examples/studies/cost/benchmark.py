@@ -40,6 +40,7 @@ Row = dict[str, object]
 FITS = {
     "table, 1,000 rows": (1000, 20),
     "table, 20,000 rows": (20_000, 20),
+    "1,500 features of an encoder, 1,280 each": (1500, 1280),
     "3,000 images": (3000, 3, 32, 32),
     "10,000 images": (10_000, 3, 32, 32),
 }
