@@ -13,6 +13,7 @@ from lightning_sensitivity.compat import PlotType
 from lightning_sensitivity.functional.refined_score import TEMPERATURES
 
 _SAID = 0.05  # share of labels that is worth a sentence
+_ENDED = 0.01  # of the first learning rate
 _LEARNERS = {"forest": "random forest", "ridge": "ridge regression on {}"}
 # Its words, the reference's own value, its form, and whether higher is better, by what is expected.
 _RIVALS = {
@@ -59,7 +60,7 @@ def summarize(
         "checkpoint": _checkpoint_of(trainer, name, best.get(value)),
         "chosen_by": _chosen_by(best),
         "is_tied": bool(found) and not best,
-        "is_improving": len(found) > 1 and best is rows[-1],
+        "is_improving": len(found) > 1 and best is rows[-1] and not _has_ended(trainer),
         "num_labels": best.get("num_labels", 0),
         "temperature": best.get("temperature"),
         "num_validations": len(rows),
@@ -206,6 +207,13 @@ def _unexplained(summary: Summary) -> str:
         f"About {summary['unexplained']:.0%} of the training labels can't be explained: they are wrong, or not to be "
         "known from the inputs."
     )
+
+
+def _has_ended(trainer: Trainer) -> bool:
+    """Return whether a callback has stopped the run, or a schedule has ended, so that more epochs are of no use."""
+    has_stopped = any(getattr(owner, "stopped_epoch", 0) for owner, _ in callbacks_that_monitor(trainer))
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    return has_stopped or any(group["lr"] <= _ENDED * group.get("initial_lr", 0.0) for group in groups)
 
 
 def plot_history(history: Sequence[Row], names: Sequence[str], prefix: str) -> PlotType:

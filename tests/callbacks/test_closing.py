@@ -177,6 +177,52 @@ def test_in_a_debugging_run_there_is_none_and_before_a_value_a_warning(log: Any)
     assert lines(log) == [] and monitor.summary == {} and len(monitor.history) == 1
 
 
+class Stopping(cb.Callback):
+    """It stops a fit in the middle, as `Timer` does, or `EarlyStopping` on another value."""
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        trainer.should_stop = trainer.current_epoch == 2
+
+
+class Scheduled(Plain):
+    """Its rate ends at zero."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.trainer.max_epochs)]
+
+
+STOPPED: dict[str, tuple[Any, Any, int, bool]] = {  # a model, another callback, epochs; was it still improving?
+    "EarlyStopping that waits": (Plain, lambda: cb.EarlyStopping(SCORE, patience=2), 3, True),
+    "EarlyStopping at its goal": (Plain, lambda: cb.EarlyStopping(SCORE, stopping_threshold=0.7505), 9, False),
+    "another callback that stops it": (Plain, Stopping, 4, True),
+    "a single epoch": (Plain, Stopping, 1, False),
+    "a schedule that has ended": (Scheduled, Stopping, 3, False),
+}
+
+
+@pytest.mark.parametrize("name", STOPPED)
+def test_it_advises_to_train_for_longer_unless_that_is_of_no_use(name: str, log: Any) -> None:
+    make, other, max_epochs, is_improving = STOPPED[name]
+    model = make()
+    model.lr = 0.003
+    fit(model, quick_risk(), other(), max_epochs=max_epochs)
+    (line,) = lines(log)
+    assert (LONGER in line) == is_improving
+
+
+# Where there is no value
+
+
+class Diverging(Plain):
+    """Its outputs are nan from an epoch on."""
+
+    first = 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (math.nan if self.current_epoch >= self.first else 1)
+
+
 # Where there is no value
 
 

@@ -1,4 +1,4 @@
-"""Two gloo processes say what one says; they are started once, and run every scenario."""
+"""Two and four gloo processes say what one says; each number of them is started once, and runs every scenario."""
 
 import os
 from datetime import timedelta
@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -91,10 +92,23 @@ def known_of(monitor: RiskMonitor) -> tuple[list[Any], list[Any]]:
     return [pair for pair in values if type(pair[1]) is float], [pair for pair in values if type(pair[1]) is not float]
 
 
-def test_two_processes_with_unequal_numbers_of_batches_say_what_one_says(both: Any) -> None:
-    (values, numbers, words, lines, texts), other = both["unequal"]
-    truth, one, one_words, one_line, _ = all_that_is_said([125])
-    assert other == (values, numbers, words, lines, texts)
+SIZES = {2: [50, 75], 4: [50, 0, 20, 55]}  # of validation samples; in one process there is no batch
+
+
+@pytest.fixture(scope="module")
+def alone() -> Any:
+    return all_that_is_said([125])
+
+
+def four(rank: int, folder: Path) -> Any:
+    return all_that_is_said(SIZES[4])
+
+
+def assert_same_as_one(found: list[Any], alone: Any) -> None:
+    for each in found[1:]:
+        assert each == found[0]
+    values, numbers, words, lines, texts = found[0]
+    truth, one, one_words, one_line, _ = alone
     assert texts == [] and lines == one_line and words == one_words
     assert len(lines) == 1 and "The reference (" in lines[0]
     assert values.keys() == truth.keys()
@@ -107,11 +121,21 @@ def test_two_processes_with_unequal_numbers_of_batches_say_what_one_says(both: A
     assert ("is_trusted", True) in words and ("num_training", 96) in words
 
 
+@pytest.mark.filterwarnings("ignore:Total length of `DataLoader`")
+def test_four_processes_one_without_a_batch_say_what_one_says(alone: Any, tmp_path: Path) -> None:
+    found = helpers.run_processes(four, tmp_path, 4)
+    assert_same_as_one(found, alone)
+
+
+def test_two_processes_with_unequal_numbers_of_batches_say_what_one_says(both: Any, alone: Any) -> None:
+    assert_same_as_one(both["unequal"], alone)
+
+
 # Scenarios of two processes
 
 
 def unequal(folder: Path) -> Any:
-    return all_that_is_said([50, 75])
+    return all_that_is_said(SIZES[2])
 
 
 def identical(folder: Path) -> Any:
@@ -157,6 +181,31 @@ def failing_metric(folder: Path) -> Any:
     monitors = [SensitivityMonitor(), quick_risk(metrics={"accuracy": LateMetric(4)})]
     run, texts = fitted(monitors, Moving(), batches_of(X, CORRECT, batch_size=20), dealt([20, 40]), max_epochs=3)
     return run.epochs, texts
+
+
+def failing_training(folder: Path) -> Any:
+    model, monitor = Moving(), quick_risk()
+    model.loss = lambda outputs, y: cross_entropy(outputs, y.clamp(max=3))
+    run, texts = fitted([monitor], model, batches(rank()), dealt([20, 40]), use_distributed_sampler=False)
+    return run.epochs, texts, known_of(monitor)
+
+
+def batches(place: int) -> DataLoader:
+    """Three training batches; that in the middle has a label above the classes in the second process."""
+    parts = [labelled(size, seed=size + place).tensors for size in (20, 16, 4)]
+    parts[1][1][3] = 7 if place == 1 else 0
+    return DataLoader(parts, None)
+
+
+def failing_features(folder: Path) -> Any:
+    def features(batch: Any) -> Tensor:
+        if rank() == 1 and isinstance(batch, Tensor):
+            raise ValueError("no features")
+        return batch[0] if isinstance(batch, list) else batch
+
+    monitor = quick_risk(features=features)
+    run, texts = fitted([monitor], Moving(), batches_of(X, CORRECT, batch_size=20), dealt([20, 40]))
+    return run.epochs, texts, known_of(monitor)
 
 
 def labels(folder: Path) -> Any:
@@ -214,7 +263,7 @@ def half_an_epoch(folder: Path) -> Any:
 
 
 SCENARIOS = (
-    unequal, identical, failing, failing_metric, labels, resuming, half_an_epoch
+    unequal, identical, failing, failing_metric, failing_training, failing_features, labels, resuming, half_an_epoch
 )  # fmt: skip
 
 
@@ -252,6 +301,19 @@ def test_a_metric_that_fails_in_one_process_costs_a_value_in_both(both: Any) -> 
     assert epochs == other_epochs and [epoch[SCORE] > 2 for epoch in epochs] == [False, True, False]
     assert texts == [] and len(other_texts) == 1 and "out of metrics" in other_texts[0]
     assert all(epoch[SENSITIVITY] < 1e38 for epoch in epochs)
+
+
+def test_a_training_batch_that_fails_in_one_process_is_left_out_and_said_by_it(both: Any) -> None:
+    (epochs, texts, known), (other_epochs, other_texts, other_known) = both["failing_training"]
+    assert epochs == other_epochs and known == other_known and ("num_training", 40 + 24) in known[1]
+    assert texts == [] and len(other_texts) == 1
+    assert "could not keep a training batch" in other_texts[0] and "Expected labels from 0 to 3" in other_texts[0]
+
+
+def test_a_process_whose_validation_samples_have_no_features_costs_no_run(both: Any) -> None:
+    (epochs, _, known), (other_epochs, texts, other_known) = both["failing_features"]
+    assert epochs == other_epochs and len(epochs) == 2 and known == other_known and epochs[0][SCORE] < 2
+    assert any("failed on a tensor" in text and "no features" in text for text in texts)
 
 
 @pytest.mark.parametrize(("place", "num_labels", "num_training"), [(0, 20 + 32, 96), (1, 20, 96), (2, 0, 48)])
