@@ -18,7 +18,6 @@ from lightning_sensitivity.arguments import Refused
 T = TypeVar("T")
 Place = tuple[dict[str, Any], str, object]
 
-_LONG = 10_000  # items of a container that is not copied
 _LARGE = 2**16  # elements of a tensor that is cloned again only where it has changed
 _OWN = frozenset(vars(nn.Module()))  # what each module has: parameters, buffers, hooks, the mode
 _COPIED = {list, dict, set, deque, OrderedDict}
@@ -37,7 +36,7 @@ def isolated(model: nn.Module) -> Iterator[RunIsolated]:
 
     Inside, the model is in eval mode, without gradients, and its ``self.log`` does nothing. Every run starts
     from the same buffers, attributes and random state of torch: tensors and generators are cloned, and lists,
-    dicts, sets and deques of up to 10,000 items are copied one level deep. A large tensor is cloned once for all
+    dicts, sets and deques are copied one level deep. A large tensor is cloned once for all
     runs, and again only after a run that has written to the clone. After a run, the originals are put back; hooks,
     too. The random streams of Python and NumPy are put back at the end. Compiled code runs eagerly, so that our
     passes compile nothing.
@@ -85,7 +84,7 @@ class _State:
         self.devices = sorted({parameter.get_device() for _, parameter in named if parameter.is_cuda})
         self.originals = [(items, dict(items)) for module in modules for items in _dicts_of(module)]
         self.places = [place for module in modules for place in _places_of(module)]
-        self.clones: dict[int, tuple[Tensor, object]] = {}  # of large tensors, and the state in which each was made
+        self.clones: dict[int, tuple[Tensor, int | None]] = {}  # of tensors, and the writes to each so far
 
     def put_copies(self) -> None:
         """Put copies in the place of what a run may change."""
@@ -93,23 +92,24 @@ class _State:
         copies: dict[int, object] = {}  # what several places share stays shared
         for items, name, value in self.places:
             if id(value) not in copies:
-                is_large = isinstance(value, Tensor) and value.numel() > _LARGE
-                copies[id(value)] = self._clone(value) if is_large else _copy(value)
+                copies[id(value)] = self._copy(value)
             items[name] = copies[id(value)]
 
-    def _clone(self, value: Any) -> Tensor:
-        """Return the clone of a large tensor of an earlier run, unless that has written to it."""
-        clone, state = self.clones.get(id(value), (None, None))
-        if clone is None or state is None or _state_of(clone) != state:
+    def _copy(self, value: object) -> object:
+        """Copy a value; of a large tensor, return the clone of an earlier run, unless that has written to it."""
+        if isinstance(value, torch.Generator):
+            return value.clone_state()
+        if not isinstance(value, Tensor):
+            return copy.copy(value)
+        clone, writes = self.clones.get(id(value), (value, None))
+        if value.numel() <= _LARGE or writes is None or _count_writes(clone) != writes:
             clone = value.detach().clone()
-            self.clones[id(value)] = clone, _state_of(clone)
+            self.clones[id(value)] = clone, _count_writes(clone)
         return clone
 
     def restore(self) -> None:
         """Put the originals back."""
-        for items, originals in self.originals:
-            if not items and not originals:  # as most are, such as those of hooks
-                continue
+        for items, originals in filter(any, self.originals):  # most are empty, such as those of hooks
             if list(items) != list(originals):  # new names, or another order of parameters and buffers
                 items.clear()
             items.update(originals)
@@ -150,18 +150,4 @@ def _places_of(module: nn.Module) -> list[Place]:
 def _is_copied(value: object) -> bool:
     if isinstance(value, Tensor | torch.Generator):
         return not isinstance(value, nn.Parameter)
-    return type(value) in _COPIED and len(value) <= _LONG  # type: ignore[arg-type]
-
-
-def _state_of(clone: Tensor) -> object:
-    """Return what differs after a tensor was written to, also by its views, or was given other data."""
-    if clone.is_inference():
-        return None  # nobody counts
-    places = (clone.data_ptr(), clone.stride()) if clone.layout == torch.strided else ()
-    return clone._version, clone.shape, clone.dtype, clone.requires_grad, *places
-
-
-def _copy(value: object) -> object:
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    return value.clone_state() if isinstance(value, torch.Generator) else copy.copy(value)
+    return type(value) in _COPIED
