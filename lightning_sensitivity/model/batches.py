@@ -20,7 +20,11 @@ class _Cloneable(ABC):  # noqa: B024
         return callable(getattr(other, "clone", None))
 
 
-def clone_tensors(value: Any, clone: Callable[[Tensor], Tensor] = Tensor.clone) -> Any:
+def _detached_clone(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()
+
+
+def clone_tensors(value: Any, clone: Callable[[Tensor], Tensor] = _detached_clone) -> Any:
     """Clone what can be cloned in a value and its collections, and the tensors of an object that can't.
 
     Other objects are shared, not copied.

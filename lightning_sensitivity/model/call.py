@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -21,6 +22,8 @@ Perturb = Callable[[Tensor], Tensor]
 
 # Names of labels in batches of torch, transformers and Lightning's examples.
 TARGET_NAMES = ("label", "labels", "target", "targets", "y")
+# Parameters of ``forward`` by module: to read them for each batch takes longer than a small network.
+_PARAMETERS: WeakKeyDictionary[nn.Module, Mapping[str, inspect.Parameter]] = WeakKeyDictionary()
 _CHOOSE = "Select them: `inputs=lambda batch: batch['image']`; for `forward(batch)`, `inputs=lambda batch: (batch,)`."
 
 
@@ -130,8 +133,7 @@ class ModelCall:
 
     def copy_to_cpu(self) -> "ModelCall":
         """Copy the call to the CPU; non-tensors that can't be cloned are shared."""
-        cloned = self._with(lambda value: clone_tensors(value, lambda tensor: tensor.detach().clone()))
-        return cloned._with(lambda value: move_data_to_device(value, torch.device("cpu")))
+        return self._with(lambda value: move_data_to_device(clone_tensors(value), torch.device("cpu")))
 
     def _with(self, change: Callable[[object], object]) -> "ModelCall":
         """Return the call with other arguments, which a function makes of those of this call."""
@@ -153,7 +155,7 @@ class ModelCall:
 
     def _argument_to_perturb(self) -> int | str:
         """Find the argument to perturb: 0, the first positional one, or its name."""
-        inputs = [key for key in self.arguments if key == 0 or key in self.kwargs.keys() - {*TARGET_NAMES}]
+        inputs = [key for key in self.arguments if key == 0 or (isinstance(key, str) and key not in TARGET_NAMES)]
         floating = [key for key in inputs if any(map(is_floating, tensors_in(self.arguments[key])))]
         if len(floating) != 1:
             names = ", ".join(map(repr, floating)) or "none"
@@ -217,8 +219,11 @@ def select_targets(model: nn.Module, batch: Any, targets: Selector | None = None
     Raises:
         MisconfigurationException: If it is not clear where the labels are, or they are not a tensor.
     """
-    with refuse_on_error(f"`targets` failed on {describe(batch)}"):
-        selected = _find_targets(model, batch) if targets is None else targets(clone_tensors(batch))
+    if targets is None:
+        selected = _find_targets(model, batch)
+    else:
+        with refuse_on_error(f"`targets` failed on {describe(batch)}"):
+            selected = targets(clone_tensors(batch))
     if not isinstance(selected, Tensor):
         example = "`targets=lambda batch: batch[...]`"
         raise Refused(f"`targets` should return the labels, such as {example}, from {describe(batch)}.")
@@ -257,9 +262,12 @@ def _entry(value: object, name: str) -> object:
     return value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
 
 
-def parameters_of(model: nn.Module) -> dict[str, inspect.Parameter]:
+def parameters_of(model: nn.Module) -> Mapping[str, inspect.Parameter]:
     """Return the parameters of the ``forward`` of a module, compiled or not, by name."""
-    return dict(inspect.signature(original_module(model).forward).parameters)
+    module = original_module(model)
+    if module not in _PARAMETERS:
+        _PARAMETERS[module] = inspect.signature(module.forward).parameters
+    return _PARAMETERS[module]
 
 
 def _required_names(model: nn.Module) -> list[str]:
