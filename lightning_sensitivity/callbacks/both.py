@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from lightning_sensitivity.functional.tasks import Task
 from lightning_sensitivity.model.inputs import join_seen
 from lightning_sensitivity.model.isolation import isolated
-from lightning_sensitivity.model.reader import BatchReader
-from lightning_sensitivity.model.transfer import move_batch
+from lightning_sensitivity.model.reader import BatchReader, move_batch
 from lightning_sensitivity.reference.features import Seen
 
 

@@ -30,10 +30,11 @@ class Encoder:
     def __init__(self, module: nn.Module) -> None:
         self._module = module
 
-    def is_trained_with(self, model: nn.Module) -> bool:
-        """Return whether both share weights that are not frozen."""
+    def check(self, model: nn.Module) -> None:
+        """Refuse weights that are trained with the model, since features of earlier samples would not hold."""
         trained = {weight for weight in model.parameters() if weight.requires_grad}
-        return not trained.isdisjoint(self._module.parameters())
+        if not trained.isdisjoint(self._module.parameters()):
+            raise Refused("`features` is trained with the network: pass a copy, `copy.deepcopy(body)`.", "features")
 
     def encode(self, call: ModelCall, size: int, rows: Tensor | None, device: torch.device) -> Tensor:
         """Return the features of some samples, ``(R, D)``, in single precision, on the CPU.

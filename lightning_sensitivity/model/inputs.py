@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lightning_sensitivity.model.batches import choose_rows, tensors_in
-from lightning_sensitivity.reference.features import Seen, fit_size, shrunk
+from lightning_sensitivity.reference.features import Seen, fit_size, kind_of, shrunk
 
 LEAST_SKILL = 0.05  # of a reference that does not see all inputs, to be trusted
-_KINDS = {1: "columns", 2: "columns", 3: "signals", 4: "images"}  # by the number of dimensions
+_MAX_DIMENSIONS = 4  # those of images
 _MASK = "attention_mask"  # in transformers, where tokens are, and not padding
 _NO_INPUTS = re.compile("mask|position_ids|token_type_ids")
 _CONSTANTS = (Tensor, bool, int, float, str, type(None))  # tensors without rows among them; others hold something
@@ -68,17 +68,15 @@ class InputReader:
     def _read(self, place: int, name: str, x: Tensor, mask: Tensor | None, has_numbers: bool) -> tuple[str, Tensor]:
         """Return the kind of an input, and what is seen of it."""
         if x.ndim > 2 or x.is_floating_point():
-            return _KINDS[x.ndim], shrunk(x).detach().float()
-        if _are_integers(x) and self._is_text(place, x, mask, has_numbers):
+            return kind_of(x), shrunk(x).detach().float()
+        if _are_integers(x) and (mask is not None or not has_numbers or self._is_text(place, x)):
             return "tokens", x.long() if mask is None else x.long().where(mask > 0, -1)  # 8 bits have no -1
         return "columns", self._categories(place, name, x[:, None].flatten(1).cpu().long())
 
-    def _is_text(self, place: int, ids: Tensor, mask: Tensor | None, has_numbers: bool) -> bool:
-        """Return whether a matrix of integers is a text."""
-        if has_numbers and mask is None:
-            share = float((ids >= _MANY).any(0).float().mean())
-            return self._texts.setdefault(place, ids.shape[1] >= _MIN_WORDS and share > 0.5)
-        return True
+    def _is_text(self, place: int, ids: Tensor) -> bool:
+        """Return whether a matrix of integers beside numbers is a text."""
+        share = float((ids >= _MANY).any(0).float().mean())
+        return self._texts.setdefault(place, ids.shape[1] >= _MIN_WORDS and share > 0.5)
 
     def _categories(self, place: int, name: str, x: Tensor) -> Tensor:
         """Return columns of integers or flags as numbers, and those that are left out as zeros."""
@@ -96,7 +94,7 @@ def _is_data(name: str, is_like_numbers: bool) -> bool:
 def _has_rows(x: Tensor, size: int) -> bool:
     """Return whether a tensor has a row of real numbers for each sample, and at most as many dimensions as images."""
     is_dense = x.layout == torch.strided and not x.is_nested and not x.is_complex()
-    return is_dense and x.ndim in _KINDS and len(x) == size
+    return is_dense and x.ndim <= _MAX_DIMENSIONS and len(x) == size
 
 
 def _are_integers(x: Tensor) -> bool:

@@ -2,11 +2,15 @@
 
 import math
 import sys
+from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import move_data_to_device
 from torch import Tensor, nn
 
 from lightning_sensitivity.arguments import Refused, Selector, check_selectors, describe, refuse_on_error
+from lightning_sensitivity.compat import original_module
 from lightning_sensitivity.functional.tasks import Task
 from lightning_sensitivity.model.batches import choose_rows, clone_tensors, device_of
 from lightning_sensitivity.model.call import ModelCall, has_targets, select_targets
@@ -77,8 +81,8 @@ class BatchReader:
         Raises:
             MisconfigurationException: If they share weights that are not frozen.
         """
-        if self._encoder is not None and self._encoder.is_trained_with(model):
-            raise Refused("`features` is trained with the network: pass a copy, `copy.deepcopy(body)`.", "features")
+        if self._encoder is not None:
+            self._encoder.check(model)
 
     def call(self, model: nn.Module, batch: object) -> ModelCall:
         """Make the call of a model on a batch."""
@@ -124,7 +128,7 @@ class BatchReader:
         labels = self.labels(model, batch, output_shape)
         if kept.rows is not None and len(labels) > int(kept.rows.max()):
             labels = labels[kept.rows]
-        check_count(labels, kept.size)
+        _check_count(labels, kept.size)
         return labels
 
     def size(self, model: nn.Module, call: ModelCall) -> int:
@@ -172,16 +176,13 @@ class BatchReader:
 
     # Validation samples
 
-    def keep(
-        self, model: nn.Module, batch: object, index: int, with_seen: bool = False, max_samples: float = math.inf
-    ) -> KeptBatch:
+    def keep(self, model: nn.Module, batch: object, index: int, max_samples: float = math.inf) -> KeptBatch:
         """Copy a batch to the CPU, so that it can be run again.
 
         Args:
             model: The model.
             batch: The batch, on the model's device.
             index: Its index in its loader.
-            with_seen: Whether :meth:`join` will be called.
             max_samples: How many samples to keep, evenly spaced, if its rows are samples.
 
         Raises:
@@ -191,7 +192,7 @@ class BatchReader:
         rows = whole.spread(max_samples)
         call = whole if rows is None else whole.of_rows(rows)
         kept = KeptBatch(index, self.size(model, call), call.copy_to_cpu(), rows=rows)
-        if with_seen and kept.size > 0 and self._features is not None:  # all else can be found in the call
+        if kept.size > 0 and self._features is not None:  # all else can be found in the call
             kept.seen = self.see(model, batch, whole, whole.size or kept.size, rows)
         return kept
 
@@ -231,9 +232,11 @@ class BatchReader:
         Raises:
             MisconfigurationException: If it can't be read, or there is not one label for each sample.
         """
+        if rows.num_to_read == 0:
+            return
         call = self.call(model, batch)
         labels = self.labels(model, batch, output_shape)
-        check_count(labels, call.size or len(labels))
+        _check_count(labels, call.size or len(labels))
         assert self.task is not None
         labelled = self.task.has_label(labels).nonzero()[:, 0]
         wanted = labelled[rows.wanted(len(labelled))]
@@ -242,7 +245,22 @@ class BatchReader:
             rows.add(self.see(model, batch, call, len(labels), wanted), y)
 
 
-def check_count(labels: Tensor, size: int) -> None:
+def move_batch(model: nn.Module, batch: object) -> Any:
+    """Copy a batch that came from no Trainer to the device of a model; the hooks of a LightningModule may change it."""
+    module, batch, device = original_module(model), clone_tensors(batch), device_of(model)
+    if not isinstance(module, LightningModule):
+        return move_data_to_device(batch, device)
+
+    def transfer(batch: object) -> object:
+        batch = module.on_before_batch_transfer(batch, 0)
+        batch = module.transfer_batch_to_device(batch, device, 0)
+        return module.on_after_batch_transfer(batch, 0)
+
+    with isolated(model) as run:
+        return run(transfer, batch)
+
+
+def _check_count(labels: Tensor, size: int) -> None:
     """Refuse labels that are not one for each sample."""
     if len(labels) != size:
         raise Refused(f"`targets` should return a label for each of {size} samples, got {len(labels)}.", "task")
