@@ -3,7 +3,7 @@
 import copy
 import inspect
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -12,7 +12,6 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
 from lightning_sensitivity.arguments import Refused, Selector, describe, refuse_on_error
 from lightning_sensitivity.compat import original_module
@@ -49,7 +48,8 @@ class ModelCall:
 
     Attributes:
         arguments: The arguments of the model, by position or name.
-        size: The number of samples by the rows of the arguments; 0 if it is unknown, as with graphs.
+        size: The number of samples, if tensors have a row for each, and all else belongs to all samples; 0 if that is
+            unknown, as with graphs and lists.
 
     Raises:
         MisconfigurationException: If it is not clear how to call the model.
@@ -68,22 +68,7 @@ class ModelCall:
             self.arguments = _named_arguments(model, batch)
         elif isinstance(batch, list | tuple) and len(batch):
             self.arguments = _positional_arguments(model, batch)
-        self.size = _num_samples(self.arguments.values())
-
-    @property
-    def args(self) -> tuple[object, ...]:
-        """The positional arguments of the model."""
-        return tuple(value for key, value in self.arguments.items() if isinstance(key, int))
-
-    @property
-    def kwargs(self) -> dict[str, object]:
-        """The keyword arguments of the model."""
-        return {key: value for key, value in self.arguments.items() if isinstance(key, str)}
-
-    @property
-    def has_rows(self) -> bool:
-        """Whether its tensors have a row for each sample, and all else belongs to all samples."""
-        return self.size > 0 and all(map(_has_rows, self.arguments.values()))
+        self.size = _num_samples(self.arguments)
 
     def inputs(self) -> dict[str, object]:
         """Return the arguments, but for labels, by their names in ``forward``, and further ones by their position."""
@@ -108,7 +93,9 @@ class ModelCall:
         if perturb is not None:
             key = self._argument_to_perturb()
             call.arguments[key] = clone_tensors(call.arguments[key], lambda x: perturb(x) if is_floating(x) else x)
-        result = self._model(*call.args, **call.kwargs)
+        args = [value for key, value in call.arguments.items() if isinstance(key, int)]
+        kwargs = {key: value for key, value in call.arguments.items() if isinstance(key, str)}
+        result = self._model(*args, **kwargs)
         if self.size == 1 and isinstance(result, Tensor) and result.shape[:1] != (1,):
             result = result[None]  # `squeeze()` has dropped the dimension of a single sample
         outputs = select_outputs(result, self._outputs)
@@ -117,9 +104,9 @@ class ModelCall:
         return outputs
 
     def spread(self, max_samples: float) -> Tensor | None:
-        """Choose evenly spaced rows; None for all, if there are no more than wanted, or rows may not be samples."""
+        """Choose evenly spaced rows; None for all, if there are no more than wanted, or their number is unknown."""
         count = math.ceil(min(max_samples, self.size))
-        return torch.arange(count) * self.size // count if count < self.size and self.has_rows else None
+        return torch.arange(count) * self.size // count if count < self.size else None
 
     def of_rows(self, rows: Tensor) -> "ModelCall":
         """Return the call on some of its rows."""
@@ -155,7 +142,7 @@ class ModelCall:
 
     def _argument_to_perturb(self) -> int | str:
         """Find the argument to perturb: 0, the first positional one, or its name."""
-        inputs = [key for key in self.arguments if key == 0 or (isinstance(key, str) and key not in TARGET_NAMES)]
+        inputs = [0] if 0 in self.arguments else [key for key in self.arguments if key not in TARGET_NAMES]
         floating = [key for key in inputs if any(map(is_floating, tensors_in(self.arguments[key])))]
         if len(floating) != 1:
             names = ", ".join(map(repr, floating)) or "none"
@@ -167,16 +154,14 @@ class ModelCall:
         return floating[0]
 
 
-def _num_samples(arguments: Collection[object]) -> int:
+def _num_samples(arguments: Mapping[int | str, object]) -> int:
     """Count the samples by the rows that all tensors have; 0 if that is unknown, as with lists and graphs."""
-    if any(isinstance(value, list | PackedSequence) for value in arguments):  # each item may be a sample
-        return 0
-    numbers = {len(x) for x in tensors_in([*arguments]) if x.ndim > 0 and not x.is_nested}
+    numbers = {len(x) for x in tensors_in(arguments) if x.ndim > 0} if _has_rows(arguments) else {0}
     return numbers.pop() if len(numbers) == 1 else 0
 
 
 def _has_rows(value: object) -> bool:
-    """Check whether a part of a call is made of tensors, whose rows are samples, and of what belongs to all samples."""
+    """Check whether a value is made of dense tensors, and of what belongs to all samples; a list may be of samples."""
     if isinstance(value, Tensor):
         return value.layout == torch.strided and not value.is_nested
     if isinstance(value, Mapping | tuple):

@@ -14,7 +14,7 @@ from lightning_sensitivity.compat import original_module
 from lightning_sensitivity.functional.tasks import Task
 from lightning_sensitivity.model.batches import choose_rows, clone_tensors, device_of
 from lightning_sensitivity.model.call import ModelCall, has_targets, select_targets
-from lightning_sensitivity.model.encoder import MAX_ENCODED, Encoder
+from lightning_sensitivity.model.encoder import MAX_ENCODED, check_encoder, encode
 from lightning_sensitivity.model.inputs import InputReader, join_seen
 from lightning_sensitivity.model.isolation import isolated
 from lightning_sensitivity.model.samples import KeptBatch, KeptRows, KeptSamples
@@ -34,6 +34,10 @@ class BatchReader:
             by default the inputs.
         task: The task, which labels have to fit; None without labels.
 
+    Attributes:
+        task: The task.
+        has_features: Whether the user says what a reference sees.
+
     Raises:
         MisconfigurationException: If a selector is no function; in its methods, if a batch can't be read so.
     """
@@ -51,8 +55,9 @@ class BatchReader:
         self._inputs = inputs
         self._outputs = outputs
         self._targets = targets
-        self._encoder = Encoder(features) if isinstance(features, nn.Module) else None
-        self._features = None if self._encoder else features
+        self._encoder = features if isinstance(features, nn.Module) else None
+        self._features = None if isinstance(features, nn.Module) else features
+        self.has_features = features is not None
         self.task = task
         self._input_reader = InputReader()
 
@@ -60,11 +65,6 @@ class BatchReader:
     def unread(self) -> tuple[str, ...]:
         """Names of the arguments of which something can't be read, in the batches so far."""
         return tuple(self._input_reader.unread)
-
-    @property
-    def has_features(self) -> bool:
-        """Whether the user says what a reference sees."""
-        return self._encoder is not None or self._features is not None
 
     @property
     def sees_all(self) -> bool:
@@ -82,7 +82,7 @@ class BatchReader:
             MisconfigurationException: If they share weights that are not frozen.
         """
         if self._encoder is not None:
-            self._encoder.check(model)
+            check_encoder(self._encoder, model)
 
     def call(self, model: nn.Module, batch: object) -> ModelCall:
         """Make the call of a model on a batch."""
@@ -159,7 +159,7 @@ class BatchReader:
         call = call or self.call(model, batch)
         size = size or self.size(model, call)
         if self._encoder is not None:
-            return {"columns": self._encoder.encode(call, size, rows, device_of(model))}
+            return {"columns": encode(self._encoder, call, size, rows, device_of(model))}
         if self._features is None:
             return self._input_reader.see(call.inputs(), size, rows)
         return {"columns": choose_rows(self._run_features(model, batch, size), rows).detach().float().flatten(1).cpu()}

@@ -53,14 +53,14 @@ def test_integers_beside_a_perturbed_tensor_are_copies_too() -> None:
 def test_objects_that_cannot_be_copied_are_shared() -> None:
     batch = {"x": X, "meta": [Lock(), SimpleNamespace(x=X)]}
     forward = ModelCall(module(lambda self, x, meta: x if meta[0] is batch["meta"][0] else None), batch)
-    assert torch.equal(forward.copy_to_cpu()(), X) and forward.copy_to_cpu().kwargs["meta"][1] is batch["meta"][1]
+    assert torch.equal(forward.copy_to_cpu()(), X) and forward.copy_to_cpu().arguments["meta"][1] is batch["meta"][1]
     assert torch.equal(call(ONE, batch, lambda batch: batch["x"])(), X)
 
 
 def test_a_call_that_is_kept_has_tensors_of_its_own_on_the_device() -> None:
     x = X.clone().requires_grad_()
     kept = call(TWO, {"x": x, "mask": [IDS]}).copy_to_cpu()
-    moved = kept.to(torch.device("meta")).kwargs
+    moved = kept.to(torch.device("meta")).arguments
     assert moved["x"].device.type == moved["mask"][0].device.type == "meta"
     with torch.no_grad():
         x.add_(1)
@@ -87,8 +87,8 @@ def test_of_a_large_batch_evenly_spaced_rows_are_taken_where_rows_are_samples() 
     rows, x = torch.tensor([0, 2, 5, 7]), torch.arange(10.0)
     whole = call(TWO, {"x": x, "mask": (Pair(x, x.sum()), "name", None)})
     kept = whole.of_rows(rows)
-    assert torch.equal(whole.spread(3.2), rows) and kept.size == 4 and torch.equal(kept.kwargs["x"], x[rows])
-    assert torch.equal(kept.kwargs["mask"][0].x, x[rows]) and kept.kwargs["mask"][0].y == x.sum()
+    assert torch.equal(whole.spread(3.2), rows) and kept.size == 4 and torch.equal(kept.arguments["x"], x[rows])
+    assert torch.equal(kept.arguments["mask"][0].x, x[rows]) and kept.arguments["mask"][0].y == x.sum()
     assert call(ONE, x).spread(10) is None
     for other in ({"names": ["a"] * 10}, SimpleNamespace(x=x), x.to_sparse(), [x]):
         assert call(TWO, {"x": x, "mask": other}).spread(3) is None
@@ -125,9 +125,9 @@ TAKEN: dict[str, tuple[Callable[[], Tensor], Tensor]] = {
     "logits of an object": (lambda: select_outputs(SimpleNamespace(logits=X)), X),
     "logits of a named tuple, beside features": (lambda: select_outputs(Output(X[:, :1], X)), X),
     "logits of a mapping": (lambda: select_outputs(UserDict(loss=IDS, logits=X)), X),
-    "arguments by name": (lambda: call(TWO, {"x": X, "mask": IDS, "z": X}).kwargs["x"], X),
+    "arguments by name": (lambda: call(TWO, {"x": X, "mask": IDS, "z": X}).arguments["x"], X),
     "arguments of compiled code": (lambda: call(torch.compile(TWO, backend="eager"), {"x": X, "mask": IDS})(), X),
-    "as many elements as arguments": (lambda: call(TWO, (X, IDS, X)).args[1], IDS),
+    "as many elements as arguments": (lambda: call(TWO, (X, IDS, X)).arguments[1], IDS),
     "a field of a named tuple": (lambda: call(ONE, Weighted(IDS, IDS, X))(), X),
     "the first fields of a named tuple of other names": (lambda: call(DENOISER, Pair(X, IDS))(), X),
     "what `inputs` returns": (lambda: call(ONE, {"image": X}, lambda batch: batch["image"])(), X),

@@ -203,7 +203,7 @@ def test_of_validation_samples_those_that_are_kept_are_encoded_once() -> None:
     read, samples = reader(encoder), KeptSamples(50)
     for index, batch in enumerate(X.split(20)):
         if samples.wants(index):
-            samples.add(read.keep(MODEL, batch, index, with_seen=True, max_samples=50))
+            samples.add(read.keep(MODEL, batch, index, 50))
     assert encoded == []
     features = read.join(MODEL, samples)["columns"]
     kept = torch.cat([X[20 * batch.index : 20 * batch.index + 20] for batch in samples.batches])

@@ -23,7 +23,7 @@ READ = {"inputs": lambda batch: batch["image"].mul_(2), "targets": lambda batch:
 
 def test_functions_say_where_everything_is_and_get_copies() -> None:
     reader, batch = BatchReader(**READ, features=lambda batch: batch["image"].mul_(3)[:, :2]), {"image": X, "class": Y}
-    kept = reader.keep(MODEL, batch, 5, with_seen=True)
+    kept = reader.keep(MODEL, batch, 5)
     assert (kept.index, kept.size) == (5, 60) and kept.labels is None
     assert torch.equal(kept.call(), MODEL(2 * X)) and torch.equal(kept.seen["columns"], 3 * X[:, :2])
     labels = reader.labels(MODEL, batch)
@@ -33,7 +33,7 @@ def test_functions_say_where_everything_is_and_get_copies() -> None:
 
 def test_without_functions_it_takes_what_is_usual() -> None:
     reader = BatchReader()
-    kept = reader.keep(MODEL, (X, Y), 0, with_seen=True)
+    kept = reader.keep(MODEL, (X, Y), 0)
     assert torch.equal(kept.call(), MODEL(X)) and torch.equal(reader.labels(MODEL, (X, Y)), Y)
     assert kept.seen is None and torch.equal(reader.see(MODEL, (X, Y))["columns"], X)
     assert reader.may_have_labels(MODEL, (X, Y)) and not reader.may_have_labels(MODEL, X)
@@ -67,7 +67,7 @@ def of_user(result: Any) -> Any:
     (lambda reader: of_user(X[:5]), r"`features` should be a module, or a function .*\(60, D\), got .*\(5, 12\)"),
     (lambda reader: of_user(X[:, 0]), r"`features` should be .*\(60,\)"),
     (lambda reader: of_user([X]), "`features` should be .*list of 1"),
-    (lambda reader: BatchReader(features=lambda batch: 1 / 0).keep(MODEL, X, 0, True), "`features` failed on a tensor"),
+    (lambda reader: BatchReader(features=lambda batch: 1 / 0).keep(MODEL, X, 0), "`features` failed on a tensor"),
     (lambda reader: BatchReader(inputs=3), "`inputs` should be a function"),
     (lambda reader: BatchReader(features=[]), "`features` should be a module, a function, such as"),
 ])  # fmt: skip
@@ -92,14 +92,14 @@ def test_a_graph_is_seen_by_features_alone() -> None:
     assert reader.see(model, graph) == {} and reader.unread == ("data",)
     reader.reset()
     assert reader.unread == ()
-    kept = BatchReader(features=lambda batch: batch.x).keep(model, graph, 0, with_seen=True)
+    kept = BatchReader(features=lambda batch: batch.x).keep(model, graph, 0)
     assert kept.size == 60 and torch.equal(kept.seen["columns"], X)
 
 
 def kept_of(reader: BatchReader, batches: Any, num_wanted: int = 100) -> KeptSamples:
     samples = KeptSamples(num_wanted)
     for index, batch in enumerate(batches):
-        samples.add(reader.keep(MODEL, batch, index, with_seen=True, max_samples=num_wanted))
+        samples.add(reader.keep(MODEL, batch, index, max_samples=num_wanted))
     return samples
 
 
