@@ -1,5 +1,6 @@
 """A reader of batches needs no Trainer, and what it keeps is what a reference needs."""
 
+import cProfile
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,10 +11,9 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from lightning_sensitivity.functional.tasks import TASKS
-from lightning_sensitivity.model import ModelCall
 from lightning_sensitivity.model import inputs as inputs_module
 from lightning_sensitivity.model.reader import BatchReader
-from lightning_sensitivity.model.samples import KeptBatch, KeptSamples
+from lightning_sensitivity.model.samples import KeptSamples
 from tests.helpers import labelled
 
 MODEL = nn.Linear(12, 4)
@@ -79,13 +79,6 @@ def test_what_is_not_clear_or_does_not_fit_is_refused(read: Any, match: str) -> 
 # What a reference sees
 
 
-def test_large_images_are_seen_small_but_not_the_features_of_the_user() -> None:
-    large = torch.rand(3, 1, 64, 64, generator=torch.Generator().manual_seed(0))
-    flat = type("Flat", (nn.Module,), {"forward": lambda self, x: x.flatten(1)[:, :4]})()
-    assert BatchReader().see(flat, large)["images"].shape == (3, 1, 32, 32)
-    assert BatchReader(features=lambda batch: batch).see(flat, large)["columns"].shape == (3, 64 * 64)
-
-
 def test_a_graph_is_seen_by_features_alone() -> None:
     graph, model = SimpleNamespace(x=X, y=Y), type("Net", (nn.Module,), {"forward": lambda self, data: data.x[:, :4]})()
     reader = BatchReader()
@@ -113,16 +106,6 @@ def test_of_a_large_batch_some_rows_are_kept_with_their_features() -> None:
         assert reader.keep(MODEL, (X, Y), 0, max_samples=60).rows is None
 
 
-def test_samples_of_which_some_are_not_seen_are_not_joined() -> None:
-    reader, samples = BatchReader(), KeptSamples(100)
-    for index, x in enumerate(X.split(20)):
-        samples.add(KeptBatch(index, 20, ModelCall(MODEL, x)))
-    assert torch.equal(reader.join(MODEL, samples)["columns"], X)
-    samples.batches[1].call = ModelCall(MODEL, SimpleNamespace(x=X))
-    with pytest.raises(ValueError, match="neither dense numbers nor token ids, with a row for each sample"):
-        reader.join(MODEL, samples)
-
-
 # Training samples
 
 
@@ -134,6 +117,17 @@ def test_training_samples_with_labels_are_kept_also_where_only_some_batches_are_
     seen, kept = rows.joined()
     assert torch.equal(seen["columns"], X[labels >= 0]) and torch.equal(kept, one_hot(Y, 4).float()[labels >= 0])
     assert rows.num_seen == rows.size == 40
+
+
+def test_what_is_done_for_each_training_batch_is_little() -> None:
+    """Calls of functions are counted; 280 are made, of which a third are torch's."""
+    reader, batches = BatchReader(task=TASKS["multiclass"]), [*zip(X.split(15), Y.split(15), strict=True)]
+    rows, profile = reader.make_rows(4, num_batches=400), cProfile.Profile()
+    profile.enable()
+    for batch in batches * 100:
+        reader.keep_rows(rows, MODEL, batch, (4,))
+    profile.disable()
+    assert rows.size == 6000 and sum(entry.callcount for entry in profile.getstats()) < 340 * 400
 
 
 @pytest.mark.parametrize(("num_batches", "most"), [(40, 66), (0, 64 * 5)])  # 64 + 64 / 2 + 64 / 3 ... are 274
