@@ -220,8 +220,8 @@ class RunReference:
         if not bool(is_finite.all()):
             number = int((~is_finite).sum())
             message = (
-                f"leaves out {number} {what} with nan or inf in inputs or features. If values are missing, fill them in, with a "
-                "column that says where."
+                f"leaves out {number} {what} with nan or inf in inputs or features. If values are missing, fill them "
+                "in, with a column that says where."
             )
             self._reporter.warn("nan", message, kind=what)
         return is_finite.nonzero()[:, 0]

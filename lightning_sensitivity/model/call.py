@@ -47,7 +47,8 @@ class ModelCall:
         outputs: A function ``result -> outputs``, or None; see :func:`select_outputs`.
 
     Attributes:
-        arguments: The arguments of the model, by position or name.
+        by_name: Whether the model gets its arguments by name, and not by position.
+        arguments: The arguments of the model by their names in ``forward``; those of ``*args`` by numbers.
         size: The number of samples, if tensors have a row for each, and all else belongs to all samples; 0 if that is
             unknown, as with graphs and lists.
 
@@ -60,25 +61,23 @@ class ModelCall:
     ) -> None:
         self._model = model
         self._outputs = outputs
-        self.arguments: dict[int | str, object] = {0: batch}
-        if inputs:
-            arguments = inputs(clone_tensors(batch))  # `inputs` may write to the batch
-            self.arguments = dict(enumerate(arguments if type(arguments) is tuple else (arguments,)))
-        elif isinstance(batch, Mapping):
+        if inputs is None and isinstance(batch, Mapping):
+            self.by_name = True
             self.arguments = _named_arguments(model, batch)
-        elif isinstance(batch, list | tuple) and len(batch):
-            self.arguments = _positional_arguments(model, batch)
+        else:
+            self.by_name = False
+            values = _positional_arguments(model, batch, inputs)
+            names = [*parameters_of(model), *map(str, range(len(values)))]
+            self.arguments = dict(zip(names, values, strict=False))
         self.size = _num_samples(self.arguments)
 
     def inputs(self) -> dict[str, object]:
-        """Return the arguments, but for labels, by their names in ``forward``, and further ones by their position."""
-        names: dict[int | str, str] = dict(enumerate(parameters_of(self._model)))
-        named = {names.get(key, str(key)): value for key, value in self.arguments.items()}
-        return {name: value for name, value in named.items() if name not in TARGET_NAMES}
+        """Return the arguments, but for those that are named like labels."""
+        return {name: value for name, value in self.arguments.items() if name not in TARGET_NAMES}
 
     def __str__(self) -> str:
         """Describe the arguments for an error message."""
-        return "; ".join(f"{key!r}: {describe(value)}" for key, value in self.arguments.items())
+        return "; ".join(f"{name!r}: {describe(value)}" for name, value in self.arguments.items())
 
     def __call__(self, perturb: Perturb | None = None) -> Tensor:
         """Call the model with copies of the arguments, perturbed or not, and select its outputs.
@@ -91,11 +90,9 @@ class ModelCall:
         """
         call = self._with(clone_tensors)
         if perturb is not None:
-            key = self._argument_to_perturb()
-            call.arguments[key] = clone_tensors(call.arguments[key], lambda x: perturb(x) if is_floating(x) else x)
-        args = [value for key, value in call.arguments.items() if isinstance(key, int)]
-        kwargs = {key: value for key, value in call.arguments.items() if isinstance(key, str)}
-        result = self._model(*args, **kwargs)
+            name = self._argument_to_perturb()
+            call.arguments[name] = clone_tensors(call.arguments[name], lambda x: perturb(x) if is_floating(x) else x)
+        result = self._model(**call.arguments) if self.by_name else self._model(*call.arguments.values())
         if self.size == 1 and isinstance(result, Tensor) and result.shape[:1] != (1,):
             result = result[None]  # `squeeze()` has dropped the dimension of a single sample
         outputs = select_outputs(result, self._outputs)
@@ -125,7 +122,7 @@ class ModelCall:
     def _with(self, change: Callable[[object], object]) -> "ModelCall":
         """Return the call with other arguments, which a function makes of those of this call."""
         new = copy.copy(self)
-        new.arguments = {key: change(value) for key, value in self.arguments.items()}
+        new.arguments = {name: change(value) for name, value in self.arguments.items()}
         return new
 
     def _check_class_dimension(self, outputs: Tensor) -> None:
@@ -140,10 +137,10 @@ class ModelCall:
                 "`outputs=lambda y: y.movedim(-1, 1)`; if they are there, `outputs=lambda y: y`."
             )
 
-    def _argument_to_perturb(self) -> int | str:
-        """Find the argument to perturb: 0, the first positional one, or its name."""
-        inputs = [0] if 0 in self.arguments else [key for key in self.arguments if key not in TARGET_NAMES]
-        floating = [key for key in inputs if any(map(is_floating, tensors_in(self.arguments[key])))]
+    def _argument_to_perturb(self) -> str:
+        """Find the name of the argument to perturb, which is the first one by position."""
+        inputs = [*self.inputs()] if self.by_name else [*self.arguments][:1]
+        floating = [name for name in inputs if any(map(is_floating, tensors_in(self.arguments[name])))]
         if len(floating) != 1:
             names = ", ".join(map(repr, floating)) or "none"
             raise Refused(
@@ -154,7 +151,7 @@ class ModelCall:
         return floating[0]
 
 
-def _num_samples(arguments: Mapping[int | str, object]) -> int:
+def _num_samples(arguments: Mapping[str, object]) -> int:
     """Count the samples by the rows that all tensors have; 0 if that is unknown, as with lists and graphs."""
     numbers = {len(x) for x in tensors_in(arguments) if x.ndim > 0} if _has_rows(arguments) else {0}
     return numbers.pop() if len(numbers) == 1 else 0
@@ -261,14 +258,19 @@ def _required_names(model: nn.Module) -> list[str]:
     return [name for name, p in parameters_of(model).items() if p.default is p.empty and p.kind in kinds]
 
 
-def _positional_arguments(model: nn.Module, batch: Sequence[object]) -> dict[int | str, object]:
+def _positional_arguments(model: nn.Module, batch: object, inputs: Selector | None) -> Sequence[object]:
+    if inputs is not None:
+        arguments: object = inputs(clone_tensors(batch))  # which may write to the batch
+        return arguments if type(arguments) is tuple else (arguments,)
+    if not isinstance(batch, list | tuple):
+        return (batch,)
     names = _required_names(model)
     if names and set(names) <= {*getattr(batch, "_fields", ())}:
-        return {place: getattr(batch, name) for place, name in enumerate(names)}
-    return dict(enumerate(batch[: max(1, len(names))]))
+        return [getattr(batch, name) for name in names]
+    return batch[: max(1, len(names))]
 
 
-def _named_arguments(model: nn.Module, batch: Mapping[str, object]) -> dict[int | str, object]:
+def _named_arguments(model: nn.Module, batch: Mapping[str, object]) -> dict[str, object]:
     parameters = parameters_of(model)
     takes_all = all(p.kind is p.VAR_KEYWORD for p in parameters.values())
     if not takes_all and parameters.keys().isdisjoint(batch):

@@ -51,7 +51,7 @@ def _encode(encoder: nn.Module, call: ModelCall, size: int) -> Tensor:
     """Run the network on those inputs that it names, or on the only one, and find the features in its result."""
     inputs = apply_to_collection(call.inputs(), Tensor, partial(_cast, encoder))
     names = parameters_of(encoder)
-    if 0 in call.arguments or (len(inputs) == 1 and names.keys().isdisjoint(inputs)):
+    if not call.by_name or (len(inputs) == 1 and names.keys().isdisjoint(inputs)):
         result = encoder(*inputs.values())
     else:
         result = encoder(**{name: value for name, value in inputs.items() if name in names})

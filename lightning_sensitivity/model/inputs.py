@@ -59,11 +59,10 @@ class InputReader:
         """List the tensors that can be read, each with its name, and remember the names of other inputs."""
         for name, value in named.items():
             tensors = [x for x in tensors_in(value) if x.ndim > 0]
-            readable = [x for x in tensors if _has_rows(x, size)]
-            is_seen = len(readable) == len(tensors) if tensors else isinstance(value, _CONSTANTS)
-            if not is_seen:
+            readable = [(name, x) for x in tensors if _has_rows(x, size)]
+            if len(readable) < len(tensors) or not (tensors or isinstance(value, _CONSTANTS)):
                 self.unread[name] = None
-            yield from ((name, x) for x in readable)
+            yield from readable
 
     def _read(self, place: int, name: str, x: Tensor, mask: Tensor | None, has_numbers: bool) -> tuple[str, Tensor]:
         """Return the kind of an input, and what is seen of it."""

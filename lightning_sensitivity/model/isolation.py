@@ -5,6 +5,7 @@ import random
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -79,11 +80,10 @@ class _State:
     """The contents of modules: copies take their place before a run, and they are put back after it."""
 
     def __init__(self, model: nn.Module) -> None:
-        modules, named = list(model.modules()), list(model.named_parameters())
-        self.writes = [(name, parameter, _count_writes(parameter)) for name, parameter in named]
-        self.devices = sorted({parameter.get_device() for _, parameter in named if parameter.is_cuda})
-        self.originals = [(items, dict(items)) for module in modules for items in _dicts_of(module)]
-        self.places = [place for module in modules for place in _places_of(module)]
+        self.writes = [(name, parameter, _count_writes(parameter)) for name, parameter in model.named_parameters()]
+        self.devices = sorted({parameter.get_device() for parameter in model.parameters() if parameter.is_cuda})
+        self.originals = [(items, dict(items)) for items in chain.from_iterable(map(_dicts_of, model.modules()))]
+        self.places = list(chain.from_iterable(map(_places_of, model.modules())))
         self.clones: dict[int, tuple[Tensor, int | None]] = {}  # of tensors, and the writes to each so far
 
     def put_copies(self) -> None:

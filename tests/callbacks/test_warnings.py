@@ -47,7 +47,7 @@ def test_a_missing_number_costs_its_sample_and_is_said() -> None:
         texts = said(monitor, Filling(), of(x[rows], Y[rows]), val)
         found.append(monitor.history)
         assert monitor.summary["num_training"] == 199
-        assert texts == [] or all("leaves out 1 " in text and "with nan or inf in inputs or features" in text for text in texts)
+        assert texts == [] or all("leaves out 1 " in text and "inf in inputs or features" in text for text in texts)
     assert len(texts) == 0 and len(found[0]) == len(found[1]) == 4  # two epochs of two loaders
     for row, other in zip(*found, strict=True):  # labels are drawn by the place of a sample
         assert row == pytest.approx(other | {"temperature": row["temperature"]}, abs=0.01)
@@ -55,7 +55,7 @@ def test_a_missing_number_costs_its_sample_and_is_said() -> None:
 
 @pytest.mark.parametrize("has_labels", [True, False])
 @pytest.mark.parametrize(("change", "problem"), [
-    (lambda x: x[:, :5], "Expected `x` to have columns (M, 12)"), (lambda x: x / 0, "No sample has finite inputs and features")
+    (lambda x: x[:, :5], "Expected `x` to have columns (M, 12)"), (lambda x: x / 0, "No sample has finite inputs and")
 ])  # fmt: skip
 def test_where_nothing_is_expected_of_a_loader_labels_choose_or_callbacks_take_the_last_epoch(
     change: Any, problem: str, has_labels: bool, tmp_path: Path

@@ -107,7 +107,7 @@ TAKEN: dict[str, tuple[Callable[[], Tensor], Tensor]] = {  # all of X is 0, and 
     "logits of a mapping": (lambda: select_outputs(UserDict(loss=IDS, logits=X)), X),
     "arguments by name": (lambda: call(TWO, {"x": X, "mask": IDS, "z": X}).arguments["x"], X),
     "arguments of compiled code": (lambda: call(torch.compile(TWO, backend="eager"), {"x": X, "mask": IDS})(), X),
-    "as many elements as arguments": (lambda: call(TWO, (X, IDS, X)).arguments[1], IDS),
+    "as many elements as arguments": (lambda: call(TWO, (X, IDS, X)).arguments["mask"], IDS),
     "a field of a named tuple": (lambda: call(ONE, Weighted(IDS, IDS, X))(), X),
     "the first fields of a named tuple of other names": (lambda: call(DENOISER, Pair(X, IDS))(), X),
     "items of a dict that are its attributes": (
