@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_sensitivity.arguments import Refused, Selector, check_selectors, describe, refuse_on_error
 from lightning_sensitivity.compat import original_module
-from lightning_sensitivity.functional.tasks import Task
+from lightning_sensitivity.functional.tasks import TASKS, Task
 from lightning_sensitivity.model.batches import choose_rows, clone_tensors, device_of
 from lightning_sensitivity.model.call import ModelCall, has_targets, select_targets
 from lightning_sensitivity.model.encoder import MAX_ENCODED, check_encoder, encode
@@ -32,7 +32,7 @@ class BatchReader:
         targets: A function ``batch -> labels``; by default :func:`~lightning_sensitivity.model.select_targets`.
         features: What a reference sees: a function ``batch -> (N, D)``, or a module that gets the inputs of the model;
             by default the inputs.
-        task: The task, which labels have to fit; None without labels.
+        task: The task, which labels have to fit.
 
     Attributes:
         task: The task.
@@ -49,7 +49,7 @@ class BatchReader:
         outputs: Selector | None = None,
         targets: Selector | None = None,
         features: Selector | nn.Module | None = None,
-        task: Task | None = None,
+        task: Task = TASKS["multiclass"],
     ) -> None:
         check_selectors(inputs=inputs, outputs=outputs, targets=targets, features=features)
         self._inputs = inputs
@@ -112,7 +112,7 @@ class BatchReader:
             with isolated(model) as run:
                 labels = run(select_targets, model, batch, self._targets)
         labels = labels.detach().to("cpu", copy=True)
-        if self.task is not None and output_shape is not None:
+        if output_shape is not None:
             with refuse_on_error("`targets` should fit the outputs", "task"):
                 self.task.check(torch.zeros(labels.shape[:1] + output_shape), labels)
         return labels
@@ -162,17 +162,8 @@ class BatchReader:
             return {"columns": encode(self._encoder, call, size, rows, device_of(model))}
         if self._features is None:
             return self._input_reader.see(call.inputs(), size, rows)
-        return {"columns": choose_rows(self._run_features(model, batch, size), rows).detach().float().flatten(1).cpu()}
-
-    def _run_features(self, model: nn.Module, batch: object, size: int) -> Tensor:
-        """Run the function of the user."""
-        assert self._features is not None
-        with refuse_on_error(f"`features` failed on {describe(batch)}", "features"), isolated(model) as run:
-            values: object = run(self._features, clone_tensors(batch))
-        if not isinstance(values, Tensor) or values.ndim < 2 or len(values) != size:
-            expected = f"a module, or a function that returns a tensor ({size}, D)"
-            raise Refused(f"`features` should be {expected}, got {describe(values)}.", "features")
-        return values
+        values = _select_features(self._features, model, batch, size)
+        return {"columns": choose_rows(values, rows).detach().float().flatten(1).cpu()}
 
     # Validation samples
 
@@ -192,7 +183,7 @@ class BatchReader:
         rows = whole.spread(max_samples)
         call = whole if rows is None else whole.of_rows(rows)
         kept = KeptBatch(index, self.size(model, call), call.copy_to_cpu(), rows=rows)
-        if kept.size > 0 and self._features is not None:  # all else can be found in the call
+        if self._features is not None:  # all else can be found in the call
             kept.seen = self.see(model, batch, whole, whole.size or kept.size, rows)
         return kept
 
@@ -237,7 +228,6 @@ class BatchReader:
         call = self.call(model, batch)
         labels = self.labels(model, batch, output_shape)
         _check_count(labels, call.size or len(labels))
-        assert self.task is not None
         labelled = self.task.has_label(labels).nonzero()[:, 0]
         wanted = labelled[rows.wanted(len(labelled))]
         if len(wanted) > 0:
@@ -258,6 +248,16 @@ def move_batch(model: nn.Module, batch: object) -> Any:
 
     with isolated(model) as run:
         return run(transfer, batch)
+
+
+def _select_features(features: Selector, model: nn.Module, batch: object, size: int) -> Tensor:
+    """Return what a function of the user makes of a batch."""
+    with refuse_on_error(f"`features` failed on {describe(batch)}", "features"), isolated(model) as run:
+        values: object = run(features, clone_tensors(batch))
+    if not isinstance(values, Tensor) or values.ndim < 2 or len(values) != size:
+        expected = f"a module, or a function that returns a tensor ({size}, D)"
+        raise Refused(f"`features` should be {expected}, got {describe(values)}.", "features")
+    return values
 
 
 def _check_count(labels: Tensor, size: int) -> None:
