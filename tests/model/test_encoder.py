@@ -1,7 +1,6 @@
 """An encoder gets the inputs of the model, on kept samples alone, and is left as it was."""
 
 import copy
-import pickle
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -189,18 +188,7 @@ def test_of_validation_samples_those_that_are_kept_are_encoded_once() -> None:
     assert encoded == kept[:, 0].tolist() and torch.equal(features, kept)
 
 
-# Who holds it
-
-
-def test_nothing_registers_it_and_it_is_pickled_as_it_was_given() -> None:
-    encoder = Net(lambda self, x: self.body(x))
-    module = nn.Module()
-    module.reader = reader(encoder)
-    assert [*module.parameters()] == [] and module.state_dict() == {}
-    before = {name: value.clone() for name, value in encoder.state_dict().items()}
-    seen(encoder, MODEL, (X, Y))
-    again = pickle.loads(pickle.dumps(encoder))
-    assert again.training and all(torch.equal(before[name], value) for name, value in again.state_dict().items())
+# In a comparison
 
 
 def test_models_are_compared_by_what_an_encoder_sees() -> None:
