@@ -179,7 +179,7 @@ def select_outputs(result: object, outputs: Selector | None = None) -> Tensor:
             elements of a tuple may be the outputs.
     """
     selected = outputs(result) if outputs else _find_outputs(result)
-    if not isinstance(selected, Tensor) or selected.ndim == 0 or not is_floating(selected):
+    if not is_floating(selected) or selected.ndim == 0:
         example = f": `outputs=lambda result: result[{list(result)[-1]!r}]`" if isinstance(result, Mapping) else ""
         raise Refused(
             f"`outputs` should select a floating tensor (N, K, ...) or (N,), got {describe(selected)}, "

@@ -131,7 +131,7 @@ def _call_perturbed_at(module: nn.Module, call: Callable[[], Tensor], perturb: P
         nonlocal has_run
         has_run = True
         first = first_of(result)
-        if not isinstance(first, Tensor) or not is_floating(first):
+        if not is_floating(first):
             raise Refused(f"`at` should name a module with floating outputs, got {describe(result)}.", "noise")
         return perturb(first) if first is result else (perturb(first), *result[1:])
 
