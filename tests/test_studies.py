@@ -99,27 +99,11 @@ def test_the_study_of_costs_counts_what_a_validation_runs(run: Any) -> None:
 
 
 @pytest.mark.long
-def test_encoders_are_timed_on_one_and_two_threads() -> None:
-    pytest.importorskip("timm")
-    command = [sys.executable, str(STUDIES / "cost" / "encoders.py"), "--quick"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=STUDIES.parents[1])
-    lines = [line.rsplit(maxsplit=2) for line in done.stdout.splitlines()]
-    assert [threads for _, threads, _ in lines] == ["1", "2", "1", "2"] and all(float(each) > 0 for *_, each in lines)
-
-
-@pytest.mark.long
 def test_copies_of_customers_make_a_reference_look_better_than_it_is(run: Any) -> None:
     _, variables = run("studies/customers/customers.py", "--quick")
     found = variables["pd"].DataFrame(variables["copies"](0)).set_index("case")
     excess = found["left_out"] - found["new"]
     assert excess["SMOTE"] > 0.05 and excess["jitter"] > 0.05 and abs(excess["as they are"]) < 0.03
-
-
-@pytest.mark.long
-@pytest.mark.filterwarnings("ignore:.*survives averaging over classes")
-def test_the_pictures_of_the_page_on_curves(run: Any) -> None:
-    text, _ = run("studies/reading_curves/curves.py", "--quick", "--only", "gap")
-    assert "gap" in text.splitlines() and Path("runs/reading_curves/gap.png").stat().st_size > 10_000
 
 
 @pytest.mark.long

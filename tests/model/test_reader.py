@@ -50,11 +50,6 @@ def test_functions_may_draw_random_numbers_and_change_the_model_without_a_trace(
     assert torch.equal(torch.get_rng_state(), state) and model[0].num_batches_tracked == 0
 
 
-def test_samples_of_a_list_are_counted_by_outputs() -> None:
-    model = type("Lists", (nn.Module,), {"forward": lambda self, x: torch.stack(x)})()
-    assert BatchReader().keep(model, [list(X[:7])], 0).size == 7
-
-
 def of_user(result: Any) -> Any:
     return BatchReader(features=lambda batch: result).see(MODEL, X)
 
