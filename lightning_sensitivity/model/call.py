@@ -33,8 +33,8 @@ class ModelCall:
 
     - with a function ``inputs``, what it returns: one argument, or a tuple of them;
     - of a mapping, the entries that ``forward`` names, or all if it takes only ``**kwargs``;
-    - of a tuple or list, as many elements as ``forward`` requires arguments, at least one: by their names if a
-      named tuple has all of these, else the first ones;
+    - of a tuple or list, as many elements as ``forward`` requires arguments, at least one: by their names
+      if a named tuple has all of these, else the first ones;
     - otherwise the batch.
 
     Perturbed are all floating tensors in the first argument; of a mapping, those in the only entry that has
@@ -49,8 +49,8 @@ class ModelCall:
     Attributes:
         by_name: Whether the model gets its arguments by name, and not by position.
         arguments: The arguments of the model by their names in ``forward``; those of ``*args`` by numbers.
-        size: The number of samples, if tensors have a row for each, and all else belongs to all samples; 0 if that is
-            unknown, as with graphs and lists.
+        size: The number of samples, if tensors have a row for each, and all else belongs to all samples;
+            0 if that is unknown, as with graphs and lists.
 
     Raises:
         MisconfigurationException: If it is not clear how to call the model.
@@ -101,7 +101,7 @@ class ModelCall:
         return outputs
 
     def spread(self, max_samples: float) -> Tensor | None:
-        """Choose evenly spaced rows; None for all, if there are no more than wanted, or their number is unknown."""
+        """Choose evenly spaced rows; None for all, if these are no more than wanted, or unknown."""
         count = math.ceil(min(max_samples, self.size))
         return torch.arange(count) * self.size // count if count < self.size else None
 
@@ -158,7 +158,7 @@ def _num_samples(arguments: Mapping[str, object]) -> int:
 
 
 def _has_rows(value: object) -> bool:
-    """Check whether a value is made of dense tensors, and of what belongs to all samples; a list may be of samples."""
+    """Check whether a value is made of dense tensors and constants; a list may be of samples."""
     if isinstance(value, Tensor):
         return value.layout == torch.strided and not value.is_nested
     if isinstance(value, Mapping | tuple):
@@ -170,8 +170,8 @@ def select_outputs(result: object, outputs: Selector | None = None) -> Tensor:
     """Select the outputs from the result of a model.
 
     Args:
-        result: A tensor; a tuple or list, whose first element is taken, unless there is a choice; or a mapping
-            or object with ``logits``.
+        result: A tensor; a tuple or list, whose first element is taken, unless there is a choice; or a
+            mapping or object with ``logits``.
         outputs: A function ``result -> tensor``; None to select them as described for ``result``.
 
     Raises:
@@ -195,8 +195,8 @@ def select_targets(model: nn.Module, batch: Any, targets: Selector | None = None
         model: The module, whose ``forward`` says how many elements of a batch are inputs.
         batch: What the loader gave. A function ``targets`` gets a copy of its tensors.
         targets: A function ``batch -> tensor``. By default, the labels are the only entry, field or attribute
-            that is called ``label``, ``labels``, ``target``, ``targets`` or ``y``; otherwise the last element of a
-            tuple or list, if all other elements are inputs of ``forward``.
+            that is called ``label``, ``labels``, ``target``, ``targets`` or ``y``; otherwise the last element
+            of a tuple or list, if all other elements are inputs of ``forward``.
 
     Raises:
         MisconfigurationException: If it is not clear where the labels are, or they are not a tensor.
@@ -228,7 +228,7 @@ def _find_targets(model: nn.Module, batch: object) -> object:
 
 
 def _find_outputs(result: object) -> object:
-    """Find the logits by name, else the first item; refuse (features, logits), of which any may be the outputs."""
+    """Find the logits by name, else the first item; refuse (features, logits), which may be either."""
     if isinstance(result, Mapping) or hasattr(result, "logits"):
         return _entry(result, "logits")
     if len({x.shape[1] for x in tensors_in(result) if x.ndim == 2 and is_floating(x)}) > 1:

@@ -11,8 +11,8 @@ from lightning_sensitivity.arguments import Refused, describe, refuse_on_error
 from lightning_sensitivity.model.call import ModelCall, parameters_of
 from lightning_sensitivity.model.isolation import isolated
 
-# Training samples that are encoded, in all processes. On a CPU, an encoder takes 8 to 100 ms a sample, and features
-# that know much need few samples: those of 1,000 images predict 79 to 84 % of CIFAR-10, patches of 10,000 62 %.
+# Training samples that are encoded, in all processes. On a CPU, an encoder takes 8 to 100 ms a sample, and
+# features that know much need few: those of 1,000 images predict 79 to 84 % of CIFAR-10, patches of 10,000 62 %.
 MAX_ENCODED = 3000
 _PART = 64  # samples that are encoded at a time, for lack of memory
 _NAMES = ("sentence_embedding", "pooler_output", "logits")  # of features in what transformers return
@@ -48,7 +48,7 @@ def encode(encoder: nn.Module, call: ModelCall, size: int, rows: Tensor | None, 
 
 
 def _encode(encoder: nn.Module, call: ModelCall, size: int) -> Tensor:
-    """Run the network on those inputs that it names, or on the only one, and find the features in its result."""
+    """Run the network on those inputs that it names, or on the only one, and find the features."""
     inputs = apply_to_collection(call.inputs(), Tensor, partial(_cast, encoder))
     names = parameters_of(encoder)
     if not call.by_name or (len(inputs) == 1 and names.keys().isdisjoint(inputs)):
@@ -62,13 +62,13 @@ def _encode(encoder: nn.Module, call: ModelCall, size: int) -> Tensor:
 
 
 def _cast(encoder: nn.Module, x: Tensor) -> Tensor:
-    """Give numbers the precision of the network, since half precision of a Trainer changes that of the batch."""
+    """Give numbers the precision of the network, since a Trainer may have changed it."""
     dtypes = (weight.dtype for weight in encoder.parameters() if weight.is_floating_point())
     return x.to(next(dtypes, x.dtype)) if x.is_floating_point() else x
 
 
 def _find_features(result: object, mask: object) -> object:
-    """Find features among what transformers return, or in the only entry of a mapping; None if there are none.
+    """Find features in what transformers return, or in the only entry of a mapping; None if there are none.
 
     Hidden states of tokens, ``(N, L, D)``, are averaged over those that a mask leaves.
     """

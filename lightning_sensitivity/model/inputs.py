@@ -15,7 +15,7 @@ LEAST_SKILL = 0.05  # of a reference that does not see all inputs, to be trusted
 _MAX_DIMENSIONS = 4  # those of images
 _MASK = "attention_mask"  # in transformers, where tokens are, and not padding
 _NO_INPUTS = re.compile("mask|position_ids|token_type_ids")
-_CONSTANTS = (Tensor, bool, int, float, str, type(None))  # tensors without rows among them; others hold something
+_CONSTANTS = (Tensor, bool, int, float, str, type(None))  # tensors without rows; others hold something
 _MANY = 1000  # values of a column of integers, from which on they are names, and no categories
 _MIN_WORDS = 4  # of a text beside numbers
 _SHIFT = 10**6  # from the words of a text to those of the next one
@@ -24,8 +24,9 @@ _SHIFT = 10**6  # from the words of a text to those of the next one
 class InputReader:
     """Sort the inputs of a model by what they are to a reference.
 
-    A matrix of integers by itself holds token ids. Beside numbers it does so if most of its columns reach 1,000, or if
-    it has a mask; else it holds categories, and columns that reach 1,000 are left out. The first batch decides.
+    A matrix of integers by itself holds token ids. Beside numbers it does so if most of its columns reach 1,000,
+    or if it has a mask; else it holds categories, and columns that reach 1,000 are left out. The first batch
+    decides.
 
     Attributes:
         unread: Names of the arguments of which something can't be read, as keys.
@@ -34,7 +35,7 @@ class InputReader:
     def __init__(self) -> None:
         self.unread: dict[str, None] = {}
         self._texts: dict[int, bool] = {}  # whether integers beside numbers are a text, by their place
-        self._names: dict[tuple[int, int], Tensor] = {}  # which columns are left out, by their place and number
+        self._names: dict[tuple[int, int], Tensor] = {}  # which columns are left out, by place and width
 
     def see(self, named: Mapping[str, object], size: int, rows: Tensor | None = None) -> Seen:
         """Return what a reference sees of the inputs of a model, on the CPU.
@@ -91,7 +92,7 @@ def _is_data(name: str, is_like_numbers: bool) -> bool:
 
 
 def _has_rows(x: Tensor, size: int) -> bool:
-    """Return whether a tensor has a row of real numbers for each sample, and at most as many dimensions as images."""
+    """Return whether a tensor has a row of real numbers for each sample, and no more dimensions than images."""
     is_dense = x.layout == torch.strided and not x.is_nested and not x.is_complex()
     return is_dense and x.ndim <= _MAX_DIMENSIONS and len(x) == size
 
@@ -102,7 +103,7 @@ def _are_integers(x: Tensor) -> bool:
 
 
 def _side_by_side(kind: str, parts: list[Tensor]) -> Tensor:
-    """Return several inputs of one kind as one; words of another text are other words, images have more channels."""
+    """Return several inputs of one kind as one; images as channels, and words of another text as other words."""
     if kind == "tokens":
         parts = [ids.where(ids < 0, ids + _SHIFT * place) for place, ids in enumerate(parts)]
     return torch.cat([fit_size(x[:, None] if x.ndim == 1 else x, parts[0].shape) for x in parts], 1)
@@ -114,7 +115,7 @@ def join_seen(parts: Sequence[Seen]) -> Seen:
     Token ids are padded to the longest by -1, and signals by 0; images get the size of the largest.
 
     Raises:
-        ValueError: If it sees nothing, or batches have other kinds of inputs, or other numbers of columns or channels.
+        ValueError: If it sees nothing, or batches have other kinds of inputs, or other columns or channels.
     """
     if not all(parts):
         raise ValueError("Inputs are neither dense numbers nor token ids, with a row for each sample")

@@ -96,7 +96,7 @@ class _State:
             items[name] = copies[id(value)]
 
     def _copy(self, value: object) -> object:
-        """Copy a value; of a large tensor, return the clone of an earlier run, unless that has written to it."""
+        """Copy a value; a large tensor only if the last run has written to its clone."""
         if isinstance(value, torch.Generator):
             return value.clone_state()
         if not isinstance(value, Tensor):
@@ -127,7 +127,7 @@ class _State:
 
 
 def _count_writes(tensor: Tensor) -> int | None:
-    """Count the writes to a tensor; None in inference mode, where nobody counts. Those to its ``data`` do not count."""
+    """Count the writes to a tensor, but not those to its ``data``; None in inference mode, where nobody counts."""
     return None if tensor.is_inference() else tensor._version
 
 

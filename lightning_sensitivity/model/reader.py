@@ -1,4 +1,4 @@
-"""How to read a batch of any kind: the call of the model on it, its labels, and what a reference sees of it."""
+"""How to read any batch: the call of the model on it, its labels, and what a reference sees of it."""
 
 import math
 import sys
@@ -30,8 +30,8 @@ class BatchReader:
         inputs: A function ``batch -> arguments``; by default see :class:`~lightning_sensitivity.model.ModelCall`.
         outputs: A function ``result -> logits``; by default :func:`~lightning_sensitivity.model.select_outputs`.
         targets: A function ``batch -> labels``; by default :func:`~lightning_sensitivity.model.select_targets`.
-        features: What a reference sees: a function ``batch -> (N, D)``, or a module that gets the inputs of the model;
-            by default the inputs.
+        features: What a reference sees, by default the inputs: a function ``batch -> (N, D)``, or a module
+            that gets the inputs of the model.
         task: The task, which labels have to fit.
 
     Attributes:
@@ -76,11 +76,7 @@ class BatchReader:
         self._input_reader = InputReader()
 
     def check_encoder(self, model: nn.Module) -> None:
-        """Refuse an encoder that is trained with the model, since what it returned for earlier samples would not hold.
-
-        Raises:
-            MisconfigurationException: If they share weights that are not frozen.
-        """
+        """Refuse an encoder that is trained with the model."""
         if self._encoder is not None:
             check_encoder(self._encoder, model)
 
@@ -151,7 +147,7 @@ class BatchReader:
             rows: Which of them are wanted; None for all.
 
         Returns:
-            What it sees by kind, empty if that is nothing; it may share memory with the call if all are wanted.
+            What it sees by kind, empty if that is nothing; it may share memory with the call.
 
         Raises:
             MisconfigurationException: If ``features`` fails, or does not return ``(N, D)``.
@@ -212,7 +208,7 @@ class BatchReader:
     def keep_rows(
         self, rows: KeptRows, model: nn.Module, batch: object, output_shape: tuple[int, ...] | None = None
     ) -> None:
-        """Keep those samples of a training batch that have labels and are wanted, with their labels as a matrix.
+        """Keep those samples of a training batch that are wanted and have labels, with these as a matrix.
 
         Args:
             rows: What is kept.
@@ -231,12 +227,12 @@ class BatchReader:
         labelled = self.task.has_label(labels).nonzero()[:, 0]
         wanted = labelled[rows.wanted(len(labelled))]
         if len(wanted) > 0:
-            y = self.task.as_matrix(labels[wanted], rows.num_columns).float()  # also where only some batches are mixed
+            y = self.task.as_matrix(labels[wanted], rows.num_columns).float()  # also of soft labels
             rows.add(self.see(model, batch, call, len(labels), wanted), y)
 
 
 def move_batch(model: nn.Module, batch: object) -> Any:
-    """Copy a batch that came from no Trainer to the device of a model; the hooks of a LightningModule may change it."""
+    """Copy a batch that came from no Trainer to the device of a model, by the hooks of a LightningModule."""
     module, batch, device = original_module(model), clone_tensors(batch), device_of(model)
     if not isinstance(module, LightningModule):
         return move_data_to_device(batch, device)

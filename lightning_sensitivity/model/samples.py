@@ -18,7 +18,7 @@ from lightning_sensitivity.reference.observations import max_samples
 
 Place = TypeVar("Place", float, Tensor)
 
-# Of the validation samples of all loaders, in all processes together, and as much again of the training samples.
+# Of the validation samples of all loaders, in all processes, and as much again of the training samples.
 MAX_BYTES = 2**29
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 _SLACK = 1.25  # by how much rows may exceed what is wanted, so that they are seldom sorted out
@@ -57,8 +57,8 @@ def _num_bytes(tensor: Tensor) -> int:
 def _priority(place: Place) -> Place:
     """Return the fraction of a multiple of the golden ratio; batches and rows with the lowest ones are kept.
 
-    These are evenly spaced, whatever the period of the data, such as that of a stream whose workers read one part of
-    it each.
+    These are evenly spaced, whatever the period of the data, such as that of a stream whose workers read one
+    part of it each.
     """
     return place * _GOLDEN_RATIO % 1
 
@@ -149,8 +149,8 @@ class KeptRows:
         num_columns: How many columns labels have as a matrix.
         num_processes: How many processes share what a reference may know, and the memory.
         max_read: How many rows may be read in all processes, where that is expensive.
-        num_batches: How many batches will come to this process; by this number the rows to read are evenly spaced, and
-            none is read in vain. 0 or inf if it is not known.
+        num_batches: How many batches will come to this process; by this number the rows to read are evenly
+            spaced, and none is read in vain. 0 or inf if it is not known.
 
     Attributes:
         num_columns: How many columns labels have as a matrix.
@@ -186,7 +186,7 @@ class KeptRows:
         return self._max_rows / max(1, self.num_seen, self._num_expected)
 
     def wanted(self, num_samples: int) -> Tensor:
-        """Return which of the next samples to read, ``(R,)``; unless there are none, :meth:`add` takes them."""
+        """Return which of the next samples to read, ``(R,)``; if there are some, :meth:`add` takes them."""
         priorities = _priority(torch.arange(self.num_seen, self.num_seen + num_samples, dtype=torch.float64))
         self._num_expected = self._num_expected or num_samples * self._num_batches
         self.num_seen += num_samples
