@@ -17,7 +17,6 @@ from lightning_sensitivity import compat
 from lightning_sensitivity.arguments import Refused
 
 T = TypeVar("T")
-Place = tuple[dict[str, Any], str, object]
 
 _LARGE = 2**16  # elements of a tensor that is cloned again only where it has changed
 _OWN = frozenset(vars(nn.Module()))  # what each module has: parameters, buffers, hooks, the mode
@@ -137,7 +136,7 @@ def _dicts_of(module: nn.Module) -> list[dict[str, object]]:
     return [attributes, *(attributes[name] for name in _OWN if isinstance(attributes.get(name), dict))]
 
 
-def _places_of(module: nn.Module) -> list[Place]:
+def _places_of(module: nn.Module) -> list[tuple[dict[str, Any], str, object]]:
     """List what a run replaces, such as attributes and buffers by copies: dict, name and value."""
     attributes = vars(module)
     own = [(attributes, name, value) for name, value in attributes.items() if name not in _OWN and _is_copied(value)]
