@@ -92,13 +92,17 @@ class ModelCall:
         if perturb is not None:
             name = self._argument_to_perturb()
             call.arguments[name] = clone_tensors(call.arguments[name], lambda x: perturb(x) if is_floating(x) else x)
-        result = self._model(**call.arguments) if self.by_name else self._model(*call.arguments.values())
-        if self.size == 1 and isinstance(result, Tensor) and result.shape[:1] != (1,):
-            result = result[None]  # `squeeze()` has dropped the dimension of a single sample
-        outputs = select_outputs(result, self._outputs)
+        outputs = select_outputs(call._run(), self._outputs)
         if self._outputs is None:
             self._check_class_dimension(outputs)
         return outputs
+
+    def _run(self) -> object:
+        """Run the model; a single sample gets back its dimension, which ``squeeze()`` drops."""
+        result = self._model(**self.arguments) if self.by_name else self._model(*self.arguments.values())
+        if self.size == 1 and isinstance(result, Tensor) and result.shape[:1] != (1,):
+            return result[None]
+        return result
 
     def spread(self, max_samples: float) -> Tensor | None:
         """Choose evenly spaced rows; None for all, if these are no more than wanted, or unknown."""
