@@ -15,8 +15,7 @@ from lightning_sensitivity.functional.tasks import TASK_NAMES, TASKS, Task
 from lightning_sensitivity.functional.tensors import look_like_probabilities
 from lightning_sensitivity.model.inputs import LEAST_SKILL, join_seen
 from lightning_sensitivity.model.isolation import isolated
-from lightning_sensitivity.model.reader import BatchReader
-from lightning_sensitivity.model.transfer import move_batch
+from lightning_sensitivity.model.reader import BatchReader, move_batch
 from lightning_sensitivity.reference.observations import projection, repeated_share
 
 _QUANTILE = 1.96  # of the normal distribution, for 95 %

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import LambdaCallback
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
@@ -83,23 +83,20 @@ def test_a_validation_in_one_batch_of_6000_rows_costs_what_its_kept_samples_cost
     assert sizes == {NUM_KEPT: 6}  # in each of two validations two passes for sensitivity, and one
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(Watch):
     """Counts the bytes of the tensors that are made inside and alive, without what an operation needs in itself."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(self.note)
         self.alive = self.peak = 0
         self.made: weakref.WeakSet[Any] = weakref.WeakSet()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = self.storages((args, kwargs))
-        result = func(*args, **(kwargs or {}))
-        for storage in self.storages(result) - given:  # neither a view nor in place
+    def note(self, function: Any, args: Any, kwargs: Any, result: Any) -> None:
+        for storage in self.storages(result) - self.storages((args, kwargs)):  # neither a view nor in place
             if storage not in self.made:
                 self.made.add(storage)
                 self.add(storage.nbytes())
                 weakref.finalize(storage, self.add, -storage.nbytes())
-        return result
 
     def storages(self, tree: Any) -> set[Any]:
         return {leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)}
@@ -107,21 +104,6 @@ class LiveBytes(TorchDispatchMode):
     def add(self, num_bytes: int) -> None:
         self.alive += num_bytes
         self.peak = max(self.peak, self.alive)
-
-
-class PeakOfSecondValidation(Callback):
-    """In the first validation, monitors keep their samples."""
-
-    def __init__(self) -> None:
-        self.bytes = LiveBytes()
-
-    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
-        if trainer.current_epoch == 1:
-            self.bytes.__enter__()
-
-    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
-        if trainer.current_epoch == 1:
-            self.bytes.__exit__(None, None, None)
 
 
 @pytest.mark.parametrize(("monitor", "limit"), [(SensitivityMonitor, 2.2), (RiskMonitor, 17)])
@@ -132,6 +114,10 @@ def test_at_the_peak_there_are_two_batches_of_outputs_and_sixteen_for_the_risk(m
     model.net = nn.Sequential(nn.BatchNorm1d(NUM_FEATURES), nn.Linear(NUM_FEATURES, 2**10))
     with torch.no_grad(), LiveBytes() as bare:
         outputs = model(x).nbytes
-    val, options = DataLoader(x, 512), {"max_epochs": 2, "num_sanity_val_steps": 0}
-    fitted([monitor(), peak := PeakOfSecondValidation()], model, loader, val, **options)
-    assert 1.0 < (peak.bytes.peak - x.nbytes - (bare.peak - outputs)) / outputs < limit
+    second = LiveBytes()  # of the second validation; in the first one, monitors keep their samples
+    watch = LambdaCallback(
+        on_validation_start=lambda trainer, module: trainer.current_epoch == 1 and second.__enter__(),
+        on_validation_end=lambda trainer, module: trainer.current_epoch == 1 and second.__exit__(None, None, None),
+    )
+    fitted([monitor(), watch], model, loader, DataLoader(x, 512), max_epochs=2, num_sanity_val_steps=0)
+    assert 1.0 < (second.peak - x.nbytes - (bare.peak - outputs)) / outputs < limit

@@ -78,7 +78,7 @@ class ExpectationMonitor(Monitor):
 
     def keep(self, module: LightningModule, batch: object, batch_idx: int, samples: KeptSamples) -> None:
         """Keep a validation batch, with its labels if they are wanted."""
-        kept = self.reader.keep(module, batch, batch_idx, with_seen=True, max_samples=samples.num_wanted)
+        kept = self.reader.keep(module, batch, batch_idx, samples.num_wanted)
         if self.validation_labels and self.reader.may_have_labels(module, batch):
             try:
                 kept.labels = self.reader.kept_labels(module, batch, kept, self._reference.output_shape)

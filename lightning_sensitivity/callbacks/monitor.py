@@ -94,7 +94,7 @@ class Monitor(Callback, ABC):
 
     def keep(self, module: LightningModule, batch: object, batch_idx: int, samples: KeptSamples) -> None:
         """Keep a validation batch."""
-        samples.add(self.reader.keep(module, batch, batch_idx, max_samples=samples.num_wanted))
+        samples.add(self.reader.keep(module, batch, batch_idx, samples.num_wanted))
 
     # Before a run
 

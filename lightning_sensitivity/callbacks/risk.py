@@ -26,7 +26,6 @@ from lightning_sensitivity.functional.tasks import TASK_NAMES, TASKS
 from lightning_sensitivity.model.inputs import join_seen
 from lightning_sensitivity.model.isolation import isolated
 from lightning_sensitivity.model.reader import BatchReader, check_count
-from lightning_sensitivity.model.transfer import move_batch
 
 _KEYS = {"epoch", "step", "dataloader_idx", "reference", "num_labels"}  # of each row of the history
 

@@ -220,8 +220,8 @@ class RunReference:
         if not bool(is_finite.all()):
             number = int((~is_finite).sum())
             message = (
-                f"leaves out {number} {what} with nan or inf as inputs. If values are missing, fill them in, with a "
-                "column that says where."
+                f"leaves out {number} {what} with nan or inf in inputs or features. If values are missing, fill them "
+                "in, with a column that says where."
             )
             self._reporter.warn("nan", message, kind=what)
         return is_finite.nonzero()[:, 0]
@@ -230,7 +230,7 @@ class RunReference:
         """Predict the kept samples of a loader, and draw labels for them; places are projections."""
         rows = self._finite_rows(seen, f"validation samples of dataloader {dataloader_idx}")
         if len(rows) == 0:
-            raise ValueError("No sample has finite inputs")
+            raise ValueError("No sample has finite inputs and features")
         places, order = projection(of_rows(seen, rows)).sort()
         rows = rows[order]
         seen = of_rows(seen, rows)

@@ -41,15 +41,14 @@ class SensitivityMonitor(Monitor):
     validation measures these samples, by 1 + ``num_draws`` passes.
 
     Args:
-        noise: σ of Gaussian noise in the units of the model's inputs, one number or one per channel, or a
-            function ``(x, generator) -> x'``.
+        noise: σ of Gaussian noise in the units of the model's inputs, or a function ``(x, generator) -> x'``.
         at: Name of a submodule; its output is perturbed instead of the input.
         num_draws: Noise draws per sample.
         per_output: Log the mean squared change of single outputs, also for probabilities and two-class heads.
-        loss_estimate: Log Equation 9, too; see :func:`~lightning_sensitivity.functional.loss_estimate`. It
-            holds for networks that are initialized with N(0, 1) and trained to convergence; with PyTorch's
-            default initialization it is about ten times too low. Only for Gaussian noise of one σ at the
-            inputs, and two outputs or more.
+        loss_estimate: Log Equation 9, too; see :func:`~lightning_sensitivity.functional.loss_estimate`. It holds
+            for networks that are initialized with N(0, 1) and trained to convergence; with PyTorch's default
+            initialization it is about ten times too low. Only for Gaussian noise at the inputs, and two outputs or
+            more.
         num_samples: Samples per loader, over all processes, in whole, evenly spaced batches; None for all.
             600 give a standard error of about 7 %.
         seed: Seed of the noise. A sample gets the same noise in every epoch.
@@ -98,8 +97,7 @@ class SensitivityMonitor(Monitor):
         self.loss_estimate = loss_estimate
         self.seed = seed
         self._noise = check_noise(noise)
-        has_std = isinstance(self._noise, GaussianNoise) and isinstance(self._noise.std, float)
-        is_possible = not loss_estimate or (has_std and at is None and not per_output)
+        is_possible = not loss_estimate or (isinstance(self._noise, GaussianNoise) and at is None and not per_output)
         expected = "False, unless `noise` is one number, `at` is None and `per_output` is False"
         check_argument("loss_estimate", loss_estimate, is_possible, expected)
 

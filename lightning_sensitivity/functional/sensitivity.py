@@ -206,8 +206,7 @@ def loss_estimate(
 
     Args:
         sensitivity: S, scalar or any shape.
-        input_power: E[x²], the mean square of an input element, one value or one per channel, like
-            ``noise_std``. C is the mean over channels.
+        input_power: E[x²], the mean square of an input element.
         noise_std: σ, standard deviation of the noise, in units of the model's input.
         num_outputs: K, the number of classes, 2 or more.
         offset: Σ, the part of the variance that sensitivity does not see.
@@ -229,7 +228,7 @@ def loss_estimate(
         sensitivity = torch.as_tensor(sensitivity, dtype=torch.float64)
     dtype, device = sensitivity.dtype, sensitivity.device
     power, std = (torch.as_tensor(each, dtype=dtype, device=device) for each in (input_power, noise_std))
-    variance = (num_outputs - 1) / num_outputs * sensitivity * (power / std.square()).mean()
+    variance = (num_outputs - 1) / num_outputs * sensitivity * power / std.square()
     return ((variance + offset) / 2).sqrt()
 
 

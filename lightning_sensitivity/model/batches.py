@@ -4,7 +4,7 @@ import copy
 from abc import ABC
 from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from lightning_utilities import apply_to_collection
@@ -20,31 +20,34 @@ class _Cloneable(ABC):  # noqa: B024
         return callable(getattr(other, "clone", None))
 
 
-def clone_tensors(value: Any, clone: Callable[[Tensor], Tensor] = Tensor.clone) -> Any:
+def _clone(item: Any) -> Any:
+    return item.detach().clone() if isinstance(item, Tensor) else item.clone()
+
+
+def clone_tensors(value: Any, clone: Callable[[Any], Any] = _clone) -> Any:
     """Clone what can be cloned in a value and its collections, and the tensors of an object that can't.
 
     Other objects are shared, not copied.
 
     Args:
         value: A batch, or a part of one.
-        clone: Function that clones a tensor.
+        clone: Function that clones a tensor, or another object.
     """
-    attributes = {} if isinstance(value, _Cloneable) or is_dataclass(value) else getattr(value, "__dict__", {})
+    is_known = isinstance(value, _Cloneable) or is_dataclass(value)
+    attributes = {} if is_known else getattr(value, "__dict__", {})
     tensors = {name: clone(item) for name, item in attributes.items() if isinstance(item, Tensor)}
     if tensors:
         value = copy.copy(value)
         vars(value).update(tensors)
         return value
-
-    def copy_item(item: Any) -> object:
-        return clone(item) if isinstance(item, Tensor) else item.clone()
-
-    return apply_to_collection(value, _Cloneable, copy_item, allow_frozen=True)
+    return apply_to_collection(value, _Cloneable, clone, allow_frozen=True)
 
 
-def is_floating(tensor: Tensor) -> bool:
+def is_floating(value: object) -> TypeGuard[Tensor]:
     """Check whether noise can be added: to dense floating tensors."""
-    return tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_nested
+    if not isinstance(value, Tensor) or value.is_nested:
+        return False
+    return value.is_floating_point() and value.layout == torch.strided
 
 
 def tensors_in(value: object) -> list[Tensor]:
@@ -53,7 +56,8 @@ def tensors_in(value: object) -> list[Tensor]:
         return [value]
     if isinstance(value, Mapping):
         return tensors_in([*value.values()])
-    return [tensor for item in value for tensor in tensors_in(item)] if isinstance(value, list | tuple) else []
+    items = value if isinstance(value, list | tuple) else ()
+    return [tensor for item in items for tensor in tensors_in(item)]
 
 
 def first_of(result: object) -> object:

@@ -3,15 +3,15 @@
 import copy
 import inspect
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
 from lightning_sensitivity.arguments import Refused, Selector, describe, refuse_on_error
 from lightning_sensitivity.compat import original_module
@@ -21,6 +21,8 @@ Perturb = Callable[[Tensor], Tensor]
 
 # Names of labels in batches of torch, transformers and Lightning's examples.
 TARGET_NAMES = ("label", "labels", "target", "targets", "y")
+# Parameters of ``forward`` by module: to read them for each batch takes longer than a small network.
+_PARAMETERS: WeakKeyDictionary[nn.Module, Mapping[str, inspect.Parameter]] = WeakKeyDictionary()
 _CHOOSE = "Select them: `inputs=lambda batch: batch['image']`; for `forward(batch)`, `inputs=lambda batch: (batch,)`."
 
 
@@ -31,8 +33,8 @@ class ModelCall:
 
     - with a function ``inputs``, what it returns: one argument, or a tuple of them;
     - of a mapping, the entries that ``forward`` names, or all if it takes only ``**kwargs``;
-    - of a tuple or list, as many elements as ``forward`` requires arguments, at least one: by their names if a
-      named tuple has all of these, else the first ones;
+    - of a tuple or list, as many elements as ``forward`` requires arguments, at least one: by their names
+      if a named tuple has all of these, else the first ones;
     - otherwise the batch.
 
     Perturbed are all floating tensors in the first argument; of a mapping, those in the only entry that has
@@ -45,8 +47,10 @@ class ModelCall:
         outputs: A function ``result -> outputs``, or None; see :func:`select_outputs`.
 
     Attributes:
-        arguments: The arguments of the model, by position or name.
-        size: The number of samples by the rows of the arguments; 0 if it is unknown, as with graphs.
+        by_name: Whether the model gets its arguments by name, and not by position.
+        arguments: The arguments of the model by their names in ``forward``; those of ``*args`` by numbers.
+        size: The number of samples, if tensors have a row for each, and all else belongs to all samples;
+            0 if that is unknown, as with graphs and lists.
 
     Raises:
         MisconfigurationException: If it is not clear how to call the model.
@@ -57,40 +61,23 @@ class ModelCall:
     ) -> None:
         self._model = model
         self._outputs = outputs
-        self.arguments: dict[int | str, object] = {0: batch}
-        if inputs:
-            arguments = inputs(clone_tensors(batch))  # `inputs` may write to the batch
-            self.arguments = dict(enumerate(arguments if type(arguments) is tuple else (arguments,)))
-        elif isinstance(batch, Mapping):
+        if inputs is None and isinstance(batch, Mapping):
+            self.by_name = True
             self.arguments = _named_arguments(model, batch)
-        elif isinstance(batch, list | tuple) and len(batch):
-            self.arguments = _positional_arguments(model, batch)
-        self.size = _num_samples(self.arguments.values())
-
-    @property
-    def args(self) -> tuple[object, ...]:
-        """The positional arguments of the model."""
-        return tuple(value for key, value in self.arguments.items() if isinstance(key, int))
-
-    @property
-    def kwargs(self) -> dict[str, object]:
-        """The keyword arguments of the model."""
-        return {key: value for key, value in self.arguments.items() if isinstance(key, str)}
-
-    @property
-    def has_rows(self) -> bool:
-        """Whether its tensors have a row for each sample, and all else belongs to all samples."""
-        return self.size > 0 and all(map(_has_rows, self.arguments.values()))
+        else:
+            self.by_name = False
+            values = _positional_arguments(model, batch, inputs)
+            names = [*parameters_of(model), *map(str, range(len(values)))]
+            self.arguments = dict(zip(names, values, strict=False))
+        self.size = _num_samples(self.arguments)
 
     def inputs(self) -> dict[str, object]:
-        """Return the arguments, but for labels, by their names in ``forward``, and further ones by their position."""
-        names: dict[int | str, str] = dict(enumerate(parameters_of(self._model)))
-        named = {names.get(key, str(key)): value for key, value in self.arguments.items()}
-        return {name: value for name, value in named.items() if name not in TARGET_NAMES}
+        """Return the arguments, but for those that are named like labels."""
+        return {name: value for name, value in self.arguments.items() if name not in TARGET_NAMES}
 
     def __str__(self) -> str:
         """Describe the arguments for an error message."""
-        return "; ".join(f"{key!r}: {describe(value)}" for key, value in self.arguments.items())
+        return "; ".join(f"{name!r}: {describe(value)}" for name, value in self.arguments.items())
 
     def __call__(self, perturb: Perturb | None = None) -> Tensor:
         """Call the model with copies of the arguments, perturbed or not, and select its outputs.
@@ -103,20 +90,24 @@ class ModelCall:
         """
         call = self._with(clone_tensors)
         if perturb is not None:
-            key = self._argument_to_perturb()
-            call.arguments[key] = clone_tensors(call.arguments[key], lambda x: perturb(x) if is_floating(x) else x)
-        result = self._model(*call.args, **call.kwargs)
-        if self.size == 1 and isinstance(result, Tensor) and result.shape[:1] != (1,):
-            result = result[None]  # `squeeze()` has dropped the dimension of a single sample
-        outputs = select_outputs(result, self._outputs)
+            name = self._argument_to_perturb()
+            call.arguments[name] = clone_tensors(call.arguments[name], lambda x: perturb(x) if is_floating(x) else x)
+        outputs = select_outputs(call._run(), self._outputs)
         if self._outputs is None:
             self._check_class_dimension(outputs)
         return outputs
 
+    def _run(self) -> object:
+        """Run the model; a single sample gets back its dimension, which ``squeeze()`` drops."""
+        result = self._model(**self.arguments) if self.by_name else self._model(*self.arguments.values())
+        if self.size == 1 and isinstance(result, Tensor) and result.shape[:1] != (1,):
+            return result[None]
+        return result
+
     def spread(self, max_samples: float) -> Tensor | None:
-        """Choose evenly spaced rows; None for all, if there are no more than wanted, or rows may not be samples."""
+        """Choose evenly spaced rows; None for all, if these are no more than wanted, or unknown."""
         count = math.ceil(min(max_samples, self.size))
-        return torch.arange(count) * self.size // count if count < self.size and self.has_rows else None
+        return torch.arange(count) * self.size // count if count < self.size else None
 
     def of_rows(self, rows: Tensor) -> "ModelCall":
         """Return the call on some of its rows."""
@@ -130,13 +121,12 @@ class ModelCall:
 
     def copy_to_cpu(self) -> "ModelCall":
         """Copy the call to the CPU; non-tensors that can't be cloned are shared."""
-        cloned = self._with(lambda value: clone_tensors(value, lambda tensor: tensor.detach().clone()))
-        return cloned._with(lambda value: move_data_to_device(value, torch.device("cpu")))
+        return self._with(lambda value: move_data_to_device(clone_tensors(value), torch.device("cpu")))
 
     def _with(self, change: Callable[[object], object]) -> "ModelCall":
         """Return the call with other arguments, which a function makes of those of this call."""
         new = copy.copy(self)
-        new.arguments = {key: change(value) for key, value in self.arguments.items()}
+        new.arguments = {name: change(value) for name, value in self.arguments.items()}
         return new
 
     def _check_class_dimension(self, outputs: Tensor) -> None:
@@ -151,10 +141,10 @@ class ModelCall:
                 "`outputs=lambda y: y.movedim(-1, 1)`; if they are there, `outputs=lambda y: y`."
             )
 
-    def _argument_to_perturb(self) -> int | str:
-        """Find the argument to perturb: 0, the first positional one, or its name."""
-        inputs = [key for key in self.arguments if key == 0 or key in self.kwargs.keys() - {*TARGET_NAMES}]
-        floating = [key for key in inputs if any(map(is_floating, tensors_in(self.arguments[key])))]
+    def _argument_to_perturb(self) -> str:
+        """Find the name of the argument to perturb, which is the first one by position."""
+        inputs = [*self.inputs()] if self.by_name else [*self.arguments][:1]
+        floating = [name for name in inputs if any(map(is_floating, tensors_in(self.arguments[name])))]
         if len(floating) != 1:
             names = ", ".join(map(repr, floating)) or "none"
             raise Refused(
@@ -165,16 +155,14 @@ class ModelCall:
         return floating[0]
 
 
-def _num_samples(arguments: Collection[object]) -> int:
+def _num_samples(arguments: Mapping[str, object]) -> int:
     """Count the samples by the rows that all tensors have; 0 if that is unknown, as with lists and graphs."""
-    if any(isinstance(value, list | PackedSequence) for value in arguments):  # each item may be a sample
-        return 0
-    numbers = {len(x) for x in tensors_in([*arguments]) if x.ndim > 0 and not x.is_nested}
+    numbers = {len(x) for x in tensors_in(arguments) if x.ndim > 0} if _has_rows(arguments) else {0}
     return numbers.pop() if len(numbers) == 1 else 0
 
 
 def _has_rows(value: object) -> bool:
-    """Check whether a part of a call is made of tensors, whose rows are samples, and of what belongs to all samples."""
+    """Check whether a value is made of dense tensors and constants; a list may be of samples."""
     if isinstance(value, Tensor):
         return value.layout == torch.strided and not value.is_nested
     if isinstance(value, Mapping | tuple):
@@ -186,8 +174,8 @@ def select_outputs(result: object, outputs: Selector | None = None) -> Tensor:
     """Select the outputs from the result of a model.
 
     Args:
-        result: A tensor; a tuple or list, whose first element is taken, unless there is a choice; or a mapping
-            or object with ``logits``.
+        result: A tensor; a tuple or list, whose first element is taken, unless there is a choice; or a
+            mapping or object with ``logits``.
         outputs: A function ``result -> tensor``; None to select them as described for ``result``.
 
     Raises:
@@ -195,7 +183,7 @@ def select_outputs(result: object, outputs: Selector | None = None) -> Tensor:
             elements of a tuple may be the outputs.
     """
     selected = outputs(result) if outputs else _find_outputs(result)
-    if not isinstance(selected, Tensor) or selected.ndim == 0 or not is_floating(selected):
+    if not is_floating(selected) or selected.ndim == 0:
         example = f": `outputs=lambda result: result[{list(result)[-1]!r}]`" if isinstance(result, Mapping) else ""
         raise Refused(
             f"`outputs` should select a floating tensor (N, K, ...) or (N,), got {describe(selected)}, "
@@ -211,14 +199,17 @@ def select_targets(model: nn.Module, batch: Any, targets: Selector | None = None
         model: The module, whose ``forward`` says how many elements of a batch are inputs.
         batch: What the loader gave. A function ``targets`` gets a copy of its tensors.
         targets: A function ``batch -> tensor``. By default, the labels are the only entry, field or attribute
-            that is called ``label``, ``labels``, ``target``, ``targets`` or ``y``; otherwise the last element of a
-            tuple or list, if all other elements are inputs of ``forward``.
+            that is called ``label``, ``labels``, ``target``, ``targets`` or ``y``; otherwise the last element
+            of a tuple or list, if all other elements are inputs of ``forward``.
 
     Raises:
         MisconfigurationException: If it is not clear where the labels are, or they are not a tensor.
     """
-    with refuse_on_error(f"`targets` failed on {describe(batch)}"):
-        selected = _find_targets(model, batch) if targets is None else targets(clone_tensors(batch))
+    if targets is None:
+        selected = _find_targets(model, batch)
+    else:
+        with refuse_on_error(f"`targets` failed on {describe(batch)}"):
+            selected = targets(clone_tensors(batch))
     if not isinstance(selected, Tensor):
         example = "`targets=lambda batch: batch[...]`"
         raise Refused(f"`targets` should return the labels, such as {example}, from {describe(batch)}.")
@@ -241,7 +232,7 @@ def _find_targets(model: nn.Module, batch: object) -> object:
 
 
 def _find_outputs(result: object) -> object:
-    """Find the logits by name, else the first item; refuse (features, logits), of which any may be the outputs."""
+    """Find the logits by name, else the first item; refuse (features, logits), which may be either."""
     if isinstance(result, Mapping) or hasattr(result, "logits"):
         return _entry(result, "logits")
     if len({x.shape[1] for x in tensors_in(result) if x.ndim == 2 and is_floating(x)}) > 1:
@@ -257,9 +248,12 @@ def _entry(value: object, name: str) -> object:
     return value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
 
 
-def parameters_of(model: nn.Module) -> dict[str, inspect.Parameter]:
+def parameters_of(model: nn.Module) -> Mapping[str, inspect.Parameter]:
     """Return the parameters of the ``forward`` of a module, compiled or not, by name."""
-    return dict(inspect.signature(original_module(model).forward).parameters)
+    module = original_module(model)
+    if module not in _PARAMETERS:
+        _PARAMETERS[module] = inspect.signature(module.forward).parameters
+    return _PARAMETERS[module]
 
 
 def _required_names(model: nn.Module) -> list[str]:
@@ -268,14 +262,19 @@ def _required_names(model: nn.Module) -> list[str]:
     return [name for name, p in parameters_of(model).items() if p.default is p.empty and p.kind in kinds]
 
 
-def _positional_arguments(model: nn.Module, batch: Sequence[object]) -> dict[int | str, object]:
+def _positional_arguments(model: nn.Module, batch: object, inputs: Selector | None) -> Sequence[object]:
+    if inputs is not None:
+        arguments: object = inputs(clone_tensors(batch))  # which may write to the batch
+        return arguments if type(arguments) is tuple else (arguments,)
+    if not isinstance(batch, list | tuple):
+        return (batch,)
     names = _required_names(model)
     if names and set(names) <= {*getattr(batch, "_fields", ())}:
-        return {place: getattr(batch, name) for place, name in enumerate(names)}
-    return dict(enumerate(batch[: max(1, len(names))]))
+        return [getattr(batch, name) for name in names]
+    return batch[: max(1, len(names))]
 
 
-def _named_arguments(model: nn.Module, batch: Mapping[str, object]) -> dict[int | str, object]:
+def _named_arguments(model: nn.Module, batch: Mapping[str, object]) -> dict[str, object]:
     parameters = parameters_of(model)
     takes_all = all(p.kind is p.VAR_KEYWORD for p in parameters.values())
     if not takes_all and parameters.keys().isdisjoint(batch):

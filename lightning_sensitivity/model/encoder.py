@@ -1,7 +1,7 @@
 """An encoder: a network of the user that makes features of the inputs of a model."""
 
 from collections.abc import Mapping
-from typing import Any
+from functools import partial
 
 import torch
 from lightning_utilities import apply_to_collection
@@ -11,72 +11,64 @@ from lightning_sensitivity.arguments import Refused, describe, refuse_on_error
 from lightning_sensitivity.model.call import ModelCall, parameters_of
 from lightning_sensitivity.model.isolation import isolated
 
-# Training samples that are encoded, in all processes. On a CPU, an encoder takes 8 to 100 ms a sample, and features
-# that know much need few samples: those of 1,000 images predict 79 to 84 % of CIFAR-10, patches of 10,000 62 %.
+# Training samples that are encoded, in all processes. On a CPU, an encoder takes 8 to 100 ms a sample, and
+# features that know much need few: those of 1,000 images predict 79 to 84 % of CIFAR-10, patches of 10,000 62 %.
 MAX_ENCODED = 3000
 _PART = 64  # samples that are encoded at a time, for lack of memory
 _NAMES = ("sentence_embedding", "pooler_output", "logits")  # of features in what transformers return
 
 
-class Encoder:
-    """A network that gets the inputs of a model, and returns features; it is no part of the model.
+def check_encoder(encoder: nn.Module, model: nn.Module) -> None:
+    """Refuse weights that are trained with the model, since features of earlier samples would not hold."""
+    trained = {weight for weight in model.parameters() if weight.requires_grad}
+    if not trained.isdisjoint(encoder.parameters()):
+        raise Refused("`features` is trained with the network: pass a copy, `copy.deepcopy(body)`.", "features")
 
-    A pass leaves it as it was, but for its device.
+
+def encode(encoder: nn.Module, call: ModelCall, size: int, rows: Tensor | None, device: torch.device) -> Tensor:
+    """Return the features of some samples, ``(R, D)``, in single precision, on the CPU.
 
     Args:
-        module: The network.
+        encoder: The network, which a pass leaves as it was, but for its device.
+        call: A call of the model.
+        size: N, the number of its samples.
+        rows: Which of them to encode; None for all.
+        device: The device of the model.
+
+    Raises:
+        MisconfigurationException: If the network fails, or does not return features of each sample.
     """
+    encoder.to(device)
+    rows = torch.arange(size) if rows is None else rows
+    with refuse_on_error(f"`features` failed on {call}", "features"), isolated(encoder) as run:
+        if call.size == 0:  # of a list, each item may be a sample
+            return run(_encode, encoder, call.to(device), size)[rows]
+        parts = torch.split(rows, _PART)
+        return torch.cat([run(_encode, encoder, call.of_rows(part).to(device), len(part)) for part in parts])
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
 
-    def is_trained_with(self, model: nn.Module) -> bool:
-        """Return whether both share weights that are not frozen."""
-        trained = {weight for weight in model.parameters() if weight.requires_grad}
-        return not trained.isdisjoint(self._module.parameters())
+def _encode(encoder: nn.Module, call: ModelCall, size: int) -> Tensor:
+    """Run the network on those inputs that it names, or on the only one, and find the features."""
+    inputs = apply_to_collection(call.inputs(), Tensor, partial(_cast, encoder))
+    names = parameters_of(encoder)
+    if not call.by_name or (len(inputs) == 1 and names.keys().isdisjoint(inputs)):
+        result = encoder(*inputs.values())
+    else:
+        result = encoder(**{name: value for name, value in inputs.items() if name in names})
+    features = _find_features(result, inputs.get("attention_mask"))
+    if not isinstance(features, Tensor) or features.shape[:1] != (size,):
+        raise Refused(f"it should return a tensor ({size}, D), got {describe(result)}.")
+    return features.float()[:, None].flatten(1).cpu()
 
-    def encode(self, call: ModelCall, size: int, rows: Tensor | None, device: torch.device) -> Tensor:
-        """Return the features of some samples, ``(R, D)``, in single precision, on the CPU.
 
-        Args:
-            call: A call of the model.
-            size: N, the number of its samples.
-            rows: Which of them to encode; None for all.
-            device: The device of the model.
-
-        Raises:
-            MisconfigurationException: If the network fails, or does not return features of each sample.
-        """
-        self._module.to(device)
-        rows = torch.arange(size) if rows is None else rows
-        with refuse_on_error(f"`features` failed on {call}", "features"), isolated(self._module) as run:
-            if not call.has_rows:  # of a list, each item may be a sample
-                return run(self._encode, call.to(device), size)[rows]
-            parts = torch.split(rows, _PART)
-            return torch.cat([run(self._encode, call.of_rows(part).to(device), len(part)) for part in parts])
-
-    def _encode(self, call: ModelCall, size: int) -> Tensor:
-        """Run the network on those inputs that it names, or on the only one, and find the features in its result."""
-        inputs = apply_to_collection(call.inputs(), Tensor, self._cast)
-        names = parameters_of(self._module)
-        if call.args or (len(inputs) == 1 and names.keys().isdisjoint(inputs)):
-            result = self._module(*inputs.values())
-        else:
-            result = self._module(**{name: value for name, value in inputs.items() if name in names})
-        found: Any = _find_features(result, inputs.get("attention_mask"))
-        if getattr(found, "shape", ())[:1] != (size,):
-            raise Refused(f"it should return a tensor ({size}, D), got {describe(result)}.")
-        features: Tensor = found.float()[:, None].flatten(1).cpu()
-        return features
-
-    def _cast(self, x: Tensor) -> Tensor:
-        """Give numbers the precision of the network, since half precision of a Trainer changes that of the batch."""
-        dtypes = (weight.dtype for weight in self._module.parameters() if weight.is_floating_point())
-        return x.to(next(dtypes, x.dtype)) if x.is_floating_point() else x
+def _cast(encoder: nn.Module, x: Tensor) -> Tensor:
+    """Give numbers the precision of the network, since a Trainer may have changed it."""
+    dtypes = (weight.dtype for weight in encoder.parameters() if weight.is_floating_point())
+    return x.to(next(dtypes, x.dtype)) if x.is_floating_point() else x
 
 
 def _find_features(result: object, mask: object) -> object:
-    """Find features among what transformers return, or in the only entry of a mapping; None if there are none.
+    """Find features in what transformers return, or in the only entry of a mapping; None if there are none.
 
     Hidden states of tokens, ``(N, L, D)``, are averaged over those that a mask leaves.
     """

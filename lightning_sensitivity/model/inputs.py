@@ -9,13 +9,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lightning_sensitivity.model.batches import choose_rows, tensors_in
-from lightning_sensitivity.reference.features import Seen, fit_size, shrunk
+from lightning_sensitivity.reference.features import Seen, fit_size, kind_of, shrunk
 
 LEAST_SKILL = 0.05  # of a reference that does not see all inputs, to be trusted
-_KINDS = {1: "columns", 2: "columns", 3: "signals", 4: "images"}  # by the number of dimensions
+_MAX_DIMENSIONS = 4  # those of images
 _MASK = "attention_mask"  # in transformers, where tokens are, and not padding
 _NO_INPUTS = re.compile("mask|position_ids|token_type_ids")
-_CONSTANTS = (Tensor, bool, int, float, str, type(None))  # tensors without rows among them; others hold something
+_CONSTANTS = (Tensor, bool, int, float, str, type(None))  # tensors without rows; others hold something
 _MANY = 1000  # values of a column of integers, from which on they are names, and no categories
 _MIN_WORDS = 4  # of a text beside numbers
 _SHIFT = 10**6  # from the words of a text to those of the next one
@@ -24,8 +24,9 @@ _SHIFT = 10**6  # from the words of a text to those of the next one
 class InputReader:
     """Sort the inputs of a model by what they are to a reference.
 
-    A matrix of integers by itself holds token ids. Beside numbers it does so if most of its columns reach 1,000, or if
-    it has a mask; else it holds categories, and columns that reach 1,000 are left out. The first batch decides.
+    A matrix of integers by itself holds token ids. Beside numbers it does so if most of its columns reach 1,000,
+    or if it has a mask; else it holds categories, and columns that reach 1,000 are left out. The first batch
+    decides.
 
     Attributes:
         unread: Names of the arguments of which something can't be read, as keys.
@@ -34,7 +35,7 @@ class InputReader:
     def __init__(self) -> None:
         self.unread: dict[str, None] = {}
         self._texts: dict[int, bool] = {}  # whether integers beside numbers are a text, by their place
-        self._names: dict[tuple[int, int], Tensor] = {}  # which columns are left out, by their place and number
+        self._names: dict[tuple[int, int], Tensor] = {}  # which columns are left out, by place and width
 
     def see(self, named: Mapping[str, object], size: int, rows: Tensor | None = None) -> Seen:
         """Return what a reference sees of the inputs of a model, on the CPU.
@@ -59,26 +60,23 @@ class InputReader:
         """List the tensors that can be read, each with its name, and remember the names of other inputs."""
         for name, value in named.items():
             tensors = [x for x in tensors_in(value) if x.ndim > 0]
-            readable = [x for x in tensors if _has_rows(x, size)]
-            is_seen = len(readable) == len(tensors) if tensors else isinstance(value, _CONSTANTS)
-            if not is_seen:
+            readable = [(name, x) for x in tensors if _has_rows(x, size)]
+            if len(readable) < len(tensors) or not (tensors or isinstance(value, _CONSTANTS)):
                 self.unread[name] = None
-            yield from ((name, x) for x in readable)
+            yield from readable
 
     def _read(self, place: int, name: str, x: Tensor, mask: Tensor | None, has_numbers: bool) -> tuple[str, Tensor]:
         """Return the kind of an input, and what is seen of it."""
         if x.ndim > 2 or x.is_floating_point():
-            return _KINDS[x.ndim], shrunk(x).detach().float()
-        if _are_integers(x) and self._is_text(place, x, mask, has_numbers):
+            return kind_of(x), shrunk(x).detach().float()
+        if _are_integers(x) and (mask is not None or not has_numbers or self._is_text(place, x)):
             return "tokens", x.long() if mask is None else x.long().where(mask > 0, -1)  # 8 bits have no -1
         return "columns", self._categories(place, name, x[:, None].flatten(1).cpu().long())
 
-    def _is_text(self, place: int, ids: Tensor, mask: Tensor | None, has_numbers: bool) -> bool:
-        """Return whether a matrix of integers is a text."""
-        if has_numbers and mask is None:
-            share = float((ids >= _MANY).any(0).float().mean())
-            return self._texts.setdefault(place, ids.shape[1] >= _MIN_WORDS and share > 0.5)
-        return True
+    def _is_text(self, place: int, ids: Tensor) -> bool:
+        """Return whether a matrix of integers beside numbers is a text."""
+        share = float((ids >= _MANY).any(0).float().mean())
+        return self._texts.setdefault(place, ids.shape[1] >= _MIN_WORDS and share > 0.5)
 
     def _categories(self, place: int, name: str, x: Tensor) -> Tensor:
         """Return columns of integers or flags as numbers, and those that are left out as zeros."""
@@ -94,9 +92,9 @@ def _is_data(name: str, is_like_numbers: bool) -> bool:
 
 
 def _has_rows(x: Tensor, size: int) -> bool:
-    """Return whether a tensor has a row of real numbers for each sample, and at most as many dimensions as images."""
+    """Return whether a tensor has a row of real numbers for each sample, and no more dimensions than images."""
     is_dense = x.layout == torch.strided and not x.is_nested and not x.is_complex()
-    return is_dense and x.ndim in _KINDS and len(x) == size
+    return is_dense and x.ndim <= _MAX_DIMENSIONS and len(x) == size
 
 
 def _are_integers(x: Tensor) -> bool:
@@ -105,7 +103,7 @@ def _are_integers(x: Tensor) -> bool:
 
 
 def _side_by_side(kind: str, parts: list[Tensor]) -> Tensor:
-    """Return several inputs of one kind as one; words of another text are other words, images have more channels."""
+    """Return several inputs of one kind as one; images as channels, and words of another text as other words."""
     if kind == "tokens":
         parts = [ids.where(ids < 0, ids + _SHIFT * place) for place, ids in enumerate(parts)]
     return torch.cat([fit_size(x[:, None] if x.ndim == 1 else x, parts[0].shape) for x in parts], 1)
@@ -117,7 +115,7 @@ def join_seen(parts: Sequence[Seen]) -> Seen:
     Token ids are padded to the longest by -1, and signals by 0; images get the size of the largest.
 
     Raises:
-        ValueError: If it sees nothing, or batches have other kinds of inputs, or other numbers of columns or channels.
+        ValueError: If it sees nothing, or batches have other kinds of inputs, or other columns or channels.
     """
     if not all(parts):
         raise ValueError("Inputs are neither dense numbers nor token ids, with a row for each sample")

@@ -5,6 +5,7 @@ import random
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -16,9 +17,7 @@ from lightning_sensitivity import compat
 from lightning_sensitivity.arguments import Refused
 
 T = TypeVar("T")
-Place = tuple[dict[str, Any], str, object]
 
-_LONG = 10_000  # items of a container that is not copied
 _LARGE = 2**16  # elements of a tensor that is cloned again only where it has changed
 _OWN = frozenset(vars(nn.Module()))  # what each module has: parameters, buffers, hooks, the mode
 _COPIED = {list, dict, set, deque, OrderedDict}
@@ -37,7 +36,7 @@ def isolated(model: nn.Module) -> Iterator[RunIsolated]:
 
     Inside, the model is in eval mode, without gradients, and its ``self.log`` does nothing. Every run starts
     from the same buffers, attributes and random state of torch: tensors and generators are cloned, and lists,
-    dicts, sets and deques of up to 10,000 items are copied one level deep. A large tensor is cloned once for all
+    dicts, sets and deques are copied one level deep. A large tensor is cloned once for all
     runs, and again only after a run that has written to the clone. After a run, the originals are put back; hooks,
     too. The random streams of Python and NumPy are put back at the end. Compiled code runs eagerly, so that our
     passes compile nothing.
@@ -80,12 +79,11 @@ class _State:
     """The contents of modules: copies take their place before a run, and they are put back after it."""
 
     def __init__(self, model: nn.Module) -> None:
-        modules, named = list(model.modules()), list(model.named_parameters())
-        self.writes = [(name, parameter, _count_writes(parameter)) for name, parameter in named]
-        self.devices = sorted({parameter.get_device() for _, parameter in named if parameter.is_cuda})
-        self.originals = [(items, dict(items)) for module in modules for items in _dicts_of(module)]
-        self.places = [place for module in modules for place in _places_of(module)]
-        self.clones: dict[int, tuple[Tensor, object]] = {}  # of large tensors, and the state in which each was made
+        self.writes = [(name, parameter, _count_writes(parameter)) for name, parameter in model.named_parameters()]
+        self.devices = sorted({parameter.get_device() for parameter in model.parameters() if parameter.is_cuda})
+        self.originals = [(items, dict(items)) for items in chain.from_iterable(map(_dicts_of, model.modules()))]
+        self.places = list(chain.from_iterable(map(_places_of, model.modules())))
+        self.clones: dict[int, tuple[Tensor, int | None]] = {}  # of tensors, and the writes to each so far
 
     def put_copies(self) -> None:
         """Put copies in the place of what a run may change."""
@@ -93,23 +91,24 @@ class _State:
         copies: dict[int, object] = {}  # what several places share stays shared
         for items, name, value in self.places:
             if id(value) not in copies:
-                is_large = isinstance(value, Tensor) and value.numel() > _LARGE
-                copies[id(value)] = self._clone(value) if is_large else _copy(value)
+                copies[id(value)] = self._copy(value)
             items[name] = copies[id(value)]
 
-    def _clone(self, value: Any) -> Tensor:
-        """Return the clone of a large tensor of an earlier run, unless that has written to it."""
-        clone, state = self.clones.get(id(value), (None, None))
-        if clone is None or state is None or _state_of(clone) != state:
+    def _copy(self, value: object) -> object:
+        """Copy a value; a large tensor only if the last run has written to its clone."""
+        if isinstance(value, torch.Generator):
+            return value.clone_state()
+        if not isinstance(value, Tensor):
+            return copy.copy(value)
+        clone, writes = self.clones.get(id(value), (value, None))
+        if value.numel() <= _LARGE or writes is None or _count_writes(clone) != writes:
             clone = value.detach().clone()
-            self.clones[id(value)] = clone, _state_of(clone)
+            self.clones[id(value)] = clone, _count_writes(clone)
         return clone
 
     def restore(self) -> None:
         """Put the originals back."""
-        for items, originals in self.originals:
-            if not items and not originals:  # as most are, such as those of hooks
-                continue
+        for items, originals in filter(any, self.originals):  # most are empty, such as those of hooks
             if list(items) != list(originals):  # new names, or another order of parameters and buffers
                 items.clear()
             items.update(originals)
@@ -127,7 +126,7 @@ class _State:
 
 
 def _count_writes(tensor: Tensor) -> int | None:
-    """Count the writes to a tensor; None in inference mode, where nobody counts. Those to its ``data`` do not count."""
+    """Count the writes to a tensor, but not those to its ``data``; None in inference mode, where nobody counts."""
     return None if tensor.is_inference() else tensor._version
 
 
@@ -137,7 +136,7 @@ def _dicts_of(module: nn.Module) -> list[dict[str, object]]:
     return [attributes, *(attributes[name] for name in _OWN if isinstance(attributes.get(name), dict))]
 
 
-def _places_of(module: nn.Module) -> list[Place]:
+def _places_of(module: nn.Module) -> list[tuple[dict[str, Any], str, object]]:
     """List what a run replaces, such as attributes and buffers by copies: dict, name and value."""
     attributes = vars(module)
     own = [(attributes, name, value) for name, value in attributes.items() if name not in _OWN and _is_copied(value)]
@@ -150,18 +149,4 @@ def _places_of(module: nn.Module) -> list[Place]:
 def _is_copied(value: object) -> bool:
     if isinstance(value, Tensor | torch.Generator):
         return not isinstance(value, nn.Parameter)
-    return type(value) in _COPIED and len(value) <= _LONG  # type: ignore[arg-type]
-
-
-def _state_of(clone: Tensor) -> object:
-    """Return what differs after a tensor was written to, also by its views, or was given other data."""
-    if clone.is_inference():
-        return None  # nobody counts
-    places = (clone.data_ptr(), clone.stride()) if clone.layout == torch.strided else ()
-    return clone._version, clone.shape, clone.dtype, clone.requires_grad, *places
-
-
-def _copy(value: object) -> object:
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    return value.clone_state() if isinstance(value, torch.Generator) else copy.copy(value)
+    return type(value) in _COPIED

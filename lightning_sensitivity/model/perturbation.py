@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from numbers import Real
@@ -18,7 +18,7 @@ from lightning_sensitivity.model.call import ModelCall, Perturb
 from lightning_sensitivity.model.isolation import RunIsolated
 
 NoiseFunction = Callable[[Tensor, torch.Generator], Tensor]
-Noise = float | Sequence[float] | NoiseFunction
+Noise = float | NoiseFunction
 Device = torch.device | str
 Key = tuple[int, ...]  # what a noise draw depends on
 
@@ -28,7 +28,7 @@ class GaussianNoise:
     """Add independent normal noise to every element: x' = x + ε, ε ~ N(0, σ² I).
 
     Args:
-        std: σ in the units of the model's inputs, one for all elements or one per channel (dimension 1).
+        std: σ in the units of the model's inputs.
 
     Example:
         >>> import torch
@@ -38,18 +38,12 @@ class GaussianNoise:
                 [-0.0201, -0.0759,  0.0250]])
     """
 
-    std: float | tuple[float, ...]
+    std: float
 
     def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """Perturb a floating tensor ``(N, ...)``, or ``(N, C, ...)`` if there is one σ per channel."""
-        std: Any = self.std
-        if isinstance(std, tuple):
-            std = torch.tensor(std, dtype=torch.float32, device=x.device)
-            expected = f"one number, or one per channel (dimension 1) of {describe(x)}"
-            check_argument("noise", self.std, x.shape[1:2] == std.shape, expected)
-            std = std.reshape(-1, *[1] * (x.ndim - 2))
+        """Perturb a floating tensor."""
         # Draw in float32 for every input type, so that all precisions get the same noise, rounded only once.
-        noise = torch.randn(x.shape, generator=generator, dtype=torch.float32, device=x.device).mul_(std)
+        noise = torch.randn(x.shape, generator=generator, dtype=torch.float32, device=x.device).mul_(self.std)
         return (x + noise).to(x.dtype)
 
 
@@ -57,22 +51,16 @@ def check_noise(noise: Noise) -> NoiseFunction:
     """Turn the argument ``noise`` into a function.
 
     Args:
-        noise: σ, a list with one σ per channel, or a function.
+        noise: σ, or a function.
 
     Raises:
         MisconfigurationException: If ``noise`` is something else.
     """
-    if callable(noise) and not isinstance(noise, type):
+    if callable(noise):
         return noise
-    value: Any = noise.tolist() if hasattr(noise, "tolist") else noise  # of numpy or torch
-    stds = list(value) if isinstance(value, list | tuple) else [value]
-    expected = "a positive number, a list of one per channel, or a function (x, generator) -> x'"
-    check_argument("noise", noise, min(map(_is_std, stds), default=False), expected)
-    return GaussianNoise(float(value) if stds == [value] else tuple(map(float, stds)))
-
-
-def _is_std(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < math.inf
+    is_std = isinstance(noise, Real) and not isinstance(noise, bool) and 0 < float(noise) < math.inf
+    check_argument("noise", noise, is_std, "a positive number, or a function (x, generator) -> x'")
+    return GaussianNoise(float(noise))
 
 
 def noise_generator(
@@ -143,7 +131,7 @@ def _call_perturbed_at(module: nn.Module, call: Callable[[], Tensor], perturb: P
         nonlocal has_run
         has_run = True
         first = first_of(result)
-        if not isinstance(first, Tensor) or not is_floating(first):
+        if not is_floating(first):
             raise Refused(f"`at` should name a module with floating outputs, got {describe(result)}.", "noise")
         return perturb(first) if first is result else (perturb(first), *result[1:])
 

@@ -1,16 +1,20 @@
-"""How to read a batch of any kind: the call of the model on it, its labels, and what a reference sees of it."""
+"""How to read any batch: the call of the model on it, its labels, and what a reference sees of it."""
 
 import math
 import sys
+from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import move_data_to_device
 from torch import Tensor, nn
 
 from lightning_sensitivity.arguments import Refused, Selector, check_selectors, describe, refuse_on_error
-from lightning_sensitivity.functional.tasks import Task
+from lightning_sensitivity.compat import original_module
+from lightning_sensitivity.functional.tasks import TASKS, Task
 from lightning_sensitivity.model.batches import choose_rows, clone_tensors, device_of
 from lightning_sensitivity.model.call import ModelCall, has_targets, select_targets
-from lightning_sensitivity.model.encoder import MAX_ENCODED, Encoder
+from lightning_sensitivity.model.encoder import MAX_ENCODED, check_encoder, encode
 from lightning_sensitivity.model.inputs import InputReader, join_seen
 from lightning_sensitivity.model.isolation import isolated
 from lightning_sensitivity.model.samples import KeptBatch, KeptRows, KeptSamples
@@ -26,9 +30,13 @@ class BatchReader:
         inputs: A function ``batch -> arguments``; by default see :class:`~lightning_sensitivity.model.ModelCall`.
         outputs: A function ``result -> logits``; by default :func:`~lightning_sensitivity.model.select_outputs`.
         targets: A function ``batch -> labels``; by default :func:`~lightning_sensitivity.model.select_targets`.
-        features: What a reference sees: a function ``batch -> (N, D)``, or a module that gets the inputs of the model;
-            by default the inputs.
-        task: The task, which labels have to fit; None without labels.
+        features: What a reference sees, by default the inputs: a function ``batch -> (N, D)``, or a module
+            that gets the inputs of the model.
+        task: The task, which labels have to fit.
+
+    Attributes:
+        task: The task.
+        has_features: Whether the user says what a reference sees.
 
     Raises:
         MisconfigurationException: If a selector is no function; in its methods, if a batch can't be read so.
@@ -41,14 +49,15 @@ class BatchReader:
         outputs: Selector | None = None,
         targets: Selector | None = None,
         features: Selector | nn.Module | None = None,
-        task: Task | None = None,
+        task: Task = TASKS["multiclass"],
     ) -> None:
         check_selectors(inputs=inputs, outputs=outputs, targets=targets, features=features)
         self._inputs = inputs
         self._outputs = outputs
         self._targets = targets
-        self._encoder = Encoder(features) if isinstance(features, nn.Module) else None
-        self._features = None if self._encoder else features
+        self._encoder = features if isinstance(features, nn.Module) else None
+        self._features = None if isinstance(features, nn.Module) else features
+        self.has_features = features is not None
         self.task = task
         self._input_reader = InputReader()
 
@@ -56,11 +65,6 @@ class BatchReader:
     def unread(self) -> tuple[str, ...]:
         """Names of the arguments of which something can't be read, in the batches so far."""
         return tuple(self._input_reader.unread)
-
-    @property
-    def has_features(self) -> bool:
-        """Whether the user says what a reference sees."""
-        return self._encoder is not None or self._features is not None
 
     @property
     def sees_all(self) -> bool:
@@ -72,13 +76,9 @@ class BatchReader:
         self._input_reader = InputReader()
 
     def check_encoder(self, model: nn.Module) -> None:
-        """Refuse an encoder that is trained with the model, since what it returned for earlier samples would not hold.
-
-        Raises:
-            MisconfigurationException: If they share weights that are not frozen.
-        """
-        if self._encoder is not None and self._encoder.is_trained_with(model):
-            raise Refused("`features` is trained with the network: pass a copy, `copy.deepcopy(body)`.", "features")
+        """Refuse an encoder that is trained with the model."""
+        if self._encoder is not None:
+            check_encoder(self._encoder, model)
 
     def call(self, model: nn.Module, batch: object) -> ModelCall:
         """Make the call of a model on a batch."""
@@ -108,7 +108,7 @@ class BatchReader:
             with isolated(model) as run:
                 labels = run(select_targets, model, batch, self._targets)
         labels = labels.detach().to("cpu", copy=True)
-        if self.task is not None and output_shape is not None:
+        if output_shape is not None:
             with refuse_on_error("`targets` should fit the outputs", "task"):
                 self.task.check(torch.zeros(labels.shape[:1] + output_shape), labels)
         return labels
@@ -124,7 +124,7 @@ class BatchReader:
         labels = self.labels(model, batch, output_shape)
         if kept.rows is not None and len(labels) > int(kept.rows.max()):
             labels = labels[kept.rows]
-        check_count(labels, kept.size)
+        _check_count(labels, kept.size)
         return labels
 
     def size(self, model: nn.Module, call: ModelCall) -> int:
@@ -147,7 +147,7 @@ class BatchReader:
             rows: Which of them are wanted; None for all.
 
         Returns:
-            What it sees by kind, empty if that is nothing; it may share memory with the call if all are wanted.
+            What it sees by kind, empty if that is nothing; it may share memory with the call.
 
         Raises:
             MisconfigurationException: If ``features`` fails, or does not return ``(N, D)``.
@@ -155,33 +155,21 @@ class BatchReader:
         call = call or self.call(model, batch)
         size = size or self.size(model, call)
         if self._encoder is not None:
-            return {"columns": self._encoder.encode(call, size, rows, device_of(model))}
+            return {"columns": encode(self._encoder, call, size, rows, device_of(model))}
         if self._features is None:
             return self._input_reader.see(call.inputs(), size, rows)
-        return {"columns": choose_rows(self._run_features(model, batch, size), rows).detach().float().flatten(1).cpu()}
-
-    def _run_features(self, model: nn.Module, batch: object, size: int) -> Tensor:
-        """Run the function of the user."""
-        assert self._features is not None
-        with refuse_on_error(f"`features` failed on {describe(batch)}", "features"), isolated(model) as run:
-            values: object = run(self._features, clone_tensors(batch))
-        if not isinstance(values, Tensor) or values.ndim < 2 or len(values) != size:
-            expected = f"a module, or a function that returns a tensor ({size}, D)"
-            raise Refused(f"`features` should be {expected}, got {describe(values)}.", "features")
-        return values
+        values = _select_features(self._features, model, batch, size)
+        return {"columns": choose_rows(values, rows).detach().float().flatten(1).cpu()}
 
     # Validation samples
 
-    def keep(
-        self, model: nn.Module, batch: object, index: int, with_seen: bool = False, max_samples: float = math.inf
-    ) -> KeptBatch:
+    def keep(self, model: nn.Module, batch: object, index: int, max_samples: float = math.inf) -> KeptBatch:
         """Copy a batch to the CPU, so that it can be run again.
 
         Args:
             model: The model.
             batch: The batch, on the model's device.
             index: Its index in its loader.
-            with_seen: Whether :meth:`join` will be called.
             max_samples: How many samples to keep, evenly spaced, if its rows are samples.
 
         Raises:
@@ -191,7 +179,7 @@ class BatchReader:
         rows = whole.spread(max_samples)
         call = whole if rows is None else whole.of_rows(rows)
         kept = KeptBatch(index, self.size(model, call), call.copy_to_cpu(), rows=rows)
-        if with_seen and kept.size > 0 and self._features is not None:  # all else can be found in the call
+        if self._features is not None:  # all else can be found in the call
             kept.seen = self.see(model, batch, whole, whole.size or kept.size, rows)
         return kept
 
@@ -220,7 +208,7 @@ class BatchReader:
     def keep_rows(
         self, rows: KeptRows, model: nn.Module, batch: object, output_shape: tuple[int, ...] | None = None
     ) -> None:
-        """Keep those samples of a training batch that have labels and are wanted, with their labels as a matrix.
+        """Keep those samples of a training batch that are wanted and have labels, with these as a matrix.
 
         Args:
             rows: What is kept.
@@ -231,18 +219,44 @@ class BatchReader:
         Raises:
             MisconfigurationException: If it can't be read, or there is not one label for each sample.
         """
+        if rows.num_to_read == 0:
+            return
         call = self.call(model, batch)
         labels = self.labels(model, batch, output_shape)
-        check_count(labels, call.size or len(labels))
-        assert self.task is not None
+        _check_count(labels, call.size or len(labels))
         labelled = self.task.has_label(labels).nonzero()[:, 0]
         wanted = labelled[rows.wanted(len(labelled))]
         if len(wanted) > 0:
-            y = self.task.as_matrix(labels[wanted], rows.num_columns).float()  # also where only some batches are mixed
+            y = self.task.as_matrix(labels[wanted], rows.num_columns).float()  # also of soft labels
             rows.add(self.see(model, batch, call, len(labels), wanted), y)
 
 
-def check_count(labels: Tensor, size: int) -> None:
+def move_batch(model: nn.Module, batch: object) -> Any:
+    """Copy a batch that came from no Trainer to the device of a model, by the hooks of a LightningModule."""
+    module, batch, device = original_module(model), clone_tensors(batch), device_of(model)
+    if not isinstance(module, LightningModule):
+        return move_data_to_device(batch, device)
+
+    def transfer(batch: object) -> object:
+        batch = module.on_before_batch_transfer(batch, 0)
+        batch = module.transfer_batch_to_device(batch, device, 0)
+        return module.on_after_batch_transfer(batch, 0)
+
+    with isolated(model) as run:
+        return run(transfer, batch)
+
+
+def _select_features(features: Selector, model: nn.Module, batch: object, size: int) -> Tensor:
+    """Return what a function of the user makes of a batch."""
+    with refuse_on_error(f"`features` failed on {describe(batch)}", "features"), isolated(model) as run:
+        values: object = run(features, clone_tensors(batch))
+    if not isinstance(values, Tensor) or values.ndim < 2 or len(values) != size:
+        expected = f"a module, or a function that returns a tensor ({size}, D)"
+        raise Refused(f"`features` should be {expected}, got {describe(values)}.", "features")
+    return values
+
+
+def _check_count(labels: Tensor, size: int) -> None:
     """Refuse labels that are not one for each sample."""
     if len(labels) != size:
         raise Refused(f"`targets` should return a label for each of {size} samples, got {len(labels)}.", "task")

@@ -18,7 +18,7 @@ from lightning_sensitivity.reference.observations import max_samples
 
 Place = TypeVar("Place", float, Tensor)
 
-# Of the validation samples of all loaders, in all processes together, and as much again of the training samples.
+# Of the validation samples of all loaders, in all processes, and as much again of the training samples.
 MAX_BYTES = 2**29
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 _SLACK = 1.25  # by how much rows may exceed what is wanted, so that they are seldom sorted out
@@ -57,8 +57,8 @@ def _num_bytes(tensor: Tensor) -> int:
 def _priority(place: Place) -> Place:
     """Return the fraction of a multiple of the golden ratio; batches and rows with the lowest ones are kept.
 
-    These are evenly spaced, whatever the period of the data, such as that of a stream whose workers read one part of
-    it each.
+    These are evenly spaced, whatever the period of the data, such as that of a stream whose workers read one
+    part of it each.
     """
     return place * _GOLDEN_RATIO % 1
 
@@ -149,12 +149,13 @@ class KeptRows:
         num_columns: How many columns labels have as a matrix.
         num_processes: How many processes share what a reference may know, and the memory.
         max_read: How many rows may be read in all processes, where that is expensive.
-        num_batches: How many batches will come to this process; by this number the rows to read are evenly spaced, and
-            none is read in vain. 0 or inf if it is not known.
+        num_batches: How many batches will come to this process; by this number the rows to read are evenly
+            spaced, and none is read in vain. 0 or inf if it is not known.
 
     Attributes:
         num_columns: How many columns labels have as a matrix.
-        num_seen: How many samples have come, until no more may be read.
+        num_seen: How many samples have come.
+        num_to_read: How many more rows may be read.
         size: How many rows there are, which may be a quarter more than are wanted.
         is_complete: Whether no more rows are wanted.
     """
@@ -167,17 +168,17 @@ class KeptRows:
         self.is_complete = False
         self.num_columns = num_columns
         self._num_processes = num_processes
-        self._num_to_read = max_read // num_processes
+        self.num_to_read = max_read // num_processes
         self._num_batches = num_batches if math.isfinite(num_batches) else 0
         self._num_expected = 0.0  # samples, by the size of the first batch
-        self._max_rows = min(self._num_to_read, max_samples(["columns"], num_columns) // num_processes)
+        self._max_rows = min(self.num_to_read, max_samples(["columns"], num_columns) // num_processes)
         self._chosen = torch.zeros(0, dtype=torch.float64)  # priorities of rows that are being read
         self._parts: list[_Rows] = []
 
     @property
     def is_full(self) -> bool:
         """Whether there are as many rows as are wanted, or fit into memory."""
-        return self._num_to_read == 0 or self.num_seen >= max(self._max_rows, self._num_expected)
+        return self.num_to_read == 0 or self.num_seen >= max(self._max_rows, self._num_expected)
 
     @property
     def _limit(self) -> float:
@@ -185,14 +186,12 @@ class KeptRows:
         return self._max_rows / max(1, self.num_seen, self._num_expected)
 
     def wanted(self, num_samples: int) -> Tensor:
-        """Return which of the next samples to read, ``(R,)``; :meth:`add` takes them, unless there are none."""
-        if self.is_complete or self._num_to_read == 0:
-            num_samples = 0
+        """Return which of the next samples to read, ``(R,)``; if there are some, :meth:`add` takes them."""
         priorities = _priority(torch.arange(self.num_seen, self.num_seen + num_samples, dtype=torch.float64))
         self._num_expected = self._num_expected or num_samples * self._num_batches
         self.num_seen += num_samples
-        rows = (priorities < self._limit).nonzero()[: self._num_to_read, 0]
-        self._num_to_read -= len(rows)
+        rows = (priorities < self._limit).nonzero()[: self.num_to_read, 0]
+        self.num_to_read -= len(rows)
         self._chosen = priorities[rows]
         return rows
 
@@ -202,14 +201,7 @@ class KeptRows:
         Args:
             seen: What a reference sees of them, on the CPU; empty if there is nothing.
             labels: The label of each.
-
-        Raises:
-            ValueError: If there is not one label for each.
         """
-        if {len(self._chosen)} != {len(x) for x in (labels, *seen.values())}:
-            raise ValueError(f"Expected one label for each of {len(self._chosen)} samples, but got {len(labels)}")
-        if len(labels) == 0:
-            return
         num_bytes = sum(_num_bytes(x[0]) for x in (labels, *seen.values()))
         known = min(max_samples(seen, self.num_columns), int(MAX_BYTES / _SLACK / num_bytes))
         self._max_rows = max(1, min(self._max_rows, known // self._num_processes))

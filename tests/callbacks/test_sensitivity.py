@@ -135,6 +135,7 @@ def test_the_prefix_begins_every_name_and_the_progress_bar_shows_the_value() -> 
 
 @pytest.mark.parametrize(("options", "match"), [
     ({"noise": 0.0}, "`noise` should be a positive number"),
+    ({"noise": [0.1, 0.2]}, "`noise` should be a positive number"),
     ({"at": 3}, "`at` should be the name of a submodule"),
     ({"num_draws": True}, "`num_draws` should be an int of 1 or more"),
     ({"per_output": 1}, "`per_output` should be a bool"),

@@ -44,7 +44,7 @@ def test_a_missing_number_costs_its_sample_and_is_said() -> None:
         texts = said(monitor := quick_risk(), Filling(), of(x[rows], Y[rows]), DataLoader(new[others], 20))
         scores.append(monitor.history[0]["expected_score"])
         assert monitor.summary["num_training"] == 199 and len(texts) == 2 * is_there
-        assert all("leaves out 1 " in text and "with nan or inf as inputs" in text for text in texts)
+        assert all("leaves out 1 " in text and "with nan or inf in inputs or features" in text for text in texts)
     assert scores[0] == pytest.approx(scores[1], abs=0.01)  # labels are drawn by the place of a sample
 
 

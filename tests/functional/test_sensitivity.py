@@ -91,5 +91,3 @@ def test_bad_outputs_are_refused() -> None:
 def test_the_loss_estimate_is_equation_9() -> None:
     close(loss_estimate(0.04, 0.25, 0.1, 10, offset=0.5), math.sqrt(0.5 * (0.9 * 0.04 * 25 + 0.5)))
     close(loss_estimate(6.08e8, 0.2648, 0.1, 10), 85_119, 1e-3)  # the authors' example, in their notebook
-    channels = torch.tensor([0.2, 0.9]), torch.tensor([0.1, 0.2])
-    close(loss_estimate(0.1, *channels, 5), loss_estimate(0.1, (20 + 22.5) / 2, 1.0, 5), 1e-6)

@@ -11,15 +11,13 @@ from lightning_sensitivity.model import GaussianNoise, ModelCall, isolated, nois
 from lightning_sensitivity.model.perturbation import check_noise, noisy_outputs, perturbation, submodule
 
 
-@pytest.mark.parametrize("std", [0.5, (0.1, 0.2, 0.4)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_every_type_and_layout_gets_the_same_noise_and_keeps_its_own(dtype: torch.dtype, std: Any) -> None:
+def test_every_type_and_layout_gets_the_same_noise_and_keeps_its_own(dtype: torch.dtype) -> None:
     x = torch.rand(4, 3, 5, 7).to(dtype).contiguous(memory_format=torch.channels_last)
     before, state = x.clone(), torch.get_rng_state()
     with torch.autocast("cpu", torch.bfloat16):
-        noisy = GaussianNoise(std)(x, noise_generator(0))
-    normal = torch.randn(x.shape, generator=noise_generator(0))
-    expected = x.float() + torch.tensor(std).reshape(-1, 1, 1) * normal
+        noisy = GaussianNoise(0.5)(x, noise_generator(0))
+    expected = x.float() + 0.5 * torch.randn(x.shape, generator=noise_generator(0))
     torch.testing.assert_close(noisy, expected.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
     assert noisy.stride() == x.stride() and torch.equal(x, before) and torch.equal(torch.get_rng_state(), state)
 
@@ -31,11 +29,9 @@ def test_the_generator_depends_on_all_of_its_arguments_and_on_nothing_else() -> 
     assert noise_generator(np.int64(3)).initial_seed() == noise_generator(3).initial_seed()
 
 
-def test_numbers_lists_and_functions_are_noise_and_nothing_else() -> None:
-    for noise, std in ((np.float32(0.5), 0.5), (1 / np.array([2.0, 4.0]), (0.5, 0.25)), (torch.tensor([0.5]), (0.5,))):
-        assert check_noise(noise) == GaussianNoise(std)
-    assert check_noise(max) is max
-    for noise in (0, -0.1, math.nan, math.inf, "0.1", True, None, [], [0.1, 0.0], [0.1, "x"], int):
+def test_numbers_and_functions_are_noise_and_nothing_else() -> None:
+    assert check_noise(np.float32(0.5)) == check_noise(0.5) == GaussianNoise(0.5) and check_noise(max) is max
+    for noise in (0, -0.1, math.nan, math.inf, "0.1", True, None, [0.1, 0.2]):
         with pytest.raises(MisconfigurationException, match="`noise` should be .*, got "):
             check_noise(noise)  # type: ignore[arg-type]
 
@@ -45,15 +41,15 @@ def test_a_function_may_write_into_what_it_gets_and_gives_the_like() -> None:
     perturb = perturbation(lambda x, generator: x.add_(torch.rand(x.shape, generator=generator)), key)
     both = torch.rand(4, 3, generator=noise_generator(*key))  # one stream for all tensors of a draw
     assert torch.equal(torch.cat([perturb(x), perturb(x)]), both) and not x.any()
-    for noise in (*(lambda x, g, y=y: y for y in (None, x[:1], x.double(), x.to("meta"))), GaussianNoise((0.1, 0.2))):
+    for other in (None, x[:1], x.double(), x.to("meta")):
         with pytest.raises(MisconfigurationException, match=r"`noise` should .*\(2, 3\)"):
-            perturbation(noise, key)(x)
+            perturbation(lambda x, generator, other=other: other, key)(x)
 
 
 class Siamese(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.rnn, self.head, self.spare = nn.LSTM(4, 4), nn.Linear(4, 2), nn.Linear(1, 1)
+        self.rnn, self.head = nn.LSTM(4, 4), nn.Linear(4, 2)
 
     def forward(self, x: Tensor, change: Tensor | float = 0.0) -> Tensor:
         hidden = self.rnn(x)[0] + change
@@ -73,6 +69,3 @@ def test_the_output_of_a_submodule_is_perturbed_each_time_that_it_runs() -> None
     torch.testing.assert_close(outputs(None, GaussianNoise(0.5)), [model(x + each) for each in noise])
     torch.testing.assert_close(outputs("rnn", GaussianNoise(0.5)), [model(x, each) for each in noise])
     torch.testing.assert_close(outputs("head", lambda x, generator: x + 1), [model(x) - 2] * 2)
-    for at, match in (("spare", "did not run"), ("haed", "such as .*'head'.*got 'haed'"), ("head", "`noise` should")):
-        with pytest.raises(MisconfigurationException, match=match):
-            outputs(at, lambda x, generator: x[:1])

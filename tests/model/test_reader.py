@@ -1,5 +1,6 @@
 """A reader of batches needs no Trainer, and what it keeps is what a reference needs."""
 
+import cProfile
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,10 +11,9 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from lightning_sensitivity.functional.tasks import TASKS
-from lightning_sensitivity.model import ModelCall
 from lightning_sensitivity.model import inputs as inputs_module
 from lightning_sensitivity.model.reader import BatchReader
-from lightning_sensitivity.model.samples import KeptBatch, KeptSamples
+from lightning_sensitivity.model.samples import KeptSamples
 from tests.helpers import labelled
 
 MODEL = nn.Linear(12, 4)
@@ -23,7 +23,7 @@ READ = {"inputs": lambda batch: batch["image"].mul_(2), "targets": lambda batch:
 
 def test_functions_say_where_everything_is_and_get_copies() -> None:
     reader, batch = BatchReader(**READ, features=lambda batch: batch["image"].mul_(3)[:, :2]), {"image": X, "class": Y}
-    kept = reader.keep(MODEL, batch, 5, with_seen=True)
+    kept = reader.keep(MODEL, batch, 5)
     assert (kept.index, kept.size) == (5, 60) and kept.labels is None
     assert torch.equal(kept.call(), MODEL(2 * X)) and torch.equal(kept.seen["columns"], 3 * X[:, :2])
     labels = reader.labels(MODEL, batch)
@@ -33,7 +33,7 @@ def test_functions_say_where_everything_is_and_get_copies() -> None:
 
 def test_without_functions_it_takes_what_is_usual() -> None:
     reader = BatchReader()
-    kept = reader.keep(MODEL, (X, Y), 0, with_seen=True)
+    kept = reader.keep(MODEL, (X, Y), 0)
     assert torch.equal(kept.call(), MODEL(X)) and torch.equal(reader.labels(MODEL, (X, Y)), Y)
     assert kept.seen is None and torch.equal(reader.see(MODEL, (X, Y))["columns"], X)
     assert reader.may_have_labels(MODEL, (X, Y)) and not reader.may_have_labels(MODEL, X)
@@ -50,11 +50,6 @@ def test_functions_may_draw_random_numbers_and_change_the_model_without_a_trace(
     assert torch.equal(torch.get_rng_state(), state) and model[0].num_batches_tracked == 0
 
 
-def test_samples_of_a_list_are_counted_by_outputs() -> None:
-    model = type("Lists", (nn.Module,), {"forward": lambda self, x: torch.stack(x)})()
-    assert BatchReader().keep(model, [list(X[:7])], 0).size == 7
-
-
 def of_user(result: Any) -> Any:
     return BatchReader(features=lambda batch: result).see(MODEL, X)
 
@@ -67,7 +62,7 @@ def of_user(result: Any) -> Any:
     (lambda reader: of_user(X[:5]), r"`features` should be a module, or a function .*\(60, D\), got .*\(5, 12\)"),
     (lambda reader: of_user(X[:, 0]), r"`features` should be .*\(60,\)"),
     (lambda reader: of_user([X]), "`features` should be .*list of 1"),
-    (lambda reader: BatchReader(features=lambda batch: 1 / 0).keep(MODEL, X, 0, True), "`features` failed on a tensor"),
+    (lambda reader: BatchReader(features=lambda batch: 1 / 0).keep(MODEL, X, 0), "`features` failed on a tensor"),
     (lambda reader: BatchReader(inputs=3), "`inputs` should be a function"),
     (lambda reader: BatchReader(features=[]), "`features` should be a module, a function, such as"),
 ])  # fmt: skip
@@ -79,27 +74,20 @@ def test_what_is_not_clear_or_does_not_fit_is_refused(read: Any, match: str) -> 
 # What a reference sees
 
 
-def test_large_images_are_seen_small_but_not_the_features_of_the_user() -> None:
-    large = torch.rand(3, 1, 64, 64, generator=torch.Generator().manual_seed(0))
-    flat = type("Flat", (nn.Module,), {"forward": lambda self, x: x.flatten(1)[:, :4]})()
-    assert BatchReader().see(flat, large)["images"].shape == (3, 1, 32, 32)
-    assert BatchReader(features=lambda batch: batch).see(flat, large)["columns"].shape == (3, 64 * 64)
-
-
 def test_a_graph_is_seen_by_features_alone() -> None:
     graph, model = SimpleNamespace(x=X, y=Y), type("Net", (nn.Module,), {"forward": lambda self, data: data.x[:, :4]})()
     reader = BatchReader()
     assert reader.see(model, graph) == {} and reader.unread == ("data",)
     reader.reset()
     assert reader.unread == ()
-    kept = BatchReader(features=lambda batch: batch.x).keep(model, graph, 0, with_seen=True)
+    kept = BatchReader(features=lambda batch: batch.x).keep(model, graph, 0)
     assert kept.size == 60 and torch.equal(kept.seen["columns"], X)
 
 
 def kept_of(reader: BatchReader, batches: Any, num_wanted: int = 100) -> KeptSamples:
     samples = KeptSamples(num_wanted)
     for index, batch in enumerate(batches):
-        samples.add(reader.keep(MODEL, batch, index, with_seen=True, max_samples=num_wanted))
+        samples.add(reader.keep(MODEL, batch, index, max_samples=num_wanted))
     return samples
 
 
@@ -113,16 +101,6 @@ def test_of_a_large_batch_some_rows_are_kept_with_their_features() -> None:
         assert reader.keep(MODEL, (X, Y), 0, max_samples=60).rows is None
 
 
-def test_samples_of_which_some_are_not_seen_are_not_joined() -> None:
-    reader, samples = BatchReader(), KeptSamples(100)
-    for index, x in enumerate(X.split(20)):
-        samples.add(KeptBatch(index, 20, ModelCall(MODEL, x)))
-    assert torch.equal(reader.join(MODEL, samples)["columns"], X)
-    samples.batches[1].call = ModelCall(MODEL, SimpleNamespace(x=X))
-    with pytest.raises(ValueError, match="neither dense numbers nor token ids, with a row for each sample"):
-        reader.join(MODEL, samples)
-
-
 # Training samples
 
 
@@ -134,6 +112,17 @@ def test_training_samples_with_labels_are_kept_also_where_only_some_batches_are_
     seen, kept = rows.joined()
     assert torch.equal(seen["columns"], X[labels >= 0]) and torch.equal(kept, one_hot(Y, 4).float()[labels >= 0])
     assert rows.num_seen == rows.size == 40
+
+
+def test_what_is_done_for_each_training_batch_is_little() -> None:
+    """Calls of functions are counted; 280 are made, of which a third are torch's."""
+    reader, batches = BatchReader(task=TASKS["multiclass"]), [*zip(X.split(15), Y.split(15), strict=True)]
+    rows, profile = reader.make_rows(4, num_batches=400), cProfile.Profile()
+    profile.enable()
+    for batch in batches * 100:
+        reader.keep_rows(rows, MODEL, batch, (4,))
+    profile.disable()
+    assert rows.size == 6000 and sum(entry.callcount for entry in profile.getstats()) < 340 * 400
 
 
 @pytest.mark.parametrize(("num_batches", "most"), [(40, 66), (0, 64 * 5)])  # 64 + 64 / 2 + 64 / 3 ... are 274
