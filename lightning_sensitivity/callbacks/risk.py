@@ -25,7 +25,7 @@ from lightning_sensitivity.functional.expected import default_metrics
 from lightning_sensitivity.functional.tasks import TASK_NAMES, TASKS
 from lightning_sensitivity.model.inputs import join_seen
 from lightning_sensitivity.model.isolation import isolated
-from lightning_sensitivity.model.reader import BatchReader, check_count
+from lightning_sensitivity.model.reader import BatchReader, check_count, move_batch
 
 _KEYS = {"epoch", "step", "dataloader_idx", "reference", "num_labels"}  # of each row of the history
 

@@ -124,7 +124,7 @@ class BatchReader:
         labels = self.labels(model, batch, output_shape)
         if kept.rows is not None and len(labels) > int(kept.rows.max()):
             labels = labels[kept.rows]
-        _check_count(labels, kept.size)
+        check_count(labels, kept.size)
         return labels
 
     def size(self, model: nn.Module, call: ModelCall) -> int:
@@ -223,7 +223,7 @@ class BatchReader:
             return
         call = self.call(model, batch)
         labels = self.labels(model, batch, output_shape)
-        _check_count(labels, call.size or len(labels))
+        check_count(labels, call.size or len(labels))
         labelled = self.task.has_label(labels).nonzero()[:, 0]
         wanted = labelled[rows.wanted(len(labelled))]
         if len(wanted) > 0:
@@ -256,7 +256,7 @@ def _select_features(features: Selector, model: nn.Module, batch: object, size: 
     return values
 
 
-def _check_count(labels: Tensor, size: int) -> None:
+def check_count(labels: Tensor, size: int) -> None:
     """Refuse labels that are not one for each sample."""
     if len(labels) != size:
         raise Refused(f"`targets` should return a label for each of {size} samples, got {len(labels)}.", "task")
