@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+
+from lightning_sensitivity import OutputSensitivity
 
 STUDIES = Path(__file__).parents[1] / "examples" / "studies"
 LONG = pd.DataFrame(
@@ -99,6 +102,15 @@ def test_the_study_of_costs_counts_what_a_validation_runs(run: Any) -> None:
 
 
 @pytest.mark.long
+def test_encoders_are_timed_on_one_and_two_threads() -> None:
+    pytest.importorskip("timm")
+    command = [sys.executable, str(STUDIES / "cost" / "encoders.py"), "--quick"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=STUDIES.parents[1])
+    lines = [line.rsplit(maxsplit=2) for line in done.stdout.splitlines()]
+    assert [threads for _, threads, _ in lines] == ["1", "2", "1", "2"] and all(float(each) > 0 for *_, each in lines)
+
+
+@pytest.mark.long
 def test_copies_of_customers_make_a_reference_look_better_than_it_is(run: Any) -> None:
     _, variables = run("studies/customers/customers.py", "--quick")
     found = variables["pd"].DataFrame(variables["copies"](0)).set_index("case")
@@ -107,10 +119,28 @@ def test_copies_of_customers_make_a_reference_look_better_than_it_is(run: Any) -
 
 
 @pytest.mark.long
-def test_networks_of_the_paper_are_measured(tmp_path: Path, monkeypatch: Any) -> None:
+@pytest.mark.filterwarnings("ignore:.*survives averaging over classes")
+def test_the_pictures_of_the_page_on_curves(run: Any) -> None:
+    text, _ = run("studies/reading_curves/curves.py", "--quick", "--only", "gap")
+    assert "gap" in text.splitlines() and Path("runs/reading_curves/gap.png").stat().st_size > 10_000
+
+
+@pytest.mark.long
+def test_networks_of_the_paper_are_measured_as_the_package_does(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.syspath_prepend(STUDIES / "paper")  # whose modules import each other as scripts do
     zoo, measure = map(importlib.import_module, ("zoo", "measure"))
-    specs = [zoo.Spec(1, 16), zoo.Spec(2, 16, init="normal")]
+    specs = [zoo.Spec(1, 16), zoo.Spec(1, 32, init="normal"), zoo.Spec(2, 16)]
     args = Namespace(data=None, out=tmp_path, max_epochs=120, processes=1)
-    table = measure.measure(specs, "digits", args)
-    assert np.isfinite(table[["loss", "sensitivity", "sensitivity_stderr"]]).all(axis=None)
+    table = measure.measure(specs, "digits", args).set_index("network")
+    images = zoo.Images("digits")
+    images.setup("fit")
+    (x, _), generator = images.test_set.tensors, torch.Generator().manual_seed(1)
+    noise = [0.1 * torch.randn(x.shape, generator=generator) for _ in range(5)]
+    for spec in specs:
+        network = zoo.Network.load_from_checkpoint(zoo.checkpoints(spec, "digits", tmp_path).trained).eval()
+        metric = OutputSensitivity()
+        with torch.no_grad():
+            metric.update(network(x), [network(x + each) for each in noise])
+        row = table.loc[spec.name]
+        assert float(metric.compute()) == pytest.approx(row["sensitivity"], abs=5 * row["sensitivity_stderr"])
+    assert np.isfinite(table["loss"]).all()

@@ -1,6 +1,7 @@
 """An encoder gets the inputs of the model, on kept samples alone, and is left as it was."""
 
 import copy
+import pickle
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -19,6 +20,7 @@ from lightning_sensitivity.model.samples import KeptSamples
 from tests.helpers import labelled
 
 X, Y = labelled(300).tensors
+TENTHS = [*zip(X.split(30), Y.split(30), strict=True)]
 MASK = (torch.arange(12) < torch.arange(300)[:, None] % 12 + 1).long()
 MODEL = nn.Linear(12, 4)
 Forward = Callable[..., Any]
@@ -203,3 +205,32 @@ def test_models_are_compared_by_what_an_encoder_sees() -> None:
     encoder = net(lambda self, x: x[:, :3].prod(1))
     rows = compare_models(models, [x[300:]], features=encoder, **options)
     assert [row.name for row in rows] == ["right", "wrong"] and rows[0].expected > 0.9
+
+
+def test_it_runs_in_16_bits_where_the_trainer_does() -> None:
+    encoder = net(lambda self, x: self.body[0](x))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = seen(encoder, MODEL, (X, Y))
+    full = encoder.body[0](X).detach()
+    assert found.dtype == torch.float32 and torch.equal(found, found.bfloat16().float())
+    torch.testing.assert_close(found, full, rtol=0, atol=0.02)
+
+
+def test_nothing_registers_it_and_it_is_pickled_as_it_was_given() -> None:
+    encoder = Net(lambda self, x: self.body(x))
+    module = nn.Module()
+    module.reader = reader(encoder)
+    assert [*module.parameters()] == [] and module.state_dict() == {}
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    seen(encoder, MODEL, (X, Y))
+    again = pickle.loads(pickle.dumps(encoder))
+    assert again.training and all(torch.equal(before[name], value) for name, value in again.state_dict().items())
+
+
+def test_models_are_compared_by_evenly_spaced_samples_that_are_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader_module, "MAX_ENCODED", 60)
+    encoder, encoded = counting()
+    training = [(x + torch.tensor([1.0] + 11 * [0]) * 10 * number, y) for number, (x, y) in enumerate(TENTHS)]
+    options = {"features": encoder, "reference": LogisticRegression(), "validation_labels": True}
+    compare_models({"a": MODEL, "b": nn.Linear(12, 4)}, [(X[:50] + 0.5, Y[:50])], training=training, **options)
+    assert 58 + 50 <= len(encoded) <= 60 + 50 and {int(number / 10) for number in encoded} == {*range(10)}
