@@ -13,7 +13,7 @@ from lightning_sensitivity.arguments import Refused, Selector, check_argument, c
 from lightning_sensitivity.functional.expected import METRIC_WORTH
 from lightning_sensitivity.functional.tasks import TASK_NAMES, TASKS, Task
 from lightning_sensitivity.functional.tensors import look_like_probabilities
-from lightning_sensitivity.model.inputs import LEAST_SKILL, join_seen
+from lightning_sensitivity.model.inputs import join_seen
 from lightning_sensitivity.model.isolation import isolated
 from lightning_sensitivity.model.reader import BatchReader
 from lightning_sensitivity.model.transfer import move_batch
@@ -150,7 +150,7 @@ class _Judge(NamedTuple):
         """Return what predictions ``(M, N, C)`` are worth, ``(M, N)``, by a reference, and by validation labels."""
         with refuse_on_error("`training` gives no reference (`features=` says what it sees)", "comparing-models"):
             fitted, q = self._fit(training, estimator)
-            is_blind = not fitted.is_trusted_ or (not self.reader.sees_all and fitted.skill_ < LEAST_SKILL)
+            is_blind = not fitted.may_choose(self.reader.sees_all)
             if is_blind and not with_labels:
                 skill = f"it is only {max(0.0, fitted.skill_):.0%} better than chance on labels that were left out"
                 raise Refused(f"{skill}. Set `features=`, or `validation_labels=True`.")

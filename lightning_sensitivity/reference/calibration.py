@@ -5,12 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_sensitivity.functional.tasks import FLOOR, TASKS, Task
+from lightning_sensitivity.functional.tasks import TASKS, Task
 from lightning_sensitivity.functional.tensors import as_tensor, num_outputs
 from lightning_sensitivity.reference.features import spread
 
 _POWERS = tuple(2 ** (quarter / 4) for quarter in range(-3, 15))  # inverse temperatures, 0.6 to 11
 _MIN_ROWS, _MAX_NUMBERS = 1000, 2_000_000  # of left-out predictions that it is fitted to
+_FLOOR = 1e-6  # of probabilities, whose logarithms are taken
 _ERRORS, _MAX_SMOOTHING = 2.0, 0.9  # standard errors of the accuracy, from which on there is smoothing
 
 _SHARES = torch.cat([torch.tensor([0, 0.01, 0.02, 0.03, 0.05]), torch.arange(0.075, 0.86, 0.025)]).double()  # r
@@ -37,8 +38,16 @@ class Calibration:
 
     def __call__(self, p: Tensor) -> Tensor:
         """Calibrate predictions ``(N, C)``."""
-        q = self.task.sharpen(self.task.clip(p), self.power)
+        if not self.task.has_classes:
+            return p
+        q = (self.power * _logarithms(p)).softmax(1)
         return (1 - self.smoothing) * q + self.smoothing / q.shape[1]
+
+
+def _logarithms(p: Tensor) -> Tensor:
+    """Return the logarithms of numbers near probabilities."""
+    p = p.clamp(0, 1)
+    return (p / p.sum(1, keepdim=True).clamp(min=_UNLIKELY)).clamp(min=_FLOOR).log()
 
 
 def calibrate(p: Tensor, y: Tensor, task: Task) -> Calibration:
@@ -57,7 +66,7 @@ def calibrate(p: Tensor, y: Tensor, task: Task) -> Calibration:
         return Calibration(task)
     some = spread(len(p), max(_MIN_ROWS, _MAX_NUMBERS // p.shape[1]))
     p, y = p[some], y[some]
-    logarithms = task.clip(p).clamp(min=FLOOR).log()
+    logarithms = _logarithms(p)
     power = min(_POWERS, key=lambda each: float((each * logarithms).softmax(1).sub_(y).square_().sum()))
     certainty, classes = Calibration(task, power)(p).max(1)
     accuracy = y.gather(1, classes[:, None]).mean()

@@ -4,7 +4,7 @@ Random numbers are the same in every call, and global streams are not touched.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any, TypeAlias
@@ -17,15 +17,10 @@ from torch.nn import functional as F
 # Of N samples, by kind: "columns" (N, D), "images" (N, C, H, W) and "signals" (N, C, L), floating or bytes; "tokens"
 # (N, L), integers, of which negative ones are padding.
 Seen: TypeAlias = dict[str, Tensor]
-Rows: TypeAlias = Any  # an array of NumPy in double precision, or a sparse matrix of words
+Array: TypeAlias = Any  # of NumPy
+Rows: TypeAlias = Any  # an array in double precision, or a sparse matrix of words
 Transform: TypeAlias = Callable[[Tensor], Rows]
-
-KINDS = {  # of inputs, and what blocks of features may be made of each
-    "columns": ("columns", "values"),
-    "images": ("patches", "values"),
-    "signals": ("patches", "values"),
-    "tokens": ("words", "columns"),
-}
+Block: TypeAlias = Callable[[Tensor], Transform]  # of features; it sees training samples
 
 _CHUNK = 50  # samples of which features are made at a time
 _MAX_SIDE, _MAX_LENGTH = 32, 512  # pixels of an image, and steps of a signal
@@ -76,8 +71,11 @@ def shrunk(inputs: Tensor) -> Tensor:
     largest = max(inputs.shape[2:], default=0)
     if limit is None or largest <= limit or len(inputs) == 0:
         return inputs
-    sizes = [max(1, round(size * limit / largest)) for size in inputs.shape[2:]]
-    return torch.cat([F.interpolate(part.float(), sizes, mode="area") for part in torch.split(inputs, _CHUNK)])
+    return _averaged(inputs, [max(1, round(size * limit / largest)) for size in inputs.shape[2:]])
+
+
+def _averaged(inputs: Tensor, sizes: Sequence[int]) -> Tensor:
+    return _in_parts(lambda part: F.interpolate(part.float(), sizes, mode="area"), inputs)
 
 
 def fit_size(inputs: Tensor, shape: torch.Size) -> Tensor:
@@ -91,7 +89,7 @@ def fit_size(inputs: Tensor, shape: torch.Size) -> Tensor:
         return inputs
     if inputs.ndim == 3:
         return F.pad(inputs.float(), (0, shape[2] - inputs.shape[2]))
-    return torch.cat([F.interpolate(part.float(), shape[2:], mode="area") for part in torch.split(inputs, _CHUNK)])
+    return _averaged(inputs, shape[2:])
 
 
 def of_rows(seen: Seen, rows: Tensor) -> Seen:
@@ -99,8 +97,8 @@ def of_rows(seen: Seen, rows: Tensor) -> Seen:
     return {kind: x[rows] for kind, x in seen.items()}
 
 
-def possible_blocks(seen: Seen) -> list[dict[str, str]]:
-    """Return what may be seen of samples: each time the name of a block of features for each kind."""
+def possible_blocks(seen: Seen) -> list[dict[str, Block]]:
+    """Return what may be seen of samples: each time a block of features for each kind."""
     if len(seen) > 1:
         return [{kind: KINDS[kind][0] for kind in seen}]
     return [{kind: block} for kind in seen for block in KINDS[kind]]
@@ -110,26 +108,41 @@ class Features:
     """What makes rows of samples, a block for each kind, side by side; each is scaled, so that none drowns the others.
 
     Args:
-        blocks: The name of a block for each kind: ``"columns"``, ``"values"``, ``"patches"`` or ``"words"``.
+        blocks: A block for each kind: ``columns``, ``values``, ``patches`` or ``words``.
         seen: Training samples, no larger than ``shrunk`` makes them.
+
+    Attributes:
+        name: The names of the blocks.
+        shapes: The shape of the samples of each kind.
     """
 
-    def __init__(self, blocks: dict[str, str], seen: Seen) -> None:
-        self.name = " and ".join(blocks.values())
-        self._transforms = {kind: _MAKERS[block](seen[kind]) for kind, block in blocks.items()}
+    def __init__(self, blocks: dict[str, Block], seen: Seen) -> None:
+        self.name = " and ".join(block.__name__ for block in blocks.values())
+        self.shapes = {kind: x.shape for kind, x in seen.items()}
+        self._transforms = {kind: block(seen[kind]) for kind, block in blocks.items()}
         self._scales = dict.fromkeys(blocks, 1.0)
         if len(blocks) > 1:
             rows = {kind: transform(_some(seen[kind])) for kind, transform in self._transforms.items()}
             self._scales = {kind: math.sqrt(median_distance(each)) for kind, each in rows.items()}
 
     def __call__(self, seen: Seen) -> Rows:
-        """Return the rows of samples."""
+        """Return the rows of samples, of any size."""
         from scipy.sparse import hstack, issparse
 
-        rows = [transform(seen[kind]) / self._scales[kind] for kind, transform in self._transforms.items()]
+        fitted = {kind: fit_size(seen[kind], shape) for kind, shape in self.shapes.items()}
+        rows = [transform(fitted[kind]) / self._scales[kind] for kind, transform in self._transforms.items()]
         if len(rows) == 1:
             return rows[0]
         return hstack(rows, format="csr") if any(map(issparse, rows)) else np.hstack(rows)
+
+    def check(self, seen: Seen) -> None:
+        """Raise ValueError if samples lack a kind, or have other numbers of dimensions, columns or channels."""
+        for kind, shape in self.shapes.items():
+            found = seen.get(kind, torch.empty(0)).shape
+            num_fixed = 1 if kind == "tokens" else 2  # texts may have any length
+            if len(found) != len(shape) or found[1:num_fixed] != shape[1:num_fixed]:
+                got = ", ".join(f"{kind} of shape {tuple(each.shape)}" for kind, each in seen.items())
+                raise ValueError(f"Expected `x` to have {kind} (M, {', '.join(map(str, shape[1:]))}), but got {got}.")
 
 
 def median_distance(rows: Rows) -> float:
@@ -276,9 +289,9 @@ def _words(ids: list[int]) -> list[tuple[int, ...]]:
     return [(), *zip(known, strict=True), *pairwise(known)]
 
 
-_MAKERS: dict[str, Callable[[Tensor], Transform]] = {
-    "columns": columns,
-    "values": values,
-    "patches": patches,
-    "words": words,
+KINDS: dict[str, tuple[Block, Block]] = {  # of inputs, and what blocks of features may be made of each
+    "columns": (columns, values),
+    "images": (patches, values),
+    "signals": (patches, values),
+    "tokens": (words, columns),
 }

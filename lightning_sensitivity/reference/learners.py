@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,16 +21,17 @@ from torch import Tensor
 from lightning_sensitivity.functional.tasks import Task
 from lightning_sensitivity.reference.calibration import calibrate
 from lightning_sensitivity.reference.features import (
+    Array,
+    Block,
     Features,
     Rows,
     Seen,
+    columns,
     median_distance,
     of_rows,
     possible_blocks,
     spread,
 )
-
-Array: TypeAlias = Any  # of NumPy
 
 _PART = 1000  # samples on which a learner is chosen
 
@@ -118,7 +119,7 @@ class _Choice(NamedTuple):
 
     score: float
     name: str
-    blocks: dict[str, str]
+    blocks: dict[str, Block]
     fit: Callable[[Rows, Array], tuple[Any, Array]]
 
 
@@ -157,12 +158,12 @@ def _score(left_out: Array, labels: Tensor, task: Task) -> float:
 # A random forest
 
 
-def _blocks_of_forest(seen: Seen) -> dict[str, str]:
+def _blocks_of_forest(seen: Seen) -> dict[str, Block]:
     """Return what a forest sees: columns, or token ids that may be categories."""
     if "columns" in seen:
-        return {"columns": "columns"}
+        return {"columns": columns}
     is_table = [*seen] == ["tokens"] and int(seen["tokens"].max()) < _MAX_ID
-    return {"tokens": "columns"} if is_table else {}
+    return {"tokens": columns} if is_table else {}
 
 
 def _most_of_forest(seen: Seen, labels: Tensor) -> int:
