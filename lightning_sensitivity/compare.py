@@ -108,8 +108,7 @@ def compare_models(
         >>> [model.name for model in compare_models(models, [x[200:]], training=train_loader)]
         ['good', 'random']
     """
-    is_valid = isinstance(models, Mapping) and all(isinstance(each, nn.Module) for each in models.values())
-    check_argument("models", models, is_valid and len(models) > 1, "a dict of names and modules, two or more")
+    check_argument("models", models, _are_models(models), "a dict of names and modules, two or more")
     batches = list(dataloader) if isinstance(dataloader, Iterable) else []
     check_argument("dataloader", dataloader, len(batches) > 0, "an iterable of batches")
     check_argument("task", task, task in TASKS, f"one of {TASK_NAMES}")
@@ -122,6 +121,12 @@ def compare_models(
     judge = _Judge(next(iter(models.values())), next(iter(shapes.values()))[1:], batches, reader, rules)
     values = judge.values(p, training, reference, validation_labels)
     return _rank(dict(zip(models, values, strict=True)), highest_first=rules.has_classes)
+
+
+def _are_models(models: object) -> bool:
+    if not isinstance(models, Mapping) or len(models) < 2:
+        return False
+    return all(isinstance(model, nn.Module) for model in models.values())
 
 
 def _run(name: str, model: nn.Module, batches: Sequence[object], reader: BatchReader, task: Task) -> Tensor:
@@ -146,6 +151,10 @@ class _Judge(NamedTuple):
     reader: BatchReader
     task: Task
 
+    def _moved(self) -> Iterator[Any]:
+        """Move one batch after the other to the device of the model."""
+        return (move_batch(self.model, batch) for batch in self.batches)
+
     def values(self, p: Tensor, training: Iterable[object], estimator: object, with_labels: bool) -> Tensor:
         """Return what predictions ``(M, N, C)`` are worth, ``(M, N)``, by a reference, and by validation labels."""
         with refuse_on_error("`training` gives no reference (`features=` says what it sees)", "comparing-models"):
@@ -162,10 +171,6 @@ class _Judge(NamedTuple):
             values += has_label * self._values(p, self.task.as_matrix(labels, p.shape[2]))
             weights += has_label
         return values / weights.mean()
-
-    def _moved(self) -> Iterator[Any]:
-        """Move one batch after the other to the device of the model."""
-        return (move_batch(self.model, batch) for batch in self.batches)
 
     def _labels(self) -> Tensor:
         """Return the validation labels, ``(N,)`` or ``(N, K)``."""

@@ -56,18 +56,17 @@ class Multiclass(_Matrices):
         """Return which samples have a label that counts, ``(N,)``."""
         return has_label(targets)
 
-    def as_matrix(self, labels: Tensor, num_columns: int | None = None) -> Tensor:
+    def as_matrix(self, labels: Tensor, num_columns: int = -1) -> Tensor:
         """Turn labels into probabilities ``(N, C)``; an ignored label gives zeros, and a matrix stays.
 
         Args:
             labels: Class indices ``(N,)``, or probabilities ``(N, C)``.
-            num_columns: C; by default one more than the highest class index.
+            num_columns: C, which class indices do not say.
         """
         counts = has_label(labels)
         if labels.is_floating_point():
             return labels.where(counts[:, None], 0.0)
         indices = labels.long().where(counts, 0)
-        num_columns = num_columns or (int(indices.max()) + 1 if len(indices) else 1)
         return torch.nn.functional.one_hot(indices, num_columns).float() * counts[:, None]
 
     def distances(self, p: Tensor, other: Tensor) -> Tensor:
@@ -114,7 +113,7 @@ class Binary(Multiclass):
         else:
             _check_probabilities(outputs, targets, _BY_CLASS)
 
-    def as_matrix(self, labels: Tensor, num_columns: int | None = None) -> Tensor:
+    def as_matrix(self, labels: Tensor, num_columns: int = 2) -> Tensor:
         """Turn labels ``(N,)`` or ``(N, 1)`` into probabilities ``(N, 2)``; a matrix stays."""
         y = labels if labels.is_floating_point() else labels.float()
         y = y[:, None].flatten(1)
@@ -148,7 +147,7 @@ class Regression(_Matrices):
         """Return which samples have a target: all."""
         return torch.ones(len(targets), dtype=torch.bool, device=targets.device)
 
-    def as_matrix(self, labels: Tensor, num_columns: int | None = None) -> Tensor:
+    def as_matrix(self, labels: Tensor, num_columns: int = -1) -> Tensor:
         """Turn targets ``(N,)`` or ``(N, D)`` into a matrix ``(N, D)``."""
         return self.as_outputs(labels)
 
@@ -214,7 +213,8 @@ def _check_shape_of_indices(outputs: Tensor, targets: Tensor) -> None:
         advice = "Make one-hot labels floating: `targets=lambda batch: batch[1].float()`"
         raise ValueError(f"Labels are {targets.dtype} for each output. {advice}. {_MULTILABEL}")
     if targets.shape != outputs.shape[:1] or targets.dtype == torch.bool:
-        advice = " Remove an extra dimension: `targets=lambda batch: batch[1].squeeze(1)`"
+        is_column = targets.shape[1:] == (1,)
+        advice = " Remove the extra dimension: `targets=lambda batch: batch[1].squeeze(1)`" if is_column else ""
         expected = "Expected class indices (N,) for outputs (N, K)"
         raise ValueError(f"{expected}, but got {_describe(outputs, targets)}.{advice}")
 

@@ -41,9 +41,6 @@ class OutputSensitivity(DoublePrecisionMetric):
             classes first. This also makes sense for probabilities and two-class heads.
         kwargs: Additional keyword arguments of :class:`torchmetrics.Metric`.
 
-    Attributes:
-        messages: What makes the last value doubtful, by kind.
-
     Raises:
         ValueError: If ``per_output`` is not a bool; in ``update``, if shapes do not fit; in ``compute``, if K
             differs between updates.
@@ -71,7 +68,6 @@ class OutputSensitivity(DoublePrecisionMetric):
         if not isinstance(per_output, bool):
             raise ValueError(f"Expected argument `per_output` to be a bool, but got {per_output!r}.")
         self.per_output = per_output
-        self.messages: dict[str, str] = {}
         self._all_rows = torch.empty(0)  # over all processes, as of the last `compute`
         self.rows: list[Tensor] | Tensor = []  # one tensor while it is synchronized
         self.add_state("rows", default=[], dist_reduce_fx="cat")
@@ -105,8 +101,7 @@ class OutputSensitivity(DoublePrecisionMetric):
         """Compute the sensitivity of all samples so far, over all processes."""
         self._all_rows = dim_zero_cat(self.rows)
         estimate = sensitivity.sensitivity_from_rows(self._all_rows, self.per_output)
-        self.messages = sensitivity.diagnostics(estimate, self.per_output)
-        for message in self.messages.values():
+        for message in sensitivity.diagnostics(estimate, self.per_output).values():
             rank_zero_warn(message, stacklevel=5)  # at the line that calls `compute`
         return estimate.value
 

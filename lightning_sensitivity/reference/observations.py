@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -71,16 +72,15 @@ def has_few_values(seen: Seen, labels_differ: bool = False) -> bool:
         seen: What is seen of the samples.
         labels_differ: Whether equal samples have different labels, so that they are hardly the same one.
     """
+    if any(values.ndim > 2 for values in seen.values()):
+        return False
     combinations = 0.0  # their logarithm
-    for values in seen.values():
-        if values.ndim > 2:
+    for column in chain(*(values.T for values in seen.values())):
+        num_values = len(torch.unique(column))
+        combinations += math.log(num_values)
+        most = math.inf if labels_differ else math.log(_FEW_COMBINATIONS * len(column))
+        if num_values > _FEW_VALUES or combinations > most:
             return False
-        for column in values.T:
-            num_values = len(torch.unique(column))
-            combinations += math.log(num_values)
-            is_many = combinations > math.log(_FEW_COMBINATIONS * len(values)) and not labels_differ
-            if num_values > _FEW_VALUES or is_many:
-                return False
     return True
 
 
@@ -96,32 +96,24 @@ def _projected(values: Tensor, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     direction = torch.randint(-(2**62), 2**62, (values[0].numel(),), generator=generator)
     shift = 0 if values.is_floating_point() else 1  # of the padding, -1
-    bits = (
-        part.flatten(1).float().add(shift).view(torch.int32).long() for part in torch.split(values[:, None], _CHUNK)
-    )
-    return torch.cat([(part * direction).sum(1) for part in bits])
+    found = []
+    for part in torch.split(values[:, None].flatten(1), _CHUNK):
+        bits = (part.float() + shift).view(torch.int32).long()
+        found.append((bits * direction).sum(1))
+    return torch.cat(found)
 
 
 def repeated_share(new: Tensor, known: Tensor) -> float:
     """Return which share of new samples are known ones; 0 unless it is far above that of equal samples by chance.
 
     Args:
-        new: As for :func:`recurrence`.
-        known: As for :func:`recurrence`.
-    """
-    share, by_chance = recurrence(new, known)
-    return share if share > by_chance + _REPEATED else 0.0
-
-
-def recurrence(new: Tensor, known: Tensor) -> tuple[float, float]:
-    """Return which share of new samples are known ones, and which share of known ones recur among themselves.
-
-    Args:
         new: The projection of new samples, ``(M,)``.
-        known: That of known ones, ``(N,)``.
+        known: That of known ones, ``(N,)``, which are equal by chance as often as they recur among themselves.
     """
+    share = float(torch.isin(new, known).double().mean())
     counts = torch.unique(known, return_counts=True)[1]
-    return int(torch.isin(new, known).sum()) / max(1, len(new)), int(counts[counts > 1].sum()) / max(1, len(known))
+    by_chance = int(counts[counts > 1].sum()) / len(known)
+    return share if share > by_chance + _REPEATED else 0.0
 
 
 def largest_difference(known: Tensor, new: Tensor) -> tuple[int, float]:

@@ -15,7 +15,7 @@ from torch.nn.functional import one_hot
 from lightning_sensitivity import Reference
 from lightning_sensitivity.functional.tasks import TASKS
 from lightning_sensitivity.reference import label_noise, learners, unexplained_share
-from lightning_sensitivity.reference.calibration import calibrate, estimate_class_shares, reweigh
+from lightning_sensitivity.reference.calibration import Calibration, calibrate, estimate_class_shares, reweigh
 from lightning_sensitivity.reference.observations import largest_difference
 
 SEEDS = st.integers(0, 99)
@@ -77,9 +77,10 @@ def test_the_temperature_is_that_of_predictions_that_are_too_unsure_or_too_sure(
     g = torch.Generator().manual_seed(0)
     p = (2 * torch.randn(20_000, 4, generator=g, dtype=torch.float64)).softmax(1)
     y = one_hot(torch.multinomial(p, 1, generator=g)[:, 0], 4).double()
-    found = calibrate(TASKS["multiclass"].sharpen(p, 1 / power), y, TASKS["multiclass"])
+    predicted = (p.log() / power).softmax(1)
+    found = calibrate(predicted, y, TASKS["multiclass"])
     assert math.log2(found.power / power) == pytest.approx(0, abs=0.251) and found.smoothing == 0  # a step of the grid
-    torch.testing.assert_close(found(TASKS["multiclass"].sharpen(p, 1 / power)), p, atol=0.1, rtol=0)
+    torch.testing.assert_close(found(predicted), p, atol=0.1, rtol=0)
 
 
 @pytest.mark.parametrize(("redrawn", "num_samples", "is_smoothed"), [
@@ -97,6 +98,13 @@ def test_what_a_temperature_leaves_too_sure_is_smoothed(redrawn: float, num_samp
     assert (found.smoothing > 0.02) == is_smoothed
     certainty, accuracy = found(p).amax(1).mean(), y.gather(1, p.argmax(1, keepdim=True)).mean()
     assert float(certainty) == pytest.approx(float(accuracy), abs=1e-6) or not is_smoothed
+
+
+def test_numbers_near_probabilities_become_probabilities_whose_logarithms_a_temperature_divides() -> None:
+    near = torch.tensor([[-1.0, 0.5, 2.0], [0.0, 0.0, 0.0]])
+    torch.testing.assert_close(Calibration(TASKS["multiclass"])(near), torch.tensor([[0, 1, 2], [1, 1, 1]]) / 3.0)
+    p = torch.tensor([[0.2, 0.8]])
+    torch.testing.assert_close(Calibration(TASKS["binary"], 2.0)(p), torch.tensor([[0.04, 0.64]]) / 0.68)
 
 
 def test_a_regression_stays_as_it_is_and_so_does_one_class() -> None:

@@ -25,7 +25,7 @@ def distances(rows: Tensor) -> Tensor:
 def rows_of(block: str, known: Tensor, new: Tensor, kind: str | None = None) -> Any:
     """What a block of features that has seen some samples makes of new ones."""
     kind = kind or kind_of(known)
-    return Features({kind: block}, {kind: known})({kind: new})
+    return Features({kind: getattr(features, block)}, {kind: known})({kind: new})
 
 
 KINDS: dict[str, tuple[Tensor, str, set[str]]] = {
@@ -44,7 +44,7 @@ KINDS: dict[str, tuple[Tensor, str, set[str]]] = {
 def test_each_kind_of_samples_has_features_of_finite_numbers(what: str) -> None:
     inputs, kind, names = KINDS[what]
     state = torch.get_rng_state()
-    assert kind_of(inputs) == kind and {each[kind] for each in possible_blocks({kind: inputs})} == names
+    assert kind_of(inputs) == kind and {each[kind].__name__ for each in possible_blocks({kind: inputs})} == names
     for name in names:
         rows = rows_of(name, inputs, inputs)
         rows = rows if isinstance(rows, np.ndarray) else rows.toarray()

@@ -83,7 +83,7 @@ def test_ridge_regression_leaves_out_what_it_says(task: str) -> None:
                 q = Ridge(alpha).fit(features[:8], y).predict(features[8:]).reshape(7, -1)
                 found.append((np.square(left_out - y).mean(), name, left_out, q))
     _, name, left_out, q = min(found, key=lambda each: each[0])
-    expected, score = (TASKS[task].clip(both(each, task)) for each in (q, left_out))
+    expected, score = (Calibration(TASKS[task])(both(each, task)) for each in (q, left_out))
     fitted = Reference(task).fit(x, y)
     np.testing.assert_allclose(fitted.predict_matrix(new), expected, rtol=1e-5, atol=1e-5)
     score = float(TASKS[task].distances(score, both(y, task)).mean())

@@ -43,8 +43,8 @@ def test_what_it_says_of_itself_is_what_sklearn_says_of_its_left_out_predictions
     x, y, _ = sample(task, num_samples=60)
     found = Reference(task).fit(x, y)
     p, labels, factor = found.left_out_, found.labels_, 3 if task == "multiclass" else 1
-    scores = [factor * mean_squared_error(labels, each) for each in (p, labels.mean(0) + 0 * p)]
-    assert (found.score_, found.chance_, found.skill_) == pytest.approx((*scores, 1 - scores[0] / scores[1]))
+    score, of_chance = (factor * mean_squared_error(labels, each) for each in (p, labels.mean(0) + 0 * p))
+    assert (found.score_, found.skill_) == pytest.approx((score, 1 - score / of_chance))
     assert found.num_samples_ == 60 and found.shares_[-1] == pytest.approx(float(y.mean(0)[-1]))
     of_classes = found.accuracy_, found.auroc_, found.majority_, found.unexplained_
     if task == "regression":
@@ -317,10 +317,9 @@ def made(kind: str, skill: float, num_samples: int = 4000) -> Reference:
     found, task = Reference(), TASKS["multiclass"]
     labels = one_hot(torch.arange(num_samples) % 2).double()
     left_out = labels + (1 - 2 * labels) * 0.5 * math.sqrt(1 - skill)
-    found._shapes = {kind: torch.Size([num_samples, 3])}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(learners, "calibrate", lambda p, y, task: Calibration(task))
-        learner = Learner("ridge", Features({}, {}), None, left_out.numpy(), labels, task)
+        learner = Learner("ridge", Features({}, {kind: torch.zeros(1, 3)}), None, left_out.numpy(), labels, task)
     found._describe(learner, torch.arange(num_samples), task)
     return found
 
@@ -331,6 +330,7 @@ def test_it_is_trusted_where_it_sees_enough(kind: str, skill: float) -> None:
     least = 0.0 if kind == "columns" else 0.05
     found = made(kind, skill)
     assert found.skill_ == pytest.approx(skill) and found.is_trusted_ == (found.skill_ > least)
+    assert found.may_choose(sees_all=False) == (found.skill_ > 0.05)
 
 
 @pytest.mark.parametrize(("num_samples", "least"), [(4000, 0.01), (100, 0.015), (20, 0.075)])
