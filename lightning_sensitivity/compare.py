@@ -28,8 +28,9 @@ class ModelScores(NamedTuple):
     Attributes:
         rank: Its place; 1 is the best.
         name: The name that the user gave it.
-        expected: The accuracy to expect, a share: the higher, the better. In a regression, the mean squared error
-            to expect: the lower, the better. With validation labels, it is combined with the value on these.
+        expected: The accuracy to expect, a share: the higher, the better. In a regression, the mean squared
+            error to expect: the lower, the better. With validation labels, it is combined with the value on
+            these.
         difference: By how much it is worse than that of the first model.
         difference_stderr: The standard error of that, paired by sample.
         may_be_best: Whether the samples are too few to tell it from the first model: the 95 % interval of
@@ -45,7 +46,7 @@ class ModelScores(NamedTuple):
 
 
 class Comparison(list[ModelScores]):
-    """The scores of models, the best first. ``print`` shows a table; ``pandas.DataFrame`` takes the list as it is."""
+    """The scores of models, the best first. ``print`` shows a table; ``pandas.DataFrame`` takes the list."""
 
     def __repr__(self) -> str:
         """Lay out the table."""
@@ -70,33 +71,38 @@ def compare_models(
 ) -> Comparison:
     r"""Rank models that learned the same task, without validation labels, on the same samples.
 
-    A reference, the best small model of the training labels, which may be noisy, stands in for validation labels,
-    as for :class:`~lightning_sensitivity.RiskMonitor`. It predicts probabilities of the classes; the accuracy to
-    expect is the mean probability of the class that a model chooses. See ``examples/studies`` for what it is worth.
+    A reference, the best small model of the training labels, which may be noisy, stands in for validation
+    labels, as for :class:`~lightning_sensitivity.RiskMonitor`. It predicts probabilities of the classes; the
+    accuracy to expect is the mean probability of the class that a model chooses. See ``examples/studies`` for
+    what it is worth.
 
     Args:
         models: A dict of names and modules, two or more. Each runs on its own device, and is left as it was.
         dataloader: Batches that no model was trained on, with or without labels, all kept in memory: about a
             thousand samples are enough.
-        training: The batches that the models were trained on, with labels. All are read once, and evenly spaced
-            samples are kept: up to 50,000 rows of a table, or 10,000 images, signals or texts, within 512 MiB.
-        targets: A function ``batch -> labels``; by default :func:`~lightning_sensitivity.model.select_targets`.
-        features: What the reference sees, by default the inputs: an encoder, a module that gets the inputs of the
-            models and runs on up to 3,000 training samples, or a function ``batch -> (N, D)``.
-        reference: An estimator of scikit-learn that takes the place of the reference's own learners: a classifier
-            with ``predict_proba``, or a regressor.
-        validation_labels: Combine what is expected with the value on the labels of ``dataloader``, which may be
-            noisy: it is the mean of both, with a weight of m for m labels, and of 1,000 for the reference.
+        training: The batches that the models were trained on, with labels. All are read once, and evenly
+            spaced samples are kept: up to 50,000 rows of a table, or 10,000 images, signals or texts, within
+            512 MiB.
+        targets: A function ``batch -> labels``; by default
+            :func:`~lightning_sensitivity.model.select_targets`.
+        features: What the reference sees, by default the inputs: an encoder, a module that gets the inputs of
+            the models and runs on up to 3,000 training samples, or a function ``batch -> (N, D)``.
+        reference: An estimator of scikit-learn that takes the place of the reference's own learners: a
+            classifier with ``predict_proba``, or a regressor.
+        validation_labels: Combine what is expected with the value on the labels of ``dataloader``, which may
+            be noisy: it is the mean of both, with a weight of m for m labels, and of 1,000 for the reference.
         task: ``"multiclass"``, ``"binary"`` or ``"regression"``.
-        inputs: A function ``batch -> arguments``; by default see :class:`~lightning_sensitivity.model.ModelCall`.
-        outputs: A function ``result -> logits``; by default :func:`~lightning_sensitivity.model.select_outputs`.
+        inputs: A function ``batch -> arguments``; by default see
+            :class:`~lightning_sensitivity.model.ModelCall`.
+        outputs: A function ``result -> logits``; by default
+            :func:`~lightning_sensitivity.model.select_outputs`.
 
     Returns:
         A list of :class:`~lightning_sensitivity.ModelScores`, the best one first.
 
     Raises:
-        MisconfigurationException: If an argument is invalid, or a model fails, which is named; if the reference
-            sees too little of the inputs, and there are no validation labels.
+        MisconfigurationException: If an argument is invalid, or a model fails, which is named; if the
+            reference sees too little of the inputs, and there are no validation labels.
 
     Example:
         >>> import torch
@@ -143,7 +149,7 @@ def _run(name: str, model: nn.Module, batches: Sequence[object], reader: BatchRe
 
 
 class _Judge(NamedTuple):
-    """What tells the worth of predictions for batches, which are read as for a model with outputs of a shape."""
+    """What tells the worth of predictions for batches, which are read as for a model."""
 
     model: nn.Module
     shape: tuple[int, ...]
@@ -156,7 +162,7 @@ class _Judge(NamedTuple):
         return (move_batch(self.model, batch) for batch in self.batches)
 
     def values(self, p: Tensor, training: Iterable[object], estimator: object, with_labels: bool) -> Tensor:
-        """Return what predictions ``(M, N, C)`` are worth, ``(M, N)``, by a reference, and by validation labels."""
+        """Return what predictions ``(M, N, C)`` are worth, ``(M, N)``, by a reference, and by labels."""
         with refuse_on_error("`training` gives no reference (`features=` says what it sees)", "comparing-models"):
             fitted, q = self._fit(training, estimator)
             is_blind = not fitted.may_choose(self.reader.sees_all)

@@ -45,7 +45,7 @@ class Refined(NamedTuple):
 
     @classmethod
     def lowest(cls, scores: Tensor) -> "Refined":
-        """Take the lowest of the scores at each temperature, ``(T,)``; none is better than 1 if all are equal."""
+        """Take the lowest of the scores at each temperature, ``(T,)``; if all are equal, that at 1."""
         place = int(scores.argmin())
         place = place if bool(scores[place] < scores[_UNCHANGED]) else _UNCHANGED
         return cls(float(scores[place]), TEMPERATURES[place])
@@ -84,8 +84,8 @@ def refined_score(logits: Any, targets: Any, task: str = "multiclass") -> Refine
 
     A proper score is the sum of a *calibration* error, which a temperature repairs, and of a *refinement*
     error, which accuracy feels. A network that memorizes becomes too sure of itself, so that its score rises
-    long before its accuracy falls. The refined score does not (Berta, Holzmüller, Jordan and Bach, *Rethinking
-    Early Stopping: Refine, Then Calibrate*, arXiv:2501.19195):
+    long before its accuracy falls. The refined score does not (Berta, Holzmüller, Jordan and Bach,
+    *Rethinking Early Stopping: Refine, Then Calibrate*, arXiv:2501.19195):
 
     .. math::
         \min_T \; \frac{1}{n} \sum_i \big\| \operatorname{softmax}(f(x_i) / T) - y_i \big\|^2

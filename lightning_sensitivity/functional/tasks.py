@@ -1,7 +1,7 @@
 """The tasks: how outputs and labels fit together in each, and how predictions are scored.
 
-Outputs of a network are ``(N, K)`` or ``(N,)``. All else is matrices ``(N, C)``: a column for each class, also where
-one output tells two classes apart, or for each number of a regression.
+Outputs of a network are ``(N, K)`` or ``(N,)``. All else is matrices ``(N, C)``: a column for each class,
+also where one output tells two classes apart, or for each number of a regression.
 """
 
 import math
@@ -26,7 +26,7 @@ class _Matrices:
         return math.prod(output_shape)
 
     def as_outputs(self, outputs: Tensor) -> Tensor:
-        """Turn outputs of a network into a matrix ``(N, C)``, in single precision or better; a matrix stays."""
+        """Turn outputs of a network into a matrix ``(N, C)``, in 32 bits or more; a matrix stays."""
         return outputs.to(torch.promote_types(outputs.dtype, torch.float32))[:, None].flatten(1)
 
 
@@ -49,12 +49,11 @@ class Multiclass(_Matrices):
         if targets.is_floating_point():
             _check_soft_labels(outputs, targets)
         else:
-            _check_shape_of_indices(outputs, targets)
-            _check_indices(num_outputs(outputs), targets.long())  # comparisons in 8 bits wrap around
+            _check_indices(outputs, targets)
 
     def has_label(self, targets: Tensor) -> Tensor:
         """Return which samples have a label that counts, ``(N,)``."""
-        return has_label(targets)
+        return ~_is_ignored(targets)[:, None].flatten(1).any(1)
 
     def as_matrix(self, labels: Tensor, num_columns: int = -1) -> Tensor:
         """Turn labels into probabilities ``(N, C)``; an ignored label gives zeros, and a matrix stays.
@@ -63,14 +62,14 @@ class Multiclass(_Matrices):
             labels: Class indices ``(N,)``, or probabilities ``(N, C)``.
             num_columns: C, which class indices do not say.
         """
-        counts = has_label(labels)
+        counts = self.has_label(labels)
         if labels.is_floating_point():
             return labels.where(counts[:, None], 0.0)
         indices = labels.long().where(counts, 0)
         return torch.nn.functional.one_hot(indices, num_columns).float() * counts[:, None]
 
     def distances(self, p: Tensor, other: Tensor) -> Tensor:
-        """Score predictions by the Brier score: squared differences from labels, or from other predictions."""
+        """Compute the Brier score: squared differences from labels, or from other predictions."""
         return self.scale * (p - other).square().sum(-1)
 
     def uncertainties(self, p: Tensor) -> Tensor:
@@ -78,7 +77,7 @@ class Multiclass(_Matrices):
         return self.scale * (1 - p.square().sum(-1))
 
     def classes(self, p: Tensor) -> Tensor:
-        """Return the class that predictions or labels ``(..., N, C)`` choose for each sample, ``(..., N)``."""
+        """Return the class that predictions or labels ``(..., N, C)`` choose, ``(..., N)``."""
         return p.argmax(-1)
 
     def metric_inputs(self, p: Tensor) -> Tensor:
@@ -87,7 +86,7 @@ class Multiclass(_Matrices):
 
 
 class Binary(Multiclass):
-    """One output z is the logit of class 1, which is two logits, 0 and z; its score is (p - y)^2, half of the sum."""
+    """One output z is the logit of class 1: two logits, 0 and z; its score is (p - y)^2, half of the sum."""
 
     name = "binary"
     has_one_output = True
@@ -185,11 +184,6 @@ def _is_ignored(targets: Tensor) -> Tensor:
     return (targets if targets.is_floating_point() else targets.long()) == IGNORED
 
 
-def has_label(targets: Tensor) -> Tensor:
-    """Return which samples have labels ``(N,)`` or ``(N, K)`` that are not ignored, ``(N,)``."""
-    return ~_is_ignored(targets)[:, None].flatten(1).any(1)
-
-
 def _check_probabilities(outputs: Tensor, targets: Tensor, advice: str) -> None:
     if _without_single_output(outputs).shape != _without_single_output(targets).shape:
         raise ValueError(f"Expected one label per output, but got {_describe(outputs, targets)}. {advice}")
@@ -204,11 +198,11 @@ def _check_probabilities(outputs: Tensor, targets: Tensor, advice: str) -> None:
 def _check_soft_labels(outputs: Tensor, targets: Tensor) -> None:
     _check_probabilities(outputs, targets, "Make class indices integers: `targets=lambda batch: batch[1].long()`")
     sums_to_one = (targets.float().sum(1) - 1).abs() < 1e-2  # of 16 bits
-    if not bool((sums_to_one | ~has_label(targets)).all()):
+    if not bool((sums_to_one | _is_ignored(targets).any(1)).all()):
         raise ValueError(f"Expected soft labels that sum to 1, but got other sums. {_MULTILABEL}")
 
 
-def _check_shape_of_indices(outputs: Tensor, targets: Tensor) -> None:
+def _check_indices(outputs: Tensor, targets: Tensor) -> None:
     if targets.shape == outputs.shape:
         advice = "Make one-hot labels floating: `targets=lambda batch: batch[1].float()`"
         raise ValueError(f"Labels are {targets.dtype} for each output. {advice}. {_MULTILABEL}")
@@ -217,9 +211,7 @@ def _check_shape_of_indices(outputs: Tensor, targets: Tensor) -> None:
         advice = " Remove the extra dimension: `targets=lambda batch: batch[1].squeeze(1)`" if is_column else ""
         expected = "Expected class indices (N,) for outputs (N, K)"
         raise ValueError(f"{expected}, but got {_describe(outputs, targets)}.{advice}")
-
-
-def _check_indices(num_classes: int, targets: Tensor) -> None:
+    targets, num_classes = targets.long(), num_outputs(outputs)  # comparisons in 8 bits wrap around
     if not bool((((targets >= 0) & (targets < num_classes)) | (targets == IGNORED)).all()):
         raise ValueError(
             f"Expected labels from 0 to {num_classes - 1}, or {IGNORED} to be ignored, but got {int(targets.min())} to "

@@ -55,7 +55,7 @@ def are_log_probabilities(outputs: Tensor) -> bool:
 
 
 def may_be_probabilities(outputs: Tensor) -> bool:
-    """Check whether all outputs of a trained network lie in [0, 1], and are not all equal; waits for the device."""
+    """Check whether outputs of a trained network lie in [0, 1], and differ; waits for the device."""
     if outputs.numel() < _MIN_NUMBERS:
         return False
     lowest, highest = map(float, outputs.aminmax())
@@ -64,7 +64,7 @@ def may_be_probabilities(outputs: Tensor) -> bool:
 
 
 def look_like_probabilities(outputs: Tensor) -> bool:
-    """Check whether outputs of a trained network are those of a softmax, or of one sigmoid; waits for the device."""
+    """Check whether outputs are those of a softmax, or of one trained sigmoid; waits for the device."""
     return are_probabilities(outputs) or (num_outputs(outputs) == 1 and may_be_probabilities(outputs))
 
 

@@ -28,8 +28,9 @@ class OutputSensitivity(DoublePrecisionMetric):
 
     ``forward`` and ``update`` accept:
 
-    - ``clean`` (:class:`~torch.Tensor`): outputs f(x), before the softmax (logits), floating, ``(N, K, ...)``.
-      Dimensions after K (pixels, tokens) count as further changes of a sample; ``(N,)`` means K = 1.
+    - ``clean`` (:class:`~torch.Tensor`): outputs f(x), before the softmax (logits), floating,
+      ``(N, K, ...)``. Dimensions after K (pixels, tokens) count as further changes of a sample; ``(N,)``
+      means K = 1.
     - ``noisy`` (:class:`~torch.Tensor` or a list of them): outputs f(x + ε) of the same shape; for
       several noise draws of the same samples, a list with one tensor per draw.
 
@@ -124,8 +125,8 @@ class OutputSensitivity(DoublePrecisionMetric):
     def per_sample(self) -> Tensor:
         """Mean squared change of each sample, ``(N,)``, in the order of the updates.
 
-        It is nan for samples with nan or inf. If all samples have the same number of positions, the mean is the
-        value of the metric. A large change does not mean that the prediction is wrong.
+        It is nan for samples with nan or inf. If all samples have the same number of positions, the mean is
+        the value of the metric. A large change does not mean that the prediction is wrong.
         """
         self.compute()
         rows = self._all_rows

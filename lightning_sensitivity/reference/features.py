@@ -44,11 +44,11 @@ _FEW_TEXTS = 50  # below, words that occur once are kept, too
 
 
 def kind_of(inputs: Tensor) -> str:
-    """Return ``"columns"``, ``"images"``, ``"signals"`` or ``"tokens"``, by the number of dimensions and the type.
+    """Return the kind of inputs, by the number of dimensions and the type.
 
     Args:
-        inputs: ``(N, D)``, which are token ids if they are integers; signals ``(N, C, L)``; images ``(N, C, H, W)``.
-            All others are columns, if they are flattened.
+        inputs: ``(N, D)``, which are token ids if they are integers; signals ``(N, C, L)``; images
+            ``(N, C, H, W)``. All others are columns, if they are flattened.
     """
     if inputs.ndim == 2 and not inputs.is_floating_point():
         return "tokens"
@@ -105,7 +105,7 @@ def possible_blocks(seen: Seen) -> list[dict[str, Block]]:
 
 
 class Features:
-    """What makes rows of samples, a block for each kind, side by side; each is scaled, so that none drowns the others.
+    """What makes rows of samples: a block for each kind, side by side, scaled so that none drowns the others.
 
     Args:
         blocks: A block for each kind: ``columns``, ``values``, ``patches`` or ``words``.
@@ -122,8 +122,8 @@ class Features:
         self._transforms = {kind: block(seen[kind]) for kind, block in blocks.items()}
         self._scales = dict.fromkeys(blocks, 1.0)
         if len(blocks) > 1:
-            rows = {kind: transform(_some(seen[kind])) for kind, transform in self._transforms.items()}
-            self._scales = {kind: math.sqrt(median_distance(each)) for kind, each in rows.items()}
+            for kind, transform in self._transforms.items():
+                self._scales[kind] = math.sqrt(median_distance(transform(_some(seen[kind]))))
 
     def __call__(self, seen: Seen) -> Rows:
         """Return the rows of samples, of any size."""
@@ -136,13 +136,14 @@ class Features:
         return hstack(rows, format="csr") if any(map(issparse, rows)) else np.hstack(rows)
 
     def check(self, seen: Seen) -> None:
-        """Raise ValueError if samples lack a kind, or have other numbers of dimensions, columns or channels."""
+        """Raise ValueError if samples lack a kind, or have other dimensions, columns or channels."""
         for kind, shape in self.shapes.items():
             found = seen.get(kind, torch.empty(0)).shape
             num_fixed = 1 if kind == "tokens" else 2  # texts may have any length
             if len(found) != len(shape) or found[1:num_fixed] != shape[1:num_fixed]:
                 got = ", ".join(f"{kind} of shape {tuple(each.shape)}" for kind, each in seen.items())
-                raise ValueError(f"Expected `x` to have {kind} (M, {', '.join(map(str, shape[1:]))}), but got {got}.")
+                wanted = ", ".join(map(str, shape[1:]))
+                raise ValueError(f"Expected `x` to have {kind} (M, {wanted}), but got {got}.")
 
 
 def median_distance(rows: Rows) -> float:
@@ -190,7 +191,7 @@ def _standardized(function: Callable[[Tensor], Tensor], features: Tensor, floor:
     return partial(_scaled, function=function, mean=features.mean(0), scale=scale)
 
 
-def _scaled(inputs: Tensor, function: Callable[[Tensor], Tensor], mean: Tensor | float, scale: Tensor | float) -> Rows:
+def _scaled(inputs: Tensor, function: Callable[[Tensor], Tensor], mean: Tensor, scale: Tensor | float) -> Rows:
     return ((_in_parts(function, inputs) - mean) / scale).double().numpy()
 
 
@@ -256,7 +257,7 @@ def _random_patches(images: Tensor, height: int, width: int) -> Tensor:
 
 
 def _filters(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn patches ``(P, C, h, w)`` into filters ``(F, C, h, w)`` of normalized patches, and their offsets ``(F,)``."""
+    """Turn patches ``(P, C, h, w)`` into filters ``(F, C, h, w)``, and their offsets ``(F,)``."""
     x = patches.flatten(1)
     x = (x - x.mean(1, keepdim=True)) / (x.var(1, correction=0, keepdim=True) + _CONTRAST**2).sqrt()
     mean = x.mean(0)
@@ -284,7 +285,7 @@ def _counts(ids: Tensor, vectorizer: Any) -> Rows:
 
 
 def _words(ids: list[int]) -> list[tuple[int, ...]]:
-    """List the words of a text, and pairs of neighbours, and nothing, which each has; negative ids are padding."""
+    """List the words of a text, pairs of neighbours, and nothing, which each has; negative ids are padding."""
     known = [each for each in ids if each >= 0]
     return [(), *zip(known, strict=True), *pairwise(known)]
 

@@ -22,8 +22,8 @@ _CONTRADICTORY = 0.05  # share of the variance of labels that is among equal sam
 def max_samples(kinds: Iterable[str], num_columns: int) -> int:
     """Return how many samples are worth keeping for a reference.
 
-    Of tables a forest learns from as many as this, but from at most 2.5 million numbers, and 500,000 times classes;
-    ridge regression takes 10,000 of any kind. ``Reference.num_samples_`` tells how many were taken.
+    Of tables a forest learns from as many as this, but from at most 2.5 million numbers, and 500,000 times
+    classes; ridge regression takes 10,000 of any kind. ``Reference.num_samples_`` tells how many were taken.
 
     Args:
         kinds: What is seen of samples: ``"columns"``, ``"images"``, ``"signals"`` or ``"tokens"``.
@@ -33,10 +33,11 @@ def max_samples(kinds: Iterable[str], num_columns: int) -> int:
 
 
 def observations(seen: Seen, labels: Tensor, num_columns: int, task: Task) -> tuple[Tensor, Tensor]:
-    """Choose different samples with labels, in an order that depends on the samples alone, with their mean labels.
+    """Choose different samples with labels, in an order that depends on them alone, and their mean labels.
 
-    Samples are sorted by a random projection, which equal ones share. A sampler with replacement draws a sample
-    repeatedly: that is no second observation, and a reference that leaves one of them out would still know its label.
+    Samples are sorted by a random projection, which equal ones share. A sampler with replacement draws a
+    sample repeatedly: that is no second observation, and a reference that leaves one of them out would still
+    know its label.
 
     Args:
         seen: What is seen of the samples.
@@ -72,22 +73,23 @@ def has_few_values(seen: Seen, labels_differ: bool = False) -> bool:
         seen: What is seen of the samples.
         labels_differ: Whether equal samples have different labels, so that they are hardly the same one.
     """
-    if any(values.ndim > 2 for values in seen.values()):
+    if not seen.keys() <= {"columns", "tokens"}:
         return False
     combinations = 0.0  # their logarithm
-    for column in chain(*(values.T for values in seen.values())):
+    for column in chain.from_iterable(map(torch.t, seen.values())):
         num_values = len(torch.unique(column))
         combinations += math.log(num_values)
-        most = math.inf if labels_differ else math.log(_FEW_COMBINATIONS * len(column))
-        if num_values > _FEW_VALUES or combinations > most:
+        is_many = combinations > math.log(_FEW_COMBINATIONS * len(column)) and not labels_differ
+        if num_values > _FEW_VALUES or is_many:
             return False
     return True
 
 
 def projection(seen: Seen) -> Tensor:
-    """Return a number for each sample, ``(N,)``, float64, which equal ones share, and different ones hardly ever.
+    """Return a number for each sample, ``(N,)``, which equal ones share, and different ones hardly ever.
 
-    It is a random projection of the bits of numbers in single precision, and exact; padding of tokens adds nothing.
+    It is a random projection of the bits of numbers in single precision, and exact; padding of tokens adds
+    nothing.
     """
     return torch.stack([_projected(values, seed) for seed, values in enumerate(seen.values())]).sum(0).double()
 
@@ -104,11 +106,12 @@ def _projected(values: Tensor, seed: int = 0) -> Tensor:
 
 
 def repeated_share(new: Tensor, known: Tensor) -> float:
-    """Return which share of new samples are known ones; 0 unless it is far above that of equal samples by chance.
+    """Return which share of new samples are known ones; 0 unless it is far above that by chance.
 
     Args:
         new: The projection of new samples, ``(M,)``.
-        known: That of known ones, ``(N,)``, which are equal by chance as often as they recur among themselves.
+        known: That of known ones, ``(N,)``, which are equal by chance as often as they recur among
+            themselves.
     """
     share = float(torch.isin(new, known).double().mean())
     counts = torch.unique(known, return_counts=True)[1]
@@ -117,7 +120,7 @@ def repeated_share(new: Tensor, known: Tensor) -> float:
 
 
 def largest_difference(known: Tensor, new: Tensor) -> tuple[int, float]:
-    """Return the column whose mean differs most between known and new samples, and by how many standard errors.
+    """Return the column whose mean differs most between samples, and by how many standard errors.
 
     Args:
         known: Columns of some samples, ``(N, D)``.

@@ -30,21 +30,23 @@ _MAX_ERRORS = 10_000  # errors, of which quantiles are taken
 class Reference(BaseEstimator):  # type: ignore[misc]
     r"""The best small model of training labels, and what it predicts of each label that it has not seen.
 
-    Two learners of scikit-learn are tried on up to 1,000 samples, and the one with the lower left-out score is fitted:
+    Two learners of scikit-learn are tried on up to 1,000 samples, and the one with the lower left-out score
+    is fitted:
 
-    - for columns of a table a **random forest** (Breiman, 2001), which predicts a training sample by the trees that
-      did not draw it (*out of bag*);
-    - **ridge regression on Nyström features** of a Gaussian kernel (Williams and Seeger, 2001) of columns, random
-      patches (Coates and Ng, 2011) or words (tf-idf), for which leaving one sample out has a closed form.
+    - for columns of a table a **random forest** (Breiman, 2001), which predicts a training sample by the
+      trees that did not draw it (*out of bag*);
+    - **ridge regression on Nyström features** of a Gaussian kernel (Williams and Seeger, 2001) of columns,
+      random patches (Coates and Ng, 2011) or words (tf-idf), for which leaving one sample out has a closed
+      form.
 
-    Its probabilities are then calibrated by the temperature of the lowest left-out Brier score (Guo et al., 2017);
-    certainty that this leaves too high is smoothed. A sample that comes repeatedly counts once, with the mean of its
-    labels, except in a table of few categories. Nothing depends on the order of the samples.
+    Its probabilities are then calibrated by the temperature of the lowest left-out Brier score (Guo et al.,
+    2017); certainty that this leaves too high is smoothed. A sample that comes repeatedly counts once, with
+    the mean of its labels, except in a table of few categories. Nothing depends on the order of the samples.
 
     Args:
         task: ``"multiclass"``, ``"binary"`` or ``"regression"``, which says how labels are scored.
-        estimator: An estimator of scikit-learn in place of both: a classifier with ``predict_proba``, or a regressor.
-            It sees columns, patches or words, and predicts left-out samples in five folds.
+        estimator: An estimator of scikit-learn in place of both: a classifier with ``predict_proba``, or a
+            regressor. It sees columns, patches or words, and predicts left-out samples in five folds.
 
     Attributes:
         classes_: What the columns of predictions stand for, ``(C,)``.
@@ -54,11 +56,13 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         labels_: The labels of the same samples, ``(N, C)``.
         rows_: Which of the samples they are, ``(N,)``.
         score_: The mean Brier score of the left-out predictions, or their mean squared error.
-        skill_: How much lower it is than that of the mean label, from 1, if perfect, to 0 or less, if useless.
+        skill_: How much lower it is than that of the mean label, from 1, if perfect, to 0 or less, if
+            useless.
         accuracy_: The share of labels that left-out predictions hit; nan in a regression.
         auroc_: Their area under the ROC curve, mean over classes; nan without two classes.
         majority_: The share of the most frequent class; nan in a regression.
-        unexplained_: The share of labels that can't be explained; nan in a regression, or if nothing was learned.
+        unexplained_: The share of labels that can't be explained; nan in a regression, or if nothing was
+            learned.
         temperature_: What logarithms of probabilities were divided by.
         smoothing_: The share of a prediction that was spread evenly over classes.
         learner_: ``"forest"``, ``"ridge"``, or the class of your estimator.
@@ -83,20 +87,22 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         """Fit a small model to training labels, and predict each of them without it.
 
         Args:
-            x: Training samples, as tensor, array, data frame or list. Floating ``(N, D)`` and data frames are columns,
-                of which 4,096 evenly spaced ones are seen; images ``(N, C, H, W)`` and signals ``(N, C, L)`` are
-                averaged if large; integers ``(N, L)`` are token ids, negative ones padding. A mapping of kinds
-                (``"columns"``, ``"images"``, ``"signals"``, ``"tokens"``) to these is seen side by side.
-            y: Their labels, which may be noisy: for ``"multiclass"`` integers or names of classes ``(N,)``, or one-hot
-                or soft labels ``(N, K)``; for ``"binary"`` from 0 to 1, ``(N,)`` or ``(N, 1)``; for ``"regression"``
-                any numbers, ``(N,)`` or ``(N, D)``. Samples with labels of -100 are left out, except in a regression.
+            x: Training samples, as tensor, array, data frame or list. Floating ``(N, D)`` and data frames are
+                columns, of which 4,096 evenly spaced ones are seen; images ``(N, C, H, W)`` and signals
+                ``(N, C, L)`` are averaged if large; integers ``(N, L)`` are token ids, negative ones padding.
+                A mapping of kinds (``"columns"``, ``"images"``, ``"signals"``, ``"tokens"``) to these is seen
+                side by side.
+            y: Their labels, which may be noisy: for ``"multiclass"`` integers or names of classes ``(N,)``,
+                or one-hot or soft labels ``(N, K)``; for ``"binary"`` from 0 to 1, ``(N,)`` or ``(N, 1)``;
+                for ``"regression"`` any numbers, ``(N,)`` or ``(N, D)``. Samples with labels of -100 are left
+                out, except in a regression.
 
         Returns:
             The reference itself.
 
         Raises:
-            ValueError: If shapes do not fit, there are fewer than four different samples, inputs are nan or inf, or
-                labels do not fit the task.
+            ValueError: If shapes do not fit, there are fewer than four different samples, inputs are nan or
+                inf, or labels do not fit the task.
         """
         task = find_task(self.task)
         seen = read_samples(x)
@@ -106,7 +112,7 @@ class Reference(BaseEstimator):  # type: ignore[misc]
             raise ValueError(f"Expected `x` and `y` of the same samples, but got {sorted(sizes)} of them.")
         rows, labels = observations(seen, labels, len(self.classes_), task)
         if len(rows) < _MIN_SAMPLES:
-            raise ValueError(f"Expected {_MIN_SAMPLES} different samples with labels or more, but got {len(rows)}.")
+            raise ValueError(f"Expected {_MIN_SAMPLES} or more different samples with labels, but got {len(rows)}.")
         seen = {kind: shrunk(values[rows]) for kind, values in seen.items()}
         fit = fit_learners if self.estimator is None else partial(fit_estimator, self.estimator)
         learner, chosen = fit(seen, labels, task)
@@ -163,13 +169,13 @@ class Reference(BaseEstimator):  # type: ignore[misc]
 
     @property
     def residuals_(self) -> Array:
-        """Quantiles of the left-out errors in a regression, with their mean square, ``(20, C)``; else none."""
+        """Quantiles of left-out errors in a regression, with their mean square, ``(20, C)``; else none."""
         errors = self.labels_ - self.left_out_
         return errors[:0] if find_task(self.task).has_classes else _quantiles(errors)
 
     @property
     def is_trusted_(self) -> bool:
-        """Whether it sees enough to choose by, if samples are all that a network sees; see :meth:`may_choose`."""
+        """Whether it sees enough to choose by, if its samples are all that a network sees."""
         return self.may_choose()
 
     def may_choose(self, sees_all: bool = True) -> bool:
@@ -186,7 +192,8 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         """Say what it is, and how good."""
         if not hasattr(self, "skill_"):
             return repr(self)
-        return f"Reference({self.learner_} on {self.features_}, {self.num_samples_} samples, skill {self.skill_:.2f})"
+        what = f"{self.learner_} on {self.features_}, {self.num_samples_} samples"
+        return f"Reference({what}, skill {self.skill_:.2f})"
 
     def predict_proba(self, x: Any) -> Array:
         """Predict the probabilities of all classes, ``(M, C)``, with two columns for ``"binary"``.
@@ -252,8 +259,8 @@ def _quantiles(errors: Array) -> Array:
     places = (np.arange(NUM_DRAWS) + 0.5) / NUM_DRAWS
     found = np.quantile(errors[:: math.ceil(len(errors) / _MAX_ERRORS)], places, axis=0)
     found = found - found.mean(0)
-    size = np.sqrt(np.square(found).mean(0))
-    return found * np.divide(np.sqrt(np.square(errors).mean(0)), size, out=np.zeros_like(size), where=size > 0)
+    size, wanted = (np.sqrt(np.square(each).mean(0)) for each in (found, errors))
+    return found * np.divide(wanted, size, out=np.zeros_like(size), where=size > 0)
 
 
 def label_noise(x: Any, y: Any, task: str = "multiclass") -> float:
@@ -262,10 +269,11 @@ def label_noise(x: Any, y: Any, task: str = "multiclass") -> float:
     It fits a :class:`~lightning_sensitivity.Reference`, and compares labels with its left-out predictions
     (:func:`~lightning_sensitivity.reference.unexplained_share`).
 
-    **A low number is no proof of correct labels, and a high one no proof of wrong ones.** Labels that are redrawn
-    at random are found if the reference can learn the task. Where one class is turned into another, it learns that,
-    too, and people are wrong where a sample looks like another class. On the other hand, inputs may not tell what
-    the label is: of correct labels of two classes that overlap (AUC 0.68) it can't explain 7 to 28 %.
+    **A low number is no proof of correct labels, and a high one no proof of wrong ones.** Labels that are
+    redrawn at random are found if the reference can learn the task. Where one class is turned into another,
+    it learns that, too, and people are wrong where a sample looks like another class. On the other hand,
+    inputs may not tell what the label is: of correct labels of two classes that overlap (AUC 0.68) it can't
+    explain 7 to 28 %.
 
     Args:
         x: Samples, such as images or the rows of a table, or what a pretrained network makes of them; see

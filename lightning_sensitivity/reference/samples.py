@@ -11,10 +11,10 @@ from torch import Tensor
 from lightning_sensitivity.functional.tasks import IGNORED, Task
 from lightning_sensitivity.reference.features import KINDS, Array, Seen, kind_of
 
-_PROBLEMS: dict[str, Callable[[Array], bool]] = {  # of columns of a data frame
+_PROBLEMS: dict[str, Callable[[Array], Any]] = {  # of columns of a data frame
     "are dates: take numbers of them, such as days": lambda column: column.dtype.kind in "Mm",
     "are no numbers: use `pandas.get_dummies`": lambda column: column.dtype.kind not in "biuf",
-    "have missing values: impute them, with a flag column for each": lambda column: bool(np.isnan(column).any()),
+    "have missing values: impute them, with a flag column for each": lambda column: np.isnan(column).any(),
 }
 
 
@@ -22,8 +22,8 @@ def read_samples(x: Any, names: Any = None, kind: str = "") -> Seen:
     """Return what is seen of samples, checked.
 
     Args:
-        x: A mapping by kind, a data frame, whose columns are numbers and flags, or a tensor, array or list, whose kind
-            follows from its dimensions and type.
+        x: A mapping by kind, a data frame, whose columns are numbers and flags, or a tensor, array or list,
+            whose kind follows from its dimensions and type.
         names: The columns of a data frame that are wanted, in this order; None for all.
         kind: The kind of a tensor, array or list, if it is known.
 
@@ -51,7 +51,8 @@ def _read(x: Any, kind: str, names: Any) -> tuple[str, Tensor]:
 
 def _as_tensor(name: str, values: Any) -> Tensor:
     """Return finite real numbers, ``(N, ...)``, on the CPU."""
-    found = check_array(_as_array(name, values), dtype="numeric", ensure_2d=False, allow_nd=True, input_name=name)
+    options = {"dtype": "numeric", "ensure_2d": False, "allow_nd": True, "input_name": name}
+    found = check_array(_as_array(name, values), **options)
     return torch.from_numpy(np.require(found, requirements=["C", "W"]))
 
 
@@ -102,9 +103,9 @@ def _of_names(names: Array) -> tuple[Tensor, Array]:
     """Return class indices of integers and names, ``(N,)``."""
     if names.dtype.kind not in "biuOUS":
         raise ValueError(
-            f"Expected `y` to be integers or names of classes (N,), or probabilities (N, K), but got {names.dtype}. "
-            "Set task='binary' if they are from 0 to 1, task='regression' if they are measurements. Leave samples "
-            "without a label out."
+            f"Expected `y` to be integers or names of classes (N,), or probabilities (N, K), but got "
+            f"{names.dtype}. Set task='binary' if they are from 0 to 1, task='regression' if they are measurements. "
+            "Leave samples without a label out."
         )
     counts = np.asarray(names != IGNORED)
     classes, indices = np.unique(names[counts], return_inverse=True)

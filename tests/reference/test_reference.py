@@ -348,12 +348,16 @@ def test_permuted_labels_have_no_skill_and_unknown_noise() -> None:
         assert permuted.skill_ < 0.02 and (permuted.skill_ > 0.01 or math.isnan(permuted.unexplained_))
 
 
-ONE_HOT = torch.eye(3)[[0, 1, 2, 0, 1, 2]]
+ONE_HOT, NEW = torch.eye(3)[[0, 1, 2, 0, 1, 2]], torch.rand(4, 3, generator=generator())
 DEGENERATE: dict[str, tuple[Tensor, Tensor, Tensor]] = {
-    "four samples": (torch.rand(4, 3), torch.eye(2).repeat(2, 1), torch.rand(4, 3)),
-    "one class": (torch.rand(6, 3), ONE_HOT[:1].expand(6, 3), torch.rand(4, 3)),
+    "four samples": (
+        torch.tensor([[0.0, 0], [1, 1], [0, 1], [1, 0]]),
+        torch.eye(2).repeat_interleave(2, 0),
+        NEW[:, :2],
+    ),
+    "one class": (torch.rand(6, 3), ONE_HOT[:1].expand(6, 3), NEW),
     "constant features": (torch.full((6, 3), 0.1), ONE_HOT, torch.full((4, 3), 0.1)),
-    "constant features, others of new samples": (torch.zeros(6, 3), ONE_HOT, torch.rand(4, 3)),
+    "constant features, others of new samples": (torch.zeros(6, 3), ONE_HOT, NEW),
     "texts of padding": (torch.full((6, 3), -1), ONE_HOT, torch.ones(4, 5).long()),
 }
 
@@ -384,7 +388,7 @@ BAD: dict[str, tuple[str, tuple[Any, ...]]] = {
     "inputs of inf": ("Input x contains infinity", (1 / torch.zeros(6, 3), Y)),
     "no samples": (r"Found array with 0 sample\(s\)", (X[:0], Y[:0])),
     "fewer labels": (r"`x` and `y` of the same samples, but got \[5, 6\]", (X, Y[:5])),
-    "images of one color": ("4 different samples with labels or more, but got 1", (torch.ones(6, 3, 8, 8), Y)),
+    "images of one color": ("4 or more different samples with labels, but got 1", (torch.ones(6, 3, 8, 8), Y)),
     "kinds of several numbers of samples": ("of the same samples", ({"columns": X, "tokens": Y[:5, None]}, Y)),
     "a mapping of columns": ("`x` to have columns, images, signals, tokens, but got a, b", ({"a": X, "b": X}, Y)),
     "nothing": ("`x` to have columns, images", ({}, Y)),
