@@ -160,7 +160,7 @@ def unexplained_share(predictions: object, labels: object) -> float:
     task.check(q, y)
     q, y = task.as_matrix(q).double(), task.as_matrix(y, task.num_columns(tuple(q.shape[1:]))).double()
     if not len(q) or not bool(((q >= 0) & (q <= 1)).all()) or not bool(y.any(1).all()):
-        raise ValueError("Expected `predictions` to be from 0 to 1, and a label of each, but got others.")
+        raise ValueError("Expected `predictions` to be probabilities from 0 to 1, and a label of each.")
     occurs = (y > 0).any(0)  # labels are not redrawn among classes without any, such as an unused output
     q, y = q[:, occurs], y[:, occurs]
     q = q / q.sum(1, keepdim=True).clamp(min=_UNLIKELY)

@@ -90,13 +90,6 @@ def test_predictions_choose_classes_and_have_the_score_that_labels_drawn_from_th
     assert not regression.uncertainties(LOGITS).any() and regression.classes(LOGITS).isnan().all()
 
 
-def test_a_metric_gets_what_torchmetrics_takes() -> None:
-    found = {name: T.TASKS[name].metric_inputs(T.TASKS[name].as_outputs(SINGLE)) for name in ("binary", "regression")}
-    assert torch.equal(found["binary"], SINGLE[:, 0]) and torch.equal(found["regression"], SINGLE[:, 0])
-    for name in ("multiclass", "regression"):
-        assert torch.equal(T.TASKS[name].metric_inputs(LOGITS), LOGITS)
-
-
 def test_an_unknown_task_is_refused_with_those_that_are_known() -> None:
     with pytest.raises(ValueError, match="`task` to be one of 'multiclass', 'binary', 'regression', but got 'multi"):
         T.find_task("multilabel")

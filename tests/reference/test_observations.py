@@ -98,7 +98,6 @@ TABLES: dict[str, tuple[Any, bool]] = {
     "11 combinations for each row": (torch.stack([torch.arange(100) % 11, torch.arange(100)], 1), False),
     "more than 100 values": (torch.arange(101)[:, None], False),
     "constant columns": (torch.ones(9, 50), True),
-    "images": (torch.zeros(9, 1, 4, 4), False),
 }
 
 
