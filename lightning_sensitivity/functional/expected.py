@@ -3,7 +3,6 @@
 import math
 import warnings
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from torchmetrics.utilities import dim_zero_cat
 from lightning_sensitivity.compat import stay_alone
 from lightning_sensitivity.functional.refined_score import Refined, lowest_score, refined_score
 from lightning_sensitivity.functional.tasks import Task, find_task
-from lightning_sensitivity.functional.tensors import as_tensor
+from lightning_sensitivity.functional.tensors import Numbers, as_tensor
 
 NUM_DRAWS = 20  # of labels for each sample
 MAX_AUROC_CLASSES = 100
@@ -23,7 +22,7 @@ _GOLDEN_RATIO = (5**0.5 - 1) / 2
 SCORE_WORTH, METRIC_WORTH = 200, 1000
 
 
-def expected_score(logits: Any, q: Any, task: str = "multiclass", error: float = 0.0) -> Refined:
+def expected_score(logits: Numbers, q: Numbers, task: str = "multiclass", error: float = 0.0) -> Refined:
     r"""Compute the refined score to expect, if labels are drawn from the predictions of a reference.
 
     .. math::
@@ -65,7 +64,7 @@ def uncertainty(q: Tensor, task: Task, error: float) -> float:
     return float(task.uncertainties(q.double()).mean()) + (0.0 if task.has_classes else error)
 
 
-def draw_labels(q: Any, task: str = "multiclass", residuals: Any = None) -> Tensor:
+def draw_labels(q: Numbers, task: str = "multiclass", residuals: Numbers = None) -> Tensor:
     """Draw labels from the predictions of a reference: 20 a sample, at evenly spaced quantiles.
 
     The quantiles of a sample begin at an offset of its own, so that rare classes get their share. There are
@@ -99,7 +98,7 @@ def draw_labels(q: Any, task: str = "multiclass", residuals: Any = None) -> Tens
     return labels.clamp(max=p.shape[1] - 1).T
 
 
-def expected_metric(metric: Metric, logits: Any, q: Any, task: str = "multiclass") -> Tensor:
+def expected_metric(metric: Metric, logits: Numbers, q: Numbers, task: str = "multiclass") -> Tensor:
     """Compute the value of a metric to expect, if labels are drawn from the predictions of a reference.
 
     Args:

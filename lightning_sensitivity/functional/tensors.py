@@ -1,11 +1,13 @@
 """The layout of outputs, and how to sum them in double precision without a copy of all of them."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy
 import torch
 from torch import Tensor
+
+Numbers: TypeAlias = Any  # a tensor, an array, a table or a list
 
 _CHUNK = 2**15  # elements that are converted to double precision at a time
 _MIN_NUMBERS = 10  # fewer outputs may look like probabilities by chance
@@ -75,6 +77,6 @@ def are_close(first: Tensor, second: Tensor) -> bool:
     return torch.allclose(first, second, rtol=1e-2, atol=1e-2 * scale, equal_nan=True)
 
 
-def as_tensor(values: Any) -> Tensor:
+def as_tensor(values: Numbers) -> Tensor:
     """Turn numbers from NumPy, pandas or lists into a tensor; a tensor is detached."""
     return values.detach() if isinstance(values, Tensor) else torch.tensor(numpy.asarray(values))

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 # Of N samples, by kind: "columns" (N, D), "images" (N, C, H, W) and "signals" (N, C, L), floating or bytes; "tokens"
 # (N, L), integers, of which negative ones are padding.
 Seen: TypeAlias = dict[str, Tensor]
-Array: TypeAlias = Any  # of NumPy
+Array: TypeAlias = Any  # of NumPy, or what becomes one
+Samples: TypeAlias = Any  # a tensor, array, data frame or list, or a mapping of kinds to these
 Rows: TypeAlias = Any  # an array in double precision, or a sparse matrix of words
 Transform: TypeAlias = Callable[[Tensor], Rows]
 Block: TypeAlias = Callable[[Tensor], Transform]  # of features; it sees training samples

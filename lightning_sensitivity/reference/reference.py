@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_sensitivity.functional.expected import NUM_DRAWS, default_metrics, metric_value
 from lightning_sensitivity.functional.tasks import Task, find_task
 from lightning_sensitivity.reference.calibration import unexplained_share
-from lightning_sensitivity.reference.features import Array, shrunk
+from lightning_sensitivity.reference.features import Array, Samples, shrunk
 from lightning_sensitivity.reference.learners import Learner, fit_estimator, fit_learners
 from lightning_sensitivity.reference.observations import observations
 from lightning_sensitivity.reference.samples import read_labels, read_samples
@@ -83,7 +83,7 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         self.task = task
         self.estimator = estimator
 
-    def fit(self, x: Any, y: Any) -> "Reference":
+    def fit(self, x: Samples, y: Array) -> "Reference":
         """Fit a small model to training labels, and predict each of them without it.
 
         Args:
@@ -195,7 +195,7 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         what = f"{self.learner_} on {self.features_}, {self.num_samples_} samples"
         return f"Reference({what}, skill {self.skill_:.2f})"
 
-    def predict_proba(self, x: Any) -> Array:
+    def predict_proba(self, x: Samples) -> Array:
         """Predict the probabilities of all classes, ``(M, C)``, with two columns for ``"binary"``.
 
         Args:
@@ -209,7 +209,7 @@ class Reference(BaseEstimator):  # type: ignore[misc]
             raise AttributeError("A regression has no probabilities: use `predict`.")
         return self.predict_matrix(x)
 
-    def predict(self, x: Any) -> Array:
+    def predict(self, x: Samples) -> Array:
         """Predict classes, ``(M,)``, or the targets of a regression, ``(M,)`` or ``(M, D)``.
 
         Args:
@@ -223,7 +223,7 @@ class Reference(BaseEstimator):  # type: ignore[misc]
             return self.classes_[found.argmax(1)]
         return found[:, 0] if found.shape[1] == 1 else found
 
-    def score(self, x: Any, y: Any) -> float:
+    def score(self, x: Samples, y: Array) -> float:
         """Return the accuracy on labelled samples, or R2 in a regression.
 
         Args:
@@ -233,7 +233,7 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         measure = accuracy_score if find_task(self.task).has_classes else r2_score
         return float(measure(np.asarray(y), self.predict(x)))
 
-    def predict_matrix(self, x: Any) -> Array:
+    def predict_matrix(self, x: Samples) -> Array:
         """Predict what a network does after softmax or sigmoid, or the targets of a regression, ``(M, C)``.
 
         Args:
@@ -263,7 +263,7 @@ def _quantiles(errors: Array) -> Array:
     return found * np.divide(wanted, size, out=np.zeros_like(size), where=size > 0)
 
 
-def label_noise(x: Any, y: Any, task: str = "multiclass") -> float:
+def label_noise(x: Samples, y: Array, task: str = "multiclass") -> float:
     """Estimate the share of labels that can't be explained: wrong, or not to be known from the inputs.
 
     It fits a :class:`~lightning_sensitivity.Reference`, and compares labels with its left-out predictions

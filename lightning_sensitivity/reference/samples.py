@@ -1,7 +1,6 @@
 """Samples and labels in any form, as a reference takes them."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -9,16 +8,16 @@ from sklearn.utils import check_array
 from torch import Tensor
 
 from lightning_sensitivity.functional.tasks import IGNORED, Task
-from lightning_sensitivity.reference.features import KINDS, Array, Seen, kind_of
+from lightning_sensitivity.reference.features import KINDS, Array, Samples, Seen, kind_of
 
-_PROBLEMS: dict[str, Callable[[Array], Any]] = {  # of columns of a data frame
+_PROBLEMS: dict[str, Callable[[Array], bool]] = {  # of columns of a data frame
     "are dates: take numbers of them, such as days": lambda column: column.dtype.kind in "Mm",
     "are no numbers: use `pandas.get_dummies`": lambda column: column.dtype.kind not in "biuf",
     "have missing values: impute them, with a flag column for each": lambda column: np.isnan(column).any(),
 }
 
 
-def read_samples(x: Any, names: Any = None, kind: str = "") -> Seen:
+def read_samples(x: Samples, names: Array = None, kind: str = "") -> Seen:
     """Return what is seen of samples, checked.
 
     Args:
@@ -38,7 +37,7 @@ def read_samples(x: Any, names: Any = None, kind: str = "") -> Seen:
     return dict(_read(values, kind, names) for kind, values in x.items())
 
 
-def _read(x: Any, kind: str, names: Any) -> tuple[str, Tensor]:
+def _read(x: Samples, kind: str, names: Array) -> tuple[str, Tensor]:
     """Return the kind of samples, and their numbers."""
     if hasattr(x, "columns"):
         x = _columns_of(x, list(x.columns if names is None else names))
@@ -49,14 +48,14 @@ def _read(x: Any, kind: str, names: Any) -> tuple[str, Tensor]:
     return kind, values
 
 
-def _as_tensor(name: str, values: Any) -> Tensor:
+def _as_tensor(name: str, values: Array) -> Tensor:
     """Return finite real numbers, ``(N, ...)``, on the CPU."""
     options = {"dtype": "numeric", "ensure_2d": False, "allow_nd": True, "input_name": name}
     found = check_array(_as_array(name, values), **options)
     return torch.from_numpy(np.require(found, requirements=["C", "W"]))
 
 
-def _as_array(name: str, values: Any) -> Any:
+def _as_array(name: str, values: Array) -> Array:
     """Return tensors as arrays, which have no bfloat16; all else stays as it is."""
     if not isinstance(values, Tensor):
         return values
@@ -66,7 +65,7 @@ def _as_array(name: str, values: Any) -> Any:
     return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
 
 
-def _columns_of(frame: Any, names: list[Any]) -> Array:
+def _columns_of(frame: Samples, names: list[str]) -> Array:
     """Return the columns of a data frame as floats, ``(N, D)``."""
     _refuse("are missing", [name for name in names if name not in frame.columns])
     columns = {name: np.asarray(frame[name]) for name in names}
@@ -75,12 +74,12 @@ def _columns_of(frame: Any, names: list[Any]) -> Array:
     return np.column_stack([*columns.values()]).astype(float)
 
 
-def _refuse(problem: str, columns: list[Any]) -> None:
+def _refuse(problem: str, columns: list[str]) -> None:
     if columns:
         raise ValueError(f"Columns of `x` {problem}: {', '.join(map(repr, columns))}.")
 
 
-def read_labels(y: Any, task: Task) -> tuple[Tensor, Array]:
+def read_labels(y: Array, task: Task) -> tuple[Tensor, Array]:
     """Return labels that fit the task, and what the columns of their matrix stand for, ``(C,)``.
 
     Args:
