@@ -6,23 +6,14 @@ from typing import TYPE_CHECKING, Any
 from lightning_sensitivity.metric import OutputSensitivity, RefinedScore
 
 if TYPE_CHECKING:
-    from lightning_sensitivity.callbacks import RiskMonitor, SensitivityMonitor
-    from lightning_sensitivity.compare import ModelScores, compare_models
-    from lightning_sensitivity.reference import Reference, label_noise
+    from lightning_sensitivity.callbacks import RiskMonitor as RiskMonitor
+    from lightning_sensitivity.callbacks import SensitivityMonitor as SensitivityMonitor
+    from lightning_sensitivity.compare import ModelScores as ModelScores
+    from lightning_sensitivity.compare import compare_models as compare_models
+    from lightning_sensitivity.reference import Reference as Reference
+    from lightning_sensitivity.reference import label_noise as label_noise
 
 __version__ = "0.5.0"
-
-__all__ = [
-    "ModelScores",
-    "OutputSensitivity",
-    "Reference",
-    "RefinedScore",
-    "RiskMonitor",
-    "SensitivityMonitor",
-    "__version__",
-    "compare_models",
-    "label_noise",
-]
 
 _MODULES = {
     "ModelScores": "compare",
@@ -32,6 +23,7 @@ _MODULES = {
     "compare_models": "compare",
     "label_noise": "reference",
 }
+__all__ = ["OutputSensitivity", "RefinedScore", "__version__", *_MODULES]
 
 
 def __getattr__(name: str) -> Any:

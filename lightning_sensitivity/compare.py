@@ -13,7 +13,7 @@ from lightning_sensitivity.arguments import Refused, Selector, check_argument, c
 from lightning_sensitivity.functional.expected import METRIC_WORTH
 from lightning_sensitivity.functional.tasks import TASK_NAMES, TASKS, Task
 from lightning_sensitivity.functional.tensors import look_like_probabilities
-from lightning_sensitivity.model.inputs import LEAST_SKILL, join_seen
+from lightning_sensitivity.model.inputs import join_seen
 from lightning_sensitivity.model.isolation import isolated
 from lightning_sensitivity.model.reader import BatchReader, move_batch
 from lightning_sensitivity.reference.observations import projection, repeated_share
@@ -27,8 +27,9 @@ class ModelScores(NamedTuple):
     Attributes:
         rank: Its place; 1 is the best.
         name: The name that the user gave it.
-        expected: The accuracy to expect, a share: the higher, the better. In a regression, the mean squared error
-            to expect: the lower, the better. With validation labels, it is combined with the value on these.
+        expected: The accuracy to expect, a share: the higher, the better. In a regression, the mean squared
+            error to expect: the lower, the better. With validation labels, it is combined with the value on
+            these.
         difference: By how much it is worse than that of the first model.
         difference_stderr: The standard error of that, paired by sample.
         may_be_best: Whether the samples are too few to tell it from the first model: the 95 % interval of
@@ -44,7 +45,7 @@ class ModelScores(NamedTuple):
 
 
 class Comparison(list[ModelScores]):
-    """The scores of models, the best first. ``print`` shows a table; ``pandas.DataFrame`` takes the list as it is."""
+    """The scores of models, the best first. ``print`` shows a table; ``pandas.DataFrame`` takes the list."""
 
     def __repr__(self) -> str:
         """Lay out the table."""
@@ -69,33 +70,38 @@ def compare_models(
 ) -> Comparison:
     r"""Rank models that learned the same task, without validation labels, on the same samples.
 
-    A reference, the best small model of the training labels, which may be noisy, stands in for validation labels,
-    as for :class:`~lightning_sensitivity.RiskMonitor`. It predicts probabilities of the classes; the accuracy to
-    expect is the mean probability of the class that a model chooses. See ``examples/studies`` for what it is worth.
+    A reference, the best small model of the training labels, which may be noisy, stands in for validation
+    labels, as for :class:`~lightning_sensitivity.RiskMonitor`. It predicts probabilities of the classes; the
+    accuracy to expect is the mean probability of the class that a model chooses. See ``examples/studies`` for
+    what it is worth.
 
     Args:
         models: A dict of names and modules, two or more. Each runs on its own device, and is left as it was.
         dataloader: Batches that no model was trained on, with or without labels, all kept in memory: about a
             thousand samples are enough.
-        training: The batches that the models were trained on, with labels. All are read once, and evenly spaced
-            samples are kept: up to 50,000 rows of a table, or 10,000 images, signals or texts, within 512 MiB.
-        targets: A function ``batch -> labels``; by default :func:`~lightning_sensitivity.model.select_targets`.
-        features: What the reference sees, by default the inputs: an encoder, a module that gets the inputs of the
-            models and runs on up to 3,000 training samples, or a function ``batch -> (N, D)``.
-        reference: An estimator of scikit-learn that takes the place of the reference's own learners: a classifier
-            with ``predict_proba``, or a regressor.
-        validation_labels: Combine what is expected with the value on the labels of ``dataloader``, which may be
-            noisy: it is the mean of both, with a weight of m for m labels, and of 1,000 for the reference.
+        training: The batches that the models were trained on, with labels. All are read once, and evenly
+            spaced samples are kept: up to 50,000 rows of a table, or 10,000 images, signals or texts, within
+            512 MiB.
+        targets: A function ``batch -> labels``; by default
+            :func:`~lightning_sensitivity.model.select_targets`.
+        features: What the reference sees, by default the inputs: an encoder, a module that gets the inputs of
+            the models and runs on up to 3,000 training samples, or a function ``batch -> (N, D)``.
+        reference: An estimator of scikit-learn that takes the place of the reference's own learners: a
+            classifier with ``predict_proba``, or a regressor.
+        validation_labels: Combine what is expected with the value on the labels of ``dataloader``, which may
+            be noisy: it is the mean of both, with a weight of m for m labels, and of 1,000 for the reference.
         task: ``"multiclass"``, ``"binary"`` or ``"regression"``.
-        inputs: A function ``batch -> arguments``; by default see :class:`~lightning_sensitivity.model.ModelCall`.
-        outputs: A function ``result -> logits``; by default :func:`~lightning_sensitivity.model.select_outputs`.
+        inputs: A function ``batch -> arguments``; by default see
+            :class:`~lightning_sensitivity.model.ModelCall`.
+        outputs: A function ``result -> logits``; by default
+            :func:`~lightning_sensitivity.model.select_outputs`.
 
     Returns:
         A list of :class:`~lightning_sensitivity.ModelScores`, the best one first.
 
     Raises:
-        MisconfigurationException: If an argument is invalid, or a model fails, which is named; if the reference
-            sees too little of the inputs, and there are no validation labels.
+        MisconfigurationException: If an argument is invalid, or a model fails, which is named; if the
+            reference sees too little of the inputs, and there are no validation labels.
 
     Example:
         >>> import torch
@@ -107,8 +113,7 @@ def compare_models(
         >>> [model.name for model in compare_models(models, [x[200:]], training=train_loader)]
         ['good', 'random']
     """
-    is_valid = isinstance(models, Mapping) and all(isinstance(each, nn.Module) for each in models.values())
-    check_argument("models", models, is_valid and len(models) > 1, "a dict of names and modules, two or more")
+    check_argument("models", models, _are_models(models), "a dict of names and modules, two or more")
     batches = list(dataloader) if isinstance(dataloader, Iterable) else []
     check_argument("dataloader", dataloader, len(batches) > 0, "an iterable of batches")
     check_argument("task", task, task in TASKS, f"one of {TASK_NAMES}")
@@ -121,6 +126,12 @@ def compare_models(
     judge = _Judge(next(iter(models.values())), next(iter(shapes.values()))[1:], batches, reader, rules)
     values = judge.values(p, training, reference, validation_labels)
     return _rank(dict(zip(models, values, strict=True)), highest_first=rules.has_classes)
+
+
+def _are_models(models: object) -> bool:
+    if not isinstance(models, Mapping) or len(models) < 2:
+        return False
+    return all(isinstance(model, nn.Module) for model in models.values())
 
 
 def _run(name: str, model: nn.Module, batches: Sequence[object], reader: BatchReader, task: Task) -> Tensor:
@@ -137,7 +148,7 @@ def _run(name: str, model: nn.Module, batches: Sequence[object], reader: BatchRe
 
 
 class _Judge(NamedTuple):
-    """What tells the worth of predictions for batches, which are read as for a model with outputs of a shape."""
+    """What tells the worth of predictions for batches, which are read as for a model."""
 
     model: nn.Module
     shape: tuple[int, ...]
@@ -145,11 +156,15 @@ class _Judge(NamedTuple):
     reader: BatchReader
     task: Task
 
+    def _moved(self) -> Iterator[Any]:
+        """Move one batch after the other to the device of the model."""
+        return (move_batch(self.model, batch) for batch in self.batches)
+
     def values(self, p: Tensor, training: Iterable[object], estimator: object, with_labels: bool) -> Tensor:
-        """Return what predictions ``(M, N, C)`` are worth, ``(M, N)``, by a reference, and by validation labels."""
+        """Return what predictions ``(M, N, C)`` are worth, ``(M, N)``, by a reference, and by labels."""
         with refuse_on_error("`training` gives no reference (`features=` says what it sees)", "comparing-models"):
             fitted, q = self._fit(training, estimator)
-            is_blind = not fitted.is_trusted_ or (not self.reader.sees_all and fitted.skill_ < LEAST_SKILL)
+            is_blind = not fitted.may_choose(self.reader.sees_all)
             if is_blind and not with_labels:
                 skill = f"it is only {max(0.0, fitted.skill_):.0%} better than chance on labels that were left out"
                 raise Refused(f"{skill}. Set `features=`, or `validation_labels=True`.")
@@ -161,10 +176,6 @@ class _Judge(NamedTuple):
             values += has_label * self._values(p, self.task.as_matrix(labels, p.shape[2]))
             weights += has_label
         return values / weights.mean()
-
-    def _moved(self) -> Iterator[Any]:
-        """Move one batch after the other to the device of the model."""
-        return (move_batch(self.model, batch) for batch in self.batches)
 
     def _labels(self) -> Tensor:
         """Return the validation labels, ``(N,)`` or ``(N, K)``."""

@@ -154,7 +154,7 @@ class Noted(Linear):
 
 @pytest.mark.parametrize("least", [0.0, 1.0])
 def test_a_reference_that_does_not_see_all_inputs_needs_more_skill(least: float, monkeypatch: Any) -> None:
-    monkeypatch.setattr("lightning_sensitivity.compare.LEAST_SKILL", least)
+    monkeypatch.setattr("lightning_sensitivity.reference.reference._LEAST_SKILL", least)
     models = {name: Noted(seed=seed) for seed, name in enumerate("abc")}
     training, notes = [{"x": X, "label": Y, "note": ["a"] * 150}], [{"x": V, "note": ["b"] * NEW}]
     compare(models, [{"x": V}], training=[{"x": X, "label": Y}])

@@ -14,7 +14,7 @@ from lightning_sensitivity.callbacks.processes import agree, gather_objects
 from lightning_sensitivity.callbacks.reporter import Reporter
 from lightning_sensitivity.functional.expected import draw_labels
 from lightning_sensitivity.functional.tasks import Task
-from lightning_sensitivity.model.inputs import LEAST_SKILL, are_finite, join_seen
+from lightning_sensitivity.model.inputs import are_finite, join_seen
 from lightning_sensitivity.model.reader import BatchReader
 from lightning_sensitivity.model.samples import KeptRows, KeptSamples
 from lightning_sensitivity.reference.calibration import estimate_class_shares, reweigh
@@ -197,7 +197,7 @@ class RunReference:
         known, labels = of_rows(known, rows), labels[rows]
         self.fitted = Reference(self._task.name, self._estimator).fit(known, labels.numpy())
         verdict = Verdict.of(self.fitted)
-        verdict.is_trusted &= self._reader.sees_all or verdict.skill > LEAST_SKILL
+        verdict.is_trusted = self.fitted.may_choose(self._reader.sees_all)
         if self._reader.has_features:
             verdict.features = "features"
         self._warn_of_unread()

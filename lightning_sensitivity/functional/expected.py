@@ -1,9 +1,8 @@
-"""What metrics to expect on samples without labels, if labels are drawn from the predictions of a reference."""
+"""What metrics to expect on unlabelled samples, if labels are drawn from the predictions of a reference."""
 
 import math
 import warnings
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from torchmetrics.utilities import dim_zero_cat
 from lightning_sensitivity.compat import stay_alone
 from lightning_sensitivity.functional.refined_score import Refined, lowest_score, refined_score
 from lightning_sensitivity.functional.tasks import Task, find_task
-from lightning_sensitivity.functional.tensors import as_tensor
+from lightning_sensitivity.functional.tensors import Numbers, as_tensor
 
 NUM_DRAWS = 20  # of labels for each sample
 MAX_AUROC_CLASSES = 100
@@ -23,7 +22,7 @@ _GOLDEN_RATIO = (5**0.5 - 1) / 2
 SCORE_WORTH, METRIC_WORTH = 200, 1000
 
 
-def expected_score(logits: Any, q: Any, task: str = "multiclass", error: float = 0.0) -> Refined:
+def expected_score(logits: Numbers, q: Numbers, task: str = "multiclass", error: float = 0.0) -> Refined:
     r"""Compute the refined score to expect, if labels are drawn from the predictions of a reference.
 
     .. math::
@@ -33,12 +32,13 @@ def expected_score(logits: Any, q: Any, task: str = "multiclass", error: float =
     :func:`refined_score`, and lowest where the network is closest to the reference.
 
     Args:
-        logits: Logits of unseen samples, ``(N, K)``; ``(N,)`` or ``(N, 1)`` for ``"binary"``; the outputs of a
-            regression.
-        q: Predictions of the same samples by a reference: probabilities ``(N, C)``, also those of class 1, ``(N,)``
-            or ``(N, 1)``, for ``"binary"``; see ``Reference.predict_proba``.
+        logits: Logits of unseen samples, ``(N, K)``; ``(N,)`` or ``(N, 1)`` for ``"binary"``; the outputs of
+            a regression.
+        q: Predictions of the same samples by a reference: probabilities ``(N, C)``, also those of class 1,
+            ``(N,)`` or ``(N, 1)``, for ``"binary"``; see ``Reference.predict_proba``.
         task: ``"multiclass"``, ``"binary"`` or ``"regression"``.
-        error: In a regression, the left-out squared error of the reference, ``Reference.score_``, which is added.
+        error: In a regression, the left-out squared error of the reference, ``Reference.score_``, which is
+            added.
 
     Returns:
         The score, and the temperature that gives it.
@@ -50,7 +50,7 @@ def expected_score(logits: Any, q: Any, task: str = "multiclass", error: float =
         >>> import torch
         >>> from lightning_sensitivity.functional import expected_score
         >>> q = torch.tensor([[0.9, 0.1], [0.2, 0.8]])
-        >>> round(expected_score(q.log(), q).score, 3)  # E q(1 - q) alone: the network says what the reference says
+        >>> round(expected_score(q.log(), q).score, 3)  # E q(1 - q) alone: both say the same
         0.25
     """
     rules, logits, q = find_task(task), as_tensor(logits), as_tensor(q)
@@ -60,15 +60,15 @@ def expected_score(logits: Any, q: Any, task: str = "multiclass", error: float =
 
 
 def uncertainty(q: Tensor, task: Task, error: float) -> float:
-    """Return the score of a reference's predictions: E q(1 - q), or the left-out squared error in a regression."""
+    """Return the score of a reference's predictions: E q(1 - q), or its error in a regression."""
     return float(task.uncertainties(q.double()).mean()) + (0.0 if task.has_classes else error)
 
 
-def draw_labels(q: Any, task: str = "multiclass", residuals: Any = None) -> Tensor:
+def draw_labels(q: Numbers, task: str = "multiclass", residuals: Numbers = None) -> Tensor:
     """Draw labels from the predictions of a reference: 20 a sample, at evenly spaced quantiles.
 
-    The quantiles of a sample begin at an offset of its own, so that rare classes get their share. There are no random
-    numbers: the same predictions give the same labels.
+    The quantiles of a sample begin at an offset of its own, so that rare classes get their share. There are
+    no random numbers: the same predictions give the same labels.
 
     Args:
         q: Predictions ``(N, C)``; for ``"binary"`` also probabilities of class 1, ``(N,)`` or ``(N, 1)``.
@@ -77,7 +77,8 @@ def draw_labels(q: Any, task: str = "multiclass", residuals: Any = None) -> Tens
             ``Reference.residuals_``.
 
     Returns:
-        Class indices ``(20, N)``; for a regression targets ``(20, N, C)``, or ``(1, N, C)`` without residuals.
+        Class indices ``(20, N)``; for a regression targets ``(20, N, C)``, or ``(1, N, C)`` without
+        residuals.
 
     Example:
         >>> import torch
@@ -93,10 +94,11 @@ def draw_labels(q: Any, task: str = "multiclass", residuals: Any = None) -> Tens
     offsets = torch.arange(1, len(p) + 1, dtype=torch.float64) * _GOLDEN_RATIO % 1
     quantiles = (torch.arange(NUM_DRAWS)[:, None] + offsets) / NUM_DRAWS  # (20, N)
     ends = p.cumsum(1)
-    return torch.searchsorted(ends / ends[:, -1:], quantiles.T.contiguous(), right=True).clamp(max=p.shape[1] - 1).T
+    labels = torch.searchsorted(ends / ends[:, -1:], quantiles.T.contiguous(), right=True)
+    return labels.clamp(max=p.shape[1] - 1).T
 
 
-def expected_metric(metric: Metric, logits: Any, q: Any, task: str = "multiclass") -> Tensor:
+def expected_metric(metric: Metric, logits: Numbers, q: Numbers, task: str = "multiclass") -> Tensor:
     """Compute the value of a metric to expect, if labels are drawn from the predictions of a reference.
 
     Args:
@@ -121,7 +123,8 @@ def expected_metric(metric: Metric, logits: Any, q: Any, task: str = "multiclass
     """
     rules, logits, q = find_task(task), as_tensor(logits), as_tensor(q)
     if len(logits) != len(q):
-        raise ValueError(f"Expected `logits` and `q` of the same samples, but got {len(logits)} and {len(q)}.")
+        sizes = f"{len(logits)} and {len(q)}"
+        raise ValueError(f"Expected `logits` and `q` of the same samples, but got {sizes}.")
     return metric_value(metric, rules.predictions(logits), draw_labels(q, task), rules)
 
 
@@ -140,8 +143,9 @@ def metric_value(metric: Metric, predictions: Tensor, labels: Tensor, task: Task
     preds = task.metric_inputs(predictions)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of classes that no draw has
-        for draw in labels:
-            copied.update(preds, draw if task.has_classes else draw.reshape(preds.shape).to(preds).contiguous())
+        for target in labels:
+            fitting = target if task.has_classes else target.reshape(preds.shape).to(preds).contiguous()
+            copied.update(preds, fitting)
         value: Tensor = copied.compute()
     return value
 
@@ -154,18 +158,17 @@ def all_values(
     Args:
         outputs: Outputs ``(N, C)``, finite.
         y: Labels as a matrix, or predictions, ``(N, C)``.
-        draws: The same as one or more labels for each sample, ``(R, N)``; in a regression ``(R, N, C)``. Metrics of
-            no label, or of a single class, are nan.
+        draws: The same as one or more labels for each sample, ``(R, N)``; in a regression ``(R, N, C)``.
+            Metrics of no label, or of a single class, are nan.
         metrics: Metrics by name.
         task: The task.
     """
     score, temperature = lowest_score(outputs, y, task)
-    is_enough = draws.numel() > 0 and (not task.has_classes or bool((draws != draws[0, 0]).any()))
-    p = task.predictions(outputs)
-    found = {
-        name: float(metric_value(metric, p, draws, task)) if is_enough else math.nan for name, metric in metrics.items()
-    }
-    return {"score": score, "temperature": temperature} | found
+    found = {"score": score, "temperature": temperature} | dict.fromkeys(metrics, math.nan)
+    if draws.numel() > 0 and (not task.has_classes or bool((draws != draws[0, 0]).any())):
+        p = task.predictions(outputs)
+        found |= {name: float(metric_value(metric, p, draws, task)) for name, metric in metrics.items()}
+    return found
 
 
 def join_values(
@@ -173,8 +176,8 @@ def join_values(
 ) -> dict[str, float]:
     """Join expected values with those by m labels: (m s + w E) / (m + w); the labels give the temperature.
 
-    The reference counts as w = 200 labels for the score of classes, and as 1,000 for metrics, of which a label says
-    less, and in a regression.
+    The reference counts as w = 200 labels for the score of classes, and as 1,000 for metrics, of which a
+    label says less, and in a regression.
 
     Args:
         expected: What is expected.
@@ -191,10 +194,7 @@ def join_values(
 
 
 class _MeanAUROC(MulticlassAUROC):
-    """The mean AUROC of the classes that occur; others would count as 0."""
-
-    def __init__(self, num_classes: int) -> None:
-        super().__init__(num_classes, average="none")
+    """The mean of the AUROC of each class (``average="none"``) that occurs; others would count as 0."""
 
     def compute(self) -> Tensor:  # type: ignore[override]
         """Compute it."""
@@ -213,4 +213,6 @@ def default_metrics(task: Task, num_columns: int) -> dict[str, Metric]:
     if task.has_one_output:
         return {"accuracy": BinaryAccuracy(), "auroc": BinaryAUROC()}
     found: dict[str, Metric] = {"accuracy": MulticlassAccuracy(num_columns, average="micro")}
-    return found | ({"auroc": _MeanAUROC(num_columns)} if num_columns <= MAX_AUROC_CLASSES else {})
+    if num_columns <= MAX_AUROC_CLASSES:
+        found["auroc"] = _MeanAUROC(num_columns, average="none")
+    return found

@@ -1,13 +1,13 @@
 """The refined score: how well outputs fit labels, or other predictions, after the best temperature."""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_sensitivity.functional.tasks import Task, find_task
-from lightning_sensitivity.functional.tensors import as_tensor, in_chunks, look_like_probabilities, wide_dtype
+from lightning_sensitivity.functional.tensors import Numbers, as_tensor, in_chunks, look_like_probabilities, wide_dtype
 
 TEMPERATURES = tuple(2.0 ** (half / 2) for half in range(-2, 7))  # from 0.5 to 8
 _UNCHANGED = TEMPERATURES.index(1.0)  # the place of the logits as they are
@@ -45,7 +45,7 @@ class Refined(NamedTuple):
 
     @classmethod
     def lowest(cls, scores: Tensor) -> "Refined":
-        """Take the lowest of the scores at each temperature, ``(T,)``; none is better than 1 if all are equal."""
+        """Take the lowest of the scores at each temperature, ``(T,)``; if all are equal, that at 1."""
         place = int(scores.argmin())
         place = place if bool(scores[place] < scores[_UNCHANGED]) else _UNCHANGED
         return cls(float(scores[place]), TEMPERATURES[place])
@@ -79,13 +79,13 @@ def score_sums(outputs: Tensor, targets: Tensor, task: Task) -> Tensor:
     return torch.stack(in_chunks(sums, outputs, y, counts)).sum(0)
 
 
-def refined_score(logits: Any, targets: Any, task: str = "multiclass") -> Refined:
+def refined_score(logits: Numbers, targets: Numbers, task: str = "multiclass") -> Refined:
     r"""Compute the Brier score after the best temperature, to choose an epoch for its accuracy.
 
     A proper score is the sum of a *calibration* error, which a temperature repairs, and of a *refinement*
     error, which accuracy feels. A network that memorizes becomes too sure of itself, so that its score rises
-    long before its accuracy falls. The refined score does not (Berta, Holzmüller, Jordan and Bach, *Rethinking
-    Early Stopping: Refine, Then Calibrate*, arXiv:2501.19195):
+    long before its accuracy falls. The refined score does not (Berta, Holzmüller, Jordan and Bach,
+    *Rethinking Early Stopping: Refine, Then Calibrate*, arXiv:2501.19195):
 
     .. math::
         \min_T \; \frac{1}{n} \sum_i \big\| \operatorname{softmax}(f(x_i) / T) - y_i \big\|^2

@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_sensitivity.functional.tensors import as_tensor, by_position, in_chunks, wide_dtype
+from lightning_sensitivity.functional.tensors import Numbers, as_tensor, by_position, in_chunks, wide_dtype
 
 # Columns of a row: the number of changes of a sample (draws times positions); the sum of its class-averaged
 # changes; the sum of their squares; the sum of the mean squared changes of its single outputs; K times the
@@ -149,7 +149,7 @@ def diagnostics(estimate: SensitivityEstimate, per_output: bool = False) -> dict
     return messages
 
 
-def output_sensitivity(clean: Any, noisy: Any, per_output: bool = False) -> Tensor:
+def output_sensitivity(clean: Numbers, noisy: Numbers, per_output: bool = False) -> Tensor:
     r"""Compute the output sensitivity of a batch (Forouzesh, Salehi and Thiran, arXiv:2007.15378, Section 3).
 
     .. math::
@@ -159,8 +159,9 @@ def output_sensitivity(clean: Any, noisy: Any, per_output: bool = False) -> Tens
     inf are left out.
 
     Args:
-        clean: Outputs f(x) before the softmax (logits), floating, shape ``(N, K, ...)``; a tensor or an array.
-            Dimensions after K (pixels, tokens) count as further changes of a sample; ``(N,)`` means K = 1.
+        clean: Outputs f(x) before the softmax (logits), floating, shape ``(N, K, ...)``; a tensor or an
+            array. Dimensions after K (pixels, tokens) count as further changes of a sample; ``(N,)`` means K
+            = 1.
         noisy: Outputs f(x + ε) of the same shape, or a list with one such tensor per noise draw.
         per_output: Return the mean squared change of the single outputs instead, which also has a meaning for
             probabilities and for heads of two classes.

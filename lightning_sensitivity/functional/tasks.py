@@ -1,7 +1,7 @@
 """The tasks: how outputs and labels fit together in each, and how predictions are scored.
 
-Outputs of a network are ``(N, K)`` or ``(N,)``. All else is matrices ``(N, C)``: a column for each class, also where
-one output tells two classes apart, or for each number of a regression.
+Outputs of a network are ``(N, K)`` or ``(N,)``. All else is matrices ``(N, C)``: a column for each class,
+also where one output tells two classes apart, or for each number of a regression.
 """
 
 import math
@@ -12,27 +12,30 @@ from torch import Tensor
 from lightning_sensitivity.functional.tensors import num_outputs
 
 IGNORED = -100  # the `ignore_index` of torch's cross-entropy
-FLOOR = 1e-6  # of probabilities that are raised to a power
-_TINY = 1e-12  # sum of probabilities
 _BY_CLASS = "Leave `task` out if labels are class indices"
 _MULTILABEL = "Several classes for one sample (multilabel) are not supported"
 
 
-class Multiclass:
-    """One of C classes is correct: softmax, and the sum over classes of squared differences."""
+class _Matrices:
+    """What all tasks share: the layout of outputs."""
 
-    name = "multiclass"
-    has_classes = True
     has_one_output = False
-    scale = 1.0  # of the sum of squared differences
 
     def num_columns(self, output_shape: tuple[int, ...]) -> int:
         """Count the columns C of matrices, for the shape of the outputs of a sample."""
         return math.prod(output_shape)
 
     def as_outputs(self, outputs: Tensor) -> Tensor:
-        """Turn outputs of a network into a matrix ``(N, C)``, in single precision or better; a matrix stays."""
-        return _at_least_single(outputs)[:, None].flatten(1)
+        """Turn outputs of a network into a matrix ``(N, C)``, in 32 bits or more; a matrix stays."""
+        return outputs.to(torch.promote_types(outputs.dtype, torch.float32))[:, None].flatten(1)
+
+
+class Multiclass(_Matrices):
+    """One of C classes is correct: softmax, and the sum over classes of squared differences."""
+
+    name = "multiclass"
+    has_classes = True
+    scale = 1.0  # of the sum of squared differences
 
     def predictions(self, outputs: Tensor) -> Tensor:
         """Turn outputs of a network, or their matrix, into probabilities ``(N, C)``."""
@@ -44,56 +47,29 @@ class Multiclass:
             advice = "Set `task='binary'` if they are from 0 to 1, `task='regression'` if they are measurements"
             raise ValueError(f"Labels are {targets.dtype} for one output. {advice}")
         if targets.is_floating_point():
-            self._check_soft_labels(outputs, targets)
+            _check_soft_labels(outputs, targets)
         else:
-            self._check_shape_of_indices(outputs, targets)
-            self._check_indices(num_outputs(outputs), targets.long())  # comparisons in 8 bits wrap around
-
-    def _check_soft_labels(self, outputs: Tensor, targets: Tensor) -> None:
-        _check_probabilities(outputs, targets, "Make class indices integers: `targets=lambda batch: batch[1].long()`")
-        sums_to_one = (targets.float().sum(1) - 1).abs() < 1e-2  # of 16 bits
-        if not bool((sums_to_one | ~has_label(targets)).all()):
-            raise ValueError(f"Expected soft labels that sum to 1, but got other sums. {_MULTILABEL}")
-
-    def _check_shape_of_indices(self, outputs: Tensor, targets: Tensor) -> None:
-        if targets.shape == outputs.shape:
-            advice = "Make one-hot labels floating: `targets=lambda batch: batch[1].float()`"
-            raise ValueError(f"Labels are {targets.dtype} for each output. {advice}. {_MULTILABEL}")
-        if targets.shape != outputs.shape[:1] or targets.dtype == torch.bool:
-            is_column = targets.shape == (len(outputs), 1) and targets.dtype != torch.bool
-            advice = " Remove the extra dimension: `targets=lambda batch: batch[1].squeeze(1)`" if is_column else ""
-            expected = "Expected class indices (N,) for outputs (N, K)"
-            raise ValueError(f"{expected}, but got {_describe(outputs, targets)}.{advice}")
-
-    def _check_indices(self, num_classes: int, targets: Tensor) -> None:
-        is_valid = ((targets >= 0) & (targets < num_classes)) | (targets == IGNORED)
-        if not bool(is_valid.all()):
-            raise ValueError(
-                f"Expected labels from 0 to {num_classes - 1}, or {IGNORED} to be ignored, but got "
-                f"{int(targets.min())} to {int(targets.max())}. Map them, in a monitor by `targets=`, and another "
-                f"`ignore_index` to {IGNORED}"
-            )
+            _check_indices(outputs, targets)
 
     def has_label(self, targets: Tensor) -> Tensor:
         """Return which samples have a label that counts, ``(N,)``."""
-        return has_label(targets)
+        return ~_is_ignored(targets)[:, None].flatten(1).any(1)
 
-    def as_matrix(self, labels: Tensor, num_columns: int | None = None) -> Tensor:
+    def as_matrix(self, labels: Tensor, num_columns: int = -1) -> Tensor:
         """Turn labels into probabilities ``(N, C)``; an ignored label gives zeros, and a matrix stays.
 
         Args:
             labels: Class indices ``(N,)``, or probabilities ``(N, C)``.
-            num_columns: C; by default one more than the highest class index.
+            num_columns: C, which class indices do not say.
         """
-        counts = has_label(labels)
+        counts = self.has_label(labels)
         if labels.is_floating_point():
             return labels.where(counts[:, None], 0.0)
         indices = labels.long().where(counts, 0)
-        num_columns = num_columns or (int(indices.max()) + 1 if len(indices) else 1)
         return torch.nn.functional.one_hot(indices, num_columns).float() * counts[:, None]
 
     def distances(self, p: Tensor, other: Tensor) -> Tensor:
-        """Score predictions by the Brier score: squared differences from labels, or from other predictions."""
+        """Compute the Brier score: squared differences from labels, or from other predictions."""
         return self.scale * (p - other).square().sum(-1)
 
     def uncertainties(self, p: Tensor) -> Tensor:
@@ -101,17 +77,8 @@ class Multiclass:
         return self.scale * (1 - p.square().sum(-1))
 
     def classes(self, p: Tensor) -> Tensor:
-        """Return the class that predictions or labels ``(..., N, C)`` choose for each sample, ``(..., N)``."""
+        """Return the class that predictions or labels ``(..., N, C)`` choose, ``(..., N)``."""
         return p.argmax(-1)
-
-    def clip(self, p: Tensor) -> Tensor:
-        """Turn numbers near probabilities into probabilities."""
-        p = p.clamp(0, 1)
-        return p / p.sum(1, keepdim=True).clamp(min=_TINY)
-
-    def sharpen(self, p: Tensor, power: float) -> Tensor:
-        """Raise probabilities to a power, which divides their logarithms by a temperature of 1 / power."""
-        return (power * p.clamp(min=FLOOR).log()).softmax(1)
 
     def metric_inputs(self, p: Tensor) -> Tensor:
         """Return predictions as torchmetrics takes them: probabilities ``(N, C)``."""
@@ -119,7 +86,7 @@ class Multiclass:
 
 
 class Binary(Multiclass):
-    """One output z is the logit of class 1, which is two logits, 0 and z; its score is (p - y)^2, half of the sum."""
+    """One output z is the logit of class 1: two logits, 0 and z; its score is (p - y)^2, half of the sum."""
 
     name = "binary"
     has_one_output = True
@@ -141,11 +108,11 @@ class Binary(Multiclass):
             got = _describe(outputs, targets)
             raise ValueError(f"Expected one output, (N,) or (N, 1), but got {got}. {advice}")
         if targets.is_floating_point() and targets.shape == (len(outputs), 2):
-            self._check_soft_labels(self.as_outputs(outputs), targets)
+            _check_soft_labels(self.as_outputs(outputs), targets)
         else:
             _check_probabilities(outputs, targets, _BY_CLASS)
 
-    def as_matrix(self, labels: Tensor, num_columns: int | None = None) -> Tensor:
+    def as_matrix(self, labels: Tensor, num_columns: int = 2) -> Tensor:
         """Turn labels ``(N,)`` or ``(N, 1)`` into probabilities ``(N, 2)``; a matrix stays."""
         y = labels if labels.is_floating_point() else labels.float()
         y = y[:, None].flatten(1)
@@ -158,20 +125,11 @@ class Binary(Multiclass):
         return p[:, 1]
 
 
-class Regression:
+class Regression(_Matrices):
     """Outputs are measurements: no temperature, and the mean over columns of squared differences."""
 
     name = "regression"
     has_classes = False
-    has_one_output = False
-
-    def num_columns(self, output_shape: tuple[int, ...]) -> int:
-        """Count the columns of matrices, for the shape of the outputs of a sample."""
-        return math.prod(output_shape)
-
-    def as_outputs(self, outputs: Tensor) -> Tensor:
-        """Turn outputs ``(N,)`` or ``(N, D)`` into a matrix ``(N, D)``, in single precision or better."""
-        return _at_least_single(outputs)[:, None].flatten(1)
 
     def predictions(self, outputs: Tensor) -> Tensor:
         """Return outputs as a matrix."""
@@ -188,7 +146,7 @@ class Regression:
         """Return which samples have a target: all."""
         return torch.ones(len(targets), dtype=torch.bool, device=targets.device)
 
-    def as_matrix(self, labels: Tensor, num_columns: int | None = None) -> Tensor:
+    def as_matrix(self, labels: Tensor, num_columns: int = -1) -> Tensor:
         """Turn targets ``(N,)`` or ``(N, D)`` into a matrix ``(N, D)``."""
         return self.as_outputs(labels)
 
@@ -203,14 +161,6 @@ class Regression:
     def classes(self, p: Tensor) -> Tensor:
         """Return nan: a regression has no classes, and none are equal."""
         return torch.full_like(p[..., 0], torch.nan)
-
-    def clip(self, p: Tensor) -> Tensor:
-        """Return the predictions."""
-        return p
-
-    def sharpen(self, p: Tensor, power: float) -> Tensor:
-        """Return the predictions."""
-        return p
 
     def metric_inputs(self, p: Tensor) -> Tensor:
         """Return predictions as torchmetrics takes them: ``(N,)`` or ``(N, D)``."""
@@ -234,11 +184,6 @@ def _is_ignored(targets: Tensor) -> Tensor:
     return (targets if targets.is_floating_point() else targets.long()) == IGNORED
 
 
-def has_label(targets: Tensor) -> Tensor:
-    """Return which samples have labels ``(N,)`` or ``(N, K)`` that are not ignored, ``(N,)``."""
-    return ~_is_ignored(targets)[:, None].flatten(1).any(1)
-
-
 def _check_probabilities(outputs: Tensor, targets: Tensor, advice: str) -> None:
     if _without_single_output(outputs).shape != _without_single_output(targets).shape:
         raise ValueError(f"Expected one label per output, but got {_describe(outputs, targets)}. {advice}")
@@ -250,13 +195,33 @@ def _check_probabilities(outputs: Tensor, targets: Tensor, advice: str) -> None:
         raise ValueError(f"{expected}, but got {lowest:g} to {highest:g}{mapping}")
 
 
+def _check_soft_labels(outputs: Tensor, targets: Tensor) -> None:
+    _check_probabilities(outputs, targets, "Make class indices integers: `targets=lambda batch: batch[1].long()`")
+    sums_to_one = (targets.float().sum(1) - 1).abs() < 1e-2  # of 16 bits
+    if not bool((sums_to_one | _is_ignored(targets).any(1)).all()):
+        raise ValueError(f"Expected soft labels that sum to 1, but got other sums. {_MULTILABEL}")
+
+
+def _check_indices(outputs: Tensor, targets: Tensor) -> None:
+    if targets.shape == outputs.shape:
+        advice = "Make one-hot labels floating: `targets=lambda batch: batch[1].float()`"
+        raise ValueError(f"Labels are {targets.dtype} for each output. {advice}. {_MULTILABEL}")
+    if targets.shape != outputs.shape[:1] or targets.dtype == torch.bool:
+        is_column = targets.shape[1:] == (1,)
+        advice = " Remove the extra dimension: `targets=lambda batch: batch[1].squeeze(1)`" if is_column else ""
+        expected = "Expected class indices (N,) for outputs (N, K)"
+        raise ValueError(f"{expected}, but got {_describe(outputs, targets)}.{advice}")
+    targets, num_classes = targets.long(), num_outputs(outputs)  # comparisons in 8 bits wrap around
+    if not bool((((targets >= 0) & (targets < num_classes)) | (targets == IGNORED)).all()):
+        raise ValueError(
+            f"Expected labels from 0 to {num_classes - 1}, or {IGNORED} to be ignored, but got {int(targets.min())} to "
+            f"{int(targets.max())}. Map them, in a monitor by `targets=`, and another `ignore_index` to {IGNORED}"
+        )
+
+
 def _describe(outputs: Tensor, targets: Tensor) -> str:
     labels = f"labels of type {targets.dtype} and shape {tuple(targets.shape)}"
     return f"outputs of shape {tuple(outputs.shape)} and {labels}"
-
-
-def _at_least_single(outputs: Tensor) -> Tensor:
-    return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
 
 
 def _without_single_output(tensor: Tensor) -> Tensor:

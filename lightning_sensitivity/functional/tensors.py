@@ -1,11 +1,13 @@
 """The layout of outputs, and how to sum them in double precision without a copy of all of them."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy
 import torch
 from torch import Tensor
+
+Numbers: TypeAlias = Any  # a tensor, an array, a table or a list
 
 _CHUNK = 2**15  # elements that are converted to double precision at a time
 _MIN_NUMBERS = 10  # fewer outputs may look like probabilities by chance
@@ -55,7 +57,7 @@ def are_log_probabilities(outputs: Tensor) -> bool:
 
 
 def may_be_probabilities(outputs: Tensor) -> bool:
-    """Check whether all outputs of a trained network lie in [0, 1], and are not all equal; waits for the device."""
+    """Check whether outputs of a trained network lie in [0, 1], and differ; waits for the device."""
     if outputs.numel() < _MIN_NUMBERS:
         return False
     lowest, highest = map(float, outputs.aminmax())
@@ -64,7 +66,7 @@ def may_be_probabilities(outputs: Tensor) -> bool:
 
 
 def look_like_probabilities(outputs: Tensor) -> bool:
-    """Check whether outputs of a trained network are those of a softmax, or of one sigmoid; waits for the device."""
+    """Check whether outputs are those of a softmax, or of one trained sigmoid; waits for the device."""
     return are_probabilities(outputs) or (num_outputs(outputs) == 1 and may_be_probabilities(outputs))
 
 
@@ -75,6 +77,6 @@ def are_close(first: Tensor, second: Tensor) -> bool:
     return torch.allclose(first, second, rtol=1e-2, atol=1e-2 * scale, equal_nan=True)
 
 
-def as_tensor(values: Any) -> Tensor:
+def as_tensor(values: Numbers) -> Tensor:
     """Turn numbers from NumPy, pandas or lists into a tensor; a tensor is detached."""
     return values.detach() if isinstance(values, Tensor) else torch.tensor(numpy.asarray(values))

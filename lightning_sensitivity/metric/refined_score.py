@@ -8,13 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics.utilities.prints import rank_zero_warn
 
-from lightning_sensitivity.functional.refined_score import (
-    TEMPERATURES,
-    Refined,
-    ScoreSums,
-    check_scored,
-    score_sums,
-)
+from lightning_sensitivity.functional.refined_score import TEMPERATURES, Refined, ScoreSums, check_scored, score_sums
 from lightning_sensitivity.functional.tasks import find_task
 from lightning_sensitivity.functional.tensors import look_like_probabilities, wide_dtype
 from lightning_sensitivity.metric.double_precision import DoublePrecisionMetric
@@ -32,8 +26,8 @@ class RefinedScore(DoublePrecisionMetric):
 
     ``forward`` and ``update`` accept:
 
-    - ``logits`` (:class:`~torch.Tensor`): outputs before softmax or sigmoid, ``(N, K)``; ``(N,)`` or ``(N, 1)``
-      for ``"binary"``.
+    - ``logits`` (:class:`~torch.Tensor`): outputs before softmax or sigmoid, ``(N, K)``; ``(N,)`` or
+      ``(N, 1)`` for ``"binary"``.
     - ``targets`` (:class:`~torch.Tensor`): class indices ``(N,)``; or probabilities ``(N, K)``, such as soft
       labels or the predictions of another model. Those of -100 are ignored.
 
@@ -45,7 +39,8 @@ class RefinedScore(DoublePrecisionMetric):
         kwargs: Additional keyword arguments of :class:`torchmetrics.Metric`.
 
     Raises:
-        ValueError: If the task is unknown; in ``update``, if targets do not fit the task, or logits are dense.
+        ValueError: If the task is unknown; in ``update``, if targets do not fit the task, or logits are
+            dense.
 
     Example:
         >>> import torch

@@ -28,8 +28,9 @@ class OutputSensitivity(DoublePrecisionMetric):
 
     ``forward`` and ``update`` accept:
 
-    - ``clean`` (:class:`~torch.Tensor`): outputs f(x), before the softmax (logits), floating, ``(N, K, ...)``.
-      Dimensions after K (pixels, tokens) count as further changes of a sample; ``(N,)`` means K = 1.
+    - ``clean`` (:class:`~torch.Tensor`): outputs f(x), before the softmax (logits), floating,
+      ``(N, K, ...)``. Dimensions after K (pixels, tokens) count as further changes of a sample; ``(N,)``
+      means K = 1.
     - ``noisy`` (:class:`~torch.Tensor` or a list of them): outputs f(x + ε) of the same shape; for
       several noise draws of the same samples, a list with one tensor per draw.
 
@@ -40,9 +41,6 @@ class OutputSensitivity(DoublePrecisionMetric):
         per_output: Compute the mean squared change of the single outputs instead, without averaging over
             classes first. This also makes sense for probabilities and two-class heads.
         kwargs: Additional keyword arguments of :class:`torchmetrics.Metric`.
-
-    Attributes:
-        messages: What makes the last value doubtful, by kind.
 
     Raises:
         ValueError: If ``per_output`` is not a bool; in ``update``, if shapes do not fit; in ``compute``, if K
@@ -71,7 +69,6 @@ class OutputSensitivity(DoublePrecisionMetric):
         if not isinstance(per_output, bool):
             raise ValueError(f"Expected argument `per_output` to be a bool, but got {per_output!r}.")
         self.per_output = per_output
-        self.messages: dict[str, str] = {}
         self._all_rows = torch.empty(0)  # over all processes, as of the last `compute`
         self.rows: list[Tensor] | Tensor = []  # one tensor while it is synchronized
         self.add_state("rows", default=[], dist_reduce_fx="cat")
@@ -105,8 +102,7 @@ class OutputSensitivity(DoublePrecisionMetric):
         """Compute the sensitivity of all samples so far, over all processes."""
         self._all_rows = dim_zero_cat(self.rows)
         estimate = sensitivity.sensitivity_from_rows(self._all_rows, self.per_output)
-        self.messages = sensitivity.diagnostics(estimate, self.per_output)
-        for message in self.messages.values():
+        for message in sensitivity.diagnostics(estimate, self.per_output).values():
             rank_zero_warn(message, stacklevel=5)  # at the line that calls `compute`
         return estimate.value
 
@@ -129,8 +125,8 @@ class OutputSensitivity(DoublePrecisionMetric):
     def per_sample(self) -> Tensor:
         """Mean squared change of each sample, ``(N,)``, in the order of the updates.
 
-        It is nan for samples with nan or inf. If all samples have the same number of positions, the mean is the
-        value of the metric. A large change does not mean that the prediction is wrong.
+        It is nan for samples with nan or inf. If all samples have the same number of positions, the mean is
+        the value of the metric. A large change does not mean that the prediction is wrong.
         """
         self.compute()
         rows = self._all_rows

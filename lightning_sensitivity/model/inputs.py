@@ -11,7 +11,6 @@ from torch.nn.utils.rnn import pad_sequence
 from lightning_sensitivity.model.batches import choose_rows, tensors_in
 from lightning_sensitivity.reference.features import Seen, fit_size, kind_of, shrunk
 
-LEAST_SKILL = 0.05  # of a reference that does not see all inputs, to be trusted
 _MAX_DIMENSIONS = 4  # those of images
 _MASK = "attention_mask"  # in transformers, where tokens are, and not padding
 _NO_INPUTS = re.compile("mask|position_ids|token_type_ids")

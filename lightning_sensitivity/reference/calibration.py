@@ -1,19 +1,21 @@
-"""What is fitted to left-out predictions: one temperature, and how many labels they can't explain; and class shares."""
+"""What is fitted to left-out predictions: a temperature, class shares, and how many labels they can't explain."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_sensitivity.functional.tasks import FLOOR, TASKS, Task
+from lightning_sensitivity.functional.tasks import TASKS, Task
 from lightning_sensitivity.functional.tensors import as_tensor, num_outputs
 from lightning_sensitivity.reference.features import spread
 
 _POWERS = tuple(2 ** (quarter / 4) for quarter in range(-3, 15))  # inverse temperatures, 0.6 to 11
 _MIN_ROWS, _MAX_NUMBERS = 1000, 2_000_000  # of left-out predictions that it is fitted to
+_FLOOR = 1e-6  # of probabilities, whose logarithms are taken
 _ERRORS, _MAX_SMOOTHING = 2.0, 0.9  # standard errors of the accuracy, from which on there is smoothing
 
-_SHARES = torch.cat([torch.tensor([0, 0.01, 0.02, 0.03, 0.05]), torch.arange(0.075, 0.86, 0.025)]).double()  # r
+_FEW, _MANY = torch.tensor([0, 0.01, 0.02, 0.03, 0.05]), torch.arange(0.075, 0.86, 0.025)
+_SHARES = torch.cat([_FEW, _MANY]).double()  # r
 _SHARPNESS = 2.0 ** torch.arange(0, 7.01, 0.5).double()  # b
 _SMALLEST = 1e-3  # share of a class
 _UNLIKELY = 1e-12
@@ -37,16 +39,24 @@ class Calibration:
 
     def __call__(self, p: Tensor) -> Tensor:
         """Calibrate predictions ``(N, C)``."""
-        q = self.task.sharpen(self.task.clip(p), self.power)
+        if not self.task.has_classes:
+            return p
+        q = (self.power * _logarithms(p)).softmax(1)
         return (1 - self.smoothing) * q + self.smoothing / q.shape[1]
+
+
+def _logarithms(p: Tensor) -> Tensor:
+    """Return the logarithms of numbers near probabilities."""
+    p = p.clamp(0, 1)
+    return (p / p.sum(1, keepdim=True).clamp(min=_UNLIKELY)).clamp(min=_FLOOR).log()
 
 
 def calibrate(p: Tensor, y: Tensor, task: Task) -> Calibration:
     """Find the temperature of the lowest Brier score, and how much certainty that leaves too much.
 
-    A ridge regression of labels is right more often than it says, which a temperature cures (Guo et al., 2017, who take
-    the likelihood: a few redrawn labels would then hide it). Where labels are redrawn at random, the rest is surer than
-    it is right.
+    A ridge regression of labels is right more often than it says, which a temperature cures (Guo et al.,
+    2017, who take the likelihood: a few redrawn labels would then hide it). Where labels are redrawn at
+    random, the rest is surer than it is right.
 
     Args:
         p: Left-out predictions, ``(N, C)``.
@@ -57,7 +67,7 @@ def calibrate(p: Tensor, y: Tensor, task: Task) -> Calibration:
         return Calibration(task)
     some = spread(len(p), max(_MIN_ROWS, _MAX_NUMBERS // p.shape[1]))
     p, y = p[some], y[some]
-    logarithms = task.clip(p).clamp(min=FLOOR).log()
+    logarithms = _logarithms(p)
     power = min(_POWERS, key=lambda each: float((each * logarithms).softmax(1).sub_(y).square_().sum()))
     certainty, classes = Calibration(task, power)(p).max(1)
     accuracy = y.gather(1, classes[:, None]).mean()
@@ -68,10 +78,11 @@ def calibrate(p: Tensor, y: Tensor, task: Task) -> Calibration:
 
 
 def estimate_class_shares(q: Tensor, training_shares: Tensor) -> Tensor:
-    """Estimate the class shares of unseen samples, by expectation maximization (Saerens, Latinne, Decaestecker, 2002).
+    """Estimate the class shares of unseen samples, by expectation maximization (Saerens et al., 2002).
 
     Args:
-        q: Calibrated probabilities of the unseen samples, by a model that has learned from others, ``(N, C)``.
+        q: Calibrated probabilities of the unseen samples, by a model that has learned from others,
+            ``(N, C)``.
         training_shares: The class shares of those others, ``(C,)``.
 
     Returns:
@@ -106,9 +117,9 @@ def reweigh(q: Tensor, training_shares: Tensor, shares: Tensor) -> Tensor:
 def unexplained_share(predictions: object, labels: object) -> float:
     r"""Estimate the share of labels that predictions can't explain, made without the label of each sample.
 
-    Such labels are wrong, or the inputs do not determine them. It takes labels as redrawn at random among the K
-    classes that occur, with a chance r, and else from the predictions q after these were sharpened by b around
-    the shares s of the classes:
+    Such labels are wrong, or the inputs do not determine them. It takes labels as redrawn at random among the
+    K classes that occur, with a chance r, and else from the predictions q after these were sharpened by b
+    around the shares s of the classes:
 
     .. math::
         L(r, b) = \prod_i \big[(1 - r)\, \operatorname{softmax}(\log s + b\,(q_i - s))_{y_i} + r / K\big], \qquad
@@ -144,13 +155,13 @@ def unexplained_share(predictions: object, labels: object) -> float:
         [0.0, 0.2]
     """
     q, y = as_tensor(predictions).cpu(), as_tensor(labels).cpu()
-    y = y.double() if y.ndim > 1 else y.to(torch.promote_types(y.dtype, torch.uint8))  # no bools
+    y = y.double() if y.ndim > 1 else y
     task = TASKS["binary" if num_outputs(q) == 1 else "multiclass"]
     task.check(q, y)
     q, y = task.as_matrix(q).double(), task.as_matrix(y, task.num_columns(tuple(q.shape[1:]))).double()
     if not len(q) or not bool(((q >= 0) & (q <= 1)).all()) or not bool(y.any(1).all()):
-        raise ValueError("Expected `predictions` to be probabilities from 0 to 1, and a label of each, but got others.")
-    occurs = (y > 0).any(0)  # a class without labels, such as an unused output, is none that labels are redrawn among
+        raise ValueError("Expected `predictions` to be probabilities from 0 to 1, and a label of each.")
+    occurs = (y > 0).any(0)  # labels are not redrawn among classes without any, such as an unused output
     q, y = q[:, occurs], y[:, occurs]
     q = q / q.sum(1, keepdim=True).clamp(min=_UNLIKELY)
     shares = y.mean(0).clamp(min=_SMALLEST)

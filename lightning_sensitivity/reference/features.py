@@ -4,7 +4,7 @@ Random numbers are the same in every call, and global streams are not touched.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any, TypeAlias
@@ -17,15 +17,11 @@ from torch.nn import functional as F
 # Of N samples, by kind: "columns" (N, D), "images" (N, C, H, W) and "signals" (N, C, L), floating or bytes; "tokens"
 # (N, L), integers, of which negative ones are padding.
 Seen: TypeAlias = dict[str, Tensor]
-Rows: TypeAlias = Any  # an array of NumPy in double precision, or a sparse matrix of words
+Array: TypeAlias = Any  # of NumPy, or what becomes one
+Samples: TypeAlias = Any  # a tensor, array, data frame or list, or a mapping of kinds to these
+Rows: TypeAlias = Any  # an array in double precision, or a sparse matrix of words
 Transform: TypeAlias = Callable[[Tensor], Rows]
-
-KINDS = {  # of inputs, and what blocks of features may be made of each
-    "columns": ("columns", "values"),
-    "images": ("patches", "values"),
-    "signals": ("patches", "values"),
-    "tokens": ("words", "columns"),
-}
+Block: TypeAlias = Callable[[Tensor], Transform]  # of features; it sees training samples
 
 _CHUNK = 50  # samples of which features are made at a time
 _MAX_SIDE, _MAX_LENGTH = 32, 512  # pixels of an image, and steps of a signal
@@ -49,11 +45,11 @@ _FEW_TEXTS = 50  # below, words that occur once are kept, too
 
 
 def kind_of(inputs: Tensor) -> str:
-    """Return ``"columns"``, ``"images"``, ``"signals"`` or ``"tokens"``, by the number of dimensions and the type.
+    """Return the kind of inputs, by the number of dimensions and the type.
 
     Args:
-        inputs: ``(N, D)``, which are token ids if they are integers; signals ``(N, C, L)``; images ``(N, C, H, W)``.
-            All others are columns, if they are flattened.
+        inputs: ``(N, D)``, which are token ids if they are integers; signals ``(N, C, L)``; images
+            ``(N, C, H, W)``. All others are columns, if they are flattened.
     """
     if inputs.ndim == 2 and not inputs.is_floating_point():
         return "tokens"
@@ -76,8 +72,11 @@ def shrunk(inputs: Tensor) -> Tensor:
     largest = max(inputs.shape[2:], default=0)
     if limit is None or largest <= limit or len(inputs) == 0:
         return inputs
-    sizes = [max(1, round(size * limit / largest)) for size in inputs.shape[2:]]
-    return torch.cat([F.interpolate(part.float(), sizes, mode="area") for part in torch.split(inputs, _CHUNK)])
+    return _averaged(inputs, [max(1, round(size * limit / largest)) for size in inputs.shape[2:]])
+
+
+def _averaged(inputs: Tensor, sizes: Sequence[int]) -> Tensor:
+    return _in_parts(lambda part: F.interpolate(part.float(), sizes, mode="area"), inputs)
 
 
 def fit_size(inputs: Tensor, shape: torch.Size) -> Tensor:
@@ -91,7 +90,7 @@ def fit_size(inputs: Tensor, shape: torch.Size) -> Tensor:
         return inputs
     if inputs.ndim == 3:
         return F.pad(inputs.float(), (0, shape[2] - inputs.shape[2]))
-    return torch.cat([F.interpolate(part.float(), shape[2:], mode="area") for part in torch.split(inputs, _CHUNK)])
+    return _averaged(inputs, shape[2:])
 
 
 def of_rows(seen: Seen, rows: Tensor) -> Seen:
@@ -99,37 +98,53 @@ def of_rows(seen: Seen, rows: Tensor) -> Seen:
     return {kind: x[rows] for kind, x in seen.items()}
 
 
-def possible_blocks(seen: Seen) -> list[dict[str, str]]:
-    """Return what may be seen of samples: each time the name of a block of features for each kind."""
+def possible_blocks(seen: Seen) -> list[dict[str, Block]]:
+    """Return what may be seen of samples: each time a block of features for each kind."""
     if len(seen) > 1:
         return [{kind: KINDS[kind][0] for kind in seen}]
     return [{kind: block} for kind in seen for block in KINDS[kind]]
 
 
 class Features:
-    """What makes rows of samples, a block for each kind, side by side; each is scaled, so that none drowns the others.
+    """What makes rows of samples: a block for each kind, side by side, scaled so that none drowns the others.
 
     Args:
-        blocks: The name of a block for each kind: ``"columns"``, ``"values"``, ``"patches"`` or ``"words"``.
+        blocks: A block for each kind: ``columns``, ``values``, ``patches`` or ``words``.
         seen: Training samples, no larger than ``shrunk`` makes them.
+
+    Attributes:
+        name: The names of the blocks.
+        shapes: The shape of the samples of each kind.
     """
 
-    def __init__(self, blocks: dict[str, str], seen: Seen) -> None:
-        self.name = " and ".join(blocks.values())
-        self._transforms = {kind: _MAKERS[block](seen[kind]) for kind, block in blocks.items()}
+    def __init__(self, blocks: dict[str, Block], seen: Seen) -> None:
+        self.name = " and ".join(block.__name__ for block in blocks.values())
+        self.shapes = {kind: x.shape for kind, x in seen.items()}
+        self._transforms = {kind: block(seen[kind]) for kind, block in blocks.items()}
         self._scales = dict.fromkeys(blocks, 1.0)
         if len(blocks) > 1:
-            rows = {kind: transform(_some(seen[kind])) for kind, transform in self._transforms.items()}
-            self._scales = {kind: math.sqrt(median_distance(each)) for kind, each in rows.items()}
+            for kind, transform in self._transforms.items():
+                self._scales[kind] = math.sqrt(median_distance(transform(_some(seen[kind]))))
 
     def __call__(self, seen: Seen) -> Rows:
-        """Return the rows of samples."""
+        """Return the rows of samples, of any size."""
         from scipy.sparse import hstack, issparse
 
-        rows = [transform(seen[kind]) / self._scales[kind] for kind, transform in self._transforms.items()]
+        fitted = {kind: fit_size(seen[kind], shape) for kind, shape in self.shapes.items()}
+        rows = [transform(fitted[kind]) / self._scales[kind] for kind, transform in self._transforms.items()]
         if len(rows) == 1:
             return rows[0]
         return hstack(rows, format="csr") if any(map(issparse, rows)) else np.hstack(rows)
+
+    def check(self, seen: Seen) -> None:
+        """Raise ValueError if samples lack a kind, or have other dimensions, columns or channels."""
+        for kind, shape in self.shapes.items():
+            found = seen.get(kind, torch.empty(0)).shape
+            num_fixed = 1 if kind == "tokens" else 2  # texts may have any length
+            if len(found) != len(shape) or found[1:num_fixed] != shape[1:num_fixed]:
+                got = ", ".join(f"{kind} of shape {tuple(each.shape)}" for kind, each in seen.items())
+                wanted = ", ".join(map(str, shape[1:]))
+                raise ValueError(f"Expected `x` to have {kind} (M, {wanted}), but got {got}.")
 
 
 def median_distance(rows: Rows) -> float:
@@ -177,7 +192,7 @@ def _standardized(function: Callable[[Tensor], Tensor], features: Tensor, floor:
     return partial(_scaled, function=function, mean=features.mean(0), scale=scale)
 
 
-def _scaled(inputs: Tensor, function: Callable[[Tensor], Tensor], mean: Tensor | float, scale: Tensor | float) -> Rows:
+def _scaled(inputs: Tensor, function: Callable[[Tensor], Tensor], mean: Tensor, scale: Tensor | float) -> Rows:
     return ((_in_parts(function, inputs) - mean) / scale).double().numpy()
 
 
@@ -243,7 +258,7 @@ def _random_patches(images: Tensor, height: int, width: int) -> Tensor:
 
 
 def _filters(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn patches ``(P, C, h, w)`` into filters ``(F, C, h, w)`` of normalized patches, and their offsets ``(F,)``."""
+    """Turn patches ``(P, C, h, w)`` into filters ``(F, C, h, w)``, and their offsets ``(F,)``."""
     x = patches.flatten(1)
     x = (x - x.mean(1, keepdim=True)) / (x.var(1, correction=0, keepdim=True) + _CONTRAST**2).sqrt()
     mean = x.mean(0)
@@ -271,14 +286,14 @@ def _counts(ids: Tensor, vectorizer: Any) -> Rows:
 
 
 def _words(ids: list[int]) -> list[tuple[int, ...]]:
-    """List the words of a text, and pairs of neighbours, and nothing, which each has; negative ids are padding."""
+    """List the words of a text, pairs of neighbours, and nothing, which each has; negative ids are padding."""
     known = [each for each in ids if each >= 0]
     return [(), *zip(known, strict=True), *pairwise(known)]
 
 
-_MAKERS: dict[str, Callable[[Tensor], Transform]] = {
-    "columns": columns,
-    "values": values,
-    "patches": patches,
-    "words": words,
+KINDS: dict[str, tuple[Block, Block]] = {  # of inputs, and what blocks of features may be made of each
+    "columns": (columns, values),
+    "images": (patches, values),
+    "signals": (patches, values),
+    "tokens": (words, columns),
 }

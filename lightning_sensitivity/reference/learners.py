@@ -1,11 +1,11 @@
-"""Two learners that know what they would have predicted of a sample without it, and any other of scikit-learn's."""
+"""Two learners that know what they would have predicted of a sample without it, and any of scikit-learn's."""
 
 import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,16 +21,17 @@ from torch import Tensor
 from lightning_sensitivity.functional.tasks import Task
 from lightning_sensitivity.reference.calibration import calibrate
 from lightning_sensitivity.reference.features import (
+    Array,
+    Block,
     Features,
     Rows,
     Seen,
+    columns,
     median_distance,
     of_rows,
     possible_blocks,
     spread,
 )
-
-Array: TypeAlias = Any  # of NumPy
 
 _PART = 1000  # samples on which a learner is chosen
 
@@ -38,18 +39,19 @@ _MAX_ID = 1000  # below, token ids may be the categories of a table
 _LEAF, _OTHER_LEAVES = 5, (2, 15, 40)  # samples in a leaf
 _FEW_COLUMNS, _MAX_COLUMNS = 30, 100  # tried at a split: at first, and at most
 _TREES_OF_PART, _TREES, _MIN_TREES = 80, 150, 75
-_MAX_WORK = 160_000_000  # rows times classes times columns tried times trees, above which there are fewer trees
+_MAX_WORK = 160_000_000  # rows times classes times columns tried times trees; above, there are fewer trees
 _MAX_TARGETS, _MAX_CELLS = 500_000, 2_500_000  # rows times classes, and times columns, of a forest
 _MIN_ROWS = 2000  # of a forest, unless there are no more
-# Scores of a forest on the part, over that of ridge regression. On 32 design tables (every third of each list, 73 pairs
-# of a table and a size from 400 to 12,000 rows) no forest whose first try was above 1.04 was better in the end; and of
-# those within 2 % most were better on all rows, of which a forest makes more. Lost: 0.2 % of the score of chance.
-_NEAR, _GAIN = 1.1, 1.02  # up to which its search begins; up to which it wins if there are more samples than the part
+# Scores of a forest on the part, over that of ridge regression. On 32 design tables (every third of each list,
+# 73 pairs of a table and a size from 400 to 12,000 rows) no forest whose first try was above 1.04 was better in
+# the end; and of those within 2 % most were better on all rows, of which a forest makes more. Lost: 0.2 % of the
+# score of chance.
+_NEAR, _GAIN = 1.1, 1.02  # up to which its search begins; up to which it wins if there are more samples
 
 _WIDTHS = (0.1, 0.4, 1.6, 6.4)  # of the kernel, times the median squared distance
 _ALPHAS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 _MAX_RIDGE_ROWS = 10_000
-_CENTRES_OF_PART, _CENTRES, _MANY_CENTRES = 500, 1000, 1500  # of Nystroem features: of columns, and of all else
+_CENTRES_OF_PART, _CENTRES, _MANY_CENTRES = 500, 1000, 1500  # of Nystroem features: columns, and all else
 _FOLDS = 5
 
 
@@ -94,7 +96,7 @@ class Learner:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep scikit-learn from warning of what we know, and from more threads than torch has: they would wait in vain.
+    """Keep scikit-learn from warning of what we know, and from more threads than torch has.
 
     Decompositions get one: their threads wait for each other, 30 times as long if others use the same cores.
     """
@@ -118,7 +120,7 @@ class _Choice(NamedTuple):
 
     score: float
     name: str
-    blocks: dict[str, str]
+    blocks: dict[str, Block]
     fit: Callable[[Rows, Array], tuple[Any, Array]]
 
 
@@ -157,16 +159,16 @@ def _score(left_out: Array, labels: Tensor, task: Task) -> float:
 # A random forest
 
 
-def _blocks_of_forest(seen: Seen) -> dict[str, str]:
+def _blocks_of_forest(seen: Seen) -> dict[str, Block]:
     """Return what a forest sees: columns, or token ids that may be categories."""
     if "columns" in seen:
-        return {"columns": "columns"}
+        return {"columns": columns}
     is_table = [*seen] == ["tokens"] and int(seen["tokens"].max()) < _MAX_ID
-    return {"tokens": "columns"} if is_table else {}
+    return {"tokens": columns} if is_table else {}
 
 
 def _most_of_forest(seen: Seen, labels: Tensor) -> int:
-    """Return how many rows a forest takes; 0 where it would take too much memory or time, or sees no columns."""
+    """Return how many rows a forest takes; 0 where it would take too long, or sees no columns."""
     num_columns = sum(seen[kind].shape[1] for kind in _blocks_of_forest(seen))
     most = min(len(labels), _MAX_TARGETS // labels.shape[1], _MAX_CELLS // max(1, num_columns))
     return most if num_columns and most >= min(len(labels), _MIN_ROWS) else 0
@@ -202,8 +204,8 @@ def _fit_forest(rows: Rows, y: Array, num_columns: int, leaf: int, trees: int = 
     The regression of one-hot labels is a classification: its squared error is the Gini impurity.
     """
     trees = min(trees or _TREES, max(_MIN_TREES, _MAX_WORK // (y.size * num_columns)))
-    options = {"min_samples_leaf": leaf, "oob_score": True, "random_state": 0, "n_jobs": torch.get_num_threads()}
-    forest = RandomForestRegressor(trees, max_features=num_columns, **options)
+    options = {"max_features": num_columns, "min_samples_leaf": leaf, "oob_score": True, "random_state": 0}
+    forest = RandomForestRegressor(trees, n_jobs=torch.get_num_threads(), **options)
     return forest.fit(rows, y.squeeze()), forest.oob_prediction_
 
 
@@ -225,7 +227,7 @@ def _choose_ridge(part: Seen, labels: Tensor, task: Task) -> _Choice:
 
 
 def _fit_ridge(rows: Rows, y: Array, gamma: float, centres: int) -> tuple[Any, Array]:
-    """Fit a pipeline of Nystroem features and ridge regression; the ridge is chosen by left-out predictions."""
+    """Fit ridge regression on Nystroem features; the ridge is chosen by left-out predictions."""
     kernel = Nystroem(gamma=gamma, n_components=min(centres, len(y)), random_state=0)
     features = kernel.fit_transform(rows)
     alpha, left_out = min(_leave_one_out(features, y), key=lambda each: float(np.square(each[1] - y).mean()))
@@ -253,7 +255,8 @@ def fit_estimator(estimator: Any, seen: Seen, labels: Tensor, task: Task) -> tup
     """Fit a copy of an estimator; left-out predictions are those of five folds.
 
     Args:
-        estimator: A classifier with ``predict_proba``, or a regressor. Where its random state is None, it is 0.
+        estimator: A classifier with ``predict_proba``, or a regressor. Where its random state is None, it is
+            0.
         seen: As for :func:`fit_learners`; it sees columns, patches or words.
         labels: As for :func:`fit_learners`; a classifier gets the class of the highest probability.
         task: The task.
@@ -264,11 +267,12 @@ def fit_estimator(estimator: Any, seen: Seen, labels: Tensor, task: Task) -> tup
         y, method = task.classes(labels).numpy(), "predict_proba"
         folds = StratifiedKFold if max(np.bincount(y)) >= _FOLDS else KFold
     model = clone(estimator)
-    parameters = model.get_params().items()
-    model.set_params(**{name: 0 for name, value in parameters if name.endswith("random_state") and value is None})
+    unset = [name for name, value in model.get_params().items() if value is None]
+    model.set_params(**{name: 0 for name in unset if name.endswith("random_state")})
     # Shuffled: samples come in an order that depends on their inputs.
     cv = folds(min(_FOLDS, len(y)), shuffle=True, random_state=0)
     with _quiet():
         left_out = cross_val_predict(model, rows, y, cv=cv, method=method)
         model.fit(rows, y)
-    return Learner(type(estimator).__name__, features, model, left_out, labels, task), torch.arange(len(labels))
+    learner = Learner(type(estimator).__name__, features, model, left_out, labels, task)
+    return learner, torch.arange(len(labels))

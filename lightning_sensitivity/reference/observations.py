@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -21,8 +22,8 @@ _CONTRADICTORY = 0.05  # share of the variance of labels that is among equal sam
 def max_samples(kinds: Iterable[str], num_columns: int) -> int:
     """Return how many samples are worth keeping for a reference.
 
-    Of tables a forest learns from as many as this, but from at most 2.5 million numbers, and 500,000 times classes;
-    ridge regression takes 10,000 of any kind. ``Reference.num_samples_`` tells how many were taken.
+    Of tables a forest learns from as many as this, but from at most 2.5 million numbers, and 500,000 times
+    classes; ridge regression takes 10,000 of any kind. ``Reference.num_samples_`` tells how many were taken.
 
     Args:
         kinds: What is seen of samples: ``"columns"``, ``"images"``, ``"signals"`` or ``"tokens"``.
@@ -32,10 +33,11 @@ def max_samples(kinds: Iterable[str], num_columns: int) -> int:
 
 
 def observations(seen: Seen, labels: Tensor, num_columns: int, task: Task) -> tuple[Tensor, Tensor]:
-    """Choose different samples with labels, in an order that depends on the samples alone, with their mean labels.
+    """Choose different samples with labels, in an order that depends on them alone, and their mean labels.
 
-    Samples are sorted by a random projection, which equal ones share. A sampler with replacement draws a sample
-    repeatedly: that is no second observation, and a reference that leaves one of them out would still know its label.
+    Samples are sorted by a random projection, which equal ones share. A sampler with replacement draws a
+    sample repeatedly: that is no second observation, and a reference that leaves one of them out would still
+    know its label.
 
     Args:
         seen: What is seen of the samples.
@@ -71,23 +73,23 @@ def has_few_values(seen: Seen, labels_differ: bool = False) -> bool:
         seen: What is seen of the samples.
         labels_differ: Whether equal samples have different labels, so that they are hardly the same one.
     """
+    if not seen.keys() <= {"columns", "tokens"}:
+        return False
     combinations = 0.0  # their logarithm
-    for values in seen.values():
-        if values.ndim > 2:
+    for column in chain.from_iterable(map(torch.t, seen.values())):
+        num_values = len(torch.unique(column))
+        combinations += math.log(num_values)
+        is_many = combinations > math.log(_FEW_COMBINATIONS * len(column)) and not labels_differ
+        if num_values > _FEW_VALUES or is_many:
             return False
-        for column in values.T:
-            num_values = len(torch.unique(column))
-            combinations += math.log(num_values)
-            is_many = combinations > math.log(_FEW_COMBINATIONS * len(values)) and not labels_differ
-            if num_values > _FEW_VALUES or is_many:
-                return False
     return True
 
 
 def projection(seen: Seen) -> Tensor:
-    """Return a number for each sample, ``(N,)``, float64, which equal ones share, and different ones hardly ever.
+    """Return a number for each sample, ``(N,)``, which equal ones share, and different ones hardly ever.
 
-    It is a random projection of the bits of numbers in single precision, and exact; padding of tokens adds nothing.
+    It is a random projection of the bits of numbers in single precision, and exact; padding of tokens adds
+    nothing.
     """
     return torch.stack([_projected(values, seed) for seed, values in enumerate(seen.values())]).sum(0).double()
 
@@ -96,36 +98,29 @@ def _projected(values: Tensor, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     direction = torch.randint(-(2**62), 2**62, (values[0].numel(),), generator=generator)
     shift = 0 if values.is_floating_point() else 1  # of the padding, -1
-    bits = (
-        part.flatten(1).float().add(shift).view(torch.int32).long() for part in torch.split(values[:, None], _CHUNK)
-    )
-    return torch.cat([(part * direction).sum(1) for part in bits])
+    found = []
+    for part in torch.split(values[:, None].flatten(1), _CHUNK):
+        bits = (part.float() + shift).view(torch.int32).long()
+        found.append((bits * direction).sum(1))
+    return torch.cat(found)
 
 
 def repeated_share(new: Tensor, known: Tensor) -> float:
-    """Return which share of new samples are known ones; 0 unless it is far above that of equal samples by chance.
-
-    Args:
-        new: As for :func:`recurrence`.
-        known: As for :func:`recurrence`.
-    """
-    share, by_chance = recurrence(new, known)
-    return share if share > by_chance + _REPEATED else 0.0
-
-
-def recurrence(new: Tensor, known: Tensor) -> tuple[float, float]:
-    """Return which share of new samples are known ones, and which share of known ones recur among themselves.
+    """Return which share of new samples are known ones; 0 unless it is far above that by chance.
 
     Args:
         new: The projection of new samples, ``(M,)``.
-        known: That of known ones, ``(N,)``.
+        known: That of known ones, ``(N,)``, which are equal by chance as often as they recur among
+            themselves.
     """
+    share = float(torch.isin(new, known).double().mean())
     counts = torch.unique(known, return_counts=True)[1]
-    return int(torch.isin(new, known).sum()) / max(1, len(new)), int(counts[counts > 1].sum()) / max(1, len(known))
+    by_chance = int(counts[counts > 1].sum()) / len(known)
+    return share if share > by_chance + _REPEATED else 0.0
 
 
 def largest_difference(known: Tensor, new: Tensor) -> tuple[int, float]:
-    """Return the column whose mean differs most between known and new samples, and by how many standard errors.
+    """Return the column whose mean differs most between samples, and by how many standard errors.
 
     Args:
         known: Columns of some samples, ``(N, D)``.

@@ -2,9 +2,10 @@
 
 import math
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
+import torch
 from sklearn.base import BaseEstimator
 from sklearn.metrics import accuracy_score, r2_score
 from sklearn.utils.validation import check_is_fitted
@@ -13,17 +14,14 @@ from torch import Tensor
 from lightning_sensitivity.functional.expected import NUM_DRAWS, default_metrics, metric_value
 from lightning_sensitivity.functional.tasks import Task, find_task
 from lightning_sensitivity.reference.calibration import unexplained_share
-from lightning_sensitivity.reference.features import Seen, fit_size, shrunk
+from lightning_sensitivity.reference.features import Array, Samples, shrunk
 from lightning_sensitivity.reference.learners import Learner, fit_estimator, fit_learners
 from lightning_sensitivity.reference.observations import observations
 from lightning_sensitivity.reference.samples import read_labels, read_samples
 
-Array: TypeAlias = Any  # of NumPy
-
 _MIN_SAMPLES = 4
 _CHUNK = 10_000  # samples that are predicted at a time
-_LEAST_SKILL = {"columns": 0.0}  # up to it, a reference is blind
-_LEAST_SKILL_OF_OTHERS = 0.05
+_LEAST_SKILL = 0.05  # up to it, a reference is blind, unless it sees all inputs as columns
 _NO_SKILL, _NO_SKILL_PER_SAMPLE = 0.01, 1.5  # permuted labels reach 0.013, and more below 150 samples
 _ROUNDING = 1e-12  # of scores that are 0
 _MAX_ERRORS = 10_000  # errors, of which quantiles are taken
@@ -32,60 +30,43 @@ _MAX_ERRORS = 10_000  # errors, of which quantiles are taken
 class Reference(BaseEstimator):  # type: ignore[misc]
     r"""The best small model of training labels, and what it predicts of each label that it has not seen.
 
-    Two learners of scikit-learn are tried on up to 1,000 samples, and the one with the lower left-out score is fitted:
+    The learner with the lower left-out score is fitted:
 
-    - for columns of a table a **random forest** (Breiman, 2001), which predicts a training sample by the trees that
-      did not draw it (*out of bag*); the share of columns and the size of leaves are chosen by this score;
-    - **ridge regression on Nyström features** of a Gaussian kernel (Williams and Seeger, 2001) of columns, random
-      patches (Coates and Ng, 2011) or words (tf-idf), for which leaving one sample out has a closed form; features,
-      width of the kernel and ridge are chosen by this score.
+    - a **random forest** (Breiman, 2001) of columns, whose trees leave out what they did not draw;
+    - **ridge regression on Nyström features** (Williams and Seeger, 2001) of columns, random patches (Coates and
+      Ng, 2011) or words, which leaves one sample out in closed form.
 
-    Its probabilities are then calibrated by one temperature (Guo et al., 2017), that of the lowest left-out Brier
-    score; what that leaves too sure by more than two standard errors, as redrawn labels do, is smoothed. A sample that
-    comes repeatedly counts once, with the mean of its labels, except in a table of few categories, where different
-    people have the same columns. Nothing depends on the order of the samples.
+    Probabilities are calibrated by a temperature (Guo et al., 2017); what that leaves too sure is smoothed. A
+    sample that comes repeatedly counts once, except in a table of few categories.
 
     Args:
-        task: ``"multiclass"``, ``"binary"`` or ``"regression"``, which says how labels are scored.
-        estimator: An estimator of scikit-learn to fit in place of both: a classifier with ``predict_proba``, or a
-            regressor. It sees columns, patches or words; left-out predictions are those of five folds.
+        task: ``"multiclass"``, ``"binary"`` or ``"regression"``.
+        estimator: An estimator of scikit-learn in place of both, with ``predict_proba`` unless in a
+            regression; it leaves samples out in five folds.
 
     Attributes:
         classes_: What the columns of predictions stand for, ``(C,)``.
         n_features_in_: How many numbers a sample has.
-        feature_names_in_: The columns of a data frame, ``(D,)``, if that was fitted.
-        left_out_: Predictions for each training sample without it, ``(N, C)``, calibrated.
-        labels_: The labels of the same samples, ``(N, C)``.
-        rows_: Which of the samples they are, ``(N,)``; of a sample that comes repeatedly, one.
-        shares_: The mean label, ``(C,)``.
-        score_: The mean Brier score of the left-out predictions, or their mean squared error.
-        chance_: The score of ``shares_`` as the prediction for each sample.
-        skill_: How much lower than chance the score is, from 1, if perfect, to 0 or less, if useless.
-        is_trusted_: Whether it sees enough to choose by; else a network may know more. Of columns it sees all there
-            is, so that any skill will do; else it needs 0.05.
-        temperature_: What logarithms of the learner's probabilities were divided by; 1 in a regression.
-        smoothing_: The share of a prediction that was then spread evenly over all classes, mostly 0.
-        accuracy_: The share of training labels that it predicts without having seen them; nan in a regression.
-        auroc_: The area under the ROC curve of left-out predictions, mean over classes; nan without two classes.
-        majority_: The share of the most frequent class; nan in a regression.
-        unexplained_: The share of labels that can't be explained, by
-            :func:`~lightning_sensitivity.reference.unexplained_share`; nan in a regression, and if the reference has
-            learned nothing.
-        residuals_: Quantiles of the left-out errors in a regression, with their mean square, ``(20, C)``; else none.
+        feature_names_in_: The columns of a data frame.
+        left_out_: Predictions for each training sample without it, ``(N, C)``.
+        labels_: Their labels, ``(N, C)``.
+        rows_: Which samples they are, ``(N,)``.
+        score_: The Brier score of ``left_out_``, or the mean squared error.
+        skill_: How much lower it is than that of the mean label, up to 1.
+        accuracy_: The share of labels that ``left_out_`` hits, or nan.
+        auroc_: Its area under the ROC curve, mean over classes, or nan.
+        majority_: That of the most frequent class, or nan.
+        unexplained_: The share of labels that can't be explained, or nan.
+        temperature_: What logarithms of probabilities were divided by.
+        smoothing_: The share of a prediction that is spread evenly.
         learner_: ``"forest"``, ``"ridge"``, or the class of your estimator.
-        features_: What it sees of samples, such as ``"columns"`` or ``"columns and words"``.
-        kind_: The kinds of its inputs: ``"columns"``, ``"images"``, ``"signals"``, ``"tokens"``, or several.
-        num_samples_: How many samples it knows.
 
     Example:
         >>> import torch
         >>> from lightning_sensitivity import Reference
-        >>> x = torch.rand(400, 2, generator=torch.Generator().manual_seed(0))
+        >>> x = torch.rand(300, 2, generator=torch.Generator().manual_seed(0))
         >>> labels = (x[:, 0] > 0.5).long()
-        >>> reference = Reference().fit(x[:300], labels[:300])
-        >>> bool((reference.predict(x[300:]) == labels[300:].numpy()).mean() > 0.95)
-        True
-        >>> reference.accuracy_ > 0.95
+        >>> Reference().fit(x, labels).accuracy_ > 0.95
         True
     """
 
@@ -93,24 +74,26 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         self.task = task
         self.estimator = estimator
 
-    def fit(self, x: Any, y: Any) -> "Reference":
+    def fit(self, x: Samples, y: Array) -> "Reference":
         """Fit a small model to training labels, and predict each of them without it.
 
         Args:
-            x: Training samples, as tensor, array, data frame or list. Floating ``(N, D)`` and data frames are columns,
-                of which 4,096 evenly spaced ones are seen; images ``(N, C, H, W)`` and signals ``(N, C, L)`` are
-                averaged if large; integers ``(N, L)`` are token ids, negative ones padding. A mapping of kinds
-                (``"columns"``, ``"images"``, ``"signals"``, ``"tokens"``) to these is seen side by side.
-            y: Their labels, which may be noisy: for ``"multiclass"`` integers or names of classes ``(N,)``, or one-hot
-                or soft labels ``(N, K)``; for ``"binary"`` from 0 to 1, ``(N,)`` or ``(N, 1)``; for ``"regression"``
-                any numbers, ``(N,)`` or ``(N, D)``. Samples with labels of -100 are left out, except in a regression.
+            x: Training samples, as tensor, array, data frame or list. Floating ``(N, D)`` and data frames are
+                columns, of which 4,096 evenly spaced ones are seen; images ``(N, C, H, W)`` and signals
+                ``(N, C, L)`` are averaged if large; integers ``(N, L)`` are token ids, negative ones padding.
+                A mapping of kinds (``"columns"``, ``"images"``, ``"signals"``, ``"tokens"``) to these is seen
+                side by side.
+            y: Their labels, which may be noisy: for ``"multiclass"`` integers or names of classes ``(N,)``,
+                or one-hot or soft labels ``(N, K)``; for ``"binary"`` from 0 to 1, ``(N,)`` or ``(N, 1)``;
+                for ``"regression"`` any numbers, ``(N,)`` or ``(N, D)``. Samples with labels of -100 are left
+                out, except in a regression.
 
         Returns:
             The reference itself.
 
         Raises:
-            ValueError: If shapes do not fit, there are fewer than four different samples, inputs are nan or inf, or
-                labels do not fit the task.
+            ValueError: If shapes do not fit, there are fewer than four different samples, inputs are nan or
+                inf, or labels do not fit the task.
         """
         task = find_task(self.task)
         seen = read_samples(x)
@@ -120,33 +103,28 @@ class Reference(BaseEstimator):  # type: ignore[misc]
             raise ValueError(f"Expected `x` and `y` of the same samples, but got {sorted(sizes)} of them.")
         rows, labels = observations(seen, labels, len(self.classes_), task)
         if len(rows) < _MIN_SAMPLES:
-            raise ValueError(f"Expected {_MIN_SAMPLES} different samples with labels or more, but got {len(rows)}.")
+            raise ValueError(f"Expected {_MIN_SAMPLES} or more different samples with labels, but got {len(rows)}.")
         seen = {kind: shrunk(values[rows]) for kind, values in seen.items()}
         fit = fit_learners if self.estimator is None else partial(fit_estimator, self.estimator)
         learner, chosen = fit(seen, labels, task)
-        self._learner, self._shapes = learner, {kind: values.shape for kind, values in seen.items()}
-        self.n_features_in_ = sum(math.prod(shape[1:]) for shape in self._shapes.values())
-        names = list(getattr(x, "columns", ()))
-        self.__dict__.pop("feature_names_in_", None)
-        if names:
-            self.feature_names_in_ = np.array(names, dtype=object)
         self._describe(learner, rows[chosen], task)
+        self.__dict__.pop("feature_names_in_", None)
+        if hasattr(x, "columns"):
+            self.feature_names_in_ = np.array(list(x.columns), dtype=object)
         return self
 
     def _describe(self, learner: Learner, rows: Tensor, task: Task) -> None:
         """Set what is known of the learner."""
         p, y = learner.left_out, learner.labels
-        shares = y.mean(0)
-        self.left_out_, self.labels_, self.rows_, self.shares_ = p.numpy(), y.numpy(), rows.numpy(), shares.numpy()
-        self.learner_, self.features_, self.kind_ = learner.name, learner.features.name, ", ".join(self._shapes)
-        self.num_samples_ = len(y)
+        self._learner = learner
+        self.learner_ = learner.name
+        self.n_features_in_ = sum(math.prod(shape[1:]) for shape in learner.features.shapes.values())
+        self.left_out_, self.labels_, self.rows_ = p.numpy(), y.numpy(), rows.numpy()
         self.temperature_, self.smoothing_ = 1 / learner.calibration.power, learner.calibration.smoothing
         self.score_ = float(task.distances(p, y).mean())
-        self.chance_ = float(task.distances(shares.expand_as(y), y).mean())
-        self.skill_ = 1 - self.score_ / self.chance_ if self.chance_ > _ROUNDING else 0.0
-        self.is_trusted_ = self.skill_ > _LEAST_SKILL.get(self.kind_, _LEAST_SKILL_OF_OTHERS)
+        chance = float(task.distances(y.mean(0).expand_as(y), y).mean())
+        self.skill_ = 1 - self.score_ / chance if chance > _ROUNDING else 0.0
         self.accuracy_ = self.majority_ = self.auroc_ = self.unexplained_ = math.nan
-        self.residuals_ = self.labels_[:0] if task.has_classes else _quantiles(self.labels_ - self.left_out_)
         if task.has_classes:
             self._describe_classes(p, y, task)
 
@@ -160,13 +138,55 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         if self.skill_ > max(_NO_SKILL, _NO_SKILL_PER_SAMPLE / len(y)):
             self.unexplained_ = unexplained_share(p, y)
 
+    @property
+    def num_samples_(self) -> int:
+        """How many samples it knows."""
+        return len(self.labels_)
+
+    @property
+    def shares_(self) -> Array:
+        """The mean label, ``(C,)``."""
+        return torch.from_numpy(self.labels_).mean(0).numpy()
+
+    @property
+    def kind_(self) -> str:
+        """The kinds of its inputs: ``"columns"``, ``"images"``, ``"signals"``, ``"tokens"``, or several."""
+        return ", ".join(self._learner.features.shapes)
+
+    @property
+    def features_(self) -> str:
+        """What it sees of samples, such as ``"columns"`` or ``"columns and words"``."""
+        return self._learner.features.name
+
+    @property
+    def residuals_(self) -> Array:
+        """Quantiles of left-out errors in a regression, with their mean square, ``(20, C)``; else none."""
+        errors = self.labels_ - self.left_out_
+        return errors[:0] if find_task(self.task).has_classes else _quantiles(errors)
+
+    @property
+    def is_trusted_(self) -> bool:
+        """Whether it sees enough to choose by, if its samples are all that a network sees."""
+        return self.may_choose()
+
+    def may_choose(self, sees_all: bool = True) -> bool:
+        """Return whether it sees enough to choose an epoch or a model by; else a network may know more.
+
+        Of columns it sees all there is, so that any skill will do; else it needs more than 0.05.
+
+        Args:
+            sees_all: Whether the samples that it was fitted to are all that the network sees.
+        """
+        return self.skill_ > (0.0 if sees_all and self.kind_ == "columns" else _LEAST_SKILL)
+
     def __str__(self) -> str:
         """Say what it is, and how good."""
         if not hasattr(self, "skill_"):
             return repr(self)
-        return f"Reference({self.learner_} on {self.features_}, {self.num_samples_} samples, skill {self.skill_:.2f})"
+        what = f"{self.learner_} on {self.features_}, {self.num_samples_} samples"
+        return f"Reference({what}, skill {self.skill_:.2f})"
 
-    def predict_proba(self, x: Any) -> Array:
+    def predict_proba(self, x: Samples) -> Array:
         """Predict the probabilities of all classes, ``(M, C)``, with two columns for ``"binary"``.
 
         Args:
@@ -180,7 +200,7 @@ class Reference(BaseEstimator):  # type: ignore[misc]
             raise AttributeError("A regression has no probabilities: use `predict`.")
         return self.predict_matrix(x)
 
-    def predict(self, x: Any) -> Array:
+    def predict(self, x: Samples) -> Array:
         """Predict classes, ``(M,)``, or the targets of a regression, ``(M,)`` or ``(M, D)``.
 
         Args:
@@ -194,7 +214,7 @@ class Reference(BaseEstimator):  # type: ignore[misc]
             return self.classes_[found.argmax(1)]
         return found[:, 0] if found.shape[1] == 1 else found
 
-    def score(self, x: Any, y: Any) -> float:
+    def score(self, x: Samples, y: Array) -> float:
         """Return the accuracy on labelled samples, or R2 in a regression.
 
         Args:
@@ -204,7 +224,7 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         measure = accuracy_score if find_task(self.task).has_classes else r2_score
         return float(measure(np.asarray(y), self.predict(x)))
 
-    def predict_matrix(self, x: Any) -> Array:
+    def predict_matrix(self, x: Samples) -> Array:
         """Predict what a network does after softmax or sigmoid, or the targets of a regression, ``(M, C)``.
 
         Args:
@@ -214,23 +234,15 @@ class Reference(BaseEstimator):  # type: ignore[misc]
             ValueError: As by :meth:`predict_proba`.
         """
         check_is_fitted(self)
-        seen = read_samples(x, getattr(self, "feature_names_in_", None), self.kind_ if len(self._shapes) == 1 else "")
-        self._check_kinds(seen)
+        features = self._learner.features
+        kind = self.kind_ if len(features.shapes) == 1 else ""
+        seen = read_samples(x, getattr(self, "feature_names_in_", None), kind)
+        features.check(seen)
         found = []
         for start in range(0, len(next(iter(seen.values()))), _CHUNK):
             part = {kind: shrunk(values[start : start + _CHUNK]) for kind, values in seen.items()}
-            fitted = {kind: fit_size(values, self._shapes[kind]) for kind, values in part.items()}
-            found.append(self._learner.predict(fitted).numpy())
+            found.append(self._learner.predict(part).numpy())
         return np.concatenate(found)
-
-    def _check_kinds(self, seen: Seen) -> None:
-        for kind, shape in self._shapes.items():
-            values = seen.get(kind)
-            is_text = kind == "tokens"
-            if values is None or values.ndim != len(shape) or not (is_text or values.shape[1] == shape[1]):
-                got = ", ".join(f"{kind} of shape {tuple(each.shape)}" for kind, each in seen.items())
-                wanted = ", ".join(map(str, shape[1:]))
-                raise ValueError(f"Expected `x` to have {kind} (M, {wanted}), but got {got}.")
 
 
 def _quantiles(errors: Array) -> Array:
@@ -238,20 +250,21 @@ def _quantiles(errors: Array) -> Array:
     places = (np.arange(NUM_DRAWS) + 0.5) / NUM_DRAWS
     found = np.quantile(errors[:: math.ceil(len(errors) / _MAX_ERRORS)], places, axis=0)
     found = found - found.mean(0)
-    size = np.sqrt(np.square(found).mean(0))
-    return found * np.divide(np.sqrt(np.square(errors).mean(0)), size, out=np.zeros_like(size), where=size > 0)
+    size, wanted = (np.sqrt(np.square(each).mean(0)) for each in (found, errors))
+    return found * np.divide(wanted, size, out=np.zeros_like(size), where=size > 0)
 
 
-def label_noise(x: Any, y: Any, task: str = "multiclass") -> float:
+def label_noise(x: Samples, y: Array, task: str = "multiclass") -> float:
     """Estimate the share of labels that can't be explained: wrong, or not to be known from the inputs.
 
     It fits a :class:`~lightning_sensitivity.Reference`, and compares labels with its left-out predictions
     (:func:`~lightning_sensitivity.reference.unexplained_share`).
 
-    **A low number is no proof of correct labels, and a high one no proof of wrong ones.** Labels that are redrawn
-    at random are found if the reference can learn the task. Where one class is turned into another, it learns that,
-    too, and people are wrong where a sample looks like another class. On the other hand, inputs may not tell what
-    the label is: of correct labels of two classes that overlap (AUC 0.68) it can't explain 7 to 28 %.
+    **A low number is no proof of correct labels, and a high one no proof of wrong ones.** Labels that are
+    redrawn at random are found if the reference can learn the task. Where one class is turned into another,
+    it learns that, too, and people are wrong where a sample looks like another class. On the other hand,
+    inputs may not tell what the label is: of correct labels of two classes that overlap (AUC 0.68) it can't
+    explain 7 to 28 %.
 
     Args:
         x: Samples, such as images or the rows of a table, or what a pretrained network makes of them; see

@@ -1,7 +1,6 @@
 """Samples and labels in any form, as a reference takes them."""
 
-from collections.abc import Mapping
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -9,17 +8,21 @@ from sklearn.utils import check_array
 from torch import Tensor
 
 from lightning_sensitivity.functional.tasks import IGNORED, Task
-from lightning_sensitivity.reference.features import KINDS, Seen, kind_of
+from lightning_sensitivity.reference.features import KINDS, Array, Samples, Seen, kind_of
 
-Array: TypeAlias = Any  # of NumPy
+_PROBLEMS: dict[str, Callable[[Array], bool]] = {  # of columns of a data frame
+    "are dates: take numbers of them, such as days": lambda column: column.dtype.kind in "Mm",
+    "are no numbers: use `pandas.get_dummies`": lambda column: column.dtype.kind not in "biuf",
+    "have missing values: impute them, with a flag column for each": lambda column: np.isnan(column).any(),
+}
 
 
-def read_samples(x: Any, names: Any = None, kind: str = "") -> Seen:
+def read_samples(x: Samples, names: Array = None, kind: str = "") -> Seen:
     """Return what is seen of samples, checked.
 
     Args:
-        x: A mapping by kind, a data frame, whose columns are numbers and flags, or a tensor, array or list, whose kind
-            follows from its dimensions and type.
+        x: A mapping by kind, a data frame, whose columns are numbers and flags, or a tensor, array or list,
+            whose kind follows from its dimensions and type.
         names: The columns of a data frame that are wanted, in this order; None for all.
         kind: The kind of a tensor, array or list, if it is known.
 
@@ -27,47 +30,56 @@ def read_samples(x: Any, names: Any = None, kind: str = "") -> Seen:
         ValueError: If there is no sample, or what is there are no finite numbers.
         TypeError: If it is sparse.
     """
-    if isinstance(x, Mapping):
-        if not x or not x.keys() <= KINDS.keys():
-            raise ValueError(f"Expected `x` to have {', '.join(KINDS)}, but got {', '.join(map(str, x))}.")
-        return {kind: read_samples(values, kind=kind)[kind] for kind, values in x.items()}
-    values = _as_tensor("x", _columns_of(x, names) if hasattr(x, "columns") else x)
-    kind = kind or ("columns" if hasattr(x, "columns") else kind_of(values))
+    if not isinstance(x, Mapping):
+        x = {kind: x}
+    elif not x or not x.keys() <= KINDS.keys():
+        raise ValueError(f"Expected `x` to have {', '.join(KINDS)}, but got {', '.join(map(str, x))}.")
+    return dict(_read(values, kind, names) for kind, values in x.items())
+
+
+def _read(x: Samples, kind: str, names: Array) -> tuple[str, Tensor]:
+    """Return the kind of samples, and their numbers."""
+    if hasattr(x, "columns"):
+        x = _columns_of(x, list(x.columns if names is None else names))
+    values = _as_tensor("x", x)
+    kind = kind or kind_of(values)
     if kind == "columns":
         values = (values if values.is_floating_point() else values.double())[:, None].flatten(1)
-    return {kind: values}
+    return kind, values
 
 
-def _as_tensor(name: str, values: Any) -> Tensor:
+def _as_tensor(name: str, values: Array) -> Tensor:
     """Return finite real numbers, ``(N, ...)``, on the CPU."""
-    if isinstance(values, Tensor):
-        if values.layout != torch.strided:
-            raise TypeError(f"Expected `{name}` to be dense, but got {values.layout}: use `to_dense()`.")
-        values = values.detach().cpu()
-        values = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
-    found = check_array(values, dtype="numeric", ensure_2d=False, allow_nd=True, input_name=name)
+    options = {"dtype": "numeric", "ensure_2d": False, "allow_nd": True, "input_name": name}
+    found = check_array(_as_array(name, values), **options)
     return torch.from_numpy(np.require(found, requirements=["C", "W"]))
 
 
-def _columns_of(frame: Any, names: Any) -> Array:
+def _as_array(name: str, values: Array) -> Array:
+    """Return tensors as arrays, which have no bfloat16; all else stays as it is."""
+    if not isinstance(values, Tensor):
+        return values
+    if values.layout != torch.strided:
+        raise TypeError(f"Expected `{name}` to be dense, but got {values.layout}: use `to_dense()`.")
+    values = values.detach().cpu()
+    return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+
+
+def _columns_of(frame: Samples, names: list[str]) -> Array:
     """Return the columns of a data frame as floats, ``(N, D)``."""
-    names = list(frame.columns) if names is None else list(names)
     _refuse("are missing", [name for name in names if name not in frame.columns])
     columns = {name: np.asarray(frame[name]) for name in names}
-    kinds = {name: column.dtype.kind for name, column in columns.items()}
-    _refuse("are dates: take numbers of them, such as days", [name for name in names if kinds[name] in "Mm"])
-    _refuse("are no numbers: use `pandas.get_dummies`", [name for name in names if kinds[name] not in "biuf"])
-    missing = [name for name in names if np.isnan(columns[name]).any()]
-    _refuse("have missing values: impute them, with a flag column for each", missing)
-    return np.column_stack([column.astype(float) for column in columns.values()])
+    for problem, has_problem in _PROBLEMS.items():
+        _refuse(problem, [name for name, column in columns.items() if has_problem(column)])
+    return np.column_stack([*columns.values()]).astype(float)
 
 
-def _refuse(problem: str, columns: list[Any]) -> None:
+def _refuse(problem: str, columns: list[str]) -> None:
     if columns:
         raise ValueError(f"Columns of `x` {problem}: {', '.join(map(repr, columns))}.")
 
 
-def read_labels(y: Any, task: Task) -> tuple[Tensor, Array]:
+def read_labels(y: Array, task: Task) -> tuple[Tensor, Array]:
     """Return labels that fit the task, and what the columns of their matrix stand for, ``(C,)``.
 
     Args:
@@ -77,7 +89,7 @@ def read_labels(y: Any, task: Task) -> tuple[Tensor, Array]:
     Raises:
         ValueError: If labels do not fit the task, or none counts.
     """
-    array = np.asarray(y.detach().cpu().double() if isinstance(y, Tensor) and y.is_floating_point() else y)
+    array = np.asarray(_as_array("y", y))
     array = array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
     has_names = task.name == "multiclass" and array.ndim == 1
     labels, classes = _of_names(array) if has_names else _of_numbers(array, task)
@@ -90,9 +102,9 @@ def _of_names(names: Array) -> tuple[Tensor, Array]:
     """Return class indices of integers and names, ``(N,)``."""
     if names.dtype.kind not in "biuOUS":
         raise ValueError(
-            f"Expected `y` to be integers or names of classes (N,), or probabilities (N, K), but got {names.dtype}. "
-            "Set task='binary' if they are from 0 to 1, task='regression' if they are measurements. Leave samples "
-            "without a label out."
+            f"Expected `y` to be integers or names of classes (N,), or probabilities (N, K), but got "
+            f"{names.dtype}. Set task='binary' if they are from 0 to 1, task='regression' if they are measurements. "
+            "Leave samples without a label out."
         )
     counts = np.asarray(names != IGNORED)
     classes, indices = np.unique(names[counts], return_inverse=True)

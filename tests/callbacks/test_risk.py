@@ -43,7 +43,7 @@ SOME = helpers.labelled(50, seed=1).tensors[1].where(torch.arange(50) % 2 > 0, -
 @pytest.fixture(autouse=True)
 def little_skill(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 90 samples, also an encoder with random weights is trusted."""
-    monkeypatch.setattr("lightning_sensitivity.callbacks.run_reference.LEAST_SKILL", 0)
+    monkeypatch.setattr("lightning_sensitivity.reference.reference._LEAST_SKILL", 0)
 
 
 def bce(outputs: Tensor, targets: Tensor) -> Tensor:

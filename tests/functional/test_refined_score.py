@@ -86,13 +86,6 @@ def test_a_network_that_is_too_sure_has_the_same_score_and_that_temperature(sure
     assert sure.temperature == pytest.approx(sureness * calm.temperature)
 
 
-def test_one_output_of_two_classes_has_half_the_score_of_two() -> None:
-    logits, targets = torch.randn(100, generator=torch.Generator().manual_seed(0)), torch.arange(100) % 2
-    two = refined_score(torch.stack([torch.zeros(100), logits], 1), targets)
-    one = refined_score(logits, targets, task="binary")
-    assert one.score == pytest.approx(two.score / 2) and one.temperature == two.temperature
-
-
 def test_of_equal_scores_that_of_unchanged_logits_is_taken() -> None:
     assert pytest.approx([0.5 * 2 ** (place / 2) for place in range(9)]) == TEMPERATURES  # from 0.5 to 8
     assert refined_score(torch.zeros(4, 3), torch.tensor([0, 1, 2, 0])).temperature == 1

@@ -76,12 +76,6 @@ def test_labels_of_the_task_become_a_matrix_like_predictions_and_a_matrix_stays(
     assert torch.equal(task.has_label(targets), ~is_ignored)
 
 
-def test_without_a_number_of_columns_there_are_as_many_classes_as_the_labels_say() -> None:
-    task = T.TASKS["multiclass"]
-    assert T.has_label(torch.tensor([156, 1]).byte()).all()  # in 8 bits, which hold no -100
-    assert torch.equal(task.as_matrix(CLASSES), EXPECTED) and task.as_matrix(CLASSES[:0]).shape == (0, 1)
-
-
 def test_predictions_choose_classes_and_have_the_score_that_labels_drawn_from_them_would_have() -> None:
     multiclass, binary, regression = (T.TASKS[name] for name in ("multiclass", "binary", "regression"))
     p, q = multiclass.predictions(LOGITS.double()), binary.predictions(SINGLE.double())
@@ -94,24 +88,6 @@ def test_predictions_choose_classes_and_have_the_score_that_labels_drawn_from_th
     assert torch.equal(multiclass.classes(p), LOGITS.argmax(1))
     assert torch.equal(binary.classes(q), (SINGLE[:, 0] > 0).long())
     assert not regression.uncertainties(LOGITS).any() and regression.classes(LOGITS).isnan().all()
-
-
-def test_a_metric_gets_what_torchmetrics_takes() -> None:
-    found = {name: T.TASKS[name].metric_inputs(T.TASKS[name].as_outputs(SINGLE)) for name in ("binary", "regression")}
-    assert torch.equal(found["binary"], SINGLE[:, 0]) and torch.equal(found["regression"], SINGLE[:, 0])
-    for name in ("multiclass", "regression"):
-        assert torch.equal(T.TASKS[name].metric_inputs(LOGITS), LOGITS)
-
-
-def test_numbers_near_probabilities_become_probabilities_and_a_temperature_divides_their_logarithms() -> None:
-    near, task = torch.tensor([[-1.0, 0.5, 2.0]]), T.TASKS["multiclass"]
-    torch.testing.assert_close(task.clip(near), torch.tensor([[0.0, 1 / 3, 2 / 3]]))
-    p = LOGITS.softmax(1)
-    torch.testing.assert_close(task.sharpen(p, 0.5), (p.log() / 2).softmax(1))
-    torch.testing.assert_close(task.sharpen(torch.zeros(1, 4), 2.0), torch.full((1, 4), 0.25))
-    assert torch.equal(T.TASKS["regression"].clip(near), near) and torch.equal(
-        T.TASKS["regression"].sharpen(near, 2), near
-    )
 
 
 def test_an_unknown_task_is_refused_with_those_that_are_known() -> None:

@@ -83,7 +83,7 @@ def test_ridge_regression_leaves_out_what_it_says(task: str) -> None:
                 q = Ridge(alpha).fit(features[:8], y).predict(features[8:]).reshape(7, -1)
                 found.append((np.square(left_out - y).mean(), name, left_out, q))
     _, name, left_out, q = min(found, key=lambda each: each[0])
-    expected, score = (TASKS[task].clip(both(each, task)) for each in (q, left_out))
+    expected, score = (Calibration(TASKS[task])(both(each, task)) for each in (q, left_out))
     fitted = Reference(task).fit(x, y)
     np.testing.assert_allclose(fitted.predict_matrix(new), expected, rtol=1e-5, atol=1e-5)
     score = float(TASKS[task].distances(score, both(y, task)).mean())
@@ -97,12 +97,6 @@ def both(p: Any, task: str) -> Tensor:
 
 
 # The choice
-
-
-def test_the_lower_left_out_score_decides() -> None:
-    x, _, _ = sample("regression", 120)
-    assert Reference("regression").fit(x, x[:, 0] + x[:, 1]).learner_ == "ridge"
-    assert Reference("binary").fit(*steps(300)).learner_ == "forest"
 
 
 def fits(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
@@ -120,19 +114,6 @@ def test_a_learner_is_chosen_on_a_part_and_the_winner_alone_fitted_to_all(monkey
     x = torch.randn(400, 62, generator=generator())
     found = Reference("regression").fit(x, x.sum(1))  # smooth: the first try of a forest is far from ridge regression
     assert found.learner_ == "ridge" and ridges == [100] * 8 + [400] and forests == [100]
-
-
-@pytest.mark.parametrize(("num_columns", "first", "num_tries"), [(62, 1.09, 7), (62, 1.11, 1), (61, 1.11, 6)])
-def test_of_many_columns_a_forest_is_searched_only_where_its_first_try_is_near(
-    num_columns: int, first: float, num_tries: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    forests = fits(monkeypatch, "_fit_forest")
-    x, y = steps(60, num_columns=num_columns)
-    part = {"columns": x}, one_hot(y).double(), TASKS["multiclass"]
-    score = learners._choose_forest(*part, limit=0.0).score
-    forests.clear()
-    learners._choose_forest(*part, limit=learners._NEAR * score / first)
-    assert len(forests) == num_tries
 
 
 @pytest.mark.parametrize(("gap", "num_samples", "learner"), [

@@ -16,7 +16,7 @@ from lightning_sensitivity.reference.observations import (
     largest_difference,
     max_samples,
     projection,
-    recurrence,
+    repeated_share,
 )
 from tests.reference.conftest import INPUTS, generator
 
@@ -98,7 +98,6 @@ TABLES: dict[str, tuple[Any, bool]] = {
     "11 combinations for each row": (torch.stack([torch.arange(100) % 11, torch.arange(100)], 1), False),
     "more than 100 values": (torch.arange(101)[:, None], False),
     "constant columns": (torch.ones(9, 50), True),
-    "images": (torch.zeros(9, 1, 4, 4), False),
 }
 
 
@@ -139,10 +138,10 @@ def test_a_number_as_a_column_is_no_token() -> None:
     assert first != second
 
 
-def test_recurrence_counts_new_samples_that_are_known_and_known_ones_that_recur() -> None:
-    known, new = torch.tensor([1.0, 1, 2, 3, 3, 3, 4, 5, 6, 7]), torch.tensor([1.0, 3, 8, 9])
-    assert recurrence(new, known) == (0.5, 0.5)
-    assert recurrence(new[:0], known[:0]) == (0, 0) and recurrence(new, new[:0]) == (0, 0)
+def test_new_samples_are_repeated_ones_if_far_more_are_known_than_known_ones_recur() -> None:
+    new = torch.tensor([1.0, 3, 8, 9])
+    assert repeated_share(new, torch.tensor([1.0, 2, 3, 4, 5, 6, 7, 7, 7])) == 0.5
+    assert repeated_share(new, torch.tensor([1.0, 1, 2, 3, 3, 3, 4, 5, 6, 7])) == 0
 
 
 CONSTANT, ONE_FLAG = torch.zeros(50_000, 1), (torch.arange(600)[:, None] == 0).float()

@@ -43,8 +43,8 @@ def test_what_it_says_of_itself_is_what_sklearn_says_of_its_left_out_predictions
     x, y, _ = sample(task, num_samples=60)
     found = Reference(task).fit(x, y)
     p, labels, factor = found.left_out_, found.labels_, 3 if task == "multiclass" else 1
-    scores = [factor * mean_squared_error(labels, each) for each in (p, labels.mean(0) + 0 * p)]
-    assert (found.score_, found.chance_, found.skill_) == pytest.approx((*scores, 1 - scores[0] / scores[1]))
+    score, of_chance = (factor * mean_squared_error(labels, each) for each in (p, labels.mean(0) + 0 * p))
+    assert (found.score_, found.skill_) == pytest.approx((score, 1 - score / of_chance))
     assert found.num_samples_ == 60 and found.shares_[-1] == pytest.approx(float(y.mean(0)[-1]))
     of_classes = found.accuracy_, found.auroc_, found.majority_, found.unexplained_
     if task == "regression":
@@ -317,10 +317,9 @@ def made(kind: str, skill: float, num_samples: int = 4000) -> Reference:
     found, task = Reference(), TASKS["multiclass"]
     labels = one_hot(torch.arange(num_samples) % 2).double()
     left_out = labels + (1 - 2 * labels) * 0.5 * math.sqrt(1 - skill)
-    found._shapes = {kind: torch.Size([num_samples, 3])}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(learners, "calibrate", lambda p, y, task: Calibration(task))
-        learner = Learner("ridge", Features({}, {}), None, left_out.numpy(), labels, task)
+        learner = Learner("ridge", Features({}, {kind: torch.zeros(1, 3)}), None, left_out.numpy(), labels, task)
     found._describe(learner, torch.arange(num_samples), task)
     return found
 
@@ -331,6 +330,7 @@ def test_it_is_trusted_where_it_sees_enough(kind: str, skill: float) -> None:
     least = 0.0 if kind == "columns" else 0.05
     found = made(kind, skill)
     assert found.skill_ == pytest.approx(skill) and found.is_trusted_ == (found.skill_ > least)
+    assert found.may_choose(sees_all=False) == (found.skill_ > 0.05)
 
 
 @pytest.mark.parametrize(("num_samples", "least"), [(4000, 0.01), (100, 0.015), (20, 0.075)])
@@ -348,12 +348,16 @@ def test_permuted_labels_have_no_skill_and_unknown_noise() -> None:
         assert permuted.skill_ < 0.02 and (permuted.skill_ > 0.01 or math.isnan(permuted.unexplained_))
 
 
-ONE_HOT = torch.eye(3)[[0, 1, 2, 0, 1, 2]]
+ONE_HOT, NEW = torch.eye(3)[[0, 1, 2, 0, 1, 2]], torch.rand(4, 3, generator=generator())
 DEGENERATE: dict[str, tuple[Tensor, Tensor, Tensor]] = {
-    "four samples": (torch.rand(4, 3), torch.eye(2).repeat(2, 1), torch.rand(4, 3)),
-    "one class": (torch.rand(6, 3), ONE_HOT[:1].expand(6, 3), torch.rand(4, 3)),
+    "four samples": (
+        torch.tensor([[0.0, 0], [1, 1], [0, 1], [1, 0]]),
+        torch.eye(2).repeat_interleave(2, 0),
+        NEW[:, :2],
+    ),
+    "one class": (torch.rand(6, 3), ONE_HOT[:1].expand(6, 3), NEW),
     "constant features": (torch.full((6, 3), 0.1), ONE_HOT, torch.full((4, 3), 0.1)),
-    "constant features, others of new samples": (torch.zeros(6, 3), ONE_HOT, torch.rand(4, 3)),
+    "constant features, others of new samples": (torch.zeros(6, 3), ONE_HOT, NEW),
     "texts of padding": (torch.full((6, 3), -1), ONE_HOT, torch.ones(4, 5).long()),
 }
 
@@ -384,7 +388,7 @@ BAD: dict[str, tuple[str, tuple[Any, ...]]] = {
     "inputs of inf": ("Input x contains infinity", (1 / torch.zeros(6, 3), Y)),
     "no samples": (r"Found array with 0 sample\(s\)", (X[:0], Y[:0])),
     "fewer labels": (r"`x` and `y` of the same samples, but got \[5, 6\]", (X, Y[:5])),
-    "images of one color": ("4 different samples with labels or more, but got 1", (torch.ones(6, 3, 8, 8), Y)),
+    "images of one color": ("4 or more different samples with labels, but got 1", (torch.ones(6, 3, 8, 8), Y)),
     "kinds of several numbers of samples": ("of the same samples", ({"columns": X, "tokens": Y[:5, None]}, Y)),
     "a mapping of columns": ("`x` to have columns, images, signals, tokens, but got a, b", ({"a": X, "b": X}, Y)),
     "nothing": ("`x` to have columns, images", ({}, Y)),
