@@ -69,7 +69,7 @@ def calibrate(p: Tensor, y: Tensor, task: Task) -> Calibration:
     p, y = p[some], y[some]
     logarithms = _logarithms(p)
     power = min(_POWERS, key=lambda each: float((each * logarithms).softmax(1).sub_(y).square_().sum()))
-    certainty, classes = Calibration(task, power)(p).max(1)
+    certainty, classes = (power * logarithms).softmax(1).max(1)
     accuracy = y.gather(1, classes[:, None]).mean()
     excess = certainty.mean() - accuracy
     if excess <= _ERRORS * (accuracy * (1 - accuracy) / len(y)).sqrt():
