@@ -84,6 +84,13 @@ def is_last_batch(trainer: Trainer) -> bool:
     return bool(trainer._evaluation_loop.batch_progress.is_last_batch)
 
 
+def logged_names(trainer: Trainer) -> set[str]:
+    """Return the names under which values were logged in the running evaluation."""
+    results: Any = trainer._results
+    current = [each for each in results.values() if not each.has_reset]
+    return {name for each in current for name in results._forked_name(each, on_step=False)}
+
+
 def is_redirected(module: nn.Module) -> bool:
     """Return whether the `forward` of a module stands for a step, which Lightning runs so under DDP."""
     return "_ForwardRedirection" in getattr(vars(module).get("forward"), "__qualname__", "")

@@ -274,8 +274,13 @@ class Monitor(Callback, ABC):
 
     def _log_values(self, trainer: Trainer, dataloader_idx: int, values: Values) -> None:
         """Log the values of a loader, and note what other callbacks get for those that are missing."""
+        of_others = compat.logged_names(trainer)
         for name, is_highest in self.directions.items():
             logged_name = self.logged_name(trainer, name, dataloader_idx)
+            if logged_name in of_others:
+                message = f"does not log `{logged_name}`, since your own code does. Choose another `prefix=`."
+                self.reporter.warn("names", message, kind=logged_name)
+                continue
             if name not in values:
                 self._missing[logged_name] = self._worst_value(trainer, logged_name, is_highest)
                 continue

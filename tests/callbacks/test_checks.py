@@ -117,6 +117,18 @@ def test_a_log_of_fewer_arguments_costs_values() -> None:
     assert all(sum(f"could not log `{name}`" in each for each in texts) == 1 for name in (SENSITIVITY, SCORE))
 
 
+def test_values_of_the_user_under_our_names_are_left_alone() -> None:
+    class Own(Linear):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log_dict(dict.fromkeys((SENSITIVITY, SCORE), 1.0))
+
+    texts = said([SensitivityMonitor(), quick_risk()], model := Own(), loader(), unlabelled_loader(seed=1))
+    problem = "does not log `{}`, since your own code does. Choose another `prefix=`"
+    for name in (SENSITIVITY, SCORE):
+        assert sum(problem.format(name) in text for text in texts) == 1
+        assert [epoch[name] for epoch in model.trainer.epochs] == [1, 1]
+
+
 # Who monitors a value
 
 
