@@ -12,6 +12,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from lightning_sensitivity.arguments import Refused, Selector, describe, refuse_on_error
 from lightning_sensitivity.compat import original_module
@@ -165,7 +166,7 @@ def _has_rows(value: object) -> bool:
     """Check whether a value is made of dense tensors and constants; a list may be of samples."""
     if isinstance(value, Tensor):
         return value.layout == torch.strided and not value.is_nested
-    if isinstance(value, Mapping | tuple):
+    if isinstance(value, Mapping | tuple) and not isinstance(value, PackedSequence):
         return all(map(_has_rows, value.values() if isinstance(value, Mapping) else value))
     return isinstance(value, bool | int | float | str | None)
 
@@ -266,7 +267,7 @@ def _positional_arguments(model: nn.Module, batch: object, inputs: Selector | No
     if inputs is not None:
         arguments: object = inputs(clone_tensors(batch))  # which may write to the batch
         return arguments if type(arguments) is tuple else (arguments,)
-    if not isinstance(batch, list | tuple):
+    if not isinstance(batch, list | tuple) or isinstance(batch, PackedSequence):
         return (batch,)
     names = _required_names(model)
     if names and set(names) <= {*getattr(batch, "_fields", ())}:

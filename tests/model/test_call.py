@@ -66,6 +66,7 @@ SIZES: dict[str, tuple[Any, int]] = {
     "arguments of different rows, such as words and offsets": (({"words": torch.zeros(38), "offsets": X}, IDS), 0),
     "a list, which may have an item for each sample": (([X, X], IDS), 0),
     "sequences that are packed": ((pack_sequence([X, X[:2]]), IDS[:2]), 0),
+    "one sequence that is packed": (pack_sequence([X]), 0),
 }
 
 
