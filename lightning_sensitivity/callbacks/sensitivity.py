@@ -167,7 +167,8 @@ class SensitivityMonitor(Monitor):
         at = None if self.at is None else submodule(module, self.at)
 
         def noise(x: Tensor, generator: torch.Generator) -> Tensor:
-            power.add_(torch.tensor([[float(x.float().square().mean()) * x.numel(), x.numel()]]))
+            known = x[x.isfinite()].float()  # a sample with nan is left out of the sensitivity, too
+            power.add_(torch.tensor([[float(known.square().sum()), known.numel()]]))
             return self._noise(x, generator)
 
         for batch in samples.batches:
@@ -193,8 +194,8 @@ class SensitivityMonitor(Monitor):
         square, count = power.sum(0)
         if count > 0:
             assert isinstance(self._noise, GaussianNoise)
-            power, std = square / count, torch.as_tensor(self._noise.std)
-            values["loss_estimate"] = loss_estimate(estimate.value, power, std, estimate.num_outputs)
+            power = square / count
+            values["loss_estimate"] = loss_estimate(estimate.value, power, self._noise.std, estimate.num_outputs)
         return values
 
     def _warn_of_doubts(self, dataloader_idx: int, estimate: SensitivityEstimate, extremes: Tensor) -> None:

@@ -192,7 +192,7 @@ def output_sensitivity(clean: Numbers, noisy: Numbers, per_output: bool = False)
 def loss_estimate(
     sensitivity: Tensor | float,
     input_power: Tensor | float,
-    noise_std: Tensor | float,
+    noise_std: float,
     num_outputs: int,
     offset: Tensor | float = 0.0,
 ) -> Tensor:
@@ -207,7 +207,7 @@ def loss_estimate(
 
     Args:
         sensitivity: S, scalar or any shape.
-        input_power: E[x²], the mean square of an input element.
+        input_power: E[x²], the mean square of an input element, one number.
         noise_std: σ, standard deviation of the noise, in units of the model's input.
         num_outputs: K, the number of classes, 2 or more.
         offset: Σ, the part of the variance that sensitivity does not see.
@@ -228,8 +228,8 @@ def loss_estimate(
     if not isinstance(sensitivity, Tensor) or not sensitivity.is_floating_point():
         sensitivity = torch.as_tensor(sensitivity, dtype=torch.float64)
     dtype, device = sensitivity.dtype, sensitivity.device
-    power, std = (torch.as_tensor(each, dtype=dtype, device=device) for each in (input_power, noise_std))
-    variance = (num_outputs - 1) / num_outputs * sensitivity * power / std.square()
+    factor = torch.as_tensor(input_power, dtype=dtype, device=device) / noise_std**2
+    variance = (num_outputs - 1) / num_outputs * sensitivity * factor
     return ((variance + offset) / 2).sqrt()
 
 

@@ -75,6 +75,17 @@ def test_of_a_linear_model_it_is_the_variance_in_closed_form_and_the_loss_estima
     assert "val/loss_estimate" not in validated(SensitivityMonitor(), model, loader())
 
 
+def test_a_missing_number_costs_the_loss_estimate_its_sample_alone() -> None:
+    x = inputs(100)
+    x[3, 2] = torch.nan
+    monitor = SensitivityMonitor(0.5, num_samples=None, loss_estimate=True)
+    with pytest.warns(UserWarning, match="1 samples gave nan or inf"):
+        values = validated(monitor, Linear(), DataLoader(x, 20))
+    power = x[x.isfinite()].double().square().mean()
+    estimate = loss_estimate(values["val/output_sensitivity"], power, 0.5, 4)
+    assert values["val/loss_estimate"] == pytest.approx(float(estimate), rel=1e-5)
+
+
 # When
 
 
