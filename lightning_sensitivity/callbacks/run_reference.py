@@ -165,8 +165,8 @@ class RunReference:
             own = self._own_part(trainer.lightning_module, kept)
         parts = gather_objects(trainer, own)
         if trainer.is_global_zero and None not in parts:
-            # An estimator may draw from the global streams of random numbers.
-            with self._reporter.report_failure(*failure), isolate_rng(include_cuda=False):
+            # An estimator may draw from the global streams of random numbers, also before it fails.
+            with isolate_rng(include_cuda=False), self._reporter.report_failure(*failure):
                 self._fit(parts)
         self.is_made = True
         self.verdict, self.unseen = trainer.strategy.broadcast((self.verdict, self.unseen))
