@@ -211,7 +211,7 @@ class RiskMonitor(ExpectationMonitor):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restore what was saved, if anything."""
-        state = checkpoint["callbacks"].get(self.state_key, {"history": []})
+        state = checkpoint["callbacks"].get(self.state_key, {"history": self.history})
         if "history" in state and all(row.keys() >= _KEYS for row in state["history"]):
             self.history = [dict(row) for row in state["history"]]
         else:
