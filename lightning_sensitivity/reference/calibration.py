@@ -155,7 +155,7 @@ def unexplained_share(predictions: object, labels: object) -> float:
         [0.0, 0.2]
     """
     q, y = as_tensor(predictions).cpu(), as_tensor(labels).cpu()
-    y = y.double() if y.ndim > 1 else y
+    y = y.double() if y.ndim > 1 else y.to(torch.promote_types(y.dtype, torch.uint8))  # no bools
     task = TASKS["binary" if num_outputs(q) == 1 else "multiclass"]
     task.check(q, y)
     q, y = task.as_matrix(q).double(), task.as_matrix(y, task.num_columns(tuple(q.shape[1:]))).double()

@@ -63,8 +63,8 @@ def test_it_grows_as_more_are_relabelled(seed: int, num_classes: int) -> None:
 def test_two_classes_may_be_the_probability_of_one(seed: int) -> None:
     predictions, labels = sample(2, seed)
     forms = (predictions, labels), (predictions[:, 1], labels), (predictions[:, 1:], labels[:, None].float())
-    expected, *others = (unexplained_share(*form) for form in forms)
-    assert others == [pytest.approx(expected)] * 2
+    expected, *others = (unexplained_share(*form) for form in (*forms, (predictions, labels == 1)))
+    assert others == [pytest.approx(expected)] * 3
 
 
 # Calibration
