@@ -15,7 +15,7 @@ from lightning_sensitivity.functional.tensors import are_close, are_log_probabil
 
 EXPECTED = "expected_"  # begins the names of what a RiskMonitor logs
 BLIND = (  # ends what is said of a reference
-    ", so nothing says when to stop. Callbacks that monitor this take the last epoch: label some validation samples "
+    ", so nothing says when to stop. Callbacks that monitor it take the last epoch: label some validation samples "
     "(`validation_labels=True`), or set `features=`."
 )
 _DEFAULTS = ("score", "accuracy", "auroc", "mse")  # by default; a task has not all of them
@@ -57,7 +57,7 @@ def _is_overridden(name: str, pl_module: LightningModule) -> bool:
 
 
 def check_monitored(trainer: Trainer, directions: Mapping[str, bool]) -> None:
-    """Refuse who monitors a name that will not be logged, or looks for the worst value.
+    """Refuse callbacks and schedulers that monitor a name that will not be logged, or look for the worst value.
 
     Args:
         trainer: The Trainer.

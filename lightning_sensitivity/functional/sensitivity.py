@@ -160,8 +160,8 @@ def output_sensitivity(clean: Numbers, noisy: Numbers, per_output: bool = False)
 
     Args:
         clean: Outputs f(x) before the softmax (logits), floating, shape ``(N, K, ...)``; a tensor or an
-            array. Dimensions after K (pixels, tokens) count as further changes of a sample; ``(N,)`` means K
-            = 1.
+            array. Dimensions after K (pixels, tokens) count as further changes of a sample; ``(N,)`` means
+            K = 1.
         noisy: Outputs f(x + ε) of the same shape, or a list with one such tensor per noise draw.
         per_output: Return the mean squared change of the single outputs instead, which also has a meaning for
             probabilities and for heads of two classes.

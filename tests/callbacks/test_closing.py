@@ -65,7 +65,7 @@ RIVAL = f"{REACH}: consider it, or the mean of both."
 LONGER = "It was still improving: train for longer."
 NONE = f"`{SCORE}` has no value to choose by: "
 LAST = (
-    ", so nothing says when to stop. Callbacks that monitor this take the last epoch: label some validation samples "
+    ", so nothing says when to stop. Callbacks that monitor it take the last epoch: label some validation samples "
     "(`validation_labels=True`), or set `features=`."
 )
 BLIND: dict[str, Any] = {"is_trusted": False, "unexplained": math.nan}
