@@ -12,6 +12,7 @@ from lightning_sensitivity.arguments import Refused, check_argument, refuse_on_e
 from lightning_sensitivity.functional.expected import metric_value
 from lightning_sensitivity.functional.tasks import Task
 from lightning_sensitivity.functional.tensors import are_close, are_log_probabilities, are_probabilities
+from lightning_sensitivity.model.batches import tensors_in
 
 EXPECTED = "expected_"  # begins the names of what a RiskMonitor logs
 BLIND = (  # ends what is said of a reference
@@ -19,6 +20,7 @@ BLIND = (  # ends what is said of a reference
     "(`validation_labels=True`), or set `features=`."
 )
 _DEFAULTS = ("score", "accuracy", "auroc", "mse")  # by default; a task has not all of them
+_FEWEST = 8  # labels that do not equal an input by chance
 _LIGHTNING_MODULES = ("lightning.pytorch.core.module", "pytorch_lightning.core.module")
 _MODES: dict[bool | None, str] = {True: "max", False: "min"}  # by whether the highest is the best
 _ROUNDING = 1e-3  # of shares that sum to 1
@@ -139,6 +141,21 @@ def check_targets(labels: Tensor, task: Task) -> None:
     if not task.has_classes and not labels.is_floating_point():
         advice = "leave `task='regression'` out if they are classes, make them floating if not"
         raise Refused(f"the targets of a regression are integers, {labels.dtype}: {advice}.", entry="task")
+
+
+def check_inputs(inputs: Mapping[str, object], labels: Tensor) -> None:
+    """Refuse inputs among which are the labels of a batch, from which a reference would know them.
+
+    Raises:
+        MisconfigurationException: If they are.
+    """
+    dense = (x for x in tensors_in(inputs) if x.layout == torch.strided and not x.is_nested)
+    are_equal = (x.shape == labels.shape and torch.equal(x.cpu().double(), labels.double()) for x in dense)
+    if labels.numel() == len(labels) >= _FEWEST and len(torch.unique(labels)) > 1 and any(are_equal):
+        raise Refused(
+            "the labels are among the inputs, where the reference would see them: leave them out of what `inputs=` "
+            "returns, or set `features=`."
+        )
 
 
 def check_metrics(metrics: Mapping[str, Metric] | MetricCollection) -> dict[str, Metric]:

@@ -13,6 +13,7 @@ from torchmetrics import Metric, MetricCollection
 from lightning_sensitivity.arguments import Selector, check_argument, check_bool, check_estimator
 from lightning_sensitivity.callbacks.checks import (
     check_class_shares,
+    check_inputs,
     check_metrics,
     check_monitored,
     check_targets,
@@ -277,6 +278,8 @@ class RiskMonitor(ExpectationMonitor):
         labels = self.reader.labels(module, batch, shape)
         check_count(labels, len(outputs))
         check_targets(labels, self.task)
+        if not self.reader.has_features:
+            check_inputs(call.inputs(), labels)
         num_columns = self.task.num_columns(shape)
         check_class_shares(self._class_shares, self.task, num_columns)
         if self._has_default:

@@ -73,8 +73,8 @@ class ModelCall:
         self.size = _num_samples(self.arguments)
 
     def inputs(self) -> dict[str, object]:
-        """Return the arguments, but for those that are named like labels."""
-        return {name: value for name, value in self.arguments.items() if name not in TARGET_NAMES}
+        """Return the arguments, but for those that are named like labels, also in a whole batch."""
+        return {name: _without_labels(value) for name, value in _without_labels(self.arguments).items()}
 
     def __str__(self) -> str:
         """Describe the arguments for an error message."""
@@ -154,6 +154,13 @@ class ModelCall:
                 entry="noise",
             )
         return floating[0]
+
+
+def _without_labels(value: Any) -> Any:
+    """Return a mapping without the entries that are named like labels, and all else as it is."""
+    if not isinstance(value, Mapping) or value.keys().isdisjoint(TARGET_NAMES):
+        return value
+    return {name: item for name, item in value.items() if name not in TARGET_NAMES}
 
 
 def _num_samples(arguments: Mapping[str, object]) -> int:

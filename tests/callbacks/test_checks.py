@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from sklearn.linear_model import Ridge
 from sklearn.svm import LinearSVC
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torchmetrics import SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -203,6 +204,22 @@ def test_a_metric_that_can_not_be_expected_is_refused_before_the_first_step(name
 def test_another_number_of_labels_than_of_samples_is_refused_before_the_first_step(options: Any) -> None:
     monitor = RiskMonitor(targets=lambda batch: batch[1][:2])
     assert "a label for each of 16 samples, got 2" in refused(monitor, Linear(), **options)
+
+
+@pytest.mark.parametrize("options", BEFORE)
+def test_labels_among_the_inputs_are_refused_before_the_first_step_unless_features_say_what_is_seen(
+    options: Any,
+) -> None:
+    class OfBatch(Linear):
+        def forward(self, batch: Any) -> Tensor:
+            return super().forward(batch[0])
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return cross_entropy(self(batch), batch[1])
+
+    selectors: Any = {"inputs": lambda batch: (batch,), "targets": lambda batch: batch[1]}
+    refused(RiskMonitor(**selectors), OfBatch(), match="the labels are among the inputs", **options)
+    fitted([quick_risk(features=lambda batch: batch[0], **selectors)], OfBatch(), **options)
 
 
 SHARES: dict[str, tuple[str, Any, str]] = {

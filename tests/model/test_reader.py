@@ -84,6 +84,11 @@ def test_a_graph_is_seen_by_features_alone() -> None:
     assert kept.size == 60 and torch.equal(kept.seen["columns"], X)
 
 
+def test_of_a_whole_batch_labels_are_not_seen() -> None:
+    reader, model = BatchReader(inputs=lambda batch: (batch,)), nn.ModuleDict()
+    assert torch.equal(reader.see(model, {"image": X, "label": Y}, size=60)["columns"], X)
+
+
 def kept_of(reader: BatchReader, batches: Any, num_wanted: int = 100) -> KeptSamples:
     samples = KeptSamples(num_wanted)
     for index, batch in enumerate(batches):
