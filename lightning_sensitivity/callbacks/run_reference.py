@@ -195,8 +195,12 @@ class RunReference:
         known = join_seen([part.known for part in parts if part.known])
         rows = self._finite_rows(known, "training samples")
         known, labels = of_rows(known, rows), labels[rows]
-        self.fitted = Reference(self._task.name, self._estimator).fit(known, labels.numpy())
-        verdict = Verdict.of(self.fitted)
+        fitted = Reference(self._task.name, self._estimator).fit(known, labels.numpy())
+        missing = (fitted.shares_ == 0).nonzero()[0]
+        if self._class_shares is not None and len(missing) > 0:
+            raise ValueError(f"`class_shares=` has class {missing[0]}, of which no training sample is kept")
+        self.fitted = fitted
+        verdict = Verdict.of(fitted)
         verdict.is_trusted = self.fitted.may_choose(self._reader.sees_all)
         if self._reader.has_features:
             verdict.features = "features"

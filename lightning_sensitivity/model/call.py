@@ -73,8 +73,9 @@ class ModelCall:
         self.size = _num_samples(self.arguments)
 
     def inputs(self) -> dict[str, object]:
-        """Return the arguments, but for those that are named like labels, also in a whole batch."""
-        return {name: _without_labels(value) for name, value in _without_labels(self.arguments).items()}
+        """Return the arguments, but for entries that are named like labels, also in a whole batch."""
+        arguments = _without_labels(self.arguments) if self.by_name else self.arguments
+        return {name: _without_labels(value) for name, value in arguments.items()}
 
     def __str__(self) -> str:
         """Describe the arguments for an error message."""

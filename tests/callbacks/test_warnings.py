@@ -88,6 +88,12 @@ def test_validation_samples_that_are_training_samples_are_said(name: str) -> Non
 # Training and validation differ
 
 
+def test_of_class_shares_with_a_class_that_training_lacks_nothing_is_expected() -> None:
+    texts = said(monitor := quick_risk(class_shares=[0.25] * 4), None, of(X[Y > 0], Y[Y > 0]), VAL)
+    assert len(texts) == 1 and "`class_shares=` has class 0, of which no training sample is kept" in texts[0]
+    assert monitor.summary["chosen_by"] == "nothing"
+
+
 UNDERSAMPLED = torch.cat([(Y == 0).nonzero()[:, 0], (Y > 0).nonzero()[:25, 0]])
 SHIFTED = inputs(90, seed=1) + torch.tensor([0.0] * 7 + [0.5] + [0.0] * 4)
 DIFFERENT: dict[str, tuple[Any, Any, dict[str, Any], str | None]] = {  # data, options, and what is said

@@ -89,6 +89,14 @@ def test_of_a_whole_batch_labels_are_not_seen() -> None:
     assert torch.equal(reader.see(model, {"image": X, "label": Y}, size=60)["columns"], X)
 
 
+def test_inputs_by_position_are_seen_whatever_their_names() -> None:
+    class Two(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return x + y
+
+    assert torch.equal(BatchReader().see(Two(), (X, X + 1, Y), size=60)["columns"], torch.cat([X, X + 1], 1))
+
+
 def kept_of(reader: BatchReader, batches: Any, num_wanted: int = 100) -> KeptSamples:
     samples = KeptSamples(num_wanted)
     for index, batch in enumerate(batches):

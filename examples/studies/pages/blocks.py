@@ -74,8 +74,11 @@ def judged() -> str:
     }
     found = [f"{{pretrained_{end}.expected_score_accuracy_lost:.1f}} by {label}" for end, label in judges.items()]
     return (
-        f"Judged so, a fine-tuned network lost, in points of accuracy, {', '.join(found)}; by never stopping "
-        "{pretrained.never_stop_accuracy_lost:.1f} ({pretrained.count} runs)."
+        f"Judged so, EfficientNet-Lite0, fine-tuned, lost, in points of accuracy, {', '.join(found)}; by never "
+        "stopping {pretrained.never_stop_accuracy_lost:.1f} ({pretrained.count} runs). A small ResNet lost "
+        "{tuned_body.expected_score_accuracy_lost:.1f} by its own body, "
+        "{tuned_lite0.expected_score_accuracy_lost:.1f} by EfficientNet-Lite0, and "
+        "{tuned.never_stop_accuracy_lost:.1f} by never stopping ({tuned.count} runs)."
     )
 
 
@@ -91,6 +94,10 @@ BLOCKS = {
     "README: photos": worth("photos", text=""),
     "README: texts": worth("texts", text=""),
     "README: signals": worth("signals", text=""),
+    "README: pretrained": "by a larger one, a ResNet "
+    + worth("tuned_lite0")
+    + "; Lite0 "
+    + worth("pretrained_lite2", text=""),
     "README: encoder": (
         "{photos_lite0.expected_score_accuracy_lost:.1f} (smaller) or {photos_lite2.expected_score_accuracy_lost:.1f} "
         "(larger) instead of {photos.never_stop_accuracy_lost:.1f} (may be chance)"

@@ -19,8 +19,8 @@ QUESTIONS = """
   [`SensitivityMonitor`](docs/guide/sensitivity.md) alone | |
 | Do you augment, and does the learning rate end at zero? |
   [Train to the end](docs/guide/stopping.md#schedules) | |
-| Is the network pretrained? | Train to the end; for the level, a stronger network as
-  [`features=`](docs/guide/encoders.md) | nothing |
+| Is the network pretrained? | Take a stronger one as [`features=`](docs/guide/encoders.md); without it, train to
+  the end | @pretrained@ |
 | Are positives few, or does AUROC or F1 count? | [Monitor](docs/guide/few_positives.md)
   `"val/expected_auroc"` or `"val/expected_f1"`, `mode="max"` | @few positives@ |
 | Can you spare hundreds of labels, of no large table? |
