@@ -5,6 +5,7 @@ from summaries import across, table
 
 __all__ = ["BLOCKS", "NAMES"]
 MAIN = {label: name for label, name in CLASSES.items() if name not in ("fifth", "rules", "redrawn", "correct")}
+TUNED = ("pretrained", "tuned", "minilm")  # have a table of their own
 SCORE = {"last epoch": "never_stop", "**expected score**": "expected_score", "a tenth held out": "tenth"}
 AUC = {
     "last epoch": "never_stop",
@@ -91,22 +92,15 @@ BLOCKS = {
         "tables: squared error {numbers.expected_score_loss_lost:.0f} % above the lowest instead of "
         "{numbers.never_stop_loss_lost:.0f} %{numbers.expected_score_loss_lost.minus[never_stop_loss_lost].chance}",
     ),
-    "README: photos": worth("photos", text=""),
     "README: texts": worth("texts", text=""),
-    "README: signals": worth("signals", text=""),
-    "README: pretrained": "by a larger one, a ResNet "
-    + worth("tuned_lite0")
-    + "; Lite0 "
-    + worth("pretrained_lite2", text=""),
-    "README: encoder": (
-        "{photos_lite0.expected_score_accuracy_lost:.1f} (smaller) or {photos_lite2.expected_score_accuracy_lost:.1f} "
-        "(larger) instead of {photos.never_stop_accuracy_lost:.1f} (may be chance)"
-    ),
+    "README: pretrained": "a ResNet " + worth("tuned_lite0") + "; Lite0 " + worth("pretrained_lite0", text=""),
+    "README: encoder": worth("photos_lite0"),
     "README: tenth of tables": (
         "{tables_held.gained.interval:.1f} points more test accuracy on tables ({tables_held.gained.count} runs)"
     ),
     "README: tenth, trained again": ("{tables_held.retrained_accuracy_lost.minus[expected_score_accuracy_lost]:.1f}"),
-    "README: tenth of large": "{large_held.gained:.1f} ({large_held.gained.count} runs)",
+    "README: tenth of large": "{large_held.gained:.1f}",
+    "README: tenth of texts": "{texts_held.gained:.1f}{texts_held.gained.chance}",
     "README: labels": (
         "photos: {photos.labels_600_combined_accuracy_lost:.1f} points lost instead of "
         "{photos.never_stop_accuracy_lost:.1f}"
@@ -124,7 +118,7 @@ BLOCKS = {
     ),
     "worth: accuracy": table(
         "accuracy lost, points",
-        counted(CLASSES),
+        counted({label: name for label, name in CLASSES.items() if not name.startswith(TUNED)}),
         across(SCORE, lost("COLUMN", "accuracy"))
         | {"difference [95 %]": difference("expected_score", "never_stop", "accuracy")},
     ),
@@ -148,7 +142,7 @@ BLOCKS = {
     ),
     "worth: the reference itself": table(
         "accuracy, %",
-        counted(MAIN),
+        counted({label: name for label, name in MAIN.items() if not name.endswith(("_body", "_lite2", "minilm"))}),
         {
             "last epoch": "{ROW.last_accuracy:.1f}",
             "chosen epoch": "{ROW.chosen_accuracy:.1f}",
@@ -218,13 +212,7 @@ was {photos_40.its_unexplained.percent:.0f} % where {photos_40.share:.0f} % were
     "worth: own body": judged(),
     "worth: pretrained": table(
         "accuracy lost, points",
-        counted(
-            {
-                label: name
-                for label, name in CLASSES.items()
-                if name.startswith(("photos", "pretrained", "tuned", "minilm"))
-            }
-        ),
+        counted({label: name for label, name in CLASSES.items() if name.startswith(("photos", *TUNED))}),
         across(SCORE, lost("COLUMN", "accuracy"))
         | {
             "difference [95 %]": difference("expected_score", "never_stop", "accuracy"),
@@ -255,8 +243,8 @@ and {texts.expected_score_accuracy_lost:.1f} on texts.""",
 
 Points of test accuracy lost against the best of 6 networks, each at its chosen epoch, on {alike.count} tables"""
     + (
-        "; on {photos_alike.count} sets of photos {photos_alike.expected_lost:.1f}, at random "
-        "{photos_alike.random_lost:.1f}"
+        "; on {photos_alike.count} sets of photos {photos_alike.expected_lost:.1f}, with an encoder "
+        "{photos_alike_lite0.expected_lost:.1f}, at random {photos_alike.random_lost:.1f}"
     )
     * bool(NAMES["photos_alike"].count)
     + ".",

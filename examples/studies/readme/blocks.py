@@ -9,7 +9,8 @@ WORTH = {name.removeprefix("README: "): text.strip() for name, text in PAGES["BL
 TENTH = """
 Taken without labels, from a training on all samples, the epoch reaches @tenth of tables@ than that of the lowest loss
 on a tenth, from a training on the rest (if that is trained again on all, @tenth, trained again@); on large ones
-@tenth of large@. On photos, texts and few positives the difference may be [chance](docs/guide/hold_out.md).
+@tenth of large@, on texts @tenth of texts@. On photos and few positives the difference may be
+[chance](docs/guide/hold_out.md).
 """
 QUESTIONS = """
 | ask, in this order | then | it was worth |
@@ -28,8 +29,9 @@ QUESTIONS = """
 | Are targets numbers, of any kind of data? | [`RiskMonitor("regression")`](docs/guide/regression.md) | @regression@ |
 | Is it a table? | [`RiskMonitor()`](docs/guide/data.md#tables) | @tables@; on large ones @large tables@ |
 | Is it images? | [`RiskMonitor(features=encoder)`](docs/guide/encoders.md); without one, train to the end |
-  photos @encoder@ |
-| Texts, signals? | [`RiskMonitor()`](docs/guide/data.md), or with an encoder | texts @texts@; signals @signals@ |
+  photos: @encoder@ |
+| Texts, signals? | [`RiskMonitor()`](docs/guide/data.md), or with an encoder |
+  texts @texts@; [signals](docs/guide/data.md#signals): may be chance |
 """.replace("\n  ", " ")
 SENTENCES = """
 **The level**: over all epochs, expected accuracy is @level@, on labels as noisy as yours.
