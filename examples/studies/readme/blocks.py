@@ -13,25 +13,26 @@ on a tenth, from a training on the rest (if that is trained again on all, @tenth
 [chance](docs/guide/hold_out.md).
 """
 QUESTIONS = """
-| ask, in this order | then | it was worth |
+| ask | then | it was worth |
 |---|---|---|
-| Did rules or a model make the labels? Is each pixel or token labelled? | **Not for you**: it can't see their errors.
+| Did rules or a model, not people, make the labels? Is each pixel or token labelled? |
+  **Not for you**: it can't see their errors.
   [Label some by hand](docs/guide/labels.md#rule-generated-labels), or take
   [`SensitivityMonitor`](docs/guide/sensitivity.md) alone | |
 | Do you augment, and does the learning rate end at zero? |
   [Train to the end](docs/guide/stopping.md#schedules) | |
 | Is the network pretrained? | Take a stronger one as [`features=`](docs/guide/encoders.md); without it, train to
   the end | @pretrained@ |
-| Are positives few, or does AUROC or F1 count? | [Monitor](docs/guide/few_positives.md)
+| Are positives few, or does AUROC or F1 count? | `RiskMonitor("binary")`; [monitor](docs/guide/few_positives.md)
   `"val/expected_auroc"` or `"val/expected_f1"`, `mode="max"` | @few positives@ |
-| Can you spare hundreds of labels, of no large table? |
-  [`RiskMonitor(validation_labels=True)`](docs/guide/labels.md) | @labels@ |
 | Are targets numbers, of any kind of data? | [`RiskMonitor("regression")`](docs/guide/regression.md) | @regression@ |
-| Is it a table? | [`RiskMonitor()`](docs/guide/data.md#tables) | @tables@; on large ones @large tables@ |
+| Is it a table? | [`RiskMonitor()`](docs/guide/data.md#tables) | @tables@; from 5,000 rows on @large tables@ |
 | Is it images? | [`RiskMonitor(features=encoder)`](docs/guide/encoders.md); without one, train to the end |
   photos: @encoder@ |
 | Texts, signals? | [`RiskMonitor()`](docs/guide/data.md), or with an encoder |
   texts @texts@; [signals](docs/guide/data.md#signals): may be chance |
+
+Can you spare hundreds of labels? Add [`validation_labels=True`](docs/guide/labels.md): @labels@.
 """.replace("\n  ", " ")
 SENTENCES = """
 **The level**: over all epochs, expected accuracy is @level@, on labels as noisy as yours.
