@@ -49,7 +49,7 @@ def encode(encoder: nn.Module, call: ModelCall, size: int, rows: Tensor | None, 
 
 def _encode(encoder: nn.Module, call: ModelCall, size: int) -> Tensor:
     """Run the network on those inputs that it names, or on the only one, and find the features."""
-    inputs = apply_to_collection(call.inputs(), Tensor, partial(_cast, encoder))
+    inputs = apply_to_collection(call.inputs(), Tensor, partial(cast, encoder))
     names = parameters_of(encoder)
     if not call.by_name or (len(inputs) == 1 and names.keys().isdisjoint(inputs)):
         result = encoder(*inputs.values())
@@ -61,9 +61,9 @@ def _encode(encoder: nn.Module, call: ModelCall, size: int) -> Tensor:
     return features.float()[:, None].flatten(1).cpu()
 
 
-def _cast(encoder: nn.Module, x: Tensor) -> Tensor:
-    """Give numbers the precision of the network, since a Trainer may have changed it."""
-    dtypes = (weight.dtype for weight in encoder.parameters() if weight.is_floating_point())
+def cast(network: nn.Module, x: Tensor) -> Tensor:
+    """Give numbers the precision of a network, since a Trainer may have changed it."""
+    dtypes = (weight.dtype for weight in network.parameters() if weight.is_floating_point())
     return x.to(next(dtypes, x.dtype)) if x.is_floating_point() else x
 
 

@@ -2,11 +2,13 @@
 
 import math
 import sys
+from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import move_data_to_device
+from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_sensitivity.arguments import Refused, Selector, check_selectors, describe, refuse_on_error
@@ -14,11 +16,13 @@ from lightning_sensitivity.compat import original_module
 from lightning_sensitivity.functional.tasks import TASKS, Task
 from lightning_sensitivity.model.batches import choose_rows, clone_tensors, device_of
 from lightning_sensitivity.model.call import ModelCall, has_targets, select_targets
-from lightning_sensitivity.model.encoder import MAX_ENCODED, check_encoder, encode
+from lightning_sensitivity.model.encoder import MAX_ENCODED, cast, check_encoder, encode
 from lightning_sensitivity.model.inputs import InputReader, join_seen
 from lightning_sensitivity.model.isolation import isolated
 from lightning_sensitivity.model.samples import KeptBatch, KeptRows, KeptSamples
 from lightning_sensitivity.reference.features import Seen
+
+_TRUE = {torch.float16, torch.bfloat16, torch.float64}  # to which a Trainer converts a model and its batches
 
 
 class BatchReader:
@@ -232,8 +236,13 @@ class BatchReader:
 
 
 def move_batch(model: nn.Module, batch: object) -> Any:
-    """Copy a batch that came from no Trainer to the device of a model, by the hooks of a LightningModule."""
+    """Copy a batch that came from no Trainer to the device of a model, by the hooks of a LightningModule.
+
+    Numbers get the precision of the model, as a Trainer gives them with ``precision="bf16-true"``.
+    """
     module, batch, device = original_module(model), clone_tensors(batch), device_of(model)
+    if any(weight.dtype in _TRUE for weight in model.parameters()):
+        batch = apply_to_collection(batch, Tensor, partial(cast, model))
     if not isinstance(module, LightningModule):
         return move_data_to_device(batch, device)
 

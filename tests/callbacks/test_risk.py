@@ -207,8 +207,14 @@ def test_a_step_that_writes_to_its_batch_changes_nothing_also_to_all_of_the_data
 
 def test_precisions_give_nearly_the_same() -> None:
     data, precisions = (loader(50), unlabelled(50, seed=1)), ("32-true", "bf16-mixed", "bf16-true", "64-true")
-    found = [logged(fitted(quick_risk(), Classifier(0.0), *data, precision=each), SCORE) for each in precisions]
+    found, predicted = [], []
+    for each in precisions:
+        run = fitted(monitor := quick_risk(), model := Classifier(0.0), *data, precision=each)
+        found.append(logged(run, SCORE))
+        predicted.append(monitor.predict(model, data[1]).mean)
     assert found[1:] == [pytest.approx(found[0], rel=0.05)] * 3
+    for each in predicted[1:]:
+        torch.testing.assert_close(each, predicted[0], rtol=0, atol=0.02, check_dtype=False)
 
 
 def test_each_of_several_loaders_has_values_under_lightnings_names() -> None:

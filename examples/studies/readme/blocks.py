@@ -7,10 +7,10 @@ PAGES = runpy.run_path(str(Path(__file__).parents[1] / "pages" / "blocks.py"))
 NAMES = PAGES["NAMES"]
 WORTH = {name.removeprefix("README: "): text.strip() for name, text in PAGES["BLOCKS"].items()}
 TENTH = """
-Taken without labels, from a training on all samples, the epoch reaches @tenth of tables@ than that of the lowest loss
-on a tenth, from a training on the rest (if that is trained again on all, @tenth, trained again@); on large ones
-@tenth of large@, on texts @tenth of texts@. On photos and few positives the difference may be
-[chance](docs/guide/hold_out.md).
+On @tenth of tables@, training on all samples and choosing the epoch without labels reached @tenth gained@ points more
+test accuracy than training on nine tenths and choosing by the lowest loss on the rest (@tenth, trained again@, if then
+trained again on all); on large ones @tenth of large@, on texts @tenth of texts@. On photos and few positives the
+difference may be [chance](docs/guide/hold_out.md).
 """
 QUESTIONS = """
 | ask | then | it was worth |
