@@ -261,11 +261,12 @@ class RiskMonitor(ExpectationMonitor):
             with self.reporter.report_failure("can't read the first training batch", "Nothing is expected."):
                 self._start(trainer, pl_module, batch)
             check_monitored(trainer, {self.prefix + name: each for name, each in self.directions.items()})
-        with (
-            self.reporter.report_failure("could not keep a training batch", "It is left out."),
-            trainer.precision_plugin.val_step_context(),
-        ):
-            self._reference.add(trainer, pl_module, batch, batch_idx)
+        if self._reference.is_keeping:
+            with (
+                self.reporter.report_failure("could not keep a training batch", "It is left out."),
+                trainer.precision_plugin.val_step_context(),
+            ):
+                self._reference.add(trainer, pl_module, batch, batch_idx)
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     def _start(self, trainer: Trainer, module: LightningModule, batch: object) -> None:

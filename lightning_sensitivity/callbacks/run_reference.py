@@ -129,10 +129,14 @@ class RunReference:
 
     # Training samples
 
+    @property
+    def is_keeping(self) -> bool:
+        """Whether training samples are still kept; not before outputs are known, and not once it is made."""
+        return not self.is_made and self.output_shape is not None
+
     def add(self, trainer: Trainer, module: LightningModule, batch: object, batch_idx: int) -> None:
         """Keep the labelled samples of a training batch, in the first whole epoch."""
-        if self.is_made or self.output_shape is None:
-            return
+        assert self.output_shape is not None
         if batch_idx == 0:
             self._begin_epoch(trainer, self._task.num_columns(self.output_shape))
         if self._rows is not None and not self._rows.is_complete:
@@ -201,7 +205,7 @@ class RunReference:
             raise ValueError(f"`class_shares=` has class {missing[0]}, of which no training sample is kept")
         self.fitted = fitted
         verdict = Verdict.of(fitted)
-        verdict.is_trusted = self.fitted.may_choose(self._reader.sees_all)
+        verdict.is_trusted = fitted.may_choose(self._reader.sees_all)
         if self._reader.has_features:
             verdict.features = "features"
         self._warn_of_unread()
