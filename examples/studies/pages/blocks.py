@@ -5,7 +5,7 @@ from summaries import across, table
 
 __all__ = ["BLOCKS", "NAMES"]
 MAIN = {label: name for label, name in CLASSES.items() if name not in ("fifth", "rules", "redrawn", "correct")}
-TUNED = ("pretrained", "tuned", "minilm")  # have a table of their own
+TUNED = ("pretrained", "tuned", "minilm")  # are told in the guide to encoders, and in the report
 SCORE = {"last epoch": "never_stop", "**expected score**": "expected_score", "a tenth held out": "tenth"}
 AUC = {
     "last epoch": "never_stop",
@@ -209,17 +209,6 @@ been redrawn at random, and {as_they_are.its_unexplained.percent:.0f} % where no
 was {photos_40.its_unexplained.percent:.0f} % where {photos_40.share:.0f} % were wrong, and
 {photos_9.its_unexplained.percent:.0f} % where {photos_9.share:.0f} % were.""",
     "worth: own body": judged(),
-    "worth: pretrained": table(
-        "accuracy lost, points",
-        counted({label: name for label, name in CLASSES.items() if name.startswith(("photos", *TUNED))}),
-        across(SCORE, lost("COLUMN", "accuracy"))
-        | {
-            "difference [95 %]": difference("expected_score", "never_stop", "accuracy"),
-            "level, points off": "{ROW.level_error:.1f}",
-            "the network, the judge": "{ROW.chosen_accuracy:.0f} %, {ROW.reference_accuracy:.0f} %",
-            "mean of both": "{ROW.mean_accuracy:.0f} %",
-        },
-    ),
     "worth: labels": table(
         "accuracy lost, points",
         LABELS,
