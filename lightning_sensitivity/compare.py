@@ -122,6 +122,9 @@ def compare_models(
     found = {name: _run(name, model, batches, reader, rules) for name, model in models.items()}
     shapes = {name: tuple(each.shape) for name, each in found.items()}
     check_argument("models", shapes, len({*shapes.values()}) == 1, "models with outputs of the same shape")
+    names = {name: _seen_names(model, batches[0], reader) for name, model in models.items()}
+    if features is None and len({*names.values()}) > 1:
+        raise Refused(f"models get different inputs, {names}: set `features=`, which says what the reference sees.")
     p = torch.stack([rules.predictions(each).double() for each in found.values()])
     judge = _Judge(next(iter(models.values())), next(iter(shapes.values()))[1:], batches, reader, rules)
     values = judge.values(p, training, reference, validation_labels)
@@ -132,6 +135,12 @@ def _are_models(models: object) -> bool:
     if not isinstance(models, Mapping) or len(models) < 2:
         return False
     return all(isinstance(model, nn.Module) for model in models.values())
+
+
+def _seen_names(model: nn.Module, batch: object, reader: BatchReader) -> tuple[str, ...]:
+    """Name the inputs of a model, or count them, if they are given by position."""
+    call = reader.call(model, move_batch(model, batch))
+    return tuple(call.inputs()) if call.by_name else tuple(map(str, range(len(call.inputs()))))
 
 
 def _run(name: str, model: nn.Module, batches: Sequence[object], reader: BatchReader, task: Task) -> Tensor:

@@ -11,7 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lightning_sensitivity import compat
-from lightning_sensitivity.arguments import check_argument, check_bool, check_int
+from lightning_sensitivity.arguments import Refused, check_argument, check_bool, check_int
 from lightning_sensitivity.callbacks.checks import callbacks_that_monitor, check_repeatable, check_run
 from lightning_sensitivity.callbacks.first_step import FirstStep
 from lightning_sensitivity.callbacks.processes import agree, gather_rows
@@ -236,6 +236,13 @@ class Monitor(Callback, ABC):
         """Refuse a model that can't be measured, by two passes over a batch, and return the outputs."""
         outputs: Tensor = run(call)
         check_repeatable(outputs, run(call))
+        if len(outputs) < call.size:
+            raise Refused(
+                f"the inputs have {call.size} rows, of which some were chosen as samples, and there are {len(outputs)} "
+                "outputs: put samples first, `inputs=lambda batch: batch[0].transpose(0, 1)`, and transpose them back "
+                "in `forward`.",
+                "arguments",
+            )
         self.check_outputs(outputs)
         return outputs
 

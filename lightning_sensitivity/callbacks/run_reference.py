@@ -87,7 +87,7 @@ class _Part:
 
     known: Seen
     labels: Tensor
-    unseen: dict[int, Seen]
+    unseen: dict[int, Seen | None]  # by loader; None where that can't be read
 
 
 class RunReference:
@@ -186,7 +186,12 @@ class RunReference:
         known, labels = Seen(), torch.zeros(0, self._rows.num_columns)
         if self._rows.size > 0:
             known, labels = self._rows.joined()
-        unseen = {samples.dataloader_idx: self._reader.join(module, samples) for samples in kept if samples.size > 0}
+        unseen: dict[int, Seen | None] = {samples.dataloader_idx: None for samples in kept if samples.size > 0}
+        for samples in kept:
+            if samples.size > 0:
+                what = f"expects nothing of dataloader {samples.dataloader_idx}"
+                with self._reporter.report_failure(what, "Set `features=`."):
+                    unseen[samples.dataloader_idx] = self._reader.join(module, samples)
         return _Part(known, labels, unseen)
 
     def _fit(self, parts: Sequence[_Part]) -> None:
@@ -201,7 +206,8 @@ class RunReference:
         known, labels = of_rows(known, rows), labels[rows]
         fitted = Reference(self._task.name, self._estimator).fit(known, labels.numpy())
         missing = (fitted.shares_ == 0).nonzero()[0]
-        if self._class_shares is not None and len(missing) > 0:
+        is_known = self._class_shares is not None and not isinstance(self._class_shares, str)
+        if is_known and len(missing) > 0:
             raise ValueError(f"`class_shares=` has class {missing[0]}, of which no training sample is kept")
         self.fitted = fitted
         verdict = Verdict.of(fitted)
@@ -217,9 +223,11 @@ class RunReference:
         found: dict[int, Unseen] = {}
         places = projection(known)
         for index in sorted({index for part in parts for index in part.unseen}):
+            seen = [part.unseen[index] for part in parts if index in part.unseen]
+            if None in seen:  # which has been said where it happened
+                continue
             with self._reporter.report_failure(f"expects nothing of dataloader {index}", "Set `features=`."):
-                seen = join_seen([part.unseen[index] for part in parts if index in part.unseen])
-                found[index] = self._predict(index, known, places, seen)
+                found[index] = self._predict(index, known, places, join_seen([each for each in seen if each]))
         return found
 
     def _finite_rows(self, seen: Seen, what: str) -> Tensor:

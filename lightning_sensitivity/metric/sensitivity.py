@@ -72,6 +72,7 @@ class OutputSensitivity(DoublePrecisionMetric):
         self._all_rows = torch.empty(0)  # over all processes, as of the last `compute`
         self.rows: list[Tensor] | Tensor = []  # one tensor while it is synchronized
         self.add_state("rows", default=[], dist_reduce_fx="cat")
+        self._has_looked = False  # `forward` resets the number of updates
         self.reset()
 
     def reset(self) -> None:
@@ -91,7 +92,7 @@ class OutputSensitivity(DoublePrecisionMetric):
         """Raise TypeError for labels in place of outputs, which a `MetricCollection` passes by position."""
         if not isinstance(noisy, Tensor) or noisy.numel() == 0:
             return
-        is_first = self.update_count == 1  # looking at numbers waits for the device
+        is_first, self._has_looked = not self._has_looked, True  # looking at numbers waits for the device
         if not noisy.is_floating_point() or (is_first and bool((noisy == noisy.square()).all() and noisy.any())):
             raise TypeError(
                 f"Expected `noisy` to be a floating tensor of outputs (logits), but got labels, {noisy.dtype}. Update "

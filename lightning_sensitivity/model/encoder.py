@@ -23,6 +23,13 @@ def check_encoder(encoder: nn.Module, model: nn.Module) -> None:
     trained = {weight for weight in model.parameters() if weight.requires_grad}
     if not trained.isdisjoint(encoder.parameters()):
         raise Refused("`features` is trained with the network: pass a copy, `copy.deepcopy(body)`.", "features")
+    shared = {*model.modules()}.intersection(encoder.modules())
+    if any(module.training and next(module.buffers(recurse=False), None) is not None for module in shared):
+        raise Refused(
+            "`features` has buffers, such as those of batch norm, that change as the network is trained: pass a copy, "
+            "`copy.deepcopy(body)`, or call `body.eval()` in `on_train_epoch_start`.",
+            "features",
+        )
 
 
 def encode(encoder: nn.Module, call: ModelCall, size: int, rows: Tensor | None, device: torch.device) -> Tensor:

@@ -170,7 +170,8 @@ class KeptRows:
         self._num_processes = num_processes
         self.num_to_read = max_read // num_processes
         self._num_batches = num_batches if math.isfinite(num_batches) else 0
-        self._num_expected = 0.0  # samples, by the size of the first batch
+        self._num_calls = 0
+        self._num_expected = 0.0  # samples, by the mean size of batches so far
         self._max_rows = min(self.num_to_read, max_samples(["columns"], num_columns) // num_processes)
         self._chosen = torch.zeros(0, dtype=torch.float64)  # priorities of rows that are being read
         self._parts: list[_Rows] = []
@@ -188,8 +189,9 @@ class KeptRows:
     def wanted(self, num_samples: int) -> Tensor:
         """Return which of the next samples to read, ``(R,)``; if there are some, :meth:`add` takes them."""
         priorities = _priority(torch.arange(self.num_seen, self.num_seen + num_samples, dtype=torch.float64))
-        self._num_expected = self._num_expected or num_samples * self._num_batches
+        self._num_calls += 1
         self.num_seen += num_samples
+        self._num_expected = self.num_seen * self._num_batches / self._num_calls
         rows = (priorities < self._limit).nonzero()[: self.num_to_read, 0]
         self.num_to_read -= len(rows)
         self._chosen = priorities[rows]

@@ -74,6 +74,22 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         self.task = task
         self.estimator = estimator
 
+    @property
+    def _estimator_type(self) -> str:
+        """What scikit-learn stratifies folds by, before 1.6."""
+        return "classifier" if find_task(self.task).has_classes else "regressor"
+
+    def __sklearn_tags__(self) -> Any:
+        """Say what it is, from scikit-learn 1.6 on."""
+        from sklearn.utils import ClassifierTags, RegressorTags
+
+        tags = super().__sklearn_tags__()
+        tags.estimator_type = self._estimator_type
+        is_classifier = tags.estimator_type == "classifier"
+        tags.classifier_tags = ClassifierTags() if is_classifier else None
+        tags.regressor_tags = None if is_classifier else RegressorTags()
+        return tags
+
     def fit(self, x: Samples, y: Array) -> "Reference":
         """Fit a small model to training labels, and predict each of them without it.
 
