@@ -78,7 +78,7 @@ class ExpectationMonitor(Monitor):
 
     def keep(self, module: LightningModule, batch: object, batch_idx: int, samples: KeptSamples) -> None:
         """Keep a validation batch, with its labels if they are wanted."""
-        kept = self.reader.keep(module, batch, batch_idx, samples.num_wanted)
+        kept = self.reader.keep(module, batch, batch_idx, samples.num_wanted, samples.max_bytes)
         if self.validation_labels and self.reader.may_have_labels(module, batch):
             try:
                 kept.labels = self.reader.kept_labels(module, batch, kept, self._reference.output_shape)
@@ -95,10 +95,11 @@ class ExpectationMonitor(Monitor):
         if self._reference.output_shape is None:  # a sanity check, which logs nothing
             return tuple(run(batch.call.to(module.device)) for batch in samples.batches)
         num_columns = self.task.num_columns(self._reference.output_shape)
-        outputs, labels = [torch.zeros(0, num_columns)], [torch.zeros(0, num_columns)]
+        empty = torch.zeros(0, num_columns, dtype=torch.float32)  # a Trainer's precision changes the default
+        outputs, labels = [empty], [empty]
         for batch in samples.batches:
             outputs.append(self.task.as_outputs(run(batch.call.to(module.device)).float().cpu()))
-            y = torch.full((batch.size, num_columns), math.nan)
+            y = torch.full((batch.size, num_columns), math.nan, dtype=torch.float32)
             if batch.labels is not None:
                 counts = self.task.has_label(batch.labels)
                 y[counts] = self.task.as_matrix(batch.labels, num_columns).float()[counts]
@@ -114,7 +115,7 @@ class ExpectationMonitor(Monitor):
     def compute_values(self, trainer: Trainer, dataloader_idx: int, *rows: Tensor) -> Values:
         """Compute what to expect on a loader, over all processes."""
         outputs, labels = rows
-        has_label, is_finite = ~labels.isnan().any(1), outputs.isfinite().all(1)
+        has_label, is_finite = ~labels.isnan().any(1), self._is_finite(outputs)
         self._warn_of_samples(dataloader_idx, outputs, has_label)
         if len(outputs) > 0 and not bool(is_finite.any()):
             return dict.fromkeys(self.names, math.nan)
@@ -131,6 +132,10 @@ class ExpectationMonitor(Monitor):
         reference = None if unseen is None else unseen.score
         return named | {"temperature": found["temperature"], "num_labels": num_labels, "reference": reference}
 
+    def _is_finite(self, outputs: Tensor) -> Tensor:
+        """Return which samples have finite predictions, ``(N,)``; a logit of -inf masks a class."""
+        return self.task.predictions(outputs).isfinite().all(1)
+
     def _by_labels(self, outputs: Tensor, y: Tensor) -> dict[str, float]:
         """Compute the values by labels, of which there may be none."""
         drawn = self.task.classes(y) if self.task.has_classes else y
@@ -139,7 +144,7 @@ class ExpectationMonitor(Monitor):
     def _expect(self, dataloader_idx: int, outputs: Tensor, unseen: Unseen) -> dict[str, float]:
         """Compute what to expect by labels that were drawn once from the predictions of the reference."""
         outputs = outputs[unseen.rows]
-        is_finite = outputs.isfinite().all(1)
+        is_finite = self._is_finite(outputs)
         outputs, q, draws = outputs[is_finite], unseen.q[is_finite], unseen.draws[:, is_finite]
         expected = all_values(outputs, q, draws, self.metrics, self.task)
         if dataloader_idx == 0 and not self.task.has_classes:
@@ -178,7 +183,7 @@ class ExpectationMonitor(Monitor):
             self.reporter.warn("targets", message)
 
     def _warn_of_samples(self, dataloader_idx: int, outputs: Tensor, has_label: Tensor) -> None:
-        where, is_finite = f"dataloader {dataloader_idx}", outputs.isfinite().all(1)
+        where, is_finite = f"dataloader {dataloader_idx}", self._is_finite(outputs)
         if self.task.has_classes and may_be_probabilities(outputs[is_finite]):
             self.warn_of_probabilities()
         num_non_finite = int((~is_finite).sum())

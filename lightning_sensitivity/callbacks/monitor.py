@@ -94,7 +94,7 @@ class Monitor(Callback, ABC):
 
     def keep(self, module: LightningModule, batch: object, batch_idx: int, samples: KeptSamples) -> None:
         """Keep a validation batch."""
-        samples.add(self.reader.keep(module, batch, batch_idx, samples.num_wanted))
+        samples.add(self.reader.keep(module, batch, batch_idx, samples.num_wanted, samples.max_bytes))
 
     # Before a run
 
@@ -312,7 +312,7 @@ class Monitor(Callback, ABC):
             if name == logged_name and bound is not None:
                 value = nearer(value, bound)
         gain = (1 - _BETTER**self._num_incomplete) * abs(value)
-        return torch.tensor(value + gain if is_highest else value - gain)
+        return torch.tensor(value + gain if is_highest else value - gain, dtype=torch.float32)  # inf in 16 bits
 
     def _warn_of_few_samples(self, trainer: Trainer, dataloader_idx: int, size: int) -> None:
         """Warn of a loader that has few samples in all processes."""

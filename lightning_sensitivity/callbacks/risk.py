@@ -213,8 +213,9 @@ class RiskMonitor(ExpectationMonitor):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restore what was saved, if anything."""
         state = checkpoint["callbacks"].get(self.state_key, {"history": self.history})
-        if "history" in state and all(row.keys() >= _KEYS for row in state["history"]):
-            self.history = [dict(row) for row in state["history"]]
+        rows = state.get("history") if isinstance(state, Mapping) else None
+        if isinstance(rows, list) and all(isinstance(row, Mapping) and row.keys() >= _KEYS for row in rows):
+            self.history = [dict(row) for row in rows]
         else:
             self.reporter.warn("checkpoint", "leaves its state in the checkpoint alone: another version has saved it.")
 

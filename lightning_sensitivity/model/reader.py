@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_sensitivity.arguments import Refused, Selector, check_selectors, describe, refuse_on_error
 from lightning_sensitivity.compat import original_module
 from lightning_sensitivity.functional.tasks import TASKS, Task
-from lightning_sensitivity.model.batches import choose_rows, clone_tensors, device_of
+from lightning_sensitivity.model.batches import choose_rows, clone_tensors, device_of, tensors_in
 from lightning_sensitivity.model.call import ModelCall, has_targets, select_targets
 from lightning_sensitivity.model.encoder import MAX_ENCODED, cast, check_encoder, encode
 from lightning_sensitivity.model.inputs import InputReader, join_seen
@@ -167,7 +167,9 @@ class BatchReader:
 
     # Validation samples
 
-    def keep(self, model: nn.Module, batch: object, index: int, max_samples: float = math.inf) -> KeptBatch:
+    def keep(
+        self, model: nn.Module, batch: object, index: int, max_samples: float = math.inf, max_bytes: float = math.inf
+    ) -> KeptBatch:
         """Copy a batch to the CPU, so that it can be run again.
 
         Args:
@@ -180,7 +182,8 @@ class BatchReader:
             MisconfigurationException: If it can't be read.
         """
         whole = self.call(model, batch)
-        rows = whole.spread(max_samples)
+        per_sample = sum(x.numel() * x.element_size() for x in tensors_in(whole.arguments)) / max(1, whole.size)
+        rows = whole.spread(max(1, min(max_samples, max_bytes // max(1, per_sample))))
         call = whole if rows is None else whole.of_rows(rows)
         kept = KeptBatch(index, self.size(model, call), call.copy_to_cpu(), rows=rows)
         if self._features is not None:  # all else can be found in the call

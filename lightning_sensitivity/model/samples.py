@@ -88,7 +88,7 @@ class KeptSamples:
         self.is_truncated = False
         self._by_priority: list[KeptBatch] = []
         self.num_wanted = num_wanted
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
         self._num_bytes = 0
         self._threshold = 1.0
 
@@ -108,7 +108,7 @@ class KeptSamples:
         insort(self._by_priority, batch, key=lambda each: _priority(each.index))
         self.size += batch.size
         self._num_bytes += batch.num_bytes
-        while self._num_bytes > self._max_bytes and len(self._by_priority) > 1:
+        while self._num_bytes > self.max_bytes and len(self._by_priority) > 1:
             self.is_truncated = True
             self._drop_last()
         while self.size - self._by_priority[-1].size >= self.num_wanted:
