@@ -13,9 +13,9 @@ from lightning_sensitivity.arguments import Refused, Selector, check_argument, c
 from lightning_sensitivity.functional.expected import METRIC_WORTH
 from lightning_sensitivity.functional.tasks import TASK_NAMES, TASKS, Task
 from lightning_sensitivity.functional.tensors import look_like_probabilities
-from lightning_sensitivity.model.inputs import join_seen
 from lightning_sensitivity.model.isolation import isolated
 from lightning_sensitivity.model.reader import BatchReader, move_batch
+from lightning_sensitivity.reference.kinds import join_seen
 from lightning_sensitivity.reference.observations import projection, repeated_share
 
 _QUANTILE = 1.96  # of the normal distribution, for 95 %

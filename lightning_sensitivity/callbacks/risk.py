@@ -24,9 +24,9 @@ from lightning_sensitivity.callbacks.expectation import ExpectationMonitor
 from lightning_sensitivity.compat import PlotType
 from lightning_sensitivity.functional.expected import default_metrics
 from lightning_sensitivity.functional.tasks import TASK_NAMES, TASKS
-from lightning_sensitivity.model.inputs import join_seen
 from lightning_sensitivity.model.isolation import isolated
 from lightning_sensitivity.model.reader import BatchReader, check_count, move_batch
+from lightning_sensitivity.reference.kinds import join_seen
 
 _KEYS = {"epoch", "step", "dataloader_idx", "reference", "num_labels"}  # of each row of the history
 

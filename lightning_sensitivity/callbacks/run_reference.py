@@ -14,11 +14,10 @@ from lightning_sensitivity.callbacks.processes import agree, gather_objects
 from lightning_sensitivity.callbacks.reporter import Reporter
 from lightning_sensitivity.functional.expected import draw_labels
 from lightning_sensitivity.functional.tasks import Task
-from lightning_sensitivity.model.inputs import are_finite, join_seen
 from lightning_sensitivity.model.reader import BatchReader
 from lightning_sensitivity.model.samples import KeptRows, KeptSamples
 from lightning_sensitivity.reference.calibration import estimate_class_shares, reweigh
-from lightning_sensitivity.reference.features import Seen, of_rows
+from lightning_sensitivity.reference.kinds import Seen, are_finite, join_seen, of_rows
 from lightning_sensitivity.reference.observations import largest_difference, projection, repeated_share
 
 _SORTED = 5.0  # standard errors between the labels of two halves

@@ -1,15 +1,13 @@
 """What a reference sees of the inputs of a model: columns, images, signals and texts, side by side."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from lightning_sensitivity.model.batches import choose_rows, tensors_in
-from lightning_sensitivity.reference.features import Seen, fit_size, kind_of, shrunk
+from lightning_sensitivity.reference.kinds import KINDS, Seen, kind_of
 
 _MAX_DIMENSIONS = 4  # those of images
 _MASK = "attention_mask"  # in transformers, where tokens are, and not padding
@@ -17,7 +15,6 @@ _NO_INPUTS = re.compile("mask|position_ids|token_type_ids")
 _CONSTANTS = (Tensor, bool, int, float, str, type(None))  # tensors without rows; others hold something
 _MANY = 1000  # values of a column of integers, from which on they are names, and no categories
 _MIN_WORDS = 4  # of a text beside numbers
-_SHIFT = 10**6  # from the words of a text to those of the next one
 
 
 class InputReader:
@@ -53,7 +50,7 @@ class InputReader:
         for place, (name, x) in enumerate(inputs):
             kind, values = self._read(place, name, x, masks.get(x.shape), has_numbers)
             found.setdefault(kind, []).append(values.cpu())
-        return {kind: _side_by_side(kind, parts) for kind, parts in found.items()}
+        return {kind: KINDS[kind].beside(parts) for kind, parts in found.items()}
 
     def _tensors(self, named: Mapping[str, object], size: int) -> Iterator[tuple[str, Tensor]]:
         """List the tensors that can be read, each with its name, and remember the names of other inputs."""
@@ -67,7 +64,8 @@ class InputReader:
     def _read(self, place: int, name: str, x: Tensor, mask: Tensor | None, has_numbers: bool) -> tuple[str, Tensor]:
         """Return the kind of an input, and what is seen of it."""
         if x.ndim > 2 or x.is_floating_point():
-            return kind_of(x), shrunk(x).detach().float()
+            kind = kind_of(x)
+            return kind, KINDS[kind].shrunk(x).detach().float()
         if _are_integers(x) and (mask is not None or not has_numbers or self._is_text(place, x)):
             return "tokens", x.long() if mask is None else x.long().where(mask > 0, -1)  # 8 bits have no -1
         return "columns", self._categories(place, name, x[:, None].flatten(1).cpu().long())
@@ -99,39 +97,3 @@ def _has_rows(x: Tensor, size: int) -> bool:
 def _are_integers(x: Tensor) -> bool:
     """Return whether a tensor is a matrix of integers."""
     return x.ndim == 2 and not x.is_floating_point() and x.dtype != torch.bool
-
-
-def _side_by_side(kind: str, parts: list[Tensor]) -> Tensor:
-    """Return several inputs of one kind as one; images as channels, and words of another text as other words."""
-    if kind == "tokens":
-        parts = [ids.where(ids < 0, ids + _SHIFT * place) for place, ids in enumerate(parts)]
-    return torch.cat([fit_size(x[:, None] if x.ndim == 1 else x, parts[0].shape) for x in parts], 1)
-
-
-def join_seen(parts: Sequence[Seen]) -> Seen:
-    """Concatenate what a reference sees of several batches.
-
-    Token ids are padded to the longest by -1, and signals by 0; images get the size of the largest.
-
-    Raises:
-        ValueError: If it sees nothing, or batches have other kinds of inputs, or other columns or channels.
-    """
-    if not all(parts):
-        raise ValueError("Inputs are neither dense numbers nor token ids, with a row for each sample")
-    if len({tuple(part) for part in parts}) > 1:
-        raise ValueError("Inputs of several batches are of different kinds")
-    return {kind: _join(kind, [part[kind] for part in parts]) for kind in parts[0]}
-
-
-def _join(kind: str, parts: Sequence[Tensor]) -> Tensor:
-    if kind == "tokens":
-        return pad_sequence([*chain(*parts)], batch_first=True, padding_value=-1)
-    if len({x.shape[1] for x in parts}) > 1:
-        raise ValueError("Inputs of several batches have different sizes")
-    largest = max((x.shape for x in parts), key=lambda shape: shape[2:])
-    return torch.cat([fit_size(x, largest) for x in parts])
-
-
-def are_finite(seen: Seen) -> Tensor:
-    """Return which samples have neither nan nor inf, ``(N,)``."""
-    return torch.stack([x[:, None].flatten(1).isfinite().all(1) for x in seen.values()]).all(0)

@@ -17,10 +17,10 @@ from lightning_sensitivity.functional.tasks import TASKS, Task
 from lightning_sensitivity.model.batches import choose_rows, clone_tensors, device_of, tensors_in
 from lightning_sensitivity.model.call import ModelCall, has_targets, select_targets
 from lightning_sensitivity.model.encoder import MAX_ENCODED, cast, check_encoder, encode
-from lightning_sensitivity.model.inputs import InputReader, join_seen
+from lightning_sensitivity.model.inputs import InputReader
 from lightning_sensitivity.model.isolation import isolated
 from lightning_sensitivity.model.samples import KeptBatch, KeptRows, KeptSamples
-from lightning_sensitivity.reference.features import Seen
+from lightning_sensitivity.reference.kinds import Seen, join_seen
 
 _TRUE = {torch.float16, torch.bfloat16, torch.float64}  # to which a Trainer converts a model and its batches
 

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from lightning_sensitivity.model.batches import tensors_in
 from lightning_sensitivity.model.call import ModelCall
-from lightning_sensitivity.model.inputs import join_seen
-from lightning_sensitivity.reference.features import Seen, of_rows
+from lightning_sensitivity.reference.kinds import Seen, join_seen, of_rows
 from lightning_sensitivity.reference.observations import max_samples
 
 Place = TypeVar("Place", float, Tensor)

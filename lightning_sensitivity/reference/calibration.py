@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_sensitivity.functional.tasks import TASKS, Task
 from lightning_sensitivity.functional.tensors import as_tensor, num_outputs
-from lightning_sensitivity.reference.features import spread
+from lightning_sensitivity.reference.blocks import spread
 
 _POWERS = tuple(2 ** (quarter / 4) for quarter in range(-3, 15))  # inverse temperatures, 0.6 to 11
 _MIN_ROWS, _MAX_NUMBERS = 1000, 2_000_000  # of left-out predictions that it is fitted to

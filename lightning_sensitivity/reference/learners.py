@@ -19,19 +19,10 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from lightning_sensitivity.functional.tasks import Task
+from lightning_sensitivity.reference.blocks import Block, Rows, columns, spread
 from lightning_sensitivity.reference.calibration import calibrate
-from lightning_sensitivity.reference.features import (
-    Array,
-    Block,
-    Features,
-    Rows,
-    Seen,
-    columns,
-    median_distance,
-    of_rows,
-    possible_blocks,
-    spread,
-)
+from lightning_sensitivity.reference.features import Features, median_distance
+from lightning_sensitivity.reference.kinds import Array, Seen, of_rows, possible_blocks
 
 _PART = 1000  # samples on which a learner is chosen
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from lightning_sensitivity.functional.tasks import Task
-from lightning_sensitivity.reference.features import Seen, spread
+from lightning_sensitivity.reference.blocks import spread
+from lightning_sensitivity.reference.kinds import KINDS, Kind, Seen
 
-_MAX_SAMPLES = {True: 50_000, False: 10_000}  # that a reference knows: with columns, and without
 _MAX_LABELS = 10_000_000  # samples times classes
 _CHUNK = 500  # samples that are projected at a time
 _FEW_VALUES = 100  # in each column of a table of categories
@@ -29,7 +29,7 @@ def max_samples(kinds: Iterable[str], num_columns: int) -> int:
         kinds: What is seen of samples: ``"columns"``, ``"images"``, ``"signals"`` or ``"tokens"``.
         num_columns: The number of classes, or of targets.
     """
-    return min(_MAX_SAMPLES["columns" in set(kinds)], max(1, _MAX_LABELS // num_columns))
+    return min(max((KINDS[kind].most for kind in kinds), default=Kind.most), max(1, _MAX_LABELS // num_columns))
 
 
 def observations(seen: Seen, labels: Tensor, num_columns: int, task: Task) -> tuple[Tensor, Tensor]:

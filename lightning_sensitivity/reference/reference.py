@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_sensitivity.functional.expected import NUM_DRAWS, default_metrics, metric_value
 from lightning_sensitivity.functional.tasks import Task, find_task
 from lightning_sensitivity.reference.calibration import unexplained_share
-from lightning_sensitivity.reference.features import Array, Samples, shrunk
+from lightning_sensitivity.reference.kinds import Array, Samples, of_rows, shrunk
 from lightning_sensitivity.reference.learners import Learner, fit_estimator, fit_learners
 from lightning_sensitivity.reference.observations import observations
 from lightning_sensitivity.reference.samples import read_labels, read_samples
@@ -120,7 +120,7 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         rows, labels = observations(seen, labels, len(self.classes_), task)
         if len(rows) < _MIN_SAMPLES:
             raise ValueError(f"Expected {_MIN_SAMPLES} or more different samples with labels, but got {len(rows)}.")
-        seen = {kind: shrunk(values[rows]) for kind, values in seen.items()}
+        seen = shrunk(of_rows(seen, rows))
         fit = fit_learners if self.estimator is None else partial(fit_estimator, self.estimator)
         learner, chosen = fit(seen, labels, task)
         self._describe(learner, rows[chosen], task)
@@ -256,8 +256,8 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         features.check(seen)
         found = []
         for start in range(0, len(next(iter(seen.values()))), _CHUNK):
-            part = {kind: shrunk(values[start : start + _CHUNK]) for kind, values in seen.items()}
-            found.append(self._learner.predict(part).numpy())
+            part = {kind: values[start : start + _CHUNK] for kind, values in seen.items()}
+            found.append(self._learner.predict(shrunk(part)).numpy())
         return np.concatenate(found)
 
 

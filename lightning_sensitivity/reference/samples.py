@@ -8,7 +8,7 @@ from sklearn.utils import check_array
 from torch import Tensor
 
 from lightning_sensitivity.functional.tasks import IGNORED, Task
-from lightning_sensitivity.reference.features import KINDS, Array, Samples, Seen, kind_of
+from lightning_sensitivity.reference.kinds import KINDS, Array, Samples, Seen, kind_of
 
 _PROBLEMS: dict[str, Callable[[Array], bool]] = {  # of columns of a data frame
     "are dates: take numbers of them, such as days": lambda column: column.dtype.kind in "Mm",
@@ -43,9 +43,7 @@ def _read(x: Samples, kind: str, names: Array) -> tuple[str, Tensor]:
         x = _columns_of(x, list(x.columns if names is None else names))
     values = _as_tensor("x", x)
     kind = kind or kind_of(values)
-    if kind == "columns":
-        values = (values if values.is_floating_point() else values.double())[:, None].flatten(1)
-    return kind, values
+    return kind, KINDS[kind].read(values)
 
 
 def _as_tensor(name: str, values: Array) -> Tensor:

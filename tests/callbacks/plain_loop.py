@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy, one_hot
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sensitivity import Reference
-from lightning_sensitivity.reference.features import kind_of
+from lightning_sensitivity.reference.kinds import kind_of
 from lightning_sensitivity.reference.observations import projection
 from tests.helpers import NUM_FEATURES, Classifier, History, first_tensor, fitted, inputs, labelled
 

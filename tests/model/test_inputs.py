@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lightning_sensitivity.model.inputs import InputReader, join_seen
+from lightning_sensitivity.model.inputs import InputReader
+from lightning_sensitivity.reference.kinds import join_seen
 
 G = torch.Generator().manual_seed(0)
 X, Z = torch.rand(3, 12, generator=G), torch.rand(3, 5, generator=G)
@@ -130,8 +131,9 @@ JOINED: dict[str, tuple[list[Tensor], Tensor]] = {
 def test_batches_of_several_sizes_are_joined(kind: str) -> None:
     parts, expected = JOINED[kind]
     torch.testing.assert_close(join_seen([{kind: part} for part in parts]), {kind: expected})
-    joined = join_seen([{"z": Z[: len(part)], kind: part} for part in parts])
-    assert torch.equal(joined["z"], torch.cat([Z[: len(part)] for part in parts])) and [*joined] == ["z", kind]
+    other, z = ("columns", Z) if kind != "columns" else ("signals", Z[:, None])
+    joined = join_seen([{other: z[: len(part)], kind: part} for part in parts])
+    assert torch.equal(joined[other], torch.cat([z[: len(part)] for part in parts])) and [*joined] == [other, kind]
 
 
 @pytest.mark.parametrize(("parts", "match"), [

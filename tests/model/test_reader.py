@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from lightning_sensitivity.functional.tasks import TASKS
-from lightning_sensitivity.model import inputs as inputs_module
 from lightning_sensitivity.model.reader import BatchReader
 from lightning_sensitivity.model.samples import KeptSamples
+from lightning_sensitivity.reference.kinds import KINDS
 from tests.helpers import labelled
 
 MODEL = nn.Linear(12, 4)
@@ -141,8 +141,9 @@ def test_what_is_done_for_each_training_batch_is_little() -> None:
 @pytest.mark.parametrize(("num_batches", "most"), [(40, 66), (0, 64 * 5)])  # 64 + 64 / 2 + 64 / 3 ... are 274
 def test_rows_are_chosen_before_they_are_averaged(num_batches: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     averaged = list[int]()
-    shrunk = inputs_module.shrunk
-    monkeypatch.setattr(inputs_module, "shrunk", lambda x: (averaged.append(len(x)), shrunk(x))[1])
+    images = KINDS["images"]
+    shrunk = images.shrunk
+    monkeypatch.setattr(images, "shrunk", lambda x: (averaged.append(len(x)), shrunk(x))[1])
     monkeypatch.setattr("lightning_sensitivity.model.samples.max_samples", lambda kinds, num_columns: 64)
     model = type("Mean", (nn.Module,), {"forward": lambda self, x: x.mean((2, 3))})()
     reader, images = BatchReader(task=TASKS["multiclass"]), torch.rand(50, 3, 40, 40)

@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_sensitivity.reference import features
-from lightning_sensitivity.reference.features import Features, kind_of, possible_blocks, shrunk
+from lightning_sensitivity.reference import blocks as features
+from lightning_sensitivity.reference.features import Features
+from lightning_sensitivity.reference.kinds import KINDS as ALL
+from lightning_sensitivity.reference.kinds import kind_of, possible_blocks
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -20,6 +22,10 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 def distances(rows: Tensor) -> Tensor:
     return torch.cdist(rows.double(), rows.double(), compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def shrunk(x: Tensor) -> Tensor:
+    return ALL[kind_of(x)].shrunk(x)
 
 
 def rows_of(block: str, known: Tensor, new: Tensor, kind: str | None = None) -> Any:

@@ -22,9 +22,10 @@ from torch.nn.functional import one_hot, pad
 
 from lightning_sensitivity import Reference
 from lightning_sensitivity.functional.tasks import TASKS
-from lightning_sensitivity.reference import learners, observations, reference, unexplained_share
+from lightning_sensitivity.reference import learners, reference, unexplained_share
 from lightning_sensitivity.reference.calibration import Calibration
 from lightning_sensitivity.reference.features import Features
+from lightning_sensitivity.reference.kinds import KINDS
 from lightning_sensitivity.reference.learners import Learner
 from tests.reference.conftest import INPUTS, generator, steps
 from tests.reference.test_learners import sample
@@ -177,7 +178,7 @@ def test_it_is_right_as_often_as_it_says(name: str, redrawn: float) -> None:
 
 @pytest.mark.parametrize("kind", INPUTS)
 def test_the_order_of_samples_does_not_matter(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(observations, "_MAX_SAMPLES", {True: 120, False: 120})
+    monkeypatch.setattr(KINDS[kind], "most", 120)
     monkeypatch.setattr(learners, "_PART", 60)
     inputs, labels = INPUTS[kind], INPUTS[kind].flatten(1).double().sum(1)
     labels = (labels > labels.median()).long()
