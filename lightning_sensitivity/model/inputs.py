@@ -13,16 +13,13 @@ _MAX_DIMENSIONS = 4  # those of images
 _MASK = "attention_mask"  # in transformers, where tokens are, and not padding
 _NO_INPUTS = re.compile("mask|position_ids|token_type_ids")
 _CONSTANTS = (Tensor, bool, int, float, str, type(None))  # tensors without rows; others hold something
-_MANY = 1000  # values of a column of integers, from which on they are names, and no categories
-_MIN_WORDS = 4  # of a text beside numbers
+_MANY = 1000  # from which on integers are names, and no categories
 
 
 class InputReader:
     """Sort the inputs of a model by what they are to a reference.
 
-    A matrix of integers by itself holds token ids. Beside numbers it does so if most of its columns reach 1,000,
-    or if it has a mask; else it holds categories, and columns that reach 1,000 are left out. The first batch
-    decides.
+    A matrix of integers holds token ids if there are no numbers beside it, or if it has a mask; else it holds categories.
 
     Attributes:
         unread: Names of the arguments of which something can't be read, as keys.
@@ -30,8 +27,6 @@ class InputReader:
 
     def __init__(self) -> None:
         self.unread: dict[str, None] = {}
-        self._texts: dict[int, bool] = {}  # whether integers beside numbers are a text, by their place
-        self._names: dict[tuple[int, int], Tensor] = {}  # which columns are left out, by place and width
 
     def see(self, named: Mapping[str, object], size: int, rows: Tensor | None = None) -> Seen:
         """Return what a reference sees of the inputs of a model, on the CPU.
@@ -47,8 +42,8 @@ class InputReader:
         inputs = [(name, x) for name, x in chosen if _is_data(name, x.shape in numbers)]
         has_numbers = not all(_are_integers(x) for _, x in inputs)
         found: dict[str, list[Tensor]] = {}
-        for place, (name, x) in enumerate(inputs):
-            kind, values = self._read(place, name, x, masks.get(x.shape), has_numbers)
+        for name, x in inputs:
+            kind, values = self._read(name, x, masks.get(x.shape), has_numbers)
             found.setdefault(kind, []).append(values.cpu())
         return {kind: KINDS[kind].beside(parts) for kind, parts in found.items()}
 
@@ -61,26 +56,20 @@ class InputReader:
                 self.unread[name] = None
             yield from readable
 
-    def _read(self, place: int, name: str, x: Tensor, mask: Tensor | None, has_numbers: bool) -> tuple[str, Tensor]:
+    def _read(self, name: str, x: Tensor, mask: Tensor | None, has_numbers: bool) -> tuple[str, Tensor]:
         """Return the kind of an input, and what is seen of it."""
         if x.ndim > 2 or x.is_floating_point():
             kind = kind_of(x)
             return kind, KINDS[kind].shrunk(x).detach().float()
-        if _are_integers(x) and (mask is not None or not has_numbers or self._is_text(place, x)):
+        if _are_integers(x) and (mask is not None or not has_numbers):
             return "tokens", x.long() if mask is None else x.long().where(mask > 0, -1)  # 8 bits have no -1
-        return "columns", self._categories(place, name, x[:, None].flatten(1).cpu().long())
+        return "columns", self._categories(name, x[:, None].flatten(1).cpu().long())
 
-    def _is_text(self, place: int, ids: Tensor) -> bool:
-        """Return whether a matrix of integers beside numbers is a text."""
-        share = float((ids >= _MANY).any(0).float().mean())
-        return self._texts.setdefault(place, ids.shape[1] >= _MIN_WORDS and share > 0.5)
-
-    def _categories(self, place: int, name: str, x: Tensor) -> Tensor:
-        """Return columns of integers or flags as numbers, and those that are left out as zeros."""
-        are_names = self._names.setdefault((place, x.shape[1]), (x >= _MANY).any(0))
-        if bool(are_names.any()):
+    def _categories(self, name: str, x: Tensor) -> Tensor:
+        """Return columns of integers or flags as numbers; of names, as all large ones are, nothing is seen."""
+        if bool((x >= _MANY).any()):
             self.unread[name] = None
-        return x.clamp(max=_MANY).where(~are_names, 0).float()
+        return x.clamp(max=_MANY).float()
 
 
 def _is_data(name: str, is_like_numbers: bool) -> bool:

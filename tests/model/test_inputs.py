@@ -15,7 +15,6 @@ G = torch.Generator().manual_seed(0)
 X, Z = torch.rand(3, 12, generator=G), torch.rand(3, 5, generator=G)
 IMAGES, IDS = torch.rand(3, 2, 8, 8, generator=G), torch.arange(12).reshape(3, 4)
 SOUND = IMAGES[:, :, 0]
-TEXT = torch.randint(1000, 3000, (3, 6), generator=G)
 MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]])
 FLAGS, CITY = X > 0.5, torch.tensor([2, 0, 999])
 Seen = dict[str, Tensor]
@@ -46,7 +45,6 @@ SEEN: dict[str, tuple[dict[str, Any], Seen]] = {  # inputs by name, and what a r
     "token ids beside what is none": ({"token_type_ids": IDS * 0, "position_ids": IDS, "ids": IDS}, {"tokens": IDS}),
     "two texts, whose words do not mix": ({"title": IDS, "body": IDS, "attention_mask": MASK},
         {"tokens": torch.cat([IDS.where(MASK > 0, -1), (IDS + 10**6).where(MASK > 0, -1)], 1)}),
-    "a text beside numbers": ({"x": X, "text": TEXT}, {"columns": X, "tokens": TEXT}),
     "a text of few words beside a column, by its mask": ({"x": CITY, "ids": IDS, "attention_mask": MASK},
         {"columns": CITY[:, None].float(), "tokens": IDS.where(MASK > 0, -1)}),
     "embeddings, without their mask": ({"x": SOUND, "attention_mask": MASK}, {"signals": SOUND}),
@@ -91,25 +89,12 @@ def test_nothing_is_seen_of_what_can_not_be_read() -> None:
     assert InputReader().see({"x": "name", "z": X[:2], "wave": X.to(torch.complex64)}, 3) == {}
 
 
-def test_a_column_that_reaches_1000_is_left_out_by_itself_and_the_width_stays() -> None:
+def test_integers_of_1000_and_more_beside_numbers_are_clamped_and_named() -> None:
     reader, large = InputReader(), IDS.clone()
-    large[1, 2] = 1000
-    first, second = (reader.see({"x": X, "z": z}, 3) for z in (large, IDS))
-    assert torch.equal(first["columns"][:, 12:], torch.tensor([1, 1, 0, 1]) * IDS) and [*reader.unread] == ["z"]
-    assert torch.equal(second["columns"], first["columns"])
-
-
-def test_a_category_that_reaches_1000_later_is_one_more_category() -> None:
-    reader, later = InputReader(), IDS.clone()
-    later[:2, 1] = torch.tensor([5000, 1000])
-    reader.see({"x": X, "z": IDS}, 3)
-    assert torch.equal(reader.see({"x": X, "z": later}, 3)["columns"][:, 12:], later.clamp(max=1000).float())
-    assert not reader.unread
-
-
-def test_the_first_batch_decides_whether_integers_are_a_text() -> None:
-    reader = InputReader()
-    assert [*reader.see({"x": X, "z": TEXT}, 3)] == [*reader.see({"x": X, "z": IDS}, 3)] == ["columns", "tokens"]
+    large[1, 2] = 5000
+    for z in (large, IDS):
+        assert torch.equal(reader.see({"x": X, "z": z}, 3)["columns"][:, 12:], z.clamp(max=1000).float())
+    assert [*reader.unread] == ["z"]
 
 
 def test_large_images_and_long_signals_are_averaged() -> None:
